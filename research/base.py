@@ -1,0 +1,93 @@
+"""Interfaces: what an algorithm, a task and an execution are to one another."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+Array = jax.Array
+Key = jax.Array  # a typed PRNG key, jax.random.key
+Tree = Any  # a pytree of arrays
+Params = Tree
+State = Tree
+Local = Any  # a pytree with an attribute `params`
+Batch = dict[str, Any]  # arrays [examples, ...]; "mask" [examples], where present, is 1 or 0
+
+# The mesh axes over which workers are spread, slow links first. Workers of one `slice` are joined
+# by fast links (a TPU slice, a node), slices by slow ones. All other mesh axes lie inside a worker.
+WORKER_AXES = ("slice", "data")
+
+
+class Aggregate(NamedTuple):
+  """What one exchange between workers gives to one of them."""
+
+  value: Tree  # what this worker receives
+  sent: Tree  # its contribution as the others saw it; tree - sent is the error
+  state: State
+
+
+class Aggregator(NamedTuple):
+  """The only place where workers talk. Runs per worker, under named worker axes."""
+
+  init: Callable[[Params], State]
+  aggregate: Callable[[Tree, State, Key], Aggregate]
+
+
+class Method(NamedTuple):
+  """An algorithm as one worker sees it. Only `sync` communicates.
+
+  A round is `begin`, then `period` times `step`, then `sync`. `weight` is this worker's share of
+  the objective (its number of examples over the mean number); over the workers of a round it
+  averages to one, and an inactive worker's weight is zero. `grad_fn(params)` is the gradient of the
+  same mini-batch at other parameters.
+  """
+
+  init: Callable[[Params], State]  # lives from round to round
+  begin: Callable[[State], Local]  # what a worker carries through one round
+  step: Callable[..., Local]  # (grads, local, state, *, key, grad_fn=None)
+  sync: Callable[..., State]  # (local, state, *, key, weight=1.0, active=True)
+  params: Callable[[State], Params]  # the model one would deploy
+  period: int = 1  # local steps per round: static, so traffic per round is a fact
+
+
+class Task(NamedTuple):
+  """A model, its data and its objective: the mean of `loss` over all examples in `train`.
+
+  `sample` is a pure function of (step, key) and of the number of examples that a worker has, cheap
+  and free of the data itself, so that an executor draws the samples of many steps at once; `batch`
+  fetches them. Both see one worker's examples, arrays [examples, ...].
+  """
+
+  init: Callable[[Key], Params]
+  loss: Callable[[Params, Batch, Key], Array]  # mean over the batch, by its mask if it has one
+  evaluate: Callable[[Params, Batch], dict[str, Array]]  # metrics, each such a mean
+  sample: Callable[..., Tree]  # (size, step, key, *, batch_size) -> index [batch_size]
+  batch: Callable[[Batch, Tree], Batch]  # (examples of one worker, index) -> batch
+  train: Batch  # numpy arrays [examples, ...]; "y" is what partitions sort by
+  test: Batch | None = None
+  optimum: Params | None = None  # the exact minimiser, where it is known
+
+
+class Data(NamedTuple):
+  """The training examples by owner, on the devices. P = workers, or clients of a population."""
+
+  examples: Batch  # arrays [P, most examples of any, ...], zero where a worker has fewer
+  sizes: Array  # [P] int32, examples that each has
+  key: Key  # of the order in which they are drawn
+
+
+class TrainState(NamedTuple):
+  """All that a run needs to go on: what a checkpoint holds."""
+
+  round: Array  # int32, rounds done; the position in the data is a function of it
+  key: Key  # of the run; what a round draws is a function of (key, round, worker)
+  method: State  # shared leaves once, private leaves with one row per worker or client
+
+
+class Executor(NamedTuple):
+  """How N workers are executed; all that the training loop sees."""
+
+  init: Callable[[Key], TrainState]  # straight into its shardings
+  place: Callable[..., Data]  # (examples [P, ...], sizes [P], key), numpy to devices
+  run: Callable[..., tuple[TrainState, dict[str, Array]]]  # (state, data, rounds): one dispatch
+  params: Callable[[TrainState], Params]
