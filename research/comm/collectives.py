@@ -1,0 +1,60 @@
+"""Exchanges between workers, over whichever worker axes are in scope.
+
+Every function runs per worker, under `vmap(axis_name=...)`, `shard_map` or `pmap`. `axes` names the
+worker axes to talk over; those of the default that the execution does not have are left out, so the
+same line runs on a mesh with and without slices.
+"""
+
+from collections.abc import Sequence
+
+import jax
+from jax import lax
+
+from research.base import WORKER_AXES, Array, Key, Tree
+
+Axes = str | Sequence[str]
+
+
+def in_scope(axes: Axes = WORKER_AXES) -> tuple[str, ...]:
+  """The axes of `axes` that the execution has, in order.
+
+  Raises:
+    ValueError: if it has none, or lacks an axis that was asked for by name.
+  """
+  names = (axes,) if isinstance(axes, str) else tuple(axes)
+  found = tuple(name for name in names if _is_bound(name))
+  missing = [name for name in names if name not in found]
+  if not found or (missing and names != WORKER_AXES):
+    raise ValueError(
+      f"workers talk over mesh axis {' and '.join(map(repr, missing))}, which this execution does "
+      f"not have; a mesh such as 'slice:2,data:4' has both, 'data:8' has 'data' alone"
+    )
+  return found
+
+
+def _is_bound(name: str) -> bool:
+  try:
+    lax.axis_size(name)
+  except NameError:
+    return False
+  return True
+
+
+def worker_count(axes: Axes = WORKER_AXES) -> int:
+  """W, the number of workers: static."""
+  return lax.axis_size(in_scope(axes))
+
+
+def worker_index(axes: Axes = WORKER_AXES) -> Array:
+  """This worker's number in [0, W), the slices' workers one after the other. int32."""
+  return lax.axis_index(in_scope(axes))
+
+
+def worker_key(key: Key, axes: Axes = WORKER_AXES) -> Key:
+  """A key of this worker's own from one that all share."""
+  return jax.random.fold_in(key, worker_index(axes))
+
+
+def mean(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
+  """The mean over workers, equal on all of them: one all-reduce of each leaf's size."""
+  return lax.pmean(tree, in_scope(axes))

@@ -1,0 +1,143 @@
+"""Devices: mesh strings, device meshes, and joining the processes of one job."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from research.base import WORKER_AXES
+
+# Axes inside a worker: its parameters and its batch are cut along `fsdp`.
+INNER_AXES = ("fsdp",)
+
+
+def parse_mesh(spec: str) -> dict[str, int]:
+  """Reads 'slice:2,data:4,fsdp:2' into {'slice': 2, 'data': 4, 'fsdp': 2}.
+
+  The axes come back slow links first. `data` is added with size 1 where it is not named.
+
+  Raises:
+    ValueError: for an unknown or repeated axis, or a size that is not a positive integer.
+  """
+  legal = (*WORKER_AXES, *INNER_AXES)
+  sizes: dict[str, int] = {}
+  for part in spec.split(","):
+    name, colon, size = (piece.strip() for piece in part.partition(":"))
+    if not colon or not size.isdecimal() or int(size) < 1:
+      raise ValueError(f"'{part.strip()}' is not AXIS:SIZE with a positive integer size")
+    if name not in legal:
+      raise ValueError(f"unknown axis '{name}'; the axes are {', '.join(legal)}")
+    if name in sizes:
+      raise ValueError(f"axis '{name}' is named twice")
+    sizes[name] = int(size)
+  sizes.setdefault("data", 1)
+  return {name: sizes[name] for name in legal if name in sizes}
+
+
+def worker_axes(axes: Mapping[str, int]) -> dict[str, int]:
+  """Those of a mesh's axes over which workers are spread."""
+  return {name: size for name, size in axes.items() if name in WORKER_AXES}
+
+
+def count(axes: Mapping[str, int]) -> int:
+  """The number of places on a mesh: the product of its sizes."""
+  return int(np.prod(list(axes.values()), dtype=np.int64))
+
+
+def device_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+  """A mesh over the first devices, one per place; every axis is left to the compiler (Auto).
+
+  Raises:
+    ValueError: if there are fewer devices than places, or, where several processes take part,
+      more (each process must own a part of the mesh).
+  """
+  devices = jax.devices() if devices is None else devices
+  wanted, spare = count(axes), len(devices) - count(axes)
+  shown = ",".join(f"{name}:{size}" for name, size in axes.items())
+  if spare < 0 or (spare > 0 and jax.process_count() > 1):
+    hint = (
+      f"simulate the workers on any number of devices with --executor=simulate, or set "
+      f"JAX_NUM_CPU_DEVICES={wanted}"
+      if jax.process_count() == 1
+      else "all devices of all processes take part"
+    )
+    raise ValueError(
+      f"'{shown}' needs {wanted} device{'s' * (wanted > 1)} and there "
+      f"{'are' if len(devices) > 1 else 'is'} {len(devices)} ({devices[0].platform}); {hint}"
+    )
+  return jax.make_mesh(
+    tuple(axes.values()),
+    tuple(axes),
+    axis_types=(AxisType.Auto,) * len(axes),
+    devices=devices[:wanted],
+  )
+
+
+def simulation_mesh(workers: int, devices: Sequence[Any] | None = None) -> Mesh:
+  """A mesh `data` over as many devices as can hold equal numbers of simulated workers."""
+  devices = jax.devices() if devices is None else devices
+  size = max(n for n in range(1, len(devices) + 1) if workers % n == 0)
+  return device_mesh({"data": size}, devices[:size])
+
+
+def detect_cluster(environ: Mapping[str, str]) -> str | None:
+  """Which launcher started this process as one of several: 'slurm', 'gke', 'tpu' or None.
+
+  GKE names the hosts of a TPU slice in TPU_WORKER_HOSTNAMES; a Cloud TPU VM has libtpu's devices
+  and asks the metadata server, unless TPU_SKIP_MDS_QUERY forbids that.
+  """
+  if "SLURM_STEP_NODELIST" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1:
+    return "slurm"
+  hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES", "")
+  if "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in environ:
+    return "gke"
+  on_tpu_vm = environ.get("TPU_ACCELERATOR_TYPE") or environ.get("CLOUD_TPU_TASK_ID")
+  if on_tpu_vm and "TPU_SKIP_MDS_QUERY" not in environ:
+    return "tpu"
+  return None
+
+
+def initialize(coordinator: str = "", processes: int = 0, process_id: int = -1) -> int:
+  """Joins the processes of one job; call it before anything else touches JAX's devices.
+
+  With explicit arguments they decide; otherwise the launcher's environment does (see
+  `detect_cluster`); without either the process stays alone. CPU processes talk through gloo, GPUs
+  through NCCL, TPUs over ICI and the data-centre network.
+
+  Args:
+    coordinator: HOST:PORT of process 0, reachable from all.
+    processes: how many there are.
+    process_id: this one's number in [0, processes).
+
+  Returns:
+    The number of processes.
+
+  Raises:
+    ValueError: if some of the arguments are given and others are not, or they do not fit together.
+  """
+  if coordinator or processes or process_id >= 0:
+    _check_explicit(coordinator, processes, process_id)
+    host = coordinator.rsplit(":", 1)[0]
+    loopback = host in ("localhost", "127.0.0.1")
+    jax.distributed.initialize(
+      coordinator,
+      processes,
+      process_id,
+      coordinator_bind_address=coordinator if loopback else None,
+    )
+  elif detect_cluster(os.environ):
+    jax.distributed.initialize()
+  return jax.process_count()
+
+
+def _check_explicit(coordinator: str, processes: int, process_id: int) -> None:
+  host, _, port = coordinator.rpartition(":")
+  if not host or not port.isdecimal():
+    raise ValueError(f"--coordinator='{coordinator}' is not HOST:PORT")
+  if processes < 1:
+    raise ValueError(f"--processes={processes}; with --coordinator it is the number of processes")
+  if not 0 <= process_id < processes:
+    raise ValueError(f"--process_id={process_id} is not in [0, {processes})")

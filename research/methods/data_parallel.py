@@ -1,0 +1,61 @@
+"""Synchronous data parallelism: every worker's gradient is averaged, one optimizer step follows."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from research.base import Aggregator, Method, Params, State, Tree
+
+
+class DataParallelState(NamedTuple):
+  params: Params  # x_t
+  inner: State  # of the optimizer
+  link: State  # of the aggregator
+
+
+class DataParallelLocal(NamedTuple):
+  params: Params
+  grads: Tree  # mean gradient over the round's mini-batches so far
+
+
+def data_parallel(
+  inner: optax.GradientTransformation, aggregator: Aggregator, *, period: int = 1
+) -> Method:
+  """Distributed mini-batch SGD, with any optax optimizer and any aggregator.
+
+      g_i = (1/H) sum_h grad f_i(x_t; batch_h)
+      x_{t+1} = x_t + inner(aggregate_i(weight_i g_i))
+
+  Args:
+    inner: the optimizer; clipping after the aggregation is part of its chain.
+    aggregator: how the workers' gradients become one.
+    period: H, mini-batches per optimizer step (gradient accumulation).
+
+  Raises:
+    ValueError: if period < 1.
+
+  Reference: Dekel, Gilad-Bachrach, Shamir, Xiao 2012, arXiv 1012.1367.
+  """
+  if period < 1:
+    raise ValueError(f"period={period}; it counts the mini-batches per round and is at least 1")
+
+  def init(params):
+    return DataParallelState(params, inner.init(params), aggregator.init(params))
+
+  def begin(state):
+    return DataParallelLocal(state.params, jax.tree.map(jnp.zeros_like, state.params))
+
+  def step(grads, local, state, *, key, grad_fn=None):
+    del state, key, grad_fn
+    return local._replace(grads=jax.tree.map(lambda a, g: a + g / period, local.grads, grads))
+
+  def sync(local, state, *, key, weight=1.0, active=True):
+    del active
+    weighted = jax.tree.map(lambda g: weight * g, local.grads)
+    value, _, link = aggregator.aggregate(weighted, state.link, key)
+    updates, optimizer = inner.update(value, state.inner, state.params)
+    return DataParallelState(optax.apply_updates(state.params, updates), optimizer, link)
+
+  return Method(init, begin, step, sync, lambda state: state.params, period)

@@ -1,0 +1,97 @@
+"""Many workers on the devices that exist: the worker axis is an array axis, collectives are sums."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from research.base import Data, Executor, TrainState, Tree
+from research.comm import mesh as meshes
+from research.parallel import layout as layouts
+from research.parallel import sharded, workers
+
+
+def simulate(job: workers.Job) -> Executor:
+  """Runs any number of workers on any number of devices, by `vmap`.
+
+  The worker axis is sharded over as many devices as hold equal numbers of workers. Axes inside a
+  worker do not change the mathematics and are not simulated.
+
+  Raises:
+    ValueError: if the population is not a multiple of the workers.
+  """
+  layout = workers.infer_layout(job)
+  mesh = meshes.simulation_mesh(job.workers)
+  shardings = sharded.of_state(layout.state, mesh, ("data",))
+  init = jax.jit(partial(workers.initial, job, layout), out_shardings=shardings)
+  everywhere = NamedSharding(mesh, P())
+  run = jax.jit(
+    partial(_run, job, layout),
+    static_argnames="rounds",
+    donate_argnames="state",
+    out_shardings=(shardings, everywhere),
+  )
+  params = jax.jit(lambda state: workers.deployed(job, layout, state.method))
+  return Executor(init, partial(sharded.place, mesh, ("data",)), run, params)
+
+
+def _run(
+  job: workers.Job, layout: layouts.Layout, state: TrainState, data: Data, rounds: int
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  everyone = jnp.arange(job.workers, dtype=jnp.int32)
+  numbers = state.round + jnp.arange(rounds, dtype=jnp.int32)
+  draw = partial(workers.draw, job, data, state.key, numbers)
+  lots = jax.vmap(draw, out_axes=1)(everyone)  # [K, W, ...]
+  one = partial(_round, job, layout, data, state.key)
+  method, losses = lax.scan(one, state.method, (numbers, lots))
+  loss = jnp.mean(losses * lots.weight[:, :, None], 1).reshape(-1)
+  metrics = {"loss": loss, "finite": workers.all_finite(method)}
+  return TrainState(state.round + rounds, state.key, method), metrics
+
+
+def _round(job, layout, data, key, state, of_round):
+  """One round of all workers: the local phase under a plain vmap, the sync under the named axes."""
+  number, lots = of_round
+  sync_key, step_key = workers.round_keys(key, number)
+  by_worker = lambda x: x.reshape(job.workers, job.clients, *x.shape[1:])  # noqa: E731
+  held = jax.tree.map(lambda p, x: by_worker(x) if p else x, layout.state, state)
+
+  def work(held, examples, sizes, worker, client, index):
+    return workers.local_phase(
+      job,
+      workers.pick(layout.state, held, client),
+      jax.tree.map(lambda x: workers.pick(True, x, client), examples),
+      sizes[client],
+      index,
+      jax.random.fold_in(step_key, worker),
+    )
+
+  state_axes, local_axes = layouts.lead(layout.state), layouts.lead(layout.local)
+  local, losses = jax.vmap(work, (state_axes, 0, 0, 0, 0, 0), (local_axes, 0))(
+    held,
+    jax.tree.map(by_worker, data.examples),
+    by_worker(data.sizes),
+    jnp.arange(job.workers, dtype=jnp.int32),
+    lots.client,
+    lots.index,
+  )
+  meet = layouts.over_workers(
+    partial(workers.sync, job, layout.state),
+    meshes.worker_axes(job.axes),
+    (local_axes, state_axes, 0, 0, None),
+    state_axes,
+  )
+  fold = partial(_fold, meshes.worker_axes(job.axes))
+  folded_local = jax.tree.map(lambda p, x: fold(x) if p else x, layout.local, local)
+  folded_held = jax.tree.map(lambda p, x: fold(x) if p else x, layout.state, held)
+  after = meet(folded_local, folded_held, fold(lots.client), fold(lots.weight), sync_key)
+  unfold = lambda p, x, like: x.reshape(like.shape) if p else x  # noqa: E731
+  return jax.tree.map(unfold, layout.state, after, state), losses
+
+
+def _fold(axes: dict[str, int], x: jax.Array) -> jax.Array:
+  """[W, ...] as [slices, workers per slice, ...] where the mesh has both axes."""
+  return x.reshape(*axes.values(), *x.shape[1:])

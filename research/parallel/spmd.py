@@ -1,0 +1,50 @@
+"""One worker per place on the mesh's worker axes, by `shard_map`; all other axes are the compiler's."""
+
+from functools import partial
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from research.base import Executor
+from research.comm import mesh as meshes
+from research.parallel import sharded, workers
+
+
+def spmd(job: workers.Job) -> Executor:
+  """Runs each worker on its own devices, in one process or in several.
+
+  Along `fsdp` the compiler cuts the parameters, the state and the batch inside a worker.
+  `check_vma` is off, so that a gradient is this worker's own and not already the sum over all.
+
+  Raises:
+    ValueError: if the mesh does not fit the devices, or the population not the workers.
+  """
+  mesh = meshes.device_mesh(job.axes)
+  layout = workers.infer_layout(job)
+  names = tuple(meshes.worker_axes(job.axes))
+  rows = P(names)
+  shardings = sharded.of_state(layout.state, mesh, names, layout.state_shapes)
+  specs = sharded.of_state(layout.state, None, names)
+  init = jax.jit(partial(workers.initial, job, layout), out_shardings=shardings)
+  constrain = partial(sharded.split_batch, job.axes)
+
+  def run(state, data, rounds):
+    per_worker = lambda s, d: workers.rounds_of_worker(job, layout.state, s, d, rounds, constrain)  # noqa: E731
+    return jax.shard_map(
+      per_worker,
+      mesh=mesh,
+      in_specs=(specs, sharded.of_data(rows)),
+      out_specs=(specs, P()),
+      axis_names=set(names),
+      check_vma=False,
+    )(state, data)
+
+  run = jax.jit(
+    run,
+    static_argnames="rounds",
+    donate_argnames="state",
+    out_shardings=(shardings, NamedSharding(mesh, P())),
+  )
+  params = jax.jit(lambda state: workers.deployed(job, layout, state.method))
+  return Executor(init, partial(sharded.place, mesh, names), run, params)

@@ -1,0 +1,256 @@
+"""One worker's part of a round: what every execution of a method on a task shares."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from research.base import Array, Batch, Data, Key, Local, Method, State, Task, Tree, TrainState
+from research.comm import collectives
+from research.comm import mesh as meshes
+from research.parallel import layout as layouts
+
+
+class Job(NamedTuple):
+  """What every execution of a method on a task needs to know, all of it static.
+
+  `sizes` are the numbers of examples by owner. There are as many owners as workers, or a multiple:
+  then every worker holds a stratum of the population and serves one client of it per round.
+  """
+
+  method: Method
+  task: Task
+  axes: dict[str, int]  # of the mesh
+  sizes: np.ndarray  # [P]
+  batch_size: int | None  # per worker and step; None: all of an owner's examples
+  clip_norm: float = 0.0  # of each worker's gradient, before the method sees it; 0: none
+
+  @property
+  def workers(self) -> int:
+    return meshes.count(meshes.worker_axes(self.axes))
+
+  @property
+  def clients(self) -> int:
+    """R = P / W, the owners whose rows one worker holds."""
+    return len(self.sizes) // self.workers
+
+  @property
+  def even(self) -> bool:
+    """Whether all owners have equally many examples: then every weight is one."""
+    return bool((self.sizes == self.sizes[0]).all())
+
+
+class Draw(NamedTuple):
+  """A worker's lot for each of K rounds, drawn ahead of them."""
+
+  client: Array  # [K] int32, row of the owner that it serves
+  weight: Array  # [K], that owner's share of the objective; mean one over the workers
+  index: Tree  # [K, H, b], which of the owner's examples; None if all of them
+
+
+def draw(job: Job, data: Data, key: Key, numbers: Array, worker: Array) -> Draw:
+  """What a worker does in the rounds `numbers` [K]: a pure function of (keys, round, worker).
+
+  Every worker draws the whole cohort, since a weight is relative to the cohort's mean.
+  """
+  clients = jnp.zeros((len(numbers), job.workers), jnp.int32)
+  if job.clients > 1:
+
+    def cohort(number):
+      cohort_key = jax.random.fold_in(jax.random.fold_in(key, number), 1)
+      return jax.random.randint(cohort_key, (job.workers,), 0, job.clients, jnp.int32)
+
+    clients = jax.vmap(cohort)(numbers)
+  owners = clients + job.clients * jnp.arange(job.workers, dtype=jnp.int32)
+  sizes = data.sizes[owners]
+  weights = sizes / jnp.mean(sizes, 1, keepdims=True, dtype=jnp.float32)
+  index = None
+  if job.batch_size is not None:
+    period = job.method.period
+    steps = numbers[:, None] * period + jnp.arange(period, dtype=jnp.int32)
+
+    def sample(size, step, owner):
+      owner_key = jax.random.fold_in(data.key, owner)
+      return job.task.sample(size, step, owner_key, batch_size=job.batch_size)
+
+    index = jax.vmap(jax.vmap(sample, (None, 0, None)))(sizes[:, worker], steps, owners[:, worker])
+  return Draw(clients[:, worker], weights[:, worker], index)
+
+
+def value_and_clipped_grad(job: Job) -> Callable[..., tuple[Array, Tree]]:
+  """(params, batch, key) -> loss and gradient, this worker's clipped to norm `clip_norm` if > 0."""
+  value_and_grad = jax.value_and_grad(job.task.loss)
+  if job.clip_norm <= 0:
+    return value_and_grad
+  clip = optax.clip_by_global_norm(job.clip_norm)
+
+  def clipped(params, batch, key):
+    value, grads = value_and_grad(params, batch, key)
+    return value, clip.update(grads, clip.init(params))[0]
+
+  return clipped
+
+
+def local_phase(
+  job: Job,
+  state: State,
+  examples: Batch,
+  size: Array,
+  index: Tree,
+  key: Key,
+  constrain: Callable[[Batch], Batch] = lambda batch: batch,
+) -> tuple[Local, Array]:
+  """`begin` and `period` times `step` on one owner's examples [n, ...]; nothing is communicated.
+
+  Returns:
+    The worker's Local, and its mini-batch losses [H].
+  """
+  method, gradient = job.method, value_and_clipped_grad(job)
+  if job.batch_size is None and not job.even:
+    most = jax.tree.leaves(examples)[0].shape[0]
+    examples = {**examples, "mask": (jnp.arange(most) < size).astype(jnp.float32)}
+
+  def step(local, of_step):
+    index, number = of_step
+    batch = constrain(examples if job.batch_size is None else job.task.batch(examples, index))
+    step_key = jax.random.fold_in(key, number)
+    loss, grads = gradient(local.params, batch, step_key)
+    grad_fn = lambda params: gradient(params, batch, step_key)[1]  # noqa: E731
+    return method.step(grads, local, state, key=step_key, grad_fn=grad_fn), loss
+
+  steps = jnp.arange(method.period, dtype=jnp.int32)
+  if method.period > 1:
+    return lax.scan(step, method.begin(state), (index, steps))
+  local, loss = step(method.begin(state), jax.tree.map(lambda x: x[0], (index, steps)))
+  return local, loss[None]
+
+
+def pick(private: Tree, held: State, client: Array) -> State:
+  """The state of one client, from rows [R, ...] of a worker's clients and shared leaves."""
+  one = lambda rows: rows[0] if rows.shape[0] == 1 else rows[client]  # noqa: E731
+  return jax.tree.map(lambda p, leaf: one(leaf) if p else leaf, private, held)
+
+
+def put(private: Tree, held: State, client: Array, state: State) -> State:
+  """The rows with that client's replaced, the shared leaves as the client has them."""
+  set_row = lambda rows, row: row[None] if rows.shape[0] == 1 else rows.at[client].set(row)  # noqa: E731
+  merge = lambda p, old, new: set_row(old, new) if p else new  # noqa: E731
+  return jax.tree.map(merge, private, held, state)
+
+
+def sync(
+  job: Job, private: Tree, local: Local, held: State, client: Array, weight: Array, key: Key
+) -> State:
+  """The part of a round that communicates; runs with the worker axes in scope."""
+  share = 1.0 if job.even else weight
+  after = job.method.sync(local, pick(private, held, client), key=key, weight=share)
+  return put(private, held, client, after)
+
+
+def infer_layout(job: Job) -> layouts.Layout:
+  """Which state of the job is private, by tracing one of its rounds.
+
+  Raises:
+    ValueError: if the population is not a multiple of the workers.
+  """
+  if len(job.sizes) % job.workers:
+    raise ValueError(
+      f"a population of {len(job.sizes)} clients is not a multiple of the cohort, "
+      f"{job.workers} workers"
+    )
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  most = int(job.sizes.max())
+  struct = lambda x: jax.ShapeDtypeStruct((most, *x.shape[1:]), x.dtype)  # noqa: E731
+  size, index = jax.ShapeDtypeStruct((), jnp.int32), None
+  if job.batch_size is not None:
+    sample = lambda s, k: job.task.sample(s, jnp.int32(0), k, batch_size=job.batch_size)  # noqa: E731
+    spread = lambda x: jax.ShapeDtypeStruct((job.method.period, *x.shape), x.dtype)  # noqa: E731
+    index = jax.tree.map(spread, jax.eval_shape(sample, size, key))
+  return layouts.infer(
+    job.method.init,
+    lambda state, *args: local_phase(job, state, *args),
+    lambda local, state: job.method.sync(local, state, key=jax.random.key(0)),
+    meshes.worker_axes(job.axes),
+    jax.eval_shape(job.task.init, key),
+    (jax.tree.map(struct, job.task.train), size, index, key),
+  )
+
+
+def rounds_of_worker(
+  job: Job,
+  private: Tree,
+  state: TrainState,
+  data: Data,
+  rounds: int,
+  constrain: Callable[[Batch], Batch] = lambda batch: batch,
+) -> tuple[TrainState, dict[str, Array]]:
+  """K rounds as one worker runs them, where each has a device: for `shard_map` and `pmap`.
+
+  Its private leaves and its examples are rows [R, ...]. The metrics are reduced once, at the end.
+  """
+  worker = collectives.worker_index()
+  numbers = state.round + jnp.arange(rounds, dtype=jnp.int32)
+  lots = draw(job, data, state.key, numbers, worker)
+
+  def one(held, of_round):
+    number, lot = of_round
+    sync_key, step_key = round_keys(state.key, number)
+    examples = jax.tree.map(lambda x: pick(True, x, lot.client), data.examples)
+    size = data.sizes[job.clients * worker + lot.client]
+    local, losses = local_phase(
+      job,
+      pick(private, held, lot.client),
+      examples,
+      size,
+      lot.index,
+      jax.random.fold_in(step_key, worker),
+      constrain,
+    )
+    return sync(job, private, local, held, lot.client, lot.weight, sync_key), losses
+
+  held, losses = lax.scan(one, state.method, (numbers, lots))
+  weighted = (losses * lots.weight[:, None]).reshape(-1)
+  loss, finite = collectives.mean((weighted, all_finite(held).astype(jnp.float32)))
+  metrics = {"loss": loss, "finite": finite == 1}
+  return TrainState(state.round + rounds, state.key, held), metrics
+
+
+def round_keys(key: Key, number: Array) -> Key:
+  """The round's two keys: of its sync, equal on all workers, and of its steps."""
+  return jax.random.split(jax.random.fold_in(key, number))
+
+
+def all_finite(tree: Tree) -> Array:
+  """Whether no float of the tree is infinite or not a number."""
+  floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+  return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
+
+
+def initial(job: Job, layout: layouts.Layout, key: Key) -> TrainState:
+  """Round zero, private leaves with a row per owner [P, ...]."""
+  params_key, run_key = jax.random.split(key)
+  axes = meshes.worker_axes(job.axes)
+  init = layouts.over_workers(job.method.init, axes, None, layouts.lead(layout.state))
+
+  def rows(private, leaf):
+    if not private:
+      return leaf
+    shape = leaf.shape[len(axes) :]
+    leaf = leaf.reshape(job.workers, 1, *shape)
+    return jnp.broadcast_to(leaf, (job.workers, job.clients, *shape)).reshape(-1, *shape)
+
+  state = jax.tree.map(rows, layout.state, init(job.task.init(params_key)))
+  return TrainState(jnp.zeros((), jnp.int32), run_key, state)
+
+
+def deployed(job: Job, layout: layouts.Layout, state: State) -> Tree:
+  """The model one would deploy: where the owners' models differ, the mean of them."""
+  owners = {"owner": len(job.sizes)}
+  in_axes = (layouts.lead(layout.state),)
+  private = layouts.private_outputs(job.method.params, owners, in_axes, state)
+  models = layouts.over_workers(job.method.params, owners, in_axes, layouts.lead(private))(state)
+  return jax.tree.map(lambda p, x: jnp.mean(x, 0) if p else x, private, models)

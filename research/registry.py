@@ -1,0 +1,294 @@
+"""Spec strings: `diloco(adamw(3e-4), mean(), period=50)` becomes the object that it names.
+
+One grammar for flags, presets and result rows: Python calls of registered names on literals and on
+further calls, read with `ast` and never evaluated. TABLE holds this codebase's names; optimizers
+and schedules are optax's, by their own names.
+"""
+
+import ast
+import difflib
+import importlib
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+# kind -> name -> "module:attribute"; modules are imported when a spec first needs them
+TABLE: dict[str, dict[str, str]] = {
+  "aggregator": {
+    "mean": "research.aggregate.mean:mean",
+    "hierarchical_mean": "research.aggregate.mean:hierarchical_mean",
+  },
+  "method": {
+    "data_parallel": "research.methods.data_parallel:data_parallel",
+    "averaged": "research.methods.averaged:averaged",
+  },
+  "task": {
+    "digits": "research.tasks.vision:digits",
+    "mnist": "research.tasks.vision:mnist",
+    "least_squares": "research.tasks.synthetic:least_squares",
+    "libsvm": "research.tasks.libsvm:libsvm",
+  },
+  "model": {
+    name: f"research.models.classic:{name}" for name in ("linear", "logistic", "mlp", "cnn", "resnet")
+  },
+  "partition": {
+    "iid": "research.tasks.partition:iid",
+    "sorted": "research.tasks.partition:sorted_",
+    "dirichlet": "research.tasks.partition:dirichlet",
+    "shards": "research.tasks.partition:shards",
+  },
+}
+
+# Where optax takes any number but only some make sense.
+_POSITIVE = ("learning_rate", "peak_value", "max_norm")
+_FRACTIONS = ("momentum", "b1", "b2", "decay", "decay_rate")
+
+
+class Call(NamedTuple):
+  """A parsed spec: a name, its arguments, and the text that it came from."""
+
+  name: str
+  args: list[Any]
+  kwargs: dict[str, Any]
+  text: str
+
+
+def parse(spec: str) -> Call:
+  """Reads a spec's syntax; names are looked up by `build`.
+
+  Raises:
+    ValueError: if it is not a call of names on literals and calls, saying where it breaks off.
+  """
+  try:
+    tree = ast.parse(spec.strip(), mode="eval").body
+  except SyntaxError as error:
+    column = max((error.offset or 1) - 1, 0)
+    raise ValueError(f"malformed at character {column + 1}: {error.msg}") from None
+  call = _read(tree, spec.strip())
+  if not isinstance(call, Call):
+    raise ValueError(f"'{spec}' is not a call such as name(value, key=value)")
+  return call
+
+
+def _read(node: ast.expr, spec: str) -> Any:
+  text = ast.get_source_segment(spec, node) or spec
+  match node:
+    case ast.Constant(value=bool() | int() | float() | str() | None as value):
+      return value
+    case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
+      return -value
+    case ast.List(elts=items) | ast.Tuple(elts=items):
+      return [_read(item, spec) for item in items]
+    case ast.Dict(keys=keys, values=values) if all(keys):
+      return {_read(k, spec): _read(v, spec) for k, v in zip(keys, values, strict=True) if k}
+    case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords) if all(
+      k.arg for k in keywords
+    ):
+      named = {str(k.arg): _read(k.value, spec) for k in keywords}
+      return Call(name, [_read(arg, spec) for arg in args], named, text)
+    case ast.Name(id=name):
+      raise ValueError(f"'{name}' stands alone; write '{name}()', or quotes around a text")
+  raise ValueError(f"'{text}' is not a number, a text, a list or a call of a name")
+
+
+def build(kind: str, spec: str | Call, **bound: Any) -> Any:
+  """Builds the object of a kind (a key of TABLE, 'optimizer' or 'schedule') that a spec names.
+
+  Args:
+    kind: what the spec must be.
+    spec: its text, or a parsed call.
+    **bound: values for keyword-only parameters that a spec must not set itself (a task's `model`
+      and `data_dir`); passed on where the factory has them.
+
+  Raises:
+    ValueError: one line with the value, the legal set and the nearest name.
+  """
+  call = parse(spec) if isinstance(spec, str) else spec
+  factory = lookup((kind,), call.name)
+  parameters = inspect.signature(factory).parameters
+  bound = {name: value for name, value in bound.items() if name in parameters}
+  args, kwargs = _arguments(call, parameters, bound)
+  try:
+    built = factory(*args, **kwargs, **bound)
+    if kind == "optimizer":
+      _check_optimizer(built)
+  except (ValueError, TypeError, AssertionError) as error:
+    raise ValueError(f"{call.text}: {_one_line(error)}") from error
+  return built
+
+
+def lookup(kinds: Sequence[str], name: str) -> Callable[..., Any]:
+  """The factory of that name among some kinds.
+
+  Raises:
+    ValueError: if there is none, with the nearest name and the legal set.
+  """
+  legal: list[str] = []
+  for kind in kinds:
+    if kind in TABLE:
+      if name in TABLE[kind]:
+        module, attribute = TABLE[kind][name].split(":")
+        return getattr(importlib.import_module(module), attribute)
+      legal += TABLE[kind]
+    else:
+      found = _optax(kind)
+      if name in found:
+        return found[name]
+      legal += found
+  near = difflib.get_close_matches(name, legal, 1, 0.5)
+  hint = f"; did you mean '{near[0]}'?" if near else ";"
+  raise ValueError(f"unknown {' or '.join(kinds)} '{name}'{hint} legal: {', '.join(legal)}")
+
+
+def _optax(kind: str) -> dict[str, Callable[..., Any]]:
+  """optax's own factories of a kind, those that begin with a learning rate first."""
+  import optax
+  import optax.contrib
+
+  transformation = (optax.GradientTransformation, optax.GradientTransformationExtraArgs)
+  found: dict[str, Callable[..., Any]] = {}
+  for module in (optax.contrib, optax):
+    for name in sorted(dir(module)):
+      function = getattr(module, name)
+      if name.startswith("_") or not inspect.isfunction(function):
+        continue
+      returns = inspect.signature(function).return_annotation
+      is_schedule = name.endswith("_schedule") or name in ("exponential_decay", "join_schedules")
+      if (kind == "optimizer" and returns in transformation) or (kind == "schedule" and is_schedule):
+        found[name] = function
+  first = lambda f: next(iter(inspect.signature(f).parameters), "")  # noqa: E731
+  return dict(sorted(found.items(), key=lambda item: first(item[1]) != "learning_rate"))
+
+
+def _arguments(call: Call, parameters: Mapping[str, inspect.Parameter], bound: Mapping[str, Any]):
+  """Matches a call's arguments to a factory's parameters, building nested calls by their kind."""
+  open_ = {n: p for n, p in parameters.items() if n not in bound}
+  positional = [p for p in open_.values() if p.kind != p.KEYWORD_ONLY]
+  if positional and positional[-1].kind == inspect.Parameter.VAR_POSITIONAL:
+    positional += [positional[-1]] * len(call.args)
+  if len(call.args) > len(positional):
+    raise ValueError(
+      f"{call.text}: {call.name} takes {len(positional)} positional arguments "
+      f"({', '.join(p.name for p in positional)}) and got {len(call.args)}"
+    )
+  args = [_argument(call, p, value) for p, value in zip(positional, call.args, strict=False)]
+  given = {p.name for p in positional[: len(args)]}
+  kwargs = {}
+  for name, value in call.kwargs.items():
+    if name not in open_ or name in given:
+      problem = f"{call.name} got '{name}' twice" if name in given else f"no parameter '{name}'"
+      near = difflib.get_close_matches(name, list(open_), 1, 0.5)
+      hint = f"; did you mean '{near[0]}'?" if near and name not in given else ";"
+      raise ValueError(f"{call.text}: {problem}{hint} {call.name} takes {', '.join(open_)}")
+    kwargs[name] = _argument(call, open_[name], value)
+  missing = [
+    n
+    for n, p in open_.items()
+    if p.default is p.empty
+    and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    and n not in {*given, *kwargs}
+  ]
+  if missing:
+    raise ValueError(f"{call.text}: {call.name} needs {', '.join(missing)}")
+  return args, kwargs
+
+
+def _argument(call: Call, parameter: inspect.Parameter, value: Any) -> Any:
+  kinds = _kinds(parameter.annotation)
+  build_nested = lambda v: build(_kind_of(v, kinds, call, parameter), v)  # noqa: E731
+  if isinstance(value, Call):
+    value = build_nested(value)
+  elif isinstance(value, list):
+    value = [build_nested(v) if isinstance(v, Call) else v for v in value]
+  _check_value(call, parameter, value)
+  return value
+
+
+def _kind_of(nested: Call, kinds: Sequence[str], call: Call, parameter: inspect.Parameter) -> str:
+  if not kinds:
+    raise ValueError(f"{call.text}: {parameter.name} is a plain value, not {nested.text}")
+  for kind in kinds:
+    if nested.name in (TABLE[kind] if kind in TABLE else _optax(kind)):
+      return kind
+  try:
+    lookup(kinds, nested.name)
+  except ValueError as error:
+    raise ValueError(f"{call.text}: {parameter.name}: {error}") from None
+  raise AssertionError("a name that no kind holds was found")
+
+
+def _kinds(annotation: Any) -> list[str]:
+  """The kinds of object that a parameter takes, by its type."""
+  if typing.get_args(annotation) and typing.get_origin(annotation) is not Callable:
+    return [kind for part in typing.get_args(annotation) for kind in _kinds(part)]
+  name = getattr(annotation, "__name__", "")
+  if name.startswith("GradientTransformation"):
+    return ["optimizer"]
+  if name.lower() in TABLE:
+    return [name.lower()]
+  origin = typing.get_origin(annotation) or annotation
+  return ["schedule"] if getattr(origin, "__name__", "") == "Callable" else []
+
+
+def _check_value(call: Call, parameter: inspect.Parameter, value: Any) -> None:
+  name, shown = parameter.name, getattr(value, "text", repr(value))
+  if not _matches(value, parameter.annotation):
+    raise ValueError(f"{call.text}: {name}={shown} is not {_describe(parameter.annotation)}")
+  if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if not math.isfinite(value):
+      raise ValueError(f"{call.text}: {name}={shown} is not finite")
+    if name in _POSITIVE and value <= 0:
+      raise ValueError(f"{call.text}: {name}={shown} is not in (0, inf)")
+    if name in _FRACTIONS and not 0 <= value <= 1:
+      raise ValueError(f"{call.text}: {name}={shown} is not in [0, 1]")
+
+
+def _matches(value: Any, annotation: Any) -> bool:
+  origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+  if annotation in (inspect.Parameter.empty, Any):
+    return True
+  if origin in (typing.Union, types.UnionType):
+    return any(_matches(value, part) for part in parts)
+  if annotation is float:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+  if annotation is int:
+    return isinstance(value, int) and not isinstance(value, bool)
+  if annotation is None or annotation is types.NoneType:
+    return value is None
+  if origin is Callable or getattr(annotation, "__name__", "") == "Callable":
+    return callable(value)
+  if origin in (Sequence, list, tuple):
+    items = isinstance(value, list)
+    return items and all(_matches(item, parts[0]) for item in value if parts)
+  if isinstance(annotation, type):
+    return isinstance(value, annotation)
+  return True
+
+
+def _describe(annotation: Any) -> str:
+  names = {float: "a number", int: "a whole number", bool: "True or False", str: "a text in quotes"}
+  kinds = [f"a{'n' * (kind[0] in 'aeo')} {kind}" for kind in dict.fromkeys(_kinds(annotation))]
+  parts = typing.get_args(annotation)
+  if typing.get_origin(annotation) in (Sequence, list, tuple):
+    return f"a list, each {_describe(parts[0])}"
+  plain = [names[part] for part in (parts or (annotation,)) if part in names]
+  return " or ".join([*plain, *kinds]) or str(annotation)
+
+
+def _check_optimizer(optimizer: Any) -> None:
+  """Traces one update, so that an optimizer that needs more than gradients is refused here."""
+  import jax
+  import jax.numpy as jnp
+
+  params = {"w": jnp.zeros((2, 2))}
+  try:
+    jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), params)
+  except Exception as error:  # whatever an optimizer of another library raises
+    raise ValueError(f"needs more than averaged gradients: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+  return " ".join(str(error).split())[:300]
