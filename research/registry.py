@@ -32,7 +32,8 @@ TABLE: dict[str, dict[str, str]] = {
     "libsvm": "research.tasks.libsvm:libsvm",
   },
   "model": {
-    name: f"research.models.classic:{name}" for name in ("linear", "logistic", "mlp", "cnn", "resnet")
+    name: f"research.models.classic:{name}"
+    for name in ("linear", "logistic", "mlp", "cnn", "resnet")
   },
   "partition": {
     "iid": "research.tasks.partition:iid",
@@ -148,19 +149,19 @@ def _optax(kind: str) -> dict[str, Callable[..., Any]]:
   import optax
   import optax.contrib
 
-  transformation = (optax.GradientTransformation, optax.GradientTransformationExtraArgs)
-  found: dict[str, Callable[..., Any]] = {}
-  for module in (optax.contrib, optax):
-    for name in sorted(dir(module)):
-      function = getattr(module, name)
+  transformations = (optax.GradientTransformation, optax.GradientTransformationExtraArgs)
+  first: dict[str, Callable[..., Any]] = {}
+  others: dict[str, Callable[..., Any]] = {}
+  for module in (optax, optax.contrib):
+    for name, function in sorted(vars(module).items()):
       if name.startswith("_") or not inspect.isfunction(function):
         continue
-      returns = inspect.signature(function).return_annotation
+      signature = inspect.signature(function)
       is_schedule = name.endswith("_schedule") or name in ("exponential_decay", "join_schedules")
-      if (kind == "optimizer" and returns in transformation) or (kind == "schedule" and is_schedule):
-        found[name] = function
-  first = lambda f: next(iter(inspect.signature(f).parameters), "")  # noqa: E731
-  return dict(sorted(found.items(), key=lambda item: first(item[1]) != "learning_rate"))
+      if is_schedule if kind == "schedule" else signature.return_annotation in transformations:
+        takes_rate = next(iter(signature.parameters), "") == "learning_rate"
+        (first if takes_rate else others).setdefault(name, function)
+  return first | others
 
 
 def _arguments(call: Call, parameters: Mapping[str, inspect.Parameter], bound: Mapping[str, Any]):

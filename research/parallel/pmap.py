@@ -3,7 +3,8 @@
 from functools import partial
 
 import jax
-import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from research.base import Data, Executor, TrainState
 from research.comm import mesh as meshes
@@ -48,5 +49,6 @@ def pmap(job: workers.Job) -> Executor:
     state, metrics = mapped[rounds](each(by_worker, state), rows)
     return each(flat, state), metrics
 
-  params = jax.jit(lambda state: workers.deployed(job, layout, state.method))
+  deployed = lambda state: workers.deployed(job, layout, state.method)  # noqa: E731
+  params = jax.jit(deployed, out_shardings=NamedSharding(mesh, P()))
   return Executor(init, partial(sharded.place, mesh, ("data",)), run, params)

@@ -34,7 +34,8 @@ def simulate(job: workers.Job) -> Executor:
     donate_argnames="state",
     out_shardings=(shardings, everywhere),
   )
-  params = jax.jit(lambda state: workers.deployed(job, layout, state.method))
+  deployed = lambda state: workers.deployed(job, layout, state.method)  # noqa: E731
+  params = jax.jit(deployed, out_shardings=NamedSharding(mesh, P()))
   return Executor(init, partial(sharded.place, mesh, ("data",)), run, params)
 
 

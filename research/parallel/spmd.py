@@ -46,5 +46,6 @@ def spmd(job: workers.Job) -> Executor:
     donate_argnames="state",
     out_shardings=(shardings, NamedSharding(mesh, P())),
   )
-  params = jax.jit(lambda state: workers.deployed(job, layout, state.method))
+  deployed = lambda state: workers.deployed(job, layout, state.method)  # noqa: E731
+  params = jax.jit(deployed, out_shardings=NamedSharding(mesh, P()))
   return Executor(init, partial(sharded.place, mesh, names), run, params)

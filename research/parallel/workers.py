@@ -10,7 +10,7 @@ import optax
 from jax import lax
 
 from research.base import Array, Batch, Data, Key, Local, Method, State, Task, Tree, TrainState
-from research.comm import collectives
+from research.comm import collectives, wire
 from research.comm import mesh as meshes
 from research.parallel import layout as layouts
 
@@ -214,8 +214,7 @@ def rounds_of_worker(
 
   held, losses = lax.scan(one, state.method, (numbers, lots))
   weighted = (losses * lots.weight[:, None]).reshape(-1)
-  loss, finite = collectives.mean((weighted, all_finite(held).astype(jnp.float32)))
-  metrics = {"loss": loss, "finite": finite == 1}
+  metrics = reduce_metrics(weighted, all_finite(held))
   return TrainState(state.round + rounds, state.key, held), metrics
 
 
@@ -254,3 +253,30 @@ def deployed(job: Job, layout: layouts.Layout, state: State) -> Tree:
   private = layouts.private_outputs(job.method.params, owners, in_axes, state)
   models = layouts.over_workers(job.method.params, owners, in_axes, layouts.lead(private))(state)
   return jax.tree.map(lambda p, x: jnp.mean(x, 0) if p else x, private, models)
+
+
+def round_traffic(job: Job, layout: layouts.Layout) -> list[wire.Transfer]:
+  """What one worker's algorithm sends in a round of `period` steps, read off the traced sync."""
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  sync = lambda local, state, key: job.method.sync(local, state, key=key)  # noqa: E731
+  axes = meshes.worker_axes(job.axes)
+  return wire.traffic(sync, layout.local_shapes, layout.state_shapes, key, axes=axes)
+
+
+def dense_traffic(job: Job) -> list[wire.Transfer]:
+  """What the plain mean of one gradient would send: the yardstick for every other method."""
+  params = jax.eval_shape(job.task.init, jax.random.key(0))
+  return wire.traffic(collectives.mean, params, axes=meshes.worker_axes(job.axes))
+
+
+def metrics_traffic(job: Job, rounds: int) -> list[wire.Transfer]:
+  """What the reduction of the metrics sends in a dispatch of K rounds."""
+  losses = jax.ShapeDtypeStruct((rounds * job.method.period,), jnp.float32)
+  finite = jax.ShapeDtypeStruct((), jnp.bool_)
+  return wire.traffic(reduce_metrics, losses, finite, axes=meshes.worker_axes(job.axes))
+
+
+def reduce_metrics(losses: Array, finite: Array) -> dict[str, Array]:
+  """The workers' mean loss by step, and whether the state of all is finite: once per dispatch."""
+  loss, share = collectives.mean((losses, finite.astype(jnp.float32)))
+  return {"loss": loss, "finite": share == 1}

@@ -1,0 +1,224 @@
+"""Small models in flax.linen: linear, multilayer perceptron, convolutional and residual network.
+
+A factory takes the hyper-parameters and returns `outputs -> module`, since the task, not the user,
+knows the number of outputs. Inputs are [batch, ...] floats; images are [batch, height, width] or
+[batch, height, width, channels]. Parameters are float32, and every module has a name.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from research.base import Array, Batch
+
+Model = Callable[[int], nn.Module]
+
+
+def linear(bias: bool = False) -> Model:
+  """x W (+ b), initialised to zero. Takes sparse rows too, see `Linear`.
+
+  Args:
+    bias: adds b.
+
+  Raises:
+    ValueError: bias is not a bool.
+  """
+  _check_bool("bias", bias)
+  return lambda outputs: Linear(outputs, bias)
+
+
+def logistic(bias: bool = True) -> Model:
+  """The logits x W + b of logistic or softmax regression: `linear`, by default with a bias.
+
+  Args:
+    bias: adds b.
+
+  Raises:
+    ValueError: bias is not a bool.
+  """
+  return linear(bias)
+
+
+def mlp(hidden: Sequence[int] = (128,)) -> Model:
+  """A perceptron with ReLU layers on the flattened input.
+
+  Args:
+    hidden: widths of the hidden layers, at least one.
+
+  Raises:
+    ValueError: hidden is not a list of positive integers.
+  """
+  hidden = _widths("hidden", hidden)
+  return lambda outputs: MLP(outputs, hidden)
+
+
+def cnn(channels: Sequence[int] = (32, 64), hidden: int = 128) -> Model:
+  """3x3 convolutions, each with ReLU and 2x2 max pooling, then one hidden ReLU layer.
+
+  Args:
+    channels: of each convolution; n of them need images of at least 2^n x 2^n pixels.
+    hidden: width of the hidden layer.
+
+  Raises:
+    ValueError: channels is not a list of positive integers, or hidden not one.
+  """
+  channels, hidden = _widths("channels", channels), _width("hidden", hidden)
+  return lambda outputs: CNN(outputs, channels, hidden)
+
+
+def resnet(channels: Sequence[int] = (16, 32, 64), blocks: int = 1) -> Model:
+  """A residual network for small images; its GroupNorm keeps no statistics of a worker's own.
+
+  Args:
+    channels: of each stage; every stage but the first halves height and width.
+    blocks: residual blocks in a stage, of two convolutions each: depth 2 len(channels) blocks + 2.
+
+  Raises:
+    ValueError: channels is not a list of positive integers, or blocks not one.
+
+  Reference:
+    He et al., 2015, arXiv:1512.03385, section 4.2; Wu and He, 2018, arXiv:1803.08494 (GroupNorm).
+    Shortcuts that change shape are 1x1 convolutions (option B).
+  """
+  channels, blocks = _widths("channels", channels), _width("blocks", blocks)
+  return lambda outputs: ResNet(outputs, channels, blocks)
+
+
+class Linear(nn.Module):
+  """x W (+ b) for dense x, or for sparse rows {"index", "value"}, both [batch, most in a row].
+
+  A row is sum_k value_k W[index_k], so padding has value 0. Sparse rows do not say how many
+  features there are: initialise with one dense row, and the kernel knows.
+  """
+
+  outputs: int
+  bias: bool = False
+
+  @nn.compact
+  def __call__(self, x: Array | Batch) -> Array:
+    zeros = nn.initializers.zeros_init()
+    if isinstance(x, dict):
+      kernel = self.get_variable("params", "kernel")
+      if kernel is None:
+        raise ValueError("initialise with a dense row [1, features], then apply to sparse rows")
+      y = jnp.einsum("bk,bko->bo", x["value"], kernel[x["index"]])
+    else:
+      x = x.reshape(len(x), -1)
+      y = x @ self.param("kernel", zeros, (x.shape[1], self.outputs))
+    return y + self.param("bias", zeros, (self.outputs,))[None] if self.bias else y
+
+
+class MLP(nn.Module):
+  """Dense layers with ReLU in between."""
+
+  outputs: int
+  hidden: tuple[int, ...]
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    x = _dense("mlp", x)
+    x = x.reshape(len(x), -1)
+    for i, width in enumerate(self.hidden):
+      x = nn.relu(nn.Dense(width, kernel_init=nn.initializers.he_normal(), name=f"hidden_{i}")(x))
+    return nn.Dense(self.outputs, name="output")(x)
+
+
+class CNN(nn.Module):
+  """Convolution, ReLU and pooling, repeated; then two dense layers."""
+
+  outputs: int
+  channels: tuple[int, ...]
+  hidden: int
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    x, he = _image("cnn", x), nn.initializers.he_normal()
+    if min(x.shape[1:3]) < 2 ** len(self.channels):
+      raise ValueError(
+        f"cnn with channels={list(self.channels)} needs images of at least "
+        f"{2 ** len(self.channels)} pixels a side, got {x.shape[1]} x {x.shape[2]}"
+      )
+    for i, channels in enumerate(self.channels):
+      x = nn.relu(nn.Conv(channels, (3, 3), kernel_init=he, name=f"conv_{i}")(x))
+      x = nn.max_pool(x, (2, 2), strides=(2, 2))
+    x = x.reshape(len(x), -1)
+    x = nn.relu(nn.Dense(self.hidden, kernel_init=he, name="hidden")(x))
+    return nn.Dense(self.outputs, name="output")(x)
+
+
+class Block(nn.Module):
+  """relu(shortcut(x) + F(x)), F of two 3x3 convolutions."""
+
+  channels: int
+  stride: int
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    y = _convolution(self.channels, 3, self.stride, "conv_0")(x)
+    y = nn.relu(_norm(self.channels, "norm_0")(y))
+    y = _norm(self.channels, "norm_1")(_convolution(self.channels, 3, 1, "conv_1")(y))
+    if x.shape != y.shape:
+      x = _convolution(self.channels, 1, self.stride, "shortcut")(x)
+      x = _norm(self.channels, "shortcut_norm")(x)
+    return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+  """A convolution, stages of residual blocks, the mean over pixels, one dense layer."""
+
+  outputs: int
+  channels: tuple[int, ...]
+  blocks: int
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    x = _convolution(self.channels[0], 3, 1, "stem")(_image("resnet", x))
+    x = nn.relu(_norm(self.channels[0], "stem_norm")(x))
+    for i, channels in enumerate(self.channels):
+      for j in range(self.blocks):
+        x = Block(channels, 2 if i > 0 and j == 0 else 1, name=f"stage_{i}_block_{j}")(x)
+    return nn.Dense(self.outputs, name="output")(x.mean(axis=(1, 2)))
+
+
+def _convolution(channels: int, size: int, stride: int, name: str) -> nn.Conv:
+  he = nn.initializers.he_normal()
+  return nn.Conv(channels, (size, size), stride, use_bias=False, kernel_init=he, name=name)
+
+
+def _norm(channels: int, name: str) -> nn.GroupNorm:
+  return nn.GroupNorm(math.gcd(channels, 8), name=name)
+
+
+def _dense(model: str, x: Array) -> Array:
+  if isinstance(x, dict):
+    raise ValueError(f"{model} takes dense rows, got sparse ones; linear and logistic take both")
+  return x
+
+
+def _image(model: str, x: Array) -> Array:
+  """[batch, height, width(, channels)] to [batch, height, width, channels]."""
+  if _dense(model, x).ndim not in (3, 4):
+    raise ValueError(
+      f"{model} needs images [batch, height, width] or [batch, height, width, channels], "
+      f"got an input of shape {list(x.shape)}"
+    )
+  return x if x.ndim == 4 else x[..., None]
+
+
+def _widths(name: str, values: Sequence[int]) -> tuple[int, ...]:
+  if not isinstance(values, list | tuple) or not values:
+    raise ValueError(f"{name}={values!r} is not a list of one or more positive integers")
+  return tuple(_width(name, value) for value in values)
+
+
+def _width(name: str, value: int) -> int:
+  if type(value) is not int or value < 1:
+    raise ValueError(f"{name} has {value!r} where a positive integer belongs")
+  return value
+
+
+def _check_bool(name: str, value: bool) -> None:
+  if not isinstance(value, bool):
+    raise ValueError(f"{name}={value!r} is neither True nor False")

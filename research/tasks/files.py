@@ -1,0 +1,136 @@
+"""Data files: looked for where the user keeps them, else fetched; always checked."""
+
+import bz2
+import contextlib
+import gzip
+import hashlib
+import http.client
+import io
+import logging
+import os
+import shutil
+import tempfile
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+SUFFIXES = ("", ".gz", ".bz2")
+TIMEOUT = 30.0  # seconds without an answer
+_CHUNK = 1 << 20
+_CORRUPT = (EOFError, OSError, zlib.error)  # what gzip and bz2 raise
+
+
+def find(relative: str, data_dir: str, url: str, sha256: str | None = None) -> Path:
+  """The path of a data file, plain or compressed, with the recorded contents.
+
+  Looks in `data_dir`, $RESEARCH_DATA_DIR and the user cache ($XDG_CACHE_HOME, or ~/.cache, /
+  distributed-optimization-jax), in each for DIR/relative and DIR/basename, also with .gz or .bz2
+  appended; the first one found counts. Else fetches `url` into the cache.
+
+  Args:
+    relative: path under a data directory, without the suffix of compression, such as "libsvm/a9a".
+    data_dir: the user's data directory, or "".
+    url: where the file is published, plain, .gz or .bz2.
+    sha256: of the decompressed bytes, 64 hex digits. Without it the one found is logged.
+
+  Returns:
+    Path of a file whose suffix tells its compression; read it by `opened`.
+
+  Raises:
+    FileNotFoundError: it is nowhere and cannot be fetched.
+    ValueError: it is truncated, or is not what was recorded, or data_dir is no directory.
+  """
+  if data_dir and not Path(data_dir).expanduser().is_dir():
+    raise ValueError(f"data_dir={data_dir!r} is not a directory")
+  folders = [Path(d).expanduser() for d in (data_dir, os.environ.get("RESEARCH_DATA_DIR")) if d]
+  folders.append(_cache())
+  for folder in folders:
+    for place in (folder / relative, folder / PurePosixPath(relative).name):
+      for suffix in SUFFIXES:
+        path = place.with_name(place.name + suffix)
+        if path.is_file():
+          _verify(path, sha256, str(path))
+          return path
+  try:
+    return _fetch(url, _cache() / relative, sha256)
+  except (OSError, http.client.HTTPException) as error:
+    reason = getattr(error, "reason", None) or error
+    raise FileNotFoundError(
+      f"{relative} is not in {', '.join(map(str, folders))}, and {url} cannot be fetched "
+      f"({reason}); save it as {folders[0] / relative} (.gz and .bz2 may stay compressed)"
+    ) from None
+
+
+@contextlib.contextmanager
+def opened(path: Path, name: str = "") -> Iterator[io.BufferedIOBase]:
+  """Opens a file for reading, decompressed as its suffix says.
+
+  Args:
+    path: of the file.
+    name: what errors call it, if not its path.
+
+  Raises:
+    ValueError: in reading, where the file is truncated or not compressed as its suffix says.
+  """
+  if path.suffix not in (".gz", ".bz2"):
+    with path.open("rb") as file:
+      yield file
+    return
+  try:
+    with (gzip.open if path.suffix == ".gz" else bz2.open)(path) as file:
+      yield file
+  except _CORRUPT as error:
+    raise ValueError(f"{name or path} is truncated or no {path.suffix} file ({error})") from None
+
+
+def _cache() -> Path:
+  root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+  return Path(root) / "distributed-optimization-jax"
+
+
+def _verify(path: Path, sha256: str | None, source: str) -> None:
+  digest = hashlib.sha256()
+  with opened(path, source) as file:
+    while chunk := file.read(_CHUNK):
+      digest.update(chunk)
+  found = digest.hexdigest()
+  if sha256 is None:
+    logging.getLogger(__name__).warning("%s has no recorded sha256; it has %s", source, found)
+  elif found != sha256:
+    raise ValueError(
+      f"{source} is truncated or another file: its decompressed bytes have sha256 "
+      f"{found[:12]}, expected {sha256[:12]}"
+    )
+
+
+def _fetch(url: str, target: Path, sha256: str | None) -> Path:
+  """Downloads to a temporary file, checks it, and only then gives it its name."""
+  suffix = PurePosixPath(url).suffix
+  if suffix in SUFFIXES and target.suffix != suffix:
+    target = target.with_name(target.name + suffix)
+  target.parent.mkdir(parents=True, exist_ok=True)
+  descriptor, name = tempfile.mkstemp(suffix=suffix, prefix=".fetch-", dir=target.parent)
+  path = Path(name)
+  try:
+    with os.fdopen(descriptor, "wb") as file:
+      _download(url, file)
+    _verify(path, sha256, url)
+    path.replace(target)
+  finally:
+    path.unlink(missing_ok=True)
+  return target
+
+
+def _download(url: str, file: IO[bytes]) -> None:
+  try:
+    with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+      shutil.copyfileobj(answer, file, _CHUNK)
+      length = answer.headers.get("Content-Length")
+  except urllib.error.HTTPError as error:
+    error.close()
+    raise
+  if length is not None and file.tell() != int(length):
+    raise ConnectionError(f"the connection broke after {file.tell()} of {length} bytes")

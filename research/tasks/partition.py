@@ -1,0 +1,149 @@
+"""Who owns which examples: partitions of the training set over workers or clients.
+
+A partition maps (labels [N], workers, seed) to one array of indices per worker: disjoint, together
+all of range(N), none empty.
+"""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from research.base import Batch
+
+Partition = Callable[[np.ndarray, int, int], list[np.ndarray]]
+
+
+def iid() -> Partition:
+  """A random permutation, cut into parts whose sizes differ by at most one."""
+
+  def partition(labels: np.ndarray, workers: int, seed: int) -> list[np.ndarray]:
+    _check_workers(labels, workers)
+    return np.array_split(np.random.default_rng(seed).permutation(len(labels)), workers)
+
+  return partition
+
+
+def sorted_() -> Partition:
+  """Sorted by label, ties as they come, cut into parts whose sizes differ by at most one.
+
+  The extreme of heterogeneity. It draws nothing: the seed has no effect.
+  """
+
+  def partition(labels: np.ndarray, workers: int, seed: int) -> list[np.ndarray]:
+    del seed
+    _check_workers(labels, workers)
+    return np.array_split(_by_label(labels), workers)
+
+  return partition
+
+
+def shards(per_worker: int = 2) -> Partition:
+  """Sorted by label, cut into equal shards, and `per_worker` shards dealt to each worker at random.
+
+  With two shards each, most workers see two classes. Shard sizes differ by at most one.
+
+  Args:
+    per_worker: shards that each worker gets.
+
+  Raises:
+    ValueError: per_worker is no positive integer; when called, fewer examples than shards.
+
+  Reference:
+    McMahan et al., 2016, arXiv:1602.05629, section 3 ("pathological non-IID").
+  """
+  if type(per_worker) is not int or per_worker < 1:
+    raise ValueError(f"per_worker={per_worker!r} is not a positive integer")
+
+  def partition(labels: np.ndarray, workers: int, seed: int) -> list[np.ndarray]:
+    _check_workers(labels, workers)
+    count = workers * per_worker
+    if count > len(labels):
+      raise ValueError(f"{workers} workers with {per_worker} shards each, {len(labels)} examples")
+    pieces = np.array_split(_by_label(labels), count)
+    deal = np.random.default_rng(seed).permutation(count).reshape(workers, per_worker)
+    return [np.concatenate([pieces[i] for i in hand]) for hand in deal]
+
+  return partition
+
+
+def dirichlet(alpha: float) -> Partition:
+  """The examples of each class go to the workers in proportions drawn from Dirichlet(alpha).
+
+  Small alpha gives few classes per worker and unequal sizes; large alpha tends to equal shares.
+  Yurochkin et al. draw over workers for each class, as here; Hsu et al. (2019, arXiv:1909.06335)
+  draw over classes for each worker, all of one size. Li et al. redraw until everybody has ten
+  examples, which many workers never reach; here a worker without any takes one from the largest.
+
+  Args:
+    alpha: concentration, > 0.
+
+  Raises:
+    ValueError: alpha is not positive; when called, labels that are not classes.
+
+  Reference:
+    Yurochkin et al., 2019, arXiv:1905.12022, section 4; Li et al., 2021, arXiv:2102.02079.
+  """
+  if not 0 < alpha < np.inf:
+    raise ValueError(f"alpha={alpha} is not a positive number")
+
+  def partition(labels: np.ndarray, workers: int, seed: int) -> list[np.ndarray]:
+    _check_workers(labels, workers)
+    if labels.dtype.kind not in "iub" or labels.ndim != 1:
+      raise ValueError(f"dirichlet needs one integer class per example, got {_kind(labels)}")
+    rng = np.random.default_rng(seed)
+    parts = [[] for _ in range(workers)]
+    for label in np.unique(labels):
+      members = rng.permutation(np.flatnonzero(labels == label))
+      ends = np.cumsum(rng.dirichlet(np.full(workers, alpha)))[:-1] * len(members)
+      for part, share in zip(parts, np.split(members, ends.round().astype(int)), strict=True):
+        part.append(share)
+    return _none_empty([np.concatenate(part) for part in parts])
+
+  return partition
+
+
+def stack(examples: Batch, parts: list[np.ndarray]) -> tuple[Batch, np.ndarray]:
+  """The examples by owner, padded with zeros to the largest part.
+
+  Args:
+    examples: numpy arrays [N, ...].
+    parts: indices of the examples of each of P owners.
+
+  Returns:
+    The arrays [P, largest part, ...], of the same dtypes, and the sizes of the parts, int32 [P].
+  """
+  sizes = np.array([len(part) for part in parts], np.int32)
+
+  def rows(leaf: np.ndarray) -> np.ndarray:
+    stacked = np.zeros((len(parts), sizes.max(), *leaf.shape[1:]), leaf.dtype)
+    for row, part in zip(stacked, parts, strict=True):
+      row[: len(part)] = leaf[part]
+    return stacked
+
+  return jax.tree.map(rows, examples), sizes
+
+
+def _none_empty(parts: list[np.ndarray]) -> list[np.ndarray]:
+  """Gives each empty part one example of whichever part is then the largest."""
+  sizes = np.array([len(part) for part in parts])
+  for i in np.flatnonzero(sizes == 0):
+    largest = sizes.argmax()
+    parts[i], parts[largest] = parts[largest][-1:], parts[largest][:-1]
+    sizes[i], sizes[largest] = 1, sizes[largest] - 1
+  return parts
+
+
+def _by_label(labels: np.ndarray) -> np.ndarray:
+  if labels.ndim != 1:
+    raise ValueError(f"sorting needs one label per example, got {_kind(labels)}")
+  return np.argsort(labels, kind="stable")
+
+
+def _kind(labels: np.ndarray) -> str:
+  return f"{labels.dtype} labels of shape {list(labels.shape)}"
+
+
+def _check_workers(labels: np.ndarray, workers: int) -> None:
+  if not 1 <= workers <= len(labels):
+    raise ValueError(f"{workers} workers for {len(labels)} examples: each needs at least one")

@@ -1,0 +1,67 @@
+"""Problems that are made up, so that all there is to know about them is known."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from research.base import Params, Task
+from research.tasks.supervised import supervised
+
+DEFAULT_MODEL = {"least_squares": "linear()"}
+
+
+def least_squares(
+  samples: int = 1000,
+  features: int = 10,
+  noise: float = 0.0,
+  condition: float = 10.0,
+  seed: int = 0,
+  *,
+  model: Callable[[int], nn.Module],
+) -> Task:
+  """Linear regression, f(w) = 1/(2N) ||X w - y||^2, of a given condition number.
+
+  X = sqrt(N) U S V' with random orthonormal U and V, so that the Hessian X'X/N has the eigenvalues
+  S^2, in geometric progression from 1 to 1/condition: a linear model without bias has L = 1 and
+  mu = 1/condition, and gradient descent is fastest at the step 2/(L + mu) = 2/(1 + 1/condition),
+  which contracts by (condition - 1)/(condition + 1). y = X w* + noise, w* standard normal.
+
+  The optimum is that of the float32 data, solved in float64; it is known for `linear`, with a bias
+  or without, and None for other models.
+
+  Args:
+    samples: N, at least `features`.
+    features: length of w; with one, the only eigenvalue is 1.
+    noise: standard deviation of what is added to y.
+    condition: L / mu, at least 1.
+    seed: of the data.
+    model: outputs -> module.
+
+  Raises:
+    ValueError: a number is out of its range.
+  """
+  if not samples >= features >= 1:
+    raise ValueError(f"samples={samples}, features={features}: need samples >= features >= 1")
+  if not (noise >= 0 and 1 <= condition < np.inf):
+    raise ValueError(f"noise={noise}, condition={condition}: need noise >= 0 and condition >= 1")
+  rng = np.random.default_rng(seed)
+  left = np.linalg.qr(rng.standard_normal((samples, features)))[0]
+  right = np.linalg.qr(rng.standard_normal((features, features)))[0]
+  x = np.sqrt(samples * np.geomspace(1, 1 / condition, features)) * left @ right.T
+  y = x @ rng.standard_normal(features) + noise * rng.standard_normal(samples)
+  train = {"x": x.astype(np.float32), "y": y.astype(np.float32)}
+  module = model(1)
+  return supervised(module, train, loss="squares", optimum=_optimum(module, **train))
+
+
+def _optimum(module: nn.Module, x: np.ndarray, y: np.ndarray) -> Params | None:
+  """The exact minimiser in the module's structure, if that is one kernel and at most one bias."""
+  shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x[:1])["params"])
+  if not set(shapes) <= {"kernel", "bias"}:
+    return None
+  columns = [x, np.ones((len(x), 1))] if "bias" in shapes else [x]
+  w = np.linalg.lstsq(np.hstack(columns).astype(np.float64), y.astype(np.float64))[0]
+  optimum = {"kernel": w[: x.shape[1], None], "bias": w[x.shape[1] :]}
+  return {name: optimum[name].astype(np.float32) for name in shapes}

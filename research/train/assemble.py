@@ -1,0 +1,199 @@
+"""From the flags of a run to its parts: task, method, partition, job, executor."""
+
+import contextlib
+import difflib
+import importlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from research import registry
+from research.base import Batch, Executor, Method, Task
+from research.comm import mesh as meshes
+from research.parallel.workers import Job
+
+# Which module holds an executor; all three take a Job.
+EXECUTORS = {
+  "simulate": "research.parallel.simulate",
+  "pmap": "research.parallel.pmap",
+  "spmd": "research.parallel.spmd",
+}
+
+
+class UsageError(ValueError):
+  """A flag that cannot be: one line with the flag, its value, the legal set, the nearest name."""
+
+
+class Config(NamedTuple):
+  """A run, as its flags describe it; `experiments/run.py --help` says what each means."""
+
+  task: str = "digits()"
+  model: str = ""
+  method: str = "data_parallel(sgd(0.1, momentum=0.9), mean())"
+  executor: str = "simulate"
+  mesh: str = "data:8"
+  population: int = 0
+  partition: str = "iid()"
+  batch_size: int | str = 256
+  steps: int = 400
+  epochs: float = 0.0
+  seed: int = 0
+  clip_norm: float = 0.0
+  tolerance: float = 0.0
+  steps_per_dispatch: int = 100
+  log_every: int = 10
+  eval_every: int = 50
+  checkpoint_every: int = 100
+  checkpoint_seconds: float = 1.0
+  check_every: int = 100
+  out: str = ""
+  data_dir: str = ""
+  allow_changes: bool = False
+  tensorboard: bool = False
+  profile: bool = False
+
+
+class Problem(NamedTuple):
+  """All parts of a run before anything is placed on a device."""
+
+  job: Job
+  executor: Executor
+  examples: Batch  # numpy [P, n, ...]
+  test: tuple[Batch, np.ndarray] | None  # numpy [D, n, ...] and sizes [D]
+  steps: int
+
+
+@contextlib.contextmanager
+def flag(name: str, value: Any) -> Iterator[None]:
+  """Says which flag it was that a ValueError is about."""
+  try:
+    yield
+  except UsageError:
+    raise
+  except (ValueError, FileNotFoundError) as error:
+    shown = repr(value) if isinstance(value, str) else value
+    raise UsageError(f"--{name}={shown}: {error}") from error
+
+
+class Setting(NamedTuple):
+  """What the flags say by themselves, before data or devices are looked at."""
+
+  axes: dict[str, int]
+  method: Method
+  workers: int
+  owners: int
+  batch_size: int | None  # per worker and step
+
+
+def check(config: Config) -> Setting:
+  """Refuses what needs neither data nor devices to be seen wrong.
+
+  Raises:
+    UsageError: one line.
+  """
+  if config.executor not in EXECUTORS:
+    near = difflib.get_close_matches(config.executor, EXECUTORS, 1)
+    hint = f"; did you mean '{near[0]}'?" if near else ";"
+    raise UsageError(f"--executor='{config.executor}': unknown{hint} legal: {', '.join(EXECUTORS)}")
+  with flag("mesh", config.mesh):
+    axes = meshes.parse_mesh(config.mesh)
+  workers = meshes.count(meshes.worker_axes(axes))
+  owners = config.population or workers
+  with flag("population", config.population):
+    if owners % workers:
+      raise ValueError(f"not a multiple of the {workers} workers of --mesh='{config.mesh}'")
+  with flag("method", config.method):
+    method = registry.build("method", config.method)
+  with flag("task", config.task):
+    registry.lookup(("task",), registry.parse(config.task).name)
+  with flag("partition", config.partition):
+    registry.build("partition", config.partition)
+  if config.model:
+    with flag("model", config.model):
+      registry.build("model", config.model)
+  with flag("steps", config.steps):
+    if config.steps % method.period and not config.epochs:
+      raise ValueError(f"not a multiple of the method's period of {method.period} steps")
+  return Setting(axes, method, workers, owners, _batch_size(config, workers))
+
+
+def _batch_size(config: Config, workers: int) -> int | None:
+  if config.batch_size == "all":
+    return None
+  size = int(config.batch_size)
+  with flag("batch_size", size):
+    if size % workers:
+      below, above = size // workers * workers, -(-size // workers) * workers
+      nearest = f"{below} and {above}" if below else f"{above}"
+      raise ValueError(f"does not divide among {workers} workers; nearest: {nearest}, or 'all'")
+  return size // workers
+
+
+def assemble(config: Config, setting: Setting) -> Problem:
+  """Builds every part of a run and holds them against each other.
+
+  Raises:
+    UsageError: one line that names the flag.
+  """
+  axes, method, _, owners, batch_size = setting
+  task = _task(config)
+  examples, sizes = _partitioned(config, task, owners)
+  total = int(sizes.sum())
+  with flag("batch_size", config.batch_size):
+    if config.batch_size != "all" and int(config.batch_size) > total:
+      raise ValueError(f"the task has {total} training examples; 'all' takes them all")
+  job = Job(method, task, axes, sizes, batch_size, config.clip_norm)
+  with flag("mesh", config.mesh):
+    module = importlib.import_module(EXECUTORS[config.executor])
+    executor = getattr(module, config.executor)(job)
+  return Problem(job, executor, examples, _test(job, config), _steps(config, total, method.period))
+
+
+def _task(config: Config) -> Task:
+  with flag("task", config.task):
+    call = registry.parse(config.task)
+    factory = registry.lookup(("task",), call.name)
+    defaults = importlib.import_module(factory.__module__).DEFAULT_MODEL
+  spec = config.model or defaults[call.name]
+  with flag("model", spec):
+    model = registry.build("model", spec)
+  with flag("task", config.task):
+    task = registry.build("task", call, model=model, data_dir=config.data_dir)
+  with flag("model", spec):
+    jax.eval_shape(task.init, jax.random.key(0))
+  return task
+
+
+def _partitioned(config: Config, task: Task, owners: int) -> tuple[Batch, np.ndarray]:
+  from research.tasks.partition import stack
+
+  with flag("partition", config.partition):
+    split = registry.build("partition", config.partition)
+    return stack(task.train, split(np.asarray(task.train["y"]), owners, config.seed))
+
+
+def _steps(config: Config, examples: int, period: int) -> int:
+  if not config.epochs:
+    return config.steps
+  size = examples if config.batch_size == "all" else int(config.batch_size)
+  return -(-round(config.epochs * examples / size) // period) * period
+
+
+def _test(job: Job, config: Config) -> tuple[Batch, np.ndarray] | None:
+  """The test examples cut into as many parts as devices evaluate them."""
+  from research.tasks.partition import stack
+
+  if job.task.test is None:
+    return None
+  count, shards = len(job.task.test["y"]), evaluation_shards(job, config.executor)
+  with flag("mesh", config.mesh):
+    if count < shards:
+      raise ValueError(f"the {count} test examples do not spread over {shards} devices")
+  return stack(job.task.test, np.array_split(np.arange(count), shards))
+
+
+def evaluation_shards(job: Job, executor: str) -> int:
+  """Over how many devices an executor spreads rows of examples."""
+  return meshes.simulation_mesh(job.workers).size if executor == "simulate" else job.workers

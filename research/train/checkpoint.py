@@ -1,0 +1,186 @@
+"""Checkpoints: the complete TrainState with a checksum per leaf, saved in the background by Orbax."""
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from research.base import Array, Tree, TrainState
+from research.parallel.layout import resize_rows
+
+KEEP = 3
+
+
+class CheckpointError(Exception):
+  """No checkpoint of a run can be read."""
+
+
+class Checkpoints:
+  """The checkpoints of one run, in `folder`, by step. All processes of the run call every method."""
+
+  def __init__(self, folder: Path, like: TrainState):
+    """Makes the folder if need be; `like` is a state as those that will be saved."""
+    self._folder = folder
+    self._manager = _manager(folder)
+    self.saved_at = 0.0
+    jax.block_until_ready(checksums(_plain(like)))
+
+  def save(self, step: int, state: TrainState, now: float) -> None:
+    """Copies the state off the devices and writes it in the background; `now` becomes `saved_at`."""
+    self.saved_at = now
+    plain = _plain(state)
+    item = {"state": plain, "checksums": checksums(plain)}
+    self._manager.save(step, args=ocp.args.StandardSave(item), force=True)
+
+  def wait(self) -> None:
+    """Returns when everything saved is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    self._manager.close()
+
+  def latest(self) -> int | None:
+    """The newest step saved, or None."""
+    return self._manager.latest_step()
+
+  def restore(
+    self, like: TrainState, owners: Tree, warn: Callable[[str], None]
+  ) -> tuple[int, TrainState] | None:
+    """The newest checkpoint that is whole, in the shardings of `like`.
+
+    Shared leaves come back as they were. Private rows come back by owner where there are as many
+    owners as before; for another number every owner gets the mean of all rows (`resize_rows`).
+    A damaged checkpoint is renamed to STEP.damaged, and the one before it is tried.
+
+    Args:
+      like: shapes, dtypes and shardings of the state.
+      owners: a tree like the method's state: whether a leaf has rows by owner.
+      warn: told about each damaged checkpoint, in one line.
+
+    Returns:
+      Its step and its state, or None if nothing was ever saved.
+
+    Raises:
+      CheckpointError: if there are checkpoints and none is whole.
+    """
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    for step in steps:
+      try:
+        return step, self._restore_one(step, like, owners)
+      except Exception as error:  # whatever a damaged file makes the reader raise
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        warn(f"checkpoint {step} is damaged and set aside as {step}.damaged: {reason}")
+        self._set_aside(step)
+    if steps:
+      raise CheckpointError(f"none of the checkpoints {steps[::-1]} in {self._folder} is whole")
+    return None
+
+  def _restore_one(self, step: int, like: TrainState, owners: Tree) -> TrainState:
+    saved = self._manager.item_metadata(step)
+    if saved is None:
+      raise ValueError("its metadata is missing")
+    target = _plain(like)
+    found = jax.tree.leaves(saved["state"])
+    leaves, tree = jax.tree.flatten(target)
+    if len(found) != len(leaves):
+      raise ValueError(f"it holds {len(found)} arrays and the run has {len(leaves)}")
+    has_rows = jax.tree.leaves(TrainState(False, False, owners))
+    shapes = [
+      (was.shape[0], *leaf.shape[1:]) if rows else leaf.shape
+      for was, leaf, rows in zip(found, leaves, has_rows, strict=True)
+    ]
+    wanted = tree.unflatten([_struct(leaf, shape) for leaf, shape in zip(leaves, shapes, strict=True)])
+    sums = jax.ShapeDtypeStruct((len(leaves),), jnp.uint32, sharding=like.round.sharding)
+    item = {"state": wanted, "checksums": sums}
+    restored = self._manager.restore(step, args=ocp.args.StandardRestore(item))
+    _compare(np.asarray(restored["checksums"]), np.asarray(checksums(restored["state"])), target)
+    return _typed(_resized(restored["state"], target), like)
+
+  def _set_aside(self, step: int) -> None:
+    if jax.process_index() == 0:
+      source = self._folder / str(step)
+      goal = self._folder / f"{step}.damaged"
+      if goal.exists():
+        shutil.rmtree(goal)
+      if source.exists():
+        source.rename(goal)
+    if jax.process_count() > 1:
+      from jax.experimental import multihost_utils
+
+      multihost_utils.sync_global_devices(f"set aside {step}")
+    self._manager.reload()
+
+
+def _manager(folder: Path) -> ocp.CheckpointManager:
+  logging.getLogger("absl").setLevel(logging.ERROR)
+  options = ocp.CheckpointManagerOptions(max_to_keep=KEEP, enable_async_checkpointing=True)
+  handlers = ocp.StandardCheckpointHandler()
+  return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+
+
+def _is_key(leaf: Any) -> bool:
+  return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _plain(state: TrainState) -> TrainState:
+  """Typed keys as the integers that they are, which is what files hold."""
+  data = lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf  # noqa: E731
+  return jax.tree.map(data, state)
+
+
+def _typed(state: TrainState, like: TrainState) -> TrainState:
+  def typed(leaf, was):
+    return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(was)) if _is_key(was) else leaf
+
+  return jax.tree.map(typed, state, like)
+
+
+def _struct(leaf: Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+  """Restores into the leaf's own sharding where the shape is the same, else everywhere."""
+  sharding = leaf.sharding
+  if shape != leaf.shape and isinstance(sharding, jax.sharding.NamedSharding):
+    sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+  return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
+
+
+def _resized(state: TrainState, target: TrainState) -> TrainState:
+  def one(leaf, goal):
+    if leaf.shape == goal.shape:
+      return leaf
+    return jax.jit(lambda x: resize_rows(x, goal.shape[0]), out_shardings=goal.sharding)(leaf)
+
+  return jax.tree.map(one, state, target)
+
+
+@jax.jit
+def checksums(tree: Tree) -> Array:
+  """A 32-bit checksum of each leaf's bits, position by position: uint32 [leaves]."""
+  return jnp.stack([checksum(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def checksum(leaf: Array) -> Array:
+  """Sum over positions i of (2 i + 1) bits_i modulo 2^32: any one changed element changes it."""
+  if leaf.size == 0:
+    return jnp.zeros((), jnp.uint32)
+  width = 8 * leaf.dtype.itemsize
+  bits = leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool_ else leaf
+  bits = jax.lax.bitcast_convert_type(bits, jnp.dtype(f"uint{min(width, 32)}")).astype(jnp.uint32)
+  position = jnp.zeros(bits.shape, jnp.uint32)
+  stride = 1
+  for dimension in reversed(range(bits.ndim)):
+    position += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, dimension) * np.uint32(stride)
+    stride = stride * bits.shape[dimension] % 2**32
+  return jnp.sum((2 * position + 1) * bits, dtype=jnp.uint32)
+
+
+def _compare(saved: np.ndarray, found: np.ndarray, tree: Tree) -> None:
+  names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+  wrong = [name for name, a, b in zip(names, saved, found, strict=True) if a != b]
+  if wrong:
+    raise ValueError(f"the checksum of {wrong[0]} does not match")

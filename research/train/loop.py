@@ -1,0 +1,293 @@
+"""The training loop: job, state, rounds, evaluation, checkpoints, in the order of the run."""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from research.base import Array, Params, TrainState
+from research.comm import wire
+from research.parallel import workers
+from research.train import folder as folders
+from research.train import interrupt, metrics, report
+from research.train.assemble import Config, Problem, assemble, check, evaluation_shards
+from research.train.checkpoint import Checkpoints
+from research.train.timing import Timing
+
+
+class NonFinite(Exception):
+  """The loss or the state of a run is no longer finite."""
+
+
+class ReplicasDiffer(Exception):
+  """Copies of what should be equal on all devices are not."""
+
+
+def train(config: Config) -> tuple[dict[str, Any], Path]:
+  """Runs, or goes on with, what the flags describe.
+
+  Returns:
+    The contents of summary.json, and the run's folder.
+
+  Raises:
+    UsageError: for flags that cannot be.
+    CheckpointError: if the run has checkpoints and none is whole.
+    NonFinite: names the steps; the last good checkpoint stays.
+    ReplicasDiffer: names the step and the leaves.
+  """
+  main = jax.process_index() == 0
+  with contextlib.closing(Timing()) as timing:
+    setting = check(config)
+    folder = folders.check(config)
+    problem = assemble(config, setting)
+    summary = _finished(folder, problem)
+    if summary:
+      report.note(f"{folder} holds this run, complete; its result:")
+      return summary, folder
+    interrupt.everyone_is_here()
+    if main:
+      folders.claim(config, folder)
+    with contextlib.closing(Run(config, problem, folder, timing, main)) as run:
+      summary = run.train()
+    if main:
+      report.write_json(folder / "summary.json", summary)
+      rows = report.read_rows(folder / "metrics.jsonl")
+      report.loss_plot(folder / "loss.png", rows, config.method)
+  return summary, folder
+
+
+def _finished(folder: Path, problem: Problem) -> dict[str, Any] | None:
+  """The summary of a run that has nothing left to do."""
+  path = folder / "summary.json"
+  summary = json.loads(path.read_text()) if path.exists() else {"stopped_because": ""}
+  over = {"converged": True, "steps": summary.get("steps", 0) >= problem.steps}
+  return summary if over.get(summary["stopped_because"]) else None
+
+
+class Pending(NamedTuple):
+  """A dispatch under way, whose metrics the host fetches only after it has started the next."""
+
+  first: int  # steps before it
+  last: int  # steps after it
+  metrics: Mapping[str, Array]
+
+
+class Run:
+  """One run, from its start or its newest checkpoint to its end, in this process."""
+
+  def __init__(
+    self, config: Config, problem: Problem, folder: Path, timing: Timing, main: bool
+  ):
+    self.config, self.problem, self.folder, self.timing = config, problem, folder, timing
+    job, executor = problem.job, problem.executor
+    init_key, data_key = jax.random.split(jax.random.key(config.seed))
+    self.layout = workers.infer_layout(job)
+    self.state: TrainState = executor.init(init_key)
+    self.progress = report.Progress(problem.steps, main)
+    self.checkpoints = Checkpoints(folder.resolve() / "checkpoints", self.state)
+    self.step = self._restore()
+    self.data = executor.place(problem.examples, job.sizes, data_key)
+    self.test = executor.place(*problem.test, data_key) if problem.test else None
+    self.evaluate = metrics.evaluator(job.task, evaluation_shards(job, config.executor))
+    self.differing = metrics.replica_check(self.state)
+    per_step = wire.by_axis(workers.round_traffic(job, self.layout), job.method.period)
+    self.bytes_per_step: dict[str, float] = per_step
+    self.log = report.Metrics(folder, self.step, config.tensorboard) if main else None
+    self.timing.resume(self.log.rows[-1]["seconds"] if self.log and self.log.rows else 0.0)
+    self.pending: Pending | None = None
+    self.evaluated: dict[str, Any] = {}
+
+  def close(self) -> None:
+    self.progress.close()
+    self.checkpoints.close()
+    if self.log:
+      self.log.close()
+
+  def train(self) -> dict[str, Any]:
+    """Rounds until the steps are done, the run has converged, or somebody stops it."""
+    config, executor, period = self.config, self.problem.executor, self.problem.job.method.period
+    reason = "steps"
+    with interrupt.watch() as stopped:
+      while self.step < self.problem.steps:
+        before, self.step = self.step, self._next_stop()
+        with self._profiled():
+          rounds = (self.step - before) // period
+          self.state, found = executor.run(self.state, self.data, rounds=rounds)
+        self._fetch()
+        self.pending = Pending(before, self.step, found)
+        if self._due(before, config.check_every):
+          self._check_replicas()
+        if self._due(before, config.eval_every) and self._converged(self._evaluate()):
+          reason = "converged"
+          break
+        if self._due(before, config.checkpoint_every) and self._old_enough():
+          self._save()
+        told = stopped(self.step)
+        if told and self.step < self.problem.steps:
+          reason = told
+          break
+      return self._finish(reason)
+
+  def _finish(self, reason: str) -> dict[str, Any]:
+    """Saves first, since whoever stops a run may not wait; evaluates the end of a whole run."""
+    whole = reason in ("steps", "converged")
+    if whole and self.evaluated.get("step") != self.step:
+      self._evaluate()
+    self._check_replicas()
+    if self.checkpoints.latest() != self.step:
+      self._save()
+    self.checkpoints.wait()
+    return self._summary(reason)
+
+  # ---- when
+
+  def _next_stop(self) -> int:
+    """The next step at which the host has something to do, a whole number of rounds from zero.
+
+    A function of absolute steps, so that a resumed run is cut where an unbroken one is.
+    """
+    config, period = self.config, self.problem.job.method.period
+    every = (config.eval_every, config.checkpoint_every, config.check_every)
+    stops = [(self.step // n + 1) * n for n in (*every, config.steps_per_dispatch) if n > 0]
+    stop = -(-min([*stops, self.problem.steps]) // period) * period
+    return min(stop, self.problem.steps)
+
+  def _due(self, before: int, every: int) -> bool:
+    return every > 0 and self.step // every > before // every
+
+  def _old_enough(self) -> bool:
+    """Whether the last save is long enough ago, by the clock of the first process."""
+    seconds = self.timing.elapsed() - self.checkpoints.saved_at
+    return interrupt.of_first_process(seconds >= self.config.checkpoint_seconds)
+
+  def _converged(self, row: dict[str, Any]) -> bool:
+    return "gradient_norm" in row and row["gradient_norm"] < self.config.tolerance
+
+  # ---- what
+
+  def _fetch(self, **evaluated: Any) -> None:
+    """Takes the pending dispatch's metrics to the host and writes its rows."""
+    if self.pending is None:
+      return
+    (first, last, found), self.pending = self.pending, None
+    found = jax.device_get(found)
+    self.timing.dispatch_done(last - first)
+    bad = first + 1 + np.flatnonzero(~np.isfinite(found["loss"]))
+    if bad.size:
+      shown = ", ".join(map(str, bad[:5])) + (f" and {bad.size - 5} more" if bad.size > 5 else "")
+      raise NonFinite(f"the loss is not finite at step {shown}; {self._kept()}")
+    if not found["finite"]:
+      steps = f"{first + 1} to {last}"
+      raise NonFinite(f"the state became non-finite in one of the steps {steps}; {self._kept()}")
+    for row in self._rows(first, last, found["loss"]):
+      row |= evaluated if row["step"] == last else {}
+      if self.log:
+        self.log.write(row)
+      self.progress.update(row)
+
+  def _rows(self, first: int, last: int, losses: np.ndarray) -> Iterator[dict[str, Any]]:
+    """Rows at the multiples of log_every and at the end: the mean loss since the row before."""
+    every = self.config.log_every
+    stops = [n for n in range(first + 1, last) if every > 0 and n % every == 0]
+    for start, stop in zip([first, *stops], [*stops, last], strict=True):
+      yield {
+        "step": stop,
+        "loss": float(np.mean(losses[start - first : stop - first])),
+        "seconds": round(self.timing.elapsed(), 4),
+        "bytes": round(stop * sum(self.bytes_per_step.values())),
+      }
+
+  def _evaluate(self) -> dict[str, Any]:
+    """Measures the deployed model on all data; the pending dispatch's last row carries the result."""
+    with self._aside():
+      params = self.problem.executor.params(self.state)
+      found = self.evaluate(params, self.data, gradient=self.config.tolerance > 0)
+      train = {name: float(value) for name, value in jax.device_get(found).items()}
+      test = jax.device_get(self.evaluate(params, self.test)) if self.test else train
+    row: dict[str, Any] = {"train_loss": train["loss"]}
+    if "gradient_norm" in train:
+      row["gradient_norm"] = train["gradient_norm"]
+    row["eval"] = {k: float(v) for k, v in test.items() if k != "gradient_norm"}
+    self._fetch(**row)
+    self.evaluated = {"step": self.step, **row}
+    return row
+
+  def _check_replicas(self) -> None:
+    with self._aside():
+      names = self.differing(self.state)
+    if names:
+      raise ReplicasDiffer(f"at step {self.step} the devices' copies differ of {', '.join(names)}")
+
+  def _save(self) -> None:
+    self._fetch()
+    with self._aside():
+      self.checkpoints.save(self.step, self.state, self.timing.elapsed())
+
+  def _kept(self) -> str:
+    latest = self.checkpoints.latest()
+    return "no checkpoint was saved yet" if latest is None else f"checkpoint {latest} is kept"
+
+  def _restore(self) -> int:
+    found = self.checkpoints.restore(self.state, self.layout.state, self.progress.note)
+    if found is None:
+      return 0
+    step, self.state = found
+    self.progress.resume(step)
+    return step
+
+  @contextlib.contextmanager
+  def _aside(self) -> Iterator[None]:
+    """Around work that is no training step, begun when the steps under way are done."""
+    jax.block_until_ready(self.pending)
+    with self.timing.aside():
+      yield
+
+  def _profiled(self):
+    """Traces the second dispatch of this process, when everything is compiled, into OUT/profile."""
+    wanted = self.config.profile and self.timing.dispatches == 1
+    return jax.profiler.trace(str(self.folder / "profile")) if wanted else contextlib.nullcontext()
+
+  # ---- result
+
+  def _summary(self, reason: str) -> dict[str, Any]:
+    config, job, evaluated = self.config, self.problem.job, self.evaluated
+    dense = wire.by_axis(workers.dense_traffic(job))
+    rounds = self.timing.largest // job.method.period
+    shared = wire.by_axis(workers.metrics_traffic(job, rounds), rounds * job.method.period)
+    return {
+      "task": config.task,
+      "model": config.model,
+      "method": config.method,
+      "executor": config.executor,
+      "mesh": config.mesh,
+      "workers": job.workers,
+      "seed": config.seed,
+      "steps": self.step,
+      "stopped_because": reason,
+      "seconds": round(self.timing.elapsed(), 3),
+      "compile_seconds": round(self.timing.compiling, 3),
+      "steps_per_second": round(self.timing.steps_per_second(), 3),
+      "train_loss": evaluated.get("train_loss"),
+      "eval": evaluated.get("eval", {}),
+      "wire": {
+        "bytes_per_step_per_worker": self.bytes_per_step,
+        "metrics_bytes_per_step_per_worker": shared,
+        "total_bytes_per_worker": self.step * sum(self.bytes_per_step.values()),
+        "dense_bytes_per_step_per_worker": sum(dense.values()),
+      },
+      "params_sha256": params_sha256(self.problem.executor.params(self.state)),
+    }
+
+
+def params_sha256(params: Params) -> str:
+  """The SHA-256 of the parameters' names, types, shapes and bits, in the order of the tree."""
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(params)):
+    digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+    digest.update(np.ascontiguousarray(leaf).tobytes())
+  return digest.hexdigest()

@@ -1,0 +1,112 @@
+"""What is measured on the devices beside the training itself: evaluation, and replicas compared."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from research.base import Array, Batch, Data, Params, Task, Tree
+from research.train.checkpoint import checksum
+
+CHUNK = 1024  # examples that a device evaluates at once
+
+
+def evaluator(task: Task, shards: int) -> Callable[..., dict[str, Array]]:
+  """`evaluate(params, data, gradient=False)`: means over all examples of a placed data set.
+
+  The metrics are those of `task.evaluate`; with `gradient=True` the norm of the full objective's
+  gradient, that of `task.loss`, comes with them as `gradient_norm`.
+
+  Args:
+    task: what to measure.
+    shards: over how many devices the examples are spread.
+  """
+
+  def of_chunk(params: Params, chunk: Batch, total: Array, gradient: bool) -> Tree:
+    share = jnp.sum(chunk["mask"]) / total
+    found: dict[str, Any] = dict(task.evaluate(params, chunk))
+    if gradient:
+      found["gradient_norm"] = jax.grad(task.loss)(params, chunk, jax.random.key(0))
+    return jax.tree.map(lambda x: share * x, found)
+
+  def evaluate(params: Params, data: Data, gradient: bool = False) -> dict[str, Array]:
+    chunks = _chunks(data, shards)
+    total = jnp.sum(data.sizes).astype(jnp.float32)
+    first = jax.tree.map(lambda x: x[0], chunks)
+    shapes = jax.eval_shape(lambda: of_chunk(params, first, total, gradient))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    add = lambda sums, chunk: (  # noqa: E731
+      jax.tree.map(jnp.add, sums, of_chunk(params, chunk, total, gradient)),
+      None,
+    )
+    sums = lax.scan(add, zeros, chunks)[0]
+    if gradient:
+      squares = [jnp.sum(g * g) for g in jax.tree.leaves(sums["gradient_norm"])]
+      sums["gradient_norm"] = jnp.sqrt(sum(squares))
+    return sums
+
+  return jax.jit(evaluate, static_argnames="gradient")
+
+
+def _chunks(data: Data, shards: int) -> Batch:
+  """Examples [P, n, ...] as [chunks, examples, ...] with a mask, each chunk spread over all shards."""
+  owners, most = jax.tree.leaves(data.examples)[0].shape[:2]
+  of_shard = owners // shards * most
+  count = max(1, -(-of_shard // CHUNK))
+  size = -(-of_shard // count)
+  mask = (jnp.arange(most) < data.sizes[:, None]).astype(jnp.float32)
+
+  def cut(x):
+    x = x.reshape(shards, of_shard, *x.shape[2:])
+    x = jnp.pad(x, [(0, 0), (0, count * size - of_shard)] + [(0, 0)] * (x.ndim - 2))
+    x = jnp.moveaxis(x.reshape(shards, count, size, *x.shape[2:]), 1, 0)
+    return x.reshape(count, shards * size, *x.shape[3:])
+
+  return jax.tree.map(cut, {**data.examples, "mask": mask})
+
+
+def replica_check(tree: Tree) -> Callable[[Tree], list[str]]:
+  """`differing(tree)`: names of the leaves whose copies on the devices are not bit-identical.
+
+  Each device hashes what it holds; the hashes are compared along the mesh axes over which the leaf
+  is not cut. What is cut over all of them has no copies and is never named.
+
+  Args:
+    tree: arrays in the shardings of those to be checked, on one mesh.
+  """
+  names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+  mesh = jax.tree.leaves(tree)[0].sharding.mesh
+  specs = [leaf.sharding.spec for leaf in jax.tree.leaves(tree)]
+  copied = [tuple(axis for axis in mesh.axis_names if axis not in _axes(spec)) for spec in specs]
+
+  def differ(*leaves):
+    def one(leaf, axes):
+      own = checksum(leaf)
+      return lax.pmax(own, axes) != lax.pmin(own, axes) if axes else jnp.zeros((), bool)
+
+    found = jnp.stack([one(leaf, axes) for leaf, axes in zip(leaves, copied, strict=True)])
+    return lax.pmax(found, mesh.axis_names)
+
+  check = jax.jit(
+    jax.shard_map(differ, mesh=mesh, in_specs=tuple(specs), out_specs=P(), check_vma=False)
+  )
+
+  def differing(tree: Tree) -> list[str]:
+    leaves = [jax.random.key_data(x) if _is_key(x) else x for x in jax.tree.leaves(tree)]
+    found = np.asarray(jax.device_get(check(*leaves)))
+    return [name for name, wrong in zip(names, found, strict=True) if wrong]
+
+  return differing
+
+
+def _is_key(leaf: Array) -> bool:
+  return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _axes(spec: P) -> set[str]:
+  parts = [part if isinstance(part, tuple) else (part,) for part in spec if part is not None]
+  return {name for part in parts for name in part}

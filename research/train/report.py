@@ -1,0 +1,179 @@
+"""What a run leaves behind and shows: metrics.jsonl, progress, the loss plot, the closing table."""
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Writes the whole file or leaves the old one."""
+  handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+  with os.fdopen(handle, "w") as file:
+    json.dump(value, file, indent=2)
+    file.write("\n")
+  Path(name).replace(path)
+
+
+class Metrics:
+  """`metrics.jsonl`, one row per logged step, and TensorBoard events beside it if asked for."""
+
+  def __init__(self, folder: Path, after: int, tensorboard: bool):
+    """Keeps the rows of an earlier part of the run up to step `after` and goes on from there."""
+    path = folder / "metrics.jsonl"
+    self.rows = [row for row in read_rows(path) if row["step"] <= after]
+    with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as kept:
+      kept.writelines(json.dumps(row) + "\n" for row in self.rows)
+    Path(kept.name).replace(path)
+    self._file = path.open("a", buffering=1)
+    self._events = None
+    if tensorboard:
+      from tensorboardX import SummaryWriter
+
+      self._events = SummaryWriter(str(folder / "tensorboard"))
+
+  def write(self, row: Mapping[str, Any]) -> None:
+    self.rows.append(dict(row))
+    self._file.write(json.dumps(row) + "\n")
+    if self._events:
+      for name, value in _flat(row):
+        self._events.add_scalar(name, value, row["step"])
+
+  def close(self) -> None:
+    self._file.close()
+    if self._events:
+      self._events.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+  """The rows of a metrics.jsonl; a last line cut short by a crash is left out."""
+  rows = []
+  for line in path.read_text().splitlines() if path.exists() else []:
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return rows
+
+
+def _flat(row: Mapping[str, Any]):
+  for name, value in row.items():
+    if isinstance(value, Mapping):
+      yield from ((f"{name}/{inner}", x) for inner, x in value.items())
+    elif name != "step":
+      yield name, value
+
+
+def note(line: str) -> None:
+  """A line for the person who watches, from the first process."""
+  if jax.process_index() == 0:
+    print(line, file=sys.stderr, flush=True)
+
+
+class Progress:
+  """A live bar on a terminal, a plain line at every evaluation otherwise; silent if not `shown`."""
+
+  def __init__(self, total: int, shown: bool):
+    self._total, self._shown, self._bar = total, shown, None
+    if shown and sys.stderr.isatty():
+      from rich.console import Console
+      from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+      from rich.progress import TimeRemainingColumn
+
+      self._bar = Progress(
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+      )
+      self._task = self._bar.add_task("", total=total, text="compiling")
+      self._bar.start()
+
+  def resume(self, step: int) -> None:
+    self.note(f"resuming at step {step}")
+    if self._bar:
+      self._bar.update(self._task, completed=step)
+
+  def note(self, line: str) -> None:
+    """A line for the person who watches: what is being done, or what went wrong."""
+    if self._bar:
+      self._bar.console.print(line, markup=False, highlight=False)
+    else:
+      note(line)
+
+  def update(self, row: Mapping[str, Any]) -> None:
+    """Shows a row of the metrics."""
+    values = {"loss": row["loss"], **row.get("eval", {})}
+    if "gradient_norm" in row:
+      values["gradient norm"] = row["gradient_norm"]
+    text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+    if self._bar:
+      self._bar.update(self._task, completed=row["step"], text=text)
+    elif self._shown and "eval" in row:
+      print(f"step {row['step']:>7}/{self._total}  {text}", file=sys.stderr, flush=True)
+
+  def close(self) -> None:
+    if self._bar:
+      self._bar.stop()
+
+
+def loss_plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
+  """Draws training loss against steps, and the test metrics below it where there are any."""
+  import matplotlib as mpl
+
+  mpl.use("Agg")
+  import matplotlib.pyplot as plt
+
+  names = sorted({name for row in rows for name in row.get("eval", {})} - {"loss"})
+  count = 1 + bool(names)
+  figure, axes = plt.subplots(count, 1, figsize=(7, 3 * count), squeeze=False, sharex=True)
+  top = axes[0, 0]
+  top.plot([r["step"] for r in rows], [r["loss"] for r in rows], lw=1, label="mini-batches")
+  evaluated = [row for row in rows if "eval" in row]
+  steps = [row["step"] for row in evaluated]
+  if any("train_loss" in row for row in evaluated):
+    top.plot(steps, [row["train_loss"] for row in evaluated], "o-", ms=3, label="all training data")
+  if evaluated and "loss" in evaluated[0]["eval"]:
+    top.plot(steps, [row["eval"]["loss"] for row in evaluated], "s--", ms=3, label="test data")
+  if all(row["loss"] > 0 for row in rows):
+    top.set_yscale("log")
+  top.set(ylabel="loss", title=title)
+  top.legend()
+  for name in names:
+    axes[-1, 0].plot(steps, [row["eval"][name] for row in evaluated], "o-", ms=3, label=name)
+  if names:
+    axes[-1, 0].set(ylabel="test data")
+    axes[-1, 0].legend()
+  axes[-1, 0].set_xlabel("local step")
+  for ax in axes.flat:
+    ax.grid(alpha=0.3)
+  figure.tight_layout()
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
+
+
+def closing_table(summary: Mapping[str, Any], folder: Path) -> str:
+  """The few figures that a run ends with, one per line, and where its plot is."""
+  wire = summary["wire"]
+  rows = [
+    ("stopped because", summary["stopped_because"]),
+    ("steps", f"{summary['steps']}"),
+    ("training loss", f"{summary['train_loss']:.6g}"),
+    *((f"test {name}", f"{value:.6g}") for name, value in summary["eval"].items()),
+    ("steps per second", f"{summary['steps_per_second']:.4g}"),
+    ("seconds", f"{summary['seconds']:.1f}, of which compiling {summary['compile_seconds']:.1f}"),
+    *(
+      (f"bytes per step and worker over {axis}", f"{value:,.0f}")
+      for axis, value in wire["bytes_per_step_per_worker"].items()
+    ),
+    ("plot", str(folder / "loss.png")),
+  ]
+  width = max(len(name) for name, _ in rows)
+  return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -1,0 +1,69 @@
+"""Where a run's time goes: compiling, steps, and what is neither."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import jax
+
+_COMPILING = (
+  "/jax/core/compile/jaxpr_trace_duration",
+  "/jax/core/compile/jaxpr_to_mlir_module_duration",
+  "/jax/core/compile/backend_compile_duration",
+)
+
+
+class Timing:
+  """A clock of one run. Steps are timed from the end of the first dispatch, compiling left out."""
+
+  def __init__(self):
+    self._start = time.perf_counter()
+    self.compiling = 0.0
+    self.dispatches = 0
+    self.largest = 0  # steps of one dispatch
+    self._aside = 0.0
+    self._steps = 0
+    self._first: tuple[float, int] | None = None  # seconds and steps of the first dispatch
+    self._last = 0.0
+    jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+  def _listen(self, event: str, seconds: float, **unused: object) -> None:
+    del unused
+    if event in _COMPILING:
+      self.compiling += seconds
+
+  def close(self) -> None:
+    jax.monitoring.unregister_event_duration_listener(self._listen)
+
+  def resume(self, seconds: float) -> None:
+    """Adds the seconds of the run's earlier parts."""
+    self._start -= seconds
+    self._aside += seconds
+
+  def elapsed(self) -> float:
+    """Seconds of the run so far."""
+    return time.perf_counter() - self._start
+
+  @contextlib.contextmanager
+  def aside(self) -> Iterator[None]:
+    """Work that is not a training step: its time and its compiling are left out of the rate."""
+    start, compiling = time.perf_counter(), self.compiling
+    yield
+    compiled = self.compiling - compiling
+    self._aside += time.perf_counter() - start - compiled
+
+  def dispatch_done(self, steps: int) -> None:
+    """The metrics of a dispatch of so many steps have arrived."""
+    self._steps += steps
+    self.dispatches += 1
+    self.largest = max(self.largest, steps)
+    self._last = self.elapsed() - self.compiling - self._aside
+    if self._first is None:
+      self._first = (self._last, self._steps)
+
+  def steps_per_second(self) -> float:
+    """Of all dispatches but the first; of the first where it is the only one."""
+    if self._first is None:
+      return 0.0
+    seconds, steps = self._last - self._first[0], self._steps - self._first[1]
+    return steps / seconds if steps and seconds > 0 else self._steps / max(self._last, 1e-9)
