@@ -10,6 +10,7 @@ SIGTERM; 1 replicas differ; 2 a flag that cannot be; 3 no checkpoint is whole; 4
 import difflib
 import os
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -21,7 +22,9 @@ def define_flags() -> None:
   """One flag per field of `Config`, and those that join processes."""
   string, integer, number = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
   string("task", "digits()", "What to learn: digits(), mnist(), least_squares(...), libsvm('a9a').")
-  string("model", "", "linear(), logistic(), mlp(hidden=[128]), cnn(), resnet(); empty: the task's.")
+  string(
+    "model", "", "linear(), logistic(), mlp(hidden=[128]), cnn(), resnet(); empty: the task's."
+  )
   string(
     "method",
     "data_parallel(sgd(0.1, momentum=0.9), mean())",
@@ -30,14 +33,20 @@ def define_flags() -> None:
   )
   string("executor", "simulate", "How workers run: simulate (vmap), spmd (shard_map) or pmap.")
   string("mesh", "data:8", "Places by axis: data (workers), slice (groups of workers), fsdp.")
-  integer("population", 0, "Clients, of which each round serves as many as there are workers; 0: all.", 0)
+  integer(
+    "population", 0, "Clients, of which each round serves as many as there are workers; 0: all.", 0
+  )
   string("partition", "iid()", "Examples by worker: iid(), sorted(), dirichlet(0.3), shards(2).")
   string("batch_size", "256", "Examples per step over all workers, or 'all'.")
   integer("steps", 400, "Local steps.", 1)
   number("epochs", 0.0, "Passes over the training data, in place of --steps if positive.", 0.0)
   integer("seed", 0, "Of the initial model, the data's order, the method's randomness.", 0)
-  number("clip_norm", 0.0, "Clips each worker's gradient to this norm before it is sent; 0: no.", 0.0)
-  number("tolerance", 0.0, "Stops when the full objective's gradient norm falls below it; 0: no.", 0.0)
+  number(
+    "clip_norm", 0.0, "Clips each worker's gradient to this norm before it is sent; 0: no.", 0.0
+  )
+  number(
+    "tolerance", 0.0, "Stops when the full objective's gradient norm falls below it; 0: no.", 0.0
+  )
   integer("steps_per_dispatch", 100, "At most so many steps run before the host looks again.", 1)
   integer("log_every", 10, "Steps per row of metrics.jsonl.", 1)
   integer("eval_every", 50, "Steps between evaluations; 0: only at the end.", 0)
@@ -93,11 +102,9 @@ def use_compilation_cache(folder: str) -> None:
   import jax
 
   if folder != "off":
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    jax.config.update(
-      "jax_compilation_cache_dir",
-      folder or os.path.join(home, "distributed-optimization-jax", "compiled"),
-    )
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    default = cache / "distributed-optimization-jax" / "compiled"
+    jax.config.update("jax_compilation_cache_dir", folder or str(default))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 

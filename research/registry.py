@@ -199,7 +199,7 @@ def _arguments(call: Call, parameters: Mapping[str, inspect.Parameter], bound: M
 
 def _argument(call: Call, parameter: inspect.Parameter, value: Any) -> Any:
   kinds = _kinds(parameter.annotation)
-  build_nested = lambda v: build(_kind_of(v, kinds, call, parameter), v)  # noqa: E731
+  build_nested = lambda v: build(_kind_of(v, kinds, call, parameter), v)
   if isinstance(value, Call):
     value = build_nested(value)
   elif isinstance(value, list):

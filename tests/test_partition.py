@@ -26,12 +26,8 @@ def classes_per_worker(y, parts):
 
 
 @pytest.mark.parametrize("name", PARTITIONS)
-@pytest.mark.parametrize(("n", "workers"), [(1, 1), (100, 1), (60, 20), (1003, 8), (2000, 300)])
+@pytest.mark.parametrize(("n", "workers"), [(3, 1), (100, 1), (60, 20), (1003, 8), (2000, 300)])
 def test_disjoint_complete_and_none_empty(name, n, workers):
-  if n < 3 * workers and name == "shards(3)":
-    pytest.skip("fewer examples than shards")
-  if n < 2 * workers and name == "shards":
-    pytest.skip("fewer examples than shards")
   parts = PARTITIONS[name](labels(n), workers, 0)
   assert len(parts) == workers
   assert all(len(part) > 0 for part in parts)

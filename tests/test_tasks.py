@@ -19,6 +19,12 @@ from research.tasks.supervised import supervised
 KEY = jax.random.key(0)
 
 
+@pytest.fixture(autouse=True)
+def strict():
+  with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+    yield
+
+
 @pytest.fixture
 def real_data():
   """The user's directory of data files, for what needs the published ones."""
@@ -133,7 +139,7 @@ def permutations(size, count):
 
 def test_take_fetches_from_every_leaf():
   examples = {"x": {"index": np.arange(12).reshape(6, 2)}, "y": np.arange(6)}
-  taken = sampling.take(examples, np.array([[5, 0]]))
+  taken = sampling.take(examples, jnp.array([[5, 0]]))
   np.testing.assert_array_equal(taken["y"], [[5, 0]])
   np.testing.assert_array_equal(taken["x"]["index"], [[[10, 11], [0, 1]]])
 
@@ -357,7 +363,7 @@ def test_libsvm_sparse_equals_dense(libsvm_task, tmp_path):
   (tmp_path / "set.t").write_text("+1 2:2\n-1 1:1 4:1\n")
   dense, sparse = (libsvm_task(BINARY, test="set.t", l2=0.1, sparse=s) for s in (False, True))
   assert sparse.train["x"]["index"].shape == (4, 3)
-  params = jax.tree.map(lambda p: p + np.arange(p.size).reshape(p.shape), dense.init(KEY))
+  params = jax.tree.map(lambda p: p + np.float32(0.3), dense.init(KEY))
   assert jax.tree.map(np.shape, sparse.init(KEY)) == jax.tree.map(np.shape, params)
   for part in ("train", "test"):
     a, b = getattr(dense, part), getattr(sparse, part)

@@ -111,7 +111,7 @@ def _inner(eqn: Any) -> Iterator[core.Jaxpr]:
 
 
 def by_axis(transfers: Iterable[Transfer], per: int = 1) -> dict[str, float]:
-  """Bytes that one worker sends over each axis (or axes together, 'slice+data'), divided by `per`."""
+  """Bytes that one worker sends by axis ('slice+data': over both at once), divided by `per`."""
   totals: dict[str, float] = {}
   for transfer in transfers:
     name = "+".join(transfer.axes)

@@ -90,16 +90,18 @@ def infer(
     params: shapes of the shared parameters.
     private_args: shapes of one worker's private arguments to `local_phase`.
   """
-  spread = lambda private, tree: jax.tree.map(  # noqa: E731
-    lambda p, x: jax.ShapeDtypeStruct((*axes.values(), *x.shape), x.dtype) if p else x, private, tree
+  spread = lambda private, tree: jax.tree.map(
+    lambda p, x: jax.ShapeDtypeStruct((*axes.values(), *x.shape), x.dtype) if p else x,
+    private,
+    tree,
   )
-  everything = lambda tree: jax.tree.map(lambda _: True, tree)  # noqa: E731
+  everything = lambda tree: jax.tree.map(lambda _: True, tree)
   per_worker = tuple(spread(everything(arg), arg) for arg in private_args)
   shapes = _shapes_of_one(init, axes, None, params)
   private = private_outputs(init, axes, None, params)
   while True:
     in_axes = (lead(private), *(0 for _ in private_args))
-    local_fn = lambda state, *args: local_phase(state, *args)[0]  # noqa: E731
+    local_fn = lambda state, *args: local_phase(state, *args)[0]
     local = private_outputs(local_fn, axes, in_axes, spread(private, shapes), *per_worker)
     local_shapes = _shapes_of_one(local_fn, axes, in_axes, spread(private, shapes), *per_worker)
     after = private_outputs(

@@ -25,9 +25,9 @@ def pmap(job: workers.Job) -> Executor:
   shardings = sharded.of_state(layout.state, mesh, ("data",))
   init = jax.jit(partial(workers.initial, job, layout), out_shardings=shardings)
   state_axes = TrainState(None, None, layouts.lead(layout.state))
-  by_worker = lambda x: x.reshape(job.workers, -1, *x.shape[1:])  # noqa: E731
-  flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
-  each = lambda fn, state: state._replace(  # noqa: E731
+  by_worker = lambda x: x.reshape(job.workers, -1, *x.shape[1:])
+  flat = lambda x: x.reshape(-1, *x.shape[2:])
+  each = lambda fn, state: state._replace(
     method=jax.tree.map(lambda p, x: fn(x) if p else x, layout.state, state.method)
   )
 
@@ -49,6 +49,6 @@ def pmap(job: workers.Job) -> Executor:
     state, metrics = mapped[rounds](each(by_worker, state), rows)
     return each(flat, state), metrics
 
-  deployed = lambda state: workers.deployed(job, layout, state.method)  # noqa: E731
+  deployed = lambda state: workers.deployed(job, layout, state.method)
   params = jax.jit(deployed, out_shardings=NamedSharding(mesh, P()))
   return Executor(init, partial(sharded.place, mesh, ("data",)), run, params)

@@ -1,4 +1,4 @@
-"""Where arrays lie: rows of private state and of examples by worker, shared leaves by `fsdp` or everywhere."""
+"""Where arrays lie: private rows with their workers, shared leaves everywhere or cut by `fsdp`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from research.base import Array, Batch, Data, Key, Tree, TrainState
+from research.base import Array, Batch, Data, Key, TrainState, Tree
 
 
 def of_state(private: Tree, mesh: Mesh | None, workers: tuple[str, ...], shapes: Tree = None):
@@ -22,7 +22,11 @@ def of_state(private: Tree, mesh: Mesh | None, workers: tuple[str, ...], shapes:
     workers: the mesh axes over which rows are spread.
     shapes: of one worker's state, where its leaves are cut along `fsdp` too.
   """
-  shapes = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32), private) if shapes is None else shapes
+  shapes = (
+    jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32), private)
+    if shapes is None
+    else shapes
+  )
   size = mesh.shape.get("fsdp", 1) if mesh is not None else 1
   place = (lambda spec: spec) if mesh is None else (lambda spec: NamedSharding(mesh, spec))
 
@@ -50,7 +54,7 @@ def fsdp_spec(shape: tuple[int, ...], size: int) -> tuple[str | None, ...]:
 def split_batch(axes: Mapping[str, int], batch: Batch) -> Batch:
   """Tells the compiler to cut a worker's batch [b, ...] along `fsdp`, where b allows it."""
   size = axes.get("fsdp", 1)
-  cut = lambda x: lax.with_sharding_constraint(x, P("fsdp")) if x.shape[0] % size == 0 else x  # noqa: E731
+  cut = lambda x: lax.with_sharding_constraint(x, P("fsdp")) if x.shape[0] % size == 0 else x
   return jax.tree.map(cut, batch) if size > 1 else batch
 
 
@@ -59,10 +63,12 @@ def of_data(rows: Any) -> Data:
   return Data(rows, P(), P())
 
 
-def place(mesh: Mesh, workers: tuple[str, ...], examples: Batch, sizes: np.ndarray, key: Key) -> Data:
+def place(
+  mesh: Mesh, workers: tuple[str, ...], examples: Batch, sizes: np.ndarray, key: Key
+) -> Data:
   """Puts examples [P, n, ...] on the devices of their owners; each process brings only its rows."""
   rows, everywhere = NamedSharding(mesh, P(workers)), NamedSharding(mesh, P())
-  put = lambda x: on_devices(x, rows)  # noqa: E731
+  put = lambda x: on_devices(x, rows)
   return Data(
     jax.tree.map(put, examples),
     on_devices(sizes.astype(np.int32), everywhere),

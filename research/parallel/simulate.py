@@ -1,4 +1,4 @@
-"""Many workers on the devices that exist: the worker axis is an array axis, collectives are sums."""
+"""Many workers on the devices that exist: the worker axis is an axis of the arrays."""
 
 from functools import partial
 
@@ -8,7 +8,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from research.base import Data, Executor, TrainState, Tree
+from research.base import Data, Executor, TrainState
 from research.comm import mesh as meshes
 from research.parallel import layout as layouts
 from research.parallel import sharded, workers
@@ -34,7 +34,7 @@ def simulate(job: workers.Job) -> Executor:
     donate_argnames="state",
     out_shardings=(shardings, everywhere),
   )
-  deployed = lambda state: workers.deployed(job, layout, state.method)  # noqa: E731
+  deployed = lambda state: workers.deployed(job, layout, state.method)
   params = jax.jit(deployed, out_shardings=NamedSharding(mesh, P()))
   return Executor(init, partial(sharded.place, mesh, ("data",)), run, params)
 
@@ -57,7 +57,7 @@ def _round(job, layout, data, key, state, of_round):
   """One round of all workers: the local phase under a plain vmap, the sync under the named axes."""
   number, lots = of_round
   sync_key, step_key = workers.round_keys(key, number)
-  by_worker = lambda x: x.reshape(job.workers, job.clients, *x.shape[1:])  # noqa: E731
+  by_worker = lambda x: x.reshape(job.workers, job.clients, *x.shape[1:])
   held = jax.tree.map(lambda p, x: by_worker(x) if p else x, layout.state, state)
 
   def work(held, examples, sizes, worker, client, index):
@@ -89,7 +89,7 @@ def _round(job, layout, data, key, state, of_round):
   folded_local = jax.tree.map(lambda p, x: fold(x) if p else x, layout.local, local)
   folded_held = jax.tree.map(lambda p, x: fold(x) if p else x, layout.state, held)
   after = meet(folded_local, folded_held, fold(lots.client), fold(lots.weight), sync_key)
-  unfold = lambda p, x, like: x.reshape(like.shape) if p else x  # noqa: E731
+  unfold = lambda p, x, like: x.reshape(like.shape) if p else x
   return jax.tree.map(unfold, layout.state, after, state), losses
 
 

@@ -1,4 +1,4 @@
-"""One worker per place on the mesh's worker axes, by `shard_map`; all other axes are the compiler's."""
+"""One worker per place on the worker axes, by `shard_map`; other axes are the compiler's."""
 
 from functools import partial
 
@@ -30,7 +30,7 @@ def spmd(job: workers.Job) -> Executor:
   constrain = partial(sharded.split_batch, job.axes)
 
   def run(state, data, rounds):
-    per_worker = lambda s, d: workers.rounds_of_worker(job, layout.state, s, d, rounds, constrain)  # noqa: E731
+    per_worker = lambda s, d: workers.rounds_of_worker(job, layout.state, s, d, rounds, constrain)
     return jax.shard_map(
       per_worker,
       mesh=mesh,
@@ -46,6 +46,6 @@ def spmd(job: workers.Job) -> Executor:
     donate_argnames="state",
     out_shardings=(shardings, NamedSharding(mesh, P())),
   )
-  deployed = lambda state: workers.deployed(job, layout, state.method)  # noqa: E731
+  deployed = lambda state: workers.deployed(job, layout, state.method)
   params = jax.jit(deployed, out_shardings=NamedSharding(mesh, P()))
   return Executor(init, partial(sharded.place, mesh, names), run, params)

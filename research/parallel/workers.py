@@ -1,7 +1,7 @@
 """One worker's part of a round: what every execution of a method on a task shares."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from research.base import Array, Batch, Data, Key, Local, Method, State, Task, Tree, TrainState
+from research.base import Array, Batch, Data, Key, Local, Method, State, Task, TrainState, Tree
 from research.comm import collectives, wire
 from research.comm import mesh as meshes
 from research.parallel import layout as layouts
@@ -73,11 +73,16 @@ def draw(job: Job, data: Data, key: Key, numbers: Array, worker: Array) -> Draw:
     period = job.method.period
     steps = numbers[:, None] * period + jnp.arange(period, dtype=jnp.int32)
 
-    def sample(size, step, owner):
-      owner_key = jax.random.fold_in(data.key, owner)
-      return job.task.sample(size, step, owner_key, batch_size=job.batch_size)
+    own = jax.random.fold_in(data.key, job.clients * worker)
+    if job.clients > 1:
+      own = jax.vmap(lambda owner: jax.random.fold_in(data.key, owner))(owners[:, worker])
 
-    index = jax.vmap(jax.vmap(sample, (None, 0, None)))(sizes[:, worker], steps, owners[:, worker])
+    def sample(size, step, key):
+      return job.task.sample(size, step, key, batch_size=job.batch_size)
+
+    of_rounds = (0, 0, 0 if job.clients > 1 else None)
+    samples = jax.vmap(jax.vmap(sample, (None, 0, None)), of_rounds)
+    index = samples(sizes[:, worker], steps, own)
   return Draw(clients[:, worker], weights[:, worker], index)
 
 
@@ -119,7 +124,7 @@ def local_phase(
     batch = constrain(examples if job.batch_size is None else job.task.batch(examples, index))
     step_key = jax.random.fold_in(key, number)
     loss, grads = gradient(local.params, batch, step_key)
-    grad_fn = lambda params: gradient(params, batch, step_key)[1]  # noqa: E731
+    grad_fn = lambda params: gradient(params, batch, step_key)[1]
     return method.step(grads, local, state, key=step_key, grad_fn=grad_fn), loss
 
   steps = jnp.arange(method.period, dtype=jnp.int32)
@@ -131,14 +136,14 @@ def local_phase(
 
 def pick(private: Tree, held: State, client: Array) -> State:
   """The state of one client, from rows [R, ...] of a worker's clients and shared leaves."""
-  one = lambda rows: rows[0] if rows.shape[0] == 1 else rows[client]  # noqa: E731
+  one = lambda rows: rows[0] if rows.shape[0] == 1 else rows[client]
   return jax.tree.map(lambda p, leaf: one(leaf) if p else leaf, private, held)
 
 
 def put(private: Tree, held: State, client: Array, state: State) -> State:
   """The rows with that client's replaced, the shared leaves as the client has them."""
-  set_row = lambda rows, row: row[None] if rows.shape[0] == 1 else rows.at[client].set(row)  # noqa: E731
-  merge = lambda p, old, new: set_row(old, new) if p else new  # noqa: E731
+  set_row = lambda rows, row: row[None] if rows.shape[0] == 1 else rows.at[client].set(row)
+  merge = lambda p, old, new: set_row(old, new) if p else new
   return jax.tree.map(merge, private, held, state)
 
 
@@ -164,11 +169,11 @@ def infer_layout(job: Job) -> layouts.Layout:
     )
   key = jax.eval_shape(lambda: jax.random.key(0))
   most = int(job.sizes.max())
-  struct = lambda x: jax.ShapeDtypeStruct((most, *x.shape[1:]), x.dtype)  # noqa: E731
+  struct = lambda x: jax.ShapeDtypeStruct((most, *x.shape[1:]), x.dtype)
   size, index = jax.ShapeDtypeStruct((), jnp.int32), None
   if job.batch_size is not None:
-    sample = lambda s, k: job.task.sample(s, jnp.int32(0), k, batch_size=job.batch_size)  # noqa: E731
-    spread = lambda x: jax.ShapeDtypeStruct((job.method.period, *x.shape), x.dtype)  # noqa: E731
+    sample = lambda s, k: job.task.sample(s, jnp.int32(0), k, batch_size=job.batch_size)
+    spread = lambda x: jax.ShapeDtypeStruct((job.method.period, *x.shape), x.dtype)
     index = jax.tree.map(spread, jax.eval_shape(sample, size, key))
   return layouts.infer(
     job.method.init,
@@ -258,7 +263,7 @@ def deployed(job: Job, layout: layouts.Layout, state: State) -> Tree:
 def round_traffic(job: Job, layout: layouts.Layout) -> list[wire.Transfer]:
   """What one worker's algorithm sends in a round of `period` steps, read off the traced sync."""
   key = jax.eval_shape(lambda: jax.random.key(0))
-  sync = lambda local, state, key: job.method.sync(local, state, key=key)  # noqa: E731
+  sync = lambda local, state, key: job.method.sync(local, state, key=key)
   axes = meshes.worker_axes(job.axes)
   return wire.traffic(sync, layout.local_shapes, layout.state_shapes, key, axes=axes)
 

@@ -41,7 +41,8 @@ def libsvm(
   with value 0, which `linear` and `logistic` take.
 
   Args:
-    name: of the file, such as "a9a", "w8a" or "mushrooms"; .gz and .bz2 are read as they are.
+    name: of the file, such as "a9a", "w8a" or "mushrooms"; .gz and .bz2 are read as they are. Any
+      name is looked for; what is then fetched is of LIBSVM's collection for two classes.
     test: name of a file of test examples, such as "a9a.t".
     l2: weight of l2/2 ||params||^2, see `supervised`.
     sparse: True or False instead of by size.

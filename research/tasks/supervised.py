@@ -118,7 +118,7 @@ LOSSES: dict[str, Callable[[Array, Array], Array]] = {
 
 def _correct(logits: Array, y: Array) -> Array:
   predicted = logits[:, 0] > 0 if logits.shape[1] == 1 else jnp.argmax(logits, axis=1)
-  return (predicted == y).astype(logits.dtype)
+  return (predicted.astype(y.dtype) == y).astype(logits.dtype)
 
 
 def _mean(values: Array, batch: Batch) -> Array:

@@ -22,15 +22,13 @@ MNIST_SHA256 = {  # of the decompressed bytes
   "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
 
-DIGITS_TEST = (
-  357  # of 1797, leaving 1440 = 2^5 45 for training, which many numbers of workers divide
-)
+DIGITS_TEST = 357  # of 1797, leaving 1440 = 2^5 45 for training, which many workers divide
 
 
 def digits(*, model: Callable[[int], nn.Module]) -> Task:
   """Handwritten digits of 8x8 pixels with 17 grey levels: 1440 to train on, 357 to test.
 
-  The split is fixed and stratified: within each class a fixed random order decides.
+  The split is fixed: scikit-learn's stratified `train_test_split` with random_state=0.
 
   Args:
     model: outputs -> module, called with 10.
@@ -40,13 +38,12 @@ def digits(*, model: Callable[[int], nn.Module]) -> Task:
     as scikit-learn ships it.
   """
   from sklearn.datasets import load_digits
+  from sklearn.model_selection import train_test_split
 
   images, labels = load_digits(return_X_y=True)
   x, y = images.reshape(-1, 8, 8).astype(np.uint8), labels.astype(np.int32)
-  by_class = np.lexsort((np.random.default_rng(0).random(len(y)), y))
-  is_test = np.zeros(len(y), bool)
-  is_test[by_class[np.arange(DIGITS_TEST) * len(y) // DIGITS_TEST]] = True
-  train, test = ({"x": x[part], "y": y[part]} for part in (~is_test, is_test))
+  parts = train_test_split(x, y, test_size=DIGITS_TEST, stratify=y, random_state=0)
+  train, test = {"x": parts[0], "y": parts[2]}, {"x": parts[1], "y": parts[3]}
   return supervised(model(10), train, test, scale=16.0)
 
 

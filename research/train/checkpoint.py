@@ -1,4 +1,4 @@
-"""Checkpoints: the complete TrainState with a checksum per leaf, saved in the background by Orbax."""
+"""Checkpoints: the complete TrainState and its checksums, saved in the background by Orbax."""
 
 import logging
 import shutil
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from research.base import Array, Tree, TrainState
+from research.base import Array, TrainState, Tree
 from research.parallel.layout import resize_rows
 
 KEEP = 3
@@ -22,7 +22,7 @@ class CheckpointError(Exception):
 
 
 class Checkpoints:
-  """The checkpoints of one run, in `folder`, by step. All processes of the run call every method."""
+  """The checkpoints of one run, by step. All processes of the run call every method."""
 
   def __init__(self, folder: Path, like: TrainState):
     """Makes the folder if need be; `like` is a state as those that will be saved."""
@@ -32,7 +32,7 @@ class Checkpoints:
     jax.block_until_ready(checksums(_plain(like)))
 
   def save(self, step: int, state: TrainState, now: float) -> None:
-    """Copies the state off the devices and writes it in the background; `now` becomes `saved_at`."""
+    """Copies the state and writes it in the background; `now` becomes `saved_at`."""
     self.saved_at = now
     plain = _plain(state)
     item = {"state": plain, "checksums": checksums(plain)}
@@ -95,7 +95,9 @@ class Checkpoints:
       (was.shape[0], *leaf.shape[1:]) if rows else leaf.shape
       for was, leaf, rows in zip(found, leaves, has_rows, strict=True)
     ]
-    wanted = tree.unflatten([_struct(leaf, shape) for leaf, shape in zip(leaves, shapes, strict=True)])
+    wanted = tree.unflatten(
+      [_struct(leaf, shape) for leaf, shape in zip(leaves, shapes, strict=True)]
+    )
     sums = jax.ShapeDtypeStruct((len(leaves),), jnp.uint32, sharding=like.round.sharding)
     item = {"state": wanted, "checksums": sums}
     restored = self._manager.restore(step, args=ocp.args.StandardRestore(item))
@@ -130,7 +132,7 @@ def _is_key(leaf: Any) -> bool:
 
 def _plain(state: TrainState) -> TrainState:
   """Typed keys as the integers that they are, which is what files hold."""
-  data = lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf  # noqa: E731
+  data = lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf
   return jax.tree.map(data, state)
 
 

@@ -46,7 +46,7 @@ def of_first_process(value: bool) -> bool:
 
 
 def everyone_is_here() -> None:
-  """Waits for all processes: what the first one writes from here on, the others have seen the lack of."""
+  """Waits for all processes, so that what is written next was still missing to all of them."""
   if jax.process_count() > 1:
     from jax.experimental import multihost_utils
 

@@ -80,9 +80,7 @@ class Pending(NamedTuple):
 class Run:
   """One run, from its start or its newest checkpoint to its end, in this process."""
 
-  def __init__(
-    self, config: Config, problem: Problem, folder: Path, timing: Timing, main: bool
-  ):
+  def __init__(self, config: Config, problem: Problem, folder: Path, timing: Timing, main: bool):
     self.config, self.problem, self.folder, self.timing = config, problem, folder, timing
     job, executor = problem.job, problem.executor
     init_key, data_key = jax.random.split(jax.random.key(config.seed))
@@ -203,7 +201,7 @@ class Run:
       }
 
   def _evaluate(self) -> dict[str, Any]:
-    """Measures the deployed model on all data; the pending dispatch's last row carries the result."""
+    """Measures the deployed model on all data; the last row of the pending dispatch carries it."""
     with self._aside():
       params = self.problem.executor.params(self.state)
       found = self.evaluate(params, self.data, gradient=self.config.tolerance > 0)

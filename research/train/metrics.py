@@ -39,7 +39,7 @@ def evaluator(task: Task, shards: int) -> Callable[..., dict[str, Array]]:
     first = jax.tree.map(lambda x: x[0], chunks)
     shapes = jax.eval_shape(lambda: of_chunk(params, first, total, gradient))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    add = lambda sums, chunk: (  # noqa: E731
+    add = lambda sums, chunk: (
       jax.tree.map(jnp.add, sums, of_chunk(params, chunk, total, gradient)),
       None,
     )
@@ -53,7 +53,7 @@ def evaluator(task: Task, shards: int) -> Callable[..., dict[str, Array]]:
 
 
 def _chunks(data: Data, shards: int) -> Batch:
-  """Examples [P, n, ...] as [chunks, examples, ...] with a mask, each chunk spread over all shards."""
+  """Examples [P, n, ...] as [chunks, examples, ...] with a mask, each chunk over all shards."""
   owners, most = jax.tree.leaves(data.examples)[0].shape[:2]
   of_shard = owners // shards * most
   count = max(1, -(-of_shard // CHUNK))

@@ -82,8 +82,13 @@ class Progress:
     self._total, self._shown, self._bar = total, shown, None
     if shown and sys.stderr.isatty():
       from rich.console import Console
-      from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-      from rich.progress import TimeRemainingColumn
+      from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+      )
 
       self._bar = Progress(
         TextColumn("step"),
