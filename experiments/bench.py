@@ -190,8 +190,8 @@ def compare(name: str, repeats: int) -> dict[str, Any]:
   from research.train import assemble, loop
 
   case = CASES[name]
-  config = {"eval_every": 0, "checkpoint_every": 0, "check_every": 0, "batch_size": 256}
-  config = assemble.Config(**config | case.flags)
+  plain: dict[str, Any] = {"eval_every": 0, "checkpoint_every": 0, "check_every": 0}
+  config = assemble.Config(**plain | case.flags)
   advance = case.by_hand(config._asdict())
 
   def ours() -> float:
@@ -204,7 +204,8 @@ def compare(name: str, repeats: int) -> dict[str, Any]:
     advance(config.steps)
     return config.steps / (time.perf_counter() - start)
 
-  ours(), by_hand()
+  for warm_up in (ours, by_hand):
+    warm_up()
   pairs = [(ours(), by_hand()) for _ in range(repeats)]
   return {
     "case": name,

@@ -119,8 +119,8 @@ def main(argv: list[str]) -> None:
   from research.comm import mesh
   from research.train import assemble, checkpoint, loop, report
 
-  fields = {name: getattr(FLAGS, name) for name in assemble.Config._fields}
-  config = assemble.Config(**fields | {"batch_size": size})
+  config = assemble.Config._make(getattr(FLAGS, name) for name in assemble.Config._fields)
+  config = config._replace(batch_size=size)
   try:
     with assemble.flag("coordinator", FLAGS.coordinator):
       mesh.initialize(FLAGS.coordinator, FLAGS.processes, FLAGS.process_id)

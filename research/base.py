@@ -69,18 +69,21 @@ class Task(NamedTuple):
 
 
 class Data(NamedTuple):
-  """The training examples by owner, on the devices. P = workers, or clients of a population."""
+  """The training examples by owner, on the devices. P = workers, or clients of a population.
 
-  examples: Batch  # arrays [P, most examples of any, ...], zero where a worker has fewer
-  sizes: Array  # [P] int32, examples that each has
-  key: Key  # of the order in which they are drawn
+  Like TrainState a tree: of arrays, of their shardings, of axes of `vmap`.
+  """
+
+  examples: Tree  # arrays [P, most examples of any, ...], zero where an owner has fewer
+  sizes: Tree  # [P] int32, examples that each has
+  key: Tree  # a typed key, of the order in which they are drawn
 
 
 class TrainState(NamedTuple):
   """All that a run needs to go on: what a checkpoint holds."""
 
-  round: Array  # int32, rounds done; the position in the data is a function of it
-  key: Key  # of the run; what a round draws is a function of (key, round, worker)
+  round: Tree  # int32, rounds done; the position in the data is a function of it
+  key: Tree  # a typed key; what a round draws is a function of (key, round, worker)
   method: State  # shared leaves once, private leaves with one row per worker or client
 
 

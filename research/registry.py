@@ -284,11 +284,13 @@ def _check_optimizer(optimizer: Any) -> None:
   import jax
   import jax.numpy as jnp
 
-  params = {"w": jnp.zeros((2, 2))}
+  params = {"w": jax.ShapeDtypeStruct((2, 3), jnp.float32)}
   try:
-    jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), params)
+    updates, _ = jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), params)
   except Exception as error:  # whatever an optimizer of another library raises
     raise ValueError(f"needs more than averaged gradients: {_one_line(error)}") from error
+  if updates["w"].shape != params["w"].shape:
+    raise ValueError("needs more than averaged gradients: a gradient per example")
 
 
 def _one_line(error: Exception) -> str:

@@ -123,7 +123,7 @@ def test_sparse_rows_equal_dense_ones(name):
   variables = drawn(module, dense[0, 0])
 
   def gradients(x):
-    loss = lambda v, x: jnp.sum(jnp.sin(jax.jit(module.apply)(v, x)))  # noqa: E731
+    loss = lambda v, x: jnp.sum(jnp.sin(jax.jit(module.apply)(v, x)))
     workers = jax.vmap(jax.grad(loss), (None, 0))
     return jax.jit(lambda x: jax.lax.scan(lambda c, x: (c, workers(variables, x)), 0, x)[1])(x)
 

@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from research.base import Array, TrainState, Tree
 from research.parallel.layout import resize_rows
@@ -29,13 +32,13 @@ class Checkpoints:
     self._folder = folder
     self._manager = _manager(folder)
     self.saved_at = 0.0
-    jax.block_until_ready(checksums(_plain(like)))
+    jax.block_until_ready(checksums(_leaves(like)))
 
   def save(self, step: int, state: TrainState, now: float) -> None:
     """Copies the state and writes it in the background; `now` becomes `saved_at`."""
     self.saved_at = now
-    plain = _plain(state)
-    item = {"state": plain, "checksums": checksums(plain)}
+    leaves = _leaves(state)
+    item = {"state": leaves, "checksums": checksums(leaves)}
     self._manager.save(step, args=ocp.args.StandardSave(item), force=True)
 
   def wait(self) -> None:
@@ -67,12 +70,14 @@ class Checkpoints:
       Its step and its state, or None if nothing was ever saved.
 
     Raises:
-      CheckpointError: if there are checkpoints and none is whole.
+      CheckpointError: if there are checkpoints and none is whole, or they hold another state.
     """
     steps = sorted(self._manager.all_steps(), reverse=True)
     for step in steps:
       try:
         return step, self._restore_one(step, like, owners)
+      except CheckpointError:
+        raise
       except Exception as error:  # whatever a damaged file makes the reader raise
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         warn(f"checkpoint {step} is damaged and set aside as {step}.damaged: {reason}")
@@ -82,27 +87,29 @@ class Checkpoints:
     return None
 
   def _restore_one(self, step: int, like: TrainState, owners: Tree) -> TrainState:
-    saved = self._manager.item_metadata(step)
-    if saved is None:
+    metadata = self._manager.item_metadata(step)
+    if metadata is None:
       raise ValueError("its metadata is missing")
-    target = _plain(like)
-    found = jax.tree.leaves(saved["state"])
-    leaves, tree = jax.tree.flatten(target)
-    if len(found) != len(leaves):
-      raise ValueError(f"it holds {len(found)} arrays and the run has {len(leaves)}")
-    has_rows = jax.tree.leaves(TrainState(False, False, owners))
-    shapes = [
-      (was.shape[0], *leaf.shape[1:]) if rows else leaf.shape
-      for was, leaf, rows in zip(found, leaves, has_rows, strict=True)
-    ]
-    wanted = tree.unflatten(
-      [_struct(leaf, shape) for leaf, shape in zip(leaves, shapes, strict=True)]
-    )
-    sums = jax.ShapeDtypeStruct((len(leaves),), jnp.uint32, sharding=like.round.sharding)
+    saved, target = metadata["state"], _leaves(like)
+    if set(saved) != set(target):
+      other = sorted(set(saved) ^ set(target))[0]
+      raise CheckpointError(
+        f"checkpoint {step} in {self._folder} is of another model or method: only one has {other}"
+      )
+    rows = dict(zip(target, jax.tree.leaves(TrainState(False, False, owners)), strict=True))
+    wanted = {
+      name: _struct(leaf, saved[name].shape[0] if rows[name] else None)
+      for name, leaf in target.items()
+    }
+    sums = jax.ShapeDtypeStruct((len(target),), jnp.uint32, sharding=like.round.sharding)
     item = {"state": wanted, "checksums": sums}
-    restored = self._manager.restore(step, args=ocp.args.StandardRestore(item))
-    _compare(np.asarray(restored["checksums"]), np.asarray(checksums(restored["state"])), target)
-    return _typed(_resized(restored["state"], target), like)
+    found = self._manager.restore(step, args=ocp.args.StandardRestore(item))
+    matches = np.asarray(found["checksums"]) == np.asarray(checksums(found["state"]))
+    if not matches.all():
+      wrong = sorted(target)[int(np.argmin(matches))]
+      raise ValueError(f"the checksum of {wrong} does not match")
+    leaves = [_fitted(found["state"][name], leaf) for name, leaf in target.items()]
+    return _typed(jax.tree.structure(like).unflatten(leaves), like)
 
   def _set_aside(self, step: int) -> None:
     if jax.process_index() == 0:
@@ -130,10 +137,13 @@ def _is_key(leaf: Any) -> bool:
   return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _plain(state: TrainState) -> TrainState:
-  """Typed keys as the integers that they are, which is what files hold."""
+def _leaves(state: TrainState) -> dict[str, Array]:
+  """Leaves by name, typed keys as the integers that they are: what files hold."""
   data = lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf
-  return jax.tree.map(data, state)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="."): data(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+  }
 
 
 def _typed(state: TrainState, like: TrainState) -> TrainState:
@@ -143,21 +153,21 @@ def _typed(state: TrainState, like: TrainState) -> TrainState:
   return jax.tree.map(typed, state, like)
 
 
-def _struct(leaf: Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-  """Restores into the leaf's own sharding where the shape is the same, else everywhere."""
-  sharding = leaf.sharding
-  if shape != leaf.shape and isinstance(sharding, jax.sharding.NamedSharding):
-    sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+def _struct(leaf: Array, rows: int | None) -> jax.ShapeDtypeStruct:
+  """Restores into the leaf's own sharding, or, where it has another number of rows, everywhere."""
+  shape, sharding = leaf.shape, leaf.sharding
+  if rows is not None and rows != shape[0]:
+    shape = (rows, *shape[1:])
+    sharding = NamedSharding(sharding.mesh, P())
   return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
 
 
-def _resized(state: TrainState, target: TrainState) -> TrainState:
-  def one(leaf, goal):
-    if leaf.shape == goal.shape:
-      return leaf
-    return jax.jit(lambda x: resize_rows(x, goal.shape[0]), out_shardings=goal.sharding)(leaf)
-
-  return jax.tree.map(one, state, target)
+def _fitted(found: Array, like: Array) -> Array:
+  """Rows for as many owners as `like` has, in its sharding."""
+  if found.shape == like.shape:
+    return found
+  resize = jax.jit(partial(resize_rows, owners=like.shape[0]), out_shardings=like.sharding)
+  return resize(found)
 
 
 @jax.jit
@@ -179,10 +189,3 @@ def checksum(leaf: Array) -> Array:
     position += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, dimension) * np.uint32(stride)
     stride = stride * bits.shape[dimension] % 2**32
   return jnp.sum((2 * position + 1) * bits, dtype=jnp.uint32)
-
-
-def _compare(saved: np.ndarray, found: np.ndarray, tree: Tree) -> None:
-  names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-  wrong = [name for name, a, b in zip(names, saved, found, strict=True) if a != b]
-  if wrong:
-    raise ValueError(f"the checksum of {wrong[0]} does not match")

@@ -64,9 +64,9 @@ def train(config: Config) -> tuple[dict[str, Any], Path]:
 def _finished(folder: Path, problem: Problem) -> dict[str, Any] | None:
   """The summary of a run that has nothing left to do."""
   path = folder / "summary.json"
-  summary = json.loads(path.read_text()) if path.exists() else {"stopped_because": ""}
-  over = {"converged": True, "steps": summary.get("steps", 0) >= problem.steps}
-  return summary if over.get(summary["stopped_because"]) else None
+  summary: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+  whole = summary.get("steps", -1) >= problem.steps
+  return summary if whole or summary.get("stopped_because") == "converged" else None
 
 
 class Pending(NamedTuple):

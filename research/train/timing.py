@@ -27,10 +27,10 @@ class Timing:
     self._last = 0.0
     jax.monitoring.register_event_duration_secs_listener(self._listen)
 
-  def _listen(self, event: str, seconds: float, **unused: object) -> None:
-    del unused
+  def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+    del kwargs
     if event in _COMPILING:
-      self.compiling += seconds
+      self.compiling += duration_secs
 
   def close(self) -> None:
     jax.monitoring.unregister_event_duration_listener(self._listen)

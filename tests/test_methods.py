@@ -1,0 +1,246 @@
+"""The contracts of every method, over the whole table."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+from problems import Running, distance, regression, split
+from table import EXACT, METHODS, NAMES, SPECS
+
+from research import registry
+from research.aggregate.mean import mean
+from research.comm import mesh as meshes
+from research.methods.transform import aggregated, as_optax
+
+SIMULATED = {"data": 8}
+
+
+def rounds_of(name: str, steps: int) -> int:
+  return -(-steps // METHODS[name].period)
+
+
+@functools.cache
+def simulated(name: str, rounds: int) -> Any:
+  """Parameters after rounds of eight simulated workers, each on all of its 30 examples."""
+  return Running(METHODS[name], "simulate", SIMULATED, batch_size=None).rounds(rounds).params()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_executions_agree(name):
+  """Twenty steps on mini-batches, with workers that hold different numbers of examples."""
+  sizes = (30, 20, 40, 30, 10, 50, 30, 30)
+  count = rounds_of(name, 20)
+  want = Running(METHODS[name], "simulate", SIMULATED, sizes).rounds(count)
+  for executor, axes in (
+    ("spmd", SIMULATED),
+    ("pmap", SIMULATED),
+    ("spmd", {"slice": 2, "data": 4}),
+    ("simulate", {"slice": 2, "data": 4}),
+  ):
+    got = Running(METHODS[name], executor, axes, sizes).rounds(count)
+    assert distance(got.params(), want.params()) <= 1e-5, (executor, axes)
+    np.testing.assert_allclose(got.metrics["loss"], want.metrics["loss"], rtol=1e-4)
+    assert bool(got.metrics["finite"])
+
+
+@pytest.mark.parametrize("executor", ["spmd", "pmap"])
+def test_executions_agree_on_all_examples(executor):
+  """Full batches of unequal sizes, masked: the other way of fetching examples."""
+  sizes = (30, 20, 40, 30, 10, 50, 30, 30)
+  want = Running(METHODS["momentum"], "simulate", SIMULATED, sizes, None).rounds(20)
+  got = Running(METHODS["momentum"], executor, SIMULATED, sizes, None).rounds(20)
+  assert distance(got.params(), want.params()) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["momentum", "drifting", "residual"])
+def test_cohorts_agree(name):
+  """Four workers serve 12 clients, one of its three each per round; private rows stay theirs."""
+  sizes = (20, 10, 30) * 4
+  want = Running(METHODS[name], "simulate", {"data": 4}, sizes).rounds(10)
+  got = Running(METHODS[name], "spmd", {"data": 4}, sizes).rounds(10)
+  assert distance(got.params(), want.params()) <= 1e-5
+  private = jax.tree.leaves(want.layout.state)
+  rows = [x for x, p in zip(jax.tree.leaves(want.state.method), private, strict=True) if p]
+  assert all(x.shape[0] == 12 for x in rows)
+  assert bool(rows) == (name != "momentum")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fsdp_inside_a_worker_changes_nothing(name):
+  count = rounds_of(name, 20)
+  sizes = (60,) * 4
+  want = Running(METHODS[name], "simulate", {"data": 4}, sizes, clip_norm=0.5).rounds(count)
+  mesh = {"data": 4, "fsdp": 2}
+  got = Running(METHODS[name], "spmd", mesh, sizes, clip_norm=0.5).rounds(count)
+  assert distance(got.params(), want.params()) <= 1e-5
+  weights = got.state.method.inner.params if name == "averaged" else got.state.method.params
+  assert "fsdp" in weights["w"].sharding.spec
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_one_worker_is_the_inner_optimizer(name):
+  """W = 1 against a loop that calls optax by hand."""
+  spec, period = SPECS[name], METHODS[name].period
+  inner = spec[spec.index("data_parallel(") + len("data_parallel(") : spec.index(", mean()")]
+  optimizer = registry.build("optimizer", inner)
+  task = regression()
+  run = Running(METHODS[name], "simulate", {"data": 1}, (240,), batch_size=None)
+  params = jax.device_get(run.state.method.inner.params if name == "averaged" else run.params())
+  state, iterates = optimizer.init(params), []
+  for _ in range(6):
+    grads = jax.grad(task.loss)(params, task.train, None)
+    updates, state = optimizer.update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+    iterates.append(params)
+  want = iterates[-1]
+  if name == "averaged":
+    want = jax.tree.map(lambda *x: jnp.mean(jnp.stack(x), 0), *iterates[2:])
+  assert period * 6 == int(run.rounds(6).state.round) * period
+  assert distance(run.params(), want) <= 1e-6
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_identical_data_on_all_workers_is_one_worker(name):
+  one = regression(30)
+  same = one._replace(train={k: np.concatenate([v] * 8) for k, v in one.train.items()})
+  many = Running(METHODS[name], "simulate", SIMULATED, (30,) * 8, None, task=same).rounds(8)
+  single = Running(METHODS[name], "simulate", {"data": 1}, (30,), None, task=one).rounds(8)
+  assert distance(many.params(), single.params()) <= 1e-6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_permuting_the_workers_changes_nothing(name):
+  task = regression()
+  order = np.random.default_rng(3).permutation(8)
+  rows = np.arange(240).reshape(8, 30)[order].reshape(-1)
+  moved = task._replace(train={k: v[rows] for k, v in task.train.items()})
+  got = Running(METHODS[name], "simulate", SIMULATED, batch_size=None, task=moved).rounds(8)
+  assert distance(got.params(), simulated(name, 8)) <= 1e-6
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_the_full_gradient_does_not_depend_on_the_partition(name):
+  """The objective is the mean over all examples, however unevenly the workers hold them."""
+  uneven = Running(METHODS[name], "simulate", SIMULATED, (1, 2, 3, 4, 50, 60, 70, 50), None)
+  assert distance(uneven.rounds(8).params(), simulated(name, 8)) <= 1e-5
+
+
+@pytest.fixture
+def compilations():
+  """The durations of all compilations since the test began."""
+  found: list[float] = []
+
+  def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+      found.append(duration_secs)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  yield found
+  jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("executor", ["simulate", "spmd"])
+@pytest.mark.parametrize("name", NAMES)
+def test_state_is_stable_and_rounds_depend_on_it_alone(name, executor, compilations):
+  """Types, shardings and programs stay; six rounds are three and three from a copy of the state."""
+  run = Running(METHODS[name], executor, SIMULATED, batch_size=None)
+  kinds = lambda: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), run.state)
+  before = kinds()
+  run.rounds(3)
+  saved = jax.device_get(run.state._replace(key=jax.random.key_data(run.state.key)))
+  places = jax.tree.map(lambda x: x.sharding, run.state)
+  assert before == kinds()
+  assert compilations
+  compilations.clear()
+  whole = run.rounds(3).state
+  assert not compilations
+  state = saved._replace(key=jax.random.wrap_key_data(saved.key))
+  run.state = jax.tree.map(jax.device_put, state, places)
+  again = run.rounds(3).state
+  same = jax.tree.map(lambda a, b: bool((a == b).all()), whole, again)
+  assert all(jax.tree.leaves(same))
+
+
+@pytest.mark.parametrize("execution", ["vmap", "shard_map"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_optax_face_is_the_method(name, execution):
+  """`as_optax` in a train step of one's own, all examples in each step."""
+  method, task = METHODS[name], regression()
+  examples, _ = split(task, (30,) * 8)
+  params = task.init(jax.random.split(jax.random.key(0))[0])
+  optimizer = as_optax(method)
+
+  def steps(batch):
+    def one(carry, _):
+      params, state = carry
+      grads = jax.grad(task.loss)(params, batch, None)
+      updates, state = optimizer.update(grads, state, params)
+      return (optax.apply_updates(params, updates), state), None
+
+    count = 4 * method.period
+    return jax.lax.scan(one, (params, optimizer.init(params)), None, count)[0]
+
+  if execution == "vmap":
+    local, state = jax.jit(jax.vmap(steps, axis_name="data"))(examples)
+  else:
+    lead = lambda tree: jax.tree.map(lambda x: x[None], tree)
+    body = lambda batch: lead(steps(jax.tree.map(lambda x: x[0], batch)))
+    mesh = meshes.device_mesh(SIMULATED)
+    mapped = jax.shard_map(
+      body, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False
+    )
+    local, state = jax.jit(mapped)(examples)
+  deployed = jax.tree.map(lambda x: jnp.mean(x, 0), jax.vmap(method.params)(state.state))
+  want = simulated(name, 4)
+  assert distance(deployed, want) <= 1e-6
+  if name in ("sgd", "adam", "accumulation"):
+    assert distance(jax.tree.map(lambda x: x[3], local), want) <= 1e-6
+
+
+def test_aggregated_chains_with_optax():
+  """Clip each worker's gradient, average, step: against numpy."""
+  grads = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)
+  clipped = grads * np.minimum(1, 0.5 / np.linalg.norm(grads, axis=1, keepdims=True))
+  optimizer = optax.chain(optax.clip_by_global_norm(0.5), aggregated(mean()), optax.sgd(2.0))
+
+  def update(g):
+    return optimizer.update(g, optimizer.init(g), g)[0]
+
+  got = jax.vmap(update, axis_name="data")(grads)
+  np.testing.assert_allclose(got, np.tile(-2 * clipped.mean(0), (8, 1)), rtol=1e-5)
+
+
+def test_three_steps_equal_numpy():
+  """Heavy ball with two workers of unequal weight, transcribed."""
+  task = regression(40)
+  method = registry.build("method", "data_parallel(sgd(0.2, momentum=0.5), mean())")
+  run = Running(method, "simulate", {"data": 2}, (10, 30), None, task=task)
+  w, b = run.params()["w"].astype(np.float64), run.params()["b"].astype(np.float64)
+  x, y = task.train["x"].astype(np.float64), task.train["y"].astype(np.float64)
+  velocity = [np.zeros_like(w), np.zeros_like(b)]
+  for _ in range(3):
+    total = [np.zeros_like(w), np.zeros_like(b)]
+    for rows, weight in ((slice(0, 10), 0.5), (slice(10, 40), 1.5)):
+      error = x[rows] @ w + b - y[rows]
+      total[0] += weight * x[rows].T @ error / len(error) / 2
+      total[1] += weight * error.mean(0) / 2
+    velocity = [0.5 * v + g for v, g in zip(velocity, total, strict=True)]
+    w, b = w - 0.2 * velocity[0], b - 0.2 * velocity[1]
+  assert distance(run.rounds(3).params(), {"b": b, "w": w}) <= 1e-6
+
+
+@pytest.mark.parametrize(
+  ("spec", "words"),
+  [
+    ("data_parallel(sgd(0.1), mean(), period=0)", "period=0"),
+    ("averaged(data_parallel(sgd(0.1), mean()), burn_in=-1)", "burn_in=-1"),
+  ],
+)
+def test_ranges_are_checked_when_built(spec, words):
+  with pytest.raises(ValueError, match=words):
+    registry.build("method", spec)

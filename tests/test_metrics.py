@@ -1,0 +1,69 @@
+"""Evaluation is the mean over all data; copies that differ are found and named."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from problems import Running, regression
+from table import METHODS
+
+from research.comm import mesh as meshes
+from research.train import metrics
+from research.train.assemble import evaluation_shards
+
+
+@pytest.mark.parametrize(
+  ("executor", "axes", "sizes"),
+  [
+    ("simulate", {"data": 8}, (30,) * 8),
+    ("simulate", {"data": 3}, (1, 2, 237)),
+    ("spmd", {"data": 8}, (1, 2, 3, 4, 50, 60, 70, 50)),
+    ("spmd", {"slice": 2, "data": 2, "fsdp": 2}, (10, 100, 70, 60)),
+    ("simulate", {"data": 4}, (20,) * 12),
+  ],
+)
+def test_evaluation_is_the_mean_over_all_examples(executor, axes, sizes, monkeypatch):
+  monkeypatch.setattr(metrics, "CHUNK", 7)
+  task = regression()
+  run = Running(METHODS["sgd"], executor, axes, sizes)
+  evaluate = metrics.evaluator(task, evaluation_shards(run.job, executor))
+  params = run.executor.params(run.state)
+  found = evaluate(params, run.data, gradient=True)
+  np.testing.assert_allclose(found["loss"], task.loss(run.params(), task.train, None), rtol=1e-5)
+  gradient = jax.grad(task.loss)(run.params(), task.train, None)
+  norm = np.sqrt(sum(float(jnp.sum(g * g)) for g in jax.tree.leaves(gradient)))
+  np.testing.assert_allclose(found["gradient_norm"], norm, rtol=1e-5)
+  assert "gradient_norm" not in evaluate(params, run.data)
+
+
+def replicated(mesh, copies):
+  """An array that claims to be the same on all devices and need not be."""
+  sharding = NamedSharding(mesh, P())
+  arrays = [jax.device_put(c, d) for c, d in zip(copies, mesh.devices.flat, strict=True)]
+  return jax.make_array_from_single_device_arrays(copies[0].shape, sharding, arrays)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32, np.uint8, np.bool_, jnp.bfloat16])
+def test_a_flipped_bit_on_one_device_is_found_and_named(dtype):
+  mesh = meshes.device_mesh({"data": 8})
+  good = np.arange(24).reshape(4, 6).astype(dtype)
+  bad = good.copy()
+  bad[1, 2] = 0
+  whole = {"a": replicated(mesh, [good] * 8), "b": replicated(mesh, [good] * 8)}
+  broken = {"a": whole["a"], "b": replicated(mesh, [*[good] * 5, bad, good, good])}
+  differing = metrics.replica_check(whole)
+  assert differing(whole) == []
+  assert differing(broken) == ["['b']"]
+
+
+def test_private_rows_and_cut_leaves_are_compared_only_with_their_copies():
+  run = Running(METHODS["residual"], "spmd", {"data": 4, "fsdp": 2}, (60,) * 4).rounds(2)
+  differing = metrics.replica_check(run.state)
+  assert differing(run.state) == []
+  b = run.state.method.params["b"]  # [3], not cut: eight copies
+  copies = [np.asarray(b) + (i == 6) for i in range(8)]
+  wrong = replicated(b.sharding.mesh, copies)
+  state = run.state.method._replace(params={**run.state.method.params, "b": wrong})
+  assert differing(run.state._replace(method=state)) == [".method.params['b']"]

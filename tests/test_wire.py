@@ -1,0 +1,107 @@
+"""Traffic is what the traced program sends: hand-made cases with known bytes."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from problems import Running
+from table import METHODS
+
+from research import registry
+from research.comm import wire
+from research.parallel import workers
+
+X = jax.ShapeDtypeStruct((1000,), jnp.float32)
+EIGHT = {"data": 8}
+
+# a program over 8 workers on 4000 bytes -> operation, dtype, payload, bytes sent on a ring
+CASES = {
+  "psum": (lambda x: lax.psum(x, "data"), "all-reduce", "float32", 4000, 7000),
+  "pmean": (lambda x: lax.pmean(x, "data"), "all-reduce", "float32", 4000, 7000),
+  "pmax": (lambda x: lax.pmax(x, "data"), "all-reduce", "float32", 4000, 7000),
+  "half": (
+    lambda x: lax.psum(x.astype(jnp.bfloat16), "data"), "all-reduce", "bfloat16", 2000, 3500
+  ),
+  "gather": (lambda x: lax.all_gather(x, "data"), "all-gather", "float32", 4000, 28000),
+  "bytes": (
+    lambda x: lax.all_gather(x.astype(jnp.int8), "data"), "all-gather", "int8", 1000, 7000
+  ),
+  "scatter": (
+    lambda x: lax.psum_scatter(x, "data", tiled=True), "reduce-scatter", "float32", 4000, 3500
+  ),
+  "exchange": (
+    lambda x: lax.all_to_all(x.reshape(8, 125), "data", 0, 0), "all-to-all", "float32", 4000, 3500
+  ),
+  "ring": (
+    lambda x: lax.ppermute(x, "data", [(i, (i + 1) % 8) for i in range(8)]),
+    "permute", "float32", 4000, 4000,
+  ),
+  "one pair": (
+    lambda x: lax.ppermute(x, "data", [(0, 1), (1, 0)]), "permute", "float32", 4000, 1000
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_operation(name):
+  program, operation, dtype, payload, sent = CASES[name]
+  assert wire.traffic(program, X, axes=EIGHT) == [
+    wire.Transfer(operation, ("data",), dtype, payload, sent, 1)
+  ]
+
+
+def test_loops_in_loops_multiply():
+  def program(x):
+    inner = lambda x, _: (lax.pmean(x, "data"), None)
+    outer = lambda x, _: (lax.scan(inner, x, None, 5)[0] + lax.pmean(x, "data"), None)
+    return jax.jit(lambda x: lax.scan(outer, x, None, 3)[0])(x)
+
+  found = wire.traffic(program, X, axes=EIGHT)
+  assert sorted(t.times for t in found) == [3, 15]
+  assert wire.by_axis(found) == {"data": 18 * 7000}
+
+
+def test_axes_are_told_apart():
+  def program(x):
+    return lax.pmean(lax.pmean(lax.pmean(x, "data"), "slice"), ("slice", "data"))
+
+  found = wire.by_axis(wire.traffic(program, X, axes={"slice": 2, "data": 4}))
+  assert found == {"data": 6000, "slice": 4000, "slice+data": 7000}
+
+
+def test_what_is_no_fact_is_refused():
+  loop = lambda x: lax.while_loop(lambda x: x[0] < 1, lambda x: lax.pmean(x, "data"), x)
+  with pytest.raises(ValueError, match="not static"):
+    wire.traffic(loop, X, axes=EIGHT)
+  branch = lambda x: lax.cond(x[0] < 1, lambda x: lax.pmean(x, "data"), lambda x: x, x)
+  with pytest.raises(ValueError, match="branches"):
+    wire.traffic(branch, X, axes=EIGHT)
+  same = lambda x: lax.cond(
+    x[0] < 1, lambda x: lax.pmean(x, "data"), lambda x: lax.pmean(-x, "data"), x
+  )
+  assert wire.by_axis(wire.traffic(same, X, axes=EIGHT)) == {"data": 7000}
+
+
+def test_one_worker_sends_nothing():
+  assert wire.by_axis(wire.traffic(lambda x: lax.pmean(x, "data"), X, axes={"data": 1})) == {
+    "data": 0
+  }
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "accumulation", "averaged"])
+def test_data_parallelism_sends_one_gradient_per_round(name):
+  """21 parameters of four bytes, 2 (W-1)/W of them, once in `period` steps."""
+  run = Running(METHODS[name], "simulate", EIGHT)
+  found = workers.round_traffic(run.job, run.layout)
+  assert wire.by_axis(found, METHODS[name].period) == {"data": 84 * 14 / 8 / METHODS[name].period}
+  assert wire.by_axis(workers.dense_traffic(run.job)) == {"data": 84 * 14 / 8}
+  metrics = wire.by_axis(workers.metrics_traffic(run.job, 10))
+  assert metrics == {"data": 4 * (10 * METHODS[name].period + 1) * 14 / 8}
+
+
+def test_hierarchical_mean_crosses_the_slow_axis_once():
+  """Per worker 2 (2-1)/2 of a gradient between two slices, instead of 2 (8-1)/8 among all."""
+  method = registry.build("method", "data_parallel(sgd(0.1), hierarchical_mean())")
+  run = Running(method, "simulate", {"slice": 2, "data": 4})
+  found = wire.by_axis(workers.round_traffic(run.job, run.layout))
+  assert found == {"data": 84 * 6 / 4, "slice": 84}
