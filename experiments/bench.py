@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 
 from absl import app, flags
 
+from experiments import run
+
 FLAGS = flags.FLAGS
 
 
@@ -110,7 +112,7 @@ def a9a_by_hand(config: dict[str, Any]) -> Callable[[int], None]:
   total = jnp.sum(present)
 
   def loss(params, x, y, present):
-    logits = x @ params[0] + params[1]
+    logits = (x @ params[0])[:, 0] + params[1]
     return jnp.sum(present * (jax.nn.softplus(logits) - y * logits)) / total
 
   def step(params, _):
@@ -121,7 +123,7 @@ def a9a_by_hand(config: dict[str, Any]) -> Callable[[int], None]:
   run = jax.jit(
     lambda params, n: jax.lax.scan(step, params, None, n), static_argnums=1, donate_argnums=0
   )
-  params = (jnp.zeros(x.shape[-1]), jnp.zeros(()))
+  params = (jnp.zeros((x.shape[-1], 1)), jnp.zeros(()))
   return advancing(config, params, lambda params, i, n: run(params, n))
 
 
@@ -216,30 +218,64 @@ def compare(name: str, repeats: int) -> dict[str, Any]:
   }
 
 
+def checkpoints(repeats: int) -> list[float]:
+  """Milliseconds for which a save of the digits run blocks, one a second between dispatches."""
+  import jax
+
+  from research.train import assemble
+  from research.train.checkpoint import Checkpoints
+
+  config = assemble.Config(**CASES["digits"].flags)
+  problem = assemble.assemble(config, assemble.check(config))
+  state = problem.executor.init(jax.random.key(0))
+  data = problem.executor.place(problem.examples, problem.job.sizes, jax.random.key(1))
+  blocked = []
+  with tempfile.TemporaryDirectory() as folder:
+    store = Checkpoints(Path(folder), state)
+    for step in range(repeats + 1):
+      until = time.perf_counter() + 1
+      while time.perf_counter() < until:
+        state, metrics = problem.executor.run(state, data, rounds=config.steps_per_dispatch)
+        jax.block_until_ready(metrics)
+      start = time.perf_counter()
+      store.save(step, state, 0.0)
+      blocked.append(1000 * (time.perf_counter() - start))
+    store.wait()
+    store.close()
+  return blocked[1:]
+
+
 def main(argv: list[str]) -> None:
   """Runs the cases, prints the table, writes the result."""
   del argv
-  from research.train import folder, report
+  unknown = [name for name in FLAGS.cases if name not in (*CASES, "checkpoints")]
+  if unknown:
+    run.fail(2, f"--cases={unknown[0]}: unknown; legal: {', '.join(CASES)}, checkpoints")
+  with run.one_line_errors():
+    from research.train import folder, report
 
-  rows = [compare(name, FLAGS.repeats) for name in FLAGS.cases]
-  table = [
-    "| case | loop, steps/s | by hand, steps/s | ratio (median) | ratios |",
-    "|---|---|---|---|---|",
-  ]
-  for row in rows:
-    ratios = ", ".join(f"{r:.2f}" for r in row["ratios"])
-    rates = f"{row['ours']:.0f} | {row['by_hand']:.0f} | {row['ratio']:.3f}"
-    table.append(f"| {row['case']} | {rates} | {ratios} |")
-  print("\n".join(table))
+    pairs = [compare(name, FLAGS.repeats) for name in FLAGS.cases if name in CASES]
+    lines = ["| case | loop, steps/s | by hand, steps/s | ratio (median) | ratios |"]
+    lines.append("|---|---|---|---|---|")
+    for row in pairs:
+      ratios = ", ".join(f"{r:.2f}" for r in row["ratios"])
+      rates = f"{row['ours']:.0f} | {row['by_hand']:.0f} | {row['ratio']:.3f}"
+      lines.append(f"| {row['case']} | {rates} | {ratios} |")
+    result: dict[str, Any] = {"environment": folder.environment(), "pairs": pairs}
+    if "checkpoints" in FLAGS.cases:
+      blocked = result["checkpoint_milliseconds"] = checkpoints(FLAGS.repeats)
+      middle, top = statistics.median(blocked), max(blocked)
+      lines.append(f"\nA save blocks for {middle:.1f} ms (median; at most {top:.1f} ms).")
+  print("\n".join(lines))
   if FLAGS.out:
     out = Path(FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
-    report.write_json(out / "result.json", {"environment": folder.environment(), "rows": rows})
-    (out / "table.md").write_text("\n".join(table) + "\n")
+    report.write_json(out / "result.json", result)
+    (out / "table.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
-  flags.DEFINE_list("cases", list(CASES), "Which pairs to time.")
+  flags.DEFINE_list("cases", [*CASES, "checkpoints"], "Which pairs to time.")
   flags.DEFINE_integer("repeats", 7, "Counted turns of each pair.", 1)
   flags.DEFINE_string("out", "", "Folder for result.json and table.md; empty: only prints.")
-  app.run(main)
+  app.run(main, flags_parser=run.parse_flags)

@@ -7,13 +7,18 @@ SIGTERM; 1 replicas differ; 2 a flag that cannot be; 3 no checkpoint is whole; 4
 130 saved after Ctrl-C.
 """
 
+import contextlib
 import difflib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from absl import app, flags, logging
+
+if TYPE_CHECKING:  # JAX is imported late: a wrong flag does not need it
+  from research.train.assemble import Config
 
 FLAGS = flags.FLAGS
 
@@ -67,7 +72,9 @@ def define_flags() -> None:
 def parse_flags(argv: list[str]) -> list[str]:
   """Reads the command line; a wrong flag ends the program with one line and exit code 2."""
   if {"--help", "-help", "-h"} & set(argv[1:]):
-    print(__doc__, FLAGS.module_help(sys.modules[__name__]), sep="\n")
+    program = sys.modules["__main__"]
+    modules = {__name__: sys.modules[__name__], program.__name__: program}
+    print(program.__doc__, *map(FLAGS.module_help, modules.values()), sep="\n")
     sys.exit(0)
   try:
     rest = FLAGS(argv)
@@ -108,31 +115,48 @@ def use_compilation_cache(folder: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def main(argv: list[str]) -> None:
-  """The whole program: flags, processes, training, table."""
-  del argv
-  logging.set_verbosity(logging.WARNING)
-  import jax
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+  """Turns what a run can fail with into a line on stderr and the exit code that says which."""
+  from research.train import assemble, checkpoint, loop
 
+  codes = {
+    assemble.UsageError: 2,
+    checkpoint.CheckpointError: 3,
+    loop.NonFinite: 4,
+    loop.ReplicasDiffer: 1,
+  }
+  try:
+    yield
+  except tuple(codes) as error:
+    fail(codes[type(error)], str(error))
+
+
+def start() -> "Config":
+  """Quiet logs, the compilation cache, the other processes, and what the flags say."""
+  logging.set_verbosity(logging.WARNING)
+  logging.get_absl_logger().setLevel("CRITICAL")  # Orbax logs what it then raises
   size = batch_size(FLAGS.batch_size)
   use_compilation_cache(FLAGS.compilation_cache)
   from research.comm import mesh
-  from research.train import assemble, checkpoint, loop, report
+  from research.train import assemble
 
+  with assemble.flag("coordinator", FLAGS.coordinator):
+    mesh.initialize(FLAGS.coordinator, FLAGS.processes, FLAGS.process_id)
   config = assemble.Config._make(getattr(FLAGS, name) for name in assemble.Config._fields)
-  config = config._replace(batch_size=size)
-  try:
-    with assemble.flag("coordinator", FLAGS.coordinator):
-      mesh.initialize(FLAGS.coordinator, FLAGS.processes, FLAGS.process_id)
+  return config._replace(batch_size=size)
+
+
+def main(argv: list[str]) -> None:
+  """The whole program: flags, processes, training, table."""
+  del argv
+  with one_line_errors():
+    config = start()
+    import jax
+
+    from research.train import loop, report
+
     summary, folder = loop.train(config)
-  except assemble.UsageError as error:
-    fail(2, str(error))
-  except checkpoint.CheckpointError as error:
-    fail(3, str(error))
-  except loop.NonFinite as error:
-    fail(4, str(error))
-  except loop.ReplicasDiffer as error:
-    fail(1, str(error))
   if jax.process_index() == 0:
     print(report.closing_table(summary, folder))
   sys.exit(130 if summary["stopped_because"] == "interrupted" else 0)

@@ -90,6 +90,8 @@ def damage(folder, how: str) -> None:
       file.unlink()
 
 
+# TensorStore's threads report a missing file to an event loop that has already given up.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("how", ["bits", "cut", "gone"])
 def test_damage_falls_back_to_the_checkpoint_before(how, tmp_path):
   run = Running(METHODS["adam"], "simulate", {"data": 8}, batch_size=None)

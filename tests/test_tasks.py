@@ -50,7 +50,7 @@ def close(a, b, tolerance=1e-5):
 @functools.partial(jax.jit, static_argnums=3)
 def draws(size, first, key, batch_size):
   """The batches of 100 consecutive steps."""
-  draw = lambda step: sampling.epoch_sample(size, step, key, batch_size=batch_size)  # noqa: E731
+  draw = lambda step: sampling.epoch_sample(size, step, key, batch_size=batch_size)
   return jax.vmap(draw)(first + jnp.arange(100))
 
 
@@ -133,7 +133,7 @@ def test_positions_and_pairs_are_uniform(size):
 
 def permutations(size, count):
   key = jax.random.key(3)
-  one = lambda e: sampling.epoch_sample(size, e, key, batch_size=size)  # noqa: E731
+  one = lambda e: sampling.epoch_sample(size, e, key, batch_size=size)
   return np.asarray(jax.jit(jax.vmap(one))(jnp.arange(count))).astype(np.int64)
 
 

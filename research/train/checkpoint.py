@@ -1,6 +1,5 @@
 """Checkpoints: the complete TrainState and its checksums, saved in the background by Orbax."""
 
-import logging
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -127,7 +126,6 @@ class Checkpoints:
 
 
 def _manager(folder: Path) -> ocp.CheckpointManager:
-  logging.getLogger("absl").setLevel(logging.ERROR)
   options = ocp.CheckpointManagerOptions(max_to_keep=KEEP, enable_async_checkpointing=True)
   handlers = ocp.StandardCheckpointHandler()
   return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)

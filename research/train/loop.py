@@ -57,7 +57,7 @@ def train(config: Config) -> tuple[dict[str, Any], Path]:
     if main:
       report.write_json(folder / "summary.json", summary)
       rows = report.read_rows(folder / "metrics.jsonl")
-      report.loss_plot(folder / "loss.png", rows, config.method)
+      report.loss_plot(folder / "loss.png", rows, config.method, summary["evaluated_on"])
   return summary, folder
 
 
@@ -272,6 +272,7 @@ class Run:
       "steps_per_second": round(self.timing.steps_per_second(), 3),
       "train_loss": evaluated.get("train_loss"),
       "eval": evaluated.get("eval", {}),
+      "evaluated_on": "test" if self.test else "train",
       "wire": {
         "bytes_per_step_per_worker": self.bytes_per_step,
         "metrics_bytes_per_step_per_worker": shared,

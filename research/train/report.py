@@ -129,8 +129,8 @@ class Progress:
       self._bar.stop()
 
 
-def loss_plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
-  """Draws training loss against steps, and the test metrics below it where there are any."""
+def loss_plot(path: Path, rows: list[dict[str, Any]], title: str, evaluated_on: str) -> None:
+  """Draws the losses against steps, and below them the other metrics where there are any."""
   import matplotlib as mpl
 
   mpl.use("Agg")
@@ -145,7 +145,7 @@ def loss_plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
   steps = [row["step"] for row in evaluated]
   if any("train_loss" in row for row in evaluated):
     top.plot(steps, [row["train_loss"] for row in evaluated], "o-", ms=3, label="all training data")
-  if evaluated and "loss" in evaluated[0]["eval"]:
+  if evaluated_on == "test" and evaluated and "loss" in evaluated[0]["eval"]:
     top.plot(steps, [row["eval"]["loss"] for row in evaluated], "s--", ms=3, label="test data")
   if all(row["loss"] > 0 for row in rows):
     top.set_yscale("log")
@@ -154,7 +154,7 @@ def loss_plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
   for name in names:
     axes[-1, 0].plot(steps, [row["eval"][name] for row in evaluated], "o-", ms=3, label=name)
   if names:
-    axes[-1, 0].set(ylabel="test data")
+    axes[-1, 0].set(ylabel=f"{evaluated_on} data")
     axes[-1, 0].legend()
   axes[-1, 0].set_xlabel("local step")
   for ax in axes.flat:
@@ -171,7 +171,11 @@ def closing_table(summary: Mapping[str, Any], folder: Path) -> str:
     ("stopped because", summary["stopped_because"]),
     ("steps", f"{summary['steps']}"),
     ("training loss", f"{summary['train_loss']:.6g}"),
-    *((f"test {name}", f"{value:.6g}") for name, value in summary["eval"].items()),
+    *(
+      (f"{summary['evaluated_on']} {name}", f"{value:.6g}")
+      for name, value in summary["eval"].items()
+      if (summary["evaluated_on"], name) != ("train", "loss")
+    ),
     ("steps per second", f"{summary['steps_per_second']:.4g}"),
     ("seconds", f"{summary['seconds']:.1f}, of which compiling {summary['compile_seconds']:.1f}"),
     *(

@@ -1,0 +1,104 @@
+"""Runs a small grid of learning rates and seeds and names the winner.
+
+    python experiments/sweep.py --learning_rates=0.03,0.1,0.3 --seeds=0,1,2
+
+Takes the flags of run.py; `{learning_rate}` in --method is where each rate goes. Every run has its
+own folder under --out, so that the same command goes on where it stopped. Writes sweep.json and
+sweep.md there. A run that diverges stays in the table and cannot win.
+"""
+
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from experiments import run
+
+FLAGS = flags.FLAGS
+METHOD = "data_parallel(sgd({learning_rate}, momentum=0.9), mean())"
+
+
+def score(summary: dict[str, Any]) -> tuple[str, float]:
+  """What runs are compared by, larger is better: accuracy if there is one, else minus the loss."""
+  if "accuracy" in summary["eval"]:
+    return f"{summary['evaluated_on']} accuracy", summary["eval"]["accuracy"]
+  return "minus training loss", -summary["train_loss"]
+
+
+def grid(rates: list[str], seeds: list[str]) -> list[dict[str, Any]]:
+  """Trains every combination; one row per rate with its seeds' scores, None where one diverged."""
+  from research.train import loop
+
+  config, rows = run.start(), []
+  out = Path(config.out or "runs/sweep")
+  for rate in rates:
+    scores: list[float | None] = []
+    name = ""
+    for seed in seeds:
+      method = config.method.replace("{learning_rate}", rate)
+      folder = out / f"learning_rate={rate}-seed={seed}"
+      print(f"learning rate {rate}, seed {seed}: {folder}", file=sys.stderr, flush=True)
+      try:
+        summary, _ = loop.train(config._replace(method=method, seed=int(seed), out=str(folder)))
+      except loop.NonFinite as error:
+        print(error, file=sys.stderr)
+        scores.append(None)
+        continue
+      if summary["stopped_because"] == "interrupted":
+        sys.exit(130)
+      name, value = score(summary)
+      scores.append(value)
+    rows.append({"learning_rate": float(rate), "by": name, "scores": scores})
+  return rows
+
+
+def winner(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+  """The row with the best mean among those of which no seed diverged."""
+  whole = [row for row in rows if None not in row["scores"]]
+  return max(whole, key=lambda row: statistics.mean(row["scores"]), default=None)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+  """A row per learning rate: mean and range over the seeds, and which one won."""
+  best = winner(rows)
+  name = next((row["by"] for row in rows if row["by"]), "score")
+  lines = [f"| learning rate | {name}: mean | least | greatest | |", "|---|---|---|---|---|"]
+  for row in rows:
+    found = [value for value in row["scores"] if value is not None]
+    lost = len(row["scores"]) - len(found)
+    figures = [f"{f(found):.5g}" if found else "" for f in (statistics.mean, min, max)]
+    note = "winner" if row is best else f"{lost} of {len(row['scores'])} diverged" if lost else ""
+    lines.append(f"| {row['learning_rate']:g} | {' | '.join(figures)} | {note} |")
+  return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+  """Checks the grid, runs it, prints the table."""
+  del argv
+  rates, seeds = FLAGS.learning_rates, FLAGS.seeds
+  if "{learning_rate}" not in FLAGS.method:
+    run.fail(2, f"--method='{FLAGS.method}': write {{learning_rate}} where each rate goes")
+  for name, values, legal in (("learning_rates", rates, float), ("seeds", seeds, int)):
+    for value in values:
+      try:
+        legal(value)
+      except ValueError:
+        run.fail(2, f"--{name}={','.join(values)}: '{value}' is not a number")
+  with run.one_line_errors():
+    rows = grid(rates, seeds)
+    from research.train import report
+
+    out = Path(FLAGS.out or "runs/sweep")
+    report.write_json(out / "sweep.json", {"method": FLAGS.method, "seeds": seeds, "rows": rows})
+    (out / "sweep.md").write_text(table(rows) + "\n")
+  print(table(rows))
+
+
+if __name__ == "__main__":
+  run.define_flags()
+  FLAGS.set_default("method", METHOD)
+  flags.DEFINE_list("learning_rates", ["0.03", "0.1", "0.3"], "The rates to try.")
+  flags.DEFINE_list("seeds", ["0"], "The seeds to try each rate with.")
+  app.run(main, flags_parser=run.parse_flags)
