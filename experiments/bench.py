@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,19 +86,20 @@ def dispatches(config, loss, update, state, x, y) -> Callable[[int], None]:
 
   workers, batch = x.shape[0], int(config["batch_size"]) // x.shape[0]
 
-  def step(state, index):
+  def step(data, state, index):
+    x, y = data
     take = jax.vmap(lambda rows, i: rows[i])
     value, grads = jax.vmap(jax.value_and_grad(loss), (None, 0, 0))(
       state, take(x, index), take(y, index)
     )
     return update(state, jax.tree.map(lambda g: jnp.mean(g, 0), grads)), jnp.mean(value)
 
-  def run(state, key, length):
-    index = jax.random.randint(key, (length, workers, batch), 0, x.shape[1])
-    return jax.lax.scan(step, state, index)
+  def run(state, data, key, length):
+    index = jax.random.randint(key, (length, workers, batch), 0, data[0].shape[1])
+    return jax.lax.scan(partial(step, data), state, index)
 
   run = jax.jit(run, static_argnames="length", donate_argnums=0)
-  return advancing(config, state, lambda state, i, n: run(state, jax.random.key(i), n))
+  return advancing(config, state, lambda state, i, n: run(state, (x, y), jax.random.key(i), n))
 
 
 def a9a_by_hand(config: dict[str, Any]) -> Callable[[int], None]:
@@ -109,22 +111,23 @@ def a9a_by_hand(config: dict[str, Any]) -> Callable[[int], None]:
   examples = load(config)
   x, y = jnp.asarray(examples["x"]), jnp.asarray(examples["y"], jnp.float32)
   present = jnp.asarray(np.abs(examples["x"]).sum(-1) > 0, jnp.float32)
-  total = jnp.sum(present)
+  total = float(jnp.sum(present))
 
   def loss(params, x, y, present):
     logits = (x @ params[0])[:, 0] + params[1]
     return jnp.sum(present * (jax.nn.softplus(logits) - y * logits)) / total
 
-  def step(params, _):
-    value, grads = jax.vmap(jax.value_and_grad(loss), (None, 0, 0, 0))(params, x, y, present)
+  def step(data, params, _):
+    value, grads = jax.vmap(jax.value_and_grad(loss), (None, 0, 0, 0))(params, *data)
     moved = jax.tree.map(lambda p, g: p - 1.0 * jnp.sum(g, 0), params, grads)
     return moved, jnp.sum(value)
 
-  run = jax.jit(
-    lambda params, n: jax.lax.scan(step, params, None, n), static_argnums=1, donate_argnums=0
-  )
+  def run(params, data, length):
+    return jax.lax.scan(partial(step, data), params, None, length)
+
+  run = jax.jit(run, static_argnames="length", donate_argnums=0)
   params = (jnp.zeros((x.shape[-1], 1)), jnp.zeros(()))
-  return advancing(config, params, lambda params, i, n: run(params, n))
+  return advancing(config, params, lambda params, i, n: run(params, (x, y, present), n))
 
 
 def advancing(config, state, run) -> Callable[[int], None]:
