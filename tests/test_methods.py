@@ -1,85 +1,14 @@
 """The contracts of every method, over the whole table."""
 
-import functools
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import PartitionSpec as P
-from problems import Running, distance, regression, split
+from problems import SIMULATED, Running, distance, regression, simulated
 from table import EXACT, METHODS, NAMES, SPECS
 
 from research import registry
-from research.aggregate.mean import mean
-from research.comm import mesh as meshes
-from research.methods.transform import aggregated, as_optax
-
-SIMULATED = {"data": 8}
-
-
-def rounds_of(name: str, steps: int) -> int:
-  return -(-steps // METHODS[name].period)
-
-
-@functools.cache
-def simulated(name: str, rounds: int) -> Any:
-  """Parameters after rounds of eight simulated workers, each on all of its 30 examples."""
-  return Running(METHODS[name], "simulate", SIMULATED, batch_size=None).rounds(rounds).params()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_executions_agree(name):
-  """Twenty steps on mini-batches, with workers that hold different numbers of examples."""
-  sizes = (30, 20, 40, 30, 10, 50, 30, 30)
-  count = rounds_of(name, 20)
-  want = Running(METHODS[name], "simulate", SIMULATED, sizes).rounds(count)
-  for executor, axes in (
-    ("spmd", SIMULATED),
-    ("pmap", SIMULATED),
-    ("spmd", {"slice": 2, "data": 4}),
-    ("simulate", {"slice": 2, "data": 4}),
-  ):
-    got = Running(METHODS[name], executor, axes, sizes).rounds(count)
-    assert distance(got.params(), want.params()) <= 1e-5, (executor, axes)
-    np.testing.assert_allclose(got.metrics["loss"], want.metrics["loss"], rtol=1e-4)
-    assert bool(got.metrics["finite"])
-
-
-@pytest.mark.parametrize("executor", ["spmd", "pmap"])
-def test_executions_agree_on_all_examples(executor):
-  """Full batches of unequal sizes, masked: the other way of fetching examples."""
-  sizes = (30, 20, 40, 30, 10, 50, 30, 30)
-  want = Running(METHODS["momentum"], "simulate", SIMULATED, sizes, None).rounds(20)
-  got = Running(METHODS["momentum"], executor, SIMULATED, sizes, None).rounds(20)
-  assert distance(got.params(), want.params()) <= 1e-5
-
-
-@pytest.mark.parametrize("name", ["momentum", "drifting", "residual"])
-def test_cohorts_agree(name):
-  """Four workers serve 12 clients, one of its three each per round; private rows stay theirs."""
-  sizes = (20, 10, 30) * 4
-  want = Running(METHODS[name], "simulate", {"data": 4}, sizes).rounds(10)
-  got = Running(METHODS[name], "spmd", {"data": 4}, sizes).rounds(10)
-  assert distance(got.params(), want.params()) <= 1e-5
-  private = jax.tree.leaves(want.layout.state)
-  rows = [x for x, p in zip(jax.tree.leaves(want.state.method), private, strict=True) if p]
-  assert all(x.shape[0] == 12 for x in rows)
-  assert bool(rows) == (name != "momentum")
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_fsdp_inside_a_worker_changes_nothing(name):
-  count = rounds_of(name, 20)
-  sizes = (60,) * 4
-  want = Running(METHODS[name], "simulate", {"data": 4}, sizes, clip_norm=0.5).rounds(count)
-  mesh = {"data": 4, "fsdp": 2}
-  got = Running(METHODS[name], "spmd", mesh, sizes, clip_norm=0.5).rounds(count)
-  assert distance(got.params(), want.params()) <= 1e-5
-  weights = got.state.method.inner.params if name == "averaged" else got.state.method.params
-  assert "fsdp" in weights["w"].sharding.spec
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -164,55 +93,6 @@ def test_state_is_stable_and_rounds_depend_on_it_alone(name, executor, compilati
   again = run.rounds(3).state
   same = jax.tree.map(lambda a, b: bool((a == b).all()), whole, again)
   assert all(jax.tree.leaves(same))
-
-
-@pytest.mark.parametrize("execution", ["vmap", "shard_map"])
-@pytest.mark.parametrize("name", NAMES)
-def test_the_optax_face_is_the_method(name, execution):
-  """`as_optax` in a train step of one's own, all examples in each step."""
-  method, task = METHODS[name], regression()
-  examples, _ = split(task, (30,) * 8)
-  params = task.init(jax.random.split(jax.random.key(0))[0])
-  optimizer = as_optax(method)
-
-  def steps(batch):
-    def one(carry, _):
-      params, state = carry
-      grads = jax.grad(task.loss)(params, batch, None)
-      updates, state = optimizer.update(grads, state, params)
-      return (optax.apply_updates(params, updates), state), None
-
-    count = 4 * method.period
-    return jax.lax.scan(one, (params, optimizer.init(params)), None, count)[0]
-
-  if execution == "vmap":
-    local, state = jax.jit(jax.vmap(steps, axis_name="data"))(examples)
-  else:
-    lead = lambda tree: jax.tree.map(lambda x: x[None], tree)
-    body = lambda batch: lead(steps(jax.tree.map(lambda x: x[0], batch)))
-    mesh = meshes.device_mesh(SIMULATED)
-    mapped = jax.shard_map(
-      body, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False
-    )
-    local, state = jax.jit(mapped)(examples)
-  deployed = jax.tree.map(lambda x: jnp.mean(x, 0), jax.vmap(method.params)(state.state))
-  want = simulated(name, 4)
-  assert distance(deployed, want) <= 1e-6
-  if name in ("sgd", "adam", "accumulation"):
-    assert distance(jax.tree.map(lambda x: x[3], local), want) <= 1e-6
-
-
-def test_aggregated_chains_with_optax():
-  """Clip each worker's gradient, average, step: against numpy."""
-  grads = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)
-  clipped = grads * np.minimum(1, 0.5 / np.linalg.norm(grads, axis=1, keepdims=True))
-  optimizer = optax.chain(optax.clip_by_global_norm(0.5), aggregated(mean()), optax.sgd(2.0))
-
-  def update(g):
-    return optimizer.update(g, optimizer.init(g), g)[0]
-
-  got = jax.vmap(update, axis_name="data")(grads)
-  np.testing.assert_allclose(got, np.tile(-2 * clipped.mean(0), (8, 1)), rtol=1e-5)
 
 
 def test_three_steps_equal_numpy():

@@ -56,8 +56,7 @@ def train(config: Config) -> tuple[dict[str, Any], Path]:
       summary = run.train()
     if main:
       report.write_json(folder / "summary.json", summary)
-      rows = report.read_rows(folder / "metrics.jsonl")
-      report.loss_plot(folder / "loss.png", rows, config.method, summary["evaluated_on"])
+      report.loss_plot(folder, summary)
   return summary, folder
 
 
@@ -86,7 +85,8 @@ class Run:
     init_key, data_key = jax.random.split(jax.random.key(config.seed))
     self.layout = workers.infer_layout(job)
     self.state: TrainState = executor.init(init_key)
-    self.progress = report.Progress(problem.steps, main)
+    self.evaluated_on = "test" if problem.test else "train"
+    self.progress = report.Progress(problem.steps, self.evaluated_on, main)
     self.checkpoints = Checkpoints(folder.resolve() / "checkpoints", self.state)
     self.step = self._restore()
     self.data = executor.place(problem.examples, job.sizes, data_key)
@@ -272,7 +272,7 @@ class Run:
       "steps_per_second": round(self.timing.steps_per_second(), 3),
       "train_loss": evaluated.get("train_loss"),
       "eval": evaluated.get("eval", {}),
-      "evaluated_on": "test" if self.test else "train",
+      "evaluated_on": self.evaluated_on,
       "wire": {
         "bytes_per_step_per_worker": self.bytes_per_step,
         "metrics_bytes_per_step_per_worker": shared,

@@ -78,7 +78,8 @@ def note(line: str) -> None:
 class Progress:
   """A live bar on a terminal, a plain line at every evaluation otherwise; silent if not `shown`."""
 
-  def __init__(self, total: int, shown: bool):
+  def __init__(self, total: int, evaluated_on: str, shown: bool):
+    self._evaluated_on, self._evaluated = evaluated_on, ""
     self._total, self._shown, self._bar = total, shown, None
     if shown and sys.stderr.isatty():
       from rich.console import Console
@@ -115,10 +116,13 @@ class Progress:
 
   def update(self, row: Mapping[str, Any]) -> None:
     """Shows a row of the metrics."""
-    values = {"loss": row["loss"], **row.get("eval", {})}
-    if "gradient_norm" in row:
-      values["gradient norm"] = row["gradient_norm"]
-    text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+    if "eval" in row:
+      named = {f"{self._evaluated_on} {name}": value for name, value in row["eval"].items()}
+      shown = {k: v for k, v in named.items() if len(named) == 1 or not k.endswith(" loss")}
+      if "gradient_norm" in row:
+        shown["gradient norm"] = row["gradient_norm"]
+      self._evaluated = "".join(f", {name} {value:.4g}" for name, value in shown.items())
+    text = f"loss {row['loss']:.4g}{self._evaluated}"
     if self._bar:
       self._bar.update(self._task, completed=row["step"], text=text)
     elif self._shown and "eval" in row:
@@ -129,13 +133,15 @@ class Progress:
       self._bar.stop()
 
 
-def loss_plot(path: Path, rows: list[dict[str, Any]], title: str, evaluated_on: str) -> None:
-  """Draws the losses against steps, and below them the other metrics where there are any."""
+def loss_plot(folder: Path, summary: Mapping[str, Any]) -> None:
+  """Draws the losses against steps, and below them the other metrics, into loss.png."""
   import matplotlib as mpl
 
   mpl.use("Agg")
   import matplotlib.pyplot as plt
 
+  rows, evaluated_on = read_rows(folder / "metrics.jsonl"), summary["evaluated_on"]
+  title = f"{summary['task']}, {summary['workers']} workers\n{summary['method']}"
   names = sorted({name for row in rows for name in row.get("eval", {})} - {"loss"})
   count = 1 + bool(names)
   figure, axes = plt.subplots(count, 1, figsize=(7, 3 * count), squeeze=False, sharex=True)
@@ -160,7 +166,7 @@ def loss_plot(path: Path, rows: list[dict[str, Any]], title: str, evaluated_on: 
   for ax in axes.flat:
     ax.grid(alpha=0.3)
   figure.tight_layout()
-  figure.savefig(path, dpi=120)
+  figure.savefig(folder / "loss.png", dpi=120)
   plt.close(figure)
 
 
