@@ -1,8 +1,10 @@
 """Checkpoints hold the whole state, notice damage, and fit other numbers of workers."""
 
 import warnings
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from problems import Running
@@ -20,7 +22,7 @@ def saved(run: Running, folder, *steps: int) -> None:
   store.close()
 
 
-def restored(run: Running, folder, warn=warnings.warn):
+def restored(run: Running, folder, warn=warnings.warn) -> Any:
   store = checkpoint.Checkpoints(folder, run.state)
   try:
     return store.restore(run.state, run.layout.state, warn)
@@ -137,10 +139,10 @@ def test_shared_state_does_not_grow_with_the_workers(name):
 
 def test_the_checksum_sees_any_one_element():
   x = np.arange(30, dtype=np.float32).reshape(2, 5, 3)
-  base = checkpoint.checksum(x)
+  base = checkpoint.checksum(jnp.asarray(x))
   for index in np.ndindex(x.shape):
     changed = x.copy()
     changed[index] = np.nextafter(changed[index], np.float32(99))
-    assert checkpoint.checksum(changed) != base
+    assert checkpoint.checksum(jnp.asarray(changed)) != base
   swapped = x[:, ::-1]
-  assert checkpoint.checksum(np.ascontiguousarray(swapped)) != base
+  assert checkpoint.checksum(jnp.asarray(swapped)) != base

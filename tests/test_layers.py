@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = ("comm", "compress", "aggregate", "methods", "parallel", "train")
 # What each room may import besides itself and base; registry names modules in strings.
-ALLOWED = {layer: set(LAYERS[:place]) for place, layer in enumerate(LAYERS)}
+ALLOWED: dict[str, set[str]] = {layer: set(LAYERS[:place]) for place, layer in enumerate(LAYERS)}
 ALLOWED |= {"models": set(), "tasks": set(), "base": set()}
 ALLOWED["registry"] = {"comm", "compress", "aggregate", "methods", "models", "tasks"}
 ALLOWED["train"] |= {"registry", "tasks"}  # assemble.py: from flags to parts

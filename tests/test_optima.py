@@ -12,7 +12,7 @@ from research.train import assemble
 
 def run(steps: int, **flags: Any) -> tuple[assemble.Problem, Any]:
   """Parameters after so many steps of a run described by flags, and its parts."""
-  config = assemble.Config(**{"batch_size": "all"} | flags)
+  config = assemble.Config(batch_size="all")._replace(**flags)
   problem = assemble.assemble(config, assemble.check(config))
   state = problem.executor.init(jax.random.key(0))
   data_key = jax.random.key(config.seed)

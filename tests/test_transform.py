@@ -60,4 +60,4 @@ def test_aggregated_chains_with_optax():
     return optimizer.update(g, optimizer.init(g), g)[0]
 
   got = jax.vmap(update, axis_name="data")(grads)
-  np.testing.assert_allclose(got, np.tile(-2 * clipped.mean(0), (8, 1)), rtol=1e-5)
+  np.testing.assert_allclose(np.asarray(got), np.tile(-2 * clipped.mean(0), (8, 1)), rtol=1e-5)
