@@ -155,8 +155,8 @@ def _struct(leaf: Array, rows: int | None) -> jax.ShapeDtypeStruct:
   """Restores into the leaf's own sharding, or, where it has another number of rows, everywhere."""
   shape, sharding = leaf.shape, leaf.sharding
   if rows is not None and rows != shape[0]:
-    shape = (rows, *shape[1:])
-    sharding = NamedSharding(sharding.mesh, P())
+    assert isinstance(sharding, NamedSharding)
+    shape, sharding = (rows, *shape[1:]), NamedSharding(sharding.mesh, P())
   return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
 
 

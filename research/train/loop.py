@@ -113,7 +113,7 @@ class Run:
     with interrupt.watch() as stopped:
       while self.step < self.problem.steps:
         before, self.step = self.step, self._next_stop()
-        with self._profiled():
+        with self._profiled(), jax.transfer_guard("disallow"):
           rounds = (self.step - before) // period
           self.state, found = executor.run(self.state, self.data, rounds=rounds)
         self._fetch()

@@ -1,0 +1,167 @@
+"""Mesh strings, device meshes, and which launcher makes one job of several processes."""
+
+import jax
+import pytest
+from jax.sharding import AxisType
+
+from research.comm import mesh
+
+
+@pytest.mark.parametrize(
+  ("spec", "axes"),
+  [
+    ("data:8", {"data": 8}),
+    ("fsdp:2,data:4,slice:3", {"slice": 3, "data": 4, "fsdp": 2}),
+    (" slice : 2 , data:1", {"slice": 2, "data": 1}),
+    ("slice:2", {"slice": 2, "data": 1}),
+    ("fsdp:4", {"data": 1, "fsdp": 4}),
+  ],
+)
+def test_a_mesh_string_is_read_slow_links_first(spec, axes):
+  assert list(mesh.parse_mesh(spec).items()) == list(axes.items())
+
+
+@pytest.mark.parametrize(
+  ("spec", "message"),
+  [
+    ("dat:8", "unknown axis 'dat'; the axes are slice, data, fsdp"),
+    ("data:4,data:2", "axis 'data' is named twice"),
+    ("data:4,fsdp", "'fsdp' is not AXIS:SIZE with a positive integer size"),
+    ("data:0", "'data:0' is not AXIS:SIZE"),
+    ("data:-2", "'data:-2' is not AXIS:SIZE"),
+    ("data:2.0", "'data:2.0' is not AXIS:SIZE"),
+    ("data:4,", "'' is not AXIS:SIZE"),
+    ("", "'' is not AXIS:SIZE"),
+    ("8", "'8' is not AXIS:SIZE"),
+  ],
+)
+def test_a_malformed_mesh_string_is_refused(spec, message):
+  with pytest.raises(ValueError, match=message):
+    mesh.parse_mesh(spec)
+
+
+def test_workers_are_the_places_on_worker_axes():
+  axes = mesh.parse_mesh("slice:2,data:4,fsdp:3")
+  assert mesh.worker_axes(axes) == {"slice": 2, "data": 4}
+  assert mesh.count(axes) == 24
+  assert mesh.count(mesh.worker_axes(axes)) == 8
+
+
+@pytest.mark.xfail(reason="np.prod wraps around at 2^63", strict=True)
+def test_places_of_an_absurd_mesh_are_counted_right():
+  assert mesh.count({"slice": 8, "data": 2**62}) == 2**65
+
+
+def test_a_device_mesh_lies_on_the_first_devices_in_auto_mode():
+  found = mesh.device_mesh({"slice": 2, "data": 2})
+  assert found.axis_names == ("slice", "data")
+  assert found.devices.shape == (2, 2)
+  assert set(found.axis_types) == {AxisType.Auto}
+  assert {d.id for d in found.devices.flat} == {d.id for d in jax.devices()[:4]}
+
+
+def test_too_few_devices_are_counted_and_a_way_out_is_named():
+  with pytest.raises(ValueError, match="needs 16 devices and there are 8 .cpu.") as caught:
+    mesh.device_mesh({"slice": 2, "data": 8})
+  assert "'slice:2,data:8'" in str(caught.value)
+  assert "--executor=simulate" in str(caught.value)
+  assert "JAX_NUM_CPU_DEVICES=16" in str(caught.value)
+  with pytest.raises(ValueError, match="needs 2 devices and there is 1 .cpu."):
+    mesh.device_mesh({"data": 2}, jax.devices()[:1])
+
+
+@pytest.mark.parametrize("size", [4, 16])
+def test_several_processes_need_just_as_many_devices_as_places(size, monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(ValueError, match="all devices of all processes take part") as caught:
+    mesh.device_mesh({"data": size})
+  assert f"needs {size} devices and there are 8" in str(caught.value)
+  assert mesh.device_mesh({"data": 8}).size == 8
+
+
+@pytest.mark.parametrize(
+  ("workers", "devices", "size"),
+  [(8, 8, 8), (16, 8, 8), (4, 8, 4), (6, 4, 3), (7, 4, 1), (1, 8, 1), (9, 8, 3)],
+)
+def test_simulated_workers_spread_evenly(workers, devices, size):
+  found = mesh.simulation_mesh(workers, jax.devices()[:devices])
+  assert dict(found.shape) == {"data": size}
+
+
+# What the launchers set, and the near misses that are single processes.
+CLUSTERS = [
+  ({}, None),
+  ({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2"}, "slurm"),
+  ({"SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": "1"}, None),
+  ({"SLURM_STEP_NODELIST": "n1"}, None),
+  ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}, None),  # in a batch script, outside of srun
+  ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0"}, "gke"),
+  ({"TPU_PROCESS_ADDRESSES": "a:8476,b:8476"}, "gke"),
+  ({"TPU_WORKER_HOSTNAMES": "a"}, None),
+  ({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_COORDINATOR_ADDRESS": "a"}, "gke"),
+  ({"TPU_ACCELERATOR_TYPE": "v5litepod-16"}, "tpu"),
+  ({"CLOUD_TPU_TASK_ID": "0"}, "tpu"),
+  ({"TPU_ACCELERATOR_TYPE": "v5litepod-16", "TPU_SKIP_MDS_QUERY": "1"}, None),
+  ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_SKIP_MDS_QUERY": "1"}, "gke"),
+]
+
+
+@pytest.mark.parametrize(("environ", "cluster"), CLUSTERS)
+def test_the_launcher_is_known_by_its_environment(environ, cluster):
+  assert mesh.detect_cluster(environ) == cluster
+
+
+@pytest.fixture
+def joined(monkeypatch):
+  """The calls of `jax.distributed.initialize`, which does nothing here, in an empty environment."""
+  calls = []
+  record = lambda *args, **kwargs: calls.append((args, kwargs))
+  monkeypatch.setattr(jax.distributed, "initialize", record)
+  monkeypatch.setattr(mesh.os, "environ", {})
+  return calls
+
+
+def test_a_single_process_stays_alone(joined):
+  assert mesh.initialize() == 1
+  assert joined == []
+
+
+@pytest.mark.parametrize(
+  ("coordinator", "bind"),
+  [("127.0.0.1:99", "127.0.0.1:99"), ("localhost:99", "localhost:99"), ("node7:99", None)],
+)
+def test_explicit_arguments_are_passed_on(joined, coordinator, bind):
+  """A coordinator on the loopback listens there alone; elsewhere on all interfaces."""
+  mesh.initialize(coordinator, 2, 1)
+  assert joined == [((coordinator, 2, 1), {"coordinator_bind_address": bind})]
+
+
+def test_a_launcher_decides_where_nothing_is_given(joined):
+  mesh.os.environ.update(CLUSTERS[1][0])
+  mesh.initialize()
+  assert joined == [((), {})]
+
+
+def test_explicit_arguments_come_before_the_launcher(joined):
+  mesh.os.environ.update(CLUSTERS[1][0])
+  mesh.initialize("node7:99", 4, 0)
+  assert [args for args, _ in joined] == [("node7:99", 4, 0)]
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (("node7", 2, 0), "--coordinator='node7' is not HOST:PORT"),
+    ((":99", 2, 0), "--coordinator=':99' is not HOST:PORT"),
+    (("node7:http", 2, 0), "--coordinator='node7:http' is not HOST:PORT"),
+    (("", 2, 0), "--coordinator='' is not HOST:PORT"),
+    (("", 0, 1), "--coordinator='' is not HOST:PORT"),
+    (("node7:99", 0, 0), "--processes=0"),
+    (("node7:99", 2, -1), r"--process_id=-1 is not in \[0, 2\)"),
+    (("node7:99", 2, 2), r"--process_id=2 is not in \[0, 2\)"),
+  ],
+)
+def test_arguments_that_do_not_fit_together_are_refused(joined, arguments, message):
+  with pytest.raises(ValueError, match=message):
+    mesh.initialize(*arguments)
+  assert joined == []
