@@ -18,6 +18,30 @@ Batch = dict[str, Any]  # arrays [examples, ...]; "mask" [examples], where prese
 WORKER_AXES = ("slice", "data")
 
 
+class Compressor(NamedTuple):
+  """A lossy encoding of one array: local, stateless, the paper's C(.).
+
+  Both keys are typed keys: `shared` is equal on all workers, `own` is this worker's. What is drawn
+  from `shared` (the support of random-k, a rotation, a hash) is drawn again by `decode` and needs
+  no place on the wire. The payload is a tree of arrays whose shapes depend on the input's shape and
+  dtype alone; their dtypes and shapes ARE the wire format.
+  """
+
+  encode: Callable[[Array, Key, Key], Tree]  # (x, shared, own) -> payload
+  decode: Callable[[Tree, jax.ShapeDtypeStruct, Key], Array]  # (payload, like, shared) -> x_hat
+  linear: bool = False  # payloads of several workers may be summed before decoding
+
+
+class Chunk(NamedTuple):
+  """A worker's part of a whole that the workers have cut among themselves, in their order.
+
+  In a state it is private like any other leaf; its type says that for another number of workers
+  the whole is cut anew, where other private rows are averaged.
+  """
+
+  part: Array
+
+
 class Aggregate(NamedTuple):
   """What one exchange between workers gives to one of them."""
 

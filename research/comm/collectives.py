@@ -58,3 +58,31 @@ def worker_key(key: Key, axes: Axes = WORKER_AXES) -> Key:
 def mean(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
   """The mean over workers, equal on all of them: one all-reduce of each leaf's size."""
   return lax.pmean(tree, in_scope(axes))
+
+
+def total(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
+  """The sum over workers, equal on all of them."""
+  return lax.psum(tree, in_scope(axes))
+
+
+def gather(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
+  """What every worker has, in the order of `worker_index`: leaves [W, ...], equal on all."""
+  for name in reversed(in_scope(axes)):
+    tree = lax.all_gather(tree, name)
+  count = worker_count(axes)
+  skip = len(in_scope(axes))
+  return jax.tree.map(lambda x: x.reshape(count, *x.shape[skip:]), tree)
+
+
+def exchange(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
+  """Sends row i of each leaf [W, ...] to worker i; returns the rows that this one was sent."""
+  names = in_scope(axes)
+  sizes = [lax.axis_size(name) for name in names]
+
+  def one(x):
+    x = x.reshape(*sizes, *x.shape[1:])
+    for place, name in enumerate(names):
+      x = lax.all_to_all(x, name, place, place)
+    return x.reshape(-1, *x.shape[len(names) :])
+
+  return jax.tree.map(one, tree)

@@ -6,13 +6,14 @@ private if it comes out batched, that is if it depends on anything that differs 
 has not been through a collective that makes it equal.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from research.base import Tree
+from research.base import Chunk, Tree
 
 
 class Layout(NamedTuple):
@@ -123,6 +124,17 @@ def _shapes_of_one(fn, axes, in_axes, *args) -> Tree:
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[skip:], x.dtype), outputs)
 
 
+def kinds(private: Tree) -> Tree:
+  """How each leaf of a state is resized: 'shared', 'rows' or 'chunks' (rows of `Chunk`s)."""
+
+  def kind(node):
+    if isinstance(node, Chunk):
+      return Chunk("chunks" if node.part else "shared")
+    return "rows" if node else "shared"
+
+  return jax.tree.map(kind, private, is_leaf=lambda node: isinstance(node, Chunk))
+
+
 def resize_rows(rows: jax.Array, owners: int) -> jax.Array:
   """A private leaf [P, ...] for another number of owners: each gets the mean of all rows.
 
@@ -131,3 +143,9 @@ def resize_rows(rows: jax.Array, owners: int) -> jax.Array:
   """
   mean = jnp.mean(rows.astype(jnp.float32), 0).astype(rows.dtype)
   return jnp.broadcast_to(mean, (owners, *rows.shape[1:]))
+
+
+def recut_chunks(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Chunks [P, ...] of one whole as chunks of another shape [P', ...]; what pads them is zero."""
+  whole, size = rows.reshape(-1), math.prod(shape)
+  return jnp.pad(whole, (0, max(0, size - whole.size)))[:size].reshape(shape)

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from research.base import Array, TrainState, Tree
-from research.parallel.layout import resize_rows
+from research.parallel import layout as layouts
 
 KEEP = 3
 
@@ -52,17 +52,18 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def restore(
-    self, like: TrainState, owners: Tree, warn: Callable[[str], None]
+    self, like: TrainState, private: Tree, warn: Callable[[str], None]
   ) -> tuple[int, TrainState] | None:
     """The newest checkpoint that is whole, in the shardings of `like`.
 
     Shared leaves come back as they were. Private rows come back by owner where there are as many
-    owners as before; for another number every owner gets the mean of all rows (`resize_rows`).
+    owners as before; for another number every owner gets the mean of all rows (`resize_rows`), but
+    chunks of a whole are cut anew (`recut_chunks`).
     A damaged checkpoint is renamed to STEP.damaged, and the one before it is tried.
 
     Args:
       like: shapes, dtypes and shardings of the state.
-      owners: a tree like the method's state: whether a leaf has rows by owner.
+      private: a tree like the method's state: whether a leaf has rows by owner.
       warn: told about each damaged checkpoint, in one line.
 
     Returns:
@@ -74,7 +75,7 @@ class Checkpoints:
     steps = sorted(self._manager.all_steps(), reverse=True)
     for step in steps:
       try:
-        return step, self._restore_one(step, like, owners)
+        return step, self._restore_one(step, like, private)
       except CheckpointError:
         raise
       except Exception as error:  # whatever a damaged file makes the reader raise
@@ -85,7 +86,7 @@ class Checkpoints:
       raise CheckpointError(f"none of the checkpoints {steps[::-1]} in {self._folder} is whole")
     return None
 
-  def _restore_one(self, step: int, like: TrainState, owners: Tree) -> TrainState:
+  def _restore_one(self, step: int, like: TrainState, private: Tree) -> TrainState:
     metadata = self._manager.item_metadata(step)
     if metadata is None:
       raise ValueError("its metadata is missing")
@@ -95,10 +96,10 @@ class Checkpoints:
       raise CheckpointError(
         f"checkpoint {step} in {self._folder} is of another model or method: only one has {other}"
       )
-    rows = dict(zip(target, jax.tree.leaves(TrainState(False, False, owners)), strict=True))
+    kinds = layouts.kinds(TrainState(False, False, private))
+    kind = dict(zip(target, jax.tree.leaves(kinds), strict=True))
     wanted = {
-      name: _struct(leaf, saved[name].shape[0] if rows[name] else None)
-      for name, leaf in target.items()
+      name: _struct(leaf, tuple(saved[name].shape), kind[name]) for name, leaf in target.items()
     }
     sums = jax.ShapeDtypeStruct((len(target),), jnp.uint32, sharding=like.round.sharding)
     item = {"state": wanted, "checksums": sums}
@@ -107,7 +108,7 @@ class Checkpoints:
     if not matches.all():
       wrong = sorted(target)[int(np.argmin(matches))]
       raise ValueError(f"the checksum of {wrong} does not match")
-    leaves = [_fitted(found["state"][name], leaf) for name, leaf in target.items()]
+    leaves = [_fitted(found["state"][name], leaf, kind[name]) for name, leaf in target.items()]
     return _typed(jax.tree.structure(like).unflatten(leaves), like)
 
   def _set_aside(self, step: int) -> None:
@@ -151,21 +152,26 @@ def _typed(state: TrainState, like: TrainState) -> TrainState:
   return jax.tree.map(typed, state, like)
 
 
-def _struct(leaf: Array, rows: int | None) -> jax.ShapeDtypeStruct:
-  """Restores into the leaf's own sharding, or, where it has another number of rows, everywhere."""
+def _struct(leaf: Array, saved: tuple[int, ...], kind: str) -> jax.ShapeDtypeStruct:
+  """Restores into the leaf's own sharding, or, where it will be resized, everywhere."""
   shape, sharding = leaf.shape, leaf.sharding
-  if rows is not None and rows != shape[0]:
+  if kind == "chunks" or (kind == "rows" and saved[1:] == shape[1:]):
+    shape = saved
+  if shape != leaf.shape:
     assert isinstance(sharding, NamedSharding)
-    shape, sharding = (rows, *shape[1:]), NamedSharding(sharding.mesh, P())
+    sharding = NamedSharding(sharding.mesh, P())
   return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
 
 
-def _fitted(found: Array, like: Array) -> Array:
-  """Rows for as many owners as `like` has, in its sharding."""
+def _fitted(found: Array, like: Array, kind: str) -> Array:
+  """Rows or chunks for as many owners as `like` has, in its sharding."""
   if found.shape == like.shape:
     return found
-  resize = jax.jit(partial(resize_rows, owners=like.shape[0]), out_shardings=like.sharding)
-  return resize(found)
+  if kind == "chunks":
+    resize = partial(layouts.recut_chunks, shape=like.shape)
+  else:
+    resize = partial(layouts.resize_rows, owners=like.shape[0])
+  return jax.jit(resize, out_shardings=like.sharding)(found)
 
 
 @jax.jit
