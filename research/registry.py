@@ -20,6 +20,15 @@ TABLE: dict[str, dict[str, str]] = {
   "aggregator": {
     "mean": "research.aggregate.mean:mean",
     "hierarchical_mean": "research.aggregate.mean:hierarchical_mean",
+    "gather_mean": "research.aggregate.compressed:gather_mean",
+    "sum_mean": "research.aggregate.compressed:sum_mean",
+    "two_phase": "research.aggregate.compressed:two_phase",
+    "majority_vote": "research.aggregate.compressed:majority_vote",
+    "power_sgd": "research.aggregate.power_sgd:power_sgd",
+    "error_feedback": "research.aggregate.feedback:error_feedback",
+    "ef21": "research.aggregate.feedback:ef21",
+    "diana": "research.aggregate.feedback:diana",
+    "only_large": "research.aggregate.feedback:only_large",
   },
   "method": {
     "data_parallel": "research.methods.data_parallel:data_parallel",

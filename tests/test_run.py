@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -195,7 +196,7 @@ LONG = (
   "--task=least_squares(noise=0.5)",
   "--method=data_parallel(adam(1e-2), mean())",
   "--batch_size=40",
-  "--steps=800",
+  "--steps=500",
   "--steps_per_dispatch=25",
   "--log_every=5",
   "--eval_every=25",
@@ -256,7 +257,7 @@ def test_a_stopped_run_ends_as_an_unbroken_one(
   stopped = end(process)
   saved = checkpoints(out)[-1]
   assert stopped.code == code
-  assert seen <= saved < 800
+  assert seen <= saved < 500
   if reason:
     assert summary(out)["stopped_because"] == reason
     assert summary(out)["steps"] == saved
@@ -290,8 +291,23 @@ def test_a_run_killed_before_it_told_its_result_tells_it(copied, unbroken, run):
   told = run(copied, *LONG, "--executor=simulate", "--out=simulate")
   assert told.code == 0
   found, want = (summary(folder / "simulate") for folder in (copied, unbroken))
-  told_again = ("steps", "stopped_because", "params_sha256", "train_loss", "eval", "wire")
+  told_again = ("steps", "stopped_because", "params_sha256", "train_loss", "eval")
   assert {name: found[name] for name in told_again} == {name: want[name] for name in told_again}
+
+
+@pytest.mark.xfail(reason="nothing locks the folder; both end in a traceback", strict=True)
+def test_a_second_start_in_the_same_folder_is_refused(unbroken, start, tmp_path):
+  command = (*LONG, "--executor=simulate", "--out=here")
+  first = start(tmp_path, *command)
+  after_a_checkpoint(first, tmp_path / "here")
+  first.send_signal(signal.SIGSTOP)
+  second = end(start(tmp_path, *command))
+  first.send_signal(signal.SIGCONT)
+  assert end(first).code == 0
+  found, want = summary(tmp_path / "here"), summary(unbroken / "simulate")
+  assert found["params_sha256"] == want["params_sha256"]
+  assert second.code == 2
+  assert second.err.startswith("error: --out='here': ")
 
 
 def cut(folder: Path) -> None:
@@ -301,11 +317,11 @@ def cut(folder: Path) -> None:
 
 
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(copied, unbroken, run):
-  cut(copied / "simulate" / "checkpoints" / "800")
+  cut(copied / "simulate" / "checkpoints" / "500")
   resumed = run(copied, *LONG, "--executor=simulate", "--out=simulate")
   assert resumed.code == 0
-  assert "checkpoint 800 is damaged" in resumed.err
-  assert "resuming at step 775" in resumed.err
+  assert "checkpoint 500 is damaged" in resumed.err
+  assert "resuming at step 475" in resumed.err
   assert "Traceback" not in resumed.err
   found, want = (summary(folder / "simulate") for folder in (copied, unbroken))
   assert found["params_sha256"] == want["params_sha256"]
@@ -319,7 +335,7 @@ def test_where_no_checkpoint_is_whole_the_command_says_so_and_does_not_start_ane
   ended = run(copied, *LONG, "--executor=simulate", "--out=simulate")
   assert ended.code == 3
   *warnings, last = ended.err.splitlines()
-  assert last.startswith("error: none of the checkpoints [750, 775, 800]")
+  assert last.startswith("error: none of the checkpoints [450, 475, 500]")
   assert len(warnings) == len(steps)
   assert "Traceback" not in ended.err
   assert not (copied / "simulate" / "summary.json").exists()
@@ -327,25 +343,28 @@ def test_where_no_checkpoint_is_whole_the_command_says_so_and_does_not_start_ane
 
 def test_a_run_goes_on_with_other_flags_if_told_so(copied, run):
   before = rows(copied / "simulate")
-  changes = ("--steps=850", "--mesh=data:4", "--allow_changes")
+  changes = ("--steps=550", "--mesh=data:4", "--allow_changes")
   ended = run(copied, *LONG, "--executor=simulate", "--out=simulate", *changes)
   assert ended.code == 0
-  assert "resuming at step 800" in ended.err
+  assert "resuming at step 500" in ended.err
   found, after = summary(copied / "simulate"), rows(copied / "simulate")
-  assert (found["steps"], found["workers"], found["mesh"]) == (850, 4, "data:4")
+  assert (found["steps"], found["workers"], found["mesh"]) == (550, 4, "data:4")
   assert after[: len(before)] == before
-  assert after[-1]["step"] == 850
+  assert after[-1]["step"] == 550
   assert is_increasing([row["step"] for row in after])
-  assert json.loads((copied / "simulate" / "config.json").read_text())["steps"] == 850
+  assert json.loads((copied / "simulate" / "config.json").read_text())["steps"] == 550
 
 
 @pytest.mark.xfail(reason="arrays of other shapes pass for damage", strict=True)
 def test_a_state_of_other_shapes_is_refused_and_its_checkpoints_stay(copied, run):
-  changes = ("--steps=850", "--task=least_squares(features=5)", "--allow_changes")
-  steps = checkpoints(copied / "simulate")
+  changes = ("--steps=550", "--task=least_squares(features=5)", "--allow_changes")
+  before = contents(copied)
   ended = run(copied, *LONG, "--executor=simulate", "--out=simulate", *changes)
   assert ended.code in (2, 3)
-  assert checkpoints(copied / "simulate") == steps
+  assert "Traceback" not in ended.err
+  assert "damaged" not in ended.err
+  after = contents(copied)
+  assert {name: after.get(name) for name in before} == before
 
 
 # ---- ends of other kinds
@@ -366,11 +385,11 @@ def test_a_diverging_run_names_the_step_and_keeps_what_was_good(run, tmp_path):
   assert "Traceback" not in ended.err
   last = ended.err.splitlines()[-1]
   kept = checkpoints(tmp_path / "here")[-1]
-  # from a weight of order 1, the error grows fourfold with each step: x_t = -4^t, f32 ends at 2^128
-  first = int(
-    last.removeprefix("error: the loss is not finite at step ").split(",")[0].split(";")[0]
-  )
-  assert 30 <= first <= 40
+  # the largest eigenvalue is 1: each step multiplies the error by 1 - 5, the loss by 2^4
+  found = re.match(r"error: the loss is not finite at step (\d+)", last)
+  assert found
+  first = int(found[1])
+  assert 28 <= first <= 36  # floats end at 2^128
   assert kept == (first - 1) // 4 * 4
   assert last.endswith(f"checkpoint {kept} is kept")
   assert rows(tmp_path / "here")[-1]["step"] == kept
@@ -442,9 +461,9 @@ def test_a_trace_is_written(clients):
 
 
 def test_checkpoints_do_not_grow_with_the_workers(start, tmp_path):
-  flags = ("--batch_size=all", "--steps=1")
+  flags = ("--task=least_squares()", "--model=mlp(hidden=[1000])", "--steps=1")
   two, sixteen = (
-    start(tmp_path, *flags, f"--mesh=data:{workers}", f"--out=of_{workers:02}")
+    start(tmp_path, *flags, "--batch_size=all", f"--mesh=data:{workers}", f"--out=of_{workers:02}")
     for workers in (2, 16)
   )
   assert [end(two).code, end(sixteen).code] == [0, 0]
@@ -452,7 +471,7 @@ def test_checkpoints_do_not_grow_with_the_workers(start, tmp_path):
     sum(len(content or b"") for content in contents(tmp_path / out / "checkpoints" / "1").values())
     for out in ("of_02", "of_16")
   ]
-  assert sizes[0] > 2 * 4 * PARAMETERS  # parameters and momentum
+  assert sizes[0] > 2 * 4 * (10 * 1000 + 1000 + 1000 + 1)  # parameters and momentum
   assert abs(sizes[0] - sizes[1]) < 0.01 * sizes[0]
 
 
@@ -464,13 +483,14 @@ class Bad(NamedTuple):
 
   flags: tuple[str, ...]
   says: tuple[str, ...]
-  files: dict[str, str] = {}  # noqa: RUF012
+  files: dict[str, str] | None = None
 
 
 def other_run(**flags: Any) -> dict[str, str]:
   return {"old/config.json": json.dumps(Config(out="old", **flags)._asdict())}
 
 
+SMALL = "--task=least_squares()"
 METHODS = ("data_parallel", "averaged")
 BAD = {
   "flag": Bad(("--stepz=3",), ("--stepz", "did you mean '--steps'?")),
@@ -501,14 +521,13 @@ BAD = {
     ("--method=data_parallel(sgd(-1.0), mean())",), ("--method='", "learning_rate=-1.0", "(0, inf)")
   ),
   "devices": Bad(
-    ("--executor=spmd",),
+    (SMALL, "--executor=spmd"),
     ("--mesh='data:8'", "there is 1", "--executor=simulate", "JAX_NUM_CPU_DEVICES=8"),
   ),
   "axis": Bad(("--mesh=dat:8",), ("--mesh='dat:8'", "'dat'", "slice, data, fsdp")),
   "mesh": Bad(("--mesh=data",), ("--mesh='data'", "AXIS:SIZE")),
   "division": Bad(("--batch_size=100",), ("--batch_size=100", "8 workers", "96 and 104")),
-  "batch": Bad(("--batch_size=al",), ("--batch_size='al'", "'all'?")),
-  "examples": Bad(("--batch_size=1600",), ("--batch_size=1600", "1440", "'all'")),
+  "examples": Bad((SMALL, "--batch_size=1600"), ("--batch_size=1600", "1000", "'all'")),
   "period": Bad(
     ("--method=data_parallel(sgd(0.1), mean(), period=3)",), ("--steps=400", "period of 3")
   ),
@@ -516,9 +535,6 @@ BAD = {
   "workers": Bad(
     ("--task=least_squares(samples=4, features=2)", "--mesh=data:5", "--batch_size=all"),
     ("5 workers", "4 examples"),
-  ),
-  "regression": Bad(
-    ("--task=least_squares()", "--partition=dirichlet(0.3)"), ("--partition='dirichlet(0.3)'",)
   ),
   "processes": Bad(("--processes=2",), ("--coordinator=''", "HOST:PORT")),
   "changed": Bad(
@@ -529,7 +545,7 @@ BAD = {
   "file": Bad(("--out=plain",), ("--out='plain'", "not a folder"), {"plain": "text"}),
   "under": Bad(("--out=plain/run",), ("--out='plain/run'", "plain is not"), {"plain": "text"}),
   "foreign": Bad(("--out=mine",), ("--out='mine'", "other files"), {"mine/thesis.tex": "text"}),
-  "unwritable": Bad(("--out=/proc/run",), ("--out='/proc/run'",)),
+  "unwritable": Bad((SMALL, "--out=/proc/run"), ("--out='/proc/run'",)),
   "offline": Bad(
     ("--task=libsvm('a9a')",), ("libsvm/a9a is not in", "cannot be fetched", "https://", "save it")
   ),
@@ -542,13 +558,13 @@ BAD = {
 
 # As above, and not yet refused as they should be.
 ESCAPED = {
-  "epochs": Bad(("--epochs=nan",), ("--epochs=nan",)),
-  "few": Bad(("--epochs=1e-9",), ("--epochs=1e-09",)),
-  "tolerance": Bad(("--tolerance=nan", "--steps=1"), ("--tolerance=nan",)),
-  "clip": Bad(("--clip_norm=nan", "--steps=1"), ("--clip_norm=nan",)),
-  "seed": Bad(("--seed=99999999999999999999",), ("--seed=99999999999999999999",)),
-  "places": Bad(("--mesh=slice:8,data:4611686018427387904",), ("--mesh='slice:8,data:46116",)),
-  "config": Bad(("--out=old",), ("--out='old'", "config.json"), {"old/config.json": "[]"}),
+  "epochs": Bad((SMALL, "--epochs=nan"), ("--epochs=nan",)),
+  "few": Bad((SMALL, "--epochs=1e-9"), ("--epochs=1e-09",)),
+  "tolerance": Bad((SMALL, "--tolerance=nan", "--steps=1"), ("--tolerance=nan",)),
+  "clip": Bad((SMALL, "--clip_norm=nan", "--steps=1"), ("--clip_norm=nan",)),
+  "seed": Bad((SMALL, "--seed=99999999999999999999"), ("--seed=99999999999999999999",)),
+  "places": Bad(("--mesh=slice:8,data:4611686018427387904",), ("36893488147419103232",)),
+  "config": Bad((SMALL, "--out=old"), ("--out='old'", "config.json"), {"old/config.json": "[]"}),
 }
 ESCAPES = [pytest.param(name, marks=pytest.mark.xfail(strict=True)) for name in ESCAPED]
 
@@ -557,7 +573,7 @@ ESCAPES = [pytest.param(name, marks=pytest.mark.xfail(strict=True)) for name in 
 def test_what_cannot_be_is_refused_in_one_line_and_leaves_no_trace(name, run, tmp_path):
   bad, here = (BAD | ESCAPED)[name], tmp_path / "here"
   here.mkdir()
-  for path, text in bad.files.items():
+  for path, text in (bad.files or {}).items():
     (here / path).parent.mkdir(parents=True, exist_ok=True)
     (here / path).write_text(text)
   before = contents(here)

@@ -1,0 +1,148 @@
+"""What compression leaves out, kept and sent later: wrappers around any aggregator."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from research.aggregate.mean import mean
+from research.base import WORKER_AXES, Aggregate, Aggregator, State, Tree
+from research.comm import collectives
+
+
+class ErrorFeedbackState(NamedTuple):
+  memory: Tree  # e_i, private
+  inner: State
+
+
+def error_feedback(inner: Aggregator, *, decay: float = 1.0) -> Aggregator:
+  """Adds to each value what earlier rounds did not send.
+
+      p_i = x_i + decay e_i,   value = A(p),   e_i <- p_i - sent_i
+
+  Args:
+    inner: the aggregator; its `sent` says what of a value was received.
+    decay: of the memory, in [0, 1].
+
+  Raises:
+    ValueError: if decay is not in [0, 1].
+
+  Reference: Karimireddy et al. 2019, arXiv 1901.09847, algorithm 2.
+  """
+  if not 0 <= decay <= 1:
+    raise ValueError(f"decay={decay} is not in [0, 1]")
+
+  def init(params):
+    return ErrorFeedbackState(jax.tree.map(jnp.zeros_like, params), inner.init(params))
+
+  def aggregate(tree, state, key):
+    corrected = jax.tree.map(lambda x, e: x + decay * e, tree, state.memory)
+    value, sent, link = inner.aggregate(corrected, state.inner, key)
+    memory = jax.tree.map(jnp.subtract, corrected, sent)
+    return Aggregate(value, sent, ErrorFeedbackState(memory, link))
+
+  return Aggregator(init, aggregate)
+
+
+class EF21State(NamedTuple):
+  local: Tree  # g_i, private
+  total: Tree  # g, the mean of all g_i
+  inner: State
+
+
+def ef21(inner: Aggregator) -> Aggregator:
+  """Compresses the change of each worker's value instead of the value.
+
+      g_i <- g_i + C(x_i - g_i),   g <- g + 1/W sum_i C(x_i - g_i),   value = g
+
+  Starts from g_i = 0; the paper also allows a first round without compression.
+
+  Args:
+    inner: the aggregator of the compressed changes.
+
+  Reference: Richtarik, Sokolov, Fatkhullin 2021, arXiv 2106.05203, algorithm 2.
+  """
+
+  def init(params):
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return EF21State(zeros, zeros, inner.init(params))
+
+  def aggregate(tree, state, key):
+    change = jax.tree.map(jnp.subtract, tree, state.local)
+    value, sent, link = inner.aggregate(change, state.inner, key)
+    local = jax.tree.map(jnp.add, state.local, sent)
+    total = jax.tree.map(jnp.add, state.total, value)
+    return Aggregate(total, local, EF21State(local, total, link))
+
+  return Aggregator(init, aggregate)
+
+
+class DianaState(NamedTuple):
+  shift: Tree  # h_i, private
+  mean_shift: Tree  # h, the mean of all h_i
+  inner: State
+
+
+def diana(inner: Aggregator, *, alpha: float) -> Aggregator:
+  """Compresses the difference to a shift that learns the worker's gradient.
+
+      d_i = C(x_i - h_i),   value = h + 1/W sum_i d_i,   h_i <- h_i + alpha d_i
+      h <- h + alpha/W sum_i d_i
+
+  Args:
+    inner: the aggregator of the differences, with an unbiased compressor.
+    alpha: how fast shifts learn, in (0, 1]; at most 1 / (1 + omega) for a compressor of relative
+      variance omega.
+
+  Raises:
+    ValueError: if alpha is not in (0, 1].
+
+  Reference: Mishchenko et al. 2019, arXiv 1901.09269, algorithm 1.
+  """
+  if not 0 < alpha <= 1:
+    raise ValueError(f"alpha={alpha} is not in (0, 1]")
+
+  def init(params):
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return DianaState(zeros, zeros, inner.init(params))
+
+  def aggregate(tree, state, key):
+    change = jax.tree.map(jnp.subtract, tree, state.shift)
+    delta, sent, link = inner.aggregate(change, state.inner, key)
+    learn = lambda h, d: h + alpha * d
+    value = jax.tree.map(jnp.add, state.mean_shift, delta)
+    received = jax.tree.map(jnp.add, state.shift, sent)
+    shift = jax.tree.map(learn, state.shift, sent)
+    mean_shift = jax.tree.map(learn, state.mean_shift, delta)
+    return Aggregate(value, received, DianaState(shift, mean_shift, link))
+
+  return Aggregator(init, aggregate)
+
+
+def only_large(
+  inner: Aggregator, *, min_size: int = 1024, axis: collectives.Axes = WORKER_AXES
+) -> Aggregator:
+  """Leaves of fewer than `min_size` elements are averaged exactly, the others by `inner`.
+
+  Args:
+    inner: the aggregator of the large leaves.
+    min_size: in elements.
+    axis: the worker axes over which small leaves are averaged.
+  """
+
+  def parts(tree):
+    leaves, treedef = jax.tree.flatten(tree)
+    large = [x.size >= min_size for x in leaves]
+    of = lambda wanted: [x for x, is_large in zip(leaves, large, strict=True) if is_large == wanted]
+    join = lambda big, small: treedef.unflatten(
+      [(big if is_large else small).pop(0) for is_large in large]
+    )
+    return of(True), of(False), lambda big, small: join(list(big), list(small))
+
+  def aggregate(tree, state, key):
+    big, small, join = parts(tree)
+    out = inner.aggregate(big, state, key)
+    exact = mean(axis).aggregate(small, (), key)
+    return Aggregate(join(out.value, exact.value), join(out.sent, exact.sent), out.state)
+
+  return Aggregator(lambda params: inner.init(parts(params)[0]), aggregate)

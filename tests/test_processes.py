@@ -1,0 +1,227 @@
+"""One job of two processes with four devices each: what one process with eight computes."""
+
+import functools
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from problems import distance
+
+RUN = Path(__file__).parents[1] / "experiments" / "run.py"
+TIMEOUT = 120  # seconds, for what takes some
+
+# Mini-batches, noise and constant steps: every step matters to the last bit of the result.
+JOB = (
+  "--executor=spmd",
+  "--mesh=data:8",
+  "--task=least_squares(noise=0.5)",
+  "--batch_size=40",
+  "--steps=40",
+  "--steps_per_dispatch=5",
+  "--log_every=5",
+  "--eval_every=20",
+  "--checkpoint_every=10",
+  "--checkpoint_seconds=0",
+)
+# Optimizers, and how the two processes find each other.
+JOBS = {
+  "sgd": ("sgd(0.1)", "flags"),
+  "momentum": ("sgd(0.1, momentum=0.9)", "slurm"),
+  "adam": ("adam(1e-2)", "flags"),
+}
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory):
+  """Starts the command with an environment; whatever still runs at the end is killed."""
+  compiled = tmp_path_factory.mktemp("compiled")
+  clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+  processes = []
+
+  def start(folder: Path, *arguments: str, **environ: str) -> subprocess.Popen:
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, str(RUN), *JOB, f"--compilation_cache={compiled}", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes.append(subprocess.Popen(command, cwd=folder, env=clean | environ, **pipes))
+    return processes[-1]
+
+  yield start
+  for process in processes:
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture(scope="session")
+def pair(start):
+  """Starts the two processes of a job, each in a folder of its own, as JOBS says."""
+
+  def pair(folder: Path, name: str, *more: str) -> list[subprocess.Popen]:
+    optimizer, launcher = JOBS[name]
+    joining = {"flags": by_flags, "slurm": by_slurm}[launcher]()
+    arguments = (f"--method=data_parallel({optimizer}, mean())", f"--out={folder / 'out'}", *more)
+    return [
+      start(folder / f"cwd{i}", *arguments, *flags, JAX_NUM_CPU_DEVICES="4", **environ)
+      for i, (flags, environ) in enumerate(joining)
+    ]
+
+  return pair
+
+
+def by_flags() -> list[tuple[list[str], dict[str, str]]]:
+  """The flags and the environment of each process."""
+  port = free_port(range(20000, 30000))
+  joining = [f"--coordinator=127.0.0.1:{port}", "--processes=2"]
+  return [([*joining, f"--process_id={i}"], {}) for i in range(2)]
+
+
+def by_slurm() -> list[tuple[list[str], dict[str, str]]]:
+  """No flags; what Slurm sets. JAX makes the port from the last 12 bits of the job's number."""
+  job = {
+    "SLURM_JOB_ID": str(free_port(range(61440, 65536)) - 61440),
+    "SLURM_STEP_NODELIST": "127.0.0.1",
+    "SLURM_STEP_NUM_NODES": "1",
+    "SLURM_NTASKS": "2",
+  }
+  return [([], job | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}) for i in range(2)]
+
+
+def free_port(among: Iterable[int]) -> int:
+  for port in np.random.default_rng().permutation(list(among)).tolist():
+    with socket.socket() as tried:
+      try:
+        tried.bind(("127.0.0.1", port))
+      except OSError:
+        continue
+      return port
+  raise AssertionError("no port is free")
+
+
+def end(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+  """Exit codes, stdout and stderr, without what gRPC, Gloo and XLA say by themselves."""
+  ends = []
+  for process in processes:
+    out, err = process.communicate(timeout=TIMEOUT)
+    out, err = (re.sub(r"(?m)^(\[Gloo\]|[WIE]\d{4} ).*\n?", "", text) for text in (out, err))
+    ends.append((process.returncode, out, err))
+  return ends
+
+
+def summary(folder: Path) -> dict[str, Any]:
+  return json.loads((folder / "out" / "summary.json").read_text())
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+  lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def checkpoints(folder: Path) -> list[int]:
+  names = [path.name for path in (folder / "out" / "checkpoints").glob("*")]
+  return sorted(int(name) for name in names if name.isdecimal())
+
+
+def state(folder: Path) -> dict[str, np.ndarray]:
+  """The method's state at the newest checkpoint, by name."""
+  path = folder / "out" / "checkpoints" / str(checkpoints(folder)[-1]) / "default"
+  with ocp.PyTreeCheckpointer() as reader:
+    saved = reader.metadata(path).item_metadata.tree
+    plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+    found = reader.restore(path, restore_args=plain)["state"]
+  return {name: leaf for name, leaf in found.items() if name.startswith("method.")}
+
+
+def after_a_checkpoint(processes: list[subprocess.Popen], folder: Path) -> int:
+  """Waits for the first complete checkpoint; its step."""
+  until = time.monotonic() + TIMEOUT
+  while not checkpoints(folder):
+    for process in processes:
+      assert process.poll() is None, process.communicate()
+    assert time.monotonic() < until
+    time.sleep(0.01)
+  return checkpoints(folder)[-1]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pair, tmp_path_factory):
+  """By name, the folder of a job of two processes that nobody disturbs, and how they ended."""
+
+  @functools.cache
+  def of(name: str) -> tuple[Path, list[tuple[int, str, str]]]:
+    folder = tmp_path_factory.mktemp(name)
+    ends = end(pair(folder, name))
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    return folder, ends
+
+  return of
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_two_processes_compute_what_one_does(name, undisturbed, start, tmp_path):
+  method = f"--method=data_parallel({JOBS[name][0]}, mean())"
+  single = start(tmp_path, method, f"--out={tmp_path / 'out'}", JAX_NUM_CPU_DEVICES="8")
+  assert end([single])[0][0] == 0
+  two, one = undisturbed(name)[0], tmp_path
+  found, want = state(two), state(one)
+  assert set(found) == set(want) >= {"method.params.kernel"}
+  assert distance(found, want) <= 1e-5
+  assert summary(two)["train_loss"] == pytest.approx(summary(one)["train_loss"], rel=1e-5)
+  assert summary(two)["eval"] == pytest.approx(summary(one)["eval"], rel=1e-5)
+  assert summary(two)["wire"] == summary(one)["wire"]
+  losses = lambda folder: [row["loss"] for row in rows(folder)]
+  assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_only_the_first_process_writes_and_prints(name, undisturbed):
+  folder, ((_, out, err), (_, other_out, other_err)) = undisturbed(name)
+  assert "training loss" in out
+  assert "step " in err
+  assert (other_out, other_err) == ("", "")
+  assert [row["step"] for row in rows(folder)] == list(range(5, 41, 5))
+  environment = json.loads((folder / "out" / "env.json").read_text())
+  assert (environment["processes"], environment["devices"]) == (2, 8)
+  assert list((folder / "cwd0").iterdir()) == list((folder / "cwd1").iterdir()) == []
+
+
+def test_a_killed_job_resumes_and_ends_as_an_unbroken_one(undisturbed, pair, tmp_path):
+  killed = pair(tmp_path, "adam")
+  after_a_checkpoint(killed, tmp_path)
+  for process in killed:
+    process.kill()
+  assert [code for code, _, _ in end(killed)] == [-signal.SIGKILL] * 2
+  saved = checkpoints(tmp_path)[-1]
+  assert saved < 40
+  ends = end(pair(tmp_path, "adam"))
+  assert [code for code, _, _ in ends] == [0, 0], ends
+  assert f"resuming at step {saved}" in ends[0][2]
+  assert summary(tmp_path)["params_sha256"] == summary(undisturbed("adam")[0])["params_sha256"]
+  assert [row["step"] for row in rows(tmp_path)] == list(range(5, 41, 5))
+
+
+@pytest.mark.xfail(reason="JAX names a count of calls, and is asked with steps", strict=True)
+def test_all_processes_stop_where_one_is_told_to(pair, tmp_path):
+  told = pair(tmp_path, "adam", "--steps=1000")
+  after_a_checkpoint(told, tmp_path)
+  told[1].terminate()
+  ends = end(told)
+  assert [code for code, _, _ in ends] == [0, 0], ends
+  stopped = summary(tmp_path)
+  assert stopped["stopped_because"] == "terminated"
+  assert stopped["steps"] == checkpoints(tmp_path)[-1] < 1000
+  more = stopped["steps"] + 10
+  ends = end(pair(tmp_path, "adam", f"--steps={more}", "--allow_changes"))
+  assert [code for code, _, _ in ends] == [0, 0], ends
+  assert f"resuming at step {stopped['steps']}" in ends[0][2]
+  assert (summary(tmp_path)["stopped_because"], summary(tmp_path)["steps"]) == ("steps", more)
