@@ -7,6 +7,7 @@ and schedules are optax's, by their own names.
 
 import ast
 import difflib
+import functools
 import importlib
 import inspect
 import math
@@ -17,6 +18,22 @@ from typing import Any, NamedTuple
 
 # kind -> name -> "module:attribute"; modules are imported when a spec first needs them
 TABLE: dict[str, dict[str, str]] = {
+  "compressor": {
+    "identity": "research.compress.cast:identity",
+    "bf16": "research.compress.cast:bf16",
+    "fp8": "research.compress.cast:fp8",
+    "int8": "research.compress.quantize:int8",
+    "int4": "research.compress.quantize:int4",
+    "qsgd": "research.compress.quantize:qsgd",
+    "terngrad": "research.compress.quantize:terngrad",
+    "natural": "research.compress.cast:natural",
+    "sign": "research.compress.sign:sign",
+    "top_k": "research.compress.sparsify:top_k",
+    "random_k": "research.compress.sparsify:random_k",
+    "threshold": "research.compress.sparsify:threshold",
+    "count_sketch": "research.compress.sketch:count_sketch",
+    "hadamard": "research.compress.rotation:hadamard",
+  },
   "aggregator": {
     "mean": "research.aggregate.mean:mean",
     "hierarchical_mean": "research.aggregate.mean:hierarchical_mean",
@@ -54,6 +71,7 @@ TABLE: dict[str, dict[str, str]] = {
 
 # Where optax takes any number but only some make sense.
 _POSITIVE = ("learning_rate", "peak_value", "max_norm")
+_NOT_NEGATIVE = ("init_value", "end_value", "weight_decay", "eps")
 _FRACTIONS = ("momentum", "b1", "b2", "decay", "decay_rate")
 
 
@@ -163,7 +181,8 @@ def _optax(kind: str) -> dict[str, Callable[..., Any]]:
   others: dict[str, Callable[..., Any]] = {}
   for module in (optax, optax.contrib):
     for name, function in sorted(vars(module).items()):
-      if name.startswith("_") or not inspect.isfunction(function):
+      is_function = inspect.isfunction(function) or isinstance(function, functools.partial)
+      if name.startswith("_") or not is_function:
         continue
       signature = inspect.signature(function)
       is_schedule = name.endswith("_schedule") or name in ("exponential_decay", "join_schedules")
@@ -252,6 +271,8 @@ def _check_value(call: Call, parameter: inspect.Parameter, value: Any) -> None:
       raise ValueError(f"{call.text}: {name}={shown} is not finite")
     if name in _POSITIVE and value <= 0:
       raise ValueError(f"{call.text}: {name}={shown} is not in (0, inf)")
+    if name in _NOT_NEGATIVE and value < 0:
+      raise ValueError(f"{call.text}: {name}={shown} is not in [0, inf)")
     if name in _FRACTIONS and not 0 <= value <= 1:
       raise ValueError(f"{call.text}: {name}={shown} is not in [0, 1]")
 

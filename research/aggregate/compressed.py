@@ -110,7 +110,8 @@ def two_phase(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) -> A
     leaves, treedef = jax.tree.flatten(tree)
     memories, keys = treedef.flatten_up_to(state), _keys(key, len(leaves))
     results = [one(*args) for args in zip(leaves, memories, keys, strict=True)]
-    return Aggregate(*(treedef.unflatten(part) for part in zip(*results, strict=True)))
+    value, sent, memory = (treedef.unflatten([r[i] for r in results]) for i in range(3))
+    return Aggregate(value, sent, memory)
 
   return Aggregator(init, aggregate)
 

@@ -13,6 +13,7 @@ from jax import lax
 from research.base import WORKER_AXES, Array, Key, Tree
 
 Axes = str | Sequence[str]
+_OWN = 0x776F726B
 
 
 def in_scope(axes: Axes = WORKER_AXES) -> tuple[str, ...]:
@@ -52,7 +53,17 @@ def worker_index(axes: Axes = WORKER_AXES) -> Array:
 
 def worker_key(key: Key, axes: Axes = WORKER_AXES) -> Key:
   """A key of this worker's own from one that all share."""
-  return jax.random.fold_in(key, worker_index(axes))
+  return key_of(key, worker_index(axes))
+
+
+def key_of(key: Key, worker: Array) -> Key:
+  """A worker's own key. Tagged, since `fold_in(key, i)` alone is the i-th of `split(key)` too."""
+  return jax.random.fold_in(jax.random.fold_in(key, _OWN), worker)
+
+
+def round_keys(key: Key, number: Array) -> Key:
+  """A round's three keys, equal on all workers: of its sync, its steps, and its cohort."""
+  return jax.random.split(jax.random.fold_in(key, number), 3)
 
 
 def mean(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:

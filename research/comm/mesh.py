@@ -1,11 +1,14 @@
 """Devices: mesh strings, device meshes, and joining the processes of one job."""
 
+import importlib.util
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from research.base import WORKER_AXES
@@ -68,36 +71,52 @@ def device_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -
       f"'{shown}' needs {wanted} device{'s' * (wanted > 1)} and there "
       f"{'are' if len(devices) > 1 else 'is'} {len(devices)} ({devices[0].platform}); {hint}"
     )
-  return jax.make_mesh(
-    tuple(axes.values()),
-    tuple(axes),
-    axis_types=(AxisType.Auto,) * len(axes),
-    devices=devices[:wanted],
-  )
+  devices, types = devices[:wanted], (AxisType.Auto,) * len(axes)
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if slices == 1:
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types, devices=devices)
+  outer = next(iter(axes))  # slow links come first
+  if axes[outer] % slices:
+    raise ValueError(f"'{shown}': '{outer}' does not divide among the {slices} slices there are")
+  fast = [size // slices if name == outer else size for name, size in axes.items()]
+  slow = [slices if name == outer else 1 for name in axes]
+  places = mesh_utils.create_hybrid_device_mesh(fast, slow, devices)
+  return Mesh(places, tuple(axes), axis_types=types)
 
 
 def simulation_mesh(workers: int, devices: Sequence[Any] | None = None) -> Mesh:
-  """A mesh `data` over as many devices as can hold equal numbers of simulated workers."""
+  """A mesh `data` over as many devices as can hold equal numbers of simulated workers.
+
+  Raises:
+    ValueError: if several processes take part and some would hold no worker.
+  """
   devices = jax.devices() if devices is None else devices
   size = max(n for n in range(1, len(devices) + 1) if workers % n == 0)
+  if size < len(devices) and jax.process_count() > 1:
+    raise ValueError(f"{workers} workers do not spread over all {len(devices)} devices of the job")
   return device_mesh({"data": size}, devices[:size])
 
 
 def detect_cluster(environ: Mapping[str, str]) -> str | None:
   """Which launcher started this process as one of several: 'slurm', 'gke', 'tpu' or None.
 
-  GKE names the hosts of a TPU slice in TPU_WORKER_HOSTNAMES; a Cloud TPU VM has libtpu's devices
-  and asks the metadata server, unless TPU_SKIP_MDS_QUERY forbids that.
+  GKE names the hosts of a TPU slice in TPU_WORKER_HOSTNAMES. On a Cloud TPU VM, known by libtpu and
+  its devices, JAX asks the metadata server for them, unless TPU_SKIP_MDS_QUERY forbids that.
   """
   if "SLURM_STEP_NODELIST" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1:
     return "slurm"
   hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES", "")
   if "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in environ:
     return "gke"
-  on_tpu_vm = environ.get("TPU_ACCELERATOR_TYPE") or environ.get("CLOUD_TPU_TASK_ID")
-  if on_tpu_vm and "TPU_SKIP_MDS_QUERY" not in environ:
+  if "TPU_SKIP_MDS_QUERY" not in environ and on_tpu_vm():
     return "tpu"
   return None
+
+
+def on_tpu_vm() -> bool:
+  """Whether libtpu is installed and has devices to drive."""
+  devices = [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")]
+  return bool(devices) and importlib.util.find_spec("libtpu") is not None
 
 
 def initialize(coordinator: str = "", processes: int = 0, process_id: int = -1) -> int:
@@ -136,8 +155,8 @@ def initialize(coordinator: str = "", processes: int = 0, process_id: int = -1) 
 def _check_explicit(coordinator: str, processes: int, process_id: int) -> None:
   host, _, port = coordinator.rpartition(":")
   if not host or not port.isdecimal():
-    raise ValueError(f"--coordinator='{coordinator}' is not HOST:PORT")
+    raise ValueError("not HOST:PORT of the first process")
   if processes < 1:
-    raise ValueError(f"--processes={processes}; with --coordinator it is the number of processes")
+    raise ValueError(f"goes with the number of processes, and --processes={processes}")
   if not 0 <= process_id < processes:
-    raise ValueError(f"--process_id={process_id} is not in [0, {processes})")
+    raise ValueError(f"goes with --process_id in [0, {processes}), and it is {process_id}")

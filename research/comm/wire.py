@@ -74,6 +74,10 @@ def _transfers(jaxpr: core.Jaxpr, axes: dict[str, int], times: int) -> Iterator[
         raise ValueError("the branches of a condition communicate differently")
       yield from branches[0]
     else:
+      named = eqn.params.get("axes", eqn.params.get("axis_name", ()))
+      named = named if isinstance(named, (tuple, list)) else (named,)
+      if name != "axis_index" and any(isinstance(n, str) and n in axes for n in named):
+        raise ValueError(f"what '{name}' sends over {', '.join(map(str, named))} is not known")
       inner = [t for j in _inner(eqn) for t in _transfers(j, axes, times * _length(eqn))]
       if name == "while" and inner:
         raise ValueError("a collective stands in a loop whose length is not static")
@@ -83,6 +87,8 @@ def _transfers(jaxpr: core.Jaxpr, axes: dict[str, int], times: int) -> Iterator[
 def _collective(eqn: Any, axes: dict[str, int], times: int) -> Iterator[Transfer]:
   names = eqn.params.get("axes", eqn.params.get("axis_name"))
   names = tuple(names) if isinstance(names, (tuple, list)) else (names,)
+  if eqn.params.get("axis_index_groups") is not None:
+    raise ValueError("collectives among groups of one axis are not counted; use two axes")
   operation = _OPERATIONS[eqn.primitive.name]
   workers = int(np.prod([axes[name] for name in names]))
   factor = {

@@ -53,7 +53,7 @@ def data_parallel(
 
   def sync(local, state, *, key, weight=1.0, active=True):
     del active
-    weighted = jax.tree.map(lambda g: weight * g, local.grads)
+    weighted = jax.tree.map(lambda g: (weight * g).astype(g.dtype), local.grads)
     value, _, link = aggregator.aggregate(weighted, state.link, key)
     updates, optimizer = inner.update(value, state.inner, state.params)
     return DataParallelState(optax.apply_updates(state.params, updates), optimizer, link)

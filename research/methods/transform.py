@@ -13,7 +13,7 @@ import optax
 from jax import lax
 
 from research.base import Aggregator, Array, Key, Local, Method, State
-from research.comm.collectives import worker_key
+from research.comm.collectives import round_keys, worker_key
 
 
 class AggregatedState(NamedTuple):
@@ -74,13 +74,13 @@ def as_optax(method: Method, *, seed: int = 0) -> optax.GradientTransformationEx
     del unused
     if params is None:
       raise ValueError("as_optax needs the parameters: update(grads, state, params)")
-    round_key = jax.random.fold_in(state.key, state.count // method.period)
-    key = jax.random.fold_in(worker_key(round_key), state.count % method.period)
+    sync_key, step_key, _ = round_keys(state.key, state.count // method.period)
+    key = jax.random.fold_in(worker_key(step_key), state.count % method.period)
     local = method.step(updates, state.local, state.state, key=key, grad_fn=grad_fn)
     count = state.count + 1
 
     def sync(local, inner):
-      inner = method.sync(local, inner, key=round_key, weight=weight)
+      inner = method.sync(local, inner, key=sync_key, weight=weight)
       return method.begin(inner), inner
 
     if method.period == 1:

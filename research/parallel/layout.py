@@ -86,7 +86,7 @@ def infer(
   Args:
     init: params -> state.
     local_phase: (state, *private_args) -> (local, anything).
-    sync: (local, state) -> state.
+    sync: (local, state, weight) -> state; each worker has a weight of its own.
     axes: the worker axes, name to size.
     params: shapes of the shared parameters.
     private_args: shapes of one worker's private arguments to `local_phase`.
@@ -108,9 +108,10 @@ def infer(
     after = private_outputs(
       sync,
       axes,
-      (lead(local), lead(private)),
+      (lead(local), lead(private), 0),
       spread(local, local_shapes),
       spread(private, shapes),
+      jax.ShapeDtypeStruct(tuple(axes.values()), jnp.float32),
     )
     grown = jax.tree.map(lambda a, b: a or b, private, after)
     if grown == private:
@@ -139,9 +140,10 @@ def resize_rows(rows: jax.Array, owners: int) -> jax.Array:
   """A private leaf [P, ...] for another number of owners: each gets the mean of all rows.
 
   The mean over owners is kept exactly, so residuals and drifting parameters lose nothing that their
-  average carried; counters are equal on all rows and stay as they are.
+  average carried. Integers and the like are taken from the first row.
   """
-  mean = jnp.mean(rows.astype(jnp.float32), 0).astype(rows.dtype)
+  is_float = jnp.issubdtype(rows.dtype, jnp.floating)
+  mean = jnp.mean(rows, 0, dtype=jnp.float32).astype(rows.dtype) if is_float else rows[0]
   return jnp.broadcast_to(mean, (owners, *rows.shape[1:]))
 
 

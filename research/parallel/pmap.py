@@ -1,5 +1,6 @@
 """The same workers under `jax.pmap`, for code bases that still live there."""
 
+import functools
 from functools import partial
 
 import jax
@@ -15,40 +16,43 @@ from research.parallel import sharded, workers
 def pmap(job: workers.Job) -> Executor:
   """Runs one worker per device of this process; `shard_map` (`spmd`) replaces it.
 
+  The state is not donated: `pmap` cannot where leaves are not mapped.
+
   Raises:
     ValueError: if the mesh has another axis than `data` or does not fit the devices.
   """
   if set(job.axes) != {"data"}:
-    raise ValueError(f"pmap has one axis, 'data:{job.workers}'; use --executor=spmd for {job.axes}")
+    raise ValueError("pmap has one axis, 'data'; take --executor=spmd")
+  if job.clients > 1 or jax.process_count() > 1:
+    raise ValueError("pmap serves all owners each round, in one process; take --executor=spmd")
   mesh = meshes.device_mesh(job.axes)
   layout = workers.infer_layout(job)
   shardings = sharded.of_state(layout.state, mesh, ("data",))
   init = jax.jit(partial(workers.initial, job, layout), out_shardings=shardings)
   state_axes = TrainState(None, None, layouts.lead(layout.state))
-  by_worker = lambda x: x.reshape(job.workers, -1, *x.shape[1:])
-  flat = lambda x: x.reshape(-1, *x.shape[2:])
-  each = lambda fn, state: state._replace(
-    method=jax.tree.map(lambda p, x: fn(x) if p else x, layout.state, state.method)
+  lead = lambda state: state._replace(
+    method=jax.tree.map(lambda p, x: x[None] if p else x, layout.state, state.method)
+  )
+  first = lambda state: state._replace(
+    method=jax.tree.map(lambda p, x: x[0] if p else x, layout.state, state.method)
   )
 
   def per_worker(rounds, state, data):
-    return workers.rounds_of_worker(job, layout.state, state, data, rounds)
+    data = data._replace(examples=jax.tree.map(lambda x: x[None], data.examples))
+    state, metrics = workers.rounds_of_worker(job, layout.state, lead(state), data, rounds)
+    return first(state), metrics
 
-  mapped = {}
+  @functools.cache
+  def mapped(rounds):
+    return jax.pmap(
+      partial(per_worker, rounds),
+      "data",
+      in_axes=(state_axes, Data(0, None, None)),
+      out_axes=(state_axes, None),
+      devices=mesh.devices.flatten().tolist(),
+    )
 
-  def run(state, data, rounds):
-    if rounds not in mapped:
-      mapped[rounds] = jax.pmap(
-        partial(per_worker, rounds),
-        "data",
-        in_axes=(state_axes, Data(0, None, None)),
-        out_axes=(state_axes, None),
-        devices=mesh.devices.flatten().tolist(),
-      )
-    rows = data._replace(examples=jax.tree.map(by_worker, data.examples))
-    state, metrics = mapped[rounds](each(by_worker, state), rows)
-    return each(flat, state), metrics
-
+  run = lambda state, data, rounds: mapped(rounds)(state, data)
   deployed = lambda state: workers.deployed(job, layout, state.method)
   params = jax.jit(deployed, out_shardings=NamedSharding(mesh, P()))
   return Executor(init, partial(sharded.place, mesh, ("data",)), run, params)

@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from research.base import Data, Executor, TrainState
+from research.comm import collectives
 from research.comm import mesh as meshes
 from research.parallel import layout as layouts
 from research.parallel import sharded, workers
@@ -56,43 +57,37 @@ def _run(
 def _round(job, layout, data, key, state, of_round):
   """One round of all workers: the local phase under a plain vmap, the sync under the named axes."""
   number, lots = of_round
-  sync_key, step_key = workers.round_keys(key, number)
-  by_worker = lambda x: x.reshape(job.workers, job.clients, *x.shape[1:])
-  held = jax.tree.map(lambda p, x: by_worker(x) if p else x, layout.state, state)
+  sync_key, step_key, _ = collectives.round_keys(key, number)
+  everyone = jnp.arange(job.workers, dtype=jnp.int32)
+  owners = job.clients * everyone + lots.client
+  served = lambda rows: rows[owners] if job.clients > 1 else rows
+  states = jax.tree.map(lambda p, x: served(x) if p else x, layout.state, state)
 
-  def work(held, examples, sizes, worker, client, index):
-    return workers.local_phase(
-      job,
-      workers.pick(layout.state, held, client),
-      jax.tree.map(lambda x: workers.pick(True, x, client), examples),
-      sizes[client],
-      index,
-      jax.random.fold_in(step_key, worker),
-    )
+  def work(state, examples, size, worker, index):
+    own_key = collectives.key_of(step_key, worker)
+    return workers.local_phase(job, state, examples, size, index, own_key)
 
   state_axes, local_axes = layouts.lead(layout.state), layouts.lead(layout.local)
-  local, losses = jax.vmap(work, (state_axes, 0, 0, 0, 0, 0), (local_axes, 0))(
-    held,
-    jax.tree.map(by_worker, data.examples),
-    by_worker(data.sizes),
-    jnp.arange(job.workers, dtype=jnp.int32),
-    lots.client,
-    lots.index,
+  examples = jax.tree.map(served, data.examples)
+  local, losses = jax.vmap(work, (state_axes, 0, 0, 0, 0), (local_axes, 0))(
+    states, examples, served(data.sizes), everyone, lots.index
   )
+  axes = meshes.worker_axes(job.axes)
+  fold = lambda x: x.reshape(*axes.values(), *x.shape[1:])
+  unfold = lambda x: x.reshape(job.workers, *x.shape[len(axes) :])
   meet = layouts.over_workers(
-    partial(workers.sync, job, layout.state),
-    meshes.worker_axes(job.axes),
-    (local_axes, state_axes, 0, 0, None),
-    state_axes,
+    partial(workers.sync, job), axes, (local_axes, state_axes, 0, None), state_axes
   )
-  fold = partial(_fold, meshes.worker_axes(job.axes))
-  folded_local = jax.tree.map(lambda p, x: fold(x) if p else x, layout.local, local)
-  folded_held = jax.tree.map(lambda p, x: fold(x) if p else x, layout.state, held)
-  after = meet(folded_local, folded_held, fold(lots.client), fold(lots.weight), sync_key)
-  unfold = lambda p, x, like: x.reshape(like.shape) if p else x
-  return jax.tree.map(unfold, layout.state, after, state), losses
+  after = meet(
+    jax.tree.map(lambda p, x: fold(x) if p else x, layout.local, local),
+    jax.tree.map(lambda p, x: fold(x) if p else x, layout.state, states),
+    fold(lots.weight),
+    sync_key,
+  )
 
+  def put(private, rows, new):
+    if not private:
+      return new
+    return rows.at[owners].set(unfold(new)) if job.clients > 1 else unfold(new)
 
-def _fold(axes: dict[str, int], x: jax.Array) -> jax.Array:
-  """[W, ...] as [slices, workers per slice, ...] where the mesh has both axes."""
-  return x.reshape(*axes.values(), *x.shape[1:])
+  return jax.tree.map(put, layout.state, state, after), losses

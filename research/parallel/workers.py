@@ -1,6 +1,7 @@
 """One worker's part of a round: what every execution of a method on a task shares."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -61,7 +62,7 @@ def draw(job: Job, data: Data, key: Key, numbers: Array, worker: Array) -> Draw:
   if job.clients > 1:
 
     def cohort(number):
-      cohort_key = jax.random.fold_in(jax.random.fold_in(key, number), 1)
+      _, _, cohort_key = collectives.round_keys(key, number)
       return jax.random.randint(cohort_key, (job.workers,), 0, job.clients, jnp.int32)
 
     clients = jax.vmap(cohort)(numbers)
@@ -147,20 +148,17 @@ def put(private: Tree, held: State, client: Array, state: State) -> State:
   return jax.tree.map(merge, private, held, state)
 
 
-def sync(
-  job: Job, private: Tree, local: Local, held: State, client: Array, weight: Array, key: Key
-) -> State:
+def sync(job: Job, local: Local, state: State, weight: Array, key: Key) -> State:
   """The part of a round that communicates; runs with the worker axes in scope."""
-  share = 1.0 if job.even else weight
-  after = job.method.sync(local, pick(private, held, client), key=key, weight=share)
-  return put(private, held, client, after)
+  return job.method.sync(local, state, key=key, weight=1.0 if job.even else weight)
 
 
 def infer_layout(job: Job) -> layouts.Layout:
   """Which state of the job is private, by tracing one of its rounds.
 
   Raises:
-    ValueError: if the population is not a multiple of the workers.
+    ValueError: if the population is not a multiple of the workers, or the method keeps a worker's
+      chunk of a whole and the workers serve several clients.
   """
   if len(job.sizes) % job.workers:
     raise ValueError(
@@ -175,14 +173,17 @@ def infer_layout(job: Job) -> layouts.Layout:
     sample = lambda s, k: job.task.sample(s, jnp.int32(0), k, batch_size=job.batch_size)
     spread = lambda x: jax.ShapeDtypeStruct((job.method.period, *x.shape), x.dtype)
     index = jax.tree.map(spread, jax.eval_shape(sample, size, key))
-  return layouts.infer(
+  layout = layouts.infer(
     job.method.init,
     lambda state, *args: local_phase(job, state, *args),
-    lambda local, state: job.method.sync(local, state, key=jax.random.key(0)),
+    lambda local, state, weight: sync(job, local, state, weight, jax.random.key(0)),
     meshes.worker_axes(job.axes),
     jax.eval_shape(job.task.init, key),
     (jax.tree.map(struct, job.task.train), size, index, key),
   )
+  if job.clients > 1 and "chunks" in jax.tree.leaves(layouts.kinds(layout.state)):
+    raise ValueError("two_phase keeps a memory by worker, and a population is kept by client")
+  return layout
 
 
 def rounds_of_worker(
@@ -203,7 +204,7 @@ def rounds_of_worker(
 
   def one(held, of_round):
     number, lot = of_round
-    sync_key, step_key = round_keys(state.key, number)
+    sync_key, step_key, _ = collectives.round_keys(state.key, number)
     examples = jax.tree.map(lambda x: pick(True, x, lot.client), data.examples)
     size = data.sizes[job.clients * worker + lot.client]
     local, losses = local_phase(
@@ -212,20 +213,16 @@ def rounds_of_worker(
       examples,
       size,
       lot.index,
-      jax.random.fold_in(step_key, worker),
+      collectives.worker_key(step_key),
       constrain,
     )
-    return sync(job, private, local, held, lot.client, lot.weight, sync_key), losses
+    after = sync(job, local, pick(private, held, lot.client), lot.weight, sync_key)
+    return put(private, held, lot.client, after), losses
 
   held, losses = lax.scan(one, state.method, (numbers, lots))
   weighted = (losses * lots.weight[:, None]).reshape(-1)
   metrics = reduce_metrics(weighted, all_finite(held))
   return TrainState(state.round + rounds, state.key, held), metrics
-
-
-def round_keys(key: Key, number: Array) -> Key:
-  """The round's two keys: of its sync, equal on all workers, and of its steps."""
-  return jax.random.split(jax.random.fold_in(key, number))
 
 
 def all_finite(tree: Tree) -> Array:
@@ -263,9 +260,9 @@ def deployed(job: Job, layout: layouts.Layout, state: State) -> Tree:
 def round_traffic(job: Job, layout: layouts.Layout) -> list[wire.Transfer]:
   """What one worker's algorithm sends in a round of `period` steps, read off the traced sync."""
   key = jax.eval_shape(lambda: jax.random.key(0))
-  sync = lambda local, state, key: job.method.sync(local, state, key=key)
-  axes = meshes.worker_axes(job.axes)
-  return wire.traffic(sync, layout.local_shapes, layout.state_shapes, key, axes=axes)
+  weight = jax.ShapeDtypeStruct((), jnp.float32)
+  args = (layout.local_shapes, layout.state_shapes, weight, key)
+  return wire.traffic(partial(sync, job), *args, axes=meshes.worker_axes(job.axes))
 
 
 def dense_traffic(job: Job) -> list[wire.Transfer]:

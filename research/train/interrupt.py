@@ -1,24 +1,27 @@
 """Being told to stop: signals to one process, preemption notices to the processes of a job."""
 
 import contextlib
+import itertools
 import signal
 from collections.abc import Callable, Iterator
 
 import jax
+import numpy as np
 
 
 @contextlib.contextmanager
-def watch() -> Iterator[Callable[[int], str]]:
-  """Gives `stopped(step)`: '' or why to stop, the same on all processes at the same step.
+def watch() -> Iterator[Callable[[], str]]:
+  """Gives `stopped()`: '' or why to stop, the same on all processes at the same call.
 
   A single process listens for SIGTERM and SIGINT itself; a second SIGINT ends it at once. With
-  several processes JAX's preemption service hears SIGTERM on any of them and names the step at
+  several processes JAX's preemption service hears SIGTERM on any of them and names the call at
   which all stop.
   """
   if jax.process_count() > 1:
     from jax.experimental import multihost_utils
 
-    yield lambda step: "terminated" * multihost_utils.reached_preemption_sync_point(step)
+    call = itertools.count()  # the service wants consecutive numbers, one at each chance to stop
+    yield lambda: "terminated" * multihost_utils.reached_preemption_sync_point(next(call))
     return
   received: list[str] = []
 
@@ -30,7 +33,7 @@ def watch() -> Iterator[Callable[[int], str]]:
 
   before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
   try:
-    yield lambda step: received[0] if received else ""
+    yield lambda: received[0] if received else ""
   finally:
     for number, handler in before.items():
       signal.signal(number, handler)
@@ -45,9 +48,10 @@ def of_first_process(value: bool) -> bool:
   return bool(multihost_utils.broadcast_one_to_all(value))
 
 
-def everyone_is_here() -> None:
-  """Waits for all processes, so that what is written next was still missing to all of them."""
-  if jax.process_count() > 1:
-    from jax.experimental import multihost_utils
+def all_well(well: bool) -> bool:
+  """Whether all processes are well; waits for all of them to say so."""
+  if jax.process_count() == 1:
+    return well
+  from jax.experimental import multihost_utils
 
-    multihost_utils.sync_global_devices("everyone is here")
+  return bool(np.all(multihost_utils.process_allgather(np.asarray(well))))

@@ -1,0 +1,75 @@
+"""A leaf as blocks of float32, and back: what the compressors of this room do to any array.
+
+Arithmetic is float32 whatever the leaf's dtype; a float64 value beyond its range becomes infinite.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from research.base import Array
+
+TINY = 2.0**-126  # the smallest normal float32: a divisor that is never zero nor flushed to it
+
+
+def flatten(x: Array) -> Array:
+  """x as [n].
+
+  Raises:
+    ValueError: if x is not floating-point.
+  """
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise ValueError(f"dtype={x.dtype} cannot be compressed; legal: floating-point dtypes")
+  return x.reshape(-1)
+
+
+def to_blocks(flat: Array, width: int | None) -> Array:
+  """float32 [blocks, width], the last block filled up with zeros.
+
+  A leaf shorter than `width` is one block of its own length; None makes one block of any leaf.
+  """
+  size = max(flat.size, 1)
+  width = min(width or size, size)
+  flat = jnp.pad(flat, (0, -flat.size % width)) if flat.size % width else flat
+  return flat.astype(jnp.float32).reshape(-1, width)
+
+
+def restore(values: Array, like: jax.ShapeDtypeStruct) -> Array:
+  """The first values, as many as `like` has, in its shape and dtype."""
+  return saturated(values.reshape(-1)[: like.size], like.dtype).reshape(like.shape)
+
+
+def saturated(x: Array, dtype: jnp.dtype) -> Array:
+  """x in a dtype: finite values stay finite, infinite values and NaN stay what they are."""
+  limit = float(jnp.finfo(dtype).max)
+  if limit < float(jnp.finfo(x.dtype).max):
+    x = jnp.where(jnp.isfinite(x), jnp.clip(x, -limit, limit), x)
+  return x.astype(dtype)
+
+
+def fold(reduce: Callable[..., Array], x: Array) -> Array:
+  """Reduces the last axis, 16 to one at a time.
+
+  XLA:CPU fuses a reduction of at most 32 elements with what produces them; a longer one it cuts
+  into windows, for which it first writes all of its input to memory: four times slower here.
+  """
+  while x.shape[-1] > 16 and x.shape[-1] % 16 == 0:
+    x = reduce(x.reshape(*x.shape[:-1], 16, -1), axis=-2)
+  return reduce(x, axis=-1)
+
+
+def largest_magnitude(blocks: Array) -> Array:
+  """max |x| of each block, float32 [blocks]; NaN where a block has one.
+
+  |x| as an integer has the order of |x|, NaN above all, and integers are compared many at a time.
+  """
+  bits = lax.bitcast_convert_type(blocks, jnp.uint32) & 0x7FFFFFFF
+  return lax.bitcast_convert_type(fold(jnp.max, bits), jnp.float32)
+
+
+def euclidean_norm(blocks: Array) -> Array:
+  """||x|| of each block, float32 [blocks], its squares neither overflowing nor vanishing."""
+  largest = jnp.maximum(largest_magnitude(blocks), TINY)
+  return largest * jnp.sqrt(fold(jnp.sum, jnp.square(blocks / largest[:, None])))

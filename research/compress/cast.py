@@ -1,0 +1,128 @@
+"""Narrower number formats: as is, bfloat16, float8 with block scales, powers of two."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from research.base import Array, Compressor
+from research.compress.blocks import (
+  TINY,
+  flatten,
+  largest_magnitude,
+  restore,
+  saturated,
+  to_blocks,
+)
+from research.compress.packing import pack, unpack
+
+_INFINITY = 0x7F800000  # as float32
+_LARGEST_FLOAT8 = 448.0  # of e4m3
+
+
+def identity() -> Compressor:
+  """C(x) = x, at the leaf's own bytes. Linear."""
+
+  def encode(x, shared, own):
+    del shared, own
+    return flatten(x)
+
+  def decode(payload, like, shared):
+    del shared
+    return restore(payload, like)
+
+  return Compressor(encode, decode, linear=True)
+
+
+def bf16() -> Compressor:
+  """Rounds to bfloat16: 2 bytes per element.
+
+  Contractive: ||C(x) - x||^2 <= 2^-18 ||x||^2 for normal numbers. Finite values beyond the range go
+  to its end. Linear: sums of payloads are rounded to bfloat16 too.
+
+  Reference: Kalamkar et al. 2019, arXiv:1905.12322.
+  """
+
+  def encode(x, shared, own):
+    del shared, own
+    return saturated(flatten(x), jnp.dtype(jnp.bfloat16))
+
+  def decode(payload, like, shared):
+    del shared
+    return restore(payload, like)
+
+  return Compressor(encode, decode, linear=True)
+
+
+class Float8(NamedTuple):
+  """x is values * scales."""
+
+  values: Array  # float8_e4m3fn [n]
+  scales: Array  # float32 [blocks]
+
+
+def fp8(block: int = 128) -> Compressor:
+  """float8 of 4 exponent and 3 mantissa bits times a scale: 1 + 4 / block bytes per element.
+
+      scale = max |x| / 448,   C(x) = scale float8(x / scale)
+
+  Contractive: an element's error is at most 1/16 of it or 2^-10 scale, whichever is larger, so
+  ||C(x) - x||^2 <= (2^-8 + block (2^-10 / 448)^2) ||x||^2: 0.004. The format has no infinity;
+  nothing overflows, since the block's largest element goes to 448. A non-finite element makes its
+  whole block NaN.
+
+  Args:
+    block: elements that share a scale.
+
+  Raises:
+    ValueError: if block < 1.
+
+  Reference: Micikevicius et al. 2022, arXiv:2209.05433; blocks of 128: DeepSeek-AI 2024,
+    arXiv:2412.19437, section 3.3.2.
+  """
+  if block < 1:
+    raise ValueError(f"block={block} is not at least 1")
+
+  def encode(x, shared, own):
+    del shared, own
+    blocks = to_blocks(flatten(x), block)
+    scales = jnp.maximum(largest_magnitude(blocks) / _LARGEST_FLOAT8, TINY)
+    scaled = jnp.clip(blocks * (1 / scales)[:, None], -_LARGEST_FLOAT8, _LARGEST_FLOAT8)
+    return Float8(scaled.astype(jnp.float8_e4m3fn).reshape(-1)[: x.size], scales)
+
+  def decode(payload, like, shared):
+    del shared
+    return restore(to_blocks(payload.values, block) * payload.scales[:, None], like)
+
+  return Compressor(encode, decode)
+
+
+def natural() -> Compressor:
+  """Natural compression: stochastic rounding to a power of two, 9 bits per element, no scales.
+
+      C(x) = sign(x) 2^floor(log2 |x|)        with probability (2^ceil(log2 |x|) - |x|) / 2^floor
+             sign(x) 2^ceil(log2 |x|)         otherwise
+
+  Adding a random mantissa to the bits of |x| carries into the exponent with just this probability.
+  Unbiased with E ||C(x) - x||^2 <= 1/8 ||x||^2, from 0 up to 2^127 (65504 in a float16 leaf), where
+  it saturates. An infinite value or NaN becomes infinite.
+
+  Reference: Horvath et al. 2019, arXiv:1905.10988, definition 1 and theorem 1.
+  """
+
+  def encode(x, shared, own):
+    del shared
+    bits = lax.bitcast_convert_type(flatten(x).astype(jnp.float32), jnp.uint32)
+    magnitude = bits & 0x7FFFFFFF
+    mantissa = jax.random.bits(own, bits.shape, jnp.uint32) >> 9
+    exponent = jnp.minimum((magnitude + mantissa) >> 23, 254)
+    exponent = jnp.where(magnitude >= _INFINITY, 255, exponent)
+    return pack(exponent | (bits >> 31 << 8), 9)
+
+  def decode(payload, like, shared):
+    del shared
+    code = unpack(payload, 9, like.size).astype(jnp.uint32)
+    return restore(lax.bitcast_convert_type((code & 255) << 23 | code >> 8 << 31, jnp.float32), like)
+
+  return Compressor(encode, decode)

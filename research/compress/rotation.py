@@ -1,0 +1,92 @@
+"""A random rotation before compression: it spreads every element over a block."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from research.base import Array, Compressor, Key
+from research.compress.blocks import flatten, restore, saturated
+from research.compress.packing import unpack
+
+RADIX = 64
+
+
+def hadamard(inner: Compressor, block: int = 4096) -> Compressor:
+  """The inner compressor in randomly rotated coordinates, which no element dominates.
+
+      C(x) = D H C_inner(H D x),   H = Walsh-Hadamard / sqrt(b),   D = diag(random signs)
+
+  on blocks of b elements, in O(n log b). H D is orthogonal, so C is contractive, unbiased and
+  linear exactly where the inner compressor is, with its constants for the padded leaf; what changes
+  is how near to them it comes, and that the largest element of a block is rarely above
+  sqrt(2 log b) root mean squares. D is drawn from the shared key and not sent. b is the largest
+  power of two up to `block` that pads the leaf by at most an eighth. Rotated values have the leaf's
+  dtype, rounded from float32. A non-finite element makes its block non-finite.
+
+  Args:
+    inner: what compresses the rotated leaf [blocks, b].
+    block: largest number of elements that are rotated together, a power of two.
+
+  Raises:
+    ValueError: if block is not a power of two.
+
+  Reference: Suresh et al. 2017, arXiv:1611.00429, section 3 (stochastic rotated quantisation);
+    blocks: Vargaftik et al. 2021, arXiv:2105.08339, section 5.
+  """
+  if block < 1 or block & (block - 1):
+    raise ValueError(f"block={block} is not a power of two")
+
+  def encode(x, shared, own):
+    signs_key, inner_key = jax.random.split(shared)
+    flat = flatten(x)
+    blocks = jnp.pad(flat, (0, -flat.size % _width(x.size, block)))
+    blocks = blocks.astype(jnp.promote_types(x.dtype, jnp.float32))
+    blocks = blocks * random_signs(signs_key, blocks.size).astype(blocks.dtype)
+    rotated = walsh_hadamard(blocks.reshape(-1, _width(x.size, block)))
+    return inner.encode(saturated(rotated, x.dtype), inner_key, own)
+
+  def decode(payload, like, shared):
+    signs_key, inner_key = jax.random.split(shared)
+    width = _width(like.size, block)
+    rotated = jax.ShapeDtypeStruct((-(-like.size // width), width), like.dtype)
+    rotated = inner.decode(payload, rotated, inner_key)
+    blocks = walsh_hadamard(rotated.astype(jnp.promote_types(like.dtype, jnp.float32))).reshape(-1)
+    return restore(blocks * random_signs(signs_key, blocks.size).astype(blocks.dtype), like)
+
+  return Compressor(encode, decode, inner.linear)
+
+
+def walsh_hadamard(blocks: Array) -> Array:
+  """H x of each row of [rows, b], b a power of two; H = H' / sqrt(b) is its own inverse.
+
+  One factor of H_b = H_64 x ... x H_64 x H_rest at a time, as products with a 64 x 64 matrix: few
+  passes over memory, on any machine's matrix unit.
+  """
+  rows, width = blocks.shape
+  done = 1
+  while done < width:
+    side = min(RADIX, width // done)
+    index = np.arange(side)
+    parity = np.bitwise_count(index[:, None] & index[None, :]) % 2
+    factor = jnp.asarray((1 - 2.0 * parity) / math.sqrt(side), blocks.dtype)
+    parts = blocks.reshape(rows, -1, side, done)
+    blocks = jnp.einsum("rajd,ij->raid", parts, factor, precision=lax.Precision.HIGHEST)
+    done *= side
+  return blocks.reshape(rows, width)
+
+
+def random_signs(key: Key, count: int) -> Array:
+  """-1 or 1, int8 [count], at one random bit each."""
+  words = jax.random.bits(key, (-(-count // 32),), jnp.uint32)
+  bits = unpack(lax.bitcast_convert_type(words, jnp.uint8).reshape(-1), 1, count)
+  return 2 * bits.astype(jnp.int8) - 1
+
+
+def _width(size: int, block: int) -> int:
+  """The largest power of two up to `block` that pads `size` elements by at most an eighth."""
+  while block > 1 and -size % block > size // 8:
+    block //= 2
+  return block

@@ -1,0 +1,146 @@
+"""The positions of the k largest magnitudes of an array, exactly, without sorting it.
+
+Floating-point magnitudes have the order of their bits read as integers, NaN above infinity. The
+k-th largest is found by bisection on these integers, each step one count of the array; in a large
+array a sorted sample says where to begin, one count confirms it, and what lies above, little more
+than k elements, is compacted first. A wrong guess costs time, never exactness.
+
+Positions are uint32, and arrays are indexed by (row, column), since JAX's own indices are int32:
+arrays of up to 2^32 elements, 2^31 if their number is odd.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from research.base import Array
+
+WORD = 32
+SAMPLE = 2**16
+LARGE = 2**20  # elements from which on a sample is drawn
+_COLUMNS = 2**16
+
+
+def largest(x: Array, k: int) -> Array:
+  """The positions of the k largest |x|, ascending; of equal ones, those that come first.
+
+  Args:
+    x: floating-point [n].
+    k: in [0, n], static.
+
+  Returns:
+    uint32 [k].
+  """
+  stride = x.size // SAMPLE | 1  # odd: a stride of a row's length would sample one column
+  expected = k / stride
+  margin = 4 * math.sqrt(expected) + 4
+  room = k + math.ceil(2 * margin * stride)
+  if x.size < LARGE or room > x.size // 2:
+    return _at_least(x, k, k)[0]
+  sample = jnp.sort(magnitude(x[::stride]))
+  guess = sample[max(0, sample.size - 1 - math.ceil(expected + margin))]
+  position, count = _at_least(x, k, room, guess)
+  slots = jnp.arange(room, dtype=jnp.uint32)
+  candidates = jnp.where(slots < count, take(x, position), 0)
+  return position[_at_least(candidates, k, k)[0]]
+
+
+def magnitude(x: Array) -> Array:
+  """|x| as unsigned integers of the same order."""
+  bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+  return bits & (jnp.iinfo(bits.dtype).max >> 1)
+
+
+def take(x: Array, position: Array) -> Array:
+  """x at distinct positions."""
+  rows, at = _place(x.size, position)
+  return x.reshape(rows, -1).at[at].get(mode="promise_in_bounds", unique_indices=True)
+
+
+def put(values: Array, position: Array, size: int) -> Array:
+  """[size], zero but for `values` at distinct positions."""
+  rows, at = _place(size, position)
+  zeros = jnp.zeros((rows, size // max(rows, 1)), values.dtype)
+  return zeros.at[at].set(values, mode="promise_in_bounds", unique_indices=True).reshape(size)
+
+
+def _place(size: int, position: Array) -> tuple[int, tuple[Array, Array]]:
+  """An array's rows, as powers of two divide it, and positions as (row, column)."""
+  columns = min(size & -size, _COLUMNS) or 1
+  rows = size // columns
+  if rows >= 2**31:
+    raise ValueError(f"{size} elements are too many to index; cut the leaf, or shard it")
+  return rows, (position // columns, position % columns)
+
+
+def _at_least(x: Array, k: int, room: int, guess: Array | None = None) -> tuple[Array, Array]:
+  """Positions [room] of the k largest |x| or a few more, ascending, and how many there are.
+
+  Bisects the threshold until between k and `room` elements reach it; where equal elements make
+  that impossible, takes those above it and the first equal ones. Entries after the count are void.
+  """
+  if room == 0:
+    return jnp.zeros(0, jnp.uint32), jnp.uint32(0)
+  top = jnp.iinfo(magnitude(x[:0]).dtype).max // 2 + 1
+  value = lambda v: jnp.asarray(v, magnitude(x[:0]).dtype)
+  first = value(top // 2) if guess is None else guess
+
+  def narrow(state):
+    low, high, reach, step = state
+    middle = low + (high - low) // 2
+    pivot = jnp.where(step < 2, first + step.astype(first.dtype), middle)  # guess, then its ties
+    pivot = jnp.clip(pivot, low + 1, high - 1)
+    count = _count(_words(magnitude(x) >= pivot))
+    enough = count >= k
+    low, high = jnp.where(enough, pivot, low), jnp.where(enough, high, pivot)
+    return low, high, jnp.where(enough, count, reach), step + 1
+
+  undecided = lambda state: (state[2] > room) & (state[1] - state[0] > 1)
+  start = (value(0), value(top), jnp.uint32(x.size), jnp.uint32(0))
+  low, high, reach, _ = lax.while_loop(undecided, narrow, start)
+  sure = jnp.where(reach > room, high, low)
+  words = _words(magnitude(x) >= sure)
+  ties = _words((magnitude(x) >= low) & (magnitude(x) < sure))
+  words = words | _first(ties, room - _count(words))
+  return _positions(words, room), _count(words)
+
+
+def _words(mask: Array) -> Array:
+  """[n] bool as uint32 [ceil(n / 32)], the first in the lowest bit."""
+  mask = jnp.pad(mask, (0, -mask.size % WORD)) if mask.size % WORD else mask
+  places = jnp.arange(WORD, dtype=jnp.uint32)
+  return jnp.sum(mask.reshape(-1, WORD).astype(jnp.uint32) << places, axis=-1, dtype=jnp.uint32)
+
+
+def _count(words: Array) -> Array:
+  return jnp.sum(lax.population_count(words), dtype=jnp.uint32)
+
+
+def _first(words: Array, count: Array) -> Array:
+  """The words with only their first `count` bits left set."""
+  counts = lax.population_count(words)
+  before = jnp.cumsum(counts, dtype=jnp.uint32) - counts
+  left = jnp.where(before < count, jnp.minimum(count - before, counts), 0)
+  cut = (left > 0) & (left < counts)  # true of one word at most
+  word, keep = jnp.max(jnp.where(cut, words, 0)), jnp.max(jnp.where(cut, left, 0))
+  bits = word >> jnp.arange(WORD, dtype=jnp.uint32) & 1
+  partial = _words((bits == 1) & (jnp.cumsum(bits, dtype=jnp.uint32) <= keep))[0]
+  return jnp.where(cut, partial, jnp.where(left > 0, words, 0))
+
+
+def _positions(words: Array, room: int) -> Array:
+  """The positions of the first `room` set bits, ascending."""
+  ends = jnp.cumsum(lax.population_count(words), dtype=jnp.uint32)
+  slots = jnp.arange(room, dtype=jnp.uint32)
+  at = jnp.searchsorted(ends, slots, side="right").astype(jnp.uint32)
+  at = jnp.minimum(at, words.size - 1)
+  word = words[at]
+  rank = slots - (ends[at] - lax.population_count(word))
+  place = jnp.zeros_like(word)
+  for width in (16, 8, 4, 2, 1):  # the half of the word that holds the bit of this rank
+    below = lax.population_count(word >> place & ((1 << width) - 1))
+    upper = rank >= below
+    place, rank = jnp.where(upper, place + width, place), jnp.where(upper, rank - below, rank)
+  return at * WORD + place

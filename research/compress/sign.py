@@ -1,0 +1,40 @@
+"""Signs: one bit per element."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from research.base import Array, Compressor
+from research.compress.blocks import flatten, fold, restore
+from research.compress.packing import pack, unpack
+
+
+class Signs(NamedTuple):
+  bits: Array  # uint8 [ceil(n / 8)], 1 where x >= 0
+  scale: Array  # float32 []
+
+
+def sign() -> Compressor:
+  """Scaled sign: one bit per element and one float32.
+
+      C(x) = ||x||_1 / n sign(x),   sign(0) = +1
+
+  Contractive: ||C(x) - x||^2 = (1 - ||x||_1^2 / (n ||x||^2)) ||x||^2, and the fraction is at least
+  1 / n (lemma 8; 2 / pi for Gaussian x). A non-finite element makes every element non-finite, as
+  does a sum |x| beyond float32.
+
+  Reference: Karimireddy et al. 2019, arXiv:1901.09847, algorithm 1 (EF-SignSGD).
+  """
+
+  def encode(x, shared, own):
+    del shared, own
+    flat = flatten(x)
+    scale = fold(jnp.sum, jnp.abs(flat.astype(jnp.float32))) / max(x.size, 1)
+    return Signs(pack((flat >= 0).astype(jnp.uint8), 1), scale)
+
+  def decode(payload, like, shared):
+    del shared
+    positive = unpack(payload.bits, 1, like.size) != 0
+    return restore(jnp.where(positive, payload.scale, -payload.scale), like)
+
+  return Compressor(encode, decode)

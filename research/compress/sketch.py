@@ -1,0 +1,80 @@
+"""Count sketch: a small table whose sums over workers still hold every element."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from research.base import Array, Compressor, Key
+from research.compress.blocks import flatten, restore
+from research.compress.rotation import random_signs
+
+
+def count_sketch(rows: int, columns: int) -> Compressor:
+  """Hashes the leaf into a table: rows x columns float32, whatever the leaf's size. Linear.
+
+      table[r, h_r(i)] += s_r(i) x_i,   C(x)_i = median over r of s_r(i) table[r, h_r(i)]
+
+  with random places h and signs s that all workers share. Unbiased; for one row, and for the
+  median of an odd number of rows, E ||C(x) - x||^2 <= (ceil(n / columns) - 1) ||x||^2. Elements
+  that are large beside ||x|| / sqrt(columns) stand out. The sketch pays where one wants these
+  alone: FetchSGD takes the largest elements of C(x). A leaf of at most rows x columns elements is
+  sent as it is. The table is float64 for a float64 leaf.
+
+  h_r shifts each stretch of `columns` consecutive elements by a random offset, so elements of one
+  stretch never collide and others do with probability 1 / columns, which is all that the bound
+  uses; there is no scatter, and no hash is stored.
+
+  Args:
+    rows: independent estimates of each element.
+    columns: sums in a row.
+
+  Raises:
+    ValueError: if rows or columns is below 1.
+
+  Reference: Charikar, Chen, Farach-Colton 2002; Rothchild et al. 2020 (FetchSGD),
+    arXiv:2007.07682, algorithm 1; Ivkin et al. 2019 (SketchedSGD), arXiv:1903.04488.
+  """
+  for name, value in (("rows", rows), ("columns", columns)):
+    if value < 1:
+      raise ValueError(f"{name}={value} is not at least 1")
+
+  def encode(x, shared, own):
+    del own
+    flat = flatten(x).astype(jnp.promote_types(x.dtype, jnp.float32))
+    if x.size <= rows * columns:
+      return flat
+    stretches = jnp.pad(flat, (0, -flat.size % columns)).reshape(-1, columns)
+
+    def add(table, stretch):
+      index, values = stretch
+      shifts, signs = _hash(shared, index, rows, columns)
+      signed = signs.astype(flat.dtype) * values[None, :]
+      return table + _turned(signed, shifts), None
+
+    index = jnp.arange(len(stretches), dtype=jnp.uint32)
+    return lax.scan(add, jnp.zeros((rows, columns), flat.dtype), (index, stretches))[0]
+
+  def decode(payload, like, shared):
+    if like.size <= rows * columns:
+      return restore(payload, like)
+
+    def estimate(_, index):
+      shifts, signs = _hash(shared, index, rows, columns)
+      return None, jnp.median(signs.astype(payload.dtype) * _turned(payload, -shifts), axis=0)
+
+    index = jnp.arange(-(-like.size // columns), dtype=jnp.uint32)
+    return restore(lax.scan(estimate, None, index)[1], like)
+
+  return Compressor(encode, decode, linear=True)
+
+
+def _hash(key: Key, stretch: Array, rows: int, columns: int) -> tuple[Array, Array]:
+  """Of one stretch: shifts int32 [rows] and signs int8 [rows, columns]."""
+  shifts_key, signs_key = jax.random.split(jax.random.fold_in(key, stretch))
+  signs = random_signs(signs_key, rows * columns).reshape(rows, columns)
+  return jax.random.randint(shifts_key, (rows,), 0, columns, jnp.int32), signs
+
+
+def _turned(table: Array, shifts: Array) -> Array:
+  """Each row, cyclically shifted."""
+  return jnp.stack([jnp.roll(row, shift) for row, shift in zip(table, shifts, strict=True)])

@@ -1,0 +1,168 @@
+"""Sparsification: a few elements as they are, the others zero."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from research.base import Array, Compressor, Key
+from research.compress.blocks import flatten, restore
+from research.compress.packing import pack, unpack
+from research.compress.selection import largest, put, take
+
+
+class Sparse(NamedTuple):
+  values: Array  # [k], the leaf's dtype
+  positions: Array  # uint8, packed
+
+
+class Thresholded(NamedTuple):
+  values: Array  # [room], the leaf's dtype; zero where nothing is sent
+  positions: Array  # uint8, packed
+  reached: Array  # uint32 [], elements at or above the threshold; those beyond the room are not sent
+
+
+def top_k(fraction: float) -> Compressor:
+  """The k largest magnitudes, exactly: k (itemsize + ceil(log2 n) / 8) bytes.
+
+      C(x)_i = x_i if |x_i| is among the k largest, else 0,   k = max(1, round(fraction n))
+
+  Contractive: ||C(x) - x||^2 <= (1 - k / n) ||x||^2. Of equal magnitudes those that come first are
+  sent. NaN counts as larger than everything. Positions travel in as many bits as n asks for.
+
+  Args:
+    fraction: of the elements to send, in (0, 1].
+
+  Raises:
+    ValueError: if fraction is not in (0, 1].
+
+  Reference: Stich et al. 2018, arXiv:1809.07599, definition 2.1; Aji and Heafield 2017,
+    arXiv:1704.05021.
+  """
+  _check_fraction("fraction", fraction)
+
+  def encode(x, shared, own):
+    del shared, own
+    flat = flatten(x)
+    positions = largest(flat, kept(fraction, x.size))
+    return Sparse(take(flat, positions), pack(positions, position_bits(x.size)))
+
+  def decode(payload, like, shared):
+    del shared
+    return _scatter(payload, like)
+
+  return Compressor(encode, decode)
+
+
+def threshold(value: float, capacity: float = 0.05) -> Compressor:
+  """Magnitudes of at least `value`: room (itemsize + ceil(log2 n) / 8) + 4 bytes.
+
+      C(x)_i = x_i if |x_i| >= value, else 0
+
+  Shapes are static, so the payload has room for capacity n elements whatever x is. Where more reach
+  the threshold the largest are sent, and `reached` in the payload says how many there were.
+  Neither unbiased nor contractive by a constant: an element's error is at most `value`, and none
+  where nothing reaches it; ||C(x) - x|| <= ||x|| always.
+
+  Args:
+    value: in units of x.
+    capacity: room in the payload, as a fraction of the elements, in (0, 1].
+
+  Raises:
+    ValueError: if value is not above 0 or capacity not in (0, 1].
+
+  Reference: Strom 2015 (Interspeech); Sahu et al. 2021, arXiv:2108.00951, section 3 (hard
+    threshold).
+  """
+  if not value > 0:
+    raise ValueError(f"value={value} is not in (0, inf)")
+  _check_fraction("capacity", capacity)
+
+  def encode(x, shared, own):
+    del shared, own
+    flat = flatten(x)
+    below = lambda x: jnp.abs(x) < value  # false of NaN, which is sent
+    positions = largest(flat, kept(capacity, x.size))
+    values = take(flat, positions)
+    values = jnp.where(below(values), 0, values)
+    reached = jnp.sum(~below(flat), dtype=jnp.uint32)
+    return Thresholded(values, pack(positions, position_bits(x.size)), reached)
+
+  def decode(payload, like, shared):
+    del shared
+    return _scatter(payload, like)
+
+  return Compressor(encode, decode)
+
+
+def random_k(fraction: float, unbiased: bool = False) -> Compressor:
+  """k elements at random positions that all workers share: k itemsize bytes. Linear.
+
+      C(x)_i = x_i if i is in the support S(shared), else 0,   P(i in S) = k / n
+
+  Contractive: E ||C(x) - x||^2 = (1 - k / n) ||x||^2, what error feedback wants: with the factor
+  n / k its memory would grow. `unbiased` has this factor: E C(x) = x and E ||C(x) - x||^2 =
+  (n / k - 1) ||x||^2, for use without memory and for DIANA. The support is drawn again by `decode`
+  and is not sent. It has one position in each of k equal stretches of the leaf, all turned by one
+  random shift: the paper's k-subsets have the same P(i in S), and cost a permutation of the leaf.
+  A non-finite element anywhere makes all that is sent NaN, in the support or not.
+
+  Args:
+    fraction: of the elements to send, in (0, 1]; k = max(1, round(fraction n)).
+    unbiased: multiply by n / k.
+
+  Raises:
+    ValueError: if fraction is not in (0, 1].
+
+  Reference: Stich et al. 2018, arXiv:1809.07599, definition 2.1; unbiased: Wangni et al. 2017,
+    arXiv:1710.09854.
+  """
+  _check_fraction("fraction", fraction)
+
+  def encode(x, shared, own):
+    del own
+    flat = flatten(x)
+    k = kept(fraction, x.size)
+    values = take(flat, support(shared, x.size, k))
+    values = values * (x.size / k) if unbiased and k else values
+    return jnp.where(jnp.all(jnp.isfinite(flat)), values, jnp.nan)
+
+  def decode(payload, like, shared):
+    positions = support(shared, like.size, payload.size)
+    return restore(put(payload, positions, like.size), like)
+
+  return Compressor(encode, decode, linear=True)
+
+
+def kept(fraction: float, size: int) -> int:
+  """k, the nearest whole number to fraction * size, but at least one of a leaf that has any."""
+  return min(size, max(1, round(fraction * size)))
+
+
+def position_bits(size: int) -> int:
+  """Bits of a position in a leaf."""
+  return max(1, (size - 1).bit_length())
+
+
+def support(key: Key, size: int, k: int) -> Array:
+  """k distinct positions in range(size), each with probability k / size. uint32 [k]."""
+  if k == 0:
+    return jnp.zeros(0, jnp.uint32)
+  within, turn = jax.random.split(key)
+  width, wider = divmod(size, k)  # the first `wider` stretches are one element longer
+  stretch = jnp.arange(k, dtype=jnp.uint32)
+  start = stretch * width + jnp.minimum(stretch, wider)
+  length = width + (stretch < wider).astype(jnp.uint32)
+  position = start + jax.random.randint(within, (k,), 0, length, jnp.uint32)
+  room = jax.random.randint(turn, (), 1, jnp.uint32(size) + 1, jnp.uint32)  # size - shift
+  return jnp.where(position >= room, position - room, position + (size - room))
+
+
+def _scatter(payload: Sparse | Thresholded, like: jax.ShapeDtypeStruct) -> Array:
+  positions = unpack(payload.positions, position_bits(like.size), payload.values.size)
+  return restore(put(payload.values, positions.astype(jnp.uint32), like.size), like)
+
+
+def _check_fraction(name: str, fraction: float) -> None:
+  if not 0 < fraction <= 1:
+    raise ValueError(f"{name}={fraction} is not in (0, 1]")
