@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from absl import app, flags
 
 from experiments import run
+from research.train.config import Config
 
 FLAGS = flags.FLAGS
 
@@ -152,7 +153,7 @@ def load(config: dict[str, Any]) -> dict[str, Any]:
   """The examples by worker, as the loop gets them."""
   from research.train import assemble
 
-  settings = assemble.Config(**config)
+  settings = Config(**config)
   return assemble.assemble(settings, assemble.check(settings)).examples
 
 
@@ -192,11 +193,11 @@ CASES = {
 
 def compare(name: str, repeats: int) -> dict[str, Any]:
   """Both loops of a case in turn; steps per second of each and the ratios pair by pair."""
-  from research.train import assemble, loop
+  from research.train import loop
 
   case = CASES[name]
   plain: dict[str, Any] = {"eval_every": 0, "checkpoint_every": 0, "check_every": 0}
-  config = assemble.Config(**plain | case.flags)
+  config = Config(**plain | case.flags)
   advance = case.by_hand(config._asdict())
 
   def ours() -> float:
@@ -228,7 +229,7 @@ def checkpoints(repeats: int) -> list[float]:
   from research.train import assemble
   from research.train.checkpoint import Checkpoints
 
-  config = assemble.Config(**CASES["digits"].flags)
+  config = Config(**CASES["digits"].flags)
   problem = assemble.assemble(config, assemble.check(config))
   state = problem.executor.init(jax.random.key(0))
   data = problem.executor.place(problem.examples, problem.job.sizes, jax.random.key(1))

@@ -13,60 +13,66 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from absl import app, flags, logging
 
-if TYPE_CHECKING:  # JAX is imported late: a wrong flag does not need it
-  from research.train.assemble import Config
+from research.train.config import Config, UsageError, flag  # JAX is imported late
 
 FLAGS = flags.FLAGS
 
 
+TEXTS = {
+  "task": "What to learn: digits(), mnist(), least_squares(...), libsvm('a9a').",
+  "model": "linear(), logistic(), mlp(hidden=[128]), cnn(), resnet(); empty: the task's own.",
+  "method": "How to optimize: data_parallel(OPTIMIZER, AGGREGATOR, period=1) or averaged(METHOD); "
+  "optimizers and schedules are optax's, by name.",
+  "executor": "How workers run: simulate (vmap), spmd (shard_map) or pmap.",
+  "mesh": "Places by axis: data (workers), slice (groups of workers), fsdp (within a worker).",
+  "partition": "Examples by worker: iid(), sorted(), dirichlet(0.3), shards(2).",
+  "batch_size": "Examples per step over all workers, or 'all'.",
+  "out": "Folder of the run; empty: runs/TASK-METHOD-HASH of the flags.",
+  "data_dir": "Where data files lie, before $RESEARCH_DATA_DIR and the user's cache.",
+}
+# name -> (text, least)
+NUMBERS = {
+  "population": ("Clients, as many of which as there are workers are served per round; 0: all.", 0),
+  "steps": ("Local steps.", 1),
+  "epochs": ("Passes over the training data, in place of --steps if positive.", 0.0),
+  "seed": ("Of the initial model, the order of examples and the method's randomness.", 0),
+  "clip_norm": ("Clips each worker's mini-batch gradients to this norm; 0: no.", 0.0),
+  "tolerance": ("Stops when an evaluation finds the full gradient's norm below it; 0: no.", 0.0),
+  "steps_per_dispatch": ("At most so many steps run before the host looks again.", 1),
+  "log_every": ("Steps per row of metrics.jsonl.", 1),
+  "eval_every": ("Steps between evaluations; 0: only at the end.", 0),
+  "checkpoint_every": ("Steps between checkpoints; 0: only at the end.", 0),
+  "checkpoint_seconds": ("At least so many seconds between checkpoints.", 0.0),
+  "check_every": ("Steps between comparisons of the devices' copies; 0: only at the end.", 0),
+}
+SWITCHES = {
+  "allow_changes": "Goes on with a run whose flags were different.",
+  "tensorboard": "Writes TensorBoard events too (needs tensorboardX).",
+  "profile": "Traces the second dispatch into OUT/profile.",
+}
+
+
 def define_flags() -> None:
-  """One flag per field of `Config`, and those that join processes."""
-  string, integer, number = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
-  string("task", "digits()", "What to learn: digits(), mnist(), least_squares(...), libsvm('a9a').")
-  string(
-    "model", "", "linear(), logistic(), mlp(hidden=[128]), cnn(), resnet(); empty: the task's."
-  )
-  string(
-    "method",
-    "data_parallel(sgd(0.1, momentum=0.9), mean())",
-    "How to optimize: data_parallel(OPTIMIZER, AGGREGATOR, period=1) or averaged(METHOD), with any "
-    "optimizer and schedule of optax by name and mean() or hierarchical_mean().",
-  )
-  string("executor", "simulate", "How workers run: simulate (vmap), spmd (shard_map) or pmap.")
-  string("mesh", "data:8", "Places by axis: data (workers), slice (groups of workers), fsdp.")
-  integer(
-    "population", 0, "Clients, of which each round serves as many as there are workers; 0: all.", 0
-  )
-  string("partition", "iid()", "Examples by worker: iid(), sorted(), dirichlet(0.3), shards(2).")
-  string("batch_size", "256", "Examples per step over all workers, or 'all'.")
-  integer("steps", 400, "Local steps.", 1)
-  number("epochs", 0.0, "Passes over the training data, in place of --steps if positive.", 0.0)
-  integer("seed", 0, "Of the initial model, the data's order, the method's randomness.", 0)
-  number(
-    "clip_norm", 0.0, "Clips each worker's gradient to this norm before it is sent; 0: no.", 0.0
-  )
-  number(
-    "tolerance", 0.0, "Stops when the full objective's gradient norm falls below it; 0: no.", 0.0
-  )
-  integer("steps_per_dispatch", 100, "At most so many steps run before the host looks again.", 1)
-  integer("log_every", 10, "Steps per row of metrics.jsonl.", 1)
-  integer("eval_every", 50, "Steps between evaluations; 0: only at the end.", 0)
-  integer("checkpoint_every", 100, "Steps between checkpoints; 0: only at the end.", 0)
-  number("checkpoint_seconds", 1.0, "At least so many seconds between checkpoints.", 0.0)
-  integer("check_every", 100, "Steps between comparisons of the devices' copies; 0: at the end.", 0)
-  string("out", "", "Folder of the run; empty: runs/TASK-METHOD-HASH of the flags.")
-  string("data_dir", "", "Where data files lie, before $RESEARCH_DATA_DIR and the user's cache.")
-  flags.DEFINE_bool("allow_changes", False, "Goes on with a run whose flags were different.")
-  flags.DEFINE_bool("tensorboard", False, "Writes TensorBoard events too (needs tensorboardX).")
-  flags.DEFINE_bool("profile", False, "Traces the second dispatch into OUT/profile.")
-  string("compilation_cache", "", "Folder of compiled programs; empty: in the user's cache; 'off'.")
-  string("coordinator", "", "HOST:PORT of process 0, where several processes make one job.")
-  integer("processes", 0, "How many processes make the job.", 0)
-  integer("process_id", -1, "This process's number.", -1)
+  """One flag per field of `Config`, with its default, and those that are not of the run itself."""
+  default = Config._field_defaults
+  for name, text in TEXTS.items():
+    flags.DEFINE_string(name, str(default[name]), text)
+  for name, (text, least) in NUMBERS.items():
+    if isinstance(least, float):
+      flags.DEFINE_float(name, default[name], text, least)
+    else:
+      flags.DEFINE_integer(name, default[name], text, least, 2**31 - 1)
+  for name, text in SWITCHES.items():
+    flags.DEFINE_bool(name, default[name], text)
+  cache = "Folder of compiled programs; empty: in the user's cache; 'off': none."
+  flags.DEFINE_string("compilation_cache", "", cache)
+  flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where several make one job.")
+  flags.DEFINE_integer("processes", 0, "How many processes make the job.", 0)
+  flags.DEFINE_integer("process_id", -1, "This process's number.", -1)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -118,10 +124,12 @@ def use_compilation_cache(folder: str) -> None:
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
   """Turns what a run can fail with into a line on stderr and the exit code that says which."""
-  from research.train import assemble, checkpoint, loop
+  import jax
+
+  from research.train import checkpoint, loop
 
   codes = {
-    assemble.UsageError: 2,
+    UsageError: 2,
     checkpoint.CheckpointError: 3,
     loop.NonFinite: 4,
     loop.ReplicasDiffer: 1,
@@ -130,20 +138,23 @@ def one_line_errors() -> Iterator[None]:
     yield
   except tuple(codes) as error:
     fail(codes[type(error)], str(error))
+  except (jax.errors.JaxRuntimeError, MemoryError) as error:
+    if "RESOURCE_EXHAUSTED" not in str(error) and not isinstance(error, MemoryError):
+      raise
+    fail(2, f"the model, its state or its data do not fit the memory: {str(error)[:200]}")
 
 
-def start() -> "Config":
+def start() -> Config:
   """Quiet logs, the compilation cache, the other processes, and what the flags say."""
   logging.set_verbosity(logging.WARNING)
   logging.get_absl_logger().setLevel("CRITICAL")  # Orbax logs what it then raises
   size = batch_size(FLAGS.batch_size)
   use_compilation_cache(FLAGS.compilation_cache)
   from research.comm import mesh
-  from research.train import assemble
 
-  with assemble.flag("coordinator", FLAGS.coordinator):
+  with flag("coordinator", FLAGS.coordinator):
     mesh.initialize(FLAGS.coordinator, FLAGS.processes, FLAGS.process_id)
-  config = assemble.Config._make(getattr(FLAGS, name) for name in assemble.Config._fields)
+  config = Config._make(getattr(FLAGS, name) for name in Config._fields)
   return config._replace(batch_size=size)
 
 

@@ -46,8 +46,8 @@ def grid(rates: list[str], seeds: list[str]) -> list[dict[str, Any]]:
         print(error, file=sys.stderr)
         scores.append(None)
         continue
-      if summary["stopped_because"] == "interrupted":
-        sys.exit(130)
+      if summary["stopped_because"] not in ("steps", "converged"):
+        sys.exit(130 if summary["stopped_because"] == "interrupted" else 0)
       name, value = score(summary)
       scores.append(value)
     rows.append({"learning_rate": float(rate), "by": name, "scores": scores})

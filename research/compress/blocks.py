@@ -1,6 +1,7 @@
 """A leaf as blocks of float32, and back: what the compressors of this room do to any array.
 
-Arithmetic is float32 whatever the leaf's dtype; a float64 value beyond its range becomes infinite.
+Quantisers compute in float32 whatever the leaf's dtype; a float64 value beyond its range becomes
+infinite. What is linear computes in float64 for a float64 leaf.
 """
 
 from collections.abc import Callable
@@ -34,6 +35,11 @@ def to_blocks(flat: Array, width: int | None) -> Array:
   width = min(width or size, size)
   flat = jnp.pad(flat, (0, -flat.size % width)) if flat.size % width else flat
   return flat.astype(jnp.float32).reshape(-1, width)
+
+
+def widened(x: Array) -> Array:
+  """x in at least float32."""
+  return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
 
 
 def restore(values: Array, like: jax.ShapeDtypeStruct) -> Array:

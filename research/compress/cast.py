@@ -22,15 +22,15 @@ _LARGEST_FLOAT8 = 448.0  # of e4m3
 
 
 def identity() -> Compressor:
-  """C(x) = x, at the leaf's own bytes. Linear."""
+  """C(x) = x, at the leaf's own bytes and in its own shape. Linear."""
 
   def encode(x, shared, own):
     del shared, own
-    return flatten(x)
+    return x
 
   def decode(payload, like, shared):
-    del shared
-    return restore(payload, like)
+    del shared, like
+    return payload
 
   return Compressor(encode, decode, linear=True)
 
@@ -39,18 +39,18 @@ def bf16() -> Compressor:
   """Rounds to bfloat16: 2 bytes per element.
 
   Contractive: ||C(x) - x||^2 <= 2^-18 ||x||^2 for normal numbers. Finite values beyond the range go
-  to its end. Linear: sums of payloads are rounded to bfloat16 too.
+  to its end. Linear, though sums of payloads are rounded to bfloat16 too. The leaf keeps its shape.
 
   Reference: Kalamkar et al. 2019, arXiv:1905.12322.
   """
 
   def encode(x, shared, own):
     del shared, own
-    return saturated(flatten(x), jnp.dtype(jnp.bfloat16))
+    return saturated(x, jnp.dtype(jnp.bfloat16))
 
   def decode(payload, like, shared):
     del shared
-    return restore(payload, like)
+    return saturated(payload, like.dtype)
 
   return Compressor(encode, decode, linear=True)
 
@@ -123,6 +123,8 @@ def natural() -> Compressor:
   def decode(payload, like, shared):
     del shared
     code = unpack(payload, 9, like.size).astype(jnp.uint32)
-    return restore(lax.bitcast_convert_type((code & 255) << 23 | code >> 8 << 31, jnp.float32), like)
+    return restore(
+      lax.bitcast_convert_type((code & 255) << 23 | code >> 8 << 31, jnp.float32), like
+    )
 
   return Compressor(encode, decode)

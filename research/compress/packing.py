@@ -35,7 +35,7 @@ def pack(codes: Array, bits: int) -> Array:
       places = jnp.arange(0, 8, width, dtype=jnp.uint8)
       field = field & ((1 << width) - 1)
       field = jnp.pad(field, (0, -field.size % places.size)).reshape(-1, places.size)
-      field = jnp.sum(field << places, axis=-1, dtype=jnp.uint8)
+      field = jnp.sum(field << places[None, :], axis=-1, dtype=jnp.uint8)
     packed.append(field)
   return packed[0] if len(packed) == 1 else jnp.concatenate(packed)
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 
 from research.base import Array, Compressor, Key
-from research.compress.blocks import flatten, restore, saturated
+from research.compress.blocks import flatten, restore, saturated, widened
 from research.compress.packing import unpack
 
 RADIX = 64
@@ -43,7 +43,7 @@ def hadamard(inner: Compressor, block: int = 4096) -> Compressor:
     signs_key, inner_key = jax.random.split(shared)
     flat = flatten(x)
     blocks = jnp.pad(flat, (0, -flat.size % _width(x.size, block)))
-    blocks = blocks.astype(jnp.promote_types(x.dtype, jnp.float32))
+    blocks = widened(blocks)
     blocks = blocks * random_signs(signs_key, blocks.size).astype(blocks.dtype)
     rotated = walsh_hadamard(blocks.reshape(-1, _width(x.size, block)))
     return inner.encode(saturated(rotated, x.dtype), inner_key, own)
@@ -53,7 +53,7 @@ def hadamard(inner: Compressor, block: int = 4096) -> Compressor:
     width = _width(like.size, block)
     rotated = jax.ShapeDtypeStruct((-(-like.size // width), width), like.dtype)
     rotated = inner.decode(payload, rotated, inner_key)
-    blocks = walsh_hadamard(rotated.astype(jnp.promote_types(like.dtype, jnp.float32))).reshape(-1)
+    blocks = walsh_hadamard(widened(rotated)).reshape(-1)
     return restore(blocks * random_signs(signs_key, blocks.size).astype(blocks.dtype), like)
 
   return Compressor(encode, decode, inner.linear)
@@ -87,6 +87,6 @@ def random_signs(key: Key, count: int) -> Array:
 
 def _width(size: int, block: int) -> int:
   """The largest power of two up to `block` that pads `size` elements by at most an eighth."""
-  while block > 1 and -size % block > size // 8:
+  while block > 1 and (not size or -size % block > size // 8):
     block //= 2
   return block

@@ -11,7 +11,6 @@ arrays of up to 2^32 elements, 2^31 if their number is odd.
 
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -41,10 +40,10 @@ def largest(x: Array, k: int) -> Array:
     return _at_least(x, k, k)[0]
   sample = jnp.sort(magnitude(x[::stride]))
   guess = sample[max(0, sample.size - 1 - math.ceil(expected + margin))]
-  position, count = _at_least(x, k, room, guess)
+  positions, count = _at_least(x, k, room, guess)
   slots = jnp.arange(room, dtype=jnp.uint32)
-  candidates = jnp.where(slots < count, take(x, position), 0)
-  return position[_at_least(candidates, k, k)[0]]
+  candidates = jnp.where(slots < count, take(x, positions), 0)
+  return positions[_at_least(candidates, k, k)[0]]
 
 
 def magnitude(x: Array) -> Array:
@@ -53,26 +52,27 @@ def magnitude(x: Array) -> Array:
   return bits & (jnp.iinfo(bits.dtype).max >> 1)
 
 
-def take(x: Array, position: Array) -> Array:
+def take(x: Array, positions: Array) -> Array:
   """x at distinct positions."""
-  rows, at = _place(x.size, position)
-  return x.reshape(rows, -1).at[at].get(mode="promise_in_bounds", unique_indices=True)
+  rows, columns = _grid(x.size)
+  at = x.reshape(rows, columns).at[positions // columns, positions % columns]
+  return at.get(mode="promise_in_bounds", unique_indices=True)
 
 
-def put(values: Array, position: Array, size: int) -> Array:
+def put(values: Array, positions: Array, size: int) -> Array:
   """[size], zero but for `values` at distinct positions."""
-  rows, at = _place(size, position)
-  zeros = jnp.zeros((rows, size // max(rows, 1)), values.dtype)
-  return zeros.at[at].set(values, mode="promise_in_bounds", unique_indices=True).reshape(size)
+  rows, columns = _grid(size)
+  at = jnp.zeros((rows, columns), values.dtype).at[positions // columns, positions % columns]
+  return at.set(values, mode="promise_in_bounds", unique_indices=True).reshape(size)
 
 
-def _place(size: int, position: Array) -> tuple[int, tuple[Array, Array]]:
-  """An array's rows, as powers of two divide it, and positions as (row, column)."""
+def _grid(size: int) -> tuple[int, int]:
+  """Rows and columns of `size` elements, both below 2^31; columns are a power of two."""
   columns = min(size & -size, _COLUMNS) or 1
   rows = size // columns
-  if rows >= 2**31:
-    raise ValueError(f"{size} elements are too many to index; cut the leaf, or shard it")
-  return rows, (position // columns, position % columns)
+  if rows >= 2**31 or size > 2**32:
+    raise ValueError(f"a leaf of {size} elements cannot be indexed in 32 bits; shard it")
+  return rows, columns
 
 
 def _at_least(x: Array, k: int, room: int, guess: Array | None = None) -> tuple[Array, Array]:
@@ -111,7 +111,9 @@ def _words(mask: Array) -> Array:
   """[n] bool as uint32 [ceil(n / 32)], the first in the lowest bit."""
   mask = jnp.pad(mask, (0, -mask.size % WORD)) if mask.size % WORD else mask
   places = jnp.arange(WORD, dtype=jnp.uint32)
-  return jnp.sum(mask.reshape(-1, WORD).astype(jnp.uint32) << places, axis=-1, dtype=jnp.uint32)
+  return jnp.sum(
+    mask.reshape(-1, WORD).astype(jnp.uint32) << places[None, :], axis=-1, dtype=jnp.uint32
+  )
 
 
 def _count(words: Array) -> Array:

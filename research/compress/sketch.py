@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from research.base import Array, Compressor, Key
-from research.compress.blocks import flatten, restore
+from research.compress.blocks import flatten, restore, widened
 from research.compress.rotation import random_signs
 
 
@@ -40,7 +40,7 @@ def count_sketch(rows: int, columns: int) -> Compressor:
 
   def encode(x, shared, own):
     del own
-    flat = flatten(x).astype(jnp.promote_types(x.dtype, jnp.float32))
+    flat = widened(flatten(x))
     if x.size <= rows * columns:
       return flat
     stretches = jnp.pad(flat, (0, -flat.size % columns)).reshape(-1, columns)

@@ -19,7 +19,9 @@ class Sparse(NamedTuple):
 class Thresholded(NamedTuple):
   values: Array  # [room], the leaf's dtype; zero where nothing is sent
   positions: Array  # uint8, packed
-  reached: Array  # uint32 [], elements at or above the threshold; those beyond the room are not sent
+  reached: (
+    Array  # uint32 [], elements at or above the threshold; those beyond the room are not sent
+  )
 
 
 def top_k(fraction: float) -> Compressor:

@@ -130,7 +130,7 @@ def kinds(private: Tree) -> Tree:
 
   def kind(node):
     if isinstance(node, Chunk):
-      return Chunk("chunks" if node.part else "shared")
+      return jax.tree.map(lambda is_private: "chunks" if is_private else "shared", node)
     return "rows" if node else "shared"
 
   return jax.tree.map(kind, private, is_leaf=lambda node: isinstance(node, Chunk))

@@ -1,10 +1,10 @@
 """From the flags of a run to its parts: task, method, partition, job, executor."""
 
-import contextlib
 import difflib
 import importlib
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import importlib.util
+import math
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from research import registry
 from research.base import Batch, Executor, Method, Task
 from research.comm import mesh as meshes
 from research.parallel.workers import Job
+from research.train.config import Config, UsageError, flag
 
 # Which module holds an executor; all three take a Job.
 EXECUTORS = {
@@ -20,39 +21,6 @@ EXECUTORS = {
   "pmap": "research.parallel.pmap",
   "spmd": "research.parallel.spmd",
 }
-
-
-class UsageError(ValueError):
-  """A flag that cannot be: one line with the flag, its value, the legal set, the nearest name."""
-
-
-class Config(NamedTuple):
-  """A run, as its flags describe it; `experiments/run.py --help` says what each means."""
-
-  task: str = "digits()"
-  model: str = ""
-  method: str = "data_parallel(sgd(0.1, momentum=0.9), mean())"
-  executor: str = "simulate"
-  mesh: str = "data:8"
-  population: int = 0
-  partition: str = "iid()"
-  batch_size: int | str = 256
-  steps: int = 400
-  epochs: float = 0.0
-  seed: int = 0
-  clip_norm: float = 0.0
-  tolerance: float = 0.0
-  steps_per_dispatch: int = 100
-  log_every: int = 10
-  eval_every: int = 50
-  checkpoint_every: int = 100
-  checkpoint_seconds: float = 1.0
-  check_every: int = 100
-  out: str = ""
-  data_dir: str = ""
-  allow_changes: bool = False
-  tensorboard: bool = False
-  profile: bool = False
 
 
 class Problem(NamedTuple):
@@ -63,18 +31,6 @@ class Problem(NamedTuple):
   examples: Batch  # numpy [P, n, ...]
   test: tuple[Batch, np.ndarray] | None  # numpy [D, n, ...] and sizes [D]
   steps: int
-
-
-@contextlib.contextmanager
-def flag(name: str, value: Any) -> Iterator[None]:
-  """Says which flag it was that a ValueError is about."""
-  try:
-    yield
-  except UsageError:
-    raise
-  except (ValueError, FileNotFoundError) as error:
-    shown = repr(value) if isinstance(value, str) else value
-    raise UsageError(f"--{name}={shown}: {error}") from error
 
 
 class Setting(NamedTuple):
@@ -97,6 +53,12 @@ def check(config: Config) -> Setting:
     near = difflib.get_close_matches(config.executor, EXECUTORS, 1)
     hint = f"; did you mean '{near[0]}'?" if near else ";"
     raise UsageError(f"--executor='{config.executor}': unknown{hint} legal: {', '.join(EXECUTORS)}")
+  for name in ("epochs", "clip_norm", "tolerance", "checkpoint_seconds"):
+    with flag(name, getattr(config, name)):
+      if not math.isfinite(getattr(config, name)):
+        raise ValueError("not a finite number")
+  if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+    raise UsageError('--tensorboard: needs tensorboardX: pip install -e ".[tensorboard]"')
   with flag("mesh", config.mesh):
     axes = meshes.parse_mesh(config.mesh)
   workers = meshes.count(meshes.worker_axes(axes))
@@ -178,7 +140,11 @@ def _steps(config: Config, examples: int, period: int) -> int:
   if not config.epochs:
     return config.steps
   size = examples if config.batch_size == "all" else int(config.batch_size)
-  return -(-round(config.epochs * examples / size) // period) * period
+  with flag("epochs", config.epochs):
+    steps = round(config.epochs * examples / size)
+    if steps < 1:
+      raise ValueError(f"less than one step of {size} examples; an epoch has {examples}")
+  return -(-steps // period) * period
 
 
 def _test(job: Job, config: Config) -> tuple[Batch, np.ndarray] | None:

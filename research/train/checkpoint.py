@@ -1,7 +1,13 @@
 """Checkpoints: the complete TrainState and its checksums, saved in the background by Orbax."""
 
+import contextlib
+import gc
+import json
+import logging
 import shutil
-from collections.abc import Callable
+import sys
+import zlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +21,10 @@ from jax.sharding import PartitionSpec as P
 
 from research.base import Array, TrainState, Tree
 from research.parallel import layout as layouts
+from research.train import interrupt, report
 
 KEEP = 3
+FILES = "files.json"
 
 
 class CheckpointError(Exception):
@@ -43,6 +51,7 @@ class Checkpoints:
   def wait(self) -> None:
     """Returns when everything saved is on disk."""
     self._manager.wait_until_finished()
+    _list_files(self._folder)
 
   def close(self) -> None:
     self._manager.close()
@@ -75,15 +84,17 @@ class Checkpoints:
     steps = sorted(self._manager.all_steps(), reverse=True)
     for step in steps:
       try:
+        if not interrupt.of_first_process(is_whole(self._folder / str(step))):
+          raise ValueError("files are missing or not as they were written")
         return step, self._restore_one(step, like, private)
-      except CheckpointError:
+      except (CheckpointError, MemoryError):
         raise
       except Exception as error:  # whatever a damaged file makes the reader raise
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         warn(f"checkpoint {step} is damaged and set aside as {step}.damaged: {reason}")
         self._set_aside(step)
-    if steps:
-      raise CheckpointError(f"none of the checkpoints {steps[::-1]} in {self._folder} is whole")
+    if steps or list(self._folder.glob("*.damaged")):
+      raise CheckpointError(f"none of the checkpoints in {self._folder} is whole")
     return None
 
   def _restore_one(self, step: int, like: TrainState, private: Tree) -> TrainState:
@@ -97,19 +108,29 @@ class Checkpoints:
         f"checkpoint {step} in {self._folder} is of another model or method: only one has {other}"
       )
     kinds = layouts.kinds(TrainState(False, False, private))
-    kind = dict(zip(target, jax.tree.leaves(kinds), strict=True))
+    kind = dict(zip(_names(like), jax.tree.leaves(kinds), strict=True))
     wanted = {
       name: _struct(leaf, tuple(saved[name].shape), kind[name]) for name, leaf in target.items()
     }
+    for name, leaf in target.items():
+      had = (tuple(saved[name].shape), saved[name].dtype)
+      if had[0] != wanted[name].shape or had[1] != leaf.dtype:
+        raise CheckpointError(
+          f"checkpoint {step} in {self._folder} is of another model or method: "
+          f"{name} is {had[1]} {list(had[0])} there and {leaf.dtype} {list(leaf.shape)} here"
+        )
     sums = jax.ShapeDtypeStruct((len(target),), jnp.uint32, sharding=like.round.sharding)
     item = {"state": wanted, "checksums": sums}
-    found = self._manager.restore(step, args=ocp.args.StandardRestore(item))
+    with quietly():
+      found = self._manager.restore(step, args=ocp.args.StandardRestore(item))
     matches = np.asarray(found["checksums"]) == np.asarray(checksums(found["state"]))
     if not matches.all():
       wrong = sorted(target)[int(np.argmin(matches))]
       raise ValueError(f"the checksum of {wrong} does not match")
-    leaves = [_fitted(found["state"][name], leaf, kind[name]) for name, leaf in target.items()]
-    return _typed(jax.tree.structure(like).unflatten(leaves), like)
+    leaves = {
+      name: _fitted(found["state"][name], leaf, kind[name]) for name, leaf in target.items()
+    }
+    return _rebuilt(leaves, like)
 
   def _set_aside(self, step: int) -> None:
     if jax.process_index() == 0:
@@ -127,29 +148,88 @@ class Checkpoints:
 
 
 def _manager(folder: Path) -> ocp.CheckpointManager:
-  options = ocp.CheckpointManagerOptions(max_to_keep=KEEP, enable_async_checkpointing=True)
+  finished = ocp.AsyncOptions(post_finalization_callback=partial(_list_files, folder))
+  options = ocp.CheckpointManagerOptions(max_to_keep=KEEP, async_options=finished)
   handlers = ocp.StandardCheckpointHandler()
   return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+
+
+def _list_files(folder: Path) -> None:
+  """Writes FILES into each finished checkpoint that lacks it: its files' sizes and CRC-32s.
+
+  Called when a save is finishing, when the one before it is on disk, and at the end.
+  """
+  if jax.process_index() == 0:
+    for step in folder.glob("[0-9]*"):
+      if step.name.isdecimal() and not (step / FILES).exists():
+        report.write_json(step / FILES, _files(step))
+
+
+def _files(step: Path) -> dict[str, list[int]]:
+  found = sorted(path for path in step.rglob("*") if path.is_file() and path.name != FILES)
+  return {
+    str(path.relative_to(step)): [path.stat().st_size, zlib.crc32(path.read_bytes())]
+    for path in found
+  }
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+  """Silences what Orbax's threads print of a failure beside the exception that they raise."""
+  hook, logger = sys.unraisablehook, logging.getLogger("asyncio")
+  level = logger.level
+  sys.unraisablehook = lambda unraisable: None
+  logger.setLevel(logging.CRITICAL)
+  try:
+    yield
+  except Exception:
+    gc.collect()  # lets what will complain do so now
+    raise
+  finally:
+    sys.unraisablehook = hook
+    logger.setLevel(level)
+
+
+def is_whole(step: Path) -> bool:
+  """Whether a checkpoint's files are as they were written; one without a list is not judged.
+
+  Orbax reads files in the background of several processes, where damage shows late, in one of them
+  and loudly: hence this look ahead.
+  """
+  try:
+    written = json.loads((step / FILES).read_text()) if (step / FILES).exists() else None
+    return written is None or written == _files(step)
+  except (OSError, json.JSONDecodeError):
+    return False
 
 
 def _is_key(leaf: Any) -> bool:
   return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
+def _names(state: TrainState) -> list[str]:
+  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+  return [jax.tree_util.keystr(path, simple=True, separator=".") for path in paths]
+
+
 def _leaves(state: TrainState) -> dict[str, Array]:
-  """Leaves by name, typed keys as the integers that they are: what files hold."""
+  """Leaves by name, typed keys as integers; without empty ones, which no file can hold."""
+  named = zip(_names(state), jax.tree.leaves(state), strict=True)
   data = lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="."): data(leaf)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-  }
+  return {name: data(leaf) for name, leaf in named if leaf.size}
 
 
-def _typed(state: TrainState, like: TrainState) -> TrainState:
-  def typed(leaf, was):
-    return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(was)) if _is_key(was) else leaf
+def _rebuilt(leaves: dict[str, Array], like: TrainState) -> TrainState:
+  """The state of `_leaves`."""
 
-  return jax.tree.map(typed, state, like)
+  def one(name, was):
+    if not was.size:
+      return was
+    found = leaves[name]
+    return jax.random.wrap_key_data(found, impl=jax.random.key_impl(was)) if _is_key(was) else found
+
+  flat, tree = jax.tree.flatten(like)
+  return tree.unflatten([one(*pair) for pair in zip(_names(like), flat, strict=True)])
 
 
 def _struct(leaf: Array, saved: tuple[int, ...], kind: str) -> jax.ShapeDtypeStruct:
@@ -181,7 +261,7 @@ def checksums(tree: Tree) -> Array:
 
 
 def checksum(leaf: Array) -> Array:
-  """Sum over positions i of (2 i + 1) bits_i modulo 2^32: any one changed element changes it."""
+  """A uint32 hash of the leaf's bits by position: each is mixed before all are added."""
   if leaf.size == 0:
     return jnp.zeros((), jnp.uint32)
   width = 8 * leaf.dtype.itemsize
@@ -192,4 +272,6 @@ def checksum(leaf: Array) -> Array:
   for dimension in reversed(range(bits.ndim)):
     position += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, dimension) * np.uint32(stride)
     stride = stride * bits.shape[dimension] % 2**32
-  return jnp.sum((2 * position + 1) * bits, dtype=jnp.uint32)
+  mixed = (bits ^ position * np.uint32(0x9E3779B9)) * np.uint32(0x85EBCA6B)
+  mixed = (mixed ^ mixed >> 15) * np.uint32(0xC2B2AE35)
+  return jnp.sum(mixed ^ mixed >> 13, dtype=jnp.uint32)

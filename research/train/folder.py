@@ -1,4 +1,4 @@
-"""The folder of a run: which flags it belongs to, what made it, and the lock on overwriting it."""
+"""The folder of a run: whose flags it belongs to, what made it, and never another run in it."""
 
 import hashlib
 import importlib.metadata
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from research import registry
-from research.train.assemble import Config, UsageError
+from research.train.config import Config, UsageError
 from research.train.report import write_json
 
 # Flags that change neither the result nor the files of a run.
@@ -39,6 +39,14 @@ def check(config: Config) -> Path:
       flags while --allow_changes does not stand.
   """
   folder = Path(config.out) if config.out else default_folder(config)
+  try:
+    _check(config, folder)
+  except OSError as error:
+    raise UsageError(f"--out='{folder}': {error.strerror}") from error
+  return folder
+
+
+def _check(config: Config, folder: Path) -> None:
   there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
   if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
     raise UsageError(f"--out='{folder}': {there} is not a folder that can be written")
@@ -47,7 +55,13 @@ def check(config: Config) -> Path:
     _refuse_differences(config, folder, path)
   elif folder.exists() and any(not found.name.startswith(".") for found in folder.iterdir()):
     raise UsageError(f"--out='{folder}': holds other files and no run; name a new or empty folder")
-  return folder
+
+
+def unchanged(config: Config, folder: Path) -> bool:
+  """Whether the folder holds a run of these very flags."""
+  path = folder / "config.json"
+  before = json.loads(path.read_text()) if path.exists() else {}
+  return all(before.get(name) == value for name, value in identity(config).items())
 
 
 def _refuse_differences(config: Config, folder: Path, path: Path) -> None:

@@ -15,8 +15,9 @@ from research.comm import wire
 from research.parallel import workers
 from research.train import folder as folders
 from research.train import interrupt, metrics, report
-from research.train.assemble import Config, Problem, assemble, check, evaluation_shards
+from research.train.assemble import Problem, assemble, check, evaluation_shards
 from research.train.checkpoint import Checkpoints
+from research.train.config import Config, UsageError
 from research.train.timing import Timing
 
 
@@ -42,16 +43,17 @@ def train(config: Config) -> tuple[dict[str, Any], Path]:
   """
   main = jax.process_index() == 0
   with contextlib.closing(Timing()) as timing:
-    setting = check(config)
-    folder = folders.check(config)
-    problem = assemble(config, setting)
-    summary = _finished(folder, problem)
+    with together():
+      setting = check(config)
+      folder = folders.check(config)
+      problem = assemble(config, setting)
+      summary = _finished(config, folder, problem)
     if summary:
       report.note(f"{folder} holds this run, complete; its result:")
       return summary, folder
-    interrupt.everyone_is_here()
-    if main:
-      folders.claim(config, folder)
+    with together():
+      if main:
+        folders.claim(config, folder)
     with contextlib.closing(Run(config, problem, folder, timing, main)) as run:
       summary = run.train()
     if main:
@@ -60,10 +62,24 @@ def train(config: Config) -> tuple[dict[str, Any], Path]:
   return summary, folder
 
 
-def _finished(folder: Path, problem: Problem) -> dict[str, Any] | None:
-  """The summary of a run that has nothing left to do."""
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+  """A mistake that one process sees stops all of them, before any waits for it."""
+  try:
+    yield
+  except UsageError:
+    interrupt.all_well(False)
+    raise
+  if not interrupt.all_well(True):
+    raise UsageError("another process of the job was given what cannot be; its message says what")
+
+
+def _finished(config: Config, folder: Path, problem: Problem) -> dict[str, Any] | None:
+  """The summary of a run of these flags that has nothing left to do."""
   path = folder / "summary.json"
-  summary: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+  if not path.exists() or not folders.unchanged(config, folder):
+    return None
+  summary: dict[str, Any] = json.loads(path.read_text())
   whole = summary.get("steps", -1) >= problem.steps
   return summary if whole or summary.get("stopped_because") == "converged" else None
 
@@ -98,6 +114,7 @@ class Run:
     self.log = report.Metrics(folder, self.step, config.tensorboard) if main else None
     self.timing.resume(self.log.rows[-1]["seconds"] if self.log and self.log.rows else 0.0)
     self.pending: Pending | None = None
+    self.dispatches = 0
     self.evaluated: dict[str, Any] = {}
 
   def close(self) -> None:
@@ -110,6 +127,7 @@ class Run:
     """Rounds until the steps are done, the run has converged, or somebody stops it."""
     config, executor, period = self.config, self.problem.executor, self.problem.job.method.period
     reason = "steps"
+    self.progress.start(self.step)
     with interrupt.watch() as stopped:
       while self.step < self.problem.steps:
         before, self.step = self.step, self._next_stop()
@@ -125,21 +143,25 @@ class Run:
           break
         if self._due(before, config.checkpoint_every) and self._old_enough():
           self._save()
-        told = stopped(self.step)
+        told = stopped()
         if told and self.step < self.problem.steps:
           reason = told
           break
       return self._finish(reason)
 
   def _finish(self, reason: str) -> dict[str, Any]:
-    """Saves first, since whoever stops a run may not wait; evaluates the end of a whole run."""
-    whole = reason in ("steps", "converged")
-    if whole and self.evaluated.get("step") != self.step:
-      self._evaluate()
-    self._check_replicas()
+    """Evaluates, checks and saves; saves first if stopped, since who stops a run may not wait."""
+    if reason in ("steps", "converged"):
+      if self.evaluated.get("step") != self.step and self._converged(self._evaluate()):
+        reason = "converged"
+      self._check_replicas()
     if self.checkpoints.latest() != self.step:
       self._save()
     self.checkpoints.wait()
+    if self.evaluated.get("step") != self.step:
+      self._evaluate()
+    if self.config.profile and self.dispatches < 2:
+      report.note("--profile: the run had no second dispatch to trace")
     return self._summary(reason)
 
   # ---- when
@@ -231,11 +253,11 @@ class Run:
     return "no checkpoint was saved yet" if latest is None else f"checkpoint {latest} is kept"
 
   def _restore(self) -> int:
-    found = self.checkpoints.restore(self.state, self.layout.state, self.progress.note)
+    found = self.checkpoints.restore(self.state, self.layout.state, report.note)
     if found is None:
       return 0
     step, self.state = found
-    self.progress.resume(step)
+    report.note(f"resuming at step {step}")
     return step
 
   @contextlib.contextmanager
@@ -245,17 +267,24 @@ class Run:
     with self.timing.aside():
       yield
 
-  def _profiled(self):
-    """Traces the second dispatch of this process, when everything is compiled, into OUT/profile."""
-    wanted = self.config.profile and self.timing.dispatches == 1
-    return jax.profiler.trace(str(self.folder / "profile")) if wanted else contextlib.nullcontext()
+  @contextlib.contextmanager
+  def _profiled(self) -> Iterator[None]:
+    """Traces the second dispatch of this process, when all is compiled, into OUT/profile."""
+    self.dispatches += 1
+    if not self.config.profile or self.dispatches != 2:
+      yield
+      return
+    jax.block_until_ready(self.pending)
+    with jax.profiler.trace(str(self.folder / "profile")):
+      yield
+      jax.block_until_ready(self.state)
 
   # ---- result
 
   def _summary(self, reason: str) -> dict[str, Any]:
     config, job, evaluated = self.config, self.problem.job, self.evaluated
     dense = wire.by_axis(workers.dense_traffic(job))
-    rounds = self.timing.largest // job.method.period
+    rounds = max(1, self.timing.largest // job.method.period)
     shared = wire.by_axis(workers.metrics_traffic(job, rounds), rounds * job.method.period)
     return {
       "task": config.task,

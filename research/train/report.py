@@ -81,38 +81,30 @@ class Progress:
   def __init__(self, total: int, evaluated_on: str, shown: bool):
     self._evaluated_on, self._evaluated = evaluated_on, ""
     self._total, self._shown, self._bar = total, shown, None
-    if shown and sys.stderr.isatty():
-      from rich.console import Console
-      from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-      )
 
-      self._bar = Progress(
-        TextColumn("step"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TextColumn("{task.fields[text]}"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-      )
-      self._task = self._bar.add_task("", total=total, text="compiling")
-      self._bar.start()
+  def start(self, step: int) -> None:
+    """Begins to show, at a step."""
+    if not self._shown or not sys.stderr.isatty():
+      return
+    from rich.console import Console
+    from rich.progress import (
+      BarColumn,
+      MofNCompleteColumn,
+      Progress,
+      TextColumn,
+      TimeRemainingColumn,
+    )
 
-  def resume(self, step: int) -> None:
-    self.note(f"resuming at step {step}")
-    if self._bar:
-      self._bar.update(self._task, completed=step)
-
-  def note(self, line: str) -> None:
-    """A line for the person who watches: what is being done, or what went wrong."""
-    if self._bar:
-      self._bar.console.print(line, markup=False, highlight=False)
-    else:
-      note(line)
+    self._bar = Progress(
+      TextColumn("step"),
+      MofNCompleteColumn(),
+      BarColumn(),
+      TextColumn("{task.fields[text]}"),
+      TimeRemainingColumn(),
+      console=Console(stderr=True),
+    )
+    self._task = self._bar.add_task("", total=self._total, completed=step, text="compiling")
+    self._bar.start()
 
   def update(self, row: Mapping[str, Any]) -> None:
     """Shows a row of the metrics."""

@@ -19,7 +19,6 @@ class Timing:
   def __init__(self):
     self._start = time.perf_counter()
     self.compiling = 0.0
-    self.dispatches = 0
     self.largest = 0  # steps of one dispatch
     self._aside = 0.0
     self._steps = 0
@@ -55,7 +54,6 @@ class Timing:
   def dispatch_done(self, steps: int) -> None:
     """The metrics of a dispatch of so many steps have arrived."""
     self._steps += steps
-    self.dispatches += 1
     self.largest = max(self.largest, steps)
     self._last = self.elapsed() - self.compiling - self._aside
     if self._first is None:

@@ -1,0 +1,51 @@
+"""What a run is told: its flags, with their defaults, and how a wrong one is said."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+
+class UsageError(ValueError):
+  """A flag that cannot be: one line with the flag, its value, the legal set, the nearest name."""
+
+
+class Config(NamedTuple):
+  """A run, as its flags describe it; `experiments/run.py --help` says what each means."""
+
+  task: str = "digits()"
+  model: str = ""
+  method: str = "data_parallel(sgd(0.1, momentum=0.9), mean())"
+  executor: str = "simulate"
+  mesh: str = "data:8"
+  population: int = 0
+  partition: str = "iid()"
+  batch_size: int | str = 256
+  steps: int = 400
+  epochs: float = 0.0
+  seed: int = 0
+  clip_norm: float = 0.0
+  tolerance: float = 0.0
+  steps_per_dispatch: int = 100
+  log_every: int = 10
+  eval_every: int = 50
+  checkpoint_every: int = 100
+  checkpoint_seconds: float = 1.0
+  check_every: int = 100
+  out: str = ""
+  data_dir: str = ""
+  allow_changes: bool = False
+  tensorboard: bool = False
+  profile: bool = False
+
+
+@contextlib.contextmanager
+def flag(name: str, value: Any) -> Iterator[None]:
+  """Says which flag it was that a ValueError is about."""
+  try:
+    yield
+  except UsageError:
+    raise
+  except (ValueError, OSError, OverflowError, MemoryError) as error:
+    shown = repr(value) if isinstance(value, str) else value
+    reason = str(error) or "too large for this machine's memory"
+    raise UsageError(f"--{name}={shown}: {reason}") from error
