@@ -31,7 +31,9 @@ def test_evaluation_is_the_mean_over_all_examples(executor, axes, sizes, monkeyp
   evaluate = metrics.evaluator(task, evaluation_shards(run.job, executor))
   params = run.executor.params(run.state)
   found = evaluate(params, run.data, gradient=True)
-  np.testing.assert_allclose(found["loss"], task.loss(run.params(), task.train, jax.random.key(0)), rtol=1e-5)
+  np.testing.assert_allclose(
+    found["loss"], task.loss(run.params(), task.train, jax.random.key(0)), rtol=1e-5
+  )
   gradient = jax.grad(task.loss)(run.params(), task.train, None)
   norm = np.sqrt(sum(float(jnp.sum(g * g)) for g in jax.tree.leaves(gradient)))
   np.testing.assert_allclose(found["gradient_norm"], norm, rtol=1e-5)

@@ -275,7 +275,6 @@ def test_a_stopped_run_ends_as_an_unbroken_one(
   assert untimed(out) == untimed(unbroken / execution)
 
 
-@pytest.mark.xfail(reason="closing_table formats a training loss of None", strict=True)
 def test_a_run_stopped_before_it_evaluates_ends_in_order(start, tmp_path):
   process = start(tmp_path, *LONG, "--out=here", "--eval_every=0")
   after_a_checkpoint(process, tmp_path / "here")
@@ -286,7 +285,6 @@ def test_a_run_stopped_before_it_evaluates_ends_in_order(start, tmp_path):
   assert stopped.code == 0
 
 
-@pytest.mark.xfail(reason="without a step, bytes are divided by no rounds", strict=True)
 def test_a_run_killed_before_it_told_its_result_tells_it(copied, unbroken, run):
   told = run(copied, *LONG, "--executor=simulate", "--out=simulate")
   assert told.code == 0
@@ -295,7 +293,6 @@ def test_a_run_killed_before_it_told_its_result_tells_it(copied, unbroken, run):
   assert {name: found[name] for name in told_again} == {name: want[name] for name in told_again}
 
 
-@pytest.mark.xfail(reason="nothing locks the folder; both end in a traceback", strict=True)
 def test_a_second_start_in_the_same_folder_is_refused(unbroken, start, tmp_path):
   command = (*LONG, "--executor=simulate", "--out=here")
   first = start(tmp_path, *command)
@@ -335,7 +332,7 @@ def test_where_no_checkpoint_is_whole_the_command_says_so_and_does_not_start_ane
   ended = run(copied, *LONG, "--executor=simulate", "--out=simulate")
   assert ended.code == 3
   *warnings, last = ended.err.splitlines()
-  assert last.startswith("error: none of the checkpoints [450, 475, 500]")
+  assert last.startswith("error: none of the checkpoints in ")
   assert len(warnings) == len(steps)
   assert "Traceback" not in ended.err
   assert not (copied / "simulate" / "summary.json").exists()
@@ -355,7 +352,6 @@ def test_a_run_goes_on_with_other_flags_if_told_so(copied, run):
   assert json.loads((copied / "simulate" / "config.json").read_text())["steps"] == 550
 
 
-@pytest.mark.xfail(reason="arrays of other shapes pass for damage", strict=True)
 def test_a_state_of_other_shapes_is_refused_and_its_checkpoints_stay(copied, run):
   changes = ("--steps=550", "--task=least_squares(features=5)", "--allow_changes")
   before = contents(copied)
@@ -419,7 +415,6 @@ def test_a_run_stops_at_its_tolerance(converged):
   assert "converged" in ended.out
 
 
-@pytest.mark.xfail(reason="a converged run is complete whatever the tolerance is now", strict=True)
 def test_a_converged_run_goes_on_to_a_smaller_tolerance(converged, run, tmp_path):
   shutil.copytree(converged[0] / "here", tmp_path / "here")
   ended = run(tmp_path, *QUADRATIC, "--tolerance=1e-5", "--allow_changes", "--out=here")
@@ -496,7 +491,7 @@ BAD = {
   "flag": Bad(("--stepz=3",), ("--stepz", "did you mean '--steps'?")),
   "argument": Bad(("digits",), ("'digits'", "--name=value")),
   "number": Bad(("--steps=many",), ("--steps=many",)),
-  "sign": Bad(("--steps=0",), ("--steps=0", "positive")),
+  "sign": Bad(("--steps=0",), ("--steps=0", "range")),
   "task": Bad(("--task=digit()",), ("--task='digit()'", "'digits'?", "least_squares", "libsvm")),
   "model": Bad(("--model=mlpp()",), ("--model='mlpp()'", "'mlp'?", "linear", "resnet")),
   "method": Bad(
@@ -554,10 +549,6 @@ BAD = {
     ("data/libsvm/a9a is truncated or another file", "sha256"),
     {"data/libsvm/a9a": "+1 1:1\n-1 2:1\n"},
   ),
-}
-
-# As above, and not yet refused as they should be.
-ESCAPED = {
   "epochs": Bad((SMALL, "--epochs=nan"), ("--epochs=nan",)),
   "few": Bad((SMALL, "--epochs=1e-9"), ("--epochs=1e-09",)),
   "tolerance": Bad((SMALL, "--tolerance=nan", "--steps=1"), ("--tolerance=nan",)),
@@ -566,12 +557,11 @@ ESCAPED = {
   "places": Bad(("--mesh=slice:8,data:4611686018427387904",), ("36893488147419103232",)),
   "config": Bad((SMALL, "--out=old"), ("--out='old'", "config.json"), {"old/config.json": "[]"}),
 }
-ESCAPES = [pytest.param(name, marks=pytest.mark.xfail(strict=True)) for name in ESCAPED]
 
 
-@pytest.mark.parametrize("name", [*BAD, *ESCAPES])
+@pytest.mark.parametrize("name", BAD)
 def test_what_cannot_be_is_refused_in_one_line_and_leaves_no_trace(name, run, tmp_path):
-  bad, here = (BAD | ESCAPED)[name], tmp_path / "here"
+  bad, here = BAD[name], tmp_path / "here"
   here.mkdir()
   for path, text in (bad.files or {}).items():
     (here / path).parent.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,13 @@
 """Devices: mesh strings, device meshes, and joining the processes of one job."""
 
 import importlib.util
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
@@ -47,7 +47,7 @@ def worker_axes(axes: Mapping[str, int]) -> dict[str, int]:
 
 def count(axes: Mapping[str, int]) -> int:
   """The number of places on a mesh: the product of its sizes."""
-  return int(np.prod(list(axes.values()), dtype=np.int64))
+  return math.prod(axes.values())
 
 
 def device_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:

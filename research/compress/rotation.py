@@ -72,8 +72,9 @@ def walsh_hadamard(blocks: Array) -> Array:
     index = np.arange(side)
     parity = np.bitwise_count(index[:, None] & index[None, :]) % 2
     factor = jnp.asarray((1 - 2.0 * parity) / math.sqrt(side), blocks.dtype)
-    parts = blocks.reshape(rows, -1, side, done)
-    blocks = jnp.einsum("rajd,ij->raid", parts, factor, precision=lax.Precision.HIGHEST)
+    parts = blocks.reshape(rows, width // side, side)
+    product = jnp.einsum("raj,ij->rai", parts, factor, precision=lax.Precision.HIGHEST)
+    blocks = product.swapaxes(1, 2)  # the next factor's digit of the index comes last
     done *= side
   return blocks.reshape(rows, width)
 

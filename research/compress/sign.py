@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from research.base import Array, Compressor
-from research.compress.blocks import flatten, fold, restore
+from research.compress.blocks import flatten, restore
 from research.compress.packing import pack, unpack
 
 
@@ -29,7 +29,7 @@ def sign() -> Compressor:
   def encode(x, shared, own):
     del shared, own
     flat = flatten(x)
-    scale = fold(jnp.sum, jnp.abs(flat.astype(jnp.float32))) / max(x.size, 1)
+    scale = jnp.sum(jnp.abs(flat), dtype=jnp.float32) / max(x.size, 1)
     return Signs(pack((flat >= 0).astype(jnp.uint8), 1), scale)
 
   def decode(payload, like, shared):

@@ -60,7 +60,7 @@ def count_sketch(rows: int, columns: int) -> Compressor:
 
     def estimate(_, index):
       shifts, signs = _hash(shared, index, rows, columns)
-      return None, jnp.median(signs.astype(payload.dtype) * _turned(payload, -shifts), axis=0)
+      return None, _median(signs.astype(payload.dtype) * _turned(payload, -shifts))
 
     index = jnp.arange(-(-like.size // columns), dtype=jnp.uint32)
     return restore(lax.scan(estimate, None, index)[1], like)
@@ -78,3 +78,12 @@ def _hash(key: Key, stretch: Array, rows: int, columns: int) -> tuple[Array, Arr
 def _turned(table: Array, shifts: Array) -> Array:
   """Each row, cyclically shifted."""
   return jnp.stack([jnp.roll(row, shift) for row, shift in zip(table, shifts, strict=True)])
+
+
+def _median(estimates: Array) -> Array:
+  """Over the first axis, by a network of comparisons: a sort along it takes twenty times as long."""
+  rows = list(estimates)
+  for turn in range(len(rows)):
+    for i in range(turn % 2, len(rows) - 1, 2):
+      rows[i], rows[i + 1] = jnp.minimum(rows[i], rows[i + 1]), jnp.maximum(rows[i], rows[i + 1])
+  return 0.5 * rows[(len(rows) - 1) // 2] + 0.5 * rows[len(rows) // 2]

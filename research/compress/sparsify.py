@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from research.base import Array, Compressor, Key
-from research.compress.blocks import flatten, restore
+from research.compress.blocks import flatten, fold, restore
 from research.compress.packing import pack, unpack
-from research.compress.selection import largest, put, take
+from research.compress.selection import count, largest, put, take
 
 
 class Sparse(NamedTuple):
@@ -87,8 +87,7 @@ def threshold(value: float, capacity: float = 0.05) -> Compressor:
     positions = largest(flat, kept(capacity, x.size))
     values = take(flat, positions)
     values = jnp.where(below(values), 0, values)
-    reached = jnp.sum(~below(flat), dtype=jnp.uint32)
-    return Thresholded(values, pack(positions, position_bits(x.size)), reached)
+    return Thresholded(values, pack(positions, position_bits(x.size)), count(~below(flat)))
 
   def decode(payload, like, shared):
     del shared
@@ -127,7 +126,7 @@ def random_k(fraction: float, unbiased: bool = False) -> Compressor:
     k = kept(fraction, x.size)
     values = take(flat, support(shared, x.size, k))
     values = values * (x.size / k) if unbiased and k else values
-    return jnp.where(jnp.all(jnp.isfinite(flat)), values, jnp.nan)
+    return jnp.where(fold(jnp.all, jnp.isfinite, flat[None]), values, jnp.nan)
 
   def decode(payload, like, shared):
     positions = support(shared, like.size, payload.size)

@@ -1,5 +1,7 @@
 """The folder of a run: whose flags it belongs to, what made it, and never another run in it."""
 
+import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -7,11 +9,12 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from research import registry
-from research.train.config import Config, UsageError
+from research.train.config import Config, UsageError, flag
 from research.train.report import write_json
 
 # Flags that change neither the result nor the files of a run.
@@ -57,18 +60,25 @@ def _check(config: Config, folder: Path) -> None:
     raise UsageError(f"--out='{folder}': holds other files and no run; name a new or empty folder")
 
 
+def _stored(path: Path) -> dict[str, Any] | None:
+  """The flags in a config.json, None if it holds none."""
+  try:
+    found = json.loads(path.read_text())
+  except (OSError, json.JSONDecodeError):
+    return None
+  return found if isinstance(found, dict) else None
+
+
 def unchanged(config: Config, folder: Path) -> bool:
   """Whether the folder holds a run of these very flags."""
-  path = folder / "config.json"
-  before = json.loads(path.read_text()) if path.exists() else {}
+  before = _stored(folder / "config.json") or {}
   return all(before.get(name) == value for name, value in identity(config).items())
 
 
 def _refuse_differences(config: Config, folder: Path, path: Path) -> None:
-  try:
-    before = json.loads(path.read_text())
-  except json.JSONDecodeError:
-    raise UsageError(f"--out='{folder}': its config.json is not readable") from None
+  before = _stored(path)
+  if before is None:
+    raise UsageError(f"--out='{folder}': its config.json is not one of a run")
   now = identity(config)
   changed = [
     f"--{name}={now[name]!r} (was {before.get(name)!r})"
@@ -82,18 +92,30 @@ def _refuse_differences(config: Config, folder: Path, path: Path) -> None:
     )
 
 
-def claim(config: Config, folder: Path) -> None:
-  """Makes the folder and writes what the run is and what runs it.
+@contextlib.contextmanager
+def claimed(config: Config, folder: Path) -> Iterator[None]:
+  """Makes the folder and keeps other runs out of it; a new one is described, see `describe`.
 
   Raises:
-    UsageError: if it cannot be made.
+    UsageError: if it cannot be made, or another run is in it.
   """
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", config._asdict())
-    write_json(folder / "env.json", environment())
-  except OSError as error:
-    raise UsageError(f"--out='{folder}': {error.strerror}") from error
+  with contextlib.ExitStack() as stack:
+    with flag("out", str(folder)):
+      folder.mkdir(parents=True, exist_ok=True)
+      lock = stack.enter_context((folder / ".running").open("w"))
+      try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        raise ValueError("another process is running this very run") from None
+      if not (folder / "config.json").exists():
+        describe(config, folder)
+    yield
+
+
+def describe(config: Config, folder: Path) -> None:
+  """Writes what the run is and what runs it."""
+  write_json(folder / "config.json", config._asdict())
+  write_json(folder / "env.json", environment())
 
 
 def environment() -> dict[str, Any]:

@@ -51,14 +51,18 @@ def train(config: Config) -> tuple[dict[str, Any], Path]:
     if summary:
       report.note(f"{folder} holds this run, complete; its result:")
       return summary, folder
-    with together():
+    with contextlib.ExitStack() as stack:
+      with together():
+        if main:
+          stack.enter_context(folders.claimed(config, folder))
+      run = Run(config, problem, folder, timing, main)
+      stack.callback(run.close)
       if main:
-        folders.claim(config, folder)
-    with contextlib.closing(Run(config, problem, folder, timing, main)) as run:
+        folders.describe(config, folder)
       summary = run.train()
-    if main:
-      report.write_json(folder / "summary.json", summary)
-      report.loss_plot(folder, summary)
+      if main:
+        report.write_json(folder / "summary.json", summary)
+        report.loss_plot(folder, summary)
   return summary, folder
 
 
