@@ -1,17 +1,21 @@
 """Times the training loop against hand-written loops of the same mathematics, in turn, in one run.
 
-    python experiments/bench.py --cases=least_squares,digits,a9a --repeats=7 --out=results/bench
+    python experiments/bench.py --repeats=7 --out=results/bench
 
 Each case runs `train.loop.train` on its flags and a minimal JAX loop written for that case alone:
 the same model, loss, workers, batch, optimizer and steps per dispatch, its batches drawn with
 replacement, no evaluation, no checkpoints, no metrics but the loss. Both are warmed up, then run
 alternately; the ratio of steps per second is taken pair by pair and its median is the figure.
-Writes result.json and table.md.
+Beside them: for how long a checkpoint blocks, the memory of
+10,000 simulated workers, and the time to the first logged step. Writes result.json and table.md.
 """
 
 import contextlib
 import io
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -191,6 +195,9 @@ CASES = {
 }
 
 
+OTHERS = ("checkpoints", "memory", "start")
+
+
 def compare(name: str, repeats: int) -> dict[str, Any]:
   """Both loops of a case in turn; steps per second of each and the ratios pair by pair."""
   from research.train import loop
@@ -249,12 +256,49 @@ def checkpoints(repeats: int) -> list[float]:
   return blocked[1:]
 
 
+def start(repeats: int) -> list[float]:
+  """Seconds from the start of the main job's process to its first logged step, compiled before."""
+  seconds = []
+  for _ in range(repeats + 1):
+    with tempfile.TemporaryDirectory() as folder:
+      begun = time.perf_counter()
+      process = command(f"--out={folder}/run")
+      while "step" not in (process.stderr.readline() if process.stderr else ""):
+        if process.poll():
+          raise RuntimeError(f"the main job ended with {process.returncode}")
+      seconds.append(time.perf_counter() - begun)
+      process.communicate()
+  return seconds[1:]
+
+
+def memory() -> float:
+  """GiB at most in use by a run of 10,000 simulated workers on least squares, 100 features each."""
+  before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+  with tempfile.TemporaryDirectory() as folder:
+    process = command(
+      "--task=least_squares(samples=100000, features=100)",
+      "--mesh=data:10000",
+      "--batch_size=10000",
+      f"--out={folder}/run",
+    )
+    process.communicate()
+  if process.returncode:
+    raise RuntimeError(f"the run of 10,000 workers ended with {process.returncode}")
+  return max(before, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) / 2**20
+
+
+def command(*words: str) -> subprocess.Popen[str]:
+  """run.py in a process of its own."""
+  program = [sys.executable, str(Path(run.__file__)), *words]
+  return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 def main(argv: list[str]) -> None:
   """Runs the cases, prints the table, writes the result."""
   del argv
-  unknown = [name for name in FLAGS.cases if name not in (*CASES, "checkpoints")]
+  unknown = [name for name in FLAGS.cases if name not in (*CASES, *OTHERS)]
   if unknown:
-    run.fail(2, f"--cases={unknown[0]}: unknown; legal: {', '.join(CASES)}, checkpoints")
+    run.fail(2, f"--cases={unknown[0]}: unknown; legal: {', '.join((*CASES, *OTHERS))}")
   with run.one_line_errors():
     from research.train import folder, report
 
@@ -270,6 +314,13 @@ def main(argv: list[str]) -> None:
       blocked = result["checkpoint_milliseconds"] = checkpoints(FLAGS.repeats)
       middle, top = statistics.median(blocked), max(blocked)
       lines.append(f"\nA save blocks for {middle:.1f} ms (median; at most {top:.1f} ms).")
+    if "memory" in FLAGS.cases:
+      result["memory_gib"] = memory()
+      lines.append(f"\n10,000 simulated workers need {result['memory_gib']:.2f} GiB at most.")
+    if "start" in FLAGS.cases:
+      begun = result["start_seconds"] = start(FLAGS.repeats)
+      middle, top = statistics.median(begun), max(begun)
+      lines.append(f"\nFirst logged step after {middle:.1f} s (median; at most {top:.1f} s).")
   print("\n".join(lines))
   if FLAGS.out:
     out = Path(FLAGS.out)
@@ -279,7 +330,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  flags.DEFINE_list("cases", [*CASES, "checkpoints"], "Which pairs to time.")
+  flags.DEFINE_list("cases", [*CASES, *OTHERS], "What to measure.")
   flags.DEFINE_integer("repeats", 7, "Counted turns of each pair.", 1)
   flags.DEFINE_string("out", "", "Folder for result.json and table.md; empty: only prints.")
   app.run(main, flags_parser=run.parse_flags)
