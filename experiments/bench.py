@@ -4,9 +4,9 @@
 
 Each case runs `train.loop.train` on its flags and a minimal JAX loop written for that case alone:
 the same model, loss, workers, batch, optimizer and steps per dispatch, its batches drawn with
-replacement, no evaluation, no checkpoints, no metrics but the loss. Both are warmed up, then run
-alternately; the ratio of steps per second is taken pair by pair and its median is the figure.
-Beside them: for how long a checkpoint blocks, the memory of
+replacement, no evaluation, no checkpoints, no metrics but the loss, fetched once per dispatch as
+the loop does. Both are warmed up, then run alternately; the ratio of steps per second is taken pair
+by pair and its median is the figure. Beside them: for how long a checkpoint blocks, the memory of
 10,000 simulated workers, and the time to the first logged step. Writes result.json and table.md.
 """
 
@@ -204,6 +204,7 @@ def compare(name: str, repeats: int) -> dict[str, Any]:
 
   case = CASES[name]
   plain: dict[str, Any] = {"eval_every": 0, "checkpoint_every": 0, "check_every": 0}
+  plain["log_every"] = case.flags["steps_per_dispatch"]
   config = Config(**plain | case.flags)
   advance = case.by_hand(config._asdict())
 

@@ -15,15 +15,20 @@ from research.base import Array
 TINY = 2.0**-126  # the smallest normal float32: a divisor that is never zero nor flushed to it
 
 
-def flatten(x: Array) -> Array:
-  """x as [n].
+def floating(x: Array) -> Array:
+  """x, if it is floating-point.
 
   Raises:
-    ValueError: if x is not floating-point.
+    ValueError: if not.
   """
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise ValueError(f"dtype={x.dtype} cannot be compressed; legal: floating-point dtypes")
-  return x.reshape(-1)
+  return x
+
+
+def flatten(x: Array) -> Array:
+  """x as [n]; it must be floating-point."""
+  return floating(x).reshape(-1)
 
 
 def to_blocks(flat: Array, width: int | None) -> Array:

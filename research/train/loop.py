@@ -208,23 +208,23 @@ class Run:
     if not found["finite"]:
       steps = f"{first + 1} to {last}"
       raise NonFinite(f"the state became non-finite in one of the steps {steps}; {self._kept()}")
-    for row in self._rows(first, last, found["loss"]):
-      row |= evaluated if row["step"] == last else {}
-      if self.log:
-        self.log.write(row)
-      self.progress.update(row)
+    rows = self._rows(first, last, found["loss"])
+    rows[-1] |= evaluated
+    if self.log:
+      self.log.write(rows)
+    self.progress.update(rows[-1])
 
-  def _rows(self, first: int, last: int, losses: np.ndarray) -> Iterator[dict[str, Any]]:
+  def _rows(self, first: int, last: int, losses: np.ndarray) -> list[dict[str, Any]]:
     """Rows at the multiples of log_every and at the end: the mean loss since the row before."""
     every = self.config.log_every
-    stops = [n for n in range(first + 1, last) if every > 0 and n % every == 0]
-    for start, stop in zip([first, *stops], [*stops, last], strict=True):
-      yield {
-        "step": stop,
-        "loss": float(np.mean(losses[start - first : stop - first])),
-        "seconds": round(self.timing.elapsed(), 4),
-        "bytes": round(stop * sum(self.bytes_per_step.values())),
-      }
+    starts = [first, *range((first // every + 1) * every, last, every)]
+    counts = np.diff([*starts, last])
+    means = np.add.reduceat(losses, np.subtract(starts, first), dtype=np.float64) / counts
+    seconds, sent = round(self.timing.elapsed(), 4), sum(self.bytes_per_step.values())
+    return [
+      {"step": stop, "loss": loss, "seconds": seconds, "bytes": round(stop * sent)}
+      for stop, loss in zip([*starts[1:], last], means.tolist(), strict=True)
+    ]
 
   def _evaluate(self) -> dict[str, Any]:
     """Measures the deployed model on all data; the last row of the pending dispatch carries it."""

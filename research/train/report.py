@@ -30,19 +30,21 @@ class Metrics:
     with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as kept:
       kept.writelines(json.dumps(row) + "\n" for row in self.rows)
     Path(kept.name).replace(path)
-    self._file = path.open("a", buffering=1)
+    self._file = path.open("a")
     self._events = None
     if tensorboard:
       from tensorboardX import SummaryWriter
 
       self._events = SummaryWriter(str(folder / "tensorboard"))
 
-  def write(self, row: Mapping[str, Any]) -> None:
-    self.rows.append(dict(row))
-    self._file.write(json.dumps(row) + "\n")
+  def write(self, rows: list[dict[str, Any]]) -> None:
+    """Appends rows; they are on disk when this returns."""
+    self._file.write("".join(json.dumps(row) + "\n" for row in rows))
+    self._file.flush()
     if self._events:
-      for name, value in _flat(row):
-        self._events.add_scalar(name, value, row["step"])
+      for row in rows:
+        for name, value in _flat(row):
+          self._events.add_scalar(name, value, row["step"])
 
   def close(self) -> None:
     self._file.close()
