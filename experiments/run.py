@@ -136,6 +136,8 @@ def one_line_errors() -> Iterator[None]:
   }
   try:
     yield
+  except KeyboardInterrupt:
+    fail(130, "interrupted before there was anything to save")
   except tuple(codes) as error:
     fail(codes[type(error)], str(error))
   except (jax.errors.JaxRuntimeError, MemoryError) as error:

@@ -23,7 +23,7 @@ from research.compress.rotation import walsh_hadamard
 from research.compress.sparsify import support
 
 settings.register_profile(
-  "compress", derandomize=True, deadline=None, database=None, max_examples=12
+  "compress", derandomize=True, deadline=None, database=None, max_examples=10
 )
 settings.load_profile("compress")
 
@@ -102,14 +102,14 @@ TABLE = {row.spec: row for row in (
   Row("hadamard(qsgd())", qsgd(7, 512), rotated(scales(512, 4)), lambda n: 512 / 49,
       unbiased=True),
   Row("hadamard(random_k(0.3))", rotated(lambda n: 1 - kept(0.3, n) / n),
-      rotated(lambda n, size: kept(0.3, n) * size), lambda n: 1, idempotent=True, linear=True),
+      rotated(lambda n, size: kept(0.3, n) * size), lambda n: 1, linear=True),
 )}  # fmt: skip
 # fmt: on
 
 BUILT: dict[str, Compressor] = {spec: registry.build("compressor", spec) for spec in TABLE}
 KEYS = jax.random.split(jax.random.key(7))
 every = pytest.mark.parametrize("spec", TABLE)
-SHAPES = [(), (0,), (1,), (7,), (3, 5), (2, 3, 16), (300,)]
+SHAPES = [(), (0,), (1,), (3, 5), (300,)]
 
 
 @pytest.fixture(autouse=True)
@@ -165,7 +165,7 @@ def test_linearity_is_declared(spec):
 
 
 @every
-@pytest.mark.parametrize("n", [1, 40, 1000])
+@pytest.mark.parametrize("n", [40, 1000])
 def test_contracts_or_varies_as_promised(spec, n):
   x = vectors(n)
   keys = jax.random.split(jax.random.key(1), (100, 2))
@@ -198,10 +198,12 @@ def test_idempotent(spec):
 @pytest.mark.parametrize("spec", [spec for spec in TABLE if TABLE[spec].linear])
 def test_payloads_may_be_added(spec):
   compressor, (x, y) = BUILT[spec], vectors(1000)[:2] / 10
-  first, second = (compressor.encode(v, KEYS[0], jax.random.key(i)) for i, v in enumerate((x, y)))
+  encode = jax.jit(lambda x, own: compressor.encode(x, KEYS[0], own))
+  decode = jax.jit(lambda payload: compressor.decode(payload, like(x), KEYS[0]))
+  first, second = encode(x, KEYS[0]), encode(y, KEYS[1])
   total = jax.tree.map(jnp.add, first, second)
-  together = compressor.decode(total, like(x), KEYS[0])
-  apart = sum(np.asarray(compressor.decode(p, like(x), KEYS[0])) for p in (first, second))
+  together = decode(total)
+  apart = np.asarray(decode(first)) + np.asarray(decode(second))
   precision = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(total))
   np.testing.assert_allclose(together, apart, rtol=0, atol=4 * precision * np.abs(apart).max())
 
@@ -224,9 +226,10 @@ def test_a_payload_is_what_its_shape_says(spec):
 
 
 def largest_array(jaxpr):
-  sizes = [math.prod(v.aval.shape) for eqn in jaxpr.eqns for v in eqn.outvars]
-  inner = [largest_array(sub) for sub in jax.core.jaxprs_in_params(jaxpr.eqns)] if False else []
-  return max([*sizes, *inner, 0])
+  """Elements of the largest array that a program makes, in its loops and branches too."""
+  made = [math.prod(v.aval.shape) for eqn in jaxpr.eqns for v in eqn.outvars]
+  inner = [getattr(p, "jaxpr", p) for eqn in jaxpr.eqns for p in jax.tree.leaves(eqn.params)]
+  return max([*made, *(largest_array(sub) for sub in inner if hasattr(sub, "eqns"))], default=0)
 
 
 @every
@@ -268,7 +271,12 @@ def test_extremes_are_kept_or_visible(spec):
   """At the ends of float32 a finite value that comes out finite is as near as any."""
   ends = np.asarray([3.4028235e38, -3.4028235e38, 1e-40, -1e-45, 1e-38, 0], np.float32)
   bound = TABLE[spec].worst or TABLE[spec].error
-  for x in (np.repeat(ends[:1], 60), np.tile(ends[:2], 30), np.tile(ends[2:], 15), ends):
+  for x in (
+    np.repeat(ends[:1], 60),
+    np.tile(ends[:2], 30),
+    np.tile(ends[2:], 15),
+    np.tile(ends, 10),
+  ):
     decoded = np.asarray(sent(spec, jnp.asarray(x)), np.float64)
     x = x.astype(np.float64)
     if np.all(np.isfinite(decoded)):
@@ -279,7 +287,7 @@ def test_extremes_are_kept_or_visible(spec):
 
 
 @every
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_what_is_not_finite_stays_visible(spec, dtype):
   x = jnp.broadcast_to(vectors(300)[0], (9, 300))
   wrong = jnp.asarray([jnp.nan, jnp.inf, -jnp.inf] * 3)
@@ -290,18 +298,20 @@ def test_what_is_not_finite_stays_visible(spec, dtype):
 
 @every
 def test_executions_agree(spec):
-  """One at a time, vmap, shard_map and scan; the support is shared, the noise is not."""
+  """One at a time, under vmap, and in a scan in shard_map; the support is shared, noise is not."""
   x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 6, 50)), jnp.float32)
   own = jax.random.split(KEYS[1], 8)
   one = lambda x, key: send(BUILT[spec], x, KEYS[0], key)
-  want = np.stack([jax.jit(one)(*args) for args in zip(x, own, strict=True)])
-  mesh = meshes.make("data:8")
-  local = lambda x, key: one(x[0], key[0])[None]
+  pairs = [(KEYS[0], key) for key in own]
+  want = np.stack([sent(spec, *worker) for worker in zip(x, pairs, strict=True)])
   sharded = jax.shard_map(
-    local, mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P("data"), check_vma=False
+    lambda x, own: jax.lax.scan(lambda _, worker: (None, one(*worker)), None, (x, own))[1],
+    mesh=meshes.device_mesh({"data": 4}, jax.devices()[:4]),
+    in_specs=(P("data"), P("data")),
+    out_specs=P("data"),
+    check_vma=False,
   )
-  scanned = lambda x, own: jax.lax.scan(lambda _, a: (None, one(*a)), None, (x, own))[1]
-  for run in (jax.vmap(one), sharded, scanned):
+  for run in (jax.vmap(one), sharded):
     np.testing.assert_allclose(jax.jit(run)(x, own), want, rtol=0, atol=1e-6 * np.abs(want).max())
 
 
@@ -358,14 +368,15 @@ def test_wrong_arguments_are_refused_when_built(spec):
 
 @pytest.mark.parametrize("bits", [*range(1, 10), 12, 16, 17, 24, 31, 32])
 def test_packing_round_trip(bits):
-  for count in (0, 1, 2, 7, 8, 9, 31, 257):
+  for count in (0, 1, 9, 257):
     codes = np.random.default_rng(count).integers(0, 2**bits, count, dtype=np.uint64)
     codes = jnp.asarray(codes.astype(np.uint32 if bits > 16 else np.uint16))
-    packed = pack(codes, bits)
+    packed = jax.jit(pack, static_argnums=1)(codes, bits)
     assert packed.dtype == jnp.uint8
     assert len(packed) == packed_size(count, bits)
     assert 0 <= packed_size(count, bits) - count * bits / 8 < 4
-    np.testing.assert_array_equal(unpack(packed, bits, count), codes)
+    unpacked = jax.jit(unpack, static_argnums=(1, 2))(packed, bits, count)
+    np.testing.assert_array_equal(unpacked, codes)
 
 
 def test_packed_bytes_are_filled_from_the_lowest_bit():
@@ -474,7 +485,7 @@ def test_top_k_is_the_nearest_sparse_vector():
 def test_every_position_is_drawn_equally_often_and_once():
   for n, k in ((10, 3), (7, 7), (64, 16), (5, 4)):
     keys = jax.random.split(jax.random.key(n), 4000)
-    drawn = np.asarray(jax.vmap(lambda key, n=n, k=k: support(key, n, k))(keys))
+    drawn = np.asarray(jax.jit(jax.vmap(lambda key, n=n, k=k: support(key, n, k)))(keys))
     assert all(len(set(row)) == k for row in drawn[:200].tolist())
     frequency = np.bincount(drawn.ravel(), minlength=n) / len(keys)
     assert len(frequency) == n
@@ -484,14 +495,14 @@ def test_every_position_is_drawn_equally_often_and_once():
 def test_threshold_says_how_many_did_not_fit():
   compressor = BUILT["threshold(0.5, capacity=0.2)"]
   x = jnp.asarray([0.1, 0.6, 0.0, -0.7, 0.5, 0.4, 0.1, 0.1, -0.2, 0.9])
-  payload = compressor.encode(x, *KEYS)
-  assert payload.reached == 4
-  assert compressor.decode(payload, like(x), KEYS[0]).tolist() == [
-    0, 0, 0, x[3], 0, 0, 0, 0, 0, x[9]
-  ]  # fmt: skip
-  few = compressor.encode(0.8 * x, *KEYS)
-  assert few.reached == 2
-  assert sent("threshold(0.5, capacity=0.2)", 0.1 * x).tolist() == [0.0] * 10
+  encode = jax.jit(compressor.encode)
+  assert [int(encode(scale * x, *KEYS).reached) for scale in (1, 0.8, 0.1)] == [4, 2, 0]
+  for scale, positions in ((1, [3, 9]), (0.8, [3, 9]), (0.1, [])):
+    decoded = sent("threshold(0.5, capacity=0.2)", scale * x)
+    assert np.flatnonzero(decoded).tolist() == positions
+    np.testing.assert_array_equal(
+      decoded[np.asarray(positions, int)], scale * x[np.asarray(positions, int)]
+    )
 
 
 def test_a_sketch_shows_the_heavy_elements():
@@ -513,7 +524,7 @@ def test_the_rotation_is_the_hadamard_matrix_and_its_own_inverse():
     np.testing.assert_allclose(walsh_hadamard(walsh_hadamard(x)), x, atol=2e-6)
 
 
-def test_a_rotation_helps_where_one_element_dominates():
-  x = vectors(4096)[0].at[9].set(200.0)
-  error = lambda spec: float(jnp.sum(jnp.square(sent(spec, x) - x)[10:]))
-  assert error("hadamard(int4())") < 0.5 * error("int4()") or error("int4()") < 0.5
+def test_a_rotation_helps_where_one_element_hides_the_others():
+  x = jnp.full((32, 128), 0.5).at[:, 9].set(7.0).reshape(-1)
+  error = lambda spec: square(sent(spec, x) - x)
+  assert error("hadamard(int4())") < 0.2 * error("int4()")

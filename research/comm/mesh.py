@@ -154,7 +154,7 @@ def initialize(coordinator: str = "", processes: int = 0, process_id: int = -1) 
 
 def _check_explicit(coordinator: str, processes: int, process_id: int) -> None:
   host, _, port = coordinator.rpartition(":")
-  if not host or not port.isdecimal():
+  if not host or not port.isdecimal() or int(port) > 65535:
     raise ValueError("not HOST:PORT of the first process")
   if processes < 1:
     raise ValueError(f"goes with the number of processes, and --processes={processes}")

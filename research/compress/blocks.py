@@ -4,6 +4,7 @@ Quantisers compute in float32 whatever the leaf's dtype; a float64 value beyond 
 infinite. What is linear computes in float64 for a float64 leaf.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -42,6 +43,13 @@ def to_blocks(flat: Array, width: int | None) -> Array:
   return flat.astype(jnp.float32).reshape(-1, width)
 
 
+def at_least_one(**values: int) -> None:
+  """Raises ValueError if an argument is below 1."""
+  for name, value in values.items():
+    if value < 1:
+      raise ValueError(f"{name}={value} is not at least 1")
+
+
 def widened(x: Array) -> Array:
   """x in at least float32."""
   return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
@@ -67,11 +75,11 @@ def fold(reduce: Callable[..., Array], of: Callable[[Array], Array], blocks: Arr
   longer one it writes of(x) to memory, which takes four times as long.
   """
   rows, width = blocks.shape
-  if width % 16 == 0:
-    lanes = 16 if width % 256 == 0 else width // 16
-    blocks = blocks.reshape(rows, width // (16 * max(lanes, 1)), 16, lanes)
-    return reduce(reduce(of(blocks), axis=2).reshape(rows, width // 16), axis=1)
-  return reduce(of(blocks), axis=1)
+  if width % 64:
+    return reduce(of(blocks), axis=1)
+  depth = math.gcd(width // 32, 16)
+  tiles = of(blocks.reshape(rows, -1, depth, 32))
+  return reduce(reduce(tiles, axis=2).reshape(rows, width // depth), axis=1)
 
 
 def largest_magnitude(blocks: Array) -> Array:

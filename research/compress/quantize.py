@@ -101,7 +101,7 @@ def terngrad() -> Compressor:
 
       C(x) = s sign(x) b,   s = max |x|,   P(b_i = 1) = |x_i| / s
 
-  Unbiased: E ||C(x) - x||^2 = s ||x||_1 - ||x||^2 <= (sqrt(n) - 1) / 2 ||x||^2. The paper also clips
+  Unbiased: E ||C(x) - x||^2 = s ||x||_1 - ||x||^2 <= (sqrt(n) - 1) / 2 ||x||^2. The paper clips
   gradients at 2.5 standard deviations first, which is a wrapper's matter.
 
   Reference: Wen et al. 2017, arXiv:1705.07878, equations 2 to 4 and algorithm 1.

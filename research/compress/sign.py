@@ -29,7 +29,7 @@ def sign() -> Compressor:
   def encode(x, shared, own):
     del shared, own
     flat = flatten(x)
-    scale = jnp.sum(jnp.abs(flat), dtype=jnp.float32) / max(x.size, 1)
+    scale = jnp.sum(jnp.abs(flat), dtype=jnp.float32) / float(max(x.size, 1))
     return Signs(pack((flat >= 0).astype(jnp.uint8), 1), scale)
 
   def decode(payload, like, shared):

@@ -81,7 +81,7 @@ def _turned(table: Array, shifts: Array) -> Array:
 
 
 def _median(estimates: Array) -> Array:
-  """Over the first axis, by a network of comparisons: a sort along it takes twenty times as long."""
+  """Over the first axis, by a network of comparisons: a sort takes twenty times as long."""
   rows = list(estimates)
   for turn in range(len(rows)):
     for i in range(turn % 2, len(rows) - 1, 2):

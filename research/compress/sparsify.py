@@ -150,13 +150,14 @@ def support(key: Key, size: int, k: int) -> Array:
   if k == 0:
     return jnp.zeros(0, jnp.uint32)
   within, turn = jax.random.split(key)
-  width, wider = divmod(size, k)  # the first `wider` stretches are one element longer
+  width, wider = map(jnp.uint32, divmod(size, k))  # `wider` stretches are one element longer
   stretch = jnp.arange(k, dtype=jnp.uint32)
   start = stretch * width + jnp.minimum(stretch, wider)
   length = width + (stretch < wider).astype(jnp.uint32)
   position = start + jax.random.randint(within, (k,), 0, length, jnp.uint32)
-  room = jax.random.randint(turn, (), 1, jnp.uint32(size) + 1, jnp.uint32)  # size - shift
-  return jnp.where(position >= room, position - room, position + (size - room))
+  shift = jax.random.randint(turn, (), 0, jnp.uint32(size), jnp.uint32)
+  room = jnp.uint32(size) - shift  # before the end: position + shift itself may pass 2^32
+  return jnp.where(position >= room, position - room, position + shift)
 
 
 def _scatter(payload: Sparse | Thresholded, like: jax.ShapeDtypeStruct) -> Array:

@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from research.base import Executor
 from research.comm import mesh as meshes
+from research.parallel import layout as layouts
 from research.parallel import sharded, workers
 
 
@@ -18,11 +19,14 @@ def spmd(job: workers.Job) -> Executor:
   `check_vma` is off, so that a gradient is this worker's own and not already the sum over all.
 
   Raises:
-    ValueError: if the mesh does not fit the devices, or the population not the workers.
+    ValueError: if the mesh does not fit the devices, the population not the workers, or the method
+      exchanges more than sums while parameters are cut inside a worker.
   """
   mesh = meshes.device_mesh(job.axes)
   layout = workers.infer_layout(job)
   names = tuple(meshes.worker_axes(job.axes))
+  if mesh.size > job.workers:
+    _only_sums(job, layout)
   rows = P(names)
   shardings = sharded.of_state(layout.state, mesh, names, layout.state_shapes)
   specs = sharded.of_state(layout.state, None, names)
@@ -49,3 +53,13 @@ def spmd(job: workers.Job) -> Executor:
   deployed = lambda state: workers.deployed(job, layout, state.method)
   params = jax.jit(deployed, out_shardings=NamedSharding(mesh, P()))
   return Executor(init, partial(sharded.place, mesh, names), run, params)
+
+
+def _only_sums(job: workers.Job, layout: layouts.Layout) -> None:
+  """Encoders of leaves that the compiler has cut would need an exchange inside each worker."""
+  others = {t.operation for t in workers.round_traffic(job, layout)} - {"all-reduce"}
+  if others:
+    raise ValueError(
+      f"inside a worker only what is summed may be cut, and this method sends by "
+      f"{' and '.join(sorted(others))}; leave out {', '.join(set(job.axes) - set(meshes.worker_axes(job.axes)))}"
+    )

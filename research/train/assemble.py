@@ -101,6 +101,10 @@ def assemble(config: Config, setting: Setting) -> Problem:
   """
   axes, method, _, owners, batch_size = setting
   task = _task(config)
+  count = len(task.train["y"])
+  with flag("population" if config.population else "mesh", config.population or config.mesh):
+    if owners > count:
+      raise ValueError(f"{owners} workers for {count} examples: each needs at least one")
   examples, sizes = _partitioned(config, task, owners)
   total = int(sizes.sum())
   with flag("batch_size", config.batch_size):

@@ -41,7 +41,7 @@ def check(config: Config) -> Path:
     UsageError: if the folder cannot be written, holds other things than a run, or a run with other
       flags while --allow_changes does not stand.
   """
-  folder = Path(config.out) if config.out else default_folder(config)
+  folder = Path(config.out).expanduser() if config.out else default_folder(config)
   try:
     _check(config, folder)
   except OSError as error:
@@ -64,7 +64,7 @@ def _stored(path: Path) -> dict[str, Any] | None:
   """The flags in a config.json, None if it holds none."""
   try:
     found = json.loads(path.read_text())
-  except (OSError, json.JSONDecodeError):
+  except (OSError, ValueError):
     return None
   return found if isinstance(found, dict) else None
 

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import signal
+import zlib
 from collections.abc import Callable, Iterator
 
 import jax
@@ -46,6 +47,16 @@ def of_first_process(value: bool) -> bool:
   from jax.experimental import multihost_utils
 
   return bool(multihost_utils.broadcast_one_to_all(value))
+
+
+def same_everywhere(text: str) -> bool:
+  """Whether all processes have the same text."""
+  if jax.process_count() == 1:
+    return True
+  from jax.experimental import multihost_utils
+
+  digest = np.asarray([zlib.crc32(text.encode())], np.uint32)
+  return len(np.unique(multihost_utils.process_allgather(digest))) == 1
 
 
 def all_well(well: bool) -> bool:

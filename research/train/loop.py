@@ -43,6 +43,7 @@ def train(config: Config) -> tuple[dict[str, Any], Path]:
   """
   main = jax.process_index() == 0
   with contextlib.closing(Timing()) as timing:
+    _same_everywhere(config)
     with together():
       setting = check(config)
       folder = folders.check(config)
@@ -78,12 +79,21 @@ def together() -> Iterator[None]:
     raise UsageError("another process of the job was given what cannot be; its message says what")
 
 
+def _same_everywhere(config: Config) -> None:
+  """Refuses a job whose processes were given different flags, before they wait for one another."""
+  if not interrupt.same_everywhere(json.dumps(folders.identity(config))):
+    raise UsageError("the processes of the job were given different flags")
+
+
 def _finished(config: Config, folder: Path, problem: Problem) -> dict[str, Any] | None:
   """The summary of a run of these flags that has nothing left to do."""
   path = folder / "summary.json"
   if not path.exists() or not folders.unchanged(config, folder):
     return None
-  summary: dict[str, Any] = json.loads(path.read_text())
+  try:
+    summary: dict[str, Any] = dict(json.loads(path.read_text()))
+  except (OSError, ValueError, TypeError):
+    return None
   whole = summary.get("steps", -1) >= problem.steps
   return summary if whole or summary.get("stopped_because") == "converged" else None
 

@@ -54,12 +54,15 @@ class Metrics:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
   """The rows of a metrics.jsonl; a last line cut short by a crash is left out."""
-  rows = []
-  for line in path.read_text().splitlines() if path.exists() else []:
+  rows: list[dict[str, Any]] = []
+  for line in path.read_bytes().splitlines() if path.exists() else []:
     try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError:
+      row = json.loads(line)
+    except ValueError:
       break
+    if not isinstance(row, dict) or not {"step", "loss", "seconds"} <= set(row):
+      break
+    rows.append(row)
   return rows
 
 
