@@ -132,8 +132,8 @@ def sender(spec):
   return jax.jit(functools.partial(send, BUILT[spec]))
 
 
-def sent(spec, x, keys=KEYS):
-  return sender(spec)(x, *keys)
+def sent(spec, x, shared=None, own=None):
+  return sender(spec)(x, KEYS[0] if shared is None else shared, KEYS[1] if own is None else own)
 
 
 def payload_bytes(compressor, x):
@@ -191,7 +191,7 @@ def test_unbiased_within_four_standard_errors(spec):
 def test_idempotent(spec):
   for x in vectors(1000):
     once = sent(spec, x)
-    twice = sent(spec, once, (KEYS[0], jax.random.key(99)))
+    twice = sent(spec, once, own=jax.random.key(99))
     np.testing.assert_allclose(twice, once, rtol=1e-6, atol=1e-6 * float(jnp.max(jnp.abs(x))))
 
 
@@ -302,8 +302,7 @@ def test_executions_agree(spec):
   x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 6, 50)), jnp.float32)
   own = jax.random.split(KEYS[1], 8)
   one = lambda x, key: send(BUILT[spec], x, KEYS[0], key)
-  pairs = [(KEYS[0], key) for key in own]
-  want = np.stack([sent(spec, *worker) for worker in zip(x, pairs, strict=True)])
+  want = np.stack([sent(spec, leaf, own=key) for leaf, key in zip(x, own, strict=True)])
   sharded = jax.shard_map(
     lambda x, own: jax.lax.scan(lambda _, worker: (None, one(*worker)), None, (x, own))[1],
     mesh=meshes.device_mesh({"data": 4}, jax.devices()[:4]),
@@ -335,13 +334,20 @@ def test_whole_numbers_are_refused(spec):
     BUILT[spec].encode(jnp.zeros(3, jnp.int32), *KEYS)
 
 
+@pytest.mark.parametrize("spec", ["top_k(0.1)", "random_k(0.3)", "threshold(0.5)"])
+@pytest.mark.parametrize("shape", [(2**31 + 1,), (2**16, 2**16)])
+def test_what_32_bits_cannot_index_is_refused(spec, shape):
+  with pytest.raises(ValueError, match=r"a leaf of \d+ elements cannot be indexed in 32 bits"):
+    payload_bytes(registry.build("compressor", spec), jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
 WRONG = {
   "int8(block=0)": "block=0 is not at least 1",
   "int4(block=-1)": "block=-1 is not at least 1",
   "fp8(block=0)": "block=0 is not at least 1",
   "qsgd(levels=0)": "levels=0 is not in [1, 32767]",
   "qsgd(levels=32768)": "levels=32768 is not in [1, 32767]",
-  "qsgd(bucket=0)": "block=0 is not at least 1",
+  "qsgd(bucket=0)": "bucket=0 is not at least 1",
   "top_k(0.0)": "fraction=0.0 is not in (0, 1]",
   "top_k(1.5)": "fraction=1.5 is not in (0, 1]",
   "random_k(-0.1)": "fraction=-0.1 is not in (0, 1]",

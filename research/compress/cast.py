@@ -9,6 +9,7 @@ from jax import lax
 from research.base import Array, Compressor
 from research.compress.blocks import (
   TINY,
+  at_least_one,
   flatten,
   floating,
   largest_magnitude,
@@ -82,8 +83,7 @@ def fp8(block: int = 128) -> Compressor:
   Reference: Micikevicius et al. 2022, arXiv:2209.05433; blocks of 128: DeepSeek-AI 2024,
     arXiv:2412.19437, section 3.3.2.
   """
-  if block < 1:
-    raise ValueError(f"block={block} is not at least 1")
+  at_least_one(block=block)
 
   def encode(x, shared, own):
     del shared, own
@@ -109,7 +109,7 @@ def natural() -> Compressor:
   Unbiased with E ||C(x) - x||^2 <= 1/8 ||x||^2, from 0 up to 2^127 (65504 in a float16 leaf), where
   it saturates. An infinite value or NaN becomes infinite.
 
-  Reference: Horvath et al. 2019, arXiv:1905.10988, definition 1 and theorem 1.
+  Reference: Horvath et al. 2019, arXiv:1905.10988, theorem 1.
   """
 
   def encode(x, shared, own):

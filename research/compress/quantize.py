@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from research.base import Array, Compressor
 from research.compress.blocks import (
   TINY,
+  at_least_one,
   euclidean_norm,
   flatten,
   largest_magnitude,
@@ -47,9 +48,10 @@ def int8(block: int = 256, stochastic: bool = False) -> Compressor:
   Raises:
     ValueError: if block < 1.
 
-  Reference: Dettmers 2015, arXiv:1511.04561 (8 bits); Gupta et al. 2015, arXiv:1502.02551,
-    section 3 (stochastic rounding).
+  Reference: Dettmers 2015, arXiv:1511.04561 (8 bits); Gupta et al. 2015, arXiv:1502.02551
+    (stochastic rounding).
   """
+  at_least_one(block=block)
   return _quantizer(127, block, largest_magnitude, stochastic)
 
 
@@ -71,6 +73,7 @@ def int4(block: int = 128, stochastic: bool = False) -> Compressor:
 
   Reference: as for `int8`.
   """
+  at_least_one(block=block)
   return _quantizer(7, block, largest_magnitude, stochastic)
 
 
@@ -91,8 +94,9 @@ def qsgd(levels: int = 7, bucket: int | None = 512) -> Compressor:
   Raises:
     ValueError: if levels is not in [1, 32767] or bucket < 1.
 
-  Reference: Alistarh et al. 2017, arXiv:1610.02132, section 3.1; buckets: section 4.
+  Reference: Alistarh et al. 2017, arXiv:1610.02132, section 3.1.
   """
+  at_least_one(bucket=1 if bucket is None else bucket)
   return _quantizer(levels, bucket, euclidean_norm, stochastic=True)
 
 
@@ -104,7 +108,7 @@ def terngrad() -> Compressor:
   Unbiased: E ||C(x) - x||^2 = s ||x||_1 - ||x||^2 <= (sqrt(n) - 1) / 2 ||x||^2. The paper clips
   gradients at 2.5 standard deviations first, which is a wrapper's matter.
 
-  Reference: Wen et al. 2017, arXiv:1705.07878, equations 2 to 4 and algorithm 1.
+  Reference: Wen et al. 2017, arXiv:1705.07878, algorithm 1.
   """
   return _quantizer(1, None, largest_magnitude, stochastic=True)
 
@@ -115,8 +119,6 @@ def _quantizer(
   """Rounds to multiples of norm / levels. A non-finite element makes its whole block NaN."""
   if not 1 <= levels <= MOST_LEVELS:
     raise ValueError(f"levels={levels} is not in [1, {MOST_LEVELS}]")
-  if block is not None and block < 1:
-    raise ValueError(f"block={block} is not at least 1")
   bits = math.ceil(math.log2(2 * levels + 1))
 
   def encode(x, shared, own):

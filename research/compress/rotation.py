@@ -33,8 +33,7 @@ def hadamard(inner: Compressor, block: int = 4096) -> Compressor:
   Raises:
     ValueError: if block is not a power of two.
 
-  Reference: Suresh et al. 2017, arXiv:1611.00429, section 3 (stochastic rotated quantisation);
-    blocks: Vargaftik et al. 2021, arXiv:2105.08339, section 5.
+  Reference: Suresh et al. 2017, arXiv:1611.00429, section 3 (stochastic rotated quantisation).
   """
   if block < 1 or block & (block - 1):
     raise ValueError(f"block={block} is not a power of two")

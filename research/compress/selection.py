@@ -6,7 +6,7 @@ array a sorted sample says where to begin, one count confirms it, and what lies 
 than k elements, is compacted first. A wrong guess costs time, never exactness.
 
 Positions are uint32, and arrays are indexed by (row, column), since JAX's own indices are int32:
-arrays of up to 2^32 elements, 2^31 if their number is odd.
+arrays of fewer than 2^32 elements, 2^31 if their number is odd.
 """
 
 import math
@@ -40,14 +40,14 @@ def largest(x: Array, k: int) -> Array:
     return _at_least(x, k, k)[0]
   sample = jnp.sort(magnitude(x[::stride]))
   guess = sample[max(0, sample.size - 1 - math.ceil(expected + margin))]
-  positions, count = _at_least(x, k, room, guess)
+  positions, found = _at_least(x, k, room, guess)
   slots = jnp.arange(room, dtype=jnp.uint32)
-  candidates = jnp.where(slots < count, take(x, positions), 0)
+  candidates = jnp.where(slots < found, take(x, positions), 0)
   return positions[_at_least(candidates, k, k)[0]]
 
 
 def count(mask: Array) -> Array:
-  """How many of [n] bool are true: uint32. By words, in a 16th of the memory of a plain sum."""
+  """How many of [n] bool are true: uint32. By words, since a plain sum writes integers to memory first."""
   return _count(_words(mask))
 
 
@@ -59,23 +59,27 @@ def magnitude(x: Array) -> Array:
 
 def take(x: Array, positions: Array) -> Array:
   """x at distinct positions."""
-  rows, columns = _grid(x.size)
+  rows, columns = grid(x.size)
   at = x.reshape(rows, columns).at[positions // columns, positions % columns]
   return at.get(mode="promise_in_bounds", unique_indices=True)
 
 
 def put(values: Array, positions: Array, size: int) -> Array:
   """[size], zero but for `values` at distinct positions."""
-  rows, columns = _grid(size)
+  rows, columns = grid(size)
   at = jnp.zeros((rows, columns), values.dtype).at[positions // columns, positions % columns]
   return at.set(values, mode="promise_in_bounds", unique_indices=True).reshape(size)
 
 
-def _grid(size: int) -> tuple[int, int]:
-  """Rows and columns of `size` elements, both below 2^31; columns are a power of two."""
+def grid(size: int) -> tuple[int, int]:
+  """Rows and columns of `size` elements, both below 2^31; columns are a power of two.
+
+  Raises:
+    ValueError: if positions do not fit in 32 bits.
+  """
   columns = min(size & -size, _COLUMNS) or 1
   rows = size // columns
-  if rows >= 2**31 or size > 2**32:
+  if rows >= 2**31 or size >= 2**32:
     raise ValueError(f"a leaf of {size} elements cannot be indexed in 32 bits; shard it")
   return rows, columns
 

@@ -20,7 +20,7 @@ def sign() -> Compressor:
       C(x) = ||x||_1 / n sign(x),   sign(0) = +1
 
   Contractive: ||C(x) - x||^2 = (1 - ||x||_1^2 / (n ||x||^2)) ||x||^2, and the fraction is at least
-  1 / n (lemma 8; 2 / pi for Gaussian x). A non-finite element makes every element non-finite, as
+  1 / n (2 / pi for Gaussian x). A non-finite element makes every element non-finite, as
   does a sum |x| beyond float32.
 
   Reference: Karimireddy et al. 2019, arXiv:1901.09847, algorithm 1 (EF-SignSGD).

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from research.base import Array, Compressor, Key
-from research.compress.blocks import flatten, restore, widened
+from research.compress.blocks import at_least_one, flatten, restore, widened
 from research.compress.rotation import random_signs
 
 
@@ -34,9 +34,7 @@ def count_sketch(rows: int, columns: int) -> Compressor:
   Reference: Charikar, Chen, Farach-Colton 2002; Rothchild et al. 2020 (FetchSGD),
     arXiv:2007.07682, algorithm 1; Ivkin et al. 2019 (SketchedSGD), arXiv:1903.04488.
   """
-  for name, value in (("rows", rows), ("columns", columns)):
-    if value < 1:
-      raise ValueError(f"{name}={value} is not at least 1")
+  at_least_one(rows=rows, columns=columns)
 
   def encode(x, shared, own):
     del own
@@ -81,7 +79,7 @@ def _turned(table: Array, shifts: Array) -> Array:
 
 
 def _median(estimates: Array) -> Array:
-  """Over the first axis, by a network of comparisons: a sort takes twenty times as long."""
+  """Over the first axis, by a network of comparisons: a sort takes ten times as long."""
   rows = list(estimates)
   for turn in range(len(rows)):
     for i in range(turn % 2, len(rows) - 1, 2):

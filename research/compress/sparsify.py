@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from research.base import Array, Compressor, Key
 from research.compress.blocks import flatten, fold, restore
 from research.compress.packing import pack, unpack
-from research.compress.selection import count, largest, put, take
+from research.compress.selection import count, grid, largest, put, take
 
 
 class Sparse(NamedTuple):
@@ -38,7 +38,7 @@ def top_k(fraction: float) -> Compressor:
   Raises:
     ValueError: if fraction is not in (0, 1].
 
-  Reference: Stich et al. 2018, arXiv:1809.07599, definition 2.1; Aji and Heafield 2017,
+  Reference: Stich et al. 2018, arXiv:1809.07599, definitions 2.1 and 2.2; Aji and Heafield 2017,
     arXiv:1704.05021.
   """
   _check_fraction("fraction", fraction)
@@ -115,7 +115,7 @@ def random_k(fraction: float, unbiased: bool = False) -> Compressor:
   Raises:
     ValueError: if fraction is not in (0, 1].
 
-  Reference: Stich et al. 2018, arXiv:1809.07599, definition 2.1; unbiased: Wangni et al. 2017,
+  Reference: Stich et al. 2018, arXiv:1809.07599, definitions 2.1 and 2.2; unbiased: Wangni et al. 2017,
     arXiv:1710.09854.
   """
   _check_fraction("fraction", fraction)
@@ -137,6 +137,7 @@ def random_k(fraction: float, unbiased: bool = False) -> Compressor:
 
 def kept(fraction: float, size: int) -> int:
   """k, the nearest whole number to fraction * size, but at least one of a leaf that has any."""
+  grid(size)  # refuses a leaf that is too large
   return min(size, max(1, round(fraction * size)))
 
 

@@ -58,8 +58,9 @@ def spmd(job: workers.Job) -> Executor:
 def _only_sums(job: workers.Job, layout: layouts.Layout) -> None:
   """Encoders of leaves that the compiler has cut would need an exchange inside each worker."""
   others = {t.operation for t in workers.round_traffic(job, layout)} - {"all-reduce"}
+  inner = ", ".join(name for name in job.axes if name not in meshes.worker_axes(job.axes))
   if others:
     raise ValueError(
       f"inside a worker only what is summed may be cut, and this method sends by "
-      f"{' and '.join(sorted(others))}; leave out {', '.join(set(job.axes) - set(meshes.worker_axes(job.axes)))}"
+      f"{' and '.join(sorted(others))}; leave out {inner}"
     )
