@@ -22,11 +22,6 @@ from research.compress.packing import pack, packed_size, unpack
 from research.compress.rotation import walsh_hadamard
 from research.compress.sparsify import support
 
-settings.register_profile(
-  "compress", derandomize=True, deadline=None, database=None, max_examples=10
-)
-settings.load_profile("compress")
-
 
 class Row(NamedTuple):
   """A compressor and what its docstring promises, for a leaf of n elements (of `size` bytes)."""
@@ -252,6 +247,7 @@ def leaves(draw):
 
 
 @every
+@settings(derandomize=True, deadline=None, database=None, max_examples=10)
 @given(x=leaves())
 def test_any_leaf(spec, x):
   decoded = sent(spec, x)

@@ -47,7 +47,7 @@ def largest(x: Array, k: int) -> Array:
 
 
 def count(mask: Array) -> Array:
-  """How many of [n] bool are true: uint32. By words, since a plain sum writes integers to memory first."""
+  """How many of [n] bool are true: uint32. A plain sum writes as many integers to memory first."""
   return _count(_words(mask))
 
 

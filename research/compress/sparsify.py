@@ -38,7 +38,7 @@ def top_k(fraction: float) -> Compressor:
   Raises:
     ValueError: if fraction is not in (0, 1].
 
-  Reference: Stich et al. 2018, arXiv:1809.07599, definitions 2.1 and 2.2; Aji and Heafield 2017,
+  Reference: Stich et al. 2018, arXiv:1809.07599, section 2; Aji and Heafield 2017,
     arXiv:1704.05021.
   """
   _check_fraction("fraction", fraction)
@@ -115,7 +115,7 @@ def random_k(fraction: float, unbiased: bool = False) -> Compressor:
   Raises:
     ValueError: if fraction is not in (0, 1].
 
-  Reference: Stich et al. 2018, arXiv:1809.07599, definitions 2.1 and 2.2; unbiased: Wangni et al. 2017,
+  Reference: Stich et al. 2018, arXiv:1809.07599, section 2; unbiased: Wangni et al. 2017,
     arXiv:1710.09854.
   """
   _check_fraction("fraction", fraction)
