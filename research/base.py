@@ -30,6 +30,8 @@ class Compressor(NamedTuple):
   encode: Callable[[Array, Key, Key], Tree]  # (x, shared, own) -> payload
   decode: Callable[[Tree, jax.ShapeDtypeStruct, Key], Array]  # (payload, like, shared) -> x_hat
   linear: bool = False  # payloads of several workers may be summed before decoding
+  contractive: bool = True  # E ||C(x) - x||^2 < ||x||^2 whatever x is: a memory stays bounded
+  sparse: bool = False  # C(x) is zero but at few positions
 
 
 class Chunk(NamedTuple):
@@ -42,6 +44,12 @@ class Chunk(NamedTuple):
   part: Array
 
 
+class Blocks(NamedTuple):
+  """State of what a mesh cuts inside a worker: leaves [B, ...], a row for each of B devices."""
+
+  part: Tree
+
+
 class Aggregate(NamedTuple):
   """What one exchange between workers gives to one of them."""
 
@@ -51,10 +59,15 @@ class Aggregate(NamedTuple):
 
 
 class Aggregator(NamedTuple):
-  """The only place where workers talk. Runs per worker, under named worker axes."""
+  """The only place where workers talk. Runs per worker, under named worker axes.
+
+  `traits` say to a wrapper what it must know of what it wraps; `aggregate/composition.py` has their
+  list, and the pairs that are refused.
+  """
 
   init: Callable[[Params], State]
   aggregate: Callable[[Tree, State, Key], Aggregate]
+  traits: frozenset[str] = frozenset()
 
 
 class Method(NamedTuple):
@@ -63,7 +76,9 @@ class Method(NamedTuple):
   A round is `begin`, then `period` times `step`, then `sync`. `weight` is this worker's share of
   the objective (its number of examples over the mean number); over the workers of a round it
   averages to one, and an inactive worker's weight is zero. `grad_fn(params)` is the gradient of the
-  same mini-batch at other parameters.
+  same mini-batch at other parameters. `over(wrap)` is the same method with each of its aggregators
+  wrapped, which is how a mesh that cuts a worker's leaves has them aggregated shard by shard; a
+  method without aggregators has none.
   """
 
   init: Callable[[Params], State]  # lives from round to round
@@ -72,6 +87,7 @@ class Method(NamedTuple):
   sync: Callable[..., State]  # (local, state, *, key, weight=1.0, active=True)
   params: Callable[[State], Params]  # the model one would deploy
   period: int = 1  # local steps per round: static, so traffic per round is a fact
+  over: Callable[[Callable[[Aggregator], Aggregator]], "Method"] | None = None
 
 
 class Task(NamedTuple):

@@ -6,8 +6,6 @@ import pytest
 from problems import Running, distance
 from table import METHODS, NAMES
 
-from research import registry
-
 SIMULATED = {"data": 8}
 
 
@@ -65,9 +63,3 @@ def test_fsdp_inside_a_worker_changes_nothing(name):
   assert distance(got.params(), want.params()) <= 1e-5
   weights = got.state.method.inner.params if name == "averaged" else got.state.method.params
   assert "fsdp" in weights["w"].sharding.spec
-
-
-def test_compression_of_what_is_cut_inside_a_worker_is_refused():
-  spec = "data_parallel(sgd(0.1), error_feedback(gather_mean(top_k(0.3))))"
-  with pytest.raises(ValueError, match="sends by all-gather; leave out fsdp"):
-    Running(registry.build("method", spec), "spmd", {"data": 4, "fsdp": 2}, (60,) * 4)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 from problems import Running
@@ -92,16 +93,57 @@ def test_one_worker_sends_nothing():
 def test_data_parallelism_sends_one_gradient_per_round(name):
   """21 parameters of four bytes, 2 (W-1)/W of them, once in `period` steps."""
   run = Running(METHODS[name], "simulate", EIGHT)
-  found = workers.round_traffic(run.job, run.layout)
+  found = workers.traffic(run.job, run.layout, 1).transfers
   assert wire.by_axis(found, METHODS[name].period) == {"data": 84 * 14 / 8 / METHODS[name].period}
   assert wire.by_axis(workers.dense_traffic(run.job)) == {"data": 84 * 14 / 8}
   metrics = wire.by_axis(workers.metrics_traffic(run.job, 10))
   assert metrics == {"data": 4 * (10 * METHODS[name].period + 1) * 14 / 8}
 
 
-def test_hierarchical_mean_crosses_the_slow_axis_once():
-  """Per worker 2 (2-1)/2 of a gradient between two slices, instead of 2 (8-1)/8 among all."""
+def test_hierarchical_mean_crosses_the_slow_axis_with_a_chunk():
+  """Per worker 2 (2-1)/2 of a quarter of a gradient between two slices; leaves fill up to 24 and 8.
+
+  Within a slice (4-1)/4 of it leaves in parts, and 4-1 copies of a quarter come back.
+  """
   method = registry.build("method", "data_parallel(sgd(0.1), hierarchical_mean())")
   run = Running(method, "simulate", {"slice": 2, "data": 4})
-  found = wire.by_axis(workers.round_traffic(run.job, run.layout))
-  assert found == {"data": 84 * 6 / 4, "slice": 84}
+  found = wire.by_axis(workers.traffic(run.job, run.layout, 1).transfers)
+  assert found == {"data": 128 * 3 / 4 + 3 * 32, "slice": 32}
+
+
+def test_a_warm_up_is_followed_round_by_round():
+  """Ten dense rounds, ten of one kind of top-k, then another; the counter is seen to count."""
+  aggregator = registry.build(
+    "aggregator",
+    "error_feedback(warm_up(gather_mean(top_k(0.01)), steps=20, "
+    "stages=[mean(), gather_mean(top_k(0.25))]))",
+  )
+  program = lambda state, x: aggregator.aggregate(x, state, jax.random.key(0)).state
+  state = jax.eval_shape(aggregator.init, X)
+  found = wire.traffic_of_rounds(program, state, X, axes=EIGHT, rounds=30)
+  of_top_k = lambda k: 7 * (4 * k + 10 * k / 8)
+  sent = np.repeat([7000.0, of_top_k(250), of_top_k(10)], 10)
+  np.testing.assert_allclose(found.sent, sent, atol=7 * 3)
+  assert found.until(30) == pytest.approx(sum(t.total for t in found.transfers))
+  assert found.until(10.5) == 70000 + found.sent[10] / 2
+  assert {t.times for t in found.transfers} == {10}
+
+
+def test_a_condition_on_what_does_not_count_is_refused():
+  branch = lambda pick, x: lax.cond(pick, lambda x: lax.pmean(x, "data"), lambda x: x, x)
+
+  def flips(state, x):
+    return {"n": -state["n"], "x": branch(state["n"] > 0, x)}
+
+  def doubles(state, x):
+    return {"n": 2 * state["n"], "x": branch(state["n"] > 0, x)}
+
+  def counts(state, x):
+    return {"n": state["n"] + 1, "x": branch(state["n"] % 3 == 0, x)}
+
+  state = {"n": jax.ShapeDtypeStruct((), jnp.int32), "x": X}
+  for program in (flips, doubles):
+    with pytest.raises(ValueError, match="branches"):
+      wire.traffic_of_rounds(program, state, X, axes=EIGHT, rounds=8)
+  found = wire.traffic_of_rounds(counts, state, X, axes=EIGHT, rounds=8)
+  np.testing.assert_array_equal(found.sent, 7000.0 * (np.arange(8) % 3 == 0))

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from research.aggregate.chunks import cut, joined
+from research.aggregate.composition import traits_of
 from research.base import WORKER_AXES, Aggregate, Aggregator, Array, Chunk, Compressor, Key, Tree
 from research.comm import collectives
 
@@ -33,7 +35,7 @@ def gather_mean(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) ->
     value = lax.scan(add, jnp.zeros_like(x), everyone)[0] / collectives.worker_count(axis)
     return value.astype(x.dtype), compressor.decode(payload, _like(x), key)
 
-  return _leafwise(one)
+  return _leafwise(one, traits_of(compressor))
 
 
 def sum_mean(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) -> Aggregator:
@@ -59,7 +61,7 @@ def sum_mean(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) -> Ag
     decode = lambda p: compressor.decode(p, _like(x), key)
     return decode(collectives.mean(payload, axis)), decode(payload)
 
-  return _leafwise(one)
+  return _leafwise(one, traits_of(compressor))
 
 
 def two_phase(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) -> Aggregator:
@@ -82,12 +84,12 @@ def two_phase(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) -> A
 
   def init(params):
     count = collectives.worker_count(axis)
-    return jax.tree.map(lambda x: Chunk(jnp.zeros_like(_cut(x, count)[0])), params)
+    return jax.tree.map(lambda x: Chunk(jnp.zeros_like(cut(x, count)[0])), params)
 
   def one(x, memory, key):
     count = collectives.worker_count(axis)
     first, second = jax.random.split(key)
-    chunks = _cut(x, count)
+    chunks = cut(x, count)
     like = _like(chunks[0])
     shared = jax.random.split(first, count)
     own = jax.random.split(collectives.worker_key(first, axis), count)
@@ -104,7 +106,7 @@ def two_phase(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) -> A
     decoded = compressor.decode(payload, like, answer)
     everyone = collectives.gather(payload, axis)
     value = jax.vmap(lambda p, k: compressor.decode(p, like, k))(everyone, answers)
-    return _joined(value, x), _joined(sent, x), Chunk(owed - decoded)
+    return joined(value, x), joined(sent, x), Chunk(owed - decoded)
 
   def aggregate(tree, state, key):
     leaves, treedef = jax.tree.flatten(tree)
@@ -113,7 +115,7 @@ def two_phase(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) -> A
     value, sent, memory = (treedef.unflatten([r[i] for r in results]) for i in range(3))
     return Aggregate(value, sent, memory)
 
-  return Aggregator(init, aggregate)
+  return Aggregator(init, aggregate, traits_of(compressor))
 
 
 def majority_vote(axis: collectives.Axes = WORKER_AXES) -> Aggregator:
@@ -132,15 +134,15 @@ def majority_vote(axis: collectives.Axes = WORKER_AXES) -> Aggregator:
   def one(x, key):
     del key
     count = collectives.worker_count(axis)
-    chunks = _cut(x, count).reshape(count, -1)
+    chunks = cut(x, count).reshape(count, -1)
     bits = collectives.exchange(jnp.packbits(chunks >= 0, axis=1), axis)
     ayes = jnp.sum(jnp.unpackbits(bits, axis=1, count=chunks.shape[1]), 0, dtype=jnp.int32)
     votes = collectives.gather(jnp.packbits(2 * ayes >= count), axis)
     won = jnp.unpackbits(votes, axis=1, count=chunks.shape[1])
     plus_minus = lambda aye: jnp.where(aye, 1, -1).astype(x.dtype)
-    return _joined(plus_minus(won == 1), x), plus_minus(x >= 0)
+    return joined(plus_minus(won == 1), x), plus_minus(x >= 0)
 
-  return _leafwise(one)
+  return _leafwise(one, frozenset({"vote", "dense"}))
 
 
 def _like(x: Array) -> jax.ShapeDtypeStruct:
@@ -152,7 +154,9 @@ def _keys(key: Key, count: int) -> Any:
   return [jax.random.fold_in(key, leaf) for leaf in range(count)]
 
 
-def _leafwise(one: Callable[[Array, Key], tuple[Array, Array]]) -> Aggregator:
+def _leafwise(
+  one: Callable[[Array, Key], tuple[Array, Array]], traits: frozenset[str]
+) -> Aggregator:
   """An aggregator without state from (leaf, key) -> (value, sent)."""
 
   def aggregate(tree: Tree, state: Any, key: Key) -> Aggregate:
@@ -161,17 +165,4 @@ def _leafwise(one: Callable[[Array, Key], tuple[Array, Array]]) -> Aggregator:
     value, sent = (treedef.unflatten([pair[i] for pair in pairs]) for i in range(2))
     return Aggregate(value, sent, state)
 
-  return Aggregator(lambda params: (), aggregate)
-
-
-def _cut(x: Array, count: int) -> Array:
-  """W chunks [W, ...] of a leaf: along its first dimension where W divides it, else flattened."""
-  if x.ndim > 1 and x.shape[0] % count == 0:
-    return x.reshape(count, x.shape[0] // count, *x.shape[1:])
-  flat = jnp.pad(x.reshape(-1), (0, -x.size % count))
-  return flat.reshape(count, -1)
-
-
-def _joined(chunks: Array, like: Array) -> Array:
-  """The leaf that `_cut` made chunks of."""
-  return chunks.reshape(-1)[: like.size].reshape(like.shape)
+  return Aggregator(lambda params: (), aggregate, traits)

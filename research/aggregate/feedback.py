@@ -5,9 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from research.aggregate.mean import mean
-from research.base import WORKER_AXES, Aggregate, Aggregator, State, Tree
-from research.comm import collectives
+from research.aggregate.composition import refuse
+from research.base import Aggregate, Aggregator, State, Tree
 
 
 class ErrorFeedbackState(NamedTuple):
@@ -25,12 +24,13 @@ def error_feedback(inner: Aggregator, *, decay: float = 1.0) -> Aggregator:
     decay: of the memory, in [0, 1].
 
   Raises:
-    ValueError: if decay is not in [0, 1].
+    ValueError: if decay is not in [0, 1], or for an inner aggregator in `composition.REFUSED`.
 
   Reference: Karimireddy et al. 2019, arXiv 1901.09847, algorithm 2.
   """
   if not 0 <= decay <= 1:
     raise ValueError(f"decay={decay} is not in [0, 1]")
+  refuse("error_feedback", inner)
 
   def init(params):
     return ErrorFeedbackState(jax.tree.map(jnp.zeros_like, params), inner.init(params))
@@ -41,7 +41,7 @@ def error_feedback(inner: Aggregator, *, decay: float = 1.0) -> Aggregator:
     memory = jax.tree.map(jnp.subtract, corrected, sent)
     return Aggregate(value, sent, ErrorFeedbackState(memory, link))
 
-  return Aggregator(init, aggregate)
+  return Aggregator(init, aggregate, inner.traits | {"memory"})
 
 
 class EF21State(NamedTuple):
@@ -60,8 +60,13 @@ def ef21(inner: Aggregator) -> Aggregator:
   Args:
     inner: the aggregator of the compressed changes.
 
+  Raises:
+    ValueError: for an inner aggregator in `composition.REFUSED`.
+
   Reference: Richtarik, Sokolov, Fatkhullin 2021, arXiv 2106.05203, algorithm 2.
   """
+
+  refuse("ef21", inner)
 
   def init(params):
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -74,7 +79,7 @@ def ef21(inner: Aggregator) -> Aggregator:
     total = jax.tree.map(jnp.add, state.total, value)
     return Aggregate(total, local, EF21State(local, total, link))
 
-  return Aggregator(init, aggregate)
+  return Aggregator(init, aggregate, inner.traits | {"memory"})
 
 
 class DianaState(NamedTuple):
@@ -95,12 +100,13 @@ def diana(inner: Aggregator, *, alpha: float) -> Aggregator:
       variance omega.
 
   Raises:
-    ValueError: if alpha is not in (0, 1].
+    ValueError: if alpha is not in (0, 1], or for an inner aggregator in `composition.REFUSED`.
 
   Reference: Mishchenko et al. 2019, arXiv 1901.09269, algorithm 1.
   """
   if not 0 < alpha <= 1:
     raise ValueError(f"alpha={alpha} is not in (0, 1]")
+  refuse("diana", inner)
 
   def init(params):
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -116,33 +122,4 @@ def diana(inner: Aggregator, *, alpha: float) -> Aggregator:
     mean_shift = jax.tree.map(learn, state.mean_shift, delta)
     return Aggregate(value, received, DianaState(shift, mean_shift, link))
 
-  return Aggregator(init, aggregate)
-
-
-def only_large(
-  inner: Aggregator, *, min_size: int = 1024, axis: collectives.Axes = WORKER_AXES
-) -> Aggregator:
-  """Leaves of fewer than `min_size` elements are averaged exactly, the others by `inner`.
-
-  Args:
-    inner: the aggregator of the large leaves.
-    min_size: in elements.
-    axis: the worker axes over which small leaves are averaged.
-  """
-
-  def parts(tree):
-    leaves, treedef = jax.tree.flatten(tree)
-    large = [x.size >= min_size for x in leaves]
-    of = lambda wanted: [x for x, is_large in zip(leaves, large, strict=True) if is_large == wanted]
-    join = lambda big, small: treedef.unflatten(
-      [(big if is_large else small).pop(0) for is_large in large]
-    )
-    return of(True), of(False), lambda big, small: join(list(big), list(small))
-
-  def aggregate(tree, state, key):
-    big, small, join = parts(tree)
-    out = inner.aggregate(big, state, key)
-    exact = mean(axis).aggregate(small, (), key)
-    return Aggregate(join(out.value, exact.value), join(out.sent, exact.sent), out.state)
-
-  return Aggregator(lambda params: inner.init(parts(params)[0]), aggregate)
+  return Aggregator(init, aggregate, inner.traits | {"memory"})

@@ -17,25 +17,4 @@ def mean(axis: collectives.Axes = WORKER_AXES) -> Aggregator:
     del key
     return Aggregate(collectives.mean(tree, axis), tree, state)
 
-  return Aggregator(lambda params: (), aggregate)
-
-
-def hierarchical_mean(fast: str = "data", slow: str = "slice") -> Aggregator:
-  """The mean over all workers in two steps: within each slice, then between the slices.
-
-  Only one all-reduce among the slices crosses the slow links, of which each worker carries one
-  tree, instead of one among all workers.
-
-  Args:
-    fast: the worker axis inside a slice.
-    slow: the worker axis between slices.
-
-  Raises:
-    ValueError: when traced on a mesh without both axes.
-  """
-
-  def aggregate(tree, state, key):
-    del key
-    return Aggregate(collectives.mean(collectives.mean(tree, fast), slow), tree, state)
-
-  return Aggregator(lambda params: (), aggregate)
+  return Aggregator(lambda params: (), aggregate, frozenset({"dense"}))

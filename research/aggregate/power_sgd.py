@@ -57,7 +57,7 @@ def power_sgd(rank: int = 2, axis: collectives.Axes = WORKER_AXES, *, seed: int 
     value, sent, factors = (treedef.unflatten([r[i] for r in results]) for i in range(3))
     return Aggregate(value, sent, factors)
 
-  return Aggregator(init, aggregate)
+  return Aggregator(init, aggregate, frozenset({"dense"}))
 
 
 def is_low_rank(x: Array, rank: int) -> bool:

@@ -5,15 +5,18 @@ worker axes to talk over; those of the default that the execution does not have 
 same line runs on a mesh with and without slices.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from research.base import WORKER_AXES, Array, Key, Tree
 
 Axes = str | Sequence[str]
 _OWN = 0x776F726B
+_LANES = 128
 
 
 def in_scope(axes: Axes = WORKER_AXES) -> tuple[str, ...]:
@@ -77,12 +80,22 @@ def total(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
 
 
 def gather(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
-  """What every worker has, in the order of `worker_index`: leaves [W, ...], equal on all."""
-  for name in reversed(in_scope(axes)):
-    tree = lax.all_gather(tree, name)
-  count = worker_count(axes)
-  skip = len(in_scope(axes))
-  return jax.tree.map(lambda x: x.reshape(count, *x.shape[skip:]), tree)
+  """What every worker has, in the order of `worker_index`: leaves [W, ...], equal on all.
+
+  TPU compilers turn the gather of a flat array whose length is no multiple of 128 into a sum of
+  twice the bytes; long ones are therefore filled up.
+  """
+  names, count = in_scope(axes), worker_count(axes)
+
+  def one(x):
+    long_and_odd = x.ndim == 1 and x.size >= 64 * _LANES and x.size % _LANES
+    found = jnp.pad(x, (0, -x.size % _LANES)) if long_and_odd else x
+    for name in reversed(names):
+      found = lax.all_gather(found, name)
+    found = found.reshape(count, *found.shape[len(names) :])
+    return found[:, : x.size] if long_and_odd else found
+
+  return jax.tree.map(one, tree)
 
 
 def exchange(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
@@ -94,6 +107,6 @@ def exchange(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
     x = x.reshape(*sizes, *x.shape[1:])
     for place, name in enumerate(names):
       x = lax.all_to_all(x, name, place, place)
-    return x.reshape(-1, *x.shape[len(names) :])
+    return x.reshape(math.prod(sizes), *x.shape[len(names) :])
 
   return jax.tree.map(one, tree)

@@ -8,12 +8,14 @@ lower bound for all of them (Patarasuk and Yuan 2009; Chan et al. 2007), n bytes
     all-to-all    (W-1)/W n      permute         n per edge that leaves the worker, on average
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.extend import core
+
+from research.comm import rounds as of_rounds
 
 # Names of collective primitives -> operation; check_vma and JAX versions vary the names.
 _OPERATIONS = {
@@ -47,6 +49,21 @@ class Transfer(NamedTuple):
     return self.sent * self.times
 
 
+class Traffic(NamedTuple):
+  """What one worker sends in a number of rounds."""
+
+  transfers: list[Transfer]  # of all rounds together
+  sent: np.ndarray  # [rounds], bytes in each
+
+  def until(self, rounds: float) -> float:
+    """Bytes that one worker has sent in so many rounds, of a part of one in proportion."""
+    whole = int(rounds)
+    if self.sent.strides == (0,):  # every round alike
+      return float(rounds * self.sent[0])
+    part = (rounds - whole) * self.sent[whole] if rounds > whole else 0.0
+    return float(self.sent[:whole].sum() + part)
+
+
 def traffic(program: Callable[..., Any], *args: Any, axes: Mapping[str, int]) -> list[Transfer]:
   """Every transfer of one worker's program.
 
@@ -60,60 +77,145 @@ def traffic(program: Callable[..., Any], *args: Any, axes: Mapping[str, int]) ->
       condition that communicate differently: then the traffic is no fact.
   """
   jaxpr = jax.make_jaxpr(program, axis_env=list(axes.items()))(*args)
-  return list(_transfers(jaxpr.jaxpr, dict(axes), 1))
+  reader = _Reader(axes, 1)
+  reader.read(jaxpr, [None] * len(jaxpr.jaxpr.invars), np.ones(1, np.int64))
+  return reader.transfers
 
 
-def _transfers(jaxpr: core.Jaxpr, axes: dict[str, int], times: int) -> Iterator[Transfer]:
-  for eqn in jaxpr.eqns:
-    name = eqn.primitive.name
-    if name in _OPERATIONS:
-      yield from _collective(eqn, axes, times)
-    elif name == "cond":
-      branches = [list(_transfers(b.jaxpr, axes, times)) for b in eqn.params["branches"]]
-      if any(branch != branches[0] for branch in branches):
-        raise ValueError("the branches of a condition communicate differently")
-      yield from branches[0]
-    else:
-      named = eqn.params.get("axes", eqn.params.get("axis_name", ()))
-      named = named if isinstance(named, (tuple, list)) else (named,)
-      if name != "axis_index" and any(isinstance(n, str) and n in axes for n in named):
-        raise ValueError(f"what '{name}' sends over {', '.join(map(str, named))} is not known")
-      inner = [t for j in _inner(eqn) for t in _transfers(j, axes, times * _length(eqn))]
-      if name == "while" and inner:
-        raise ValueError("a collective stands in a loop whose length is not static")
-      yield from inner
+def traffic_of_rounds(
+  program: Callable[..., Any], state: Any, *args: Any, axes: Mapping[str, int], rounds: int
+) -> Traffic:
+  """Every transfer of one worker in its first rounds, also where conditions depend on the round.
+
+  A condition whose branches communicate differently is followed where its predicate is a function
+  of the state's counters: whole numbers that start from zero and that the program itself is seen to
+  raise by one in each of the rounds.
+
+  Args:
+    program: (state, *args) -> state, one round of one worker; traced, not run.
+    state: shapes of one worker's state.
+    *args: shapes of the other arguments.
+    axes: the worker axes, name to size.
+    rounds: how many.
+
+  Raises:
+    ValueError: as `traffic`, where such a predicate depends on anything else.
+  """
+  jaxpr = jax.make_jaxpr(program, axis_env=list(axes.items()))(state, *args)
+  try:
+    reader = _Reader(axes, 1)
+    reader.read(jaxpr, [None] * len(jaxpr.jaxpr.invars), np.ones(1, np.int64))
+    every = [t._replace(times=t.times * rounds) for t in reader.transfers]
+    return Traffic(every, np.broadcast_to(reader.sent[0], (rounds,)))
+  except of_rounds.Unknown:
+    pass
+  found: list[_Reader] = []
+
+  def read(known):
+    found.append(_Reader(axes, rounds))
+    return found[-1].read(jaxpr, known, np.ones(rounds, np.int64))
+
+  of_rounds.with_counters(read, jaxpr, len(jax.tree.leaves(state)), rounds)
+  return Traffic(found[-1].transfers, found[-1].sent)
 
 
-def _collective(eqn: Any, axes: dict[str, int], times: int) -> Iterator[Transfer]:
-  names = eqn.params.get("axes", eqn.params.get("axis_name"))
-  names = tuple(names) if isinstance(names, (tuple, list)) else (names,)
-  if eqn.params.get("axis_index_groups") is not None:
-    raise ValueError("collectives among groups of one axis are not counted; use two axes")
-  operation = _OPERATIONS[eqn.primitive.name]
-  workers = int(np.prod([axes[name] for name in names]))
-  factor = {
+class _Reader:
+  """Walks a program once for all rounds; `runs` [rounds] says how often each runs a part of it."""
+
+  def __init__(self, axes: Mapping[str, int], rounds: int):
+    self.axes = dict(axes)
+    self.transfers: list[Transfer] = []
+    self.sent = np.zeros(rounds)
+
+  def read(
+    self, program: core.ClosedJaxpr, known: of_rounds.Known, runs: np.ndarray
+  ) -> of_rounds.Known:
+    """Notes the transfers; returns what is known of the outputs."""
+    values = of_rounds.Values(program, known, len(runs))
+    for eqn in program.jaxpr.eqns:
+      name = eqn.primitive.name
+      if name in _OPERATIONS:
+        self._collective(eqn, runs)
+      elif name == "cond":
+        values.write(eqn, self._condition(eqn, values, runs))
+      else:
+        self._refuse_unknown(eqn)
+        values.write(eqn, values.evaluated(eqn) or self._inside(eqn, values, runs))
+    return values.of(program.jaxpr.outvars)
+
+  def _condition(self, eqn: Any, values: of_rounds.Values, runs: np.ndarray) -> of_rounds.Known:
+    index, *operands = values.of(eqn.invars)
+    branches = eqn.params["branches"]
+    if index is None:
+      readers = [_Reader(self.axes, len(runs)) for _ in branches]
+      for branch, reader in zip(branches, readers, strict=True):
+        reader.read(branch, operands, runs)
+      if any(reader.transfers != readers[0].transfers for reader in readers):
+        raise of_rounds.Unknown("the branches of a condition communicate differently")
+      self._add(readers[0].transfers, readers[0].sent)
+      return [None] * len(eqn.outvars)
+    outputs = [
+      self.read(branch, operands, np.where(index == number, runs, 0))
+      for number, branch in enumerate(branches)
+    ]
+    return of_rounds.chosen(index, outputs)
+
+  def _inside(self, eqn: Any, values: of_rounds.Values, runs: np.ndarray) -> of_rounds.Known:
+    """Reads the programs inside a call or a loop; of a call's outputs something may be known."""
+    name, unknown = eqn.primitive.name, [None] * len(eqn.outvars)
+    before, outputs = len(self.transfers), unknown
+    times = eqn.params["length"] if name == "scan" else 1
+    for inner in of_rounds.programs(eqn):
+      given = values.inside(eqn, inner)
+      outputs = self.read(inner, given, runs * times)
+    if name == "while" and len(self.transfers) > before:
+      raise ValueError("a collective stands in a loop whose length is not static")
+    is_call = name not in ("scan", "while") and len(outputs) == len(eqn.outvars)
+    return outputs if is_call else unknown
+
+  def _collective(self, eqn: Any, runs: np.ndarray) -> None:
+    names = eqn.params.get("axes", eqn.params.get("axis_name"))
+    names = tuple(names) if isinstance(names, (tuple, list)) else (names,)
+    if eqn.params.get("axis_index_groups") is not None:
+      raise ValueError("collectives among groups of one axis are not counted; use two axes")
+    operation = _OPERATIONS[eqn.primitive.name]
+    workers = int(np.prod([self.axes[name] for name in names]))
+    edges = sum(a != b for a, b in eqn.params.get("perm", ()))
+    share = ring_share(operation, workers, edges)
+    for operand in eqn.invars:
+      payload = operand.aval.size * operand.aval.dtype.itemsize
+      dtype, times = operand.aval.dtype.name, int(runs.sum())
+      if times:
+        transfer = Transfer(operation, names, dtype, payload, share * payload, times)
+        self._add([transfer], share * payload * runs)
+
+  def _add(self, transfers: list[Transfer], sent: np.ndarray) -> None:
+    self.transfers += transfers
+    self.sent = self.sent + sent
+
+  def _refuse_unknown(self, eqn: Any) -> None:
+    named = eqn.params.get("axes", eqn.params.get("axis_name", ()))
+    named = named if isinstance(named, (tuple, list)) else (named,)
+    over = [n for n in named if isinstance(n, str) and n in self.axes]
+    if over and eqn.primitive.name != "axis_index":
+      raise ValueError(f"what '{eqn.primitive.name}' sends over {', '.join(over)} is not known")
+
+
+def ring_share(operation: str, workers: int, edges: int = 0) -> float:
+  """What one of W workers sends on a ring, as a multiple of the operand that it puts in.
+
+  Args:
+    operation: an operation of a `Transfer`.
+    workers: W.
+    edges: of a permutation, those from one worker to another.
+  """
+  return {
     "all-reduce": 2 * (workers - 1) / workers,
     "reduce-scatter": (workers - 1) / workers,
     "all-gather": workers - 1,
     "all-to-all": (workers - 1) / workers,
-    "permute": sum(a != b for a, b in eqn.params.get("perm", ())) / workers,
+    "permute": edges / workers,
   }[operation]
-  for operand in eqn.invars:
-    payload = operand.aval.size * operand.aval.dtype.itemsize
-    yield Transfer(operation, names, operand.aval.dtype.name, payload, factor * payload, times)
-
-
-def _length(eqn: Any) -> int:
-  return eqn.params["length"] if eqn.primitive.name == "scan" else 1
-
-
-def _inner(eqn: Any) -> Iterator[core.Jaxpr]:
-  for value in eqn.params.values():
-    for part in value if isinstance(value, (tuple, list)) else (value,):
-      if isinstance(part, core.ClosedJaxpr):
-        yield part.jaxpr
-      elif isinstance(part, core.Jaxpr):
-        yield part
 
 
 def by_axis(transfers: Iterable[Transfer], per: int = 1) -> dict[str, float]:
@@ -123,3 +225,19 @@ def by_axis(transfers: Iterable[Transfer], per: int = 1) -> dict[str, float]:
     name = "+".join(transfer.axes)
     totals[name] = totals.get(name, 0.0) + transfer.total / per
   return totals
+
+
+def table(transfers: Iterable[Transfer], per: int = 1) -> list[dict[str, Any]]:
+  """The transfers summed by operation, axis and dtype: rows for a summary, divided by `per`.
+
+  `payload_bytes` and `sent_bytes` are one worker's; `messages` counts collectives, leaf by leaf.
+  """
+  rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+  for t in transfers:
+    key = (t.operation, "+".join(t.axes), t.dtype)
+    empty = dict(zip(("operation", "axis", "dtype"), key, strict=True))
+    row = rows.setdefault(key, {**empty, "payload_bytes": 0.0, "sent_bytes": 0.0, "messages": 0.0})
+    row["payload_bytes"] += t.payload * t.times / per
+    row["sent_bytes"] += t.total / per
+    row["messages"] += t.times / per
+  return list(rows.values())

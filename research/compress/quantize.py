@@ -74,7 +74,9 @@ def int4(block: int = 128, stochastic: bool = False) -> Compressor:
   Reference: as for `int8`.
   """
   at_least_one(block=block)
-  return _quantizer(7, block, largest_magnitude, stochastic)
+  return _quantizer(
+    7, block, largest_magnitude, stochastic, contractive=not stochastic or block < 197
+  )
 
 
 def qsgd(levels: int = 7, bucket: int | None = 512) -> Compressor:
@@ -97,7 +99,8 @@ def qsgd(levels: int = 7, bucket: int | None = 512) -> Compressor:
   Reference: Alistarh et al. 2017, arXiv:1610.02132, section 3.1.
   """
   at_least_one(bucket=1 if bucket is None else bucket)
-  return _quantizer(levels, bucket, euclidean_norm, stochastic=True)
+  contractive = bucket is not None and bucket < levels**2
+  return _quantizer(levels, bucket, euclidean_norm, stochastic=True, contractive=contractive)
 
 
 def terngrad() -> Compressor:
@@ -110,11 +113,15 @@ def terngrad() -> Compressor:
 
   Reference: Wen et al. 2017, arXiv:1705.07878, algorithm 1.
   """
-  return _quantizer(1, None, largest_magnitude, stochastic=True)
+  return _quantizer(1, None, largest_magnitude, stochastic=True, contractive=False)
 
 
 def _quantizer(
-  levels: int, block: int | None, norm: Callable[[Array], Array], stochastic: bool
+  levels: int,
+  block: int | None,
+  norm: Callable[[Array], Array],
+  stochastic: bool,
+  contractive: bool = True,
 ) -> Compressor:
   """Rounds to multiples of norm / levels. A non-finite element makes its whole block NaN."""
   if not 1 <= levels <= MOST_LEVELS:
@@ -138,4 +145,4 @@ def _quantizer(
     level = unpack(payload.codes, bits, like.size).astype(jnp.float32) - levels
     return restore(to_blocks(level, block) * payload.units[:, None], like)
 
-  return Compressor(encode, decode)
+  return Compressor(encode, decode, contractive=contractive)

@@ -55,7 +55,7 @@ def hadamard(inner: Compressor, block: int = 4096) -> Compressor:
     blocks = walsh_hadamard(widened(rotated)).reshape(-1)
     return restore(blocks * random_signs(signs_key, blocks.size).astype(blocks.dtype), like)
 
-  return Compressor(encode, decode, inner.linear)
+  return Compressor(encode, decode, inner.linear, inner.contractive)
 
 
 def walsh_hadamard(blocks: Array) -> Array:

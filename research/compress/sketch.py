@@ -63,7 +63,7 @@ def count_sketch(rows: int, columns: int) -> Compressor:
     index = jnp.arange(-(-like.size // columns), dtype=jnp.uint32)
     return restore(lax.scan(estimate, None, index)[1], like)
 
-  return Compressor(encode, decode, linear=True)
+  return Compressor(encode, decode, linear=True, contractive=False)
 
 
 def _hash(key: Key, stretch: Array, rows: int, columns: int) -> tuple[Array, Array]:

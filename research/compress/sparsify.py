@@ -53,7 +53,7 @@ def top_k(fraction: float) -> Compressor:
     del shared
     return _scatter(payload, like)
 
-  return Compressor(encode, decode)
+  return Compressor(encode, decode, sparse=True)
 
 
 def threshold(value: float, capacity: float = 0.05) -> Compressor:
@@ -93,7 +93,7 @@ def threshold(value: float, capacity: float = 0.05) -> Compressor:
     del shared
     return _scatter(payload, like)
 
-  return Compressor(encode, decode)
+  return Compressor(encode, decode, sparse=True)
 
 
 def random_k(fraction: float, unbiased: bool = False) -> Compressor:
@@ -132,7 +132,7 @@ def random_k(fraction: float, unbiased: bool = False) -> Compressor:
     positions = support(shared, like.size, payload.size)
     return restore(put(payload, positions, like.size), like)
 
-  return Compressor(encode, decode, linear=True)
+  return Compressor(encode, decode, linear=True, contractive=not unbiased, sparse=True)
 
 
 def kept(fraction: float, size: int) -> int:

@@ -50,4 +50,6 @@ def averaged(inner: Method, *, burn_in: int = 0) -> Method:
     mean = jax.tree.map(lambda m, x: m + (x - m) / terms, state.mean, inner.params(after))
     return AveragedState(after, mean, count)
 
-  return Method(init, begin, step, sync, lambda state: state.mean, inner.period)
+  inner_over = inner.over
+  over = inner_over and (lambda wrap: averaged(inner_over(wrap), burn_in=burn_in))
+  return Method(init, begin, step, sync, lambda state: state.mean, inner.period, over)

@@ -58,4 +58,5 @@ def data_parallel(
     updates, optimizer = inner.update(value, state.inner, state.params)
     return DataParallelState(optax.apply_updates(state.params, updates), optimizer, link)
 
-  return Method(init, begin, step, sync, lambda state: state.params, period)
+  over = lambda wrap: data_parallel(inner, wrap(aggregator), period=period)
+  return Method(init, begin, step, sync, lambda state: state.params, period, over)

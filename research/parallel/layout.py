@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from research.base import Chunk, Tree
+from research.base import Blocks, Chunk, Tree
 
 
 class Layout(NamedTuple):
@@ -126,14 +126,22 @@ def _shapes_of_one(fn, axes, in_axes, *args) -> Tree:
 
 
 def kinds(private: Tree) -> Tree:
-  """How each leaf of a state is resized: 'shared', 'rows' or 'chunks' (rows of `Chunk`s)."""
+  """How each leaf of a state is resized: 'shared', 'rows', 'chunks' (rows of `Chunk`s) or 'chunks
+  of blocks' (rows of `Chunk`s in `Blocks`).
+  """
 
-  def kind(node):
+  def kind(node, chunks):
     if isinstance(node, Chunk):
-      return jax.tree.map(lambda is_private: "chunks" if is_private else "shared", node)
+      return jax.tree.map(lambda is_private: chunks if is_private else "shared", node)
+    if isinstance(node, Blocks):
+      return walk(node.part, "chunks of blocks", Blocks)
     return "rows" if node else "shared"
 
-  return jax.tree.map(kind, private, is_leaf=lambda node: isinstance(node, Chunk))
+  def walk(tree, chunks, wrap=lambda tree: tree):
+    special = lambda node: isinstance(node, (Chunk, Blocks))
+    return wrap(jax.tree.map(lambda node: kind(node, chunks), tree, is_leaf=special))
+
+  return walk(private, "chunks")
 
 
 def resize_rows(rows: jax.Array, owners: int) -> jax.Array:

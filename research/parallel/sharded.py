@@ -1,6 +1,7 @@
 """Where arrays lie: private rows with their workers, shared leaves everywhere or cut by `fsdp`."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +11,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from research.base import Array, Batch, Data, Key, TrainState, Tree
+from research.aggregate.blockwise import Cut, blockwise, of_shard, pieces, rejoined, shard_key
+from research.base import Aggregate, Aggregator, Array, Batch, Blocks, Data, Key, TrainState, Tree
 
 
 def of_state(private: Tree, mesh: Mesh | None, workers: tuple[str, ...], shapes: Tree = None):
@@ -30,25 +32,70 @@ def of_state(private: Tree, mesh: Mesh | None, workers: tuple[str, ...], shapes:
   size = mesh.shape.get("fsdp", 1) if mesh is not None else 1
   place = (lambda spec: spec) if mesh is None else (lambda spec: NamedSharding(mesh, spec))
 
-  def one(is_private, shape):
-    inner = fsdp_spec(shape.shape, size)
+  def leaf(is_private, shape, inner=None):
+    inner = fsdp_spec(shape.shape, size) if inner is None else inner
     return place(P(workers, *inner) if is_private else P(*inner))
 
-  return TrainState(place(P()), place(P()), jax.tree.map(one, private, shapes))
+  def node(is_private, shape):
+    if not isinstance(is_private, Blocks):
+      return leaf(is_private, shape)
+    return jax.tree.map(partial(leaf, inner=("fsdp",) if size > 1 else ()), is_private, shape)
+
+  is_blocks = lambda node: isinstance(node, Blocks)
+  return TrainState(place(P()), place(P()), jax.tree.map(node, private, shapes, is_leaf=is_blocks))
 
 
-def fsdp_spec(shape: tuple[int, ...], size: int) -> tuple[str | None, ...]:
-  """Cuts the largest dimension that `size` divides; leaves without one lie everywhere.
+def fsdp_cut(axes: Mapping[str, int]) -> Cut | None:
+  """How `fsdp` cuts leaves; None where it does not.
 
   Reference: Rajbhandari et al. 2019, arXiv 1910.02054 (ZeRO, stage 3).
   """
-  if size == 1:
-    return ()
+  size = axes.get("fsdp", 1)
+  return Cut("fsdp", size, partial(fsdp_dimension, size=size)) if size > 1 else None
+
+
+def fsdp_dimension(shape: tuple[int, ...], size: int) -> int | None:
+  """The largest dimension that `size` divides; leaves without one lie everywhere."""
   fitting = [d for d, length in enumerate(shape) if length % size == 0 and length >= size]
-  if not fitting:
-    return ()
-  cut = max(fitting, key=lambda d: shape[d])
-  return tuple("fsdp" if d == cut else None for d in range(cut + 1))
+  return max(fitting, key=lambda d: shape[d], default=None)
+
+
+def fsdp_spec(shape: tuple[int, ...], size: int) -> tuple[str | None, ...]:
+  """Which dimension of a leaf lies along `fsdp`."""
+  cut = fsdp_dimension(shape, size) if size > 1 else None
+  return () if cut is None else tuple("fsdp" if d == cut else None for d in range(cut + 1))
+
+
+def per_shard(inner: Aggregator, cut: Cut) -> Aggregator:
+  """`blockwise` where each block has its device: a shard_map over the axis, inside the worker's.
+
+  Each device aggregates the shard that it holds with the same shard of the other workers; nothing
+  crosses the axis.
+  """
+  pair = of_shard(inner)
+  spec = lambda x: P(*fsdp_spec(x.shape, cut.size))
+
+  def aggregate(tree, state, key):
+    parts = pieces(tree, cut)
+    specs = jax.tree.map(spec, parts)
+
+    def shard(parts, state, key):
+      own = shard_key(key, lax.axis_index(cut.axis))
+      held = jax.tree.map(lambda x: x[0], state)
+      value, sent, after = pair.aggregate(parts, held, jnp.stack([own, key]))
+      return value, sent, jax.tree.map(lambda x: x[None], after)
+
+    nested = jax.shard_map(
+      shard,
+      in_specs=(specs, P(cut.axis), P()),
+      out_specs=(specs, specs, P(cut.axis)),
+      axis_names={cut.axis},
+      check_vma=False,
+    )
+    value, sent, after = nested(parts, state.part, key)
+    return Aggregate(rejoined(value, tree, cut), rejoined(sent, tree, cut), Blocks(after))
+
+  return Aggregator(blockwise(inner, cut).init, aggregate, inner.traits)
 
 
 def split_batch(axes: Mapping[str, int], batch: Batch) -> Batch:

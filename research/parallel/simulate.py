@@ -19,12 +19,13 @@ def simulate(job: workers.Job) -> Executor:
   """Runs any number of workers on any number of devices, by `vmap`.
 
   The worker axis is sharded over as many devices as hold equal numbers of workers. Axes inside a
-  worker do not change the mathematics and are not simulated.
+  worker change the mathematics only in that its leaves are aggregated block by block.
 
   Raises:
     ValueError: if the population is not a multiple of the workers.
   """
   layout = workers.infer_layout(job)
+  job = workers.blocked(job)._replace(axes=meshes.worker_axes(job.axes))
   mesh = meshes.simulation_mesh(job.workers)
   shardings = sharded.of_state(layout.state, mesh, ("data",))
   init = jax.jit(partial(workers.initial, job, layout), out_shardings=shardings)

@@ -15,22 +15,27 @@ from research.parallel import sharded, workers
 def spmd(job: workers.Job) -> Executor:
   """Runs each worker on its own devices, in one process or in several.
 
-  Along `fsdp` the compiler cuts the parameters, the state and the batch inside a worker.
+  Along `fsdp` the compiler cuts the parameters, the state and the batch inside a worker, and each
+  device aggregates the shard that it holds.
   `check_vma` is off, so that a gradient is this worker's own and not already the sum over all.
 
   Raises:
     ValueError: if the mesh does not fit the devices, the population not the workers, or the method
-      exchanges more than sums while parameters are cut inside a worker.
+      exchanges what a mesh that cuts parameters inside a worker does not allow.
   """
   mesh = meshes.device_mesh(job.axes)
   layout = workers.infer_layout(job)
   names = tuple(meshes.worker_axes(job.axes))
-  if mesh.size > job.workers:
+  initial = partial(workers.initial, job, layout)
+  cut = sharded.fsdp_cut(job.axes)
+  if cut and job.method.over:
+    job = job._replace(method=job.method.over(lambda inner: sharded.per_shard(inner, cut)))
+  elif cut:
     _only_sums(job, layout)
   rows = P(names)
   shardings = sharded.of_state(layout.state, mesh, names, layout.state_shapes)
   specs = sharded.of_state(layout.state, None, names)
-  init = jax.jit(partial(workers.initial, job, layout), out_shardings=shardings)
+  init = jax.jit(initial, out_shardings=shardings)
   constrain = partial(sharded.split_batch, job.axes)
 
   def run(state, data, rounds):
@@ -57,7 +62,8 @@ def spmd(job: workers.Job) -> Executor:
 
 def _only_sums(job: workers.Job, layout: layouts.Layout) -> None:
   """Encoders of leaves that the compiler has cut would need an exchange inside each worker."""
-  others = {t.operation for t in workers.round_traffic(job, layout)} - {"all-reduce"}
+  found = workers.traffic(job, layout, 1).transfers
+  others = {t.operation for t in found} - {"all-reduce"}
   inner = ", ".join(name for name in job.axes if name not in meshes.worker_axes(job.axes))
   if others:
     raise ValueError(

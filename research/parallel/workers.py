@@ -1,7 +1,6 @@
 """One worker's part of a round: what every execution of a method on a task shares."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -10,10 +9,13 @@ import numpy as np
 import optax
 from jax import lax
 
+from research.aggregate.blockwise import blockwise
+from research.aggregate.mean import mean
 from research.base import Array, Batch, Data, Key, Local, Method, State, Task, TrainState, Tree
 from research.comm import collectives, wire
 from research.comm import mesh as meshes
 from research.parallel import layout as layouts
+from research.parallel import sharded
 
 
 class Job(NamedTuple):
@@ -135,6 +137,14 @@ def local_phase(
   return local, loss[None]
 
 
+def blocked(job: Job) -> Job:
+  """The job as one device per worker would run it: aggregators block by block where a mesh cuts."""
+  cut = sharded.fsdp_cut(job.axes)
+  if cut is None or job.method.over is None:
+    return job
+  return job._replace(method=job.method.over(lambda inner: blockwise(inner, cut)))
+
+
 def pick(private: Tree, held: State, client: Array) -> State:
   """The state of one client, from rows [R, ...] of a worker's clients and shared leaves."""
   one = lambda rows: rows[0] if rows.shape[0] == 1 else rows[client]
@@ -160,6 +170,7 @@ def infer_layout(job: Job) -> layouts.Layout:
     ValueError: if the population is not a multiple of the workers, or the method keeps a worker's
       chunk of a whole and the workers serve several clients.
   """
+  job = blocked(job)
   if len(job.sizes) % job.workers:
     raise ValueError(
       f"a population of {len(job.sizes)} clients is not a multiple of the cohort, "
@@ -181,7 +192,8 @@ def infer_layout(job: Job) -> layouts.Layout:
     jax.eval_shape(job.task.init, key),
     (jax.tree.map(struct, job.task.train), size, index, key),
   )
-  if job.clients > 1 and "chunks" in jax.tree.leaves(layouts.kinds(layout.state)):
+  kinds = jax.tree.leaves(layouts.kinds(layout.state))
+  if job.clients > 1 and any(kind.startswith("chunks") for kind in kinds):
     raise ValueError("two_phase keeps a memory by worker, and a population is kept by client")
   return layout
 
@@ -233,6 +245,7 @@ def all_finite(tree: Tree) -> Array:
 
 def initial(job: Job, layout: layouts.Layout, key: Key) -> TrainState:
   """Round zero, private leaves with a row per owner [P, ...]."""
+  job = blocked(job)
   params_key, run_key = jax.random.split(key)
   axes = meshes.worker_axes(job.axes)
   init = layouts.over_workers(job.method.init, axes, None, layouts.lead(layout.state))
@@ -257,18 +270,26 @@ def deployed(job: Job, layout: layouts.Layout, state: State) -> Tree:
   return jax.tree.map(lambda p, x: jnp.mean(x, 0) if p else x, private, models)
 
 
-def round_traffic(job: Job, layout: layouts.Layout) -> list[wire.Transfer]:
-  """What one worker's algorithm sends in a round of `period` steps, read off the traced sync."""
+def traffic(job: Job, layout: layouts.Layout, rounds: int) -> wire.Traffic:
+  """What one worker's algorithm sends in the first rounds, read off the traced sync.
+
+  A worker of several devices sends what each of them sends.
+  """
   key = jax.eval_shape(lambda: jax.random.key(0))
   weight = jax.ShapeDtypeStruct((), jnp.float32)
-  args = (layout.local_shapes, layout.state_shapes, weight, key)
-  return wire.traffic(partial(sync, job), *args, axes=meshes.worker_axes(job.axes))
+  round_ = lambda state, local, weight, key: sync(blocked(job), local, state, weight, key)
+  args = (layout.state_shapes, layout.local_shapes, weight, key)
+  axes = meshes.worker_axes(job.axes)
+  return wire.traffic_of_rounds(round_, *args, axes=axes, rounds=rounds)
 
 
 def dense_traffic(job: Job) -> list[wire.Transfer]:
   """What the plain mean of one gradient would send: the yardstick for every other method."""
   params = jax.eval_shape(job.task.init, jax.random.key(0))
-  return wire.traffic(collectives.mean, params, axes=meshes.worker_axes(job.axes))
+  cut = sharded.fsdp_cut(job.axes)
+  exact = blockwise(mean(), cut) if cut else mean()
+  average = lambda grads: exact.aggregate(grads, exact.init(grads), jax.random.key(0)).value
+  return wire.traffic(average, params, axes=meshes.worker_axes(job.axes))
 
 
 def metrics_traffic(job: Job, rounds: int) -> list[wire.Transfer]:

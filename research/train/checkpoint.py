@@ -235,7 +235,7 @@ def _rebuilt(leaves: dict[str, Array], like: TrainState) -> TrainState:
 def _struct(leaf: Array, saved: tuple[int, ...], kind: str) -> jax.ShapeDtypeStruct:
   """Restores into the leaf's own sharding, or, where it will be resized, everywhere."""
   shape, sharding = leaf.shape, leaf.sharding
-  if kind == "chunks" or (kind == "rows" and saved[1:] == shape[1:]):
+  if kind.startswith("chunks") or (kind == "rows" and saved[1:] == shape[1:]):
     shape = saved
   if shape != leaf.shape:
     assert isinstance(sharding, NamedSharding)
@@ -249,6 +249,9 @@ def _fitted(found: Array, like: Array, kind: str) -> Array:
     return found
   if kind == "chunks":
     resize = partial(layouts.recut_chunks, shape=like.shape)
+  elif kind == "chunks of blocks":
+    of_block = partial(layouts.recut_chunks, shape=(like.shape[0], *like.shape[2:]))
+    resize = jax.vmap(of_block, 1, 1)
   else:
     resize = partial(layouts.resize_rows, owners=like.shape[0])
   return jax.jit(resize, out_shardings=like.sharding)(found)

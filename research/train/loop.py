@@ -123,8 +123,7 @@ class Run:
     self.test = executor.place(*problem.test, data_key) if problem.test else None
     self.evaluate = metrics.evaluator(job.task, evaluation_shards(job, config.executor))
     self.differing = metrics.replica_check(self.state)
-    per_step = wire.by_axis(workers.round_traffic(job, self.layout), job.method.period)
-    self.bytes_per_step: dict[str, float] = per_step
+    self.traffic = workers.traffic(job, self.layout, problem.steps // job.method.period)
     self.log = report.Metrics(folder, self.step, config.tensorboard) if main else None
     self.timing.resume(self.log.rows[-1]["seconds"] if self.log and self.log.rows else 0.0)
     self.pending: Pending | None = None
@@ -230,9 +229,10 @@ class Run:
     starts = [first, *range((first // every + 1) * every, last, every)]
     counts = np.diff([*starts, last])
     means = np.add.reduceat(losses, np.subtract(starts, first), dtype=np.float64) / counts
-    seconds, sent = round(self.timing.elapsed(), 4), sum(self.bytes_per_step.values())
+    seconds, period = round(self.timing.elapsed(), 4), self.problem.job.method.period
+    sent = lambda steps: round(self.traffic.until(steps / period))
     return [
-      {"step": stop, "loss": loss, "seconds": seconds, "bytes": round(stop * sent)}
+      {"step": stop, "loss": loss, "seconds": seconds, "bytes": sent(stop)}
       for stop, loss in zip([*starts[1:], last], means.tolist(), strict=True)
     ]
 
@@ -300,6 +300,7 @@ class Run:
     dense = wire.by_axis(workers.dense_traffic(job))
     rounds = max(1, self.timing.largest // job.method.period)
     shared = wire.by_axis(workers.metrics_traffic(job, rounds), rounds * job.method.period)
+    transfers, steps = self.traffic.transfers, self.problem.steps
     return {
       "task": config.task,
       "model": config.model,
@@ -317,10 +318,11 @@ class Run:
       "eval": evaluated.get("eval", {}),
       "evaluated_on": self.evaluated_on,
       "wire": {
-        "bytes_per_step_per_worker": self.bytes_per_step,
+        "bytes_per_step_per_worker": wire.by_axis(transfers, steps),
         "metrics_bytes_per_step_per_worker": shared,
-        "total_bytes_per_worker": self.step * sum(self.bytes_per_step.values()),
+        "total_bytes_per_worker": self.traffic.until(self.step / job.method.period),
         "dense_bytes_per_step_per_worker": sum(dense.values()),
+        "transfers": wire.table(transfers, steps),
       },
       "params_sha256": params_sha256(self.problem.executor.params(self.state)),
     }

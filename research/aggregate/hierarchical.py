@@ -1,0 +1,102 @@
+"""Two levels of links: exact averages over the fast ones, any aggregator over the slow ones."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from research.aggregate.chunks import cut, joined
+from research.aggregate.mean import mean
+from research.base import Aggregate, Aggregator, Array, Key, State, Tree
+from research.comm import collectives, wire
+
+
+def hierarchical(inner: Aggregator, *, fast: str = "data", slow: str = "slice") -> Aggregator:
+  """Reduce-scatter within a slice, the inner aggregator between slices, gather within the slice.
+
+      m_s[f] = mean over the slice of x[f],   value[f] = A_slow(m_1[f], ..., m_S[f]),   f in [F]
+
+  Each of the F workers of a slice looks after one chunk of every leaf, so that a slow link carries
+  1 / F of the inner payload per worker, and the fast ones two exact all-reduce halves. What the
+  inner aggregator did not send of m_s[f] is owed by the worker of that chunk, F times over:
+  sent_i = x_i - F (m_s[f] - sent_s[f]) there, and x_i elsewhere; the mean over the slice is exact,
+  so a memory belongs around: `error_feedback(hierarchical(two_phase(int8(), axis='slice')))`.
+
+  Args:
+    inner: an aggregator over the slow axis alone (`axis='slice'`).
+    fast: the worker axis inside a slice.
+    slow: the worker axis between slices.
+
+  Raises:
+    ValueError: when traced on a mesh without both axes, or with an inner aggregator that talks over
+      the fast one.
+
+  Reference: Jia et al. 2018, arXiv 1807.11205, section 4.2 (hierarchical all-reduce).
+  """
+
+  def chunk_of(tree: Tree) -> Tree:
+    """Shapes of the chunks that one worker looks after."""
+    sizes = collectives.worker_count(slow), collectives.worker_count(fast)
+    return jax.tree.map(lambda x: jnp.zeros_like(_split(x, *sizes)[0]), tree)
+
+  def aggregate(tree, state, key):
+    slices, width = collectives.worker_count(slow), collectives.worker_count(fast)
+    place = collectives.worker_index(fast)
+    parts = jax.tree.map(lambda x: _split(x, slices, width), tree)
+    received = collectives.exchange(parts, fast)
+    means = jax.tree.map(lambda x: jnp.mean(x, 0), received)
+    _check_axes(inner, means, state, key, fast, slow)
+    value, sent, link = inner.aggregate(means, state, key)
+
+    def less(x, own, m, s):
+      owed = lax.dynamic_update_index_in_dim(jnp.zeros_like(own), width * (m - s), place, 0)
+      return x - _whole(owed, x, slices)
+
+    back = lambda v, x: _whole(collectives.gather(v, fast), x, slices)
+    whole_value = jax.tree.map(back, value, tree)
+    return Aggregate(whole_value, jax.tree.map(less, tree, parts, means, sent), link)
+
+  return Aggregator(
+    lambda params: inner.init(chunk_of(params)), aggregate, inner.traits | {"dense"}
+  )
+
+
+def hierarchical_mean(fast: str = "data", slow: str = "slice") -> Aggregator:
+  """The mean over all workers with little on the slow links: `hierarchical` of the exact mean.
+
+  Between S slices of F workers each worker sends 2 (S-1)/S of 1 / F of its tree, and within the
+  slice 2 (F-1)/F of the tree.
+
+  Args:
+    fast: the worker axis inside a slice.
+    slow: the worker axis between slices.
+
+  Raises:
+    ValueError: when traced on a mesh without both axes.
+  """
+  return hierarchical(mean(axis=slow), fast=fast, slow=slow)
+
+
+def _split(x: Array, slices: int, width: int) -> Array:
+  """[F, chunk], so that where the inner cuts by slices, worker (s, f) owns part s F + f of all."""
+  parts = cut(x, slices * width)
+  parts = parts.reshape(slices, width, *parts.shape[1:]).swapaxes(0, 1)
+  return parts.reshape(width, slices * parts.shape[2], *parts.shape[3:])
+
+
+def _whole(parts: Array, like: Array, slices: int) -> Array:
+  """The leaf that `_split` made [F, chunk] of."""
+  width = parts.shape[0]
+  parts = parts.reshape(width, slices, parts.shape[1] // slices, *parts.shape[2:])
+  return joined(parts.swapaxes(0, 1), like)
+
+
+def _check_axes(
+  inner: Aggregator, tree: Tree, state: State, key: Key, fast: str, slow: str
+) -> None:
+  struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+  args = jax.tree.map(struct, (tree, state, key))
+  sizes = {axis: collectives.worker_count(axis) for axis in (slow, fast)}
+  if any(fast in t.axes for t in wire.traffic(inner.aggregate, *args, axes=sizes)):
+    raise ValueError(
+      f"what hierarchical wraps talks over '{fast}' too; give it the slow axis, axis='{slow}'"
+    )

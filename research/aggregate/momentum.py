@@ -1,0 +1,80 @@
+"""Momentum on each worker before compression, corrected for what is sent late."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from research.aggregate.composition import refuse
+from research.base import WORKER_AXES, Aggregate, Aggregator, State, Tree
+from research.comm import collectives
+
+
+class MomentumCorrectionState(NamedTuple):
+  momentum: Tree  # u_i, private
+  memory: Tree  # v_i, private
+  inner: State
+
+
+def momentum_correction(
+  inner: Aggregator,
+  *,
+  momentum: float = 0.9,
+  clip_norm: float = math.inf,
+  nesterov: bool = False,
+  axis: collectives.Axes = WORKER_AXES,
+) -> Aggregator:
+  """Deep gradient compression: accumulates velocities, not gradients, and sends the largest.
+
+      g_i <- g_i min(1, clip_norm W^-1/2 / ||g_i||)
+      u_i <- m u_i + g_i,       v_i <- v_i + u_i
+      u_i <- m (u_i + g_i),     v_i <- v_i + u_i + g_i       with Nesterov's momentum
+      value = A(v),   v_i <- v_i - sent_i,   u_i <- 0 where sent_i is not 0
+
+  Momentum of the optimizer would act on what arrives late; here a coordinate has its momentum while
+  it waits, and none left over from before it was sent (momentum factor masking). The optimizer
+  behind it is plain `sgd`. Where everything is sent at once, no momentum is left.
+
+  Args:
+    inner: a sparse aggregator, such as gather_mean(top_k(0.001)).
+    momentum: m, in [0, 1).
+    clip_norm: of the mean gradient; each worker's whole tree is clipped at W^-1/2 of it.
+    nesterov: Nesterov's momentum in place of Polyak's.
+    axis: the worker axes, for W.
+
+  Raises:
+    ValueError: for arguments out of range, or an inner aggregator in `composition.REFUSED`.
+
+  Reference: Lin, Han, Mao, Wang, Dally 2018, arXiv 1712.01887, algorithms 2 (momentum correction)
+    and 1 (local clipping), section 3.3.
+  """
+  if not 0 <= momentum < 1:
+    raise ValueError(f"momentum={momentum} is not in [0, 1)")
+  if not clip_norm > 0:
+    raise ValueError(f"clip_norm={clip_norm} is not in (0, inf]")
+  refuse("momentum_correction", inner)
+
+  def init(params):
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return MomentumCorrectionState(zeros, zeros, inner.init(params))
+
+  def accumulate(u, v, g):
+    u = momentum * (u + g) if nesterov else momentum * u + g
+    return u, v + u + g if nesterov else v + u
+
+  def aggregate(tree, state, key):
+    grads = tree
+    if math.isfinite(clip_norm):
+      clip = optax.clip_by_global_norm(clip_norm / math.sqrt(collectives.worker_count(axis)))
+      grads, _ = clip.update(tree, optax.EmptyState())
+    pairs = jax.tree.map(accumulate, state.momentum, state.memory, grads)
+    u, v = jax.tree.transpose(jax.tree.structure(tree), None, pairs)
+    value, sent, link = inner.aggregate(v, state.inner, key)
+    memory = jax.tree.map(jnp.subtract, v, sent)
+    u = jax.tree.map(lambda u, s: jnp.where(s == 0, u, 0), u, sent)
+    return Aggregate(value, sent, MomentumCorrectionState(u, memory, link))
+
+  traits = {"memory", "whole"} if math.isfinite(clip_norm) else {"memory"}
+  return Aggregator(init, aggregate, inner.traits | traits)
