@@ -2,12 +2,12 @@
 
     python experiments/bench.py --repeats=7 --out=results/bench
 
-Each case runs `train.loop.train` on its flags and a minimal JAX loop written for that case alone:
-the same model, loss, workers, batch, optimizer and steps per dispatch, its batches drawn with
-replacement, no evaluation, no checkpoints, no metrics but the loss, fetched once per dispatch as
-the loop does. Both are warmed up, then run alternately; the ratio of steps per second is taken pair
-by pair and its median is the figure. Beside them: for how long a checkpoint blocks, the memory of
-10,000 simulated workers, and the time to the first logged step. Writes result.json and table.md.
+Each case runs `train.loop.train` on its flags and the minimal JAX loop of `by_hand.py`, without
+evaluations and checkpoints, the losses fetched once per dispatch. Both are warmed up, then run
+alternately; the ratio of steps per second is taken pair by pair and its median is the figure.
+Beside them: what compressors and PowerSGD cost (`costs.py`), for how long a checkpoint blocks, the
+memory of 10,000 simulated workers, and the time to the first logged step. Writes result.json and
+table.md.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from absl import app, flags
+from absl import app, flags, logging
 
-from experiments import run
+from experiments import by_hand, costs, run
+from experiments.turns import in_turn, ratios, seconds
 from research.train.config import Config
 
 FLAGS = flags.FLAGS
@@ -38,129 +38,6 @@ class Case(NamedTuple):
   by_hand: Callable[[dict[str, Any]], Callable[[int], None]]
 
 
-def least_squares_by_hand(config: dict[str, Any]) -> Callable[[int], None]:
-  """Eight workers' gradients of the mean squared error, averaged, one SGD step."""
-  import jax.numpy as jnp
-
-  examples = load(config)
-  x, y = jnp.asarray(examples["x"]), jnp.asarray(examples["y"])
-
-  def loss(w, x, y):
-    return 0.5 * jnp.mean((x @ w - y) ** 2)
-
-  def update(w, grads):
-    return w - 0.1 * grads
-
-  return dispatches(config, loss, update, jnp.zeros(x.shape[-1]), x, y)
-
-
-def digits_by_hand(config: dict[str, Any]) -> Callable[[int], None]:
-  """Eight workers' gradients of a 64-128-10 perceptron, averaged, one heavy-ball step."""
-  import jax
-  import jax.numpy as jnp
-
-  examples = load(config)
-  x = jnp.asarray(examples["x"].reshape(*examples["x"].shape[:2], -1) / 16, jnp.float32)
-  y = jnp.asarray(examples["y"])
-
-  def loss(params, x, y):
-    w, _ = params
-    hidden = jax.nn.relu(x @ w["a"] + w["b"])
-    logits = jax.nn.log_softmax(hidden @ w["c"] + w["d"])
-    return -jnp.mean(jnp.take_along_axis(logits, y[:, None], 1))
-
-  def update(params, grads):
-    w, momentum = params
-    momentum = jax.tree.map(lambda m, g: 0.9 * m + g, momentum, grads[0])
-    return jax.tree.map(lambda w, m: w - 0.1 * m, w, momentum), momentum
-
-  keys = jax.random.split(jax.random.key(0))
-  w = {
-    "a": jax.random.normal(keys[0], (64, 128)) / 8,
-    "b": jnp.zeros(128),
-    "c": jax.random.normal(keys[1], (128, 10)) / 11,
-    "d": jnp.zeros(10),
-  }
-  return dispatches(config, loss, update, (w, jax.tree.map(jnp.zeros_like, w)), x, y)
-
-
-def dispatches(config, loss, update, state, x, y) -> Callable[[int], None]:
-  """Mini-batch steps, `steps_per_dispatch` of them in one scan."""
-  import jax
-  import jax.numpy as jnp
-
-  workers, batch = x.shape[0], int(config["batch_size"]) // x.shape[0]
-
-  def step(data, state, index):
-    x, y = data
-    take = jax.vmap(lambda rows, i: rows[i])
-    value, grads = jax.vmap(jax.value_and_grad(loss), (None, 0, 0))(
-      state, take(x, index), take(y, index)
-    )
-    return update(state, jax.tree.map(lambda g: jnp.mean(g, 0), grads)), jnp.mean(value)
-
-  def run(state, data, key, length):
-    index = jax.random.randint(key, (length, workers, batch), 0, data[0].shape[1])
-    return jax.lax.scan(partial(step, data), state, index)
-
-  run = jax.jit(run, static_argnames="length", donate_argnums=0)
-  return advancing(config, state, lambda state, i, n: run(state, (x, y), jax.random.key(i), n))
-
-
-def a9a_by_hand(config: dict[str, Any]) -> Callable[[int], None]:
-  """Twenty workers' gradients over all their rows of logistic regression, summed, one step."""
-  import jax
-  import jax.numpy as jnp
-  import numpy as np
-
-  examples = load(config)
-  x, y = jnp.asarray(examples["x"]), jnp.asarray(examples["y"], jnp.float32)
-  present = jnp.asarray(np.abs(examples["x"]).sum(-1) > 0, jnp.float32)
-  total = float(jnp.sum(present))
-
-  def loss(params, x, y, present):
-    logits = (x @ params[0])[:, 0] + params[1]
-    return jnp.sum(present * (jax.nn.softplus(logits) - y * logits)) / total
-
-  def step(data, params, _):
-    value, grads = jax.vmap(jax.value_and_grad(loss), (None, 0, 0, 0))(params, *data)
-    moved = jax.tree.map(lambda p, g: p - 1.0 * jnp.sum(g, 0), params, grads)
-    return moved, jnp.sum(value)
-
-  def run(params, data, length):
-    return jax.lax.scan(partial(step, data), params, None, length)
-
-  run = jax.jit(run, static_argnames="length", donate_argnums=0)
-  params = (jnp.zeros((x.shape[-1], 1)), jnp.zeros(()))
-  return advancing(config, params, lambda params, i, n: run(params, (x, y, present), n))
-
-
-def advancing(config, state, run) -> Callable[[int], None]:
-  """`advance(steps)` by dispatches, each one's losses fetched when the next has begun."""
-  import jax
-
-  held = [state]
-
-  def advance(steps: int) -> None:
-    length, before = config["steps_per_dispatch"], None
-    for i in range(steps // length):
-      held[0], losses = run(held[0], i, length)
-      if before is not None:
-        jax.device_get(before)
-      before = losses
-    jax.device_get(before)
-
-  return advance
-
-
-def load(config: dict[str, Any]) -> dict[str, Any]:
-  """The examples by worker, as the loop gets them."""
-  from research.train import assemble
-
-  settings = Config(**config)
-  return assemble.assemble(settings, assemble.check(settings)).examples
-
-
 CASES = {
   "least_squares": Case(
     {
@@ -169,7 +46,7 @@ CASES = {
       "steps": 200_000,
       "steps_per_dispatch": 1000,
     },
-    least_squares_by_hand,
+    by_hand.least_squares,
   ),
   "digits": Case(
     {
@@ -179,7 +56,7 @@ CASES = {
       "steps": 8000,
       "steps_per_dispatch": 100,
     },
-    digits_by_hand,
+    by_hand.digits,
   ),
   "a9a": Case(
     {
@@ -187,15 +64,15 @@ CASES = {
       "method": "data_parallel(sgd(1.0), mean())",
       "mesh": "data:20",
       "batch_size": "all",
-      "steps": 1000,
+      "steps": 3000,
       "steps_per_dispatch": 50,
     },
-    a9a_by_hand,
+    by_hand.a9a,
   ),
 }
 
 
-OTHERS = ("checkpoints", "memory", "start")
+OTHERS = ("compress", "power_sgd", "checkpoints", "memory", "start")
 
 
 def compare(name: str, repeats: int) -> dict[str, Any]:
@@ -213,20 +90,17 @@ def compare(name: str, repeats: int) -> dict[str, Any]:
       summary, _ = loop.train(config._replace(out=folder))
     return summary["steps_per_second"]
 
-  def by_hand() -> float:
-    start = time.perf_counter()
-    advance(config.steps)
-    return config.steps / (time.perf_counter() - start)
+  def theirs() -> float:
+    return config.steps / seconds(lambda: advance(config.steps))
 
-  for warm_up in (ours, by_hand):
-    warm_up()
-  pairs = [(ours(), by_hand()) for _ in range(repeats)]
+  loop_rates, hand_rates = in_turn((ours, theirs), repeats)
+  found = ratios(loop_rates, hand_rates)
   return {
     "case": name,
-    "ours": statistics.median(a for a, _ in pairs),
-    "by_hand": statistics.median(b for _, b in pairs),
-    "ratio": statistics.median(a / b for a, b in pairs),
-    "ratios": [round(a / b, 3) for a, b in pairs],
+    "ours": statistics.median(loop_rates),
+    "by_hand": statistics.median(hand_rates),
+    "ratio": statistics.median(found),
+    "ratios": [round(r, 3) for r in found],
   }
 
 
@@ -294,9 +168,57 @@ def command(*words: str) -> subprocess.Popen[str]:
   return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def pairs_table(rows: list[dict[str, Any]]) -> list[str]:
+  """Loop against hand-written loop, in Markdown."""
+  lines = ["| case | loop, steps/s | by hand, steps/s | ratio (median) | ratios |"]
+  lines.append("|---|---|---|---|---|")
+  for row in rows:
+    rates = f"{row['ours']:.0f} | {row['by_hand']:.0f} | {row['ratio']:.3f}"
+    lines.append(f"| {row['case']} | {rates} | {shown(row['ratios'])} |")
+  return lines
+
+
+def compress_table(rows: list[dict[str, Any]]) -> list[str]:
+  """Compressors against a copy, in Markdown."""
+  device, copied = rows[0]["device"], statistics.median(row["copy_ms"] for row in rows)
+  lines = [
+    f"\nEncode and decode of 64 MiB of float32 on {device}, as ratio to `jnp.copy` of them "
+    f"({copied:.3g} ms), each written over the result before:\n"
+  ]
+  lines.append(
+    "| compressor | bytes | encode, ms | decode, ms | ratio (median) | encode, of the copy's "
+    "bandwidth | largest sort |"
+  )
+  lines.append("|---|---|---|---|---|---|---|")
+  for row in rows:
+    times = f"{row['encode_ms']:.3g} | {row['decode_ms']:.3g} | {row['ratio']:.2f}"
+    rest = f"{row['encode_bandwidth']:.0%} | {row['largest_sort']:,}"
+    lines.append(f"| {row['compressor']} | {row['payload_bytes']:,} | {times} | {rest} |")
+  return lines
+
+
+def power_sgd_table(rows: list[dict[str, Any]]) -> list[str]:
+  """Steps with PowerSGD against dense ones, in Markdown."""
+  lines = [
+    "\nA step with error_feedback(power_sgd(4)) against a dense one, MLP of 1.9 million "
+    "parameters, batch 256, one worker:\n"
+  ]
+  lines.append("| executor | dense, ms | PowerSGD, ms | ratio (median) | ratios |")
+  lines.append("|---|---|---|---|---|")
+  for row in rows:
+    times = f"{row['dense_ms']:.2f} | {row['power_sgd_ms']:.2f} | {row['ratio']:.2f}"
+    lines.append(f"| {row['executor']} | {times} | {shown(row['ratios'])} |")
+  return lines
+
+
+def shown(ratios: list[float]) -> str:
+  return ", ".join(f"{ratio:.2f}" for ratio in ratios)
+
+
 def main(argv: list[str]) -> None:
   """Runs the cases, prints the table, writes the result."""
   del argv
+  logging.set_verbosity(logging.WARNING)
   unknown = [name for name in FLAGS.cases if name not in (*CASES, *OTHERS)]
   if unknown:
     run.fail(2, f"--cases={unknown[0]}: unknown; legal: {', '.join((*CASES, *OTHERS))}")
@@ -304,13 +226,14 @@ def main(argv: list[str]) -> None:
     from research.train import folder, report
 
     pairs = [compare(name, FLAGS.repeats) for name in FLAGS.cases if name in CASES]
-    lines = ["| case | loop, steps/s | by hand, steps/s | ratio (median) | ratios |"]
-    lines.append("|---|---|---|---|---|")
-    for row in pairs:
-      ratios = ", ".join(f"{r:.2f}" for r in row["ratios"])
-      rates = f"{row['ours']:.0f} | {row['by_hand']:.0f} | {row['ratio']:.3f}"
-      lines.append(f"| {row['case']} | {rates} | {ratios} |")
     result: dict[str, Any] = {"environment": folder.environment(), "pairs": pairs}
+    lines = pairs_table(pairs) if pairs else []
+    if "compress" in FLAGS.cases:
+      result["compress"] = costs.compress(FLAGS.repeats)
+      lines += compress_table(result["compress"])
+    if "power_sgd" in FLAGS.cases:
+      result["power_sgd"] = costs.power_sgd(FLAGS.repeats)
+      lines += power_sgd_table(result["power_sgd"])
     if "checkpoints" in FLAGS.cases:
       blocked = result["checkpoint_milliseconds"] = checkpoints(FLAGS.repeats)
       middle, top = statistics.median(blocked), max(blocked)

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from research.base import WORKER_AXES, Aggregate, Aggregator, Array
 from research.comm import collectives
 
+FUSED = 8  # the largest rank whose products are not written to memory of their own
+
 
 def power_sgd(rank: int = 2, axis: collectives.Axes = WORKER_AXES, *, seed: int = 0) -> Aggregator:
   """A rank-r approximation of each worker's matrix, averaged; both factors by all-reduce.
@@ -40,22 +42,24 @@ def power_sgd(rank: int = 2, axis: collectives.Axes = WORKER_AXES, *, seed: int 
     shape = (x.shape[-1], rank) if is_low_rank(x, rank) else (0,)
     return jax.random.normal(key, shape, jnp.float32)
 
-  def one(x, q):
-    if not is_low_rank(x, rank):
-      return collectives.mean(x, axis), x, q
-    m = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    p, _ = jnp.linalg.qr(collectives.mean(m @ q, axis))
-    own = m.T @ p
-    q = collectives.mean(own, axis)
-    shaped = lambda right: (p @ right.T).reshape(x.shape).astype(x.dtype)
-    return shaped(q), shaped(own), q
-
   def aggregate(tree, state, key):
     del key
     leaves, treedef = jax.tree.flatten(tree)
-    results = [one(x, q) for x, q in zip(leaves, treedef.flatten_up_to(state), strict=True)]
-    value, sent, factors = (treedef.unflatten([r[i] for r in results]) for i in range(3))
-    return Aggregate(value, sent, factors)
+    q = treedef.flatten_up_to(state)
+    exact = {i: x for i, x in enumerate(leaves) if not is_low_rank(x, rank)}
+    m = {i: as_matrix(x) for i, x in enumerate(leaves) if i not in exact}
+    left, exact_mean = collectives.mean(({i: m[i] @ q[i] for i in m}, exact), axis)
+    p = {i: jnp.linalg.qr(left[i])[0] for i in m}
+    own = {i: p[i].T @ m[i] for i in m}  # Q_i^T
+    right = collectives.mean(own, axis)
+
+    def restored(rights, vectors):
+      shaped = lambda i, x: product(p[i], rights[i]).reshape(x.shape).astype(x.dtype)
+      return [vectors[i] if i in exact else shaped(i, x) for i, x in enumerate(leaves)]
+
+    factors = [right[i].T if i in m else q[i] for i in range(len(leaves))]
+    value, sent = restored(right, exact_mean), restored(own, exact)
+    return Aggregate(*map(treedef.unflatten, (value, sent, factors)))
 
   return Aggregator(init, aggregate, frozenset({"dense"}))
 
@@ -64,3 +68,18 @@ def is_low_rank(x: Array, rank: int) -> bool:
   """Whether two factors are smaller than the leaf."""
   rows = x.size // x.shape[-1] if x.ndim > 1 and x.shape[-1] else 0
   return rows > 0 and rank * (rows + x.shape[-1]) < x.size
+
+
+def as_matrix(x: Array) -> Array:
+  """float32 [all dimensions but the last, last]."""
+  return x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+
+
+def product(left: Array, right: Array) -> Array:
+  """left @ right for few columns of left, as a sum that fuses with what it is added to.
+
+  A matrix product would be written to memory first, and here it is as large as the leaf.
+  """
+  if left.shape[1] > FUSED:
+    return left @ right
+  return sum((left[:, k, None] * right[k] for k in range(1, left.shape[1])), left[:, :1] * right[0])

@@ -1,0 +1,135 @@
+"""Minimal JAX loops written by hand, one for each case: what bench.py holds the loop against.
+
+The model, loss, workers, batch, optimizer and steps per dispatch are those of the case's flags;
+batches are drawn with replacement, and there are no evaluations, checkpoints or metrics but the
+loss, fetched once per dispatch as the loop does.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from research.train.config import Config
+
+
+def least_squares(config: dict[str, Any]) -> Callable[[int], None]:
+  """Eight workers' gradients of the mean squared error, averaged, one SGD step."""
+  import jax.numpy as jnp
+
+  examples = load(config)
+  x, y = jnp.asarray(examples["x"]), jnp.asarray(examples["y"])
+
+  def loss(w, x, y):
+    return 0.5 * jnp.mean((x @ w - y) ** 2)
+
+  def update(w, grads):
+    return w - 0.1 * grads
+
+  return dispatches(config, loss, update, jnp.zeros(x.shape[-1]), x, y)
+
+
+def digits(config: dict[str, Any]) -> Callable[[int], None]:
+  """Eight workers' gradients of a 64-128-10 perceptron, averaged, one heavy-ball step."""
+  import jax
+  import jax.numpy as jnp
+
+  examples = load(config)
+  x = jnp.asarray(examples["x"].reshape(*examples["x"].shape[:2], -1) / 16, jnp.float32)
+  y = jnp.asarray(examples["y"])
+
+  def loss(params, x, y):
+    w, _ = params
+    hidden = jax.nn.relu(x @ w["a"] + w["b"])
+    logits = jax.nn.log_softmax(hidden @ w["c"] + w["d"])
+    return -jnp.mean(jnp.take_along_axis(logits, y[:, None], 1))
+
+  def update(params, grads):
+    w, momentum = params
+    momentum = jax.tree.map(lambda m, g: 0.9 * m + g, momentum, grads[0])
+    return jax.tree.map(lambda w, m: w - 0.1 * m, w, momentum), momentum
+
+  keys = jax.random.split(jax.random.key(0))
+  w = {
+    "a": jax.random.normal(keys[0], (64, 128)) / 8,
+    "b": jnp.zeros(128),
+    "c": jax.random.normal(keys[1], (128, 10)) / 11,
+    "d": jnp.zeros(10),
+  }
+  return dispatches(config, loss, update, (w, jax.tree.map(jnp.zeros_like, w)), x, y)
+
+
+def dispatches(config, loss, update, state, x, y) -> Callable[[int], None]:
+  """Mini-batch steps, `steps_per_dispatch` of them in one scan."""
+  import jax
+  import jax.numpy as jnp
+
+  workers, batch = x.shape[0], int(config["batch_size"]) // x.shape[0]
+
+  def step(data, state, index):
+    x, y = data
+    take = jax.vmap(lambda rows, i: rows[i])
+    value, grads = jax.vmap(jax.value_and_grad(loss), (None, 0, 0))(
+      state, take(x, index), take(y, index)
+    )
+    return update(state, jax.tree.map(lambda g: jnp.mean(g, 0), grads)), jnp.mean(value)
+
+  def run(state, data, key, length):
+    index = jax.random.randint(key, (length, workers, batch), 0, data[0].shape[1])
+    return jax.lax.scan(partial(step, data), state, index)
+
+  run = jax.jit(run, static_argnames="length", donate_argnums=0)
+  return advancing(config, state, lambda state, i, n: run(state, (x, y), jax.random.key(i), n))
+
+
+def a9a(config: dict[str, Any]) -> Callable[[int], None]:
+  """Twenty workers' gradients over all their rows of logistic regression, summed, one step."""
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+
+  examples = load(config)
+  x, y = jnp.asarray(examples["x"]), jnp.asarray(examples["y"], jnp.float32)
+  present = jnp.asarray(np.abs(examples["x"]).sum(-1) > 0, jnp.float32)
+  total = float(jnp.sum(present))
+
+  def loss(params, x, y, present):
+    logits = (x @ params[0])[:, 0] + params[1]
+    return jnp.sum(present * (jax.nn.softplus(logits) - y * logits)) / total
+
+  def step(data, params, _):
+    value, grads = jax.vmap(jax.value_and_grad(loss), (None, 0, 0, 0))(params, *data)
+    moved = jax.tree.map(lambda p, g: p - 1.0 * jnp.sum(g, 0), params, grads)
+    return moved, jnp.sum(value)
+
+  def run(params, data, length):
+    return jax.lax.scan(partial(step, data), params, None, length)
+
+  run = jax.jit(run, static_argnames="length", donate_argnums=0)
+  params = (jnp.zeros((x.shape[-1], 1)), jnp.zeros(()))
+  return advancing(config, params, lambda params, i, n: run(params, (x, y, present), n))
+
+
+def advancing(config, state, run) -> Callable[[int], None]:
+  """`advance(steps)` by dispatches, each one's losses fetched when the next has begun."""
+  import jax
+
+  held = [state]
+
+  def advance(steps: int) -> None:
+    length, before = config["steps_per_dispatch"], None
+    for i in range(steps // length):
+      held[0], losses = run(held[0], i, length)
+      if before is not None:
+        jax.device_get(before)
+      before = losses
+    jax.device_get(before)
+
+  return advance
+
+
+def load(config: dict[str, Any]) -> dict[str, Any]:
+  """The examples by worker, as the loop gets them."""
+  from research.train import assemble
+
+  settings = Config(**config)
+  return assemble.assemble(settings, assemble.check(settings)).examples

@@ -1,0 +1,166 @@
+"""What compression costs: encode and decode against a memory copy, a PowerSGD step against a dense.
+
+Both for the default backend, on one device. `experiments/bench.py --cases=compress,power_sgd` runs
+them and writes the tables.
+"""
+
+import math
+import re
+import statistics
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.turns import in_turn, milliseconds, ratios, seconds
+
+COMPRESSORS = (
+  "int8()",
+  "sign()",
+  "top_k(0.01)",
+  "bf16()",
+  "fp8()",
+  "int4()",
+  "qsgd()",
+  "natural()",
+  "random_k(0.01)",
+)
+LEAF = 2**24  # float32 elements: 64 MiB
+LEAST_SECONDS = 0.02  # that one timing takes; shorter work is repeated within it
+
+DENSE = "data_parallel(sgd(0.1), mean())"
+LOW_RANK = "data_parallel(sgd(0.1), error_feedback(power_sgd(4)))"
+HIDDEN, BATCH, STEPS = (1024, 1024), 256, 10
+
+
+class Timed(NamedTuple):
+  """A function of arrays that runs again and again, each result written over the one before."""
+
+  seconds: Callable[[], float]  # of one call
+  result: Any  # the first one
+  sorted: int  # elements of the largest array that it sorts
+
+
+def timed(function: Callable[..., Any], *args: Any) -> Timed:
+  """Compiles and runs once.
+
+  The result before is donated, so that no call waits for the system to hand out fresh pages, which
+  takes most of the time of a copy of 64 MiB on a CPU.
+  """
+  import jax
+
+  run = jax.jit(lambda held, *args: function(*args), donate_argnums=0, keep_unused=True)
+  result = jax.jit(function)(*args)
+  held = [jax.block_until_ready(jax.jit(function)(*args))]
+  sorts = re.findall(
+    r":\w+\[([\d,]+)\]\s+=\s+(?:sort|top_k)\[", str(jax.make_jaxpr(function)(*args))
+  )
+  largest = max((math.prod(map(int, shape.split(","))) for shape in sorts), default=0)
+
+  def repeat(calls: int) -> None:
+    for _ in range(calls):
+      held[0] = run(held[0], *args)
+    jax.block_until_ready(held[0])
+
+  repeat(1)
+  calls = math.ceil(LEAST_SECONDS / max(seconds(lambda: repeat(1)), 1e-6))
+  return Timed(lambda: seconds(lambda: repeat(calls)) / calls, result, largest)
+
+
+def compress(repeats: int) -> list[dict[str, Any]]:
+  """Each compressor on a 64 MiB leaf of normal values, in turn with `jnp.copy` of it.
+
+  A row's `encode_bandwidth` is the rate at which the bytes go that encode must read and write, leaf
+  and payload once each, over the rate of the copy's, twice the leaf.
+  """
+  import jax
+  import jax.numpy as jnp
+
+  from research import registry
+
+  x = jax.random.normal(jax.random.key(0), (LEAF,))
+  shared, own = jax.random.split(jax.random.key(1))
+  like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+  copy = timed(jnp.copy, x)
+  rows = []
+  for spec in COMPRESSORS:
+    compressor = registry.build("compressor", spec)
+    encode = timed(compressor.encode, x, shared, own)
+    decode = timed(lambda p, key, c=compressor: c.decode(p, like, key), encode.result, shared)
+    payload = sum(leaf.nbytes for leaf in jax.tree.leaves(encode.result))
+    found = in_turn([t.seconds for t in (copy, encode, decode)], repeats)
+    row = {"compressor": spec, "device": jax.devices()[0].device_kind, "payload_bytes": payload}
+    rows.append(row | _against_copy(*found) | {"largest_sort": encode.sorted})
+    moved = (x.nbytes + payload) / (2 * x.nbytes)
+    rows[-1]["encode_bandwidth"] = moved / statistics.median(ratios(found[1], found[0]))
+  return rows
+
+
+def _against_copy(copied: list[float], encoded: list[float], decoded: list[float]):
+  both = ratios([sum(pair) for pair in zip(encoded, decoded, strict=True)], copied)
+  return {
+    "copy_ms": milliseconds(copied),
+    "encode_ms": milliseconds(encoded),
+    "decode_ms": milliseconds(decoded),
+    "ratio": statistics.median(both),
+    "ratios": [round(r, 3) for r in both],
+  }
+
+
+def power_sgd(repeats: int) -> list[dict[str, Any]]:
+  """A step with error feedback around PowerSGD of rank 4 in turn with a dense one, by executor.
+
+  One worker's steps on an MLP of 1.9 million parameters and on random images of MNIST's number and
+  shape, `STEPS` of them in a dispatch.
+  """
+  from research.parallel.simulate import simulate
+  from research.parallel.spmd import spmd
+
+  task = _images()
+  rows = []
+  for executor in (simulate, spmd):
+    steps = [_steps(executor, task, method) for method in (DENSE, LOW_RANK)]
+    dense, low_rank = in_turn(steps, repeats)
+    found = ratios(low_rank, dense)
+    rows.append(
+      {
+        "executor": executor.__name__,
+        "dense_ms": milliseconds(dense),
+        "power_sgd_ms": milliseconds(low_rank),
+        "ratio": statistics.median(found),
+        "ratios": [round(r, 3) for r in found],
+      }
+    )
+  return rows
+
+
+def _images():
+  """Random images and labels, to be told apart by a perceptron."""
+  from research.models.classic import mlp
+  from research.tasks.supervised import supervised
+
+  draw = np.random.default_rng(0)
+  images = draw.integers(0, 256, (60_000, 28, 28), np.uint8)
+  labels = draw.integers(0, 10, 60_000, np.int32)
+  return supervised(mlp(HIDDEN)(10), {"x": images, "y": labels})
+
+
+def _steps(executor, task, method: str) -> Callable[[], float]:
+  """Seconds per step of a dispatch of one worker, which goes on where the one before ended."""
+  import jax
+
+  from research import registry
+  from research.parallel.workers import Job
+
+  sizes = np.asarray([len(task.train["y"])])
+  built = executor(Job(registry.build("method", method), task, {"data": 1}, sizes, BATCH))
+  held = [built.init(jax.random.key(0))]
+  examples = {name: rows[None] for name, rows in task.train.items()}
+  data = built.place(examples, sizes, jax.random.key(1))
+
+  def dispatch() -> None:
+    held[0], metrics = built.run(held[0], data, rounds=STEPS)
+    jax.block_until_ready((held[0], metrics))
+
+  dispatch()
+  return lambda: seconds(dispatch) / STEPS
