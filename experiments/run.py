@@ -37,6 +37,11 @@ TEXTS = {
 # name -> (text, least)
 NUMBERS = {
   "population": ("Clients, as many of which as there are workers are served per round; 0: all.", 0),
+  "sampling_rate": (
+    "Each client of the population takes part in a round with this probability, on one of the "
+    "mesh's workers; 0: one client of each worker's own.",
+    0.0,
+  ),
   "steps": ("Local steps.", 1),
   "epochs": ("Passes over the training data, in place of --steps if positive.", 0.0),
   "seed": ("Of the initial model, the order of examples and the method's randomness.", 0),

@@ -65,10 +65,11 @@ class Running:
     batch_size: int | None = 8,
     clip_norm: float = 0.0,
     task: Task | None = None,
+    sampling_rate: float = 0.0,
   ):
     task = task or regression()
     examples, counts = split(task, sizes)
-    self.job = workers.Job(method, task, dict(axes), counts, batch_size, clip_norm)
+    self.job = workers.Job(method, task, dict(axes), counts, batch_size, clip_norm, sampling_rate)
     self.layout = workers.infer_layout(self.job)
     self.executor = EXECUTORS[executor](self.job)
     self.state = self.executor.init(jax.random.key(0))

@@ -97,6 +97,17 @@ def simulation_mesh(workers: int, devices: Sequence[Any] | None = None) -> Mesh:
   return device_mesh({"data": size}, devices[:size])
 
 
+def options_for_sums(elements: int) -> dict[str, str | bool] | None:
+  """Compiler options with which a CPU sums `elements` over their leading axis at memory speed.
+
+  XLA:CPU before jaxlib 0.12 hands such a sum to a library that takes 40 times as long as XLA's own
+  loops do (31 ms against 0.7 for [8, 1024, 1024]); small ones are no slower there.
+  """
+  if jax.default_backend() != "cpu" or jax.__version_info__ >= (0, 12) or elements < 2**17:
+    return None
+  return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
+
+
 def detect_cluster(environ: Mapping[str, str]) -> str | None:
   """Which launcher started this process as one of several: 'slurm', 'gke', 'tpu' or None.
 

@@ -52,8 +52,8 @@ def data_parallel(
     return local._replace(grads=jax.tree.map(lambda a, g: a + g / period, local.grads, grads))
 
   def sync(local, state, *, key, weight=1.0, active=True):
-    del active
-    weighted = jax.tree.map(lambda g: (weight * g).astype(g.dtype), local.grads)
+    share = lambda g: jnp.where(active, (weight * g).astype(g.dtype), 0)
+    weighted = jax.tree.map(share, local.grads)
     value, _, link = aggregator.aggregate(weighted, state.link, key)
     updates, optimizer = inner.update(value, state.inner, state.params)
     return DataParallelState(optax.apply_updates(state.params, updates), optimizer, link)

@@ -35,10 +35,17 @@ def simulate(job: workers.Job) -> Executor:
     static_argnames="rounds",
     donate_argnames="state",
     out_shardings=(shardings, everywhere),
+    compiler_options=meshes.options_for_sums(_largest(job)),
   )
   deployed = lambda state: workers.deployed(job, layout, state.method)
   params = jax.jit(deployed, out_shardings=NamedSharding(mesh, P()))
   return Executor(init, partial(sharded.place, mesh, ("data",)), run, params)
+
+
+def _largest(job: workers.Job) -> int:
+  """Elements of the largest sum over workers."""
+  params = jax.eval_shape(job.task.init, jax.random.key(0))
+  return job.workers * max(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def _run(
@@ -50,7 +57,8 @@ def _run(
   lots = jax.vmap(draw, out_axes=1)(everyone)  # [K, W, ...]
   one = partial(_round, job, layout, data, state.key)
   method, losses = lax.scan(one, state.method, (numbers, lots))
-  loss = jnp.mean(losses * lots.weight[:, :, None], 1).reshape(-1)
+  share = lots.weight / jnp.maximum(jnp.sum(lots.weight, 1, keepdims=True), 1e-9)
+  loss = jnp.sum(losses * share[:, :, None], 1).reshape(-1)
   metrics = {"loss": loss, "finite": workers.all_finite(method)}
   return TrainState(state.round + rounds, state.key, method), metrics
 
@@ -60,7 +68,7 @@ def _round(job, layout, data, key, state, of_round):
   number, lots = of_round
   sync_key, step_key, _ = collectives.round_keys(key, number)
   everyone = jnp.arange(job.workers, dtype=jnp.int32)
-  owners = job.clients * everyone + lots.client
+  owners = lots.owner
   served = lambda rows: rows[owners] if job.clients > 1 else rows
   states = jax.tree.map(lambda p, x: served(x) if p else x, layout.state, state)
 

@@ -31,6 +31,7 @@ class Job(NamedTuple):
   sizes: np.ndarray  # [P]
   batch_size: int | None  # per worker and step; None: all of an owner's examples
   clip_norm: float = 0.0  # of each worker's gradient, before the method sees it; 0: none
+  sampling_rate: float = 0.0  # of Poisson sampling of the population; 0: one client per worker
 
   @property
   def workers(self) -> int:
@@ -43,15 +44,15 @@ class Job(NamedTuple):
 
   @property
   def even(self) -> bool:
-    """Whether all owners have equally many examples: then every weight is one."""
+    """Whether all owners have equally many examples."""
     return bool((self.sizes == self.sizes[0]).all())
 
 
 class Draw(NamedTuple):
   """A worker's lot for each of K rounds, drawn ahead of them."""
 
-  client: Array  # [K] int32, row of the owner that it serves
-  weight: Array  # [K], that owner's share of the objective; mean one over the workers
+  owner: Array  # [K] int32, whom it serves
+  weight: Array  # [K], that owner's share of the objective; zero where it serves nobody
   index: Tree  # [K, H, b], which of the owner's examples; None if all of them
 
 
@@ -60,17 +61,10 @@ def draw(job: Job, data: Data, key: Key, numbers: Array, worker: Array) -> Draw:
 
   Every worker draws the whole cohort, since a weight is relative to the cohort's mean.
   """
-  clients = jnp.zeros((len(numbers), job.workers), jnp.int32)
-  if job.clients > 1:
-
-    def cohort(number):
-      _, _, cohort_key = collectives.round_keys(key, number)
-      return jax.random.randint(cohort_key, (job.workers,), 0, job.clients, jnp.int32)
-
-    clients = jax.vmap(cohort)(numbers)
-  owners = clients + job.clients * jnp.arange(job.workers, dtype=jnp.int32)
+  owners, served = cohorts(job, key, numbers)
   sizes = data.sizes[owners]
-  weights = sizes / jnp.mean(sizes, 1, keepdims=True, dtype=jnp.float32)
+  mean = jnp.mean(data.sizes if job.sampling_rate else sizes, -1, dtype=jnp.float32)
+  weights = jnp.where(served, sizes / mean[..., None], 0)
   index = None
   if job.batch_size is not None:
     period = job.method.period
@@ -86,7 +80,35 @@ def draw(job: Job, data: Data, key: Key, numbers: Array, worker: Array) -> Draw:
     of_rounds = (0, 0, 0 if job.clients > 1 else None)
     samples = jax.vmap(jax.vmap(sample, (None, 0, None)), of_rounds)
     index = samples(sizes[:, worker], steps, own)
-  return Draw(clients[:, worker], weights[:, worker], index)
+  return Draw(owners[:, worker], weights[:, worker], index)
+
+
+def cohorts(job: Job, key: Key, numbers: Array) -> tuple[Array, Array]:
+  """Whom the workers serve in the rounds `numbers` [K]: owners [K, W], and whether anybody.
+
+  Without a sampling rate, one client of each worker's own stratum. With one, every client of the
+  population takes part by itself with that probability: their number is binomial and, given it,
+  every set of so many clients as likely as any other. Workers beyond it serve nobody.
+  """
+  everyone = jnp.arange(job.workers, dtype=jnp.int32)
+  key_of_round = lambda number: collectives.round_keys(key, number)[2]
+
+  def of_strata(number):
+    client = jax.random.randint(key_of_round(number), everyone.shape, 0, job.clients, jnp.int32)
+    return client + job.clients * everyone, jnp.ones(job.workers, bool)
+
+  def of_population(number):
+    count_key, order_key = jax.random.split(key_of_round(number))
+    size = len(job.sizes)
+    taking_part = jax.random.binomial(count_key, size, job.sampling_rate)
+    owners = jax.random.choice(order_key, size, everyone.shape, replace=False)
+    return owners.astype(jnp.int32), everyone < taking_part
+
+  if job.sampling_rate:
+    return jax.vmap(of_population)(numbers)
+  if job.clients > 1:
+    return jax.vmap(of_strata)(numbers)
+  return jnp.tile(everyone, (len(numbers), 1)), jnp.ones((len(numbers), job.workers), bool)
 
 
 def value_and_clipped_grad(job: Job) -> Callable[..., tuple[Array, Tree]]:
@@ -160,6 +182,8 @@ def put(private: Tree, held: State, client: Array, state: State) -> State:
 
 def sync(job: Job, local: Local, state: State, weight: Array, key: Key) -> State:
   """The part of a round that communicates; runs with the worker axes in scope."""
+  if job.sampling_rate:
+    return job.method.sync(local, state, key=key, weight=weight, active=weight > 0)
   return job.method.sync(local, state, key=key, weight=1.0 if job.even else weight)
 
 
@@ -167,8 +191,9 @@ def infer_layout(job: Job) -> layouts.Layout:
   """Which state of the job is private, by tracing one of its rounds.
 
   Raises:
-    ValueError: if the population is not a multiple of the workers, or the method keeps a worker's
-      chunk of a whole and the workers serve several clients.
+    ValueError: if the population is not a multiple of the workers, the method keeps a worker's
+      chunk of a whole and the workers serve several clients, or clients are sampled at a rate and
+      the method keeps private state.
   """
   job = blocked(job)
   if len(job.sizes) % job.workers:
@@ -195,6 +220,8 @@ def infer_layout(job: Job) -> layouts.Layout:
   kinds = jax.tree.leaves(layouts.kinds(layout.state))
   if job.clients > 1 and any(kind.startswith("chunks") for kind in kinds):
     raise ValueError("two_phase keeps a memory by worker, and a population is kept by client")
+  if job.sampling_rate and any(jax.tree.leaves(layout.state)):
+    raise ValueError("the method keeps state of each client; sampling at a rate goes without")
   return layout
 
 
@@ -217,19 +244,20 @@ def rounds_of_worker(
   def one(held, of_round):
     number, lot = of_round
     sync_key, step_key, _ = collectives.round_keys(state.key, number)
-    examples = jax.tree.map(lambda x: pick(True, x, lot.client), data.examples)
-    size = data.sizes[job.clients * worker + lot.client]
+    client = lot.owner - job.clients * worker
+    examples = jax.tree.map(lambda x: pick(True, x, client), data.examples)
+    size = data.sizes[lot.owner]
     local, losses = local_phase(
       job,
-      pick(private, held, lot.client),
+      pick(private, held, client),
       examples,
       size,
       lot.index,
       collectives.worker_key(step_key),
       constrain,
     )
-    after = sync(job, local, pick(private, held, lot.client), lot.weight, sync_key)
-    return put(private, held, lot.client, after), losses
+    after = sync(job, local, pick(private, held, client), lot.weight, sync_key)
+    return put(private, held, client, after), losses
 
   held, losses = lax.scan(one, state.method, (numbers, lots))
   weighted = (losses * lots.weight[:, None]).reshape(-1)

@@ -53,7 +53,7 @@ def check(config: Config) -> Setting:
     near = difflib.get_close_matches(config.executor, EXECUTORS, 1)
     hint = f"; did you mean '{near[0]}'?" if near else ";"
     raise UsageError(f"--executor='{config.executor}': unknown{hint} legal: {', '.join(EXECUTORS)}")
-  for name in ("epochs", "clip_norm", "tolerance", "checkpoint_seconds"):
+  for name in ("epochs", "clip_norm", "tolerance", "checkpoint_seconds", "sampling_rate"):
     with flag(name, getattr(config, name)):
       if not math.isfinite(getattr(config, name)):
         raise ValueError("not a finite number")
@@ -66,6 +66,8 @@ def check(config: Config) -> Setting:
   with flag("population", config.population):
     if owners % workers:
       raise ValueError(f"not a multiple of the {workers} workers of --mesh='{config.mesh}'")
+  with flag("sampling_rate", config.sampling_rate):
+    _check_sampling(config, workers)
   with flag("method", config.method):
     method = registry.build("method", config.method)
   with flag("task", config.task):
@@ -93,6 +95,23 @@ def _batch_size(config: Config, workers: int) -> int | None:
   return size // workers
 
 
+def _check_sampling(config: Config, workers: int) -> None:
+  rate, population = config.sampling_rate, config.population
+  if not 0 <= rate <= 1:
+    raise ValueError("not in [0, 1]")
+  if not rate:
+    return
+  if not population or config.executor != "simulate":
+    raise ValueError("needs --population and --executor=simulate")
+  expected = rate * population
+  most = min(population, math.ceil(expected + 6 * math.sqrt(expected * (1 - rate)) + 6))
+  if workers < most:
+    raise ValueError(
+      f"of {population} clients {expected:.0f} take part on average, and rarely up to {most}; "
+      f"--mesh='{config.mesh}' has places for {workers}"
+    )
+
+
 def assemble(config: Config, setting: Setting) -> Problem:
   """Builds every part of a run and holds them against each other.
 
@@ -110,7 +129,7 @@ def assemble(config: Config, setting: Setting) -> Problem:
   with flag("batch_size", config.batch_size):
     if config.batch_size != "all" and int(config.batch_size) > total:
       raise ValueError(f"the task has {total} training examples; 'all' takes them all")
-  job = Job(method, task, axes, sizes, batch_size, config.clip_norm)
+  job = Job(method, task, axes, sizes, batch_size, config.clip_norm, config.sampling_rate)
   with flag("mesh", config.mesh):
     module = importlib.import_module(EXECUTORS[config.executor])
     executor = getattr(module, config.executor)(job)

@@ -18,6 +18,7 @@ class Config(NamedTuple):
   executor: str = "simulate"
   mesh: str = "data:8"
   population: int = 0
+  sampling_rate: float = 0.0
   partition: str = "iid()"
   batch_size: int | str = 256
   steps: int = 400

@@ -1,0 +1,83 @@
+"""Whom the workers serve: Poisson sampling of a population, and DP-SGD on it against numpy."""
+
+import jax
+import numpy as np
+import pytest
+from problems import Running, distance, regression
+
+from research import registry
+from research.parallel import workers
+from research.train.assemble import check
+from research.train.config import Config, UsageError
+
+CLIENTS, PLACES, RATE = 240, 60, 0.1
+
+
+def private_sgd(aggregator: str) -> Running:
+  """One example per client, each client in a round with probability 0.1, at most 60 of them."""
+  method = registry.build("method", f"data_parallel(sgd(0.5), {aggregator})")
+  return Running(
+    method, "simulate", {"data": PLACES}, (1,) * CLIENTS, batch_size=1, sampling_rate=RATE
+  )
+
+
+def test_every_client_takes_part_by_itself():
+  """Binomial numbers, all clients and pairs of clients equally often, nobody twice in a round."""
+  job = private_sgd("mean()").job
+  rounds = 20_000
+  owners, served = map(
+    np.asarray,
+    jax.jit(lambda key, numbers: workers.cohorts(job, key, numbers))(
+      jax.random.key(3), np.arange(rounds)
+    ),
+  )
+  assert all(len(set(row)) == PLACES for row in owners[:100])
+  counts = served.sum(1)
+  variance = CLIENTS * RATE * (1 - RATE)
+  assert abs(counts.mean() - CLIENTS * RATE) < 4 * np.sqrt(variance / rounds)
+  assert abs(counts.var() - variance) < 4 * variance * np.sqrt(2 / rounds)
+  taking_part = np.zeros((rounds, CLIENTS), np.float32)
+  np.put_along_axis(taking_part, owners, served, 1)
+  together = taking_part.T @ taking_part / rounds
+  alone, pairs = np.diag(together), together[np.triu_indices(CLIENTS, 1)]
+  assert np.abs(alone - RATE).max() < 5 * np.sqrt(RATE * (1 - RATE) / rounds)
+  assert np.abs(pairs - RATE**2).max() < 5.5 * np.sqrt(RATE**2 * (1 - RATE**2) / rounds)
+
+
+def test_dp_sgd_equals_numpy():
+  """Per-example gradients, clipped, summed over those who take part, divided by the places."""
+  clip = 0.7
+  run = private_sgd(f"noisy(mean(), clip={clip}, noise=0.0)")
+  params = jax.tree.map(lambda x: np.asarray(x, np.float64), run.params())
+  task = regression()
+  x, y = (np.asarray(task.train[name], np.float64) for name in "xy")
+  owners, served = map(
+    np.asarray, workers.cohorts(run.job, run.state.key, np.arange(3, dtype=np.int32))
+  )
+  for round_ in range(3):
+    total = jax.tree.map(np.zeros_like, params)
+    for owner in owners[round_][served[round_]]:
+      error = x[owner] @ params["w"] + params["b"] - y[owner]
+      grads = {"b": error, "w": np.outer(x[owner], error)}
+      norm = np.sqrt(sum(np.sum(g**2) for g in grads.values()))
+      total = {k: total[k] + min(1, clip / norm) * grads[k] for k in total}
+    params = {k: params[k] - 0.5 * total[k] / PLACES for k in params}
+  assert distance(run.rounds(3).params(), params) <= 1e-5
+
+
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({"sampling_rate": 0.1}, "needs --population and --executor=simulate"),
+    ({"sampling_rate": 1.5}, r"not in \[0, 1\]"),
+    ({"sampling_rate": 0.1, "population": 160, "mesh": "data:16"}, "rarely up to 45"),
+  ],
+)
+def test_what_cannot_be_sampled_is_refused(changes, words):
+  with pytest.raises(UsageError, match=words):
+    check(Config(**changes))
+
+
+def test_private_state_is_refused():
+  with pytest.raises(ValueError, match="keeps state of each client"):
+    private_sgd("error_feedback(gather_mean(top_k(0.1)))")
