@@ -123,7 +123,8 @@ class Values:
       found = eqn.primitive.bind(*inputs, **eqn.params)
       return found if eqn.primitive.multiple_results else [found]
 
-    return [np.asarray(x) for x in jax.vmap(bind)(*map(jnp.asarray, given))]
+    with jax.ensure_compile_time_eval():  # whoever reads a program may itself be traced
+      return [np.asarray(x) for x in jax.vmap(bind)(*map(jnp.asarray, given))]
 
   def _changing(self, eqn: Any) -> list[np.ndarray | None]:
     """Values of the inputs that are not literals: what only depends on these needs no following."""
