@@ -12,6 +12,7 @@ import numpy as np
 
 from research.base import Array, Params, TrainState
 from research.comm import wire
+from research.comm.mesh import worker_axes
 from research.parallel import workers
 from research.train import folder as folders
 from research.train import interrupt, metrics, report
@@ -314,6 +315,7 @@ class Run:
       "seconds": round(self.timing.elapsed(), 3),
       "compile_seconds": round(self.timing.compiling, 3),
       "steps_per_second": round(self.timing.steps_per_second(), 3),
+      "aggregated": "per shard" if len(job.axes) > len(worker_axes(job.axes)) else "whole leaves",
       "train_loss": evaluated.get("train_loss"),
       "eval": evaluated.get("eval", {}),
       "evaluated_on": self.evaluated_on,

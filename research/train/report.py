@@ -170,6 +170,9 @@ def loss_plot(folder: Path, summary: Mapping[str, Any]) -> None:
 def closing_table(summary: Mapping[str, Any], folder: Path) -> str:
   """The few figures that a run ends with, one per line, and where its plot is."""
   wire = summary["wire"]
+  share = sum(wire["bytes_per_step_per_worker"].values()) / max(
+    wire["dense_bytes_per_step_per_worker"], 1e-9
+  )
   rows = [
     ("stopped because", summary["stopped_because"]),
     ("steps", f"{summary['steps']}"),
@@ -185,6 +188,8 @@ def closing_table(summary: Mapping[str, Any], folder: Path) -> str:
       (f"bytes per step and worker over {axis}", f"{value:,.0f}")
       for axis, value in wire["bytes_per_step_per_worker"].items()
     ),
+    *([("of what the exact mean sends", f"{share:.2%}")] if abs(share - 1) > 1e-6 else []),
+    *([("aggregated", "per shard")] if summary["aggregated"] == "per shard" else []),
     ("plot", str(folder / "loss.png")),
   ]
   width = max(len(name) for name, _ in rows)
