@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from research.base import WORKER_AXES, Array, Key, Tree
@@ -110,3 +111,44 @@ def exchange(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
     return x.reshape(math.prod(sizes), *x.shape[len(names) :])
 
   return jax.tree.map(one, tree)
+
+
+def permute(tree: Tree, links: Sequence[tuple[int, int]], axes: Axes = WORKER_AXES) -> Tree:
+  """What the worker that has a link to this one sent; zeros where none has.
+
+  A permutation of simulated workers is a rule of its own: JAX's wants every worker to send, and
+  forgets one of two axes.
+
+  Args:
+    tree: arrays, this worker's message.
+    links: (sender, receiver) by worker number; nobody sends or receives twice.
+    axes: the worker axes to talk over.
+  """
+  names = in_scope(axes)
+  sizes = [lax.axis_size(name) for name in names]
+  sender = np.full(math.prod(sizes), -1)
+  sender[[to for _, to in links]] = [from_ for from_, _ in links]
+
+  @jax.custom_batching.custom_vmap
+  def send(x, places):
+    del places  # tells the rule which axis is being simulated, if it is one of the workers'
+    return lax.ppermute(x, names, links)
+
+  @send.def_vmap
+  def simulated(size, batched, x, places):
+    if not any(batched[1]):
+      return send(x, places), True
+    (here,) = (i for i, is_here in enumerate(batched[1]) if is_here)
+    whole = x if batched[0] else jnp.broadcast_to(x, (size, *x.shape))
+    others = [i for i in range(len(names)) if i != here]
+    for i in reversed(others):
+      whole = lax.all_gather(whole, names[i])
+    whole = jnp.moveaxis(whole, len(others), here).reshape(len(sender), *x.shape[batched[0] :])
+    mine = jnp.moveaxis(jnp.asarray(sender.reshape(sizes)), here, -1)
+    mine = mine[tuple(places[i] for i in others)]
+    found = whole[mine]
+    has_one = (mine >= 0).reshape(size, *[1] * (found.ndim - 1))
+    return jnp.where(has_one, found, jnp.zeros((), found.dtype)), True
+
+  places = tuple(lax.axis_index(name) for name in names)
+  return jax.tree.map(lambda x: send(x, places), tree)

@@ -103,12 +103,9 @@ class Values:
     self._found |= {v: value for v, value in known if value is not None}
 
   def inside(self, eqn: Any, program: core.ClosedJaxpr) -> Known:
-    """What is known of the inputs of a program that an equation holds."""
-    given = self.of(eqn.invars)
-    if eqn.primitive.name == "scan":  # what comes after the constants changes from turn to turn
-      given = [x if i < eqn.params["num_consts"] else None for i, x in enumerate(given)]
-    count = len(program.jaxpr.invars)
-    fits = len(given) == count and eqn.primitive.name != "while"
+    """What is known of the inputs of a program that an equation holds; of a loop's body, nothing."""
+    given, count = self.of(eqn.invars), len(program.jaxpr.invars)
+    fits = len(given) == count and eqn.primitive.name not in ("scan", "while")
     return given if fits else [None] * count
 
   def evaluated(self, eqn: Any) -> Known | None:

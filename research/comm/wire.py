@@ -82,6 +82,17 @@ def traffic(program: Callable[..., Any], *args: Any, axes: Mapping[str, int]) ->
   return reader.transfers
 
 
+def axes_of(program: Callable[..., Any], *args: Any, axes: Mapping[str, int]) -> set[str]:
+  """The axes that a program's collectives are over, in whichever branch; arguments as `traffic`."""
+
+  def found(jaxpr: core.Jaxpr) -> set[str]:
+    ours = [_axis_names(eqn) for eqn in jaxpr.eqns if eqn.primitive.name in _OPERATIONS]
+    inner = [found(p.jaxpr) for eqn in jaxpr.eqns for p in of_rounds.programs(eqn)]
+    return set().union(*ours, *inner)
+
+  return found(jax.make_jaxpr(program, axis_env=list(axes.items()))(*args).jaxpr)
+
+
 def traffic_of_rounds(
   program: Callable[..., Any], state: Any, *args: Any, axes: Mapping[str, int], rounds: int
 ) -> Traffic:
@@ -174,8 +185,7 @@ class _Reader:
     return outputs if is_call else unknown
 
   def _collective(self, eqn: Any, runs: np.ndarray) -> None:
-    names = eqn.params.get("axes", eqn.params.get("axis_name"))
-    names = tuple(names) if isinstance(names, (tuple, list)) else (names,)
+    names = _axis_names(eqn)
     if eqn.params.get("axis_index_groups") is not None:
       raise ValueError("collectives among groups of one axis are not counted; use two axes")
     operation = _OPERATIONS[eqn.primitive.name]
@@ -199,6 +209,11 @@ class _Reader:
     over = [n for n in named if isinstance(n, str) and n in self.axes]
     if over and eqn.primitive.name != "axis_index":
       raise ValueError(f"what '{eqn.primitive.name}' sends over {', '.join(over)} is not known")
+
+
+def _axis_names(eqn: Any) -> tuple[str, ...]:
+  names = eqn.params.get("axes", eqn.params.get("axis_name"))
+  return tuple(names) if isinstance(names, (tuple, list)) else (names,)
 
 
 def ring_share(operation: str, workers: int, edges: int = 0) -> float:
