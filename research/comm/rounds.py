@@ -103,7 +103,7 @@ class Values:
     self._found |= {v: value for v, value in known if value is not None}
 
   def inside(self, eqn: Any, program: core.ClosedJaxpr) -> Known:
-    """What is known of the inputs of a program that an equation holds; of a loop's body, nothing."""
+    """What is known of the inputs of a program that an equation holds: of a loop, nothing."""
     given, count = self.of(eqn.invars), len(program.jaxpr.invars)
     fits = len(given) == count and eqn.primitive.name not in ("scan", "while")
     return given if fits else [None] * count
