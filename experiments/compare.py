@@ -102,7 +102,7 @@ def plans(config: Config, specs: list[str], seeds: int) -> list[Plan]:
   found = []
   for place, (spec, label) in enumerate(zip(specs, labels(specs), strict=True), 1):
     try:
-      if spec in specs[: place - 1]:
+      if "".join(spec.split()) in ["".join(before.split()) for before in specs[: place - 1]]:
         raise UsageError(f"'{spec}' stands there twice")
       found.append(plan(config._replace(method=spec), label, seeds))
     except UsageError as error:
@@ -248,12 +248,16 @@ def figures(outcome: Outcome, target: float | None, conditions: Conditions) -> d
     measures = {"mean": statistics.mean, "least": min, "greatest": max}
     found |= {f"accuracy_{name}": of(accuracies) for name, of in measures.items()}
   found |= step_seconds(summaries, conditions)
+  fixed = found["compute_seconds_per_step"] + found["latency_seconds_per_step"]
+  of_bytes = found["seconds_per_step"] - fixed  # of a mean step; early ones may send more
+  seconds = curve.steps * fixed + curve.sent * (of_bytes / sent if sent else 0.0)
+  found["curve"]["seconds"] = seconds.tolist()
   if target is not None and not diverged:
-    found |= to_target(curve, target, found["seconds_per_step"] if conditions.link else None)
+    found |= to_target(curve, target, seconds if conditions.link else None)
   return found
 
 
-def to_target(curve: Curve, target: float, seconds_per_step: float | None) -> dict[str, Any]:
+def to_target(curve: Curve, target: float, seconds: np.ndarray | None) -> dict[str, Any]:
   """Steps to the target, the bytes that a worker has sent until then and the seconds it takes."""
   steps = steps_to(curve, target)
   if steps is None:
@@ -263,22 +267,27 @@ def to_target(curve: Curve, target: float, seconds_per_step: float | None) -> di
     "at_first_evaluation": steps == float(curve.steps[0]),
     "bytes_to_target": float(np.interp(steps, curve.steps, curve.sent)),
   }
-  return found | ({"seconds_to_target": steps * seconds_per_step} if seconds_per_step else {})
+  if seconds is not None:
+    found["seconds_to_target"] = float(np.interp(steps, curve.steps, seconds))
+  return found
 
 
 def step_seconds(summaries: list[dict[str, Any]], conditions: Conditions) -> dict[str, float]:
-  """Of a local step: seconds of computing, of communicating on the link if any, and both."""
+  """Of a mean local step: seconds of computing, of latency on the link if any, and in all."""
   from research.comm import cost
   from research.comm import mesh as meshes
 
   measured = 1 / statistics.median(s["steps_per_second"] for s in summaries)
-  computing, talking = conditions.compute_seconds or measured, 0.0
+  computing, waiting, talking = conditions.compute_seconds or measured, 0.0, 0.0
   if conditions.link:
     axes, link = meshes.parse_mesh(summaries[0]["mesh"]), cost.parse_link(conditions.link)
-    talking = cost.seconds(summaries[0]["wire"]["transfers"], axes, link)
+    rows = summaries[0]["wire"]["transfers"]
+    talking = cost.seconds(rows, axes, link)
+    waiting = cost.seconds(rows, axes, link._replace(bits_per_second=math.inf))
   return {
     "compute_seconds_per_step": computing,
     "communication_seconds_per_step": talking,
+    "latency_seconds_per_step": waiting,
     "seconds_per_step": computing + talking,
   }
 

@@ -105,8 +105,9 @@ def caption(result: Result) -> list[str]:
   slices = ", within slices as between them" if "slice" in result["mesh"] else ""
   return [
     *lines,
-    f"Seconds: {computing}; then the communication of a mean step as predicted for a link of "
-    f"{result['link']} per worker{slices}, one collective per leaf on a ring, none overlapping.",
+    f"Seconds: {computing}; then the communication of what is sent by then, as predicted for a "
+    f"link of {result['link']} per worker{slices}, one collective per leaf on a ring, none "
+    "overlapping.",
   ]
 
 
@@ -169,10 +170,10 @@ def draw_method(axes: Sequence[Any], row: Row, target: float | None, style: dict
   import numpy as np
 
   losses, steps = np.array(row["curve"]["losses"]), np.array(row["curve"]["steps"])
-  pace, color = row["seconds_per_step"], style["color"]
-  across = (steps, row["curve"]["sent"], steps * pace)
+  seconds, color = row["curve"]["seconds"], style["color"]
+  across = (steps, row["curve"]["sent"], seconds)
   there = row.get("steps_to_target", np.nan)
-  dots = (there, row.get("bytes_to_target"), there * pace)
+  dots = (there, row.get("bytes_to_target"), np.interp(there, steps, seconds))
   for ax, x, dot in zip(axes, across, dots, strict=True):
     ax.plot(x, losses.mean(0), **style)
     ax.fill_between(x, losses.min(0), losses.max(0), color=color, alpha=0.15, lw=0)
@@ -189,7 +190,7 @@ def draw_scales(axes: Sequence[Any], result: Result) -> None:
     axes[0].set_yscale("log")
   ends = [
     [row["curve"]["sent"][-1] for row in drawn],
-    [row["curve"]["steps"][-1] * row["seconds_per_step"] for row in drawn],
+    [row["curve"]["seconds"][-1] for row in drawn],
   ]
   for ax, last in zip(axes[1:], ends, strict=True):
     if last and 0 < 5 * min(last) < max(last):

@@ -52,7 +52,7 @@ def test_dp_sgd_equals_numpy():
   task = regression()
   x, y = (np.asarray(task.train[name], np.float64) for name in "xy")
   owners, served = map(
-    np.asarray, workers.cohorts(run.job, run.state.key, np.arange(3, dtype=np.int32))
+    np.asarray, workers.cohorts(run.job, run.state.key, jax.numpy.arange(3, dtype=np.int32))
   )
   for round_ in range(3):
     total = jax.tree.map(np.zeros_like, params)

@@ -169,7 +169,7 @@ CURVE = compare.Curve(STEPS, 5 * STEPS, LOSSES)  # best, averaged: 3, 2, 2, 1
 )
 def test_the_target_is_reached_on_a_line_between_the_best_losses(target, steps):
   assert compare.steps_to(CURVE, target) == steps
-  found = compare.to_target(CURVE, target, 2.0)
+  found = compare.to_target(CURVE, target, 2.0 * CURVE.steps)
   assert found.get("bytes_to_target") == (steps and 5 * steps)
   assert found.get("seconds_to_target") == (steps and 2 * steps)
   assert found.get("at_first_evaluation") == (steps and steps == 10)

@@ -34,11 +34,12 @@ JOB = (
   "--checkpoint_every=10",
   "--checkpoint_seconds=0",
 )
-# Optimizers, and how the two processes find each other.
+# Optimizer and aggregator, and how the two processes find each other.
 JOBS = {
-  "sgd": ("sgd(0.1)", "flags"),
-  "momentum": ("sgd(0.1, momentum=0.9)", "slurm"),
-  "adam": ("adam(1e-2)", "flags"),
+  "sgd": ("sgd(0.1), mean()", "flags"),
+  "momentum": ("sgd(0.1, momentum=0.9), mean()", "slurm"),
+  "adam": ("adam(1e-2), mean()", "flags"),
+  "compressed": ("sgd(0.1), error_feedback(two_phase(int8()))", "flags"),
 }
 
 # Python imports it at its start: at the end it lists the files that were opened for writing.
@@ -83,9 +84,9 @@ def pair(start):
   """Starts the two processes of a job, each in a folder of its own, as JOBS says."""
 
   def pair(folder: Path, name: str, *more: str) -> list[subprocess.Popen]:
-    optimizer, launcher = JOBS[name]
+    pieces, launcher = JOBS[name]
     joining = {"flags": by_flags, "slurm": by_slurm}[launcher]()
-    arguments = (f"--method=data_parallel({optimizer}, mean())", f"--out={folder / 'out'}", *more)
+    arguments = (f"--method=data_parallel({pieces})", f"--out={folder / 'out'}", *more)
     return [
       start(folder / f"cwd{i}", *arguments, *flags, JAX_NUM_CPU_DEVICES="4", **environ)
       for i, (flags, environ) in enumerate(joining)
@@ -183,7 +184,7 @@ def undisturbed(pair, tmp_path_factory):
 
 @pytest.mark.parametrize("name", JOBS)
 def test_two_processes_compute_what_one_does(name, undisturbed, start, tmp_path):
-  method = f"--method=data_parallel({JOBS[name][0]}, mean())"
+  method = f"--method=data_parallel({JOBS[name][0]})"
   single = start(tmp_path, method, f"--out={tmp_path / 'out'}", JAX_NUM_CPU_DEVICES="8")
   assert end([single])[0][0] == 0
   two, one = undisturbed(name)[0], tmp_path

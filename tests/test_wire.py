@@ -120,7 +120,9 @@ def test_a_warm_up_is_followed_round_by_round():
   )
   program = lambda state, x: aggregator.aggregate(x, state, jax.random.key(0)).state
   state = jax.eval_shape(aggregator.init, X)
-  found = wire.traffic_of_rounds(program, state, X, axes=EIGHT, rounds=30)
+  found = wire.traffic_of_rounds(
+    program, state, X, axes=EIGHT, rounds=30, first=lambda: aggregator.init(jnp.zeros(X.shape))
+  )
   of_top_k = lambda k: 7 * (4 * k + 10 * k / 8)
   sent = np.repeat([7000.0, of_top_k(250), of_top_k(10)], 10)
   np.testing.assert_allclose(found.sent, sent, atol=7 * 3)
@@ -142,8 +144,26 @@ def test_a_condition_on_what_does_not_count_is_refused():
     return {"n": state["n"] + 1, "x": branch(state["n"] % 3 == 0, x)}
 
   state = {"n": jax.ShapeDtypeStruct((), jnp.int32), "x": X}
+  first = lambda: {"n": jnp.zeros((), jnp.int32), "x": jnp.zeros(1000)}
   for program in (flips, doubles):
     with pytest.raises(ValueError, match="branches"):
-      wire.traffic_of_rounds(program, state, X, axes=EIGHT, rounds=8)
-  found = wire.traffic_of_rounds(counts, state, X, axes=EIGHT, rounds=8)
+      wire.traffic_of_rounds(program, state, X, axes=EIGHT, rounds=8, first=first)
+  found = wire.traffic_of_rounds(counts, state, X, axes=EIGHT, rounds=8, first=first)
   np.testing.assert_array_equal(found.sent, 7000.0 * (np.arange(8) % 3 == 0))
+  later = lambda: {"n": jnp.full((), 3, jnp.int32), "x": jnp.zeros(1000)}
+  with pytest.raises(ValueError, match="branches"):
+    wire.traffic_of_rounds(counts, state, X, axes=EIGHT, rounds=8, first=later)
+
+
+def test_branches_that_differ_only_in_when_they_send_are_told_apart():
+  send = lambda x: lax.pmean(x, "data")
+  early = lambda n, x: lax.cond(n < 3, send, lambda x: x, x)
+  late = lambda n, x: lax.cond(n >= 3, send, lambda x: x, x)
+
+  def program(state, pick, x):
+    return {"n": state["n"] + 1, "x": lax.cond(pick, early, late, state["n"], x)}
+
+  state = {"n": jax.ShapeDtypeStruct((), jnp.int32), "x": X}
+  first = lambda: {"n": jnp.zeros((), jnp.int32), "x": jnp.zeros(1000)}
+  with pytest.raises(ValueError, match="branches"):
+    wire.traffic_of_rounds(program, state, True, X, axes=EIGHT, rounds=6, first=first)

@@ -174,7 +174,7 @@ def _attacked(
     shown = jax.tree.map(choose, lie(tree, key, count), tree)
     return inner.aggregate(shown, state, key)
 
-  return Aggregator(inner.init, aggregate, inner.traits)
+  return Aggregator(inner.init, aggregate, inner.traits | {"forged"})
 
 
 def _honest_mean(tree: Tree, faulty: int, count: int, axis: collectives.Axes) -> Tree:

@@ -24,7 +24,8 @@ def blockwise(inner: Aggregator, cut: Cut) -> Aggregator:
   A leaf that is cut is B leaves to the inner aggregator, each with a key of its own; a leaf that is
   not cut lies on every device and is aggregated apart from the others, in the same way on each. So
   no value crosses the axis, and a k, a scale, a rank or a distance is that of a shard. The state
-  has a leading dimension [B] everywhere. `parallel/sharded.py` runs the same on the devices.
+  has a leading dimension [B], but for scalar whole numbers: they count rounds, for all blocks.
+  `parallel/sharded.py` runs the same on the devices.
 
   Args:
     inner: the aggregator of a shard.
@@ -36,12 +37,16 @@ def blockwise(inner: Aggregator, cut: Cut) -> Aggregator:
   pair = of_shard(inner)
 
   def init(params):
-    return Blocks(jax.vmap(pair.init)(split(params, cut)))
+    shards = split(params, cut)
+    first = jax.eval_shape(lambda parts: pair.init(jax.tree.map(lambda x: x[0], parts)), shards)
+    return Blocks(jax.vmap(pair.init, out_axes=by_block(first))(shards))
 
   def aggregate(tree, state, key):
     both_keys = lambda block: jnp.stack([shard_key(key, block), key])
     keys = jax.vmap(both_keys)(jnp.arange(cut.size))
-    value, sent, after = jax.vmap(pair.aggregate)(split(tree, cut), state.part, keys)
+    axes = by_block(state.part)
+    run = jax.vmap(pair.aggregate, (0, axes, 0), Aggregate(0, 0, axes))
+    value, sent, after = run(split(tree, cut), state.part, keys)
     return Aggregate(join(value, tree, cut), join(sent, tree, cut), Blocks(after))
 
   return Aggregator(init, aggregate, inner.traits)
@@ -49,7 +54,7 @@ def blockwise(inner: Aggregator, cut: Cut) -> Aggregator:
 
 def of_shard(inner: Aggregator) -> Aggregator:
   """On (shards of cut leaves, whole leaves), with keys [2] for them: what one device does."""
-  refuse("a mesh with axes inside a worker", inner)
+  refuse("fsdp", inner)
 
   def init(pieces):
     return tuple(inner.init(leaves) if leaves else () for leaves in pieces)
@@ -62,6 +67,16 @@ def of_shard(inner: Aggregator) -> Aggregator:
     return Aggregate(*(tuple(part) for part in zip(*found, strict=True)))
 
   return Aggregator(init, aggregate, inner.traits)
+
+
+def is_counter(leaf: Array | jax.ShapeDtypeStruct) -> bool:
+  """Whether a leaf of a state counts rounds: a scalar whole number."""
+  return leaf.shape == () and jnp.issubdtype(leaf.dtype, jnp.integer)
+
+
+def by_block(state: State) -> Tree:
+  """`in_axes` of `vmap` over blocks."""
+  return jax.tree.map(lambda leaf: None if is_counter(leaf) else 0, state)
 
 
 def shard_key(key: Key, block: Array) -> Key:

@@ -2,26 +2,47 @@
 
 A trait is what a wrapper must know of the aggregator that it wraps:
 
-    memory     keeps what a worker did not send, to send it later
+    memory     keeps leaves from round to round, such as what a worker did not send
     vote       sends signs without a scale
     selects    its value is not the mean of what the workers sent
     noise      adds noise that hides a worker
+    secret     masks what a worker sends
+    forged     replaces what faulty workers have
     whole      looks at all of a worker's leaves at once
     expansive  its compressor may miss more than all of a value
     dense      what it sends is not zero at most positions
+    local      its value differs from worker to worker
+    weighted   its value weights the workers by their place in the graph
+    directed   what worker i makes of worker j's value is not what j makes of i's
+    varying    the workers that it averages change from round to round
     partial    its value is the mean of those workers alone that did not drop out
 """
 
 from research.base import Aggregator, Compressor
 
+_AROUND = ("only_large", "warm_up")  # warm_up: unless all stages are alike in that
 _MEMORY = ("error_feedback", "ef21", "diana", "momentum_correction")
+
+_COMMON_MODEL = (
+  "data_parallel",
+  "local_sgd",
+  "post_local_sgd",
+  "hierarchical_local_sgd",
+  "slow_mo",
+  "easgd",
+  "eamsgd",
+  "diloco",
+  "streaming_diloco",
+)
 
 # (wrappers, trait of what they wrap, why not): README shows this table, tests walk it.
 REFUSED: tuple[tuple[tuple[str, ...], str, str], ...] = (
   (_MEMORY, "memory", "what was not sent would be kept twice, and sent twice"),
   (_MEMORY, "vote", "signs without a scale are no part of the value: the rest of it only grows"),
   (_MEMORY, "selects", "memories add up only where the value is the mean of what was sent"),
+  (_MEMORY, "local", "neighbours receive other averages: memories add up in the mean of all alone"),
   (_MEMORY, "noise", "the memory would send the noise back, and one example many times"),
+  (_MEMORY, "forged", "the attack belongs around: a faulty worker's memory would only grow"),
   (
     ("error_feedback", "ef21", "momentum_correction"),
     "expansive",
@@ -34,7 +55,19 @@ REFUSED: tuple[tuple[tuple[str, ...], str, str], ...] = (
     "momentum is cleared where something was sent, and here that is everywhere",
   ),
   (("noisy",), "noise", "one accountant cannot tell what two noises hide"),
-  (("a mesh with axes inside a worker",), "whole", "a device there sees only its own shard"),
+  (_AROUND, "noise", "what goes around it is not hidden"),
+  (_AROUND, "secret", "what goes around it is not masked"),
+  (_AROUND, "selects", "what goes around it is not protected from faulty workers"),
+  (("hierarchical",), "memory", "a memory belongs around it: that of a chunk has no place to go"),
+  (("hierarchical", "fsdp"), "whole", "each sees only a part of a worker's leaves"),
+  (_COMMON_MODEL, "local", "the workers' models would part for good; take d_psgd"),
+  (
+    ("d_psgd", "dgd", "gradient_tracking", "extra", "admm"),
+    "weighted",
+    "a worker's steps would count by its place in the graph; take sgp",
+  ),
+  (("extra", "admm"), "directed", "their dual part needs symmetric weights"),
+  (("extra", "admm"), "varying", "their dual part needs the same weights in each round"),
 )
 
 

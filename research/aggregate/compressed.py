@@ -75,12 +75,23 @@ def two_phase(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) -> A
   Sends 2 (W-1)/W payloads of the leaf per worker at any W.
 
   Args:
-    compressor: any; applied to chunks of ceil(n / W) elements.
+    compressor: a contractive one; applied to chunks of ceil(n / W) elements.
     axis: the worker axes to average over.
+
+  Raises:
+    ValueError: if the compressor may miss more than all of a value: the memory of what is owed
+      would grow without bound.
 
   Reference: Tang et al. 2019, arXiv 1905.05957 (DoubleSqueeze), algorithm 1, with the server's part
   spread over the workers as in Tang et al. 2021, arXiv 2102.02888, section 5.
   """
+
+  if not compressor.contractive:
+    raise ValueError(
+      "two_phase keeps what it owes, which grows without bound where a compressor may miss more "
+      "than all of a value (terngrad, qsgd of few levels, unbiased random_k, count_sketch); take "
+      "gather_mean or sum_mean"
+    )
 
   def init(params):
     count = collectives.worker_count(axis)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from research.aggregate.chunks import cut, joined
+from research.aggregate.composition import refuse
 from research.aggregate.mean import mean
 from research.base import Aggregate, Aggregator, Array, Key, State, Tree
 from research.comm import collectives, wire
@@ -27,11 +28,15 @@ def hierarchical(inner: Aggregator, *, fast: str = "data", slow: str = "slice") 
     slow: the worker axis between slices.
 
   Raises:
-    ValueError: when traced on a mesh without both axes, or with an inner aggregator that talks over
-      the fast one.
+    ValueError: for an inner aggregator in `composition.REFUSED`, or equal axes; when traced on a
+      mesh without both axes, or with an inner aggregator that talks over the fast one.
 
   Reference: Jia et al. 2018, arXiv 1807.11205, section 4.2 (hierarchical all-reduce).
   """
+
+  if fast == slow:
+    raise ValueError(f"fast='{fast}' and slow='{slow}' are the same axis")
+  refuse("hierarchical", inner)
 
   def chunk_of(tree: Tree) -> Tree:
     """Shapes of the chunks that one worker looks after."""
@@ -45,7 +50,7 @@ def hierarchical(inner: Aggregator, *, fast: str = "data", slow: str = "slice") 
     received = collectives.exchange(parts, fast)
     means = jax.tree.map(lambda x: jnp.mean(x, 0), received)
     _check_axes(inner, means, state, key, fast, slow)
-    value, sent, link = inner.aggregate(means, state, key)
+    value, sent, link = inner.aggregate(means, state, collectives.worker_key(key, fast))
 
     def less(x, own, m, s):
       owed = lax.dynamic_update_index_in_dim(jnp.zeros_like(own), width * (m - s), place, 0)
@@ -96,7 +101,7 @@ def _check_axes(
   struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
   args = jax.tree.map(struct, (tree, state, key))
   sizes = {axis: collectives.worker_count(axis) for axis in (slow, fast)}
-  if any(fast in t.axes for t in wire.traffic(inner.aggregate, *args, axes=sizes)):
+  if fast in wire.axes_of(inner.aggregate, *args, axes=sizes):
     raise ValueError(
       f"what hierarchical wraps talks over '{fast}' too; give it the slow axis, axis='{slow}'"
     )

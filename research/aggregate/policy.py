@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from research.aggregate.composition import refuse
 from research.aggregate.mean import mean
 from research.base import WORKER_AXES, Aggregate, Aggregator, Array, State, Tree
 from research.comm import collectives
@@ -24,10 +25,11 @@ def only_large(
     axis: the worker axes over which small leaves are averaged.
 
   Raises:
-    ValueError: if min_size < 0.
+    ValueError: if min_size < 0, or for an inner aggregator in `composition.REFUSED`.
   """
   if min_size < 0:
     raise ValueError(f"min_size={min_size} is not at least 0")
+  refuse("only_large", inner)
 
   def parts(tree):
     leaves, treedef = jax.tree.flatten(tree)
@@ -40,7 +42,7 @@ def only_large(
 
   def aggregate(tree, state, key):
     big, small, join = parts(tree)
-    out = inner.aggregate(big, state, key)
+    out = inner.aggregate(big, state, key) if big else Aggregate(big, big, state)
     exact = mean(axis).aggregate(small, (), key)
     return Aggregate(join(out.value, exact.value), join(out.sent, exact.sent), out.state)
 
@@ -124,17 +126,23 @@ def warm_up(
     stages: the aggregators before, one after the other; the exact mean by default.
 
   Raises:
-    ValueError: if steps < 1, or there are fewer steps than stages.
+    ValueError: if there are no stages or fewer steps than stages, or for aggregators in
+      `composition.REFUSED`.
 
   Reference: Lin et al. 2018, arXiv 1712.01887, section 3.3; 1-bit Adam's warm-up: Tang et al. 2021,
     arXiv 2102.02888.
   """
   every = (*([mean()] if stages is None else stages), inner)
-  if steps < max(1, len(every) - 1):
-    raise ValueError(f"steps={steps} is not at least 1 for each of {max(1, len(every) - 1)} stages")
+  if len(every) == 1 or steps < len(every) - 1:
+    raise ValueError(
+      f"steps={steps} for {len(every) - 1} stages: one or more, of a step or more each"
+    )
+  common = frozenset.intersection(*(a.traits for a in every))
+  for stage in every:
+    refuse("warm_up", stage._replace(traits=stage.traits - common))
   ends = jnp.asarray([steps * (i + 1) // (len(every) - 1) for i in range(len(every) - 1)])
 
-  def stage(number: int) -> Callable[[Tree, tuple[State, ...], Array], Aggregate]:
+  def run_stage(number: int) -> Callable[[Tree, tuple[State, ...], Array], Aggregate]:
     def run(tree, states, key):
       value, sent, state = every[number].aggregate(tree, states[number], key)
       return Aggregate(value, sent, (*states[:number], state, *states[number + 1 :]))
@@ -146,7 +154,7 @@ def warm_up(
 
   def aggregate(tree, state, key):
     number = jnp.sum(state.count >= ends)
-    branches = [stage(i) for i in range(len(every))]
+    branches = [run_stage(i) for i in range(len(every))]
     value, sent, states = lax.switch(number, branches, tree, state.stages, key)
     return Aggregate(value, sent, WarmUpState(state.count + 1, states))
 

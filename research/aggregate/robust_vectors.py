@@ -183,7 +183,7 @@ def centered_clip(
     return Aggregate(value, tree, CenteredClipState(value))
 
   zeros = lambda params: CenteredClipState(jax.tree.map(jnp.zeros_like, params))
-  return Aggregator(zeros, aggregate, TRAITS)
+  return Aggregator(zeros, aggregate, TRAITS | {"memory"})
 
 
 def _check_iterations(iterations: int) -> None:

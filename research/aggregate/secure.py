@@ -45,7 +45,7 @@ def secure_sum(
   holders, where the paper agrees on s_ij by Diffie-Hellman, shares the secret key of that, and has
   the server carry shares encrypted. The server is the all-reduce. PRG is Threefry with 64-bit keys:
   neither function nor length is what one would deploy. Groups of workers apart along an axis that
-  `axis` leaves out use the same masks, so along it values should be equal (as in `hierarchical`).
+  `axis` leaves out need keys of their own, as `hierarchical` gives them; else they use one pad.
 
   Args:
     clip: values are clipped to [-clip, clip], coordinate by coordinate; in [1e-20, 1e20]. A
@@ -93,7 +93,7 @@ def secure_sum(
     value = back(total, jnp.maximum(survivors, 1), any_broken, accepted)
     return Aggregate(value, back(ring, 1, broken, accepted & alive[here]), state)
 
-  traits = {"dense", "partial"} if dropout else {"dense"}
+  traits = {"dense", "secret", "partial"} if dropout else {"dense", "secret"}
   return Aggregator(lambda params: (), aggregate, frozenset(traits))
 
 

@@ -29,6 +29,8 @@ def in_scope(axes: Axes = WORKER_AXES) -> tuple[str, ...]:
   names = (axes,) if isinstance(axes, str) else tuple(axes)
   found = tuple(name for name in names if _is_bound(name))
   missing = [name for name in names if name not in found]
+  if not names or len(set(names)) < len(names):
+    raise ValueError(f"axis={list(names)} is no mesh axis, or names one twice")
   if not found or (missing and names != WORKER_AXES):
     raise ValueError(
       f"workers talk over mesh axis {' and '.join(map(repr, missing))}, which this execution does "

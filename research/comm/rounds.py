@@ -22,17 +22,17 @@ class Unknown(ValueError):
 
 
 def with_counters(
-  read: Callable[[Known], Known], program: core.ClosedJaxpr, leaves: int, rounds: int
+  read: Callable[[Known], Known], program: core.ClosedJaxpr, zeros: Sequence[bool], rounds: int
 ) -> None:
   """Calls `read` with the counters of a state, until they prove to be counters.
 
-  Every scalar whole number of the state is taken for one that counts rounds from zero; those that
+  Every scalar whole number that starts from zero is taken for one that counts rounds; those that
   the program then does not raise by one in every round are dropped, and it is read again.
 
   Args:
     read: inputs known by round -> outputs known by round.
     program: a round; its first inputs and its outputs are the state.
-    leaves: of the state.
+    zeros: of each leaf of the state, whether it is known to start from zero.
     rounds: how many.
 
   Raises:
@@ -40,7 +40,7 @@ def with_counters(
   """
   step, inputs = np.arange(rounds), program.jaxpr.invars
   is_whole = lambda aval: aval.shape == () and jnp.issubdtype(aval.dtype, jnp.integer)
-  counters = {i for i in range(leaves) if is_whole(inputs[i].aval)}
+  counters = {i for i, zero in enumerate(zeros) if zero and is_whole(inputs[i].aval)}
   while True:
     known = [step.astype(v.aval.dtype) if i in counters else None for i, v in enumerate(inputs)]
     after = read(known)
@@ -49,6 +49,14 @@ def with_counters(
     if proven == counters:
       return
     counters = proven
+
+
+def zeros(first: Callable[[], Any]) -> list[bool]:
+  """Which leaves of a state are scalar whole numbers and zero; the others are not computed."""
+  is_whole = lambda x: x.shape == () and jnp.issubdtype(x.dtype, jnp.integer)
+  wholes = jax.jit(lambda: [x for x in jax.tree.leaves(first()) if is_whole(x)])()
+  found = iter(jax.device_get(wholes))
+  return [is_whole(x) and next(found) == 0 for x in jax.tree.leaves(jax.eval_shape(first))]
 
 
 def chosen(index: np.ndarray, outputs: Sequence[Known]) -> Known:
@@ -120,7 +128,8 @@ class Values:
       found = eqn.primitive.bind(*inputs, **eqn.params)
       return found if eqn.primitive.multiple_results else [found]
 
-    with jax.ensure_compile_time_eval():  # whoever reads a program may itself be traced
+    # Whoever reads a program may itself be traced, or forbid transfers around its own rounds.
+    with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
       return [np.asarray(x) for x in jax.vmap(bind)(*map(jnp.asarray, given))]
 
   def _changing(self, eqn: Any) -> list[np.ndarray | None]:

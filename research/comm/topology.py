@@ -73,7 +73,7 @@ def exponential() -> Topology:
 
   The spectral gap is 2 / (t + 1) for even W, so it closes with the logarithm of W alone.
 
-  Reference: Ying, Yuan, Chen, Hu, Pan, Yin 2021, arXiv 2110.13363, section 3.
+  Reference: Ying, Yuan, Chen, Hu, Pan, Yin 2021, arXiv 2110.13363.
   """
 
   def rounds(count):
@@ -89,7 +89,7 @@ def one_peer_exponential() -> Topology:
 
   Where W is a power of two, t rounds give the exact mean, for one tree sent in each.
 
-  Reference: Ying, Yuan, Chen, Hu, Pan, Yin 2021, arXiv 2110.13363, section 4, lemma 1.
+  Reference: Ying, Yuan, Chen, Hu, Pan, Yin 2021, arXiv 2110.13363.
   """
 
   def rounds(count):
@@ -122,10 +122,12 @@ def weights(matrix: Sequence[Sequence[float]], *, directed: bool = False) -> Top
   def rounds(count):
     if count != size:
       raise ValueError(f"weights are those of {size} workers, and there are {count}")
-    return [_shifts(count, {(int(i), int(j)): array[i, j] for i, j in np.argwhere(array)})]
+    links = {(i, j): float(array[i, j]) for i, j in np.argwhere(array).tolist()}
+    return [_shifts(count, links)]
 
   symmetric = bool(np.abs(array - array.T).max() <= _TOLERANCE)
-  return Topology("weights", rounds, directed=not symmetric, balanced=_is_one(array.sum(1)).all())
+  balanced = bool(_is_one(array.sum(1)).all())
+  return Topology("weights", rounds, directed=not symmetric, balanced=balanced)
 
 
 def mixing(topology: Topology, count: int) -> np.ndarray:
@@ -200,7 +202,7 @@ def _powers(count: int) -> list[int]:
 def _undirected(name: str, neighbours: Callable[[int], list[set[int]]]) -> Topology:
   """Metropolis-Hastings weights w_ij = 1 / (1 + max(d_i, d_j)) of a graph, given W.
 
-  Reference: Xiao, Boyd 2004, Systems and Control Letters 53(1), section 4.2.
+  Reference: Xiao, Boyd 2004, Systems and Control Letters 53(1) (local-degree weights).
   """
 
   def rounds(count):

@@ -64,8 +64,8 @@ def trip_count(loop: Any, computation: Computation, computations: Mapping[int, C
     if not goes_on:
       return trips
     state, last = {p: _evaluate(computations, body, body.root, p, known) for p in state}, state
-    if state == last:
-      break
+    if state == last or any(x is not None and not -(2**31) <= x < 2**31 for x in state.values()):
+      break  # it does not move, or may wrap around
   where = loop.metadata.op_name or loop.name
   raise ValueError(f"how often the loop '{where}' runs, in which workers talk, is not known")
 

@@ -94,13 +94,18 @@ def axes_of(program: Callable[..., Any], *args: Any, axes: Mapping[str, int]) ->
 
 
 def traffic_of_rounds(
-  program: Callable[..., Any], state: Any, *args: Any, axes: Mapping[str, int], rounds: int
+  program: Callable[..., Any],
+  state: Any,
+  *args: Any,
+  axes: Mapping[str, int],
+  rounds: int,
+  first: Callable[[], Any],
 ) -> Traffic:
   """Every transfer of one worker in its first rounds, also where conditions depend on the round.
 
   A condition whose branches communicate differently is followed where its predicate is a function
-  of the state's counters: whole numbers that start from zero and that the program itself is seen to
-  raise by one in each of the rounds.
+  of the state's counters: scalar whole numbers that start from zero and that the program itself is
+  seen to raise by one in each of the rounds.
 
   Args:
     program: (state, *args) -> state, one round of one worker; traced, not run.
@@ -108,6 +113,7 @@ def traffic_of_rounds(
     *args: shapes of the other arguments.
     axes: the worker axes, name to size.
     rounds: how many.
+    first: the state before the first round, of which only scalar whole numbers are computed.
 
   Raises:
     ValueError: as `traffic`, where such a predicate depends on anything else.
@@ -126,7 +132,7 @@ def traffic_of_rounds(
     found.append(_Reader(axes, rounds))
     return found[-1].read(jaxpr, known, np.ones(rounds, np.int64))
 
-  of_rounds.with_counters(read, jaxpr, len(jax.tree.leaves(state)), rounds)
+  of_rounds.with_counters(read, jaxpr, of_rounds.zeros(first), rounds)
   return Traffic(found[-1].transfers, found[-1].sent)
 
 
@@ -161,9 +167,10 @@ class _Reader:
       readers = [_Reader(self.axes, len(runs)) for _ in branches]
       for branch, reader in zip(branches, readers, strict=True):
         reader.read(branch, operands, runs)
-      if any(reader.transfers != readers[0].transfers for reader in readers):
+      first = readers[0]
+      if any(r.transfers != first.transfers or (r.sent != first.sent).any() for r in readers):
         raise of_rounds.Unknown("the branches of a condition communicate differently")
-      self._add(readers[0].transfers, readers[0].sent)
+      self._add(first.transfers, first.sent)
       return [None] * len(eqn.outvars)
     outputs = [
       self.read(branch, operands, np.where(index == number, runs, 0))

@@ -52,7 +52,8 @@ def int8(block: int = 256, stochastic: bool = False) -> Compressor:
     (stochastic rounding).
   """
   at_least_one(block=block)
-  return _quantizer(127, block, largest_magnitude, stochastic)
+  contractive = not stochastic or block <= 4 * 127**2
+  return _quantizer(127, block, largest_magnitude, stochastic, contractive)
 
 
 def int4(block: int = 128, stochastic: bool = False) -> Compressor:

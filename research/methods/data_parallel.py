@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from research.aggregate.composition import refuse
 from research.base import Aggregator, Method, Params, State, Tree
 
 
@@ -34,12 +35,13 @@ def data_parallel(
     period: H, mini-batches per optimizer step (gradient accumulation).
 
   Raises:
-    ValueError: if period < 1.
+    ValueError: if period < 1, or for an aggregator in `composition.REFUSED`.
 
   Reference: Dekel, Gilad-Bachrach, Shamir, Xiao 2012, arXiv 1012.1367.
   """
   if period < 1:
     raise ValueError(f"period={period}; it counts the mini-batches per round and is at least 1")
+  refuse("data_parallel", aggregator)
 
   def init(params):
     return DataParallelState(params, inner.init(params), aggregator.init(params))

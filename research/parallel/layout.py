@@ -151,7 +151,8 @@ def resize_rows(rows: jax.Array, owners: int) -> jax.Array:
   average carried. Integers and the like are taken from the first row.
   """
   is_float = jnp.issubdtype(rows.dtype, jnp.floating)
-  mean = jnp.mean(rows, 0, dtype=jnp.float32).astype(rows.dtype) if is_float else rows[0]
+  wide = jnp.promote_types(rows.dtype, jnp.float32) if is_float else rows.dtype
+  mean = jnp.mean(rows, 0, dtype=wide).astype(rows.dtype) if is_float else rows[0]
   return jnp.broadcast_to(mean, (owners, *rows.shape[1:]))
 
 

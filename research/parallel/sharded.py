@@ -11,7 +11,15 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from research.aggregate.blockwise import Cut, blockwise, of_shard, pieces, rejoined, shard_key
+from research.aggregate.blockwise import (
+  Cut,
+  blockwise,
+  is_counter,
+  of_shard,
+  pieces,
+  rejoined,
+  shard_key,
+)
 from research.base import Aggregate, Aggregator, Array, Batch, Blocks, Data, Key, TrainState, Tree
 
 
@@ -39,7 +47,8 @@ def of_state(private: Tree, mesh: Mesh | None, workers: tuple[str, ...], shapes:
   def node(is_private, shape):
     if not isinstance(is_private, Blocks):
       return leaf(is_private, shape)
-    return jax.tree.map(partial(leaf, inner=("fsdp",) if size > 1 else ()), is_private, shape)
+    blocks = lambda shape: () if size == 1 or is_counter(shape) else ("fsdp",)
+    return jax.tree.map(lambda p, x: leaf(p, x, blocks(x)), is_private, shape)
 
   is_blocks = lambda node: isinstance(node, Blocks)
   return TrainState(place(P()), place(P()), jax.tree.map(node, private, shapes, is_leaf=is_blocks))
@@ -78,17 +87,18 @@ def per_shard(inner: Aggregator, cut: Cut) -> Aggregator:
   def aggregate(tree, state, key):
     parts = pieces(tree, cut)
     specs = jax.tree.map(spec, parts)
+    rows = jax.tree.map(lambda x: P() if is_counter(x) else P(cut.axis), state.part)
 
     def shard(parts, state, key):
       own = shard_key(key, lax.axis_index(cut.axis))
-      held = jax.tree.map(lambda x: x[0], state)
+      held = jax.tree.map(lambda x: x if is_counter(x) else x[0], state)
       value, sent, after = pair.aggregate(parts, held, jnp.stack([own, key]))
-      return value, sent, jax.tree.map(lambda x: x[None], after)
+      return value, sent, jax.tree.map(lambda x: x if is_counter(x) else x[None], after)
 
     nested = jax.shard_map(
       shard,
-      in_specs=(specs, P(cut.axis), P()),
-      out_specs=(specs, specs, P(cut.axis)),
+      in_specs=(specs, rows, P()),
+      out_specs=(specs, specs, rows),
       axis_names={cut.axis},
       check_vma=False,
     )

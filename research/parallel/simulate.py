@@ -57,7 +57,8 @@ def _run(
   lots = jax.vmap(draw, out_axes=1)(everyone)  # [K, W, ...]
   one = partial(_round, job, layout, data, state.key)
   method, losses = lax.scan(one, state.method, (numbers, lots))
-  share = lots.weight / jnp.maximum(jnp.sum(lots.weight, 1, keepdims=True), 1e-9)
+  weight = jnp.where(jnp.any(lots.weight > 0, 1, keepdims=True), lots.weight, 1)  # or all drawn
+  share = weight / jnp.sum(weight, 1, keepdims=True)
   loss = jnp.sum(losses * share[:, :, None], 1).reshape(-1)
   metrics = {"loss": loss, "finite": workers.all_finite(method)}
   return TrainState(state.round + rounds, state.key, method), metrics

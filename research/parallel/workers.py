@@ -88,7 +88,8 @@ def cohorts(job: Job, key: Key, numbers: Array) -> tuple[Array, Array]:
 
   Without a sampling rate, one client of each worker's own stratum. With one, every client of the
   population takes part by itself with that probability: their number is binomial and, given it,
-  every set of so many clients as likely as any other. Workers beyond it serve nobody.
+  every set of so many clients as likely as any other. Workers beyond it serve nobody; clients
+  beyond the workers are left out, so there are to be workers enough for that never to happen.
   """
   everyone = jnp.arange(job.workers, dtype=jnp.int32)
   key_of_round = lambda number: collectives.round_keys(key, number)[2]
@@ -308,7 +309,11 @@ def traffic(job: Job, layout: layouts.Layout, rounds: int) -> wire.Traffic:
   round_ = lambda state, local, weight, key: sync(blocked(job), local, state, weight, key)
   args = (layout.state_shapes, layout.local_shapes, weight, key)
   axes = meshes.worker_axes(job.axes)
-  return wire.traffic_of_rounds(round_, *args, axes=axes, rounds=rounds)
+  params = jax.eval_shape(job.task.init, key)
+  init = layouts.over_workers(blocked(job).method.init, axes, None, layouts.lead(layout.state))
+  zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)
+  first = lambda: init(zeros())
+  return wire.traffic_of_rounds(round_, *args, axes=axes, rounds=rounds, first=first)
 
 
 def dense_traffic(job: Job) -> list[wire.Transfer]:

@@ -235,7 +235,8 @@ def _rebuilt(leaves: dict[str, Array], like: TrainState) -> TrainState:
 def _struct(leaf: Array, saved: tuple[int, ...], kind: str) -> jax.ShapeDtypeStruct:
   """Restores into the leaf's own sharding, or, where it will be resized, everywhere."""
   shape, sharding = leaf.shape, leaf.sharding
-  if kind.startswith("chunks") or (kind == "rows" and saved[1:] == shape[1:]):
+  same_blocks = kind != "chunks of blocks" or saved[1:2] == shape[1:2]
+  if (kind.startswith("chunks") and same_blocks) or (kind == "rows" and saved[1:] == shape[1:]):
     shape = saved
   if shape != leaf.shape:
     assert isinstance(sharding, NamedSharding)

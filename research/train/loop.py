@@ -299,9 +299,11 @@ class Run:
   def _summary(self, reason: str) -> dict[str, Any]:
     config, job, evaluated = self.config, self.problem.job, self.evaluated
     dense = wire.by_axis(workers.dense_traffic(job))
-    rounds = max(1, self.timing.largest // job.method.period)
-    shared = wire.by_axis(workers.metrics_traffic(job, rounds), rounds * job.method.period)
-    transfers, steps = self.traffic.transfers, self.problem.steps
+    period = job.method.period
+    rounds = max(1, self.timing.largest // period)
+    shared = wire.by_axis(workers.metrics_traffic(job, rounds), rounds * period)
+    steps = max(period, self.step)
+    transfers = workers.traffic(job, self.layout, steps // period).transfers
     return {
       "task": config.task,
       "model": config.model,
@@ -322,7 +324,7 @@ class Run:
       "wire": {
         "bytes_per_step_per_worker": wire.by_axis(transfers, steps),
         "metrics_bytes_per_step_per_worker": shared,
-        "total_bytes_per_worker": self.traffic.until(self.step / job.method.period),
+        "total_bytes_per_worker": self.traffic.until(self.step / period),
         "dense_bytes_per_step_per_worker": sum(dense.values()),
         "transfers": wire.table(transfers, steps),
       },

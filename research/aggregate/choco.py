@@ -1,0 +1,80 @@
+"""CHOCO: averages among neighbours of which only compressed differences are sent."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from research.aggregate.composition import traits_of
+from research.base import WORKER_AXES, Aggregate, Aggregator, Compressor, Tree
+from research.comm import collectives
+from research.comm.topology import Topology, heard
+
+
+class ChocoState(NamedTuple):
+  known: Tree  # x_hat_i, what the neighbours know of this worker
+  pull: Tree  # s_i - x_hat_i = sum_j w_ij (x_hat_j - x_hat_i)
+
+
+def choco(
+  compressor: Compressor,
+  topology: Topology,
+  *,
+  gamma: float,
+  axis: collectives.Axes = WORKER_AXES,
+) -> Aggregator:
+  """Gossip that converges to the exact mean whatever is compressed, linearly.
+
+      q_i = C(x_i - x_hat_i)
+      x_hat_i <- x_hat_i + q_i,   s_i <- s_i + sum_j w_ij q_j
+      value_i = x_i + gamma (s_i - x_hat_i)
+
+  A worker sends the payload of q_i once per link and keeps two trees, however many links it has:
+  x_hat_i and s_i - x_hat_i, of which roundings are as small as the disagreement that it measures.
+  In `d_psgd(sgd(...), choco(...))` it is CHOCO-SGD, algorithm 2 of the paper.
+
+  Args:
+    compressor: a contractive one; of unbiased ones those of small variance.
+    topology: an undirected graph, the same in each round.
+    gamma: the consensus step size, in (0, 1]: small where the compressor leaves much out.
+    axis: the worker axes to talk over.
+
+  Raises:
+    ValueError: if gamma is not in (0, 1], the compressor may miss more than all of a value, or the
+      topology is directed or changes from round to round.
+
+  Reference: Koloskova, Stich, Jaggi 2019, arXiv 1902.00340, algorithm 1, in its memory-efficient
+    form.
+  """
+  if not 0 < gamma <= 1:
+    raise ValueError(f"gamma={gamma} is not in (0, 1]")
+  if not compressor.contractive:
+    raise ValueError("choco needs a compressor that misses less than all of a value (contractive)")
+  if topology.directed or topology.varying:
+    raise ValueError(
+      f"choco keeps the sum over its neighbours, and '{topology.name}' is directed or varies; take "
+      "ring, torus, complete, star, or symmetric weights"
+    )
+
+  def one(x, known, pull, key):
+    (shifts,) = topology.rounds(collectives.worker_count(axis))
+    like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    payload = compressor.encode(x - known, key, collectives.worker_key(key, axis))
+    change = compressor.decode(payload, like, key)
+    for weight, other in heard(shifts, payload, axis):
+      pull += (weight * (compressor.decode(other, like, key) - change)).astype(x.dtype)
+    return x + gamma * pull, known + change, pull
+
+  def init(params):
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return ChocoState(zeros, zeros)
+
+  def aggregate(tree, state, key):
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = [jax.random.fold_in(key, leaf) for leaf in range(len(leaves))]
+    memory = treedef.flatten_up_to(state.known), treedef.flatten_up_to(state.pull)
+    results = [one(*args) for args in zip(leaves, *memory, keys, strict=True)]
+    value, known, pull = (treedef.unflatten([r[i] for r in results]) for i in range(3))
+    return Aggregate(value, known, ChocoState(known, pull))
+
+  return Aggregator(init, aggregate, traits_of(compressor) | {"local", "memory"})

@@ -1,0 +1,131 @@
+"""Averages among neighbours: what decentralized methods exchange, link by link of a graph."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from research.base import WORKER_AXES, Aggregate, Aggregator, Array, Tree
+from research.comm import collectives
+from research.comm.topology import Shift, Topology, heard, own_weight
+
+
+class GossipState(NamedTuple):
+  count: Array  # int32, rounds so far
+
+
+def gossip(topology: Topology, axis: collectives.Axes = WORKER_AXES) -> Aggregator:
+  """One round of averaging with the neighbours; the mean over all workers stays what it is.
+
+      value_i = x_i + sum_j w_ij (x_j - x_i) = sum_j w_ij x_j
+
+  Each round brings the workers' values nearer to their mean by the second largest of the singular
+  values of (w_ij). A worker sends its tree once per link, however many workers there are.
+
+  Args:
+    topology: the graph and its weights; a directed one only if its rows and columns sum to one.
+    axis: the worker axes to talk over.
+
+  Raises:
+    ValueError: if rows of the weights do not sum to one.
+
+  Reference: Xiao, Boyd 2004, Systems and Control Letters 53(1); Boyd, Ghosh, Prabhakar,
+    Shah 2006, IEEE Trans. Information Theory 52(6).
+  """
+  if not topology.balanced:
+    raise ValueError(
+      "gossip finds the mean only if rows of the weights sum to one as columns do; on any other "
+      "directed graph take push_sum, or sgp for training"
+    )
+
+  def mix(shifts: Sequence[Shift], tree: Tree) -> Tree:
+    value = tree
+    for weight, other in heard(shifts, tree, axis):
+      nearer = lambda v, x, y, w=weight: v + (w * (y - x)).astype(v.dtype)
+      value = jax.tree.map(nearer, value, tree, other)
+    return value
+
+  traits = frozenset({"local", "dense"}) | _traits_of(topology)
+  return _in_rounds(topology, axis, mix, traits)
+
+
+def push(topology: Topology, axis: collectives.Axes = WORKER_AXES) -> Aggregator:
+  """Each worker gives away all that it has: value_i = sum_j w_ij x_j, whatever the rows sum to.
+
+  The sum over workers stays what it is. It is the exchange inside `push_sum` and `sgp`.
+
+  Args:
+    topology: any.
+    axis: the worker axes to talk over.
+  """
+
+  def mix(shifts: Sequence[Shift], tree: Tree) -> Tree:
+    kept = own_weight(shifts, axis)
+    value = jax.tree.map(lambda x: (kept * x).astype(x.dtype), tree)
+    for weight, other in heard(shifts, tree, axis):
+      given = lambda v, y, w=weight: v + (w * y).astype(v.dtype)
+      value = jax.tree.map(given, value, other)
+    return value
+
+  return _in_rounds(topology, axis, mix, frozenset({"local", "dense", "weighted"}))
+
+
+class PushSumState(NamedTuple):
+  weight: Array  # w_i, private; they sum to W
+  link: GossipState
+
+
+def push_sum(topology: Topology, axis: collectives.Axes = WORKER_AXES) -> Aggregator:
+  """Averaging on a directed graph: each worker divides by the weight that reached it.
+
+      w_i <- sum_j a_ij w_j,   value_i = (sum_j a_ij w_j x_j) / w_i          w_i = 1 at first
+
+  with columns of (a_ij) that sum to one. From round to round sum_i w_i x_i / W stays what it is, so
+  values that are only averaged converge to the exact mean on any graph in which every worker
+  reaches every other. What a worker adds to its value between rounds counts w_i times; `sgp` is the
+  method in which gradients count alike.
+
+  Args:
+    topology: any.
+    axis: the worker axes to talk over.
+
+  Reference: Kempe, Dobra, Gehrke 2003, FOCS, protocol push-sum; Nedic, Olshevsky 2015,
+    IEEE Trans. Automatic Control 60(3), arXiv 1303.2289.
+  """
+  inner = push(topology, axis)
+
+  def init(params):
+    return PushSumState(jnp.ones(()), inner.init(params))
+
+  def aggregate(tree, state, key):
+    held = jax.tree.map(lambda x: (state.weight * x).astype(x.dtype), tree)
+    (sum_, weight), _, link = inner.aggregate((held, state.weight), state.link, key)
+    value = jax.tree.map(lambda x: (x / weight).astype(x.dtype), sum_)
+    return Aggregate(value, tree, PushSumState(weight, link))
+
+  return Aggregator(init, aggregate, inner.traits)
+
+
+def _traits_of(topology: Topology) -> frozenset[str]:
+  flags = {"directed": topology.directed, "varying": topology.varying}
+  return frozenset(name for name, is_so in flags.items() if is_so)
+
+
+def _in_rounds(
+  topology: Topology,
+  axis: collectives.Axes,
+  mix: Callable[[Sequence[Shift], Tree], Tree],
+  traits: frozenset[str],
+) -> Aggregator:
+  """The exchange of the topology's period that is next, given that of one round."""
+
+  def aggregate(tree: Tree, state: GossipState, key: Any) -> Aggregate:
+    del key
+    rounds = topology.rounds(collectives.worker_count(axis))
+    branches = [lambda tree, shifts=shifts: mix(shifts, tree) for shifts in rounds]
+    value = lax.switch(lax.rem(state.count, len(rounds)), branches, tree)
+    return Aggregate(value, tree, GossipState(state.count + 1))
+
+  return Aggregator(lambda params: GossipState(jnp.zeros((), jnp.int32)), aggregate, traits)

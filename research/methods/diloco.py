@@ -1,0 +1,59 @@
+"""DiLoCo: local steps, and an outer optimizer that takes the mean change for a gradient."""
+
+from typing import NamedTuple
+
+import optax
+
+from research.aggregate.composition import refuse
+from research.base import Aggregator, Method, Params, State
+from research.methods.local import begin, check_steps, minus, stepping, weighted
+
+
+class DiLoCoState(NamedTuple):
+  params: Params  # theta_t
+  inner: State  # of this worker's optimizer
+  outer: State  # of the outer optimizer
+  link: State  # of the aggregator
+
+
+def diloco(
+  inner: optax.GradientTransformation,
+  outer: optax.GradientTransformation,
+  aggregator: Aggregator,
+  *,
+  period: int = 50,
+) -> Method:
+  """Distributed low-communication training.
+
+      theta_{t,0}^i = theta_t,   theta_{t,h+1}^i = theta_{t,h}^i + inner(grad f_i(theta_{t,h}^i))
+      Delta_t = aggregate_i(weight_i (theta_t - theta_{t,H}^i))                  outer gradient
+      theta_{t+1} = theta_t + outer(Delta_t)
+
+  The paper's inner optimizer is AdamW, whose moments stay with their worker, and its outer one
+  `sgd(0.7, momentum=0.9, nesterov=True)`. Plain outer `sgd(1.0)` is local SGD.
+
+  Args:
+    inner: each worker's optimizer.
+    outer: the optimizer of the common model, the same on all workers.
+    aggregator: how the workers' outer gradients become one.
+    period: H, local steps per round.
+
+  Raises:
+    ValueError: if period < 1.
+
+  Reference: Douillard et al. 2023, arXiv 2311.08105, algorithm 1.
+  """
+  check_steps("period", period)
+  refuse("diloco", aggregator)
+
+  def init(params):
+    return DiLoCoState(params, inner.init(params), outer.init(params), aggregator.init(params))
+
+  def sync(local, state, *, key, weight=1.0, active=True):
+    gradient = weighted(minus(state.params, local.params), weight, active)
+    value, _, link = aggregator.aggregate(gradient, state.link, key)
+    updates, optimizer = outer.update(value, state.outer, state.params)
+    return DiLoCoState(optax.apply_updates(state.params, updates), local.inner, optimizer, link)
+
+  over = lambda wrap: diloco(inner, outer, wrap(aggregator), period=period)
+  return Method(init, begin, stepping(inner), sync, lambda state: state.params, period, over)

@@ -1,0 +1,72 @@
+"""SlowMo: local steps, and a slow momentum of the common model."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from research.aggregate.composition import refuse
+from research.base import Aggregator, Array, Method, Params
+from research.methods.diloco import diloco
+
+
+class SlowMomentumState(NamedTuple):
+  momentum: Params  # u_t
+  count: Array  # int32, t
+
+
+def slow_mo(
+  inner: optax.GradientTransformation,
+  aggregator: Aggregator,
+  *,
+  period: int = 8,
+  learning_rate: float | optax.Schedule = 1.0,
+  slow_learning_rate: float = 1.0,
+  slow_momentum: float = 0.7,
+) -> Method:
+  """Slow momentum: a momentum step of the common model after every H local steps.
+
+      x_{t,tau} = x_{t,0} + aggregate_i(weight_i (x_{t,tau}^i - x_{t,0}))        tau = H inner steps
+      u_{t+1} = beta u_t + (x_{t,0} - x_{t,tau}) / gamma_t
+      x_{t+1,0} = x_{t,0} - alpha gamma_t u_{t+1}
+
+  That is DiLoCo with this momentum as its outer optimizer. Of the paper's three ways with the inner
+  optimizer's buffers at the end of a round this one keeps them, each worker its own. beta = 0 and
+  alpha = 1 is local SGD.
+
+  Args:
+    inner: each worker's optimizer, the paper's base optimizer.
+    aggregator: how the workers' changes of the model become one.
+    period: tau, local steps per round.
+    learning_rate: gamma, that of the inner optimizer: give its schedule, by local steps, if it has
+      one. gamma_t is its value at the first step of round t; a constant one cancels.
+    slow_learning_rate: alpha.
+    slow_momentum: beta.
+
+  Raises:
+    ValueError: if period < 1, slow_momentum is outside [0, 1), or a learning rate is not above 0.
+
+  Reference: Wang, Tantia, Ballas, Rabbat 2020, arXiv 1910.00643, algorithm 1.
+  """
+  if not 0 <= slow_momentum < 1:
+    raise ValueError(f"slow_momentum={slow_momentum} is not in [0, 1)")
+  for name, rate in (("learning_rate", learning_rate), ("slow_learning_rate", slow_learning_rate)):
+    if not callable(rate) and rate <= 0:
+      raise ValueError(f"{name}={rate} is not above 0")
+  refuse("slow_mo", aggregator)
+
+  def init(params):
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return SlowMomentumState(zeros, jnp.zeros((), jnp.int32))
+
+  def update(updates, state, params=None):
+    del params
+    rate = learning_rate(state.count * period) if callable(learning_rate) else learning_rate
+    accumulate = lambda u, change: (slow_momentum * u + change / rate).astype(u.dtype)
+    momentum = jax.tree.map(accumulate, state.momentum, updates)
+    move = lambda u: (-slow_learning_rate * rate * u).astype(u.dtype)
+    return jax.tree.map(move, momentum), SlowMomentumState(momentum, state.count + 1)
+
+  outer = optax.GradientTransformation(init, update)
+  return diloco(inner, outer, aggregator, period=period)
