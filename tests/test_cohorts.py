@@ -1,5 +1,7 @@
 """Whom the workers serve: Poisson sampling of a population, and DP-SGD on it against numpy."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from problems import Running, distance, regression
 
 from research import registry
 from research.parallel import workers
+from research.train import report
 from research.train.assemble import check
 from research.train.config import Config, UsageError
 
@@ -81,3 +84,32 @@ def test_what_cannot_be_sampled_is_refused(changes, words):
 def test_private_state_is_refused():
   with pytest.raises(ValueError, match="keeps state of each client"):
     private_sgd("error_feedback(gather_mean(top_k(0.1)))")
+
+
+@pytest.mark.parametrize(
+  ("spec", "words"),
+  [
+    ("d_psgd(sgd(0.1), gossip(ring()))", "neighbours are workers"),
+    ("data_parallel(sgd(0.1), two_phase(int8()))", "keeps a memory by worker"),
+  ],
+)
+def test_what_belongs_to_workers_is_refused_for_clients(spec, words):
+  with pytest.raises(ValueError, match=words):
+    Running(registry.build("method", spec), "simulate", {"data": 4}, (20,) * 12)
+
+
+@pytest.mark.parametrize(("dense", "shown"), [(0.0, False), (100.0, True)])
+def test_the_closing_table_compares_only_with_what_a_mean_sends(dense, shown):
+  """A single worker sends nothing, with any method."""
+  wire = {
+    "bytes_per_step_per_worker": {"data": dense / 4},
+    "dense_bytes_per_step_per_worker": dense,
+  }
+  summary = {
+    "stopped_because": "steps", "steps": 1, "train_loss": 1.0, "evaluated_on": "test", "eval": {},
+    "steps_per_second": 1.0, "seconds": 1.0, "compile_seconds": 1.0, "aggregated": "whole leaves",
+    "wire": wire,
+  }  # fmt: skip
+  table = report.closing_table(summary, Path("runs"))
+  rows = [" ".join(line.split()) for line in table.splitlines()]
+  assert ("of what the exact mean sends 25.00%" in rows) == shown

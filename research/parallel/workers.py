@@ -193,8 +193,8 @@ def infer_layout(job: Job) -> layouts.Layout:
 
   Raises:
     ValueError: if the population is not a multiple of the workers, the method keeps a worker's
-      chunk of a whole and the workers serve several clients, or clients are sampled at a rate and
-      the method keeps private state.
+      chunk of a whole or sends to neighbours and the workers serve several clients, or clients are
+      sampled at a rate and the method keeps private state.
   """
   job = blocked(job)
   if len(job.sizes) % job.workers:
@@ -221,6 +221,8 @@ def infer_layout(job: Job) -> layouts.Layout:
   kinds = jax.tree.leaves(layouts.kinds(layout.state))
   if job.clients > 1 and any(kind.startswith("chunks") for kind in kinds):
     raise ValueError("two_phase keeps a memory by worker, and a population is kept by client")
+  if job.clients > 1 and any(t.operation == "permute" for t in traffic(job, layout, 1).transfers):
+    raise ValueError("neighbours are workers, and a population keeps its state by client")
   if job.sampling_rate and any(jax.tree.leaves(layout.state)):
     raise ValueError("the method keeps state of each client; sampling at a rate goes without")
   return layout

@@ -170,9 +170,8 @@ def loss_plot(folder: Path, summary: Mapping[str, Any]) -> None:
 def closing_table(summary: Mapping[str, Any], folder: Path) -> str:
   """The few figures that a run ends with, one per line, and where its plot is."""
   wire = summary["wire"]
-  share = sum(wire["bytes_per_step_per_worker"].values()) / max(
-    wire["dense_bytes_per_step_per_worker"], 1e-9
-  )
+  dense = wire["dense_bytes_per_step_per_worker"]  # 0 of a single worker
+  share = sum(wire["bytes_per_step_per_worker"].values()) / dense if dense else 1.0
   rows = [
     ("stopped because", summary["stopped_because"]),
     ("steps", f"{summary['steps']}"),
