@@ -150,7 +150,7 @@ def _steps(executor, task, method: str) -> Callable[[], float]:
   import jax
 
   from research import registry
-  from research.parallel.workers import Job
+  from research.parallel.job import Job
 
   sizes = np.asarray([len(task.train["y"])])
   built = executor(Job(registry.build("method", method), task, {"data": 1}, sizes, BATCH))

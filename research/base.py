@@ -44,6 +44,16 @@ class Chunk(NamedTuple):
   part: Array
 
 
+class Own(NamedTuple):
+  """State that every owner keeps for itself, even where all workers of a round write the same.
+
+  Where a worker serves several clients, those that a round leaves out keep what they had: the model
+  that a client last pulled is one.
+  """
+
+  part: Tree
+
+
 class Blocks(NamedTuple):
   """State of what a mesh cuts inside a worker: leaves [B, ...], a row for each of B devices."""
 
@@ -79,6 +89,12 @@ class Method(NamedTuple):
   same mini-batch at other parameters. `over(wrap)` is the same method with each of its aggregators
   wrapped, which is how a mesh that cuts a worker's leaves has them aggregated shard by shard; a
   method without aggregators has none.
+
+  `of_rounds(period, participation)` is the same method in rounds of so many steps, in which that
+  share of all owners takes part; a method has it if its period may change or it has to know the
+  share. `later` are the changes of its period: (first round, period), rising. With `epochs` > 0 a
+  round is so many passes of each owner over its own examples, and the executors find the period:
+  that of the owner with the most steps. An owner with fewer stops where it is done.
   """
 
   init: Callable[[Params], State]  # lives from round to round
@@ -88,6 +104,9 @@ class Method(NamedTuple):
   params: Callable[[State], Params]  # the model one would deploy
   period: int = 1  # local steps per round: static, so traffic per round is a fact
   over: Callable[[Callable[[Aggregator], Aggregator]], "Method"] | None = None
+  of_rounds: Callable[[int, float], "Method"] | None = None
+  later: tuple[tuple[int, int], ...] = ()
+  epochs: int = 0
 
 
 class Task(NamedTuple):

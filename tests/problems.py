@@ -12,6 +12,7 @@ from table import METHODS
 
 from research.base import Method, Task
 from research.parallel import pmap, simulate, spmd, workers
+from research.parallel.job import Job, resolved
 from research.tasks import partition, sampling
 
 FEATURES, OUTPUTS = 6, 3
@@ -52,7 +53,7 @@ def split(task: Task, sizes: Sequence[int]):
 
 
 class Running:
-  """A method on the regression in one execution; `rounds` runs it on."""
+  """A method on the regression in one execution; `rounds` runs it on. `rest` are fields of Job."""
 
   metrics: dict[str, Any]
 
@@ -65,11 +66,11 @@ class Running:
     batch_size: int | None = 8,
     clip_norm: float = 0.0,
     task: Task | None = None,
-    sampling_rate: float = 0.0,
+    **rest: Any,
   ):
     task = task or regression()
     examples, counts = split(task, sizes)
-    self.job = workers.Job(method, task, dict(axes), counts, batch_size, clip_norm, sampling_rate)
+    self.job = resolved(Job(method, task, dict(axes), counts, batch_size, clip_norm, **rest))
     self.layout = workers.infer_layout(self.job)
     self.executor = EXECUTORS[executor](self.job)
     self.state = self.executor.init(jax.random.key(0))

@@ -17,6 +17,7 @@ from research.comm import mesh as meshes
 from research.methods.data_parallel import data_parallel
 from research.parallel import layout as layouts
 from research.parallel import workers
+from research.parallel.job import Job
 
 
 class Recorded(NamedTuple):
@@ -107,5 +108,5 @@ def _method(names: tuple[str, ...], record: bool) -> Method:
 def _layout(names, axes, record) -> layouts.Layout:
   count = meshes.count(meshes.worker_axes(dict(axes)))
   sizes = np.full(count, 240 // count)
-  job = workers.Job(_method(names, record), regressions(names), dict(axes), sizes, None)
+  job = Job(_method(names, record), regressions(names), dict(axes), sizes, None)
   return workers.infer_layout(job)

@@ -8,7 +8,7 @@ import pytest
 from problems import Running, distance, regression
 
 from research import registry
-from research.parallel import workers
+from research.parallel.cohorts import cohorts
 from research.train import report
 from research.train.assemble import check
 from research.train.config import Config, UsageError
@@ -30,7 +30,7 @@ def test_every_client_takes_part_by_itself():
   rounds = 20_000
   owners, served = map(
     np.asarray,
-    jax.jit(lambda key, numbers: workers.cohorts(job, key, numbers))(
+    jax.jit(lambda key, numbers: cohorts(job, key, numbers))(
       jax.random.key(3), np.arange(rounds)
     ),
   )
@@ -55,7 +55,7 @@ def test_dp_sgd_equals_numpy():
   task = regression()
   x, y = (np.asarray(task.train[name], np.float64) for name in "xy")
   owners, served = map(
-    np.asarray, workers.cohorts(run.job, run.state.key, jax.numpy.arange(3, dtype=np.int32))
+    np.asarray, cohorts(run.job, run.state.key, jax.numpy.arange(3, dtype=np.int32))
   )
   for round_ in range(3):
     total = jax.tree.map(np.zeros_like, params)

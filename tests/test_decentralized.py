@@ -26,6 +26,7 @@ from research.methods.local import local_sgd
 from research.methods.transform import as_optax
 from research.parallel import layout as layouts
 from research.parallel import workers
+from research.parallel.job import Job
 
 SGD, MOMENTUM = optax.sgd(0.1), optax.sgd(0.1, momentum=0.5)
 
@@ -59,7 +60,7 @@ def running(executor: str, axes: dict[str, int], sizes: tuple[int, ...] = SIZES)
 @functools.cache
 def layout_of(axes: tuple[tuple[str, int], ...], sizes: tuple[int, ...]) -> layouts.Layout:
   method, task = together(len(sizes)), regressions(tuple(METHODS))
-  return workers.infer_layout(workers.Job(method, task, dict(axes), np.asarray(sizes), None))
+  return workers.infer_layout(Job(method, task, dict(axes), np.asarray(sizes), None))
 
 
 @functools.cache
@@ -290,7 +291,7 @@ def test_bytes_follow_the_degree(count):
     (d_psgd(SGD, choco(int8(), ring, gamma=0.5)), 2 * (21 + 2 * 4)),
   ):
     task = regression(4 * count)
-    job = workers.Job(method, task, {"data": count}, np.asarray(sizes), None)
+    job = Job(method, task, {"data": count}, np.asarray(sizes), None)
     found = workers.traffic(job, workers.infer_layout(job), 3)
     np.testing.assert_allclose(found.sent, [sent] * 3)
 

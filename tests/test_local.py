@@ -27,6 +27,7 @@ from research.methods.slow_mo import slow_mo
 from research.methods.streaming_diloco import streaming_diloco
 from research.methods.transform import as_optax
 from research.parallel import workers
+from research.parallel.job import Job
 
 SIZES = (10, 20, 30, 20)  # examples by worker: their weights differ
 SHARES = np.asarray(SIZES) / np.mean(SIZES)
@@ -352,8 +353,8 @@ def test_easgd_is_stable_where_it_says(workers_, curvature):
   assert growth(1.05 * edge) > 1e2
 
 
-def job_of(method: Method, axes=FLAT, sizes=SIZES) -> workers.Job:
-  return workers.Job(method, regression(sum(sizes)), axes, np.asarray(sizes), None)
+def job_of(method: Method, axes=FLAT, sizes=SIZES) -> Job:
+  return Job(method, regression(sum(sizes)), axes, np.asarray(sizes), None)
 
 
 def test_what_is_private():

@@ -8,6 +8,7 @@ import optax
 
 from research.aggregate.composition import refuse
 from research.base import Aggregator, Method, Params, State, Tree
+from research.methods.local import Period, periods
 
 
 class DataParallelState(NamedTuple):
@@ -22,7 +23,7 @@ class DataParallelLocal(NamedTuple):
 
 
 def data_parallel(
-  inner: optax.GradientTransformation, aggregator: Aggregator, *, period: int = 1
+  inner: optax.GradientTransformation, aggregator: Aggregator, *, period: Period = 1
 ) -> Method:
   """Distributed mini-batch SGD, with any optax optimizer and any aggregator.
 
@@ -32,15 +33,16 @@ def data_parallel(
   Args:
     inner: the optimizer; clipping after the aggregation is part of its chain.
     aggregator: how the workers' gradients become one.
-    period: H, mini-batches per optimizer step (gradient accumulation).
+    period: H, mini-batches per optimizer step (gradient accumulation), or [[first round, H], ...]
+      where it changes.
 
   Raises:
-    ValueError: if period < 1, or for an aggregator in `composition.REFUSED`.
+    ValueError: if period < 1, a schedule of it does not begin at round 0 and rise, or for an
+      aggregator in `composition.REFUSED`.
 
   Reference: Dekel, Gilad-Bachrach, Shamir, Xiao 2012, arXiv 1012.1367.
   """
-  if period < 1:
-    raise ValueError(f"period={period}; it counts the mini-batches per round and is at least 1")
+  first, later = periods(period)
   refuse("data_parallel", aggregator)
 
   def init(params):
@@ -51,7 +53,7 @@ def data_parallel(
 
   def step(grads, local, state, *, key, grad_fn=None):
     del state, key, grad_fn
-    return local._replace(grads=jax.tree.map(lambda a, g: a + g / period, local.grads, grads))
+    return local._replace(grads=jax.tree.map(lambda a, g: a + g / first, local.grads, grads))
 
   def sync(local, state, *, key, weight=1.0, active=True):
     share = lambda g: jnp.where(active, (weight * g).astype(g.dtype), 0)
@@ -61,4 +63,5 @@ def data_parallel(
     return DataParallelState(optax.apply_updates(state.params, updates), optimizer, link)
 
   over = lambda wrap: data_parallel(inner, wrap(aggregator), period=period)
-  return Method(init, begin, step, sync, lambda state: state.params, period, over)
+  of_rounds = lambda period, _: data_parallel(inner, aggregator, period=period)
+  return Method(init, begin, step, sync, lambda state: state.params, first, over, of_rounds, later)

@@ -6,7 +6,7 @@ import optax
 
 from research.aggregate.composition import refuse
 from research.base import Aggregator, Method, Params, State
-from research.methods.local import begin, check_steps, minus, stepping, weighted
+from research.methods.local import Period, begin, minus, periods, stepping, weighted
 
 
 class DiLoCoState(NamedTuple):
@@ -21,7 +21,7 @@ def diloco(
   outer: optax.GradientTransformation,
   aggregator: Aggregator,
   *,
-  period: int = 50,
+  period: Period = 50,
 ) -> Method:
   """Distributed low-communication training.
 
@@ -36,14 +36,14 @@ def diloco(
     inner: each worker's optimizer.
     outer: the optimizer of the common model, the same on all workers.
     aggregator: how the workers' outer gradients become one.
-    period: H, local steps per round.
+    period: H, local steps per round, or [[first round, H], ...] where it changes.
 
   Raises:
-    ValueError: if period < 1.
+    ValueError: if period < 1, or a schedule of it does not begin at round 0 and rise.
 
   Reference: Douillard et al. 2023, arXiv 2311.08105, algorithm 1.
   """
-  check_steps("period", period)
+  first, later = periods(period)
   refuse("diloco", aggregator)
 
   def init(params):
@@ -56,4 +56,6 @@ def diloco(
     return DiLoCoState(optax.apply_updates(state.params, updates), local.inner, optimizer, link)
 
   over = lambda wrap: diloco(inner, outer, wrap(aggregator), period=period)
-  return Method(init, begin, stepping(inner), sync, lambda state: state.params, period, over)
+  of_rounds = lambda period, _: diloco(inner, outer, aggregator, period=period)
+  params = lambda state: state.params
+  return Method(init, begin, stepping(inner), sync, params, first, over, of_rounds, later)

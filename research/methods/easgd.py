@@ -10,7 +10,7 @@ import optax
 from research.aggregate.composition import refuse
 from research.base import Aggregator, Array, Method, Params, State
 from research.comm import collectives
-from research.methods.local import check_steps, minus, plus, weighted
+from research.methods.local import Period, minus, periods, plus, weighted
 
 
 class ElasticState(NamedTuple):
@@ -30,7 +30,7 @@ def easgd(
   inner: optax.GradientTransformation,
   aggregator: Aggregator,
   *,
-  period: int = 10,
+  period: Period = 10,
   alpha: float = 0.1,
 ) -> Method:
   """Synchronous elastic averaging SGD, with any inner optimizer; the centre is deployed.
@@ -49,15 +49,16 @@ def easgd(
   Args:
     inner: each worker's optimizer.
     aggregator: how the workers' distances from the centre become one.
-    period: tau, local steps per exchange.
+    period: tau, local steps per exchange, or [[first round, tau], ...] where it changes.
     alpha: the moving rate, that of each worker; the paper takes 0.9 / W.
 
   Raises:
-    ValueError: if period < 1 or alpha is outside (0, 1); when traced, if alpha >= 2 / (1 + W).
+    ValueError: if period or alpha is out of its range; when traced, if alpha >= 2 / (1 + W).
 
   Reference: Zhang, Choromanska, LeCun 2015, arXiv 1412.6651, section 3 and algorithm 1.
   """
-  _check(period, alpha)
+  _check(alpha)
+  first, later = periods(period)
   refuse("easgd", aggregator)
 
   def init(params):
@@ -74,7 +75,8 @@ def easgd(
 
   over = lambda wrap: easgd(inner, wrap(aggregator), period=period, alpha=alpha)
   sync = _exchanging(aggregator, alpha, lambda local: local.params)
-  return Method(init, begin, step, sync, lambda state: state.centre, period, over)
+  of_rounds = lambda period, _: easgd(inner, aggregator, period=period, alpha=alpha)
+  return Method(init, begin, step, sync, lambda state: state.centre, first, over, of_rounds, later)
 
 
 def eamsgd(
@@ -82,7 +84,7 @@ def eamsgd(
   aggregator: Aggregator,
   *,
   momentum: float = 0.99,
-  period: int = 10,
+  period: Period = 10,
   alpha: float = 0.1,
 ) -> Method:
   """Elastic averaging with Nesterov's momentum; the centre is deployed.
@@ -97,7 +99,7 @@ def eamsgd(
     learning_rate: eta.
     aggregator: how the workers' distances from the centre become one.
     momentum: delta.
-    period: tau, local steps per exchange.
+    period: tau, local steps per exchange, or [[first round, tau], ...] where it changes.
     alpha: the moving rate, that of each worker; the paper takes 0.9 / W.
 
   Raises:
@@ -105,7 +107,8 @@ def eamsgd(
 
   Reference: Zhang, Choromanska, LeCun 2015, arXiv 1412.6651, algorithm 2, made synchronous.
   """
-  _check(period, alpha)
+  _check(alpha)
+  first, later = periods(period)
   if learning_rate <= 0:
     raise ValueError(f"learning_rate={learning_rate} is not above 0")
   if not 0 <= momentum < 1:
@@ -130,14 +133,14 @@ def eamsgd(
     params = ahead(_pulled(moved, local, state, alpha), velocity)
     return ElasticLocal(params, velocity, jnp.zeros((), bool))
 
-  rates = {"momentum": momentum, "period": period, "alpha": alpha}
-  over = lambda wrap: eamsgd(learning_rate, wrap(aggregator), **rates)
+  rates = {"momentum": momentum, "alpha": alpha}
+  over = lambda wrap: eamsgd(learning_rate, wrap(aggregator), period=period, **rates)
+  of_rounds = lambda period, _: eamsgd(learning_rate, aggregator, period=period, **rates)
   sync = _exchanging(aggregator, alpha, model)
-  return Method(init, begin, step, sync, lambda state: state.centre, period, over)
+  return Method(init, begin, step, sync, lambda state: state.centre, first, over, of_rounds, later)
 
 
-def _check(period: int, alpha: float) -> None:
-  check_steps("period", period)
+def _check(alpha: float) -> None:
   if not 0 < alpha < 1:
     raise ValueError(f"alpha={alpha} is not in (0, 1)")
 

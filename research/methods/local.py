@@ -1,10 +1,10 @@
 """Local SGD: every worker takes several optimizer steps alone, then the models are averaged.
 
 What a worker does between two exchanges is the same for all methods with local steps, and stands
-here: `begin`, `stepping` and `weighted`.
+here: `begin`, `stepping`, `weighted` and `periods`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,9 @@ import optax
 
 from research.aggregate.composition import refuse
 from research.base import Aggregator, Array, Method, Params, State, Tree
+
+# Local steps per round, or a schedule of them: [first round, steps], ... from round 0 on.
+Period = int | Sequence[Sequence[int]]
 
 
 class LocalSteps(NamedTuple):
@@ -60,6 +63,22 @@ def check_steps(name: str, value: int, at_least: int = 1) -> None:
     raise ValueError(f"{name}={value} is not at least {at_least}")
 
 
+def periods(period: Period) -> tuple[int, tuple[tuple[int, int], ...]]:
+  """The period that a method begins with, and the later ones with their first rounds.
+
+  Raises:
+    ValueError: if a period is < 1, or the schedule does not begin at round 0 and rise.
+  """
+  stages = [[0, period]] if isinstance(period, int) else [list(stage) for stage in period]
+  rounds = [stage[0] for stage in stages]
+  if any(len(stage) != 2 for stage in stages) or rounds[:1] != [0] or sorted(set(rounds)) != rounds:
+    raise ValueError(f"period={period} is no list of [first round, steps] from round 0 on, rising")
+  for _, steps in stages:
+    check_steps("period", steps)
+  first, *later = ((number, steps) for number, steps in stages)
+  return first[1], tuple(later)
+
+
 class LocalSGDState(NamedTuple):
   params: Params  # x_t
   inner: State  # of this worker's optimizer
@@ -67,7 +86,7 @@ class LocalSGDState(NamedTuple):
 
 
 def local_sgd(
-  inner: optax.GradientTransformation, aggregator: Aggregator, *, period: int = 8
+  inner: optax.GradientTransformation, aggregator: Aggregator, *, period: Period = 8
 ) -> Method:
   """Local SGD (parallel SGD with periodic averaging), with any inner optimizer.
 
@@ -80,14 +99,14 @@ def local_sgd(
   Args:
     inner: each worker's optimizer.
     aggregator: how the workers' changes of the model become one.
-    period: H, local steps per round.
+    period: H, local steps per round, or [[first round, H], ...] where it changes.
 
   Raises:
-    ValueError: if period < 1.
+    ValueError: if period < 1, or a schedule of it does not begin at round 0 and rise.
 
   Reference: Stich 2019, arXiv 1805.09767, algorithm 1.
   """
-  check_steps("period", period)
+  first, later = periods(period)
   refuse("local_sgd", aggregator)
 
   def init(params):
@@ -99,4 +118,6 @@ def local_sgd(
     return LocalSGDState(plus(state.params, value), local.inner, link)
 
   over = lambda wrap: local_sgd(inner, wrap(aggregator), period=period)
-  return Method(init, begin, stepping(inner), sync, lambda state: state.params, period, over)
+  of_rounds = lambda period, _: local_sgd(inner, aggregator, period=period)
+  params = lambda state: state.params
+  return Method(init, begin, stepping(inner), sync, params, first, over, of_rounds, later)

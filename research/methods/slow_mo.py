@@ -9,6 +9,7 @@ import optax
 from research.aggregate.composition import refuse
 from research.base import Aggregator, Array, Method, Params
 from research.methods.diloco import diloco
+from research.methods.local import Period
 
 
 class SlowMomentumState(NamedTuple):
@@ -20,7 +21,7 @@ def slow_mo(
   inner: optax.GradientTransformation,
   aggregator: Aggregator,
   *,
-  period: int = 8,
+  period: Period = 8,
   learning_rate: float | optax.Schedule = 1.0,
   slow_learning_rate: float = 1.0,
   slow_momentum: float = 0.7,
@@ -38,14 +39,15 @@ def slow_mo(
   Args:
     inner: each worker's optimizer, the paper's base optimizer.
     aggregator: how the workers' changes of the model become one.
-    period: tau, local steps per round.
+    period: tau, local steps per round, or [[first round, tau], ...] where it changes.
     learning_rate: gamma, that of the inner optimizer: give its schedule, by local steps, if it has
       one. gamma_t is its value at the first step of round t; a constant one cancels.
     slow_learning_rate: alpha.
     slow_momentum: beta.
 
   Raises:
-    ValueError: if period < 1, slow_momentum is outside [0, 1), or a learning rate is not above 0.
+    ValueError: if period is out of its range, slow_momentum is outside [0, 1), a learning rate is
+      not above 0, or both the period and the learning rate change.
 
   Reference: Wang, Tantia, Ballas, Rabbat 2020, arXiv 1910.00643, algorithm 1.
   """
@@ -54,6 +56,8 @@ def slow_mo(
   for name, rate in (("learning_rate", learning_rate), ("slow_learning_rate", slow_learning_rate)):
     if not callable(rate) and rate <= 0:
       raise ValueError(f"{name}={rate} is not above 0")
+  if callable(learning_rate) and not isinstance(period, int):
+    raise ValueError("a schedule of the learning rate goes with one period")
   refuse("slow_mo", aggregator)
 
   def init(params):

@@ -63,7 +63,13 @@ def as_optax(method: Method, *, seed: int = 0) -> optax.GradientTransformationEx
   Args:
     method: the algorithm.
     seed: of its randomness; the same on all workers.
+
+  Raises:
+    ValueError: if the method's rounds have no one length: its period changes, or it counts epochs.
+      `method.of_rounds(period, 1.0)` has one.
   """
+  if method.later or method.epochs:
+    raise ValueError("as_optax takes rounds of one length; method.of_rounds(period, 1.0) has it")
 
   def init(params):
     state = method.init(params)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from research.base import Blocks, Chunk, Tree
+from research.base import Blocks, Chunk, Own, Tree
 
 
 class Layout(NamedTuple):
@@ -99,7 +99,7 @@ def infer(
   everything = lambda tree: jax.tree.map(lambda _: True, tree)
   per_worker = tuple(spread(everything(arg), arg) for arg in private_args)
   shapes = _shapes_of_one(init, axes, None, params)
-  private = private_outputs(init, axes, None, params)
+  private = _owned(private_outputs(init, axes, None, params))
   while True:
     in_axes = (lead(private), *(0 for _ in private_args))
     local_fn = lambda state, *args: local_phase(state, *args)[0]
@@ -117,6 +117,13 @@ def infer(
     if grown == private:
       return Layout(private, local, shapes, local_shapes)
     private = grown
+
+
+def _owned(private: Tree) -> Tree:
+  """What owners keep for themselves is private, whoever writes it."""
+  is_own = lambda node: isinstance(node, Own)
+  mark = lambda node: jax.tree.map(lambda _: True, node) if is_own(node) else node
+  return jax.tree.map(mark, private, is_leaf=is_own)
 
 
 def _shapes_of_one(fn, axes, in_axes, *args) -> Tree:

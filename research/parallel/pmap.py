@@ -11,9 +11,10 @@ from research.base import Data, Executor, TrainState
 from research.comm import mesh as meshes
 from research.parallel import layout as layouts
 from research.parallel import sharded, workers
+from research.parallel.job import Job, resolved
 
 
-def pmap(job: workers.Job) -> Executor:
+def pmap(job: Job) -> Executor:
   """Runs one worker per device of this process; `shard_map` (`spmd`) replaces it.
 
   The state is not donated: `pmap` cannot where leaves are not mapped.
@@ -26,7 +27,7 @@ def pmap(job: workers.Job) -> Executor:
   if job.clients > 1 or jax.process_count() > 1:
     raise ValueError("pmap serves all owners each round, in one process; take --executor=spmd")
   mesh = meshes.device_mesh(job.axes)
-  layout = workers.infer_layout(job)
+  job, layout = resolved(job), workers.infer_layout(job)
   shardings = sharded.of_state(layout.state, mesh, ("data",))
   init = jax.jit(partial(workers.initial, job, layout), out_shardings=shardings)
   state_axes = TrainState(None, None, layouts.lead(layout.state))

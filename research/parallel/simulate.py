@@ -1,37 +1,49 @@
 """Many workers on the devices that exist: the worker axis is an axis of the arrays."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from research.base import Data, Executor, TrainState
+from research.base import Array, Data, Executor, Key, Local, State, TrainState, Tree
 from research.comm import collectives
 from research.comm import mesh as meshes
 from research.parallel import layout as layouts
 from research.parallel import sharded, workers
+from research.parallel.cohorts import draw
+from research.parallel.job import Job, resolved
+
+# A worker's model, in bytes, from which on its steps are faster one worker after the other on a
+# CPU: results/bench, case local_phase.
+_ALONE = 2**18
 
 
-def simulate(job: workers.Job) -> Executor:
+def simulate(job: Job) -> Executor:
   """Runs any number of workers on any number of devices, by `vmap`.
 
   The worker axis is sharded over as many devices as hold equal numbers of workers. Axes inside a
   worker change the mathematics only in that its leaves are aggregated block by block.
 
+  The local phase, which never communicates, may run by map instead: each device takes its workers
+  one after the other. That is what a CPU does faster with several steps of a model that is not
+  small, since a vmap makes products batched and leaves the cache between two steps of a worker.
+
   Raises:
     ValueError: if the population is not a multiple of the workers.
   """
   layout = workers.infer_layout(job)
-  job = workers.blocked(job)._replace(axes=meshes.worker_axes(job.axes))
+  job = workers.blocked(resolved(job))._replace(axes=meshes.worker_axes(job.axes))
   mesh = meshes.simulation_mesh(job.workers)
   shardings = sharded.of_state(layout.state, mesh, ("data",))
   init = jax.jit(partial(workers.initial, job, layout), out_shardings=shardings)
   everywhere = NamedSharding(mesh, P())
   run = jax.jit(
-    partial(_run, job, layout),
+    partial(_run, job, layout, _local_phase(job, layout, mesh)),
     static_argnames="rounds",
     donate_argnames="state",
     out_shardings=(shardings, everywhere),
@@ -42,30 +54,81 @@ def simulate(job: workers.Job) -> Executor:
   return Executor(init, partial(sharded.place, mesh, ("data",)), run, params)
 
 
-def _largest(job: workers.Job) -> int:
+def _largest(job: Job) -> int:
   """Elements of the largest sum over workers."""
   params = jax.eval_shape(job.task.init, jax.random.key(0))
   return job.workers * max(leaf.size for leaf in jax.tree.leaves(params))
 
 
+def is_mapped(job: Job) -> bool:
+  """Whether the local phase runs one worker after the other."""
+  if job.local_phase != "auto":
+    return job.local_phase == "map"
+  params = jax.tree.leaves(jax.eval_shape(job.task.init, jax.random.key(0)))
+  size = sum(leaf.size * leaf.dtype.itemsize for leaf in params)
+  return jax.default_backend() == "cpu" and job.method.period > 1 and size >= _ALONE
+
+
+def _local_phase(job: Job, layout: layouts.Layout, mesh: Mesh) -> Callable[..., Any]:
+  """(states, rows) -> Local and losses of all workers, by vmap or by map.
+
+  `rows` are the arguments of `_work`, [W, ...]; so are private leaves of states and Local.
+  """
+  work = partial(_work, job)
+  state_axes, local_axes = layouts.lead(layout.state), layouts.lead(layout.local)
+  if not is_mapped(job):
+    return lambda key, states, rows: jax.vmap(partial(work, key), (state_axes, 0), (local_axes, 0))(
+      states, rows
+    )
+
+  def one_by_one(key, states, rows):
+    at = lambda i, private, tree: jax.tree.map(lambda p, x: x[i] if p else x, private, tree)
+    whole = jax.tree.map(lambda _: True, rows)
+    count = jax.tree.leaves(rows)[0].shape[0]
+    local, losses = lax.map(
+      lambda i: work(key, at(i, layout.state, states), at(i, whole, rows)), jnp.arange(count)
+    )
+    return jax.tree.map(lambda p, x: x if p else x[0], layout.local, local), losses
+
+  spread = lambda private: jax.tree.map(lambda p: P("data") if p else P(), private)
+  return jax.shard_map(
+    one_by_one,
+    mesh=mesh,
+    in_specs=(P(), spread(layout.state), P("data")),
+    out_specs=(spread(layout.local), P("data")),
+    check_vma=False,
+  )
+
+
+def _work(job: Job, key: Key, state: State, rows: Tree) -> tuple[Local, Array]:
+  """One worker's local phase."""
+  examples, size, worker, index = rows
+  own_key = collectives.key_of(key, worker)
+  return workers.local_phase(job, state, examples, size, index, own_key)
+
+
 def _run(
-  job: workers.Job, layout: layouts.Layout, state: TrainState, data: Data, rounds: int
+  job: Job,
+  layout: layouts.Layout,
+  local_phase: Callable[..., Any],
+  state: TrainState,
+  data: Data,
+  rounds: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   everyone = jnp.arange(job.workers, dtype=jnp.int32)
   numbers = state.round + jnp.arange(rounds, dtype=jnp.int32)
-  draw = partial(workers.draw, job, data, state.key, numbers)
-  lots = jax.vmap(draw, out_axes=1)(everyone)  # [K, W, ...]
-  one = partial(_round, job, layout, data, state.key)
-  method, losses = lax.scan(one, state.method, (numbers, lots))
-  weight = jnp.where(jnp.any(lots.weight > 0, 1, keepdims=True), lots.weight, 1)  # or all drawn
-  share = weight / jnp.sum(weight, 1, keepdims=True)
-  loss = jnp.sum(losses * share[:, :, None], 1).reshape(-1)
-  metrics = {"loss": loss, "finite": workers.all_finite(method)}
+  of_worker = partial(draw, job, data, state.key, numbers)
+  lots = jax.vmap(of_worker, out_axes=1)(everyone)  # [K, W, ...]
+  one = partial(_round, job, layout, local_phase, data, state.key)
+  method, (losses, written) = lax.scan(one, state.method, (numbers, lots))
+  loss = jnp.mean(losses * lots.share[:, :, None], 1).reshape(-1)
+  finite = jnp.all(written) if job.clients > 1 else workers.all_finite(method)
+  metrics = {"loss": loss, "finite": finite}
   return TrainState(state.round + rounds, state.key, method), metrics
 
 
-def _round(job, layout, data, key, state, of_round):
-  """One round of all workers: the local phase under a plain vmap, the sync under the named axes."""
+def _round(job, layout, local_phase, data, key, state, of_round):
+  """One round of all workers: the local phase apart, the sync under the named axes."""
   number, lots = of_round
   sync_key, step_key, _ = collectives.round_keys(key, number)
   everyone = jnp.arange(job.workers, dtype=jnp.int32)
@@ -73,15 +136,9 @@ def _round(job, layout, data, key, state, of_round):
   served = lambda rows: rows[owners] if job.clients > 1 else rows
   states = jax.tree.map(lambda p, x: served(x) if p else x, layout.state, state)
 
-  def work(state, examples, size, worker, index):
-    own_key = collectives.key_of(step_key, worker)
-    return workers.local_phase(job, state, examples, size, index, own_key)
-
   state_axes, local_axes = layouts.lead(layout.state), layouts.lead(layout.local)
-  examples = jax.tree.map(served, data.examples)
-  local, losses = jax.vmap(work, (state_axes, 0, 0, 0, 0), (local_axes, 0))(
-    states, examples, served(data.sizes), everyone, lots.index
-  )
+  rows = (jax.tree.map(served, data.examples), served(data.sizes), everyone, lots.index)
+  local, losses = local_phase(step_key, states, rows)
   axes = meshes.worker_axes(job.axes)
   fold = lambda x: x.reshape(*axes.values(), *x.shape[1:])
   unfold = lambda x: x.reshape(job.workers, *x.shape[len(axes) :])
@@ -100,4 +157,5 @@ def _round(job, layout, data, key, state, of_round):
       return new
     return rows.at[owners].set(unfold(new)) if job.clients > 1 else unfold(new)
 
-  return jax.tree.map(put, layout.state, state, after), losses
+  written = workers.all_finite(after) if job.clients > 1 else jnp.bool_(True)
+  return jax.tree.map(put, layout.state, state, after), (losses, written)

@@ -10,9 +10,10 @@ from research.base import Executor
 from research.comm import mesh as meshes
 from research.parallel import layout as layouts
 from research.parallel import sharded, workers
+from research.parallel.job import Job, resolved
 
 
-def spmd(job: workers.Job) -> Executor:
+def spmd(job: Job) -> Executor:
   """Runs each worker on its own devices, in one process or in several.
 
   Along `fsdp` the compiler cuts the parameters, the state and the batch inside a worker, and each
@@ -24,12 +25,13 @@ def spmd(job: workers.Job) -> Executor:
       exchanges what a mesh that cuts parameters inside a worker does not allow.
   """
   mesh = meshes.device_mesh(job.axes)
-  layout = workers.infer_layout(job)
+  job, layout = resolved(job), workers.infer_layout(job)
   names = tuple(meshes.worker_axes(job.axes))
   initial = partial(workers.initial, job, layout)
   cut = sharded.fsdp_cut(job.axes)
   if cut and job.method.over:
     job = job._replace(method=job.method.over(lambda inner: sharded.per_shard(inner, cut)))
+    job = resolved(job)
   elif cut:
     _only_sums(job, layout)
   rows = P(names)
@@ -60,7 +62,7 @@ def spmd(job: workers.Job) -> Executor:
   return Executor(init, partial(sharded.place, mesh, names), run, params)
 
 
-def _only_sums(job: workers.Job, layout: layouts.Layout) -> None:
+def _only_sums(job: Job, layout: layouts.Layout) -> None:
   """Encoders of leaves that the compiler has cut would need an exchange inside each worker."""
   found = workers.traffic(job, layout, 1).transfers
   others = {t.operation for t in found} - {"all-reduce"}

@@ -1,115 +1,21 @@
 """One worker's part of a round: what every execution of a method on a task shares."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 
 from research.aggregate.blockwise import blockwise
 from research.aggregate.mean import mean
-from research.base import Array, Batch, Data, Key, Local, Method, State, Task, TrainState, Tree
+from research.base import Array, Batch, Data, Key, Local, State, TrainState, Tree
 from research.comm import collectives, wire
 from research.comm import mesh as meshes
 from research.parallel import layout as layouts
 from research.parallel import sharded
-
-
-class Job(NamedTuple):
-  """What every execution of a method on a task needs to know, all of it static.
-
-  `sizes` are the numbers of examples by owner. There are as many owners as workers, or a multiple:
-  then every worker holds a stratum of the population and serves one client of it per round.
-  """
-
-  method: Method
-  task: Task
-  axes: dict[str, int]  # of the mesh
-  sizes: np.ndarray  # [P]
-  batch_size: int | None  # per worker and step; None: all of an owner's examples
-  clip_norm: float = 0.0  # of each worker's gradient, before the method sees it; 0: none
-  sampling_rate: float = 0.0  # of Poisson sampling of the population; 0: one client per worker
-
-  @property
-  def workers(self) -> int:
-    return meshes.count(meshes.worker_axes(self.axes))
-
-  @property
-  def clients(self) -> int:
-    """R = P / W, the owners whose rows one worker holds."""
-    return len(self.sizes) // self.workers
-
-  @property
-  def even(self) -> bool:
-    """Whether all owners have equally many examples."""
-    return bool((self.sizes == self.sizes[0]).all())
-
-
-class Draw(NamedTuple):
-  """A worker's lot for each of K rounds, drawn ahead of them."""
-
-  owner: Array  # [K] int32, whom it serves
-  weight: Array  # [K], that owner's share of the objective; zero where it serves nobody
-  index: Tree  # [K, H, b], which of the owner's examples; None if all of them
-
-
-def draw(job: Job, data: Data, key: Key, numbers: Array, worker: Array) -> Draw:
-  """What a worker does in the rounds `numbers` [K]: a pure function of (keys, round, worker).
-
-  Every worker draws the whole cohort, since a weight is relative to the cohort's mean.
-  """
-  owners, served = cohorts(job, key, numbers)
-  sizes = data.sizes[owners]
-  mean = jnp.mean(data.sizes if job.sampling_rate else sizes, -1, dtype=jnp.float32)
-  weights = jnp.where(served, sizes / mean[..., None], 0)
-  index = None
-  if job.batch_size is not None:
-    period = job.method.period
-    steps = numbers[:, None] * period + jnp.arange(period, dtype=jnp.int32)
-
-    own = jax.random.fold_in(data.key, job.clients * worker)
-    if job.clients > 1:
-      own = jax.vmap(lambda owner: jax.random.fold_in(data.key, owner))(owners[:, worker])
-
-    def sample(size, step, key):
-      return job.task.sample(size, step, key, batch_size=job.batch_size)
-
-    of_rounds = (0, 0, 0 if job.clients > 1 else None)
-    samples = jax.vmap(jax.vmap(sample, (None, 0, None)), of_rounds)
-    index = samples(sizes[:, worker], steps, own)
-  return Draw(owners[:, worker], weights[:, worker], index)
-
-
-def cohorts(job: Job, key: Key, numbers: Array) -> tuple[Array, Array]:
-  """Whom the workers serve in the rounds `numbers` [K]: owners [K, W], and whether anybody.
-
-  Without a sampling rate, one client of each worker's own stratum. With one, every client of the
-  population takes part by itself with that probability: their number is binomial and, given it,
-  every set of so many clients as likely as any other. Workers beyond it serve nobody; clients
-  beyond the workers are left out, so there are to be workers enough for that never to happen.
-  """
-  everyone = jnp.arange(job.workers, dtype=jnp.int32)
-  key_of_round = lambda number: collectives.round_keys(key, number)[2]
-
-  def of_strata(number):
-    client = jax.random.randint(key_of_round(number), everyone.shape, 0, job.clients, jnp.int32)
-    return client + job.clients * everyone, jnp.ones(job.workers, bool)
-
-  def of_population(number):
-    count_key, order_key = jax.random.split(key_of_round(number))
-    size = len(job.sizes)
-    taking_part = jax.random.binomial(count_key, size, job.sampling_rate)
-    owners = jax.random.choice(order_key, size, everyone.shape, replace=False)
-    return owners.astype(jnp.int32), everyone < taking_part
-
-  if job.sampling_rate:
-    return jax.vmap(of_population)(numbers)
-  if job.clients > 1:
-    return jax.vmap(of_strata)(numbers)
-  return jnp.tile(everyone, (len(numbers), 1)), jnp.ones((len(numbers), job.workers), bool)
+from research.parallel.cohorts import draw
+from research.parallel.job import Job, resolved
 
 
 def value_and_clipped_grad(job: Job) -> Callable[..., tuple[Array, Tree]]:
@@ -137,6 +43,8 @@ def local_phase(
 ) -> tuple[Local, Array]:
   """`begin` and `period` times `step` on one owner's examples [n, ...]; nothing is communicated.
 
+  An owner whose epochs are over before the round is keeps its Local, and its last loss.
+
   Returns:
     The worker's Local, and its mini-batch losses [H].
   """
@@ -145,18 +53,28 @@ def local_phase(
     most = jax.tree.leaves(examples)[0].shape[0]
     examples = {**examples, "mask": (jnp.arange(most) < size).astype(jnp.float32)}
 
-  def step(local, of_step):
-    index, number = of_step
+  def step(held, of_step):
+    (local, _), (index, number) = held, of_step
     batch = constrain(examples if job.batch_size is None else job.task.batch(examples, index))
     step_key = jax.random.fold_in(key, number)
     loss, grads = gradient(local.params, batch, step_key)
     grad_fn = lambda params: gradient(params, batch, step_key)[1]
     return method.step(grads, local, state, key=step_key, grad_fn=grad_fn), loss
 
+  def one(held, of_step):
+    if job.by_epochs:
+      due = of_step[1] < job.own_steps(size)
+      held = lax.cond(due, step, lambda held, _: held, held, of_step)
+    else:
+      held = step(held, of_step)
+    return held, held[1]
+
   steps = jnp.arange(method.period, dtype=jnp.int32)
+  held = method.begin(state), jnp.zeros((), jnp.float32)
   if method.period > 1:
-    return lax.scan(step, method.begin(state), (index, steps))
-  local, loss = step(method.begin(state), jax.tree.map(lambda x: x[0], (index, steps)))
+    (local, _), losses = lax.scan(one, held, (index, steps))
+    return local, losses
+  (local, loss), _ = one(held, jax.tree.map(lambda x: x[0], (index, steps)))
   return local, loss[None]
 
 
@@ -165,7 +83,7 @@ def blocked(job: Job) -> Job:
   cut = sharded.fsdp_cut(job.axes)
   if cut is None or job.method.over is None:
     return job
-  return job._replace(method=job.method.over(lambda inner: blockwise(inner, cut)))
+  return resolved(job._replace(method=job.method.over(lambda inner: blockwise(inner, cut))))
 
 
 def pick(private: Tree, held: State, client: Array) -> State:
@@ -183,7 +101,7 @@ def put(private: Tree, held: State, client: Array, state: State) -> State:
 
 def sync(job: Job, local: Local, state: State, weight: Array, key: Key) -> State:
   """The part of a round that communicates; runs with the worker axes in scope."""
-  if job.sampling_rate:
+  if job.sampling_rate or job.dropout:
     return job.method.sync(local, state, key=key, weight=weight, active=weight > 0)
   return job.method.sync(local, state, key=key, weight=1.0 if job.even else weight)
 
@@ -192,11 +110,11 @@ def infer_layout(job: Job) -> layouts.Layout:
   """Which state of the job is private, by tracing one of its rounds.
 
   Raises:
-    ValueError: if the population is not a multiple of the workers, the method keeps a worker's
-      chunk of a whole or sends to neighbours and the workers serve several clients, or clients are
-      sampled at a rate and the method keeps private state.
+    ValueError: if the population is smaller than the cohort or no multiple of it, the method keeps
+      a worker's chunk of a whole or sends to neighbours and the workers serve several clients or
+      drop out, or clients are sampled at a rate and the method keeps private state.
   """
-  job = blocked(job)
+  job = blocked(resolved(job))
   if len(job.sizes) % job.workers:
     raise ValueError(
       f"a population of {len(job.sizes)} clients is not a multiple of the cohort, "
@@ -221,11 +139,19 @@ def infer_layout(job: Job) -> layouts.Layout:
   kinds = jax.tree.leaves(layouts.kinds(layout.state))
   if job.clients > 1 and any(kind.startswith("chunks") for kind in kinds):
     raise ValueError("two_phase keeps a memory by worker, and a population is kept by client")
-  if job.clients > 1 and any(t.operation == "permute" for t in traffic(job, layout, 1).transfers):
+  if job.clients > 1 and _has_neighbours(job, layout):
     raise ValueError("neighbours are workers, and a population keeps its state by client")
+  if job.dropout and _has_neighbours(job, layout):
+    raise ValueError(
+      "a neighbour that drops out would leave its links empty; leave out the dropout"
+    )
   if job.sampling_rate and any(jax.tree.leaves(layout.state)):
     raise ValueError("the method keeps state of each client; sampling at a rate goes without")
   return layout
+
+
+def _has_neighbours(job: Job, layout: layouts.Layout) -> bool:
+  return any(t.operation == "permute" for t in traffic(job, layout, 1).transfers)
 
 
 def rounds_of_worker(
@@ -260,11 +186,13 @@ def rounds_of_worker(
       constrain,
     )
     after = sync(job, local, pick(private, held, client), lot.weight, sync_key)
-    return put(private, held, client, after), losses
+    written = all_finite(after) if job.clients > 1 else jnp.bool_(True)
+    return put(private, held, client, after), (losses, written)
 
-  held, losses = lax.scan(one, state.method, (numbers, lots))
-  weighted = (losses * lots.weight[:, None]).reshape(-1)
-  metrics = reduce_metrics(weighted, all_finite(held))
+  held, (losses, written) = lax.scan(one, state.method, (numbers, lots))
+  shares = (losses * lots.share[:, None]).reshape(-1)
+  finite = jnp.all(written) if job.clients > 1 else all_finite(held)
+  metrics = reduce_metrics(shares, finite)
   return TrainState(state.round + rounds, state.key, held), metrics
 
 
@@ -276,7 +204,7 @@ def all_finite(tree: Tree) -> Array:
 
 def initial(job: Job, layout: layouts.Layout, key: Key) -> TrainState:
   """Round zero, private leaves with a row per owner [P, ...]."""
-  job = blocked(job)
+  job = blocked(resolved(job))
   params_key, run_key = jax.random.split(key)
   axes = meshes.worker_axes(job.axes)
   init = layouts.over_workers(job.method.init, axes, None, layouts.lead(layout.state))

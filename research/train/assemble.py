@@ -12,8 +12,9 @@ import numpy as np
 from research import registry
 from research.base import Batch, Executor, Method, Task
 from research.comm import mesh as meshes
-from research.parallel.workers import Job
+from research.parallel.job import Job, stages
 from research.train.config import Config, UsageError, flag
+from research.train.plan import Plan
 
 # Which module holds an executor; all three take a Job.
 EXECUTORS = {
@@ -23,14 +24,27 @@ EXECUTORS = {
 }
 
 
+LOCAL_PHASES = ("auto", "vmap", "map")
+
+
 class Problem(NamedTuple):
   """All parts of a run before anything is placed on a device."""
 
-  job: Job
-  executor: Executor
+  plan: Plan
+  executors: tuple[Executor, ...]  # by stage of the plan; their states are the same
   examples: Batch  # numpy [P, n, ...]
   test: tuple[Batch, np.ndarray] | None  # numpy [D, n, ...] and sizes [D]
   steps: int
+
+  @property
+  def job(self) -> Job:
+    """Of the first stage: those of the others have another period and are else the same."""
+    return self.plan.jobs[0]
+
+  @property
+  def executor(self) -> Executor:
+    """Of the first stage; all have the same data and state."""
+    return self.executors[0]
 
 
 class Setting(NamedTuple):
@@ -53,7 +67,7 @@ def check(config: Config) -> Setting:
     near = difflib.get_close_matches(config.executor, EXECUTORS, 1)
     hint = f"; did you mean '{near[0]}'?" if near else ";"
     raise UsageError(f"--executor='{config.executor}': unknown{hint} legal: {', '.join(EXECUTORS)}")
-  for name in ("epochs", "clip_norm", "tolerance", "checkpoint_seconds", "sampling_rate"):
+  for name in ("epochs", "clip_norm", "tolerance", "checkpoint_seconds"):
     with flag(name, getattr(config, name)):
       if not math.isfinite(getattr(config, name)):
         raise ValueError("not a finite number")
@@ -64,10 +78,20 @@ def check(config: Config) -> Setting:
   workers = meshes.count(meshes.worker_axes(axes))
   owners = config.population or workers
   with flag("population", config.population):
+    if owners < workers:
+      raise ValueError(f"smaller than the cohort, the {workers} workers of --mesh='{config.mesh}'")
     if owners % workers:
       raise ValueError(f"not a multiple of the {workers} workers of --mesh='{config.mesh}'")
   with flag("sampling_rate", config.sampling_rate):
     _check_sampling(config, workers)
+  with flag("dropout", config.dropout):
+    if not 0 <= config.dropout < 1:
+      raise ValueError("not in [0, 1)")
+  with flag("delta", config.delta):
+    if not 0 < config.delta < 1:
+      raise ValueError("not in (0, 1)")
+  with flag("local_phase", config.local_phase):
+    _check_local_phase(config)
   with flag("method", config.method):
     method = registry.build("method", config.method)
   with flag("task", config.task):
@@ -77,9 +101,6 @@ def check(config: Config) -> Setting:
   if config.model:
     with flag("model", config.model):
       registry.build("model", config.model)
-  with flag("steps", config.steps):
-    if config.steps % method.period and not config.epochs:
-      raise ValueError(f"not a multiple of the method's period of {method.period} steps")
   return Setting(axes, method, workers, owners, _batch_size(config, workers))
 
 
@@ -93,6 +114,13 @@ def _batch_size(config: Config, workers: int) -> int | None:
       nearest = f"{below} and {above}" if below else f"{above}"
       raise ValueError(f"does not divide among {workers} workers; nearest: {nearest}, or 'all'")
   return size // workers
+
+
+def _check_local_phase(config: Config) -> None:
+  if config.local_phase not in LOCAL_PHASES:
+    raise ValueError(f"unknown; legal: {', '.join(LOCAL_PHASES)}")
+  if config.local_phase != "auto" and config.executor != "simulate":
+    raise ValueError("is a choice of --executor=simulate; elsewhere every worker has a device")
 
 
 def _check_sampling(config: Config, workers: int) -> None:
@@ -129,11 +157,23 @@ def assemble(config: Config, setting: Setting) -> Problem:
   with flag("batch_size", config.batch_size):
     if config.batch_size != "all" and int(config.batch_size) > total:
       raise ValueError(f"the task has {total} training examples; 'all' takes them all")
-  job = Job(method, task, axes, sizes, batch_size, config.clip_norm, config.sampling_rate)
+  job = Job(
+    method,
+    task,
+    axes,
+    sizes,
+    batch_size,
+    config.clip_norm,
+    config.sampling_rate,
+    config.dropout,
+    local_phase=config.local_phase,
+  )
+  plan = Plan(stages(job))
+  steps = _steps(config, total, plan)
   with flag("mesh", config.mesh):
-    module = importlib.import_module(EXECUTORS[config.executor])
-    executor = getattr(module, config.executor)(job)
-  return Problem(job, executor, examples, _test(job, config), _steps(config, total, method.period))
+    executor = getattr(importlib.import_module(EXECUTORS[config.executor]), config.executor)
+    executors = tuple(executor(job) for job in plan.jobs)
+  return Problem(plan, executors, examples, _test(job, config), steps)
 
 
 def _task(config: Config) -> Task:
@@ -159,15 +199,28 @@ def _partitioned(config: Config, task: Task, owners: int) -> tuple[Batch, np.nda
     return stack(task.train, split(np.asarray(task.train["y"]), owners, config.seed))
 
 
-def _steps(config: Config, examples: int, period: int) -> int:
+def _steps(config: Config, examples: int, plan: Plan) -> int:
+  """How many local steps the run takes: whole rounds."""
+  if config.rounds:
+    with flag("rounds", config.rounds):
+      if config.epochs:
+        raise ValueError("goes without --epochs")
+    return plan.steps(config.rounds)
   if not config.epochs:
+    with flag("steps", config.steps):
+      if plan.end(config.steps) != config.steps:
+        period = plan.jobs[plan.stage(config.steps)].method.period
+        raise ValueError(
+          f"does not end with a round of {period} steps; nearest: {plan.end(config.steps)}, "
+          "or take --rounds"
+        )
     return config.steps
   size = examples if config.batch_size == "all" else int(config.batch_size)
   with flag("epochs", config.epochs):
     steps = round(config.epochs * examples / size)
     if steps < 1:
       raise ValueError(f"less than one step of {size} examples; an epoch has {examples}")
-  return -(-steps // period) * period
+  return plan.end(steps)
 
 
 def _test(job: Job, config: Config) -> tuple[Batch, np.ndarray] | None:

@@ -19,6 +19,7 @@ from research.train import interrupt, metrics, report
 from research.train.assemble import Problem, assemble, check, evaluation_shards
 from research.train.checkpoint import Checkpoints
 from research.train.config import Config, UsageError
+from research.train.plan import Sent
 from research.train.timing import Timing
 
 
@@ -124,7 +125,7 @@ class Run:
     self.test = executor.place(*problem.test, data_key) if problem.test else None
     self.evaluate = metrics.evaluator(job.task, evaluation_shards(job, config.executor))
     self.differing = metrics.replica_check(self.state)
-    self.traffic = workers.traffic(job, self.layout, problem.steps // job.method.period)
+    self.sent = Sent(problem.plan, self.layout, problem.steps)
     self.log = report.Metrics(folder, self.step, config.tensorboard) if main else None
     self.timing.resume(self.log.rows[-1]["seconds"] if self.log and self.log.rows else 0.0)
     self.pending: Pending | None = None
@@ -139,14 +140,15 @@ class Run:
 
   def train(self) -> dict[str, Any]:
     """Rounds until the steps are done, the run has converged, or somebody stops it."""
-    config, executor, period = self.config, self.problem.executor, self.problem.job.method.period
+    config, plan = self.config, self.problem.plan
     reason = "steps"
     self.progress.start(self.step)
     with interrupt.watch() as stopped:
       while self.step < self.problem.steps:
         before, self.step = self.step, self._next_stop()
         with self._profiled(), jax.transfer_guard("disallow"):
-          rounds = (self.step - before) // period
+          rounds = round(plan.rounds(self.step) - plan.rounds(before))
+          executor = self.problem.executors[plan.stage(before)]
           self.state, found = executor.run(self.state, self.data, rounds=rounds)
         self._fetch()
         self.pending = Pending(before, self.step, found)
@@ -185,11 +187,11 @@ class Run:
 
     A function of absolute steps, so that a resumed run is cut where an unbroken one is.
     """
-    config, period = self.config, self.problem.job.method.period
+    config, plan = self.config, self.problem.plan
     every = (config.eval_every, config.checkpoint_every, config.check_every)
     stops = [(self.step // n + 1) * n for n in (*every, config.steps_per_dispatch) if n > 0]
-    stop = -(-min([*stops, self.problem.steps]) // period) * period
-    return min(stop, self.problem.steps)
+    stops = [self.problem.steps, plan.next_stage(self.step) or self.problem.steps, *stops]
+    return min(plan.end(min(stops)), self.problem.steps)
 
   def _due(self, before: int, every: int) -> bool:
     return every > 0 and self.step // every > before // every
@@ -230,10 +232,9 @@ class Run:
     starts = [first, *range((first // every + 1) * every, last, every)]
     counts = np.diff([*starts, last])
     means = np.add.reduceat(losses, np.subtract(starts, first), dtype=np.float64) / counts
-    seconds, period = round(self.timing.elapsed(), 4), self.problem.job.method.period
-    sent = lambda steps: round(self.traffic.until(steps / period))
+    seconds = round(self.timing.elapsed(), 4)
     return [
-      {"step": stop, "loss": loss, "seconds": seconds, "bytes": sent(stop)}
+      {"step": stop, "loss": loss, "seconds": seconds, "bytes": round(self.sent.until(stop))}
       for stop, loss in zip([*starts[1:], last], means.tolist(), strict=True)
     ]
 
@@ -299,11 +300,12 @@ class Run:
   def _summary(self, reason: str) -> dict[str, Any]:
     config, job, evaluated = self.config, self.problem.job, self.evaluated
     dense = wire.by_axis(workers.dense_traffic(job))
-    period = job.method.period
-    rounds = max(1, self.timing.largest // period)
-    shared = wire.by_axis(workers.metrics_traffic(job, rounds), rounds * period)
-    steps = max(period, self.step)
-    transfers = workers.traffic(job, self.layout, steps // period).transfers
+    plan = self.problem.plan
+    last = plan.jobs[plan.stage(self.step)]
+    rounds = max(1, self.timing.largest // last.method.period)
+    shared = wire.by_axis(workers.metrics_traffic(last, rounds), rounds * last.method.period)
+    steps = max(job.method.period, self.step)
+    transfers = self.sent.transfers(steps)
     return {
       "task": config.task,
       "model": config.model,
@@ -324,7 +326,7 @@ class Run:
       "wire": {
         "bytes_per_step_per_worker": wire.by_axis(transfers, steps),
         "metrics_bytes_per_step_per_worker": shared,
-        "total_bytes_per_worker": self.traffic.until(self.step / period),
+        "total_bytes_per_worker": self.sent.until(self.step),
         "dense_bytes_per_step_per_worker": sum(dense.values()),
         "transfers": wire.table(transfers, steps),
       },

@@ -1,0 +1,96 @@
+"""Whom the workers serve in each round, with which examples, and what it weighs: drawn ahead."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from research.base import Array, Data, Key, Tree
+from research.comm import collectives
+from research.parallel.job import Job
+
+_DROPOUT = 0x64726F70
+
+
+class Draw(NamedTuple):
+  """A worker's lot for each of K rounds."""
+
+  owner: Array  # [K] int32, whom it serves
+  weight: Array  # [K], that owner's share of the objective; zero where it serves nobody
+  share: Array  # [K], of its losses in the metrics; averages to one over the workers
+  index: Tree  # [K, H, b], which of the owner's examples; None if all of them
+
+
+def draw(job: Job, data: Data, key: Key, numbers: Array, worker: Array) -> Draw:
+  """What a worker does in the rounds `numbers` [K]: a pure function of (keys, round, worker).
+
+  Every worker draws the whole cohort, since a weight is relative to the cohort's mean.
+  """
+  owners, served = cohorts(job, key, numbers)
+  sizes = data.sizes[owners]
+  present = jnp.where(served, sizes, 0).astype(jnp.float32)
+  mean = jnp.mean(data.sizes if job.sampling_rate else present, -1, dtype=jnp.float32)
+  weights = present / jnp.maximum(mean, 1 / job.workers)[..., None]
+  anybody = jnp.where(jnp.any(served, -1, keepdims=True), present, 1)  # else as if all were there
+  shares = anybody / jnp.mean(anybody, -1, keepdims=True)
+  index = None
+  if job.batch_size is not None:
+    index = _examples(job, data, numbers, owners[:, worker], worker)
+  return Draw(owners[:, worker], weights[:, worker], shares[:, worker], index)
+
+
+def _examples(job: Job, data: Data, numbers: Array, owners: Array, worker: Array) -> Tree:
+  """Which of its owner's examples a worker sees, [K, H, b]; a round by epochs starts with one."""
+  period, sizes = job.method.period, data.sizes[owners]
+  per_round = job.own_steps(sizes) if job.by_epochs else jnp.full_like(sizes, period)
+  first = job.first_step + (numbers - job.first_round) * per_round
+  steps = first[:, None] + jnp.arange(period, dtype=jnp.int32)
+  own = jax.random.fold_in(data.key, job.clients * worker)
+  if job.clients > 1:
+    own = jax.vmap(lambda owner: jax.random.fold_in(data.key, owner))(owners)
+
+  def sample(size, step, key):
+    return job.task.sample(size, step, key, batch_size=job.batch_size)
+
+  of_rounds = (0, 0, 0 if job.clients > 1 else None)
+  return jax.vmap(jax.vmap(sample, (None, 0, None)), of_rounds)(sizes, steps, own)
+
+
+def cohorts(job: Job, key: Key, numbers: Array) -> tuple[Array, Array]:
+  """Whom the workers serve in the rounds `numbers` [K]: owners [K, W], and whether anybody.
+
+  Without a sampling rate, one client of each worker's own stratum. With one, every client of the
+  population takes part by itself with that probability: their number is binomial and, given it,
+  every set of so many clients as likely as any other. Workers beyond it serve nobody; clients
+  beyond the workers are left out, so there are to be workers enough for that never to happen. With
+  an order, the client whose turn it is. Then whoever drops out is as one who serves nobody.
+  """
+  everyone = jnp.arange(job.workers, dtype=jnp.int32)
+  key_of_round = lambda number: collectives.round_keys(key, number)[2]
+
+  def of_strata(number):
+    client = jax.random.randint(key_of_round(number), everyone.shape, 0, job.clients, jnp.int32)
+    return client + job.clients * everyone, jnp.ones(job.workers, bool)
+
+  def of_population(number):
+    count_key, order_key = jax.random.split(key_of_round(number))
+    size = len(job.sizes)
+    taking_part = jax.random.binomial(count_key, size, job.sampling_rate)
+    owners = jax.random.choice(order_key, size, everyone.shape, replace=False)
+    return owners.astype(jnp.int32), everyone < taking_part
+
+  def present(number):
+    own = jax.random.fold_in(key_of_round(number), _DROPOUT)
+    return jax.random.uniform(own, everyone.shape) >= job.dropout
+
+  if job.order is not None:
+    owners = jnp.asarray(job.order, jnp.int32)[numbers % len(job.order)][:, None]
+    served = jnp.ones(owners.shape, bool)
+  elif job.sampling_rate:
+    owners, served = jax.vmap(of_population)(numbers)
+  elif job.clients > 1:
+    owners, served = jax.vmap(of_strata)(numbers)
+  else:
+    owners = jnp.tile(everyone, (len(numbers), 1))
+    served = jnp.ones(owners.shape, bool)
+  return owners, (served & jax.vmap(present)(numbers) if job.dropout else served)

@@ -1,0 +1,76 @@
+"""What every execution of a method on a task needs to know, all of it static."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from research.base import Array, Method, Task
+from research.comm import mesh as meshes
+
+
+class Job(NamedTuple):
+  """A method, a task, and who the workers and the owners of its examples are.
+
+  There are as many owners as workers, or a multiple: then every worker holds a stratum of the
+  population and serves one client of it per round. With an `order` a single worker serves the
+  population one by one: round t serves client order[t mod its length].
+  """
+
+  method: Method
+  task: Task
+  axes: dict[str, int]  # of the mesh
+  sizes: np.ndarray  # [P], examples of each owner
+  batch_size: int | None  # per worker and step; None: all of an owner's examples
+  clip_norm: float = 0.0  # of each worker's gradient, before the method sees it; 0: none
+  sampling_rate: float = 0.0  # of Poisson sampling of the population; 0: one client per worker
+  dropout: float = 0.0  # the probability that a worker's round is lost before it is sent
+  order: np.ndarray | None = None  # [E] int32, whom a single worker serves
+  local_phase: str = "auto"  # how `simulate` runs it: "vmap", "map" or what is faster
+  first_round: int = 0  # of the stage that this job is, where the method's period changes
+  first_step: int = 0  # local steps before that round
+
+  @property
+  def workers(self) -> int:
+    return meshes.count(meshes.worker_axes(self.axes))
+
+  @property
+  def clients(self) -> int:
+    """R = P / W, the owners whose rows one worker holds."""
+    return len(self.sizes) // self.workers
+
+  @property
+  def even(self) -> bool:
+    """Whether all owners have equally many examples."""
+    return bool((self.sizes == self.sizes[0]).all())
+
+  @property
+  def by_epochs(self) -> bool:
+    """Whether owners take different numbers of steps in a round."""
+    return self.method.epochs > 0 and self.batch_size is not None and not self.even
+
+  def own_steps(self, sizes: Array | np.ndarray) -> Array | np.ndarray:
+    """Local steps in a round of a method by epochs, of owners with so many examples."""
+    batches = 1 if self.batch_size is None else sizes // self.batch_size
+    return self.method.epochs * (batches + (batches == 0))
+
+
+def resolved(job: Job) -> Job:
+  """The job with a method that knows its rounds: their steps, and who takes part in them."""
+  method = job.method
+  if method.of_rounds is None:
+    return job
+  period = int(job.own_steps(job.sizes.max())) if method.epochs else method.period
+  return job._replace(method=method.of_rounds(period, job.workers / len(job.sizes)))
+
+
+def stages(job: Job) -> tuple[Job, ...]:
+  """A resolved job for each period of the method, in order; their states are the same."""
+  found = [resolved(job)]
+  for first_round, period in job.method.later:
+    assert job.method.of_rounds, "a method whose period changes says what it is with another"
+    last = found[-1]
+    steps = (first_round - last.first_round) * last.method.period
+    method = job.method.of_rounds(period, job.workers / len(job.sizes))
+    first = {"first_round": first_round, "first_step": last.first_step + steps}
+    found.append(job._replace(method=method, **first))
+  return tuple(found)
