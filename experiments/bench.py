@@ -5,9 +5,10 @@
 Each case runs `train.loop.train` on its flags and the minimal JAX loop of `by_hand.py`, without
 evaluations and checkpoints, the losses fetched once per dispatch. Both are warmed up, then run
 alternately; the ratio of steps per second is taken pair by pair and its median is the figure.
-Beside them: what compressors and PowerSGD cost (`costs.py`), for how long a checkpoint blocks, the
-memory of 10,000 simulated workers, and the time to the first logged step. Writes result.json and
-table.md.
+Beside them: what compressors cost (`costs.py`), what rounds cost (`rounds.py`), for how long a
+checkpoint blocks, the memory of 10,000 simulated workers, and the time to the first logged step.
+Writes result.json and table.md. Workers of one machine share its cores better on as many devices:
+`JAX_NUM_CPU_DEVICES=2` for fed_avg and local_phase.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 
 from absl import app, flags, logging
 
-from experiments import by_hand, costs, run
+from experiments import by_hand, costs, rounds, run
 from experiments.turns import in_turn, ratios, seconds
 from research.train.config import Config
 
@@ -69,10 +70,31 @@ CASES = {
     },
     by_hand.a9a,
   ),
+  "fed_avg": Case(
+    {
+      "task": "mnist()",
+      "model": "mlp(hidden=[200, 200])",
+      "method": "fed_avg(sgd(0.1), mean(), epochs=1)",
+      "population": 100,
+      "mesh": "data:10",
+      "batch_size": 100,
+      "steps": 1200,
+      "steps_per_dispatch": 300,
+    },
+    by_hand.fed_avg,
+  ),
 }
 
 
-OTHERS = ("compress", "power_sgd", "checkpoints", "memory", "start")
+OTHERS = (
+  "compress",
+  "power_sgd",
+  "local_phase",
+  "population",
+  "checkpoints",
+  "memory",
+  "start",
+)
 
 
 def compare(name: str, repeats: int) -> dict[str, Any]:
@@ -211,6 +233,21 @@ def power_sgd_table(rows: list[dict[str, Any]]) -> list[str]:
   return lines
 
 
+def local_phase_table(rows: list[dict[str, Any]]) -> list[str]:
+  """Workers one after the other against all at once, in Markdown."""
+  lines = [
+    "\nA round of ten simulated workers, 20 local steps on 10 images each, perceptrons of several "
+    "sizes: workers one after the other (map) against all at once (vmap):\n"
+  ]
+  lines.append("| hidden | bytes of the model | vmap, ms | map, ms | ratio (median) | ratios |")
+  lines.append("|---|---|---|---|---|---|")
+  for row in rows:
+    hidden = "-".join(map(str, row["hidden"])) or "none"
+    times = f"{row['vmap_ms']:.2f} | {row['map_ms']:.2f} | {row['ratio']:.2f}"
+    lines.append(f"| {hidden} | {row['model_bytes']:,} | {times} | {shown(row['ratios'])} |")
+  return lines
+
+
 def shown(ratios: list[float]) -> str:
   return ", ".join(f"{ratio:.2f}" for ratio in ratios)
 
@@ -232,8 +269,18 @@ def main(argv: list[str]) -> None:
       result["compress"] = costs.compress(FLAGS.repeats)
       lines += compress_table(result["compress"])
     if "power_sgd" in FLAGS.cases:
-      result["power_sgd"] = costs.power_sgd(FLAGS.repeats)
+      result["power_sgd"] = rounds.power_sgd(FLAGS.repeats)
       lines += power_sgd_table(result["power_sgd"])
+    if "local_phase" in FLAGS.cases:
+      result["local_phase"] = rounds.local_phase(FLAGS.repeats)
+      lines += local_phase_table(result["local_phase"])
+    if "population" in FLAGS.cases:
+      found = result["population"] = rounds.population(FLAGS.repeats)
+      lines.append(
+        f"\nA round of SCAFFOLD with 10 of 10,000 clients takes {found['ratio']:.2f} times as long "
+        f"as one with 10 of 100 ({found['many_ms']:.2f} ms against {found['few_ms']:.2f}; ratios "
+        f"{shown(found['ratios'])})."
+      )
     if "checkpoints" in FLAGS.cases:
       blocked = result["checkpoint_milliseconds"] = checkpoints(FLAGS.repeats)
       middle, top = statistics.median(blocked), max(blocked)

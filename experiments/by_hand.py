@@ -109,6 +109,67 @@ def a9a(config: dict[str, Any]) -> Callable[[int], None]:
   return advancing(config, params, lambda params, i, n: run(params, (x, y, present), n))
 
 
+def fed_avg(config: dict[str, Any]) -> Callable[[int], None]:
+  """FedAvg: each device takes its part of the cohort one by one, fetching an epoch at once."""
+  import jax
+  import jax.numpy as jnp
+  from jax.sharding import PartitionSpec as P
+
+  examples = load(config)
+  x = jnp.asarray(examples["x"].reshape(*examples["x"].shape[:2], -1))  # [clients, 600, 784] uint8
+  y = jnp.asarray(examples["y"])
+  clients, each = y.shape
+  cohort, batch = 10, 10
+  devices = max(n for n in range(1, jax.device_count() + 1) if cohort % n == 0)
+  mesh = jax.make_mesh((devices,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+  def loss(w, x, y):
+    hidden = jax.nn.relu(x @ w[0] + w[1])
+    hidden = jax.nn.relu(hidden @ w[2] + w[3])
+    logits = jax.nn.log_softmax(hidden @ w[4] + w[5])
+    return -jnp.mean(jnp.take_along_axis(logits, y[:, None], 1))
+
+  def local(w, x, y, ids, keys):
+    def client(of_client):
+      number, key = of_client
+      order = jax.random.permutation(key, each).reshape(-1, batch)
+      epoch = x[number, order].astype(jnp.float32) / 255, y[number, order]
+
+      def step(w, of_step):
+        value, grads = jax.value_and_grad(loss)(w, *of_step)
+        return jax.tree.map(lambda w, g: w - 0.1 * g, w, grads), value
+
+      return jax.lax.scan(step, w, epoch)
+
+    models, losses = jax.lax.map(client, (ids, keys))
+    total = jax.tree.map(lambda m: jnp.sum(m, 0), models)
+    return jax.tree.map(lambda t: jax.lax.psum(t, "d") / cohort, total), jnp.mean(losses)[None]
+
+  local = jax.shard_map(
+    local,
+    mesh=mesh,
+    in_specs=(P(), P(), P(), P("d"), P("d")),
+    out_specs=(P(), P("d")),
+    check_vma=False,
+  )
+
+  def run(w, x, y, key, length):
+    def one(w, key):
+      choice, order = jax.random.split(key)
+      ids = jax.random.choice(choice, clients, (cohort,), replace=False)
+      return local(w, x, y, ids, jax.random.split(order, cohort))
+
+    return jax.lax.scan(one, w, jax.random.split(key, length * batch // each))
+
+  run = jax.jit(run, static_argnames="length", donate_argnums=0)
+  keys = jax.random.split(jax.random.key(0), 3)
+  sizes = ((784, 200), (200, 200), (200, 10))
+  w = []
+  for key, size in zip(keys, sizes, strict=True):
+    w += [jax.random.normal(key, size) / size[0] ** 0.5, jnp.zeros(size[1])]
+  return advancing(config, w, lambda w, i, n: run(w, x, y, jax.random.key(i), n))
+
+
 def advancing(config, state, run) -> Callable[[int], None]:
   """`advance(steps)` by dispatches, each one's losses fetched when the next has begun."""
   import jax

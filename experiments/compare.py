@@ -44,6 +44,7 @@ class Curve(NamedTuple):
   steps: np.ndarray  # [n]
   sent: np.ndarray  # [n] bytes by a worker so far
   losses: np.ndarray  # [seeds, n] of all training data
+  virtual: np.ndarray  # [n] mean seconds on the clock; not a number without one
 
   @property
   def best(self) -> np.ndarray:
@@ -65,6 +66,12 @@ class Conditions(NamedTuple):
 
   link: str  # as the flag says it; empty: none
   compute_seconds: float  # per local step of one worker; 0: as measured
+  clock: str  # as the flag says it; empty: none
+
+  @property
+  def place(self) -> str:
+    """Where seconds to the target are counted; empty: nowhere."""
+    return " and ".join(filter(None, (self.link, self.clock)))
 
 
 # ---- what is trained
@@ -120,6 +127,8 @@ def plan(config: Config, label: str, seeds: int) -> Plan:
   from research.train import folder as folders
 
   setting, spec = assemble.check(config), config.method
+  if setting.method.one_by_one and FLAGS.link:
+    raise UsageError(f"--link='{FLAGS.link}': a server's pushes are no collectives, not predicted")
   stem = Path(config.out or OUT) / folder_name(spec)
   configs = [
     config._replace(seed=seed, out=f"{stem}-seed={seed}")
@@ -195,11 +204,13 @@ def read_curve(folders: list[Path]) -> Curve:
   runs = []
   for folder in folders:
     rows = [row for row in report.read_rows(folder / "metrics.jsonl") if "train_loss" in row]
-    runs.append(np.array([[row["step"], row["bytes"], row["train_loss"]] for row in rows]))
+    names = ("step", "bytes", "train_loss", "virtual_seconds")
+    runs.append(np.array([[row.get(name, math.nan) for name in names] for row in rows]))
   steps = np.unique(np.concatenate([found[:, 0] for found in runs]))
   longest = max(runs, key=len)
-  losses = np.stack([np.interp(steps, found[:, 0], found[:, 2]) for found in runs])
-  return Curve(steps, np.interp(steps, longest[:, 0], longest[:, 1]), losses)
+  of = lambda column: np.stack([np.interp(steps, found[:, 0], found[:, column]) for found in runs])
+  sent = np.interp(steps, longest[:, 0], longest[:, 1])
+  return Curve(steps, sent, of(2), of(3).mean(0))
 
 
 # ---- how they compare
@@ -234,12 +245,12 @@ def figures(outcome: Outcome, target: float | None, conditions: Conditions) -> d
   if curve is None:
     return found
   wire = summaries[0]["wire"]
-  sent = sum(wire["bytes_per_step_per_worker"].values())
-  dense = wire["dense_bytes_per_step_per_worker"]
+  by_axis, dense = wire["bytes_per_step_per_worker"], wire["dense_bytes_per_step_per_worker"]
+  sent = sum(by_axis.values())
+  counted = {"bytes_per_step_per_worker": sent, "ratio_to_dense": sent / dense if dense else 1.0}
+  found |= counted if by_axis else {}  # those of a server are not counted
   found |= {
     "train_loss": statistics.mean(s["train_loss"] for s in summaries),
-    "bytes_per_step_per_worker": sent,
-    "ratio_to_dense": sent / dense if dense else 1.0,
     "steps_per_second": statistics.median(s["steps_per_second"] for s in summaries),
     "curve": {name: value.tolist() for name, value in curve._asdict().items()},
   }
@@ -248,12 +259,14 @@ def figures(outcome: Outcome, target: float | None, conditions: Conditions) -> d
     measures = {"mean": statistics.mean, "least": min, "greatest": max}
     found |= {f"accuracy_{name}": of(accuracies) for name, of in measures.items()}
   found |= step_seconds(summaries, conditions)
-  fixed = found["compute_seconds_per_step"] + found["latency_seconds_per_step"]
-  of_bytes = found["seconds_per_step"] - fixed  # of a mean step; early ones may send more
-  seconds = curve.steps * fixed + curve.sent * (of_bytes / sent if sent else 0.0)
+  computing, waiting = found["compute_seconds_per_step"], found["latency_seconds_per_step"]
+  of_bytes = found["seconds_per_step"] - computing - waiting  # of a mean step; early ones vary
+  computed = curve.virtual if conditions.clock else curve.steps * computing
+  seconds = computed + curve.steps * waiting + curve.sent * (of_bytes / sent if sent else 0.0)
   found["curve"]["seconds"] = seconds.tolist()
   if target is not None and not diverged:
-    found |= to_target(curve, target, seconds if conditions.link else None)
+    reached = to_target(curve, target, seconds if conditions.place else None)
+    found |= {k: v for k, v in reached.items() if by_axis or k != "bytes_to_target"}
   return found
 
 
@@ -279,6 +292,8 @@ def step_seconds(summaries: list[dict[str, Any]], conditions: Conditions) -> dic
 
   measured = 1 / statistics.median(s["steps_per_second"] for s in summaries)
   computing, waiting, talking = conditions.compute_seconds or measured, 0.0, 0.0
+  if conditions.clock:
+    computing = statistics.mean(s["virtual_seconds"] / s["steps"] for s in summaries)
   if conditions.link:
     axes, link = meshes.parse_mesh(summaries[0]["mesh"]), cost.parse_link(conditions.link)
     rows = summaries[0]["wire"]["transfers"]
@@ -306,6 +321,7 @@ def compared(
     "seeds": [one.seed for one in outcomes[0].plan.configs],
     "evaluated_on": next((o.summaries[0]["evaluated_on"] for o in outcomes if o.summaries), "test"),
     **conditions._asdict(),
+    "place": conditions.place,
     "target": target,
     "target_is": "the greatest of the methods' least losses" if wanted is None else "as given",
     "methods": [figures(outcome, target, conditions) for outcome in outcomes],
@@ -327,8 +343,10 @@ def conditions() -> Conditions:
     with flag(name, FLAGS[name].value):
       if not math.isfinite(FLAGS[name].value or 0.0):
         raise ValueError("not a finite number")
-  if FLAGS.recommend and not FLAGS.link:
+  if FLAGS.recommend and not FLAGS.link and not FLAGS.clock:
     raise UsageError("--recommend: needs the link to recommend for, such as --link=100mbit,20ms")
+  if FLAGS.compute_seconds and FLAGS.clock:
+    raise UsageError(f"--compute_seconds={FLAGS.compute_seconds}: --clock says it already")
   with flag("link", FLAGS.link):
     if FLAGS.link:
       cost.parse_link(FLAGS.link)
@@ -337,7 +355,7 @@ def conditions() -> Conditions:
         "what is measured among several processes holds their communication already; say how long "
         "one worker computes per step by --compute_seconds"
       )
-  return Conditions(FLAGS.link, FLAGS.compute_seconds)
+  return Conditions(FLAGS.link, FLAGS.compute_seconds, FLAGS.clock)
 
 
 def main(argv: list[str]) -> None:

@@ -25,18 +25,18 @@ COLUMNS = (
   ("steps/s here", "steps_per_second", ".4g"),
   ("steps to target", "steps_to_target", ",.0f"),
   ("bytes to target", "bytes_to_target", ",.0f"),
-  ("s per step on {link}", "seconds_per_step", ".4g"),
-  ("s to target on {link}", "seconds_to_target", ".4g"),
+  ("s per step on {place}", "seconds_per_step", ".4g"),
+  ("s to target on {place}", "seconds_to_target", ".4g"),
 )
 
 
 def table(result: Result) -> str:
   """A row per method; blank where there is no figure."""
-  rows, link = result["methods"], result["link"]
+  rows, place = result["methods"], result["place"]
   columns = [
     (title.format(**result), name, form)
     for title, name, form in COLUMNS
-    if any(name in row for row in rows) and (link or "{link}" not in title)
+    if any(name in row for row in rows) and (place or "{place}" not in title)
   ]
   lines = [" | ".join(["| method", *(title for title, *_ in columns), "|"])]
   lines.append("|---" * (len(columns) + 2) + "|")
@@ -57,11 +57,11 @@ def remark(row: Row) -> str:
 
 def recommendation(result: Result) -> str:
   """One line: what reaches the target first on the link, and by how much."""
-  rows, target, link = result["methods"], result["target"], result["link"]
+  rows, target, place = result["methods"], result["target"], result["place"]
   reach = [row for row in rows if "seconds_to_target" in row]
   if not reach:
     what = "the end" if target is None else f"training loss {target:.4g}"
-    return f"no recommendation on {link}: no method reaches {what} with all its seeds"
+    return f"no recommendation on {place}: no method reaches {what} with all its seeds"
   first, *others = sorted(reach, key=lambda row: row["seconds_to_target"])
   dense = next((row for row in others if row["dense"]), None)
   factor = lambda row: row["seconds_to_target"] / first["seconds_to_target"]
@@ -82,7 +82,7 @@ def recommendation(result: Result) -> str:
   elif others and not any(row["dense"] for row in reach):
     told.append("no dense method reaches it")
   dense_wins = first["dense"] and not all(row["dense"] for row in rows)
-  return f"{'do not compress here' if dense_wins else 'recommended'}: on {link} {', '.join(told)}"
+  return f"{'do not compress here' if dense_wins else 'recommended'}: on {place} {', '.join(told)}"
 
 
 def caption(result: Result) -> list[str]:
@@ -98,7 +98,9 @@ def caption(result: Result) -> list[str]:
   shared = f"with all {result['workers']} workers on this machine, so no cluster's"
   where = shared if result["executor"] == "simulate" else "here"
   computing = f"the computing of a step as measured {where}"
-  if result["compute_seconds"]:
+  if result["clock"]:
+    computing = f"computing on the virtual clock {result['clock']}"
+  elif result["compute_seconds"]:
     computing = f"{result['compute_seconds']:g} s of computing per step, as given, for every method"
   if not result["link"]:
     return [*lines, f"Seconds: {computing}; communication is not in them (--link predicts it)."]
@@ -150,9 +152,10 @@ def draw(path: Path, result: Result) -> None:
     axes[0].plot([], [], label=row["label"] + lost, **style)
     if "curve" in row:
       draw_method(axes, row, result["target"], style)
-  seconds = f"seconds on {result['link']} (predicted)" if result["link"] else "seconds of computing"
+  predicted = f"seconds on {result['place']} (predicted)"
+  seconds = predicted if result["place"] else "seconds of computing"
   for ax, name in zip(axes, ("local steps", "bytes sent by a worker", seconds), strict=True):
-    ax.set_xlabel(name)
+    ax.set_xlabel(textwrap.fill(name, 60))
     ax.grid(alpha=0.3)
   draw_scales(axes, result)
   axes[0].set_ylabel("loss on all training data")
@@ -173,8 +176,10 @@ def draw_method(axes: Sequence[Any], row: Row, target: float | None, style: dict
   seconds, color = row["curve"]["seconds"], style["color"]
   across = (steps, row["curve"]["sent"], seconds)
   there = row.get("steps_to_target", np.nan)
-  dots = (there, row.get("bytes_to_target"), np.interp(there, steps, seconds))
+  dots = (there, row.get("bytes_to_target", 0.0), np.interp(there, steps, seconds))
   for ax, x, dot in zip(axes, across, dots, strict=True):
+    if ax is axes[1] and "bytes_per_step_per_worker" not in row:
+      continue
     ax.plot(x, losses.mean(0), **style)
     ax.fill_between(x, losses.min(0), losses.max(0), color=color, alpha=0.15, lw=0)
     if "steps_to_target" in row:
@@ -189,7 +194,7 @@ def draw_scales(axes: Sequence[Any], result: Result) -> None:
   if drawn and all(np.min(row["curve"]["losses"]) > 0 for row in drawn):
     axes[0].set_yscale("log")
   ends = [
-    [row["curve"]["sent"][-1] for row in drawn],
+    [row["curve"]["sent"][-1] for row in drawn if "bytes_per_step_per_worker" in row],
     [row["curve"]["seconds"][-1] for row in drawn],
   ]
   for ax, last in zip(axes[1:], ends, strict=True):

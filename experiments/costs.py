@@ -1,7 +1,7 @@
-"""What compression costs: encode and decode against a memory copy, a PowerSGD step against a dense.
+"""What compressors cost: encode and decode against a memory copy.
 
-Both for the default backend, on one device. `experiments/bench.py --cases=compress,power_sgd` runs
-them and writes the tables.
+For the default backend, on one device. `experiments/bench.py --cases=compress` runs it and writes
+the table.
 """
 
 import math
@@ -9,8 +9,6 @@ import re
 import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from experiments.turns import in_turn, milliseconds, ratios, seconds
 
@@ -27,10 +25,6 @@ COMPRESSORS = (
 )
 LEAF = 2**24  # float32 elements: 64 MiB
 LEAST_SECONDS = 0.02  # that one timing takes; shorter work is repeated within it
-
-DENSE = "data_parallel(sgd(0.1), mean())"
-LOW_RANK = "data_parallel(sgd(0.1), error_feedback(power_sgd(4)))"
-HIDDEN, BATCH, STEPS = (1024, 1024), 256, 10
 
 
 class Timed(NamedTuple):
@@ -105,62 +99,3 @@ def _against_copy(copied: list[float], encoded: list[float], decoded: list[float
     "ratio": statistics.median(both),
     "ratios": [round(r, 3) for r in both],
   }
-
-
-def power_sgd(repeats: int) -> list[dict[str, Any]]:
-  """A step with error feedback around PowerSGD of rank 4 in turn with a dense one, by executor.
-
-  One worker's steps on an MLP of 1.9 million parameters and on random images of MNIST's number and
-  shape, `STEPS` of them in a dispatch.
-  """
-  from research.parallel.simulate import simulate
-  from research.parallel.spmd import spmd
-
-  task = _images()
-  rows = []
-  for executor in (simulate, spmd):
-    steps = [_steps(executor, task, method) for method in (DENSE, LOW_RANK)]
-    dense, low_rank = in_turn(steps, repeats)
-    found = ratios(low_rank, dense)
-    rows.append(
-      {
-        "executor": executor.__name__,
-        "dense_ms": milliseconds(dense),
-        "power_sgd_ms": milliseconds(low_rank),
-        "ratio": statistics.median(found),
-        "ratios": [round(r, 3) for r in found],
-      }
-    )
-  return rows
-
-
-def _images():
-  """Random images and labels, to be told apart by a perceptron."""
-  from research.models.classic import mlp
-  from research.tasks.supervised import supervised
-
-  draw = np.random.default_rng(0)
-  images = draw.integers(0, 256, (60_000, 28, 28), np.uint8)
-  labels = draw.integers(0, 10, 60_000, np.int32)
-  return supervised(mlp(HIDDEN)(10), {"x": images, "y": labels})
-
-
-def _steps(executor, task, method: str) -> Callable[[], float]:
-  """Seconds per step of a dispatch of one worker, which goes on where the one before ended."""
-  import jax
-
-  from research import registry
-  from research.parallel.job import Job
-
-  sizes = np.asarray([len(task.train["y"])])
-  built = executor(Job(registry.build("method", method), task, {"data": 1}, sizes, BATCH))
-  held = [built.init(jax.random.key(0))]
-  examples = {name: rows[None] for name, rows in task.train.items()}
-  data = built.place(examples, sizes, jax.random.key(1))
-
-  def dispatch() -> None:
-    held[0], metrics = built.run(held[0], data, rounds=STEPS)
-    jax.block_until_ready((held[0], metrics))
-
-  dispatch()
-  return lambda: seconds(dispatch) / STEPS

@@ -53,6 +53,7 @@ NUMBERS = {
   "clip_norm": ("Clips each worker's mini-batch gradients to this norm; 0: no.", 0.0),
   "tolerance": ("Stops when an evaluation finds the full gradient's norm below it; 0: no.", 0.0),
   "delta": ("Of the (epsilon, delta) of differential privacy that `noisy` spends.", 0.0),
+  "virtual_seconds": ("Runs for so long on --clock, in place of --steps if positive.", 0.0),
   "steps_per_dispatch": ("At most so many steps run before the host looks again.", 1),
   "log_every": ("Steps per row of metrics.jsonl.", 1),
   "eval_every": ("Steps between evaluations; 0: only at the end.", 0),

@@ -94,7 +94,8 @@ class Method(NamedTuple):
   share of all owners takes part; a method has it if its period may change or it has to know the
   share. `later` are the changes of its period: (first round, period), rising. With `epochs` > 0 a
   round is so many passes of each owner over its own examples, and the executors find the period:
-  that of the owner with the most steps. An owner with fewer stops where it is done.
+  that of the owner with the most steps. An owner with fewer stops where it is done. `one_by_one`
+  says that a round is that of a single worker, whose turn it is on a virtual clock.
   """
 
   init: Callable[[Params], State]  # lives from round to round
@@ -107,6 +108,7 @@ class Method(NamedTuple):
   of_rounds: Callable[[int, float], "Method"] | None = None
   later: tuple[tuple[int, int], ...] = ()
   epochs: int = 0
+  one_by_one: bool = False
 
 
 class Task(NamedTuple):

@@ -33,6 +33,7 @@ TABLE: dict[str, dict[str, str]] = {
     "threshold": "research.compress.sparsify:threshold",
     "count_sketch": "research.compress.sketch:count_sketch",
     "hadamard": "research.compress.rotation:hadamard",
+    "dct_top_k": "research.compress.dct:dct_top_k",
   },
   "aggregator": {
     "mean": "research.aggregate.mean:mean",
@@ -77,12 +78,46 @@ TABLE: dict[str, dict[str, str]] = {
     "eamsgd": "research.methods.easgd:eamsgd",
     "diloco": "research.methods.diloco:diloco",
     "streaming_diloco": "research.methods.streaming_diloco:streaming_diloco",
+    "fed_avg": "research.methods.federated:fed_avg",
+    "fed_prox": "research.methods.federated:fed_prox",
+    "fed_opt": "research.methods.federated:fed_opt",
+    "fed_adam": "research.methods.federated:fed_adam",
+    "fed_yogi": "research.methods.federated:fed_yogi",
+    "fed_adagrad": "research.methods.federated:fed_adagrad",
+    "scaffold": "research.methods.scaffold:scaffold",
+    "sparta": "research.methods.sparta:sparta",
     "d_psgd": "research.methods.decentralized:d_psgd",
     "sgp": "research.methods.decentralized:sgp",
     "dgd": "research.methods.decentralized:dgd",
     "gradient_tracking": "research.methods.consensus:gradient_tracking",
     "extra": "research.methods.consensus:extra",
     "admm": "research.methods.consensus:admm",
+    "signum": "research.methods.signum:signum",
+    "onebit_adam": "research.methods.onebit_adam:onebit_adam",
+    "zero_one_adam": "research.methods.zero_one_adam:zero_one_adam",
+    "demo": "research.methods.demo:demo",
+    "marina": "research.methods.marina:marina",
+    "delayed": "research.methods.asynchronous:delayed",
+    "staleness_aware": "research.methods.asynchronous:staleness_aware",
+    "dc_asgd": "research.methods.asynchronous:dc_asgd",
+    "hogwild": "research.methods.asynchronous:hogwild",
+    "dc_asgd_constant": "research.methods.asynchronous:dc_asgd_constant",
+    "asgd": "research.methods.asynchronous:asgd",
+  },
+  "delays": {
+    name: f"research.methods.delays:{name}"
+    for name in (
+      "constant",
+      "uniform",
+      "geometric",
+      "per_worker",
+      "by_coordinate",
+      "last_pull",
+    )
+  },
+  "speeds": {
+    name: f"research.comm.clock:{name}"
+    for name in ("steady", "exponential", "lognormal", "measured")
   },
   "topology": {
     name: f"research.comm.topology:{name}"

@@ -161,7 +161,7 @@ def test_the_folder_depends_on_the_method_alone():
 
 STEPS = np.array([10.0, 20.0, 30.0, 40.0])
 LOSSES = np.array([[4.0, 2.0, 3.0, 1.0], [2.0, 2.0, 2.0, 1.0]])
-CURVE = compare.Curve(STEPS, 5 * STEPS, LOSSES)  # best, averaged: 3, 2, 2, 1
+CURVE = compare.Curve(STEPS, 5 * STEPS, LOSSES, np.full(len(STEPS), np.nan))  # best, averaged: 3, 2, 2, 1
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def advice(*methods, target: float | None = 0.5):
     {"label": label, "dense": dense} | ({"seconds_to_target": s} if s is not None else {})
     for label, dense, s in methods
   ]
-  return comparison.recommendation({"methods": rows, "target": target, "link": "1mbit"})
+  return comparison.recommendation({"methods": rows, "target": target, "place": "1mbit"})
 
 
 def test_the_first_at_the_target_is_recommended_or_not_to_compress():

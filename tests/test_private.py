@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from research.aggregate import masks, secure, shamir
 from research.aggregate.mean import mean
-from research.aggregate.private import epsilon, noisy
+from research.aggregate.private import epsilon, noisy, spending
 from research.aggregate.secure import secure_sum
 from research.base import Aggregate, Aggregator
 from research.comm import mesh
@@ -266,6 +266,10 @@ REFUSED = {
   "noise=0 is not in": lambda: epsilon(0, 1.0, 1, 1e-5),
   "steps=0": lambda: epsilon(1.0, 1.0, 0, 1e-5),
   "delta=1 is not in": lambda: epsilon(1.0, 1.0, 1, 1),
+  "clients=0 is not at least 1": lambda: spending(1.0, 1e-5, clients=0),
+  "clients=5 is not at least 1, or, with rate=0.5, 1": lambda: spending(
+    1.0, 1e-5, rate=0.5, clients=5
+  ),
 }
 
 
@@ -336,6 +340,57 @@ def test_the_accountant_knows_the_known_numbers():
     over_time = [epsilon(1.3, rate, steps, 1e-5, conversion) for steps in (1, 100, 1000)]
     assert over_time == sorted(over_time)
     assert over_time[-1] < spent[conversion]
+
+
+def test_spending_is_epsilon_after_every_round():
+  for rate in (256 / 60000, 1.0):
+    spent = spending(1.3, 1e-5, rate=rate)
+    for rounds in (1, 100, 3516):
+      assert spent(rounds) == epsilon(1.3, rate, rounds, 1e-5)
+    assert spent(0) == 0
+
+
+def strata_by_hand(noise, own, others, rounds, delta, orders):
+  """The epsilon of one stratum whose clients have these values, in shares of the clip, and zero."""
+  x = np.arange(-15.0, 35.0, 0.02)
+  around = lambda value: np.exp(-((x - value / noise) ** 2) / 2) / np.sqrt(2 * np.pi)
+  rest = sum(around(value) for value in others)
+  present, gone = ((rest + around(value)) / (len(others) + 1) for value in (own, 0))
+  found = []
+  for p, q in ((present, gone), (gone, present)):
+    powers = np.exp(np.outer(orders, np.log(p)) + np.outer(1 - orders, np.log(q)))
+    rdp = np.log(0.02 * powers.sum(1)) / (orders - 1)
+    found.append(min(rounds * rdp + np.log1p(-1 / orders) - np.log(delta * orders) / (orders - 1)))
+  return max(found)
+
+
+@pytest.mark.parametrize(
+  ("noise", "clients", "rounds"), [(1.0, 3, 1), (2.0, 4, 20), (4.0, 10, 200)]
+)
+def test_strata_are_counted_by_their_worst_clients(noise, clients, rounds):
+  """No clients spend more than is said, and those at opposite ends nearly as much."""
+  said, orders = spending(noise, 1e-5, clients=clients)(rounds), np.arange(1.5, 20, 0.5)
+  spent = lambda own, others: strata_by_hand(noise, own, others, rounds, 1e-5, orders)
+  random = np.random.default_rng(0)
+  drawn = [spent(1.0, random.uniform(-1, 1, clients - 1)) for _ in range(10)]
+  ends = [spent(1.0, [end] * (clients - 1)) for end in (-1, 1)]
+  assert max(drawn) < max(ends) <= said * (1 + 1e-3)
+  assert max(ends) > 0.9 * said
+  # more than with Poisson sampling, less than with none, and than any replacement would
+  import dp_accounting
+
+  sample = dp_accounting.SampledWithoutReplacementDpEvent
+  event = sample(clients, 1, dp_accounting.GaussianDpEvent(noise / 2))
+  replaced = dp_accounting.rdp.RdpAccountant(
+    neighboring_relation=dp_accounting.NeighboringRelation.REPLACE_ONE
+  ).compose(dp_accounting.SelfComposedDpEvent(event, rounds))
+  assert epsilon(noise, 1 / clients, rounds, 1e-5) < said
+  assert said < min(epsilon(noise, 1.0, rounds, 1e-5), replaced.get_epsilon(1e-5))
+
+
+def test_little_noise_or_many_clients_are_no_mistake():
+  assert spending(0.004, 1e-5, clients=3)(1) == pytest.approx(epsilon(0.004, 1.0, 1, 1e-5))
+  assert 0 < spending(20.0, 1e-5, clients=10**6)(10**6) < 0.1
 
 
 def test_the_accountant_says_what_to_install(monkeypatch):

@@ -11,6 +11,7 @@ A trait is what a wrapper must know of the aggregator that it wraps:
     whole      looks at all of a worker's leaves at once
     expansive  its compressor may miss more than all of a value
     dense      what it sends is not zero at most positions
+    apart      what it takes of one worker lies elsewhere than what it takes of another
     local      its value differs from worker to worker
     weighted   its value weights the workers by their place in the graph
     directed   what worker i makes of worker j's value is not what j makes of i's
@@ -20,8 +21,9 @@ A trait is what a wrapper must know of the aggregator that it wraps:
 
 from research.base import Aggregator, Compressor
 
-_AROUND = ("only_large", "warm_up")  # warm_up: unless all stages are alike in that
-_MEMORY = ("error_feedback", "ef21", "diana", "momentum_correction")
+# warm_up: unless all stages are alike in that; methods: their exact rounds, of dc_asgd the squares
+_AROUND = ("only_large", "warm_up", "onebit_adam", "zero_one_adam", "marina", "dc_asgd")
+_MEMORY = ("error_feedback", "ef21", "diana", "momentum_correction", "demo")
 
 _COMMON_MODEL = (
   "data_parallel",
@@ -33,6 +35,18 @@ _COMMON_MODEL = (
   "eamsgd",
   "diloco",
   "streaming_diloco",
+  "fed_avg",
+  "fed_prox",
+  "fed_opt",
+  "fed_adam",
+  "fed_yogi",
+  "fed_adagrad",
+  "scaffold",
+  "signum",
+  "onebit_adam",
+  "zero_one_adam",
+  "demo",
+  "marina",
 )
 
 # (wrappers, trait of what they wrap, why not): README shows this table, tests walk it.
@@ -44,7 +58,7 @@ REFUSED: tuple[tuple[tuple[str, ...], str, str], ...] = (
   (_MEMORY, "noise", "the memory would send the noise back, and one example many times"),
   (_MEMORY, "forged", "the attack belongs around: a faulty worker's memory would only grow"),
   (
-    ("error_feedback", "ef21", "momentum_correction"),
+    ("error_feedback", "ef21", "momentum_correction", "demo"),
     "expansive",
     "a compressor that may miss more than all of a value lets the memory grow without bound",
   ),
@@ -68,12 +82,31 @@ REFUSED: tuple[tuple[tuple[str, ...], str, str], ...] = (
   ),
   (("extra", "admm"), "directed", "their dual part needs symmetric weights"),
   (("extra", "admm"), "varying", "their dual part needs the same weights in each round"),
+  (
+    ("marina",),
+    "memory",
+    "a whole gradient makes good what was not sent before: a memory would send it again",
+  ),
+  (
+    ("onebit_adam", "zero_one_adam", "marina"),
+    "vote",
+    "signs without a scale are no momentum, step or difference",
+  ),
+  (("sparta",), "memory", "it would keep parts of models, not of changes"),
+  (("sparta",), "vote", "a sign is no part of a model"),
+  (("sparta",), "selects", "the models' mean would not be kept"),
+  (("sparta",), "noise", "each worker would take its own noise back from its model"),
+  (("sparta",), "expansive", "models would be driven apart"),
+  (("sparta",), "partial", "who drops out would add the others' models to its own"),
+  (("sparta",), "local", "neighbours receive other averages; take d_psgd"),
+  (("sparta",), "apart", "elements would be averaged with zeros"),
 )
 
 
 def traits_of(compressor: Compressor) -> frozenset[str]:
   """The traits that an aggregator has from its compressor."""
   found = [] if compressor.contractive else ["expansive"]
+  found += ["apart"] if compressor.sparse and not compressor.linear else []
   return frozenset(found if compressor.sparse else [*found, "dense"])
 
 

@@ -126,7 +126,8 @@ def two_phase(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) -> A
     value, sent, memory = (treedef.unflatten([r[i] for r in results]) for i in range(3))
     return Aggregate(value, sent, memory)
 
-  return Aggregator(init, aggregate, traits_of(compressor))
+  apart = {"apart"} if compressor.sparse else set()  # the phases have a support each
+  return Aggregator(init, aggregate, traits_of(compressor) | apart)
 
 
 def majority_vote(axis: collectives.Axes = WORKER_AXES) -> Aggregator:

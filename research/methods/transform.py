@@ -65,11 +65,10 @@ def as_optax(method: Method, *, seed: int = 0) -> optax.GradientTransformationEx
     seed: of its randomness; the same on all workers.
 
   Raises:
-    ValueError: if the method's rounds have no one length: its period changes, or it counts epochs.
-      `method.of_rounds(period, 1.0)` has one.
+    ValueError: if the method's rounds have no one length: its period changes, or it is by epochs.
   """
   if method.later or method.epochs:
-    raise ValueError("as_optax takes rounds of one length; method.of_rounds(period, 1.0) has it")
+    raise ValueError("as_optax takes rounds of one length: give the method one period")
 
   def init(params):
     state = method.init(params)

@@ -20,7 +20,7 @@ from research.parallel.job import Job, resolved
 
 # A worker's model, in bytes, from which on its steps are faster one worker after the other on a
 # CPU: results/bench, case local_phase.
-_ALONE = 2**18
+_ALONE = 2**19
 
 
 def simulate(job: Job) -> Executor:

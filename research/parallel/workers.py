@@ -53,9 +53,17 @@ def local_phase(
     most = jax.tree.leaves(examples)[0].shape[0]
     examples = {**examples, "mask": (jnp.arange(most) < size).astype(jnp.float32)}
 
+  drawn = index
+  if ahead := index is not None and _fits(index, examples):
+    drawn = jax.vmap(job.task.batch, (None, 0))(examples, index)
+
   def step(held, of_step):
-    (local, _), (index, number) = held, of_step
-    batch = constrain(examples if job.batch_size is None else job.task.batch(examples, index))
+    (local, _), (drawn, number) = held, of_step
+    if job.batch_size is None:
+      drawn = examples
+    elif not ahead:
+      drawn = job.task.batch(examples, drawn)
+    batch = constrain(drawn)
     step_key = jax.random.fold_in(key, number)
     loss, grads = gradient(local.params, batch, step_key)
     grad_fn = lambda params: gradient(params, batch, step_key)[1]
@@ -72,10 +80,16 @@ def local_phase(
   steps = jnp.arange(method.period, dtype=jnp.int32)
   held = method.begin(state), jnp.zeros((), jnp.float32)
   if method.period > 1:
-    (local, _), losses = lax.scan(one, held, (index, steps))
+    (local, _), losses = lax.scan(one, held, (drawn, steps))
     return local, losses
-  (local, loss), _ = one(held, jax.tree.map(lambda x: x[0], (index, steps)))
+  (local, loss), _ = one(held, jax.tree.map(lambda x: x[0], (drawn, steps)))
   return local, loss[None]
+
+
+def _fits(index: Tree, examples: Batch) -> bool:
+  """Whether a round's batches, fetched at once, are no more than the examples themselves."""
+  first = jax.tree.leaves(index)[0]
+  return first.shape[0] > 1 and first.size <= jax.tree.leaves(examples)[0].shape[0]
 
 
 def blocked(job: Job) -> Job:

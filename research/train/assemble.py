@@ -4,6 +4,7 @@ import difflib
 import importlib
 import importlib.util
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from research.comm import mesh as meshes
 from research.parallel.job import Job, stages
 from research.train.config import Config, UsageError, flag
 from research.train.plan import Plan
+from research.train.virtual import Virtual, played, rounds_within
 
 # Which module holds an executor; all three take a Job.
 EXECUTORS = {
@@ -35,6 +37,7 @@ class Problem(NamedTuple):
   examples: Batch  # numpy [P, n, ...]
   test: tuple[Batch, np.ndarray] | None  # numpy [D, n, ...] and sizes [D]
   steps: int
+  virtual: Virtual | None = None  # time, if there is a clock
 
   @property
   def job(self) -> Job:
@@ -67,7 +70,7 @@ def check(config: Config) -> Setting:
     near = difflib.get_close_matches(config.executor, EXECUTORS, 1)
     hint = f"; did you mean '{near[0]}'?" if near else ";"
     raise UsageError(f"--executor='{config.executor}': unknown{hint} legal: {', '.join(EXECUTORS)}")
-  for name in ("epochs", "clip_norm", "tolerance", "checkpoint_seconds"):
+  for name in ("epochs", "clip_norm", "tolerance", "checkpoint_seconds", "virtual_seconds"):
     with flag(name, getattr(config, name)):
       if not math.isfinite(getattr(config, name)):
         raise ValueError("not a finite number")
@@ -94,6 +97,15 @@ def check(config: Config) -> Setting:
     _check_local_phase(config)
   with flag("method", config.method):
     method = registry.build("method", config.method)
+  batch_size = _batch_size(config, workers)
+  if method.one_by_one:
+    with flag("method", config.method):
+      _check_one_by_one(config, axes)
+    axes, owners = {"data": 1}, workers
+    workers = 1
+  if config.clock:
+    with flag("clock", config.clock):
+      registry.build("speeds", config.clock)
   with flag("task", config.task):
     registry.lookup(("task",), registry.parse(config.task).name)
   with flag("partition", config.partition):
@@ -101,7 +113,7 @@ def check(config: Config) -> Setting:
   if config.model:
     with flag("model", config.model):
       registry.build("model", config.model)
-  return Setting(axes, method, workers, owners, _batch_size(config, workers))
+  return Setting(axes, method, workers, owners, batch_size)
 
 
 def _batch_size(config: Config, workers: int) -> int | None:
@@ -114,6 +126,14 @@ def _batch_size(config: Config, workers: int) -> int | None:
       nearest = f"{below} and {above}" if below else f"{above}"
       raise ValueError(f"does not divide among {workers} workers; nearest: {nearest}, or 'all'")
   return size // workers
+
+
+def _check_one_by_one(config: Config, axes: dict[str, int]) -> None:
+  if config.executor != "simulate" or config.population or set(axes) != {"data"}:
+    raise ValueError(
+      "serves the workers of a mesh such as data:8 one by one, with --executor=simulate and "
+      "without --population"
+    )
 
 
 def _check_local_phase(config: Config) -> None:
@@ -168,12 +188,18 @@ def assemble(config: Config, setting: Setting) -> Problem:
     config.dropout,
     local_phase=config.local_phase,
   )
-  plan = Plan(stages(job))
-  steps = _steps(config, total, plan)
+  plan, virtual = Plan(stages(job)), None
+  if config.clock or method.one_by_one:
+    with flag("clock", config.clock):
+      virtual = played(config.clock, plan, owners, config.seed)
+  steps = _steps(config, total, plan, virtual)
+  played_out = virtual and virtual(round(plan.rounds(steps)))
+  if played_out and played_out.order is not None:
+    plan = Plan(stages(job._replace(order=played_out.order)))
   with flag("mesh", config.mesh):
     executor = getattr(importlib.import_module(EXECUTORS[config.executor]), config.executor)
     executors = tuple(executor(job) for job in plan.jobs)
-  return Problem(plan, executors, examples, _test(job, config), steps)
+  return Problem(plan, executors, examples, _test(job, config), steps, played_out)
 
 
 def _task(config: Config) -> Task:
@@ -199,8 +225,15 @@ def _partitioned(config: Config, task: Task, owners: int) -> tuple[Batch, np.nda
     return stack(task.train, split(np.asarray(task.train["y"]), owners, config.seed))
 
 
-def _steps(config: Config, examples: int, plan: Plan) -> int:
+def _steps(
+  config: Config, examples: int, plan: Plan, virtual: Callable[[int], Virtual] | None
+) -> int:
   """How many local steps the run takes: whole rounds."""
+  if config.virtual_seconds:
+    with flag("virtual_seconds", config.virtual_seconds):
+      if not virtual or config.rounds or config.epochs:
+        raise ValueError("needs --clock, and goes without --rounds and --epochs")
+      return plan.steps(rounds_within(virtual, config.virtual_seconds))
   if config.rounds:
     with flag("rounds", config.rounds):
       if config.epochs:

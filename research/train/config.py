@@ -26,6 +26,7 @@ class Config(NamedTuple):
   steps: int = 400
   epochs: float = 0.0
   rounds: int = 0
+  virtual_seconds: float = 0.0
   seed: int = 0
   clip_norm: float = 0.0
   tolerance: float = 0.0

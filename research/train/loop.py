@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from research.train import interrupt, metrics, report
 from research.train.assemble import Problem, assemble, check, evaluation_shards
 from research.train.checkpoint import Checkpoints
 from research.train.config import Config, UsageError
+from research.train.facts import facts
 from research.train.plan import Sent
 from research.train.timing import Timing
 
@@ -126,6 +128,11 @@ class Run:
     self.evaluate = metrics.evaluator(job.task, evaluation_shards(job, config.executor))
     self.differing = metrics.replica_check(self.state)
     self.sent = Sent(problem.plan, self.layout, problem.steps)
+    self.facts = facts(config, job, self.layout)
+    if job.order is not None:
+      report.note("a server's pushes and pulls are no collectives: their bytes are not counted")
+    if self.facts.note:
+      report.note(self.facts.note)
     self.log = report.Metrics(folder, self.step, config.tensorboard) if main else None
     self.timing.resume(self.log.rows[-1]["seconds"] if self.log and self.log.rows else 0.0)
     self.pending: Pending | None = None
@@ -234,9 +241,25 @@ class Run:
     means = np.add.reduceat(losses, np.subtract(starts, first), dtype=np.float64) / counts
     seconds = round(self.timing.elapsed(), 4)
     return [
-      {"step": stop, "loss": loss, "seconds": seconds, "bytes": round(self.sent.until(stop))}
+      {
+        "step": stop,
+        "loss": loss,
+        "seconds": seconds,
+        "bytes": round(self.sent.until(stop)),
+        **self._spent(stop),
+      }
       for stop, loss in zip([*starts[1:], last], means.tolist(), strict=True)
     ]
+
+  def _spent(self, step: int) -> dict[str, Any]:
+    """What the first so many steps have cost, of virtual seconds and of privacy."""
+    plan, virtual = self.problem.plan, self.problem.virtual
+    found: dict[str, Any] = {}
+    if virtual:
+      found["virtual_seconds"] = round(virtual.at(plan.rounds(step)), 6)
+    if self.facts.epsilon:
+      found["epsilon"] = self.facts.epsilon(math.ceil(plan.rounds(step)))
+    return found
 
   def _evaluate(self) -> dict[str, Any]:
     """Measures the deployed model on all data; the last row of the pending dispatch carries it."""
@@ -312,7 +335,7 @@ class Run:
       "method": config.method,
       "executor": config.executor,
       "mesh": config.mesh,
-      "workers": job.workers,
+      "workers": job.workers if job.order is None else len(job.sizes),
       "seed": config.seed,
       "steps": self.step,
       "stopped_because": reason,
@@ -324,12 +347,14 @@ class Run:
       "eval": evaluated.get("eval", {}),
       "evaluated_on": self.evaluated_on,
       "wire": {
-        "bytes_per_step_per_worker": wire.by_axis(transfers, steps),
+        "bytes_per_step_per_worker": wire.by_axis(transfers, steps) if job.order is None else {},
         "metrics_bytes_per_step_per_worker": shared,
         "total_bytes_per_worker": self.sent.until(self.step),
         "dense_bytes_per_step_per_worker": sum(dense.values()),
         "transfers": wire.table(transfers, steps),
       },
+      **self.facts.found,
+      **self._spent(self.step),
       "params_sha256": params_sha256(self.problem.executor.params(self.state)),
     }
 

@@ -172,6 +172,8 @@ def closing_table(summary: Mapping[str, Any], folder: Path) -> str:
   wire = summary["wire"]
   dense = wire["dense_bytes_per_step_per_worker"]  # 0 of a single worker
   share = sum(wire["bytes_per_step_per_worker"].values()) / dense if dense else 1.0
+  virtual = "virtual_seconds" in summary
+  privacy = f"{summary.get('epsilon', 0):.4g}, {summary.get('delta', 0):.3g}"
   rows = [
     ("stopped because", summary["stopped_because"]),
     ("steps", f"{summary['steps']}"),
@@ -188,6 +190,9 @@ def closing_table(summary: Mapping[str, Any], folder: Path) -> str:
       for axis, value in wire["bytes_per_step_per_worker"].items()
     ),
     *([("of what the exact mean sends", f"{share:.2%}")] if abs(share - 1) > 1e-6 else []),
+    *([("topology", summary["described"])] if "described" in summary else []),
+    *([("virtual seconds", f"{summary['virtual_seconds']:.6g}")] if virtual else []),
+    *([("epsilon, delta", privacy)] if "epsilon" in summary else []),
     *([("aggregated", "per shard")] if summary["aggregated"] == "per shard" else []),
     ("plot", str(folder / "loss.png")),
   ]

@@ -1,0 +1,247 @@
+"""A virtual clock: when workers of unlike speeds are done, in lockstep and each by itself."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Speeds(NamedTuple):
+  """How long the local steps of each worker take.
+
+  A worker's step times come one after the other from a generator of its own: however many are drawn
+  at once, its n-th is the same.
+  """
+
+  draw: Callable[[np.random.Generator, int, int], np.ndarray]  # (random, worker, steps) -> seconds
+  workers: int = 0  # how many it knows; 0: any number
+  named: int = 0  # one more than the largest worker number that has a slowdown
+
+
+class Trace(NamedTuple):
+  """The order in which a server takes the work of E rounds of single workers."""
+
+  owners: np.ndarray  # [E] int32, whose work it is
+  staleness: np.ndarray  # [E] int32, updates since that worker pulled the model it worked on
+  seconds: np.ndarray  # [E] float64, rising: when the server has it
+
+
+def steady(
+  seconds: float | Sequence[float], *, slowdown: Mapping[int, float] | None = None
+) -> Speeds:
+  """Every step of a worker takes the same time.
+
+  Args:
+    seconds: of a step, greater than 0; one number for all workers or one for each of W.
+    slowdown: by worker number, how many times longer its steps take: {0: 4} makes worker 0 four
+      times slower. Greater than 0; 1 for workers that it does not name.
+
+  Raises:
+    ValueError: if a number is out of its range.
+  """
+  of_workers = _above_zero("seconds", seconds)
+  one_for_all = of_workers.ndim == 0
+  draw = lambda random, worker, steps: np.full(
+    steps, of_workers if one_for_all else of_workers[worker]
+  )
+  return _slowed(draw, slowdown, 0 if one_for_all else len(of_workers))
+
+
+def exponential(
+  mean: float, *, shift: float = 0.0, slowdown: Mapping[int, float] | None = None
+) -> Speeds:
+  """A step takes shift + X seconds, X exponential: most are fast, and stragglers are common.
+
+  Args:
+    mean: of X in seconds, greater than 0.
+    shift: seconds that every step takes at least.
+    slowdown: as in `steady`, of the whole step.
+
+  Raises:
+    ValueError: if a number is out of its range.
+
+  Reference: Lee, Lam, Pedarsani, Papailiopoulos, Ramchandran 2018, arXiv 1512.02673 (shifted
+    exponential run times).
+  """
+  _above_zero("mean", mean)
+  _not_negative("shift", shift)
+  draw = lambda random, worker, steps: shift + mean * random.standard_exponential(steps)
+  return _slowed(draw, slowdown)
+
+
+def lognormal(mean: float, sigma: float, *, slowdown: Mapping[int, float] | None = None) -> Speeds:
+  """A step takes mean exp(sigma Z - sigma^2 / 2) seconds, Z normal: a heavier tail.
+
+  Args:
+    mean: of a step in seconds, greater than 0.
+    sigma: the deviation of the logarithm, at least 0.
+    slowdown: as in `steady`.
+
+  Raises:
+    ValueError: if a number is out of its range.
+  """
+  _above_zero("mean", mean)
+  _not_negative("sigma", sigma)
+  draw = lambda random, worker, steps: (
+    mean * np.exp(sigma * random.standard_normal(steps) - sigma**2 / 2)
+  )
+  return _slowed(draw, slowdown)
+
+
+def measured(
+  seconds: Sequence[Sequence[float]], *, slowdown: Mapping[int, float] | None = None
+) -> Speeds:
+  """Times that somebody measured, drawn with replacement.
+
+  Args:
+    seconds: a list of step times for each of W workers, or one list for all; greater than 0.
+    slowdown: as in `steady`.
+
+  Raises:
+    ValueError: if there is no time to draw or one is out of its range.
+  """
+  if not len(seconds) or any(np.ndim(of_worker) != 1 for of_worker in seconds):
+    raise ValueError("seconds is not a list of step times for each worker, such as [[0.1, 0.2]]")
+  of_workers = [_above_zero("seconds", of_worker) for of_worker in seconds]
+  one_for_all = len(of_workers) == 1
+  draw = lambda random, worker, steps: random.choice(
+    of_workers[0 if one_for_all else worker], steps
+  )
+  return _slowed(draw, slowdown, 0 if one_for_all else len(of_workers))
+
+
+def synchronous(
+  speeds: Speeds,
+  workers: int,
+  steps: Sequence[int] | np.ndarray,
+  seed: int,
+  communication: float = 0.0,
+) -> np.ndarray:
+  """When each round ends, if all wait for the slowest: of parallel SGD and of local methods.
+
+      t_k = t_{k-1} + max_i (seconds of steps_k steps of worker i) + communication
+
+  Args:
+    speeds: of the workers; their step times are those of `asynchronous` with the same seed.
+    workers: W.
+    steps: of each worker in each of K rounds.
+    seed: of all that is drawn.
+    communication: seconds that the exchange of a round takes.
+
+  Returns:
+    float64 [K], seconds since the start.
+
+  Raises:
+    ValueError: if a number is out of its range, or the speeds are those of other workers.
+  """
+  _check(speeds, workers, communication, rounds=len(steps), steps=np.min(steps, initial=1))
+  starts = np.cumsum([0, *steps])
+  slowest = np.zeros(len(steps))
+  for worker, random in enumerate(_generators(workers, seed)):
+    drawn = speeds.draw(random, worker, starts[-1])
+    np.maximum(slowest, np.add.reduceat(drawn, starts[:-1]), out=slowest)
+  return np.cumsum(slowest + communication)
+
+
+def asynchronous(
+  speeds: Speeds,
+  workers: int,
+  events: int,
+  seed: int,
+  period: int = 1,
+  communication: float = 0.0,
+) -> Trace:
+  """A server that takes each worker's work when it is done; the worker pulls the model and goes on.
+
+  Work that is done at the same time is taken in the order of the worker numbers. All workers pull
+  the first model at second 0.
+
+  Args:
+    speeds: of the workers; their step times are those of `synchronous` with the same seed.
+    workers: W.
+    events: how many pieces of work the server takes, E.
+    seed: of all that is drawn.
+    period: local steps per piece of work.
+    communication: seconds from a worker's last step to its next first one, on the way to the
+      server and back; the server itself takes no time, and workers do not wait for one another.
+
+  Raises:
+    ValueError: if a number is out of its range, or the speeds are those of other workers.
+  """
+  _check(speeds, workers, communication, events=events, period=period)
+  generators = _generators(workers, seed)
+
+  def more(worker, rounds, since):
+    drawn = speeds.draw(generators[worker], worker, rounds * period)
+    lasts = drawn.reshape(rounds, period).sum(1) + communication
+    return np.cumsum(np.concatenate([[since], lasts]))[1:]
+
+  done = [more(i, -(-events // workers), 0.0) for i in range(workers)]
+  while True:
+    seconds = np.concatenate(done)
+    end = np.partition(seconds, events - 1)[events - 1]
+    behind = [i for i in range(workers) if done[i][-1] < end]
+    if not behind:
+      break
+    for i in behind:
+      done[i] = np.concatenate([done[i], more(i, len(done[i]), done[i][-1])])
+  owners = np.repeat(np.arange(workers, dtype=np.int32), [len(times) for times in done])
+  first = np.lexsort((owners, seconds))[:events]
+  return Trace(owners[first], _staleness(owners[first]), seconds[first])
+
+
+def _staleness(owners: np.ndarray) -> np.ndarray:
+  """How many events lie between each and its owner's one before, or the start. int32 [E]."""
+  by_owner = np.argsort(owners, kind="stable")
+  before = np.full(len(owners), -1)
+  again = owners[by_owner[1:]] == owners[by_owner[:-1]]
+  before[by_owner[1:][again]] = by_owner[:-1][again]
+  return (np.arange(len(owners)) - before - 1).astype(np.int32)
+
+
+def _generators(workers: int, seed: int) -> list[np.random.Generator]:
+  """Each worker's own."""
+  return [np.random.default_rng(own) for own in np.random.SeedSequence(seed).spawn(workers)]
+
+
+def _slowed(
+  draw: Callable[[np.random.Generator, int, int], np.ndarray],
+  slowdown: Mapping[int, float] | None,
+  workers: int = 0,
+) -> Speeds:
+  if not isinstance(slowdown, Mapping | None) or not all(
+    isinstance(worker, int) and worker >= 0 for worker in slowdown or ()
+  ):
+    raise ValueError(f"slowdown={slowdown} is not a factor by worker number, such as {{0: 4}}")
+  factors = dict(slowdown or {})
+  if factors:
+    _above_zero("slowdown", list(factors.values()))
+  slow = lambda random, worker, steps: factors.get(worker, 1.0) * draw(random, worker, steps)
+  return Speeds(slow, workers, max(factors, default=-1) + 1)
+
+
+def _above_zero(name: str, values: float | Sequence[float]) -> np.ndarray:
+  """As float64."""
+  array = np.asarray(values, np.float64)
+  wrong = array[~((array > 0) & (array < math.inf))]
+  if wrong.size or not array.size:
+    shown = f"{name}={wrong[0]:g}" if wrong.size else f"{name}=[]"
+    raise ValueError(f"{shown} is not in (0, inf)")
+  return array
+
+
+def _not_negative(name: str, value: float) -> None:
+  if not 0 <= value < math.inf:
+    raise ValueError(f"{name}={value} is not in [0, inf)")
+
+
+def _check(speeds: Speeds, workers: int, communication: float, **counts: int) -> None:
+  for name, count in {"workers": workers, **counts}.items():
+    if count < 1:
+      raise ValueError(f"{name}={count}; it is at least 1")
+  _not_negative("communication", communication)
+  if speeds.workers not in (0, workers):
+    raise ValueError(f"speeds are those of {speeds.workers} workers, and there are {workers}")
+  if speeds.named > workers:
+    raise ValueError(f"slowdown names worker {speeds.named - 1}, and there are {workers} workers")

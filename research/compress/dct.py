@@ -1,0 +1,133 @@
+"""The largest coefficients of a cosine transform: what of an array is smooth or strong in a place.
+
+A leaf is a matrix [product of all but the last dimension, last dimension], a vector one row of it.
+It is cut into blocks as alike in size as can be.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from research.base import Array, Compressor
+from research.compress.blocks import at_least_one, floating, saturated, widened
+from research.compress.packing import pack, unpack
+from research.compress.sparsify import position_bits
+
+
+class Coefficients(NamedTuple):
+  values: Array  # [blocks, k], the leaf's dtype
+  positions: Array  # uint8, packed: of each value in its block
+
+
+class Grid(NamedTuple):
+  """A matrix as blocks, all of one size; the last of a row or column is filled up with zeros."""
+
+  across: tuple[int, int]  # how many blocks, down and to the right
+  sides: tuple[int, int]  # of a block
+
+  @property
+  def size(self) -> int:
+    """Elements of a block."""
+    return math.prod(self.sides)
+
+
+def dct_top_k(chunk: int = 64, k: int = 8) -> Compressor:
+  """The k largest coefficients of each block's cosine transform: k (itemsize + 3/2) bytes a block.
+
+      C(x)_block = D^T S_k(D x_block D^T) D,   D_{ij} = c_i cos(pi i (2 j + 1) / (2 h)),
+
+  with c_0 = h^(-1/2) and else (2/h)^(1/2), on blocks of up to chunk x chunk elements, of chunk
+  elements of a vector; S_k keeps the k largest magnitudes, of equal ones the first. D is
+  orthonormal, hence contractive: ||C(x) - x||^2 <= (1 - k / chunk^2) ||x||^2. Not sparse: what is
+  zero at most positions is the transform. A position travels in as many bits as the block's size
+  asks for, 12 of 64 x 64. A non-finite element makes its block non-finite.
+
+  Args:
+    chunk: longest side of a block.
+    k: coefficients to send of each block; all of a block that has fewer.
+
+  Raises:
+    ValueError: if chunk < 1, or k is not in [1, chunk^2].
+
+  Reference: Peng, Quesnelle, Kingma 2024, arXiv 2411.19870, section 3 (extraction of fast
+    components). The sides of their blocks are the largest divisors of the dimensions up to `chunk`,
+    for a prime dimension 1.
+  """
+  at_least_one(chunk=chunk)
+  if not 1 <= k <= chunk**2:
+    raise ValueError(f"k={k} is not in [1, chunk^2] = [1, {chunk**2}]")
+
+  def encode(x, shared, own):
+    del shared, own
+    grid = _grid(x.shape, chunk)
+    spectrum = _transformed(_to_grid(widened(floating(x)), grid), grid)
+    _, positions = lax.top_k(jnp.abs(spectrum), min(k, grid.size))
+    values = jnp.take_along_axis(spectrum, positions, axis=1, mode="promise_in_bounds")
+    codes = positions.astype(jnp.uint32).reshape(-1)
+    return Coefficients(saturated(values, x.dtype), pack(codes, position_bits(grid.size)))
+
+  def decode(payload, like, shared):
+    del shared
+    grid, values = _grid(like.shape, chunk), widened(payload.values)
+    codes = unpack(payload.positions, position_bits(grid.size), values.size)
+    positions = codes.reshape(values.shape).astype(jnp.int32)
+    zeros = jnp.zeros((values.shape[0], grid.size), values.dtype)
+    put = lambda row, at, value: row.at[at].set(value, mode="promise_in_bounds")
+    spectrum = jax.vmap(put)(zeros, positions, values)
+    return saturated(_from_grid(_transformed(spectrum, grid, -1), grid, like), like.dtype)
+
+  return Compressor(encode, decode)
+
+
+def _as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+  return math.prod(shape[:-1]), math.prod(shape[-1:])
+
+
+def _grid(shape: tuple[int, ...], chunk: int) -> Grid:
+  rows, columns = _as_matrix(shape)
+  down, right = max(1, -(-rows // chunk)), max(1, -(-columns // chunk))
+  return Grid((down, right), (max(1, -(-rows // down)), max(1, -(-columns // right))))
+
+
+def _to_grid(x: Array, grid: Grid) -> Array:
+  """[blocks, elements of a block]."""
+  matrix = x.reshape(_as_matrix(x.shape))
+  filled = [n * side - size for n, side, size in zip(*grid, matrix.shape, strict=True)]
+  if any(filled):
+    matrix = jnp.pad(matrix, [(0, fill) for fill in filled])
+  (down, right), (height, width) = grid
+  return matrix.reshape(down, height, right, width).swapaxes(1, 2).reshape(-1, grid.size)
+
+
+def _from_grid(blocks: Array, grid: Grid, like: jax.ShapeDtypeStruct) -> Array:
+  (down, right), (height, width) = grid
+  matrix = blocks.reshape(down, right, height, width).swapaxes(1, 2)
+  matrix = matrix.reshape(down * height, right * width)
+  rows, columns = _as_matrix(like.shape)
+  return matrix[:rows, :columns].reshape(like.shape)
+
+
+def _transformed(blocks: Array, grid: Grid, direction: int = 1) -> Array:
+  """The cosine transform of each block, or with direction -1 the block of that transform."""
+  height, width = (jnp.asarray(cosines(n), blocks.dtype) for n in grid.sides)
+  if direction < 0:
+    height, width = height.T, width.T
+  product = jnp.einsum(
+    "nhw,ih,jw->nij",
+    blocks.reshape(-1, *grid.sides),
+    height,
+    width,
+    precision=lax.Precision.HIGHEST,
+  )
+  return product.reshape(-1, grid.size)
+
+
+def cosines(size: int) -> np.ndarray:
+  """D, the orthonormal DCT-II of vectors [size]; its rows are the basis."""
+  frequency, place = np.arange(size)[:, None], np.arange(size)[None, :]
+  scale = np.where(frequency == 0, 1, 2) / size
+  return np.sqrt(scale) * np.cos(np.pi * frequency * (2 * place + 1) / (2 * size))

@@ -1,0 +1,131 @@
+"""1-bit Adam: Adam at first, then a compressed momentum over the variance that Adam found."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from research.aggregate.composition import refuse
+from research.aggregate.mean import mean
+from research.base import Aggregator, Array, Method, Params, State, Tree
+from research.methods.decentralized import gradient_at, kept_gradient
+from research.methods.local import check_steps, weighted
+from research.methods.signum import check_decay, check_rate, moved, rate_at
+
+
+class Moments(NamedTuple):
+  """Hyper-parameters of Adam."""
+
+  b1: float
+  b2: float
+  eps: float
+
+
+class OnebitAdamState(NamedTuple):
+  params: Params  # x_t
+  momentum: Tree  # m_t
+  variance: Tree  # v_t
+  exact: State  # of the mean
+  link: State  # of the aggregator
+  count: Array  # int32, t
+
+
+def onebit_adam(
+  learning_rate: float | optax.Schedule,
+  aggregator: Aggregator,
+  *,
+  warm_up: int = 100,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+) -> Method:
+  """Adam for T_w rounds, then momentum, aggregated, divided by the frozen variance.
+
+      t <= T_w:  g_t = 1/W sum_i weight_i grad f_i(x_{t-1})
+                 m_t = b1 m_{t-1} + (1 - b1) g_t,   v_t = b2 v_{t-1} + (1 - b2) g_t^2
+      t > T_w:   m_t = aggregate_i(weight_i (b1 m_{t-1} + (1 - b1) grad f_i(x_{t-1})))
+                 v_t = v_{t-1}
+      x_t = x_{t-1} - gamma_t m_t' / (sqrt(v_t') + eps)
+      m_t' = m_t / (1 - b1^t),   v_t' = v_t / (1 - b2^min(t, T_w))
+
+  The paper's Adam has no bias correction; here the warm-up is `optax.adam` with it, and goes on
+  with it, since the step would otherwise grow (1 - b2^T_w)^(-1/2) times, thrice for T_w = 100.
+  Where v_{T_w} is zero, since no gradient was ever seen, there is no step: signs have no zero.
+
+  Args:
+    learning_rate: gamma, constant or a schedule by rounds.
+    aggregator: of the momenta after the warm-up; meant is `error_feedback(two_phase(sign()))`,
+      which is the paper's: a memory on each worker and one on the server.
+    warm_up: T_w, rounds that average gradients exactly; at least 1.
+    b1: of the momentum, in [0, 1).
+    b2: of the variance, in [0, 1).
+    eps: above 0.
+
+  Raises:
+    ValueError: for arguments out of range, or an aggregator in `composition.REFUSED`.
+
+  Reference: Tang, Gan, Awan, Rajbhandari, Li, Lian, Liu, Zhang, He 2021, arXiv 2102.02888,
+    algorithm 1.
+  """
+  check_rate(learning_rate)
+  check_steps("warm_up", warm_up)
+  adam = checked_moments(b1, b2, eps)
+  refuse("onebit_adam", aggregator)
+  return _onebit_adam(learning_rate, mean(), aggregator, warm_up, adam)
+
+
+def checked_moments(b1: float, b2: float, eps: float) -> Moments:
+  """Hyper-parameters of Adam, in their ranges.
+
+  Raises:
+    ValueError: with the name and the value.
+  """
+  check_decay(b1=b1, b2=b2)
+  if not eps > 0:
+    raise ValueError(f"eps={eps} is not above 0")
+  return Moments(b1, b2, eps)
+
+
+def mixed(decay: float, average: Tree, new: Tree) -> Tree:
+  """A moving average with a new value in it."""
+  return jax.tree.map(lambda a, x: decay * a + (1 - decay) * x, average, new)
+
+
+def _onebit_adam(
+  learning_rate: float | optax.Schedule,
+  exact: Aggregator,
+  aggregator: Aggregator,
+  warm_up: int,
+  adam: Moments,
+) -> Method:
+  def init(params):
+    zeros, count = jax.tree.map(jnp.zeros_like, params), jnp.zeros((), jnp.int32)
+    links = exact.init(params), aggregator.init(params)
+    return OnebitAdamState(params, zeros, zeros, *links, count)
+
+  def sync(local, state, *, key, weight=1.0, active=True):
+    def warming(state):
+      grads = weighted(local.grads, weight, active)
+      grads, _, link = exact.aggregate(grads, state.exact, key)
+      squares = jax.tree.map(jnp.square, grads)
+      m, v = mixed(adam.b1, state.momentum, grads), mixed(adam.b2, state.variance, squares)
+      return state._replace(momentum=m, variance=v, exact=link)
+
+    def frozen(state):
+      mine = weighted(mixed(adam.b1, state.momentum, local.grads), weight, active)
+      m, _, link = aggregator.aggregate(mine, state.link, key)
+      return state._replace(momentum=m, link=link)
+
+    after = lax.cond(state.count < warm_up, warming, frozen, state)
+    count = state.count + 1
+    m = optax.tree.bias_correction(after.momentum, adam.b1, count)
+    v = optax.tree.bias_correction(after.variance, adam.b2, jnp.minimum(count, warm_up))
+    scaled = lambda m, v: jnp.where(v > 0, m / (jnp.sqrt(v) + adam.eps), 0)
+    direction = jax.tree.map(scaled, m, v)
+    params = moved(state.params, rate_at(learning_rate, state.count), direction)
+    return after._replace(params=params, count=count)
+
+  over = lambda wrap: _onebit_adam(learning_rate, wrap(exact), wrap(aggregator), warm_up, adam)
+  return Method(init, gradient_at, kept_gradient, sync, lambda state: state.params, 1, over)

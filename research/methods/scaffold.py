@@ -1,0 +1,101 @@
+"""SCAFFOLD: federated averaging whose clients correct their steps by how their gradients differ."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from research.aggregate.composition import refuse
+from research.base import Aggregator, Array, Method, Params, State
+from research.methods.decentralized import check_rate
+from research.methods.local import minus, plus, weighted
+from research.methods.passes import in_rounds
+
+
+class ScaffoldState(NamedTuple):
+  params: Params  # x
+  control: Params  # c
+  own_control: Params  # c_i of this client
+  link: State  # of the models' aggregator
+  control_link: State  # of the controls' aggregator
+
+
+class ScaffoldLocal(NamedTuple):
+  params: Params  # y_i
+  steps: Array  # int32, K_i
+
+
+def scaffold(
+  learning_rate: float,
+  aggregator: Aggregator,
+  *,
+  server_learning_rate: float = 1.0,
+  epochs: int = 1,
+  period: int = 0,
+) -> Method:
+  """Stochastic controlled averaging, with option II for the clients' controls.
+
+      y_i <- y_i - eta (grad f_i(y_i) - c_i + c)                   K_i times, from y_i = x
+      c_i+ = c_i - c + (x - y_i) / (K_i eta)
+      x <- x + eta_g aggregate_i(weight_i (y_i - x))
+      c <- c + (|S| / N) aggregate_i(c_i+ - c_i),   c_i <- c_i+
+
+  from zero controls. A client that sits a round out, or drops out of it, keeps its c_i. With an
+  aggregator that is the mean over the workers, c is the mean of all N clients' c_i after every
+  round. It solves the paper's problem, the mean of the clients' objectives with each client alike:
+  the clients' weights by their examples change the way there and not the solution. The paper's
+  algorithm weighs them alike on the way too. Sends two trees per round.
+
+  Args:
+    learning_rate: eta, of the clients; the controls divide by it, so it is constant.
+    aggregator: how the clients' changes of models become one, and again those of controls, each
+      with a state of its own.
+    server_learning_rate: eta_g.
+    epochs: E, passes over a client's examples per round.
+    period: K, local steps of every client per round in place of passes; 0: by `epochs`.
+
+  Raises:
+    ValueError: if a learning rate is not above 0, epochs < 1, period < 0, or both are set, or for
+      an aggregator in `composition.REFUSED`.
+
+  Reference: Karimireddy, Kale, Mohri, Reddi, Stich, Suresh 2020, arXiv 1910.06378, algorithm 1.
+  """
+  check_rate(learning_rate)
+  if not server_learning_rate > 0:
+    raise ValueError(f"server_learning_rate={server_learning_rate} is not above 0")
+  refuse("scaffold", aggregator)
+
+  def begin(state):
+    return ScaffoldLocal(state.params, jnp.zeros((), jnp.int32))
+
+  def step(grads, local, state, *, key, grad_fn=None):
+    del key, grad_fn
+    descend = lambda y, g, c_i, c: y - learning_rate * (g - c_i + c)
+    controls = state.own_control, state.control
+    return ScaffoldLocal(jax.tree.map(descend, local.params, grads, *controls), local.steps + 1)
+
+  def build(aggregator: Aggregator, participation: float) -> Method:
+    def init(params):
+      zeros, link = jax.tree.map(jnp.zeros_like, params), aggregator.init(params)
+      return ScaffoldState(params, zeros, zeros, link, link)
+
+    def sync(local, state, *, key, weight=1.0, active=True):
+      change = minus(local.params, state.params)
+      slope = lambda c, d: (-c - d / (local.steps * learning_rate)).astype(c.dtype)
+      control_change = weighted(jax.tree.map(slope, state.control, change), 1.0, active)
+      key, control_key = jax.random.split(key)
+      moved, _, link = aggregator.aggregate(weighted(change, weight, active), state.link, key)
+      turned, _, control_link = aggregator.aggregate(
+        control_change, state.control_link, control_key
+      )
+      return ScaffoldState(
+        jax.tree.map(lambda x, d: x + server_learning_rate * d, state.params, moved),
+        jax.tree.map(lambda c, d: c + participation * d, state.control, turned),
+        plus(state.own_control, control_change),
+        link,
+        control_link,
+      )
+
+    return Method(init, begin, step, sync, lambda state: state.params)
+
+  return in_rounds(build, aggregator, epochs, period)

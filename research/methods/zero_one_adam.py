@@ -1,0 +1,157 @@
+"""0/1 Adam: a variance that is seldom refreshed, and local steps between compressed exchanges."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from research.aggregate.composition import refuse
+from research.aggregate.mean import mean
+from research.base import Aggregator, Array, Method, Params, State, Tree
+from research.methods.decentralized import GradientLocal, kept_gradient
+from research.methods.local import check_steps, plus, weighted
+from research.methods.onebit_adam import Moments, checked_moments, mixed
+from research.methods.signum import check_rate, if_active, rate_at
+
+
+class Policy(NamedTuple):
+  """In which rounds workers talk: T_v and T_u."""
+
+  warm_up: int
+  variance_scale: int
+  double_every: int
+  longest: int
+
+  def refreshes(self, t: Array) -> Array:
+    """Whether t is in T_v: kappa times every round, kappa times every second, every fourth, ..."""
+    stage = 31 - lax.clz(t // self.variance_scale + 1)
+    since = t - self.variance_scale * ((1 << stage) - 1)
+    return (t < self.warm_up) & (since % (1 << stage) == 0)
+
+  def synchronises(self, t: Array) -> Array:
+    """Whether t is in T_u."""
+    local = jnp.maximum(t - self.warm_up, 0)
+    doublings = jnp.minimum(local // self.double_every, self.longest.bit_length() - 1)
+    return (t - self.warm_up + 1) % (1 << doublings) == 0
+
+
+class ZeroOneAdamState(NamedTuple):
+  params: Params  # x_{t'}, the model after the last synchronisation
+  momentum: Tree  # m_t of this worker
+  buffer: Tree  # u_t of this worker
+  rates: Array  # float32, sum of gamma_h since then
+  variance: Tree  # v_t
+  exact: State  # of the mean
+  link: State  # of the aggregator
+  count: Array  # int32, t
+
+
+def zero_one_adam(
+  learning_rate: float | optax.Schedule,
+  aggregator: Aggregator,
+  *,
+  warm_up: int = 100,
+  variance_scale: int = 16,
+  double_every: int = 1000,
+  longest: int = 16,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+) -> Method:
+  """Adam whose steps are linear in what workers send, so that they may be local and compressed.
+
+      m_{t+1/2}^i = b1 m_t^i + (1 - b1) grad f_i(x_t^i),   u_{t+1/2}^i = u_t^i + gamma_t m_{t+1/2}^i
+      v_{t+1} = b2 v_t + (1 - b2) (1/W sum_i weight_i grad f_i(x_t^i))^2    if t in T_v, else v_t
+      t in T_u:   U = aggregate_i(weight_i u_{t+1/2}^i),   m_{t+1}^i = U / sum_{h=t'}^t gamma_h
+                  x_{t+1}^i = x_{t'} - U / sqrt(v_{t+1} + eps),   u_{t+1}^i = 0,   t' = t + 1
+      otherwise:  x_{t+1}^i = x_{t'} - u_{t+1/2}^i / sqrt(v_{t+1} + eps),   m and u from t + 1/2
+
+  There is no bias correction, as in the paper. Other than there, a round of T_v steps with the
+  variance that it has just found: v_0 = 0 would make the first step 1 / sqrt(eps) times too long.
+  Where v is zero, since no gradient was ever seen, there is no step: signs have no zero.
+
+  T_v are the first `warm_up` rounds at intervals of 2^floor(j / kappa) after its j-th. T_u is every
+  round of the warm-up; then the interval, at first 1, doubles every so many rounds. As the variance
+  then stays what it is, x^i is a function of u^i and not kept.
+
+  Args:
+    learning_rate: gamma, constant or a schedule by rounds.
+    aggregator: of u; meant is `error_feedback(two_phase(sign()))`, the paper's 1-bit AllReduce.
+    warm_up: rounds until the variance is frozen and steps may be local; at least 1.
+    variance_scale: kappa, at least 1.
+    double_every: rounds after which the interval of T_u doubles; the paper's is that in which the
+      learning rate halves.
+    longest: interval of T_u at most, a power of two.
+    b1: of the momentum, in [0, 1).
+    b2: of the variance, in [0, 1).
+    eps: above 0.
+
+  Raises:
+    ValueError: for arguments out of range, or an aggregator in `composition.REFUSED`.
+
+  Reference: Lu, Li, Zhang, De Sa, He 2022, arXiv 2202.06009, algorithm 1 and its policies.
+  """
+  check_rate(learning_rate)
+  check_steps("warm_up", warm_up)
+  check_steps("variance_scale", variance_scale)
+  check_steps("double_every", double_every)
+  if longest < 1 or longest & (longest - 1):
+    raise ValueError(f"longest={longest} is not a power of two")
+  adam = checked_moments(b1, b2, eps)
+  refuse("zero_one_adam", aggregator)
+  policy = Policy(warm_up, variance_scale, double_every, longest)
+  return _zero_one_adam(learning_rate, mean(), aggregator, policy, adam)
+
+
+def _zero_one_adam(
+  learning_rate: float | optax.Schedule,
+  exact: Aggregator,
+  aggregator: Aggregator,
+  policy: Policy,
+  adam: Moments,
+) -> Method:
+  def init(params):
+    zeros, count = jax.tree.map(jnp.zeros_like, params), jnp.zeros((), jnp.int32)
+    links = exact.init(params), aggregator.init(params)
+    return ZeroOneAdamState(params, zeros, zeros, jnp.zeros(()), zeros, *links, count)
+
+  def descended(state, buffer):
+    step = lambda x, u, v: x - jnp.where(v > 0, u / jnp.sqrt(v + adam.eps), 0)
+    return jax.tree.map(step, state.params, buffer, state.variance)
+
+  model = lambda state: descended(state, state.buffer)
+
+  def begin(state):
+    return GradientLocal(model(state), jax.tree.map(jnp.zeros_like, state.params))
+
+  def sync(local, state, *, key, weight=1.0, active=True):
+    def refreshed(state):
+      grads = weighted(local.grads, weight, active)
+      grads, _, link = exact.aggregate(grads, state.exact, key)
+      squares = jax.tree.map(jnp.square, grads)
+      return state._replace(variance=mixed(adam.b2, state.variance, squares), exact=link)
+
+    def synchronised(state):
+      mine = weighted(state.buffer, weight, active)
+      total, _, link = aggregator.aggregate(mine, state.link, key)
+      moving = state.rates > 0  # not where a schedule begins with zero: then nothing was sent
+      rates = jnp.where(moving, state.rates, 1)
+      approximate = lambda u, m: jnp.where(moving, u / rates, m).astype(m.dtype)
+      m = jax.tree.map(approximate, total, state.momentum)
+      x, u, rates = descended(state, total), jax.tree.map(jnp.zeros_like, total), 0 * rates
+      return state._replace(params=x, momentum=m, buffer=u, rates=rates, link=link)
+
+    rate = rate_at(learning_rate, state.count)
+    m = mixed(adam.b1, state.momentum, local.grads)
+    u = plus(state.buffer, jax.tree.map(lambda m: (rate * m).astype(m.dtype), m))
+    m, u = if_active(active, (m, u), (state.momentum, state.buffer))
+    same = lambda state: state
+    after = lax.cond(policy.refreshes(state.count), refreshed, same, state)
+    after = after._replace(momentum=m, buffer=u, rates=state.rates + rate)
+    after = lax.cond(policy.synchronises(state.count), synchronised, same, after)
+    return after._replace(count=state.count + 1)
+
+  over = lambda wrap: _zero_one_adam(learning_rate, wrap(exact), wrap(aggregator), policy, adam)
+  return Method(init, begin, kept_gradient, sync, model, 1, over)
