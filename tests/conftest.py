@@ -12,6 +12,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 
 import jax
+import pytest
 
 jax.config.update("jax_disable_most_optimizations", True)
 
@@ -23,3 +24,17 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
     del os.environ["XLA_FLAGS"]
   else:
     os.environ["XLA_FLAGS"] = given
+
+
+@pytest.fixture
+def compilations():
+  """The durations of all compilations since the test began."""
+  found: list[float] = []
+
+  def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+      found.append(duration_secs)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  yield found
+  jax.monitoring.unregister_event_duration_listener(listen)

@@ -47,14 +47,19 @@ class SideBySideLocal(NamedTuple):
 
 
 def side_by_side(methods: Mapping[str, Method]) -> Method:
-  """Methods with one local step per round, by name; so is everything they have."""
+  """Methods with rounds of one length, by name; so is everything they have."""
 
   def of_round(parts):
     return SideBySideLocal({name: part.params for name, part in parts.items()}, parts)
 
   def step(grads, local, state, *, key, grad_fn=None):
-    del grad_fn
-    one = lambda n: methods[n].step(grads[n], local.parts[n], state[n], key=key)
+
+    def one(name):
+      elsewhere = grad_fn and (lambda params: grad_fn({**local.params, name: params})[name])
+      return methods[name].step(
+        grads[name], local.parts[name], state[name], key=key, grad_fn=elsewhere
+      )
+
     return of_round({n: one(n) for n in methods})
 
   def sync(local, state, *, key, weight=1.0, active=True):
@@ -62,12 +67,14 @@ def side_by_side(methods: Mapping[str, Method]) -> Method:
     one = lambda n: methods[n].sync(local.parts[n], state[n], key=key, weight=weight)
     return {n: one(n) for n in methods}
 
+  (period,) = {method.period for method in methods.values()}
   return Method(
     lambda params: {n: m.init(params[n]) for n, m in methods.items()},
     lambda state: of_round({n: m.begin(state[n]) for n, m in methods.items()}),
     step,
     sync,
     lambda state: {n: m.params(state[n]) for n, m in methods.items()},
+    period,
     over=lambda wrap: side_by_side({n: m.over(wrap) for n, m in methods.items() if m.over}),
   )
 

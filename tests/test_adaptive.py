@@ -55,25 +55,6 @@ METHODS = {
 }
 
 
-def together(methods: Mapping[str, Method]) -> Method:
-  """`side_by_side`, each with the gradients of its own loss elsewhere too."""
-
-  def step(grads, local, state, *, key, grad_fn=None):
-    assert grad_fn
-
-    def one(name):
-      elsewhere = lambda params: grad_fn({**local.params, name: params})[name]
-      return methods[name].step(
-        grads[name], local.parts[name], state[name], key=key, grad_fn=elsewhere
-      )
-
-    parts = {name: one(name) for name in methods}
-    return local._replace(params={n: part.params for n, part in parts.items()}, parts=parts)
-
-  over = lambda wrap: together({n: m.over(wrap) for n, m in methods.items() if m.over})
-  return side_by_side(methods)._replace(step=step, over=over)
-
-
 def running(
   methods: Mapping[str, Method],
   executor: str = "simulate",
@@ -82,7 +63,7 @@ def running(
   task: Task | None = None,
 ) -> Running:
   tasks = regressions(tuple(methods), task)
-  return Running(together(methods), executor, axes, sizes, None, task=tasks)
+  return Running(side_by_side(methods), executor, axes, sizes, None, task=tasks)
 
 
 @functools.cache
@@ -117,7 +98,7 @@ def test_a_mesh_that_cuts_a_worker_agrees():
 
 
 def test_the_optax_face_is_the_method():
-  method, task = together(METHODS), regressions(tuple(METHODS))
+  method, task = side_by_side(METHODS), regressions(tuple(METHODS))
   examples, _ = split(regression(), (30,) * 8)
   params = task.init(jax.random.split(jax.random.key(0))[0])
   optimizer = as_optax(method)

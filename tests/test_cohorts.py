@@ -30,9 +30,7 @@ def test_every_client_takes_part_by_itself():
   rounds = 20_000
   owners, served = map(
     np.asarray,
-    jax.jit(lambda key, numbers: cohorts(job, key, numbers))(
-      jax.random.key(3), np.arange(rounds)
-    ),
+    jax.jit(lambda key, numbers: cohorts(job, key, numbers))(jax.random.key(3), np.arange(rounds)),
   )
   assert all(len(set(row)) == PLACES for row in owners[:100])
   counts = served.sum(1)

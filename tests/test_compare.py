@@ -161,7 +161,8 @@ def test_the_folder_depends_on_the_method_alone():
 
 STEPS = np.array([10.0, 20.0, 30.0, 40.0])
 LOSSES = np.array([[4.0, 2.0, 3.0, 1.0], [2.0, 2.0, 2.0, 1.0]])
-CURVE = compare.Curve(STEPS, 5 * STEPS, LOSSES, np.full(len(STEPS), np.nan))  # best, averaged: 3, 2, 2, 1
+NO_CLOCK = np.full(len(STEPS), np.nan)
+CURVE = compare.Curve(STEPS, 5 * STEPS, LOSSES, NO_CLOCK)  # best, averaged: 3, 2, 2, 1
 
 
 @pytest.mark.parametrize(

@@ -59,20 +59,6 @@ def test_the_full_gradient_does_not_depend_on_the_partition(name):
   assert distance(uneven.rounds(8).params(), simulated(name, 8)) <= 1e-5
 
 
-@pytest.fixture
-def compilations():
-  """The durations of all compilations since the test began."""
-  found: list[float] = []
-
-  def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
-    if event == "/jax/core/compile/backend_compile_duration":
-      found.append(duration_secs)
-
-  jax.monitoring.register_event_duration_secs_listener(listen)
-  yield found
-  jax.monitoring.unregister_event_duration_listener(listen)
-
-
 @pytest.mark.parametrize("executor", ["simulate", "spmd"])
 @pytest.mark.parametrize("name", NAMES)
 def test_state_is_stable_and_rounds_depend_on_it_alone(name, executor, compilations):

@@ -524,7 +524,8 @@ BAD = {
   "division": Bad(("--batch_size=100",), ("--batch_size=100", "8 workers", "96 and 104")),
   "examples": Bad((SMALL, "--batch_size=1600"), ("--batch_size=1600", "1000", "'all'")),
   "period": Bad(
-    ("--method=data_parallel(sgd(0.1), mean(), period=3)",), ("--steps=400", "3 steps", "nearest: 402")
+    ("--method=data_parallel(sgd(0.1), mean(), period=3)",),
+    ("--steps=400", "3 steps", "nearest: 402"),
   ),
   "population": Bad(("--population=12",), ("--population=12", "8 workers", "--mesh='data:8'")),
   "workers": Bad(
