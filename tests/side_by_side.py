@@ -53,9 +53,10 @@ def side_by_side(methods: Mapping[str, Method]) -> Method:
     return SideBySideLocal({name: part.params for name, part in parts.items()}, parts)
 
   def step(grads, local, state, *, key, grad_fn=None):
+    at = lambda params, name: grad_fn and grad_fn({**local.params, name: params})[name]
 
     def one(name):
-      elsewhere = grad_fn and (lambda params: grad_fn({**local.params, name: params})[name])
+      elsewhere = grad_fn and functools.partial(at, name=name)
       return methods[name].step(
         grads[name], local.parts[name], state[name], key=key, grad_fn=elsewhere
       )

@@ -60,6 +60,18 @@ def sparse(fraction, extra=0):
   return lambda n, size: kept(fraction, n) * (size + index(n)) + extra
 
 
+def cosine(chunk, k):
+  """Vectors of up to 2^20 elements; beyond that matrices that blocks divide."""
+
+  def content(n, size):
+    blocks, of_block = math.ceil(n / chunk), math.ceil(n / math.ceil(n / chunk))
+    if n >= 2**20:
+      blocks, of_block = n // chunk**2, chunk**2
+    return blocks * min(k, of_block) * (size + max(1, (of_block - 1).bit_length()) / 8)
+
+  return content
+
+
 # sizes that the tests use -> what hadamard pads them to
 PADDED = {1: 1, 40: 40, 60: 64, 1000: 1024, 4096: 4096, 2**27: 2**27, 2**31: 2**31}
 rotated = lambda of: lambda n, *size: of(PADDED.get(n, n), *size)
@@ -98,6 +110,7 @@ TABLE = {row.spec: row for row in (
       unbiased=True),
   Row("hadamard(random_k(0.3))", rotated(lambda n: 1 - kept(0.3, n) / n),
       rotated(lambda n, size: kept(0.3, n) * size), lambda n: 1, linear=True),
+  Row("dct_top_k()", lambda n: 1 - min(8, n) / min(64, n), cosine(64, 8)),
 )}  # fmt: skip
 # fmt: on
 
@@ -347,6 +360,8 @@ WRONG = {
   "top_k(0.0)": "fraction=0.0 is not in (0, 1]",
   "top_k(1.5)": "fraction=1.5 is not in (0, 1]",
   "random_k(-0.1)": "fraction=-0.1 is not in (0, 1]",
+  "dct_top_k(0)": "chunk=0 is not at least 1",
+  "dct_top_k(4, 17)": "k=17 is not in [1, chunk^2] = [1, 16]",
   "threshold(0)": "value=0 is not in (0, inf)",
   "threshold(1.0, capacity=2)": "capacity=2 is not in (0, 1]",
   "count_sketch(0, 8)": "rows=0 is not at least 1",

@@ -1,10 +1,10 @@
 """What every execution of a method on a task needs to know, all of it static."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from research.base import Array, Method, Task
+from research.base import Method, Task
 from research.comm import mesh as meshes
 
 
@@ -48,9 +48,9 @@ class Job(NamedTuple):
     """Whether owners take different numbers of steps in a round."""
     return self.method.epochs > 0 and self.batch_size is not None and not self.even
 
-  def own_steps(self, sizes: Array | np.ndarray) -> Array | np.ndarray:
-    """Local steps in a round of a method by epochs, of owners with so many examples."""
-    batches = 1 if self.batch_size is None else sizes // self.batch_size
+  def own_steps(self, sizes: Any) -> Any:
+    """Local steps in a round of a method by epochs, of owners with so many examples each."""
+    batches = sizes // sizes if self.batch_size is None else sizes // self.batch_size
     return self.method.epochs * (batches + (batches == 0))
 
 

@@ -52,6 +52,7 @@ def played(spec: str, plan: Plan, workers: int, seed: int) -> Callable[[int], Vi
     ends = np.array([plan.steps(number) for number in range(rounds + 1)])
     return Virtual(clock.synchronous(speeds, workers, np.diff(ends), seed))
 
+  run(1)
   return run
 
 
