@@ -16,7 +16,7 @@ DENSE = "data_parallel(sgd(0.1), mean())"
 LOW_RANK = "data_parallel(sgd(0.1), error_feedback(power_sgd(4)))"
 HIDDEN, BATCH, STEPS = (1024, 1024), 256, 10
 LOCAL = "local_sgd(sgd(0.1), mean(), period=20)"
-WIDTHS = ((), (16,), (64,), (200,), (200, 200), (1024,))
+WIDTHS = ((), (64,), (200, 200), (512,), (512, 512), (1024,), (1024, 1024))
 SCAFFOLD = "scaffold(0.1, mean(), epochs=1)"
 
 
@@ -74,12 +74,17 @@ def local_phase(repeats: int) -> list[dict[str, Any]]:
 
 
 def population(repeats: int) -> dict[str, Any]:
-  """A round of SCAFFOLD with 10 of 10,000 clients in turn with one of 10 of 100."""
+  """A round of SCAFFOLD of 10 of 10,000 clients in turn with one of 10 of 100, six images each."""
   from research.parallel.simulate import simulate
 
-  task = _images(())
   of = lambda clients: _rounds(
-    simulate, task, {"method": SCAFFOLD}, workers=10, batch=5, rounds=20, owners=clients
+    simulate,
+    _images((), 6 * clients),
+    {"method": SCAFFOLD},
+    workers=10,
+    batch=6,
+    rounds=100,
+    owners=clients,
   )
   few, many = in_turn([of(100), of(10_000)], repeats)
   found = ratios(many, few)
@@ -98,14 +103,14 @@ def _bytes_of(task) -> int:
   return sum(leaf.size * leaf.dtype.itemsize for leaf in params)
 
 
-def _images(hidden: Sequence[int] = HIDDEN):
+def _images(hidden: Sequence[int] = HIDDEN, count: int = 60_000):
   """Random images and labels, to be told apart by a perceptron."""
   from research.models.classic import linear, mlp
   from research.tasks.supervised import supervised
 
   draw = np.random.default_rng(0)
-  images = draw.integers(0, 256, (60_000, 28, 28), np.uint8)
-  labels = draw.integers(0, 10, 60_000, np.int32)
+  images = draw.integers(0, 256, (count, 28, 28), np.uint8)
+  labels = draw.integers(0, 10, count, np.int32)
   model = mlp(hidden) if hidden else linear()
   return supervised(model(10), {"x": images, "y": labels})
 

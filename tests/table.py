@@ -18,12 +18,11 @@ from research.methods.data_parallel import data_parallel
 SPECS = {
   "sgd": "data_parallel(sgd(0.1), mean())",
   "momentum": "data_parallel(sgd(0.1, momentum=0.9), mean())",
-  "nesterov": "data_parallel(sgd(0.1, momentum=0.9, nesterov=True), mean())",
   "adam": "data_parallel(adam(0.01), mean())",
-  "schedule": "data_parallel(adamw(cosine_decay_schedule(0.01, 30)), mean())",
+  "chain": "data_parallel(chain(clip_by_global_norm(0.1), "
+  "adamw(cosine_decay_schedule(0.01, 30))), mean())",
   "accumulation": "data_parallel(sgd(0.1, momentum=0.9), mean(), period=3)",
   "averaged": "averaged(data_parallel(sgd(0.1), mean()), burn_in=2)",
-  "clipped": "data_parallel(chain(clip_by_global_norm(0.1), sgd(0.1)), mean())",
   "top_k": "data_parallel(sgd(0.1), error_feedback(gather_mean(top_k(0.3))))",
   "two_phase": "data_parallel(adam(0.01), error_feedback(two_phase(int8())))",
 }

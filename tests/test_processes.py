@@ -36,7 +36,6 @@ JOB = (
 )
 # Optimizer and aggregator, and how the two processes find each other.
 JOBS = {
-  "sgd": ("sgd(0.1), mean()", "flags"),
   "momentum": ("sgd(0.1, momentum=0.9), mean()", "slurm"),
   "adam": ("adam(1e-2), mean()", "flags"),
   "compressed": ("sgd(0.1), error_feedback(two_phase(int8()))", "flags"),

@@ -20,7 +20,7 @@ from research.parallel.job import Job, resolved
 
 # A worker's model, in bytes, from which on its steps are faster one worker after the other on a
 # CPU: results/bench, case local_phase.
-_ALONE = 2**19
+_ALONE = 2**20
 
 
 def simulate(job: Job) -> Executor:
@@ -76,10 +76,9 @@ def _local_phase(job: Job, layout: layouts.Layout, mesh: Mesh) -> Callable[..., 
   """
   work = partial(_work, job)
   state_axes, local_axes = layouts.lead(layout.state), layouts.lead(layout.local)
-  if not is_mapped(job):
-    return lambda key, states, rows: jax.vmap(partial(work, key), (state_axes, 0), (local_axes, 0))(
-      states, rows
-    )
+
+  def at_once(key, states, rows):
+    return jax.vmap(partial(work, key), (state_axes, 0), (local_axes, 0))(states, rows)
 
   def one_by_one(key, states, rows):
     at = lambda i, private, tree: jax.tree.map(lambda p, x: x[i] if p else x, private, tree)
@@ -92,7 +91,7 @@ def _local_phase(job: Job, layout: layouts.Layout, mesh: Mesh) -> Callable[..., 
 
   spread = lambda private: jax.tree.map(lambda p: P("data") if p else P(), private)
   return jax.shard_map(
-    one_by_one,
+    one_by_one if is_mapped(job) else at_once,
     mesh=mesh,
     in_specs=(P(), spread(layout.state), P("data")),
     out_specs=(spread(layout.local), P("data")),
