@@ -71,7 +71,7 @@ class Conditions(NamedTuple):
   @property
   def place(self) -> str:
     """Where seconds to the target are counted; empty: nowhere."""
-    return " and ".join(filter(None, (self.link, self.clock)))
+    return " and ".join(filter(None, (self.link, self.clock and "the virtual clock")))
 
 
 # ---- what is trained

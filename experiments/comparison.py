@@ -99,7 +99,7 @@ def caption(result: Result) -> list[str]:
   where = shared if result["executor"] == "simulate" else "here"
   computing = f"the computing of a step as measured {where}"
   if result["clock"]:
-    computing = f"computing on the virtual clock {result['clock']}"
+    computing = f"those of the virtual clock {result['clock']}"
   elif result["compute_seconds"]:
     computing = f"{result['compute_seconds']:g} s of computing per step, as given, for every method"
   if not result["link"]:

@@ -3,13 +3,16 @@
 import json
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_figures_in_the_readme_are_those_of_the_results():
-  table = (ROOT / "results" / "bench" / "table.md").read_text().strip()
+@pytest.mark.parametrize("folder", ["bench", "rounds"])
+def test_the_figures_in_the_readme_are_those_of_the_results(folder):
+  table = (ROOT / "results" / folder / "table.md").read_text().strip()
   assert table in (ROOT / "README.md").read_text()
-  result = json.loads((ROOT / "results" / "bench" / "result.json").read_text())
+  result = json.loads((ROOT / "results" / folder / "result.json").read_text())
   assert result["environment"]["commit"]
   for row in result["pairs"]:
     assert f"| {row['ratio']:.3f} |" in table
