@@ -127,6 +127,7 @@ class Task(NamedTuple):
   train: Batch  # numpy arrays [examples, ...]; "y" is what partitions sort by
   test: Batch | None = None
   optimum: Params | None = None  # the exact minimiser, where it is known
+  rules: tuple[tuple[str, tuple[str | None, ...]], ...] = ()  # see `parallel/rules.py`
 
 
 class Data(NamedTuple):

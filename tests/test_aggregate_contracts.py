@@ -58,7 +58,7 @@ def test_the_wrappers_are_all_that_take_an_aggregator():
 
 def wrapped(wrapper: str, name: str) -> Aggregator:
   if wrapper == MESH:
-    cut = sharded.fsdp_cut({"fsdp": 2})
+    cut = sharded.cut_of({"fsdp": 2}, regression())
     assert cut
     return blockwise(AGGREGATORS[name], cut)
   inner = between_slices(ENTRIES[name]) if wrapper == "hierarchical" else ENTRIES[name]

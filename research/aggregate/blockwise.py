@@ -1,5 +1,7 @@
 """An aggregator on every shard of what a mesh cuts inside a worker, shard by shard."""
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -9,22 +11,38 @@ import jax.numpy as jnp
 from research.aggregate.composition import refuse
 from research.base import Aggregate, Aggregator, Array, Blocks, Key, State, Tree
 
+Groups = tuple[list[Array], ...]  # leaves by the axes that cut them, in the order of `subsets`
+
 
 class Cut(NamedTuple):
-  """How a mesh axis inside a worker cuts a leaf."""
+  """How the mesh axes inside a worker cut its leaves. Leaves of one shape are cut alike."""
 
-  axis: str
-  size: int  # B, devices along the axis
-  dimension: Callable[[tuple[int, ...]], int | None]  # of a leaf of that shape; None: whole
+  axes: tuple[tuple[str, int], ...]  # names and sizes
+  places: Callable[[tuple[int, ...]], tuple[int | None, ...]]  # of a shape, the dimension by axis
+
+  @property
+  def size(self) -> int:
+    """B, the devices of a worker."""
+    return math.prod(size for _, size in self.axes)
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    return tuple(name for name, _ in self.axes)
+
+  @property
+  def subsets(self) -> list[tuple[bool, ...]]:
+    """Every set of axes that may cut a leaf."""
+    return list(itertools.product((True, False), repeat=len(self.axes)))
 
 
 def blockwise(inner: Aggregator, cut: Cut) -> Aggregator:
   """What B devices inside a worker do, each with its shard, on one: block after block.
 
-  A leaf that is cut is B leaves to the inner aggregator, each with a key of its own; a leaf that is
-  not cut lies on every device and is aggregated apart from the others, in the same way on each. So
-  no value crosses the axis, and a k, a scale, a rank or a distance is that of a shard. The state
-  has a leading dimension [B], but for scalar whole numbers: they count rounds, for all blocks.
+  A leaf that is cut is that many leaves to the inner aggregator, each with a key of its own; leaves
+  that lie alike on several devices are aggregated apart from the others, in the same way on each.
+  So no value crosses an axis inside a worker, and a k, a scale, a rank or a distance is that of a
+  shard. The state has a leading dimension [B], but for scalar whole numbers: they count rounds, for
+  all blocks.
   `parallel/sharded.py` runs the same on the devices.
 
   Args:
@@ -42,8 +60,9 @@ def blockwise(inner: Aggregator, cut: Cut) -> Aggregator:
     return Blocks(jax.vmap(pair.init, out_axes=by_block(first))(shards))
 
   def aggregate(tree, state, key):
-    both_keys = lambda block: jnp.stack([shard_key(key, block), key])
-    keys = jax.vmap(both_keys)(jnp.arange(cut.size))
+    sizes = tuple(size for _, size in cut.axes)
+    of_block = lambda block: shard_keys(key, cut, jnp.unravel_index(block, sizes))
+    keys = jax.vmap(of_block)(jnp.arange(cut.size))
     axes = by_block(state.part)
     run = jax.vmap(pair.aggregate, (0, axes, 0), Aggregate(0, 0, axes))
     value, sent, after = run(split(tree, cut), state.part, keys)
@@ -53,7 +72,7 @@ def blockwise(inner: Aggregator, cut: Cut) -> Aggregator:
 
 
 def of_shard(inner: Aggregator) -> Aggregator:
-  """On (shards of cut leaves, whole leaves), with keys [2] for them: what one device does."""
+  """On `Groups` of leaves, with a key for each: what one device does."""
   refuse("fsdp", inner)
 
   def init(pieces):
@@ -79,49 +98,75 @@ def by_block(state: State) -> Tree:
   return jax.tree.map(lambda leaf: None if is_counter(leaf) else 0, state)
 
 
-def shard_key(key: Key, block: Array) -> Key:
-  """The key of a shard, from one that all shards have."""
-  return jax.random.fold_in(jax.random.fold_in(key, 0x73686172), block)
+def shard_keys(key: Key, cut: Cut, place: Sequence[Array]) -> Key:
+  """A key for each group of leaves, of a device at `place`: alike where the leaves are."""
+
+  def one(subset):
+    block, found = jnp.int32(0), False
+    for is_cut, index, (_, size) in zip(subset, place, cut.axes, strict=True):
+      block, found = (block * size + index, True) if is_cut else (block, found)
+    return jax.random.fold_in(jax.random.fold_in(key, 0x73686172), block) if found else key
+
+  return jnp.stack([one(subset) for subset in cut.subsets])
 
 
-def pieces(tree: Tree, cut: Cut) -> tuple[list[Array], list[Array]]:
-  """The leaves that are cut, and those that are not."""
+def _subset(x: Array, cut: Cut) -> tuple[bool, ...]:
+  return tuple(place is not None for place in cut.places(x.shape))
+
+
+def pieces(tree: Tree, cut: Cut) -> Groups:
+  """The leaves by the axes that cut them."""
   leaves = jax.tree.leaves(tree)
-  is_cut = [cut.dimension(x.shape) is not None for x in leaves]
-  of = lambda wanted: [x for x, found in zip(leaves, is_cut, strict=True) if found == wanted]
-  return of(True), of(False)
+  return tuple([x for x in leaves if _subset(x, cut) == subset] for subset in cut.subsets)
 
 
 def rejoined(parts: Sequence[list[Array]], like: Tree, cut: Cut) -> Tree:
   """The tree that `pieces` took apart."""
   leaves, treedef = jax.tree.flatten(like)
-  cut_ones, whole_ones = map(iter, parts)
-  is_cut = (cut.dimension(x.shape) is not None for x in leaves)
-  return treedef.unflatten([next(cut_ones if found else whole_ones) for found in is_cut])
+  groups = dict(zip(cut.subsets, map(iter, parts), strict=True))
+  return treedef.unflatten([next(groups[_subset(x, cut)]) for x in leaves])
 
 
-def split(tree: Tree, cut: Cut) -> tuple[list[Array], list[Array]]:
+def split(tree: Tree, cut: Cut) -> Groups:
   """`pieces` by block, leaves [B, ...]."""
 
   def blocks(x: Array) -> Array:
-    place = cut.dimension(x.shape)
-    assert place is not None
-    shape = (*x.shape[:place], cut.size, x.shape[place] // cut.size, *x.shape[place + 1 :])
-    return jnp.moveaxis(x.reshape(shape), place, 0)
+    places, shape, front = cut.places(x.shape), [], {}
+    for dimension, length in enumerate(x.shape):
+      if dimension in places:
+        axis = places.index(dimension)
+        front[axis] = len(shape)
+        shape += [cut.axes[axis][1], length // cut.axes[axis][1]]
+      else:
+        shape.append(length)
+    found = x.reshape(shape)
+    found = jnp.moveaxis(found, [front[axis] for axis in sorted(front)], range(len(front)))
+    rest = found.shape[len(front) :]
+    found = found.reshape(
+      *(size if i in front else 1 for i, (_, size) in enumerate(cut.axes)), *rest
+    )
+    return jnp.broadcast_to(found, (*(size for _, size in cut.axes), *rest)).reshape(-1, *rest)
 
-  cut_ones, whole_ones = pieces(tree, cut)
-  copies = lambda x: jnp.broadcast_to(x, (cut.size, *x.shape))
-  return [blocks(x) for x in cut_ones], [copies(x) for x in whole_ones]
+  return tuple([blocks(x) for x in group] for group in pieces(tree, cut))
 
 
 def join(parts: Sequence[list[Array]], like: Tree, cut: Cut) -> Tree:
   """The tree that `split` cut."""
 
   def one(blocks: Array, x: Array) -> Array:
-    place = cut.dimension(x.shape)
-    assert place is not None
-    return jnp.moveaxis(blocks, 0, place).reshape(x.shape)
+    places = cut.places(x.shape)
+    found = blocks.reshape(*(size for _, size in cut.axes), *blocks.shape[1:])
+    found = found[tuple(0 if place is None else slice(None) for place in places)]
+    front = [place for place in places if place is not None]
+    for count, place in enumerate(reversed(front)):
+      ahead = len(front) - count - 1  # block axes still before this one
+      where = ahead + place
+      found = jnp.moveaxis(found, ahead, where)
+      shape = found.shape
+      found = found.reshape(*shape[:where], shape[where] * shape[where + 1], *shape[where + 2 :])
+    return found
 
-  joined = [one(*pair) for pair in zip(parts[0], pieces(like, cut)[0], strict=True)]
-  wholes = [x[0] for x in parts[1]]
-  return rejoined((joined, wholes), like, cut)
+  grouped = zip(parts, pieces(like, cut), strict=True)
+  return rejoined(
+    [[one(*pair) for pair in zip(*group, strict=True)] for group in grouped], like, cut
+  )

@@ -13,8 +13,8 @@ from jax.sharding import AxisType, Mesh
 
 from research.base import WORKER_AXES
 
-# Axes inside a worker: its parameters and its batch are cut along `fsdp`.
-INNER_AXES = ("fsdp",)
+# Axes inside a worker: along `fsdp` its parameters and its batch are cut, along `model` its layers.
+INNER_AXES = ("fsdp", "model")
 
 
 def parse_mesh(spec: str) -> dict[str, int]:

@@ -1,7 +1,6 @@
-"""Where arrays lie: private rows with their workers, shared leaves everywhere or cut by `fsdp`."""
+"""Where arrays lie: rows with their workers, shared leaves everywhere or cut inside a worker."""
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,88 +17,121 @@ from research.aggregate.blockwise import (
   of_shard,
   pieces,
   rejoined,
-  shard_key,
+  shard_keys,
 )
-from research.base import Aggregate, Aggregator, Array, Batch, Blocks, Data, Key, TrainState, Tree
+from research.base import (
+  Aggregate,
+  Aggregator,
+  Array,
+  Batch,
+  Blocks,
+  Data,
+  Key,
+  Task,
+  TrainState,
+  Tree,
+)
+from research.comm.mesh import INNER_AXES
+from research.parallel import rules
 
 
-def of_state(private: Tree, mesh: Mesh | None, workers: tuple[str, ...], shapes: Tree = None):
+def of_state(
+  private: Tree,
+  mesh: Mesh | None,
+  workers: tuple[str, ...],
+  shapes: Tree = None,
+  cut: Cut | None = None,
+):
   """Shardings of a TrainState, or with `mesh=None` the specs that `shard_map` takes.
 
   Args:
     private: which leaves of the method's state have rows [P, ...].
     mesh: the devices.
     workers: the mesh axes over which rows are spread.
-    shapes: of one worker's state, where its leaves are cut along `fsdp` too.
+    shapes: of one worker's state, where its leaves are cut too.
+    cut: how.
   """
   shapes = (
     jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32), private)
     if shapes is None
     else shapes
   )
-  size = mesh.shape.get("fsdp", 1) if mesh is not None else 1
   place = (lambda spec: spec) if mesh is None else (lambda spec: NamedSharding(mesh, spec))
 
   def leaf(is_private, shape, inner=None):
-    inner = fsdp_spec(shape.shape, size) if inner is None else inner
+    inner = spec_of(cut, shape.shape) if inner is None else inner
     return place(P(workers, *inner) if is_private else P(*inner))
 
   def node(is_private, shape):
     if not isinstance(is_private, Blocks):
       return leaf(is_private, shape)
-    blocks = lambda shape: () if size == 1 or is_counter(shape) else ("fsdp",)
+    blocks = lambda shape: () if cut is None or is_counter(shape) else (cut.names,)
     return jax.tree.map(lambda p, x: leaf(p, x, blocks(x)), is_private, shape)
 
   is_blocks = lambda node: isinstance(node, Blocks)
   return TrainState(place(P()), place(P()), jax.tree.map(node, private, shapes, is_leaf=is_blocks))
 
 
-def fsdp_cut(axes: Mapping[str, int]) -> Cut | None:
-  """How `fsdp` cuts leaves; None where it does not.
+def cut_of(axes: Mapping[str, int], task: Task) -> Cut | None:
+  """How a mesh cuts a worker's leaves: by the task's rules, and the rest of it along `fsdp`.
 
-  Reference: Rajbhandari et al. 2019, arXiv 1910.02054 (ZeRO, stage 3).
+  Raises:
+    ValueError: if an axis does not divide what it cuts, or has nothing to cut.
+
+  Reference: Shoeybi et al. 2019, arXiv 1909.08053 (tensor parallelism); Rajbhandari et al. 2019,
+    arXiv 1910.02054 (ZeRO, stage 3: `fsdp`).
   """
-  size = axes.get("fsdp", 1)
-  return Cut("fsdp", size, partial(fsdp_dimension, size=size)) if size > 1 else None
+  inner = tuple((name, size) for name, size in axes.items() if name in INNER_AXES and size > 1)
+  if not inner:
+    return None
+  named = rules.by_shape(dict(inner), task)
+
+  def places(shape: tuple[int, ...]) -> tuple[int | None, ...]:
+    found = named.get(shape, {})
+    whole = [d for d in range(len(shape)) if d not in found.values()]
+    cut = {**found, "fsdp": _largest(shape, whole, dict(inner).get("fsdp", 1))}
+    return tuple(cut.get(name) for name, _ in inner)
+
+  return Cut(inner, places)
 
 
-def fsdp_dimension(shape: tuple[int, ...], size: int) -> int | None:
-  """The largest dimension that `size` divides; leaves without one lie everywhere."""
-  fitting = [d for d, length in enumerate(shape) if length % size == 0 and length >= size]
+def _largest(shape: tuple[int, ...], dimensions: Sequence[int], size: int) -> int | None:
+  """The largest of some dimensions that `size` divides; leaves without one lie everywhere."""
+  fitting = [d for d in dimensions if shape[d] % size == 0 and shape[d] >= size]
   return max(fitting, key=lambda d: shape[d], default=None)
 
 
-def fsdp_spec(shape: tuple[int, ...], size: int) -> tuple[str | None, ...]:
-  """Which dimension of a leaf lies along `fsdp`."""
-  cut = fsdp_dimension(shape, size) if size > 1 else None
-  return () if cut is None else tuple("fsdp" if d == cut else None for d in range(cut + 1))
+def spec_of(cut: Cut | None, shape: tuple[int, ...]) -> tuple[str | None, ...]:
+  """Which dimensions of a leaf lie along which axes."""
+  places = cut.places(shape) if cut else ()
+  names = {place: cut.names[i] for i, place in enumerate(places) if cut and place is not None}
+  return tuple(names.get(d) for d in range(max(names, default=-1) + 1))
 
 
 def per_shard(inner: Aggregator, cut: Cut) -> Aggregator:
-  """`blockwise` where each block has its device: a shard_map over the axis, inside the worker's.
+  """`blockwise` where each block has its device: a shard_map over its axes, inside the worker's.
 
   Each device aggregates the shard that it holds with the same shard of the other workers; nothing
-  crosses the axis.
+  crosses an axis inside a worker.
   """
   pair = of_shard(inner)
-  spec = lambda x: P(*fsdp_spec(x.shape, cut.size))
 
   def aggregate(tree, state, key):
     parts = pieces(tree, cut)
-    specs = jax.tree.map(spec, parts)
-    rows = jax.tree.map(lambda x: P() if is_counter(x) else P(cut.axis), state.part)
+    specs = jax.tree.map(lambda x: P(*spec_of(cut, x.shape)), parts)
+    rows = jax.tree.map(lambda x: P() if is_counter(x) else P(cut.names), state.part)
 
     def shard(parts, state, key):
-      own = shard_key(key, lax.axis_index(cut.axis))
+      keys = shard_keys(key, cut, [lax.axis_index(name) for name in cut.names])
       held = jax.tree.map(lambda x: x if is_counter(x) else x[0], state)
-      value, sent, after = pair.aggregate(parts, held, jnp.stack([own, key]))
+      value, sent, after = pair.aggregate(parts, held, keys)
       return value, sent, jax.tree.map(lambda x: x if is_counter(x) else x[None], after)
 
     nested = jax.shard_map(
       shard,
       in_specs=(specs, rows, P()),
       out_specs=(specs, specs, rows),
-      axis_names={cut.axis},
+      axis_names=set(cut.names),
       check_vma=False,
     )
     value, sent, after = nested(parts, state.part, key)

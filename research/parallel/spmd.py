@@ -28,14 +28,14 @@ def spmd(job: Job) -> Executor:
   job, layout = resolved(job), workers.infer_layout(job)
   names = tuple(meshes.worker_axes(job.axes))
   initial = partial(workers.initial, job, layout)
-  cut = sharded.fsdp_cut(job.axes)
+  cut = sharded.cut_of(job.axes, job.task)
   if cut and job.method.over:
     job = job._replace(method=job.method.over(lambda inner: sharded.per_shard(inner, cut)))
     job = resolved(job)
   elif cut:
     _only_sums(job, layout)
   rows = P(names)
-  shardings = sharded.of_state(layout.state, mesh, names, layout.state_shapes)
+  shardings = sharded.of_state(layout.state, mesh, names, layout.state_shapes, cut)
   specs = sharded.of_state(layout.state, None, names)
   init = jax.jit(initial, out_shardings=shardings)
   constrain = partial(sharded.split_batch, job.axes)

@@ -94,7 +94,7 @@ def _fits(index: Tree, examples: Batch) -> bool:
 
 def blocked(job: Job) -> Job:
   """The job as one device per worker would run it: aggregators block by block where a mesh cuts."""
-  cut = sharded.fsdp_cut(job.axes)
+  cut = sharded.cut_of(job.axes, job.task)
   if cut is None or job.method.over is None:
     return job
   return resolved(job._replace(method=job.method.over(lambda inner: blockwise(inner, cut))))
@@ -263,7 +263,7 @@ def traffic(job: Job, layout: layouts.Layout, rounds: int) -> wire.Traffic:
 def dense_traffic(job: Job) -> list[wire.Transfer]:
   """What the plain mean of one gradient would send: the yardstick for every other method."""
   params = jax.eval_shape(job.task.init, jax.random.key(0))
-  cut = sharded.fsdp_cut(job.axes)
+  cut = sharded.cut_of(job.axes, job.task)
   exact = blockwise(mean(), cut) if cut else mean()
   average = lambda grads: exact.aggregate(grads, exact.init(grads), jax.random.key(0)).value
   return wire.traffic(average, params, axes=meshes.worker_axes(job.axes))
