@@ -59,11 +59,10 @@ def test_the_full_gradient_does_not_depend_on_the_partition(name):
   assert distance(uneven.rounds(8).params(), simulated(name, 8)) <= 1e-5
 
 
-@pytest.mark.parametrize("executor", ["simulate", "spmd"])
 @pytest.mark.parametrize("name", NAMES)
-def test_state_is_stable_and_rounds_depend_on_it_alone(name, executor, compilations):
+def test_state_is_stable_and_rounds_depend_on_it_alone(name, compilations):
   """Types, shardings and programs stay; six rounds are three and three from a copy of the state."""
-  run = Running(METHODS[name], executor, SIMULATED, batch_size=None)
+  run = Running(METHODS[name], "simulate", SIMULATED, batch_size=None)
   kinds = lambda: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), run.state)
   before = kinds()
   run.rounds(3)

@@ -45,7 +45,7 @@ def _cut(name: str, shape: tuple[int, ...], sizes: Mapping[str, int], task: Task
   axes = next((axes for pattern, axes in task.rules if re.search(pattern, name)), ())
   first = len(shape) - len(axes)  # what stands before, such as the layers, is not cut
   assert first >= 0, f"a rule of {name} has more axes than it has dimensions"
-  cut = {axis: first + place for place, axis in enumerate(axes) if axis in sizes}
+  cut = {axis: first + place for place, axis in enumerate(axes) if axis and axis in sizes}
   for axis, dimension in cut.items():
     if shape[dimension] % sizes[axis]:
       raise ValueError(
