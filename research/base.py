@@ -128,6 +128,7 @@ class Task(NamedTuple):
   test: Batch | None = None
   optimum: Params | None = None  # the exact minimiser, where it is known
   rules: tuple[tuple[str, tuple[str | None, ...]], ...] = ()  # see `parallel/rules.py`
+  chunk: int = 1024  # examples that a device evaluates at once
 
 
 class Data(NamedTuple):

@@ -24,9 +24,8 @@ from research.train.assemble import evaluation_shards
     ("simulate", {"data": 4}, (20,) * 12),
   ],
 )
-def test_evaluation_is_the_mean_over_all_examples(executor, axes, sizes, monkeypatch):
-  monkeypatch.setattr(metrics, "CHUNK", 7)
-  task = regression()
+def test_evaluation_is_the_mean_over_all_examples(executor, axes, sizes):
+  task = regression()._replace(chunk=7)
   run = Running(METHODS["sgd"], executor, axes, sizes)
   evaluate = metrics.evaluator(task, evaluation_shards(run.job, executor))
   params = run.executor.params(run.state)

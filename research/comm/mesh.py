@@ -13,8 +13,9 @@ from jax.sharding import AxisType, Mesh
 
 from research.base import WORKER_AXES
 
-# Axes inside a worker: along `fsdp` its parameters and its batch are cut, along `model` its layers.
-INNER_AXES = ("fsdp", "model")
+# Axes inside a worker: along `fsdp` its parameters and its batch are cut, along `model` its layers,
+# along `expert` the experts of a mixture.
+INNER_AXES = ("fsdp", "model", "expert")
 
 
 def parse_mesh(spec: str) -> dict[str, int]:

@@ -12,8 +12,6 @@ from jax.sharding import PartitionSpec as P
 from research.base import Array, Batch, Data, Params, Task, Tree
 from research.train.checkpoint import checksum
 
-CHUNK = 1024  # examples that a device evaluates at once
-
 
 def evaluator(task: Task, shards: int) -> Callable[..., dict[str, Array]]:
   """`evaluate(params, data, gradient=False)`: means over all examples of a placed data set.
@@ -34,7 +32,7 @@ def evaluator(task: Task, shards: int) -> Callable[..., dict[str, Array]]:
     return jax.tree.map(lambda x: share * x, found)
 
   def evaluate(params: Params, data: Data, gradient: bool = False) -> dict[str, Array]:
-    chunks = _chunks(data, shards)
+    chunks = _chunks(data, shards, task.chunk)
     total = jnp.sum(data.sizes).astype(jnp.float32)
     first = jax.tree.map(lambda x: x[0], chunks)
     shapes = jax.eval_shape(lambda: of_chunk(params, first, total, gradient))
@@ -52,11 +50,11 @@ def evaluator(task: Task, shards: int) -> Callable[..., dict[str, Array]]:
   return jax.jit(evaluate, static_argnames="gradient")
 
 
-def _chunks(data: Data, shards: int) -> Batch:
+def _chunks(data: Data, shards: int, chunk: int) -> Batch:
   """Examples [P, n, ...] as [chunks, examples, ...] with a mask, each chunk over all shards."""
   owners, most = jax.tree.leaves(data.examples)[0].shape[:2]
   of_shard = owners // shards * most
-  count = max(1, -(-of_shard // CHUNK))
+  count = max(1, -(-of_shard // chunk))
   size = -(-of_shard // count)
   mask = (jnp.arange(most) < data.sizes[:, None]).astype(jnp.float32)
 

@@ -1,0 +1,65 @@
+"""How activations lie on the mesh axes inside a worker, and which platform a program is for."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from research.base import Array
+
+
+def inner_axes() -> dict[str, int]:
+  """The axes of the mesh in scope that are left to the compiler, with their sizes."""
+  mesh = jax.sharding.get_abstract_mesh()
+  named = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+  return {name: size for name, size, kind in named if kind == AxisType.Auto}
+
+
+def spec(shape: tuple[int, ...], *axes: str | None) -> P:
+  """For each dimension its axis, where the mesh in scope has it and it divides the length."""
+  sizes = inner_axes()
+  fits = lambda length, axis: axis in sizes and length % sizes[axis] == 0
+  return P(
+    *(axis if fits(length, axis) else None for length, axis in zip(shape, axes, strict=True))
+  )
+
+
+def along(x: Array, *axes: str | None) -> Array:
+  """Tells the compiler which mesh axis each dimension of an activation lies along; None: whole."""
+  return lax.with_sharding_constraint(x, spec(x.shape, *axes)) if inner_axes() else x
+
+
+def rows(table: Array, index: Array) -> Array:
+  """The rows [batch, length, width] of a table [rows, width], itself cut along `model`.
+
+  Every device looks up its own examples, so that gradients are joined by one sum of the table's
+  size, however many tokens there are; the compiler would send the rows of each token to all.
+  """
+  axes = inner_axes()
+  if not axes:
+    return table[index]
+  of_table, of_index = spec(table.shape, "model", None), spec(index.shape, "fsdp", "seq")
+
+  def here(table: Array, index: Array) -> Array:
+    if of_table[0] is None:
+      return table[index]
+    own = index - lax.axis_index("model") * len(table)
+    found = jnp.where(((own >= 0) & (own < len(table)))[..., None], table[own], 0.0)
+    return lax.psum(found, "model")
+
+  cut = jax.shard_map(
+    here,
+    in_specs=(of_table, of_index),
+    out_specs=P(*of_index, None),
+    axis_names=set(axes),
+    check_vma=False,
+  )
+  return cut(table, index)
+
+
+def platform() -> str:
+  """'cpu', 'gpu' or 'tpu': of the mesh in scope, which may be one to compile for, or JAX's own."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  name = device.platform if device is not None else jax.default_backend()
+  return "gpu" if name in ("cuda", "rocm") else name

@@ -1,0 +1,144 @@
+"""Causal attention with rotary positions: one function, computed by what suits the platform.
+
+An attention function takes query [batch, length, heads, head_dim], key and value [batch, length,
+kv_heads, head_dim], and gives [batch, length, heads, head_dim]:
+
+    out_t = sum_{s <= t} softmax_s(query_t . key_s / sqrt(head_dim)) value_s
+
+where heads / kv_heads query heads share a key head. Products are in the arguments' dtype and the
+softmax in float32.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from research.base import Array
+from research.models import activations
+
+Attend = Callable[[Array, Array, Array], Array]
+Rotation = tuple[Array, Array]  # cosines and sines [length, head_dim / 2]
+
+
+def plain(query: Array, key: Array, value: Array) -> Array:
+  """The equation as it stands: all scores in memory."""
+  length, head_dim = query.shape[1], query.shape[3]
+  shared = query.shape[2] // key.shape[2]  # by repetition: a dimension more is slow on CPUs
+  key, value = (jnp.repeat(x, shared, axis=2) for x in (key, value))
+  scores = jnp.einsum("bthd,bshd->bhts", query, key, preferred_element_type=jnp.float32)
+  earlier = jnp.tril(jnp.ones((length, length), bool))
+  scores = jnp.where(earlier[None, None], scores * head_dim**-0.5, -jnp.inf)
+  shares = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+  return jnp.einsum("bhts,bshd->bthd", shares, value)
+
+
+def dot_product(query: Array, key: Array, value: Array) -> Array:
+  """`jax.nn.dot_product_attention`: cuDNN's flash attention where it can, else by XLA."""
+  head_dim = query.shape[-1]
+  suits = query.dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128
+  fused = activations.platform() == "gpu" and suits and _capability() >= 8.0
+  implementation = "cudnn" if fused else "xla"
+  return jax.nn.dot_product_attention(
+    query, key, value, is_causal=True, implementation=implementation
+  )
+
+
+def splash(query: Array, key: Array, value: Array) -> Array:
+  """JAX's splash attention, a TPU kernel that keeps no scores and skips what comes later.
+
+  Raises:
+    ValueError: the program is not for a TPU, or the length is no multiple of 128.
+  """
+  if activations.platform() != "tpu":
+    raise ValueError(
+      f"attention='splash' is for TPUs, and this program is for a {activations.platform()}; "
+      "'auto' takes what suits the platform"
+    )
+  if query.shape[1] % 128:
+    raise ValueError(f"attention='splash' needs a length that 128 divides, not {query.shape[1]}")
+  return splash_kernel(query, key, value)
+
+
+def splash_kernel(query: Array, key: Array, value: Array, interpret: bool = False) -> Array:
+  """`splash` on each device's heads and examples, since the compiler cannot cut a kernel.
+
+  Args:
+    query, key, value: as above; 128 divides the length.
+    interpret: runs it without a TPU, slowly.
+  """
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+  length = query.shape[1]
+  block = max(size for size in (128, 256, 512) if length % size == 0)
+  sizes = kernels.BlockSizes(
+    block_q=block,
+    block_kv=block,
+    block_kv_compute=block,
+    block_q_dkv=block,
+    block_kv_dkv=block,
+    block_kv_dkv_compute=block,
+    block_q_dq=block,
+    block_kv_dq=block,
+  )
+
+  def attend(query: Array, key: Array, value: Array) -> Array:
+    mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * query.shape[2])
+    kernel = kernels.make_splash_mha(
+      mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+    )
+    by_head = [jnp.swapaxes(x, 1, 2) for x in (query * query.shape[-1] ** -0.5, key, value)]
+    return jnp.swapaxes(jnp.asarray(jax.vmap(kernel)(*by_head)), 1, 2)
+
+  axes = activations.inner_axes()
+  if not axes:
+    return attend(query, key, value)
+  heads = activations.spec(key.shape, "fsdp", None, "model", None)  # divides the queries' too
+  cut = jax.shard_map(
+    attend, in_specs=(heads,) * 3, out_specs=heads, axis_names=set(axes), check_vma=False
+  )
+  return cut(query, key, value)
+
+
+def automatic(query: Array, key: Array, value: Array) -> Array:
+  """`splash` on TPUs where the length allows it, `plain` on CPUs, else `dot_product`."""
+  platform = activations.platform()
+  if platform == "tpu" and query.shape[1] % 128 == 0:
+    return splash(query, key, value)
+  return (plain if platform == "cpu" else dot_product)(query, key, value)
+
+
+ATTENTION: dict[str, Attend] = {
+  "auto": automatic,
+  "plain": plain,
+  "dot_product": dot_product,
+  "splash": splash,
+}
+
+
+def rotation(length: int, head_dim: int, base: float) -> Rotation:
+  """Cosines and sines of the angles t base^(-2i / head_dim), for positions t and pairs i.
+
+  Reference: Su et al. 2021, arXiv 2104.09864, section 3.2.2.
+  """
+  frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+  angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies[None]
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotated(x: Array, by: Rotation) -> Array:
+  """Turns each pair (x_i, x_{i + head_dim / 2}) of [batch, length, heads, head_dim] by its angle.
+
+  A product of two rotated vectors then depends on their positions through the distance alone.
+  """
+  cosines, sines = (table[None, :, None] for table in by)
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  turned = (first * cosines - second * sines, second * cosines + first * sines)
+  return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def _capability() -> float:
+  """CUDA's compute capability, 0 without CUDA."""
+  name = getattr(jax.local_devices()[0], "compute_capability", "")
+  return float(name) if name.replace(".", "").isdecimal() else 0.0

@@ -1,0 +1,118 @@
+"""The feed-forward part of a transformer's layer: SwiGLU, or a mixture of several."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from research.base import Array
+
+DEVIATION = 0.02  # of weights as they start
+
+
+class SwiGLU(nn.Module):
+  """down(silu(gate(x)) * up(x)).
+
+  Reference: Shazeer 2020, arXiv 2002.05202, equation 6, without biases.
+  """
+
+  hidden: int
+  dtype: Any
+  deviation: float  # of down's weights, as they start
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    dense = lambda features, name, deviation=DEVIATION: nn.Dense(
+      features,
+      use_bias=False,
+      dtype=self.dtype,
+      kernel_init=nn.initializers.normal(deviation),
+      name=name,
+    )
+    gated = nn.silu(dense(self.hidden, "gate")(x)) * dense(self.hidden, "up")(x)
+    return dense(x.shape[-1], "down", self.deviation)(gated)
+
+
+class Experts(nn.Module):
+  """sum_e weight_e SwiGLU_e(x), with kernels [experts, ...] and weights [batch, length, experts].
+
+  Hidden units are weighed, so that one product sums over them and over the experts: where either
+  lie along a mesh axis, one sum of the output's size joins the devices.
+  """
+
+  hidden: int
+  dtype: Any
+  deviation: float
+
+  @nn.compact
+  def __call__(self, x: Array, weights: Array) -> Array:
+    width, experts = x.shape[-1], weights.shape[-1]
+    product = lambda shape, equation, name, deviation=DEVIATION: nn.Einsum(
+      (experts, *shape),
+      equation,
+      use_bias=False,
+      dtype=self.dtype,
+      kernel_init=nn.initializers.normal(deviation),
+      name=name,
+    )
+    into = ((width, self.hidden), "btw,ewh->bteh")
+    gated = nn.silu(product(*into, "gate")(x)) * product(*into, "up")(x)
+    weighed = gated * weights.astype(gated.dtype)[..., None]
+    return product((self.hidden, width), "bteh,ehw->btw", "down", self.deviation)(weighed)
+
+
+class Mixture(nn.Module):
+  """sum_e weight_e(x) expert_e(x), over the k experts that the router finds likeliest for a token.
+
+      p = softmax(router(x));   weight_e = p_e / (sum of the chosen p) for chosen e, else 0
+
+  With k = 1 the weight is p_e itself, so that the router learns. Every expert computes every token
+  and the weights leave out what was not chosen: exact, without capacities or dropped tokens, at
+  the price of experts / k times the products.
+
+  Outside of `init` the collection "losses" receives what keeps experts equally busy, to be added to
+  the loss:
+
+      balance * experts * sum_e (share of the choices that fell on e) (mean of p_e)
+
+  Reference: Shazeer et al. 2017, arXiv 1701.06538; Fedus et al. 2021, arXiv 2101.03961, equations
+    4 to 6 (the loss, and k = 1); Jiang et al. 2024, arXiv 2401.04088, section 2.1 (k > 1).
+  """
+
+  experts: int
+  per_token: int  # k
+  balance: float
+  hidden: int
+  dtype: Any
+  deviation: float
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    router = nn.Dense(
+      self.experts,
+      use_bias=False,
+      dtype=jnp.float32,
+      kernel_init=nn.initializers.normal(DEVIATION),
+      name="router",
+    )
+    p = jax.nn.softmax(router(x.astype(jnp.float32)))
+    chosen = largest(p, self.per_token).astype(p.dtype)
+    weights = p * chosen
+    if self.per_token > 1:
+      weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    if not self.is_initializing():
+      busy = jnp.mean(chosen, axis=(0, 1)) / self.per_token * jnp.mean(p, axis=(0, 1))
+      self.sow("losses", "balance", self.balance * self.experts * jnp.sum(busy))
+    return Experts(self.hidden, self.dtype, self.deviation, name="experts")(x, weights)
+
+
+def largest(p: Array, k: int) -> Array:
+  """Which k of the last dimension are largest, of equal ones the first.
+
+  By comparing all pairs: the compiler spreads a sort of so few over devices, and moves tokens.
+  """
+  mine, other = p[..., :, None], p[..., None, :]
+  before = jnp.tril(jnp.ones((p.shape[-1],) * 2, bool), -1)
+  ahead = (other > mine) | ((other == mine) & before[None, None])
+  return jnp.sum(ahead, axis=-1) < k
