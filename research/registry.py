@@ -136,10 +136,15 @@ TABLE: dict[str, dict[str, str]] = {
     "mnist": "research.tasks.vision:mnist",
     "least_squares": "research.tasks.synthetic:least_squares",
     "libsvm": "research.tasks.libsvm:libsvm",
+    "tinyshakespeare": "research.tasks.language:tinyshakespeare",
+    "text": "research.tasks.language:text",
   },
   "model": {
-    name: f"research.models.classic:{name}"
-    for name in ("linear", "logistic", "mlp", "cnn", "resnet")
+    **{
+      name: f"research.models.classic:{name}"
+      for name in ("linear", "logistic", "mlp", "cnn", "resnet")
+    },
+    "transformer": "research.models.transformer:transformer",
   },
   "partition": {
     "iid": "research.tasks.partition:iid",

@@ -46,7 +46,7 @@ def find(relative: str, data_dir: str, url: str, sha256: str | None = None) -> P
   if data_dir and not Path(data_dir).expanduser().is_dir():
     raise ValueError(f"data_dir={data_dir!r} is not a directory")
   folders = [Path(d).expanduser() for d in (data_dir, os.environ.get("RESEARCH_DATA_DIR")) if d]
-  folders.append(_cache())
+  folders.append(cache())
   for folder in folders:
     for place in (folder / relative, folder / PurePosixPath(relative).name):
       for suffix in SUFFIXES:
@@ -55,7 +55,7 @@ def find(relative: str, data_dir: str, url: str, sha256: str | None = None) -> P
           _verify(path, sha256, str(path))
           return path
   try:
-    return _fetch(url, _cache() / relative, sha256)
+    return _fetch(url, cache() / relative, sha256)
   except (OSError, http.client.HTTPException) as error:
     reason = getattr(error, "reason", None) or error
     raise FileNotFoundError(
@@ -86,7 +86,7 @@ def opened(path: Path, name: str = "") -> Iterator[io.BufferedIOBase]:
     raise ValueError(f"{name or path} is truncated or no {path.suffix} file ({error})") from None
 
 
-def _cache() -> Path:
+def cache() -> Path:
   root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
   return Path(root) / "distributed-optimization-jax"
 

@@ -1,0 +1,125 @@
+"""Tokenizers: from a text to whole numbers in [0, size), and back."""
+
+import hashlib
+import importlib.util
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from research.tasks import files
+
+_PIECE = 1 << 16  # characters that the library is handed at once
+
+
+class Tokenizer(NamedTuple):
+  """A reversible map between texts and tokens."""
+
+  size: int  # V, how many tokens there are
+  encode: Callable[[str], np.ndarray]  # [N], in the smallest of uint8, uint16 and int32
+  decode: Callable[[np.ndarray], str]
+
+
+def characters(text: str) -> Tokenizer:
+  """A token for each character that occurs in `text`, in the order of their code points."""
+  known = np.unique(_code_points(text))
+
+  def encode(text: str) -> np.ndarray:
+    points = _code_points(text)
+    unknown = np.setdiff1d(points, known)
+    if len(unknown):
+      raise ValueError(f"character {chr(unknown[0])!r} is none of the {len(known)} known ones")
+    return np.searchsorted(known, points).astype(smallest(len(known)))
+
+  def decode(tokens: np.ndarray) -> str:
+    return known[tokens].tobytes().decode("utf-32-le")
+
+  return Tokenizer(len(known), encode, decode)
+
+
+def utf8() -> Tokenizer:
+  """The 256 bytes of UTF-8. In decoding, what is no whole character becomes U+FFFD."""
+  encode = lambda text: np.frombuffer(text.encode(), np.uint8)
+  decode = lambda tokens: np.asarray(tokens, np.uint8).tobytes().decode(errors="replace")
+  return Tokenizer(256, encode, decode)
+
+
+def bpe(text: str, vocabulary: int) -> Tokenizer:
+  """Byte-pair encoding, trained on `text`: of any text, since it starts from the 256 bytes.
+
+  The most frequent pair of neighbouring tokens becomes a new one, until there are `vocabulary` of
+  them or no pair is left; `size` says how many there are. The training is a function of the text
+  and of the library's version, and its result is kept in the user's cache under their names.
+
+  Args:
+    text: what to train on.
+    vocabulary: tokens to make, at least 256.
+
+  Raises:
+    ValueError: the vocabulary is too small, or the library is missing.
+
+  Reference: Sennrich, Haddow and Birch, 2015, arXiv:1508.07909; over bytes as in Radford et al.,
+    2019, Language models are unsupervised multitask learners. The `tokenizers` library trains it.
+  """
+  if vocabulary < 256:
+    raise ValueError(f"vocabulary={vocabulary} is less than the 256 bytes it starts from")
+  if importlib.util.find_spec("tokenizers") is None:
+    raise ValueError("tokenizer='bpe' needs tokenizers: pip install -e \".[text]\"")
+  import tokenizers
+
+  digest = hashlib.sha256(text.encode()).hexdigest()[:32]
+  name = f"bpe-{vocabulary}-{digest}-{tokenizers.__version__}.json"
+  path = files.cache() / "tokenizers" / name
+  if not path.is_file():
+    _save(_trained(text, vocabulary), path)
+  trained = tokenizers.Tokenizer.from_file(str(path))
+  size = trained.get_vocab_size()
+
+  def encode(text: str) -> np.ndarray:
+    found = trained.encode_batch_fast(list(_pieces(text)))
+    return np.concatenate([np.array(part.ids, smallest(size)) for part in found])
+
+  return Tokenizer(size, encode, lambda tokens: trained.decode(np.asarray(tokens).tolist()))
+
+
+def smallest(size: int) -> type[np.integer]:
+  """The smallest type of the tokens of a vocabulary."""
+  return np.uint8 if size <= 1 << 8 else np.uint16 if size <= 1 << 16 else np.int32
+
+
+def _trained(text: str, vocabulary: int) -> Any:
+  from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+  tokenizer = Tokenizer(models.BPE())
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocabulary,
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  tokenizer.train_from_iterator(_pieces(text), trainer)
+  return tokenizer
+
+
+def _save(tokenizer: Any, path: Path) -> None:
+  """Under its name only once it is whole, since other processes may be doing the same."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  descriptor, name = tempfile.mkstemp(prefix=".train-", dir=path.parent)
+  os.close(descriptor)
+  try:
+    tokenizer.save(name)
+    Path(name).replace(path)
+  finally:
+    Path(name).unlink(missing_ok=True)
+
+
+def _pieces(text: str) -> Iterator[str]:
+  return (text[start : start + _PIECE] for start in range(0, len(text) or 1, _PIECE))
+
+
+def _code_points(text: str) -> np.ndarray:
+  return np.frombuffer(text.encode("utf-32-le"), "<u4")
