@@ -1,5 +1,6 @@
 """What every execution of a method on a task needs to know, all of it static."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ class Job(NamedTuple):
   local_phase: str = "auto"  # how `simulate` runs it: "vmap", "map" or what is faster
   first_round: int = 0  # of the stage that this job is, where the method's period changes
   first_step: int = 0  # local steps before that round
+  devices: Sequence[Any] | None = None  # that `spmd` compiles for; None: those of this machine
 
   @property
   def workers(self) -> int:

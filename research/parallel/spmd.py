@@ -24,7 +24,7 @@ def spmd(job: Job) -> Executor:
     ValueError: if the mesh does not fit the devices, the population not the workers, or the method
       exchanges what a mesh that cuts parameters inside a worker does not allow.
   """
-  mesh = meshes.device_mesh(job.axes)
+  mesh = meshes.device_mesh(job.axes, job.devices)
   job, layout = resolved(job), workers.infer_layout(job)
   names = tuple(meshes.worker_axes(job.axes))
   initial = partial(workers.initial, job, layout)

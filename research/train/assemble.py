@@ -4,8 +4,8 @@ import difflib
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -160,8 +160,13 @@ def _check_sampling(config: Config, workers: int) -> None:
     )
 
 
-def assemble(config: Config, setting: Setting) -> Problem:
+def assemble(config: Config, setting: Setting, devices: Sequence[Any] | None = None) -> Problem:
   """Builds every part of a run and holds them against each other.
+
+  Args:
+    config: the flags.
+    setting: what `check` read off them.
+    devices: that `spmd` compiles for, which need not be here; None: those of this machine.
 
   Raises:
     UsageError: one line that names the flag.
@@ -187,6 +192,7 @@ def assemble(config: Config, setting: Setting) -> Problem:
     config.sampling_rate,
     config.dropout,
     local_phase=config.local_phase,
+    devices=devices,
   )
   plan, virtual = Plan(stages(job)), None
   if config.clock or method.one_by_one:
