@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from research.aggregate.composition import refuse
 from research.base import Aggregate, Aggregator, Array, Blocks, Key, State, Tree
 
-Groups = tuple[list[Array], ...]  # leaves by the axes that cut them, in the order of `subsets`
+# Leaves by the axes that cut them, in the order of `subsets`, with their numbers in the tree: by
+# these a state says which leaf each of its own belongs to (`parallel/resize.py`).
+Groups = tuple[dict[int, Array], ...]
 
 
 class Cut(NamedTuple):
@@ -78,7 +80,7 @@ def of_shard(inner: Aggregator) -> Aggregator:
   def init(pieces):
     return tuple(inner.init(leaves) if leaves else () for leaves in pieces)
 
-  def one(leaves: list[Array], state: State, key: Key) -> Aggregate:
+  def one(leaves: dict[int, Array], state: State, key: Key) -> Aggregate:
     return inner.aggregate(leaves, state, key) if leaves else Aggregate(leaves, leaves, state)
 
   def aggregate(pieces, state, key):
@@ -116,57 +118,56 @@ def _subset(x: Array, cut: Cut) -> tuple[bool, ...]:
 
 def pieces(tree: Tree, cut: Cut) -> Groups:
   """The leaves by the axes that cut them."""
-  leaves = jax.tree.leaves(tree)
-  return tuple([x for x in leaves if _subset(x, cut) == subset] for subset in cut.subsets)
+  leaves = dict(enumerate(jax.tree.leaves(tree)))
+  return tuple(
+    {i: x for i, x in leaves.items() if _subset(x, cut) == subset} for subset in cut.subsets
+  )
 
 
-def rejoined(parts: Sequence[list[Array]], like: Tree, cut: Cut) -> Tree:
-  """The tree that `pieces` took apart."""
-  leaves, treedef = jax.tree.flatten(like)
-  groups = dict(zip(cut.subsets, map(iter, parts), strict=True))
-  return treedef.unflatten([next(groups[_subset(x, cut)]) for x in leaves])
+def rejoined(parts: Groups, like: Tree) -> Tree:
+  """The tree, like another, that `pieces` took apart."""
+  leaves = {i: x for part in parts for i, x in part.items()}
+  return jax.tree.structure(like).unflatten([leaves[i] for i in sorted(leaves)])
 
 
 def split(tree: Tree, cut: Cut) -> Groups:
   """`pieces` by block, leaves [B, ...]."""
-
-  def blocks(x: Array) -> Array:
-    places, shape, front = cut.places(x.shape), [], {}
-    for dimension, length in enumerate(x.shape):
-      if dimension in places:
-        axis = places.index(dimension)
-        front[axis] = len(shape)
-        shape += [cut.axes[axis][1], length // cut.axes[axis][1]]
-      else:
-        shape.append(length)
-    found = x.reshape(shape)
-    found = jnp.moveaxis(found, [front[axis] for axis in sorted(front)], range(len(front)))
-    rest = found.shape[len(front) :]
-    found = found.reshape(
-      *(size if i in front else 1 for i, (_, size) in enumerate(cut.axes)), *rest
-    )
-    return jnp.broadcast_to(found, (*(size for _, size in cut.axes), *rest)).reshape(-1, *rest)
-
-  return tuple([blocks(x) for x in group] for group in pieces(tree, cut))
+  return jax.tree.map(lambda x: split_leaf(x, cut), pieces(tree, cut))
 
 
-def join(parts: Sequence[list[Array]], like: Tree, cut: Cut) -> Tree:
+def join(parts: Groups, like: Tree, cut: Cut) -> Tree:
   """The tree that `split` cut."""
+  whole = lambda blocks, x: join_leaf(blocks, x.shape, cut)
+  return jax.tree.map(whole, rejoined(parts, like), like)
 
-  def one(blocks: Array, x: Array) -> Array:
-    places = cut.places(x.shape)
-    found = blocks.reshape(*(size for _, size in cut.axes), *blocks.shape[1:])
-    found = found[tuple(0 if place is None else slice(None) for place in places)]
-    front = [place for place in places if place is not None]
-    for count, place in enumerate(reversed(front)):
-      ahead = len(front) - count - 1  # block axes still before this one
-      where = ahead + place
-      found = jnp.moveaxis(found, ahead, where)
-      shape = found.shape
-      found = found.reshape(*shape[:where], shape[where] * shape[where + 1], *shape[where + 2 :])
-    return found
 
-  grouped = zip(parts, pieces(like, cut), strict=True)
-  return rejoined(
-    [[one(*pair) for pair in zip(*group, strict=True)] for group in grouped], like, cut
-  )
+def split_leaf(x: Array, cut: Cut) -> Array:
+  """The blocks [B, ...] of a leaf: those of axes that do not cut it are alike."""
+  places, shape, front = cut.places(x.shape), [], {}
+  for dimension, length in enumerate(x.shape):
+    if dimension in places:
+      axis = places.index(dimension)
+      front[axis] = len(shape)
+      shape += [cut.axes[axis][1], length // cut.axes[axis][1]]
+    else:
+      shape.append(length)
+  found = x.reshape(shape)
+  found = jnp.moveaxis(found, [front[axis] for axis in sorted(front)], range(len(front)))
+  rest = found.shape[len(front) :]
+  found = found.reshape(*(size if i in front else 1 for i, (_, size) in enumerate(cut.axes)), *rest)
+  return jnp.broadcast_to(found, (*(size for _, size in cut.axes), *rest)).reshape(-1, *rest)
+
+
+def join_leaf(blocks: Array, shape: tuple[int, ...], cut: Cut) -> Array:
+  """The leaf of that shape that `split_leaf` cut."""
+  places = cut.places(shape)
+  found = blocks.reshape(*(size for _, size in cut.axes), *blocks.shape[1:])
+  found = found[tuple(0 if place is None else slice(None) for place in places)]
+  front = [place for place in places if place is not None]
+  for count, place in enumerate(reversed(front)):
+    ahead = len(front) - count - 1  # block axes still before this one
+    where = ahead + place
+    found = jnp.moveaxis(found, ahead, where)
+    shape = found.shape
+    found = found.reshape(*shape[:where], shape[where] * shape[where + 1], *shape[where + 2 :])
+  return found

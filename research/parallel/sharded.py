@@ -135,7 +135,7 @@ def per_shard(inner: Aggregator, cut: Cut) -> Aggregator:
       check_vma=False,
     )
     value, sent, after = nested(parts, state.part, key)
-    return Aggregate(rejoined(value, tree, cut), rejoined(sent, tree, cut), Blocks(after))
+    return Aggregate(rejoined(value, tree), rejoined(sent, tree), Blocks(after))
 
   return Aggregator(blockwise(inner, cut).init, aggregate, inner.traits)
 
