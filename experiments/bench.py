@@ -136,7 +136,7 @@ def checkpoints(repeats: int) -> list[float]:
   config = Config(**CASES["digits"].flags)
   problem = assemble.assemble(config, assemble.check(config))
   state = problem.executor.init(jax.random.key(0))
-  data = problem.executor.place(problem.examples, problem.job.sizes, jax.random.key(1))
+  data = problem.executor.place(problem.examples, problem.sizes, jax.random.key(1))
   blocked = []
   with tempfile.TemporaryDirectory() as folder:
     store = Checkpoints(Path(folder), state)

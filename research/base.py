@@ -111,12 +111,25 @@ class Method(NamedTuple):
   one_by_one: bool = False
 
 
+class Feed(NamedTuple):
+  """Training examples that are read from disk as they are needed, in an endless order.
+
+  Step t takes the examples t B, ..., (t + 1) B - 1 of the order, B being the batch of all workers.
+  """
+
+  examples: int  # in an epoch
+  read: Callable[[int, int, int], Batch]  # (seed, first, count) -> numpy [count, ...], pure
+
+
 class Task(NamedTuple):
   """A model, its data and its objective: the mean of `loss` over all examples in `train`.
 
   `sample` is a pure function of (step, key) and of the number of examples that a worker has, cheap
   and free of the data itself, so that an executor draws the samples of many steps at once; `batch`
   fetches them. Both see one worker's examples, arrays [examples, ...].
+
+  With a `feed` the objective is the mean over what that reads, and `train` a sample of it, by which
+  it is measured; `sample` is then `sampling.in_order`.
   """
 
   init: Callable[[Key], Params]
@@ -129,6 +142,7 @@ class Task(NamedTuple):
   optimum: Params | None = None  # the exact minimiser, where it is known
   rules: tuple[tuple[str, tuple[str | None, ...]], ...] = ()  # see `parallel/rules.py`
   chunk: int = 1024  # examples that a device evaluates at once
+  feed: Feed | None = None  # where the training examples fit no memory
 
 
 class Data(NamedTuple):

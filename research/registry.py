@@ -139,6 +139,7 @@ TABLE: dict[str, dict[str, str]] = {
     "tinyshakespeare": "research.tasks.language:tinyshakespeare",
     "text": "research.tasks.language:text",
     "random_tokens": "research.tasks.language:random_tokens",
+    "stream": "research.tasks.stream:stream",
   },
   "model": {
     **{

@@ -21,7 +21,7 @@ from problems import Running, distance
 from research.aggregate.mean import mean
 from research.base import Data
 from research.methods.local import local_sgd
-from research.tasks import language, partition, stream, tokens
+from research.tasks import language, partition, tokens
 from research.tasks.language import Part, next_token
 from research.train import metrics
 
@@ -284,6 +284,7 @@ def test_texts_come_back(name, cache, request):
   assert coder.decode(found) == ODD
   assert found.max() < coder.size
   assert len(coder.encode("")) == 0
+  assert coder.lengths[found].sum() == len(ODD.encode())
   assert coder.size in {"utf8": [256], "characters": [20], "bpe": range(257, 301)}[name]
   assert found.dtype == (np.uint8 if coder.size <= 256 else np.uint16)
 
@@ -320,63 +321,3 @@ def test_bpe_refuses(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ValueError, match=r'needs tokenizers: pip install -e "\.\[text\]"'):
     tokens.bpe(ODD, 300)
-
-
-# --- From the disk
-
-
-@pytest.fixture
-def has_grain():
-  pytest.importorskip("grain", reason="needs grain, of the extra 'text'")
-
-
-def test_a_stream_predicts_every_token_once_an_epoch(tmp_path, has_grain):
-  np.save(tmp_path / "tokens.npy", np.arange(50, dtype=np.uint16))
-  found = stream.tokens_of(tmp_path / "tokens.npy")
-  assert isinstance(found, np.memmap)
-  read = stream.reader(found, context=4, batch_size=8)
-  batches = np.concatenate([read(7, step, 0, 1) for step in range(6)])
-  assert (batches.shape, batches.dtype) == ((48, 5), np.uint16)
-  orders = set()
-  for epoch in batches.astype(int).reshape(4, 12, 5):  # a batch and a half each
-    assert ((epoch[:, 1:] - epoch[:, :-1]) % 48 == 1).all()
-    assert np.bincount(epoch[:, 1:].ravel(), minlength=48).tolist() == [1] * 48
-    orders.add(tuple(epoch[:, 0] // 4))
-  assert len(orders) == 4
-
-
-def test_a_stream_is_a_function_of_seed_and_step(has_grain):
-  found = np.arange(1000, dtype=np.int32)
-  read, other = (stream.reader(found, 8, 12) for _ in range(2))
-  whole = read(1, 5, 0, 1)
-  for processes in (2, 3, 4):
-    parts = [other(1, 5, process, processes) for process in reversed(range(processes))]
-    np.testing.assert_array_equal(np.concatenate(parts[::-1]), whole)
-  assert (read(2, 5, 0, 1) != whole).any()
-  far = read(1, 10**9, 0, 1)
-  assert ((far[:, 1:] - far[:, :-1]) % 1000 == 1).all()
-
-
-def test_what_cannot_be_streamed_is_refused(tmp_path, has_grain, monkeypatch):
-  np.save(tmp_path / "floats.npy", np.zeros(3))
-  (tmp_path / "no.npy").write_text("text")
-  (tmp_path / "empty").touch()
-  (tmp_path / "text").write_text(ALPHABET)
-  found = stream.tokens_of(tmp_path / "text")
-  assert bytes(found[:3]) == b"abc"
-  cases = [
-    (r"floats.npy holds float64 \[3\]", lambda: stream.tokens_of(tmp_path / "floats.npy")),
-    ("no.npy is no .npy file", lambda: stream.tokens_of(tmp_path / "no.npy")),
-    ("empty is no file, or an empty one", lambda: stream.tokens_of(tmp_path / "empty")),
-    ("context=21, batch_size=1: need", lambda: stream.reader(found, 21, 1)),
-    ("context=2, batch_size=0: need", lambda: stream.reader(found, 2, 0)),
-    ("process 0 of 2: the batch of 3", lambda: stream.reader(found, 2, 3)(0, 0, 0, 2)),
-    ("process 3 of 3: the batch of 3", lambda: stream.reader(found, 2, 3)(0, 0, 3, 3)),
-  ]
-  for message, call in cases:
-    with pytest.raises(ValueError, match=message) as caught:
-      call()
-    assert "\n" not in str(caught.value)
-  monkeypatch.setitem(sys.modules, "grain.experimental", None)
-  with pytest.raises(ValueError, match=r'needs grain: pip install -e "\.\[text\]"'):
-    stream.reader(found, 2, 1)

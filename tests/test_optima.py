@@ -17,7 +17,7 @@ def run(steps: int, **flags: Any) -> tuple[assemble.Problem, Any]:
   problem = assemble.assemble(config, assemble.check(config))
   state = problem.executor.init(jax.random.key(0))
   data_key = jax.random.key(config.seed)
-  data = problem.executor.place(problem.examples, problem.job.sizes, data_key)
+  data = problem.executor.place(problem.examples, problem.sizes, data_key)
   state, _ = problem.executor.run(state, data, rounds=steps)
   return problem, jax.device_get(problem.executor.params(state))
 

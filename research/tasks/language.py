@@ -1,7 +1,7 @@
 """Language modelling: texts, of which each next token is to be predicted."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -161,11 +161,8 @@ def next_token(module: nn.Module, size: int, train: Part, held_out: Part, *, con
   """
   _check(module, size, train, held_out, context)
   test = _windows(train.tokens[-1], held_out.tokens, context)
-  mean_length = len(held_out.tokens) / len(test["y"])
   bits = [len(part.tokens) / part.bytes / math.log(2) for part in (train, held_out)]
-
-  def init(key: Key) -> Params:
-    return module.init(key, jnp.zeros((1, context), jnp.int32))["params"]
+  init, loss, evaluate = objective(module, size, context, float(np.mean(test["length"])), bits)
 
   def sample(size: Array | int, step: Array | int, key: Key, *, batch_size: int) -> Tree:
     row = sampling.epoch_sample(size, step, key, batch_size=batch_size)
@@ -176,6 +173,39 @@ def next_token(module: nn.Module, size: int, train: Part, held_out: Part, *, con
   def batch(examples: Batch, index: Tree) -> Batch:
     window = lambda *start: lax.dynamic_slice(examples["x"], start, (1, context + 1))[0]
     return {"x": jax.vmap(window)(index["row"], index["offset"])}
+
+  examples = _ring(train.tokens, context)
+  rules, chunk = getattr(module, "rules", ()), evaluated_at_once(size, context)
+  return Task(init, loss, evaluate, sample, batch, examples, test, rules=rules, chunk=chunk)
+
+
+class Objective(NamedTuple):
+  """Of a language model: fields of a Task."""
+
+  init: Callable[[Key], Params]
+  loss: Callable[[Params, Batch, Key], Array]
+  evaluate: Callable[[Params, Batch], dict[str, Array]]
+
+
+def objective(
+  module: nn.Module, size: int, context: int, mean_length: float, bits: Sequence[float] | None
+) -> Objective:
+  """The mean loss of predicting the tokens of windows in nats, see `next_token`.
+
+  Batches have windows "x" [b, T + 1 or more], of which the first T + 1 tokens count, and may have
+  "length" [b], how many tokens of a window are predicted, if not all.
+
+  Args:
+    module: from tokens int32 [b, T] to logits [b, T, size].
+    size: V, number of different tokens.
+    context: T.
+    mean_length: the mean of "length" over all windows that have one.
+    bits: by which a nat per token is to be multiplied for bits per byte, of windows without and
+      with "length"; None where that is not known, and "bits_per_byte" then no metric.
+  """
+
+  def init(key: Key) -> Params:
+    return module.init(key, jnp.zeros((1, context), jnp.int32))["params"]
 
   def mean(params: Params, batch: Batch) -> tuple[Array, Tree]:
     window = batch["x"][:, : context + 1].astype(jnp.int32)
@@ -199,12 +229,14 @@ def next_token(module: nn.Module, size: int, train: Part, held_out: Part, *, con
 
   def evaluate(params: Params, batch: Batch) -> dict[str, Array]:
     nats, _ = mean(params, batch)
-    return {"loss": nats, "bits_per_byte": nats * bits["length" in batch]}
+    return {"loss": nats} | ({"bits_per_byte": nats * bits["length" in batch]} if bits else {})
 
-  examples = _ring(train.tokens, context)
-  rules = getattr(module, "rules", ())
-  chunk = max(1, min(1024, LOGITS // (context * size)))
-  return Task(init, loss, evaluate, sample, batch, examples, test, rules=rules, chunk=chunk)
+  return Objective(init, loss, evaluate)
+
+
+def evaluated_at_once(size: int, context: int) -> int:
+  """Windows whose logits a device may hold."""
+  return max(1, min(1024, LOGITS // (context * size)))
 
 
 def _ring(found: np.ndarray, context: int) -> Batch:
@@ -250,6 +282,15 @@ def _check(module: nn.Module, size: int, train: Part, held_out: Part, context: i
       f"context={context} needs as many tokens to train on and one that is held out; the text has "
       f"{len(train.tokens)} and {len(held_out.tokens)}"
     )
+  check_model(module, size, context)
+
+
+def check_model(module: nn.Module, size: int, context: int) -> None:
+  """Refuses a module that makes no logits.
+
+  Raises:
+    ValueError: with what it makes.
+  """
   first = jnp.zeros((1, context), jnp.int32)
   found = jax.eval_shape(lambda key: module.init_with_output(key, first), jax.random.key(0))[0]
   shape = getattr(found, "shape", ())

@@ -1,4 +1,4 @@
-"""The order in which a worker's examples are drawn: epochs, as a pure function of step and key."""
+"""The order in which a worker's examples are drawn, as a pure function of step and key."""
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,23 @@ def epoch_sample(size: Array | int, step: Array | int, key: Key, *, batch_size: 
   word, offset = jax.random.bits(key, (2,), jnp.uint32)
   epoch = (step // batches).astype(jnp.uint32)
   return permute(position % size, size, _mix(word + epoch), offset)
+
+
+def in_order(size: Array | int, step: Array | int, key: Key, *, batch_size: int) -> Array:
+  """The next batch each step, round and round: of a buffer that is filled again as it is used.
+
+  Args:
+    size: examples that the worker holds, a multiple of batch_size.
+    step: the worker's step, an int32 scalar in [0, 2^31), traced or not.
+    key: unused.
+    batch_size: examples in one batch, static.
+
+  Returns:
+    int32 [batch_size]: of step t those from (t batch_size) mod size on.
+  """
+  del key
+  batches = jnp.maximum(1, jnp.asarray(size, jnp.int32) // batch_size)
+  return jnp.asarray(step, jnp.int32) % batches * batch_size + jnp.arange(batch_size)
 
 
 def permute(position: Array, size: Array, word: Array, offset: Array) -> Array:

@@ -21,6 +21,7 @@ class Tokenizer(NamedTuple):
   size: int  # V, how many tokens there are
   encode: Callable[[str], np.ndarray]  # [N], in the smallest of uint8, uint16 and int32
   decode: Callable[[np.ndarray], str]
+  lengths: np.ndarray  # [V], bytes of UTF-8 that each token stands for
 
 
 def characters(text: str) -> Tokenizer:
@@ -37,14 +38,15 @@ def characters(text: str) -> Tokenizer:
   def decode(tokens: np.ndarray) -> str:
     return known[tokens].tobytes().decode("utf-32-le")
 
-  return Tokenizer(len(known), encode, decode)
+  lengths = np.array([len(chr(point).encode()) for point in known])
+  return Tokenizer(len(known), encode, decode, lengths)
 
 
 def utf8() -> Tokenizer:
   """The 256 bytes of UTF-8. In decoding, what is no whole character becomes U+FFFD."""
   encode = lambda text: np.frombuffer(text.encode(), np.uint8)
   decode = lambda tokens: np.asarray(tokens, np.uint8).tobytes().decode(errors="replace")
-  return Tokenizer(256, encode, decode)
+  return Tokenizer(256, encode, decode, np.ones(256, int))
 
 
 def bpe(text: str, vocabulary: int) -> Tokenizer:
@@ -82,7 +84,9 @@ def bpe(text: str, vocabulary: int) -> Tokenizer:
     found = trained.encode_batch_fast(list(_pieces(text)))
     return np.concatenate([np.array(part.ids, smallest(size)) for part in found])
 
-  return Tokenizer(size, encode, lambda tokens: trained.decode(np.asarray(tokens).tolist()))
+  decode = lambda tokens: trained.decode(np.asarray(tokens).tolist())
+  lengths = np.array([len(trained.id_to_token(token) or "") for token in range(size)])
+  return Tokenizer(size, encode, decode, lengths)
 
 
 def smallest(size: int) -> type[np.integer]:

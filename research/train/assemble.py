@@ -14,6 +14,7 @@ from research import registry
 from research.base import Batch, Executor, Method, Task
 from research.comm import mesh as meshes
 from research.parallel.job import Job, stages
+from research.train import feed
 from research.train.config import Config, UsageError, flag
 from research.train.plan import Plan
 from research.train.virtual import Virtual, played, rounds_within
@@ -34,7 +35,8 @@ class Problem(NamedTuple):
 
   plan: Plan
   executors: tuple[Executor, ...]  # by stage of the plan; their states are the same
-  examples: Batch  # numpy [P, n, ...]
+  examples: Batch  # numpy [P, n, ...], of `task.train`
+  sizes: np.ndarray  # [P]
   test: tuple[Batch, np.ndarray] | None  # numpy [D, n, ...] and sizes [D]
   steps: int
   virtual: Virtual | None = None  # time, if there is a clock
@@ -173,12 +175,14 @@ def assemble(config: Config, setting: Setting, devices: Sequence[Any] | None = N
   """
   axes, method, _, owners, batch_size = setting
   task = _task(config)
+  if task.feed:
+    feed.check(config, method)
   count = len(task.train["y"])
   with flag("population" if config.population else "mesh", config.population or config.mesh):
     if owners > count:
       raise ValueError(f"{owners} workers for {count} examples: each needs at least one")
   examples, sizes = _partitioned(config, task, owners)
-  total = int(sizes.sum())
+  total = task.feed.examples if task.feed else int(sizes.sum())
   with flag("batch_size", config.batch_size):
     if config.batch_size != "all" and int(config.batch_size) > total:
       raise ValueError(f"the task has {total} training examples; 'all' takes them all")
@@ -186,7 +190,7 @@ def assemble(config: Config, setting: Setting, devices: Sequence[Any] | None = N
     method,
     task,
     axes,
-    sizes,
+    feed.buffers(config, method, owners, batch_size) if task.feed and batch_size else sizes,
     batch_size,
     config.clip_norm,
     config.sampling_rate,
@@ -205,7 +209,7 @@ def assemble(config: Config, setting: Setting, devices: Sequence[Any] | None = N
   with flag("mesh", config.mesh):
     executor = getattr(importlib.import_module(EXECUTORS[config.executor]), config.executor)
     executors = tuple(executor(job) for job in plan.jobs)
-  return Problem(plan, executors, examples, _test(job, config), steps, played_out)
+  return Problem(plan, executors, examples, sizes, _test(job, config), steps, played_out)
 
 
 def _task(config: Config) -> Task:

@@ -21,6 +21,7 @@ from research.train.assemble import Problem, assemble, check, evaluation_shards
 from research.train.checkpoint import Checkpoints
 from research.train.config import Config, UsageError
 from research.train.facts import facts
+from research.train.feed import Training
 from research.train.plan import Sent
 from research.train.timing import Timing
 
@@ -123,7 +124,8 @@ class Run:
     self.progress = report.Progress(problem.steps, self.evaluated_on, main)
     self.checkpoints = Checkpoints(folder.resolve() / "checkpoints", self.state)
     self.step = self._restore()
-    self.data = executor.place(problem.examples, job.sizes, data_key)
+    self.data = executor.place(problem.examples, problem.sizes, data_key)
+    self.training = Training(config, job, self.data)
     self.test = executor.place(*problem.test, data_key) if problem.test else None
     self.evaluate = metrics.evaluator(job.task, evaluation_shards(job, config.executor))
     self.differing = metrics.replica_check(self.state)
@@ -153,10 +155,13 @@ class Run:
     with interrupt.watch() as stopped:
       while self.step < self.problem.steps:
         before, self.step = self.step, self._next_stop()
+        data = self.training.of(before, self.step)
         with self._profiled(), jax.transfer_guard("disallow"):
           rounds = round(plan.rounds(self.step) - plan.rounds(before))
           executor = self.problem.executors[plan.stage(before)]
-          self.state, found = executor.run(self.state, self.data, rounds=rounds)
+          self.state, found = executor.run(self.state, data, rounds=rounds)
+        if self.step < self.problem.steps:
+          self.training.ahead(self.step, self._next_stop())
         self._fetch()
         self.pending = Pending(before, self.step, found)
         if self._due(before, config.check_every):
@@ -262,7 +267,7 @@ class Run:
     return found
 
   def _evaluate(self) -> dict[str, Any]:
-    """Measures the deployed model on all data; the last row of the pending dispatch carries it."""
+    """Measures the deployed model on the data; the last row of the pending dispatch carries it."""
     with self._aside():
       params = self.problem.executor.params(self.state)
       found = self.evaluate(params, self.data, gradient=self.config.tolerance > 0)
@@ -344,6 +349,7 @@ class Run:
       "steps_per_second": round(self.timing.steps_per_second(), 3),
       "aggregated": "per shard" if len(job.axes) > len(worker_axes(job.axes)) else "whole leaves",
       "train_loss": evaluated.get("train_loss"),
+      **self.training.sampled,
       "eval": evaluated.get("eval", {}),
       "evaluated_on": self.evaluated_on,
       "wire": {

@@ -147,7 +147,8 @@ def loss_plot(folder: Path, summary: Mapping[str, Any]) -> None:
   evaluated = [row for row in rows if "eval" in row]
   steps = [row["step"] for row in evaluated]
   if any("train_loss" in row for row in evaluated):
-    top.plot(steps, [row["train_loss"] for row in evaluated], "o-", ms=3, label="all training data")
+    on = summary.get("train_loss_on", "all training data")
+    top.plot(steps, [row["train_loss"] for row in evaluated], "o-", ms=3, label=on)
   if evaluated_on == "test" and evaluated and "loss" in evaluated[0]["eval"]:
     top.plot(steps, [row["eval"]["loss"] for row in evaluated], "s--", ms=3, label="test data")
   if all(row["loss"] > 0 for row in rows):
@@ -174,10 +175,11 @@ def closing_table(summary: Mapping[str, Any], folder: Path) -> str:
   share = sum(wire["bytes_per_step_per_worker"].values()) / dense if dense else 1.0
   virtual = "virtual_seconds" in summary
   privacy = f"{summary.get('epsilon', 0):.4g}, {summary.get('delta', 0):.3g}"
+  sample = f" on {summary['train_loss_on']}" if "train_loss_on" in summary else ""
   rows = [
     ("stopped because", summary["stopped_because"]),
     ("steps", f"{summary['steps']}"),
-    ("training loss", f"{summary['train_loss']:.6g}"),
+    ("training loss", f"{summary['train_loss']:.6g}{sample}"),
     *(
       (f"{summary['evaluated_on']} {name}", f"{value:.6g}")
       for name, value in summary["eval"].items()

@@ -1,0 +1,139 @@
+"""Files of tokens: read where they are looked at, and made once from texts that fit no memory."""
+
+import codecs
+import hashlib
+import importlib.metadata
+import logging
+import os
+import tempfile
+import weakref
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+
+from research.tasks import files, tokens
+
+HEAD = 1 << 25  # bytes of a text, at most, that a tokenizer is trained on
+_BLOCK = 1 << 22  # characters that are encoded at once
+
+
+class TokenFile:
+  """The tokens [N] of a file. A slice is read when it is asked for, and nothing is kept."""
+
+  def __init__(self, path: str | Path):
+    """Opens a .npy file of unsigned or 32-bit whole numbers, or any other, whose bytes are tokens.
+
+    Raises:
+      ValueError: it is none, or holds something else.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file() or not path.stat().st_size:
+      raise ValueError(f"{path} is no file, or an empty one")
+    if path.suffix in files.SUFFIXES[1:]:
+      raise ValueError(f"{path} is compressed, and can only be read from its beginning; unpack it")
+    self.dtype, self._start, self._length = _contents(path)
+    self._path, self._file = path, os.open(path, os.O_RDONLY)
+    weakref.finalize(self, os.close, self._file)
+
+  def __len__(self) -> int:
+    return self._length
+
+  def __getitem__(self, part: slice) -> np.ndarray:
+    start, stop, _ = part.indices(self._length)
+    size = self.dtype.itemsize
+    # no memory map: its pages would count as this process's memory, up to all of the file
+    found = os.pread(self._file, (stop - start) * size, self._start + start * size)
+    if len(found) != (stop - start) * size:
+      raise OSError(f"{self._path} has become shorter since it was opened")
+    return np.frombuffer(found, self.dtype)
+
+
+def _contents(path: Path) -> tuple[np.dtype, int, int]:
+  """The type of the tokens, the byte at which they begin, and how many they are."""
+  if path.suffix != ".npy":
+    return np.dtype(np.uint8), 0, path.stat().st_size
+  try:
+    found = np.load(path, mmap_mode="r", allow_pickle=False)
+  except (ValueError, EOFError) as error:
+    raise ValueError(f"{path} is no .npy file of numbers ({error})") from None
+  if found.ndim != 1 or found.dtype not in (np.uint8, np.uint16, np.uint32, np.int32):
+    raise ValueError(f"{path} holds {found.dtype} {list(found.shape)}, not tokens [N]")
+  return np.dtype(found.dtype), found.offset, len(found)
+
+
+class Encoded(NamedTuple):
+  """A text as tokens."""
+
+  path: Path  # of the .npy file
+  tokenizer: tokens.Tokenizer
+
+
+def encoded(path: str | Path, vocabulary: int, share: float) -> Encoded:
+  """Encodes a text by a BPE, once: the file is kept in the user's cache.
+
+  It is found there by the text's path, size and time of change. The memory that this takes does not
+  grow with the text.
+
+  Args:
+    path: of a plain text in UTF-8.
+    vocabulary: see `tokens.bpe`.
+    share: of the text's bytes, in (0, 1], that the BPE may be trained on; of these the first 32 MB.
+
+  Raises:
+    ValueError: there is no such text, it is compressed or not UTF-8, or see `tokens.bpe`.
+  """
+  TokenFile(path)  # what it refuses is refused here
+  path = Path(path).expanduser().resolve()
+  about = path.stat()
+  head = _head(path, min(HEAD, int(share * about.st_size)))
+  coder = tokens.bpe(head, vocabulary)
+  made_by = (vocabulary, len(head), importlib.metadata.version("tokenizers"))
+  of_text = (str(path), about.st_size, about.st_mtime_ns, *made_by)
+  digest = hashlib.sha256(repr(of_text).encode()).hexdigest()[:16]
+  target = files.cache() / "tokens" / f"{path.stem}-{digest}.npy"
+  if not target.is_file():
+    logging.getLogger(__name__).warning("encoding %s, once, into %s", path, target)
+    _write(path, coder, target)
+  return Encoded(target, coder)
+
+
+def _head(path: Path, size: int) -> str:
+  with path.open("rb") as file:
+    content = file.read(size)
+  try:
+    return codecs.getincrementaldecoder("utf-8")().decode(content)  # without a last half character
+  except UnicodeDecodeError as error:
+    raise _not_text(path, error) from None
+
+
+def _write(path: Path, coder: tokens.Tokenizer, target: Path) -> None:
+  """Under its name only once it is whole, since other processes may be doing the same."""
+  target.parent.mkdir(parents=True, exist_ok=True)
+  descriptor, name = tempfile.mkstemp(prefix=".encode-", dir=target.parent)
+  try:
+    with os.fdopen(descriptor, "wb") as file, path.open(encoding="utf-8", newline="") as text:
+      _header(file, coder.size, 0)
+      count = 0
+      while block := text.read(_BLOCK):
+        found = coder.encode(block)
+        file.write(found.tobytes())
+        count += len(found)
+      file.seek(0)
+      _header(file, coder.size, count)  # NumPy leaves room in it for any length
+    Path(name).replace(target)
+  except UnicodeDecodeError as error:
+    raise _not_text(path, error) from None
+  finally:
+    Path(name).unlink(missing_ok=True)
+
+
+def _header(file: IO[bytes], size: int, count: int) -> None:
+  descr = np.lib.format.dtype_to_descr(np.dtype(tokens.smallest(size)))
+  header = {"descr": descr, "fortran_order": False, "shape": (count,)}
+  np.lib.format.write_array_header_1_0(file, header)
+
+
+def _not_text(path: Path, error: UnicodeDecodeError) -> ValueError:
+  found = error.object[error.start]
+  return ValueError(f"{path} is not UTF-8: it has a byte 0x{found:02x}, {error.reason}")

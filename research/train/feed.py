@@ -1,0 +1,102 @@
+"""The training data of a dispatch: on the devices from the start, or read one dispatch ahead."""
+
+import functools
+
+import jax
+import numpy as np
+
+from research import registry
+from research.base import Array, Batch, Data, Method
+from research.parallel.job import Job
+from research.train.config import Config, flag
+
+
+def buffers(config: Config, method: Method, owners: int, batch_size: int) -> np.ndarray:
+  """Examples [P] that each worker holds at once: those of the longest dispatch."""
+  periods = (method.period, *(period for _, period in method.later))
+  steps = max(-(-config.steps_per_dispatch // period) * period for period in periods)
+  return np.full(owners, steps * batch_size)
+
+
+def check(config: Config, method: Method) -> None:
+  """Refuses what wants more of the training examples than the next few.
+
+  Raises:
+    UsageError: one line that names the flag.
+  """
+  wrong = {
+    "batch_size": config.batch_size == "all" and "they are read batch by batch; take a number",
+    "population": config.population and "clients would have examples of their own",
+    "partition": registry.parse(config.partition).name != "iid"
+    and "they are dealt to the workers as they come: iid()",
+    "tolerance": config.tolerance and "the gradient of the full objective is out of reach",
+    "method": (method.epochs and "a worker has no examples of its own; take period= for epochs=")
+    or (method.one_by_one and "workers that are served one by one have examples of their own"),
+  }
+  for name, reason in wrong.items():
+    with flag(name, getattr(config, name)):
+      if reason:
+        raise ValueError(f"the task streams its training examples: {reason}")
+
+
+class Training:
+  """What each dispatch trains on.
+
+  Of a task with a feed that is a buffer [P, D b, ...] of D steps, where the batch of step t has
+  place t mod D, wherever dispatches begin and end. Each process reads what its own devices need.
+  All buffers have one shape, so that nothing is compiled anew. `ahead` fills the next one while the
+  devices are busy with the one before.
+  """
+
+  def __init__(self, config: Config, job: Job, placed: Data):
+    """`placed` is the task's `train` on the devices; with a feed the buffers lie as it does."""
+    self.config, self.job, self.placed = config, job, placed
+    self.next: tuple[int, int, Data] | None = None
+    self.sampled: dict[str, str] = {}  # for the summary: what the training loss is the mean of
+    if job.task.feed:
+      count = len(job.task.train["y"])
+      self.sampled["train_loss_on"] = f"{count} of {job.task.feed.examples} training examples"
+
+  def of(self, first: int, last: int) -> Data:
+    """The data of a dispatch that begins after `first` steps and ends after `last`."""
+    if self.job.task.feed is None:
+      return self.placed
+    if self.next is None or self.next[:2] != (first, last):
+      self.ahead(first, last)
+    assert self.next
+    found, self.next = self.next[2], None
+    return found
+
+  def ahead(self, first: int, last: int) -> None:
+    """Reads what `of` will be asked for next."""
+    if self.job.task.feed is None:
+      return
+    rows = functools.cache(functools.partial(self._rows, first, last))
+    with flag("task", self.config.task):
+      examples = {name: self._placed(rows, name) for name in rows(0, 0)}
+    sizes = self.job.sizes.astype(np.int32)
+    everywhere = self.placed.sizes.sharding
+    put = jax.make_array_from_callback(sizes.shape, everywhere, lambda index: sizes[index])
+    self.next = first, last, Data(examples, put, self.placed.key)
+
+  def _placed(self, rows, name: str) -> Array:
+    workers, sharding = self.job.workers, jax.tree.leaves(self.placed.examples)[0].sharding
+    part = lambda index: rows(*index[0].indices(workers)[:2])[name]
+    return jax.make_array_from_callback((workers, *rows(0, 0)[name].shape[1:]), sharding, part)
+
+  def _rows(self, first: int, last: int, start: int, stop: int) -> Batch:
+    """The buffers of the workers start, ..., stop - 1."""
+    job, seed = self.job, self.config.seed
+    assert job.task.feed
+    assert job.batch_size
+    batch, length = job.batch_size, int(job.sizes[0])
+    empty = job.task.feed.read(seed, 0, 0)
+    shape = lambda x: (stop - start, length, *x.shape[1:])
+    rows = {name: np.zeros(shape(x), x.dtype) for name, x in empty.items()}
+    for step in range(first, last):
+      place = step * batch % length
+      for worker in range(start, stop):
+        read = job.task.feed.read(seed, (step * job.workers + worker) * batch, batch)
+        for name, x in read.items():
+          rows[name][worker - start, place : place + batch] = x
+    return rows
