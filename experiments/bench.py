@@ -2,9 +2,10 @@
 
     python experiments/bench.py --repeats=7 --out=results/bench
 
-Each case runs `train.loop.train` on its flags and the minimal JAX loop of `by_hand.py`, without
-evaluations and checkpoints, the losses fetched once per dispatch. Both are warmed up, then run
-alternately; the ratio of steps per second is taken pair by pair and its median is the figure.
+Each case runs `train.loop.train` on its flags and the minimal JAX loop of `by_hand.py` or
+`by_hand_transformer.py`, without evaluations and checkpoints, the losses fetched once per dispatch.
+Both are warmed up, then run alternately; the ratio of steps per second is taken pair by pair and
+its median is the figure.
 Beside them: what compressors cost (`costs.py`), what rounds cost (`rounds.py`), for how long a
 checkpoint blocks, the memory of 10,000 simulated workers, and the time to the first logged step.
 Writes result.json and table.md. Workers of one machine share its cores better on as many devices:
@@ -37,6 +38,14 @@ class Case(NamedTuple):
 
   flags: dict[str, Any]
   by_hand: Callable[[dict[str, Any]], Callable[[int], None]]
+  tokens: int = 0  # in a step, of a language model
+
+
+def transformer(config: dict[str, Any]) -> Callable[[int], None]:
+  """That of `by_hand_transformer.py`, which imports JAX."""
+  from experiments import by_hand_transformer
+
+  return by_hand_transformer.transformer(config)
 
 
 CASES = {
@@ -83,6 +92,19 @@ CASES = {
     },
     by_hand.fed_avg,
   ),
+  "transformer": Case(
+    {
+      "task": "tinyshakespeare()",
+      "method": "data_parallel(chain(clip_by_global_norm(1.0), adamw(warmup_cosine_decay_schedule("
+      "0.0, 3e-3, 100, 5000, 1.5e-4), b2=0.99, weight_decay=0.1)), mean())",
+      "mesh": "data:1",
+      "batch_size": 16,
+      "steps": 120,
+      "steps_per_dispatch": 30,
+    },
+    transformer,
+    tokens=16 * 128,
+  ),
 }
 
 
@@ -100,16 +122,20 @@ OTHERS = (
 def compare(name: str, repeats: int) -> dict[str, Any]:
   """Both loops of a case in turn; steps per second of each and the ratios pair by pair."""
   from research.train import loop
+  from research.train.timing import Timing
 
-  case = CASES[name]
+  case, compiling = CASES[name], []
   plain: dict[str, Any] = {"eval_every": 0, "checkpoint_every": 0, "check_every": 0}
   plain["log_every"] = case.flags["steps_per_dispatch"]
   config = Config(**plain | case.flags)
   advance = case.by_hand(config._asdict())
+  with contextlib.closing(Timing()) as timing:
+    advance(config.steps_per_dispatch)
 
   def ours() -> float:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
       summary, _ = loop.train(config._replace(out=folder))
+    compiling.append(summary["compile_seconds"])
     return summary["steps_per_second"]
 
   def theirs() -> float:
@@ -123,6 +149,9 @@ def compare(name: str, repeats: int) -> dict[str, Any]:
     "by_hand": statistics.median(hand_rates),
     "ratio": statistics.median(found),
     "ratios": [round(r, 3) for r in found],
+    "tokens_per_step": case.tokens,
+    "compile_seconds": statistics.median(compiling),
+    "by_hand_compile_seconds": timing.compiling,
   }
 
 
@@ -195,8 +224,16 @@ def pairs_table(rows: list[dict[str, Any]]) -> list[str]:
   lines = ["| case | loop, steps/s | by hand, steps/s | ratio (median) | ratios |"]
   lines.append("|---|---|---|---|---|")
   for row in rows:
-    rates = f"{row['ours']:.0f} | {row['by_hand']:.0f} | {row['ratio']:.3f}"
+    rates = f"{rate(row['ours'])} | {rate(row['by_hand'])} | {row['ratio']:.3f}"
     lines.append(f"| {row['case']} | {rates} | {shown(row['ratios'])} |")
+  for row in rows:
+    if row["tokens_per_step"]:
+      ours, by_hand_ = (row[name] * row["tokens_per_step"] for name in ("ours", "by_hand"))
+      lines.append(
+        f"\n{row['case']}: {ours:,.0f} tokens/s, by hand {by_hand_:,.0f}. The loop compiles for "
+        f"{row['compile_seconds']:.1f} s with initialization and evaluation, the hand-written step "
+        f"for {row['by_hand_compile_seconds']:.1f} s."
+      )
   return lines
 
 
@@ -246,6 +283,10 @@ def local_phase_table(rows: list[dict[str, Any]]) -> list[str]:
     times = f"{row['vmap_ms']:.2f} | {row['map_ms']:.2f} | {row['ratio']:.2f}"
     lines.append(f"| {hidden} | {row['model_bytes']:,} | {times} | {shown(row['ratios'])} |")
   return lines
+
+
+def rate(value: float) -> str:
+  return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
 
 
 def shown(ratios: list[float]) -> str:
