@@ -23,7 +23,8 @@ FLAGS = flags.FLAGS
 
 
 TEXTS = {
-  "task": "What to learn: digits(), mnist(), least_squares(...), libsvm('a9a').",
+  "task": "What to learn: digits(), mnist(), least_squares(...), libsvm('a9a'), tinyshakespeare(), "
+  "text('PATH'), stream('PATH').",
   "model": "linear(), logistic(), mlp(hidden=[128]), cnn(), resnet(); empty: the task's own.",
   "method": "How to optimize: data_parallel(OPTIMIZER, AGGREGATOR, period=1) or averaged(METHOD); "
   "optimizers and schedules are optax's, by name.",
@@ -101,7 +102,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     hint = f"did you mean '--{near[0]}'?" if near else "--help lists them all"
     fail(2, f"--{error.flagname}: unknown flag; {hint}")
   except flags.Error as error:
-    fail(2, " ".join(str(error).removeprefix("flag ").split()))
+    fail(2, " ".join(str(error).removeprefix("ERROR:: ").removeprefix("flag ").split()))
   if len(rest) > 1:
     fail(2, f"unexpected argument '{rest[1]}'; flags are written --name=value")
   return rest

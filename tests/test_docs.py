@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from research.train.assemble import check
+from research.train.config import Config
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -28,3 +31,15 @@ def test_the_figures_of_compression_are_those_of_the_results():
     assert "| `{}` | {} | {} to {} |".format(row["method"], *figures) in text
     assert f"{row['bytes_per_step_per_worker']:,.0f} | {row['ratio_to_dense']:.2%} |" in text
     assert row["accuracy_mean"] >= dense - 0.005
+
+
+PRESETS = sorted((ROOT / "experiments" / "presets").glob("*.flags"))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_presets_are_flags_that_can_be(path):
+  lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+  given = dict(line.removeprefix("--").split("=", 1) for line in lines)
+  default = Config._field_defaults
+  check(Config(**{name: type(default[name])(value) for name, value in given.items()}))
+  assert f"--flagfile=experiments/presets/{path.name}" in path.read_text()
