@@ -102,7 +102,7 @@ def running(
   """Entries of the table on all examples, which the workers hold in equal numbers."""
   count = meshes.count(meshes.worker_axes(axes))
   arguments = (axes, (240 // count,) * count, None)
-  found = _layout(names, tuple(axes.items()), record)
+  found = layout_of(names, tuple(axes.items()), record)
   with pytest.MonkeyPatch.context() as patch:  # it is the same for every executor, and takes time
     patch.setattr(workers, "infer_layout", lambda job: found)
     return Running(_method(names, record), executor, *arguments, task=regressions(names))
@@ -112,9 +112,13 @@ def _method(names: tuple[str, ...], record: bool) -> Method:
   return trained({name: AGGREGATORS[name] for name in names}, record)
 
 
-@functools.cache
-def _layout(names, axes, record) -> layouts.Layout:
-  count = meshes.count(meshes.worker_axes(dict(axes)))
+def job_of(names: tuple[str, ...], axes: Mapping[str, int], record: bool = False) -> Job:
+  count = meshes.count(meshes.worker_axes(axes))
   sizes = np.full(count, 240 // count)
-  job = Job(_method(names, record), regressions(names), dict(axes), sizes, None)
-  return workers.infer_layout(job)
+  return Job(_method(names, record), regressions(names), dict(axes), sizes, None)
+
+
+@functools.cache
+def layout_of(names, axes, record=False) -> layouts.Layout:
+  """What `workers.infer_layout` says; `axes` are pairs, which can be remembered."""
+  return workers.infer_layout(job_of(names, dict(axes), record))

@@ -12,6 +12,7 @@ from table import EXACT, METHODS
 from research.base import Method, Params
 from research.comm import collectives
 from research.parallel import layout as layouts
+from research.parallel import resize
 
 
 class Box(NamedTuple):
@@ -87,9 +88,9 @@ def test_private_outputs_of_collectives(axes):
 def test_resized_rows_keep_their_mean_and_their_counters():
   rows = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
   for owners in (1, 4, 16):
-    resized = layouts.resize_rows(rows, owners)
+    resized = resize.resize_rows(rows, owners)
     assert resized.shape == (owners, 3)
     np.testing.assert_allclose(resized.mean(0), rows.mean(0), rtol=1e-6)
-  counters = layouts.resize_rows(jnp.full((8,), 7, jnp.int32), 3)
+  counters = resize.resize_rows(jnp.full((8,), 7, jnp.int32), 3)
   assert counters.dtype == jnp.int32
   assert (counters == 7).all()

@@ -6,14 +6,13 @@ private if it comes out batched, that is if it depends on anything that differs 
 has not been through a collective that makes it equal.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from research.base import Blocks, Chunk, Own, Tree
+from research.base import Chunk, Own, Tree
 
 
 class Layout(NamedTuple):
@@ -45,6 +44,18 @@ def private_outputs(
     in_axes: as of `vmap`: 0 for private arguments, None for shared ones.
     *args: shapes or arrays; private ones with one leading dimension per axis.
   """
+  return _outputs(fn, axes, in_axes, *args)[0]
+
+
+def shapes_of_one(
+  fn: Callable[..., Any], axes: Mapping[str, int], in_axes: Any, *args: Any
+) -> Tree:
+  """Shapes of what `fn` computes for one worker; arguments as of `private_outputs`."""
+  return _outputs(fn, axes, in_axes, *args)[1]
+
+
+def _outputs(fn, axes, in_axes, *args) -> tuple[Tree, Tree]:
+  """Whether each output is private, and its shape: both of one trace."""
   found: list[bool] = []
   trees: list[Any] = []
 
@@ -64,8 +75,9 @@ def private_outputs(
 
     return probe(*leaves) if leaves else ()
 
-  jax.eval_shape(over_workers(probed, axes, in_axes, 0), *args)
-  return trees[0].unflatten(found)
+  rows = jax.eval_shape(over_workers(probed, axes, in_axes, 0), *args)
+  one = lambda x: jax.ShapeDtypeStruct(x.shape[len(axes) :], x.dtype)
+  return trees[0].unflatten(found), trees[0].unflatten(map(one, rows))
 
 
 def lead(private: Tree) -> Tree:
@@ -98,13 +110,12 @@ def infer(
   )
   everything = lambda tree: jax.tree.map(lambda _: True, tree)
   per_worker = tuple(spread(everything(arg), arg) for arg in private_args)
-  shapes = _shapes_of_one(init, axes, None, params)
-  private = _owned(private_outputs(init, axes, None, params))
+  private, shapes = _outputs(init, axes, None, params)
+  private = _owned(private)
   while True:
     in_axes = (lead(private), *(0 for _ in private_args))
     local_fn = lambda state, *args: local_phase(state, *args)[0]
-    local = private_outputs(local_fn, axes, in_axes, spread(private, shapes), *per_worker)
-    local_shapes = _shapes_of_one(local_fn, axes, in_axes, spread(private, shapes), *per_worker)
+    local, local_shapes = _outputs(local_fn, axes, in_axes, spread(private, shapes), *per_worker)
     after = private_outputs(
       sync,
       axes,
@@ -126,44 +137,11 @@ def _owned(private: Tree) -> Tree:
   return jax.tree.map(mark, private, is_leaf=is_own)
 
 
-def _shapes_of_one(fn, axes, in_axes, *args) -> Tree:
-  outputs = jax.eval_shape(over_workers(fn, axes, in_axes, 0), *args)
-  skip = len(axes)
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[skip:], x.dtype), outputs)
-
-
 def kinds(private: Tree) -> Tree:
-  """How each leaf of a state is resized: 'shared', 'rows', 'chunks' (rows of `Chunk`s) or 'chunks
-  of blocks' (rows of `Chunk`s in `Blocks`).
-  """
+  """Of each leaf of a state: 'shared', 'rows' by owner, or 'chunks', which are rows of `Chunk`s."""
 
-  def kind(node, chunks):
-    if isinstance(node, Chunk):
-      return jax.tree.map(lambda is_private: chunks if is_private else "shared", node)
-    if isinstance(node, Blocks):
-      return walk(node.part, "chunks of blocks", Blocks)
-    return "rows" if node else "shared"
+  def kind(node):
+    rows = "chunks" if isinstance(node, Chunk) else "rows"
+    return jax.tree.map(lambda is_private: rows if is_private else "shared", node)
 
-  def walk(tree, chunks, wrap=lambda tree: tree):
-    special = lambda node: isinstance(node, (Chunk, Blocks))
-    return wrap(jax.tree.map(lambda node: kind(node, chunks), tree, is_leaf=special))
-
-  return walk(private, "chunks")
-
-
-def resize_rows(rows: jax.Array, owners: int) -> jax.Array:
-  """A private leaf [P, ...] for another number of owners: each gets the mean of all rows.
-
-  The mean over owners is kept exactly, so residuals and drifting parameters lose nothing that their
-  average carried. Integers and the like are taken from the first row.
-  """
-  is_float = jnp.issubdtype(rows.dtype, jnp.floating)
-  wide = jnp.promote_types(rows.dtype, jnp.float32) if is_float else rows.dtype
-  mean = jnp.mean(rows, 0, dtype=wide).astype(rows.dtype) if is_float else rows[0]
-  return jnp.broadcast_to(mean, (owners, *rows.shape[1:]))
-
-
-def recut_chunks(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Chunks [P, ...] of one whole as chunks of another shape [P', ...]; what pads them is zero."""
-  whole, size = rows.reshape(-1), math.prod(shape)
-  return jnp.pad(whole, (0, max(0, size - whole.size)))[:size].reshape(shape)
+  return jax.tree.map(kind, private, is_leaf=lambda node: isinstance(node, Chunk))

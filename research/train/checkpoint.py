@@ -1,26 +1,28 @@
 """Checkpoints: the complete TrainState and its checksums, saved in the background by Orbax."""
 
 import contextlib
+import functools
 import gc
 import json
 import logging
 import shutil
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from research.base import Array, TrainState, Tree
-from research.parallel import layout as layouts
+from research.comm.mesh import count, worker_axes
+from research.parallel import resize
 from research.train import interrupt, report
 
 KEEP = 3
@@ -31,12 +33,38 @@ class CheckpointError(Exception):
   """No checkpoint of a run can be read."""
 
 
+class Move(NamedTuple):
+  """What a leaf is made of."""
+
+  name: str  # in the checkpoint
+  saved: resize.Leaf
+  leaf: resize.Leaf
+
+  @property
+  def is_none(self) -> bool:
+    return resize.lie_alike(self.saved, self.leaf)
+
+
+class Plan(NamedTuple):
+  """How a checkpoint is read."""
+
+  mesh: str  # that it was saved on
+  wanted: dict[str, jax.ShapeDtypeStruct]  # of all its leaves
+  moves: dict[str, Move]  # by leaf; those that are missing start anew
+
+
 class Checkpoints:
   """The checkpoints of one run, by step. All processes of the run call every method."""
 
-  def __init__(self, folder: Path, like: TrainState):
-    """Makes the folder if need be; `like` is a state as those that will be saved."""
-    self._folder = folder
+  def __init__(self, folder: Path, like: TrainState, placed: resize.Placed):
+    """Makes the folder if need be.
+
+    Args:
+      folder: of all checkpoints.
+      like: a state as those that will be saved, in the shardings that restored ones get.
+      placed: how its leaves lie.
+    """
+    self._folder, self._placed = folder, placed
     self._manager = _manager(folder)
     self.saved_at = 0.0
     jax.block_until_ready(checksums(_leaves(like)))
@@ -45,8 +73,9 @@ class Checkpoints:
     """Copies the state and writes it in the background; `now` becomes `saved_at`."""
     self.saved_at = now
     leaves = _leaves(state)
-    item = {"state": leaves, "checksums": checksums(leaves)}
-    self._manager.save(step, args=ocp.args.StandardSave(item), force=True)
+    item = ocp.args.StandardSave({"state": leaves, "checksums": checksums(leaves)})
+    lies = resize.as_json(self._placed)
+    self._manager.save(step, args=item, custom_metadata=lies, force=True)
 
   def wait(self) -> None:
     """Returns when everything saved is on disk."""
@@ -60,20 +89,18 @@ class Checkpoints:
     """The newest step saved, or None."""
     return self._manager.latest_step()
 
-  def restore(
-    self, like: TrainState, private: Tree, warn: Callable[[str], None]
-  ) -> tuple[int, TrainState] | None:
+  def restore(self, like: TrainState, warn: Callable[[str], None]) -> tuple[int, TrainState] | None:
     """The newest checkpoint that is whole, in the shardings of `like`.
 
-    Shared leaves come back as they were. Private rows come back by owner where there are as many
-    owners as before; for another number every owner gets the mean of all rows (`resize_rows`), but
-    chunks of a whole are cut anew (`recut_chunks`).
+    It may have been saved on another mesh. Shared leaves come back as they were. Private rows come
+    back by owner where there are as many owners as before; for another number every owner gets the
+    mean of all rows, but chunks of a whole are cut anew. Shards are joined and cut anew. What
+    belongs to shards that are no more, such as a factor of PowerSGD, starts anew (`resize.moved`).
     A damaged checkpoint is renamed to STEP.damaged, and the one before it is tried.
 
     Args:
-      like: shapes, dtypes and shardings of the state.
-      private: a tree like the method's state: whether a leaf has rows by owner.
-      warn: told about each damaged checkpoint, in one line.
+      like: shapes, dtypes and shardings of the state, and what starts anew.
+      warn: told in one line about each damaged checkpoint, and about what starts anew.
 
     Returns:
       Its step and its state, or None if nothing was ever saved.
@@ -86,51 +113,58 @@ class Checkpoints:
       try:
         if not interrupt.of_first_process(is_whole(self._folder / str(step))):
           raise ValueError("files are missing or not as they were written")
-        return step, self._restore_one(step, like, private)
+        plan = self._plan(step, like)
+        found = self._read(step, plan.wanted, like.round.sharding)
       except (CheckpointError, MemoryError):
         raise
       except Exception as error:  # whatever a damaged file makes the reader raise
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         warn(f"checkpoint {step} is damaged and set aside as {step}.damaged: {reason}")
         self._set_aside(step)
+        continue
+      for line in self._changes(step, like, plan):
+        warn(line)
+      return step, _rebuilt(_moved(found, plan.moves, like), like)
     if steps or list(self._folder.glob("*.damaged")):
       raise CheckpointError(f"none of the checkpoints in {self._folder} is whole")
     return None
 
-  def _restore_one(self, step: int, like: TrainState, private: Tree) -> TrainState:
+  def _plan(self, step: int, like: TrainState) -> Plan:
     metadata = self._manager.item_metadata(step)
-    if metadata is None:
+    about = self._manager.metadata(step).custom_metadata
+    if metadata is None or not about:
       raise ValueError("its metadata is missing")
-    saved, target = metadata["state"], _leaves(like)
-    if set(saved) != set(target):
-      other = sorted(set(saved) ^ set(target))[0]
-      raise CheckpointError(
-        f"checkpoint {step} in {self._folder} is of another model or method: only one has {other}"
-      )
-    kinds = layouts.kinds(TrainState(False, False, private))
-    kind = dict(zip(_names(like), jax.tree.leaves(kinds), strict=True))
-    wanted = {
-      name: _struct(leaf, tuple(saved[name].shape), kind[name]) for name, leaf in target.items()
-    }
-    for name, leaf in target.items():
-      had = (tuple(saved[name].shape), saved[name].dtype)
-      if had[0] != wanted[name].shape or had[1] != leaf.dtype:
-        raise CheckpointError(
-          f"checkpoint {step} in {self._folder} is of another model or method: "
-          f"{name} is {had[1]} {list(had[0])} there and {leaf.dtype} {list(leaf.shape)} here"
-        )
-    sums = jax.ShapeDtypeStruct((len(target),), jnp.uint32, sharding=like.round.sharding)
-    item = {"state": wanted, "checksums": sums}
+    saved, here, target = resize.from_json(about), self._placed.leaves, _leaves(like)
+    mesh = like.round.sharding.mesh
+    wanted = {n: _spread(x.shape, x.dtype, mesh) for n, x in metadata["state"].items()}
+    origins = {n: was for n, was in resize.origins(saved, self._placed).items() if n in target}
+    if reason := _mismatch(wanted, target, saved, self._placed, origins):
+      where = f"checkpoint {step} in {self._folder}"
+      raise CheckpointError(f"{where} is of another model or method: {reason}")
+    moves = {n: Move(was, saved.leaves[was], here[n]) for n, was in origins.items()}
+    stay = {move.name: _struct(target[n]) for n, move in moves.items() if move.is_none}
+    return Plan(saved.mesh, wanted | stay, moves)
+
+  def _changes(self, step: int, like: TrainState, plan: Plan) -> Iterator[str]:
+    """What there is to tell about a checkpoint of another mesh."""
+    here = self._placed
+    if plan.mesh != here.mesh:
+      yield f"checkpoint {step}, saved on {plan.mesh}, is put on {here.mesh}"
+    anew = sorted({here.leaves[name].name for name in set(_leaves(like)) - set(plan.moves)})
+    if anew:
+      yield f"what belongs to the shards of {plan.mesh} alone starts anew: {_some(anew)}"
+
+  def _read(
+    self, step: int, wanted: dict[str, jax.ShapeDtypeStruct], everywhere: Sharding
+  ) -> dict[str, Array]:
+    sums = jax.ShapeDtypeStruct((len(wanted),), jnp.uint32, sharding=everywhere)
     with quietly():
-      found = self._manager.restore(step, args=ocp.args.StandardRestore(item))
+      item = ocp.args.StandardRestore({"state": wanted, "checksums": sums})
+      found = self._manager.restore(step, args=item)
     matches = np.asarray(found["checksums"]) == np.asarray(checksums(found["state"]))
     if not matches.all():
-      wrong = sorted(target)[int(np.argmin(matches))]
-      raise ValueError(f"the checksum of {wrong} does not match")
-    leaves = {
-      name: _fitted(found["state"][name], leaf, kind[name]) for name, leaf in target.items()
-    }
-    return _rebuilt(leaves, like)
+      raise ValueError(f"the checksum of {sorted(wanted)[int(np.argmin(matches))]} does not match")
+    return found["state"]
 
   def _set_aside(self, step: int) -> None:
     if jax.process_index() == 0:
@@ -207,14 +241,9 @@ def _is_key(leaf: Any) -> bool:
   return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _names(state: TrainState) -> list[str]:
-  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
-  return [jax.tree_util.keystr(path, simple=True, separator=".") for path in paths]
-
-
 def _leaves(state: TrainState) -> dict[str, Array]:
   """Leaves by name, typed keys as integers; without empty ones, which no file can hold."""
-  named = zip(_names(state), jax.tree.leaves(state), strict=True)
+  named = zip(resize.names(state), jax.tree.leaves(state), strict=True)
   data = lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf
   return {name: data(leaf) for name, leaf in named if leaf.size}
 
@@ -229,33 +258,79 @@ def _rebuilt(leaves: dict[str, Array], like: TrainState) -> TrainState:
     return jax.random.wrap_key_data(found, impl=jax.random.key_impl(was)) if _is_key(was) else found
 
   flat, tree = jax.tree.flatten(like)
-  return tree.unflatten([one(*pair) for pair in zip(_names(like), flat, strict=True)])
+  return tree.unflatten([one(*pair) for pair in zip(resize.names(like), flat, strict=True)])
 
 
-def _struct(leaf: Array, saved: tuple[int, ...], kind: str) -> jax.ShapeDtypeStruct:
-  """Restores into the leaf's own sharding, or, where it will be resized, everywhere."""
-  shape, sharding = leaf.shape, leaf.sharding
-  same_blocks = kind != "chunks of blocks" or saved[1:2] == shape[1:2]
-  if (kind.startswith("chunks") and same_blocks) or (kind == "rows" and saved[1:] == shape[1:]):
-    shape = saved
-  if shape != leaf.shape:
-    assert isinstance(sharding, NamedSharding)
-    sharding = NamedSharding(sharding.mesh, P())
-  return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
+def _mismatch(
+  stored: Mapping[str, Any],
+  target: Mapping[str, Any],
+  saved: resize.Placed,
+  here: resize.Placed,
+  origins: Mapping[str, str],
+) -> str:
+  """Why a checkpoint is not of this method and model, if it is not."""
+  if other := resize.stranger(saved, here):
+    return f"only one has {other}"
+  same = {leaf.name: name for name, leaf in saved.leaves.items()}
+  for name, leaf in target.items():
+    lies = here.leaves[name]
+    was = stored.get(same.get(lies.name, ""))
+    in_blocks = lies.inside or (lies.name in same and saved.leaves[same[lies.name]].inside)
+    if was is not None and (was.dtype != leaf.dtype or not (name in origins or in_blocks)):
+      there, now = (f"{x.dtype} {list(x.shape)}" for x in (was, leaf))
+      return f"{name} is {there} there and {now} here"
+  return ""
 
 
-def _fitted(found: Array, like: Array, kind: str) -> Array:
-  """Rows or chunks for as many owners as `like` has, in its sharding."""
-  if found.shape == like.shape:
-    return found
-  if kind == "chunks":
-    resize = partial(layouts.recut_chunks, shape=like.shape)
-  elif kind == "chunks of blocks":
-    of_block = partial(layouts.recut_chunks, shape=(like.shape[0], *like.shape[2:]))
-    resize = jax.vmap(of_block, 1, 1)
-  else:
-    resize = partial(layouts.resize_rows, owners=like.shape[0])
-  return jax.jit(resize, out_shardings=like.sharding)(found)
+def _some(names: Sequence[str]) -> str:
+  """The first few, and how many more there are."""
+  return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _struct(leaf: Array) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _spread(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
+  """A leaf cut by as many axes as divide a dimension, the first first: it is yet to be moved."""
+  left, axes = list(shape), [[] for _ in shape]
+  for name, size in mesh.shape.items():
+    dimension = next((d for d, n in enumerate(left) if n % size == 0), None)
+    if dimension is not None:
+      axes[dimension].append(name)
+      left[dimension] //= size
+  sharding = NamedSharding(mesh, P(*map(tuple, axes)))
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def _moved(
+  found: Mapping[str, Array], moves: Mapping[str, Move], like: TrainState
+) -> dict[str, Array]:
+  """The leaves of a state, one after the other; those without a move as `like` has them."""
+  leaves = _leaves(like)
+  for name, (was, *lies) in moves.items():
+    leaf = found[was]
+    if not moves[name].is_none:
+      nameless = (lie._replace(name="", inside="") for lie in lies)
+      leaf = _mover(*nameless, leaves[name].sharding)(leaf)
+    leaves[name] = leaf
+  return leaves
+
+
+@functools.cache
+def _mover(
+  saved: resize.Leaf, leaf: resize.Leaf, sharding: NamedSharding
+) -> Callable[[Array], Array]:
+  """Compiled once for all leaves that lie alike; meanwhile a device has all of its rows' leaves."""
+  axes = worker_axes(sharding.mesh.shape)
+  spread = leaf.kind != "shared" and saved.owners % count(axes) == 0
+  rows = P(tuple(axes)) if spread else P()
+
+  def move(x):
+    whole = jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, rows))
+    return resize.moved(whole, saved, leaf)
+
+  return jax.jit(move, out_shardings=sharding)
 
 
 @jax.jit

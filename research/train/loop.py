@@ -14,7 +14,7 @@ import numpy as np
 from research.base import Array, Params, TrainState
 from research.comm import wire
 from research.comm.mesh import worker_axes
-from research.parallel import workers
+from research.parallel import resize, workers
 from research.train import folder as folders
 from research.train import interrupt, metrics, report
 from research.train.assemble import Problem, assemble, check, evaluation_shards
@@ -122,7 +122,11 @@ class Run:
     self.state: TrainState = executor.init(init_key)
     self.evaluated_on = "test" if problem.test else "train"
     self.progress = report.Progress(problem.steps, self.evaluated_on, main)
-    self.checkpoints = Checkpoints(folder.resolve() / "checkpoints", self.state)
+    self.checkpoints = Checkpoints(
+      folder.resolve() / "checkpoints",
+      self.state,
+      resize.placed(job, self.layout.state, self.state),
+    )
     self.step = self._restore()
     self.data = executor.place(problem.examples, problem.sizes, data_key)
     self.training = Training(config, job, self.data)
@@ -297,7 +301,7 @@ class Run:
     return "no checkpoint was saved yet" if latest is None else f"checkpoint {latest} is kept"
 
   def _restore(self) -> int:
-    found = self.checkpoints.restore(self.state, self.layout.state, report.note)
+    found = self.checkpoints.restore(self.state, report.note)
     if found is None:
       return 0
     step, self.state = found
