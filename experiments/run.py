@@ -159,23 +159,40 @@ def one_line_errors() -> Iterator[None]:
     fail(2, f"the model, its state or its data do not fit the memory: {str(error)[:200]}")
 
 
+def told() -> Config:
+  """What the flags say of the run."""
+  config = Config._make(getattr(FLAGS, name) for name in Config._fields)
+  return config._replace(batch_size=batch_size(FLAGS.batch_size))
+
+
 def start() -> Config:
   """Quiet logs, the compilation cache, the other processes, and what the flags say."""
   logging.set_verbosity(logging.WARNING)
   logging.get_absl_logger().setLevel("CRITICAL")  # Orbax logs what it then raises
-  size = batch_size(FLAGS.batch_size)
+  config = told()
   use_compilation_cache(FLAGS.compilation_cache)
   from research.comm import mesh
 
   with flag("coordinator", FLAGS.coordinator):
     mesh.initialize(FLAGS.coordinator, FLAGS.processes, FLAGS.process_id)
-  config = Config._make(getattr(FLAGS, name) for name in Config._fields)
-  return config._replace(batch_size=size)
+  return config
+
+
+def explain_sharding() -> NoReturn:
+  """Prints where the leaves of the run's state would lie, and ends."""
+  with one_line_errors():
+    from research.train import explain
+
+    explain.imitate_devices(told())
+    print(explain.explanation(start()))
+  sys.exit(0)
 
 
 def main(argv: list[str]) -> None:
   """The whole program: flags, processes, training, table."""
   del argv
+  if FLAGS.explain_sharding:
+    explain_sharding()
   with one_line_errors():
     config = start()
     import jax
@@ -190,4 +207,6 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
   define_flags()
+  text = "Prints where each leaf of the run's state would lie, and ends; needs no such devices."
+  flags.DEFINE_bool("explain_sharding", False, text)
   app.run(main, flags_parser=parse_flags)

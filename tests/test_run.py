@@ -340,12 +340,16 @@ def test_where_no_checkpoint_is_whole_the_command_says_so_and_does_not_start_ane
 
 def test_a_run_goes_on_with_other_flags_if_told_so(copied, run):
   before = rows(copied / "simulate")
-  changes = ("--steps=550", "--mesh=data:4", "--allow_changes")
-  ended = run(copied, *LONG, "--executor=simulate", "--out=simulate", *changes)
+  """Among them devices inside a worker, where there were none."""
+  mesh = "data:2,fsdp:2"
+  changes = ("--steps=550", f"--mesh={mesh}", "--allow_changes")
+  ended = run(copied, *LONG, "--executor=spmd", "--out=simulate", *changes, devices=4)
   assert ended.code == 0
+  assert f"checkpoint 500, saved on data:8, is put on {mesh}" in ended.err
   assert "resuming at step 500" in ended.err
   found, after = summary(copied / "simulate"), rows(copied / "simulate")
-  assert (found["steps"], found["workers"], found["mesh"]) == (550, 4, "data:4")
+  assert (found["steps"], found["workers"], found["mesh"]) == (550, 2, mesh)
+  assert after[len(before)]["loss"] < 2 * before[-1]["loss"]
   assert after[: len(before)] == before
   assert after[-1]["step"] == 550
   assert is_increasing([row["step"] for row in after])
@@ -578,3 +582,13 @@ def test_what_cannot_be_is_refused_in_one_line_and_leaves_no_trace(name, run, tm
   for part in bad.says:
     assert part in last
   assert contents(here) == before
+
+
+def test_the_state_of_a_mesh_that_is_not_there_is_shown(run, tmp_path):
+  ended = run(tmp_path, "--explain_sharding", "--executor=spmd", "--mesh=data:32,fsdp:2")
+  assert ended.code == 0
+  (row,) = (line for line in ended.out.splitlines() if "params.hidden_0.kernel" in line)
+  assert row.split() == [
+    "method.params.hidden_0.kernel", "[64,", "128]", "float32", "P(None,", "'fsdp')", "16,384",
+  ]  # fmt: skip
+  assert not [*tmp_path.iterdir()]

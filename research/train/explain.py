@@ -1,0 +1,92 @@
+"""How a run's state lies on its mesh, leaf by leaf, without the devices and without training."""
+
+import math
+from collections import Counter
+from typing import Any, NamedTuple
+
+import jax
+
+from research.comm import mesh as meshes
+from research.parallel import resize, workers
+from research.train import assemble
+from research.train.config import Config, flag
+
+WIDTH = 100
+HEADS = ("leaf", "shape", "type", "lies along", "bytes")
+
+
+class Row(NamedTuple):
+  """A leaf of the state."""
+
+  name: str
+  shape: tuple[int, ...]
+  dtype: str
+  spec: str  # such as P('data', None, 'fsdp')
+  bytes: int  # on each device
+  everywhere: int  # bytes on all devices
+
+
+def imitate_devices(config: Config) -> None:
+  """Makes CPU devices for the places of the mesh; call it before anything touches JAX's devices.
+
+  `simulate` spreads its workers over the devices that exist, and is shown so.
+
+  Raises:
+    UsageError: if the mesh cannot be.
+  """
+  with flag("mesh", config.mesh):
+    places = meshes.count(meshes.parse_mesh(config.mesh))
+  if config.executor != "simulate":
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", places)
+
+
+def rows(config: Config) -> list[Row]:
+  """The leaves of a run's state, in the shardings in which its executor makes them.
+
+  Raises:
+    UsageError: for flags that cannot be.
+  """
+  problem = assemble.assemble(config, assemble.check(config))
+  state = jax.eval_shape(problem.executor.init, jax.random.key(0))
+  private = workers.infer_layout(problem.job).state
+  leaves = resize.placed(problem.job, private, state).leaves.values()
+  return [row(*of) for of in zip(leaves, jax.tree.leaves(state), strict=True)]
+
+
+def row(lies: resize.Leaf, leaf: Any) -> Row:
+  spec = ", ".join(repr(tuple(d) if isinstance(d, list) else d) for d in leaf.sharding.spec)
+  held = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+  devices = len(leaf.sharding.device_set)
+  return Row(lies.name, leaf.shape, str(leaf.dtype), f"P({spec})", held, held * devices)
+
+
+def explanation(config: Config) -> str:
+  """A table for people: a line for each leaf, then totals by part of the state."""
+  found = rows(config)
+  lines = [
+    (r.name, str(list(r.shape)), r.dtype, r.spec, f"{r.bytes:,}") for r in found if 0 not in r.shape
+  ]
+  parts: Counter[str] = Counter()
+  for r in found:
+    parts[".".join(r.name.split(".")[:2])] += r.bytes
+  totals = [(part, f"{count:,}") for part, count in parts.items()]
+  totals += [("in all", f"{parts.total():,}")]
+  totals += [("in all, of all devices", f"{sum(r.everywhere for r in found):,}")]
+  head = f"--executor={config.executor} --mesh={config.mesh}: bytes are those of one device"
+  return "\n".join([head, "", *table([HEADS, *lines]), "", *table(totals)])
+
+
+def table(lines: list[tuple[str, ...]]) -> list[str]:
+  """Lines of columns, the last one flush right; a first column too wide has a line of its own."""
+  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+  rest = sum(widths[1:]) + 2 * (len(widths) - 1)
+  first = max([len(line[0]) for line in lines if len(line[0]) + rest <= WIDTH], default=0)
+  found: list[str] = []
+  for name, *cells in lines:
+    if len(name) > first:
+      found.append(name)
+    shown = [cell.ljust(width) for cell, width in zip(cells[:-1], widths[1:-1], strict=True)]
+    start = "".ljust(first) if len(name) > first else name.ljust(first)
+    found.append("  ".join([start, *shown, cells[-1].rjust(widths[-1])]))
+  return found
