@@ -29,7 +29,8 @@ TEXTS = {
   "method": "How to optimize: data_parallel(OPTIMIZER, AGGREGATOR, period=1) or averaged(METHOD); "
   "optimizers and schedules are optax's, by name.",
   "executor": "How workers run: simulate (vmap), spmd (shard_map) or pmap.",
-  "mesh": "Places by axis: data (workers), slice (groups of workers), fsdp (within a worker).",
+  "mesh": "Places by axis: data (workers), slice (groups of workers), within a worker stage, fsdp, "
+  "expert, seq, model.",
   "partition": "Examples by worker: iid(), sorted(), dirichlet(0.3), shards(2).",
   "batch_size": "Examples per step over all workers, or 'all'.",
   "clock": "Virtual time of workers that differ in speed, such as exponential(1.0); empty: none.",
@@ -40,6 +41,7 @@ TEXTS = {
 }
 # name -> (text, least)
 NUMBERS = {
+  "zero": ("What is cut along fsdp: 1 the optimizer's state, 2 gradients too, 3 all.", 1),
   "population": ("Clients, as many of which as there are workers are served per round; 0: all.", 0),
   "sampling_rate": (
     "Each client of the population takes part in a round with this probability, on one of the "

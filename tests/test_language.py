@@ -20,6 +20,7 @@ from problems import Running, distance
 
 from research.aggregate.mean import mean
 from research.base import Data
+from research.comm import mesh as meshes
 from research.methods.local import local_sgd
 from research.tasks import language, partition, tokens
 from research.tasks.language import Part, next_token
@@ -176,7 +177,8 @@ def test_the_loss_is_its_transcription(strict):
 def held_out_loss(task, params, shards):
   count = len(task.test["y"])
   rows, sizes = partition.stack(task.test, np.array_split(np.arange(count), shards))
-  return metrics.evaluator(task, shards)(params, Data(rows, sizes, KEY))
+  evaluate = metrics.evaluator(task, meshes.device_mesh({"data": shards}))
+  return evaluate(params, Data(rows, sizes, KEY))
 
 
 @pytest.mark.parametrize(("shards", "chunk"), [(1, 3), (4, 1024), (2, 2)])

@@ -26,7 +26,7 @@ def test_a_mesh_string_is_read_slow_links_first(spec, axes):
 @pytest.mark.parametrize(
   ("spec", "message"),
   [
-    ("dat:8", "unknown axis 'dat'; the axes are slice, data, fsdp, model, expert"),
+    ("dat:8", "unknown axis 'dat'; did you mean 'data'\\? legal: slice, data, stage, fsdp, exp"),
     ("data:4,data:2", "axis 'data' is named twice"),
     ("data:4,fsdp", "'fsdp' is not AXIS:SIZE with a positive integer size"),
     ("data:0", "'data:0' is not AXIS:SIZE"),

@@ -11,7 +11,6 @@ from table import METHODS
 
 from research.comm import mesh as meshes
 from research.train import metrics
-from research.train.assemble import evaluation_shards
 
 
 @pytest.mark.parametrize(
@@ -27,7 +26,7 @@ from research.train.assemble import evaluation_shards
 def test_evaluation_is_the_mean_over_all_examples(executor, axes, sizes):
   task = regression()._replace(chunk=7)
   run = Running(METHODS["sgd"], executor, axes, sizes)
-  evaluate = metrics.evaluator(task, evaluation_shards(run.job, executor))
+  evaluate = metrics.evaluator(task, run.data.sizes.sharding.mesh)
   params = run.executor.params(run.state)
   found = evaluate(params, run.data, gradient=True)
   np.testing.assert_allclose(

@@ -1,5 +1,6 @@
 """The language model: against numpy, its properties, the same however it is computed."""
 
+import math
 import re
 
 import jax
@@ -9,8 +10,11 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from research.models import attention, experts
+from research.comm import mesh as meshes
+from research.models import attention, experts, pipeline
 from research.models.transformer import RULES, transformer
+from research.parallel import sharded
+from research.tasks.language import Part, next_token
 
 OUTPUTS = 12
 SIZES = {"layers": 2, "width": 16, "heads": 4, "kv_heads": 2, "hidden": 24, "dtype": "float32"}
@@ -338,32 +342,28 @@ def test_routers_learn(per_token):
 # ---- cut over devices
 
 
-def specs(params, sizes):
-  """By RULES, and along `fsdp` the largest dimension that is left."""
-
-  def one(path, leaf):
-    rule = next(axes for pattern, axes in RULES if re.search(pattern, path))
-    rule = tuple(axis and axis.rstrip("?") for axis in rule)
-    axes = [None] * (leaf.ndim - len(rule)) + [a if a in sizes else None for a in rule]
-    assert len(axes) == leaf.ndim <= len(rule) + 1
-    assert all(n % sizes.get(a, 1) == 0 for a, n in zip(axes, leaf.shape, strict=True))
-    free = [d for d, a in enumerate(axes) if a is None and leaf.shape[d] % sizes["fsdp"] == 0]
-    if free:
-      axes[max(free, key=lambda d: leaf.shape[d])] = "fsdp"
-    return P(*axes)
-
-  found = {path: one(path, leaf) for path, leaf in paths(params).items()}
-  treedef = jax.tree.structure(params)
-  return treedef.unflatten(found[path] for path in paths(params))
+CUTS = {
+  "tensors": ({"fsdp": 2, "model": 2}, {"tied": False}),
+  "experts": ({"fsdp": 2, "model": 2, "expert": 2}, {"experts": 4}),
+  "heads for tokens": ({"seq": 2, "model": 2}, {"kv_heads": 4}),
+  "round a ring": ({"seq": 4, "model": 2}, {"over_seq": "ring"}),
+  "ring of one group": ({"fsdp": 2, "seq": 4}, {"kv_heads": 1, "remat": True}),
+  "stages": ({"stage": 4, "fsdp": 2}, {"layers": 4, "experts": 2}),
+  "circular": ({"stage": 2, "seq": 2, "model": 2}, {"layers": 4, "repeats": 2, "remat": True}),
+}
 
 
-@pytest.mark.parametrize("count", [0, 4])
-def test_a_cut_model_is_the_whole_one(count):
-  sizes = {"data": 1, "fsdp": 2, "model": 2, "expert": 2}
-  mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), (jax.sharding.AxisType.Auto,) * 4)
-  module, x = built(scan=True, experts=count, tied=False), tokens(4, 9)
+@pytest.mark.parametrize("name", CUTS)
+def test_a_cut_model_is_the_whole_one(name):
+  """Loss and gradients, in float32."""
+  inner, options = CUTS[name]
+  sizes = {"data": 1, **inner}
+  mesh = meshes.device_mesh(sizes)
+  module, x = built(scan=True, **options), tokens(8, 9)
   params = drawn(module)
-  of_params = specs(params, sizes)
+  task = next_token(module, OUTPUTS, Part(x.ravel(), 72), Part(x.ravel(), 72), context=8)
+  cut = sharded.cut_of(sizes, task)
+  of_params = jax.tree.map(lambda p: P(*sharded.spec_of(cut, p.shape)), params)
   placed = jax.tree.map(lambda p, s: jax.device_put(p, NamedSharding(mesh, s)), params, of_params)
   inside = jax.shard_map(
     lambda p, x: jax.value_and_grad(lambda p: loss(module, p, x))(p),
@@ -378,8 +378,35 @@ def test_a_cut_model_is_the_whole_one(count):
   found = run(placed, jax.device_put(x, NamedSharding(mesh, P("data"))))
   close(found, loss_and_gradients(module, params, x))
   down = found[1]["layers"]["feed_forward"]
-  down = (down["experts"] if count else down)["down"]["kernel"]
-  assert down.addressable_shards[0].data.size * (8 if count else 4) == down.size
+  down = (down["experts"] if "experts" in options else down)["down"]["kernel"]
+  cutting = math.prod(inner[axis] for axis in set(inner) - {"seq", "expert"})
+  cutting *= inner.get("expert", 1) if "experts" in options else 1
+  assert down.addressable_shards[0].data.size * cutting == down.size
+
+
+def test_a_schedule_has_its_bubble():
+  """Every item at every stage in its turn; what GPipe and a circular order leave idle."""
+  for stages, microbatches, repeats in [(4, 8, 1), (4, 4, 2), (3, 5, 4), (1, 3, 1)]:
+    plan = pipeline.schedule(stages, 40 * microbatches, microbatches, repeats)
+    busy = np.zeros((plan.ticks, stages), bool)
+    for stage in range(stages):
+      for item in range(repeats * microbatches):
+        busy[item + stage, stage] = True
+    assert plan.bubble == pytest.approx(1 - busy.mean())
+  assert pipeline.schedule(4, 32, 8, 1).bubble == 3 / 11
+  assert pipeline.schedule(4, 32, 8, 2).bubble == 3 / 19
+  assert pipeline.schedule(4, 24, 0, 1, cut=2) == (
+    4,
+    12,
+    1,
+  )  # of 16, 12, 8, ... the first to divide
+  for arguments, words in [
+    ((4, 10, 3, 1), "microbatches=3 does not divide the batch of 10 examples"),
+    ((4, 8, 2, 2), "microbatches=2 is less than the 4 stages that repeats=2 needs"),
+    ((4, 3, 0, 2), "none of up to 16 divides the batch of 3"),
+  ]:
+    with pytest.raises(ValueError, match=words):
+      pipeline.schedule(*arguments)
 
 
 def test_every_parameter_has_one_rule():
@@ -410,6 +437,10 @@ def test_every_parameter_has_one_rule():
     ({"tied": 1}, "tied=1 is neither True nor False"),
     ({"scan": "no"}, "scan='no' is neither True nor False"),
     ({"balance": -1.0}, "balance=-1.0 is not in"),
+    ({"over_seq": "rings"}, "unknown over_seq 'rings'; did you mean 'ring'"),
+    ({"microbatches": -1}, "microbatches=-1 is not 0 or a positive integer"),
+    ({"repeats": 3, "scan": True}, "layers=4 is not divisible by repeats=3"),
+    ({"repeats": 2}, "repeats=2 is of stacked layers: scan=True"),
   ],
 )
 def test_hyper_parameters_are_checked(options, message):

@@ -21,6 +21,7 @@ class Cut(NamedTuple):
 
   axes: tuple[tuple[str, int], ...]  # names and sizes
   places: Callable[[tuple[int, ...]], tuple[int | None, ...]]  # of a shape, the dimension by axis
+  around: tuple[str, ...] = ()  # further axes inside a worker, which cut no leaf
 
   @property
   def size(self) -> int:

@@ -1,5 +1,6 @@
 """Devices: mesh strings, device meshes, and joining the processes of one job."""
 
+import difflib
 import importlib.util
 import math
 import os
@@ -13,9 +14,10 @@ from jax.sharding import AxisType, Mesh
 
 from research.base import WORKER_AXES
 
-# Axes inside a worker: along `fsdp` its parameters and its batch are cut, along `model` its layers,
-# along `expert` the experts of a mixture.
-INNER_AXES = ("fsdp", "model", "expert")
+# Axes inside a worker, slow links first: along `stage` its layers lie one after the other, along
+# `fsdp` its parameters and its batch are cut, along `expert` the experts of a mixture, along `seq`
+# the tokens of its examples, along `model` each layer.
+INNER_AXES = ("stage", "fsdp", "expert", "seq", "model")
 
 
 def parse_mesh(spec: str) -> dict[str, int]:
@@ -33,7 +35,9 @@ def parse_mesh(spec: str) -> dict[str, int]:
     if not colon or not size.isdecimal() or int(size) < 1:
       raise ValueError(f"'{part.strip()}' is not AXIS:SIZE with a positive integer size")
     if name not in legal:
-      raise ValueError(f"unknown axis '{name}'; the axes are {', '.join(legal)}")
+      near = difflib.get_close_matches(name, legal, 1)
+      hint = f"; did you mean '{near[0]}'?" if near else ";"
+      raise ValueError(f"unknown axis '{name}'{hint} legal: {', '.join(legal)}")
     if name in sizes:
       raise ValueError(f"axis '{name}' is named twice")
     sizes[name] = int(size)

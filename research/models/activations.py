@@ -1,5 +1,7 @@
 """How activations lie on the mesh axes inside a worker, and which platform a program is for."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -16,17 +18,21 @@ def inner_axes() -> dict[str, int]:
   return {name: size for name, size, kind in named if kind == AxisType.Auto}
 
 
-def spec(shape: tuple[int, ...], *axes: str | None) -> P:
-  """For each dimension its axis, where the mesh in scope has it and it divides the length."""
+def spec(shape: tuple[int, ...], *axes: str | tuple[str, ...] | None) -> P:
+  """For each dimension its axes, those that the mesh in scope has, where they divide the length."""
   sizes = inner_axes()
-  fits = lambda length, axis: axis in sizes and length % sizes[axis] == 0
-  return P(
-    *(axis if fits(length, axis) else None for length, axis in zip(shape, axes, strict=True))
-  )
+
+  def one(length: int, axes: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    named = axes if isinstance(axes, tuple) else (axes,)
+    found = tuple(axis for axis in named if axis is not None and axis in sizes)
+    fits = found and length % math.prod(sizes[axis] for axis in found) == 0
+    return (found[0] if len(found) == 1 else found) if fits else None
+
+  return P(*(one(*pair) for pair in zip(shape, axes, strict=True)))
 
 
-def along(x: Array, *axes: str | None) -> Array:
-  """Tells the compiler which mesh axis each dimension of an activation lies along; None: whole."""
+def along(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
+  """Tells the compiler which mesh axes each dimension of an activation lies along; None: whole."""
   return lax.with_sharding_constraint(x, spec(x.shape, *axes)) if inner_axes() else x
 
 

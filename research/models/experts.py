@@ -71,24 +71,21 @@ class Mixture(nn.Module):
   and the weights leave out what was not chosen: exact, without capacities or dropped tokens, at
   the price of experts / k times the products.
 
-  Outside of `init` the collection "losses" receives what keeps experts equally busy, to be added to
-  the loss:
+  Beside the output come the share of the choices that fell on each expert and the mean of its p,
+  [2, experts]: what `balance` makes a loss of.
 
-      balance * experts * sum_e (share of the choices that fell on e) (mean of p_e)
-
-  Reference: Shazeer et al. 2017, arXiv 1701.06538; Fedus et al. 2021, arXiv 2101.03961, equations
-    4 to 6 (the loss, and k = 1); Jiang et al. 2024, arXiv 2401.04088, section 2.1 (k > 1).
+  Reference: Shazeer et al. 2017, arXiv 1701.06538; Fedus et al. 2021, arXiv 2101.03961
+    (k = 1); Jiang et al. 2024, arXiv 2401.04088, section 2.1 (k > 1).
   """
 
   experts: int
   per_token: int  # k
-  balance: float
   hidden: int
   dtype: Any
   deviation: float
 
   @nn.compact
-  def __call__(self, x: Array) -> Array:
+  def __call__(self, x: Array) -> tuple[Array, Array]:
     router = nn.Dense(
       self.experts,
       use_bias=False,
@@ -101,10 +98,18 @@ class Mixture(nn.Module):
     weights = p * chosen
     if self.per_token > 1:
       weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    if not self.is_initializing():
-      busy = jnp.mean(chosen, axis=(0, 1)) / self.per_token * jnp.mean(p, axis=(0, 1))
-      self.sow("losses", "balance", self.balance * self.experts * jnp.sum(busy))
-    return Experts(self.hidden, self.dtype, self.deviation, name="experts")(x, weights)
+    busy = jnp.stack([jnp.mean(chosen, (0, 1)) / self.per_token, jnp.mean(p, (0, 1))])
+    return Experts(self.hidden, self.dtype, self.deviation, name="experts")(x, weights), busy
+
+
+def balance(busy: Array) -> Array:
+  """What keeps experts equally busy when it is small, summed over layers [..., 2, experts].
+
+      experts * sum_e (share of the choices that fell on e) (mean of p_e)
+
+  Means are over all tokens, however these are cut. Reference: Fedus et al. 2021, equation 4.
+  """
+  return busy.shape[-1] * jnp.sum(busy[..., 0, :] * busy[..., 1, :])
 
 
 def largest(p: Array, k: int) -> Array:

@@ -7,21 +7,22 @@ and a head that shares the embedding or has its own matrix. Parameters are float
 
 import difflib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from research.base import Array
-from research.models import activations
-from research.models.attention import ATTENTION, Attend, Rotation, rotated, rotation
-from research.models.experts import DEVIATION, Mixture, SwiGLU
+from research.base import Array, Key, Params
+from research.models import activations, pipeline, sequence
+from research.models.attention import ATTENTION, Attend, Rotation, rotation
+from research.models.decoder import Layer, Norm, Shape
+from research.models.experts import DEVIATION, balance
 
 # Which mesh axis each dimension of a parameter lies along, by the first pattern that is found in
-# its path; a leaf with one dimension more has the layers' first. Columns of a layer's first matrix
-# and rows of its second, so that each part of a layer needs one sum over `model`. Shoeybi et al.
-# 2019, arXiv 1909.08053, section 3.
+# its path; layers that are stacked come before these, along `stage`. Columns of a layer's first
+# matrix and rows of its second, so that each part of a layer needs one sum over `model`. Shoeybi et
+# al. 2019, arXiv 1909.08053, section 3.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"^(embedding|head)$", ("model?", None)),
   (r"/attention/(query|key|value)/kernel$", (None, "model", None)),
@@ -35,19 +36,6 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
-class Shape(NamedTuple):
-  """The sizes of a model."""
-
-  layers: int
-  width: int
-  heads: int  # of queries
-  kv_heads: int  # of keys and values
-  hidden: int  # of the feed-forward part
-  tied: bool  # logits are products with the embedding
-  rotary_base: float
-  scan: bool  # one compiled layer; on CPUs a loop is faster
-
-
 # Named by their parameters with 32,000 outputs (150m), 128,256 (1b, 8b); tiny has 812k with 65.
 PRESETS = {
   "tiny": Shape(4, 128, 4, 4, 352, True, 1e4, False),
@@ -55,6 +43,7 @@ PRESETS = {
   "1b": Shape(16, 2048, 16, 8, 8192, True, 5e5, True),
   "8b": Shape(32, 4096, 32, 8, 14336, False, 5e5, True),
 }
+OVER_SEQ = {"auto": sequence.across, "by_heads": sequence.by_heads, "ring": sequence.ring}
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 # What a layer keeps for its backward pass: everything, its input alone, or products with weights.
 REMAT = {
@@ -80,6 +69,9 @@ def transformer(
   remat: bool | str = False,
   scan: bool | None = None,
   attention: str = "auto",
+  over_seq: str = "auto",
+  microbatches: int = 0,
+  repeats: int = 1,
 ) -> Callable[[int], "Transformer"]:
   """A decoder language model: tokens [batch, length] to logits [batch, length, outputs], float32.
 
@@ -96,12 +88,17 @@ def transformer(
     tied: the head is the embedding.
     experts: in each layer, in place of its feed-forward part; 0 for none.
     experts_per_token: of which a token's output is made.
-    balance: weight of the loss that keeps experts equally busy, see `experts.Mixture`.
+    balance: weight of the loss that keeps experts equally busy, see `experts.balance`.
     dtype: of products and activations, bfloat16 or float32.
     remat: True computes a layer again in its backward pass, "dots" all but products with weights.
     scan: one compiled layer and stacked parameters layers/... [layers, ...], or layer after layer
       with parameters layers_0/..., layers_1/...
     attention: auto, plain, dot_product (cuDNN's on a GPU) or splash (TPUs).
+    over_seq: how tokens meet along a mesh's `seq`: auto, by_heads (two exchanges) or ring.
+    microbatches: of a worker's batch along a mesh's `stage`, see `pipeline.schedule`; 0: as many as
+      suit it.
+    repeats: how often a micro-batch goes through the stages, each time through layers / repeats:
+      the stacked layers are [repeats, layers / repeats, ...].
 
   Raises:
     ValueError: a name is unknown, or sizes do not fit together.
@@ -121,127 +118,104 @@ def transformer(
   shape = _legal("preset", preset, PRESETS)
   shape = shape._replace(**{name: size for name, size in given.items() if size is not None})
   _check(shape, experts, experts_per_token, balance)
-  attend = _legal("attention", attention, ATTENTION)
-  mixture = (experts, experts_per_token, balance) if experts else None
+  _check_pipeline(shape, microbatches, repeats)
+  local, across = _legal("attention", attention, ATTENTION), _legal("over_seq", over_seq, OVER_SEQ)
+  attend = lambda *qkv: across(*qkv, local) if sequence.devices() > 1 else local(*qkv)
+  mixture = (experts, experts_per_token) if experts else None
   _legal("remat", remat, REMAT)
   products = _legal("dtype", dtype, DTYPES)
-  return lambda outputs: Transformer(outputs, shape, mixture, products, remat, attend)
-
-
-class Norm(nn.Module):
-  """x / sqrt(mean x^2 + 1e-5) * scale. Reference: Zhang and Sennrich 2019, arXiv 1910.07467."""
-
-  @nn.compact
-  def __call__(self, x: Array) -> Array:
-    scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
-    wide = x.astype(jnp.float32)
-    size = jnp.mean(wide**2, axis=-1, keepdims=True)
-    return (wide * jax.lax.rsqrt(size + 1e-5) * scale[None, None]).astype(x.dtype)
-
-
-class Attention(nn.Module):
-  """Projections around an attention function; kernels are cut by heads."""
-
-  shape: Shape
-  dtype: Any
-  attend: Attend
-  deviation: float  # of out's weights, as they start
-
-  @nn.compact
-  def __call__(self, x: Array, positions: Rotation) -> Array:
-    _, width, heads, kv_heads, *_ = self.shape
-    head_dim = width // heads
-    normal = nn.initializers.normal
-    into = lambda count, name: nn.DenseGeneral(
-      (count, head_dim),
-      dtype=self.dtype,
-      kernel_init=normal(DEVIATION),
-      use_bias=False,
-      name=name,
-    )
-    out = nn.DenseGeneral(
-      width,
-      (-2, -1),  # pyright: ignore[reportArgumentType]
-      dtype=self.dtype,
-      kernel_init=normal(self.deviation),
-      use_bias=False,
-      name="out",
-    )
-    query = rotated(into(heads, "query")(x), positions)
-    key = rotated(into(kv_heads, "key")(x), positions)
-    return out(self.attend(query, key, into(kv_heads, "value")(x)))
-
-
-class Layer(nn.Module):
-  """x + attention(norm(x)), then x + feed_forward(norm(x))."""
-
-  shape: Shape
-  mixture: tuple[int, int, float] | None
-  dtype: Any
-  attend: Attend
-
-  @nn.compact
-  def __call__(self, x: Array, positions: Rotation) -> tuple[Array, None]:
-    # 2 layers terms add up in the residual stream; Radford et al. 2019 (GPT-2), section 2.3
-    deviation = DEVIATION * (2 * self.shape.layers) ** -0.5
-    attention = Attention(self.shape, self.dtype, self.attend, deviation, name="attention")
-    options = (self.shape.hidden, self.dtype, deviation)
-    feed_forward = (
-      SwiGLU(*options, name="feed_forward")
-      if self.mixture is None
-      else Mixture(*self.mixture, *options, name="feed_forward")
-    )
-    whole = lambda x: activations.along(x, "fsdp", "seq", None)
-    x = whole(x + attention(Norm(name="attention_norm")(x), positions))
-    x = whole(x + feed_forward(Norm(name="feed_forward_norm")(x)))
-    return x, None
+  return lambda outputs: Transformer(
+    outputs, shape, mixture, balance, products, remat, attend, microbatches, repeats
+  )
 
 
 class Transformer(nn.Module):
-  """Embedding, layers, norm, head. `attend` may be replaced: by one that goes round a ring, say."""
+  """Embedding, layers, norm, head."""
 
   rules = RULES  # without a type it is no field
 
   outputs: int
   shape: Shape
-  mixture: tuple[int, int, float] | None
+  mixture: tuple[int, int] | None  # experts, and how many a token has
+  balance: float
   dtype: Any
   remat: bool | str
   attend: Attend
+  microbatches: int
+  repeats: int
 
   @nn.compact
   def __call__(self, tokens: Array) -> Array:
     _check_tokens(tokens)
-    _, width, heads, *_ = self.shape
+    width, head_dim = self.shape.width, self.shape.width // self.shape.heads
     matrix = lambda name: self.param(name, nn.initializers.normal(DEVIATION), (self.outputs, width))
     embedding = matrix("embedding")
     x = activations.along(activations.rows(embedding, tokens), "fsdp", "seq", None)
-    positions = rotation(tokens.shape[1], width // heads, self.shape.rotary_base)
-    x = Norm(name="norm")(self.through_layers(x.astype(self.dtype), positions))
+    positions = rotation(tokens.shape[1], head_dim, self.shape.rotary_base)
+    x, busy = self.through_layers(x.astype(self.dtype), positions)
+    if self.mixture and not self.is_initializing():
+      self.sow("losses", "balance", self.balance * balance(busy))
+    # all stages take part in the head: each has the logits of some tokens
+    x = activations.along(Norm(name="norm")(x), "fsdp", ("stage", "seq"), None)
     head = embedding if self.shape.tied else matrix("head")
     logits = jnp.einsum(
       "btw,vw->btv", x, head.astype(self.dtype), preferred_element_type=jnp.float32
     )
-    return activations.along(logits, "fsdp", "seq", "model")
+    return activations.along(logits, "fsdp", ("stage", "seq"), "model")
 
-  def through_layers(self, x: Array, positions: Rotation) -> Array:
-    layers, scan = self.shape.layers, self.shape.scan
-    options = (self.shape, self.mixture, self.dtype, self.attend)
-    layer = Layer
+  def through_layers(self, x: Array, positions: Rotation) -> tuple[Array, Array]:
+    """The output of all layers, and how busy experts are, [..., 2, E]."""
+    layer = Layer(self.shape, self.mixture, self.dtype, self.attend, parent=None)
+
+    def init(key: Key) -> Params:
+      return layer.init(key, jnp.zeros((1, 1, x.shape[2]), x.dtype), _first(positions))["params"]
+
+    def apply(x: Array, params: Params, positions: Rotation) -> tuple[Array, Array]:
+      return layer.apply({"params": params}, x, positions)  # pyright: ignore[reportReturnType]
+
     if self.remat:
-      layer = nn.remat(Layer, prevent_cse=not scan, policy=REMAT[self.remat])
-    if not scan:
-      for i in range(layers):
-        x, _ = layer(*options, name=f"layers_{i}")(x, positions)
-      return x
-    stacked = nn.scan(
-      layer,
-      variable_axes={"params": 0, "losses": 0},
-      split_rngs={"params": True},
-      in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
-      length=layers,
+      apply = jax.checkpoint(apply, policy=REMAT[self.remat], prevent_cse=not self.shape.scan)
+    if not self.shape.scan:
+      busy = []
+      for i in range(self.shape.layers):
+        x, of_layer = apply(x, self.param(f"layers_{i}", init), positions)
+        busy.append(of_layer)
+      return x, jnp.stack(busy)
+    several = lambda params, x, positions: jax.lax.scan(
+      lambda x, params: apply(x, params, positions), x, params
     )
-    return stacked(*options, name="layers")(x, positions)[0]
+    return self.through_stack(several, self.param("layers", self.stacked(init)), x, positions)
+
+  def stacked(self, init: Callable[[Key], Params]) -> Callable[[Key], Params]:
+    """Draws the parameters of all layers, leaves [layers, ...] or [repeats, ...]."""
+    for count in (self.shape.layers // self.repeats, self.repeats)[: 1 + (self.repeats > 1)]:
+      init = _several(init, count)
+    return init
+
+  def through_stack(
+    self, several: pipeline.Layers, params: Params, x: Array, positions: Rotation
+  ) -> tuple[Array, Array]:
+    stages = activations.inner_axes().get("stage", 1)
+    if stages > 1 and not self.is_initializing():
+      plan = self.schedule(stages, x.shape[0], activations.inner_axes().get("fsdp", 1))
+      by_round = params if self.repeats > 1 else jax.tree.map(lambda p: p[None], params)
+      return pipeline.pipelined(several, by_round, x, positions, plan)
+    if self.repeats > 1:
+      params = jax.tree.map(lambda p: p.reshape(-1, *p.shape[2:]), params)
+    return several(params, x, positions)
+
+  def schedule(self, stages: int, examples: int, cut: int = 1) -> pipeline.Schedule:
+    """How a mesh with so many stages takes a worker's batch through the layers."""
+    return pipeline.schedule(stages, examples, self.microbatches, self.repeats, cut)
+
+
+def _several(init: Callable[[Key], Params], count: int) -> Callable[[Key], Params]:
+  return lambda key: jax.vmap(init)(jax.random.split(key, count))
+
+
+def _first(positions: Rotation) -> Rotation:
+  cosines, sines = positions
+  return cosines[:1], sines[:1]
 
 
 def _check(shape: Shape, experts: int, experts_per_token: int, balance: float) -> None:
@@ -267,6 +241,17 @@ def _check(shape: Shape, experts: int, experts_per_token: int, balance: float) -
     raise ValueError(f"experts_per_token={experts_per_token!r} is not in [1, experts={experts}]")
   if not balance >= 0:
     raise ValueError(f"balance={balance!r} is not in [0, inf)")
+
+
+def _check_pipeline(shape: Shape, microbatches: int, repeats: int) -> None:
+  if type(microbatches) is not int or microbatches < 0:
+    raise ValueError(f"microbatches={microbatches!r} is not 0 or a positive integer")
+  if type(repeats) is not int or repeats < 1:
+    raise ValueError(f"repeats={repeats!r} is not a positive integer")
+  if shape.layers % repeats:
+    raise ValueError(f"layers={shape.layers} is not divisible by repeats={repeats}")
+  if repeats > 1 and not shape.scan:
+    raise ValueError(f"repeats={repeats} is of stacked layers: scan=True")
 
 
 def _legal(kind: str, name: Any, table: dict[Any, Any]) -> Any:

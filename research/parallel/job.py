@@ -26,6 +26,7 @@ class Job(NamedTuple):
   sampling_rate: float = 0.0  # of Poisson sampling of the population; 0: one client per worker
   dropout: float = 0.0  # the probability that a worker's round is lost before it is sent
   order: np.ndarray | None = None  # [E] int32, whom a single worker serves
+  zero: int = 3  # what is cut along `fsdp`, see `sharded.inside`
   local_phase: str = "auto"  # how `simulate` runs it: "vmap", "map" or what is faster
   first_round: int = 0  # of the stage that this job is, where the method's period changes
   first_step: int = 0  # local steps before that round

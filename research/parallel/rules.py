@@ -13,7 +13,7 @@ class Place(NamedTuple):
   """How parameters of one shape are cut."""
 
   cut: dict[str, int]  # by axis, the dimension
-  first: int  # dimensions before those of the rule, such as the layers: nothing cuts them
+  first: int  # dimensions before those of the rule: those of layers, along `stage` or whole
 
 
 def by_shape(sizes: Mapping[str, int], task: Task) -> dict[tuple[int, ...], Place]:
@@ -22,7 +22,8 @@ def by_shape(sizes: Mapping[str, int], task: Task) -> dict[tuple[int, ...], Plac
   A rule (pattern, axes) is that of the parameters whose path, such as 'layers/attention/query',
   it is found in; its axes are those of the last dimensions. State that has the shape of a parameter
   (moments, memories) is cut as it is, so parameters of one shape have to be cut alike. An axis that
-  is written 'model?' cuts where it divides, and is refused nowhere.
+  is written 'model?' cuts where it divides, and is refused nowhere. Dimensions before those of the
+  rule are of layers that are stacked; the last of them lies along `stage`.
 
   Args:
     sizes: of the axes inside a worker.
@@ -46,7 +47,8 @@ def by_shape(sizes: Mapping[str, int], task: Task) -> dict[tuple[int, ...], Plac
   used = {axis for _, place in found.values() for axis in place.cut}
   idle = [axis for axis in sizes if axis != "fsdp" and axis not in used]
   if idle:
-    raise ValueError(f"'{idle[0]}' has nothing to cut in this model; leave it out")
+    stacked = ", whose layers are not stacked (transformer: scan=True)" * (idle[0] == "stage")
+    raise ValueError(f"'{idle[0]}' has nothing to cut in this model{stacked}; leave it out")
   return {shape: place for shape, (_, place) in found.items()}
 
 
@@ -55,7 +57,8 @@ def _place(name: str, shape: tuple[int, ...], sizes: Mapping[str, int], task: Ta
   first = len(shape) - len(axes) if axes else 0
   assert first >= 0, f"a rule of {name} has more axes than it has dimensions"
   cut: dict[str, int] = {}
-  for dimension, axis in enumerate(axes, first):
+  of_layers = (*(None,) * (first - 1), "stage") if first else ()
+  for dimension, axis in enumerate((*of_layers, *axes)):
     if not axis or axis.rstrip("?") not in sizes:
       continue
     size = sizes[axis.rstrip("?")]

@@ -1,7 +1,7 @@
 """Where arrays lie: rows with their workers, shared leaves everywhere or cut inside a worker."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,8 @@ from research.base import (
 from research.comm.mesh import INNER_AXES
 from research.parallel import rules
 
+_OF_ACTIVATIONS = ("seq",)  # axes along which every parameter is whole
+
 
 def of_state(
   private: Tree,
@@ -41,6 +43,7 @@ def of_state(
   workers: tuple[str, ...],
   shapes: Tree = None,
   cut: Cut | None = None,
+  whole: Tree = None,
 ):
   """Shardings of a TrainState, or with `mesh=None` the specs that `shard_map` takes.
 
@@ -50,7 +53,9 @@ def of_state(
     workers: the mesh axes over which rows are spread.
     shapes: of one worker's state, where its leaves are cut too.
     cut: how.
+    whole: leaves that are not to be cut along `fsdp`.
   """
+  whole = jax.tree.map(lambda _: False, private) if whole is None else whole
   shapes = (
     jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32), private)
     if shapes is None
@@ -58,18 +63,18 @@ def of_state(
   )
   place = (lambda spec: spec) if mesh is None else (lambda spec: NamedSharding(mesh, spec))
 
-  def leaf(is_private, shape, inner=None):
-    inner = spec_of(cut, shape.shape) if inner is None else inner
+  def leaf(is_private, shape, inner):
     return place(P(workers, *inner) if is_private else P(*inner))
 
-  def node(is_private, shape):
+  def node(is_private, shape, is_whole):
     if not isinstance(is_private, Blocks):
-      return leaf(is_private, shape)
+      return leaf(is_private, shape, spec_of(cut, shape.shape, "fsdp" if is_whole else None))
     blocks = lambda shape: () if cut is None or is_counter(shape) else (cut.names,)
     return jax.tree.map(lambda p, x: leaf(p, x, blocks(x)), is_private, shape)
 
   is_blocks = lambda node: isinstance(node, Blocks)
-  return TrainState(place(P()), place(P()), jax.tree.map(node, private, shapes, is_leaf=is_blocks))
+  method = jax.tree.map(node, private, shapes, whole, is_leaf=is_blocks)
+  return TrainState(place(P()), place(P()), method)
 
 
 def cut_of(axes: Mapping[str, int], task: Task) -> Cut | None:
@@ -81,9 +86,10 @@ def cut_of(axes: Mapping[str, int], task: Task) -> Cut | None:
   Reference: Shoeybi et al. 2019, arXiv 1909.08053 (tensor parallelism); Rajbhandari et al. 2019,
     arXiv 1910.02054 (ZeRO, stage 3: `fsdp`).
   """
-  inner = tuple((name, size) for name, size in axes.items() if name in INNER_AXES and size > 1)
-  if not inner:
+  sizes = {name: size for name, size in axes.items() if name in INNER_AXES and size > 1}
+  if not sizes:
     return None
+  inner = tuple((name, size) for name, size in sizes.items() if name not in _OF_ACTIVATIONS)
   named = rules.by_shape(dict(inner), task)
 
   def places(shape: tuple[int, ...]) -> tuple[int | None, ...]:
@@ -92,7 +98,8 @@ def cut_of(axes: Mapping[str, int], task: Task) -> Cut | None:
     cut = {**of_rule, "fsdp": _largest(shape, whole, dict(inner).get("fsdp", 1))}
     return tuple(cut.get(name) for name, _ in inner)
 
-  return Cut(inner, places)
+  around = tuple(name for name in sizes if name in _OF_ACTIVATIONS)
+  return Cut(inner, places, around)
 
 
 def _largest(shape: tuple[int, ...], dimensions: Sequence[int], size: int) -> int | None:
@@ -101,10 +108,13 @@ def _largest(shape: tuple[int, ...], dimensions: Sequence[int], size: int) -> in
   return max(fitting, key=lambda d: shape[d], default=None)
 
 
-def spec_of(cut: Cut | None, shape: tuple[int, ...]) -> tuple[str | None, ...]:
-  """Which dimensions of a leaf lie along which axes."""
+def spec_of(
+  cut: Cut | None, shape: tuple[int, ...], whole: str | None = None
+) -> tuple[str | None, ...]:
+  """Which dimensions of a leaf lie along which axes; along the axis `whole` none."""
   places = cut.places(shape) if cut else ()
-  names = {place: cut.names[i] for i, place in enumerate(places) if cut and place is not None}
+  named = zip(cut.names if cut else (), places, strict=True)
+  names = {place: name for name, place in named if place is not None and name != whole}
   return tuple(names.get(d) for d in range(max(names, default=-1) + 1))
 
 
@@ -131,7 +141,7 @@ def per_shard(inner: Aggregator, cut: Cut) -> Aggregator:
       shard,
       in_specs=(specs, rows, P()),
       out_specs=(specs, specs, rows),
-      axis_names=set(cut.names),
+      axis_names={*cut.names, *cut.around},
       check_vma=False,
     )
     value, sent, after = nested(parts, state.part, key)
@@ -140,11 +150,34 @@ def per_shard(inner: Aggregator, cut: Cut) -> Aggregator:
   return Aggregator(blockwise(inner, cut).init, aggregate, inner.traits)
 
 
-def split_batch(axes: Mapping[str, int], batch: Batch) -> Batch:
-  """Tells the compiler to cut a worker's batch [b, ...] along `fsdp`, where b allows it."""
+class Inside(NamedTuple):
+  """How the compiler is to cut what a worker's devices share, beside its state."""
+
+  batch: Callable[[Batch], Batch]
+  grads: Callable[[Tree], Tree]
+
+
+ALONE = Inside(lambda batch: batch, lambda grads: grads)
+
+
+def inside(axes: Mapping[str, int], cut: Cut | None, zero: int) -> Inside:
+  """A batch [b, ...] lies along `fsdp` where b allows it, gradients as `zero` says.
+
+  Args:
+    axes: of the mesh.
+    cut: of the leaves.
+    zero: what is cut along `fsdp`: the state without the parameters (1), gradients too (2), or all
+      of it (3).
+  """
   size = axes.get("fsdp", 1)
-  cut = lambda x: lax.with_sharding_constraint(x, P("fsdp")) if x.shape[0] % size == 0 else x
-  return jax.tree.map(cut, batch) if size > 1 else batch
+  if size == 1:
+    return ALONE
+  constrain = lax.with_sharding_constraint
+  along = lambda x: constrain(x, P("fsdp")) if x.shape[0] % size == 0 else x
+  whole = "fsdp" if zero == 1 else None
+  lie = lambda x: constrain(x, P(*spec_of(cut, x.shape, whole)))
+  grads = (lambda grads: jax.tree.map(lie, grads)) if zero < 3 else ALONE.grads
+  return Inside(lambda batch: jax.tree.map(along, batch), grads)
 
 
 def of_data(rows: Any) -> Data:

@@ -3,10 +3,10 @@
 from functools import partial
 
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from research.base import Executor
+from research.base import Executor, Tree
 from research.comm import mesh as meshes
 from research.parallel import layout as layouts
 from research.parallel import sharded, workers
@@ -16,32 +16,35 @@ from research.parallel.job import Job, resolved
 def spmd(job: Job) -> Executor:
   """Runs each worker on its own devices, in one process or in several.
 
-  Along `fsdp` the compiler cuts the parameters, the state and the batch inside a worker, and each
-  device aggregates the shard that it holds.
+  Along the other axes the compiler cuts a worker's parameters, state and batch, and each device
+  aggregates the shard that it holds.
   `check_vma` is off, so that a gradient is this worker's own and not already the sum over all.
 
   Raises:
-    ValueError: if the mesh does not fit the devices, the population not the workers, or the method
-      exchanges what a mesh that cuts parameters inside a worker does not allow.
+    ValueError: if the mesh does not fit the devices, the model or the batch, the population not the
+      workers, or the method exchanges what a mesh that cuts parameters inside a worker does not
+      allow.
   """
   mesh = meshes.device_mesh(job.axes, job.devices)
   job, layout = resolved(job), workers.infer_layout(job)
   names = tuple(meshes.worker_axes(job.axes))
   initial = partial(workers.initial, job, layout)
   cut = sharded.cut_of(job.axes, job.task)
+  _check_inside(job, mesh, names)
   if cut and job.method.over:
     job = job._replace(method=job.method.over(lambda inner: sharded.per_shard(inner, cut)))
     job = resolved(job)
   elif cut:
     _only_sums(job, layout)
   rows = P(names)
-  shardings = sharded.of_state(layout.state, mesh, names, layout.state_shapes, cut)
+  whole = _models(job, layout) if job.zero < 3 else None
+  shardings = sharded.of_state(layout.state, mesh, names, layout.state_shapes, cut, whole)
   specs = sharded.of_state(layout.state, None, names)
   init = jax.jit(initial, out_shardings=shardings)
-  constrain = partial(sharded.split_batch, job.axes)
+  inside = sharded.inside(job.axes, cut, job.zero)
 
   def run(state, data, rounds):
-    per_worker = lambda s, d: workers.rounds_of_worker(job, layout.state, s, d, rounds, constrain)
+    per_worker = lambda s, d: workers.rounds_of_worker(job, layout.state, s, d, rounds, inside)
     return jax.shard_map(
       per_worker,
       mesh=mesh,
@@ -58,8 +61,43 @@ def spmd(job: Job) -> Executor:
     out_shardings=(shardings, NamedSharding(mesh, P())),
   )
   deployed = lambda state: workers.deployed(job, layout, state.method)
-  params = jax.jit(deployed, out_shardings=NamedSharding(mesh, P()))
+  along = lambda x: sharded.spec_of(cut, x.shape, "fsdp" if job.zero < 3 else None)
+  lies = lambda x: NamedSharding(mesh, P(*along(x)))
+  model = jax.eval_shape(job.task.init, jax.random.key(0))
+  params = jax.jit(deployed, out_shardings=jax.tree.map(lies, model))
   return Executor(init, partial(sharded.place, mesh, names), run, params)
+
+
+def _models(job: Job, layout: layouts.Layout) -> Tree:
+  """Which leaves of the state are, as they are, the parameters that one would deploy."""
+  program = jax.make_jaxpr(job.method.params)(layout.state_shapes).jaxpr
+  deployed = set(map(id, program.outvars))
+  flags = [id(variable) in deployed for variable in program.invars]
+  return jax.tree.structure(layout.state_shapes).unflatten(flags)
+
+
+def _check_inside(job: Job, mesh: Mesh, names: tuple[str, ...]) -> None:
+  """Holds a worker's batch and model against the axes inside it, by tracing its loss there.
+
+  Raises:
+    ValueError: where these do not divide what lies along them.
+  """
+  along, size = job.axes.get("fsdp", 1), job.batch_size
+  if size is not None and size % along:
+    raise ValueError(
+      f"'fsdp:{along}' does not divide the batch of {size} examples of a worker; nearest: "
+      f"--batch_size={job.workers * along * -(-size // along)}"
+    )
+  if set(job.axes) != set(names):
+    loss = jax.shard_map(
+      job.task.loss,
+      mesh=mesh,
+      in_specs=P(),
+      out_specs=P(),
+      axis_names=set(names),
+      check_vma=False,
+    )
+    jax.eval_shape(loss, *workers.of_loss(job))
 
 
 def _only_sums(job: Job, layout: layouts.Layout) -> None:

@@ -18,18 +18,15 @@ from research.parallel.cohorts import draw
 from research.parallel.job import Job, resolved
 
 
-def value_and_clipped_grad(job: Job) -> Callable[..., tuple[Array, Tree]]:
+def value_and_clipped_grad(job: Job, inside: sharded.Inside) -> Callable[..., tuple[Array, Tree]]:
   """(params, batch, key) -> loss and gradient, this worker's clipped to norm `clip_norm` if > 0."""
-  value_and_grad = jax.value_and_grad(job.task.loss)
-  if job.clip_norm <= 0:
-    return value_and_grad
-  clip = optax.clip_by_global_norm(job.clip_norm)
+  clip = optax.clip_by_global_norm(job.clip_norm) if job.clip_norm > 0 else optax.identity()
 
-  def clipped(params, batch, key):
-    value, grads = value_and_grad(params, batch, key)
-    return value, clip.update(grads, clip.init(params))[0]
+  def value_and_grad(params, batch, key):
+    value, grads = jax.value_and_grad(job.task.loss)(params, inside.batch(batch), key)
+    return value, clip.update(inside.grads(grads), clip.init(params))[0]
 
-  return clipped
+  return value_and_grad
 
 
 def local_phase(
@@ -39,7 +36,7 @@ def local_phase(
   size: Array,
   index: Tree,
   key: Key,
-  constrain: Callable[[Batch], Batch] = lambda batch: batch,
+  inside: sharded.Inside = sharded.ALONE,
 ) -> tuple[Local, Array]:
   """`begin` and `period` times `step` on one owner's examples [n, ...]; nothing is communicated.
 
@@ -48,7 +45,7 @@ def local_phase(
   Returns:
     The worker's Local, and its mini-batch losses [H].
   """
-  method, gradient = job.method, value_and_clipped_grad(job)
+  method, gradient = job.method, value_and_clipped_grad(job, inside)
   if job.batch_size is None and not job.even:
     most = jax.tree.leaves(examples)[0].shape[0]
     examples = {**examples, "mask": (jnp.arange(most) < size).astype(jnp.float32)}
@@ -63,8 +60,7 @@ def local_phase(
       drawn = examples
     elif not ahead:
       drawn = job.task.batch(examples, drawn)
-    batch = constrain(drawn)
-    step_key = jax.random.fold_in(key, number)
+    batch, step_key = drawn, jax.random.fold_in(key, number)
     loss, grads = gradient(local.params, batch, step_key)
     grad_fn = lambda params: gradient(params, batch, step_key)[1]
     return method.step(grads, local, state, key=step_key, grad_fn=grad_fn), loss
@@ -174,7 +170,7 @@ def rounds_of_worker(
   state: TrainState,
   data: Data,
   rounds: int,
-  constrain: Callable[[Batch], Batch] = lambda batch: batch,
+  inside: sharded.Inside = sharded.ALONE,
 ) -> tuple[TrainState, dict[str, Array]]:
   """K rounds as one worker runs them, where each has a device: for `shard_map` and `pmap`.
 
@@ -197,7 +193,7 @@ def rounds_of_worker(
       size,
       lot.index,
       collectives.worker_key(step_key),
-      constrain,
+      inside,
     )
     after = sync(job, local, pick(private, held, client), lot.weight, sync_key)
     written = all_finite(after) if job.clients > 1 else jnp.bool_(True)
@@ -258,6 +254,18 @@ def traffic(job: Job, layout: layouts.Layout, rounds: int) -> wire.Traffic:
   zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)
   first = lambda: init(zeros())
   return wire.traffic_of_rounds(round_, *args, axes=axes, rounds=rounds, first=first)
+
+
+def of_loss(job: Job) -> tuple[Tree, Batch, Key]:
+  """Shapes of the arguments of a worker's loss: parameters, a mini-batch, a key."""
+  key, most = jax.eval_shape(lambda: jax.random.key(0)), int(job.sizes.max())
+  struct = lambda x: jax.ShapeDtypeStruct((most, *x.shape[1:]), x.dtype)
+  batch = jax.tree.map(struct, job.task.train)
+  if job.batch_size is not None:
+    sample = lambda key: job.task.sample(most, jnp.int32(0), key, batch_size=job.batch_size)
+    fetch = lambda examples, key: job.task.batch(examples, sample(key))
+    batch = jax.eval_shape(fetch, batch, key)
+  return jax.eval_shape(job.task.init, key), batch, key
 
 
 def dense_traffic(job: Job) -> list[wire.Transfer]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -175,8 +175,16 @@ def next_token(module: nn.Module, size: int, train: Part, held_out: Part, *, con
     return {"x": jax.vmap(window)(index["row"], index["offset"])}
 
   examples = _ring(train.tokens, context)
-  rules, chunk = getattr(module, "rules", ()), evaluated_at_once(size, context)
-  return Task(init, loss, evaluate, sample, batch, examples, test, rules=rules, chunk=chunk)
+  task = Task(init, loss, evaluate, sample, batch, examples, test)
+  return task._replace(**of_model(module), chunk=evaluated_at_once(size, context))
+
+
+def of_model(module: nn.Module) -> dict[str, Any]:
+  """What a model says of how a mesh may cut it: fields of a Task."""
+  return {
+    "rules": getattr(module, "rules", ()),
+    "schedule": getattr(module, "schedule", None),
+  }
 
 
 class Objective(NamedTuple):

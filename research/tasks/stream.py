@@ -90,9 +90,9 @@ def _task(module: nn.Module, source: Source, end: int, context: int, most: int) 
     return {"x": rows}
 
   order = sampling.in_order, sampling.take
-  rules, chunk = getattr(module, "rules", ()), language.evaluated_at_once(size, context)
-  feed = Feed(end // context, batch)
-  return Task(init, loss, evaluate, *order, train, test, rules=rules, chunk=chunk, feed=feed)
+  task = Task(init, loss, evaluate, *order, train, test, feed=Feed(end // context, batch))
+  chunk = language.evaluated_at_once(size, context)
+  return task._replace(**language.of_model(module), chunk=chunk)
 
 
 def reader(

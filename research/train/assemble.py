@@ -80,6 +80,11 @@ def check(config: Config) -> Setting:
     raise UsageError('--tensorboard: needs tensorboardX: pip install -e ".[tensorboard]"')
   with flag("mesh", config.mesh):
     axes = meshes.parse_mesh(config.mesh)
+  with flag("zero", config.zero):
+    if config.zero not in (1, 2, 3):
+      raise ValueError("not 1 (cuts the state along fsdp), 2 (gradients too) or 3 (parameters too)")
+    if config.zero < 3 and ("fsdp" not in axes or config.executor != "spmd"):
+      raise ValueError("is about a mesh with fsdp and --executor=spmd")
   workers = meshes.count(meshes.worker_axes(axes))
   owners = config.population or workers
   with flag("population", config.population):
@@ -195,6 +200,7 @@ def assemble(config: Config, setting: Setting, devices: Sequence[Any] | None = N
     config.clip_norm,
     config.sampling_rate,
     config.dropout,
+    zero=config.zero,
     local_phase=config.local_phase,
     devices=devices,
   )

@@ -17,6 +17,7 @@ class Config(NamedTuple):
   method: str = "data_parallel(sgd(0.1, momentum=0.9), mean())"
   executor: str = "simulate"
   mesh: str = "data:8"
+  zero: int = 3
   population: int = 0
   sampling_rate: float = 0.0
   dropout: float = 0.0

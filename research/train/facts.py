@@ -50,7 +50,7 @@ def facts(config: Config, job: Job, layout: Layout) -> Facts:
   graphs = [_topology(call, around, job) for call, around in calls if _kind(call) == "topology"]
   noises = [call for call, _ in calls if call.name == "noisy"]
   named = [{name: _arguments(call)[name] for name in ("noise", "clip")} for call in noises]
-  found = _columns(graphs) | _columns(named)
+  found = _columns(graphs) | _columns(named) | _pipeline(config, job)
   if not noises:
     return Facts(found, None, "")
   found["delta"] = config.delta
@@ -61,6 +61,15 @@ def facts(config: Config, job: Job, layout: Layout) -> Facts:
   except (_Uncounted, ImportError) as error:
     return Facts(found, None, f"no epsilon in the metrics: {error}")
   return Facts(found, epsilon, "")
+
+
+def _pipeline(config: Config, job: Job) -> dict[str, Any]:
+  """How the stages of a mesh take a worker's batch through the layers, and how long each idles."""
+  stages, examples = job.axes.get("stage", 1), job.batch_size or int(job.sizes.max())
+  if stages == 1 or config.executor != "spmd" or job.task.schedule is None:
+    return {}
+  plan = job.task.schedule(stages, examples, job.axes.get("fsdp", 1))
+  return {"pipeline": plan._asdict() | {"bubble": plan.bubble}}
 
 
 class _Uncounted(Exception):

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from research.base import Array, Params, TrainState
 from research.comm import wire
@@ -17,7 +19,7 @@ from research.comm.mesh import worker_axes
 from research.parallel import resize, workers
 from research.train import folder as folders
 from research.train import interrupt, metrics, report
-from research.train.assemble import Problem, assemble, check, evaluation_shards
+from research.train.assemble import Problem, assemble, check
 from research.train.checkpoint import Checkpoints
 from research.train.config import Config, UsageError
 from research.train.facts import facts
@@ -131,7 +133,8 @@ class Run:
     self.data = executor.place(problem.examples, problem.sizes, data_key)
     self.training = Training(config, job, self.data)
     self.test = executor.place(*problem.test, data_key) if problem.test else None
-    self.evaluate = metrics.evaluator(job.task, evaluation_shards(job, config.executor))
+    shared = job.batch_size if len(job.axes) > len(worker_axes(job.axes)) else None
+    self.evaluate = metrics.evaluator(job.task, self.data.sizes.sharding.mesh, shared or 1)
     self.differing = metrics.replica_check(self.state)
     self.sent = Sent(problem.plan, self.layout, problem.steps)
     self.facts = facts(config, job, self.layout)
@@ -372,7 +375,8 @@ class Run:
 def params_sha256(params: Params) -> str:
   """The SHA-256 of the parameters' names, types, shapes and bits, in the order of the tree."""
   digest = hashlib.sha256()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(params)):
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
-    digest.update(np.ascontiguousarray(leaf).tobytes())
+    whole = jax.jit(lambda x: x, out_shardings=NamedSharding(leaf.sharding.mesh, P()))
+    digest.update(np.ascontiguousarray(jax.device_get(whole(leaf))).tobytes())
   return digest.hexdigest()

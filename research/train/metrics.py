@@ -1,28 +1,35 @@
 """What is measured on the devices beside the training itself: evaluation, and replicas compared."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from research.base import Array, Batch, Data, Params, Task, Tree
+from research.comm import mesh as meshes
 from research.train.checkpoint import checksum
 
 
-def evaluator(task: Task, shards: int) -> Callable[..., dict[str, Array]]:
+def evaluator(task: Task, mesh: Mesh, batch: int = 1) -> Callable[..., dict[str, Array]]:
   """`evaluate(params, data, gradient=False)`: means over all examples of a placed data set.
 
   The metrics are those of `task.evaluate`; with `gradient=True` the norm of the full objective's
-  gradient, that of `task.loss`, comes with them as `gradient_norm`.
+  gradient, that of `task.loss`, comes with them as `gradient_norm`. Every place on the worker axes
+  goes through its own examples, chunk by chunk.
 
   Args:
     task: what to measure.
-    shards: over how many devices the examples are spread.
+    mesh: that of the data.
+    batch: examples that the devices of a worker share evenly; chunks are multiples of it.
   """
+  names = tuple(meshes.worker_axes(mesh.shape))
+  apart = tuple(name for name in names if mesh.shape[name] > 1)
 
   def of_chunk(params: Params, chunk: Batch, total: Array, gradient: bool) -> Tree:
     share = jnp.sum(chunk["mask"]) / total
@@ -31,17 +38,25 @@ def evaluator(task: Task, shards: int) -> Callable[..., dict[str, Array]]:
       found["gradient_norm"] = jax.grad(task.loss)(params, chunk, jax.random.key(0))
     return jax.tree.map(lambda x: share * x, found)
 
-  def evaluate(params: Params, data: Data, gradient: bool = False) -> dict[str, Array]:
-    chunks = _chunks(data, shards, task.chunk)
-    total = jnp.sum(data.sizes).astype(jnp.float32)
-    first = jax.tree.map(lambda x: x[0], chunks)
-    shapes = jax.eval_shape(lambda: of_chunk(params, first, total, gradient))
+  def of_place(params: Params, examples: Batch, sizes: Array, total: Array, gradient: bool) -> Tree:
+    chunks = _chunks(examples, sizes, task.chunk, batch)
+    one = lambda chunk: of_chunk(params, chunk, total, gradient)
+    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], chunks))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    add = lambda sums, chunk: (
-      jax.tree.map(jnp.add, sums, of_chunk(params, chunk, total, gradient)),
-      None,
-    )
+    add = lambda sums, chunk: (jax.tree.map(jnp.add, sums, one(chunk)), None)
     sums = lax.scan(add, zeros, chunks)[0]
+    return lax.psum(sums, apart) if apart else sums
+
+  def evaluate(params: Params, data: Data, gradient: bool = False) -> dict[str, Array]:
+    total = jnp.sum(data.sizes).astype(jnp.float32)
+    sums = jax.shard_map(
+      partial(of_place, gradient=gradient),
+      mesh=mesh,
+      in_specs=(P(), P(names), P(names), P()),
+      out_specs=P(),
+      axis_names=set(names),
+      check_vma=False,
+    )(params, data.examples, data.sizes, total)
     if gradient:
       squares = [jnp.sum(g * g) for g in jax.tree.leaves(sums["gradient_norm"])]
       sums["gradient_norm"] = jnp.sqrt(sum(squares))
@@ -50,21 +65,19 @@ def evaluator(task: Task, shards: int) -> Callable[..., dict[str, Array]]:
   return jax.jit(evaluate, static_argnames="gradient")
 
 
-def _chunks(data: Data, shards: int, chunk: int) -> Batch:
-  """Examples [P, n, ...] as [chunks, examples, ...] with a mask, each chunk over all shards."""
-  owners, most = jax.tree.leaves(data.examples)[0].shape[:2]
-  of_shard = owners // shards * most
-  count = max(1, -(-of_shard // chunk))
-  size = -(-of_shard // count)
-  mask = (jnp.arange(most) < data.sizes[:, None]).astype(jnp.float32)
+def _chunks(examples: Batch, sizes: Array, chunk: int, batch: int) -> Batch:
+  """Examples [R, n, ...] of R owners as [chunks, examples, ...], with a mask."""
+  owners, most = jax.tree.leaves(examples)[0].shape[:2]
+  count = max(1, -(-owners * most // chunk))
+  size = batch * -(-owners * most // (count * batch))
+  mask = (jnp.arange(most) < sizes[:, None]).astype(jnp.float32)
 
   def cut(x):
-    x = x.reshape(shards, of_shard, *x.shape[2:])
-    x = jnp.pad(x, [(0, 0), (0, count * size - of_shard)] + [(0, 0)] * (x.ndim - 2))
-    x = jnp.moveaxis(x.reshape(shards, count, size, *x.shape[2:]), 1, 0)
-    return x.reshape(count, shards * size, *x.shape[3:])
+    x = x.reshape(owners * most, *x.shape[2:])
+    x = jnp.pad(x, [(0, count * size - owners * most)] + [(0, 0)] * (x.ndim - 1))
+    return x.reshape(count, size, *x.shape[1:])
 
-  return jax.tree.map(cut, {**data.examples, "mask": mask})
+  return jax.tree.map(cut, {**examples, "mask": mask})
 
 
 def replica_check(tree: Tree) -> Callable[[Tree], list[str]]:

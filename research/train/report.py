@@ -168,6 +168,14 @@ def loss_plot(folder: Path, summary: Mapping[str, Any]) -> None:
   plt.close(figure)
 
 
+def _pipeline(plan: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+  if plan is None:
+    return []
+  repeats = f", {plan['repeats']} times" if plan["repeats"] > 1 else ""
+  text = f"{plan['stages']} stages, {plan['microbatches']} micro-batches{repeats}"
+  return [("pipeline", f"{text}: idle {plan['bubble']:.1%} of the time")]
+
+
 def closing_table(summary: Mapping[str, Any], folder: Path) -> str:
   """The few figures that a run ends with, one per line, and where its plot is."""
   wire = summary["wire"]
@@ -193,6 +201,7 @@ def closing_table(summary: Mapping[str, Any], folder: Path) -> str:
     ),
     *([("of what the exact mean sends", f"{share:.2%}")] if abs(share - 1) > 1e-6 else []),
     *([("topology", summary["described"])] if "described" in summary else []),
+    *_pipeline(summary.get("pipeline")),
     *([("virtual seconds", f"{summary['virtual_seconds']:.6g}")] if virtual else []),
     *([("epsilon, delta", privacy)] if "epsilon" in summary else []),
     *([("aggregated", "per shard")] if summary["aggregated"] == "per shard" else []),

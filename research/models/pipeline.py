@@ -1,0 +1,158 @@
+"""Pipeline parallelism: stages of layers on several devices, micro-batches passing through them.
+
+A pipeline of S stages takes M micro-batches through all layers in R rounds: in round r stage s has
+layers (r S + s) k, ..., (r S + s + 1) k - 1 of R S k. At tick t it computes item i = t - s, that is
+micro-batch i mod M in round i div M, and hands it on to the next stage, the last to the first:
+
+    ticks = R M + S - 1,   bubble = (S - 1) / ticks
+
+of which every stage is idle. R = 1 is GPipe. R > 1 is circular: nearly R times less of a bubble for
+R times as many transfers. The backward pass is that of the program, the same ticks backwards.
+
+Reference: Huang et al. 2018, arXiv 1811.06965 (GPipe); Narayanan et al. 2021, arXiv 2104.04473,
+  section 2.2 (several groups of layers on each device).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from research.base import Array, Params
+from research.models import activations
+
+# (parameters [k, ...], x [b, T, width], the rest) -> x and statistics [k, ...]
+Layers = Callable[[Params, Array, Any], tuple[Array, Array]]
+
+_WEIGHTS = "weights of a stage"
+
+
+class Schedule(NamedTuple):
+  """In which order stages compute micro-batches."""
+
+  stages: int
+  microbatches: int
+  repeats: int  # rounds that each takes
+
+  @property
+  def ticks(self) -> int:
+    return self.repeats * self.microbatches + self.stages - 1
+
+  @property
+  def bubble(self) -> float:
+    """The share of ticks in which a stage has nothing to do."""
+    return (self.stages - 1) / self.ticks
+
+
+def schedule(stages: int, examples: int, microbatches: int, repeats: int, cut: int = 1) -> Schedule:
+  """How so many stages take so many examples through.
+
+  Args:
+    stages: S.
+    examples: of one pass.
+    microbatches: M, or 0 for the most that are at most 4 S and divide the examples.
+    repeats: R.
+    cut: devices along which each micro-batch should be cut; a wish where M is chosen.
+
+  Raises:
+    ValueError: M does not divide the examples, or is less than S with R > 1, where a micro-batch
+      would have to be back at the first stage before it has left the last.
+  """
+  least = stages if repeats > 1 else 1
+  if not microbatches:
+    legal = [m for m in range(least, 4 * stages + 1) if examples % m == 0]
+    even = [m for m in legal if examples // m % cut == 0]
+    if not legal:
+      raise ValueError(
+        f"'stage:{stages}' with repeats={repeats} needs {least} micro-batches or more, and none of "
+        f"up to {4 * stages} divides the batch of {examples} examples of a worker"
+      )
+    microbatches = max(even or legal)
+  if examples % microbatches:
+    raise ValueError(
+      f"microbatches={microbatches} does not divide the batch of {examples} examples of a worker"
+    )
+  if microbatches < least:
+    raise ValueError(
+      f"microbatches={microbatches} is less than the {stages} stages that repeats={repeats} needs"
+    )
+  return Schedule(stages, microbatches, repeats)
+
+
+def pipelined(
+  layers: Layers, params: Params, x: Array, rest: Any, plan: Schedule
+) -> tuple[Array, Array]:
+  """Applies layers whose parameters are cut along the mesh axis `stage`.
+
+  Args:
+    layers: applies some of them, one after the other.
+    params: leaves [R, S k, ...], the second dimension along `stage`.
+    x: [B, T, width].
+    rest: further arguments, the same for all.
+    plan: M divides B.
+
+  Returns:
+    The output [B, T, width], its T along `stage` where S divides it, and the statistics of all
+    layers [R, S k, ...], means over the micro-batches.
+  """
+  stages, count, repeats = plan
+  whole = x.shape[1] % stages != 0
+  of_layers = P(None, "stage")
+
+  def apply(params: Params, number: Array, x: Array, rest: Any) -> tuple[Array, Array]:
+    of_round = lambda leaf: leaf[0] if repeats == 1 else leaf[number]
+    return layers(jax.tree.map(lambda p: checkpoint_name(of_round(p), _WEIGHTS), params), x, rest)
+
+  # weights are at hand in the backward pass: not to be kept once more for every tick
+  policy = jax.checkpoint_policies.save_anything_except_these_names(_WEIGHTS)
+  apply = jax.checkpoint(apply, policy=policy, prevent_cse=False)
+
+  def stage(params: Params, waiting: Array, rest: Any) -> tuple[Array, Array]:
+    """`waiting` [M, b, T, width]: what the first stage is to take, in whichever round."""
+    here, last = lax.axis_index("stage"), plan.ticks
+    onward = partial(
+      lax.ppermute, axis_name="stage", perm=[(s, (s + 1) % stages) for s in range(stages)]
+    )
+    put = lambda waiting, arrived, tick: lax.dynamic_update_index_in_dim(
+      waiting, arrived, (tick - stages) % count, 0
+    )
+
+    def one_tick(held, tick):
+      waiting, arrived, statistics = held
+      waiting = jnp.where(tick >= stages, put(waiting, arrived, tick), waiting)
+      item = tick - here
+      number, busy = (
+        jnp.clip(item // count, 0, repeats - 1),
+        (item >= 0) & (item < last - stages + 1),
+      )
+      first = lax.dynamic_index_in_dim(waiting, item % count, 0, keepdims=False)
+      out, found = apply(params, number, jnp.where(here == 0, first, arrived), rest)
+      found = jnp.where(busy, found, 0) / count
+      return (waiting, onward(out), statistics.at[number].add(found)), None
+
+    shapes = jax.eval_shape(apply, params, jnp.int32(0), waiting[0], rest)[1]
+    statistics = jnp.zeros((repeats, *shapes.shape), shapes.dtype)
+    held = waiting, jnp.zeros_like(waiting[0]), statistics
+    (waiting, arrived, statistics), _ = lax.scan(one_tick, held, jnp.arange(last))
+    out = jnp.where(here == 0, put(waiting, arrived, last), 0)
+    if whole:
+      return lax.psum(out, "stage"), statistics
+    return lax.psum_scatter(out, "stage", scatter_dimension=2, tiled=True), statistics
+
+  cut = jax.shard_map(
+    stage,
+    in_specs=(of_layers, P(), P()),
+    out_specs=(P() if whole else P(None, None, "stage"), of_layers),
+    axis_names={"stage"},
+    check_vma=False,
+  )
+  # example i is in micro-batch i mod M, so that each device has its part of every micro-batch
+  rows = x.reshape(x.shape[0] // count, count, *x.shape[1:])
+  along = lambda x: activations.along(x, None, "fsdp", "seq", None)
+  out, statistics = cut(params, along(jnp.moveaxis(rows, 1, 0)), rest)
+  return jnp.moveaxis(out, 0, 1).reshape(x.shape), statistics

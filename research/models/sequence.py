@@ -1,0 +1,114 @@
+"""Attention over sequences along the mesh axis `seq`: each device has a part of the tokens.
+
+`by_heads` gives every device all tokens of some heads for the time of the attention; `ring` leaves
+tokens where they are and passes keys and values around.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from research.base import Array
+from research.models import activations
+from research.models.attention import Attend
+
+
+def devices() -> int:
+  """Devices along `seq` of the mesh in scope, 1 without."""
+  return activations.inner_axes().get("seq", 1)
+
+
+def across(query: Array, key: Array, value: Array, attend: Attend) -> Array:
+  """`by_heads` where devices divide the heads of keys, else `ring`."""
+  axes = activations.inner_axes()
+  heads = key.shape[2] // (axes.get("model", 1) if key.shape[2] % axes.get("model", 1) == 0 else 1)
+  return (by_heads if heads % axes["seq"] == 0 else ring)(query, key, value, attend)
+
+
+def by_heads(query: Array, key: Array, value: Array, attend: Attend) -> Array:
+  """Attention with two exchanges: tokens for heads, and back.
+
+  Args:
+    query, key, value: as of every attention function, the length along `seq`.
+    attend: of all tokens.
+
+  Raises:
+    ValueError: devices along `seq` do not divide the heads that each has.
+
+  Reference: Jacobs et al. 2023, arXiv 2309.14509, section 3.
+  """
+
+  def body(query: Array, key: Array, value: Array) -> Array:
+    size = lax.axis_size("seq")
+    if key.shape[2] % size:
+      raise ValueError(f"'seq:{size}' does not divide the {key.shape[2]} heads of keys on a device")
+    heads = partial(lax.all_to_all, axis_name="seq", split_axis=2, concat_axis=1, tiled=True)
+    tokens = partial(lax.all_to_all, axis_name="seq", split_axis=1, concat_axis=2, tiled=True)
+    return tokens(attend(heads(query), heads(key), heads(value)))
+
+  return _on_devices(body, query, key, value)
+
+
+def ring(query: Array, key: Array, value: Array, attend: Attend | None = None) -> Array:
+  """Attention in S steps: each device meets the keys of another part in each, and passes them on.
+
+  With the scores x of a part, the sums over all parts so far are kept relative to their largest m:
+
+      m' = max(m, max x);  l' = l e^(m - m') + sum e^(x - m');  o' = o e^(m - m') + e^(x - m') value
+
+  and the output is o / l. A part that comes later than all queries is passed over. Scores are
+  computed anew in the backward pass. Since parts are in order, the last device computes S parts
+  while the first computes one.
+
+  Args:
+    query, key, value: as of every attention function, the length along `seq`.
+    attend: not used.
+
+  Reference: Liu et al. 2023, arXiv 2310.01889, algorithm 1.
+  """
+  del attend
+  return _on_devices(_ring, query, key, value)
+
+
+def _ring(query: Array, key: Array, value: Array) -> Array:
+  size, here = lax.axis_size("seq"), lax.axis_index("seq")
+  batch, length, heads, head_dim = query.shape
+  onward = [(i, (i + 1) % size) for i in range(size)]
+  earlier = jnp.tril(jnp.ones((length, length), bool))
+
+  @jax.checkpoint
+  def meet(sums, key, value, source):
+    most, total, out = sums
+    shared = heads // key.shape[2]
+    key, value = (jnp.repeat(x, shared, axis=2) for x in (key, value))
+    scores = jnp.einsum("bthd,bshd->bhts", query, key, preferred_element_type=jnp.float32)
+    seen = earlier[None, None] | (source < here)
+    scores = jnp.where(seen, scores * head_dim**-0.5, -jnp.inf)
+    top = jnp.maximum(most, jnp.max(scores, -1))
+    shares, before = jnp.exp(scores - top[..., None]), jnp.exp(most - top)
+    met = jnp.einsum("bhts,bshd->bhtd", shares.astype(value.dtype), value)
+    return top, total * before + jnp.sum(shares, -1), out * before[..., None] + met
+
+  def step(held, number):
+    sums, (key, value) = held
+    source = (here - number) % size
+    sums = lax.cond(source <= here, meet, lambda sums, *_: sums, sums, key, value, source)
+    return (sums, lax.ppermute((key, value), "seq", onward)), None
+
+  zeros = lambda *shape: jnp.zeros((batch, heads, length, *shape), jnp.float32)
+  # the first part is a device's own, so that every query has seen a key: the least serves as -inf
+  sums = zeros() + jnp.finfo(jnp.float32).min, zeros(), zeros(head_dim)
+  ((_, total, out), _), _ = lax.scan(step, (sums, (key, value)), jnp.arange(size))
+  return jnp.swapaxes(out / total[..., None], 1, 2).astype(query.dtype)
+
+
+def _on_devices(body, query: Array, key: Array, value: Array) -> Array:
+  """Runs a body on each device's examples, tokens and heads."""
+  axes = activations.inner_axes()
+  lies: P = activations.spec(key.shape, "fsdp", "seq", "model", None)  # divides the queries' too
+  return jax.shard_map(
+    body, in_specs=(lies,) * 3, out_specs=lies, axis_names=set(axes), check_vma=False
+  )(query, key, value)
