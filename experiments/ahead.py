@@ -96,14 +96,20 @@ def arguments(problem: assemble.Problem) -> tuple[TrainState, Data]:
   )
 
 
-def compiled_round(config: Config, target: Target) -> dict[str, Any]:
+def compiled_round(config: Config, target: Target, effort: float = 0.0) -> dict[str, Any]:
   """Compiles one round and reads everything off it; bytes and FLOPs are of one device.
+
+  Args:
+    config: the run's flags.
+    target: what to compile for.
+    effort: of the compiler to make a fast program, in [-1, 1]: 0 as for a run; less takes less
+      time, and makes a program that overlaps less and needs less memory for it.
 
   Raises:
     UsageError: one line, if it does not fit too.
   """
   problem = problem_of(config, target)
-  built = _compile(problem, target)
+  built = _compile(problem, target, effort)
   try:
     transfers, unread = compiled.traffic(built.program, built.mesh), ""
   except ValueError as error:
@@ -112,6 +118,7 @@ def compiled_round(config: Config, target: Target) -> dict[str, Any]:
   work = _work(problem, built.jaxpr, built.mesh)
   return {
     **{name: getattr(config, name) for name in ("task", "model", "method", "mesh", "batch_size")},
+    "effort": effort,
     "steps_per_round": period,
     "memory": _memory(built.program.memory_analysis(), built.held, target),
     "flops": work["flops"],
@@ -133,7 +140,7 @@ class Built(NamedTuple):
   seconds: dict[str, float]
 
 
-def _compile(problem: assemble.Problem, target: Target) -> Built:
+def _compile(problem: assemble.Problem, target: Target, effort: float) -> Built:
   """Builds one round.
 
   Raises:
@@ -145,7 +152,7 @@ def _compile(problem: assemble.Problem, target: Target) -> Built:
   lowered, lowered_at = traced.lower(), time.perf_counter()
   held = {"state": _held(state), "examples": _held(data)}
   try:
-    program = lowered.compile()
+    program = lowered.compile({"exec_time_optimization_effort": effort})
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise

@@ -95,7 +95,9 @@ def of_run(found: dict[str, Any], target: "Target") -> str:
   """What was compiled, as the flags that say so."""
   chosen = {"topology": target.topology, **({"slices": target.slices} if target.slices > 1 else {})}
   chosen |= {name: found[name] for name in ("mesh", "task", "model", "method", "batch_size")}
-  return "\n".join(f"    --{name}={shlex.quote(str(value))}" for name, value in chosen.items())
+  chosen |= {"effort": found["effort"]} if found["effort"] else {}
+  quoted = lambda text: f'"{text}"' if not set(text) & set('"$`\\!') else shlex.quote(text)
+  return "\n".join(f"    --{name}={quoted(str(value))}" for name, value in chosen.items())
 
 
 def memory(found: dict[str, Any]) -> str:
@@ -192,7 +194,7 @@ def grid(text: str, config: Config) -> list[Config]:
   return found
 
 
-def swept(configs: Iterable[Config], target: "Target") -> list[dict[str, Any]]:
+def swept(configs: Iterable[Config], target: "Target", effort: float) -> list[dict[str, Any]]:
   """A row for each run, with a line in place of figures for those that cannot be."""
   from experiments import ahead
 
@@ -200,7 +202,7 @@ def swept(configs: Iterable[Config], target: "Target") -> list[dict[str, Any]]:
   for config in configs:
     print(f"compiling {config.mesh} x {config.method}", file=sys.stderr, flush=True)
     try:
-      rows.append(ahead.compiled_round(config, target))
+      rows.append(ahead.compiled_round(config, target, effort))
     except UsageError as error:
       rows.append({"mesh": config.mesh, "method": config.method, "refused": str(error)})
   if all("refused" in row for row in rows):
@@ -260,10 +262,10 @@ def main(argv: list[str]) -> None:
 
     place = ahead.target(FLAGS.topology, FLAGS.slices)
     if FLAGS.sweep:
-      rows = swept(configs, place)
+      rows = swept(configs, place, FLAGS.effort)
       found, text = {"rows": rows, "best": best(rows)}, comparison(rows)
     else:
-      found = ahead.compiled_round(config, place)
+      found = ahead.compiled_round(config, place, FLAGS.effort)
       text = report(found, place)
     if config.out:
       with flag("out", config.out):
@@ -300,5 +302,8 @@ if __name__ == "__main__":
   FLAGS.set_default("compilation_cache", "off")
   flags.DEFINE_string("topology", "v5e:2x4", "Chip and sides of a slice, such as v5p:8x8x8.")
   flags.DEFINE_integer("slices", 1, "How many such slices: the size of the mesh's 'slice'.", 1)
+  flags.DEFINE_float(
+    "effort", 0.0, "Of the compiler, 0 as for a run; -1 takes a third of the time.", -1, 1
+  )
   flags.DEFINE_string("sweep", "", "MESH;MESH x METHOD;METHOD: compares them; empty: no.")
   app.run(main, flags_parser=run.parse_flags)
