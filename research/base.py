@@ -142,7 +142,7 @@ class Task(NamedTuple):
   optimum: Params | None = None  # the exact minimiser, where it is known
   rules: tuple[tuple[str, tuple[str | None, ...]], ...] = ()  # see `parallel/rules.py`
   chunk: int = 1024  # examples that a device evaluates at once
-  # (stages, examples, fsdp) -> how a pipeline takes a worker's batch through its layers: a NamedTuple
+  # (stages, examples, fsdp) -> how a pipeline takes a worker's batch through layers: a NamedTuple
   # with a `bubble`, the share of time in which a stage is idle
   schedule: Callable[[int, int, int], Any] | None = None
   feed: Feed | None = None  # where the training examples fit no memory
