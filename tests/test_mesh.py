@@ -124,12 +124,26 @@ class FakeDevice:
   device_kind: str = "fake"
 
 
-@pytest.mark.parametrize("axes", [{"slice": 2, "data": 4}, {"data": 8}, {"data": 4, "fsdp": 2}])
+@pytest.mark.parametrize(
+  "axes",
+  [
+    {"slice": 2, "data": 4},
+    {"data": 8},
+    {"data": 4, "fsdp": 2},
+    {"slice": 2, "data": 1, "stage": 2, "model": 2},
+  ],
+)
 def test_the_outermost_axis_crosses_the_slices(axes):
   """Whatever the order in which the devices of two slices come."""
   devices = [FakeDevice(i, i % 2) for i in range(8)]
   found = mesh.device_mesh(axes, devices).devices.reshape(2, 4)
   assert [{d.slice_index for d in half} for half in found] == [{0}, {1}]
+
+
+def test_what_lies_inside_a_worker_never_crosses_slices():
+  devices = [FakeDevice(i, i % 2) for i in range(8)]
+  with pytest.raises(ValueError, match="'data' does not divide among the 2 slices there are"):
+    mesh.device_mesh({"data": 1, "fsdp": 8}, devices)
 
 
 @pytest.fixture
