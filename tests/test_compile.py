@@ -17,6 +17,7 @@ import pytest
 from experiments import ahead
 from experiments import compile as command
 from research.comm import chips
+from research.comm import mesh as meshes
 from research.parallel import workers
 from research.train.config import Config, UsageError
 
@@ -253,6 +254,15 @@ def test_tpu_chips_are_single_devices():
   counts = {"v4:2x2x1": 4, "v5p:2x2x1": 4, "v5e:2x4": 8, "v6e:2x2": 4}
   assert {name: len(ahead.target(name, 1).devices) for name in counts} == counts
   assert len(ahead.target("v5e:2x2", 3).devices) == 12
+
+
+@needs_compiler
+@pytest.mark.parametrize(("axes", "slices"), [("data:2,fsdp:8", 1), ("slice:2,data:2,fsdp:8", 2)])
+def test_tpu_axes_may_share_a_side_of_the_torus(axes, slices):
+  """Of 4 x 4 chips: no side, and not both, has 2 or 8."""
+  devices = ahead.target("v6e:4x4", slices).devices
+  mesh = meshes.device_mesh(meshes.parse_mesh(axes), devices)
+  assert sorted(device.id for device in mesh.devices.flat) == sorted(d.id for d in devices)
 
 
 @needs_compiler

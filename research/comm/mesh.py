@@ -79,13 +79,16 @@ def device_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -
   devices, types = devices[:wanted], (AxisType.Auto,) * len(axes)
   slices = len({getattr(device, "slice_index", 0) for device in devices})
   if slices == 1:
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types, devices=devices)
+    sizes = tuple(axes.values())
+    places = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(places, tuple(axes), axis_types=types)
   outer = next(iter(axes))  # slow links come first
   if axes[outer] % slices:
     raise ValueError(f"'{shown}': '{outer}' does not divide among the {slices} slices there are")
   fast = [size // slices if name == outer else size for name, size in axes.items()]
   slow = [slices if name == outer else 1 for name in axes]
-  places = mesh_utils.create_hybrid_device_mesh(fast, slow, devices)
+  split = {"allow_split_physical_axes": True}
+  places = mesh_utils.create_hybrid_device_mesh(fast, slow, devices, **split)
   return Mesh(places, tuple(axes), axis_types=types)
 
 
