@@ -21,6 +21,12 @@ def devices() -> int:
   return activations.inner_axes().get("seq", 1)
 
 
+def check(length: int) -> None:
+  """Raises ValueError where they do not divide the tokens of an example."""
+  if length % devices():
+    raise ValueError(f"'seq:{devices()}' does not divide the {length} tokens of an example")
+
+
 def across(query: Array, key: Array, value: Array, attend: Attend) -> Array:
   """`by_heads` where devices divide the heads of keys, else `ring`."""
   axes = activations.inner_axes()

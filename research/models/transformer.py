@@ -147,6 +147,7 @@ class Transformer(nn.Module):
   @nn.compact
   def __call__(self, tokens: Array) -> Array:
     _check_tokens(tokens)
+    sequence.check(tokens.shape[1])
     width, head_dim = self.shape.width, self.shape.width // self.shape.heads
     matrix = lambda name: self.param(name, nn.initializers.normal(DEVIATION), (self.outputs, width))
     embedding = matrix("embedding")

@@ -3,11 +3,13 @@
 from functools import partial
 
 import jax
+from jax.extend import core
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from research.base import Executor, Tree
 from research.comm import mesh as meshes
+from research.comm.rounds import programs
 from research.parallel import layout as layouts
 from research.parallel import sharded, workers
 from research.parallel.job import Job, resolved
@@ -97,7 +99,21 @@ def _check_inside(job: Job, mesh: Mesh, names: tuple[str, ...]) -> None:
       axis_names=set(names),
       check_vma=False,
     )
-    jax.eval_shape(loss, *workers.of_loss(job))
+    program = jax.make_jaxpr(loss)(*workers.of_loss(job)).jaxpr
+    if job.axes.get("seq", 1) > 1 and not _lies_along("seq", program):
+      raise ValueError("'seq' has nothing to cut in this model; leave it out")
+
+
+def _lies_along(axis: str, program: core.Jaxpr) -> bool:
+  """Whether a program tells the compiler that something lies along a mesh axis."""
+  for eqn in program.eqns:
+    if eqn.primitive.name == "sharding_constraint" and axis in jax.tree.leaves(
+      tuple(eqn.params["sharding"].spec)
+    ):
+      return True
+    if any(_lies_along(axis, inner.jaxpr) for inner in programs(eqn)):
+      return True
+  return False
 
 
 def _only_sums(job: Job, layout: layouts.Layout) -> None:
