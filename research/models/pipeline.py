@@ -112,9 +112,12 @@ def pipelined(
   policy = jax.checkpoint_policies.save_anything_except_these_names(_WEIGHTS)
   apply = jax.checkpoint(apply, policy=policy, prevent_cse=False)
 
+  # what is summed over stages: XLA:CPU (jaxlib 0.10) aborts on such a sum of bfloat16
+  summed = jnp.float32 if activations.platform() == "cpu" else x.dtype
+
   def stage(params: Params, waiting: Array, rest: Any) -> tuple[Array, Array]:
     """`waiting` [M, b, T, width]: what the first stage is to take, in whichever round."""
-    here, last = lax.axis_index("stage"), plan.ticks
+    here, last, waiting = lax.axis_index("stage"), plan.ticks, waiting.astype(x.dtype)
     onward = partial(
       lax.ppermute, axis_name="stage", perm=[(s, (s + 1) % stages) for s in range(stages)]
     )
@@ -139,7 +142,7 @@ def pipelined(
     statistics = jnp.zeros((repeats, *shapes.shape), shapes.dtype)
     held = waiting, jnp.zeros_like(waiting[0]), statistics
     (waiting, arrived, statistics), _ = lax.scan(one_tick, held, jnp.arange(last))
-    out = jnp.where(here == 0, put(waiting, arrived, last), 0)
+    out = jnp.where(here == 0, put(waiting, arrived, last), 0).astype(summed)
     if whole:
       return lax.psum(out, "stage"), statistics
     return lax.psum_scatter(out, "stage", scatter_dimension=2, tiled=True), statistics
@@ -154,5 +157,5 @@ def pipelined(
   # example i is in micro-batch i mod M, so that each device has its part of every micro-batch
   rows = x.reshape(x.shape[0] // count, count, *x.shape[1:])
   along = lambda x: activations.along(x, None, "fsdp", "seq", None)
-  out, statistics = cut(params, along(jnp.moveaxis(rows, 1, 0)), rest)
-  return jnp.moveaxis(out, 0, 1).reshape(x.shape), statistics
+  out, statistics = cut(params, along(jnp.moveaxis(rows, 1, 0)).astype(summed), rest)
+  return jnp.moveaxis(out, 0, 1).reshape(x.shape).astype(x.dtype), statistics
