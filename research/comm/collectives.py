@@ -86,31 +86,36 @@ def gather(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
   """What every worker has, in the order of `worker_index`: leaves [W, ...], equal on all.
 
   TPU compilers turn the gather of a flat array whose length is no multiple of 128 into a sum of
-  twice the bytes; long ones are therefore filled up.
+  twice the bytes; long ones are therefore filled up, and sent as arrays [n / 128, 128].
   """
   names, count = in_scope(axes), worker_count(axes)
 
   def one(x):
-    long_and_odd = x.ndim == 1 and x.size >= 64 * _LANES and x.size % _LANES
-    found = jnp.pad(x, (0, -x.size % _LANES)) if long_and_odd else x
+    is_long = x.ndim == 1 and x.size >= 64 * _LANES
+    found = jnp.pad(x, (0, -x.size % _LANES)).reshape(-1, _LANES) if is_long else x
     for name in reversed(names):
       found = lax.all_gather(found, name)
-    found = found.reshape(count, *found.shape[len(names) :])
-    return found[:, : x.size] if long_and_odd else found
+    if is_long:
+      return found.reshape(count, -1)[:, : x.size]
+    return found.reshape(count, *x.shape)
 
   return jax.tree.map(one, tree)
 
 
 def exchange(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
-  """Sends row i of each leaf [W, ...] to worker i; returns the rows that this one was sent."""
+  """Sends row i of each leaf [W, ...] to worker i; returns the rows that this one was sent.
+
+  A TPU interleaves flat rows in its memory, and does not those of arrays [W, n / 128, 128].
+  """
   names = in_scope(axes)
   sizes = [lax.axis_size(name) for name in names]
 
   def one(x):
-    x = x.reshape(*sizes, *x.shape[1:])
+    is_flat = x.ndim == 2 and x.shape[1] % _LANES == 0
+    found = x.reshape(*sizes, *((-1, _LANES) if is_flat else x.shape[1:]))
     for place, name in enumerate(names):
-      x = lax.all_to_all(x, name, place, place)
-    return x.reshape(math.prod(sizes), *x.shape[len(names) :])
+      found = lax.all_to_all(found, name, place, place)
+    return found.reshape(x.shape)
 
   return jax.tree.map(one, tree)
 

@@ -69,11 +69,20 @@ def saturated(x: Array, dtype: jnp.dtype) -> Array:
 
 
 def fold(reduce: Callable[..., Array], of: Callable[[Array], Array], blocks: Array) -> Array:
-  """reduce(of(x)) of each block [blocks, width], in two steps.
+  """reduce(of(x)) of each block [blocks, width], on CPUs in two steps.
 
   XLA:CPU fuses a reduction of at most 32 elements with the elementwise `of` that feeds it; before a
-  longer one it writes of(x) to memory, which takes four times as long.
+  longer one it writes of(x) to memory, which takes four times as long. A TPU has to shuffle 32
+  elements into its 128 lanes, by code that takes twenty times as long to compile.
   """
+  at_once = lambda x: reduce(of(x), axis=1)
+  in_two = lambda x: _in_two_steps(reduce, of, x)
+  return lax.platform_dependent(blocks, cpu=in_two, default=at_once)
+
+
+def _in_two_steps(
+  reduce: Callable[..., Array], of: Callable[[Array], Array], blocks: Array
+) -> Array:
   rows, width = blocks.shape
   if width % 64:
     return reduce(of(blocks), axis=1)
