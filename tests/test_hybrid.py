@@ -110,29 +110,34 @@ def test_executions_agree_on_every_axis_and_pair(inner):
   agree(inner)
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
-def test_stages_of_zero_cut_what_they_say(zero):
-  """And nothing else: the losses of all three are one worker's without `fsdp`."""
-  of_task = task()
+@pytest.fixture(scope="module")
+def unsharded():
+  method = registry.build("method", "data_parallel(adam(0.01), mean())")
+  return Running(method, "simulate", {"data": 2}, (40, 40), BATCH, task=task()).rounds(3).metrics
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_stages_of_zero_cut_what_they_say(zero, unsharded):
+  """And nothing else: the losses are those without `fsdp`."""
   method = registry.build("method", "data_parallel(adam(0.01), mean())")
   axes = {"data": 2, "fsdp": 4}
-  running = Running(method, "spmd", axes, (40, 40), BATCH, task=of_task, zero=zero)
-  alone = Running(method, "simulate", {"data": 2}, (40, 40), BATCH, task=of_task)
-  np.testing.assert_allclose(
-    running.rounds(3).metrics["loss"], alone.rounds(3).metrics["loss"], rtol=1e-5
-  )
+  running = Running(method, "spmd", axes, (40, 40), BATCH, task=task(), zero=zero)
+  np.testing.assert_allclose(running.rounds(3).metrics["loss"], unsharded["loss"], rtol=1e-5)
   cut = lambda tree: {
     jax.tree_util.keystr(path): leaf.addressable_shards[0].data.size * 4 == leaf.size
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     if leaf.size > 1
   }
   state = running.state.method
-  assert all(cut(state.params).values()) == (zero == 3)
-  assert any(cut(state.params).values()) == (zero == 3)
+  assert not any(cut(state.params).values())
   assert all(cut(state.inner).values())
 
 
-@pytest.mark.parametrize("inner", [("fsdp", "model"), ("seq", "stage")], ids="-".join)
+@pytest.mark.parametrize(
+  "inner",
+  [("fsdp", "model"), pytest.param(("seq", "stage"), marks=pytest.mark.long)],
+  ids="-".join,
+)
 def test_compression_leaves_the_inside_of_a_worker_alone(inner):
   """Compiled: over `data` go the encoded bytes and no more, within a worker what went before."""
   axes = {"data": 2} | dict.fromkeys(inner, 2)

@@ -523,7 +523,7 @@ BAD = {
     (SMALL, "--executor=spmd"),
     ("--mesh='data:8'", "there is 1", "--executor=simulate", "JAX_NUM_CPU_DEVICES=8"),
   ),
-  "axis": Bad(("--mesh=dat:8",), ("--mesh='dat:8'", "'dat'", "slice, data, fsdp, model, expert")),
+  "axis": Bad(("--mesh=dat:8",), ("--mesh='dat:8'", "'data'?", "slice, data, stage, fsdp, expert")),
   "mesh": Bad(("--mesh=data",), ("--mesh='data'", "AXIS:SIZE")),
   "division": Bad(("--batch_size=100",), ("--batch_size=100", "8 workers", "96 and 104")),
   "examples": Bad((SMALL, "--batch_size=1600"), ("--batch_size=1600", "1000", "'all'")),

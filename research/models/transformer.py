@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from research.base import Array, Key, Params
 from research.models import activations, pipeline, sequence
-from research.models.attention import ATTENTION, Attend, Rotation, rotation
+from research.models.attention import ATTENTION, Attend, Rotation, plain, rotation
 from research.models.decoder import Layer, Norm, Shape
 from research.models.experts import DEVIATION, balance
 
@@ -169,7 +169,15 @@ class Transformer(nn.Module):
     layer = Layer(self.shape, self.mixture, self.dtype, self.attend, parent=None)
 
     def init(key: Key) -> Params:
-      return layer.init(key, jnp.zeros((1, 1, x.shape[2]), x.dtype), _first(positions))["params"]
+      one = jnp.zeros((1, 1, x.shape[2]), x.dtype), _first(positions)
+      return layer.clone(attend=plain).init(key, *one)["params"]
+
+    if self.shape.scan:
+      params = self.param("layers", self.stacked(init))
+    else:
+      params = [self.param(f"layers_{i}", init) for i in range(self.shape.layers)]
+    if self.is_initializing():
+      return x, jnp.zeros((2, 0))  # parameters are all that is wanted
 
     def apply(x: Array, params: Params, positions: Rotation) -> tuple[Array, Array]:
       return layer.apply({"params": params}, x, positions)  # pyright: ignore[reportReturnType]
@@ -178,14 +186,14 @@ class Transformer(nn.Module):
       apply = jax.checkpoint(apply, policy=REMAT[self.remat], prevent_cse=not self.shape.scan)
     if not self.shape.scan:
       busy = []
-      for i in range(self.shape.layers):
-        x, of_layer = apply(x, self.param(f"layers_{i}", init), positions)
-        busy.append(of_layer)
+      for of_layer in params:
+        x, found = apply(x, of_layer, positions)
+        busy.append(found)
       return x, jnp.stack(busy)
     several = lambda params, x, positions: jax.lax.scan(
       lambda x, params: apply(x, params, positions), x, params
     )
-    return self.through_stack(several, self.param("layers", self.stacked(init)), x, positions)
+    return self.through_stack(several, params, x, positions)
 
   def stacked(self, init: Callable[[Key], Params]) -> Callable[[Key], Params]:
     """Draws the parameters of all layers, leaves [layers, ...] or [repeats, ...]."""
@@ -197,7 +205,7 @@ class Transformer(nn.Module):
     self, several: pipeline.Layers, params: Params, x: Array, positions: Rotation
   ) -> tuple[Array, Array]:
     stages = activations.inner_axes().get("stage", 1)
-    if stages > 1 and not self.is_initializing():
+    if stages > 1:
       plan = self.schedule(stages, x.shape[0], activations.inner_axes().get("fsdp", 1))
       by_round = params if self.repeats > 1 else jax.tree.map(lambda p: p[None], params)
       return pipeline.pipelined(several, by_round, x, positions, plan)
