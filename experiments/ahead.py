@@ -70,7 +70,7 @@ def problem_of(config: Config, target: Target) -> assemble.Problem:
         f"has {places} places, and {target.slices} x {target.topology} has {count} chips"
       )
     if setting.axes.get("slice", 1) != target.slices:
-      raise ValueError(f"--slices={target.slices} is the size of the axis 'slice'")
+      raise ValueError(f"with --slices={target.slices} the mesh has slice:{target.slices}")
   with flag("batch_size", config.batch_size):
     within = setting.axes.get("fsdp", 1)
     if setting.batch_size and setting.batch_size % within:

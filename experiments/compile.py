@@ -92,9 +92,10 @@ def report(found: dict[str, Any], target: "Target") -> str:
 
 
 def of_run(found: dict[str, Any], target: "Target") -> str:
-  """What was compiled, as the flags that say so."""
+  """What was compiled, as the flags that say so; of a sweep what its rows share."""
   chosen = {"topology": target.topology, **({"slices": target.slices} if target.slices > 1 else {})}
-  chosen |= {name: found[name] for name in ("mesh", "task", "model", "method", "batch_size")}
+  names = ("mesh", "task", "model", "method", "batch_size")
+  chosen |= {name: found[name] for name in names if name in found}
   chosen |= {"effort": found["effort"]} if found["effort"] else {}
   quoted = lambda text: f'"{text}"' if not set(text) & set('"$`\\!') else shlex.quote(text)
   return "\n".join(f"    --{name}={quoted(str(value))}" for name, value in chosen.items())
@@ -164,8 +165,9 @@ def summary(found: dict[str, Any]) -> str:
   rest = f"; not known: {', '.join(roof['left_out'])}" if roof["left_out"] else ""
   steps = found["steps_per_round"]
   round_ = "1 step" if steps == 1 else f"{steps} steps, which share what it does once"
+  by = roof["bound_by"] if roof["bound_by"] == "compute" else roof["bound_by"].upper()
   return (
-    f"A step takes at least {of_seconds(roof['seconds_per_step'])} ({roof['bound_by']}{rest}): the "
+    f"A step takes at least {of_seconds(roof['seconds_per_step'])} ({by}{rest}): the "
     f"MFU is at most {roof['mfu']:.1%}.\n"
     "That is the longest of the four, as if the others ran beside it. HBM counts the state and the "
     "activations that loops carry from turn to turn, and nothing else; compute what is run, the "
@@ -263,7 +265,9 @@ def main(argv: list[str]) -> None:
     place = ahead.target(FLAGS.topology, FLAGS.slices)
     if FLAGS.sweep:
       rows = swept(configs, place, FLAGS.effort)
-      found, text = {"rows": rows, "best": best(rows)}, comparison(rows)
+      found = {name: getattr(config, name) for name in ("task", "model", "batch_size")}
+      found |= {"effort": FLAGS.effort, "rows": rows, "best": best(rows)}
+      text = f"{of_run(found, place)}\n\n{comparison(rows)}"
     else:
       found = ahead.compiled_round(config, place, FLAGS.effort)
       text = report(found, place)
