@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from research.comm import chips
 from research.train.assemble import check
 from research.train.config import Config
 
@@ -40,6 +41,8 @@ PRESETS = sorted((ROOT / "experiments" / "presets").glob("*.flags"))
 def test_presets_are_flags_that_can_be(path):
   lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
   given = dict(line.removeprefix("--").split("=", 1) for line in lines)
+  if "topology" in given:  # of compile.py
+    chips.parse_topology(given.pop("topology"))
   default = Config._field_defaults
   check(Config(**{name: type(default[name])(value) for name, value in given.items()}))
   assert f"--flagfile=experiments/presets/{path.name}" in path.read_text()
