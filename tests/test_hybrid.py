@@ -96,17 +96,15 @@ def agree(inner: tuple[str, ...]) -> None:
 
 
 MESHES = [(axis,) for axis in INNER] + [*itertools.combinations(INNER, 2)]
-FEW = [("fsdp", "model"), ("seq", "stage")]  # which everybody's tests run
+SHORT = ("fsdp", "model")  # without -m long
 
 
-@pytest.mark.parametrize("inner", FEW, ids="-".join)
+@pytest.mark.parametrize(
+  "inner",
+  [SHORT, *(pytest.param(m, marks=pytest.mark.long) for m in MESHES if m != SHORT)],
+  ids="-".join,
+)
 def test_executions_agree(inner):
-  agree(inner)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("inner", [mesh for mesh in MESHES if mesh not in FEW], ids="-".join)
-def test_executions_agree_on_every_axis_and_pair(inner):
   agree(inner)
 
 
@@ -133,11 +131,8 @@ def test_stages_of_zero_cut_what_they_say(zero, unsharded):
   assert all(cut(state.inner).values())
 
 
-@pytest.mark.parametrize(
-  "inner",
-  [("fsdp", "model"), pytest.param(("seq", "stage"), marks=pytest.mark.long)],
-  ids="-".join,
-)
+@pytest.mark.long
+@pytest.mark.parametrize("inner", [("fsdp", "model"), ("seq", "stage")], ids="-".join)
 def test_compression_leaves_the_inside_of_a_worker_alone(inner):
   """Compiled: over `data` go the encoded bytes and no more, within a worker what went before."""
   axes = {"data": 2} | dict.fromkeys(inner, 2)

@@ -111,11 +111,11 @@ def exchange(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
   sizes = [lax.axis_size(name) for name in names]
 
   def one(x):
-    is_flat = x.ndim == 2 and x.shape[1] % _LANES == 0
+    is_flat = x.ndim == 2 and x.size > 0 and x.shape[1] % _LANES == 0
     found = x.reshape(*sizes, *((-1, _LANES) if is_flat else x.shape[1:]))
     for place, name in enumerate(names):
       found = lax.all_to_all(found, name, place, place)
-    return found.reshape(x.shape)
+    return found.reshape(math.prod(sizes), *((-1,) if is_flat else found.shape[len(names) :]))
 
   return jax.tree.map(one, tree)
 
