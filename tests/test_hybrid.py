@@ -79,7 +79,8 @@ def losses(names, executor, axes, experts) -> dict[str, float]:
     patch.setattr(workers, "infer_layout", lambda job: found)
     count = dict(axes)["data"]
     running = Running(method, executor, dict(axes), (80 // count,) * count, BATCH, task=of_task)
-  loss = jax.jit(lambda params: task(experts).evaluate(params, task(experts).test)["loss"])
+  held_out = task(experts).test or {}
+  loss = jax.jit(lambda params: task(experts).evaluate(params, held_out)["loss"])
   return {name: float(loss(params)) for name, params in running.rounds(5).params().items()}
 
 
