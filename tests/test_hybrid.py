@@ -97,14 +97,8 @@ def agree(inner: tuple[str, ...]) -> None:
 
 
 MESHES = [(axis,) for axis in INNER] + [*itertools.combinations(INNER, 2)]
-SHORT = ("fsdp", "model")  # without -m long
-
-
-@pytest.mark.parametrize(
-  "inner",
-  [SHORT, *(pytest.param(m, marks=pytest.mark.long) for m in MESHES if m != SHORT)],
-  ids="-".join,
-)
+@pytest.mark.long
+@pytest.mark.parametrize("inner", MESHES, ids="-".join)
 def test_executions_agree(inner):
   agree(inner)
 
