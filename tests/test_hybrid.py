@@ -97,6 +97,8 @@ def agree(inner: tuple[str, ...]) -> None:
 
 
 MESHES = [(axis,) for axis in INNER] + [*itertools.combinations(INNER, 2)]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("inner", MESHES, ids="-".join)
 def test_executions_agree(inner):
