@@ -17,9 +17,10 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from research.base import WORKER_AXES, Batch, Data, Key, Params, TrainState, Tree
+from research.base import WORKER_AXES, Data, TrainState, Tree
 from research.comm import chips, compiled, flops, wire
 from research.comm import mesh as meshes
+from research.parallel import workers
 from research.parallel.job import Job
 from research.train import assemble
 from research.train.config import Config, UsageError, flag
@@ -71,13 +72,6 @@ def problem_of(config: Config, target: Target) -> assemble.Problem:
       )
     if setting.axes.get("slice", 1) != target.slices:
       raise ValueError(f"with --slices={target.slices} the mesh has slice:{target.slices}")
-  with flag("batch_size", config.batch_size):
-    within = setting.axes.get("fsdp", 1)
-    if setting.batch_size and setting.batch_size % within:
-      raise ValueError(
-        f"the {setting.batch_size} examples of a worker do not divide among 'fsdp:{within}'; "
-        f"nearest: {setting.workers * within * -(-setting.batch_size // within)}"
-      )
   return assemble.assemble(config, setting, target.devices)
 
 
@@ -222,28 +216,13 @@ def _needed(job: Job, mesh: Mesh) -> float:
   """
   inner = {name: size for name, size in mesh.shape.items() if name not in WORKER_AXES}
   types = (AxisType.Auto,) * len(inner)
-  count = lambda: flops.of_gradient(job.task.loss, *_of_loss(job), axes=inner)
+  count = lambda: flops.of_gradient(job.task.loss, *workers.of_loss(job), axes=inner)
   try:
     with jax.sharding.use_abstract_mesh(AbstractMesh(tuple(inner.values()), tuple(inner), types)):
       return count()
   except ValueError:
     with jax.set_mesh(mesh):
       return count()
-
-
-def _of_loss(job: Job) -> tuple[Params, Batch, Key]:
-  """Shapes of the arguments of a worker's loss."""
-  key, most = jax.eval_shape(lambda: jax.random.key(0)), int(job.sizes.max())
-  batch = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct((most, *x.shape[1:]), x.dtype), job.task.train
-  )
-  if job.batch_size is not None:
-    fetch = lambda examples, key: job.task.batch(
-      examples,
-      job.task.sample(jnp.int32(most), jnp.int32(0), key, batch_size=job.batch_size),
-    )
-    batch = jax.eval_shape(fetch, batch, key)
-  return jax.eval_shape(job.task.init, key), batch, key
 
 
 def _collectives(

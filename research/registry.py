@@ -138,7 +138,7 @@ TABLE: dict[str, dict[str, str]] = {
     "libsvm": "research.tasks.libsvm:libsvm",
     "tinyshakespeare": "research.tasks.language:tinyshakespeare",
     "text": "research.tasks.language:text",
-    "random_tokens": "research.tasks.language:random_tokens",
+    "random_tokens": "research.tasks.synthetic:random_tokens",
     "stream": "research.tasks.stream:stream",
   },
   "model": {

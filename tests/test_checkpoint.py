@@ -20,7 +20,7 @@ from research.comm import mesh as meshes
 from research.parallel import layout as layouts
 from research.parallel import resize, sharded, workers
 from research.parallel.job import Job
-from research.train import checkpoint
+from research.train import checkpoint, integrity
 
 
 def store_of(run: Any, folder) -> checkpoint.Checkpoints:
@@ -260,10 +260,10 @@ def test_shared_state_does_not_grow_with_the_workers(name):
 
 def test_the_checksum_sees_any_one_element():
   x = np.arange(30, dtype=np.float32).reshape(2, 5, 3)
-  base = checkpoint.checksum(jnp.asarray(x))
+  base = integrity.checksum(jnp.asarray(x))
   for index in np.ndindex(x.shape):
     changed = x.copy()
     changed[index] = np.nextafter(changed[index], np.float32(99))
-    assert checkpoint.checksum(jnp.asarray(changed)) != base
+    assert integrity.checksum(jnp.asarray(changed)) != base
   swapped = x[:, ::-1]
-  assert checkpoint.checksum(jnp.asarray(swapped)) != base
+  assert integrity.checksum(jnp.asarray(swapped)) != base

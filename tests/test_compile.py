@@ -334,7 +334,11 @@ def test_tpu_model_that_does_not_fit_says_by_how_much():
     ({"mesh": "data:2"}, 1, "has 2 places, and 1 x v5e:2x2 has 4 chips"),
     ({"mesh": "data:8"}, 2, "with --slices=2 the mesh has slice:2"),
     ({"mesh": "data:4", "batch_size": 6}, 1, "does not divide among 4 workers"),
-    ({"mesh": "data:2,fsdp:2", "batch_size": 6}, 1, "'fsdp:2'; nearest: 8"),
+    (
+      {"mesh": "data:2,fsdp:2", "batch_size": 6},
+      1,
+      "'fsdp:2' does not divide the batch of 3 examples of a worker; nearest: --batch_size=8",
+    ),
     ({"mesh": "data:2,place:2"}, 1, "unknown axis 'place'"),
   ],
 )

@@ -22,7 +22,7 @@ from research.aggregate.mean import mean
 from research.base import Data
 from research.comm import mesh as meshes
 from research.methods.local import local_sgd
-from research.tasks import language, partition, tokens
+from research.tasks import language, partition, synthetic, tokens
 from research.tasks.language import Part, next_token
 from research.train import metrics
 
@@ -118,7 +118,7 @@ def test_every_token_is_predicted_equally_often(split, strict):
 
 
 def test_random_tokens_are_uniform_and_the_best_loss_is_that_of_their_number():
-  task = language.random_tokens(300, 4, 6000, model=Bigram)
+  task = synthetic.random_tokens(300, 4, 6000, model=Bigram)
   drawn = np.asarray(task.train["x"])[:, :4]
   assert (drawn.shape, drawn.dtype, drawn.max()) == ((1500, 4), np.uint16, 299)
   assert np.bincount(drawn.ravel(), minlength=300).std() == pytest.approx(math.sqrt(20), rel=0.15)
@@ -127,13 +127,13 @@ def test_random_tokens_are_uniform_and_the_best_loss_is_that_of_their_number():
   even = task.evaluate({"table": jnp.zeros((300, 300))}, jax.tree.map(jnp.asarray, task.test))
   assert float(even["loss"]) == pytest.approx(math.log(300))
   assert float(even["bits_per_byte"]) == pytest.approx(8, rel=1e-3)
-  again, other = (language.random_tokens(300, 4, 6000, model=Bigram, seed=s) for s in (0, 1))
+  again, other = (synthetic.random_tokens(300, 4, 6000, model=Bigram, seed=s) for s in (0, 1))
   assert (again.train["x"] == task.train["x"]).all()
   assert (other.train["x"] != task.train["x"]).any()
   with pytest.raises(ValueError, match="vocabulary=1"):
-    language.random_tokens(1, 4, 6000, model=Bigram)
+    synthetic.random_tokens(1, 4, 6000, model=Bigram)
   with pytest.raises(ValueError, match="context=4 needs"):
-    language.random_tokens(300, 4, 3, model=Bigram)
+    synthetic.random_tokens(300, 4, 3, model=Bigram)
 
 
 def test_partitions_see_places_in_the_text():

@@ -339,8 +339,8 @@ def test_where_no_checkpoint_is_whole_the_command_says_so_and_does_not_start_ane
 
 
 def test_a_run_goes_on_with_other_flags_if_told_so(copied, run):
-  before = rows(copied / "simulate")
   """Among them devices inside a worker, where there were none."""
+  before = rows(copied / "simulate")
   mesh = "data:2,fsdp:2"
   changes = ("--steps=550", f"--mesh={mesh}", "--allow_changes")
   ended = run(copied, *LONG, "--executor=spmd", "--out=simulate", *changes, devices=4)

@@ -1,7 +1,6 @@
 """Streaming: every token once, a position that is a function of the step, training from disk."""
 
 import contextlib
-import importlib.util
 import itertools
 import json
 import math
@@ -24,9 +23,6 @@ from research.train import assemble, loop
 from research.train.config import Config, UsageError
 from research.train.feed import Training
 
-pytestmark = pytest.mark.skipif(
-  importlib.util.find_spec("grain") is None, reason="needs grain, of the extra 'text'"
-)
 KEY = jax.random.key(0)
 
 

@@ -14,7 +14,7 @@ from jax import lax
 from research.base import Array, Batch, Key, Params, Task, Tree
 from research.tasks import files, sampling, tokens
 
-DEFAULT_MODEL = dict.fromkeys(("tinyshakespeare", "text", "random_tokens"), "transformer('tiny')")
+DEFAULT_MODEL = dict.fromkeys(("tinyshakespeare", "text"), "transformer('tiny')")
 
 TINYSHAKESPEARE_URL = (
   "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -96,37 +96,6 @@ def text(
   }[tokenizer]()
   parts = [Part(coder.encode(x), len(x.encode())) for x in (content[:end], content[end:])]
   return next_token(model(coder.size), coder.size, *parts, context=context)
-
-
-def random_tokens(
-  vocabulary: int = 128_256,
-  context: int = 4096,
-  length: int = 2**22,
-  *,
-  model: Callable[[int], nn.Module],
-  seed: int = 0,
-) -> Task:
-  """Tokens drawn uniformly: nothing to learn, any size at hand, for speed, memory and traffic.
-
-  The best loss is log V. As a token carries log2 V bits, the best "bits_per_byte" is 8.
-
-  Args:
-    vocabulary: V, at least 2; by default that of the models 1b and 8b.
-    context: T, the most tokens that a prediction is made from.
-    length: tokens to train on; a tenth as many are held out.
-    model: outputs -> module, called with V; from tokens [b, T] to logits [b, T, V].
-    seed: of the tokens.
-
-  Raises:
-    ValueError: vocabulary is below 2, or model, context and length do not fit together.
-  """
-  if vocabulary < 2:
-    raise ValueError(f"vocabulary={vocabulary}: one token alone is no choice")
-  generator, kind = np.random.default_rng(seed), tokens.smallest(vocabulary)
-  draw = lambda count: generator.integers(vocabulary, size=count, dtype=kind)
-  part = lambda found: Part(found, max(1, round(len(found) * math.log2(vocabulary) / 8)))
-  parts = part(draw(length)), part(draw(length // 10))
-  return next_token(model(vocabulary), vocabulary, *parts, context=context)
 
 
 def next_token(module: nn.Module, size: int, train: Part, held_out: Part, *, context: int) -> Task:

@@ -1,5 +1,6 @@
 """Problems that are made up, so that all there is to know about them is known."""
 
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -7,9 +8,10 @@ import jax
 import numpy as np
 
 from research.base import Params, Task
+from research.tasks import language, tokens
 from research.tasks.supervised import supervised
 
-DEFAULT_MODEL = {"least_squares": "linear()"}
+DEFAULT_MODEL = {"least_squares": "linear()", "random_tokens": "transformer('tiny')"}
 
 
 def least_squares(
@@ -65,3 +67,34 @@ def _optimum(module: nn.Module, x: np.ndarray, y: np.ndarray) -> Params | None:
   w = np.linalg.lstsq(np.hstack(columns).astype(np.float64), y.astype(np.float64))[0]
   optimum = {"kernel": w[: x.shape[1], None], "bias": w[x.shape[1] :]}
   return {name: optimum[name].astype(np.float32) for name in shapes}
+
+
+def random_tokens(
+  vocabulary: int = 128_256,
+  context: int = 4096,
+  length: int = 2**22,
+  *,
+  model: Callable[[int], nn.Module],
+  seed: int = 0,
+) -> Task:
+  """Tokens drawn uniformly: nothing to learn, any size at hand, for speed, memory and traffic.
+
+  The best loss is log V. As a token carries log2 V bits, the best "bits_per_byte" is 8.
+
+  Args:
+    vocabulary: V, at least 2; by default that of the models 1b and 8b.
+    context: T, the most tokens that a prediction is made from.
+    length: tokens to train on; a tenth as many are held out.
+    model: outputs -> module, called with V; from tokens [b, T] to logits [b, T, V].
+    seed: of the tokens.
+
+  Raises:
+    ValueError: vocabulary is below 2, or model, context and length do not fit together.
+  """
+  if vocabulary < 2:
+    raise ValueError(f"vocabulary={vocabulary}: one token alone is no choice")
+  generator, kind = np.random.default_rng(seed), tokens.smallest(vocabulary)
+  draw = lambda count: generator.integers(vocabulary, size=count, dtype=kind)
+  part = lambda found: language.Part(found, max(1, round(len(found) * math.log2(vocabulary) / 8)))
+  parts = part(draw(length)), part(draw(length // 10))
+  return language.next_token(model(vocabulary), vocabulary, *parts, context=context)

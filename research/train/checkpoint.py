@@ -3,11 +3,9 @@
 import contextlib
 import functools
 import gc
-import json
 import logging
 import shutil
 import sys
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,13 +18,12 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
-from research.base import Array, TrainState, Tree
+from research.base import Array, TrainState
 from research.comm.mesh import count, worker_axes
 from research.parallel import resize
-from research.train import interrupt, report
+from research.train import integrity, interrupt
 
 KEEP = 3
-FILES = "files.json"
 
 
 class CheckpointError(Exception):
@@ -67,20 +64,20 @@ class Checkpoints:
     self._folder, self._placed = folder, placed
     self._manager = _manager(folder)
     self.saved_at = 0.0
-    jax.block_until_ready(checksums(_leaves(like)))
+    jax.block_until_ready(integrity.checksums(_leaves(like)))
 
   def save(self, step: int, state: TrainState, now: float) -> None:
     """Copies the state and writes it in the background; `now` becomes `saved_at`."""
     self.saved_at = now
     leaves = _leaves(state)
-    item = ocp.args.StandardSave({"state": leaves, "checksums": checksums(leaves)})
+    item = ocp.args.StandardSave({"state": leaves, "checksums": integrity.checksums(leaves)})
     lies = resize.as_json(self._placed)
     self._manager.save(step, args=item, custom_metadata=lies, force=True)
 
   def wait(self) -> None:
     """Returns when everything saved is on disk."""
     self._manager.wait_until_finished()
-    _list_files(self._folder)
+    integrity.list_files(self._folder)
 
   def close(self) -> None:
     self._manager.close()
@@ -111,7 +108,7 @@ class Checkpoints:
     steps = sorted(self._manager.all_steps(), reverse=True)
     for step in steps:
       try:
-        if not interrupt.of_first_process(is_whole(self._folder / str(step))):
+        if not interrupt.of_first_process(integrity.is_whole(self._folder / str(step))):
           raise ValueError("files are missing or not as they were written")
         plan = self._plan(step, like)
         found = self._read(step, plan.wanted, like.round.sharding)
@@ -161,7 +158,7 @@ class Checkpoints:
     with quietly():
       item = ocp.args.StandardRestore({"state": wanted, "checksums": sums})
       found = self._manager.restore(step, args=item)
-    matches = np.asarray(found["checksums"]) == np.asarray(checksums(found["state"]))
+    matches = np.asarray(found["checksums"]) == np.asarray(integrity.checksums(found["state"]))
     if not matches.all():
       raise ValueError(f"the checksum of {sorted(wanted)[int(np.argmin(matches))]} does not match")
     return found["state"]
@@ -182,29 +179,10 @@ class Checkpoints:
 
 
 def _manager(folder: Path) -> ocp.CheckpointManager:
-  finished = ocp.AsyncOptions(post_finalization_callback=partial(_list_files, folder))
+  finished = ocp.AsyncOptions(post_finalization_callback=partial(integrity.list_files, folder))
   options = ocp.CheckpointManagerOptions(max_to_keep=KEEP, async_options=finished)
   handlers = ocp.StandardCheckpointHandler()
   return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
-
-
-def _list_files(folder: Path) -> None:
-  """Writes FILES into each finished checkpoint that lacks it: its files' sizes and CRC-32s.
-
-  Called when a save is finishing, when the one before it is on disk, and at the end.
-  """
-  if jax.process_index() == 0:
-    for step in folder.glob("[0-9]*"):
-      if step.name.isdecimal() and not (step / FILES).exists():
-        report.write_json(step / FILES, _files(step))
-
-
-def _files(step: Path) -> dict[str, list[int]]:
-  found = sorted(path for path in step.rglob("*") if path.is_file() and path.name != FILES)
-  return {
-    str(path.relative_to(step)): [path.stat().st_size, zlib.crc32(path.read_bytes())]
-    for path in found
-  }
 
 
 @contextlib.contextmanager
@@ -222,19 +200,6 @@ def quietly() -> Iterator[None]:
   finally:
     sys.unraisablehook = hook
     logger.setLevel(level)
-
-
-def is_whole(step: Path) -> bool:
-  """Whether a checkpoint's files are as they were written; one without a list is not judged.
-
-  Orbax reads files in the background of several processes, where damage shows late, in one of them
-  and loudly: hence this look ahead.
-  """
-  try:
-    written = json.loads((step / FILES).read_text()) if (step / FILES).exists() else None
-    return written is None or written == _files(step)
-  except (OSError, json.JSONDecodeError):
-    return False
 
 
 def _is_key(leaf: Any) -> bool:
@@ -331,26 +296,3 @@ def _mover(
     return resize.moved(whole, saved, leaf)
 
   return jax.jit(move, out_shardings=sharding)
-
-
-@jax.jit
-def checksums(tree: Tree) -> Array:
-  """A 32-bit checksum of each leaf's bits, position by position: uint32 [leaves]."""
-  return jnp.stack([checksum(leaf) for leaf in jax.tree.leaves(tree)])
-
-
-def checksum(leaf: Array) -> Array:
-  """A uint32 hash of the leaf's bits by position: each is mixed before all are added."""
-  if leaf.size == 0:
-    return jnp.zeros((), jnp.uint32)
-  width = 8 * leaf.dtype.itemsize
-  bits = leaf.astype(jnp.uint8) if leaf.dtype == jnp.bool_ else leaf
-  bits = jax.lax.bitcast_convert_type(bits, jnp.dtype(f"uint{min(width, 32)}")).astype(jnp.uint32)
-  position = jnp.zeros(bits.shape, jnp.uint32)
-  stride = 1
-  for dimension in reversed(range(bits.ndim)):
-    position += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, dimension) * np.uint32(stride)
-    stride = stride * bits.shape[dimension] % 2**32
-  mixed = (bits ^ position * np.uint32(0x9E3779B9)) * np.uint32(0x85EBCA6B)
-  mixed = (mixed ^ mixed >> 15) * np.uint32(0xC2B2AE35)
-  return jnp.sum(mixed ^ mixed >> 13, dtype=jnp.uint32)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from research.base import Array, Batch, Data, Params, Task, Tree
 from research.comm import mesh as meshes
-from research.train.checkpoint import checksum
+from research.train.integrity import checksum
 
 
 def evaluator(task: Task, mesh: Mesh, batch: int = 1) -> Callable[..., dict[str, Array]]:
