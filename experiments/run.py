@@ -94,8 +94,8 @@ def parse_flags(argv: list[str]) -> list[str]:
   """Reads the command line; a wrong flag ends the program with one line and exit code 2."""
   if {"--help", "-help", "-h"} & set(argv[1:]):
     program = sys.modules["__main__"]
-    modules = {__name__: sys.modules[__name__], program.__name__: program}
-    print(program.__doc__, *map(FLAGS.module_help, modules.values()), sep="\n")
+    ours = [name for name in FLAGS.flags_by_module_dict() if not name.startswith("absl.")]
+    print(program.__doc__, *map(FLAGS.module_help, ours), sep="\n")
     sys.exit(0)
   try:
     rest = FLAGS(argv)
@@ -173,10 +173,10 @@ def start() -> Config:
   logging.get_absl_logger().setLevel("CRITICAL")  # Orbax logs what it then raises
   config = told()
   use_compilation_cache(FLAGS.compilation_cache)
-  from research.comm import mesh
+  from research.comm import join
 
-  with flag("coordinator", FLAGS.coordinator):
-    mesh.initialize(FLAGS.coordinator, FLAGS.processes, FLAGS.process_id)
+  with flag("coordinator", FLAGS.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")):
+    join.initialize(FLAGS.coordinator, FLAGS.processes, FLAGS.process_id)
   return config
 
 

@@ -89,32 +89,6 @@ def test_simulated_workers_spread_evenly(workers, devices, size):
   assert dict(found.shape) == {"data": size}
 
 
-# What the launchers set, and the near misses that are single processes.
-CLUSTERS = [
-  ({}, None),
-  ({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2"}, "slurm"),
-  ({"SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": "1"}, None),
-  ({"SLURM_STEP_NODELIST": "n1"}, None),
-  ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}, None),  # in a batch script, outside of srun
-  ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0"}, "gke"),
-  ({"TPU_PROCESS_ADDRESSES": "a:8476,b:8476"}, "gke"),
-  ({"TPU_WORKER_HOSTNAMES": "a"}, None),
-  ({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_COORDINATOR_ADDRESS": "a"}, "gke"),
-  ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_SKIP_MDS_QUERY": "1"}, "gke"),
-]
-
-
-@pytest.mark.parametrize(("environ", "cluster"), CLUSTERS)
-def test_the_launcher_is_known_by_its_environment(environ, cluster):
-  assert mesh.detect_cluster(environ) == cluster
-
-
-@pytest.mark.parametrize(("environ", "cluster"), [({}, "tpu"), ({"TPU_SKIP_MDS_QUERY": "1"}, None)])
-def test_a_tpu_vm_is_known_by_its_devices(environ, cluster, monkeypatch):
-  monkeypatch.setattr(mesh, "on_tpu_vm", lambda: True)
-  assert mesh.detect_cluster(environ) == cluster
-
-
 @dataclasses.dataclass(frozen=True)
 class FakeDevice:
   id: int
@@ -144,59 +118,3 @@ def test_what_lies_inside_a_worker_never_crosses_slices():
   devices = [FakeDevice(i, i % 2) for i in range(8)]
   with pytest.raises(ValueError, match="'data' does not divide among the 2 slices there are"):
     mesh.device_mesh({"data": 1, "fsdp": 8}, devices)
-
-
-@pytest.fixture
-def joined(monkeypatch):
-  """The calls of `jax.distributed.initialize`, which does nothing here, in an empty environment."""
-  calls = []
-  record = lambda *args, **kwargs: calls.append((args, kwargs))
-  monkeypatch.setattr(jax.distributed, "initialize", record)
-  monkeypatch.setattr(mesh.os, "environ", {})
-  return calls
-
-
-def test_a_single_process_stays_alone(joined):
-  assert mesh.initialize() == 1
-  assert joined == []
-
-
-@pytest.mark.parametrize(
-  ("coordinator", "bind"),
-  [("127.0.0.1:99", "127.0.0.1:99"), ("localhost:99", "localhost:99"), ("node7:99", None)],
-)
-def test_explicit_arguments_are_passed_on(joined, coordinator, bind):
-  """A coordinator on the loopback listens there alone; elsewhere on all interfaces."""
-  mesh.initialize(coordinator, 2, 1)
-  assert joined == [((coordinator, 2, 1), {"coordinator_bind_address": bind})]
-
-
-def test_a_launcher_decides_where_nothing_is_given(joined):
-  mesh.os.environ.update(CLUSTERS[1][0])
-  mesh.initialize()
-  assert joined == [((), {})]
-
-
-def test_explicit_arguments_come_before_the_launcher(joined):
-  mesh.os.environ.update(CLUSTERS[1][0])
-  mesh.initialize("node7:99", 4, 0)
-  assert [args for args, _ in joined] == [("node7:99", 4, 0)]
-
-
-@pytest.mark.parametrize(
-  ("arguments", "message"),
-  [
-    (("node7", 2, 0), "not HOST:PORT"),
-    ((":99", 2, 0), "not HOST:PORT"),
-    (("node7:http", 2, 0), "not HOST:PORT"),
-    (("", 2, 0), "not HOST:PORT"),
-    (("", 0, 1), "not HOST:PORT"),
-    (("node7:99", 0, 0), "--processes=0"),
-    (("node7:99", 2, -1), r"--process_id in \[0, 2\), and it is -1"),
-    (("node7:99", 2, 2), r"--process_id in \[0, 2\), and it is 2"),
-  ],
-)
-def test_arguments_that_do_not_fit_together_are_refused(joined, arguments, message):
-  with pytest.raises(ValueError, match=message):
-    mesh.initialize(*arguments)
-  assert joined == []

@@ -1,11 +1,8 @@
-"""Devices: mesh strings, device meshes, and joining the processes of one job."""
+"""Devices: mesh strings and device meshes."""
 
 import difflib
-import importlib.util
 import math
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -114,68 +111,3 @@ def options_for_sums(elements: int) -> dict[str, str | bool] | None:
   if jax.default_backend() != "cpu" or jax.__version_info__ >= (0, 12) or elements < 2**17:
     return None
   return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
-
-
-def detect_cluster(environ: Mapping[str, str]) -> str | None:
-  """Which launcher started this process as one of several: 'slurm', 'gke', 'tpu' or None.
-
-  GKE names the hosts of a TPU slice in TPU_WORKER_HOSTNAMES. On a Cloud TPU VM, known by libtpu and
-  its devices, JAX asks the metadata server for them, unless TPU_SKIP_MDS_QUERY forbids that.
-  """
-  if "SLURM_STEP_NODELIST" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1:
-    return "slurm"
-  hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES", "")
-  if "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in environ:
-    return "gke"
-  if "TPU_SKIP_MDS_QUERY" not in environ and on_tpu_vm():
-    return "tpu"
-  return None
-
-
-def on_tpu_vm() -> bool:
-  """Whether libtpu is installed and has devices to drive."""
-  devices = [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")]
-  return bool(devices) and importlib.util.find_spec("libtpu") is not None
-
-
-def initialize(coordinator: str = "", processes: int = 0, process_id: int = -1) -> int:
-  """Joins the processes of one job; call it before anything else touches JAX's devices.
-
-  With explicit arguments they decide; otherwise the launcher's environment does (see
-  `detect_cluster`); without either the process stays alone. CPU processes talk through gloo, GPUs
-  through NCCL, TPUs over ICI and the data-centre network.
-
-  Args:
-    coordinator: HOST:PORT of process 0, reachable from all.
-    processes: how many there are.
-    process_id: this one's number in [0, processes).
-
-  Returns:
-    The number of processes.
-
-  Raises:
-    ValueError: if some of the arguments are given and others are not, or they do not fit together.
-  """
-  if coordinator or processes or process_id >= 0:
-    _check_explicit(coordinator, processes, process_id)
-    host = coordinator.rsplit(":", 1)[0]
-    loopback = host in ("localhost", "127.0.0.1")
-    jax.distributed.initialize(
-      coordinator,
-      processes,
-      process_id,
-      coordinator_bind_address=coordinator if loopback else None,
-    )
-  elif detect_cluster(os.environ):
-    jax.distributed.initialize()
-  return jax.process_count()
-
-
-def _check_explicit(coordinator: str, processes: int, process_id: int) -> None:
-  host, _, port = coordinator.rpartition(":")
-  if not host or not port.isdecimal() or int(port) > 65535:
-    raise ValueError("not HOST:PORT of the first process")
-  if processes < 1:
-    raise ValueError(f"goes with the number of processes, and --processes={processes}")
-  if not 0 <= process_id < processes:
-    raise ValueError(f"goes with --process_id in [0, {processes}), and it is {process_id}")

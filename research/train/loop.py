@@ -18,12 +18,13 @@ from research.comm import wire
 from research.comm.mesh import worker_axes
 from research.parallel import resize, workers
 from research.train import folder as folders
-from research.train import interrupt, metrics, report
+from research.train import heartbeat, interrupt, metrics, report
 from research.train.assemble import Problem, assemble, check
 from research.train.checkpoint import Checkpoints
 from research.train.config import Config, UsageError
 from research.train.facts import facts
 from research.train.feed import Training
+from research.train.network import Network
 from research.train.plan import Sent
 from research.train.timing import Timing
 
@@ -142,6 +143,7 @@ class Run:
       report.note("a server's pushes and pulls are no collectives: their bytes are not counted")
     if self.facts.note:
       report.note(self.facts.note)
+    self.network = Network(main)
     self.log = report.Metrics(folder, self.step, config.tensorboard) if main else None
     self.timing.resume(self.log.rows[-1]["seconds"] if self.log and self.log.rows else 0.0)
     self.pending: Pending | None = None
@@ -163,7 +165,8 @@ class Run:
       while self.step < self.problem.steps:
         before, self.step = self.step, self._next_stop()
         data = self.training.of(before, self.step)
-        with self._profiled(), jax.transfer_guard("disallow"):
+        counted = self.network.over(before, self.step, lambda: self.state)
+        with counted, self._profiled(), jax.transfer_guard("disallow"):
           rounds = round(plan.rounds(self.step) - plan.rounds(before))
           executor = self.problem.executors[plan.stage(before)]
           self.state, found = executor.run(self.state, data, rounds=rounds)
@@ -240,7 +243,8 @@ class Run:
       steps = f"{first + 1} to {last}"
       raise NonFinite(f"the state became non-finite in one of the steps {steps}; {self._kept()}")
     rows = self._rows(first, last, found["loss"])
-    rows[-1] |= evaluated
+    rows[-1] |= self.network.row(last) | evaluated
+    heartbeat.beat()
     if self.log:
       self.log.write(rows)
     self.progress.update(rows[-1])
@@ -365,6 +369,7 @@ class Run:
         "total_bytes_per_worker": self.sent.until(self.step),
         "dense_bytes_per_step_per_worker": sum(dense.values()),
         "transfers": wire.table(transfers, steps),
+        **self.network.summary(),
       },
       **self.facts.found,
       **self._spent(self.step),

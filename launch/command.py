@@ -1,0 +1,89 @@
+"""The command line of a launcher: its own flags, `--`, and the command that makes up the job."""
+
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from absl import app, flags
+
+from experiments import run
+from launch.supervisor import Rules, say
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+  """Those of every launcher that supervises."""
+  default = Rules()
+  text = "Starts of the job anew, from its last checkpoint, where a process dies or hangs."
+  flags.DEFINE_integer("restarts", default.restarts, text, 0)
+  text = "A job of which no process has advanced for so long hangs; 0: never."
+  flags.DEFINE_float("hang_seconds", default.hang_seconds, text, 0.0)
+  text = "What was told to stop is killed after so long."
+  flags.DEFINE_float("grace_seconds", default.grace_seconds, text, 0.0)
+  text = "Folder of the processes' logs; empty: logs/TIME-PID."
+  flags.DEFINE_string("logs", "", text)
+  flags.DEFINE_integer(
+    "port", 0, "Where process 0 listens for the others; 0: a free one.", 0, 65535
+  )
+
+
+def start(main: Callable[[list[str]], int]) -> None:
+  """Runs `main` on the command after `--`, and ends with its exit code."""
+  argv = sys.argv
+  at = argv.index("--") if "--" in argv else len(argv)
+  command = argv[at + 1 :]
+
+  def launch(rest: list[str]) -> None:
+    del rest
+    if not command:
+      run.fail(2, f"what to run comes after --: {Path(argv[0]).name} FLAGS -- python SCRIPT FLAGS")
+    if not shutil.which(command[0], path=_path(os.environ)):
+      run.fail(2, f"there is no command '{command[0]}'")
+    sys.exit(main(command))
+
+  app.run(launch, argv=argv[:at], flags_parser=run.parse_flags)
+
+
+def rules() -> Rules:
+  """What the flags say of restarts."""
+  return Rules(FLAGS.restarts, FLAGS.hang_seconds, FLAGS.grace_seconds)
+
+
+def log_folder() -> Path:
+  """Where the logs go, which it says."""
+  name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+  folder = Path(FLAGS.logs or Path("logs") / name)
+  say(f"logs in {folder}")
+  return folder
+
+
+def environment(coordinator: str, number: int, of: int) -> dict[str, str]:
+  """Tells a process its place in the job (`comm.mesh.initialize`); `python` is the launcher's."""
+  return {
+    **os.environ,
+    "PATH": _path(os.environ),
+    "PYTHONUNBUFFERED": "1",
+    "JAX_COORDINATOR_ADDRESS": coordinator,
+    "JAX_NUM_PROCESSES": str(of),
+    "JAX_PROCESS_ID": str(number),
+  }
+
+
+def _path(environ: Mapping[str, str]) -> str:
+  return os.pathsep.join([str(Path(sys.executable).parent), environ.get("PATH", os.defpath)])
+
+
+def free_port(host: str) -> int:
+  """The port of the flags, or one that nobody listens to at this moment."""
+  with socket.socket() as tried:
+    tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+      tried.bind((host, FLAGS.port))
+    except OSError as error:
+      run.fail(2, f"--port={FLAGS.port}: {error.strerror}; 0 takes one that is free")
+    return tried.getsockname()[1]

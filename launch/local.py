@@ -1,0 +1,49 @@
+"""Runs a command as the processes of one job on this machine.
+
+    python launch/local.py --processes=2 --devices_per_process=4 --restarts=3 -- \\
+        python experiments/run.py --executor=spmd --mesh=data:8
+
+The command's lines come with the number of their process in front, and go to one log file per
+process. Where a process dies or hangs, all are ended and, with --restarts, started again. Ctrl-C
+and SIGTERM let the job save and stop. Exit code: 0, or that of the first process that failed.
+"""
+
+from absl import flags
+
+from launch import command, supervisor
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+  """Those of the simplest launcher."""
+  command.define_flags()
+  flags.DEFINE_integer("processes", 2, "How many processes make the job.", 1)
+  text = "Devices of each process: so many of the CPU, or the next so many GPUs."
+  flags.DEFINE_integer("devices_per_process", 1, text, 1)
+
+
+def processes(line: list[str]) -> list[supervisor.Process]:
+  """The job's processes, with a port that is free now."""
+  address = f"127.0.0.1:{command.free_port('127.0.0.1')}"
+  count, devices = FLAGS.processes, FLAGS.devices_per_process
+
+  def one(number: int) -> supervisor.Process:
+    own = range(number * devices, (number + 1) * devices)
+    environ = command.environment(address, number, count) | {
+      "JAX_NUM_CPU_DEVICES": str(devices),
+      "JAX_LOCAL_DEVICE_IDS": ",".join(map(str, own)),
+    }
+    return supervisor.Process(str(number), line, environ)
+
+  return [one(number) for number in range(count)]
+
+
+def main(line: list[str]) -> int:
+  """The whole program; its exit code."""
+  return supervisor.supervise(lambda: processes(line), command.log_folder(), command.rules())
+
+
+if __name__ == "__main__":
+  define_flags()
+  command.start(main)

@@ -1,0 +1,237 @@
+"""Runs a command on hosts that are network namespaces of this machine, over links of a chosen rate.
+
+    sudo python launch/netlab.py --hosts=4 --rate=100mbit -- \\
+        python experiments/run.py --executor=spmd --mesh=data:4 --task="mnist()"
+
+Each host has a network, an address (10.77.0.1, ...) and a host name of its own; their links meet
+in one switch, and the kernel shapes what goes into and out of each (a token bucket). One process of
+the job runs on each. The bytes that the kernel counts go into the run's metrics and its summary.
+When the launcher ends, in whatever way, the kernel removes hosts, links and processes. `--kills`
+kills hosts' processes at random, to see what a job survives. Needs Linux, root, iproute2 and
+util-linux.
+"""
+
+import contextlib
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from absl import flags
+
+from experiments import run
+from launch import command, supervisor
+from launch.supervisor import Process, Running, say
+from launch.watchman import Watchman, dies_with_parent, kill
+
+FLAGS = flags.FLAGS
+TOOLS = ("ip", "tc", "unshare", "nsenter", "hostname", "taskset")
+LARGEST = 250  # hosts: they share a network of 254 addresses
+LINK = "eth0"
+
+
+class LabError(Exception):
+  """A network that this machine does not let us make."""
+
+
+class Link(NamedTuple):
+  """How a host's link is shaped, in tc's units."""
+
+  rate: str  # '' for as fast as the machine can
+  burst: str  # what may go at once after a pause
+
+
+class Host(NamedTuple):
+  """A host, which lives as long as the process that holds its namespaces."""
+
+  holder: int
+  address: str
+
+  def command(self, line: Sequence[str]) -> list[str]:
+    """The command line that runs another one there."""
+    return ["nsenter", f"--target={self.holder}", "--net", "--uts", "--", *line]
+
+
+def define_flags() -> None:
+  """Those of a network."""
+  command.define_flags()
+  flags.DEFINE_integer("hosts", 2, "How many hosts there are.", 1, LARGEST)
+  flags.DEFINE_string("rate", "", "Of each host's link, such as 100mbit; empty: not shaped.")
+  text = "Links of another rate: HOST:RATE,... by the hosts' numbers."
+  flags.DEFINE_string("slow", "", text)
+  text = "What a link that was idle lets through at once."
+  flags.DEFINE_string("burst", "256kb", text)
+  flags.DEFINE_integer("devices_per_host", 1, "CPU devices of each host.", 1)
+  flags.DEFINE_integer("cores_per_host", 0, "Cores that a host keeps to; 0: all of them.", 0)
+  flags.DEFINE_integer("kills", 0, "Processes killed at random while the job runs.", 0)
+  text = "Mean seconds between them, from an exponential distribution."
+  flags.DEFINE_float("kill_every", 30.0, text, 0.1)
+  flags.DEFINE_integer("seed", 0, "Of who is killed when.")
+
+
+def links() -> list[Link]:
+  """The flags' links, by host; a mistake ends the program."""
+  found = [_rate("rate", FLAGS.rate)] * FLAGS.hosts
+  for part in filter(None, FLAGS.slow.split(",")):
+    host, _, rate = part.partition(":")
+    if not (host.isdecimal() and int(host) < FLAGS.hosts):
+      known = f"hosts are 0 to {FLAGS.hosts - 1}"
+      run.fail(2, f"--slow='{FLAGS.slow}': '{part}' is not HOST:RATE; {known}")
+    found[int(host)] = _rate("slow", rate)
+  return [Link(rate, FLAGS.burst) for rate in found]
+
+
+def _rate(name: str, text: str) -> str:
+  if text and not re.fullmatch(r"\d+(\.\d+)?[kmg]?bit", text):
+    run.fail(2, f"--{name}='{text}': not a rate such as 100mbit; units: bit, kbit, mbit, gbit")
+  return text
+
+
+@contextlib.contextmanager
+def network(links: Sequence[Link]) -> Iterator[list[Host]]:
+  """Hosts with these links, joined by a switch.
+
+  Nothing of it has a name in this machine: a namespace is gone with the last process in it.
+
+  Raises:
+    LabError: says what the machine refused.
+  """
+  watchman, holders = Watchman(), []
+  try:
+    hold = lambda *kinds: holders.append(_holder(kinds)) or holders[-1].pid
+    switch = hold("--net")
+    watchman.watch(switch)
+    _ip(switch, "link add switch type bridge", "link set lo up", "link set switch up")
+    hosts = []
+    for number, link in enumerate(links):
+      host = Host(hold("--net", "--uts"), f"10.77.0.{number + 1}")
+      watchman.watch(host.holder)
+      _join(switch, number, host, link)
+      hosts.append(host)
+    yield hosts
+  finally:
+    for holder in holders:
+      kill(holder.pid)
+      holder.wait()
+    watchman.close()
+
+
+def _holder(kinds: Sequence[str]) -> subprocess.Popen:
+  """A process that does nothing, in new namespaces."""
+  line = ["unshare", *kinds, "--", "sh", "-c", "echo; exec sleep infinity"]
+  found = subprocess.Popen(
+    line,
+    stdin=subprocess.DEVNULL,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    start_new_session=True,
+    preexec_fn=dies_with_parent(),
+  )
+  assert found.stdout
+  assert found.stderr
+  if not found.stdout.readline():
+    raise LabError(f"unshare: {found.stderr.read().decode().strip()}")
+  return found
+
+
+def _join(switch: int, number: int, host: Host, link: Link) -> None:
+  """Puts a cable between a host and the switch, and shapes both directions."""
+  port = f"port{number}"
+  _ip(host.holder, f"link add {LINK} type veth peer name {port} netns {switch}", "link set lo up")
+  _ip(host.holder, f"addr add {host.address}/24 dev {LINK}", f"link set {LINK} up")
+  _ip(switch, f"link set {port} master switch", f"link set {port} up")
+  for holder, device in ((host.holder, LINK), (switch, port)) if link.rate else ():
+    shape = f"rate {link.rate} burst {link.burst} latency 100ms"
+    _do(holder, "tc", *f"qdisc add dev {device} root tbf {shape}".split())
+  _do(host.holder, "hostname", host.address)  # gloo binds to what the host's name resolves to
+
+
+def _ip(holder: int, *lines: str) -> None:
+  for line in lines:
+    _do(holder, "ip", *line.split())
+
+
+def _do(holder: int, *line: str) -> None:
+  there = ["nsenter", f"--target={holder}", "--net", "--uts", "--"]
+  ended = subprocess.run([*there, *line], capture_output=True, text=True)
+  if ended.returncode:
+    raise LabError(f"{' '.join(line)}: {' '.join(ended.stderr.split())}")
+
+
+def processes(hosts: Sequence[Host], line: Sequence[str]) -> list[Process]:
+  """One process per host, process 0 at the first one's address."""
+  port = FLAGS.port or random.SystemRandom().randrange(20_000, 30_000)
+  counters = ",".join(f"/proc/{host.holder}/net/dev" for host in hosts)
+  told = {
+    "JAX_NUM_CPU_DEVICES": str(FLAGS.devices_per_host),
+    "NETWORK_COUNTERS": f"{LINK}:{counters}",
+  }
+
+  def one(number: int, host: Host) -> Process:
+    environ = command.environment(f"{hosts[0].address}:{port}", number, len(hosts))
+    return Process(str(number), host.command([*_pinned(number), *line]), environ | told)
+
+  return [one(number, host) for number, host in enumerate(hosts)]
+
+
+def _pinned(number: int) -> list[str]:
+  if not FLAGS.cores_per_host:
+    return []
+  cores, each = sorted(os.sched_getaffinity(0)), FLAGS.cores_per_host
+  mine = [cores[i % len(cores)] for i in range(each * number, each * (number + 1))]
+  return ["taskset", "--cpu-list", ",".join(map(str, mine))]
+
+
+class Kills:
+  """Kills processes of a job, whoever and whenever a seed says."""
+
+  def __init__(self, count: int, every: float, seed: int):
+    self.left, self._every, self._random = count, every, random.Random(seed)
+    self._next = self._draw()
+
+  def _draw(self) -> float:
+    return time.monotonic() + self._random.expovariate(1 / self._every)
+
+  def __call__(self, running: Sequence[Running]) -> None:
+    if not self.left or time.monotonic() < self._next:
+      return
+    victim = self._random.choice(running)
+    if victim.popen.poll() is None:
+      self.left -= 1
+      say(f"killing process {victim.process.name}; {self.left} more to come")
+      kill(victim.popen.pid, signal.SIGKILL)
+    self._next = self._draw()
+
+
+def refuse() -> None:
+  """Ends the program where there can be no network."""
+  if not sys.platform.startswith("linux") or os.geteuid():
+    run.fail(2, "hosts on one machine need Linux and root: use sudo, or take launch/local.py")
+  if lacking := [tool for tool in TOOLS if not shutil.which(tool)]:
+    run.fail(2, f"there is no {', '.join(lacking)}: install iproute2 and util-linux")
+
+
+def main(line: list[str]) -> int:
+  """The whole program; its exit code."""
+  shapes = links()
+  refuse()
+  kills = Kills(FLAGS.kills, FLAGS.kill_every, FLAGS.seed)
+  try:
+    with network(shapes) as hosts:
+      inside = f"nsenter --target {hosts[0].holder} --net --uts bash"
+      say(f"{len(hosts)} hosts; to look at the first: {inside}")
+      make = lambda: processes(hosts, line)
+      return supervisor.supervise(make, command.log_folder(), command.rules(), kills)
+  except LabError as error:
+    run.fail(2, str(error))
+
+
+if __name__ == "__main__":
+  define_flags()
+  command.start(main)

@@ -1,0 +1,253 @@
+"""Several processes as one job on this machine: started, watched, ended, restarted together."""
+
+import contextlib
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from launch.watchman import Watchman, dies_with_parent, kill
+
+TICK = 0.2  # seconds between looks at what does not wake the supervisor
+SETTLE = 5.0  # seconds that others have to end by themselves once one has failed
+HUNG = 124  # the exit code of a job that hung, as of timeout(1)
+FINAL = (2, 3, 4, 126, 127)  # exit codes that come again: wrong flags, no checkpoint, not finite
+
+
+class Process(NamedTuple):
+  """One process of a job, before it is started."""
+
+  name: str  # before its lines, and of its log file
+  command: Sequence[str]
+  environ: Mapping[str, str]
+
+
+class Rules(NamedTuple):
+  """When a job is ended, and when it is started again."""
+
+  restarts: int = 0
+  hang_seconds: float = 300.0  # without an advance of any process; 0: never
+  grace_seconds: float = 60.0  # between being told to stop and being killed
+
+
+class Ended(NamedTuple):
+  """How one start of a job went."""
+
+  code: int
+  why: str  # '' if all is well
+  told: bool = False  # to stop, by a signal to the launcher
+
+  @property
+  def is_final(self) -> bool:
+    return self.told or self.code == 0 or self.code in FINAL
+
+
+class Running(NamedTuple):
+  """A process that was started."""
+
+  process: Process
+  popen: subprocess.Popen
+  log: IO[bytes]
+  beat: Path  # it touches this file as it advances (research/train/heartbeat.py)
+  rest: bytearray  # of a line that is not complete
+
+
+def supervise(
+  processes: Callable[[], Sequence[Process]],
+  logs: Path,
+  rules: Rules,
+  disturb: Callable[[Sequence[Running]], None] = lambda running: None,
+) -> int:
+  """Runs a job to its end, and starts it anew from its checkpoints where a process dies or hangs.
+
+  When one process fails, the others cannot go on and are ended. SIGTERM and SIGINT are passed on as
+  SIGTERM, upon which `experiments/run.py` saves; what does not end then is killed, as is everything
+  when the launcher dies. What processes print goes to stdout, with their names before it, and to
+  LOGS/NAME.log.
+
+  Args:
+    processes: makes the processes of each start: a port may be used once.
+    logs: folder of the log files.
+    rules: how often, and after what time.
+    disturb: called several times a second with what runs.
+
+  Returns:
+    0 if all ended with 0; 130 after SIGINT; otherwise the exit code of the process that failed
+    first, 128 + N if it died by signal N, or 124 if the job hung.
+  """
+  logs.mkdir(parents=True, exist_ok=True)
+  with contextlib.ExitStack() as stack:
+    watchman = Watchman()
+    stack.callback(watchman.close)
+    told = stack.enter_context(_signals())
+    beats = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="beats-")))
+    for attempt in range(rules.restarts + 1):
+      job = _Job(watchman, logs, beats, rules, told, disturb)
+      ended = job.run(processes())
+      if ended.why:
+        say(ended.why)
+      if ended.is_final:
+        return 130 if signal.SIGINT in told else ended.code
+      if attempt < rules.restarts:
+        say(f"restart {attempt + 1} of {rules.restarts}")
+    return ended.code
+
+
+def say(line: str) -> None:
+  """A line of the launcher itself, on stderr."""
+  print(f"launch: {line}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _signals():
+  """Collects SIGTERM and SIGINT in a list that it gives."""
+  told: list[int] = []
+  note = lambda number, frame: told.append(number)
+  before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+  try:
+    yield told
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
+class _Job:
+  """One start of a job."""
+
+  def __init__(self, watchman, logs, beats, rules, told, disturb):
+    self.watchman, self.logs, self.beats, self.rules = watchman, logs, beats, rules
+    self.told, self.disturb = told, disturb
+    self.running: list[Running] = []
+    self.streams = selectors.DefaultSelector()
+
+  def run(self, processes: Sequence[Process]) -> Ended:
+    """Starts them, and returns when all have ended."""
+    try:
+      for process in processes:
+        self._start(process)
+      return self._watch()
+    finally:
+      self._kill()
+      self._drain()
+
+  def _start(self, process: Process) -> None:
+    beat = self.beats / process.name
+    beat.unlink(missing_ok=True)
+    log = (self.logs / f"{process.name}.log").open("ab", buffering=0)
+    try:
+      popen = subprocess.Popen(
+        process.command,
+        env={**process.environ, "JOB_HEARTBEAT": str(beat)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=dies_with_parent(),
+      )
+    except OSError as error:
+      log.close()
+      raise SystemExit(f"error: {process.command[0]}: {error.strerror}") from error
+    self.watchman.watch(popen.pid)
+    found = Running(process, popen, log, beat, bytearray())
+    self.running.append(found)
+    assert popen.stdout
+    os.set_blocking(popen.stdout.fileno(), False)
+    self.streams.register(popen.stdout, selectors.EVENT_READ, found)
+
+  def _watch(self) -> Ended:
+    """Looks on until all have ended or have to be."""
+    deadline = failed = None
+    while any(r.popen.poll() is None for r in self.running):
+      self._read(TICK)
+      self.disturb(self.running)
+      if self.told and deadline is None:
+        say(f"{signal.Signals(self.told[0]).name}: stopping; a second one ends all at once")
+        deadline = time.monotonic() + self.rules.grace_seconds
+        for one in self.running:
+          kill(one.popen.pid, signal.SIGTERM)
+      failed = failed or self._first_failure()
+      if failed and deadline is None:
+        deadline = time.monotonic() + SETTLE
+      if hung := not self.told and not failed and self._hung():
+        failed = Ended(HUNG, f"no process has advanced for {self.rules.hang_seconds:g} s: {hung}")
+        break
+      if (deadline and time.monotonic() > deadline) or len(self.told) > 1:
+        break
+    return self._ended(failed or self._first_failure())
+
+  def _ended(self, failed: Ended | None) -> Ended:
+    alive = [r.process.name for r in self.running if r.popen.poll() is None]
+    if not self.told:
+      return failed or Ended(0, "")
+    late = f"{_names(alive)} did not stop and was killed" if alive else ""
+    code = 128 + signal.SIGKILL if alive else failed.code if failed else 0
+    return Ended(code, late or (failed.why if failed else ""), told=True)
+
+  def _first_failure(self) -> Ended | None:
+    """Who failed first; of several at once one that did not abort because of another."""
+    found = [(r, r.popen.returncode) for r in self.running if r.popen.poll()]
+    if not found:
+      return None
+    one, code = min(found, key=lambda pair: pair[1] == -signal.SIGABRT)
+    name = f"process {one.process.name}"
+    if code < 0:
+      return Ended(128 - code, f"{name} was killed by {signal.Signals(-code).name}")
+    return Ended(code, f"{name} failed with exit code {code}")
+
+  def _hung(self) -> str:
+    """Which processes run and have not advanced for too long, if there are any and all have not."""
+    if self.rules.hang_seconds <= 0:
+      return ""
+    running = [r for r in self.running if r.popen.poll() is None]
+    beats = [r.beat.stat().st_mtime for r in running if r.beat.exists()]
+    if not beats or time.time() - max(beats) < self.rules.hang_seconds:
+      return ""
+    return _names([r.process.name for r in running])
+
+  def _read(self, seconds: float) -> None:
+    """Passes on what processes have printed, waiting for it for so long at most."""
+    for key, _ in self.streams.select(seconds):
+      try:
+        chunk = os.read(key.fd, 1 << 16)
+      except BlockingIOError:
+        continue
+      if not chunk:
+        self.streams.unregister(key.fileobj)
+      self._pass_on(key.data, chunk)
+
+  def _pass_on(self, running: Running, chunk: bytes) -> None:
+    running.log.write(chunk)
+    running.rest.extend(chunk if chunk or not running.rest else b"\n")
+    *lines, rest = running.rest.split(b"\n")
+    running.rest[:] = rest
+    with contextlib.suppress(BrokenPipeError):
+      for line in lines:
+        sys.stdout.buffer.write(b"[%s] %s\n" % (running.process.name.encode(), line))
+      sys.stdout.buffer.flush()
+
+  def _kill(self) -> None:
+    """Ends what is left of each process's group, its children too."""
+    for one in self.running:
+      kill(one.popen.pid)
+      one.popen.wait()
+      self.watchman.release(one.popen.pid)
+
+  def _drain(self) -> None:
+    until = time.monotonic() + 1.0  # a stranger may hold a stream open
+    while self.streams.get_map() and time.monotonic() < until:
+      self._read(0.1)
+    self.streams.close()
+    for one in self.running:
+      assert one.popen.stdout
+      one.popen.stdout.close()
+      one.log.close()
+
+
+def _names(names: Sequence[str]) -> str:
+  return f"process{'es' * (len(names) > 1)} {', '.join(names)}"

@@ -1,0 +1,145 @@
+"""Joining the processes of one job, however they were started."""
+
+import contextlib
+import importlib.util
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NoReturn
+
+import jax
+
+JOIN_SECONDS = 300  # for which a process waits for the others
+LOOPBACK = ("localhost", "127.0.0.1")
+
+
+def detect_cluster(environ: Mapping[str, str]) -> str | None:
+  """Which launcher started this process as one of several: 'slurm', 'gke', 'tpu' or None.
+
+  GKE names the hosts of a TPU slice in TPU_WORKER_HOSTNAMES. On a Cloud TPU VM, known by libtpu and
+  its devices, JAX asks the metadata server for them, unless TPU_SKIP_MDS_QUERY forbids that.
+  """
+  if "SLURM_STEP_NODELIST" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1:
+    return "slurm"
+  hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES", "")
+  if "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in environ:
+    return "gke"
+  if "TPU_SKIP_MDS_QUERY" not in environ and on_tpu_vm():
+    return "tpu"
+  return None
+
+
+def on_tpu_vm() -> bool:
+  """Whether libtpu is installed and has devices to drive."""
+  devices = [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")]
+  return bool(devices) and importlib.util.find_spec("libtpu") is not None
+
+
+def initialize(coordinator: str = "", processes: int = 0, process_id: int = -1) -> int:
+  """Joins the processes of one job; call it before anything else touches JAX's devices.
+
+  Arguments decide, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, then the
+  launcher's environment (see `detect_cluster`); without any of them the process stays alone. CPU
+  processes talk through gloo, GPUs through NCCL, TPUs over ICI and the data-centre network.
+
+  Args:
+    coordinator: HOST:PORT of process 0, reachable from all.
+    processes: how many there are.
+    process_id: this one's number in [0, processes).
+
+  Returns:
+    The number of processes.
+
+  Raises:
+    ValueError: if some of the arguments are given and others are not, if they do not fit together,
+      if process 0 cannot listen at the port, or if it is not there within JOIN_SECONDS. If another
+      process is not there by then, process 0 says so and ends with exit code 2.
+  """
+  if not (coordinator or processes or process_id >= 0):
+    coordinator, processes, process_id = _of_environment(os.environ)
+  if coordinator or processes or process_id >= 0:
+    _check_explicit(coordinator, processes, process_id)
+    host, port = coordinator.rsplit(":", 1)
+    loopback = host in LOOPBACK
+    if process_id == 0:
+      _check_port("127.0.0.1" if loopback else "", int(port))
+    else:
+      _wait_for(host, int(port))
+    with _patience(f"process {process_id} of {processes} waits for others at {coordinator}"):
+      jax.distributed.initialize(
+        coordinator,
+        processes,
+        process_id,
+        initialization_timeout=2 * JOIN_SECONDS,
+        coordinator_bind_address=coordinator if loopback else None,
+      )
+  elif detect_cluster(os.environ):
+    jax.distributed.initialize()
+  return jax.process_count()
+
+
+def _of_environment(environ: Mapping[str, str]) -> tuple[str, int, int]:
+  """What launch/ and launchers like it tell; '', 0 and -1 where they tell nothing."""
+  coordinator = environ.get("JAX_COORDINATOR_ADDRESS", "")
+  numbers = [environ.get(name, "") for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
+  if not (coordinator and all(number.isdecimal() for number in numbers)):
+    return "", 0, -1
+  return coordinator, int(numbers[0]), int(numbers[1])
+
+
+def _check_explicit(coordinator: str, processes: int, process_id: int) -> None:
+  host, _, port = coordinator.rpartition(":")
+  if not host or not port.isdecimal() or int(port) > 65535:
+    raise ValueError("not HOST:PORT of the first process")
+  if processes < 1:
+    raise ValueError(f"goes with the number of processes, and --processes={processes}")
+  if not 0 <= process_id < processes:
+    raise ValueError(f"goes with --process_id in [0, {processes}), and it is {process_id}")
+
+
+def _check_port(host: str, port: int) -> None:
+  """Refuses a port at which JAX's service could not listen: it would end in a core dump."""
+  with socket.socket() as tried:
+    tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+      tried.bind((host, port))
+    except OSError as error:
+      raise ValueError(f"process 0 cannot listen at port {port}: {error.strerror}") from error
+
+
+def _wait_for(host: str, port: int) -> None:
+  """Returns once process 0 listens."""
+  until = time.monotonic() + JOIN_SECONDS
+  while True:
+    try:
+      socket.create_connection((host, port), timeout=5).close()
+      return
+    except OSError as error:
+      if time.monotonic() > until:
+        reason = f"process 0 was not there within {JOIN_SECONDS} s ({error.strerror or error})"
+        raise ValueError(reason) from error
+      time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def _patience(waits: str) -> Iterator[None]:
+  """Says after a while that the process waits, and ends it in time: JAX would abort it."""
+
+  def give_up() -> NoReturn:
+    print(f"error: {waits}, and not all came within {JOIN_SECONDS} s", file=sys.stderr, flush=True)
+    os._exit(2)
+
+  note = lambda: print(waits, file=sys.stderr, flush=True)
+  timers = [threading.Timer(10.0, note), threading.Timer(JOIN_SECONDS, give_up)]
+  for timer in timers:
+    timer.daemon = True
+    timer.start()
+  try:
+    yield
+  finally:
+    for timer in timers:
+      timer.cancel()
