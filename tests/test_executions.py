@@ -1,32 +1,47 @@
 """One algorithm, every execution: simulated, pmap, shard_map, slices, fsdp and cohorts agree."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
 from problems import Running, distance
+from side_by_side import regressions, side_by_side
 from table import EXACT, METHODS, NAMES
 
 SIMULATED = {"data": 8}
+# Methods with rounds of one length run side by side, in one program.
+PERIODS = sorted({method.period for method in METHODS.values()})
 
 
-def rounds_of(name: str, steps: int) -> int:
-  return -(-steps // METHODS[name].period)
+def together(names: Sequence[str], steps: int, *arguments: Any, **more: Any) -> Running:
+  """So many steps of the table's methods of these names."""
+  methods = {name: METHODS[name] for name in names}
+  (period,) = {method.period for method in methods.values()}
+  task = regressions(tuple(names))
+  return Running(side_by_side(methods), *arguments, task=task, **more).rounds(-(-steps // period))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_executions_agree(name):
+def of_period(period: int) -> tuple[str, ...]:
+  return tuple(name for name in NAMES if METHODS[name].period == period)
+
+
+@pytest.mark.parametrize("period", PERIODS)
+def test_executions_agree(period):
   """Twenty steps on mini-batches, with workers that hold different numbers of examples."""
-  sizes = (30, 20, 40, 30, 10, 50, 30, 30)
-  count = rounds_of(name, 20)
-  want = Running(METHODS[name], "simulate", SIMULATED, sizes).rounds(count)
+  sizes, names = (30, 20, 40, 30, 10, 50, 30, 30), of_period(period)
+  want = together(names, 20, "simulate", SIMULATED, sizes)
   for executor, axes in (
     ("spmd", SIMULATED),
     ("pmap", SIMULATED),
     ("spmd", {"slice": 2, "data": 4}),
     ("simulate", {"slice": 2, "data": 4}),
   ):
-    got = Running(METHODS[name], executor, axes, sizes).rounds(count)
-    assert distance(got.params(), want.params()) <= 1e-5, (executor, axes)
+    got = together(names, 20, executor, axes, sizes)
+    for name in names:
+      found = distance(got.params()[name], want.params()[name])
+      assert found <= 1e-5, (name, executor, axes)
     np.testing.assert_allclose(got.metrics["loss"], want.metrics["loss"], rtol=1e-4)
     assert bool(got.metrics["finite"])
 
@@ -53,14 +68,28 @@ def test_cohorts_agree(name):
   assert bool(rows) == (name != "momentum")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_fsdp_inside_a_worker_changes_nothing(name):
+@pytest.mark.parametrize("period", [p for p in PERIODS if of_period(p) != ("drifting",)])
+def test_fsdp_inside_a_worker_changes_nothing(period):
   """But that what is compressed is so by block, which a simulation of the same mesh does too."""
-  count = rounds_of(name, 20)
-  sizes, mesh = (60,) * 4, {"data": 4, "fsdp": 2}
-  simulated = {"data": 4} if name in EXACT else mesh
-  want = Running(METHODS[name], "simulate", simulated, sizes, clip_norm=0.5).rounds(count)
-  got = Running(METHODS[name], "spmd", mesh, sizes, clip_norm=0.5).rounds(count)
+  names, sizes, mesh = of_period(period), (60,) * 4, {"data": 4, "fsdp": 2}
+  got = together(names, 20, "spmd", mesh, sizes)
+  for axes, some in (
+    ({"data": 4}, [name for name in names if name in EXACT]),
+    (mesh, [name for name in names if name not in EXACT]),
+  ):
+    if some:
+      want = together(some, 20, "simulate", axes, sizes).params()
+      for name in some:
+        assert distance(got.params()[name], want[name]) <= 1e-5, name
+  for name in names:
+    state = got.state.method[name]
+    weights = state.inner.params if name == "averaged" else state.params
+    assert "fsdp" in weights["w"].sharding.spec
+
+
+@pytest.mark.parametrize("name", ["momentum", "drifting"])
+def test_gradients_are_clipped_whole_where_a_mesh_cuts_them(name):
+  arguments = ((60,) * 4, 8, 0.5)
+  want = Running(METHODS[name], "simulate", {"data": 4}, *arguments).rounds(20)
+  got = Running(METHODS[name], "spmd", {"data": 4, "fsdp": 2}, *arguments).rounds(20)
   assert distance(got.params(), want.params()) <= 1e-5
-  weights = got.state.method.inner.params if name == "averaged" else got.state.method.params
-  assert "fsdp" in weights["w"].sharding.spec

@@ -36,9 +36,8 @@ JOB = (
 )
 # Optimizer and aggregator, and how the two processes find each other.
 JOBS = {
-  "momentum": ("sgd(0.1, momentum=0.9), mean()", "slurm"),
   "adam": ("adam(1e-2), mean()", "flags"),
-  "compressed": ("sgd(0.1), error_feedback(two_phase(int8()))", "flags"),
+  "compressed": ("sgd(0.1), error_feedback(two_phase(int8()))", "slurm"),
 }
 
 # Python imports it at its start: at the end it lists the files that were opened for writing.
