@@ -3,12 +3,13 @@
     python experiments/run.py --task="digits()" --method="data_parallel(adam(1e-3), mean())"
 
 Running the same command again resumes, or shows the result. Exit codes: 0 done, or saved after
-SIGTERM; 1 replicas differ; 2 a flag that cannot be; 3 no checkpoint is whole; 4 not finite;
-130 saved after Ctrl-C.
+SIGTERM; 1 replicas differ; 2 a flag that cannot be; 3 no checkpoint is whole; 4 not finite; 5 the
+disk is full; 130 saved after Ctrl-C.
 """
 
 import contextlib
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -146,6 +147,7 @@ def one_line_errors() -> Iterator[None]:
   codes = {
     UsageError: 2,
     checkpoint.CheckpointError: 3,
+    checkpoint.SaveError: 5,
     loop.NonFinite: 4,
     loop.ReplicasDiffer: 1,
   }
@@ -155,6 +157,10 @@ def one_line_errors() -> Iterator[None]:
     fail(130, "interrupted before there was anything to save")
   except tuple(codes) as error:
     fail(codes[type(error)], str(error))
+  except OSError as error:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+      raise
+    fail(5, f"the disk is full: {error.filename or FLAGS.out}; free some space and go on")
   except (jax.errors.JaxRuntimeError, MemoryError) as error:
     if "RESOURCE_EXHAUSTED" not in str(error) and not isinstance(error, MemoryError):
       raise

@@ -17,7 +17,7 @@ from launch.watchman import Watchman, dies_with_parent, kill
 TICK = 0.2  # seconds between looks at what does not wake the supervisor
 SETTLE = 5.0  # seconds that others have to end by themselves once one has failed
 HUNG = 124  # the exit code of a job that hung, as of timeout(1)
-FINAL = (2, 3, 4, 126, 127)  # exit codes that come again: wrong flags, no checkpoint, not finite
+FINAL = (2, 3, 4, 5, 126, 127)  # exit codes that come again, see experiments/run.py
 
 
 class Process(NamedTuple):

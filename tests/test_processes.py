@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import pytest
 from problems import distance
 
 RUN = Path(__file__).parents[1] / "experiments" / "run.py"
+LOCAL = Path(__file__).parents[1] / "launch" / "local.py"
 TIMEOUT = 120  # seconds, for what takes some
 
 # Mini-batches, noise and constant steps: every step matters to the last bit of the result.
@@ -214,22 +215,28 @@ def test_only_the_first_process_writes_and_prints(name, undisturbed):
   assert list((folder / "cwd0").iterdir()) == list((folder / "cwd1").iterdir()) == []
 
 
-def test_a_killed_job_resumes_and_ends_as_an_unbroken_one(undisturbed, pair, tmp_path):
-  killed = pair(tmp_path, "adam")
-  after_a_checkpoint(killed, tmp_path)
-  for process in killed:
-    process.kill()
-  assert [code for code, _, _ in end(killed)] == [-signal.SIGKILL] * 2
-  saved = checkpoints(tmp_path)[-1]
-  assert saved < 40
-  ends = end(pair(tmp_path, "adam"))
-  assert [code for code, _, _ in ends] == [0, 0], ends
-  assert f"resuming at step {saved}" in ends[0][2]
+def test_a_job_survives_a_death_and_a_hang_and_ends_as_an_unbroken_one(undisturbed, tmp_path):
+  """One of two processes is killed, then one is stopped for good; the launcher starts both anew."""
+  launched = launch(tmp_path, "adam", "--restarts=2", "--hang_seconds=4")
+  try:
+    first = after_a_checkpoint([launched], tmp_path)
+    os.kill(children(launched.pid)[1], signal.SIGKILL)
+    wait_for(lambda: checkpoints(tmp_path)[-1] > first, launched)
+    os.kill(children(launched.pid)[0], signal.SIGSTOP)
+    ((code, out, err),) = end([launched])
+  finally:
+    launched.kill()
+  assert code == 0, err
+  assert "launch: process 1 was killed by SIGKILL" in err
+  assert "launch: no process has advanced for 4 s: processes 0, 1" in err
+  resumed = [int(line.rpartition(" ")[2]) for line in out.splitlines() if "resuming at" in line]
+  assert [step >= first for step in resumed] == [True, True], out
   assert summary(tmp_path)["params_sha256"] == summary(undisturbed("adam")[0])["params_sha256"]
   assert [row["step"] for row in rows(tmp_path)] == list(range(5, 41, 5))
 
 
-def test_all_processes_stop_where_one_is_told_to(pair, tmp_path):
+def test_all_processes_stop_where_one_is_told_to_and_fewer_go_on(pair, start, tmp_path):
+  """A preemption notice to one saves on both, at the same step; one of half the devices goes on."""
   told = pair(tmp_path, "adam", "--steps=1000")
   after_a_checkpoint(told, tmp_path)
   told[1].terminate()
@@ -239,7 +246,60 @@ def test_all_processes_stop_where_one_is_told_to(pair, tmp_path):
   assert stopped["stopped_because"] == "terminated"
   assert stopped["steps"] == checkpoints(tmp_path)[-1] < 1000
   more = stopped["steps"] + 10
-  ends = end(pair(tmp_path, "adam", f"--steps={more}", "--allow_changes"))
-  assert [code for code, _, _ in ends] == [0, 0], ends
+  flags = (f"--method=data_parallel({JOBS['adam'][0]})", f"--out={tmp_path / 'out'}")
+  changes = ("--mesh=data:4", f"--steps={more}", "--allow_changes")
+  ends = end([start(tmp_path, *flags, *changes, JAX_NUM_CPU_DEVICES="4")])
+  assert ends[0][0] == 0, ends
   assert f"resuming at step {stopped['steps']}" in ends[0][2]
+  assert f"checkpoint {stopped['steps']}, saved on data:8, is put on data:4" in ends[0][2]
   assert (summary(tmp_path)["stopped_because"], summary(tmp_path)["steps"]) == ("steps", more)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a disk of a few bytes takes root to mount")
+def test_a_full_disk_ends_a_job_in_a_line_and_it_goes_on_when_there_is_room(tmp_path):
+  """The launcher does not start again what would fail again."""
+  (tmp_path / "out").mkdir()
+  disk = ["mount", "-t", "tmpfs", "-o"]
+  subprocess.run([*disk, "size=160k", "tmpfs", tmp_path / "out"], check=True)
+  try:
+    more = ("--model=mlp(hidden=[500])", "--steps=20")
+    launched = launch(tmp_path, "adam", "--restarts=3", more=more)
+    ((code, out, err),) = end([launched])
+    assert code == 5
+    lines = [line for line in out.splitlines() if "error: no checkpoint can be saved" in line]
+    assert len(lines) >= 1
+    assert "the disk is full" in lines[0]
+    assert "Traceback" not in out
+    assert "restart" not in err
+    before = checkpoints(tmp_path)[-1:]
+    subprocess.run([*disk, "remount,size=2m", "tmpfs", tmp_path / "out"], check=True)
+    ((code, out, err),) = end([launch(tmp_path, "adam", more=more)])
+    assert code == 0, err
+    assert [f"resuming at step {step}" in out for step in before] == [True] * len(before)
+    assert summary(tmp_path)["steps"] == 20
+  finally:
+    subprocess.run(["umount", "--lazy", tmp_path / "out"], check=True)
+
+
+def launch(folder: Path, name: str, *flags: str, more: tuple[str, ...] = ()) -> subprocess.Popen:
+  """The job under a launcher, of two processes with four devices each."""
+  sizes = ("--processes=2", "--devices_per_process=4", *flags)
+  method = f"--method=data_parallel({JOBS[name][0]})"
+  job = [str(RUN), *JOB, method, f"--out={folder / 'out'}", *more]
+  command = [sys.executable, str(LOCAL), *sizes, f"--logs={folder / 'logs'}", "--", "python", *job]
+  clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+  return subprocess.Popen(command, cwd=folder, env=clean, **pipes)
+
+
+def children(pid: int) -> list[int]:
+  """A launcher's processes, in the order in which it started them; before them is its watchman."""
+  return [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()][1:]
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen) -> None:
+  until = time.monotonic() + TIMEOUT
+  while not condition():
+    assert process.poll() is None, process.communicate()
+    assert time.monotonic() < until
+    time.sleep(0.01)

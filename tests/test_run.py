@@ -602,15 +602,16 @@ def run_forked():
   command = [sys.executable, "-c", FORKING]
   pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
   forking = subprocess.Popen(command, env=environ, **pipes)
-  assert forking.stdin
-  assert forking.stdout
+  asked, answers = forking.stdin, forking.stdout
+  assert asked
+  assert answers
 
   def run_forked(folder: Path, *arguments: str, **environ: str) -> Ended:
     streams = [folder.parent / name for name in ("out", "err")]
     told = {"folder": str(folder), "environ": environ, "streams": list(map(str, streams))}
     told["command"] = [str(RUN), "--compilation_cache=off", *arguments]
-    print(json.dumps(told), file=forking.stdin, flush=True)
-    return Ended(int(forking.stdout.readline()), *(path.read_text() for path in streams))
+    print(json.dumps(told), file=asked, flush=True)
+    return Ended(int(answers.readline()), *(path.read_text() for path in streams))
 
   yield run_forked
   forking.kill()

@@ -30,6 +30,10 @@ class CheckpointError(Exception):
   """No checkpoint of a run can be read."""
 
 
+class SaveError(Exception):
+  """A checkpoint that cannot be written; those before it stay."""
+
+
 class Move(NamedTuple):
   """What a leaf is made of."""
 
@@ -63,24 +67,50 @@ class Checkpoints:
     """
     self._folder, self._placed = folder, placed
     self._manager = _manager(folder)
+    self._failed = False
     self.saved_at = 0.0
     jax.block_until_ready(integrity.checksums(_leaves(like)))
 
   def save(self, step: int, state: TrainState, now: float) -> None:
-    """Copies the state and writes it in the background; `now` becomes `saved_at`."""
+    """Copies the state and writes it in the background; `now` becomes `saved_at`.
+
+    Raises:
+      SaveError: if the one before could not be written, or this one cannot be begun.
+    """
     self.saved_at = now
     leaves = _leaves(state)
     item = ocp.args.StandardSave({"state": leaves, "checksums": integrity.checksums(leaves)})
     lies = resize.as_json(self._placed)
-    self._manager.save(step, args=item, custom_metadata=lies, force=True)
+    with self._written():
+      self._manager.save(step, args=item, custom_metadata=lies, force=True)
 
   def wait(self) -> None:
-    """Returns when everything saved is on disk."""
-    self._manager.wait_until_finished()
-    integrity.list_files(self._folder)
+    """Returns when everything saved is on disk.
+
+    Raises:
+      SaveError: if it could not be written.
+    """
+    with self._written():
+      self._manager.wait_until_finished()
+      integrity.list_files(self._folder)
 
   def close(self) -> None:
-    self._manager.close()
+    if not self._failed:  # it would wait for what has failed, and raise once more
+      self._manager.close()
+
+  @contextlib.contextmanager
+  def _written(self) -> Iterator[None]:
+    """Says in a line what keeps a checkpoint from being written."""
+    try:
+      with quietly():
+        yield
+    except Exception as error:  # whatever the disk makes the writer raise
+      self._failed = True
+      free = shutil.disk_usage(self._folder).free
+      full = any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "No space left"))
+      reason = f"the disk is full, {free:,} bytes are free" if full else _line(error)
+      kept = f"checkpoint {self.latest()} is kept" if self.latest() else "there is none before it"
+      raise SaveError(f"no checkpoint can be saved in {self._folder}: {reason}; {kept}") from error
 
   def latest(self) -> int | None:
     """The newest step saved, or None."""
@@ -115,7 +145,7 @@ class Checkpoints:
       except (CheckpointError, MemoryError):
         raise
       except Exception as error:  # whatever a damaged file makes the reader raise
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        reason = _line(error)
         warn(f"checkpoint {step} is damaged and set aside as {step}.damaged: {reason}")
         self._set_aside(step)
         continue
@@ -200,6 +230,10 @@ def quietly() -> Iterator[None]:
   finally:
     sys.unraisablehook = hook
     logger.setLevel(level)
+
+
+def _line(error: Exception) -> str:
+  return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 def _is_key(leaf: Any) -> bool:
