@@ -8,12 +8,15 @@ Both are warmed up, then run alternately; the ratio of steps per second is taken
 its median is the figure.
 Beside them: what compressors cost (`costs.py`), what rounds cost (`rounds.py`), for how long a
 checkpoint blocks, the memory of 10,000 simulated workers, and the time to the first logged step.
+Other suites run between hosts that are network namespaces (`hosts.py`): Linux and root.
 Writes result.json and table.md. Workers of one machine share its cores better on as many devices:
 `JAX_NUM_CPU_DEVICES=2` for fed_avg and local_phase.
 """
 
 import contextlib
+import importlib.util
 import io
+import os
 import resource
 import statistics
 import subprocess
@@ -26,8 +29,9 @@ from typing import Any, NamedTuple
 
 from absl import app, flags, logging
 
-from experiments import by_hand, costs, rounds, run
+from experiments import by_hand, costs, hosts, rounds, run
 from experiments.turns import in_turn, ratios, seconds
+from launch import netlab
 from research.train.config import Config
 
 FLAGS = flags.FLAGS
@@ -295,46 +299,33 @@ def shown(ratios: list[float]) -> str:
   return ", ".join(f"{ratio:.2f}" for ratio in ratios)
 
 
+def on_hosts() -> tuple[dict[str, Any], list[str]]:
+  """What the suites between hosts measure, and its table."""
+  if FLAGS.suite == "faults":
+    faults = hosts.faults(FLAGS.hosts, FLAGS.kills, FLAGS.kill_every, FLAGS.steps)
+    return {"faults": faults}, hosts.faults_table(faults)
+  if FLAGS.suite == "hosts":
+    speed = hosts.speed(FLAGS.repeats, importlib.util.find_spec("torch") is not None)
+    return {"hosts": speed}, hosts.speed_table(speed)
+  wire = hosts.wire((2, 4))
+  return {"wire": wire}, hosts.wire_table(wire)
+
+
 def main(argv: list[str]) -> None:
-  """Runs the cases, prints the table, writes the result."""
+  """Runs the cases of a suite, prints the table, writes the result."""
   del argv
   logging.set_verbosity(logging.WARNING)
   unknown = [name for name in FLAGS.cases if name not in (*CASES, *OTHERS)]
   if unknown:
     run.fail(2, f"--cases={unknown[0]}: unknown; legal: {', '.join((*CASES, *OTHERS))}")
+  if FLAGS.suite != "loop":
+    netlab.refuse()
+    os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")  # to compile for as many hosts
   with run.one_line_errors():
     from research.train import folder, report
 
-    pairs = [compare(name, FLAGS.repeats) for name in FLAGS.cases if name in CASES]
-    result: dict[str, Any] = {"environment": folder.environment(), "pairs": pairs}
-    lines = pairs_table(pairs) if pairs else []
-    if "compress" in FLAGS.cases:
-      result["compress"] = costs.compress(FLAGS.repeats)
-      lines += compress_table(result["compress"])
-    if "power_sgd" in FLAGS.cases:
-      result["power_sgd"] = rounds.power_sgd(FLAGS.repeats)
-      lines += power_sgd_table(result["power_sgd"])
-    if "local_phase" in FLAGS.cases:
-      result["local_phase"] = rounds.local_phase(FLAGS.repeats)
-      lines += local_phase_table(result["local_phase"])
-    if "population" in FLAGS.cases:
-      found = result["population"] = rounds.population(FLAGS.repeats)
-      lines.append(
-        f"\nA round of SCAFFOLD with 10 of 10,000 clients takes {found['ratio']:.2f} times as long "
-        f"as one with 10 of 100 ({found['many_ms']:.2f} ms against {found['few_ms']:.2f}; ratios "
-        f"{shown(found['ratios'])})."
-      )
-    if "checkpoints" in FLAGS.cases:
-      blocked = result["checkpoint_milliseconds"] = checkpoints(FLAGS.repeats)
-      middle, top = statistics.median(blocked), max(blocked)
-      lines.append(f"\nA save blocks for {middle:.1f} ms (median; at most {top:.1f} ms).")
-    if "memory" in FLAGS.cases:
-      result["memory_gib"] = memory()
-      lines.append(f"\n10,000 simulated workers need {result['memory_gib']:.2f} GiB at most.")
-    if "start" in FLAGS.cases:
-      begun = result["start_seconds"] = start(FLAGS.repeats)
-      middle, top = statistics.median(begun), max(begun)
-      lines.append(f"\nFirst logged step after {middle:.1f} s (median; at most {top:.1f} s).")
+    result, lines = on_hosts() if FLAGS.suite != "loop" else of_loop()
+    result = {"environment": folder.environment(), **result}
   print("\n".join(lines))
   if FLAGS.out:
     out = Path(FLAGS.out)
@@ -343,7 +334,48 @@ def main(argv: list[str]) -> None:
     (out / "table.md").write_text("\n".join(lines) + "\n")
 
 
+def of_loop() -> tuple[dict[str, Any], list[str]]:
+  """What the cases of one machine measure, and its tables."""
+  pairs = [compare(name, FLAGS.repeats) for name in FLAGS.cases if name in CASES]
+  result: dict[str, Any] = {"pairs": pairs}
+  lines = pairs_table(pairs) if pairs else []
+  if "compress" in FLAGS.cases:
+    result["compress"] = costs.compress(FLAGS.repeats)
+    lines += compress_table(result["compress"])
+  if "power_sgd" in FLAGS.cases:
+    result["power_sgd"] = rounds.power_sgd(FLAGS.repeats)
+    lines += power_sgd_table(result["power_sgd"])
+  if "local_phase" in FLAGS.cases:
+    result["local_phase"] = rounds.local_phase(FLAGS.repeats)
+    lines += local_phase_table(result["local_phase"])
+  if "population" in FLAGS.cases:
+    found = result["population"] = rounds.population(FLAGS.repeats)
+    lines.append(
+      f"\nA round of SCAFFOLD with 10 of 10,000 clients takes {found['ratio']:.2f} times as long "
+      f"as one with 10 of 100 ({found['many_ms']:.2f} ms against {found['few_ms']:.2f}; ratios "
+      f"{shown(found['ratios'])})."
+    )
+  if "checkpoints" in FLAGS.cases:
+    blocked = result["checkpoint_milliseconds"] = checkpoints(FLAGS.repeats)
+    middle, top = statistics.median(blocked), max(blocked)
+    lines.append(f"\nA save blocks for {middle:.1f} ms (median; at most {top:.1f} ms).")
+  if "memory" in FLAGS.cases:
+    result["memory_gib"] = memory()
+    lines.append(f"\n10,000 simulated workers need {result['memory_gib']:.2f} GiB at most.")
+  if "start" in FLAGS.cases:
+    begun = result["start_seconds"] = start(FLAGS.repeats)
+    middle, top = statistics.median(begun), max(begun)
+    lines.append(f"\nFirst logged step after {middle:.1f} s (median; at most {top:.1f} s).")
+  return result, lines
+
+
 if __name__ == "__main__":
+  text = "loop: against loops by hand; between hosts wire: bytes; hosts: speed; faults: deaths."
+  flags.DEFINE_enum("suite", "loop", ["loop", "wire", "hosts", "faults"], text)
+  flags.DEFINE_integer("hosts", 4, "Of the suite faults.", 2)
+  flags.DEFINE_integer("kills", 50, "Of the suite faults.", 1)
+  flags.DEFINE_float("kill_every", 15.0, "Mean seconds between two kills.", 0.1)
+  flags.DEFINE_integer("steps", 20_000, "Of the suite faults.", 1)
   flags.DEFINE_list("cases", [*CASES, *OTHERS], "What to measure.")
   flags.DEFINE_integer("repeats", 7, "Counted turns of each pair.", 1)
   flags.DEFINE_string("out", "", "Folder for result.json and table.md; empty: only prints.")

@@ -58,6 +58,13 @@ class Host(NamedTuple):
     return ["nsenter", f"--target={self.holder}", "--net", "--uts", "--", *line]
 
 
+class Lab(NamedTuple):
+  """A network of hosts."""
+
+  switch: int  # the process that holds the namespace of the switch
+  hosts: list[Host]
+
+
 def define_flags() -> None:
   """Those of a network."""
   command.define_flags()
@@ -94,7 +101,7 @@ def _rate(name: str, text: str) -> str:
 
 
 @contextlib.contextmanager
-def network(links: Sequence[Link]) -> Iterator[list[Host]]:
+def network(links: Sequence[Link]) -> Iterator[Lab]:
   """Hosts with these links, joined by a switch.
 
   Nothing of it has a name in this machine: a namespace is gone with the last process in it.
@@ -114,7 +121,7 @@ def network(links: Sequence[Link]) -> Iterator[list[Host]]:
       watchman.watch(host.holder)
       _join(switch, number, host, link)
       hosts.append(host)
-    yield hosts
+    yield Lab(switch, hosts)
   finally:
     for holder in holders:
       kill(holder.pid)
@@ -133,10 +140,12 @@ def _holder(kinds: Sequence[str]) -> subprocess.Popen:
     start_new_session=True,
     preexec_fn=dies_with_parent(),
   )
-  assert found.stdout
-  assert found.stderr
-  if not found.stdout.readline():
-    raise LabError(f"unshare: {found.stderr.read().decode().strip()}")
+  out, err = found.stdout, found.stderr
+  assert out
+  assert err
+  with out, err:
+    if not out.readline():
+      raise LabError(f"unshare: {err.read().decode().strip()}")
   return found
 
 
@@ -223,7 +232,7 @@ def main(line: list[str]) -> int:
   refuse()
   kills = Kills(FLAGS.kills, FLAGS.kill_every, FLAGS.seed)
   try:
-    with network(shapes) as hosts:
+    with network(shapes) as (_, hosts):
       inside = f"nsenter --target {hosts[0].holder} --net --uts bash"
       say(f"{len(hosts)} hosts; to look at the first: {inside}")
       make = lambda: processes(hosts, line)

@@ -62,7 +62,8 @@ def test_a_slurm_job_gives_up(slurm):
 @pytest.mark.parametrize("number", ["USR1", "TERM"])
 def test_a_slurm_job_saves_before_its_time_is_up_and_goes_back_to_the_queue(slurm, number):
   """The signal comes to the script; the run gets SIGTERM, saves and ends with 0."""
-  program = f'trap "echo saved; exit 0" TERM; kill -{number} $(ps -o ppid= $PPID); while sleep 0.1; do :; done'
+  program = f"kill -{number} $(ps -o ppid= $PPID)"
+  program = f"trap 'echo saved; exit 0' TERM; {program}; while sleep 0.1; do :; done"
   code, out, calls = slurm("bash", "-c", program)
   assert code == 0
   assert "saved" in out
@@ -82,11 +83,9 @@ def test_a_slurm_array_with_too_few_alternatives_is_refused(slurm):
 
 
 def test_slurm_is_asked_for_a_process_per_gpu_and_for_time_to_save():
-  flags = dict(
-    line.removeprefix("#SBATCH --").partition("=")[::2]
-    for line in (LAUNCH / "slurm.sh").read_text().splitlines()
-    if line.startswith("#SBATCH")
-  )
+  lines = (LAUNCH / "slurm.sh").read_text().splitlines()
+  given = [line.removeprefix("#SBATCH --").partition("=") for line in lines if "#SBATCH" in line]
+  flags = {name: value for name, _, value in given}
   assert flags["gpus-per-node"] == flags["ntasks-per-node"]
   assert flags["signal"].startswith("B:USR1@")
   assert {"requeue", "open-mode"} <= set(flags)

@@ -48,10 +48,10 @@ def power_sgd(rank: int = 2, axis: collectives.Axes = WORKER_AXES, *, seed: int 
     q = treedef.flatten_up_to(state)
     exact = {i: x for i, x in enumerate(leaves) if not is_low_rank(x, rank)}
     m = {i: as_matrix(x) for i, x in enumerate(leaves) if i not in exact}
-    left, exact_mean = collectives.mean(({i: m[i] @ q[i] for i in m}, exact), axis)
+    left, exact_mean = collectives.packed_mean(({i: m[i] @ q[i] for i in m}, exact), axis)
     p = {i: jnp.linalg.qr(left[i])[0] for i in m}
     own = {i: p[i].T @ m[i] for i in m}  # Q_i^T
-    right = collectives.mean(own, axis)
+    right = collectives.packed_mean(own, axis)
 
     def restored(rights, vectors):
       shaped = lambda i, x: product(p[i], rights[i]).reshape(x.shape).astype(x.dtype)

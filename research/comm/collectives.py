@@ -77,6 +77,23 @@ def mean(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
   return lax.pmean(tree, in_scope(axes))
 
 
+def packed_mean(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
+  """`mean`, with one all-reduce for all leaves of a type: for many that are small.
+
+  A message costs what it takes to begin it, however short. Where a mesh cuts leaves inside a worker
+  this is for the blocks that a device holds: whole leaves would have to be gathered first.
+  """
+  leaves, treedef = jax.tree.flatten(tree)
+  found = list(leaves)
+  for dtype in dict.fromkeys(x.dtype for x in leaves):
+    places = [i for i, x in enumerate(leaves) if x.dtype == dtype]
+    message = mean(jnp.concatenate([leaves[i].ravel() for i in places]), axes)
+    ends = np.cumsum([leaves[i].size for i in places])
+    for i, part in zip(places, jnp.split(message, ends[:-1]), strict=True):
+      found[i] = part.reshape(leaves[i].shape)
+  return treedef.unflatten(found)
+
+
 def total(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
   """The sum over workers, equal on all of them."""
   return lax.psum(tree, in_scope(axes))
