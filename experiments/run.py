@@ -12,6 +12,7 @@ import difflib
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -147,7 +148,6 @@ def one_line_errors() -> Iterator[None]:
   codes = {
     UsageError: 2,
     checkpoint.CheckpointError: 3,
-    checkpoint.SaveError: 5,
     loop.NonFinite: 4,
     loop.ReplicasDiffer: 1,
   }
@@ -157,14 +157,40 @@ def one_line_errors() -> Iterator[None]:
     fail(130, "interrupted before there was anything to save")
   except tuple(codes) as error:
     fail(codes[type(error)], str(error))
-  except OSError as error:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-      raise
-    fail(5, f"the disk is full: {error.filename or FLAGS.out}; free some space and go on")
-  except (jax.errors.JaxRuntimeError, MemoryError) as error:
-    if "RESOURCE_EXHAUSTED" not in str(error) and not isinstance(error, MemoryError):
-      raise
-    fail(2, f"the model, its state or its data do not fit the memory: {str(error)[:200]}")
+  except Exception as error:
+    known = foreseen(error)
+    if jax.distributed.is_initialized():
+      leave(known)
+    if known:
+      fail(*known)
+    raise
+
+
+def foreseen(error: Exception) -> tuple[int, str] | None:
+  """The exit code and the line of what one process may meet alone; None for a programming error."""
+  import jax
+
+  from research.train import checkpoint
+
+  if isinstance(error, checkpoint.SaveError):
+    return 5, str(error)
+  if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    return 5, f"the disk is full: {error.filename or FLAGS.out}; free some space and go on"
+  is_jax = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+  if is_jax or isinstance(error, MemoryError):
+    return 2, f"the model, its state or its data do not fit the memory: {str(error)[:200]}"
+  return None
+
+
+def leave(known: tuple[int, str] | None) -> NoReturn:
+  """Ends one process of several: JAX would have it wait for the others, which wait for it."""
+  if known:
+    print(f"error: {known[1]}", file=sys.stderr)
+  else:
+    traceback.print_exc()
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(known[0] if known else 1)
 
 
 def told() -> Config:

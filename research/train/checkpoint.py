@@ -68,6 +68,8 @@ class Checkpoints:
     self._folder, self._placed = folder, placed
     self._manager = _manager(folder)
     self._failed = False
+    self._hooks = contextlib.ExitStack()
+    self._hooks.enter_context(deaf_to_writers())
     self.saved_at = 0.0
     jax.block_until_ready(integrity.checksums(_leaves(like)))
 
@@ -97,6 +99,7 @@ class Checkpoints:
   def close(self) -> None:
     if not self._failed:  # it would wait for what has failed, and raise once more
       self._manager.close()
+      self._hooks.close()
 
   @contextlib.contextmanager
   def _written(self) -> Iterator[None]:
@@ -213,6 +216,27 @@ def _manager(folder: Path) -> ocp.CheckpointManager:
   options = ocp.CheckpointManagerOptions(max_to_keep=KEEP, async_options=finished)
   handlers = ocp.StandardCheckpointHandler()
   return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+
+
+@contextlib.contextmanager
+def deaf_to_writers() -> Iterator[None]:
+  """Passes over what threads print that still write when a save has failed: its loop is gone."""
+  before = sys.unraisablehook, sys.excepthook
+  is_late = lambda error: isinstance(error, RuntimeError) and "loop is closed" in str(error)
+
+  def unraisable(found):
+    if not is_late(found.exc_value):
+      before[0](found)
+
+  def uncaught(kind, error, trace):
+    if not is_late(error):
+      before[1](kind, error, trace)
+
+  sys.unraisablehook, sys.excepthook = unraisable, uncaught
+  try:
+    yield
+  finally:
+    sys.unraisablehook, sys.excepthook = before
 
 
 @contextlib.contextmanager
