@@ -375,7 +375,7 @@ if __name__ == "__main__":
   flags.DEFINE_integer("hosts", 4, "Of the suite faults.", 2)
   flags.DEFINE_integer("kills", 50, "Of the suite faults.", 1)
   flags.DEFINE_float("kill_every", 15.0, "Mean seconds between two kills.", 0.1)
-  flags.DEFINE_integer("steps", 20_000, "Of the suite faults.", 1)
+  flags.DEFINE_integer("steps", 5000, "Of the suite faults.", 1)
   flags.DEFINE_list("cases", [*CASES, *OTHERS], "What to measure.")
   flags.DEFINE_integer("repeats", 7, "Counted turns of each pair.", 1)
   flags.DEFINE_string("out", "", "Folder for result.json and table.md; empty: only prints.")

@@ -231,15 +231,15 @@ def faults(hosts: int, kills: int, every: float, steps: int) -> dict[str, Any]:
     steps: of the run, enough to last as long.
   """
   config = {
-    "method": "data_parallel(sgd(cosine_decay_schedule(0.1, 40000), momentum=0.9), "
+    "method": "data_parallel(sgd(cosine_decay_schedule(0.1, 5000), momentum=0.9), "
     "error_feedback(two_phase(int8())))",
     "executor": "spmd",
     "mesh": f"data:{hosts}",
     "steps": steps,
-    "steps_per_dispatch": 50,
+    "steps_per_dispatch": 25,
     "eval_every": 0,
     "check_every": 0,
-    "checkpoint_every": 100,
+    "checkpoint_every": 50,
     "checkpoint_seconds": 0,
   }
   spaces = _namespaces()
