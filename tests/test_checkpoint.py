@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from problems import Running
 from table import EXACT, METHODS
 from test_rules import perceptron
@@ -49,6 +50,15 @@ def restored(run: Any, folder, warn=pytest.fail) -> Any:
 
 def equal(a, b) -> bool:
   return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), a, b)))
+
+
+def test_a_save_leaves_the_preemption_service_to_the_loop(tmp_path, monkeypatch):
+  """Who asks it with a step makes it wait for as many dispatches."""
+  asked = []
+  point = "reached_preemption_sync_point"
+  monkeypatch.setattr(multihost_utils, point, lambda number: bool(asked.append(number)))
+  saved(Running(METHODS["sgd"], "spmd", {"data": 8}), tmp_path, 2, 4)
+  assert asked == []
 
 
 @pytest.mark.parametrize("executor", ["simulate", "spmd"])

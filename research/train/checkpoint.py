@@ -211,11 +211,23 @@ class Checkpoints:
     self._manager.reload()
 
 
+class _Manager(ocp.CheckpointManager):
+  """Orbax's, but that it leaves JAX's preemption service to `interrupt.watch`.
+
+  The service wants consecutive numbers from one caller. After one of Orbax's, which are steps, a
+  notice would take effect when as many dispatches are done.
+  """
+
+  def reached_preemption(self, step: int) -> bool:
+    del step
+    return False
+
+
 def _manager(folder: Path) -> ocp.CheckpointManager:
   finished = ocp.AsyncOptions(post_finalization_callback=partial(integrity.list_files, folder))
   options = ocp.CheckpointManagerOptions(max_to_keep=KEEP, async_options=finished)
   handlers = ocp.StandardCheckpointHandler()
-  return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+  return _Manager(folder, options=options, item_handlers=handlers)
 
 
 @contextlib.contextmanager
