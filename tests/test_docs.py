@@ -12,7 +12,7 @@ from research.train.config import Config
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("folder", ["bench", "rounds"])
+@pytest.mark.parametrize("folder", ["bench", "transformer", "rounds"])
 def test_the_figures_in_the_readme_are_those_of_the_results(folder):
   table = (ROOT / "results" / folder / "table.md").read_text().strip()
   assert table in (ROOT / "README.md").read_text()
