@@ -29,8 +29,9 @@ RATE, BATCH, PERIOD, RANK = 0.1, 64, 8, 4
 def model_of(method: str) -> tuple[DistributedDataParallel, averagers.PeriodicModelAverager | None]:
   """The perceptron under DDP, and what averages models where gradients are not."""
   layers = [nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10)]
-  one_bucket = {"bucket_cap_mb": 100} if method == "power_sgd" else {}
-  model, averager = DistributedDataParallel(nn.Sequential(*layers), **one_bucket), None
+  megabytes = 100 if method == "power_sgd" else 25  # PowerSGD wants one bucket
+  model = DistributedDataParallel(nn.Sequential(*layers), bucket_cap_mb=megabytes)
+  averager = None
   if method == "fp16":
     model.register_comm_hook(None, default_hooks.fp16_compress_hook)
   if method == "power_sgd":
