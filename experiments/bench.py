@@ -8,7 +8,7 @@ Both are warmed up, then run alternately; the ratio of steps per second is taken
 its median is the figure.
 Beside them: what compressors cost (`costs.py`), what rounds cost (`rounds.py`), for how long a
 checkpoint blocks, the memory of 10,000 simulated workers, and the time to the first logged step.
-Other suites run between hosts that are network namespaces (`hosts.py`): Linux and root.
+Other suites run between hosts (`hosts.py`, `faults.py`), network namespaces of Linux, as root.
 Writes result.json and table.md. Workers of one machine share its cores better on as many devices:
 `JAX_NUM_CPU_DEVICES=2` for fed_avg and local_phase.
 """
@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 from absl import app, flags, logging
 
-from experiments import by_hand, costs, hosts, rounds, run
+from experiments import by_hand, costs, faults, hosts, rounds, run
 from experiments.turns import in_turn, ratios, seconds
 from launch import netlab
 from research.train.config import Config
@@ -302,8 +302,8 @@ def shown(ratios: list[float]) -> str:
 def on_hosts() -> tuple[dict[str, Any], list[str]]:
   """What the suites between hosts measure, and its table."""
   if FLAGS.suite == "faults":
-    faults = hosts.faults(FLAGS.hosts, FLAGS.kills, FLAGS.kill_every, FLAGS.steps)
-    return {"faults": faults}, hosts.faults_table(faults)
+    found = faults.faults(FLAGS.hosts, FLAGS.kills, FLAGS.kill_every, FLAGS.steps)
+    return {"faults": found}, faults.faults_table(found)
   if FLAGS.suite == "hosts":
     speed = hosts.speed(FLAGS.repeats, importlib.util.find_spec("torch") is not None)
     return {"hosts": speed}, hosts.speed_table(speed)

@@ -1,7 +1,6 @@
-"""Runs between hosts of one machine: bytes as predicted and as counted, speed, and killed hosts.
+"""Runs between hosts of one machine: bytes as predicted and as the kernel counts them, and speed.
 
-The suites wire, hosts and faults of bench.py. Hosts are network
-namespaces (launch/netlab.py): Linux and root.
+The suites wire and hosts of bench.py. Hosts are network namespaces (launch/netlab.py).
 """
 
 import itertools
@@ -10,10 +9,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from research.comm import counters
 from research.train.config import Config
 
 ROOT = Path(__file__).parents[1]
@@ -35,25 +35,25 @@ def flags_of(config: dict[str, Any]) -> list[str]:
   return [f"--{name}={value}" for name, value in config.items()]
 
 
-def on_hosts(
-  hosts: int, config: dict[str, Any], *launcher: str
-) -> subprocess.CompletedProcess[str]:
-  """Runs the command of a config on so many hosts, a worker on each."""
-  netlab = [sys.executable, str(ROOT / "launch" / "netlab.py"), f"--hosts={hosts}", *launcher]
-  command = ["python", str(ROOT / "experiments" / "run.py"), *flags_of(config)]
-  return subprocess.run([*netlab, "--", *command], capture_output=True, text=True)
+def netlab(hosts: int, launcher: Sequence[str], line: Sequence[str], *before: str) -> list[str]:
+  """The command line that runs another one on so many hosts; `line` begins with a file of ours."""
+  program, *arguments = line
+  command = [*before, "python", str(ROOT / "experiments" / program), *arguments]
+  lab = [sys.executable, str(ROOT / "launch" / "netlab.py"), f"--hosts={hosts}", *launcher]
+  return [*lab, "--", *command]
 
 
-def summary_of(ended: subprocess.CompletedProcess[str], out: Path) -> dict[str, Any]:
-  """What a run on hosts has left.
+def run(line: Sequence[str]) -> str:
+  """What a command line prints.
 
   Raises:
     RuntimeError: if it failed.
   """
+  ended = subprocess.run(line, capture_output=True, text=True)
   if ended.returncode:
     lines = (ended.stdout + ended.stderr).splitlines()[-20:]
     raise RuntimeError("\n".join([f"exit code {ended.returncode}:", *lines]))
-  return json.loads((out / "summary.json").read_text())
+  return ended.stdout
 
 
 # ---- bytes
@@ -78,8 +78,9 @@ def _bytes(hosts: int, name: str) -> dict[str, Any]:
   }
   with tempfile.TemporaryDirectory() as folder:
     out = Path(folder) / "run"
-    arguments = config | {"out": out}
-    found = summary_of(on_hosts(hosts, arguments, f"--logs={folder}/logs"), out)["wire"]
+    line = ["run.py", *flags_of(config | {"out": out})]
+    run(netlab(hosts, [f"--logs={folder}/logs"], line))
+    found = json.loads((out / "summary.json").read_text())["wire"]
   kernel = [host["tx_payload_bytes"] for host in found["kernel_bytes_per_step_per_host"]]
   traced = sum(found["bytes_per_step_per_worker"].values())
   traced += sum(found["metrics_bytes_per_step_per_worker"].values())
@@ -182,7 +183,8 @@ def _of_loop(spec: str, rate: str) -> list[float]:
   config |= {"log_every": SPEED_DISPATCH, "eval_every": 0, "check_every": 0, "checkpoint_every": 0}
   with tempfile.TemporaryDirectory() as folder:
     out = Path(folder) / "run"
-    summary_of(on_hosts(2, config | {"out": out}, *_shaped(rate, folder)), out)
+    line = ["run.py", *flags_of(config | {"out": out})]
+    run(netlab(2, _shaped(rate, folder), line, "env", "-u", counters.PLACES))  # they take time
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
   at = [row["seconds"] for row in rows[1:-1]]  # evaluation comes before the last row
   return [1000 * (b - a) / SPEED_DISPATCH for a, b in itertools.pairwise(at)]
@@ -191,15 +193,10 @@ def _of_loop(spec: str, rate: str) -> list[float]:
 def _of_program(file: str, method: str, rate: str) -> list[float]:
   """The same of a program that prints them."""
   with tempfile.TemporaryDirectory() as folder:
-    netlab = [sys.executable, str(ROOT / "launch" / "netlab.py"), "--hosts=2"]
-    line = ["python", str(ROOT / "experiments" / file), method, str(RATES[rate])]
-    command = [*netlab, *_shaped(rate, folder), "--", *line, str(SPEED_DISPATCH)]
-    ended = subprocess.run(command, capture_output=True, text=True)
-  found = [line[4:] for line in ended.stdout.splitlines() if line.startswith('[0] {"milli')]
-  if ended.returncode or not found:
-    lines = (ended.stdout + ended.stderr).splitlines()[-20:]
-    raise RuntimeError("\n".join([f"{file} {method}, exit code {ended.returncode}:", *lines]))
-  return json.loads(found[0])["milliseconds"]
+    line = [file, method, str(RATES[rate]), str(SPEED_DISPATCH)]
+    printed = run(netlab(2, _shaped(rate, folder), line))
+  (found,) = [line[4:] for line in printed.splitlines() if line.startswith('[0] {"milli')]
+  return json.loads(found)["milliseconds"]
 
 
 def speed_table(rows: list[dict[str, Any]]) -> list[str]:
@@ -216,108 +213,3 @@ def speed_table(rows: list[dict[str, Any]]) -> list[str]:
     cells = [row["rate"], row["method"], *shown, ratio(by_hand), ratio(torch)]
     lines.append("| " + " | ".join(cells) + " |")
   return lines
-
-
-# ---- faults
-
-
-def faults(hosts: int, kills: int, every: float, steps: int) -> dict[str, Any]:
-  """Kills random hosts' processes at random moments of a run, and compares it with an unbroken one.
-
-  Args:
-    hosts: how many there are.
-    kills: how many processes are killed.
-    every: mean seconds between kills.
-    steps: of the run, enough to last as long.
-  """
-  config = {
-    "method": "data_parallel(sgd(cosine_decay_schedule(0.1, 5000), momentum=0.9), "
-    "error_feedback(two_phase(int8())))",
-    "executor": "spmd",
-    "mesh": f"data:{hosts}",
-    "steps": steps,
-    "steps_per_dispatch": 25,
-    "eval_every": 0,
-    "check_every": 0,
-    "checkpoint_every": 50,
-    "checkpoint_seconds": 0,
-  }
-  spaces = _namespaces()
-  with tempfile.TemporaryDirectory() as folder:
-    whole = Path(folder) / "whole"
-    calm = summary_of(on_hosts(hosts, config | {"out": whole}, f"--logs={folder}/calm"), whole)
-    broken = Path(folder) / "broken"
-    launcher = [f"--kills={kills}", f"--kill_every={every}", f"--restarts={2 * kills}"]
-    found = _disturbed(hosts, config | {"out": broken}, broken, *launcher, f"--logs={folder}/logs")
-    summary = json.loads((broken / "summary.json").read_text())
-    steps_of = lambda out: [json.loads(x)["step"] for x in (out / "metrics.jsonl").open()]
-    return found | {
-      "hosts": hosts,
-      "steps": steps,
-      "spec": config["method"],
-      "same_params": summary["params_sha256"] == calm["params_sha256"],
-      "same_rows": steps_of(broken) == steps_of(whole),
-      "processes_left": _processes(str(broken)),
-      "namespaces_left": _namespaces() - spaces,
-    }
-
-
-def _disturbed(hosts: int, config: dict[str, Any], out: Path, *launcher: str) -> dict[str, Any]:
-  """Follows a run whose processes are killed: how often, and what was lost."""
-  netlab = [sys.executable, str(ROOT / "launch" / "netlab.py"), f"--hosts={hosts}", *launcher]
-  command = [*netlab, "--", "python", str(ROOT / "experiments" / "run.py"), *flags_of(config)]
-  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-  process = subprocess.Popen(command, **pipes)
-  killed = resumed = restarts = lost = 0
-  saved = 0
-  for line in process.stdout or ():
-    if "launch: killing process" in line:
-      killed += 1
-      saved = max([saved, *_whole(out / "checkpoints")])
-    elif "launch: restart" in line:
-      restarts += 1
-    elif "] resuming at step" in line:
-      resumed += 1
-      lost += int(line.split()[-1]) < saved
-  return {
-    "exit_code": process.wait(),
-    "kills": killed,
-    "restarts": restarts,
-    "resumed": resumed,
-    "resumed_before_the_last_checkpoint": lost,
-  }
-
-
-def _whole(folder: Path) -> Iterator[int]:
-  """Steps of the checkpoints that were whole at this moment."""
-  for path in folder.glob("*/files.json"):
-    if path.parent.name.isdecimal():
-      yield int(path.parent.name)
-
-
-def _namespaces() -> int:
-  """Network namespaces of this machine."""
-  line = ["lsns", "--type", "net", "--noheadings"]
-  return len(subprocess.run(line, capture_output=True, text=True, check=True).stdout.splitlines())
-
-
-def _processes(word: str) -> int:
-  """Processes whose command line has a word in it."""
-  found = 0
-  for path in Path("/proc").glob("[0-9]*/cmdline"):
-    try:
-      found += word in path.read_text()
-    except OSError:
-      continue
-  return found
-
-
-def faults_table(found: dict[str, Any]) -> list[str]:
-  """What a run has survived, in Markdown."""
-  names = ("hosts", "steps", "kills", "restarts", "exit_code", "same_params", "same_rows")
-  names = (*names, "resumed_before_the_last_checkpoint", "processes_left", "namespaces_left")
-  shown = lambda value: (
-    {True: "yes", False: "no"}[value] if isinstance(value, bool) else f"{value:,}"
-  )
-  lines = ["| | |", "|---|---|"]
-  return lines + [f"| {name.replace('_', ' ')} | {shown(found[name])} |" for name in names]

@@ -157,7 +157,7 @@ def one_line_errors() -> Iterator[None]:
     fail(130, "interrupted before there was anything to save")
   except tuple(codes) as error:
     fail(codes[type(error)], str(error))
-  except Exception as error:
+  except Exception as error:  # a process of several must not stay, whatever it met
     known = foreseen(error)
     if jax.distributed.is_initialized():
       leave(known)

@@ -63,7 +63,7 @@ def log_folder() -> Path:
 
 
 def environment(coordinator: str, number: int, of: int) -> dict[str, str]:
-  """Tells a process its place in the job (`comm.mesh.initialize`); `python` is the launcher's."""
+  """Tells a process its place in the job (`comm.join.initialize`); `python` is the launcher's."""
   return {
     **os.environ,
     "PATH": _path(os.environ),

@@ -29,6 +29,7 @@ from experiments import run
 from launch import command, supervisor
 from launch.supervisor import Process, Running, say
 from launch.watchman import Watchman, dies_with_parent, kill
+from research.comm import counters
 
 FLAGS = flags.FLAGS
 TOOLS = ("ip", "tc", "unshare", "nsenter", "hostname", "taskset")
@@ -176,10 +177,10 @@ def _do(holder: int, *line: str) -> None:
 def processes(hosts: Sequence[Host], line: Sequence[str]) -> list[Process]:
   """One process per host, process 0 at the first one's address."""
   port = FLAGS.port or random.SystemRandom().randrange(20_000, 30_000)
-  counters = ",".join(f"/proc/{host.holder}/net/dev" for host in hosts)
+  files = ",".join(f"/proc/{host.holder}/net/dev" for host in hosts)
   told = {
     "JAX_NUM_CPU_DEVICES": str(FLAGS.devices_per_host),
-    "NETWORK_COUNTERS": f"{LINK}:{counters}",
+    counters.PLACES: f"{LINK}:{files}",
   }
 
   def one(number: int, host: Host) -> Process:

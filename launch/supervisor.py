@@ -6,13 +6,13 @@ import selectors
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
 from launch.watchman import Watchman, dies_with_parent, kill
+from research.train import heartbeat
 
 TICK = 0.2  # seconds between looks at what does not wake the supervisor
 SETTLE = 5.0  # seconds that others have to end by themselves once one has failed
@@ -73,7 +73,7 @@ def supervise(
 
   Args:
     processes: makes the processes of each start: a port may be used once.
-    logs: folder of the log files.
+    logs: folder of the log files, and of the files that processes touch as they advance.
     rules: how often, and after what time.
     disturb: called several times a second with what runs.
 
@@ -86,9 +86,8 @@ def supervise(
     watchman = Watchman()
     stack.callback(watchman.close)
     told = stack.enter_context(_signals())
-    beats = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="beats-")))
     for attempt in range(rules.restarts + 1):
-      job = _Job(watchman, logs, beats, rules, told, disturb)
+      job = _Job(watchman, logs, rules, told, disturb)
       ended = job.run(processes())
       if ended.why:
         say(ended.why)
@@ -120,8 +119,15 @@ def _signals():
 class _Job:
   """One start of a job."""
 
-  def __init__(self, watchman, logs, beats, rules, told, disturb):
-    self.watchman, self.logs, self.beats, self.rules = watchman, logs, beats, rules
+  def __init__(
+    self,
+    watchman: Watchman,
+    logs: Path,
+    rules: Rules,
+    told: Sequence[int],
+    disturb: Callable[[Sequence[Running]], None],
+  ):
+    self.watchman, self.logs, self.rules = watchman, logs, rules
     self.told, self.disturb = told, disturb
     self.running: list[Running] = []
     self.streams = selectors.DefaultSelector()
@@ -137,13 +143,13 @@ class _Job:
       self._drain()
 
   def _start(self, process: Process) -> None:
-    beat = self.beats / process.name
+    beat = (self.logs / f"{process.name}.beat").absolute()
     beat.unlink(missing_ok=True)
     log = (self.logs / f"{process.name}.log").open("ab", buffering=0)
     try:
       popen = subprocess.Popen(
         process.command,
-        env={**process.environ, "JOB_HEARTBEAT": str(beat)},
+        env={**process.environ, heartbeat.PLACE: str(beat)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -78,6 +78,27 @@ def test_the_environment_of_a_launcher_is_taken(joined, port):
   assert [args for args, _ in joined] == [(f"node7:{port}", 3, 0)]
 
 
+@pytest.mark.parametrize(
+  ("told", "message"),
+  [
+    ({"JAX_NUM_PROCESSES": "2"}, "JAX_PROCESS_ID='', which is no whole number"),
+    ({"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"}, "JAX_NUM_PROCESSES='two'"),
+    ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "not HOST:PORT"),
+  ],
+)
+def test_half_of_an_environment_is_refused(joined, told, message):
+  join.os.environ.update(told)
+  with pytest.raises(ValueError, match=message):
+    join.initialize()
+  assert joined == []
+
+
+def test_an_address_alone_is_left_to_the_cluster(joined):
+  join.os.environ.update(CLUSTERS[1][0], JAX_COORDINATOR_ADDRESS="node7:99")
+  join.initialize()
+  assert joined == [((), {})]
+
+
 def test_a_cluster_decides_where_nothing_is_given(joined):
   join.os.environ.update(CLUSTERS[1][0])
   join.initialize()

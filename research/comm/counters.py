@@ -1,5 +1,6 @@
 """What the kernel counts of a job's bytes on the network, host by host."""
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,19 @@ class Counters(NamedTuple):
   def read(self) -> np.ndarray:
     """The counters now: int64 [hosts, NAMES]."""
     return np.array([_of(self.interface, file) for file in self.files], np.int64)
+
+  def settled(self) -> np.ndarray:
+    """The counters when hosts have sent what a collective has left in their sockets, or in 1 s.
+
+    A process has its result when it has received all, not when it has sent all.
+    """
+    until, found = time.monotonic() + 1.0, self.read()
+    while time.monotonic() < until:
+      time.sleep(0.02)
+      before, found = found, self.read()
+      if (before == found).all():
+        break
+    return found
 
 
 def told(environ: Mapping[str, str]) -> Counters | None:

@@ -55,7 +55,7 @@ def initialize(coordinator: str = "", processes: int = 0, process_id: int = -1) 
     The number of processes.
 
   Raises:
-    ValueError: if some of the arguments are given and others are not, if they do not fit together,
+    ValueError: if some of the arguments or variables are given and others are not or do not fit,
       if process 0 cannot listen at the port, or if it is not there within JOIN_SECONDS. If another
       process is not there by then, process 0 says so and ends with exit code 2.
   """
@@ -83,12 +83,18 @@ def initialize(coordinator: str = "", processes: int = 0, process_id: int = -1) 
 
 
 def _of_environment(environ: Mapping[str, str]) -> tuple[str, int, int]:
-  """What launch/ and launchers like it tell; '', 0 and -1 where they tell nothing."""
-  coordinator = environ.get("JAX_COORDINATOR_ADDRESS", "")
-  numbers = [environ.get(name, "") for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
-  if not (coordinator and all(number.isdecimal() for number in numbers)):
+  """What launch/ and launchers like it tell; '', 0 and -1 where they tell nothing.
+
+  An address alone is JAX's own variable, for clusters that know the rest.
+  """
+  numbers = {name: environ.get(name, "") for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")}
+  if not any(numbers.values()):
     return "", 0, -1
-  return coordinator, int(numbers[0]), int(numbers[1])
+  for name, number in numbers.items():
+    if not number.isdecimal():
+      raise ValueError(f"goes with {name}='{number}', which is no whole number")
+  processes, process_id = map(int, numbers.values())
+  return environ.get("JAX_COORDINATOR_ADDRESS", ""), processes, process_id
 
 
 def _check_explicit(coordinator: str, processes: int, process_id: int) -> None:

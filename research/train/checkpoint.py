@@ -2,10 +2,7 @@
 
 import contextlib
 import functools
-import gc
-import logging
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +19,7 @@ from research.base import Array, TrainState
 from research.comm.mesh import count, worker_axes
 from research.parallel import resize
 from research.train import integrity, interrupt
+from research.train.noise import deaf_to_writers, quietly
 
 KEEP = 3
 
@@ -107,10 +105,12 @@ class Checkpoints:
     try:
       with quietly():
         yield
-    except Exception as error:  # whatever the disk makes the writer raise
+    except Exception as error:  # a full disk comes as various errors; others are raised as they are
       self._failed = True
       free = shutil.disk_usage(self._folder).free
       full = any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "No space left"))
+      if not (full or isinstance(error, OSError)):
+        raise
       reason = f"the disk is full, {free:,} bytes are free" if full else _line(error)
       kept = f"checkpoint {self.latest()} is kept" if self.latest() else "there is none before it"
       raise SaveError(f"no checkpoint can be saved in {self._folder}: {reason}; {kept}") from error
@@ -228,44 +228,6 @@ def _manager(folder: Path) -> ocp.CheckpointManager:
   options = ocp.CheckpointManagerOptions(max_to_keep=KEEP, async_options=finished)
   handlers = ocp.StandardCheckpointHandler()
   return _Manager(folder, options=options, item_handlers=handlers)
-
-
-@contextlib.contextmanager
-def deaf_to_writers() -> Iterator[None]:
-  """Passes over what threads print that still write when a save has failed: its loop is gone."""
-  before = sys.unraisablehook, sys.excepthook
-  is_late = lambda error: isinstance(error, RuntimeError) and "loop is closed" in str(error)
-
-  def unraisable(found):
-    if not is_late(found.exc_value):
-      before[0](found)
-
-  def uncaught(kind, error, trace):
-    if not is_late(error):
-      before[1](kind, error, trace)
-
-  sys.unraisablehook, sys.excepthook = unraisable, uncaught
-  try:
-    yield
-  finally:
-    sys.unraisablehook, sys.excepthook = before
-
-
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-  """Silences what Orbax's threads print of a failure beside the exception that they raise."""
-  hook, logger = sys.unraisablehook, logging.getLogger("asyncio")
-  level = logger.level
-  sys.unraisablehook = lambda unraisable: None
-  logger.setLevel(logging.CRITICAL)
-  try:
-    yield
-  except Exception:
-    gc.collect()  # lets what will complain do so now
-    raise
-  finally:
-    sys.unraisablehook = hook
-    logger.setLevel(level)
 
 
 def _line(error: Exception) -> str:

@@ -15,7 +15,7 @@ class Network:
   """Adds up what training sends, without evaluations, checkpoints, and connecting.
 
   Without a launcher that names counters it does nothing. With one, dispatches do not overlap with
-  the host's work. Process 0 reads for all hosts.
+  the host's work, and each waits until the counters are at rest. Process 0 reads for all hosts.
   """
 
   def __init__(self, main: bool):
@@ -35,11 +35,11 @@ class Network:
       yield
       return
     jax.block_until_ready(results())
-    start = self._counters.read()
+    start = self._counters.settled()
     yield
     jax.block_until_ready(results())
     if not self._first:
-      self._sum = self._sum + self._counters.read() - start
+      self._sum = self._sum + self._counters.settled() - start
       self._steps += after - before
       self._after[after] = self._sum
     self._first = False
