@@ -8,7 +8,8 @@ Both are warmed up, then run alternately; the ratio of steps per second is taken
 its median is the figure.
 Beside them: what compressors cost (`costs.py`), what rounds cost (`rounds.py`), for how long a
 checkpoint blocks, the memory of 10,000 simulated workers, and the time to the first logged step.
-Other suites run between hosts (`hosts.py`, `faults.py`), network namespaces of Linux, as root.
+Other suites run between hosts, network namespaces of Linux, as root (`hosts.py`, `speed.py`,
+`faults.py`).
 Writes result.json and table.md. Workers of one machine share its cores better on as many devices:
 `JAX_NUM_CPU_DEVICES=2` for fed_avg and local_phase.
 """
@@ -29,7 +30,7 @@ from typing import Any, NamedTuple
 
 from absl import app, flags, logging
 
-from experiments import by_hand, costs, faults, hosts, rounds, run
+from experiments import by_hand, costs, faults, hosts, rounds, run, speed
 from experiments.turns import in_turn, ratios, seconds
 from launch import netlab
 from research.train.config import Config
@@ -305,8 +306,12 @@ def on_hosts() -> tuple[dict[str, Any], list[str]]:
     found = faults.faults(FLAGS.hosts, FLAGS.kills, FLAGS.kill_every, FLAGS.steps)
     return {"faults": found}, faults.faults_table(found)
   if FLAGS.suite == "hosts":
-    speed = hosts.speed(FLAGS.repeats, importlib.util.find_spec("torch") is not None)
-    return {"hosts": speed}, hosts.speed_table(speed)
+    has_torch = importlib.util.find_spec("torch") is not None
+    begun = speed.start(FLAGS.repeats)
+    rows = speed.speed(FLAGS.repeats, has_torch)
+    target = speed.to_target(rows, has_torch)
+    found = {"hosts": rows, "target": target, "start_seconds": begun}
+    return found, speed.speed_table(rows) + speed.target_table(target, begun)
   wire = hosts.wire((2, 4))
   return {"wire": wire}, hosts.wire_table(wire)
 

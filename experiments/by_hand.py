@@ -188,9 +188,13 @@ def advancing(config, state, run) -> Callable[[int], None]:
   return advance
 
 
-def load(config: dict[str, Any]) -> dict[str, Any]:
-  """The examples by worker, as the loop gets them."""
+def load(config: dict[str, Any], test: bool = False) -> dict[str, Any]:
+  """The examples by worker, as the loop gets them; or those of the test, by device."""
   from research.train import assemble
 
   settings = Config(**config)
-  return assemble.assemble(settings, assemble.check(settings)).examples
+  problem = assemble.assemble(settings, assemble.check(settings))
+  if not test:
+    return problem.examples
+  assert problem.test is not None
+  return problem.test[0]

@@ -2,8 +2,9 @@
 
     python experiments/peers_torch.py dense 200 16
 
-Started once per host by a launcher, with the extra `peers`; METHOD, steps, and steps per reading of
-the clock. The perceptron, data, batch and rate of `by_hand_hosts.py`, and what that prints.
+Started once per host by a launcher, with the extra `peers`; METHOD, steps, steps per reading of the
+clock, and, if wanted, an accuracy on the test images after which to stop, measured apart from the
+clock. The perceptron, data, batch and rate of `by_hand_hosts.py`; what that prints, and the steps.
 """
 
 # pyright: reportMissingImports=false
@@ -45,16 +46,19 @@ def model_of(method: str) -> tuple[DistributedDataParallel, averagers.PeriodicMo
   return model, averager
 
 
-def main(method: str, steps: int, dispatch: int) -> None:
+def main(method: str, steps: int, dispatch: int, target: float | None = None) -> None:
   """Trains, and prints what it took."""
   torch.set_num_threads(1)
   torch.manual_seed(0)
   place = f"tcp://{os.environ['JAX_COORDINATOR_ADDRESS']}"
   here, count = (int(os.environ[f"JAX_{name}"]) for name in ("PROCESS_ID", "NUM_PROCESSES"))
   dist.init_process_group("gloo", place, rank=here, world_size=count)
-  examples = load({"task": "mnist()", "mesh": f"data:{count}"})
+  config = {"task": "mnist()", "mesh": f"data:{count}"}
+  examples, tested = load(config), load(config, test=True)
   x = torch.tensor(examples["x"][here].reshape(-1, 784))
   y = torch.tensor(examples["y"][here]).long()
+  test_x = torch.tensor(tested["x"].reshape(-1, 784)).float() / 255
+  test_y = torch.tensor(tested["y"].reshape(-1)).long()
   model, averager = model_of(method)
   optimizer = torch.optim.SGD(model.parameters(), RATE)
   seconds, value = [], 0.0
@@ -70,11 +74,16 @@ def main(method: str, steps: int, dispatch: int) -> None:
         averager.average_parameters(model.parameters())
     value = found.item()
     seconds.append(time.perf_counter() - start)
+    if target is not None:
+      with torch.no_grad():
+        right = (model.module(test_x).argmax(1) == test_y).float().mean().item()
+      if right >= target:
+        break
   if here == 0:
-    milliseconds = [1000 * s / dispatch for s in seconds[2:]]
-    print(json.dumps({"milliseconds": milliseconds, "loss": value}), flush=True)
+    found = {"milliseconds": [1000 * s / dispatch for s in seconds[2:]]}
+    print(json.dumps(found | {"loss": value, "steps": dispatch * len(seconds)}), flush=True)
   dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-  main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+  main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *map(float, sys.argv[4:]))

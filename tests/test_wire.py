@@ -9,7 +9,7 @@ from problems import Running
 from table import METHODS
 
 from research import registry
-from research.comm import wire
+from research.comm import collectives, wire
 from research.parallel import workers
 
 X = jax.ShapeDtypeStruct((1000,), jnp.float32)
@@ -49,6 +49,32 @@ def test_each_operation(name):
   assert wire.traffic(program, X, axes=EIGHT) == [
     wire.Transfer(operation, ("data",), dtype, payload, sent, 1)
   ]
+
+
+SHORT_AND_LONG = {
+  "bias": jnp.arange(8 * 5, dtype=jnp.float32).reshape(8, 5),
+  "matrix": jnp.arange(8 * 6, dtype=jnp.float32).reshape(8, 3, 2),
+  "codes": jnp.arange(8 * 7, dtype=jnp.int8).reshape(8, 7),
+  "nothing": jnp.zeros((8, 0)),
+  "long": jnp.arange(8 * 20000, dtype=jnp.float32).reshape(8, 20000),
+}
+
+
+@pytest.mark.parametrize("name", ["gather", "exchange"])
+def test_short_leaves_of_a_type_travel_as_one_message(name):
+  send = {"gather": collectives.gather, "exchange": collectives.exchange}[name]
+  everyone = jax.tree.map(lambda x: jnp.stack([100 * i + x for i in range(8)]), SHORT_AND_LONG)
+  everyone = jax.tree.map(lambda x, like: x.astype(like.dtype), everyone, SHORT_AND_LONG)
+  sent = everyone if name == "exchange" else jax.tree.map(lambda x: x[:, 0], everyone)
+  found = jax.vmap(lambda tree: send(tree, "data"), axis_name="data")(sent)
+  to_all = lambda x: jnp.broadcast_to(x, (8, *x.shape))
+  expected = jax.tree.map(lambda x: x.swapaxes(0, 1) if name == "exchange" else to_all(x), sent)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  mine = jax.tree.map(lambda x: x[0], sent)
+  transfers = wire.traffic(lambda tree: send(tree, "data"), mine, axes=EIGHT)
+  assert sorted((t.dtype, t.payload < 80_000) for t in transfers) == [
+    ("float32", False), ("float32", True), ("int8", True)
+  ]  # fmt: skip
 
 
 def test_loops_in_loops_multiply():

@@ -1,6 +1,6 @@
 """Averages of compressed values: what is exchanged are payloads, in their own dtypes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -28,14 +28,25 @@ def gather_mean(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) ->
   Reference: Alistarh et al. 2017, arXiv 1610.02132, algorithm 1.
   """
 
-  def one(x, key):
-    payload = compressor.encode(x, key, collectives.worker_key(key, axis))
-    everyone = collectives.gather(payload, axis)
-    add = lambda sum_, p: (sum_ + compressor.decode(p, _like(x), key), None)
-    value = lax.scan(add, jnp.zeros_like(x), everyone)[0] / collectives.worker_count(axis)
-    return value.astype(x.dtype), compressor.decode(payload, _like(x), key)
+  def aggregate(tree, state, key):
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = _keys(key, len(leaves))
+    own = [collectives.worker_key(k, axis) for k in keys]
+    payloads = list(map(compressor.encode, leaves, keys, own))
+    everyone = collectives.gather(payloads, axis)
+    values = map(mean_of, leaves, keys, everyone)
+    sent = map(decode, leaves, keys, payloads)
+    return Aggregate(treedef.unflatten(values), treedef.unflatten(sent), state)
 
-  return _leafwise(one, traits_of(compressor))
+  def mean_of(x, key, everyone):
+    add = lambda sum_, payload: (sum_ + decode(x, key, payload), None)
+    value = lax.scan(add, jnp.zeros_like(x), everyone)[0] / collectives.worker_count(axis)
+    return value.astype(x.dtype)
+
+  def decode(x, key, payload):
+    return compressor.decode(payload, _like(x), key)
+
+  return Aggregator(lambda params: (), aggregate, traits_of(compressor))
 
 
 def sum_mean(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) -> Aggregator:
@@ -97,33 +108,41 @@ def two_phase(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) -> A
     count = collectives.worker_count(axis)
     return jax.tree.map(lambda x: Chunk(jnp.zeros_like(cut(x, count)[0])), params)
 
-  def one(x, memory, key):
+  def encode_chunks(x, key):
     count = collectives.worker_count(axis)
-    first, second = jax.random.split(key)
     chunks = cut(x, count)
-    like = _like(chunks[0])
-    shared = jax.random.split(first, count)
-    own = jax.random.split(collectives.worker_key(first, axis), count)
+    shared = jax.random.split(key, count)
+    own = jax.random.split(collectives.worker_key(key, axis), count)
     payload = jax.vmap(compressor.encode)(chunks, shared, own)
-    sent = jax.vmap(lambda p, k: compressor.decode(p, like, k))(payload, shared)
-    mine = shared[collectives.worker_index(axis)]
-    received = collectives.exchange(payload, axis)
-    mean = jnp.mean(jax.vmap(lambda p: compressor.decode(p, like, mine))(received), 0)
+    sent = jax.vmap(lambda p, k: compressor.decode(p, _like(chunks[0]), k))(payload, shared)
+    return payload, joined(sent, x)
+
+  def serve(x, received, memory, first, second):
+    """The answer to the encodings of this worker's chunk, and what it still owes."""
+    count, mine = collectives.worker_count(axis), collectives.worker_index(axis)
+    like, key = _chunk_like(x, memory), jax.random.split(first, count)[mine]
+    mean = jnp.mean(jax.vmap(lambda p: compressor.decode(p, like, key))(received), 0)
     owed = mean.astype(x.dtype) + memory.part
-    answers = jax.random.split(second, count)
-    answer = answers[collectives.worker_index(axis)]
-    payload = compressor.encode(owed, answer, collectives.worker_key(second, axis))
-    decoded = compressor.decode(payload, like, answer)
-    everyone = collectives.gather(payload, axis)
-    value = jax.vmap(lambda p, k: compressor.decode(p, like, k))(everyone, answers)
-    return joined(value, x), joined(sent, x), Chunk(owed - decoded)
+    key = jax.random.split(second, count)[mine]
+    payload = compressor.encode(owed, key, collectives.worker_key(second, axis))
+    return payload, Chunk(owed - compressor.decode(payload, like, key))
+
+  def put_together(x, everyone, memory, key):
+    keys = jax.random.split(key, collectives.worker_count(axis))
+    decode = lambda p, k: compressor.decode(p, _chunk_like(x, memory), k)
+    return joined(jax.vmap(decode)(everyone, keys), x)
 
   def aggregate(tree, state, key):
     leaves, treedef = jax.tree.flatten(tree)
-    memories, keys = treedef.flatten_up_to(state), _keys(key, len(leaves))
-    results = [one(*args) for args in zip(leaves, memories, keys, strict=True)]
-    value, sent, memory = (treedef.unflatten([r[i] for r in results]) for i in range(3))
-    return Aggregate(value, sent, memory)
+    memories = treedef.flatten_up_to(state)
+    pairs = [jax.random.split(k) for k in _keys(key, len(leaves))]
+    first, second = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    payloads, sent = _unzip(map(encode_chunks, leaves, first))
+    received = collectives.exchange(payloads, axis)
+    answers, owed = _unzip(map(serve, leaves, received, memories, first, second))
+    everyone = collectives.gather(answers, axis)
+    values = map(put_together, leaves, everyone, memories, second)
+    return Aggregate(*map(treedef.unflatten, (values, sent, owed)))
 
   apart = {"apart"} if compressor.sparse else set()  # the phases have a support each
   return Aggregator(init, aggregate, traits_of(compressor) | apart)
@@ -158,6 +177,15 @@ def majority_vote(axis: collectives.Axes = WORKER_AXES) -> Aggregator:
 
 def _like(x: Array) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _chunk_like(x: Array, memory: Chunk) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(memory.part.shape, x.dtype)
+
+
+def _unzip(pairs: Iterable[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
+  found = list(pairs)
+  return [first for first, _ in found], [second for _, second in found]
 
 
 def _keys(key: Key, count: int) -> Any:

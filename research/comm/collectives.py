@@ -6,7 +6,8 @@ same line runs on a mesh with and without slices.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from research.base import WORKER_AXES, Array, Key, Tree
 Axes = str | Sequence[str]
 _OWN = 0x776F726B
 _LANES = 128
+_SHORT = 2**16  # bytes: about what a fast link carries while a message begins
 
 
 def in_scope(axes: Axes = WORKER_AXES) -> tuple[str, ...]:
@@ -83,15 +85,7 @@ def packed_mean(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
   A message costs what it takes to begin it, however short. Where a mesh cuts leaves inside a worker
   this is for the blocks that a device holds: whole leaves would have to be gathered first.
   """
-  leaves, treedef = jax.tree.flatten(tree)
-  found = list(leaves)
-  for dtype in dict.fromkeys(x.dtype for x in leaves):
-    places = [i for i, x in enumerate(leaves) if x.dtype == dtype]
-    message = mean(jnp.concatenate([leaves[i].ravel() for i in places]), axes)
-    ends = np.cumsum([leaves[i].size for i in places])
-    for i, part in zip(places, jnp.split(message, ends[:-1]), strict=True):
-      found[i] = part.reshape(leaves[i].shape)
-  return treedef.unflatten(found)
+  return _packed(tree, lambda x: mean(x, axes))
 
 
 def total(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
@@ -102,8 +96,9 @@ def total(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
 def gather(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
   """What every worker has, in the order of `worker_index`: leaves [W, ...], equal on all.
 
-  TPU compilers turn the gather of a flat array whose length is no multiple of 128 into a sum of
-  twice the bytes; long ones are therefore filled up, and sent as arrays [n / 128, 128].
+  Short leaves of a type travel as one message. TPU compilers turn the gather of a flat array whose
+  length is no multiple of 128 into a sum of twice the bytes; long ones are therefore filled up, and
+  sent as arrays [n / 128, 128].
   """
   names, count = in_scope(axes), worker_count(axes)
 
@@ -116,25 +111,64 @@ def gather(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
       return found.reshape(count, -1)[:, : x.size]
     return found.reshape(count, *x.shape)
 
-  return jax.tree.map(one, tree)
+  return _packed(tree, one, longest=_SHORT)
 
 
 def exchange(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
   """Sends row i of each leaf [W, ...] to worker i; returns the rows that this one was sent.
 
-  A TPU interleaves flat rows in its memory, and does not those of arrays [W, n / 128, 128].
+  Short leaves of a type travel as one message. A TPU interleaves flat rows in its memory, and does
+  not those of arrays [W, n / 128, 128]: long ones are filled up to that.
   """
   names = in_scope(axes)
   sizes = [lax.axis_size(name) for name in names]
 
   def one(x):
-    is_flat = x.ndim == 2 and x.size > 0 and x.shape[1] % _LANES == 0
-    found = x.reshape(*sizes, *((-1, _LANES) if is_flat else x.shape[1:]))
+    length = x.size // x.shape[0] if x.ndim == 2 else 0
+    fill = -length % _LANES if length >= 64 * _LANES else 0
+    is_flat = length > 0 and (length + fill) % _LANES == 0
+    found = jnp.pad(x, [(0, 0), (0, fill)]) if fill else x
+    found = found.reshape(*sizes, *((-1, _LANES) if is_flat else x.shape[1:]))
     for place, name in enumerate(names):
       found = lax.all_to_all(found, name, place, place)
-    return found.reshape(math.prod(sizes), *((-1,) if is_flat else found.shape[len(names) :]))
+    if is_flat:
+      return found.reshape(x.shape[0], -1)[:, :length]
+    return found.reshape(x.shape)
 
-  return jax.tree.map(one, tree)
+  return _packed(tree, one, lead=1, longest=_SHORT)
+
+
+def _packed(
+  tree: Tree, send: Callable[[Array], Array], lead: int = 0, longest: float = math.inf
+) -> Tree:
+  """`send` of each leaf, those of a type up to `longest` bytes put together along the last axis.
+
+  Args:
+    tree: arrays whose first `lead` dimensions are the same.
+    send: from an array [*first, n] to one [*any, n], whose places do not depend on each other.
+    lead: how many dimensions `first` has.
+    longest: bytes of what is put together, each.
+  """
+  leaves, treedef = jax.tree.flatten(tree)
+  messages: dict[Any, list[int]] = {}
+  for i, x in enumerate(leaves):
+    is_short = x.size * x.dtype.itemsize <= longest
+    messages.setdefault(x.dtype if is_short else i, []).append(i)
+  found = list(leaves)
+  for places in messages.values():
+    if len(places) == 1:
+      found[places[0]] = send(leaves[places[0]])
+      continue
+    lengths = [math.prod(leaves[i].shape[lead:]) for i in places]
+    flat = [
+      leaves[i].reshape(*leaves[i].shape[:lead], length)
+      for i, length in zip(places, lengths, strict=True)
+    ]
+    message = send(jnp.concatenate(flat, -1))
+    parts = jnp.split(message, np.cumsum(lengths)[:-1], -1)
+    for i, part in zip(places, parts, strict=True):
+      found[i] = part.reshape(*message.shape[:-1], *leaves[i].shape[lead:])
+  return treedef.unflatten(found)
 
 
 def permute(tree: Tree, links: Sequence[tuple[int, int]], axes: Axes = WORKER_AXES) -> Tree:
