@@ -8,6 +8,7 @@ JSON line: milliseconds per step of each dispatch but the first two, and the las
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +23,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.by_hand import load
-from research.comm import join
 
 RATE, BATCH, PERIOD, RANK, FRACTION, GROUP = 0.1, 64, 8, 4, 0.01, 128
 SIZES = (784, 1024, 1024, 10)
@@ -151,7 +151,8 @@ METHODS = {"dense": dense, "int8": int8, "top_k": top_k, "power_sgd": power_sgd,
 
 def main(method: str, steps: int, dispatch: int) -> None:
   """Trains, and prints what it took."""
-  join.initialize()
+  places = (int(os.environ[f"JAX_{name}"]) for name in ("NUM_PROCESSES", "PROCESS_ID"))
+  jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], *places)
   mesh = Mesh(np.asarray(jax.devices()), ("data",))
   examples = load({"task": "mnist()", "mesh": f"data:{jax.device_count()}"})
   here = jax.process_index()

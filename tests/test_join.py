@@ -1,5 +1,8 @@
 """Processes find each other: by flags, by what launchers set, early, late, or not at all."""
 
+import os
+import platform
+import select
 import socket
 import subprocess
 import sys
@@ -9,7 +12,7 @@ import time
 import jax
 import pytest
 
-from research.comm import join
+from research.comm import gloo, join
 
 # What the launchers set, and the near misses that are single processes.
 CLUSTERS = [
@@ -145,7 +148,7 @@ def test_a_process_gives_up_where_there_is_no_first_one(joined, port, monkeypatc
 
 def test_the_first_process_gives_up_in_one_line_where_nobody_comes(port):
   program = f"""
-from research.comm import join
+from research.comm import gloo, join
 join.JOIN_SECONDS = 1
 join.initialize("127.0.0.1:{port}", 2, 0)
 """
@@ -174,3 +177,32 @@ def test_arguments_that_do_not_fit_together_are_refused(joined, arguments, messa
   with pytest.raises(ValueError, match=message):
     join.initialize(*arguments)
   assert joined == []
+
+
+@pytest.mark.skipif(
+  sys.platform != "linux" or platform.machine() not in gloo.WAITS, reason="Linux tells of threads"
+)
+def test_threads_that_wait_for_messages_do_not_interrupt():
+  before = gloo.waiting()
+  poll, begun, tid = select.epoll(), threading.Event(), []
+  end, told = os.pipe()
+  poll.register(end, select.EPOLLIN)
+
+  def wait():
+    tid.append(threading.get_native_id())
+    begun.set()
+    poll.poll()
+
+  thread = threading.Thread(target=wait)
+  thread.start()
+  begun.wait()
+  try:
+    assert gloo.let_work_go_first(before) == set(tid)
+    assert os.sched_getscheduler(tid[0]) == os.SCHED_BATCH
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+  finally:
+    os.write(told, b"x")
+    thread.join()
+    for descriptor in (end, told):
+      os.close(descriptor)
+    poll.close()

@@ -13,6 +13,8 @@ from typing import NoReturn
 
 import jax
 
+from research.comm import gloo
+
 JOIN_SECONDS = 300  # for which a process waits for the others
 LOOPBACK = ("localhost", "127.0.0.1")
 
@@ -79,7 +81,11 @@ def initialize(coordinator: str = "", processes: int = 0, process_id: int = -1) 
       )
   elif detect_cluster(os.environ):
     jax.distributed.initialize()
-  return jax.process_count()
+  before = gloo.waiting()
+  count = jax.process_count()
+  if count > 1 and jax.default_backend() == "cpu":
+    gloo.let_work_go_first(before)
+  return count
 
 
 def _of_environment(environ: Mapping[str, str]) -> tuple[str, int, int]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from research.base import Method, Task
@@ -77,3 +78,9 @@ def stages(job: Job) -> tuple[Job, ...]:
     first = {"first_round": first_round, "first_step": last.first_step + steps}
     found.append(job._replace(method=method, **first))
   return tuple(found)
+
+
+def largest_sum(job: Job) -> int:
+  """Elements of the largest sum over workers."""
+  params = jax.eval_shape(job.task.init, jax.random.key(0))
+  return job.workers * max(leaf.size for leaf in jax.tree.leaves(params))

@@ -16,7 +16,7 @@ from research.comm import mesh as meshes
 from research.parallel import layout as layouts
 from research.parallel import sharded, workers
 from research.parallel.cohorts import draw
-from research.parallel.job import Job, resolved
+from research.parallel.job import Job, largest_sum, resolved
 
 # A worker's model, in bytes, from which on its steps are faster one worker after the other on a
 # CPU: results/bench, case local_phase.
@@ -47,17 +47,11 @@ def simulate(job: Job) -> Executor:
     static_argnames="rounds",
     donate_argnames="state",
     out_shardings=(shardings, everywhere),
-    compiler_options=meshes.options_for_sums(_largest(job)),
+    compiler_options=meshes.options_for_sums(largest_sum(job)),
   )
   deployed = lambda state: workers.deployed(job, layout, state.method)
   params = jax.jit(deployed, out_shardings=NamedSharding(mesh, P()))
   return Executor(init, partial(sharded.place, mesh, ("data",)), run, params)
-
-
-def _largest(job: Job) -> int:
-  """Elements of the largest sum over workers."""
-  params = jax.eval_shape(job.task.init, jax.random.key(0))
-  return job.workers * max(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def is_mapped(job: Job) -> bool:

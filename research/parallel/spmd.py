@@ -12,7 +12,7 @@ from research.comm import mesh as meshes
 from research.comm.rounds import programs
 from research.parallel import layout as layouts
 from research.parallel import sharded, workers
-from research.parallel.job import Job, resolved
+from research.parallel.job import Job, largest_sum, resolved
 
 
 def spmd(job: Job) -> Executor:
@@ -61,6 +61,7 @@ def spmd(job: Job) -> Executor:
     static_argnames="rounds",
     donate_argnames="state",
     out_shardings=(shardings, NamedSharding(mesh, P())),
+    compiler_options=meshes.options_for_sums(largest_sum(job)),
   )
   deployed = lambda state: workers.deployed(job, layout, state.method)
   along = lambda x: sharded.spec_of(cut, x.shape, "fsdp" if job.zero < 3 else None)

@@ -1,0 +1,53 @@
+"""The threads of gloo, which carries what processes on CPUs exchange."""
+
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+TASKS = Path("/proc/self/task")
+# The numbers of the system calls epoll_wait, epoll_pwait and epoll_pwait2.
+WAITS = {"x86_64": {"232", "281", "441"}, "aarch64": {"22", "441"}}
+PATIENCE = 1.0  # seconds, for a thread to begin
+
+
+def waiting() -> set[int]:
+  """This process's threads that wait for messages, by number; empty where Linux does not tell."""
+  found, waits = set(), WAITS.get(platform.machine(), set())
+  for thread in TASKS.glob("*"):
+    try:
+      if (thread / "syscall").read_text().split()[0] in waits:
+        found.add(int(thread.name))
+    except OSError:
+      pass  # ended meanwhile, or not to be read
+  return found
+
+
+def let_work_go_first(before: set[int]) -> set[int]:
+  """Keeps the threads that wait for messages since `before` from interrupting the computation.
+
+  Gloo's thread goes round and round as long as there is something that nobody has asked for yet,
+  and each message wakes it. On a core that it shares with the computation, a step of 1.9 million
+  parameters between two hosts took 52 ms, and 30 with the thread scheduled as a batch (SCHED_BATCH:
+  it gets its share, but does not interrupt); a small all-reduce 4 ms and 0.4.
+
+  Args:
+    before: what `waiting` found before JAX began to use its devices.
+
+  Returns:
+    The threads that are scheduled so now; none where Linux does not allow it.
+  """
+  if sys.platform != "linux":
+    return set()
+  until = time.monotonic() + PATIENCE
+  while not (found := waiting() - before) and time.monotonic() < until:
+    time.sleep(0.01)
+  done = set()
+  for thread in found:
+    try:
+      os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
+      done.add(thread)
+    except OSError:
+      pass
+  return done
