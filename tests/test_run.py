@@ -373,6 +373,14 @@ def test_a_state_of_other_shapes_is_refused_and_its_checkpoints_stay(copied, run
 # ---- ends of other kinds
 
 
+def test_the_last_row_has_what_was_measured_at_the_end(run, tmp_path):
+  flags = ("--steps=8", "--checkpoint_every=4", "--checkpoint_seconds=0", "--eval_every=0")
+  assert run(tmp_path, *flags, "--out=here").code == 0
+  summary = json.loads((tmp_path / "here" / "summary.json").read_text())
+  assert rows(tmp_path / "here")[-1]["eval"] == summary["eval"]
+  assert checkpoints(tmp_path / "here") == [4, 8]
+
+
 def test_a_diverging_run_names_the_step_and_keeps_what_was_good(run, tmp_path):
   flags = ("--steps=200", "--steps_per_dispatch=4", "--checkpoint_every=4", "--eval_every=0")
   ended = run(

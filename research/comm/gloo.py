@@ -17,7 +17,7 @@ def waiting() -> set[int]:
   found, waits = set(), WAITS.get(platform.machine(), set())
   for thread in TASKS.glob("*"):
     try:
-      if (thread / "syscall").read_text().split()[0] in waits:
+      if (thread / "syscall").read_text().partition(" ")[0] in waits:
         found.add(int(thread.name))
     except OSError:
       pass  # ended meanwhile, or not to be read
@@ -38,7 +38,7 @@ def let_work_go_first(before: set[int]) -> set[int]:
   Returns:
     The threads that are scheduled so now; none where Linux does not allow it.
   """
-  if sys.platform != "linux":
+  if sys.platform != "linux" or platform.machine() not in WAITS:
     return set()
   until = time.monotonic() + PATIENCE
   while not (found := waiting() - before) and time.monotonic() < until:

@@ -179,7 +179,8 @@ class Run:
         if self._due(before, config.eval_every) and self._converged(self._evaluate()):
           reason = "converged"
           break
-        if self._due(before, config.checkpoint_every) and self._old_enough():
+        last = self.step == self.problem.steps  # evaluated first, so that its row says so
+        if not last and self._due(before, config.checkpoint_every) and self._old_enough():
           self._save()
         told = stopped()
         if told and self.step < self.problem.steps:

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import tempfile
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,8 @@ def loss_plot(folder: Path, summary: Mapping[str, Any]) -> None:
   import matplotlib.pyplot as plt
 
   rows, evaluated_on = read_rows(folder / "metrics.jsonl"), summary["evaluated_on"]
-  title = f"{summary['task']}, {summary['workers']} workers\n{summary['method']}"
+  lines = textwrap.wrap(summary["method"], 78, break_on_hyphens=False)
+  title = "\n".join([f"{summary['task']}, {summary['workers']} workers", *lines])
   names = sorted({name for row in rows for name in row.get("eval", {})} - {"loss"})
   count = 1 + bool(names)
   figure, axes = plt.subplots(count, 1, figsize=(7, 3 * count), squeeze=False, sharex=True)
@@ -153,7 +155,8 @@ def loss_plot(folder: Path, summary: Mapping[str, Any]) -> None:
     top.plot(steps, [row["eval"]["loss"] for row in evaluated], "s--", ms=3, label="test data")
   if all(row["loss"] > 0 for row in rows):
     top.set_yscale("log")
-  top.set(ylabel="loss", title=title)
+  top.set_ylabel("loss")
+  top.set_title(title, fontsize="medium")
   top.legend()
   for name in names:
     axes[-1, 0].plot(steps, [row["eval"][name] for row in evaluated], "o-", ms=3, label=name)
