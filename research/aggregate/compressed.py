@@ -9,6 +9,7 @@ from jax import lax
 
 from research.aggregate.chunks import cut, joined
 from research.aggregate.composition import traits_of
+from research.aggregate.link import compressed
 from research.base import WORKER_AXES, Aggregate, Aggregator, Array, Chunk, Compressor, Key, Tree
 from research.comm import collectives
 
@@ -35,7 +36,7 @@ def gather_mean(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) ->
     value = lax.scan(add, jnp.zeros_like(x), everyone)[0] / collectives.worker_count(axis)
     return value.astype(x.dtype), compressor.decode(payload, _like(x), key)
 
-  return _leafwise(one, traits_of(compressor))
+  return _leafwise(one, traits_of(compressor))._replace(link=compressed(compressor))
 
 
 def sum_mean(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) -> Aggregator:
@@ -61,7 +62,7 @@ def sum_mean(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) -> Ag
     decode = lambda p: compressor.decode(p, _like(x), key)
     return decode(collectives.mean(payload, axis)), decode(payload)
 
-  return _leafwise(one, traits_of(compressor))
+  return _leafwise(one, traits_of(compressor))._replace(link=compressed(compressor))
 
 
 def two_phase(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) -> Aggregator:

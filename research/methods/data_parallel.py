@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from research.aggregate.composition import refuse
-from research.base import Aggregator, Method, Params, State, Tree
+from research.base import Aggregator, Method, Params, Served, State, Tree
 from research.methods.local import Period, periods
 
 
@@ -49,7 +49,11 @@ def data_parallel(
     return DataParallelState(params, inner.init(params), aggregator.init(params))
 
   def begin(state):
-    return DataParallelLocal(state.params, jax.tree.map(jnp.zeros_like, state.params))
+    return from_(state.params, ())
+
+  def from_(params, own):
+    del own
+    return DataParallelLocal(params, jax.tree.map(jnp.zeros_like, params))
 
   def step(grads, local, state, *, key, grad_fn=None):
     del state, key, grad_fn
@@ -64,4 +68,10 @@ def data_parallel(
 
   over = lambda wrap: data_parallel(inner, wrap(aggregator), period=period)
   of_rounds = lambda period, _: data_parallel(inner, aggregator, period=period)
-  return Method(init, begin, step, sync, lambda state: state.params, first, over, of_rounds, later)
+  served = aggregator.link and Served(
+    lambda params: (), from_, step, lambda local, params: (local.grads, ()), inner, aggregator.link
+  )
+  method = Method(
+    init, begin, step, sync, lambda state: state.params, first, over, of_rounds, later
+  )
+  return method._replace(served=served)

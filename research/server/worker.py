@@ -1,0 +1,237 @@
+"""A worker process: pulls, computes, pushes; computes on while its last push is on the way."""
+
+import os
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from research.train.config import Config
+
+PATIENCE = 120.0  # seconds without a server until a worker ends
+
+
+class Gone(Exception):
+  """The servers have died, or do not know this incarnation: join anew."""
+
+
+class Servers(NamedTuple):
+  """Handles of the head and of the other shards."""
+
+  head: Any
+  shards: list[Any]
+
+
+class Worker:
+  """The process of worker number `worker`."""
+
+  def __init__(self, config: Config, worker: int, platform: str, cache: str):
+    from research.server import actors
+
+    actors.settle(platform, cache)
+    import jax
+
+    from research.server import setup as setups
+    from research.server import work
+
+    self.config, self.number = config, worker
+    self.setup = setups.setup(config)
+    self.code = setups.code_of(self.setup)
+    self.rules = self.setup.rules(self.code)
+    self.slowdown = setups.slowdown(config).get(worker, 1.0)
+    self.compute = work.worker(self.setup.job, self.setup.served, self.setup.keys)
+    examples, size = work.examples_of(self.setup.examples, self.setup.job.sizes, worker)
+    self.data = (jax.device_put(examples), size, jax.numpy.int32(worker))
+    self.treedef = jax.tree.structure(jax.eval_shape(self.setup.job.task.init, jax.random.key(0)))
+    self.warm()
+
+  def warm(self) -> None:
+    """Compiles, before anybody waits for this worker."""
+    import jax
+
+    shapes = self.setup.shapes.values()
+    params = self.treedef.unflatten([jax.numpy.zeros(x.shape, x.dtype) for x in shapes])
+    held = self.compute.held(params)
+    if self.config.server_mode == "elastic":
+      local, total = self.compute.begin(params, held)
+      local, total = self.compute.step(local, total, *self.data, 0)
+      found = self.compute.end(local, params, held, self.data[2], 0)
+    else:
+      found = self.compute.whole(params, held, *self.data, 0, 0)
+    jax.block_until_ready(found)
+
+  def run(self) -> str:
+    """Until the server says that it is over, '' or why this worker may not take part."""
+    import ray
+
+    alone_since = time.monotonic()
+    while time.monotonic() - alone_since < PATIENCE:
+      try:
+        servers = self.servers()
+      except ValueError:  # nobody has those names yet, or any more
+        time.sleep(0.2)
+        continue
+      try:
+        joined = ray.get(servers.head.join.remote(self.number, self.code, os.getpid()))
+        if joined.refused:
+          return joined.refused
+        alone_since = time.monotonic()
+        self.work(servers, joined)
+        return ""
+      except (Gone, ray.exceptions.RayActorError):
+        time.sleep(0.2)
+    return f"worker {self.number} has had no server for {PATIENCE:.0f} s"
+
+  def servers(self) -> Servers:
+    import ray
+
+    names = ["head", *(f"shard-{number}" for number in range(1, self.config.shards))]
+    head, *shards = map(ray.get_actor, names)
+    return Servers(head, shards)
+
+  # ---- one incarnation
+
+  def work(self, servers: Servers, joined: Any) -> None:
+    """Pieces of work, one after the other.
+
+    Raises:
+      Gone: if it has to join anew.
+    """
+    import ray
+
+    from research.server.events import Push
+
+    for shard in servers.shards:
+      ray.get(shard.join.remote(self.number, joined.incarnation))
+    params, versions = self.model(joined.pulled, self.pulls(servers, joined.pulled.version))
+    held = self.compute.held(params)
+    number, first, ends = joined.number, joined.first, time.monotonic() + joined.round_ends
+    flight: deque[tuple[Any, Any]] = deque()
+    waited, received = 0.0, sum(x.nbytes for x in self.leaves(params))
+    while True:
+      start = time.monotonic()
+      payloads, held, loss, steps = self.piece(params, held, number, first, ends)
+      if self.slowdown > 1 and self.config.server_mode != "elastic":
+        time.sleep((self.slowdown - 1) * (time.monotonic() - start))
+      push = Push(self.number, joined.incarnation, number, first, steps, versions)
+      spent = (loss, time.monotonic() - start, waited, received)
+      flight.append(self.push(servers, push, payloads, spent))
+      number, first, waited, received = number + 1, first + steps, 0.0, 0
+      if len(flight) < self.rules.lag:
+        continue
+      start = time.monotonic()
+      answer, pulls = flight.popleft()
+      reply = ray.get(answer)
+      if reply.kind == "stop":
+        return
+      if reply.kind in ("refused", "rejoin"):
+        raise Gone
+      if pulls is None or self.rules.lag == 1:
+        pulls = self.pulls(servers, reply.pulled.version)
+      params, versions = self.model(reply.pulled, pulls)
+      if reply.kind == "late":
+        number, first = push.number, push.first
+      ends = time.monotonic() + self.config.round_seconds
+      waited = time.monotonic() - start
+      received = sum(x.nbytes for x in self.leaves(params))
+
+  def piece(self, params: Any, held: Any, number: int, first: int, ends: float) -> Any:
+    """Payloads as numpy, what is kept, the mean loss, and the local steps."""
+    import jax
+    import numpy as np
+
+    own, at = self.data[2], np.int32(number)
+    if self.config.server_mode == "elastic":
+      local, total = self.compute.begin(params, held)
+      steps, most = 0, self.setup.job.method.period
+      while steps == 0 or (steps < most and time.monotonic() < ends):
+        start = time.monotonic()
+        local, total = self.compute.step(local, total, *self.data, np.int32(first + steps))
+        jax.block_until_ready(total)
+        time.sleep((self.slowdown - 1) * (time.monotonic() - start))
+        steps += 1
+      payloads, held = self.compute.end(local, params, held, own, at)
+      loss = float(total) / steps
+    else:
+      steps = self.setup.job.method.period
+      payloads, held, loss = self.compute.whole(params, held, *self.data, at, np.int32(first))
+    return jax.tree.map(np.asarray, payloads), held, float(loss), steps
+
+  def push(self, servers: Servers, push: Any, payloads: Sequence[Any], spent: Any) -> Any:
+    """Stages a push on the other shards and hands it to the head.
+
+    Returns:
+      The answer to come, and the other shards' next pulls, where nobody waits for them.
+
+    Raises:
+      Gone: if a shard refuses it.
+    """
+    import jax
+    import ray
+
+    from research.server.head import Spent
+
+    loss, computing, waited, received = spent
+    by_shard = [[payloads[leaf] for leaf in part] for part in self.setup.parts]
+    stage = lambda: [
+      shard.stage.remote(push, part)
+      for shard, part in zip(servers.shards, by_shard[1:], strict=True)
+    ]
+    start = time.monotonic()
+    for refusal in ray.get(self.patiently(servers, push, stage)):
+      if refusal:
+        ray.get(servers.head.deny.remote(push, *refusal))
+        raise Gone
+    waited += time.monotonic() - start
+    sent = sum(x.nbytes for x in jax.tree.leaves(payloads))
+    told = Spent(loss, computing, waited, sent, received)
+    answer = self.patiently(
+      servers, push, lambda: servers.head.push.remote(push, by_shard[0], told)
+    )
+    pulls = None
+    if self.rules.lag > 1:
+      pulls = [shard.pull.remote(self.number) for shard in servers.shards]
+    return answer, pulls
+
+  def patiently(self, servers: Servers, push: Any, send: Any) -> Any:
+    """Sends what may find the object store full: it says so, waits and tries again."""
+    import ray
+
+    for pause in (0.1, 0.5, 2.0, 5.0):
+      try:
+        return send()
+      except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
+        text = f"push {push.number} of worker {push.worker} waits: the object store is full"
+        servers.head.deny.remote(push, "object store", f"{text} ({type(error).__name__})")
+        time.sleep(pause)
+    return send()
+
+  # ---- models
+
+  def pulls(self, servers: Servers, version: int) -> list[Any]:
+    """The other shards, each in the version of the head or a later one."""
+    import ray
+
+    found: list[Any] = [None] * len(servers.shards)
+    while any(shard is None for shard in found):
+      for place, shard in enumerate(servers.shards):
+        if found[place] is None:
+          found[place] = ray.get(shard.pull.remote(self.number, version))
+    return found
+
+  def model(self, own: Any, pulls: Sequence[Any]) -> tuple[Any, tuple[int, ...]]:
+    """Parameters on this worker's device, and the version of each shard."""
+    import jax
+    import ray
+
+    shards = [own, *(ray.get(x) if isinstance(x, ray.ObjectRef) else x for x in pulls)]
+    leaves: list[Any] = [None] * len(self.setup.shapes)
+    for part, pulled in zip(self.setup.parts, shards, strict=True):
+      for leaf, value in zip(part, pulled.leaves, strict=True):
+        leaves[leaf] = value
+    return jax.device_put(self.treedef.unflatten(leaves)), tuple(x.version for x in shards)
+
+  def leaves(self, params: Any) -> list[Any]:
+    import jax
+
+    return jax.tree.leaves(params)
