@@ -5,6 +5,7 @@ were given. Between processes travel numpy arrays alone.
 """
 
 import os
+import traceback
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -84,7 +85,12 @@ class Shard:
     return None
 
   def apply(self, pushes: Any, shares: Any) -> None:
-    self.part.apply(pushes, shares)
+    """Nobody waits for it: a shard that fails here ends, and the servers start again."""
+    try:
+      self.part.apply(pushes, shares)
+    except BaseException:
+      traceback.print_exc()
+      os._exit(1)
 
   def snapshot(self) -> Any:
     return self.part.snapshot()

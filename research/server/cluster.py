@@ -4,6 +4,7 @@ import contextlib
 import os
 import secrets
 import uuid
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,6 +34,7 @@ def running(config: Config, processes: int, model_bytes: int) -> Iterator[Any]:
 
     space = {"namespace": f"run-{uuid.uuid4().hex}", "log_to_driver": False}
     quiet = {"logging_level": "ERROR", "configure_logging": True}
+    warnings.filterwarnings("ignore", message="os.fork", category=RuntimeWarning)  # it execs
     try:
       if config.ray_address:
         ray.init(address=config.ray_address, **space, **quiet)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ class Run:
     self.handles: dict[int, Any] = {}
     self.servers: list[Any] = []
     self.deaths = {"workers": 0, "servers": 0}
+    self.pids: dict[str, Any] = {"driver": os.getpid()}
     self.gone: list[str] = []  # why workers may not take part
 
   def close(self) -> None:
@@ -183,7 +185,8 @@ class Run:
 
   def _follow(self, ray: Any, told: str) -> str:
     """Takes in what has happened, measures and saves what is due; why it is over, if it is."""
-    head = self.servers[0]
+    head, *shards = self.servers
+    self.pids["shards"] = ray.get([shard.pid.remote() for shard in shards])  # fails if one is dead
     if told:
       ray.get(head.stop.remote(told))
     found = ray.get(head.report.remote())
@@ -212,8 +215,10 @@ class Run:
       report.note(note)
     self.measured.take_in(found)
     heartbeat.beat()
-    pids = {"driver": _own_pid(), "head": found["pid"], "workers": found["pids"]}
-    report.write_json(self.folder / "processes.json", pids)
+    pids = self.pids | {"head": found["pid"], "workers": found["pids"]}
+    if pids != self.pids:
+      self.pids = pids
+      report.write_json(self.folder / "processes.json", pids)
 
   def _snapshot(self, ray: Any) -> Place:
     """All shards at one version, and what is counted by then."""
@@ -239,12 +244,6 @@ class Run:
     return self.measured.summary(reason, self.saved.version, self.events, self.deaths) | {
       "params_sha256": digest(self.saved.params)
     }
-
-
-def _own_pid() -> int:
-  import os
-
-  return os.getpid()
 
 
 def _named(kind: Any, *args: Any) -> Any:

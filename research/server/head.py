@@ -101,11 +101,11 @@ class Head:
     self._denied = 0
     # what has been since the last report
     self.events: list[Event] = []
-    self.losses: list[tuple[int, float]] = []
+    self.losses: list[tuple[int, float, int, float]] = []  # version, loss, bytes, time
     self.notes: list[str] = []
     self.refused: Counter[str] = Counter()
     self.spent: list[tuple[int, Spent]] = []
-    self._loss: dict[int, float] = {}
+    self._told: dict[int, Spent] = {}  # of pushes that are yet to be applied
 
   # ---- workers
 
@@ -205,7 +205,7 @@ class Head:
     return Reply("counted")
 
   def _account(self, push: Push, spent: Spent) -> None:
-    self._loss[push.worker] = spent.loss
+    self._told[push.worker] = spent
     self.spent.append((push.worker, spent))
 
   def _late(self, push: Push) -> Reply:
@@ -229,8 +229,10 @@ class Head:
       row[1], row[2] = push.number + 1, push.first + push.steps
     self.part.apply(pushes, weights)
     self._elsewhere(pushes, weights)
-    loss = sum(w * self._loss[p.worker] for p, w in zip(pushes, weights, strict=True))
-    self.losses.append((self.part.version, float(loss)))
+    told = [self._told[push.worker] for push in pushes]
+    loss = sum(w * spent.loss for w, spent in zip(weights, told, strict=True))
+    moved = sum(spent.sent + spent.received for spent in told)
+    self.losses.append((self.part.version, float(loss), moved, time.time()))
     if self.part.version >= self.rules.updates:
       self.reason = self.reason or "steps"
 

@@ -1,6 +1,7 @@
 """What is measured of a run on a server: losses, evaluations, staleness, bytes, who was idle."""
 
 import hashlib
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,8 +36,9 @@ class Measured:
     self.row: dict[str, Any] | None = None  # held back until an evaluation may join it
     self.refused: Counter[str] = Counter()
     self.spent = np.zeros((setup.workers, 5))  # computing, waiting, sent, received, pushes
+    self.moved = 0  # bytes, by all updates
     self.begun: tuple[float, int] | None = None  # seconds and updates when the first was made
-    self.last = (0.0, 0)
+    self.last = (timing.elapsed(), version)
     self.evaluated_at, self.found = version, {}
     self._place()
 
@@ -67,28 +69,27 @@ class Measured:
 
   def take_in(self, found: Mapping[str, Any]) -> None:
     """What a head reports."""
-    now = self.timing.elapsed()
+    ago = lambda then: self.timing.elapsed() - (time.time() - then)
     self.refused.update(found["refused"])
     for worker, spent in found["spent"]:
       self.spent[worker] += (*spent[1:], 1)
-    for version, loss in found["losses"]:
+    for version, loss, moved, then in found["losses"]:
       if not np.isfinite(loss):
         raise NonFinite(f"the loss is not finite at step {version * self.period}")
       self.losses.append(loss)
-      if version * self.period >= self.next_row or version == self.setup.updates:
-        self._row(version, now)
-    if found["losses"]:
-      self.last = (now, found["version"])
+      self.moved += moved
+      self.last = (ago(then), version)
       self.begun = self.begun or self.last
+      if version * self.period >= self.next_row or version == self.setup.updates:
+        self._row(version)
 
-  def _row(self, version: int, now: float) -> None:
+  def _row(self, version: int) -> None:
     self._write()
-    moved = self.spent[:, 2:4].sum()
     self.row = {
       "step": version * self.period,
       "loss": float(np.mean(self.losses)),
-      "seconds": round(now, 4),
-      "bytes": round(moved / self.setup.workers),
+      "seconds": round(self.last[0], 4),
+      "bytes": round(self.moved / self.setup.workers),
     }
     self.losses, self.next_row = [], self._after(version)
 
@@ -119,19 +120,12 @@ class Measured:
     if not np.isfinite(found["train_loss"]):
       raise NonFinite(f"the loss of the model is not finite at step {step}; {kept}")
     self.evaluated_at, self.found = version, found
-    if self.row is None or self.row["step"] < step:
-      before = self.row or (self.log.rows[-1] if self.log.rows else {"loss": found["train_loss"]})
-      loss = float(np.mean(self.losses)) if self.losses else before["loss"]
-      self._row_at(step, loss)
+    if self.row is None or self.row["step"] != step:
+      self.losses = self.losses or [found["train_loss"]]
+      self._row(version)
     assert self.row is not None
     self.row |= found
     self._write()
-
-  def _row_at(self, step: int, loss: float) -> None:
-    self._write()
-    moved = round(self.spent[:, 2:4].sum() / self.setup.workers)
-    seconds = round(self.timing.elapsed(), 4)
-    self.row = {"step": step, "loss": loss, "seconds": seconds, "bytes": moved}
 
   # ---- result
 

@@ -66,7 +66,7 @@ class Part:
     self._shown: list[np.ndarray] | None = None  # this version, as numpy
     self.incarnations: dict[int, int] = {}
     self.pulled: dict[int, deque[tuple[int, Any]]] = {}
-    self.staged: dict[tuple[int, int], tuple[Push, Sequence[Tree]]] = {}
+    self.staged: dict[tuple[int, int], tuple[Push, Sequence[Tree], Any]] = {}
 
   def join(self, worker: int, incarnation: int) -> None:
     """A new incarnation: nothing that the one before pulled or staged is of use."""
@@ -90,21 +90,22 @@ class Part:
       Refused: if it is malformed.
     """
     self._check(push, payloads)
-    self.staged[push.name] = (push, payloads)
+    then = dict(self.pulled[push.worker])[push.versions[self.number]]
+    self.staged[push.name] = (push, payloads, then)
 
   def apply(self, pushes: Sequence[Push], shares: Sequence[float]) -> None:
     """Makes an update of pushes that are staged: of one, or of the weighted mean of a round's."""
     assert pushes, "an update is made of something"
     if len(pushes) == 1:
       (push,) = pushes
-      payloads, version, then = self._taken(push)
-      staleness = np.int32(self.version - version)
+      payloads, then = self._taken(push)
+      staleness = np.int32(self.version - push.versions[self.number])
       own = (np.int32(push.worker), np.int32(push.number))
       self._set(self.side.one(self.params, self.state, payloads, then, *own, staleness))
       return
     total = jax.tree.map(jnp.zeros_like, self.params)
     for push, share in zip(pushes, shares, strict=True):
-      payloads, _, _ = self._taken(push)
+      payloads, _ = self._taken(push)
       own = (np.int32(push.worker), np.int32(push.number))
       total = self.side.add(total, payloads, np.float32(share), *own)
     self._set(self.side.mean(self.params, self.state, total))
@@ -123,11 +124,11 @@ class Part:
     self.version += 1
     self._shown = None
 
-  def _taken(self, push: Push) -> tuple[Sequence[Tree], int, Any]:
-    staged, payloads = self.staged.pop(push.name)
+  def _taken(self, push: Push) -> tuple[Sequence[Tree], Any]:
+    """The payloads of a push and the model that it began with."""
+    staged, payloads, then = self.staged.pop(push.name)
     assert staged == push, "what is applied is what was staged"
-    version = push.versions[self.number]
-    return payloads, version, dict(self.pulled[push.worker])[version]
+    return payloads, then
 
   def _check(self, push: Push, payloads: Sequence[Tree]) -> None:
     who = f"push {push.number} of worker {push.worker}"
