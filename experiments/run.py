@@ -41,7 +41,8 @@ TEXTS = {
   "local_phase": "How `simulate` runs what workers do alone: vmap, map (one after the other), or "
   "auto: what is faster.",
   "server_mode": "When a server makes an update: async (of each push), ssp (the same, nobody more "
-  "than --bound ahead), sync (of one push per worker), elastic (of who is there).",
+  "than --bound ahead), sync (of one push per worker), elastic (of who is there), "
+  "hogwild (in shared memory, no server).",
   "slowdown": "How many times longer a server's workers take, by number: {0: 4}; for studies.",
   "ray_address": "Of a Ray cluster that is there; empty: starts one in this process.",
   "node_ip": "Where a Ray that is started listens; beyond the loopback only if this says so.",

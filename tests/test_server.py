@@ -46,6 +46,9 @@ def made(
   return setup.Setup(config, job, built.served, keys, shapes, parts, examples, None, 24)
 
 
+SPENT = Spent(0.5, 0.1, 0.01, 0.02, 0.15, 8, 8)
+
+
 class Server:
   """A head and its shards in this process, and workers that take turns as somebody says."""
 
@@ -102,11 +105,10 @@ class Server:
           local, total = self.compute.begin(params, held)
           for step in range(steps):
             local, total = self.compute.step(local, total, *data, jnp.int32(first + step))
-          payloads, held = self.compute.end(local, params, held, own, jnp.int32(at))
         else:
           steps = self.setup.job.method.period
-          made = self.compute.whole(params, held, *data, jnp.int32(at), jnp.int32(first))
-          payloads, held, total = made
+          local, total = self.compute.steps(params, held, *data, jnp.int32(first))
+        payloads, held = self.compute.end(local, params, held, own, jnp.int32(at))
         payloads = jax.tree.map(np.asarray, payloads)
         push = Push(number, joined.incarnation, at, first, steps, versions)
         if dies and pauses.integers(dies) == 0:
@@ -115,7 +117,7 @@ class Server:
         for part, leaves in zip(self.parts[1:], self.setup.parts[1:], strict=True):
           part.stage(push, [payloads[leaf] for leaf in leaves])
         mine = [payloads[leaf] for leaf in self.setup.parts[0]]
-        reply = await self.head.push(push, mine, Spent(float(total), 0.1, 0.0, 8, 8))
+        reply = await self.head.push(push, mine, SPENT._replace(loss=float(total)))
         if reply.kind not in ("counted", "late"):
           break
         if reply.kind == "counted":

@@ -68,10 +68,7 @@ def data_parallel(
 
   over = lambda wrap: data_parallel(inner, wrap(aggregator), period=period)
   of_rounds = lambda period, _: data_parallel(inner, aggregator, period=period)
-  served = aggregator.link and Served(
-    lambda params: (), from_, step, lambda local, params: (local.grads, ()), inner, aggregator.link
-  )
-  method = Method(
-    init, begin, step, sync, lambda state: state.params, first, over, of_rounds, later
-  )
-  return method._replace(served=served)
+  end = lambda local, params: (local.grads, ())
+  way, params = aggregator.link, lambda state: state.params
+  served = way and Served(lambda params: (), from_, step, end, inner, way)
+  return Method(init, begin, step, sync, params, first, over, of_rounds, later, served=served)

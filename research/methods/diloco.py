@@ -58,5 +58,5 @@ def diloco(
   over = lambda wrap: diloco(inner, outer, wrap(aggregator), period=period)
   of_rounds = lambda period, _: diloco(inner, outer, aggregator, period=period)
   params = lambda state: state.params
-  method = Method(init, begin, stepping(inner), sync, params, first, over, of_rounds, later)
-  return method._replace(served=served(inner, outer, aggregator))
+  step, way = stepping(inner), served(inner, outer, aggregator)
+  return Method(init, begin, step, sync, params, first, over, of_rounds, later, served=way)

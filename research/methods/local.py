@@ -130,5 +130,6 @@ def local_sgd(
   over = lambda wrap: local_sgd(inner, wrap(aggregator), period=period)
   of_rounds = lambda period, _: local_sgd(inner, aggregator, period=period)
   params = lambda state: state.params
-  method = Method(init, begin, stepping(inner), sync, params, first, over, of_rounds, later)
-  return method._replace(served=served(inner, optax.sgd(1.0), aggregator))
+  way = served(inner, optax.sgd(1.0), aggregator)
+  step = stepping(inner)
+  return Method(init, begin, step, sync, params, first, over, of_rounds, later, served=way)

@@ -11,6 +11,7 @@ from typing import Any
 from research.train.config import Config, UsageError, flag
 
 _MIB = 2**20
+_LOOPBACK = ("127.0.0.1", "localhost")
 
 
 @contextlib.contextmanager
@@ -27,6 +28,8 @@ def running(config: Config, processes: int, model_bytes: int) -> Iterator[Any]:
   os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
   os.environ["RAY_AUTH_MODE"] = "token"
   os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+  if config.node_ip in _LOOPBACK:  # Ray else puts the machine's address in its place, on Linux
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
   with _told(config):
     if not config.ray_address and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
       os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

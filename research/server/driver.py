@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from research.server import cluster, events, store
+from research.server import cluster, events, hogwild, store
 from research.server import setup as setups
 from research.server.actors import HeadProcess, Place, Shard, Sizes
 from research.server.measure import Measured, digest
@@ -42,13 +42,19 @@ def train(config: Config) -> tuple[dict[str, Any], Path]:
       return summary, folder
     stack.enter_context(folders.claimed(config, folder))
     folders.describe(config, folder)
-    run = Run(made, folder, timing)
-    stack.callback(run.close)
+    if config.server_mode == "hogwild":
+      run = stack.enter_context(contextlib.closing(hogwild.Run(made, folder, timing)))
+      return _written(run.train(), folder)
+    run = stack.enter_context(contextlib.closing(Run(made, folder, timing)))
     size = sum(x.size * x.dtype.itemsize for x in made.shapes.values())
     with cluster.running(config, made.workers + config.shards, size) as ray:
       summary = run.train(ray)
-    report.write_json(folder / "summary.json", summary)
-    report.loss_plot(folder, summary)
+    return _written(summary, folder)
+
+
+def _written(summary: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Path]:
+  report.write_json(folder / "summary.json", summary)
+  report.loss_plot(folder, summary)
   return summary, folder
 
 

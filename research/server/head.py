@@ -45,8 +45,10 @@ class Spent(NamedTuple):
   """What a worker tells with a push, of the time since its last."""
 
   loss: float  # mean of the piece of work
-  computing: float  # seconds until its result was there
-  waiting: float  # seconds for replies
+  computing: float  # seconds of its local steps
+  encoding: float
+  waiting: float  # for replies
+  lasted: float  # seconds since the last push
   sent: int  # bytes
   received: int
 
@@ -96,6 +98,7 @@ class Head:
     self.alive: set[int] = set()
     self.waiting: dict[int, Push] = {}  # of the round
     self.reason = ""  # why it is over
+    self.since = 0.0  # time of the first join
     self._changed = asyncio.Condition()
     self._round_ends = self.now() + rules.seconds
     self._denied = 0
@@ -118,6 +121,7 @@ class Head:
     async with self._changed:
       row = self.counted[worker]
       row[0] += 1
+      self.since = self.since or time.time()
       self.waiting.pop(worker, None)
       self.part.join(worker, row[0])
       if not self.alive:
@@ -282,6 +286,7 @@ class Head:
       "losses": self.losses,
       "notes": self.notes,
       "reason": self.reason,
+      "since": self.since,
       "alive": sorted(self.alive),
       "refused": dict(self.refused),
       "spent": self.spent,

@@ -13,6 +13,7 @@ import numpy as np
 from research.comm import mesh as meshes
 from research.parallel import sharded
 from research.server import events
+from research.server.head import Spent
 from research.server.setup import Setup
 from research.train import metrics, report
 from research.train.loop import NonFinite
@@ -35,8 +36,9 @@ class Measured:
     self.next_row = self._after(version)
     self.row: dict[str, Any] | None = None  # held back until an evaluation may join it
     self.refused: Counter[str] = Counter()
-    self.spent = np.zeros((setup.workers, 5))  # computing, waiting, sent, received, pushes
+    self.spent = np.zeros((setup.workers, len(Spent._fields)))  # its fields, and pushes
     self.moved = 0  # bytes, by all updates
+    self.started: float | None = None  # seconds, when the first worker began
     self.begun: tuple[float, int] | None = None  # seconds and updates when the first was made
     self.last = (timing.elapsed(), version)
     self.evaluated_at, self.found = version, {}
@@ -71,6 +73,8 @@ class Measured:
     """What a head reports."""
     ago = lambda then: self.timing.elapsed() - (time.time() - then)
     self.refused.update(found["refused"])
+    if self.started is None and found.get("since"):
+      self.started = ago(found["since"])
     for worker, spent in found["spent"]:
       self.spent[worker] += (*spent[1:], 1)
     for version, loss, moved, then in found["losses"]:
@@ -130,15 +134,23 @@ class Measured:
   # ---- result
 
   def summary(
-    self, reason: str, version: int, happened: Sequence[events.Event], deaths: Mapping[str, int]
+    self,
+    reason: str,
+    version: int,
+    happened: Sequence[events.Event] | None,
+    deaths: Mapping[str, int],
   ) -> dict[str, Any]:
+    """Of a run whose events are known, or of one that has none: every update is a push then."""
     config, steps = self.config, version * self.period
     seconds, updates = (b - a for a, b in zip(self.begun or self.last, self.last, strict=True))
-    pushes = sum(len(event.pushes) for event in happened if event.counted)
+    pushes = version
+    if happened is not None:
+      pushes = sum(len(event.pushes) for event in happened if event.counted)
+    ages = events.staleness(happened or ())
     rate = updates / seconds if seconds > 0 else 0.0
     per_update = pushes / version if version else 0.0
-    own_steps = max(1.0, self.spent[:, 4].sum() * self.period)
-    sent, received = self.spent[:, 2:4].sum(0) / own_steps
+    own_steps = max(1.0, self.spent[:, -1].sum() * self.period)
+    sent, received = self.spent[:, -3:-1].sum(0) / own_steps
     model = sum(x.size * x.dtype.itemsize for x in self.setup.shapes.values())
     return {
       "task": config.task,
@@ -159,7 +171,7 @@ class Measured:
       "evaluated_on": self.evaluated_on,
       "wire": {
         "bytes_per_step_per_worker": {"push": sent, "pull": received},
-        "total_bytes_per_worker": float(self.spent[:, 2:4].sum() / self.setup.workers),
+        "total_bytes_per_worker": float(self.spent[:, -3:-1].sum() / self.setup.workers),
         "dense_bytes_per_step_per_worker": 2 * model / self.period,
       },
       "server": {
@@ -167,8 +179,9 @@ class Measured:
         "shards": config.shards,
         "updates": version,
         "pushes": pushes,
+        "started_seconds": round(self.started or 0.0, 3),
         "pushes_per_second": round(rate * per_update, 3),
-        "staleness": {str(age): count for age, count in events.staleness(happened).items()},
+        "staleness": {str(age): count for age, count in ages.items()},
         "refused": dict(self.refused),
         "deaths": dict(deaths),
         "workers": [_of_worker(row) for row in self.spent],
@@ -178,13 +191,15 @@ class Measured:
 
 def _of_worker(row: np.ndarray) -> dict[str, float]:
   """Of the pushes that this process has seen: seconds a push, and the share of them spent idle."""
-  computing, waiting, _, _, pushes = row.tolist()
+  computing, encoding, waiting, lasted, _, _, pushes = row.tolist()
   each = max(pushes, 1)
   return {
     "pushes": int(pushes),
     "computing_seconds": round(computing / each, 6),
+    "encoding_seconds": round(encoding / each, 6),
     "waiting_seconds": round(waiting / each, 6),
-    "idle": round(waiting / max(computing + waiting, 1e-9), 4),
+    "seconds_per_push": round(lasted / each, 6),
+    "idle": round(waiting / max(lasted, 1e-9), 4),
   }
 
 

@@ -73,9 +73,9 @@ class Replayed:
       local, total = self.worker.begin(params, held)
       for step in range(push.steps):
         local, total = self.worker.step(local, total, *data, np.int32(push.first + step))
-      payloads, held = self.worker.end(local, params, held, own, at)
     else:
-      payloads, held, _ = self.worker.whole(params, held, *data, at, np.int32(push.first))
+      local, _ = self.worker.steps(params, held, *data, np.int32(push.first))
+    payloads, held = self.worker.end(local, params, held, own, at)
     self.held[push.worker] = (push.incarnation, held)
     return jax.tree.map(np.asarray, payloads)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from research import registry
@@ -20,10 +21,12 @@ from research.comm import mesh as meshes
 from research.methods.local import LocalSteps
 from research.parallel.job import Job
 from research.server import work
-from research.server.head import MODES, Rules
+from research.server.head import MODES as OF_SERVERS
+from research.server.head import Rules
 from research.train import assemble
 from research.train.config import Config, UsageError, flag
 
+MODES = (*OF_SERVERS, "hogwild")
 # Flags of other executions, which a server has no use for.
 _ELSEWHERE = ("population", "sampling_rate", "dropout", "clock", "virtual_seconds", "tolerance")
 _ELSEWHERE = (*_ELSEWHERE, "zero", "local_phase", "profile")
@@ -79,7 +82,8 @@ def check(config: Config, needs_ray: bool = True) -> Served:
     UsageError: one line.
   """
   legal(config)
-  if needs_ray and importlib.util.find_spec("ray") is None:
+  alone = config.server_mode == "hogwild"
+  if needs_ray and not alone and importlib.util.find_spec("ray") is None:
     raise UsageError("--executor='server': needs Ray: pip install -e \".[async]\"")
   for name in _ELSEWHERE:
     if getattr(config, name) != Config._field_defaults[name]:
@@ -93,6 +97,8 @@ def check(config: Config, needs_ray: bool = True) -> Served:
     local = isinstance(jax.eval_shape(served.begin, {}, served.own({})), LocalSteps)
     if config.server_mode == "elastic" and not local:
       raise ValueError("elastic workers take local steps; take diloco or local_sgd")
+    if alone:
+      _check_lock_free(config, method, served)
   return served
 
 
@@ -118,6 +124,20 @@ def _served(method: Method) -> Served:
   if method.epochs or method.later:
     raise ValueError("a server's pieces of work have one length: give the method one period")
   return method.served
+
+
+def _check_lock_free(config: Config, method: Method, served: Served) -> None:
+  """Refuses what is more than adding each worker's steps.
+
+  Raises:
+    ValueError: with the reason.
+  """
+  example = {"x": jnp.zeros((3, 2))}
+  has_rows = lambda init: any(x.ndim for x in jax.tree.leaves(jax.eval_shape(init, example)))
+  if has_rows(served.server.init) or has_rows(served.own) or has_rows(served.link.init):
+    raise ValueError("hogwild adds gradients to one model; take plain sgd and mean()")
+  if method.period > 1 or config.shards > 1 or config.slowdown:
+    raise ValueError("hogwild goes with a period of one, one shard and no --slowdown")
 
 
 def slowdown(config: Config) -> Mapping[int, float]:

@@ -47,12 +47,13 @@ class Worker(NamedTuple):
   """What a worker computes, compiled. `worker`, `number` and `first` are int32."""
 
   held: Callable[[Params], Held]
-  # (params, held, examples, size, worker, number, first) -> payloads by leaf, Held, mean loss
-  whole: Callable[..., tuple[list[Tree], Held, Array]]
-  # the same in parts, for as many steps as there is time for
+  # (params, held, examples, size, worker, first) -> Local after the period, mean loss
+  steps: Callable[..., tuple[Local, Array]]
+  # the same one by one, for as many steps as there is time for, with the losses' sum
   begin: Callable[[Params, Held], tuple[Local, Array]]
   step: Callable[..., tuple[Local, Array]]  # (local, total, examples, size, worker, first)
-  end: Callable[..., tuple[list[Tree], Held]]  # (local, params, held, worker, number)
+  # (local, params, held, worker, number) -> payloads by leaf, Held
+  end: Callable[..., tuple[list[Tree], Held]]
 
 
 def worker(job: Job, served: Served, keys: Keys) -> Worker:
@@ -83,10 +84,10 @@ def worker(job: Job, served: Served, keys: Keys) -> Worker:
     )
     return payloads, Held(own, memory)
 
-  def whole(params, held, examples, size, worker, number, first):
+  def together(params, held, examples, size, worker, first):
     local = served.begin(params, held.own)
     local, losses = steps(local, job.method.period, examples, size, worker, first)
-    return (*end(local, params, held, worker, number), jnp.mean(losses))
+    return local, jnp.mean(losses)
 
   def step(local, total, examples, size, worker, first):
     local, losses = steps(local, 1, examples, size, worker, first)
@@ -94,7 +95,7 @@ def worker(job: Job, served: Served, keys: Keys) -> Worker:
 
   return Worker(
     jax.jit(lambda params: Held(served.own(params), served.link.init(params))),
-    jax.jit(whole),
+    jax.jit(together),
     jax.jit(lambda params, held: (served.begin(params, held.own), jnp.zeros(()))),
     jax.jit(step),
     jax.jit(end),

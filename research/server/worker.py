@@ -1,9 +1,10 @@
 """A worker process: pulls, computes, pushes; computes on while its last push is on the way."""
 
+import contextlib
 import os
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from research.train.config import Config
@@ -42,23 +43,25 @@ class Worker:
     self.compute = work.worker(self.setup.job, self.setup.served, self.setup.keys)
     examples, size = work.examples_of(self.setup.examples, self.setup.job.sizes, worker)
     self.data = (jax.device_put(examples), size, jax.numpy.int32(worker))
+    shapes = self.setup.shapes.values()
+    self.bytes = sum(x.size * x.dtype.itemsize for x in shapes)  # of a pull
     self.treedef = jax.tree.structure(jax.eval_shape(self.setup.job.task.init, jax.random.key(0)))
     self.warm()
 
   def warm(self) -> None:
     """Compiles, before anybody waits for this worker."""
     import jax
+    import numpy as np
 
     shapes = self.setup.shapes.values()
     params = self.treedef.unflatten([jax.numpy.zeros(x.shape, x.dtype) for x in shapes])
     held = self.compute.held(params)
     if self.config.server_mode == "elastic":
       local, total = self.compute.begin(params, held)
-      local, total = self.compute.step(local, total, *self.data, 0)
-      found = self.compute.end(local, params, held, self.data[2], 0)
+      local, total = self.compute.step(local, total, *self.data, np.int32(0))
     else:
-      found = self.compute.whole(params, held, *self.data, 0, 0)
-    jax.block_until_ready(found)
+      local, total = self.compute.steps(params, held, *self.data, np.int32(0))
+    jax.block_until_ready(self.compute.end(local, params, held, self.data[2], np.int32(0)))
 
   def run(self) -> str:
     """Until the server says that it is over, '' or why this worker may not take part."""
@@ -97,9 +100,12 @@ class Worker:
     Raises:
       Gone: if it has to join anew.
     """
+    import jax
+    import numpy as np
     import ray
 
     from research.server.events import Push
+    from research.server.head import Spent
 
     for shard in servers.shards:
       ray.get(shard.join.remote(self.number, joined.incarnation))
@@ -107,14 +113,17 @@ class Worker:
     held = self.compute.held(params)
     number, first, ends = joined.number, joined.first, time.monotonic() + joined.round_ends
     flight: deque[tuple[Any, Any]] = deque()
-    waited, received = 0.0, sum(x.nbytes for x in self.leaves(params))
+    waited, received, since = 0.0, self.bytes, time.monotonic()
     while True:
       start = time.monotonic()
-      payloads, held, loss, steps = self.piece(params, held, number, first, ends)
-      if self.slowdown > 1 and self.config.server_mode != "elastic":
-        time.sleep((self.slowdown - 1) * (time.monotonic() - start))
+      local, loss, steps = self.piece(params, held, first, ends)
+      computed = time.monotonic()
+      payloads, held = self.compute.end(local, params, held, self.data[2], np.int32(number))
+      payloads = jax.tree.map(np.asarray, payloads)
+      now = time.monotonic()
       push = Push(self.number, joined.incarnation, number, first, steps, versions)
-      spent = (loss, time.monotonic() - start, waited, received)
+      spent = Spent(loss, computed - start, now - computed, waited, now - since, 0, received)
+      since = now
       flight.append(self.push(servers, push, payloads, spent))
       number, first, waited, received = number + 1, first + steps, 0.0, 0
       if len(flight) < self.rules.lag:
@@ -124,38 +133,43 @@ class Worker:
       reply = ray.get(answer)
       if reply.kind == "stop":
         return
-      if reply.kind in ("refused", "rejoin"):
+      if reply.kind not in ("counted", "late"):
         raise Gone
-      if pulls is None or self.rules.lag == 1:
+      if reply.kind == "late":  # the next one takes its place
+        number, first = push.number, push.first
+      if pulls is None:
         pulls = self.pulls(servers, reply.pulled.version)
       params, versions = self.model(reply.pulled, pulls)
-      if reply.kind == "late":
-        number, first = push.number, push.first
       ends = time.monotonic() + self.config.round_seconds
-      waited = time.monotonic() - start
-      received = sum(x.nbytes for x in self.leaves(params))
+      waited, received = time.monotonic() - start, self.bytes
 
-  def piece(self, params: Any, held: Any, number: int, first: int, ends: float) -> Any:
-    """Payloads as numpy, what is kept, the mean loss, and the local steps."""
+  def piece(self, params: Any, held: Any, first: int, ends: float) -> tuple[Any, float, int]:
+    """The local steps of a piece of work: Local, mean loss, and how many they were."""
     import jax
     import numpy as np
 
-    own, at = self.data[2], np.int32(number)
-    if self.config.server_mode == "elastic":
-      local, total = self.compute.begin(params, held)
-      steps, most = 0, self.setup.job.method.period
-      while steps == 0 or (steps < most and time.monotonic() < ends):
-        start = time.monotonic()
-        local, total = self.compute.step(local, total, *self.data, np.int32(first + steps))
-        jax.block_until_ready(total)
-        time.sleep((self.slowdown - 1) * (time.monotonic() - start))
-        steps += 1
-      payloads, held = self.compute.end(local, params, held, own, at)
-      loss = float(total) / steps
-    else:
-      steps = self.setup.job.method.period
-      payloads, held, loss = self.compute.whole(params, held, *self.data, at, np.int32(first))
-    return jax.tree.map(np.asarray, payloads), held, float(loss), steps
+    elastic, period = self.config.server_mode == "elastic", self.setup.job.method.period
+    if not elastic:
+      with self.limping():
+        found = self.compute.steps(params, held, *self.data, np.int32(first))
+        local, loss = jax.block_until_ready(found)
+      return local, float(loss), period
+    local, total = self.compute.begin(params, held)
+    steps = 0
+    while steps == 0 or (steps < period and time.monotonic() < ends):
+      with self.limping():
+        found = self.compute.step(local, total, *self.data, np.int32(first + steps))
+        local, total = jax.block_until_ready(found)
+      steps += 1
+    return local, float(total) / steps, steps
+
+  @contextlib.contextmanager
+  def limping(self) -> Iterator[None]:
+    """Makes what is inside last as many times longer as --slowdown says."""
+    start = time.monotonic()
+    yield
+    if self.slowdown > 1:
+      time.sleep((self.slowdown - 1) * (time.monotonic() - start))
 
   def push(self, servers: Servers, push: Any, payloads: Sequence[Any], spent: Any) -> Any:
     """Stages a push on the other shards and hands it to the head.
@@ -169,9 +183,6 @@ class Worker:
     import jax
     import ray
 
-    from research.server.head import Spent
-
-    loss, computing, waited, received = spent
     by_shard = [[payloads[leaf] for leaf in part] for part in self.setup.parts]
     stage = lambda: [
       shard.stage.remote(push, part)
@@ -182,9 +193,8 @@ class Worker:
       if refusal:
         ray.get(servers.head.deny.remote(push, *refusal))
         raise Gone
-    waited += time.monotonic() - start
-    sent = sum(x.nbytes for x in jax.tree.leaves(payloads))
-    told = Spent(loss, computing, waited, sent, received)
+    waiting = spent.waiting + time.monotonic() - start
+    told = spent._replace(waiting=waiting, sent=sum(x.nbytes for x in jax.tree.leaves(payloads)))
     answer = self.patiently(
       servers, push, lambda: servers.head.push.remote(push, by_shard[0], told)
     )
@@ -230,8 +240,3 @@ class Worker:
       for leaf, value in zip(part, pulled.leaves, strict=True):
         leaves[leaf] = value
     return jax.device_put(self.treedef.unflatten(leaves)), tuple(x.version for x in shards)
-
-  def leaves(self, params: Any) -> list[Any]:
-    import jax
-
-    return jax.tree.leaves(params)
