@@ -162,9 +162,11 @@ class Head:
     return kind._replace(pulled=pulled)
 
   async def deny(self, push: Push, kind: str, text: str) -> None:
-    """Another shard has refused a push."""
+    """Another shard has refused a push, or it has to wait where its worker is."""
+    del push
     async with self._changed:
       self._refuse(kind, text)
+      self._denied -= kind == "object store"
       self._changed.notify_all()
 
   async def stop(self, reason: str) -> None:
