@@ -14,7 +14,6 @@ import pytest
 
 from research.server import events
 from research.server.events import Push
-from research.server.worker import Servers, Worker
 
 pytest.importorskip("ray")
 
@@ -168,6 +167,8 @@ class Deaf:
 def test_a_full_object_store_is_waited_for(monkeypatch):
   """In a line, and counted."""
   from ray.exceptions import ObjectStoreFullError
+
+  from research.server.worker import Servers, Worker
 
   waits: list[float] = []
   monkeypatch.setattr(time, "sleep", waits.append)

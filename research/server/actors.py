@@ -9,6 +9,8 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from research.train.config import Config
+
 
 class Place(NamedTuple):
   """Where a server begins: at the start of a run, or at a checkpoint."""
@@ -94,6 +96,19 @@ class Shard:
 
   def snapshot(self) -> Any:
     return self.part.snapshot()
+
+
+class WorkerProcess:
+  """A worker; `run` returns when it is over."""
+
+  def __init__(self, config: Config, worker: int, platform: str, cache: str):
+    settle(platform, cache)
+    from research.server.worker import Worker
+
+    self.worker = Worker(config, worker)
+
+  def run(self) -> str:
+    return self.worker.run()
 
 
 class HeadProcess:

@@ -11,10 +11,9 @@ import jax
 
 from research.server import cluster, events, hogwild, store
 from research.server import setup as setups
-from research.server.actors import HeadProcess, Place, Shard, Sizes
+from research.server.actors import HeadProcess, Place, Shard, Sizes, WorkerProcess
 from research.server.measure import Measured, digest
 from research.server.setup import Setup
-from research.server.worker import Worker
 from research.train import folder as folders
 from research.train import heartbeat, interrupt, report
 from research.train.config import Config, UsageError
@@ -118,7 +117,7 @@ class Run:
     options = self.given[number]
     cache = str(jax.config.jax_compilation_cache_dir or "")
     platform = "" if options else "cpu"
-    kind = ray.remote(Worker).options(num_cpus=1, scheduling_strategy="SPREAD", **options)
+    kind = ray.remote(WorkerProcess).options(num_cpus=1, scheduling_strategy="SPREAD", **options)
     handle = kind.remote(self.config, number, platform, cache)
     self.handles[number] = handle
     self.workers[handle.run.remote()] = number

@@ -7,6 +7,14 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+import ray
+
+from research.server import setup as setups
+from research.server import work
+from research.server.events import Push
+from research.server.head import Spent
 from research.train.config import Config
 
 PATIENCE = 120.0  # seconds without a server until a worker ends
@@ -26,15 +34,7 @@ class Servers(NamedTuple):
 class Worker:
   """The process of worker number `worker`."""
 
-  def __init__(self, config: Config, worker: int, platform: str, cache: str):
-    from research.server import actors
-
-    actors.settle(platform, cache)
-    import jax
-
-    from research.server import setup as setups
-    from research.server import work
-
+  def __init__(self, config: Config, worker: int):
     self.config, self.number = config, worker
     self.setup = setups.setup(config)
     self.code = setups.code_of(self.setup)
@@ -50,9 +50,6 @@ class Worker:
 
   def warm(self) -> None:
     """Compiles, before anybody waits for this worker."""
-    import jax
-    import numpy as np
-
     shapes = self.setup.shapes.values()
     params = self.treedef.unflatten([jax.numpy.zeros(x.shape, x.dtype) for x in shapes])
     held = self.compute.held(params)
@@ -65,29 +62,24 @@ class Worker:
 
   def run(self) -> str:
     """Until the server says that it is over, '' or why this worker may not take part."""
-    import ray
-
     alone_since = time.monotonic()
     while time.monotonic() - alone_since < PATIENCE:
       try:
         servers = self.servers()
-      except ValueError:  # nobody has those names yet, or any more
+        joined = ray.get(servers.head.join.remote(self.number, self.code, os.getpid()))
+      except (ValueError, ray.exceptions.RayActorError):  # nobody has those names (yet, any more)
         time.sleep(0.2)
         continue
+      if joined.refused:
+        return joined.refused
       try:
-        joined = ray.get(servers.head.join.remote(self.number, self.code, os.getpid()))
-        if joined.refused:
-          return joined.refused
-        alone_since = time.monotonic()
         self.work(servers, joined)
         return ""
       except (Gone, ray.exceptions.RayActorError):
-        time.sleep(0.2)
+        alone_since = time.monotonic()
     return f"worker {self.number} has had no server for {PATIENCE:.0f} s"
 
   def servers(self) -> Servers:
-    import ray
-
     names = ["head", *(f"shard-{number}" for number in range(1, self.config.shards))]
     head, *shards = map(ray.get_actor, names)
     return Servers(head, shards)
@@ -100,13 +92,6 @@ class Worker:
     Raises:
       Gone: if it has to join anew.
     """
-    import jax
-    import numpy as np
-    import ray
-
-    from research.server.events import Push
-    from research.server.head import Spent
-
     for shard in servers.shards:
       ray.get(shard.join.remote(self.number, joined.incarnation))
     params, versions = self.model(joined.pulled, self.pulls(servers, joined.pulled.version))
@@ -145,9 +130,6 @@ class Worker:
 
   def piece(self, params: Any, held: Any, first: int, ends: float) -> tuple[Any, float, int]:
     """The local steps of a piece of work: Local, mean loss, and how many they were."""
-    import jax
-    import numpy as np
-
     elastic, period = self.config.server_mode == "elastic", self.setup.job.method.period
     if not elastic:
       with self.limping():
@@ -180,9 +162,6 @@ class Worker:
     Raises:
       Gone: if a shard refuses it.
     """
-    import jax
-    import ray
-
     by_shard = [[payloads[leaf] for leaf in part] for part in self.setup.parts]
     stage = lambda: [
       shard.stage.remote(push, part)
@@ -205,8 +184,6 @@ class Worker:
 
   def patiently(self, servers: Servers, push: Any, send: Any) -> Any:
     """Sends what may find the object store full: it says so, waits and tries again."""
-    import ray
-
     for pause in (0.1, 0.5, 2.0, 5.0):
       try:
         return send()
@@ -220,8 +197,6 @@ class Worker:
 
   def pulls(self, servers: Servers, version: int) -> list[Any]:
     """The other shards, each in the version of the head or a later one."""
-    import ray
-
     found: list[Any] = [None] * len(servers.shards)
     while any(shard is None for shard in found):
       for place, shard in enumerate(servers.shards):
@@ -231,9 +206,6 @@ class Worker:
 
   def model(self, own: Any, pulls: Sequence[Any]) -> tuple[Any, tuple[int, ...]]:
     """Parameters on this worker's device, and the version of each shard."""
-    import jax
-    import ray
-
     shards = [own, *(ray.get(x) if isinstance(x, ray.ObjectRef) else x for x in pulls)]
     leaves: list[Any] = [None] * len(self.setup.shapes)
     for part, pulled in zip(self.setup.parts, shards, strict=True):
