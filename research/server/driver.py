@@ -81,9 +81,11 @@ class Run:
       report.note(f"resuming at step {found.version * self.period}")
     empty = [[0, 0, 0] for _ in range(setup.workers)]
     self.saved = found or Place(0, setups.initial(setup), None, empty)
+    counted = (self.saved.counted + empty)[: setup.workers]  # of as many as there are now
+    self.saved = self.saved._replace(counted=counted)
     self.version = self.saved.version
     self.trace = events.Trace(folder, setup.parts, self.version)
-    self.events = list(events.until(events.read(folder / events.FILE)[1], self.version))
+    self.events = list(self.trace.kept)
     self.measured = Measured(setup, folder, self.version, timing)
     self.workers: dict[Any, int] = {}  # a worker's run -> its number
     self.handles: dict[int, Any] = {}

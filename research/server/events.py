@@ -108,15 +108,20 @@ class Trace:
   """The trace of a run, written as it happens."""
 
   def __init__(self, folder: Path, shards: Sequence[Sequence[int]], update: int):
-    """Keeps an earlier part of the run up to an update and goes on from there."""
-    self._path = folder / FILE
-    kept: list[Event] = []
-    if update and self._path.is_file():
-      kept = list(until(read(self._path)[1], update))
-    with self._path.open("w") as file:
-      file.write(json.dumps({"shards": [list(shard) for shard in shards]}) + "\n")
-    self._file = self._path.open("a")
-    self.write(kept)
+    """Keeps an earlier part of the run up to an update and goes on from there.
+
+    `kept` are its events: none if there were other shards, of which no replay can know.
+    """
+    path = folder / FILE
+    head = {"shards": [list(shard) for shard in shards]}
+    self.kept: list[Event] = []
+    if update and path.is_file():
+      before, found = read(path)
+      self.kept = list(until(found, update)) if before == head else []
+    with path.open("w") as file:
+      file.write(json.dumps(head) + "\n")
+    self._file = path.open("a")
+    self.write(self.kept)
 
   def write(self, events: Iterable[Event]) -> None:
     self._file.writelines(json.dumps(event.row()) + "\n" for event in events)

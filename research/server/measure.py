@@ -143,13 +143,14 @@ class Measured:
     """Of a run whose events are known, or of one that has none: every update is a push then."""
     config, steps = self.config, version * self.period
     seconds, updates = (b - a for a, b in zip(self.begun or self.last, self.last, strict=True))
-    pushes = version
-    if happened is not None:
-      pushes = sum(len(event.pushes) for event in happened if event.counted)
+    counted = [push for event in happened or () if event.counted for push in event.pushes]
+    pushes = version if happened is None else len(counted)
+    local_steps = version if happened is None else sum(push.steps for push in counted)
     ages = events.staleness(happened or ())
     rate = updates / seconds if seconds > 0 else 0.0
     per_update = pushes / version if version else 0.0
-    own_steps = max(1.0, self.spent[:, -1].sum() * self.period)
+    each = local_steps / max(pushes, 1)  # of a push
+    own_steps = max(1.0, self.spent[:, -1].sum() * each)
     sent, received = self.spent[:, -3:-1].sum(0) / own_steps
     model = sum(x.size * x.dtype.itemsize for x in self.setup.shapes.values())
     return {
@@ -172,13 +173,14 @@ class Measured:
       "wire": {
         "bytes_per_step_per_worker": {"push": sent, "pull": received},
         "total_bytes_per_worker": float(self.spent[:, -3:-1].sum() / self.setup.workers),
-        "dense_bytes_per_step_per_worker": 2 * model / self.period,
+        "dense_bytes_per_step_per_worker": 2 * model / max(each, 1.0),
       },
       "server": {
         "mode": config.server_mode,
         "shards": config.shards,
         "updates": version,
         "pushes": pushes,
+        "local_steps": local_steps,
         "started_seconds": round(self.started or 0.0, 3),
         "pushes_per_second": round(rate * per_update, 3),
         "staleness": {str(age): count for age, count in ages.items()},
