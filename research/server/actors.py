@@ -143,7 +143,12 @@ class HeadProcess:
     await self.head.leave(worker)
 
   async def push(self, push: Any, payloads: Any, spent: Any) -> Any:
-    return await self.head.push(push, payloads, spent)
+    """Of a head whose update has failed half-way nothing can be trusted: it ends, as a shard."""
+    try:
+      return await self.head.push(push, payloads, spent)
+    except Exception:
+      traceback.print_exc()
+      os._exit(1)
 
   async def deny(self, push: Any, kind: str, text: str) -> None:
     await self.head.deny(push, kind, text)

@@ -143,7 +143,9 @@ class Head:
   async def push(self, push: Push, payloads: Sequence[Tree], spent: Spent) -> Reply:
     """Counts a push, and answers when the worker may go on, with the model."""
     async with self._changed:
-      if self.rules.lag > 1:  # it may have overtaken the one before
+      if (
+        self.rules.lag > 1 and push.worker < self.rules.workers
+      ):  # it may have overtaken the one before
         await self._changed.wait_for(lambda: self.reason or not self._is_early(push))
       kind = self._take(push, payloads, spent)
       self._changed.notify_all()
@@ -182,6 +184,9 @@ class Head:
   def _take(self, push: Push, payloads: Sequence[Tree], spent: Spent) -> Reply:
     if self.reason:
       return Reply("stop", self.reason)
+    if not 0 <= push.worker < self.rules.workers:
+      self._refuse("order", f"push of worker {push.worker}: there are {self.rules.workers}")
+      return Reply("refused", self.notes[-1])
     incarnation, number, first = self.counted[push.worker]
     if push.incarnation != incarnation:
       return Reply("rejoin", f"incarnation {push.incarnation} of worker {push.worker} is over")
