@@ -102,7 +102,7 @@ SLOW |= {"slowdown": "{0: 4}", "log_every": 10}
 SLOWED = {
   "sync": {"method": "data_parallel(sgd(0.1, momentum=0.9), mean())", "steps": 200}
   | {"eval_every": 10},
-  "async": {"method": "asgd(sgd(0.05, momentum=0.9), mean())", "steps": 400, "eval_every": 25},
+  "async": {"method": "asgd(sgd(0.1, momentum=0.8), mean())", "steps": 400, "eval_every": 25},
   "elastic": {
     "method": "diloco(sgd(0.1, momentum=0.9), sgd(1.0), mean(), period=1000)",
     "rounds": 15,
