@@ -397,7 +397,7 @@ WRONG = {
   "seconds": ({"round_seconds": 0.0}, "--round_seconds=0.0: not in"),
   "clock": ({"clock": "steady(1.0)"}, "--clock='steady(1.0)': is not for --executor=server"),
   "mesh": ({"mesh": "data:2,fsdp:2"}, "--mesh='data:2,fsdp:2': a server's workers"),
-  "slowdown": ({"slowdown": "{9: 4}"}, "--slowdown='{9: 4}': 9: 4 is not a worker's number"),
+  "slowdown": ({"slowdown": "{9: 4}"}, "--slowdown='{9: 4}': {9: 4} is not a worker's"),
   "factor": ({"slowdown": "4"}, "--slowdown='4': not a factor by worker number"),
   "method": ({"method": "signum(0.1, majority_vote())"}, "legal: data_parallel, local_sgd"),
   "exchange": ({"method": "asgd(sgd(0.1), two_phase(int8()))"}, "cannot be split"),
