@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +215,12 @@ CASES = ("overhead", "scaling", "slow", "killed", "hogwild")
 
 def measure(cases: list[str], kills: int, every: float) -> dict[str, Any]:
   """What each of some cases finds."""
-  makers = {"overhead": overhead, "scaling": scaling, "slow": slow, "hogwild": hogwild}
+  makers: dict[str, Callable[[], Any]] = {
+    "overhead": overhead,
+    "scaling": scaling,
+    "slow": slow,
+    "hogwild": hogwild,
+  }
   makers["killed"] = lambda: killed(kills, every)
   return {name: makers[name]() for name in CASES if name in cases}
 

@@ -70,7 +70,11 @@ class Server:
       for shard, leaves in enumerate(of.parts)
     ]
     self.clock = 0.0
-    elsewhere = lambda pushes, shares: [p.apply(pushes, shares) for p in self.parts[1:]]
+
+    def elsewhere(pushes, shares):
+      for part in self.parts[1:]:
+        part.apply(pushes, shares)
+
     rules = of.rules("code")._replace(lag=1)
     self.head = Head(rules, self.parts[0], elsewhere, counted, now or (lambda: self.clock))
     self.compute = work.worker(of.job, of.served, of.keys)
@@ -220,6 +224,7 @@ async def test_a_push_counts_once():
   gap = push._replace(number=2, first=2)
   assert (await server.pushed(gap)).kind == "refused"
   other = await server.head.join(0, "code")  # another process in its place
+  assert other.pulled
   assert (other.incarnation, other.number, other.first) == (2, 1, 1)
   assert (await server.pushed(push._replace(number=1, first=1))).kind == "rejoin"
   assert replay.distance(server.params(), after) == 0

@@ -1,7 +1,8 @@
-"""A server's run on Ray: killed driver, worker and servers; what listens; what is left."""
+"""A server's run on Ray: killed worker, servers and driver; what listens; what is left."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,12 +19,13 @@ from research.server.events import Push
 pytest.importorskip("ray")
 
 ROOT = Path(__file__).parents[1]
+STEPS = 800
 FLAGS = (
   "--executor=server",
   "--workers=2",
   "--shards=2",
   "--batch_size=64",
-  "--steps=1500",
+  f"--steps={STEPS}",
   "--eval_every=0",
   "--checkpoint_every=100",
   "--method=asgd(sgd(0.05, momentum=0.5), error_feedback(gather_mean(top_k(0.1))))",
@@ -91,22 +93,16 @@ LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "0000000000000000000
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> dict[str, Any]:
-  """Killed with its driver, resumed, then killed worker by worker and server by server."""
+  """A run with a worker killed, and then one of its servers."""
   out = tmp_path_factory.mktemp("ray") / "run"
-  first = start(out, *FLAGS)
-  wait_for(reached(out, 200), first)
-  found: dict[str, Any] = {"out": out, "listening": set(listening(descendants(out)))}
-  first.kill()
-  first.communicate()
-  wait_for(lambda: not descendants(out))
-  found["saved"] = max(int(path.name) for path in (out / "checkpoints").glob("[0-9]*"))
   process = start(out, *FLAGS)
-  wait_for(reached(out, found["saved"] + 150), process)
+  wait_for(reached(out, 150), process)
+  found: dict[str, Any] = {"out": out, "listening": set(listening(descendants(out)))}
   pids = json.loads((out / "processes.json").read_text())
   os.kill(pids["workers"]["1"], signal.SIGKILL)
-  wait_for(reached(out, found["saved"] + 400), process)
+  wait_for(reached(out, 250), process)
   os.kill(pids["shards"][0], signal.SIGKILL)
-  found["out_text"], found["err"] = process.communicate(timeout=150)
+  found["shown"], found["err"] = process.communicate(timeout=150)
   found["code"] = process.returncode
   found["left"] = descendants(out)
   found["summary"] = json.loads((out / "summary.json").read_text())
@@ -118,16 +114,15 @@ def test_nothing_listens_beyond_the_loopback(run):
   assert run["listening"] <= LOOPBACK
 
 
-def test_a_run_survives_its_driver_its_workers_and_its_servers(run):
+def test_a_run_survives_its_workers_and_its_servers(run):
   assert run["code"] == 0, run["err"]
-  assert f"resuming at step {run['saved']}" in run["err"]
   assert "the servers start again at step" in run["err"]
   assert "Traceback" not in run["err"]
   summary = run["summary"]
-  assert (summary["stopped_because"], summary["steps"]) == ("steps", 1500)
+  assert (summary["stopped_because"], summary["steps"]) == ("steps", STEPS)
   assert summary["server"]["deaths"] == {"workers": 1, "servers": 1}
-  assert summary["eval"]["accuracy"] > 0.93
-  assert sum(summary["server"]["staleness"].values()) == 1500
+  assert summary["eval"]["accuracy"] > 0.9
+  assert sum(summary["server"]["staleness"].values()) == STEPS
   assert all(row["pushes"] > 0 for row in summary["server"]["workers"])
   assert summary["wire"]["bytes_per_step_per_worker"]["push"] < 0.2 * 4 * 9610
 
@@ -138,9 +133,9 @@ def test_no_process_is_left(run):
 
 def test_every_piece_of_work_is_counted_once(run):
   _, happened = events.read(run["out"] / events.FILE)
-  assert sum(event.counted for event in happened) == 1500
+  assert sum(event.counted for event in happened) == STEPS
   names = [push.name for event in happened if event.counted for push in event.pushes]
-  assert len(set(names)) == len(names) == 1500
+  assert len(set(names)) == len(names) == STEPS
 
 
 def test_the_simulator_gives_the_same_parameters(run):
@@ -148,9 +143,25 @@ def test_the_simulator_gives_the_same_parameters(run):
   shown, said = ended.communicate(timeout=120)
   assert ended.returncode == 0, said
   found = json.loads((run["out"] / "again" / "replay.json").read_text())
-  assert found["updates"] == found["pushes"] == 1500
+  assert found["updates"] == found["pushes"] == STEPS
   assert found["distance"] <= 1e-5
   assert "distance" in shown
+
+
+@pytest.mark.long
+def test_nothing_outlives_a_killed_driver_and_the_run_goes_on(tmp_path):
+  out = tmp_path / "run"
+  process = start(out, *FLAGS)
+  wait_for(reached(out, 250), process)
+  process.kill()
+  process.communicate()
+  wait_for(lambda: not descendants(out))
+  again = start(out, *FLAGS)
+  _, said = again.communicate(timeout=150)
+  assert again.returncode == 0, said
+  assert re.search(r"resuming at step \d+", said)
+  _, happened = events.read(out / events.FILE)
+  assert sum(event.counted for event in happened) == STEPS
 
 
 class Deaf:

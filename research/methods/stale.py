@@ -33,12 +33,15 @@ def correcting(correction: Correction) -> optax.GradientTransformationExtraArgs:
   `update(g, state, params, staleness=tau, moved=x_t - x_{t - tau})`.
   """
 
-  def update(updates, state, params=None, *, staleness, moved, **rest):
-    del params, rest
-    tau = jax.tree.broadcast(staleness, updates)
-    return correction.correct(updates, tau, moved, state)
+  def init(params):
+    return correction.init(params)
 
-  return optax.GradientTransformationExtraArgs(correction.init, update)
+  def update(updates, state, params=None, **told):
+    del params
+    tau = jax.tree.broadcast(told["staleness"], updates)
+    return correction.correct(updates, tau, told["moved"], state)
+
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 class StaleState(NamedTuple):

@@ -28,6 +28,8 @@ def running(config: Config, processes: int, model_bytes: int) -> Iterator[Any]:
   os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
   os.environ["RAY_AUTH_MODE"] = "token"
   os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+  # Ray's own agents outlive it by so long, if it was killed: there is no other to connect to
+  os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
   if config.node_ip in _LOOPBACK:  # Ray else puts the machine's address in its place, on Linux
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
   with _told(config):

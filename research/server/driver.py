@@ -7,8 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from research.server import cluster, events, hogwild, store
 from research.server import setup as setups
 from research.server.actors import HeadProcess, Place, Shard, Sizes, WorkerProcess
@@ -104,7 +102,7 @@ class Run:
     """All shards and the head, at the newest checkpoint."""
     setup, config = self.setup, self.config
     leaves = [(name, x.shape, str(x.dtype)) for name, x in setup.shapes.items()]
-    sizes, cache = Sizes(leaves, setup.parts), str(jax.config.jax_compilation_cache_dir or "")
+    sizes, cache = Sizes(leaves, setup.parts), setups.cache()
     of = (config.method, config.seed, sizes)
     remote = lambda kind, name: ray.remote(kind).options(name=name, num_cpus=1)
     shards = [
@@ -117,7 +115,7 @@ class Run:
 
   def start_worker(self, ray: Any, number: int) -> None:
     options = self.given[number]
-    cache = str(jax.config.jax_compilation_cache_dir or "")
+    cache = setups.cache()
     platform = "" if options else "cpu"
     kind = ray.remote(WorkerProcess).options(num_cpus=1, scheduling_strategy="SPREAD", **options)
     handle = kind.remote(self.config, number, platform, cache)

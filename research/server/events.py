@@ -64,7 +64,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[Event]]:
       row = json.loads(line)
     except ValueError:
       break
-    pushes = tuple(Push(*push[:5], tuple(push[5])) for push in row["pushes"])
+    pushes = tuple(Push._make((*push[:5], tuple(push[5]))) for push in row["pushes"])
     events.append(Event(row["update"], pushes, row.get("counted", True)))
   check(events, len(shards))
   return head, events

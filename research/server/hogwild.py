@@ -13,7 +13,6 @@ from multiprocessing import shared_memory
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from research.server import setup as setups
@@ -67,7 +66,7 @@ class Run:
       self.block.unlink()
 
   def start(self, worker: int) -> None:
-    cache = str(jax.config.jax_compilation_cache_dir or "")
+    cache = setups.cache()
     args = (self.config, worker, self.block.name, self.parameters, cache)
     context = multiprocessing.get_context("spawn")
     self.processes[worker] = context.Process(target=shared.run, args=args, daemon=True)

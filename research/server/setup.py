@@ -232,6 +232,11 @@ def _source() -> str:
   return digest.hexdigest()
 
 
+def cache() -> str:
+  """Where this process keeps compiled programs, '' if nowhere."""
+  return str(jax.config.values["jax_compilation_cache_dir"] or "")
+
+
 def initial(setup: Setup) -> dict[str, np.ndarray]:
   """The first model, leaves by name: that of a simulated run of the same seed."""
   params = jax.jit(setup.job.task.init)(setup.keys.params)

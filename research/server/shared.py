@@ -73,7 +73,10 @@ def run(config: Config, worker: int, name: str, parameters: int, cache: str) -> 
     updates, state = served.server.update(grads, state, params)
     return loss, ravel_pytree(updates)[0], state
 
-  state, number = served.server.init(unravel(memory.model)), int(memory.steps[worker])
+  state, number = (
+    served.server.init(unravel(jax.numpy.asarray(memory.model))),
+    int(memory.steps[worker]),
+  )
   try:
     while not memory.stop[0] and os.getppid() == parent:
       loss, update, state = step(memory.model.copy(), state, np.int32(number))

@@ -23,7 +23,7 @@ def save(folder: Path, place: Place, parts: Sequence[Sequence[int]]) -> None:
   """
   goal, scratch = folder / str(place.version), folder / f".{place.version}"
   states = place.states or {}
-  arrays = {f"params {i}": _plain(x) for i, x in enumerate(place.params.values())}
+  arrays: dict[str, Any] = {f"params {i}": _plain(x) for i, x in enumerate(place.params.values())}
   arrays |= {f"state {n} {i}": _plain(x) for n in states for i, x in enumerate(states[n])}
   dtypes = {f"params {i}": str(x.dtype) for i, x in enumerate(place.params.values())}
   about = {"version": place.version, "names": list(place.params), "counted": place.counted}

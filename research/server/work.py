@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -204,13 +204,13 @@ def looks_across(served: Served, shapes: Shapes, parts: Sequence[Sequence[int]])
   }
   params, messages = draw(), [draw(), draw()]
 
-  def run(params, messages):
+  def run(params: Any, messages: Sequence[Any]) -> dict[str, Array]:
     state = server.init(params)
     for message in messages:
       still = jax.tree.map(jnp.zeros_like, params)
       extra = {"staleness": jnp.int32(1), "moved": still}
       updates, state = server.update(message, state, params, **extra)
-      params = optax.apply_updates(params, updates)
+      params = cast(Any, optax.apply_updates(params, updates))
     return params
 
   whole, order = run(params, messages), list(shapes)
@@ -226,6 +226,6 @@ def _chosen(chosen: Sequence[str], tree: dict[str, Array]) -> dict[str, Array]:
   return {name: tree[name] for name in chosen}
 
 
-def examples_of(examples: Batch, sizes: np.ndarray, worker: int) -> tuple[Batch, np.ndarray]:
+def examples_of(examples: Batch, sizes: np.ndarray, worker: int) -> tuple[Batch, Any]:
   """One worker's rows of [W, n, ...]."""
   return jax.tree.map(lambda x: x[worker], examples), np.int32(sizes[worker])

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import ray
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayActorError
 
 from research.server import setup as setups
 from research.server import work
@@ -66,8 +67,8 @@ class Worker:
     while time.monotonic() - alone_since < PATIENCE:
       try:
         servers = self.servers()
-        joined = ray.get(servers.head.join.remote(self.number, self.code, os.getpid()))
-      except (ValueError, ray.exceptions.RayActorError):  # nobody has those names (yet, any more)
+        joined: Any = ray.get(servers.head.join.remote(self.number, self.code, os.getpid()))
+      except (ValueError, RayActorError):  # nobody has those names (yet, any more)
         time.sleep(0.2)
         continue
       if joined.refused:
@@ -75,7 +76,7 @@ class Worker:
       try:
         self.work(servers, joined)
         return ""
-      except (Gone, ray.exceptions.RayActorError):
+      except (Gone, RayActorError):
         alone_since = time.monotonic()
     return f"worker {self.number} has had no server for {PATIENCE:.0f} s"
 
@@ -115,7 +116,7 @@ class Worker:
         continue
       start = time.monotonic()
       answer, pulls = flight.popleft()
-      reply = ray.get(answer)
+      reply: Any = ray.get(answer)
       if reply.kind == "stop":
         return
       if reply.kind not in ("counted", "late"):
@@ -187,7 +188,7 @@ class Worker:
     for pause in (0.1, 0.5, 2.0, 5.0):
       try:
         return send()
-      except (ray.exceptions.ObjectStoreFullError, ray.exceptions.OutOfDiskError) as error:
+      except (ObjectStoreFullError, OutOfDiskError) as error:
         text = f"push {push.number} of worker {push.worker} waits: the object store is full"
         servers.head.deny.remote(push, "object store", f"{text} ({type(error).__name__})")
         time.sleep(pause)
