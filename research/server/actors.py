@@ -35,7 +35,6 @@ def settle(platform: str, cache: str) -> None:
     os.environ["JAX_PLATFORMS"] = platform
   import jax
 
-  jax.config.update("jax_platforms", platform or None)
   if cache:
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
