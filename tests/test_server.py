@@ -20,7 +20,8 @@ from research.methods.asynchronous import asgd
 from research.parallel.job import Job
 from research.server import driver, events, replay, setup, store, work
 from research.server.events import Event, Push
-from research.server.head import DENIED, Head, Spent
+from research.server.head import DENIED, Head
+from research.server.messages import Spent
 from research.server.part import Part
 from research.train import folder
 from research.train.config import Config, UsageError

@@ -17,59 +17,15 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from research.base import Tree
 from research.server.events import Event, Push
-from research.server.part import Part, Pulled, Refused
+from research.server.messages import Joined, Reply, Rules, Spent
+from research.server.part import Part, Refused
 from research.server.work import shares
 
-MODES = ("sync", "ssp", "async", "elastic")
 DENIED = 20  # pushes in a row that are refused, by then none is going to be counted
-
-
-class Rules(NamedTuple):
-  """What a head goes by."""
-
-  mode: str
-  workers: int
-  updates: int  # after so many it is over
-  weights: tuple[float, ...]  # of the workers in a round, their numbers of examples
-  bound: int = 2  # of ssp
-  lag: int = 1  # 2 where a worker computes while its last push is on the way
-  seconds: float = 1.0  # of a round, elastic
-  code: str = ""  # what workers must have: model, payloads, source
-
-
-class Spent(NamedTuple):
-  """What a worker tells with a push, of the time since its last."""
-
-  loss: float  # mean of the piece of work
-  computing: float  # seconds of its local steps
-  encoding: float
-  waiting: float  # for replies
-  lasted: float  # seconds since the last push
-  sent: int  # bytes
-  received: int
-
-
-class Reply(NamedTuple):
-  """What a push is answered with."""
-
-  kind: str  # "counted", "late", "refused", "rejoin", "stop"
-  text: str = ""
-  pulled: Pulled | None = None  # of the head's own shard
-
-
-class Joined(NamedTuple):
-  """What a worker is told when it joins."""
-
-  incarnation: int
-  number: int  # of its first piece of work
-  first: int  # local steps counted before it
-  round_ends: float  # seconds from now, of elastic
-  pulled: Pulled | None
-  refused: str = ""
 
 
 class Head:

@@ -13,7 +13,7 @@ import numpy as np
 from research.comm import mesh as meshes
 from research.parallel import sharded
 from research.server import events
-from research.server.head import Spent
+from research.server.messages import Spent
 from research.server.setup import Setup
 from research.train import metrics, report
 from research.train.loop import NonFinite

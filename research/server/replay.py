@@ -16,6 +16,7 @@ from research.base import Params
 from research.server import events, store, work
 from research.server import setup as setups
 from research.server.events import Event, Push
+from research.server.head import round_shares
 from research.server.part import Part
 from research.server.setup import Setup
 from research.train import report
@@ -89,8 +90,6 @@ class Replayed:
     return self.treedef.unflatten(leaves)
 
   def weights(self, pushes: tuple[Push, ...]) -> np.ndarray:
-    from research.server.head import round_shares
-
     return round_shares(self.setup.rules(""), pushes)
 
   def apply(

@@ -21,8 +21,8 @@ from research.comm import mesh as meshes
 from research.methods.local import LocalSteps
 from research.parallel.job import Job
 from research.server import work
-from research.server.head import MODES as OF_SERVERS
-from research.server.head import Rules
+from research.server.messages import MODES as OF_SERVERS
+from research.server.messages import Rules
 from research.train import assemble
 from research.train.config import Config, UsageError, flag
 

@@ -15,7 +15,7 @@ from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayActorError
 from research.server import setup as setups
 from research.server import work
 from research.server.events import Push
-from research.server.head import Spent
+from research.server.messages import Spent
 from research.train.config import Config
 
 PATIENCE = 120.0  # seconds without a server until a worker ends
