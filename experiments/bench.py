@@ -9,7 +9,8 @@ its median is the figure.
 Beside them: what compressors cost (`costs.py`), what rounds cost (`rounds.py`), for how long a
 checkpoint blocks, the memory of 10,000 simulated workers, and the time to the first logged step.
 Other suites run between hosts, network namespaces of Linux, as root (`hosts.py`, `speed.py`,
-`faults.py`).
+`faults.py`), and on a parameter server (`servers.py`), whose cases may be measured one by one: the
+rest is kept.
 Writes result.json and table.md. Workers of one machine share its cores better on as many devices:
 `JAX_NUM_CPU_DEVICES=2` for fed_avg and local_phase.
 """
@@ -17,6 +18,7 @@ Writes result.json and table.md. Workers of one machine share its cores better o
 import contextlib
 import importlib.util
 import io
+import json
 import os
 import resource
 import statistics
@@ -30,7 +32,7 @@ from typing import Any, NamedTuple
 
 from absl import app, flags, logging
 
-from experiments import by_hand, costs, faults, hosts, rounds, run, speed
+from experiments import by_hand, costs, faults, hosts, rounds, run, servers, speed
 from experiments.turns import in_turn, ratios, seconds
 from launch import netlab
 from research.train.config import Config
@@ -320,16 +322,20 @@ def main(argv: list[str]) -> None:
   """Runs the cases of a suite, prints the table, writes the result."""
   del argv
   logging.set_verbosity(logging.WARNING)
-  unknown = [name for name in FLAGS.cases if name not in (*CASES, *OTHERS)]
+  known = servers.CASES if FLAGS.suite == "server" else (*CASES, *OTHERS)
+  if FLAGS.suite == "server" and not FLAGS["cases"].present:
+    FLAGS.cases = list(known)
+  unknown = [name for name in FLAGS.cases if name not in known]
   if unknown:
-    run.fail(2, f"--cases={unknown[0]}: unknown; legal: {', '.join((*CASES, *OTHERS))}")
-  if FLAGS.suite != "loop":
+    run.fail(2, f"--cases={unknown[0]}: unknown; legal: {', '.join(known)}")
+  if FLAGS.suite in ("wire", "hosts", "faults"):
     netlab.refuse()
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")  # to compile for as many hosts
   with run.one_line_errors():
     from research.train import folder, report
 
-    result, lines = on_hosts() if FLAGS.suite != "loop" else of_loop()
+    suites = {"loop": of_loop, "server": lambda: of_server(folder.environment())}
+    result, lines = suites.get(FLAGS.suite, on_hosts)()
     result = {"environment": folder.environment(), **result}
   print("\n".join(lines))
   if FLAGS.out:
@@ -337,6 +343,17 @@ def main(argv: list[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     report.write_json(out / "result.json", result)
     (out / "table.md").write_text("\n".join(lines) + "\n")
+
+
+def of_server(environment: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+  """What a server's cases measure, beside those measured before, each with what it was made by."""
+  stored = Path(FLAGS.out) / "result.json" if FLAGS.out else None
+  result = json.loads(stored.read_text()) if stored and stored.exists() else {}
+  found = servers.measure(FLAGS.cases, FLAGS.kills, FLAGS.kill_every)
+  made = dict.fromkeys(found, environment["commit"])
+  result = result | found | {"commits": result.get("commits", {}) | made}
+  result.pop("environment", None)
+  return result, servers.table(result)
 
 
 def of_loop() -> tuple[dict[str, Any], list[str]]:
@@ -375,8 +392,9 @@ def of_loop() -> tuple[dict[str, Any], list[str]]:
 
 
 if __name__ == "__main__":
-  text = "loop: against loops by hand; between hosts wire: bytes; hosts: speed; faults: deaths."
-  flags.DEFINE_enum("suite", "loop", ["loop", "wire", "hosts", "faults"], text)
+  text = "loop: against loops by hand; between hosts wire: bytes; hosts: speed; faults: deaths; "
+  text += "server: a parameter server."
+  flags.DEFINE_enum("suite", "loop", ["loop", "wire", "hosts", "faults", "server"], text)
   flags.DEFINE_integer("hosts", 4, "Of the suite faults.", 2)
   flags.DEFINE_integer("kills", 50, "Of the suite faults.", 1)
   flags.DEFINE_float("kill_every", 15.0, "Mean seconds between two kills.", 0.1)

@@ -49,7 +49,7 @@ def faults(hosts: int, kills: int, every: float, steps: int) -> dict[str, Any]:
       "spec": config["method"],
       "same_params": same(_params),
       "same_rows": same(_steps),
-      "processes_left": _processes(str(broken)),
+      "processes_left": processes(str(broken)),
       "namespaces_left": _namespaces() - spaces,
     }
 
@@ -104,7 +104,7 @@ def _namespaces() -> int:
   return len(subprocess.run(line, capture_output=True, text=True, check=True).stdout.splitlines())
 
 
-def _processes(word: str) -> int:
+def processes(word: str) -> int:
   """Processes whose command line has a word in it."""
   found = 0
   for path in Path("/proc").glob("[0-9]*/cmdline"):

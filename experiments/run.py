@@ -2,7 +2,8 @@
 
     python experiments/run.py --task="digits()" --method="data_parallel(adam(1e-3), mean())"
 
-Running the same command again resumes, or shows the result. Exit codes: 0 done, or saved after
+Running the same command again resumes, or shows the result. --replay=FOLDER computes a run of
+--executor=server again from its trace. Exit codes: 0 done, or saved after
 SIGTERM; 1 replicas differ; 2 a flag that cannot be; 3 no checkpoint is whole; 4 not finite; 5 the
 disk is full; 130 saved after Ctrl-C.
 """
@@ -13,9 +14,9 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
@@ -30,7 +31,8 @@ TEXTS = {
   "model": "linear(), logistic(), mlp(hidden=[128]), cnn(), resnet(); empty: the task's own.",
   "method": "How to optimize: data_parallel(OPTIMIZER, AGGREGATOR, period=1) or averaged(METHOD); "
   "optimizers and schedules are optax's, by name.",
-  "executor": "How workers run: simulate (vmap), spmd (shard_map) or pmap.",
+  "executor": "How workers run: simulate (vmap), spmd (shard_map), pmap, or server (processes that "
+  "push to a parameter server, on Ray).",
   "mesh": "Places by axis: data (workers), slice (groups of workers), within a worker stage, fsdp, "
   "expert, seq, model.",
   "partition": "Examples by worker: iid(), sorted(), dirichlet(0.3), shards(2).",
@@ -38,6 +40,12 @@ TEXTS = {
   "clock": "Virtual time of workers that differ in speed, such as exponential(1.0); empty: none.",
   "local_phase": "How `simulate` runs what workers do alone: vmap, map (one after the other), or "
   "auto: what is faster.",
+  "server_mode": "When a server makes an update: async (of each push), ssp (the same, nobody more "
+  "than --bound ahead), sync (of one push per worker), elastic (of who is there), "
+  "hogwild (in shared memory, no server).",
+  "slowdown": "How many times longer a server's workers take, by number: {0: 4}; for studies.",
+  "ray_address": "Of a Ray cluster that is there; empty: starts one in this process.",
+  "node_ip": "Where a Ray that is started listens; beyond the loopback only if this says so.",
   "out": "Folder of the run; empty: runs/TASK-METHOD-HASH of the flags.",
   "data_dir": "Where data files lie, before $RESEARCH_DATA_DIR and the user's cache.",
 }
@@ -64,9 +72,15 @@ NUMBERS = {
   "eval_every": ("Steps between evaluations; 0: only at the end.", 0),
   "checkpoint_every": ("Steps between checkpoints; 0: only at the end.", 0),
   "checkpoint_seconds": ("At least so many seconds between checkpoints.", 0.0),
+  "workers": ("Worker processes of --executor=server; 0: as many as --mesh says.", 0),
+  "shards": ("Server processes, each with some of the model's leaves.", 1),
+  "bound": ("Of --server_mode=ssp: pieces of work between the fastest worker and the slowest.", 0),
+  "round_seconds": ("Of --server_mode=elastic: how long a round's local steps go on.", 0.0),
+  "restarts": ("So many processes of --executor=server may die, and are started again.", 0),
   "check_every": ("Steps between comparisons of the devices' copies; 0: only at the end.", 0),
 }
 SWITCHES = {
+  "overlap": "A server's workers compute while their last push is on the way (async, ssp).",
   "allow_changes": "Goes on with a run whose flags were different.",
   "tensorboard": "Writes TensorBoard events too (needs tensorboardX).",
   "profile": "Traces the second dispatch into OUT/profile.",
@@ -222,6 +236,31 @@ def explain_sharding() -> NoReturn:
   sys.exit(0)
 
 
+def trainer(config: Config) -> Callable[[Config], tuple[dict[str, Any], Path]]:
+  """What trains by these flags: the loop, or a server."""
+  if config.executor == "server":
+    from research.server import driver
+
+    return driver.train
+  from research.train import loop
+
+  return loop.train
+
+
+def replay(config: Config) -> NoReturn:
+  """Computes a server's run again from its trace, and holds the parameters against each other."""
+  from research.server import replay
+  from research.train import loop
+
+  if config.executor == "server":
+    raise UsageError("--replay: is simulated; leave out --executor=server")
+  found = replay.replay(Path(FLAGS.replay), Path(config.out) if config.out else None)
+  print(replay.table(found))
+  if not found["distance"] <= replay.TOLERANCE:
+    raise loop.ReplicasDiffer(f"the parameters differ by {found['distance']:.3g} of the largest")
+  sys.exit(0)
+
+
 def main(argv: list[str]) -> None:
   """The whole program: flags, processes, training, table."""
   del argv
@@ -231,9 +270,11 @@ def main(argv: list[str]) -> None:
     config = start()
     import jax
 
-    from research.train import loop, report
+    from research.train import report
 
-    summary, folder = loop.train(config)
+    if FLAGS.replay:
+      replay(config)
+    summary, folder = trainer(config)(config)
   if jax.process_index() == 0:
     print(report.closing_table(summary, folder))
   sys.exit(130 if summary["stopped_because"] == "interrupted" else 0)
@@ -243,4 +284,6 @@ if __name__ == "__main__":
   define_flags()
   text = "Prints where each leaf of the run's state would lie, and ends; needs no such devices."
   flags.DEFINE_bool("explain_sharding", False, text)
+  text = "Folder of a run with --executor=server, to be computed again from its trace."
+  flags.DEFINE_string("replay", "", text)
   app.run(main, flags_parser=parse_flags)

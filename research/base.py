@@ -60,6 +60,18 @@ class Blocks(NamedTuple):
   part: Tree
 
 
+class Link(NamedTuple):
+  """How the trees of one worker get to a server, which decodes each leaf of each worker alone.
+
+  The key is equal on both sides and belongs to one message. A payload is what a Compressor makes of
+  a leaf: its shapes and dtypes are the wire format.
+  """
+
+  init: Callable[[Params], State]  # what the worker keeps from message to message
+  encode: Callable[[Tree, State, Key], tuple[list[Tree], State]]  # payloads by leaf, and the state
+  decode: Callable[[Tree, jax.ShapeDtypeStruct, Key, int], Array]  # (payload, like, key, leaf)
+
+
 class Aggregate(NamedTuple):
   """What one exchange between workers gives to one of them."""
 
@@ -72,12 +84,30 @@ class Aggregator(NamedTuple):
   """The only place where workers talk. Runs per worker, under named worker axes.
 
   `traits` say to a wrapper what it must know of what it wraps; `aggregate/composition.py` has their
-  list, and the pairs that are refused.
+  list, and the pairs that are refused. `link` is the same encoding on the way to a server, where
+  the workers do not meet; what is an exchange among them has none.
   """
 
   init: Callable[[Params], State]
   aggregate: Callable[[Tree, State, Key], Aggregate]
   traits: frozenset[str] = frozenset()
+  link: Link | None = None
+
+
+class Served(NamedTuple):
+  """A method between a server and its workers, none of whom waits for the others.
+
+  A worker goes with a model that it pulled through `begin`, steps and `end` to a message, which the
+  server's optimizer takes for a gradient. What is a mean over workers in a round is here what the
+  server makes of one message, or of the mean of several.
+  """
+
+  own: Callable[[Params], State]  # what a worker keeps from one piece of work to the next
+  begin: Callable[[Params, State], Local]
+  step: Callable[..., Local]  # (grads, local, state, *, key, grad_fn=None), whatever the state
+  end: Callable[[Local, Params], tuple[Tree, State]]  # (Local, model pulled) -> message, own
+  server: Any  # an optax transformation: (message, state, params, *, staleness, moved)
+  link: Link
 
 
 class Method(NamedTuple):
@@ -95,7 +125,8 @@ class Method(NamedTuple):
   share. `later` are the changes of its period: (first round, period), rising. With `epochs` > 0 a
   round is so many passes of each owner over its own examples, and the executors find the period:
   that of the owner with the most steps. An owner with fewer stops where it is done. `one_by_one`
-  says that a round is that of a single worker, whose turn it is on a virtual clock.
+  says that a round is that of a single worker, whose turn it is on a virtual clock. `served` is the
+  method where a server and its workers are processes of their own, if it can be.
   """
 
   init: Callable[[Params], State]  # lives from round to round
@@ -109,6 +140,7 @@ class Method(NamedTuple):
   later: tuple[tuple[int, int], ...] = ()
   epochs: int = 0
   one_by_one: bool = False
+  served: Served | None = None
 
 
 class Feed(NamedTuple):

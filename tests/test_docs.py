@@ -46,3 +46,16 @@ def test_presets_are_flags_that_can_be(path):
   default = Config._field_defaults
   check(Config(**{name: type(default[name])(value) for name, value in given.items()}))
   assert f"--flagfile=experiments/presets/{path.name}" in path.read_text()
+
+
+def test_the_figures_of_the_server_are_those_of_the_results():
+  """And as good as they are to be."""
+  folder = ROOT / "results" / "server"
+  assert (folder / "table.md").read_text().strip() in (ROOT / "README.md").read_text()
+  result = json.loads((folder / "result.json").read_text())
+  assert set(result["commits"]) == {"overhead", "scaling", "slow", "hogwild"}
+  assert all(result["commits"].values())
+  assert result["overhead"][-1]["overhead"] < 0.25
+  assert result["scaling"][0]["waiting_ms"] < 15
+  sync, *others = (row["seconds"] for row in result["slow"])
+  assert all(2 * seconds <= sync for seconds in others)

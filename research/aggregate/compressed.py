@@ -9,6 +9,7 @@ from jax import lax
 
 from research.aggregate.chunks import cut, joined
 from research.aggregate.composition import traits_of
+from research.aggregate.link import compressed
 from research.base import WORKER_AXES, Aggregate, Aggregator, Array, Chunk, Compressor, Key, Tree
 from research.comm import collectives
 
@@ -46,7 +47,8 @@ def gather_mean(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) ->
   def decode(x, key, payload):
     return compressor.decode(payload, _like(x), key)
 
-  return Aggregator(lambda params: (), aggregate, traits_of(compressor))
+  traits, link = traits_of(compressor), compressed(compressor)
+  return Aggregator(lambda params: (), aggregate, traits, link=link)
 
 
 def sum_mean(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) -> Aggregator:
@@ -72,7 +74,7 @@ def sum_mean(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) -> Ag
     decode = lambda p: compressor.decode(p, _like(x), key)
     return decode(collectives.mean(payload, axis)), decode(payload)
 
-  return _leafwise(one, traits_of(compressor))
+  return _leafwise(one, traits_of(compressor))._replace(link=compressed(compressor))
 
 
 def two_phase(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) -> Aggregator:

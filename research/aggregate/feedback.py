@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from research.aggregate.composition import refuse
+from research.aggregate.link import remembering
 from research.base import Aggregate, Aggregator, State, Tree
 
 
@@ -41,7 +42,8 @@ def error_feedback(inner: Aggregator, *, decay: float = 1.0) -> Aggregator:
     memory = jax.tree.map(jnp.subtract, corrected, sent)
     return Aggregate(value, sent, ErrorFeedbackState(memory, link))
 
-  return Aggregator(init, aggregate, inner.traits | {"memory"})
+  way = inner.link and remembering(inner.link, decay)
+  return Aggregator(init, aggregate, inner.traits | {"memory"}, way)
 
 
 class EF21State(NamedTuple):

@@ -1,5 +1,6 @@
 """Exact averages: what synchronous data parallelism and its relatives exchange."""
 
+from research.aggregate.link import plain
 from research.base import WORKER_AXES, Aggregate, Aggregator
 from research.comm import collectives
 
@@ -17,4 +18,4 @@ def mean(axis: collectives.Axes = WORKER_AXES) -> Aggregator:
     del key
     return Aggregate(collectives.mean(tree, axis), tree, state)
 
-  return Aggregator(lambda params: (), aggregate, frozenset({"dense"}))
+  return Aggregator(lambda params: (), aggregate, frozenset({"dense"}), plain())

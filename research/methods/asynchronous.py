@@ -185,7 +185,8 @@ def hogwild(learning_rate: float | optax.Schedule, aggregator: Aggregator, *, bo
     return out._replace(value=jax.tree.map(lambda x: count * x, out.value))
 
   total = aggregator._replace(aggregate=added)
-  return stale(_sgd(learning_rate, total), by_coordinate(bound))
+  served = _sgd(learning_rate, aggregator).served
+  return stale(_sgd(learning_rate, total), by_coordinate(bound))._replace(served=served)
 
 
 def asgd(inner: optax.GradientTransformation, aggregator: Aggregator) -> Method:

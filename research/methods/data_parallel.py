@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from research.aggregate.composition import refuse
-from research.base import Aggregator, Method, Params, State, Tree
+from research.base import Aggregator, Method, Params, Served, State, Tree
 from research.methods.local import Period, periods
 
 
@@ -49,7 +49,11 @@ def data_parallel(
     return DataParallelState(params, inner.init(params), aggregator.init(params))
 
   def begin(state):
-    return DataParallelLocal(state.params, jax.tree.map(jnp.zeros_like, state.params))
+    return from_(state.params, ())
+
+  def from_(params, own):
+    del own
+    return DataParallelLocal(params, jax.tree.map(jnp.zeros_like, params))
 
   def step(grads, local, state, *, key, grad_fn=None):
     del state, key, grad_fn
@@ -64,4 +68,7 @@ def data_parallel(
 
   over = lambda wrap: data_parallel(inner, wrap(aggregator), period=period)
   of_rounds = lambda period, _: data_parallel(inner, aggregator, period=period)
-  return Method(init, begin, step, sync, lambda state: state.params, first, over, of_rounds, later)
+  end = lambda local, params: (local.grads, ())
+  way, params = aggregator.link, lambda state: state.params
+  served = way and Served(lambda params: (), from_, step, end, inner, way)
+  return Method(init, begin, step, sync, params, first, over, of_rounds, later, served=served)

@@ -6,7 +6,7 @@ import optax
 
 from research.aggregate.composition import refuse
 from research.base import Aggregator, Method, Params, State
-from research.methods.local import Period, begin, minus, periods, stepping, weighted
+from research.methods.local import Period, begin, minus, periods, served, stepping, weighted
 
 
 class DiLoCoState(NamedTuple):
@@ -58,4 +58,5 @@ def diloco(
   over = lambda wrap: diloco(inner, outer, wrap(aggregator), period=period)
   of_rounds = lambda period, _: diloco(inner, outer, aggregator, period=period)
   params = lambda state: state.params
-  return Method(init, begin, stepping(inner), sync, params, first, over, of_rounds, later)
+  step, way = stepping(inner), served(inner, outer, aggregator)
+  return Method(init, begin, step, sync, params, first, over, of_rounds, later, served=way)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from research.aggregate.composition import refuse
-from research.base import Aggregator, Array, Method, Params, State, Tree
+from research.base import Aggregator, Array, Method, Params, Served, State, Tree
 
 # Local steps per round, or a schedule of them: [first round, steps], ... from round 0 on.
 Period = int | Sequence[Sequence[int]]
@@ -79,6 +79,16 @@ def periods(period: Period) -> tuple[int, tuple[tuple[int, int], ...]]:
   return first[1], tuple(later)
 
 
+def served(
+  inner: optax.GradientTransformation, outer: optax.GradientTransformation, aggregator: Aggregator
+) -> Served | None:
+  """Local steps for a server: what a worker sends is theta - theta_H, an outer gradient."""
+  if aggregator.link is None:
+    return None
+  end = lambda local, params: (minus(params, local.params), local.inner)
+  return Served(inner.init, LocalSteps, stepping(inner), end, outer, aggregator.link)
+
+
 class LocalSGDState(NamedTuple):
   params: Params  # x_t
   inner: State  # of this worker's optimizer
@@ -120,4 +130,6 @@ def local_sgd(
   over = lambda wrap: local_sgd(inner, wrap(aggregator), period=period)
   of_rounds = lambda period, _: local_sgd(inner, aggregator, period=period)
   params = lambda state: state.params
-  return Method(init, begin, stepping(inner), sync, params, first, over, of_rounds, later)
+  way = served(inner, optax.sgd(1.0), aggregator)
+  step = stepping(inner)
+  return Method(init, begin, step, sync, params, first, over, of_rounds, later, served=way)

@@ -8,6 +8,9 @@ inner        any method, which makes of it what it makes of any gradient
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
+import optax
+
 from research.base import Local, Method, Params, State, Tree
 from research.comm import collectives
 from research.methods.delays import Delays
@@ -22,6 +25,23 @@ class Correction(NamedTuple):
 
 
 NOTHING = Correction(lambda params: (), lambda grads, tau, moved, memory: (grads, memory))
+
+
+def correcting(correction: Correction) -> optax.GradientTransformationExtraArgs:
+  """The same on a server, before its optimizer: tau and what has moved come with each message.
+
+  `update(g, state, params, staleness=tau, moved=x_t - x_{t - tau})`.
+  """
+
+  def init(params):
+    return correction.init(params)
+
+  def update(updates, state, params=None, **told):
+    del params
+    tau = jax.tree.broadcast(told["staleness"], updates)
+    return correction.correct(updates, tau, told["moved"], state)
+
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 class StaleState(NamedTuple):
@@ -77,6 +97,9 @@ def stale(inner: Method, delays: Delays, correction: Correction = NOTHING) -> Me
     learnt = weighted(minus(local.memory, state.memory), weight, active)
     return StaleState(after, held, plus(state.memory, collectives.mean(learnt)))
 
+  served = inner.served if delays.one_by_one else None
+  if served and correction is not NOTHING:
+    served = served._replace(server=optax.chain(correcting(correction), served.server))
   inner_over, inner_of_rounds = inner.over, inner.of_rounds
   again = lambda method: stale(method, delays, correction)
   return inner._replace(
@@ -88,4 +111,5 @@ def stale(inner: Method, delays: Delays, correction: Correction = NOTHING) -> Me
     over=inner_over and (lambda wrap: again(inner_over(wrap))),
     of_rounds=inner_of_rounds and (lambda *rounds: again(inner_of_rounds(*rounds))),
     one_by_one=delays.one_by_one,
+    served=served,
   )

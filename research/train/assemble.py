@@ -25,7 +25,7 @@ EXECUTORS = {
   "pmap": "research.parallel.pmap",
   "spmd": "research.parallel.spmd",
 }
-
+LEGAL = (*EXECUTORS, "server")  # research/server trains by itself
 
 LOCAL_PHASES = ("auto", "vmap", "map")
 
@@ -69,9 +69,11 @@ def check(config: Config) -> Setting:
     UsageError: one line.
   """
   if config.executor not in EXECUTORS:
-    near = difflib.get_close_matches(config.executor, EXECUTORS, 1)
+    near = difflib.get_close_matches(config.executor, LEGAL, 1)
     hint = f"; did you mean '{near[0]}'?" if near else ";"
-    raise UsageError(f"--executor='{config.executor}': unknown{hint} legal: {', '.join(EXECUTORS)}")
+    if config.executor == "server":
+      raise UsageError("--executor='server': is for experiments/run.py alone")
+    raise UsageError(f"--executor='{config.executor}': unknown{hint} legal: {', '.join(LEGAL)}")
   for name in ("epochs", "clip_norm", "tolerance", "checkpoint_seconds", "virtual_seconds"):
     with flag(name, getattr(config, name)):
       if not math.isfinite(getattr(config, name)):
@@ -104,7 +106,7 @@ def check(config: Config) -> Setting:
     _check_local_phase(config)
   with flag("method", config.method):
     method = registry.build("method", config.method)
-  batch_size = _batch_size(config, workers)
+  batch_size = per_worker(config, workers)
   if method.one_by_one:
     with flag("method", config.method):
       _check_one_by_one(config, axes)
@@ -123,7 +125,12 @@ def check(config: Config) -> Setting:
   return Setting(axes, method, workers, owners, batch_size)
 
 
-def _batch_size(config: Config, workers: int) -> int | None:
+def per_worker(config: Config, workers: int) -> int | None:
+  """The batch of each worker and step; None: all of its examples.
+
+  Raises:
+    UsageError: if the workers do not divide it.
+  """
   if config.batch_size == "all":
     return None
   size = int(config.batch_size)
@@ -179,14 +186,14 @@ def assemble(config: Config, setting: Setting, devices: Sequence[Any] | None = N
     UsageError: one line that names the flag.
   """
   axes, method, _, owners, batch_size = setting
-  task = _task(config)
+  task = task_of(config)
   if task.feed:
     feed.check(config, method)
   count = len(task.train["y"])
   with flag("population" if config.population else "mesh", config.population or config.mesh):
     if owners > count:
       raise ValueError(f"{owners} workers for {count} examples: each needs at least one")
-  examples, sizes = _partitioned(config, task, owners)
+  examples, sizes = partitioned(config, task, owners)
   total = task.feed.examples if task.feed else int(sizes.sum())
   with flag("batch_size", config.batch_size):
     if config.batch_size != "all" and int(config.batch_size) > total:
@@ -218,7 +225,12 @@ def assemble(config: Config, setting: Setting, devices: Sequence[Any] | None = N
   return Problem(plan, executors, examples, sizes, _test(job, config), steps, played_out)
 
 
-def _task(config: Config) -> Task:
+def task_of(config: Config) -> Task:
+  """The task with its model, by their flags.
+
+  Raises:
+    UsageError: one line that names the flag.
+  """
   with flag("task", config.task):
     call = registry.parse(config.task)
     factory = registry.lookup(("task",), call.name)
@@ -233,7 +245,8 @@ def _task(config: Config) -> Task:
   return task
 
 
-def _partitioned(config: Config, task: Task, owners: int) -> tuple[Batch, np.ndarray]:
+def partitioned(config: Config, task: Task, owners: int) -> tuple[Batch, np.ndarray]:
+  """The training examples by owner, numpy [P, n, ...], and how many each has."""
   from research.tasks.partition import stack
 
   with flag("partition", config.partition):

@@ -44,6 +44,20 @@ class Config(NamedTuple):
   allow_changes: bool = False
   tensorboard: bool = False
   profile: bool = False
+  server_mode: str = "async"
+  workers: int = 0
+  shards: int = 1
+  bound: int = 2
+  round_seconds: float = 1.0
+  overlap: bool = True
+  slowdown: str = ""
+  restarts: int = 100
+  ray_address: str = ""
+  node_ip: str = "127.0.0.1"
+
+
+# Flags of --executor=server alone: elsewhere they say nothing.
+OF_SERVER = ("server_mode", "workers", "shards", "bound", "round_seconds", "overlap", "slowdown")
 
 
 @contextlib.contextmanager

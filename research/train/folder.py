@@ -14,17 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from research import registry
-from research.train.config import Config, UsageError, flag
+from research.train.config import OF_SERVER, Config, UsageError, flag
 from research.train.report import write_json
 
 # Flags that change neither the result nor the files of a run.
 _FREE = ("out", "data_dir", "allow_changes", "tensorboard", "profile")
+_FREE = (*_FREE, "restarts", "ray_address", "node_ip")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def identity(config: Config) -> dict[str, Any]:
   """The flags that make a run what it is."""
-  return {name: value for name, value in config._asdict().items() if name not in _FREE}
+  idle = () if config.executor == "server" else OF_SERVER
+  named = config._asdict().items()
+  return {name: value for name, value in named if name not in (*_FREE, *idle)}
 
 
 def default_folder(config: Config) -> Path:

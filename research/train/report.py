@@ -179,6 +179,24 @@ def _pipeline(plan: Mapping[str, Any] | None) -> list[tuple[str, str]]:
   return [("pipeline", f"{text}: idle {plan['bubble']:.1%} of the time")]
 
 
+def _server(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+  """Of a run on a parameter server."""
+  if found is None:
+    return []
+  ages = sorted((int(age), count) for age, count in found["staleness"].items())
+  mean = sum(age * count for age, count in ages) / max(1, sum(count for _, count in ages))
+  counts = lambda kinds: ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
+  idle = ", ".join(f"{row['idle']:.0%}" for row in found["workers"])
+  rows = [
+    ("pushes per second", f"{found['pushes_per_second']:.4g}"),
+    ("staleness in updates", f"{mean:.3g} on average, at most {ages[-1][0]}" if ages else ""),
+    ("idle, by worker", idle if any(row["pushes"] for row in found["workers"]) else ""),
+    ("refused", counts(found["refused"])),
+    ("died", counts(found["deaths"])),
+  ]
+  return [(name, text) for name, text in rows if text]
+
+
 def closing_table(summary: Mapping[str, Any], folder: Path) -> str:
   """The few figures that a run ends with, one per line, and where its plot is."""
   wire = summary["wire"]
@@ -205,6 +223,7 @@ def closing_table(summary: Mapping[str, Any], folder: Path) -> str:
     *([("of what the exact mean sends", f"{share:.2%}")] if abs(share - 1) > 1e-6 else []),
     *([("topology", summary["described"])] if "described" in summary else []),
     *_pipeline(summary.get("pipeline")),
+    *_server(summary.get("server")),
     *([("virtual seconds", f"{summary['virtual_seconds']:.6g}")] if virtual else []),
     *([("epsilon, delta", privacy)] if "epsilon" in summary else []),
     *([("aggregated", "per shard")] if summary["aggregated"] == "per shard" else []),

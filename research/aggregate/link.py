@@ -1,0 +1,55 @@
+"""What a worker sends to a server: each leaf in a compressor's encoding, and what was left out."""
+
+import jax
+import jax.numpy as jnp
+
+from research.base import Compressor, Link
+
+_OWN = 0x6F776E
+
+
+def plain() -> Link:
+  """Leaves as they are."""
+  return Link(
+    lambda params: (),
+    lambda tree, state, key: (jax.tree.leaves(tree), state),
+    lambda payload, like, key, leaf: payload,
+  )
+
+
+def compressed(compressor: Compressor) -> Link:
+  """Every leaf by itself, with a key of its own.
+
+  Args:
+    compressor: any.
+  """
+
+  def encode(tree, state, key):
+    keys = [jax.random.fold_in(key, leaf) for leaf in range(len(jax.tree.leaves(tree)))]
+    pairs = zip(jax.tree.leaves(tree), keys, strict=True)
+    return [compressor.encode(x, k, jax.random.fold_in(k, _OWN)) for x, k in pairs], state
+
+  def decode(payload, like, key, leaf):
+    return compressor.decode(payload, like, jax.random.fold_in(key, leaf))
+
+  return Link(lambda params: (), encode, decode)
+
+
+def remembering(link: Link, decay: float) -> Link:
+  """Error feedback: p = x + decay e is sent, and e <- p - D(C(p)) kept, as in `error_feedback`.
+
+  Args:
+    link: without a state of its own.
+    decay: of the memory.
+  """
+
+  def encode(tree, memory, key):
+    corrected = jax.tree.map(lambda x, e: x + decay * e, tree, memory)
+    payloads, _ = link.encode(corrected, (), key)
+    leaves, treedef = jax.tree.flatten(corrected)
+    like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+    sent = [link.decode(p, x, key, i) for i, (p, x) in enumerate(zip(payloads, like, strict=True))]
+    left = [x - y for x, y in zip(leaves, sent, strict=True)]
+    return payloads, treedef.unflatten(left)
+
+  return Link(lambda params: jax.tree.map(jnp.zeros_like, params), encode, link.decode)

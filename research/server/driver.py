@@ -1,0 +1,263 @@
+"""A run on a server: starts the processes, follows what they do, measures, saves, starts again."""
+
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from research.server import cluster, events, hogwild, store
+from research.server import setup as setups
+from research.server.actors import HeadProcess, Place, Shard, Sizes, WorkerProcess
+from research.server.measure import Measured, digest
+from research.server.setup import Setup
+from research.train import folder as folders
+from research.train import heartbeat, interrupt, report
+from research.train.config import Config, UsageError
+from research.train.loop import NonFinite
+from research.train.timing import Timing
+
+_POLL = 0.1  # seconds between two looks at the head
+
+
+def train(config: Config) -> tuple[dict[str, Any], Path]:
+  """Runs, or goes on with, what the flags describe: `loop.train` for --executor=server.
+
+  Raises:
+    UsageError: for flags that cannot be, or when all workers are refused.
+    CheckpointError: if the run has checkpoints and none is whole.
+    NonFinite: if the loss is not finite, or pushes are refused because they are not.
+    SaveError: if a checkpoint cannot be written.
+  """
+  with contextlib.ExitStack() as stack:
+    timing = stack.enter_context(contextlib.closing(Timing()))
+    folder = folders.check(config)
+    made = setups.setup(config)
+    if summary := _finished(config, folder, made):
+      report.note(f"{folder} holds this run, complete; its result:")
+      return summary, folder
+    stack.enter_context(folders.claimed(config, folder))
+    folders.describe(config, folder)
+    if config.server_mode == "hogwild":
+      run = stack.enter_context(contextlib.closing(hogwild.Run(made, folder, timing)))
+      return _written(run.train(), folder)
+    run = stack.enter_context(contextlib.closing(Run(made, folder, timing)))
+    size = sum(x.size * x.dtype.itemsize for x in made.shapes.values())
+    with cluster.running(config, made.workers + config.shards, size) as ray:
+      summary = run.train(ray)
+    return _written(summary, folder)
+
+
+def _written(summary: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Path]:
+  report.write_json(folder / "summary.json", summary)
+  report.loss_plot(folder, summary)
+  return summary, folder
+
+
+def _finished(config: Config, folder: Path, made: Setup) -> dict[str, Any] | None:
+  path = folder / "summary.json"
+  if not path.exists() or not folders.unchanged(config, folder):
+    return None
+  try:
+    summary = dict(json.loads(path.read_text()))
+  except (OSError, ValueError, TypeError):
+    return None
+  return summary if summary.get("steps", -1) >= made.updates * made.job.method.period else None
+
+
+class Run:
+  """One run, from its start or its newest checkpoint to its end."""
+
+  def __init__(self, setup: Setup, folder: Path, timing: Timing):
+    self.setup, self.config, self.folder, self.timing = setup, setup.config, folder, timing
+    self.period = setup.job.method.period
+    names = list(setup.shapes)
+    self.checkpoints = folder / "checkpoints"
+    found = store.restore(self.checkpoints, names, setup.parts, report.note)
+    if found:
+      report.note(f"resuming at step {found.version * self.period}")
+    empty = [[0, 0, 0] for _ in range(setup.workers)]
+    self.saved = found or Place(0, setups.initial(setup), None, empty)
+    counted = (self.saved.counted + empty)[: setup.workers]  # of as many as there are now
+    self.saved = self.saved._replace(counted=counted)
+    self.version = self.saved.version
+    self.trace = events.Trace(folder, setup.parts, self.version)
+    self.events = list(self.trace.kept)
+    self.measured = Measured(setup, folder, self.version, timing)
+    self.workers: dict[Any, int] = {}  # a worker's run -> its number
+    self.handles: dict[int, Any] = {}
+    self.servers: list[Any] = []
+    self.deaths = {"workers": 0, "servers": 0}
+    self.pids: dict[str, Any] = {"driver": os.getpid()}
+    self.gone: list[str] = []  # why workers may not take part
+
+  def close(self) -> None:
+    self.trace.close()
+    self.measured.close()
+
+  # ---- processes
+
+  def start_servers(self, ray: Any) -> None:
+    """All shards and the head, at the newest checkpoint."""
+    setup, config = self.setup, self.config
+    leaves = [(name, x.shape, str(x.dtype)) for name, x in setup.shapes.items()]
+    sizes, cache = Sizes(leaves, setup.parts), setups.cache()
+    of = (config.method, config.seed, sizes)
+    remote = lambda kind, name: ray.remote(kind).options(name=name, num_cpus=1)
+    shards = [
+      _named(remote(Shard, f"shard-{number}"), *of, number, self.saved, cache)
+      for number in range(1, config.shards)
+    ]
+    rules = setup.rules(setups.code_of(setup))
+    head = _named(remote(HeadProcess, "head"), rules, *of, self.saved, shards, cache)
+    self.servers = [head, *shards]
+
+  def start_worker(self, ray: Any, number: int) -> None:
+    options = self.given[number]
+    cache = setups.cache()
+    platform = "" if options else "cpu"
+    kind = ray.remote(WorkerProcess).options(num_cpus=1, scheduling_strategy="SPREAD", **options)
+    handle = kind.remote(self.config, number, platform, cache)
+    self.handles[number] = handle
+    self.workers[handle.run.remote()] = number
+
+  def restart_servers(self, ray: Any) -> None:
+    """After the death of one: all of them, at the newest checkpoint; what came later is undone."""
+    self._died("servers", "a server process has died")
+    for server in self.servers:
+      ray.kill(server)
+    report.note(f"the servers start again at step {self.saved.version * self.period}")
+    self.version = self.saved.version
+    self.trace.close()
+    self.trace = events.Trace(self.folder, self.setup.parts, self.version)
+    self.events = list(events.until(self.events, self.version))
+    self.measured.rewind(self.version)
+    self.start_servers(ray)
+
+  def _died(self, kind: str, text: str) -> None:
+    self.deaths[kind] += 1
+    if sum(self.deaths.values()) > self.config.restarts:
+      raise UsageError(f"--restarts={self.config.restarts}: {text}, once more than that")
+
+  def _look_at_workers(self, ray: Any) -> None:
+    """Starts those again that have died; those that may not take part are left out."""
+    runs = list(self.workers)
+    done = ray.wait(runs, num_returns=len(runs), timeout=0)[0] if runs else []
+    for run in done:
+      number = self.workers.pop(run)
+      try:
+        refused = ray.get(run)
+      except ray.exceptions.RayActorError:
+        self._died("workers", f"worker {number} has died")
+        with contextlib.suppress(ray.exceptions.RayActorError):
+          ray.get(self.servers[0].leave.remote(number))
+        self.start_worker(ray, number)
+        continue
+      except ray.exceptions.RayTaskError as error:
+        cause = " ".join(str(error.cause).split())[:200]
+        raise UsageError(
+          f"worker {number} has failed: {type(error.cause).__name__}: {cause}"
+        ) from error
+      if refused:
+        self.gone.append(refused)
+        report.note(refused)
+    if not self.workers and self.gone:
+      raise UsageError(f"no worker is left: {self.gone[-1]}")
+
+  # ---- the run
+
+  def train(self, ray: Any) -> dict[str, Any]:
+    """Until the updates are done, or somebody stops it."""
+    self.given = cluster.accelerators(ray, self.setup.workers)
+    self.start_servers(ray)
+    for number in range(self.setup.workers):
+      self.start_worker(ray, number)
+    told = ""
+    with interrupt.watch() as stopped:
+      while True:
+        try:
+          reason = self._follow(ray, told)
+        except ray.exceptions.RayActorError:
+          self.restart_servers(ray)
+          continue
+        if reason:
+          break
+        told = told or stopped()
+        self._look_at_workers(ray)
+        time.sleep(_POLL)
+      return self._summary(reason)
+
+  def _follow(self, ray: Any, told: str) -> str:
+    """Takes in what has happened, measures and saves what is due; why it is over, if it is."""
+    head, *shards = self.servers
+    self.pids["shards"] = ray.get([shard.pid.remote() for shard in shards])  # fails if one is dead
+    if told:
+      ray.get(head.stop.remote(told))
+    found = ray.get(head.report.remote())
+    self._take_in(found)
+    over = found["reason"]
+    if over.startswith("refused"):
+      raise NonFinite(f"{over}; {self._kept()}") if "finite" in over else UsageError(over)
+    save = over or self._due(self.config.checkpoint_every, self.saved.version)
+    evaluate = self._due(self.config.eval_every, self.measured.evaluated_at)
+    if not (save or evaluate) or self.version == self.saved.version:
+      return over
+    place = self._snapshot(ray)
+    with self.timing.aside():
+      if evaluate or over == "steps":
+        self.measured.evaluate(place.version, place.params, self._kept())
+      if save:
+        store.save(self.checkpoints, place, self.setup.parts)
+        self.saved = place
+    return over
+
+  def _take_in(self, found: dict[str, Any]) -> None:
+    self.version = found["version"]
+    self.trace.write(found["events"])
+    self.events += found["events"]
+    for note in found["notes"][:5]:
+      report.note(note)
+    self.measured.take_in(found)
+    heartbeat.beat()
+    pids = self.pids | {"head": found["pid"], "workers": found["pids"]}
+    if pids != self.pids:
+      self.pids = pids
+      report.write_json(self.folder / "processes.json", pids)
+
+  def _snapshot(self, ray: Any) -> Place:
+    """All shards at one version, and what is counted by then."""
+    found, own, counted, others = ray.get(self.servers[0].snapshot.remote())
+    self._take_in(found)
+    parts = [own, *ray.get(others)]
+    assert len({version for version, _, _ in parts}) == 1, "a snapshot is of one version"
+    leaves = {name: x for _, params, _ in parts for name, x in params.items()}
+    params = {name: leaves[name] for name in self.setup.shapes}
+    states = {number: state for number, (_, _, state) in enumerate(parts)}
+    return Place(own[0], params, states, counted)
+
+  def _due(self, every: int, last: int) -> bool:
+    return every > 0 and self.version * self.period // every > last * self.period // every
+
+  def _kept(self) -> str:
+    step = self.saved.version * self.period
+    return f"checkpoint {step} is kept" if step else "no checkpoint was saved yet"
+
+  def _summary(self, reason: str) -> dict[str, Any]:
+    if self.measured.evaluated_at != self.saved.version:
+      self.measured.evaluate(self.saved.version, self.saved.params, self._kept())
+    return self.measured.summary(reason, self.saved.version, self.events, self.deaths) | {
+      "params_sha256": digest(self.saved.params)
+    }
+
+
+def _named(kind: Any, *args: Any) -> Any:
+  """Starts an actor under a name, as soon as the one that had it before is gone."""
+  for _ in range(100):
+    try:
+      return kind.remote(*args)
+    except ValueError as error:
+      if "already" not in str(error):
+        raise
+      time.sleep(0.1)
+  return kind.remote(*args)

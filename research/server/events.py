@@ -1,0 +1,131 @@
+"""What happened on a server, in order: pieces of work that were pushed, and updates made of them.
+
+A piece of work is identified by (worker, number): the worker's n-th, whoever computed it. It goes
+through the worker's local steps first, ..., first + steps - 1, whose batches are a function of
+(seed, worker, step), from a model that was pulled: of each shard in some version, the number of
+updates that made it. Update n is made of one push, or in rounds of one per worker; all shards make
+it of the same pushes. A file of these events is enough to compute the same parameters again.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+FILE = "trace.jsonl"
+
+
+class Push(NamedTuple):
+  """A piece of work as a server counts it."""
+
+  worker: int
+  incarnation: int  # of the process that computed it: a new one keeps nothing of the one before
+  number: int  # the worker's n-th piece of work, from 0
+  first: int  # local steps that the worker has counted before it
+  steps: int  # local steps in it
+  versions: tuple[int, ...]  # of each shard of the model that it began with
+
+  @property
+  def name(self) -> tuple[int, int]:
+    return self.worker, self.number
+
+
+class Event(NamedTuple):
+  """An update of all shards, or a push that came too late for its round and was not counted."""
+
+  update: int  # updates before it
+  pushes: tuple[Push, ...]  # in the order of the workers
+  counted: bool = True
+
+  def row(self) -> dict[str, Any]:
+    """As a line of the trace."""
+    pushes = [[*push[:5], list(push.versions)] for push in self.pushes]
+    return {"update": self.update, "pushes": pushes} | ({} if self.counted else {"counted": False})
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[Event]]:
+  """The head of a trace and its events; a last line cut short by a crash is left out.
+
+  Raises:
+    ValueError: if it is no trace, or counts a piece of work twice or out of order.
+  """
+  if not path.is_file():
+    raise ValueError(f"there is no {path}: not the folder of a run with --executor=server")
+  lines = path.read_text().splitlines()
+  try:
+    head = json.loads(lines[0])
+    shards = head["shards"]
+  except (IndexError, ValueError, TypeError, KeyError):
+    raise ValueError(f"{path} is no trace of a server") from None
+  events = []
+  for line in lines[1:]:
+    try:
+      row = json.loads(line)
+    except ValueError:
+      break
+    pushes = tuple(Push._make((*push[:5], tuple(push[5]))) for push in row["pushes"])
+    events.append(Event(row["update"], pushes, row.get("counted", True)))
+  check(events, len(shards))
+  return head, events
+
+
+def check(events: Iterable[Event], shards: int) -> None:
+  """Refuses a trace in which a push is counted twice, skipped, or made with a model yet to come.
+
+  Raises:
+    ValueError: with the line.
+  """
+  done: dict[int, tuple[int, int]] = {}  # worker -> number and first step of its next piece
+  updates = 0
+  for place, event in enumerate(events):
+    wrong = event.update != updates
+    for push in event.pushes:
+      number, first = done.get(push.worker, (0, 0))
+      wrong |= len(push.versions) != shards or max(push.versions) > updates
+      if event.counted:
+        wrong |= (push.number, push.first) != (number, first)
+        done[push.worker] = (number + 1, first + push.steps)
+    updates += event.counted
+    if wrong:
+      raise ValueError(f"event {place} of the trace cannot be: {event}")
+
+
+def staleness(events: Iterable[Event]) -> dict[int, int]:
+  """How many counted pushes were so many updates old, of the oldest shard that each began with."""
+  ages = Counter(
+    event.update - min(push.versions) for event in events if event.counted for push in event.pushes
+  )
+  return dict(sorted(ages.items()))
+
+
+def until(events: Sequence[Event], update: int) -> Iterator[Event]:
+  """Those of the first so many updates."""
+  return (event for event in events if event.update < update)
+
+
+class Trace:
+  """The trace of a run, written as it happens."""
+
+  def __init__(self, folder: Path, shards: Sequence[Sequence[int]], update: int):
+    """Keeps an earlier part of the run up to an update and goes on from there.
+
+    `kept` are its events: none if there were other shards, of which no replay can know.
+    """
+    path = folder / FILE
+    head = {"shards": [list(shard) for shard in shards]}
+    self.kept: list[Event] = []
+    if update and path.is_file():
+      before, found = read(path)
+      self.kept = list(until(found, update)) if before == head else []
+    with path.open("w") as file:
+      file.write(json.dumps(head) + "\n")
+    self._file = path.open("a")
+    self.write(self.kept)
+
+  def write(self, events: Iterable[Event]) -> None:
+    self._file.writelines(json.dumps(event.row()) + "\n" for event in events)
+    self._file.flush()
+
+  def close(self) -> None:
+    self._file.close()

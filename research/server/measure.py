@@ -1,0 +1,214 @@
+"""What is measured of a run on a server: losses, evaluations, staleness, bytes, who was idle."""
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from research.comm import mesh as meshes
+from research.parallel import sharded
+from research.server import events
+from research.server.messages import Spent
+from research.server.setup import Setup
+from research.train import metrics, report
+from research.train.loop import NonFinite
+from research.train.timing import Timing
+
+
+class Measured:
+  """The metrics of a run, in the rows and the summary that `loop` writes too."""
+
+  def __init__(self, setup: Setup, folder: Path, version: int, timing: Timing):
+    self.setup, self.config, self.timing = setup, setup.config, timing
+    self.period = setup.job.method.period
+    self.folder, self.evaluated_on = folder, "test" if setup.test else "train"
+    updates = setup.updates * self.period
+    self.progress = report.Progress(updates, self.evaluated_on, True)
+    self.progress.start(version * self.period)
+    self.log = report.Metrics(folder, version * self.period, self.config.tensorboard)
+    timing.resume(self.log.rows[-1]["seconds"] if self.log.rows else 0.0)
+    self.losses: list[float] = []  # since the last row
+    self.next_row = self._after(version)
+    self.row: dict[str, Any] | None = None  # held back until an evaluation may join it
+    self.refused: Counter[str] = Counter()
+    self.spent = np.zeros((setup.workers, len(Spent._fields)))  # its fields, and pushes
+    self.moved = 0  # bytes, by all updates
+    self.started: float | None = None  # seconds, when the first worker began
+    self.begun: tuple[float, int] | None = None  # seconds and updates when the first was made
+    self.last = (timing.elapsed(), version)
+    self.evaluated_at, self.found = version, {}
+    self._place()
+
+  def _place(self) -> None:
+    mesh = meshes.device_mesh({"data": 1}, jax.devices()[:1])
+    task, key = self.setup.job.task, jax.random.key(0)
+
+    def put(batch):
+      one = jax.tree.map(lambda x: x[None], batch)
+      size = np.asarray([len(batch["y"])])
+      return sharded.place(mesh, ("data",), one, size, key)
+
+    self.train, self.test = put(task.train), put(self.setup.test) if self.setup.test else None
+    self.evaluator = metrics.evaluator(task, mesh)
+    shapes = jax.eval_shape(task.init, key)
+    self.treedef = jax.tree.structure(shapes)
+
+  def close(self) -> None:
+    self._write()
+    self.progress.close()
+    self.log.close()
+
+  def _after(self, version: int) -> int:
+    every = self.config.log_every
+    return (version * self.period // every + 1) * every
+
+  # ---- rows
+
+  def take_in(self, found: Mapping[str, Any]) -> None:
+    """What a head reports."""
+    ago = lambda then: self.timing.elapsed() - (time.time() - then)
+    self.refused.update(found["refused"])
+    if self.started is None and found.get("since"):
+      self.started = ago(found["since"])
+    for worker, spent in found["spent"]:
+      self.spent[worker] += (*spent[1:], 1)
+    for version, loss, moved, then in found["losses"]:
+      if not np.isfinite(loss):
+        raise NonFinite(f"the loss is not finite at step {version * self.period}")
+      self.losses.append(loss)
+      self.moved += moved
+      self.last = (ago(then), version)
+      self.begun = self.begun or self.last
+      if version * self.period >= self.next_row or version == self.setup.updates:
+        self._row(version)
+
+  def _row(self, version: int) -> None:
+    self._write()
+    self.row = {
+      "step": version * self.period,
+      "loss": float(np.mean(self.losses)),
+      "seconds": round(self.last[0], 4),
+      "bytes": round(self.moved / self.setup.workers),
+    }
+    self.losses, self.next_row = [], self._after(version)
+
+  def _write(self) -> None:
+    if self.row:
+      self.log.write([self.row])
+      self.progress.update(self.row)
+      self.row = None
+
+  def rewind(self, version: int) -> None:
+    """Back to a checkpoint: later rows are taken back."""
+    self.log.close()
+    self.row, self.losses, self.next_row = None, [], self._after(version)
+    self.log = report.Metrics(self.folder, version * self.period, self.config.tensorboard)
+    self.evaluated_at = min(self.evaluated_at, version)
+
+  def evaluate(self, version: int, params: Mapping[str, np.ndarray], kept: str) -> None:
+    """Measures a model on the data; the row of that step carries it, a new one if need be.
+
+    Raises:
+      NonFinite: if its loss is not finite.
+    """
+    tree = jax.device_put(self.treedef.unflatten(list(params.values())))
+    train = jax.device_get(self.evaluator(tree, self.train))
+    test = jax.device_get(self.evaluator(tree, self.test)) if self.test else train
+    found = {"train_loss": float(train["loss"]), "eval": {k: float(v) for k, v in test.items()}}
+    step = version * self.period
+    if not np.isfinite(found["train_loss"]):
+      raise NonFinite(f"the loss of the model is not finite at step {step}; {kept}")
+    self.evaluated_at, self.found = version, found
+    if self.row is None or self.row["step"] != step:
+      self.losses = self.losses or [found["train_loss"]]
+      self._row(version)
+    assert self.row is not None
+    self.row |= found
+    self._write()
+
+  # ---- result
+
+  def summary(
+    self,
+    reason: str,
+    version: int,
+    happened: Sequence[events.Event] | None,
+    deaths: Mapping[str, int],
+  ) -> dict[str, Any]:
+    """Of a run whose events are known, or of one that has none: every update is a push then."""
+    config, steps = self.config, version * self.period
+    seconds, updates = (b - a for a, b in zip(self.begun or self.last, self.last, strict=True))
+    counted = [push for event in happened or () if event.counted for push in event.pushes]
+    pushes = version if happened is None else len(counted)
+    local_steps = version if happened is None else sum(push.steps for push in counted)
+    ages = events.staleness(happened or ())
+    rate = updates / seconds if seconds > 0 else 0.0
+    per_update = pushes / version if version else 0.0
+    each = local_steps / max(pushes, 1)  # of a push
+    own_steps = max(1.0, self.spent[:, -1].sum() * each)
+    sent, received = self.spent[:, -3:-1].sum(0) / own_steps
+    model = sum(x.size * x.dtype.itemsize for x in self.setup.shapes.values())
+    return {
+      "task": config.task,
+      "model": config.model,
+      "method": config.method,
+      "executor": config.executor,
+      "mesh": config.mesh,
+      "workers": self.setup.workers,
+      "seed": config.seed,
+      "steps": steps,
+      "stopped_because": reason,
+      "seconds": round(self.timing.elapsed(), 3),
+      "compile_seconds": round(self.timing.compiling, 3),
+      "steps_per_second": round(rate * self.period, 3),
+      "aggregated": "per shard" if config.shards > 1 else "whole leaves",
+      "train_loss": self.found.get("train_loss"),
+      "eval": self.found.get("eval", {}),
+      "evaluated_on": self.evaluated_on,
+      "wire": {
+        "bytes_per_step_per_worker": {"push": sent, "pull": received},
+        "total_bytes_per_worker": float(self.spent[:, -3:-1].sum() / self.setup.workers),
+        "dense_bytes_per_step_per_worker": 2 * model / max(each, 1.0),
+      },
+      "server": {
+        "mode": config.server_mode,
+        "shards": config.shards,
+        "updates": version,
+        "pushes": pushes,
+        "local_steps": local_steps,
+        "started_seconds": round(self.started or 0.0, 3),
+        "pushes_per_second": round(rate * per_update, 3),
+        "staleness": {str(age): count for age, count in ages.items()},
+        "refused": dict(self.refused),
+        "deaths": dict(deaths),
+        "workers": [_of_worker(row) for row in self.spent],
+      },
+    }
+
+
+def _of_worker(row: np.ndarray) -> dict[str, float]:
+  """Of the pushes that this process has seen: seconds a push, and the share of them spent idle."""
+  computing, encoding, waiting, lasted, _, _, pushes = row.tolist()
+  each = max(pushes, 1)
+  return {
+    "pushes": int(pushes),
+    "computing_seconds": round(computing / each, 6),
+    "encoding_seconds": round(encoding / each, 6),
+    "waiting_seconds": round(waiting / each, 6),
+    "seconds_per_push": round(lasted / each, 6),
+    "idle": round(waiting / max(lasted, 1e-9), 4),
+  }
+
+
+def digest(params: Mapping[str, np.ndarray]) -> str:
+  """As `loop.params_sha256`."""
+  found = hashlib.sha256()
+  for name, leaf in params.items():
+    found.update(f"{name} {leaf.dtype} {leaf.shape}".encode())
+    found.update(np.ascontiguousarray(leaf).tobytes())
+  return found.hexdigest()

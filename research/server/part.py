@@ -1,0 +1,159 @@
+"""One shard of a server: its leaves of the model, its optimizer, and what pushes are checked by."""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.base import Tree
+from research.server.events import Push
+from research.server.work import Side
+
+KEPT = 3  # models that a worker may still compute with: two in flight, and one being pulled
+
+
+class Refused(Exception):
+  """A push that is not counted; the kind is what the metrics count, the text says why."""
+
+  def __init__(self, kind: str, text: str):
+    super().__init__(text)
+    self.kind = kind
+
+
+class Pulled(NamedTuple):
+  """A shard of the model on its way to a worker."""
+
+  version: int
+  leaves: list[np.ndarray]
+
+
+class Part:
+  """The state of a shard. Whoever calls it says in which order pushes become updates.
+
+  What arrives and leaves are numpy arrays; what a model's arrays are never changes, so that old
+  versions and snapshots cost nothing but the memory of what has changed since.
+  """
+
+  def __init__(
+    self,
+    side: Side,
+    params: dict[str, Any],
+    payloads: Sequence[Tree],
+    number: int = 0,
+    version: int = 0,
+    state: Sequence[np.ndarray] | None = None,
+  ):
+    """
+    Args:
+      side: the mathematics.
+      params: the shard's leaves by name.
+      payloads: shapes of what is pushed of each of them.
+      number: of the shard.
+      version: updates that made these parameters.
+      state: leaves of the optimizer's state then; None: it begins.
+    """
+    self.side, self.payloads, self.number, self.version = side, payloads, number, version
+    self.names = list(params)
+    self.params = jax.tree.map(jnp.asarray, params)
+    self.state = side.init(self.params)
+    if state is not None:
+      flat, treedef = jax.tree.flatten(self.state)
+      like = zip(flat, state, strict=True)
+      self.state = treedef.unflatten([jnp.asarray(new, was.dtype) for was, new in like])
+    self._shown: list[np.ndarray] | None = None  # this version, as numpy
+    self.incarnations: dict[int, int] = {}
+    self.pulled: dict[int, deque[tuple[int, Any]]] = {}
+    self.staged: dict[tuple[int, int], tuple[Push, Sequence[Tree], Any]] = {}
+
+  def join(self, worker: int, incarnation: int) -> None:
+    """A new incarnation: nothing that the one before pulled or staged is of use."""
+    self.incarnations[worker] = incarnation
+    self.pulled[worker] = deque(maxlen=KEPT)
+    self.staged = {name: found for name, found in self.staged.items() if name[0] != worker}
+
+  def pull(self, worker: int) -> Pulled:
+    """The current version, which the worker may from now on compute with."""
+    kept = self.pulled.setdefault(worker, deque(maxlen=KEPT))
+    if not kept or kept[-1][0] != self.version:
+      kept.append((self.version, self.params))
+    if self._shown is None:
+      self._shown = [np.asarray(self.params[name]) for name in self.names]
+    return Pulled(self.version, self._shown)
+
+  def stage(self, push: Push, payloads: Sequence[Tree]) -> None:
+    """Takes a push in, to be applied later.
+
+    Raises:
+      Refused: if it is malformed.
+    """
+    self._check(push, payloads)
+    then = dict(self.pulled[push.worker])[push.versions[self.number]]
+    self.staged[push.name] = (push, payloads, then)
+
+  def apply(self, pushes: Sequence[Push], shares: Sequence[float]) -> None:
+    """Makes an update of pushes that are staged: of one, or of the weighted mean of a round's."""
+    assert pushes, "an update is made of something"
+    if len(pushes) == 1:
+      (push,) = pushes
+      payloads, then = self._taken(push)
+      staleness = np.int32(self.version - push.versions[self.number])
+      own = (np.int32(push.worker), np.int32(push.number))
+      self._set(self.side.one(self.params, self.state, payloads, then, *own, staleness))
+      return
+    total = jax.tree.map(jnp.zeros_like, self.params)
+    for push, share in zip(pushes, shares, strict=True):
+      payloads, _ = self._taken(push)
+      own = (np.int32(push.worker), np.int32(push.number))
+      total = self.side.add(total, payloads, np.float32(share), *own)
+    self._set(self.side.mean(self.params, self.state, total))
+
+  def drop(self, push: Push) -> None:
+    """Forgets a push that is not to be counted."""
+    self.staged.pop(push.name, None)
+
+  def snapshot(self) -> tuple[int, dict[str, np.ndarray], list[np.ndarray]]:
+    """Version, parameters, and the leaves of the optimizer's state."""
+    shown = {name: np.asarray(x) for name, x in self.params.items()}
+    return self.version, shown, [np.asarray(x) for x in jax.tree.leaves(self.state)]
+
+  def _set(self, found: tuple[dict[str, Any], Any]) -> None:
+    self.params, self.state = found
+    self.version += 1
+    self._shown = None
+
+  def _taken(self, push: Push) -> tuple[Sequence[Tree], Any]:
+    """The payloads of a push and the model that it began with."""
+    staged, payloads, then = self.staged.pop(push.name)
+    assert staged == push, "what is applied is what was staged"
+    return payloads, then
+
+  def _check(self, push: Push, payloads: Sequence[Tree]) -> None:
+    who = f"push {push.number} of worker {push.worker}"
+    if push.incarnation != self.incarnations.get(push.worker):
+      raise Refused("order", f"{who}: incarnation {push.incarnation} is not the one that joined")
+    version = push.versions[self.number] if self.number < len(push.versions) else None
+    if version not in dict(self.pulled.get(push.worker, ())):
+      raise Refused("version", f"{who}: computed with version {version}, which it has not pulled")
+    if jax.tree.structure(payloads) != jax.tree.structure(list(self.payloads)):
+      raise Refused("shape", f"{who}: another model or compressor")
+    for place, like in enumerate(
+      zip(*map(jax.tree.leaves, (payloads, self.payloads)), strict=True)
+    ):
+      found, wanted = like
+      if not isinstance(found, np.ndarray) or found.dtype != wanted.dtype:
+        kind = getattr(found, "dtype", type(found).__name__)
+        raise Refused("shape", f"{who}: array {place} is {kind}, not {wanted.dtype}")
+      if found.shape != wanted.shape:
+        shapes = f"{list(found.shape)}, not {list(wanted.shape)}"
+        raise Refused("shape", f"{who}: array {place} is {shapes}")
+      if jnp.issubdtype(found.dtype, jnp.floating) and not _finite(found):
+        raise Refused("not finite", f"{who}: array {place} has values that are not finite")
+
+
+def _finite(x: np.ndarray) -> bool:
+  """One pass: a sum is finite if its terms are, unless they are about as large as floats can be."""
+  with np.errstate(all="ignore"):
+    return bool(np.isfinite(np.sum(x, dtype=np.float32)))

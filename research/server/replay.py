@@ -1,0 +1,171 @@
+"""A server's run computed again from its trace: the same pieces of work, in the same order.
+
+Here nothing runs at the same time and nothing is lost: each event's pushes are computed by the
+functions of `work.py` that the workers have run, and applied by those of the shards.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from research.base import Params
+from research.server import events, store, work
+from research.server import setup as setups
+from research.server.events import Event, Push
+from research.server.head import round_shares
+from research.server.part import Part
+from research.server.setup import Setup
+from research.train import report
+from research.train.config import Config, UsageError, flag
+
+TOLERANCE = 1e-5  # max |difference| / max |parameter|
+
+
+class Replayed:
+  """The servers and the workers of a run, one after the other in one process."""
+
+  def __init__(self, setup: Setup, params: Mapping[str, np.ndarray]):
+    self.setup, served, keys = setup, setup.served, setup.keys
+    self.worker = work.worker(setup.job, served, keys)
+    payloads = work.payload_shapes(served, setup.shapes)
+    self.parts = [
+      Part(
+        work.side(served, keys, setup.shapes, leaves),
+        setups.chosen(setup, shard, params),
+        [payloads[leaf] for leaf in leaves],
+        shard,
+      )
+      for shard, leaves in enumerate(setup.parts)
+    ]
+    self.treedef = jax.tree.structure(jax.eval_shape(setup.job.task.init, jax.random.key(0)))
+    self.past = [{0: part.params} for part in self.parts]  # models by version, of each shard
+    self.held: dict[int, tuple[int, work.Held]] = {}  # incarnation, and what it keeps
+
+  def play(self, happened: Iterable[Event]) -> None:
+    """Events in their order; models that nobody will begin with again are forgotten."""
+    happened = list(happened)
+    last = _last_uses(happened)
+    for place, event in enumerate(happened):
+      pushes = [(push, self.computed(push)) for push in event.pushes]
+      if event.counted:
+        weights = self.weights(event.pushes)
+        for shard, part in enumerate(self.parts):
+          self.apply(shard, part, pushes, weights)
+      for shard, models in enumerate(self.past):
+        now = self.parts[shard].version
+        unused = [v for v in models if v != now and last.get((shard, v), -1) <= place]
+        for version in unused:
+          del models[version]
+
+  def computed(self, push: Push) -> list[Any]:
+    """The payloads of a push."""
+    params = self.model(push.versions)
+    incarnation, held = self.held.get(push.worker, (-1, None))
+    if incarnation != push.incarnation or held is None:
+      held = self.worker.held(params)
+    examples, size = work.examples_of(self.setup.examples, self.setup.job.sizes, push.worker)
+    data = (examples, size, np.int32(push.worker))
+    own, at = np.int32(push.worker), np.int32(push.number)
+    if self.setup.config.server_mode == "elastic":
+      local, total = self.worker.begin(params, held)
+      for step in range(push.steps):
+        local, total = self.worker.step(local, total, *data, np.int32(push.first + step))
+    else:
+      local, _ = self.worker.steps(params, held, *data, np.int32(push.first))
+    payloads, held = self.worker.end(local, params, held, own, at)
+    self.held[push.worker] = (push.incarnation, held)
+    return jax.tree.map(np.asarray, payloads)
+
+  def model(self, versions: tuple[int, ...]) -> Params:
+    """What a worker had pulled: of each shard some version."""
+    leaves: list[Any] = [None] * len(self.setup.shapes)
+    names = list(self.setup.shapes)
+    for shard, (part, version) in enumerate(zip(self.setup.parts, versions, strict=True)):
+      for leaf in part:
+        leaves[leaf] = self.past[shard][version][names[leaf]]
+    return self.treedef.unflatten(leaves)
+
+  def weights(self, pushes: tuple[Push, ...]) -> np.ndarray:
+    return round_shares(self.setup.rules(""), pushes)
+
+  def apply(
+    self, shard: int, part: Part, pushes: list[tuple[Push, list[Any]]], weights: np.ndarray
+  ) -> None:
+    for push, payloads in pushes:
+      version = push.versions[shard]
+      part.join(push.worker, push.incarnation)
+      part.pulled[push.worker].append((version, self.past[shard][version]))
+      part.stage(push, [payloads[leaf] for leaf in self.setup.parts[shard]])
+    part.apply([push for push, _ in pushes], weights.tolist())
+    self.past[shard][part.version] = part.params
+
+  def params(self) -> dict[str, np.ndarray]:
+    found = {name: np.asarray(x) for part in self.parts for name, x in part.params.items()}
+    return {name: found[name] for name in self.setup.shapes}
+
+
+def _last_uses(happened: list[Event]) -> dict[tuple[int, int], int]:
+  """(shard, version) -> the last event that begins with it."""
+  return {
+    (shard, version): place
+    for place, event in enumerate(happened)
+    for push in event.pushes
+    for shard, version in enumerate(push.versions)
+  }
+
+
+def distance(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:
+  """max |a - b| / max |b| over all leaves."""
+  top = max(float(np.abs(x).max()) for x in b.values())
+  return max(float(np.abs(a[name] - b[name]).max()) for name in b) / max(top, 1e-30)
+
+
+def replay(folder: Path, out: Path | None = None) -> dict[str, Any]:
+  """Replays the run in a folder up to its newest checkpoint.
+
+  Returns:
+    `updates`, `pushes`, `distance` of the parameters, and where `replay.json` is.
+
+  Raises:
+    UsageError: if there is no such run, or its trace cannot be.
+  """
+  with flag("replay", str(folder)):
+    try:
+      stored = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+      raise ValueError("holds no run") from None
+    known = {name: value for name, value in stored.items() if name in Config._fields}
+    config = Config(**known)
+    if config.executor != "server":
+      raise ValueError("is no run with --executor=server")
+    setup = setups.setup(config, needs_ray=False)
+    head, happened = events.read(folder / events.FILE)
+    names = list(setup.shapes)
+    place = store.restore(folder / "checkpoints", names, setup.parts, report.note)
+    if place is None or head["shards"] != setup.parts:
+      raise ValueError("has no checkpoint to compare with, or other shards in its trace")
+  counted = sum(event.counted for event in happened)
+  if counted < place.version:
+    raise UsageError(f"--replay='{folder}': the trace has {counted} of {place.version} updates")
+  again = Replayed(setup, setups.initial(setup))
+  part = list(events.until(happened, place.version))
+  again.play(part)
+  found = {
+    "updates": place.version,
+    "pushes": sum(len(event.pushes) for event in part),
+    "distance": distance(again.params(), place.params),
+  }
+  goal = out or folder
+  goal.mkdir(parents=True, exist_ok=True)
+  report.write_json(goal / "replay.json", found)
+  return found | {"written": str(goal / "replay.json")}
+
+
+def table(found: Mapping[str, Any]) -> str:
+  """What a replay has found, one figure a line."""
+  shown = {**found, "distance": f"{found['distance']:.3g} (at most {TOLERANCE:g})"}
+  return "\n".join(f"{name:<10}{value}" for name, value in shown.items())

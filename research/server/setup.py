@@ -1,0 +1,250 @@
+"""From the flags of a run on a server to its parts, the same in each of its processes."""
+
+import ast
+import difflib
+import functools
+import hashlib
+import importlib.util
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research import registry
+from research.base import Batch, Method, Served
+from research.comm import mesh as meshes
+from research.methods.local import LocalSteps
+from research.parallel.job import Job
+from research.server import work
+from research.server.messages import MODES as OF_SERVERS
+from research.server.messages import Rules
+from research.train import assemble
+from research.train.config import Config, UsageError, flag
+
+MODES = (*OF_SERVERS, "hogwild")
+# Flags of other executions, which a server has no use for.
+_ELSEWHERE = ("population", "sampling_rate", "dropout", "clock", "virtual_seconds", "tolerance")
+_ELSEWHERE = (*_ELSEWHERE, "zero", "local_phase", "profile")
+_LEGAL = (
+  "data_parallel, local_sgd, diloco, asgd, dc_asgd(..., last_pull()), "
+  "staleness_aware(..., last_pull()), each with mean(), gather_mean(C), sum_mean(C) or "
+  "error_feedback of these"
+)
+
+
+class Setup(NamedTuple):
+  """What the flags say; nothing is placed on a device, nothing started."""
+
+  config: Config
+  job: Job  # whose owners are the workers
+  served: Served
+  keys: work.Keys
+  shapes: work.Shapes
+  parts: list[list[int]]  # leaves by shard
+  examples: Batch  # numpy [W, n, ...]
+  test: Batch | None
+  updates: int
+
+  @property
+  def workers(self) -> int:
+    return len(self.job.sizes)
+
+  def rules(self, code: str) -> Rules:
+    config = self.config
+    lag = 2 if config.overlap and config.server_mode in ("async", "ssp") else 1
+    weights = tuple(map(float, self.job.sizes))
+    rest = (config.bound, lag, config.round_seconds, code)
+    return Rules(config.server_mode, self.workers, self.updates, weights, *rest)
+
+
+def count_workers(config: Config) -> int:
+  """--workers, or the size of --mesh.
+
+  Raises:
+    UsageError: one line.
+  """
+  with flag("mesh", config.mesh):
+    axes = meshes.parse_mesh(config.mesh)
+    if set(axes) != {"data"}:
+      raise ValueError("a server's workers are those of a mesh such as data:4, or --workers=4")
+  return config.workers or axes["data"]
+
+
+def check(config: Config, needs_ray: bool = True) -> Served:
+  """Refuses what needs no data to be seen wrong.
+
+  Raises:
+    UsageError: one line.
+  """
+  legal(config)
+  alone = config.server_mode == "hogwild"
+  if needs_ray and not alone and importlib.util.find_spec("ray") is None:
+    raise UsageError("--executor='server': needs Ray: pip install -e \".[async]\"")
+  for name in _ELSEWHERE:
+    if getattr(config, name) != Config._field_defaults[name]:
+      with flag(name, getattr(config, name)):
+        raise ValueError("is not for --executor=server, whose workers are processes")
+  count_workers(config)
+  slowdown(config)
+  with flag("method", config.method):
+    method = registry.build("method", config.method)
+    served = _served(method)
+    local = isinstance(jax.eval_shape(served.begin, {}, served.own({})), LocalSteps)
+    if config.server_mode == "elastic" and not local:
+      raise ValueError("elastic workers take local steps; take diloco or local_sgd")
+    if alone:
+      _check_lock_free(config, method, served)
+  return served
+
+
+def legal(config: Config) -> None:
+  """Flags by themselves.
+
+  Raises:
+    UsageError: one line.
+  """
+  mode = config.server_mode
+  if mode not in MODES:
+    near = difflib.get_close_matches(mode, MODES, 1)
+    hint = f"; did you mean '{near[0]}'?" if near else ";"
+    raise UsageError(f"--server_mode='{mode}': unknown{hint} legal: {', '.join(MODES)}")
+  with flag("round_seconds", config.round_seconds):
+    if not 0 < config.round_seconds < math.inf:
+      raise ValueError("not in (0, inf)")
+
+
+def _served(method: Method) -> Served:
+  if method.served is None:
+    raise ValueError(f"cannot be split between a server and its workers; legal: {_LEGAL}")
+  if method.epochs or method.later:
+    raise ValueError("a server's pieces of work have one length: give the method one period")
+  return method.served
+
+
+def _check_lock_free(config: Config, method: Method, served: Served) -> None:
+  """Refuses what is more than adding each worker's steps.
+
+  Raises:
+    ValueError: with the reason.
+  """
+  example = {"x": jnp.zeros((3, 2))}
+  has_rows = lambda init: any(x.ndim for x in jax.tree.leaves(jax.eval_shape(init, example)))
+  if has_rows(served.server.init) or has_rows(served.own) or has_rows(served.link.init):
+    raise ValueError("hogwild adds gradients to one model; take plain sgd and mean()")
+  if method.period > 1 or config.shards > 1 or config.slowdown:
+    raise ValueError("hogwild goes with a period of one, one shard and no --slowdown")
+
+
+def slowdown(config: Config) -> Mapping[int, float]:
+  """How many times longer than they take a worker's computations last: {0: 4.0}.
+
+  Raises:
+    UsageError: one line.
+  """
+  with flag("slowdown", config.slowdown):
+    try:
+      found = ast.literal_eval(config.slowdown or "{}")
+      factors = {int(worker): float(factor) for worker, factor in found.items()}
+    except (ValueError, SyntaxError, TypeError, AttributeError):
+      raise ValueError("not a factor by worker number, such as {0: 4}") from None
+    for worker, factor in factors.items():
+      if not (0 <= worker < count_workers(config) and 1 <= factor < math.inf):
+        raise ValueError(
+          f"{{{worker}: {factor:g}}} is not a worker's number and a factor from 1 on"
+        )
+  return factors
+
+
+@functools.cache
+def setup(config: Config, needs_ray: bool = True) -> Setup:
+  """Builds the parts and holds them against each other.
+
+  Raises:
+    UsageError: one line.
+  """
+  served = check(config, needs_ray)
+  method = registry.build("method", config.method)
+  workers = count_workers(config)
+  batch_size = assemble.per_worker(config, workers)
+  task = assemble.task_of(config)
+  with flag("task", config.task):
+    if task.feed:
+      raise ValueError("streams its training examples, and a server's workers have their own")
+  with flag("workers", workers):
+    if workers > len(task.train["y"]):
+      raise ValueError(f"for {len(task.train['y'])} examples: each needs at least one")
+  examples, sizes = assemble.partitioned(config, task, workers)
+  with flag("batch_size", config.batch_size):
+    if batch_size and batch_size * workers > sizes.sum():
+      raise ValueError(f"the task has {sizes.sum()} training examples; 'all' takes them all")
+  job = Job(method, task, {"data": workers}, sizes, batch_size, config.clip_norm)
+  shapes = work.shapes_of(jax.eval_shape(task.init, jax.random.key(0)))
+  with flag("shards", config.shards):
+    parts = work.cut(shapes, config.shards)
+    if config.shards > 1 and work.looks_across(served, shapes, parts):
+      raise ValueError("the server's optimizer looks at all leaves at once; take --shards=1")
+  updates = _updates(config, method.period, int(sizes.sum()), workers)
+  keys = work.keys_of(config.seed)
+  return Setup(config, job, served, keys, shapes, parts, examples, task.test, updates)
+
+
+def _updates(config: Config, period: int, examples: int, workers: int) -> int:
+  """Updates of the run: of --steps local steps, each update counting one piece of work."""
+  if config.rounds:
+    with flag("rounds", config.rounds):
+      if config.epochs:
+        raise ValueError("goes without --epochs")
+    return config.rounds
+  if config.epochs:
+    size = examples if config.batch_size == "all" else int(config.batch_size)
+    at_once = 1 if config.server_mode in ("sync", "elastic") else workers
+    return max(1, round(config.epochs * examples / size * at_once / period))
+  with flag("steps", config.steps):
+    if config.steps % period:
+      near = -(-config.steps // period) * period
+      raise ValueError(f"does not end with a round of {period} steps; nearest: {near}")
+  return config.steps // period
+
+
+def code_of(setup: Setup) -> str:
+  """What a worker must have in common with its server: source, model, payloads, batches."""
+  digest = hashlib.sha256(_source().encode())
+  config = setup.config
+  told = (config.task, config.model, config.method, config.partition, str(config.batch_size))
+  payloads = work.payload_shapes(setup.served, setup.shapes)
+  digest.update(json.dumps([*told, config.seed, config.clip_norm, setup.workers]).encode())
+  digest.update(f"{setup.shapes}{payloads}".encode())
+  return digest.hexdigest()[:12]
+
+
+@functools.cache
+def _source() -> str:
+  """A digest of this package's files."""
+  root = Path(__file__).parents[1]
+  digest = hashlib.sha256()
+  for path in sorted(root.rglob("*.py")):
+    digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+  return digest.hexdigest()
+
+
+def cache() -> str:
+  """Where this process keeps compiled programs, '' if nowhere."""
+  return str(jax.config.values["jax_compilation_cache_dir"] or "")
+
+
+def initial(setup: Setup) -> dict[str, np.ndarray]:
+  """The first model, leaves by name: that of a simulated run of the same seed."""
+  params = jax.jit(setup.job.task.init)(setup.keys.params)
+  leaves = map(np.asarray, jax.tree.leaves(params))
+  return dict(zip(setup.shapes, leaves, strict=True))
+
+
+def chosen(setup: Setup, shard: int, params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """A shard's leaves."""
+  names = list(setup.shapes)
+  return {names[leaf]: params[names[leaf]] for leaf in setup.parts[shard]}

@@ -1,0 +1,91 @@
+"""A worker of Hogwild: a process that reads and updates a model in shared memory, without locks."""
+
+import os
+from multiprocessing import shared_memory
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from research.train.config import Config
+
+
+class Memory(NamedTuple):
+  """What all processes see: the model, flat, and a row of each worker's own."""
+
+  model: np.ndarray  # float32 [n]
+  steps: np.ndarray  # int64 [W], taken
+  losses: np.ndarray  # float64 [W], their sum
+  stop: np.ndarray  # int64 [1]
+
+
+def sizes(parameters: int, workers: int) -> int:
+  """Bytes of the block."""
+  return 8 * (1 + 2 * workers) + 4 * parameters
+
+
+def view(block: shared_memory.SharedMemory, parameters: int, workers: int) -> Memory:
+  """The arrays in a block."""
+  at = lambda dtype, count, offset: np.ndarray((count,), dtype, block.buf, offset)
+  return Memory(
+    at(np.float32, parameters, 8 * (1 + 2 * workers)),
+    at(np.int64, workers, 8),
+    at(np.float64, workers, 8 * (1 + workers)),
+    at(np.int64, 1, 0),
+  )
+
+
+def run(config: Config, worker: int, name: str, parameters: int, cache: str) -> None:
+  """Steps until somebody says stop, or the process that started this one is gone.
+
+  A step reads the model while others write it, and adds to those coordinates alone where its
+  update is not zero: with sparse examples, few.
+  """
+  from research.server import actors
+
+  actors.settle("cpu", cache)
+  import jax
+  from jax.flatten_util import ravel_pytree
+
+  from research.parallel import sharded, workers
+  from research.server import setup as setups
+  from research.server import work
+
+  made = setups.setup(config, needs_ray=False)
+  task, served = made.job.task, made.served
+  block, parent = shared_memory.SharedMemory(name=name), os.getppid()
+  memory = view(block, parameters, made.workers)
+  shapes = jax.eval_shape(task.init, jax.random.key(0))
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+  unravel = ravel_pytree(zeros)[1]
+  own = jax.random.fold_in(made.keys.data, worker)
+  examples, size = work.examples_of(made.examples, made.job.sizes, worker)
+  examples = jax.device_put(examples)
+  gradient = workers.value_and_clipped_grad(made.job, sharded.ALONE)
+
+  @jax.jit
+  def step(flat: Any, state: Any, number: Any) -> Any:
+    params = unravel(flat)
+    batch = examples
+    if made.job.batch_size is not None:
+      index = task.sample(size, number, own, batch_size=made.job.batch_size)
+      batch = task.batch(examples, index)
+    loss, grads = gradient(params, batch, jax.random.fold_in(own, number))
+    updates, state = served.server.update(grads, state, params)
+    return loss, ravel_pytree(updates)[0], state
+
+  state, number = (
+    served.server.init(unravel(jax.numpy.asarray(memory.model))),
+    int(memory.steps[worker]),
+  )
+  try:
+    while not memory.stop[0] and os.getppid() == parent:
+      loss, update, state = step(memory.model.copy(), state, np.int32(number))
+      update = np.asarray(update)
+      (where,) = np.nonzero(update)
+      np.add.at(memory.model, where, update[where])
+      number += 1
+      memory.losses[worker] += float(loss)
+      memory.steps[worker] = number
+  finally:
+    del memory
+    block.close()

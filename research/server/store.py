@@ -1,0 +1,102 @@
+"""Checkpoints of a server: parameters, optimizer and what is counted, all of one version."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from research.server.actors import Place
+from research.train import integrity, report
+from research.train.checkpoint import KEEP, CheckpointError, SaveError
+
+_STATE, _ABOUT = "state.npz", "server.json"
+
+
+def save(folder: Path, place: Place, parts: Sequence[Sequence[int]]) -> None:
+  """Writes checkpoints/VERSION, whole or not at all, and keeps the last few.
+
+  Raises:
+    SaveError: if it cannot be written; those before it stay.
+  """
+  goal, scratch = folder / str(place.version), folder / f".{place.version}"
+  states = place.states or {}
+  arrays: dict[str, Any] = {f"params {i}": _plain(x) for i, x in enumerate(place.params.values())}
+  arrays |= {f"state {n} {i}": _plain(x) for n in states for i, x in enumerate(states[n])}
+  dtypes = {f"params {i}": str(x.dtype) for i, x in enumerate(place.params.values())}
+  about = {"version": place.version, "names": list(place.params), "counted": place.counted}
+  about |= {"parts": [list(part) for part in parts], "dtypes": dtypes}
+  about |= {"states": {n: len(states[n]) for n in states}}
+  try:
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    np.savez(scratch / _STATE, **arrays)
+    report.write_json(scratch / _ABOUT, about)
+    shutil.rmtree(goal, ignore_errors=True)
+    scratch.rename(goal)
+    integrity.list_files(folder)
+  except OSError as error:
+    shutil.rmtree(scratch, ignore_errors=True)
+    reason = error.strerror or str(error)
+    raise SaveError(f"no checkpoint can be saved in {folder}: {reason}") from error
+  for version in versions(folder)[:-KEEP]:
+    shutil.rmtree(folder / str(version))
+
+
+def versions(folder: Path) -> list[int]:
+  """Of the checkpoints that are there, rising."""
+  found = folder.glob("[0-9]*") if folder.is_dir() else ()
+  return sorted(int(path.name) for path in found if path.name.isdecimal())
+
+
+def restore(
+  folder: Path, names: Sequence[str], parts: Sequence[Sequence[int]], warn: Callable[[str], None]
+) -> Place | None:
+  """The newest checkpoint that is whole; a damaged one is set aside, and the one before it taken.
+
+  With other shards than it was saved with, the optimizer begins anew.
+
+  Raises:
+    CheckpointError: if it is of another model, or there are checkpoints and none is whole.
+  """
+  found = versions(folder)
+  for version in reversed(found):
+    path = folder / str(version)
+    try:
+      if not integrity.is_whole(path):
+        raise ValueError("files are missing or not as they were written")
+      about = json.loads((path / _ABOUT).read_text())
+      place = _read(path, about)
+    except (OSError, ValueError, KeyError) as error:
+      warn(f"checkpoint {version} is damaged and set aside as {version}.damaged: {error}")
+      shutil.rmtree(folder / f"{version}.damaged", ignore_errors=True)
+      path.rename(folder / f"{version}.damaged")
+      continue
+    if list(place.params) != list(names):
+      raise CheckpointError(f"checkpoint {version} in {folder} is of another model")
+    if about["parts"] != [list(part) for part in parts]:
+      warn(f"checkpoint {version} was saved with other shards: the server's optimizer begins anew")
+      place = place._replace(states=None)
+    return place
+  if found or (folder.is_dir() and list(folder.glob("*.damaged"))):
+    raise CheckpointError(f"none of the checkpoints in {folder} is whole")
+  return None
+
+
+def _read(path: Path, about: Mapping[str, Any]) -> Place:
+  with np.load(path / _STATE) as file:
+    params = {
+      name: file[f"params {i}"].view(about["dtypes"][f"params {i}"])
+      for i, name in enumerate(about["names"])
+    }
+    states = {
+      int(n): [file[f"state {n} {i}"] for i in range(count)] for n, count in about["states"].items()
+    }
+  return Place(about["version"], params, states, about["counted"])
+
+
+def _plain(x: np.ndarray) -> np.ndarray:
+  """What numpy's files can hold of it: bits of types that are not numpy's own."""
+  return x if x.dtype.kind in "biufc" else x.view(f"u{x.dtype.itemsize}")

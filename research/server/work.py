@@ -1,0 +1,231 @@
+"""A worker's half of a served method, and a server's: pure, the same in a run and in its replay."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from research.base import Array, Batch, Key, Local, Params, Served, State, Tree
+from research.comm import collectives
+from research.parallel import workers
+from research.parallel.job import Job
+
+_MESSAGE = 0x70757368
+
+
+class Keys(NamedTuple):
+  """What is drawn in a run, as in a simulated one of the same seed."""
+
+  params: Key
+  run: Key
+  data: Key
+
+
+def keys_of(seed: int) -> Keys:
+  init, data = jax.random.split(jax.random.key(seed))
+  params, run = jax.random.split(init)
+  return Keys(params, run, data)
+
+
+def message_key(key: Key, worker: Array, number: Array) -> Key:
+  """Of one push, equal on both sides."""
+  return jax.random.fold_in(collectives.key_of(jax.random.fold_in(key, _MESSAGE), worker), number)
+
+
+class Held(NamedTuple):
+  """What a worker keeps from one piece of work to the next; a new incarnation starts anew."""
+
+  own: State  # of the method: an inner optimizer
+  memory: State  # of the link: what was not sent
+
+
+class Worker(NamedTuple):
+  """What a worker computes, compiled. `worker`, `number` and `first` are int32."""
+
+  held: Callable[[Params], Held]
+  # (params, held, examples, size, worker, first) -> Local after the period, mean loss
+  steps: Callable[..., tuple[Local, Array]]
+  # the same one by one, for as many steps as there is time for, with the losses' sum
+  begin: Callable[[Params, Held], tuple[Local, Array]]
+  step: Callable[..., tuple[Local, Array]]  # (local, total, examples, size, worker, first)
+  # (local, params, held, worker, number) -> payloads by leaf, Held
+  end: Callable[..., tuple[list[Tree], Held]]
+
+
+def worker(job: Job, served: Served, keys: Keys) -> Worker:
+  """A worker of a job whose owners are the workers: [W] sizes, a batch size for each.
+
+  The steps are those of `workers.local_phase`, with the batches that the simulated worker of that
+  number draws in its own local steps first, first + 1, ...
+  """
+
+  def drawn(size, worker, first, period):
+    if job.batch_size is None:
+      return None
+    own = jax.random.fold_in(keys.data, worker)
+    sample = lambda step: job.task.sample(size, step, own, batch_size=job.batch_size)
+    return jax.vmap(sample)(first + jnp.arange(period, dtype=jnp.int32))
+
+  def steps(begin, period, examples, size, worker, first):
+    method = job.method._replace(begin=lambda state: begin, step=served.step, period=period)
+    key = jax.random.fold_in(collectives.key_of(keys.run, worker), first)
+    index = drawn(size, worker, first, period)
+    one = job._replace(method=method)
+    return workers.local_phase(one, (), examples, size, index, key)
+
+  def end(local, params, held, worker, number):
+    message, own = served.end(local, params)
+    payloads, memory = served.link.encode(
+      message, held.memory, message_key(keys.run, worker, number)
+    )
+    return payloads, Held(own, memory)
+
+  def together(params, held, examples, size, worker, first):
+    local = served.begin(params, held.own)
+    local, losses = steps(local, job.method.period, examples, size, worker, first)
+    return local, jnp.mean(losses)
+
+  def step(local, total, examples, size, worker, first):
+    local, losses = steps(local, 1, examples, size, worker, first)
+    return local, total + losses[0]
+
+  return Worker(
+    jax.jit(lambda params: Held(served.own(params), served.link.init(params))),
+    jax.jit(together),
+    jax.jit(lambda params, held: (served.begin(params, held.own), jnp.zeros(()))),
+    jax.jit(step),
+    jax.jit(end),
+  )
+
+
+Shapes = dict[str, jax.ShapeDtypeStruct]  # of a model's leaves by name, in their order
+
+
+def shapes_of(params: Params) -> Shapes:
+  """Of parameters, or of their shapes."""
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+  return {jax.tree_util.keystr(path): struct(leaf) for path, leaf in leaves}
+
+
+def payload_shapes(served: Served, shapes: Shapes) -> list[Tree]:
+  """What a push of each leaf looks like: arrays without values."""
+  encode = lambda tree: served.link.encode(tree, served.link.init(tree), jax.random.key(0))[0]
+  return jax.eval_shape(encode, list(shapes.values()))
+
+
+def cut(shapes: Shapes, shards: int) -> list[list[int]]:
+  """The leaves of each shard: the largest first, each to the shard that has least so far.
+
+  Raises:
+    ValueError: if there are more shards than leaves.
+  """
+  leaves = list(shapes.values())
+  if shards > len(leaves):
+    raise ValueError(f"the model has {len(leaves)} leaves, which are not cut further")
+  found: list[list[int]] = [[] for _ in range(shards)]
+  load = [0] * shards
+  for leaf in sorted(range(len(leaves)), key=lambda i: -leaves[i].size):
+    least = load.index(min(load))
+    found[least].append(leaf)
+    load[least] += max(leaves[leaf].size, 1)
+  return [sorted(leaves) for leaves in found]
+
+
+class Side(NamedTuple):
+  """The server's half, of one shard: leaves by name."""
+
+  init: Callable[[dict[str, Array]], State]  # of its optimizer
+  # (params, state, payloads, then, worker, number, staleness) -> params, state: of one push
+  one: Callable[..., tuple[dict[str, Array], State]]
+  # (total, payloads, share, worker, number) -> total, and an update of it: of a round
+  add: Callable[..., dict[str, Array]]
+  mean: Callable[..., tuple[dict[str, Array], State]]  # (params, state, total)
+
+
+def side(served: Served, keys: Keys, shapes: Shapes, leaves: Sequence[int]) -> Side:
+  """Of the shard that has these leaves of the model.
+
+  Args:
+    served: the method.
+    keys: of the run.
+    shapes: of the model's leaves.
+    leaves: their numbers.
+  """
+  server = optax.with_extra_args_support(served.server)
+  name, like = list(shapes), list(shapes.values())
+
+  def decoded(payloads, worker, number):
+    key = message_key(keys.run, worker, number)
+    pairs = zip(leaves, payloads, strict=True)
+    return {
+      name[leaf]: served.link.decode(payload, like[leaf], key, leaf) for leaf, payload in pairs
+    }
+
+  def stepped(params, state, message, staleness, moved):
+    updates, state = server.update(message, state, params, staleness=staleness, moved=moved)
+    return optax.apply_updates(params, updates), state
+
+  def one(params, state, payloads, then, worker, number, staleness):
+    moved = jax.tree.map(jnp.subtract, params, then)
+    return stepped(params, state, decoded(payloads, worker, number), staleness, moved)
+
+  def add(total, payloads, share, worker, number):
+    message = decoded(payloads, worker, number)
+    return jax.tree.map(lambda t, x: t + share * x, total, message)
+
+  def mean(params, state, total):
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return stepped(params, state, total, jnp.int32(0), zeros)
+
+  return Side(jax.jit(server.init), jax.jit(one), jax.jit(add), jax.jit(mean))
+
+
+def shares(weights: Sequence[float]) -> np.ndarray:
+  """Of a round's workers, which sum to one. float32 [W]."""
+  given = np.asarray(weights, np.float64)
+  return (given / given.sum()).astype(np.float32)
+
+
+def looks_across(served: Served, shapes: Shapes, parts: Sequence[Sequence[int]]) -> bool:
+  """Whether the server's optimizer makes something else of all leaves at once than of each shard.
+
+  Clipping by the global norm does. Tried on made-up messages, two updates of each.
+  """
+  server = optax.with_extra_args_support(served.server)
+  random = np.random.default_rng(0)
+  draw = lambda: {
+    name: jnp.asarray(random.normal(size=x.shape), x.dtype) * 10.0 ** random.integers(-2, 3)
+    for name, x in shapes.items()
+  }
+  params, messages = draw(), [draw(), draw()]
+
+  def run(params: Any, messages: Sequence[Any]) -> dict[str, Array]:
+    state = server.init(params)
+    for message in messages:
+      still = jax.tree.map(jnp.zeros_like, params)
+      extra = {"staleness": jnp.int32(1), "moved": still}
+      updates, state = server.update(message, state, params, **extra)
+      params = cast(Any, optax.apply_updates(params, updates))
+    return params
+
+  whole, order = run(params, messages), list(shapes)
+  for leaves in parts:
+    of_part = partial(_chosen, [order[leaf] for leaf in leaves])
+    apart = run(of_part(params), [of_part(message) for message in messages])
+    if any(not np.allclose(apart[name], whole[name], rtol=1e-5, atol=1e-7) for name in apart):
+      return True
+  return False
+
+
+def _chosen(chosen: Sequence[str], tree: dict[str, Array]) -> dict[str, Array]:
+  return {name: tree[name] for name in chosen}
+
+
+def examples_of(examples: Batch, sizes: np.ndarray, worker: int) -> tuple[Batch, Any]:
+  """One worker's rows of [W, n, ...]."""
+  return jax.tree.map(lambda x: x[worker], examples), np.int32(sizes[worker])
