@@ -9,6 +9,7 @@ import optax
 from research.aggregate.composition import refuse
 from research.base import Aggregator, Method, Params, State, Tree
 from research.methods.local import Period, periods
+from research.methods.projected import projected
 
 
 class DataParallelState(NamedTuple):
@@ -64,4 +65,8 @@ def data_parallel(
 
   over = lambda wrap: data_parallel(inner, wrap(aggregator), period=period)
   of_rounds = lambda period, _: data_parallel(inner, aggregator, period=period)
-  return Method(init, begin, step, sync, lambda state: state.params, first, over, of_rounds, later)
+  onto = lambda project: data_parallel(projected(inner, project), aggregator, period=period)
+  method = Method(
+    init, begin, step, sync, lambda state: state.params, first, over, of_rounds, later
+  )
+  return method._replace(onto=onto)

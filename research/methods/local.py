@@ -13,6 +13,7 @@ import optax
 
 from research.aggregate.composition import refuse
 from research.base import Aggregator, Array, Method, Params, State, Tree
+from research.methods.projected import projected
 
 # Local steps per round, or a schedule of them: [first round, steps], ... from round 0 on.
 Period = int | Sequence[Sequence[int]]
@@ -119,5 +120,7 @@ def local_sgd(
 
   over = lambda wrap: local_sgd(inner, wrap(aggregator), period=period)
   of_rounds = lambda period, _: local_sgd(inner, aggregator, period=period)
+  onto = lambda project: local_sgd(projected(inner, project), aggregator, period=period)
   params = lambda state: state.params
-  return Method(init, begin, stepping(inner), sync, params, first, over, of_rounds, later)
+  method = Method(init, begin, stepping(inner), sync, params, first, over, of_rounds, later)
+  return method._replace(onto=onto)
