@@ -16,7 +16,6 @@ from jax import lax
 from research.base import Array, Batch, Key, Params, Task
 from research.tasks import movielens as data
 from research.tasks import sampling
-from research.tasks.movielens import Ratings
 from research.tasks.recommend import check, masked, measured
 
 DEFAULT_MODEL: dict[str, str] = {}
@@ -55,11 +54,12 @@ def movielens_als(
   """
   _check(factors, l2)
   train, test = data.load(split, data_dir)
-  shape = _shape(train, test)
-  users, total = shape[0], sum(shape)
+  users, items = (1 + n for n in data.last(train, test))
+  shape = users, items
+  total = users + items
   mean = float(train.stars.mean())
   by_user = rows_of(train.user, train.item + users, train.stars - mean, users)
-  by_item = rows_of(train.item, train.user, train.stars - mean, shape[1])
+  by_item = rows_of(train.item, train.user, train.stars - mean, items)
   most = max(by_user.other.shape[1], by_item.other.shape[1])
   wide = lambda a: np.pad(a, [(0, 0), (0, most - a.shape[1])])
   ratings = len(train.stars)
@@ -116,8 +116,8 @@ def movielens_federated(
   """Matrix factorization whose users' factors never leave the users.
 
   An example is a user with all ratings; the parameters, which are what is sent, are the items'
-  alone, {"item": [I, factors], "item_bias": [I]}. Whenever a user's loss is wanted, the user solves for
-  factors and bias as above, from the items' as they are. The objective is that of
+  alone, {"item": [I, factors], "item_bias": [I]}. Whenever a user's loss is wanted, the user solves
+  for factors and bias as above, from the items' as they are. The objective is that of
   `recommend.movielens`, the mean over ratings, given these; its gradient takes them for constants,
   which is exact where their ridge is part of the objective. With --population=943 every client of a
   federated method is one user. Metrics as `recommend.movielens`; they too solve for the users.
@@ -139,14 +139,15 @@ def movielens_federated(
   _check(factors, own_l2)
   check(factors, l2)
   train, test = data.load(split, data_dir)
-  shape = _shape(train, test)
+  users, items = (1 + n for n in data.last(train, test))
+  shape = users, items
   mean = float(train.stars.mean())
-  rows = rows_of(train.user, train.item, train.stars - mean, shape[0])
-  scale = shape[0] / len(train.stars)
+  rows = rows_of(train.user, train.item, train.stars - mean, users)
+  scale = users / len(train.stars)
 
   def init(key: Key) -> Params:
-    item = 0.1 * jax.random.normal(key, (shape[1], factors))
-    return {"item": item, "item_bias": jnp.zeros(shape[1])}
+    item = 0.1 * jax.random.normal(key, (items, factors))
+    return {"item": item, "item_bias": jnp.zeros(items)}
 
   def reconstructed(params: Params, other: Array, stars: Array, count: Array) -> Array:
     table = jnp.concatenate([params["item"], params["item_bias"][:, None]], 1)
@@ -200,12 +201,6 @@ def _solve(
   ridge = l2 * jnp.maximum(count, 1).astype(z.dtype) * jnp.eye(x.shape[1], dtype=z.dtype)
   solved = jax.scipy.linalg.solve(x.T @ x + ridge, x.T @ target, assume_a="pos")
   return solved, jnp.sum((target - x @ own) ** 2)
-
-
-def _shape(train: Ratings, test: Ratings) -> tuple[int, int]:
-  """U and I."""
-  of = lambda name: max(getattr(train, name).max(), getattr(test, name).max()) + 1
-  return int(of("user")), int(of("item"))
 
 
 def _check(factors: int, l2: float) -> None:

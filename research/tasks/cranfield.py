@@ -64,23 +64,29 @@ def load(data_dir: str = "") -> Collection:
   return Collection(titles, [fields.get("W", "") for fields in documents], queries, relevance)
 
 
-def bm25(k1: float = bm25s.K1, b: float = bm25s.B, *, data_dir: str = "") -> Task:
+def bm25(
+  k1: float = bm25s.K1, b: float = bm25s.B, ask: str | None = None, *, data_dir: str = ""
+) -> Task:
   """BM25 on Cranfield, its k1 and b tuned from where they stand on the queries to train on.
 
   The parameters are {"k1", "b", "sharpness"}: k1 = exp, b = sigmoid of theirs. The objective is
   ListNet's, the cross-entropy between the relevances' softmax and that of `sharpness` times the
   scores; its gradient goes through the scores, which are those of `bm25.scores`. `evaluate` as
-  `ranking.ranked`, and "k1" and "b".
+  `ranking.ranked`, and "k1" and "b"; with a query to `ask`, "found" is the number of the document
+  that comes first.
 
   Args:
     k1: at first, > 0.
     b: at first, in (0, 1).
+    ask: a query of one's own.
     data_dir: where to look first, see `files.find`.
 
   Raises:
     FileNotFoundError: a file is nowhere and cannot be fetched.
-    ValueError: k1 or b out of its range.
+    ValueError: k1 or b out of its range, or the query to ask is empty.
   """
+  if ask is not None and not bm25s.terms(ask):
+    raise ValueError(f"ask={ask!r} is empty: it has no terms to search for")
   bm25s.check(k1, b)
   if not (k1 > 0 and 0 < b < 1):
     raise ValueError(f"k1={k1}, b={b}: tuning starts inside of (0, inf) and (0, 1)")
@@ -118,10 +124,15 @@ def bm25(k1: float = bm25s.K1, b: float = bm25s.B, *, data_dir: str = "") -> Tas
     tuned = {"k1": jnp.exp(params["k1"]), "b": jax.nn.sigmoid(params["b"])}
     return {"loss": objective(params, scores, batch)} | found | tuned
 
+  def measure(params: Params) -> dict[str, Array]:
+    of_own = {name: jnp.asarray(leaf) for name, leaf in asked.items() if name != "y"}
+    return {"found": 1 + jnp.argmax(score(params, of_own)[0])}
+
   examples = _postings(index, found)
+  asked = _postings(index, found._replace(queries=[ask or ""]))
   train, test = ({k: v[half::2] for k, v in examples.items()} for half in (0, 1))
   task = Task(init, loss, evaluate, sampling.epoch_sample, sampling.take, train, test)
-  return task._replace(chunk=16)
+  return task._replace(chunk=16, measure=measure if ask else None)
 
 
 def cranfield(

@@ -1,6 +1,7 @@
 """MovieLens 100K: 943 users' ratings of 1682 films, and what is known of both."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -49,7 +50,8 @@ def load(split: str, data_dir: str = "") -> tuple[Ratings, Ratings]:
 
   Args:
     split: "u1", "u2" or "u3", an official fold: its test file, and all other ratings; "cold_items"
-      or "cold_users": a tenth of them, drawn once, with all their ratings are for testing.
+      or "cold_users": a tenth of them, drawn once, with all their ratings are for testing; or the
+      path of a table like u.data, of which a tenth of the ratings is held out.
     data_dir: where to look first, see `files.find`.
 
   Raises:
@@ -59,7 +61,7 @@ def load(split: str, data_dir: str = "") -> tuple[Ratings, Ratings]:
   Reference: Harper, Konstan, 2015, The MovieLens datasets, ACM TiiS 5; GroupLens allows no copies.
   """
   if split not in (*FOLDS, *COLD):
-    raise ValueError(f"split={split!r} is none of {', '.join((*FOLDS, *COLD))}")
+    return _of_file(split)
   whole = _read("u.data", data_dir)
   if split in FOLDS:
     test = _read(f"{split}.test", data_dir)
@@ -93,6 +95,12 @@ def of_table(table: np.ndarray | Sequence[Sequence[float]]) -> Ratings:
   return Ratings(user, item, stars.astype(np.float32))
 
 
+def last(*parts: Ratings) -> tuple[int, int]:
+  """The largest numbers of a user and of an item."""
+  largest = lambda name: max(int(getattr(part, name).max()) for part in parts)
+  return largest("user"), largest("item")
+
+
 def features(data_dir: str = "") -> Features:
   """Age groups of ten years, gender and occupation of users; genres of items.
 
@@ -112,6 +120,20 @@ def features(data_dir: str = "") -> Features:
   for row, of_item in zip(items, flags, strict=True):
     row[: of_item.sum()] = first + np.flatnonzero(of_item)
   return Features(users, items, size)
+
+
+def _of_file(split: str) -> tuple[Ratings, Ratings]:
+  path = Path(split).expanduser()
+  if not path.is_file():
+    raise ValueError(f"split={split!r} is no file, and none of {', '.join((*FOLDS, *COLD))}")
+  try:
+    table = np.array([line.split() for line in path.read_text().splitlines() if line], float)
+  except ValueError as error:
+    raise ValueError(f"{path} is no table of user, item and stars ({error})") from None
+  whole = of_table(table)
+  order = np.random.default_rng(0).permutation(len(whole.user))
+  held_out = max(1, len(order) // _COLD_SHARE)
+  return whole.take(np.sort(order[held_out:])), whole.take(np.sort(order[:held_out]))
 
 
 def _read(name: str, data_dir: str) -> Ratings:
