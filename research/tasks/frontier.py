@@ -219,8 +219,8 @@ def portfolio(y: Array, means: Array, required: Array) -> Array:
   excess = required - mean - (jnp.sum(support * means * y) - mean * jnp.sum(support * y))
   t = excess / jnp.where(spread > 0, spread, 1)
   a = (jnp.sum(support * y) + t * first - 1) / count
-  exact = support * (y + t * means - a)
-  fits = (spread > 0) & (jnp.min(exact) >= 0) & jnp.all(jnp.isfinite(exact))
+  exact = jnp.where(count > 1, support * (y + t * means - a), support)
+  fits = ((spread > 0) | (count == 1)) & (jnp.min(exact) >= 0) & jnp.all(jnp.isfinite(exact))
   return jnp.where(fits, exact, rough)
 
 
