@@ -127,7 +127,7 @@ def lightgbm() -> float | None:
     return None
   from research.tasks import ranking
 
-  train, test = (ranking._lightgbm(part, "") for part in ("rank.train", "rank.test"))
+  train, test = (ranking.load(part, "") for part in ("rank.train", "rank.test"))
   sets = [(p["x"][p["present"]], p["relevance"][p["present"]], p["present"].sum(1))
           for p in (train, test)]  # fmt: skip
   settings = {

@@ -48,7 +48,7 @@ def rank(
 
   Reference: Ke et al., 2017, LightGBM, NeurIPS 30; the files are its examples/lambdarank.
   """
-  train, test = (_lightgbm(part, data_dir) for part in ("rank.train", "rank.test"))
+  train, test = (load(part, data_dir) for part in ("rank.train", "rank.test"))
   present = train["x"][train["present"]]
   center, spread = present.mean(0), present.std(0)
   scale = np.where(spread > 0, spread, 1)
@@ -228,7 +228,8 @@ def padded(x: np.ndarray, relevance: np.ndarray, counts: np.ndarray) -> Batch:
   return found | {"present": present, "y": found["relevance"].max(1)}
 
 
-def _lightgbm(part: str, data_dir: str) -> Batch:
+def load(part: str, data_dir: str) -> Batch:
+  """A part of LightGBM's example, "rank.train" or "rank.test", features as they are. See `rank`."""
   from sklearn.datasets import load_svmlight_file
 
   rows, counts = (
