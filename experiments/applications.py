@@ -217,8 +217,8 @@ def medicine(figure: Any) -> Rows:
   for axis, (task, metric) in zip(axes, cases, strict=True):
     for place, shift in enumerate(("label", "features")):
       spec = lambda more="", task=task, shift=shift: f"{task}('{shift}'{more})"
-      method = lambda a="mean()": f"fed_avg(sgd(0.3), {a}, period=5)"
-      often = {"steps": 500, "partition": "sorted()"}
+      method = lambda a="mean()": f"fed_avg(sgd(0.1), {a}, period=5)"
+      often = {"steps": 1000, "partition": "sorted()"}
       kinds: dict[str, tuple[str, str, str]] = {
         "pooled": (spec(), method(), "data:1"),
         "federated": (spec(), method(), "data:5"),

@@ -9,10 +9,10 @@ from sklearn.metrics import roc_auc_score
 from research import registry
 from research.tasks import medicine
 
-METHOD = "fed_avg(sgd(0.3), {}, period=5)"
+METHOD = "fed_avg(sgd(0.1), {}, period=5)"
 
 
-def trained(task, hospitals: int, aggregator: str = "mean()", rounds: int = 60):
+def trained(task, hospitals: int, aggregator: str = "mean()", rounds: int = 100):
   """Metrics after some rounds of hospitals whose patients are sorted by what they differ in."""
   order = np.argsort(task.by, kind="stable")
   task = task._replace(train={name: leaf[order] for name, leaf in task.train.items()})

@@ -214,7 +214,7 @@ def _postings(index: bm25s.Index, found: Collection) -> Batch:
   """Queries as "idf" [Q, T], times how often they have a term, and "counts" [Q, T, D]."""
   queries = [bm25s.terms(query) for query in found.queries]
   known = [[index.vocabulary[t] for t in query if t in index.vocabulary] for query in queries]
-  unique = [np.unique(columns, return_counts=True) for columns in known]
+  unique = [np.unique(np.array(c, np.int64), return_counts=True) for c in known]
   most, documents = max(len(columns) for columns, _ in unique), len(index.lengths)
   by_term = index.counts.tocsc()
   counts, idf = np.zeros((len(known), most, documents), np.uint8), np.zeros((len(known), most))

@@ -147,7 +147,7 @@ def measured(
   liked[test.user[good], test.item[good]] = True
 
   def measure(params: Params) -> dict[str, Array]:
-    stars = predict(params)
+    stars = predict(jax.tree.map(jnp.asarray, params))
     error = jnp.clip(stars[test.user, test.item], LEAST, MOST) - jnp.asarray(test.stars)
     return {"rmse": jnp.sqrt(jnp.mean(error**2))} | recommended(stars, seen, liked)
 
