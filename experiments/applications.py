@@ -218,7 +218,7 @@ def medicine(figure: Any) -> Rows:
     for place, shift in enumerate(("label", "features")):
       spec = lambda more="", task=task, shift=shift: f"{task}('{shift}'{more})"
       method = lambda a="mean()": f"fed_avg(sgd(0.1), {a}, period=5)"
-      often = {"steps": 1000, "partition": "sorted()"}
+      often = {"steps": 5000, "partition": "sorted()"}
       kinds: dict[str, tuple[str, str, str]] = {
         "pooled": (spec(), method(), "data:1"),
         "federated": (spec(), method(), "data:5"),

@@ -1,4 +1,4 @@
-"""Finance: the frontier against every set of assets and as published, CVaR against a linear program."""
+"""Finance: the frontier against all sets of assets and as published, CVaR against an LP."""
 
 import itertools
 import os

@@ -12,7 +12,7 @@ from research.tasks import medicine
 METHOD = "fed_avg(sgd(0.1), {}, period=5)"
 
 
-def trained(task, hospitals: int, aggregator: str = "mean()", rounds: int = 100):
+def trained(task, hospitals: int, aggregator: str = "mean()", rounds: int = 1000):
   """Metrics after some rounds of hospitals whose patients are sorted by what they differ in."""
   order = np.argsort(task.by, kind="stable")
   task = task._replace(train={name: leaf[order] for name, leaf in task.train.items()})
