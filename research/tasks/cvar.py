@@ -40,8 +40,9 @@ def cvar(
 
   whose minimum over a is the CVaR of w: the mean of its losses beyond their quantile, the VaR. The
   parameters are {"weights": [n], "threshold"}; the objective, the "loss", is in percent of what is
-  invested, its positive part smoothed as told, that of `evaluate` not. Take a decreasing rate: it
-  has kinks, and a method that keeps to constraints, see `frontier`.
+  invested, its positive part smoothed as told, that of `evaluate` not. It has kinks:
+  take a decreasing rate; and a method that keeps to constraints, see `frontier`. An optimizer that
+  scales each coordinate, such as Adam, makes steps that the projection takes back.
 
   Metrics of the returns that were seen, fractions: "var" and "cvar" of the weights, each with the
   ends of its confidence interval, "var_low", "var_high", ...; and with a `portfolio` the same of
