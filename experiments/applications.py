@@ -233,6 +233,9 @@ def medicine(figure: Any) -> Rows:
         value = found["eval"][metric]
         pooled = value if name == "pooled" else pooled
         more = {"epsilon": found["epsilon"]} if "epsilon" in found else {}
+        if "accuracy" in found["eval"]:
+          exact = found["eval"]["accuracy"]
+          rows.append(row(f"{task}, {shift} shift, {name}: accuracy", exact))
         what = f"{task}, {shift} shift, {name}: {metric}"
         rows.append(row(what, value, "pooled", pooled, **more))
         color = "gray" if name.startswith("alone") else None
