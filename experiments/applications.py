@@ -26,7 +26,7 @@ FLAGS = flags.FLAGS
 
 Rows = list[dict[str, Any]]
 POWER = "data_parallel(sgd(1.0), {})"
-STEADY = {"check_every": 0, "checkpoint_every": 0, "eval_every": 0}
+STEADY: dict[str, Any] = {"check_every": 0, "checkpoint_every": 0, "eval_every": 0}
 
 
 def run(task: str, method: str, **flags_: Any) -> tuple[dict[str, Any], Rows]:

@@ -158,7 +158,7 @@ class Task(NamedTuple):
   grads: Callable[[Params, Batch, Key], tuple[Array, Tree]] | None = None  # (value, x - T(x))
   project: Callable[[Params], Params] | None = None  # onto the convex set of models that may be
   # metrics of a whole model that are no means over examples: AUC, RMSE, recall@10
-  measure: Callable[[Params], dict[str, Array]] | None = None
+  measure: Callable[[Params], dict[str, Array]] = lambda params: {}
   by: Any = None  # numpy [examples] that partitions sort by, in place of "y"
 
 

@@ -123,8 +123,10 @@ def test_losses_are_what_they_say_and_rank(loss):
     "listnet": -np.sum(soft(y) * np.log(soft(s))),
     "lambdarank": np.sum([w * behind(*p) for w, p in zip(swaps, pairs, strict=True)]),
   }
-  found = ranking.LOSSES[loss](*map(jnp.asarray, (s.astype(np.float32), y, there)), 2)
+  given = jnp.asarray(s, jnp.float32), jnp.asarray(y), jnp.asarray(there)
+  found = ranking.LOSSES[loss](*given, 2)
   assert found == pytest.approx(want[loss], abs=1e-6)
+  assert task.test is not None
   params, grad = task.init(KEY), jax.jit(jax.grad(task.loss))
   before = task.evaluate(params, task.test)
   for _ in range(60):

@@ -24,8 +24,9 @@ def projected(
   """
 
   def update(grads, state, params=None):
+    assert params is not None, "a projection needs to know the model"
     updates, state = inner.update(grads, state, params)
     moved = project(optax.apply_updates(params, updates))
     return jax.tree.map(jnp.subtract, moved, params), state
 
-  return optax.GradientTransformation(inner.init, update)
+  return optax.GradientTransformation(inner.init, update)  # pyright: ignore[reportArgumentType]

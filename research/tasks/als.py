@@ -71,9 +71,9 @@ def movielens_als(
   def grads(params: Params, batch: Batch, key: Key) -> tuple[Array, Params]:
     del key
     z, turn = params["entities"], params["turn"]
-    solved, errors = jax.vmap(lambda *row: _solve(z, *row, l2))(
-      batch["other"], batch["stars"], batch["count"], z[batch["row"]]
-    )
+    solved, errors = jax.vmap(
+      lambda other, stars, count, own: _solve(z, other, stars, count, own, l2)
+    )(batch["other"], batch["stars"], batch["count"], z[batch["row"]])
     moves = (batch["y"] == turn).astype(z.dtype) * (batch["count"] > 0).astype(z.dtype)
     share = total * moves / len(moves)
     if "mask" in batch:

@@ -31,7 +31,7 @@ class Index(NamedTuple):
   @property
   def idf(self) -> np.ndarray:
     """[V], log(1 + (D - n + 1/2) / (n + 1/2)) of the n documents that have a term: above 0."""
-    n = np.bincount(self.counts.indices, minlength=self.counts.shape[1])
+    n = np.bincount(self.counts.indices, minlength=len(self.vocabulary))
     return np.log1p((len(self.lengths) - n + 0.5) / (n + 0.5))
 
 

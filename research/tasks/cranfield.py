@@ -132,7 +132,7 @@ def bm25(
   asked = _postings(index, found._replace(queries=[ask or ""]))
   train, test = ({k: v[half::2] for k, v in examples.items()} for half in (0, 1))
   task = Task(init, loss, evaluate, sampling.epoch_sample, sampling.take, train, test)
-  return task._replace(chunk=16, measure=measure if ask else None)
+  return task._replace(chunk=16, measure=measure) if ask else task._replace(chunk=16)
 
 
 def cranfield(
@@ -207,7 +207,7 @@ def prior(index: bm25s.Index, neighbours: int = 8, alpha: float = 0.85) -> np.nd
   x = np.full(count, 1 / count)
   for _ in range(200):  # 0.85^200 = 1e-14
     x = alpha * (walk @ x) + (1 - alpha) / count
-  return x
+  return np.asarray(x)
 
 
 def _postings(index: bm25s.Index, found: Collection) -> Batch:

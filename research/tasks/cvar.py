@@ -191,7 +191,11 @@ def load(name: str = "stocks", data_dir: str = "") -> np.ndarray:
     prices = np.array([[float(x) if x else math.nan for x in row[1:]] for row in rows])
   except ValueError as error:
     raise ValueError(f"{path} is no table of prices ({error})") from None
-  whole = np.isfinite(prices).all(1) if prices.ndim == 2 and prices.size else np.zeros(0, bool)
+  whole = (
+    np.atleast_1d(np.isfinite(prices).all(1))
+    if prices.ndim == 2 and prices.size
+    else np.zeros(0, bool)
+  )
   both = whole[1:] & whole[:-1]
   if both.sum() < 2:
     raise ValueError(f"{path} has no three days on which all stocks have prices")

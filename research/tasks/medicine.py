@@ -124,7 +124,8 @@ def _split(x: np.ndarray, y: np.ndarray, stratify: Any = None) -> tuple[Batch, B
   from sklearn.model_selection import train_test_split
 
   parts = train_test_split(x, y, test_size=HELD_OUT, stratify=stratify, random_state=0)
-  center, spread = parts[0].mean(0), parts[0].std(0)
+  first = np.asarray(parts[0])
+  center, spread = first.mean(0), first.std(0)
   scaled = [((part - center) / spread).astype(np.float32) for part in parts[:2]]
   return {"x": scaled[0], "y": parts[2]}, {"x": scaled[1], "y": parts[3]}
 

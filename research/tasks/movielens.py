@@ -141,4 +141,5 @@ def _read(name: str, data_dir: str) -> Ratings:
   rows = np.array(path.read_text().split(), np.int64).reshape(-1, 4)
   if name == "u.data":
     return of_table(rows)
-  return Ratings(*(rows[:, :2].astype(np.int32).T - 1), rows[:, 2].astype(np.float32))
+  user, item = rows[:, :2].astype(np.int32).T - 1
+  return Ratings(user, item, rows[:, 2].astype(np.float32))

@@ -236,7 +236,11 @@ def load(part: str, data_dir: str) -> Batch:
     files.find(f"lightgbm-lambdarank/{name}", data_dir, URL + name, SHA256[name])
     for name in (part, f"{part}.query")
   )
-  x, y = load_svmlight_file(str(rows), n_features=301, zero_based=True)[:2]
+  x, y = load_svmlight_file(
+    str(rows),
+    n_features=301,
+    zero_based=True,  # pyright: ignore[reportArgumentType]
+  )[:2]
   with files.opened(counts) as file:
     of_query = np.array(file.read().split()).astype(int)
   return padded(x.toarray()[:, 1:], np.asarray(y).astype(int), of_query)

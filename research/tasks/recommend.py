@@ -65,7 +65,8 @@ def movielens(
     raise ValueError(f"model_of={model_of!r} is none of {', '.join(KINDS)}")
   check(factors, l2)
   train, test = data.load(split, data_dir)
-  features = data.Features(*[np.zeros((1 + n, 0), np.int32) for n in data.last(train, test)], 0)
+  nothing = [np.zeros((1 + n, 0), np.int32) for n in data.last(train, test)]
+  features = data.Features(nothing[0], nothing[1], 0)
   if split in (*data.FOLDS, *data.COLD):
     features = data.features(data_dir)
   elif model_of != "factors":

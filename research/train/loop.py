@@ -50,7 +50,7 @@ def train(config: Config) -> tuple[dict[str, Any], Path]:
     ReplicasDiffer: names the step and the leaves.
   """
   main = jax.process_index() == 0
-  wide = config.x64 or jax.config.jax_enable_x64
+  wide = config.x64 or bool(jax.config.read("jax_enable_x64"))
   with contextlib.closing(Timing()) as timing, jax.enable_x64(wide):
     _same_everywhere(config)
     with together():
@@ -137,7 +137,7 @@ class Run:
     self.test = executor.place(*problem.test, data_key) if problem.test else None
     shared = job.batch_size if len(job.axes) > len(worker_axes(job.axes)) else None
     self.evaluate = metrics.evaluator(job.task, self.data.sizes.sharding.mesh, shared or 1)
-    self.measure = jax.jit(job.task.measure or (lambda params: {}))
+    self.measure = jax.jit(job.task.measure)
     self.differing = metrics.replica_check(self.state)
     self.sent = Sent(problem.plan, self.layout, problem.steps)
     self.facts = facts(config, job, self.layout)
