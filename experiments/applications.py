@@ -77,7 +77,9 @@ def pagerank(axes: Any) -> Rows:
     times.append(time.perf_counter() - start)
   del matrix, ones, graph
   flags_ = {"mesh": "data:2", "executor": "spmd", "partition": "sorted()"}
-  summary, _ = run("pagerank('power_law')", POWER.format("mean()"), steps=60, **flags_)
+  summary, _ = run(
+    "pagerank('power_law')", POWER.format("mean()"), steps=60, steps_per_dispatch=20, **flags_
+  )
   each = 1 / summary["steps_per_second"]
   peer = float(np.median(times))
   what = "10^7 edges: seconds per iteration, two devices"

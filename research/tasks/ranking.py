@@ -165,7 +165,7 @@ def _pairs(scores: Array, relevance: Array, present: Array, most: int) -> tuple[
 
   Only relevant documents are ahead of others, and a query has at most R = `most` of them.
   """
-  ahead = jax.lax.top_k(jnp.where(present, relevance, 0), most)[1]
+  ahead = jax.lax.top_k(jnp.where(present, relevance, 0), min(most, len(relevance)))[1]
   pairs = (relevance[ahead][:, None] > relevance[None]) & present[ahead][:, None] & present[None]
   return ahead, pairs, jax.nn.softplus(scores[None] - scores[ahead][:, None])
 
