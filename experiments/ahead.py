@@ -216,7 +216,13 @@ def _needed(job: Job, mesh: Mesh) -> float:
   """
   inner = {name: size for name, size in mesh.shape.items() if name not in WORKER_AXES}
   types = (AxisType.Auto,) * len(inner)
-  count = lambda: flops.of_gradient(job.task.loss, *workers.of_loss(job), axes=inner)
+  args, own = workers.of_loss(job), job.task.grads
+
+  def count() -> float:
+    if own:
+      return flops.flops(jax.make_jaxpr(own)(*args), inner)
+    return flops.of_gradient(job.task.loss, *args, axes=inner)
+
   try:
     with jax.sharding.use_abstract_mesh(AbstractMesh(tuple(inner.values()), tuple(inner), types)):
       return count()

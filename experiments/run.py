@@ -27,7 +27,9 @@ FLAGS = flags.FLAGS
 
 TEXTS = {
   "task": "What to learn: digits(), mnist(), least_squares(...), libsvm('a9a'), tinyshakespeare(), "
-  "text('PATH'), stream('PATH').",
+  "text('PATH'), stream('PATH'); search: pagerank(), rank(), bm25(), cranfield(); finance: "
+  "frontier('port1'), cvar(); medicine: breast_cancer(), diabetes(); recommending: movielens(), "
+  "movielens_als(), movielens_federated().",
   "model": "linear(), logistic(), mlp(hidden=[128]), cnn(), resnet(); empty: the task's own.",
   "method": "How to optimize: data_parallel(OPTIMIZER, AGGREGATOR, period=1) or averaged(METHOD); "
   "optimizers and schedules are optax's, by name.",
@@ -81,6 +83,7 @@ NUMBERS = {
 }
 SWITCHES = {
   "overlap": "A server's workers compute while their last push is on the way (async, ssp).",
+  "x64": "Computes in float64 what is at JAX's default, such as pagerank() and frontier().",
   "allow_changes": "Goes on with a run whose flags were different.",
   "tensorboard": "Writes TensorBoard events too (needs tensorboardX).",
   "profile": "Traces the second dispatch into OUT/profile.",

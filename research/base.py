@@ -125,8 +125,11 @@ class Method(NamedTuple):
   share. `later` are the changes of its period: (first round, period), rising. With `epochs` > 0 a
   round is so many passes of each owner over its own examples, and the executors find the period:
   that of the owner with the most steps. An owner with fewer stops where it is done. `one_by_one`
-  says that a round is that of a single worker, whose turn it is on a virtual clock. `served` is the
-  method where a server and its workers are processes of their own, if it can be.
+  says that a round is that of a single worker, whose turn it is on a virtual clock.
+
+  `onto(project)` is the same method with its models kept in a convex set; a method that cannot has
+  none, and is refused for a task with constraints. `served` is the method where a server and its
+  workers are processes of their own, if it can be.
   """
 
   init: Callable[[Params], State]  # lives from round to round
@@ -140,6 +143,7 @@ class Method(NamedTuple):
   later: tuple[tuple[int, int], ...] = ()
   epochs: int = 0
   one_by_one: bool = False
+  onto: Callable[[Callable[[Params], Params]], "Method"] | None = None
   served: Served | None = None
 
 
@@ -160,6 +164,11 @@ class Task(NamedTuple):
   and free of the data itself, so that an executor draws the samples of many steps at once; `batch`
   fetches them. Both see one worker's examples, arrays [examples, ...].
 
+  A task that seeks a fixed point x = T(x), not a minimum, gives `grads`: x - T(x) in place of the
+  gradient, so that `sgd(1.0)` iterates T, and beside it a value, which `loss` is too; neither is
+  differentiated. A mean over examples like a gradient, it is aggregated, compressed and delayed as
+  one. Its L1 norm over all examples is the metric "residual".
+
   With a `feed` the objective is the mean over what that reads, and `train` a sample of it, by which
   it is measured; `sample` is then `sampling.in_order`.
   """
@@ -178,6 +187,16 @@ class Task(NamedTuple):
   # with a `bubble`, the share of time in which a stage is idle
   schedule: Callable[[int, int, int], Any] | None = None
   feed: Feed | None = None  # where the training examples fit no memory
+  grads: Callable[[Params, Batch, Key], tuple[Array, Tree]] | None = None  # (value, x - T(x))
+  project: Callable[[Params], Params] | None = None  # onto the convex set of models that may be
+  # metrics of a whole model that are no means over examples: AUC, RMSE, recall@10
+  measure: Callable[[Params], dict[str, Array]] = lambda params: {}
+  by: Any = None  # numpy [examples] that partitions sort by, in place of "y"
+
+
+def value_and_grad(task: Task) -> Callable[[Params, Batch, Key], tuple[Array, Tree]]:
+  """(params, batch, key) -> loss and gradient, or what stands for one: the only way to either."""
+  return task.grads or jax.value_and_grad(task.loss)
 
 
 class Data(NamedTuple):

@@ -22,6 +22,21 @@ def test_the_figures_in_the_readme_are_those_of_the_results(folder):
     assert f"| {row['ratio']:.3f} |" in table
 
 
+APPLICATIONS = sorted((ROOT / "results" / "applications").glob("*/table.md"))
+
+
+@pytest.mark.parametrize("table", APPLICATIONS, ids=lambda path: path.parent.name)
+def test_the_figures_of_applications_are_those_of_the_results(table):
+  name = table.parent.name
+  page = (ROOT / "docs" / f"{name}.md").read_text()
+  assert table.read_text().strip() in page
+  assert f"results/applications/{name}/figure.png" in page
+  result = json.loads((table.parent / "result.json").read_text())
+  assert result["environment"]["commit"]
+  for row in result["rows"]:
+    assert f"| {row['what']} | {row['value']:.6g} |" in page
+
+
 def test_the_figures_of_compression_are_those_of_the_results():
   text = (ROOT / "README.md").read_text()
   result = json.loads((ROOT / "results" / "compression" / "compare.json").read_text())
@@ -44,7 +59,8 @@ def test_presets_are_flags_that_can_be(path):
   if "topology" in given:  # of compile.py
     chips.parse_topology(given.pop("topology"))
   default = Config._field_defaults
-  check(Config(**{name: type(default[name])(value) for name, value in given.items()}))
+  kind = lambda name, value: value if value == "all" else type(default[name])(value)
+  check(Config(**{name: kind(name, value) for name, value in given.items()}))
   assert f"--flagfile=experiments/presets/{path.name}" in path.read_text()
 
 

@@ -46,6 +46,7 @@ SPECS = {
   ),
   3: (
     "local_sgd(sgd(0.1, momentum=0.5), mean(), period=3)",
+    "consensus_admm(0.1, mean(), penalty=0.5, period=3)",
     "slow_mo(sgd(0.1), mean(), period=3)",
     "easgd(sgd(0.1), mean(), period=3, alpha=0.1)",
     "eamsgd(0.05, mean(), period=3, alpha=0.1)",

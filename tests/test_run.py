@@ -577,6 +577,40 @@ BAD = {
   "clip": Bad((SMALL, "--clip_norm=nan", "--steps=1"), ("--clip_norm=nan",)),
   "seed": Bad((SMALL, "--seed=99999999999999999999"), ("--seed=99999999999999999999",)),
   "places": Bad(("--mesh=slice:8,data:4611686018427387904",), ("36893488147419103232",)),
+  "ratings": Bad(
+    ("--task=movielens('r.tsv')",), ("rating of 7", "1 to 5"), {"r.tsv": "1 1 5 0\n1 2 7 0\n"}
+  ),
+  "users": Bad(
+    ("--task=movielens_als('r.tsv')",),
+    ("user 2 of 3 has no ratings",),
+    {"r.tsv": "1 1 5 0\n3 2 4 0\n"},
+  ),
+  "query": Bad(("--task=bm25(ask='of the')",), ("ask='of the' is empty",)),
+  "graph": Bad(
+    ("--task=pagerank('e.txt')", "--batch_size=all"), ("no edges",), {"e.txt": "# from to\n"}
+  ),
+  "covariance": Bad(
+    ("--task=frontier('c.txt', returns=[0.1])",),
+    ("not positive semidefinite", "an eigenvalue is -"),
+    {"c.txt": "2\n0.1 1\n0.2 1\n1 2 1.5\n"},
+  ),
+  "return": Bad(
+    ("--task=frontier('c.txt', returns=[0.3])",),
+    ("a return of 0.3 is required", "0.1 to 0.2"),
+    {"c.txt": "2\n0.1 1\n0.2 1\n1 2 0.5\n"},
+  ),
+  "constraints": Bad(
+    (
+      "--task=frontier('c.txt', returns=[0.15])",
+      "--method=d_psgd(sgd(0.1), gossip(ring()))",
+      "--batch_size=all",
+    ),
+    ("--method=", "convex set", "consensus_admm"),
+    {"c.txt": "2\n0.1 1\n0.2 1\n1 2 0.5\n"},
+  ),
+  "own model": Bad(
+    ("--task=pagerank('e.txt')", "--model=mlp()"), ("--model='mlp()'", "model of its own")
+  ),
   "config": Bad((SMALL, "--out=old"), ("--out='old'", "config.json"), {"old/config.json": "[]"}),
 }
 

@@ -28,6 +28,7 @@ _MEMORY = ("error_feedback", "ef21", "diana", "momentum_correction", "demo")
 _COMMON_MODEL = (
   "data_parallel",
   "local_sgd",
+  "consensus_admm",
   "post_local_sgd",
   "hierarchical_local_sgd",
   "slow_mo",

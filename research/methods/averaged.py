@@ -54,5 +54,7 @@ def averaged(inner: Method, *, burn_in: int = 0) -> Method:
   over = inner_over and (lambda wrap: averaged(inner_over(wrap), burn_in=burn_in))
   inner_of = inner.of_rounds
   of_rounds = inner_of and (lambda *rounds: averaged(inner_of(*rounds), burn_in=burn_in))
-  rest = (inner.period, over, of_rounds, inner.later, inner.epochs, inner.one_by_one)
+  inner_onto = inner.onto
+  onto = inner_onto and (lambda project: averaged(inner_onto(project), burn_in=burn_in))
+  rest = (inner.period, over, of_rounds, inner.later, inner.epochs, inner.one_by_one, onto)
   return Method(init, begin, step, sync, lambda state: state.mean, *rest)

@@ -9,6 +9,7 @@ import optax
 from research.aggregate.composition import refuse
 from research.base import Aggregator, Method, Params, Served, State, Tree
 from research.methods.local import Period, periods
+from research.methods.projected import projected
 
 
 class DataParallelState(NamedTuple):
@@ -68,7 +69,9 @@ def data_parallel(
 
   over = lambda wrap: data_parallel(inner, wrap(aggregator), period=period)
   of_rounds = lambda period, _: data_parallel(inner, aggregator, period=period)
+  onto = lambda project: data_parallel(projected(inner, project), aggregator, period=period)
   end = lambda local, params: (local.grads, ())
   way, params = aggregator.link, lambda state: state.params
   served = way and Served(lambda params: (), from_, step, end, inner, way)
-  return Method(init, begin, step, sync, params, first, over, of_rounds, later, served=served)
+  method = Method(init, begin, step, sync, params, first, over, of_rounds, later)
+  return method._replace(onto=onto, served=served)

@@ -13,6 +13,7 @@ import optax
 
 from research.aggregate.composition import refuse
 from research.base import Aggregator, Array, Method, Params, Served, State, Tree
+from research.methods.projected import projected
 
 # Local steps per round, or a schedule of them: [first round, steps], ... from round 0 on.
 Period = int | Sequence[Sequence[int]]
@@ -129,7 +130,7 @@ def local_sgd(
 
   over = lambda wrap: local_sgd(inner, wrap(aggregator), period=period)
   of_rounds = lambda period, _: local_sgd(inner, aggregator, period=period)
+  onto = lambda project: local_sgd(projected(inner, project), aggregator, period=period)
   params = lambda state: state.params
-  way = served(inner, optax.sgd(1.0), aggregator)
-  step = stepping(inner)
-  return Method(init, begin, step, sync, params, first, over, of_rounds, later, served=way)
+  method = Method(init, begin, stepping(inner), sync, params, first, over, of_rounds, later)
+  return method._replace(onto=onto, served=served(inner, optax.sgd(1.0), aggregator))

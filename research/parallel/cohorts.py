@@ -28,8 +28,8 @@ def draw(job: Job, data: Data, key: Key, numbers: Array, worker: Array) -> Draw:
   """
   owners, served = cohorts(job, key, numbers)
   sizes = data.sizes[owners]
-  present = jnp.where(served, sizes, 0).astype(jnp.float32)
-  mean = jnp.mean(data.sizes if job.sampling_rate else present, -1, dtype=jnp.float32)
+  present = jnp.where(served, sizes, 0).astype(float)
+  mean = jnp.mean(data.sizes if job.sampling_rate else present, -1, dtype=float)
   weights = present / jnp.maximum(mean, 1 / job.workers)[..., None]
   anybody = jnp.where(jnp.any(served, -1, keepdims=True), present, 1)  # else as if all were there
   shares = anybody / jnp.mean(anybody, -1, keepdims=True)

@@ -58,8 +58,26 @@ class Job(NamedTuple):
     return self.method.epochs * (batches + (batches == 0))
 
 
+def constrained(job: Job) -> Job:
+  """The job with a method that keeps to the task's constraints by itself.
+
+  Raises:
+    ValueError: if the method cannot.
+  """
+  if job.task.project is None:
+    return job
+  if job.method.onto is None:
+    raise ValueError(
+      "the task keeps its model in a convex set, which this method does not; take data_parallel, "
+      "local_sgd or consensus_admm, or one of them in averaged"
+    )
+  method = job.method.onto(job.task.project)
+  return job._replace(method=method, task=job.task._replace(project=None))
+
+
 def resolved(job: Job) -> Job:
   """The job with a method that knows its rounds: their steps, and who takes part in them."""
+  job = constrained(job)
   method = job.method
   if method.of_rounds is None:
     return job
@@ -69,6 +87,7 @@ def resolved(job: Job) -> Job:
 
 def stages(job: Job) -> tuple[Job, ...]:
   """A resolved job for each period of the method, in order; their states are the same."""
+  job = constrained(job)
   found = [resolved(job)]
   for first_round, period in job.method.later:
     assert job.method.of_rounds, "a method whose period changes says what it is with another"

@@ -9,7 +9,7 @@ from jax import lax
 
 from research.aggregate.blockwise import blockwise
 from research.aggregate.mean import mean
-from research.base import Array, Batch, Data, Key, Local, State, TrainState, Tree
+from research.base import Array, Batch, Data, Key, Local, State, TrainState, Tree, value_and_grad
 from research.comm import collectives, wire
 from research.comm import mesh as meshes
 from research.parallel import layout as layouts
@@ -20,13 +20,14 @@ from research.parallel.job import Job, resolved
 
 def value_and_clipped_grad(job: Job, inside: sharded.Inside) -> Callable[..., tuple[Array, Tree]]:
   """(params, batch, key) -> loss and gradient, this worker's clipped to norm `clip_norm` if > 0."""
+  differentiated = value_and_grad(job.task)
   clip = optax.clip_by_global_norm(job.clip_norm) if job.clip_norm > 0 else optax.identity()
 
-  def value_and_grad(params, batch, key):
-    value, grads = jax.value_and_grad(job.task.loss)(params, inside.batch(batch), key)
-    return value, clip.update(inside.grads(grads), clip.init(params))[0]
+  def clipped(params, batch, key):
+    value, grads = differentiated(params, inside.batch(batch), key)
+    return value.astype(jnp.float32), clip.update(inside.grads(grads), clip.init(params))[0]
 
-  return value_and_grad
+  return clipped
 
 
 def local_phase(
@@ -48,7 +49,7 @@ def local_phase(
   method, gradient = job.method, value_and_clipped_grad(job, inside)
   if job.batch_size is None and not job.even:
     most = jax.tree.leaves(examples)[0].shape[0]
-    examples = {**examples, "mask": (jnp.arange(most) < size).astype(jnp.float32)}
+    examples = {**examples, "mask": (jnp.arange(most) < size).astype(float)}
 
   drawn = index
   if ahead := index is not None and _fits(index, examples):

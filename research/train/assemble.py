@@ -211,7 +211,8 @@ def assemble(config: Config, setting: Setting, devices: Sequence[Any] | None = N
     local_phase=config.local_phase,
     devices=devices,
   )
-  plan, virtual = Plan(stages(job)), None
+  with flag("method", config.method):
+    plan, virtual = Plan(stages(job)), None
   if config.clock or method.one_by_one:
     with flag("clock", config.clock):
       virtual = played(config.clock, plan, owners, config.seed)
@@ -235,9 +236,11 @@ def task_of(config: Config) -> Task:
     call = registry.parse(config.task)
     factory = registry.lookup(("task",), call.name)
     defaults = importlib.import_module(factory.__module__).DEFAULT_MODEL
-  spec = config.model or defaults[call.name]
+  spec = config.model or defaults.get(call.name, "")
   with flag("model", spec):
-    model = registry.build("model", spec)
+    if config.model and call.name not in defaults:
+      raise ValueError(f"the task {call.name} has a model of its own; leave this out")
+    model = registry.build("model", spec) if spec else None
   with flag("task", config.task):
     task = registry.build("task", call, model=model, data_dir=config.data_dir)
   with flag("model", spec):
@@ -251,7 +254,8 @@ def partitioned(config: Config, task: Task, owners: int) -> tuple[Batch, np.ndar
 
   with flag("partition", config.partition):
     split = registry.build("partition", config.partition)
-    return stack(task.train, split(np.asarray(task.train["y"]), owners, config.seed))
+    by = np.asarray(task.train["y"]) if task.by is None else task.by
+    return stack(task.train, split(by, owners, config.seed))
 
 
 def _steps(

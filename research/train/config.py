@@ -41,6 +41,7 @@ class Config(NamedTuple):
   check_every: int = 100
   out: str = ""
   data_dir: str = ""
+  x64: bool = False
   allow_changes: bool = False
   tensorboard: bool = False
   profile: bool = False

@@ -50,7 +50,8 @@ def train(config: Config) -> tuple[dict[str, Any], Path]:
     ReplicasDiffer: names the step and the leaves.
   """
   main = jax.process_index() == 0
-  with contextlib.closing(Timing()) as timing:
+  wide = config.x64 or bool(jax.config.read("jax_enable_x64"))
+  with contextlib.closing(Timing()) as timing, jax.enable_x64(wide):
     _same_everywhere(config)
     with together():
       setting = check(config)
@@ -136,6 +137,7 @@ class Run:
     self.test = executor.place(*problem.test, data_key) if problem.test else None
     shared = job.batch_size if len(job.axes) > len(worker_axes(job.axes)) else None
     self.evaluate = metrics.evaluator(job.task, self.data.sizes.sharding.mesh, shared or 1)
+    self.measure = jax.jit(job.task.measure)
     self.differing = metrics.replica_check(self.state)
     self.sent = Sent(problem.plan, self.layout, problem.steps)
     self.facts = facts(config, job, self.layout)
@@ -282,9 +284,12 @@ class Run:
     """Measures the deployed model on the data; the last row of the pending dispatch carries it."""
     with self._aside():
       params = self.problem.executor.params(self.state)
-      found = self.evaluate(params, self.data, gradient=self.config.tolerance > 0)
+      task = self.problem.job.task
+      gradient = self.config.tolerance > 0 or task.grads is not None
+      found = self.evaluate(params, self.data, gradient=gradient)
       train = {name: float(value) for name, value in jax.device_get(found).items()}
       test = jax.device_get(self.evaluate(params, self.test)) if self.test else train
+      test = {**test, **jax.device_get(self.measure(params))}
     row: dict[str, Any] = {"train_loss": train["loss"]}
     if "gradient_norm" in train:
       row["gradient_norm"] = train["gradient_norm"]

@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from research.base import Array, Batch, Data, Params, Task, Tree
+from research.base import Array, Batch, Data, Params, Task, Tree, value_and_grad
 from research.comm import mesh as meshes
 from research.train.integrity import checksum
 
@@ -20,7 +20,8 @@ def evaluator(task: Task, mesh: Mesh, batch: int = 1) -> Callable[..., dict[str,
   """`evaluate(params, data, gradient=False)`: means over all examples of a placed data set.
 
   The metrics are those of `task.evaluate`; with `gradient=True` the norm of the full objective's
-  gradient, that of `task.loss`, comes with them as `gradient_norm`. Every place on the worker axes
+  gradient, comes with them as `gradient_norm`, and of a task that gives `grads` their L1 norm as
+  `residual`. Every place on the worker axes
   goes through its own examples, chunk by chunk.
 
   Args:
@@ -35,7 +36,7 @@ def evaluator(task: Task, mesh: Mesh, batch: int = 1) -> Callable[..., dict[str,
     share = jnp.sum(chunk["mask"]) / total
     found: dict[str, Any] = dict(task.evaluate(params, chunk))
     if gradient:
-      found["gradient_norm"] = jax.grad(task.loss)(params, chunk, jax.random.key(0))
+      found["gradient_norm"] = value_and_grad(task)(params, chunk, jax.random.key(0))[1]
     return jax.tree.map(lambda x: share * x, found)
 
   def of_place(params: Params, examples: Batch, sizes: Array, total: Array, gradient: bool) -> Tree:
@@ -48,7 +49,7 @@ def evaluator(task: Task, mesh: Mesh, batch: int = 1) -> Callable[..., dict[str,
     return lax.psum(sums, apart) if apart else sums
 
   def evaluate(params: Params, data: Data, gradient: bool = False) -> dict[str, Array]:
-    total = jnp.sum(data.sizes).astype(jnp.float32)
+    total = jnp.sum(data.sizes).astype(float)
     sums = jax.shard_map(
       partial(of_place, gradient=gradient),
       mesh=mesh,
@@ -58,8 +59,10 @@ def evaluator(task: Task, mesh: Mesh, batch: int = 1) -> Callable[..., dict[str,
       check_vma=False,
     )(params, data.examples, data.sizes, total)
     if gradient:
-      squares = [jnp.sum(g * g) for g in jax.tree.leaves(sums["gradient_norm"])]
-      sums["gradient_norm"] = jnp.sqrt(sum(squares))
+      leaves = jax.tree.leaves(sums["gradient_norm"])
+      sums["gradient_norm"] = jnp.sqrt(sum(jnp.sum(g * g) for g in leaves))
+      if task.grads:
+        sums["residual"] = sum(jnp.sum(jnp.abs(g)) for g in leaves)
     return sums
 
   return jax.jit(evaluate, static_argnames="gradient")
@@ -70,7 +73,7 @@ def _chunks(examples: Batch, sizes: Array, chunk: int, batch: int) -> Batch:
   owners, most = jax.tree.leaves(examples)[0].shape[:2]
   count = max(1, -(-owners * most // chunk))
   size = batch * -(-owners * most // (count * batch))
-  mask = (jnp.arange(most) < sizes[:, None]).astype(jnp.float32)
+  mask = (jnp.arange(most) < sizes[:, None]).astype(float)
 
   def cut(x):
     x = x.reshape(owners * most, *x.shape[2:])

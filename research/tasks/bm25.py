@@ -1,0 +1,113 @@
+"""BM25: an index of terms, and the scores of documents for queries."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import sparse
+
+K1, B = 1.2, 0.75  # by default, as in Lucene and bm25s
+
+# Words that say nothing of what a text is about: Lucene's list for English.
+STOP_WORDS = frozenset(
+  re.findall(
+    r"\w+",
+    "a an and are as at be but by for if in into is it no not of on or such that the their then "
+    "there these they this to was will with",
+  )
+)
+
+
+class Index(NamedTuple):
+  """How often which term stands in which document."""
+
+  vocabulary: dict[str, int]  # term -> column
+  counts: sparse.csr_array  # float64 [D, V]
+  lengths: np.ndarray  # float64 [D], terms in each document
+
+  @property
+  def idf(self) -> np.ndarray:
+    """[V], log(1 + (D - n + 1/2) / (n + 1/2)) of the n documents that have a term: above 0."""
+    n = np.bincount(self.counts.indices, minlength=len(self.vocabulary))
+    return np.log1p((len(self.lengths) - n + 0.5) / (n + 0.5))
+
+
+def terms(text: str) -> list[str]:
+  """The words of a text: runs of letters and digits in lower case, without stop words."""
+  return [word for word in re.findall(r"[a-z0-9]+", text.lower()) if word not in STOP_WORDS]
+
+
+def index(documents: Sequence[Sequence[str]]) -> Index:
+  """The index of documents, each a sequence of terms.
+
+  Raises:
+    ValueError: there are none, or none of them has a term.
+  """
+  vocabulary: dict[str, int] = {}
+  rows, columns, values = [], [], []
+  for row, document in enumerate(documents):
+    for term, count in Counter(document).items():
+      rows.append(row)
+      columns.append(vocabulary.setdefault(term, len(vocabulary)))
+      values.append(float(count))
+  if not vocabulary:
+    raise ValueError(f"the {len(documents)} documents have no terms: there is nothing to search")
+  shape = len(documents), len(vocabulary)
+  counts = sparse.csr_array((values, (rows, columns)), shape=shape)
+  return Index(vocabulary, counts, np.array([float(len(d)) for d in documents]))
+
+
+def scores(of: Index, queries: Sequence[Sequence[str]], k1: float = K1, b: float = B) -> np.ndarray:
+  """The BM25 scores of all documents for queries, each a sequence of terms.
+
+      sum over terms t of the query, as often as it has them, of
+      idf(t) f / (f + k1 (1 - b + b length / mean length)),     f how often t is in the document
+
+  Terms that no document has count nothing.
+
+  Args:
+    of: the index.
+    queries: Q of them.
+    k1: from which count on more of a term says little more, >= 0.
+    b: how much longer documents need more of it, in [0, 1].
+
+  Returns:
+    float64 [Q, D].
+
+  Raises:
+    ValueError: a query is empty, or k1 or b out of its range.
+
+  Reference: Robertson, Zaragoza, 2009, The probabilistic relevance framework; in Lucene's variant,
+    without the factor k1 + 1, as in Kamphuis, de Vries, Boytsov, Lin, 2020, Which BM25 do you mean?
+  """
+  check(k1, b)
+  rows, columns = [], []
+  for row, query in enumerate(queries):
+    if not query:
+      raise ValueError(f"query {row + 1} is empty: it has no terms to search for")
+    known = [of.vocabulary[term] for term in query if term in of.vocabulary]
+    rows += [row] * len(known)
+    columns += known
+  asked = sparse.csr_array(
+    (np.ones(len(rows)), (rows, columns)), shape=(len(queries), len(of.vocabulary))
+  )
+  place = np.repeat(np.arange(len(of.lengths)), np.diff(of.counts.indptr))
+  norm = k1 * (1 - b + b * of.lengths / of.lengths.mean())
+  weights = of.counts.copy()
+  weights.data = of.idf[weights.indices] * weights.data / (weights.data + norm[place])
+  return (asked @ weights.T).toarray()
+
+
+def check(k1: float, b: float) -> None:
+  """Refuses what BM25 cannot be.
+
+  Raises:
+    ValueError: k1 is negative, or b not in [0, 1].
+  """
+  if not 0 <= k1 < math.inf:
+    raise ValueError(f"k1={k1} is not in [0, inf)")
+  if not 0 <= b <= 1:
+    raise ValueError(f"b={b} is not in [0, 1]")

@@ -1,0 +1,98 @@
+"""Directed graphs: read from lists of edges, or made up with degrees that follow a power law."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from research.tasks import files
+
+WIKI_VOTE_URL = "https://snap.stanford.edu/data/wiki-Vote.txt.gz"
+WIKI_VOTE_SHA256 = "b05c0226f5544f0e4a8ac607ae573db42e42716b6dd5aa00e8c769a1219c796f"
+
+
+class Graph(NamedTuple):
+  """Edges between nodes 0, ..., N - 1, sorted by where they lead; equal ones are there once."""
+
+  source: np.ndarray  # int32 [E]
+  target: np.ndarray  # int32 [E], not falling
+  names: np.ndarray  # [N], what the nodes are called where they come from
+
+  @property
+  def nodes(self) -> int:
+    return len(self.names)
+
+
+def load(name: str, data_dir: str) -> Graph:
+  """The graph of that name, "wiki-Vote", or that of a file.
+
+  Args:
+    name: "wiki-Vote", or the path of a file with an edge "FROM TO" of two whole numbers per line,
+      plain, .gz or .bz2; lines that begin with # are comments.
+    data_dir: where to look first, see `files.find`.
+
+  Raises:
+    FileNotFoundError: wiki-Vote is nowhere and cannot be fetched.
+    ValueError: there is no such file, it is no list of edges, or has none.
+
+  Reference: Leskovec, Huttenlocher, Kleinberg, 2010, Predicting positive and negative links in
+    online social networks; SNAP, wiki-Vote.
+  """
+  if name == "wiki-Vote":
+    path = files.find("wiki-vote/wiki-Vote.txt", data_dir, WIKI_VOTE_URL, WIKI_VOTE_SHA256)
+  elif not (path := Path(name).expanduser()).is_file():
+    raise ValueError(f"{name!r} is no file, and the graph that is known by name is 'wiki-Vote'")
+  with files.opened(path) as file:
+    lines = [line for line in file.read().splitlines() if line and not line.startswith(b"#")]
+  if not lines:
+    raise ValueError(f"{path} has no edges")
+  try:
+    pairs = np.array([line.split() for line in lines]).astype(np.int64)
+  except ValueError:
+    raise ValueError(f"{path}: its lines are not all 'FROM TO', two whole numbers") from None
+  if pairs.ndim != 2 or pairs.shape[1] != 2:
+    raise ValueError(f"{path}: its lines have not two numbers each")
+  return of_edges(pairs)
+
+
+def of_edges(pairs: np.ndarray | Sequence[Sequence[int]]) -> Graph:
+  """The graph of edges [E, 2], from and to any whole numbers.
+
+  Raises:
+    ValueError: there are none.
+  """
+  pairs = np.asarray(pairs, np.int64).reshape(-1, 2)
+  if not len(pairs):
+    raise ValueError("a graph without edges has no walk to rank by")
+  names, ends = np.unique(pairs, return_inverse=True)
+  ends = ends.reshape(pairs.shape)
+  keys = np.unique(ends[:, 1] * len(names) + ends[:, 0])  # sorted by target, then source
+  target, source = np.divmod(keys, len(names))
+  return Graph(source.astype(np.int32), target.astype(np.int32), names)
+
+
+def power_law(edges: int, nodes: int, exponent: float = 2.1, seed: int = 0) -> Graph:
+  """A random graph: every edge leads to a node with probability proportional to its popularity.
+
+  Popularities fall as rank^(-1/(exponent - 1)), so that in-degrees follow a power law of that
+  exponent; edges leave all nodes alike. Equal edges stay, as weights of the walk.
+
+  Args:
+    edges: E, at least 1.
+    nodes: N, at least 2.
+    exponent: of the in-degrees, above 1; that of the web is 2.1 (Broder et al. 2000).
+    seed: of the draw.
+
+  Raises:
+    ValueError: a number is out of its range.
+  """
+  if edges < 1 or nodes < 2 or not exponent > 1:
+    raise ValueError(f"edges={edges}, nodes={nodes}, exponent={exponent}: need 1, 2 and above 1")
+  rng = np.random.default_rng(seed)
+  popularity = np.cumsum(np.arange(1, nodes + 1, dtype=np.float64) ** (-1 / (exponent - 1)))
+  ranks = np.searchsorted(popularity, rng.random(edges) * popularity[-1])
+  target = rng.permutation(nodes)[ranks].astype(np.int32)
+  target.sort()
+  source = rng.integers(nodes, size=edges, dtype=np.int32)
+  return Graph(source, target, np.arange(nodes))

@@ -1,0 +1,145 @@
+"""MovieLens 100K: 943 users' ratings of 1682 films, and what is known of both."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from research.tasks import files
+
+URL = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
+SHA256 = {
+  "u.data": "06416e597f82b7342361e41163890c81036900f418ad91315590814211dca490",
+  "u.user": "f120e114da2e8cf314fd28f99417c94ae9ddf1cb6db8ce0e4b5995d40e90e62c",
+  "u.item": "6284748a19eb56ab68c553ff1b25ad3d0e861714bf10979ecc6083df9be0ce7c",
+  "u1.test": "18c6014a4b2c7324f250a63f8904a7b16b2b19f911129e346141507b0cbac950",
+  "u2.test": "4de658d1e04ed9104629509a2e2528fce833ac8e048280183f1df167632038c3",
+  "u3.test": "0f548b51c78327de4c156461d3e430b7e5579fe2b5681586a59416e48fd35f6d",
+}
+FOLDS = ("u1", "u2", "u3")
+COLD = ("cold_items", "cold_users")
+LEAST, MOST = 1.0, 5.0  # stars
+_COLD_SHARE = 10  # one in so many is cold
+
+
+class Ratings(NamedTuple):
+  """Who rated what how."""
+
+  user: np.ndarray  # int32 [N], from 0
+  item: np.ndarray  # int32 [N], from 0
+  stars: np.ndarray  # float32 [N], 1 to 5
+
+  def take(self, where: np.ndarray) -> "Ratings":
+    return Ratings(*(column[where] for column in self))
+
+
+class Features(NamedTuple):
+  """What is known beside ratings: for each user or item the numbers of its features.
+
+  Rows are padded to one length with `size`, which is no feature.
+  """
+
+  users: np.ndarray  # int32 [U, 3]: age group, gender, occupation
+  items: np.ndarray  # int32 [I, G]: genres
+  size: int  # features of both, numbered together
+
+
+def load(split: str, data_dir: str = "") -> tuple[Ratings, Ratings]:
+  """The ratings to train on and to test.
+
+  Args:
+    split: "u1", "u2" or "u3", an official fold: its test file, and all other ratings; "cold_items"
+      or "cold_users": a tenth of them, drawn once, with all their ratings are for testing; or the
+      path of a table like u.data, of which a tenth of the ratings is held out.
+    data_dir: where to look first, see `files.find`.
+
+  Raises:
+    FileNotFoundError: a file is nowhere; the archive that has them is not unpacked by itself.
+    ValueError: there is no such split, or a file is not what was published.
+
+  Reference: Harper, Konstan, 2015, The MovieLens datasets, ACM TiiS 5; GroupLens allows no copies.
+  """
+  if split not in (*FOLDS, *COLD):
+    return _of_file(split)
+  whole = _read("u.data", data_dir)
+  if split in FOLDS:
+    test = _read(f"{split}.test", data_dir)
+    pairs = lambda of: of.user.astype(np.int64) * 10_000 + of.item
+    return whole.take(~np.isin(pairs(whole), pairs(test))), test
+  owner = whole.item if split == "cold_items" else whole.user
+  cold = np.random.default_rng(0).permutation(owner.max() + 1)[: (owner.max() + 1) // _COLD_SHARE]
+  unseen = np.isin(owner, cold)
+  return whole.take(~unseen), whole.take(unseen)
+
+
+def of_table(table: np.ndarray | Sequence[Sequence[float]]) -> Ratings:
+  """Ratings of rows (user, item, stars, ...), numbered from 1.
+
+  Raises:
+    ValueError: a rating is out of [1, 5], a number below 1, or a user has no ratings.
+  """
+  table = np.asarray(table, float)
+  if table.ndim != 2 or table.shape[1] < 3 or not len(table):
+    raise ValueError(f"ratings of shape {list(table.shape)} are not rows of user, item and stars")
+  stars = table[:, 2]
+  if not ((stars >= LEAST) & (stars <= MOST)).all():
+    bad = stars[~((stars >= LEAST) & (stars <= MOST))][0]
+    raise ValueError(f"a rating of {bad:g} is out of range; legal: {LEAST:g} to {MOST:g}")
+  user, item = table[:, :2].astype(np.int32).T - 1
+  if min(user.min(), item.min()) < 0:
+    raise ValueError("users and items are numbered from 1")
+  missing = np.setdiff1d(np.arange(user.max() + 1), user)
+  if len(missing):
+    raise ValueError(f"user {missing[0] + 1} of {user.max() + 1} has no ratings")
+  return Ratings(user, item, stars.astype(np.float32))
+
+
+def last(*parts: Ratings) -> tuple[int, int]:
+  """The largest numbers of a user and of an item."""
+  largest = lambda name: max(int(getattr(part, name).max()) for part in parts)
+  return largest("user"), largest("item")
+
+
+def features(data_dir: str = "") -> Features:
+  """Age groups of ten years, gender and occupation of users; genres of items.
+
+  Raises:
+    FileNotFoundError, ValueError: as `load`.
+  """
+  path = lambda name: files.find(f"ml-100k/{name}", data_dir, URL, SHA256[name])
+  people = [row.split("|") for row in path("u.user").read_text().splitlines() if row]
+  ages = [min(int(row[1]) // 10, 6) for row in people]
+  kinds = sorted({row[3] for row in people})
+  columns = [ages, [7 + (row[2] == "F") for row in people], [9 + kinds.index(r[3]) for r in people]]
+  users = np.array(columns, np.int32).T
+  films = [row.split("|") for row in path("u.item").read_bytes().decode("latin-1").splitlines()]
+  flags = np.array([row[5:] for row in films if row != [""]]).astype(int)
+  first, size = 9 + len(kinds), 9 + len(kinds) + flags.shape[1]
+  items = np.full((len(flags), flags.sum(1).max()), size, np.int32)
+  for row, of_item in zip(items, flags, strict=True):
+    row[: of_item.sum()] = first + np.flatnonzero(of_item)
+  return Features(users, items, size)
+
+
+def _of_file(split: str) -> tuple[Ratings, Ratings]:
+  path = Path(split).expanduser()
+  if not path.is_file():
+    raise ValueError(f"split={split!r} is no file, and none of {', '.join((*FOLDS, *COLD))}")
+  try:
+    table = np.array([line.split() for line in path.read_text().splitlines() if line], float)
+  except ValueError as error:
+    raise ValueError(f"{path} is no table of user, item and stars ({error})") from None
+  whole = of_table(table)
+  order = np.random.default_rng(0).permutation(len(whole.user))
+  held_out = max(1, len(order) // _COLD_SHARE)
+  return whole.take(np.sort(order[held_out:])), whole.take(np.sort(order[:held_out]))
+
+
+def _read(name: str, data_dir: str) -> Ratings:
+  path = files.find(f"ml-100k/{name}", data_dir, URL, SHA256[name])
+  rows = np.array(path.read_text().split(), np.int64).reshape(-1, 4)
+  if name == "u.data":
+    return of_table(rows)
+  user, item = rows[:, :2].astype(np.int32).T - 1
+  return Ratings(user, item, rows[:, 2].astype(np.float32))
