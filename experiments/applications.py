@@ -7,6 +7,8 @@ Writes OUT/CASE/result.json (rows with commit and hardware), table.md and figure
 files and, for the comparisons that have one, `pip install -e ".[applications]"`.
 """
 
+# pyright: reportMissingImports=false
+# LightGBM is in the extra `applications` alone.
 import os
 import sys
 import tempfile
@@ -34,7 +36,7 @@ def run(task: str, method: str, **flags_: Any) -> tuple[dict[str, Any], Rows]:
   from research.train import loop, report
 
   with tempfile.TemporaryDirectory() as folder:
-    given = STEADY | {"batch_size": "all", "out": f"{folder}/run"} | flags_
+    given: dict[str, Any] = STEADY | {"batch_size": "all", "out": f"{folder}/run"} | flags_
     summary, where = loop.train(Config(task=task, method=method, **given))
     return summary, report.read_rows(where / "metrics.jsonl")
 
@@ -73,7 +75,7 @@ def pagerank(axes: Any) -> Rows:
   x, times = np.full(graph.nodes, 1e-6, np.float32), []
   for _ in range(9):
     start = time.perf_counter()
-    matrix @ x
+    _ = matrix @ x
     times.append(time.perf_counter() - start)
   del matrix, ones, graph
   flags_ = {"mesh": "data:2", "executor": "spmd", "partition": "sorted()"}

@@ -151,8 +151,8 @@ METHODS = {"dense": dense, "int8": int8, "top_k": top_k, "power_sgd": power_sgd,
 
 def main(method: str, steps: int, dispatch: int) -> None:
   """Trains, and prints what it took."""
-  places = (int(os.environ[f"JAX_{name}"]) for name in ("NUM_PROCESSES", "PROCESS_ID"))
-  jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], *places)
+  count, number = (int(os.environ[f"JAX_{name}"]) for name in ("NUM_PROCESSES", "PROCESS_ID"))
+  jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], count, number)
   mesh = Mesh(np.asarray(jax.devices()), ("data",))
   examples = load({"task": "mnist()", "mesh": f"data:{jax.device_count()}"})
   here = jax.process_index()

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,7 +61,8 @@ def test_presets_are_flags_that_can_be(path):
     chips.parse_topology(given.pop("topology"))
   default = Config._field_defaults
   kind = lambda name, value: value if value == "all" else type(default[name])(value)
-  check(Config(**{name: kind(name, value) for name, value in given.items()}))
+  typed: dict[str, Any] = {name: kind(name, value) for name, value in given.items()}
+  check(Config(**typed))
   assert f"--flagfile=experiments/presets/{path.name}" in path.read_text()
 
 
