@@ -111,7 +111,7 @@ def gather(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
       return found.reshape(count, -1)[:, : x.size]
     return found.reshape(count, *x.shape)
 
-  return _packed(tree, one, longest=_SHORT)
+  return _packed(tree, _as_bits(one), longest=_SHORT)
 
 
 def exchange(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
@@ -135,7 +135,20 @@ def exchange(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
       return found.reshape(x.shape[0], -1)[:, :length]
     return found.reshape(x.shape)
 
-  return _packed(tree, one, lead=1, longest=_SHORT)
+  return _packed(tree, _as_bits(one), lead=1, longest=_SHORT)
+
+
+def _as_bits(send: Callable[[Array], Array]) -> Callable[[Array], Array]:
+  """`send` of numbers by their bits, where XLA would widen them on the way: a CPU's bfloat16."""
+
+  def one(x):
+    narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+    if not narrow or jax.default_backend() != "cpu":
+      return send(x)
+    bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    return lax.bitcast_convert_type(send(bits), x.dtype)
+
+  return one
 
 
 def _packed(
