@@ -133,7 +133,7 @@ def exchange(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
       found = lax.all_to_all(found, name, place, place)
     if is_flat:
       return found.reshape(x.shape[0], -1)[:, :length]
-    return found.reshape(x.shape)
+    return found.reshape(x.shape[0], *found.shape[len(names) :])
 
   return _packed(tree, _as_bits(one), lead=1, longest=_SHORT)
 
