@@ -15,9 +15,7 @@ Writes result.json and table.md. Workers of one machine share its cores better o
 `JAX_NUM_CPU_DEVICES=2` for fed_avg and local_phase.
 """
 
-import contextlib
 import importlib.util
-import io
 import json
 import os
 import resource
@@ -26,93 +24,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import app, flags, logging
 
-from experiments import by_hand, costs, faults, hosts, rounds, run, servers, speed
-from experiments.turns import in_turn, ratios, seconds
+from experiments import costs, faults, hosts, pairs, rounds, run, servers, speed
+from experiments.turns import shown
 from launch import netlab
 from research.train.config import Config
 
 FLAGS = flags.FLAGS
-
-
-class Case(NamedTuple):
-  """A pair: the flags of the loop, and the maker of a hand-written `advance(steps)`."""
-
-  flags: dict[str, Any]
-  by_hand: Callable[[dict[str, Any]], Callable[[int], None]]
-  tokens: int = 0  # in a step, of a language model
-
-
-def transformer(config: dict[str, Any]) -> Callable[[int], None]:
-  """That of `by_hand_transformer.py`, which imports JAX."""
-  from experiments import by_hand_transformer
-
-  return by_hand_transformer.transformer(config)
-
-
-CASES = {
-  "least_squares": Case(
-    {
-      "task": "least_squares(samples=1000, features=10)",
-      "method": "data_parallel(sgd(0.1), mean())",
-      "steps": 200_000,
-      "steps_per_dispatch": 1000,
-    },
-    by_hand.least_squares,
-  ),
-  "digits": Case(
-    {
-      "task": "digits()",
-      "model": "mlp(hidden=[128])",
-      "method": "data_parallel(sgd(0.1, momentum=0.9), mean())",
-      "steps": 8000,
-      "steps_per_dispatch": 100,
-    },
-    by_hand.digits,
-  ),
-  "a9a": Case(
-    {
-      "task": "libsvm('a9a')",
-      "method": "data_parallel(sgd(1.0), mean())",
-      "mesh": "data:20",
-      "batch_size": "all",
-      "steps": 3000,
-      "steps_per_dispatch": 50,
-    },
-    by_hand.a9a,
-  ),
-  "fed_avg": Case(
-    {
-      "task": "mnist()",
-      "model": "mlp(hidden=[200, 200])",
-      "method": "fed_avg(sgd(0.1), mean(), epochs=1)",
-      "population": 100,
-      "mesh": "data:10",
-      "batch_size": 100,
-      "steps": 1200,
-      "steps_per_dispatch": 300,
-    },
-    by_hand.fed_avg,
-  ),
-  "transformer": Case(
-    {
-      "task": "tinyshakespeare()",
-      "method": "data_parallel(chain(clip_by_global_norm(1.0), adamw(warmup_cosine_decay_schedule("
-      "0.0, 3e-3, 100, 5000, 1.5e-4), b2=0.99, weight_decay=0.1)), mean())",
-      "mesh": "data:1",
-      "batch_size": 16,
-      "steps": 120,
-      "steps_per_dispatch": 30,
-    },
-    transformer,
-    tokens=16 * 128,
-  ),
-}
 
 
 OTHERS = (
@@ -126,42 +48,6 @@ OTHERS = (
 )
 
 
-def compare(name: str, repeats: int) -> dict[str, Any]:
-  """Both loops of a case in turn; steps per second of each and the ratios pair by pair."""
-  from research.train import loop
-  from research.train.timing import Timing
-
-  case, compiling = CASES[name], []
-  plain: dict[str, Any] = {"eval_every": 0, "checkpoint_every": 0, "check_every": 0}
-  plain["log_every"] = case.flags["steps_per_dispatch"]
-  config = Config(**plain | case.flags)
-  advance = case.by_hand(config._asdict())
-  with contextlib.closing(Timing()) as timing:
-    advance(config.steps_per_dispatch)
-
-  def ours() -> float:
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-      summary, _ = loop.train(config._replace(out=folder))
-    compiling.append(summary["compile_seconds"])
-    return summary["steps_per_second"]
-
-  def theirs() -> float:
-    return config.steps / seconds(lambda: advance(config.steps))
-
-  loop_rates, hand_rates = in_turn((ours, theirs), repeats)
-  found = ratios(loop_rates, hand_rates)
-  return {
-    "case": name,
-    "ours": statistics.median(loop_rates),
-    "by_hand": statistics.median(hand_rates),
-    "ratio": statistics.median(found),
-    "ratios": [round(r, 3) for r in found],
-    "tokens_per_step": case.tokens,
-    "compile_seconds": statistics.median(compiling),
-    "by_hand_compile_seconds": timing.compiling,
-  }
-
-
 def checkpoints(repeats: int) -> list[float]:
   """Milliseconds for which a save of the digits run blocks, one a second between dispatches."""
   import jax
@@ -170,7 +56,7 @@ def checkpoints(repeats: int) -> list[float]:
   from research.train import assemble
   from research.train.checkpoint import Checkpoints
 
-  config = Config(**CASES["digits"].flags)
+  config = Config(**pairs.CASES["digits"].flags)
   problem = assemble.assemble(config, assemble.check(config))
   state = problem.executor.init(jax.random.key(0))
   data = problem.executor.place(problem.examples, problem.sizes, jax.random.key(1))
@@ -228,80 +114,6 @@ def command(*words: str) -> subprocess.Popen[str]:
   return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def pairs_table(rows: list[dict[str, Any]]) -> list[str]:
-  """Loop against hand-written loop, in Markdown."""
-  lines = ["| case | loop, steps/s | by hand, steps/s | ratio (median) | ratios |"]
-  lines.append("|---|---|---|---|---|")
-  for row in rows:
-    rates = f"{rate(row['ours'])} | {rate(row['by_hand'])} | {row['ratio']:.3f}"
-    lines.append(f"| {row['case']} | {rates} | {shown(row['ratios'])} |")
-  for row in rows:
-    if row["tokens_per_step"]:
-      ours, by_hand_ = (row[name] * row["tokens_per_step"] for name in ("ours", "by_hand"))
-      lines.append(
-        f"\n{row['case']}: {ours:,.0f} tokens/s, by hand {by_hand_:,.0f}. The loop compiles for "
-        f"{row['compile_seconds']:.1f} s with initialization and evaluation, the hand-written step "
-        f"for {row['by_hand_compile_seconds']:.1f} s."
-      )
-  return lines
-
-
-def compress_table(rows: list[dict[str, Any]]) -> list[str]:
-  """Compressors against a copy, in Markdown."""
-  device, copied = rows[0]["device"], statistics.median(row["copy_ms"] for row in rows)
-  lines = [
-    f"\nEncode and decode of 64 MiB of float32 on {device}, as ratio to `jnp.copy` of them "
-    f"({copied:.3g} ms), each written over the result before:\n"
-  ]
-  lines.append(
-    "| compressor | bytes | encode, ms | decode, ms | ratio (median) | encode, of the copy's "
-    "bandwidth | largest sort |"
-  )
-  lines.append("|---|---|---|---|---|---|---|")
-  for row in rows:
-    times = f"{row['encode_ms']:.3g} | {row['decode_ms']:.3g} | {row['ratio']:.2f}"
-    rest = f"{row['encode_bandwidth']:.0%} | {row['largest_sort']:,}"
-    lines.append(f"| {row['compressor']} | {row['payload_bytes']:,} | {times} | {rest} |")
-  return lines
-
-
-def power_sgd_table(rows: list[dict[str, Any]]) -> list[str]:
-  """Steps with PowerSGD against dense ones, in Markdown."""
-  lines = [
-    "\nA step with error_feedback(power_sgd(4)) against a dense one, MLP of 1.9 million "
-    "parameters, batch 256, one worker:\n"
-  ]
-  lines.append("| executor | dense, ms | PowerSGD, ms | ratio (median) | ratios |")
-  lines.append("|---|---|---|---|---|")
-  for row in rows:
-    times = f"{row['dense_ms']:.2f} | {row['power_sgd_ms']:.2f} | {row['ratio']:.2f}"
-    lines.append(f"| {row['executor']} | {times} | {shown(row['ratios'])} |")
-  return lines
-
-
-def local_phase_table(rows: list[dict[str, Any]]) -> list[str]:
-  """Workers one after the other against all at once, in Markdown."""
-  lines = [
-    "\nA round of ten simulated workers, 20 local steps on 10 images each, perceptrons of several "
-    "sizes: workers one after the other (map) against all at once (vmap):\n"
-  ]
-  lines.append("| hidden | bytes of the model | vmap, ms | map, ms | ratio (median) | ratios |")
-  lines.append("|---|---|---|---|---|---|")
-  for row in rows:
-    hidden = "-".join(map(str, row["hidden"])) or "none"
-    times = f"{row['vmap_ms']:.2f} | {row['map_ms']:.2f} | {row['ratio']:.2f}"
-    lines.append(f"| {hidden} | {row['model_bytes']:,} | {times} | {shown(row['ratios'])} |")
-  return lines
-
-
-def rate(value: float) -> str:
-  return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
-
-
-def shown(ratios: list[float]) -> str:
-  return ", ".join(f"{ratio:.2f}" for ratio in ratios)
-
-
 def on_hosts() -> tuple[dict[str, Any], list[str]]:
   """What the suites between hosts measure, and its table."""
   if FLAGS.suite == "faults":
@@ -322,7 +134,7 @@ def main(argv: list[str]) -> None:
   """Runs the cases of a suite, prints the table, writes the result."""
   del argv
   logging.set_verbosity(logging.WARNING)
-  known = servers.CASES if FLAGS.suite == "server" else (*CASES, *OTHERS)
+  known = servers.CASES if FLAGS.suite == "server" else (*pairs.CASES, *OTHERS)
   if FLAGS.suite == "server" and not FLAGS["cases"].present:
     FLAGS.cases = list(known)
   unknown = [name for name in FLAGS.cases if name not in known]
@@ -358,24 +170,24 @@ def of_server(environment: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 def of_loop() -> tuple[dict[str, Any], list[str]]:
   """What the cases of one machine measure, and its tables."""
-  pairs = [compare(name, FLAGS.repeats) for name in FLAGS.cases if name in CASES]
-  result: dict[str, Any] = {"pairs": pairs}
-  lines = pairs_table(pairs) if pairs else []
+  found = [pairs.compare(name, FLAGS.repeats) for name in FLAGS.cases if name in pairs.CASES]
+  result: dict[str, Any] = {"pairs": found}
+  lines = pairs.pairs_table(found) if found else []
   if "compress" in FLAGS.cases:
     result["compress"] = costs.compress(FLAGS.repeats)
-    lines += compress_table(result["compress"])
+    lines += costs.compress_table(result["compress"])
   if "power_sgd" in FLAGS.cases:
     result["power_sgd"] = rounds.power_sgd(FLAGS.repeats)
-    lines += power_sgd_table(result["power_sgd"])
+    lines += rounds.power_sgd_table(result["power_sgd"])
   if "local_phase" in FLAGS.cases:
     result["local_phase"] = rounds.local_phase(FLAGS.repeats)
-    lines += local_phase_table(result["local_phase"])
+    lines += rounds.local_phase_table(result["local_phase"])
   if "population" in FLAGS.cases:
-    found = result["population"] = rounds.population(FLAGS.repeats)
+    one = result["population"] = rounds.population(FLAGS.repeats)
     lines.append(
-      f"\nA round of SCAFFOLD with 10 of 10,000 clients takes {found['ratio']:.2f} times as long "
-      f"as one with 10 of 100 ({found['many_ms']:.2f} ms against {found['few_ms']:.2f}; ratios "
-      f"{shown(found['ratios'])})."
+      f"\nA round of SCAFFOLD with 10 of 10,000 clients takes {one['ratio']:.2f} times as long "
+      f"as one with 10 of 100 ({one['many_ms']:.2f} ms against {one['few_ms']:.2f}; ratios "
+      f"{shown(one['ratios'])})."
     )
   if "checkpoints" in FLAGS.cases:
     blocked = result["checkpoint_milliseconds"] = checkpoints(FLAGS.repeats)
@@ -399,7 +211,7 @@ if __name__ == "__main__":
   flags.DEFINE_integer("kills", 50, "Of the suite faults.", 1)
   flags.DEFINE_float("kill_every", 15.0, "Mean seconds between two kills.", 0.1)
   flags.DEFINE_integer("steps", 5000, "Of the suite faults.", 1)
-  flags.DEFINE_list("cases", [*CASES, *OTHERS], "What to measure.")
+  flags.DEFINE_list("cases", [*pairs.CASES, *OTHERS], "What to measure.")
   flags.DEFINE_integer("repeats", 7, "Counted turns of each pair.", 1)
   flags.DEFINE_string("out", "", "Folder for result.json and table.md; empty: only prints.")
   app.run(main, flags_parser=run.parse_flags)

@@ -99,3 +99,22 @@ def _against_copy(copied: list[float], encoded: list[float], decoded: list[float
     "ratio": statistics.median(both),
     "ratios": [round(r, 3) for r in both],
   }
+
+
+def compress_table(rows: list[dict[str, Any]]) -> list[str]:
+  """Compressors against a copy, in Markdown."""
+  device, copied = rows[0]["device"], statistics.median(row["copy_ms"] for row in rows)
+  lines = [
+    f"\nEncode and decode of 64 MiB of float32 on {device}, as ratio to `jnp.copy` of them "
+    f"({copied:.3g} ms), each written over the result before:\n"
+  ]
+  lines.append(
+    "| compressor | bytes | encode, ms | decode, ms | ratio (median) | encode, of the copy's "
+    "bandwidth | largest sort |"
+  )
+  lines.append("|---|---|---|---|---|---|---|")
+  for row in rows:
+    times = f"{row['encode_ms']:.3g} | {row['decode_ms']:.3g} | {row['ratio']:.2f}"
+    rest = f"{row['encode_bandwidth']:.0%} | {row['largest_sort']:,}"
+    lines.append(f"| {row['compressor']} | {row['payload_bytes']:,} | {times} | {rest} |")
+  return lines

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.turns import in_turn, milliseconds, ratios, seconds
+from experiments.turns import in_turn, milliseconds, ratios, seconds, shown
 
 DENSE = "data_parallel(sgd(0.1), mean())"
 LOW_RANK = "data_parallel(sgd(0.1), error_feedback(power_sgd(4)))"
@@ -144,3 +144,32 @@ def _rounds(
 
   dispatch()
   return lambda: seconds(dispatch) / rounds
+
+
+def power_sgd_table(rows: list[dict[str, Any]]) -> list[str]:
+  """Steps with PowerSGD against dense ones, in Markdown."""
+  lines = [
+    "\nA step with error_feedback(power_sgd(4)) against a dense one, MLP of 1.9 million "
+    "parameters, batch 256, one worker:\n"
+  ]
+  lines.append("| executor | dense, ms | PowerSGD, ms | ratio (median) | ratios |")
+  lines.append("|---|---|---|---|---|")
+  for row in rows:
+    times = f"{row['dense_ms']:.2f} | {row['power_sgd_ms']:.2f} | {row['ratio']:.2f}"
+    lines.append(f"| {row['executor']} | {times} | {shown(row['ratios'])} |")
+  return lines
+
+
+def local_phase_table(rows: list[dict[str, Any]]) -> list[str]:
+  """Workers one after the other against all at once, in Markdown."""
+  lines = [
+    "\nA round of ten simulated workers, 20 local steps on 10 images each, perceptrons of several "
+    "sizes: workers one after the other (map) against all at once (vmap):\n"
+  ]
+  lines.append("| hidden | bytes of the model | vmap, ms | map, ms | ratio (median) | ratios |")
+  lines.append("|---|---|---|---|---|---|")
+  for row in rows:
+    hidden = "-".join(map(str, row["hidden"])) or "none"
+    times = f"{row['vmap_ms']:.2f} | {row['map_ms']:.2f} | {row['ratio']:.2f}"
+    lines.append(f"| {hidden} | {row['model_bytes']:,} | {times} | {shown(row['ratios'])} |")
+  return lines

@@ -35,3 +35,8 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
 def milliseconds(found: Sequence[float]) -> float:
   """The median of seconds."""
   return 1000 * statistics.median(found)
+
+
+def shown(ratios: list[float]) -> str:
+  """Ratios, in a cell of a table."""
+  return ", ".join(f"{ratio:.2f}" for ratio in ratios)
