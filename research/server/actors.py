@@ -145,7 +145,7 @@ class HeadProcess:
     """Of a head whose update has failed half-way nothing can be trusted: it ends, as a shard."""
     try:
       return await self.head.push(push, payloads, spent)
-    except Exception:
+    except Exception:  # whatever it was: shards may have half of the update
       traceback.print_exc()
       os._exit(1)
 

@@ -154,13 +154,8 @@ class Measured:
     sent, received = self.spent[:, -3:-1].sum(0) / own_steps
     model = sum(x.size * x.dtype.itemsize for x in self.setup.shapes.values())
     return {
-      "task": config.task,
-      "model": config.model,
-      "method": config.method,
-      "executor": config.executor,
-      "mesh": config.mesh,
+      **config.named(),
       "workers": self.setup.workers,
-      "seed": config.seed,
       "steps": steps,
       "stopped_because": reason,
       "seconds": round(self.timing.elapsed(), 3),

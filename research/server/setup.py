@@ -23,7 +23,7 @@ from research.parallel.job import Job
 from research.server import work
 from research.server.messages import MODES as OF_SERVERS
 from research.server.messages import Rules
-from research.train import assemble
+from research.train import assemble, sources
 from research.train.config import Config, UsageError, flag
 
 MODES = (*OF_SERVERS, "hogwild")
@@ -171,14 +171,14 @@ def setup(config: Config, needs_ray: bool = True) -> Setup:
   method = registry.build("method", config.method)
   workers = count_workers(config)
   batch_size = assemble.per_worker(config, workers)
-  task = assemble.task_of(config)
+  task = sources.task_of(config)
   with flag("task", config.task):
     if task.feed:
       raise ValueError("streams its training examples, and a server's workers have their own")
   with flag("workers", workers):
     if workers > len(task.train["y"]):
       raise ValueError(f"for {len(task.train['y'])} examples: each needs at least one")
-  examples, sizes = assemble.partitioned(config, task, workers)
+  examples, sizes = sources.partitioned(config, task, workers)
   with flag("batch_size", config.batch_size):
     if batch_size and batch_size * workers > sizes.sum():
       raise ValueError(f"the task has {sizes.sum()} training examples; 'all' takes them all")

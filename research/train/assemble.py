@@ -7,14 +7,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from research import registry
-from research.base import Batch, Executor, Method, Task
+from research.base import Batch, Executor, Method
 from research.comm import mesh as meshes
 from research.parallel.job import Job, stages
-from research.train import feed
+from research.train import feed, sources
 from research.train.config import Config, UsageError, flag
 from research.train.plan import Plan
 from research.train.virtual import Virtual, played, rounds_within
@@ -68,11 +67,11 @@ def check(config: Config) -> Setting:
   Raises:
     UsageError: one line.
   """
+  if config.executor == "server":
+    raise UsageError("--executor='server': is for experiments/run.py alone")
   if config.executor not in EXECUTORS:
     near = difflib.get_close_matches(config.executor, LEGAL, 1)
     hint = f"; did you mean '{near[0]}'?" if near else ";"
-    if config.executor == "server":
-      raise UsageError("--executor='server': is for experiments/run.py alone")
     raise UsageError(f"--executor='{config.executor}': unknown{hint} legal: {', '.join(LEGAL)}")
   for name in ("epochs", "clip_norm", "tolerance", "checkpoint_seconds", "virtual_seconds"):
     with flag(name, getattr(config, name)):
@@ -186,14 +185,14 @@ def assemble(config: Config, setting: Setting, devices: Sequence[Any] | None = N
     UsageError: one line that names the flag.
   """
   axes, method, _, owners, batch_size = setting
-  task = task_of(config)
+  task = sources.task_of(config)
   if task.feed:
     feed.check(config, method)
   count = len(task.train["y"])
   with flag("population" if config.population else "mesh", config.population or config.mesh):
     if owners > count:
       raise ValueError(f"{owners} workers for {count} examples: each needs at least one")
-  examples, sizes = partitioned(config, task, owners)
+  examples, sizes = sources.partitioned(config, task, owners)
   total = task.feed.examples if task.feed else int(sizes.sum())
   with flag("batch_size", config.batch_size):
     if config.batch_size != "all" and int(config.batch_size) > total:
@@ -223,39 +222,7 @@ def assemble(config: Config, setting: Setting, devices: Sequence[Any] | None = N
   with flag("mesh", config.mesh):
     executor = getattr(importlib.import_module(EXECUTORS[config.executor]), config.executor)
     executors = tuple(executor(job) for job in plan.jobs)
-  return Problem(plan, executors, examples, sizes, _test(job, config), steps, played_out)
-
-
-def task_of(config: Config) -> Task:
-  """The task with its model, by their flags.
-
-  Raises:
-    UsageError: one line that names the flag.
-  """
-  with flag("task", config.task):
-    call = registry.parse(config.task)
-    factory = registry.lookup(("task",), call.name)
-    defaults = importlib.import_module(factory.__module__).DEFAULT_MODEL
-  spec = config.model or defaults.get(call.name, "")
-  with flag("model", spec):
-    if config.model and call.name not in defaults:
-      raise ValueError(f"the task {call.name} has a model of its own; leave this out")
-    model = registry.build("model", spec) if spec else None
-  with flag("task", config.task):
-    task = registry.build("task", call, model=model, data_dir=config.data_dir)
-  with flag("model", spec):
-    jax.eval_shape(task.init, jax.random.key(0))
-  return task
-
-
-def partitioned(config: Config, task: Task, owners: int) -> tuple[Batch, np.ndarray]:
-  """The training examples by owner, numpy [P, n, ...], and how many each has."""
-  from research.tasks.partition import stack
-
-  with flag("partition", config.partition):
-    split = registry.build("partition", config.partition)
-    by = np.asarray(task.train["y"]) if task.by is None else task.by
-    return stack(task.train, split(by, owners, config.seed))
+  return Problem(plan, executors, examples, sizes, sources.test_of(job, config), steps, played_out)
 
 
 def _steps(
@@ -287,21 +254,3 @@ def _steps(
     if steps < 1:
       raise ValueError(f"less than one step of {size} examples; an epoch has {examples}")
   return plan.end(steps)
-
-
-def _test(job: Job, config: Config) -> tuple[Batch, np.ndarray] | None:
-  """The test examples cut into as many parts as devices evaluate them."""
-  from research.tasks.partition import stack
-
-  if job.task.test is None:
-    return None
-  count, shards = len(job.task.test["y"]), evaluation_shards(job, config.executor)
-  with flag("mesh", config.mesh):
-    if count < shards:
-      raise ValueError(f"the {count} test examples do not spread over {shards} devices")
-  return stack(job.task.test, np.array_split(np.arange(count), shards))
-
-
-def evaluation_shards(job: Job, executor: str) -> int:
-  """Over how many devices an executor spreads rows of examples."""
-  return meshes.simulation_mesh(job.workers).size if executor == "simulate" else job.workers

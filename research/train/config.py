@@ -56,7 +56,12 @@ class Config(NamedTuple):
   ray_address: str = ""
   node_ip: str = "127.0.0.1"
 
+  def named(self) -> dict[str, Any]:
+    """What a result is known by."""
+    return {name: getattr(self, name) for name in NAMED}
 
+
+NAMED = ("task", "model", "method", "executor", "mesh", "seed")
 # Flags of --executor=server alone: elsewhere they say nothing.
 OF_SERVER = ("server_mode", "workers", "shards", "bound", "round_seconds", "overlap", "slowdown")
 

@@ -352,13 +352,8 @@ class Run:
     steps = max(job.method.period, self.step)
     transfers = self.sent.transfers(steps)
     return {
-      "task": config.task,
-      "model": config.model,
-      "method": config.method,
-      "executor": config.executor,
-      "mesh": config.mesh,
+      **config.named(),
       "workers": job.workers if job.order is None else len(job.sizes),
-      "seed": config.seed,
       "steps": self.step,
       "stopped_because": reason,
       "seconds": round(self.timing.elapsed(), 3),

@@ -37,7 +37,7 @@ def quietly() -> Iterator[None]:
   logger.setLevel(logging.CRITICAL)
   try:
     yield
-  except Exception:
+  except Exception:  # whatever it was: it is raised again
     gc.collect()  # lets what will complain do so now
     raise
   finally:

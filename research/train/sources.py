@@ -1,0 +1,59 @@
+"""What a run trains on, by its flags: the task with its model, and its examples by owner."""
+
+import importlib
+
+import jax
+import numpy as np
+
+from research import registry
+from research.base import Batch, Task
+from research.comm import mesh as meshes
+from research.parallel.job import Job
+from research.tasks.partition import stack
+from research.train.config import Config, flag
+
+
+def task_of(config: Config) -> Task:
+  """The task with its model, by their flags.
+
+  Raises:
+    UsageError: one line that names the flag.
+  """
+  with flag("task", config.task):
+    call = registry.parse(config.task)
+    factory = registry.lookup(("task",), call.name)
+    defaults = importlib.import_module(factory.__module__).DEFAULT_MODEL
+  spec = config.model or defaults.get(call.name, "")
+  with flag("model", spec):
+    if config.model and call.name not in defaults:
+      raise ValueError(f"the task {call.name} has a model of its own; leave this out")
+    model = registry.build("model", spec) if spec else None
+  with flag("task", config.task):
+    task = registry.build("task", call, model=model, data_dir=config.data_dir)
+  with flag("model", spec):
+    jax.eval_shape(task.init, jax.random.key(0))
+  return task
+
+
+def partitioned(config: Config, task: Task, owners: int) -> tuple[Batch, np.ndarray]:
+  """The training examples by owner, numpy [P, n, ...], and how many each has."""
+  with flag("partition", config.partition):
+    split = registry.build("partition", config.partition)
+    by = np.asarray(task.train["y"]) if task.by is None else task.by
+    return stack(task.train, split(by, owners, config.seed))
+
+
+def test_of(job: Job, config: Config) -> tuple[Batch, np.ndarray] | None:
+  """The test examples cut into as many parts as devices evaluate them."""
+  if job.task.test is None:
+    return None
+  count, shards = len(job.task.test["y"]), evaluation_shards(job, config.executor)
+  with flag("mesh", config.mesh):
+    if count < shards:
+      raise ValueError(f"the {count} test examples do not spread over {shards} devices")
+  return stack(job.task.test, np.array_split(np.arange(count), shards))
+
+
+def evaluation_shards(job: Job, executor: str) -> int:
+  """Over how many devices an executor spreads rows of examples."""
+  return meshes.simulation_mesh(job.workers).size if executor == "simulate" else job.workers
