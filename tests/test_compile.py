@@ -221,7 +221,6 @@ def test_tpu_workers_send_the_encoded_shards_and_nothing_else(hybrid):
   devices = 4  # of a worker, whose payloads were traced together
   largest = max(row["payload_bytes"] for row in between(diloco))
   assert largest == max(transfer.payload for transfer in traced) / devices
-  assert largest < 4 * 256 * 128 / 4  # of the largest gradient's shard
   losses = 4 * (PERIOD + 1) / PERIOD
   assert sent(between(diloco)) == pytest.approx(
     sum(t.total for t in traced) / devices / PERIOD + losses, rel=0.05
@@ -245,8 +244,9 @@ def test_tpu_compression_adds_nothing_inside_a_worker(hybrid):
 
 @needs_compiler
 def test_tpu_diloco_sends_less_than_a_mean_by_its_period(hybrid):
+  """And by the four bytes of which its quantised exchange sends one."""
   mean, diloco, _ = hybrid
-  assert 0 < sent(between(diloco)) <= 1.1 / PERIOD * sent(between(mean))
+  assert 0 < sent(between(diloco)) <= 1.1 / PERIOD / 4 * sent(between(mean))
 
 
 @needs_compiler

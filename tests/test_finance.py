@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from problems import Running
-from scipy import optimize
 
+from experiments.portfolios import linear_program
 from research import registry
 from research.tasks import cvar, frontier
 
@@ -109,16 +109,6 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
 
 
 DESCENT = "data_parallel(sgd(cosine_decay_schedule(0.01, 1500), momentum=0.9), mean())"
-
-
-def linear_program(x: np.ndarray, level: float) -> float:
-  """The least CVaR of weights on the simplex, in percent, by HiGHS."""
-  count, assets = x.shape
-  cost = np.concatenate([np.zeros(assets), [1], np.full(count, 1 / (count * (1 - level)))])
-  above = np.hstack([-100 * x, -np.ones((count, 1)), -np.eye(count)])
-  total = np.concatenate([np.ones(assets), np.zeros(count + 1)])[None]
-  bounds = [(0, None)] * assets + [(None, None)] + [(0, None)] * count
-  return optimize.linprog(cost, above, np.zeros(count), total, [1], bounds, method="highs").fun
 
 
 def test_the_least_cvar_is_that_of_a_linear_program():

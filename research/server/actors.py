@@ -98,16 +98,16 @@ class Shard:
 
 
 class WorkerProcess:
-  """A worker; `run` returns when it is over."""
+  """A worker; `run` returns when it is over, and raises what keeps it from its work."""
 
   def __init__(self, config: Config, worker: int, platform: str, cache: str):
     settle(platform, cache)
-    from research.server.worker import Worker
-
-    self.worker = Worker(config, worker)
+    self.config, self.worker = config, worker
 
   def run(self) -> str:
-    return self.worker.run()
+    from research.server.worker import Worker
+
+    return Worker(self.config, self.worker).run()
 
 
 class HeadProcess:
@@ -149,8 +149,8 @@ class HeadProcess:
       traceback.print_exc()
       os._exit(1)
 
-  async def deny(self, push: Any, kind: str, text: str) -> None:
-    await self.head.deny(push, kind, text)
+  async def deny(self, kind: str, text: str) -> None:
+    await self.head.deny(kind, text)
 
   async def stop(self, reason: str) -> None:
     await self.head.stop(reason)

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from research.train.config import Config, UsageError, flag
+from research.train.config import Config, flag
 
 _MIB = 2**20
 _LOOPBACK = ("127.0.0.1", "localhost")
@@ -74,13 +74,3 @@ def accelerators(ray: Any, workers: int) -> list[dict[str, Any]]:
   found: list[dict[str, Any]] = [{"num_gpus": 1} for _ in range(int(here.get("GPU", 0)))]
   found += [{"resources": {"TPU": 1}} for _ in range(int(here.get("TPU", 0)))]
   return (found + [{}] * workers)[:workers]
-
-
-def check_alive(ray: Any) -> None:
-  """Refuses to go on without a cluster.
-
-  Raises:
-    UsageError: if Ray is gone.
-  """
-  if not ray.is_initialized():
-    raise UsageError("--executor='server': Ray has ended")

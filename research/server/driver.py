@@ -1,7 +1,6 @@
 """A run on a server: starts the processes, follows what they do, measures, saves, starts again."""
 
 import contextlib
-import json
 import os
 import time
 from pathlib import Path
@@ -34,7 +33,8 @@ def train(config: Config) -> tuple[dict[str, Any], Path]:
     timing = stack.enter_context(contextlib.closing(Timing()))
     folder = folders.check(config)
     made = setups.setup(config)
-    if summary := _finished(config, folder, made):
+    steps = made.updates * made.job.method.period
+    if summary := folders.finished(config, folder, steps):
       report.note(f"{folder} holds this run, complete; its result:")
       return summary, folder
     stack.enter_context(folders.claimed(config, folder))
@@ -55,17 +55,6 @@ def _written(summary: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Pat
   return summary, folder
 
 
-def _finished(config: Config, folder: Path, made: Setup) -> dict[str, Any] | None:
-  path = folder / "summary.json"
-  if not path.exists() or not folders.unchanged(config, folder):
-    return None
-  try:
-    summary = dict(json.loads(path.read_text()))
-  except (OSError, ValueError, TypeError):
-    return None
-  return summary if summary.get("steps", -1) >= made.updates * made.job.method.period else None
-
-
 class Run:
   """One run, from its start or its newest checkpoint to its end."""
 
@@ -79,9 +68,9 @@ class Run:
       report.note(f"resuming at step {found.version * self.period}")
     empty = [[0, 0, 0] for _ in range(setup.workers)]
     self.saved = found or Place(0, setups.initial(setup), None, empty)
-    counted = (self.saved.counted + empty)[: setup.workers]  # of as many as there are now
+    counted = self.saved.counted + empty[len(self.saved.counted) :]
     self.saved = self.saved._replace(counted=counted)
-    self.version = self.saved.version
+    self.version, self.saved_at = self.saved.version, timing.elapsed()
     self.trace = events.Trace(folder, setup.parts, self.version)
     self.events = list(self.trace.kept)
     self.measured = Measured(setup, folder, self.version, timing)
@@ -122,9 +111,9 @@ class Run:
     self.handles[number] = handle
     self.workers[handle.run.remote()] = number
 
-  def restart_servers(self, ray: Any) -> None:
+  def restart_servers(self, ray: Any, error: Exception) -> None:
     """After the death of one: all of them, at the newest checkpoint; what came later is undone."""
-    self._died("servers", "a server process has died")
+    self._died("servers", f"a server process has died: {' '.join(str(error).split())[:200]}")
     for server in self.servers:
       ray.kill(server)
     report.note(f"the servers start again at step {self.saved.version * self.period}")
@@ -136,6 +125,7 @@ class Run:
     self.start_servers(ray)
 
   def _died(self, kind: str, text: str) -> None:
+    report.note(text)
     self.deaths[kind] += 1
     if sum(self.deaths.values()) > self.config.restarts:
       raise UsageError(f"--restarts={self.config.restarts}: {text}, once more than that")
@@ -152,6 +142,7 @@ class Run:
         self._died("workers", f"worker {number} has died")
         with contextlib.suppress(ray.exceptions.RayActorError):
           ray.get(self.servers[0].leave.remote(number))
+        ray.kill(self.handles[number])  # it may only be out of reach
         self.start_worker(ray, number)
         continue
       except ray.exceptions.RayTaskError as error:
@@ -162,8 +153,11 @@ class Run:
       if refused:
         self.gone.append(refused)
         report.note(refused)
-    if not self.workers and self.gone:
-      raise UsageError(f"no worker is left: {self.gone[-1]}")
+      else:  # told to stop by servers that are no more
+        self.start_worker(ray, number)
+    all_are_needed = self.config.server_mode in ("sync", "ssp")
+    if self.gone and (all_are_needed or not self.workers):
+      raise UsageError(f"no worker may be missing: {self.gone[-1]}")
 
   # ---- the run
 
@@ -178,8 +172,8 @@ class Run:
       while True:
         try:
           reason = self._follow(ray, told)
-        except ray.exceptions.RayActorError:
-          self.restart_servers(ray)
+        except ray.exceptions.RayActorError as error:
+          self.restart_servers(ray, error)
           continue
         if reason:
           break
@@ -199,7 +193,8 @@ class Run:
     over = found["reason"]
     if over.startswith("refused"):
       raise NonFinite(f"{over}; {self._kept()}") if "finite" in over else UsageError(over)
-    save = over or self._due(self.config.checkpoint_every, self.saved.version)
+    due = self._due(self.config.checkpoint_every, self.saved.version)
+    save = over or (due and self.timing.elapsed() - self.saved_at >= self.config.checkpoint_seconds)
     evaluate = self._due(self.config.eval_every, self.measured.evaluated_at)
     if not (save or evaluate) or self.version == self.saved.version:
       return over
@@ -209,7 +204,7 @@ class Run:
         self.measured.evaluate(place.version, place.params, self._kept())
       if save:
         store.save(self.checkpoints, place, self.setup.parts)
-        self.saved = place
+        self.saved, self.saved_at = place, self.timing.elapsed()
     return over
 
   def _take_in(self, found: dict[str, Any]) -> None:
@@ -219,7 +214,8 @@ class Run:
     for note in found["notes"][:5]:
       report.note(note)
     self.measured.take_in(found)
-    heartbeat.beat()
+    if found["events"]:
+      heartbeat.beat()
     pids = self.pids | {"head": found["pid"], "workers": found["pids"]}
     if pids != self.pids:
       self.pids = pids
@@ -244,7 +240,7 @@ class Run:
     return f"checkpoint {step} is kept" if step else "no checkpoint was saved yet"
 
   def _summary(self, reason: str) -> dict[str, Any]:
-    if self.measured.evaluated_at != self.saved.version:
+    if not self.measured.found or self.measured.evaluated_at != self.saved.version:
       self.measured.evaluate(self.saved.version, self.saved.params, self._kept())
     return self.measured.summary(reason, self.saved.version, self.events, self.deaths) | {
       "params_sha256": digest(self.saved.params)

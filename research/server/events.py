@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from research.train import report
+
 FILE = "trace.jsonl"
 
 
@@ -58,6 +60,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[Event]]:
     shards = head["shards"]
   except (IndexError, ValueError, TypeError, KeyError):
     raise ValueError(f"{path} is no trace of a server") from None
+  start = head.get("from", 0)
   events = []
   for line in lines[1:]:
     try:
@@ -66,22 +69,25 @@ def read(path: Path) -> tuple[dict[str, Any], list[Event]]:
       break
     pushes = tuple(Push._make((*push[:5], tuple(push[5]))) for push in row["pushes"])
     events.append(Event(row["update"], pushes, row.get("counted", True)))
-  check(events, len(shards))
+  check(events, len(shards), start)
   return head, events
 
 
-def check(events: Iterable[Event], shards: int) -> None:
+def check(events: Iterable[Event], shards: int, start: int = 0) -> None:
   """Refuses a trace in which a push is counted twice, skipped, or made with a model yet to come.
+
+  Of one that begins later, with update `start`, the first push of each worker is as it is.
 
   Raises:
     ValueError: with the line.
   """
   done: dict[int, tuple[int, int]] = {}  # worker -> number and first step of its next piece
-  updates = 0
+  updates = start
   for place, event in enumerate(events):
     wrong = event.update != updates
     for push in event.pushes:
-      number, first = done.get(push.worker, (0, 0))
+      begun = (push.number, push.first) if start else (0, 0)
+      number, first = done.get(push.worker, begun)
       wrong |= len(push.versions) != shards or max(push.versions) > updates
       if event.counted:
         wrong |= (push.number, push.first) != (number, first)
@@ -110,18 +116,24 @@ class Trace:
   def __init__(self, folder: Path, shards: Sequence[Sequence[int]], update: int):
     """Keeps an earlier part of the run up to an update and goes on from there.
 
-    `kept` are its events: none if there were other shards, of which no replay can know.
+    `kept` are its events: none if there were other shards or it cannot be read. Such a trace begins
+    with the update, which no replay can.
     """
-    path = folder / FILE
-    head = {"shards": [list(shard) for shard in shards]}
+    path, head = folder / FILE, {"shards": [list(shard) for shard in shards], "from": update}
     self.kept: list[Event] = []
     if update and path.is_file():
-      before, found = read(path)
-      self.kept = list(until(found, update)) if before == head else []
-    with path.open("w") as file:
-      file.write(json.dumps(head) + "\n")
+      try:
+        before, found = read(path)
+      except ValueError as error:
+        report.note(f"the trace begins anew: {error}")
+      else:
+        if before["shards"] == head["shards"] and before.get("from", 0) <= update:
+          head, self.kept = before, list(until(found, update))
+    new = path.with_suffix(".new")
+    with new.open("w") as file:
+      file.writelines(json.dumps(row) + "\n" for row in [head, *(e.row() for e in self.kept)])
+    new.replace(path)
     self._file = path.open("a")
-    self.write(self.kept)
 
   def write(self, events: Iterable[Event]) -> None:
     self._file.writelines(json.dumps(event.row()) + "\n" for event in events)

@@ -53,7 +53,7 @@ class Head:
     self.counted = [list(row) for row in counted] or empty
     self.alive: set[int] = set()
     self.waiting: dict[int, Push] = {}  # of the round
-    self.reason = ""  # why it is over
+    self.reason = "steps" if part.version >= rules.updates else ""  # why it is over
     self.since = 0.0  # time of the first join
     self._changed = asyncio.Condition()
     self._round_ends = self.now() + rules.seconds
@@ -84,7 +84,7 @@ class Head:
         self._round_ends = self.now() + self.rules.seconds
       self.alive.add(worker)
       self._changed.notify_all()
-      await self._changed.wait_for(lambda: self._may_start(worker, row[1]))
+      await self._changed.wait_for(lambda: self._may_start(worker, row[1] + self.rules.lag - 1))
     pulled = self.part.pull(worker)
     return Joined(row[0], row[1], row[2], self._left(), pulled)
 
@@ -119,9 +119,8 @@ class Head:
     pulled = self.part.pull(push.worker)
     return kind._replace(pulled=pulled)
 
-  async def deny(self, push: Push, kind: str, text: str) -> None:
+  async def deny(self, kind: str, text: str) -> None:
     """Another shard has refused a push, or it has to wait where its worker is."""
-    del push
     async with self._changed:
       self._refuse(kind, text)
       self._denied -= kind == "object store"
@@ -209,7 +208,8 @@ class Head:
     """Whether a worker may begin its piece of work of that number."""
     if self.reason or self.rules.mode != "ssp":
       return True
-    others = [row[1] for other, row in enumerate(self.counted) if other != worker]
+    rows = self.counted[: self.rules.workers]  # there may have been more before
+    others = [row[1] for other, row in enumerate(rows) if other != worker]
     return number - min(others, default=number) <= self.rules.bound
 
   def _close_round(self) -> None:
@@ -250,7 +250,6 @@ class Head:
       "notes": self.notes,
       "reason": self.reason,
       "since": self.since,
-      "alive": sorted(self.alive),
       "refused": dict(self.refused),
       "spent": self.spent,
     }

@@ -20,7 +20,7 @@ from research.server import shared, store
 from research.server.actors import Place
 from research.server.measure import Measured, digest
 from research.server.setup import Setup
-from research.train import interrupt, report
+from research.train import heartbeat, interrupt, report
 from research.train.config import UsageError
 from research.train.timing import Timing
 
@@ -39,6 +39,9 @@ class Run:
       report.note(f"resuming at step {found.version}")
     empty = [[0, 0, 0] for _ in range(setup.workers)]
     self.saved = found or Place(0, setups.initial(setup), {}, empty)
+    before = len(self.saved.counted)
+    if before != setup.workers:
+      raise UsageError(f"--workers={setup.workers}: hogwild goes on with the {before} that it had")
     self.measured = Measured(setup, folder, self.saved.version, timing)
     self.parameters = sum(x.size for x in setup.shapes.values())
     bytes_ = shared.sizes(self.parameters, setup.workers)
@@ -81,7 +84,8 @@ class Run:
       while not reason:
         time.sleep(_POLL)
         reason = self._follow() or stopped()
-        self._look_at_processes()
+        if not reason:
+          self._look_at_processes()
       assert self.memory is not None
       self.memory.stop[0] = 1
       for process in self.processes.values():
@@ -101,6 +105,7 @@ class Run:
       row = (steps, (losses - total) / (steps - before), 0, time.time())
       self.measured.take_in({"refused": {}, "spent": [], "losses": [row]})
       self.seen = (steps, losses)
+      heartbeat.beat()
     due = lambda every, last: every > 0 and steps // every > last // every
     if due(self.config.eval_every, self.measured.evaluated_at):
       with self.timing.aside():

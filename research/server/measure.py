@@ -37,7 +37,8 @@ class Measured:
     self.row: dict[str, Any] | None = None  # held back until an evaluation may join it
     self.refused: Counter[str] = Counter()
     self.spent = np.zeros((setup.workers, len(Spent._fields)))  # its fields, and pushes
-    self.moved = 0  # bytes, by all updates
+    # bytes of all workers so far
+    self.moved = self.log.rows[-1]["bytes"] * setup.workers if self.log.rows else 0
     self.started: float | None = None  # seconds, when the first worker began
     self.begun: tuple[float, int] | None = None  # seconds and updates when the first was made
     self.last = (timing.elapsed(), version)
@@ -55,6 +56,7 @@ class Measured:
 
     self.train, self.test = put(task.train), put(self.setup.test) if self.setup.test else None
     self.evaluator = metrics.evaluator(task, mesh)
+    self.measure = jax.jit(task.measure or (lambda params: {}))
     shapes = jax.eval_shape(task.init, key)
     self.treedef = jax.tree.structure(shapes)
 
@@ -108,7 +110,7 @@ class Measured:
     self.log.close()
     self.row, self.losses, self.next_row = None, [], self._after(version)
     self.log = report.Metrics(self.folder, version * self.period, self.config.tensorboard)
-    self.evaluated_at = min(self.evaluated_at, version)
+    self.evaluated_at, self.found = min(self.evaluated_at, version), {}
 
   def evaluate(self, version: int, params: Mapping[str, np.ndarray], kept: str) -> None:
     """Measures a model on the data; the row of that step carries it, a new one if need be.
@@ -117,8 +119,11 @@ class Measured:
       NonFinite: if its loss is not finite.
     """
     tree = jax.device_put(self.treedef.unflatten(list(params.values())))
-    train = jax.device_get(self.evaluator(tree, self.train))
+    gradient = self.setup.job.task.grads is not None
+    train = jax.device_get(self.evaluator(tree, self.train, gradient=gradient))
+    train.pop("gradient_norm", None)
     test = jax.device_get(self.evaluator(tree, self.test)) if self.test else train
+    test = {**test, **jax.device_get(self.measure(tree))}
     found = {"train_loss": float(train["loss"]), "eval": {k: float(v) for k, v in test.items()}}
     step = version * self.period
     if not np.isfinite(found["train_loss"]):
@@ -147,6 +152,8 @@ class Measured:
     pushes = version if happened is None else len(counted)
     local_steps = version if happened is None else sum(push.steps for push in counted)
     ages = events.staleness(happened or ())
+    in_time = config.server_mode == "elastic"  # as many as fit, not a period
+    of_update = local_steps / max(version, 1) if in_time else self.period
     rate = updates / seconds if seconds > 0 else 0.0
     per_update = pushes / version if version else 0.0
     each = local_steps / max(pushes, 1)  # of a push
@@ -160,14 +167,14 @@ class Measured:
       "stopped_because": reason,
       "seconds": round(self.timing.elapsed(), 3),
       "compile_seconds": round(self.timing.compiling, 3),
-      "steps_per_second": round(rate * self.period, 3),
-      "aggregated": "per shard" if config.shards > 1 else "whole leaves",
+      "steps_per_second": round(rate * of_update, 3),
+      "aggregated": "whole leaves",
       "train_loss": self.found.get("train_loss"),
       "eval": self.found.get("eval", {}),
       "evaluated_on": self.evaluated_on,
       "wire": {
         "bytes_per_step_per_worker": {"push": sent, "pull": received},
-        "total_bytes_per_worker": float(self.spent[:, -3:-1].sum() / self.setup.workers),
+        "total_bytes_per_worker": self.moved / self.setup.workers,
         "dense_bytes_per_step_per_worker": 2 * model / max(each, 1.0),
       },
       "server": {

@@ -142,10 +142,14 @@ def replay(folder: Path, out: Path | None = None) -> dict[str, Any]:
     config = Config(**known)
     if config.executor != "server":
       raise ValueError("is no run with --executor=server")
+    if config.server_mode == "hogwild":
+      raise ValueError("is a run of hogwild, of which nobody knows the order")
     setup = setups.setup(config, needs_ray=False)
     head, happened = events.read(folder / events.FILE)
     names = list(setup.shapes)
     place = store.restore(folder / "checkpoints", names, setup.parts, report.note)
+    if head.get("from"):
+      raise ValueError(f"has a trace from update {head['from']} on: there were other shards")
     if place is None or head["shards"] != setup.parts:
       raise ValueError("has no checkpoint to compare with, or other shards in its trace")
   counted = sum(event.counted for event in happened)

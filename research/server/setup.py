@@ -5,6 +5,7 @@ import difflib
 import functools
 import hashlib
 import importlib.util
+import ipaddress
 import json
 import math
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ from research.train.config import Config, UsageError, flag
 MODES = (*OF_SERVERS, "hogwild")
 # Flags of other executions, which a server has no use for.
 _ELSEWHERE = ("population", "sampling_rate", "dropout", "clock", "virtual_seconds", "tolerance")
-_ELSEWHERE = (*_ELSEWHERE, "zero", "local_phase", "profile")
+_ELSEWHERE = (*_ELSEWHERE, "zero", "local_phase", "profile", "x64")
 _LEGAL = (
   "data_parallel, local_sgd, diloco, asgd, dc_asgd(..., last_pull()), "
   "staleness_aware(..., last_pull()), each with mean(), gather_mean(C), sum_mean(C) or "
@@ -56,7 +57,8 @@ class Setup(NamedTuple):
 
   def rules(self, code: str) -> Rules:
     config = self.config
-    lag = 2 if config.overlap and config.server_mode in ("async", "ssp") else 1
+    two = config.server_mode == "async" or (config.server_mode == "ssp" and config.bound > 0)
+    lag = 2 if config.overlap and two else 1
     weights = tuple(map(float, self.job.sizes))
     rest = (config.bound, lag, config.round_seconds, code)
     return Rules(config.server_mode, self.workers, self.updates, weights, *rest)
@@ -113,6 +115,10 @@ def legal(config: Config) -> None:
     near = difflib.get_close_matches(mode, MODES, 1)
     hint = f"; did you mean '{near[0]}'?" if near else ";"
     raise UsageError(f"--server_mode='{mode}': unknown{hint} legal: {', '.join(MODES)}")
+  assemble.check_numbers(config)
+  with flag("node_ip", config.node_ip):
+    if config.node_ip != "localhost":
+      ipaddress.ip_address(config.node_ip)
   with flag("round_seconds", config.round_seconds):
     if not 0 < config.round_seconds < math.inf:
       raise ValueError("not in (0, inf)")
@@ -133,9 +139,17 @@ def _check_lock_free(config: Config, method: Method, served: Served) -> None:
     ValueError: with the reason.
   """
   example = {"x": jnp.zeros((3, 2))}
-  has_rows = lambda init: any(x.ndim for x in jax.tree.leaves(jax.eval_shape(init, example)))
-  if has_rows(served.server.init) or has_rows(served.own) or has_rows(served.link.init):
+  holds = lambda init: bool(jax.tree.leaves(jax.eval_shape(init, example)))
+  types = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+  sent = work.payload_shapes(served, work.shapes_of(example))
+  own = any(map(holds, (served.server.init, served.own, served.link.init)))
+  local = isinstance(jax.eval_shape(served.begin, {}, served.own({})), LocalSteps)
+  if own or local or types(sent) != types(example):
     raise ValueError("hogwild adds gradients to one model; take plain sgd and mean()")
+  try:
+    jax.eval_shape(lambda grads: served.server.update(grads, served.server.init(grads)), example)
+  except (KeyError, ValueError, TypeError):
+    raise ValueError("hogwild knows of no staleness; take plain sgd and mean()") from None
   if method.period > 1 or config.shards > 1 or config.slowdown:
     raise ValueError("hogwild goes with a period of one, one shard and no --slowdown")
 
@@ -175,6 +189,8 @@ def setup(config: Config, needs_ray: bool = True) -> Setup:
   with flag("task", config.task):
     if task.feed:
       raise ValueError("streams its training examples, and a server's workers have their own")
+    if task.project:
+      raise ValueError("keeps its model in a convex set, which a server does not")
   with flag("workers", workers):
     if workers > len(task.train["y"]):
       raise ValueError(f"for {len(task.train['y'])} examples: each needs at least one")

@@ -1,6 +1,8 @@
 """A worker of Hogwild: a process that reads and updates a model in shared memory, without locks."""
 
+import multiprocessing
 import os
+import signal
 from multiprocessing import shared_memory
 from typing import Any, NamedTuple
 
@@ -42,6 +44,9 @@ def run(config: Config, worker: int, name: str, parameters: int, cache: str) -> 
   """
   from research.server import actors
 
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one says when
+  starter = multiprocessing.parent_process()
+  assert starter is not None
   actors.settle("cpu", cache)
   import jax
   from jax.flatten_util import ravel_pytree
@@ -52,7 +57,7 @@ def run(config: Config, worker: int, name: str, parameters: int, cache: str) -> 
 
   made = setups.setup(config, needs_ray=False)
   task, served = made.job.task, made.served
-  block, parent = shared_memory.SharedMemory(name=name), os.getppid()
+  block = shared_memory.SharedMemory(name=name)
   memory = view(block, parameters, made.workers)
   shapes = jax.eval_shape(task.init, jax.random.key(0))
   zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
@@ -78,7 +83,7 @@ def run(config: Config, worker: int, name: str, parameters: int, cache: str) -> 
     int(memory.steps[worker]),
   )
   try:
-    while not memory.stop[0] and os.getppid() == parent:
+    while not memory.stop[0] and os.getppid() == starter.pid:
       loss, update, state = step(memory.model.copy(), state, np.int32(number))
       update = np.asarray(update)
       (where,) = np.nonzero(update)

@@ -171,7 +171,7 @@ class Worker:
     start = time.monotonic()
     for refusal in ray.get(self.patiently(servers, push, stage)):
       if refusal:
-        ray.get(servers.head.deny.remote(push, *refusal))
+        ray.get(servers.head.deny.remote(*refusal))
         raise Gone
     waiting = spent.waiting + time.monotonic() - start
     told = spent._replace(waiting=waiting, sent=sum(x.nbytes for x in jax.tree.leaves(payloads)))
@@ -190,7 +190,7 @@ class Worker:
         return send()
       except (ObjectStoreFullError, OutOfDiskError) as error:
         text = f"push {push.number} of worker {push.worker} waits: the object store is full"
-        servers.head.deny.remote(push, "object store", f"{text} ({type(error).__name__})")
+        servers.head.deny.remote("object store", f"{text} ({type(error).__name__})")
         time.sleep(pause)
     return send()
 

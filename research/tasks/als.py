@@ -16,7 +16,7 @@ from jax import lax
 from research.base import Array, Batch, Key, Params, Task
 from research.tasks import movielens as data
 from research.tasks import sampling
-from research.tasks.recommend import check, masked, measured
+from research.tasks.recommend import check, measured
 
 DEFAULT_MODEL: dict[str, str] = {}
 
@@ -34,10 +34,11 @@ def movielens_als(
 ) -> Task:
   """Matrix factorization by alternating least squares, with `data_parallel(sgd(1.0), mean())`.
 
-  A fixed point task, see `Task.grads`. The parameters are {"entities": [U + I, factors + 1],
-  "turn"}; examples are users and items, each with its ratings. A step moves those whose turn it is,
-  0 users and 1 items, to their solution, and the turn to the others: each worker solves for its own
-  exactly. Two steps are a sweep. Metrics as `recommend.movielens`.
+  A fixed point task, see `Task.grads`; it takes all examples at once, `--batch_size=all`. The
+  parameters are {"entities": [U + I, factors + 1], "turn"}; examples are users and items, each with
+  its ratings. A step moves those whose turn it is, 0 users and 1 items, to their solution, and the
+  turn to the others: each worker solves for its own exactly. Two steps are a sweep. Metrics as
+  `recommend.movielens`. "residual" has the turn in it, which never rests: it stays above 1.
 
   Args:
     split: see `movielens.load`.
@@ -74,14 +75,15 @@ def movielens_als(
     solved, errors = jax.vmap(
       lambda other, stars, count, own: _solve(z, other, stars, count, own, l2)
     )(batch["other"], batch["stars"], batch["count"], z[batch["row"]])
-    moves = (batch["y"] == turn).astype(z.dtype) * (batch["count"] > 0).astype(z.dtype)
+    now = jnp.round(turn)  # workers' weighted mean of 1 is 1 but for rounding
+    moves = (batch["y"] == now).astype(z.dtype)
     share = total * moves / len(moves)
     if "mask" in batch:
       mask = batch["mask"].astype(z.dtype)
       share = total * moves * mask / jnp.maximum(jnp.sum(mask), 1)
     apart = (z[batch["row"]] - solved) * share[:, None]
-    residual = {"entities": jnp.zeros_like(z).at[batch["row"]].add(apart), "turn": 2 * turn - 1}
-    return masked(errors, batch) * total / (4 * ratings), residual
+    residual = {"entities": jnp.zeros_like(z).at[batch["row"]].add(apart), "turn": turn - (1 - now)}
+    return sampling.mean(errors, batch) * total / (4 * ratings), residual
 
   def loss(params: Params, batch: Batch, key: Key) -> Array:
     return grads(params, batch, key)[0]
@@ -164,7 +166,7 @@ def movielens_federated(
   def loss(params: Params, batch: Batch, key: Key) -> Array:
     del key
     each = jax.vmap(lambda *row: of_user(params, *row))
-    return scale * masked(each(batch["other"], batch["stars"], batch["count"]), batch)
+    return scale * sampling.mean(each(batch["other"], batch["stars"], batch["count"]), batch)
 
   def evaluate(params: Params, batch: Batch) -> dict[str, Array]:
     return {"loss": loss(params, batch, jax.random.key(0))}

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import sparse
 
-K1, B = 1.2, 0.75  # by default, as in Lucene and bm25s
+K1, B = 1.2, 0.75  # by default, as in Lucene
 
 # Words that say nothing of what a text is about: Lucene's list for English.
 STOP_WORDS = frozenset(

@@ -92,6 +92,8 @@ def bm25(
     raise ValueError(f"k1={k1}, b={b}: tuning starts inside of (0, inf) and (0, 1)")
   found = load(data_dir)
   index = bm25s.index([bm25s.terms(text) for text in found.texts])
+  if ask is not None and not set(bm25s.terms(ask)) & set(index.vocabulary):
+    raise ValueError(f"ask={ask!r}: no document has any of its terms")
   lengths = (index.lengths / index.lengths.mean()).astype(np.float32)
   first = {"k1": math.log(k1), "b": math.log(b / (1 - b)), "sharpness": 0.0}
 
@@ -110,7 +112,7 @@ def bm25(
   def objective(params: Params, scores: Array, batch: Batch) -> Array:
     sharp = jnp.exp(params["sharpness"]) * scores
     each = jax.vmap(lambda s, y: ranking.LOSSES["listnet"](s, y, jnp.asarray(present), 0))
-    return ranking.mean(each(sharp, batch["relevance"]), batch)
+    return sampling.mean(each(sharp, batch["relevance"]), batch)
 
   def loss(params: Params, batch: Batch, key: Key) -> Array:
     del key
@@ -120,16 +122,16 @@ def bm25(
     scores = score(params, batch)
     of_query = jax.vmap(lambda s, y: ranking.metrics(s, y, jnp.asarray(present)))
     metrics = of_query(scores, batch["relevance"])
-    found = {name: ranking.mean(values, batch) for name, values in metrics.items()}
+    found = {name: sampling.mean(values, batch) for name, values in metrics.items()}
     tuned = {"k1": jnp.exp(params["k1"]), "b": jax.nn.sigmoid(params["b"])}
     return {"loss": objective(params, scores, batch)} | found | tuned
 
   def measure(params: Params) -> dict[str, Array]:
-    of_own = {name: jnp.asarray(leaf) for name, leaf in asked.items() if name != "y"}
+    of_own = {name: jnp.asarray(leaf) for name, leaf in asked.items() if name in ("idf", "counts")}
     return {"found": 1 + jnp.argmax(score(params, of_own)[0])}
 
   examples = _postings(index, found)
-  asked = _postings(index, found._replace(queries=[ask or ""]))
+  asked = _postings(index, found._replace(queries=[ask])) if ask else {}
   train, test = ({k: v[half::2] for k, v in examples.items()} for half in (0, 1))
   task = Task(init, loss, evaluate, sampling.epoch_sample, sampling.take, train, test)
   return task._replace(chunk=16, measure=measure) if ask else task._replace(chunk=16)

@@ -104,12 +104,7 @@ def of_scenarios(
     over = jnp.maximum(excess, 0)
     if width:
       over = jnp.where(jnp.abs(excess) <= width, (excess + width) ** 2 / (4 * width), over)
-    if "mask" in batch:
-      mask = batch["mask"].astype(over.dtype)
-      mean = jnp.sum(over * mask) / jnp.maximum(jnp.sum(mask), 1)
-    else:
-      mean = jnp.mean(over)
-    return params["threshold"] + mean / (1 - level)
+    return params["threshold"] + sampling.mean(over, batch) / (1 - level)
 
   def loss(params: Params, batch: Batch, key: Key) -> Array:
     del key
@@ -192,7 +187,7 @@ def load(name: str = "stocks", data_dir: str = "") -> np.ndarray:
   except ValueError as error:
     raise ValueError(f"{path} is no table of prices ({error})") from None
   whole = (
-    np.atleast_1d(np.isfinite(prices).all(1))
+    np.atleast_1d((np.isfinite(prices) & (prices > 0)).all(1))
     if prices.ndim == 2 and prices.size
     else np.zeros(0, bool)
   )

@@ -15,6 +15,7 @@ from research.tasks import files, sampling
 
 DEFAULT_MODEL: dict[str, str] = {}
 
+MARKETS = ("port1", "port2", "port3")  # published, with their frontiers
 URL = "http://people.brunel.ac.uk/~mastjjb/jeb/orlib/files/"
 SHA256 = {
   "port1.txt": "8c570897a400635625fe14eb9a0868aebc6621586674a690493b085850f87886",
@@ -51,7 +52,7 @@ def load(name: str, data_dir: str = "") -> Market:
     optimisation, Computers & Operations Research 27; Beasley, 1990, OR-Library.
   """
   published = np.zeros((0, 2))
-  if f"{name}.txt" in SHA256 and name.startswith("port"):
+  if name in MARKETS:
     path, front = (
       files.find(f"orlib-portfolio/{n}", data_dir, URL + n, SHA256[n])
       for n in (f"{name}.txt", f"{name.replace('port', 'portef')}.txt")
@@ -60,7 +61,7 @@ def load(name: str, data_dir: str = "") -> Market:
   else:
     path = Path(name).expanduser()
     if not path.is_file():
-      raise ValueError(f"{name!r} is no file, and none of port1, port2, port3")
+      raise ValueError(f"{name!r} is no file, and none of {', '.join(MARKETS)}")
   means, covariance = _read(path)
   check(covariance)
   return Market(means, covariance, *published.T)
@@ -134,6 +135,8 @@ def of_market(market: Market) -> Task:
   means, required = market.means, market.returns
   largest = check(market.covariance)[-1]
   low, high = means.min(), means.max()
+  if not high > low:
+    raise ValueError("all assets have the same expected return: there is nothing to choose between")
   slack = 1e-6 * (high - low)  # published returns are rounded
   for value in required:
     if not low - slack <= value <= high + slack:
@@ -154,10 +157,7 @@ def of_market(market: Market) -> Task:
   def loss(params: Params, batch: Batch, key: Key) -> Array:
     del key
     squares = jnp.sum((batch["x"].astype(params["weights"].dtype) @ params["weights"].T) ** 2, 1)
-    if "mask" not in batch:
-      return jnp.mean(squares) / 2
-    mask = batch["mask"].astype(squares.dtype)
-    return jnp.sum(squares * mask) / jnp.maximum(jnp.sum(mask), 1) / 2
+    return sampling.mean(squares, batch) / 2
 
   def evaluate(params: Params, batch: Batch) -> dict[str, Array]:
     return {"loss": loss(params, batch, jax.random.key(0))}
@@ -179,11 +179,11 @@ def of_market(market: Market) -> Task:
   return task._replace(project=project, measure=measure)
 
 
-def scenarios(covariance: np.ndarray, per_asset: int = SCENARIOS, seed: int = 0) -> np.ndarray:
+def scenarios(covariance: np.ndarray) -> np.ndarray:
   """float64 [S, n] with x'x / S = the covariance, to rounding: rotated at random, none special."""
   values, vectors = np.linalg.eigh(covariance)
-  count = per_asset * len(values)
-  rotation = np.linalg.qr(np.random.default_rng(seed).standard_normal((count, len(values))))[0]
+  count = SCENARIOS * len(values)
+  rotation = np.linalg.qr(np.random.default_rng(0).standard_normal((count, len(values))))[0]
   return np.sqrt(count) * (rotation * np.sqrt(np.maximum(values, 0))) @ vectors.T
 
 
@@ -230,6 +230,8 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     count = int(numbers[0])
     assets = np.array(numbers[1 : 1 + 2 * count], float).reshape(count, 2)
     triples = np.array(numbers[1 + 2 * count :], float).reshape(-1, 3)
+    if triples.size and triples[:, :2].min() < 1:
+      raise ValueError("assets are numbered from 1")
     i, j = triples[:, :2].astype(int).T - 1
     correlation = np.eye(count)
     correlation[i, j] = correlation[j, i] = triples[:, 2]

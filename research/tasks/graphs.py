@@ -8,6 +8,7 @@ import numpy as np
 
 from research.tasks import files
 
+EXPONENT = 2.1  # of the in-degrees of `power_law`
 WIKI_VOTE_URL = "https://snap.stanford.edu/data/wiki-Vote.txt.gz"
 WIKI_VOTE_SHA256 = "b05c0226f5544f0e4a8ac607ae573db42e42716b6dd5aa00e8c769a1219c796f"
 
@@ -72,25 +73,23 @@ def of_edges(pairs: np.ndarray | Sequence[Sequence[int]]) -> Graph:
   return Graph(source.astype(np.int32), target.astype(np.int32), names)
 
 
-def power_law(edges: int, nodes: int, exponent: float = 2.1, seed: int = 0) -> Graph:
+def power_law(edges: int, nodes: int) -> Graph:
   """A random graph: every edge leads to a node with probability proportional to its popularity.
 
-  Popularities fall as rank^(-1/(exponent - 1)), so that in-degrees follow a power law of that
-  exponent; edges leave all nodes alike. Equal edges stay, as weights of the walk.
+  Popularities fall as rank^(-1/1.1), so that in-degrees follow a power law of exponent 2.1, that of
+  the web (Broder et al. 2000); edges leave all nodes alike. Equal edges stay, as weights.
 
   Args:
     edges: E, at least 1.
     nodes: N, at least 2.
-    exponent: of the in-degrees, above 1; that of the web is 2.1 (Broder et al. 2000).
-    seed: of the draw.
 
   Raises:
     ValueError: a number is out of its range.
   """
-  if edges < 1 or nodes < 2 or not exponent > 1:
-    raise ValueError(f"edges={edges}, nodes={nodes}, exponent={exponent}: need 1, 2 and above 1")
-  rng = np.random.default_rng(seed)
-  popularity = np.cumsum(np.arange(1, nodes + 1, dtype=np.float64) ** (-1 / (exponent - 1)))
+  if edges < 1 or nodes < 2:
+    raise ValueError(f"edges={edges}, nodes={nodes}: need at least 1 and 2")
+  rng = np.random.default_rng(0)
+  popularity = np.cumsum(np.arange(1, nodes + 1, dtype=np.float64) ** (-1 / (EXPONENT - 1)))
   ranks = np.searchsorted(popularity, rng.random(edges) * popularity[-1])
   target = rng.permutation(nodes)[ranks].astype(np.int32)
   target.sort()

@@ -86,12 +86,15 @@ def of_table(table: np.ndarray | Sequence[Sequence[float]]) -> Ratings:
   if not ((stars >= LEAST) & (stars <= MOST)).all():
     bad = stars[~((stars >= LEAST) & (stars <= MOST))][0]
     raise ValueError(f"a rating of {bad:g} is out of range; legal: {LEAST:g} to {MOST:g}")
+  if not (table[:, :2] == table[:, :2].round()).all() or table[:, :2].min() < 1:
+    raise ValueError("users and items are numbered from 1, by whole numbers")
+  if len(np.unique(table[:, :2], axis=0)) < len(table):
+    raise ValueError("a user has rated an item twice")
+  rated = np.unique(table[:, 0])
+  if rated[-1] > len(rated):
+    missing = np.flatnonzero(rated != np.arange(1, len(rated) + 1))[0] + 1
+    raise ValueError(f"user {missing} of {rated[-1]:.0f} has no ratings")
   user, item = table[:, :2].astype(np.int32).T - 1
-  if min(user.min(), item.min()) < 0:
-    raise ValueError("users and items are numbered from 1")
-  missing = np.setdiff1d(np.arange(user.max() + 1), user)
-  if len(missing):
-    raise ValueError(f"user {missing[0] + 1} of {user.max() + 1} has no ratings")
   return Ratings(user, item, stars.astype(np.float32))
 
 

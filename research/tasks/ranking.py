@@ -113,7 +113,7 @@ def ranked(
 
   def objective(params: Params, scores: Array, batch: Batch) -> Array:
     of_query = lambda s, y, there: LOSSES[loss](s, y, there, most)
-    value = mean(jax.vmap(of_query)(scores, batch["relevance"], batch["present"]), batch)
+    value = sampling.mean(jax.vmap(of_query)(scores, batch["relevance"], batch["present"]), batch)
     return value + l2 / 2 * sum(jnp.vdot(p, p) for p in jax.tree.leaves(params)) if l2 else value
 
   def batch_loss(params: Params, batch: Batch, key: Key) -> Array:
@@ -123,7 +123,7 @@ def ranked(
   def evaluate(params: Params, batch: Batch) -> dict[str, Array]:
     scores = score(params, batch)
     of_query = jax.vmap(metrics)(scores, batch["relevance"], batch["present"])
-    found = {name: mean(values, batch) for name, values in of_query.items()}
+    found = {name: sampling.mean(values, batch) for name, values in of_query.items()}
     return {"loss": objective(params, scores, batch)} | found
 
   return Task(init, batch_loss, evaluate, sampling.epoch_sample, sampling.take, train, test)
@@ -199,14 +199,6 @@ LOSSES: dict[str, Callable[[Array, Array, Array, int], Array]] = {
   "listnet": _listnet,
   "lambdarank": _lambdarank,
 }
-
-
-def mean(values: Array, batch: Batch) -> Array:
-  """The mean over the queries [Q] that the batch's mask keeps."""
-  if "mask" not in batch:
-    return jnp.mean(values)
-  mask = batch["mask"].astype(values.dtype)
-  return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
 def padded(x: np.ndarray, relevance: np.ndarray, counts: np.ndarray) -> Batch:

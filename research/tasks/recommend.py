@@ -108,7 +108,7 @@ def movielens(
   def loss(params: Params, batch: Batch, key: Key) -> Array:
     del key
     stars, squares = predicted(params, batch["user"], batch["item"])
-    return masked((stars - batch["y"]) ** 2 / 2 + l2 / 2 * squares, batch)
+    return sampling.mean((stars - batch["y"]) ** 2 / 2 + l2 / 2 * squares, batch)
 
   def evaluate(params: Params, batch: Batch) -> dict[str, Array]:
     return {"loss": loss(params, batch, jax.random.key(0))}
@@ -146,6 +146,8 @@ def measured(
   seen[train.user, train.item] = True
   good = test.stars >= LIKED
   liked[test.user[good], test.item[good]] = True
+  if not (liked & ~seen).any():
+    raise ValueError(f"no user gives {LIKED:g} stars to a test item: nothing is to be recommended")
 
   def measure(params: Params) -> dict[str, Array]:
     stars = predict(jax.tree.map(jnp.asarray, params))
@@ -165,12 +167,8 @@ def recommended(
     seen: bool [U, I], what is not to be ranked.
     liked: bool [U, I], what should come first; users without any do not count.
     cut: k.
-
-  Raises:
-    ValueError: nobody likes anything.
   """
-  if not liked.any():
-    raise ValueError("no user has a test item with enough stars to be recommended")
+  cut = min(cut, scores.shape[1])
   hits = jnp.asarray(liked) & ~jnp.asarray(seen)
   first = jax.lax.top_k(jnp.where(seen, -jnp.inf, scores), cut)[1]
   hit = jnp.take_along_axis(hits, first, 1).astype(scores.dtype)
@@ -183,14 +181,6 @@ def recommended(
     f"ndcg@{cut}": mean(hit @ discount / best),
     f"recall@{cut}": mean(jnp.sum(hit, 1) / jnp.maximum(count, 1)),
   }
-
-
-def masked(values: Array, batch: Batch) -> Array:
-  """The mean of values [b] that the batch's mask keeps."""
-  if "mask" not in batch:
-    return jnp.mean(values)
-  mask = batch["mask"].astype(values.dtype)
-  return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
 def check(factors: int, l2: float) -> None:

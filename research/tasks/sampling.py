@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from research.base import Array, Key, Tree
+from research.base import Array, Batch, Key, Tree
 
 ROUNDS = 16
 _GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio: spreads consecutive rounds over all words
@@ -34,6 +34,21 @@ def epoch_sample(size: Array | int, step: Array | int, key: Key, *, batch_size: 
   word, offset = jax.random.bits(key, (2,), jnp.uint32)
   epoch = (step // batches).astype(jnp.uint32)
   return permute(position % size, size, _mix(word + epoch), offset)
+
+
+def with_replacement(size: Array | int, step: Array | int, key: Key, *, batch_size: int) -> Array:
+  """Draws each example of each batch from all, whatever was drawn before: as theory has it.
+
+  Args:
+    size: examples that the worker has, an int32 scalar in [1, 2^31), traced or not.
+    step: the worker's step, an int32 scalar in [0, 2^31), traced or not.
+    key: typed key of the worker's draws.
+    batch_size: examples in one batch, static.
+
+  Returns:
+    int32 [batch_size], indices in [0, size).
+  """
+  return jax.random.randint(jax.random.fold_in(key, step), (batch_size,), 0, size, jnp.int32)
 
 
 def in_order(size: Array | int, step: Array | int, key: Key, *, batch_size: int) -> Array:
@@ -113,3 +128,11 @@ def _scale(word: Array, size: Array) -> Array:
   size_low, size_high = size & 0xFFFF, size >> 16
   middle = high * size_low + (low * size_low >> 16)
   return high * size_high + (middle >> 16) + ((middle & 0xFFFF) + low * size_high >> 16)
+
+
+def mean(values: Array, batch: Batch) -> Array:
+  """The mean of values [b], of those that the batch's mask keeps where it has one."""
+  if "mask" not in batch:
+    return jnp.mean(values)
+  mask = batch["mask"].astype(values.dtype)
+  return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)

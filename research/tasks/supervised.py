@@ -20,15 +20,17 @@ def supervised(
   *,
   loss: str = "softmax",
   l2: float = 0.0,
+  nonconvex: float = 0.0,
   optimum: Params | None = None,
   scale: float = 255.0,
   features: int = 0,
 ) -> Task:
   """The task of minimising the mean loss of `module` over `train`.
 
-  The objective is 1/N sum_i loss_i(params) + l2/2 ||params||^2, the norm over all parameters,
-  biases included. A batch's mean counts the examples that its mask keeps; the penalty is always
-  whole, so that means over batches, weighted by their counts, average to the objective.
+  The objective is 1/N sum_i loss_i(w) + l2/2 ||w||^2 + nonconvex sum_j w_j^2 / (1 + w_j^2), where w
+  are all parameters, biases included. A batch's mean counts the examples that its mask keeps; the
+  penalty is always whole, so that means over batches, weighted by their counts, average to the
+  objective.
 
   `evaluate` gives "loss", the objective with its penalty; "accuracy", but for squares; and
   "distance", max|params - optimum| / max|optimum|, where the optimum is known.
@@ -43,7 +45,8 @@ def supervised(
     loss: "softmax", cross-entropy in nats, y int [N] in [0, outputs); "logistic", the same for
       y in {0, 1} and one output; or "squares", half of the squared error summed over outputs,
       y float [N] or [N, outputs].
-    l2: weight of the penalty, >= 0.
+    l2: weight of the quadratic penalty, >= 0.
+    nonconvex: weight of the bounded one, >= 0, the regularizer of nonconvex logistic regression.
     optimum: the exact minimiser over `train`.
     scale: divides integer inputs.
     features: of sparse rows, which do not say it themselves.
@@ -54,8 +57,9 @@ def supervised(
   if loss not in LOSSES:
     near = difflib.get_close_matches(loss, LOSSES, 1, 0.0)[0]
     raise ValueError(f"loss {loss!r} is none of {', '.join(LOSSES)}; did you mean {near}?")
-  if not l2 >= 0:
-    raise ValueError(f"l2={l2} is negative")
+  for name, weight in (("l2", l2), ("nonconvex", nonconvex)):
+    if not weight >= 0:
+      raise ValueError(f"{name}={weight} is negative")
   error = LOSSES[loss]
   first = jax.tree.map(lambda a: a[:1], train["x"])
   example = np.zeros((1, features), np.float32) if features else first
@@ -67,10 +71,13 @@ def supervised(
     return module.apply({"params": params}, _floats(x, scale))  # pyright: ignore[reportReturnType]
 
   def objective(params: Params, logits: Array, batch: Batch) -> Array:
-    value = _mean(error(logits, batch["y"]), batch)
-    if l2 == 0:
-      return value
-    return value + l2 / 2 * sum(jnp.vdot(p, p) for p in jax.tree.leaves(params))
+    value = sampling.mean(error(logits, batch["y"]), batch)
+    leaves = jax.tree.leaves(params)
+    if l2 > 0:
+      value += l2 / 2 * sum(jnp.vdot(p, p) for p in leaves)
+    if nonconvex > 0:
+      value += nonconvex * sum(jnp.sum(p * p / (1 + p * p)) for p in leaves)
+    return value
 
   def batch_loss(params: Params, batch: Batch, key: Key) -> Array:
     del key
@@ -80,7 +87,7 @@ def supervised(
     logits = predict(params, batch["x"])
     metrics = {"loss": objective(params, logits, batch)}
     if loss != "squares":
-      metrics["accuracy"] = _mean(_correct(logits, batch["y"]), batch)
+      metrics["accuracy"] = sampling.mean(_correct(logits, batch["y"]), batch)
     if optimum is not None:
       metrics["distance"] = _distance(params, optimum)
     return metrics
@@ -119,13 +126,6 @@ LOSSES: dict[str, Callable[[Array, Array], Array]] = {
 def _correct(logits: Array, y: Array) -> Array:
   predicted = logits[:, 0] > 0 if logits.shape[1] == 1 else jnp.argmax(logits, axis=1)
   return (predicted.astype(y.dtype) == y).astype(logits.dtype)
-
-
-def _mean(values: Array, batch: Batch) -> Array:
-  if "mask" not in batch:
-    return jnp.mean(values)
-  mask = batch["mask"].astype(values.dtype)
-  return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
 def _floats(x: Any, scale: float) -> Any:

@@ -14,7 +14,7 @@ from research.base import Batch, Executor, Method
 from research.comm import mesh as meshes
 from research.parallel.job import Job, stages
 from research.train import feed, sources
-from research.train.config import Config, UsageError, flag
+from research.train.config import OF_SERVER, Config, UsageError, flag
 from research.train.plan import Plan
 from research.train.virtual import Virtual, played, rounds_within
 
@@ -73,12 +73,11 @@ def check(config: Config) -> Setting:
     near = difflib.get_close_matches(config.executor, LEGAL, 1)
     hint = f"; did you mean '{near[0]}'?" if near else ";"
     raise UsageError(f"--executor='{config.executor}': unknown{hint} legal: {', '.join(LEGAL)}")
-  for name in ("epochs", "clip_norm", "tolerance", "checkpoint_seconds", "virtual_seconds"):
+  for name in OF_SERVER:
     with flag(name, getattr(config, name)):
-      if not math.isfinite(getattr(config, name)):
-        raise ValueError("not a finite number")
-  if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
-    raise UsageError('--tensorboard: needs tensorboardX: pip install -e ".[tensorboard]"')
+      if getattr(config, name) != Config._field_defaults[name]:
+        raise ValueError("is for --executor=server alone")
+  check_numbers(config)
   with flag("mesh", config.mesh):
     axes = meshes.parse_mesh(config.mesh)
   with flag("zero", config.zero):
@@ -122,6 +121,20 @@ def check(config: Config) -> Setting:
     with flag("model", config.model):
       registry.build("model", config.model)
   return Setting(axes, method, workers, owners, batch_size)
+
+
+def check_numbers(config: Config) -> None:
+  """What every executor refuses.
+
+  Raises:
+    UsageError: one line.
+  """
+  for name in ("epochs", "clip_norm", "tolerance", "checkpoint_seconds", "virtual_seconds"):
+    with flag(name, getattr(config, name)):
+      if not math.isfinite(getattr(config, name)):
+        raise ValueError("not a finite number")
+  if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+    raise UsageError('--tensorboard: needs tensorboardX: pip install -e ".[tensorboard]"')
 
 
 def per_worker(config: Config, workers: int) -> int | None:

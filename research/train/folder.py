@@ -95,6 +95,19 @@ def _refuse_differences(config: Config, folder: Path, path: Path) -> None:
     )
 
 
+def finished(config: Config, folder: Path, steps: int) -> dict[str, Any] | None:
+  """The summary of a run of these flags that has nothing left to do."""
+  path = folder / "summary.json"
+  if not path.exists() or not unchanged(config, folder):
+    return None
+  try:
+    summary: dict[str, Any] = dict(json.loads(path.read_text()))
+  except (OSError, ValueError, TypeError):
+    return None
+  whole = summary.get("steps", -1) >= steps
+  return summary if whole or summary.get("stopped_because") == "converged" else None
+
+
 @contextlib.contextmanager
 def claimed(config: Config, folder: Path) -> Iterator[None]:
   """Makes the folder and keeps other runs out of it; a new one is described, see `describe`.

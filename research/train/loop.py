@@ -57,7 +57,7 @@ def train(config: Config) -> tuple[dict[str, Any], Path]:
       setting = check(config)
       folder = folders.check(config)
       problem = assemble(config, setting)
-      summary = _finished(config, folder, problem)
+      summary = folders.finished(config, folder, problem.steps)
     if summary:
       report.note(f"{folder} holds this run, complete; its result:")
       return summary, folder
@@ -92,19 +92,6 @@ def _same_everywhere(config: Config) -> None:
   """Refuses a job whose processes were given different flags, before they wait for one another."""
   if not interrupt.same_everywhere(json.dumps(folders.identity(config))):
     raise UsageError("the processes of the job were given different flags")
-
-
-def _finished(config: Config, folder: Path, problem: Problem) -> dict[str, Any] | None:
-  """The summary of a run of these flags that has nothing left to do."""
-  path = folder / "summary.json"
-  if not path.exists() or not folders.unchanged(config, folder):
-    return None
-  try:
-    summary: dict[str, Any] = dict(json.loads(path.read_text()))
-  except (OSError, ValueError, TypeError):
-    return None
-  whole = summary.get("steps", -1) >= problem.steps
-  return summary if whole or summary.get("stopped_because") == "converged" else None
 
 
 class Pending(NamedTuple):

@@ -20,9 +20,8 @@ def evaluator(task: Task, mesh: Mesh, batch: int = 1) -> Callable[..., dict[str,
   """`evaluate(params, data, gradient=False)`: means over all examples of a placed data set.
 
   The metrics are those of `task.evaluate`; with `gradient=True` the norm of the full objective's
-  gradient, comes with them as `gradient_norm`, and of a task that gives `grads` their L1 norm as
-  `residual`. Every place on the worker axes
-  goes through its own examples, chunk by chunk.
+  gradient comes with them as `gradient_norm`, and of a task that gives `grads` the L1 norm of these
+  as `residual`. Every place on the worker axes goes through its own examples, chunk by chunk.
 
   Args:
     task: what to measure.
