@@ -52,7 +52,7 @@ def checkpoints(repeats: int) -> list[float]:
   """Milliseconds for which a save of the digits run blocks, one a second between dispatches."""
   import jax
 
-  from research.parallel import resize, workers
+  from research.parallel import resize
   from research.train import assemble
   from research.train.checkpoint import Checkpoints
 
@@ -62,7 +62,7 @@ def checkpoints(repeats: int) -> list[float]:
   data = problem.executor.place(problem.examples, problem.sizes, jax.random.key(1))
   blocked = []
   with tempfile.TemporaryDirectory() as folder:
-    private = workers.infer_layout(problem.job).state
+    private = problem.executor.layout.state
     store = Checkpoints(Path(folder), state, resize.placed(problem.job, private, state))
     for step in range(repeats + 1):
       until = time.perf_counter() + 1

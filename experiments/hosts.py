@@ -109,7 +109,7 @@ def compiled(config: Config) -> tuple[float, str]:
   program = problem.executor.run.lower(state, data, rounds=rounds).compile()
   transfers = compiled.traffic(program, state.round.sharding.mesh)
   sent = sum(wire.by_axis(transfers, config.steps_per_dispatch).values())
-  layout = workers.infer_layout(problem.job)
+  layout = problem.executor.layout
   asked = {x.dtype for x in workers.traffic(problem.job, layout, rounds).transfers}
   widened = asked - {x.dtype for x in transfers}
   return sent, f"{', '.join(sorted(widened))} travels as float32" if widened else ""

@@ -37,7 +37,7 @@ TEXTS = {
   "push to a parameter server, on Ray).",
   "mesh": "Places by axis: data (workers), slice (groups of workers), within a worker stage, fsdp, "
   "expert, seq, model.",
-  "partition": "Examples by worker: iid(), sorted(), dirichlet(0.3), shards(2).",
+  "partition": "Examples by worker: iid(), in_order(), sorted(), dirichlet(0.3), shards(2).",
   "batch_size": "Examples per step over all workers, or 'all'.",
   "clock": "Virtual time of workers that differ in speed, such as exponential(1.0); empty: none.",
   "local_phase": "How `simulate` runs what workers do alone: vmap, map (one after the other), or "

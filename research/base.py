@@ -225,3 +225,4 @@ class Executor(NamedTuple):
   place: Callable[..., Data]  # (examples [P, ...], sizes [P], key), numpy to devices
   run: Callable[..., tuple[TrainState, dict[str, Array]]]  # (state, data, rounds): one dispatch
   params: Callable[[TrainState], Params]
+  layout: Any  # what of the state is private, a `parallel.layout.Layout`

@@ -33,6 +33,7 @@ TABLE: dict[str, dict[str, str]] = {
     "threshold": "research.compress.sparsify:threshold",
     "count_sketch": "research.compress.sketch:count_sketch",
     "hadamard": "research.compress.rotation:hadamard",
+    "seeded": "research.compress.seeded:seeded",
     "dct_top_k": "research.compress.dct:dct_top_k",
   },
   "aggregator": {
@@ -47,6 +48,7 @@ TABLE: dict[str, dict[str, str]] = {
     "ef21": "research.aggregate.feedback:ef21",
     "diana": "research.aggregate.feedback:diana",
     "momentum_correction": "research.aggregate.momentum:momentum_correction",
+    "worker_momentum": "research.aggregate.momentum:worker_momentum",
     "only_large": "research.aggregate.policy:only_large",
     "bucketed": "research.aggregate.policy:bucketed",
     "warm_up": "research.aggregate.policy:warm_up",
@@ -64,6 +66,8 @@ TABLE: dict[str, dict[str, str]] = {
     "gossip": "research.aggregate.gossip:gossip",
     "push_sum": "research.aggregate.gossip:push_sum",
     "choco": "research.aggregate.choco:choco",
+    "q1_gossip": "research.aggregate.quantized_gossip:q1_gossip",
+    "q2_gossip": "research.aggregate.quantized_gossip:q2_gossip",
     "noisy": "research.aggregate.private:noisy",
     "secure_sum": "research.aggregate.secure:secure_sum",
   },
@@ -74,6 +78,7 @@ TABLE: dict[str, dict[str, str]] = {
     "post_local_sgd": "research.methods.post_local:post_local_sgd",
     "hierarchical_local_sgd": "research.methods.hierarchical_local:hierarchical_local_sgd",
     "slow_mo": "research.methods.slow_mo:slow_mo",
+    "restarted": "research.methods.restarted:restarted",
     "easgd": "research.methods.easgd:easgd",
     "eamsgd": "research.methods.easgd:eamsgd",
     "diloco": "research.methods.diloco:diloco",
@@ -139,7 +144,12 @@ TABLE: dict[str, dict[str, str]] = {
     "libsvm": "research.tasks.libsvm:libsvm",
     "tinyshakespeare": "research.tasks.language:tinyshakespeare",
     "text": "research.tasks.language:text",
+    "mean_estimation": "research.tasks.synthetic:mean_estimation",
     "random_tokens": "research.tasks.synthetic:random_tokens",
+    **{
+      name: f"research.tasks.counterexamples:{name}"
+      for name in ("client_drift", "rare_large_gradient", "narrow_valley")
+    },
     "stream": "research.tasks.stream:stream",
     "pagerank": "research.tasks.pagerank:pagerank",
     "rank": "research.tasks.ranking:rank",
@@ -162,6 +172,7 @@ TABLE: dict[str, dict[str, str]] = {
   },
   "partition": {
     "iid": "research.tasks.partition:iid",
+    "in_order": "research.tasks.partition:in_order",
     "sorted": "research.tasks.partition:sorted_",
     "dirichlet": "research.tasks.partition:dirichlet",
     "shards": "research.tasks.partition:shards",

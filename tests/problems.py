@@ -11,7 +11,7 @@ import numpy as np
 from table import METHODS
 
 from research.base import Method, Task
-from research.parallel import pmap, simulate, spmd, workers
+from research.parallel import pmap, simulate, spmd
 from research.parallel.job import Job, resolved
 from research.tasks import partition, sampling
 
@@ -71,8 +71,8 @@ class Running:
     task = task or regression()
     examples, counts = split(task, sizes)
     self.job = resolved(Job(method, task, dict(axes), counts, batch_size, clip_norm, **rest))
-    self.layout = workers.infer_layout(self.job)
     self.executor = EXECUTORS[executor](self.job)
+    self.layout = self.executor.layout
     self.state = self.executor.init(jax.random.key(0))
     self.data = self.executor.place(examples, counts, jax.random.key(1))
 

@@ -71,13 +71,6 @@ def simulated() -> Running:
   return running(METHODS).rounds(ROUNDS)
 
 
-def test_executions_agree():
-  run = running(METHODS, "spmd", {"slice": 2, "data": 4}).rounds(ROUNDS)
-  assert bool(run.metrics["finite"])
-  for name, want in simulated().params().items():
-    assert distance(run.params()[name], want) <= 1e-5, name
-
-
 def test_a_mesh_that_cuts_a_worker_agrees():
   axes = {"data": 4, "fsdp": 2}
   signs = gather_mean(sign())
@@ -315,6 +308,7 @@ def solution(task: Task) -> dict[str, np.ndarray]:
   return {"b": solved[-1], "w": solved[:-1]}
 
 
+@pytest.mark.long
 def test_all_of_them_train():
   """The vote in spite of three workers of eight that always vote against what they see."""
   fall = optax.exponential_decay(0.1, 40, 0.5)

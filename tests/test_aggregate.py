@@ -118,6 +118,13 @@ def momentum_correction_by_hand(compress, clip_norm=np.inf):
     yield sent.mean(0)
 
 
+def worker_momentum_by_hand(rule):
+  m = np.zeros((W, *SHAPE))
+  for x in STEPS.astype(np.float64):
+    m = 0.9 * m + 0.1 * x
+    yield rule(m, 0)
+
+
 def warm_up_by_hand(*stages):
   """Error feedback around another compressor in each step."""
   memory = np.zeros((W, *SHAPE))
@@ -166,6 +173,8 @@ BY_HAND = {
   "momentum_correction(gather_mean(top_k(0.2)), clip_norm=3.0)": lambda: (
     momentum_correction_by_hand(lambda x: top_k(x, 6), 3.0)
   ),
+  "worker_momentum(mean())": lambda: worker_momentum_by_hand(np.mean),
+  "worker_momentum(median())": lambda: worker_momentum_by_hand(np.median),
   "error_feedback(warm_up(gather_mean(top_k(0.2)), steps=2, stages=[gather_mean(top_k(0.5)), "
   "gather_mean(sign())]))": lambda: warm_up_by_hand(
     lambda x: top_k(x, 15), scaled_sign, lambda x: top_k(x, 6)
@@ -272,6 +281,7 @@ def test_a_rank_r_matrix_is_sent_exactly_once_it_is_known():
     ("power_sgd(0)", "rank=0"),
     ("error_feedback(mean(), decay=1.5)", "decay=1.5"),
     ("diana(mean(), alpha=0.0)", "alpha=0.0"),
+    ("worker_momentum(mean(), momentum=1.0)", "momentum=1.0"),
   ],
 )
 def test_what_has_no_sense_is_refused_when_built(spec, words):

@@ -26,6 +26,7 @@ WRAPPERS = {
   "ef21": "ef21({})",
   "diana": "diana({}, alpha=0.5)",
   "momentum_correction": "momentum_correction({})",
+  "worker_momentum": "worker_momentum({})",
   "only_large": "only_large({}, min_size=4)",
   "bucketed": "bucketed({})",
   "warm_up": "warm_up({}, steps=1)",

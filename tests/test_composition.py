@@ -154,6 +154,7 @@ PRIVATE = {
   "ef21": {"local.b", "local.w"},
   "diana": {"shift.b", "shift.w"},
   "momentum": {"momentum.b", "momentum.w", "memory.b", "memory.w"},
+  "worker_momentum": {"momentum.b", "momentum.w"},
   "centered_clip": set(),
   "warm_up": {"memory.b", "memory.w", "inner.stages.2.b.part", "inner.stages.2.w.part"},
   "hierarchical": {"memory.b", "memory.w", "inner.b.part", "inner.w.part"},
@@ -317,7 +318,7 @@ def bare(state: TrainState, names: tuple[str, ...]) -> TrainState:
 
 STATEFUL = {
   "flat": ("feedback_two_phase", "feedback_power_sgd", "ef21", "diana", "momentum", "bucketed",
-           "warm_up", "centered_clip", "sign_flip"),
+           "worker_momentum", "warm_up", "centered_clip", "sign_flip"),
   "sliced": ("hierarchical", "hierarchical_ef21", "two_axes"),
 }  # fmt: skip
 

@@ -110,6 +110,9 @@ TABLE = {row.spec: row for row in (
       unbiased=True),
   Row("hadamard(random_k(0.3))", rotated(lambda n: 1 - kept(0.3, n) / n),
       rotated(lambda n, size: kept(0.3, n) * size), lambda n: 1, linear=True),
+  Row("seeded(random_k(0.3, unbiased=True))", lambda n: n / kept(0.3, n) - 1,
+      lambda n, size: kept(0.3, n) * size + 4, lambda n: (n / kept(0.3, n) - 1) ** 2 + 1,
+      unbiased=True),
   Row("dct_top_k()", lambda n: 1 - min(8, n) / min(64, n), cosine(64, 8)),
 )}  # fmt: skip
 # fmt: on
@@ -547,3 +550,20 @@ def test_a_rotation_helps_where_one_element_hides_the_others():
   x = jnp.full((32, 128), 0.5).at[:, 9].set(7.0).reshape(-1)
   error = lambda spec: square(sent(spec, x) - x)
   assert error("hadamard(int4())") < 0.2 * error("int4()")
+
+
+def test_seeded_draws_of_workers_average_out():
+  """The mean over W workers errs W times less; drawn alike it errs as one of them does."""
+  x, workers = vectors(60)[0], 20
+  keys = jax.random.split(jax.random.key(5), (200, workers + 1))
+
+  def error(spec):
+    """E ||1/W sum_i C_i(x) - x||^2 over that of one worker."""
+    compressor = registry.build("compressor", spec)
+    one = lambda shared, own: send(compressor, x, shared, own)
+    draws = jax.jit(jax.vmap(lambda k: jax.vmap(one, (None, 0))(k[0], k[1:])))(keys)
+    errors = np.asarray(draws) - np.asarray(x)
+    return square(errors.mean(1)).mean() / square(errors[:, 0]).mean()
+
+  assert error("random_k(0.3, unbiased=True)") == pytest.approx(1)
+  assert error("seeded(random_k(0.3, unbiased=True))") == pytest.approx(1 / workers, rel=0.3)

@@ -23,12 +23,12 @@ def test_the_figures_in_the_readme_are_those_of_the_results(folder):
     assert f"| {row['ratio']:.3f} |" in table
 
 
-APPLICATIONS = sorted((ROOT / "results" / "applications").glob("*/table.md"))
+APPLICATIONS = ("search", "finance", "medicine", "recommend")
 
 
-@pytest.mark.parametrize("table", APPLICATIONS, ids=lambda path: path.parent.name)
-def test_the_figures_of_applications_are_those_of_the_results(table):
-  name = table.parent.name
+@pytest.mark.parametrize("name", APPLICATIONS)
+def test_the_figures_of_applications_are_those_of_the_results(name):
+  table = ROOT / "results" / "applications" / name / "table.md"
   page = (ROOT / "docs" / f"{name}.md").read_text()
   assert table.read_text().strip() in page
   assert f"results/applications/{name}/figure.png" in page

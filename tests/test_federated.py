@@ -1,6 +1,7 @@
 """Federated methods and SPARTA: transcriptions, own numbers of steps, known properties, bytes."""
 
 import functools
+import itertools
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -37,6 +38,7 @@ from research.methods.sparta import sparta
 from research.methods.transform import as_optax
 from research.parallel import workers
 from research.parallel.cohorts import cohorts, draw
+from research.tasks import counterexamples
 
 ROOT = Path(__file__).parents[1]
 SIZES = (10, 20, 30, 20)  # examples by worker: their weights differ
@@ -350,6 +352,37 @@ def test_scaffold_is_exact_with_a_constant_step(cohort, dropout):
     np.testing.assert_allclose(state.control, np.mean(rows, 0), atol=2e-5)
   biased, _ = play(fed_avg(PLAIN, mean()), cohort, dropout, shares=False)
   assert np.abs(np.asarray(biased.params) - Quadratics().best).max() > 0.01
+
+
+def test_a_warm_up_of_scaffold_sets_controls_to_the_first_gradients():
+  """And moves nothing; the round after it does."""
+  run, task = running(scaffold(0.1, mean(), period=3, warm_up=True)), regression(sum(SIZES))
+  first = run.params()
+  state = run.rounds(1).state.method
+  assert distance(state.params, first) == 0
+  edges = np.cumsum([0, *SIZES])
+  for worker, (a, b) in enumerate(itertools.pairwise(edges)):
+    grads = jax.grad(task.loss)(first, {n: x[a:b] for n, x in task.train.items()}, None)
+    assert distance(jax.tree.map(lambda x, w=worker: x[w], state.own_control), grads) <= 1e-5
+  assert distance(run.rounds(1).params(), first) > 0.01
+
+
+def test_scaffold_from_first_gradients_does_not_see_how_clients_differ():
+  """FedAvg of the same step size ends the further off the more they do."""
+
+  def ends(method: Method) -> list[float]:
+    found = []
+    for dissimilarity in (1.0, 10.0, 100.0):
+      task = counterexamples.client_drift(dissimilarity)
+      run = Running(method, "simulate", {"data": 2}, (1, 1), None, task=task).rounds(61)
+      found.append(float(run.params()["x"]))
+    return found
+
+  # two local steps are about two of gradient descent: 10 (.9^120) = 3e-5
+  np.testing.assert_allclose(ends(scaffold(0.1, mean(), period=2, warm_up=True)), 0, atol=1e-3)
+  # x = eta G / (2 - 2 eta)
+  want = [0.1 * g / 1.8 for g in (1, 10, 100)]
+  np.testing.assert_allclose(ends(fed_avg(PLAIN, mean(), period=2)), want, rtol=0.01)
 
 
 def test_one_worker_is_the_inner_optimizer():

@@ -7,6 +7,7 @@ import pytest
 
 from research.aggregate.choco import choco
 from research.aggregate.gossip import gossip, push_sum
+from research.aggregate.quantized_gossip import q1_gossip, q2_gossip
 from research.base import Aggregator
 from research.comm import topology
 from research.comm.topology import Topology, mixing, spectral_gap
@@ -100,6 +101,34 @@ def test_choco_converges_where_compressed_gossip_stalls(compressor, gamma, round
   assert spread_of(np.asarray(stalled(x)), x) >= 1e-3
 
 
+@pytest.mark.parametrize("make", [q1_gossip, q2_gossip])
+def test_gossip_of_values_stays_at_their_error(make):
+  """Also when it starts from the mean; the second scheme at least keeps the mean of all."""
+  x = np.random.default_rng(3).normal(size=(8, 32)).astype(np.float32)
+  values = iterated(make(int8(), topology.ring()), x, 100)
+  settled = spread_of(values[50:], x)
+  assert (settled >= 1e-3).all()
+  assert settled.max() <= 0.1
+  moved = np.abs(values.mean(1) - x.mean(0, dtype=np.float64)).max()
+  assert moved >= 1e-3 if make is q1_gossip else moved <= 1e-5
+
+
+@pytest.mark.parametrize("make", [q1_gossip, q2_gossip])
+def test_gossip_of_values_equals_numpy(make):
+  x = np.random.default_rng(4).normal(size=(6, 8)).astype(np.float32)
+  w = mixing(topology.star(), 6)[0]
+  values = iterated(make(top_k(0.25), topology.star()), x, 2)
+  for t in range(2):
+    sent = np.zeros((6, 8))
+    for i, held in enumerate(x):
+      largest = np.argsort(-np.abs(held))[:2]
+      sent[i, largest] = held[largest]
+    origin = x if make is q1_gossip else sent
+    neighbours = w - np.diag(np.diag(w))
+    x = x + neighbours @ sent - neighbours.sum(1, keepdims=True) * origin
+    np.testing.assert_allclose(values[t], x, atol=1e-6)
+
+
 def test_choco_equals_numpy():
   """Algorithm 1, where every worker keeps x_hat of each neighbour; for three rounds."""
   x = np.random.default_rng(4).normal(size=(6, 8)).astype(np.float32)
@@ -128,6 +157,8 @@ def test_choco_equals_numpy():
     ),
     (lambda: choco(int8(), topology.ring(), gamma=0.0), "gamma=0.0"),
     (lambda: choco(qsgd(1), topology.ring(), gamma=0.5), "contractive"),
+    (lambda: q1_gossip(int8(), topology.one_peer_exponential()), "q1_gossip takes a graph"),
+    (lambda: q2_gossip(int8(), one_way(4)), "q2_gossip takes a graph"),
   ],
 )
 def test_what_makes_no_sense_is_refused(make, words):

@@ -111,7 +111,7 @@ def unsharded():
   return Running(method, "simulate", {"data": 2}, (40, 40), BATCH, task=task()).rounds(3).metrics
 
 
-@pytest.mark.parametrize("zero", [1, 2])
+@pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_stages_of_zero_cut_what_they_say(zero, unsharded):
   """And nothing else: the losses are those without `fsdp`."""
   method = registry.build("method", "data_parallel(adam(0.01), mean())")

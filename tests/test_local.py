@@ -20,9 +20,11 @@ from research.compress.quantize import int8
 from research.methods.data_parallel import data_parallel
 from research.methods.diloco import diloco
 from research.methods.easgd import eamsgd, easgd
+from research.methods.federated import fed_avg, fed_opt
 from research.methods.hierarchical_local import hierarchical_local_sgd
 from research.methods.local import local_sgd
 from research.methods.post_local import post_local_sgd
+from research.methods.restarted import restarted
 from research.methods.slow_mo import slow_mo
 from research.methods.streaming_diloco import streaming_diloco
 from research.methods.transform import as_optax
@@ -306,6 +308,23 @@ def test_special_cases_are_other_methods(case):
   assert distance(got, simulated(name)) <= 2e-6
 
 
+RESTARTED = {
+  "local": (local_sgd(INNER, mean(), period=3), fed_avg(INNER, mean(), period=3)),
+  "slow_mo": (
+    slow_mo(INNER, mean(), period=3, slow_momentum=0.6),
+    fed_opt(INNER, optax.sgd(1.0, momentum=0.6), mean(), period=3),
+  ),
+}
+
+
+@pytest.mark.parametrize("name", RESTARTED)
+def test_restarted_workers_are_clients_that_keep_nothing(name):
+  method, federated = RESTARTED[name]
+  run = running(restarted(method)).rounds(ROUNDS)
+  assert not any(jax.tree.leaves(run.layout.state))
+  assert distance(run.params(), running(federated).rounds(ROUNDS).params()) <= 2e-6
+
+
 def test_one_local_step_is_data_parallel():
   want = running(data_parallel(PLAIN, mean())).rounds(ROUNDS).params()
   one = local_sgd(PLAIN, mean(), period=1)
@@ -452,6 +471,7 @@ def test_an_inactive_worker_is_left_out():
     (lambda: slow_mo(PLAIN, mean(), slow_momentum=1.0), r"slow_momentum=1.0 is not in \[0, 1\)"),
     (lambda: slow_mo(PLAIN, mean(), slow_learning_rate=0.0), "slow_learning_rate=0.0"),
     (lambda: easgd(PLAIN, mean(), period=0), "period=0"),
+    (lambda: restarted(easgd(PLAIN, mean())), "restarted is for methods that carry"),
     (lambda: easgd(PLAIN, mean(), alpha=1.0), r"alpha=1.0 is not in \(0, 1\)"),
     (lambda: eamsgd(0.0, mean()), "learning_rate=0.0"),
     (lambda: eamsgd(0.1, mean(), momentum=1.0), "momentum=1.0"),

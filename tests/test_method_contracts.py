@@ -48,6 +48,7 @@ SPECS = {
     "local_sgd(sgd(0.1, momentum=0.5), mean(), period=3)",
     "consensus_admm(0.1, mean(), penalty=0.5, period=3)",
     "slow_mo(sgd(0.1), mean(), period=3)",
+    "restarted(local_sgd(adam(0.01), mean(), period=3))",
     "easgd(sgd(0.1), mean(), period=3, alpha=0.1)",
     "eamsgd(0.05, mean(), period=3, alpha=0.1)",
     "diloco(adam(0.01), sgd(0.7, momentum=0.9), error_feedback(two_phase(int8())), period=3)",
@@ -77,13 +78,13 @@ def test_every_method_is_here():
 def test_state_is_stable_and_executions_agree(period, compilations):
   """Types, shardings and programs stay; eight rounds are four and four from a copy of the state.
 
-  On mini-batches, of workers with different numbers of examples.
+  On mini-batches, of workers with different numbers of examples, once in slices.
   """
   methods = {name(spec): registry.build("method", spec) for spec in SPECS[period]}
   task, sizes = regressions(tuple(methods)), (30, 20, 40, 30, 10, 50, 30, 30)
   one, other = (
-    Running(side_by_side(methods), executor, SIMULATED, sizes, 8, task=task)
-    for executor in ("simulate", "spmd")
+    Running(side_by_side(methods), executor, axes, sizes, 8, task=task)
+    for executor, axes in (("simulate", SIMULATED), ("spmd", {"slice": 2, "data": 4}))
   )
   for run in (one, other):
     resumed(run, compilations)

@@ -17,6 +17,9 @@ MODELS = {
   "logistic": classic.logistic(),
   "mlp": classic.mlp([7, 5]),
   "cnn": classic.cnn([4, 6], 8),
+  "cnn with strides": classic.cnn(
+    [4, 6], 8, kernels=[4, 2], strides=[2, 1], padding=["SAME", "VALID"], pool_stride=1
+  ),
   "resnet": classic.resnet([4, 8], 2),
 }
 
@@ -152,8 +155,18 @@ def test_image_models_refuse_vectors(name):
 
 
 def test_cnn_refuses_images_that_pool_to_nothing():
-  with pytest.raises(ValueError, match="needs images of at least 16 pixels a side, got 8 x 8"):
+  with pytest.raises(ValueError, match=r"8 x 8 pixels are too small .* convolution 3 leaves 1 x 1"):
     classic.cnn([1, 1, 1, 1])(1).init(jax.random.key(0), images(1, 8, 8))
+
+
+def test_the_cnn_of_the_tutorial_of_differential_privacy():
+  """16 kernels 8x8, 32 of 4x4, both of stride 2, pooling of stride 1: 26,010 parameters."""
+  module = classic.cnn(
+    [16, 32], 32, kernels=[8, 4], strides=[2, 2], padding=["SAME", "VALID"], pool_stride=1
+  )(10)
+  params = jax.eval_shape(module.init, jax.random.key(0), images(1, 28, 28))["params"]
+  assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 26_010
+  assert params["hidden"]["kernel"].shape == (4 * 4 * 32, 32)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +179,10 @@ def test_cnn_refuses_images_that_pool_to_nothing():
     (classic.mlp, {"hidden": [128, 0]}),
     (classic.cnn, {"channels": [True]}),
     (classic.cnn, {"hidden": -1}),
+    (classic.cnn, {"kernels": [3]}),
+    (classic.cnn, {"strides": [1, 0]}),
+    (classic.cnn, {"padding": ["SAME", "same"]}),
+    (classic.cnn, {"pool_stride": 0}),
     (classic.resnet, {"channels": [16.0]}),
     (classic.resnet, {"blocks": 0}),
   ],

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.optima import curvature, optimum_of_logistic
 from research.train import assemble
 from research.train.config import Config
 
@@ -100,3 +101,21 @@ def test_ten_thousand_workers_run():
   )
   assert problem.job.workers == 10000
   assert error(problem, params) < error(problem, jax.tree.map(np.zeros_like, params))
+
+
+def test_newton_finds_the_optimum_of_a_logistic_problem():
+  """Its gradient vanishes to rounding, on separable data too, and no point near it is lower."""
+  rng = np.random.default_rng(0)
+  x, l2 = rng.normal(size=(60, 7)), 1e-3
+  y = (x[:, 0] > 0).astype(np.int32)
+  at, value = optimum_of_logistic(x, y, l2)
+  gradient = x.T @ ((1 + np.tanh(x @ at / 2)) / 2 - y) / len(x) + l2 * at
+  assert np.abs(gradient).max() <= 1e-15
+  mean = lambda w: np.mean(np.logaddexp(0, x @ w) - y * (x @ w)) + l2 / 2 * w @ w
+  assert value == pytest.approx(mean(at), rel=1e-12)
+  assert all(value < mean(at + 1e-3 * step) for step in rng.normal(size=(20, 7)))
+
+
+def test_curvature_is_that_of_half_the_mean_square():
+  x = np.random.default_rng(0).normal(size=(30, 4))
+  assert curvature(x) == pytest.approx(np.linalg.svd(x)[1][::-1] ** 2 / 30)

@@ -12,6 +12,7 @@ from problems import distance
 
 from research.aggregate import attacks, robust, robust_vectors
 from research.aggregate.mean import mean
+from research.aggregate.momentum import worker_momentum
 from research.base import Aggregate, Aggregator, Tree
 from research.comm import mesh, wire
 from research.parallel import layout
@@ -266,6 +267,15 @@ def test_under_sign_flips_krum_converges_and_the_mean_diverges():
 
   assert missed(descent(RULES["krum"]), STEPS[0]) <= 1
   assert missed(descent(mean()), STEPS[0]) > 100
+
+
+def test_momentum_brings_honest_workers_together():
+  """(1 - m)/(1 + m) = 1/19 of the variance is left in a momentum, and Krum takes one of them."""
+  steps = (TRUTH + RANDOM.normal(size=(120, W, SIZE))).astype(np.float32)
+  rules = (RULES["krum"], worker_momentum(RULES["krum"]))
+  run = jax.jit(jax.vmap(lambda x: [values(rule, x) for rule in rules], 1, axis_name="data"))
+  errors = [np.mean((np.asarray(x)[0, 60:] - TRUTH) ** 2) for x in run(steps)]
+  assert 1 / 25 < errors[1] / errors[0] < 1 / 15
 
 
 @pytest.mark.parametrize("workers", [8, 64])

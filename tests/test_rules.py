@@ -16,7 +16,10 @@ from research.base import Task
 from research.parallel import rules, sharded
 
 RULES = (("up$", (None, "model")), ("down$", ("model", None)))
-MESHES = [{"data": 2, "fsdp": 2, "model": 2}, {"slice": 2, "data": 2, "model": 2}]
+MESHES = [
+  {"data": 2, "fsdp": 2, "model": 2},
+  pytest.param({"slice": 2, "data": 2, "model": 2}, marks=pytest.mark.long),
+]
 EXACT = {
   "momentum": "data_parallel(sgd(0.1, momentum=0.9), mean())",
   "diloco": "diloco(adam(0.01), sgd(0.7, momentum=0.9), mean(), period=1)",

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from research.models import classic
-from research.tasks import libsvm, sampling, synthetic, vision
+from research.tasks import counterexamples, libsvm, sampling, synthetic, vision
 from research.tasks.supervised import supervised
 
 KEY = jax.random.key(0)
@@ -327,6 +327,69 @@ def test_least_squares_refuses(wrong):
     synthetic.least_squares(**wrong, model=classic.linear())
 
 
+def test_mean_estimation_is_solved_by_one_step_of_size_one():
+  """On all vectors the step ends at their mean, on one at the vector."""
+  task = synthetic.mean_estimation(6, 4, seed=1)
+  assert task.optimum is not None
+  zeros, whole = task.init(KEY), task.train
+  for batch, want in (
+    (whole, task.optimum["x"]),
+    (sampling.take(whole, jnp.array([2])), whole["x"][2]),
+  ):
+    grads = jax.grad(task.loss)(zeros, batch, KEY)
+    close(zeros["x"] - grads["x"], want)
+  masked = {**whole, "mask": np.eye(6, dtype=np.float32)[2]}
+  close(task.loss(zeros, masked, KEY), np.sum(whole["x"][2] ** 2) / 2)
+  other = synthetic.mean_estimation(6, 4, seed=2)
+  assert not np.array_equal(whole["x"], other.train["x"])
+
+
+# --- Counterexamples
+
+
+@pytest.mark.parametrize("dissimilarity", [1.0, 100.0])
+def test_clients_that_drift_have_gradients_that_cancel_at_the_minimum(dissimilarity):
+  task = counterexamples.client_drift(dissimilarity, start=3.0)
+  params, at = task.init(KEY), {"x": jnp.float32(0)}
+  grads = [
+    jax.grad(task.loss)(at, sampling.take(task.train, jnp.array([i])), KEY)["x"] for i in range(2)
+  ]
+  assert [float(g) for g in grads] == [dissimilarity, -dissimilarity]
+  close(jax.grad(task.loss)(params, task.train, KEY)["x"], 3.0)
+
+
+def test_a_rare_large_gradient_has_a_mean_of_another_sign_than_most():
+  task = counterexamples.rare_large_gradient()
+  index = jax.vmap(lambda t: task.sample(4, t, KEY, batch_size=1))(jnp.arange(4000))[:, 0]
+  drawn = np.asarray(task.train["gradient"])[index]
+  assert abs(drawn.mean() - 0.25) <= 0.15
+  assert abs(np.sign(drawn).mean() + 0.5) <= 0.06
+  assert task.project is not None
+  assert [float(task.project({"x": jnp.float32(x)})["x"]) for x in (-3, 0.5, 2)] == [-1, 0.5, 1]
+
+
+def test_signs_of_the_valleys_subgradients_keep_the_sum():
+  task = counterexamples.narrow_valley(0.3)
+  for x in ([1.0, 1.0], [0.9, 1.2], [3.0, -1.0]):
+    grads = jax.grad(task.loss)({"x": jnp.asarray(x)}, task.train, KEY)["x"]
+    assert float(jnp.sum(jnp.sign(grads))) == 0
+  close(task.loss(task.init(KEY), task.train, KEY), 0.6)
+
+
+@pytest.mark.parametrize(
+  ("make", "words"),
+  [
+    (lambda: counterexamples.client_drift(1.0, start=0.0), "start=0"),
+    (lambda: counterexamples.rare_large_gradient(2.0), "start=2.0"),
+    (lambda: counterexamples.narrow_valley(1.0), "epsilon=1.0"),
+    (lambda: synthetic.mean_estimation(0), "vectors=0"),
+  ],
+)
+def test_made_up_problems_refuse(make, words):
+  with pytest.raises(ValueError, match=words):
+    make()
+
+
 # --- LIBSVM files
 
 BINARY = "-1 1:0.5 3:-2\n+1 2:1\n-1 \n+1 1:3 2:1e-1 5:4\n"
@@ -385,10 +448,17 @@ def test_libsvm_of_several_classes_is_softmax(libsvm_task):
   close(task.loss(task.init(KEY), task.train, KEY), math.log(3))
 
 
+def test_libsvm_of_squares_takes_labels_for_numbers(libsvm_task):
+  task = libsvm_task("-1.5 1:2\n3 2:1\n", loss="squares", l2=2.0, model=classic.linear())
+  params = {"kernel": jnp.array([[1.0], [0.5]])}
+  close(task.loss(params, task.train, KEY), (3.5**2 + 2.5**2) / 4 + 1 + 0.25)
+
+
 @pytest.mark.parametrize(
   ("text", "options", "message"),
   [
     ("0.5 1:1\n1 1:1\n", {}, "label 0.5 is not an integer"),
+    (BINARY, {"loss": "hinge"}, "loss='hinge' is neither 'squares' nor empty"),
     ("1 1:1\n1 1:2\n", {}, r"all labels are \[1.0\]"),
     ("1 0:1\n2 1:2\n", {}, "not in the LIBSVM format .*index 0"),
     ("one two\n", {}, "not in the LIBSVM format"),
@@ -467,6 +537,14 @@ def test_mnist_reads_idx(small_mnist):
     np.testing.assert_array_equal(data["x"], arrays[f"{part}-images-idx3-ubyte"])
     np.testing.assert_array_equal(data["y"], arrays[f"{part}-labels-idx1-ubyte"])
   assert task.train["x"].dtype == np.uint8
+
+
+def test_mnist_by_parity_tells_odd_from_even(small_mnist):
+  folder, arrays = small_mnist
+  task = vision.mnist(parity=True, model=classic.logistic(), data_dir=str(folder))
+  np.testing.assert_array_equal(task.train["y"], arrays["train-labels-idx1-ubyte"] % 2)
+  assert task.init(KEY)["kernel"].shape == (784, 1)
+  close(task.loss(task.init(KEY), task.train, KEY), math.log(2))
 
 
 @pytest.mark.parametrize(

@@ -415,6 +415,16 @@ def test_every_parameter_has_one_rule():
         assert sum(bool(re.search(pattern, path)) for pattern, _ in RULES) == 1, path
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_start_as_spread_as_asked(name):
+  """By the same draws: those into the residual stream too, whatever else they are divided by."""
+  start = lambda **of: built(**MODELS[name], **of).init(jax.random.key(0), tokens())["params"]
+  plain, wide = paths(start()), paths(start(deviation=0.1))
+  for path, leaf in plain.items():
+    expected = leaf if path.endswith("norm/scale") else 5 * leaf
+    np.testing.assert_allclose(wide[path], expected, rtol=1e-5, err_msg=path)
+
+
 # ---- refusals
 
 
@@ -436,6 +446,7 @@ def test_every_parameter_has_one_rule():
     ({"tied": 1}, "tied=1 is neither True nor False"),
     ({"scan": "no"}, "scan='no' is neither True nor False"),
     ({"balance": -1.0}, "balance=-1.0 is not in"),
+    ({"deviation": 0.0}, r"deviation=0.0 is not in \(0, inf\)"),
     ({"over_seq": "rings"}, "unknown over_seq 'rings'; did you mean 'ring'"),
     ({"microbatches": -1}, "microbatches=-1 is not 0 or a positive integer"),
     ({"repeats": 3, "scan": True}, "layers=4 is not divisible by repeats=3"),

@@ -69,6 +69,16 @@ REFUSED: tuple[tuple[tuple[str, ...], str, str], ...] = (
     "dense",
     "momentum is cleared where something was sent, and here that is everywhere",
   ),
+  (
+    ("worker_momentum",),
+    "noise",
+    "it would send one example in many rounds, of which the accountant knows one",
+  ),
+  (
+    ("worker_momentum",),
+    "local",
+    "what neighbours average are models, of which there is no momentum",
+  ),
   (("noisy",), "noise", "one accountant cannot tell what two noises hide"),
   (_AROUND, "noise", "what goes around it is not hidden"),
   (_AROUND, "secret", "what goes around it is not masked"),

@@ -125,7 +125,7 @@ def _in_rounds(
     del key
     rounds = topology.rounds(collectives.worker_count(axis))
     branches = [lambda tree, shifts=shifts: mix(shifts, tree) for shifts in rounds]
-    value = lax.switch(lax.rem(state.count, len(rounds)), branches, tree)
+    value = lax.switch(state.count % len(rounds), branches, tree)
     return Aggregate(value, tree, GossipState(state.count + 1))
 
   return Aggregator(lambda params: GossipState(jnp.zeros((), jnp.int32)), aggregate, traits)

@@ -33,8 +33,8 @@ def slow_mo(
       x_{t+1,0} = x_{t,0} - alpha gamma_t u_{t+1}
 
   That is DiLoCo with this momentum as its outer optimizer. Of the paper's three ways with the inner
-  optimizer's buffers at the end of a round this one keeps them, each worker its own. beta = 0 and
-  alpha = 1 is local SGD.
+  optimizer's buffers at the end of a round this one keeps them, each worker its own; `restarted`
+  around it resets them. beta = 0 and alpha = 1 is local SGD.
 
   Args:
     inner: each worker's optimizer, the paper's base optimizer.

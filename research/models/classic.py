@@ -16,29 +16,28 @@ from research.base import Array, Batch
 Model = Callable[[int], nn.Module]
 
 
-def linear(bias: bool = False) -> Model:
-  """x W (+ b), initialised to zero. Takes sparse rows too, see `Linear`.
+def linear(bias: bool = False, deviation: float = 0.0) -> Model:
+  """x W (+ b). Takes sparse rows too, see `Linear`.
 
   Args:
-    bias: adds b.
+    bias: adds b, zero at first.
+    deviation: of the entries of W at first, N(0, deviation^2); 0: they are zero.
 
   Raises:
-    ValueError: bias is not a bool.
+    ValueError: bias is not a bool, or deviation is negative.
   """
   _check_bool("bias", bias)
-  return lambda outputs: Linear(outputs, bias)
+  if not deviation >= 0:
+    raise ValueError(f"deviation={deviation} is negative")
+  return lambda outputs: Linear(outputs, bias, deviation)
 
 
-def logistic(bias: bool = True) -> Model:
+def logistic(bias: bool = True, deviation: float = 0.0) -> Model:
   """The logits x W + b of logistic or softmax regression: `linear`, by default with a bias.
 
-  Args:
-    bias: adds b.
-
-  Raises:
-    ValueError: bias is not a bool.
+  Args and raises as there.
   """
-  return linear(bias)
+  return linear(bias, deviation)
 
 
 def mlp(hidden: Sequence[int] = (128,)) -> Model:
@@ -54,18 +53,44 @@ def mlp(hidden: Sequence[int] = (128,)) -> Model:
   return lambda outputs: MLP(outputs, hidden)
 
 
-def cnn(channels: Sequence[int] = (32, 64), hidden: int = 128) -> Model:
-  """3x3 convolutions, each with ReLU and 2x2 max pooling, then one hidden ReLU layer.
+def cnn(
+  channels: Sequence[int] = (32, 64),
+  hidden: int = 128,
+  *,
+  kernels: Sequence[int] | None = None,
+  strides: Sequence[int] | None = None,
+  padding: Sequence[str] | None = None,
+  pool_stride: int = 2,
+) -> Model:
+  """Convolutions, each with ReLU and 2x2 max pooling, then one hidden ReLU layer.
 
   Args:
-    channels: of each convolution; n of them need images of at least 2^n x 2^n pixels.
+    channels: of each convolution.
     hidden: width of the hidden layer.
+    kernels: pixels a side of each convolution's kernel; None: 3.
+    strides: of each convolution; None: 1.
+    padding: of each convolution, "SAME" or "VALID"; None: "SAME".
+    pool_stride: of the pooling. At 2, n convolutions of stride 1 need images of at least 2^n pixels
+      a side.
 
   Raises:
-    ValueError: channels is not a list of positive integers, or hidden not one.
+    ValueError: a list has anything but positive integers, or hidden or pool_stride is none; padding
+      has another name; or lists differ in length.
   """
   channels, hidden = _widths("channels", channels), _width("hidden", hidden)
-  return lambda outputs: CNN(outputs, channels, hidden)
+  count = len(channels)
+  kernels = _widths("kernels", [3] * count if kernels is None else kernels)
+  strides = _widths("strides", [1] * count if strides is None else strides)
+  padding = ["SAME"] * count if padding is None else padding
+  for name, values in (("kernels", kernels), ("strides", strides), ("padding", padding)):
+    if len(values) != count:
+      raise ValueError(f"{name} has no entry for each of {count} convolutions: {list(values)}")
+  for value in padding:
+    if value not in ("SAME", "VALID"):
+      raise ValueError(f"padding has {value!r} where 'SAME' or 'VALID' belongs")
+  shapes = tuple(zip(channels, kernels, strides, padding, strict=True))
+  pool_stride = _width("pool_stride", pool_stride)
+  return lambda outputs: CNN(outputs, shapes, pool_stride, hidden)
 
 
 def resnet(channels: Sequence[int] = (16, 32, 64), blocks: int = 1) -> Model:
@@ -95,10 +120,12 @@ class Linear(nn.Module):
 
   outputs: int
   bias: bool = False
+  deviation: float = 0.0
 
   @nn.compact
   def __call__(self, x: Array | Batch) -> Array:
     zeros = nn.initializers.zeros_init()
+    normal = nn.initializers.normal(self.deviation) if self.deviation else zeros
     if isinstance(x, dict):
       kernel = self.get_variable("params", "kernel")
       if kernel is None:
@@ -106,7 +133,7 @@ class Linear(nn.Module):
       y = jnp.einsum("bk,bko->bo", x["value"], kernel[x["index"]])
     else:
       x = x.reshape(len(x), -1)
-      y = x @ self.param("kernel", zeros, (x.shape[1], self.outputs))
+      y = x @ self.param("kernel", normal, (x.shape[1], self.outputs))
     return y + self.param("bias", zeros, (self.outputs,))[None] if self.bias else y
 
 
@@ -129,20 +156,23 @@ class CNN(nn.Module):
   """Convolution, ReLU and pooling, repeated; then two dense layers."""
 
   outputs: int
-  channels: tuple[int, ...]
+  convolutions: tuple[tuple[int, int, int, str], ...]  # channels, kernel, stride, padding
+  pool_stride: int
   hidden: int
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     x, he = _image("cnn", x), nn.initializers.he_normal()
-    if min(x.shape[1:3]) < 2 ** len(self.channels):
-      raise ValueError(
-        f"cnn with channels={list(self.channels)} needs images of at least "
-        f"{2 ** len(self.channels)} pixels a side, got {x.shape[1]} x {x.shape[2]}"
-      )
-    for i, channels in enumerate(self.channels):
-      x = nn.relu(nn.Conv(channels, (3, 3), kernel_init=he, name=f"conv_{i}")(x))
-      x = nn.max_pool(x, (2, 2), strides=(2, 2))
+    height, width = x.shape[1:3]
+    for i, (channels, kernel, stride, padding) in enumerate(self.convolutions):
+      conv = nn.Conv(channels, (kernel, kernel), stride, padding, kernel_init=he, name=f"conv_{i}")
+      x = nn.relu(conv(x))
+      if min(x.shape[1:3]) < 2:
+        raise ValueError(
+          f"images of {height} x {width} pixels are too small for cnn: its convolution {i} leaves "
+          f"{x.shape[1]} x {x.shape[2]}, and pooling needs 2 x 2"
+        )
+      x = nn.max_pool(x, (2, 2), strides=(self.pool_stride, self.pool_stride))
     x = x.reshape(len(x), -1)
     x = nn.relu(nn.Dense(self.hidden, kernel_init=he, name="hidden")(x))
     return nn.Dense(self.outputs, name="output")(x)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from research.base import Array
 from research.models import activations
 from research.models.attention import Attend, Rotation, rotated
-from research.models.experts import DEVIATION, Mixture, SwiGLU
+from research.models.experts import Mixture, SwiGLU
 
 
 class Shape(NamedTuple):
@@ -23,6 +23,7 @@ class Shape(NamedTuple):
   tied: bool  # logits are products with the embedding
   rotary_base: float
   scan: bool  # one compiled layer; on CPUs a loop is faster
+  deviation: float = 0.02  # of weights as they start
 
 
 class Norm(nn.Module):
@@ -52,7 +53,7 @@ class Attention(nn.Module):
     into = lambda count, name: nn.DenseGeneral(
       (count, head_dim),
       dtype=self.dtype,
-      kernel_init=normal(DEVIATION),
+      kernel_init=normal(self.shape.deviation),
       use_bias=False,
       name=name,
     )
@@ -80,9 +81,9 @@ class Layer(nn.Module):
   @nn.compact
   def __call__(self, x: Array, positions: Rotation) -> tuple[Array, Array]:
     # 2 layers terms add up in the residual stream; Radford et al. 2019 (GPT-2), section 2.3
-    deviation = DEVIATION * (2 * self.shape.layers) ** -0.5
+    deviation = self.shape.deviation * (2 * self.shape.layers) ** -0.5
     attention = Attention(self.shape, self.dtype, self.attend, deviation, name="attention")
-    options = (self.shape.hidden, self.dtype, deviation)
+    options = (self.shape.hidden, self.dtype, deviation, self.shape.deviation)
     whole = lambda x: activations.along(x, "fsdp", "seq", None)
     x = whole(x + attention(Norm(name="attention_norm")(x), positions))
     fed = Norm(name="feed_forward_norm")(x)

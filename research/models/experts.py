@@ -8,8 +8,6 @@ import jax.numpy as jnp
 
 from research.base import Array
 
-DEVIATION = 0.02  # of weights as they start
-
 
 class SwiGLU(nn.Module):
   """down(silu(gate(x)) * up(x)).
@@ -20,10 +18,11 @@ class SwiGLU(nn.Module):
   hidden: int
   dtype: Any
   deviation: float  # of down's weights, as they start
+  others: float  # of the other weights
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    dense = lambda features, name, deviation=DEVIATION: nn.Dense(
+    dense = lambda features, name, deviation=self.others: nn.Dense(
       features,
       use_bias=False,
       dtype=self.dtype,
@@ -43,12 +42,13 @@ class Experts(nn.Module):
 
   hidden: int
   dtype: Any
-  deviation: float
+  deviation: float  # as in SwiGLU
+  others: float
 
   @nn.compact
   def __call__(self, x: Array, weights: Array) -> Array:
     width, experts = x.shape[-1], weights.shape[-1]
-    product = lambda shape, equation, name, deviation=DEVIATION: nn.Einsum(
+    product = lambda shape, equation, name, deviation=self.others: nn.Einsum(
       (experts, *shape),
       equation,
       use_bias=False,
@@ -82,7 +82,8 @@ class Mixture(nn.Module):
   per_token: int  # k
   hidden: int
   dtype: Any
-  deviation: float
+  deviation: float  # as in SwiGLU
+  others: float
 
   @nn.compact
   def __call__(self, x: Array) -> tuple[Array, Array]:
@@ -90,7 +91,7 @@ class Mixture(nn.Module):
       self.experts,
       use_bias=False,
       dtype=jnp.float32,
-      kernel_init=nn.initializers.normal(DEVIATION),
+      kernel_init=nn.initializers.normal(self.others),
       name="router",
     )
     p = jax.nn.softmax(router(x.astype(jnp.float32)))
@@ -99,7 +100,8 @@ class Mixture(nn.Module):
     if self.per_token > 1:
       weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     busy = jnp.stack([jnp.mean(chosen, (0, 1)) / self.per_token, jnp.mean(p, (0, 1))])
-    return Experts(self.hidden, self.dtype, self.deviation, name="experts")(x, weights), busy
+    options = (self.hidden, self.dtype, self.deviation, self.others)
+    return Experts(*options, name="experts")(x, weights), busy
 
 
 def balance(busy: Array) -> Array:

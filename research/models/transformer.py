@@ -17,7 +17,7 @@ from research.base import Array, Key, Params
 from research.models import activations, pipeline, sequence
 from research.models.attention import ATTENTION, Attend, Rotation, plain, rotation
 from research.models.decoder import Layer, Norm, Shape
-from research.models.experts import DEVIATION, balance
+from research.models.experts import balance
 
 # Which mesh axis each dimension of a parameter lies along, by the first pattern that is found in
 # its path; layers that are stacked come before these, along `stage`. Columns of a layer's first
@@ -62,6 +62,7 @@ def transformer(
   kv_heads: int | None = None,
   hidden: int | None = None,
   tied: bool | None = None,
+  deviation: float | None = None,
   experts: int = 0,
   experts_per_token: int = 2,
   balance: float = 0.01,
@@ -86,6 +87,8 @@ def transformer(
     kv_heads: of keys and values.
     hidden: of the feed-forward part, or of each expert.
     tied: the head is the embedding.
+    deviation: of the weights as they start, N(0, deviation^2), but for those that add to the
+      residual stream, which are smaller by sqrt(2 layers).
     experts: in each layer, in place of its feed-forward part; 0 for none.
     experts_per_token: of which a token's output is made.
     balance: weight of the loss that keeps experts equally busy, see `experts.balance`.
@@ -113,6 +116,7 @@ def transformer(
     "kv_heads": kv_heads,
     "hidden": hidden,
     "tied": tied,
+    "deviation": deviation,
     "scan": scan,
   }
   shape = _legal("preset", preset, PRESETS)
@@ -149,7 +153,8 @@ class Transformer(nn.Module):
     _check_tokens(tokens)
     sequence.check(tokens.shape[1])
     width, head_dim = self.shape.width, self.shape.width // self.shape.heads
-    matrix = lambda name: self.param(name, nn.initializers.normal(DEVIATION), (self.outputs, width))
+    normal = nn.initializers.normal(self.shape.deviation)
+    matrix = lambda name: self.param(name, normal, (self.outputs, width))
     embedding = matrix("embedding")
     x = activations.along(activations.rows(embedding, tokens), "fsdp", "seq", None)
     positions = rotation(tokens.shape[1], head_dim, self.shape.rotary_base)
@@ -235,6 +240,8 @@ def _check(shape: Shape, experts: int, experts_per_token: int, balance: float) -
   for name in ("tied", "scan"):
     if not isinstance(getattr(shape, name), bool):
       raise ValueError(f"{name}={getattr(shape, name)!r} is neither True nor False")
+  if not shape.deviation > 0:
+    raise ValueError(f"deviation={shape.deviation!r} is not in (0, inf)")
   if shape.width % shape.heads:
     raise ValueError(f"width={shape.width} is not divisible by heads={shape.heads}")
   if shape.heads % shape.kv_heads:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import jaxpr_as_fun
 
 from research.base import Chunk, Own, Tree
 
@@ -112,22 +113,34 @@ def infer(
   per_worker = tuple(spread(everything(arg), arg) for arg in private_args)
   private, shapes = _outputs(init, axes, None, params)
   private = _owned(private)
+  weight = jax.ShapeDtypeStruct((), jnp.float32)
+  local_fn = lambda state, *args: local_phase(state, *args)[0]
+  local_fn, local_shapes = _traced(local_fn, axes, shapes, *private_args)
+  sync, _ = _traced(sync, axes, local_shapes, shapes, weight)
   while True:
     in_axes = (lead(private), *(0 for _ in private_args))
-    local_fn = lambda state, *args: local_phase(state, *args)[0]
-    local, local_shapes = _outputs(local_fn, axes, in_axes, spread(private, shapes), *per_worker)
+    local = private_outputs(local_fn, axes, in_axes, spread(private, shapes), *per_worker)
     after = private_outputs(
       sync,
       axes,
       (lead(local), lead(private), 0),
       spread(local, local_shapes),
       spread(private, shapes),
-      jax.ShapeDtypeStruct(tuple(axes.values()), jnp.float32),
+      spread(True, weight),
     )
     grown = jax.tree.map(lambda a, b: a or b, private, after)
     if grown == private:
       return Layout(private, local, shapes, local_shapes)
     private = grown
+
+
+def _traced(
+  fn: Callable[..., Any], axes: Mapping[str, int], *args: Any
+) -> tuple[Callable[..., Any], Tree]:
+  """`fn` of one worker as a program, so that Python goes through it once; shapes of its result."""
+  program, shapes = jax.make_jaxpr(fn, axis_env=[*axes.items()], return_shape=True)(*args)
+  run, tree = jaxpr_as_fun(program), jax.tree.structure(shapes)
+  return lambda *args: tree.unflatten(run(*jax.tree.leaves(args))), shapes
 
 
 def _owned(private: Tree) -> Tree:

@@ -56,4 +56,4 @@ def pmap(job: Job) -> Executor:
   run = lambda state, data, rounds: mapped(rounds)(state, data)
   deployed = lambda state: workers.deployed(job, layout, state.method)
   params = jax.jit(deployed, out_shardings=NamedSharding(mesh, P()))
-  return Executor(init, partial(sharded.place, mesh, ("data",)), run, params)
+  return Executor(init, partial(sharded.place, mesh, ("data",)), run, params, layout)

@@ -51,7 +51,7 @@ def simulate(job: Job) -> Executor:
   )
   deployed = lambda state: workers.deployed(job, layout, state.method)
   params = jax.jit(deployed, out_shardings=NamedSharding(mesh, P()))
-  return Executor(init, partial(sharded.place, mesh, ("data",)), run, params)
+  return Executor(init, partial(sharded.place, mesh, ("data",)), run, params, layout)
 
 
 def is_mapped(job: Job) -> bool:

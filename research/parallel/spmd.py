@@ -68,7 +68,7 @@ def spmd(job: Job) -> Executor:
   lies = lambda x: NamedSharding(mesh, P(*along(x)))
   model = jax.eval_shape(job.task.init, jax.random.key(0))
   params = jax.jit(deployed, out_shardings=jax.tree.map(lies, model))
-  return Executor(init, partial(sharded.place, mesh, names), run, params)
+  return Executor(init, partial(sharded.place, mesh, names), run, params, layout)
 
 
 def _models(job: Job, layout: layouts.Layout) -> Tree:

@@ -1,4 +1,4 @@
-"""Files in the LIBSVM format: logistic and softmax regression, the standard convex problems."""
+"""Files in the LIBSVM format: classification and ridge regression, the standard convex problems."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,13 +30,16 @@ def libsvm(
   test: str = "",
   l2: float = 0.0,
   sparse: bool | None = None,
+  nonconvex: float = 0.0,
+  loss: str = "",
   *,
   model: Callable[[int], nn.Module],
   data_dir: str = "",
 ) -> Task:
-  """Classification of a LIBSVM file's examples: logistic loss, softmax for three classes or more.
+  """A LIBSVM file's examples: logistic loss, softmax for three classes or more, or squares.
 
-  The sorted labels of the file become 0, 1, ...; features are one-based. Rows are dense where all
+  To classify, the sorted labels of the file become 0, 1, ...; squares take them for the numbers
+  that they are. Features are one-based. Rows are dense where all
   of them take at most 1 GiB in float32, else sparse: {"index", "value"} [N, most in a row], padded
   with value 0, which `linear` and `logistic` take.
 
@@ -46,35 +49,45 @@ def libsvm(
     test: name of a file of test examples, such as "a9a.t".
     l2: weight of l2/2 ||params||^2, see `supervised`.
     sparse: True or False instead of by size.
-    model: outputs -> module; one output for two classes.
+    nonconvex: weight of sum_j w_j^2 / (1 + w_j^2), see `supervised`.
+    loss: "squares", half of the squared error; empty: to classify.
+    model: outputs -> module; one output for two classes and for squares.
     data_dir: where to look first, see `files.find`.
 
   Raises:
     FileNotFoundError: a file is nowhere and cannot be fetched.
-    ValueError: the name is a path, the file is malformed, or its labels are no classes.
+    ValueError: the name is a path, the file is malformed, its labels are no classes, or the loss
+      is unknown.
 
   Reference:
     Chang and Lin, 2011, LIBSVM: a library for support vector machines, ACM TIST 2(3).
   """
   if sparse not in (None, True, False):
     raise ValueError(f"sparse={sparse!r} is none of None, True, False")
+  if loss not in ("", "squares"):
+    raise ValueError(f"loss={loss!r} is neither 'squares' nor empty")
   paths = [_path(name, data_dir) for name in (name, test) if name]
   loaded = _load(paths)
   rows, labels = loaded[0::2], loaded[1::2]
   features = rows[0].shape[1]
   if sparse is None:
     sparse = 4 * features * sum(x.shape[0] for x in rows) > DENSE_BYTES
-  classes = _classes(paths[0], labels[0])
+  if loss == "squares":
+    outputs, targets = 1, [y.astype(np.float32) for y in labels]
+  else:
+    classes = _classes(paths[0], labels[0])
+    loss, outputs = ("logistic", 1) if len(classes) == 2 else ("softmax", len(classes))
+    targets = [_encoded(path, y, classes) for path, y in zip(paths, labels, strict=True)]
   train, *rest = (
-    {"x": _padded(x) if sparse else x.toarray(), "y": _encoded(path, y, classes)}
-    for path, x, y in zip(paths, rows, labels, strict=True)
+    {"x": _padded(x) if sparse else x.toarray(), "y": y} for x, y in zip(rows, targets, strict=True)
   )
   return supervised(
-    model(1 if len(classes) == 2 else len(classes)),
+    model(outputs),
     train,
     rest[0] if rest else None,
-    loss="logistic" if len(classes) == 2 else "softmax",
+    loss=loss,
     l2=l2,
+    nonconvex=nonconvex,
     features=features if sparse else 0,
   )
 

@@ -24,6 +24,17 @@ def iid() -> Partition:
   return partition
 
 
+def in_order() -> Partition:
+  """As they come, cut into parts whose sizes differ by at most one; the seed has no effect."""
+
+  def partition(labels: np.ndarray, workers: int, seed: int) -> list[np.ndarray]:
+    del seed
+    _check_workers(labels, workers)
+    return np.array_split(np.arange(len(labels)), workers)
+
+  return partition
+
+
 def sorted_() -> Partition:
   """Sorted by label, ties as they come, cut into parts whose sizes differ by at most one.
 

@@ -5,10 +5,11 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from research.base import Params, Task
-from research.tasks import language, tokens
+from research.base import Array, Batch, Key, Params, Task
+from research.tasks import language, sampling, tokens
 from research.tasks.supervised import supervised
 
 DEFAULT_MODEL = {"least_squares": "linear()", "random_tokens": "transformer('tiny')"}
@@ -67,6 +68,45 @@ def _optimum(module: nn.Module, x: np.ndarray, y: np.ndarray) -> Params | None:
   w = np.linalg.lstsq(np.hstack(columns).astype(np.float64), y.astype(np.float64))[0]
   optimum = {"kernel": w[: x.shape[1], None], "bias": w[x.shape[1] :]}
   return {name: optimum[name].astype(np.float32) for name in shapes}
+
+
+def mean_estimation(vectors: int = 25, features: int = 2000, seed: int = 0) -> Task:
+  """The mean of vectors b_i ~ N(0, I), sought as the minimum of a mean of squares.
+
+      f_i(x) = 1/2 ||x - b_i||^2
+
+  One vector is one example. From x = 0 a gradient step of size one takes a worker with one vector
+  to it; then no steps, only averages with neighbours, are a consensus problem.
+
+  Args:
+    vectors: how many, at least 1.
+    features: their length, at least 1.
+    seed: of the vectors.
+
+  Raises:
+    ValueError: a number is below 1.
+
+  Reference: Suresh, Yu, Kumar, McMahan 2017, Distributed mean estimation, arXiv 1611.00429.
+  """
+  if not (vectors >= 1 and features >= 1):
+    raise ValueError(f"vectors={vectors}, features={features}: need at least 1 of each")
+  rows = np.random.default_rng(seed).standard_normal((vectors, features)).astype(np.float32)
+
+  def init(key: Key) -> Params:
+    del key
+    return {"x": jnp.zeros(features)}
+
+  def loss(params: Params, batch: Batch, key: Key) -> Array:
+    del key
+    return sampling.mean(jnp.sum((params["x"][None] - batch["x"]) ** 2, 1) / 2, batch)
+
+  def evaluate(params: Params, batch: Batch) -> dict[str, Array]:
+    return {"loss": loss(params, batch, jax.random.key(0))}
+
+  train = {"x": rows, "y": np.arange(vectors, dtype=np.int32)}
+  optimum = {"x": rows.mean(0, dtype=np.float64).astype(np.float32)}
+  task = Task(init, loss, evaluate, sampling.epoch_sample, sampling.take, train)
+  return task._replace(optimum=optimum)
 
 
 def random_tokens(

@@ -47,11 +47,12 @@ def digits(*, model: Callable[[int], nn.Module]) -> Task:
   return supervised(model(10), train, test, scale=16.0)
 
 
-def mnist(*, model: Callable[[int], nn.Module], data_dir: str = "") -> Task:
+def mnist(parity: bool = False, *, model: Callable[[int], nn.Module], data_dir: str = "") -> Task:
   """MNIST: handwritten digits of 28x28 pixels, 60,000 to train on, 10,000 to test.
 
   Args:
-    model: outputs -> module, called with 10.
+    parity: asks only whether a digit is odd: logistic loss.
+    model: outputs -> module, called with 10, or with 1 for the parity.
     data_dir: where to look first, see `files.find`.
 
   Raises:
@@ -63,6 +64,9 @@ def mnist(*, model: Callable[[int], nn.Module], data_dir: str = "") -> Task:
     al., 2016, arXiv:1602.05629.
   """
   train, test = (_mnist_part(part, data_dir) for part in ("train", "t10k"))
+  if parity:
+    train, test = ({**part, "y": part["y"] % 2} for part in (train, test))
+    return supervised(model(1), train, test, loss="logistic", scale=255.0)
   return supervised(model(10), train, test, scale=255.0)
 
 

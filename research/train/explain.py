@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from research.comm import mesh as meshes
-from research.parallel import resize, workers
+from research.parallel import resize
 from research.train import assemble
 from research.train.config import Config, flag
 
@@ -49,7 +49,7 @@ def rows(config: Config) -> list[Row]:
   """
   problem = assemble.assemble(config, assemble.check(config))
   state = jax.eval_shape(problem.executor.init, jax.random.key(0))
-  private = workers.infer_layout(problem.job).state
+  private = problem.executor.layout.state
   leaves = resize.placed(problem.job, private, state).leaves.values()
   return [row(*of) for of in zip(leaves, jax.tree.leaves(state), strict=True)]
 

@@ -109,7 +109,7 @@ class Run:
     self.config, self.problem, self.folder, self.timing = config, problem, folder, timing
     job, executor = problem.job, problem.executor
     init_key, data_key = jax.random.split(jax.random.key(config.seed))
-    self.layout = workers.infer_layout(job)
+    self.layout = executor.layout
     self.state: TrainState = executor.init(init_key)
     self.evaluated_on = "test" if problem.test else "train"
     self.progress = report.Progress(problem.steps, self.evaluated_on, main)

@@ -1,0 +1,97 @@
+"""Heavy ball contracts by (sqrt k - 1)/(sqrt k + 1), gradient descent by (k - 1)/(k + 1).
+
+Paper: Polyak 1964, Some methods of speeding up the convergence of iteration methods, USSR
+Computational Mathematics and Mathematical Physics 4(5).
+
+Same: a strongly convex quadratic of condition k, and each method's best constants: the step
+4/(sqrt L + sqrt mu)^2 with the momentum ((sqrt k - 1)/(sqrt k + 1))^2, and the step 2/(L + mu).
+Scaled: nothing. The quadratic is ours, ridge regression on the labels of a9a with mu = L/k, and the
+paper's numbers are its rates at this k. What is fitted lies a little above them, since the largest
+error of heavy ball falls like t q^t.
+"""
+
+import numpy as np
+
+from experiments.claim import Beside, Findings, Gate, Lab, Line, Panel
+from experiments.optima import curvature, optimum_of_squares
+
+TITLE = "Momentum replaces the condition number by its square root"
+DATASET = "libsvm('a9a')"
+FULL = {"condition": 1001.0, "steps": 450, "descent_steps": 9000, "every": 10, "tolerance": 1e-8}
+FULL |= {"rate": 0.95, "faster": 10.0}
+QUICK = {"descent_steps": 4000, "every": 25}
+SEEDS = {"full": 1, "quick": 1}
+X64 = True
+
+
+def measure(lab: Lab) -> Findings:
+  """Distances to the optimum over the steps, and the slopes of their logarithms."""
+  x, y = (lab.task(task=lab.data(loss="squares"), model="linear()").train[name] for name in "xy")
+  top = float(curvature(x)[-1])
+  mu = top / (lab["condition"] - 1)
+  optimum = optimum_of_squares(x, y, mu).at
+  large, root, roots = top + mu, np.sqrt(lab["condition"]), np.sqrt(top + mu) + np.sqrt(mu)
+  theory = {
+    "heavy ball": float((root - 1) / (root + 1)),
+    "gradient descent": (lab["condition"] - 1) / (lab["condition"] + 1),
+  }
+  plans = {
+    "heavy ball": (f"sgd({4 / roots**2}, momentum={theory['heavy ball'] ** 2})", lab["steps"]),
+    "gradient descent": (f"sgd({2 / (large + mu)})", lab["descent_steps"]),
+  }
+
+  def distance(params, state):
+    del state
+    return {"distance": np.linalg.norm(params["kernel"][:, 0] - optimum) / np.linalg.norm(optimum)}
+
+  lines, rates, taken = [], dict.fromkeys(plans, 0.0), dict.fromkeys(plans, 0.0)
+  for name, (optimizer, steps) in plans.items():
+    for seed in lab.seeds:
+      found = lab.run(
+        task=lab.data(loss="squares", l2=mu, sparse=True),
+        model="linear()",
+        method=f"data_parallel({optimizer}, mean())",
+        batch_size="all",
+        steps=steps,
+        eval_every=lab["every"],
+        x64=True,
+        seed=seed,
+        watch=distance,
+      )
+      at, distances = found.column("step"), found.column("distance")
+      lines.append(Line(name, at, distances))
+      before = np.isfinite(distances) & (distances > lab["tolerance"])
+      slope = np.polyfit(at[before], np.log(distances[before]), 1)[0]
+      rates[name] = max(rates[name], float(np.exp(slope)))
+      reached = found.first("distance", lambda d: d <= lab["tolerance"])
+      taken[name] = max(taken[name], min(reached, steps))
+  faster = taken["gradient descent"] / taken["heavy ball"]
+  return Findings(
+    [
+      Beside(f"{name}: factor of the distance per step", rates[name], theory[name])
+      for name in plans
+    ]
+    + [Beside(f"{name}: steps to {lab['tolerance']:g}", taken[name]) for name in plans],
+    [
+      Gate(
+        "heavy ball: factor of the distance per step",
+        rates["heavy ball"],
+        "<=",
+        lab["rate"],
+        anywhere=True,
+      ),
+      Gate(
+        "gradient descent's steps over heavy ball's", faster, ">=", lab["faster"], anywhere=True
+      ),
+    ],
+    [
+      Panel(
+        f"ridge regression, condition {lab['condition']:g}",
+        "steps",
+        "relative distance to the optimum",
+        lines,
+        y_scale="log",
+      )
+    ],
+    f"Where {lab['tolerance']:g} is not reached, the number of steps is that of the whole run.",
+  )

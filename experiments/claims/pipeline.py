@@ -1,0 +1,108 @@
+"""A pipeline of n stages idles for (n-1)/(m+n-1) of its time with m micro-batches.
+
+Paper: Huang et al. 2018, GPipe, arXiv:1811.06965, section 2.3 and figure 2.
+
+Same: what is counted is the schedule that `research/models/pipeline.py` runs, each stage on a
+device: its layers note which micro-batch they are given at each tick. A tick at which they are
+given none, or one that they have had, is idle.
+Scaled: the layers do next to nothing, so a tick is the unit of time and transfers are free, as in
+the paper's formula. Only the forward pass is noted; the backward pass is the same loop in reverse.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.claim import Beside, Findings, Gate, Lab, Line, Panel, with_devices
+from research.comm import mesh as meshes
+from research.models import pipeline
+
+TITLE = "A pipeline of n stages and m micro-batches idles for (n-1)/(m+n-1) of its time"
+DATASET = ""
+FULL = {"stages": [2, 4, 8], "microbatches": [1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32]}
+QUICK = {"microbatches": [1, 2, 4, 8, 32]}
+SEEDS = {"full": 1, "quick": 1}
+X64 = False
+
+Trace = list[list[int]]  # by stage the micro-batches from 1 on that it is given, by tick
+
+
+def measure(lab: Lab) -> Findings:
+  """Idle slots of every schedule, and one schedule drawn."""
+  stages, microbatches = lab["stages"], lab["microbatches"]
+  pairs = [(n, m) for n in stages for m in microbatches]
+  found = with_devices(max(stages), traces, pairs)
+  slots = {pair: sum(map(len, trace)) for pair, (trace, _) in found.items()}
+  idle = {pair: slots[pair] - sum(map(len, map(worked, found[pair][0]))) for pair in pairs}
+  share = {pair: idle[pair] / slots[pair] for pair in pairs}
+  formula = {(n, m): (n - 1) / (m + n - 1) for n, m in pairs}
+  # idle / slots == (n - 1) / (m + n - 1) in whole numbers
+  unequal = sum(idle[n, m] * (m + n - 1) != (n - 1) * slots[n, m] for n, m in pairs)
+  most, schedule = range(1, max(microbatches) + 1), [worked(of) for of in found[4, 4][0]]
+  of_stages = [(n, [share[n, m] for m in microbatches]) for n in stages]
+  return Findings(
+    [
+      Beside(f"idle share, {n} stages, {m} micro-batches", share[n, m], formula[n, m])
+      for m in (4, most[-1])
+      for n in (4, 2, 8)
+    ],
+    [
+      Gate("schedules whose idle share is another", unequal, "==", 0),
+      Gate("micro-batches that missed a stage", sum(of[1] for of in found.values()), "==", 0),
+    ],
+    [
+      Panel(
+        "share of their time in which stages idle",
+        "micro-batches m",
+        "idle share",
+        [Line(f"n={n} stages, counted", microbatches, shares, "o") for n, shares in of_stages]
+        + [Line("(n-1)/(m+n-1)", most, [(n - 1) / (m + n - 1) for m in most]) for n in stages],
+        x_scale="log",
+      ),
+      Panel(
+        "when 4 stages have each of 4 micro-batches",
+        "tick",
+        "stage",
+        [
+          Line(f"micro-batch {i}", [of[i] for of in schedule], range(1, 5), "s")
+          for i in schedule[0]
+        ],
+      ),
+    ],
+  )
+
+
+def worked(given: Sequence[int]) -> dict[int, int]:
+  """Of a stage: the ticks at which it first has each micro-batch."""
+  first: dict[int, int] = {}
+  for tick, microbatch in enumerate(given):
+    if microbatch:
+      first.setdefault(microbatch, tick)
+  return first
+
+
+def traces(pairs: Sequence[tuple[int, int]]) -> dict[tuple[int, int], tuple[Trace, int]]:
+  """What every stage is given, and how many micro-batches did not come through all of them."""
+  return {(n, m): trace(n, m) for n, m in pairs}
+
+
+def trace(stages: int, microbatches: int) -> tuple[Trace, int]:
+  """Runs one pipeline, of one layer a stage and one example a micro-batch."""
+  given: Trace = [[] for _ in range(stages)]
+  plan = pipeline.schedule(stages, microbatches, microbatches, 1)
+
+  def layers(number, x, rest):
+    note = lambda stage, x: given[int(stage)].append(int(x[0, 0, 0]))
+    jax.debug.callback(note, number[0], x)
+    return x + jnp.array([0.0, 1.0]), jnp.zeros(1)  # through one stage more
+
+  names = np.arange(1.0, microbatches + 1, dtype=np.float32)
+  x = np.stack([names, np.zeros_like(names)], -1)[:, None]
+  with jax.set_mesh(meshes.device_mesh({"stage": stages}, jax.devices()[:stages])):
+    run = jax.jit(lambda numbers, x: pipeline.pipelined(layers, numbers, x, (), plan)[0])
+    out = np.asarray(run(np.arange(stages)[None], x))
+    jax.effects_barrier()
+  whole = np.stack([names, np.full_like(names, stages)], -1)[:, None]
+  return given, int(np.sum(np.any(out != whole, (1, 2))))

@@ -1,0 +1,112 @@
+"""ZeRO cuts the 16 bytes that Adam needs for each parameter by the number of devices, in stages.
+
+Paper: Rajbhandari et al. 2019, ZeRO, arXiv:1910.02054, section 3.1 and figure 1.
+
+Same: what XLA allots on each of N = 8 devices for parameters, gradients and Adam's two moments, by
+the memory analysis of the compiled step; stage 1 cuts the moments into N parts, 2 gradients too, 3
+all of it.
+Scaled: a perceptron of about a million parameters. All is float32 here, so 4 + 4 + 8 bytes are
+what the paper's 2 + 2 + 12 of mixed precision are: the same 16 whole and 16/N in stage 3, and in
+between 8 + 8/N and 4 + 12/N where the paper has 4 + 12/N and 2 + 14/N. Gradients are those of the
+program of the gradient alone, cut as in the step, where their places are used again as soon as can
+be. The step's temporaries, gradients and whole matrices gathered for XLA:CPU among them, are
+printed as they are.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+from experiments import ahead
+from experiments.claim import Beside, Findings, Gate, Lab, Line, Panel, with_devices
+from research.parallel import sharded, workers
+from research.train import assemble
+from research.train.config import Config
+
+TITLE = "ZeRO cuts the 16 bytes per parameter of training with Adam by the number of devices"
+DATASET = ""
+FULL = {"devices": 8, "hidden": [1024, 1024], "within": 0.03}
+QUICK = {"hidden": [1024]}
+SEEDS = {"full": 1, "quick": 1}
+X64 = False
+
+
+class Bytes(NamedTuple):
+  """On one device, for each parameter of the model."""
+
+  state: float  # parameters and Adam's moments
+  grads: float
+  temporaries: float  # of the whole step, gradients among them
+
+
+def measure(lab: Lab) -> Findings:
+  """Bytes per parameter of every stage."""
+  n, within = lab["devices"], lab["within"]
+  found = with_devices(n, stages, n, lab["hidden"])
+  held = [of.state + of.grads for of in found]
+  formula = [16, 8 + 8 / n, 4 + 12 / n, 16 / n]
+  names = ["whole", "stage 1", "stage 2", "stage 3"]
+  paper = [16, None, None, 16 / n]
+  numbers = range(4)
+  return Findings(
+    [Beside(f"{name}: bytes per parameter", held[i], paper[i]) for i, name in enumerate(names)]
+    + [
+      Beside(f"{name}: temporaries of the step", found[i].temporaries)
+      for i, name in enumerate(names)
+    ],
+    [
+      Gate(f"{name}: relative error of the formula", abs(held[i] / formula[i] - 1), "<=", within)
+      for i, name in enumerate(names)
+    ],
+    [
+      Panel(
+        f"on each of {n} devices",
+        "stage of ZeRO (0: none)",
+        "bytes per parameter",
+        [
+          Line("parameters, gradients, Adam", numbers, held, "o"),
+          Line("parameters and Adam", numbers, [of.state for of in found], "s"),
+          Line("gradients", numbers, [of.grads for of in found], "^"),
+          Line("16, 8 + 8/N, 4 + 12/N, 16/N", numbers, formula),
+        ],
+      )
+    ],
+  )
+
+
+def stages(devices: int, hidden: list[int]) -> list[Bytes]:
+  """Data parallelism without ZeRO, then its three stages."""
+  config = Config(
+    task="digits()",
+    model=f"mlp(hidden={hidden})",
+    method="data_parallel(adam(1e-3), mean())",
+    executor="spmd",
+    mesh=f"data:{devices}",
+    batch_size=devices,
+  )
+  cut = config._replace(mesh=f"data:1,fsdp:{devices}")
+  return [compiled(config), *(compiled(cut._replace(zero=zero)) for zero in (1, 2, 3))]
+
+
+def compiled(config: Config) -> Bytes:
+  """Compiles one step, and its gradient as the same executor has it."""
+  problem = assemble.assemble(config, assemble.check(config))
+  job = problem.job
+  state, data = ahead.arguments(problem)
+  step: Any = problem.executor.run.lower(state, data, rounds=1).compile().memory_analysis()
+  inside = sharded.inside(job.axes, sharded.cut_of(job.axes, job.task), job.zero)
+  gradient = workers.value_and_clipped_grad(job, inside)
+  own = jax.shard_map(
+    lambda *args: gradient(*args)[1],
+    mesh=state.round.sharding.mesh,
+    in_specs=P(),
+    out_specs=P(),
+    axis_names={"data"},
+    check_vma=False,
+  )
+  _, batch, key = workers.of_loss(job)
+  grads: Any = jax.jit(own).lower(state.method.params, batch, key).compile().memory_analysis()
+  count = sum(leaf.size for leaf in jax.tree.leaves(state.method.params))
+  sizes = step.output_size_in_bytes, grads.output_size_in_bytes, step.temp_size_in_bytes
+  return Bytes(*(size / count for size in sizes))

@@ -1,0 +1,158 @@
+"""Runs what a paper claims, and holds ours beside the paper's number.
+
+    python experiments/reproduce.py --claim=ef21
+    python experiments/reproduce.py --claim=all --scale=quick
+    python experiments/reproduce.py --list
+
+Writes OUT/NAME/result.json (values, gates, spec strings, seeds, commit, versions, hardware,
+seconds), table.md and figure.png, and OUT/README.md over all claims there. Exit codes: 0 every gate
+holds; 1 one does not; 2 a flag that cannot be.
+"""
+
+import ast
+import difflib
+import importlib
+import os
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")
+
+from absl import app, flags, logging
+
+from experiments.run import fail, parse_flags, use_compilation_cache
+from research.train.config import UsageError, flag
+
+FLAGS = flags.FLAGS
+FOLDER = Path(__file__).parent / "claims"
+CLAIMS = sorted(path.stem for path in FOLDER.glob("*.py"))
+
+
+def module_of(name: str) -> ModuleType:
+  """The claim of that name.
+
+  Raises:
+    UsageError: if there is none, with the nearest.
+  """
+  if name not in CLAIMS:
+    near = difflib.get_close_matches(name, CLAIMS, 1)
+    hint = f"; did you mean '{near[0]}'?" if near else ";"
+    raise UsageError(f"--claim='{name}': unknown{hint} legal: all, {', '.join(CLAIMS)}")
+  return importlib.import_module(f"experiments.claims.{name}")
+
+
+def given(texts: list[str]) -> dict[str, Any]:
+  """--set=NAME=VALUE as names and values.
+
+  Raises:
+    UsageError: for what is none.
+  """
+  found = {}
+  for text in texts:
+    name, equals, value = text.partition("=")
+    with flag("set", text):
+      if not equals:
+        raise ValueError("not of the form NAME=VALUE")
+      try:
+        found[name] = ast.literal_eval(value)
+      except (ValueError, SyntaxError):
+        raise ValueError(f"{value!r} is no number, text or list") from None
+  return found
+
+
+def out_folder(changed: bool) -> Path:
+  """Where results go: the record is of claims in full, as they stand."""
+  if FLAGS.out:
+    return Path(FLAGS.out)
+  return Path("runs/claims") if changed or FLAGS.scale == "quick" else Path("results")
+
+
+def reproduce(name: str, out: Path) -> bool:
+  """Runs one claim and writes what came out; whether its gates hold."""
+  import jax
+
+  from experiments import claim, verdict
+  from research.train import folder as folders
+
+  found, sets = module_of(name), given(FLAGS.set)
+  numbers = claim.settings(found.FULL, found.QUICK, FLAGS.scale, sets)
+  if FLAGS.dataset and not found.DATASET:
+    raise UsageError(f"--dataset='{FLAGS.dataset}': the claim {name} makes its own problem")
+  dataset = FLAGS.dataset or found.DATASET
+  seeds = FLAGS.seeds or found.SEEDS[FLAGS.scale]
+  print(f"{name}: {found.TITLE}", file=sys.stderr)
+  started = time.perf_counter()
+  tell = lambda line: print(f"  {line}", file=sys.stderr, flush=True)
+  with jax.enable_x64(found.X64):
+    lab = claim.Lab(numbers, seeds, dataset, tell)
+    findings = found.measure(lab)
+  result = {
+    "claim": name,
+    "title": found.TITLE,
+    "command": command(name),
+    "scale": FLAGS.scale,
+    "dataset": dataset,
+    "elsewhere": bool(FLAGS.dataset) and FLAGS.dataset != found.DATASET,
+    "settings": numbers,
+    "seeds": seeds,
+    **verdict.values(findings, bool(FLAGS.dataset) and FLAGS.dataset != found.DATASET),
+    "grids": lab.grids,
+    "runs": lab.runs,
+    "seconds": round(time.perf_counter() - started, 1),
+    "environment": folders.environment(),
+  }
+  verdict.write(result, findings, out / name)
+  print(verdict.table(result))
+  return result["verdict"] != "fails"
+
+
+def command(name: str) -> str:
+  """What was typed, without what says where."""
+  parts = [f"--claim={name}"]
+  parts += [f"--scale={FLAGS.scale}"] if FLAGS.scale != "full" else []
+  parts += [f'--dataset="{FLAGS.dataset}"'] if FLAGS.dataset else []
+  parts += [f"--seeds={FLAGS.seeds}"] if FLAGS.seeds else []
+  parts += [f"--set={text}" for text in FLAGS.set]
+  return f"python experiments/reproduce.py {' '.join(parts)}"
+
+
+def main(argv: list[str]) -> None:
+  """The claims that are named, one after the other."""
+  del argv
+  logging.set_verbosity(logging.WARNING)
+  if FLAGS.list:
+    width = max(map(len, CLAIMS))
+    for name in CLAIMS:
+      print(f"{name:{width}}  {module_of(name).TITLE}")
+    sys.exit(0)
+  names = CLAIMS if FLAGS.claim == "all" else FLAGS.claim.split(",")
+  use_compilation_cache(FLAGS.compilation_cache)
+  try:
+    for name in names:
+      module_of(name)
+    if FLAGS.claim == "all" and (FLAGS.dataset or FLAGS.set):
+      raise UsageError("--claim=all: --dataset and --set belong to one claim")
+    out = out_folder(bool(FLAGS.dataset or FLAGS.set or FLAGS.seeds))
+    held = [reproduce(name, out) for name in names]
+  except UsageError as error:
+    fail(2, str(error))
+  from experiments import verdict
+
+  verdict.write_overview(out)
+  sys.exit(0 if all(held) else 1)
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("claim", "all", "Names of claims, with commas, or all.")
+  flags.DEFINE_bool("list", False, "Lists the claims, and ends.")
+  flags.DEFINE_enum("scale", "full", ["full", "quick"], "full: for the record; quick: for CI.")
+  flags.DEFINE_string("dataset", "", "Task spec of other data than the claim's own.")
+  flags.DEFINE_integer("seeds", 0, "So many, from 0 on; 0: as many as the claim takes.", 0)
+  flags.DEFINE_multi_string("set", [], "NAME=VALUE: one of the claim's own settings.")
+  flags.DEFINE_string("out", "", "Folder; empty: results, or runs/claims if it is no record.")
+  cache = "Folder of compiled programs; empty: in the user's cache; 'off': none."
+  flags.DEFINE_string("compilation_cache", "", cache)
+  app.run(main, flags_parser=parse_flags)
