@@ -170,7 +170,8 @@ class Lab:
     sent = Sent(problem.plan, problem.executor.layout, problem.steps)
     found = Found(config, rows, params, sent.until(problem.steps) / problem.steps, seconds)
     last = {k: v for k, v in rows[-1].items() if np.ndim(v) == 0}
-    self.runs.append({**_told(config), **last, "bytes_per_step": found.bytes_per_step})
+    told = {**_told(config), **last, "bytes_per_step": found.bytes_per_step}
+    self.runs.append({**told, "seconds": round(seconds, 1)})
     self.tell(f"{seconds:6.1f} s  {_short(config)}: {_numbers(last)}")
     return found
 

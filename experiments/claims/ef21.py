@@ -31,7 +31,7 @@ def measure(lab: Lab) -> Findings:
   x = lab.task(model=model).train["x"]
   rate = lab["factor"] * step_size(x, workers)
   top_1 = f"gather_mean(top_k({1 / x.shape[1]!r}))"
-  lines, least, seconds = [], {}, {}
+  lines, least = [], {}
   for name, aggregator in METHODS.items():
     for seed in lab.seeds:
       found = lab.run(
@@ -50,11 +50,9 @@ def measure(lab: Lab) -> Findings:
       squares = found.column("gradient_norm") ** 2
       lines.append(Line(name, found.column("step"), squares))
       least[name] = max(least.get(name, 0.0), float(np.fmin.reduce(squares)))
-      seconds[name] = found.seconds
   apart = least["error feedback"] / least["EF21"]
   return Findings(
-    [Beside(f"{name}: least squared norm of the gradient", least[name]) for name in METHODS]
-    + [Beside(f"{name}: seconds of {lab['steps']} steps", seconds[name]) for name in METHODS],
+    [Beside(f"{name}: least squared norm of the gradient", least[name]) for name in METHODS],
     [
       Gate("EF21: least squared norm of the gradient", least["EF21"], "<=", lab["smallest"]),
       Gate("error feedback's over EF21's", apart, ">=", lab["apart"]),
