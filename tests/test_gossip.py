@@ -60,6 +60,13 @@ def test_gossip_contracts_by_the_spectral_gap(count):
   np.testing.assert_allclose(values.mean(1), np.tile(x.mean(0), (10, 1)), atol=1e-6)
 
 
+def test_doubles_keep_their_digits():
+  x = np.random.default_rng(0).standard_normal((8, 5))
+  with jax.enable_x64(True):
+    found = iterated(gossip(topology.ring()), x, 300)[-1]
+  assert np.abs(found - x.mean(0)).max() < 1e-13
+
+
 def test_a_period_of_one_peer_graphs_is_the_mean():
   x = np.random.default_rng(1).normal(size=(8, 5)).astype(np.float32)
   values = iterated(gossip(topology.one_peer_exponential()), x, 3)
