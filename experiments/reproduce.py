@@ -141,7 +141,7 @@ def main(argv: list[str]) -> None:
     fail(2, str(error))
   from experiments import verdict
 
-  verdict.write_overview(out)
+  verdict.write_overview(out, {name: module_of(name).TITLE for name in CLAIMS})
   sys.exit(0 if all(held) else 1)
 
 

@@ -138,21 +138,22 @@ beside them. A claim that does not hold here says so: no gate was moved to let i
 """
 
 
-def write_overview(out: Path) -> None:
-  """Writes OUT/README.md, one table over all claims there."""
+def write_overview(out: Path, titles: Mapping[str, str]) -> None:
+  """Writes OUT/README.md, one table over all claims, by name, also those without a record there."""
   rows = []
-  for path in sorted(out.glob("*/result.json")):
-    found = json.loads(path.read_text())
-    if "claim" not in found:
+  for name, title in titles.items():
+    path = out / name / "result.json"
+    if not path.exists():
+      rows.append(f"| {name}: {title} | | | | not on record | | `reproduce.py --claim={name}` |")
       continue
+    found = json.loads(path.read_text())
     first = found["values"][0]
     rows.append(
-      f"| [{found['claim']}]({found['claim']}/table.md): {found['title']} | {first['what']} "
+      f"| [{name}]({name}/table.md): {title} | {first['what']} "
       f"| {_shown(first['paper'])} | {_shown(first['ours'])} | {_verdict(found)} "
       f"| {found['seconds']:.0f} | `{found['command'].removeprefix('python experiments/')}` |"
     )
-  if rows:
-    (out / "README.md").write_text(HEAD + "\n".join(rows) + "\n")
+  (out / "README.md").write_text(HEAD + "\n".join(rows) + "\n")
 
 
 def _verdict(found: dict[str, Any]) -> str:
