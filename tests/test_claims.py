@@ -21,9 +21,10 @@ RECORDS = sorted(
 @pytest.mark.parametrize("name", reproduce.CLAIMS)
 def test_a_claim_says_what_it_is_of(name):
   found = reproduce.module_of(name)
-  assert re.search(r"arXiv:\d{4}\.\d{4,5}|\b(19|20)\d\d\b", found.__doc__)
-  assert "Same:" in found.__doc__
-  assert "Scaled:" in found.__doc__
+  told = found.__doc__ or ""
+  assert re.search(r"arXiv:\d{4}\.\d{4,5}|\b(19|20)\d\d\b", told)
+  assert "Same:" in told
+  assert "Scaled:" in told
   assert set(found.QUICK) <= set(found.FULL)
   assert set(found.SEEDS) == {"full", "quick"}
 

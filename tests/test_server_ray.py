@@ -171,7 +171,7 @@ class Deaf:
     self.told: list[tuple[str, str]] = []
     self.deny = self
 
-  def remote(self, push: Any, kind: str, text: str) -> None:
+  def remote(self, kind: str, text: str) -> None:
     self.told.append((kind, text))
 
 
