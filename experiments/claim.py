@@ -1,6 +1,7 @@
 """What a claim is made of: runs of the ordinary executors, what they are held against, gates."""
 
 import difflib
+import math
 import multiprocessing
 import operator
 import time
@@ -15,7 +16,7 @@ from research import registry
 from research.base import Params, Task, TrainState
 from research.train import metrics, sources
 from research.train.assemble import Problem, assemble, check
-from research.train.config import Config, UsageError
+from research.train.config import Config, UsageError, flag
 from research.train.plan import Sent
 
 Row = dict[str, Any]
@@ -290,5 +291,22 @@ def settings(
       value = float(value)
     if type(value) is not kind:
       raise UsageError(f"--set={name}={value!r}: not of the type {kind.__name__}")
+    with flag("set", f"{name}={value}"):
+      _check(value, found[name])
     found[name] = value
   return found
+
+
+def _check(value: Any, like: Any) -> None:
+  """Refuses a setting that is out of range, or unlike the one in whose place it stands."""
+  if isinstance(like, list):
+    if isinstance(like[0], str):
+      raise ValueError("what is compared goes with the scale and cannot be set")
+    if not value or any(type(one) is not type(like[0]) for one in value):
+      raise ValueError(f"not a list such as {like}")
+    for one in value:
+      _check(one, like[0])
+  elif isinstance(like, int | float) and not isinstance(like, bool):
+    least = 1 if isinstance(like, int) else 0
+    if not least <= value < math.inf:
+      raise ValueError(f"not a number from {least} on")

@@ -54,6 +54,29 @@ def optimum_of_logistic(x: np.ndarray, y: np.ndarray, l2: float) -> Optimum:
   return Optimum(w, value(w))
 
 
+class Split(NamedTuple):
+  """An l2-logistic problem whose examples workers hold sorted by label."""
+
+  l2: float
+  optimum: np.ndarray  # float64 [features]
+  smoothness: float  # L, of the whole objective
+  parts: np.ndarray  # L_i, of each worker's
+
+  def distance(self, models: np.ndarray) -> float:
+    """||x - x*||^2 / ||x*||^2, the mean over models [W, features]."""
+    apart = np.sum((models - self.optimum) ** 2, 1)
+    return float(np.mean(apart) / (self.optimum @ self.optimum))
+
+
+def split_logistic(x: np.ndarray, y: np.ndarray, workers: int, ratio: float) -> Split:
+  """The problem of which l2 is the smoothness of the loss over `ratio`, cut among the workers."""
+  smoothness = lambda rows: float(curvature(rows)[-1]) / 4
+  l2 = smoothness(x) / ratio
+  parts = np.array_split(x[np.argsort(y, kind="stable")], workers)
+  each = np.array([smoothness(part) + l2 for part in parts])
+  return Split(l2, optimum_of_logistic(x, y, l2).at, smoothness(x) + l2, each)
+
+
 def optimum_of_squares(x: np.ndarray, y: np.ndarray, l2: float) -> Optimum:
   """The minimum of (1/2N) ||x w - y||^2 + l2/2 ||w||^2: of ridge regression.
 

@@ -24,11 +24,14 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")
 from absl import app, flags, logging
 
 from experiments.run import fail, parse_flags, use_compilation_cache
+from research import registry
 from research.train.config import UsageError, flag
 
 FLAGS = flags.FLAGS
 FOLDER = Path(__file__).parent / "claims"
 CLAIMS = sorted(path.stem for path in FOLDER.glob("*.py"))
+# Tasks that can stand in for one another.
+KINDS = (("mnist", "digits"), ("tinyshakespeare", "text"))
 
 
 def module_of(name: str) -> ModuleType:
@@ -70,6 +73,38 @@ def out_folder(changed: bool) -> Path:
   return Path("runs/claims") if changed or FLAGS.scale == "quick" else Path("results")
 
 
+def data_of(name: str, default: str) -> str:
+  """The task spec of a claim's data.
+
+  Raises:
+    UsageError: if --dataset is of another kind than the claim's own.
+  """
+  if not FLAGS.dataset:
+    return default
+  with flag("dataset", FLAGS.dataset):
+    if not default:
+      raise ValueError(f"the claim {name} makes its own problem")
+    call, own = (registry.parse(spec).name for spec in (FLAGS.dataset, default))
+    legal = next((kind for kind in KINDS if own in kind), (own,))
+    if call not in legal:
+      near = difflib.get_close_matches(call, legal, 1)
+      hint = f"; did you mean '{near[0]}'?" if near else ";"
+      raise ValueError(f"the claim {name} is not about '{call}'{hint} legal: {', '.join(legal)}")
+  return FLAGS.dataset
+
+
+def seeds_of(name: str, seeds: dict[str, int]) -> int:
+  """How many seeds a claim runs with.
+
+  Raises:
+    UsageError: if --seeds asks a claim that has one.
+  """
+  with flag("seeds", FLAGS.seeds):
+    if FLAGS.seeds and not seeds:
+      raise ValueError(f"the claim {name} has one")
+  return FLAGS.seeds or seeds.get(FLAGS.scale, 1)
+
+
 def reproduce(name: str, out: Path) -> bool:
   """Runs one claim and writes what came out; whether its gates hold."""
   import jax
@@ -79,10 +114,8 @@ def reproduce(name: str, out: Path) -> bool:
 
   found, sets = module_of(name), given(FLAGS.set)
   numbers = claim.settings(found.FULL, found.QUICK, FLAGS.scale, sets)
-  if FLAGS.dataset and not found.DATASET:
-    raise UsageError(f"--dataset='{FLAGS.dataset}': the claim {name} makes its own problem")
-  dataset = FLAGS.dataset or found.DATASET
-  seeds = FLAGS.seeds or found.SEEDS[FLAGS.scale]
+  dataset, seeds = data_of(name, found.DATASET), seeds_of(name, found.SEEDS)
+  elsewhere = dataset != found.DATASET
   print(f"{name}: {found.TITLE}", file=sys.stderr)
   started = time.perf_counter()
   tell = lambda line: print(f"  {line}", file=sys.stderr, flush=True)
@@ -95,10 +128,10 @@ def reproduce(name: str, out: Path) -> bool:
     "command": command(name),
     "scale": FLAGS.scale,
     "dataset": dataset,
-    "elsewhere": bool(FLAGS.dataset) and FLAGS.dataset != found.DATASET,
+    "elsewhere": elsewhere,
     "settings": numbers,
     "seeds": seeds,
-    **verdict.values(findings, bool(FLAGS.dataset) and FLAGS.dataset != found.DATASET),
+    **verdict.values(findings, elsewhere),
     "grids": lab.grids,
     "runs": lab.runs,
     "seconds": round(time.perf_counter() - started, 1),

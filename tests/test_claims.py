@@ -26,11 +26,11 @@ def test_a_claim_says_what_it_is_of(name):
   assert "Same:" in told
   assert "Scaled:" in told
   assert set(found.QUICK) <= set(found.FULL)
-  assert set(found.SEEDS) == {"full", "quick"}
+  assert set(found.SEEDS) in (set(), {"full", "quick"})
 
 
 def test_every_claim_is_on_record():
-  """But for what takes longer than there was time for: results/README.md says so."""
+  """But for one that takes too long: results/README.md says so."""
   assert {path.parent.name for path in RECORDS} == set(reproduce.CLAIMS) - {"dp_sgd"}
 
 
@@ -82,20 +82,29 @@ def test_the_deviation_is_ours_less_the_papers():
   assert verdict.values(findings(0.75), False)["values"][0]["deviation"] == 0.25
 
 
-FULL = {"factor": 64.0, "steps": 4000}
+FULL = {"factor": 64.0, "steps": 4000, "rates": [0.1, 0.2], "methods": ["SGD", "ours"]}
 QUICK = {"steps": 100}
 
 
 def test_settings_by_scale_and_by_hand():
   assert claim.settings(FULL, QUICK, "full", {}) == FULL
-  assert claim.settings(FULL, QUICK, "quick", {"factor": 2}) == {"factor": 2.0, "steps": 100}
+  assert claim.settings(FULL, QUICK, "quick", {"factor": 2}) == FULL | {"factor": 2.0, "steps": 100}
 
 
 @pytest.mark.parametrize(
   ("given", "said"),
   [
-    ({"facto": 1.0}, "--set=facto=1.0: unknown; did you mean 'factor'? legal: factor, steps"),
+    (
+      {"facto": 1.0},
+      "--set=facto=1.0: unknown; did you mean 'factor'? legal: factor, steps, rates, methods",
+    ),
     ({"steps": 1.5}, "--set=steps=1.5: not of the type int"),
+    ({"steps": -5}, "--set='steps=-5': not a number from 1 on"),
+    ({"factor": math.inf}, "--set='factor=inf': not a number from 0 on"),
+    ({"rates": []}, "--set='rates=[]': not a list such as [0.1, 0.2]"),
+    ({"rates": ["a"]}, "not a list such as [0.1, 0.2]"),
+    ({"rates": [-1.0]}, "not a number from 0 on"),
+    ({"methods": ["SGD"]}, "what is compared goes with the scale"),
   ],
 )
 def test_refused_settings(given, said):

@@ -35,7 +35,7 @@ FULL = {
   "last_over_mean": 3.0,
 }
 QUICK = {"steps": 4000, "replicas": 500, "off_theory": 0.2, "last_over_mean": 2.0}
-SEEDS = {"full": 1, "quick": 1}
+SEEDS = {}  # one
 X64 = False
 
 
@@ -123,6 +123,6 @@ def replicas(lab: Lab, task: Task, burn_in: int) -> tuple[np.ndarray, np.ndarray
     squares = lambda tree: sum(jnp.sum(x**2, range(1, x.ndim)) for x in jax.tree.leaves(tree))
     return [squares(tree) for tree in away]
 
-  keys = jax.random.split(jax.random.key(lab.seeds[0]), lab["replicas"])
+  keys = jax.random.split(jax.random.key(0), lab["replicas"])
   means, lasts = (np.mean(np.asarray(x, np.float64), 0) for x in jax.jit(jax.vmap(replica))(keys))
   return each * np.arange(1, lab["records"] + 1), means, lasts

@@ -14,7 +14,7 @@ straight lines.
 import numpy as np
 
 from experiments.claim import Beside, Findings, Gate, Lab, Line, Panel
-from experiments.optima import curvature, optimum_of_logistic
+from experiments.optima import split_logistic
 
 TITLE = "DIANA and MARINA converge linearly where plain compression stalls"
 DATASET = "libsvm('mushrooms')"
@@ -28,15 +28,11 @@ X64 = True
 def measure(lab: Lab) -> Findings:
   """Squared distances to the optimum, relative to the start's, over the rounds."""
   train = lab.task(model="logistic(bias=False)").train
-  smoothness = lambda rows: float(curvature(rows)[-1]) / 4
-  l2 = smoothness(train["x"]) / lab["ratio"]
-  optimum = optimum_of_logistic(train["x"], train["y"], l2).at
-  rows = train["x"][np.argsort(train["y"], kind="stable")]
-  parts = [smoothness(part) + l2 for part in np.array_split(rows, lab["workers"])]
-  size = rows.shape[1]
+  problem = split_logistic(train["x"], train["y"], lab["workers"], lab["ratio"])
+  size = train["x"].shape[1]
   share = max(1, round(lab["fraction"] * size)) / size
   variance = 1 / share - 1  # omega
-  rates = steps_of_theory(smoothness(rows) + l2, np.array(parts), variance, share)
+  rates = steps_of_theory(problem.smoothness, problem.parts, variance, share)
   sent = f"gather_mean(seeded(random_k({share!r}, unbiased=True)))"
   methods = {
     "DIANA": f"data_parallel(sgd({rates[0]}), diana({sent}, alpha={1 / (1 + variance)}))",
@@ -46,14 +42,13 @@ def measure(lab: Lab) -> Findings:
 
   def error(params, state):
     del state
-    apart = params["kernel"][:, 0] - optimum
-    return {"error": float(apart @ apart / (optimum @ optimum))}
+    return {"error": problem.distance(np.asarray(params["kernel"]).T)}
 
   lines, last = [], dict[str, list[float]]()
   for name, method in methods.items():
     for seed in lab.seeds:
       found = lab.run(
-        task=lab.data(l2=l2),
+        task=lab.data(l2=problem.l2),
         model="logistic(bias=False)",
         method=method,
         partition="sorted()",

@@ -15,7 +15,7 @@ straight lines.
 import numpy as np
 
 from experiments.claim import Beside, Findings, Gate, Lab, Line, Panel
-from experiments.optima import curvature, optimum_of_logistic
+from experiments.optima import split_logistic
 
 TITLE = "EXTRA and gradient tracking are exact with a constant step, plain descent is not"
 DATASET = "libsvm('mushrooms')"
@@ -35,22 +35,18 @@ METHODS = {
 def measure(lab: Lab) -> Findings:
   """Mean squared distance of the workers' models to the optimum, over the rounds."""
   train, workers = lab.task(model="logistic(bias=False)").train, lab["workers"]
-  smoothness = lambda rows: float(curvature(rows)[-1]) / 4
-  l2 = smoothness(train["x"]) / lab["ratio"]
-  optimum = optimum_of_logistic(train["x"], train["y"], l2).at
-  rows = train["x"][np.argsort(train["y"], kind="stable")]
-  rate = 1 / (2 * max(smoothness(part) + l2 for part in np.array_split(rows, workers)))
+  problem = split_logistic(train["x"], train["y"], workers, lab["ratio"])
+  rate = float(1 / (2 * problem.parts.max()))
 
   def error(params, state):
     del params
-    apart = np.asarray(state.method.params["kernel"])[:, :, 0] - optimum  # [workers, features]
-    return {"error": float(np.mean(np.sum(apart**2, 1)) / (optimum @ optimum))}
+    return {"error": problem.distance(np.asarray(state.method.params["kernel"])[:, :, 0])}
 
   lines, last, falls = [], dict[str, list[float]](), dict[str, float]()
   for name, method in METHODS.items():
     for seed in lab.seeds:
       found = lab.run(
-        task=lab.data(l2=l2),
+        task=lab.data(l2=problem.l2),
         model="logistic(bias=False)",
         method=f"{method}({rate}, gossip(ring()))",
         partition="sorted()",

@@ -44,7 +44,7 @@ QUICK = {
   "accuracy": 0.83,
   "images_slower": 0.9,  # so few rounds do not part them: that both learn
 }
-SEEDS = {"full": 1, "quick": 1}
+SEEDS = {}  # one
 X64 = False
 SGD, TWO, TEN, AVERAGE = "SGD", "SCAFFOLD, K=2", "SCAFFOLD, K=10", "FedAvg, K=2"
 CLIENTS = 100
