@@ -69,7 +69,7 @@ def measure(lab: Lab) -> Findings:
     [
       Gate("EXTRA: squared error", max(last["EXTRA"]), "<=", lab["extra"]),
       Gate(f"{tracking}: squared error", max(last[tracking]), "<=", lab["tracking"]),
-      Gate(f"{tracking}: end over middle", falls[tracking], "<=", lab["falls"], anywhere=True),
+      Gate(f"{tracking}: end over middle", falls[tracking], "<=", lab["falls"]),
       Gate(
         "decentralized descent: squared error",
         min(last["decentralized descent"]),
