@@ -18,8 +18,8 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")
 import numpy as np
 from absl import app, flags, logging
 
-from experiments import portfolios, search
-from experiments.measured import POWER, Rows, row, run
+from experiments import films, portfolios, search
+from experiments.measured import Rows, row, run
 
 FLAGS = flags.FLAGS
 
@@ -61,48 +61,11 @@ def medicine(figure: Any) -> Rows:
   return rows
 
 
-def recommend(figure: Any) -> Rows:
-  """MovieLens 100K: folds, alternating least squares, users' own factors, the cold start."""
-  rows, axes = [], figure.subplots(1, 2)
-  adam = "data_parallel(adam(cosine_decay_schedule(0.01, 2000)), mean())"
-  cases: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "factorization": ("movielens('{}')", adam, {"steps": 2000, "batch_size": 1600}),
-    "least squares": ("movielens_als('{}', l2=0.12)", POWER.format("mean()"), {"steps": 30}),
-    "users' own": (
-      "movielens_federated('{}')",
-      "data_parallel(adam(cosine_decay_schedule(0.03, 300)), mean())",
-      {"steps": 300},
-    ),
-  }
-  for name, (task, method, flags_) in cases.items():
-    folds = [run(task.format(f), method, mesh="data:2", **flags_)[0] for f in ("u1", "u2", "u3")]
-    means = {k: float(np.mean([f["eval"][k] for f in folds])) for k in folds[0]["eval"]}
-    seconds = float(np.mean([f["seconds"] for f in folds]))
-    what = f"{name}: mean RMSE over u1, u2, u3"
-    rows.append(row(what, means["rmse"], "wanted", 0.925, seconds=seconds, **means))
-    axes[0].barh(name, means["rmse"])
-  axes[0].set(title="RMSE, mean of u1-u3", xlim=(0.85, 1))
-  one, eight = (
-    run("movielens_als()", POWER.format("mean()"), mesh=f"data:{n}", steps=20)[0]["eval"]["rmse"]
-    for n in (1, 8)
-  )
-  rows.append(row("least squares, 8 workers: RMSE", eight, "1 worker", one))
-  base = float("nan")
-  for kind in ("factors", "features", "both"):
-    task = f"movielens('cold_items', model_of='{kind}', l2=0.06)"
-    found = run(task, adam, mesh="data:2", steps=2000, batch_size=1600)[0]["eval"]
-    base = found["rmse"] if kind == "factors" else base
-    rows.append(row(f"items never rated, {kind}: RMSE", found["rmse"], "factors", base, **found))
-    axes[1].barh(kind, found["rmse"])
-  axes[1].set(title="RMSE on items that nobody rated", xlim=(0.9, 1.2))
-  return rows
-
-
 CASES: dict[str, Callable[[Any], Rows]] = {
   "search": search.search,
   "finance": portfolios.finance,
   "medicine": medicine,
-  "recommend": recommend,
+  "recommend": films.recommend,
 }
 
 

@@ -137,12 +137,14 @@ def killed(kills: int, every: float) -> dict[str, Any]:
   with tempfile.TemporaryDirectory() as folder:
     out = Path(folder) / "run"
     longer = config | {"restarts": 4 * kills}
-    process = subprocess.Popen(
-      command(longer, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    begun = list(_kill(out, process, kills, every, random.Random(0)))
-    _, said = process.communicate()
-    summary, _ = read(out, process.returncode, said)
+    with (Path(folder) / "said").open("w+") as said:  # a pipe that nobody reads would fill up
+      process = subprocess.Popen(command(longer, out), stdout=said, stderr=subprocess.STDOUT)
+      begun = list(_kill(out, process, kills, every, random.Random(0)))
+      process.wait()
+      said.seek(0)
+      summary, _ = read(out, process.returncode, said.read())
+    if begun.count("worker") < kills or not begun.count("head"):
+      raise RuntimeError(f"the run ended after {len(begun)} of {kills + 1} kills: give it more steps")
     again = subprocess.run(
       [sys.executable, run.__file__, f"--replay={out}"], capture_output=True, text=True
     )

@@ -26,9 +26,9 @@ def real(name: str) -> str:
 
 
 def iterates(graph: graphs.Graph, method: str, rounds: list[int], workers: int = 8) -> list:
-  """The ranks after so many rounds more, on edges in as equal parts as can be."""
+  """The ranks after so many rounds more, on links in as equal parts as can be."""
   task = pagerank.of_graph(graph, 0.85)
-  sizes = [len(part) for part in np.array_split(graph.source, workers)]
+  sizes = [len(part) for part in np.array_split(task.train["y"], workers)]
   built = registry.build("method", method)
   run = Running(built, "simulate", {"data": workers}, sizes, None, task=task)
   return [run.rounds(count).params()["rank"] for count in rounds]
