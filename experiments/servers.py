@@ -144,7 +144,9 @@ def killed(kills: int, every: float) -> dict[str, Any]:
       said.seek(0)
       summary, _ = read(out, process.returncode, said.read())
     if begun.count("worker") < kills or not begun.count("head"):
-      raise RuntimeError(f"the run ended after {len(begun)} of {kills + 1} kills: give it more steps")
+      raise RuntimeError(
+        f"the run ended after {len(begun)} of {kills + 1} kills: give it more steps"
+      )
     again = subprocess.run(
       [sys.executable, run.__file__, f"--replay={out}"], capture_output=True, text=True
     )

@@ -21,13 +21,14 @@ def breast_cancer(
   l2: float = 0.01,
   hospitals: int = 0,
   only: int = 0,
+  split: int = 0,
   *,
   model: Callable[[int], nn.Module],
 ) -> Task:
   """Malignant or benign, of 30 measurements of cell nuclei: 398 patients to train on, 171 to test.
 
-  The split is fixed: scikit-learn's stratified `train_test_split` with random_state=0. Measurements
-  are standardized by the training patients. Metrics: "loss", "accuracy", and "auc", the probability
+  Who is tested is drawn by scikit-learn's stratified `train_test_split`. Measurements are
+  standardized by the training patients. Metrics: "loss", "accuracy", and "auc", the probability
   that a malignant case has the higher score.
 
   A partition makes hospitals of workers: `--partition="dirichlet(0.3)"`, `sorted()` or `shards(2)`
@@ -39,10 +40,11 @@ def breast_cancer(
     l2: weight of l2/2 ||params||^2.
     hospitals: with `only`, into how many parts training patients are cut, sorted by `shift`.
     only: the number of a hospital, from 1, that trains alone; 0: all.
+    split: the `random_state` of the split into training and test, >= 0.
     model: outputs -> module, called with 1.
 
   Raises:
-    ValueError: shift is unknown, l2 negative, or there is no such hospital.
+    ValueError: shift is unknown, l2 or split negative, or there is no such hospital.
 
   Reference: Street, Wolberg, Mangasarian, 1993, Nuclear feature extraction for breast tumor
     diagnosis; UCI, as scikit-learn ships it.
@@ -51,7 +53,7 @@ def breast_cancer(
 
   x, y = load_breast_cancer(return_X_y=True)
   malignant = (np.asarray(y) == 0).astype(np.int32)
-  train, test = _split(np.asarray(x), malignant, stratify=malignant)
+  train, test = _split(np.asarray(x), malignant, split, stratify=malignant)
   task = supervised(model(1), train, test, loss="logistic", l2=l2)
   predict = _predictions(model(1), test["x"])
   metric = lambda params: {"auc": auc(predict(params), jnp.asarray(test["y"]))}
@@ -63,6 +65,7 @@ def diabetes(
   l2: float = 0.01,
   hospitals: int = 0,
   only: int = 0,
+  split: int = 0,
   *,
   model: Callable[[int], nn.Module],
 ) -> Task:
@@ -77,6 +80,7 @@ def diabetes(
     l2: as for `breast_cancer`.
     hospitals: as for `breast_cancer`.
     only: as for `breast_cancer`.
+    split: as for `breast_cancer`, not stratified.
     model: outputs -> module, called with 1.
 
   Raises:
@@ -88,7 +92,7 @@ def diabetes(
   from sklearn.datasets import load_diabetes
 
   x, y = load_diabetes(return_X_y=True, scaled=False)
-  train, test = _split(np.asarray(x), np.asarray(y, np.float32))
+  train, test = _split(np.asarray(x), np.asarray(y, np.float32), split)
   center, spread = train["y"].mean(), train["y"].std()
   for part in (train, test):
     part["y"] = (part["y"] - center) / spread
@@ -120,10 +124,12 @@ def auc(scores: Array, positive: Array) -> Array:
   return wins / (count * (len(scores) - count))
 
 
-def _split(x: np.ndarray, y: np.ndarray, stratify: Any = None) -> tuple[Batch, Batch]:
+def _split(x: np.ndarray, y: np.ndarray, seed: int, stratify: Any = None) -> tuple[Batch, Batch]:
   from sklearn.model_selection import train_test_split
 
-  parts = train_test_split(x, y, test_size=HELD_OUT, stratify=stratify, random_state=0)
+  if seed < 0:
+    raise ValueError(f"split={seed} is negative")
+  parts = train_test_split(x, y, test_size=HELD_OUT, stratify=stratify, random_state=seed)
   first = np.asarray(parts[0])
   center, spread = first.mean(0), first.std(0)
   scaled = [((part - center) / spread).astype(np.float32) for part in parts[:2]]

@@ -31,9 +31,9 @@ def pagerank(
   contracts by alpha in L1. An example is up to eight links to one node, {"source": [8], "y"}: sums
   of eight are what a CPU gathers fastest, and only they are added up by node. A worker has P of its
   own E examples, E/n times those of its n; the workers' mean is the whole, so that compression,
-  local steps, mini-batches of links and delays apply as to a gradient. The metric "residual" is ||x - T(x)||_1, the change that the next iteration makes;
-  "loss" is the same of a worker's own edges, the mean over workers. float32 leaves the residual at
-  about 1e-7, --x64 takes it to 1e-15.
+  local steps, mini-batches of links and delays apply as to a gradient. The metric "residual" is
+  ||x - T(x)||_1, the change that the next iteration makes; "loss" is the same of a worker's own
+  links, the mean over workers. float32 leaves the residual at about 1e-7, --x64 takes it to 1e-15.
 
   Workers with edges of a stretch of nodes, `--partition=sorted()`, add up fastest.
 
