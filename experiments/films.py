@@ -36,6 +36,8 @@ def recommend(figure: Any) -> Rows:
     what = f"{name}: seconds of training, a fold; two devices"
     rows.append(row(what, trained, "Cornac's fit", peer[1], with_start_and_measuring=whole))
     axes[0].barh(name, means["rmse"])
+  if peer[0]:
+    axes[0].barh("Cornac", peer[0], color="gray")
   axes[0].set(title="RMSE, mean of u1-u3", xlim=(0.85, 1))
   one, eight = (
     run("movielens_als()", POWER.format("mean()"), mesh=f"data:{n}", steps=20)[0]["eval"]["rmse"]
@@ -52,8 +54,8 @@ def recommend(figure: Any) -> Rows:
     for name in ("rmse", "ndcg@10"):
       what = f"items never rated, {kind}: {name}, mean of 3 seeds"
       rows.append(row(what, means[name], "factors", base[name], **means))
-    axes[1].barh(kind, means["rmse"])
-  axes[1].set(title="RMSE on items that nobody rated", xlim=(0.9, 1.2))
+    axes[1].barh(kind, means["ndcg@10"])
+  axes[1].set(title="NDCG@10 of films that nobody rated")
   return rows
 
 

@@ -131,7 +131,7 @@ def slow() -> list[dict[str, Any]]:
 def killed(kills: int, every: float) -> dict[str, Any]:
   """A run whose workers are killed at random, and its server once, beside one left alone."""
   config = {"task": "mnist()", "model": "mlp(hidden=[200])", "workers": 2, "batch_size": 128}
-  config |= {"method": "asgd(sgd(0.05), error_feedback(gather_mean(int8())))", "steps": 7000}
+  config |= {"method": "asgd(sgd(0.05), error_feedback(gather_mean(int8())))", "steps": 12000}
   config |= {"checkpoint_every": 500, "log_every": 100, "seed": 0}
   calm, _ = trained(config)
   with tempfile.TemporaryDirectory() as folder:

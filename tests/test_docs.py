@@ -23,7 +23,7 @@ def test_the_figures_in_the_readme_are_those_of_the_results(folder):
     assert f"| {row['ratio']:.3f} |" in table
 
 
-APPLICATIONS = ("finance", "medicine")
+APPLICATIONS = ("finance", "medicine", "recommend", "search")
 
 
 @pytest.mark.parametrize("name", APPLICATIONS)

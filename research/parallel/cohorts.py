@@ -1,9 +1,11 @@
 """Whom the workers serve in each round, with which examples, and what it weighs: drawn ahead."""
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from research.base import Array, Data, Key, Tree
 from research.comm import collectives
@@ -60,8 +62,7 @@ def cohorts(job: Job, key: Key, numbers: Array) -> tuple[Array, Array]:
   """Whom the workers serve in the rounds `numbers` [K]: owners [K, W], and whether anybody.
 
   Without a sampling rate, one client of each worker's own stratum. With one, every client of the
-  population takes part by itself with that probability: their number is binomial and, given it,
-  every set of so many clients as likely as any other. Workers beyond it serve nobody; clients
+  population takes part by itself with that probability. Workers beyond these serve nobody; clients
   beyond the workers are left out, so there are to be workers enough for that never to happen. With
   an order, the client whose turn it is. Then whoever drops out is as one who serves nobody.
   """
@@ -73,11 +74,10 @@ def cohorts(job: Job, key: Key, numbers: Array) -> tuple[Array, Array]:
     return client + job.clients * everyone, jnp.ones(job.workers, bool)
 
   def of_population(number):
-    count_key, order_key = jax.random.split(key_of_round(number))
-    size = len(job.sizes)
-    taking_part = jax.random.binomial(count_key, size, job.sampling_rate)
-    owners = jax.random.choice(order_key, size, everyone.shape, replace=False)
-    return owners.astype(jnp.int32), everyone < taking_part
+    largest = np.uint32(math.ceil(job.sampling_rate * 2**32) - 1)  # a float has 24 bits alone
+    taking_part = jax.random.bits(key_of_round(number), len(job.sizes)) <= largest
+    owners = jnp.nonzero(taking_part, size=job.workers, fill_value=0)[0]
+    return owners.astype(jnp.int32), everyone < jnp.sum(taking_part)
 
   def present(number):
     own = jax.random.fold_in(key_of_round(number), _DROPOUT)

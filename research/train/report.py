@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import tempfile
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,11 +13,13 @@ import jax
 
 def write_json(path: Path, value: Any) -> None:
   """Writes the whole file or leaves the old one."""
-  handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-  with os.fdopen(handle, "w") as file:
-    json.dump(value, file, indent=2)
-    file.write("\n")
-  Path(name).replace(path)
+  _write(path, json.dumps(value, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+  partial = path.with_name(f".{path.name}.{os.getpid()}")
+  partial.write_text(text)
+  partial.replace(path)
 
 
 class Metrics:
@@ -28,9 +29,7 @@ class Metrics:
     """Keeps the rows of an earlier part of the run up to step `after` and goes on from there."""
     path = folder / "metrics.jsonl"
     self.rows = [row for row in read_rows(path) if row["step"] <= after]
-    with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as kept:
-      kept.writelines(json.dumps(row) + "\n" for row in self.rows)
-    Path(kept.name).replace(path)
+    _write(path, "".join(json.dumps(row) + "\n" for row in self.rows))
     self._file = path.open("a")
     self._events = None
     if tensorboard:
