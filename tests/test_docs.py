@@ -71,9 +71,14 @@ def test_the_figures_of_the_server_are_those_of_the_results():
   folder = ROOT / "results" / "server"
   assert (folder / "table.md").read_text().strip() in (ROOT / "README.md").read_text()
   result = json.loads((folder / "result.json").read_text())
-  assert set(result["commits"]) == {"overhead", "scaling", "slow", "hogwild"}
+  assert set(result["commits"]) == {"overhead", "scaling", "slow", "killed", "hogwild"}
   assert all(result["commits"].values())
   assert result["overhead"][-1]["overhead"] < 0.25
   assert result["scaling"][0]["waiting_ms"] < 15
   sync, *others = (row["seconds"] for row in result["slow"])
   assert all(2 * seconds <= sync for seconds in others)
+  killed = result["killed"]
+  assert (killed["kills"], killed["server_kills"], killed["processes_left"]) == (20, 1, 0)
+  assert killed["pushes"] == killed["updates"]
+  assert killed["replay_distance"] <= 1e-5
+  assert killed["accuracy"] >= killed["calm_accuracy"] - 0.005
