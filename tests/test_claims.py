@@ -30,8 +30,7 @@ def test_a_claim_says_what_it_is_of(name):
 
 
 def test_every_claim_is_on_record():
-  """But for one that takes too long: results/README.md says so."""
-  assert {path.parent.name for path in RECORDS} == set(reproduce.CLAIMS) - {"dp_sgd"}
+  assert {path.parent.name for path in RECORDS} == set(reproduce.CLAIMS)
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.parent.name)

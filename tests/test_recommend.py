@@ -83,6 +83,15 @@ def test_ranking_metrics_against_a_loop():
   assert found["recall@3"] == pytest.approx(np.mean(recall), abs=1e-6)
 
 
+def test_only_items_that_are_shown_are_ranked():
+  """The liked item comes second of all that were not seen, and first where it alone is shown."""
+  one = lambda item, stars: movielens.Ratings(*np.array([[0, 1], [item, item], [stars, stars]]))
+  predict = lambda params: jnp.tile(jnp.array([9.0, 8.0, 1.0, 0.0]), (2, 1))
+  ranked = lambda shown: recommend.measured(predict, one(0, 3), one(2, 5), (2, 4), shown)({})
+  np.testing.assert_allclose(ranked(None)["ndcg@10"], 1 / np.log2(3), rtol=1e-6)
+  np.testing.assert_allclose(ranked(np.array([2]))["ndcg@10"], 1.0, rtol=1e-6)
+
+
 def test_alternating_least_squares(table):
   """A user's factors solve its own regression; eight workers are one; the fit gets better."""
   task = als.movielens_als(table, factors=2, l2=0.05)
