@@ -75,7 +75,7 @@ def cohorts(job: Job, key: Key, numbers: Array) -> tuple[Array, Array]:
 
   def of_population(number):
     largest = np.uint32(math.ceil(job.sampling_rate * 2**32) - 1)  # a float has 24 bits alone
-    taking_part = jax.random.bits(key_of_round(number), len(job.sizes)) <= largest
+    taking_part = jax.random.bits(key_of_round(number), (len(job.sizes),)) <= largest
     # of which the n-th is where they are n for the first time; a CPU's cumsum reads windows
     so_far = jax.lax.associative_scan(jnp.add, taking_part.astype(jnp.int32))
     owners = jnp.minimum(jnp.searchsorted(so_far, everyone + 1), len(job.sizes) - 1)
