@@ -82,3 +82,10 @@ def test_the_figures_of_the_server_are_those_of_the_results():
   assert killed["pushes"] == killed["updates"]
   assert killed["replay_distance"] <= 1e-5
   assert killed["accuracy"] >= killed["calm_accuracy"] - 0.005
+
+
+def test_the_kernel_counts_what_was_predicted():
+  """Within 5%, of every method on two hosts and on four."""
+  rows = json.loads((ROOT / "results" / "wire" / "result.json").read_text())["wire"]
+  assert {row["hosts"] for row in rows} == {2, 4}
+  assert max(abs(share) for row in rows for share in row["deviations"]) < 0.05

@@ -74,7 +74,8 @@ def cohorts(job: Job, key: Key, numbers: Array) -> tuple[Array, Array]:
     return client + job.clients * everyone, jnp.ones(job.workers, bool)
 
   def of_population(number):
-    largest = np.uint32(math.ceil(job.sampling_rate * 2**32) - 1)  # a float has 24 bits alone
+    # a uniform float has 24 bits alone; never more often than the rate that privacy is counted by
+    largest = np.uint32(max(1, math.floor(job.sampling_rate * 2**32)) - 1)
     taking_part = jax.random.bits(key_of_round(number), (len(job.sizes),)) <= largest
     # of which the n-th is where they are n for the first time; a CPU's cumsum reads windows
     so_far = jax.lax.associative_scan(jnp.add, taking_part.astype(jnp.int32))
