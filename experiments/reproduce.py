@@ -109,11 +109,11 @@ def reproduce(name: str, out: Path) -> bool:
   """Runs one claim and writes what came out; whether its gates hold."""
   import jax
 
-  from experiments import claim, verdict
+  from experiments import claim, settings, verdict
   from research.train import folder as folders
 
   found, sets = module_of(name), given(FLAGS.set)
-  numbers = claim.settings(found.FULL, found.QUICK, FLAGS.scale, sets)
+  numbers = settings.of_claim(found.FULL, found.QUICK, FLAGS.scale, sets)
   dataset, seeds = data_of(name, found.DATASET), seeds_of(name, found.SEEDS)
   elsewhere = dataset != found.DATASET
   print(f"{name}: {found.TITLE}", file=sys.stderr)

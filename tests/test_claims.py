@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import claim, reproduce, verdict
+from experiments import claim, reproduce, settings, verdict
 from research.train.config import UsageError
 
 ROOT = Path(__file__).parents[1]
@@ -86,8 +86,11 @@ QUICK = {"steps": 100}
 
 
 def test_settings_by_scale_and_by_hand():
-  assert claim.settings(FULL, QUICK, "full", {}) == FULL
-  assert claim.settings(FULL, QUICK, "quick", {"factor": 2}) == FULL | {"factor": 2.0, "steps": 100}
+  assert settings.of_claim(FULL, QUICK, "full", {}) == FULL
+  assert settings.of_claim(FULL, QUICK, "quick", {"factor": 2}) == FULL | {
+    "factor": 2.0,
+    "steps": 100,
+  }
 
 
 @pytest.mark.parametrize(
@@ -108,7 +111,7 @@ def test_settings_by_scale_and_by_hand():
 )
 def test_refused_settings(given, said):
   with pytest.raises(UsageError, match=re.escape(said)):
-    claim.settings(FULL, QUICK, "full", given)
+    settings.of_claim(FULL, QUICK, "full", given)
 
 
 def test_refused_claim():

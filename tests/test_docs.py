@@ -38,6 +38,35 @@ def test_the_figures_of_applications_are_those_of_the_results(name):
     assert f"| {row['what']} | {row['value']:.6g} |" in page
 
 
+def test_applications_are_as_good_as_they_are_to_be():
+  """Every gate that a record can show."""
+  read = lambda name: json.loads((ROOT / "results/applications" / name / "result.json").read_text())
+  of = lambda name: {row["what"]: row["value"] for row in read(name)["rows"]}
+  peers = {row["what"]: row["peer"] for row in read("search")["rows"]}
+  films, search, finance, medicine = map(of, ("recommend", "search", "finance", "medicine"))
+  folds = [value for what, value in films.items() if "mean RMSE over u1, u2, u3" in what]
+  assert len(folds) == 3
+  assert max(folds) <= 0.925
+  to = lambda change: search[f"wiki-Vote, mean(): iterations to a change of {change}"]
+  assert [to("1e-06"), to("1e-10"), to("1e-14")] == [16, 29, 43]
+  edges = "10^7 edges: seconds per iteration, two devices"
+  assert search[edges] <= 1.5 * peers[edges]
+  ranker = "LightGBM's example, lambdarank, mlp([64]): NDCG@10, mean of 3 seeds"
+  assert search[ranker] >= peers[ranker] - 0.02
+  tuned = "Cranfield, BM25 tuned: MAP"
+  assert search[tuned] >= peers[tuned]
+  gaps = [value for what, value in finance.items() if "largest relative gap" in what]
+  assert len(gaps) == 6
+  assert max(gaps) <= 1e-5
+  large = next(row for row in read("finance")["rows"] if "10^7" in row["what"])
+  assert large["value"] < 60
+  assert large["peak_gib"] < 6
+  for shift in ("label", "features"):
+    auc = lambda name, shift=shift: medicine[f"breast_cancer, {shift} shift, {name}: auc"]
+    assert auc("federated") >= auc("pooled") - 0.01
+    assert max(auc(f"alone {n}") for n in range(1, 6)) < auc("federated")
+
+
 def test_the_figures_of_compression_are_those_of_the_results():
   text = (ROOT / "README.md").read_text()
   result = json.loads((ROOT / "results" / "compression" / "compare.json").read_text())

@@ -1,0 +1,48 @@
+"""The numbers that a claim is run with: by its file, by the scale, by --set."""
+
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from research.train.config import UsageError, flag
+
+
+def of_claim(
+  full: Mapping[str, Any], quick: Mapping[str, Any], scale: str, given: Mapping[str, Any]
+) -> dict[str, Any]:
+  """A claim's numbers at a scale, with those that the command line sets.
+
+  Raises:
+    UsageError: for one that the claim does not have, or of another type.
+  """
+  found = {**full, **(quick if scale == "quick" else {})}
+  for name, value in given.items():
+    if name not in found:
+      near = difflib.get_close_matches(name, found, 1)
+      hint = f"; did you mean '{near[0]}'?" if near else ";"
+      raise UsageError(f"--set={name}={value}: unknown{hint} legal: {', '.join(found) or 'none'}")
+    kind = type(found[name])
+    if kind is float and type(value) is int:
+      value = float(value)
+    if type(value) is not kind:
+      raise UsageError(f"--set={name}={value!r}: not of the type {kind.__name__}")
+    with flag("set", f"{name}={value}"):
+      _check(value, found[name])
+    found[name] = value
+  return found
+
+
+def _check(value: Any, like: Any) -> None:
+  """Refuses a setting that is out of range, or unlike the one in whose place it stands."""
+  if isinstance(like, list):
+    if isinstance(like[0], str):
+      raise ValueError("what is compared goes with the scale and cannot be set")
+    if not value or any(type(one) is not type(like[0]) for one in value):
+      raise ValueError(f"not a list such as {like}")
+    for one in value:
+      _check(one, like[0])
+  elif isinstance(like, int | float) and not isinstance(like, bool):
+    least = 1 if isinstance(like, int) else 0
+    if not least <= value < math.inf:
+      raise ValueError(f"not a number from {least} on")
