@@ -1,6 +1,6 @@
 """What a comparison of methods shows: table, recommendation, caption, figure.
 
-All of it comes from the contents of compare.json, see `compare.compared`.
+All of it comes from the contents of compare.json, see `outcomes.compared`.
 """
 
 import shlex

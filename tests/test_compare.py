@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from experiments import compare, comparison
+from experiments import compare, comparison, outcomes
 
 SGD = "data_parallel(sgd(0.1), {})"
 DENSE, INT8 = SGD.format("mean()"), SGD.format("error_feedback(two_phase(int8()))")
@@ -162,31 +162,31 @@ def test_the_folder_depends_on_the_method_alone():
 STEPS = np.array([10.0, 20.0, 30.0, 40.0])
 LOSSES = np.array([[4.0, 2.0, 3.0, 1.0], [2.0, 2.0, 2.0, 1.0]])
 NO_CLOCK = np.full(len(STEPS), np.nan)
-CURVE = compare.Curve(STEPS, 5 * STEPS, LOSSES, NO_CLOCK)  # best, averaged: 3, 2, 2, 1
+CURVE = outcomes.Curve(STEPS, 5 * STEPS, LOSSES, NO_CLOCK)  # best, averaged: 3, 2, 2, 1
 
 
 @pytest.mark.parametrize(
   ("target", "steps"), [(9, 10), (3, 10), (2.5, 15), (2, 20), (1.5, 35), (1, 40), (0.9, None)]
 )
 def test_the_target_is_reached_on_a_line_between_the_best_losses(target, steps):
-  assert compare.steps_to(CURVE, target) == steps
-  found = compare.to_target(CURVE, target, 2.0 * CURVE.steps)
+  assert outcomes.steps_to(CURVE, target) == steps
+  found = outcomes.to_target(CURVE, target, 2.0 * CURVE.steps)
   assert found.get("bytes_to_target") == (steps and 5 * steps)
   assert found.get("seconds_to_target") == (steps and 2 * steps)
   assert found.get("at_first_evaluation") == (steps and steps == 10)
 
 
 def test_all_that_did_not_diverge_reach_the_default_target():
-  plan = compare.Plan("m()", "m()", False, [])
+  plan = outcomes.Plan("m()", "m()", False, [])
   worse = CURVE._replace(losses=LOSSES + 1)
   worst = CURVE._replace(losses=LOSSES + 7)
-  outcomes = [compare.Outcome(plan, [], curve, []) for curve in (CURVE, worse)]
-  outcomes.append(compare.Outcome(plan, [], worst, [3]))
-  outcomes.append(compare.Outcome(plan, [], None, [3, 4]))
-  target = compare.common_target(outcomes)
+  ended = [outcomes.Outcome(plan, [], curve, []) for curve in (CURVE, worse)]
+  ended.append(outcomes.Outcome(plan, [], worst, [3]))
+  ended.append(outcomes.Outcome(plan, [], None, [3, 4]))
+  target = outcomes.common_target(ended)
   assert target == 2
-  assert [compare.steps_to(c, target) for c in (CURVE, worse)] == [20, 40]
-  assert compare.common_target(outcomes[2:]) is None
+  assert [outcomes.steps_to(c, target) for c in (CURVE, worse)] == [20, 40]
+  assert outcomes.common_target(ended[2:]) is None
 
 
 def test_a_run_that_converged_stays_where_it_ended(tmp_path):
@@ -198,7 +198,7 @@ def test_a_run_that_converged_stays_where_it_ended(tmp_path):
     ]
     rows.insert(1, {"step": 15, "loss": 9, "seconds": 0, "bytes": 105})  # without an evaluation
     (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-  curve = compare.read_curve([tmp_path / "short", tmp_path / "long"])
+  curve = outcomes.read_curve([tmp_path / "short", tmp_path / "long"])
   assert curve.steps.tolist() == [10, 20, 30]
   assert curve.sent.tolist() == [70, 140, 210]
   assert curve.losses.tolist() == [[4, 1, 1], [6, 3, 2]]
