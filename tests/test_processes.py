@@ -256,23 +256,22 @@ def test_all_processes_stop_where_one_is_told_to_and_fewer_go_on(pair, start, tm
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a disk of a few bytes takes root to mount")
 def test_a_full_disk_ends_a_job_in_a_line_and_it_goes_on_when_there_is_room(tmp_path):
-  """The launcher does not start again what would fail again."""
+  """Whoever's write fails leaves, and the launcher does not start again what would fail again."""
   (tmp_path / "out").mkdir()
   disk = ["mount", "-t", "tmpfs", "-o"]
   subprocess.run([*disk, "size=160k", "tmpfs", tmp_path / "out"], check=True)
   try:
     more = ("--model=mlp(hidden=[500])", "--steps=20")
-    alone = ("--processes=1", "--devices_per_process=8")
-    launched = launch(tmp_path, "adam", *alone, "--restarts=3", more=more)
+    launched = launch(tmp_path, "adam", "--restarts=3", more=more)
     ((code, out, err),) = end([launched])
     assert code == 5
-    (line,) = [line for line in out.splitlines() if "error: no checkpoint can be saved" in line]
-    assert "the disk is full" in line
+    said = [line for line in out.splitlines() if "error: no checkpoint can be saved" in line]
+    assert ["the disk is full" in line for line in said] in ([True], [True, True])
     assert "Traceback" not in out
     assert "restart" not in err
     before = checkpoints(tmp_path)[-1:]
     subprocess.run([*disk, "remount,size=2m", "tmpfs", tmp_path / "out"], check=True)
-    ((code, out, err),) = end([launch(tmp_path, "adam", *alone, more=more)])
+    ((code, out, err),) = end([launch(tmp_path, "adam", more=more)])
     assert code == 0, err
     assert [f"resuming at step {step}" in out for step in before] == [True] * len(before)
     assert summary(tmp_path)["steps"] == 20

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +17,8 @@ from jax.sharding import PartitionSpec as P
 from research.base import Array, TrainState
 from research.comm.mesh import count, worker_axes
 from research.parallel import resize
-from research.train import integrity, interrupt
+from research.train import integrity, interrupt, manager
 from research.train.noise import deaf_to_writers, quietly
-
-KEEP = 3
 
 
 class CheckpointError(Exception):
@@ -64,7 +61,7 @@ class Checkpoints:
       placed: how its leaves lie.
     """
     self._folder, self._placed = folder, placed
-    self._manager = _manager(folder)
+    self._manager = manager.of(folder)
     self._failed = False
     self._hooks = contextlib.ExitStack()
     self._hooks.enter_context(deaf_to_writers())
@@ -209,25 +206,6 @@ class Checkpoints:
 
       multihost_utils.sync_global_devices(f"set aside {step}")
     self._manager.reload()
-
-
-class _Manager(ocp.CheckpointManager):
-  """Orbax's, but that it leaves JAX's preemption service to `interrupt.watch`.
-
-  The service wants consecutive numbers from one caller. After one of Orbax's, which are steps, a
-  notice would take effect when as many dispatches are done.
-  """
-
-  def reached_preemption(self, step: int) -> bool:
-    del step
-    return False
-
-
-def _manager(folder: Path) -> ocp.CheckpointManager:
-  finished = ocp.AsyncOptions(post_finalization_callback=partial(integrity.list_files, folder))
-  options = ocp.CheckpointManagerOptions(max_to_keep=KEEP, async_options=finished)
-  handlers = ocp.StandardCheckpointHandler()
-  return _Manager(folder, options=options, item_handlers=handlers)
 
 
 def _line(error: Exception) -> str:
