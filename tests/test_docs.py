@@ -118,3 +118,13 @@ def test_the_kernel_counts_what_was_predicted():
   rows = json.loads((ROOT / "results" / "wire" / "result.json").read_text())["wire"]
   assert {row["hosts"] for row in rows} == {2, 4}
   assert max(abs(share) for row in rows for share in row["deviations"]) < 0.05
+
+
+def test_what_fifty_kills_leave_is_on_record():
+  """The run ends as an undisturbed one, nothing saved is lost, and nothing is left behind."""
+  found = json.loads((ROOT / "results" / "faults" / "result.json").read_text())["faults"]
+  assert (found["hosts"], found["kills"]) == (4, 50)
+  assert found["same_params"]
+  assert found["same_rows"]
+  left = ("resumed_before_the_last_checkpoint", "processes_left", "namespaces_left")
+  assert [found[name] for name in left] == [0, 0, 0]

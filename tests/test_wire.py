@@ -77,6 +77,32 @@ def test_short_leaves_of_a_type_travel_as_one_message(name):
   ]  # fmt: skip
 
 
+SENDING = {
+  "gather": lambda tree: collectives.gather(tree, "data"),
+  "exchange": lambda tree: collectives.exchange(tree, "data"),
+  "permute": lambda tree: collectives.permute(tree, [(i, (i + 3) % 8) for i in range(8)], "data"),
+}
+
+
+@pytest.mark.parametrize("name", SENDING)
+def test_what_is_long_goes_between_processes_in_pieces(name, monkeypatch):
+  """The same values and bytes; nothing that is sent at once is longer than a piece."""
+  send, piece = SENDING[name], 2**13
+  longs = {"flat": jnp.arange(8 * 40_000, dtype=jnp.float32).reshape(8, 8, 5000)}
+  longs |= {"cube": jnp.arange(8 * 8 * 9999, dtype=jnp.bfloat16).reshape(8, 8, 9, 1111)}
+  longs |= {"short": jnp.arange(8 * 8 * 5, dtype=jnp.int8).reshape(8, 8, 5)}
+  mine = jax.tree.map(lambda x: x[0], longs)
+  run = lambda: jax.vmap(lambda tree: send(tree), axis_name="data")(longs)
+  sent = lambda: wire.traffic(lambda tree: send(tree), mine, axes=EIGHT)  # traced each time
+  whole, before = run(), sent()
+  monkeypatch.setattr(collectives, "_PIECE", piece)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  jax.tree.map(np.testing.assert_array_equal, run(), whole)
+  assert max(t.payload for t in before) > 10 * piece
+  assert max(t.payload for t in sent()) <= piece + 8 * 128 * 4  # filled up
+  assert wire.by_axis(sent())["data"] == pytest.approx(wire.by_axis(before)["data"], rel=0.02)
+
+
 def test_loops_in_loops_multiply():
   def program(x):
     inner = lambda x, _: (lax.pmean(x, "data"), None)
