@@ -114,18 +114,14 @@ def command(*words: str) -> subprocess.Popen[str]:
   return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def on_hosts() -> tuple[dict[str, Any], list[str]]:
-  """What the suites between hosts measure, and its table."""
-  if FLAGS.suite == "faults":
-    found = faults.faults(FLAGS.hosts, FLAGS.kills, FLAGS.kill_every, FLAGS.steps)
-    return {"faults": found}, faults.faults_table(found)
-  if FLAGS.suite == "hosts":
-    has_torch = importlib.util.find_spec("torch") is not None
-    begun = speed.start(FLAGS.repeats)
-    rows = speed.speed(FLAGS.repeats, has_torch)
-    target = speed.to_target(rows, has_torch)
-    found = {"hosts": rows, "target": target, "start_seconds": begun}
-    return found, speed.speed_table(rows) + speed.target_table(target, begun)
+def of_faults() -> tuple[dict[str, Any], list[str]]:
+  """What a run survives."""
+  found = faults.faults(FLAGS.hosts, FLAGS.kills, FLAGS.kill_every, FLAGS.steps)
+  return {"faults": found}, faults.faults_table(found)
+
+
+def of_wire() -> tuple[dict[str, Any], list[str]]:
+  """Bytes between two hosts and four."""
   wire = hosts.wire((2, 4))
   return {"wire": wire}, hosts.wire_table(wire)
 
@@ -134,8 +130,9 @@ def main(argv: list[str]) -> None:
   """Runs the cases of a suite, prints the table, writes the result."""
   del argv
   logging.set_verbosity(logging.WARNING)
-  known = servers.CASES if FLAGS.suite == "server" else (*pairs.CASES, *OTHERS)
-  if FLAGS.suite == "server" and not FLAGS["cases"].present:
+  cases = {"server": servers.CASES, "hosts": tuple(speed.PAIRS)}
+  known = cases.get(FLAGS.suite, (*pairs.CASES, *OTHERS))
+  if not FLAGS["cases"].present:
     FLAGS.cases = list(known)
   unknown = [name for name in FLAGS.cases if name not in known]
   if unknown:
@@ -146,9 +143,12 @@ def main(argv: list[str]) -> None:
   with run.one_line_errors():
     from research.train import folder, report
 
-    suites = {"loop": of_loop, "server": lambda: of_server(folder.environment())}
-    result, lines = suites.get(FLAGS.suite, on_hosts)()
-    result = {"environment": folder.environment(), **result}
+    environment = folder.environment()
+    suites = {"loop": of_loop, "faults": of_faults, "wire": of_wire}
+    suites["server"] = lambda: of_server(environment["commit"])
+    suites["hosts"] = lambda: of_speed(environment["commit"])
+    result, lines = suites[FLAGS.suite]()
+    result = {"environment": environment, **result}
   print("\n".join(lines))
   if FLAGS.out:
     out = Path(FLAGS.out)
@@ -157,15 +157,37 @@ def main(argv: list[str]) -> None:
     (out / "table.md").write_text("\n".join(lines) + "\n")
 
 
-def of_server(environment: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-  """What a server's cases measure, beside those measured before, each with what it was made by."""
+def before() -> dict[str, Any]:
+  """What the folder of the result has from earlier measurements."""
   stored = Path(FLAGS.out) / "result.json" if FLAGS.out else None
-  result = json.loads(stored.read_text()) if stored and stored.exists() else {}
+  return json.loads(stored.read_text()) if stored and stored.exists() else {}
+
+
+def of_server(commit: str) -> tuple[dict[str, Any], list[str]]:
+  """What a server's cases measure, beside those measured before, each with what it was made by."""
+  result = before()
   found = servers.measure(FLAGS.cases, FLAGS.kills, FLAGS.kill_every)
-  made = dict.fromkeys(found, environment["commit"])
-  result = result | found | {"commits": result.get("commits", {}) | made}
+  result = result | found | {"commits": result.get("commits", {}) | dict.fromkeys(found, commit)}
   result.pop("environment", None)
   return result, servers.table(result)
+
+
+def of_speed(commit: str) -> tuple[dict[str, Any], list[str]]:
+  """Speed of the methods asked for, beside those measured before; all together, what else there is."""
+  has_torch = importlib.util.find_spec("torch") is not None
+  result = before()
+  result.pop("environment", None)
+  rows = {(row["rate"], row["method"]): row for row in result.get("hosts", [])}
+  for row in speed.speed(FLAGS.cases, FLAGS.repeats, has_torch):
+    rows[row["rate"], row["method"]] = row | {"commit": commit}
+  result["hosts"] = list(rows.values())
+  if len(FLAGS.cases) == len(speed.PAIRS):
+    result["target"] = speed.to_target(result["hosts"], has_torch)
+    result["start_seconds"] = speed.start(FLAGS.repeats)
+  lines = speed.speed_table(result["hosts"])
+  if "target" in result:
+    lines += speed.target_table(result["target"], result["start_seconds"])
+  return result, lines
 
 
 def of_loop() -> tuple[dict[str, Any], list[str]]:

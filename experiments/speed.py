@@ -31,10 +31,10 @@ PAIRS: dict[str, tuple[str, str | None, str | None]] = {  # ours, by hand, in Py
 }
 
 
-def speed(repeats: int, has_torch: bool) -> list[dict[str, Any]]:
+def speed(methods: Sequence[str], repeats: int, has_torch: bool) -> list[dict[str, Any]]:
   """Milliseconds per step between two hosts of one core each: ours, by hand, PyTorch's, in turn."""
   return [
-    _speed(method, rate, repeats, has_torch) for rate, method in itertools.product(RATES, PAIRS)
+    _speed(method, rate, repeats, has_torch) for rate, method in itertools.product(RATES, methods)
   ]
 
 
