@@ -173,7 +173,7 @@ def of_server(commit: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def of_speed(commit: str) -> tuple[dict[str, Any], list[str]]:
-  """Speed of the methods asked for, beside those measured before; all together, what else there is."""
+  """Speed of the methods asked for, beside those measured before; of all, the rest of the suite."""
   has_torch = importlib.util.find_spec("torch") is not None
   result = before()
   result.pop("environment", None)
