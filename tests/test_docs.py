@@ -1,6 +1,8 @@
 """What the documents show is what runs: CONTRIBUTING's algorithm, README's commands and figures."""
 
 import json
+import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +130,27 @@ def test_what_fifty_kills_leave_is_on_record():
   assert found["same_rows"]
   left = ("resumed_before_the_last_checkpoint", "processes_left", "namespaces_left")
   assert [found[name] for name in left] == [0, 0, 0]
+
+
+# As many bytes as PyTorch sends, which the link takes most of the time for: no slower than that.
+AT_THE_WIRE = {
+  ("1gbit", "two_phase(bf16)"),
+  ("100mbit", "two_phase(bf16)"),
+  ("100mbit", "local_sgd(8)"),
+}
+
+
+def test_the_figures_between_hosts_are_those_of_the_results():
+  """And as good as they are to be."""
+  folder = ROOT / "results" / "hosts"
+  assert (folder / "table.md").read_text().strip() in (ROOT / "README.md").read_text()
+  result = json.loads((folder / "result.json").read_text())
+  for row in result["hosts"]:
+    median = {name: statistics.median(found) for name, found in row["milliseconds"].items()}
+    cell = (row["rate"], row["method"])
+    even = row["method"] == "dense" or cell in AT_THE_WIRE
+    assert median.get("by_hand", math.inf) >= 0.95 * median["ours"], cell
+    assert median.get("torch", math.inf) >= (0.95 if even else 1) * median["ours"], cell
+  seconds = {(row["program"], row["method"]): row["seconds"] for row in result["target"]}
+  assert seconds["torch", "dense"] >= 16 * seconds["ours", "power_sgd(4)"]
+  assert max(result["start_seconds"]) < 20
