@@ -266,7 +266,9 @@ def test_a_full_disk_ends_a_job_in_a_line_and_it_goes_on_when_there_is_room(tmp_
     ((code, out, err),) = end([launched])
     assert code == 5
     said = [line for line in out.splitlines() if "error: no checkpoint can be saved" in line]
-    assert ["the disk is full" in line for line in said] in ([True], [True, True])
+    assert len(said) in (1, 2)  # the other may have waited for it, or be ended before it says so
+    assert any("the disk is full" in line for line in said)
+    assert all("is full" in line or "another process has not" in line for line in said)
     assert "Traceback" not in out
     assert "restart" not in err
     before = checkpoints(tmp_path)[-1:]

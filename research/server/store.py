@@ -10,7 +10,8 @@ import numpy as np
 
 from research.server.actors import Place
 from research.train import integrity, report
-from research.train.checkpoint import KEEP, CheckpointError, SaveError
+from research.train.checkpoint import CheckpointError, SaveError
+from research.train.manager import KEEP
 
 _STATE, _ABOUT = "state.npz", "server.json"
 

@@ -109,6 +109,8 @@ class Checkpoints:
       if not (full or isinstance(error, OSError)):
         raise
       reason = f"the disk is full, {free:,} bytes are free" if full else _line(error)
+      if isinstance(error, TimeoutError):  # Orbax's, also where it is told at once that one is gone
+        reason = "another process has not written its part"
       kept = f"checkpoint {self.latest()} is kept" if self.latest() else "there is none before it"
       raise SaveError(f"no checkpoint can be saved in {self._folder}: {reason}; {kept}") from error
 
