@@ -9,12 +9,13 @@ its median is the figure.
 Beside them: what compressors cost (`costs.py`), what rounds cost (`rounds.py`), for how long a
 checkpoint blocks, the memory of 10,000 simulated workers, and the time to the first logged step.
 Other suites run between hosts, network namespaces of Linux, as root (`hosts.py`, `speed.py`,
-`faults.py`), and on a parameter server (`servers.py`), whose cases may be measured one by one: the
-rest is kept.
+`faults.py`), and on a parameter server (`servers.py`). The methods that `speed.py` times and the
+server's cases may be measured one by one by `--cases`: what OUT has of the others is kept.
 Writes result.json and table.md. Workers of one machine share its cores better on as many devices:
 `JAX_NUM_CPU_DEVICES=2` for fed_avg and local_phase.
 """
 
+import difflib
 import importlib.util
 import json
 import os
@@ -130,13 +131,17 @@ def main(argv: list[str]) -> None:
   """Runs the cases of a suite, prints the table, writes the result."""
   del argv
   logging.set_verbosity(logging.WARNING)
-  cases = {"server": servers.CASES, "hosts": tuple(speed.PAIRS)}
-  known = cases.get(FLAGS.suite, (*pairs.CASES, *OTHERS))
+  loop = (*pairs.CASES, *OTHERS)
+  cases = {"loop": loop, "server": servers.CASES, "hosts": tuple(speed.PAIRS)}
+  known = cases.get(FLAGS.suite, ())
   if not FLAGS["cases"].present:
     FLAGS.cases = list(known)
   unknown = [name for name in FLAGS.cases if name not in known]
   if unknown:
-    run.fail(2, f"--cases={unknown[0]}: unknown; legal: {', '.join(known)}")
+    near = difflib.get_close_matches(unknown[0], known, 1)
+    hint = f" (did you mean '{near[0]}'?)" if near else ""
+    legal = ", ".join(known) or "none"
+    run.fail(2, f"--cases={unknown[0]}: unknown to --suite={FLAGS.suite}{hint}; legal: {legal}")
   if FLAGS.suite in ("wire", "hosts", "faults"):
     netlab.refuse()
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")  # to compile for as many hosts
@@ -181,7 +186,7 @@ def of_speed(commit: str) -> tuple[dict[str, Any], list[str]]:
   for row in speed.speed(FLAGS.cases, FLAGS.repeats, has_torch):
     rows[row["rate"], row["method"]] = row | {"commit": commit}
   result["hosts"] = list(rows.values())
-  if len(FLAGS.cases) == len(speed.PAIRS):
+  if set(FLAGS.cases) == set(speed.PAIRS):
     result["target"] = speed.to_target(result["hosts"], has_torch)
     result["start_seconds"] = speed.start(FLAGS.repeats)
   lines = speed.speed_table(result["hosts"])

@@ -21,7 +21,7 @@ from research.comm import mesh as meshes
 from research.parallel import layout as layouts
 from research.parallel import resize, sharded, workers
 from research.parallel.job import Job
-from research.train import checkpoint, integrity
+from research.train import checkpoint, integrity, manager
 
 
 def store_of(run: Any, folder) -> checkpoint.Checkpoints:
@@ -256,6 +256,22 @@ def test_a_state_goes_from_one_mesh_to_another(source, goal, same, tmp_path):
     if ".stages.0." in leaf.name and not same:
       wanted = np.full(wanted.shape, -1.0)
     np.testing.assert_allclose(got, wanted, rtol=0, atol=0 if exact else 1e-6, err_msg=str(leaf))
+
+
+def test_a_process_whose_save_has_failed_does_not_wait_for_the_others():
+  met = []
+  barrier = lambda *, key, timeout_ms: met.append((key, timeout_ms))
+  manager._meet(barrier, key="all is well", timeout_ms=7)
+
+  def fails():
+    try:
+      raise OSError("full")
+    finally:
+      manager._meet(barrier, key="after a failure", timeout_ms=7)
+
+  with pytest.raises(OSError, match="full"):
+    fails()
+  assert met == [("all is well", 7)]
 
 
 @pytest.mark.parametrize("name", EXACT)
