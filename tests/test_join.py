@@ -183,26 +183,34 @@ def test_arguments_that_do_not_fit_together_are_refused(joined, arguments, messa
   sys.platform != "linux" or platform.machine() not in gloo.WAITS, reason="Linux tells of threads"
 )
 def test_threads_that_wait_for_messages_do_not_interrupt():
-  before = gloo.waiting()
-  poll, begun, tid = select.epoll(), threading.Event(), []
-  end, told = os.pipe()
+  """Those begun since, also where another, older one only begins to wait meanwhile."""
+  poll, end, told = select.epoll(), *os.pipe()
   poll.register(end, select.EPOLLIN)
+  asked, begun = threading.Event(), threading.Barrier(3)
+
+  def wait_when_asked():
+    asked.wait()
+    wait()
 
   def wait():
-    tid.append(threading.get_native_id())
-    begun.set()
+    begun.wait()
     poll.poll()
 
-  thread = threading.Thread(target=wait)
-  thread.start()
+  older, newer = threading.Thread(target=wait_when_asked), threading.Thread(target=wait)
+  older.start()
+  before = gloo.threads()
+  newer.start()
+  asked.set()
   begun.wait()
   try:
-    assert gloo.let_work_go_first(before) == set(tid)
-    assert os.sched_getscheduler(tid[0]) == os.SCHED_BATCH
+    assert gloo.let_work_go_first(before) == {newer.native_id}
+    assert os.sched_getscheduler(newer.native_id) == os.SCHED_BATCH
+    assert os.sched_getscheduler(older.native_id) == os.SCHED_OTHER
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
   finally:
     os.write(told, b"x")
-    thread.join()
+    for thread in (older, newer):
+      thread.join()
     for descriptor in (end, told):
       os.close(descriptor)
     poll.close()

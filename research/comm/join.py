@@ -81,7 +81,7 @@ def initialize(coordinator: str = "", processes: int = 0, process_id: int = -1) 
       )
   elif detect_cluster(os.environ):
     jax.distributed.initialize()
-  before = gloo.waiting()
+  before = gloo.threads()
   count = jax.process_count()
   if count > 1 and jax.default_backend() == "cpu":
     gloo.let_work_go_first(before)
