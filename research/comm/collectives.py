@@ -20,7 +20,7 @@ Axes = str | Sequence[str]
 _OWN = 0x776F726B
 _LANES = 128
 _SHORT = 2**16  # bytes: about what a fast link carries while a message begins
-_PIECE = 2**18  # bytes: what gloo sends at once, see `_in_pieces`
+_PIECE = 2**18  # bytes: what gloo sends a process at once, see `_in_pieces`
 
 
 def in_scope(axes: Axes = WORKER_AXES) -> tuple[str, ...]:
@@ -112,7 +112,7 @@ def gather(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
       return found.reshape(count, -1)[:, : x.size]
     return found.reshape(count, *x.shape)
 
-  return _packed(tree, _in_pieces(_as_bits(one)), longest=_SHORT)
+  return _packed(tree, _as_bits(_in_pieces(one)), longest=_SHORT)
 
 
 def exchange(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
@@ -136,7 +136,7 @@ def exchange(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
       return found.reshape(x.shape[0], -1)[:, :length]
     return found.reshape(x.shape[0], *found.shape[len(names) :])
 
-  return _packed(tree, _in_pieces(_as_bits(one), lead=1), lead=1, longest=_SHORT)
+  return _packed(tree, _as_bits(_in_pieces(one, lead=1)), lead=1, longest=_SHORT)
 
 
 def _as_bits(send: Callable[[Array], Array]) -> Callable[[Array], Array]:
@@ -160,11 +160,12 @@ def _in_pieces(send: Callable[[Array], Array], lead: int = 0) -> Callable[[Array
 
   Args:
     send: from an array [*first, n] to one [*any, n], whose places do not depend on each other.
-    lead: how many dimensions `first` has.
+    lead: how many dimensions `first` has: those of receivers, to each of whom its row is sent.
   """
 
   def one(x):
-    count = -(-x.size * x.dtype.itemsize // _PIECE)
+    message = x.size * x.dtype.itemsize // math.prod(x.shape[:lead])
+    count = -(-message // _PIECE)
     if count <= 1 or jax.default_backend() != "cpu" or jax.process_count() == 1:
       return send(x)
     flat = x.reshape(*x.shape[:lead], -1)
