@@ -204,8 +204,8 @@ def test_threads_that_wait_for_messages_do_not_interrupt():
   begun.wait()
   try:
     assert gloo.let_work_go_first(before) == {newer.native_id}
-    assert os.sched_getscheduler(newer.native_id) == os.SCHED_BATCH
-    assert os.sched_getscheduler(older.native_id) == os.SCHED_OTHER
+    scheduled = [os.sched_getscheduler(thread.native_id or 0) for thread in (newer, older)]
+    assert scheduled == [os.SCHED_BATCH, os.SCHED_OTHER]
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
   finally:
     os.write(told, b"x")

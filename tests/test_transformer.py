@@ -224,14 +224,20 @@ def test_grouped_queries_are_heads_that_share_keys():
   np.testing.assert_allclose(grouped, np.concatenate(one_by_one, axis=2), atol=1e-6)
 
 
+def in_bfloat16(query, key, value):
+  narrow = (x.astype(jnp.bfloat16) for x in (query, key, value))
+  return attention.dot_product(*narrow).astype(jnp.float32)
+
+
 @pytest.mark.parametrize(
   ("function", "length", "tolerance"),
   [
     (attention.dot_product, 6, 1e-5),
+    (in_bfloat16, 6, 0.05),
     (attention.automatic, 6, 1e-5),
     (lambda q, k, v: attention.splash_kernel(q, k, v, interpret=True), 128, 1e-4),
   ],
-  ids=["dot_product", "auto", "splash"],
+  ids=["dot_product", "bfloat16", "auto", "splash"],
 )
 def test_attention_functions_agree(function, length, tolerance):
   arguments = qkv(4, 2, length)

@@ -1,11 +1,16 @@
 """PowerSGD: gradients as products of two thin matrices, found by one step of a power iteration."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from research.base import WORKER_AXES, Aggregate, Aggregator, Array
 from research.comm import collectives
 
+# Thin products wait for memory: they cost the same in full precision as in a GPU's or TPU's own.
+matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 FUSED = 8  # the largest rank whose products are not written to memory of their own
 
 
@@ -48,9 +53,9 @@ def power_sgd(rank: int = 2, axis: collectives.Axes = WORKER_AXES, *, seed: int 
     q = treedef.flatten_up_to(state)
     exact = {i: x for i, x in enumerate(leaves) if not is_low_rank(x, rank)}
     m = {i: as_matrix(x) for i, x in enumerate(leaves) if i not in exact}
-    left, exact_mean = collectives.packed_mean(({i: m[i] @ q[i] for i in m}, exact), axis)
+    left, exact_mean = collectives.packed_mean(({i: matmul(m[i], q[i]) for i in m}, exact), axis)
     p = {i: jnp.linalg.qr(left[i])[0] for i in m}
-    own = {i: p[i].T @ m[i] for i in m}  # Q_i^T
+    own = {i: matmul(p[i].T, m[i]) for i in m}  # Q_i^T
     right = collectives.packed_mean(own, axis)
 
     def restored(rights, vectors):
@@ -81,5 +86,5 @@ def product(left: Array, right: Array) -> Array:
   A matrix product would be written to memory first, and here it is as large as the leaf.
   """
   if left.shape[1] > FUSED:
-    return left @ right
+    return matmul(left, right)
   return sum((left[:, k, None] * right[k] for k in range(1, left.shape[1])), left[:, :1] * right[0])
