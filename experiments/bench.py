@@ -20,6 +20,7 @@ import importlib.util
 import json
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -144,6 +145,7 @@ def main(argv: list[str]) -> None:
     run.fail(2, f"--cases={unknown[0]}: unknown to --suite={FLAGS.suite}{hint}; legal: {legal}")
   if FLAGS.suite in ("wire", "hosts", "faults"):
     netlab.refuse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # takes along what it has started
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")  # to compile for as many hosts
   with run.one_line_errors():
     from research.train import folder, report

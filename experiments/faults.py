@@ -3,6 +3,7 @@
 The suite faults of bench.py. Hosts are network namespaces (launch/netlab.py).
 """
 
+import contextlib
 import json
 import subprocess
 import tempfile
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments.hosts import flags_of, netlab, run
+from experiments.hosts import flags_of, netlab, run, tell
 
 
 def faults(hosts: int, kills: int, every: float, steps: int) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def faults(hosts: int, kills: int, every: float, steps: int) -> dict[str, Any]:
     steps: of the run, enough to last as long.
   """
   config = {
-    "method": "data_parallel(sgd(cosine_decay_schedule(0.1, 5000), momentum=0.9), "
+    "method": f"data_parallel(sgd(cosine_decay_schedule(0.1, {steps}), momentum=0.9), "
     "error_feedback(two_phase(int8())))",
     "executor": "spmd",
     "mesh": f"data:{hosts}",
@@ -70,18 +71,19 @@ def _disturbed(command: list[str], out: Path) -> dict[str, Any]:
     RuntimeError: if it did not end well.
   """
   pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-  process = subprocess.Popen(command, **pipes)
   killed = resumed = restarts = lost = saved = 0
-  for line in process.stdout or ():
-    if "launch: killing process" in line:
-      killed += 1
-      saved = max([saved, *_whole(out / "checkpoints")])
-    elif "launch: restart" in line:
-      restarts += 1
-    elif "] resuming at step" in line:
-      resumed += 1
-      lost += int(line.split()[-1]) < saved
-  if process.wait():
+  with subprocess.Popen(command, **pipes) as process, _ended(process):
+    for line in process.stdout or ():
+      if "launch: killing process" in line:
+        killed += 1
+        saved = max([saved, *_whole(out / "checkpoints")])
+      elif "launch: restart" in line:
+        restarts += 1
+      elif "] resuming at step" in line:
+        resumed += 1
+        lost += int(line.split()[-1]) < saved
+        tell(f"after {killed} kills and {restarts} restarts at step {line.split()[-1]}")
+  if process.returncode:
     raise RuntimeError(f"the run with {killed} kills ended with exit code {process.returncode}")
   return {
     "kills": killed,
@@ -89,6 +91,16 @@ def _disturbed(command: list[str], out: Path) -> dict[str, Any]:
     "resumed": resumed,
     "resumed_before_the_last_checkpoint": lost,
   }
+
+
+@contextlib.contextmanager
+def _ended(process: subprocess.Popen) -> Iterator[None]:
+  """Ends a launcher together with who waits for it."""
+  try:
+    yield
+  except BaseException:
+    process.terminate()
+    raise
 
 
 def _whole(folder: Path) -> Iterator[int]:

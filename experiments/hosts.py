@@ -56,6 +56,11 @@ def run(line: Sequence[str]) -> str:
   return ended.stdout
 
 
+def tell(line: str) -> None:
+  """What a long measurement has come to, for who waits for it."""
+  print(line, file=sys.stderr, flush=True)
+
+
 def wire(counts: Sequence[int]) -> list[dict[str, Any]]:
   """Bytes that a host sends per step: as traced, as compiled for a CPU, as the kernel counts."""
   return [_bytes(hosts, name) for hosts, name in itertools.product(counts, METHODS)]
@@ -82,6 +87,7 @@ def _bytes(hosts: int, name: str) -> dict[str, Any]:
   traced = sum(found["bytes_per_step_per_worker"].values())
   traced += sum(found["metrics_bytes_per_step_per_worker"].values())
   expected, widened = compiled(Config(**config))
+  tell(f"{hosts} hosts, {name}: {sum(kernel) / len(kernel):,.0f} bytes, predicted {expected:,.0f}")
   return {
     "hosts": hosts,
     "method": name,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.hosts import METHODS, MODEL, ROOT, flags_of, netlab, run
+from experiments.hosts import METHODS, MODEL, ROOT, flags_of, netlab, run, tell
 from research.comm import counters
 from research.train.config import Config
 
@@ -52,6 +52,7 @@ def _speed(method: str, rate: str, repeats: int, has_torch: bool) -> dict[str, A
   for turn in range(repeats):
     for name in list(programs)[:: 1 if turn % 2 else -1]:
       found[name].append(statistics.median(programs[name]()))
+      tell(f"{rate or 'not shaped'}, {method}, {name}: {found[name][-1]:.1f} ms")
   return {"method": method, "rate": rate or "not shaped", "milliseconds": found}
 
 
@@ -110,6 +111,7 @@ def to_target(speeds: list[dict[str, Any]], has_torch: bool) -> list[dict[str, A
       milliseconds = statistics.median(row["milliseconds"][name])
       seconds = count * milliseconds / 1000
       found.append({"method": method, "program": name, "steps": count, "seconds": seconds})
+      tell(f"to {TARGET:.0%}, {method}, {name}: {count} steps, {seconds:.1f} s")
   return found
 
 
