@@ -110,6 +110,8 @@ def test_fetched_once(suffix, cache):
   assert read(found) == CONTENT
   assert files.find("sets/set", "", f"{url}/set{suffix}", SHA256) == found  # the server is gone
   assert [path.name for path in found.parent.iterdir()] == [found.name]
+  ordinary = write(cache / "ordinary", b"")
+  assert found.stat().st_mode == ordinary.stat().st_mode  # others may read it where files may be
 
 
 @pytest.mark.parametrize(

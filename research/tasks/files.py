@@ -9,9 +9,9 @@ import io
 import logging
 import os
 import shutil
-import tempfile
 import urllib.error
 import urllib.request
+import uuid
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -86,6 +86,21 @@ def opened(path: Path, name: str = "") -> Iterator[io.BufferedIOBase]:
     raise ValueError(f"{name or path} is truncated or no {path.suffix} file ({error})") from None
 
 
+@contextlib.contextmanager
+def whole(target: Path) -> Iterator[Path]:
+  """A path to write to, whose file becomes `target` at the end if nothing was raised.
+
+  So nobody reads half of it, and other processes may be doing the same.
+  """
+  target.parent.mkdir(parents=True, exist_ok=True)
+  partial = target.with_name(f".{uuid.uuid4().hex}{target.suffix}")
+  try:
+    yield partial
+    partial.replace(target)
+  finally:
+    partial.unlink(missing_ok=True)
+
+
 def cache() -> Path:
   root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
   return Path(root) / "distributed-optimization-jax"
@@ -107,20 +122,14 @@ def _verify(path: Path, sha256: str | None, source: str) -> None:
 
 
 def _fetch(url: str, target: Path, sha256: str | None) -> Path:
-  """Downloads to a temporary file, checks it, and only then gives it its name."""
+  """Downloads a file, which gets its name once it has been checked."""
   suffix = PurePosixPath(url).suffix
   if suffix in SUFFIXES and target.suffix != suffix:
     target = target.with_name(target.name + suffix)
-  target.parent.mkdir(parents=True, exist_ok=True)
-  descriptor, name = tempfile.mkstemp(suffix=suffix, prefix=".fetch-", dir=target.parent)
-  path = Path(name)
-  try:
-    with os.fdopen(descriptor, "wb") as file:
+  with whole(target) as path:
+    with path.open("wb") as file:
       _download(url, file)
     _verify(path, sha256, url)
-    path.replace(target)
-  finally:
-    path.unlink(missing_ok=True)
   return target
 
 

@@ -5,7 +5,6 @@ import hashlib
 import importlib.metadata
 import logging
 import os
-import tempfile
 import weakref
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -108,11 +107,12 @@ def _head(path: Path, size: int) -> str:
 
 
 def _write(path: Path, coder: tokens.Tokenizer, target: Path) -> None:
-  """Under its name only once it is whole, since other processes may be doing the same."""
-  target.parent.mkdir(parents=True, exist_ok=True)
-  descriptor, name = tempfile.mkstemp(prefix=".encode-", dir=target.parent)
   try:
-    with os.fdopen(descriptor, "wb") as file, path.open(encoding="utf-8", newline="") as text:
+    with (
+      files.whole(target) as partial,
+      partial.open("wb") as file,
+      path.open(encoding="utf-8", newline="") as text,
+    ):
       _header(file, coder.size, 0)
       count = 0
       while block := text.read(_BLOCK):
@@ -121,11 +121,8 @@ def _write(path: Path, coder: tokens.Tokenizer, target: Path) -> None:
         count += len(found)
       file.seek(0)
       _header(file, coder.size, count)  # NumPy leaves room in it for any length
-    Path(name).replace(target)
   except UnicodeDecodeError as error:
     raise _not_text(path, error) from None
-  finally:
-    Path(name).unlink(missing_ok=True)
 
 
 def _header(file: IO[bytes], size: int, count: int) -> None:

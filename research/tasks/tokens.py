@@ -2,10 +2,7 @@
 
 import hashlib
 import importlib.util
-import os
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,7 +73,8 @@ def bpe(text: str, vocabulary: int) -> Tokenizer:
   name = f"bpe-{vocabulary}-{digest}-{tokenizers.__version__}.json"
   path = files.cache() / "tokenizers" / name
   if not path.is_file():
-    _save(_trained(text, vocabulary), path)
+    with files.whole(path) as partial:
+      _trained(text, vocabulary).save(str(partial))
   trained = tokenizers.Tokenizer.from_file(str(path))
   size = trained.get_vocab_size()
 
@@ -107,18 +105,6 @@ def _trained(text: str, vocabulary: int) -> Any:
   )
   tokenizer.train_from_iterator(_pieces(text), trainer)
   return tokenizer
-
-
-def _save(tokenizer: Any, path: Path) -> None:
-  """Under its name only once it is whole, since other processes may be doing the same."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  descriptor, name = tempfile.mkstemp(prefix=".train-", dir=path.parent)
-  os.close(descriptor)
-  try:
-    tokenizer.save(name)
-    Path(name).replace(path)
-  finally:
-    Path(name).unlink(missing_ok=True)
 
 
 def _pieces(text: str) -> Iterator[str]:
