@@ -191,6 +191,7 @@ def of_speed(commit: str) -> tuple[dict[str, Any], list[str]]:
   if set(FLAGS.cases) == set(speed.PAIRS):
     result["target"] = speed.to_target(result["hosts"], has_torch)
     result["start_seconds"] = speed.start(FLAGS.repeats)
+    result["commits"] = dict.fromkeys(("target", "start_seconds"), commit)
   lines = speed.speed_table(result["hosts"])
   if "target" in result:
     lines += speed.target_table(result["target"], result["start_seconds"])

@@ -3,7 +3,6 @@
 The suite faults of bench.py. Hosts are network namespaces (launch/netlab.py).
 """
 
-import contextlib
 import json
 import subprocess
 import tempfile
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments.hosts import flags_of, netlab, run, tell
+from experiments.hosts import ended, flags_of, netlab, run, tell
 
 
 def faults(hosts: int, kills: int, every: float, steps: int) -> dict[str, Any]:
@@ -72,7 +71,7 @@ def _disturbed(command: list[str], out: Path) -> dict[str, Any]:
   """
   pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
   killed = resumed = restarts = lost = saved = 0
-  with subprocess.Popen(command, **pipes) as process, _ended(process):
+  with subprocess.Popen(command, **pipes) as process, ended(process):
     for line in process.stdout or ():
       if "launch: killing process" in line:
         killed += 1
@@ -91,16 +90,6 @@ def _disturbed(command: list[str], out: Path) -> dict[str, Any]:
     "resumed": resumed,
     "resumed_before_the_last_checkpoint": lost,
   }
-
-
-@contextlib.contextmanager
-def _ended(process: subprocess.Popen) -> Iterator[None]:
-  """Ends a launcher together with who waits for it."""
-  try:
-    yield
-  except BaseException:
-    process.terminate()
-    raise
 
 
 def _whole(folder: Path) -> Iterator[int]:

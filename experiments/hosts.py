@@ -4,12 +4,13 @@ The suite wire of bench.py, and what its relatives share. Hosts are network name
 (launch/netlab.py).
 """
 
+import contextlib
 import itertools
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,17 @@ def run(line: Sequence[str]) -> str:
     lines = (ended.stdout + ended.stderr).splitlines()[-20:]
     raise RuntimeError("\n".join([f"exit code {ended.returncode}:", *lines]))
   return ended.stdout
+
+
+@contextlib.contextmanager
+def ended(process: subprocess.Popen) -> Iterator[None]:
+  """Ends a launcher together with who waits for it."""
+  try:
+    yield
+  except BaseException:
+    process.terminate()
+    process.communicate()
+    raise
 
 
 def tell(line: str) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.hosts import METHODS, MODEL, ROOT, flags_of, netlab, run, tell
+from experiments.hosts import METHODS, MODEL, ROOT, ended, flags_of, netlab, run, tell
 from research.comm import counters
 from research.train.config import Config
 
@@ -49,11 +49,22 @@ def _speed(method: str, rate: str, repeats: int, has_torch: bool) -> dict[str, A
     other = ["peers_torch.py", torch, str(RATES[rate]), str(SPEED_DISPATCH)]
     programs["torch"] = lambda: _of_program(other, rate)["milliseconds"]
   found: dict[str, list[float]] = {name: [] for name in programs}
+  stolen: dict[str, list[float]] = {name: [] for name in programs}
   for turn in range(repeats):
     for name in list(programs)[:: 1 if turn % 2 else -1]:
+      before = _ticks()
       found[name].append(statistics.median(programs[name]()))
-      tell(f"{rate or 'not shaped'}, {method}, {name}: {found[name][-1]:.1f} ms")
-  return {"method": method, "rate": rate or "not shaped", "milliseconds": found}
+      ticks = [now - then for now, then in zip(_ticks(), before, strict=True)]
+      stolen[name].append(round(ticks[7] / sum(ticks), 3))
+      taken = f"{stolen[name][-1]:.1%} of the cores' time went to other machines"
+      tell(f"{rate or 'not shaped'}, {method}, {name}: {found[name][-1]:.1f} ms; {taken}")
+  named = {"method": method, "rate": rate or "not shaped"}
+  return named | {"milliseconds": found, "stolen": stolen}
+
+
+def _ticks() -> list[int]:
+  """What the cores have done so far, as Linux tells; the eighth is what a hypervisor took."""
+  return [int(ticks) for ticks in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
 
 
 def _shaped(rate: str, folder: str) -> list[str]:
@@ -147,14 +158,15 @@ def start(repeats: int) -> list[float]:
       program = [sys.executable, str(ROOT / "experiments" / "run.py"), *flags_of(config)]
       begun = time.perf_counter()
       line = [*lab, f"--logs={folder}/logs", "--", *program]
-      process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+      silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
       rows = Path(folder) / "run" / "metrics.jsonl"
-      while not (rows.exists() and rows.stat().st_size):
-        if process.poll() is not None:
-          raise RuntimeError(f"the job ended with {process.returncode}")
-        time.sleep(0.02)
-      seconds.append(time.perf_counter() - begun)
-      process.wait()
+      with subprocess.Popen(line, **silent) as process, ended(process):
+        while not (rows.exists() and rows.stat().st_size):
+          if process.poll() is not None:
+            raise RuntimeError(f"the job ended with {process.returncode}")
+          time.sleep(0.02)
+        seconds.append(time.perf_counter() - begun)
+        process.wait()
   return seconds
 
 

@@ -80,7 +80,15 @@ def test_compiled_equals_traced(name):
   assert counted(found) == counted(wire.traffic(program, X, axes=dict(mesh.shape)))
 
 
-AGGREGATORS = ("two_phase(int8())", "gather_mean(top_k(0.1))", "power_sgd(2)", "majority_vote()")
+AGGREGATORS = (
+  "two_phase(int8())",
+  "two_phase(bf16())",
+  "gather_mean(bf16())",
+  "gather_mean(top_k(0.1))",
+  "choco(bf16(), ring(), gamma=0.5)",
+  "power_sgd(2)",
+  "majority_vote()",
+)
 
 
 def aggregation(spec):

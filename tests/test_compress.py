@@ -322,13 +322,26 @@ def without_conversions(function, x):
   return known[program.outvars[0]]
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_rounding_does_not_hang_on_a_conversion(dtype):
+def test_rounding_to_bfloat16_does_not_hang_on_a_conversion():
   """XLA drops one that it sees undone on a GPU: of what a worker encodes and decodes itself."""
   x = vectors(300)[0]
-  there_and_back = without_conversions(lambda x: saturated(x, dtype).astype(x.dtype), x)
-  np.testing.assert_array_equal(there_and_back, x.astype(dtype).astype(x.dtype))
+  there_and_back = without_conversions(lambda x: saturated(x, jnp.bfloat16).astype(x.dtype), x)
+  np.testing.assert_array_equal(there_and_back, x.astype(jnp.bfloat16).astype(x.dtype))
   assert np.any(there_and_back != x)
+
+
+@pytest.mark.parametrize("of", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("to", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_what_another_type_cannot_hold_is_rounded_and_stays_finite(of, to):
+  """Small numbers are those that the types have besides normal ones, too."""
+  within = lambda x, dtype: np.clip(x, -float(jnp.finfo(dtype).max), float(jnp.finfo(dtype).max))
+  values = [1e-5, -3e-5, 6e-8, 1e-3, 0, -0.0, 1 / 3, 65504, -7e4]
+  x = within(np.asarray(values), of).astype(of)
+  found = jax.jit(functools.partial(saturated, dtype=to))(jnp.asarray(x))
+  assert found.dtype == to
+  np.testing.assert_array_equal(found, within(x.astype(np.float64), to).astype(to))
+  ends = jnp.asarray([jnp.inf, -jnp.inf, jnp.nan], of)
+  np.testing.assert_array_equal(saturated(ends, to).astype(float), ends.astype(float))
 
 
 @every

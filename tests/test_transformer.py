@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -232,12 +233,12 @@ def in_bfloat16(query, key, value):
 @pytest.mark.parametrize(
   ("function", "length", "tolerance"),
   [
-    (attention.dot_product, 6, 1e-5),
+    (partial(jax.nn.dot_product_attention, is_causal=True), 6, 1e-5),
     (in_bfloat16, 6, 0.05),
     (attention.automatic, 6, 1e-5),
     (lambda q, k, v: attention.splash_kernel(q, k, v, interpret=True), 128, 1e-4),
   ],
-  ids=["dot_product", "bfloat16", "auto", "splash"],
+  ids=["JAX's own", "bfloat16", "auto", "splash"],
 )
 def test_attention_functions_agree(function, length, tolerance):
   arguments = qkv(4, 2, length)
@@ -263,6 +264,32 @@ def test_programs_for_tpus_take_the_kernel(axes):
     with pytest.raises(ValueError, match="'splash' needs a length that 128 divides, not 96"):
       program(attention.splash, 96)
   assert "pallas_call" not in program(attention.automatic, 128)
+
+
+@pytest.mark.parametrize(
+  ("platform", "capability", "dtype", "head_dim", "fused"),
+  [
+    ("gpu", 9.0, jnp.bfloat16, 64, True),
+    ("gpu", 7.5, jnp.bfloat16, 64, False),
+    ("gpu", 9.0, jnp.float32, 64, False),
+    ("gpu", 9.0, jnp.bfloat16, 136, False),
+    ("gpu", 9.0, jnp.bfloat16, 20, False),
+    ("cpu", 9.0, jnp.bfloat16, 64, False),
+  ],
+)
+def test_cudnn_is_asked_where_it_can(platform, capability, dtype, head_dim, fused, monkeypatch):
+  asked = []
+
+  def of_jax(query, key, value, **options):
+    asked.append(options)
+    return attention.plain(query, key, value)
+
+  monkeypatch.setattr(jax.nn, "dot_product_attention", of_jax)
+  monkeypatch.setattr(attention, "_capability", lambda: capability)
+  monkeypatch.setattr(attention.activations, "platform", lambda: platform)
+  x = jnp.zeros((1, 6, 2, head_dim), dtype)
+  attention.automatic(x, x, x)
+  assert asked == ([{"is_causal": True, "implementation": "cudnn"}] if fused else [])
 
 
 def test_tied_head_has_no_parameter():

@@ -9,7 +9,7 @@ from jax import lax
 from research.base import WORKER_AXES, Aggregate, Aggregator, Array
 from research.comm import collectives
 
-# Thin products wait for memory: they cost the same in full precision as in a GPU's or TPU's own.
+# Thin products wait for memory whatever their precision, and accelerators would choose a low one.
 matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 FUSED = 8  # the largest rank whose products are not written to memory of their own
 

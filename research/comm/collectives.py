@@ -20,7 +20,7 @@ Axes = str | Sequence[str]
 _OWN = 0x776F726B
 _LANES = 128
 _SHORT = 2**16  # bytes: about what a fast link carries while a message begins
-_PIECE = 2**18  # bytes: what gloo sends a process at once, see `_in_pieces`
+_PIECE = 2**18  # bytes: what gloo sends another worker at once, see `_in_pieces`
 
 
 def in_scope(axes: Axes = WORKER_AXES) -> tuple[str, ...]:
@@ -112,7 +112,8 @@ def gather(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
       return found.reshape(count, -1)[:, : x.size]
     return found.reshape(count, *x.shape)
 
-  return _packed(tree, _as_bits(_in_pieces(one)), longest=_SHORT)
+  at_last = count // lax.axis_size(names[0])  # what was gathered along all axes but one
+  return _packed(tree, _as_bits(_in_pieces(one, at_last)), longest=_SHORT)
 
 
 def exchange(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
@@ -136,7 +137,8 @@ def exchange(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
       return found.reshape(x.shape[0], -1)[:, :length]
     return found.reshape(x.shape[0], *found.shape[len(names) :])
 
-  return _packed(tree, _as_bits(_in_pieces(one, lead=1)), lead=1, longest=_SHORT)
+  send = _as_bits(_in_pieces(one, 1 / min(sizes), lead=1))
+  return _packed(tree, send, lead=1, longest=_SHORT)
 
 
 def _as_bits(send: Callable[[Array], Array]) -> Callable[[Array], Array]:
@@ -152,7 +154,9 @@ def _as_bits(send: Callable[[Array], Array]) -> Callable[[Array], Array]:
   return one
 
 
-def _in_pieces(send: Callable[[Array], Array], lead: int = 0) -> Callable[[Array], Array]:
+def _in_pieces(
+  send: Callable[[Array], Array], share: float = 1, lead: int = 0
+) -> Callable[[Array], Array]:
   """`send`, what is long in pieces one after the other, where gloo carries it between processes.
 
   Of two processes that send each other more than half a megabyte at once, one waits for the other:
@@ -160,12 +164,12 @@ def _in_pieces(send: Callable[[Array], Array], lead: int = 0) -> Callable[[Array
 
   Args:
     send: from an array [*first, n] to one [*any, n], whose places do not depend on each other.
-    lead: how many dimensions `first` has: those of receivers, to each of whom its row is sent.
+    share: how much of the array, or how many of it, goes to another worker at once.
+    lead: how many dimensions `first` has.
   """
 
   def one(x):
-    message = x.size * x.dtype.itemsize // math.prod(x.shape[:lead])
-    count = -(-message // _PIECE)
+    count = math.ceil(x.size * x.dtype.itemsize * share / _PIECE)
     if count <= 1 or jax.default_backend() != "cpu" or jax.process_count() == 1:
       return send(x)
     flat = x.reshape(*x.shape[:lead], -1)
@@ -251,4 +255,4 @@ def permute(tree: Tree, links: Sequence[tuple[int, int]], axes: Axes = WORKER_AX
     return jnp.where(has_one, found, jnp.zeros((), found.dtype)), True
 
   places = tuple(lax.axis_index(name) for name in names)
-  return jax.tree.map(_in_pieces(lambda x: send(x, places)), tree)
+  return jax.tree.map(_as_bits(_in_pieces(lambda x: send(x, places))), tree)

@@ -1,5 +1,6 @@
 """The threads of gloo, which carries what processes on CPUs exchange."""
 
+import logging
 import os
 import platform
 import sys
@@ -56,4 +57,6 @@ def let_work_go_first(before: set[int]) -> set[int]:
       done.add(thread)
     except OSError:
       pass
+  if not done:
+    logging.getLogger(__name__).info("gloo's thread was not found and may interrupt computing")
   return done

@@ -63,13 +63,14 @@ def restore(values: Array, like: jax.ShapeDtypeStruct) -> Array:
 def saturated(x: Array, dtype: jnp.dtype) -> Array:
   """x in a dtype: finite values stay finite, infinite values and NaN stay what they are.
 
-  What a narrower type cannot hold is rounded off by itself: XLA drops a conversion that it sees
-  undone, and on a GPU does.
+  What bfloat16 cannot hold of a float32 is rounded off by itself: XLA drops a conversion that it
+  sees undone, and on a GPU does.
   """
   to, of = jnp.finfo(dtype), jnp.finfo(x.dtype)
   if float(to.max) < float(of.max):
+    x = widened(x)  # the narrower of two half precisions cannot hold the other's largest number
     x = jnp.where(jnp.isfinite(x), jnp.clip(x, -float(to.max), float(to.max)), x)
-  if to.nmant < of.nmant:
+  if to.nmant < of.nmant and to.nexp == of.nexp:
     x = lax.reduce_precision(x, to.nexp, to.nmant)
   return x.astype(dtype)
 
