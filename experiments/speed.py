@@ -158,9 +158,9 @@ def start(repeats: int) -> list[float]:
       program = [sys.executable, str(ROOT / "experiments" / "run.py"), *flags_of(config)]
       begun = time.perf_counter()
       line = [*lab, f"--logs={folder}/logs", "--", *program]
-      silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+      nowhere = subprocess.DEVNULL
       rows = Path(folder) / "run" / "metrics.jsonl"
-      with subprocess.Popen(line, **silent) as process, ended(process):
+      with subprocess.Popen(line, stdout=nowhere, stderr=nowhere) as process, ended(process):
         while not (rows.exists() and rows.stat().st_size):
           if process.poll() is not None:
             raise RuntimeError(f"the job ended with {process.returncode}")
