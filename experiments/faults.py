@@ -118,7 +118,7 @@ def processes(word: str) -> int:
 
 def faults_table(found: dict[str, Any]) -> list[str]:
   """What a run has survived, in Markdown."""
-  names = ("hosts", "steps", "kills", "restarts", "same_params", "same_rows")
+  names = ("hosts", "steps", "kills", "restarts", "resumed", "same_params", "same_rows")
   names = (*names, "resumed_before_the_last_checkpoint", "processes_left", "namespaces_left")
   shown = lambda value: (
     {True: "yes", False: "no"}[value] if isinstance(value, bool) else f"{value:,}"
