@@ -132,7 +132,7 @@ def test_what_fifty_kills_leave_is_on_record():
   assert [found[name] for name in left] == [0, 0, 0]
 
 
-# The same bytes as PyTorch's, and the link takes nearly all of the time.
+# Were to be faster than PyTorch, too, and are even with it: the link takes nearly all of the time.
 EVEN = {("100mbit", "two_phase(bf16)"), ("100mbit", "local_sgd(8)")}
 
 
