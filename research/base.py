@@ -72,6 +72,20 @@ class Link(NamedTuple):
   decode: Callable[[Tree, jax.ShapeDtypeStruct, Key, int], Array]  # (payload, like, key, leaf)
 
 
+class Presence(NamedTuple):
+  """Whether a worker takes part in an exchange, and what its contribution weighs.
+
+  A Python `True` says that all workers take part, so that nobody has to ask. The weights of a
+  round's workers average to one over all W of them; that of an absent worker counts as zero.
+  """
+
+  weight: float | Array = 1.0
+  active: bool | Array = True
+
+
+EVERYONE = Presence()
+
+
 class Aggregate(NamedTuple):
   """What one exchange between workers gives to one of them."""
 
@@ -83,13 +97,17 @@ class Aggregate(NamedTuple):
 class Aggregator(NamedTuple):
   """The only place where workers talk. Runs per worker, under named worker axes.
 
+  The value is the mean 1/W sum_i weight_i x_i of what the workers have, exactly or nearly, or a
+  rule over the values of those present, times their mean weight. Nothing that an absent worker has
+  reaches the others, and the memory that it keeps for itself stays as it was.
+
   `traits` say to a wrapper what it must know of what it wraps; `aggregate/composition.py` has their
   list, and the pairs that are refused. `link` is the same encoding on the way to a server, where
   the workers do not meet; what is an exchange among them has none.
   """
 
   init: Callable[[Params], State]
-  aggregate: Callable[[Tree, State, Key], Aggregate]
+  aggregate: Callable[..., Aggregate]  # (tree, state, key, presence=EVERYONE)
   traits: frozenset[str] = frozenset()
   link: Link | None = None
 
@@ -115,10 +133,11 @@ class Method(NamedTuple):
 
   A round is `begin`, then `period` times `step`, then `sync`. `weight` is this worker's share of
   the objective (its number of examples over the mean number); over the workers of a round it
-  averages to one, and an inactive worker's weight is zero. `grad_fn(params)` is the gradient of the
-  same mini-batch at other parameters. `over(wrap)` is the same method with each of its aggregators
-  wrapped, which is how a mesh that cuts a worker's leaves has them aggregated shard by shard; a
-  method without aggregators has none.
+  averages to one, and an inactive worker's weight is zero: its round is lost, what it computed in
+  it reaches nobody, and the state that it keeps for itself stays as it was. `grad_fn(params)` is
+  the gradient of the same mini-batch at other parameters. `over(wrap)` is the same method with each
+  of its aggregators wrapped, which is how a mesh that cuts a worker's leaves has them aggregated
+  shard by shard; a method without aggregators has none.
 
   `of_rounds(period, participation)` is the same method in rounds of so many steps, in which that
   share of all owners takes part; a method has it if its period may change or it has to know the

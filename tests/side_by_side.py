@@ -12,7 +12,7 @@ import pytest
 from aggregators import AGGREGATORS
 from problems import Running, regression
 
-from research.base import Aggregate, Aggregator, Method, Params, State, Task, Tree
+from research.base import EVERYONE, Aggregate, Aggregator, Method, Params, State, Task, Tree
 from research.comm import mesh as meshes
 from research.methods.data_parallel import data_parallel
 from research.parallel import layout as layouts
@@ -34,8 +34,8 @@ def recorded(inner: Aggregator) -> Aggregator:
     zeros = jax.tree.map(jnp.zeros_like, params)
     return Recorded(zeros, zeros, zeros, inner.init(params))
 
-  def aggregate(tree, state, key):
-    value, sent, link = inner.aggregate(tree, state.inner, key)
+  def aggregate(tree, state, key, presence=EVERYONE):
+    value, sent, link = inner.aggregate(tree, state.inner, key, presence)
     return Aggregate(value, sent, Recorded(tree, value, sent, link))
 
   return Aggregator(init, aggregate, inner.traits)
@@ -64,8 +64,8 @@ def side_by_side(methods: Mapping[str, Method]) -> Method:
     return of_round({n: one(n) for n in methods})
 
   def sync(local, state, *, key, weight=1.0, active=True):
-    del active
-    one = lambda n: methods[n].sync(local.parts[n], state[n], key=key, weight=weight)
+    told = {"key": key, "weight": weight, "active": active}
+    one = lambda n: methods[n].sync(local.parts[n], state[n], **told)
     return {n: one(n) for n in methods}
 
   (period,) = {method.period for method in methods.values()}
@@ -76,7 +76,7 @@ def side_by_side(methods: Mapping[str, Method]) -> Method:
     sync,
     lambda state: {n: m.params(state[n]) for n, m in methods.items()},
     period,
-    over=lambda wrap: side_by_side({n: m.over(wrap) for n, m in methods.items() if m.over}),
+    over=lambda wrap: side_by_side({n: m.over(wrap) if m.over else m for n, m in methods.items()}),
   )
 
 

@@ -1,8 +1,8 @@
 """What faulty workers send, for studies and tests: wrappers that put it in the place of a value.
 
-The first `faulty` workers lie, the others are honest. What an attacker knows of the others it
-learns by a collective of its own: that is the attack's knowledge, not traffic of the algorithm, but
-whoever counts the bytes of the wrapped aggregator counts it too.
+The first `faulty` workers lie where they are present, the others are honest. What an attacker knows
+of the others it learns by a collective of its own: that is the attack's knowledge, not traffic of
+the algorithm, but whoever counts the bytes of the wrapped aggregator counts it too.
 """
 
 import math
@@ -12,7 +12,7 @@ from statistics import NormalDist
 import jax
 import jax.numpy as jnp
 
-from research.base import WORKER_AXES, Aggregate, Aggregator, Key, Tree
+from research.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Array, Key, Tree
 from research.comm import collectives
 
 _NOISE = 0x6C696573
@@ -37,8 +37,8 @@ def sign_flip(
   """
   _check("scale", scale)
 
-  def lie(tree, key, count):
-    del key, count
+  def lie(tree, key, count, active):
+    del key, count, active
     return jax.tree.map(lambda x: -scale * x, tree)
 
   return _attacked(inner, faulty, lie, axis)
@@ -62,8 +62,8 @@ def gaussian(
   """
   _check("deviation", deviation)
 
-  def lie(tree, key, count):
-    del count
+  def lie(tree, key, count, active):
+    del count, active
     leaves, treedef = jax.tree.flatten(tree)
     own = collectives.worker_key(jax.random.fold_in(key, _NOISE), axis)
     keys = jax.random.split(own, max(len(leaves), 1))
@@ -102,12 +102,12 @@ def a_little_is_enough(
   Reference: Baruch, Baruch, Goldberg 2019, arXiv 1902.06156, the attack that prevents convergence.
   """
 
-  def lie(tree, key, count):
+  def lie(tree, key, count, active):
     del key
     distance = largest_unnoticed(count, faulty) if z is None else z
-    mean = _honest_mean(tree, faulty, count, axis)
+    mean = _honest_mean(tree, faulty, count, active, axis)
     squares = jax.tree.map(lambda x, m: (x - m) ** 2, tree, mean)
-    variance = _honest_mean(squares, faulty, count, axis)
+    variance = _honest_mean(squares, faulty, count, active, axis)
     return jax.tree.map(lambda m, v: m - distance * jnp.sqrt(v), mean, variance)
 
   return _attacked(inner, faulty, lie, axis)
@@ -149,9 +149,9 @@ def inner_product(
   """
   _check("scale", scale)
 
-  def lie(tree, key, count):
+  def lie(tree, key, count, active):
     del key
-    return jax.tree.map(lambda m: -scale * m, _honest_mean(tree, faulty, count, axis))
+    return jax.tree.map(lambda m: -scale * m, _honest_mean(tree, faulty, count, active, axis))
 
   return _attacked(inner, faulty, lie, axis)
 
@@ -159,27 +159,33 @@ def inner_product(
 def _attacked(
   inner: Aggregator,
   faulty: int,
-  lie: Callable[[Tree, Key, int], Tree],
+  lie: Callable[[Tree, Key, int, bool | Array], Tree],
   axis: collectives.Axes,
 ) -> Aggregator:
-  """`inner` where the first `faulty` workers have lie(tree, key, W) in the place of their tree."""
+  """`inner`, where the first `faulty` workers have lie(tree, key, W, active) in place of theirs."""
   _check("faulty", faulty)
 
-  def aggregate(tree, state, key) -> Aggregate:
+  def aggregate(tree, state, key, presence=EVERYONE) -> Aggregate:
     count = collectives.worker_count(axis)
     if faulty >= count:
       raise ValueError(f"faulty={faulty} leaves no honest worker among {count}")
     is_faulty = collectives.worker_index(axis) < faulty
     choose = lambda forged, x: jnp.where(is_faulty, forged.astype(x.dtype), x)
-    shown = jax.tree.map(choose, lie(tree, key, count), tree)
-    return inner.aggregate(shown, state, key)
+    shown = jax.tree.map(choose, lie(tree, key, count, presence.active), tree)
+    return inner.aggregate(shown, state, key, presence)
 
   return Aggregator(inner.init, aggregate, inner.traits | {"forged"})
 
 
-def _honest_mean(tree: Tree, faulty: int, count: int, axis: collectives.Axes) -> Tree:
-  is_faulty = collectives.worker_index(axis) < faulty
-  part = lambda x: jnp.where(is_faulty, 0, x / (count - faulty))
+def _honest_mean(
+  tree: Tree, faulty: int, count: int, active: bool | Array, axis: collectives.Axes
+) -> Tree:
+  """The mean over the honest workers present; zero where there are none."""
+  counts, honest = collectives.worker_index(axis) >= faulty, count - faulty
+  if active is not True:
+    counts &= active
+    honest = jnp.maximum(collectives.total(counts.astype(jnp.float32), axis), 1)
+  part = lambda x: jnp.where(counts, x / honest, 0).astype(x.dtype)
   return collectives.total(jax.tree.map(part, tree), axis)
 
 

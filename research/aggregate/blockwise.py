@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from research.aggregate.composition import refuse
-from research.base import Aggregate, Aggregator, Array, Blocks, Key, State, Tree
+from research.base import EVERYONE, Aggregate, Aggregator, Array, Blocks, Key, Presence, State, Tree
 
 # Leaves by the axes that cut them, in the order of `subsets`, with their numbers in the tree: by
 # these a state says which leaf each of its own belongs to (`parallel/resize.py`).
@@ -62,12 +62,13 @@ def blockwise(inner: Aggregator, cut: Cut) -> Aggregator:
     first = jax.eval_shape(lambda parts: pair.init(jax.tree.map(lambda x: x[0], parts)), shards)
     return Blocks(jax.vmap(pair.init, out_axes=by_block(first))(shards))
 
-  def aggregate(tree, state, key):
+  def aggregate(tree, state, key, presence=EVERYONE):
     sizes = tuple(size for _, size in cut.axes)
     of_block = lambda block: shard_keys(key, cut, jnp.unravel_index(block, sizes))
     keys = jax.vmap(of_block)(jnp.arange(cut.size))
     axes = by_block(state.part)
-    run = jax.vmap(pair.aggregate, (0, axes, 0), Aggregate(0, 0, axes))
+    of_one = lambda parts, state, key: pair.aggregate(parts, state, key, presence)
+    run = jax.vmap(of_one, (0, axes, 0), Aggregate(0, 0, axes))
     value, sent, after = run(split(tree, cut), state.part, keys)
     return Aggregate(join(value, tree, cut), join(sent, tree, cut), Blocks(after))
 
@@ -81,11 +82,13 @@ def of_shard(inner: Aggregator) -> Aggregator:
   def init(pieces):
     return tuple(inner.init(leaves) if leaves else () for leaves in pieces)
 
-  def one(leaves: dict[int, Array], state: State, key: Key) -> Aggregate:
-    return inner.aggregate(leaves, state, key) if leaves else Aggregate(leaves, leaves, state)
+  def one(leaves: dict[int, Array], state: State, key: Key, presence: Presence) -> Aggregate:
+    if not leaves:
+      return Aggregate(leaves, leaves, state)
+    return inner.aggregate(leaves, state, key, presence)
 
-  def aggregate(pieces, state, key):
-    found = [one(*args) for args in zip(pieces, state, key, strict=True)]
+  def aggregate(pieces, state, key, presence=EVERYONE):
+    found = [one(*args, presence) for args in zip(pieces, state, key, strict=True)]
     return Aggregate(*(tuple(part) for part in zip(*found, strict=True)))
 
   return Aggregator(init, aggregate, inner.traits)

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from research.aggregate.composition import traits_of
-from research.base import WORKER_AXES, Aggregate, Aggregator, Compressor, Tree
+from research.aggregate.presence import need_everyone
+from research.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Compressor, Tree
 from research.comm import collectives
 from research.comm.topology import Topology, heard
 
@@ -70,7 +71,8 @@ def choco(
     zeros = jax.tree.map(jnp.zeros_like, params)
     return ChocoState(zeros, zeros)
 
-  def aggregate(tree, state, key):
+  def aggregate(tree, state, key, presence=EVERYONE):
+    need_everyone("choco", presence)
     leaves, treedef = jax.tree.flatten(tree)
     keys = [jax.random.fold_in(key, leaf) for leaf in range(len(leaves))]
     memory = treedef.flatten_up_to(state.known), treedef.flatten_up_to(state.pull)

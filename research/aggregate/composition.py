@@ -17,6 +17,7 @@ A trait is what a wrapper must know of the aggregator that it wraps:
     directed   what worker i makes of worker j's value is not what j makes of i's
     varying    the workers that it averages change from round to round
     partial    its value is the mean of those workers alone that did not drop out
+    everyone   its value counts on what each worker sent in earlier rounds: nobody may be absent
 """
 
 from research.base import Aggregator, Compressor

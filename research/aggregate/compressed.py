@@ -10,7 +10,18 @@ from jax import lax
 from research.aggregate.chunks import cut, joined
 from research.aggregate.composition import traits_of
 from research.aggregate.link import compressed
-from research.base import WORKER_AXES, Aggregate, Aggregator, Array, Chunk, Compressor, Key, Tree
+from research.aggregate.presence import call_roll, unweighted, weighted
+from research.base import (
+  EVERYONE,
+  WORKER_AXES,
+  Aggregate,
+  Aggregator,
+  Array,
+  Chunk,
+  Compressor,
+  Key,
+  Tree,
+)
 from research.comm import collectives
 
 
@@ -29,8 +40,8 @@ def gather_mean(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) ->
   Reference: Alistarh et al. 2017, arXiv 1610.02132, algorithm 1.
   """
 
-  def aggregate(tree, state, key):
-    leaves, treedef = jax.tree.flatten(tree)
+  def aggregate(tree, state, key, presence=EVERYONE):
+    leaves, treedef = jax.tree.flatten(weighted(tree, presence))
     keys = _keys(key, len(leaves))
     own = [collectives.worker_key(k, axis) for k in keys]
     payloads = list(map(compressor.encode, leaves, keys, own))
@@ -40,9 +51,10 @@ def gather_mean(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) ->
     return Aggregate(treedef.unflatten(values), treedef.unflatten(sent), state)
 
   def mean_of(x, key, everyone):
-    add = lambda sum_, payload: (sum_ + decode(x, key, payload), None)
-    value = lax.scan(add, jnp.zeros_like(x), everyone)[0] / collectives.worker_count(axis)
-    return value.astype(x.dtype)
+    count, wide = collectives.worker_count(axis), jnp.promote_types(x.dtype, jnp.float32)
+    part = lambda payload: decode(x, key, payload).astype(wide) / count
+    add = lambda sum_, payload: (sum_ + part(payload), None)
+    return lax.scan(add, jnp.zeros(x.shape, wide), everyone)[0].astype(x.dtype)
 
   def decode(x, key, payload):
     return compressor.decode(payload, _like(x), key)
@@ -74,7 +86,12 @@ def sum_mean(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) -> Ag
     decode = lambda p: compressor.decode(p, _like(x), key)
     return decode(collectives.mean(payload, axis)), decode(payload)
 
-  return _leafwise(one, traits_of(compressor))._replace(link=compressed(compressor))
+  def aggregate(tree, state, key, presence=EVERYONE):
+    value, sent = _leafwise(one, weighted(tree, presence), key)
+    return Aggregate(value, sent, state)
+
+  traits, link = traits_of(compressor), compressed(compressor)
+  return Aggregator(lambda params: (), aggregate, traits, link=link)
 
 
 def two_phase(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) -> Aggregator:
@@ -134,8 +151,8 @@ def two_phase(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) -> A
     decode = lambda p, k: compressor.decode(p, _chunk_like(x, memory), k)
     return joined(jax.vmap(decode)(everyone, keys), x)
 
-  def aggregate(tree, state, key):
-    leaves, treedef = jax.tree.flatten(tree)
+  def aggregate(tree, state, key, presence=EVERYONE):
+    leaves, treedef = jax.tree.flatten(weighted(tree, presence))
     memories = treedef.flatten_up_to(state)
     pairs = [jax.random.split(k) for k in _keys(key, len(leaves))]
     first, second = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
@@ -156,6 +173,7 @@ def majority_vote(axis: collectives.Axes = WORKER_AXES) -> Aggregator:
       value = sign(sum_i sign(x_i))
 
   One bit per element each way: the signs go to the worker that counts them, the votes come back.
+  Those present have a vote each, whatever they weigh.
 
   Args:
     axis: the worker axes to vote over.
@@ -163,18 +181,23 @@ def majority_vote(axis: collectives.Axes = WORKER_AXES) -> Aggregator:
   Reference: Bernstein et al. 2018, arXiv 1810.05291, algorithm 1.
   """
 
-  def one(x, key):
-    del key
+  def one(x, roll):
     count = collectives.worker_count(axis)
     chunks = cut(x, count).reshape(count, -1)
     bits = collectives.exchange(jnp.packbits(chunks >= 0, axis=1), axis)
-    ayes = jnp.sum(jnp.unpackbits(bits, axis=1, count=chunks.shape[1]), 0, dtype=jnp.int32)
-    votes = collectives.gather(jnp.packbits(2 * ayes >= count), axis)
+    cast = jnp.unpackbits(bits, axis=1, count=chunks.shape[1]).astype(jnp.int32)
+    ayes = jnp.sum(cast if roll is None else jnp.where(roll.present[:, None], cast, 0), 0)
+    votes = collectives.gather(jnp.packbits(2 * ayes >= (roll.count if roll else count)), axis)
     won = jnp.unpackbits(votes, axis=1, count=chunks.shape[1])
     plus_minus = lambda aye: jnp.where(aye, 1, -1).astype(x.dtype)
     return joined(plus_minus(won == 1), x), plus_minus(x >= 0)
 
-  return _leafwise(one, frozenset({"vote", "dense"}))
+  def aggregate(tree, state, key, presence=EVERYONE):
+    roll = call_roll(presence, axis)
+    value, sent = _leafwise(lambda x, key: one(x, roll), tree, key)
+    return Aggregate(value, weighted(sent, unweighted(presence)), state)
+
+  return Aggregator(lambda params: (), aggregate, frozenset({"vote", "dense"}))
 
 
 def _like(x: Array) -> jax.ShapeDtypeStruct:
@@ -196,14 +219,10 @@ def _keys(key: Key, count: int) -> Any:
 
 
 def _leafwise(
-  one: Callable[[Array, Key], tuple[Array, Array]], traits: frozenset[str]
-) -> Aggregator:
-  """An aggregator without state from (leaf, key) -> (value, sent)."""
-
-  def aggregate(tree: Tree, state: Any, key: Key) -> Aggregate:
-    leaves, treedef = jax.tree.flatten(tree)
-    pairs = [one(x, k) for x, k in zip(leaves, _keys(key, len(leaves)), strict=True)]
-    value, sent = (treedef.unflatten([pair[i] for pair in pairs]) for i in range(2))
-    return Aggregate(value, sent, state)
-
-  return Aggregator(lambda params: (), aggregate, traits)
+  one: Callable[[Array, Key], tuple[Array, Array]], tree: Tree, key: Key
+) -> tuple[Tree, Tree]:
+  """Values and what was sent, from (leaf, key) -> (value, sent)."""
+  leaves, treedef = jax.tree.flatten(tree)
+  pairs = [one(x, k) for x, k in zip(leaves, _keys(key, len(leaves)), strict=True)]
+  value, sent = (treedef.unflatten([pair[i] for pair in pairs]) for i in range(2))
+  return value, sent

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from research.aggregate.composition import refuse
 from research.aggregate.link import remembering
-from research.base import Aggregate, Aggregator, State, Tree
+from research.aggregate.presence import kept, unweighted, weighted
+from research.base import EVERYONE, Aggregate, Aggregator, State, Tree
 
 
 class ErrorFeedbackState(NamedTuple):
@@ -36,10 +37,11 @@ def error_feedback(inner: Aggregator, *, decay: float = 1.0) -> Aggregator:
   def init(params):
     return ErrorFeedbackState(jax.tree.map(jnp.zeros_like, params), inner.init(params))
 
-  def aggregate(tree, state, key):
-    corrected = jax.tree.map(lambda x, e: x + decay * e, tree, state.memory)
-    value, sent, link = inner.aggregate(corrected, state.inner, key)
-    memory = jax.tree.map(jnp.subtract, corrected, sent)
+  def aggregate(tree, state, key, presence=EVERYONE):
+    own = weighted(tree, presence)
+    corrected = jax.tree.map(lambda x, e: x + decay * e, own, state.memory)
+    value, sent, link = inner.aggregate(corrected, state.inner, key, unweighted(presence))
+    memory = kept(presence.active, jax.tree.map(jnp.subtract, corrected, sent), state.memory)
     return Aggregate(value, sent, ErrorFeedbackState(memory, link))
 
   way = inner.link and remembering(inner.link, decay)
@@ -74,14 +76,14 @@ def ef21(inner: Aggregator) -> Aggregator:
     zeros = jax.tree.map(jnp.zeros_like, params)
     return EF21State(zeros, zeros, inner.init(params))
 
-  def aggregate(tree, state, key):
-    change = jax.tree.map(jnp.subtract, tree, state.local)
-    value, sent, link = inner.aggregate(change, state.inner, key)
-    local = jax.tree.map(jnp.add, state.local, sent)
+  def aggregate(tree, state, key, presence=EVERYONE):
+    change = jax.tree.map(jnp.subtract, weighted(tree, presence), state.local)
+    value, sent, link = inner.aggregate(change, state.inner, key, unweighted(presence))
+    local = kept(presence.active, jax.tree.map(jnp.add, state.local, sent), state.local)
     total = jax.tree.map(jnp.add, state.total, value)
     return Aggregate(total, local, EF21State(local, total, link))
 
-  return Aggregator(init, aggregate, inner.traits | {"memory"})
+  return Aggregator(init, aggregate, inner.traits | {"memory", "everyone"})
 
 
 class DianaState(NamedTuple):
@@ -114,14 +116,14 @@ def diana(inner: Aggregator, *, alpha: float) -> Aggregator:
     zeros = jax.tree.map(jnp.zeros_like, params)
     return DianaState(zeros, zeros, inner.init(params))
 
-  def aggregate(tree, state, key):
-    change = jax.tree.map(jnp.subtract, tree, state.shift)
-    delta, sent, link = inner.aggregate(change, state.inner, key)
+  def aggregate(tree, state, key, presence=EVERYONE):
+    change = jax.tree.map(jnp.subtract, weighted(tree, presence), state.shift)
+    delta, sent, link = inner.aggregate(change, state.inner, key, unweighted(presence))
     learn = lambda h, d: h + alpha * d
     value = jax.tree.map(jnp.add, state.mean_shift, delta)
     received = jax.tree.map(jnp.add, state.shift, sent)
-    shift = jax.tree.map(learn, state.shift, sent)
+    shift = kept(presence.active, jax.tree.map(learn, state.shift, sent), state.shift)
     mean_shift = jax.tree.map(learn, state.mean_shift, delta)
     return Aggregate(value, received, DianaState(shift, mean_shift, link))
 
-  return Aggregator(init, aggregate, inner.traits | {"memory"})
+  return Aggregator(init, aggregate, inner.traits | {"memory", "everyone"})

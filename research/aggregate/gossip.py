@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from research.base import WORKER_AXES, Aggregate, Aggregator, Array, Tree
+from research.aggregate.presence import need_everyone
+from research.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Array, Tree
 from research.comm import collectives
 from research.comm.topology import Shift, Topology, heard, own_weight
 
@@ -41,11 +42,11 @@ def gossip(topology: Topology, axis: collectives.Axes = WORKER_AXES) -> Aggregat
     )
 
   def mix(shifts: Sequence[Shift], tree: Tree) -> Tree:
-    value = tree
+    value = own = _widened(tree)
     for weight, other in heard(shifts, tree, axis):
-      nearer = lambda v, x, y, w=weight: v + (w * (y - x)).astype(v.dtype)
-      value = jax.tree.map(nearer, value, tree, other)
-    return value
+      nearer = lambda v, x, y, w=weight: v + (w * (y.astype(x.dtype) - x)).astype(v.dtype)
+      value = jax.tree.map(nearer, value, own, other)
+    return _narrowed(value, tree)
 
   traits = frozenset({"local", "dense"}) | _traits_of(topology)
   return _in_rounds(topology, axis, mix, traits)
@@ -63,11 +64,11 @@ def push(topology: Topology, axis: collectives.Axes = WORKER_AXES) -> Aggregator
 
   def mix(shifts: Sequence[Shift], tree: Tree) -> Tree:
     kept = own_weight(shifts, axis)
-    value = jax.tree.map(lambda x: (kept * x).astype(x.dtype), tree)
+    value = jax.tree.map(lambda x: (kept * x).astype(x.dtype), _widened(tree))
     for weight, other in heard(shifts, tree, axis):
-      given = lambda v, y, w=weight: v + (w * y).astype(v.dtype)
+      given = lambda v, y, w=weight: v + (w * y.astype(v.dtype)).astype(v.dtype)
       value = jax.tree.map(given, value, other)
-    return value
+    return _narrowed(value, tree)
 
   return _in_rounds(topology, axis, mix, frozenset({"local", "dense", "weighted"}))
 
@@ -99,13 +100,23 @@ def push_sum(topology: Topology, axis: collectives.Axes = WORKER_AXES) -> Aggreg
   def init(params):
     return PushSumState(jnp.ones(()), inner.init(params))
 
-  def aggregate(tree, state, key):
+  def aggregate(tree, state, key, presence=EVERYONE):
+    need_everyone("push_sum", presence)
     held = jax.tree.map(lambda x: (state.weight * x).astype(x.dtype), tree)
     (sum_, weight), _, link = inner.aggregate((held, state.weight), state.link, key)
     value = jax.tree.map(lambda x: (x / weight).astype(x.dtype), sum_)
     return Aggregate(value, tree, PushSumState(weight, link))
 
   return Aggregator(init, aggregate, inner.traits)
+
+
+def _widened(tree: Tree) -> Tree:
+  """In float32 or wider: what is added up link by link is not to be rounded at each of them."""
+  return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+
+def _narrowed(value: Tree, like: Tree) -> Tree:
+  return jax.tree.map(lambda v, x: v.astype(x.dtype), value, like)
 
 
 def _traits_of(topology: Topology) -> frozenset[str]:
@@ -121,8 +132,9 @@ def _in_rounds(
 ) -> Aggregator:
   """The exchange of the topology's period that is next, given that of one round."""
 
-  def aggregate(tree: Tree, state: GossipState, key: Any) -> Aggregate:
+  def aggregate(tree: Tree, state: GossipState, key: Any, presence=EVERYONE) -> Aggregate:
     del key
+    need_everyone(f"gossip over '{topology.name}'", presence)
     rounds = topology.rounds(collectives.worker_count(axis))
     branches = [lambda tree, shifts=shifts: mix(shifts, tree) for shifts in rounds]
     value = lax.switch(state.count % len(rounds), branches, tree)

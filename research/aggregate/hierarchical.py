@@ -7,7 +7,8 @@ from jax import lax
 from research.aggregate.chunks import cut, joined
 from research.aggregate.composition import refuse
 from research.aggregate.mean import mean
-from research.base import Aggregate, Aggregator, Array, Key, State, Tree
+from research.aggregate.presence import weighted
+from research.base import EVERYONE, Aggregate, Aggregator, Array, Key, Presence, State, Tree
 from research.comm import collectives, wire
 
 
@@ -20,7 +21,9 @@ def hierarchical(inner: Aggregator, *, fast: str = "data", slow: str = "slice") 
   1 / F of the inner payload per worker, and the fast ones two exact all-reduce halves. What the
   inner aggregator did not send of m_s[f] is owed by the worker of that chunk, F times over:
   sent_i = x_i - F (m_s[f] - sent_s[f]) there, and x_i elsewhere; the mean over the slice is exact,
-  so a memory belongs around: `error_feedback(hierarchical(two_phase(int8(), axis='slice')))`.
+  so a memory belongs around: `error_feedback(hierarchical(two_phase(int8(), axis='slice')))`. To an
+  inner rule that selects or votes, a slice is as one worker: the weighted mean of its workers
+  present, absent if none of them is.
 
   Args:
     inner: an aggregator over the slow axis alone (`axis='slice'`).
@@ -43,14 +46,19 @@ def hierarchical(inner: Aggregator, *, fast: str = "data", slow: str = "slice") 
     sizes = collectives.worker_count(slow), collectives.worker_count(fast)
     return jax.tree.map(lambda x: jnp.zeros_like(_split(x, *sizes)[0]), tree)
 
-  def aggregate(tree, state, key):
+  counted = inner.traits & {"selects", "vote"}
+
+  def aggregate(tree, state, key, presence=EVERYONE):
+    tree, of_slice = weighted(tree, presence), EVERYONE
     slices, width = collectives.worker_count(slow), collectives.worker_count(fast)
     place = collectives.worker_index(fast)
     parts = jax.tree.map(lambda x: _split(x, slices, width), tree)
     received = collectives.exchange(parts, fast)
     means = jax.tree.map(lambda x: jnp.mean(x, 0), received)
+    if counted and presence is not EVERYONE:
+      means, of_slice = _as_one(means, presence, fast)
     _check_axes(inner, means, state, key, fast, slow)
-    value, sent, link = inner.aggregate(means, state, collectives.worker_key(key, fast))
+    value, sent, link = inner.aggregate(means, state, collectives.worker_key(key, fast), of_slice)
 
     def less(x, own, m, s):
       owed = lax.dynamic_update_index_in_dim(jnp.zeros_like(own), width * (m - s), place, 0)
@@ -93,6 +101,15 @@ def _whole(parts: Array, like: Array, slices: int) -> Array:
   width = parts.shape[0]
   parts = parts.reshape(width, slices, parts.shape[1] // slices, *parts.shape[2:])
   return joined(parts.swapaxes(0, 1), like)
+
+
+def _as_one(means: Tree, presence: Presence, fast: str) -> tuple[Tree, Presence]:
+  """A slice's mean by its workers' weights, from that of weighted trees, and its presence."""
+  own = jnp.where(presence.active, jnp.asarray(presence.weight, jnp.float32), 0)
+  weight = collectives.mean(own, fast)
+  share = jnp.where(weight > 0, weight, 1)
+  own_mean = jax.tree.map(lambda m: (m / share).astype(m.dtype), means)
+  return own_mean, Presence(weight, True if presence.active is True else weight > 0)
 
 
 def _check_axes(

@@ -1,7 +1,8 @@
 """Exact averages: what synchronous data parallelism and its relatives exchange."""
 
 from research.aggregate.link import plain
-from research.base import WORKER_AXES, Aggregate, Aggregator
+from research.aggregate.presence import weighted
+from research.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator
 from research.comm import collectives
 
 
@@ -14,8 +15,9 @@ def mean(axis: collectives.Axes = WORKER_AXES) -> Aggregator:
   Reference: Patarasuk and Yuan 2009, bandwidth-optimal all-reduce.
   """
 
-  def aggregate(tree, state, key):
+  def aggregate(tree, state, key, presence=EVERYONE):
     del key
-    return Aggregate(collectives.mean(tree, axis), tree, state)
+    sent = weighted(tree, presence)
+    return Aggregate(collectives.mean(sent, axis), sent, state)
 
   return Aggregator(lambda params: (), aggregate, frozenset({"dense"}), plain())

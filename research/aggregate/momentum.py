@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from research.aggregate.composition import refuse
-from research.base import WORKER_AXES, Aggregate, Aggregator, State, Tree
+from research.aggregate.presence import kept, unweighted, weighted
+from research.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, State, Tree
 from research.comm import collectives
 
 
@@ -64,16 +65,18 @@ def momentum_correction(
     u = momentum * (u + g) if nesterov else momentum * u + g
     return u, v + u + g if nesterov else v + u
 
-  def aggregate(tree, state, key):
+  def aggregate(tree, state, key, presence=EVERYONE):
     grads = tree
     if math.isfinite(clip_norm):
       clip = optax.clip_by_global_norm(clip_norm / math.sqrt(collectives.worker_count(axis)))
       grads, _ = clip.update(tree, optax.EmptyState())
+    grads = weighted(grads, presence)
     pairs = jax.tree.map(accumulate, state.momentum, state.memory, grads)
     u, v = jax.tree.transpose(jax.tree.structure(tree), None, pairs)
-    value, sent, link = inner.aggregate(v, state.inner, key)
+    value, sent, link = inner.aggregate(v, state.inner, key, unweighted(presence))
     memory = jax.tree.map(jnp.subtract, v, sent)
     u = jax.tree.map(lambda u, s: jnp.where(s == 0, u, 0), u, sent)
+    u, memory = kept(presence.active, (u, memory), (state.momentum, state.memory))
     return Aggregate(value, sent, MomentumCorrectionState(u, memory, link))
 
   traits = {"memory", "whole"} if math.isfinite(clip_norm) else {"memory"}
@@ -110,10 +113,10 @@ def worker_momentum(inner: Aggregator, *, momentum: float = 0.9) -> Aggregator:
   def init(params):
     return WorkerMomentumState(jax.tree.map(jnp.zeros_like, params), inner.init(params))
 
-  def aggregate(tree, state, key):
+  def aggregate(tree, state, key, presence=EVERYONE):
     move = lambda m, x: momentum * m + (1 - momentum) * x
-    own = jax.tree.map(move, state.momentum, tree)
-    value, sent, link = inner.aggregate(own, state.inner, key)
+    own = kept(presence.active, jax.tree.map(move, state.momentum, tree), state.momentum)
+    value, sent, link = inner.aggregate(own, state.inner, key, presence)
     return Aggregate(value, sent, WorkerMomentumState(own, link))
 
   return Aggregator(init, aggregate, inner.traits | {"memory"})

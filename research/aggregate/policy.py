@@ -10,7 +10,7 @@ from jax import lax
 
 from research.aggregate.composition import refuse
 from research.aggregate.mean import mean
-from research.base import WORKER_AXES, Aggregate, Aggregator, Array, State, Tree
+from research.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Array, Presence, State, Tree
 from research.comm import collectives
 
 
@@ -40,10 +40,10 @@ def only_large(
     )
     return of(True), of(False), lambda big, small: join(list(big), list(small))
 
-  def aggregate(tree, state, key):
+  def aggregate(tree, state, key, presence=EVERYONE):
     big, small, join = parts(tree)
-    out = inner.aggregate(big, state, key) if big else Aggregate(big, big, state)
-    exact = mean(axis).aggregate(small, (), key)
+    out = inner.aggregate(big, state, key, presence) if big else Aggregate(big, big, state)
+    exact = mean(axis).aggregate(small, (), key, presence)
     return Aggregate(join(out.value, exact.value), join(out.sent, exact.sent), out.state)
 
   init = lambda params: inner.init(parts(params)[0])
@@ -83,19 +83,21 @@ def bucketed(inner: Aggregator, *, bytes: int = 2**20) -> Aggregator:
         found[i] = part.reshape(-1)[end - leaves[i].size : end].reshape(leaves[i].shape)
     return treedef.unflatten(found)
 
-  def aggregate(tree, state, key):
-    out = inner.aggregate(fused(tree), state, key)
+  def aggregate(tree, state, key, presence=EVERYONE):
+    out = inner.aggregate(fused(tree), state, key, presence)
     return Aggregate(split(out.value, tree), split(out.sent, tree), out.state)
 
   return Aggregator(lambda params: inner.init(fused(params)), aggregate, inner.traits)
 
 
 def _buckets(leaves: Sequence[Array], bytes: int) -> list[list[int]]:
-  """Numbers of the leaves that share a message."""
+  """Numbers of the leaves that share a message; those without elements have none to send."""
   buckets: list[list[int]] = []
   open_: dict[jnp.dtype, tuple[list[int], int]] = {}  # by dtype: the bucket being filled, its bytes
   for i, leaf in enumerate(leaves):
     size = leaf.size * leaf.dtype.itemsize
+    if not size:
+      continue
     bucket, filled = open_.get(leaf.dtype, ([], bytes))
     if filled + size > bytes:
       bucket, filled = [], 0
@@ -142,9 +144,9 @@ def warm_up(
     refuse("warm_up", stage._replace(traits=stage.traits - common))
   ends = jnp.asarray([steps * (i + 1) // (len(every) - 1) for i in range(len(every) - 1)])
 
-  def run_stage(number: int) -> Callable[[Tree, tuple[State, ...], Array], Aggregate]:
+  def run_stage(number: int, presence: Presence) -> Callable[..., Aggregate]:
     def run(tree, states, key):
-      value, sent, state = every[number].aggregate(tree, states[number], key)
+      value, sent, state = every[number].aggregate(tree, states[number], key, presence)
       return Aggregate(value, sent, (*states[:number], state, *states[number + 1 :]))
 
     return run
@@ -152,9 +154,9 @@ def warm_up(
   def init(params):
     return WarmUpState(jnp.zeros((), jnp.int32), tuple(a.init(params) for a in every))
 
-  def aggregate(tree, state, key):
+  def aggregate(tree, state, key, presence=EVERYONE):
     number = jnp.sum(state.count >= ends)
-    branches = [run_stage(i) for i in range(len(every))]
+    branches = [run_stage(i, presence) for i in range(len(every))]
     value, sent, states = lax.switch(number, branches, tree, state.stages, key)
     return Aggregate(value, sent, WarmUpState(state.count + 1, states))
 

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from research.base import WORKER_AXES, Aggregate, Aggregator, Array
+from research.aggregate.presence import weighted
+from research.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Array
 from research.comm import collectives
 
 # Thin products wait for memory whatever their precision, and accelerators would choose a low one.
@@ -20,10 +21,12 @@ def power_sgd(rank: int = 2, axis: collectives.Axes = WORKER_AXES, *, seed: int 
       P = orthonormal(1/W sum_i M_i Q),   Q_i = M_i^T P,   Q <- 1/W sum_i Q_i
       value = P Q^T,                      sent_i = P Q_i^T
 
-  Q starts where the last round left it. Leaves of two and more dimensions are matrices
-  [all but the last, last]; those that r (rows + columns) numbers would not make smaller, and
-  vectors, are averaged exactly. Meant to stand under `error_feedback`. We orthogonalise by
-  Householder QR instead of the paper's Gram-Schmidt, which loses orthogonality in float32.
+  Q starts where the last round left it; a column in which no worker had anything, as after a round
+  of zero gradients, stays as it was, since from zero it would never move again. Leaves of two and
+  more dimensions are matrices [all but the last, last]; those that r (rows + columns) numbers would
+  not make smaller, and vectors, are averaged exactly. Meant to stand under `error_feedback`. We
+  orthogonalise by Householder QR instead of the paper's Gram-Schmidt, which loses orthogonality in
+  float32.
 
   Args:
     rank: r, at least 1.
@@ -47,9 +50,9 @@ def power_sgd(rank: int = 2, axis: collectives.Axes = WORKER_AXES, *, seed: int 
     shape = (x.shape[-1], rank) if is_low_rank(x, rank) else (0,)
     return jax.random.normal(key, shape, jnp.float32)
 
-  def aggregate(tree, state, key):
+  def aggregate(tree, state, key, presence=EVERYONE):
     del key
-    leaves, treedef = jax.tree.flatten(tree)
+    leaves, treedef = jax.tree.flatten(weighted(tree, presence))
     q = treedef.flatten_up_to(state)
     exact = {i: x for i, x in enumerate(leaves) if not is_low_rank(x, rank)}
     m = {i: as_matrix(x) for i, x in enumerate(leaves) if i not in exact}
@@ -62,11 +65,17 @@ def power_sgd(rank: int = 2, axis: collectives.Axes = WORKER_AXES, *, seed: int 
       shaped = lambda i, x: product(p[i], rights[i]).reshape(x.shape).astype(x.dtype)
       return [vectors[i] if i in exact else shaped(i, x) for i, x in enumerate(leaves)]
 
-    factors = [right[i].T if i in m else q[i] for i in range(len(leaves))]
+    factors = [found(right[i].T, q[i]) if i in m else q[i] for i in range(len(leaves))]
     value, sent = restored(right, exact_mean), restored(own, exact)
     return Aggregate(*map(treedef.unflatten, (value, sent, factors)))
 
   return Aggregator(init, aggregate, frozenset({"dense"}))
+
+
+def found(new: Array, old: Array) -> Array:
+  """The columns of a factor [n, r]; those that vanished are the old ones."""
+  size = jnp.sum(jnp.abs(new), 0)
+  return jnp.where((size > 0) & jnp.isfinite(size), new, old)
 
 
 def is_low_rank(x: Array, rank: int) -> bool:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.aggregate import composition
-from research.base import WORKER_AXES, Aggregator, Tree
+from research.aggregate.presence import unweighted, weighted
+from research.base import EVERYONE, WORKER_AXES, Aggregator, Tree
 from research.comm import collectives
 
 CONVERSIONS = ("rdp", "rdp_old", "pld")
@@ -27,8 +28,9 @@ def noisy(
 
   Each worker draws with its own key and its own noise adds up to the whole: no one is trusted to
   add it. With one example per worker it is DP-SGD, with one user per worker its user-level form.
-  The denominator is W, also where some workers' trees are zero because they sat the round out: they
-  add their noise as all do. With sampling at a rate q the value is thus q times the paper's.
+  The denominator is W, also where some workers sat the round out: theirs is a tree of zeros, to
+  which they add their noise as all do. With sampling at a rate q the value is thus q times the
+  paper's. A rule that selects or votes leaves them out.
 
   What is guaranteed: the sum over all W workers is a Gaussian mechanism of sensitivity `clip` when
   one worker's tree is replaced by zero (added or removed), and `epsilon(noise, ...)` is what T
@@ -62,7 +64,10 @@ def noisy(
     raise ValueError(f"noise={noise} is not in [0, inf)")
   composition.refuse("noisy", inner)
 
-  def aggregate(tree, state, key):
+  counted = inner.traits & {"selects", "vote"}
+
+  def aggregate(tree, state, key, presence=EVERYONE):
+    tree = weighted(tree, presence)
     noise_key, inner_key = jax.random.split(key)
     own = collectives.worker_key(noise_key, axis)
     deviation = noise * clip / math.sqrt(collectives.worker_count(axis))
@@ -74,7 +79,8 @@ def noisy(
       return (x.astype(jnp.float32) * scale + deviation * drawn).astype(x.dtype)
 
     hidden = treedef.unflatten([one(leaf, x) for leaf, x in enumerate(leaves)])
-    return inner.aggregate(hidden, state, inner_key)
+    there = unweighted(presence) if counted else EVERYONE
+    return inner.aggregate(hidden, state, inner_key, there)
 
   return Aggregator(inner.init, aggregate, inner.traits | {"noise", "whole"})
 

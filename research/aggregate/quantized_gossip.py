@@ -8,7 +8,8 @@ from collections.abc import Callable
 import jax
 
 from research.aggregate.composition import traits_of
-from research.base import WORKER_AXES, Aggregate, Aggregator, Array, Compressor
+from research.aggregate.presence import need_everyone
+from research.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Array, Compressor
 from research.comm import collectives
 from research.comm.topology import Topology, heard
 
@@ -78,7 +79,8 @@ def _gossip(
       value += (weight * nearer).astype(x.dtype)
     return value, sent
 
-  def aggregate(tree, state, key):
+  def aggregate(tree, state, key, presence=EVERYONE):
+    need_everyone(name, presence)
     leaves, treedef = jax.tree.flatten(tree)
     pairs = [one(x, jax.random.fold_in(key, leaf)) for leaf, x in enumerate(leaves)]
     value, sent = (treedef.unflatten([pair[i] for pair in pairs]) for i in range(2))

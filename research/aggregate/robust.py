@@ -4,6 +4,10 @@ Nobody needs all of what W workers have. Each leaf is cut in W chunks, worker j 
 everyone and applies the rule to it, and all gather the results: 2 (W-1)/W times the tree's bytes
 per worker at any W, as much as a ring all-reduce. `robust_vectors.py` has the rules that look at a
 worker's whole vector.
+
+A rule is over the values of the n workers present, each counted once, whatever it weighs, and its
+result is multiplied by the mean weight over all W: one where weights are relative to those present.
+In a round in which nobody is, the value is zero.
 """
 
 from collections.abc import Callable
@@ -13,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from research.aggregate.chunks import cut, joined
-from research.base import WORKER_AXES, Aggregate, Aggregator, Array, Tree
+from research.aggregate.presence import Roll, call_roll
+from research.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Array, Tree
 from research.comm import collectives
 
 TRAITS = frozenset({"selects", "dense"})
@@ -22,7 +27,7 @@ TRAITS = frozenset({"selects", "dense"})
 def median(axis: collectives.Axes = WORKER_AXES) -> Aggregator:
   """The median over workers of each coordinate; of an even number, the mean of the middle two.
 
-      value_k = med{x_i_k : i in [W]}
+      value_k = med{x_i_k : i present}
 
   A value that is not a number counts as the largest. While fewer than half of the workers are
   faulty, each coordinate lies within the range of the honest workers' ones.
@@ -38,7 +43,7 @@ def median(axis: collectives.Axes = WORKER_AXES) -> Aggregator:
 def trimmed_mean(fraction: float, axis: collectives.Axes = WORKER_AXES) -> Aggregator:
   """The mean of each coordinate without its smallest and its largest values.
 
-      value_k = 1/(W - 2b) sum_{r=b+1}^{W-b} x_(r)_k,   b = floor(beta W),   x_(1)_k <= x_(2)_k ...
+      value_k = 1/(n - 2b) sum_{r=b+1}^{n-b} x_(r)_k,   b = floor(beta n),   x_(1)_k <= x_(2)_k ...
 
   A value that is not a number counts as the largest. While at most b workers are faulty, each
   coordinate lies within the range of the honest workers' ones.
@@ -59,21 +64,33 @@ def trimmed_mean(fraction: float, axis: collectives.Axes = WORKER_AXES) -> Aggre
 
 
 def _coordinatewise(trim: Callable[[int], int], axis: collectives.Axes) -> Aggregator:
-  """The mean of what is left after leaving out trim(W) values of each coordinate at either end."""
+  """The mean of what is left after leaving out trim(n) values of each coordinate at either end."""
 
-  def aggregate(tree, state, key):
+  def aggregate(tree, state, key, presence=EVERYONE):
     del key
-    everyone = exchanged(tree, axis)
-    ends = trim(collectives.worker_count(axis))
-    chunk = jax.tree.map(lambda x: middle(x, ends), everyone)
-    return Aggregate(restored(chunk, tree, axis), tree, state)
+    everyone, roll = exchanged(tree, axis), call_roll(presence, axis)
+    chunk = jax.tree.map(lambda x: middle(x, trim, roll), everyone)
+    return Aggregate(restored(scaled(chunk, roll), tree, axis), tree, state)
 
   return Aggregator(lambda params: (), aggregate, TRAITS)
 
 
-def middle(x: Array, ends: int) -> Array:
-  """The mean over workers of [W, ...] without the `ends` least and greatest; sort puts NaN last."""
-  return jnp.mean(jnp.sort(x, 0)[ends : x.shape[0] - ends], 0)
+def middle(x: Array, trim: Callable[[int], int], roll: Roll | None) -> Array:
+  """The mean over the n workers present of [W, ...] without the trim(n) least and greatest."""
+  count = x.shape[0]
+  if roll is None:
+    return jnp.mean(jnp.sort(x, 0)[trim(count) : count - trim(count)], 0)  # sort puts NaN last
+  ends = jnp.asarray([trim(n) if n else 0 for n in range(count + 1)])[roll.count]
+  column = lambda row: row.reshape(-1, *[1] * (x.ndim - 1))
+  ordered = jnp.sort(jnp.where(column(roll.present) & ~jnp.isnan(x), x, jnp.inf), 0)
+  place = column(jnp.arange(count))
+  inside = jnp.where((place >= ends) & (place < roll.count - ends), ordered, 0)
+  return jnp.sum(inside, 0) / jnp.maximum(roll.count - 2 * ends, 1)
+
+
+def scaled(value: Tree, roll: Roll | None) -> Tree:
+  """A rule's result, times the workers' mean weight."""
+  return value if roll is None else jax.tree.map(lambda x: roll.scale.astype(x.dtype) * x, value)
 
 
 def exchanged(tree: Tree, axis: collectives.Axes) -> Tree:

@@ -4,7 +4,8 @@ A worker's vector is all its leaves. Worker j holds chunk j of everyone, as in `
 only sums over chunks travel besides: W numbers per iteration, or for Krum W distances to each of W
 workers, whatever the model's size. Distances are of differences, in float32 or wider. A distance
 that is not finite (a worker sent NaN, infinity, or more than the square root of the largest float)
-counts as infinite: that worker is never near, and weighs nothing.
+counts as infinite: that worker is never near, and weighs nothing. As in `robust.py` the rules are
+over the n workers present.
 """
 
 from typing import NamedTuple
@@ -14,18 +15,20 @@ import jax.numpy as jnp
 from jax import lax
 
 from research.aggregate.chunks import cut
-from research.aggregate.robust import TRAITS, exchanged, middle, restored
-from research.base import WORKER_AXES, Aggregate, Aggregator, Array, Tree
+from research.aggregate.presence import Roll, call_roll
+from research.aggregate.robust import TRAITS, exchanged, middle, restored, scaled
+from research.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Array, Tree
 from research.comm import collectives
 
 
 def krum(faulty: int, axis: collectives.Axes = WORKER_AXES) -> Aggregator:
-  """The vector of one worker: the one that is nearest to its W - f - 2 nearest others.
+  """The vector of one worker: the one that is nearest to its n - f - 2 nearest others.
 
       s(i) = sum_{j near i} ||x_i - x_j||^2,   value = x_i*,   i* = argmin_i s(i)
 
   Of equal scores the first worker's counts. With at most f faulty workers the value is finite, and
-  is an honest worker's or as near to its neighbours as one.
+  is an honest worker's or as near to its neighbours as one. That holds of rounds in which more than
+  2 f + 2 workers are present; where n - f - 2 < 1 the nearest one counts.
 
   Args:
     faulty: f, the number of faulty workers to withstand.
@@ -44,7 +47,8 @@ def multi_krum(faulty: int, selected: int, axis: collectives.Axes = WORKER_AXES)
 
       value = 1/m sum_{i in the m smallest s(i)} x_i
 
-  m = 1 is Krum, m = W the mean. With at most f faulty workers the value is finite if m <= W - f.
+  or of all present if those are fewer. m = 1 is Krum, m = W the mean. With at most f faulty workers
+  the value is finite if m <= W - f.
 
   Args:
     faulty: f, the number of faulty workers to withstand.
@@ -65,7 +69,7 @@ def _krum(name: str, faulty: int, selected: int, axis: collectives.Axes) -> Aggr
   if selected < 1:
     raise ValueError(f"selected={selected}; it is at least 1")
 
-  def aggregate(tree, state, key):
+  def aggregate(tree, state, key, presence=EVERYONE):
     del key
     count = collectives.worker_count(axis)
     if 2 * faulty + 2 >= count:
@@ -74,23 +78,35 @@ def _krum(name: str, faulty: int, selected: int, axis: collectives.Axes) -> Aggr
       )
     if selected > count:
       raise ValueError(f"{name}(selected={selected}) selects among {count} workers")
-    everyone = exchanged(tree, axis)
-    best = jnp.argsort(_scores(everyone, count - faulty - 2, axis), stable=True)[:selected]
-    chunk = jax.tree.map(lambda x: jnp.mean(x[best], 0), everyone)
-    return Aggregate(restored(chunk, tree, axis), tree, state)
+    everyone, roll = exchanged(tree, axis), call_roll(presence, axis)
+    scores = _scores(everyone, faulty, roll, axis)
+    if roll is None:
+      best = jnp.argsort(scores, stable=True)[:selected]
+      chunk = jax.tree.map(lambda x: jnp.mean(x[best], 0), everyone)
+    else:
+      rank = jnp.argsort(jnp.lexsort((scores, ~roll.present)))
+      chosen = jnp.minimum(selected, roll.count)
+      weights = (rank < chosen) / jnp.maximum(chosen, 1)
+      chunk = jax.tree.map(lambda x: _weighted(weights, x), everyone)
+    return Aggregate(restored(scaled(chunk, roll), tree, axis), tree, state)
 
   return Aggregator(lambda params: (), aggregate, TRAITS)
 
 
-def _scores(everyone: Tree, near: int, axis: collectives.Axes) -> Array:
+def _scores(everyone: Tree, faulty: int, roll: Roll | None, axis: collectives.Axes) -> Array:
   """s [W]: worker i adds up the distances from its own vector, and tells its score."""
   count = collectives.worker_count(axis)
   to_all = lambda i: _squares(everyone, jax.tree.map(lambda x: x[i], everyone), count)
   parts = lax.map(to_all, jnp.arange(count))
   mine = jnp.sum(collectives.exchange(parts, axis), 0)
   is_other = jnp.arange(count) != collectives.worker_index(axis)
-  distances = jnp.where(is_other & jnp.isfinite(mine), mine, jnp.inf)
-  return collectives.gather(jnp.sum(jnp.sort(distances)[:near]), axis)
+  if roll is not None:
+    is_other &= roll.present
+  distances = jnp.sort(jnp.where(is_other & jnp.isfinite(mine), mine, jnp.inf))
+  if roll is None:
+    return collectives.gather(jnp.sum(distances[: count - faulty - 2]), axis)
+  near = jnp.clip(roll.count - faulty - 2, jnp.minimum(roll.count - 1, 1), count)
+  return collectives.gather(jnp.sum(jnp.where(jnp.arange(count) < near, distances, 0)), axis)
 
 
 def geometric_median(
@@ -119,20 +135,24 @@ def geometric_median(
   if not smoothing > 0:
     raise ValueError(f"smoothing={smoothing} is not in (0, inf)")
 
-  def aggregate(tree, state, key):
+  def aggregate(tree, state, key, presence=EVERYONE):
     del key
     count = collectives.worker_count(axis)
-    everyone = exchanged(tree, axis)
+    everyone, roll = exchanged(tree, axis), call_roll(presence, axis)
+    counts = True if roll is None else roll.present
 
     def move(v, _):
       distances = _distances(everyone, v, count, axis)
-      beta = jnp.where(jnp.isfinite(distances), 1 / jnp.maximum(smoothing, distances), 0)
-      weights = beta / jnp.sum(beta)
-      return jax.tree.map(lambda x: _weighted(weights, x), everyone), None
+      near = jnp.isfinite(distances) & counts
+      beta = jnp.where(near, 1 / jnp.maximum(smoothing, distances), 0)
+      total = jnp.sum(beta)
+      if roll is not None:
+        total = jnp.where(roll.count > 0, total, 1)
+      return jax.tree.map(lambda x: _weighted(beta / total, x), everyone), None
 
-    start = jax.tree.map(lambda x: middle(x, (count - 1) // 2), everyone)
+    start = jax.tree.map(lambda x: middle(x, lambda n: (n - 1) // 2, roll), everyone)
     v, _ = lax.scan(move, start, length=iterations)
-    return Aggregate(restored(v, tree, axis), tree, state)
+    return Aggregate(restored(scaled(v, roll), tree, axis), tree, state)
 
   return Aggregator(lambda params: (), aggregate, TRAITS)
 
@@ -146,10 +166,10 @@ def centered_clip(
 ) -> Aggregator:
   """The mean of the differences to the last round's value, each clipped to a norm.
 
-      v <- v + 1/W sum_i (x_i - v) min(1, tau / ||x_i - v||)
+      v <- v + 1/n sum_i (x_i - v) min(1, tau / ||x_i - v||)
 
   v starts at zero, and in a round where the last one ended. One worker moves it by at most
-  tau / W per iteration; one whose distance is not finite does not move it.
+  tau / n per iteration; one whose distance is not finite does not move it.
 
   Args:
     radius: tau, in the units of the values: about the spread of honest workers.
@@ -165,22 +185,24 @@ def centered_clip(
   if not radius > 0:
     raise ValueError(f"radius={radius} is not in (0, inf)")
 
-  def aggregate(tree, state, key):
+  def aggregate(tree, state, key, presence=EVERYONE):
     del key
     count = collectives.worker_count(axis)
-    everyone = exchanged(tree, axis)
+    everyone, roll = exchanged(tree, axis), call_roll(presence, axis)
+    counts = True if roll is None else roll.present
+    present = count if roll is None else jnp.maximum(roll.count, 1)
 
     def move(v, _):
       distances = _distances(everyone, v, count, axis)
-      share = jnp.minimum(1, radius / distances) / count
-      weights = jnp.where(jnp.isfinite(distances), share, 0)
+      share = jnp.minimum(1, radius / distances) / present
+      weights = jnp.where(jnp.isfinite(distances) & counts, share, 0)
       return jax.tree.map(lambda v, x: v + _weighted(weights, x - v), v, everyone), None
 
     chunk_of = lambda v, x: cut(v, count)[collectives.worker_index(axis)].astype(x.dtype)
     start = jax.tree.map(chunk_of, state.v, everyone)
     v, _ = lax.scan(move, start, length=iterations)
     value = restored(v, tree, axis)
-    return Aggregate(value, tree, CenteredClipState(value))
+    return Aggregate(scaled(value, roll), tree, CenteredClipState(value))
 
   zeros = lambda params: CenteredClipState(jax.tree.map(jnp.zeros_like, params))
   return Aggregator(zeros, aggregate, TRAITS | {"memory"})

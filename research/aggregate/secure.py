@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.aggregate import masks, shamir
-from research.base import WORKER_AXES, Aggregate, Aggregator, Array, Key, Tree
+from research.aggregate.presence import weighted
+from research.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Array, Key, Tree
 from research.comm import collectives
 
 
@@ -31,7 +32,8 @@ def secure_sum(
   between. From the shares that U holds, the b_i of U and the s_ij of the others come back, never
   both of one worker, and the masks are computed from these. z is the plain sum, bit for bit. If U
   has fewer than t = ceil(threshold W) members no share is shown and the round is refused: value
-  and sent are zero on all workers.
+  and sent are zero on all workers. A worker that sits the round out sends masked zeros; where that
+  meets a `dropout`, the mean is over the weights of U, which everyone tells.
 
   What it hides: a curious server that follows the protocol and sees all y_i and all shares shown
   learns the sum over U and no more, alone or together with up to t - 1 workers, if the outputs of
@@ -63,7 +65,8 @@ def secure_sum(
   """
   _check(clip, bits, threshold, dropout)
 
-  def aggregate(tree, state, key):
+  def aggregate(tree, state, key, presence=EVERYONE):
+    tree = weighted(tree, presence)
     count, here = collectives.worker_count(axis), collectives.worker_index(axis)
     _check_ring(bits, count)
     quorum = quorum_of(threshold, count)
@@ -76,12 +79,18 @@ def secure_sum(
     ring = jax.tree.map(lambda x: quantize(x, clip, bits), tree)
     message = jax.tree.map(jnp.add, ring, masks.mask(seeds, here, ring))
     received = collectives.total(_where(alive[here], message), axis)
-    weighted = reveal(held, alive, quorum) * shamir.weights(alive)[here] % shamir.PRIME
-    found = collectives.total(weighted, axis) % shamir.PRIME
+    shown = reveal(held, alive, quorum) * shamir.weights(alive)[here] % shamir.PRIME
+    found = collectives.total(shown, axis) % shamir.PRIME
     total = masks.unmask(received, found, alive)
 
     survivors = jnp.sum(alive, dtype=jnp.int32)
-    accepted = survivors >= quorum
+    accepted, members = survivors >= quorum, jnp.maximum(survivors, 1)
+    if dropout and presence is not EVERYONE:  # of all weights, which part is that of U
+      own = jnp.where(presence.active, jnp.asarray(presence.weight, jnp.float32), 0)
+      of_those, of_all = collectives.total((jnp.where(alive[here], own, 0), own), axis)
+      accepted &= of_those > 0
+      members = count * of_those / jnp.where(of_all > 0, of_all, 1)
+      members = jnp.where(of_those > 0, members, 1)
     broken = alive[here] & ~_all_finite(tree)
     any_broken = collectives.total(broken.astype(jnp.int32), axis) > 0
 
@@ -90,7 +99,7 @@ def secure_sum(
       visible = lambda x: jnp.where(is_nan, jnp.full_like(x, jnp.nan), x)
       return _where(counts, jax.tree.map(lambda r, x: visible(values(r, x)), ring, tree))
 
-    value = back(total, jnp.maximum(survivors, 1), any_broken, accepted)
+    value = back(total, members, any_broken, accepted)
     return Aggregate(value, back(ring, 1, broken, accepted & alive[here]), state)
 
   traits = {"dense", "secret", "partial"} if dropout else {"dense", "secret"}

@@ -60,6 +60,15 @@ def worker_index(axes: Axes = WORKER_AXES) -> Array:
   return lax.axis_index(in_scope(axes))
 
 
+def are_summed(tree: Tree, axes: Axes = WORKER_AXES) -> bool:
+  """Whether JAX has added up any leaf over the workers already, as a `shard_map` that tracks what
+  varies (`check_vma=True`, its default) does with gradients of replicated parameters."""
+  names = in_scope(axes)
+  varying = lambda x: jax.typeof(x).manual_axis_type.varying
+  tracked = [name for name in names if name in varying(lax.axis_index(name))]
+  return any(name not in varying(x) for x in jax.tree.leaves(tree) for name in tracked)
+
+
 def worker_key(key: Key, axes: Axes = WORKER_AXES) -> Key:
   """A key of this worker's own from one that all share."""
   return key_of(key, worker_index(axes))
@@ -76,8 +85,33 @@ def round_keys(key: Key, number: Array) -> Key:
 
 
 def mean(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
-  """The mean over workers, equal on all of them: one all-reduce of each leaf's size."""
-  return lax.pmean(tree, in_scope(axes))
+  """The mean over workers, equal on all of them: one all-reduce of each leaf's size.
+
+  Floats of 16 bits and fewer travel as such, and are divided before they are added up, since their
+  sum may be out of range where their mean is not. Simulated workers' are added up in float32.
+  """
+  names = in_scope(axes)
+  one = lambda x: _mean_of_narrow(x, names) if _is_narrow(x) else lax.pmean(x, names)
+  return jax.tree.map(one, tree)
+
+
+def _is_narrow(x: Array) -> bool:
+  return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+
+
+def _mean_of_narrow(x: Array, names: tuple[str, ...]) -> Array:
+  count = math.prod(lax.axis_size(name) for name in names)
+  wide = lambda x: x.astype(jnp.float32)
+
+  def send(x):
+    return lax.psum((wide(x) / count).astype(x.dtype), names)
+
+  def simulated(size, x, here):
+    rest = tuple(name for i, name in enumerate(names) if i != here)
+    of_axis = jnp.mean(wide(x), 0)
+    return (lax.pmean(of_axis, rest) if rest else of_axis).astype(x.dtype)
+
+  return _by_axis(send, simulated, x, names, is_shared=True)
 
 
 def packed_mean(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
@@ -145,8 +179,7 @@ def _as_bits(send: Callable[[Array], Array]) -> Callable[[Array], Array]:
   """`send` of numbers by their bits, where XLA would widen them on the way: a CPU's bfloat16."""
 
   def one(x):
-    narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
-    if not narrow or jax.default_backend() != "cpu":
+    if not _is_narrow(x) or jax.default_backend() != "cpu":
       return send(x)
     bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
     return lax.bitcast_convert_type(send(bits), x.dtype)
@@ -233,26 +266,52 @@ def permute(tree: Tree, links: Sequence[tuple[int, int]], axes: Axes = WORKER_AX
   sender = np.full(math.prod(sizes), -1)
   sender[[to for _, to in links]] = [from_ for from_, _ in links]
 
-  @jax.custom_batching.custom_vmap
-  def send(x, places):
-    del places  # tells the rule which axis is being simulated, if it is one of the workers'
+  def send(x):
     return lax.ppermute(x, names, links)
 
-  @send.def_vmap
-  def simulated(size, batched, x, places):
-    if not any(batched[1]):
-      return send(x, places), True
-    (here,) = (i for i, is_here in enumerate(batched[1]) if is_here)
-    whole = x if batched[0] else jnp.broadcast_to(x, (size, *x.shape))
-    others = [i for i in range(len(names)) if i != here]
+  def simulated(size, x, here):
+    whole, others = x, [i for i in range(len(names)) if i != here]
     for i in reversed(others):
       whole = lax.all_gather(whole, names[i])
-    whole = jnp.moveaxis(whole, len(others), here).reshape(len(sender), *x.shape[batched[0] :])
+    whole = jnp.moveaxis(whole, len(others), here).reshape(len(sender), *x.shape[1:])
     mine = jnp.moveaxis(jnp.asarray(sender.reshape(sizes)), here, -1)
-    mine = mine[tuple(places[i] for i in others)]
+    mine = mine[tuple(lax.axis_index(names[i]) for i in others)]
     found = whole[mine]
     has_one = (mine >= 0).reshape(size, *[1] * (found.ndim - 1))
-    return jnp.where(has_one, found, jnp.zeros((), found.dtype)), True
+    return jnp.where(has_one, found, jnp.zeros((), found.dtype))
 
-  places = tuple(lax.axis_index(name) for name in names)
-  return jax.tree.map(_as_bits(_in_pieces(lambda x: send(x, places))), tree)
+  one = lambda x: _by_axis(send, simulated, x, names, is_shared=False)
+  return jax.tree.map(_as_bits(_in_pieces(one)), tree)
+
+
+def _by_axis(
+  send: Callable[[Array], Array],
+  simulated: Callable[[int, Array, int], Array],
+  x: Array,
+  names: tuple[str, ...],
+  is_shared: bool,
+) -> Array:
+  """`send(x)`, with a rule of our own where one of the workers' axes is a dimension of arrays.
+
+  Args:
+    send: what one worker does.
+    simulated: (size, x [size, ...], which of the names is simulated) -> the results, [size, ...].
+    x: this worker's array.
+    names: the worker axes in scope.
+    is_shared: whether the result is one for all workers, without the leading dimension.
+  """
+
+  @jax.custom_batching.custom_vmap
+  def of_worker(x, places):
+    del places  # tells the rule which axis is being simulated, if it is one of the workers'
+    return send(x)
+
+  @of_worker.def_vmap
+  def _of_many(size, batched, x, places):
+    if not any(batched[1]):
+      return of_worker(x, places), True
+    (here,) = (i for i, is_here in enumerate(batched[1]) if is_here)
+    whole = x if batched[0] else jnp.broadcast_to(x, (size, *x.shape))
+    return simulated(size, whole, here), not is_shared
+
+  return of_worker(x, tuple(lax.axis_index(name) for name in names))

@@ -107,7 +107,17 @@ def largest_magnitude(blocks: Array) -> Array:
   return lax.bitcast_convert_type(fold(jnp.max, bits, blocks), jnp.float32)
 
 
-def euclidean_norm(blocks: Array) -> Array:
-  """||x|| of each block, float32 [blocks], its squares neither overflowing nor vanishing."""
+def norm_over(blocks: Array, parts: int) -> Array:
+  """||x|| / parts of each block, float32 [blocks]; no square or norm overflows or vanishes."""
   largest = jnp.maximum(largest_magnitude(blocks), TINY)
-  return largest * jnp.sqrt(fold(jnp.sum, jnp.square, blocks / largest[:, None]))
+  down = invertible(largest)
+  relative = (blocks * down[:, None]) / (largest * down)[:, None]
+  return down * largest * jnp.sqrt(fold(jnp.sum, jnp.square, relative)) / parts / down
+
+
+def invertible(units: Array) -> Array:
+  """A factor for a value and its unit, so that the unit's inverse is a normal float32: mostly 1.
+
+  XLA divides by multiplying with an inverse, and that of 2^127 would be flushed to zero.
+  """
+  return jnp.where(units > 2.0**64, 2.0**-64, 1.0)

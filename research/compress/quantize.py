@@ -15,9 +15,10 @@ from research.base import Array, Compressor
 from research.compress.blocks import (
   TINY,
   at_least_one,
-  euclidean_norm,
   flatten,
+  invertible,
   largest_magnitude,
+  norm_over,
   restore,
   to_blocks,
 )
@@ -53,7 +54,7 @@ def int8(block: int = 256, stochastic: bool = False) -> Compressor:
   """
   at_least_one(block=block)
   contractive = not stochastic or block <= 4 * 127**2
-  return _quantizer(127, block, largest_magnitude, stochastic, contractive)
+  return _quantizer(127, block, _largest_over, stochastic, contractive)
 
 
 def int4(block: int = 128, stochastic: bool = False) -> Compressor:
@@ -75,9 +76,7 @@ def int4(block: int = 128, stochastic: bool = False) -> Compressor:
   Reference: as for `int8`.
   """
   at_least_one(block=block)
-  return _quantizer(
-    7, block, largest_magnitude, stochastic, contractive=not stochastic or block < 197
-  )
+  return _quantizer(7, block, _largest_over, stochastic, contractive=not stochastic or block < 197)
 
 
 def qsgd(levels: int = 7, bucket: int | None = 512) -> Compressor:
@@ -101,7 +100,7 @@ def qsgd(levels: int = 7, bucket: int | None = 512) -> Compressor:
   """
   at_least_one(bucket=1 if bucket is None else bucket)
   contractive = bucket is not None and bucket < levels**2
-  return _quantizer(levels, bucket, euclidean_norm, stochastic=True, contractive=contractive)
+  return _quantizer(levels, bucket, norm_over, stochastic=True, contractive=contractive)
 
 
 def terngrad() -> Compressor:
@@ -114,17 +113,21 @@ def terngrad() -> Compressor:
 
   Reference: Wen et al. 2017, arXiv:1705.07878, algorithm 1.
   """
-  return _quantizer(1, None, largest_magnitude, stochastic=True, contractive=False)
+  return _quantizer(1, None, _largest_over, stochastic=True, contractive=False)
+
+
+def _largest_over(blocks: Array, levels: int) -> Array:
+  return largest_magnitude(blocks) / levels
 
 
 def _quantizer(
   levels: int,
   block: int | None,
-  norm: Callable[[Array], Array],
+  unit: Callable[[Array, int], Array],
   stochastic: bool,
   contractive: bool = True,
 ) -> Compressor:
-  """Rounds to multiples of norm / levels. A non-finite element makes its whole block NaN."""
+  """Rounds to multiples of unit(blocks, levels). A non-finite element makes its whole block NaN."""
   if not 1 <= levels <= MOST_LEVELS:
     raise ValueError(f"levels={levels} is not in [1, {MOST_LEVELS}]")
   bits = math.ceil(math.log2(2 * levels + 1))
@@ -132,8 +135,9 @@ def _quantizer(
   def encode(x, shared, own):
     del shared
     blocks = to_blocks(flatten(x), block)
-    units = jnp.maximum(norm(blocks) / levels, TINY)
-    scaled = blocks * (1 / units)[:, None]
+    units = jnp.maximum(unit(blocks, levels), TINY)
+    down = invertible(units)
+    scaled = (blocks * down[:, None]) * (1 / (units * down))[:, None]
     if stochastic:
       level = jnp.floor(scaled + jax.random.uniform(own, scaled.shape, jnp.float32))
     else:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from research.aggregate.composition import refuse
-from research.base import Aggregator, Method
+from research.base import EVERYONE, Aggregator, Method
 from research.comm import collectives
 from research.methods.data_parallel import data_parallel
 from research.methods.delays import Delays, by_coordinate, last_pull
@@ -179,8 +179,8 @@ def hogwild(learning_rate: float | optax.Schedule, aggregator: Aggregator, *, bo
     al. 2015, arXiv 1507.06970.
   """
 
-  def added(tree, state, key):
-    out = aggregator.aggregate(tree, state, key)
+  def added(tree, state, key, presence=EVERYONE):
+    out = aggregator.aggregate(tree, state, key, presence)
     count = collectives.worker_count()
     return out._replace(value=jax.tree.map(lambda x: count * x, out.value))
 

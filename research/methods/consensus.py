@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from research.aggregate.composition import refuse
+from research.aggregate.presence import alike, kept, presence_of, weighted
 from research.base import Aggregator, Method, Params, State, Tree
 from research.methods.decentralized import check_rate, descended, gradient_at, kept_gradient
-from research.methods.local import minus, plus, weighted
+from research.methods.local import minus, plus
 
 
 class TrackingState(NamedTuple):
@@ -48,11 +49,12 @@ def gradient_tracking(learning_rate: float, aggregator: Aggregator) -> Method:
     return TrackingState(params, zeros, zeros, aggregator.init((params, zeros)))
 
   def sync(local, state, *, key, weight=1.0, active=True):
-    grads = weighted(local.grads, weight, active)
+    grads = weighted(local.grads, presence_of(weight, active))
     tracked = plus(state.mixed, minus(grads, state.grads))
     pair = state.params, tracked
-    (params, mixed), _, link = aggregator.aggregate(pair, state.link, key)
-    return TrackingState(descended(params, learning_rate, tracked), mixed, grads, link)
+    (params, mixed), _, link = aggregator.aggregate(pair, state.link, key, alike(active))
+    after = TrackingState(descended(params, learning_rate, tracked), mixed, grads, link)
+    return kept(active, after, state._replace(link=link))
 
   over = lambda wrap: gradient_tracking(learning_rate, wrap(aggregator))
   return Method(init, gradient_at, kept_gradient, sync, lambda state: state.params, 1, over)
@@ -94,12 +96,12 @@ def extra(learning_rate: float, aggregator: Aggregator) -> Method:
     return ExtraState(params, zeros, aggregator.init(params))
 
   def sync(local, state, *, key, weight=1.0, active=True):
-    grads = weighted(local.grads, weight, active)
-    mixed, _, link = aggregator.aggregate(state.params, state.link, key)
+    grads = weighted(local.grads, presence_of(weight, active))
+    mixed, _, link = aggregator.aggregate(state.params, state.link, key, alike(active))
     params = descended(plus(mixed, state.correction), learning_rate, grads)
     half_way = lambda u, m, x: u + (m - x) / 2
     correction = jax.tree.map(half_way, state.correction, mixed, state.params)
-    return ExtraState(params, correction, link)
+    return kept(active, ExtraState(params, correction, link), state._replace(link=link))
 
   over = lambda wrap: extra(learning_rate, wrap(aggregator))
   return Method(init, gradient_at, kept_gradient, sync, lambda state: state.params, 1, over)
@@ -147,11 +149,13 @@ def admm(learning_rate: float, aggregator: Aggregator, *, penalty: float = 1.0) 
     return ADMMState(params, zeros, zeros, aggregator.init(params))
 
   def sync(local, state, *, key, weight=1.0, active=True):
-    pull = plus(weighted(local.grads, weight, active), plus(state.dual, state.apart))
+    grads = weighted(local.grads, presence_of(weight, active))
+    pull = plus(grads, plus(state.dual, state.apart))
     params = descended(state.params, learning_rate, pull)
-    mixed, _, link = aggregator.aggregate(params, state.link, key)
+    mixed, _, link = aggregator.aggregate(params, state.link, key, alike(active))
     apart = jax.tree.map(lambda x, m: penalty * (x - m), params, mixed)
-    return ADMMState(params, apart, plus(state.dual, apart), link)
+    after = ADMMState(params, apart, plus(state.dual, apart), link)
+    return kept(active, after, state._replace(link=link))
 
   over = lambda wrap: admm(learning_rate, wrap(aggregator), penalty=penalty)
   return Method(init, gradient_at, kept_gradient, sync, lambda state: state.params, 1, over)

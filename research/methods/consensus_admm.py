@@ -6,9 +6,10 @@ from typing import NamedTuple
 import jax
 
 from research.aggregate.composition import refuse
+from research.aggregate.presence import kept, presence_of
 from research.base import Aggregator, Method, Params, State, Tree
 from research.methods.decentralized import check_rate
-from research.methods.local import check_steps, minus, plus, weighted
+from research.methods.local import check_steps, minus, plus
 
 
 class ConsensusState(NamedTuple):
@@ -75,10 +76,11 @@ def _consensus(
 
   def sync(local, state, *, key, weight=1.0, active=True):
     change = minus(plus(local.params, state.dual), state.params)
-    value, _, link = aggregator.aggregate(weighted(change, weight, active), state.link, key)
+    value, _, link = aggregator.aggregate(change, state.link, key, presence_of(weight, active))
     params = project(plus(state.params, value))
     dual = plus(state.dual, minus(local.params, params))
-    return ConsensusState(params, local.params, dual, link)
+    after = ConsensusState(params, local.params, dual, link)
+    return kept(active, after, state._replace(params=params, link=link))
 
   over = lambda wrap: _consensus(project, learning_rate, wrap(aggregator), penalty, period)
   onto = lambda project: _consensus(project, learning_rate, aggregator, penalty, period)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from research.aggregate.composition import refuse
+from research.aggregate.presence import presence_of
 from research.base import Aggregator, Method, Params, Served, State, Tree
 from research.methods.local import Period, periods
 from research.methods.projected import projected
@@ -61,9 +62,8 @@ def data_parallel(
     return local._replace(grads=jax.tree.map(lambda a, g: a + g / first, local.grads, grads))
 
   def sync(local, state, *, key, weight=1.0, active=True):
-    share = lambda g: jnp.where(active, (weight * g).astype(g.dtype), 0)
-    weighted = jax.tree.map(share, local.grads)
-    value, _, link = aggregator.aggregate(weighted, state.link, key)
+    presence = presence_of(weight, active)
+    value, _, link = aggregator.aggregate(local.grads, state.link, key, presence)
     updates, optimizer = inner.update(value, state.inner, state.params)
     return DataParallelState(optax.apply_updates(state.params, updates), optimizer, link)
 

@@ -13,9 +13,10 @@ import optax
 
 from research.aggregate.composition import refuse
 from research.aggregate.gossip import push
+from research.aggregate.presence import alike, kept, need_everyone, presence_of, weighted
 from research.base import Aggregator, Array, Method, Params, State, Tree
 from research.comm.topology import Topology
-from research.methods.local import LocalSteps, begin, check_steps, minus, plus, stepping, weighted
+from research.methods.local import LocalSteps, begin, check_steps, minus, plus, stepping
 
 
 class DPSGDState(NamedTuple):
@@ -54,9 +55,11 @@ def d_psgd(
     return DPSGDState(params, inner.init(params), aggregator.init(params))
 
   def sync(local, state, *, key, weight=1.0, active=True):
-    change = weighted(minus(local.params, state.params), weight, active)
-    params, _, link = aggregator.aggregate(plus(state.params, change), state.link, key)
-    return DPSGDState(params, local.inner, link)
+    change = weighted(minus(local.params, state.params), presence_of(weight, active))
+    moved = plus(state.params, change)
+    params, _, link = aggregator.aggregate(moved, state.link, key, alike(active))
+    after = DPSGDState(params, local.inner, link)
+    return kept(active, after, state._replace(link=link))
 
   over = lambda wrap: d_psgd(inner, wrap(aggregator), period=period)
   return Method(init, begin, stepping(inner), sync, lambda state: state.params, period, over)
@@ -104,7 +107,8 @@ def _sgp(inner: optax.GradientTransformation, exchange: Aggregator, period: int)
     return LocalSteps(unbiased(state), state.inner)
 
   def sync(local, state, *, key, weight=1.0, active=True):
-    change = weighted(minus(local.params, unbiased(state)), weight, active)
+    need_everyone("sgp", presence_of(1.0, active))
+    change = weighted(minus(local.params, unbiased(state)), presence_of(weight, active))
     pushed = plus(state.numerator, change), state.weight
     (numerator, total), _, link = exchange.aggregate(pushed, state.link, key)
     return SGPState(numerator, total, local.inner, link)
@@ -156,9 +160,10 @@ def dgd(learning_rate: float, aggregator: Aggregator) -> Method:
     return DGDState(params, aggregator.init(params))
 
   def sync(local, state, *, key, weight=1.0, active=True):
-    grads = weighted(local.grads, weight, active)
-    mixed, _, link = aggregator.aggregate(state.params, state.link, key)
-    return DGDState(descended(mixed, learning_rate, grads), link)
+    grads = weighted(local.grads, presence_of(weight, active))
+    mixed, _, link = aggregator.aggregate(state.params, state.link, key, alike(active))
+    params = descended(mixed, learning_rate, grads)
+    return DGDState(kept(active, params, state.params), link)
 
   over = lambda wrap: dgd(learning_rate, wrap(aggregator))
   return Method(init, gradient_at, kept_gradient, sync, lambda state: state.params, 1, over)

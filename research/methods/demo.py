@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from research.aggregate.composition import refuse
+from research.aggregate.presence import kept, presence_of, unweighted, weighted
 from research.base import Aggregator, Array, Method, Params, State, Tree
 from research.methods.decentralized import gradient_at, kept_gradient
-from research.methods.local import minus, weighted
-from research.methods.signum import check_decay, check_rate, if_active, moved, rate_at
+from research.methods.local import minus
+from research.methods.signum import check_decay, check_rate, moved, rate_at
 
 
 class DeMoState(NamedTuple):
@@ -53,14 +54,14 @@ def demo(
     return DeMoState(params, zeros, aggregator.init(params), jnp.zeros((), jnp.int32))
 
   def sync(local, state, *, key, weight=1.0, active=True):
-    grads = weighted(local.grads, weight, active)
+    presence = presence_of(weight, active)
+    grads = weighted(local.grads, presence)
     momentum = jax.tree.map(lambda m, g: decay * m + g, state.momentum, grads)
-    given = weighted(momentum, 1.0, active)
-    value, sent, link = aggregator.aggregate(given, state.link, key)
-    kept = if_active(active, minus(momentum, sent), state.momentum)
+    value, sent, link = aggregator.aggregate(momentum, state.link, key, unweighted(presence))
+    own = kept(active, minus(momentum, sent), state.momentum)
     signs = jax.tree.map(jnp.sign, value)
     params = moved(state.params, rate_at(learning_rate, state.count), signs)
-    return DeMoState(params, kept, link, state.count + 1)
+    return DeMoState(params, own, link, state.count + 1)
 
   over = lambda wrap: demo(learning_rate, wrap(aggregator), decay=decay)
   return Method(init, gradient_at, kept_gradient, sync, lambda state: state.params, 1, over)

@@ -5,8 +5,9 @@ from typing import NamedTuple
 import optax
 
 from research.aggregate.composition import refuse
+from research.aggregate.presence import kept, presence_of
 from research.base import Aggregator, Method, Params, State
-from research.methods.local import Period, begin, minus, periods, served, stepping, weighted
+from research.methods.local import Period, begin, minus, periods, served, stepping
 
 
 class DiLoCoState(NamedTuple):
@@ -50,10 +51,11 @@ def diloco(
     return DiLoCoState(params, inner.init(params), outer.init(params), aggregator.init(params))
 
   def sync(local, state, *, key, weight=1.0, active=True):
-    gradient = weighted(minus(state.params, local.params), weight, active)
-    value, _, link = aggregator.aggregate(gradient, state.link, key)
+    gradient = minus(state.params, local.params)
+    value, _, link = aggregator.aggregate(gradient, state.link, key, presence_of(weight, active))
     updates, optimizer = outer.update(value, state.outer, state.params)
-    return DiLoCoState(optax.apply_updates(state.params, updates), local.inner, optimizer, link)
+    own = kept(active, local.inner, state.inner)
+    return DiLoCoState(optax.apply_updates(state.params, updates), own, optimizer, link)
 
   over = lambda wrap: diloco(inner, outer, wrap(aggregator), period=period)
   of_rounds = lambda period, _: diloco(inner, outer, aggregator, period=period)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from research.aggregate.composition import refuse
+from research.aggregate.presence import kept, presence_of
 from research.base import Aggregator, Array, Method, Params, State
 from research.comm import collectives
-from research.methods.local import Period, minus, periods, plus, weighted
+from research.methods.local import Period, minus, periods, plus
 
 
 class ElasticState(NamedTuple):
@@ -160,10 +161,11 @@ def _exchanging(
     workers = collectives.worker_count()
     if alpha * (1 + workers) >= 2:
       raise ValueError(f"alpha={alpha} is not below 2 / (1 + W) with W = {workers} workers")
-    distance = weighted(minus(state.params, state.centre), weight, active)
-    value, _, link = aggregator.aggregate(distance, state.link, key)
+    distance = minus(state.params, state.centre)
+    value, _, link = aggregator.aggregate(distance, state.link, key, presence_of(weight, active))
     move = lambda z, d: z + workers * alpha * d
     centre = jax.tree.map(move, state.centre, value)
-    return ElasticState(model(local), centre, local.inner, link)
+    own = kept(active, (model(local), local.inner), (state.params, state.inner))
+    return ElasticState(own[0], centre, own[1], link)
 
   return sync

@@ -10,10 +10,11 @@ import jax
 import optax
 
 from research.aggregate.composition import refuse
+from research.aggregate.presence import presence_of
 from research.base import Aggregator, Method, Params, State
 from research.methods import server
 from research.methods.decentralized import check_rate
-from research.methods.local import LocalSteps, minus, stepping, weighted
+from research.methods.local import LocalSteps, minus, stepping
 from research.methods.passes import in_rounds
 
 
@@ -228,8 +229,8 @@ def _federated(
       return FederatedState(params, outer.init(params), aggregator.init(params))
 
     def sync(local, state, *, key, weight=1.0, active=True):
-      gradient = weighted(minus(state.params, local.params), weight, active)
-      value, _, link = aggregator.aggregate(gradient, state.link, key)
+      gradient = minus(state.params, local.params)
+      value, _, link = aggregator.aggregate(gradient, state.link, key, presence_of(weight, active))
       updates, optimizer = outer.update(value, state.outer, state.params)
       return FederatedState(optax.apply_updates(state.params, updates), optimizer, link)
 

@@ -8,9 +8,10 @@ import optax
 from jax import lax
 
 from research.aggregate.composition import refuse
+from research.aggregate.presence import kept, presence_of
 from research.base import WORKER_AXES, Aggregator, Array, Key, Method, Params, State, Tree
 from research.comm import collectives, wire
-from research.methods.local import begin, check_steps, minus, plus, stepping, weighted
+from research.methods.local import begin, check_steps, minus, plus, stepping
 
 _SLOW, _FAST = WORKER_AXES
 
@@ -67,23 +68,24 @@ def hierarchical_local_sgd(
 
   def sync(local, state, *, key, weight=1.0, active=True):
     fast_key, slow_key = jax.random.split(key)
-    of_slice = collectives.mean(weight, _FAST)
+    of_slice = collectives.mean(jnp.where(active, weight, 0.0), _FAST)
     own = weight / jnp.where(of_slice > 0, of_slice, 1)
-    change = weighted(minus(local.params, state.params), own, active)
+    change = minus(local.params, state.params)
     _check_fast(fast, change, state.fast, fast_key)
-    value, _, fast_link = fast.aggregate(change, state.fast, fast_key)
+    value, _, fast_link = fast.aggregate(change, state.fast, fast_key, presence_of(own, active))
     params = plus(state.params, value)
 
     def between(link):
-      change = weighted(minus(params, state.common), of_slice, True)
-      value, _, link = slow.aggregate(change, link, slow_key)
+      there = presence_of(of_slice, True if active is True else of_slice > 0)
+      value, _, link = slow.aggregate(minus(params, state.common), link, slow_key, there)
       common = plus(state.common, value)
       return common, common, link
 
     count = state.count + 1
     apart = lambda link: (params, state.common, link)
     params, common, slow_link = lax.cond(count % outer_period == 0, between, apart, state.slow)
-    return HierarchicalState(params, common, local.inner, fast_link, slow_link, count)
+    optimizer = kept(active, local.inner, state.inner)
+    return HierarchicalState(params, common, optimizer, fast_link, slow_link, count)
 
   periods = {"inner_period": inner_period, "outer_period": outer_period}
   over = lambda wrap: hierarchical_local_sgd(inner, wrap(fast), wrap(slow), **periods)

@@ -1,7 +1,7 @@
 """Local SGD: every worker takes several optimizer steps alone, then the models are averaged.
 
 What a worker does between two exchanges is the same for all methods with local steps, and stands
-here: `begin`, `stepping`, `weighted` and `periods`.
+here: `begin`, `stepping` and `periods`.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from research.aggregate.composition import refuse
-from research.base import Aggregator, Array, Method, Params, Served, State, Tree
+from research.aggregate.presence import kept, presence_of
+from research.base import Aggregator, Method, Params, Served, State, Tree
 from research.methods.projected import projected
 
 # Local steps per round, or a schedule of them: [first round, steps], ... from round 0 on.
@@ -38,12 +39,6 @@ def stepping(inner: optax.GradientTransformation) -> Callable[..., LocalSteps]:
     return LocalSteps(optax.apply_updates(local.params, updates), optimizer)
 
   return step
-
-
-def weighted(tree: Tree, weight: float | Array, active: bool | Array) -> Tree:
-  """A worker's part of what is averaged: weight_i times the tree, zero of an inactive one."""
-  share = lambda x: jnp.where(active, (weight * x).astype(x.dtype), 0)
-  return jax.tree.map(share, tree)
 
 
 def minus(a: Tree, b: Tree) -> Tree:
@@ -124,9 +119,10 @@ def local_sgd(
     return LocalSGDState(params, inner.init(params), aggregator.init(params))
 
   def sync(local, state, *, key, weight=1.0, active=True):
-    change = weighted(minus(local.params, state.params), weight, active)
-    value, _, link = aggregator.aggregate(change, state.link, key)
-    return LocalSGDState(plus(state.params, value), local.inner, link)
+    change = minus(local.params, state.params)
+    value, _, link = aggregator.aggregate(change, state.link, key, presence_of(weight, active))
+    own = kept(active, local.inner, state.inner)
+    return LocalSGDState(plus(state.params, value), own, link)
 
   over = lambda wrap: local_sgd(inner, wrap(aggregator), period=period)
   of_rounds = lambda period, _: local_sgd(inner, aggregator, period=period)

@@ -10,8 +10,9 @@ from jax import lax
 
 from research.aggregate.composition import refuse
 from research.aggregate.mean import mean
+from research.aggregate.presence import presence_of
 from research.base import Aggregator, Array, Method, Params, State, Tree
-from research.methods.local import minus, plus, weighted
+from research.methods.local import minus, plus
 from research.methods.signum import check_rate, moved, rate_at
 
 
@@ -89,14 +90,14 @@ def _marina(
     return local._replace(grads=grads, change=minus(grads, grad_fn(state.previous)))
 
   def sync(local, state, *, key, weight=1.0, active=True):
+    presence = presence_of(weight, active)
+
     def whole(state):
-      grads = weighted(local.grads, weight, active)
-      estimate, _, link = exact.aggregate(grads, state.exact, key)
+      estimate, _, link = exact.aggregate(local.grads, state.exact, key, presence)
       return state._replace(estimate=estimate, exact=link)
 
     def corrected(state):
-      change = weighted(local.change, weight, active)
-      value, _, link = aggregator.aggregate(change, state.link, key)
+      value, _, link = aggregator.aggregate(local.change, state.link, key, presence)
       return state._replace(estimate=plus(state.estimate, value), link=link)
 
     is_whole = (state.count == 0) | coin(state.count, probability, seed)

@@ -9,9 +9,10 @@ from jax import lax
 
 from research.aggregate.composition import refuse
 from research.aggregate.mean import mean
+from research.aggregate.presence import presence_of
 from research.base import Aggregator, Array, Method, Params, State, Tree
 from research.methods.decentralized import gradient_at, kept_gradient
-from research.methods.local import check_steps, weighted
+from research.methods.local import check_steps
 from research.methods.signum import check_decay, check_rate, moved, rate_at
 
 
@@ -106,16 +107,17 @@ def _onebit_adam(
     return OnebitAdamState(params, zeros, zeros, *links, count)
 
   def sync(local, state, *, key, weight=1.0, active=True):
+    presence = presence_of(weight, active)
+
     def warming(state):
-      grads = weighted(local.grads, weight, active)
-      grads, _, link = exact.aggregate(grads, state.exact, key)
+      grads, _, link = exact.aggregate(local.grads, state.exact, key, presence)
       squares = jax.tree.map(jnp.square, grads)
       m, v = mixed(adam.b1, state.momentum, grads), mixed(adam.b2, state.variance, squares)
       return state._replace(momentum=m, variance=v, exact=link)
 
     def frozen(state):
-      mine = weighted(mixed(adam.b1, state.momentum, local.grads), weight, active)
-      m, _, link = aggregator.aggregate(mine, state.link, key)
+      mine = mixed(adam.b1, state.momentum, local.grads)
+      m, _, link = aggregator.aggregate(mine, state.link, key, presence)
       return state._replace(momentum=m, link=link)
 
     after = lax.cond(state.count < warm_up, warming, frozen, state)

@@ -7,8 +7,9 @@ import optax
 from jax import lax
 
 from research.aggregate.composition import refuse
+from research.aggregate.presence import kept, presence_of
 from research.base import Aggregator, Array, Method, Params, State
-from research.methods.local import begin, check_steps, minus, plus, stepping, weighted
+from research.methods.local import begin, check_steps, minus, plus, stepping
 
 
 class PostLocalState(NamedTuple):
@@ -52,8 +53,8 @@ def post_local_sgd(
 
   def sync(local, state, *, key, weight=1.0, active=True):
     def average(link):
-      change = weighted(minus(local.params, state.common), weight, active)
-      value, _, link = aggregator.aggregate(change, link, key)
+      change = minus(local.params, state.common)
+      value, _, link = aggregator.aggregate(change, link, key, presence_of(weight, active))
       common = plus(state.common, value)
       return common, common, link
 
@@ -61,7 +62,8 @@ def post_local_sgd(
     due = (count <= switch) | ((count - switch) % period == 0)
     alone = lambda link: (local.params, state.common, link)
     params, common, link = lax.cond(due, average, alone, state.link)
-    return PostLocalState(params, common, local.inner, link, count)
+    params, own = kept(active, (params, local.inner), (state.params, state.inner))
+    return PostLocalState(params, common, own, link, count)
 
   over = lambda wrap: post_local_sgd(inner, wrap(aggregator), period=period, switch=switch)
   return Method(init, begin, stepping(inner), sync, lambda state: state.params, 1, over)

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from research.aggregate.composition import refuse
+from research.aggregate.presence import kept, presence_of
 from research.base import Aggregator, Array, Method, Params, State
 from research.methods.decentralized import check_rate
-from research.methods.local import minus, plus, weighted
+from research.methods.local import minus, plus
 from research.methods.passes import in_rounds
 
 
@@ -90,16 +91,16 @@ def scaffold(
       change = minus(local.params, state.params)
       turn = lambda slopes, c_i: (slopes / local.steps - c_i).astype(c_i.dtype)
       control_change = jax.tree.map(turn, local.slopes, state.own_control)
-      control_change = weighted(control_change, 1.0, active)
       key, control_key = jax.random.split(key)
-      moved, _, link = aggregator.aggregate(weighted(change, weight, active), state.link, key)
+      presence, alike = presence_of(weight, active), presence_of(1.0, active)
+      moved, _, link = aggregator.aggregate(change, state.link, key, presence)
       turned, _, control_link = aggregator.aggregate(
-        control_change, state.control_link, control_key
+        control_change, state.control_link, control_key, alike
       )
       return ScaffoldState(
         jax.tree.map(lambda x, d: x + server_learning_rate * d, state.params, moved),
         jax.tree.map(lambda c, d: c + participation * d, state.control, turned),
-        plus(state.own_control, control_change),
+        kept(active, plus(state.own_control, control_change), state.own_control),
         link,
         control_link,
         jnp.ones_like(state.warm),

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import optax
 
 from research.aggregate.composition import refuse
+from research.aggregate.presence import kept, presence_of
 from research.base import Aggregator, Array, Method, Params, State, Tree
 from research.methods import decentralized
 from research.methods.decentralized import gradient_at, kept_gradient
-from research.methods.local import weighted
 
 
 def check_rate(learning_rate: float | optax.Schedule) -> None:
@@ -48,11 +48,6 @@ def moved(params: Params, rate: Array, direction: Tree) -> Params:
   return optax.apply_updates(params, jax.tree.map(lambda d: -rate * d, direction))
 
 
-def if_active(active: bool | Array, new: Tree, old: Tree) -> Tree:
-  """A worker's own state after a round: what it was where the worker takes no part."""
-  return jax.tree.map(lambda a, b: jnp.where(active, a, b), new, old)
-
-
 class SignumState(NamedTuple):
   params: Params  # x_k
   momentum: Tree  # v_k of this worker
@@ -72,8 +67,8 @@ def signum(
       v_{k+1}^i = beta v_k^i + (1 - beta) grad f_i(x_k)
       x_{k+1} = x_k - eta_k (sign(aggregate_i(weight_i v_{k+1}^i)) + lambda x_k),   sign(0) = +1
 
-  With `majority_vote()` every worker's sign counts alike, and that of an inactive worker, whose
-  momentum is sent as zero, as +1. With `mean()` it is Signum of the mean gradient.
+  With `majority_vote()` the signs of all workers present count alike. With `mean()` it is Signum of
+  the mean gradient.
 
   Args:
     learning_rate: eta, constant or a schedule by rounds; what every parameter moves by.
@@ -99,8 +94,8 @@ def signum(
 
   def sync(local, state, *, key, weight=1.0, active=True):
     mix = lambda v, g: momentum * v + (1 - momentum) * g
-    mine = if_active(active, jax.tree.map(mix, state.momentum, local.grads), state.momentum)
-    value, _, link = aggregator.aggregate(weighted(mine, weight, active), state.link, key)
+    mine = kept(active, jax.tree.map(mix, state.momentum, local.grads), state.momentum)
+    value, _, link = aggregator.aggregate(mine, state.link, key, presence_of(weight, active))
     signed = lambda d, x: jnp.where(d >= 0, 1, -1).astype(x.dtype) + weight_decay * x
     direction = jax.tree.map(signed, value, state.params)
     params = moved(state.params, rate_at(learning_rate, state.count), direction)

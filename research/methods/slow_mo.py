@@ -10,6 +10,7 @@ from research.aggregate.composition import refuse
 from research.base import Aggregator, Array, Method, Params
 from research.methods.diloco import diloco
 from research.methods.local import Period
+from research.methods.signum import rate_at
 
 
 class SlowMomentumState(NamedTuple):
@@ -41,7 +42,8 @@ def slow_mo(
     aggregator: how the workers' changes of the model become one.
     period: tau, local steps per round, or [[first round, tau], ...] where it changes.
     learning_rate: gamma, that of the inner optimizer: give its schedule, by local steps, if it has
-      one. gamma_t is its value at the first step of round t; a constant one cancels.
+      one. gamma_t is its value at the first step of round t; where it is zero nothing is added to
+      the momentum. A constant one cancels.
     slow_learning_rate: alpha.
     slow_momentum: beta.
 
@@ -66,8 +68,10 @@ def slow_mo(
 
   def update(updates, state, params=None):
     del params
-    rate = learning_rate(state.count * period) if callable(learning_rate) else learning_rate
-    accumulate = lambda u, change: (slow_momentum * u + change / rate).astype(u.dtype)
+    rate = rate_at(learning_rate, state.count * period)
+    moving = rate > 0  # where it is not, the local steps were none
+    in_rates = lambda change: jnp.where(moving, change / jnp.where(moving, rate, 1), 0)
+    accumulate = lambda u, change: (slow_momentum * u + in_rates(change)).astype(u.dtype)
     momentum = jax.tree.map(accumulate, state.momentum, updates)
     move = lambda u: (-slow_learning_rate * rate * u).astype(u.dtype)
     return jax.tree.map(move, momentum), SlowMomentumState(momentum, state.count + 1)

@@ -2,11 +2,14 @@
 
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from research.aggregate.composition import refuse
+from research.aggregate.presence import alike, kept, presence_of, weighted
 from research.base import Aggregator, Method, Params, State
-from research.methods.local import begin, minus, plus, stepping, weighted
+from research.methods.local import begin, minus, plus, stepping
 
 
 class SpartaState(NamedTuple):
@@ -25,7 +28,7 @@ def sparta(inner: optax.GradientTransformation, aggregator: Aggregator) -> Metho
   all workers, becomes the workers' mean, and the others stay. The exchange keeps the mean of the
   models, which is deployed; they differ for good. With `mean()` this is local SGD with a period of
   one. Optimizers' states stay with their workers. The support has a fixed size in every leaf.
-  Whoever drops out of a round loses its step; its model is averaged as it was.
+  Whoever drops out of a round keeps its model, and the others average theirs.
 
   Args:
     inner: each worker's optimizer.
@@ -43,10 +46,12 @@ def sparta(inner: optax.GradientTransformation, aggregator: Aggregator) -> Metho
     return SpartaState(params, inner.init(params), aggregator.init(params))
 
   def sync(local, state, *, key, weight=1.0, active=True):
-    step = weighted(minus(local.params, state.params), weight, active)
-    moved = plus(state.params, step)
-    value, sent, link = aggregator.aggregate(moved, state.link, key)
-    return SpartaState(plus(moved, minus(value, sent)), local.inner, link)
+    step = weighted(minus(local.params, state.params), presence_of(weight, active))
+    moved, presence = plus(state.params, step), alike(active)
+    value, sent, link = aggregator.aggregate(moved, state.link, key, presence)
+    own = jax.tree.map(lambda s: s / jnp.maximum(presence.weight, 1), sent)  # W / n of who is there
+    after = SpartaState(plus(moved, minus(value, own)), local.inner, link)
+    return kept(active, after, state._replace(link=link))
 
   over = lambda wrap: sparta(inner, wrap(aggregator))
   return Method(init, begin, stepping(inner), sync, lambda state: state.params, 1, over)

@@ -11,10 +11,11 @@ from typing import NamedTuple
 import jax
 import optax
 
+from research.aggregate.presence import presence_of, weighted
 from research.base import Local, Method, Params, State, Tree
 from research.comm import collectives
 from research.methods.delays import Delays
-from research.methods.local import minus, plus, weighted
+from research.methods.local import minus, plus
 
 
 class Correction(NamedTuple):
@@ -94,7 +95,7 @@ def stale(inner: Method, delays: Delays, correction: Correction = NOTHING) -> Me
     own = local.rest._replace(params=plus(local.params, moved))
     after = inner.sync(own, state.inner, key=key, weight=weight, active=active)
     held = delays.after(state.held, inner.begin(after).params, key=key, active=active)
-    learnt = weighted(minus(local.memory, state.memory), weight, active)
+    learnt = weighted(minus(local.memory, state.memory), presence_of(weight, active))
     return StaleState(after, held, plus(state.memory, collectives.mean(learnt)))
 
   served = inner.served if delays.one_by_one else None

@@ -9,8 +9,9 @@ import optax
 from jax import lax
 
 from research.aggregate.composition import refuse
+from research.aggregate.presence import kept, presence_of
 from research.base import Aggregator, Array, Method, Params, State
-from research.methods.local import check_steps, minus, weighted
+from research.methods.local import check_steps, minus
 
 
 class StreamingState(NamedTuple):
@@ -121,14 +122,15 @@ def streaming_diloco(
   def sync(local, state, *, key, weight=1.0, active=True):
     parts = members(local.params)
     treedef = jax.tree.structure(state.common)
-    gradient = jax.tree.leaves(weighted(minus(state.common, local.params), weight, active))
+    gradient = jax.tree.leaves(minus(state.common, local.params))
+    presence = presence_of(weight, active)
 
     def exchange(fragment: int) -> Callable[..., tuple]:
       def run(leaves, outers, links):
         part, leaves = parts[fragment], list(leaves)
         model = [leaves[i] for i in part]
         sent = [gradient[i] for i in part]
-        value, _, link = aggregator.aggregate(sent, links[fragment], key)
+        value, _, link = aggregator.aggregate(sent, links[fragment], key, presence)
         updates, optimizer = outer.update(value, outers[fragment], model)
         for i, leaf in zip(part, jax.tree.leaves(optax.apply_updates(model, updates)), strict=True):
           leaves[i] = leaf
@@ -140,7 +142,8 @@ def streaming_diloco(
     held = jax.tree.leaves(state.common), state.outer, state.link
     leaves, outers, links = lax.switch(state.count % fragments, branches, *held)
     common = treedef.unflatten(leaves)
-    return StreamingState(local.params, common, local.inner, outers, links, state.count + 1)
+    own = kept(active, (local.params, local.inner), (state.params, state.inner))
+    return StreamingState(own[0], common, own[1], outers, links, state.count + 1)
 
   rates = {"period": period, "fragments": fragments, "delay": delay}
   rest = {**rates, "mixing": mixing, "strided": strided}

@@ -2,7 +2,9 @@
 
 Both run where the worker axis is in scope (inside `shard_map`, `pmap` or `vmap(axis_name="data")`)
 on one worker's gradients. Inside `shard_map` pass `check_vma=False`: with it on, `jax.grad` sums
-the gradients of unvarying parameters over the workers before the aggregator sees them.
+the gradients of unvarying parameters over the workers before the aggregator sees them, and such
+sums are refused. What each worker keeps for itself, such as the memory of an error feedback, comes
+out of `shard_map` by the specs that `parallel/state_specs.py` finds.
 """
 
 from typing import NamedTuple
@@ -12,8 +14,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from research.base import Aggregator, Array, Key, Local, Method, State
-from research.comm.collectives import round_keys, worker_key
+from research.base import Aggregator, Array, Key, Local, Method, State, Tree
+from research.comm.collectives import are_summed, round_keys, worker_key
 
 
 class AggregatedState(NamedTuple):
@@ -31,6 +33,9 @@ def aggregated(aggregator: Aggregator, *, seed: int = 0) -> optax.GradientTransf
   Args:
     aggregator: how the workers' gradients become one.
     seed: of the aggregator's randomness; the same on all workers.
+
+  Raises:
+    ValueError: when traced, if `shard_map` has summed the gradients already.
   """
 
   def init(params):
@@ -38,11 +43,20 @@ def aggregated(aggregator: Aggregator, *, seed: int = 0) -> optax.GradientTransf
 
   def update(updates, state, params=None):
     del params
+    _refuse_sums(updates)
     key = jax.random.fold_in(state.key, state.count)
     value, _, link = aggregator.aggregate(updates, state.link, key)
     return value, AggregatedState(state.count + 1, state.key, link)
 
   return optax.GradientTransformation(init, update)
+
+
+def _refuse_sums(grads: Tree) -> None:
+  if are_summed(grads):
+    raise ValueError(
+      "shard_map has added up the gradients of replicated parameters over the workers already, so "
+      "that aggregating them would count each W times: pass check_vma=False to shard_map"
+    )
 
 
 class MethodState(NamedTuple):
@@ -65,7 +79,8 @@ def as_optax(method: Method, *, seed: int = 0) -> optax.GradientTransformationEx
     seed: of its randomness; the same on all workers.
 
   Raises:
-    ValueError: if the method's rounds have no one length: its period changes, or it is by epochs.
+    ValueError: if the method's rounds have no one length: its period changes, or it is by epochs;
+      when traced, if `shard_map` has summed the gradients already.
   """
   if method.later or method.epochs:
     raise ValueError("as_optax takes rounds of one length: give the method one period")
@@ -79,6 +94,7 @@ def as_optax(method: Method, *, seed: int = 0) -> optax.GradientTransformationEx
     del unused
     if params is None:
       raise ValueError("as_optax needs the parameters: update(grads, state, params)")
+    _refuse_sums(updates)
     sync_key, step_key, _ = round_keys(state.key, state.count // method.period)
     key = jax.random.fold_in(worker_key(step_key), state.count % method.period)
     local = method.step(updates, state.local, state.state, key=key, grad_fn=grad_fn)

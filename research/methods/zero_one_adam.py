@@ -9,11 +9,12 @@ from jax import lax
 
 from research.aggregate.composition import refuse
 from research.aggregate.mean import mean
+from research.aggregate.presence import kept, presence_of
 from research.base import Aggregator, Array, Method, Params, State, Tree
 from research.methods.decentralized import GradientLocal, kept_gradient
-from research.methods.local import check_steps, plus, weighted
+from research.methods.local import check_steps, plus
 from research.methods.onebit_adam import Moments, checked_moments, mixed
-from research.methods.signum import check_rate, if_active, rate_at
+from research.methods.signum import check_rate, rate_at
 
 
 class Policy(NamedTuple):
@@ -127,26 +128,27 @@ def _zero_one_adam(
     return GradientLocal(model(state), jax.tree.map(jnp.zeros_like, state.params))
 
   def sync(local, state, *, key, weight=1.0, active=True):
+    presence = presence_of(weight, active)
+
     def refreshed(state):
-      grads = weighted(local.grads, weight, active)
-      grads, _, link = exact.aggregate(grads, state.exact, key)
+      grads, _, link = exact.aggregate(local.grads, state.exact, key, presence)
       squares = jax.tree.map(jnp.square, grads)
       return state._replace(variance=mixed(adam.b2, state.variance, squares), exact=link)
 
     def synchronised(state):
-      mine = weighted(state.buffer, weight, active)
-      total, _, link = aggregator.aggregate(mine, state.link, key)
+      total, _, link = aggregator.aggregate(state.buffer, state.link, key, presence)
       moving = state.rates > 0  # not where a schedule begins with zero: then nothing was sent
       rates = jnp.where(moving, state.rates, 1)
       approximate = lambda u, m: jnp.where(moving, u / rates, m).astype(m.dtype)
       m = jax.tree.map(approximate, total, state.momentum)
       x, u, rates = descended(state, total), jax.tree.map(jnp.zeros_like, total), 0 * rates
+      m, u = kept(active, (m, u), (state.momentum, state.buffer))
       return state._replace(params=x, momentum=m, buffer=u, rates=rates, link=link)
 
     rate = rate_at(learning_rate, state.count)
     m = mixed(adam.b1, state.momentum, local.grads)
     u = plus(state.buffer, jax.tree.map(lambda m: (rate * m).astype(m.dtype), m))
-    m, u = if_active(active, (m, u), (state.momentum, state.buffer))
+    m, u = kept(active, (m, u), (state.momentum, state.buffer))
     same = lambda state: state
     after = lax.cond(policy.refreshes(state.count), refreshed, same, state)
     after = after._replace(momentum=m, buffer=u, rates=state.rates + rate)

@@ -19,6 +19,7 @@ class Draw(NamedTuple):
 
   owner: Array  # [K] int32, whom it serves
   weight: Array  # [K], that owner's share of the objective; zero where it serves nobody
+  anybody: Array  # [K] bool, whether any worker serves somebody
   share: Array  # [K], of its losses in the metrics; averages to one over the workers
   index: Tree  # [K, H, b], which of the owner's examples; None if all of them
 
@@ -38,7 +39,8 @@ def draw(job: Job, data: Data, key: Key, numbers: Array, worker: Array) -> Draw:
   index = None
   if job.batch_size is not None:
     index = _examples(job, data, numbers, owners[:, worker], worker)
-  return Draw(owners[:, worker], weights[:, worker], shares[:, worker], index)
+  anybody = jnp.any(weights > 0, -1)
+  return Draw(owners[:, worker], weights[:, worker], anybody, shares[:, worker], index)
 
 
 def _examples(job: Job, data: Data, numbers: Array, owners: Array, worker: Array) -> Tree:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from research.base import Method, Task
+from research.base import Aggregator, Method, Task
 from research.comm import mesh as meshes
 
 
@@ -56,6 +56,19 @@ class Job(NamedTuple):
     """Local steps in a round of a method by epochs, of owners with so many examples each."""
     batches = sizes // sizes if self.batch_size is None else sizes // self.batch_size
     return self.method.epochs * (batches + (batches == 0))
+
+
+def traits(method: Method) -> frozenset[str]:
+  """Those of all aggregators of a method, see `aggregate/composition.py`."""
+  found: set[str] = set()
+
+  def note(aggregator: Aggregator) -> Aggregator:
+    found.update(aggregator.traits)
+    return aggregator
+
+  if method.over is not None:
+    method.over(note)
+  return frozenset(found)
 
 
 def constrained(job: Job) -> Job:

@@ -20,6 +20,7 @@ from research.aggregate.blockwise import (
   shard_keys,
 )
 from research.base import (
+  EVERYONE,
   Aggregate,
   Aggregator,
   Array,
@@ -126,25 +127,27 @@ def per_shard(inner: Aggregator, cut: Cut) -> Aggregator:
   """
   pair = of_shard(inner)
 
-  def aggregate(tree, state, key):
+  def aggregate(tree, state, key, presence=EVERYONE):
+    told = {k: v for k, v in presence._asdict().items() if isinstance(v, jax.Array)}
     parts = pieces(tree, cut)
     specs = jax.tree.map(lambda x: P(*spec_of(cut, x.shape)), parts)
     rows = jax.tree.map(lambda x: P() if is_counter(x) else P(cut.names), state.part)
 
-    def shard(parts, state, key):
+    def shard(parts, state, key, told):
+      there = presence._replace(**told) if told else presence
       keys = shard_keys(key, cut, [lax.axis_index(name) for name in cut.names])
       held = jax.tree.map(lambda x: x if is_counter(x) else x[0], state)
-      value, sent, after = pair.aggregate(parts, held, keys)
+      value, sent, after = pair.aggregate(parts, held, keys, there)
       return value, sent, jax.tree.map(lambda x: x if is_counter(x) else x[None], after)
 
     nested = jax.shard_map(
       shard,
-      in_specs=(specs, rows, P()),
+      in_specs=(specs, rows, P(), P()),
       out_specs=(specs, specs, rows),
       axis_names={*cut.names, *cut.around},
       check_vma=False,
     )
-    value, sent, after = nested(parts, state.part, key)
+    value, sent, after = nested(parts, state.part, key, told)
     return Aggregate(rejoined(value, tree), rejoined(sent, tree), Blocks(after))
 
   return Aggregator(blockwise(inner, cut).init, aggregate, inner.traits)

@@ -136,13 +136,14 @@ def _round(job, layout, local_phase, data, key, state, of_round):
   fold = lambda x: x.reshape(*axes.values(), *x.shape[1:])
   unfold = lambda x: x.reshape(job.workers, *x.shape[len(axes) :])
   meet = layouts.over_workers(
-    partial(workers.sync, job), axes, (local_axes, state_axes, 0, None), state_axes
+    partial(workers.sync, job), axes, (local_axes, state_axes, 0, None, None), state_axes
   )
   after = meet(
     jax.tree.map(lambda p, x: fold(x) if p else x, layout.local, local),
     jax.tree.map(lambda p, x: fold(x) if p else x, layout.state, states),
     fold(lots.weight),
     sync_key,
+    lots.anybody[0],
   )
 
   def put(private, rows, new):

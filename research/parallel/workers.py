@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from research.aggregate.blockwise import blockwise
+from research.aggregate.blockwise import blockwise, is_counter
 from research.aggregate.mean import mean
 from research.base import Array, Batch, Data, Key, Local, State, TrainState, Tree, value_and_grad
 from research.comm import collectives, wire
@@ -15,7 +15,7 @@ from research.comm import mesh as meshes
 from research.parallel import layout as layouts
 from research.parallel import sharded
 from research.parallel.cohorts import draw
-from research.parallel.job import Job, resolved
+from research.parallel.job import Job, resolved, traits
 
 
 def value_and_clipped_grad(job: Job, inside: sharded.Inside) -> Callable[..., tuple[Array, Tree]]:
@@ -110,11 +110,21 @@ def put(private: Tree, held: State, client: Array, state: State) -> State:
   return jax.tree.map(merge, private, held, state)
 
 
-def sync(job: Job, local: Local, state: State, weight: Array, key: Key) -> State:
-  """The part of a round that communicates; runs with the worker axes in scope."""
-  if job.sampling_rate or job.dropout:
-    return job.method.sync(local, state, key=key, weight=weight, active=weight > 0)
-  return job.method.sync(local, state, key=key, weight=1.0 if job.even else weight)
+def sync(
+  job: Job, local: Local, state: State, weight: Array, key: Key, anybody: Array | bool = True
+) -> State:
+  """The part of a round that communicates; runs with the worker axes in scope.
+
+  A round in which nobody takes part leaves everything as it was, but for the counts of rounds, on
+  which depends what later ones send, and for noise, which hides whether anybody did.
+  """
+  if not job.sampling_rate and not job.dropout:
+    return job.method.sync(local, state, key=key, weight=1.0 if job.even else weight)
+  after = job.method.sync(local, state, key=key, weight=weight, active=weight > 0)
+  if "noise" in traits(job.method):
+    return after
+  one = lambda new, old: new if is_counter(new) else jnp.where(anybody, new, old)
+  return jax.tree.map(one, after, state)
 
 
 def infer_layout(job: Job) -> layouts.Layout:
@@ -123,7 +133,8 @@ def infer_layout(job: Job) -> layouts.Layout:
   Raises:
     ValueError: if the population is smaller than the cohort or no multiple of it, the method keeps
       a worker's chunk of a whole or sends to neighbours and the workers serve several clients or
-      drop out, or clients are sampled at a rate and the method keeps private state.
+      drop out, it counts on everyone's earlier messages and not everyone is there, or clients are
+      sampled at a rate and the method keeps private state.
   """
   job = blocked(resolved(job))
   if len(job.sizes) % job.workers:
@@ -152,9 +163,11 @@ def infer_layout(job: Job) -> layouts.Layout:
     raise ValueError("two_phase keeps a memory by worker, and a population is kept by client")
   if job.clients > 1 and _has_neighbours(job, layout):
     raise ValueError("neighbours are workers, and a population keeps its state by client")
-  if job.dropout and _has_neighbours(job, layout):
+  is_partial = job.clients > 1 or job.dropout or job.sampling_rate
+  if is_partial and "everyone" in traits(job.method):
     raise ValueError(
-      "a neighbour that drops out would leave its links empty; leave out the dropout"
+      "ef21 and diana add up what each worker has sent so far, which goes with neither dropout nor "
+      "a population; take error_feedback"
     )
   if job.sampling_rate and any(jax.tree.leaves(layout.state)):
     raise ValueError("the method keeps state of each client; sampling at a rate goes without")
@@ -196,7 +209,7 @@ def rounds_of_worker(
       collectives.worker_key(step_key),
       inside,
     )
-    after = sync(job, local, pick(private, held, client), lot.weight, sync_key)
+    after = sync(job, local, pick(private, held, client), lot.weight, sync_key, lot.anybody)
     written = all_finite(after) if job.clients > 1 else jnp.bool_(True)
     return put(private, held, client, after), (losses, written)
 

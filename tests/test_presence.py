@@ -1,0 +1,457 @@
+"""Absent is not zero: what lost, idle and unsampled workers have reaches nobody, and stays theirs.
+
+And zero is a value like any other: a round of zero gradients, or with a rate of zero, ends nothing.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from aggregators import AGGREGATORS, FLAT
+from aggregators import SLICED as SLICES
+from problems import SIMULATED, Running, distance, regression
+from side_by_side import regressions, side_by_side
+from table import METHODS, NAMES, SLICED, by_period
+
+from research import registry
+from research.base import Aggregator, Chunk, Method, Presence
+from research.parallel import layout
+from research.parallel.job import traits
+
+W = 8
+ABSENT = np.asarray([False, True, False, False, True, False, True, False])
+WEIGHTS = np.where(ABSENT, 0, W / np.sum(~ABSENT)).astype(np.float32)
+SLICED_AXES = {"slice": 2, "data": 4}
+LEAVES = {"w": (6, 4), "b": (3,)}
+NEIGHBOURS = ("gossip", "push_sum", "choco", "q1_gossip", "q2_gossip")
+# Aggregators that nobody may be absent from, by a refusal that `test_what_has_no_meaning` shows.
+EVERYBODY = {n for n, a in AGGREGATORS.items() if "everyone" in a.traits} | {*NEIGHBOURS}
+MEET = {n: a for n, a in AGGREGATORS.items() if n not in EVERYBODY and n not in SLICES}
+BETWEEN_SLICES = {n: AGGREGATORS[n] for n in SLICES if n not in EVERYBODY} | {
+  "hierarchical_median": registry.build("aggregator", "hierarchical(median(axis='slice'))"),
+  "hierarchical_vote": registry.build("aggregator", "hierarchical(majority_vote(axis='slice'))"),
+}
+# Those of which equal contributions give that contribution, whoever sends it: all but attacked
+# ones, those with noise, and those that draw a rounding of their own.
+EQUAL = [
+  n
+  for n, a in MEET.items()
+  if not a.traits & {"forged", "noise", "expansive"} and n != "secure_sum"
+]
+
+
+def drawn(seed: int, *lead: int) -> dict[str, jax.Array]:
+  random = np.random.default_rng(seed)
+  normal = lambda shape: random.normal(size=(*lead, *shape)).astype(np.float32)
+  return {name: jnp.asarray(normal(shape)) for name, shape in LEAVES.items()}
+
+
+def over_workers(one: Callable[..., Any], *rows: Any) -> Any:
+  return jax.jit(jax.vmap(one, axis_name="data"))(*rows)
+
+
+def folded(one: Callable[..., Any], axes: Mapping[str, int]) -> Callable[..., Any]:
+  """What each worker computes, from rows [W, ...] to rows, whatever axes the workers lie along."""
+  fold = lambda x: jnp.asarray(x).reshape(*axes.values(), *x.shape[1:])
+  unfold = lambda x: x.reshape(W, *x.shape[len(axes) :])
+  program = jax.jit(layout.over_workers(one, axes, 0, 0))
+  return lambda *rows: jax.tree.map(unfold, program(*jax.tree.map(fold, rows)))
+
+
+def two_rounds(aggregators: Mapping[str, Aggregator]) -> Callable[..., Any]:
+  """Of each: everyone's first round, then one in which some are absent, from a state of theirs."""
+
+  def worker(first, second, weight, active):
+    found = {}
+    for name, aggregator in aggregators.items():
+      before = aggregator.aggregate(first, aggregator.init(first), jax.random.key(0)).state
+      presence = Presence(weight, active)
+      out = aggregator.aggregate(second, before, jax.random.key(1), presence)
+      found[name] = out.value, before, out.state
+    return found
+
+  return worker
+
+
+def absent_rows(name: str, before: Any, after: Any) -> None:
+  """An absent worker's own leaves are what they were; leaves that all share are the others'."""
+  is_chunk = lambda node: isinstance(node, Chunk)
+  pairs = zip(
+    jax.tree.leaves(before, is_leaf=is_chunk), jax.tree.leaves(after, is_leaf=is_chunk), strict=True
+  )
+  for old, new in pairs:
+    if is_chunk(old):  # of the whole, which an absent worker looks after all the same
+      continue
+    old, new = np.asarray(old), np.asarray(new)
+    is_shared = (new == new[:1]).all()
+    assert is_shared or (old[ABSENT] == new[ABSENT]).all(), name
+
+
+@pytest.mark.parametrize("group", ["flat", "sliced"])
+def test_nothing_of_who_is_absent_arrives_and_its_memory_stays(group):
+  """Whatever it has, be it no number; every aggregator but those that refuse to go on."""
+  chosen = MEET if group == "flat" else BETWEEN_SLICES
+  first, second = drawn(0, W), drawn(1, W)
+  nobody_knows = jax.tree.map(lambda x: x.at[ABSENT].set(jnp.nan), second)
+  program = folded(two_rounds(chosen), SIMULATED if group == "flat" else SLICED_AXES)
+  want = program(first, second, WEIGHTS, ~ABSENT)
+  got = program(first, nobody_knows, WEIGHTS, ~ABSENT)
+  for name in chosen:
+    for a, b in zip(jax.tree.leaves(got[name]), jax.tree.leaves(want[name]), strict=True):
+      np.testing.assert_array_equal(a, b, err_msg=name)
+    value, before, after = got[name]
+    assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(value)), name
+    absent_rows(name, before, after)
+
+
+@pytest.mark.parametrize("present", [8, 5, 3, 1])
+def test_equal_contributions_of_those_present_give_that_contribution(present):
+  """As when everyone sends it, however many they are and however much each of them weighs."""
+  one = drawn(2)
+  rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (W, *x.shape)), one)
+  chosen = {n: MEET[n] for n in EQUAL}
+  active = np.arange(W) < present
+  uneven = np.where(active, np.linspace(1, 3, W), 0)
+  weight = (W * uneven / uneven.sum()).astype(np.float32)
+
+  def worker(tree, weight, active):
+    run = lambda a, *presence: a.aggregate(tree, a.init(tree), jax.random.key(0), *presence).value
+    told = Presence(weight, active)
+    return {n: (run(a), run(a, told)) for n, a in chosen.items()}
+
+  for name, (want, got) in over_workers(worker, rows, weight, active).items():
+    assert distance(got, want) <= 1e-5, name
+  # those that are no compressor give the very contribution
+  for name in {"mean", "median", "trimmed_mean", "multi_krum", "geometric_median"} & {*chosen}:
+    got = over_workers(worker, rows, weight, active)[name][1]
+    assert distance(jax.tree.map(lambda x: x[0], got), one) <= 1e-6, name
+
+
+@pytest.mark.parametrize("present", [8, 6, 5, 2])
+def test_robust_rules_are_those_of_the_values_present(present):
+  """Against numpy on the rows of those present: median, trimmed mean, Krum, centered clipping."""
+  rows = drawn(3, W)
+  there = np.random.default_rng(present).permutation(W) < present
+  weight = np.where(there, W / present, 0).astype(np.float32)
+  specs = {"median": "median()", "trimmed": "trimmed_mean(0.2)", "krum": "krum(1)"}
+  specs |= {"multi": "multi_krum(1, 3)", "clip": "centered_clip(2.0)"}
+  chosen = {n: registry.build("aggregator", s) for n, s in specs.items()}
+
+  def worker(tree, weight, active):
+    told = Presence(weight, active)
+    of = lambda a: a.aggregate(tree, a.init(tree), jax.random.key(0), told).value
+    return {n: of(a) for n, a in chosen.items()}
+
+  flat = lambda tree, lead: np.concatenate(
+    [np.asarray(tree[k]).reshape(*lead, -1) for k in "bw"], -1
+  )
+  x = flat(rows, (W,))[there].astype(np.float64)
+  n, ordered = len(x), np.sort(x, 0)
+  trim = int(0.2 * n + 1e-9)
+  distances = ((x[:, None] - x[None]) ** 2).sum(-1)
+  near = min(max(n - 1 - 2, 1), n - 1)
+  scores = np.sort(distances, 1)[:, 1 : 1 + near].sum(1)
+  best = np.argsort(scores, kind="stable")
+  norms = np.linalg.norm(x, axis=1, keepdims=True)
+  want = {
+    "median": np.median(x, 0),
+    "trimmed": ordered[trim : n - trim].mean(0),
+    "krum": x[best[0]],
+    "multi": x[best[: min(3, n)]].mean(0),
+    "clip": (x * np.minimum(1, 2.0 / norms)).mean(0),
+  }
+  for name, got in over_workers(worker, rows, weight, there).items():
+    found = flat(got, (W,))
+    np.testing.assert_allclose(found, np.tile(want[name], (W, 1)), atol=2e-5, err_msg=name)
+
+
+def test_a_vote_is_among_those_present():
+  """Three of eight vote no; absent workers have no vote, nor is a tie decided by them."""
+  vote = registry.build("aggregator", "majority_vote()")
+  votes = jnp.asarray([-1.0, -1.0, -1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+  ask = lambda x, active: vote.aggregate({"w": x}, (), None, Presence(1.0, active)).value["w"]
+  count = lambda there: over_workers(ask, votes, jnp.asarray(there)).tolist()
+  assert count([True] * 3 + [False] * 5) == [-1.0] * W
+  assert count([True] * 4 + [False] * 4) == [-1.0] * W
+  assert count([True] * 6 + [False] * 2) == [1.0] * W  # a tie
+  assert count([True] * 8) == [1.0] * W
+
+
+# ---- methods
+
+
+def some_absent(methods: Mapping[str, Method], axes: Mapping[str, int]) -> Callable[..., Any]:
+  """Of each: a round of all workers, then one that some miss, with gradients as they are given."""
+
+  def worker(first, second, weight, active):
+    found = {}
+    for name, method in methods.items():
+      state = method.init(first)
+      for number, grads in enumerate((first, second)):
+        local = method.begin(state)
+        for _ in range(method.period):
+          elsewhere = lambda params, g=grads: jax.tree.map(lambda g, p: g + 0.1 * p, g, params)
+          key = jax.random.key(3)
+          local = method.step(elsewhere(local.params), local, state, key=key, grad_fn=elsewhere)
+        told = {"weight": weight, "active": active} if number else {}
+        before, state = state, method.sync(local, state, key=jax.random.key(number), **told)
+      found[name] = before, state
+    return found
+
+  return folded(worker, axes)
+
+
+@pytest.mark.parametrize("group", ["flat", "sliced"])
+def test_a_lost_round_of_a_worker_reaches_nobody(group):
+  """Every method: the same, bit for bit, whatever the gradients of the lost round are.
+
+  What a worker keeps for itself then is what it had, or what all that are present received.
+  """
+  names = [n for n in NAMES if n != "sgp"] if group == "flat" else list(SLICED)
+  axes = SIMULATED if group == "flat" else SLICED_AXES
+  program = some_absent({name: METHODS[name] for name in names}, axes)
+  first, second = drawn(4, W), drawn(5, W)
+  nobody_knows = jax.tree.map(lambda x: x.at[ABSENT].set(jnp.nan), second)
+  want = program(first, second, WEIGHTS, ~ABSENT)
+  got = program(first, nobody_knows, WEIGHTS, ~ABSENT)
+  for name in names:
+    for a, b in zip(jax.tree.leaves(got[name]), jax.tree.leaves(want[name]), strict=True):
+      np.testing.assert_array_equal(a, b, err_msg=name)
+    before, after = got[name]
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    for old, new in pairs:
+      old, new = np.asarray(old), np.asarray(new)
+      if not np.issubdtype(new.dtype, np.floating):
+        continue  # counts of rounds, and delays that are drawn ahead
+      for worker in np.flatnonzero(ABSENT):
+        kept = (old[worker] == new[worker]).all()
+        received = any((new[worker] == new[i]).all() for i in np.flatnonzero(~ABSENT))
+        is_chunk = name in ("two_phase", "onebit_adam")  # which its worker looks after all the same
+        assert kept or received or is_chunk, name
+
+
+def test_a_round_that_nobody_takes_part_in_changes_nothing():
+  """But the counts of rounds; momenta, estimates and models are what they were."""
+  for names in by_period([n for n in NAMES if n != "sgp"]).values():
+    methods, tasks = side_by_side({n: METHODS[n] for n in names}), regressions(names)
+    run = Running(methods, "simulate", SIMULATED, batch_size=None, task=tasks, dropout=1 - 1e-9)
+    before = jax.device_get(run.state.method)
+    after = jax.device_get(run.rounds(2).state.method)
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+      if np.issubdtype(new.dtype, np.floating):
+        np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.parametrize("executor", ["simulate", "spmd"])
+def test_dropout_finds_the_optimum_with_any_rule(executor):
+  """Three in ten lost per round: a rule over those present is near what it is over all."""
+  specs = ("mean()", "median()", "krum(1)", "geometric_median()", "trimmed_mean(0.2)")
+  specs = (*specs, "error_feedback(gather_mean(top_k(0.3)))", "worker_momentum(median())")
+  names = tuple(map(str, range(len(specs))))
+  same = regression(30)
+  task = same._replace(train={k: np.concatenate([v] * W) for k, v in same.train.items()})
+  build = lambda spec: registry.build("method", f"data_parallel(sgd(0.2), {spec})")
+  methods = side_by_side(dict(zip(names, map(build, specs), strict=True)))
+  arguments = (methods, executor, SIMULATED, (30,) * W, None, 0.0, regressions(names, task))
+  lost, whole = (Running(*arguments, dropout=d).rounds(40).params() for d in (0.3, 0.0))
+  for name, spec in zip(names, specs, strict=True):
+    assert distance(lost[name], whole[name]) <= 2e-2, spec
+
+
+@pytest.mark.parametrize(
+  ("spec", "more", "words"),
+  [
+    ("data_parallel(sgd(0.1), ef21(gather_mean(sign())))", {"dropout": 0.1}, "ef21 and diana"),
+    (
+      "data_parallel(sgd(0.1), diana(gather_mean(qsgd()), alpha=0.1))",
+      {"sizes": (30,) * 16},
+      "pop",
+    ),
+    ("d_psgd(sgd(0.1), gossip(ring()))", {"dropout": 0.1}, "leave its links empty"),
+    ("sgp(sgd(0.1), exponential())", {"dropout": 0.1}, "leave its links empty"),
+    ("extra(0.1, choco(int8(), ring(), gamma=0.5))", {"dropout": 0.1}, "choco|memory"),
+  ],
+)
+def test_what_has_no_meaning_is_refused(spec, more, words):
+  with pytest.raises(ValueError, match=words):
+    Running(registry.build("method", spec), "simulate", SIMULATED, **{"sizes": (30,) * W, **more})
+
+
+def test_traits_are_those_of_every_aggregator_inside():
+  for spec in FLAT.values():
+    inner = registry.build("aggregator", spec)
+    for outer in ("data_parallel(sgd(0.1), {})", "averaged(diloco(sgd(0.1), sgd(1.0), {}))"):
+      try:
+        method = registry.build("method", outer.format(spec))
+      except ValueError:
+        continue
+      assert traits(method) >= inner.traits
+  assert traits(registry.build("method", "sgp(sgd(0.1), ring())")) >= {"local"}
+
+
+# ---- zero is a value
+
+
+@pytest.mark.parametrize("group", ["flat", "sliced"])
+def test_a_round_of_zero_gradients_ends_nothing(group):
+  """First, in between, or at the end: all stays finite, and the next gradient moves the model."""
+  names = NAMES if group == "flat" else list(SLICED)
+  axes = SIMULATED if group == "flat" else SLICED_AXES
+  grads = drawn(6, W)
+
+  def worker(grads):
+    found = {}
+    for name in names:
+      method, state = METHODS[name], METHODS[name].init(jax.tree.map(jnp.zeros_like, grads))
+      models = []
+      for number, scale in enumerate((0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0)):
+        local = method.begin(state)
+        for _ in range(method.period):
+          elsewhere = lambda params, s=scale: jax.tree.map(lambda g: s * g, grads)
+          key = jax.random.key(number)
+          local = method.step(elsewhere(local.params), local, state, key=key, grad_fn=elsewhere)
+        state = method.sync(local, state, key=jax.random.key(number))
+        models.append(method.params(state))
+      found[name] = models, state
+    return found
+
+  for name, (models, state) in folded(worker, axes)(grads).items():
+    floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert all(bool(jnp.isfinite(x).all()) for x in floats), name
+    last = models[3:]  # after a round of zeros, those of two others
+    moved = [float(jnp.abs(a["w"] - b["w"]).max()) for a, b in itertools.pairwise(last)]
+    assert max(moved) > 0, name
+
+
+RATE = "linear_schedule(0.0, 0.1, 4)"
+
+
+@pytest.mark.parametrize(
+  "spec",
+  [
+    f"data_parallel(sgd({RATE}, momentum=0.9), error_feedback(power_sgd(1)))",
+    f"local_sgd(adam({RATE}), mean(), period=2)",
+    f"slow_mo(sgd({RATE}), mean(), period=2, learning_rate={RATE})",
+    f"diloco(sgd({RATE}), sgd(0.7, momentum=0.9), error_feedback(two_phase(sign())), period=2)",
+    f"fed_adam(sgd({RATE}), mean(), period=6)",
+    f"signum({RATE}, majority_vote())",
+    f"onebit_adam({RATE}, error_feedback(two_phase(sign())), warm_up=2)",
+    f"zero_one_adam({RATE}, error_feedback(two_phase(sign())), warm_up=2, double_every=2)",
+    f"demo({RATE}, gather_mean(dct_top_k(2, 2)))",
+    f"marina({RATE}, gather_mean(qsgd()))",
+    f"dc_asgd({RATE}, mean(), constant(1))",
+    f"hogwild({RATE}, mean(), bound=2)",
+  ],
+)
+def test_a_rate_that_starts_at_zero_is_a_rate(spec):
+  """A warm-up from exactly 0 goes on as one from nearly 0 does: finite, and downhill at last."""
+  task = regression()
+  run = Running(registry.build("method", spec), "simulate", SIMULATED, batch_size=None)
+  start = task.loss(run.params(), task.train, None)
+  end = task.loss(run.rounds(12).params(), task.train, None)
+  assert bool(run.metrics["finite"])
+  assert float(end) < float(start)
+
+
+@pytest.mark.parametrize("when", [0, 2, None])
+def test_power_sgd_finds_a_matrix_of_its_rank_after_any_round(when):
+  """A rank-one mean whose first rows are zero: no error from the next round on."""
+  random = np.random.default_rng(0)
+  matrix = (random.normal(size=(32, 1)) @ random.normal(size=(1, 16))).astype(np.float32)
+  matrix[:4] = 0
+  aggregator = registry.build("aggregator", "error_feedback(power_sgd(2))")
+  rounds = jnp.stack([jnp.asarray(matrix * (i != when)) for i in range(5)])
+
+  def worker(rounds):
+    def one(state, tree):
+      out = aggregator.aggregate({"w": tree}, state, jax.random.key(0))
+      return out.state, out.value["w"]
+
+    return jax.lax.scan(one, aggregator.init({"w": rounds[0]}), rounds)[1]
+
+  found = jax.jit(jax.vmap(worker, None, axis_name="data", axis_size=4))(rounds)[0]
+  for value in found[(0 if when is None else when + 1) :][1:]:
+    assert distance(value, matrix) <= 1e-4
+
+
+# ---- sums over workers in 16 bits
+
+NARROW = {
+  "mean()", "gather_mean(int8())", "gather_mean(identity())", "sum_mean(identity())",
+  "sum_mean(bf16())", "two_phase(int8())", "two_phase(bf16())", "ef21(gather_mean(int8()))",
+  "diana(gather_mean(int8()), alpha=1.0)", "error_feedback(gather_mean(int8()))",
+  "error_feedback(mean())", "worker_momentum(mean(), momentum=0.0)", "power_sgd(1)",
+  "momentum_correction(gather_mean(top_k(1.0)), momentum=0.0)", "bucketed(mean())",
+  "only_large(gather_mean(int8()), min_size=4)", "warm_up(gather_mean(int8()), steps=1)",
+  "noisy(mean(), clip=1e6, noise=0.0)", "median()", "trimmed_mean(0.25)", "geometric_median()",
+  "centered_clip(1e6)", "gossip(complete())", "push_sum(complete())",
+  "choco(int8(), complete(), gamma=1.0)", "q1_gossip(identity(), complete())",
+  "q2_gossip(identity(), complete())", "gather_mean(hadamard(int8()))", "gather_mean(fp8())",
+  "gather_mean(natural())", "sum_mean(count_sketch(1, 64))", "gather_mean(sign())",
+  "secure_sum(clip=20000.0)",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [8, 1024])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_means_of_narrow_floats_are_those_of_float64(dtype, count):
+  """1,024 ones are one, eight ten-thousands ten thousand, and what differs is off by a rounding."""
+  many = ("gossip", "push_sum", "choco", "q1", "q2", "secure", "geometric", "centered")
+  chosen = [s for s in sorted(NARROW) if count == 8 or not s.startswith(many)]
+  built = {spec: registry.build("aggregator", spec) for spec in chosen}
+  top = 10000.0
+  random = np.random.default_rng(0)
+  near = 1 + 0.1 * random.normal(size=(count, 8))
+  rows = {
+    "ones": jnp.ones((count, 8), dtype),
+    "large": jnp.full((count, 8), top, dtype),
+    "near": jnp.asarray(near, dtype),
+  }
+
+  def worker(rows):
+    one = lambda a, x: a.aggregate({"w": x}, a.init({"w": x}), jax.random.key(0)).value["w"]
+    return {s: {k: one(a, x) for k, x in rows.items()} for s, a in built.items()}
+
+  step = float(jnp.finfo(dtype).eps)
+  loose = {"gather_mean(natural())": 0.5, "gather_mean(sign())": 0.2, "gather_mean(fp8())": 0.07}
+  for spec, values in over_workers(worker, rows).items():
+    allowed = loose.get(spec, 0.02)
+    for name, value in values.items():
+      assert value.dtype == dtype
+      if spec in ("median()", "trimmed_mean(0.25)", "power_sgd(1)") and name == "near":
+        continue  # no mean
+      want = np.asarray(rows[name], np.float64).mean(0)
+      off = np.abs(np.asarray(value, np.float64) / want - 1).max()
+      assert off <= max(allowed, 4 * step), (spec, name, off)
+
+
+def test_a_narrow_mean_is_exact_where_it_is_simulated():
+  """The nearest number to the float64 mean, in both dtypes; small float16 numbers do not vanish."""
+  mean = registry.build("aggregator", "mean()")
+  for dtype, scale in ((jnp.bfloat16, 1.0), (jnp.float16, 1.0), (jnp.float16, 1e-5)):
+    rows = jnp.asarray(scale * np.random.default_rng(1).normal(size=(1000, 16)), dtype)
+    got = over_workers(lambda x: mean.aggregate(x, (), None).value, rows)
+    want = np.asarray(rows, np.float64).mean(0).astype(dtype)
+    np.testing.assert_allclose(np.asarray(got[0], float), want.astype(float), rtol=2**-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("spec", ["qsgd()", "qsgd(1)", "terngrad()", "int8()", "int4()", "fp8()"])
+def test_huge_values_are_themselves_or_no_numbers(spec):
+  """Four times 2^127: half an octave off at most, never small."""
+  aggregator = registry.build("aggregator", f"gather_mean({spec})")
+  rows = jnp.full((4, 8), 2.0**127, jnp.float32)
+  value = over_workers(lambda x: aggregator.aggregate(x, (), jax.random.key(0)).value, rows)[0]
+  value = np.asarray(value, np.float64)
+  assert (~np.isfinite(value) | (np.abs(value / 2.0**127 - 1) < 0.6)).all()
+
+
+def test_empty_leaves_take_no_part_in_a_bucket():
+  bucketed = registry.build("aggregator", "bucketed(mean())")
+  tree = {"big": jnp.ones((W, 5, 300)), "empty": jnp.ones((W, 5, 0)), "small": jnp.ones((W, 2))}
+  got = over_workers(lambda t: bucketed.aggregate(t, bucketed.init(t), None).value, tree)
+  assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, tree)
+  assert float(got["big"].sum()) == W * 1500
