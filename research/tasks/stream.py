@@ -41,7 +41,7 @@ def stream(
   each: windows of T at equal distances, always the same. "bits_per_byte" is not known of a .npy.
 
   Args:
-    path: of a text in UTF-8, or of a .npy file with tokens [N], unsigned or int32.
+    path: of a text in UTF-8, or of a .npy file with tokens [N], integers of any type.
     model: outputs -> module, called with the number of tokens V; from tokens [b, T] to logits
       [b, T, V].
     tokenizer: of a text: "bytes" (V = 256), which needs no other file, or "bpe", which is trained
@@ -156,7 +156,7 @@ def _source(path: str, tokenizer: str, vocabulary: int | None, share: float) -> 
       raise ValueError(f"{path} holds tokens: say by vocabulary=V how many there are, and no more")
     return Source(TokenFile(path), vocabulary, None)
   if tokenizer == "bpe":
-    found = encoded(path, vocabulary or language.VOCABULARY, share)
+    found = encoded(path, language.VOCABULARY if vocabulary is None else vocabulary, share)
     return Source(TokenFile(found.path), found.tokenizer.size, found.tokenizer.lengths)
   if vocabulary is not None:
     raise ValueError(f"vocabulary={vocabulary}: bytes are 256")
