@@ -341,6 +341,13 @@ def test_a_damaged_tokenizer_is_trained_again(cache, has_bpe, damage):
   assert saved.read_bytes() == content
 
 
+def test_a_tokenizer_needs_no_cache(cache, has_bpe, monkeypatch):
+  wanted = tokens.bpe(ODD, 280).encode(ODD)
+  (cache / "file").write_text("")
+  monkeypatch.setenv("XDG_CACHE_HOME", str(cache / "file"))
+  np.testing.assert_array_equal(tokens.bpe(ODD, 280).encode(ODD), wanted)
+
+
 @pytest.mark.parametrize("vocabulary", [-1, 0, 255, 2**20 + 1, 2**31, 10**30, 280.0, True])
 def test_bpe_refuses_a_vocabulary(vocabulary):
   with pytest.raises(ValueError, match=r"vocabulary=.* is not in \[256, 1048576\]; a BPE starts"):

@@ -123,6 +123,7 @@ def kept(relative: str, make: Callable[[], str]) -> str:
   """The text that `make` returns, from the user's cache if it is there and undamaged.
 
   It is kept as JSON, {"sha256", "content"}; a file that does not match its SHA-256 is replaced.
+  Without a cache that can be written, the text is made each time.
 
   Args:
     relative: path under the cache, a name of all that the text depends on.
@@ -138,8 +139,11 @@ def kept(relative: str, make: Callable[[], str]) -> str:
       pass  # as a text that does not match
     logging.getLogger(__name__).warning("%s is damaged and is made again", path)
   content = make()
-  with whole(path) as partial:
-    partial.write_text(json.dumps({"sha256": _sha256(content), "content": content}))
+  try:
+    with whole(path) as partial:
+      partial.write_text(json.dumps({"sha256": _sha256(content), "content": content}))
+  except OSError as error:
+    logging.getLogger(__name__).warning("%s cannot be kept for other runs (%s)", path, error)
   return content
 
 

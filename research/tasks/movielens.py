@@ -19,6 +19,7 @@ SHA256 = {
 FOLDS = ("u1", "u2", "u3")
 COLD = ("cold_items", "cold_users")
 LEAST, MOST = 1.0, 5.0  # stars
+ITEMS = 10**7  # at most
 PAIRS = 2**31  # of a user and an item, at most: measuring takes a byte of each, and more
 _COLD_SHARE = 10  # one in so many is cold
 
@@ -138,16 +139,16 @@ def _table(path: Path) -> np.ndarray:
 
   table = np.array(texts.parsed(path, rating), float).reshape(-1, 3)
   if len(table) < 2:
-    raise ValueError(f"{path} has {len(table)} ratings; need two, as some are held out")
+    raise ValueError(f"{path}: {len(table)} of the two ratings or more that are needed are there")
   users, items = table[:, :2].max(0)
   rated = np.unique(table[:, 0])
   if users > len(rated):
     missing = np.flatnonzero(rated != np.arange(1, len(rated) + 1))[0] + 1
     raise ValueError(f"{path}: user {missing} of {users:.0f} has no ratings")
-  if users * items > PAIRS:
+  if items > ITEMS or users * items > PAIRS:
     raise ValueError(
-      f"{path}: {users:.0f} users and items up to {items:.0f} are more than {PAIRS} pairs, all of "
-      "which are predicted; number the items without large gaps"
+      f"{path}: {users:.0f} users and items up to {items:.0f} are more than {ITEMS} items or "
+      f"{PAIRS} pairs, which have to fit the memory; number the items without large gaps"
     )
   return table
 

@@ -46,7 +46,7 @@ class TokenFile:
       raise ValueError(f"{path} is compressed, and can only be read from its beginning; unpack it")
     self._stored, self._start, self._length = _contents(path)
     self.dtype = self._stored if self._stored in NATIVE else np.dtype(np.int32)
-    self._path, self._file = path, os.open(path, os.O_RDONLY)
+    self.path, self._file = path, os.open(path, os.O_RDONLY)
     weakref.finalize(self, os.close, self._file)
 
   def __len__(self) -> int:
@@ -58,13 +58,13 @@ class TokenFile:
     # no memory map: its pages would count as this process's memory, up to all of the file
     found = os.pread(self._file, (stop - start) * size, self._start + start * size)
     if len(found) != (stop - start) * size:
-      raise OSError(f"{self._path} has become shorter since it was opened")
+      raise OSError(f"{self.path} has become shorter since it was opened")
     stored = np.frombuffer(found, self._stored)
     if self.dtype == self._stored:
       return stored
     least, most = stored.min(initial=0), stored.max(initial=0)
     if least < 0 or most >= 2**31:
-      raise ValueError(f"{self._path} has tokens from {least} to {most}, not in [0, 2^31)")
+      raise ValueError(f"{self.path} has tokens from {least} to {most}, not in [0, 2^31)")
     return stored.astype(self.dtype)
 
 
