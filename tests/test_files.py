@@ -157,6 +157,20 @@ def test_a_wrong_file_is_refused_with_its_path(name, content, message, tmp_path,
   assert str(path) in one_line(caught)
 
 
+@pytest.mark.parametrize("name", ["set", "set.gz"])
+@pytest.mark.parametrize("published", ["set", "set.gz"])
+def test_a_damaged_file_of_the_cache_is_fetched_again(name, published, cache, closed):
+  body = COMPRESS[Path(published).suffix](CONTENT)
+  path = write(cache / name, body[:-20])
+  with pytest.raises(ValueError, match=r"is truncated .* and http.* cannot be fetched") as caught:
+    files.find("set", "", closed, SHA256)
+  assert str(path) in one_line(caught)
+  with serving({f"/{published}": (body, len(body))}) as url:
+    found = files.find("set", "", f"{url}/{published}", SHA256)
+  assert read(found) == CONTENT
+  assert files.find("set", "", closed, SHA256) == found
+
+
 def test_a_directory_that_is_none_is_refused(tmp_path, closed):
   with pytest.raises(ValueError, match="typo' is not a directory"):
     files.find("set", str(tmp_path / "typo"), closed)

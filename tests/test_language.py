@@ -317,9 +317,44 @@ def test_bpe_is_a_function_of_the_training_text(cache, has_bpe):
   np.testing.assert_allclose(bits, math.log2(280) * count / size, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+  "damage",
+  [
+    lambda whole: b"",
+    lambda whole: b"garbage\xff",
+    lambda whole: whole[:-9],
+    lambda whole: whole.replace(b"be", b"eb", 1),
+    lambda whole: b"[" * 100_000,
+    lambda whole: b'{"sha256": 0, "content": 0}',
+    lambda whole: b"{}",
+    lambda whole: b"[]",
+  ],
+)
+def test_a_damaged_tokenizer_is_trained_again(cache, has_bpe, damage):
+  tokenizer = lambda: tokens.bpe(ODD, 280)
+  wanted = tokenizer().encode(ODD)
+  (saved,) = (cache / "distributed-optimization-jax/tokenizers").iterdir()
+  content = saved.read_bytes()
+  saved.write_bytes(damage(content))
+  assert saved.read_bytes() != content
+  np.testing.assert_array_equal(tokenizer().encode(ODD), wanted)
+  assert saved.read_bytes() == content
+
+
+def test_a_tokenizer_needs_no_cache(cache, has_bpe, monkeypatch):
+  wanted = tokens.bpe(ODD, 280).encode(ODD)
+  (cache / "file").write_text("")
+  monkeypatch.setenv("XDG_CACHE_HOME", str(cache / "file"))
+  np.testing.assert_array_equal(tokens.bpe(ODD, 280).encode(ODD), wanted)
+
+
+@pytest.mark.parametrize("vocabulary", [-1, 0, 255, 2**20 + 1, 2**31, 10**30, 280.0, True])
+def test_bpe_refuses_a_vocabulary(vocabulary):
+  with pytest.raises(ValueError, match=r"vocabulary=.* is not in \[256, 1048576\]; a BPE starts"):
+    tokens.bpe(ODD, vocabulary)
+
+
 def test_bpe_refuses(monkeypatch):
-  with pytest.raises(ValueError, match="vocabulary=255 is less than the 256 bytes"):
-    tokens.bpe(ODD, 255)
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ValueError, match=r'needs tokenizers: pip install -e "\.\[text\]"'):
     tokens.bpe(ODD, 300)

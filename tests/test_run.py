@@ -592,7 +592,7 @@ BAD = {
   "covariance": Bad(
     ("--task=frontier('c.txt', returns=[0.1])",),
     ("not positive semidefinite", "an eigenvalue is -"),
-    {"c.txt": "2\n0.1 1\n0.2 1\n1 2 1.5\n"},
+    {"c.txt": "3\n0.1 1\n0.2 1\n0.3 1\n1 2 0.9\n1 3 0.9\n2 3 -0.9\n"},
   ),
   "return": Bad(
     ("--task=frontier('c.txt', returns=[0.3])",),

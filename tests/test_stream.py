@@ -166,8 +166,23 @@ def test_a_text_is_encoded_once_as_it_would_be_in_memory(cache, monkeypatch):
   bits = math.log2(280) * len(held_out) / coder.lengths[held_out].sum()
   assert float(found["bits_per_byte"]) == pytest.approx(bits, rel=1e-5)
   (cache / "text").write_bytes(b"abc\xff" * 200)
-  with pytest.raises(ValueError, match="text is not UTF-8: it has a byte 0xff"):
+  with pytest.raises(ValueError, match="text is not UTF-8: byte 3 is 0xff"):
     token_files.encoded(cache / "text", 280, 0.5)
+
+
+@pytest.mark.parametrize("damage", ["empty", "garbage", "cut", "longer", "other type"])
+def test_damaged_tokens_are_encoded_again(cache, damage):
+  pytest.importorskip("tokenizers", reason="needs tokenizers, of the extra 'text'")
+  (cache / "text").write_text("to be, or not to be " * 40)
+  path, _ = token_files.encoded(cache / "text", 280, 0.5)
+  content = path.read_bytes()
+  other = np.load(path).astype(np.int32)
+  wrong = {"empty": b"", "garbage": b"garbage", "cut": content[:-1], "longer": content + b"0"}
+  path.write_bytes(wrong.get(damage, content))
+  if damage == "other type":
+    np.save(path, other)
+  assert token_files.encoded(cache / "text", 280, 0.5).path == path
+  assert path.read_bytes() == content
 
 
 # --- Training

@@ -1,6 +1,5 @@
 """Conditional value at risk: the portfolio whose worst losses are smallest on average."""
 
-import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import optax
 
 from research.base import Array, Batch, Key, Params, Task
-from research.tasks import files, sampling
+from research.tasks import files, price_table, sampling, texts
 
 DEFAULT_MODEL: dict[str, str] = {}
 
@@ -50,7 +49,7 @@ def cvar(
 
   Args:
     name: "stocks": daily returns of 20 stocks from the day on which all have a price, or the path
-      of a table of prices like it: a header "date, NAME, ..." and a row per day.
+      of a table of prices like it, see `price_table`.
     level: of the CVaR, in (0, 1).
     scenarios: so many, drawn with replacement from the days (the bootstrap); 0: every day once.
     smoothing: e, in percent: (x)_+ becomes (x + e)^2 / 4e for |x| <= e, at most e/4 above it.
@@ -172,6 +171,8 @@ def tail(losses: Array, level: float, confidence: float = 0.95) -> dict[str, Arr
 def load(name: str = "stocks", data_dir: str = "") -> np.ndarray:
   """Daily returns [T, n], p_t / p_{t-1} - 1, of the days before and on which all have a price.
 
+  The days are in the order of their dates, whatever that of the lines is.
+
   Raises:
     FileNotFoundError: the published file is nowhere and cannot be fetched.
     ValueError: there is no such file, or it is no table of prices.
@@ -180,18 +181,14 @@ def load(name: str = "stocks", data_dir: str = "") -> np.ndarray:
     path = files.find("stocks/stock_prices.csv", data_dir, URL, SHA256)
   elif not (path := Path(name).expanduser()).is_file():
     raise ValueError(f"{name!r} is no file, and the table that is known by name is 'stocks'")
-  with path.open(newline="") as file:
-    rows = list(csv.reader(file))[1:]
-  try:
-    prices = np.array([[float(x) if x else math.nan for x in row[1:]] for row in rows])
-  except ValueError as error:
-    raise ValueError(f"{path} is no table of prices ({error})") from None
-  whole = (
-    np.atleast_1d((np.isfinite(prices) & (prices > 0)).all(1))
-    if prices.ndim == 2 and prices.size
-    else np.zeros(0, bool)
-  )
+  lines, prices = price_table.read(path)
+  whole = np.atleast_1d(~np.isnan(prices).any(1))
   both = whole[1:] & whole[:-1]
   if both.sum() < 2:
     raise ValueError(f"{path} has no three days on which all stocks have prices")
-  return (prices[1:] / prices[:-1] - 1)[both]
+  with np.errstate(over="ignore"):
+    returns = prices[1:] / prices[:-1] - 1
+    large = np.flatnonzero(both & ~np.isfinite(returns.astype(np.float32)).all(1))
+  if len(large):
+    raise texts.at(path, int(lines[1 + large[0]]), "a return since the day before is not finite")
+  return returns[both]

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import http.client
 import io
+import json
 import logging
 import os
 import shutil
@@ -13,7 +14,7 @@ import urllib.error
 import urllib.request
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -28,7 +29,8 @@ def find(relative: str, data_dir: str, url: str, sha256: str | None = None) -> P
 
   Looks in `data_dir`, $RESEARCH_DATA_DIR and the user cache ($XDG_CACHE_HOME, or ~/.cache, /
   distributed-optimization-jax), in each for DIR/relative and DIR/basename, also with .gz or .bz2
-  appended; the first one found counts. Else fetches `url` into the cache.
+  appended; the first one found counts, but damaged files of the cache do not. Else fetches `url`
+  into the cache.
 
   Args:
     relative: path under a data directory, without the suffix of compression, such as "libsvm/a9a".
@@ -47,21 +49,37 @@ def find(relative: str, data_dir: str, url: str, sha256: str | None = None) -> P
     raise ValueError(f"data_dir={data_dir!r} is not a directory")
   folders = [Path(d).expanduser() for d in (data_dir, os.environ.get("RESEARCH_DATA_DIR")) if d]
   folders.append(cache())
+  damaged = None
+  for folder, path in _places(folders, relative):
+    try:
+      _verify(path, sha256, str(path))
+      return path
+    except ValueError as error:
+      if folder != cache():
+        raise
+      damaged = damaged or error
+  if damaged:
+    logging.getLogger(__name__).warning("%s; it is fetched again", damaged)
+  try:
+    return _fetch(url, cache() / relative, sha256)
+  except (OSError, http.client.HTTPException) as error:
+    reason = getattr(error, "reason", None) or error
+    if damaged:
+      raise ValueError(f"{damaged}, and {url} cannot be fetched ({reason})") from None
+    raise FileNotFoundError(
+      f"{relative} is not in {', '.join(map(str, folders))}, and {url} cannot be fetched "
+      f"({reason}); save it as {folders[0] / relative} (.gz and .bz2 may stay compressed)"
+    ) from None
+
+
+def _places(folders: Sequence[Path], relative: str) -> Iterator[tuple[Path, Path]]:
+  """The files that `find` considers, each with its folder."""
   for folder in folders:
     for place in (folder / relative, folder / PurePosixPath(relative).name):
       for suffix in SUFFIXES:
         path = place.with_name(place.name + suffix)
         if path.is_file():
-          _verify(path, sha256, str(path))
-          return path
-  try:
-    return _fetch(url, cache() / relative, sha256)
-  except (OSError, http.client.HTTPException) as error:
-    reason = getattr(error, "reason", None) or error
-    raise FileNotFoundError(
-      f"{relative} is not in {', '.join(map(str, folders))}, and {url} cannot be fetched "
-      f"({reason}); save it as {folders[0] / relative} (.gz and .bz2 may stay compressed)"
-    ) from None
+          yield folder, path
 
 
 @contextlib.contextmanager
@@ -101,9 +119,41 @@ def whole(target: Path) -> Iterator[Path]:
     partial.unlink(missing_ok=True)
 
 
+def kept(relative: str, make: Callable[[], str]) -> str:
+  """The text that `make` returns, from the user's cache if it is there and undamaged.
+
+  It is kept as JSON, {"sha256", "content"}; a file that does not match its SHA-256 is replaced.
+  Without a cache that can be written, the text is made each time.
+
+  Args:
+    relative: path under the cache, a name of all that the text depends on.
+    make: a function of nothing else.
+  """
+  path = cache() / relative
+  if path.is_file():
+    try:
+      found = json.loads(path.read_bytes())
+      if found["sha256"] == _sha256(found["content"]):
+        return found["content"]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+      pass  # as a text that does not match
+    logging.getLogger(__name__).warning("%s is damaged and is made again", path)
+  content = make()
+  try:
+    with whole(path) as partial:
+      partial.write_text(json.dumps({"sha256": _sha256(content), "content": content}))
+  except OSError as error:
+    logging.getLogger(__name__).warning("%s cannot be kept for other runs (%s)", path, error)
+  return content
+
+
 def cache() -> Path:
   root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
   return Path(root) / "distributed-optimization-jax"
+
+
+def _sha256(text: str) -> str:
+  return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _verify(path: Path, sha256: str | None, source: str) -> None:

@@ -11,7 +11,7 @@ import optax
 from jax import lax
 
 from research.base import Array, Batch, Key, Params, Task
-from research.tasks import files, sampling
+from research.tasks import files, portfolio_files, sampling
 
 DEFAULT_MODEL: dict[str, str] = {}
 
@@ -41,12 +41,12 @@ class Market(NamedTuple):
 def load(name: str, data_dir: str = "") -> Market:
   """Reads an instance of the OR-Library: "port1", "port2", "port3", or the path of such a file.
 
-  A file has n, then n lines with an asset's mean and standard deviation, then lines "i j r" with
-  the correlation of two assets.
+  See `portfolio_files` for the format.
 
   Raises:
     FileNotFoundError: a published file is nowhere and cannot be fetched.
-    ValueError: there is no such file, it is malformed, or its covariance not positive semidefinite.
+    ValueError: there is no such file; a line is malformed, missing or there twice; or the
+      covariance is not positive semidefinite.
 
   Reference: Chang, Meade, Beasley, Sharaiha, 2000, Heuristics for cardinality constrained portfolio
     optimisation, Computers & Operations Research 27; Beasley, 1990, OR-Library.
@@ -62,8 +62,11 @@ def load(name: str, data_dir: str = "") -> Market:
     path = Path(name).expanduser()
     if not path.is_file():
       raise ValueError(f"{name!r} is no file, and none of {', '.join(MARKETS)}")
-  means, covariance = _read(path)
-  check(covariance)
+  means, covariance = portfolio_files.read(path)
+  try:
+    check(covariance)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from None
   return Market(means, covariance, *published.T)
 
 
@@ -222,19 +225,3 @@ def portfolio(y: Array, means: Array, required: Array) -> Array:
   exact = jnp.where(count > 1, support * (y + t * means - a), support)
   fits = ((spread > 0) | (count == 1)) & (jnp.min(exact) >= 0) & jnp.all(jnp.isfinite(exact))
   return jnp.where(fits, exact, rough)
-
-
-def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-  numbers = path.read_text().split()
-  try:
-    count = int(numbers[0])
-    assets = np.array(numbers[1 : 1 + 2 * count], float).reshape(count, 2)
-    triples = np.array(numbers[1 + 2 * count :], float).reshape(-1, 3)
-    if triples.size and triples[:, :2].min() < 1:
-      raise ValueError("assets are numbered from 1")
-    i, j = triples[:, :2].astype(int).T - 1
-    correlation = np.eye(count)
-    correlation[i, j] = correlation[j, i] = triples[:, 2]
-  except (ValueError, IndexError) as error:
-    raise ValueError(f"{path} is no portfolio file of the OR-Library ({error})") from None
-  return assets[:, 0], correlation * np.outer(assets[:, 1], assets[:, 1])

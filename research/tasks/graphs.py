@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from research.tasks import files
+from research.tasks import files, texts
 
 EXPONENT = 2.1  # of the in-degrees of `power_law`
 WIKI_VOTE_URL = "https://snap.stanford.edu/data/wiki-Vote.txt.gz"
@@ -30,12 +30,12 @@ def load(name: str, data_dir: str) -> Graph:
 
   Args:
     name: "wiki-Vote", or the path of a file with an edge "FROM TO" of two whole numbers per line,
-      plain, .gz or .bz2; lines that begin with # are comments.
+      plain, .gz or .bz2; lines that begin with # or % are comments.
     data_dir: where to look first, see `files.find`.
 
   Raises:
     FileNotFoundError: wiki-Vote is nowhere and cannot be fetched.
-    ValueError: there is no such file, it is no list of edges, or has none.
+    ValueError: there is no such file, it has no edges, or a line of it is none.
 
   Reference: Leskovec, Huttenlocher, Kleinberg, 2010, Predicting positive and negative links in
     online social networks; SNAP, wiki-Vote.
@@ -44,17 +44,18 @@ def load(name: str, data_dir: str) -> Graph:
     path = files.find("wiki-vote/wiki-Vote.txt", data_dir, WIKI_VOTE_URL, WIKI_VOTE_SHA256)
   elif not (path := Path(name).expanduser()).is_file():
     raise ValueError(f"{name!r} is no file, and the graph that is known by name is 'wiki-Vote'")
-  with files.opened(path) as file:
-    lines = [line for line in file.read().splitlines() if line and not line.startswith(b"#")]
-  if not lines:
+  pairs = texts.parsed(path, _edge, comments="#%")
+  if not pairs:
     raise ValueError(f"{path} has no edges")
-  try:
-    pairs = np.array([line.split() for line in lines]).astype(np.int64)
-  except ValueError:
-    raise ValueError(f"{path}: its lines are not all 'FROM TO', two whole numbers") from None
-  if pairs.ndim != 2 or pairs.shape[1] != 2:
-    raise ValueError(f"{path}: its lines have not two numbers each")
   return of_edges(pairs)
+
+
+def _edge(fields: list[str]) -> tuple[int, int]:
+  if len(fields) != 2:
+    raise ValueError(
+      f"an edge is 'FROM TO', two fields, not {len(fields)}; weights are not supported"
+    )
+  return texts.whole(fields[0]), texts.whole(fields[1])
 
 
 def of_edges(pairs: np.ndarray | Sequence[Sequence[int]]) -> Graph:

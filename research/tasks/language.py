@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from research.base import Array, Batch, Key, Params, Task, Tree
-from research.tasks import files, sampling, tokens
+from research.tasks import files, sampling, texts, tokens
 
 DEFAULT_MODEL = dict.fromkeys(("tinyshakespeare", "text"), "transformer('tiny')")
 
@@ -93,7 +93,7 @@ def text(
   coder = {
     "bytes": tokens.utf8,
     "characters": lambda: tokens.characters(content),
-    "bpe": lambda: tokens.bpe(content[:end], vocabulary or VOCABULARY),
+    "bpe": lambda: tokens.bpe(content[:end], VOCABULARY if vocabulary is None else vocabulary),
   }[tokenizer]()
   parts = [Part(coder.encode(x), len(x.encode())) for x in (content[:end], content[end:])]
   return next_token(model(coder.size), coder.size, *parts, context=context)
@@ -242,14 +242,7 @@ def _read(path: str) -> str:
   place = Path(path).expanduser()
   if not place.is_file():
     raise ValueError(f"{path} is no file")
-  with files.opened(place) as file:
-    content = file.read()
-  try:
-    return content.decode()
-  except UnicodeDecodeError as error:
-    raise ValueError(
-      f"{path} is not UTF-8: byte {error.start} is 0x{content[error.start]:02x}, {error.reason}"
-    ) from None
+  return texts.read(place)
 
 
 def _check(module: nn.Module, size: int, train: Part, held_out: Part, context: int) -> None:

@@ -8,7 +8,7 @@ import flax.linen as nn
 import numpy as np
 
 from research.base import Batch, Task
-from research.tasks import files
+from research.tasks import files, texts
 from research.tasks.supervised import supervised
 
 DEFAULT_MODEL = {"libsvm": "logistic()"}
@@ -22,6 +22,7 @@ SHA256 = {
   "w8a": "6a9fa8fd5f524303240a5db07d4b3d4a51e8b7b4b20a914105d8e3e8c81640f2",
 }
 
+LARGEST = float(np.finfo(np.float32).max)  # label or value
 DENSE_BYTES = 1 << 30  # up to here, dense rows are worth their memory
 
 
@@ -56,8 +57,8 @@ def libsvm(
 
   Raises:
     FileNotFoundError: a file is nowhere and cannot be fetched.
-    ValueError: the name is a path, the file is malformed, its labels are no classes, or the loss
-      is unknown.
+    ValueError: the name is a path, the file is malformed or has a number that is not finite in
+      float32, its labels are no classes, or the loss is unknown.
 
   Reference:
     Chang and Lin, 2011, LIBSVM: a library for support vector machines, ACM TIST 2(3).
@@ -103,29 +104,71 @@ def _load(paths: list[Path]) -> list[Any]:
   from sklearn.datasets import load_svmlight_files
 
   try:
-    return load_svmlight_files(
+    loaded = load_svmlight_files(
       [str(p) for p in paths],
       dtype=np.float32,  # pyright: ignore[reportArgumentType]
       zero_based=False,  # pyright: ignore[reportArgumentType]
     )
-  except ValueError as error:
+  except (ValueError, OverflowError) as error:
+    for path in paths:
+      texts.parsed(path, _check_fields)
     raise ValueError(f"{', '.join(map(str, paths))}: not in the LIBSVM format ({error})") from None
+  for path, x, y in zip(paths, loaded[0::2], loaded[1::2], strict=True):
+    if not len(y):
+      raise ValueError(f"{path} has no examples")
+    if not (np.isfinite(x.data).all() and (np.abs(y) <= LARGEST).all()):
+      texts.parsed(path, _check_fields)
+  return loaded
+
+
+def _check_fields(fields: list[str]) -> None:
+  """Checks a line, "LABEL INDEX:VALUE ... # comment", by the definition of the format."""
+  label, *pairs = " ".join(fields).partition("#")[0].split() or ["0"]
+  try:
+    _check_number(label)
+    last = 0
+    for pair in pairs[1:] if pairs and pairs[0].startswith("qid:") else pairs:
+      index, colon, value = pair.partition(":")
+      if not colon:
+        raise ValueError(f"{texts.shown(pair)} is not INDEX:VALUE")
+      feature = texts.whole(index)
+      if not last < feature < 2**31:
+        raise ValueError(f"index {feature} after {last}; they begin at 1, rise and are below 2^31")
+      _check_number(value)
+      last = feature
+  except ValueError as error:
+    raise ValueError(f"not in the LIBSVM format ({error})") from None
+
+
+def _check_number(field: str) -> None:
+  value = texts.number(field)
+  if abs(value) > LARGEST:
+    raise ValueError(f"{value:g} does not fit float32, which ends at {LARGEST:.3g}")
+
+
+def _line(path: Path, row: int) -> int:
+  """The number of the line that has an example."""
+  return [line for line, _ in texts.rows(path, "#")][row]
 
 
 def _classes(path: Path, labels: np.ndarray) -> np.ndarray:
   classes = np.unique(labels)
   if not np.array_equal(classes, np.round(classes)):
-    odd = classes[classes != np.round(classes)][0]
-    raise ValueError(f"{path}: label {odd:g} is not an integer; this task classifies")
+    row = np.flatnonzero(labels != np.round(labels))[0]
+    reason = f"label {labels[row]:g} is not an integer; this task classifies"
+    raise texts.at(path, _line(path, row), reason)
   if len(classes) < 2:
     raise ValueError(f"{path}: all labels are {classes.tolist()}; need two classes or more")
   return classes
 
 
 def _encoded(path: Path, labels: np.ndarray, classes: np.ndarray) -> np.ndarray:
-  unknown = np.setdiff1d(labels, classes)
+  unknown = np.flatnonzero(~np.isin(labels, classes))
   if len(unknown):
-    raise ValueError(f"{path}: label {unknown[0]:g} is not one of {classes.tolist()} in training")
+    label, line = labels[unknown[0]], _line(path, unknown[0])
+    raise ValueError(
+      f"{path}: label {label:g} is not one of {classes.tolist()} in training, but in line {line}"
+    )
   return np.searchsorted(classes, labels).astype(np.int32)
 
 

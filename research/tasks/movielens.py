@@ -1,12 +1,11 @@
 """MovieLens 100K: 943 users' ratings of 1682 films, and what is known of both."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from research.tasks import files
+from research.tasks import files, texts
 
 URL = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
 SHA256 = {
@@ -20,6 +19,8 @@ SHA256 = {
 FOLDS = ("u1", "u2", "u3")
 COLD = ("cold_items", "cold_users")
 LEAST, MOST = 1.0, 5.0  # stars
+ITEMS = 10**7  # at most
+PAIRS = 2**31  # of a user and an item, at most: measuring takes a byte of each, and more
 _COLD_SHARE = 10  # one in so many is cold
 
 
@@ -51,12 +52,13 @@ def load(split: str, data_dir: str = "") -> tuple[Ratings, Ratings]:
   Args:
     split: "u1", "u2" or "u3", an official fold: its test file, and all other ratings; "cold_items"
       or "cold_users": a tenth of them, drawn once, with all their ratings are for testing; or the
-      path of a table like u.data, of which a tenth of the ratings is held out.
+      path of a table like u.data, of which a tenth of the ratings is held out: lines of a user, an
+      item, stars from 1 to 5 and, perhaps, a time. Users are numbered from 1 without gaps.
     data_dir: where to look first, see `files.find`.
 
   Raises:
     FileNotFoundError: a file is nowhere; the archive that has them is not unpacked by itself.
-    ValueError: there is no such split, or a file is not what was published.
+    ValueError: there is no such split, a file is not what was published, or a line no rating.
 
   Reference: Harper, Konstan, 2015, The MovieLens datasets, ACM TiiS 5; GroupLens allows no copies.
   """
@@ -71,31 +73,6 @@ def load(split: str, data_dir: str = "") -> tuple[Ratings, Ratings]:
   cold = np.random.default_rng(0).permutation(owner.max() + 1)[: (owner.max() + 1) // _COLD_SHARE]
   unseen = np.isin(owner, cold)
   return whole.take(~unseen), whole.take(unseen)
-
-
-def of_table(table: np.ndarray | Sequence[Sequence[float]]) -> Ratings:
-  """Ratings of rows (user, item, stars, ...), numbered from 1.
-
-  Raises:
-    ValueError: a rating is out of [1, 5], a number below 1, or a user has no ratings.
-  """
-  table = np.asarray(table, float)
-  if table.ndim != 2 or table.shape[1] < 3 or not len(table):
-    raise ValueError(f"ratings of shape {list(table.shape)} are not rows of user, item and stars")
-  stars = table[:, 2]
-  if not ((stars >= LEAST) & (stars <= MOST)).all():
-    bad = stars[~((stars >= LEAST) & (stars <= MOST))][0]
-    raise ValueError(f"a rating of {bad:g} is out of range; legal: {LEAST:g} to {MOST:g}")
-  if not (table[:, :2] == table[:, :2].round()).all() or table[:, :2].min() < 1:
-    raise ValueError("users and items are numbered from 1, by whole numbers")
-  if len(np.unique(table[:, :2], axis=0)) < len(table):
-    raise ValueError("a user has rated an item twice")
-  rated = np.unique(table[:, 0])
-  if rated[-1] > len(rated):
-    missing = np.flatnonzero(rated != np.arange(1, len(rated) + 1))[0] + 1
-    raise ValueError(f"user {missing} of {rated[-1]:.0f} has no ratings")
-  user, item = table[:, :2].astype(np.int32).T - 1
-  return Ratings(user, item, stars.astype(np.float32))
 
 
 def last(*parts: Ratings) -> tuple[int, int]:
@@ -129,11 +106,7 @@ def _of_file(split: str) -> tuple[Ratings, Ratings]:
   path = Path(split).expanduser()
   if not path.is_file():
     raise ValueError(f"split={split!r} is no file, and none of {', '.join((*FOLDS, *COLD))}")
-  try:
-    table = np.array([line.split() for line in path.read_text().splitlines() if line], float)
-  except ValueError as error:
-    raise ValueError(f"{path} is no table of user, item and stars ({error})") from None
-  whole = of_table(table)
+  whole = _of_rows(_table(path))
   order = np.random.default_rng(0).permutation(len(whole.user))
   held_out = max(1, len(order) // _COLD_SHARE)
   return whole.take(np.sort(order[held_out:])), whole.take(np.sort(order[:held_out]))
@@ -141,8 +114,46 @@ def _of_file(split: str) -> tuple[Ratings, Ratings]:
 
 def _read(name: str, data_dir: str) -> Ratings:
   path = files.find(f"ml-100k/{name}", data_dir, URL, SHA256[name])
-  rows = np.array(path.read_text().split(), np.int64).reshape(-1, 4)
-  if name == "u.data":
-    return of_table(rows)
+  return _of_rows(np.array(path.read_text().split(), np.int64).reshape(-1, 4))
+
+
+def _table(path: Path) -> np.ndarray:
+  """float64 [N, 3], the users, items and stars of a file, numbered from 1."""
+  seen: set[tuple[int, int]] = set()
+
+  def rating(fields: list[str]) -> tuple[int, int, float]:
+    if not 3 <= len(fields) <= 4:
+      raise ValueError(
+        f"a rating is 'USER ITEM STARS', or has a time as fourth field, not {len(fields)} fields"
+      )
+    user, item = map(texts.whole, fields[:2])
+    if min(user, item) < 1:
+      raise ValueError(f"user {user}, item {item}: both are numbered from 1")
+    stars, *_ = map(texts.number, fields[2:])
+    if not LEAST <= stars <= MOST:
+      raise ValueError(f"a rating of {stars:g} is out of range; legal: {LEAST:g} to {MOST:g}")
+    if (user, item) in seen:
+      raise ValueError(f"user {user} has already rated item {item}")
+    seen.add((user, item))
+    return user, item, stars
+
+  table = np.array(texts.parsed(path, rating), float).reshape(-1, 3)
+  if len(table) < 2:
+    raise ValueError(f"{path}: {len(table)} of the two ratings or more that are needed are there")
+  users, items = table[:, :2].max(0)
+  rated = np.unique(table[:, 0])
+  if users > len(rated):
+    missing = np.flatnonzero(rated != np.arange(1, len(rated) + 1))[0] + 1
+    raise ValueError(f"{path}: user {missing} of {users:.0f} has no ratings")
+  if items > ITEMS or users * items > PAIRS:
+    raise ValueError(
+      f"{path}: {users:.0f} users and items up to {items:.0f} are more than {ITEMS} items or "
+      f"{PAIRS} pairs, which have to fit the memory; number the items without large gaps"
+    )
+  return table
+
+
+def _of_rows(rows: np.ndarray) -> Ratings:
+  """Ratings of rows (user, item, stars, ...), numbered from 1."""
   user, item = rows[:, :2].astype(np.int32).T - 1
   return Ratings(user, item, rows[:, 2].astype(np.float32))

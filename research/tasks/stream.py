@@ -41,7 +41,7 @@ def stream(
   each: windows of T at equal distances, always the same. "bits_per_byte" is not known of a .npy.
 
   Args:
-    path: of a text in UTF-8, or of a .npy file with tokens [N], unsigned or int32.
+    path: of a text in UTF-8, or of a .npy file with tokens [N], integers of any type.
     model: outputs -> module, called with the number of tokens V; from tokens [b, T] to logits
       [b, T, V].
     tokenizer: of a text: "bytes" (V = 256), which needs no other file, or "bpe", which is trained
@@ -77,7 +77,7 @@ def _task(module: nn.Module, source: Source, end: int, context: int, most: int) 
   train = _windows(tokens, 1, 1 + (end - 1) // context * context, context, most)
   test = _windows(tokens, end, len(tokens), context, most)
   for part in (train, test):
-    _check_tokens(part["x"], size)
+    _check_tokens(part["x"], source)
   bits = None if lengths is None else [_bits(part, lengths) for part in (train, test)]
   del train["length"]  # all are whole
   mean_length = float(np.mean(test["length"]))
@@ -86,7 +86,7 @@ def _task(module: nn.Module, source: Source, end: int, context: int, most: int) 
 
   def batch(seed: int, first: int, count: int) -> Batch:
     rows = read(seed, first, count)
-    _check_tokens(rows, size)
+    _check_tokens(rows, source)
     return {"x": rows}
 
   order = sampling.in_order, sampling.take
@@ -152,11 +152,13 @@ def _source(path: str, tokenizer: str, vocabulary: int | None, share: float) -> 
   if tokenizer not in TOKENIZERS:
     raise ValueError(f"tokenizer={tokenizer!r} is none of {', '.join(TOKENIZERS)}")
   if Path(path).suffix == ".npy":
-    if vocabulary is None or vocabulary < 2 or tokenizer != "bytes":
-      raise ValueError(f"{path} holds tokens: say by vocabulary=V how many there are, and no more")
+    if vocabulary is None or not 2 <= vocabulary < 2**31 or tokenizer != "bytes":
+      raise ValueError(
+        f"{path} holds tokens: say by vocabulary=V how many there are, 2 to 2^31 - 1, and no more"
+      )
     return Source(TokenFile(path), vocabulary, None)
   if tokenizer == "bpe":
-    found = encoded(path, vocabulary or language.VOCABULARY, share)
+    found = encoded(path, language.VOCABULARY if vocabulary is None else vocabulary, share)
     return Source(TokenFile(found.path), found.tokenizer.size, found.tokenizer.lengths)
   if vocabulary is not None:
     raise ValueError(f"vocabulary={vocabulary}: bytes are 256")
@@ -181,7 +183,8 @@ def _bits(part: Batch, lengths: np.ndarray) -> float:
   return 1 / float(np.mean(lengths[part["x"][:, 1:][predicted]])) / math.log(2)
 
 
-def _check_tokens(rows: np.ndarray, size: int) -> None:
+def _check_tokens(rows: np.ndarray, source: Source) -> None:
   least, most = rows.min(initial=0), rows.max(initial=0)
-  if least < 0 or most >= size:
-    raise ValueError(f"there are tokens from {least} to {most}, not in [0, {size})")
+  if least < 0 or most >= source.size:
+    path = source.tokens.path
+    raise ValueError(f"{path} has tokens from {least} to {most}, not in [0, {source.size})")

@@ -9,6 +9,7 @@ import numpy as np
 
 from research.tasks import files
 
+MOST = 1 << 20  # tokens of a BPE
 _PIECE = 1 << 16  # characters that the library is handed at once
 
 
@@ -55,27 +56,26 @@ def bpe(text: str, vocabulary: int) -> Tokenizer:
 
   Args:
     text: what to train on.
-    vocabulary: tokens to make, at least 256.
+    vocabulary: tokens to make, in [256, 2^20].
 
   Raises:
-    ValueError: the vocabulary is too small, or the library is missing.
+    ValueError: the vocabulary is out of its range, or the library is missing.
 
   Reference: Sennrich, Haddow and Birch, 2015, arXiv:1508.07909; over bytes as in Radford et al.,
     2019, Language models are unsupervised multitask learners. The `tokenizers` library trains it.
   """
-  if vocabulary < 256:
-    raise ValueError(f"vocabulary={vocabulary} is less than the 256 bytes it starts from")
+  if type(vocabulary) is not int or not 256 <= vocabulary <= MOST:
+    raise ValueError(
+      f"vocabulary={vocabulary} is not in [256, {MOST}]; a BPE starts from the 256 bytes"
+    )
   if importlib.util.find_spec("tokenizers") is None:
     raise ValueError("tokenizer='bpe' needs tokenizers: pip install -e \".[text]\"")
   import tokenizers
 
   digest = hashlib.sha256(text.encode()).hexdigest()[:32]
   name = f"bpe-{vocabulary}-{digest}-{tokenizers.__version__}.json"
-  path = files.cache() / "tokenizers" / name
-  if not path.is_file():
-    with files.whole(path) as partial:
-      _trained(text, vocabulary).save(str(partial))
-  trained = tokenizers.Tokenizer.from_file(str(path))
+  make = lambda: _trained(text, vocabulary).to_str()
+  trained = tokenizers.Tokenizer.from_str(files.kept(f"tokenizers/{name}", make))
   size = trained.get_vocab_size()
 
   def encode(text: str) -> np.ndarray:

@@ -1,0 +1,124 @@
+"""Tables of prices: comma-separated, a line per day with its date and the price of each stock.
+
+Dates are YYYY-MM-DD, also followed by a time, YYYYMMDD, YYYY/MM/DD, DD.MM.YYYY, DD/MM/YYYY or
+MM/DD/YYYY, one form in all of a file. Slashes with the year last are read if a day above 12 tells
+the two forms apart. Days may come in any order, each once. A price is a positive number; an empty
+cell means that there was none. The first line is a header if it has no number or begins with
+"date". Blank lines are skipped.
+"""
+
+import csv
+import datetime
+import io
+import itertools
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from research.tasks import texts
+
+ISO = "ISO 8601"
+DATES = (ISO, "%Y-%m-%d", "%Y/%m/%d", "%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y")
+
+
+class Row(NamedTuple):
+  """A line of a table."""
+
+  line: int  # its number, from 1
+  cells: list[str]
+
+
+def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+  """The prices of a file, plain, .gz or .bz2, in the order of their dates.
+
+  Returns:
+    The numbers of the lines, int [T], and prices, float64 [T, n], NaN where there is none.
+
+  Raises:
+    ValueError: a line is not as the head of this module says.
+  """
+  rows = _rows(path)
+  columns = len(rows[0].cells) if rows else 0
+  if columns < 2:
+    raise ValueError(f"{path} is no table of prices: it has no line 'DATE,PRICE,...'")
+  for line, cells in rows:
+    if len(cells) != columns:
+      raise texts.at(path, line, f"has {len(cells)} cells, and the first line {columns}")
+  if _is_header(rows[0].cells):
+    del rows[0]
+  dated = sorted(zip(_days(path, rows), rows, strict=True))
+  for (before, first), (day, row) in itertools.pairwise(dated):
+    if day == before:
+      date = datetime.date.fromordinal(day)
+      raise texts.at(path, row.line, f"the day {date} is there already, in line {first.line}")
+  prices = [[_price(path, row.line, cell) for cell in row.cells[1:]] for _, row in dated]
+  lines = np.array([row.line for _, row in dated], int)
+  return lines, np.array(prices, float).reshape(len(lines), columns - 1)
+
+
+def _rows(path: Path) -> list[Row]:
+  """The lines that are not blank."""
+  found, last = [], 0
+  reader = csv.reader(io.StringIO(texts.read(path).removeprefix("\ufeff"), newline=""), strict=True)
+  try:
+    for row in reader:
+      cells = [cell.strip() for cell in row]
+      if any(cells):
+        found.append(Row(last + 1, cells))
+      last = reader.line_num
+  except csv.Error as error:
+    raise texts.at(path, last + 1, f"is not comma-separated ({error})") from None
+  return found
+
+
+def _is_header(cells: list[str]) -> bool:
+  if any(_day(cells[0], form) for form in DATES):
+    return False
+  return cells[0].lower().startswith("date") or not any(map(_is_number, cells[1:]))
+
+
+def _is_number(cell: str) -> bool:
+  try:
+    texts.number(cell)
+  except ValueError:
+    return False
+  return True
+
+
+def _price(path: Path, line: int, cell: str) -> float:
+  if not cell:
+    return math.nan
+  if not _is_number(cell) or not float(cell) > 0:
+    reason = f"the price {texts.shown(cell)} is not a positive number; a cell without one is empty"
+    raise texts.at(path, line, reason)
+  return float(cell)
+
+
+def _days(path: Path, rows: list[Row]) -> list[int]:
+  """The dates as ordinals, in a form that reads all of them."""
+  readings: set[tuple[int, ...]] = set()
+  furthest = 0
+  for form in DATES:
+    days = [*itertools.takewhile(bool, (_day(row.cells[0], form) for row in rows))]
+    furthest = max(furthest, len(days))
+    if len(days) == len(rows):
+      readings.add(tuple(days))
+  if len(readings) == 1:
+    return list(readings.pop())
+  line, (date, *_) = rows[0 if readings else furthest]
+  if readings:
+    raise texts.at(path, line, f"{date!r} may be day/month or month/day; write YYYY-MM-DD")
+  legal = "a date such as 2024-01-31, in the form of all dates of the file"
+  raise texts.at(path, line, f"{texts.shown(date)} is not {legal}")
+
+
+def _day(date: str, form: str) -> int:
+  """The ordinal of a date of a form, 0 if it is none."""
+  try:
+    if form == ISO:
+      return datetime.datetime.fromisoformat(date).toordinal()
+    return datetime.datetime.strptime(date, form).toordinal()
+  except ValueError:
+    return 0

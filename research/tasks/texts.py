@@ -1,0 +1,152 @@
+"""Text files: UTF-8, in lines of fields, with errors that name the file and the line.
+
+Arrays of small integers and UTF-16 may be legal UTF-8, but then half of their bytes or more are
+NUL: what is a quarter NUL is not text.
+"""
+
+import codecs
+import io
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from research.tasks import files
+
+T = TypeVar("T")
+
+BLOCK = 1 << 16  # bytes that `check` decodes at once
+_SHOWN = 40  # characters of a field in an error
+_WHOLE = re.compile(r"[+-]?[0-9]{1,18}")  # fits int64
+
+
+def read(path: Path) -> str:
+  """The text of a file, plain, .gz or .bz2.
+
+  Raises:
+    ValueError: it is not text, or is truncated.
+  """
+  with files.opened(path) as file:
+    return decoded(file.read(), path)
+
+
+def rows(path: Path, comments: str = "") -> Iterator[tuple[int, list[str]]]:
+  """The numbers, from 1, and the fields of the lines of a text file that are not blank.
+
+  A byte order mark is skipped. The file is read when this is called.
+
+  Args:
+    path: of the file, plain, .gz or .bz2.
+    comments: characters that begin a comment line, also after spaces.
+
+  Raises:
+    ValueError: as `read`.
+  """
+  lines = io.StringIO(read(path).removeprefix("\ufeff"), newline=None)
+  split = ((number, line.split()) for number, line in enumerate(lines, 1))
+  return ((number, row) for number, row in split if row and row[0][0] not in comments)
+
+
+def parsed(path: Path, parse: Callable[[list[str]], T], comments: str = "") -> list[T]:
+  """What `parse` makes of the fields of each line.
+
+  Args:
+    path: as for `rows`.
+    parse: may raise ValueError, to which the file and the line are added.
+    comments: as for `rows`.
+
+  Raises:
+    ValueError: as `read`, or one of `parse`.
+  """
+  found = []
+  for line, fields in rows(path, comments):
+    try:
+      found.append(parse(fields))
+    except ValueError as error:
+      raise at(path, line, error) from None
+  return found
+
+
+def at(path: Path, line: int, reason: object) -> ValueError:
+  """The error of one line of a file."""
+  return ValueError(f"{path}, line {line}: {reason}")
+
+
+def number(field: str) -> float:
+  """The finite number that a field is.
+
+  Raises:
+    ValueError: it is none.
+  """
+  try:
+    value = float(field) if field.isascii() and "_" not in field else math.nan
+  except ValueError:
+    value = math.nan
+  if not math.isfinite(value):
+    raise ValueError(f"{shown(field)} is not a finite number")
+  return value
+
+
+def whole(field: str) -> int:
+  """The whole number that a field is.
+
+  Raises:
+    ValueError: it is none, or has more than 18 digits.
+  """
+  if not _WHOLE.fullmatch(field):
+    raise ValueError(f"{shown(field)} is not a whole number of at most 18 digits")
+  return int(field)
+
+
+def shown(field: str) -> str:
+  """A field as errors quote it."""
+  return repr(field if len(field) <= _SHOWN else field[: _SHOWN - 3] + "...")
+
+
+def decoded(content: bytes, path: Path, start: int = 0, end: bool = True) -> str:
+  """The text of bytes of a file.
+
+  Args:
+    content: the bytes.
+    path: of the file, for errors.
+    start: where in the file they begin; past 0 they may begin within a character.
+    end: whether they must end with a whole character.
+
+  Raises:
+    ValueError: they are not UTF-8, or a quarter of them is NUL.
+  """
+  begun = 0
+  while start and begun < min(3, len(content)) and content[begun] & 0xC0 == 0x80:
+    begun += 1
+  try:
+    found = codecs.getincrementaldecoder("utf-8")().decode(content[begun:], end)
+  except UnicodeDecodeError as error:
+    place = begun + error.start
+    reason = f"byte {start + place} is 0x{content[place]:02x}, {error.reason}"
+    if not start and content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+      reason += "; it looks like UTF-16, save it as UTF-8"
+    raise ValueError(f"{path} is not UTF-8: {reason}") from None
+  if (nul := content.count(0)) > len(content) / 4:
+    raise ValueError(f"{path} is not text: {nul} of {len(content)} bytes are NUL")
+  return found
+
+
+def check(path: Path, most: int | None = None) -> None:
+  """Checks that a plain file is text.
+
+  Args:
+    path: of the file.
+    most: blocks of 64 KiB that are read, at equal distances; all of them if None.
+
+  Raises:
+    ValueError: it is not text.
+  """
+  size = path.stat().st_size
+  blocks = -(-size // BLOCK)
+  count = blocks if most is None else min(most, blocks)
+  with path.open("rb") as file:
+    for i in range(count):
+      start = max(0, min(i * blocks // count * BLOCK, size - BLOCK))  # the last one is whole
+      file.seek(start)
+      decoded(file.read(BLOCK), path, start, start + BLOCK >= size)
