@@ -353,7 +353,7 @@ def test_tpu_programs_take_the_kernels_and_the_types_of_a_tpu():
   """Although a CPU traces them: attention that only TPUs have, and bfloat16 on the wire."""
   config = SHAPE._replace(
     mesh="data:4",
-    task="random_tokens(128, 16, 256)",
+    task="random_tokens(512, 128, 16384)",
     model="transformer('tiny', layers=1, attention='splash')",
     method="data_parallel(sgd(0.1), gather_mean(bf16()))",
     batch_size=4,
