@@ -19,8 +19,9 @@
 #
 # Task I of an array takes the alternative I of each {A|B|...}. --out must be on a disk that all nodes
 # share; by default its name follows from the flags. `scancel JOB` stops the job for good; the run has
-# Slurm's KillWait (30 s by default) to save. A crash is restarted up to RESTARTS (20) times; exit
-# codes 2 to 5 would recur, so they end the job.
+# Slurm's KillWait (30 s by default) to save, with `scancel --signal=TERM JOB` as long as it needs. A
+# crash is no longer restarted after RESTARTS (20) restarts of any kind; exit codes 2 to 5 would
+# recur, so they end the job.
 set -uo pipefail
 restarts=${RESTARTS:-20}
 
@@ -51,7 +52,7 @@ done
 gpus=${SLURM_GPUS_ON_NODE:-0} tasks=${SLURM_TASKS_PER_NODE:-1}
 tasks=${tasks%%[(,]*}
 if ((gpus > 0 && gpus != tasks && (tasks > 1 || ${SLURM_JOB_NUM_NODES:-1} > 1))); then
-  echo "error: --ntasks-per-node=$tasks: a node has $gpus GPUs, each of which needs a process; " \
+  echo "error: --ntasks-per-node=$tasks: a node has $gpus GPUs, each of which needs a process;" \
     "pass --ntasks-per-node=$gpus" >&2
   exit 2
 fi

@@ -322,6 +322,16 @@ def test_a_cancelled_job_saves_and_stays_cancelled(cluster, name, tmp_path):
   assert job.fields()["JobState"] == "CANCELLED"
 
 
+def test_a_run_that_is_told_to_stop_takes_its_time_and_does_not_run_again(cluster, tmp_path):
+  job = cluster.submit(tmp_path)
+  (tmp_path / "program").write_text(PROGRAM.replace("touch", "sleep 4; touch"))
+  job.until_started()
+  job.tell("scancel", "--signal=TERM")
+  fields = job.ends()
+  assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "0")
+  assert {"saved 0", "saved 1"} <= set(job.log())
+
+
 @pytest.mark.parametrize(("code", "state"), [(0, "COMPLETED"), (2, "FAILED"), (5, "FAILED")])
 def test_a_job_that_ends_by_itself_does_not_run_again(cluster, code, state, tmp_path):
   job = cluster.submit(tmp_path, command=("bash", "-c", f"exit {code}"))
