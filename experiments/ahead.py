@@ -102,14 +102,15 @@ def compiled_round(config: Config, target: Target, effort: float = 0.0) -> dict[
   Raises:
     UsageError: one line, if it does not fit too.
   """
-  problem = problem_of(config, target)
-  built = _compile(problem, target, effort)
+  with jax.sharding.use_abstract_mesh(meshes.like(target.devices[0])):
+    problem = problem_of(config, target)
+    built = _compile(problem, target, effort)
+    work = _work(problem, built.jaxpr, built.mesh)
   try:
     transfers, unread = compiled.traffic(built.program, built.mesh), ""
   except ValueError as error:
     transfers, unread = None, str(error)
   period = problem.job.method.period
-  work = _work(problem, built.jaxpr, built.mesh)
   return {
     **{name: getattr(config, name) for name in ("task", "model", "method", "mesh", "batch_size")},
     "effort": effort,

@@ -1,23 +1,27 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=optimization
 #SBATCH --nodes=2
-#SBATCH --gpus-per-node=8
-#SBATCH --ntasks-per-node=8
-#SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@180
 #SBATCH --output=slurm-%x-%j.log
-# Runs a command under Slurm, one process per GPU, and again after a preemption, a lost node, or the
-# end of its time, until it has finished. sbatch's own flags go before the script:
+# Runs a command under Slurm, one process per node or per GPU, and restarts it after a preemption, a
+# lost node, a crash or the end of its time limit, until it has finished. The size of the job goes
+# before the script, as sbatch's own flags. On CPU nodes, and with 8 GPUs per node:
 #
-#     sbatch --nodes=4 launch/slurm.sh python experiments/run.py --executor=spmd --mesh=data:32
-#     sbatch --array=0-2 launch/slurm.sh python experiments/run.py --executor=spmd --mesh=data:16 \
-#         --method="data_parallel(sgd({0.03|0.1|0.3}), mean())"
+#     sbatch --nodes=4 --cpus-per-task=16 launch/slurm.sh \
+#         python experiments/run.py --executor=spmd --mesh=data:4
+#     sbatch --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 --cpus-per-task=8 launch/slurm.sh \
+#         python experiments/run.py --executor=spmd --mesh=data:32
+#     sbatch --nodes=2 --array=0-2 launch/slurm.sh python experiments/run.py --executor=spmd \
+#         --mesh=data:2 --method="data_parallel(sgd({0.03|0.1|0.3}), mean())"
 #
 # Task I of an array takes the alternative I of each {A|B|...}. --out must be on a disk that all nodes
-# share; by default its name follows from the flags. Exit codes 2 to 5 would come again: no restart.
+# share; by default its name follows from the flags. `scancel JOB` stops the job for good; the run has
+# Slurm's KillWait (30 s by default) to save, with `scancel --signal=TERM JOB` as long as it needs. A
+# crash is no longer restarted after RESTARTS (20) restarts of any kind; exit codes 2 to 5 would
+# recur, so they end the job.
 set -uo pipefail
 restarts=${RESTARTS:-20}
 
@@ -45,13 +49,40 @@ for word in "$@"; do
   words+=("$picked")
 done
 
-told=
-stop() { # the run saves on all processes at the same step
-  told=1
-  scancel --signal=TERM "$SLURM_JOB_ID"
+gpus=${SLURM_GPUS_ON_NODE:-0} tasks=${SLURM_TASKS_PER_NODE:-1}
+tasks=${tasks%%[(,]*}
+if ((gpus > 0 && gpus != tasks && (tasks > 1 || ${SLURM_JOB_NUM_NODES:-1} > 1))); then
+  echo "error: --ntasks-per-node=$tasks: a node has $gpus GPUs, each of which needs a process;" \
+    "pass --ntasks-per-node=$gpus" >&2
+  exit 2
+fi
+
+# The id of an array's last task alone is that of the whole array.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
+job=${job:-$SLURM_JOB_ID}
+out_of_time= stopped=
+# The time limit is near: the run saves on all processes at the same step.
+trap 'out_of_time=1; scancel --signal=TERM "$job"' USR1
+# Slurm sends SIGTERM to the run too, and has decided by itself whether the job runs again.
+trap 'stopped=1' TERM
+reread() { # passes srun's stderr on; the exit code of the process that failed first, 0 if killed
+  local line first=
+  trap '' TERM
+  while IFS= read -r line || [ -n "$line" ]; do
+    printf '%s\n' "$line" >&2
+    if [[ -z $first && $line =~ ^srun:\ error:\ .*:\ tasks?\ .*:\ (.*) ]]; then
+      first=${BASH_REMATCH[1]}
+    fi
+  done
+  [[ $first =~ exit\ code\ ([0-9]+)$ ]] && return "${BASH_REMATCH[1]}"
+  return 0
 }
-trap stop USR1 TERM
-srun --kill-on-bad-exit=1 "${words[@]}" &
+# srun ends the other processes of one that has failed, and its own exit code is then theirs.
+(
+  trap : TERM
+  srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} \
+    "${words[@]}" 2>&1 >&3 | reread
+) 3>&1 &
 step=$!
 wait $step
 code=$?
@@ -59,12 +90,25 @@ while kill -0 $step 2>/dev/null; do # a signal ends `wait`, not the step
   wait $step
   code=$?
 done
-if [ -z "$told" ] && ((code == 0 || (code >= 2 && code <= 5))); then
+if ((code >= 2 && code <= 5)); then
   exit "$code"
 fi
-if ((${SLURM_RESTART_COUNT:-0} >= restarts)); then
-  echo "error: exit code $code after $restarts restarts" >&2
-  exit $((code ? code : 143))
+# A preemption with a grace time sends SIGTERM to the run alone, which saves and ends with 0.
+read -r state preempted reason < <(
+  squeue --noheader --jobs="$job" --Format=State:30,PreemptTime:30,Reason:60
+)
+[ "${preempted:-N/A}" != N/A ] || preempted=
+if [ "$code$out_of_time$stopped$preempted" = 0 ]; then
+  exit 0
 fi
-echo "exit code $code${told:+, told to stop}: the job goes back to the queue"
-scontrol requeue "$SLURM_JOB_ID"
+code=$((code ? code : 143)) # told to stop is not finished
+case "$state,$reason,${stopped:+stopped},${preempted:+preempted}" in
+  *,TimeLimit,* | RUNNING,*,, | RUNNING,*,preempted) ;;
+  *) exit "$code" ;; # cancelled, or already back in the queue
+esac
+if [ -z "$out_of_time$preempted" ] && ((${SLURM_RESTART_COUNT:-0} >= restarts)); then
+  echo "error: exit code $code after $restarts restarts" >&2
+  exit "$code"
+fi
+echo "exit code $code: the job goes back to the queue"
+scontrol requeue "$job" || exit "$code"

@@ -18,6 +18,17 @@ Batch = dict[str, Any]  # arrays [examples, ...]; "mask" [examples], where prese
 WORKER_AXES = ("slice", "data")
 
 
+def platform() -> str:
+  """'cpu', 'gpu' or 'tpu': what the program that is being traced will run on.
+
+  The mesh in scope decides, whose devices may be ones to compile for that this machine does not
+  have; without a mesh it is JAX's default backend.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  name = device.platform if device is not None else jax.default_backend()
+  return "gpu" if name in ("cuda", "rocm") else name
+
+
 class Compressor(NamedTuple):
   """A lossy encoding of one array: local, stateless, the paper's C(.).
 

@@ -349,6 +349,21 @@ def test_tpu_refusals(changes, slices, message):
 
 
 @needs_compiler
+def test_tpu_programs_take_the_kernels_and_the_types_of_a_tpu():
+  """Although a CPU traces them: attention that only TPUs have, and bfloat16 on the wire."""
+  config = SHAPE._replace(
+    mesh="data:4",
+    task="random_tokens(512, 128, 16384)",
+    model="transformer('tiny', layers=1, attention='splash')",
+    method="data_parallel(sgd(0.1), gather_mean(bf16()))",
+    batch_size=4,
+  )
+  found = ahead.compiled_round(config, ahead.target("v5e:2x2", 1), effort=-1)
+  large = {row["dtype"] for row in found["collectives"] if row["payload_bytes"] > 4}
+  assert large == {"bfloat16"}
+
+
+@needs_compiler
 def test_tpu_topology_that_no_compiler_knows():
   with pytest.raises(UsageError, match=r"the compiler says .*not divisible"):
     ahead.target("v5e:3x3", 1)

@@ -1,6 +1,7 @@
 """A compiled program's traffic equals the traced one's, and hand-made programs have known bytes."""
 
 import importlib.util
+import re
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from problems import Running
 from table import METHODS
 
 from research import registry
-from research.comm import compiled, hlo, wire
+from research.comm import collectives, compiled, hlo, wire
 from research.comm import mesh as meshes
 from research.parallel import workers
 
@@ -377,18 +378,85 @@ def test_other_ways_to_talk_are_refused():
     program.traffic()
 
 
-@pytest.mark.skipif(
-  importlib.util.find_spec("libtpu") is None,
-  reason='compiling for a TPU ahead of time needs: pip install -e ".[tpu]"',
-)
-def test_compiled_for_a_tpu(monkeypatch):
-  """Without a TPU: int8 stays int8, half precision half, and loops have no known trip count."""
+def permuted(x, key):
+  del key
+  return collectives.permute(x["w"].astype(jnp.bfloat16), [(i, (i + 1) % 8) for i in range(8)])
+
+
+# What sends half precision: the program, and with which collectives it does.
+HALF = {
+  "gather_mean(bf16())": {"all_gather"},
+  "two_phase(bf16())": {"all_to_all", "all_gather"},
+  "permute": {"collective_permute"},
+}
+
+
+def half(name):
+  program, tree = aggregation("mean()" if name == "permute" else name)
+  return permuted if name == "permute" else program, tree
+
+
+def lowered_for(platform, program, *args):
+  """The collectives of a program over 'data:8', operation and lengths x type, without a device."""
+  device = jax.sharding.AbstractDevice(device_kind="", num_cores=1, platform=platform)
+  kinds = (jax.sharding.AxisType.Auto,)
+  mesh = jax.sharding.AbstractMesh((8,), ("data",), axis_types=kinds, abstract_device=device)
+  body = jax.shard_map(program, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+  text = jax.jit(body).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+  return re.findall(r'"stablehlo\.(all_\w+|collective_\w+)".*-> tensor<(\w+)>', text)
+
+
+@pytest.mark.parametrize(("platform", "sent"), [("cpu", "ui16"), ("tpu", "bf16"), ("cuda", "bf16")])
+@pytest.mark.parametrize("name", HALF)
+def test_the_target_decides_how_half_precision_travels(name, platform, sent):
+  """And not the backend of the machine that traces."""
+  program, tree = half(name)
+  found = lowered_for(platform, program, tree, jax.random.key(0))
+  assert {operation for operation, _ in found} == HALF[name]
+  assert {array.rpartition("x")[2] for _, array in found} == {sent}
+
+
+@pytest.mark.parametrize(("platform", "bytes_"), [("cpu", 2**16), ("tpu", 2**20), ("cuda", 2**20)])
+def test_only_messages_between_cpus_are_cut_for_gloo(platform, bytes_, monkeypatch):
+  monkeypatch.setattr(collectives, "_PIECE", 2**16)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  x = jnp.zeros((2**20,), jnp.int8)
+  found = lowered_for(platform, lambda x: collectives.permute(x, [(0, 1)]), x)
+  assert set(found) == {("collective_permute", f"{bytes_}xi8")}
+
+
+@pytest.fixture
+def tpus(monkeypatch):
+  """Eight TPU chips that are not there."""
   monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
   monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   from jax.experimental import topologies
 
-  topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
-  mesh = Mesh(np.array(topology.devices)[ORDER].reshape(4, 2), TWO)
+  return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+
+
+needs_compiler = pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None,
+  reason='compiling for a TPU ahead of time needs: pip install -e ".[tpu]"',
+)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", HALF)
+def test_a_tpu_sends_half_precision_as_it_is(name, tpus):
+  mesh = Mesh(np.array(tpus), ("data",))
+  program, tree = half(name)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P()))
+  args = jax.tree.map(place, (tree, key))
+  found = compiled.traffic(compile_on(mesh, program, *args), mesh)
+  assert {transfer.dtype for transfer in found} == {"bfloat16"}
+
+
+@needs_compiler
+def test_compiled_for_a_tpu(tpus):
+  """Without a TPU: int8 stays int8, half precision half, and loops have no known trip count."""
+  mesh = Mesh(np.array(tpus)[ORDER].reshape(4, 2), TWO)
 
   aggregate, _ = aggregation("two_phase(int8())")
 

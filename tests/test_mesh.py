@@ -3,9 +3,12 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, Mesh
 
+from research import base
 from research.comm import mesh
 
 
@@ -118,3 +121,14 @@ def test_what_lies_inside_a_worker_never_crosses_slices():
   devices = [FakeDevice(i, i % 2) for i in range(8)]
   with pytest.raises(ValueError, match="'data' does not divide among the 2 slices there are"):
     mesh.device_mesh({"data": 1, "fsdp": 8}, devices)
+
+
+@pytest.mark.parametrize(("name", "platform"), [("cpu", "cpu"), ("tpu", "tpu"), ("cuda", "gpu")])
+def test_the_devices_decide_what_a_program_is_for(name, platform):
+  device = FakeDevice(0, 0, platform=name)
+  options = mesh.options_for_sums(Mesh(np.array([device]), ("data",)), 2**20)
+  assert bool(options) == (platform == "cpu" and jax.__version_info__ < (0, 12))
+  with jax.sharding.use_abstract_mesh(mesh.like(device)):
+    traced = jax.vmap(lambda x: x + (base.platform() == platform))
+    assert traced(jnp.zeros(2)).tolist() == [1, 1]
+  assert base.platform() == jax.default_backend() == "cpu"

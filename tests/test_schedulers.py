@@ -12,12 +12,16 @@ from research.comm import join
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 TIMEOUT = 60
-# Stand-ins tell what they were called with; srun runs the command, and passes on SIGTERM.
+# Stand-ins record their calls; srun runs the command, scancel passes SIGTERM on to it, and squeue
+# prints $STATE: the job's state, when its preemption began, and a reason.
 TOOLS = {
-  "srun": '#!/bin/bash\nshift\n"$@" &\necho $! >$AT/task\nwait $!\nexit $?\n',
+  "srun": "#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\n"
+  '"$@" &\necho $! >$AT/task\nwait $!\nexit $?\n',
+  "squeue": '#!/bin/bash\necho "$STATE"\n',
   "scancel": '#!/bin/bash\necho "scancel $*" >>$AT/calls\nkill -TERM $(cat $AT/task)\n',
   "scontrol": '#!/bin/bash\necho "scontrol $*" >>$AT/calls\n',
 }
+RUNNING = "RUNNING N/A None"
 
 
 @pytest.fixture
@@ -30,7 +34,7 @@ def slurm(tmp_path):
 
   def slurm(*command: str, **environ: str) -> tuple[int, str, list[str]]:
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "AT": str(tmp_path)}
-    env |= {"SLURM_JOB_ID": "17"} | environ
+    env |= {"SLURM_JOB_ID": "17", "STATE": RUNNING} | environ
     script = ["bash", str(LAUNCH / "slurm.sh"), *command]
     ended = subprocess.run(script, env=env, capture_output=True, text=True, timeout=TIMEOUT)
     return (
@@ -53,21 +57,79 @@ def test_a_slurm_job_goes_back_to_the_queue_where_that_helps(slurm, code, requeu
   assert found == (0 if requeued else code)
 
 
+FAILED = "srun: error: {}: Exited with exit code {}"
+
+
+@pytest.mark.parametrize(
+  ("said", "code", "requeued"),
+  [
+    ((FAILED.format("n2: task 1", 5), "srun: error: n1: tasks 0,2: Killed"), 5, False),
+    ((FAILED.format("n2: tasks 1-3", 2), FAILED.format("n1: task 0", 134)), 2, False),
+    (("srun: error: n1: task 0: Aborted", FAILED.format("n2: task 1", 3)), 0, True),
+    ((FAILED.format("n1: task 0", 1), FAILED.format("n2: task 1", 2)), 0, True),
+  ],
+)
+def test_the_slurm_process_that_fails_first_decides(slurm, tmp_path, said, code, requeued):
+  """srun kills the others, and ends with the largest code, here 137."""
+  lines = "\n".join(("step 5", *said, "no newline"))
+  (tmp_path / "srun").write_text(f"#!/bin/bash\nprintf %s '{lines}' >&2\nexit 137\n")
+  found, out, calls = slurm("run")
+  assert (found, calls) == (code, ["scontrol requeue 17"] * requeued)
+  assert lines in out
+
+
 def test_a_slurm_job_gives_up(slurm):
   code, out, calls = slurm("bash", "-c", "exit 7", SLURM_RESTART_COUNT="20")
   assert (code, calls) == (7, [])
   assert "error: exit code 7 after 20 restarts" in out
 
 
-@pytest.mark.parametrize("number", ["USR1", "TERM"])
-def test_a_slurm_job_saves_before_its_time_is_up_and_goes_back_to_the_queue(slurm, number):
-  """The signal comes to the script; the run gets SIGTERM, saves and ends with 0."""
-  program = f"kill -{number} $(ps -o ppid= $PPID)"
-  program = f"trap 'echo saved; exit 0' TERM; {program}; while sleep 0.1; do :; done"
-  code, out, calls = slurm("bash", "-c", program)
+SAVING = "trap 'echo saved; exit 0' TERM; {}; while sleep 0.1; do :; done"
+TO_THE_SCRIPT = "kill -{} $(ps -o ppid= $(ps -o ppid= $PPID))"  # command, srun, subshell, script
+
+
+@pytest.mark.parametrize(
+  ("array", "job"),
+  [({}, "17"), ({"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}, "17_3")],
+)
+def test_a_slurm_job_saves_before_its_time_is_up_and_goes_back_to_the_queue(slurm, array, job):
+  """The script gets USR1, the run SIGTERM; an array's last task, whose id is the array's, alone."""
+  code, out, calls = slurm("bash", "-c", SAVING.format(TO_THE_SCRIPT.format("USR1")), **array)
   assert code == 0
   assert "saved" in out
-  assert calls == ["scancel --signal=TERM 17", "scontrol requeue 17"]
+  assert calls == [f"scancel --signal=TERM {job}", f"scontrol requeue {job}"]
+
+
+PREEMPTED = "RUNNING 2026-01-01T00:00:00 None"
+ENDING = "COMPLETING N/A None"
+OUT_OF_TIME = "COMPLETING N/A TimeLimit"
+
+
+@pytest.mark.parametrize(
+  ("state", "to_script", "code", "requeued"),
+  [
+    (RUNNING, "", 0, False),
+    (PREEMPTED, "", 0, True),  # within its grace time
+    (PREEMPTED, "TERM", 0, True),
+    (PREEMPTED, "", 2, False),
+    (ENDING, "TERM", 0, False),  # cancelled, or requeued by Slurm itself
+    (ENDING, "", 1, False),
+    (RUNNING, "TERM", 0, False),  # scancel --full --signal=TERM
+    (OUT_OF_TIME, "TERM", 0, True),
+    ("", "", 1, False),  # no answer
+  ],
+)
+def test_slurm_decides_about_a_job_that_it_stops(slurm, state, to_script, code, requeued):
+  signal = TO_THE_SCRIPT.format(to_script) if to_script else ":"
+  found, _, calls = slurm("bash", "-c", f"{signal}; exit {code}", STATE=state)
+  assert calls == ["scontrol requeue 17"] * requeued
+  told = state != RUNNING or to_script
+  assert found == (0 if requeued else code or (143 if told else 0))
+
+
+def test_a_slurm_job_is_preempted_however_often(slurm):
+  found, _, calls = slurm("true", STATE=PREEMPTED, SLURM_RESTART_COUNT="99")
+  assert (found, calls) == (0, ["scontrol requeue 17"])
 
 
 @pytest.mark.parametrize(("task", "line"), [("0", "a=0.1,x plain"), ("2", "a=1,z plain")])
@@ -82,13 +144,36 @@ def test_a_slurm_array_with_too_few_alternatives_is_refused(slurm):
   assert out == "error: {a|b}: there is no alternative 2\n"
 
 
-def test_slurm_is_asked_for_a_process_per_gpu_and_for_time_to_save():
+def test_slurm_is_asked_for_time_to_save_and_for_nothing_that_cpu_nodes_lack():
   lines = (LAUNCH / "slurm.sh").read_text().splitlines()
   given = [line.removeprefix("#SBATCH --").partition("=") for line in lines if "#SBATCH" in line]
   flags = {name: value for name, _, value in given}
-  assert flags["gpus-per-node"] == flags["ntasks-per-node"]
   assert flags["signal"].startswith("B:USR1@")
   assert {"requeue", "open-mode"} <= set(flags)
+  assert not any("gpu" in name or "tasks" in name or "cpus" in name for name in flags)
+
+
+@pytest.mark.parametrize(
+  ("nodes", "gpus", "tasks", "legal"),
+  [("2", "8", "8(x2)", True), ("2", "8", "1(x2)", False), ("1", "8", "4", False),
+   ("1", "8", "1", True), ("2", "", "1(x2)", True), ("3", "2", "2,2(x2)", True)],
+)  # fmt: skip
+def test_each_gpu_of_a_slurm_job_has_a_process(slurm, nodes, gpus, tasks, legal):
+  """Or a single process has them all."""
+  environ = {"SLURM_JOB_NUM_NODES": nodes, "SLURM_TASKS_PER_NODE": tasks}
+  environ |= {"SLURM_GPUS_ON_NODE": gpus} if gpus else {}
+  code, out, _ = slurm("echo", "ran", **environ)
+  assert code == (0 if legal else 2)
+  assert out == ("ran\n" if legal else out)
+  assert legal or ("pass --ntasks-per-node=8" in out and out.count("\n") == 1)
+
+
+def test_slurm_processes_get_their_cpus(slurm, tmp_path):
+  """srun takes --cpus-per-task for itself since Slurm 22.05."""
+  (tmp_path / "srun").write_text('#!/bin/bash\necho "srun $*" >>$AT/calls\n')
+  assert slurm("run", SLURM_CPUS_PER_TASK="4")[2] == [
+    "srun --kill-on-bad-exit=1 --cpus-per-task=4 run"
+  ]
 
 
 # ---- Kubernetes and SkyPilot

@@ -286,7 +286,7 @@ def test_cudnn_is_asked_where_it_can(platform, capability, dtype, head_dim, fuse
 
   monkeypatch.setattr(jax.nn, "dot_product_attention", of_jax)
   monkeypatch.setattr(attention, "_capability", lambda: capability)
-  monkeypatch.setattr(attention.activations, "platform", lambda: platform)
+  monkeypatch.setattr(attention, "platform", lambda: platform)
   x = jnp.zeros((1, 6, 2, head_dim), dtype)
   attention.automatic(x, x, x)
   assert asked == ([{"is_causal": True, "implementation": "cudnn"}] if fused else [])

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from research.base import WORKER_AXES, Array, Key, Tree
+from research.base import WORKER_AXES, Array, Key, Tree, platform
 
 Axes = str | Sequence[str]
 _OWN = 0x776F726B
@@ -179,7 +179,7 @@ def _as_bits(send: Callable[[Array], Array]) -> Callable[[Array], Array]:
   """`send` of numbers by their bits, where XLA would widen them on the way: a CPU's bfloat16."""
 
   def one(x):
-    if not _is_narrow(x) or jax.default_backend() != "cpu":
+    if not _is_narrow(x) or platform() != "cpu":
       return send(x)
     bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
     return lax.bitcast_convert_type(send(bits), x.dtype)
@@ -203,7 +203,7 @@ def _in_pieces(
 
   def one(x):
     count = math.ceil(x.size * x.dtype.itemsize * share / _PIECE)
-    if count <= 1 or jax.default_backend() != "cpu" or jax.process_count() == 1:
+    if count <= 1 or platform() != "cpu" or jax.process_count() == 1:
       return send(x)
     flat = x.reshape(*x.shape[:lead], -1)
     length = -(-flat.shape[-1] // count)

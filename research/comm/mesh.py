@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from research.base import WORKER_AXES
 
@@ -102,12 +103,23 @@ def simulation_mesh(workers: int, devices: Sequence[Any] | None = None) -> Mesh:
   return device_mesh({"data": size}, devices[:size])
 
 
-def options_for_sums(elements: int) -> dict[str, str | bool] | None:
+def runs_on_cpu(mesh: Mesh) -> bool:
+  """Whether the devices of a mesh, which may be ones to compile for, are CPUs."""
+  return mesh.devices.flat[0].platform == "cpu"
+
+
+def like(device: Any) -> AbstractMesh:
+  """A mesh without axes: what is traced under it outside of other meshes is for such a device."""
+  of_one = Mesh(np.array([device]), ("data",))
+  return AbstractMesh((), (), abstract_device=of_one.abstract_mesh.abstract_device)
+
+
+def options_for_sums(mesh: Mesh, elements: int) -> dict[str, str | bool] | None:
   """Compiler options with which a CPU sums `elements` over their leading axis at memory speed.
 
   XLA:CPU before jaxlib 0.12 hands such a sum to a library that takes 40 times as long as XLA's own
   loops do (31 ms against 0.7 for [8, 1024, 1024]); small ones are no slower there.
   """
-  if jax.default_backend() != "cpu" or jax.__version_info__ >= (0, 12) or elements < 2**17:
+  if not runs_on_cpu(mesh) or jax.__version_info__ >= (0, 12) or elements < 2**17:
     return None
   return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}

@@ -1,4 +1,4 @@
-"""How activations lie on the mesh axes inside a worker, and which platform a program is for."""
+"""How activations lie on the mesh axes inside a worker."""
 
 import math
 
@@ -62,10 +62,3 @@ def rows(table: Array, index: Array) -> Array:
     check_vma=False,
   )
   return cut(table, index)
-
-
-def platform() -> str:
-  """'cpu', 'gpu' or 'tpu': of the mesh in scope, which may be one to compile for, or JAX's own."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  name = device.platform if device is not None else jax.default_backend()
-  return "gpu" if name in ("cuda", "rocm") else name

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from research.base import Array
+from research.base import Array, platform
 from research.models import activations
 
 Attend = Callable[[Array, Array, Array], Array]
@@ -37,7 +37,7 @@ def dot_product(query: Array, key: Array, value: Array) -> Array:
   """cuDNN's flash attention, which keeps no scores, where it can; else `plain`."""
   head_dim = query.shape[-1]
   suits = query.dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128
-  if activations.platform() != "gpu" or not suits or _capability() < 8.0:
+  if platform() != "gpu" or not suits or _capability() < 8.0:
     return plain(query, key, value)
   attend = jax.nn.dot_product_attention
   return attend(query, key, value, is_causal=True, implementation="cudnn")
@@ -49,9 +49,9 @@ def splash(query: Array, key: Array, value: Array) -> Array:
   Raises:
     ValueError: the program is not for a TPU, or the length is no multiple of 128.
   """
-  if activations.platform() != "tpu":
+  if platform() != "tpu":
     raise ValueError(
-      f"attention='splash' is for TPUs, and this program is for a {activations.platform()}; "
+      f"attention='splash' is for TPUs, and this program is for a {platform()}; "
       "'auto' takes what suits the platform"
     )
   if query.shape[1] % 128:
@@ -102,10 +102,10 @@ def splash_kernel(query: Array, key: Array, value: Array, interpret: bool = Fals
 
 def automatic(query: Array, key: Array, value: Array) -> Array:
   """`splash` on TPUs where the length allows it, `plain` on CPUs, else `dot_product`."""
-  platform = activations.platform()
-  if platform == "tpu" and query.shape[1] % 128 == 0:
+  target = platform()
+  if target == "tpu" and query.shape[1] % 128 == 0:
     return splash(query, key, value)
-  return (plain if platform == "cpu" else dot_product)(query, key, value)
+  return (plain if target == "cpu" else dot_product)(query, key, value)
 
 
 ATTENTION: dict[str, Attend] = {

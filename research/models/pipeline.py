@@ -23,7 +23,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from research.base import Array, Params
+from research.base import Array, Params, platform
 from research.models import activations
 
 # (parameters [k, ...], x [b, T, width], the rest) -> x and statistics [k, ...]
@@ -113,7 +113,7 @@ def pipelined(
   apply = jax.checkpoint(apply, policy=policy, prevent_cse=False)
 
   # what is summed over stages: XLA:CPU (jaxlib 0.10) aborts on such a sum of bfloat16
-  summed = jnp.float32 if activations.platform() == "cpu" else x.dtype
+  summed = jnp.float32 if platform() == "cpu" else x.dtype
 
   def stage(params: Params, waiting: Array, rest: Any) -> tuple[Array, Array]:
     """`waiting` [M, b, T, width]: what the first stage is to take, in whichever round."""

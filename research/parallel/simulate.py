@@ -47,20 +47,20 @@ def simulate(job: Job) -> Executor:
     static_argnames="rounds",
     donate_argnames="state",
     out_shardings=(shardings, everywhere),
-    compiler_options=meshes.options_for_sums(largest_sum(job)),
+    compiler_options=meshes.options_for_sums(mesh, largest_sum(job)),
   )
   deployed = lambda state: workers.deployed(job, layout, state.method)
   params = jax.jit(deployed, out_shardings=NamedSharding(mesh, P()))
   return Executor(init, partial(sharded.place, mesh, ("data",)), run, params, layout)
 
 
-def is_mapped(job: Job) -> bool:
-  """Whether the local phase runs one worker after the other."""
+def is_mapped(job: Job, mesh: Mesh) -> bool:
+  """Whether the local phase runs one worker after the other on the devices of a mesh."""
   if job.local_phase != "auto":
     return job.local_phase == "map"
   params = jax.tree.leaves(jax.eval_shape(job.task.init, jax.random.key(0)))
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in params)
-  return jax.default_backend() == "cpu" and job.method.period > 1 and size >= _ALONE
+  return meshes.runs_on_cpu(mesh) and job.method.period > 1 and size >= _ALONE
 
 
 def _local_phase(job: Job, layout: layouts.Layout, mesh: Mesh) -> Callable[..., Any]:
@@ -85,7 +85,7 @@ def _local_phase(job: Job, layout: layouts.Layout, mesh: Mesh) -> Callable[..., 
 
   spread = lambda private: jax.tree.map(lambda p: P("data") if p else P(), private)
   return jax.shard_map(
-    one_by_one if is_mapped(job) else at_once,
+    one_by_one if is_mapped(job, mesh) else at_once,
     mesh=mesh,
     in_specs=(P(), spread(layout.state), P("data")),
     out_specs=(spread(layout.local), P("data")),

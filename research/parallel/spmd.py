@@ -61,7 +61,7 @@ def spmd(job: Job) -> Executor:
     static_argnames="rounds",
     donate_argnames="state",
     out_shardings=(shardings, NamedSharding(mesh, P())),
-    compiler_options=meshes.options_for_sums(largest_sum(job)),
+    compiler_options=meshes.options_for_sums(mesh, largest_sum(job)),
   )
   deployed = lambda state: workers.deployed(job, layout, state.method)
   along = lambda x: sharded.spec_of(cut, x.shape, "fsdp" if job.zero < 3 else None)
