@@ -7,7 +7,6 @@ import hashlib
 import http.client
 import io
 import logging
-import os
 import shutil
 import urllib.error
 import urllib.request
@@ -16,6 +15,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
+
+from research import paths
 
 SUFFIXES = ("", ".gz", ".bz2")
 TIMEOUT = 30.0  # seconds without an answer
@@ -43,10 +44,10 @@ def find(relative: str, data_dir: str, url: str, sha256: str | None = None) -> P
     FileNotFoundError: it is nowhere and cannot be fetched.
     ValueError: it is truncated, or is not what was recorded, or data_dir is no directory.
   """
-  if data_dir and not Path(data_dir).expanduser().is_dir():
+  if data_dir and not paths.local(data_dir).is_dir():
     raise ValueError(f"data_dir={data_dir!r} is not a directory")
-  folders = [Path(d).expanduser() for d in (data_dir, os.environ.get("RESEARCH_DATA_DIR")) if d]
-  folders.append(cache())
+  named = (data_dir and paths.local(data_dir), paths.of_environment("RESEARCH_DATA_DIR"))
+  folders = [folder for folder in (*named, paths.cache()) if folder]
   for folder in folders:
     for place in (folder / relative, folder / PurePosixPath(relative).name):
       for suffix in SUFFIXES:
@@ -56,11 +57,15 @@ def find(relative: str, data_dir: str, url: str, sha256: str | None = None) -> P
           return path
   try:
     return _fetch(url, cache() / relative, sha256)
-  except (OSError, http.client.HTTPException) as error:
+  except (OSError, http.client.HTTPException, NoCache) as error:
+    if paths.is_full(error):
+      raise
     reason = getattr(error, "reason", None) or error
+    looked = f"not in {', '.join(map(str, folders))}" if folders else "in no known folder"
+    goal = f"save it as {folders[0] / relative}" if folders else "name its folder by data_dir"
     raise FileNotFoundError(
-      f"{relative} is not in {', '.join(map(str, folders))}, and {url} cannot be fetched "
-      f"({reason}); save it as {folders[0] / relative} (.gz and .bz2 may stay compressed)"
+      f"{relative} is {looked}, and {url} cannot be fetched ({reason}); "
+      f"{goal} (.gz and .bz2 may stay compressed)"
     ) from None
 
 
@@ -101,9 +106,20 @@ def whole(target: Path) -> Iterator[Path]:
     partial.unlink(missing_ok=True)
 
 
+class NoCache(ValueError):
+  """There is no folder to keep files in."""
+
+
 def cache() -> Path:
-  root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-  return Path(root) / "distributed-optimization-jax"
+  """Where what is fetched or made of data is kept.
+
+  Raises:
+    NoCache: the user has no home directory.
+  """
+  found = paths.cache()
+  if found is None:
+    raise NoCache("there is no cache folder, since $HOME is not set; set XDG_CACHE_HOME")
+  return found
 
 
 def _verify(path: Path, sha256: str | None, source: str) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jax import lax
 
+from research import paths
 from research.base import Array, Batch, Key, Params, Task
 from research.tasks import files, sampling
 
@@ -59,7 +60,7 @@ def load(name: str, data_dir: str = "") -> Market:
     )
     published = np.array(front.read_text().split(), float).reshape(-1, 2)
   else:
-    path = Path(name).expanduser()
+    path = paths.local(name)
     if not path.is_file():
       raise ValueError(f"{name!r} is no file, and none of {', '.join(MARKETS)}")
   means, covariance = _read(path)

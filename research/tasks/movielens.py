@@ -1,11 +1,11 @@
 """MovieLens 100K: 943 users' ratings of 1682 films, and what is known of both."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from research import paths
 from research.tasks import files
 
 URL = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
@@ -126,7 +126,7 @@ def features(data_dir: str = "") -> Features:
 
 
 def _of_file(split: str) -> tuple[Ratings, Ratings]:
-  path = Path(split).expanduser()
+  path = paths.local(split)
   if not path.is_file():
     raise ValueError(f"split={split!r} is no file, and none of {', '.join((*FOLDS, *COLD))}")
   try:
