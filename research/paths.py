@@ -28,15 +28,7 @@ def local(text: str | Path) -> Path:
     raise ValueError("holds a NUL character, which no path can")
   _check_url(text)
   _check_encoding(text)
-  try:
-    path = Path(text).expanduser()
-  except RuntimeError:
-    user = text.split("/", 1)[0]
-    why = "there is no such user" if user != "~" else "$HOME is not set and the user has no entry"
-    raise ValueError(
-      f"the home directory {user} is not known ({why}); write the whole path, or ./{user} for a "
-      "file of that name"
-    ) from None
+  path = _expanded(text)
   if any(len(os.fsencode(name)) > _NAME for name in path.parts):
     raise ValueError(f"holds a name of more than {_NAME} bytes")
   if len(os.fsencode(path)) >= _PATH:
@@ -101,13 +93,29 @@ def is_full(error: BaseException | None) -> bool:
   return False
 
 
+def _expanded(text: str) -> Path:
+  path = Path(text)
+  if not text.startswith("~"):
+    # ./~x is no home directory, and stays none where it is written out and read again
+    return path.absolute() if str(path).startswith("~") else path
+  try:
+    return path.expanduser()
+  except RuntimeError:
+    user = text.split("/", 1)[0]
+    why = "there is no such user" if user != "~" else "$HOME is not set and the user has no entry"
+    raise ValueError(
+      f"the home directory {user!r} is not known ({why}); write the whole path, or begin with ./ "
+      "if it is a name"
+    ) from None
+
+
 def _check_url(text: str) -> None:
   found = _URL.match(text)
   if found is None:
     return
   scheme, rest = found.groups()
   if scheme.lower() == "file" and rest.startswith("/"):
-    raise ValueError(f"is a URL; write the path alone: {rest}")
+    raise ValueError(f"is a URL; write the path alone: {rest!r}")
   raise ValueError(
     f"is a {scheme} URL, and files are locked, appended to and renamed, which needs a file system; "
     "mount the storage and name the folder that it is mounted on"
@@ -116,17 +124,16 @@ def _check_url(text: str) -> None:
 
 def _check_encoding(text: str) -> None:
   """Rejects names that are not UTF-8, which neither checkpoints nor JSON can hold."""
+  surrogates = [ord(character) for character in text if "\ud800" <= character <= "\udfff"]
   try:
-    text.encode()
+    text.encode(errors="surrogateescape").decode()
+  except UnicodeError:
+    first = surrogates[0]
+    byte = first - 0xDC00 if 0xDC80 <= first <= 0xDCFF else first  # as Python escapes bytes
+    raise ValueError(f"is not UTF-8 (it holds {byte:#04x}); rename it, or link to it") from None
+  try:
     os.fsencode(text)
-    return
-  except UnicodeEncodeError as error:
-    character = ord(text[error.start])
-  try:
-    os.fsencode(text).decode()
-  except UnicodeDecodeError:
-    byte = f"0x{character - 0xDC00:02x}" if 0xDC80 <= character <= 0xDCFF else hex(character)
-    raise ValueError(f"is not UTF-8 (it holds {byte}); rename it, or link to it") from None
   except UnicodeEncodeError:
-    pass
-  raise ValueError("has characters that this locale does not; set LC_ALL=C.UTF-8")
+    surrogates = [0]
+  if surrogates:
+    raise ValueError("has characters that this locale does not know; set LC_ALL=C.UTF-8")
