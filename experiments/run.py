@@ -159,9 +159,17 @@ def use_compilation_cache(folder: str) -> None:
 
   if folder == "off":
     return
-  with flag("compilation_cache", folder):
-    home = None if folder else paths.cache()
-    place = paths.local(folder) if folder else home and home / "compiled"
+  if folder:
+    with flag("compilation_cache", folder):
+      place = paths.local(folder)
+      if place.exists() and not place.is_dir():
+        raise ValueError("is not a folder")
+  else:
+    try:
+      place = paths.cache()
+    except ValueError as error:
+      raise UsageError(str(error)) from error
+    place = place and place / "compiled"
   if place:
     jax.config.update("jax_compilation_cache_dir", str(place))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -1,9 +1,11 @@
 """The standard streams of a command, which may be closed, or lose their reader while it runs."""
 
+import codecs
 import io
 import os
 import sys
 
+_ESCAPED = "bytes or escapes"
 _NAMES = ("stdin", "stdout", "stderr")
 
 
@@ -42,10 +44,19 @@ def prepare() -> None:
       mode = "w" if number else "r"
       setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", errors="replace", closefd=False))
     elif number and stream is getattr(sys, f"__{name}__"):
-      errors = "backslashreplace" if stream.errors == "strict" else stream.errors
+      codecs.register_error(_ESCAPED, _escaped)
+      errors = _ESCAPED if stream.errors in ("strict", "surrogateescape") else stream.errors
       raw = io.BufferedWriter(_Output(number))
       lines = number == 2 or stream.isatty()
       setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, errors, line_buffering=lines))
+
+
+def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
+  """What the encoding lacks: bytes that were none of it when they were read, else an escape."""
+  try:
+    return codecs.lookup_error("surrogateescape")(error)
+  except UnicodeError:
+    return codecs.backslashreplace_errors(error)
 
 
 def _open_null(number: int) -> None:

@@ -117,8 +117,8 @@ def _check_url(text: str) -> None:
   if scheme.lower() == "file" and rest.startswith("/"):
     raise ValueError(f"is a URL; write the path alone: {rest!r}")
   raise ValueError(
-    f"is a {scheme} URL, and files are locked, appended to and renamed, which needs a file system; "
-    "mount the storage and name the folder that it is mounted on"
+    f"is a URL ({scheme}://), and files are locked, appended to and renamed, which needs a file "
+    "system; mount the storage and name the folder that it is mounted on"
   )
 
 

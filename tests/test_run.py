@@ -562,6 +562,20 @@ BAD = {
   "file": Bad(("--out=plain",), ("--out='plain'", "not a folder"), {"plain": "text"}),
   "under": Bad(("--out=plain/run",), ("--out='plain/run'", "plain is not"), {"plain": "text"}),
   "foreign": Bad(("--out=mine",), ("--out='mine'", "other files"), {"mine/thesis.tex": "text"}),
+  "url": Bad((SMALL, "--out=gs://bucket/run"), ("--out='gs://bucket/run'", "a URL", "mount")),
+  "stranger": Bad((SMALL, "--out=~nosuchuser/run"), ("--out='~nosuchuser/run'", "no such user")),
+  "bytes": Bad((SMALL, "--out=caf\udce9"), ("--out='caf", "not UTF-8 (it holds 0xe9)")),
+  "data folder": Bad((SMALL, "--data_dir=s3://x"), ("--data_dir='s3://x'", "a URL")),
+  "cache": Bad(
+    (SMALL, "--compilation_cache=~nosuchuser/x"), ("--compilation_cache='~nosuchuser/x'", "user")
+  ),
+  "cache file": Bad(
+    (SMALL, "--compilation_cache=plain"),
+    ("--compilation_cache='plain'", "not a folder"),
+    {"plain": ""},
+  ),
+  "replayed": Bad(("--replay=gs://bucket/run",), ("--replay='gs://bucket/run'", "a URL")),
+  "text": Bad(("--task=text('~nosuchuser/x')",), ("--task=", "no such user")),
   "unwritable": Bad((SMALL, "--out=/proc/run"), ("--out='/proc/run'",)),
   "offline": Bad(
     ("--task=libsvm('a9a')",), ("libsvm/a9a is not in", "cannot be fetched", "https://", "save it")
