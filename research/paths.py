@@ -89,6 +89,8 @@ def is_full(error: BaseException | None) -> bool:
   while error is not None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
       return True
+    if os.strerror(errno.ENOSPC) in str(error):  # of libraries that raise errors of their own
+      return True
     error = error.__cause__ or error.__context__
   return False
 

@@ -129,6 +129,7 @@ def test_a_full_disk_is_seen_through_what_was_raised_of_it():
   with pytest.raises(UsageError) as caught, flag("out", "x"):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
   assert paths.is_full(caught.value)
+  assert paths.is_full(Exception("No space left on device (os error 28)"))
   assert not paths.is_full(OSError(errno.EACCES, "no"))
 
 

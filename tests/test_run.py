@@ -406,6 +406,23 @@ def test_a_diverging_run_names_the_step_and_keeps_what_was_good(run, tmp_path):
   assert rows(tmp_path / "here")[-1]["step"] == kept
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="a disk of a few bytes takes root to mount")
+@pytest.mark.parametrize("size", ["4k", "60k"])  # for no file of a run; for no checkpoint
+def test_a_full_disk_is_one_line_and_exit_code_5(size, run, tmp_path):
+  (tmp_path / "disk").mkdir()
+  mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", tmp_path / "disk"]
+  subprocess.run(mount, check=True)
+  try:
+    ended = run(tmp_path, "--steps=200", "--log_every=1", "--out=disk/here")
+  finally:
+    subprocess.run(["umount", tmp_path / "disk"], check=True)
+  assert ended.code == 5
+  *evaluations, last = ended.err.splitlines()
+  assert last.startswith("error: ")
+  assert re.search("No space left|disk is full", last)
+  assert all(line.startswith("step ") for line in evaluations), ended.err
+
+
 @pytest.fixture(scope="module")
 def converged(run, tmp_path_factory) -> tuple[Path, Ended]:
   """Gradient descent on a quadratic until its gradient is small."""
