@@ -5,7 +5,7 @@
 Running the same command again resumes, or shows the result. --replay=FOLDER computes a run of
 --executor=server again from its trace. Exit codes: 0 done, or saved after
 SIGTERM; 1 replicas differ; 2 a flag that cannot be; 3 no checkpoint is whole; 4 not finite; 5 the
-disk is full; 130 saved after Ctrl-C.
+disk is full; 130 saved after Ctrl-C; 143 terminated before there was anything to save.
 """
 
 import contextlib
