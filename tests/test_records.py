@@ -82,8 +82,8 @@ def test_nobody_else_writes_json(path):
   for node in ast.walk(tree):
     if isinstance(node, ast.Call):
       name = ast.unparse(node.func)
-      of_text = name.endswith(".encode") and isinstance(node.func, ast.Attribute)
-      inner = [node.func.value] if of_text else node.args
+      of_text = isinstance(node.func, ast.Attribute) and node.func.attr == "encode"
+      inner = [node.func.value] if isinstance(node.func, ast.Attribute) and of_text else node.args
       if of_text or name in ("print", "interrupt.same_everywhere"):
         allowed |= set(map(id, inner))
   dumped = [
