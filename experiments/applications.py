@@ -7,8 +7,8 @@ Writes OUT/CASE/result.json (rows with commit and hardware), table.md and figure
 files and, for the comparisons that have one, `pip install -e ".[applications]"`.
 """
 
+import difflib
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")
 
 from absl import app, flags, logging
 
-from experiments import films, hospitals, portfolios, search
+from experiments import films, hospitals, portfolios, run, search
 from experiments.measured import Rows
 
 FLAGS = flags.FLAGS
@@ -32,13 +32,10 @@ CASES: dict[str, Callable[[Any], Rows]] = {
 
 def write(case: str, folder: Path) -> None:
   """Measures a case and writes what came out."""
-  import matplotlib as mpl
-
-  mpl.use("Agg")
   from matplotlib.figure import Figure
 
+  from research.train import figures, report
   from research.train import folder as folders
-  from research.train import report
 
   figure = Figure(figsize=(10, 4), layout="constrained")
   rows = CASES[case](figure)
@@ -49,8 +46,9 @@ def write(case: str, folder: Path) -> None:
   for one in rows:
     peer = "" if one["peer"] is None else f"{one['peer']:.6g}"
     lines.append(f"| {one['what']} | {one['value']:.6g} | {one['beside']} | {peer} |")
-  (folder / "table.md").write_text("\n".join(lines) + "\n")
-  figure.savefig(folder / "figure.png", dpi=110)
+  report.write_text(folder / "table.md", "\n".join(lines) + "\n")
+  with figures.drawing(folder / "figure.png") as path:
+    figures.save(figure, path, dpi=110)
 
 
 def main(argv: list[str]) -> None:
@@ -59,13 +57,16 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   for case in FLAGS.cases.split(","):
     if case not in CASES:
-      print(f"error: --cases='{case}' is none of {', '.join(CASES)}", file=sys.stderr)
-      sys.exit(2)
-  for case in FLAGS.cases.split(","):
-    write(case, Path(FLAGS.out) / case)
+      near = difflib.get_close_matches(case, CASES, 1)
+      hint = f"did you mean '{near[0]}'? " if near else ""
+      run.fail(2, f"--cases='{case}': unknown; {hint}legal: {', '.join(CASES)}")
+  with run.one_line_errors():
+    out = run.results_folder("out", FLAGS.out, "results/applications")
+    for case in FLAGS.cases.split(","):
+      write(case, out / case)
 
 
 if __name__ == "__main__":
   flags.DEFINE_string("cases", ",".join(CASES), "What to measure.")
   flags.DEFINE_string("out", "results/applications", "Folder of the results.")
-  app.run(main)
+  app.run(main, flags_parser=run.parse_flags)

@@ -34,6 +34,7 @@ from absl import app, flags, logging
 from experiments import costs, faults, hosts, pairs, rounds, run, servers, speed
 from experiments.turns import shown
 from launch import netlab
+from research import paths
 from research.train.config import Config
 
 FLAGS = flags.FLAGS
@@ -150,23 +151,23 @@ def main(argv: list[str]) -> None:
   with run.one_line_errors():
     from research.train import folder, report
 
+    out = run.results_folder("out", FLAGS.out) if FLAGS.out else None
     environment = folder.environment()
     suites = {"loop": of_loop, "faults": of_faults, "wire": of_wire}
     suites["server"] = lambda: of_server(environment["commit"])
     suites["hosts"] = lambda: of_speed(environment["commit"])
     result, lines = suites[FLAGS.suite]()
     result = {"environment": environment, **result}
-  print("\n".join(lines))
-  if FLAGS.out:
-    out = Path(FLAGS.out)
-    out.mkdir(parents=True, exist_ok=True)
-    report.write_json(out / "result.json", result)
-    (out / "table.md").write_text("\n".join(lines) + "\n")
+    if out:
+      out.mkdir(parents=True, exist_ok=True)
+      report.write_json(out / "result.json", result)
+      report.write_text(out / "table.md", "\n".join(lines) + "\n")
+    print("\n".join(lines), flush=True)
 
 
 def before() -> dict[str, Any]:
   """What the folder of the result has from earlier measurements."""
-  stored = Path(FLAGS.out) / "result.json" if FLAGS.out else None
+  stored = paths.local(FLAGS.out) / "result.json" if FLAGS.out else None
   return json.loads(stored.read_text()) if stored and stored.exists() else {}
 
 

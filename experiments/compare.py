@@ -14,7 +14,6 @@ import ast
 import hashlib
 import math
 import sys
-from pathlib import Path
 
 from absl import app, flags
 
@@ -79,7 +78,7 @@ def plan(config: Config, label: str, seeds: int) -> Plan:
   setting, spec = assemble.check(config), config.method
   if setting.method.one_by_one and FLAGS.link:
     raise UsageError(f"--link='{FLAGS.link}': a server's pushes are no collectives, not predicted")
-  stem = Path(config.out or OUT) / folder_name(spec)
+  stem = f"{config.out or OUT}/{folder_name(spec)}"
   configs = [
     config._replace(seed=seed, out=f"{stem}-seed={seed}")
     for seed in range(config.seed, config.seed + seeds)
@@ -180,7 +179,8 @@ def main(argv: list[str]) -> None:
   """Checks everything, trains every method, writes and prints how they compare."""
   del argv
   with run.one_line_errors():
-    config = run.start()
+    out = run.results_folder("out", FLAGS.out, OUT)
+    config = run.start()._replace(out=str(out))
     import jax
 
     from experiments import comparison
@@ -197,13 +197,13 @@ def main(argv: list[str]) -> None:
       return
     result = compared(config, outcomes, FLAGS.target, asked)
     result["recommendation"] = comparison.recommendation(result) if FLAGS.recommend else ""
-    out = Path(config.out or OUT).expanduser()
     report.write_json(out / "compare.json", result)
-    (out / "compare.md").write_text(comparison.markdown(result))
+    report.write_text(out / "compare.md", comparison.markdown(result))
     comparison.draw(out / "compare.png", result)
-  print(comparison.table(result), *comparison.caption(result), sep="\n")
-  if FLAGS.recommend:
-    print(result["recommendation"])
+    print(comparison.table(result), *comparison.caption(result), sep="\n")
+    if FLAGS.recommend:
+      print(result["recommendation"])
+    sys.stdout.flush()
 
 
 def define_flags() -> None:

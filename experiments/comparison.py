@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from research.train import figures
+
 Result = dict[str, Any]
 Row = dict[str, Any]  # a method of a result; a figure that there is not is left out
 
@@ -138,34 +140,37 @@ def title(result: Result) -> str:
 
 def draw(path: Path, result: Result) -> None:
   """Loss against steps, bytes and seconds: a line for the mean over seeds, their range shaded."""
-  import matplotlib as mpl
+  with figures.drawing(path):
+    figures.save(figure_of(result), path, dpi=110)
 
-  mpl.use("Agg")
-  import matplotlib.pyplot as plt
+
+def figure_of(result: Result) -> Any:
+  """The figure of `draw`."""
+  from matplotlib.figure import Figure
 
   rows = result["methods"]
-  size = (15, 6 + 0.22 * len(rows))
-  figure, axes = plt.subplots(1, 3, figsize=size, sharey=True, layout="constrained")
+  figure = Figure(figsize=(15, 6 + 0.22 * len(rows)), layout="constrained")
+  axes = figure.subplots(1, 3, sharey=True)
   for place, row in enumerate(rows):
     style = {"color": f"C{place % 10}", "ls": ("-", "--", "-.", ":")[place % 4], "lw": 2}
     lost = f" ({remark(row)})" if row["diverged_seeds"] else ""
-    axes[0].plot([], [], label=row["label"] + lost, **style)
+    axes[0].plot([], [], label=figures.literal(row["label"] + lost), **style)
     if "curve" in row:
       draw_method(axes, row, result["target"], style)
   predicted = f"seconds on {result['place']} (predicted)"
   seconds = predicted if result["place"] else "seconds of computing"
   for ax, name in zip(axes, ("local steps", "bytes sent by a worker", seconds), strict=True):
-    ax.set_xlabel(textwrap.fill(name, 60))
+    ax.set_xlabel(figures.literal(textwrap.fill(name, 60)))
     ax.grid(alpha=0.3)
   draw_scales(axes, result)
   axes[0].set_ylabel("loss on all training data")
-  heading = f"{title(result)}: mean (line) and range (shade)"
+  heading = figures.literal(f"{title(result)}: mean (line) and range (shade)")
   columns = 1 if max(len(row["label"]) for row in rows) > 70 else 2
   place = {"loc": "outside upper center", "handlelength": 4, "frameon": False}
   figure.legend(title=heading, title_fontsize=12, ncols=columns, **place)
-  figure.supxlabel("\n".join(textwrap.fill(line, 180) for line in caption(result)), size=9)
-  figure.savefig(path, dpi=110)
-  plt.close(figure)
+  below = "\n".join(textwrap.fill(line, 180) for line in caption(result))
+  figure.supxlabel(figures.literal(below), size=9)
+  return figure
 
 
 def draw_method(axes: Sequence[Any], row: Row, target: float | None, style: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ from absl import app, flags
 
 from experiments import compare, run
 from research.comm import chips
-from research.train.config import Config, UsageError, flag
+from research.train.config import Config, UsageError
 
 if TYPE_CHECKING:
   from experiments.ahead import Target
@@ -258,6 +258,7 @@ def main(argv: list[str]) -> None:
     run.fail(2, f"--executor='{FLAGS.executor}': what is compiled for chips is spmd")
   os.environ.update(ENVIRONMENT)
   with run.one_line_errors():
+    out = run.results_folder("out", FLAGS.out) if FLAGS.out else None
     config = run.start()._replace(rounds=1, epochs=0.0, clock="", virtual_seconds=0.0)
     configs = grid(FLAGS.sweep, config) if FLAGS.sweep else [config]
     from experiments import ahead
@@ -271,15 +272,14 @@ def main(argv: list[str]) -> None:
     else:
       found = ahead.compiled_round(config, place, FLAGS.effort)
       text = report(found, place)
-    if config.out:
-      with flag("out", config.out):
-        _write(Path(config.out), found, text, place)
-  print(text)
+    if out:
+      _write(out, found, text, place)
+    print(text, flush=True)
 
 
 def _write(folder: Path, found: dict[str, Any], text: str, target: "Target") -> None:
   from research.train import folder as folders
-  from research.train.report import write_json
+  from research.train import report
 
   folder.mkdir(parents=True, exist_ok=True)
   described = {
@@ -290,8 +290,8 @@ def _write(folder: Path, found: dict[str, Any], text: str, target: "Target") -> 
     "libtpu": _version("libtpu"),
     "environment": folders.environment(),
   }
-  write_json(folder / "compile.json", described)
-  (folder / "compile.md").write_text(text + "\n")
+  report.write_json(folder / "compile.json", described)
+  report.write_text(folder / "compile.md", text + "\n")
 
 
 def _version(package: str) -> str:

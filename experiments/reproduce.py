@@ -23,7 +23,7 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")
 
 from absl import app, flags, logging
 
-from experiments.run import fail, parse_flags, use_compilation_cache
+from experiments.run import one_line_errors, parse_flags, results_folder, use_compilation_cache
 from research import registry
 from research.train.config import UsageError, flag
 
@@ -68,9 +68,8 @@ def given(texts: list[str]) -> dict[str, Any]:
 
 def out_folder(changed: bool) -> Path:
   """Where results go: the record is of claims in full, as they stand."""
-  if FLAGS.out:
-    return Path(FLAGS.out)
-  return Path("runs/claims") if changed or FLAGS.scale == "quick" else Path("results")
+  default = "runs/claims" if changed or FLAGS.scale == "quick" else "results"
+  return results_folder("out", FLAGS.out, default)
 
 
 def data_of(name: str, default: str) -> str:
@@ -162,19 +161,17 @@ def main(argv: list[str]) -> None:
       print(f"{name:{width}}  {module_of(name).TITLE}")
     sys.exit(0)
   names = CLAIMS if FLAGS.claim == "all" else FLAGS.claim.split(",")
-  use_compilation_cache(FLAGS.compilation_cache)
-  try:
+  with one_line_errors():
+    use_compilation_cache(FLAGS.compilation_cache)
     for name in names:
       module_of(name)
     if FLAGS.claim == "all" and (FLAGS.dataset or FLAGS.set):
       raise UsageError("--claim=all: --dataset and --set belong to one claim")
     out = out_folder(bool(FLAGS.dataset or FLAGS.set or FLAGS.seeds))
     held = [reproduce(name, out) for name in names]
-  except UsageError as error:
-    fail(2, str(error))
-  from experiments import verdict
+    from experiments import verdict
 
-  verdict.write_overview(out, {name: module_of(name).TITLE for name in CLAIMS})
+    verdict.write_overview(out, {name: module_of(name).TITLE for name in CLAIMS})
   sys.exit(0 if all(held) else 1)
 
 

@@ -5,13 +5,13 @@
 Running the same command again resumes, or shows the result. --replay=FOLDER computes a run of
 --executor=server again from its trace. Exit codes: 0 done, or saved after
 SIGTERM; 1 replicas differ; 2 a flag that cannot be; 3 no checkpoint is whole; 4 not finite; 5 the
-disk is full; 130 saved after Ctrl-C.
+disk is full; 130 saved after Ctrl-C; 143 terminated before there was anything to save.
 """
 
 import contextlib
 import difflib
-import errno
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,6 +20,8 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
+from experiments import streams
+from research import paths
 from research.train.config import Config, UsageError, flag  # JAX is imported late
 
 FLAGS = flags.FLAGS
@@ -111,6 +113,7 @@ def define_flags() -> None:
 
 def parse_flags(argv: list[str]) -> list[str]:
   """Reads the command line; a wrong flag ends the program with one line and exit code 2."""
+  streams.prepare()
   if {"--help", "-help", "-h"} & set(argv[1:]):
     program = sys.modules["__main__"]
     ours = [name for name in FLAGS.flags_by_module_dict() if not name.startswith("absl.")]
@@ -145,19 +148,47 @@ def batch_size(text: str) -> int | str:
 
 
 def use_compilation_cache(folder: str) -> None:
-  """Keeps compiled programs on disk, so that the same command starts faster the next time."""
+  """Keeps compiled programs on disk, so that the same command starts faster the next time.
+
+  Without a folder they are kept in the user's cache, and nowhere if there is none.
+
+  Raises:
+    UsageError: if the folder is no path.
+  """
   import jax
 
-  if folder != "off":
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    default = cache / "distributed-optimization-jax" / "compiled"
-    jax.config.update("jax_compilation_cache_dir", folder or str(default))
+  if folder == "off":
+    return
+  if folder:
+    with flag("compilation_cache", folder):
+      place = paths.local(folder)
+      if place.exists() and not place.is_dir():
+        raise ValueError("is not a folder")
+  else:
+    try:
+      place = paths.cache()
+    except ValueError as error:
+      raise UsageError(str(error)) from error
+    place = place and place / "compiled"
+  if place:
+    jax.config.update("jax_compilation_cache_dir", str(place))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def results_folder(name: str, text: str, default: str = "") -> Path:
+  """The folder of a command's results, which can be written or made; nothing is written yet.
+
+  Raises:
+    UsageError: with the flag of that name.
+  """
+  with flag(name, text or default):
+    return paths.writable(text or default)
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
   """Turns what a run can fail with into a line on stderr and the exit code that says which."""
+  before = signal.signal(signal.SIGTERM, terminated)
   import jax
 
   from research.train import checkpoint, loop
@@ -173,7 +204,7 @@ def one_line_errors() -> Iterator[None]:
   except KeyboardInterrupt:
     fail(130, "interrupted before there was anything to save")
   except tuple(codes) as error:
-    fail(codes[type(error)], str(error))
+    fail(5 if paths.is_full(error) else codes[type(error)], str(error))
   except Exception as error:  # a process of several must not stay, whatever it met
     known = foreseen(error)
     if jax.distributed.is_initialized():
@@ -181,6 +212,15 @@ def one_line_errors() -> Iterator[None]:
     if known:
       fail(*known)
     raise
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+def terminated(number: int, frame: Any) -> NoReturn:
+  """Ends a command that is told to stop while `interrupt.watch` does not listen."""
+  del frame
+  os.write(2, b"error: terminated before there was anything to save\n")
+  sys.exit(128 + number)
 
 
 def foreseen(error: Exception) -> tuple[int, str] | None:
@@ -191,8 +231,9 @@ def foreseen(error: Exception) -> tuple[int, str] | None:
 
   if isinstance(error, checkpoint.SaveError):
     return 5, str(error)
-  if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-    return 5, f"the disk is full: {error.filename or FLAGS.out}; free some space and go on"
+  if paths.is_full(error):
+    where = getattr(error, "filename", None) or FLAGS.out or "a file of the run"
+    return 5, f"the disk is full: {where}; free some space and go on"
   is_jax = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
   if is_jax or isinstance(error, MemoryError):
     return 2, f"the model, its state or its data do not fit the memory: {str(error)[:200]}"
@@ -235,7 +276,7 @@ def explain_sharding() -> NoReturn:
     from research.train import explain
 
     explain.imitate_devices(told())
-    print(explain.explanation(start()))
+    print(explain.explanation(start()), flush=True)
   sys.exit(0)
 
 
@@ -257,8 +298,11 @@ def replay(config: Config) -> NoReturn:
 
   if config.executor == "server":
     raise UsageError("--replay: is simulated; leave out --executor=server")
-  found = replay.replay(Path(FLAGS.replay), Path(config.out) if config.out else None)
-  print(replay.table(found))
+  with flag("replay", FLAGS.replay):
+    folder = paths.local(FLAGS.replay)
+  out = results_folder("out", config.out) if config.out else None
+  found = replay.replay(folder, out)
+  print(replay.table(found), flush=True)
   if not found["distance"] <= replay.TOLERANCE:
     raise loop.ReplicasDiffer(f"the parameters differ by {found['distance']:.3g} of the largest")
   sys.exit(0)
@@ -278,8 +322,8 @@ def main(argv: list[str]) -> None:
     if FLAGS.replay:
       replay(config)
     summary, folder = trainer(config)(config)
-  if jax.process_index() == 0:
-    print(report.closing_table(summary, folder))
+    if jax.process_index() == 0:
+      print(report.closing_table(summary, folder), flush=True)
   sys.exit(130 if summary["stopped_because"] == "interrupted" else 0)
 
 

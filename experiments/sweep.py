@@ -15,6 +15,7 @@ from typing import Any
 from absl import app, flags
 
 from experiments import run
+from research.train.config import Config
 
 FLAGS = flags.FLAGS
 METHOD = "data_parallel(sgd({learning_rate}, momentum=0.9), mean())"
@@ -27,21 +28,39 @@ def score(summary: dict[str, Any]) -> tuple[str, float]:
   return "minus training loss", -summary["train_loss"]
 
 
-def grid(rates: list[str], seeds: list[str]) -> list[dict[str, Any]]:
+def configs(config: Config, out: Path, rates: list[str], seeds: list[str]) -> list[list[Config]]:
+  """The runs by rate and seed, each held against its folder before any of them trains.
+
+  Raises:
+    UsageError: one line.
+  """
+  from research.train import assemble
+  from research.train import folder as folders
+
+  def one(rate: str, seed: str) -> Config:
+    method = config.method.replace("{learning_rate}", rate)
+    where = str(out / f"learning_rate={rate}-seed={seed}")
+    found = config._replace(method=method, seed=int(seed), out=where)
+    assemble.check(found)
+    folders.check(found)
+    return found
+
+  return [[one(rate, seed) for seed in seeds] for rate in rates]
+
+
+def grid(rates: list[str], runs: list[list[Config]]) -> list[dict[str, Any]]:
   """Trains every combination; one row per rate with its seeds' scores, None where one diverged."""
   from research.train import loop
 
-  config, rows = run.start(), []
-  out = Path(config.out or "runs/sweep")
-  for rate in rates:
+  rows = []
+  for rate, of_seeds in zip(rates, runs, strict=True):
     scores: list[float | None] = []
     name = ""
-    for seed in seeds:
-      method = config.method.replace("{learning_rate}", rate)
-      folder = out / f"learning_rate={rate}-seed={seed}"
-      print(f"learning rate {rate}, seed {seed}: {folder}", file=sys.stderr, flush=True)
+    for config in of_seeds:
+      told = f"learning rate {rate}, seed {config.seed}: {config.out}"
+      print(told, file=sys.stderr, flush=True)
       try:
-        summary, _ = loop.train(config._replace(method=method, seed=int(seed), out=str(folder)))
+        summary, _ = loop.train(config)
       except loop.NonFinite as error:
         print(error, file=sys.stderr)
         scores.append(None)
@@ -81,19 +100,23 @@ def main(argv: list[str]) -> None:
   if "{learning_rate}" not in FLAGS.method:
     run.fail(2, f"--method='{FLAGS.method}': write {{learning_rate}} where each rate goes")
   for name, values, legal in (("learning_rates", rates, float), ("seeds", seeds, int)):
+    if not values:
+      run.fail(2, f"--{name}='': name at least one, with ',' between two")
     for value in values:
       try:
         legal(value)
       except ValueError:
         run.fail(2, f"--{name}={','.join(values)}: '{value}' is not a number")
+  if wrong := [seed for seed in seeds if not 0 <= int(seed) < 2**31]:
+    run.fail(2, f"--seeds={','.join(seeds)}: {wrong[0]} is not in [0, 2147483647]")
   with run.one_line_errors():
-    rows = grid(rates, seeds)
+    out = run.results_folder("out", FLAGS.out, "runs/sweep")
+    rows = grid(rates, configs(run.start(), out, rates, seeds))
     from research.train import report
 
-    out = Path(FLAGS.out or "runs/sweep")
     report.write_json(out / "sweep.json", {"method": FLAGS.method, "seeds": seeds, "rows": rows})
-    (out / "sweep.md").write_text(table(rows) + "\n")
-  print(table(rows))
+    report.write_text(out / "sweep.md", table(rows) + "\n")
+    print(table(rows), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.claim import Findings, Panel
-from research.train import report
+from research.train import figures, report
 
 POINTS = 200  # of a curve in result.json
 
@@ -59,9 +59,9 @@ def values(findings: Findings, elsewhere: bool) -> dict[str, Any]:
 def write(result: dict[str, Any], findings: Findings, folder: Path) -> None:
   """Writes result.json, table.md and figure.png into a folder."""
   folder.mkdir(parents=True, exist_ok=True)
-  (folder / "table.md").write_text(table(result) + "\n")
-  draw(findings.panels, result["title"], folder / "figure.png")
   report.write_json(folder / "result.json", result)
+  report.write_text(folder / "table.md", table(result) + "\n")
+  draw(findings.panels, result["title"], folder / "figure.png")
 
 
 def table(result: dict[str, Any]) -> str:
@@ -93,19 +93,22 @@ def table(result: dict[str, Any]) -> str:
 
 def draw(panels: list[Panel], title: str, path: Path) -> None:
   """Draws the panels side by side."""
-  import matplotlib as mpl
+  with figures.drawing(path):
+    figures.save(figure_of(panels, title), path, dpi=110)
 
-  mpl.use("Agg")
+
+def figure_of(panels: list[Panel], title: str) -> Any:
+  """The figure of `draw`."""
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(5.5 * len(panels), 4.2), layout="constrained")
-  figure.suptitle(textwrap.fill(title, 70 * len(panels)), fontsize=11)
+  figure.suptitle(figures.literal(textwrap.fill(title, 70 * len(panels))), fontsize=11)
   for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
     colors: dict[str, str] = {}
     for line in panel.lines:
       # seeds of one label share its color
       color = colors.setdefault(line.label, f"C{len(colors)}")
-      known = line.label in axes.get_legend_handles_labels()[1]
+      known = figures.literal(line.label) in axes.get_legend_handles_labels()[1]
       axes.plot(
         line.x,
         line.y,
@@ -113,19 +116,27 @@ def draw(panels: list[Panel], title: str, path: Path) -> None:
         marker=line.marker or None,
         markersize=4,
         linewidth=1.3,
-        label="_" if known else line.label,
+        label="_" if known else figures.literal(line.label),
       )
     for i, (label, level) in enumerate(panel.levels.items()):
       axes.axhline(
-        level, color="gray", linestyle=("--", ":", "-.")[i % 3], linewidth=1, label=label
+        level,
+        color="gray",
+        linestyle=("--", ":", "-.")[i % 3],
+        linewidth=1,
+        label=figures.literal(label),
       )
     axes.set(
-      title=panel.title, xlabel=panel.x, ylabel=panel.y, xscale=panel.x_scale, yscale=panel.y_scale
+      title=figures.literal(panel.title),
+      xlabel=figures.literal(panel.x),
+      ylabel=figures.literal(panel.y),
+      xscale=panel.x_scale,
+      yscale=panel.y_scale,
     )
     axes.title.set_fontsize(10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-  figure.savefig(path, dpi=110)
+  return figure
 
 
 HEAD = """# Results
@@ -154,7 +165,7 @@ def write_overview(out: Path, titles: Mapping[str, str]) -> None:
       f"| {_shown(first['paper'])} | {_shown(first['ours'])} | {_verdict(found)} "
       f"| {found['seconds']:.0f} | `{found['command'].removeprefix('python experiments/')}` |"
     )
-  (out / "README.md").write_text(HEAD + "\n".join(rows) + "\n")
+  report.write_text(out / "README.md", HEAD + "\n".join(rows) + "\n")
 
 
 def _verdict(found: dict[str, Any]) -> str:

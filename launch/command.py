@@ -12,6 +12,7 @@ from absl import app, flags
 
 from experiments import run
 from launch.supervisor import Rules, say
+from research.train.config import UsageError, flag
 
 FLAGS = flags.FLAGS
 
@@ -57,7 +58,12 @@ def rules() -> Rules:
 def log_folder() -> Path:
   """Where the logs go, which it says."""
   name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-  folder = Path(FLAGS.logs or Path("logs") / name)
+  try:
+    folder = run.results_folder("logs", FLAGS.logs, f"logs/{name}")
+    with flag("logs", str(folder)):
+      folder.mkdir(parents=True, exist_ok=True)
+  except UsageError as error:
+    run.fail(2, str(error))
   say(f"logs in {folder}")
   return folder
 

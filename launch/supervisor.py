@@ -73,7 +73,7 @@ def supervise(
 
   Args:
     processes: makes the processes of each start: a port may be used once.
-    logs: folder of the log files, and of the files that processes touch as they advance.
+    logs: folder of the log files, and of the files that processes touch as they advance; it exists.
     rules: how often, and after what time.
     disturb: called several times a second with what runs.
 
@@ -81,7 +81,6 @@ def supervise(
     0 if all ended with 0; 130 after SIGINT; otherwise the exit code of the process that failed
     first, 128 + N if it died by signal N, or 124 if the job hung.
   """
-  logs.mkdir(parents=True, exist_ok=True)
   with contextlib.ExitStack() as stack:
     watchman = Watchman()
     stack.callback(watchman.close)

@@ -406,6 +406,23 @@ def test_a_diverging_run_names_the_step_and_keeps_what_was_good(run, tmp_path):
   assert rows(tmp_path / "here")[-1]["step"] == kept
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="a disk of a few bytes takes root to mount")
+@pytest.mark.parametrize("size", ["4k", "60k"])  # for no file of a run; for no checkpoint
+def test_a_full_disk_is_one_line_and_exit_code_5(size, run, tmp_path):
+  (tmp_path / "disk").mkdir()
+  mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", tmp_path / "disk"]
+  subprocess.run(mount, check=True)
+  try:
+    ended = run(tmp_path, "--steps=200", "--log_every=1", "--out=disk/here")
+  finally:
+    subprocess.run(["umount", tmp_path / "disk"], check=True)
+  assert ended.code == 5
+  *evaluations, last = ended.err.splitlines()
+  assert last.startswith("error: ")
+  assert re.search("No space left|disk is full", last)
+  assert all(line.startswith("step ") for line in evaluations), ended.err
+
+
 @pytest.fixture(scope="module")
 def converged(run, tmp_path_factory) -> tuple[Path, Ended]:
   """Gradient descent on a quadratic until its gradient is small."""
@@ -562,6 +579,20 @@ BAD = {
   "file": Bad(("--out=plain",), ("--out='plain'", "not a folder"), {"plain": "text"}),
   "under": Bad(("--out=plain/run",), ("--out='plain/run'", "plain is not"), {"plain": "text"}),
   "foreign": Bad(("--out=mine",), ("--out='mine'", "other files"), {"mine/thesis.tex": "text"}),
+  "url": Bad((SMALL, "--out=gs://bucket/run"), ("--out='gs://bucket/run'", "a URL", "mount")),
+  "stranger": Bad((SMALL, "--out=~nosuchuser/run"), ("--out='~nosuchuser/run'", "no such user")),
+  "bytes": Bad((SMALL, "--out=caf\udce9"), ("--out='caf", "not UTF-8 (it holds 0xe9)")),
+  "data folder": Bad((SMALL, "--data_dir=s3://x"), ("--data_dir='s3://x'", "a URL")),
+  "cache": Bad(
+    (SMALL, "--compilation_cache=~nosuchuser/x"), ("--compilation_cache='~nosuchuser/x'", "user")
+  ),
+  "cache file": Bad(
+    (SMALL, "--compilation_cache=plain"),
+    ("--compilation_cache='plain'", "not a folder"),
+    {"plain": ""},
+  ),
+  "replayed": Bad(("--replay=gs://bucket/run",), ("--replay='gs://bucket/run'", "a URL")),
+  "text": Bad(("--task=text('~nosuchuser/x')",), ("--task=", "no such user")),
   "unwritable": Bad((SMALL, "--out=/proc/run"), ("--out='/proc/run'",)),
   "offline": Bad(
     ("--task=libsvm('a9a')",), ("libsvm/a9a is not in", "cannot be fetched", "https://", "save it")

@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from research import registry
 from research.aggregate.mean import mean
 from research.methods.asynchronous import asgd
 from research.parallel.job import Job
-from research.server import driver, events, replay, setup, store, work
+from research.server import cluster, driver, events, replay, setup, store, work
 from research.server.events import Event, Push
 from research.server.head import DENIED, Head
 from research.server.messages import Spent
@@ -471,3 +472,27 @@ def test_hogwild_learns_and_leaves_nothing_behind(lock_free, monkeypatch):
   assert set(Path("/dev/shm").iterdir()) <= before
   rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
   assert rows[-1]["step"] == summary["steps"]
+
+
+@pytest.mark.parametrize(
+  ("error", "says"),
+  [
+    (
+      OSError("AF_UNIX path length cannot exceed 107 bytes: /long/ray/s"),
+      "^TMPDIR='/long': too long",
+    ),
+    (PermissionError(13, "Permission denied", "/long/ray"), "^Ray cannot write /long/ray: Perm"),
+    (ConnectionError("nobody there"), "^--node_ip='127.0.0.1': nobody there"),
+  ],
+)
+def test_what_keeps_ray_from_starting_is_named(error, says, monkeypatch):
+  ray = pytest.importorskip("ray")
+
+  def init(**kwargs):
+    raise error
+
+  monkeypatch.setattr(ray, "init", init)
+  monkeypatch.setattr(os, "environ", os.environ | {"TMPDIR": "/long"})
+  monkeypatch.delitem(os.environ, "RAY_TMPDIR", raising=False)
+  with pytest.raises(UsageError, match=says), cluster.running(BASE, 1, 1):
+    pass

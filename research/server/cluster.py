@@ -8,9 +8,10 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from research.train.config import Config, flag
+from research.train.config import Config, UsageError, flag
 
 _MIB = 2**20
+_HINT = "set RAY_TMPDIR to a short path that can be written, such as /tmp"
 _LOOPBACK = ("127.0.0.1", "localhost")
 
 
@@ -53,12 +54,24 @@ def running(config: Config, processes: int, model_bytes: int) -> Iterator[Any]:
           **space,
           **quiet,
         )
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-      raise ValueError(" ".join(str(error).split())[:200]) from error
+    except (OSError, RuntimeError, ValueError) as error:
+      raise _reason(error) from error
   try:
     yield ray
   finally:
     ray.shutdown()
+
+
+def _reason(error: Exception) -> ValueError:
+  """Why Ray does not start: a flag's value, or the folder that its sockets and logs are in."""
+  text = " ".join(str(error).split())
+  if place := getattr(error, "filename", None):
+    return UsageError(f"Ray cannot write {place}: {getattr(error, 'strerror', text)}; {_HINT}")
+  if "AF_UNIX path length" not in text:
+    return ValueError(text[:200])
+  name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+  place = os.environ.get(name, "")
+  return UsageError(f"{name}='{place[:80]}': too long for Ray's sockets in it; {_HINT}")
 
 
 def _told(config: Config) -> contextlib.AbstractContextManager[None]:

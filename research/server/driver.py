@@ -11,8 +11,8 @@ from research.server import setup as setups
 from research.server.actors import HeadProcess, Place, Shard, Sizes, WorkerProcess
 from research.server.measure import Measured, digest
 from research.server.setup import Setup
+from research.train import figures, heartbeat, interrupt, report
 from research.train import folder as folders
-from research.train import heartbeat, interrupt, report
 from research.train.config import Config, UsageError
 from research.train.loop import NonFinite
 from research.train.timing import Timing
@@ -35,7 +35,7 @@ def train(config: Config) -> tuple[dict[str, Any], Path]:
     made = setups.setup(config)
     steps = made.updates * made.job.method.period
     if summary := folders.finished(config, folder, steps):
-      report.note(f"{folder} holds this run, complete; its result:")
+      figures.show_again(folder, summary)
       return summary, folder
     stack.enter_context(folders.claimed(config, folder))
     folders.describe(config, folder)
@@ -50,8 +50,7 @@ def train(config: Config) -> tuple[dict[str, Any], Path]:
 
 
 def _written(summary: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Path]:
-  report.write_json(folder / "summary.json", summary)
-  report.loss_plot(folder, summary)
+  figures.write_result(folder, summary)
   return summary, folder
 
 

@@ -131,12 +131,13 @@ class Trace:
           head, self.kept = before, list(until(found, update))
     new = path.with_suffix(".new")
     with new.open("w") as file:
-      file.writelines(json.dumps(row) + "\n" for row in [head, *(e.row() for e in self.kept)])
+      rows = [head, *(event.row() for event in self.kept)]
+      file.writelines(report.as_json(row) + "\n" for row in rows)
     new.replace(path)
     self._file = path.open("a")
 
   def write(self, events: Iterable[Event]) -> None:
-    self._file.writelines(json.dumps(event.row()) + "\n" for event in events)
+    self._file.writelines(report.as_json(event.row()) + "\n" for event in events)
     self._file.flush()
 
   def close(self) -> None:

@@ -116,7 +116,7 @@ class Measured:
     """Measures a model on the data; the row of that step carries it, a new one if need be.
 
     Raises:
-      NonFinite: if its loss is not finite.
+      NonFinite: if a loss or a metric is not finite.
     """
     tree = jax.device_put(self.treedef.unflatten(list(params.values())))
     gradient = self.setup.job.task.grads is not None
@@ -126,8 +126,10 @@ class Measured:
     test = {**test, **jax.device_get(self.measure(tree))}
     found = {"train_loss": float(train["loss"]), "eval": {k: float(v) for k, v in test.items()}}
     step = version * self.period
-    if not np.isfinite(found["train_loss"]):
-      raise NonFinite(f"the loss of the model is not finite at step {step}; {kept}")
+    measured = {"training loss": found["train_loss"]}
+    measured |= {f"{self.evaluated_on} {name}": x for name, x in found["eval"].items()}
+    if bad := [name for name, x in measured.items() if not np.isfinite(x)]:
+      raise NonFinite(f"the {', '.join(bad)} is not finite at step {step}; {kept}")
     self.evaluated_at, self.found = version, found
     if self.row is None or self.row["step"] != step:
       self.losses = self.losses or [found["train_loss"]]

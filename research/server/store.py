@@ -70,6 +70,8 @@ def restore(
         raise ValueError("files are missing or not as they were written")
       about = json.loads((path / _ABOUT).read_text())
       place = _read(path, about)
+      if place.version != version:
+        raise ValueError(f"it is version {place.version}, renamed")
     except (OSError, ValueError, KeyError) as error:
       warn(f"checkpoint {version} is damaged and set aside as {version}.damaged: {error}")
       shutil.rmtree(folder / f"{version}.damaged", ignore_errors=True)

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import NormalDist
 
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from research import paths
 from research.base import Array, Batch, Key, Params, Task
 from research.tasks import files, price_table, sampling, texts
 
@@ -179,7 +179,7 @@ def load(name: str = "stocks", data_dir: str = "") -> np.ndarray:
   """
   if name == "stocks":
     path = files.find("stocks/stock_prices.csv", data_dir, URL, SHA256)
-  elif not (path := Path(name).expanduser()).is_file():
+  elif not (path := paths.local(name)).is_file():
     raise ValueError(f"{name!r} is no file, and the table that is known by name is 'stocks'")
   lines, prices = price_table.read(path)
   whole = np.atleast_1d(~np.isnan(prices).any(1))

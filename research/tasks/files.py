@@ -8,7 +8,6 @@ import http.client
 import io
 import json
 import logging
-import os
 import shutil
 import urllib.error
 import urllib.request
@@ -17,6 +16,8 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO
+
+from research import paths
 
 SUFFIXES = ("", ".gz", ".bz2")
 TIMEOUT = 30.0  # seconds without an answer
@@ -45,30 +46,35 @@ def find(relative: str, data_dir: str, url: str, sha256: str | None = None) -> P
     FileNotFoundError: it is nowhere and cannot be fetched.
     ValueError: it is truncated, or is not what was recorded, or data_dir is no directory.
   """
-  if data_dir and not Path(data_dir).expanduser().is_dir():
+  if data_dir and not paths.local(data_dir).is_dir():
     raise ValueError(f"data_dir={data_dir!r} is not a directory")
-  folders = [Path(d).expanduser() for d in (data_dir, os.environ.get("RESEARCH_DATA_DIR")) if d]
-  folders.append(cache())
+  named = (data_dir and paths.local(data_dir), paths.of_environment("RESEARCH_DATA_DIR"))
+  own = paths.cache()
+  folders = [folder for folder in (*named, own) if folder]
   damaged = None
   for folder, path in _places(folders, relative):
     try:
       _verify(path, sha256, str(path))
       return path
     except ValueError as error:
-      if folder != cache():
+      if folder != own:
         raise
       damaged = damaged or error
   if damaged:
     logging.getLogger(__name__).warning("%s; it is fetched again", damaged)
   try:
     return _fetch(url, cache() / relative, sha256)
-  except (OSError, http.client.HTTPException) as error:
+  except (OSError, http.client.HTTPException, NoCache) as error:
+    if paths.is_full(error):
+      raise
     reason = getattr(error, "reason", None) or error
     if damaged:
       raise ValueError(f"{damaged}, and {url} cannot be fetched ({reason})") from None
+    looked = f"not in {', '.join(map(str, folders))}" if folders else "in no known folder"
+    goal = f"save it as {folders[0] / relative}" if folders else "name its folder by data_dir"
     raise FileNotFoundError(
-      f"{relative} is not in {', '.join(map(str, folders))}, and {url} cannot be fetched "
-      f"({reason}); save it as {folders[0] / relative} (.gz and .bz2 may stay compressed)"
+      f"{relative} is {looked}, and {url} cannot be fetched ({reason}); "
+      f"{goal} (.gz and .bz2 may stay compressed)"
     ) from None
 
 
@@ -119,17 +125,24 @@ def whole(target: Path) -> Iterator[Path]:
     partial.unlink(missing_ok=True)
 
 
+class NoCache(ValueError):
+  """There is no folder to keep files in."""
+
+
 def kept(relative: str, make: Callable[[], str]) -> str:
   """The text that `make` returns, from the user's cache if it is there and undamaged.
 
   It is kept as JSON, {"sha256", "content"}; a file that does not match its SHA-256 is replaced.
-  Without a cache that can be written, the text is made each time.
+  Without a cache, or one that can be written, the text is made each time.
 
   Args:
     relative: path under the cache, a name of all that the text depends on.
     make: a function of nothing else.
   """
-  path = cache() / relative
+  root = paths.cache()
+  if root is None:
+    return make()
+  path = root / relative
   if path.is_file():
     try:
       found = json.loads(path.read_bytes())
@@ -148,8 +161,15 @@ def kept(relative: str, make: Callable[[], str]) -> str:
 
 
 def cache() -> Path:
-  root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-  return Path(root) / "distributed-optimization-jax"
+  """Where what is fetched or made of data is kept.
+
+  Raises:
+    NoCache: the user has no home directory.
+  """
+  found = paths.cache()
+  if found is None:
+    raise NoCache("there is no cache folder, since $HOME is not set; set XDG_CACHE_HOME")
+  return found
 
 
 def _sha256(text: str) -> str:

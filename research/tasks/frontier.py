@@ -1,7 +1,6 @@
 """The mean-variance frontier: portfolios of least variance at required returns."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -10,6 +9,7 @@ import numpy as np
 import optax
 from jax import lax
 
+from research import paths
 from research.base import Array, Batch, Key, Params, Task
 from research.tasks import files, portfolio_files, sampling
 
@@ -59,7 +59,7 @@ def load(name: str, data_dir: str = "") -> Market:
     )
     published = np.array(front.read_text().split(), float).reshape(-1, 2)
   else:
-    path = Path(name).expanduser()
+    path = paths.local(name)
     if not path.is_file():
       raise ValueError(f"{name!r} is no file, and none of {', '.join(MARKETS)}")
   means, covariance = portfolio_files.read(path)

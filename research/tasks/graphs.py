@@ -1,11 +1,11 @@
 """Directed graphs: read from lists of edges, or made up with degrees that follow a power law."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from research import paths
 from research.tasks import files, texts
 
 EXPONENT = 2.1  # of the in-degrees of `power_law`
@@ -42,7 +42,7 @@ def load(name: str, data_dir: str) -> Graph:
   """
   if name == "wiki-Vote":
     path = files.find("wiki-vote/wiki-Vote.txt", data_dir, WIKI_VOTE_URL, WIKI_VOTE_SHA256)
-  elif not (path := Path(name).expanduser()).is_file():
+  elif not (path := paths.local(name)).is_file():
     raise ValueError(f"{name!r} is no file, and the graph that is known by name is 'wiki-Vote'")
   pairs = texts.parsed(path, _edge, comments="#%")
   if not pairs:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from research import paths
 from research.base import Array, Batch, Key, Params, Task, Tree
 from research.tasks import files, sampling, texts, tokens
 
@@ -239,7 +239,7 @@ def _places(count: int) -> np.ndarray:
 
 
 def _read(path: str) -> str:
-  place = Path(path).expanduser()
+  place = paths.local(path)
   if not place.is_file():
     raise ValueError(f"{path} is no file")
   return texts.read(place)

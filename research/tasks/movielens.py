@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from research import paths
 from research.tasks import files, texts
 
 URL = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
@@ -103,7 +104,7 @@ def features(data_dir: str = "") -> Features:
 
 
 def _of_file(split: str) -> tuple[Ratings, Ratings]:
-  path = Path(split).expanduser()
+  path = paths.local(split)
   if not path.is_file():
     raise ValueError(f"split={split!r} is no file, and none of {', '.join((*FOLDS, *COLD))}")
   whole = _of_rows(_table(path))

@@ -11,6 +11,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
+from research import paths
 from research.tasks import files, texts, tokens
 
 HEAD = 1 << 25  # bytes of a text, at most, that a tokenizer is trained on
@@ -39,7 +40,7 @@ class TokenFile:
     Raises:
       ValueError: it is none, or holds something else.
     """
-    path = Path(path).expanduser()
+    path = paths.local(path)
     if not path.is_file() or not path.stat().st_size:
       raise ValueError(f"{path} is no file, or an empty one")
     if path.suffix in files.SUFFIXES[1:]:
@@ -110,7 +111,7 @@ def encoded(path: str | Path, vocabulary: int, share: float) -> Encoded:
     ValueError: there is no such text, it is compressed or not UTF-8, or see `tokens.bpe`.
   """
   TokenFile(path)  # what it refuses is refused here
-  path = Path(path).expanduser().resolve()
+  path = paths.local(path).resolve()
   about = path.stat()
   head = _head(path, min(HEAD, int(share * about.st_size)))
   coder = tokens.bpe(head, vocabulary)

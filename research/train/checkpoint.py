@@ -18,7 +18,7 @@ from research.base import Array, TrainState
 from research.comm.mesh import count, worker_axes
 from research.parallel import resize
 from research.train import integrity, interrupt, manager
-from research.train.noise import deaf_to_writers, quietly
+from research.train.noise import deaf_to_writers, quietly, silence
 
 
 class CheckpointError(Exception):
@@ -77,7 +77,7 @@ class Checkpoints:
     self.saved_at = now
     leaves = _leaves(state)
     item = ocp.args.StandardSave({"state": leaves, "checksums": integrity.checksums(leaves)})
-    lies = resize.as_json(self._placed)
+    lies = resize.as_json(self._placed) | {"step": step}
     with self._written():
       self._manager.save(step, args=item, custom_metadata=lies, force=True)
 
@@ -92,8 +92,14 @@ class Checkpoints:
       integrity.list_files(self._folder)
 
   def close(self) -> None:
+    """Waits for the last save.
+
+    Raises:
+      SaveError: if it could not be written, unless that was said before.
+    """
     if not self._failed:  # it would wait for what has failed, and raise once more
-      self._manager.close()
+      with self._written():
+        self._manager.close()
       self._hooks.close()
 
   @contextlib.contextmanager
@@ -104,6 +110,7 @@ class Checkpoints:
         yield
     except Exception as error:  # a full disk comes as various errors; others are raised as they are
       self._failed = True
+      silence()
       free = shutil.disk_usage(self._folder).free
       full = any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "No space left"))
       if not (full or isinstance(error, OSError)):
@@ -163,6 +170,8 @@ class Checkpoints:
     about = self._manager.metadata(step).custom_metadata
     if metadata is None or not about:
       raise ValueError("its metadata is missing")
+    if about.get("step", step) != step:
+      raise ValueError(f"it is that of step {about['step']}, renamed")
     saved, here, target = resize.from_json(about), self._placed.leaves, _leaves(like)
     mesh = like.round.sharding.mesh
     wanted = {n: _spread(x.shape, x.dtype, mesh) for n, x in metadata["state"].items()}

@@ -13,13 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from research import registry
-from research.train.config import OF_SERVER, Config, UsageError, flag
-from research.train.report import write_json
+from research import paths, registry
+from research.train.config import NAMED, OF_SERVER, Config, UsageError, flag
+from research.train.report import closing_table, note, with_nan, write_json
 
 # Flags that change neither the result nor the files of a run.
 _FREE = ("out", "data_dir", "allow_changes", "tensorboard", "profile")
 _FREE = (*_FREE, "restarts", "ray_address", "node_ip")
+# What every summary has beside the flags of NAMED.
+RESULT = ("workers", "steps", "stopped_because", "evaluated_on", "params_sha256")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -42,9 +44,13 @@ def check(config: Config) -> Path:
 
   Raises:
     UsageError: if the folder cannot be written, holds other things than a run, or a run with other
-      flags while --allow_changes does not stand.
+      flags without --allow_changes.
   """
-  folder = Path(config.out).expanduser() if config.out else default_folder(config)
+  with flag("out", config.out):
+    folder = paths.local(config.out) if config.out else default_folder(config)
+  with flag("out", str(folder)):
+    if not (folder / "summary.json").exists():  # else it may be complete, and only be shown
+      paths.writable(folder)
   try:
     _check(config, folder)
   except OSError as error:
@@ -53,9 +59,6 @@ def check(config: Config) -> Path:
 
 
 def _check(config: Config, folder: Path) -> None:
-  there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-  if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-    raise UsageError(f"--out='{folder}': {there} is not a folder that can be written")
   path = folder / "config.json"
   if path.exists():
     _refuse_differences(config, folder, path)
@@ -96,16 +99,41 @@ def _refuse_differences(config: Config, folder: Path, path: Path) -> None:
 
 
 def finished(config: Config, folder: Path, steps: int) -> dict[str, Any] | None:
-  """The summary of a run of these flags that has nothing left to do."""
+  """The summary of a run of these flags that has nothing left to do.
+
+  A summary that somebody has edited, such that it cannot be shown, is made again.
+
+  Raises:
+    UsageError: if the run has nothing left to do and other flags: its result is not theirs.
+  """
   path = folder / "summary.json"
-  if not path.exists() or not unchanged(config, folder):
+  if not path.exists():
     return None
+  summary = _result(path)
+  if summary is None:
+    note(f"{path} is not as a run writes it, and is made again")
+    return None
+  whole = summary["steps"] >= steps
+  if not unchanged(config, folder):
+    if whole:
+      raise UsageError(
+        f"--out='{folder}': holds a run with other flags that has done its {summary['steps']} "
+        "steps; give it more --steps to go on with, or name another folder"
+      )
+    return None
+  return summary if whole or summary["stopped_because"] == "converged" else None
+
+
+def _result(path: Path) -> dict[str, Any] | None:
+  """A summary that can be shown and compared, None if it is not such a one."""
   try:
-    summary: dict[str, Any] = dict(json.loads(path.read_text()))
-  except (OSError, ValueError, TypeError):
+    summary: dict[str, Any] = dict(with_nan(json.loads(path.read_text())))
+    closing_table(summary, path.parent)
+    has_all = {*NAMED, *RESULT} <= set(summary) and isinstance(summary["steps"], int)
+    has_all &= "transfers" in summary["wire"] or "server" in summary
+  except (OSError, ValueError, TypeError, LookupError, AttributeError):
     return None
-  whole = summary.get("steps", -1) >= steps
-  return summary if whole or summary.get("stopped_because") == "converged" else None
+  return summary if has_all else None
 
 
 @contextlib.contextmanager

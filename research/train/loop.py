@@ -17,8 +17,8 @@ from research.base import Array, Params, TrainState
 from research.comm import wire
 from research.comm.mesh import worker_axes
 from research.parallel import resize, workers
+from research.train import figures, heartbeat, interrupt, metrics, report
 from research.train import folder as folders
-from research.train import heartbeat, interrupt, metrics, report
 from research.train.assemble import Problem, assemble, check
 from research.train.checkpoint import Checkpoints
 from research.train.config import Config, UsageError
@@ -59,7 +59,8 @@ def train(config: Config) -> tuple[dict[str, Any], Path]:
       problem = assemble(config, setting)
       summary = folders.finished(config, folder, problem.steps)
     if summary:
-      report.note(f"{folder} holds this run, complete; its result:")
+      if main:
+        figures.show_again(folder, summary)
       return summary, folder
     with contextlib.ExitStack() as stack:
       with together():
@@ -71,8 +72,7 @@ def train(config: Config) -> tuple[dict[str, Any], Path]:
         folders.describe(config, folder)
       summary = run.train()
       if main:
-        report.write_json(folder / "summary.json", summary)
-        report.loss_plot(folder, summary)
+        figures.write_result(folder, summary)
   return summary, folder
 
 
@@ -140,10 +140,11 @@ class Run:
     self.evaluated: dict[str, Any] = {}
 
   def close(self) -> None:
-    self.progress.close()
-    self.checkpoints.close()
-    if self.log:
-      self.log.close()
+    with contextlib.ExitStack() as stack:  # each is closed, whatever the others raise
+      stack.callback(self.progress.close)
+      stack.callback(self.checkpoints.close)
+      if self.log:
+        stack.callback(self.log.close)
 
   def train(self) -> dict[str, Any]:
     """Rounds until the steps are done, the run has converged, or somebody stops it."""
@@ -281,9 +282,18 @@ class Run:
     if "gradient_norm" in train:
       row["gradient_norm"] = train["gradient_norm"]
     row["eval"] = {k: float(v) for k, v in test.items() if k != "gradient_norm"}
+    self._check_finite(train, row["eval"])
     self._fetch(**row)
     self.evaluated = {"step": self.step, **row}
     return row
+
+  def _check_finite(self, train: Mapping[str, float], measured: Mapping[str, float]) -> None:
+    """Rejects an evaluation that is not finite, after the rows of the steps before it."""
+    named = {f"training {name.replace('_', ' ')}": value for name, value in train.items()}
+    named |= {f"{self.evaluated_on} {name}": value for name, value in measured.items()}
+    if bad := [name for name, value in named.items() if not math.isfinite(value)]:
+      self._fetch()  # the losses of the steps tell more, if they are not finite either
+      raise NonFinite(f"the {', '.join(bad)} is not finite at step {self.step}; {self._kept()}")
 
   def _check_replicas(self) -> None:
     with self._aside():

@@ -28,6 +28,15 @@ def deaf_to_writers() -> Iterator[None]:
     sys.unraisablehook, sys.excepthook = before
 
 
+def silence() -> None:
+  """Silences for good what is left of a failed save: the process ends by the exception raised.
+
+  Its futures and coroutines complain whenever they are collected, the last of them as Python ends.
+  """
+  sys.unraisablehook = lambda unraisable: None
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
   """Silences what Orbax's threads print of a failure beside the exception that they raise."""

@@ -1,25 +1,59 @@
-"""What a run leaves behind and shows: metrics.jsonl, progress, the loss plot, the closing table."""
+"""What a run writes and shows: JSON files, metrics.jsonl, progress, the closing table."""
 
+import contextlib
 import json
+import math
 import os
 import sys
-import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 
+def as_json(value: Any, indent: int | None = None) -> str:
+  """A value as JSON, which has no NaN and no infinity: both become null."""
+  return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+  if isinstance(value, float):
+    return value if math.isfinite(value) else None
+  if isinstance(value, Mapping):
+    return {name: _without_nan(inner) for name, inner in value.items()}
+  return [_without_nan(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def with_nan(value: Any) -> Any:
+  """What `as_json` wrote of numbers, as it was read: null becomes NaN."""
+  if isinstance(value, Mapping):
+    return {name: with_nan(inner) for name, inner in value.items()}
+  if isinstance(value, list):
+    return [with_nan(inner) for inner in value]
+  return math.nan if value is None else value
+
+
 def write_json(path: Path, value: Any) -> None:
   """Writes the whole file or leaves the old one."""
-  _write(path, json.dumps(value, indent=2) + "\n")
+  write_text(path, as_json(value, indent=2) + "\n")
 
 
-def _write(path: Path, text: str) -> None:
-  partial = path.with_name(f".{path.name}.{os.getpid()}")
-  partial.write_text(text)
-  partial.replace(path)
+def write_text(path: Path, text: str) -> None:
+  """Writes the whole file, in UTF-8, or leaves the old one."""
+  with replacing(path) as partial:
+    partial.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+  """A path to write to, whose file becomes `path` at the end if nothing was raised."""
+  partial = path.with_name(f".{path.name[:200]}.{os.getpid()}")
+  try:
+    yield partial
+    partial.replace(path)
+  finally:
+    partial.unlink(missing_ok=True)
 
 
 class Metrics:
@@ -29,7 +63,7 @@ class Metrics:
     """Keeps the rows of an earlier part of the run up to step `after` and goes on from there."""
     path = folder / "metrics.jsonl"
     self.rows = [row for row in read_rows(path) if row["step"] <= after]
-    _write(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+    write_text(path, "".join(as_json(row) + "\n" for row in self.rows))
     self._file = path.open("a")
     self._events = None
     if tensorboard:
@@ -39,7 +73,7 @@ class Metrics:
 
   def write(self, rows: list[dict[str, Any]]) -> None:
     """Appends rows; they are on disk when this returns."""
-    self._file.write("".join(json.dumps(row) + "\n" for row in rows))
+    self._file.write("".join(as_json(row) + "\n" for row in rows))
     self._file.flush()
     if self._events:
       for row in rows:
@@ -53,7 +87,7 @@ class Metrics:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-  """The rows of a metrics.jsonl; a last line cut short by a crash is left out."""
+  """The rows of a metrics.jsonl, NaN for null; a last line cut short by a crash is left out."""
   rows: list[dict[str, Any]] = []
   for line in path.read_bytes().splitlines() if path.exists() else []:
     try:
@@ -62,7 +96,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
       break
     if not isinstance(row, dict) or not {"step", "loss", "seconds"} <= set(row):
       break
-    rows.append(row)
+    rows.append(with_nan(row))
   return rows
 
 
@@ -81,7 +115,7 @@ def note(line: str) -> None:
 
 
 class Progress:
-  """A live bar on a terminal, a plain line at every evaluation otherwise; silent if not `shown`."""
+  """A live bar on a terminal that can redraw it, else a line per evaluation, if it is `shown`."""
 
   def __init__(self, total: int, evaluated_on: str, shown: bool):
     self._evaluated_on, self._evaluated = evaluated_on, ""
@@ -92,6 +126,10 @@ class Progress:
     if not self._shown or not sys.stderr.isatty():
       return
     from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_interactive:  # such as TERM=dumb, which cannot redraw a line
+      return
     from rich.progress import (
       BarColumn,
       MofNCompleteColumn,
@@ -106,7 +144,7 @@ class Progress:
       BarColumn(),
       TextColumn("{task.fields[text]}"),
       TimeRemainingColumn(),
-      console=Console(stderr=True),
+      console=console,
     )
     self._task = self._bar.add_task("", total=self._total, completed=step, text="compiling")
     self._bar.start()
@@ -128,46 +166,6 @@ class Progress:
   def close(self) -> None:
     if self._bar:
       self._bar.stop()
-
-
-def loss_plot(folder: Path, summary: Mapping[str, Any]) -> None:
-  """Draws the losses against steps, and below them the other metrics, into loss.png."""
-  import matplotlib as mpl
-
-  mpl.use("Agg")
-  import matplotlib.pyplot as plt
-
-  rows, evaluated_on = read_rows(folder / "metrics.jsonl"), summary["evaluated_on"]
-  lines = textwrap.wrap(summary["method"], 78, break_on_hyphens=False)
-  title = "\n".join([f"{summary['task']}, {summary['workers']} workers", *lines])
-  names = sorted({name for row in rows for name in row.get("eval", {})} - {"loss"})
-  count = 1 + bool(names)
-  figure, axes = plt.subplots(count, 1, figsize=(7, 3 * count), squeeze=False, sharex=True)
-  top = axes[0, 0]
-  top.plot([r["step"] for r in rows], [r["loss"] for r in rows], lw=1, label="mini-batches")
-  evaluated = [row for row in rows if "eval" in row]
-  steps = [row["step"] for row in evaluated]
-  if any("train_loss" in row for row in evaluated):
-    on = summary.get("train_loss_on", "all training data")
-    top.plot(steps, [row["train_loss"] for row in evaluated], "o-", ms=3, label=on)
-  if evaluated_on == "test" and evaluated and "loss" in evaluated[0]["eval"]:
-    top.plot(steps, [row["eval"]["loss"] for row in evaluated], "s--", ms=3, label="test data")
-  if all(row["loss"] > 0 for row in rows):
-    top.set_yscale("log")
-  top.set_ylabel("loss")
-  top.set_title(title, fontsize="medium")
-  top.legend()
-  for name in names:
-    axes[-1, 0].plot(steps, [row["eval"][name] for row in evaluated], "o-", ms=3, label=name)
-  if names:
-    axes[-1, 0].set(ylabel=f"{evaluated_on} data")
-    axes[-1, 0].legend()
-  axes[-1, 0].set_xlabel("local step")
-  for ax in axes.flat:
-    ax.grid(alpha=0.3)
-  figure.tight_layout()
-  figure.savefig(folder / "loss.png", dpi=120)
-  plt.close(figure)
 
 
 def _pipeline(plan: Mapping[str, Any] | None) -> list[tuple[str, str]]:

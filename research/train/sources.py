@@ -5,7 +5,7 @@ import importlib
 import jax
 import numpy as np
 
-from research import registry
+from research import paths, registry
 from research.base import Batch, Task
 from research.comm import mesh as meshes
 from research.parallel.job import Job
@@ -28,6 +28,9 @@ def task_of(config: Config) -> Task:
     if config.model and call.name not in defaults:
       raise ValueError(f"the task {call.name} has a model of its own; leave this out")
     model = registry.build("model", spec) if spec else None
+  with flag("data_dir", config.data_dir):
+    if config.data_dir:
+      paths.local(config.data_dir)  # also where the task reads no files
   with flag("task", config.task):
     task = registry.build("task", call, model=model, data_dir=config.data_dir)
   with flag("model", spec):

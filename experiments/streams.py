@@ -1,0 +1,70 @@
+"""The standard streams of a command, which may be closed, or lose their reader while it runs."""
+
+import codecs
+import io
+import os
+import sys
+
+_ESCAPED = "bytes or escapes"
+_NAMES = ("stdin", "stdout", "stderr")
+
+
+class _Output(io.FileIO):
+  """Standard output or error. What nobody reads any more goes nowhere, and no run ends by it.
+
+  A full disk under standard output is reported once; under standard error there is nobody to tell.
+  """
+
+  def __init__(self, number: int):
+    super().__init__(number, "w", closefd=False)
+    self._number, self._lost = number, False
+
+  def write(self, data) -> int | None:
+    if self._lost:
+      return len(memoryview(data))
+    try:
+      return super().write(data)
+    except OSError as error:
+      self._lost = True
+      if self._number == 2 or isinstance(error, BrokenPipeError):
+        return len(memoryview(data))
+      raise OSError(error.errno, error.strerror, "standard output") from error
+
+
+def prepare() -> None:
+  """Opens those that are closed on the null device, and lets the others outlive their readers.
+
+  Without it a file that is opened later would get the number of a closed stream, and what libraries
+  print would be written into it. Streams that were replaced, such as by a test, stay as they are.
+  """
+  for number, name in enumerate(_NAMES):
+    stream = getattr(sys, name)
+    if stream is None:
+      _open_null(number)
+      mode = "w" if number else "r"
+      setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", errors="replace", closefd=False))
+    elif number and stream is getattr(sys, f"__{name}__"):
+      codecs.register_error(_ESCAPED, _escaped)
+      errors = _ESCAPED if stream.errors in ("strict", "surrogateescape") else stream.errors
+      raw = io.BufferedWriter(_Output(number))
+      lines = number == 2 or stream.isatty()
+      setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, errors, line_buffering=lines))
+
+
+def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
+  """What the encoding lacks: bytes that were none of it when they were read, else an escape."""
+  try:
+    return codecs.lookup_error("surrogateescape")(error)
+  except UnicodeError:
+    return codecs.backslashreplace_errors(error)
+
+
+def _open_null(number: int) -> None:
+  try:
+    os.fstat(number)
+  except OSError:
+    null = os.open(os.devnull, os.O_RDWR)
+    if null != number:
+      os.dup2(null, number)
+      os.close(null)
+    os.set_inheritable(number, True)

@@ -1,0 +1,141 @@
+"""Paths as users give them: `~` is expanded, and what cannot be a path of this machine is rejected.
+
+Runs lock their folder, append to files in it and rename them, and data files are read in place. All
+of this needs a file system, so a URL of an object store is rejected: the storage has to be mounted.
+"""
+
+import errno
+import os
+import re
+from pathlib import Path
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
+_NAME = 255  # bytes of one name, and of a whole path: the limits of Linux
+_PATH = 4096
+_ROOM = 256  # bytes for the names of the files in a run's folder
+
+
+def local(text: str | Path) -> Path:
+  """The path, with `~` and `~user` expanded.
+
+  Raises:
+    ValueError: it is empty, a URL, too long or not UTF-8, or the home directory is not known.
+  """
+  text = str(text)
+  if not text:
+    raise ValueError("is empty; name a file or folder")
+  if "\0" in text:
+    raise ValueError("holds a NUL character, which no path can")
+  _check_url(text)
+  _check_encoding(text)
+  path = _expanded(text)
+  if any(len(os.fsencode(name)) > _NAME for name in path.parts):
+    raise ValueError(f"holds a name of more than {_NAME} bytes")
+  if len(os.fsencode(path)) >= _PATH:
+    raise ValueError(f"is longer than {_PATH - 1} bytes")
+  return path
+
+
+def writable(text: str | Path) -> Path:
+  """The path of a folder that can be written, or made; nothing is written.
+
+  Raises:
+    ValueError: see `local`; or it is a file, or cannot be written or made.
+  """
+  folder = local(text)
+  try:
+    if len(os.fsencode(folder.absolute())) + _ROOM > _PATH:
+      raise ValueError(f"is too long: files in it would exceed {_PATH - 1} bytes")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+  except OSError as error:
+    raise ValueError(error.strerror) from error
+  if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+    raise ValueError(f"{there} is not a folder that can be written")
+  return folder
+
+
+def of_environment(name: str) -> Path | None:
+  """The path in an environment variable; None if it is empty or not set.
+
+  Raises:
+    ValueError: see `local`; the message names the variable.
+  """
+  value = os.environ.get(name)
+  if not value:
+    return None
+  try:
+    return local(value)
+  except ValueError as error:
+    raise ValueError(f"{name}={value!r}: {error}") from None
+
+
+def cache() -> Path | None:
+  """This project's folder in the user's cache, or None if the user has no home directory.
+
+  Raises:
+    ValueError: $XDG_CACHE_HOME is no path.
+  """
+  root = of_environment("XDG_CACHE_HOME")
+  if root is None:
+    try:
+      root = Path.home() / ".cache"
+    except RuntimeError:
+      return None
+  return root / "distributed-optimization-jax"
+
+
+def is_full(error: BaseException | None) -> bool:
+  """Whether a full disk, or a spent quota, is what an error came of."""
+  while error is not None:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+      return True
+    if os.strerror(errno.ENOSPC) in str(error):  # of libraries that raise errors of their own
+      return True
+    error = error.__cause__ or error.__context__
+  return False
+
+
+def _expanded(text: str) -> Path:
+  path = Path(text)
+  if not text.startswith("~"):
+    # ./~x is no home directory, and stays none where it is written out and read again
+    return path.absolute() if str(path).startswith("~") else path
+  try:
+    return path.expanduser()
+  except RuntimeError:
+    user = text.split("/", 1)[0]
+    why = "there is no such user" if user != "~" else "$HOME is not set and the user has no entry"
+    raise ValueError(
+      f"the home directory {user!r} is not known ({why}); write the whole path, or begin with ./ "
+      "if it is a name"
+    ) from None
+
+
+def _check_url(text: str) -> None:
+  found = _URL.match(text)
+  if found is None:
+    return
+  scheme, rest = found.groups()
+  if scheme.lower() == "file" and rest.startswith("/"):
+    raise ValueError(f"is a URL; write the path alone: {rest!r}")
+  raise ValueError(
+    f"is a URL ({scheme}://), and files are locked, appended to and renamed, which needs a file "
+    "system; mount the storage and name the folder that it is mounted on"
+  )
+
+
+def _check_encoding(text: str) -> None:
+  """Rejects names that are not UTF-8, which neither checkpoints nor JSON can hold."""
+  surrogates = [ord(character) for character in text if "\ud800" <= character <= "\udfff"]
+  try:
+    text.encode(errors="surrogateescape").decode()
+  except UnicodeError:
+    first = surrogates[0]
+    byte = first - 0xDC00 if 0xDC80 <= first <= 0xDCFF else first  # as Python escapes bytes
+    raise ValueError(f"is not UTF-8 (it holds {byte:#04x}); rename it, or link to it") from None
+  try:
+    os.fsencode(text)
+  except UnicodeEncodeError:
+    surrogates = [0]
+  if surrogates:
+    raise ValueError("has characters that this locale does not know; set LC_ALL=C.UTF-8")
