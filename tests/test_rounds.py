@@ -175,7 +175,7 @@ SENT = {
 
 @pytest.mark.parametrize("method", SENT)
 def test_bytes_of_rounds_read_in_pieces(method, monkeypatch):
-  """Against a sum over rounds of what each is known to send, whatever the order of the questions."""
+  """Against a sum over rounds of what each is known to send, in any order of questions."""
   rounds, of_round = 43, [float(SENT[method](t)) for t in range(43)]
   built = registry.build("method", method)
   job = resolved(Job(built, regression(), {"data": 8}, np.full(8, 30), 8))

@@ -118,13 +118,15 @@ class Run:
       self.state,
       resize.placed(job, self.layout.state, self.state),
     )
-    self.step = self._restore()
     self.data = executor.place(problem.examples, problem.sizes, data_key)
     self.training = Training(config, job, self.data)
     self.test = executor.place(*problem.test, data_key) if problem.test else None
     shared = job.batch_size if len(job.axes) > len(worker_axes(job.axes)) else None
     self.evaluate = metrics.evaluator(job.task, self.data.sizes.sharding.mesh, shared or 1)
     self.measure = jax.jit(job.task.measure)
+    self.pending: Pending | None = None
+    self.initial = self._initial()
+    self.step = self._restore()
     self.differing = metrics.replica_check(self.state)
     self.sent = Sent(problem.plan, self.layout, problem.steps)
     self.facts = facts(config, job, self.layout)
@@ -135,7 +137,6 @@ class Run:
     self.network = Network(main)
     self.log = report.Metrics(folder, self.step, config.tensorboard) if main else None
     self.timing.resume(self.log.rows[-1]["seconds"] if self.log and self.log.rows else 0.0)
-    self.pending: Pending | None = None
     self.dispatches = 0
     self.evaluated: dict[str, Any] = {}
 
@@ -269,6 +270,13 @@ class Run:
 
   def _evaluate(self) -> dict[str, Any]:
     """Measures the deployed model on the data; the last row of the pending dispatch carries it."""
+    row = self._measured()
+    self._fetch(**row)
+    self.evaluated = {"step": self.step, **row}
+    return row
+
+  def _measured(self) -> dict[str, Any]:
+    """The deployed model's training loss, gradient norm where asked for, and evaluation."""
     with self._aside():
       params = self.problem.executor.params(self.state)
       task = self.problem.job.task
@@ -281,9 +289,16 @@ class Run:
     if "gradient_norm" in train:
       row["gradient_norm"] = train["gradient_norm"]
     row["eval"] = {k: float(v) for k, v in test.items() if k != "gradient_norm"}
-    self._fetch(**row)
-    self.evaluated = {"step": self.step, **row}
     return row
+
+  def _initial(self) -> dict[str, Any]:
+    """For the summary: what the model is like before the first step, as far as it is finite."""
+    row, finite = self._measured(), math.isfinite
+    loss = row["train_loss"]
+    return {
+      "initial_train_loss": loss if finite(loss) else None,
+      "initial_eval": {name: value for name, value in row["eval"].items() if finite(value)},
+    }
 
   def _check_replicas(self) -> None:
     with self._aside():
@@ -347,6 +362,7 @@ class Run:
       "compile_seconds": round(self.timing.compiling, 3),
       "steps_per_second": round(self.timing.steps_per_second(), 3),
       "aggregated": "per shard" if len(job.axes) > len(worker_axes(job.axes)) else "whole leaves",
+      **self.initial,
       "train_loss": evaluated.get("train_loss"),
       **self.training.sampled,
       "eval": evaluated.get("eval", {}),
