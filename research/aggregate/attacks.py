@@ -174,7 +174,7 @@ def _attacked(
     shown = jax.tree.map(choose, lie(tree, key, count), tree)
     return inner.aggregate(shown, state, key)
 
-  return Aggregator(inner.init, aggregate, inner.traits | {"forged"})
+  return Aggregator(inner.init, aggregate, inner.traits | {"forged"}, privacy=inner.privacy)
 
 
 def _honest_mean(tree: Tree, faulty: int, count: int, axis: collectives.Axes) -> Tree:

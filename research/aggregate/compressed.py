@@ -9,6 +9,7 @@ from jax import lax
 
 from research.aggregate.chunks import cut, joined
 from research.aggregate.composition import traits_of
+from research.aggregate.hiding import Sum, keeps_floats
 from research.aggregate.link import compressed
 from research.base import WORKER_AXES, Aggregate, Aggregator, Array, Chunk, Compressor, Key, Tree
 from research.comm import collectives
@@ -74,7 +75,8 @@ def sum_mean(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) -> Ag
     decode = lambda p: compressor.decode(p, _like(x), key)
     return decode(collectives.mean(payload, axis)), decode(payload)
 
-  return _leafwise(one, traits_of(compressor))._replace(link=compressed(compressor))
+  seen = Sum(axis) if keeps_floats(compressor) else None
+  return _leafwise(one, traits_of(compressor))._replace(link=compressed(compressor), privacy=seen)
 
 
 def two_phase(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) -> Aggregator:

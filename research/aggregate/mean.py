@@ -1,5 +1,6 @@
 """Exact averages: what synchronous data parallelism and its relatives exchange."""
 
+from research.aggregate.hiding import Sum
 from research.aggregate.link import plain
 from research.base import WORKER_AXES, Aggregate, Aggregator
 from research.comm import collectives
@@ -18,4 +19,4 @@ def mean(axis: collectives.Axes = WORKER_AXES) -> Aggregator:
     del key
     return Aggregate(collectives.mean(tree, axis), tree, state)
 
-  return Aggregator(lambda params: (), aggregate, frozenset({"dense"}), plain())
+  return Aggregator(lambda params: (), aggregate, frozenset({"dense"}), plain(), Sum(axis))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from research.aggregate.hiding import Sum
 from research.base import WORKER_AXES, Aggregate, Aggregator, Array
 from research.comm import collectives
 
@@ -66,7 +67,7 @@ def power_sgd(rank: int = 2, axis: collectives.Axes = WORKER_AXES, *, seed: int 
     value, sent = restored(right, exact_mean), restored(own, exact)
     return Aggregate(*map(treedef.unflatten, (value, sent, factors)))
 
-  return Aggregator(init, aggregate, frozenset({"dense"}))
+  return Aggregator(init, aggregate, frozenset({"dense"}), privacy=Sum(axis))
 
 
 def is_low_rank(x: Array, rank: int) -> bool:

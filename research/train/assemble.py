@@ -175,6 +175,8 @@ def _check_sampling(config: Config, workers: int) -> None:
     raise ValueError("not in [0, 1]")
   if not rate:
     return
+  if rate < 2.0**-64:
+    raise ValueError(f"below {2.0**-64:.2g}, which is the least rate that can be drawn exactly")
   if not population or config.executor != "simulate":
     raise ValueError("needs --population and --executor=simulate")
   expected = rate * population

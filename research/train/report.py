@@ -225,6 +225,7 @@ def closing_table(summary: Mapping[str, Any], folder: Path) -> str:
     *_server(summary.get("server")),
     *([("virtual seconds", f"{summary['virtual_seconds']:.6g}")] if virtual else []),
     *([("epsilon, delta", privacy)] if "epsilon" in summary else []),
+    *([("privacy", summary["privacy"])] if "privacy" in summary else []),
     *([("aggregated", "per shard")] if summary["aggregated"] == "per shard" else []),
     ("plot", str(folder / "loss.png")),
   ]
