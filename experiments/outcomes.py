@@ -138,8 +138,8 @@ def figures(outcome: Outcome, target: float | None, conditions: Conditions) -> d
     "steps_per_second": statistics.median(s["steps_per_second"] for s in summaries),
     "curve": {name: value.tolist() for name, value in curve._asdict().items()},
   }
-  starts = [s.get("initial_train_loss") for s in summaries]
-  if None not in starts:
+  starts = [s["initial_train_loss"] for s in summaries if s.get("initial_train_loss") is not None]
+  if len(starts) == len(summaries):
     found["initial_train_loss"] = statistics.mean(starts)
   accuracies = [s["eval"]["accuracy"] for s in summaries if "accuracy" in s["eval"]]
   if accuracies:

@@ -13,7 +13,7 @@ from research import registry
 from research.base import Batch, Executor, Method
 from research.comm import mesh as meshes
 from research.parallel.job import Job, stages
-from research.train import feed, sources
+from research.train import feed, reach, sources
 from research.train.config import OF_SERVER, Config, UsageError, flag
 from research.train.plan import Plan
 from research.train.virtual import Virtual, played, rounds_within
@@ -237,6 +237,8 @@ def assemble(config: Config, setting: Setting, devices: Sequence[Any] | None = N
   with flag("mesh", config.mesh):
     executor = getattr(importlib.import_module(EXECUTORS[config.executor]), config.executor)
     executors = tuple(executor(job) for job in plan.jobs)
+  with flag("method", config.method):
+    reach.check(executors[0].layout.state_shapes)
   return Problem(plan, executors, examples, sizes, sources.test_of(job, config), steps, played_out)
 
 

@@ -18,7 +18,7 @@ from research.comm import wire
 from research.comm.mesh import worker_axes
 from research.parallel import resize, workers
 from research.train import folder as folders
-from research.train import heartbeat, interrupt, metrics, report
+from research.train import heartbeat, interrupt, metrics, reach, report
 from research.train.assemble import Problem, assemble, check
 from research.train.checkpoint import Checkpoints
 from research.train.config import Config, UsageError
@@ -130,10 +130,13 @@ class Run:
     self.differing = metrics.replica_check(self.state)
     self.sent = Sent(problem.plan, self.layout, problem.steps)
     self.facts = facts(config, job, self.layout)
+    self.reaches = reach.reaches(self.layout.state_shapes)
     if job.order is not None:
       report.note("a server's pushes and pulls are no collectives: their bytes are not counted")
     if self.facts.note:
       report.note(self.facts.note)
+    for name, reached in self.reaches.items():
+      report.note(reach.describe(name, reached))
     self.network = Network(main)
     self.log = report.Metrics(folder, self.step, config.tensorboard) if main else None
     self.timing.resume(self.log.rows[-1]["seconds"] if self.log and self.log.rows else 0.0)
@@ -375,6 +378,7 @@ class Run:
         "transfers": wire.table(transfers, steps),
         **self.network.summary(),
       },
+      **{f"{name}_reaches": found.share for name, found in self.reaches.items()},
       **self.facts.found,
       **self._spent(self.step),
       "params_sha256": params_sha256(self.problem.executor.params(self.state)),
