@@ -231,7 +231,8 @@ def assemble(config: Config, setting: Setting, devices: Sequence[Any] | None = N
     with flag("clock", config.clock):
       virtual = played(config.clock, plan, owners, config.seed)
   steps = _steps(config, total, plan, virtual)
-  played_out = virtual and virtual(round(plan.rounds(steps)))
+  with flag("steps", steps):
+    played_out = virtual and virtual(round(plan.rounds(steps)))
   if played_out and played_out.order is not None:
     plan = Plan(stages(job._replace(order=played_out.order)))
   with flag("mesh", config.mesh):
