@@ -139,7 +139,7 @@ class Run:
       report.note(reach.describe(name, reached))
     self.network = Network(main)
     self.log = report.Metrics(folder, self.step, config.tensorboard) if main else None
-    self.timing.resume(self.log.rows[-1]["seconds"] if self.log and self.log.rows else 0.0)
+    self.timing.resume(self.log.last["seconds"] if self.log and self.log.last else 0.0)
     self.dispatches = 0
     self.evaluated: dict[str, Any] = {}
 

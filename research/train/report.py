@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,14 @@ class Metrics:
   def __init__(self, folder: Path, after: int, tensorboard: bool):
     """Keeps the rows of an earlier part of the run up to step `after` and goes on from there."""
     path = folder / "metrics.jsonl"
-    self.rows = [row for row in read_rows(path) if row["step"] <= after]
-    _write(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+    self.last: dict[str, Any] | None = None  # row of the earlier part
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with partial.open("w") as kept:
+      for row in each_row(path):
+        if row["step"] <= after:
+          kept.write(json.dumps(row) + "\n")
+          self.last = row
+    partial.replace(path)
     self._file = path.open("a")
     self._events = None
     if tensorboard:
@@ -54,16 +60,34 @@ class Metrics:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
   """The rows of a metrics.jsonl; a last line cut short by a crash is left out."""
-  rows: list[dict[str, Any]] = []
-  for line in path.read_bytes().splitlines() if path.exists() else []:
-    try:
-      row = json.loads(line)
-    except ValueError:
-      break
-    if not isinstance(row, dict) or not {"step", "loss", "seconds"} <= set(row):
-      break
-    rows.append(row)
-  return rows
+  return list(each_row(path))
+
+
+def each_row(path: Path) -> Iterator[dict[str, Any]]:
+  """`read_rows`, one after the other."""
+  if not path.exists():
+    return
+  with path.open("rb") as lines:
+    for line in lines:
+      try:
+        row = json.loads(line)
+      except ValueError:
+        return
+      if not isinstance(row, dict) or not {"step", "loss", "seconds"} <= set(row):
+        return
+      yield row
+
+
+def thinned(rows: Iterable[dict[str, Any]], most: int = 2**13) -> list[dict[str, Any]]:
+  """At most so many of the rows, at equal distances, and the last one."""
+  kept: list[dict[str, Any]] = []
+  every, last = 1, None
+  for number, last in enumerate(rows):
+    if number % every == 0:
+      kept.append(last)
+    if len(kept) == most:
+      kept, every = kept[::2], 2 * every
+  return [*kept, last] if last is not None and kept[-1] is not last else kept
 
 
 def _flat(row: Mapping[str, Any]):
@@ -137,15 +161,16 @@ def loss_plot(folder: Path, summary: Mapping[str, Any]) -> None:
   mpl.use("Agg")
   import matplotlib.pyplot as plt
 
-  rows, evaluated_on = read_rows(folder / "metrics.jsonl"), summary["evaluated_on"]
+  path, evaluated_on = folder / "metrics.jsonl", summary["evaluated_on"]
+  rows = thinned(each_row(path))
+  evaluated = thinned(row for row in each_row(path) if "eval" in row)
   lines = textwrap.wrap(summary["method"], 78, break_on_hyphens=False)
   title = "\n".join([f"{summary['task']}, {summary['workers']} workers", *lines])
-  names = sorted({name for row in rows for name in row.get("eval", {})} - {"loss"})
+  names = sorted({name for row in evaluated for name in row["eval"]} - {"loss"})
   count = 1 + bool(names)
   figure, axes = plt.subplots(count, 1, figsize=(7, 3 * count), squeeze=False, sharex=True)
   top = axes[0, 0]
   top.plot([r["step"] for r in rows], [r["loss"] for r in rows], lw=1, label="mini-batches")
-  evaluated = [row for row in rows if "eval" in row]
   steps = [row["step"] for row in evaluated]
   if any("train_loss" in row for row in evaluated):
     on = summary.get("train_loss_on", "all training data")
