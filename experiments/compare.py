@@ -7,7 +7,8 @@
 Takes the flags of run.py; --methods, separated by ';', stands in place of --method, and learning
 rates belong to the methods. Every method is trained with seeds --seed, --seed + 1, ..., each run in
 its own folder under --out, so that the same command goes on where it stopped. Writes compare.json,
-compare.md and compare.png there. A method that diverges stays in the table and cannot win.
+compare.md and compare.png there. A method that diverges, or does not improve on its initial model,
+stays in the table and cannot win.
 """
 
 import ast

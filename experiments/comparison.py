@@ -50,8 +50,14 @@ def table(result: Result) -> str:
 
 def remark(row: Row) -> str:
   """What a method's figures do not say."""
+  count = len(row["folders"])
   if row["diverged_seeds"]:
-    return f"{len(row['diverged_seeds'])} of {len(row['folders'])} seeds diverged"
+    return f"{len(row['diverged_seeds'])} of {count} seeds diverged"
+  if row["unimproved_seeds"]:
+    start = (
+      f" on the start's {row['initial_train_loss']:.4g}" if "initial_train_loss" in row else ""
+    )
+    return f"{len(row['unimproved_seeds'])} of {count} seeds did not improve{start}"
   if "steps_to_target" not in row:
     return "target not reached"
   return "there by the first evaluation" if row["at_first_evaluation"] else ""
@@ -62,8 +68,8 @@ def recommendation(result: Result) -> str:
   rows, target, place = result["methods"], result["target"], result["place"]
   reach = [row for row in rows if "seconds_to_target" in row]
   if not reach:
-    what = "the end" if target is None else f"training loss {target:.4g}"
-    return f"no recommendation on {place}: no method reaches {what} with all its seeds"
+    what = "improves on its start" if target is None else f"reaches training loss {target:.4g}"
+    return f"no recommendation on {place}: no method {what} with all its seeds"
   first, *others = sorted(reach, key=lambda row: row["seconds_to_target"])
   dense = next((row for row in others if row["dense"]), None)
   factor = lambda row: row["seconds_to_target"] / first["seconds_to_target"]
@@ -90,7 +96,7 @@ def recommendation(result: Result) -> str:
 def caption(result: Result) -> list[str]:
   """What the figures mean, a sentence or two per line."""
   if result["target"] is None:
-    lines = ["Target: none, since no method ended with all its seeds."]
+    lines = ["Target: none, since no method improved on its start with all its seeds."]
   else:
     lines = [
       f"Target: training loss {result['target']:.4g}, {result['target_is']}. A method is there "
@@ -153,7 +159,7 @@ def figure_of(result: Result) -> Any:
   axes = figure.subplots(1, 3, sharey=True)
   for place, row in enumerate(rows):
     style = {"color": f"C{place % 10}", "ls": ("-", "--", "-.", ":")[place % 4], "lw": 2}
-    lost = f" ({remark(row)})" if row["diverged_seeds"] else ""
+    lost = f" ({remark(row)})" if row["diverged_seeds"] or row["unimproved_seeds"] else ""
     axes[0].plot([], [], label=figures.literal(row["label"] + lost), **style)
     if "curve" in row:
       draw_method(axes, row, result["target"], style)

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,8 +30,19 @@ class Curve(NamedTuple):
 
   @property
   def best(self) -> np.ndarray:
-    """[n], the mean over seeds of the least loss so far."""
-    return np.minimum.accumulate(self.losses, 1).mean(0)
+    """[n], the mean over seeds of the least loss so far; infinite before there is one."""
+    return np.fmin.accumulate(np.where(np.isnan(self.losses), np.inf, self.losses), 1).mean(0)
+
+  def improved(self, starts: Sequence[float | None]) -> list[bool]:
+    """Whether each seed's loss was once below its start and does not end above it.
+
+    Args:
+      starts: the losses before the first step; None where that is not known or not finite.
+    """
+    lowest, lasts = np.fmin.reduce(self.losses, 1), self.losses[:, -1]
+    bounds = [math.inf if start is None else start for start in starts]
+    rows = zip(lowest, lasts, bounds, strict=True)
+    return [bool(low < start and math.isfinite(end) and end <= start) for low, end, start in rows]
 
 
 class Outcome(NamedTuple):
@@ -40,6 +52,21 @@ class Outcome(NamedTuple):
   summaries: list[dict[str, Any]]
   curve: Curve | None
   diverged: list[int]  # seeds
+
+  @property
+  def unimproved(self) -> list[int]:
+    """Seeds whose training loss did not fall below that of their initial model, and stay there."""
+    if self.curve is None:
+      return []
+    seeds = [config.seed for config in self.plan.configs if config.seed not in self.diverged]
+    # a summary of an earlier version has no initial loss
+    improved = self.curve.improved([s.get("initial_train_loss") for s in self.summaries])
+    return [seed for seed, well in zip(seeds, improved, strict=True) if not well]
+
+  @property
+  def eligible(self) -> bool:
+    """Whether it can win and sets the common target: with all its seeds."""
+    return self.curve is not None and not self.diverged and not self.unimproved
 
 
 class Conditions(NamedTuple):
@@ -72,9 +99,8 @@ def read_curve(folders: list[Path]) -> Curve:
 
 
 def common_target(outcomes: list[Outcome]) -> float | None:
-  """The greatest of the methods' mean best losses, which all that did not diverge reach."""
-  ends = [float(o.curve.best[-1]) for o in outcomes if o.curve and not o.diverged]
-  return max(filter(math.isfinite, ends), default=None)
+  """The greatest of the methods' mean best losses, which all that improved on their start reach."""
+  return max((float(o.curve.best[-1]) for o in outcomes if o.curve and o.eligible), default=None)
 
 
 def steps_to(curve: Curve, target: float) -> float | None:
@@ -84,6 +110,8 @@ def steps_to(curve: Curve, target: float) -> float | None:
   if not below.size:
     return None
   around = slice(max(below[0] - 1, 0), below[0] + 1)
+  if not np.isfinite(best[around]).all():
+    return float(curve.steps[below[0]])
   return float(np.interp(-target, -best[around], curve.steps[around]))
 
 
@@ -96,6 +124,7 @@ def figures(outcome: Outcome, target: float | None, conditions: Conditions) -> d
     "dense": plan.dense,
     "folders": [config.out for config in plan.configs],
     "diverged_seeds": diverged,
+    "unimproved_seeds": outcome.unimproved,
   }
   if curve is None:
     return found
@@ -109,6 +138,9 @@ def figures(outcome: Outcome, target: float | None, conditions: Conditions) -> d
     "steps_per_second": statistics.median(s["steps_per_second"] for s in summaries),
     "curve": {name: value.tolist() for name, value in curve._asdict().items()},
   }
+  starts = [s["initial_train_loss"] for s in summaries if s.get("initial_train_loss") is not None]
+  if len(starts) == len(summaries):
+    found["initial_train_loss"] = statistics.mean(starts)
   accuracies = [s["eval"]["accuracy"] for s in summaries if "accuracy" in s["eval"]]
   if accuracies:
     measures = {"mean": statistics.mean, "least": min, "greatest": max}
@@ -119,7 +151,7 @@ def figures(outcome: Outcome, target: float | None, conditions: Conditions) -> d
   computed = curve.virtual if conditions.clock else curve.steps * computing
   seconds = computed + curve.steps * waiting + curve.sent * (of_bytes / sent if sent else 0.0)
   found["curve"]["seconds"] = seconds.tolist()
-  if target is not None and not diverged:
+  if target is not None and outcome.eligible:
     reached = to_target(curve, target, seconds if conditions.place else None)
     found |= {k: v for k, v in reached.items() if by_axis or k != "bytes_to_target"}
   return found

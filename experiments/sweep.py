@@ -4,9 +4,11 @@
 
 Takes the flags of run.py; `{learning_rate}` in --method is where each rate goes. Every run has its
 own folder under --out, so that the same command goes on where it stopped. Writes sweep.json and
-sweep.md there. A run that diverges stays in the table and cannot win.
+sweep.md there. A run that diverges, or ends worse than its initial model, stays in the table and
+its rate cannot win.
 """
 
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -48,14 +50,25 @@ def configs(config: Config, out: Path, rates: list[str], seeds: list[str]) -> li
   return [[one(rate, seed) for seed in seeds] for rate in rates]
 
 
+def improved(summary: dict[str, Any]) -> bool:
+  """Whether a run ends with a smaller training loss than it began with, and no less accurate."""
+  start, end = summary.get("initial_train_loss"), summary["train_loss"]
+  before, after = (summary.get(name, {}).get("accuracy") for name in ("initial_eval", "eval"))
+  worse = before is not None and after is not None and not after >= before
+  return math.isfinite(end) and (start is None or end < start) and not worse
+
+
 def grid(rates: list[str], runs: list[list[Config]]) -> list[dict[str, Any]]:
-  """Trains every combination; one row per rate with its seeds' scores, None where one diverged."""
+  """Trains every combination; one row per rate with its seeds' scores, None where one diverged.
+
+  `unimproved` are the seeds that ended worse than they began.
+  """
   from research.train import loop
 
   rows = []
   for rate, of_seeds in zip(rates, runs, strict=True):
     scores: list[float | None] = []
-    name = ""
+    name, unimproved = "", []
     for config in of_seeds:
       told = f"learning rate {rate}, seed {config.seed}: {config.out}"
       print(told, file=sys.stderr, flush=True)
@@ -69,13 +82,15 @@ def grid(rates: list[str], runs: list[list[Config]]) -> list[dict[str, Any]]:
         sys.exit(130 if summary["stopped_because"] == "interrupted" else 0)
       name, value = score(summary)
       scores.append(value)
-    rows.append({"learning_rate": float(rate), "by": name, "scores": scores})
+      unimproved += [] if improved(summary) else [config.seed]
+    row = {"learning_rate": float(rate), "by": name, "scores": scores, "unimproved": unimproved}
+    rows.append(row)
   return rows
 
 
 def winner(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-  """The row with the best mean among those of which no seed diverged."""
-  whole = [row for row in rows if None not in row["scores"]]
+  """The row with the best mean among those of which every seed improved on its start."""
+  whole = [row for row in rows if None not in row["scores"] and not row["unimproved"]]
   return max(whole, key=lambda row: statistics.mean(row["scores"]), default=None)
 
 
@@ -86,9 +101,11 @@ def table(rows: list[dict[str, Any]]) -> str:
   lines = [f"| learning rate | {name}: mean | least | greatest | |", "|---|---|---|---|---|"]
   for row in rows:
     found = [value for value in row["scores"] if value is not None]
-    lost = len(row["scores"]) - len(found)
+    count, lost = len(row["scores"]), len(row["scores"]) - len(found)
     figures = [f"{f(found):.5g}" if found else "" for f in (statistics.mean, min, max)]
-    note = "winner" if row is best else f"{lost} of {len(row['scores'])} diverged" if lost else ""
+    note = "winner" if row is best else f"{lost} of {count} diverged" if lost else ""
+    if row["unimproved"] and not lost:
+      note = f"{len(row['unimproved'])} of {count} did not improve"
     lines.append(f"| {row['learning_rate']:g} | {' | '.join(figures)} | {note} |")
   return "\n".join(lines)
 

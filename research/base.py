@@ -114,13 +114,15 @@ class Aggregator(NamedTuple):
 
   `traits` say to a wrapper what it must know of what it wraps; `aggregate/composition.py` has their
   list, and the pairs that are refused. `link` is the same encoding on the way to a server, where
-  the workers do not meet; what is an exchange among them has none.
+  the workers do not meet; what is an exchange among them has none. `privacy` is for the accountant,
+  a `Noise` or a `Sum` of `aggregate/hiding.py`; without it nothing is known of what is seen.
   """
 
   init: Callable[[Params], State]
   aggregate: Callable[..., Aggregate]  # (tree, state, key, presence=EVERYONE)
   traits: frozenset[str] = frozenset()
   link: Link | None = None
+  privacy: Any = None
 
 
 class Served(NamedTuple):

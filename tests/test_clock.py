@@ -4,9 +4,21 @@ import math
 
 import numpy as np
 import pytest
+from problems import regression
 
 from research import registry
-from research.comm.clock import asynchronous, exponential, lognormal, measured, steady, synchronous
+from research.comm.clock import (
+  Lockstep,
+  asynchronous,
+  exponential,
+  lognormal,
+  measured,
+  steady,
+  synchronous,
+)
+from research.parallel.job import Job, stages
+from research.train.plan import Plan
+from research.train.virtual import Waiting, played, rounds_within
 
 W = 8
 LAWS = {
@@ -53,6 +65,47 @@ def test_the_trace_is_that_of_a_server_which_takes_what_comes(law):
     lasted = np.diff(own, axis=1, prepend=0) - communication
     ends = synchronous(speeds, W, [period] * rounds, seed, communication)
     np.testing.assert_allclose(ends, np.cumsum(lasted.max(0) + communication), rtol=1e-12)
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_rounds_in_pieces_end_as_rounds_at_once(law, monkeypatch):
+  """Bit for bit, whatever the pieces, the periods and the order of the questions."""
+  speeds, steps = registry.build("speeds", LAWS[law]), [1] * 5 + [4] * 4 + [2] * 30
+  want = synchronous(speeds, W, steps, 3)
+  draws = Lockstep(speeds, W, 3)
+  pieces = [draws.ends(part) for part in np.split(np.array(steps), [1, 2, 9, 30])]
+  np.testing.assert_array_equal(np.concatenate(pieces), want)
+  method = registry.build("method", "local_sgd(sgd(0.1), mean(), period=[[0, 1], [5, 4], [9, 2]])")
+  plan = Plan(stages(Job(method, regression(), {"data": W}, np.full(W, 30), 8)))
+  for count in (1, 8, 2**16):
+    monkeypatch.setattr(Waiting, "STEPS", count)
+    virtual = played(LAWS[law], plan, W, 3)(len(steps))
+    assert [virtual.at(rounds) for rounds in (39, 1, 2, 17, 0, 9)] == [
+      want[38], want[0], want[1], want[16], 0, want[8]
+    ]  # fmt: skip
+    assert virtual.at(9.25) == pytest.approx(want[8] + (want[9] - want[8]) / 4)
+    assert virtual.at(0.5) == pytest.approx(want[0] / 2)
+    for seconds, rounds in ((want[20], 21), ((want[20] + want[21]) / 2, 21), (want[0], 1)):
+      assert rounds_within(played(LAWS[law], plan, W, 3), seconds) == rounds
+
+
+def test_more_rounds_than_can_be_counted_or_ordered_are_refused(monkeypatch):
+  monkeypatch.setattr("research.train.virtual.MOST", 256)
+  job = lambda spec: Job(
+    registry.build("method", spec), regression(), {"data": 2}, np.full(2, 30), 8
+  )
+  waiting = played("steady(1.0)", Plan((job("data_parallel(sgd(0.1), mean())"),)), 2, 0)
+  monkeypatch.setattr(Waiting, "STEPS", 64)
+  assert rounds_within(waiting, 100.5) == 100
+  with pytest.raises(ValueError, match="256 rounds end after 256 s"):
+    rounds_within(waiting, 1e9)
+  assert waiting(2**31).at(300) == 300  # a run is as long as it likes
+  served = played("steady(1.0)", Plan((job("asgd(sgd(0.1), mean())"),)), 2, 0)
+  assert rounds_within(served, 50.5) == 100
+  with pytest.raises(ValueError, match="256 rounds end after 128 s"):
+    rounds_within(served, 1e9)
+  with pytest.raises(ValueError, match="257 rounds to be ordered before the first; at most 256"):
+    served(257)
 
 
 def test_another_seed_and_other_workers_draw_otherwise():

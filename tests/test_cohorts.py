@@ -8,7 +8,7 @@ import pytest
 from problems import Running, distance, regression
 
 from research import registry
-from research.parallel.cohorts import cohorts
+from research.parallel.cohorts import at_rate, cohorts
 from research.train import report
 from research.train.assemble import check
 from research.train.config import Config, UsageError
@@ -43,6 +43,17 @@ def test_every_client_takes_part_by_itself():
   alone, pairs = np.diag(together), together[np.triu_indices(CLIENTS, 1)]
   assert np.abs(alone - RATE).max() < 5 * np.sqrt(RATE * (1 - RATE) / rounds)
   assert np.abs(pairs - RATE**2).max() < 5.5 * np.sqrt(RATE**2 * (1 - RATE**2) / rounds)
+
+
+@pytest.mark.parametrize("rate", [2.0**-64, 1e-12, 1e-10, 2.0**-32, 1e-9, 0.3, 1.0])
+def test_a_rate_is_drawn_as_it_is_accounted(rate, monkeypatch):
+  """Of 64 bits exactly those below floor(rate 2^64), of 32 where there is such a number."""
+  whole = int(rate * 2**64) if rate < 2.0**-32 else int(rate * 2**32) << 32
+  numbers = [n for n in (0, whole - 1, whole, 2**32, 2**63, 2**64 - 1) if n < 2**64]
+  words = [np.array([n >> shift & 2**32 - 1 for n in numbers], np.uint32) for shift in (32, 0)]
+  monkeypatch.setattr(jax.random, "bits", lambda key, shape: words.pop(0))
+  taken = at_rate(rate, jax.random.key(0), len(numbers))
+  assert taken.tolist() == [n < whole for n in numbers]
 
 
 def test_dp_sgd_equals_numpy():

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from absl import flags
 
-from experiments import compare, comparison, outcomes
+from experiments import compare, comparison, outcomes, sweep
+from research.train.config import Config
 
 SGD = "data_parallel(sgd(0.1), {})"
 DENSE, INT8 = SGD.format("mean()"), SGD.format("error_feedback(two_phase(int8()))")
@@ -64,6 +65,8 @@ def test_methods_are_trained_compared_and_found_again(command, tmp_path):
     "sgd(0.1), error_feedback(two_phase(int8()))",
   ]
   assert wild["diverged_seeds"] == result["seeds"] == [3, 4]
+  assert dense["unimproved_seeds"] == []
+  assert dense["initial_train_loss"] > dense["train_loss"]
   assert "seconds_to_target" not in wild
   assert result["target"] == max(min(np.mean(r["curve"]["losses"], 0)) for r in (dense, int8))
   assert dense["bytes_per_step_per_worker"] == 2 * 7 / 8 * 4 * FEATURES
@@ -177,13 +180,73 @@ def test_the_target_is_reached_on_a_line_between_the_best_losses(target, steps):
   assert found.get("at_first_evaluation") == (steps and steps == 10)
 
 
+NAN, INF = np.nan, np.inf
+PLACE = outcomes.Conditions("1mbit", 0.1, "")
+
+
+def outcome(*losses, start: float | None = 5.0, diverged=()) -> outcomes.Outcome:
+  """Of seeds 3, 4, ...: the losses of those that did not diverge, at steps 10, 20, ..."""
+  seeds = range(3, 3 + len(losses) + len(diverged))
+  plan = outcomes.Plan("m()", "m()", False, [Config(seed=seed, out="o") for seed in seeds])
+  wire = {"bytes_per_step_per_worker": {"data": 5.0}, "dense_bytes_per_step_per_worker": 5.0}
+  summary = {"initial_train_loss": start, "wire": wire | {"transfers": []}, "eval": {}}
+  summary |= {"mesh": "data:2", "steps_per_second": 10.0, "train_loss": 1.0}
+  curve = CURVE._replace(losses=np.array(losses)) if losses else None
+  return outcomes.Outcome(plan, [summary] * len(losses), curve, list(diverged))
+
+
+UNIMPROVED = {
+  "never below": (outcome([6, 5, 7, 5]), [3]),
+  "early best, then above": (outcome([2, 1, 4, 28]), [3]),
+  "chance": (outcome([5.1, 5.2, 5.1, 5.01]), [3]),
+  "back at the start": (outcome([2, 3, 4, 5]), []),
+  "no number at the end": (outcome([2, 1, 0.5, NAN]), [3]),
+  "no number on the way": (outcome([NAN, 2, NAN, 1]), []),
+  "never a number": (outcome([NAN] * 4), [3]),
+  "infinite at the end": (outcome([2, 1, 0.5, INF]), [3]),
+  "one seed of two": (outcome([2, 1, 1, 1], [2, 9, 9, 9]), [4]),
+  "beside a lost seed": (outcome([6, 6, 6, 6], diverged=[3]), [4]),
+  "start not known": (outcome([6, 6, 6, 6], start=None), []),
+}
+
+
+@pytest.mark.parametrize("case", UNIMPROVED)
+def test_who_does_not_improve_on_its_start_neither_wins_nor_sets_the_target(case):
+  found, seeds = UNIMPROVED[case]
+  good = outcome([4, 3, 2, 1.5])
+  assert found.unimproved == seeds
+  for target in (None, 0.0, 30.0):
+    asked = outcomes.common_target([good, found]) if target is None else target
+    row = outcomes.figures(found, asked, PLACE)
+    assert row["unimproved_seeds"] == seeds
+    if seeds:
+      assert outcomes.common_target([good, found]) == 1.5
+      assert "seconds_to_target" not in row
+      assert comparison.remark(row).split(" on ")[0].endswith(("did not improve", "diverged"))
+    elif target != 0:
+      assert row["steps_to_target"] <= 40
+
+
+def test_a_target_is_reached_by_the_loss_that_is_written():
+  """That of compare.json, given back as --target."""
+  found = outcome([4, 3, 0.1 + 0.2, 0.1 + 0.3])
+  target = float(json.dumps(outcomes.common_target([found])))
+  assert outcomes.figures(found, target, PLACE)["steps_to_target"] == 30
+
+
+def test_no_recommendation_where_nothing_improves():
+  rows = [outcomes.figures(o, None, PLACE) for o in (outcome([9, 9, 9, 9]), outcome(diverged=[3]))]
+  assert outcomes.common_target([outcome([9, 9, 9, 9]), outcome(diverged=[3])]) is None
+  told = comparison.recommendation({"methods": rows, "target": None, "place": "1mbit"})
+  assert told == ("no recommendation on 1mbit: no method improves on its start with all its seeds")
+  assert comparison.remark(rows[0]) == "1 of 1 seeds did not improve on the start's 5"
+
+
 def test_all_that_did_not_diverge_reach_the_default_target():
-  plan = outcomes.Plan("m()", "m()", False, [])
   worse = CURVE._replace(losses=LOSSES + 1)
-  worst = CURVE._replace(losses=LOSSES + 7)
-  ended = [outcomes.Outcome(plan, [], curve, []) for curve in (CURVE, worse)]
-  ended.append(outcomes.Outcome(plan, [], worst, [3]))
-  ended.append(outcomes.Outcome(plan, [], None, [3, 4]))
+  ended = [outcome(*LOSSES, start=9.0), outcome(*worse.losses, start=9.0)]
+  ended.append(outcome(*(LOSSES + 7), start=99.0, diverged=[3]))
+  ended.append(outcome(diverged=[3, 4]))
   target = outcomes.common_target(ended)
   assert target == 2
   assert [outcomes.steps_to(c, target) for c in (CURVE, worse)] == [20, 40]
@@ -238,4 +301,34 @@ def test_the_first_at_the_target_is_recommended_or_not_to_compress():
   assert advice(lost) == (
     "no recommendation on 1mbit: no method reaches training loss 0.5 with all its seeds"
   )
-  assert "no method reaches the end" in advice(lost, target=None)
+  assert "no method improves on its start" in advice(lost, target=None)
+
+
+# ---- the sweep's winner
+
+
+def test_a_rate_that_ends_worse_than_it_began_cannot_win():
+  def summary(loss, accuracy=None, start=2.3):
+    measured = lambda value: {} if value is None else {"accuracy": value}
+    return {
+      "initial_train_loss": start,
+      "initial_eval": measured(accuracy and 0.1),
+      "train_loss": loss,
+      "eval": measured(accuracy),
+    }
+
+  assert sweep.improved(summary(2.2))
+  assert sweep.improved(summary(2.2, 0.1))
+  assert sweep.improved(summary(9.0, start=None))
+  for wrong in (summary(2.3), summary(28.0), summary(28.0, 0.9), summary(2.2, 0.05), summary(NAN)):
+    assert not sweep.improved(wrong)
+  row = lambda rate, *scores, unimproved=(): {
+    "learning_rate": rate, "by": "test accuracy", "scores": [*scores], "unimproved": [*unimproved]
+  }  # fmt: skip
+  good, wild = row(0.1, 0.3, 0.3), row(30.0, 0.9, 0.8, unimproved=[1])
+  lost = row(99.0, None, 0.9)
+  assert sweep.winner([wild, good, lost]) is good
+  assert sweep.winner([wild, lost]) is None
+  lines = sweep.table([wild, good, lost]).splitlines()[2:]
+  said = ("1 of 2 did not improve |", "winner |", "1 of 2 diverged |")
+  assert all(line.endswith(note) for line, note in zip(lines, said, strict=True))

@@ -1,4 +1,6 @@
-"""Evaluation is the mean over all data; copies that differ are found and named."""
+"""Evaluation is the mean over all data; copies that differ are found; rows that are kept."""
+
+import json
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from problems import Running, regression
 from table import METHODS
 
 from research.comm import mesh as meshes
-from research.train import metrics
+from research.train import metrics, report
 
 
 @pytest.mark.parametrize(
@@ -67,3 +69,28 @@ def test_private_rows_and_cut_leaves_are_compared_only_with_their_copies():
   wrong = replicated(b.sharding.mesh, copies)
   state = run.state.method._replace(params={**run.state.method.params, "b": wrong})
   assert differing(run.state._replace(method=state)) == [".method.params['b']"]
+
+
+def test_an_earlier_part_is_kept_up_to_where_it_goes_on(tmp_path):
+  rows = [{"step": step, "loss": 1.0, "seconds": step / 10} for step in range(1, 9)]
+  path = tmp_path / "metrics.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 9, "lo')
+  log = report.Metrics(tmp_path, 5, False)
+  assert log.last == rows[4]
+  log.write(rows[6:7])
+  log.close()
+  assert report.read_rows(path) == [*rows[:5], rows[6]]
+  anew = report.Metrics(tmp_path, 0, False)
+  anew.close()
+  assert anew.last is None
+  assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 100, 1000])
+def test_rows_of_a_plot_are_few_and_evenly_spaced(count):
+  found = [row["step"] for row in report.thinned(({"step": n} for n in range(count)), 8)]
+  assert len(found) <= 9
+  assert len(found) >= min(count, 4)
+  assert found[-1:] == [*range(count)][-1:]
+  assert found[:1] == [*range(count)][:1]
+  assert len(set(np.diff(found[:-1]))) <= 1

@@ -302,7 +302,7 @@ def test_traits_are_those_of_every_aggregator_inside():
 
 
 def rounds_of(method: Method, grads: Any) -> tuple[Any, Any]:
-  """The models of a worker after rounds of its gradients, some of them times zero; and its state."""
+  """A worker's models after rounds of its gradients, some of them times zero; and its state."""
 
   def one(state, of_round):
     number, scale = of_round

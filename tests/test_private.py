@@ -259,6 +259,8 @@ REFUSED = {
   "bits=30: the sum of 8": lambda: run(secure_sum(clip=1.0, bits=30), TREES),
   "clip=-1 is not in": lambda: noisy(mean(), clip=-1, noise=1.0),
   "noise=-1 is not in": lambda: noisy(mean(), clip=1.0, noise=-1),
+  "noise=1e.308 times clip=1.0 is not in": lambda: noisy(mean(), clip=1.0, noise=1e308),
+  "noise=1e-20 times clip=1e-20 is not in": lambda: noisy(mean(), clip=1e-20, noise=1e-20),
   "noisy does not go": lambda: noisy(noisy(mean(), clip=1.0, noise=1.0), clip=1.0, noise=1.0),
   "quorum=4 is not in": lambda: shamir.share(jnp.zeros(1, jnp.uint32), 4, 3, jax.random.key(0)),
   "conversion='zcdp' is not in rdp": lambda: epsilon(1.0, 1.0, 1, 1e-5, "zcdp"),
@@ -342,12 +344,36 @@ def test_the_accountant_knows_the_known_numbers():
     assert over_time[-1] < spent[conversion]
 
 
-def test_spending_is_epsilon_after_every_round():
+def test_spending_is_what_the_library_says_after_every_round():
+  library = pytest.importorskip("dp_accounting")
   for rate in (256 / 60000, 1.0):
     spent = spending(1.3, 1e-5, rate=rate)
+    event = library.PoissonSampledDpEvent(rate, library.GaussianDpEvent(1.3))
     for rounds in (1, 100, 3516):
+      accountant = library.rdp.RdpAccountant()
+      accountant.compose(library.SelfComposedDpEvent(event, rounds))
+      assert spent(rounds) == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-9)
       assert spent(rounds) == epsilon(1.3, rate, rounds, 1e-5)
     assert spent(0) == 0
+
+
+def test_small_rates_are_not_lost_to_rounding():
+  """Between zero, which differences near 1 come out as, and ten times the rate."""
+  rounds = 2**31 - 1
+  for rate, larger in ((1e-10, 1e-9), (1e-9, 1e-8), (1e-7, 1e-6)):
+    found = spending(1.3, 1e-5, rate=rate)(rounds)
+    assert 0 < found <= spending(1.3, 1e-5, rate=larger)(rounds)
+  # somebody is seen with probability 1 - (1 - q)^T: alone that is no (0, delta) guarantee
+  assert spending(1.3, 1e-5, rate=1e-10)(rounds) > 0
+  assert spending(1.3, 1e-5, rate=1e-10)(1) == 0
+
+
+def test_noises_at_the_ends_of_what_floats_hold():
+  for clients in (1, 3):
+    little, much = (spending(noise, 1e-5, clients=clients) for noise in (1e-300, 1e308))
+    assert (little(0), little(1), much(2**31)) == (0, np.inf, 0)
+    tiny = spending(1e-9, 1e-5, clients=clients)(1)  # rdp(a) = a / (2 noise^2), the least order
+    assert tiny == pytest.approx(1.1 / 2 * 1e18)
 
 
 def strata_by_hand(noise, own, others, rounds, delta, orders):

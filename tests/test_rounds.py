@@ -11,15 +11,18 @@ from problems import EXECUTORS, Running, distance, regression
 
 from research import registry
 from research.aggregate.mean import mean
+from research.comm import wire
+from research.methods import marina
 from research.methods.federated import fed_avg
 from research.methods.local import local_sgd
 from research.methods.scaffold import scaffold
 from research.methods.transform import as_optax
+from research.parallel import workers
 from research.parallel.cohorts import draw
-from research.parallel.job import Job, stages
+from research.parallel.job import Job, resolved, stages
 from research.train.config import Config, UsageError
 from research.train.loop import train
-from research.train.plan import Plan
+from research.train.plan import Plan, Sent, Stage
 
 SIZES = (24, 16, 40, 8, 32, 24, 3, 13)
 STAGED = "local_sgd(sgd(0.1), mean(), period=[[0, 1], [5, 4], [9, 2]])"
@@ -139,6 +142,102 @@ def test_a_changing_period_is_local_sgd_with_each():
       models = jax.tree.map(lambda x: jnp.broadcast_to(x.mean(0), x.shape), models)
   want = jax.tree.map(lambda x: x[0], models)
   assert distance(jax.device_get(state.method.params), jax.device_get(want)) <= 1e-5
+
+
+# ---- what rounds send, read in pieces
+
+
+def synchronises(t: int) -> bool:
+  """Whether 0/1 Adam does in round t: every round of the 6 first, then 1, 2, 4, 4, ... apart."""
+  return t < 6 or (t - 6 + 1) % min(2 ** ((t - 6) // 8), 4) == 0
+
+
+# method -> the bytes that a worker sends in round t, of 21 numbers: 147 for a mean over 8 workers
+SENT = {
+  "data_parallel(sgd(0.1), mean())": lambda t: 147,
+  "post_local_sgd(sgd(0.1), mean(), period=4, switch=9)": lambda t: (
+    147 * (t < 9 or (t + 1 - 9) % 4 == 0)
+  ),
+  "zero_one_adam(0.1, mean(), warm_up=6, variance_scale=2, double_every=8, longest=4)": lambda t: (
+    147 * (t in (0, 1, 2, 4)) + 147 * synchronises(t)
+  ),
+  "onebit_adam(0.1, gather_mean(identity()), warm_up=9)": lambda t: 147 if t < 9 else 7 * 84,
+  "marina(0.1, gather_mean(identity()), probability=0.3, seed=5)": lambda t: (
+    147 if t == 0 or marina.coin(np.array([t]), 0.3, 5)[0] else 7 * 84
+  ),
+  "d_psgd(sgd(0.1), gossip(one_peer_exponential()))": lambda t: 84,
+  "data_parallel(sgd(0.1), warm_up(gather_mean(identity()), steps=13))": lambda t: (
+    147 if t < 13 else 7 * 84
+  ),
+  "streaming_diloco(sgd(0.1), sgd(0.7), mean(), period=2, fragments=2)": lambda t: (21, 126)[t % 2],
+}
+
+
+@pytest.mark.parametrize("method", SENT)
+def test_bytes_of_rounds_read_in_pieces(method, monkeypatch):
+  """Against a sum over rounds of what each is known to send, in any order of questions."""
+  rounds, of_round = 43, [float(SENT[method](t)) for t in range(43)]
+  built = registry.build("method", method)
+  job = resolved(Job(built, regression(), {"data": 8}, np.full(8, 30), 8))
+  layout, plan = workers.infer_layout(job), Plan((job,))
+  until = lambda x: sum(of_round[: int(x)]) + (x % 1 and x % 1 * of_round[int(x)])
+  for piece in (5, 64):
+    monkeypatch.setattr(Stage, "PIECE", piece)
+    sent = Sent(plan, layout, plan.steps(rounds))
+    for asked in (0, 1, 5, 5.5, 9, 10, 31.5, 42, 43, 17, 3.5, 43):
+      got = sent.until(asked * job.method.period)
+      assert got == pytest.approx(until(asked), abs=1e-9), asked
+      totals = wire.by_axis(sent.transfers(round(asked * job.method.period)))
+      assert sum(totals.values()) == pytest.approx(until(max(1, round(asked))), abs=1e-9)
+
+
+def test_bytes_of_stages_read_in_pieces(monkeypatch):
+  """Rounds of other lengths, each stage from its first round on."""
+  monkeypatch.setattr(Stage, "PIECE", 4)
+  ramp = "warm_up(gather_mean(identity()), steps=7)"
+  method = registry.build("method", f"local_sgd(sgd(0.1), {ramp}, period=[[0, 1], [5, 4], [9, 2]])")
+  jobs = stages(Job(method, regression(), {"data": 8}, np.full(8, 30), 8))
+  plan = Plan(jobs)
+  sent = Sent(plan, workers.infer_layout(jobs[0]), plan.steps(30))
+  for rounds in (1, 4, 5, 6, 8, 9, 10, 29, 30):
+    want = 147 * min(rounds, 7) + 588 * max(rounds - 7, 0)
+    assert sent.until(plan.steps(rounds)) == want
+    assert sum(wire.by_axis(sent.transfers(plan.steps(rounds))).values()) == want
+
+
+def test_what_is_read_at_once_does_not_grow_with_the_steps(monkeypatch):
+  """Of as many rounds as there can be, the first and the last piece are read."""
+  read, between = [], wire.Rounds.between
+
+  def noted(self, first, last):
+    read.append((first, last))
+    return between(self, first, last)
+
+  monkeypatch.setattr(wire.Rounds, "between", noted)
+  method = registry.build("method", "marina(0.1, gather_mean(qsgd()))")
+  job = resolved(Job(method, regression(), {"data": 8}, np.full(8, 30), 8))
+  layout, last = workers.infer_layout(job), 2**31 - 1
+  read.clear()
+  sent = Sent(Plan((job,)), layout, last)
+  sent.until(100)
+  sent.transfers(100)
+  assert set(read) == {(last - Stage.PIECE, last), (0, Stage.PIECE), (0, 100)}
+
+
+def test_a_counter_that_stops_is_refused_before_the_first_round():
+  """It counts for longer than a piece, and the run is longer than that."""
+  plain = registry.build("method", "post_local_sgd(sgd(0.1), mean())")
+  stop = Stage.PIECE + 5
+
+  def sync(local, state, **rest):
+    after = plain.sync(local, state, **rest)
+    return after._replace(count=jnp.minimum(after.count, stop))
+
+  job = resolved(Job(plain._replace(sync=sync), regression(), {"data": 8}, np.full(8, 30), 8))
+  layout, plan = workers.infer_layout(job), Plan((job,))
+  Sent(plan, layout, stop)
+  with pytest.raises(ValueError, match="branches"):
+    Sent(plan, layout, 2 * stop)
 
 
 def config(out, **changes) -> Config:

@@ -181,15 +181,17 @@ def test_a_warm_up_is_followed_round_by_round():
   )
   program = lambda state, x: aggregator.aggregate(x, state, jax.random.key(0)).state
   state = jax.eval_shape(aggregator.init, X)
-  found = wire.traffic_of_rounds(
-    program, state, X, axes=EIGHT, rounds=30, first=lambda: aggregator.init(jnp.zeros(X.shape))
-  )
+  first = lambda: aggregator.init(jnp.zeros(X.shape))
+  rounds = wire.Rounds(program, state, X, axes=EIGHT, first=first)
+  found = rounds.between(0, 30)
   of_top_k = lambda k: 7 * (4 * k + 10 * k / 8)
   sent = np.repeat([7000.0, of_top_k(250), of_top_k(10)], 10)
   np.testing.assert_allclose(found.sent, sent, atol=7 * 3)
-  assert found.until(30) == pytest.approx(sum(t.total for t in found.transfers))
-  assert found.until(10.5) == 70000 + found.sent[10] / 2
+  assert found.sent.sum() == pytest.approx(sum(t.total for t in found.transfers))
   assert {t.times for t in found.transfers} == {10}
+  later = rounds.between(7, 24)
+  np.testing.assert_array_equal(later.sent, found.sent[7:24])
+  assert [t.times for t in later.transfers] == [3, *[10] * 2, *[4] * 2]
 
 
 def test_a_condition_on_what_does_not_count_is_refused():
@@ -206,14 +208,18 @@ def test_a_condition_on_what_does_not_count_is_refused():
 
   state = {"n": jax.ShapeDtypeStruct((), jnp.int32), "x": X}
   first = lambda: {"n": jnp.zeros((), jnp.int32), "x": jnp.zeros(1000)}
+  read = lambda program, first=first: wire.Rounds(program, state, X, axes=EIGHT, first=first)
   for program in (flips, doubles):
     with pytest.raises(ValueError, match="branches"):
-      wire.traffic_of_rounds(program, state, X, axes=EIGHT, rounds=8, first=first)
-  found = wire.traffic_of_rounds(counts, state, X, axes=EIGHT, rounds=8, first=first)
+      read(program).between(0, 8)
+  found = read(counts).between(0, 8)
   np.testing.assert_array_equal(found.sent, 7000.0 * (np.arange(8) % 3 == 0))
+  last = 2**31 - 1
+  far = read(counts).between(last - 8, last)
+  np.testing.assert_array_equal(far.sent, 7000.0 * (np.arange(last - 8, last) % 3 == 0))
   later = lambda: {"n": jnp.full((), 3, jnp.int32), "x": jnp.zeros(1000)}
   with pytest.raises(ValueError, match="branches"):
-    wire.traffic_of_rounds(counts, state, X, axes=EIGHT, rounds=8, first=later)
+    read(counts, later).between(0, 8)
 
 
 def test_branches_that_differ_only_in_when_they_send_are_told_apart():
@@ -227,4 +233,4 @@ def test_branches_that_differ_only_in_when_they_send_are_told_apart():
   state = {"n": jax.ShapeDtypeStruct((), jnp.int32), "x": X}
   first = lambda: {"n": jnp.zeros((), jnp.int32), "x": jnp.zeros(1000)}
   with pytest.raises(ValueError, match="branches"):
-    wire.traffic_of_rounds(program, state, True, X, axes=EIGHT, rounds=6, first=first)
+    wire.Rounds(program, state, True, X, axes=EIGHT, first=first).between(0, 6)

@@ -174,7 +174,7 @@ def _attacked(
     shown = jax.tree.map(choose, lie(tree, key, count, presence.active), tree)
     return inner.aggregate(shown, state, key, presence)
 
-  return Aggregator(inner.init, aggregate, inner.traits | {"forged"})
+  return Aggregator(inner.init, aggregate, inner.traits | {"forged"}, privacy=inner.privacy)
 
 
 def _honest_mean(

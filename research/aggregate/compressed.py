@@ -9,6 +9,7 @@ from jax import lax
 
 from research.aggregate.chunks import cut, joined
 from research.aggregate.composition import traits_of
+from research.aggregate.hiding import Sum, keeps_floats
 from research.aggregate.link import compressed
 from research.aggregate.presence import call_roll, unweighted, weighted
 from research.base import (
@@ -90,8 +91,8 @@ def sum_mean(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) -> Ag
     value, sent = _leafwise(one, weighted(tree, presence), key)
     return Aggregate(value, sent, state)
 
-  traits, link = traits_of(compressor), compressed(compressor)
-  return Aggregator(lambda params: (), aggregate, traits, link=link)
+  seen, link = Sum(axis) if keeps_floats(compressor) else None, compressed(compressor)
+  return Aggregator(lambda params: (), aggregate, traits_of(compressor), link=link, privacy=seen)
 
 
 def two_phase(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) -> Aggregator:

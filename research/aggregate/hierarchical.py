@@ -6,6 +6,7 @@ from jax import lax
 
 from research.aggregate.chunks import cut, joined
 from research.aggregate.composition import refuse
+from research.aggregate.hiding import Sum
 from research.aggregate.mean import mean
 from research.aggregate.presence import weighted
 from research.base import EVERYONE, Aggregate, Aggregator, Array, Key, Presence, State, Tree
@@ -69,7 +70,10 @@ def hierarchical(inner: Aggregator, *, fast: str = "data", slow: str = "slice") 
     return Aggregate(whole_value, jax.tree.map(less, tree, parts, means, sent), link)
 
   return Aggregator(
-    lambda params: inner.init(chunk_of(params)), aggregate, inner.traits | {"dense"}
+    lambda params: inner.init(chunk_of(params)),
+    aggregate,
+    inner.traits | {"dense"},
+    privacy=Sum((slow, fast)) if inner.privacy == Sum(slow) else None,
   )
 
 

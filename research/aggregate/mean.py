@@ -1,5 +1,6 @@
 """Exact averages: what synchronous data parallelism and its relatives exchange."""
 
+from research.aggregate.hiding import Sum
 from research.aggregate.link import plain
 from research.aggregate.presence import weighted
 from research.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator
@@ -20,4 +21,4 @@ def mean(axis: collectives.Axes = WORKER_AXES) -> Aggregator:
     sent = weighted(tree, presence)
     return Aggregate(collectives.mean(sent, axis), sent, state)
 
-  return Aggregator(lambda params: (), aggregate, frozenset({"dense"}), plain())
+  return Aggregator(lambda params: (), aggregate, frozenset({"dense"}), plain(), Sum(axis))

@@ -87,7 +87,8 @@ def bucketed(inner: Aggregator, *, bytes: int = 2**20) -> Aggregator:
     out = inner.aggregate(fused(tree), state, key, presence)
     return Aggregate(split(out.value, tree), split(out.sent, tree), out.state)
 
-  return Aggregator(lambda params: inner.init(fused(params)), aggregate, inner.traits)
+  init = lambda params: inner.init(fused(params))
+  return Aggregator(init, aggregate, inner.traits, privacy=inner.privacy)
 
 
 def _buckets(leaves: Sequence[Array], bytes: int) -> list[list[int]]:

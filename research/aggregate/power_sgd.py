@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from research.aggregate.hiding import Sum
 from research.aggregate.presence import weighted
 from research.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Array
 from research.comm import collectives
@@ -69,7 +70,7 @@ def power_sgd(rank: int = 2, axis: collectives.Axes = WORKER_AXES, *, seed: int 
     value, sent = restored(right, exact_mean), restored(own, exact)
     return Aggregate(*map(treedef.unflatten, (value, sent, factors)))
 
-  return Aggregator(init, aggregate, frozenset({"dense"}))
+  return Aggregator(init, aggregate, frozenset({"dense"}), privacy=Sum(axis))
 
 
 def found(new: Array, old: Array) -> Array:

@@ -9,11 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.aggregate import composition
+from research.aggregate.hiding import Noise, Sum
 from research.aggregate.presence import unweighted, weighted
 from research.base import EVERYONE, WORKER_AXES, Aggregator, Tree
 from research.comm import collectives
 
 CONVERSIONS = ("rdp", "rdp_old", "pld")
+SCOPE = "noisy"  # in the names of a traced program's operations
+_LEAST, _GREATEST = 1e-30, 1e36  # so that no worker's noise is zero or infinite in float32
+_LEAST_NOISE = 1e-100  # whose divergences are floats; with less, what is spent is infinite
+_RESOLVED = 1e-15  # of a divergence
 _AT_ONCE = 2**19  # numbers drawn by one loop
 _STEP, _FARTHEST = 0.02, 200.0  # of the integrals over x, in deviations
 
@@ -37,35 +42,48 @@ def noisy(
   rounds of it spend, to someone who sees only what is computed from these sums, if all workers are
   honest. If k of them give their noise away, are themselves the ones who look, or drop out, what
   protects the others is noise sqrt((W - k) / W). Whatever is a function of the sum costs nothing
-  more: mean, sum_mean, power_sgd. An inner that decodes each worker's message by itself and not
-  linearly (gather_mean of a quantiser, two_phase, median), and anyone who sees single messages, see
-  y_i with its own share alone; there only the local guarantee epsilon(noise / sqrt(W), ...)
-  follows. `secure_sum` hides the y_i, but rounds each one after the noise: up to its grid it is a
-  function of the sum, and exact accounting would want discrete noise. Its own clip has to leave
-  room for the noise. The noise is float32, whose gaps are not accounted for.
+  more: mean, hierarchical_mean, power_sgd, sum_mean of float32 payloads. Any other inner, and those
+  who see single messages, see y_i with its own share alone; there only the local guarantee
+  epsilon(noise / sqrt(W), ...) follows, since a function of all y_i costs nothing more than they.
+
+  Rounding comes after the noise, so that it does not change the sensitivity; but a sum of rounded
+  y_i is no function of sum_i y_i. To bfloat16 (sum_mean(bf16()), a bfloat16 leaf), whose steps
+  depend on y_i, only the local guarantee is left. To multiples of a unit u (`secure_sum`) it is a
+  function of sum_i y_i and of all y_i mod u. Given the latter, each noise is a discrete Gaussian on
+  a shifted lattice, whose sums are those of one Gaussian up to factors 1 + O(exp(-pi^2 s^2 / u^2))
+  by an element, s being a worker's own deviation; and y_i mod u itself is uniform up to
+  exp(-2 pi^2 s^2 / u^2). From s = 2 u on that is below 1e-16, and the sum is accounted for as is
+  that of the y_i if the range of secure_sum leaves room for clip + 8 s: what is cut there is no
+  rounding. Else each message is. The noise is float32, whose gaps are not accounted for.
 
   A tree whose norm is not finite becomes NaN, which all see: it is outside the guarantee.
 
   Args:
     inner: the aggregator of the noisy trees, over the same workers. `sent` is what it says.
-    clip: the largest L2 norm of a worker's tree, over all leaves; greater than 0.
+    clip: the largest L2 norm of a worker's tree, over all leaves, in [1e-30, 1e36].
     noise: the deviation of the sum's noise over `clip`, the noise multiplier; 0 hides nothing.
     axis: the worker axes that share the noise, those over which `inner` averages.
 
   Raises:
-    ValueError: if clip or noise is out of its range, or the inner adds noise already.
+    ValueError: if clip, noise or their product is out of its range, or the inner adds noise.
 
   Reference: Abadi et al. 2016, arXiv 1607.00133, algorithm 1; noise shared by the workers:
-    Kairouz, Liu, Steinke 2021, arXiv 2102.06387, algorithm 1, here with continuous noise.
+    Kairouz, Liu, Steinke 2021, arXiv 2102.06387, algorithm 1, here with continuous noise;
+    sums of discrete Gaussians: theorem 1 there, Canonne, Kamath, Steinke 2020, arXiv 2004.00010.
   """
-  if not 0 < clip < math.inf:
-    raise ValueError(f"clip={clip} is not in (0, inf)")
+  if not _LEAST <= clip <= _GREATEST:
+    raise ValueError(f"clip={clip} is not in [{_LEAST:g}, {_GREATEST:g}]")
   if not 0 <= noise < math.inf:
     raise ValueError(f"noise={noise} is not in [0, inf)")
+  if noise and not _LEAST <= noise * clip <= _GREATEST:
+    raise ValueError(
+      f"noise={noise} times clip={clip} is not in [{_LEAST:g}, {_GREATEST:g}], where float32 has it"
+    )
   composition.refuse("noisy", inner)
 
   counted = inner.traits & {"selects", "vote"}
 
+  @jax.named_scope(SCOPE)
   def aggregate(tree, state, key, presence=EVERYONE):
     tree = weighted(tree, presence)
     noise_key, inner_key = jax.random.split(key)
@@ -82,7 +100,9 @@ def noisy(
     there = unweighted(presence) if counted else EVERYONE
     return inner.aggregate(hidden, state, inner_key, there)
 
-  return Aggregator(inner.init, aggregate, inner.traits | {"noise", "whole"})
+  seen = inner.privacy if isinstance(inner.privacy, Sum) else None
+  told = Noise(clip, noise, axis, seen)
+  return Aggregator(inner.init, aggregate, inner.traits | {"noise", "whole"}, privacy=told)
 
 
 def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -139,15 +159,15 @@ def epsilon(noise: float, rate: float, steps: int, delta: float, conversion: str
     raise ValueError(f"steps={steps}; it is at least 1")
   if conversion not in CONVERSIONS:
     raise ValueError(f"conversion='{conversion}' is not in {', '.join(CONVERSIONS)}")
-  dp_accounting = _library()
-  round_ = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise))
-  run = dp_accounting.SelfComposedDpEvent(round_, steps)
-  if conversion == "pld":
-    return float(dp_accounting.pld.PLDAccountant().compose(run).get_epsilon(delta))
-  accountant = dp_accounting.rdp.RdpAccountant().compose(run)
   if conversion == "rdp":
-    return float(accountant.get_epsilon(delta))
-  return float(min(accountant.rdp + math.log(1 / delta) / (accountant.orders - 1)))
+    return spending(noise, delta, rate=rate)(steps)
+  library = _library()
+  if conversion == "pld":
+    round_ = library.PoissonSampledDpEvent(rate, library.GaussianDpEvent(noise))
+    run = library.SelfComposedDpEvent(round_, steps)
+    return float(library.pld.PLDAccountant().compose(run).get_epsilon(delta))
+  orders, of_round = _of_poisson(noise, rate)
+  return float(min(steps * of_round + math.log(1 / delta) / (orders - 1)))
 
 
 def spending(
@@ -206,12 +226,26 @@ def spending(
   """
   _check(noise, rate, clients, delta)
   library = _library()
-  event = library.PoissonSampledDpEvent(rate, library.GaussianDpEvent(noise))
-  accountant = library.rdp.RdpAccountant().compose(event)
-  orders = accountant.orders
-  of_round = _of_strata(noise, clients, orders) if clients > 1 else accountant.rdp
+  if noise < _LEAST_NOISE:
+    return lambda rounds: math.inf if rounds else 0.0
+  noise = min(noise, 1 / _LEAST_NOISE)
+  orders, of_round = _of_poisson(noise, rate)
+  if clients > 1:
+    of_round = _of_strata(noise, clients, orders)
   spent = lambda rounds: library.rdp.compute_epsilon(orders, rounds * of_round, delta)[0]
   return lambda rounds: float(spent(rounds)) if rounds else 0.0
+
+
+def _of_poisson(noise: float, rate: float) -> tuple[np.ndarray, np.ndarray]:
+  """Orders, and the Renyi divergences of a round with Poisson sampling.
+
+  The library finds the divergences of small rates as differences of numbers near 1, which come out
+  as zero or below; they are no less than what such a difference resolves.
+  """
+  library = _library()
+  event = library.PoissonSampledDpEvent(rate, library.GaussianDpEvent(noise))
+  accountant = library.rdp.RdpAccountant().compose(event)
+  return accountant.orders, np.maximum(accountant.rdp, 0 if rate == 1 else _RESOLVED)
 
 
 def _of_strata(noise: float, clients: int, orders: np.ndarray) -> np.ndarray:
@@ -223,8 +257,10 @@ def _of_strata(noise: float, clients: int, orders: np.ndarray) -> np.ndarray:
   c, share = 1 / noise, 1 / clients
   found = orders * c**2 / 2  # without sampling
   kept = np.flatnonzero(orders * c <= _FARTHEST)
+  if not kept.size:
+    return found
   step = _STEP / max(1.0, c)
-  x = np.arange(c / 2, c * orders[kept].max(initial=1) + 12, step)
+  x = np.arange(c / 2, c * orders[kept].max() + 12, step)
   normal = lambda mean: -((x - mean) ** 2) / 2 - math.log(2 * math.pi) / 2
   mixed = lambda one, other: np.logaddexp(one + math.log1p(-share), other + math.log(share))
   opposite = mixed(normal(-c), normal(c)), mixed(normal(-c), normal(0))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.aggregate import masks, shamir
+from research.aggregate.hiding import Sum
 from research.aggregate.presence import weighted
 from research.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Array, Key, Tree
 from research.comm import collectives
@@ -103,7 +104,9 @@ def secure_sum(
     return Aggregate(value, back(ring, 1, broken, accepted & alive[here]), state)
 
   traits = {"dense", "secret", "partial"} if dropout else {"dense", "secret"}
-  return Aggregator(lambda params: (), aggregate, frozenset(traits))
+  present = lambda count: quorum_of(threshold, count) / count if dropout else 1.0
+  seen = Sum(axis, clip / (2 ** (bits - 1) - 1), clip, present)
+  return Aggregator(lambda params: (), aggregate, frozenset(traits), privacy=seen)
 
 
 def quorum_of(threshold: float, workers: int) -> int:

@@ -135,13 +135,33 @@ def synchronous(
   Raises:
     ValueError: if a number is out of its range, or the speeds are those of other workers.
   """
-  _check(speeds, workers, communication, rounds=len(steps), steps=np.min(steps, initial=1))
-  starts = np.cumsum([0, *steps])
-  slowest = np.zeros(len(steps))
-  for worker, random in enumerate(_generators(workers, seed)):
-    drawn = speeds.draw(random, worker, starts[-1])
-    np.maximum(slowest, np.add.reduceat(drawn, starts[:-1]), out=slowest)
-  return np.cumsum(slowest + communication)
+  return Lockstep(speeds, workers, seed, communication).ends(steps)
+
+
+class Lockstep:
+  """`synchronous` for rounds without an end, of which the next ones are asked for."""
+
+  def __init__(self, speeds: Speeds, workers: int, seed: int, communication: float = 0.0):
+    """Arguments and errors as `synchronous`."""
+    _check(speeds, workers, communication)
+    self._speeds, self._communication = speeds, communication
+    self._generators, self._now = _generators(workers, seed), 0.0
+
+  def ends(self, steps: Sequence[int] | np.ndarray) -> np.ndarray:
+    """When each of the next rounds ends, of so many steps each: float64 [K].
+
+    Raises:
+      ValueError: if there are none, or one of no steps.
+    """
+    _at_least_one(rounds=len(steps), steps=np.min(steps, initial=1))
+    starts = np.cumsum([0, *steps])
+    slowest = np.zeros(len(steps))
+    for worker, random in enumerate(self._generators):
+      drawn = self._speeds.draw(random, worker, starts[-1])
+      np.maximum(slowest, np.add.reduceat(drawn, starts[:-1]), out=slowest)
+    ends = np.cumsum([self._now, *(slowest + self._communication)])[1:]
+    self._now = float(ends[-1])
+    return ends
 
 
 def asynchronous(
@@ -236,10 +256,14 @@ def _not_negative(name: str, value: float) -> None:
     raise ValueError(f"{name}={value} is not in [0, inf)")
 
 
-def _check(speeds: Speeds, workers: int, communication: float, **counts: int) -> None:
-  for name, count in {"workers": workers, **counts}.items():
+def _at_least_one(**counts: int) -> None:
+  for name, count in counts.items():
     if count < 1:
       raise ValueError(f"{name}={count}; it is at least 1")
+
+
+def _check(speeds: Speeds, workers: int, communication: float, **counts: int) -> None:
+  _at_least_one(workers=workers, **counts)
   _not_negative("communication", communication)
   if speeds.workers not in (0, workers):
     raise ValueError(f"speeds are those of {speeds.workers} workers, and there are {workers}")

@@ -21,33 +21,46 @@ class Unknown(ValueError):
   """The branches of a condition differ, and which one is taken is not known."""
 
 
-def with_counters(
-  read: Callable[[Known], Known], program: core.ClosedJaxpr, zeros: Sequence[bool], rounds: int
-) -> None:
-  """Calls `read` with the counters of a state, until they prove to be counters.
+def counters(program: core.ClosedJaxpr, zeros: Sequence[bool]) -> set[int]:
+  """The inputs of a round that may count rounds: scalar whole numbers that start from zero.
 
-  Every scalar whole number that starts from zero is taken for one that counts rounds; those that
-  the program then does not raise by one in every round are dropped, and it is read again.
+  Args:
+    program: a round; its first inputs and its outputs are the state.
+    zeros: of each leaf of the state, whether it is known to start from zero.
+  """
+  is_whole = lambda aval: aval.shape == () and jnp.issubdtype(aval.dtype, jnp.integer)
+  inputs = program.jaxpr.invars
+  return {i for i, zero in enumerate(zeros) if zero and is_whole(inputs[i].aval)}
+
+
+def with_counters(
+  read: Callable[[Known], Known],
+  program: core.ClosedJaxpr,
+  counters: set[int],
+  numbers: np.ndarray,
+) -> set[int]:
+  """Calls `read` with the counters of a state, until they prove to be counters; returns these.
+
+  Those that the program does not raise by one in every one of the rounds are dropped, and it is
+  read again.
 
   Args:
     read: inputs known by round -> outputs known by round.
-    program: a round; its first inputs and its outputs are the state.
-    zeros: of each leaf of the state, whether it is known to start from zero.
-    rounds: how many.
+    program: a round.
+    counters: numbers of the inputs that may count rounds, and did in the rounds before.
+    numbers: [rounds], those of the rounds.
 
   Raises:
     Unknown: as `read`, once only proven counters are left.
   """
-  step, inputs = np.arange(rounds), program.jaxpr.invars
-  is_whole = lambda aval: aval.shape == () and jnp.issubdtype(aval.dtype, jnp.integer)
-  counters = {i for i, zero in enumerate(zeros) if zero and is_whole(inputs[i].aval)}
+  inputs = program.jaxpr.invars
   while True:
-    known = [step.astype(v.aval.dtype) if i in counters else None for i, v in enumerate(inputs)]
+    known = [numbers.astype(v.aval.dtype) if i in counters else None for i, v in enumerate(inputs)]
     after = read(known)
-    raised = lambda i, after=after: after[i] is not None and np.array_equal(after[i], step + 1)
+    raised = lambda i, after=after: after[i] is not None and np.array_equal(after[i], numbers + 1)
     proven = {i for i in counters if raised(i)}
     if proven == counters:
-      return
+      return counters
     counters = proven
 
 

@@ -17,6 +17,7 @@ from jax.extend import core
 
 from research.comm import rounds as of_rounds
 
+_SHORTEST = 2**10  # of the arrays with a place per round: each length compiles its own arithmetic
 # Names of collective primitives -> operation; check_vma and JAX versions vary the names.
 _OPERATIONS = {
   "psum": "all-reduce",
@@ -50,18 +51,10 @@ class Transfer(NamedTuple):
 
 
 class Traffic(NamedTuple):
-  """What one worker sends in a number of rounds."""
+  """What one worker sends in some rounds."""
 
-  transfers: list[Transfer]  # of all rounds together
+  transfers: list[Transfer]  # of all these rounds together
   sent: np.ndarray  # [rounds], bytes in each
-
-  def until(self, rounds: float) -> float:
-    """Bytes that one worker has sent in so many rounds, of a part of one in proportion."""
-    whole = int(rounds)
-    if self.sent.strides == (0,):  # every round alike
-      return float(rounds * self.sent[0])
-    part = (rounds - whole) * self.sent[whole] if rounds > whole else 0.0
-    return float(self.sent[:whole].sum() + part)
 
 
 def traffic(program: Callable[..., Any], *args: Any, axes: Mapping[str, int]) -> list[Transfer]:
@@ -77,9 +70,9 @@ def traffic(program: Callable[..., Any], *args: Any, axes: Mapping[str, int]) ->
       condition that communicate differently: then the traffic is no fact.
   """
   jaxpr = jax.make_jaxpr(program, axis_env=list(axes.items()))(*args)
-  reader = _Reader(axes, 1)
-  reader.read(jaxpr, [None] * len(jaxpr.jaxpr.invars), np.ones(1, np.int64))
-  return reader.transfers
+  reader = _Reader(axes, np.ones(1, np.int64))
+  reader.read(jaxpr, [None] * len(jaxpr.jaxpr.invars), reader.runs)
+  return happened(reader.transfers)
 
 
 def axes_of(program: Callable[..., Any], *args: Any, axes: Mapping[str, int]) -> set[str]:
@@ -93,56 +86,90 @@ def axes_of(program: Callable[..., Any], *args: Any, axes: Mapping[str, int]) ->
   return found(jax.make_jaxpr(program, axis_env=list(axes.items()))(*args).jaxpr)
 
 
-def traffic_of_rounds(
-  program: Callable[..., Any],
-  state: Any,
-  *args: Any,
-  axes: Mapping[str, int],
-  rounds: int,
-  first: Callable[[], Any],
-) -> Traffic:
-  """Every transfer of one worker in its first rounds, also where conditions depend on the round.
+def happened(transfers: Iterable[Transfer]) -> list[Transfer]:
+  """Those that the program runs at all."""
+  return [transfer for transfer in transfers if transfer.times]
 
-  A condition whose branches communicate differently is followed where its predicate is a function
-  of the state's counters: scalar whole numbers that start from zero and that the program itself is
-  seen to raise by one in each of the rounds.
 
-  Args:
-    program: (state, *args) -> state, one round of one worker; traced, not run.
-    state: shapes of one worker's state.
-    *args: shapes of the other arguments.
-    axes: the worker axes, name to size.
-    rounds: how many.
-    first: the state before the first round, of which only scalar whole numbers are computed.
+class Rounds:
+  """What one worker sends in any rounds, also where conditions depend on the round's number.
 
-  Raises:
-    ValueError: as `traffic`, where such a predicate depends on anything else.
+  The program is traced once. A condition whose branches communicate differently is followed where
+  its predicate is a function of the state's counters: scalar whole numbers that start from zero and
+  that the program itself is seen to raise by one in each of the rounds.
   """
-  jaxpr = jax.make_jaxpr(program, axis_env=list(axes.items()))(state, *args)
-  try:
-    reader = _Reader(axes, 1)
-    reader.read(jaxpr, [None] * len(jaxpr.jaxpr.invars), np.ones(1, np.int64))
-    every = [t._replace(times=t.times * rounds) for t in reader.transfers]
-    return Traffic(every, np.broadcast_to(reader.sent[0], (rounds,)))
-  except of_rounds.Unknown:
-    pass
-  found: list[_Reader] = []
 
-  def read(known):
-    found.append(_Reader(axes, rounds))
-    return found[-1].read(jaxpr, known, np.ones(rounds, np.int64))
+  def __init__(
+    self,
+    program: Callable[..., Any],
+    state: Any,
+    *args: Any,
+    axes: Mapping[str, int],
+    first: Callable[[], Any],
+  ):
+    """Traces the program.
 
-  of_rounds.with_counters(read, jaxpr, of_rounds.zeros(first), rounds)
-  return Traffic(found[-1].transfers, found[-1].sent)
+    Args:
+      program: (state, *args) -> state, one round of one worker; traced, not run.
+      state: shapes of one worker's state.
+      *args: shapes of the other arguments.
+      axes: the worker axes, name to size.
+      first: the state before the first round, of which only scalar whole numbers are computed.
+    """
+    self._axes = axes
+    self._program = jax.make_jaxpr(program, axis_env=list(axes.items()))(state, *args)
+    self._alike: Traffic | None = None  # of any round
+    self._counters: set[int] | None = None  # inputs of the program that count rounds
+    try:
+      reader = _Reader(axes, np.ones(1, np.int64))
+      reader.read(self._program, [None] * len(self._program.jaxpr.invars), reader.runs)
+      self._alike = reader.traffic()
+    except of_rounds.Unknown:
+      self._counters = of_rounds.counters(self._program, of_rounds.zeros(first))
+
+  @property
+  def each(self) -> float | None:
+    """The bytes of any one round, if all rounds are alike."""
+    return None if self._alike is None else float(self._alike.sent[0])
+
+  def between(self, first: int, last: int) -> Traffic:
+    """What is sent in the rounds first, ..., last - 1, in memory for so many, unless all are alike.
+
+    The transfers are always the same ones, `times` is 0 where none of these rounds runs one.
+
+    Raises:
+      ValueError: as `traffic`, where the predicate of a condition depends on anything but counters.
+    """
+    count = last - first
+    if self._alike is not None:
+      transfers = [t._replace(times=t.times * count) for t in self._alike.transfers]
+      return Traffic(transfers, np.broadcast_to(self._alike.sent[0], (count,)))
+    length = max(_SHORTEST, 1 << max(count - 1, 0).bit_length())
+    numbers = np.minimum(first + np.arange(length), max(last - 1, first))
+    runs = (np.arange(length) < count).astype(np.int64)
+    found: list[_Reader] = []
+
+    def read(known: of_rounds.Known) -> of_rounds.Known:
+      found.append(_Reader(self._axes, runs))
+      return found[-1].read(self._program, known, runs)
+
+    assert self._counters is not None
+    self._counters = of_rounds.with_counters(read, self._program, self._counters, numbers)
+    transfers, sent = found[-1].traffic()
+    return Traffic(transfers, sent[:count])
 
 
 class _Reader:
   """Walks a program once for all rounds; `runs` [rounds] says how often each runs a part of it."""
 
-  def __init__(self, axes: Mapping[str, int], rounds: int):
-    self.axes = dict(axes)
+  def __init__(self, axes: Mapping[str, int], runs: np.ndarray):
+    self.axes, self.runs = dict(axes), runs
     self.transfers: list[Transfer] = []
-    self.sent = np.zeros(rounds)
+    self.sent = np.zeros(len(runs))
+
+  def traffic(self) -> Traffic:
+    """What was noted."""
+    return Traffic(self.transfers, self.sent)
 
   def read(
     self, program: core.ClosedJaxpr, known: of_rounds.Known, runs: np.ndarray
@@ -164,11 +191,12 @@ class _Reader:
     index, *operands = values.of(eqn.invars)
     branches = eqn.params["branches"]
     if index is None:
-      readers = [_Reader(self.axes, len(runs)) for _ in branches]
+      readers = [_Reader(self.axes, runs) for _ in branches]
       for branch, reader in zip(branches, readers, strict=True):
         reader.read(branch, operands, runs)
       first = readers[0]
-      if any(r.transfers != first.transfers or (r.sent != first.sent).any() for r in readers):
+      alike = lambda r: happened(r.transfers) == happened(first.transfers)
+      if any(not alike(r) or (r.sent != first.sent).any() for r in readers):
         raise of_rounds.Unknown("the branches of a condition communicate differently")
       self._add(first.transfers, first.sent)
       return [None] * len(eqn.outvars)
@@ -202,9 +230,8 @@ class _Reader:
     for operand in eqn.invars:
       payload = operand.aval.size * operand.aval.dtype.itemsize
       dtype, times = operand.aval.dtype.name, int(runs.sum())
-      if times:
-        transfer = Transfer(operation, names, dtype, payload, share * payload, times)
-        self._add([transfer], share * payload * runs)
+      transfer = Transfer(operation, names, dtype, payload, share * payload, times)
+      self._add([transfer], share * payload * runs)
 
   def _add(self, transfers: list[Transfer], sent: np.ndarray) -> None:
     self.transfers += transfers

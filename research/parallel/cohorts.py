@@ -12,6 +12,7 @@ from research.comm import collectives
 from research.parallel.job import Job
 
 _DROPOUT = 0x64726F70
+_RARE = 0x72617265
 
 
 class Draw(NamedTuple):
@@ -76,9 +77,7 @@ def cohorts(job: Job, key: Key, numbers: Array) -> tuple[Array, Array]:
     return client + job.clients * everyone, jnp.ones(job.workers, bool)
 
   def of_population(number):
-    # a uniform float has 24 bits alone; never more often than the rate that privacy is counted by
-    largest = np.uint32(max(1, math.floor(job.sampling_rate * 2**32)) - 1)
-    taking_part = jax.random.bits(key_of_round(number), (len(job.sizes),)) <= largest
+    taking_part = at_rate(job.sampling_rate, key_of_round(number), len(job.sizes))
     # of which the n-th is where they are n for the first time; a CPU's cumsum reads windows
     so_far = jax.lax.associative_scan(jnp.add, taking_part.astype(jnp.int32))
     owners = jnp.minimum(jnp.searchsorted(so_far, everyone + 1), len(job.sizes) - 1)
@@ -99,3 +98,15 @@ def cohorts(job: Job, key: Key, numbers: Array) -> tuple[Array, Array]:
     owners = jnp.tile(everyone, (len(numbers), 1))
     served = jnp.ones(owners.shape, bool)
   return owners, (served & jax.vmap(present)(numbers) if job.dropout else served)
+
+
+def at_rate(rate: float, key: Key, count: int) -> Array:
+  """bool [count], each true with the probability that privacy is counted by, never a greater one.
+
+  A uniform float has 24 bits alone; these are 32, and 64 where the rate is below 2^-32.
+  """
+  bits = jax.random.bits(key, (count,))
+  if rate >= 2.0**-32:
+    return bits <= np.uint32(math.floor(rate * 2**32) - 1)
+  rest = jax.random.bits(jax.random.fold_in(key, _RARE), (count,))
+  return (bits == 0) & (rest <= np.uint32(math.floor(rate * 2**64) - 1))

@@ -254,7 +254,13 @@ def deployed(job: Job, layout: layouts.Layout, state: State) -> Tree:
 
 
 def traffic(job: Job, layout: layouts.Layout, rounds: int) -> wire.Traffic:
-  """What one worker's algorithm sends in the first rounds, read off the traced sync.
+  """What one worker's algorithm sends in the first rounds, few of them."""
+  found = sending(job, layout).between(0, rounds)
+  return found._replace(transfers=wire.happened(found.transfers))
+
+
+def sending(job: Job, layout: layouts.Layout) -> wire.Rounds:
+  """What one worker's algorithm sends in any rounds, read off the traced sync.
 
   A worker of several devices sends what each of them sends.
   """
@@ -266,8 +272,7 @@ def traffic(job: Job, layout: layouts.Layout, rounds: int) -> wire.Traffic:
   params = jax.eval_shape(job.task.init, key)
   init = layouts.over_workers(blocked(job).method.init, axes, None, layouts.lead(layout.state))
   zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)
-  first = lambda: init(zeros())
-  return wire.traffic_of_rounds(round_, *args, axes=axes, rounds=rounds, first=first)
+  return wire.Rounds(round_, *args, axes=axes, first=lambda: init(zeros()))
 
 
 def of_loss(job: Job) -> tuple[Tree, Batch, Key]:

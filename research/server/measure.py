@@ -31,14 +31,14 @@ class Measured:
     self.progress = report.Progress(updates, self.evaluated_on, True)
     self.progress.start(version * self.period)
     self.log = report.Metrics(folder, version * self.period, self.config.tensorboard)
-    timing.resume(self.log.rows[-1]["seconds"] if self.log.rows else 0.0)
+    timing.resume(self.log.last["seconds"] if self.log.last else 0.0)
     self.losses: list[float] = []  # since the last row
     self.next_row = self._after(version)
     self.row: dict[str, Any] | None = None  # held back until an evaluation may join it
     self.refused: Counter[str] = Counter()
     self.spent = np.zeros((setup.workers, len(Spent._fields)))  # its fields, and pushes
     # bytes of all workers so far
-    self.moved = self.log.rows[-1]["bytes"] * setup.workers if self.log.rows else 0
+    self.moved = self.log.last["bytes"] * setup.workers if self.log.last else 0
     self.started: float | None = None  # seconds, when the first worker began
     self.begun: tuple[float, int] | None = None  # seconds and updates when the first was made
     self.last = (timing.elapsed(), version)

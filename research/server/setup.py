@@ -24,7 +24,7 @@ from research.parallel.job import Job
 from research.server import work
 from research.server.messages import MODES as OF_SERVERS
 from research.server.messages import Rules
-from research.train import assemble, sources
+from research.train import assemble, reach, sources
 from research.train.config import Config, UsageError, flag
 
 MODES = (*OF_SERVERS, "hogwild")
@@ -200,6 +200,10 @@ def setup(config: Config, needs_ray: bool = True) -> Setup:
       raise ValueError(f"the task has {sizes.sum()} training examples; 'all' takes them all")
   job = Job(method, task, {"data": workers}, sizes, batch_size, config.clip_norm)
   shapes = work.shapes_of(jax.eval_shape(task.init, jax.random.key(0)))
+  with flag("method", config.method):
+    structs = jax.eval_shape(task.init, jax.random.key(0))
+    reach.check(jax.eval_shape(served.server.init, structs))
+    reach.check(jax.eval_shape(lambda params: served.begin(params, served.own(params)), structs))
   with flag("shards", config.shards):
     parts = work.cut(shapes, config.shards)
     if config.shards > 1 and work.looks_across(served, shapes, parts):

@@ -13,7 +13,7 @@ from research import registry
 from research.base import Batch, Executor, Method
 from research.comm import mesh as meshes
 from research.parallel.job import Job, stages
-from research.train import feed, sources
+from research.train import feed, reach, sources
 from research.train.config import OF_SERVER, Config, UsageError, flag
 from research.train.plan import Plan
 from research.train.virtual import Virtual, played, rounds_within
@@ -175,6 +175,8 @@ def _check_sampling(config: Config, workers: int) -> None:
     raise ValueError("not in [0, 1]")
   if not rate:
     return
+  if rate < 2.0**-64:
+    raise ValueError(f"below {2.0**-64:.2g}, which is the least rate that can be drawn exactly")
   if not population or config.executor != "simulate":
     raise ValueError("needs --population and --executor=simulate")
   expected = rate * population
@@ -229,12 +231,15 @@ def assemble(config: Config, setting: Setting, devices: Sequence[Any] | None = N
     with flag("clock", config.clock):
       virtual = played(config.clock, plan, owners, config.seed)
   steps = _steps(config, total, plan, virtual)
-  played_out = virtual and virtual(round(plan.rounds(steps)))
+  with flag("steps", steps):
+    played_out = virtual and virtual(round(plan.rounds(steps)))
   if played_out and played_out.order is not None:
     plan = Plan(stages(job._replace(order=played_out.order)))
   with flag("mesh", config.mesh):
     executor = getattr(importlib.import_module(EXECUTORS[config.executor]), config.executor)
     executors = tuple(executor(job) for job in plan.jobs)
+  with flag("method", config.method):
+    reach.check(executors[0].layout.state_shapes)
   return Problem(plan, executors, examples, sizes, sources.test_of(job, config), steps, played_out)
 
 

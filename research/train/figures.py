@@ -55,16 +55,17 @@ def loss_plot(folder: Path, summary: Mapping[str, Any]) -> None:
 def _loss_figure(folder: Path, summary: Mapping[str, Any]) -> Any:
   from matplotlib.figure import Figure
 
-  rows, evaluated_on = report.read_rows(folder / "metrics.jsonl"), summary["evaluated_on"]
+  path, evaluated_on = folder / "metrics.jsonl", summary["evaluated_on"]
+  rows = report.thinned(report.each_row(path))
+  evaluated = report.thinned(row for row in report.each_row(path) if "eval" in row)
   lines = textwrap.wrap(summary["method"], 78, break_on_hyphens=False)
   title = "\n".join([f"{summary['task']}, {summary['workers']} workers", *lines])
-  names = sorted({name for row in rows for name in row.get("eval", {})} - {"loss"})
+  names = sorted({name for row in evaluated for name in row["eval"]} - {"loss"})
   count = 1 + bool(names)
   figure = Figure(figsize=(7, 3 * count))
   axes = figure.subplots(count, 1, squeeze=False, sharex=True)
   top = axes[0, 0]
   top.plot([r["step"] for r in rows], [r["loss"] for r in rows], lw=1, label="mini-batches")
-  evaluated = [row for row in rows if "eval" in row]
   steps = [row["step"] for row in evaluated]
   if any("train_loss" in row for row in evaluated):
     on = summary.get("train_loss_on", "all training data")

@@ -17,7 +17,7 @@ from research.base import Array, Params, TrainState
 from research.comm import wire
 from research.comm.mesh import worker_axes
 from research.parallel import resize, workers
-from research.train import figures, heartbeat, interrupt, metrics, report
+from research.train import figures, heartbeat, interrupt, metrics, reach, report
 from research.train import folder as folders
 from research.train.assemble import Problem, assemble, check
 from research.train.checkpoint import Checkpoints
@@ -118,24 +118,28 @@ class Run:
       self.state,
       resize.placed(job, self.layout.state, self.state),
     )
-    self.step = self._restore()
     self.data = executor.place(problem.examples, problem.sizes, data_key)
     self.training = Training(config, job, self.data)
     self.test = executor.place(*problem.test, data_key) if problem.test else None
     shared = job.batch_size if len(job.axes) > len(worker_axes(job.axes)) else None
     self.evaluate = metrics.evaluator(job.task, self.data.sizes.sharding.mesh, shared or 1)
     self.measure = jax.jit(job.task.measure)
+    self.pending: Pending | None = None
+    self.initial = self._initial()
+    self.step = self._restore()
     self.differing = metrics.replica_check(self.state)
     self.sent = Sent(problem.plan, self.layout, problem.steps)
     self.facts = facts(config, job, self.layout)
+    self.reaches = reach.reaches(self.layout.state_shapes)
     if job.order is not None:
       report.note("a server's pushes and pulls are no collectives: their bytes are not counted")
     if self.facts.note:
       report.note(self.facts.note)
+    for name, reached in self.reaches.items():
+      report.note(reach.describe(name, reached))
     self.network = Network(main)
     self.log = report.Metrics(folder, self.step, config.tensorboard) if main else None
-    self.timing.resume(self.log.rows[-1]["seconds"] if self.log and self.log.rows else 0.0)
-    self.pending: Pending | None = None
+    self.timing.resume(self.log.last["seconds"] if self.log and self.log.last else 0.0)
     self.dispatches = 0
     self.evaluated: dict[str, Any] = {}
 
@@ -270,6 +274,14 @@ class Run:
 
   def _evaluate(self) -> dict[str, Any]:
     """Measures the deployed model on the data; the last row of the pending dispatch carries it."""
+    row = self._measured()
+    self._check_finite(row)
+    self._fetch(**row)
+    self.evaluated = {"step": self.step, **row}
+    return row
+
+  def _measured(self) -> dict[str, Any]:
+    """The deployed model's training loss, gradient norm where asked for, and evaluation."""
     with self._aside():
       params = self.problem.executor.params(self.state)
       task = self.problem.job.task
@@ -282,18 +294,25 @@ class Run:
     if "gradient_norm" in train:
       row["gradient_norm"] = train["gradient_norm"]
     row["eval"] = {k: float(v) for k, v in test.items() if k != "gradient_norm"}
-    self._check_finite(train, row["eval"])
-    self._fetch(**row)
-    self.evaluated = {"step": self.step, **row}
     return row
 
-  def _check_finite(self, train: Mapping[str, float], measured: Mapping[str, float]) -> None:
+  def _check_finite(self, row: Mapping[str, Any]) -> None:
     """Rejects an evaluation that is not finite, after the rows of the steps before it."""
-    named = {f"training {name.replace('_', ' ')}": value for name, value in train.items()}
-    named |= {f"{self.evaluated_on} {name}": value for name, value in measured.items()}
+    named = {f"{self.evaluated_on} {name}": value for name, value in row["eval"].items()}
+    named |= {"training loss": row["train_loss"]}
+    named |= {"gradient norm": row["gradient_norm"]} if "gradient_norm" in row else {}
     if bad := [name for name, value in named.items() if not math.isfinite(value)]:
       self._fetch()  # the losses of the steps tell more, if they are not finite either
       raise NonFinite(f"the {', '.join(bad)} is not finite at step {self.step}; {self._kept()}")
+
+  def _initial(self) -> dict[str, Any]:
+    """For the summary: what the model is like before the first step, as far as it is finite."""
+    row, finite = self._measured(), math.isfinite
+    loss = row["train_loss"]
+    return {
+      "initial_train_loss": loss if finite(loss) else None,
+      "initial_eval": {name: value for name, value in row["eval"].items() if finite(value)},
+    }
 
   def _check_replicas(self) -> None:
     with self._aside():
@@ -357,6 +376,7 @@ class Run:
       "compile_seconds": round(self.timing.compiling, 3),
       "steps_per_second": round(self.timing.steps_per_second(), 3),
       "aggregated": "per shard" if len(job.axes) > len(worker_axes(job.axes)) else "whole leaves",
+      **self.initial,
       "train_loss": evaluated.get("train_loss"),
       **self.training.sampled,
       "eval": evaluated.get("eval", {}),
@@ -369,6 +389,7 @@ class Run:
         "transfers": wire.table(transfers, steps),
         **self.network.summary(),
       },
+      **{f"{name}_reaches": found.share for name, found in self.reaches.items()},
       **self.facts.found,
       **self._spent(self.step),
       "params_sha256": params_sha256(self.problem.executor.params(self.state)),

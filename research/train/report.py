@@ -5,7 +5,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,12 @@ class Metrics:
   def __init__(self, folder: Path, after: int, tensorboard: bool):
     """Keeps the rows of an earlier part of the run up to step `after` and goes on from there."""
     path = folder / "metrics.jsonl"
-    self.rows = [row for row in read_rows(path) if row["step"] <= after]
-    write_text(path, "".join(as_json(row) + "\n" for row in self.rows))
+    self.last: dict[str, Any] | None = None  # row of the earlier part
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as kept:
+      for row in each_row(path):
+        if row["step"] <= after:
+          kept.write(as_json(row) + "\n")
+          self.last = row
     self._file = path.open("a")
     self._events = None
     if tensorboard:
@@ -88,16 +92,34 @@ class Metrics:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
   """The rows of a metrics.jsonl, NaN for null; a last line cut short by a crash is left out."""
-  rows: list[dict[str, Any]] = []
-  for line in path.read_bytes().splitlines() if path.exists() else []:
-    try:
-      row = json.loads(line)
-    except ValueError:
-      break
-    if not isinstance(row, dict) or not {"step", "loss", "seconds"} <= set(row):
-      break
-    rows.append(with_nan(row))
-  return rows
+  return list(each_row(path))
+
+
+def each_row(path: Path) -> Iterator[dict[str, Any]]:
+  """`read_rows`, one after the other."""
+  if not path.exists():
+    return
+  with path.open("rb") as lines:
+    for line in lines:
+      try:
+        row = json.loads(line)
+      except ValueError:
+        return
+      if not isinstance(row, dict) or not {"step", "loss", "seconds"} <= set(row):
+        return
+      yield with_nan(row)
+
+
+def thinned(rows: Iterable[dict[str, Any]], most: int = 2**13) -> list[dict[str, Any]]:
+  """At most so many of the rows, at equal distances, and the last one."""
+  kept: list[dict[str, Any]] = []
+  every, last = 1, None
+  for number, last in enumerate(rows):
+    if number % every == 0:
+      kept.append(last)
+    if len(kept) == most:
+      kept, every = kept[::2], 2 * every
+  return [*kept, last] if last is not None and kept[-1] is not last else kept
 
 
 def _flat(row: Mapping[str, Any]):
@@ -223,6 +245,7 @@ def closing_table(summary: Mapping[str, Any], folder: Path) -> str:
     *_server(summary.get("server")),
     *([("virtual seconds", f"{summary['virtual_seconds']:.6g}")] if virtual else []),
     *([("epsilon, delta", privacy)] if "epsilon" in summary else []),
+    *([("privacy", summary["privacy"])] if "privacy" in summary else []),
     *([("aggregated", "per shard")] if summary["aggregated"] == "per shard" else []),
     ("plot", str(folder / "loss.png")),
   ]

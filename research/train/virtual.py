@@ -9,20 +9,76 @@ from research import registry
 from research.comm import clock
 from research.train.plan import Plan
 
+MOST = 2**24  # rounds that are counted, or ordered, before a run begins
 
-class Virtual(NamedTuple):
-  """The rounds of a run on a virtual clock."""
+
+class Served(NamedTuple):
+  """The rounds of workers that do not wait for each other, on a virtual clock."""
 
   seconds: np.ndarray  # float64 [K], at the end of each round
-  order: np.ndarray | None = None  # int32 [K], whose rounds they are, where workers do not wait
+  order: np.ndarray  # int32 [K], whose rounds they are
 
   def at(self, rounds: float) -> float:
     """When so many rounds are done; within a round on a straight line."""
-    whole = int(rounds)
-    before = self.seconds[whole - 1] if whole else 0.0
-    if whole == rounds:
-      return float(before)
-    return float(before + (rounds - whole) * (self.seconds[whole] - before))
+    return _between(self.seconds, rounds)
+
+  def within(self, seconds: float) -> int | None:
+    """How many rounds end within so many seconds; None: more than these."""
+    found = int(np.searchsorted(self.seconds, seconds, side="right"))
+    return found if found < len(self.seconds) else None
+
+
+class Waiting:
+  """The rounds of workers that wait for the slowest, drawn in pieces as they are asked for."""
+
+  order = None
+  STEPS = 2**16  # of a worker that are drawn at once, if a round has no more
+
+  def __init__(self, lockstep: Callable[[], clock.Lockstep], plan: Plan):
+    """`lockstep` begins anew at second 0; the plan says how many steps a round has."""
+    self._lockstep, self._plan = lockstep, plan
+    self._begin()
+
+  def at(self, rounds: float) -> float:
+    """When so many rounds are done; within a round on a straight line."""
+    if rounds < self._first:
+      self._begin()
+    while rounds > self._first + len(self._ends):
+      self._go_on()
+    return _between(self._ends, rounds - self._first, self._before)
+
+  def within(self, seconds: float) -> int | None:
+    """How many rounds end within so many seconds; None: more than MOST."""
+    self._begin()
+    while not len(self._ends) or self._ends[-1] <= seconds:
+      if self._first > MOST:
+        return None
+      self._go_on()
+    return self._first + int(np.searchsorted(self._ends, seconds, side="right"))
+
+  def _begin(self) -> None:
+    self._draws, self._first, self._before = self._lockstep(), 0, 0.0
+    self._ends = np.zeros(0)  # of the rounds from the first one of the piece on
+
+  def _go_on(self) -> None:
+    """The next piece."""
+    if len(self._ends):
+      self._before = float(self._ends[-1])
+    self._first += len(self._ends)
+    start = self._plan.steps(self._first)
+    period = self._plan.steps(self._first + 1) - start
+    numbers = range(self._first, self._first + max(1, self.STEPS // period) + 1)
+    self._ends = self._draws.ends(np.diff([self._plan.steps(number) for number in numbers]))
+
+
+Virtual = Served | Waiting
+
+
+def _between(ends: np.ndarray, rounds: float, start: float = 0.0) -> float:
+  """When so many rounds are done, of which the first begins at `start`."""
+  whole = int(rounds)
+  before = float(ends[whole - 1]) if whole else start
+  return before if whole == rounds else float(before + (rounds - whole) * (ends[whole] - before))
 
 
 def played(spec: str, plan: Plan, workers: int, seed: int) -> Callable[[int], Virtual]:
@@ -47,10 +103,11 @@ def played(spec: str, plan: Plan, workers: int, seed: int) -> Callable[[int], Vi
 
   def run(rounds: int) -> Virtual:
     if method.one_by_one:
+      if rounds > MOST:
+        raise ValueError(f"{rounds:,} rounds to be ordered before the first; at most {MOST:,}")
       trace = clock.asynchronous(speeds, workers, rounds, seed, method.period)
-      return Virtual(trace.seconds, trace.owners)
-    ends = np.array([plan.steps(number) for number in range(rounds + 1)])
-    return Virtual(clock.synchronous(speeds, workers, np.diff(ends), seed))
+      return Served(trace.seconds, trace.owners)
+    return Waiting(lambda: clock.Lockstep(speeds, workers, seed), plan)
 
   run(1)
   return run
@@ -63,11 +120,11 @@ def rounds_within(run: Callable[[int], Virtual], seconds: float) -> int:
     ValueError: if not even one does, or more than 2^24 do.
   """
   rounds = 64
-  while (end := run(rounds).seconds[-1]) <= seconds:
+  while (found := run(rounds).within(seconds)) is None:
     rounds *= 2
-    if rounds > 2**24:
-      raise ValueError(f"{rounds:,} rounds end after {end:g} s; there are to be fewer")
-  found = int(np.searchsorted(run(rounds).seconds, seconds, side="right"))
+    if rounds > MOST:
+      end = run(MOST).at(MOST)
+      raise ValueError(f"{MOST:,} rounds end after {end:g} s; there are to be fewer")
   if not found:
-    raise ValueError(f"the first round ends only after {run(1).seconds[0]:g} s")
+    raise ValueError(f"the first round ends only after {run(1).at(1):g} s")
   return found

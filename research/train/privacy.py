@@ -1,0 +1,194 @@
+"""What privacy a run spends: which of a method's aggregators add noise, and what is seen of it."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from research.aggregate import private
+from research.aggregate.hiding import Noise, Sum, is_wide
+from research.base import Aggregate, Aggregator, Method
+from research.comm import mesh as meshes
+from research.comm import wire
+from research.comm.collectives import Axes
+from research.comm.rounds import programs
+from research.parallel import workers
+from research.parallel.job import Job, resolved
+from research.parallel.layout import Layout
+from research.train.config import Config
+
+# A message is rounded finely if its noise has so many units, and is not cut with so many to spare.
+_UNITS, _ROOM = 2.0, 8.0
+
+
+class Spent(NamedTuple):
+  """Of a run: `found` is for its summary."""
+
+  found: dict[str, Any]
+  epsilon: Callable[[int], float] | None  # rounds -> what they have spent, where that is known
+  note: str  # one line that says why it is not
+
+
+class _Uncounted(Exception):
+  """What a run spends is not known."""
+
+
+def spending(config: Config, job: Job, layout: Layout) -> Spent:
+  """Reads it off the method's aggregators, whatever they are called, and one traced round."""
+  noisy = [aggregator for aggregator in _aggregators(job.method) if "noise" in aggregator.traits]
+  noises = [a.privacy for a in noisy if isinstance(a.privacy, Noise)]
+  found = columns([{"noise": noise.noise, "clip": noise.clip} for noise in noises])
+  if not noisy and not (job.method.over is None and _adds_noise(job, layout)):
+    return Spent(found, None, "")
+  found["delta"] = config.delta
+  try:
+    if job.method.over is None:
+      raise _Uncounted("the method does not say how its aggregator is wrapped")
+    if len(noises) < len(noisy):
+      raise _Uncounted("what adds the noise is wrapped by what does not say how it is seen")
+    if any(noise.noise == 0 for noise in noises):
+      raise _Uncounted("epsilon is infinite: noise=0 hides nothing")
+    if len(noises) > 1:
+      raise _Uncounted("the method has several noises, and one accountant counts one")
+    epsilon, accounted = _counted(noises[0], config, job, layout)
+  except _Uncounted as error:
+    found["privacy"] = f"no guarantee: {error}"
+    return Spent(found, None, f"no epsilon in the metrics: {error}")
+  except ImportError as error:
+    found["privacy"] = f"not computed: {error}"
+    return Spent(found, None, f"no epsilon in the metrics: {error}")
+  return Spent(found | {"accounted": accounted}, epsilon, "")
+
+
+def columns(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  """The values by name: a single row's as they are, those of several in lists."""
+  if len(rows) == 1:
+    return dict(rows[0])
+  return {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
+
+
+def over(axis: Axes, axes: Mapping[str, int]) -> dict[str, int]:
+  """The worker axes of a mesh that an aggregator is over, and their sizes."""
+  names = (axis,) if isinstance(axis, str) else axis
+  return {name: size for name, size in meshes.worker_axes(axes).items() if name in names}
+
+
+def _aggregators(method: Method) -> list[Aggregator]:
+  """Those of a method, each once."""
+  found: dict[int, Aggregator] = {}
+
+  def noted(aggregator: Aggregator) -> Aggregator:
+    found[id(aggregator)] = aggregator
+    return aggregator
+
+  if method.over is not None:
+    method.over(noted)
+  return list(found.values())
+
+
+def _counted(
+  noise: Noise, config: Config, job: Job, layout: Layout
+) -> tuple[Callable[[int], float], str]:
+  """What rounds spend, and a line of what that is counted.
+
+  Raises:
+    _Uncounted: if not all that the workers send has the noise, or not each its own.
+    ImportError: without the accountant.
+  """
+  spread = noise.noise / math.sqrt(_noisy_exchanges(job, layout))
+  sharing = over(noise.axis, job.axes)
+  alike = [a for a, n in meshes.worker_axes(job.axes).items() if n > 1 and a not in sharing]
+  if alike:
+    raise _Uncounted(f"workers along '{alike[0]}' draw the same noise; leave out axis=")
+  count = math.prod(sharing.values())
+  own = noise.noise / math.sqrt(count)  # of one message, over the clip
+  is_sum = noise.seen is not None and _is_of_the_sum(noise, noise.seen, own, job)
+  if is_sum and noise.seen is not None:
+    # who is not in the sum takes its noise with it
+    among = math.prod(over(noise.seen.axis, job.axes).values())
+    spread *= math.sqrt(among * noise.seen.present(among) / count)
+  else:
+    spread /= math.sqrt(count)
+  of = f"{'the sum' if is_sum else 'each message'} with noise {spread:.4g}"
+  spend = functools.partial(private.spending, spread, config.delta)
+  if job.sampling_rate and is_sum:
+    return spend(rate=job.sampling_rate), f"{of}, Poisson sampling at {job.sampling_rate:g}"
+  drawn = not job.sampling_rate and job.order is None and job.even
+  if drawn and job.clients > 1 and not any(jax.tree.leaves(layout.state)):
+    return spend(clients=job.clients), f"{of}, one of {job.clients} clients in each round"
+  return spend(), f"{of}, everybody in every round"
+
+
+def _is_of_the_sum(noise: Noise, seen: Sum, own: float, job: Job) -> bool:
+  """Whether the sum hides each message, as `private.noisy` says: nothing is rounded but finely."""
+  params = jax.tree.leaves(jax.eval_shape(job.task.init, jax.random.key(0)))
+  if not all(is_wide(leaf.dtype) for leaf in params):
+    return False
+  deviation = own * noise.clip
+  return seen.unit == 0 or (
+    deviation >= _UNITS * seen.unit and seen.limit >= noise.clip + _ROOM * deviation
+  )
+
+
+def _noisy_exchanges(job: Job, layout: Layout) -> int:
+  """How often a round aggregates with noise, at most.
+
+  Raises:
+    _Uncounted: if workers exchange anything else.
+  """
+  assert job.method.over is not None
+  marked = resolved(job._replace(method=job.method.over(_silent)))
+  program, args = _sync(marked, layout)
+  axes = meshes.worker_axes(job.axes)
+  if wire.axes_of(program, *args, axes=axes):
+    raise _Uncounted("workers exchange more than what has noise")
+  return _marks(jax.make_jaxpr(program, axis_env=list(axes.items()))(*args).jaxpr)
+
+
+def _sync(job: Job, layout: Layout) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+  """The part of a round that communicates, and shapes of its arguments."""
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  weight = jax.ShapeDtypeStruct((), jnp.float32)
+  program = lambda state, local, weight, key: workers.sync(job, local, state, weight, key)
+  return program, (layout.state_shapes, layout.local_shapes, weight, key)
+
+
+def _adds_noise(job: Job, layout: Layout) -> bool:
+  """Whether a traced round shows noise, of a method that does not show its aggregators."""
+
+  def is_in(jaxpr: Any) -> bool:
+    return any(
+      private.SCOPE in str(eqn.source_info.name_stack).split("/")
+      or any(is_in(program.jaxpr) for program in programs(eqn))
+      for eqn in jaxpr.eqns
+    )
+
+  program, args = _sync(job, layout)
+  axes = meshes.worker_axes(job.axes)
+  return is_in(jax.make_jaxpr(program, axis_env=list(axes.items()))(*args).jaxpr)
+
+
+def _silent(inner: Aggregator) -> Aggregator:
+  """A noisy aggregator without its communication, which a traced program shows by name."""
+
+  def noisy_exchange(tree, state, key):
+    del key
+    return Aggregate(tree, tree, state)
+
+  if "noise" not in inner.traits:
+    return inner
+  return inner._replace(aggregate=jax.jit(noisy_exchange))
+
+
+def _marks(jaxpr: Any) -> int:
+  """How often a program comes past one, whichever branches it takes."""
+  found = 0
+  for eqn in jaxpr.eqns:
+    inside = [_marks(program.jaxpr) for program in programs(eqn)]
+    times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+    branches = max(inside, default=0) if eqn.primitive.name == "cond" else sum(inside)
+    found += 1 if eqn.params.get("name") == "noisy_exchange" else times * branches
+  return found
