@@ -20,7 +20,10 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
-from research.train.config import Config, UsageError, flag  # JAX is imported late
+from research import blame  # JAX is imported late
+from research.text import one_line, quoted, shortened, whole_number
+from research.train import environment
+from research.train.config import Config, UsageError, flag
 
 FLAGS = flags.FLAGS
 
@@ -121,27 +124,31 @@ def parse_flags(argv: list[str]) -> list[str]:
   except flags.UnrecognizedFlagError as error:
     near = difflib.get_close_matches(error.flagname, list(FLAGS), 1)
     hint = f"did you mean '--{near[0]}'?" if near else "--help lists them all"
-    fail(2, f"--{error.flagname}: unknown flag; {hint}")
-  except flags.Error as error:
-    fail(2, " ".join(str(error).removeprefix("ERROR:: ").removeprefix("flag ").split()))
+    fail(2, f"--{shortened(error.flagname)}: unknown flag; {hint}")
+  except UnicodeDecodeError as error:
+    fail(2, f"--flagfile: not a text in {error.encoding}; save it in UTF-8: {error}")
+  except (flags.Error, ValueError, RecursionError) as error:
+    fail(2, str(error).removeprefix("ERROR:: ").removeprefix("flag "))
   if len(rest) > 1:
-    fail(2, f"unexpected argument '{rest[1]}'; flags are written --name=value")
+    fail(2, f"unexpected argument {quoted(rest[1])}; flags are written --name=value")
   return rest
 
 
 def fail(code: int, line: str) -> NoReturn:
   """One line on stderr, and out."""
-  print(f"error: {line}", file=sys.stderr, flush=True)
+  print(one_line(f"error: {line}"), file=sys.stderr, flush=True)
   sys.exit(code)
 
 
 def batch_size(text: str) -> int | str:
   """The flag's value: a positive whole number or 'all'."""
-  if text != "all" and not (text.isdecimal() and int(text) > 0):
+  size = whole_number(text)
+  if text != "all" and not 0 < (size or 0) < 2**31:
     near = difflib.get_close_matches(text, ["all"], 1)
     hint = f"; did you mean '{near[0]}'?" if near else ""
-    fail(2, f"--batch_size='{text}': neither a positive whole number nor 'all'{hint}")
-  return text if text == "all" else int(text)
+    legal = "neither a whole number in [1, 2^31) nor 'all'"
+    fail(2, f"--batch_size={quoted(text)}: {legal}{hint}")
+  return size or text
 
 
 def use_compilation_cache(folder: str) -> None:
@@ -157,7 +164,14 @@ def use_compilation_cache(folder: str) -> None:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-  """Turns what a run can fail with into a line on stderr and the exit code that says which."""
+  """Turns what a run can fail with into a line on stderr and the exit code that says which.
+
+  A fault in a user's own code is no such thing: its traceback follows the line that names it.
+  """
+  try:
+    environment.import_jax()
+  except UsageError as error:
+    fail(2, str(error))
   import jax
 
   from research.train import checkpoint, loop
@@ -177,10 +191,17 @@ def one_line_errors() -> Iterator[None]:
   except Exception as error:  # a process of several must not stay, whatever it met
     known = foreseen(error)
     if jax.distributed.is_initialized():
-      leave(known)
+      leave(error, known)
     if known:
       fail(*known)
+    say_fault(error)
     raise
+
+
+def say_fault(error: Exception) -> None:
+  """One line on stderr, if a part of the user's own code failed: which one."""
+  if fault := blame.fault(error):
+    print(f"error: {fault}", file=sys.stderr, flush=True)
 
 
 def foreseen(error: Exception) -> tuple[int, str] | None:
@@ -199,11 +220,12 @@ def foreseen(error: Exception) -> tuple[int, str] | None:
   return None
 
 
-def leave(known: tuple[int, str] | None) -> NoReturn:
+def leave(error: Exception, known: tuple[int, str] | None) -> NoReturn:
   """Ends one process of several: JAX would have it wait for the others, which wait for it."""
   if known:
-    print(f"error: {known[1]}", file=sys.stderr)
+    print(one_line(f"error: {known[1]}"), file=sys.stderr)
   else:
+    say_fault(error)
     traceback.print_exc()
   sys.stdout.flush()
   sys.stderr.flush()
@@ -224,7 +246,8 @@ def start() -> Config:
   use_compilation_cache(FLAGS.compilation_cache)
   from research.comm import join
 
-  with flag("coordinator", FLAGS.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")):
+  address = FLAGS.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
+  with flag("coordinator", address), environment.starting():
     join.initialize(FLAGS.coordinator, FLAGS.processes, FLAGS.process_id)
   return config
 
