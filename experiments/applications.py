@@ -7,8 +7,8 @@ Writes OUT/CASE/result.json (rows with commit and hardware), table.md and figure
 files and, for the comparisons that have one, `pip install -e ".[applications]"`.
 """
 
+import difflib
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,10 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")
 from absl import app, flags, logging
 
 from experiments import films, hospitals, portfolios, search
+from experiments import run as command_line
 from experiments.measured import Rows
+from research.text import quoted
+from research.train import environment
 
 FLAGS = flags.FLAGS
 
@@ -59,13 +62,16 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   for case in FLAGS.cases.split(","):
     if case not in CASES:
-      print(f"error: --cases='{case}' is none of {', '.join(CASES)}", file=sys.stderr)
-      sys.exit(2)
-  for case in FLAGS.cases.split(","):
-    write(case, Path(FLAGS.out) / case)
+      near = difflib.get_close_matches(case, CASES, 1)
+      hint = f"; did you mean '{near[0]}'?" if near else ";"
+      command_line.fail(2, f"--cases={quoted(case)}: unknown{hint} legal: {', '.join(CASES)}")
+  with command_line.one_line_errors():
+    environment.start_jax()
+    for case in FLAGS.cases.split(","):
+      write(case, Path(FLAGS.out) / case)
 
 
 if __name__ == "__main__":
   flags.DEFINE_string("cases", ",".join(CASES), "What to measure.")
   flags.DEFINE_string("out", "results/applications", "Folder of the results.")
-  app.run(main)
+  app.run(main, flags_parser=command_line.parse_flags)

@@ -148,8 +148,10 @@ def main(argv: list[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # takes along what it has started
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")  # to compile for as many hosts
   with run.one_line_errors():
+    from research.train import environment as variables
     from research.train import folder, report
 
+    variables.start_jax()
     environment = folder.environment()
     suites = {"loop": of_loop, "faults": of_faults, "wire": of_wire}
     suites["server"] = lambda: of_server(environment["commit"])

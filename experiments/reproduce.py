@@ -9,7 +9,6 @@ seconds), table.md and figure.png, and OUT/README.md over all claims there. Exit
 holds; 1 one does not; 2 a flag that cannot be.
 """
 
-import ast
 import difflib
 import importlib
 import os
@@ -23,8 +22,10 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")
 
 from absl import app, flags, logging
 
-from experiments.run import fail, parse_flags, use_compilation_cache
+from experiments.run import one_line_errors, parse_flags, use_compilation_cache
 from research import registry
+from research.text import quoted
+from research.train import environment
 from research.train.config import UsageError, flag
 
 FLAGS = flags.FLAGS
@@ -60,9 +61,9 @@ def given(texts: list[str]) -> dict[str, Any]:
       if not equals:
         raise ValueError("not of the form NAME=VALUE")
       try:
-        found[name] = ast.literal_eval(value)
-      except (ValueError, SyntaxError):
-        raise ValueError(f"{value!r} is no number, text or list") from None
+        found[name] = registry.literal(value)
+      except ValueError as error:
+        raise ValueError(f"{quoted(value)} is no number, text or list: {error}") from error
   return found
 
 
@@ -162,16 +163,15 @@ def main(argv: list[str]) -> None:
       print(f"{name:{width}}  {module_of(name).TITLE}")
     sys.exit(0)
   names = CLAIMS if FLAGS.claim == "all" else FLAGS.claim.split(",")
-  use_compilation_cache(FLAGS.compilation_cache)
-  try:
+  with one_line_errors():
+    environment.start_jax()
+    use_compilation_cache(FLAGS.compilation_cache)
     for name in names:
       module_of(name)
     if FLAGS.claim == "all" and (FLAGS.dataset or FLAGS.set):
       raise UsageError("--claim=all: --dataset and --set belong to one claim")
     out = out_folder(bool(FLAGS.dataset or FLAGS.set or FLAGS.seeds))
     held = [reproduce(name, out) for name in names]
-  except UsageError as error:
-    fail(2, str(error))
   from experiments import verdict
 
   verdict.write_overview(out, {name: module_of(name).TITLE for name in CLAIMS})

@@ -23,6 +23,18 @@ def import_jax() -> None:
     raise UsageError(f"JAX_NUM_CPU_DEVICES={count}: more than {_MOST} CPU devices take minutes")
 
 
+def start_jax() -> None:
+  """Has JAX look for its devices.
+
+  Raises:
+    UsageError: if there are none such as the variables ask for.
+  """
+  import jax
+
+  with starting():
+    jax.devices()
+
+
 def starting() -> contextlib.AbstractContextManager[None]:
   """Around what makes JAX look for its devices for the first time.
 
