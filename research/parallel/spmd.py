@@ -42,7 +42,7 @@ def spmd(job: Job) -> Executor:
   whole = _models(job, layout) if job.zero < 3 else None
   shardings = sharded.of_state(layout.state, mesh, names, layout.state_shapes, cut, whole)
   specs = sharded.of_state(layout.state, None, names)
-  init = jax.jit(initial, out_shardings=shardings)
+  init = sharded.jit(initial, out_shardings=shardings)
   inside = sharded.inside(job.axes, cut, job.zero)
 
   def run(state, data, rounds):
@@ -56,7 +56,7 @@ def spmd(job: Job) -> Executor:
       check_vma=False,
     )(state, data)
 
-  run = jax.jit(
+  run = sharded.jit(
     run,
     static_argnames="rounds",
     donate_argnames="state",
@@ -67,7 +67,7 @@ def spmd(job: Job) -> Executor:
   along = lambda x: sharded.spec_of(cut, x.shape, "fsdp" if job.zero < 3 else None)
   lies = lambda x: NamedSharding(mesh, P(*along(x)))
   model = jax.eval_shape(job.task.init, jax.random.key(0))
-  params = jax.jit(deployed, out_shardings=jax.tree.map(lies, model))
+  params = sharded.jit(deployed, out_shardings=jax.tree.map(lies, model))
   return Executor(init, partial(sharded.place, mesh, names), run, params, layout)
 
 
