@@ -15,6 +15,7 @@ from typing import Any
 from absl import app, flags
 
 from experiments import run
+from research.text import whole_number
 
 FLAGS = flags.FLAGS
 METHOD = "data_parallel(sgd({learning_rate}, momentum=0.9), mean())"
@@ -41,7 +42,7 @@ def grid(rates: list[str], seeds: list[str]) -> list[dict[str, Any]]:
       folder = out / f"learning_rate={rate}-seed={seed}"
       print(f"learning rate {rate}, seed {seed}: {folder}", file=sys.stderr, flush=True)
       try:
-        summary, _ = loop.train(config._replace(method=method, seed=int(seed), out=str(folder)))
+        summary, _ = loop.train(config._replace(method=method, seed=seed_of(seed), out=str(folder)))
       except loop.NonFinite as error:
         print(error, file=sys.stderr)
         scores.append(None)
@@ -52,6 +53,18 @@ def grid(rates: list[str], seeds: list[str]) -> list[dict[str, Any]]:
       scores.append(value)
     rows.append({"learning_rate": float(rate), "by": name, "scores": scores})
   return rows
+
+
+def seed_of(text: str) -> int:
+  """The flag's value, as --seed takes it.
+
+  Raises:
+    ValueError: for another text than a whole number in [0, 2^31).
+  """
+  number = whole_number(text)
+  if number is None or number >= 2**31:
+    raise ValueError(text)
+  return number
 
 
 def winner(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -80,12 +93,13 @@ def main(argv: list[str]) -> None:
   rates, seeds = FLAGS.learning_rates, FLAGS.seeds
   if "{learning_rate}" not in FLAGS.method:
     run.fail(2, f"--method='{FLAGS.method}': write {{learning_rate}} where each rate goes")
-  for name, values, legal in (("learning_rates", rates, float), ("seeds", seeds, int)):
+  for name, values, legal in (("learning_rates", rates, float), ("seeds", seeds, seed_of)):
     for value in values:
       try:
         legal(value)
       except ValueError:
-        run.fail(2, f"--{name}={','.join(values)}: '{value}' is not a number")
+        legal_set = "number" if legal is float else "whole number in [0, 2^31)"
+        run.fail(2, f"--{name}={','.join(values)}: '{value}' is not a {legal_set}")
   with run.one_line_errors():
     rows = grid(rates, seeds)
     from research.train import report

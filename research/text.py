@@ -22,7 +22,7 @@ def shortened(text: str, room: int = QUOTED) -> str:
 
 def one_line(text: object, room: int = LINE) -> str:
   """A text in one line of at most `room` characters, all of which can be printed."""
-  line = " ".join(filter(None, map(str.strip, str(text).splitlines())))
+  line = shortened(" ".join(filter(None, map(str.strip, str(text).splitlines()))), room)
   return shortened("".join(c if c.isprintable() else repr(c)[1:-1] for c in line), room)
 
 

@@ -50,7 +50,7 @@ def parse_link(spec: str) -> Link:
 
 
 def _quantity(text: str, units: Mapping[str, float], wanted: str) -> float:
-  found = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)\s*([a-z]+)", text.lower())
+  found = re.fullmatch(r"([0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})\s*([a-z]+)", text.lower())
   value = float(found[1]) * units.get(found[2], math.nan) if found else math.nan
   if not math.isfinite(value):
     legal = f"a number and one of {', '.join(units)}"
