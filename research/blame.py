@@ -6,9 +6,11 @@ fails in the user's file, in a library that it calls, or where the result is use
 flag: the traceback is shown, after one line that says what failed.
 """
 
+import contextlib
 import dis
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType, FrameType
 
@@ -44,6 +46,17 @@ def is_raised(error: BaseException) -> bool:
   while last and last.tb_next:
     last = last.tb_next
   return bool(last) and last.tb_frame.f_code.co_code[last.tb_lasti] == _RAISE
+
+
+@contextlib.contextmanager
+def of_libraries() -> Iterator[None]:
+  """Around code in which a library's ValueError too is about a value that was given."""
+  try:
+    yield
+  except ValueError as error:
+    if is_refusal(error) or fault(error):
+      raise
+    raise ValueError(text.one_line(error, 300)) from error
 
 
 def fault(error: BaseException) -> str:

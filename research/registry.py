@@ -508,9 +508,10 @@ def _describe(annotation: Any) -> str:
     return f"a list, each {_describe(parts[0])}"
   if typing.get_origin(annotation) in (Mapping, dict):
     return f"a dictionary {{{', '.join(map(_describe, parts))}}}".replace(", ", ": ", 1)
-  of_union = [part for part in (parts or (annotation,)) if isinstance(part, type)]
-  plain = [names[part] for part in of_union if part in names]
-  return " or ".join([*plain, *kinds]) or str(annotation)
+  of_union = parts or (annotation,)
+  plain = [names[part] for part in of_union if isinstance(part, type) and part in names]
+  held = [_describe(p) for p in of_union if typing.get_origin(p) in (Mapping, dict, Sequence, list)]
+  return " or ".join([*plain, *held, *kinds]) or str(annotation)
 
 
 def _check_optimizer(optimizer: Any) -> None:

@@ -9,6 +9,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from research import blame
 from research.base import WORKER_AXES
 from research.text import QUOTED, one_line, whole_number
 
@@ -80,7 +81,8 @@ def device_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -
   slices = len({getattr(device, "slice_index", 0) for device in devices})
   if slices == 1:
     sizes = tuple(axes.values())
-    places = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    with blame.of_libraries():
+      places = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(places, tuple(axes), axis_types=types)
   outer = next(iter(axes))  # slow links come first
   if axes[outer] % slices:
@@ -88,7 +90,8 @@ def device_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -
   fast = [size // slices if name == outer else size for name, size in axes.items()]
   slow = [slices if name == outer else 1 for name in axes]
   split = {"allow_split_physical_axes": True}
-  places = mesh_utils.create_hybrid_device_mesh(fast, slow, devices, **split)
+  with blame.of_libraries():
+    places = mesh_utils.create_hybrid_device_mesh(fast, slow, devices, **split)
   return Mesh(places, tuple(axes), axis_types=types)
 
 

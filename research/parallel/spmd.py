@@ -7,6 +7,7 @@ from jax.extend import core
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from research import blame
 from research.base import Executor, Tree
 from research.comm import mesh as meshes
 from research.comm.rounds import programs
@@ -100,7 +101,8 @@ def _check_inside(job: Job, mesh: Mesh, names: tuple[str, ...]) -> None:
       axis_names=set(names),
       check_vma=False,
     )
-    program = jax.make_jaxpr(loss)(*workers.of_loss(job)).jaxpr
+    with blame.of_libraries():
+      program = jax.make_jaxpr(loss)(*workers.of_loss(job)).jaxpr
     if job.axes.get("seq", 1) > 1 and not _lies_along("seq", program):
       raise ValueError("'seq' has nothing to cut in this model; leave it out")
 

@@ -5,7 +5,7 @@ import importlib
 import jax
 import numpy as np
 
-from research import registry
+from research import blame, registry
 from research.base import Batch, Task
 from research.comm import mesh as meshes
 from research.parallel.job import Job
@@ -30,7 +30,7 @@ def task_of(config: Config) -> Task:
     model = registry.build("model", spec) if spec else None
   with flag("task", config.task):
     task = registry.build("task", call, model=model, data_dir=config.data_dir)
-  with flag("model", spec):
+  with flag("model", spec), blame.of_libraries():
     jax.eval_shape(task.init, jax.random.key(0))
   return task
 
