@@ -214,8 +214,11 @@ def foreseen(error: Exception) -> tuple[int, str] | None:
     return 5, str(error)
   if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
     return 5, f"the disk is full: {error.filename or FLAGS.out}; free some space and go on"
-  is_jax = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
-  if is_jax or isinstance(error, MemoryError):
+  is_jax = isinstance(error, jax.errors.JaxRuntimeError) and any(
+    words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory")
+  )
+  too_many = isinstance(error, OverflowError) and not blame.fault(error)  # bytes for 64 bits
+  if is_jax or too_many or isinstance(error, MemoryError):
     return 2, f"the model, its state or its data do not fit the memory: {str(error)[:200]}"
   return None
 

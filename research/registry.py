@@ -15,7 +15,7 @@ import sys
 import types
 import typing
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from research import blame
@@ -464,15 +464,27 @@ def _check_value(call: Call, parameter: inspect.Parameter, value: Any) -> None:
   shown = shown[1:-1] if hasattr(value, "text") else shown
   if not _matches(value, parameter.annotation):
     raise call.wrong(f"{name}={shown} is not {_describe(parameter.annotation)}")
-  if isinstance(value, (int, float)) and not isinstance(value, bool):
-    if not abs(value) <= sys.float_info.max:
+  for number in _numbers(value):
+    if not abs(number) <= sys.float_info.max:
       raise call.wrong(f"{name}={shown} is not finite")
+    if isinstance(number, int) and not -(2**63) <= number < 2**63:
+      raise call.wrong(f"{name}={shown} does not fit 64 bits")
+  if isinstance(value, (int, float)) and not isinstance(value, bool):
     if name in _POSITIVE and value <= 0:
       raise call.wrong(f"{name}={shown} is not in (0, inf)")
     if name in _NOT_NEGATIVE and value < 0:
       raise call.wrong(f"{name}={shown} is not in [0, inf)")
     if name in _FRACTIONS and not 0 <= value <= 1:
       raise call.wrong(f"{name}={shown} is not in [0, 1]")
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+  """The numbers that a plain value holds."""
+  if isinstance(value, (list, dict)):
+    for part in [*value, *value.values()] if isinstance(value, dict) else value:
+      yield from _numbers(part)
+  elif isinstance(value, (int, float)):
+    yield value
 
 
 def _matches(value: Any, annotation: Any) -> bool:

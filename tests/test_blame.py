@@ -128,7 +128,7 @@ def test_a_fault_in_a_users_code_keeps_its_traceback(flag, spec, executor, plugi
     trained(plugin, executor=executor, **{flag: spec})
   assert not isinstance(caught.value, UsageError)
   assert blame.fault(caught.value).startswith(said)
-  assert any(entry.path.name == "mine.py" for entry in caught.traceback)
+  assert any(Path(entry.path).name == "mine.py" for entry in caught.traceback)
 
 
 REFUSED = {

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -138,7 +139,7 @@ def test_an_aggregator_is_traced_with_the_switches_on(name, strict):
   assert {leaf: x.shape for leaf, x in value.items()} == shapes
 
 
-VARIANTS: dict[str, dict[str, float]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
   "plain": {},
   "population": {},
   "sampled": {"sampling_rate": 0.4},

@@ -1,6 +1,7 @@
 """What a run trains on, by its flags: the task with its model, and its examples by owner."""
 
 import importlib
+import math
 
 import jax
 import numpy as np
@@ -31,7 +32,10 @@ def task_of(config: Config) -> Task:
   with flag("task", config.task):
     task = registry.build("task", call, model=model, data_dir=config.data_dir)
   with flag("model", spec), blame.of_libraries():
-    jax.eval_shape(task.init, jax.random.key(0))
+    shapes = jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0)))
+    size = sum(math.prod(x.shape) for x in shapes)
+    if size >= 2**60:
+      raise ValueError(f"a model of {size:.3g} parameters")
   return task
 
 
