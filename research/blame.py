@@ -70,7 +70,7 @@ def fault(error: BaseException) -> str:
     if _is_ours(frame):
       before_is_ours = True
     elif not _is_library(frame) and (before_is_ours or part):
-      part = frame.f_code if before_is_ours or not part else part
+      part = frame.f_code if before_is_ours else part
       where, before_is_ours = f"{Path(frame.f_code.co_filename).name}, line {line}", False
   if not part:
     return ""
@@ -90,4 +90,4 @@ def _is_ours(frame: FrameType) -> bool:
 
 def _is_library(frame: FrameType) -> bool:
   name = str(frame.f_globals.get("__name__", ""))
-  return name.partition(".")[0] in _LIBRARIES or frame.f_code.co_filename.startswith("<")
+  return name.partition(".")[0] in _LIBRARIES or frame.f_code.co_filename.startswith("<frozen")
