@@ -17,6 +17,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from research import blame
 from research.base import WORKER_AXES, Data, TrainState, Tree
 from research.comm import chips, compiled, flops, wire
 from research.comm import mesh as meshes
@@ -42,7 +43,7 @@ def target(topology: str, slices: int) -> Target:
   Raises:
     UsageError: for one that there is not.
   """
-  with flag("topology", topology):
+  with flag("topology", topology), blame.of_libraries():
     name, shape = chips.parse_topology(topology)
     # a v4 is two devices to the compiler unless told to be one, which it is on a machine
     cores = {"chip_config_name": "megacore"} if name == "v4" else {}

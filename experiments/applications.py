@@ -19,6 +19,8 @@ from absl import app, flags, logging
 
 from experiments import films, hospitals, portfolios, run, search
 from experiments.measured import Rows
+from research.text import quoted
+from research.train import environment
 
 FLAGS = flags.FLAGS
 
@@ -58,9 +60,10 @@ def main(argv: list[str]) -> None:
   for case in FLAGS.cases.split(","):
     if case not in CASES:
       near = difflib.get_close_matches(case, CASES, 1)
-      hint = f"did you mean '{near[0]}'? " if near else ""
-      run.fail(2, f"--cases='{case}': unknown; {hint}legal: {', '.join(CASES)}")
+      hint = f"; did you mean '{near[0]}'?" if near else ";"
+      run.fail(2, f"--cases={quoted(case)}: unknown{hint} legal: {', '.join(CASES)}")
   with run.one_line_errors():
+    environment.start_jax()
     out = run.results_folder("out", FLAGS.out, "results/applications")
     for case in FLAGS.cases.split(","):
       write(case, out / case)

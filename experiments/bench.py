@@ -149,8 +149,10 @@ def main(argv: list[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # takes along what it has started
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")  # to compile for as many hosts
   with run.one_line_errors():
+    from research.train import environment as variables
     from research.train import folder, report
 
+    variables.start_jax()
     out = run.results_folder("out", FLAGS.out) if FLAGS.out else None
     environment = folder.environment()
     suites = {"loop": of_loop, "faults": of_faults, "wire": of_wire}

@@ -95,7 +95,7 @@ def names(spec: str, *kinds: str) -> list[str]:
   from research import registry
 
   legal = {name for kind in kinds for name in registry.TABLE[kind]}
-  called = [node.func for node in ast.walk(ast.parse(spec)) if isinstance(node, ast.Call)]
+  called = [node.func for node in ast.walk(registry.syntax(spec)) if isinstance(node, ast.Call)]
   return [node.id for node in called if isinstance(node, ast.Name) and node.id in legal]
 
 
@@ -117,9 +117,11 @@ def labels(specs: list[str]) -> list[str]:
 
 def parts_of(spec: str) -> tuple[str, list[str]]:
   """The name that a spec calls, and its arguments; none of what is malformed."""
+  from research import registry
+
   try:
-    call = ast.parse(spec, mode="eval").body
-  except SyntaxError:
+    call = registry.syntax(spec)
+  except ValueError:
     return spec, []
   if not isinstance(call, ast.Call):
     return spec, []

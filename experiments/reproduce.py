@@ -9,7 +9,6 @@ seconds), table.md and figure.png, and OUT/README.md over all claims there. Exit
 holds; 1 one does not; 2 a flag that cannot be.
 """
 
-import ast
 import difflib
 import importlib
 import os
@@ -25,6 +24,8 @@ from absl import app, flags, logging
 
 from experiments.run import one_line_errors, parse_flags, results_folder, use_compilation_cache
 from research import registry
+from research.text import quoted
+from research.train import environment
 from research.train.config import UsageError, flag
 
 FLAGS = flags.FLAGS
@@ -60,9 +61,9 @@ def given(texts: list[str]) -> dict[str, Any]:
       if not equals:
         raise ValueError("not of the form NAME=VALUE")
       try:
-        found[name] = ast.literal_eval(value)
-      except (ValueError, SyntaxError):
-        raise ValueError(f"{value!r} is no number, text or list") from None
+        found[name] = registry.literal(value)
+      except ValueError as error:
+        raise ValueError(f"{quoted(value)} is no number, text or list: {error}") from error
   return found
 
 
@@ -162,6 +163,7 @@ def main(argv: list[str]) -> None:
     sys.exit(0)
   names = CLAIMS if FLAGS.claim == "all" else FLAGS.claim.split(",")
   with one_line_errors():
+    environment.start_jax()
     use_compilation_cache(FLAGS.compilation_cache)
     for name in names:
       module_of(name)

@@ -21,8 +21,10 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 
 from experiments import streams
-from research import paths
-from research.train.config import Config, UsageError, flag  # JAX is imported late
+from research import blame, paths  # JAX is imported late
+from research.text import one_line, quoted, shortened, whole_number
+from research.train import environment
+from research.train.config import Config, UsageError, flag
 
 FLAGS = flags.FLAGS
 
@@ -124,27 +126,31 @@ def parse_flags(argv: list[str]) -> list[str]:
   except flags.UnrecognizedFlagError as error:
     near = difflib.get_close_matches(error.flagname, list(FLAGS), 1)
     hint = f"did you mean '--{near[0]}'?" if near else "--help lists them all"
-    fail(2, f"--{error.flagname}: unknown flag; {hint}")
-  except flags.Error as error:
-    fail(2, " ".join(str(error).removeprefix("ERROR:: ").removeprefix("flag ").split()))
+    fail(2, f"--{shortened(error.flagname)}: unknown flag; {hint}")
+  except UnicodeDecodeError as error:
+    fail(2, f"--flagfile: not a text in {error.encoding}; save it in UTF-8: {error}")
+  except (flags.Error, ValueError, RecursionError) as error:
+    fail(2, str(error).removeprefix("ERROR:: ").removeprefix("flag "))
   if len(rest) > 1:
-    fail(2, f"unexpected argument '{rest[1]}'; flags are written --name=value")
+    fail(2, f"unexpected argument {quoted(rest[1])}; flags are written --name=value")
   return rest
 
 
 def fail(code: int, line: str) -> NoReturn:
   """One line on stderr, and out."""
-  print(f"error: {line}", file=sys.stderr, flush=True)
+  print(one_line(f"error: {line}"), file=sys.stderr, flush=True)
   sys.exit(code)
 
 
 def batch_size(text: str) -> int | str:
   """The flag's value: a positive whole number or 'all'."""
-  if text != "all" and not (text.isdecimal() and int(text) > 0):
+  size = whole_number(text)
+  if text != "all" and not 0 < (size or 0) < 2**31:
     near = difflib.get_close_matches(text, ["all"], 1)
     hint = f"; did you mean '{near[0]}'?" if near else ""
-    fail(2, f"--batch_size='{text}': neither a positive whole number nor 'all'{hint}")
-  return text if text == "all" else int(text)
+    legal = "neither a whole number in [1, 2^31) nor 'all'"
+    fail(2, f"--batch_size={quoted(text)}: {legal}{hint}")
+  return size or text
 
 
 def use_compilation_cache(folder: str) -> None:
@@ -187,8 +193,15 @@ def results_folder(name: str, text: str, default: str = "") -> Path:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-  """Turns what a run can fail with into a line on stderr and the exit code that says which."""
+  """Turns what a run can fail with into a line on stderr and the exit code that says which.
+
+  A fault in a user's own code is no such thing: its traceback follows the line that names it.
+  """
   before = signal.signal(signal.SIGTERM, terminated)
+  try:
+    environment.import_jax()
+  except UsageError as error:
+    fail(2, str(error))
   import jax
 
   from research.train import checkpoint, loop
@@ -208,9 +221,10 @@ def one_line_errors() -> Iterator[None]:
   except Exception as error:  # a process of several must not stay, whatever it met
     known = foreseen(error)
     if jax.distributed.is_initialized():
-      leave(known)
+      leave(error, known)
     if known:
       fail(*known)
+    say_fault(error)
     raise
   finally:
     signal.signal(signal.SIGTERM, before)
@@ -221,6 +235,12 @@ def terminated(number: int, frame: Any) -> NoReturn:
   del frame
   os.write(2, b"error: terminated before there was anything to save\n")
   sys.exit(128 + number)
+
+
+def say_fault(error: Exception) -> None:
+  """One line on stderr, if a part of the user's own code failed: which one."""
+  if fault := blame.fault(error):
+    print(f"error: {fault}", file=sys.stderr, flush=True)
 
 
 def foreseen(error: Exception) -> tuple[int, str] | None:
@@ -234,17 +254,21 @@ def foreseen(error: Exception) -> tuple[int, str] | None:
   if paths.is_full(error):
     where = getattr(error, "filename", None) or FLAGS.out or "a file of the run"
     return 5, f"the disk is full: {where}; free some space and go on"
-  is_jax = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
-  if is_jax or isinstance(error, MemoryError):
+  is_jax = isinstance(error, jax.errors.JaxRuntimeError) and any(
+    words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory")
+  )
+  too_many = isinstance(error, OverflowError) and not blame.fault(error)  # bytes for 64 bits
+  if is_jax or too_many or isinstance(error, MemoryError):
     return 2, f"the model, its state or its data do not fit the memory: {str(error)[:200]}"
   return None
 
 
-def leave(known: tuple[int, str] | None) -> NoReturn:
+def leave(error: Exception, known: tuple[int, str] | None) -> NoReturn:
   """Ends one process of several: JAX would have it wait for the others, which wait for it."""
   if known:
-    print(f"error: {known[1]}", file=sys.stderr)
+    print(one_line(f"error: {known[1]}"), file=sys.stderr)
   else:
+    say_fault(error)
     traceback.print_exc()
   sys.stdout.flush()
   sys.stderr.flush()
@@ -265,7 +289,8 @@ def start() -> Config:
   use_compilation_cache(FLAGS.compilation_cache)
   from research.comm import join
 
-  with flag("coordinator", FLAGS.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")):
+  address = FLAGS.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
+  with flag("coordinator", address), environment.starting():
     join.initialize(FLAGS.coordinator, FLAGS.processes, FLAGS.process_id)
   return config
 

@@ -17,6 +17,7 @@ from typing import Any
 from absl import app, flags
 
 from experiments import run
+from research.text import whole_number
 from research.train.config import Config
 
 FLAGS = flags.FLAGS
@@ -42,7 +43,7 @@ def configs(config: Config, out: Path, rates: list[str], seeds: list[str]) -> li
   def one(rate: str, seed: str) -> Config:
     method = config.method.replace("{learning_rate}", rate)
     where = str(out / f"learning_rate={rate}-seed={seed}")
-    found = config._replace(method=method, seed=int(seed), out=where)
+    found = config._replace(method=method, seed=seed_of(seed), out=where)
     assemble.check(found)
     folders.check(found)
     return found
@@ -88,6 +89,18 @@ def grid(rates: list[str], runs: list[list[Config]]) -> list[dict[str, Any]]:
   return rows
 
 
+def seed_of(text: str) -> int:
+  """The flag's value, as --seed takes it.
+
+  Raises:
+    ValueError: for another text than a whole number in [0, 2^31).
+  """
+  number = whole_number(text)
+  if number is None or number >= 2**31:
+    raise ValueError(text)
+  return number
+
+
 def winner(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
   """The row with the best mean among those of which every seed improved on its start."""
   whole = [row for row in rows if None not in row["scores"] and not row["unimproved"]]
@@ -116,16 +129,15 @@ def main(argv: list[str]) -> None:
   rates, seeds = FLAGS.learning_rates, FLAGS.seeds
   if "{learning_rate}" not in FLAGS.method:
     run.fail(2, f"--method='{FLAGS.method}': write {{learning_rate}} where each rate goes")
-  for name, values, legal in (("learning_rates", rates, float), ("seeds", seeds, int)):
+  for name, values, legal in (("learning_rates", rates, float), ("seeds", seeds, seed_of)):
     if not values:
       run.fail(2, f"--{name}='': name at least one, with ',' between two")
     for value in values:
       try:
         legal(value)
       except ValueError:
-        run.fail(2, f"--{name}={','.join(values)}: '{value}' is not a number")
-  if wrong := [seed for seed in seeds if not 0 <= int(seed) < 2**31]:
-    run.fail(2, f"--seeds={','.join(seeds)}: {wrong[0]} is not in [0, 2147483647]")
+        legal_set = "number" if legal is float else "whole number in [0, 2^31)"
+        run.fail(2, f"--{name}={','.join(values)}: '{value}' is not a {legal_set}")
   with run.one_line_errors():
     out = run.results_folder("out", FLAGS.out, "runs/sweep")
     rows = grid(rates, configs(run.start(), out, rates, seeds))

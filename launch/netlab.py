@@ -88,7 +88,7 @@ def links() -> list[Link]:
   found = [_rate("rate", FLAGS.rate)] * FLAGS.hosts
   for part in filter(None, FLAGS.slow.split(",")):
     host, _, rate = part.partition(":")
-    if not (host.isdecimal() and int(host) < FLAGS.hosts):
+    if not (re.fullmatch("[0-9]{1,9}", host) and int(host) < FLAGS.hosts):
       known = f"hosts are 0 to {FLAGS.hosts - 1}"
       run.fail(2, f"--slow='{FLAGS.slow}': '{part}' is not HOST:RATE; {known}")
     found[int(host)] = _rate("slow", rate)
@@ -96,7 +96,7 @@ def links() -> list[Link]:
 
 
 def _rate(name: str, text: str) -> str:
-  if text and not re.fullmatch(r"\d+(\.\d+)?[kmg]?bit", text):
+  if text and not re.fullmatch(r"[0-9]{1,20}(\.[0-9]+)?[kmg]?bit", text):
     run.fail(2, f"--{name}='{text}': not a rate such as 100mbit; units: bit, kbit, mbit, gbit")
   return text
 

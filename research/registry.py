@@ -10,11 +10,16 @@ import difflib
 import functools
 import importlib
 import inspect
-import math
+import re
+import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from research import blame
+from research.text import QUOTED, listed, one_line, quoted, shortened
 
 # kind -> name -> "module:attribute"; modules are imported when a spec first needs them
 TABLE: dict[str, dict[str, str]] = {
@@ -180,9 +185,10 @@ TABLE: dict[str, dict[str, str]] = {
 }
 
 # Where optax takes any number but only some make sense.
-_POSITIVE = ("learning_rate", "peak_value", "max_norm")
-_NOT_NEGATIVE = ("init_value", "end_value", "weight_decay", "eps")
-_FRACTIONS = ("momentum", "b1", "b2", "decay", "decay_rate")
+_POSITIVE = ("learning_rate", "peak_value", "max_norm", "max_delta", "clipping")
+_NOT_NEGATIVE = ("init_value", "end_value", "weight_decay", "eps", "eps_root")
+_FRACTIONS = ("momentum", "b1", "b2", "b3", "decay", "decay_rate")
+_DEEPEST = 32  # calls and lists within one another
 
 
 class Call(NamedTuple):
@@ -193,6 +199,10 @@ class Call(NamedTuple):
   kwargs: dict[str, Any]
   text: str
 
+  def wrong(self, reason: object) -> ValueError:
+    """The error of a call that cannot be, in one line."""
+    return ValueError(one_line(f"{one_line(self.text, QUOTED)}: {reason}"))
+
 
 def parse(spec: str) -> Call:
   """Reads a spec's syntax; names are looked up by `build`.
@@ -200,36 +210,107 @@ def parse(spec: str) -> Call:
   Raises:
     ValueError: if it is not a call of names on literals and calls, saying where it breaks off.
   """
-  try:
-    tree = ast.parse(spec.strip(), mode="eval").body
-  except SyntaxError as error:
-    column = max((error.offset or 1) - 1, 0)
-    raise ValueError(f"malformed at character {column + 1}: {error.msg}") from None
-  call = _read(tree, spec.strip())
+  call = _Reader(spec).value()
   if not isinstance(call, Call):
-    raise ValueError(f"'{spec}' is not a call such as name(value, key=value)")
+    raise ValueError(f"{quoted(spec)} is not a call such as name(value, key=value)")
   return call
 
 
-def _read(node: ast.expr, spec: str) -> Any:
-  text = ast.get_source_segment(spec, node) or spec
-  match node:
-    case ast.Constant(value=bool() | int() | float() | str() | None as value):
-      return value
-    case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
-      return -value
-    case ast.List(elts=items) | ast.Tuple(elts=items):
-      return [_read(item, spec) for item in items]
-    case ast.Dict(keys=keys, values=values) if all(keys):
-      return {_read(k, spec): _read(v, spec) for k, v in zip(keys, values, strict=True) if k}
-    case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords) if all(
-      k.arg for k in keywords
-    ):
-      named = {str(k.arg): _read(k.value, spec) for k in keywords}
-      return Call(name, [_read(arg, spec) for arg in args], named, text)
-    case ast.Name(id=name):
-      raise ValueError(f"'{name}' stands alone; write '{name}()', or quotes around a text")
-  raise ValueError(f"'{text}' is not a number, a text, a list or a call of a name")
+def literal(spec: str) -> Any:
+  """Reads a number, a text, a list or a dictionary, written as in a spec.
+
+  Raises:
+    ValueError: if it is none.
+  """
+  value = _Reader(spec).value()
+  if _holds_calls(value):
+    raise ValueError(f"{quoted(spec)} is not a number, a text, a list or a dictionary")
+  return value
+
+
+def syntax(spec: str) -> ast.expr:
+  """The syntax tree of a Python expression.
+
+  Raises:
+    ValueError: for a text that is none, saying where it breaks off, or one too deep to read.
+  """
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")  # such as "'str' object is not callable"
+      return ast.parse(spec.strip(), mode="eval").body
+  except SyntaxError as error:
+    column = max((error.offset or 1) - 1, 0)
+    raise ValueError(f"malformed at character {column + 1}: {one_line(error.msg)}") from error
+  except (RecursionError, MemoryError) as error:
+    raise ValueError("malformed: too many operators or brackets within one another") from error
+  except UnicodeEncodeError as error:
+    raise ValueError(f"malformed at character {error.start + 1}: not a character") from error
+  except ValueError as error:
+    raise ValueError(f"malformed: {one_line(error)}") from error
+
+
+class _Reader:
+  """The value that a spec writes down."""
+
+  def __init__(self, spec: str):
+    self.spec = spec.strip()
+    self.lines = [line.encode(errors="replace") for line in re.split("\r\n|\r|\n", self.spec)]
+
+  def value(self) -> Any:
+    return self._read(syntax(self.spec), 0)
+
+  def _text(self, node: ast.expr) -> str:
+    """What a node was read from; Python counts a line's bytes."""
+    first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
+    lines = self.lines[first : last + 1]
+    lines[-1] = lines[-1][: node.end_col_offset]
+    lines[0] = lines[0][node.col_offset :]
+    return b"\n".join(lines).decode()
+
+  def _read(self, node: ast.expr, depth: int) -> Any:
+    if depth > _DEEPEST:
+      raise ValueError(f"malformed: more than {_DEEPEST} calls or lists within one another")
+    inner = lambda node: self._read(node, depth + 1)
+    match node:
+      case ast.Constant(value=bool() | int() | float() | str() | None as value):
+        return value
+      case ast.UnaryOp(
+        op=ast.USub() | ast.UAdd() as sign, operand=ast.Constant(value=int() | float() as value)
+      ) if not isinstance(value, bool):
+        return -value if isinstance(sign, ast.USub) else value
+      case ast.List(elts=items) | ast.Tuple(elts=items):
+        return [inner(item) for item in items]
+      case ast.Dict(keys=keys, values=values):
+        names = [inner(key) if key else None for key in keys]
+        if not all(isinstance(name, int | float | str) for name in names):
+          raise ValueError(
+            f"the keys of {one_line(self._text(node), QUOTED)} are not numbers or texts"
+          )
+        _refuse_repeated(names, self._text(node))
+        return dict(zip(names, map(inner, values), strict=True))
+      case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords) if all(
+        k.arg for k in keywords
+      ):
+        _refuse_repeated([k.arg for k in keywords], self._text(node))
+        named = {str(k.arg): inner(k.value) for k in keywords}
+        return Call(name, [inner(arg) for arg in args], named, self._text(node))
+      case ast.Name(id=name):
+        name = shortened(name)
+        raise ValueError(f"'{name}' stands alone; write '{name}()', or quotes around a text")
+    shown = one_line(self._text(node), QUOTED)
+    raise ValueError(f"'{shown}' is not a number, a text, a list or a call of a name")
+
+
+def _refuse_repeated(names: Sequence[Any], spec: str) -> None:
+  if len(set(names)) < len(names):
+    twice = next(name for name in names if names.count(name) > 1)
+    raise ValueError(f"{one_line(spec, QUOTED)}: {quoted(twice)} is given twice")
+
+
+def _holds_calls(value: Any) -> bool:
+  if isinstance(value, list | dict):
+    return any(map(_holds_calls, value.values() if isinstance(value, dict) else value))
+  return isinstance(value, Call)
 
 
 def build(kind: str, spec: str | Call, **bound: Any) -> Any:
@@ -242,7 +323,8 @@ def build(kind: str, spec: str | Call, **bound: Any) -> Any:
       and `data_dir`); passed on where the factory has them.
 
   Raises:
-    ValueError: one line with the value, the legal set and the nearest name.
+    ValueError: one line with the value, the legal set and the nearest name. A factory of a user's
+      own says so by a `raise` statement; any other error of it passes as it is.
   """
   call = parse(spec) if isinstance(spec, str) else spec
   factory = lookup((kind,), call.name)
@@ -253,8 +335,11 @@ def build(kind: str, spec: str | Call, **bound: Any) -> Any:
     built = factory(*args, **kwargs, **bound)
     if kind == "optimizer":
       _check_optimizer(built)
-  except (ValueError, TypeError, AssertionError) as error:
-    raise ValueError(f"{call.text}: {_one_line(error)}") from error
+  except (ValueError, TypeError, AssertionError, OverflowError) as error:
+    says_why = isinstance(error, ValueError) and blame.is_raised(error)
+    if blame.fault(error) and not says_why:
+      raise
+    raise call.wrong(one_line(error, 300)) from error
   return built
 
 
@@ -278,7 +363,8 @@ def lookup(kinds: Sequence[str], name: str) -> Callable[..., Any]:
       legal += found
   near = difflib.get_close_matches(name, legal, 1, 0.5)
   hint = f"; did you mean '{near[0]}'?" if near else ";"
-  raise ValueError(f"unknown {' or '.join(kinds)} '{name}'{hint} legal: {', '.join(legal)}")
+  unknown = f"unknown {' or '.join(kinds)} '{shortened(name)}'"
+  raise ValueError(f"{unknown}{hint} legal: {listed(legal)}")
 
 
 def _optax(kind: str) -> dict[str, Callable[..., Any]]:
@@ -309,8 +395,8 @@ def _arguments(call: Call, parameters: Mapping[str, inspect.Parameter], bound: M
   if positional and positional[-1].kind == inspect.Parameter.VAR_POSITIONAL:
     positional += [positional[-1]] * len(call.args)
   if len(call.args) > len(positional):
-    raise ValueError(
-      f"{call.text}: {call.name} takes {len(positional)} positional arguments "
+    raise call.wrong(
+      f"{call.name} takes {len(positional)} positional arguments "
       f"({', '.join(p.name for p in positional)}) and got {len(call.args)}"
     )
   args = [_argument(call, p, value) for p, value in zip(positional, call.args, strict=False)]
@@ -318,10 +404,11 @@ def _arguments(call: Call, parameters: Mapping[str, inspect.Parameter], bound: M
   kwargs = {}
   for name, value in call.kwargs.items():
     if name not in open_ or name in given:
-      problem = f"{call.name} got '{name}' twice" if name in given else f"no parameter '{name}'"
+      twice = f"{call.name} got '{name}' twice"
+      problem = twice if name in given else f"no parameter '{shortened(name)}'"
       near = difflib.get_close_matches(name, list(open_), 1, 0.5)
       hint = f"; did you mean '{near[0]}'?" if near and name not in given else ";"
-      raise ValueError(f"{call.text}: {problem}{hint} {call.name} takes {', '.join(open_)}")
+      raise call.wrong(f"{problem}{hint} {call.name} takes {', '.join(open_)}")
     kwargs[name] = _argument(call, open_[name], value)
   missing = [
     n
@@ -331,7 +418,7 @@ def _arguments(call: Call, parameters: Mapping[str, inspect.Parameter], bound: M
     and n not in {*given, *kwargs}
   ]
   if missing:
-    raise ValueError(f"{call.text}: {call.name} needs {', '.join(missing)}")
+    raise call.wrong(f"{call.name} needs {', '.join(missing)}")
   return args, kwargs
 
 
@@ -348,14 +435,14 @@ def _argument(call: Call, parameter: inspect.Parameter, value: Any) -> Any:
 
 def _kind_of(nested: Call, kinds: Sequence[str], call: Call, parameter: inspect.Parameter) -> str:
   if not kinds:
-    raise ValueError(f"{call.text}: {parameter.name} is a plain value, not {nested.text}")
+    raise call.wrong(f"{parameter.name} is a plain value, not {one_line(nested.text, QUOTED)}")
   for kind in kinds:
     if nested.name in (TABLE[kind] if kind in TABLE else _optax(kind)):
       return kind
   try:
     lookup(kinds, nested.name)
   except ValueError as error:
-    raise ValueError(f"{call.text}: {parameter.name}: {error}") from None
+    raise call.wrong(f"{parameter.name}: {error}") from error
   raise AssertionError("a name that no kind holds was found")
 
 
@@ -373,18 +460,31 @@ def _kinds(annotation: Any) -> list[str]:
 
 
 def _check_value(call: Call, parameter: inspect.Parameter, value: Any) -> None:
-  name, shown = parameter.name, getattr(value, "text", repr(value))
+  name, shown = parameter.name, quoted(getattr(value, "text", value))
+  shown = shown[1:-1] if hasattr(value, "text") else shown
   if not _matches(value, parameter.annotation):
-    raise ValueError(f"{call.text}: {name}={shown} is not {_describe(parameter.annotation)}")
+    raise call.wrong(f"{name}={shown} is not {_describe(parameter.annotation)}")
+  for number in _numbers(value):
+    if not abs(number) <= sys.float_info.max:
+      raise call.wrong(f"{name}={shown} is not finite")
+    if isinstance(number, int) and not -(2**63) <= number < 2**63:
+      raise call.wrong(f"{name}={shown} does not fit 64 bits")
   if isinstance(value, (int, float)) and not isinstance(value, bool):
-    if not math.isfinite(value):
-      raise ValueError(f"{call.text}: {name}={shown} is not finite")
     if name in _POSITIVE and value <= 0:
-      raise ValueError(f"{call.text}: {name}={shown} is not in (0, inf)")
+      raise call.wrong(f"{name}={shown} is not in (0, inf)")
     if name in _NOT_NEGATIVE and value < 0:
-      raise ValueError(f"{call.text}: {name}={shown} is not in [0, inf)")
+      raise call.wrong(f"{name}={shown} is not in [0, inf)")
     if name in _FRACTIONS and not 0 <= value <= 1:
-      raise ValueError(f"{call.text}: {name}={shown} is not in [0, 1]")
+      raise call.wrong(f"{name}={shown} is not in [0, 1]")
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+  """The numbers that a plain value holds."""
+  if isinstance(value, (list, dict)):
+    for part in [*value, *value.values()] if isinstance(value, dict) else value:
+      yield from _numbers(part)
+  elif isinstance(value, (int, float)):
+    yield value
 
 
 def _matches(value: Any, annotation: Any) -> bool:
@@ -404,6 +504,9 @@ def _matches(value: Any, annotation: Any) -> bool:
   if origin in (Sequence, list, tuple):
     items = isinstance(value, list)
     return items and all(_matches(item, parts[0]) for item in value if parts)
+  if origin in (Mapping, dict):
+    is_pair = lambda pair: all(map(_matches, pair, parts))
+    return isinstance(value, dict) and all(map(is_pair, value.items()))
   if isinstance(annotation, type):
     return isinstance(value, annotation)
   return True
@@ -415,8 +518,12 @@ def _describe(annotation: Any) -> str:
   parts = typing.get_args(annotation)
   if typing.get_origin(annotation) in (Sequence, list, tuple):
     return f"a list, each {_describe(parts[0])}"
-  plain = [names[part] for part in (parts or (annotation,)) if part in names]
-  return " or ".join([*plain, *kinds]) or str(annotation)
+  if typing.get_origin(annotation) in (Mapping, dict):
+    return f"a dictionary {{{', '.join(map(_describe, parts))}}}".replace(", ", ": ", 1)
+  of_union = parts or (annotation,)
+  plain = [names[part] for part in of_union if isinstance(part, type) and part in names]
+  held = [_describe(p) for p in of_union if typing.get_origin(p) in (Mapping, dict, Sequence, list)]
+  return " or ".join([*plain, *held, *kinds]) or str(annotation)
 
 
 def _check_optimizer(optimizer: Any) -> None:
@@ -428,10 +535,8 @@ def _check_optimizer(optimizer: Any) -> None:
   try:
     updates, _ = jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), params)
   except Exception as error:  # whatever an optimizer of another library raises
-    raise ValueError(f"needs more than averaged gradients: {_one_line(error)}") from error
+    if blame.fault(error):
+      raise
+    raise ValueError(f"needs more than averaged gradients: {one_line(error, 300)}") from error
   if updates["w"].shape != params["w"].shape:
     raise ValueError("needs more than averaged gradients: a gradient per example")
-
-
-def _one_line(error: Exception) -> str:
-  return " ".join(str(error).split())[:300]

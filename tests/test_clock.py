@@ -169,8 +169,9 @@ REFUSED = {
   "shift=-1 is not in": lambda: exponential(1.0, shift=-1),
   "sigma=nan is not in": lambda: lognormal(1.0, math.nan),
   "slowdown=0 is not in": lambda: steady(1.0, slowdown={0: 0}),
-  "is not a factor by worker number, such as .0: 4": lambda: registry.build(
-    "speeds", "steady(1.0, slowdown=[4, 1])"
+  "is not a factor by worker number, such as .0: 4": lambda: steady(1.0, slowdown=[4, 1]),  # type: ignore
+  "is not a dictionary .a whole number: a number": lambda: registry.build(
+    "speeds", "steady(1.0, slowdown={0: [1, 2]})"
   ),
   "speeds are those of 3 workers, and there are 8": lambda: synchronous(
     steady([1, 2, 3]), W, [1], 0

@@ -43,7 +43,7 @@ def unmask(total: Tree, seeds: Array, alive: Array) -> Tree:
   owner, peer = jnp.indices((len(alive), len(alive)), jnp.int32)
   left_over = ~alive[:, None] & alive[None, :]
   signs = jnp.where(left_over, _signs(owner, peer), 0)
-  signs = jnp.where((owner == peer) & alive, _MINUS_ONE, signs)
+  signs = jnp.where((owner == peer) & alive[None], _MINUS_ONE, signs)
   return _add_masks(total, seeds.reshape(-1, LIMBS), signs.reshape(-1))
 
 

@@ -97,4 +97,5 @@ def product(left: Array, right: Array) -> Array:
   """
   if left.shape[1] > FUSED:
     return matmul(left, right)
-  return sum((left[:, k, None] * right[k] for k in range(1, left.shape[1])), left[:, :1] * right[0])
+  outer = lambda k: left[:, k, None] * right[None, k]
+  return sum(map(outer, range(1, left.shape[1])), outer(0))

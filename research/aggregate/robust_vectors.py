@@ -196,7 +196,7 @@ def centered_clip(
       distances = _distances(everyone, v, count, axis)
       share = jnp.minimum(1, radius / distances) / present
       weights = jnp.where(jnp.isfinite(distances) & counts, share, 0)
-      return jax.tree.map(lambda v, x: v + _weighted(weights, x - v), v, everyone), None
+      return jax.tree.map(lambda v, x: v + _weighted(weights, x - v[None]), v, everyone), None
 
     chunk_of = lambda v, x: cut(v, count)[collectives.worker_index(axis)].astype(x.dtype)
     start = jax.tree.map(chunk_of, state.v, everyone)
@@ -220,7 +220,7 @@ def _distances(everyone: Tree, v: Tree, count: int, axis: collectives.Axes) -> A
 
 def _squares(everyone: Tree, v: Tree, count: int) -> Array:
   """||x_i - v||^2 [W] over this worker's chunks alone."""
-  one = lambda x, v: jnp.sum((x - v) ** 2, tuple(range(1, x.ndim)))
+  one = lambda x, v: jnp.sum((x - v[None]) ** 2, tuple(range(1, x.ndim)))
   return sum(jax.tree.leaves(jax.tree.map(one, everyone, v)), jnp.zeros(count, jnp.float32))
 
 

@@ -37,9 +37,9 @@ def share(secret: Array, quorum: int, holders: int, key: Key) -> Array:
   coefficients = jax.random.randint(key, shape, 0, PRIME, jnp.uint32)
   points = jnp.arange(1, holders + 1, dtype=jnp.uint32).reshape(-1, *[1] * secret.ndim)
   zero = jnp.zeros((holders, *secret.shape), jnp.uint32)
-  horner = lambda value, a: ((value * points + a) % PRIME, None)
+  horner = lambda value, a: ((value * points + a[None]) % PRIME, None)
   value, _ = lax.scan(horner, zero, coefficients)
-  return (value * points + secret) % PRIME
+  return (value * points + secret[None]) % PRIME
 
 
 def weights(present: Array) -> Array:

@@ -5,6 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from research.text import QUOTED, one_line
+
 _GIB = 2**30
 
 
@@ -89,10 +91,11 @@ def parse_topology(spec: str) -> tuple[str, tuple[int, ...]]:
   name, _, sides = spec.partition(":")
   if name not in CHIPS:
     shown = ", ".join(f"{kind} (such as {chip.example})" for kind, chip in CHIPS.items())
-    raise ValueError(f"unknown chip '{name}'; legal: {shown}")
+    raise ValueError(f"unknown chip '{one_line(name, QUOTED)}'; legal: {shown}")
   chip = CHIPS[name]
   form = "x".join("ABC"[: chip.dimensions])
-  if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sides) or sides.count("x") + 1 != chip.dimensions:
+  is_sides = re.fullmatch("[1-9][0-9]{0,8}(x[1-9][0-9]{0,8})*", sides)
+  if not is_sides or sides.count("x") + 1 != chip.dimensions:
     raise ValueError(f"not {name}:{form}, the sides of a slice; such as {chip.example}")
   shape = tuple(map(int, sides.split("x")))
   if math.prod(shape) > chip.largest:

@@ -23,6 +23,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from research.text import QUOTED, one_line
+
 _BITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "tbit": 1e12}  # per second
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
@@ -43,15 +45,16 @@ def parse_link(spec: str) -> Link:
   rate, comma, latency = (part.strip() for part in spec.partition(","))
   bits = _quantity(rate, _BITS, "a bandwidth such as 100mbit")
   if bits == 0:
-    raise ValueError(f"'{rate}' is no bandwidth: nothing would ever arrive")
+    raise ValueError(f"'{one_line(rate, QUOTED)}' is no bandwidth: nothing would ever arrive")
   return Link(bits, _quantity(latency, _SECONDS, "a latency such as 20ms") if comma else 0.0)
 
 
 def _quantity(text: str, units: Mapping[str, float], wanted: str) -> float:
-  found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([a-z]+)", text.lower())
+  found = re.fullmatch(r"([0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})\s*([a-z]+)", text.lower())
   value = float(found[1]) * units.get(found[2], math.nan) if found else math.nan
   if not math.isfinite(value):
-    raise ValueError(f"'{text}' is not {wanted}: a number and one of {', '.join(units)}")
+    legal = f"a number and one of {', '.join(units)}"
+    raise ValueError(f"'{one_line(text, QUOTED)}' is not {wanted}: {legal}")
   return value
 
 

@@ -14,6 +14,7 @@ from typing import NoReturn
 import jax
 
 from research.comm import gloo
+from research.text import quoted, whole_number
 
 JOIN_SECONDS = 300  # for which a process waits for the others
 LOOPBACK = ("localhost", "127.0.0.1")
@@ -25,8 +26,12 @@ def detect_cluster(environ: Mapping[str, str]) -> str | None:
   GKE names the hosts of a TPU slice in TPU_WORKER_HOSTNAMES. On a Cloud TPU VM, known by libtpu and
   its devices, JAX asks the metadata server for them, unless TPU_SKIP_MDS_QUERY forbids that.
   """
-  if "SLURM_STEP_NODELIST" in environ and int(environ.get("SLURM_NTASKS", "1")) > 1:
-    return "slurm"
+  if "SLURM_STEP_NODELIST" in environ:
+    tasks = whole_number(environ.get("SLURM_NTASKS", "1"))
+    if tasks is None:
+      raise ValueError(f"SLURM_NTASKS={quoted(environ['SLURM_NTASKS'])} is no whole number")
+    if tasks > 1:
+      return "slurm"
   hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES", "")
   if "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in environ:
     return "gke"
@@ -97,15 +102,16 @@ def _of_environment(environ: Mapping[str, str]) -> tuple[str, int, int]:
   if not any(numbers.values()):
     return "", 0, -1
   for name, number in numbers.items():
-    if not number.isdecimal():
-      raise ValueError(f"goes with {name}='{number}', which is no whole number")
+    if whole_number(number) is None:
+      raise ValueError(f"goes with {name}={quoted(number)}, which is no whole number")
   processes, process_id = map(int, numbers.values())
   return environ.get("JAX_COORDINATOR_ADDRESS", ""), processes, process_id
 
 
 def _check_explicit(coordinator: str, processes: int, process_id: int) -> None:
-  host, _, port = coordinator.rpartition(":")
-  if not host or not port.isdecimal() or int(port) > 65535:
+  host, _, text = coordinator.rpartition(":")
+  port = whole_number(text)
+  if not host or port is None or port > 65535:
     raise ValueError("not HOST:PORT of the first process")
   if processes < 1:
     raise ValueError(f"goes with the number of processes, and --processes={processes}")

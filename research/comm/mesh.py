@@ -10,7 +10,9 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from research import blame
 from research.base import WORKER_AXES
+from research.text import QUOTED, one_line, whole_number
 
 # Axes inside a worker, slow links first: along `stage` its layers lie one after the other, along
 # `fsdp` its parameters and its batch are cut, along `expert` the experts of a mixture, along `seq`
@@ -30,15 +32,17 @@ def parse_mesh(spec: str) -> dict[str, int]:
   sizes: dict[str, int] = {}
   for part in spec.split(","):
     name, colon, size = (piece.strip() for piece in part.partition(":"))
-    if not colon or not size.isdecimal() or int(size) < 1:
-      raise ValueError(f"'{part.strip()}' is not AXIS:SIZE with a positive integer size")
+    places = whole_number(size)
+    if not colon or not places:
+      shown = one_line(part.strip(), QUOTED)
+      raise ValueError(f"'{shown}' is not AXIS:SIZE with a positive integer size")
     if name not in legal:
       near = difflib.get_close_matches(name, legal, 1)
       hint = f"; did you mean '{near[0]}'?" if near else ";"
-      raise ValueError(f"unknown axis '{name}'{hint} legal: {', '.join(legal)}")
+      raise ValueError(f"unknown axis '{one_line(name, QUOTED)}'{hint} legal: {', '.join(legal)}")
     if name in sizes:
       raise ValueError(f"axis '{name}' is named twice")
-    sizes[name] = int(size)
+    sizes[name] = places
   sizes.setdefault("data", 1)
   return {name: sizes[name] for name in legal if name in sizes}
 
@@ -78,7 +82,8 @@ def device_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -
   slices = len({getattr(device, "slice_index", 0) for device in devices})
   if slices == 1:
     sizes = tuple(axes.values())
-    places = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    with blame.of_libraries():
+      places = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(places, tuple(axes), axis_types=types)
   outer = next(iter(axes))  # slow links come first
   if axes[outer] % slices:
@@ -86,7 +91,8 @@ def device_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -
   fast = [size // slices if name == outer else size for name, size in axes.items()]
   slow = [slices if name == outer else 1 for name in axes]
   split = {"allow_split_physical_axes": True}
-  places = mesh_utils.create_hybrid_device_mesh(fast, slow, devices, **split)
+  with blame.of_libraries():
+    places = mesh_utils.create_hybrid_device_mesh(fast, slow, devices, **split)
   return Mesh(places, tuple(axes), axis_types=types)
 
 

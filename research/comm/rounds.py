@@ -141,8 +141,10 @@ class Values:
       found = eqn.primitive.bind(*inputs, **eqn.params)
       return found if eqn.primitive.multiple_results else [found]
 
-    # Whoever reads a program may itself be traced, or forbid transfers around its own rounds.
-    with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
+    # Whoever reads a program may itself be traced, or forbid transfers around its own rounds. What
+    # a branch makes NaN on purpose is none of the run's numbers.
+    quiet = jax.debug_nans(False), jax.debug_infs(False)
+    with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"), quiet[0], quiet[1]:
       return [np.asarray(x) for x in jax.vmap(bind)(*map(jnp.asarray, given))]
 
   def _changing(self, eqn: Any) -> list[np.ndarray | None]:

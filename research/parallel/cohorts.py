@@ -33,7 +33,7 @@ def draw(job: Job, data: Data, key: Key, numbers: Array, worker: Array) -> Draw:
   owners, served = cohorts(job, key, numbers)
   sizes = data.sizes[owners]
   present = jnp.where(served, sizes, 0).astype(float)
-  mean = jnp.mean(data.sizes if job.sampling_rate else present, -1, dtype=float)
+  mean = jnp.mean(data.sizes[None] if job.sampling_rate else present, -1, dtype=float)
   weights = present / jnp.maximum(mean, 1 / job.workers)[..., None]
   anybody = jnp.where(jnp.any(served, -1, keepdims=True), present, 1)  # else as if all were there
   shares = anybody / jnp.mean(anybody, -1, keepdims=True)
@@ -49,7 +49,7 @@ def _examples(job: Job, data: Data, numbers: Array, owners: Array, worker: Array
   period, sizes = job.method.period, data.sizes[owners]
   per_round = job.own_steps(sizes) if job.by_epochs else jnp.full_like(sizes, period)
   first = job.first_step + (numbers - job.first_round) * per_round
-  steps = first[:, None] + jnp.arange(period, dtype=jnp.int32)
+  steps = first[:, None] + jnp.arange(period, dtype=jnp.int32)[None]
   own = jax.random.fold_in(data.key, job.clients * worker)
   if job.clients > 1:
     own = jax.vmap(lambda owner: jax.random.fold_in(data.key, owner))(owners)

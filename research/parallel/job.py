@@ -58,17 +58,22 @@ class Job(NamedTuple):
     return self.method.epochs * (batches + (batches == 0))
 
 
-def traits(method: Method) -> frozenset[str]:
-  """Those of all aggregators of a method, see `aggregate/composition.py`."""
-  found: set[str] = set()
+def aggregators(method: Method) -> list[Aggregator]:
+  """Those of a method, each once; none of a method without `over`."""
+  found: dict[int, Aggregator] = {}
 
-  def note(aggregator: Aggregator) -> Aggregator:
-    found.update(aggregator.traits)
+  def noted(aggregator: Aggregator) -> Aggregator:
+    found[id(aggregator)] = aggregator
     return aggregator
 
   if method.over is not None:
-    method.over(note)
-  return frozenset(found)
+    method.over(noted)
+  return list(found.values())
+
+
+def traits(method: Method) -> frozenset[str]:
+  """Those of all aggregators of a method, see `aggregate/composition.py`."""
+  return frozenset().union(*(aggregator.traits for aggregator in aggregators(method)))
 
 
 def constrained(job: Job) -> Job:

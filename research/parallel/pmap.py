@@ -29,7 +29,7 @@ def pmap(job: Job) -> Executor:
   mesh = meshes.device_mesh(job.axes)
   job, layout = resolved(job), workers.infer_layout(job)
   shardings = sharded.of_state(layout.state, mesh, ("data",))
-  init = jax.jit(partial(workers.initial, job, layout), out_shardings=shardings)
+  init = sharded.jit(partial(workers.initial, job, layout), out_shardings=shardings)
   state_axes = TrainState(None, None, layouts.lead(layout.state))
   lead = lambda state: state._replace(
     method=jax.tree.map(lambda p, x: x[None] if p else x, layout.state, state.method)
@@ -55,5 +55,5 @@ def pmap(job: Job) -> Executor:
 
   run = lambda state, data, rounds: mapped(rounds)(state, data)
   deployed = lambda state: workers.deployed(job, layout, state.method)
-  params = jax.jit(deployed, out_shardings=NamedSharding(mesh, P()))
+  params = sharded.jit(deployed, out_shardings=NamedSharding(mesh, P()))
   return Executor(init, partial(sharded.place, mesh, ("data",)), run, params, layout)

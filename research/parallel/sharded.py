@@ -1,5 +1,6 @@
 """Where arrays lie: rows with their workers, shared leaves everywhere or cut inside a worker."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -188,6 +189,17 @@ def of_data(rows: Any) -> Data:
   return Data(rows, P(), P())
 
 
+def jit(fn: Callable[..., Any], out_shardings: Any, **options: Any) -> Any:
+  """`jax.jit` whose results lie in their shardings under JAX_DISABLE_JIT too."""
+
+  @functools.wraps(fn)
+  def placed(*args, **kwargs):
+    return jax.device_put(fn(*args, **kwargs), out_shardings)
+
+  without = jax.config.values["jax_disable_jit"]
+  return jax.jit(placed if without else fn, out_shardings=out_shardings, **options)
+
+
 def place(
   mesh: Mesh, workers: tuple[str, ...], examples: Batch, sizes: np.ndarray, key: Key
 ) -> Data:
@@ -197,7 +209,7 @@ def place(
   return Data(
     jax.tree.map(put, examples),
     on_devices(sizes.astype(np.int32), everywhere),
-    jax.jit(lambda k: k, out_shardings=everywhere)(key),
+    jit(lambda k: k, out_shardings=everywhere)(key),
   )
 
 

@@ -40,9 +40,9 @@ def simulate(job: Job) -> Executor:
   job = workers.blocked(resolved(job))._replace(axes=meshes.worker_axes(job.axes))
   mesh = meshes.simulation_mesh(job.workers)
   shardings = sharded.of_state(layout.state, mesh, ("data",))
-  init = jax.jit(partial(workers.initial, job, layout), out_shardings=shardings)
+  init = sharded.jit(partial(workers.initial, job, layout), out_shardings=shardings)
   everywhere = NamedSharding(mesh, P())
-  run = jax.jit(
+  run = sharded.jit(
     partial(_run, job, layout, _local_phase(job, layout, mesh)),
     static_argnames="rounds",
     donate_argnames="state",
@@ -50,7 +50,7 @@ def simulate(job: Job) -> Executor:
     compiler_options=meshes.options_for_sums(mesh, largest_sum(job)),
   )
   deployed = lambda state: workers.deployed(job, layout, state.method)
-  params = jax.jit(deployed, out_shardings=NamedSharding(mesh, P()))
+  params = sharded.jit(deployed, out_shardings=NamedSharding(mesh, P()))
   return Executor(init, partial(sharded.place, mesh, ("data",)), run, params, layout)
 
 

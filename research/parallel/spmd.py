@@ -7,6 +7,7 @@ from jax.extend import core
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from research import blame
 from research.base import Executor, Tree
 from research.comm import mesh as meshes
 from research.comm.rounds import programs
@@ -42,7 +43,7 @@ def spmd(job: Job) -> Executor:
   whole = _models(job, layout) if job.zero < 3 else None
   shardings = sharded.of_state(layout.state, mesh, names, layout.state_shapes, cut, whole)
   specs = sharded.of_state(layout.state, None, names)
-  init = jax.jit(initial, out_shardings=shardings)
+  init = sharded.jit(initial, out_shardings=shardings)
   inside = sharded.inside(job.axes, cut, job.zero)
 
   def run(state, data, rounds):
@@ -56,7 +57,7 @@ def spmd(job: Job) -> Executor:
       check_vma=False,
     )(state, data)
 
-  run = jax.jit(
+  run = sharded.jit(
     run,
     static_argnames="rounds",
     donate_argnames="state",
@@ -67,7 +68,7 @@ def spmd(job: Job) -> Executor:
   along = lambda x: sharded.spec_of(cut, x.shape, "fsdp" if job.zero < 3 else None)
   lies = lambda x: NamedSharding(mesh, P(*along(x)))
   model = jax.eval_shape(job.task.init, jax.random.key(0))
-  params = jax.jit(deployed, out_shardings=jax.tree.map(lies, model))
+  params = sharded.jit(deployed, out_shardings=jax.tree.map(lies, model))
   return Executor(init, partial(sharded.place, mesh, names), run, params, layout)
 
 
@@ -100,7 +101,8 @@ def _check_inside(job: Job, mesh: Mesh, names: tuple[str, ...]) -> None:
       axis_names=set(names),
       check_vma=False,
     )
-    program = jax.make_jaxpr(loss)(*workers.of_loss(job)).jaxpr
+    with blame.of_libraries():
+      program = jax.make_jaxpr(loss)(*workers.of_loss(job)).jaxpr
     if job.axes.get("seq", 1) > 1 and not _lies_along("seq", program):
       raise ValueError("'seq' has nothing to cut in this model; leave it out")
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from research import blame
 from research.base import Params
 from research.server import events, store, work
 from research.server import setup as setups
@@ -145,7 +146,8 @@ def replay(folder: Path, out: Path | None = None) -> dict[str, Any]:
     if config.server_mode == "hogwild":
       raise ValueError("is a run of hogwild, of which nobody knows the order")
     setup = setups.setup(config, needs_ray=False)
-    head, happened = events.read(folder / events.FILE)
+    with blame.of_libraries():
+      head, happened = events.read(folder / events.FILE)
     names = list(setup.shapes)
     place = store.restore(folder / "checkpoints", names, setup.parts, report.note)
     if head.get("from"):

@@ -1,6 +1,5 @@
 """From the flags of a run on a server to its parts, the same in each of its processes."""
 
-import ast
 import difflib
 import functools
 import hashlib
@@ -118,7 +117,10 @@ def legal(config: Config) -> None:
   assemble.check_numbers(config)
   with flag("node_ip", config.node_ip):
     if config.node_ip != "localhost":
-      ipaddress.ip_address(config.node_ip)
+      try:
+        ipaddress.ip_address(config.node_ip)
+      except ValueError as error:
+        raise ValueError(str(error)) from error
   with flag("round_seconds", config.round_seconds):
     if not 0 < config.round_seconds < math.inf:
       raise ValueError("not in (0, inf)")
@@ -148,8 +150,8 @@ def _check_lock_free(config: Config, method: Method, served: Served) -> None:
     raise ValueError("hogwild adds gradients to one model; take plain sgd and mean()")
   try:
     jax.eval_shape(lambda grads: served.server.update(grads, served.server.init(grads)), example)
-  except (KeyError, ValueError, TypeError):
-    raise ValueError("hogwild knows of no staleness; take plain sgd and mean()") from None
+  except KeyError as error:
+    raise ValueError("hogwild knows of no staleness; take plain sgd and mean()") from error
   if method.period > 1 or config.shards > 1 or config.slowdown:
     raise ValueError("hogwild goes with a period of one, one shard and no --slowdown")
 
@@ -162,10 +164,10 @@ def slowdown(config: Config) -> Mapping[int, float]:
   """
   with flag("slowdown", config.slowdown):
     try:
-      found = ast.literal_eval(config.slowdown or "{}")
+      found = registry.literal(config.slowdown or "{}")
       factors = {int(worker): float(factor) for worker, factor in found.items()}
-    except (ValueError, SyntaxError, TypeError, AttributeError):
-      raise ValueError("not a factor by worker number, such as {0: 4}") from None
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+      raise ValueError("not a factor by worker number, such as {0: 4}") from error
     for worker, factor in factors.items():
       if not (0 <= worker < count_workers(config) and 1 <= factor < math.inf):
         raise ValueError(

@@ -215,7 +215,7 @@ def eliminated(a: Array, b: Array) -> Array:
 
   def one(j: Array, rows: Array) -> Array:
     pivot = rows[j] / rows[j, j]
-    return (rows - rows[:, j, None] * pivot).at[j].set(pivot)
+    return (rows - rows[:, j, None] * pivot[None]).at[j].set(pivot)
 
   return lax.fori_loop(0, len(b), one, jnp.concatenate([a, b[:, None]], 1))[:, -1]
 

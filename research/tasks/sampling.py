@@ -96,7 +96,7 @@ def permute(position: Array, size: Array, word: Array, offset: Array) -> Array:
   size = size.astype(jnp.uint32)
 
   def shuffle(i: Array, x: Array) -> Array:
-    round_key = _mix(word + i.astype(jnp.uint32) * jnp.uint32(_GOLDEN))
+    round_key = _mix(word + jnp.asarray(i, jnp.uint32) * jnp.uint32(_GOLDEN))
     center = _scale(round_key ^ offset, size)
     partner = jnp.where(x > center, center + size - x, center - x)
     swap = _multiply(jnp.maximum(x, partner) + round_key) >> 31 == 1

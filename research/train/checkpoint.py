@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from research.base import Array, TrainState
 from research.comm.mesh import count, worker_axes
-from research.parallel import resize
+from research.parallel import resize, sharded
 from research.train import integrity, interrupt, manager
 from research.train.noise import deaf_to_writers, quietly, silence
 
@@ -316,4 +316,4 @@ def _mover(
     whole = jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, rows))
     return resize.moved(whole, saved, leaf)
 
-  return jax.jit(move, out_shardings=sharding)
+  return sharded.jit(move, out_shardings=sharding)

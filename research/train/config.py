@@ -4,6 +4,9 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from research import blame
+from research.text import quoted
+
 
 class UsageError(ValueError):
   """A flag that cannot be: one line with the flag, its value, the legal set, the nearest name."""
@@ -68,12 +71,13 @@ OF_SERVER = ("server_mode", "workers", "shards", "bound", "round_seconds", "over
 
 @contextlib.contextmanager
 def flag(name: str, value: Any) -> Iterator[None]:
-  """Says which flag it was that a ValueError is about."""
+  """Says which flag it is that a refusal is about; other errors pass (see `blame`)."""
   try:
     yield
   except UsageError:
     raise
   except (ValueError, OSError, OverflowError, MemoryError) as error:
-    shown = repr(value) if isinstance(value, str) else value
+    if not blame.is_refusal(error):
+      raise
     reason = str(error) or "too large for this machine's memory"
-    raise UsageError(f"--{name}={shown}: {reason}") from error
+    raise UsageError(f"--{name}={quoted(value)}: {reason}") from error

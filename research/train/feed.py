@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 
-from research import registry
+from research import blame, registry
 from research.base import Array, Batch, Data, Method
 from research.parallel.job import Job
 from research.train.config import Config, flag
@@ -72,7 +72,7 @@ class Training:
     if self.job.task.feed is None:
       return
     rows = functools.cache(functools.partial(self._rows, first, last))
-    with flag("task", self.config.task):
+    with flag("task", self.config.task), blame.of_libraries():
       examples = {name: self._placed(rows, name) for name in rows(0, 0)}
     sizes = self.job.sizes.astype(np.int32)
     everywhere = self.placed.sizes.sharding

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from research.base import Array, Params, TrainState
 from research.comm import wire
 from research.comm.mesh import worker_axes
-from research.parallel import resize, workers
+from research.parallel import resize, sharded, workers
 from research.train import figures, heartbeat, interrupt, metrics, reach, report
 from research.train import folder as folders
 from research.train.assemble import Problem, assemble, check
@@ -111,6 +111,8 @@ class Run:
     init_key, data_key = jax.random.split(jax.random.key(config.seed))
     self.layout = executor.layout
     self.state: TrainState = executor.init(init_key)
+    without = jax.config.values["jax_disable_jit"]  # whose steps all begin on the host
+    self.transfers = "allow" if without else "disallow"
     self.evaluated_on = "test" if problem.test else "train"
     self.progress = report.Progress(problem.steps, self.evaluated_on, main)
     self.checkpoints = Checkpoints(
@@ -160,7 +162,7 @@ class Run:
         before, self.step = self.step, self._next_stop()
         data = self.training.of(before, self.step)
         counted = self.network.over(before, self.step, lambda: self.state)
-        with counted, self._profiled(), jax.transfer_guard("disallow"):
+        with counted, self._profiled(), jax.transfer_guard(self.transfers):
           rounds = round(plan.rounds(self.step) - plan.rounds(before))
           executor = self.problem.executors[plan.stage(before)]
           self.state, found = executor.run(self.state, data, rounds=rounds)
@@ -401,6 +403,6 @@ def params_sha256(params: Params) -> str:
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
-    whole = jax.jit(lambda x: x, out_shardings=NamedSharding(leaf.sharding.mesh, P()))
+    whole = sharded.jit(lambda x: x, out_shardings=NamedSharding(leaf.sharding.mesh, P()))
     digest.update(np.ascontiguousarray(jax.device_get(whole(leaf))).tobytes())
   return digest.hexdigest()

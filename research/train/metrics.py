@@ -72,7 +72,7 @@ def _chunks(examples: Batch, sizes: Array, chunk: int, batch: int) -> Batch:
   owners, most = jax.tree.leaves(examples)[0].shape[:2]
   count = max(1, -(-owners * most // chunk))
   size = batch * -(-owners * most // (count * batch))
-  mask = (jnp.arange(most) < sizes[:, None]).astype(float)
+  mask = (jnp.arange(most)[None] < sizes[:, None]).astype(float)
 
   def cut(x):
     x = x.reshape(owners * most, *x.shape[2:])

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 
 from research.aggregate import private
 from research.aggregate.hiding import Noise, Sum, is_wide
-from research.base import Aggregate, Aggregator, Method
+from research.base import Aggregate, Aggregator
 from research.comm import mesh as meshes
 from research.comm import wire
 from research.comm.collectives import Axes
 from research.comm.rounds import programs
 from research.parallel import workers
-from research.parallel.job import Job, resolved
+from research.parallel.job import Job, aggregators, resolved
 from research.parallel.layout import Layout
 from research.train.config import Config
 
@@ -38,7 +38,7 @@ class _Uncounted(Exception):
 
 def spending(config: Config, job: Job, layout: Layout) -> Spent:
   """Reads it off the method's aggregators, whatever they are called, and one traced round."""
-  noisy = [aggregator for aggregator in _aggregators(job.method) if "noise" in aggregator.traits]
+  noisy = [aggregator for aggregator in aggregators(job.method) if "noise" in aggregator.traits]
   noises = [a.privacy for a in noisy if isinstance(a.privacy, Noise)]
   found = columns([{"noise": noise.noise, "clip": noise.clip} for noise in noises])
   if not noisy and not (job.method.over is None and _adds_noise(job, layout)):
@@ -74,19 +74,6 @@ def over(axis: Axes, axes: Mapping[str, int]) -> dict[str, int]:
   """The worker axes of a mesh that an aggregator is over, and their sizes."""
   names = (axis,) if isinstance(axis, str) else axis
   return {name: size for name, size in meshes.worker_axes(axes).items() if name in names}
-
-
-def _aggregators(method: Method) -> list[Aggregator]:
-  """Those of a method, each once."""
-  found: dict[int, Aggregator] = {}
-
-  def noted(aggregator: Aggregator) -> Aggregator:
-    found[id(aggregator)] = aggregator
-    return aggregator
-
-  if method.over is not None:
-    method.over(noted)
-  return list(found.values())
 
 
 def _counted(

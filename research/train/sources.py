@@ -1,11 +1,12 @@
 """What a run trains on, by its flags: the task with its model, and its examples by owner."""
 
 import importlib
+import math
 
 import jax
 import numpy as np
 
-from research import paths, registry
+from research import blame, paths, registry
 from research.base import Batch, Task
 from research.comm import mesh as meshes
 from research.parallel.job import Job
@@ -33,8 +34,11 @@ def task_of(config: Config) -> Task:
       paths.local(config.data_dir)  # also where the task reads no files
   with flag("task", config.task):
     task = registry.build("task", call, model=model, data_dir=config.data_dir)
-  with flag("model", spec):
-    jax.eval_shape(task.init, jax.random.key(0))
+  with flag("model", spec), blame.of_libraries():
+    shapes = jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0)))
+    size = sum(math.prod(x.shape) for x in shapes)
+    if size >= 2**60:
+      raise ValueError(f"a model of {size:.3g} parameters")
   return task
 
 
