@@ -308,7 +308,7 @@ def test_the_first_at_the_target_is_recommended_or_not_to_compress():
 
 
 def test_a_rate_that_ends_worse_than_it_began_cannot_win():
-  def summary(loss, accuracy=None, start=2.3):
+  def summary(loss: float, accuracy: float | None = None, start: float | None = 2.3):
     measured = lambda value: {} if value is None else {"accuracy": value}
     return {
       "initial_train_loss": start,

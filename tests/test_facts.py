@@ -3,6 +3,7 @@
 import math
 import sys
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +125,7 @@ def test_what_is_not_counted_says_why(monkeypatch):
   none = noisy().replace("noise=1.3", "noise=0.0")
   assert read(none).found["privacy"] == ("no guarantee: epsilon is infinite: noise=0 hides nothing")
   little = read(noisy().replace("noise=1.3", "noise=1e-25").replace("1.5", "1e3"))
+  assert little.epsilon
   assert little.epsilon(1) > 1e40
   alike = noisy("mean()").replace("noise=1.3", "noise=1.3, axis='data'")
   assert "along 'slice' draw the same noise" in read(alike, SLICED).found["privacy"]
@@ -137,7 +139,7 @@ def test_what_is_not_counted_says_why(monkeypatch):
 @pytest.fixture
 def plugin(monkeypatch):
   """A module whose aggregators and methods are registered under names of their own."""
-  ours = types.ModuleType("plugin")
+  ours: Any = types.ModuleType("plugin")
   monkeypatch.setitem(sys.modules, "plugin", ours)
   hidden = lambda: private.noisy(mean(), clip=1.5, noise=1.3)
 
@@ -166,6 +168,8 @@ def test_noise_is_counted_whatever_it_is_called(plugin):
   ):
     found = read(method)
     assert (found.found, found.note) == (want.found, "")
+    assert found.epsilon
+    assert want.epsilon
     assert found.epsilon(10) == want.epsilon(10)
   for method, reason in (
     ("data_parallel(sgd(0.1), kept_apart())", "does not say how it is seen"),

@@ -360,8 +360,8 @@ def test_a_rate_that_starts_at_zero_is_a_rate(spec):
   """A warm-up from exactly 0 goes on as one from nearly 0 does: finite, and downhill at last."""
   task = regression()
   run = Running(registry.build("method", spec), "simulate", SIMULATED, batch_size=None)
-  start = task.loss(run.params(), task.train, None)
-  end = task.loss(run.rounds(12).params(), task.train, None)
+  start = task.loss(run.params(), task.train, KEY)
+  end = task.loss(run.rounds(12).params(), task.train, KEY)
   assert bool(run.metrics["finite"])
   assert float(end) < float(start)
 

@@ -163,7 +163,7 @@ SENT = {
   ),
   "onebit_adam(0.1, gather_mean(identity()), warm_up=9)": lambda t: 147 if t < 9 else 7 * 84,
   "marina(0.1, gather_mean(identity()), probability=0.3, seed=5)": lambda t: (
-    147 if t == 0 or marina.coin(np.array([t]), 0.3, 5)[0] else 7 * 84
+    147 if t == 0 or marina.coin(jnp.asarray([t]), 0.3, 5)[0] else 7 * 84
   ),
   "d_psgd(sgd(0.1), gossip(one_peer_exponential()))": lambda t: 84,
   "data_parallel(sgd(0.1), warm_up(gather_mean(identity()), steps=13))": lambda t: (
@@ -185,7 +185,7 @@ def test_bytes_of_rounds_read_in_pieces(method, monkeypatch):
     monkeypatch.setattr(Stage, "PIECE", piece)
     sent = Sent(plan, layout, plan.steps(rounds))
     for asked in (0, 1, 5, 5.5, 9, 10, 31.5, 42, 43, 17, 3.5, 43):
-      got = sent.until(asked * job.method.period)
+      got = sent.until(asked * job.method.period)  # pyright: ignore[reportArgumentType]
       assert got == pytest.approx(until(asked), abs=1e-9), asked
       totals = wire.by_axis(sent.transfers(round(asked * job.method.period)))
       assert sum(totals.values()) == pytest.approx(until(max(1, round(asked))), abs=1e-9)
