@@ -40,7 +40,7 @@ class Curve(NamedTuple):
       starts: the losses before the first step; None where that is not known or not finite.
     """
     lowest, lasts = np.fmin.reduce(self.losses, 1), self.losses[:, -1]
-    bounds = [math.inf if start is None else start for start in starts]
+    bounds = [math.inf if start is None or math.isnan(start) else start for start in starts]
     rows = zip(lowest, lasts, bounds, strict=True)
     return [bool(low < start and math.isfinite(end) and end <= start) for low, end, start in rows]
 
@@ -138,7 +138,8 @@ def figures(outcome: Outcome, target: float | None, conditions: Conditions) -> d
     "steps_per_second": statistics.median(s["steps_per_second"] for s in summaries),
     "curve": {name: value.tolist() for name, value in curve._asdict().items()},
   }
-  starts = [s["initial_train_loss"] for s in summaries if s.get("initial_train_loss") is not None]
+  known = [s.get("initial_train_loss") for s in summaries]
+  starts = [start for start in known if start is not None and math.isfinite(start)]
   if len(starts) == len(summaries):
     found["initial_train_loss"] = statistics.mean(starts)
   accuracies = [s["eval"]["accuracy"] for s in summaries if "accuracy" in s["eval"]]

@@ -51,12 +51,17 @@ def configs(config: Config, out: Path, rates: list[str], seeds: list[str]) -> li
   return [[one(rate, seed) for seed in seeds] for rate in rates]
 
 
+def is_known(start: float | None) -> bool:
+  """Whether the initial loss is a number, to which another can be compared."""
+  return start is not None and math.isfinite(start)
+
+
 def improved(summary: dict[str, Any]) -> bool:
   """Whether a run ends with a smaller training loss than it began with, and no less accurate."""
   start, end = summary.get("initial_train_loss"), summary["train_loss"]
   before, after = (summary.get(name, {}).get("accuracy") for name in ("initial_eval", "eval"))
   worse = before is not None and after is not None and not after >= before
-  return math.isfinite(end) and (start is None or end < start) and not worse
+  return math.isfinite(end) and (not is_known(start) or end < start) and not worse
 
 
 def grid(rates: list[str], runs: list[list[Config]]) -> list[dict[str, Any]]:

@@ -87,7 +87,8 @@ def between_slices(spec: str) -> str:
   """The spec with each aggregator over the slow axis alone, as `hierarchical` wants it."""
   tree = ast.parse(spec, mode="eval")
   for call in _calls(tree):
-    if "axis" in inspect.signature(registry.lookup(("aggregator",), call.func.id)).parameters:
+    takes = inspect.signature(registry.lookup(("aggregator",), call.func.id)).parameters
+    if "axis" in takes and "axis" not in [keyword.arg for keyword in call.keywords]:
       call.keywords.append(ast.keyword("axis", ast.Constant("slice")))
   return ast.unparse(tree)
 

@@ -60,7 +60,7 @@ FLAT = SYNCHRONOUS | {
   "zero_one_adam": "zero_one_adam(0.01, error_feedback(gather_mean(int8())), warm_up=2, "
   "double_every=1, longest=2)",
   "demo": "demo(0.01, gather_mean(dct_top_k(2, 2)))",
-  "marina": "marina(0.1, sum_mean(random_k(0.5, unbiased=True)), probability=0.3)",
+  "marina": "marina(0.1, gather_mean(int8()), probability=0.3)",
   "delayed": "delayed(data_parallel(sgd(0.05), mean()), constant(2))",
   "staleness_aware": "staleness_aware(data_parallel(sgd(0.05), mean()), constant(2))",
   "dc_asgd": "dc_asgd(0.05, mean(), constant(2))",

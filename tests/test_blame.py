@@ -60,7 +60,7 @@ def own_method() -> Method:
 
 def own_aggregator() -> Aggregator:
   """An aggregator that fails where a method of ours calls it."""
-  def aggregate(tree, state, key):
+  def aggregate(tree, state, key, presence=None):
     return int("x")
   return Aggregator(mean().init, aggregate)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from research import paths
 from research.tasks import files
-from research.train.config import UsageError, flag
+from research.train.config import UsageError
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [
@@ -126,8 +126,9 @@ def test_a_folder_of_results_can_be_made_and_is_not_yet(tmp_path):
 
 
 def test_a_full_disk_is_seen_through_what_was_raised_of_it():
-  with pytest.raises(UsageError) as caught, flag("out", "x"):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+  reason = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+  with pytest.raises(UsageError) as caught:
+    raise UsageError("--out='x': no") from reason
   assert paths.is_full(caught.value)
   assert paths.is_full(Exception("No space left on device (os error 28)"))
   assert not paths.is_full(OSError(errno.EACCES, "no"))

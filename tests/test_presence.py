@@ -14,7 +14,7 @@ from aggregators import AGGREGATORS, FLAT
 from aggregators import SLICED as SLICES
 from problems import SIMULATED, Running, distance, regression
 from side_by_side import regressions, side_by_side
-from table import METHODS, NAMES, SLICED, by_period
+from table import METHODS, NAMES, SLICED
 
 from research import registry
 from research.base import Aggregator, Chunk, Method, Presence
@@ -182,6 +182,35 @@ def test_a_vote_is_among_those_present():
   assert count([True] * 8) == [1.0] * W
 
 
+def test_nothing_is_lost_to_a_memory_while_some_are_absent():
+  """value + mean of memories = mean of what those present have, and memories of before: always."""
+  specs = {
+    "flat": "error_feedback(gather_mean(top_k(0.25)))",
+    "sliced": "error_feedback(hierarchical(gather_mean(top_k(0.25), axis='slice')))",
+    "coarse": "error_feedback(hierarchical(gather_mean(int4(), axis='slice')))",
+  }
+  built = {name: registry.build("aggregator", spec) for name, spec in specs.items()}
+
+  def worker(tree, weight, active):
+    found = {}
+    for name, aggregator in built.items():
+      state, sums = aggregator.init(tree), jax.tree.map(jnp.zeros_like, tree)
+      for number, told in enumerate((EVERYONE, Presence(weight, active))):
+        out = aggregator.aggregate(tree, state, jax.random.fold_in(KEY, number), told)
+        state, sums = out.state, jax.tree.map(jnp.add, sums, out.value)
+      found[name] = sums, state.memory
+    return found
+
+  rows = drawn(8, W)
+  found = folded(worker, SLICED_AXES)(rows, WEIGHTS, ~ABSENT)
+  for name, (sums, memory) in found.items():
+    for leaf in LEAVES:
+      x = np.asarray(rows[leaf], np.float64)
+      shares = 1 + WEIGHTS.reshape(-1, *[1] * (x.ndim - 1))
+      got = np.asarray(sums[leaf][0]) + np.asarray(memory[leaf]).mean(0)
+      np.testing.assert_allclose(got, (shares * x).mean(0), atol=1e-5, err_msg=name)
+
+
 # ---- methods
 
 
@@ -236,15 +265,41 @@ def test_a_lost_round_of_a_worker_reaches_nobody(group):
 
 
 def test_a_round_that_nobody_takes_part_in_changes_nothing():
-  """But the counts of rounds; momenta, estimates and models are what they were."""
-  for names in by_period([n for n in NAMES if n != "sgp"]).values():
-    methods, tasks = side_by_side({n: METHODS[n] for n in names}), regressions(names)
-    run = Running(methods, "simulate", SIMULATED, batch_size=None, task=tasks, dropout=1 - 1e-9)
-    before = jax.device_get(run.state.method)
-    after = jax.device_get(run.rounds(2).state.method)
-    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
-      if np.issubdtype(new.dtype, np.floating):
-        np.testing.assert_array_equal(old, new)
+  """Wherever it comes: the state is what the other rounds alone leave, counts and all."""
+  names = [n for n in NAMES if n != "sgp"]
+  more = {
+    "uniform": "delayed(data_parallel(sgd(0.1), mean()), uniform(3))",
+    "apply_every": "data_parallel(chain(apply_every(4), sgd(0.1)), mean())",
+  }
+  built = {n: METHODS[n] for n in names} | {n: registry.build("method", s) for n, s in more.items()}
+  grads = drawn(7, W)
+  jobs = {
+    n: Job(m, regression(), SIMULATED, np.full(W, 30), 8, dropout=0.5) for n, m in built.items()
+  }
+
+  def worker(grads, attended):
+    def rounds(job, counted):
+      def one(state, of_round):
+        key, there = of_round
+        local, gradient = job.method.begin(state), lambda params: grads
+        for _ in range(job.method.period):
+          local = job.method.step(grads, local, state, key=key, grad_fn=gradient)
+        weight = jnp.where(there, 1.0, 0.0)
+        return workers.sync(job, local, state, weight, key, there), None
+
+      keys = jax.random.split(KEY, int(attended.sum()))
+      of = jnp.asarray(np.cumsum(attended) - 1)
+      first = job.method.init(jax.tree.map(jnp.ones_like, grads))
+      drawn_ = (keys[of], jnp.asarray(attended)) if counted else (keys, jnp.ones(len(keys), bool))
+      return jax.lax.scan(one, first, drawn_)[0]
+
+    return {n: (rounds(job, True), rounds(job, False)) for n, job in jobs.items()}
+
+  attended = np.asarray([True, True, True, False, True, False, False, True])
+  program = jax.jit(jax.vmap(lambda grads: worker(grads, attended), axis_name="data"))
+  for name, (with_empty, without) in program(grads).items():
+    for a, b in zip(jax.tree.leaves(with_empty), jax.tree.leaves(without), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7, err_msg=name)
 
 
 @pytest.mark.parametrize("executor", ["simulate", "spmd"])
@@ -354,6 +409,8 @@ RATE = "linear_schedule(0.0, 0.1, 4)"
     f"marina({RATE}, gather_mean(qsgd()))",
     f"dc_asgd({RATE}, mean(), constant(1))",
     f"hogwild({RATE}, mean(), bound=2)",
+    "slow_mo(sgd(linear_schedule(0.000001, 0.1, 4), momentum=0.9), mean(), period=4, "
+    "learning_rate=linear_schedule(0.000001, 0.1, 4), slow_momentum=0.5)",
   ],
 )
 def test_a_rate_that_starts_at_zero_is_a_rate(spec):
@@ -364,6 +421,31 @@ def test_a_rate_that_starts_at_zero_is_a_rate(spec):
   end = task.loss(run.rounds(12).params(), task.train, KEY)
   assert bool(run.metrics["finite"])
   assert float(end) < float(start)
+
+
+@pytest.mark.parametrize(
+  "spec",
+  [
+    "onebit_adam(0.1, error_feedback(two_phase(sign())), warm_up=2)",
+    "zero_one_adam(0.1, error_feedback(two_phase(sign())), warm_up=2, double_every=8)",
+    "marina(0.1, gather_mean(int8()), probability=0.01)",
+  ],
+)
+def test_what_learns_from_first_rounds_learns_from_later_ones(spec):
+  """If those had zero gradients alone, the next ones stand in for them: x^2 / 2 falls from 1."""
+  method = registry.build("method", spec)
+
+  def worker(start):
+    def one(state, number):
+      gradient = lambda params: jax.tree.map(lambda x: jnp.where(number < 3, 0.0, x), params)
+      local = method.begin(state)
+      local = method.step(gradient(local.params), local, state, key=KEY, grad_fn=gradient)
+      return method.sync(local, state, key=jax.random.fold_in(KEY, number)), None
+
+    return method.params(jax.lax.scan(one, method.init({"w": start}), jnp.arange(20))[0])
+
+  found = np.asarray(over_workers(worker, jnp.ones((2, 8)))["w"])
+  assert (np.abs(found) < 0.7).all()
 
 
 @pytest.mark.parametrize("when", [0, 2, None])
@@ -403,6 +485,45 @@ NARROW = {
   "gather_mean(natural())", "sum_mean(count_sketch(1, 64))", "gather_mean(sign())",
   "secure_sum(clip=20000.0, bits=24)",
 }  # fmt: skip
+
+
+def test_a_narrow_mean_of_those_present_is_in_range():
+  """Weights are no part of the dtype: five of eight times 50,000 is 50,000, in float16."""
+  mean = registry.build("aggregator", "mean()")
+  rows, there = jnp.full((W, 4), 50000.0, jnp.float16), np.arange(W) < 5
+  ask = lambda x, w, a: mean.aggregate(x, (), KEY, Presence(w, a)).value
+  got = over_workers(ask, rows, np.where(there, 1.6, 0).astype(np.float32), there)
+  np.testing.assert_allclose(np.asarray(got, float), 50000, rtol=1e-3)
+
+
+def test_sums_of_a_worker_s_own_are_wide():
+  """1,024 mini-batches of a gradient of one, in bfloat16, are one; and so is a mean of iterates."""
+  x, ones = {"w": jnp.zeros(3, jnp.bfloat16)}, {"w": jnp.ones(3, jnp.bfloat16)}
+  method = registry.build("method", "data_parallel(sgd(1.0), mean(), period=1024)")
+  control = registry.build("method", "scaffold(0.001, mean(), period=1024)")
+  still = registry.build("method", "averaged(data_parallel(sgd(1.0), mean()))")
+
+  def rounds(_):
+    found = {}
+    for name, each in {"mean": method, "control": control}.items():
+      state = each.init(x)
+      step = lambda local, _, m=each, s=state: (m.step(ones, local, s, key=KEY), None)
+      local = jax.lax.scan(step, each.begin(state), length=1024)[0]
+      found[name] = each.sync(local, state, key=KEY)
+    state = still.init(x)
+
+    def one(state, number):
+      grads = jax.tree.map(lambda g: -g * (number == 100), ones)
+      local = still.step(grads, still.begin(state), state, key=KEY)
+      return still.sync(local, state, key=KEY), None
+
+    found["averaged"] = still.params(jax.lax.scan(one, state, jnp.arange(2000))[0])
+    return found
+
+  found = over_workers(rounds, jnp.zeros(2))
+  np.testing.assert_allclose(np.asarray(found["mean"].params["w"], float), -1)
+  np.testing.assert_allclose(np.asarray(found["control"].control["w"], float), 1)
+  np.testing.assert_allclose(np.asarray(found["averaged"]["w"], float), 0.95, rtol=0.01)
 
 
 @pytest.mark.parametrize("count", [8, 1024])

@@ -207,7 +207,7 @@ def test_a_minority_that_sends_what_is_no_number_does_not_poison(sent):
 
 
 def test_what_the_attackers_send():
-  echo = Aggregator(lambda params: (), lambda x, state, key: Aggregate(x, x, state))
+  echo = Aggregator(lambda params: (), lambda x, state, key, _=None: Aggregate(x, x, state))
 
   @jax.jit
   @partial(jax.vmap, axis_name="data")

@@ -105,6 +105,7 @@ def a_little_is_enough(
   def lie(tree, key, count, active):
     del key
     distance = largest_unnoticed(count, faulty) if z is None else z
+    tree = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
     mean = _honest_mean(tree, faulty, count, active, axis)
     squares = jax.tree.map(lambda x, m: (x - m) ** 2, tree, mean)
     variance = _honest_mean(squares, faulty, count, active, axis)

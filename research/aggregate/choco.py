@@ -63,9 +63,12 @@ def choco(
     like = jax.ShapeDtypeStruct(x.shape, x.dtype)
     payload = compressor.encode(x - known, key, collectives.worker_key(key, axis))
     change = compressor.decode(payload, like, key)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    far = pull.astype(wide)
     for weight, other in heard(shifts, payload, axis):
-      pull += (weight * (compressor.decode(other, like, key) - change)).astype(x.dtype)
-    return x + gamma * pull, known + change, pull
+      nearer = compressor.decode(other, like, key).astype(wide) - change.astype(wide)
+      far += (weight * nearer).astype(wide)
+    return (x + gamma * far).astype(x.dtype), known + change, far.astype(x.dtype)
 
   def init(params):
     zeros = jax.tree.map(jnp.zeros_like, params)

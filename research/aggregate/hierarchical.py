@@ -22,7 +22,9 @@ def hierarchical(inner: Aggregator, *, fast: str = "data", slow: str = "slice") 
   1 / F of the inner payload per worker, and the fast ones two exact all-reduce halves. What the
   inner aggregator did not send of m_s[f] is owed by the worker of that chunk, F times over:
   sent_i = x_i - F (m_s[f] - sent_s[f]) there, and x_i elsewhere; the mean over the slice is exact,
-  so a memory belongs around: `error_feedback(hierarchical(two_phase(int8(), axis='slice')))`. To an
+  so a memory belongs around: `error_feedback(hierarchical(two_phase(int8(), axis='slice')))`. Where
+  workers may be absent, those present in a slice owe equal shares of every chunk instead, of which
+  they tell each other: another gather over the fast links. To an
   inner rule that selects or votes, a slice is as one worker: the weighted mean of its workers
   present, absent if none of them is.
 
@@ -67,7 +69,11 @@ def hierarchical(inner: Aggregator, *, fast: str = "data", slow: str = "slice") 
 
     back = lambda v, x: _whole(collectives.gather(v, fast), x, slices)
     whole_value = jax.tree.map(back, value, tree)
-    return Aggregate(whole_value, jax.tree.map(less, tree, parts, means, sent), link)
+    if presence.active is True:
+      return Aggregate(whole_value, jax.tree.map(less, tree, parts, means, sent), link)
+    here = collectives.total(jnp.where(presence.active, 1.0, 0.0), fast)
+    share = lambda x, m, s: (x - width / jnp.maximum(here, 1) * back(m - s, x)).astype(x.dtype)
+    return Aggregate(whole_value, jax.tree.map(share, tree, means, sent), link)
 
   return Aggregator(
     lambda params: inner.init(chunk_of(params)),

@@ -18,7 +18,6 @@ def mean(axis: collectives.Axes = WORKER_AXES) -> Aggregator:
 
   def aggregate(tree, state, key, presence=EVERYONE):
     del key
-    sent = weighted(tree, presence)
-    return Aggregate(collectives.mean(sent, axis), sent, state)
+    return Aggregate(collectives.mean(tree, axis, presence), weighted(tree, presence), state)
 
   return Aggregator(lambda params: (), aggregate, frozenset({"dense"}), plain(), Sum(axis))

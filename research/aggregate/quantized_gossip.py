@@ -6,6 +6,7 @@ Neither finds the mean: values that do not tend to zero leave errors that do not
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from research.aggregate.composition import traits_of
 from research.aggregate.presence import need_everyone
@@ -73,11 +74,12 @@ def _gossip(
     like = jax.ShapeDtypeStruct(x.shape, x.dtype)
     payload = compressor.encode(x, key, collectives.worker_key(key, axis))
     sent = compressor.decode(payload, like, key)
-    value = x
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    value, own = x.astype(wide), from_(x, sent).astype(wide)
     for weight, other in heard(shifts, payload, axis):
-      nearer = compressor.decode(other, like, key) - from_(x, sent)
-      value += (weight * nearer).astype(x.dtype)
-    return value, sent
+      nearer = compressor.decode(other, like, key).astype(wide) - own
+      value += (weight * nearer).astype(wide)
+    return value.astype(x.dtype), sent
 
   def aggregate(tree, state, key, presence=EVERYONE):
     need_everyone(name, presence)

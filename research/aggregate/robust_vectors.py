@@ -146,9 +146,10 @@ def geometric_median(
       near = jnp.isfinite(distances) & counts
       beta = jnp.where(near, 1 / jnp.maximum(smoothing, distances), 0)
       total = jnp.sum(beta)
-      if roll is not None:
-        total = jnp.where(roll.count > 0, total, 1)
-      return jax.tree.map(lambda x: _weighted(beta / total, x), everyone), None
+      nowhere = (total == 0) & (True if roll is None else roll.count > 0)
+      weights = beta / jnp.where(total > 0, total, 1)
+      visible = lambda x: jnp.where(nowhere, jnp.nan, _weighted(weights, x))
+      return jax.tree.map(visible, everyone), None
 
     start = jax.tree.map(lambda x: middle(x, lambda n: (n - 1) // 2, roll), everyone)
     v, _ = lax.scan(move, start, length=iterations)

@@ -8,8 +8,7 @@ import numpy as np
 
 from research.aggregate import masks, shamir
 from research.aggregate.hiding import Sum
-from research.aggregate.presence import weighted
-from research.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Array, Key, Tree
+from research.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Array, Key, Presence, Tree
 from research.comm import collectives
 
 
@@ -33,8 +32,10 @@ def secure_sum(
   between. From the shares that U holds, the b_i of U and the s_ij of the others come back, never
   both of one worker, and the masks are computed from these. z is the plain sum, bit for bit. If U
   has fewer than t = ceil(threshold W) members no share is shown and the round is refused: value
-  and sent are zero on all workers. A worker that sits the round out sends masked zeros; where that
-  meets a `dropout`, the mean is over the weights of U, which everyone tells.
+  and sent are zero on all workers.
+
+  Workers that count differently send w_i x_i / max_j w_j, of values clipped before, and tell their
+  weights: one that sits the round out sends masked zeros. The mean is over the weights of U.
 
   What it hides: a curious server that follows the protocol and sees all y_i and all shares shown
   learns the sum over U and no more, alone or together with up to t - 1 workers, if the outputs of
@@ -67,7 +68,7 @@ def secure_sum(
   _check(clip, bits, threshold, dropout)
 
   def aggregate(tree, state, key, presence=EVERYONE):
-    tree = weighted(tree, presence)
+    own, most = _shares(presence, axis)
     count, here = collectives.worker_count(axis), collectives.worker_index(axis)
     _check_ring(bits, count)
     quorum = quorum_of(threshold, count)
@@ -77,7 +78,7 @@ def secure_sum(
     held = collectives.exchange(shares.astype(jnp.uint16), axis).astype(jnp.uint32)
 
     alive = jax.random.uniform(dropout_key, (count,)) >= dropout
-    ring = jax.tree.map(lambda x: quantize(x, clip, bits), tree)
+    ring = jax.tree.map(lambda x: quantize(_clipped(x, clip) * own, clip, bits), tree)
     message = jax.tree.map(jnp.add, ring, masks.mask(seeds, here, ring))
     received = collectives.total(_where(alive[here], message), axis)
     shown = reveal(held, alive, quorum) * shamir.weights(alive)[here] % shamir.PRIME
@@ -87,16 +88,15 @@ def secure_sum(
     survivors = jnp.sum(alive, dtype=jnp.int32)
     accepted, members = survivors >= quorum, jnp.maximum(survivors, 1)
     if dropout and presence is not EVERYONE:  # of all weights, which part is that of U
-      own = jnp.where(presence.active, jnp.asarray(presence.weight, jnp.float32), 0)
       of_those, of_all = collectives.total((jnp.where(alive[here], own, 0), own), axis)
       accepted &= of_those > 0
       members = count * of_those / jnp.where(of_all > 0, of_all, 1)
       members = jnp.where(of_those > 0, members, 1)
-    broken = alive[here] & ~_all_finite(tree)
+    broken = alive[here] & (own > 0) & ~_all_finite(tree)
     any_broken = collectives.total(broken.astype(jnp.int32), axis) > 0
 
     def back(ring, members, is_nan, counts):
-      values = lambda r, x: dequantize(r, clip, bits, members).astype(x.dtype)
+      values = lambda r, x: dequantize(r, clip, bits, members / most).astype(x.dtype)
       visible = lambda x: jnp.where(is_nan, jnp.full_like(x, jnp.nan), x)
       return _where(counts, jax.tree.map(lambda r, x: visible(values(r, x)), ring, tree))
 
@@ -109,6 +109,20 @@ def secure_sum(
   return Aggregator(lambda params: (), aggregate, frozenset(traits), privacy=seen)
 
 
+def _shares(presence: Presence, axis: collectives.Axes) -> tuple[Array | float, Array | float]:
+  """This worker's weight over the largest of all, which comes second."""
+  if presence is EVERYONE:
+    return 1.0, 1.0
+  own = jnp.where(presence.active, jnp.asarray(presence.weight, jnp.float32), 0)
+  most = jnp.max(collectives.gather(own, axis))
+  return own / jnp.where(most > 0, most, 1), most
+
+
+def _clipped(x: Array, clip: float) -> Array:
+  """float32 in [-clip, clip], zero for what is not finite."""
+  return jnp.clip(jnp.where(jnp.isfinite(x), x, 0).astype(jnp.float32), -clip, clip)
+
+
 def quorum_of(threshold: float, workers: int) -> int:
   """t, the fewest workers that make a round: ceil(threshold W)."""
   return max(1, math.ceil(threshold * workers - 1e-9))
@@ -117,8 +131,7 @@ def quorum_of(threshold: float, workers: int) -> int:
 def quantize(x: Array, clip: float, bits: int) -> Array:
   """Fixed point in Z_{2^32}, uint32: the nearest multiple of clip / (2^(bits-1) - 1)."""
   levels = 2 ** (bits - 1) - 1
-  finite = jnp.where(jnp.isfinite(x), x, 0).astype(jnp.float32)
-  codes = jnp.round(jnp.clip(finite, -clip, clip) * (levels / clip)).astype(jnp.int32)
+  codes = jnp.round(_clipped(x, clip) * (levels / clip)).astype(jnp.int32)
   return jnp.clip(codes, -levels, levels).view(jnp.uint32)
 
 

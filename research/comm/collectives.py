@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from research.base import WORKER_AXES, Array, Key, Tree, platform
+from research.base import EVERYONE, WORKER_AXES, Array, Key, Presence, Tree, platform
 
 Axes = str | Sequence[str]
 _OWN = 0x776F726B
@@ -84,34 +84,54 @@ def round_keys(key: Key, number: Array) -> Key:
   return jax.random.split(jax.random.fold_in(key, number), 3)
 
 
-def mean(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
-  """The mean over workers, equal on all of them: one all-reduce of each leaf's size.
+def mean(tree: Tree, axes: Axes = WORKER_AXES, presence: Presence = EVERYONE) -> Tree:
+  """The mean over workers of what they have, equal on all of them: an all-reduce of each leaf.
 
-  Floats of 16 bits and fewer travel as such, and are divided before they are added up, since their
-  sum may be out of range where their mean is not. Simulated workers' are added up in float32.
+      1/W sum_i weight_i x_i, where nothing counts that an absent worker has
+
+  Floats of 16 bits and fewer travel as such, and are weighted and divided before they are added up,
+  since a product or a sum may be out of range where the mean is not. Simulated workers' are added
+  up in float32; on devices float16 terms below 6e-8 W lose digits.
   """
-  names = in_scope(axes)
-  one = lambda x: _mean_of_narrow(x, names) if _is_narrow(x) else lax.pmean(x, names)
+  names, (weight, active) = in_scope(axes), presence
+
+  def one(x):
+    if presence is EVERYONE:
+      return _mean_as(x.dtype, x, names)
+    wide = x.astype(jnp.float32) if _is_narrow(x) else x
+    share = jnp.where(active, (weight * wide).astype(wide.dtype), 0)
+    return _mean_as(x.dtype, share, names)
+
   return jax.tree.map(one, tree)
 
 
-def _is_narrow(x: Array) -> bool:
+def _is_narrow(x: Array | jax.ShapeDtypeStruct) -> bool:
   return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
 
 
-def _mean_of_narrow(x: Array, names: tuple[str, ...]) -> Array:
+def _mean_as(dtype: Any, x: Array, names: tuple[str, ...]) -> Array:
+  """The mean over workers in a dtype, in which it travels; x may be wider."""
+  if not _is_narrow(jax.ShapeDtypeStruct((), dtype)):
+    return lax.pmean(x, names)
   count = math.prod(lax.axis_size(name) for name in names)
-  wide = lambda x: x.astype(jnp.float32)
 
   def send(x):
-    return lax.psum((wide(x) / count).astype(x.dtype), names)
+    return lax.psum((x.astype(jnp.float32) / count).astype(dtype), names)
 
   def simulated(size, x, here):
     rest = tuple(name for i, name in enumerate(names) if i != here)
-    of_axis = jnp.mean(wide(x), 0)
-    return (lax.pmean(of_axis, rest) if rest else of_axis).astype(x.dtype)
+    of_axis = jnp.mean(x.astype(jnp.float32), 0)
+    return (lax.pmean(of_axis, rest) if rest else of_axis).astype(dtype)
 
-  return _by_axis(send, simulated, x, names, is_shared=True)
+  @jax.custom_jvp
+  def found(x):
+    return _by_axis(send, simulated, x, names, is_shared=True)
+
+  @found.defjvp
+  def _tangent(primals, tangents):
+    return found(*primals), lax.pmean(tangents[0].astype(dtype), names)
+
+  return found(x)
 
 
 def packed_mean(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:

@@ -10,7 +10,7 @@ from research.base import Array, Method, Params, State
 
 class AveragedState(NamedTuple):
   inner: State
-  mean: Params  # of the iterates after the burn-in
+  mean: Params  # of the iterates after the burn-in, float32 or wider
   count: Array  # int32, rounds so far
 
 
@@ -35,7 +35,8 @@ def averaged(inner: Method, *, burn_in: int = 0) -> Method:
     raise ValueError(f"burn_in={burn_in}; it counts rounds and is at least 0")
 
   def init(params):
-    return AveragedState(inner.init(params), params, jnp.zeros((), jnp.int32))
+    wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return AveragedState(inner.init(params), jax.tree.map(wide, params), jnp.zeros((), jnp.int32))
 
   def begin(state):
     return inner.begin(state.inner)
@@ -57,4 +58,6 @@ def averaged(inner: Method, *, burn_in: int = 0) -> Method:
   inner_onto = inner.onto
   onto = inner_onto and (lambda project: averaged(inner_onto(project), burn_in=burn_in))
   rest = (inner.period, over, of_rounds, inner.later, inner.epochs, inner.one_by_one, onto)
-  return Method(init, begin, step, sync, lambda state: state.mean, *rest)
+  narrowed = lambda m, x: m.astype(x.dtype)
+  params = lambda state: jax.tree.map(narrowed, state.mean, inner.params(state.inner))
+  return Method(init, begin, step, sync, params, *rest)

@@ -21,7 +21,7 @@ class DataParallelState(NamedTuple):
 
 class DataParallelLocal(NamedTuple):
   params: Params
-  grads: Tree  # mean gradient over the round's mini-batches so far
+  grads: Tree  # mean gradient over the round's mini-batches so far, float32 or wider
 
 
 def data_parallel(
@@ -55,22 +55,26 @@ def data_parallel(
 
   def from_(params, own):
     del own
-    return DataParallelLocal(params, jax.tree.map(jnp.zeros_like, params))
+    wide = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
+    return DataParallelLocal(params, jax.tree.map(wide, params))
 
   def step(grads, local, state, *, key, grad_fn=None):
     del state, key, grad_fn
     return local._replace(grads=jax.tree.map(lambda a, g: a + g / first, local.grads, grads))
 
+  narrowed = lambda g, x: g.astype(x.dtype)
+
   def sync(local, state, *, key, weight=1.0, active=True):
     presence = presence_of(weight, active)
-    value, _, link = aggregator.aggregate(local.grads, state.link, key, presence)
+    grads = jax.tree.map(narrowed, local.grads, state.params)
+    value, _, link = aggregator.aggregate(grads, state.link, key, presence)
     updates, optimizer = inner.update(value, state.inner, state.params)
     return DataParallelState(optax.apply_updates(state.params, updates), optimizer, link)
 
   over = lambda wrap: data_parallel(inner, wrap(aggregator), period=period)
   of_rounds = lambda period, _: data_parallel(inner, aggregator, period=period)
   onto = lambda project: data_parallel(projected(inner, project), aggregator, period=period)
-  end = lambda local, params: (local.grads, ())
+  end = lambda local, params: (jax.tree.map(narrowed, local.grads, params), ())
   way, params = aggregator.link, lambda state: state.params
   served = way and Served(lambda params: (), from_, step, end, inner, way)
   method = Method(init, begin, step, sync, params, first, over, of_rounds, later)

@@ -68,7 +68,8 @@ def hierarchical_local_sgd(
 
   def sync(local, state, *, key, weight=1.0, active=True):
     fast_key, slow_key = jax.random.split(key)
-    of_slice = collectives.mean(jnp.where(active, weight, 0.0), _FAST)
+    there = weight if active is True else jnp.where(active, weight, 0.0)
+    of_slice = collectives.mean(there, _FAST)
     own = weight / jnp.where(of_slice > 0, of_slice, 1)
     change = minus(local.params, state.params)
     _check_fast(fast, change, state.fast, fast_key)
@@ -76,8 +77,8 @@ def hierarchical_local_sgd(
     params = plus(state.params, value)
 
     def between(link):
-      there = presence_of(of_slice, True if active is True else of_slice > 0)
-      value, _, link = slow.aggregate(minus(params, state.common), link, slow_key, there)
+      slice_ = presence_of(of_slice, True if active is True else of_slice > 0)
+      value, _, link = slow.aggregate(minus(params, state.common), link, slow_key, slice_)
       common = plus(state.common, value)
       return common, common, link
 

@@ -44,10 +44,11 @@ def marina(
       g^k = g^{k-1} + aggregate_i(weight_i (grad f_i(x^k) - grad f_i(x^{k-1})))     otherwise
       x^{k+1} = x^k - gamma_k g^k
 
-  with g^0 whole. The coin is a hash of (k, seed), so that all workers have the same one and what a
-  round sends is known without running it. The differences vanish as the method converges, and with
-  them what compression loses: with whole local gradients the optimum is reached exactly. With
-  mini-batches both gradients are of the same one, and g stays as noisy as they are.
+  with g^0 whole. While g^{k-1} is zero, what is left of it is the gradient itself. The coin is a
+  hash of (k, seed), so that all workers have the same one and what a round sends is known without
+  running it. The differences vanish as the method converges, and with them what compression loses:
+  with whole local gradients the optimum is reached exactly. With mini-batches both gradients are of
+  the same one, and g stays as noisy as they are.
 
   Args:
     learning_rate: gamma, constant or a schedule by rounds.
@@ -97,7 +98,9 @@ def _marina(
       return state._replace(estimate=estimate, exact=link)
 
     def corrected(state):
-      value, _, link = aggregator.aggregate(local.change, state.link, key, presence)
+      begun = jnp.any(jnp.asarray([jnp.any(g != 0) for g in jax.tree.leaves(state.estimate)]))
+      missing = jax.tree.map(lambda d, g: jnp.where(begun, d, g), local.change, local.grads)
+      value, _, link = aggregator.aggregate(missing, state.link, key, presence)
       return state._replace(estimate=plus(state.estimate, value), link=link)
 
     is_whole = (state.count == 0) | coin(state.count, probability, seed)

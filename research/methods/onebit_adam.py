@@ -53,7 +53,8 @@ def onebit_adam(
 
   The paper's Adam has no bias correction; here the warm-up is `optax.adam` with it, and goes on
   with it, since the step would otherwise grow (1 - b2^T_w)^(-1/2) times, thrice for T_w = 100.
-  Where v_{T_w} is zero, since no gradient was ever seen, there is no step: signs have no zero.
+  Where v_{T_w} is zero, since no gradient was ever seen, there is no step: signs have no zero. If
+  all of it is, the first round after the warm-up that brings anything stands in for it.
 
   Args:
     learning_rate: gamma, constant or a schedule by rounds.
@@ -94,6 +95,12 @@ def mixed(decay: float, average: Tree, new: Tree) -> Tree:
   return jax.tree.map(lambda a, x: decay * a + (1 - decay) * x, average, new)
 
 
+def if_unseen(variance: Tree, first: Tree) -> Tree:
+  """The variance, or a first one if all of it is zero."""
+  nothing = jnp.all(jnp.asarray([jnp.all(v == 0) for v in jax.tree.leaves(variance)]))
+  return jax.tree.map(lambda v, x: jnp.where(nothing, x, v).astype(v.dtype), variance, first)
+
+
 def _onebit_adam(
   learning_rate: float | optax.Schedule,
   exact: Aggregator,
@@ -118,7 +125,10 @@ def _onebit_adam(
     def frozen(state):
       mine = mixed(adam.b1, state.momentum, local.grads)
       m, _, link = aggregator.aggregate(mine, state.link, key, presence)
-      return state._replace(momentum=m, link=link)
+      seen = jax.tree.map(lambda m: m / (1 - adam.b1), m)  # the mean gradient, after zeros alone
+      correction = 1 - adam.b2 ** jnp.minimum(state.count + 1, warm_up)
+      v = if_unseen(state.variance, jax.tree.map(lambda g: correction * g**2, seen))
+      return state._replace(momentum=m, variance=v, link=link)
 
     after = lax.cond(state.count < warm_up, warming, frozen, state)
     count = state.count + 1

@@ -60,10 +60,9 @@ def post_local_sgd(
 
     count = state.count + 1
     due = (count <= switch) | ((count - switch) % period == 0)
-    alone = lambda link: (local.params, state.common, link)
+    alone = lambda link: (kept(active, local.params, state.params), state.common, link)
     params, common, link = lax.cond(due, average, alone, state.link)
-    params, own = kept(active, (params, local.inner), (state.params, state.inner))
-    return PostLocalState(params, common, own, link, count)
+    return PostLocalState(params, common, kept(active, local.inner, state.inner), link, count)
 
   over = lambda wrap: post_local_sgd(inner, wrap(aggregator), period=period, switch=switch)
   return Method(init, begin, stepping(inner), sync, lambda state: state.params, 1, over)

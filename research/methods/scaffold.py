@@ -24,7 +24,7 @@ class ScaffoldState(NamedTuple):
 
 class ScaffoldLocal(NamedTuple):
   params: Params  # y_i
-  slopes: Params  # sum of grad f_i(y_i) over the steps
+  slopes: Params  # sum of grad f_i(y_i) over the steps, float32 or wider
   steps: Array  # int32, K_i
 
 
@@ -72,7 +72,8 @@ def scaffold(
   refuse("scaffold", aggregator)
 
   def begin(state):
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    wide = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
+    zeros = jax.tree.map(wide, state.params)
     return ScaffoldLocal(state.params, zeros, jnp.zeros((), jnp.int32))
 
   def step(grads, local, state, *, key, grad_fn=None):

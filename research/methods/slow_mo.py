@@ -42,8 +42,8 @@ def slow_mo(
     aggregator: how the workers' changes of the model become one.
     period: tau, local steps per round, or [[first round, tau], ...] where it changes.
     learning_rate: gamma, that of the inner optimizer: give its schedule, by local steps, if it has
-      one. gamma_t is its value at the first step of round t; where it is zero nothing is added to
-      the momentum. A constant one cancels.
+      one. gamma_t is its mean over the steps of round t, where the paper's is constant in a round;
+      a round without any adds nothing to the momentum. A constant one cancels.
     slow_learning_rate: alpha.
     slow_momentum: beta.
 
@@ -68,7 +68,7 @@ def slow_mo(
 
   def update(updates, state, params=None):
     del params
-    rate = rate_at(learning_rate, state.count * period)
+    rate = _mean_rate(learning_rate, state.count, period)
     moving = rate > 0  # where it is not, the local steps were none
     in_rates = lambda change: jnp.where(moving, change / jnp.where(moving, rate, 1), 0)
     accumulate = lambda u, change: (slow_momentum * u + in_rates(change)).astype(u.dtype)
@@ -78,3 +78,11 @@ def slow_mo(
 
   outer = optax.GradientTransformation(init, update)
   return diloco(inner, outer, aggregator, period=period)
+
+
+def _mean_rate(learning_rate: float | optax.Schedule, number: Array, period: Period) -> Array:
+  """gamma_t of a round."""
+  if not callable(learning_rate) or not isinstance(period, int):
+    return rate_at(learning_rate, number)
+  steps = number * period + jnp.arange(period)
+  return jnp.mean(jax.vmap(lambda step: rate_at(learning_rate, step))(steps))

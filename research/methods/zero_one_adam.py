@@ -13,7 +13,7 @@ from research.aggregate.presence import kept, presence_of
 from research.base import Aggregator, Array, Method, Params, State, Tree
 from research.methods.decentralized import GradientLocal, kept_gradient
 from research.methods.local import check_steps, plus
-from research.methods.onebit_adam import Moments, checked_moments, mixed
+from research.methods.onebit_adam import Moments, checked_moments, if_unseen, mixed
 from research.methods.signum import check_rate, rate_at
 
 
@@ -71,7 +71,8 @@ def zero_one_adam(
 
   There is no bias correction, as in the paper. Other than there, a round of T_v steps with the
   variance that it has just found: v_0 = 0 would make the first step 1 / sqrt(eps) times too long.
-  Where v is zero, since no gradient was ever seen, there is no step: signs have no zero.
+  Where v is zero, since no gradient was ever seen, there is no step: signs have no zero. If all of
+  it is, the first exchange that brings anything stands in for it.
 
   T_v are the first `warm_up` rounds at intervals of 2^floor(j / kappa) after its j-th. T_u is every
   round of the warm-up; then the interval, at first 1, doubles every so many rounds. As the variance
@@ -141,6 +142,9 @@ def _zero_one_adam(
       rates = jnp.where(moving, state.rates, 1)
       approximate = lambda u, m: jnp.where(moving, u / rates, m).astype(m.dtype)
       m = jax.tree.map(approximate, total, state.momentum)
+      first = jax.tree.map(lambda m: (m / (1 - adam.b1)) ** 2, m)
+      v = if_unseen(state.variance, jax.tree.map(lambda x: jnp.where(moving, x, 0), first))
+      state = state._replace(variance=v)
       x, u, rates = descended(state, total), jax.tree.map(jnp.zeros_like, total), 0 * rates
       m, u = kept(active, (m, u), (state.momentum, state.buffer))
       return state._replace(params=x, momentum=m, buffer=u, rates=rates, link=link)

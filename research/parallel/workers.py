@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from research.aggregate.blockwise import blockwise, is_counter
+from research.aggregate.blockwise import blockwise
 from research.aggregate.mean import mean
 from research.base import Array, Batch, Data, Key, Local, State, TrainState, Tree, value_and_grad
 from research.comm import collectives, wire
@@ -115,16 +115,15 @@ def sync(
 ) -> State:
   """The part of a round that communicates; runs with the worker axes in scope.
 
-  A round in which nobody takes part leaves everything as it was, but for the counts of rounds, on
-  which depends what later ones send, and for noise, which hides whether anybody did.
+  A round in which nobody takes part leaves everything as it was, counts of rounds and all, but for
+  noise, which hides whether anybody did.
   """
   if not job.sampling_rate and not job.dropout:
     return job.method.sync(local, state, key=key, weight=1.0 if job.even else weight)
   after = job.method.sync(local, state, key=key, weight=weight, active=weight > 0)
   if "noise" in traits(job.method):
     return after
-  one = lambda new, old: new if is_counter(new) else jnp.where(anybody, new, old)
-  return jax.tree.map(one, after, state)
+  return jax.tree.map(lambda new, old: jnp.where(anybody, new, old), after, state)
 
 
 def infer_layout(job: Job) -> layouts.Layout:

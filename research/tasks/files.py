@@ -6,7 +6,6 @@ import gzip
 import hashlib
 import http.client
 import io
-import json
 import logging
 import shutil
 import urllib.error
@@ -132,7 +131,7 @@ class NoCache(ValueError):
 def kept(relative: str, make: Callable[[], str]) -> str:
   """The text that `make` returns, from the user's cache if it is there and undamaged.
 
-  It is kept as JSON, {"sha256", "content"}; a file that does not match its SHA-256 is replaced.
+  It is kept behind a line with its SHA-256; a file that does not match that is replaced.
   Without a cache, or one that can be written, the text is made each time.
 
   Args:
@@ -144,17 +143,14 @@ def kept(relative: str, make: Callable[[], str]) -> str:
     return make()
   path = root / relative
   if path.is_file():
-    try:
-      found = json.loads(path.read_bytes())
-      if found["sha256"] == _sha256(found["content"]):
-        return found["content"]
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-      pass  # as a text that does not match
+    digest, _, content = path.read_bytes().decode(errors="replace").partition("\n")
+    if digest == _sha256(content):
+      return content
     logging.getLogger(__name__).warning("%s is damaged and is made again", path)
   content = make()
   try:
     with whole(path) as partial:
-      partial.write_text(json.dumps({"sha256": _sha256(content), "content": content}))
+      partial.write_bytes(f"{_sha256(content)}\n{content}".encode())
   except OSError as error:
     logging.getLogger(__name__).warning("%s cannot be kept for other runs (%s)", path, error)
   return content

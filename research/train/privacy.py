@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from research.aggregate import private
 from research.aggregate.hiding import Noise, Sum, is_wide
-from research.base import Aggregate, Aggregator
+from research.base import EVERYONE, Aggregate, Aggregator
 from research.comm import mesh as meshes
 from research.comm import wire
 from research.comm.collectives import Axes
@@ -161,8 +161,8 @@ def _adds_noise(job: Job, layout: Layout) -> bool:
 def _silent(inner: Aggregator) -> Aggregator:
   """A noisy aggregator without its communication, which a traced program shows by name."""
 
-  def noisy_exchange(tree, state, key):
-    del key
+  def noisy_exchange(tree, state, key, presence=EVERYONE):
+    del key, presence
     return Aggregate(tree, tree, state)
 
   if "noise" not in inner.traits:
