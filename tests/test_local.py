@@ -144,7 +144,7 @@ def hierarchical(ours: Transcribed) -> np.ndarray:
 def slow_mo_(ours: Transcribed) -> np.ndarray:
   x, u = ours.start, np.zeros_like(ours.start)
   for _ in range(ROUNDS):
-    gamma = rate(ours.steps)
+    gamma = np.mean([rate(ours.steps + h) for h in range(2)])
     ours.step()
     ours.step()
     u = 0.6 * u + (x - ours.mean()) / gamma

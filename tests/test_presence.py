@@ -17,9 +17,9 @@ from side_by_side import regressions, side_by_side
 from table import METHODS, NAMES, SLICED
 
 from research import registry
-from research.base import Aggregator, Chunk, Method, Presence
-from research.parallel import layout
-from research.parallel.job import traits
+from research.base import EVERYONE, Aggregator, Chunk, Method, Presence
+from research.parallel import layout, workers
+from research.parallel.job import Job, traits
 
 W = 8
 ABSENT = np.asarray([False, True, False, False, True, False, True, False])

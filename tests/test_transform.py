@@ -55,7 +55,7 @@ def test_the_optax_face_is_the_method(period, execution):
     local, state = jax.jit(mapped)(examples)
   deployed = jax.tree.map(lambda x: jnp.mean(x, 0), jax.vmap(method.params)(state.state))
   want = simulated(period)
-  for name in {*names} - {*SIGNS}:
+  for name in {*names} - {*SIGNS, "hogwild"}:  # whose delays are drawn from another key
     assert distance(deployed[name], want[name]) <= 1e-6, name
     if name in ("sgd", "adam", "accumulation"):
       assert distance(jax.tree.map(lambda x: x[3], local[name]), want[name]) <= 1e-6
@@ -157,4 +157,5 @@ def test_state_lies_where_its_specs_say(build):
     whole = each.reshape(-1, *each.shape[2:]) if spec != P() else each[0]
     np.testing.assert_allclose(got, whole, rtol=1e-5, atol=1e-6)
     if spec == P():  # one value indeed
-      assert all((x.data == got.addressable_shards[0].data).all() for x in got.addressable_shards)
+      copies = [np.asarray(shard.data) for shard in got.addressable_shards]
+      assert all((copy == copies[0]).all() for copy in copies)

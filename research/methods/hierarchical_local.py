@@ -9,7 +9,7 @@ from jax import lax
 
 from research.aggregate.composition import refuse
 from research.aggregate.presence import kept, presence_of
-from research.base import WORKER_AXES, Aggregator, Array, Key, Method, Params, State, Tree
+from research.base import EVERYONE, WORKER_AXES, Aggregator, Array, Key, Method, Params, State, Tree
 from research.comm import collectives, wire
 from research.methods.local import begin, check_steps, minus, plus, stepping
 
@@ -68,9 +68,10 @@ def hierarchical_local_sgd(
 
   def sync(local, state, *, key, weight=1.0, active=True):
     fast_key, slow_key = jax.random.split(key)
-    there = weight if active is True else jnp.where(active, weight, 0.0)
-    of_slice = collectives.mean(there, _FAST)
-    own = weight / jnp.where(of_slice > 0, of_slice, 1)
+    own, of_slice = weight, weight
+    if presence_of(weight, active) is not EVERYONE:
+      of_slice = collectives.mean(jnp.where(active, weight, 0.0), _FAST)
+      own = weight / jnp.where(of_slice > 0, of_slice, 1)
     change = minus(local.params, state.params)
     _check_fast(fast, change, state.fast, fast_key)
     value, _, fast_link = fast.aggregate(change, state.fast, fast_key, presence_of(own, active))

@@ -142,9 +142,8 @@ def _zero_one_adam(
       rates = jnp.where(moving, state.rates, 1)
       approximate = lambda u, m: jnp.where(moving, u / rates, m).astype(m.dtype)
       m = jax.tree.map(approximate, total, state.momentum)
-      first = jax.tree.map(lambda m: (m / (1 - adam.b1)) ** 2, m)
-      v = if_unseen(state.variance, jax.tree.map(lambda x: jnp.where(moving, x, 0), first))
-      state = state._replace(variance=v)
+      seen = lambda u: jnp.where(moving, u / (rates * (1 - adam.b1)), 0) ** 2
+      state = state._replace(variance=if_unseen(state.variance, jax.tree.map(seen, total)))
       x, u, rates = descended(state, total), jax.tree.map(jnp.zeros_like, total), 0 * rates
       m, u = kept(active, (m, u), (state.momentum, state.buffer))
       return state._replace(params=x, momentum=m, buffer=u, rates=rates, link=link)
