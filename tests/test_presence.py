@@ -299,7 +299,7 @@ def test_a_round_that_nobody_takes_part_in_changes_nothing():
   program = jax.jit(jax.vmap(lambda grads: worker(grads, attended), axis_name="data"))
   for name, (with_empty, without) in program(grads).items():
     for a, b in zip(jax.tree.leaves(with_empty), jax.tree.leaves(without), strict=True):
-      np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7, err_msg=name)
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("executor", ["simulate", "spmd"])
@@ -409,8 +409,8 @@ RATE = "linear_schedule(0.0, 0.1, 4)"
     f"marina({RATE}, gather_mean(qsgd()))",
     f"dc_asgd({RATE}, mean(), constant(1))",
     f"hogwild({RATE}, mean(), bound=2)",
-    "slow_mo(sgd(linear_schedule(0.000001, 0.1, 4), momentum=0.9), mean(), period=4, "
-    "learning_rate=linear_schedule(0.000001, 0.1, 4), slow_momentum=0.5)",
+    "slow_mo(sgd(linear_schedule(0.000001, 0.1, 8)), mean(), period=4, "
+    "learning_rate=linear_schedule(0.000001, 0.1, 8))",
   ],
 )
 def test_a_rate_that_starts_at_zero_is_a_rate(spec):
