@@ -49,7 +49,6 @@ FLAT = SYNCHRONOUS | {
   "consensus_admm": "consensus_admm(0.1, mean(), period=3)",
   "sparta": "sparta(sgd(0.1, momentum=0.9), sum_mean(random_k(0.3)))",
   "d_psgd": "d_psgd(sgd(0.1, momentum=0.9), mean())",
-  "sgp": "sgp(sgd(0.1), exponential())",
   "dgd": "dgd(0.05, mean())",
   "gradient_tracking": "gradient_tracking(0.05, mean())",
   "extra": "extra(0.05, mean())",
@@ -65,17 +64,29 @@ FLAT = SYNCHRONOUS | {
   "staleness_aware": "staleness_aware(data_parallel(sgd(0.05), mean()), constant(2))",
   "dc_asgd": "dc_asgd(0.05, mean(), constant(2))",
   "dc_asgd_constant": "dc_asgd_constant(0.05, mean(), constant(2))",
-  "hogwild": "hogwild(0.005, mean(), bound=3)",
   "asgd": "asgd(sgd(0.05), mean())",
+}
+# The same on graphs of neighbours, who must all be there.
+GRAPHS = {
+  "d_psgd_choco": "d_psgd(sgd(0.1), choco(int8(), ring(), gamma=0.5))",
+  "sgp": "sgp(sgd(0.1, momentum=0.5), one_peer_exponential())",
+  "dgd_torus": "dgd(0.05, gossip(torus()))",
+  "gradient_tracking_ring": "gradient_tracking(0.05, gossip(ring()))",
+  "extra_ring": "extra(0.05, gossip(ring()))",
+  "admm_ring": "admm(0.05, gossip(ring()))",
+}
+# With delays of each worker's own.
+DRAWN = {
+  "delayed_uniform": "delayed(data_parallel(sgd(0.05), mean()), uniform(3))",
+  "delayed_per_worker": "staleness_aware(data_parallel(sgd(0.05), mean()), per_worker([0, 2]))",
+  "hogwild": "hogwild(0.005, mean(), bound=3)",
 }
 # Those that take slices of workers.
 SLICED = {
   "hierarchical_local_sgd": "hierarchical_local_sgd(sgd(0.1, momentum=0.9), mean(axis='data'), "
   "mean(axis='slice'), inner_period=3, outer_period=2)",
 }
-SPECS = FLAT | SLICED
-# Those in which a worker's number matters: it is a place in a graph, or draws with its own key.
-NUMBERED = ("sgp", "hogwild")
+SPECS = FLAT | GRAPHS | DRAWN | SLICED
 # Those that take signs: a sum near zero may have another one in another order.
 SIGNS = ("signum", "signum_vote", "demo")
 
@@ -138,6 +149,7 @@ def methods() -> dict[str, Method]:
 
 METHODS = methods()
 NAMES = [name for name in METHODS if name not in SLICED]
+BASIC = [*SYNCHRONOUS, "drifting", "residual"]
 EXACT = [name for name, spec in SYNCHRONOUS.items() if ", mean()" in spec]
 
 

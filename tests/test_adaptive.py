@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.fft
-from problems import SIMULATED, Running, distance, regression, split
+from problems import SIMULATED, Running, distance, regression
 from side_by_side import regressions, side_by_side
 from test_decentralized import apart
 
@@ -30,7 +30,6 @@ from research.methods.demo import demo
 from research.methods.marina import coin, marina
 from research.methods.onebit_adam import onebit_adam
 from research.methods.signum import signum
-from research.methods.transform import as_optax
 from research.methods.zero_one_adam import Policy, zero_one_adam
 from research.parallel import workers
 
@@ -85,26 +84,6 @@ def test_a_mesh_that_cuts_a_worker_agrees():
   )
   for name in methods:
     assert distance(got[name], want[name]) <= 1e-5, name
-
-
-def test_the_optax_face_is_the_method():
-  method, task = side_by_side(METHODS), regressions(tuple(METHODS))
-  examples, _ = split(regression(), (30,) * 8)
-  params = task.init(jax.random.split(jax.random.key(0))[0])
-  optimizer = as_optax(method)
-
-  def steps(batch):
-    def one(carry, _):
-      params, state = carry
-      grad_fn = lambda params: jax.grad(task.loss)(params, batch, None)
-      updates, state = optimizer.update(grad_fn(params), state, params, grad_fn=grad_fn)
-      return (optax.apply_updates(params, updates), state), None
-
-    return jax.lax.scan(one, (params, optimizer.init(params)), None, ROUNDS)[0]
-
-  local, _ = jax.jit(jax.vmap(steps, axis_name="data"))(examples)
-  for name, want in simulated().params().items():
-    assert distance(jax.tree.map(lambda x: jnp.mean(x, 0), local[name]), want) <= 1e-5, name
 
 
 def flat(tree: Any) -> np.ndarray:

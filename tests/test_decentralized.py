@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import SIMULATED, Running, distance, regression, split
+from problems import SIMULATED, Running, distance, regression
 from side_by_side import regressions, side_by_side
 from test_gossip import one_way
 
@@ -23,7 +23,6 @@ from research.methods.consensus import admm, extra, gradient_tracking
 from research.methods.data_parallel import data_parallel
 from research.methods.decentralized import d_psgd, dgd, sgp
 from research.methods.local import local_sgd
-from research.methods.transform import as_optax
 from research.parallel import layout as layouts
 from research.parallel import workers
 from research.parallel.job import Job
@@ -94,28 +93,6 @@ def test_one_worker_is_the_inner_optimizer():
       velocity = jax.tree.map(lambda v, g, m=momentum: m * v + g, velocity, grads)
       params = jax.tree.map(lambda x, v: x - 0.1 * v, params, velocity)
     assert distance(run.params()[name], params) <= 1e-6, name
-
-
-def test_the_optax_face_is_the_method():
-  task = regressions(tuple(METHODS))
-  examples, _ = split(regression(), (30,) * 8)
-  params = task.init(jax.random.split(jax.random.key(0))[0])
-  method = together(8)
-  optimizer = as_optax(method)
-
-  def steps(batch):
-    def one(carry, _):
-      params, state = carry
-      updates, state = optimizer.update(jax.grad(task.loss)(params, batch, None), state, params)
-      return (optax.apply_updates(params, updates), state), None
-
-    return jax.lax.scan(one, (params, optimizer.init(params)), None, 4)[0]
-
-  local, _ = jax.jit(jax.vmap(steps, axis_name="data"))(examples)
-  want = Running(method, "simulate", SIMULATED, batch_size=None, task=task).rounds(4).params()
-  for name in METHODS:
-    deployed = jax.tree.map(lambda x: jnp.mean(x, 0), local[name])
-    assert distance(deployed, want[name]) <= 1e-6, name
 
 
 def models(run: Running) -> dict[str, np.ndarray]:

@@ -14,7 +14,7 @@ from aggregators import AGGREGATORS, FLAT
 from aggregators import SLICED as SLICES
 from problems import SIMULATED, Running, distance, regression
 from side_by_side import regressions, side_by_side
-from table import METHODS, NAMES, SLICED
+from table import GRAPHS, METHODS, NAMES, SLICED
 
 from research import registry
 from research.base import EVERYONE, Aggregator, Chunk, Method, Presence
@@ -241,7 +241,7 @@ def test_a_lost_round_of_a_worker_reaches_nobody(group):
 
   What a worker keeps for itself then is what it had, or what all that are present received.
   """
-  names = [n for n in NAMES if n != "sgp"] if group == "flat" else list(SLICED)
+  names = [n for n in NAMES if n not in GRAPHS] if group == "flat" else list(SLICED)
   axes = SIMULATED if group == "flat" else SLICED_AXES
   program = some_absent({name: METHODS[name] for name in names}, axes)
   first, second = drawn(4, W), drawn(5, W)
@@ -266,7 +266,7 @@ def test_a_lost_round_of_a_worker_reaches_nobody(group):
 
 def test_a_round_that_nobody_takes_part_in_changes_nothing():
   """Wherever it comes: the state is what the other rounds alone leave, counts and all."""
-  names = [n for n in NAMES if n != "sgp"]
+  names = [n for n in NAMES if n not in GRAPHS]
   more = {
     "uniform": "delayed(data_parallel(sgd(0.1), mean()), uniform(3))",
     "apply_every": "data_parallel(chain(apply_every(4), sgd(0.1)), mean())",

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from problems import SIMULATED, Running, distance, regression, split
 from side_by_side import regressions, side_by_side
-from table import METHODS, SIGNS, SYNCHRONOUS, by_period
+from table import DRAWN, METHODS, SIGNS, SYNCHRONOUS, by_period
 
 from research import registry
 from research.aggregate.mean import mean
@@ -55,7 +55,7 @@ def test_the_optax_face_is_the_method(period, execution):
     local, state = jax.jit(mapped)(examples)
   deployed = jax.tree.map(lambda x: jnp.mean(x, 0), jax.vmap(method.params)(state.state))
   want = simulated(period)
-  for name in {*names} - {*SIGNS, "hogwild", "sparta"}:  # of which the last two draw, by other keys
+  for name in {*names} - {*SIGNS, *DRAWN, "sparta"}:  # some of which draw, by other keys
     assert distance(deployed[name], want[name]) <= 1e-6, name
     if name in ("sgd", "adam", "accumulation"):
       assert distance(jax.tree.map(lambda x: x[3], local[name]), want[name]) <= 1e-6
