@@ -17,6 +17,7 @@ from side_by_side import regressions, side_by_side
 from table import GRAPHS, METHODS, NAMES, SLICED
 
 from research import registry
+from research.aggregate.clipping import clipped
 from research.base import EVERYONE, Aggregator, Chunk, Method, Presence
 from research.parallel import layout, workers
 from research.parallel.job import Job, traits
@@ -494,6 +495,13 @@ def test_a_narrow_mean_of_those_present_is_in_range():
   ask = lambda x, w, a: mean.aggregate(x, (), KEY, Presence(w, a)).value
   got = over_workers(ask, rows, np.where(there, 1.6, 0).astype(np.float32), there)
   np.testing.assert_allclose(np.asarray(got, float), 50000, rtol=1e-3)
+
+
+def test_a_norm_is_wide():
+  """300 four times has the norm 600, whose square float16 does not have: clipped to 1 it is .5."""
+  got = clipped({"w": jnp.full(4, 300.0, jnp.float16)}, 1.0)["w"]
+  assert got.dtype == jnp.float16
+  np.testing.assert_allclose(np.asarray(got, float), 0.5, rtol=1e-3)
 
 
 def test_sums_of_a_worker_s_own_are_wide():

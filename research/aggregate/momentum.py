@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
+from research.aggregate.clipping import clipped
 from research.aggregate.composition import refuse
 from research.aggregate.presence import kept, unweighted, weighted
 from research.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, State, Tree
@@ -68,8 +68,7 @@ def momentum_correction(
   def aggregate(tree, state, key, presence=EVERYONE):
     grads = tree
     if math.isfinite(clip_norm):
-      clip = optax.clip_by_global_norm(clip_norm / math.sqrt(collectives.worker_count(axis)))
-      grads, _ = clip.update(tree, optax.EmptyState())
+      grads = clipped(tree, clip_norm / math.sqrt(collectives.worker_count(axis)))
     grads = weighted(grads, presence)
     pairs = jax.tree.map(accumulate, state.momentum, state.memory, grads)
     u, v = jax.tree.transpose(jax.tree.structure(tree), None, pairs)

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 
 from research.aggregate.blockwise import blockwise
+from research.aggregate.clipping import clipped
 from research.aggregate.mean import mean
 from research.base import Array, Batch, Data, Key, Local, State, TrainState, Tree, value_and_grad
 from research.comm import collectives, wire
@@ -21,13 +21,13 @@ from research.parallel.job import Job, resolved, traits
 def value_and_clipped_grad(job: Job, inside: sharded.Inside) -> Callable[..., tuple[Array, Tree]]:
   """(params, batch, key) -> loss and gradient, this worker's clipped to norm `clip_norm` if > 0."""
   differentiated = value_and_grad(job.task)
-  clip = optax.clip_by_global_norm(job.clip_norm) if job.clip_norm > 0 else optax.identity()
 
-  def clipped(params, batch, key):
+  def clipped_grad(params, batch, key):
     value, grads = differentiated(params, inside.batch(batch), key)
-    return value.astype(jnp.float32), clip.update(inside.grads(grads), clip.init(params))[0]
+    grads = inside.grads(grads)
+    return value.astype(jnp.float32), clipped(grads, job.clip_norm) if job.clip_norm > 0 else grads
 
-  return clipped
+  return clipped_grad
 
 
 def local_phase(
