@@ -114,7 +114,7 @@ def _whole(parts: Array, like: Array, slices: int) -> Array:
 
 
 def _as_one(means: Tree, presence: Presence, fast: str) -> tuple[Tree, Presence]:
-  """A slice's mean by its workers' weights, from that of weighted trees, and its presence."""
+  """A slice as one worker: its weighted mean, from the mean of weighted trees, and its presence."""
   own = jnp.where(presence.active, jnp.asarray(presence.weight, jnp.float32), 0)
   weight = collectives.mean(own, fast)
   share = jnp.where(weight > 0, weight, 1)

@@ -74,7 +74,7 @@ def power_sgd(rank: int = 2, axis: collectives.Axes = WORKER_AXES, *, seed: int 
 
 
 def found(new: Array, old: Array) -> Array:
-  """The columns of a factor [n, r]; those that vanished are the old ones."""
+  """The new factor [n, r], with the old column wherever the new one is zero or not finite."""
   size = jnp.sum(jnp.abs(new), 0)
   return jnp.where((size > 0) & jnp.isfinite(size), new, old)
 

@@ -1,4 +1,4 @@
-"""Who takes part in an exchange, what that weighs, and what becomes of those who do not."""
+"""Partial participation: weights of the workers present, and private state of the absent ones."""
 
 from typing import NamedTuple
 
@@ -10,13 +10,13 @@ from research.comm import collectives
 
 
 def presence_of(weight: float | Array, active: bool | Array) -> Presence:
-  """A worker's presence, `EVERYONE` where all take part and count alike."""
+  """The presence of a worker; `EVERYONE` if all workers participate with equal weight."""
   same = active is True and isinstance(weight, (int, float)) and weight == 1
   return EVERYONE if same else Presence(weight, active)
 
 
 def weighted(tree: Tree, presence: Presence) -> Tree:
-  """A worker's part of a mean over workers: weight_i x_i in x's dtypes, zero if it is absent."""
+  """A worker's term of a weighted mean: weight_i x_i in the dtypes of x, zero if it is absent."""
   if presence is EVERYONE:
     return tree
   weight, active = presence
@@ -25,12 +25,12 @@ def weighted(tree: Tree, presence: Presence) -> Tree:
 
 
 def unweighted(presence: Presence) -> Presence:
-  """The presence of a value that holds its weight already."""
+  """The presence to pass on with a tree that is already multiplied by its weight."""
   return EVERYONE if presence.active is True else Presence(1.0, presence.active)
 
 
 def alike(active: bool | Array) -> Presence:
-  """The presence of a worker that counts as much as any other of those present."""
+  """A presence that gives all participating workers the same weight."""
   if active is True:
     return EVERYONE
   there = jnp.asarray(active, jnp.float32)
@@ -39,14 +39,14 @@ def alike(active: bool | Array) -> Presence:
 
 
 def kept(active: bool | Array, new: Tree, old: Tree) -> Tree:
-  """What a worker keeps for itself after a round: what it had before, if it was absent."""
+  """A worker's private state after a round: the old one if it was absent."""
   if active is True:
     return new
   return jax.tree.map(lambda a, b: jnp.where(active, a, b), new, old)
 
 
 class Roll(NamedTuple):
-  """Who of W workers is present, known to all of them."""
+  """Which of the W workers are present; equal on all workers."""
 
   present: Array  # bool [W]
   count: Array  # int32, how many
@@ -54,7 +54,7 @@ class Roll(NamedTuple):
 
 
 def call_roll(presence: Presence, axis: collectives.Axes) -> Roll | None:
-  """Who is present: every worker tells the others its weight, in 4 bytes. None: everyone is."""
+  """Gathers all workers' weights, 4 bytes each, to find who is present; None if everyone is."""
   if presence.active is True:
     return None
   own = jnp.where(presence.active, presence.weight, 0).astype(jnp.float32)
@@ -64,7 +64,7 @@ def call_roll(presence: Presence, axis: collectives.Axes) -> Roll | None:
 
 
 def need_everyone(name: str, presence: Presence) -> None:
-  """Refuses an exchange among neighbours of which some may be absent or count more than others.
+  """Rejects partial participation and unequal weights in an exchange between neighbours.
 
   Raises:
     ValueError: if the presence is not `EVERYONE`.

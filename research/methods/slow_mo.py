@@ -69,7 +69,7 @@ def slow_mo(
   def update(updates, state, params=None):
     del params
     rate = _mean_rate(learning_rate, state.count, period)
-    moving = rate > 0  # where it is not, the local steps were none
+    moving = rate > 0  # with a rate of zero the local steps changed nothing
     in_rates = lambda change: jnp.where(moving, change / jnp.where(moving, rate, 1), 0)
     accumulate = lambda u, change: (slow_momentum * u + in_rates(change)).astype(u.dtype)
     momentum = jax.tree.map(accumulate, state.momentum, updates)
@@ -81,7 +81,7 @@ def slow_mo(
 
 
 def _mean_rate(learning_rate: float | optax.Schedule, number: Array, period: Period) -> Array:
-  """gamma_t of a round."""
+  """gamma_t, the mean learning rate over the local steps of a round."""
   if not callable(learning_rate) or not isinstance(period, int):
     return rate_at(learning_rate, number)
   steps = number * period + jnp.arange(period)

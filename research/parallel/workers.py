@@ -115,8 +115,8 @@ def sync(
 ) -> State:
   """The part of a round that communicates; runs with the worker axes in scope.
 
-  A round in which nobody takes part leaves everything as it was, counts of rounds and all, but for
-  noise, which hides whether anybody did.
+  A round without participants leaves the whole state unchanged, round counters included. Methods
+  that add noise run it all the same, so that the result does not show whether anyone participated.
   """
   if not job.sampling_rate and not job.dropout:
     return job.method.sync(local, state, key=key, weight=1.0 if job.even else weight)
