@@ -31,10 +31,11 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from experiments import costs, faults, hosts, pairs, rounds, run, servers, speed
-from experiments.turns import shown
+from experiments import run
+from experiments.benchmarks import costs, faults, hosts, pairs, rounds, servers, speed
+from experiments.benchmarks.turns import shown
 from launch import netlab
-from research import paths
+from research.core import paths
 from research.train.config import Config
 
 FLAGS = flags.FLAGS
@@ -57,7 +58,7 @@ def checkpoints(repeats: int) -> list[float]:
 
   from research.parallel import resize
   from research.train import assemble
-  from research.train.checkpoint import Checkpoints
+  from research.train.checkpoint.checkpoint import Checkpoints
 
   config = Config(**pairs.CASES["digits"].flags)
   problem = assemble.assemble(config, assemble.check(config))
@@ -150,7 +151,8 @@ def main(argv: list[str]) -> None:
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")  # to compile for as many hosts
   with run.one_line_errors():
     from research.train import environment as variables
-    from research.train import folder, report
+    from research.train import folder
+    from research.train.reports import report
 
     variables.start_jax()
     out = run.results_folder("out", FLAGS.out) if FLAGS.out else None

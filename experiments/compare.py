@@ -19,7 +19,7 @@ import sys
 from absl import app, flags
 
 from experiments import run
-from experiments.outcomes import Conditions, Outcome, Plan, compared, read_curve
+from experiments.reports.outcomes import Conditions, Outcome, Plan, compared, read_curve
 from research.train.config import Config, UsageError, flag
 
 FLAGS = flags.FLAGS
@@ -92,7 +92,7 @@ def plan(config: Config, label: str, seeds: int) -> Plan:
 
 def names(spec: str, *kinds: str) -> list[str]:
   """The registered names of some kinds that a spec calls, from the outside in."""
-  from research import registry
+  from research.core import registry
 
   legal = {name for kind in kinds for name in registry.TABLE[kind]}
   called = [node.func for node in ast.walk(registry.syntax(spec)) if isinstance(node, ast.Call)]
@@ -117,7 +117,7 @@ def labels(specs: list[str]) -> list[str]:
 
 def parts_of(spec: str) -> tuple[str, list[str]]:
   """The name that a spec calls, and its arguments; none of what is malformed."""
-  from research import registry
+  from research.core import registry
 
   try:
     call = registry.syntax(spec)
@@ -157,7 +157,7 @@ def conditions() -> Conditions:
   """
   import jax
 
-  from research.comm import cost
+  from research.analysis import cost
 
   for name in ("target", "compute_seconds"):
     with flag(name, FLAGS[name].value):
@@ -186,8 +186,8 @@ def main(argv: list[str]) -> None:
     config = run.start()._replace(out=str(out))
     import jax
 
-    from experiments import comparison
-    from research.train import report
+    from experiments.reports import comparison
+    from research.train.reports import report
 
     if FLAGS["method"].present:
       raise UsageError(f"--method='{FLAGS.method}': goes into --methods here")

@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING, Any
 from absl import app, flags
 
 from experiments import compare, run
-from research.comm import chips
+from research.analysis import chips
 from research.train.config import Config, UsageError
 
 if TYPE_CHECKING:
-  from experiments.ahead import Target
+  from experiments.reports.ahead import Target
 
 FLAGS = flags.FLAGS
 # So that libtpu looks for no TPU and several processes may compile at once.
@@ -198,7 +198,7 @@ def grid(text: str, config: Config) -> list[Config]:
 
 def swept(configs: Iterable[Config], target: "Target", effort: float) -> list[dict[str, Any]]:
   """A row for each run, with a line in place of figures for those that cannot be."""
-  from experiments import ahead
+  from experiments.reports import ahead
 
   rows = []
   for config in configs:
@@ -261,7 +261,7 @@ def main(argv: list[str]) -> None:
     out = run.results_folder("out", FLAGS.out) if FLAGS.out else None
     config = run.start()._replace(rounds=1, epochs=0.0, clock="", virtual_seconds=0.0)
     configs = grid(FLAGS.sweep, config) if FLAGS.sweep else [config]
-    from experiments import ahead
+    from experiments.reports import ahead
 
     place = ahead.target(FLAGS.topology, FLAGS.slices)
     if FLAGS.sweep:
@@ -279,7 +279,7 @@ def main(argv: list[str]) -> None:
 
 def _write(folder: Path, found: dict[str, Any], text: str, target: "Target") -> None:
   from research.train import folder as folders
-  from research.train import report
+  from research.train.reports import report
 
   folder.mkdir(parents=True, exist_ok=True)
   described = {

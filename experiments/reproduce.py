@@ -23,8 +23,8 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")
 from absl import app, flags, logging
 
 from experiments.run import one_line_errors, parse_flags, results_folder, use_compilation_cache
-from research import registry
-from research.text import quoted
+from research.core import registry
+from research.core.text import quoted
 from research.train import environment
 from research.train.config import UsageError, flag
 
@@ -109,7 +109,7 @@ def reproduce(name: str, out: Path) -> bool:
   """Runs one claim and writes what came out; whether its gates hold."""
   import jax
 
-  from experiments import claim, settings, verdict
+  from experiments.claims.support import claim, settings, verdict
   from research.train import folder as folders
 
   found, sets = module_of(name), given(FLAGS.set)
@@ -171,7 +171,7 @@ def main(argv: list[str]) -> None:
       raise UsageError("--claim=all: --dataset and --set belong to one claim")
     out = out_folder(bool(FLAGS.dataset or FLAGS.set or FLAGS.seeds))
     held = [reproduce(name, out) for name in names]
-    from experiments import verdict
+    from experiments.claims.support import verdict
 
     verdict.write_overview(out, {name: module_of(name).TITLE for name in CLAIMS})
   sys.exit(0 if all(held) else 1)

@@ -20,9 +20,8 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
-from experiments import streams
-from research import blame, paths  # JAX is imported late
-from research.text import one_line, quoted, shortened, whole_number
+from research.core import blame, paths, streams
+from research.core.text import one_line, quoted, shortened, whole_number
 from research.train import environment
 from research.train.config import Config, UsageError, flag
 
@@ -204,7 +203,8 @@ def one_line_errors() -> Iterator[None]:
     fail(2, str(error))
   import jax
 
-  from research.train import checkpoint, loop
+  from research.train import loop
+  from research.train.checkpoint import checkpoint
 
   codes = {
     UsageError: 2,
@@ -247,7 +247,7 @@ def foreseen(error: Exception) -> tuple[int, str] | None:
   """The exit code and the line of what one process may meet alone; None for a programming error."""
   import jax
 
-  from research.train import checkpoint
+  from research.train.checkpoint import checkpoint
 
   if isinstance(error, checkpoint.SaveError):
     return 5, str(error)
@@ -298,7 +298,7 @@ def start() -> Config:
 def explain_sharding() -> NoReturn:
   """Prints where the leaves of the run's state would lie, and ends."""
   with one_line_errors():
-    from research.train import explain
+    from research.train.reports import explain
 
     explain.imitate_devices(told())
     print(explain.explanation(start()), flush=True)
@@ -342,7 +342,7 @@ def main(argv: list[str]) -> None:
     config = start()
     import jax
 
-    from research.train import report
+    from research.train.reports import report
 
     if FLAGS.replay:
       replay(config)

@@ -17,7 +17,7 @@ from typing import Any
 from absl import app, flags
 
 from experiments import run
-from research.text import whole_number
+from research.core.text import whole_number
 from research.train.config import Config
 
 FLAGS = flags.FLAGS
@@ -146,7 +146,7 @@ def main(argv: list[str]) -> None:
   with run.one_line_errors():
     out = run.results_folder("out", FLAGS.out, "runs/sweep")
     rows = grid(rates, configs(run.start(), out, rates, seeds))
-    from research.train import report
+    from research.train.reports import report
 
     report.write_json(out / "sweep.json", {"method": FLAGS.method, "seeds": seeds, "rows": rows})
     report.write_text(out / "sweep.md", table(rows) + "\n")

@@ -8,8 +8,8 @@ import ast
 import inspect
 from typing import Any
 
-from research import registry
 from research.aggregate import composition
+from research.core import registry
 
 # Each of these runs in every execution, hence few of them and none that only repeats another.
 FLAT = {

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from table import METHODS
+from catalogue import METHODS
 
-from research.base import Method, Task
+from research.core.base import Method, Task
 from research.parallel import pmap, simulate, spmd
 from research.parallel.job import Job, resolved
 from research.tasks import partition, sampling

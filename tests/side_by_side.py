@@ -12,8 +12,8 @@ import pytest
 from aggregators import AGGREGATORS
 from problems import Running, regression
 
-from research.base import EVERYONE, Aggregate, Aggregator, Method, Params, State, Task, Tree
 from research.comm import mesh as meshes
+from research.core.base import EVERYONE, Aggregate, Aggregator, Method, Params, State, Task, Tree
 from research.methods.data_parallel import data_parallel
 from research.parallel import layout as layouts
 from research.parallel import workers

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.claim import Beside, Findings, Gate, Lab, Line, Panel
-from research import registry
-from research.base import Task
-from research.methods.transform import as_optax
+from experiments.claims.support.claim import Beside, Findings, Gate, Lab, Line, Panel
+from research.core import registry
+from research.core.base import Task
+from research.optim.transform import as_optax
 from research.tasks import sampling
 
 TITLE = "The mean of SGD's iterates has the least covariance that there can be"

@@ -11,7 +11,7 @@ worker sends, the radius of centered clipping untuned at 1. The papers show curv
 and numbers of workers: the ordering is what is reproduced.
 """
 
-from experiments.claim import Beside, Findings, Found, Gate, Lab, Line, Panel
+from experiments.claims.support.claim import Beside, Findings, Found, Gate, Lab, Line, Panel
 
 TITLE = "When six of twenty workers lie, averaging learns nothing and robust rules still learn"
 DATASET = "mnist()"

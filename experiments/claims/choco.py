@@ -13,7 +13,7 @@ of the first, large differences stay in what workers know of each other.
 
 import numpy as np
 
-from experiments.claim import Beside, Findings, Found, Gate, Lab, Line, Panel
+from experiments.claims.support.claim import Beside, Findings, Found, Gate, Lab, Line, Panel
 
 TITLE = "Gossip of compressed differences finds the exact mean, that of compressed values does not"
 DATASET = "mean_estimation(vectors=25, features=2000)"

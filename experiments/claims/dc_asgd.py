@@ -11,7 +11,7 @@ size that staleness makes too large: where each has its own best one they tie, w
 
 import numpy as np
 
-from experiments.claim import Beside, Findings, Found, Gate, Lab, Line, Panel
+from experiments.claims.support.claim import Beside, Findings, Found, Gate, Lab, Line, Panel
 
 TITLE = "Compensating for delay lowers the loss of asynchronous SGD where its step is too large"
 DATASET = "mnist()"

@@ -13,8 +13,8 @@ straight lines.
 
 import numpy as np
 
-from experiments.claim import Beside, Findings, Gate, Lab, Line, Panel
-from experiments.optima import split_logistic
+from experiments.claims.support.claim import Beside, Findings, Gate, Lab, Line, Panel
+from experiments.claims.support.optima import split_logistic
 
 TITLE = "DIANA and MARINA converge linearly where plain compression stalls"
 DATASET = "libsvm('mushrooms')"

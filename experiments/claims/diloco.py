@@ -15,7 +15,7 @@ the smaller momentum are printed as they are.
 
 import numpy as np
 
-from experiments.claim import Beside, Findings, Found, Gate, Lab, Line, Panel
+from experiments.claims.support.claim import Beside, Findings, Found, Gate, Lab, Line, Panel
 
 TITLE = "DiLoCo beats a single worker and is near a batch of all its workers at 1/H of the traffic"
 DATASET = "tinyshakespeare(context=64)"

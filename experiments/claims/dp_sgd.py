@@ -14,8 +14,8 @@ an older conversion of Renyi divergences; today's, and privacy loss distribution
 
 import math
 
-from experiments.claim import Beside, Findings, Gate, Lab, Line, Panel
-from research.aggregate import private
+from experiments.claims.support.claim import Beside, Findings, Gate, Lab, Line, Panel
+from research.aggregate.privacy import private
 
 TITLE = "Differentially private SGD learns MNIST to 94% at an epsilon of about one"
 DATASET = "mnist()"

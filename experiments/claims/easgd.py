@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.claim import Beside, Findings, Gate, Lab, Line, Panel
-from research import registry
+from experiments.claims.support.claim import Beside, Findings, Gate, Lab, Line, Panel
+from research.core import registry
 
 TITLE = "Elastic averaging is stable where a simple condition holds; round-robin ADMM is not"
 DATASET = ""

@@ -12,8 +12,8 @@ from g_i = 0, not from whole gradients.
 
 import numpy as np
 
-from experiments.claim import Beside, Findings, Gate, Lab, Line, Panel
-from experiments.optima import curvature
+from experiments.claims.support.claim import Beside, Findings, Gate, Lab, Line, Panel
+from experiments.claims.support.optima import curvature
 
 TITLE = "EF21 converges linearly where error feedback stalls"
 DATASET = "libsvm('a9a')"

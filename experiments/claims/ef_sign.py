@@ -10,7 +10,7 @@ same for all three. The ordering is what is reproduced. In one variable the scal
 gradient itself, so that on the first problem error feedback is SGD.
 """
 
-from experiments.claim import Beside, Findings, Gate, Lab, Line, Panel
+from experiments.claims.support.claim import Beside, Findings, Gate, Lab, Line, Panel
 
 TITLE = "Steps along signs of gradients fail on simple convex problems; error feedback repairs them"
 DATASET = ""

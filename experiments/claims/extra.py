@@ -14,8 +14,8 @@ straight lines.
 
 import numpy as np
 
-from experiments.claim import Beside, Findings, Gate, Lab, Line, Panel
-from experiments.optima import split_logistic
+from experiments.claims.support.claim import Beside, Findings, Gate, Lab, Line, Panel
+from experiments.claims.support.optima import split_logistic
 
 TITLE = "EXTRA and gradient tracking are exact with a constant step, plain descent is not"
 DATASET = "libsvm('mushrooms')"

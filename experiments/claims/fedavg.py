@@ -15,7 +15,7 @@ import math
 
 import numpy as np
 
-from experiments.claim import Beside, Findings, Found, Gate, Lab, Line, Panel
+from experiments.claims.support.claim import Beside, Findings, Found, Gate, Lab, Line, Panel
 
 TITLE = "Federated averaging needs the paper's number of rounds to 97 percent on MNIST, or fewer"
 DATASET = "mnist()"

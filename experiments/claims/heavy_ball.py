@@ -12,8 +12,8 @@ error of heavy ball falls like t q^t.
 
 import numpy as np
 
-from experiments.claim import Beside, Findings, Gate, Lab, Line, Panel
-from experiments.optima import curvature, optimum_of_squares
+from experiments.claims.support.claim import Beside, Findings, Gate, Lab, Line, Panel
+from experiments.claims.support.optima import curvature, optimum_of_squares
 
 TITLE = "Momentum replaces the condition number by its square root"
 DATASET = "libsvm('a9a')"

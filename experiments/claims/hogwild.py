@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.claim import Beside, Findings, Gate, Lab, Line, Panel
+from experiments.claims.support.claim import Beside, Findings, Gate, Lab, Line, Panel
 
 TITLE = "Lock-free SGD is as good as serial SGD where examples share few features"
 DATASET = "libsvm('w8a')"

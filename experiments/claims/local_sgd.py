@@ -11,9 +11,9 @@ workers are too far apart after H steps. The ordering is what is reproduced.
 
 import math
 
-from experiments import optima
-from experiments.claim import Beside, Findings, Found, Gate, Lab, Line, Panel
-from research import registry
+from experiments.claims.support import optima
+from experiments.claims.support.claim import Beside, Findings, Found, Gate, Lab, Line, Panel
+from research.core import registry
 
 TITLE = "Local SGD takes as many steps as mini-batch SGD, and communicates in few of them"
 DATASET = "libsvm('w8a')"

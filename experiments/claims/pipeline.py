@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.claim import Beside, Findings, Gate, Lab, Line, Panel, with_devices
+from experiments.claims.support.claim import Beside, Findings, Gate, Lab, Line, Panel, with_devices
 from research.comm import mesh as meshes
 from research.models import pipeline
 

@@ -12,7 +12,7 @@ sent whole.
 
 import numpy as np
 
-from experiments.claim import Beside, Findings, Found, Gate, Lab, Line, Panel
+from experiments.claims.support.claim import Beside, Findings, Found, Gate, Lab, Line, Panel
 
 TITLE = "PowerSGD trains like SGD on a fiftieth of its traffic, and not without error feedback"
 DATASET = "mnist()"

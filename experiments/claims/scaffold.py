@@ -17,7 +17,7 @@ round, and rounds until the accuracy stays: there the ordering is what is reprod
 import jax
 import numpy as np
 
-from experiments.claim import Beside, Findings, Found, Gate, Lab, Line, Panel
+from experiments.claims.support.claim import Beside, Findings, Found, Gate, Lab, Line, Panel
 
 TITLE = "SCAFFOLD's rounds do not depend on how clients differ; those of federated averaging do"
 DATASET = "mnist()"

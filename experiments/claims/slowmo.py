@@ -13,7 +13,7 @@ after which the two part on CIFAR-10. The ordering is what is reproduced.
 
 import numpy as np
 
-from experiments.claim import Beside, Findings, Found, Gate, Lab, Line, Panel
+from experiments.claims.support.claim import Beside, Findings, Found, Gate, Lab, Line, Panel
 
 TITLE = "Slow momentum of the common model lifts Local SGD above its own best"
 DATASET = "mnist()"

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import PartitionSpec as P
 
-from experiments import ahead
-from experiments.claim import Beside, Findings, Gate, Lab, Line, Panel, with_devices
+from experiments.claims.support.claim import Beside, Findings, Gate, Lab, Line, Panel, with_devices
+from experiments.reports import ahead
 from research.parallel import sharded, workers
 from research.train import assemble
 from research.train.config import Config

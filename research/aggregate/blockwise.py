@@ -9,7 +9,17 @@ import jax
 import jax.numpy as jnp
 
 from research.aggregate.composition import refuse
-from research.base import EVERYONE, Aggregate, Aggregator, Array, Blocks, Key, Presence, State, Tree
+from research.core.base import (
+  EVERYONE,
+  Aggregate,
+  Aggregator,
+  Array,
+  Blocks,
+  Key,
+  Presence,
+  State,
+  Tree,
+)
 
 # Leaves by the axes that cut them, in the order of `subsets`, with their numbers in the tree: by
 # these a state says which leaf each of its own belongs to (`parallel/resize.py`).

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 from research.aggregate.composition import traits_of
 from research.aggregate.presence import need_everyone
-from research.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Compressor, Tree
 from research.comm import collectives
 from research.comm.topology import Topology, heard
+from research.core.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Compressor, Tree
 
 
 class ChocoState(NamedTuple):

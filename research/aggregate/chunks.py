@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from research.base import Array
+from research.core.base import Array
 
 
 def cut(x: Array, count: int) -> Array:

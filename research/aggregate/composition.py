@@ -20,7 +20,7 @@ A trait is what a wrapper must know of the aggregator that it wraps:
     everyone   its value counts on what each worker sent in earlier rounds: nobody may be absent
 """
 
-from research.base import Aggregator, Compressor
+from research.core.base import Aggregator, Compressor
 
 # warm_up: unless all stages are alike in that; methods: their exact rounds, of dc_asgd the squares
 _AROUND = ("only_large", "warm_up", "onebit_adam", "zero_one_adam", "marina", "dc_asgd")

@@ -9,10 +9,11 @@ from jax import lax
 
 from research.aggregate.chunks import cut, joined
 from research.aggregate.composition import traits_of
-from research.aggregate.hiding import Sum, keeps_floats
 from research.aggregate.link import compressed
 from research.aggregate.presence import call_roll, unweighted, weighted
-from research.base import (
+from research.aggregate.privacy.hiding import Sum, keeps_floats
+from research.comm import collectives
+from research.core.base import (
   EVERYONE,
   WORKER_AXES,
   Aggregate,
@@ -23,7 +24,6 @@ from research.base import (
   Key,
   Tree,
 )
-from research.comm import collectives
 
 
 def gather_mean(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) -> Aggregator:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from research.aggregate.composition import refuse
 from research.aggregate.link import remembering
 from research.aggregate.presence import kept, unweighted, weighted
-from research.base import EVERYONE, Aggregate, Aggregator, State, Tree
+from research.core.base import EVERYONE, Aggregate, Aggregator, State, Tree
 
 
 class ErrorFeedbackState(NamedTuple):

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from research.aggregate.presence import need_everyone
-from research.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Array, Tree
 from research.comm import collectives
 from research.comm.topology import Shift, Topology, heard, own_weight
+from research.core.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Array, Tree
 
 
 class GossipState(NamedTuple):

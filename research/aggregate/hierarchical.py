@@ -6,11 +6,12 @@ from jax import lax
 
 from research.aggregate.chunks import cut, joined
 from research.aggregate.composition import refuse
-from research.aggregate.hiding import Sum
 from research.aggregate.mean import mean
 from research.aggregate.presence import weighted
-from research.base import EVERYONE, Aggregate, Aggregator, Array, Key, Presence, State, Tree
-from research.comm import collectives, wire
+from research.aggregate.privacy.hiding import Sum
+from research.analysis import wire
+from research.comm import collectives
+from research.core.base import EVERYONE, Aggregate, Aggregator, Array, Key, Presence, State, Tree
 
 
 def hierarchical(inner: Aggregator, *, fast: str = "data", slow: str = "slice") -> Aggregator:

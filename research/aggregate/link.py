@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from research.base import Compressor, Link
+from research.core.base import Compressor, Link
 
 _OWN = 0x6F776E
 

@@ -1,10 +1,10 @@
 """Exact averages: what synchronous data parallelism and its relatives exchange."""
 
-from research.aggregate.hiding import Sum
 from research.aggregate.link import plain
 from research.aggregate.presence import weighted
-from research.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator
+from research.aggregate.privacy.hiding import Sum
 from research.comm import collectives
+from research.core.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator
 
 
 def mean(axis: collectives.Axes = WORKER_AXES) -> Aggregator:

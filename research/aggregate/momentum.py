@@ -6,11 +6,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from research.aggregate.clipping import clipped
 from research.aggregate.composition import refuse
 from research.aggregate.presence import kept, unweighted, weighted
-from research.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, State, Tree
+from research.aggregate.privacy.clipping import clipped
 from research.comm import collectives
+from research.core.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, State, Tree
 
 
 class MomentumCorrectionState(NamedTuple):

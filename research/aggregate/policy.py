@@ -10,8 +10,17 @@ from jax import lax
 
 from research.aggregate.composition import refuse
 from research.aggregate.mean import mean
-from research.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Array, Presence, State, Tree
 from research.comm import collectives
+from research.core.base import (
+  EVERYONE,
+  WORKER_AXES,
+  Aggregate,
+  Aggregator,
+  Array,
+  Presence,
+  State,
+  Tree,
+)
 
 
 def only_large(

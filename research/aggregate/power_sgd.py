@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from research.aggregate.hiding import Sum
 from research.aggregate.presence import weighted
-from research.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Array
+from research.aggregate.privacy.hiding import Sum
 from research.comm import collectives
+from research.core.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Array
 
 # Thin products wait for memory whatever their precision, and accelerators would choose a low one.
 matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)

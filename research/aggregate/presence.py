@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from research.base import EVERYONE, Array, Presence, Tree
 from research.comm import collectives
+from research.core.base import EVERYONE, Array, Presence, Tree
 
 
 def presence_of(weight: float | Array, active: bool | Array) -> Presence:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from research.base import EVERYONE, WORKER_AXES, Array, Key, Presence, Tree, platform
+from research.core.base import EVERYONE, WORKER_AXES, Array, Key, Presence, Tree, platform
 
 Axes = str | Sequence[str]
 _OWN = 0x776F726B

@@ -14,7 +14,7 @@ from typing import NoReturn
 import jax
 
 from research.comm import gloo
-from research.text import quoted, whole_number
+from research.core.text import quoted, whole_number
 
 JOIN_SECONDS = 300  # for which a process waits for the others
 LOOPBACK = ("localhost", "127.0.0.1")

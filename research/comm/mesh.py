@@ -10,9 +10,9 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from research import blame
-from research.base import WORKER_AXES
-from research.text import QUOTED, one_line, whole_number
+from research.core import blame
+from research.core.base import WORKER_AXES
+from research.core.text import QUOTED, one_line, whole_number
 
 # Axes inside a worker, slow links first: along `stage` its layers lie one after the other, along
 # `fsdp` its parameters and its batch are cut, along `expert` the experts of a mixture, along `seq`

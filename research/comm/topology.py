@@ -7,8 +7,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from research.base import WORKER_AXES, Array, Tree
 from research.comm import collectives
+from research.core.base import WORKER_AXES, Array, Tree
 
 _TOLERANCE = 1e-6
 

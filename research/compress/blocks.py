@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from research.base import Array
+from research.core.base import Array
 
 TINY = 2.0**-126  # the smallest normal float32: a divisor that is never zero nor flushed to it
 

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from research.base import Array, Compressor
 from research.compress.blocks import (
   TINY,
   at_least_one,
@@ -18,6 +17,7 @@ from research.compress.blocks import (
   to_blocks,
 )
 from research.compress.packing import pack, unpack
+from research.core.base import Array, Compressor
 
 _INFINITY = 0x7F800000  # as float32
 _LARGEST_FLOAT8 = 448.0  # of e4m3

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from research.base import Array, Compressor
 from research.compress.blocks import at_least_one, floating, saturated, widened
 from research.compress.packing import pack, unpack
 from research.compress.sparsify import position_bits
+from research.core.base import Array, Compressor
 
 
 class Coefficients(NamedTuple):

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import jax.numpy as jnp
 
-from research.base import Array
+from research.core.base import Array
 
 WIDEST = 32
 

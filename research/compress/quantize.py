@@ -11,7 +11,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from research.base import Array, Compressor
 from research.compress.blocks import (
   TINY,
   at_least_one,
@@ -23,6 +22,7 @@ from research.compress.blocks import (
   to_blocks,
 )
 from research.compress.packing import pack, unpack, unsigned
+from research.core.base import Array, Compressor
 
 MOST_LEVELS = 2**15 - 1
 

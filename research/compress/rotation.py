@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from research.base import Array, Compressor, Key
 from research.compress.blocks import flatten, restore, saturated, widened
 from research.compress.packing import unpack
+from research.core.base import Array, Compressor, Key
 
 RADIX = 64
 

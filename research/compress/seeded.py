@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from research.base import Compressor, Tree
+from research.core.base import Compressor, Tree
 
 
 class Seeded(NamedTuple):

@@ -14,7 +14,7 @@ import math
 import jax.numpy as jnp
 from jax import lax
 
-from research.base import Array
+from research.core.base import Array
 
 WORD = 32
 SAMPLE = 2**16

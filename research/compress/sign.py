@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from research.base import Array, Compressor
 from research.compress.blocks import flatten, restore
 from research.compress.packing import pack, unpack
+from research.core.base import Array, Compressor
 
 
 class Signs(NamedTuple):

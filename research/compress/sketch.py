@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from research.base import Array, Compressor, Key
 from research.compress.blocks import at_least_one, flatten, restore, widened
 from research.compress.rotation import random_signs
+from research.core.base import Array, Compressor, Key
 
 
 def count_sketch(rows: int, columns: int) -> Compressor:

@@ -5,10 +5,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from research.base import Array, Compressor, Key
 from research.compress.blocks import flatten, fold, restore
 from research.compress.packing import pack, unpack
 from research.compress.selection import count, grid, largest, put, take
+from research.core.base import Array, Compressor, Key
 
 
 class Sparse(NamedTuple):

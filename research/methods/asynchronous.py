@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import optax
 
 from research.aggregate.composition import refuse
-from research.base import EVERYONE, Aggregator, Method
 from research.comm import collectives
+from research.core.base import EVERYONE, Aggregator, Method
 from research.methods.data_parallel import data_parallel
-from research.methods.delays import Delays, by_coordinate, last_pull
 from research.methods.stale import NOTHING, Correction, stale
+from research.sim.delays import Delays, by_coordinate, last_pull
 
 
 def delayed(inner: Method, delays: Delays) -> Method:

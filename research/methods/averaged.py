@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from research.base import Array, Method, Params, State
+from research.core.base import Array, Method, Params, State
 
 
 class AveragedState(NamedTuple):

@@ -8,9 +8,9 @@ import optax
 
 from research.aggregate.composition import refuse
 from research.aggregate.presence import presence_of
-from research.base import Aggregator, Method, Params, Served, State, Tree
+from research.core.base import Aggregator, Method, Params, Served, State, Tree
 from research.methods.local import Period, periods
-from research.methods.projected import projected
+from research.optim.projected import projected
 
 
 class DataParallelState(NamedTuple):

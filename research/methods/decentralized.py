@@ -14,8 +14,8 @@ import optax
 from research.aggregate.composition import refuse
 from research.aggregate.gossip import push
 from research.aggregate.presence import alike, kept, need_everyone, presence_of, weighted
-from research.base import Aggregator, Array, Method, Params, State, Tree
 from research.comm.topology import Topology
+from research.core.base import Aggregator, Array, Method, Params, State, Tree
 from research.methods.local import LocalSteps, begin, check_steps, minus, plus, stepping
 
 

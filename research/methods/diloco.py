@@ -6,7 +6,7 @@ import optax
 
 from research.aggregate.composition import refuse
 from research.aggregate.presence import kept, presence_of
-from research.base import Aggregator, Method, Params, State
+from research.core.base import Aggregator, Method, Params, State
 from research.methods.local import Period, begin, minus, periods, served, stepping
 
 

@@ -9,8 +9,8 @@ import optax
 
 from research.aggregate.composition import refuse
 from research.aggregate.presence import kept, presence_of
-from research.base import Aggregator, Array, Method, Params, State
 from research.comm import collectives
+from research.core.base import Aggregator, Array, Method, Params, State
 from research.methods.local import Period, minus, periods, plus
 
 

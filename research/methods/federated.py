@@ -11,11 +11,11 @@ import optax
 
 from research.aggregate.composition import refuse
 from research.aggregate.presence import presence_of
-from research.base import Aggregator, Method, Params, State
-from research.methods import server
+from research.core.base import Aggregator, Method, Params, State
 from research.methods.decentralized import check_rate
 from research.methods.local import LocalSteps, minus, stepping
 from research.methods.passes import in_rounds
+from research.optim import server
 
 
 class FederatedState(NamedTuple):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from research.base import Aggregator, Method
+from research.core.base import Aggregator, Method
 from research.methods.local import check_steps
 
 

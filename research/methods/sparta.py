@@ -8,7 +8,7 @@ import optax
 
 from research.aggregate.composition import refuse
 from research.aggregate.presence import alike, kept, presence_of, weighted
-from research.base import Aggregator, Method, Params, State
+from research.core.base import Aggregator, Method, Params, State
 from research.methods.local import begin, minus, plus, stepping
 
 

@@ -12,10 +12,10 @@ import jax
 import optax
 
 from research.aggregate.presence import presence_of, weighted
-from research.base import Local, Method, Params, State, Tree
 from research.comm import collectives
-from research.methods.delays import Delays
+from research.core.base import Local, Method, Params, State, Tree
 from research.methods.local import minus, plus
+from research.sim.delays import Delays
 
 
 class Correction(NamedTuple):

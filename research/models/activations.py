@@ -8,7 +8,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from research.base import Array
+from research.core.base import Array
 
 
 def inner_axes() -> dict[str, int]:

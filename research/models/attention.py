@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from research.base import Array, platform
+from research.core.base import Array, platform
 from research.models import activations
 
 Attend = Callable[[Array, Array, Array], Array]

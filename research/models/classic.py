@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax.numpy as jnp
 
-from research.base import Array, Batch
+from research.core.base import Array, Batch
 
 Model = Callable[[int], nn.Module]
 

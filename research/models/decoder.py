@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from research.base import Array
+from research.core.base import Array
 from research.models import activations
 from research.models.attention import Attend, Rotation, rotated
 from research.models.experts import Mixture, SwiGLU

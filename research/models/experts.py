@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from research.base import Array
+from research.core.base import Array
 
 
 class SwiGLU(nn.Module):

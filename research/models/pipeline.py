@@ -23,7 +23,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from research.base import Array, Params, platform
+from research.core.base import Array, Params, platform
 from research.models import activations
 
 # (parameters [k, ...], x [b, T, width], the rest) -> x and statistics [k, ...]

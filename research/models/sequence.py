@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from research.base import Array
+from research.core.base import Array
 from research.models import activations
 from research.models.attention import Attend
 

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from research.base import Array, Key, Params
+from research.core.base import Array, Key, Params
 from research.models import activations, pipeline, sequence
 from research.models.attention import ATTENTION, Attend, Rotation, plain, rotation
 from research.models.decoder import Layer, Norm, Shape

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.base import Array, Data, Key, Tree
 from research.comm import collectives
+from research.core.base import Array, Data, Key, Tree
 from research.parallel.job import Job
 
 _DROPOUT = 0x64726F70

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from research.base import Aggregator, Method, Task
 from research.comm import mesh as meshes
+from research.core.base import Aggregator, Method, Task
 
 
 class Job(NamedTuple):

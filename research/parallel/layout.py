@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
 
-from research.base import Chunk, Own, Tree
+from research.core.base import Chunk, Own, Tree
 
 
 class Layout(NamedTuple):

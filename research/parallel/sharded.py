@@ -20,7 +20,8 @@ from research.aggregate.blockwise import (
   rejoined,
   shard_keys,
 )
-from research.base import (
+from research.comm.mesh import INNER_AXES
+from research.core.base import (
   EVERYONE,
   Aggregate,
   Aggregator,
@@ -33,7 +34,6 @@ from research.base import (
   TrainState,
   Tree,
 )
-from research.comm.mesh import INNER_AXES
 from research.parallel import rules
 
 _OF_ACTIVATIONS = ("seq",)  # axes along which every parameter is whole

@@ -10,9 +10,9 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from research.base import Array, Data, Executor, Key, Local, State, TrainState, Tree
 from research.comm import collectives
 from research.comm import mesh as meshes
+from research.core.base import Array, Data, Executor, Key, Local, State, TrainState, Tree
 from research.parallel import layout as layouts
 from research.parallel import sharded, workers
 from research.parallel.cohorts import draw

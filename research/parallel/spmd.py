@@ -7,10 +7,10 @@ from jax.extend import core
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from research import blame
-from research.base import Executor, Tree
+from research.analysis.rounds import programs
 from research.comm import mesh as meshes
-from research.comm.rounds import programs
+from research.core import blame
+from research.core.base import Executor, Tree
 from research.parallel import layout as layouts
 from research.parallel import sharded, workers
 from research.parallel.job import Job, largest_sum, resolved

@@ -8,8 +8,8 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from research.base import Params, Tree
 from research.comm import mesh as meshes
+from research.core.base import Params, Tree
 from research.parallel import layout
 
 

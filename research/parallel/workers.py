@@ -7,11 +7,22 @@ import jax.numpy as jnp
 from jax import lax
 
 from research.aggregate.blockwise import blockwise
-from research.aggregate.clipping import clipped
 from research.aggregate.mean import mean
-from research.base import Array, Batch, Data, Key, Local, State, TrainState, Tree, value_and_grad
-from research.comm import collectives, wire
+from research.aggregate.privacy.clipping import clipped
+from research.analysis import wire
+from research.comm import collectives
 from research.comm import mesh as meshes
+from research.core.base import (
+  Array,
+  Batch,
+  Data,
+  Key,
+  Local,
+  State,
+  TrainState,
+  Tree,
+  value_and_grad,
+)
 from research.parallel import layout as layouts
 from research.parallel import sharded
 from research.parallel.cohorts import draw

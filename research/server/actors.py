@@ -44,7 +44,7 @@ def part_of(method: str, seed: int, sizes: Sizes, number: int, place: Place) -> 
   """The shard of that number."""
   import jax
 
-  from research import registry
+  from research.core import registry
   from research.server import work
   from research.server.part import Part
 

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from research.base import Tree
+from research.core.base import Tree
 from research.server.events import Event, Push
 from research.server.messages import Joined, Reply, Rules, Spent
 from research.server.part import Part, Refused

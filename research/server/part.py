@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.base import Tree
+from research.core.base import Tree
 from research.server.events import Push
 from research.server.work import Side
 

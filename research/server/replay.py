@@ -12,16 +12,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from research import blame
-from research.base import Params
+from research.core import blame
+from research.core.base import Params
 from research.server import events, store, work
 from research.server import setup as setups
 from research.server.events import Event, Push
 from research.server.head import round_shares
 from research.server.part import Part
 from research.server.setup import Setup
-from research.train import report
 from research.train.config import Config, UsageError, flag
+from research.train.reports import report
 
 TOLERANCE = 1e-5  # max |difference| / max |parameter|
 

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research import registry
-from research.base import Batch, Method, Served
 from research.comm import mesh as meshes
+from research.core import registry
+from research.core.base import Batch, Method, Served
 from research.methods.local import LocalSteps
 from research.parallel.job import Job
 from research.server import work

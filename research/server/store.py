@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from research.server.actors import Place
-from research.train import integrity, report
-from research.train.checkpoint import CheckpointError, SaveError
-from research.train.manager import KEEP
+from research.train.checkpoint import integrity
+from research.train.checkpoint.checkpoint import CheckpointError, SaveError
+from research.train.checkpoint.manager import KEEP
+from research.train.reports import report
 
 _STATE, _ABOUT = "state.npz", "server.json"
 

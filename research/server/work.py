@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from research.base import Array, Batch, Key, Local, Params, Served, State, Tree
 from research.comm import collectives
+from research.core.base import Array, Batch, Key, Local, Params, Served, State, Tree
 from research.parallel import workers
 from research.parallel.job import Job
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from research import paths
+from research.core import paths
 
 SUFFIXES = ("", ".gz", ".bz2")
 TIMEOUT = 30.0  # seconds without an answer

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from research.base import Batch
+from research.core.base import Batch
 
 Partition = Callable[[np.ndarray, int, int], list[np.ndarray]]
 

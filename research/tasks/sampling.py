@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from research.base import Array, Batch, Key, Tree
+from research.core.base import Array, Batch, Key, Tree
 
 ROUNDS = 16
 _GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio: spreads consecutive rounds over all words

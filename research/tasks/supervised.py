@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.base import Array, Batch, Key, Params, Task
+from research.core.base import Array, Batch, Key, Params, Task
 from research.tasks import sampling
 
 

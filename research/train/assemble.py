@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from research import registry
-from research.base import Batch, Executor, Method
 from research.comm import mesh as meshes
+from research.core import registry
+from research.core.base import Batch, Executor, Method
 from research.parallel.job import Job, stages
 from research.train import feed, reach, sources
 from research.train.config import OF_SERVER, Config, UsageError, flag

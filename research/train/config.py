@@ -4,8 +4,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from research import blame
-from research.text import quoted
+from research.core import blame
+from research.core.text import quoted
 
 
 class UsageError(ValueError):

@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-from research.text import listed, quoted
+from research.core.text import listed, quoted
 from research.train.config import UsageError
 
 _MOST = 4096  # CPU devices: JAX takes 10 s to make as many, and 40 s for twice as many

@@ -5,8 +5,8 @@ import functools
 import jax
 import numpy as np
 
-from research import blame, registry
-from research.base import Array, Batch, Data, Method
+from research.core import blame, registry
+from research.core.base import Array, Batch, Data, Method
 from research.parallel.job import Job
 from research.train.config import Config, flag
 

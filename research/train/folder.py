@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from research import paths, registry
+from research.core import paths, registry
 from research.train.config import NAMED, OF_SERVER, Config, UsageError, flag
-from research.train.report import closing_table, note, with_nan, write_json
+from research.train.reports.report import closing_table, note, with_nan, write_json
 
 # Flags that change neither the result nor the files of a run.
 _FREE = ("out", "data_dir", "allow_changes", "tensorboard", "profile")

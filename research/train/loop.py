@@ -13,20 +13,21 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from research.base import Array, Params, TrainState
-from research.comm import wire
+from research.analysis import wire
 from research.comm.mesh import worker_axes
+from research.core.base import Array, Params, TrainState
 from research.parallel import resize, sharded, workers
-from research.train import figures, heartbeat, interrupt, metrics, reach, report
 from research.train import folder as folders
+from research.train import heartbeat, interrupt, metrics, reach
 from research.train.assemble import Problem, assemble, check
-from research.train.checkpoint import Checkpoints
+from research.train.checkpoint.checkpoint import Checkpoints
 from research.train.config import Config, UsageError
-from research.train.facts import facts
 from research.train.feed import Training
 from research.train.network import Network
 from research.train.plan import Sent
-from research.train.timing import Timing
+from research.train.reports import figures, report
+from research.train.reports.facts import facts
+from research.train.reports.timing import Timing
 
 
 class NonFinite(Exception):

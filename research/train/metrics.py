@@ -11,9 +11,9 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from research.base import Array, Batch, Data, Params, Task, Tree, value_and_grad
 from research.comm import mesh as meshes
-from research.train.integrity import checksum
+from research.core.base import Array, Batch, Data, Params, Task, Tree, value_and_grad
+from research.train.checkpoint.integrity import checksum
 
 
 def evaluator(task: Task, mesh: Mesh, batch: int = 1) -> Callable[..., dict[str, Array]]:

@@ -3,7 +3,7 @@
 import bisect
 import math
 
-from research.comm import wire
+from research.analysis import wire
 from research.parallel import layout as layouts
 from research.parallel import workers
 from research.parallel.job import Job

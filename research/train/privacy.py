@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from research.aggregate import private
-from research.aggregate.hiding import Noise, Sum, is_wide
-from research.base import EVERYONE, Aggregate, Aggregator
+from research.aggregate.privacy import private
+from research.aggregate.privacy.hiding import Noise, Sum, is_wide
+from research.analysis import wire
+from research.analysis.rounds import programs
 from research.comm import mesh as meshes
-from research.comm import wire
 from research.comm.collectives import Axes
-from research.comm.rounds import programs
+from research.core.base import EVERYONE, Aggregate, Aggregator
 from research.parallel import workers
 from research.parallel.job import Job, aggregators, resolved
 from research.parallel.layout import Layout

@@ -6,9 +6,9 @@ import math
 import jax
 import numpy as np
 
-from research import blame, paths, registry
-from research.base import Batch, Task
 from research.comm import mesh as meshes
+from research.core import blame, paths, registry
+from research.core.base import Batch, Task
 from research.parallel.job import Job
 from research.tasks.partition import stack
 from research.train.config import Config, flag

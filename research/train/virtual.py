@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from research import registry
-from research.comm import clock
+from research.core import registry
+from research.sim import clock
 from research.train.plan import Plan
 
 MOST = 2**24  # rounds that are counted, or ordered, before a run begins

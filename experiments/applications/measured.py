@@ -1,0 +1,29 @@
+"""What the applications' measurements share: a run, and a row of a result."""
+
+import sys
+import tempfile
+from typing import Any
+
+from research.train.config import Config
+
+Rows = list[dict[str, Any]]
+POWER = "data_parallel(sgd(1.0), {})"
+STEADY: dict[str, Any] = {"check_every": 0, "checkpoint_every": 0, "eval_every": 0}
+
+
+def run(task: str, method: str, **flags_: Any) -> tuple[dict[str, Any], Rows]:
+  """The summary of a run, and its rows."""
+  from research.train import loop
+  from research.train.reports import report
+
+  with tempfile.TemporaryDirectory() as folder:
+    given: dict[str, Any] = STEADY | {"batch_size": "all", "out": f"{folder}/run"} | flags_
+    summary, where = loop.train(Config(task=task, method=method, **given))
+    return summary, report.read_rows(where / "metrics.jsonl")
+
+
+def row(what: str, value: float, peer: str = "", of_peer: float | None = None, **more: Any) -> dict:
+  """A row of the result: what was measured, and what that is held against."""
+  found = {"what": what, "value": float(value), "beside": peer, "peer": of_peer, **more}
+  print(found, file=sys.stderr, flush=True)
+  return found

@@ -1,0 +1,76 @@
+"""Finance beside what is published and a linear program. A case of `applications.py`."""
+
+import time
+from typing import Any
+
+import numpy as np
+
+from experiments.applications.measured import STEADY, Rows, row, run
+from research.train.config import Config
+
+DESCENT = "data_parallel(sgd(1.0, momentum=0.9, nesterov=True), mean())"
+
+
+def finance(figure: Any) -> Rows:
+  """The frontier as published; CVaR against a linear program, and of 10^7 scenarios."""
+  import resource
+
+  from research.tasks.finance import cvar, frontier
+
+  rows, axes = [], figure.subplots(1, 1)
+  steps = {DESCENT: 400}
+  steps["consensus_admm(1.0, mean(), penalty=0.1, period=10)"] = 3000
+  for name in ("port1", "port2", "port3"):
+    for method, count in steps.items():
+      flags_ = {"mesh": "data:8", "x64": True, "steps": count}
+      found, _ = run(f"frontier('{name}', points=20)", method, **flags_)
+      what = f"{name}, {method.partition('(')[0]}: largest relative gap of a variance"
+      rows.append(row(what, found["eval"]["gap"], "wanted", 1e-5, seconds=found["seconds"]))
+    market = frontier.load(name)
+    axes.plot(market.variances, market.returns, label=f"{name}, as published")
+    w = _weights(f"frontier('{name}', points=20)", DESCENT, 400)
+    axes.plot(np.sum(w @ market.covariance * w, 1), w @ market.means, "k.", ms=4)
+  axes.set(xlabel="variance", ylabel="expected return", title="Frontiers; dots: ours")
+  axes.legend()
+  descent = "data_parallel(sgd(cosine_decay_schedule(0.003, {}), momentum=0.9), mean())"
+  task = "cvar(scenarios=2000)"
+  found, _ = run(task, descent.format(2000), mesh="data:8", steps=2000)
+  days = cvar.load()
+  x = days[np.random.default_rng(0).integers(len(days), size=2000)].astype(np.float32)
+  best = linear_program(x, 0.95)
+  rows.append(row("CVaR of 2000 scenarios, percent", found["train_loss"], "HiGHS", best))
+  start = time.perf_counter()
+  large = {"mesh": "data:2", "batch_size": 20_000, "partition": "sorted()", "executor": "spmd"}
+  found, _ = run("cvar(scenarios=10000000)", descent.format(1500), steps=1500, **large)
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+  seconds = time.perf_counter() - start
+  what = "CVaR of 10^7 scenarios of 20 assets: seconds, all included"
+  return [*rows, row(what, seconds, "wanted", 60, loss=found["train_loss"], peak_gib=peak)]
+
+
+def linear_program(x: np.ndarray, level: float) -> float:
+  """The least CVaR of weights on the simplex, in percent, of scenarios [S, n], by HiGHS."""
+  from scipy import optimize
+
+  count, assets = x.shape
+  cost = np.concatenate([np.zeros(assets), [1], np.full(count, 1 / (count * (1 - level)))])
+  above = np.hstack([-100 * x, -np.ones((count, 1)), -np.eye(count)])
+  total = np.concatenate([np.ones(assets), np.zeros(count + 1)])[None]
+  bounds = [(0, None)] * assets + [(None, None)] + [(0, None)] * count
+  return optimize.linprog(cost, above, np.zeros(count), total, [1], bounds, method="highs").fun
+
+
+def _weights(task: str, method: str, steps: int) -> np.ndarray:
+  """The portfolios [points, n] that such a run ends with."""
+  import jax
+
+  from research.train import assemble
+
+  given: dict[str, Any] = STEADY | {"mesh": "data:8", "batch_size": "all", "steps": steps}
+  config = Config(task=task, method=method, x64=True, **given)
+  with jax.enable_x64(True):
+    problem = assemble.assemble(config, assemble.check(config))
+    executor, (init, order) = problem.executor, jax.random.split(jax.random.key(config.seed))
+    data = executor.place(problem.examples, problem.sizes, order)
+    state, _ = executor.run(executor.init(init), data, rounds=steps)
+    return jax.device_get(executor.params(state))["weights"]

@@ -1,0 +1,148 @@
+"""Runs between hosts of one machine: bytes as predicted, and as the kernel counts them.
+
+The suite wire of bench.py, and what its relatives share. Hosts are network namespaces
+(launch/netlab.py).
+"""
+
+import contextlib
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from research.train.config import Config
+
+ROOT = Path(__file__).parents[2]
+# 1.86 million parameters.
+MODEL = {"task": "mnist()", "model": "mlp(hidden=[1024, 1024])"}
+METHODS = {
+  "dense": "data_parallel(sgd(0.1), mean())",
+  "bfloat16 sum": "data_parallel(sgd(0.1), sum_mean(bf16()))",
+  "two_phase(int8)": "data_parallel(sgd(0.1), error_feedback(two_phase(int8())))",
+  "two_phase(bf16)": "data_parallel(sgd(0.1), two_phase(bf16()))",
+  "gather top_k(1%)": "data_parallel(sgd(0.1), error_feedback(gather_mean(top_k(0.01))))",
+  "power_sgd(4)": "data_parallel(sgd(0.1), error_feedback(power_sgd(4)))",
+  "local_sgd(8)": "local_sgd(sgd(0.1), mean(), period=8)",
+  "ring gossip": "d_psgd(sgd(0.1), gossip(ring()))",
+}
+DISPATCH = 16  # steps
+
+
+def flags_of(config: dict[str, Any]) -> list[str]:
+  return [f"--{name}={value}" for name, value in config.items()]
+
+
+def netlab(hosts: int, launcher: Sequence[str], line: Sequence[str], *before: str) -> list[str]:
+  """The command line that runs another one on so many hosts; `line` begins with a file of ours."""
+  program, *arguments = line
+  command = [*before, "python", str(ROOT / "experiments" / program), *arguments]
+  lab = [sys.executable, str(ROOT / "launch" / "netlab.py"), f"--hosts={hosts}", *launcher]
+  return [*lab, "--", *command]
+
+
+def run(line: Sequence[str]) -> str:
+  """What a command line prints.
+
+  Raises:
+    RuntimeError: if it failed.
+  """
+  ended = subprocess.run(line, capture_output=True, text=True)
+  if ended.returncode:
+    lines = (ended.stdout + ended.stderr).splitlines()[-20:]
+    raise RuntimeError("\n".join([f"exit code {ended.returncode}:", *lines]))
+  return ended.stdout
+
+
+@contextlib.contextmanager
+def ended(process: subprocess.Popen) -> Iterator[None]:
+  """Ends a launcher together with who waits for it."""
+  try:
+    yield
+  except BaseException:
+    process.terminate()
+    process.communicate()
+    raise
+
+
+def tell(line: str) -> None:
+  """What a long measurement has come to, for who waits for it."""
+  print(line, file=sys.stderr, flush=True)
+
+
+def wire(counts: Sequence[int]) -> list[dict[str, Any]]:
+  """Bytes that a host sends per step: as traced, as compiled for a CPU, as the kernel counts."""
+  return [_bytes(hosts, name) for hosts, name in itertools.product(counts, METHODS)]
+
+
+def _bytes(hosts: int, name: str) -> dict[str, Any]:
+  steps = 3 * DISPATCH
+  config: dict[str, Any] = MODEL | {
+    "method": METHODS[name],
+    "executor": "spmd",
+    "mesh": f"data:{hosts}",
+    "batch_size": 64 * hosts,
+    "steps": steps,
+    "steps_per_dispatch": DISPATCH,
+    "check_every": 0,
+    "checkpoint_every": 0,
+  }
+  with tempfile.TemporaryDirectory() as folder:
+    out = Path(folder) / "run"
+    line = ["run.py", *flags_of(config | {"out": out})]
+    run(netlab(hosts, [f"--logs={folder}/logs"], line))
+    found = json.loads((out / "summary.json").read_text())["wire"]
+  kernel = [host["tx_payload_bytes"] for host in found["kernel_bytes_per_step_per_host"]]
+  traced = sum(found["bytes_per_step_per_worker"].values())
+  traced += sum(found["metrics_bytes_per_step_per_worker"].values())
+  expected, widened = compiled(Config(**config))
+  tell(f"{hosts} hosts, {name}: {sum(kernel) / len(kernel):,.0f} bytes, predicted {expected:,.0f}")
+  return {
+    "hosts": hosts,
+    "method": name,
+    "spec": METHODS[name],
+    "traced": traced,
+    "compiled": expected,
+    "widened": widened,
+    "kernel": kernel,
+    "deviations": [count / expected - 1 for count in kernel],
+  }
+
+
+def compiled(config: Config) -> tuple[float, str]:
+  """Bytes per step and worker of the program compiled for a CPU, and what that widens."""
+  import jax
+
+  from research.analysis import compiled, wire
+  from research.parallel import workers
+  from research.train import assemble
+
+  problem = assemble.assemble(config, assemble.check(config))
+  rounds = config.steps_per_dispatch // problem.job.method.period
+  state = problem.executor.init(jax.random.key(0))
+  data = problem.executor.place(problem.examples, problem.sizes, jax.random.key(1))
+  program = problem.executor.run.lower(state, data, rounds=rounds).compile()
+  transfers = compiled.traffic(program, state.round.sharding.mesh)
+  sent = sum(wire.by_axis(transfers, config.steps_per_dispatch).values())
+  layout = problem.executor.layout
+  asked = {x.dtype for x in workers.traffic(problem.job, layout, rounds).transfers}
+  widened = asked - {x.dtype for x in transfers}
+  return sent, f"{', '.join(sorted(widened))} travels as float32" if widened else ""
+
+
+def wire_table(rows: list[dict[str, Any]]) -> list[str]:
+  """The kernel's count beside the prediction, in Markdown."""
+  lines = [
+    "| method | hosts | bytes per step and host, as traced | as compiled for a CPU | as the kernel "
+    "counts, without headers | deviation | |"
+  ]
+  lines.append("|---|---|---|---|---|---|---|")
+  for row in rows:
+    counted = sum(row["kernel"]) / len(row["kernel"])
+    worst = max(row["deviations"], key=abs)
+    numbers = f"{row['traced']:,.0f} | {row['compiled']:,.0f} | {counted:,.0f} | {worst:+.2%}"
+    lines.append(f"| {row['method']} | {row['hosts']} | {numbers} | {row['widened']} |")
+  return lines

@@ -1,0 +1,175 @@
+"""What a round costs: PowerSGD against dense, workers by map against vmap, few clients of many.
+
+On the devices that exist. `experiments/bench.py --cases=power_sgd,local_phase,population` runs them
+and writes the tables.
+"""
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.benchmarks.turns import in_turn, milliseconds, ratios, seconds, shown
+
+DENSE = "data_parallel(sgd(0.1), mean())"
+LOW_RANK = "data_parallel(sgd(0.1), error_feedback(power_sgd(4)))"
+HIDDEN, BATCH, STEPS = (1024, 1024), 256, 10
+LOCAL = "local_sgd(sgd(0.1), mean(), period=20)"
+WIDTHS = ((), (64,), (200, 200), (512,), (512, 512), (1024,), (1024, 1024))
+SCAFFOLD = "scaffold(0.1, mean(), epochs=1)"
+
+
+def power_sgd(repeats: int) -> list[dict[str, Any]]:
+  """A step with error feedback around PowerSGD of rank 4 in turn with a dense one, by executor.
+
+  One worker's steps on an MLP of 1.9 million parameters and on random images of MNIST's number and
+  shape, `STEPS` of them in a dispatch.
+  """
+  from research.parallel.simulate import simulate
+  from research.parallel.spmd import spmd
+
+  task = _images()
+  rows = []
+  for executor in (simulate, spmd):
+    of = lambda method, executor=executor: _rounds(
+      executor, task, {"method": method}, workers=1, batch=BATCH, rounds=STEPS
+    )
+    dense, low_rank = in_turn([of(DENSE), of(LOW_RANK)], repeats)
+    found = ratios(low_rank, dense)
+    rows.append(
+      {
+        "executor": executor.__name__,
+        "dense_ms": milliseconds(dense),
+        "power_sgd_ms": milliseconds(low_rank),
+        "ratio": statistics.median(found),
+        "ratios": [round(r, 3) for r in found],
+      }
+    )
+  return rows
+
+
+def local_phase(repeats: int) -> list[dict[str, Any]]:
+  """A round of ten simulated workers, 20 steps of 10 images each: by map in turn with by vmap."""
+  from research.parallel.simulate import simulate
+
+  rows = []
+  for hidden in WIDTHS:
+    task = _images(hidden)
+    of = lambda job, task=task: _rounds(simulate, task, job, workers=10, batch=10, rounds=5)
+    changes = [{"method": LOCAL, "local_phase": phase} for phase in ("vmap", "map")]
+    together, alone = in_turn([of(change) for change in changes], repeats)
+    found = ratios(alone, together)
+    rows.append(
+      {
+        "hidden": hidden,
+        "model_bytes": _bytes_of(task),
+        "vmap_ms": milliseconds(together),
+        "map_ms": milliseconds(alone),
+        "ratio": statistics.median(found),
+        "ratios": [round(r, 3) for r in found],
+      }
+    )
+  return rows
+
+
+def population(repeats: int) -> dict[str, Any]:
+  """A round of SCAFFOLD of 10 of 10,000 clients in turn with one of 10 of 100, six images each."""
+  from research.parallel.simulate import simulate
+
+  of = lambda clients: _rounds(
+    simulate,
+    _images((), 6 * clients),
+    {"method": SCAFFOLD},
+    workers=10,
+    batch=6,
+    rounds=100,
+    owners=clients,
+  )
+  few, many = in_turn([of(100), of(10_000)], repeats)
+  found = ratios(many, few)
+  return {
+    "few_ms": milliseconds(few),
+    "many_ms": milliseconds(many),
+    "ratio": statistics.median(found),
+    "ratios": [round(r, 3) for r in found],
+  }
+
+
+def _bytes_of(task) -> int:
+  import jax
+
+  params = jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0)))
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in params)
+
+
+def _images(hidden: Sequence[int] = HIDDEN, count: int = 60_000):
+  """Random images and labels, to be told apart by a perceptron."""
+  from research.models.classic import linear, mlp
+  from research.tasks.supervised import supervised
+
+  draw = np.random.default_rng(0)
+  images = draw.integers(0, 256, (count, 28, 28), np.uint8)
+  labels = draw.integers(0, 10, count, np.int32)
+  model = mlp(hidden) if hidden else linear()
+  return supervised(model(10), {"x": images, "y": labels})
+
+
+def _rounds(
+  executor, task, job: dict[str, Any], *, workers: int, batch: int, rounds: int, owners: int = 0
+) -> Callable[[], float]:
+  """Seconds per round of a dispatch, which goes on where the one before ended.
+
+  `job` are a method's spec and further fields of a Job.
+  """
+  import jax
+
+  from research.core import registry
+  from research.parallel.job import Job, resolved
+  from research.tasks.partition import iid, stack
+
+  parts = iid()(task.train["y"], owners or workers, 0)
+  examples, sizes = stack(task.train, parts)
+  method = registry.build("method", job["method"])
+  fields = {**job, "method": method}
+  built = executor(
+    resolved(Job(task=task, axes={"data": workers}, sizes=sizes, batch_size=batch, **fields))
+  )
+  held = [built.init(jax.random.key(0))]
+  data = built.place(examples, sizes, jax.random.key(1))
+
+  def dispatch() -> None:
+    held[0], metrics = built.run(held[0], data, rounds=rounds)
+    jax.block_until_ready((held[0], metrics))
+
+  dispatch()
+  return lambda: seconds(dispatch) / rounds
+
+
+def power_sgd_table(rows: list[dict[str, Any]]) -> list[str]:
+  """Steps with PowerSGD against dense ones, in Markdown."""
+  lines = [
+    "\nA step with error_feedback(power_sgd(4)) against a dense one, MLP of 1.9 million "
+    "parameters, batch 256, one worker:\n"
+  ]
+  lines.append("| executor | dense, ms | PowerSGD, ms | ratio (median) | ratios |")
+  lines.append("|---|---|---|---|---|")
+  for row in rows:
+    times = f"{row['dense_ms']:.2f} | {row['power_sgd_ms']:.2f} | {row['ratio']:.2f}"
+    lines.append(f"| {row['executor']} | {times} | {shown(row['ratios'])} |")
+  return lines
+
+
+def local_phase_table(rows: list[dict[str, Any]]) -> list[str]:
+  """Workers one after the other against all at once, in Markdown."""
+  lines = [
+    "\nA round of ten simulated workers, 20 local steps on 10 images each, perceptrons of several "
+    "sizes: workers one after the other (map) against all at once (vmap):\n"
+  ]
+  lines.append("| hidden | bytes of the model | vmap, ms | map, ms | ratio (median) | ratios |")
+  lines.append("|---|---|---|---|---|---|")
+  for row in rows:
+    hidden = "-".join(map(str, row["hidden"])) or "none"
+    times = f"{row['vmap_ms']:.2f} | {row['map_ms']:.2f} | {row['ratio']:.2f}"
+    lines.append(f"| {hidden} | {row['model_bytes']:,} | {times} | {shown(row['ratios'])} |")
+  return lines

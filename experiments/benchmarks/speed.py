@@ -1,0 +1,199 @@
+"""Speed between two hosts of one core each: ours, minimal JAX by hand, PyTorch.
+
+The suite hosts of bench.py.
+"""
+
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.benchmarks.hosts import METHODS, MODEL, ROOT, ended, flags_of, netlab, run, tell
+from research.comm import counters
+from research.train.config import Config
+
+# Rates of the links, and so many steps by each: those that take 100 Mbit/s are few and long.
+RATES = {"": 160, "1gbit": 160, "100mbit": 64}
+SPEED_DISPATCH = 8
+PAIRS: dict[str, tuple[str, str | None, str | None]] = {  # ours, by hand, in PyTorch
+  "dense": ("dense", "dense", "dense"),
+  "two_phase(bf16)": ("two_phase(bf16)", None, "fp16"),  # PyTorch: a sum of float16
+  "two_phase(int8)": ("two_phase(int8)", "int8", None),
+  "gather top_k(1%)": ("gather top_k(1%)", "top_k", None),
+  "power_sgd(4)": ("power_sgd(4)", "power_sgd", "power_sgd"),
+  "local_sgd(8)": ("local_sgd(8)", "local", "local"),
+}
+
+
+def speed(methods: Sequence[str], repeats: int, has_torch: bool) -> list[dict[str, Any]]:
+  """Milliseconds per step between two hosts of one core each: ours, by hand, PyTorch's, in turn."""
+  return [
+    _speed(method, rate, repeats, has_torch) for rate, method in itertools.product(RATES, methods)
+  ]
+
+
+def _speed(method: str, rate: str, repeats: int, has_torch: bool) -> dict[str, Any]:
+  ours, by_hand, torch = PAIRS[method]
+  programs: dict[str, Callable[[], list[float]]] = {}
+  programs["ours"] = lambda: _of_loop(METHODS[ours], rate)
+  if by_hand:
+    line = ["by_hand_hosts.py", by_hand, str(RATES[rate]), str(SPEED_DISPATCH)]
+    programs["by_hand"] = lambda: _of_program(line, rate)["milliseconds"]
+  if torch and has_torch:
+    other = ["peers_torch.py", torch, str(RATES[rate]), str(SPEED_DISPATCH)]
+    programs["torch"] = lambda: _of_program(other, rate)["milliseconds"]
+  found: dict[str, list[float]] = {name: [] for name in programs}
+  stolen: dict[str, list[float]] = {name: [] for name in programs}
+  for turn in range(repeats):
+    for name in list(programs)[:: 1 if turn % 2 else -1]:
+      before = _ticks()
+      found[name].append(statistics.median(programs[name]()))
+      ticks = [now - then for now, then in zip(_ticks(), before, strict=True)]
+      stolen[name].append(round(ticks[7] / sum(ticks), 3))
+      taken = f"{stolen[name][-1]:.1%} of the cores' time went to other machines"
+      tell(f"{rate or 'not shaped'}, {method}, {name}: {found[name][-1]:.1f} ms; {taken}")
+  named = {"method": method, "rate": rate or "not shaped"}
+  return named | {"milliseconds": found, "stolen": stolen}
+
+
+def _ticks() -> list[int]:
+  """What the cores have done so far, as Linux tells; the eighth is what a hypervisor took."""
+  return [int(ticks) for ticks in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+
+
+def _shaped(rate: str, folder: str) -> list[str]:
+  return [f"--rate={rate}", "--cores_per_host=1", f"--logs={folder}/logs"]
+
+
+def _of_loop(spec: str, rate: str) -> list[float]:
+  """Milliseconds per step of each dispatch of the loop, but the first two."""
+  config = _config(spec, RATES[rate])
+  with tempfile.TemporaryDirectory() as folder:
+    out = Path(folder) / "run"
+    line = ["run.py", *flags_of(config | {"out": out})]
+    run(netlab(2, _shaped(rate, folder), line, "env", "-u", counters.PLACES))  # they take time
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+  at = [row["seconds"] for row in rows[1:-1]]  # evaluation comes before the last row
+  return [1000 * (b - a) / SPEED_DISPATCH for a, b in itertools.pairwise(at)]
+
+
+def _config(spec: str, steps: int) -> dict[str, Any]:
+  config = MODEL | {"method": spec, "executor": "spmd", "mesh": "data:2", "batch_size": 128}
+  config |= {"steps": steps, "steps_per_dispatch": SPEED_DISPATCH, "log_every": SPEED_DISPATCH}
+  return config | {"eval_every": 0, "check_every": 0, "checkpoint_every": 0}
+
+
+def _of_program(line: Sequence[str], rate: str) -> dict[str, Any]:
+  """What a program prints as JSON."""
+  with tempfile.TemporaryDirectory() as folder:
+    printed = run(netlab(2, _shaped(rate, folder), line))
+  (found,) = [line[4:] for line in printed.splitlines() if line.startswith('[0] {"milli')]
+  return json.loads(found)
+
+
+# ---- time to a target, and to the first step
+
+
+TARGET = 0.95  # of MNIST's test images
+MOST = 800  # steps, within which all get there
+SLOW = "100mbit"
+
+
+def to_target(speeds: list[dict[str, Any]], has_torch: bool) -> list[dict[str, Any]]:
+  """Seconds of training at 100 Mbit/s to 95% of MNIST: steps to it, times those of a step.
+
+  Steps are counted in eighths, evaluated apart from the clock; `speeds` are `speed`'s rows.
+  """
+  found = []
+  for method in ("dense", "power_sgd(4)"):
+    ours, _, torch = PAIRS[method]
+    (row,) = [row for row in speeds if row["rate"] == SLOW and row["method"] == method]
+    steps = {"ours": _steps_to_target(METHODS[ours])}
+    if torch and has_torch:
+      line = ["peers_torch.py", torch, str(MOST), str(SPEED_DISPATCH), str(TARGET)]
+      steps["torch"] = _of_program(line, "")["steps"]
+    for name, count in steps.items():
+      milliseconds = statistics.median(row["milliseconds"][name])
+      seconds = count * milliseconds / 1000
+      found.append({"method": method, "program": name, "steps": count, "seconds": seconds})
+      tell(f"to {TARGET:.0%}, {method}, {name}: {count} steps, {seconds:.1f} s")
+  return found
+
+
+def _steps_to_target(spec: str) -> int:
+  """Steps after which our loop's model has the accuracy; the workers are devices of one process."""
+  import jax
+
+  from research.train import assemble, metrics
+
+  config = Config(**_config(spec, MOST))
+  problem = assemble.assemble(config, assemble.check(config))
+  executor = problem.executor
+  assert problem.test is not None
+  init_key, data_key = jax.random.split(jax.random.key(config.seed))
+  state = executor.init(init_key)
+  data = executor.place(problem.examples, problem.sizes, data_key)
+  test = executor.place(*problem.test, data_key)
+  evaluate = metrics.evaluator(problem.job.task, data.sizes.sharding.mesh)
+  for step in range(SPEED_DISPATCH, MOST + 1, SPEED_DISPATCH):
+    state, _ = executor.run(state, data, rounds=SPEED_DISPATCH)
+    if evaluate(executor.params(state), test)["accuracy"] >= TARGET:
+      return step
+  raise RuntimeError(f"{spec} does not reach {TARGET} in {MOST} steps")
+
+
+def start(repeats: int) -> list[float]:
+  """Seconds from the launcher's start to the first logged step of a job of two processes."""
+  seconds = []
+  for _ in range(repeats):
+    with tempfile.TemporaryDirectory() as folder:
+      config = _config(METHODS["dense"], SPEED_DISPATCH) | {"out": f"{folder}/run"}
+      lab = [sys.executable, str(ROOT / "launch" / "local.py"), "--processes=2"]
+      program = [sys.executable, str(ROOT / "experiments" / "run.py"), *flags_of(config)]
+      begun = time.perf_counter()
+      line = [*lab, f"--logs={folder}/logs", "--", *program]
+      nowhere = subprocess.DEVNULL
+      rows = Path(folder) / "run" / "metrics.jsonl"
+      with subprocess.Popen(line, stdout=nowhere, stderr=nowhere) as process, ended(process):
+        while not (rows.exists() and rows.stat().st_size):
+          if process.poll() is not None:
+            raise RuntimeError(f"the job ended with {process.returncode}")
+          time.sleep(0.02)
+        seconds.append(time.perf_counter() - begun)
+        process.wait()
+  return seconds
+
+
+def speed_table(rows: list[dict[str, Any]]) -> list[str]:
+  """Milliseconds per step, and ours in relation to the others, in Markdown."""
+  lines = [
+    "| link | method | ours, ms | by hand, ms | PyTorch, ms | by hand / ours | PyTorch / ours |"
+  ]
+  lines.append("|---|---|---|---|---|---|---|")
+  for row in rows:
+    median = {name: statistics.median(found) for name, found in row["milliseconds"].items()}
+    ours, by_hand, torch = (median.get(name) for name in ("ours", "by_hand", "torch"))
+    ratio = lambda other, ours=ours: f"{other / ours:.2f}" if other and ours else ""
+    shown = [f"{found:.1f}" if found else "" for found in (ours, by_hand, torch)]
+    cells = [row["rate"], row["method"], *shown, ratio(by_hand), ratio(torch)]
+    lines.append("| " + " | ".join(cells) + " |")
+  return lines
+
+
+def target_table(rows: list[dict[str, Any]], begun: list[float]) -> list[str]:
+  """Seconds to the target, and of a start, in Markdown."""
+  lines = ["", f"To {TARGET:.0%} of MNIST's test images at {SLOW}, training alone:", ""]
+  lines += ["| program | method | steps | seconds |", "|---|---|---|---|"]
+  names = {"ours": "ours", "torch": "PyTorch"}
+  for row in rows:
+    cells = [names[row["program"]], row["method"], str(row["steps"]), f"{row['seconds']:.1f}"]
+    lines.append("| " + " | ".join(cells) + " |")
+  middle, top = statistics.median(begun), max(begun)
+  lines.append(f"\nTwo processes log their first steps after {middle:.1f} s (at most {top:.1f} s).")
+  return lines

@@ -1,0 +1,270 @@
+"""What a claim is made of: runs of the ordinary executors, what they are held against, gates."""
+
+import multiprocessing
+import operator
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from research.core import registry
+from research.core.base import Params, Task, TrainState
+from research.train import metrics, sources
+from research.train.assemble import Problem, assemble, check
+from research.train.config import Config
+from research.train.plan import Sent
+
+Row = dict[str, Any]
+RELATIONS = {"<=": operator.le, ">=": operator.ge, "==": operator.eq}
+
+
+class Beside(NamedTuple):
+  """A number of ours beside the paper's, where the paper has one."""
+
+  what: str
+  ours: float
+  paper: float | None = None
+
+
+class Gate(NamedTuple):
+  """What has to hold. A NaN holds nowhere."""
+
+  what: str
+  value: float
+  relation: str  # a key of RELATIONS
+  bound: float
+  anywhere: bool = False  # on data sets that the claim was not tuned on, too
+
+  @property
+  def holds(self) -> bool:
+    """Whether the value stands in the relation to the bound."""
+    return bool(RELATIONS[self.relation](self.value, self.bound))
+
+
+class Line(NamedTuple):
+  """A curve of a panel; with `marker` its points are shown."""
+
+  label: str
+  x: Sequence[float] | np.ndarray
+  y: Sequence[float] | np.ndarray
+  marker: str = ""
+
+
+class Panel(NamedTuple):
+  """One pair of axes of the figure."""
+
+  title: str
+  x: str
+  y: str
+  lines: list[Line]
+  x_scale: str = "linear"
+  y_scale: str = "linear"
+  levels: Mapping[str, float] = {}  # horizontal lines, such as the paper's number
+
+
+class Findings(NamedTuple):
+  """What a claim's experiments gave."""
+
+  besides: list[Beside]
+  gates: list[Gate]
+  panels: list[Panel]
+  note: str = ""  # what a reader must know to read the numbers
+
+
+class Found(NamedTuple):
+  """What one run gave."""
+
+  config: Config
+  rows: list[Row]  # "step", "loss" of the training since the row before, and what was measured
+  params: Params  # numpy: the model one would deploy
+  bytes_per_step: float  # that the algorithm of one worker sends
+  seconds: float
+
+  def column(self, name: str) -> np.ndarray:
+    """A metric over the rows."""
+    return np.array([row[name] for row in self.rows], np.float64)
+
+  def last(self, name: str) -> float:
+    """A metric at the end; NaN if the run diverged before it."""
+    return float(self.rows[-1].get(name, np.nan))
+
+  @property
+  def finite(self) -> bool:
+    """Whether the run has not diverged."""
+    return bool(np.isfinite(self.last("loss")))
+
+  def first(self, name: str, reached: Callable[[float], bool]) -> float:
+    """The first measured step at which a metric fulfils a condition; infinity if none does."""
+    return next((float(row["step"]) for row in self.rows if reached(row[name])), np.inf)
+
+
+# (deployed params, whole state) -> numbers that join a row
+Watch = Callable[[Params, TrainState], Mapping[str, Any]]
+
+
+class Lab:
+  """Where a claim's experiments run; it keeps the record of them.
+
+  Args:
+    settings: the claim's numbers at this scale.
+    seeds: how many.
+    dataset: task spec of the data, or "" where the claim makes its own.
+    tell: shown while it runs.
+  """
+
+  def __init__(
+    self,
+    settings: Mapping[str, Any],
+    seeds: int,
+    dataset: str,
+    tell: Callable[[str], None],
+  ):
+    self.settings, self.seeds, self.dataset, self.tell = settings, range(seeds), dataset, tell
+    self.runs: list[dict[str, Any]] = []
+    self.grids: list[dict[str, Any]] = []
+
+  def __getitem__(self, name: str) -> Any:
+    """A setting of the claim."""
+    return self.settings[name]
+
+  def data(self, **more: Any) -> str:
+    """The spec of --dataset with further arguments, where it does not have them itself."""
+    call = registry.parse(self.dataset)
+    named = [f"{k}={v!r}" for k, v in more.items() if k not in call.kwargs]
+    inside = call.text[call.text.index("(") + 1 : -1]
+    return f"{call.name}({', '.join([inside, *named] if inside else named)})"
+
+  def task(self, **flags: Any) -> Task:
+    """The task of a run by its flags; --dataset is the default."""
+    return sources.task_of(Config(task=self.dataset)._replace(**flags))
+
+  def run(
+    self,
+    *,
+    on: Sequence[str] = ("test",),
+    gradient: bool = False,
+    watch: Watch | None = None,
+    until: Callable[[Row], bool] = lambda row: False,
+    **flags: Any,
+  ) -> Found:
+    """Runs what the flags of `experiments/run.py` describe, and measures at every --eval_every.
+
+    A row has the task's metrics by name over the test examples (`on` "test"), or those to train on
+    as "train_NAME" (`on` "train"); with `gradient` the norm of the whole gradient too, as
+    "gradient_norm". A run ends at the first row for which `until` holds, or where its loss is no
+    longer finite.
+
+    Raises:
+      UsageError: for flags that cannot be.
+    """
+    config = Config(**({"task": self.dataset, "eval_every": 0, "steps_per_dispatch": 1000} | flags))
+    problem = assemble(config, check(config))
+    started = time.perf_counter()
+    state, rows = _trained(problem, config, _measure(problem, config, on, gradient, watch), until)
+    params = jax.device_get(problem.executor.params(state))
+    seconds = time.perf_counter() - started
+    sent = Sent(problem.plan, problem.executor.layout, problem.steps)
+    found = Found(config, rows, params, sent.until(problem.steps) / problem.steps, seconds)
+    last = {k: v for k, v in rows[-1].items() if np.ndim(v) == 0}
+    told = {**_told(config), **last, "bytes_per_step": found.bytes_per_step}
+    self.runs.append({**told, "seconds": round(seconds, 1)})
+    self.tell(f"{seconds:6.1f} s  {_short(config)}: {_numbers(last)}")
+    return found
+
+  def tune(
+    self, what: str, values: Iterable[float], score: Callable[[float], float]
+  ) -> tuple[float, dict[float, float]]:
+    """The value of a grid with the lowest score, and all scores; ties go to the first."""
+    scores = {value: float(score(value)) for value in values}
+    ranked = {v: s if np.isfinite(s) else np.inf for v, s in scores.items()}
+    best = min(ranked, key=lambda v: ranked[v])
+    shown = {str(v): s if np.isfinite(s) else None for v, s in scores.items()}
+    self.grids.append({"what": what, "scores": shown, "best": best})
+    return best, scores
+
+
+def with_devices(count: int, function: Callable[..., Any], *args: Any) -> Any:
+  """What a function of a module finds in a process of its own, which has so many CPU devices."""
+  apart = multiprocessing.get_context("spawn")
+  with ProcessPoolExecutor(1, apart, initializer=_imitate_devices, initargs=(count,)) as process:
+    return process.submit(function, *args).result()
+
+
+def _imitate_devices(count: int) -> None:
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_num_cpu_devices", count)
+
+
+def _trained(
+  problem: Problem,
+  config: Config,
+  measure: Callable[[TrainState], Row],
+  until: Callable[[Row], bool],
+) -> tuple[TrainState, list[Row]]:
+  plan, rows, step, losses = problem.plan, [], 0, []
+  init_key, data_key = jax.random.split(jax.random.key(config.seed))
+  state = problem.executor.init(init_key)
+  data = problem.executor.place(problem.examples, problem.sizes, data_key)
+  while step < problem.steps:
+    before, step = step, _next_stop(problem, config, step)
+    rounds = round(plan.rounds(step) - plan.rounds(before))
+    state, found = problem.executors[plan.stage(before)].run(state, data, rounds=rounds)
+    losses.append(np.asarray(found["loss"], np.float64))
+    finite = bool(np.isfinite(losses[-1]).all())
+    last = step == problem.steps or not finite
+    if last or (config.eval_every and step // config.eval_every > before // config.eval_every):
+      loss, losses = float(np.concatenate(losses).mean()), []
+      rows.append({"step": step, "loss": loss, **measure(state)})
+    if not finite or (rows and until(rows[-1])):
+      break
+  return state, rows
+
+
+def _next_stop(problem: Problem, config: Config, step: int) -> int:
+  plan, every = problem.plan, (config.eval_every, config.steps_per_dispatch)
+  stops = [(step // n + 1) * n for n in every if n > 0]
+  stops = [problem.steps, plan.next_stage(step) or problem.steps, *stops]
+  return min(plan.end(min(stops)), problem.steps)
+
+
+def _measure(
+  problem: Problem, config: Config, on: Sequence[str], gradient: bool, watch: Watch | None
+) -> Callable[[TrainState], Row]:
+  key = jax.random.split(jax.random.key(config.seed))[1]
+  place = problem.executor.place
+  test = problem.test if "test" in on else None
+  placed = {"": place(*test, key)} if test else {}
+  if "train" in on or gradient or not test:
+    placed["train_"] = place(problem.examples, problem.sizes, key)
+  mesh = next(iter(placed.values())).sizes.sharding.mesh
+  evaluate = metrics.evaluator(problem.job.task, mesh)
+
+  def measure(state: TrainState) -> Row:
+    params = problem.executor.params(state)
+    row: Row = dict(watch(params, state)) if watch else {}
+    for prefix, data in placed.items():
+      found = evaluate(params, data, gradient=gradient and prefix == "train_")
+      named = {k: float(v) for k, v in jax.device_get(found).items()}
+      norm = {"gradient_norm": named.pop("gradient_norm")} if "gradient_norm" in named else {}
+      row |= {f"{prefix}{name}": value for name, value in named.items()} | norm
+    return row
+
+  return measure
+
+
+def _told(config: Config) -> dict[str, Any]:
+  """The flags that differ from their defaults, and what a run is known by."""
+  default = Config._field_defaults
+  given = {k: v for k, v in config._asdict().items() if v != default[k]}
+  return config.named() | given
+
+
+def _short(config: Config) -> str:
+  return f"{config.task} {config.method} {config.mesh} seed {config.seed}"
+
+
+def _numbers(row: Mapping[str, Any]) -> str:
+  return ", ".join(f"{k} {v:.5g}" for k, v in row.items() if isinstance(v, int | float))

@@ -1,0 +1,275 @@
+"""A run's round as XLA compiles it for TPU chips, on a machine without: memory, work, traffic.
+
+The program is the one that `spmd` runs; its arguments are shapes. Import this with the environment
+that `compile.py` sets.
+"""
+
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from research.analysis import chips, compiled, flops, wire
+from research.comm import mesh as meshes
+from research.core import blame
+from research.core.base import WORKER_AXES, Data, TrainState, Tree
+from research.parallel import workers
+from research.parallel.job import Job
+from research.train import assemble
+from research.train.config import Config, UsageError, flag
+
+
+class Target(NamedTuple):
+  """What is compiled for."""
+
+  topology: str
+  chip: chips.Chip
+  shape: tuple[int, ...]  # of a slice
+  slices: int
+  devices: Sequence[Any]
+
+
+def target(topology: str, slices: int) -> Target:
+  """The devices of a topology, as XLA:TPU describes them.
+
+  Raises:
+    UsageError: for one that there is not.
+  """
+  with flag("topology", topology), blame.of_libraries():
+    name, shape = chips.parse_topology(topology)
+    # a v4 is two devices to the compiler unless told to be one, which it is on a machine
+    cores = {"chip_config_name": "megacore"} if name == "v4" else {}
+    try:
+      found = topologies.get_topology_desc(topology, "tpu", num_slices=slices, **cores)
+    except jax.errors.JaxRuntimeError as error:
+      raise ValueError(f"the compiler says {_first_line(error)}") from error
+  return Target(topology, chips.CHIPS[name], shape, slices, found.devices)
+
+
+def _first_line(error: Exception) -> str:
+  return str(error).splitlines()[0][:300]
+
+
+def problem_of(config: Config, target: Target) -> assemble.Problem:
+  """The parts of a run on the target's devices, nothing of which is placed or run.
+
+  Raises:
+    UsageError: one line.
+  """
+  setting = assemble.check(config)
+  with flag("mesh", config.mesh):
+    places, count = meshes.count(setting.axes), len(target.devices)
+    if places != count:
+      raise ValueError(
+        f"has {places} places, and {target.slices} x {target.topology} has {count} chips"
+      )
+    if setting.axes.get("slice", 1) != target.slices:
+      raise ValueError(f"with --slices={target.slices} the mesh has slice:{target.slices}")
+  return assemble.assemble(config, setting, target.devices)
+
+
+def arguments(problem: assemble.Problem) -> tuple[TrainState, Data]:
+  """Shapes of the state and the data of a run, with their places on the devices."""
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  state = problem.executor.init.eval_shape(key)
+  mesh = state.round.sharding.mesh
+  everywhere = NamedSharding(mesh, P())
+  rows = NamedSharding(mesh, P(tuple(meshes.worker_axes(mesh.shape))))
+  place = lambda where: lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+  held = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, problem.examples))
+  sizes = jax.ShapeDtypeStruct(problem.job.sizes.shape, jnp.int32)
+  return state, Data(
+    jax.tree.map(place(rows), held), place(everywhere)(sizes), place(everywhere)(key)
+  )
+
+
+def compiled_round(config: Config, target: Target, effort: float = 0.0) -> dict[str, Any]:
+  """Compiles one round and reads everything off it; bytes and FLOPs are of one device.
+
+  Args:
+    config: the run's flags.
+    target: what to compile for.
+    effort: of the compiler to make a fast program, in [-1, 1]: 0 as for a run; less takes less
+      time, and makes a program that overlaps less and needs less memory for it.
+
+  Raises:
+    UsageError: one line, if it does not fit too.
+  """
+  with jax.sharding.use_abstract_mesh(meshes.like(target.devices[0])):
+    problem = problem_of(config, target)
+    built = _compile(problem, target, effort)
+    work = _work(problem, built.jaxpr, built.mesh)
+  try:
+    transfers, unread = compiled.traffic(built.program, built.mesh), ""
+  except ValueError as error:
+    transfers, unread = None, str(error)
+  period = problem.job.method.period
+  return {
+    **{name: getattr(config, name) for name in ("task", "model", "method", "mesh", "batch_size")},
+    "effort": effort,
+    "steps_per_round": period,
+    "memory": _memory(built.program.memory_analysis(), built.held, target),
+    "flops": work["flops"],
+    "hbm_bytes": work["hbm"],
+    "collectives": _collectives(transfers, period, target.slices),
+    "collectives_unread": unread,
+    "roofline": _roofline(work, transfers, period, target),
+    "seconds": {name: round(value, 2) for name, value in built.seconds.items()},
+  }
+
+
+class Built(NamedTuple):
+  """A round, traced and compiled."""
+
+  jaxpr: Any
+  program: Any  # a jax.stages.Compiled
+  mesh: Mesh
+  held: dict[str, int]  # bytes of the arguments on one device
+  seconds: dict[str, float]
+
+
+def _compile(problem: assemble.Problem, target: Target, effort: float) -> Built:
+  """Builds one round.
+
+  Raises:
+    UsageError: one line, if it does not fit.
+  """
+  state, data = arguments(problem)
+  mesh, started = state.round.sharding.mesh, time.perf_counter()
+  traced = problem.executor.run.trace(state, data, rounds=1)
+  lowered, lowered_at = traced.lower(), time.perf_counter()
+  held = {"state": _held(state), "examples": _held(data)}
+  try:
+    program = lowered.compile({"exec_time_optimization_effort": effort})
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise UsageError(too_large(str(error), held, dict(mesh.shape), target)) from error
+  seconds = {"lowering": lowered_at - started, "compiling": time.perf_counter() - lowered_at}
+  return Built(traced.jaxpr, program, mesh, held, seconds)
+
+
+# ---- what it takes
+
+
+def _held(tree: Tree) -> int:
+  """Bytes of a tree on one device, as many as its elements have."""
+  size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+  return sum(size(x) for x in jax.tree.leaves(tree))
+
+
+def _memory(found: Any, held: dict[str, int], target: Target) -> dict[str, Any]:
+  """Bytes by kind, and the share of the chip's that is left."""
+  kinds = {
+    "arguments": found.argument_size_in_bytes,
+    "outputs": found.output_size_in_bytes,
+    "aliased": found.alias_size_in_bytes,
+    "temporaries": found.temp_size_in_bytes,
+    "code": found.generated_code_size_in_bytes,
+  }
+  used = sum(kinds.values()) - 2 * kinds["aliased"]
+  left = 1 - used / target.chip.hbm
+  return {**kinds, "used": used, "hbm": target.chip.hbm, "left": left, "of_arguments": held}
+
+
+def too_large(text: str, held: dict[str, int], axes: dict[str, int], target: Target) -> str:
+  """By how much a program does not fit, what takes most of it, and which axis cuts that."""
+  found = re.search(r"[Uu]sed ([\d.]+)([KMG]?) of|temporaries \(([\d.]+)([KMG]?)\)", text)
+  unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+  needed = float(found[1] or found[3]) * unit[found[2] or found[4] or ""] if found else 0.0
+  needed = max(needed, sum(held.values()))
+  parts = {**held, "temporaries": needed - sum(held.values())}
+  largest = max(parts, key=lambda name: parts[name])
+  axis = "data" if largest == "examples" else "fsdp"
+  size = axes.get(axis, 1) * 2 ** math.ceil(math.log2(max(needed / target.chip.hbm, 1.01)))
+  also = ", and so does a smaller --batch_size" if largest == "temporaries" else ""
+  shown = ",".join(f"{name}:{size}" for name, size in axes.items())
+  amount = lambda value: f"{value / 2**30:.2f} GiB"
+  return (
+    f"--mesh='{shown}': does not fit: {amount(needed)} for each of the chips of {target.topology}, "
+    f"{amount(needed - target.chip.hbm)} more than its {amount(target.chip.hbm)}; most of it "
+    f"{largest} ({amount(parts[largest])}), of which a longer '{axis}' leaves less on a chip, such "
+    f"as '{axis}:{size}'{also}"
+  )
+
+
+def _work(problem: assemble.Problem, program: Any, mesh: Mesh) -> dict[str, Any]:
+  """FLOPs and HBM bytes of a step on one device."""
+  job, axes = problem.job, dict(mesh.shape)
+  return {
+    "flops": {"run": flops.flops(program, axes) / job.method.period, "needed": _needed(job, mesh)},
+    "hbm": flops.carried(program, axes) / job.method.period,
+  }
+
+
+def _needed(job: Job, mesh: Mesh) -> float:
+  """FLOPs of a step's gradient on one device, nothing computed twice.
+
+  Traced for no chip in particular, so that a model takes operations that are counted exactly, but
+  if it insists on kernels of this one.
+  """
+  inner = {name: size for name, size in mesh.shape.items() if name not in WORKER_AXES}
+  types = (AxisType.Auto,) * len(inner)
+  args, own = workers.of_loss(job), job.task.grads
+
+  def count() -> float:
+    if own:
+      return flops.flops(jax.make_jaxpr(own)(*args), inner)
+    return flops.of_gradient(job.task.loss, *args, axes=inner)
+
+  try:
+    with jax.sharding.use_abstract_mesh(AbstractMesh(tuple(inner.values()), tuple(inner), types)):
+      return count()
+  except ValueError:
+    with jax.set_mesh(mesh):
+      return count()
+
+
+def _collectives(
+  transfers: list[wire.Transfer] | None, period: int, slices: int
+) -> list[dict[str, Any]]:
+  """Every collective, alike ones together: bytes of each, and how often in a step."""
+  times: Counter[wire.Transfer] = Counter()
+  for transfer in transfers or ():
+    times[transfer._replace(times=1)] += transfer.times
+  return [
+    {
+      "operation": transfer.operation,
+      "axis": "+".join(transfer.axes),
+      "dtype": transfer.dtype,
+      "payload_bytes": transfer.payload,
+      "sent_bytes": transfer.sent,
+      "times": count / period,
+      "crosses_slices": chips.crossing("+".join(transfer.axes), slices),
+    }
+    for transfer, count in times.items()
+  ]
+
+
+def _roofline(
+  work: dict[str, Any], transfers: list[wire.Transfer] | None, period: int, target: Target
+) -> dict[str, Any]:
+  """The least time of a step, and what it is made of."""
+  within, across = None, None
+  if transfers is not None:
+    within, across = chips.split(wire.by_axis(transfers, period), target.slices)
+  needs = chips.Work(work["flops"]["run"], work["hbm"], within, across)
+  found = chips.roofline(target.chip, target.shape, needs)
+  by, seconds = found.bound
+  return {
+    "ici_bytes": within,
+    "dcn_bytes": across,
+    "seconds": found._asdict(),
+    "seconds_per_step": seconds,
+    "bound_by": by,
+    "left_out": found.unknown,
+    "mfu": chips.utilization(target.chip, work["flops"]["needed"], seconds),
+  }

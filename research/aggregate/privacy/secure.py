@@ -1,0 +1,217 @@
+"""Secure aggregation: the sum of the workers' values, where no one sees any worker's own."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.aggregate.privacy import masks, shamir
+from research.aggregate.privacy.hiding import Sum
+from research.comm import collectives
+from research.core.base import (
+  EVERYONE,
+  WORKER_AXES,
+  Aggregate,
+  Aggregator,
+  Array,
+  Key,
+  Presence,
+  Tree,
+)
+
+
+def secure_sum(
+  *,
+  clip: float,
+  bits: int = 16,
+  threshold: float = 2 / 3,
+  dropout: float = 0.0,
+  axis: collectives.Axes = WORKER_AXES,
+) -> Aggregator:
+  """The mean of fixed-point values, of which each is seen under masks that cancel in the sum.
+
+      x_i in Z_{2^32}, round(clip(v_i) / unit) with unit = clip / (2^(bits-1) - 1)
+      y_i = x_i + PRG(b_i) + sum_{j>i} PRG(s_ij) - sum_{j<i} PRG(s_ij)       sent by i in U
+      z   = sum_{i in U} (y_i - PRG(b_i)) - sum_{i in U, j not in U} +-PRG(s_ij) = sum_{i in U} x_i
+      value = unit z / |U|,   sent_i = unit x_i if i in U, else 0
+
+  Before it sends y_i, worker i gives everyone a Shamir share of its self mask's seed b_i and of
+  its pair seeds s_ij. U are those who then send; with probability `dropout` a worker vanishes in
+  between. From the shares that U holds, the b_i of U and the s_ij of the others come back, never
+  both of one worker, and the masks are computed from these. z is the plain sum, bit for bit. If U
+  has fewer than t = ceil(threshold W) members no share is shown and the round is refused: value
+  and sent are zero on all workers.
+
+  Workers that count differently send w_i x_i / max_j w_j, of values clipped before, and tell their
+  weights: one that sits the round out sends masked zeros. The mean is over the weights of U.
+
+  What it hides: a curious server that follows the protocol and sees all y_i and all shares shown
+  learns the sum over U and no more, alone or together with up to t - 1 workers, if the outputs of
+  PRG look random to it; and a y_i that arrives after i was given up stays hidden by b_i. What not:
+  the sum itself and what follows from it (`noisy` is for that), who took part, that someone's value
+  was not finite. A server or workers that do not follow the protocol (the paper's signatures and
+  its consistency check) are not defended against.
+
+  In one process this is a study of the protocol. Every worker's secrets are functions of the run's
+  key. s_ij is drawn by the lower of the two and sent to the other, and shares go straight to their
+  holders, where the paper agrees on s_ij by Diffie-Hellman, shares the secret key of that, and has
+  the server carry shares encrypted. The server is the all-reduce. PRG is Threefry with 64-bit keys:
+  neither function nor length is what one would deploy. Groups of workers apart along an axis that
+  `axis` leaves out need keys of their own, as `hierarchical` gives them; else they use one pad.
+
+  Args:
+    clip: values are clipped to [-clip, clip], coordinate by coordinate; in [1e-20, 1e20]. A
+      value of a worker that is not finite makes the mean NaN.
+    bits: per value, in [2, 31]; beyond 25, float32 is the coarser grid.
+    threshold: the share of the workers that must send, in (0, 1].
+    dropout: the probability that a worker vanishes, in [0, 1).
+    axis: the worker axes to sum over.
+
+  Raises:
+    ValueError: if an argument is not in its range; when traced, if bits + ceil(log2 W) > 32, since
+      the sum could leave the ring.
+
+  Reference: Bonawitz et al. 2017, ePrint 2017/281, figure 4, for an honest but curious server.
+  """
+  _check(clip, bits, threshold, dropout)
+
+  def aggregate(tree, state, key, presence=EVERYONE):
+    own, most = _shares(presence, axis)
+    count, here = collectives.worker_count(axis), collectives.worker_index(axis)
+    _check_ring(bits, count)
+    quorum = quorum_of(threshold, count)
+    seed_key, share_key, dropout_key = jax.random.split(key, 3)
+    seeds = _agree(collectives.worker_key(seed_key, axis), axis)
+    shares = shamir.share(seeds, quorum, count, collectives.worker_key(share_key, axis))
+    held = collectives.exchange(shares.astype(jnp.uint16), axis).astype(jnp.uint32)
+
+    alive = jax.random.uniform(dropout_key, (count,)) >= dropout
+    ring = jax.tree.map(lambda x: quantize(_clipped(x, clip) * own, clip, bits), tree)
+    message = jax.tree.map(jnp.add, ring, masks.mask(seeds, here, ring))
+    received = collectives.total(_where(alive[here], message), axis)
+    shown = reveal(held, alive, quorum) * shamir.weights(alive)[here] % shamir.PRIME
+    found = collectives.total(shown, axis) % shamir.PRIME
+    total = masks.unmask(received, found, alive)
+
+    survivors = jnp.sum(alive, dtype=jnp.int32)
+    accepted, members = survivors >= quorum, jnp.maximum(survivors, 1)
+    if dropout and presence is not EVERYONE:  # of all weights, which part is that of U
+      of_those, of_all = collectives.total((jnp.where(alive[here], own, 0), own), axis)
+      accepted &= of_those > 0
+      members = count * of_those / jnp.where(of_all > 0, of_all, 1)
+      members = jnp.where(of_those > 0, members, 1)
+    broken = alive[here] & (own > 0) & ~_all_finite(tree)
+    any_broken = collectives.total(broken.astype(jnp.int32), axis) > 0
+
+    def back(ring, members, is_nan, counts):
+      values = lambda r, x: dequantize(r, clip, bits, members / most).astype(x.dtype)
+      visible = lambda x: jnp.where(is_nan, jnp.full_like(x, jnp.nan), x)
+      return _where(counts, jax.tree.map(lambda r, x: visible(values(r, x)), ring, tree))
+
+    value = back(total, members, any_broken, accepted)
+    return Aggregate(value, back(ring, 1, broken, accepted & alive[here]), state)
+
+  traits = {"dense", "secret", "partial"} if dropout else {"dense", "secret"}
+  present = lambda count: quorum_of(threshold, count) / count if dropout else 1.0
+  seen = Sum(axis, clip / (2 ** (bits - 1) - 1), clip, present)
+  return Aggregator(lambda params: (), aggregate, frozenset(traits), privacy=seen)
+
+
+def _shares(presence: Presence, axis: collectives.Axes) -> tuple[Array | float, Array | float]:
+  """This worker's weight over the largest of all, which comes second."""
+  if presence is EVERYONE:
+    return 1.0, 1.0
+  own = jnp.where(presence.active, jnp.asarray(presence.weight, jnp.float32), 0)
+  most = jnp.max(collectives.gather(own, axis))
+  return own / jnp.where(most > 0, most, 1), most
+
+
+def _clipped(x: Array, clip: float) -> Array:
+  """float32 in [-clip, clip], zero for what is not finite."""
+  return jnp.clip(jnp.where(jnp.isfinite(x), x, 0).astype(jnp.float32), -clip, clip)
+
+
+def quorum_of(threshold: float, workers: int) -> int:
+  """t, the fewest workers that make a round: ceil(threshold W)."""
+  return max(1, math.ceil(threshold * workers - 1e-9))
+
+
+def quantize(x: Array, clip: float, bits: int) -> Array:
+  """Fixed point in Z_{2^32}, uint32: the nearest multiple of clip / (2^(bits-1) - 1)."""
+  levels = 2 ** (bits - 1) - 1
+  codes = jnp.round(_clipped(x, clip) * (levels / clip)).astype(jnp.int32)
+  return jnp.clip(codes, -levels, levels).view(jnp.uint32)
+
+
+def dequantize(ring: Array, clip: float, bits: int, members: Array | int = 1) -> Array:
+  """The mean, float32, of `members` values whose sum in Z_{2^32} is given."""
+  unit = clip / (2 ** (bits - 1) - 1)
+  return ring.view(jnp.int32).astype(jnp.float32) * (unit / members)
+
+
+def reveal(held: Array, alive: Array, quorum: int) -> Array:
+  """What a holder shows of its shares: b_i's where i sent, s_ij's where it did not, else zeros.
+
+  Args:
+    held: [..., W, W, LIMBS], of owner i's seed with peer j.
+    alive: bool [W], who sent.
+    quorum: if fewer sent, nothing is shown.
+  """
+  self_mask = jnp.eye(len(alive), dtype=bool)
+  shown = jnp.where(self_mask, alive[:, None], ~alive[:, None]) & (jnp.sum(alive) >= quorum)
+  return jnp.where(shown[..., None], held, 0)
+
+
+def recover(messages: Tree, held: Array, alive: Array, quorum: int) -> Tree:
+  """The server's part, on a host: the sum of the ring values of those who sent.
+
+  Args:
+    messages: masked, leaves [W, ...]; rows of those who did not send are not looked at.
+    held: [W holders, W owners, W peers, LIMBS], the shares; of those who did not send likewise.
+    alive: bool [W], who sent.
+    quorum: t.
+
+  Raises:
+    ValueError: if fewer than t sent.
+  """
+  if (survivors := int(np.sum(alive))) < quorum:
+    raise ValueError(f"{survivors} of {len(alive)} workers sent; the sum needs {quorum} or more")
+  sent = lambda y: jnp.sum(y[np.asarray(alive)], 0, dtype=jnp.uint32)
+  seeds = shamir.reconstruct(reveal(held, alive, quorum), alive)
+  return masks.unmask(jax.tree.map(sent, messages), seeds, alive)
+
+
+def _agree(own: Key, axis: collectives.Axes) -> Array:
+  """This worker's seeds [W, LIMBS]: its own draw for itself and those above, theirs below."""
+  count, here = collectives.worker_count(axis), collectives.worker_index(axis)
+  drawn = jax.random.randint(own, (count, masks.LIMBS), 0, shamir.PRIME, jnp.uint32)
+  received = collectives.exchange(drawn.astype(jnp.uint16), axis).astype(jnp.uint32)
+  return jnp.where(jnp.arange(count)[:, None] >= here, drawn, received)
+
+
+def _where(condition: Array, tree: Tree) -> Tree:
+  return jax.tree.map(lambda x: jnp.where(condition, x, jnp.zeros_like(x)), tree)
+
+
+def _all_finite(tree: Tree) -> Array:
+  each = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
+  return jnp.all(jnp.array([True, *each]))
+
+
+def _check(clip: float, bits: int, threshold: float, dropout: float) -> None:
+  if not 1e-20 <= clip <= 1e20:
+    raise ValueError(f"clip={clip} is not in [1e-20, 1e20], where float32 resolves the grid")
+  if not 2 <= bits <= 31:
+    raise ValueError(f"bits={bits} is not in [2, 31]")
+  if not 0 < threshold <= 1:
+    raise ValueError(f"threshold={threshold} is not in (0, 1]")
+  if not 0 <= dropout < 1:
+    raise ValueError(f"dropout={dropout} is not in [0, 1)")
+
+
+def _check_ring(bits: int, workers: int) -> None:
+  if bits + (workers - 1).bit_length() > 32:
+    raise ValueError(
+      f"bits={bits}: the sum of {workers} workers' values needs bits + ceil(log2 {workers}) <= 32"
+    )

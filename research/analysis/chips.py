@@ -1,0 +1,143 @@
+"""What TPU chips can do at most, and the time that a program takes at least on them."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from research.core.text import QUOTED, one_line
+
+_GIB = 2**30
+
+
+class Chip(NamedTuple):
+  """One chip, which JAX shows as one device (both cores of a v4 or v5p together).
+
+  A chip has two ICI links along each dimension of its slice. Rates are those of one direction.
+  """
+
+  flops: float  # per second, bfloat16
+  hbm: float  # bytes that a program may have: the page's, or fewer where XLA:TPU gives fewer
+  hbm_bandwidth: float  # bytes per second, read and written together
+  link: float  # bytes per second of one ICI link
+  dcn: float | None  # bytes per second of its part of the host's network; None: not published
+  dimensions: int  # of a slice
+  largest: int  # chips in a slice
+  example: str  # a legal slice
+  source: str
+
+
+# Of the pages that are cited, per chip:
+#   v4   its links by the bisection bandwidth of a pod, 24 TB/s through 2 x 16 x 16 links
+#   v5e  400 GB/s in both directions of four links; two NICs of 100 Gbit/s for eight chips
+#   v5p  1200 GB/s in both directions of six links; 50 Gbit/s
+#   v6e  800 GB/s in both directions of four links; four NICs of 200 Gbit/s for eight chips
+CHIPS = {
+  "v4": Chip(
+    275e12, 30.75 * _GIB, 1200e9, 24e12 / 512, None, 3, 4096, "v4:4x4x4",
+    "https://cloud.google.com/tpu/docs/v4",
+  ),
+  "v5e": Chip(
+    197e12, 15.75 * _GIB, 819e9, 50e9, 200e9 / 8 / 8, 2, 256, "v5e:16x16",
+    "https://cloud.google.com/tpu/docs/v5e",
+  ),
+  "v5p": Chip(
+    459e12, 95 * _GIB, 2765e9, 100e9, 50e9 / 8, 3, 6144, "v5p:8x8x8",
+    "https://cloud.google.com/tpu/docs/v5p",
+  ),
+  "v6e": Chip(
+    918e12, 31.25 * _GIB, 1638e9, 100e9, 800e9 / 8 / 8, 2, 256, "v6e:16x16",
+    "https://cloud.google.com/tpu/docs/v6e",
+  ),
+}  # fmt: skip
+
+
+class Work(NamedTuple):
+  """What one chip has to do in a step."""
+
+  flops: float
+  hbm: float  # bytes read and written
+  ici: float | None  # bytes sent within a slice; None: not known
+  dcn: float | None  # bytes sent to other slices
+
+
+class Roofline(NamedTuple):
+  """The least time of a step, in seconds; None where the work or the rate is not known."""
+
+  compute: float
+  hbm: float
+  ici: float | None
+  dcn: float | None
+
+  @property
+  def bound(self) -> tuple[str, float]:
+    """What takes longest, and how long: less a step cannot take, whatever overlaps."""
+    known = {name: value for name, value in self._asdict().items() if value is not None}
+    slowest = max(known, key=lambda name: known[name])
+    return slowest, known[slowest]
+
+  @property
+  def unknown(self) -> list[str]:
+    """What the bound leaves out."""
+    return [name for name, value in self._asdict().items() if value is None]
+
+
+def parse_topology(spec: str) -> tuple[str, tuple[int, ...]]:
+  """Reads 'v5p:8x8x8' into the chip's name and the sides of a slice.
+
+  Raises:
+    ValueError: for an unknown chip, or sides that no slice of it has.
+  """
+  name, _, sides = spec.partition(":")
+  if name not in CHIPS:
+    shown = ", ".join(f"{kind} (such as {chip.example})" for kind, chip in CHIPS.items())
+    raise ValueError(f"unknown chip '{one_line(name, QUOTED)}'; legal: {shown}")
+  chip = CHIPS[name]
+  form = "x".join("ABC"[: chip.dimensions])
+  is_sides = re.fullmatch("[1-9][0-9]{0,8}(x[1-9][0-9]{0,8})*", sides)
+  if not is_sides or sides.count("x") + 1 != chip.dimensions:
+    raise ValueError(f"not {name}:{form}, the sides of a slice; such as {chip.example}")
+  shape = tuple(map(int, sides.split("x")))
+  if math.prod(shape) > chip.largest:
+    raise ValueError(f"{math.prod(shape)} chips; the largest slice of {name} has {chip.largest}")
+  return name, shape
+
+
+def links(shape: tuple[int, ...]) -> int:
+  """ICI links of the best connected chip of a slice: a side of two chips is a single link."""
+  return sum(min(side - 1, 2) for side in shape)
+
+
+def roofline(chip: Chip, shape: tuple[int, ...], work: Work) -> Roofline:
+  """Times of one chip's work at the peaks of a slice, each by itself.
+
+  All links of a chip are taken to carry an equal part of what it sends, in one direction.
+  """
+  return Roofline(
+    work.flops / chip.flops,
+    work.hbm / chip.hbm_bandwidth,
+    _over(work.ici, links(shape) * chip.link),
+    _over(work.dcn, chip.dcn),
+  )
+
+
+def _over(amount: float | None, rate: float | None) -> float | None:
+  if amount == 0:
+    return 0.0
+  return None if amount is None or rate is None else amount / rate
+
+
+def utilization(chip: Chip, flops: float, seconds: float) -> float:
+  """The share of a chip's peak that so many FLOPs in so many seconds are."""
+  return flops / (chip.flops * seconds) if seconds else 0.0
+
+
+def crossing(axis: str, slices: int) -> bool:
+  """Whether what is sent over an axis ('slice+data': both at once) leaves its slice."""
+  return slices > 1 and "slice" in axis.split("+")
+
+
+def split(sent: Mapping[str, float], slices: int) -> tuple[float, float]:
+  """Bytes by axis as those that stay in a slice and those that leave it."""
+  leaving = sum(amount for axis, amount in sent.items() if crossing(axis, slices))
+  return sum(sent.values()) - leaving, leaving

@@ -1,0 +1,214 @@
+"""What crosses the links in a compiled program: every collective that the target's compiler left.
+
+`wire.py` reads what was asked for, off the traced program; this reads what will run, and the two
+share nothing but the ring's formulas. They differ where a compiler changes the traffic. XLA:CPU
+sums bfloat16 as float32. XLA:TPU pads what does not fit its tiles; it may gather, or scatter the
+sum of, an array whose parts do not fit them by a sum of the whole on all workers, twice the bytes.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from research.analysis import hlo, slices
+from research.analysis.trips import trip_count
+from research.analysis.wire import Transfer, ring_share
+
+_OPERATIONS = {
+  "all-reduce": "all-reduce",
+  "reduce-scatter": "reduce-scatter",
+  "all-gather": "all-gather",
+  "all-to-all": "all-to-all",
+  "collective-permute": "permute",
+}
+# What moves data between devices and is not counted.
+_UNKNOWN = ("send", "recv", "collective-broadcast", "ragged-all-to-all")
+
+
+class _Program(NamedTuple):
+  computations: dict[int, hlo.Computation]
+  devices: list[int]  # ids, in the program's own order
+  places: dict[int, tuple[int, ...]]  # of all devices, by id, in the mesh
+  mesh: dict[str, int]
+
+
+class _Exchange(NamedTuple):
+  operation: str
+  groups: list[list[int]]  # ids of devices; of a permutation (from, to)
+  among: Iterable[int]  # the devices that take part
+
+
+def traffic(compiled: Any, mesh: Mesh) -> list[Transfer]:
+  """Every transfer of a compiled program, per device; a device alone in its group sends nothing.
+
+  An operand of a combined collective is a transfer of its own.
+
+  Args:
+    compiled: a `jax.stages.Compiled`, `jit(f).lower(...).compile()`, for any target.
+    mesh: that it was compiled for.
+
+  Raises:
+    ValueError: if the program is for other devices than the mesh's, groups of devices are no axes
+      of the mesh, a collective stands in a loop whose length is not known or in branches that
+      communicate differently, or devices talk by other means than collectives.
+  """
+  return transfers(hlo.module_of(compiled), mesh)
+
+
+def transfers(module: Any, mesh: Mesh) -> list[Transfer]:
+  """`traffic` of a program in XLA's own form, a message of `hlo.module_class()`."""
+  places = {device.id: place for place, device in np.ndenumerate(mesh.devices)}
+  computations, devices = hlo.computations_of(module), _devices(module, places)
+  program = _Program(computations, devices, places, dict(mesh.shape))
+  return list(_walk(program, computations[module.entry_computation_id], 1, False))
+
+
+def _devices(module: Any, expected: Iterable[int]) -> list[int]:
+  """The program's devices in its own order; of a program for several slices those of the first."""
+  assignment = module.device_assignment
+  if min(assignment.replica_count, assignment.computation_count) > 1:
+    raise ValueError("a program that is replicated and partitioned at once is not read")
+  ids = [i for part in assignment.computation_devices for i in part.replica_device_ids]
+  found = ids if sorted(ids) == sorted(expected) else slices.devices_of_one(ids, expected)
+  if not found:
+    raise ValueError(f"the program is for devices {sorted(ids)}, the mesh has {sorted(expected)}")
+  return found
+
+
+def _walk(
+  program: _Program, computation: hlo.Computation, times: int, fused: bool
+) -> Iterator[Transfer]:
+  for instruction in computation.instructions.values():
+    opcode = instruction.opcode.removesuffix("-start")
+    called = [program.computations[i] for i in instruction.called_computation_ids]
+    if opcode.endswith(("-done", "-update")):
+      continue  # counted at its start
+    if opcode in _OPERATIONS:
+      if not (fused and _goes_on(computation, instruction)):
+        exchange = _collective(program, computation, instruction, fused)
+        yield from _counted(program, computation, instruction, exchange, times)
+    elif opcode == "send" and instruction.is_host_transfer:
+      crossing = slices.crossing(instruction)
+      if crossing:
+        exchange = _Exchange(*crossing, program.places)
+        yield from _counted(program, computation, instruction, exchange, times)
+    elif (opcode in _UNKNOWN and not instruction.is_host_transfer) or _sends_itself(instruction):
+      raise ValueError(f"what '{instruction.name}' sends is not known")
+    elif opcode == "while":
+      yield from _loop(program, computation, instruction, times)
+    elif opcode == "conditional":
+      yield from _branches([list(_walk(program, branch, times, False)) for branch in called])
+    else:
+      for inner in called:
+        yield from _walk(program, inner, times, opcode == "fusion")
+
+
+def _loop(
+  program: _Program, computation: hlo.Computation, loop: Any, times: int
+) -> Iterator[Transfer]:
+  body, condition = (
+    list(_walk(program, program.computations[i], times, False)) for i in loop.called_computation_ids
+  )
+  if body or condition:
+    trips = trip_count(loop, computation, program.computations)
+    yield from (t._replace(times=t.times * (trips + 1)) for t in condition)
+    yield from (t._replace(times=t.times * trips) for t in body if trips)
+
+
+def _branches(branches: list[list[Transfer]]) -> list[Transfer]:
+  if any(sorted(branch) != sorted(branches[0]) for branch in branches):
+    raise ValueError("the branches of a condition communicate differently")
+  return branches[0]
+
+
+def _sends_itself(instruction: Any) -> bool:
+  """Whether a kernel copies to other devices, as one in Pallas may; XLA does not see how much."""
+  return instruction.opcode == "custom-call" and bool(
+    hlo.config_of(instruction).get("custom_call_config", {}).get("has_communication")
+  )
+
+
+def _users(computation: hlo.Computation, instruction: Any) -> list[Any]:
+  return [i for i in computation.instructions.values() if instruction.id in i.operand_ids]
+
+
+def _goes_on(computation: hlo.Computation, instruction: Any) -> bool:
+  """Whether a fused collective is one that another fusion has started.
+
+  XLA:TPU lets a collective run beside several fusions, each of which repeats it: the first gives it
+  to a custom call AsyncCollectiveStart, and all bear its chain_id.
+  """
+  targets = {i.custom_call_target for i in _users(computation, instruction)}
+  chained = "chain_id" in hlo.attributes_of(instruction) or "AsyncCollectiveDone" in targets
+  return chained and "AsyncCollectiveStart" not in targets
+
+
+def _collective(
+  program: _Program, computation: hlo.Computation, instruction: Any, fused: bool
+) -> _Exchange:
+  operation = _OPERATIONS[instruction.opcode.removesuffix("-start")]
+  if operation == "permute":
+    groups = [[pair.source, pair.target] for pair in instruction.source_target_pairs]
+  else:
+    groups = hlo.groups_of(instruction) or [list(range(len(program.devices)))]
+  if fused and operation == "all-reduce" and _sliced(computation, instruction, len(groups[0])):
+    operation = "reduce-scatter"
+  devices = program.devices
+  return _Exchange(operation, [[devices[n] for n in group] for group in groups], devices)
+
+
+def _sliced(computation: hlo.Computation, instruction: Any, workers: int) -> bool:
+  """Whether an all-reduce keeps one worker's part: XLA:TPU's fused form of a reduce-scatter."""
+  users = _users(computation, instruction)
+  return bool(users) and all(
+    user.opcode == "dynamic-slice"
+    and hlo.bytes_of(user.shape) * workers == hlo.bytes_of(instruction.shape)
+    for user in users
+  )
+
+
+def _counted(
+  program: _Program,
+  computation: hlo.Computation,
+  instruction: Any,
+  exchange: _Exchange,
+  times: int,
+) -> Iterator[Transfer]:
+  operation, groups, among = exchange
+  if operation == "permute":
+    moves = [pair for pair in groups if pair[0] != pair[1]]
+    axes, share = _differing(program, moves), ring_share(operation, len([*among]), len(moves))
+  else:
+    axes, share = _axes(program, exchange), ring_share(operation, len(groups[0]))
+  if not axes:
+    return
+  operands = [computation.instructions[i].shape for i in instruction.operand_ids]
+  sizes = [(hlo.dtype_of(x), hlo.bytes_of(x)) for x in operands if not hlo.is_token(x)]
+  if operation == "all-to-all":  # operand i goes to worker i: together they are one
+    sizes = [(sizes[0][0], sum(size for _, size in sizes))]
+  for dtype, payload in sizes:
+    yield Transfer(operation, axes, dtype, payload, share * payload, times)
+
+
+def _differing(program: _Program, groups: list[list[int]]) -> tuple[str, ...]:
+  """The axes along which members of some group stand apart."""
+  apart = np.zeros(len(program.mesh), bool)
+  for group in groups:
+    apart |= np.ptp([program.places[i] for i in group], axis=0) > 0
+  return tuple(name for name, differs in zip(program.mesh, apart, strict=True) if differs)
+
+
+def _axes(program: _Program, exchange: _Exchange) -> tuple[str, ...]:
+  """The axes that groups of devices lie along.
+
+  Raises:
+    ValueError: if they are not all the lines, or planes, along some axes of the mesh.
+  """
+  axes = _differing(program, exchange.groups)
+  width = int(np.prod([program.mesh[axis] for axis in axes]))
+  whole = sorted(i for group in exchange.groups for i in group) == sorted(exchange.among)
+  if not whole or any(len(group) != width for group in exchange.groups):
+    raise ValueError(f"workers talk in groups {exchange.groups}, which are no axes of the mesh")
+  return axes

@@ -1,0 +1,86 @@
+"""How long collectives take on a link, from its bandwidth and latency.
+
+The alpha-beta model (Hockney 1994) of algorithms that attain the least bytes (Thakur et al. 2005):
+a collective among W workers takes `hops` messages one after the other, and all its bytes,
+
+    seconds = messages * (hops * latency + 8 * sent / rate)
+
+    all-reduce  2 (W-1) hops on a ring      all-gather, reduce-scatter  W-1 hops on a ring
+    all-to-all    W-1 pairwise exchanges    permute                     1 hop
+
+Every worker has one link and sends and receives on it at once; nothing overlaps. One message is one
+leaf of the tree that is sent: nothing is fused but what the program fuses. A library that takes
+trees for short messages needs fewer hops for them.
+
+References:
+  Hockney, 1994, "The communication challenge for MPP: Intel Paragon and Meiko CS-2", Parallel
+  Computing 20(3). Thakur, Rabenseifner and Gropp, 2005, "Optimization of collective communication
+  operations in MPICH", Int. J. of High Performance Computing Applications 19(1).
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from research.core.text import QUOTED, one_line
+
+_BITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "tbit": 1e12}  # per second
+_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+
+
+class Link(NamedTuple):
+  """What joins a worker to the others, in each direction."""
+
+  bits_per_second: float
+  latency_seconds: float  # of a message, one way
+
+
+def parse_link(spec: str) -> Link:
+  """Reads '100mbit,20ms', or '100mbit' for no latency.
+
+  Raises:
+    ValueError: for another unit, no number, no bandwidth, or more than these two.
+  """
+  rate, comma, latency = (part.strip() for part in spec.partition(","))
+  bits = _quantity(rate, _BITS, "a bandwidth such as 100mbit")
+  if bits == 0:
+    raise ValueError(f"'{one_line(rate, QUOTED)}' is no bandwidth: nothing would ever arrive")
+  return Link(bits, _quantity(latency, _SECONDS, "a latency such as 20ms") if comma else 0.0)
+
+
+def _quantity(text: str, units: Mapping[str, float], wanted: str) -> float:
+  found = re.fullmatch(r"([0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})\s*([a-z]+)", text.lower())
+  value = float(found[1]) * units.get(found[2], math.nan) if found else math.nan
+  if not math.isfinite(value):
+    legal = f"a number and one of {', '.join(units)}"
+    raise ValueError(f"'{one_line(text, QUOTED)}' is not {wanted}: {legal}")
+  return value
+
+
+def seconds(rows: Iterable[Mapping[str, Any]], axes: Mapping[str, int], link: Link) -> float:
+  """How long the transfers of a local step take, one after the other.
+
+  Args:
+    rows: the transfers of `summary.json`, each with `operation`, `axis` ('slice+data': over both at
+      once), and per local step `payload_bytes`, `sent_bytes` by a worker, and `messages`.
+    axes: of the mesh, name to size.
+    link: the same for all workers and over all axes.
+  """
+  return sum(_seconds(row, axes, link) for row in rows)
+
+
+def _seconds(row: Mapping[str, Any], axes: Mapping[str, int], link: Link) -> float:
+  workers = math.prod(axes[name] for name in row["axis"].split("+"))
+  if not row["sent_bytes"]:
+    return 0.0
+  # The workers' mean; where only some send, the others wait for them.
+  sent = row["payload_bytes"] if row["operation"] == "permute" else row["sent_bytes"]
+  hops = {
+    "all-reduce": 2 * (workers - 1),
+    "all-gather": workers - 1,
+    "reduce-scatter": workers - 1,
+    "all-to-all": workers - 1,
+    "permute": 1,
+  }[row["operation"]]
+  return row["messages"] * hops * link.latency_seconds + 8 * sent / link.bits_per_second

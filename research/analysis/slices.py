@@ -1,0 +1,58 @@
+"""What crosses between TPU slices: XLA hands it to the hosts' network, not to a collective.
+
+A program of several slices is compiled for one of them and runs on all. What it has for the others
+leaves by a `send` to the megascale runtime, which says at the instruction what becomes of it.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from research.analysis import hlo
+
+_RUNTIME = "xla_megascale_runtime"
+_STRIDE = 100_000  # a device's id is its slice's number times this, and its number in the slice
+_OPERATIONS = {
+  "ALL_REDUCE": "all-reduce",
+  "REDUCE_SCATTER": "reduce-scatter",
+  "ALL_GATHER": "all-gather",
+  "ALL_TO_ALL": "all-to-all",
+  "ONE_TO_ONE": "permute",
+}
+
+
+def devices_of_one(numbers: list[int], devices: Iterable[int]) -> list[int]:
+  """The ids of the first slice's devices in a program's order; none if they are no slices.
+
+  Args:
+    numbers: of the program's devices in their slice.
+    devices: ids of all devices of all slices.
+  """
+  starts = sorted({i - i % _STRIDE for i in devices})
+  every = {start + number for start in starts for number in numbers}
+  return [starts[0] + number for number in numbers] if every == set(devices) else []
+
+
+def crossing(send: Any) -> tuple[str, list[list[int]]] | None:
+  """The operation that a `send` is part of, and the groups of ids of devices that it joins.
+
+  Pairs (from, to) for a permutation; nothing if what is sent stays on the host.
+
+  Raises:
+    ValueError: if the runtime is asked for what is not known here.
+  """
+  noted = hlo.attributes_of(send)
+  if noted.get("_xla_host_transfer_handler_name") != _RUNTIME:
+    return None
+  kind, target = noted.get("_xla_megascale_transfer_type"), noted.get("_xla_megascale_target", "")
+  if kind not in _OPERATIONS:
+    raise ValueError(f"what '{send.name}' sends to other slices as {kind} is not known")
+  product = re.fullmatch(r"\{([\d,]+)\}x\{(\d+):(\d+)\}", target)
+  if product:
+    numbers = range(int(product[2]), int(product[3]) + 1)
+    starts = [int(s) * _STRIDE for s in product[1].split(",")]
+    return _OPERATIONS[kind], [[start + n for start in starts] for n in numbers]
+  groups = re.findall(r"\{(\d+(?:(?:,|->)\d+)*)\}", target)
+  if not groups:
+    raise ValueError(f"the target {target!r} of '{send.name}' is not read")
+  return _OPERATIONS[kind], [[int(i) for i in re.split(",|->", group)] for group in groups]

@@ -1,0 +1,292 @@
+"""What crosses the links: every transfer of a traced program, its bytes read off the shapes.
+
+A transfer's payload is the operand that one worker puts into the collective. What a worker then
+sends depends on the collective's algorithm; the figures here are those of a ring, which attains the
+lower bound for all of them (Patarasuk and Yuan 2009; Chan et al. 2007), n bytes over W workers:
+
+    all-reduce  2 (W-1)/W n      reduce-scatter  (W-1)/W n      all-gather  (W-1) n
+    all-to-all    (W-1)/W n      permute         n per edge that leaves the worker, on average
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.extend import core
+
+from research.analysis import rounds as of_rounds
+
+_SHORTEST = 2**10  # of the arrays with a place per round: each length compiles its own arithmetic
+# Names of collective primitives -> operation; check_vma and JAX versions vary the names.
+_OPERATIONS = {
+  "psum": "all-reduce",
+  "psum2": "all-reduce",
+  "psum_invariant": "all-reduce",
+  "pmax": "all-reduce",
+  "pmin": "all-reduce",
+  "reduce_scatter": "reduce-scatter",
+  "psum_scatter": "reduce-scatter",
+  "all_gather": "all-gather",
+  "all_gather_invariant": "all-gather",
+  "all_to_all": "all-to-all",
+  "ppermute": "permute",
+}
+
+
+class Transfer(NamedTuple):
+  """One collective of a program, as often as the program runs it."""
+
+  operation: str
+  axes: tuple[str, ...]  # of the mesh
+  dtype: str
+  payload: int  # bytes, the operand of one worker
+  sent: float  # bytes that one worker sends on a ring
+  times: int
+
+  @property
+  def total(self) -> float:
+    """Bytes that one worker sends in all."""
+    return self.sent * self.times
+
+
+class Traffic(NamedTuple):
+  """What one worker sends in some rounds."""
+
+  transfers: list[Transfer]  # of all these rounds together
+  sent: np.ndarray  # [rounds], bytes in each
+
+
+def traffic(program: Callable[..., Any], *args: Any, axes: Mapping[str, int]) -> list[Transfer]:
+  """Every transfer of one worker's program.
+
+  Args:
+    program: what one worker runs, with collectives over `axes`; traced, not run.
+    *args: arrays or shapes.
+    axes: the worker axes, name to size.
+
+  Raises:
+    ValueError: if a collective stands in a loop whose length is not static, or in branches of a
+      condition that communicate differently: then the traffic is no fact.
+  """
+  jaxpr = jax.make_jaxpr(program, axis_env=list(axes.items()))(*args)
+  reader = _Reader(axes, np.ones(1, np.int64))
+  reader.read(jaxpr, [None] * len(jaxpr.jaxpr.invars), reader.runs)
+  return happened(reader.transfers)
+
+
+def axes_of(program: Callable[..., Any], *args: Any, axes: Mapping[str, int]) -> set[str]:
+  """The axes that a program's collectives are over, in whichever branch; arguments as `traffic`."""
+
+  def found(jaxpr: core.Jaxpr) -> set[str]:
+    ours = [_axis_names(eqn) for eqn in jaxpr.eqns if eqn.primitive.name in _OPERATIONS]
+    inner = [found(p.jaxpr) for eqn in jaxpr.eqns for p in of_rounds.programs(eqn)]
+    return set().union(*ours, *inner)
+
+  return found(jax.make_jaxpr(program, axis_env=list(axes.items()))(*args).jaxpr)
+
+
+def happened(transfers: Iterable[Transfer]) -> list[Transfer]:
+  """Those that the program runs at all."""
+  return [transfer for transfer in transfers if transfer.times]
+
+
+class Rounds:
+  """What one worker sends in any rounds, also where conditions depend on the round's number.
+
+  The program is traced once. A condition whose branches communicate differently is followed where
+  its predicate is a function of the state's counters: scalar whole numbers that start from zero and
+  that the program itself is seen to raise by one in each of the rounds.
+  """
+
+  def __init__(
+    self,
+    program: Callable[..., Any],
+    state: Any,
+    *args: Any,
+    axes: Mapping[str, int],
+    first: Callable[[], Any],
+  ):
+    """Traces the program.
+
+    Args:
+      program: (state, *args) -> state, one round of one worker; traced, not run.
+      state: shapes of one worker's state.
+      *args: shapes of the other arguments.
+      axes: the worker axes, name to size.
+      first: the state before the first round, of which only scalar whole numbers are computed.
+    """
+    self._axes = axes
+    self._program = jax.make_jaxpr(program, axis_env=list(axes.items()))(state, *args)
+    self._alike: Traffic | None = None  # of any round
+    self._counters: set[int] | None = None  # inputs of the program that count rounds
+    try:
+      reader = _Reader(axes, np.ones(1, np.int64))
+      reader.read(self._program, [None] * len(self._program.jaxpr.invars), reader.runs)
+      self._alike = reader.traffic()
+    except of_rounds.Unknown:
+      self._counters = of_rounds.counters(self._program, of_rounds.zeros(first))
+
+  @property
+  def each(self) -> float | None:
+    """The bytes of any one round, if all rounds are alike."""
+    return None if self._alike is None else float(self._alike.sent[0])
+
+  def between(self, first: int, last: int) -> Traffic:
+    """What is sent in the rounds first, ..., last - 1, in memory for so many, unless all are alike.
+
+    The transfers are always the same ones, `times` is 0 where none of these rounds runs one.
+
+    Raises:
+      ValueError: as `traffic`, where the predicate of a condition depends on anything but counters.
+    """
+    count = last - first
+    if self._alike is not None:
+      transfers = [t._replace(times=t.times * count) for t in self._alike.transfers]
+      return Traffic(transfers, np.broadcast_to(self._alike.sent[0], (count,)))
+    length = max(_SHORTEST, 1 << max(count - 1, 0).bit_length())
+    numbers = np.minimum(first + np.arange(length), max(last - 1, first))
+    runs = (np.arange(length) < count).astype(np.int64)
+    found: list[_Reader] = []
+
+    def read(known: of_rounds.Known) -> of_rounds.Known:
+      found.append(_Reader(self._axes, runs))
+      return found[-1].read(self._program, known, runs)
+
+    assert self._counters is not None
+    self._counters = of_rounds.with_counters(read, self._program, self._counters, numbers)
+    transfers, sent = found[-1].traffic()
+    return Traffic(transfers, sent[:count])
+
+
+class _Reader:
+  """Walks a program once for all rounds; `runs` [rounds] says how often each runs a part of it."""
+
+  def __init__(self, axes: Mapping[str, int], runs: np.ndarray):
+    self.axes, self.runs = dict(axes), runs
+    self.transfers: list[Transfer] = []
+    self.sent = np.zeros(len(runs))
+
+  def traffic(self) -> Traffic:
+    """What was noted."""
+    return Traffic(self.transfers, self.sent)
+
+  def read(
+    self, program: core.ClosedJaxpr, known: of_rounds.Known, runs: np.ndarray
+  ) -> of_rounds.Known:
+    """Notes the transfers; returns what is known of the outputs."""
+    values = of_rounds.Values(program, known, len(runs))
+    for eqn in program.jaxpr.eqns:
+      name = eqn.primitive.name
+      if name in _OPERATIONS:
+        self._collective(eqn, runs)
+      elif name == "cond":
+        values.write(eqn, self._condition(eqn, values, runs))
+      else:
+        self._refuse_unknown(eqn)
+        values.write(eqn, values.evaluated(eqn) or self._inside(eqn, values, runs))
+    return values.of(program.jaxpr.outvars)
+
+  def _condition(self, eqn: Any, values: of_rounds.Values, runs: np.ndarray) -> of_rounds.Known:
+    index, *operands = values.of(eqn.invars)
+    branches = eqn.params["branches"]
+    if index is None:
+      readers = [_Reader(self.axes, runs) for _ in branches]
+      for branch, reader in zip(branches, readers, strict=True):
+        reader.read(branch, operands, runs)
+      first = readers[0]
+      alike = lambda r: happened(r.transfers) == happened(first.transfers)
+      if any(not alike(r) or (r.sent != first.sent).any() for r in readers):
+        raise of_rounds.Unknown("the branches of a condition communicate differently")
+      self._add(first.transfers, first.sent)
+      return [None] * len(eqn.outvars)
+    outputs = [
+      self.read(branch, operands, np.where(index == number, runs, 0))
+      for number, branch in enumerate(branches)
+    ]
+    return of_rounds.chosen(index, outputs)
+
+  def _inside(self, eqn: Any, values: of_rounds.Values, runs: np.ndarray) -> of_rounds.Known:
+    """Reads the programs inside a call or a loop; of a call's outputs something may be known."""
+    name, unknown = eqn.primitive.name, [None] * len(eqn.outvars)
+    before, outputs = len(self.transfers), unknown
+    times = eqn.params["length"] if name == "scan" else 1
+    for inner in of_rounds.programs(eqn):
+      given = values.inside(eqn, inner)
+      outputs = self.read(inner, given, runs * times)
+    if name == "while" and len(self.transfers) > before:
+      raise ValueError("a collective stands in a loop whose length is not static")
+    is_call = name not in ("scan", "while") and len(outputs) == len(eqn.outvars)
+    return outputs if is_call else unknown
+
+  def _collective(self, eqn: Any, runs: np.ndarray) -> None:
+    names = _axis_names(eqn)
+    if eqn.params.get("axis_index_groups") is not None:
+      raise ValueError("collectives among groups of one axis are not counted; use two axes")
+    operation = _OPERATIONS[eqn.primitive.name]
+    workers = int(np.prod([self.axes[name] for name in names]))
+    edges = sum(a != b for a, b in eqn.params.get("perm", ()))
+    share = ring_share(operation, workers, edges)
+    for operand in eqn.invars:
+      payload = operand.aval.size * operand.aval.dtype.itemsize
+      dtype, times = operand.aval.dtype.name, int(runs.sum())
+      transfer = Transfer(operation, names, dtype, payload, share * payload, times)
+      self._add([transfer], share * payload * runs)
+
+  def _add(self, transfers: list[Transfer], sent: np.ndarray) -> None:
+    self.transfers += transfers
+    self.sent = self.sent + sent
+
+  def _refuse_unknown(self, eqn: Any) -> None:
+    named = eqn.params.get("axes", eqn.params.get("axis_name", ()))
+    named = named if isinstance(named, (tuple, list)) else (named,)
+    over = [n for n in named if isinstance(n, str) and n in self.axes]
+    if over and eqn.primitive.name != "axis_index":
+      raise ValueError(f"what '{eqn.primitive.name}' sends over {', '.join(over)} is not known")
+
+
+def _axis_names(eqn: Any) -> tuple[str, ...]:
+  names = eqn.params.get("axes", eqn.params.get("axis_name"))
+  return tuple(names) if isinstance(names, (tuple, list)) else (names,)
+
+
+def ring_share(operation: str, workers: int, edges: int = 0) -> float:
+  """What one of W workers sends on a ring, as a multiple of the operand that it puts in.
+
+  Args:
+    operation: an operation of a `Transfer`.
+    workers: W.
+    edges: of a permutation, those from one worker to another.
+  """
+  return {
+    "all-reduce": 2 * (workers - 1) / workers,
+    "reduce-scatter": (workers - 1) / workers,
+    "all-gather": workers - 1,
+    "all-to-all": (workers - 1) / workers,
+    "permute": edges / workers,
+  }[operation]
+
+
+def by_axis(transfers: Iterable[Transfer], per: int = 1) -> dict[str, float]:
+  """Bytes that one worker sends by axis ('slice+data': over both at once), divided by `per`."""
+  totals: dict[str, float] = {}
+  for transfer in transfers:
+    name = "+".join(transfer.axes)
+    totals[name] = totals.get(name, 0.0) + transfer.total / per
+  return totals
+
+
+def table(transfers: Iterable[Transfer], per: int = 1) -> list[dict[str, Any]]:
+  """The transfers summed by operation, axis and dtype: rows for a summary, divided by `per`.
+
+  `payload_bytes` and `sent_bytes` are one worker's; `messages` counts collectives, leaf by leaf.
+  """
+  rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+  for t in transfers:
+    key = (t.operation, "+".join(t.axes), t.dtype)
+    empty = dict(zip(("operation", "axis", "dtype"), key, strict=True))
+    row = rows.setdefault(key, {**empty, "payload_bytes": 0.0, "sent_bytes": 0.0, "messages": 0.0})
+    row["payload_bytes"] += t.payload * t.times / per
+    row["sent_bytes"] += t.total / per
+    row["messages"] += t.times / per
+  return list(rows.values())

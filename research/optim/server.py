@@ -1,0 +1,79 @@
+"""Adaptive optimizers of a server: what it makes of its clients' mean change of the model.
+
+They are optax transformations of the pseudo-gradient -Delta_t. Other than optax's own they begin
+with v_{-1} = tau^2 and correct no bias:
+
+    m_t = b1 m_{t-1} + (1 - b1) Delta_t,      x_{t+1} = x_t + eta m_t / (sqrt(v_t) + tau)
+
+Reference: Reddi et al. 2020, arXiv 2003.00295, algorithm 2.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from research.core.base import Array, Params
+
+
+class ServerState(NamedTuple):
+  momentum: Params  # m_t
+  square: Params  # v_t
+
+
+def adam(learning_rate: float, b1: float, b2: float, tau: float) -> optax.GradientTransformation:
+  """v_t = b2 v_{t-1} + (1 - b2) Delta_t^2.
+
+  Args:
+    learning_rate: eta.
+    b1: decay of the mean of changes.
+    b2: decay of the mean of squares.
+    tau: degree of adaptivity, in units of a change of the model.
+
+  Raises:
+    ValueError: if learning_rate or tau is not above 0, or b1 or b2 is outside [0, 1).
+  """
+  _check_decay("b2", b2)
+  return _adaptive(lambda v, square: b2 * v + (1 - b2) * square, learning_rate, b1, tau)
+
+
+def yogi(learning_rate: float, b1: float, b2: float, tau: float) -> optax.GradientTransformation:
+  """v_t = v_{t-1} - (1 - b2) Delta_t^2 sign(v_{t-1} - Delta_t^2). Args and raises as `adam`."""
+  _check_decay("b2", b2)
+  towards = lambda v, square: v - (1 - b2) * square * jnp.sign(v - square)
+  return _adaptive(towards, learning_rate, b1, tau)
+
+
+def adagrad(learning_rate: float, b1: float, tau: float) -> optax.GradientTransformation:
+  """v_t = v_{t-1} + Delta_t^2. Args and raises as `adam`."""
+  return _adaptive(lambda v, square: v + square, learning_rate, b1, tau)
+
+
+def _adaptive(
+  rule: Callable[[Array, Array], Array], learning_rate: float, b1: float, tau: float
+) -> optax.GradientTransformation:
+  """With v_t = rule(v_{t-1}, Delta_t^2)."""
+  for name, value in (("learning_rate", learning_rate), ("tau", tau)):
+    if not value > 0:
+      raise ValueError(f"{name}={value} is not above 0")
+  _check_decay("b1", b1)
+
+  def init(params):
+    square = jax.tree.map(lambda x: jnp.full_like(x, tau**2), params)
+    return ServerState(jax.tree.map(jnp.zeros_like, params), square)
+
+  def update(updates, state, params=None):
+    del params
+    momentum = jax.tree.map(lambda m, g: b1 * m - (1 - b1) * g, state.momentum, updates)
+    square = jax.tree.map(lambda v, g: rule(v, g**2), state.square, updates)
+    move = lambda m, v: learning_rate * m / (jnp.sqrt(v) + tau)
+    return jax.tree.map(move, momentum, square), ServerState(momentum, square)
+
+  return optax.GradientTransformation(init, update)
+
+
+def _check_decay(name: str, value: float) -> None:
+  if not 0 <= value < 1:
+    raise ValueError(f"{name}={value} is not in [0, 1)")

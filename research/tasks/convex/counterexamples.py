@@ -1,0 +1,108 @@
+"""Small convex problems on which an algorithm is known to fail, as its critics wrote them down."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+
+from research.core.base import Array, Batch, Key, Params, Task
+from research.tasks import sampling
+
+DEFAULT_MODEL: dict[str, str] = {}
+
+
+def client_drift(dissimilarity: float = 1.0, start: float = 10.0) -> Task:
+  """Two clients whose minima lie apart, on which local steps drift from the minimum of the mean.
+
+      f_1(x) = x^2 + G x,   f_2(x) = -G x,   f(x) = x^2 / 2
+
+  Example i is client i: take `--partition="in_order()"` and two workers.
+
+  Args:
+    dissimilarity: G, how far the clients' gradients at the minimum, 0, are from theirs.
+    start: of x.
+
+  Raises:
+    ValueError: if start is 0, the minimum.
+
+  Reference: Karimireddy, Kale, Mohri, Reddi, Stich, Suresh 2020, arXiv 1910.06378, theorem II and
+    the simulations of section 7.
+  """
+  if start == 0:
+    raise ValueError("start=0.0 is the minimum")
+  client = {
+    "curvature": np.asarray([2.0, 0.0], np.float32),
+    "slope": np.asarray([dissimilarity, -dissimilarity], np.float32),
+  }
+  value = lambda x, e: e["curvature"] * x**2 / 2 + e["slope"] * x
+  return _task(client, np.asarray(start), value)._replace(optimum={"x": np.zeros((), np.float32)})
+
+
+def rare_large_gradient(start: float = 0.0) -> Task:
+  """x / 4 over [-1, 1], least at -1: the sign of its stochastic gradient points the other way.
+
+      g = 4 with probability 1/4, -1 with probability 3/4:   E g = 1/4,   E sign(g) = -1/2
+
+  A step takes one of four examples, drawn anew each time.
+
+  Args:
+    start: of x, in [-1, 1].
+
+  Raises:
+    ValueError: if start is outside [-1, 1].
+
+  Reference: Karimireddy, Rebjock, Stich, Jaggi 2019, arXiv 1901.09847, counterexample 1.
+  """
+  if not -1 <= start <= 1:
+    raise ValueError(f"start={start} is not in [-1, 1]")
+  examples = {"gradient": np.asarray([4, -1, -1, -1], np.float32)}
+  task = _task(examples, np.asarray(start), lambda x, e: e["gradient"] * x)
+  return task._replace(
+    sample=sampling.with_replacement,
+    optimum={"x": -np.ones((), np.float32)},
+    project=lambda params: {"x": jnp.clip(params["x"], -1, 1)},
+  )
+
+
+def narrow_valley(epsilon: float = 0.5) -> Task:
+  """A convex function of two variables whose subgradients have signs along one line alone.
+
+      f(x) = epsilon |x_1 + x_2| + |x_1 - x_2|,   from x = (1, 1),   least at (0, 0)
+
+  Of a subgradient, with sign(0) = +1, the signs are (1, -1) or (-1, 1) wherever x_1 + x_2 > 0, so
+  that steps along them keep x_1 + x_2 and never come below f(1, 1) = 2 epsilon.
+
+  Args:
+    epsilon: in (0, 1).
+
+  Raises:
+    ValueError: if epsilon is not in (0, 1).
+
+  Reference: Karimireddy, Rebjock, Stich, Jaggi 2019, arXiv 1901.09847, counterexample 2.
+  """
+  if not 0 < epsilon < 1:
+    raise ValueError(f"epsilon={epsilon} is not in (0, 1)")
+  # the subgradient of jnp.abs at 0 is 0
+  absolute = lambda a: jnp.where(a >= 0, a, -a)
+  value = lambda x, e: e["scale"] * (epsilon * absolute(x[0] + x[1]) + absolute(x[0] - x[1]))
+  task = _task({"scale": np.ones(1, np.float32)}, np.ones(2, np.float32), value)
+  return task._replace(optimum={"x": np.zeros(2, np.float32)})
+
+
+def _task(examples: Batch, start: np.ndarray, value: Callable[[Array, Batch], Array]) -> Task:
+  """The mean over examples of value(x, example), from x = start."""
+
+  def init(key: Key) -> Params:
+    del key
+    return {"x": jnp.asarray(start, float)}
+
+  def loss(params: Params, batch: Batch, key: Key) -> Array:
+    del key
+    return sampling.mean(value(params["x"], batch), batch)
+
+  def evaluate(params: Params, batch: Batch) -> dict[str, Array]:
+    return {"loss": sampling.mean(value(params["x"], batch), batch)}
+
+  count = len(next(iter(examples.values())))
+  train = {**examples, "y": np.arange(count, dtype=np.int32)}
+  return Task(init, loss, evaluate, sampling.epoch_sample, sampling.take, train)

@@ -1,0 +1,181 @@
+"""Files in the LIBSVM format: classification and ridge regression, the standard convex problems."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+
+from research.core.base import Batch, Task
+from research.tasks import files, texts
+from research.tasks.supervised import supervised
+
+DEFAULT_MODEL = {"libsvm": "logistic()"}
+
+URL = "https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets/binary/"
+
+SHA256 = {
+  "a1a": "eb54c45f1bdb51286f803dd092eb8202b44637a858fc6c4e533a2d64a0d94b4e",
+  "a9a": "f5d5ffd8d865ff41328e7ee043e4b020816914ff6843ff15b98905ddbedce906",
+  "mushrooms": "f39a4eb628dc61a7d43760815b061c9e497aa728ce1ad8bde57a09ef6043b538",
+  "w8a": "6a9fa8fd5f524303240a5db07d4b3d4a51e8b7b4b20a914105d8e3e8c81640f2",
+}
+
+LARGEST = float(np.finfo(np.float32).max)  # label or value
+DENSE_BYTES = 1 << 30  # up to here, dense rows are worth their memory
+
+
+def libsvm(
+  name: str,
+  test: str = "",
+  l2: float = 0.0,
+  sparse: bool | None = None,
+  nonconvex: float = 0.0,
+  loss: str = "",
+  *,
+  model: Callable[[int], nn.Module],
+  data_dir: str = "",
+) -> Task:
+  """A LIBSVM file's examples: logistic loss, softmax for three classes or more, or squares.
+
+  To classify, the sorted labels of the file become 0, 1, ...; squares take them for the numbers
+  that they are. Features are one-based. Rows are dense where all
+  of them take at most 1 GiB in float32, else sparse: {"index", "value"} [N, most in a row], padded
+  with value 0, which `linear` and `logistic` take.
+
+  Args:
+    name: of the file, such as "a9a", "w8a" or "mushrooms"; .gz and .bz2 are read as they are. Any
+      name is looked for; what is then fetched is of LIBSVM's collection for two classes.
+    test: name of a file of test examples, such as "a9a.t".
+    l2: weight of l2/2 ||params||^2, see `supervised`.
+    sparse: True or False instead of by size.
+    nonconvex: weight of sum_j w_j^2 / (1 + w_j^2), see `supervised`.
+    loss: "squares", half of the squared error; empty: to classify.
+    model: outputs -> module; one output for two classes and for squares.
+    data_dir: where to look first, see `files.find`.
+
+  Raises:
+    FileNotFoundError: a file is nowhere and cannot be fetched.
+    ValueError: the name is a path, the file is malformed or has a number that is not finite in
+      float32, its labels are no classes, or the loss is unknown.
+
+  Reference:
+    Chang and Lin, 2011, LIBSVM: a library for support vector machines, ACM TIST 2(3).
+  """
+  if sparse not in (None, True, False):
+    raise ValueError(f"sparse={sparse!r} is none of None, True, False")
+  if loss not in ("", "squares"):
+    raise ValueError(f"loss={loss!r} is neither 'squares' nor empty")
+  paths = [_path(name, data_dir) for name in (name, test) if name]
+  loaded = _load(paths)
+  rows, labels = loaded[0::2], loaded[1::2]
+  features = rows[0].shape[1]
+  if sparse is None:
+    sparse = 4 * features * sum(x.shape[0] for x in rows) > DENSE_BYTES
+  if loss == "squares":
+    outputs, targets = 1, [y.astype(np.float32) for y in labels]
+  else:
+    classes = _classes(paths[0], labels[0])
+    loss, outputs = ("logistic", 1) if len(classes) == 2 else ("softmax", len(classes))
+    targets = [_encoded(path, y, classes) for path, y in zip(paths, labels, strict=True)]
+  train, *rest = (
+    {"x": _padded(x) if sparse else x.toarray(), "y": y} for x, y in zip(rows, targets, strict=True)
+  )
+  return supervised(
+    model(outputs),
+    train,
+    rest[0] if rest else None,
+    loss=loss,
+    l2=l2,
+    nonconvex=nonconvex,
+    features=features if sparse else 0,
+  )
+
+
+def _path(name: str, data_dir: str) -> Path:
+  if Path(name).name != name:
+    raise ValueError(f"{name!r} is a path; give the name, and its directory as data_dir")
+  return files.find(f"libsvm/{name}", data_dir, URL + name, SHA256.get(name))
+
+
+def _load(paths: list[Path]) -> list[Any]:
+  """[rows, labels, rows, labels, ...], the rows sparse float32, of the same number of features."""
+  from sklearn.datasets import load_svmlight_files
+
+  try:
+    loaded = load_svmlight_files(
+      [str(p) for p in paths],
+      dtype=np.float32,  # pyright: ignore[reportArgumentType]
+      zero_based=False,  # pyright: ignore[reportArgumentType]
+    )
+  except (ValueError, OverflowError) as error:
+    for path in paths:
+      texts.parsed(path, _check_fields)
+    raise ValueError(f"{', '.join(map(str, paths))}: not in the LIBSVM format ({error})") from None
+  for path, x, y in zip(paths, loaded[0::2], loaded[1::2], strict=True):
+    if not len(y):
+      raise ValueError(f"{path} has no examples")
+    if not (np.isfinite(x.data).all() and (np.abs(y) <= LARGEST).all()):
+      texts.parsed(path, _check_fields)
+  return loaded
+
+
+def _check_fields(fields: list[str]) -> None:
+  """Checks a line, "LABEL INDEX:VALUE ... # comment", by the definition of the format."""
+  label, *pairs = " ".join(fields).partition("#")[0].split() or ["0"]
+  try:
+    _check_number(label)
+    last = 0
+    for pair in pairs[1:] if pairs and pairs[0].startswith("qid:") else pairs:
+      index, colon, value = pair.partition(":")
+      if not colon:
+        raise ValueError(f"{texts.shown(pair)} is not INDEX:VALUE")
+      feature = texts.whole(index)
+      if not last < feature < 2**31:
+        raise ValueError(f"index {feature} after {last}; they begin at 1, rise and are below 2^31")
+      _check_number(value)
+      last = feature
+  except ValueError as error:
+    raise ValueError(f"not in the LIBSVM format ({error})") from None
+
+
+def _check_number(field: str) -> None:
+  value = texts.number(field)
+  if abs(value) > LARGEST:
+    raise ValueError(f"{value:g} does not fit float32, which ends at {LARGEST:.3g}")
+
+
+def _line(path: Path, row: int) -> int:
+  """The number of the line that has an example."""
+  return [line for line, _ in texts.rows(path, "#")][row]
+
+
+def _classes(path: Path, labels: np.ndarray) -> np.ndarray:
+  classes = np.unique(labels)
+  if not np.array_equal(classes, np.round(classes)):
+    row = np.flatnonzero(labels != np.round(labels))[0]
+    reason = f"label {labels[row]:g} is not an integer; this task classifies"
+    raise texts.at(path, _line(path, row), reason)
+  if len(classes) < 2:
+    raise ValueError(f"{path}: all labels are {classes.tolist()}; need two classes or more")
+  return classes
+
+
+def _encoded(path: Path, labels: np.ndarray, classes: np.ndarray) -> np.ndarray:
+  unknown = np.flatnonzero(~np.isin(labels, classes))
+  if len(unknown):
+    label, line = labels[unknown[0]], _line(path, unknown[0])
+    raise ValueError(
+      f"{path}: label {label:g} is not one of {classes.tolist()} in training, but in line {line}"
+    )
+  return np.searchsorted(classes, labels).astype(np.int32)
+
+
+def _padded(rows: Any) -> Batch:
+  """CSR to the rows' own entries, padded to the longest row by index 0 and value 0."""
+  lengths = np.diff(rows.indptr)
+  own = np.arange(max(1, lengths.max())) < lengths[:, None]
+  index, value = np.zeros(own.shape, np.int32), np.zeros(own.shape, np.float32)
+  index[own], value[own] = rows.indices, rows.data
+  return {"index": index, "value": value}

@@ -1,0 +1,141 @@
+"""Problems that are made up, so that all there is to know about them is known."""
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.core.base import Array, Batch, Key, Params, Task
+from research.tasks import sampling
+from research.tasks.language import language, tokens
+from research.tasks.supervised import supervised
+
+DEFAULT_MODEL = {"least_squares": "linear()", "random_tokens": "transformer('tiny')"}
+
+
+def least_squares(
+  samples: int = 1000,
+  features: int = 10,
+  noise: float = 0.0,
+  condition: float = 10.0,
+  seed: int = 0,
+  *,
+  model: Callable[[int], nn.Module],
+) -> Task:
+  """Linear regression, f(w) = 1/(2N) ||X w - y||^2, of a given condition number.
+
+  X = sqrt(N) U S V' with random orthonormal U and V, so that the Hessian X'X/N has the eigenvalues
+  S^2, in geometric progression from 1 to 1/condition: a linear model without bias has L = 1 and
+  mu = 1/condition, and gradient descent is fastest at the step 2/(L + mu) = 2/(1 + 1/condition),
+  which contracts by (condition - 1)/(condition + 1). y = X w* + noise, w* standard normal.
+
+  The optimum is that of the float32 data, solved in float64; it is known for `linear`, with a bias
+  or without, and None for other models.
+
+  Args:
+    samples: N, at least `features`.
+    features: length of w; with one, the only eigenvalue is 1.
+    noise: standard deviation of what is added to y.
+    condition: L / mu, at least 1.
+    seed: of the data.
+    model: outputs -> module.
+
+  Raises:
+    ValueError: a number is out of its range.
+  """
+  if not samples >= features >= 1:
+    raise ValueError(f"samples={samples}, features={features}: need samples >= features >= 1")
+  if not (noise >= 0 and 1 <= condition < np.inf):
+    raise ValueError(f"noise={noise}, condition={condition}: need noise >= 0 and condition >= 1")
+  rng = np.random.default_rng(seed)
+  left = np.linalg.qr(rng.standard_normal((samples, features)))[0]
+  right = np.linalg.qr(rng.standard_normal((features, features)))[0]
+  x = np.sqrt(samples * np.geomspace(1, 1 / condition, features)) * left @ right.T
+  y = x @ rng.standard_normal(features) + noise * rng.standard_normal(samples)
+  train = {"x": x.astype(np.float32), "y": y.astype(np.float32)}
+  module = model(1)
+  return supervised(module, train, loss="squares", optimum=_optimum(module, **train))
+
+
+def _optimum(module: nn.Module, x: np.ndarray, y: np.ndarray) -> Params | None:
+  """The exact minimiser in the module's structure, if that is one kernel and at most one bias."""
+  shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x[:1])["params"])
+  if not set(shapes) <= {"kernel", "bias"}:
+    return None
+  columns = [x, np.ones((len(x), 1))] if "bias" in shapes else [x]
+  w = np.linalg.lstsq(np.hstack(columns).astype(np.float64), y.astype(np.float64))[0]
+  optimum = {"kernel": w[: x.shape[1], None], "bias": w[x.shape[1] :]}
+  return {name: optimum[name].astype(np.float32) for name in shapes}
+
+
+def mean_estimation(vectors: int = 25, features: int = 2000, seed: int = 0) -> Task:
+  """The mean of vectors b_i ~ N(0, I), sought as the minimum of a mean of squares.
+
+      f_i(x) = 1/2 ||x - b_i||^2
+
+  One vector is one example. From x = 0 a gradient step of size one takes a worker with one vector
+  to it; then no steps, only averages with neighbours, are a consensus problem.
+
+  Args:
+    vectors: how many, at least 1.
+    features: their length, at least 1.
+    seed: of the vectors.
+
+  Raises:
+    ValueError: a number is below 1.
+
+  Reference: Suresh, Yu, Kumar, McMahan 2017, Distributed mean estimation, arXiv 1611.00429.
+  """
+  if not (vectors >= 1 and features >= 1):
+    raise ValueError(f"vectors={vectors}, features={features}: need at least 1 of each")
+  rows = np.random.default_rng(seed).standard_normal((vectors, features)).astype(np.float32)
+
+  def init(key: Key) -> Params:
+    del key
+    return {"x": jnp.zeros(features)}
+
+  def loss(params: Params, batch: Batch, key: Key) -> Array:
+    del key
+    return sampling.mean(jnp.sum((params["x"][None] - batch["x"]) ** 2, 1) / 2, batch)
+
+  def evaluate(params: Params, batch: Batch) -> dict[str, Array]:
+    return {"loss": loss(params, batch, jax.random.key(0))}
+
+  train = {"x": rows, "y": np.arange(vectors, dtype=np.int32)}
+  optimum = {"x": rows.mean(0, dtype=np.float64).astype(np.float32)}
+  task = Task(init, loss, evaluate, sampling.epoch_sample, sampling.take, train)
+  return task._replace(optimum=optimum)
+
+
+def random_tokens(
+  vocabulary: int = 128_256,
+  context: int = 4096,
+  length: int = 2**22,
+  *,
+  model: Callable[[int], nn.Module],
+  seed: int = 0,
+) -> Task:
+  """Tokens drawn uniformly: nothing to learn, any size at hand, for speed, memory and traffic.
+
+  The best loss is log V. As a token carries log2 V bits, the best "bits_per_byte" is 8.
+
+  Args:
+    vocabulary: V, at least 2; by default that of the models 1b and 8b.
+    context: T, the most tokens that a prediction is made from.
+    length: tokens to train on; a tenth as many are held out.
+    model: outputs -> module, called with V; from tokens [b, T] to logits [b, T, V].
+    seed: of the tokens.
+
+  Raises:
+    ValueError: vocabulary is below 2, or model, context and length do not fit together.
+  """
+  if vocabulary < 2:
+    raise ValueError(f"vocabulary={vocabulary}: one token alone is no choice")
+  generator, kind = np.random.default_rng(seed), tokens.smallest(vocabulary)
+  draw = lambda count: generator.integers(vocabulary, size=count, dtype=kind)
+  part = lambda found: language.Part(found, max(1, round(len(found) * math.log2(vocabulary) / 8)))
+  parts = part(draw(length)), part(draw(length // 10))
+  return language.next_token(model(vocabulary), vocabulary, *parts, context=context)

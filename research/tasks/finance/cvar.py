@@ -1,0 +1,195 @@
+"""Conditional value at risk: the portfolio whose worst losses are smallest on average."""
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from research.core import paths
+from research.core.base import Array, Batch, Key, Params, Task
+from research.tasks import files, sampling, texts
+from research.tasks.finance import price_table
+
+DEFAULT_MODEL: dict[str, str] = {}
+
+URL = (
+  "https://raw.githubusercontent.com/robertmartin8/PyPortfolioOpt/master/tests/resources/"
+  "stock_prices.csv"
+)
+SHA256 = "1f3bc5da6d4b589a34704be69a1a8cd382f643dbedbefbc73319c3b21d9d9c71"
+PERCENT = 100.0  # the objective is in percent, so that steps of 0.01 to 1 are sensible
+
+
+def cvar(
+  name: str = "stocks",
+  level: float = 0.95,
+  scenarios: int = 0,
+  smoothing: float = 0.0,
+  portfolio: Sequence[float] = (),
+  confidence: float = 0.95,
+  seed: int = 0,
+  *,
+  data_dir: str = "",
+) -> Task:
+  """Weights w >= 0 of sum 1 and the threshold a that minimize, over scenarios of returns r,
+
+      a + mean((-r'w - a)_+) / (1 - level),
+
+  whose minimum over a is the CVaR of w: the mean of its losses beyond their quantile, the VaR. The
+  parameters are {"weights": [n], "threshold"}; the objective, the "loss", is in percent of what is
+  invested, its positive part smoothed as told, that of `evaluate` not. It has kinks:
+  take a decreasing rate; and a method that keeps to constraints, see `frontier`. An optimizer that
+  scales each coordinate, such as Adam, makes steps that the projection takes back.
+
+  Metrics of the returns that were seen, fractions: "var" and "cvar" of the weights, each with the
+  ends of its confidence interval, "var_low", "var_high", ...; and with a `portfolio` the same of
+  that one, "given_var", ... See `tail`.
+
+  Args:
+    name: "stocks": daily returns of 20 stocks from the day on which all have a price, or the path
+      of a table of prices like it, see `price_table`.
+    level: of the CVaR, in (0, 1).
+    scenarios: so many, drawn with replacement from the days (the bootstrap); 0: every day once.
+    smoothing: e, in percent: (x)_+ becomes (x + e)^2 / 4e for |x| <= e, at most e/4 above it.
+    portfolio: weights of one to be measured.
+    confidence: of the intervals, in (0, 1).
+    seed: of the scenarios.
+    data_dir: where to look first, see `files.find`.
+
+  Raises:
+    FileNotFoundError: the file is nowhere and cannot be fetched.
+    ValueError: a number is out of range, or the file no table of prices.
+
+  Reference: Rockafellar, Uryasev, 2000, Optimization of conditional value-at-risk, Journal of Risk
+    2, theorem 1.
+  """
+  for what, value in (("level", level), ("confidence", confidence)):
+    if not 0 < value < 1:
+      raise ValueError(f"{what}={value} is not in (0, 1)")
+  if scenarios < 0 or not smoothing >= 0:
+    raise ValueError(f"scenarios={scenarios}, smoothing={smoothing}: neither may be negative")
+  days = load(name, data_dir)
+  if portfolio and len(portfolio) != days.shape[1]:
+    raise ValueError(f"portfolio has {len(portfolio)} weights for {days.shape[1]} stocks")
+  drawn = days
+  if scenarios:
+    drawn = days[np.random.default_rng(seed).integers(len(days), size=scenarios)]
+  return of_scenarios(drawn, days, level, smoothing, portfolio, confidence)
+
+
+def of_scenarios(
+  drawn: np.ndarray,
+  seen: np.ndarray,
+  level: float,
+  smoothing: float = 0.0,
+  portfolio: Sequence[float] = (),
+  confidence: float = 0.95,
+) -> Task:
+  """The task of scenarios [S, n], and of returns that were seen [T, n]. See `cvar`."""
+  assets = drawn.shape[1]
+
+  def project(params: Params) -> Params:
+    return {**params, "weights": optax.projections.projection_simplex(params["weights"])}
+
+  def init(key: Key) -> Params:
+    del key
+    return {"weights": jnp.full(assets, 1 / assets), "threshold": jnp.zeros(())}
+
+  def objective(params: Params, batch: Batch, width: float) -> Array:
+    x = batch["x"].astype(params["weights"].dtype)
+    excess = -PERCENT * (x @ params["weights"]) - params["threshold"]
+    over = jnp.maximum(excess, 0)
+    if width:
+      over = jnp.where(jnp.abs(excess) <= width, (excess + width) ** 2 / (4 * width), over)
+    return params["threshold"] + sampling.mean(over, batch) / (1 - level)
+
+  def loss(params: Params, batch: Batch, key: Key) -> Array:
+    del key
+    return objective(params, batch, smoothing)
+
+  def evaluate(params: Params, batch: Batch) -> dict[str, Array]:
+    return {"loss": objective(params, batch, 0.0)}
+
+  def measure(params: Params) -> dict[str, Array]:
+    w = params["weights"]
+    losses = lambda weights: -jnp.asarray(seen, w.dtype) @ weights
+    found = tail(losses(w), level, confidence)
+    if portfolio:
+      given = tail(losses(jnp.asarray(portfolio, w.dtype)), level, confidence)
+      found |= {f"given_{key}": value for key, value in given.items()}
+    return found
+
+  train = {"x": drawn.astype(np.float32), "y": np.zeros(len(drawn), np.int8)}
+  task = Task(init, loss, evaluate, sampling.epoch_sample, sampling.take, train)
+  return task._replace(project=project, measure=measure, chunk=2**16)
+
+
+def tail(losses: Array, level: float, confidence: float = 0.95) -> dict[str, Array]:
+  """VaR and CVaR of a sample of losses, with confidence intervals.
+
+  VaR is the order statistic of rank ceil(level T), its interval that of the binomial: the order
+  statistics z sqrt(T level (1 - level)) ranks away. CVaR is the least of Rockafellar and Uryasev's
+  objective, which is at VaR; its variance, that of the influence function,
+  (var(losses | losses >= VaR) + level (CVaR - VaR)^2) / (T (1 - level)).
+
+  Args:
+    losses: [T].
+    level: in (0, 1).
+    confidence: of the intervals, in (0, 1).
+
+  Returns:
+    "var", "var_low", "var_high", "cvar", "cvar_low", "cvar_high".
+
+  Reference: Manistre, Hancock, 2005, Variance of the CTE estimator, North American Actuarial
+    Journal 9; David, Nagaraja, 2003, Order statistics, section 7.1.
+  """
+  count = len(losses)
+  z = NormalDist().inv_cdf((1 + confidence) / 2)
+  rank = math.ceil(level * count - 1e-9)
+  away = z * math.sqrt(count * level * (1 - level))
+  ordered = jnp.sort(losses)
+  at = lambda place: ordered[min(max(int(place), 1), count) - 1]
+  value = at(rank)
+  over = jnp.maximum(losses - value, 0)
+  mean = value + jnp.mean(over) / (1 - level)
+  worst = (losses >= value).astype(losses.dtype)
+  center = jnp.sum(worst * losses) / jnp.sum(worst)
+  spread = jnp.sum(worst * (losses - center) ** 2) / jnp.sum(worst)
+  error = z * jnp.sqrt((spread + level * (mean - value) ** 2) / (count * (1 - level)))
+  return {
+    "var": value,
+    "var_low": at(math.floor(rank - away)),
+    "var_high": at(math.ceil(rank + away)),
+    "cvar": mean,
+    "cvar_low": mean - error,
+    "cvar_high": mean + error,
+  }
+
+
+def load(name: str = "stocks", data_dir: str = "") -> np.ndarray:
+  """Daily returns [T, n], p_t / p_{t-1} - 1, of the days before and on which all have a price.
+
+  The days are in the order of their dates, whatever that of the lines is.
+
+  Raises:
+    FileNotFoundError: the published file is nowhere and cannot be fetched.
+    ValueError: there is no such file, or it is no table of prices.
+  """
+  if name == "stocks":
+    path = files.find("stocks/stock_prices.csv", data_dir, URL, SHA256)
+  elif not (path := paths.local(name)).is_file():
+    raise ValueError(f"{name!r} is no file, and the table that is known by name is 'stocks'")
+  lines, prices = price_table.read(path)
+  whole = np.atleast_1d(~np.isnan(prices).any(1))
+  both = whole[1:] & whole[:-1]
+  if both.sum() < 2:
+    raise ValueError(f"{path} has no three days on which all stocks have prices")
+  with np.errstate(over="ignore"):
+    returns = prices[1:] / prices[:-1] - 1
+    large = np.flatnonzero(both & ~np.isfinite(returns.astype(np.float32)).all(1))
+  if len(large):
+    raise texts.at(path, int(lines[1 + large[0]]), "a return since the day before is not finite")
+  return returns[both]

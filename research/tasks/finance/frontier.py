@@ -1,0 +1,228 @@
+"""The mean-variance frontier: portfolios of least variance at required returns."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from research.core import paths
+from research.core.base import Array, Batch, Key, Params, Task
+from research.tasks import files, sampling
+from research.tasks.finance import portfolio_files
+
+DEFAULT_MODEL: dict[str, str] = {}
+
+MARKETS = ("port1", "port2", "port3")  # published, with their frontiers
+URL = "http://people.brunel.ac.uk/~mastjjb/jeb/orlib/files/"
+SHA256 = {
+  "port1.txt": "8c570897a400635625fe14eb9a0868aebc6621586674a690493b085850f87886",
+  "port2.txt": "00c7149e139cd0c6cf622515b7aa8691d67a0b98b1262984728c1104218cb720",
+  "port3.txt": "fa04c266f3477c8758e81750ccfd810b467e7a03d8e58246fa8df4c6fc39468c",
+  "portef1.txt": "55bc3289107f5cdbb3d1a44bab3a8bacd93ac5d0ce73ae12dddd6f334feaf1ac",
+  "portef2.txt": "b918e1a8e0fd8ad38eb047d60daba791030e49721c547550385043a39f08656b",
+  "portef3.txt": "4d0eb0a1cfbaddc2ef2049ec34ab9836e133f7dd0c0481f2932b345dc01c0cc3",
+}
+SCENARIOS = 8  # per asset
+_HALVINGS = 60  # of the multiplier's interval
+
+
+class Market(NamedTuple):
+  """What is known of n assets, and the published frontier of their portfolios, if there is one."""
+
+  means: np.ndarray  # float64 [n], expected returns
+  covariance: np.ndarray  # float64 [n, n]
+  returns: np.ndarray  # float64 [points], falling
+  variances: np.ndarray  # float64 [points], the least at these returns
+
+
+def load(name: str, data_dir: str = "") -> Market:
+  """Reads an instance of the OR-Library: "port1", "port2", "port3", or the path of such a file.
+
+  See `portfolio_files` for the format.
+
+  Raises:
+    FileNotFoundError: a published file is nowhere and cannot be fetched.
+    ValueError: there is no such file; a line is malformed, missing or there twice; or the
+      covariance is not positive semidefinite.
+
+  Reference: Chang, Meade, Beasley, Sharaiha, 2000, Heuristics for cardinality constrained portfolio
+    optimisation, Computers & Operations Research 27; Beasley, 1990, OR-Library.
+  """
+  published = np.zeros((0, 2))
+  if name in MARKETS:
+    path, front = (
+      files.find(f"orlib-portfolio/{n}", data_dir, URL + n, SHA256[n])
+      for n in (f"{name}.txt", f"{name.replace('port', 'portef')}.txt")
+    )
+    published = np.array(front.read_text().split(), float).reshape(-1, 2)
+  else:
+    path = paths.local(name)
+    if not path.is_file():
+      raise ValueError(f"{name!r} is no file, and none of {', '.join(MARKETS)}")
+  means, covariance = portfolio_files.read(path)
+  try:
+    check(covariance)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from None
+  return Market(means, covariance, *published.T)
+
+
+def check(covariance: np.ndarray) -> np.ndarray:
+  """The eigenvalues of a covariance, rising.
+
+  Raises:
+    ValueError: it is not symmetric or not positive semidefinite, but for rounding.
+  """
+  if covariance.shape[0] != covariance.shape[1] or not np.allclose(covariance, covariance.T):
+    raise ValueError(f"the covariance {list(covariance.shape)} is not symmetric")
+  values = np.linalg.eigvalsh(covariance)
+  if not values[0] >= -1e-9 * abs(values[-1]):
+    raise ValueError(
+      f"the covariance is not positive semidefinite: an eigenvalue is {values[0]:.3g}"
+    )
+  return values
+
+
+def frontier(
+  name: str = "port1",
+  points: int = 50,
+  returns: Sequence[float] = (),
+  *,
+  data_dir: str = "",
+) -> Task:
+  """The least variance w'Cw of weights w >= 0 that sum to 1, at each of several required returns.
+
+  The parameters are {"weights": [points, n]}. Examples are scenarios, eight times as many as
+  assets, whose second moment is exactly C, so that workers own parts of it; the objective is half
+  the sum of the points' variances over the largest eigenvalue of C: its curvature is at most 1, and
+  `sgd(1.0)` descends. The task's constraints are for a method that keeps to them: `data_parallel`
+  or `local_sgd` by projected steps, `consensus_admm` in its consensus.
+
+  Metrics: "variance", the mean over points; "violation", the largest of a constraint; "gap", where
+  the frontier is published, the largest relative difference of a variance from it. What float32
+  leaves of it is about 1e-5; take --x64.
+
+  Args:
+    name: "port1" (Hang Seng, 31 assets), "port2" (DAX, 85), "port3" (FTSE, 89), or a path.
+    points: how many of the published returns, at equal distances in the list of 2000.
+    returns: required ones, in place of published ones.
+    data_dir: where to look first, see `files.find`.
+
+  Raises:
+    FileNotFoundError: a published file is nowhere and cannot be fetched.
+    ValueError: as `load`; points or a required return out of range, or neither there.
+
+  Reference: Markowitz, 1952, Portfolio selection, Journal of Finance 7.
+  """
+  market = load(name, data_dir)
+  if returns:
+    return of_market(market._replace(returns=np.array(returns, float), variances=np.zeros(0)))
+  if not len(market.returns):
+    raise ValueError(f"{name} has no published frontier; say which returns=[...] are required")
+  if not 1 <= points <= len(market.returns):
+    raise ValueError(f"points={points} is not in [1, {len(market.returns)}], those published")
+  at = np.linspace(0, len(market.returns) - 1, points).round().astype(int)
+  chosen = {"returns": market.returns[at], "variances": market.variances[at]}
+  return of_market(market._replace(**chosen))
+
+
+def of_market(market: Market) -> Task:
+  """The task of the portfolios at a market's returns. See `frontier`.
+
+  Raises:
+    ValueError: the covariance is not positive semidefinite, or a return is not attainable.
+  """
+  means, required = market.means, market.returns
+  largest = check(market.covariance)[-1]
+  low, high = means.min(), means.max()
+  if not high > low:
+    raise ValueError("all assets have the same expected return: there is nothing to choose between")
+  slack = 1e-6 * (high - low)  # published returns are rounded
+  for value in required:
+    if not low - slack <= value <= high + slack:
+      raise ValueError(
+        f"a return of {value:.6g} is required; attainable are those from {low:.6g} to {high:.6g}"
+      )
+  required = np.clip(required, low, high)
+
+  def project(params: Params) -> Params:
+    w = params["weights"]
+    nearest = lambda y, r: portfolio(y, jnp.asarray(means, y.dtype), r)
+    return {"weights": jax.vmap(nearest)(w, jnp.asarray(required, w.dtype))}
+
+  def init(key: Key) -> Params:
+    del key
+    return project({"weights": jnp.full((len(required), len(means)), 1 / len(means))})
+
+  def loss(params: Params, batch: Batch, key: Key) -> Array:
+    del key
+    squares = jnp.sum((batch["x"].astype(params["weights"].dtype) @ params["weights"].T) ** 2, 1)
+    return sampling.mean(squares, batch) / 2
+
+  def evaluate(params: Params, batch: Batch) -> dict[str, Array]:
+    return {"loss": loss(params, batch, jax.random.key(0))}
+
+  def measure(params: Params) -> dict[str, Array]:
+    w = params["weights"]
+    variances = jnp.sum((w @ jnp.asarray(market.covariance, w.dtype)) * w, 1)
+    off = jnp.abs(w @ jnp.asarray(means / (high - low), w.dtype) - required / (high - low))
+    outside = jnp.maximum(jnp.max(jnp.abs(jnp.sum(w, 1) - 1)), jnp.max(-w))
+    found = {"variance": jnp.mean(variances), "violation": jnp.maximum(outside, jnp.max(off))}
+    if len(market.variances):
+      gaps = jnp.abs(variances / jnp.asarray(market.variances, w.dtype) - 1)
+      found["gap"] = jnp.max(gaps)
+    return found
+
+  train = {"x": scenarios(market.covariance / largest)}
+  train["y"] = np.zeros(len(train["x"]), np.int32)
+  task = Task(init, loss, evaluate, sampling.epoch_sample, sampling.take, train)
+  return task._replace(project=project, measure=measure)
+
+
+def scenarios(covariance: np.ndarray) -> np.ndarray:
+  """float64 [S, n] with x'x / S = the covariance, to rounding: rotated at random, none special."""
+  values, vectors = np.linalg.eigh(covariance)
+  count = SCENARIOS * len(values)
+  rotation = np.linalg.qr(np.random.default_rng(0).standard_normal((count, len(values))))[0]
+  return np.sqrt(count) * (rotation * np.sqrt(np.maximum(values, 0))) @ vectors.T
+
+
+def portfolio(y: Array, means: Array, required: Array) -> Array:
+  """The nearest w to y with w >= 0, sum 1 and means'w = required.
+
+  It is the projection of y + t means onto the simplex for the multiplier t at which the return is
+  as required; the return does not fall with t. t is found by halving an interval; then, the assets
+  that are held being known, both multipliers come of two linear equations.
+
+  Args:
+    y: [n].
+    means: [n].
+    required: scalar, in [min means, max means].
+  """
+  scale = (jnp.max(y) - jnp.min(y) + 1) / (jnp.max(means) - jnp.min(means))
+  # t = scale s / (1 - s^2), s in (-1, 1), goes to all reals
+  shifted = lambda s: y + scale * s / jnp.maximum(1 - s * s, jnp.finfo(y.dtype).eps) * means
+  held = lambda s: optax.projections.projection_simplex(shifted(s))
+
+  def halve(_, ends):
+    low, high = ends
+    middle = (low + high) / 2
+    below = jnp.vdot(means, held(middle)) < required
+    return jnp.where(below, middle, low), jnp.where(below, high, middle)
+
+  ends = lax.fori_loop(0, _HALVINGS, halve, (-jnp.ones_like(scale), jnp.ones_like(scale)))
+  rough = held((ends[0] + ends[1]) / 2)
+  support = (rough > 0).astype(y.dtype)
+  count, first = jnp.sum(support), jnp.sum(support * means)
+  second, mean = jnp.sum(support * means**2), first / jnp.maximum(jnp.sum(support), 1)
+  spread = second - first * mean
+  excess = required - mean - (jnp.sum(support * means * y) - mean * jnp.sum(support * y))
+  t = excess / jnp.where(spread > 0, spread, 1)
+  a = (jnp.sum(support * y) + t * first - 1) / count
+  exact = jnp.where(count > 1, support * (y + t * means - a), support)
+  fits = ((spread > 0) | (count == 1)) & (jnp.min(exact) >= 0) & jnp.all(jnp.isfinite(exact))
+  return jnp.where(fits, exact, rough)

@@ -1,0 +1,272 @@
+"""Language modelling: texts, of which each next token is to be predicted."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from research.core import paths
+from research.core.base import Array, Batch, Key, Params, Task, Tree
+from research.tasks import files, sampling, texts
+from research.tasks.language import tokens
+
+DEFAULT_MODEL = dict.fromkeys(("tinyshakespeare", "text"), "transformer('tiny')")
+
+TINYSHAKESPEARE_URL = (
+  "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
+TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+TOKENIZERS = ("bytes", "characters", "bpe")
+VOCABULARY = 4096  # tokens of a "bpe", if nobody says how many
+LOGITS = 2**26  # that a device holds at once as it evaluates,
+TOKENS = 2**13  # and tokens: more of them only leave the caches of a CPU (1.7 times slower)
+PLACES = 100  # into which partitions see a text divided
+
+
+class Part(NamedTuple):
+  """A part of a text."""
+
+  tokens: np.ndarray  # [N], integers in [0, V)
+  bytes: int  # of its UTF-8
+
+
+def tinyshakespeare(
+  *, model: Callable[[int], nn.Module], data_dir: str = "", context: int = 128
+) -> Task:
+  """The plays of Shakespeare in 1.1 million characters of 65 kinds, the last tenth held out.
+
+  Args:
+    model: outputs -> module, called with 65; from tokens [b, T] to logits [b, T, 65].
+    data_dir: where to look first, see `files.find`.
+    context: T, the most characters that a prediction is made from.
+
+  Raises:
+    FileNotFoundError: the file is nowhere and cannot be fetched.
+    ValueError: it is not what was published, or model or context do not fit.
+
+  Reference: Karpathy, 2015, The unreasonable effectiveness of recurrent neural networks; the file
+    is that of char-rnn.
+  """
+  path = files.find(
+    "tinyshakespeare/input.txt", data_dir, TINYSHAKESPEARE_URL, TINYSHAKESPEARE_SHA256
+  )
+  return text(str(path), model=model, tokenizer="characters", context=context)
+
+
+def text(
+  path: str,
+  *,
+  model: Callable[[int], nn.Module],
+  tokenizer: str = "bytes",
+  vocabulary: int | None = None,
+  context: int = 128,
+  held_out: float = 0.1,
+) -> Task:
+  """Any text in UTF-8, plain, .gz or .bz2; its last part is held out. See `next_token`.
+
+  Args:
+    path: of the file.
+    model: outputs -> module, called with the number of tokens V; from tokens [b, T] to logits
+      [b, T, V].
+    tokenizer: "bytes" (V = 256), "characters" (those of the text), or "bpe", trained on what is not
+      held out.
+    vocabulary: of "bpe", V or, where the text has too few pairs, an upper bound; 4096 if None.
+    context: T, the most tokens that a prediction is made from.
+    held_out: share of the characters that are held out, in (0, 1).
+
+  Raises:
+    ValueError: there is no such file, it is not UTF-8 or too short, or an argument does not fit.
+  """
+  if tokenizer not in TOKENIZERS:
+    raise ValueError(f"tokenizer={tokenizer!r} is none of {', '.join(TOKENIZERS)}")
+  if vocabulary is not None and tokenizer != "bpe":
+    raise ValueError(f"vocabulary={vocabulary}: only tokenizer='bpe' has one to choose")
+  if not 0 < held_out < 1:
+    raise ValueError(f"held_out={held_out} is not in (0, 1)")
+  content = _read(path)
+  end = int((1 - held_out) * len(content))
+  coder = {
+    "bytes": tokens.utf8,
+    "characters": lambda: tokens.characters(content),
+    "bpe": lambda: tokens.bpe(content[:end], VOCABULARY if vocabulary is None else vocabulary),
+  }[tokenizer]()
+  parts = [Part(coder.encode(x), len(x.encode())) for x in (content[:end], content[end:])]
+  return next_token(model(coder.size), coder.size, *parts, context=context)
+
+
+def next_token(module: nn.Module, size: int, train: Part, held_out: Part, *, context: int) -> Task:
+  """The task of predicting each next token from up to `context` before it, in nats per token.
+
+  Training tokens t_0, ..., t_{N-1}, without the last N mod T, are taken as a ring, so that its ends
+  are like the rest. Example i is t_{iT}, ..., t_{iT+2T-1}, in which T windows of T + 1 tokens lie,
+  each with T tokens to predict. An epoch draws one window of each example, all at one offset, so
+  that they tile the ring: every token is predicted once, whichever worker owns its example. The
+  offset changes with the epoch: T of them predict every token once in every place of a window. An
+  example as it is, undrawn, stands for its first window.
+
+  The objective is the mean over tokens, and what the module sows into the collection "losses" (a
+  mixture of experts does); "loss" of `evaluate` is that mean alone. The tokens held out are all
+  predicted once, in windows that do not overlap, the first from the last training token. Windows
+  count by their tokens over the mean number of tokens in a window, so that the last, shorter one
+  leaves the mean over windows what it is to be, the mean over tokens. "bits_per_byte" is the loss
+  in bits per byte of the text, whatever the tokens are. A perplexity is no mean: it is exp(loss).
+
+  Partitions sort by the hundredth of the text in which an example lies: `sorted()` and `shards()`
+  give stretches of it, and `dirichlet(alpha)` an uneven share of each hundredth.
+
+  Args:
+    module: from tokens int32 [b, T] to logits [b, T, size]; its `rules`, if any, are the task's.
+    size: V, number of different tokens.
+    train: its tokens, T or more.
+    held_out: at least one token.
+    context: T, at least one.
+
+  Raises:
+    ValueError: there are too few tokens, or module or context do not fit.
+  """
+  _check(module, size, train, held_out, context)
+  test = _windows(train.tokens[-1], held_out.tokens, context)
+  bits = [len(part.tokens) / part.bytes / math.log(2) for part in (train, held_out)]
+  init, loss, evaluate = objective(module, size, context, float(np.mean(test["length"])), bits)
+
+  def sample(size: Array | int, step: Array | int, key: Key, *, batch_size: int) -> Tree:
+    row = sampling.epoch_sample(size, step, key, batch_size=batch_size)
+    epoch = jnp.asarray(step, jnp.int32) // jnp.maximum(1, jnp.asarray(size) // batch_size)
+    of_all = sampling.permute(epoch % context, jnp.int32(context), jnp.uint32(0), jnp.uint32(0))
+    return {"row": row, "offset": jnp.full_like(row, of_all)}
+
+  def batch(examples: Batch, index: Tree) -> Batch:
+    window = lambda *start: lax.dynamic_slice(examples["x"], start, (1, context + 1))[0]
+    return {"x": jax.vmap(window)(index["row"], index["offset"])}
+
+  examples = _ring(train.tokens, context)
+  task = Task(init, loss, evaluate, sample, batch, examples, test)
+  return task._replace(**of_model(module), chunk=evaluated_at_once(size, context))
+
+
+def of_model(module: nn.Module) -> dict[str, Any]:
+  """What a model says of how a mesh may cut it: fields of a Task."""
+  return {
+    "rules": getattr(module, "rules", ()),
+    "schedule": getattr(module, "schedule", None),
+  }
+
+
+class Objective(NamedTuple):
+  """Of a language model: fields of a Task."""
+
+  init: Callable[[Key], Params]
+  loss: Callable[[Params, Batch, Key], Array]
+  evaluate: Callable[[Params, Batch], dict[str, Array]]
+
+
+def objective(
+  module: nn.Module, size: int, context: int, mean_length: float, bits: Sequence[float] | None
+) -> Objective:
+  """The mean loss of predicting the tokens of windows in nats, see `next_token`.
+
+  Batches have windows "x" [b, T + 1 or more], of which the first T + 1 tokens count, and may have
+  "length" [b], how many tokens of a window are predicted, if not all.
+
+  Args:
+    module: from tokens int32 [b, T] to logits [b, T, size].
+    size: V, number of different tokens.
+    context: T.
+    mean_length: the mean of "length" over all windows that have one.
+    bits: by which a nat per token is to be multiplied for bits per byte, of windows without and
+      with "length"; None where that is not known, and "bits_per_byte" then no metric.
+  """
+
+  def init(key: Key) -> Params:
+    return module.init(key, jnp.zeros((1, context), jnp.int32))["params"]
+
+  def mean(params: Params, batch: Batch) -> tuple[Array, Tree]:
+    window = batch["x"][:, : context + 1].astype(jnp.int32)
+    logits, sown = module.apply({"params": params}, window[:, :-1], mutable=["losses"])
+    logits = jnp.asarray(logits, jnp.float32)
+    # as a choice, not a gather: XLA's partitioner aborts on one where a mesh cuts the vocabulary
+    chosen = window[:, 1:, None] == jnp.arange(size, dtype=jnp.int32)[None, None]
+    each = jax.nn.logsumexp(logits, -1) - jnp.sum(jnp.where(chosen, logits, 0.0), -1)
+    if "length" in batch:
+      counted = jnp.arange(context)[None] < batch["length"][:, None]
+      of_windows = jnp.sum(jnp.where(counted, each, 0.0), 1) / mean_length
+    else:
+      of_windows = jnp.mean(each, 1)
+    mask = batch.get("mask", jnp.ones_like(of_windows))
+    return jnp.sum(mask * of_windows) / jnp.maximum(jnp.sum(mask), 1), sown
+
+  def loss(params: Params, batch: Batch, key: Key) -> Array:
+    del key
+    nats, sown = mean(params, batch)
+    return nats + sum(jnp.sum(of_layers) for of_layers in jax.tree.leaves(sown))
+
+  def evaluate(params: Params, batch: Batch) -> dict[str, Array]:
+    nats, _ = mean(params, batch)
+    return {"loss": nats} | ({"bits_per_byte": nats * bits["length" in batch]} if bits else {})
+
+  return Objective(init, loss, evaluate)
+
+
+def evaluated_at_once(size: int, context: int) -> int:
+  """Windows whose logits a device may hold."""
+  return max(1, min(TOKENS // context, LOGITS // (context * size)))
+
+
+def _ring(found: np.ndarray, context: int) -> Batch:
+  """The training examples [N // T, 2T]: T tokens, and the T tokens after them."""
+  count = len(found) // context
+  first = found[: count * context].reshape(count, context)
+  return {"x": np.hstack([first, np.roll(first, -1, 0)]), "y": _places(count)}
+
+
+def _windows(before: int, found: np.ndarray, context: int) -> Batch:
+  """The windows [ceil(M / T), T + 1] that predict M tokens, and how many each one does."""
+  count = -(-len(found) // context)
+  padded = np.zeros(count * context + 1, found.dtype)
+  padded[0], padded[1 : len(found) + 1] = before, found
+  x = np.lib.stride_tricks.sliding_window_view(padded, context + 1)[::context]
+  length = np.minimum(context, len(found) - context * np.arange(count)).astype(np.int32)
+  return {"x": x.copy(), "y": _places(count), "length": length}
+
+
+def _places(count: int) -> np.ndarray:
+  return (np.arange(count) * PLACES // count).astype(np.uint8)
+
+
+def _read(path: str) -> str:
+  place = paths.local(path)
+  if not place.is_file():
+    raise ValueError(f"{path} is no file")
+  return texts.read(place)
+
+
+def _check(module: nn.Module, size: int, train: Part, held_out: Part, context: int) -> None:
+  if type(context) is not int or context < 1:
+    raise ValueError(f"context={context!r} is not a positive integer")
+  if len(train.tokens) < context or not len(held_out.tokens):
+    raise ValueError(
+      f"context={context} needs as many tokens to train on and one that is held out; the text has "
+      f"{len(train.tokens)} and {len(held_out.tokens)}"
+    )
+  check_model(module, size, context)
+
+
+def check_model(module: nn.Module, size: int, context: int) -> None:
+  """Refuses a module that makes no logits.
+
+  Raises:
+    ValueError: with what it makes.
+  """
+  first = jnp.zeros((1, context), jnp.int32)
+  found = jax.eval_shape(lambda key: module.init_with_output(key, first), jax.random.key(0))[0]
+  shape = getattr(found, "shape", ())
+  if shape != (1, context, size):
+    raise ValueError(
+      f"the model makes {list(shape)} of tokens [1, {context}], not logits [1, {context}, {size}]"
+    )

@@ -1,0 +1,191 @@
+"""Streaming: language modelling on a file of tokens that fits no memory, read as it is needed."""
+
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import flax.linen as nn
+import numpy as np
+
+from research.core.base import Batch, Feed, Task
+from research.tasks import sampling
+from research.tasks.language import language
+from research.tasks.language.token_files import TokenFile, encoded
+
+DEFAULT_MODEL = {"stream": "transformer('tiny')"}
+TOKENIZERS = ("bytes", "bpe")
+
+
+class Source(NamedTuple):
+  """Tokens on disk and what they are."""
+
+  tokens: TokenFile
+  size: int  # V
+  lengths: np.ndarray | None  # [V], bytes of the text that each stands for, where that is known
+
+
+def stream(
+  path: str,
+  *,
+  model: Callable[[int], nn.Module],
+  tokenizer: str = "bytes",
+  vocabulary: int | None = None,
+  context: int = 128,
+  held_out: float = 0.1,
+  evaluated: int = 2**17,
+) -> Task:
+  """A file of any size, of which no more is in memory than the batches of two dispatches.
+
+  The training loss and the loss on what is held out are measured on at most `evaluated` tokens of
+  each: windows of T at equal distances, always the same. "bits_per_byte" is not known of a .npy.
+
+  Args:
+    path: of a text in UTF-8, or of a .npy file with tokens [N], integers of any type.
+    model: outputs -> module, called with the number of tokens V; from tokens [b, T] to logits
+      [b, T, V].
+    tokenizer: of a text: "bytes" (V = 256), which needs no other file, or "bpe", which is trained
+      on the beginning of the text and writes its tokens into the user's cache once.
+    vocabulary: of a .npy file V; of "bpe" as in `language.text`, 4096 if None.
+    context: T, the most tokens that a prediction is made from.
+    held_out: share of the tokens, the last ones, that are not trained on, in (0, 1).
+    evaluated: tokens in an evaluation, at most.
+
+  Raises:
+    ValueError: the file or an argument does not fit, or a token in it is not below V.
+  """
+  if type(context) is not int or context < 1:
+    raise ValueError(f"context={context!r} is not a positive integer")
+  if not 0 < held_out < 1:
+    raise ValueError(f"held_out={held_out} is not in (0, 1)")
+  if evaluated < context:
+    raise ValueError(f"evaluated={evaluated} is less than one window of context={context}")
+  source = _source(path, tokenizer, vocabulary, 1 - held_out)
+  end = int((1 - held_out) * len(source.tokens))
+  if end <= context:
+    raise ValueError(
+      f"context={context} needs one token more to train on; the file has {end} and "
+      f"{len(source.tokens) - end} that are held out"
+    )
+  module = model(source.size)
+  language.check_model(module, source.size, context)
+  return _task(module, source, end, context, evaluated // context)
+
+
+def _task(module: nn.Module, source: Source, end: int, context: int, most: int) -> Task:
+  tokens, size, lengths = source
+  train = _windows(tokens, 1, 1 + (end - 1) // context * context, context, most)
+  test = _windows(tokens, end, len(tokens), context, most)
+  for part in (train, test):
+    _check_tokens(part["x"], source)
+  bits = None if lengths is None else [_bits(part, lengths) for part in (train, test)]
+  del train["length"]  # all are whole
+  mean_length = float(np.mean(test["length"]))
+  init, loss, evaluate = language.objective(module, size, context, mean_length, bits)
+  read = reader(tokens, end, context)
+
+  def batch(seed: int, first: int, count: int) -> Batch:
+    rows = read(seed, first, count)
+    _check_tokens(rows, source)
+    return {"x": rows}
+
+  order = sampling.in_order, sampling.take
+  task = Task(init, loss, evaluate, *order, train, test, feed=Feed(end // context, batch))
+  chunk = language.evaluated_at_once(size, context)
+  return task._replace(**language.of_model(module), chunk=chunk)
+
+
+def reader(
+  tokens: TokenFile | np.ndarray, end: int, context: int
+) -> Callable[[int, int, int], np.ndarray]:
+  """`read(seed, first, count)`: windows first, ..., first + count - 1 of an endless order.
+
+  A pure function, and cheap anywhere: nothing has to be stored, or read over, to go on, and no
+  process reads what another one needs. As in `language.next_token` the first N - N mod T tokens are
+  a ring, and the windows of an epoch tile it: N // T windows of T + 1 tokens that predict every
+  token once, in an order and at an offset of their epoch's own. Epochs follow one another without a
+  gap.
+
+  Args:
+    tokens: whole numbers, read where they are sliced.
+    end: N, how many of them are meant; N >= context.
+    context: T, tokens that a window predicts.
+
+  Returns:
+    The function, which gives [count, T + 1], of the type of the tokens.
+
+  Raises:
+    ValueError: there are more than 2^32 windows, or grain, which shuffles, is missing.
+  """
+  try:
+    from grain.experimental import index_shuffle
+  except ImportError:
+    raise ValueError('streaming needs grain: pip install -e ".[text]"') from None
+  windows = end // context
+  length = windows * context
+  if windows > 2**32:
+    raise ValueError(f"{windows} windows of context={context} are more than 2^32")
+
+  @functools.lru_cache(maxsize=2)
+  def of_epoch(seed: int, epoch: int) -> list[int]:
+    return np.random.default_rng((seed, epoch)).integers((2**32, context)).tolist()
+
+  def start(seed: int, position: int) -> int:
+    epoch, place = divmod(position, windows)
+    word, offset = of_epoch(seed, epoch)
+    return context * index_shuffle(place, max_index=windows - 1, seed=word, rounds=4) + offset
+
+  def read(seed: int, first: int, count: int) -> np.ndarray:
+    rows = np.empty((count, context + 1), tokens.dtype)
+    for i, row in enumerate(rows):
+      begin = start(seed, first + i)
+      whole = tokens[begin : min(begin + context + 1, length)]
+      row[: len(whole)] = whole
+      if len(whole) <= context:
+        row[len(whole) :] = tokens[: context + 1 - len(whole)]
+    return rows
+
+  return read
+
+
+def _source(path: str, tokenizer: str, vocabulary: int | None, share: float) -> Source:
+  if tokenizer not in TOKENIZERS:
+    raise ValueError(f"tokenizer={tokenizer!r} is none of {', '.join(TOKENIZERS)}")
+  if Path(path).suffix == ".npy":
+    if vocabulary is None or not 2 <= vocabulary < 2**31 or tokenizer != "bytes":
+      raise ValueError(
+        f"{path} holds tokens: say by vocabulary=V how many there are, 2 to 2^31 - 1, and no more"
+      )
+    return Source(TokenFile(path), vocabulary, None)
+  if tokenizer == "bpe":
+    found = encoded(path, language.VOCABULARY if vocabulary is None else vocabulary, share)
+    return Source(TokenFile(found.path), found.tokenizer.size, found.tokenizer.lengths)
+  if vocabulary is not None:
+    raise ValueError(f"vocabulary={vocabulary}: bytes are 256")
+  return Source(TokenFile(path), 256, np.ones(256, int))
+
+
+def _windows(tokens: TokenFile, first: int, last: int, context: int, most: int) -> Batch:
+  """Some of the windows that predict the tokens first, ..., last - 1, at equal distances."""
+  count = -(-(last - first) // context)
+  chosen = np.arange(min(count, most)) * count // min(count, most)
+  starts = first - 1 + context * chosen
+  rows = np.zeros((len(starts), context + 1), tokens.dtype)
+  lengths = np.minimum(context, last - 1 - starts).astype(np.int32)
+  for row, start, length in zip(rows, starts.tolist(), lengths.tolist(), strict=True):
+    row[: length + 1] = tokens[start : start + length + 1]
+  return {"x": rows, "y": np.zeros(len(rows), np.uint8), "length": lengths}
+
+
+def _bits(part: Batch, lengths: np.ndarray) -> float:
+  """By which nats per token become bits per byte, of the tokens that some windows predict."""
+  predicted = np.arange(part["x"].shape[1] - 1) < part["length"][:, None]
+  return 1 / float(np.mean(lengths[part["x"][:, 1:][predicted]])) / math.log(2)
+
+
+def _check_tokens(rows: np.ndarray, source: Source) -> None:
+  least, most = rows.min(initial=0), rows.max(initial=0)
+  if least < 0 or most >= source.size:
+    path = source.tokens.path
+    raise ValueError(f"{path} has tokens from {least} to {most}, not in [0, {source.size})")

@@ -1,0 +1,167 @@
+"""Medical records of scikit-learn, split over hospitals that see other patients."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from research.core.base import Array, Batch, Params, Task
+from research.tasks.supervised import supervised
+
+DEFAULT_MODEL = {"breast_cancer": "logistic()", "diabetes": "linear(bias=True)"}
+
+SHIFTS = ("label", "features")
+HELD_OUT = 0.3  # of the patients
+
+
+def breast_cancer(
+  shift: str = "label",
+  l2: float = 0.01,
+  hospitals: int = 0,
+  only: int = 0,
+  split: int = 0,
+  *,
+  model: Callable[[int], nn.Module],
+) -> Task:
+  """Malignant or benign, of 30 measurements of cell nuclei: 398 patients to train on, 171 to test.
+
+  Who is tested is drawn by scikit-learn's stratified `train_test_split`. Measurements are
+  standardized by the training patients. Metrics: "loss", "accuracy", and "auc", the probability
+  that a malignant case has the higher score.
+
+  A partition makes hospitals of workers: `--partition="dirichlet(0.3)"`, `sorted()` or `shards(2)`
+  by what `shift` says.
+
+  Args:
+    shift: what hospitals differ in: "label", the diagnosis, or "features", the tenth of the first
+      principal component in which a patient is, which is about the size of the nuclei.
+    l2: weight of l2/2 ||params||^2.
+    hospitals: with `only`, into how many parts training patients are cut, sorted by `shift`.
+    only: the number of a hospital, from 1, that trains alone; 0: all.
+    split: the `random_state` of the split into training and test, >= 0.
+    model: outputs -> module, called with 1.
+
+  Raises:
+    ValueError: shift is unknown, l2 or split negative, or there is no such hospital.
+
+  Reference: Street, Wolberg, Mangasarian, 1993, Nuclear feature extraction for breast tumor
+    diagnosis; UCI, as scikit-learn ships it.
+  """
+  from sklearn.datasets import load_breast_cancer
+
+  x, y = load_breast_cancer(return_X_y=True)
+  malignant = (np.asarray(y) == 0).astype(np.int32)
+  train, test = _split(np.asarray(x), malignant, split, stratify=malignant)
+  task = supervised(model(1), train, test, loss="logistic", l2=l2)
+  predict = _predictions(model(1), test["x"])
+  metric = lambda params: {"auc": auc(predict(params), jnp.asarray(test["y"]))}
+  return _of_hospital(task._replace(measure=metric), shift, train["y"], hospitals, only)
+
+
+def diabetes(
+  shift: str = "label",
+  l2: float = 0.01,
+  hospitals: int = 0,
+  only: int = 0,
+  split: int = 0,
+  *,
+  model: Callable[[int], nn.Module],
+) -> Task:
+  """How far diabetes goes within a year, of 10 measurements: 309 patients to train on, 133 to test.
+
+  Measurements and progression are standardized by the training patients; the loss is half the
+  squared error, and "rmse" in the unit of the progression, which is from 25 to 346.
+
+  Args:
+    shift: what hospitals differ in: "label", the fifth of the progression, or "features", the tenth
+      of the first principal component.
+    l2: as for `breast_cancer`.
+    hospitals: as for `breast_cancer`.
+    only: as for `breast_cancer`.
+    split: as for `breast_cancer`, not stratified.
+    model: outputs -> module, called with 1.
+
+  Raises:
+    ValueError: as `breast_cancer`.
+
+  Reference: Efron, Hastie, Johnstone, Tibshirani, 2004, Least angle regression; as scikit-learn
+    ships it.
+  """
+  from sklearn.datasets import load_diabetes
+
+  x, y = load_diabetes(return_X_y=True, scaled=False)
+  train, test = _split(np.asarray(x), np.asarray(y, np.float32), split)
+  center, spread = train["y"].mean(), train["y"].std()
+  for part in (train, test):
+    part["y"] = (part["y"] - center) / spread
+  task = supervised(model(1), train, test, loss="squares", l2=l2)
+  predict = _predictions(model(1), test["x"])
+  error = lambda params: predict(params) - jnp.asarray(test["y"])
+  metric = lambda params: {"rmse": float(spread) * jnp.sqrt(jnp.mean(error(params) ** 2))}
+  return _of_hospital(
+    task._replace(measure=metric), shift, _quantiles(train["y"], 5), hospitals, only
+  )
+
+
+def auc(scores: Array, positive: Array) -> Array:
+  """The area under the ROC curve: the probability that a positive scores higher, ties counting 1/2.
+
+  Args:
+    scores: [n].
+    positive: [n], 1 or 0, both there.
+
+  Reference: Mann, Whitney, 1947; Hanley, McNeil, 1982.
+  """
+  ordered = jnp.sort(scores)
+  below = jnp.searchsorted(ordered, scores, side="left")
+  until = jnp.searchsorted(ordered, scores, side="right")
+  rank = (below + until + 1).astype(scores.dtype) / 2  # from 1, of ties the middle
+  chosen = positive.astype(scores.dtype)
+  count = jnp.sum(chosen)
+  wins = jnp.sum(rank * chosen) - count * (count + 1) / 2
+  return wins / (count * (len(scores) - count))
+
+
+def _split(x: np.ndarray, y: np.ndarray, seed: int, stratify: Any = None) -> tuple[Batch, Batch]:
+  from sklearn.model_selection import train_test_split
+
+  if seed < 0:
+    raise ValueError(f"split={seed} is negative")
+  parts = train_test_split(x, y, test_size=HELD_OUT, stratify=stratify, random_state=seed)
+  first = np.asarray(parts[0])
+  center, spread = first.mean(0), first.std(0)
+  scaled = [((part - center) / spread).astype(np.float32) for part in parts[:2]]
+  return {"x": scaled[0], "y": parts[2]}, {"x": scaled[1], "y": parts[3]}
+
+
+def _predictions(module: nn.Module, x: np.ndarray) -> Callable[[Params], Array]:
+  def predict(params: Params) -> Array:
+    found: Any = module.apply({"params": params}, jnp.asarray(x))
+    return found[:, 0]
+
+  return predict
+
+
+def _quantiles(values: np.ndarray, count: int) -> np.ndarray:
+  """int32, in which of so many equal parts of the values each lies."""
+  ranks = np.argsort(np.argsort(values, kind="stable"), kind="stable")
+  return (ranks * count // len(values)).astype(np.int32)
+
+
+def _of_hospital(task: Task, shift: str, labels: np.ndarray, hospitals: int, only: int) -> Task:
+  """The task whose partitions go by `shift`, or that of one hospital alone."""
+  if shift not in SHIFTS:
+    raise ValueError(f"shift={shift!r} is none of {', '.join(SHIFTS)}")
+  by = labels
+  if shift == "features":
+    x = task.train["x"]
+    by = _quantiles(x @ np.linalg.svd(x - x.mean(0), full_matrices=False)[2][0], 10)
+  if not only:
+    return task._replace(by=by)
+  if not 1 <= only <= hospitals <= len(by):
+    raise ValueError(f"only={only} is none of the hospitals 1 to {hospitals}")
+  mine = np.array_split(np.argsort(by, kind="stable"), hospitals)[only - 1]
+  train = {name: leaf[mine] for name, leaf in task.train.items()}
+  return task._replace(train=train, by=by[mine])

@@ -1,0 +1,226 @@
+"""Factors that are solved for: alternating least squares, and users who keep theirs to themselves.
+
+Of an entity e, a user or an item, z_e = (p_e, b_e) are its factors and its bias. Given those of the
+other side, z_e is the solution of a small ridge regression on e's own ratings:
+
+    min over z of sum_j (r_ej - mean - b_j - z'(p_j, 1))^2 + l2 n_e |z|^2
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from research.core.base import Array, Batch, Key, Params, Task
+from research.tasks import sampling
+from research.tasks.recommend import movielens as data
+from research.tasks.recommend.recommend import check, measured
+
+DEFAULT_MODEL: dict[str, str] = {}
+
+
+class Rows(NamedTuple):
+  """The ratings of each of E entities, padded to the most of one."""
+
+  other: np.ndarray  # int32 [E, M], who was rated by, or rated, this one
+  stars: np.ndarray  # float32 [E, M], less the mean of all; 0 as padding
+  count: np.ndarray  # int32 [E]
+
+
+def movielens_als(
+  split: str = "u1", factors: int = 10, l2: float = 0.12, *, data_dir: str = ""
+) -> Task:
+  """Matrix factorization by alternating least squares, with `data_parallel(sgd(1.0), mean())`.
+
+  A fixed point task, see `Task.grads`; it takes all examples at once, `--batch_size=all`. The
+  parameters are {"entities": [U + I, factors + 1], "turn"}; examples are users and items, each with
+  its ratings. A step moves those whose turn it is, 0 users and 1 items, to their solution, and the
+  turn to the others: each worker solves for its own exactly. Two steps are a sweep. Metrics as
+  `recommend.movielens`. "residual" has the turn in it, which never rests: it stays above 1.
+
+  Args:
+    split: see `movielens.load`.
+    factors: at least 1.
+    l2: of the ridge regressions, times the number of an entity's ratings; > 0.
+    data_dir: where to look first, see `files.find`.
+
+  Raises:
+    FileNotFoundError: a file is nowhere.
+    ValueError: the split is unknown, or a number out of its range.
+
+  Reference: Zhou, Wilkinson, Schreiber, Pan, 2008, Large-scale parallel collaborative filtering for
+    the Netflix prize (ALS with weighted regularization), here with biases among the unknowns.
+  """
+  _check(factors, l2)
+  train, test = data.load(split, data_dir)
+  users, items = (1 + n for n in data.last(train, test))
+  shape = users, items
+  total = users + items
+  mean = float(train.stars.mean())
+  by_user = rows_of(train.user, train.item + users, train.stars - mean, users)
+  by_item = rows_of(train.item, train.user, train.stars - mean, items)
+  most = max(by_user.other.shape[1], by_item.other.shape[1])
+  wide = lambda a: np.pad(a, [(0, 0), (0, most - a.shape[1])])
+  ratings = len(train.stars)
+
+  def init(key: Key) -> Params:
+    first = 0.1 * jax.random.normal(key, (total, factors))
+    return {"entities": jnp.pad(first, ((0, 0), (0, 1))), "turn": jnp.zeros(())}
+
+  def grads(params: Params, batch: Batch, key: Key) -> tuple[Array, Params]:
+    del key
+    z, turn = params["entities"], params["turn"]
+    solved, errors = jax.vmap(
+      lambda other, stars, count, own: _solve(z, other, stars, count, own, l2)
+    )(batch["other"], batch["stars"], batch["count"], z[batch["row"]])
+    now = jnp.round(turn)  # workers' weighted mean of 1 is 1 but for rounding
+    moves = (batch["y"] == now).astype(z.dtype)
+    share = total * moves / len(moves)
+    if "mask" in batch:
+      mask = batch["mask"].astype(z.dtype)
+      share = total * moves * mask / jnp.maximum(jnp.sum(mask), 1)
+    apart = (z[batch["row"]] - solved) * share[:, None]
+    residual = {"entities": jnp.zeros_like(z).at[batch["row"]].add(apart), "turn": turn - (1 - now)}
+    return sampling.mean(errors, batch) * total / (4 * ratings), residual
+
+  def loss(params: Params, batch: Batch, key: Key) -> Array:
+    return grads(params, batch, key)[0]
+
+  def evaluate(params: Params, batch: Batch) -> dict[str, Array]:
+    return {"loss": loss(params, batch, jax.random.key(0))}
+
+  def everything(params: Params) -> Array:
+    z = params["entities"]
+    p, b = z[:, :-1], z[:, -1]
+    return mean + b[:users, None] + b[None, users:] + p[:users] @ p[users:].T
+
+  examples = {
+    "row": np.arange(total, dtype=np.int32),
+    "other": np.concatenate([wide(by_user.other), wide(by_item.other)]),
+    "stars": np.concatenate([wide(by_user.stars), wide(by_item.stars)]),
+    "count": np.concatenate([by_user.count, by_item.count]),
+    "y": (np.arange(total) >= users).astype(np.int32),
+  }
+  task = Task(init, loss, evaluate, sampling.epoch_sample, sampling.take, examples)
+  return task._replace(grads=grads, measure=measured(everything, train, test, shape))
+
+
+def movielens_federated(
+  split: str = "u1",
+  factors: int = 10,
+  l2: float = 0.12,
+  own_l2: float = 0.12,
+  *,
+  data_dir: str = "",
+) -> Task:
+  """Matrix factorization whose users' factors never leave the users.
+
+  An example is a user with all ratings; the parameters, which are what is sent, are the items'
+  alone, {"item": [I, factors], "item_bias": [I]}. Whenever a user's loss is wanted, the user solves
+  for factors and bias as above, from the items' as they are. The objective is that of
+  `recommend.movielens`, the mean over ratings, given these; its gradient takes them for constants,
+  which is exact where their ridge is part of the objective. With --population=943 every client of a
+  federated method is one user. Metrics as `recommend.movielens`; they too solve for the users.
+
+  Args:
+    split: see `movielens.load`.
+    factors: at least 1.
+    l2: weight of the items' penalty, as in `recommend.movielens`.
+    own_l2: of the users' ridge regressions, times the number of ratings; > 0.
+    data_dir: where to look first, see `files.find`.
+
+  Raises:
+    FileNotFoundError: a file is nowhere.
+    ValueError: the split is unknown, or a number out of its range.
+
+  Reference: Singhal, Sidahmed, Garrett, Wu, Rush, Prakash, 2021, Federated reconstruction:
+    partially local federated learning, arXiv 2102.03448; with an exact reconstruction.
+  """
+  _check(factors, own_l2)
+  check(factors, l2)
+  train, test = data.load(split, data_dir)
+  users, items = (1 + n for n in data.last(train, test))
+  shape = users, items
+  mean = float(train.stars.mean())
+  rows = rows_of(train.user, train.item, train.stars - mean, users)
+  scale = users / len(train.stars)
+
+  def init(key: Key) -> Params:
+    item = 0.1 * jax.random.normal(key, (items, factors))
+    return {"item": item, "item_bias": jnp.zeros(items)}
+
+  def reconstructed(params: Params, other: Array, stars: Array, count: Array) -> Array:
+    table = jnp.concatenate([params["item"], params["item_bias"][:, None]], 1)
+    zero = jnp.zeros(factors + 1, table.dtype)
+    return _solve(lax.stop_gradient(table), other, stars, count, zero, own_l2)[0]
+
+  def of_user(params: Params, other: Array, stars: Array, count: Array) -> Array:
+    z = lax.stop_gradient(reconstructed(params, other, stars, count))
+    there = (jnp.arange(len(other)) < count).astype(z.dtype)
+    q, b = params["item"][other], params["item_bias"][other]
+    errors = stars - b - q @ z[:-1] - z[-1]
+    return jnp.sum(there * (errors**2 + l2 * (b**2 + jnp.sum(q**2, 1)))) / 2
+
+  def loss(params: Params, batch: Batch, key: Key) -> Array:
+    del key
+    each = jax.vmap(lambda *row: of_user(params, *row))
+    return scale * sampling.mean(each(batch["other"], batch["stars"], batch["count"]), batch)
+
+  def evaluate(params: Params, batch: Batch) -> dict[str, Array]:
+    return {"loss": loss(params, batch, jax.random.key(0))}
+
+  def everything(params: Params) -> Array:
+    solve = jax.vmap(lambda *row: reconstructed(params, *row))
+    z = solve(jnp.asarray(rows.other), jnp.asarray(rows.stars), jnp.asarray(rows.count))
+    return mean + z[:, -1:] + params["item_bias"][None] + z[:, :-1] @ params["item"].T
+
+  examples = rows._asdict() | {"y": rows.count}
+  task = Task(init, loss, evaluate, sampling.epoch_sample, sampling.take, examples)
+  return task._replace(measure=measured(everything, train, test, shape), chunk=256)
+
+
+def rows_of(entity: np.ndarray, other: np.ndarray, stars: np.ndarray, entities: int) -> Rows:
+  """The ratings [N] of each entity, in their order."""
+  count = np.bincount(entity, minlength=entities)
+  order = np.argsort(entity, kind="stable")
+  place = np.arange(len(entity)) - np.repeat(np.cumsum(count) - count, count)
+  shape = entities, max(1, int(count.max()))
+  rows = Rows(np.zeros(shape, np.int32), np.zeros(shape, np.float32), count.astype(np.int32))
+  rows.other[entity[order], place] = other[order]
+  rows.stars[entity[order], place] = stars[order]
+  return rows
+
+
+def _solve(
+  z: Array, other: Array, stars: Array, count: Array, own: Array, l2: float
+) -> tuple[Array, Array]:
+  """The solution of one entity, and the squared errors of `own`, summed."""
+  there = (jnp.arange(len(other)) < count).astype(z.dtype)
+  x = jnp.concatenate([z[other, :-1], jnp.ones((len(other), 1), z.dtype)], 1) * there[:, None]
+  target = (stars.astype(z.dtype) - z[other, -1]) * there
+  ridge = l2 * jnp.maximum(count, 1).astype(z.dtype) * jnp.eye(x.shape[1], dtype=z.dtype)
+  solved = eliminated(x.T @ x + ridge, x.T @ target)
+  return solved, jnp.sum((target - x @ own) ** 2)
+
+
+def eliminated(a: Array, b: Array) -> Array:
+  """The x [n] of a x = b, a [n, n] symmetric and positive definite, by Gauss and Jordan.
+
+  Such matrices need no pivots. LAPACK's batched calls, as jaxlib 0.10 makes them, wait for threads
+  of the pool that they run in: where as many devices as the pool has threads make one at a time,
+  none returns.
+  """
+
+  def one(j: Array, rows: Array) -> Array:
+    pivot = rows[j] / rows[j, j]
+    return (rows - rows[:, j, None] * pivot[None]).at[j].set(pivot)
+
+  return lax.fori_loop(0, len(b), one, jnp.concatenate([a, b[:, None]], 1))[:, -1]
+
+
+def _check(factors: int, l2: float) -> None:
+  check(factors, l2)
+  if not l2 > 0:
+    raise ValueError(f"l2={l2}: least squares of few ratings need l2 > 0")

@@ -1,0 +1,160 @@
+"""MovieLens 100K: 943 users' ratings of 1682 films, and what is known of both."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from research.core import paths
+from research.tasks import files, texts
+
+URL = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
+SHA256 = {
+  "u.data": "06416e597f82b7342361e41163890c81036900f418ad91315590814211dca490",
+  "u.user": "f120e114da2e8cf314fd28f99417c94ae9ddf1cb6db8ce0e4b5995d40e90e62c",
+  "u.item": "6284748a19eb56ab68c553ff1b25ad3d0e861714bf10979ecc6083df9be0ce7c",
+  "u1.test": "18c6014a4b2c7324f250a63f8904a7b16b2b19f911129e346141507b0cbac950",
+  "u2.test": "4de658d1e04ed9104629509a2e2528fce833ac8e048280183f1df167632038c3",
+  "u3.test": "0f548b51c78327de4c156461d3e430b7e5579fe2b5681586a59416e48fd35f6d",
+}
+FOLDS = ("u1", "u2", "u3")
+COLD = ("cold_items", "cold_users")
+LEAST, MOST = 1.0, 5.0  # stars
+ITEMS = 10**7  # at most
+PAIRS = 2**31  # of a user and an item, at most: measuring takes a byte of each, and more
+_COLD_SHARE = 10  # one in so many is cold
+
+
+class Ratings(NamedTuple):
+  """Who rated what how."""
+
+  user: np.ndarray  # int32 [N], from 0
+  item: np.ndarray  # int32 [N], from 0
+  stars: np.ndarray  # float32 [N], 1 to 5
+
+  def take(self, where: np.ndarray) -> "Ratings":
+    return Ratings(*(column[where] for column in self))
+
+
+class Features(NamedTuple):
+  """What is known beside ratings: for each user or item the numbers of its features.
+
+  Rows are padded to one length with `size`, which is no feature.
+  """
+
+  users: np.ndarray  # int32 [U, 3]: age group, gender, occupation
+  items: np.ndarray  # int32 [I, G]: genres
+  size: int  # features of both, numbered together
+
+
+def load(split: str, data_dir: str = "") -> tuple[Ratings, Ratings]:
+  """The ratings to train on and to test.
+
+  Args:
+    split: "u1", "u2" or "u3", an official fold: its test file, and all other ratings; "cold_items"
+      or "cold_users": a tenth of them, drawn once, with all their ratings are for testing; or the
+      path of a table like u.data, of which a tenth of the ratings is held out: lines of a user, an
+      item, stars from 1 to 5 and, perhaps, a time. Users are numbered from 1 without gaps.
+    data_dir: where to look first, see `files.find`.
+
+  Raises:
+    FileNotFoundError: a file is nowhere; the archive that has them is not unpacked by itself.
+    ValueError: there is no such split, a file is not what was published, or a line no rating.
+
+  Reference: Harper, Konstan, 2015, The MovieLens datasets, ACM TiiS 5; GroupLens allows no copies.
+  """
+  if split not in (*FOLDS, *COLD):
+    return _of_file(split)
+  whole = _read("u.data", data_dir)
+  if split in FOLDS:
+    test = _read(f"{split}.test", data_dir)
+    pairs = lambda of: of.user.astype(np.int64) * 10_000 + of.item
+    return whole.take(~np.isin(pairs(whole), pairs(test))), test
+  owner = whole.item if split == "cold_items" else whole.user
+  cold = np.random.default_rng(0).permutation(owner.max() + 1)[: (owner.max() + 1) // _COLD_SHARE]
+  unseen = np.isin(owner, cold)
+  return whole.take(~unseen), whole.take(unseen)
+
+
+def last(*parts: Ratings) -> tuple[int, int]:
+  """The largest numbers of a user and of an item."""
+  largest = lambda name: max(int(getattr(part, name).max()) for part in parts)
+  return largest("user"), largest("item")
+
+
+def features(data_dir: str = "") -> Features:
+  """Age groups of ten years, gender and occupation of users; genres of items.
+
+  Raises:
+    FileNotFoundError, ValueError: as `load`.
+  """
+  path = lambda name: files.find(f"ml-100k/{name}", data_dir, URL, SHA256[name])
+  people = [row.split("|") for row in path("u.user").read_text().splitlines() if row]
+  ages = [min(int(row[1]) // 10, 6) for row in people]
+  kinds = sorted({row[3] for row in people})
+  columns = [ages, [7 + (row[2] == "F") for row in people], [9 + kinds.index(r[3]) for r in people]]
+  users = np.array(columns, np.int32).T
+  films = [row.split("|") for row in path("u.item").read_bytes().decode("latin-1").splitlines()]
+  flags = np.array([row[5:] for row in films if row != [""]]).astype(int)
+  first, size = 9 + len(kinds), 9 + len(kinds) + flags.shape[1]
+  items = np.full((len(flags), flags.sum(1).max()), size, np.int32)
+  for row, of_item in zip(items, flags, strict=True):
+    row[: of_item.sum()] = first + np.flatnonzero(of_item)
+  return Features(users, items, size)
+
+
+def _of_file(split: str) -> tuple[Ratings, Ratings]:
+  path = paths.local(split)
+  if not path.is_file():
+    raise ValueError(f"split={split!r} is no file, and none of {', '.join((*FOLDS, *COLD))}")
+  whole = _of_rows(_table(path))
+  order = np.random.default_rng(0).permutation(len(whole.user))
+  held_out = max(1, len(order) // _COLD_SHARE)
+  return whole.take(np.sort(order[held_out:])), whole.take(np.sort(order[:held_out]))
+
+
+def _read(name: str, data_dir: str) -> Ratings:
+  path = files.find(f"ml-100k/{name}", data_dir, URL, SHA256[name])
+  return _of_rows(np.array(path.read_text().split(), np.int64).reshape(-1, 4))
+
+
+def _table(path: Path) -> np.ndarray:
+  """float64 [N, 3], the users, items and stars of a file, numbered from 1."""
+  seen: set[tuple[int, int]] = set()
+
+  def rating(fields: list[str]) -> tuple[int, int, float]:
+    if not 3 <= len(fields) <= 4:
+      raise ValueError(
+        f"a rating is 'USER ITEM STARS', or has a time as fourth field, not {len(fields)} fields"
+      )
+    user, item = map(texts.whole, fields[:2])
+    if min(user, item) < 1:
+      raise ValueError(f"user {user}, item {item}: both are numbered from 1")
+    stars, *_ = map(texts.number, fields[2:])
+    if not LEAST <= stars <= MOST:
+      raise ValueError(f"a rating of {stars:g} is out of range; legal: {LEAST:g} to {MOST:g}")
+    if (user, item) in seen:
+      raise ValueError(f"user {user} has already rated item {item}")
+    seen.add((user, item))
+    return user, item, stars
+
+  table = np.array(texts.parsed(path, rating), float).reshape(-1, 3)
+  if len(table) < 2:
+    raise ValueError(f"{path}: {len(table)} of the two ratings or more that are needed are there")
+  users, items = table[:, :2].max(0)
+  rated = np.unique(table[:, 0])
+  if users > len(rated):
+    missing = np.flatnonzero(rated != np.arange(1, len(rated) + 1))[0] + 1
+    raise ValueError(f"{path}: user {missing} of {users:.0f} has no ratings")
+  if items > ITEMS or users * items > PAIRS:
+    raise ValueError(
+      f"{path}: {users:.0f} users and items up to {items:.0f} are more than {ITEMS} items or "
+      f"{PAIRS} pairs, which have to fit the memory; number the items without large gaps"
+    )
+  return table
+
+
+def _of_rows(rows: np.ndarray) -> Ratings:
+  """Ratings of rows (user, item, stars, ...), numbered from 1."""
+  user, item = rows[:, :2].astype(np.int32).T - 1
+  return Ratings(user, item, rows[:, 2].astype(np.float32))

@@ -1,0 +1,247 @@
+"""The Cranfield collection: 1400 abstracts, 225 queries, judgements; BM25 tuned, and as a feature.
+
+Odd queries are to train on, even ones are held out.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import sparse
+
+from research.core.base import Array, Batch, Key, Params, Task
+from research.tasks import files, sampling
+from research.tasks.search import bm25 as bm25s
+from research.tasks.search import ranking
+
+DEFAULT_MODEL = {"cranfield": "linear()"}
+
+URL = "http://ir.dcs.gla.ac.uk/resources/test_collections/cran/cran.tar.gz"
+SHA256 = {
+  "cran.all.1400": "7ebff56cdaf2fb1a5f9e612f3d1fa9724e5890354a65112420d7815f1fff054a",
+  "cran.qry": "99578ceb88941ef89c14faf7c63c23776a376d8fba319b990f01d0c601d8b03f",
+  "cranqrel": "a90f56082cd44db70bf2c21ebca39a1a34e37c82ccb5ddf1bcc64f18795234c7",
+}
+FEATURES = ("bm25", "title", "prior", "length")
+
+
+class Collection(NamedTuple):
+  """What is searched, what for, and what should be found."""
+
+  titles: list[str]  # D
+  texts: list[str]  # D, the titles included
+  queries: list[str]  # Q
+  relevance: np.ndarray  # int32 [Q, D], 0 to 4: 4 is a complete answer
+
+
+def load(data_dir: str = "") -> Collection:
+  """Reads the collection.
+
+  Judgements number the queries by their order in the file, not by its .I lines. Its grades run from
+  1, a complete answer, to 4, of minimum interest; 5, in the file -1, is of no interest; here 4 to
+  1, and 0.
+
+  Raises:
+    FileNotFoundError: a file is nowhere; the archive that has them is not unpacked by itself.
+    ValueError: a file is not what was published.
+
+  Reference: Cleverdon, 1967, The Cranfield tests on index language devices, Aslib Proceedings 19.
+  """
+  paths = {n: files.find(f"cranfield/{n}", data_dir, URL, sha) for n, sha in SHA256.items()}
+  read = {name: path.read_bytes().decode("latin-1") for name, path in paths.items()}
+  documents = [_fields(part) for part in _records(read["cran.all.1400"])]
+  queries = [_fields(part).get("W", "") for part in _records(read["cran.qry"])]
+  relevance = np.zeros((len(queries), len(documents)), np.int32)
+  for line in read["cranqrel"].split("\n"):
+    if line.strip():
+      query, document, grade = map(int, line.split())
+      relevance[query - 1, document - 1] = 5 - grade if 1 <= grade <= 4 else 0
+  titles = [fields.get("T", "") for fields in documents]
+  return Collection(titles, [fields.get("W", "") for fields in documents], queries, relevance)
+
+
+def bm25(
+  k1: float = bm25s.K1, b: float = bm25s.B, ask: str | None = None, *, data_dir: str = ""
+) -> Task:
+  """BM25 on Cranfield, its k1 and b tuned from where they stand on the queries to train on.
+
+  The parameters are {"k1", "b", "sharpness"}: k1 = exp, b = sigmoid of theirs. The objective is
+  ListNet's, the cross-entropy between the relevances' softmax and that of `sharpness` times the
+  scores; its gradient goes through the scores, which are those of `bm25.scores`. `evaluate` as
+  `ranking.ranked`, and "k1" and "b"; with a query to `ask`, "found" is the number of the document
+  that comes first.
+
+  Args:
+    k1: at first, > 0.
+    b: at first, in (0, 1).
+    ask: a query of one's own.
+    data_dir: where to look first, see `files.find`.
+
+  Raises:
+    FileNotFoundError: a file is nowhere and cannot be fetched.
+    ValueError: k1 or b out of its range, or the query to ask is empty.
+  """
+  if ask is not None and not bm25s.terms(ask):
+    raise ValueError(f"ask={ask!r} is empty: it has no terms to search for")
+  bm25s.check(k1, b)
+  if not (k1 > 0 and 0 < b < 1):
+    raise ValueError(f"k1={k1}, b={b}: tuning starts inside of (0, inf) and (0, 1)")
+  found = load(data_dir)
+  index = bm25s.index([bm25s.terms(text) for text in found.texts])
+  if ask is not None and not set(bm25s.terms(ask)) & set(index.vocabulary):
+    raise ValueError(f"ask={ask!r}: no document has any of its terms")
+  lengths = (index.lengths / index.lengths.mean()).astype(np.float32)
+  first = {"k1": math.log(k1), "b": math.log(b / (1 - b)), "sharpness": 0.0}
+
+  def init(key: Key) -> Params:
+    del key
+    return {name: jnp.float32(value) for name, value in first.items()}
+
+  def score(params: Params, batch: Batch) -> Array:
+    k, slope = jnp.exp(params["k1"]), jax.nn.sigmoid(params["b"])
+    norm = k * (1 - slope + slope * jnp.asarray(lengths))
+    counts = batch["counts"].astype(jnp.float32)
+    return jnp.einsum("qt,qtd->qd", batch["idf"], counts / (counts + norm[None, None]))
+
+  present = np.ones(len(found.texts), bool)
+
+  def objective(params: Params, scores: Array, batch: Batch) -> Array:
+    sharp = jnp.exp(params["sharpness"]) * scores
+    each = jax.vmap(lambda s, y: ranking.LOSSES["listnet"](s, y, jnp.asarray(present), 0))
+    return sampling.mean(each(sharp, batch["relevance"]), batch)
+
+  def loss(params: Params, batch: Batch, key: Key) -> Array:
+    del key
+    return objective(params, score(params, batch), batch)
+
+  def evaluate(params: Params, batch: Batch) -> dict[str, Array]:
+    scores = score(params, batch)
+    of_query = jax.vmap(lambda s, y: ranking.metrics(s, y, jnp.asarray(present)))
+    metrics = of_query(scores, batch["relevance"])
+    found = {name: sampling.mean(values, batch) for name, values in metrics.items()}
+    tuned = {"k1": jnp.exp(params["k1"]), "b": jax.nn.sigmoid(params["b"])}
+    return {"loss": objective(params, scores, batch)} | found | tuned
+
+  def measure(params: Params) -> dict[str, Array]:
+    of_own = {name: jnp.asarray(leaf) for name, leaf in asked.items() if name in ("idf", "counts")}
+    return {"found": 1 + jnp.argmax(score(params, of_own)[0])}
+
+  examples = _postings(index, found)
+  asked = _postings(index, found._replace(queries=[ask])) if ask else {}
+  train, test = ({k: v[half::2] for k, v in examples.items()} for half in (0, 1))
+  task = Task(init, loss, evaluate, sampling.epoch_sample, sampling.take, train, test)
+  return task._replace(chunk=16, measure=measure) if ask else task._replace(chunk=16)
+
+
+def cranfield(
+  loss: str = "lambdarank",
+  features: Sequence[str] = FEATURES,
+  k1: float = bm25s.K1,
+  b: float = bm25s.B,
+  l2: float = 0.0,
+  *,
+  model: Callable[[int], nn.Module],
+  data_dir: str = "",
+) -> Task:
+  """Learning to rank Cranfield's documents, all 1400 of them, for each query. See `ranking.ranked`.
+
+  Args:
+    loss: "pairwise", "listnet" or "lambdarank".
+    features: of "bm25", the score of the whole text; "title", of the title alone; "prior", log of
+      the PageRank of a document among its eight nearest by cosine (`prior`); "length", log of the
+      number of terms. Each is standardized over all pairs of a query to train on and a document.
+    k1: of the BM25 scores.
+    b: of the BM25 scores.
+    l2: weight of l2/2 ||params||^2.
+    model: outputs -> module, called with 1.
+    data_dir: where to look first, see `files.find`.
+
+  Raises:
+    FileNotFoundError: a file is nowhere and cannot be fetched.
+    ValueError: a feature or loss is unknown, or a number out of its range.
+  """
+  if not features or set(features) - set(FEATURES):
+    raise ValueError(f"features={list(features)} are not some of {', '.join(FEATURES)}")
+  found = load(data_dir)
+  queries = [bm25s.terms(query) for query in found.queries]
+  whole, titles = ([bm25s.terms(t) for t in kind] for kind in (found.texts, found.titles))
+  index = bm25s.index(whole)
+  shape = found.relevance.shape
+  columns = {
+    "bm25": lambda: bm25s.scores(index, queries, k1, b),
+    "title": lambda: bm25s.scores(bm25s.index(titles), queries, k1, b),
+    "prior": lambda: np.broadcast_to(np.log(prior(index)), shape),
+    "length": lambda: np.broadcast_to(np.log1p(index.lengths), shape),
+  }
+  x = np.stack([columns[name]() for name in features], -1)
+  x = (x - x[::2].mean((0, 1))) / x[::2].std((0, 1))
+  examples = {
+    "x": x.astype(np.float32),
+    "relevance": found.relevance,
+    "present": np.ones(shape, bool),
+    "y": found.relevance.max(1),
+  }
+  train, test = ({name: leaf[half::2] for name, leaf in examples.items()} for half in (0, 1))
+  task = ranking.ranked(model(1), train, test, loss=loss, l2=l2)
+  return task._replace(chunk=8)
+
+
+def prior(index: bm25s.Index, neighbours: int = 8, alpha: float = 0.85) -> np.ndarray:
+  """How central each document is: PageRank [D] on links to its nearest documents by TF-IDF cosine.
+
+  Reference: Erkan, Radev, 2004, LexRank, JAIR 22; here with links to the nearest, not to all above
+    a threshold.
+  """
+  weights = index.counts.copy()
+  weights.data = weights.data * index.idf[weights.indices]
+  norms = np.sqrt(np.asarray(weights.multiply(weights).sum(1)).ravel())
+  unit = sparse.diags_array(1 / np.maximum(norms, 1e-12)) @ weights
+  cosine = (unit @ unit.T).toarray()
+  np.fill_diagonal(cosine, -1)
+  nearest = np.argsort(-cosine, 1, kind="stable")[:, :neighbours]
+  count = len(cosine)
+  ends = nearest.ravel(), np.repeat(np.arange(count), nearest.shape[1])
+  walk = sparse.csr_array((np.full(len(ends[0]), 1 / nearest.shape[1]), ends), (count, count))
+  x = np.full(count, 1 / count)
+  for _ in range(200):  # 0.85^200 = 1e-14
+    x = alpha * (walk @ x) + (1 - alpha) / count
+  return np.asarray(x)
+
+
+def _postings(index: bm25s.Index, found: Collection) -> Batch:
+  """Queries as "idf" [Q, T], times how often they have a term, and "counts" [Q, T, D]."""
+  queries = [bm25s.terms(query) for query in found.queries]
+  known = [[index.vocabulary[t] for t in query if t in index.vocabulary] for query in queries]
+  unique = [np.unique(np.array(c, np.int64), return_counts=True) for c in known]
+  most, documents = max(len(columns) for columns, _ in unique), len(index.lengths)
+  by_term = index.counts.tocsc()
+  counts, idf = np.zeros((len(known), most, documents), np.uint8), np.zeros((len(known), most))
+  for row, (columns, times) in enumerate(unique):
+    counts[row, : len(columns)] = by_term[:, columns].toarray().T
+    idf[row, : len(columns)] = times * index.idf[columns]
+  relevance = found.relevance
+  return {
+    "counts": counts,
+    "idf": idf.astype(np.float32),
+    "relevance": relevance,
+    "y": relevance.max(1),
+  }
+
+
+def _records(text: str) -> list[str]:
+  """The parts of a file between its .I lines."""
+  return re.split(r"(?m)^\.I +\d+ *\n", text.replace("\r\n", "\n"))[1:]
+
+
+def _fields(record: str) -> dict[str, str]:
+  """The fields of a record by their letter; one that is there twice is the first."""
+  parts = re.split(r"(?m)^\.([A-Z]) *\n", record)
+  found: dict[str, str] = {}
+  for name, content in zip(parts[1::2], parts[2::2], strict=True):
+    found.setdefault(name, content.strip())
+  return found

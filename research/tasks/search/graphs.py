@@ -1,0 +1,98 @@
+"""Directed graphs: read from lists of edges, or made up with degrees that follow a power law."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from research.core import paths
+from research.tasks import files, texts
+
+EXPONENT = 2.1  # of the in-degrees of `power_law`
+WIKI_VOTE_URL = "https://snap.stanford.edu/data/wiki-Vote.txt.gz"
+WIKI_VOTE_SHA256 = "b05c0226f5544f0e4a8ac607ae573db42e42716b6dd5aa00e8c769a1219c796f"
+
+
+class Graph(NamedTuple):
+  """Edges between nodes 0, ..., N - 1, sorted by where they lead; equal ones are there once."""
+
+  source: np.ndarray  # int32 [E]
+  target: np.ndarray  # int32 [E], not falling
+  names: np.ndarray  # [N], what the nodes are called where they come from
+
+  @property
+  def nodes(self) -> int:
+    return len(self.names)
+
+
+def load(name: str, data_dir: str) -> Graph:
+  """The graph of that name, "wiki-Vote", or that of a file.
+
+  Args:
+    name: "wiki-Vote", or the path of a file with an edge "FROM TO" of two whole numbers per line,
+      plain, .gz or .bz2; lines that begin with # or % are comments.
+    data_dir: where to look first, see `files.find`.
+
+  Raises:
+    FileNotFoundError: wiki-Vote is nowhere and cannot be fetched.
+    ValueError: there is no such file, it has no edges, or a line of it is none.
+
+  Reference: Leskovec, Huttenlocher, Kleinberg, 2010, Predicting positive and negative links in
+    online social networks; SNAP, wiki-Vote.
+  """
+  if name == "wiki-Vote":
+    path = files.find("wiki-vote/wiki-Vote.txt", data_dir, WIKI_VOTE_URL, WIKI_VOTE_SHA256)
+  elif not (path := paths.local(name)).is_file():
+    raise ValueError(f"{name!r} is no file, and the graph that is known by name is 'wiki-Vote'")
+  pairs = texts.parsed(path, _edge, comments="#%")
+  if not pairs:
+    raise ValueError(f"{path} has no edges")
+  return of_edges(pairs)
+
+
+def _edge(fields: list[str]) -> tuple[int, int]:
+  if len(fields) != 2:
+    raise ValueError(
+      f"an edge is 'FROM TO', two fields, not {len(fields)}; weights are not supported"
+    )
+  return texts.whole(fields[0]), texts.whole(fields[1])
+
+
+def of_edges(pairs: np.ndarray | Sequence[Sequence[int]]) -> Graph:
+  """The graph of edges [E, 2], from and to any whole numbers.
+
+  Raises:
+    ValueError: there are none.
+  """
+  pairs = np.asarray(pairs, np.int64).reshape(-1, 2)
+  if not len(pairs):
+    raise ValueError("a graph without edges has no walk to rank by")
+  names, ends = np.unique(pairs, return_inverse=True)
+  ends = ends.reshape(pairs.shape)
+  keys = np.unique(ends[:, 1] * len(names) + ends[:, 0])  # sorted by target, then source
+  target, source = np.divmod(keys, len(names))
+  return Graph(source.astype(np.int32), target.astype(np.int32), names)
+
+
+def power_law(edges: int, nodes: int) -> Graph:
+  """A random graph: every edge leads to a node with probability proportional to its popularity.
+
+  Popularities fall as rank^(-1/1.1), so that in-degrees follow a power law of exponent 2.1, that of
+  the web (Broder et al. 2000); edges leave all nodes alike. Equal edges stay, as weights.
+
+  Args:
+    edges: E, at least 1.
+    nodes: N, at least 2.
+
+  Raises:
+    ValueError: a number is out of its range.
+  """
+  if edges < 1 or nodes < 2:
+    raise ValueError(f"edges={edges}, nodes={nodes}: need at least 1 and 2")
+  rng = np.random.default_rng(0)
+  popularity = np.cumsum(np.arange(1, nodes + 1, dtype=np.float64) ** (-1 / (EXPONENT - 1)))
+  ranks = np.searchsorted(popularity, rng.random(edges) * popularity[-1])
+  target = rng.permutation(nodes)[ranks].astype(np.int32)
+  target.sort()
+  source = rng.integers(nodes, size=edges, dtype=np.int32)
+  return Graph(source, target, np.arange(nodes))

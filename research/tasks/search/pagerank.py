@@ -1,0 +1,119 @@
+"""PageRank as a fixed point: its residual stands for the gradient, links are the examples."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.core.base import Array, Batch, Key, Params, Task
+from research.tasks import sampling
+from research.tasks.search import graphs
+from research.tasks.search.graphs import Graph
+
+DEFAULT_MODEL: dict[str, str] = {}
+
+TOGETHER = 8  # links to one node that are an example
+
+
+def pagerank(
+  graph: str = "wiki-Vote",
+  alpha: float = 0.85,
+  edges: int = 10_000_000,
+  nodes: int = 1_000_000,
+  *,
+  data_dir: str = "",
+) -> Task:
+  """The stationary distribution of a walk that follows links, and now and then jumps anywhere.
+
+      T(x) = alpha (P x + v sum of x over nodes without links) + (1 - alpha) v,     v = 1/N
+
+  `grads` is x - T(x): `data_parallel(sgd(1.0), mean())` on all edges is power iteration, and it
+  contracts by alpha in L1. An example is up to eight links to one node, {"source": [8], "y"}: sums
+  of eight are what a CPU gathers fastest, and only they are added up by node. A worker has P of its
+  own E examples, E/n times those of its n; the workers' mean is the whole, so that compression,
+  local steps, mini-batches of links and delays apply as to a gradient. The metric "residual" is
+  ||x - T(x)||_1, the change that the next iteration makes; "loss" is the same of a worker's own
+  links, the mean over workers. float32 leaves the residual at about 1e-7, --x64 takes it to 1e-15.
+
+  Workers with edges of a stretch of nodes, `--partition=sorted()`, add up fastest.
+
+  Args:
+    graph: "wiki-Vote", the path of a list of edges, see `graphs.load`; or "power_law", made up.
+    alpha: the probability of following a link, in [0, 1).
+    edges: of "power_law".
+    nodes: of "power_law".
+    data_dir: where to look first, see `files.find`.
+
+  Raises:
+    FileNotFoundError: the file is nowhere and cannot be fetched.
+    ValueError: a graph without edges, a file that holds none, or a number out of its range.
+
+  Reference: Page, Brin, Motwani, Winograd, 1999, The PageRank citation ranking, Stanford InfoLab;
+    Langville, Meyer, 2004, Deeper inside PageRank, sections 5 and 8 (dangling nodes).
+  """
+  if graph == "power_law":
+    return of_graph(graphs.power_law(edges, nodes), alpha)
+  return of_graph(graphs.load(graph, data_dir), alpha)
+
+
+def of_graph(graph: Graph, alpha: float) -> Task:
+  """The task of ranking the nodes of a graph; its parameters are {"rank": [N]}.
+
+  Raises:
+    ValueError: alpha is not in [0, 1).
+  """
+  if not 0 <= alpha < 1:
+    raise ValueError(f"alpha={alpha} is not in [0, 1)")
+  nodes, train = graph.nodes, together(graph)
+  total = len(train["y"])
+  links = np.bincount(graph.source, minlength=nodes)
+  share = np.divide(1.0, links, out=np.zeros(nodes), where=links > 0)
+  dangling = np.flatnonzero(links == 0)
+
+  def init(key: Key) -> Params:
+    del key
+    return {"rank": jnp.full(nodes, 1 / nodes)}
+
+  def grads(params: Params, batch: Batch, key: Key) -> tuple[Array, Params]:
+    del key
+    x = params["rank"]
+    carried = jnp.append(x * share.astype(x.dtype), jnp.zeros((), x.dtype))  # the last: no link
+    # one sum of eight terms: a reduction along the axis would run over elements one at a time
+    of = lambda i: carried.at[i].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    moved = sum(of(batch["source"][:, k]) for k in range(TOGETHER))
+    count: Any = len(batch["y"])
+    if "mask" in batch:
+      moved = moved * batch["mask"].astype(x.dtype)
+      count = jnp.maximum(jnp.sum(batch["mask"].astype(x.dtype)), 1)
+    along = jax.ops.segment_sum(moved, batch["y"], nodes, mode="promise_in_bounds")
+    along = along * (total / count)
+    jumps = (alpha * jnp.sum(x[dangling]) + (1 - alpha)) / nodes
+    residual = x - (alpha * along + jumps)
+    return jnp.sum(jnp.abs(residual)), {"rank": residual}
+
+  def loss(params: Params, batch: Batch, key: Key) -> Array:
+    return grads(params, batch, key)[0]
+
+  def evaluate(params: Params, batch: Batch) -> dict[str, Array]:
+    return {"loss": loss(params, batch, jax.random.key(0))}
+
+  task = Task(init, loss, evaluate, sampling.epoch_sample, sampling.take, train)
+  return task._replace(grads=grads, chunk=2**31 - 1)
+
+
+def together(graph: Graph) -> dict[str, np.ndarray]:
+  """The links in groups to one node: sources [E, 8], N where there is none, and nodes "y" [E]."""
+  degree = np.bincount(graph.target, minlength=graph.nodes)
+  rows = -(-degree // TOGETHER)
+  y = np.repeat(np.arange(graph.nodes, dtype=np.int32), rows)
+  before = lambda count: (np.cumsum(count) - count)[graph.target]
+  place = np.arange(len(graph.target)) - before(degree)
+  source = np.full((len(y), TOGETHER), graph.nodes, np.int32)
+  source[before(rows) + place // TOGETHER, place % TOGETHER] = graph.source
+  return {"source": source, "y": y}
+
+
+def top(graph: Graph, rank: np.ndarray, count: int = 5) -> list[int]:
+  """The names of the nodes of the highest ranks, the highest first."""
+  return graph.names[np.argsort(-np.asarray(rank), kind="stable")[:count]].tolist()

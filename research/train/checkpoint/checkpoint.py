@@ -1,0 +1,320 @@
+"""Checkpoints: the complete TrainState and its checksums, saved in the background by Orbax."""
+
+import contextlib
+import functools
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import PartitionSpec as P
+
+from research.comm.mesh import count, worker_axes
+from research.core.base import Array, TrainState
+from research.parallel import resize, sharded
+from research.train import interrupt
+from research.train.checkpoint import integrity, manager
+from research.train.checkpoint.noise import deaf_to_writers, quietly, silence
+
+
+class CheckpointError(Exception):
+  """No checkpoint of a run can be read."""
+
+
+class SaveError(Exception):
+  """A checkpoint that cannot be written; those before it stay."""
+
+
+class Move(NamedTuple):
+  """What a leaf is made of."""
+
+  name: str  # in the checkpoint
+  saved: resize.Leaf
+  leaf: resize.Leaf
+
+  @property
+  def is_none(self) -> bool:
+    return resize.lie_alike(self.saved, self.leaf)
+
+
+class Plan(NamedTuple):
+  """How a checkpoint is read."""
+
+  mesh: str  # that it was saved on
+  wanted: dict[str, jax.ShapeDtypeStruct]  # of all its leaves
+  moves: dict[str, Move]  # by leaf; those that are missing start anew
+
+
+class Checkpoints:
+  """The checkpoints of one run, by step. All processes of the run call every method."""
+
+  def __init__(self, folder: Path, like: TrainState, placed: resize.Placed):
+    """Makes the folder if need be.
+
+    Args:
+      folder: of all checkpoints.
+      like: a state as those that will be saved, in the shardings that restored ones get.
+      placed: how its leaves lie.
+    """
+    self._folder, self._placed = folder, placed
+    self._manager = manager.of(folder)
+    self._failed = False
+    self._hooks = contextlib.ExitStack()
+    self._hooks.enter_context(deaf_to_writers())
+    self.saved_at = 0.0
+    jax.block_until_ready(integrity.checksums(_leaves(like)))
+
+  def save(self, step: int, state: TrainState, now: float) -> None:
+    """Copies the state and writes it in the background; `now` becomes `saved_at`.
+
+    Raises:
+      SaveError: if the one before could not be written, or this one cannot be begun.
+    """
+    self.saved_at = now
+    leaves = _leaves(state)
+    item = ocp.args.StandardSave({"state": leaves, "checksums": integrity.checksums(leaves)})
+    lies = resize.as_json(self._placed) | {"step": step}
+    with self._written():
+      self._manager.save(step, args=item, custom_metadata=lies, force=True)
+
+  def wait(self) -> None:
+    """Returns when everything saved is on disk.
+
+    Raises:
+      SaveError: if it could not be written.
+    """
+    with self._written():
+      self._manager.wait_until_finished()
+      integrity.list_files(self._folder)
+
+  def close(self) -> None:
+    """Waits for the last save.
+
+    Raises:
+      SaveError: if it could not be written, unless that was said before.
+    """
+    if not self._failed:  # it would wait for what has failed, and raise once more
+      with self._written():
+        self._manager.close()
+      self._hooks.close()
+
+  @contextlib.contextmanager
+  def _written(self) -> Iterator[None]:
+    """Says in a line what keeps a checkpoint from being written."""
+    try:
+      with quietly():
+        yield
+    except Exception as error:  # a full disk comes as various errors; others are raised as they are
+      self._failed = True
+      silence()
+      free = shutil.disk_usage(self._folder).free
+      full = any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "No space left"))
+      if not (full or isinstance(error, OSError)):
+        raise
+      reason = f"the disk is full, {free:,} bytes are free" if full else _line(error)
+      if isinstance(error, TimeoutError):  # Orbax's, also where it is told at once that one is gone
+        reason = "another process has not written its part"
+      kept = f"checkpoint {self.latest()} is kept" if self.latest() else "there is none before it"
+      raise SaveError(f"no checkpoint can be saved in {self._folder}: {reason}; {kept}") from error
+
+  def latest(self) -> int | None:
+    """The newest step saved, or None."""
+    return self._manager.latest_step()
+
+  def restore(self, like: TrainState, warn: Callable[[str], None]) -> tuple[int, TrainState] | None:
+    """The newest checkpoint that is whole, in the shardings of `like`.
+
+    It may have been saved on another mesh. Shared leaves come back as they were. Private rows come
+    back by owner where there are as many owners as before; for another number every owner gets the
+    mean of all rows, but chunks of a whole are cut anew. Shards are joined and cut anew. What
+    belongs to shards that are no more, such as a factor of PowerSGD, starts anew (`resize.moved`).
+    A damaged checkpoint is renamed to STEP.damaged, and the one before it is tried.
+
+    Args:
+      like: shapes, dtypes and shardings of the state, and what starts anew.
+      warn: told in one line about each damaged checkpoint, and about what starts anew.
+
+    Returns:
+      Its step and its state, or None if nothing was ever saved.
+
+    Raises:
+      CheckpointError: if there are checkpoints and none is whole, or they hold another state.
+    """
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    for step in steps:
+      try:
+        if not interrupt.of_first_process(integrity.is_whole(self._folder / str(step))):
+          raise ValueError("files are missing or not as they were written")
+        plan = self._plan(step, like)
+        found = self._read(step, plan.wanted, like.round.sharding)
+      except (CheckpointError, MemoryError):
+        raise
+      except Exception as error:  # whatever a damaged file makes the reader raise
+        reason = _line(error)
+        warn(f"checkpoint {step} is damaged and set aside as {step}.damaged: {reason}")
+        self._set_aside(step)
+        continue
+      for line in self._changes(step, like, plan):
+        warn(line)
+      return step, _rebuilt(_moved(found, plan.moves, like), like)
+    if steps or list(self._folder.glob("*.damaged")):
+      raise CheckpointError(f"none of the checkpoints in {self._folder} is whole")
+    return None
+
+  def _plan(self, step: int, like: TrainState) -> Plan:
+    metadata = self._manager.item_metadata(step)
+    about = self._manager.metadata(step).custom_metadata
+    if metadata is None or not about:
+      raise ValueError("its metadata is missing")
+    if about.get("step", step) != step:
+      raise ValueError(f"it is that of step {about['step']}, renamed")
+    saved, here, target = resize.from_json(about), self._placed.leaves, _leaves(like)
+    mesh = like.round.sharding.mesh
+    wanted = {n: _spread(x.shape, x.dtype, mesh) for n, x in metadata["state"].items()}
+    origins = {n: was for n, was in resize.origins(saved, self._placed).items() if n in target}
+    if reason := _mismatch(wanted, target, saved, self._placed, origins):
+      where = f"checkpoint {step} in {self._folder}"
+      raise CheckpointError(f"{where} is of another model or method: {reason}")
+    moves = {n: Move(was, saved.leaves[was], here[n]) for n, was in origins.items()}
+    stay = {move.name: _struct(target[n]) for n, move in moves.items() if move.is_none}
+    return Plan(saved.mesh, wanted | stay, moves)
+
+  def _changes(self, step: int, like: TrainState, plan: Plan) -> Iterator[str]:
+    """What there is to tell about a checkpoint of another mesh."""
+    here = self._placed
+    if plan.mesh != here.mesh:
+      yield f"checkpoint {step}, saved on {plan.mesh}, is put on {here.mesh}"
+    anew = sorted({here.leaves[name].name for name in set(_leaves(like)) - set(plan.moves)})
+    if anew:
+      yield f"what belongs to the shards of {plan.mesh} alone starts anew: {_some(anew)}"
+
+  def _read(
+    self, step: int, wanted: dict[str, jax.ShapeDtypeStruct], everywhere: Sharding
+  ) -> dict[str, Array]:
+    sums = jax.ShapeDtypeStruct((len(wanted),), jnp.uint32, sharding=everywhere)
+    with quietly():
+      item = ocp.args.StandardRestore({"state": wanted, "checksums": sums})
+      found = self._manager.restore(step, args=item)
+    matches = np.asarray(found["checksums"]) == np.asarray(integrity.checksums(found["state"]))
+    if not matches.all():
+      raise ValueError(f"the checksum of {sorted(wanted)[int(np.argmin(matches))]} does not match")
+    return found["state"]
+
+  def _set_aside(self, step: int) -> None:
+    if jax.process_index() == 0:
+      source = self._folder / str(step)
+      goal = self._folder / f"{step}.damaged"
+      if goal.exists():
+        shutil.rmtree(goal)
+      if source.exists():
+        source.rename(goal)
+    if jax.process_count() > 1:
+      from jax.experimental import multihost_utils
+
+      multihost_utils.sync_global_devices(f"set aside {step}")
+    self._manager.reload()
+
+
+def _line(error: Exception) -> str:
+  return " ".join(str(error).split())[:160] or type(error).__name__
+
+
+def _is_key(leaf: Any) -> bool:
+  return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _leaves(state: TrainState) -> dict[str, Array]:
+  """Leaves by name, typed keys as integers; without empty ones, which no file can hold."""
+  named = zip(resize.names(state), jax.tree.leaves(state), strict=True)
+  data = lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf
+  return {name: data(leaf) for name, leaf in named if leaf.size}
+
+
+def _rebuilt(leaves: dict[str, Array], like: TrainState) -> TrainState:
+  """The state of `_leaves`."""
+
+  def one(name, was):
+    if not was.size:
+      return was
+    found = leaves[name]
+    return jax.random.wrap_key_data(found, impl=jax.random.key_impl(was)) if _is_key(was) else found
+
+  flat, tree = jax.tree.flatten(like)
+  return tree.unflatten([one(*pair) for pair in zip(resize.names(like), flat, strict=True)])
+
+
+def _mismatch(
+  stored: Mapping[str, Any],
+  target: Mapping[str, Any],
+  saved: resize.Placed,
+  here: resize.Placed,
+  origins: Mapping[str, str],
+) -> str:
+  """Why a checkpoint is not of this method and model, if it is not."""
+  if other := resize.stranger(saved, here):
+    return f"only one has {other}"
+  same = {leaf.name: name for name, leaf in saved.leaves.items()}
+  for name, leaf in target.items():
+    lies = here.leaves[name]
+    was = stored.get(same.get(lies.name, ""))
+    in_blocks = lies.inside or (lies.name in same and saved.leaves[same[lies.name]].inside)
+    if was is not None and (was.dtype != leaf.dtype or not (name in origins or in_blocks)):
+      there, now = (f"{x.dtype} {list(x.shape)}" for x in (was, leaf))
+      return f"{name} is {there} there and {now} here"
+  return ""
+
+
+def _some(names: Sequence[str]) -> str:
+  """The first few, and how many more there are."""
+  return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _struct(leaf: Array) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _spread(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
+  """A leaf cut by as many axes as divide a dimension, the first first: it is yet to be moved."""
+  left, axes = list(shape), [[] for _ in shape]
+  for name, size in mesh.shape.items():
+    dimension = next((d for d, n in enumerate(left) if n % size == 0), None)
+    if dimension is not None:
+      axes[dimension].append(name)
+      left[dimension] //= size
+  sharding = NamedSharding(mesh, P(*map(tuple, axes)))
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def _moved(
+  found: Mapping[str, Array], moves: Mapping[str, Move], like: TrainState
+) -> dict[str, Array]:
+  """The leaves of a state, one after the other; those without a move as `like` has them."""
+  leaves = _leaves(like)
+  for name, (was, *lies) in moves.items():
+    leaf = found[was]
+    if not moves[name].is_none:
+      nameless = (lie._replace(name="", inside="") for lie in lies)
+      leaf = _mover(*nameless, leaves[name].sharding)(leaf)
+    leaves[name] = leaf
+  return leaves
+
+
+@functools.cache
+def _mover(
+  saved: resize.Leaf, leaf: resize.Leaf, sharding: NamedSharding
+) -> Callable[[Array], Array]:
+  """Compiled once for all leaves that lie alike; meanwhile a device has all of its rows' leaves."""
+  axes = worker_axes(sharding.mesh.shape)
+  spread = leaf.kind != "shared" and saved.owners % count(axes) == 0
+  rows = P(tuple(axes)) if spread else P()
+
+  def move(x):
+    whole = jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, rows))
+    return resize.moved(whole, saved, leaf)
+
+  return sharded.jit(move, out_shardings=sharding)

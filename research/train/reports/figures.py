@@ -1,0 +1,89 @@
+"""Figures beside results: users' text is drawn as it stands, and a failure costs no result."""
+
+import contextlib
+import textwrap
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from research.train.reports import report
+
+
+def literal(text: str) -> str:
+  """Text for a figure: Matplotlib would take what stands between two $ for a formula."""
+  return text.replace("$", r"\$")
+
+
+@contextlib.contextmanager
+def drawing(path: Path) -> Iterator[Path]:
+  """Around what draws and saves a figure: a failure is a line on stderr."""
+  try:
+    with warnings.catch_warnings():
+      warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
+      yield path
+  except Exception as error:  # whatever a library of drawing raises: the results are written
+    reason = " ".join(str(error).split())[:200]
+    report.note(f"warning: {path} was not drawn: {type(error).__name__}: {reason}")
+
+
+def save(figure: Any, path: Path, dpi: int) -> None:
+  """Writes the whole picture or leaves the old one."""
+  with report.replacing(path) as partial:
+    figure.savefig(partial, dpi=dpi, format="png")
+
+
+def write_result(folder: Path, summary: Mapping[str, Any]) -> None:
+  """Writes summary.json, and then the plot, which may fail."""
+  report.write_json(folder / "summary.json", summary)
+  loss_plot(folder, summary)
+
+
+def show_again(folder: Path, summary: Mapping[str, Any]) -> None:
+  """Says that a run is complete, and draws its plot if that is missing."""
+  if not (folder / "loss.png").exists():
+    loss_plot(folder, summary)
+  report.note(f"{folder} holds this run, complete; its result:")
+
+
+def loss_plot(folder: Path, summary: Mapping[str, Any]) -> None:
+  """Draws the losses against steps, and below them the other metrics, into loss.png."""
+  with drawing(folder / "loss.png") as path:
+    save(_loss_figure(folder, summary), path, dpi=120)
+
+
+def _loss_figure(folder: Path, summary: Mapping[str, Any]) -> Any:
+  from matplotlib.figure import Figure
+
+  path, evaluated_on = folder / "metrics.jsonl", summary["evaluated_on"]
+  rows = report.thinned(report.each_row(path))
+  evaluated = report.thinned(row for row in report.each_row(path) if "eval" in row)
+  lines = textwrap.wrap(summary["method"], 78, break_on_hyphens=False)
+  title = "\n".join([f"{summary['task']}, {summary['workers']} workers", *lines])
+  names = sorted({name for row in evaluated for name in row["eval"]} - {"loss"})
+  count = 1 + bool(names)
+  figure = Figure(figsize=(7, 3 * count))
+  axes = figure.subplots(count, 1, squeeze=False, sharex=True)
+  top = axes[0, 0]
+  top.plot([r["step"] for r in rows], [r["loss"] for r in rows], lw=1, label="mini-batches")
+  steps = [row["step"] for row in evaluated]
+  if any("train_loss" in row for row in evaluated):
+    on = summary.get("train_loss_on", "all training data")
+    top.plot(steps, [row["train_loss"] for row in evaluated], "o-", ms=3, label=on)
+  if evaluated_on == "test" and evaluated and "loss" in evaluated[0]["eval"]:
+    top.plot(steps, [row["eval"]["loss"] for row in evaluated], "s--", ms=3, label="test data")
+  if all(row["loss"] > 0 for row in rows):
+    top.set_yscale("log")
+  top.set_ylabel("loss")
+  top.set_title(literal(title), fontsize="medium")
+  top.legend()
+  for name in names:
+    axes[-1, 0].plot(steps, [row["eval"][name] for row in evaluated], "o-", ms=3, label=name)
+  if names:
+    axes[-1, 0].set(ylabel=f"{evaluated_on} data")
+    axes[-1, 0].legend()
+  axes[-1, 0].set_xlabel("local step")
+  for ax in axes.flat:
+    ax.grid(alpha=0.3)
+  figure.tight_layout()
+  return figure

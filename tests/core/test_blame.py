@@ -1,0 +1,182 @@
+"""Faults in a user's own code: they are no wrong flags, and their tracebacks are shown."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from research.core import blame, registry
+from research.train import loop
+from research.train.config import Config, UsageError
+
+RUN = Path(__file__).parents[2] / "experiments" / "run.py"
+
+# A module of a user's own.
+PLUGIN = '''
+import jax, jax.numpy as jnp
+from research import registry
+from research.base import Aggregator, Compressor, Method, Task
+from research.compress.sparsify import top_k
+from research.methods.data_parallel import data_parallel
+from research.aggregate.mean import mean
+from research.tasks.synthetic import mean_estimation
+import optax
+
+DEFAULT_MODEL = {}
+
+def of_types() -> Task:
+  """A loss that JAX refuses."""
+  def loss(params, batch, key):
+    return jnp.dot(jnp.ones((2, 3)), jnp.ones((2, 3)))
+  return mean_estimation(8, 4)._replace(loss=loss)
+
+def of_values() -> Task:
+  """A loss that refuses its batch."""
+  def loss(params, batch, key):
+    raise ValueError("no such labels")
+  return mean_estimation(8, 4)._replace(loss=loss)
+
+def of_names() -> Task:
+  """A metric that looks for what is not there."""
+  return mean_estimation(8, 4)._replace(evaluate=lambda params, batch: {"a": batch["nothing"]})
+
+def init_fails() -> Task:
+  """A model that cannot be made."""
+  def init(key):
+    return {"w": jnp.zeros(3) + jnp.zeros(4)}
+  return mean_estimation(8, 4)._replace(init=init)
+
+class Broken:
+  def sync(self, local, state, *, key, weight=1.0, active=True):
+    return jnp.reshape(state.params, (17, 3))
+
+def own_method() -> Method:
+  """A sync that fails."""
+  return data_parallel(optax.sgd(0.1), mean())._replace(
+    sync=Broken().sync, of_rounds=None, over=None
+  )
+
+def own_aggregator() -> Aggregator:
+  """An aggregator that fails where a method of ours calls it."""
+  def aggregate(tree, state, key, presence=None):
+    return int("x")
+  return Aggregator(mean().init, aggregate)
+
+def misspelt(size: int) -> Aggregator:
+  """A factory with a mistake in it."""
+  return mean(sise=size)
+
+def choosy(size: int) -> Aggregator:
+  """A factory that refuses a value, as ours do."""
+  if size < 1:
+    raise ValueError(f"size={size} is not at least 1")
+  return mean()
+
+def asks_too_much() -> Method:
+  """Refused by a check of ours."""
+  return data_parallel(optax.sgd(0.1), mean(), period=0)
+'''
+KINDS = {
+  "task": ("of_types", "of_values", "of_names", "init_fails"),
+  "method": ("own_method", "asks_too_much"),
+  "aggregator": ("own_aggregator", "misspelt", "choosy"),
+}
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+  """The package, on the path and in the table."""
+  (tmp_path / "mine.py").write_text(PLUGIN)
+  monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.delitem(sys.modules, "mine", raising=False)
+  for kind, names in KINDS.items():
+    for name in names:
+      monkeypatch.setitem(registry.TABLE[kind], name, f"mine:{name}")
+  return tmp_path
+
+
+def trained(folder: Path, **flags: str):
+  small = {"task": "mean_estimation(8, 4)", "mesh": "data:2", "batch_size": 2, "steps": 2}
+  return loop.train(Config(**{**small, "out": str(folder / "run"), **flags}))
+
+
+FAULTS = {
+  "task": {
+    "of_types()": ("loss of of_types failed (mine.py, line 16)", TypeError),
+    "of_values()": ("loss of of_values failed (mine.py, line 22)", ValueError),
+    "of_names()": ("a lambda of of_names failed (mine.py, line 27)", KeyError),
+    "init_fails()": ("init of init_fails failed (mine.py, line 32)", TypeError),
+  },
+  "method": {
+    "own_method()": ("sync of Broken failed (mine.py, line 37)", TypeError),
+    "data_parallel(sgd(0.1), own_aggregator())": (
+      "aggregate of own_aggregator failed (mine.py, line 48)",
+      ValueError,
+    ),
+    "data_parallel(sgd(0.1), misspelt(1))": ("misspelt failed (mine.py, line 53)", TypeError),
+  },
+}
+
+
+@pytest.mark.parametrize("executor", ["simulate", "spmd"])
+@pytest.mark.parametrize(("flag", "spec"), [(f, s) for f in FAULTS for s in FAULTS[f]])
+def test_a_fault_in_a_users_code_keeps_its_traceback(flag, spec, executor, plugin):
+  said, kind = FAULTS[flag][spec]
+  with pytest.raises(kind) as caught:
+    trained(plugin, executor=executor, **{flag: spec})
+  assert not isinstance(caught.value, UsageError)
+  assert blame.fault(caught.value).startswith(said)
+  assert any(Path(entry.path).name == "mine.py" for entry in caught.traceback)
+
+
+REFUSED = {
+  "data_parallel(sgd(0.1), choosy(0))": "choosy(0): size=0 is not at least 1",
+  "asks_too_much()": "asks_too_much(): ",
+  "data_parallel(sgd(0.1), choosy('a'))": "size='a' is not a whole number",
+  "data_parallel(sgd(0.1), krum(5))": "krum",
+}
+
+
+@pytest.mark.parametrize("spec", REFUSED)
+def test_a_value_that_a_check_refuses_is_one_line(spec, plugin):
+  with pytest.raises(UsageError) as caught:
+    trained(plugin, method=spec)
+  line = str(caught.value)
+  assert line.startswith("--")
+  assert REFUSED[spec] in line
+  assert "\n" not in line
+  assert caught.value.__cause__ is not None
+
+
+def test_the_command_shows_the_line_and_then_the_traceback(plugin):
+  script = (
+    "import runpy, sys; from research import registry; "
+    "registry.TABLE['task']['of_types'] = 'mine:of_types'; "
+    f"sys.argv[0] = {str(RUN)!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
+  )
+  flags = ("--task=of_types()", "--mesh=data:2", "--batch_size=2", "--compilation_cache=off")
+  paths = os.pathsep.join([str(plugin), str(RUN.parents[1])])
+  ended = subprocess.run(
+    [sys.executable, "-c", script, *flags],
+    cwd=plugin,
+    env=os.environ | {"PYTHONPATH": paths},
+    capture_output=True,
+    text=True,
+    timeout=100,
+  )
+  assert ended.returncode == 1
+  lines = ended.stderr.splitlines()
+  assert lines[0].startswith("error: loss of of_types failed (mine.py, line 16): TypeError: ")
+  assert lines[1].startswith("Traceback")
+  assert any("return jnp.dot(" in line for line in lines)
+
+
+def test_the_part_is_the_function_that_was_called_last():
+  def broken():
+    return {}["x"]
+
+  with pytest.raises(KeyError) as caught:
+    broken()
+  assert blame.fault(caught.value) == ""  # nothing of this codebase called it

@@ -1,0 +1,96 @@
+"""What is private is found, no more and no less, and private rows are resized by their rule."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from catalogue import EXACT, METHODS
+from problems import Running
+
+from research.comm import collectives
+from research.core.base import Method, Params
+from research.parallel import layout as layouts
+from research.parallel import resize
+
+
+class Box(NamedTuple):
+  params: Params
+
+
+AXES = [{"data": 8}, {"slice": 2, "data": 4}]
+
+
+def private(name: str, axes) -> list[str]:
+  run = Running(METHODS[name], "simulate", axes)
+  found = jax.tree_util.tree_leaves_with_path(run.layout.state)
+  return [jax.tree_util.keystr(path) for path, is_private in found if is_private]
+
+
+@pytest.mark.parametrize("axes", AXES, ids=str)
+@pytest.mark.parametrize("name", EXACT)
+def test_exact_data_parallelism_keeps_nothing_private(name, axes):
+  """So its checkpoint does not grow with the number of workers."""
+  assert private(name, axes) == []
+
+
+@pytest.mark.parametrize("axes", AXES, ids=str)
+def test_residuals_and_drifting_models_are_private(axes):
+  assert private("residual", axes) == [".link['b']", ".link['w']"]
+  found = private("drifting", axes)
+  assert ".params['w']" in found
+  assert ".params['b']" in found
+  assert any("trace" in name for name in found)
+
+
+def test_privacy_spreads_to_a_fixed_point():
+  """a becomes private in one round, b only through a in the next, c never."""
+
+  def sync(local, state, *, key, weight=1.0, active=True):
+    del local, key, weight, active
+    own = collectives.worker_index().astype(jnp.float32)
+    return {"a": own, "b": state["a"], "c": state["c"] + 1, "params": state["params"]}
+
+  zero = jnp.zeros(())
+  method = Method(
+    lambda params: {"a": zero, "b": zero, "c": zero, "params": params},
+    lambda state: Box(state["params"]),
+    lambda grads, local, state, *, key, grad_fn=None: local,
+    sync,
+    lambda state: state["params"],
+  )
+  run = Running(method, "simulate", {"data": 8})
+  assert {k: run.layout.state[k] for k in "abc"} == {"a": True, "b": True, "c": False}
+  got = run.rounds(3).state.method
+  np.testing.assert_array_equal(got["a"], np.arange(8))
+  np.testing.assert_array_equal(got["b"], np.arange(8))
+  assert got["c"] == 3
+
+
+@pytest.mark.parametrize("axes", AXES, ids=str)
+def test_private_outputs_of_collectives(axes):
+  def fn(shared, own):
+    return {
+      "mean": collectives.mean(own),
+      "own": own + shared,
+      "shared": shared * 2,
+      "slice_mean": collectives.mean(own, "data"),
+    }
+
+  found = layouts.private_outputs(
+    fn, axes, (None, 0), jnp.zeros(()), jnp.zeros((*axes.values(), 3))
+  )
+  want = {"mean": False, "own": True, "shared": False, "slice_mean": "slice" in axes}
+  assert found == want
+
+
+def test_resized_rows_keep_their_mean_and_their_counters():
+  rows = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
+  for owners in (1, 4, 16):
+    resized = resize.resize_rows(rows, owners)
+    assert resized.shape == (owners, 3)
+    np.testing.assert_allclose(resized.mean(0), rows.mean(0), rtol=1e-6)
+  counters = resize.resize_rows(jnp.full((8,), 7, jnp.int32), 3)
+  assert counters.dtype == jnp.int32
+  assert (counters == 7).all()

@@ -1,0 +1,182 @@
+"""What is read off a run's specs: topologies, noise, and the epsilon that its rounds spend."""
+
+import math
+import sys
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import regression, split
+
+from research.aggregate.mean import mean
+from research.aggregate.privacy import private
+from research.core import registry
+from research.core.base import Aggregator
+from research.methods.data_parallel import data_parallel
+from research.parallel import workers
+from research.parallel.job import Job, resolved
+from research.train.config import Config
+from research.train.reports.facts import facts
+
+W = 8
+TASK = regression()
+
+
+def read(method: str, axes=None, owners: int = W, uneven: bool = False, task=TASK, **rest):
+  """The facts of a method on eight workers, or on those of a mesh."""
+  sizes = [240 // owners] * owners
+  if uneven:
+    sizes[:2] = [sizes[0] + 1, sizes[1] - 1]
+  _, sizes = split(task, sizes)
+  built = registry.build("method", method)
+  job = resolved(Job(built, task, axes or {"data": W}, sizes, 3, **rest))
+  return facts(Config(method=method), job, workers.infer_layout(job))
+
+
+def noisy(inner: str = "mean()") -> str:
+  return f"data_parallel(sgd(0.1), noisy({inner}, clip=1.5, noise=1.3))"
+
+
+def test_topologies_have_their_gap(monkeypatch):
+  found = read("d_psgd(sgd(0.1), gossip(ring()))")
+  assert (found.epsilon, found.note) == (None, "")
+  assert found.found == {
+    "topology": "ring()",
+    "spectral_gap": pytest.approx(1 - (1 + 2 * math.cos(math.pi / 4)) / 3),
+    "described": "ring of 8 workers: 2 links each, spectral gap 0.195 a round",
+  }
+  axes = {"slice": 2, "data": 4}
+  within = read("averaged(d_psgd(sgd(0.1), gossip(star(), axis='data')))", axes)
+  assert within.found["described"].startswith("star of 4 workers")
+  two = "d_psgd(sgd(0.1), warm_up(gossip(ring()), steps=3, stages=[gossip(complete())]))"
+  assert read(two).found["topology"] == ["ring()", "complete()"]
+  assert read("data_parallel(sgd(0.1), mean())").found == {}
+  monkeypatch.setattr("research.train.reports.facts.MOST", 7)
+  many = read("d_psgd(sgd(0.1), gossip(torus()))")
+  assert many.found["spectral_gap"] is None
+  assert many.found["described"].endswith("spectral gap not computed for more than 7")
+
+
+SLICED = {"slice": 2, "data": 4}
+HALF = TASK._replace(
+  init=lambda key: jax.tree.map(lambda x: x.astype(jnp.bfloat16), TASK.init(key))
+)
+BUCKETED = "data_parallel(sgd(0.1), bucketed(noisy(mean(), clip=1.5, noise=1.3)))"
+RATE = {"rate": 0.05}
+NOISE = {"noise": 1.3, "clip": 1.5, "delta": 1e-5}
+TWICE = "scaffold(0.1, noisy(mean(), clip=1.5, noise=1.3), period=2)"
+PARTLY = "streaming_diloco(sgd(0.1), sgd(0.7), noisy(mean(), clip=1.5, noise=1.3), fragments=2)"
+POISSON = {"axes": {"data": 16}, "owners": 16, "sampling_rate": 0.05}
+VANISHING = "secure_sum(clip=9.0, dropout=0.1, threshold=0.5)"
+# what is said to be counted, how the run is made, what the accountant is told
+COUNTED = {
+  "each round": ("the sum with noise 1.3, everybody", lambda: read(noisy()), 1.3, {}),
+  "Poisson": ("Poisson sampling at 0.05", lambda: read(noisy(), **POISSON), 1.3, RATE),
+  "strata": ("one of 5 clients", lambda: read(noisy(), owners=40), 1.3, {"clients": 5}),
+  # weights, what clients keep, or an order tell whom a round serves
+  "weights": ("everybody", lambda: read(noisy(), owners=40, uneven=True), 1.3, {}),
+  "memory": ("everybody", lambda: read(TWICE, owners=40), 1.3 / math.sqrt(2), {}),
+  "order": ("everybody", lambda: read(noisy(), {"data": 1}, 40, order=np.arange(40)), 1.3, {}),
+  # each message has its share of the noise alone, whoever sends it
+  "messages": ("each message", lambda: read(noisy("median()")), 1.3 / math.sqrt(W), {}),
+  "seen": ("everybody", lambda: read(noisy("median()"), **POISSON), 1.3 / math.sqrt(16), {}),
+  "one of two branches": ("the sum", lambda: read(PARTLY), 1.3, {}),
+  "vanishing": ("the sum", lambda: read(noisy(VANISHING)), 1.3 / math.sqrt(2), {}),
+  "linear": ("the sum", lambda: read(noisy("sum_mean(random_k(0.5))")), 1.3, {}),
+  "low rank": ("the sum", lambda: read(noisy("bucketed(power_sgd(1))")), 1.3, {}),
+  "two levels": ("the sum", lambda: read(noisy("hierarchical_mean()"), SLICED), 1.3, {}),
+  "in buckets": ("the sum", lambda: read(BUCKETED), 1.3, {}),
+  # rounded after the noise, in steps that depend on the value, or in steps as large as the noise
+  "rounded": ("each message", lambda: read(noisy("sum_mean(bf16())")), 1.3 / math.sqrt(W), {}),
+  "narrow": ("each message", lambda: read(noisy(), task=HALF), 1.3 / math.sqrt(W), {}),
+  "coarse": ("each", lambda: read(noisy("secure_sum(clip=9.0, bits=4)")), 1.3 / math.sqrt(W), {}),
+  "cut": ("each message", lambda: read(noisy("secure_sum(clip=5.0)")), 1.3 / math.sqrt(W), {}),
+  "neither": ("the sum", lambda: read(noisy("secure_sum(clip=9.0, bits=6)")), 1.3, {}),
+  # the sum of a slice has the noise of its workers alone
+  "a slice": ("the sum", lambda: read(noisy("mean(axis='data')"), SLICED), 1.3 / math.sqrt(2), {}),
+}
+
+
+@pytest.mark.parametrize("case", COUNTED)
+def test_epsilon_grows_as_the_accountant_says(case):
+  said, run, noise, sampling = COUNTED[case]
+  found, epsilon, note = run()
+  assert (note, {name: found[name] for name in NOISE}) == ("", NOISE)
+  assert said in found["accounted"]
+  spent = [epsilon(rounds) for rounds in (0, 1, 10, 1000)]
+  want = private.spending(noise, 1e-5, **sampling)
+  assert spent == pytest.approx([want(rounds) for rounds in (0, 1, 10, 1000)])
+  assert spent == sorted(set(spent))
+  if case == "Poisson":
+    assert spent[-1] == private.epsilon(1.3, 0.05, 1000, 1e-5)
+
+
+def test_what_is_not_counted_says_why(monkeypatch):
+  two = "noisy(mean(axis='data'), clip=1.0, noise=1.0, axis='data')"
+  several = f"hierarchical_local_sgd(sgd(0.1), {two}, {two.replace('data', 'slice')})"
+  found, epsilon, note = read(several, {"slice": 2, "data": 4})
+  assert (epsilon, found["noise"], found["clip"]) == (None, [1.0, 1.0], [1.0, 1.0])
+  assert "several noises" in note
+  bare = f"hierarchical_local_sgd(sgd(0.1), {two}, mean(axis='slice'))"
+  assert "more than what has noise" in read(bare, {"slice": 2, "data": 4}).note
+  none = noisy().replace("noise=1.3", "noise=0.0")
+  assert read(none).found["privacy"] == ("no guarantee: epsilon is infinite: noise=0 hides nothing")
+  little = read(noisy().replace("noise=1.3", "noise=1e-25").replace("1.5", "1e3"))
+  assert little.epsilon
+  assert little.epsilon(1) > 1e40
+  alike = noisy("mean()").replace("noise=1.3", "noise=1.3, axis='data'")
+  assert "along 'slice' draw the same noise" in read(alike, SLICED).found["privacy"]
+  assert read(alike).found["accounted"].startswith("the sum")
+  monkeypatch.setitem(sys.modules, "dp_accounting", None)
+  found, epsilon, note = read(noisy())
+  assert (epsilon, found["privacy"].split(":")[0]) == (None, "not computed")
+  assert note.endswith('pip install -e ".[private]"')
+
+
+@pytest.fixture
+def plugin(monkeypatch):
+  """A module whose aggregators and methods are registered under names of their own."""
+  ours: Any = types.ModuleType("plugin")
+  monkeypatch.setitem(sys.modules, "plugin", ours)
+  hidden = lambda: private.noisy(mean(), clip=1.5, noise=1.3)
+
+  def kept_apart() -> Aggregator:
+    inner = hidden()
+    return Aggregator(inner.init, inner.aggregate, inner.traits)
+
+  ours.hidden, ours.kept_apart = hidden, kept_apart
+  ours.closed = lambda rate: data_parallel(registry.build("optimizer", f"sgd({rate})"), hidden())
+  ours.opaque = lambda rate: ours.closed(rate)._replace(over=None, of_rounds=None)
+  plain = data_parallel(registry.build("optimizer", "sgd(0.1)"), mean())
+  ours.plain = lambda: plain._replace(over=None, of_rounds=None)
+  for kind, names in {"aggregator": "hidden kept_apart", "method": "closed opaque plain"}.items():
+    for name in names.split():
+      monkeypatch.setitem(registry.TABLE[kind], name, f"plugin:{name}")
+  monkeypatch.setitem(registry.TABLE["aggregator"], "dp", registry.TABLE["aggregator"]["noisy"])
+
+
+def test_noise_is_counted_whatever_it_is_called(plugin):
+  """By an alias, inside a plugin's aggregator or method; or it is said that it is not."""
+  want = read(noisy())
+  for method in (
+    noisy().replace("noisy", "dp"),
+    "data_parallel(sgd(0.1), hidden())",
+    "closed(0.1)",
+  ):
+    found = read(method)
+    assert (found.found, found.note) == (want.found, "")
+    assert found.epsilon
+    assert want.epsilon
+    assert found.epsilon(10) == want.epsilon(10)
+  for method, reason in (
+    ("data_parallel(sgd(0.1), kept_apart())", "does not say how it is seen"),
+    ("opaque(0.1)", "does not say how its aggregator is wrapped"),
+  ):
+    found = read(method)
+    assert found.epsilon is None
+    assert reason in found.note
+    assert found.found["privacy"].startswith("no guarantee: ")
+  assert read("plain()") == ({}, None, "")
