@@ -16,7 +16,7 @@ RUN = Path(__file__).parents[2] / "experiments" / "run.py"
 # A module of a user's own.
 PLUGIN = '''
 import jax, jax.numpy as jnp
-from research import registry
+from research.core import registry
 from research.base import Aggregator, Compressor, Method, Task
 from research.compress.sparsify import top_k
 from research.methods.data_parallel import data_parallel
@@ -152,7 +152,7 @@ def test_a_value_that_a_check_refuses_is_one_line(spec, plugin):
 
 def test_the_command_shows_the_line_and_then_the_traceback(plugin):
   script = (
-    "import runpy, sys; from research import registry; "
+    "import runpy, sys; from research.core import registry; "
     "registry.TABLE['task']['of_types'] = 'mine:of_types'; "
     f"sys.argv[0] = {str(RUN)!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
   )

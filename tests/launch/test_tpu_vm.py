@@ -152,7 +152,7 @@ def test_a_job_goes_on_on_new_machines_until_it_has_finished(cloud, tmp_path):
   more = ("--slices=2", "--type=v5p-16", "--spot")
   assert cloud.run("setup", *more).returncode == 0
   for home in cloud.homes():
-    assert (home / "distributed-optimization-jax" / "research" / "base.py").exists()
+    assert (home / "distributed-optimization-jax" / "research" / "core" / "base.py").exists()
     assert not list(home.rglob(".git"))
   command = [sys.executable, str(TPU_VM), "run", *WHERE, *more, "--poll_seconds=0.1"]
   job = [*command, "--until_finished", "--environ=WHAT=ever", "--", "python", "-c", JOB]

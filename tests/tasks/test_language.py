@@ -308,7 +308,7 @@ def test_bpe_is_a_function_of_the_training_text(cache, has_bpe):
   np.testing.assert_array_equal(task.train["x"], again.train["x"])
   saved.unlink()
   training = ODD[: int(0.7 * len(ODD))]
-  code = f"from research.tasks import tokens; tokens.bpe({training!r}, 280)"
+  code = f"from research.tasks.language import tokens; tokens.bpe({training!r}, 280)"
   subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
   assert saved.read_bytes() == first
 
