@@ -17,11 +17,11 @@ RUN = Path(__file__).parents[2] / "experiments" / "run.py"
 PLUGIN = '''
 import jax, jax.numpy as jnp
 from research.core import registry
-from research.base import Aggregator, Compressor, Method, Task
+from research.core.base import Aggregator, Compressor, Method, Task
 from research.compress.sparsify import top_k
 from research.methods.data_parallel import data_parallel
 from research.aggregate.mean import mean
-from research.tasks.synthetic import mean_estimation
+from research.tasks.convex.synthetic import mean_estimation
 import optax
 
 DEFAULT_MODEL = {}
