@@ -14,7 +14,8 @@ import optax
 from research.aggregate.mean import mean
 from research.aggregate.presence import kept, unweighted, weighted
 from research.core import registry
-from research.core.base import EVERYONE, Aggregate, Aggregator, Method, Params, State, Tree
+from research.core.base import EVERYONE, Aggregate, Aggregator, Params, State, Tree
+from research.core.method import Method
 from research.methods.data_parallel import data_parallel
 
 # Synchronous data parallelism: with `mean()` these are the optimizer on all examples.

@@ -13,7 +13,9 @@ from aggregators import AGGREGATORS
 from problems import Running, regression
 
 from research.comm import mesh as meshes
-from research.core.base import EVERYONE, Aggregate, Aggregator, Method, Params, State, Task, Tree
+from research.core.base import EVERYONE, Aggregate, Aggregator, Params, State, Tree
+from research.core.method import Method
+from research.core.task import Task
 from research.methods.data_parallel import data_parallel
 from research.parallel import layout as layouts
 from research.parallel import workers

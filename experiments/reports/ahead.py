@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec as P
 from research.analysis import chips, compiled, flops, wire
 from research.comm import mesh as meshes
 from research.core import blame
-from research.core.base import WORKER_AXES, Data, TrainState, Tree
+from research.core.base import WORKER_AXES, Tree
+from research.core.task import Data, TrainState
 from research.parallel import workers
 from research.parallel.job import Job
 from research.training import assemble

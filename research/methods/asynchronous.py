@@ -6,7 +6,8 @@ import optax
 
 from research.aggregate.composition import refuse
 from research.comm import collectives
-from research.core.base import EVERYONE, Aggregator, Method
+from research.core.base import EVERYONE, Aggregator
+from research.core.method import Method
 from research.methods.data_parallel import data_parallel
 from research.methods.stale import NOTHING, Correction, stale
 from research.sim.delays import Delays, by_coordinate, last_pull

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from research.core.base import Array, Method, Params, State
+from research.core.base import Array, Params, State
+from research.core.method import Method
 
 
 class AveragedState(NamedTuple):

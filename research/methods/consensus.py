@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from research.aggregate.composition import refuse
 from research.aggregate.presence import alike, kept, presence_of, weighted
-from research.core.base import Aggregator, Method, Params, State, Tree
+from research.core.base import Aggregator, Params, State, Tree
+from research.core.method import Method
 from research.methods.decentralized import check_rate, descended, gradient_at, kept_gradient
 from research.methods.local import minus, plus
 

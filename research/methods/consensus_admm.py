@@ -7,7 +7,8 @@ import jax
 
 from research.aggregate.composition import refuse
 from research.aggregate.presence import kept, presence_of
-from research.core.base import Aggregator, Method, Params, State, Tree
+from research.core.base import Aggregator, Params, State, Tree
+from research.core.method import Method
 from research.methods.decentralized import check_rate
 from research.methods.local import check_steps, minus, plus
 

@@ -8,7 +8,8 @@ import optax
 
 from research.aggregate.composition import refuse
 from research.aggregate.presence import presence_of
-from research.core.base import Aggregator, Method, Params, Served, State, Tree
+from research.core.base import Aggregator, Params, Served, State, Tree
+from research.core.method import Method
 from research.methods.local import Period, periods
 from research.optim.projected import projected
 

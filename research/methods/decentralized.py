@@ -15,7 +15,8 @@ from research.aggregate.composition import refuse
 from research.aggregate.gossip import push
 from research.aggregate.presence import alike, kept, need_everyone, presence_of, weighted
 from research.comm.topology import Topology
-from research.core.base import Aggregator, Array, Method, Params, State, Tree
+from research.core.base import Aggregator, Array, Params, State, Tree
+from research.core.method import Method
 from research.methods.local import LocalSteps, begin, check_steps, minus, plus, stepping
 
 

@@ -8,7 +8,8 @@ import optax
 
 from research.aggregate.composition import refuse
 from research.aggregate.presence import kept, presence_of, unweighted, weighted
-from research.core.base import Aggregator, Array, Method, Params, State, Tree
+from research.core.base import Aggregator, Array, Params, State, Tree
+from research.core.method import Method
 from research.methods.decentralized import gradient_at, kept_gradient
 from research.methods.local import minus
 from research.methods.signum import check_decay, check_rate, moved, rate_at

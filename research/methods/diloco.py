@@ -6,7 +6,8 @@ import optax
 
 from research.aggregate.composition import refuse
 from research.aggregate.presence import kept, presence_of
-from research.core.base import Aggregator, Method, Params, State
+from research.core.base import Aggregator, Params, State
+from research.core.method import Method
 from research.methods.local import Period, begin, minus, periods, served, stepping
 
 

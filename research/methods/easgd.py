@@ -10,7 +10,8 @@ import optax
 from research.aggregate.composition import refuse
 from research.aggregate.presence import kept, presence_of
 from research.comm import collectives
-from research.core.base import Aggregator, Array, Method, Params, State
+from research.core.base import Aggregator, Array, Params, State
+from research.core.method import Method
 from research.methods.local import Period, minus, periods, plus
 
 

@@ -11,7 +11,8 @@ import optax
 
 from research.aggregate.composition import refuse
 from research.aggregate.presence import presence_of
-from research.core.base import Aggregator, Method, Params, State
+from research.core.base import Aggregator, Params, State
+from research.core.method import Method
 from research.methods.decentralized import check_rate
 from research.methods.local import LocalSteps, minus, stepping
 from research.methods.passes import in_rounds

@@ -11,17 +11,8 @@ from research.aggregate.composition import refuse
 from research.aggregate.presence import kept, presence_of
 from research.analysis import wire
 from research.comm import collectives
-from research.core.base import (
-  EVERYONE,
-  WORKER_AXES,
-  Aggregator,
-  Array,
-  Key,
-  Method,
-  Params,
-  State,
-  Tree,
-)
+from research.core.base import EVERYONE, WORKER_AXES, Aggregator, Array, Key, Params, State, Tree
+from research.core.method import Method
 from research.methods.local import begin, check_steps, minus, plus, stepping
 
 _SLOW, _FAST = WORKER_AXES

@@ -13,7 +13,8 @@ import optax
 
 from research.aggregate.composition import refuse
 from research.aggregate.presence import kept, presence_of
-from research.core.base import Aggregator, Method, Params, Served, State, Tree
+from research.core.base import Aggregator, Params, Served, State, Tree
+from research.core.method import Method
 from research.optim.projected import projected
 
 # Local steps per round, or a schedule of them: [first round, steps], ... from round 0 on.

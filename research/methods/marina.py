@@ -11,7 +11,8 @@ from jax import lax
 from research.aggregate.composition import refuse
 from research.aggregate.mean import mean
 from research.aggregate.presence import presence_of
-from research.core.base import Aggregator, Array, Method, Params, State, Tree
+from research.core.base import Aggregator, Array, Params, State, Tree
+from research.core.method import Method
 from research.methods.local import minus, plus
 from research.methods.signum import check_rate, moved, rate_at
 

@@ -10,7 +10,8 @@ from jax import lax
 from research.aggregate.composition import refuse
 from research.aggregate.mean import mean
 from research.aggregate.presence import presence_of
-from research.core.base import Aggregator, Array, Method, Params, State, Tree
+from research.core.base import Aggregator, Array, Params, State, Tree
+from research.core.method import Method
 from research.methods.decentralized import gradient_at, kept_gradient
 from research.methods.local import check_steps
 from research.methods.signum import check_decay, check_rate, moved, rate_at

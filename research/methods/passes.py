@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from research.core.base import Aggregator, Method
+from research.core.base import Aggregator
+from research.core.method import Method
 from research.methods.local import check_steps
 
 

@@ -8,7 +8,8 @@ from jax import lax
 
 from research.aggregate.composition import refuse
 from research.aggregate.presence import kept, presence_of
-from research.core.base import Aggregator, Array, Method, Params, State
+from research.core.base import Aggregator, Array, Params, State
+from research.core.method import Method
 from research.methods.local import begin, check_steps, minus, plus, stepping
 
 

@@ -1,6 +1,6 @@
 """Methods of local steps whose workers' optimizers start anew in every round."""
 
-from research.core.base import Method
+from research.core.method import Method
 from research.methods.local import begin
 
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from research.aggregate.composition import refuse
 from research.aggregate.presence import kept, presence_of
-from research.core.base import Aggregator, Array, Method, Params, State
+from research.core.base import Aggregator, Array, Params, State
+from research.core.method import Method
 from research.methods.decentralized import check_rate
 from research.methods.local import minus, plus
 from research.methods.passes import in_rounds

@@ -12,7 +12,8 @@ import optax
 
 from research.aggregate.composition import refuse
 from research.aggregate.presence import kept, presence_of
-from research.core.base import Aggregator, Array, Method, Params, State, Tree
+from research.core.base import Aggregator, Array, Params, State, Tree
+from research.core.method import Method
 from research.methods import decentralized
 from research.methods.decentralized import gradient_at, kept_gradient
 

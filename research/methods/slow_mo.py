@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from research.aggregate.composition import refuse
-from research.core.base import Aggregator, Array, Method, Params
+from research.core.base import Aggregator, Array, Params
+from research.core.method import Method
 from research.methods.diloco import diloco
 from research.methods.local import Period
 from research.methods.signum import rate_at

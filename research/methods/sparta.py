@@ -8,7 +8,8 @@ import optax
 
 from research.aggregate.composition import refuse
 from research.aggregate.presence import alike, kept, presence_of, weighted
-from research.core.base import Aggregator, Method, Params, State
+from research.core.base import Aggregator, Params, State
+from research.core.method import Method
 from research.methods.local import begin, minus, plus, stepping
 
 

@@ -13,7 +13,8 @@ import optax
 
 from research.aggregate.presence import presence_of, weighted
 from research.comm import collectives
-from research.core.base import Local, Method, Params, State, Tree
+from research.core.base import Params, State, Tree
+from research.core.method import Local, Method
 from research.methods.local import minus, plus
 from research.sim.delays import Delays
 

@@ -10,7 +10,8 @@ from jax import lax
 from research.aggregate.composition import refuse
 from research.aggregate.mean import mean
 from research.aggregate.presence import kept, presence_of
-from research.core.base import Aggregator, Array, Method, Params, State, Tree
+from research.core.base import Aggregator, Array, Params, State, Tree
+from research.core.method import Method
 from research.methods.decentralized import GradientLocal, kept_gradient
 from research.methods.local import check_steps, plus
 from research.methods.onebit_adam import Moments, checked_moments, if_unseen, mixed

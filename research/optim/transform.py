@@ -15,7 +15,8 @@ import optax
 from jax import lax
 
 from research.comm.collectives import are_summed, round_keys, worker_key
-from research.core.base import Aggregator, Array, Key, Local, Method, State, Tree
+from research.core.base import Aggregator, Array, Key, State, Tree
+from research.core.method import Local, Method
 
 
 class AggregatedState(NamedTuple):

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.comm import collectives
-from research.core.base import Array, Data, Key, Tree
+from research.core.base import Array, Key, Tree
+from research.core.task import Data
 from research.parallel.job import Job
 
 _DROPOUT = 0x64726F70

@@ -7,7 +7,9 @@ import jax
 import numpy as np
 
 from research.comm import mesh as meshes
-from research.core.base import Aggregator, Method, Task
+from research.core.base import Aggregator
+from research.core.method import Method
+from research.core.task import Task
 
 
 class Job(NamedTuple):

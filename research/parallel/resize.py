@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from research.aggregate.blockwise import Cut, is_counter, join_leaf, split_leaf
 from research.comm import mesh as meshes
-from research.core.base import Array, Blocks, TrainState, Tree
+from research.core.base import Array, Blocks, Tree
+from research.core.task import TrainState
 from research.parallel import layout as layouts
 from research.parallel import sharded
 from research.parallel.job import Job, resolved

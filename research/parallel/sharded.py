@@ -21,19 +21,8 @@ from research.aggregate.blockwise import (
   shard_keys,
 )
 from research.comm.mesh import INNER_AXES
-from research.core.base import (
-  EVERYONE,
-  Aggregate,
-  Aggregator,
-  Array,
-  Batch,
-  Blocks,
-  Data,
-  Key,
-  Task,
-  TrainState,
-  Tree,
-)
+from research.core.base import EVERYONE, Aggregate, Aggregator, Array, Blocks, Key, Tree
+from research.core.task import Batch, Data, Task, TrainState
 from research.parallel import rules
 
 _OF_ACTIVATIONS = ("seq",)  # axes along which every parameter is whole

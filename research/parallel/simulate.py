@@ -12,7 +12,9 @@ from jax.sharding import PartitionSpec as P
 
 from research.comm import collectives
 from research.comm import mesh as meshes
-from research.core.base import Array, Data, Executor, Key, Local, State, TrainState, Tree
+from research.core.base import Array, Key, State, Tree
+from research.core.method import Local
+from research.core.task import Data, Executor, TrainState
 from research.parallel import layout as layouts
 from research.parallel import sharded, workers
 from research.parallel.cohorts import draw

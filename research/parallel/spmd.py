@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec as P
 from research.analysis.rounds import programs
 from research.comm import mesh as meshes
 from research.core import blame
-from research.core.base import Executor, Tree
+from research.core.base import Tree
+from research.core.task import Executor
 from research.parallel import layout as layouts
 from research.parallel import sharded, workers
 from research.parallel.job import Job, largest_sum, resolved

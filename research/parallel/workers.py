@@ -12,17 +12,9 @@ from research.aggregate.privacy.clipping import clipped
 from research.analysis import wire
 from research.comm import collectives
 from research.comm import mesh as meshes
-from research.core.base import (
-  Array,
-  Batch,
-  Data,
-  Key,
-  Local,
-  State,
-  TrainState,
-  Tree,
-  value_and_grad,
-)
+from research.core.base import Array, Key, State, Tree
+from research.core.method import Local
+from research.core.task import Batch, Data, TrainState, value_and_grad
 from research.parallel import layout as layouts
 from research.parallel import sharded
 from research.parallel.cohorts import draw

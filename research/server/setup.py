@@ -17,7 +17,9 @@ import numpy as np
 
 from research.comm import mesh as meshes
 from research.core import registry
-from research.core.base import Batch, Method, Served
+from research.core.base import Served
+from research.core.method import Method
+from research.core.task import Batch
 from research.methods.local import LocalSteps
 from research.parallel.job import Job
 from research.server import work

@@ -10,7 +10,9 @@ import numpy as np
 import optax
 
 from research.comm import collectives
-from research.core.base import Array, Batch, Key, Local, Params, Served, State, Tree
+from research.core.base import Array, Key, Params, Served, State, Tree
+from research.core.method import Local
+from research.core.task import Batch
 from research.parallel import workers
 from research.parallel.job import Job
 

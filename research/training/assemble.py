@@ -11,7 +11,8 @@ import numpy as np
 
 from research.comm import mesh as meshes
 from research.core import registry
-from research.core.base import Batch, Executor, Method
+from research.core.method import Method
+from research.core.task import Batch, Executor
 from research.parallel.job import Job, stages
 from research.training import feed, reach, sources
 from research.training.config import OF_SERVER, Config, UsageError, flag

@@ -6,7 +6,9 @@ import jax
 import numpy as np
 
 from research.core import blame, registry
-from research.core.base import Array, Batch, Data, Method
+from research.core.base import Array
+from research.core.method import Method
+from research.core.task import Batch, Data
 from research.parallel.job import Job
 from research.training.config import Config, flag
 

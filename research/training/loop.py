@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from research.analysis import wire
 from research.comm.mesh import worker_axes
-from research.core.base import Array, Params, TrainState
+from research.core.base import Array, Params
+from research.core.task import TrainState
 from research.parallel import resize, sharded, workers
 from research.training import folder as folders
 from research.training import heartbeat, interrupt, metrics, reach

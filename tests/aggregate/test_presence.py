@@ -18,7 +18,8 @@ from side_by_side import regressions, side_by_side
 
 from research.aggregate.privacy.clipping import clipped
 from research.core import registry
-from research.core.base import EVERYONE, Aggregator, Chunk, Method, Presence
+from research.core.base import EVERYONE, Aggregator, Chunk, Presence
+from research.core.method import Method
 from research.parallel import layout, workers
 from research.parallel.job import Job, traits
 

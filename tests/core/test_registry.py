@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from research.core import registry
-from research.core.base import Aggregator, Method
+from research.core.base import Aggregator
+from research.core.method import Method
 
 METHOD = "data_parallel(sgd(0.1), mean())"
 

@@ -22,7 +22,8 @@ from research.comm.topology import ring
 from research.compress.quantize import int8
 from research.compress.sparsify import kept, random_k, support, top_k
 from research.core import registry
-from research.core.base import Aggregator, Method
+from research.core.base import Aggregator
+from research.core.method import Method
 from research.methods.data_parallel import data_parallel
 from research.methods.federated import fed_adagrad, fed_adam, fed_avg, fed_opt, fed_prox, fed_yogi
 from research.methods.local import local_sgd

@@ -16,7 +16,7 @@ from research.aggregate.compressed import two_phase
 from research.aggregate.feedback import error_feedback
 from research.aggregate.mean import mean
 from research.compress.quantize import int8
-from research.core.base import Method
+from research.core.method import Method
 from research.methods.data_parallel import data_parallel
 from research.methods.diloco import diloco
 from research.methods.easgd import eamsgd, easgd

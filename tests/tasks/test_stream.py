@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from research.core import registry
-from research.core.base import Feed
+from research.core.task import Feed
 from research.tasks.language import stream, token_files
 from research.tasks.language.token_files import TokenFile
 from research.training import assemble, loop

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from research.comm.mesh import device_mesh
 from research.core import registry
-from research.core.base import Data
+from research.core.task import Data
 from research.parallel import sharded
 from research.parallel.job import Job
 from research.parallel.simulate import simulate

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from research.core import registry
-from research.core.base import Params, Task, TrainState
+from research.core.base import Params
+from research.core.task import Task, TrainState
 from research.training import metrics, sources
 from research.training.assemble import Problem, assemble, check
 from research.training.config import Config

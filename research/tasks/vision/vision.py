@@ -7,7 +7,7 @@ from pathlib import Path
 import flax.linen as nn
 import numpy as np
 
-from research.core.base import Batch, Task
+from research.core.task import Batch, Task
 from research.tasks import files
 from research.tasks.supervised import supervised
 
