@@ -15,7 +15,7 @@ import optax
 from jax import lax
 
 from research.comm.collectives import are_summed, round_keys, worker_key
-from research.core.base import Aggregator, Array, Key, State, Tree
+from research.core.base import EVERYONE, Aggregator, Array, Key, Presence, State, Tree
 from research.core.method import Local, Method
 
 
@@ -83,7 +83,7 @@ def as_optax(method: Method, *, seed: int = 0) -> optax.GradientTransformationEx
     ValueError: if the method's rounds have no one length: its period changes, or it is by epochs;
       when traced, if `shard_map` has summed the gradients already.
   """
-  if method.later or method.epochs:
+  if method.later or method.passes:
     raise ValueError("as_optax takes rounds of one length: give the method one period")
 
   def init(params):
@@ -96,19 +96,20 @@ def as_optax(method: Method, *, seed: int = 0) -> optax.GradientTransformationEx
     if params is None:
       raise ValueError("as_optax needs the parameters: update(grads, state, params)")
     _refuse_sums(updates)
-    sync_key, step_key, _ = round_keys(state.key, state.count // method.period)
-    key = jax.random.fold_in(worker_key(step_key), state.count % method.period)
+    presence = EVERYONE if isinstance(weight, (int, float)) and weight == 1 else Presence(weight)
+    sync_key, step_key, _ = round_keys(state.key, state.count // method.local_steps)
+    key = jax.random.fold_in(worker_key(step_key), state.count % method.local_steps)
     local = method.step(updates, state.local, state.state, key=key, grad_fn=grad_fn)
     count = state.count + 1
 
     def sync(local, inner):
-      inner = method.sync(local, inner, key=sync_key, weight=weight)
+      inner = method.sync(local, inner, key=sync_key, presence=presence)
       return method.begin(inner), inner
 
-    if method.period == 1:
+    if method.local_steps == 1:
       local, inner = sync(local, state.state)
     else:
-      rest = count % method.period
+      rest = count % method.local_steps
       local, inner = lax.cond(rest == 0, sync, lambda *same: same, local, state.state)
     change = jax.tree.map(jnp.subtract, local.params, params)
     return change, MethodState(count, state.key, local, inner)

@@ -56,7 +56,7 @@ def run(config: Config, worker: int, name: str, parameters: int, cache: str) -> 
   from research.server import work
 
   made = setups.setup(config, needs_ray=False)
-  task, served = made.job.task, made.served
+  task, optimizer = made.job.task, made.apart.method.inner
   block = shared_memory.SharedMemory(name=name)
   memory = view(block, parameters, made.workers)
   shapes = jax.eval_shape(task.init, jax.random.key(0))
@@ -75,11 +75,11 @@ def run(config: Config, worker: int, name: str, parameters: int, cache: str) -> 
       index = task.sample(size, number, own, batch_size=made.job.batch_size)
       batch = task.batch(examples, index)
     loss, grads = gradient(params, batch, jax.random.fold_in(own, number))
-    updates, state = served.server.update(grads, state, params)
+    updates, state = optimizer.update(grads, state, params)
     return loss, ravel_pytree(updates)[0], state
 
   state, number = (
-    served.server.init(unravel(jax.numpy.asarray(memory.model))),
+    optimizer.init(unravel(jax.numpy.asarray(memory.model))),
     int(memory.steps[worker]),
   )
   try:

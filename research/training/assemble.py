@@ -261,7 +261,7 @@ def _steps(
   if not config.epochs:
     with flag("steps", config.steps):
       if plan.end(config.steps) != config.steps:
-        period = plan.jobs[plan.stage(config.steps)].method.period
+        period = plan.jobs[plan.stage(config.steps)].method.local_steps
         raise ValueError(
           f"does not end with a round of {period} steps; nearest: {plan.end(config.steps)}, "
           "or take --rounds"

@@ -205,7 +205,7 @@ class Dispatched:
   def through(self, *stops: int) -> list[float]:
     """The losses of all steps up to now."""
     for first, last in itertools.pairwise(stops):
-      data, rounds = self.training.of(first, last), (last - first) // self.problem.job.method.period
+      data, rounds = self.training.of(first, last), (last - first) // self.problem.job.method.local_steps
       self.state, metrics = self.problem.executor.run(self.state, data, rounds=rounds)
       self.training.ahead(last, 2 * last - first)
       self.losses += metrics["loss"].tolist()
