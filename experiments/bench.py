@@ -36,7 +36,7 @@ from experiments.benchmarks import costs, faults, hosts, pairs, rounds, servers,
 from experiments.benchmarks.turns import shown
 from launch import netlab
 from research.core import paths
-from research.train.config import Config
+from research.training.config import Config
 
 FLAGS = flags.FLAGS
 
@@ -57,8 +57,8 @@ def checkpoints(repeats: int) -> list[float]:
   import jax
 
   from research.parallel import resize
-  from research.train import assemble
-  from research.train.checkpoint.checkpoint import Checkpoints
+  from research.training import assemble
+  from research.training.checkpoint.checkpoint import Checkpoints
 
   config = Config(**pairs.CASES["digits"].flags)
   problem = assemble.assemble(config, assemble.check(config))
@@ -150,9 +150,9 @@ def main(argv: list[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # takes along what it has started
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")  # to compile for as many hosts
   with run.one_line_errors():
-    from research.train import environment as variables
-    from research.train import folder
-    from research.train.reports import report
+    from research.training import environment as variables
+    from research.training import folder
+    from research.training.reports import report
 
     variables.start_jax()
     out = run.results_folder("out", FLAGS.out) if FLAGS.out else None

@@ -20,7 +20,7 @@ from absl import app, flags
 
 from experiments import run
 from experiments.reports.outcomes import Conditions, Outcome, Plan, compared, read_curve
-from research.train.config import Config, UsageError, flag
+from research.training.config import Config, UsageError, flag
 
 FLAGS = flags.FLAGS
 OUT = "runs/compare"
@@ -51,7 +51,7 @@ def plans(config: Config, specs: list[str], seeds: int) -> list[Plan]:
   Raises:
     UsageError: one line, with the place of the method that it is about.
   """
-  from research.train import assemble
+  from research.training import assemble
 
   if not specs:
     raise UsageError("--methods='': name at least one method, and ';' between two")
@@ -73,8 +73,8 @@ def plan(config: Config, label: str, seeds: int) -> Plan:
   Raises:
     UsageError: one line.
   """
-  from research.train import assemble
-  from research.train import folder as folders
+  from research.training import assemble
+  from research.training import folder as folders
 
   setting, spec = assemble.check(config), config.method
   if setting.method.one_by_one and FLAGS.link:
@@ -131,7 +131,7 @@ def parts_of(spec: str) -> tuple[str, list[str]]:
 
 def trained(plan: Plan) -> Outcome:
   """Trains, or finds trained, every seed of a method."""
-  from research.train import loop
+  from research.training import loop
 
   summaries, folders, diverged = [], [], []
   for config in plan.configs:
@@ -187,7 +187,7 @@ def main(argv: list[str]) -> None:
     import jax
 
     from experiments.reports import comparison
-    from research.train.reports import report
+    from research.training.reports import report
 
     if FLAGS["method"].present:
       raise UsageError(f"--method='{FLAGS.method}': goes into --methods here")

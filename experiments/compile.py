@@ -28,7 +28,7 @@ from absl import app, flags
 
 from experiments import compare, run
 from research.analysis import chips
-from research.train.config import Config, UsageError
+from research.training.config import Config, UsageError
 
 if TYPE_CHECKING:
   from experiments.reports.ahead import Target
@@ -278,8 +278,8 @@ def main(argv: list[str]) -> None:
 
 
 def _write(folder: Path, found: dict[str, Any], text: str, target: "Target") -> None:
-  from research.train import folder as folders
-  from research.train.reports import report
+  from research.training import folder as folders
+  from research.training.reports import report
 
   folder.mkdir(parents=True, exist_ok=True)
   described = {

@@ -25,8 +25,8 @@ from absl import app, flags, logging
 from experiments.run import one_line_errors, parse_flags, results_folder, use_compilation_cache
 from research.core import registry
 from research.core.text import quoted
-from research.train import environment
-from research.train.config import UsageError, flag
+from research.training import environment
+from research.training.config import UsageError, flag
 
 FLAGS = flags.FLAGS
 FOLDER = Path(__file__).parent / "claims"
@@ -110,7 +110,7 @@ def reproduce(name: str, out: Path) -> bool:
   import jax
 
   from experiments.claims.support import claim, settings, verdict
-  from research.train import folder as folders
+  from research.training import folder as folders
 
   found, sets = module_of(name), given(FLAGS.set)
   numbers = settings.of_claim(found.FULL, found.QUICK, FLAGS.scale, sets)

@@ -22,8 +22,8 @@ from absl import app, flags, logging
 
 from research.core import blame, paths, streams
 from research.core.text import one_line, quoted, shortened, whole_number
-from research.train import environment
-from research.train.config import Config, UsageError, flag
+from research.training import environment
+from research.training.config import Config, UsageError, flag
 
 FLAGS = flags.FLAGS
 
@@ -203,8 +203,8 @@ def one_line_errors() -> Iterator[None]:
     fail(2, str(error))
   import jax
 
-  from research.train import loop
-  from research.train.checkpoint import checkpoint
+  from research.training import loop
+  from research.training.checkpoint import checkpoint
 
   codes = {
     UsageError: 2,
@@ -247,7 +247,7 @@ def foreseen(error: Exception) -> tuple[int, str] | None:
   """The exit code and the line of what one process may meet alone; None for a programming error."""
   import jax
 
-  from research.train.checkpoint import checkpoint
+  from research.training.checkpoint import checkpoint
 
   if isinstance(error, checkpoint.SaveError):
     return 5, str(error)
@@ -298,7 +298,7 @@ def start() -> Config:
 def explain_sharding() -> NoReturn:
   """Prints where the leaves of the run's state would lie, and ends."""
   with one_line_errors():
-    from research.train.reports import explain
+    from research.training.reports import explain
 
     explain.imitate_devices(told())
     print(explain.explanation(start()), flush=True)
@@ -311,7 +311,7 @@ def trainer(config: Config) -> Callable[[Config], tuple[dict[str, Any], Path]]:
     from research.server import driver
 
     return driver.train
-  from research.train import loop
+  from research.training import loop
 
   return loop.train
 
@@ -319,7 +319,7 @@ def trainer(config: Config) -> Callable[[Config], tuple[dict[str, Any], Path]]:
 def replay(config: Config) -> NoReturn:
   """Computes a server's run again from its trace, and holds the parameters against each other."""
   from research.server import replay
-  from research.train import loop
+  from research.training import loop
 
   if config.executor == "server":
     raise UsageError("--replay: is simulated; leave out --executor=server")
@@ -342,7 +342,7 @@ def main(argv: list[str]) -> None:
     config = start()
     import jax
 
-    from research.train.reports import report
+    from research.training.reports import report
 
     if FLAGS.replay:
       replay(config)

@@ -18,7 +18,7 @@ from absl import app, flags
 
 from experiments import run
 from research.core.text import whole_number
-from research.train.config import Config
+from research.training.config import Config
 
 FLAGS = flags.FLAGS
 METHOD = "data_parallel(sgd({learning_rate}, momentum=0.9), mean())"
@@ -37,8 +37,8 @@ def configs(config: Config, out: Path, rates: list[str], seeds: list[str]) -> li
   Raises:
     UsageError: one line.
   """
-  from research.train import assemble
-  from research.train import folder as folders
+  from research.training import assemble
+  from research.training import folder as folders
 
   def one(rate: str, seed: str) -> Config:
     method = config.method.replace("{learning_rate}", rate)
@@ -69,7 +69,7 @@ def grid(rates: list[str], runs: list[list[Config]]) -> list[dict[str, Any]]:
 
   `unimproved` are the seeds that ended worse than they began.
   """
-  from research.train import loop
+  from research.training import loop
 
   rows = []
   for rate, of_seeds in zip(rates, runs, strict=True):
@@ -146,7 +146,7 @@ def main(argv: list[str]) -> None:
   with run.one_line_errors():
     out = run.results_folder("out", FLAGS.out, "runs/sweep")
     rows = grid(rates, configs(run.start(), out, rates, seeds))
-    from research.train.reports import report
+    from research.training.reports import report
 
     report.write_json(out / "sweep.json", {"method": FLAGS.method, "seeds": seeds, "rows": rows})
     report.write_text(out / "sweep.md", table(rows) + "\n")

@@ -12,7 +12,7 @@ from absl import app, flags
 
 from experiments import run
 from launch.supervisor import Rules, say
-from research.train.config import UsageError, flag
+from research.training.config import UsageError, flag
 
 FLAGS = flags.FLAGS
 

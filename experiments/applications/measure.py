@@ -21,7 +21,7 @@ from experiments import run
 from experiments.applications import films, hospitals, portfolios, search
 from experiments.applications.measured import Rows
 from research.core.text import quoted
-from research.train import environment
+from research.training import environment
 
 FLAGS = flags.FLAGS
 
@@ -37,8 +37,8 @@ def write(case: str, folder: Path) -> None:
   """Measures a case and writes what came out."""
   from matplotlib.figure import Figure
 
-  from research.train import folder as folders
-  from research.train.reports import figures, report
+  from research.training import folder as folders
+  from research.training.reports import figures, report
 
   figure = Figure(figsize=(10, 4), layout="constrained")
   rows = CASES[case](figure)

@@ -4,7 +4,7 @@ import sys
 import tempfile
 from typing import Any
 
-from research.train.config import Config
+from research.training.config import Config
 
 Rows = list[dict[str, Any]]
 POWER = "data_parallel(sgd(1.0), {})"
@@ -13,8 +13,8 @@ STEADY: dict[str, Any] = {"check_every": 0, "checkpoint_every": 0, "eval_every":
 
 def run(task: str, method: str, **flags_: Any) -> tuple[dict[str, Any], Rows]:
   """The summary of a run, and its rows."""
-  from research.train import loop
-  from research.train.reports import report
+  from research.training import loop
+  from research.training.reports import report
 
   with tempfile.TemporaryDirectory() as folder:
     given: dict[str, Any] = STEADY | {"batch_size": "all", "out": f"{folder}/run"} | flags_

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from experiments.applications.measured import STEADY, Rows, row, run
-from research.train.config import Config
+from research.training.config import Config
 
 DESCENT = "data_parallel(sgd(1.0, momentum=0.9, nesterov=True), mean())"
 
@@ -64,7 +64,7 @@ def _weights(task: str, method: str, steps: int) -> np.ndarray:
   """The portfolios [points, n] that such a run ends with."""
   import jax
 
-  from research.train import assemble
+  from research.training import assemble
 
   given: dict[str, Any] = STEADY | {"mesh": "data:8", "batch_size": "all", "steps": steps}
   config = Config(task=task, method=method, x64=True, **given)

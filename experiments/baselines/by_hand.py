@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from research.train.config import Config
+from research.training.config import Config
 
 
 def least_squares(config: dict[str, Any]) -> Callable[[int], None]:
@@ -190,7 +190,7 @@ def advancing(config, state, run) -> Callable[[int], None]:
 
 def load(config: dict[str, Any], test: bool = False) -> dict[str, Any]:
   """The examples by worker, as the loop gets them; or those of the test, by device."""
-  from research.train import assemble
+  from research.training import assemble
 
   settings = Config(**config)
   problem = assemble.assemble(settings, assemble.check(settings))

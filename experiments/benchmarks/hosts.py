@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from research.train.config import Config
+from research.training.config import Config
 
 ROOT = Path(__file__).parents[2]
 # 1.86 million parameters.
@@ -118,7 +118,7 @@ def compiled(config: Config) -> tuple[float, str]:
 
   from research.analysis import compiled, wire
   from research.parallel import workers
-  from research.train import assemble
+  from research.training import assemble
 
   problem = assemble.assemble(config, assemble.check(config))
   rounds = config.steps_per_dispatch // problem.job.method.period

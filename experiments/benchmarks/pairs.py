@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from experiments.baselines import by_hand
 from experiments.benchmarks.turns import in_turn, ratios, seconds, shown
-from research.train.config import Config
+from research.training.config import Config
 
 
 class Case(NamedTuple):
@@ -92,8 +92,8 @@ CASES = {
 
 def compare(name: str, repeats: int) -> dict[str, Any]:
   """Both loops of a case in turn; steps per second of each and the ratios pair by pair."""
-  from research.train import loop
-  from research.train.reports.timing import Timing
+  from research.training import loop
+  from research.training.reports.timing import Timing
 
   case, compiling = CASES[name], []
   plain: dict[str, Any] = {"eval_every": 0, "checkpoint_every": 0, "check_every": 0}

@@ -16,7 +16,7 @@ from typing import Any
 
 from experiments.benchmarks.hosts import METHODS, MODEL, ROOT, ended, flags_of, netlab, run, tell
 from research.comm import counters
-from research.train.config import Config
+from research.training.config import Config
 
 # Rates of the links, and so many steps by each: those that take 100 Mbit/s are few and long.
 RATES = {"": 160, "1gbit": 160, "100mbit": 64}
@@ -130,7 +130,7 @@ def _steps_to_target(spec: str) -> int:
   """Steps after which our loop's model has the accuracy; the workers are devices of one process."""
   import jax
 
-  from research.train import assemble, metrics
+  from research.training import assemble, metrics
 
   config = Config(**_config(spec, MOST))
   problem = assemble.assemble(config, assemble.check(config))

@@ -21,8 +21,8 @@ from jax.sharding import PartitionSpec as P
 from experiments.claims.support.claim import Beside, Findings, Gate, Lab, Line, Panel, with_devices
 from experiments.reports import ahead
 from research.parallel import sharded, workers
-from research.train import assemble
-from research.train.config import Config
+from research.training import assemble
+from research.training.config import Config
 
 TITLE = "ZeRO cuts the 16 bytes per parameter of training with Adam by the number of devices"
 DATASET = ""

@@ -23,8 +23,8 @@ from research.core import blame
 from research.core.base import WORKER_AXES, Data, TrainState, Tree
 from research.parallel import workers
 from research.parallel.job import Job
-from research.train import assemble
-from research.train.config import Config, UsageError, flag
+from research.training import assemble
+from research.training.config import Config, UsageError, flag
 
 
 class Target(NamedTuple):

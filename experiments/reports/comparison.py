@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from research.train.reports import figures
+from research.training.reports import figures
 
 Result = dict[str, Any]
 Row = dict[str, Any]  # a method of a result; a figure that there is not is left out

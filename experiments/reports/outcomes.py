@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from research.train.config import Config
+from research.training.config import Config
 
 
 class Plan(NamedTuple):
@@ -84,7 +84,7 @@ class Conditions(NamedTuple):
 
 def read_curve(folders: list[Path]) -> Curve:
   """The evaluations in some runs' metrics.jsonl; a run that converged stays where it ended."""
-  from research.train.reports import report
+  from research.training.reports import report
 
   runs = []
   for folder in folders:
@@ -200,7 +200,7 @@ def compared(
 ) -> dict[str, Any]:
   """The contents of compare.json, but for the recommendation."""
   from research.comm import mesh as meshes
-  from research.train import folder as folders
+  from research.training import folder as folders
 
   target = common_target(outcomes) if wanted is None else wanted
   given = {name: value for name, value in config._asdict().items() if name not in ("method", "out")}

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from research.train.config import Config
+from research.training.config import Config
 
 
 class Place(NamedTuple):

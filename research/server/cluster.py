@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from research.train.config import Config, UsageError, flag
+from research.training.config import Config, UsageError, flag
 
 _MIB = 2**20
 _HINT = "set RAY_TMPDIR to a short path that can be written, such as /tmp"

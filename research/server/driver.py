@@ -11,12 +11,12 @@ from research.server import setup as setups
 from research.server.actors import HeadProcess, Place, Shard, Sizes, WorkerProcess
 from research.server.measure import Measured, digest
 from research.server.setup import Setup
-from research.train import folder as folders
-from research.train import heartbeat, interrupt
-from research.train.config import Config, UsageError
-from research.train.loop import NonFinite
-from research.train.reports import figures, report
-from research.train.reports.timing import Timing
+from research.training import folder as folders
+from research.training import heartbeat, interrupt
+from research.training.config import Config, UsageError
+from research.training.loop import NonFinite
+from research.training.reports import figures, report
+from research.training.reports.timing import Timing
 
 _POLL = 0.1  # seconds between two looks at the head
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from research.train.reports import report
+from research.training.reports import report
 
 FILE = "trace.jsonl"
 

@@ -20,10 +20,10 @@ from research.server import shared, store
 from research.server.actors import Place
 from research.server.measure import Measured, digest
 from research.server.setup import Setup
-from research.train import heartbeat, interrupt
-from research.train.config import UsageError
-from research.train.reports import report
-from research.train.reports.timing import Timing
+from research.training import heartbeat, interrupt
+from research.training.config import UsageError
+from research.training.reports import report
+from research.training.reports.timing import Timing
 
 _POLL = 0.05
 

@@ -15,10 +15,10 @@ from research.parallel import sharded
 from research.server import events
 from research.server.messages import Spent
 from research.server.setup import Setup
-from research.train import metrics
-from research.train.loop import NonFinite
-from research.train.reports import report
-from research.train.reports.timing import Timing
+from research.training import metrics
+from research.training.loop import NonFinite
+from research.training.reports import report
+from research.training.reports.timing import Timing
 
 
 class Measured:

@@ -20,8 +20,8 @@ from research.server.events import Event, Push
 from research.server.head import round_shares
 from research.server.part import Part
 from research.server.setup import Setup
-from research.train.config import Config, UsageError, flag
-from research.train.reports import report
+from research.training.config import Config, UsageError, flag
+from research.training.reports import report
 
 TOLERANCE = 1e-5  # max |difference| / max |parameter|
 

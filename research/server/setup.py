@@ -23,8 +23,8 @@ from research.parallel.job import Job
 from research.server import work
 from research.server.messages import MODES as OF_SERVERS
 from research.server.messages import Rules
-from research.train import assemble, reach, sources
-from research.train.config import Config, UsageError, flag
+from research.training import assemble, reach, sources
+from research.training.config import Config, UsageError, flag
 
 MODES = (*OF_SERVERS, "hogwild")
 # Flags of other executions, which a server has no use for.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from research.train.config import Config
+from research.training.config import Config
 
 
 class Memory(NamedTuple):

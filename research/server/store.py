@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from research.server.actors import Place
-from research.train.checkpoint import integrity
-from research.train.checkpoint.checkpoint import CheckpointError, SaveError
-from research.train.checkpoint.manager import KEEP
-from research.train.reports import report
+from research.training.checkpoint import integrity
+from research.training.checkpoint.checkpoint import CheckpointError, SaveError
+from research.training.checkpoint.manager import KEEP
+from research.training.reports import report
 
 _STATE, _ABOUT = "state.npz", "server.json"
 

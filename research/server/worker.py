@@ -16,7 +16,7 @@ from research.server import setup as setups
 from research.server import work
 from research.server.events import Push
 from research.server.messages import Spent
-from research.train.config import Config
+from research.training.config import Config
 
 PATIENCE = 120.0  # seconds without a server until a worker ends
 

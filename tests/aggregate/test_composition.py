@@ -18,8 +18,8 @@ from research.core import registry
 from research.core.base import Chunk, TrainState
 from research.parallel import layout as layouts
 from research.parallel import resize, workers
-from research.train import metrics
-from research.train.checkpoint import checkpoint
+from research.training import metrics
+from research.training.checkpoint import checkpoint
 
 ROUNDS, HALF = 6, 3
 WHOLE = "fsdp"

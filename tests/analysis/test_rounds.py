@@ -20,9 +20,9 @@ from research.optim.transform import as_optax
 from research.parallel import workers
 from research.parallel.cohorts import draw
 from research.parallel.job import Job, resolved, stages
-from research.train.config import Config, UsageError
-from research.train.loop import train
-from research.train.plan import Plan, Sent, Stage
+from research.training.config import Config, UsageError
+from research.training.loop import train
+from research.training.plan import Plan, Sent, Stage
 
 SIZES = (24, 16, 40, 8, 32, 24, 3, 13)
 STAGED = "local_sgd(sgd(0.1), mean(), period=[[0, 1], [5, 4], [9, 2]])"

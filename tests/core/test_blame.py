@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from research.core import blame, registry
-from research.train import loop
-from research.train.config import Config, UsageError
+from research.training import loop
+from research.training.config import Config, UsageError
 
 RUN = Path(__file__).parents[2] / "experiments" / "run.py"
 

@@ -20,7 +20,7 @@ from research.comm import join, mesh
 from research.core import registry
 from research.core.text import LINE
 from research.server import setup
-from research.train.config import Config, UsageError
+from research.training.config import Config, UsageError
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 pytestmark = pytest.mark.filterwarnings("ignore")  # optax's own, of what it is given here

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from research.core import paths
 from research.tasks import files
-from research.train.config import UsageError
+from research.training.config import UsageError
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from research.analysis import chips
-from research.train.assemble import check
-from research.train.config import Config
+from research.training.assemble import check
+from research.training.config import Config
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,7 +15,7 @@ LAYERS = (
   "optim",
   "methods",
   "parallel",
-  "train",
+  "training",
   "server",
 )
 ALLOWED: dict[str, set[str]] = {layer: set(LAYERS[:place]) for place, layer in enumerate(LAYERS)}
@@ -24,7 +24,7 @@ ALLOWED |= {"analysis": {"core", "comm"}, "sim": {"core", "comm"}}
 ALLOWED |= {"models": {"core"}, "tasks": {"core"}}
 for layer in LAYERS[LAYERS.index("compress") :]:
   ALLOWED[layer] |= {"analysis", "sim"}
-ALLOWED["train"] |= {"tasks"}
+ALLOWED["training"] |= {"tasks"}
 ALLOWED["server"] |= {"tasks"}
 ALLOWED["experiments"] = {*ALLOWED, "experiments", "launch"}
 ALLOWED["launch"] = set(ALLOWED) - {"experiments"}
@@ -67,8 +67,8 @@ def test_every_room_is_known():
 
 def test_an_upward_import_is_seen(tmp_path):
   file = tmp_path / "wrong.py"
-  file.write_text("def f():\n  from research.train import loop\n  import experiments.run\n")
-  assert imported(file) == {"train", "experiments"}
+  file.write_text("def f():\n  from research.training import loop\n  import experiments.run\n")
+  assert imported(file) == {"training", "experiments"}
 
 
 def test_no_file_is_a_drawer():

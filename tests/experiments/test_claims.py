@@ -9,7 +9,7 @@ import pytest
 
 from experiments import reproduce
 from experiments.claims.support import claim, settings, verdict
-from research.train.config import UsageError
+from research.training.config import UsageError
 
 ROOT = Path(__file__).parents[2]
 RECORDS = sorted(

@@ -8,7 +8,7 @@ from absl import flags
 
 from experiments import compare, sweep
 from experiments.reports import comparison, outcomes
-from research.train.config import Config
+from research.training.config import Config
 
 SGD = "data_parallel(sgd(0.1), {})"
 DENSE, INT8 = SGD.format("mean()"), SGD.format("error_feedback(two_phase(int8()))")

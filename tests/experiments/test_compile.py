@@ -19,7 +19,7 @@ from experiments.reports import ahead
 from research.analysis import chips
 from research.comm import mesh as meshes
 from research.parallel import workers
-from research.train.config import Config, UsageError
+from research.training.config import Config, UsageError
 
 COMPILE = Path(__file__).parents[2] / "experiments" / "compile.py"
 HAS_COMPILER = importlib.util.find_spec("libtpu") is not None

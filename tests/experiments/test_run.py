@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from research.train.assemble import Config
+from research.training.assemble import Config
 
 RUN = Path(__file__).parents[2] / "experiments" / "run.py"
 PARAMETERS = 64 * 128 + 128 + 128 * 10 + 10  # of mlp(hidden=[128]) on the digits
@@ -649,7 +649,7 @@ BAD = {
 # Has imported what the command does, and runs it in forks of itself: a start takes seconds.
 FORKING = """
 import json, os, runpy, sys, warnings
-import research.train.loop
+import research.training.loop
 warnings.simplefilter("ignore")  # JAX warns of forks, and no thread runs here
 for line in sys.stdin:
   told = json.loads(line)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from experiments import run
-from research.train.config import UsageError, flag
+from research.training.config import UsageError, flag
 
 ROOT = Path(__file__).parents[2]
 # Prints to both streams, opens a file, and leaves in it which descriptors are open.

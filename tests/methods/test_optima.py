@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from experiments.claims.support.optima import curvature, optimum_of_logistic
-from research.train import assemble
-from research.train.config import Config
+from research.training import assemble
+from research.training.config import Config
 
 
 def run(steps: int, **flags: Any) -> tuple[assemble.Problem, Any]:

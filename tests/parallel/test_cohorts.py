@@ -9,9 +9,9 @@ from problems import Running, distance, regression
 
 from research.core import registry
 from research.parallel.cohorts import at_rate, cohorts
-from research.train.assemble import check
-from research.train.config import Config, UsageError
-from research.train.reports import report
+from research.training.assemble import check
+from research.training.config import Config, UsageError
+from research.training.reports import report
 
 CLIENTS, PLACES, RATE = 240, 60, 0.1
 

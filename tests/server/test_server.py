@@ -24,8 +24,8 @@ from research.server.events import Event, Push
 from research.server.head import DENIED, Head
 from research.server.messages import Spent
 from research.server.part import Part
-from research.train import folder
-from research.train.config import Config, UsageError
+from research.training import folder
+from research.training.config import Config, UsageError
 
 TOP = "error_feedback(gather_mean(top_k(0.3)))"
 # name -> method, mode, shards

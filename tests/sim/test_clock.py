@@ -17,8 +17,8 @@ from research.sim.clock import (
   steady,
   synchronous,
 )
-from research.train.plan import Plan
-from research.train.virtual import Waiting, played, rounds_within
+from research.training.plan import Plan
+from research.training.virtual import Waiting, played, rounds_within
 
 W = 8
 LAWS = {
@@ -90,7 +90,7 @@ def test_rounds_in_pieces_end_as_rounds_at_once(law, monkeypatch):
 
 
 def test_more_rounds_than_can_be_counted_or_ordered_are_refused(monkeypatch):
-  monkeypatch.setattr("research.train.virtual.MOST", 256)
+  monkeypatch.setattr("research.training.virtual.MOST", 256)
   job = lambda spec: Job(
     registry.build("method", spec), regression(), {"data": 2}, np.full(2, 30), 8
   )

@@ -26,7 +26,7 @@ from research.tasks import partition
 from research.tasks.convex import synthetic
 from research.tasks.language import language, tokens
 from research.tasks.language.language import Part, next_token
-from research.train import metrics
+from research.training import metrics
 
 KEY = jax.random.key(0)
 ALPHABET = "abcdefghijklmnopqrst"

@@ -19,9 +19,9 @@ from research.core import registry
 from research.core.base import Feed
 from research.tasks.language import stream, token_files
 from research.tasks.language.token_files import TokenFile
-from research.train import assemble, loop
-from research.train.config import Config, UsageError
-from research.train.feed import Training
+from research.training import assemble, loop
+from research.training.config import Config, UsageError
+from research.training.feed import Training
 
 KEY = jax.random.key(0)
 

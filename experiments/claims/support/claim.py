@@ -12,10 +12,10 @@ import numpy as np
 
 from research.core import registry
 from research.core.base import Params, Task, TrainState
-from research.train import metrics, sources
-from research.train.assemble import Problem, assemble, check
-from research.train.config import Config
-from research.train.plan import Sent
+from research.training import metrics, sources
+from research.training.assemble import Problem, assemble, check
+from research.training.config import Config
+from research.training.plan import Sent
 
 Row = dict[str, Any]
 RELATIONS = {"<=": operator.le, ">=": operator.ge, "==": operator.eq}

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from research.train.config import UsageError, flag
+from research.training.config import UsageError, flag
 
 
 def of_claim(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.claims.support.claim import Findings, Panel
-from research.train.reports import figures, report
+from research.training.reports import figures, report
 
 POINTS = 200  # of a curve in result.json
 

@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 from problems import Running, regression
 
 from research.comm import mesh as meshes
-from research.train import metrics
-from research.train.reports import report
+from research.training import metrics
+from research.training.reports import report
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.core.base import Array, Tree
-from research.train.reports import report
+from research.training.reports import report
 
 FILES = "files.json"
 

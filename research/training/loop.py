@@ -17,17 +17,17 @@ from research.analysis import wire
 from research.comm.mesh import worker_axes
 from research.core.base import Array, Params, TrainState
 from research.parallel import resize, sharded, workers
-from research.train import folder as folders
-from research.train import heartbeat, interrupt, metrics, reach
-from research.train.assemble import Problem, assemble, check
-from research.train.checkpoint.checkpoint import Checkpoints
-from research.train.config import Config, UsageError
-from research.train.feed import Training
-from research.train.network import Network
-from research.train.plan import Sent
-from research.train.reports import figures, report
-from research.train.reports.facts import facts
-from research.train.reports.timing import Timing
+from research.training import folder as folders
+from research.training import heartbeat, interrupt, metrics, reach
+from research.training.assemble import Problem, assemble, check
+from research.training.checkpoint.checkpoint import Checkpoints
+from research.training.config import Config, UsageError
+from research.training.feed import Training
+from research.training.network import Network
+from research.training.plan import Sent
+from research.training.reports import figures, report
+from research.training.reports.facts import facts
+from research.training.reports.timing import Timing
 
 
 class NonFinite(Exception):

@@ -5,9 +5,9 @@ import re
 import jax
 import pytest
 
-from research.train import assemble
-from research.train.config import Config
-from research.train.reports import explain
+from research.training import assemble
+from research.training.config import Config
+from research.training.reports import explain
 
 MEAN = "data_parallel(adam(1e-3), mean())"
 METHOD = "data_parallel(sgd(0.1, momentum=0.9), error_feedback(two_phase(int8())))"

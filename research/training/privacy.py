@@ -18,7 +18,7 @@ from research.core.base import EVERYONE, Aggregate, Aggregator
 from research.parallel import workers
 from research.parallel.job import Job, aggregators, resolved
 from research.parallel.layout import Layout
-from research.train.config import Config
+from research.training.config import Config
 
 # A message is rounded finely if its noise has so many units, and is not cut with so many to spare.
 _UNITS, _ROOM = 2.0, 8.0

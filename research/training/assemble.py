@@ -13,10 +13,10 @@ from research.comm import mesh as meshes
 from research.core import registry
 from research.core.base import Batch, Executor, Method
 from research.parallel.job import Job, stages
-from research.train import feed, reach, sources
-from research.train.config import OF_SERVER, Config, UsageError, flag
-from research.train.plan import Plan
-from research.train.virtual import Virtual, played, rounds_within
+from research.training import feed, reach, sources
+from research.training.config import OF_SERVER, Config, UsageError, flag
+from research.training.plan import Plan
+from research.training.virtual import Virtual, played, rounds_within
 
 # Which module holds an executor; all three take a Job.
 EXECUTORS = {

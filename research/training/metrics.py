@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from research.comm import mesh as meshes
 from research.core.base import Array, Batch, Data, Params, Task, Tree, value_and_grad
-from research.train.checkpoint.integrity import checksum
+from research.training.checkpoint.integrity import checksum
 
 
 def evaluator(task: Task, mesh: Mesh, batch: int = 1) -> Callable[..., dict[str, Array]]:

@@ -8,8 +8,8 @@ import jax
 
 from research.comm import mesh as meshes
 from research.parallel import resize
-from research.train import assemble
-from research.train.config import Config, flag
+from research.training import assemble
+from research.training.config import Config, flag
 
 WIDTH = 100
 HEADS = ("leaf", "shape", "type", "lies along", "bytes")

@@ -21,7 +21,7 @@ from research.core.base import TrainState
 from research.parallel import layout as layouts
 from research.parallel import resize, sharded, workers
 from research.parallel.job import Job
-from research.train.checkpoint import checkpoint, integrity, manager
+from research.training.checkpoint import checkpoint, integrity, manager
 
 
 def store_of(run: Any, folder) -> checkpoint.Checkpoints:

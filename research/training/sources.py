@@ -11,7 +11,7 @@ from research.core import blame, paths, registry
 from research.core.base import Batch, Task
 from research.parallel.job import Job
 from research.tasks.partition import stack
-from research.train.config import Config, flag
+from research.training.config import Config, flag
 
 
 def task_of(config: Config) -> Task:

@@ -12,8 +12,8 @@ from research.core.base import WORKER_AXES
 from research.core.registry import Call
 from research.parallel.job import Job
 from research.parallel.layout import Layout
-from research.train.config import Config
-from research.train.privacy import columns, over, spending
+from research.training.config import Config
+from research.training.privacy import columns, over, spending
 
 MOST = 256  # workers whose matrix of weights is looked at
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import pytest
 
 from research.core import registry
-from research.train import assemble, reach
-from research.train.config import Config, UsageError
-from research.train.loop import train
+from research.training import assemble, reach
+from research.training.config import Config, UsageError
+from research.training.loop import train
 
 MUON = "muon(0.02)"
 # two leaves of two dimensions, 12 and 20 elements, one of which the model embeds with, and 8 others

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import orbax.checkpoint as ocp
 
-from research.train.checkpoint import integrity
+from research.training.checkpoint import integrity
 
 KEEP = 3
 

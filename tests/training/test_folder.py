@@ -9,9 +9,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from research.train import folder as folders
-from research.train import loop, metrics
-from research.train.config import Config, UsageError
+from research.training import folder as folders
+from research.training import loop, metrics
+from research.training.config import Config, UsageError
 
 RUN = Config(
   task="least_squares(features=3)",

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from research.train.reports import figures, report
+from research.training.reports import figures, report
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [
@@ -93,7 +93,9 @@ def test_nobody_else_writes_json(path):
     and re.fullmatch(r"(json\.)?dumps?", ast.unparse(node.func))
     and id(node) not in allowed
   ]
-  assert len(dumped) == (path.relative_to(ROOT) == Path("research/train/reports/report.py")), dumped
+  assert len(dumped) == (path.relative_to(ROOT) == Path("research/training/reports/report.py")), (
+    dumped
+  )
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results").rglob("*.json*")), ids=lambda p: p.stem)

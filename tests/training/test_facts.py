@@ -18,8 +18,8 @@ from research.core.base import Aggregator
 from research.methods.data_parallel import data_parallel
 from research.parallel import workers
 from research.parallel.job import Job, resolved
-from research.train.config import Config
-from research.train.reports.facts import facts
+from research.training.config import Config
+from research.training.reports.facts import facts
 
 W = 8
 TASK = regression()
@@ -54,7 +54,7 @@ def test_topologies_have_their_gap(monkeypatch):
   two = "d_psgd(sgd(0.1), warm_up(gossip(ring()), steps=3, stages=[gossip(complete())]))"
   assert read(two).found["topology"] == ["ring()", "complete()"]
   assert read("data_parallel(sgd(0.1), mean())").found == {}
-  monkeypatch.setattr("research.train.reports.facts.MOST", 7)
+  monkeypatch.setattr("research.training.reports.facts.MOST", 7)
   many = read("d_psgd(sgd(0.1), gossip(torus()))")
   assert many.found["spectral_gap"] is None
   assert many.found["described"].endswith("spectral gap not computed for more than 7")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from research.train.reports import report
+from research.training.reports import report
 
 
 def literal(text: str) -> str:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 
 from research.core.text import listed, quoted
-from research.train.config import UsageError
+from research.training.config import UsageError
 
 _MOST = 4096  # CPU devices: JAX takes 10 s to make as many, and 40 s for twice as many
 

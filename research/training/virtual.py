@@ -7,7 +7,7 @@ import numpy as np
 
 from research.core import registry
 from research.sim import clock
-from research.train.plan import Plan
+from research.training.plan import Plan
 
 MOST = 2**24  # rounds that are counted, or ordered, before a run begins
 

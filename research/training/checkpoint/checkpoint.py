@@ -17,9 +17,9 @@ from jax.sharding import PartitionSpec as P
 from research.comm.mesh import count, worker_axes
 from research.core.base import Array, TrainState
 from research.parallel import resize, sharded
-from research.train import interrupt
-from research.train.checkpoint import integrity, manager
-from research.train.checkpoint.noise import deaf_to_writers, quietly, silence
+from research.training import interrupt
+from research.training.checkpoint import integrity, manager
+from research.training.checkpoint.noise import deaf_to_writers, quietly, silence
 
 
 class CheckpointError(Exception):

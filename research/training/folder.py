@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from research.core import paths, registry
-from research.train.config import NAMED, OF_SERVER, Config, UsageError, flag
-from research.train.reports.report import closing_table, note, with_nan, write_json
+from research.training.config import NAMED, OF_SERVER, Config, UsageError, flag
+from research.training.reports.report import closing_table, note, with_nan, write_json
 
 # Flags that change neither the result nor the files of a run.
 _FREE = ("out", "data_dir", "allow_changes", "tensorboard", "profile")

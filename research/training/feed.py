@@ -8,7 +8,7 @@ import numpy as np
 from research.core import blame, registry
 from research.core.base import Array, Batch, Data, Method
 from research.parallel.job import Job
-from research.train.config import Config, flag
+from research.training.config import Config, flag
 
 
 def buffers(config: Config, method: Method, owners: int, batch_size: int) -> np.ndarray:
