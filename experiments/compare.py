@@ -16,10 +16,12 @@ import hashlib
 import math
 import sys
 
-from absl import app, flags
+from absl import flags
 
-from experiments import run
 from experiments.reports.outcomes import Conditions, Outcome, Plan, compared, read_curve
+from research.command.errors import one_line_errors
+from research.command.flags import define_flags, launch
+from research.command.start import results_folder, start
 from research.training.config import Config, UsageError, flag
 
 FLAGS = flags.FLAGS
@@ -181,9 +183,9 @@ def conditions() -> Conditions:
 def main(argv: list[str]) -> None:
   """Checks everything, trains every method, writes and prints how they compare."""
   del argv
-  with run.one_line_errors():
-    out = run.results_folder("out", FLAGS.out, OUT)
-    config = run.start()._replace(out=str(out))
+  with one_line_errors():
+    out = results_folder("out", FLAGS.out, OUT)
+    config = start()._replace(out=str(out))
     import jax
 
     from experiments.reports import comparison
@@ -209,9 +211,9 @@ def main(argv: list[str]) -> None:
     sys.stdout.flush()
 
 
-def define_flags() -> None:
+def define_own_flags() -> None:
   """Those of run.py and what a comparison is told beside them."""
-  run.define_flags()
+  define_flags()
   flags.DEFINE_string("methods", "", "The methods to compare, separated by ';'.")
   flags.DEFINE_integer("seeds", 1, "How many seeds to train each with, from --seed on.", 1)
   flags.DEFINE_string("link", "", "A worker's link, BANDWIDTH[,LATENCY]: 100mbit,20ms.")
@@ -222,5 +224,5 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-  define_flags()
-  app.run(main, flags_parser=run.parse_flags)
+  define_own_flags()
+  launch(main, __doc__)

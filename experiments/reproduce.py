@@ -9,7 +9,6 @@ seconds), table.md and figure.png, and OUT/README.md over all claims there. Exit
 holds; 1 one does not; 2 a flag that cannot be.
 """
 
-import difflib
 import importlib
 import os
 import sys
@@ -20,10 +19,12 @@ from typing import Any
 
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")
 
-from absl import app, flags, logging
+from absl import flags, logging
 
-from experiments.run import one_line_errors, parse_flags, results_folder, use_compilation_cache
-from research.core import registry
+from research.command.errors import one_line_errors
+from research.command.flags import define_compilation_cache, launch
+from research.command.start import results_folder, use_compilation_cache
+from research.core import checks, registry
 from research.core.text import quoted
 from research.training import environment
 from research.training.config import UsageError, flag
@@ -42,9 +43,7 @@ def module_of(name: str) -> ModuleType:
     UsageError: if there is none, with the nearest.
   """
   if name not in CLAIMS:
-    near = difflib.get_close_matches(name, CLAIMS, 1)
-    hint = f"; did you mean '{near[0]}'?" if near else ";"
-    raise UsageError(f"--claim='{name}': unknown{hint} legal: all, {', '.join(CLAIMS)}")
+    raise UsageError(f"--claim='{name}': {checks.unknown(name, ['all', *CLAIMS])}")
   return importlib.import_module(f"experiments.claims.{name}")
 
 
@@ -87,8 +86,7 @@ def data_of(name: str, default: str) -> str:
     call, own = (registry.parse(spec).name for spec in (FLAGS.dataset, default))
     legal = next((kind for kind in KINDS if own in kind), (own,))
     if call not in legal:
-      near = difflib.get_close_matches(call, legal, 1)
-      hint = f"; did you mean '{near[0]}'?" if near else ";"
+      hint = checks.hint(call, legal)
       raise ValueError(f"the claim {name} is not about '{call}'{hint} legal: {', '.join(legal)}")
   return FLAGS.dataset
 
@@ -185,6 +183,5 @@ if __name__ == "__main__":
   flags.DEFINE_integer("seeds", 0, "So many, from 0 on; 0: as many as the claim takes.", 0)
   flags.DEFINE_multi_string("set", [], "NAME=VALUE: one of the claim's own settings.")
   flags.DEFINE_string("out", "", "Folder; empty: results, or runs/claims if it is no record.")
-  cache = "Folder of compiled programs; empty: in the user's cache; 'off': none."
-  flags.DEFINE_string("compilation_cache", "", cache)
-  app.run(main, flags_parser=parse_flags)
+  define_compilation_cache()
+  launch(main, __doc__)

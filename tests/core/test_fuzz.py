@@ -13,12 +13,13 @@ from absl import flags
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from experiments import compare, reproduce, run
+from experiments import compare, reproduce
 from experiments import compile as ahead
 from research.analysis import chips, cost
 from research.comm import join, mesh
+from research.command import flags as command
 from research.core import registry
-from research.core.text import LINE
+from research.core.text import LINE, one_line
 from research.server import setup
 from research.training.config import Config, UsageError
 
@@ -56,7 +57,7 @@ def said(read: Callable[[str], Any], text: str) -> str:
   try:
     read(text)
   except UsageError as error:
-    return run.one_line(error)  # as it is shown
+    return one_line(error)  # as it is shown
   except ValueError as error:
     return str(error)
   return ""
@@ -147,22 +148,22 @@ def parse():
   """Parses a command line with flags of its own: (exit code, what is on stderr)."""
   others = set(flags.FLAGS)
   if "task" not in others:
-    run.define_flags()
-  mine, before = copy.deepcopy(flags.FLAGS), run.FLAGS
+    command.define_flags()
+  mine, before = copy.deepcopy(flags.FLAGS), command.FLAGS
   for name in set(flags.FLAGS) - others:  # which other tests define for themselves
     delattr(flags.FLAGS, name)
 
   def parse(*argv: str) -> tuple[int, str]:
     err = io.StringIO()
-    run.FLAGS = copy.deepcopy(mine)
+    command.FLAGS = copy.deepcopy(mine)
     try:
       with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
-        run.parse_flags(["run.py", *argv])
-        run.batch_size(run.FLAGS.batch_size)
+        command.parse_flags(["run.py", *argv])
+        command.batch_size(command.FLAGS.batch_size)
     except SystemExit as ended:
       return int(ended.code or 0), err.getvalue()
     finally:
-      run.FLAGS = before
+      command.FLAGS = before
     return 0, err.getvalue()
 
   return parse
