@@ -22,6 +22,7 @@ from experiments.reports.outcomes import Conditions, Outcome, Plan, compared, re
 from research.command.errors import one_line_errors
 from research.command.flags import define_flags, launch
 from research.command.start import results_folder, start
+from research.core.spec import syntax
 from research.training.config import Config, UsageError, flag
 
 FLAGS = flags.FLAGS
@@ -96,8 +97,8 @@ def names(spec: str, *kinds: str) -> list[str]:
   """The registered names of some kinds that a spec calls, from the outside in."""
   from research.core import registry
 
-  legal = {name for kind in kinds for name in registry.TABLE[kind]}
-  called = [node.func for node in ast.walk(registry.syntax(spec)) if isinstance(node, ast.Call)]
+  legal = {name for kind in kinds for name in registry.names(kind)}
+  called = [node.func for node in ast.walk(syntax(spec)) if isinstance(node, ast.Call)]
   return [node.id for node in called if isinstance(node, ast.Name) and node.id in legal]
 
 
@@ -119,10 +120,8 @@ def labels(specs: list[str]) -> list[str]:
 
 def parts_of(spec: str) -> tuple[str, list[str]]:
   """The name that a spec calls, and its arguments; none of what is malformed."""
-  from research.core import registry
-
   try:
-    call = registry.syntax(spec)
+    call = syntax(spec)
   except ValueError:
     return spec, []
   if not isinstance(call, ast.Call):

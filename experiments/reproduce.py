@@ -22,9 +22,10 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")
 from absl import flags, logging
 
 from research.command.errors import one_line_errors
-from research.command.flags import define_compilation_cache, launch
-from research.command.start import results_folder, use_compilation_cache
-from research.core import checks, registry
+from research.command.flags import define_compilation_cache, define_import, launch
+from research.command.start import import_modules, results_folder, use_compilation_cache
+from research.core import checks
+from research.core.spec import literal, parse
 from research.core.text import quoted
 from research.training import environment
 from research.training.config import UsageError, flag
@@ -60,7 +61,7 @@ def given(texts: list[str]) -> dict[str, Any]:
       if not equals:
         raise ValueError("not of the form NAME=VALUE")
       try:
-        found[name] = registry.literal(value)
+        found[name] = literal(value)
       except ValueError as error:
         raise ValueError(f"{quoted(value)} is no number, text or list: {error}") from error
   return found
@@ -83,7 +84,7 @@ def data_of(name: str, default: str) -> str:
   with flag("dataset", FLAGS.dataset):
     if not default:
       raise ValueError(f"the claim {name} makes its own problem")
-    call, own = (registry.parse(spec).name for spec in (FLAGS.dataset, default))
+    call, own = (parse(spec).name for spec in (FLAGS.dataset, default))
     legal = next((kind for kind in KINDS if own in kind), (own,))
     if call not in legal:
       hint = checks.hint(call, legal)
@@ -163,6 +164,7 @@ def main(argv: list[str]) -> None:
   with one_line_errors():
     environment.start_jax()
     use_compilation_cache(FLAGS.compilation_cache)
+    import_modules()
     for name in names:
       module_of(name)
     if FLAGS.claim == "all" and (FLAGS.dataset or FLAGS.set):
@@ -184,4 +186,5 @@ if __name__ == "__main__":
   flags.DEFINE_multi_string("set", [], "NAME=VALUE: one of the claim's own settings.")
   flags.DEFINE_string("out", "", "Folder; empty: results, or runs/claims if it is no record.")
   define_compilation_cache()
+  define_import()
   launch(main, __doc__)

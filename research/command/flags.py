@@ -91,6 +91,7 @@ def define_flags() -> None:
   for name, text in SWITCHES.items():
     flags.DEFINE_bool(name, default[name], text)
   define_compilation_cache()
+  define_import()
   flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where several make one job.")
   flags.DEFINE_integer("processes", 0, "Number of processes that make the job.", 0)
   flags.DEFINE_integer("process_id", -1, "This process's number.", -1)
@@ -100,6 +101,12 @@ def define_compilation_cache() -> None:
   """Defines --compilation_cache, which commands without the flags of a run take too."""
   text = "Folder of compiled programs; empty: in the user's cache; 'off': none."
   flags.DEFINE_string("compilation_cache", "", text)
+
+
+def define_import() -> None:
+  """Defines --import, which every command takes that builds objects from specs."""
+  text = "Module or .py file that registers names of your own; may be repeated."
+  flags.DEFINE_multi_string("import", [], text)
 
 
 def launch(

@@ -1,12 +1,15 @@
 """What a command does before its work: quiet logs, compilation cache, other processes, folders."""
 
 import os
+import sys
+import traceback
 from pathlib import Path
 
 from absl import flags, logging
 
 from research.command.flags import config_of_flags
-from research.core import paths
+from research.core import blame, paths, plugins
+from research.core.text import one_line, quoted
 from research.training import environment
 from research.training.config import Config, UsageError, flag
 
@@ -26,12 +29,32 @@ def start() -> Config:
   logging.get_absl_logger().setLevel("CRITICAL")  # Orbax logs what it then raises
   config = config_of_flags()
   use_compilation_cache(FLAGS.compilation_cache)
+  import_modules()
   from research.comm import join
 
   address = FLAGS.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
   with flag("coordinator", address), environment.starting():
     join.initialize(FLAGS.coordinator, FLAGS.processes, FLAGS.process_id)
   return config
+
+
+def import_modules() -> None:
+  """Imports what --import names; an error of the module itself is shown with its traceback.
+
+  Raises:
+    UsageError: if there is no such module or file, or a name that it registers is taken.
+  """
+  for text in FLAGS["import"].value or ():
+    try:
+      with flag("import", text):
+        plugins.load(text)
+    except UsageError:
+      raise
+    except Exception as error:  # whatever a user's module does
+      fault = blame.fault(error) or f"{type(error).__name__}: {error}"
+      print(one_line(f"error: --import={quoted(text)}: {fault}"), file=sys.stderr)
+      traceback.print_exc()
+      sys.exit(2)
 
 
 def use_compilation_cache(folder: str) -> None:

@@ -18,7 +18,8 @@ from experiments import compile as ahead
 from research.analysis import chips, cost
 from research.comm import join, mesh
 from research.command import flags as command
-from research.core import registry
+from research.core import arguments, registry
+from research.core.spec import literal
 from research.core.text import LINE, one_line
 from research.server import setup
 from research.training.config import Config, UsageError
@@ -65,7 +66,7 @@ def said(read: Callable[[str], Any], text: str) -> str:
 
 # ---- specs
 
-KINDS = [*registry.TABLE, "optimizer", "schedule"]
+KINDS = [*registry.KINDS]
 
 
 @pytest.mark.parametrize("text", MONSTERS, ids=range(len(MONSTERS)))
@@ -85,7 +86,7 @@ def test_any_text_is_an_object_or_one_line(kind, text):
 @quick
 @given(words)
 def test_any_literal_is_a_value_or_one_line(text):
-  assert is_one_line(said(registry.literal, text))
+  assert is_one_line(said(literal, text))
 
 
 @quick
@@ -107,12 +108,11 @@ LITERALS = (
 
 def call(kind: str, depth: int, choose: random.Random) -> str:
   """A call of a name of a kind with arguments by its parameters, some of them wrong."""
-  optax = registry._optax(kind) if kind not in registry.TABLE else {}
-  name = choose.choice([*registry.TABLE.get(kind, optax)])
+  name = choose.choice(registry.names(kind))
   parameters = inspect.signature(registry.lookup((kind,), name)).parameters.values()
   given = []
   for parameter in parameters:
-    kinds = registry._kinds(parameter.annotation) or KINDS
+    kinds = arguments.kinds_of(parameter.annotation) or KINDS
     needed = parameter.default is parameter.empty
     if not needed and choose.random() < 0.7:
       continue
@@ -134,10 +134,9 @@ def test_any_call_of_known_names_is_an_object_or_one_line(kind, seed):
 
 def test_every_parameter_of_every_factory_is_described():
   for kind in KINDS:
-    names = registry.TABLE.get(kind) or registry._optax(kind)
-    for name in names:
+    for name in registry.names(kind):
       for parameter in inspect.signature(registry.lookup((kind,), name)).parameters.values():
-        assert registry._describe(parameter.annotation)
+        assert arguments.described(parameter.annotation)
 
 
 # ---- flags

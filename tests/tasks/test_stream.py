@@ -52,7 +52,7 @@ def cache(tmp_path, monkeypatch):
 def flags(tmp_path, monkeypatch):
   """Makes the flags of a run on 650 tokens below 8; its model is `bigram`, and nothing is drawn."""
   monkeypatch.setattr(loop.figures, "loss_plot", lambda folder, summary: None)
-  monkeypatch.setitem(registry.TABLE["model"], "bigram", f"{__name__}:bigram")
+  monkeypatch.setitem(registry.ADDED, "model", {"bigram": bigram})
   random = np.random.default_rng(0)
   drawn = (np.arange(650) * random.integers(1, 3, 650)) % 8
   np.save(tmp_path / "tokens.npy", drawn.astype(np.uint16))

@@ -8,8 +8,6 @@ import numpy as np
 from research.core.base import Array, Batch, Key, Params, Task
 from research.tasks import sampling
 
-DEFAULT_MODEL: dict[str, str] = {}
-
 
 def client_drift(dissimilarity: float = 1.0, start: float = 10.0) -> Task:
   """Two clients whose minima lie apart, on which local steps drift from the minimum of the mean.

@@ -14,8 +14,6 @@ from research.core.base import Array, Batch, Key, Params, Task
 from research.tasks import files, sampling
 from research.tasks.finance import portfolio_files
 
-DEFAULT_MODEL: dict[str, str] = {}
-
 MARKETS = ("port1", "port2", "port3")  # published, with their frontiers
 URL = "http://people.brunel.ac.uk/~mastjjb/jeb/orlib/files/"
 SHA256 = {

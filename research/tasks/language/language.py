@@ -12,10 +12,9 @@ from jax import lax
 
 from research.core import paths
 from research.core.base import Array, Batch, Key, Params, Task, Tree
+from research.core.registry import Default
 from research.tasks import files, sampling, texts
 from research.tasks.language import tokens
-
-DEFAULT_MODEL = dict.fromkeys(("tinyshakespeare", "text"), "transformer('tiny')")
 
 TINYSHAKESPEARE_URL = (
   "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -37,7 +36,10 @@ class Part(NamedTuple):
 
 
 def tinyshakespeare(
-  *, model: Callable[[int], nn.Module], data_dir: str = "", context: int = 128
+  *,
+  model: Callable[[int], nn.Module] = Default("model", "transformer('tiny')"),
+  data_dir: str = "",
+  context: int = 128,
 ) -> Task:
   """The plays of Shakespeare in 1.1 million characters of 65 kinds, the last tenth held out.
 
@@ -62,7 +64,7 @@ def tinyshakespeare(
 def text(
   path: str,
   *,
-  model: Callable[[int], nn.Module],
+  model: Callable[[int], nn.Module] = Default("model", "transformer('tiny')"),
   tokenizer: str = "bytes",
   vocabulary: int | None = None,
   context: int = 128,
