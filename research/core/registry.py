@@ -103,7 +103,11 @@ def names(kind: str) -> list[str]:
 def load_installed() -> None:
   """Imports the modules by which installed packages register names, once."""
   for point in importlib.metadata.entry_points(group=GROUP):
-    point.load()
+    try:
+      point.load()
+    except Exception as error:
+      error.add_note(f"in the entry point {point.name} = {point.value} of {GROUP}")
+      raise
 
 
 def lookup(kinds: Sequence[str], name: str) -> Callable[..., Any]:
