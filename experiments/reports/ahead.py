@@ -206,7 +206,10 @@ def _work(problem: assemble.Problem, program: Any, mesh: Mesh) -> dict[str, Any]
   """FLOPs and HBM bytes of a step on one device."""
   job, axes = problem.job, dict(mesh.shape)
   return {
-    "flops": {"run": flops.flops(program, axes) / job.method.local_steps, "needed": _needed(job, mesh)},
+    "flops": {
+      "run": flops.flops(program, axes) / job.method.local_steps,
+      "needed": _needed(job, mesh),
+    },
     "hbm": flops.carried(program, axes) / job.method.local_steps,
   }
 

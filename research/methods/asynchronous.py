@@ -2,6 +2,7 @@
 
 from dataclasses import KW_ONLY
 from functools import cached_property
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +86,9 @@ staleness_aware = StalenessAware
 
 class Compensating(Stale):
   """SGD with gradients corrected for how far the model has moved on."""
+
+  learning_rate: ClassVar[Any]
+  lam: ClassVar[float]
 
   def check(self):
     checks.at_least("lam", self.lam, 0)

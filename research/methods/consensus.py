@@ -133,8 +133,9 @@ class Extra(OneGradient, name="extra"):
     params = descended(corrected, self.learning_rate, state.grads)
     half_way = lambda u, m, x: u + (m - x) / 2
     correction = jax.tree.map(half_way, state.correction, value, state.params)
-    own = kept(presence.active, (params, correction), (state.params, state.correction))
-    return ExtraState(*own, optax.tree.zeros_like(params), state.link)
+    own = (params, correction), (state.params, state.correction)
+    params, correction = kept(presence.active, *own)
+    return ExtraState(params, correction, optax.tree.zeros_like(params), state.link)
 
   def counted(self, presence):
     return alike(presence.active)

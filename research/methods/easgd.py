@@ -1,7 +1,7 @@
 """Elastic averaging: workers explore around a centre, which follows them."""
 
 from dataclasses import KW_ONLY
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,8 @@ class ElasticLocal(NamedTuple):
 
 class Elastic(Method):
   """Workers that are pulled to a centre, and a centre that is pulled to them, once per round."""
+
+  alpha: ClassVar[float]
 
   def check(self):
     checks.in_range("alpha", self.alpha, "(0, 1)")

@@ -49,12 +49,17 @@ class PostLocalSGD(LocalStepping, name="post_local_sgd"):
   period: int = 8
   switch: int = 100
 
-  local_steps = 1
-  later = ()
-
   def check(self):
     checks.at_least("period", self.period)
     checks.at_least("switch", self.switch, 0)
+
+  @property
+  def local_steps(self):
+    return 1
+
+  @property
+  def later(self):
+    return ()
 
   def in_rounds(self, steps, participation):
     del steps, participation

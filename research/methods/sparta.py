@@ -62,8 +62,9 @@ class Sparta(LocalStepping, name="sparta"):
     del key
     step = weighted(optax.tree.sub(local.params, state.params), presence)
     moved = optax.tree.add(state.params, step)
-    own = kept(presence.active, (moved, local.inner), (state.params, state.inner))
-    return moved, SpartaState(*own, state.link)
+    own = (moved, local.inner), (state.params, state.inner)
+    params, inner = kept(presence.active, *own)
+    return moved, SpartaState(params, inner, state.link)
 
   def receive(self, value, sent, state, *, key, presence=EVERYONE):
     del key

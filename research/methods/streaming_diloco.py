@@ -75,8 +75,6 @@ class StreamingDiLoCo(Method, name="streaming_diloco"):
   mixing: float = 0.5
   strided: bool = True
 
-  later = ()
-
   def check(self):
     checks.at_least("period", self.period)
     checks.at_least("fragments", self.fragments)
@@ -88,6 +86,10 @@ class StreamingDiLoCo(Method, name="streaming_diloco"):
   @property
   def local_steps(self):
     return self.period // self.fragments
+
+  @property
+  def later(self):
+    return ()
 
   def in_rounds(self, steps, participation):
     del steps, participation

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.comm import mesh as meshes
-from research.core import registry
+from research.core import plugins, registry, spec
 from research.core.base import Params
 from research.core.method import Method
 from research.core.task import Batch
@@ -166,7 +166,7 @@ def slowdown(config: Config) -> Mapping[int, float]:
   """
   with flag("slowdown", config.slowdown):
     try:
-      found = registry.literal(config.slowdown or "{}")
+      found = spec.literal(config.slowdown or "{}")
       factors = {int(worker): float(factor) for worker, factor in found.items()}
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
       raise ValueError("not a factor by worker number, such as {0: 4}") from error
@@ -236,7 +236,7 @@ def _updates(config: Config, period: int, examples: int, workers: int) -> int:
 
 def code_of(setup: Setup) -> str:
   """What a worker must have in common with its server: source, model, payloads, batches."""
-  digest = hashlib.sha256(_source().encode())
+  digest = hashlib.sha256(f"{_source()}{plugins.fingerprint()}".encode())
   config = setup.config
   told = (config.task, config.model, config.method, config.partition, str(config.batch_size))
   payloads = work.payload_shapes(setup.apart.link, setup.shapes)
@@ -253,11 +253,6 @@ def _source() -> str:
   for path in sorted(root.rglob("*.py")):
     digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
   return digest.hexdigest()
-
-
-def cache() -> str:
-  """Where this process keeps compiled programs, '' if nowhere."""
-  return str(jax.config.values["jax_compilation_cache_dir"] or "")
 
 
 def initial(setup: Setup) -> dict[str, np.ndarray]:

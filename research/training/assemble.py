@@ -12,6 +12,7 @@ import numpy as np
 from research.comm import mesh as meshes
 from research.core import registry
 from research.core.method import Method
+from research.core.spec import parse
 from research.core.task import Batch, Executor
 from research.parallel.job import Job, stages
 from research.training import feed, reach, sources
@@ -115,7 +116,7 @@ def check(config: Config) -> Setting:
     with flag("clock", config.clock):
       registry.build("speeds", config.clock)
   with flag("task", config.task):
-    registry.lookup(("task",), registry.parse(config.task).name)
+    registry.lookup(("task",), parse(config.task).name)
   with flag("partition", config.partition):
     registry.build("partition", config.partition)
   if config.model:

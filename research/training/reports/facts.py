@@ -9,7 +9,7 @@ from research.comm import topology
 from research.comm.collectives import Axes
 from research.core import registry
 from research.core.base import WORKER_AXES
-from research.core.registry import Call
+from research.core.spec import Call, parse
 from research.parallel.job import Job
 from research.parallel.layout import Layout
 from research.training.config import Config
@@ -38,7 +38,7 @@ def facts(config: Config, job: Job, layout: Layout) -> Facts:
   Clients drawn at a rate are counted as Poisson sampling, those of strata as such where a round's
   draw is what alone hides them (`private.spending`), and else as if they were in every round.
   """
-  calls = list(_walk(registry.parse(config.method)))
+  calls = list(_walk(parse(config.method)))
   graphs = [_topology(call, around, job) for call, around in calls if _kind(call) == "topology"]
   spent = spending(config, job, layout)
   found = columns(graphs) | spent.found | _pipeline(config, job)
@@ -64,7 +64,7 @@ def _walk(call: Call, around: Call | None = None) -> Iterator[tuple[Call, Call |
 
 
 def _kind(call: Call) -> str:
-  return next((kind for kind, names in registry.TABLE.items() if call.name in names), "")
+  return next((kind for kind in registry.KINDS if call.name in registry.names(kind)), "")
 
 
 def _arguments(call: Call) -> dict[str, Any]:
