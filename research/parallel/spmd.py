@@ -36,7 +36,7 @@ def spmd(job: Job) -> Executor:
   cut = sharded.cut_of(job.axes, job.task)
   _check_inside(job, mesh, names)
   if cut:
-    job = job._replace(method=job.method.over(lambda inner: sharded.per_shard(inner, cut)))
+    job = job._replace(method=job.method.over(lambda inner: sharded.PerShard(inner, cut)))
     job = resolved(job)
   elif cut:
     _only_sums(job, layout)
