@@ -4,14 +4,12 @@ A wrapper declares in `refuses` which traits of an aggregator it does not go wit
 what several of them share, and the table of all.
 """
 
-from collections.abc import Mapping
-
 from research.core import registry
 from research.core.base import Trait, Wrapper
 
 # Of wrappers that keep what was not sent.
 _KEPT = "what was not sent would be kept twice, and sent twice"
-MEMORY: Mapping[Trait, str] = {
+MEMORY = {
   Trait.MEMORY: _KEPT,
   Trait.VOTE: "signs without a scale are no part of the value: the rest of it only grows",
   Trait.SELECTS: "memories add up only where the value is the mean of what was sent",
@@ -19,20 +17,20 @@ MEMORY: Mapping[Trait, str] = {
   Trait.NOISE: "the memory would send the noise back, and one example many times",
   Trait.FORGED: "the attack belongs around: a faulty worker's memory would only grow",
 }
-BOUNDED: Mapping[Trait, str] = {
+BOUNDED = {
   Trait.EXPANSIVE: "a compressor that may miss more than all of a value lets the memory grow "
   "without bound",
 }
-PARTIAL: Mapping[Trait, str] = {
+PARTIAL = {
   Trait.PARTIAL: "a worker that drops out would leave its shift out of the total",
 }
 # Of what sends something past the aggregator, for some leaves or in some rounds.
-AROUND: Mapping[Trait, str] = {
+AROUND = {
   Trait.NOISE: "what goes around it is not hidden",
   Trait.SECRET: "what goes around it is not masked",
   Trait.SELECTS: "what goes around it is not protected from faulty workers",
 }
-SHARDED: Mapping[Trait, str] = {Trait.WHOLE: "each sees only a part of a worker's leaves"}
+SHARDED = {Trait.WHOLE: "each sees only a part of a worker's leaves"}
 
 
 def refused() -> tuple[tuple[tuple[str, ...], Trait, str], ...]:

@@ -1,4 +1,4 @@
-"""Communication graphs: the weights of the links between workers, and how fast they reach agreement."""
+"""Communication graphs: weights of the links between workers, and how fast they agree."""
 
 import math
 from collections.abc import Mapping, Sequence
