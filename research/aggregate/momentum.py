@@ -24,7 +24,6 @@ from research.core.base import (
   Tree,
 )
 
-
 _CLEARED = {
   Trait.DENSE: "momentum is cleared where something was sent, and here that is everywhere",
 }
