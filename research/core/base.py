@@ -170,8 +170,7 @@ class Wrapper(Part):
     """
     for trait, reason in self.refuses.items():
       if trait in traits:
-        name = self.spec_name or type(self).__name__
-        raise ValueError(f"{name} does not go with what it wraps ({trait}): {reason}")
+        raise ValueError(f"{self.title} does not go with what it wraps ({trait}): {reason}")
 
 
 class Aggregator(Wrapper):

@@ -45,6 +45,11 @@ class Part:
       ValueError: one line with the name, the value and the legal range.
     """
 
+  @property
+  def title(self) -> str:
+    """What errors call it: its name in specs, or that of its class."""
+    return self.spec_name or type(self).__name__
+
   def replace(self, **changes: Any) -> Self:
     """The same object with other values of some fields, hidden ones included; checked anew."""
     fresh = object.__new__(type(self))
@@ -87,7 +92,7 @@ class Part:
         continue
       text = _shown(value)
       shown.append(f"{field.name}={text}" if field.kw_only or keyword else text)
-    return f"{self.spec_name or type(self).__name__}({', '.join(shown)})"
+    return f"{self.title}({', '.join(shown)})"
 
 
 def _frozen(value: Any) -> Any:
