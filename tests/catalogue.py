@@ -1,9 +1,10 @@
 """Every method of the codebase, as specs: each contract test runs over all of them.
 
-`drifting` and `residual` exist only here: a method whose models differ between workers and an
+`Drifting` and `Residual` exist only here: a method whose models differ between workers and an
 aggregator with private memory, so that private state is tested before the first published ones.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,8 +15,9 @@ import optax
 from research.aggregate.mean import mean
 from research.aggregate.presence import kept, unweighted, weighted
 from research.core import registry
-from research.core.base import EVERYONE, Aggregate, Aggregator, Params, State, Tree
+from research.core.base import EVERYONE, Aggregate, Aggregator, Params, State
 from research.core.method import Method
+from research.methods._steps import LocalStepping
 from research.methods.data_parallel import data_parallel
 
 # Synchronous data parallelism: with `mean()` these are the optimizer on all examples.
@@ -97,54 +99,44 @@ class DriftingState(NamedTuple):
   inner: State
 
 
-class DriftingLocal(NamedTuple):
-  params: Params
-  inner: State
-
-
-def drifting(learning_rate: float, period: int = 2) -> Method:
+class Drifting(LocalStepping):
   """Workers that never talk: their parameters and momenta are private."""
-  optimizer = optax.sgd(learning_rate, momentum=0.9)
 
-  def step(grads, local, state, *, key, grad_fn=None):
-    del state, key, grad_fn
-    updates, inner = optimizer.update(grads, local.inner, local.params)
-    return DriftingLocal(optax.apply_updates(local.params, updates), inner)
+  learning_rate: float
+  period: int = 2
 
-  def sync(local, state, *, key, weight=1.0, active=True):
-    del key, weight
-    return kept(active, DriftingState(local.params, local.inner), state)
+  @functools.cached_property
+  def inner(self) -> optax.GradientTransformation:
+    return optax.sgd(self.learning_rate, momentum=0.9)
 
-  return Method(
-    lambda params: DriftingState(params, optimizer.init(params)),
-    lambda state: DriftingLocal(state.params, state.inner),
-    step,
-    sync,
-    lambda state: state.params,
-    period,
-  )
+  def init(self, params):
+    return DriftingState(params, self.inner.init(params))
+
+  def sync(self, local, state, *, key, presence=EVERYONE):
+    del key
+    return kept(presence.active, DriftingState(local.params, local.inner), state)
 
 
-def residual(fraction: float) -> Aggregator:
+class Residual(Aggregator):
   """Sends a part of each value and keeps the rest: shared result, private memory."""
 
-  def init(params: Params) -> Tree:
+  fraction: float
+
+  def init(self, params):
     return jax.tree.map(jnp.zeros_like, params)
 
-  def aggregate(tree, state, key, presence=EVERYONE):
+  def aggregate(self, tree, state, key, presence=EVERYONE):
     corrected = jax.tree.map(jnp.add, weighted(tree, presence), state)
-    sent = jax.tree.map(lambda x: fraction * x, corrected)
+    sent = jax.tree.map(lambda x: self.fraction * x, corrected)
     value, sent, _ = mean().aggregate(sent, (), key, unweighted(presence))
     memory = jax.tree.map(jnp.subtract, corrected, sent)
     return Aggregate(value, sent, kept(presence.active, memory, state))
 
-  return Aggregator(init, aggregate)
-
 
 def methods() -> dict[str, Method]:
   built = {name: registry.build("method", spec) for name, spec in SPECS.items()}
-  built["drifting"] = drifting(0.05)
-  built["residual"] = data_parallel(optax.sgd(0.1), residual(0.6))
+  built["drifting"] = Drifting(0.05)
+  built["residual"] = data_parallel(optax.sgd(0.1), Residual(0.6))
   return built
 
 
