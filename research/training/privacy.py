@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from research.aggregate.privacy import private
+from research.aggregate.privacy import accounting, private
 from research.aggregate.privacy.hiding import Noise, Sum, is_wide
 from research.analysis import wire
 from research.analysis.rounds import programs
@@ -100,7 +100,7 @@ def _counted(
   else:
     spread /= math.sqrt(count)
   of = f"{'the sum' if is_sum else 'each message'} with noise {spread:.4g}"
-  spend = functools.partial(private.spending, spread, config.delta)
+  spend = functools.partial(accounting.spending, spread, config.delta)
   if job.sampling_rate and is_sum:
     return spend(rate=job.sampling_rate), f"{of}, Poisson sampling at {job.sampling_rate:g}"
   drawn = not job.sampling_rate and job.order is None and job.even

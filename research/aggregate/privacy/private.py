@@ -9,11 +9,15 @@ import jax.numpy as jnp
 from research.aggregate.presence import unweighted, weighted
 from research.aggregate.privacy.hiding import Noise, Sum
 from research.comm import collectives
+from research.core import checks
 from research.core.base import EVERYONE, WORKER_AXES, Aggregator, Array, Key, Trait, Tree
 
 SCOPE = "noisy"  # in the names of a traced program's operations
 _LEAST, _GREATEST = 1e-30, 1e36  # so that no worker's noise is zero or infinite in float32
 _AT_ONCE = 2**19  # numbers drawn by one loop
+
+
+_ONE_NOISE = {Trait.NOISE: "one accountant cannot tell what two noises hide"}
 
 
 class Noisy(Aggregator, name="noisy"):
