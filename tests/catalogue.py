@@ -156,5 +156,5 @@ EXACT = [name for name, spec in SYNCHRONOUS.items() if ", mean()" in spec]
 
 def by_period(names: Sequence[str] = NAMES) -> dict[int, tuple[str, ...]]:
   """The names by the steps of a round: such methods run side by side, in one program."""
-  periods = sorted({METHODS[name].period for name in names})
-  return {p: tuple(name for name in names if METHODS[name].period == p) for p in periods}
+  periods = sorted({METHODS[name].local_steps for name in names})
+  return {p: tuple(name for name in names if METHODS[name].local_steps == p) for p in periods}

@@ -70,7 +70,7 @@ def side_by_side(methods: Mapping[str, Method]) -> Method:
     one = lambda n: methods[n].sync(local.parts[n], state[n], **told)
     return {n: one(n) for n in methods}
 
-  (period,) = {method.period for method in methods.values()}
+  (period,) = {method.local_steps for method in methods.values()}
   return Method(
     lambda params: {n: m.init(params[n]) for n, m in methods.items()},
     lambda state: of_round({n: m.begin(state[n]) for n, m in methods.items()}),

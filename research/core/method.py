@@ -30,9 +30,7 @@ class Local(Protocol):
 
 
 # A method whose workers are to hold one model.
-COMMON_MODEL: Mapping[Trait, str] = {
-  Trait.LOCAL: "the workers' models would part for good; take d_psgd"
-}
+COMMON_MODEL = {Trait.LOCAL: "the workers' models would part for good; take d_psgd"}
 
 
 class Method(Wrapper):
@@ -53,6 +51,10 @@ class Method(Wrapper):
   refuses: ClassVar[Mapping[Trait, str]] = COMMON_MODEL
   period: ClassVar[Any] = 1
   aggregator: ClassVar[Any] = None
+
+  def __post_init__(self):
+    super().__post_init__()
+    checks.at_least("local_steps", self.local_steps)
 
   def init(self, params: Params) -> State:
     """The state that lives from round to round, of the first model."""
@@ -110,12 +112,17 @@ class Method(Wrapper):
     """The part of a round that communicates, under named worker axes."""
     tree, state = self.message(local, state, key=key, presence=presence)
     link, counted = self.link(state), self.counted(presence)
-    value, sent, link = self.aggregator.aggregate(tree, link, key, counted)
+    value, sent, link = self.exchange.aggregate(tree, link, key, counted)
     return self.receive(value, sent, self.with_link(state, link), key=key, presence=presence)
 
   def params(self, state: State) -> Params:
     """The model one would deploy."""
     return state.params
+
+  @property
+  def exchange(self) -> Aggregator:
+    """The aggregator of its one exchange per round."""
+    return self.aggregator
 
   def counted(self, presence: Presence) -> Presence:
     """The presence that the aggregator is told: the worker's own by default."""

@@ -35,8 +35,8 @@ def spmd(job: Job) -> Executor:
   initial = partial(workers.initial, job, layout)
   cut = sharded.cut_of(job.axes, job.task)
   _check_inside(job, mesh, names)
-  if cut and job.method.over:
-    job = job._replace(method=job.method.over(lambda inner: sharded.per_shard(inner, cut)))
+  if cut:
+    job = job._replace(method=job.method.over(lambda inner: sharded.PerShard(inner, cut)))
     job = resolved(job)
   elif cut:
     _only_sums(job, layout)

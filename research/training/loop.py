@@ -367,9 +367,9 @@ class Run:
     dense = wire.by_axis(workers.dense_traffic(job))
     plan = self.problem.plan
     last = plan.jobs[plan.stage(self.step)]
-    rounds = max(1, self.timing.largest // last.method.period)
-    shared = wire.by_axis(workers.metrics_traffic(last, rounds), rounds * last.method.period)
-    steps = max(job.method.period, self.step)
+    rounds = max(1, self.timing.largest // last.method.local_steps)
+    shared = wire.by_axis(workers.metrics_traffic(last, rounds), rounds * last.method.local_steps)
+    steps = max(job.method.local_steps, self.step)
     transfers = self.sent.transfers(steps)
     return {
       **config.named(),

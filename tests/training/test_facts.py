@@ -139,6 +139,7 @@ def test_what_is_not_counted_says_why(monkeypatch):
 @pytest.fixture
 def plugin(monkeypatch):
   """A module whose aggregators and methods are registered under names of their own."""
+  monkeypatch.setattr(registry, "ADDED", {})
   ours: Any = types.ModuleType("plugin")
   monkeypatch.setitem(sys.modules, "plugin", ours)
   hidden = lambda: private.noisy(mean(), clip=1.5, noise=1.3)
@@ -154,8 +155,8 @@ def plugin(monkeypatch):
   ours.plain = lambda: plain._replace(over=None, of_rounds=None)
   for kind, names in {"aggregator": "hidden kept_apart", "method": "closed opaque plain"}.items():
     for name in names.split():
-      monkeypatch.setitem(registry.TABLE[kind], name, f"plugin:{name}")
-  monkeypatch.setitem(registry.TABLE["aggregator"], "dp", registry.TABLE["aggregator"]["noisy"])
+      registry.register(kind, name)(getattr(ours, name))
+  registry.register("aggregator", "dp")(private.noisy)
 
 
 def test_noise_is_counted_whatever_it_is_called(plugin):

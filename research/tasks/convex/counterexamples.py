@@ -9,8 +9,6 @@ from research.core.base import Array, Key, Params
 from research.core.task import Batch, Task
 from research.tasks import sampling
 
-DEFAULT_MODEL: dict[str, str] = {}
-
 
 def client_drift(dissimilarity: float = 1.0, start: float = 10.0) -> Task:
   """Two clients whose minima lie apart, on which local steps drift from the minimum of the mean.

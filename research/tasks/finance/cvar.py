@@ -14,8 +14,6 @@ from research.core.task import Batch, Task
 from research.tasks import files, sampling, texts
 from research.tasks.finance import price_table
 
-DEFAULT_MODEL: dict[str, str] = {}
-
 URL = (
   "https://raw.githubusercontent.com/robertmartin8/PyPortfolioOpt/master/tests/resources/"
   "stock_prices.csv"

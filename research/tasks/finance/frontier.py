@@ -15,8 +15,6 @@ from research.core.task import Batch, Task
 from research.tasks import files, sampling
 from research.tasks.finance import portfolio_files
 
-DEFAULT_MODEL: dict[str, str] = {}
-
 MARKETS = ("port1", "port2", "port3")  # published, with their frontiers
 URL = "http://people.brunel.ac.uk/~mastjjb/jeb/orlib/files/"
 SHA256 = {

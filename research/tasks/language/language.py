@@ -12,11 +12,10 @@ from jax import lax
 
 from research.core import paths
 from research.core.base import Array, Key, Params, Tree
+from research.core.registry import Default
 from research.core.task import Batch, Task
 from research.tasks import files, sampling, texts
 from research.tasks.language import tokens
-
-DEFAULT_MODEL = dict.fromkeys(("tinyshakespeare", "text"), "transformer('tiny')")
 
 TINYSHAKESPEARE_URL = (
   "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -38,7 +37,10 @@ class Part(NamedTuple):
 
 
 def tinyshakespeare(
-  *, model: Callable[[int], nn.Module], data_dir: str = "", context: int = 128
+  *,
+  model: Callable[[int], nn.Module] = Default("model", "transformer('tiny')"),
+  data_dir: str = "",
+  context: int = 128,
 ) -> Task:
   """The plays of Shakespeare in 1.1 million characters of 65 kinds, the last tenth held out.
 
@@ -63,7 +65,7 @@ def tinyshakespeare(
 def text(
   path: str,
   *,
-  model: Callable[[int], nn.Module],
+  model: Callable[[int], nn.Module] = Default("model", "transformer('tiny')"),
   tokenizer: str = "bytes",
   vocabulary: int | None = None,
   context: int = 128,

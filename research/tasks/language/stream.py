@@ -9,12 +9,12 @@ from typing import NamedTuple
 import flax.linen as nn
 import numpy as np
 
+from research.core.registry import Default
 from research.core.task import Batch, Feed, Task
 from research.tasks import sampling
 from research.tasks.language import language
 from research.tasks.language.token_files import TokenFile, encoded
 
-DEFAULT_MODEL = {"stream": "transformer('tiny')"}
 TOKENIZERS = ("bytes", "bpe")
 
 
@@ -29,7 +29,7 @@ class Source(NamedTuple):
 def stream(
   path: str,
   *,
-  model: Callable[[int], nn.Module],
+  model: Callable[[int], nn.Module] = Default("model", "transformer('tiny')"),
   tokenizer: str = "bytes",
   vocabulary: int | None = None,
   context: int = 128,

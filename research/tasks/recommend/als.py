@@ -19,8 +19,6 @@ from research.tasks import sampling
 from research.tasks.recommend import movielens as data
 from research.tasks.recommend.recommend import check, measured
 
-DEFAULT_MODEL: dict[str, str] = {}
-
 
 class Rows(NamedTuple):
   """The ratings of each of E entities, padded to the most of one."""

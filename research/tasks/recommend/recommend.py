@@ -12,8 +12,6 @@ from research.tasks import sampling
 from research.tasks.recommend import movielens as data
 from research.tasks.recommend.movielens import LEAST, MOST, Ratings
 
-DEFAULT_MODEL: dict[str, str] = {}
-
 CUT = 10  # of NDCG@10 and recall@10
 LIKED = 4.0  # stars from which on a film is one to recommend
 ROWS = 64  # tables have a multiple of so many, for any mesh to cut

@@ -12,8 +12,6 @@ from research.tasks import sampling
 from research.tasks.search import graphs
 from research.tasks.search.graphs import Graph
 
-DEFAULT_MODEL: dict[str, str] = {}
-
 TOGETHER = 8  # links to one node that are an example
 
 

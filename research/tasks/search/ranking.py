@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.core.base import Array, Key, Params
+from research.core.registry import Default
 from research.core.task import Batch, Task
 from research.tasks import files, sampling
-
-DEFAULT_MODEL = {"rank": "linear()"}
 
 URL = "https://raw.githubusercontent.com/microsoft/LightGBM/master/examples/lambdarank/"
 SHA256 = {
@@ -30,7 +29,7 @@ def rank(
   loss: str = "lambdarank",
   l2: float = 0.0,
   *,
-  model: Callable[[int], nn.Module],
+  model: Callable[[int], nn.Module] = Default("model", "linear()"),
   data_dir: str = "",
 ) -> Task:
   """The queries of LightGBM's ranking example: 201 to train on, 50 to test, relevance 0 to 4.
