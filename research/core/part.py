@@ -35,8 +35,9 @@ class Part:
     if "title" not in vars(cls):
       cls.title = name or cls.__name__
     dataclasses.dataclass(frozen=True, repr=False)(cls)
-    # a ClassVar of a base would keep its place among the fields of a class that makes it one
-    cls.__dataclass_fields__ = {field.name: field for field in dataclasses.fields(cls)}
+    known = vars(cls)["__dataclass_fields__"]
+    for declared in set(known) - {field.name for field in dataclasses.fields(cls)}:  # pyright: ignore[reportArgumentType]
+      del known[declared]  # a ClassVar keeps no place in the order of a subclass's fields
 
   def __post_init__(self):
     for name, value in self.fields().items():
