@@ -1,15 +1,13 @@
 """Every method of the codebase, as specs: each contract test runs over all of them.
 
-`Drifting` and `Residual` exist only here: a method whose models differ between workers and an
+`drifting` and `residual` exist only here: a method whose models differ between workers and an
 aggregator with private memory, so that private state is tested before the first published ones.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from research.aggregate.mean import mean
@@ -17,7 +15,6 @@ from research.aggregate.presence import kept, unweighted, weighted
 from research.core import registry
 from research.core.base import EVERYONE, Aggregate, Aggregator, Params, State
 from research.core.method import Method
-from research.methods._steps import LocalStepping
 from research.methods.data_parallel import data_parallel
 
 # Synchronous data parallelism: with `mean()` these are the optimizer on all examples.
@@ -99,44 +96,63 @@ class DriftingState(NamedTuple):
   inner: State
 
 
-class Drifting(LocalStepping):
+class DriftingLocal(NamedTuple):
+  params: Params
+  inner: State
+
+
+class Drifting(Method, name="drifting"):
   """Workers that never talk: their parameters and momenta are private."""
 
   learning_rate: float
   period: int = 2
 
-  @functools.cached_property
-  def inner(self) -> optax.GradientTransformation:
+  @property
+  def optimizer(self) -> optax.GradientTransformation:
     return optax.sgd(self.learning_rate, momentum=0.9)
 
   def init(self, params):
-    return DriftingState(params, self.inner.init(params))
+    return DriftingState(params, self.optimizer.init(params))
+
+  def begin(self, state):
+    return DriftingLocal(state.params, state.inner)
+
+  def step(self, grads, local, state, *, key, grad_fn=None):
+    del state, key, grad_fn
+    updates, inner = self.optimizer.update(grads, local.inner, local.params)
+    return DriftingLocal(optax.apply_updates(local.params, updates), inner)
 
   def sync(self, local, state, *, key, presence=EVERYONE):
     del key
     return kept(presence.active, DriftingState(local.params, local.inner), state)
 
 
-class Residual(Aggregator):
+drifting = Drifting
+
+
+class Residual(Aggregator, name="residual"):
   """Sends a part of each value and keeps the rest: shared result, private memory."""
 
   fraction: float
 
   def init(self, params):
-    return jax.tree.map(jnp.zeros_like, params)
+    return optax.tree.zeros_like(params)
 
   def aggregate(self, tree, state, key, presence=EVERYONE):
-    corrected = jax.tree.map(jnp.add, weighted(tree, presence), state)
+    corrected = optax.tree.add(weighted(tree, presence), state)
     sent = jax.tree.map(lambda x: self.fraction * x, corrected)
     value, sent, _ = mean().aggregate(sent, (), key, unweighted(presence))
-    memory = jax.tree.map(jnp.subtract, corrected, sent)
+    memory = optax.tree.sub(corrected, sent)
     return Aggregate(value, sent, kept(presence.active, memory, state))
+
+
+residual = Residual
 
 
 def methods() -> dict[str, Method]:
   built = {name: registry.build("method", spec) for name, spec in SPECS.items()}
-  built["drifting"] = Drifting(0.05)
-  built["residual"] = data_parallel(optax.sgd(0.1), Residual(0.6))
+  built["drifting"] = drifting(0.05)
+  built["residual"] = data_parallel(optax.sgd(0.1), residual(0.6))
   return built
 
 

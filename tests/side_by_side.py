@@ -4,8 +4,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -35,7 +33,7 @@ class Recording(Aggregator):
   inner: Aggregator
 
   def init(self, params):
-    zeros = jax.tree.map(jnp.zeros_like, params)
+    zeros = optax.tree.zeros_like(params)
     return Recorded(zeros, zeros, zeros, self.inner.init(params))
 
   def aggregate(self, tree, state, key, presence=EVERYONE):
@@ -55,42 +53,42 @@ class SideBySide(Method):
   methods: tuple[Method, ...]
 
   @property
-  def _of(self) -> dict[str, Method]:
-    return dict(zip(self.names, self.methods, strict=True))
-
-  @property
-  def local_steps(self):
+  def period(self):
     (steps,) = {method.local_steps for method in self.methods}
     return steps
 
+  @property
+  def named(self) -> dict[str, Method]:
+    return dict(zip(self.names, self.methods, strict=True))
+
   def init(self, params):
-    return {n: m.init(params[n]) for n, m in self._of.items()}
+    return {n: m.init(params[n]) for n, m in self.named.items()}
 
   def begin(self, state):
-    return self._of_round({n: m.begin(state[n]) for n, m in self._of.items()})
-
-  def _of_round(self, parts):
-    return SideBySideLocal({name: part.params for name, part in parts.items()}, parts)
+    return _of_round({n: m.begin(state[n]) for n, m in self.named.items()})
 
   def step(self, grads, local, state, *, key, grad_fn=None):
     at = lambda params, name: grad_fn and grad_fn({**local.params, name: params})[name]
 
-    def one(name, method):
+    def one(name: str, method: Method):
       elsewhere = grad_fn and functools.partial(at, name=name)
       return method.step(grads[name], local.parts[name], state[name], key=key, grad_fn=elsewhere)
 
-    return self._of_round({n: one(n, m) for n, m in self._of.items()})
+    return _of_round({n: one(n, m) for n, m in self.named.items()})
 
   def sync(self, local, state, *, key, presence=EVERYONE):
-    told = {"key": key, "presence": presence}
-    return {n: m.sync(local.parts[n], state[n], **told) for n, m in self._of.items()}
+    one = lambda n, m: m.sync(local.parts[n], state[n], key=key, presence=presence)
+    return {n: one(n, m) for n, m in self.named.items()}
 
   def params(self, state):
-    return {n: m.params(state[n]) for n, m in self._of.items()}
+    return {n: m.params(state[n]) for n, m in self.named.items()}
+
+
+def _of_round(parts: dict[str, Any]) -> SideBySideLocal:
+  return SideBySideLocal({name: part.params for name, part in parts.items()}, parts)
 
 
 def side_by_side(methods: Mapping[str, Method]) -> Method:
-  """Methods with rounds of one length, in one program."""
   return SideBySide(tuple(methods), tuple(methods.values()))
 
 

@@ -27,10 +27,13 @@ class Part:
   """
 
   spec_name: ClassVar[str] = ""
+  title: ClassVar[str] = "Part"  # what errors call it: its name in specs, else that of its class
 
   def __init_subclass__(cls, name: str = "", **kwargs: Any):
     super().__init_subclass__(**kwargs)
     cls.spec_name = name
+    if "title" not in vars(cls):
+      cls.title = name or cls.__name__
     dataclasses.dataclass(frozen=True, repr=False)(cls)
     known = vars(cls)["__dataclass_fields__"]
     for declared in set(known) - {field.name for field in dataclasses.fields(cls)}:  # pyright: ignore[reportArgumentType]
@@ -47,11 +50,6 @@ class Part:
     Raises:
       ValueError: one line with the name, the value and the legal range.
     """
-
-  @property
-  def title(self) -> str:
-    """What errors call it: its name in specs, or that of its class."""
-    return self.spec_name or type(self).__name__
 
   def replace(self, **changes: Any) -> Self:
     """The same object with other values of some fields, hidden ones included; checked anew."""
