@@ -85,19 +85,14 @@ class Part:
         yield from value.parts(kind)
 
   def __repr__(self) -> str:
-    shown, keyword = [], False
+    shown = []
     for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
-      if not field.init:
-        continue
-      value = getattr(self, field.name)
-      default = field.default
+      value, default = getattr(self, field.name), field.default
       if field.default_factory is not dataclasses.MISSING:
         default = field.default_factory()
-      if default is not dataclasses.MISSING and default == value:
-        keyword = True  # what follows is no longer in its place
-        continue
-      text = _shown(value)
-      shown.append(f"{field.name}={text}" if field.kw_only or keyword else text)
+      if field.init and (default is dataclasses.MISSING or _frozen(default) != value):
+        optional = field.kw_only or default is not dataclasses.MISSING
+        shown.append(f"{field.name}={_shown(value)}" if optional else _shown(value))
     return f"{self.title}({', '.join(shown)})"
 
 
