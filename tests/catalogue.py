@@ -14,7 +14,8 @@ import optax
 from research.aggregate.mean import mean
 from research.aggregate.presence import kept, unweighted, weighted
 from research.core import registry
-from research.core.base import EVERYONE, Aggregate, Aggregator, Method, Params, State, Tree
+from research.core.base import EVERYONE, Aggregate, Aggregator, Params, State, Tree
+from research.core.method import Method
 from research.methods.data_parallel import data_parallel
 
 # Synchronous data parallelism: with `mean()` these are the optimizer on all examples.
@@ -155,5 +156,5 @@ EXACT = [name for name, spec in SYNCHRONOUS.items() if ", mean()" in spec]
 
 def by_period(names: Sequence[str] = NAMES) -> dict[int, tuple[str, ...]]:
   """The names by the steps of a round: such methods run side by side, in one program."""
-  periods = sorted({METHODS[name].period for name in names})
-  return {p: tuple(name for name in names if METHODS[name].period == p) for p in periods}
+  periods = sorted({METHODS[name].local_steps for name in names})
+  return {p: tuple(name for name in names if METHODS[name].local_steps == p) for p in periods}

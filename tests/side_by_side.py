@@ -13,7 +13,9 @@ from aggregators import AGGREGATORS
 from problems import Running, regression
 
 from research.comm import mesh as meshes
-from research.core.base import EVERYONE, Aggregate, Aggregator, Method, Params, State, Task, Tree
+from research.core.base import EVERYONE, Aggregate, Aggregator, Params, State, Tree
+from research.core.method import Method
+from research.core.task import Task
 from research.methods.data_parallel import data_parallel
 from research.parallel import layout as layouts
 from research.parallel import workers
@@ -68,7 +70,7 @@ def side_by_side(methods: Mapping[str, Method]) -> Method:
     one = lambda n: methods[n].sync(local.parts[n], state[n], **told)
     return {n: one(n) for n in methods}
 
-  (period,) = {method.period for method in methods.values()}
+  (period,) = {method.local_steps for method in methods.values()}
   return Method(
     lambda params: {n: m.init(params[n]) for n, m in methods.items()},
     lambda state: of_round({n: m.begin(state[n]) for n, m in methods.items()}),

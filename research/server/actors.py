@@ -66,11 +66,11 @@ def part_of(method: str, seed: int, sizes: Sizes, number: int, place: Place) -> 
   from research.server import work
   from research.server.part import Part
 
-  served = registry.build("method", method).served
+  served: Any = registry.build("method", method)
   shapes = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape, dtype in sizes.leaves}
   leaves, names = sizes.parts[number], list(shapes)
   side = work.side(served, work.keys_of(seed), shapes, leaves)
-  payloads = work.payload_shapes(served, shapes)
+  payloads = work.payload_shapes(served.on_server()[0].exchange.uplink, shapes)
   params = {names[leaf]: place.params[names[leaf]] for leaf in leaves}
   state = place.states[number] if place.states else None
   return Part(side, params, [payloads[leaf] for leaf in leaves], number, place.version, state)

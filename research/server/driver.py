@@ -34,7 +34,7 @@ def train(config: Config) -> tuple[dict[str, Any], Path]:
     timing = stack.enter_context(contextlib.closing(Timing()))
     folder = folders.check(config)
     made = setups.setup(config)
-    steps = made.updates * made.job.method.period
+    steps = made.updates * made.job.method.local_steps
     if summary := folders.finished(config, folder, steps):
       figures.show_again(folder, summary)
       return summary, folder
@@ -60,7 +60,7 @@ class Run:
 
   def __init__(self, setup: Setup, folder: Path, timing: Timing):
     self.setup, self.config, self.folder, self.timing = setup, setup.config, folder, timing
-    self.period = setup.job.method.period
+    self.period = setup.job.method.local_steps
     names = list(setup.shapes)
     self.checkpoints = folder / "checkpoints"
     found = store.restore(self.checkpoints, names, setup.parts, report.note)

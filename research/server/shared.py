@@ -50,12 +50,15 @@ def run(config: Config, worker: int, name: str, parameters: int, given: actors.I
   import jax
   from jax.flatten_util import ravel_pytree
 
+  from research.methods.data_parallel import DataParallel
   from research.parallel import sharded, workers
   from research.server import setup as setups
   from research.server import work
 
   made = setups.setup(config, needs_ray=False)
-  task, served = made.job.task, made.served
+  task, method = made.job.task, made.apart.method
+  assert isinstance(method, DataParallel), "see setup._check_lock_free"
+  optimizer = method.inner
   block = shared_memory.SharedMemory(name=name)
   memory = view(block, parameters, made.workers)
   shapes = jax.eval_shape(task.init, jax.random.key(0))
@@ -74,11 +77,11 @@ def run(config: Config, worker: int, name: str, parameters: int, given: actors.I
       index = task.sample(size, number, own, batch_size=made.job.batch_size)
       batch = task.batch(examples, index)
     loss, grads = gradient(params, batch, jax.random.fold_in(own, number))
-    updates, state = served.server.update(grads, state, params)
+    updates, state = optimizer.update(grads, state, params)
     return loss, ravel_pytree(updates)[0], state
 
   state, number = (
-    served.server.init(unravel(jax.numpy.asarray(memory.model))),
+    optimizer.init(unravel(jax.numpy.asarray(memory.model))),
     int(memory.steps[worker]),
   )
   try:

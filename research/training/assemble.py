@@ -11,8 +11,9 @@ import numpy as np
 
 from research.comm import mesh as meshes
 from research.core import registry
-from research.core.base import Batch, Executor, Method
+from research.core.method import Method
 from research.core.spec import parse
+from research.core.task import Batch, Executor
 from research.parallel.job import Job, stages
 from research.training import feed, reach, sources
 from research.training.config import OF_SERVER, Config, UsageError, flag
@@ -261,7 +262,7 @@ def _steps(
   if not config.epochs:
     with flag("steps", config.steps):
       if plan.end(config.steps) != config.steps:
-        period = plan.jobs[plan.stage(config.steps)].method.period
+        period = plan.jobs[plan.stage(config.steps)].method.local_steps
         raise ValueError(
           f"does not end with a round of {period} steps; nearest: {plan.end(config.steps)}, "
           "or take --rounds"

@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from research.analysis import wire
 from research.comm.mesh import worker_axes
-from research.core.base import Array, Params, TrainState
+from research.core.base import Array, Params
+from research.core.task import TrainState
 from research.parallel import resize, sharded, workers
 from research.training import folder as folders
 from research.training import heartbeat, interrupt, metrics, reach
@@ -366,9 +367,9 @@ class Run:
     dense = wire.by_axis(workers.dense_traffic(job))
     plan = self.problem.plan
     last = plan.jobs[plan.stage(self.step)]
-    rounds = max(1, self.timing.largest // last.method.period)
-    shared = wire.by_axis(workers.metrics_traffic(last, rounds), rounds * last.method.period)
-    steps = max(job.method.period, self.step)
+    rounds = max(1, self.timing.largest // last.method.local_steps)
+    shared = wire.by_axis(workers.metrics_traffic(last, rounds), rounds * last.method.local_steps)
+    steps = max(job.method.local_steps, self.step)
     transfers = self.sent.transfers(steps)
     return {
       **config.named(),

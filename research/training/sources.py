@@ -7,8 +7,8 @@ import numpy as np
 
 from research.comm import mesh as meshes
 from research.core import blame, paths, registry
-from research.core.base import Batch, Task
 from research.core.spec import parse
+from research.core.task import Batch, Task
 from research.parallel.job import Job
 from research.tasks.partition import stack
 from research.training.config import Config, flag

@@ -15,7 +15,8 @@ from research.aggregate.feedback import ErrorFeedbackState
 from research.analysis import compiled
 from research.comm import mesh as meshes
 from research.core import registry
-from research.core.base import Chunk, TrainState
+from research.core.base import Chunk
+from research.core.task import TrainState
 from research.parallel import layout as layouts
 from research.parallel import resize, workers
 from research.training import metrics

@@ -18,7 +18,8 @@ from side_by_side import regressions, side_by_side
 
 from research.aggregate.privacy.clipping import clipped
 from research.core import registry
-from research.core.base import EVERYONE, Aggregator, Chunk, Method, Presence
+from research.core.base import EVERYONE, Aggregator, Chunk, Presence
+from research.core.method import Method
 from research.parallel import layout, workers
 from research.parallel.job import Job, traits
 
@@ -224,7 +225,7 @@ def some_absent(methods: Mapping[str, Method], axes: Mapping[str, int]) -> Calla
       state = method.init(jax.tree.map(jnp.ones_like, first))
       for number, grads in enumerate((first, second)):
         local = method.begin(state)
-        for _ in range(method.period):
+        for _ in range(method.local_steps):
           elsewhere = lambda params, g=grads: jax.tree.map(lambda g, p: g + 0.1 * p, g, params)
           key = jax.random.key(3)
           local = method.step(elsewhere(local.params), local, state, key=key, grad_fn=elsewhere)
@@ -283,7 +284,7 @@ def test_a_round_that_nobody_takes_part_in_changes_nothing():
       def one(state, of_round):
         key, there = of_round
         local, gradient = job.method.begin(state), lambda params: grads
-        for _ in range(job.method.period):
+        for _ in range(job.method.local_steps):
           local = job.method.step(grads, local, state, key=key, grad_fn=gradient)
         weight = jnp.where(there, 1.0, 0.0)
         return workers.sync(job, local, state, weight, key, there), None
@@ -364,7 +365,7 @@ def rounds_of(method: Method, grads: Any) -> tuple[Any, Any]:
     number, scale = of_round
     local, key = method.begin(state), jax.random.fold_in(KEY, number)
     gradient = lambda params: jax.tree.map(lambda g: scale * g, grads)
-    for _ in range(method.period):
+    for _ in range(method.local_steps):
       local = method.step(gradient(local.params), local, state, key=key, grad_fn=gradient)
     state = method.sync(local, state, key=key)
     return state, method.params(state)

@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from research.aggregate.mean import mean
 from research.aggregate.privacy import masks, secure, shamir
-from research.aggregate.privacy.private import epsilon, noisy, spending
+from research.aggregate.privacy.accounting import epsilon, spending
+from research.aggregate.privacy.private import noisy
 from research.aggregate.privacy.secure import secure_sum
 from research.comm import mesh
 from research.core.base import Aggregate, Aggregator

@@ -38,7 +38,7 @@ def by_epochs(executor: str, **rest) -> Running:
 def test_a_round_by_epochs_is_so_many_passes():
   """Each client sees each of its examples twice, but for what does not fill a batch."""
   run = by_epochs("simulate")
-  assert run.job.method.period == 2 * 40 // 8
+  assert run.job.method.local_steps == 2 * 40 // 8
   numbers = jnp.arange(20, dtype=jnp.int32)
   for worker in range(2):
     lots = jax.device_get(draw(run.job, run.data, run.state.key, numbers, jnp.int32(worker)))
@@ -185,9 +185,9 @@ def test_bytes_of_rounds_read_in_pieces(method, monkeypatch):
     monkeypatch.setattr(Stage, "PIECE", piece)
     sent = Sent(plan, layout, plan.steps(rounds))
     for asked in (0, 1, 5, 5.5, 9, 10, 31.5, 42, 43, 17, 3.5, 43):
-      got = sent.until(asked * job.method.period)  # pyright: ignore[reportArgumentType]
+      got = sent.until(asked * job.method.local_steps)  # pyright: ignore[reportArgumentType]
       assert got == pytest.approx(until(asked), abs=1e-9), asked
-      totals = wire.by_axis(sent.transfers(round(asked * job.method.period)))
+      totals = wire.by_axis(sent.transfers(round(asked * job.method.local_steps)))
       assert sum(totals.values()) == pytest.approx(until(max(1, round(asked))), abs=1e-9)
 
 

@@ -7,8 +7,9 @@ import optax
 import pytest
 
 from research.core import optimizers, registry
-from research.core.base import Aggregator, Method
+from research.core.base import Aggregator
 from research.core.builtin import TABLE
+from research.core.method import Method
 
 METHOD = "data_parallel(sgd(0.1), mean())"
 
@@ -29,7 +30,7 @@ def test_a_spec_is_the_object_that_its_calls_would_build():
   )
   method = registry.build("method", spec)
   assert isinstance(method, Method)
-  assert method.period == 4
+  assert method.local_steps == 4
   params = jnp.ones(3)
   optimizer = registry.build("optimizer", "sgd(0.1, momentum=0.9, nesterov=True)")
   hand = optax.sgd(0.1, momentum=0.9, nesterov=True)

@@ -24,7 +24,9 @@ from research.compress.dct import cosines, dct_top_k
 from research.compress.quantize import qsgd
 from research.compress.sign import sign
 from research.compress.sparsify import random_k, top_k
-from research.core.base import Aggregator, Method, Task
+from research.core.base import Aggregator
+from research.core.method import Method
+from research.core.task import Task
 from research.methods.data_parallel import data_parallel
 from research.methods.demo import demo
 from research.methods.marina import coin, marina

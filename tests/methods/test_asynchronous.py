@@ -15,7 +15,7 @@ from side_by_side import regressions, side_by_side
 
 from research.aggregate.mean import mean
 from research.core import registry
-from research.core.base import Method
+from research.core.method import Method
 from research.methods.asynchronous import (
   asgd,
   dc_asgd,

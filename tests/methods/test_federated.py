@@ -22,7 +22,8 @@ from research.comm.topology import ring
 from research.compress.quantize import int8
 from research.compress.sparsify import kept, random_k, support, top_k
 from research.core import registry
-from research.core.base import Aggregator, Method
+from research.core.base import Aggregator
+from research.core.method import Method
 from research.methods.data_parallel import data_parallel
 from research.methods.federated import fed_adagrad, fed_adam, fed_avg, fed_opt, fed_prox, fed_yogi
 from research.methods.local import local_sgd
@@ -278,7 +279,7 @@ def test_the_optax_face_is_the_method(name):
       updates, state = optimizer.update(grads, carry[1], carry[0], weight=weight)
       return (optax.apply_updates(carry[0], updates), state), None
 
-    return jax.lax.scan(one, (params, begin), None, ROUNDS * method.period)[0][0]
+    return jax.lax.scan(one, (params, begin), None, ROUNDS * method.local_steps)[0][0]
 
   weights = SHARES.astype(np.float32)
   got = jax.jit(jax.vmap(run, axis_name="data"))({**examples, "mask": mask}, weights)
@@ -313,7 +314,7 @@ def play(method: Method, cohort: int, dropout: float, shares: bool) -> tuple[Any
   def worker(state, rows, client, active):
     state = state._replace(own_control=rows[client]) if hasattr(state, "own_control") else state
     local, key = method.begin(state), jax.random.key(0)
-    for k in range(method.period):
+    for k in range(method.local_steps):
       grads = h[client] * (local.params - b[client])
       after = method.step(grads, local, state, key=key)
       local = jax.tree.map(lambda x, y, k=k: jnp.where(k < steps[client], y, x), local, after)

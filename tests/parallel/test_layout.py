@@ -10,7 +10,8 @@ from catalogue import EXACT, METHODS
 from problems import Running
 
 from research.comm import collectives
-from research.core.base import Method, Params
+from research.core.base import Params
+from research.core.method import Method
 from research.parallel import layout as layouts
 from research.parallel import resize
 

@@ -116,7 +116,7 @@ class Server:
           for step in range(steps):
             local, total = self.compute.step(local, total, *data, jnp.int32(first + step))
         else:
-          steps = self.setup.job.method.period
+          steps = self.setup.job.method.local_steps
           local, total = self.compute.steps(params, held, *data, jnp.int32(first))
         payloads, held = self.compute.end(local, params, held, own, jnp.int32(at))
         payloads = jax.tree.map(np.asarray, payloads)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from research.core import registry
-from research.core.base import Feed
+from research.core.task import Feed
 from research.tasks.language import stream, token_files
 from research.tasks.language.token_files import TokenFile
 from research.training import assemble, loop
@@ -205,7 +205,10 @@ class Dispatched:
   def through(self, *stops: int) -> list[float]:
     """The losses of all steps up to now."""
     for first, last in itertools.pairwise(stops):
-      data, rounds = self.training.of(first, last), (last - first) // self.problem.job.method.period
+      data, rounds = (
+        self.training.of(first, last),
+        (last - first) // self.problem.job.method.local_steps,
+      )
       self.state, metrics = self.problem.executor.run(self.state, data, rounds=rounds)
       self.training.ahead(last, 2 * last - first)
       self.losses += metrics["loss"].tolist()

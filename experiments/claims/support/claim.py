@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from research.core.base import Params, Task, TrainState
+from research.core.base import Params
 from research.core.spec import parse
+from research.core.task import Task, TrainState
 from research.training import metrics, sources
 from research.training.assemble import Problem, assemble, check
 from research.training.config import Config

@@ -7,8 +7,8 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
-from research.core.base import Batch, Task
 from research.core.registry import Default
+from research.core.task import Batch, Task
 from research.tasks import files, texts
 from research.tasks.supervised import supervised
 

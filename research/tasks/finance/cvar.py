@@ -9,7 +9,8 @@ import numpy as np
 import optax
 
 from research.core import paths
-from research.core.base import Array, Batch, Key, Params, Task
+from research.core.base import Array, Key, Params
+from research.core.task import Batch, Task
 from research.tasks import files, sampling, texts
 from research.tasks.finance import price_table
 

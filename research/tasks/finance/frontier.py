@@ -10,7 +10,8 @@ import optax
 from jax import lax
 
 from research.core import paths
-from research.core.base import Array, Batch, Key, Params, Task
+from research.core.base import Array, Key, Params
+from research.core.task import Batch, Task
 from research.tasks import files, sampling
 from research.tasks.finance import portfolio_files
 

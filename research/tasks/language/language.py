@@ -11,8 +11,9 @@ import numpy as np
 from jax import lax
 
 from research.core import paths
-from research.core.base import Array, Batch, Key, Params, Task, Tree
+from research.core.base import Array, Key, Params, Tree
 from research.core.registry import Default
+from research.core.task import Batch, Task
 from research.tasks import files, sampling, texts
 from research.tasks.language import tokens
 

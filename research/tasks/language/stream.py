@@ -9,8 +9,8 @@ from typing import NamedTuple
 import flax.linen as nn
 import numpy as np
 
-from research.core.base import Batch, Feed, Task
 from research.core.registry import Default
+from research.core.task import Batch, Feed, Task
 from research.tasks import sampling
 from research.tasks.language import language
 from research.tasks.language.token_files import TokenFile, encoded

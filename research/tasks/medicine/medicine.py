@@ -7,8 +7,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from research.core.base import Array, Batch, Params, Task
+from research.core.base import Array, Params
 from research.core.registry import Default
+from research.core.task import Batch, Task
 from research.tasks.supervised import supervised
 
 SHIFTS = ("label", "features")

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 
-from research.core.base import Array, Batch, Key, Params, Task
+from research.core.base import Array, Key, Params
 from research.core.registry import Default
+from research.core.task import Batch, Task
 from research.tasks import files, sampling
 from research.tasks.search import bm25 as bm25s
 from research.tasks.search import ranking

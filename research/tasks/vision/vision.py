@@ -7,8 +7,8 @@ from pathlib import Path
 import flax.linen as nn
 import numpy as np
 
-from research.core.base import Batch, Task
 from research.core.registry import Default
+from research.core.task import Batch, Task
 from research.tasks import files
 from research.tasks.supervised import supervised
 

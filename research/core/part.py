@@ -1,0 +1,112 @@
+"""Parts: the objects that specs name, as frozen dataclasses whose repr is their spec."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
+
+Kind = TypeVar("Kind")
+
+
+def hidden(default: Any) -> Any:
+  """A field that no spec sets and no repr shows: executors and wrappers replace it."""
+  return dataclasses.field(default=default, init=False, repr=False)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, hidden))
+class Part:
+  """What a spec names: a frozen dataclass whose repr is its spec.
+
+  A subclass becomes a dataclass by itself. Its `name` is that of its constructor in specs:
+
+      class Halved(Compressor, name="halved"):
+        factor: float = 0.5
+
+      halved = Halved
+
+  `check` rejects arguments out of range; it runs whenever an object is built or changed.
+  """
+
+  spec_name: ClassVar[str] = ""
+
+  def __init_subclass__(cls, name: str = "", **kwargs: Any):
+    super().__init_subclass__(**kwargs)
+    cls.spec_name = name
+    dataclasses.dataclass(frozen=True, repr=False)(cls)
+
+  def __post_init__(self):
+    for name, value in self.fields().items():
+      object.__setattr__(self, name, _frozen(value))
+    self.check()
+
+  def check(self) -> None:
+    """Rejects arguments out of range.
+
+    Raises:
+      ValueError: one line with the name, the value and the legal range.
+    """
+
+  @property
+  def title(self) -> str:
+    """What errors call it: its name in specs, or that of its class."""
+    return self.spec_name or type(self).__name__
+
+  def replace(self, **changes: Any) -> Self:
+    """The same object with other values of some fields, hidden ones included; checked anew."""
+    fresh = object.__new__(type(self))
+    for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
+      value = changes.pop(field.name) if field.name in changes else getattr(self, field.name)
+      object.__setattr__(fresh, field.name, value)
+    if changes:
+      raise TypeError(f"{type(self).__name__} has no field {', '.join(changes)}")
+    fresh.__post_init__()
+    return fresh
+
+  def fields(self) -> dict[str, Any]:
+    """All fields by name, hidden ones included."""
+    return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # pyright: ignore[reportArgumentType]
+
+  def values(self) -> Iterator[Any]:
+    """The values of all fields; of a field that holds several, each of them."""
+    for value in self.fields().values():
+      yield from value if type(value) is tuple else (value,)
+
+  def parts(self, kind: type[Kind]) -> Iterator[Kind]:
+    """Every object of a type in this one, at any depth, itself included."""
+    if isinstance(self, kind):
+      yield self
+    for value in self.values():
+      if isinstance(value, Part):
+        yield from value.parts(kind)
+
+  def __repr__(self) -> str:
+    shown, keyword = [], False
+    for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
+      if not field.init:
+        continue
+      value = getattr(self, field.name)
+      default = field.default
+      if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+      if default is not dataclasses.MISSING and default == value:
+        keyword = True  # what follows is no longer in its place
+        continue
+      text = _shown(value)
+      shown.append(f"{field.name}={text}" if field.kw_only or keyword else text)
+    return f"{self.title}({', '.join(shown)})"
+
+
+def _frozen(value: Any) -> Any:
+  """Lists as tuples, so that an object can be hashed."""
+  return tuple(map(_frozen, value)) if type(value) in (list, tuple) else value
+
+
+def _shown(value: Any) -> str:
+  """A value as a spec writes it; an optimizer or a function that no spec made by its type."""
+  if type(value) is tuple:
+    return f"[{', '.join(map(_shown, value))}]"
+  is_made = type(value).__repr__ not in (object.__repr__, tuple.__repr__)
+  if callable(value) and not isinstance(value, Part) and not is_made:
+    return f"<{getattr(value, '__name__', type(value).__name__)}>"
+  if hasattr(value, "_fields") and hasattr(value, "update") and "function" in repr(value):
+    return f"<{type(value).__name__}>"
+  return repr(value)
