@@ -34,7 +34,7 @@ def test_there_are_few_enough_names_and_each_once():
   assert set(research.__all__) <= set(dir(research))
 
 
-@pytest.mark.parametrize("name", set(research.__all__) - {"__version__"})
+@pytest.mark.parametrize("name", sorted({*research.__all__} - {"__version__"}))
 def test_every_name_has_a_docstring_of_its_own(name):
   found = getattr(research, name)
   assert found.__doc__
