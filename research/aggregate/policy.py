@@ -194,6 +194,9 @@ class WarmUp(Aggregator, name="warm_up"):
     """All stages in their order, the last of which stays."""
     return (*((Mean(),) if self.stages is None else self.stages), self.inner)
 
+  def aggregators(self):
+    return list(self.every)
+
   @property
   def traits(self):
     return reduce(or_, (stage.traits for stage in self.every))

@@ -50,7 +50,7 @@ class Method(Wrapper):
 
   refuses: ClassVar[Mapping[Trait, str]] = COMMON_MODEL
   period: ClassVar[Any] = 1
-  aggregator: ClassVar[Any] = None
+  aggregator: ClassVar[Any]
 
   def __post_init__(self):
     super().__post_init__()

@@ -27,11 +27,17 @@ class Part:
   """
 
   spec_name: ClassVar[str] = ""
+  title: ClassVar[str] = "Part"  # what errors call it: its name in specs, else that of its class
 
   def __init_subclass__(cls, name: str = "", **kwargs: Any):
     super().__init_subclass__(**kwargs)
     cls.spec_name = name
+    if "title" not in vars(cls):
+      cls.title = name or cls.__name__
     dataclasses.dataclass(frozen=True, repr=False)(cls)
+    known = vars(cls)["__dataclass_fields__"]
+    for declared in set(known) - {field.name for field in dataclasses.fields(cls)}:  # pyright: ignore[reportArgumentType]
+      del known[declared]  # a ClassVar keeps no place in the order of a subclass's fields
 
   def __post_init__(self):
     for name, value in self.fields().items():
@@ -44,11 +50,6 @@ class Part:
     Raises:
       ValueError: one line with the name, the value and the legal range.
     """
-
-  @property
-  def title(self) -> str:
-    """What errors call it: its name in specs, or that of its class."""
-    return self.spec_name or type(self).__name__
 
   def replace(self, **changes: Any) -> Self:
     """The same object with other values of some fields, hidden ones included; checked anew."""
@@ -79,19 +80,14 @@ class Part:
         yield from value.parts(kind)
 
   def __repr__(self) -> str:
-    shown, keyword = [], False
+    shown = []
     for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
-      if not field.init:
-        continue
-      value = getattr(self, field.name)
-      default = field.default
+      value, default = getattr(self, field.name), field.default
       if field.default_factory is not dataclasses.MISSING:
         default = field.default_factory()
-      if default is not dataclasses.MISSING and default == value:
-        keyword = True  # what follows is no longer in its place
-        continue
-      text = _shown(value)
-      shown.append(f"{field.name}={text}" if field.kw_only or keyword else text)
+      if field.init and (default is dataclasses.MISSING or _frozen(default) != value):
+        optional = field.kw_only or default is not dataclasses.MISSING
+        shown.append(f"{field.name}={_shown(value)}" if optional else _shown(value))
     return f"{self.title}({', '.join(shown)})"
 
 

@@ -12,7 +12,7 @@ import pytest
 from problems import regression, split
 
 from research.aggregate.mean import mean
-from research.aggregate.privacy import private
+from research.aggregate.privacy import accounting, private
 from research.core import registry
 from research.core.base import Aggregator
 from research.methods.data_parallel import data_parallel
@@ -107,11 +107,11 @@ def test_epsilon_grows_as_the_accountant_says(case):
   assert (note, {name: found[name] for name in NOISE}) == ("", NOISE)
   assert said in found["accounted"]
   spent = [epsilon(rounds) for rounds in (0, 1, 10, 1000)]
-  want = private.spending(noise, 1e-5, **sampling)
+  want = accounting.spending(noise, 1e-5, **sampling)
   assert spent == pytest.approx([want(rounds) for rounds in (0, 1, 10, 1000)])
   assert spent == sorted(set(spent))
   if case == "Poisson":
-    assert spent[-1] == private.epsilon(1.3, 0.05, 1000, 1e-5)
+    assert spent[-1] == accounting.epsilon(1.3, 0.05, 1000, 1e-5)
 
 
 def test_what_is_not_counted_says_why(monkeypatch):

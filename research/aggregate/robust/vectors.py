@@ -35,7 +35,7 @@ class Best(Robust):
   """The mean of the `selected` vectors that are nearest to their n - f - 2 nearest others."""
 
   faulty: ClassVar[Any]
-  selected: ClassVar[Any] = 1
+  selected: ClassVar[Any]
 
   def check(self):
     checks.at_least("faulty", self.faulty, 0)
@@ -83,6 +83,7 @@ class Krum(Best, name="krum"):
 
   faulty: int
   axis: collectives.Axes = WORKER_AXES
+  selected = 1
 
 
 krum = Krum
