@@ -22,17 +22,8 @@ _OURS = tuple(str(_HERE / name) + "/" for name in _OUR_PACKAGES)
 # What this codebase stands on; a package that is not named is taken for a user's own.
 _LIBRARIES = sys.stdlib_module_names | {
   *("jax", "jaxlib", "numpy", "scipy", "ml_dtypes", "flax", "optax", "chex", "orbax", "absl"),
-  *(
-    "sklearn",
-    "matplotlib",
-    "rich",
-    "google",
-    "ray",
-    "equinox",
-    "tokenizers",
-    "grain",
-    "tensorboardX",
-  ),
+  *("sklearn", "matplotlib", "rich", "google", "ray", "tokenizers", "grain", "tensorboardX"),
+  *("equinox", "jaxtyping"),
 }
 _RAISE = dis.opmap["RAISE_VARARGS"]
 

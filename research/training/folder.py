@@ -22,7 +22,7 @@ _FREE = ("out", "data_dir", "allow_changes", "tensorboard", "profile")
 _FREE = (*_FREE, "restarts", "ray_address", "node_ip")
 # What every summary has beside the flags of NAMED.
 RESULT = ("workers", "steps", "stopped_because", "evaluated_on", "params_sha256")
-# Fingerprints by what they are of, "data" and "code"; in config.json under PRINTS.
+# Fingerprints by what they are of, "data" and "code"; in env.json under PRINTS.
 Prints = Mapping[str, str]
 PRINTS = "made_of"
 NO_PRINTS: Prints = {}
@@ -71,7 +71,7 @@ def _check(config: Config, folder: Path) -> None:
 
 
 def _stored(path: Path) -> dict[str, Any] | None:
-  """The flags in a config.json, None if it holds none."""
+  """The entries of a JSON file, None if it holds none."""
   try:
     found = json.loads(path.read_text())
   except (OSError, ValueError):
@@ -83,12 +83,12 @@ def unchanged(config: Config, folder: Path, made_of: Prints) -> bool:
   """Whether the folder holds a run of these very flags, data and code."""
   before = _stored(folder / "config.json") or {}
   same = all(before.get(name) == value for name, value in identity(config).items())
-  return same and not _changed_prints(before, made_of)
+  return same and not _changed_prints(folder, made_of)
 
 
-def _changed_prints(before: Mapping[str, Any], made_of: Prints) -> list[str]:
-  """Which fingerprints are not those of a config.json; one without any has them all."""
-  stored = before.get(PRINTS)
+def _changed_prints(folder: Path, made_of: Prints) -> list[str]:
+  """Which fingerprints are not those of the run in a folder; none if it has no fingerprints."""
+  stored = (_stored(folder / "env.json") or {}).get(PRINTS)
   return [] if stored is None else [n for n in made_of if stored.get(n) != made_of[n]]
 
 
@@ -98,7 +98,7 @@ def check_prints(config: Config, folder: Path, made_of: Prints) -> None:
   Raises:
     UsageError: without --allow_changes.
   """
-  changed = _changed_prints(_stored(folder / "config.json") or {}, made_of)
+  changed = _changed_prints(folder, made_of)
   if changed and not config.allow_changes:
     raise UsageError(
       f"--out='{folder}': holds a run of other {' and '.join(changed)} under the same flags; name "
@@ -143,10 +143,10 @@ def finished(
   whole = summary["steps"] >= steps
   if not unchanged(config, folder, made_of):
     if whole:
-      other = _changed_prints(_stored(folder / "config.json") or {}, made_of) or ["flags"]
+      other = _changed_prints(folder, made_of) or ["flags"]
       raise UsageError(
-        f"--out='{folder}': holds a run with other {' and '.join(other)} that has done its {summary['steps']} "
-        "steps; give it more --steps to go on with, or name another folder"
+        f"--out='{folder}': holds a run with other {' and '.join(other)} that has done its "
+        f"{summary['steps']} steps; give it more --steps to go on with, or name another folder"
       )
     return None
   return summary if whole or summary["stopped_because"] == "converged" else None
@@ -187,8 +187,8 @@ def claimed(config: Config, folder: Path, made_of: Prints = NO_PRINTS) -> Iterat
 def describe(config: Config, folder: Path, made_of: Prints = NO_PRINTS) -> None:
   """Writes what the run is and what runs it."""
   prints = {PRINTS: dict(made_of)} if made_of else {}
-  write_json(folder / "config.json", config._asdict() | prints)
-  write_json(folder / "env.json", environment())
+  write_json(folder / "config.json", config._asdict())
+  write_json(folder / "env.json", environment() | prints)
 
 
 def environment() -> dict[str, Any]:

@@ -55,7 +55,7 @@ def trained(config: Config, given: Given, hooks: Sequence[Hook], *, writes: bool
   Args:
     config: numbers, switches, and specs or labels.
     given: objects in place of specs.
-    hooks: the user's, called after those of the run.
+    hooks: the user's, told each event before those of the run.
     writes: False keeps everything in memory and touches no file.
   """
   main = jax.process_index() == 0
@@ -82,7 +82,7 @@ def trained(config: Config, given: Given, hooks: Sequence[Hook], *, writes: bool
       own = Hooks(run, folder, main, stack)
       if main and folder:
         folders.describe(config, folder, made_of)
-      for _ in events(run, (*own.all, *hooks)):
+      for _ in events(run, (*hooks, *own.all)):
         pass
       summary, params = own.summary(run), run.params()
       if main and folder:
@@ -99,12 +99,11 @@ def _same_everywhere(config: Config) -> None:
 def _made_of(given: Given, setting: Setting, problem: Problem) -> dict[str, str]:
   """Fingerprints of the run's data and of the user's objects and code."""
   task = problem.job.task
-  code = fingerprint.of_code(setting.method, setting.partition, setting.speeds, task)
-  own = [x for x in given if x is not None]
-  functions = [x for x in own if x is not given.task] + [
-    task._replace(train={}, test=None, by=None)
-  ]
-  code = fingerprint.of_objects(*functions) if own else code
+  apart = task._replace(train={}, test=None, by=None)  # from its examples
+  if any(x is not None for x in given):
+    code = fingerprint.of_objects(apart, *given[1:])
+  else:
+    code = fingerprint.of_code(apart, setting.method, setting.partition, setting.speeds)
   return {"data": fingerprint.of_data(task)} | ({"code": code} if code else {})
 
 

@@ -79,16 +79,14 @@ def test_rounds_in_pieces_end_as_rounds_at_once(law, monkeypatch):
   plan = Plan(stages(Job(method, regression(), {"data": W}, np.full(W, 30), 8)))
   for count in (1, 8, 2**16):
     monkeypatch.setattr(Waiting, "STEPS", count)
-    virtual = played(registry.build("speeds", LAWS[law]), plan, W, 3)(len(steps))
+    virtual = played(speeds, plan, W, 3)(len(steps))
     assert [virtual.at(rounds) for rounds in (39, 1, 2, 17, 0, 9)] == [
       want[38], want[0], want[1], want[16], 0, want[8]
     ]  # fmt: skip
     assert virtual.at(9.25) == pytest.approx(want[8] + (want[9] - want[8]) / 4)
     assert virtual.at(0.5) == pytest.approx(want[0] / 2)
     for seconds, rounds in ((want[20], 21), ((want[20] + want[21]) / 2, 21), (want[0], 1)):
-      assert (
-        rounds_within(played(registry.build("speeds", LAWS[law]), plan, W, 3), seconds) == rounds
-      )
+      assert rounds_within(played(speeds, plan, W, 3), seconds) == rounds
 
 
 def test_more_rounds_than_can_be_counted_or_ordered_are_refused(monkeypatch):

@@ -37,9 +37,9 @@ class Signals(Hook):
 def watch() -> Iterator[Callable[[], str]]:
   """Gives `stopped()`: '' or the reason to stop, the same on all processes at the same call.
 
-  A single process handles SIGTERM and SIGINT itself; a second SIGINT ends it at once. Outside of the
-  main thread, where Python allows no handlers, nothing stops it. With several processes JAX's preemption service receives SIGTERM on any of them
-  and names the call at which all stop.
+  A single process handles SIGTERM and SIGINT itself; a second SIGINT ends it at once. Outside of
+  the main thread, where Python allows no handlers, nothing stops it. With several processes JAX's
+  preemption service receives SIGTERM on any of them and names the call at which all stop.
   """
   if jax.process_count() > 1:
     from jax.experimental import multihost_utils

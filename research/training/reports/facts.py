@@ -12,7 +12,7 @@ from research.core.base import WORKER_AXES
 from research.core.registry import Call
 from research.parallel.job import Job
 from research.parallel.layout import Layout
-from research.training.config import Config
+from research.training.config import Config, called
 from research.training.privacy import columns, over, spending
 
 MOST = 256  # workers whose matrix of weights is looked at
@@ -38,7 +38,7 @@ def facts(config: Config, job: Job, layout: Layout) -> Facts:
   Clients drawn at a rate are counted as Poisson sampling, those of strata as such where a round's
   draw is what alone hides them (`private.spending`), and else as if they were in every round.
   """
-  calls = list(_walk(registry.parse(config.method)))
+  calls = list(_walk(registry.parse(config.method))) if called(config.method) else []
   graphs = [_topology(call, around, job) for call, around in calls if _kind(call) == "topology"]
   spent = spending(config, job, layout)
   found = columns(graphs) | spent.found | _pipeline(config, job)
