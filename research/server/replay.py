@@ -74,7 +74,8 @@ class Replayed:
     if self.setup.config.server_mode == "elastic":
       local, total = self.worker.begin(params, held)
       for step in range(push.steps):
-        local, total = self.worker.step(local, total, *data, np.int32(push.first + step))
+        at_step = np.int32(push.first + step)
+        local, total = self.worker.step(local, total, params, held, *data, at_step)
     else:
       local, _ = self.worker.steps(params, held, *data, np.int32(push.first))
     payloads, held = self.worker.end(local, params, held, own, at)

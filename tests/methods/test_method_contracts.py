@@ -95,4 +95,5 @@ def build(method: str, aggregator):
   }
   given = [p for p in inspect.signature(factory).parameters.values() if p.default is p.empty]
   kind = lambda parameter: getattr(parameter.annotation, "__name__", "")
-  return factory(**{p.name: values.get(kind(p), 0.1) for p in given})
+  plain = {"float": 0.1, "int": 2, "Union": 0.1}
+  return factory(**{p.name: values.get(kind(p), plain.get(kind(p), 0.1)) for p in given})
