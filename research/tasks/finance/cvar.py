@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from research.core import paths
+from research.core import checks, paths
 from research.core.base import Array, Key, Params
 from research.core.task import Batch, Task
 from research.tasks import files, sampling, texts
@@ -66,8 +66,7 @@ def cvar(
     2, theorem 1.
   """
   for what, value in (("level", level), ("confidence", confidence)):
-    if not 0 < value < 1:
-      raise ValueError(f"{what}={value} is not in (0, 1)")
+    checks.in_range(what, value, "(0, 1)")
   if scenarios < 0 or not smoothing >= 0:
     raise ValueError(f"scenarios={scenarios}, smoothing={smoothing}: neither may be negative")
   days = load(name, data_dir)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from research.core import paths
+from research.core import checks, paths
 from research.core.base import Array, Key, Params, Tree
 from research.core.registry import Default
 from research.core.task import Batch, Task
@@ -90,8 +90,7 @@ def text(
     raise ValueError(f"tokenizer={tokenizer!r} is none of {', '.join(TOKENIZERS)}")
   if vocabulary is not None and tokenizer != "bpe":
     raise ValueError(f"vocabulary={vocabulary}: only tokenizer='bpe' has one to choose")
-  if not 0 < held_out < 1:
-    raise ValueError(f"held_out={held_out} is not in (0, 1)")
+  checks.in_range("held_out", held_out, "(0, 1)")
   content = _read(path)
   end = int((1 - held_out) * len(content))
   coder = {

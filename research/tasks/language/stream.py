@@ -9,6 +9,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import numpy as np
 
+from research.core import checks
 from research.core.registry import Default
 from research.core.task import Batch, Feed, Task
 from research.tasks import sampling
@@ -57,8 +58,7 @@ def stream(
   """
   if type(context) is not int or context < 1:
     raise ValueError(f"context={context!r} is not a positive integer")
-  if not 0 < held_out < 1:
-    raise ValueError(f"held_out={held_out} is not in (0, 1)")
+  checks.in_range("held_out", held_out, "(0, 1)")
   if evaluated < context:
     raise ValueError(f"evaluated={evaluated} is less than one window of context={context}")
   source = _source(path, tokenizer, vocabulary, 1 - held_out)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from research.core import checks
 from research.core.base import Array, Key, Params
 from research.core.task import Batch, Task
 from research.tasks import sampling
@@ -62,8 +63,7 @@ def of_graph(graph: Graph, alpha: float) -> Task:
   Raises:
     ValueError: alpha is not in [0, 1).
   """
-  if not 0 <= alpha < 1:
-    raise ValueError(f"alpha={alpha} is not in [0, 1)")
+  checks.in_range("alpha", alpha, "[0, 1)")
   nodes, train = graph.nodes, together(graph)
   total = len(train["y"])
   links = np.bincount(graph.source, minlength=nodes)
