@@ -19,6 +19,7 @@ from research.compress.quantize import Int8, int8
 from research.core import registry
 from research.core.base import Aggregator, Compressor
 from research.core.part import Part, hidden
+from research.core.spec import parse
 
 SPECS = {
   **dict.fromkeys(COMPRESSORS, "compressor"),
@@ -55,7 +56,7 @@ def canonical(value) -> str:
 def test_what_a_spec_builds_is_shown_as_that_spec(spec):
   built = registry.build(SPECS[spec], spec)
   assert isinstance(built, Part)
-  assert repr(built) == canonical(registry.parse(spec))
+  assert repr(built) == canonical(parse(spec))
   again = registry.build(SPECS[spec], repr(built))
   assert again == built
   assert repr(again) == repr(built)
