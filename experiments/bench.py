@@ -66,23 +66,26 @@ def checkpoints(repeats: int) -> list[float]:
   from research.parallel import resize
   from research.training import assemble
   from research.training.checkpoint.checkpoint import Checkpoints
+  from research.training.hooks.hook import Rounds
+  from research.training.loop import Run, events
 
-  config = Config(**pairs.CASES["digits"].flags)
+  config = Config(**pairs.CASES["digits"].flags | {"steps": 2**30})
   problem = assemble.assemble(config, assemble.check(config))
-  state = problem.executor.init(jax.random.key(0))
-  data = problem.executor.place(problem.examples, problem.sizes, jax.random.key(1))
-  blocked = []
+  run, blocked = Run(config, problem), []
   with tempfile.TemporaryDirectory() as folder:
-    private = problem.executor.layout.state
-    store = Checkpoints(Path(folder), state, resize.placed(problem.job, private, state))
-    for step in range(repeats + 1):
-      until = time.perf_counter() + 1
-      while time.perf_counter() < until:
-        state, metrics = problem.executor.run(state, data, rounds=config.steps_per_dispatch)
-        jax.block_until_ready(metrics)
+    placed = resize.placed(problem.job, problem.executor.layout.state, run.state)
+    store = Checkpoints(Path(folder), run.state, placed)
+    until = time.perf_counter() + 1
+    for event in events(run):
+      jax.block_until_ready(run.metrics)
+      if not isinstance(event, Rounds) or time.perf_counter() < until:
+        continue
       start = time.perf_counter()
-      store.save(step, state, 0.0)
+      store.save(run.step, run.state, 0.0)
       blocked.append(1000 * (time.perf_counter() - start))
+      until = time.perf_counter() + 1
+      if len(blocked) > repeats:
+        break
     store.wait()
     store.close()
   return blocked[1:]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from launch.watchman import Watchman, dies_with_parent, kill
-from research.training import heartbeat
+from research.training.hooks import heartbeat
 
 TICK = 0.2  # seconds between looks at what does not wake the supervisor
 SETTLE = 5.0  # seconds that others have to end by themselves once one has failed
@@ -54,7 +54,7 @@ class Running(NamedTuple):
   process: Process
   popen: subprocess.Popen
   log: IO[bytes]
-  beat: Path  # it touches this file as it advances (research/training/heartbeat.py)
+  beat: Path  # it touches this file as it advances (research/training/hooks/heartbeat.py)
   rest: bytearray  # of a line that is not complete
 
 

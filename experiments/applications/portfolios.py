@@ -65,12 +65,13 @@ def _weights(task: str, method: str, steps: int) -> np.ndarray:
   import jax
 
   from research.training import assemble
+  from research.training.loop import Run, events
 
   given: dict[str, Any] = STEADY | {"mesh": "data:8", "batch_size": "all", "steps": steps}
   config = Config(task=task, method=method, x64=True, **given)
   with jax.enable_x64(True):
     problem = assemble.assemble(config, assemble.check(config))
-    executor, (init, order) = problem.executor, jax.random.split(jax.random.key(config.seed))
-    data = executor.place(problem.examples, problem.sizes, order)
-    state, _ = executor.run(executor.init(init), data, rounds=steps)
-    return jax.device_get(executor.params(state))["weights"]
+    run = Run(config, problem)
+    for _ in events(run):
+      pass
+    return jax.device_get(run.params())["weights"]

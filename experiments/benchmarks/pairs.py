@@ -100,7 +100,7 @@ def compare(name: str, repeats: int) -> dict[str, Any]:
   plain["log_every"] = case.flags["steps_per_dispatch"]
   config = Config(**plain | case.flags)
   advance = case.by_hand(config._asdict())
-  with contextlib.closing(Timing()) as timing:
+  with Timing() as timing:
     advance(config.steps_per_dispatch)
 
   def ours() -> float:

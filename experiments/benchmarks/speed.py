@@ -128,23 +128,19 @@ def to_target(speeds: list[dict[str, Any]], has_torch: bool) -> list[dict[str, A
 
 def _steps_to_target(spec: str) -> int:
   """Steps after which our loop's model has the accuracy; the workers are devices of one process."""
-  import jax
-
   from research.training import assemble, metrics
+  from research.training.hooks.hook import Rounds
+  from research.training.loop import Run, events
 
   config = Config(**_config(spec, MOST))
   problem = assemble.assemble(config, assemble.check(config))
-  executor = problem.executor
   assert problem.test is not None
-  init_key, data_key = jax.random.split(jax.random.key(config.seed))
-  state = executor.init(init_key)
-  data = executor.place(problem.examples, problem.sizes, data_key)
-  test = executor.place(*problem.test, data_key)
-  evaluate = metrics.evaluator(problem.job.task, data.sizes.sharding.mesh)
-  for step in range(SPEED_DISPATCH, MOST + 1, SPEED_DISPATCH):
-    state, _ = executor.run(state, data, rounds=SPEED_DISPATCH)
-    if evaluate(executor.params(state), test)["accuracy"] >= TARGET:
-      return step
+  run = Run(config, problem)
+  test = problem.executor.place(*problem.test, run.data_key)
+  evaluate = metrics.evaluator(problem.job.task, run.data.placed.sizes.sharding.mesh)
+  for event in events(run):
+    if isinstance(event, Rounds) and evaluate(run.params(), test)["accuracy"] >= TARGET:
+      return run.step
   raise RuntimeError(f"{spec} does not reach {TARGET} in {MOST} steps")
 
 

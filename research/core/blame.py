@@ -17,11 +17,13 @@ from types import CodeType, FrameType
 from research.core import text
 
 _HERE = Path(__file__).parents[2]
-_OURS = tuple(str(_HERE / name) + "/" for name in ("research", "experiments", "launch"))
+_OUR_PACKAGES = ("research", "experiments", "launch")
+_OURS = tuple(str(_HERE / name) + "/" for name in _OUR_PACKAGES)
 # What this codebase stands on; a package that is not named is taken for a user's own.
 _LIBRARIES = sys.stdlib_module_names | {
   *("jax", "jaxlib", "numpy", "scipy", "ml_dtypes", "flax", "optax", "chex", "orbax", "absl"),
   *("sklearn", "matplotlib", "rich", "google", "ray", "tokenizers", "grain", "tensorboardX"),
+  *("equinox", "jaxtyping"),
 }
 _RAISE = dis.opmap["RAISE_VARARGS"]
 
@@ -78,6 +80,18 @@ def fault(error: BaseException) -> str:
   name = "a lambda" if name == "<lambda>" else name
   of = f" of {owners[-1]}" if owners else ""
   return text.one_line(f"{name}{of} failed ({where}): {type(error).__name__}: {error}")
+
+
+def is_known(module: str, filename: str) -> bool:
+  """Whether code is this codebase's or a library's, and no user's own.
+
+  Args:
+    module: its dotted name.
+    filename: where its source is; "" where only the module is known.
+  """
+  top = module.partition(".")[0]
+  is_library = top in _LIBRARIES or filename.startswith("<frozen")
+  return is_library or filename.startswith(_OURS) or (not filename and top in _OUR_PACKAGES)
 
 
 def _frames(error: BaseException) -> list[tuple[FrameType, int]]:

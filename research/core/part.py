@@ -2,14 +2,19 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Literal, Self, TypeVar, dataclass_transform
 
 Kind = TypeVar("Kind")
 
 
-def hidden(default: Any) -> Any:
-  """A field that no spec sets and no repr shows: executors and wrappers replace it."""
-  return dataclasses.field(default=default, init=False, repr=False)
+def hidden(default: Any, *, init: Literal[False] = False) -> Any:
+  """A field that no spec sets and no repr shows: executors and wrappers replace it.
+
+  Args:
+    default: its value when built.
+    init: tells type checkers that the constructor does not take the field.
+  """
+  return dataclasses.field(default=default, init=init, repr=False)
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, hidden))

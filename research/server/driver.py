@@ -12,9 +12,9 @@ from research.server.actors import HeadProcess, Place, Shard, Sizes, WorkerProce
 from research.server.measure import Measured, digest
 from research.server.setup import Setup
 from research.training import folder as folders
-from research.training import heartbeat, interrupt
 from research.training.config import Config, UsageError
-from research.training.loop import NonFinite
+from research.training.hooks import heartbeat, signals
+from research.training.hooks.finite import NonFinite
 from research.training.reports import figures, report
 from research.training.reports.timing import Timing
 
@@ -31,7 +31,7 @@ def train(config: Config) -> tuple[dict[str, Any], Path]:
     SaveError: if a checkpoint cannot be written.
   """
   with contextlib.ExitStack() as stack:
-    timing = stack.enter_context(contextlib.closing(Timing()))
+    timing = stack.enter_context(Timing())
     folder = folders.check(config)
     made = setups.setup(config)
     steps = made.updates * made.job.method.local_steps
@@ -167,7 +167,7 @@ class Run:
     for number in range(self.setup.workers):
       self.start_worker(ray, number)
     told = ""
-    with interrupt.watch() as stopped:
+    with signals.watch() as stopped:
       while True:
         try:
           reason = self._follow(ray, told)

@@ -20,8 +20,8 @@ from research.server import shared, store
 from research.server.actors import Place, inherited
 from research.server.measure import Measured, digest
 from research.server.setup import Setup
-from research.training import heartbeat, interrupt
 from research.training.config import UsageError
+from research.training.hooks import heartbeat, signals
 from research.training.reports import report
 from research.training.reports.timing import Timing
 
@@ -80,7 +80,7 @@ class Run:
     for worker in range(self.setup.workers):
       self.start(worker)
     reason = ""
-    with interrupt.watch() as stopped:
+    with signals.watch() as stopped:
       while not reason:
         time.sleep(_POLL)
         reason = self._follow() or stopped()

@@ -16,7 +16,7 @@ from research.server import events
 from research.server.messages import Spent
 from research.server.setup import Setup
 from research.training import metrics
-from research.training.loop import NonFinite
+from research.training.hooks.finite import NonFinite
 from research.training.reports import report
 from research.training.reports.timing import Timing
 

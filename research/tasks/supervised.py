@@ -1,10 +1,9 @@
-"""Supervised learning: a task from a flax module, labelled examples and a loss."""
+"""Supervised learning: a task from a model, examples and a loss."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,67 +11,82 @@ import numpy as np
 from research.core.base import Array, Key, Params
 from research.core.task import Batch, Task
 from research.tasks import sampling
+from research.tasks.networks import network
+
+# (outputs [batch, ...], batch) -> a value of each example [batch]
+OfExamples = Callable[[Any, Batch], Array]
 
 
 def supervised(
-  module: nn.Module,
+  model: Any,
   train: Batch,
   test: Batch | None = None,
   *,
-  loss: str = "softmax",
+  loss: str | OfExamples = "softmax",
+  metrics: Mapping[str, OfExamples] | None = None,
   l2: float = 0.0,
   nonconvex: float = 0.0,
   optimum: Params | None = None,
   scale: float = 255.0,
   features: int = 0,
 ) -> Task:
-  """The task of minimising the mean loss of `module` over `train`.
+  """The task of minimising the mean loss of a model over `train`.
 
   The objective is 1/N sum_i loss_i(w) + l2/2 ||w||^2 + nonconvex sum_j w_j^2 / (1 + w_j^2), where w
   are all parameters, biases included. A batch's mean counts the examples that its mask keeps; the
   penalty is always whole, so that means over batches, weighted by their counts, average to the
   objective.
 
-  `evaluate` gives "loss", the objective with its penalty; "accuracy", but for squares; and
-  "distance", max|params - optimum| / max|optimum|, where the optimum is known.
+  `evaluate` gives "loss", the objective with its penalty; "accuracy" of classes; the given
+  metrics; and "distance", max|params - optimum| / max|optimum|, where the optimum is known.
 
-  Integer inputs stay as they are in memory, batches included, and become floats, divided by
-  `scale`, only as the module reads them: images take one byte per pixel.
+  Bytes (uint8) stay bytes in memory, batches included, and become floats, divided by `scale`, only
+  as the model reads them: images take one byte per pixel. Other integers, such as tokens, are
+  given to the model as they are.
 
   Args:
-    module: from x [batch, ...] to [batch, outputs].
-    train: numpy arrays "x" [N, ...], or sparse rows as `models.classic.Linear` takes them, and "y".
+    model: from x [batch, ...] to outputs [batch, ...]: a module of Flax linen or Flax NNX, an
+      Equinox module of single examples, or a function of a key that makes one; see
+      `networks.network`. Its Dropout draws from the key of the loss and is off in `evaluate`.
+    train: numpy arrays "x" [N, ...], or sparse rows as `models.classic.Linear` takes them; "y"
+      [N, ...], which a loss and metrics of your own may do without; and others by any name.
     test: the same, of other examples.
     loss: "softmax", cross-entropy in nats, y int [N] in [0, outputs); "logistic", the same for
-      y in {0, 1} and one output; or "squares", half of the squared error summed over outputs,
-      y float [N] or [N, outputs].
+      y in {0, 1} and one output; "squares", half of the squared error summed over outputs,
+      y float [N] or [N, outputs]; or a function (outputs, batch) -> losses [batch].
+    metrics: further metrics by name, functions as `loss`.
     l2: weight of the quadratic penalty, >= 0.
     nonconvex: weight of the bounded one, >= 0, the regularizer of nonconvex logistic regression.
     optimum: the exact minimiser over `train`.
-    scale: divides integer inputs.
+    scale: divides bytes.
     features: of sparse rows, which do not say it themselves.
 
   Raises:
-    ValueError: the loss is unknown; l2 is negative; examples, labels, outputs or model do not fit.
+    ValueError: the model is of no known kind; the loss is unknown; l2 is negative; examples,
+      labels, outputs or model do not fit.
   """
-  if loss not in LOSSES:
-    near = difflib.get_close_matches(loss, LOSSES, 1, 0.0)[0]
-    raise ValueError(f"loss {loss!r} is none of {', '.join(LOSSES)}; did you mean {near}?")
   for name, weight in (("l2", l2), ("nonconvex", nonconvex)):
     if not weight >= 0:
       raise ValueError(f"{name}={weight} is negative")
-  error = LOSSES[loss]
+  error = loss if callable(loss) else _of_labels(loss)
+  own = {**metrics} if metrics else {}
+  if loss in ("softmax", "logistic"):
+    own = {"accuracy": lambda outputs, batch: _correct(outputs, batch["y"])} | own
+  for part, examples in (("train", train), ("test", test)):
+    if examples is not None:
+      _check_arrays(part, examples)
+  init_, apply = network(model)
   first = jax.tree.map(lambda a: a[:1], train["x"])
   example = np.zeros((1, features), np.float32) if features else first
 
   def init(key: Key) -> Params:
-    return module.init(key, _floats(example, scale))["params"]
+    return init_(key, _floats(example, scale))
 
-  def predict(params: Params, x: Any) -> Array:
-    return module.apply({"params": params}, _floats(x, scale))  # pyright: ignore[reportReturnType]
+  def predict(params: Params, x: Any, key: Key | None = None) -> Any:
+    return apply(params, _floats(x, scale), key)
 
-  def objective(params: Params, logits: Array, batch: Batch) -> Array:
-    value = sampling.mean(error(logits, batch["y"]), batch)
+  def objective(params: Params, outputs: Any, batch: Batch) -> Array:
+    value = sampling.mean(error(outputs, batch), batch)
     leaves = jax.tree.leaves(params)
     if l2 > 0:
       value += l2 / 2 * sum(jnp.vdot(p, p) for p in leaves)
@@ -81,25 +95,33 @@ def supervised(
     return value
 
   def batch_loss(params: Params, batch: Batch, key: Key) -> Array:
-    del key
-    return objective(params, predict(params, batch["x"]), batch)
+    return objective(params, predict(params, batch["x"], key), batch)
 
   def evaluate(params: Params, batch: Batch) -> dict[str, Array]:
-    logits = predict(params, batch["x"])
-    metrics = {"loss": objective(params, logits, batch)}
-    if loss != "squares":
-      metrics["accuracy"] = sampling.mean(_correct(logits, batch["y"]), batch)
+    outputs = predict(params, batch["x"])
+    found = {"loss": objective(params, outputs, batch)}
+    found |= {name: sampling.mean(of(outputs, batch), batch) for name, of in own.items()}
     if optimum is not None:
-      metrics["distance"] = _distance(params, optimum)
-    return metrics
+      found["distance"] = _distance(params, optimum)
+    return found
 
-  outputs = jax.eval_shape(lambda: predict(init(jax.random.key(0)), first)).shape[1]
+  outputs = jax.eval_shape(lambda: predict(init(jax.random.key(0)), first))
   for examples in (train, test):
-    if examples is not None:
-      _check(examples, loss, outputs)
+    if examples is not None and not callable(loss):
+      _check(examples, loss, outputs.shape[1])
+  for name, of in {"loss": error, **own}.items():
+    _check_values(name, of, outputs, jax.tree.map(lambda a: a[:1], train))
   return Task(
     init, batch_loss, evaluate, sampling.epoch_sample, sampling.take, train, test, optimum
   )
+
+
+def _of_labels(loss: str) -> OfExamples:
+  """A loss by its name."""
+  if loss not in LOSSES:
+    near = difflib.get_close_matches(str(loss), LOSSES, 1, 0.0)[0]
+    raise ValueError(f"loss {loss!r} is none of {', '.join(LOSSES)}; did you mean {near}?")
+  return lambda outputs, batch: LOSSES[loss](outputs, batch["y"])
 
 
 def _softmax(logits: Array, y: Array) -> Array:
@@ -130,7 +152,7 @@ def _correct(logits: Array, y: Array) -> Array:
 
 
 def _floats(x: Any, scale: float) -> Any:
-  if isinstance(x, dict) or not jnp.issubdtype(x.dtype, jnp.integer):
+  if isinstance(x, dict) or x.dtype != jnp.uint8:
     return x
   return x.astype(jnp.float32) / scale
 
@@ -143,11 +165,32 @@ def _distance(params: Params, optimum: Params) -> Array:
   return largest(difference) / largest(optimum)
 
 
-def _check(examples: Batch, loss: str, outputs: int) -> None:
-  y = examples["y"]
+def _check_arrays(part: str, examples: Batch) -> None:
+  """Rejects examples that are no arrays of one length."""
+  if not isinstance(examples, Mapping) or "x" not in examples:
+    raise ValueError(f'{part}: not a dictionary with arrays "x" [N, ...], and "y" for labels')
+  for name, array in examples.items():
+    for leaf in jax.tree.leaves(array):
+      if not isinstance(leaf, np.ndarray):
+        raise ValueError(f'{part}["{name}"] is a {type(leaf).__name__}, and no numpy array')
+      if leaf.ndim == 0 or leaf.dtype == object:
+        raise ValueError(f'{part}["{name}"] is no array of examples: {leaf.dtype} {leaf.shape}')
   counts = sorted({len(leaf) for leaf in jax.tree.leaves(examples)})
   if len(counts) != 1 or counts == [0]:
     raise ValueError(f"the arrays of examples have lengths {counts}; they need one, and examples")
+
+
+def _check_values(name: str, of: OfExamples, outputs: Any, batch: Batch) -> None:
+  found = jax.eval_shape(of, outputs, batch)
+  if getattr(found, "shape", None) != (1,):
+    shape = getattr(found, "shape", type(found).__name__)
+    raise ValueError(f"{name}: gives {shape} for one example; it gives a value of each, [batch]")
+
+
+def _check(examples: Batch, loss: str, outputs: int) -> None:
+  if "y" not in examples:
+    raise ValueError(f'the {loss} loss needs labels "y"; without them give a function as loss=')
+  y = examples["y"]
   if loss == "squares":
     if y[0].size != outputs:
       raise ValueError(f"labels have {y[0].size} entries each, and the model {outputs} outputs")

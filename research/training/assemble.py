@@ -1,4 +1,4 @@
-"""From the flags of a run to its parts: task, method, partition, job, executor."""
+"""Resolves what a run was asked for into its parts: task, method, partition, job, executors."""
 
 import difflib
 import importlib
@@ -13,8 +13,10 @@ from research.comm import mesh as meshes
 from research.core import registry
 from research.core.method import Method
 from research.core.spec import parse
-from research.core.task import Batch, Executor
+from research.core.task import Batch, Executor, Task
 from research.parallel.job import Job, stages
+from research.sim.clock import Speeds, steady
+from research.tasks.partition import Partition
 from research.training import feed, reach, sources
 from research.training.config import OF_SERVER, Config, UsageError, flag
 from research.training.plan import Plan
@@ -32,7 +34,7 @@ LOCAL_PHASES = ("auto", "vmap", "map")
 
 
 class Problem(NamedTuple):
-  """All parts of a run before anything is placed on a device."""
+  """A resolved run: objects and arrays, before anything is placed on a device."""
 
   plan: Plan
   executors: tuple[Executor, ...]  # by stage of the plan; their states are the same
@@ -53,18 +55,37 @@ class Problem(NamedTuple):
     return self.executors[0]
 
 
+class Given(NamedTuple):
+  """Objects of a Python program, each in place of a spec; None: the spec counts."""
+
+  task: Task | None = None
+  method: Method | None = None
+  partition: Partition | None = None
+  speeds: Speeds | None = None  # of the virtual clock
+
+
+NOTHING_GIVEN = Given()
+
+
 class Setting(NamedTuple):
-  """What the flags say by themselves, before data or devices are looked at."""
+  """What a run was asked for as objects, before data or devices are looked at."""
 
   axes: dict[str, int]
   method: Method
   workers: int
   owners: int
   batch_size: int | None  # per worker and step
+  partition: Partition
+  speeds: Speeds | None
+  task: Task | None  # None: still to be built from its spec, which may read files
 
 
-def check(config: Config) -> Setting:
-  """Refuses what needs neither data nor devices to be seen wrong.
+def check(config: Config, given: Given = NOTHING_GIVEN) -> Setting:
+  """Rejects whatever is wrong without looking at data or devices.
+
+  Args:
+    config: numbers and switches, and the specs of what is not given.
+    given: objects.
 
   Raises:
     UsageError: one line.
@@ -105,24 +126,26 @@ def check(config: Config) -> Setting:
   with flag("local_phase", config.local_phase):
     _check_local_phase(config)
   with flag("method", config.method):
-    method = registry.build("method", config.method)
+    method = given.method or registry.build("method", config.method)
   batch_size = per_worker(config, workers)
   if method.one_by_one:
     with flag("method", config.method):
       _check_one_by_one(config, axes)
     axes, owners = {"data": 1}, workers
     workers = 1
-  if config.clock:
+  speeds = given.speeds
+  if config.clock and not speeds:
     with flag("clock", config.clock):
-      registry.build("speeds", config.clock)
+      speeds = registry.build("speeds", config.clock)
   with flag("task", config.task):
-    registry.lookup(("task",), parse(config.task).name)
+    if not given.task:
+      registry.lookup(("task",), parse(config.task).name)
   with flag("partition", config.partition):
-    registry.build("partition", config.partition)
-  if config.model:
+    partition = given.partition or registry.build("partition", config.partition)
+  if config.model and not given.task:
     with flag("model", config.model):
       registry.build("model", config.model)
-  return Setting(axes, method, workers, owners, batch_size)
+  return Setting(axes, method, workers, owners, batch_size, partition, speeds, given.task)
 
 
 def check_numbers(config: Config) -> None:
@@ -191,25 +214,25 @@ def _check_sampling(config: Config, workers: int) -> None:
 
 
 def assemble(config: Config, setting: Setting, devices: Sequence[Any] | None = None) -> Problem:
-  """Builds every part of a run and holds them against each other.
+  """Builds every part of a run and checks them against each other.
 
   Args:
-    config: the flags.
-    setting: what `check` read off them.
-    devices: that `spmd` compiles for, which need not be here; None: those of this machine.
+    config: the numbers and switches.
+    setting: the objects, as `check` has found or built them.
+    devices: `spmd` compiles for these, which need not be here; None: those of this machine.
 
   Raises:
     UsageError: one line that names the flag.
   """
-  axes, method, _, owners, batch_size = setting
-  task = sources.task_of(config)
+  axes, method, _, owners, batch_size, partition, speeds, _ = setting
+  task = setting.task or sources.task_of(config)
   if task.feed:
     feed.check(config, method)
-  count = len(task.train["y"])
+  count = sources.count(task.train)
   with flag("population" if config.population else "mesh", config.population or config.mesh):
     if owners > count:
       raise ValueError(f"{owners} workers for {count} examples: each needs at least one")
-  examples, sizes = sources.partitioned(config, task, owners)
+  examples, sizes = sources.partitioned(config, task, owners, partition)
   total = task.feed.examples if task.feed else int(sizes.sum())
   with flag("batch_size", config.batch_size):
     if config.batch_size != "all" and int(config.batch_size) > total:
@@ -229,9 +252,9 @@ def assemble(config: Config, setting: Setting, devices: Sequence[Any] | None = N
   )
   with flag("method", config.method):
     plan, virtual = Plan(stages(job)), None
-  if config.clock or method.one_by_one:
+  if speeds or method.one_by_one:
     with flag("clock", config.clock):
-      virtual = played(config.clock, plan, owners, config.seed)
+      virtual = played(speeds or steady(1.0), plan, owners, config.seed)
   steps = _steps(config, total, plan, virtual)
   with flag("steps", steps):
     played_out = virtual and virtual(round(plan.rounds(steps)))

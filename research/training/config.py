@@ -1,10 +1,11 @@
-"""What a run is told: its flags, with their defaults, and how a wrong one is said."""
+"""What a run is asked for: flags with their defaults, and the error of a wrong one."""
 
 import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from research.core import blame
+from research.core.spec import parse
 from research.core.text import quoted
 
 
@@ -13,7 +14,11 @@ class UsageError(ValueError):
 
 
 class Config(NamedTuple):
-  """A run, as its flags describe it; `experiments/run.py --help` says what each means."""
+  """What a run is asked for: numbers, switches and specs; `experiments/run.py --help` lists them.
+
+  `assemble` resolves it to a Problem of objects, once. Where a Python program hands over objects,
+  the fields of their specs are labels.
+  """
 
   task: str = "digits()"
   model: str = ""
@@ -62,6 +67,14 @@ class Config(NamedTuple):
   def named(self) -> dict[str, Any]:
     """What a result is known by."""
     return {name: getattr(self, name) for name in NAMED}
+
+
+def called(spec: str) -> str:
+  """The name that a spec calls; "" of what is no spec, such as the label of an object."""
+  try:
+    return parse(spec).name
+  except ValueError:
+    return ""
 
 
 NAMED = ("task", "model", "method", "executor", "mesh", "seed")

@@ -8,10 +8,10 @@ import numpy as np
 from research.core import blame
 from research.core.base import Array
 from research.core.method import Method
-from research.core.spec import parse
 from research.core.task import Batch, Data
 from research.parallel.job import Job
-from research.training.config import Config, flag
+from research.training import sources
+from research.training.config import Config, called, flag
 
 
 def buffers(config: Config, method: Method, owners: int, batch_size: int) -> np.ndarray:
@@ -30,7 +30,7 @@ def check(config: Config, method: Method) -> None:
   wrong = {
     "batch_size": config.batch_size == "all" and "they are read batch by batch; take a number",
     "population": config.population and "clients would have examples of their own",
-    "partition": parse(config.partition).name != "iid"
+    "partition": called(config.partition) != "iid"
     and "they are dealt to the workers as they come: iid()",
     "tolerance": config.tolerance and "the gradient of the full objective is out of reach",
     "method": (method.passes and "a worker has no examples of its own; take period= for epochs=")
@@ -57,7 +57,7 @@ class Training:
     self.next: tuple[int, int, Data] | None = None
     self.sampled: dict[str, str] = {}  # for the summary: what the training loss is the mean of
     if job.task.feed:
-      count = len(job.task.train["y"])
+      count = sources.count(job.task.train)
       self.sampled["train_loss_on"] = f"{count} of {job.task.feed.examples} training examples"
 
   def of(self, first: int, last: int) -> Data:

@@ -1,4 +1,4 @@
-"""The folder of a run: whose flags it belongs to, what made it, and never another run in it."""
+"""The folder of a run: its flags, its data and code, what ran it, and never another run in it."""
 
 import contextlib
 import fcntl
@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,10 @@ _FREE = ("out", "data_dir", "allow_changes", "tensorboard", "profile")
 _FREE = (*_FREE, "restarts", "ray_address", "node_ip")
 # What every summary has beside the flags of NAMED.
 RESULT = ("workers", "steps", "stopped_because", "evaluated_on", "params_sha256")
+# Fingerprints by what they are of, "data" and "code"; in env.json under PRINTS.
+Prints = Mapping[str, str]
+PRINTS = "made_of"
+NO_PRINTS: Prints = {}
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -68,7 +72,7 @@ def _check(config: Config, folder: Path) -> None:
 
 
 def _stored(path: Path) -> dict[str, Any] | None:
-  """The flags in a config.json, None if it holds none."""
+  """The entries of a JSON file, None if it holds none."""
   try:
     found = json.loads(path.read_text())
   except (OSError, ValueError):
@@ -76,10 +80,31 @@ def _stored(path: Path) -> dict[str, Any] | None:
   return found if isinstance(found, dict) else None
 
 
-def unchanged(config: Config, folder: Path) -> bool:
-  """Whether the folder holds a run of these very flags."""
+def unchanged(config: Config, folder: Path, made_of: Prints) -> bool:
+  """Whether the folder holds a run of these very flags, data and code."""
   before = _stored(folder / "config.json") or {}
-  return all(before.get(name) == value for name, value in identity(config).items())
+  same = all(before.get(name) == value for name, value in identity(config).items())
+  return same and not _changed_prints(folder, made_of)
+
+
+def _changed_prints(folder: Path, made_of: Prints) -> list[str]:
+  """Which fingerprints are not those of the run in a folder; none if it has no fingerprints."""
+  stored = (_stored(folder / "env.json") or {}).get(PRINTS)
+  return [] if stored is None else [n for n in made_of if stored.get(n) != made_of[n]]
+
+
+def check_prints(config: Config, folder: Path, made_of: Prints) -> None:
+  """Rejects a folder whose run was of other examples or of other code.
+
+  Raises:
+    UsageError: without --allow_changes.
+  """
+  changed = _changed_prints(folder, made_of)
+  if changed and not config.allow_changes:
+    raise UsageError(
+      f"--out='{folder}': holds a run of other {' and '.join(changed)} under the same flags; name "
+      "another folder, or go on with what is there now by --allow_changes"
+    )
 
 
 def _refuse_differences(config: Config, folder: Path, path: Path) -> None:
@@ -99,13 +124,15 @@ def _refuse_differences(config: Config, folder: Path, path: Path) -> None:
     )
 
 
-def finished(config: Config, folder: Path, steps: int) -> dict[str, Any] | None:
-  """The summary of a run of these flags that has nothing left to do.
+def finished(
+  config: Config, folder: Path, steps: int, made_of: Prints = NO_PRINTS
+) -> dict[str, Any] | None:
+  """The summary of a run of these flags, data and code that has nothing left to do.
 
   A summary that somebody has edited, such that it cannot be shown, is made again.
 
   Raises:
-    UsageError: if the run has nothing left to do and other flags: its result is not theirs.
+    UsageError: if the run has nothing left to do and is another one: its result is not of these.
   """
   path = folder / "summary.json"
   if not path.exists():
@@ -115,11 +142,12 @@ def finished(config: Config, folder: Path, steps: int) -> dict[str, Any] | None:
     note(f"{path} is not as a run writes it, and is made again")
     return None
   whole = summary["steps"] >= steps
-  if not unchanged(config, folder):
+  if not unchanged(config, folder, made_of):
     if whole:
+      other = _changed_prints(folder, made_of) or ["flags"]
       raise UsageError(
-        f"--out='{folder}': holds a run with other flags that has done its {summary['steps']} "
-        "steps; give it more --steps to go on with, or name another folder"
+        f"--out='{folder}': holds a run with other {' and '.join(other)} that has done its "
+        f"{summary['steps']} steps; give it more --steps to go on with, or name another folder"
       )
     return None
   return summary if whole or summary["stopped_because"] == "converged" else None
@@ -138,7 +166,7 @@ def _result(path: Path) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def claimed(config: Config, folder: Path) -> Iterator[None]:
+def claimed(config: Config, folder: Path, made_of: Prints = NO_PRINTS) -> Iterator[None]:
   """Makes the folder and keeps other runs out of it; a new one is described, see `describe`.
 
   Raises:
@@ -153,14 +181,15 @@ def claimed(config: Config, folder: Path) -> Iterator[None]:
       except BlockingIOError:
         raise ValueError("another process is running this very run") from None
       if not (folder / "config.json").exists():
-        describe(config, folder)
+        describe(config, folder, made_of)
     yield
 
 
-def describe(config: Config, folder: Path) -> None:
+def describe(config: Config, folder: Path, made_of: Prints = NO_PRINTS) -> None:
   """Writes what the run is and what runs it."""
+  prints = {PRINTS: dict(made_of)} if made_of else {}
   write_json(folder / "config.json", config._asdict())
-  write_json(folder / "env.json", environment())
+  write_json(folder / "env.json", environment() | prints)
 
 
 def environment() -> dict[str, Any]:

@@ -1,42 +1,36 @@
-"""The training loop: job, state, rounds, evaluation, checkpoints, in the order of the run."""
+"""The training loop: a run, its hooks, and the one generator of its events."""
 
 import contextlib
-import hashlib
 import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from research.analysis import wire
-from research.comm.mesh import worker_axes
 from research.core.base import Array, Params
 from research.core.task import TrainState
-from research.parallel import resize, sharded, workers
+from research.training import fingerprint
 from research.training import folder as folders
-from research.training import heartbeat, interrupt, metrics, reach
-from research.training.assemble import Problem, assemble, check
-from research.training.checkpoint.checkpoint import Checkpoints
+from research.training.assemble import NOTHING_GIVEN, Given, Problem, Setting, assemble, check
 from research.training.config import Config, UsageError
 from research.training.feed import Training
-from research.training.network import Network
-from research.training.plan import Sent
-from research.training.reports import figures, report
-from research.training.reports.facts import facts
+from research.training.hooks.evaluate import Evaluate, Tolerance
+from research.training.hooks.finite import NonFinite
+from research.training.hooks.hook import End, Event, Hook, Pause, Rounds, Stop
+from research.training.hooks.log import Log
+from research.training.hooks.network import Network
+from research.training.hooks.profile import Profile
+from research.training.hooks.replicas import Replicas, ReplicasDiffer
+from research.training.hooks.save import Save
+from research.training.hooks.signals import Signals
+from research.training.reports import figures
+from research.training.reports.summary import Costs, params_sha256, summarized
 from research.training.reports.timing import Timing
+from research.training.result import Result
+from research.training.together import same_everywhere, together
 
-
-class NonFinite(Exception):
-  """The loss or the state of a run is no longer finite."""
-
-
-class ReplicasDiffer(Exception):
-  """Copies of what should be equal on all devices are not."""
+__all__ = ["NonFinite", "ReplicasDiffer", "Run", "events", "params_sha256", "train", "trained"]
 
 
 def train(config: Config) -> tuple[dict[str, Any], Path]:
@@ -46,365 +40,212 @@ def train(config: Config) -> tuple[dict[str, Any], Path]:
     The contents of summary.json, and the run's folder.
 
   Raises:
-    UsageError: for flags that cannot be.
+    UsageError: for invalid flags.
     CheckpointError: if the run has checkpoints and none is whole.
     NonFinite: names the steps; the last good checkpoint stays.
     ReplicasDiffer: names the step and the leaves.
   """
+  result = trained(config, NOTHING_GIVEN, (), writes=True)
+  assert result.folder
+  return result.summary, result.folder
+
+
+def trained(config: Config, given: Given, hooks: Sequence[Hook], *, writes: bool) -> Result:
+  """Runs, or goes on with, what was asked for; with `writes` in a folder of its own.
+
+  Args:
+    config: numbers, switches, and specs or labels.
+    given: objects in place of specs.
+    hooks: the user's, told each event before those of the run.
+    writes: False keeps everything in memory and touches no file.
+  """
   main = jax.process_index() == 0
   wide = config.x64 or bool(jax.config.read("jax_enable_x64"))
-  with contextlib.closing(Timing()) as timing, jax.enable_x64(wide):
+  with Timing() as timing, jax.enable_x64(wide):
     _same_everywhere(config)
     with together():
-      setting = check(config)
-      folder = folders.check(config)
+      setting = check(config, given)
+      folder = folders.check(config) if writes else None
       problem = assemble(config, setting)
-      summary = folders.finished(config, folder, problem.steps)
-    if summary:
+      made_of = _made_of(given, setting, problem) if folder else {}
+      if folder:
+        folders.check_prints(config, folder, made_of)
+      summary = folders.finished(config, folder, problem.steps, made_of) if folder else None
+    if folder and summary:
       if main:
         figures.show_again(folder, summary)
-      return summary, folder
+      return Result(summary, folder, [], lambda: _restored(config, problem, folder))
     with contextlib.ExitStack() as stack:
       with together():
-        if main:
-          stack.enter_context(folders.claimed(config, folder))
-      run = Run(config, problem, folder, timing, main)
-      stack.callback(run.close)
-      if main:
-        folders.describe(config, folder)
-      summary = run.train()
-      if main:
+        if main and folder:
+          stack.enter_context(folders.claimed(config, folder, made_of))
+      run = Run(config, problem, timing)
+      own = Hooks(run, folder, main, stack)
+      if main and folder:
+        folders.describe(config, folder, made_of)
+      for _ in events(run, (*hooks, *own.all)):
+        pass
+      summary, params = own.summary(run), run.params()
+      if main and folder:
         figures.write_result(folder, summary)
-  return summary, folder
-
-
-@contextlib.contextmanager
-def together() -> Iterator[None]:
-  """A mistake that one process sees stops all of them, before any waits for it."""
-  try:
-    yield
-  except UsageError:
-    interrupt.all_well(False)
-    raise
-  if not interrupt.all_well(True):
-    raise UsageError("another process of the job was given what cannot be; its message says what")
+  return Result(summary, folder, own.log.rows, lambda: params)
 
 
 def _same_everywhere(config: Config) -> None:
-  """Refuses a job whose processes were given different flags, before they wait for one another."""
-  if not interrupt.same_everywhere(json.dumps(folders.identity(config))):
+  """Rejects a job whose processes got different flags, before they wait for one another."""
+  if not same_everywhere(json.dumps(folders.identity(config))):
     raise UsageError("the processes of the job were given different flags")
 
 
-class Pending(NamedTuple):
-  """A dispatch under way, whose metrics the host fetches only after it has started the next."""
+def _made_of(given: Given, setting: Setting, problem: Problem) -> dict[str, str]:
+  """Fingerprints of the run's data and of the user's objects and code."""
+  task = problem.job.task
+  apart = task._replace(train={}, test=None, by=None)  # from its examples
+  if any(x is not None for x in given):
+    code = fingerprint.of_objects(apart, *given[1:])
+  else:
+    code = fingerprint.of_code(apart, setting.method, setting.partition, setting.speeds)
+  return {"data": fingerprint.of_data(task)} | ({"code": code} if code else {})
 
-  first: int  # steps before it
-  last: int  # steps after it
-  metrics: Mapping[str, Array]
+
+def _restored(config: Config, problem: Problem, folder: Path) -> Params:
+  """The deployed model of a complete run, from its newest checkpoint."""
+  with jax.enable_x64(config.x64 or bool(jax.config.read("jax_enable_x64"))):
+    run = Run(config, problem)
+    with contextlib.closing(Save(run, folder)) as save:
+      save.restore(run)
+    return run.params()
+
+
+class Hooks:
+  """The hooks of a whole run, in the order in which they are told events."""
+
+  def __init__(self, run: "Run", folder: Path | None, main: bool, stack: contextlib.ExitStack):
+    """Evaluates the initial model, and puts the run at its newest checkpoint.
+
+    Args:
+      run: at step 0.
+      folder: of the run; None writes nothing.
+      main: whether this process writes and shows.
+      stack: closes the hooks, each of them whatever the others raise.
+    """
+    closing = lambda hook: (stack.callback(hook.close), hook)[1]
+    self.evaluate = Evaluate(run)
+    save = closing(Save(run, folder)) if folder else None
+    if save:
+      run.kept = save.kept
+      save.restore(run)
+    replicas = Replicas(run)
+    self.costs = Costs(run)
+    self.network = Network(main)
+    self.log = closing(
+      Log(
+        run,
+        self.evaluate.evaluated_on,
+        self.costs.row,
+        self.network.row,
+        folder=folder if main else None,
+        shown=main,
+      )
+    )
+    profile = [Profile(folder)] if folder and run.config.profile else []
+    saves = [save] if save else []
+    # Rows of a dispatch are written before it is judged; it is saved before a signal is asked for.
+    self.all: list[Hook] = [self.network, *profile, self.log, replicas, self.evaluate, Tolerance()]
+    self.all += [*saves, closing(Signals())]
+
+  def summary(self, run: "Run") -> dict[str, Any]:
+    """The contents of summary.json."""
+    return summarized(run, self.evaluate, self.costs, self.network)
 
 
 class Run:
-  """One run, from its start or its newest checkpoint to its end, in this process."""
+  """A run in this process: its parts, its state, and where it is.
 
-  def __init__(self, config: Config, problem: Problem, folder: Path, timing: Timing, main: bool):
-    self.config, self.problem, self.folder, self.timing = config, problem, folder, timing
-    job, executor = problem.job, problem.executor
-    init_key, data_key = jax.random.split(jax.random.key(config.seed))
-    self.layout = executor.layout
-    self.state: TrainState = executor.init(init_key)
+  Attributes:
+    step: local steps that have been started.
+    reason: why it stops; "" while it goes on.
+    metrics: of the newest dispatch, on the devices.
+    data: what each dispatch trains on.
+    kept: says which checkpoint is left, for messages.
+  """
+
+  def __init__(self, config: Config, problem: Problem, timing: Timing | None = None):
+    self.config, self.problem, self.timing = config, problem, timing or Timing()
+    init_key, self.data_key = jax.random.split(jax.random.key(config.seed))
+    self.state: TrainState = problem.executor.init(init_key)
+    placed = problem.executor.place(problem.examples, problem.sizes, self.data_key)
+    self.data = Training(config, problem.job, placed)
+    self.step, self.reason = 0, ""
+    self.metrics: Mapping[str, Array] = {}
+    self.kept: Callable[[], str] = lambda: "no checkpoint was saved yet"
     without = jax.config.values["jax_disable_jit"]  # whose steps all begin on the host
-    self.transfers = "allow" if without else "disallow"
-    self.evaluated_on = "test" if problem.test else "train"
-    self.progress = report.Progress(problem.steps, self.evaluated_on, main)
-    self.checkpoints = Checkpoints(
-      folder.resolve() / "checkpoints",
-      self.state,
-      resize.placed(job, self.layout.state, self.state),
-    )
-    self.data = executor.place(problem.examples, problem.sizes, data_key)
-    self.training = Training(config, job, self.data)
-    self.test = executor.place(*problem.test, data_key) if problem.test else None
-    shared = job.batch_size if len(job.axes) > len(worker_axes(job.axes)) else None
-    self.evaluate = metrics.evaluator(job.task, self.data.sizes.sharding.mesh, shared or 1)
-    self.measure = jax.jit(job.task.measure)
-    self.pending: Pending | None = None
-    self.initial = self._initial()
-    self.step = self._restore()
-    self.differing = metrics.replica_check(self.state)
-    self.sent = Sent(problem.plan, self.layout, problem.steps)
-    self.facts = facts(config, job, self.layout)
-    self.reaches = reach.reaches(self.layout.state_shapes)
-    if job.order is not None:
-      report.note("a server's pushes and pulls are no collectives: their bytes are not counted")
-    if self.facts.note:
-      report.note(self.facts.note)
-    for name, reached in self.reaches.items():
-      report.note(reach.describe(name, reached))
-    self.network = Network(main)
-    self.log = report.Metrics(folder, self.step, config.tensorboard) if main else None
-    self.timing.resume(self.log.last["seconds"] if self.log and self.log.last else 0.0)
-    self.dispatches = 0
-    self.evaluated: dict[str, Any] = {}
+    self._transfers = "allow" if without else "disallow"
 
-  def close(self) -> None:
-    with contextlib.ExitStack() as stack:  # each is closed, whatever the others raise
-      stack.callback(self.progress.close)
-      stack.callback(self.checkpoints.close)
-      if self.log:
-        stack.callback(self.log.close)
+  def advance(self, to: int) -> None:
+    """Starts the rounds up to a step, and does not wait for them."""
+    plan = self.problem.plan
+    rounds = round(plan.rounds(to) - plan.rounds(self.step))
+    executor = self.problem.executors[plan.stage(self.step)]
+    data = self.data.of(self.step, to)
+    with jax.transfer_guard(self._transfers):
+      self.state, self.metrics = executor.run(self.state, data, rounds=rounds)
+    self.step = to
 
-  def train(self) -> dict[str, Any]:
-    """Rounds until the steps are done, the run has converged, or somebody stops it."""
-    config, plan = self.config, self.problem.plan
-    reason = "steps"
-    self.progress.start(self.step)
-    with interrupt.watch() as stopped:
-      while self.step < self.problem.steps:
-        before, self.step = self.step, self._next_stop()
-        data = self.training.of(before, self.step)
-        counted = self.network.over(before, self.step, lambda: self.state)
-        with counted, self._profiled(), jax.transfer_guard(self.transfers):
-          rounds = round(plan.rounds(self.step) - plan.rounds(before))
-          executor = self.problem.executors[plan.stage(before)]
-          self.state, found = executor.run(self.state, data, rounds=rounds)
-        if self.step < self.problem.steps:
-          self.training.ahead(self.step, self._next_stop())
-        self._fetch()
-        self.pending = Pending(before, self.step, found)
-        if self._due(before, config.check_every):
-          self._check_replicas()
-        if self._due(before, config.eval_every) and self._converged(self._evaluate()):
-          reason = "converged"
-          break
-        last = self.step == self.problem.steps  # evaluated first, so that its row says so
-        if not last and self._due(before, config.checkpoint_every) and self._old_enough():
-          self._save()
-        told = stopped()
-        if told and self.step < self.problem.steps:
-          reason = told
-          break
-      return self._finish(reason)
+  def stop(self, reason: str) -> None:
+    """No more rounds are started; the run is evaluated and saved."""
+    self.reason = reason
 
-  def _finish(self, reason: str) -> dict[str, Any]:
-    """Evaluates, checks and saves; saves first if stopped, since who stops a run may not wait."""
-    if reason in ("steps", "converged"):
-      if self.evaluated.get("step") != self.step and self._converged(self._evaluate()):
-        reason = "converged"
-      self._check_replicas()
-    if self.checkpoints.latest() != self.step:
-      self._save()
-    self.checkpoints.wait()
-    if self.evaluated.get("step") != self.step:
-      self._evaluate()
-    if self.config.profile and self.dispatches < 2:
-      report.note("--profile: the run had no second dispatch to trace")
-    return self._summary(reason)
+  def params(self) -> Params:
+    """The model one would deploy now."""
+    return self.problem.executor.params(self.state)
 
-  # ---- when
+  def end(self, every: Sequence[int]) -> int:
+    """Where the next dispatch ends: at a multiple of one of `every`, or of the plan's stages.
 
-  def _next_stop(self) -> int:
-    """The next step at which the host has something to do, a whole number of rounds from zero.
-
-    A function of absolute steps, so that a resumed run is cut where an unbroken one is.
+    It is a whole number of rounds from zero, and a function of absolute steps, so that a resumed
+    run is cut where an unbroken one is.
     """
-    config, plan = self.config, self.problem.plan
-    every = (config.eval_every, config.checkpoint_every, config.check_every)
-    stops = [(self.step // n + 1) * n for n in (*every, config.steps_per_dispatch) if n > 0]
-    stops = [self.problem.steps, plan.next_stage(self.step) or self.problem.steps, *stops]
-    return min(plan.end(min(stops)), self.problem.steps)
+    plan, steps = self.problem.plan, self.problem.steps
+    stops = [(self.step // n + 1) * n for n in every if n > 0]
+    return min(plan.end(min([steps, plan.next_stage(self.step) or steps, *stops])), steps)
 
-  def _due(self, before: int, every: int) -> bool:
-    return every > 0 and self.step // every > before // every
-
-  def _old_enough(self) -> bool:
-    """Whether the last save is long enough ago, by the clock of the first process."""
-    seconds = self.timing.elapsed() - self.checkpoints.saved_at
-    return interrupt.of_first_process(seconds >= self.config.checkpoint_seconds)
-
-  def _converged(self, row: dict[str, Any]) -> bool:
-    return "gradient_norm" in row and row["gradient_norm"] < self.config.tolerance
-
-  # ---- what
-
-  def _fetch(self, **evaluated: Any) -> None:
-    """Takes the pending dispatch's metrics to the host and writes its rows."""
-    if self.pending is None:
-      return
-    (first, last, found), self.pending = self.pending, None
-    found = jax.device_get(found)
-    self.timing.dispatch_done(last - first)
-    bad = first + 1 + np.flatnonzero(~np.isfinite(found["loss"]))
-    if bad.size:
-      shown = ", ".join(map(str, bad[:5])) + (f" and {bad.size - 5} more" if bad.size > 5 else "")
-      raise NonFinite(f"the loss is not finite at step {shown}; {self._kept()}")
-    if not found["finite"]:
-      steps = f"{first + 1} to {last}"
-      raise NonFinite(f"the state became non-finite in one of the steps {steps}; {self._kept()}")
-    rows = self._rows(first, last, found["loss"])
-    rows[-1] |= self.network.row(last) | evaluated
-    heartbeat.beat()
-    if self.log:
-      self.log.write(rows)
-    self.progress.update(rows[-1])
-
-  def _rows(self, first: int, last: int, losses: np.ndarray) -> list[dict[str, Any]]:
-    """Rows at the multiples of log_every and at the end: the mean loss since the row before."""
-    every = self.config.log_every
-    starts = [first, *range((first // every + 1) * every, last, every)]
-    counts = np.diff([*starts, last])
-    means = np.add.reduceat(losses, np.subtract(starts, first), dtype=np.float64) / counts
-    seconds = round(self.timing.elapsed(), 4)
-    return [
-      {
-        "step": stop,
-        "loss": loss,
-        "seconds": seconds,
-        "bytes": round(self.sent.until(stop)),
-        **self._spent(stop),
-      }
-      for stop, loss in zip([*starts[1:], last], means.tolist(), strict=True)
-    ]
-
-  def _spent(self, step: int) -> dict[str, Any]:
-    """What the first so many steps have cost, of virtual seconds and of privacy."""
-    plan, virtual = self.problem.plan, self.problem.virtual
-    found: dict[str, Any] = {}
-    if virtual:
-      found["virtual_seconds"] = round(virtual.at(plan.rounds(step)), 6)
-    if self.facts.epsilon:
-      found["epsilon"] = self.facts.epsilon(math.ceil(plan.rounds(step)))
-    return found
-
-  def _evaluate(self) -> dict[str, Any]:
-    """Measures the deployed model on the data; the last row of the pending dispatch carries it."""
-    row = self._measured()
-    self._check_finite(row)
-    self._fetch(**row)
-    self.evaluated = {"step": self.step, **row}
-    return row
-
-  def _measured(self) -> dict[str, Any]:
-    """The deployed model's training loss, gradient norm where asked for, and evaluation."""
-    with self._aside():
-      params = self.problem.executor.params(self.state)
-      task = self.problem.job.task
-      gradient = self.config.tolerance > 0 or task.grads is not None
-      found = self.evaluate(params, self.data, gradient=gradient)
-      train = {name: float(value) for name, value in jax.device_get(found).items()}
-      test = jax.device_get(self.evaluate(params, self.test)) if self.test else train
-      test = {**test, **jax.device_get(self.measure(params))}
-    row: dict[str, Any] = {"train_loss": train["loss"]}
-    if "gradient_norm" in train:
-      row["gradient_norm"] = train["gradient_norm"]
-    row["eval"] = {k: float(v) for k, v in test.items() if k != "gradient_norm"}
-    return row
-
-  def _check_finite(self, row: Mapping[str, Any]) -> None:
-    """Rejects an evaluation that is not finite, after the rows of the steps before it."""
-    named = {f"{self.evaluated_on} {name}": value for name, value in row["eval"].items()}
-    named |= {"training loss": row["train_loss"]}
-    named |= {"gradient norm": row["gradient_norm"]} if "gradient_norm" in row else {}
-    if bad := [name for name, value in named.items() if not math.isfinite(value)]:
-      self._fetch()  # the losses of the steps tell more, if they are not finite either
-      raise NonFinite(f"the {', '.join(bad)} is not finite at step {self.step}; {self._kept()}")
-
-  def _initial(self) -> dict[str, Any]:
-    """For the summary: what the model is like before the first step, as far as it is finite."""
-    row, finite = self._measured(), math.isfinite
-    loss = row["train_loss"]
-    return {
-      "initial_train_loss": loss if finite(loss) else None,
-      "initial_eval": {name: value for name, value in row["eval"].items() if finite(value)},
-    }
-
-  def _check_replicas(self) -> None:
-    with self._aside():
-      names = self.differing(self.state)
-    if names:
-      raise ReplicasDiffer(f"at step {self.step} the devices' copies differ of {', '.join(names)}")
-
-  def _save(self) -> None:
-    self._fetch()
-    with self._aside():
-      self.checkpoints.save(self.step, self.state, self.timing.elapsed())
-
-  def _kept(self) -> str:
-    latest = self.checkpoints.latest()
-    return "no checkpoint was saved yet" if latest is None else f"checkpoint {latest} is kept"
-
-  def _restore(self) -> int:
-    found = self.checkpoints.restore(self.state, report.note)
-    if found is None:
-      return 0
-    step, self.state = found
-    report.note(f"resuming at step {step}")
-    return step
+  def due(self, rounds: Rounds, every: int) -> bool:
+    """Whether a dispatch comes to a multiple of `every`."""
+    return every > 0 and rounds.last // every > rounds.first // every
 
   @contextlib.contextmanager
-  def _aside(self) -> Iterator[None]:
-    """Around work that is no training step, begun when the steps under way are done."""
-    jax.block_until_ready(self.pending)
+  def aside(self) -> Iterator[None]:
+    """Work that is no training step: it starts when the dispatch under way is done."""
+    jax.block_until_ready(self.metrics)
     with self.timing.aside():
       yield
 
-  @contextlib.contextmanager
-  def _profiled(self) -> Iterator[None]:
-    """Traces the second dispatch of this process, when all is compiled, into OUT/profile."""
-    self.dispatches += 1
-    if not self.config.profile or self.dispatches != 2:
-      yield
-      return
-    jax.block_until_ready(self.pending)
-    with jax.profiler.trace(str(self.folder / "profile")):
-      yield
-      jax.block_until_ready(self.state)
 
-  # ---- result
+def events(run: Run, hooks: Sequence[Hook] = ()) -> Iterator[Event]:
+  """The rounds of a run from where it is, until its steps are done or it is stopped.
 
-  def _summary(self, reason: str) -> dict[str, Any]:
-    config, job, evaluated = self.config, self.problem.job, self.evaluated
-    dense = wire.by_axis(workers.dense_traffic(job))
-    plan = self.problem.plan
-    last = plan.jobs[plan.stage(self.step)]
-    rounds = max(1, self.timing.largest // last.method.local_steps)
-    shared = wire.by_axis(workers.metrics_traffic(last, rounds), rounds * last.method.local_steps)
-    steps = max(job.method.local_steps, self.step)
-    transfers = self.sent.transfers(steps)
-    return {
-      **config.named(),
-      "workers": job.workers if job.order is None else len(job.sizes),
-      "steps": self.step,
-      "stopped_because": reason,
-      "seconds": round(self.timing.elapsed(), 3),
-      "compile_seconds": round(self.timing.compiling, 3),
-      "steps_per_second": round(self.timing.steps_per_second(), 3),
-      "aggregated": "per shard" if len(job.axes) > len(worker_axes(job.axes)) else "whole leaves",
-      **self.initial,
-      "train_loss": evaluated.get("train_loss"),
-      **self.training.sampled,
-      "eval": evaluated.get("eval", {}),
-      "evaluated_on": self.evaluated_on,
-      "wire": {
-        "bytes_per_step_per_worker": wire.by_axis(transfers, steps) if job.order is None else {},
-        "metrics_bytes_per_step_per_worker": shared,
-        "total_bytes_per_worker": self.sent.until(self.step),
-        "dense_bytes_per_step_per_worker": sum(dense.values()),
-        "transfers": wire.table(transfers, steps),
-        **self.network.summary(),
-      },
-      **{f"{name}_reaches": found.share for name, found in self.reaches.items()},
-      **self.facts.found,
-      **self._spent(self.step),
-      "params_sha256": params_sha256(self.problem.executor.params(self.state)),
-    }
+  Every event is given to the caller and then to each hook, and so are the events of hooks. The
+  state is the run's as of the newest `Rounds`; whoever reads it waits for the devices.
+  """
+  every = (run.config.steps_per_dispatch, *(hook.every for hook in hooks))
+  while run.step < run.problem.steps and not run.reason:
+    first, last = run.step, run.end(every)
+    with contextlib.ExitStack() as around:
+      for hook in hooks:
+        around.enter_context(hook.around(run, first, last))
+      run.advance(last)
+    if last < run.problem.steps:
+      run.data.ahead(last, run.end(every))
+    yield from _told(run, hooks, Rounds(first, last, run.metrics))
+  run.reason = run.reason or "steps"
+  yield from _told(run, hooks, Stop(run.step, run.reason))
+  yield from _told(run, hooks, End(run.step, run.reason))
+  yield from _told(run, hooks, Pause(run.step))
 
 
-def params_sha256(params: Params) -> str:
-  """The SHA-256 of the parameters' names, types, shapes and bits, in the order of the tree."""
-  digest = hashlib.sha256()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
-    whole = sharded.jit(lambda x: x, out_shardings=NamedSharding(leaf.sharding.mesh, P()))
-    digest.update(np.ascontiguousarray(jax.device_get(whole(leaf))).tobytes())
-  return digest.hexdigest()
+def _told(run: Run, hooks: Sequence[Hook], event: Event) -> Iterator[Event]:
+  yield event
+  for hook in hooks:
+    for further in hook.on(run, event):
+      yield from _told(run, hooks, further)

@@ -1,4 +1,4 @@
-"""What is measured on the devices beside the training itself: evaluation, and replicas compared."""
+"""Evaluates a model on a whole data set, spread over the devices."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -14,7 +13,6 @@ from jax.sharding import PartitionSpec as P
 from research.comm import mesh as meshes
 from research.core.base import Array, Params, Tree
 from research.core.task import Batch, Data, Task, value_and_grad
-from research.training.checkpoint.integrity import checksum
 
 
 def evaluator(task: Task, mesh: Mesh, batch: int = 1) -> Callable[..., dict[str, Array]]:
@@ -81,46 +79,3 @@ def _chunks(examples: Batch, sizes: Array, chunk: int, batch: int) -> Batch:
     return x.reshape(count, size, *x.shape[1:])
 
   return jax.tree.map(cut, {**examples, "mask": mask})
-
-
-def replica_check(tree: Tree) -> Callable[[Tree], list[str]]:
-  """`differing(tree)`: names of the leaves whose copies on the devices are not bit-identical.
-
-  Each device hashes what it holds; the hashes are compared along the mesh axes over which the leaf
-  is not cut. What is cut over all of them has no copies and is never named.
-
-  Args:
-    tree: arrays in the shardings of those to be checked, on one mesh.
-  """
-  names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-  mesh = jax.tree.leaves(tree)[0].sharding.mesh
-  specs = [leaf.sharding.spec for leaf in jax.tree.leaves(tree)]
-  copied = [tuple(axis for axis in mesh.axis_names if axis not in _axes(spec)) for spec in specs]
-
-  def differ(*leaves):
-    def one(leaf, axes):
-      own = checksum(leaf)
-      return lax.pmax(own, axes) != lax.pmin(own, axes) if axes else jnp.zeros((), bool)
-
-    found = jnp.stack([one(leaf, axes) for leaf, axes in zip(leaves, copied, strict=True)])
-    return lax.pmax(found, mesh.axis_names)
-
-  check = jax.jit(
-    jax.shard_map(differ, mesh=mesh, in_specs=tuple(specs), out_specs=P(), check_vma=False)
-  )
-
-  def differing(tree: Tree) -> list[str]:
-    leaves = [jax.random.key_data(x) if _is_key(x) else x for x in jax.tree.leaves(tree)]
-    found = np.asarray(jax.device_get(check(*leaves)))
-    return [name for name, wrong in zip(names, found, strict=True) if wrong]
-
-  return differing
-
-
-def _is_key(leaf: Array) -> bool:
-  return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _axes(spec: P) -> set[str]:
-  parts = [part if isinstance(part, tuple) else (part,) for part in spec if part is not None]
-  return {name for part in parts for name in part}

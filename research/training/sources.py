@@ -10,8 +10,8 @@ from research.core import blame, paths, registry
 from research.core.spec import parse
 from research.core.task import Batch, Task
 from research.parallel.job import Job
-from research.tasks.partition import stack
-from research.training.config import Config, flag
+from research.tasks.partition import Partition, stack
+from research.training.config import Config, called, flag
 
 
 def task_of(config: Config) -> Task:
@@ -44,11 +44,32 @@ def task_of(config: Config) -> Task:
   return task
 
 
-def partitioned(config: Config, task: Task, owners: int) -> tuple[Batch, np.ndarray]:
-  """The training examples by owner, numpy [P, n, ...], and how many each has."""
+def count(examples: Batch) -> int:
+  """How many examples the arrays of a batch hold."""
+  return len(jax.tree.leaves(examples)[0])
+
+
+def partitioned(
+  config: Config, task: Task, owners: int, split: Partition | None = None
+) -> tuple[Batch, np.ndarray]:
+  """The training examples by owner, numpy [P, n, ...], and how many each owner has.
+
+  Args:
+    config: its seed, and the spec of the partition.
+    task: whose `train` is split.
+    owners: P.
+    split: in place of the spec's.
+  """
   with flag("partition", config.partition):
-    split = registry.build("partition", config.partition)
-    by = np.asarray(task.train["y"]) if task.by is None else task.by
+    split = split or registry.build("partition", config.partition)
+    if task.by is not None:
+      by = task.by
+    elif "y" in task.train:
+      by = np.asarray(task.train["y"])
+    elif (name := called(config.partition)) in ("iid", "in_order", ""):
+      by = np.zeros(count(task.train), np.int32)
+    else:
+      raise ValueError(f"{name} sorts by labels, and the examples have none; take iid()")
     return stack(task.train, split(by, owners, config.seed))
 
 
@@ -56,11 +77,11 @@ def test_of(job: Job, config: Config) -> tuple[Batch, np.ndarray] | None:
   """The test examples cut into as many parts as devices evaluate them."""
   if job.task.test is None:
     return None
-  count, shards = len(job.task.test["y"]), evaluation_shards(job, config.executor)
+  found, shards = count(job.task.test), evaluation_shards(job, config.executor)
   with flag("mesh", config.mesh):
-    if count < shards:
-      raise ValueError(f"the {count} test examples do not spread over {shards} devices")
-  return stack(job.task.test, np.array_split(np.arange(count), shards))
+    if found < shards:
+      raise ValueError(f"the {found} test examples do not spread over {shards} devices")
+  return stack(job.task.test, np.array_split(np.arange(found), shards))
 
 
 def evaluation_shards(job: Job, executor: str) -> int:

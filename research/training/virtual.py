@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from research.core import registry
 from research.sim import clock
 from research.training.plan import Plan
 
@@ -81,22 +80,21 @@ def _between(ends: np.ndarray, rounds: float, start: float = 0.0) -> float:
   return before if whole == rounds else float(before + (rounds - whole) * (ends[whole] - before))
 
 
-def played(spec: str, plan: Plan, workers: int, seed: int) -> Callable[[int], Virtual]:
+def played(speeds: clock.Speeds, plan: Plan, workers: int, seed: int) -> Callable[[int], Virtual]:
   """A function of the number of rounds.
 
   A method that serves workers one by one takes each one's work when it is done; with all others
   every round waits for the slowest worker.
 
   Args:
-    spec: of the speeds; empty: all alike.
+    speeds: how long the workers' steps take.
     plan: the rounds.
-    workers: that share the clock.
-    seed: of what the speeds draw.
+    workers: how many share the clock.
+    seed: seeds what the speeds draw.
 
   Raises:
     ValueError: if the speeds are not those of these workers, or no round has one length.
   """
-  speeds = registry.build("speeds", spec or "steady(1.0)")
   method = plan.jobs[0].method
   if any(job.by_epochs for job in plan.jobs):
     raise ValueError("clients that take steps by their number of examples have no common clock")

@@ -19,8 +19,8 @@ from research.core.base import Chunk, Trait
 from research.core.task import TrainState
 from research.parallel import layout as layouts
 from research.parallel import resize, workers
-from research.training import metrics
 from research.training.checkpoint import checkpoint
+from research.training.hooks.replicas import replica_check
 
 ROUNDS, HALF = 6, 3
 WHOLE = "fsdp"
@@ -146,7 +146,7 @@ def test_all_workers_receive_the_same(kind):
     assert all(jax.tree.leaves(link.given)), name
     assert all(jax.tree.leaves(link.sent)), name
   for state in (spread.state, compiled_cut(kind, group_of(CUTTING[kind][0]))[0].run.state):
-    assert metrics.replica_check(state)(state) == []
+    assert replica_check(state)(state) == []
 
 
 PRIVATE = {

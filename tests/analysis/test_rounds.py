@@ -12,9 +12,11 @@ from problems import EXECUTORS, Running, distance, regression
 from research.aggregate.mean import mean
 from research.analysis import wire
 from research.core import registry
+from research.core.base import EVERYONE
 from research.methods import marina
 from research.methods.federated import fed_avg
 from research.methods.local import local_sgd
+from research.methods.post_local import PostLocalSGD
 from research.methods.scaffold import scaffold
 from research.optim.transform import as_optax
 from research.parallel import workers
@@ -226,14 +228,15 @@ def test_what_is_read_at_once_does_not_grow_with_the_steps(monkeypatch):
 
 def test_a_counter_that_stops_is_refused_before_the_first_round():
   """It counts for longer than a piece, and the run is longer than that."""
-  plain = registry.build("method", "post_local_sgd(sgd(0.1), mean())")
   stop = Stage.PIECE + 5
 
-  def sync(local, state, **rest):
-    after = plain.sync(local, state, **rest)
-    return after._replace(count=jnp.minimum(after.count, stop))
+  class Stopping(PostLocalSGD):
+    def sync(self, local, state, *, key, presence=EVERYONE):
+      after = super().sync(local, state, key=key, presence=presence)
+      return after._replace(count=jnp.minimum(after.count, stop))
 
-  job = resolved(Job(plain._replace(sync=sync), regression(), {"data": 8}, np.full(8, 30), 8))
+  method = Stopping(optax.sgd(0.1), mean())
+  job = resolved(Job(method, regression(), {"data": 8}, np.full(8, 30), 8))
   layout, plan = workers.infer_layout(job), Plan((job,))
   Sent(plan, layout, stop)
   with pytest.raises(ValueError, match="branches"):

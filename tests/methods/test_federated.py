@@ -22,7 +22,7 @@ from research.comm.topology import ring
 from research.compress.quantize import int8
 from research.compress.sparsify import kept, random_k, support, top_k
 from research.core import registry
-from research.core.base import Aggregator
+from research.core.base import Aggregator, Presence
 from research.core.method import Method
 from research.methods.data_parallel import data_parallel
 from research.methods.federated import fed_adagrad, fed_adam, fed_avg, fed_opt, fed_prox, fed_yogi
@@ -225,9 +225,7 @@ def test_rounds_equal_numpy(name):
 @pytest.mark.parametrize("name", ["fed_prox", "fed_adam", "scaffold"])
 def test_executions_agree_on_a_cohort(name):
   """And `over` keeps everything but the aggregator."""
-  over = METHODS[name].over
-  assert over is not None
-  run = serving(over(lambda inner: inner), "spmd").rounds(ROUNDS)
+  run = serving(METHODS[name].over(lambda inner: inner), "spmd").rounds(ROUNDS)
   assert distance(run.params(), served(name).params()) <= 1e-5
 
 
@@ -308,8 +306,7 @@ def play(method: Method, cohort: int, dropout: float, shares: bool) -> tuple[Any
   problem, random, rounds = Quadratics(), np.random.default_rng(1), 600
   h, b = (jnp.asarray(x, jnp.float32) for x in problem)
   steps = jnp.asarray([1, 2, 3, 4, 4, 3, 2, 1])
-  assert method.of_rounds is not None
-  method = method.of_rounds(4, cohort / 8)
+  method = method.in_rounds(4, cohort / 8)
 
   def worker(state, rows, client, active):
     state = state._replace(own_control=rows[client]) if hasattr(state, "own_control") else state
@@ -320,7 +317,7 @@ def play(method: Method, cohort: int, dropout: float, shares: bool) -> tuple[Any
       local = jax.tree.map(lambda x, y, k=k: jnp.where(k < steps[client], y, x), local, after)
     share = active * steps[client] if shares else active
     weight = share / jnp.maximum(jax.lax.pmean(share, "data"), 0.1)
-    state = method.sync(local, state, key=key, weight=weight, active=active > 0)
+    state = method.sync(local, state, key=key, presence=Presence(weight, active > 0))
     return state, getattr(state, "own_control", rows[client])
 
   @jax.jit

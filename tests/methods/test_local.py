@@ -16,6 +16,7 @@ from research.aggregate.compressed import two_phase
 from research.aggregate.feedback import error_feedback
 from research.aggregate.mean import mean
 from research.compress.quantize import int8
+from research.core.base import Presence
 from research.core.method import Method
 from research.methods.data_parallel import data_parallel
 from research.methods.diloco import diloco
@@ -242,9 +243,7 @@ def test_rounds_equal_numpy(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_executions_agree(name):
   """And `over` keeps everything but the aggregator."""
-  over = METHODS[name].over
-  assert over is not None
-  method = over(lambda inner: inner)
+  method = METHODS[name].over(lambda inner: inner)
   got = running(method, axes_of(name), "spmd").rounds(ROUNDS)
   assert distance(got.params(), simulated(name)) <= 1e-5
 
@@ -443,7 +442,7 @@ def test_an_inactive_worker_is_left_out():
 
     def sync(x, weight, active):
       local = method.begin(state)._replace(params={"w": x})
-      return method.sync(local, state, key=jax.random.key(0), weight=weight, active=active)
+      return method.sync(local, state, key=jax.random.key(0), presence=Presence(weight, active))
 
     for axis in reversed(axes):
       sync = jax.vmap(sync, axis_name=axis)

@@ -79,14 +79,14 @@ def test_rounds_in_pieces_end_as_rounds_at_once(law, monkeypatch):
   plan = Plan(stages(Job(method, regression(), {"data": W}, np.full(W, 30), 8)))
   for count in (1, 8, 2**16):
     monkeypatch.setattr(Waiting, "STEPS", count)
-    virtual = played(LAWS[law], plan, W, 3)(len(steps))
+    virtual = played(speeds, plan, W, 3)(len(steps))
     assert [virtual.at(rounds) for rounds in (39, 1, 2, 17, 0, 9)] == [
       want[38], want[0], want[1], want[16], 0, want[8]
     ]  # fmt: skip
     assert virtual.at(9.25) == pytest.approx(want[8] + (want[9] - want[8]) / 4)
     assert virtual.at(0.5) == pytest.approx(want[0] / 2)
     for seconds, rounds in ((want[20], 21), ((want[20] + want[21]) / 2, 21), (want[0], 1)):
-      assert rounds_within(played(LAWS[law], plan, W, 3), seconds) == rounds
+      assert rounds_within(played(speeds, plan, W, 3), seconds) == rounds
 
 
 def test_more_rounds_than_can_be_counted_or_ordered_are_refused(monkeypatch):
@@ -94,13 +94,13 @@ def test_more_rounds_than_can_be_counted_or_ordered_are_refused(monkeypatch):
   job = lambda spec: Job(
     registry.build("method", spec), regression(), {"data": 2}, np.full(2, 30), 8
   )
-  waiting = played("steady(1.0)", Plan((job("data_parallel(sgd(0.1), mean())"),)), 2, 0)
+  waiting = played(steady(1.0), Plan((job("data_parallel(sgd(0.1), mean())"),)), 2, 0)
   monkeypatch.setattr(Waiting, "STEPS", 64)
   assert rounds_within(waiting, 100.5) == 100
   with pytest.raises(ValueError, match="256 rounds end after 256 s"):
     rounds_within(waiting, 1e9)
   assert waiting(2**31).at(300) == 300  # a run is as long as it likes
-  served = played("steady(1.0)", Plan((job("asgd(sgd(0.1), mean())"),)), 2, 0)
+  served = played(steady(1.0), Plan((job("asgd(sgd(0.1), mean())"),)), 2, 0)
   assert rounds_within(served, 50.5) == 100
   with pytest.raises(ValueError, match="256 rounds end after 128 s"):
     rounds_within(served, 1e9)

@@ -22,6 +22,7 @@ from research.tasks.language.token_files import TokenFile
 from research.training import assemble, loop
 from research.training.config import Config, UsageError
 from research.training.feed import Training
+from research.training.hooks import signals
 
 KEY = jax.random.key(0)
 
@@ -237,7 +238,7 @@ def test_losses_are_those_of_the_batches_in_their_order(executor, mesh, flags, t
 
 @contextlib.contextmanager
 def stopping() -> Iterator[Callable[[], str]]:
-  """In place of `interrupt.watch`: says to stop after the second dispatch."""
+  """In place of `signals.watch`: says to stop after the second dispatch."""
   told = iter(["", "terminated"])
   yield lambda: next(told, "")
 
@@ -245,7 +246,7 @@ def stopping() -> Iterator[Callable[[], str]]:
 def test_a_stopped_run_goes_on_bit_for_bit(flags, tmp_path, monkeypatch):
   config = flags(out=str(tmp_path / "run"))
   with monkeypatch.context() as patch:
-    patch.setattr(loop.interrupt, "watch", stopping)
+    patch.setattr(signals, "watch", stopping)
     stopped, _ = loop.train(config)
   assert (stopped["steps"], stopped["stopped_because"]) == (14, "terminated")
   resumed, _ = loop.train(config)

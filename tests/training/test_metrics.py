@@ -13,6 +13,7 @@ from problems import Running, regression
 
 from research.comm import mesh as meshes
 from research.training import metrics
+from research.training.hooks.replicas import replica_check
 from research.training.reports import report
 
 
@@ -56,14 +57,14 @@ def test_a_flipped_bit_on_one_device_is_found_and_named(dtype):
   bad[1, 2] = 0
   whole = {"a": replicated(mesh, [good] * 8), "b": replicated(mesh, [good] * 8)}
   broken = {"a": whole["a"], "b": replicated(mesh, [*[good] * 5, bad, good, good])}
-  differing = metrics.replica_check(whole)
+  differing = replica_check(whole)
   assert differing(whole) == []
   assert differing(broken) == ["['b']"]
 
 
 def test_private_rows_and_cut_leaves_are_compared_only_with_their_copies():
   run = Running(METHODS["residual"], "spmd", {"data": 4, "fsdp": 2}, (60,) * 4).rounds(2)
-  differing = metrics.replica_check(run.state)
+  differing = replica_check(run.state)
   assert differing(run.state) == []
   b = run.state.method.params["b"]  # [3], not cut: eight copies
   copies = [np.asarray(b) + (i == 6) for i in range(8)]

@@ -84,7 +84,7 @@ def test_nobody_else_writes_json(path):
       name = ast.unparse(node.func)
       of_text = isinstance(node.func, ast.Attribute) and node.func.attr == "encode"
       inner = [node.func.value] if isinstance(node.func, ast.Attribute) and of_text else node.args
-      if of_text or name in ("print", "interrupt.same_everywhere"):
+      if of_text or name in ("print", "same_everywhere"):
         allowed |= set(map(id, inner))
   dumped = [
     node.lineno

@@ -14,8 +14,10 @@ from research.core.base import Params
 from research.core.spec import parse
 from research.core.task import Task, TrainState
 from research.training import metrics, sources
-from research.training.assemble import Problem, assemble, check
+from research.training.assemble import assemble, check
 from research.training.config import Config
+from research.training.hooks.hook import Event, Hook, Rounds
+from research.training.loop import Run, events
 from research.training.plan import Sent
 
 Row = dict[str, Any]
@@ -164,8 +166,11 @@ class Lab:
     config = Config(**({"task": self.dataset, "eval_every": 0, "steps_per_dispatch": 1000} | flags))
     problem = assemble(config, check(config))
     started = time.perf_counter()
-    state, rows = _trained(problem, config, _measure(problem, config, on, gradient, watch), until)
-    params = jax.device_get(problem.executor.params(state))
+    run = Run(config, problem)
+    measures = Measures(run, _measure(run, on, gradient, watch), until)
+    for _ in events(run, [measures]):
+      pass
+    rows, params = measures.rows, jax.device_get(run.params())
     seconds = time.perf_counter() - started
     sent = Sent(problem.plan, problem.executor.layout, problem.steps)
     found = Found(config, rows, params, sent.until(problem.steps) / problem.steps, seconds)
@@ -199,53 +204,38 @@ def _imitate_devices(count: int) -> None:
   jax.config.update("jax_num_cpu_devices", count)
 
 
-def _trained(
-  problem: Problem,
-  config: Config,
-  measure: Callable[[TrainState], Row],
-  until: Callable[[Row], bool],
-) -> tuple[TrainState, list[Row]]:
-  plan, rows, step, losses = problem.plan, [], 0, []
-  init_key, data_key = jax.random.split(jax.random.key(config.seed))
-  state = problem.executor.init(init_key)
-  data = problem.executor.place(problem.examples, problem.sizes, data_key)
-  while step < problem.steps:
-    before, step = step, _next_stop(problem, config, step)
-    rounds = round(plan.rounds(step) - plan.rounds(before))
-    state, found = problem.executors[plan.stage(before)].run(state, data, rounds=rounds)
-    losses.append(np.asarray(found["loss"], np.float64))
-    finite = bool(np.isfinite(losses[-1]).all())
-    last = step == problem.steps or not finite
-    if last or (config.eval_every and step // config.eval_every > before // config.eval_every):
-      loss, losses = float(np.concatenate(losses).mean()), []
-      rows.append({"step": step, "loss": loss, **measure(state)})
-    if not finite or (rows and until(rows[-1])):
-      break
-  return state, rows
+class Measures(Hook):
+  """The rows of a claim's run: at every `eval_every` steps, at its end, and where it diverges."""
+
+  def __init__(self, run: Run, measure: Callable[[], Row], until: Callable[[Row], bool]):
+    self.every, self.rows = run.config.eval_every, []
+    self._measure, self._until, self._losses = measure, until, []
+
+  def on(self, run: Run, event: Event) -> Iterable[Event]:
+    if not isinstance(event, Rounds):
+      return ()
+    self._losses.append(np.asarray(event.metrics["loss"], np.float64))
+    finite = bool(np.isfinite(self._losses[-1]).all())
+    if run.step == run.problem.steps or not finite or run.due(event, self.every):
+      loss, self._losses = float(np.concatenate(self._losses).mean()), []
+      self.rows.append({"step": run.step, "loss": loss, **self._measure()})
+    if not finite or (self.rows and self._until(self.rows[-1])):
+      run.stop("reached" if finite else "diverged")
+    return ()
 
 
-def _next_stop(problem: Problem, config: Config, step: int) -> int:
-  plan, every = problem.plan, (config.eval_every, config.steps_per_dispatch)
-  stops = [(step // n + 1) * n for n in every if n > 0]
-  stops = [problem.steps, plan.next_stage(step) or problem.steps, *stops]
-  return min(plan.end(min(stops)), problem.steps)
-
-
-def _measure(
-  problem: Problem, config: Config, on: Sequence[str], gradient: bool, watch: Watch | None
-) -> Callable[[TrainState], Row]:
-  key = jax.random.split(jax.random.key(config.seed))[1]
-  place = problem.executor.place
+def _measure(run: Run, on: Sequence[str], gradient: bool, watch: Watch | None) -> Callable[[], Row]:
+  problem = run.problem
   test = problem.test if "test" in on else None
-  placed = {"": place(*test, key)} if test else {}
+  placed = {"": problem.executor.place(*test, run.data_key)} if test else {}
   if "train" in on or gradient or not test:
-    placed["train_"] = place(problem.examples, problem.sizes, key)
+    placed["train_"] = run.data.placed
   mesh = next(iter(placed.values())).sizes.sharding.mesh
   evaluate = metrics.evaluator(problem.job.task, mesh)
 
-  def measure(state: TrainState) -> Row:
-    params = problem.executor.params(state)
-    row: Row = dict(watch(params, state)) if watch else {}
+  def measure() -> Row:
+    params = run.params()
+    row: Row = dict(watch(params, run.state)) if watch else {}
     for prefix, data in placed.items():
       found = evaluate(params, data, gradient=gradient and prefix == "train_")
       named = {k: float(v) for k, v in jax.device_get(found).items()}

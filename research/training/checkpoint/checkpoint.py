@@ -18,9 +18,9 @@ from research.comm.mesh import count, worker_axes
 from research.core.base import Array
 from research.core.task import TrainState
 from research.parallel import resize, sharded
-from research.training import interrupt
 from research.training.checkpoint import integrity, manager
 from research.training.checkpoint.noise import deaf_to_writers, quietly, silence
+from research.training.together import of_first_process
 
 
 class CheckpointError(Exception):
@@ -149,7 +149,7 @@ class Checkpoints:
     steps = sorted(self._manager.all_steps(), reverse=True)
     for step in steps:
       try:
-        if not interrupt.of_first_process(integrity.is_whole(self._folder / str(step))):
+        if not of_first_process(integrity.is_whole(self._folder / str(step))):
           raise ValueError("files are missing or not as they were written")
         plan = self._plan(step, like)
         found = self._read(step, plan.wanted, like.round.sharding)

@@ -12,7 +12,7 @@ KEEP = 3
 
 
 class Manager(ocp.CheckpointManager):
-  """Orbax's, but that it leaves JAX's preemption service to `interrupt.watch`.
+  """Orbax's, but that it leaves JAX's preemption service to `signals.watch`.
 
   The service wants consecutive numbers from one caller. After one of Orbax's, which are steps, a
   notice would take effect when as many dispatches are done.

@@ -3,7 +3,7 @@
 import contextlib
 import textwrap
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +49,26 @@ def show_again(folder: Path, summary: Mapping[str, Any]) -> None:
 def loss_plot(folder: Path, summary: Mapping[str, Any]) -> None:
   """Draws the losses against steps, and below them the other metrics, into loss.png."""
   with drawing(folder / "loss.png") as path:
-    save(_loss_figure(folder, summary), path, dpi=120)
+    rows = folder / "metrics.jsonl"
+    thinned = report.thinned(report.each_row(rows))
+    evaluated = report.thinned(row for row in report.each_row(rows) if "eval" in row)
+    save(_figure(thinned, evaluated, summary), path, dpi=120)
 
 
-def _loss_figure(folder: Path, summary: Mapping[str, Any]) -> Any:
+def loss_figure(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> Any:
+  """The losses against steps, and below them the other metrics, as a matplotlib Figure."""
+  evaluated = report.thinned(row for row in rows if "eval" in row)
+  return _figure(report.thinned(rows), evaluated, summary)
+
+
+def _figure(
+  rows: Sequence[Mapping[str, Any]],
+  evaluated: Sequence[Mapping[str, Any]],
+  summary: Mapping[str, Any],
+) -> Any:
   from matplotlib.figure import Figure
 
-  path, evaluated_on = folder / "metrics.jsonl", summary["evaluated_on"]
-  rows = report.thinned(report.each_row(path))
-  evaluated = report.thinned(row for row in report.each_row(path) if "eval" in row)
+  evaluated_on = summary["evaluated_on"]
   lines = textwrap.wrap(summary["method"], 78, break_on_hyphens=False)
   title = "\n".join([f"{summary['task']}, {summary['workers']} workers", *lines])
   names = sorted({name for row in evaluated for name in row["eval"]} - {"loss"})

@@ -110,9 +110,9 @@ def each_row(path: Path) -> Iterator[dict[str, Any]]:
       yield with_nan(row)
 
 
-def thinned(rows: Iterable[dict[str, Any]], most: int = 2**13) -> list[dict[str, Any]]:
+def thinned(rows: Iterable[Mapping[str, Any]], most: int = 2**13) -> list[Mapping[str, Any]]:
   """At most so many of the rows, at equal distances, and the last one."""
-  kept: list[dict[str, Any]] = []
+  kept: list[Mapping[str, Any]] = []
   every, last = 1, None
   for number, last in enumerate(rows):
     if number % every == 0:

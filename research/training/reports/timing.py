@@ -1,4 +1,4 @@
-"""Where a run's time goes: compiling, steps, and what is neither."""
+"""Divides a run's time into compiling, steps, and the rest."""
 
 import contextlib
 import time
@@ -14,7 +14,10 @@ _COMPILING = (
 
 
 class Timing:
-  """A clock of one run. Steps are timed from the end of the first dispatch, compiling left out."""
+  """A clock of one run. Steps are timed from the end of the first dispatch, compiling left out.
+
+  Compiling is counted inside `with timing:`.
+  """
 
   def __init__(self):
     self._start = time.perf_counter()
@@ -24,15 +27,19 @@ class Timing:
     self._steps = 0
     self._first: tuple[float, int] | None = None  # seconds and steps of the first dispatch
     self._last = 0.0
+
+  def __enter__(self) -> "Timing":
     jax.monitoring.register_event_duration_secs_listener(self._listen)
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    del error
+    jax.monitoring.unregister_event_duration_listener(self._listen)
 
   def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
     del kwargs
     if event in _COMPILING:
       self.compiling += duration_secs
-
-  def close(self) -> None:
-    jax.monitoring.unregister_event_duration_listener(self._listen)
 
   def resume(self, seconds: float) -> None:
     """Adds the seconds of the run's earlier parts."""

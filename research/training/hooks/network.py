@@ -1,21 +1,25 @@
-"""The kernel's counters of all hosts over a run's training, where a launcher names them."""
+"""Reads the kernel's network counters of all hosts around the dispatches of a run."""
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from research.comm import counters
+from research.training.hooks.hook import Hook
+
+if TYPE_CHECKING:
+  from research.training.loop import Run
 
 
-class Network:
-  """Adds up what training sends, without evaluations, checkpoints, and connecting.
+class Network(Hook):
+  """Adds up the bytes that training sends, without evaluations, checkpoints and connecting.
 
-  Without a launcher that names counters it does nothing. With one, dispatches do not overlap with
-  the host's work, and each waits until the counters are at rest. Process 0 reads for all hosts.
+  It does nothing unless a launcher names the counters. With counters, dispatches do not overlap
+  with the host's work, and each waits until the counters are at rest. Process 0 reads for all.
   """
 
   def __init__(self, main: bool):
@@ -26,26 +30,23 @@ class Network:
     self._after: dict[int, np.ndarray] = {}
 
   @contextlib.contextmanager
-  def over(self, before: int, after: int, results: Callable[[], Any]) -> Iterator[None]:
-    """Around a dispatch from one step to another that leaves `results()`.
-
-    The first one of the process is not counted: in it the hosts connect.
-    """
+  def around(self, run: "Run", first: int, last: int) -> Iterator[None]:
+    """The first dispatch of the process is not counted: during it the hosts connect."""
     if self._counters is None:
       yield
       return
-    jax.block_until_ready(results())
+    jax.block_until_ready(run.state)
     start = self._counters.settled()
     yield
-    jax.block_until_ready(results())
+    jax.block_until_ready(run.state)
     if not self._first:
       self._sum = self._sum + self._counters.settled() - start
-      self._steps += after - before
-      self._after[after] = self._sum
+      self._steps += last - first
+      self._after[last] = self._sum
     self._first = False
 
   def row(self, step: int) -> dict[str, Any]:
-    """For the row of metrics of a dispatch's last step: bytes so far, host by host."""
+    """Columns of the row at a dispatch's last step: bytes so far, host by host."""
     found = self._after.pop(step, None)
     if found is None:
       return {}

@@ -1,0 +1,165 @@
+"""Neural networks of Flax linen, Flax NNX and Equinox as pairs of pure functions.
+
+NNX and Equinox are looked at only if the program has imported them already.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+
+from research.core.base import Array, Key, Params
+
+# Words by which the libraries' models are told that they are trained, and that they are not.
+_TRAINING, _EVALUATING = ("train", "training"), ("deterministic", "inference")
+
+
+class Network(NamedTuple):
+  """A model without its parameters."""
+
+  init: Callable[[Key, Any], Params]  # (key, x [1, ...]) -> parameters
+  # (params, x [batch, ...], key) -> outputs [batch, ...]; without a key nothing is dropped
+  apply: Callable[[Params, Any, Key | None], Array]
+
+
+def network(model: Any) -> Network:
+  """The functions of a model.
+
+  A linen module draws its parameters from the key. An NNX or an Equinox model has its parameters,
+  and starts with them whatever the key is; a function of a key that makes one draws them anew.
+  Random state, such as that of Dropout, is no parameter: it is drawn from the key of the loss.
+
+  Args:
+    model: a linen module, or an NNX module, both from x [batch, ...]; an Equinox module, from x of
+      one example; or a function of a typed key that makes an NNX or an Equinox module.
+
+  Raises:
+    ValueError: if it is none of these, or keeps statistics of the batches that it has seen.
+  """
+  if isinstance(model, nn.Module):
+    return _linen(model)
+  if _is_module(model, "flax.nnx"):
+    copy = sys.modules["flax.nnx"].clone(model)  # the user may go on to train the model
+    return _nnx(lambda key: copy, copy)
+  if _is_module(model, "equinox"):
+    return _equinox(lambda key: model, model)
+  if callable(model) and not isinstance(model, type):
+    return _made(model)
+  kind = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+  raise ValueError(
+    f"model: {kind} is no module of Flax linen, Flax NNX or Equinox, and no function of a key that "
+    "makes one"
+  )
+
+
+def _is_module(model: Any, library: str) -> bool:
+  loaded = sys.modules.get(library)
+  return loaded is not None and isinstance(model, loaded.Module)
+
+
+def _made(make: Callable[[Key], Any]) -> Network:
+  """Of a function that makes the model."""
+  model = make(jax.random.key(0))
+  if _is_module(model, "flax.nnx"):
+    return _nnx(make, model)
+  if _is_module(model, "equinox"):
+    return _equinox(make, model)
+  raise ValueError(
+    f"model: the function of a key made a {type(model).__name__}, and no NNX or Equinox module"
+  )
+
+
+def _words(call: Callable[..., Any], training: bool) -> dict[str, bool]:
+  """What a call is told about training, by the parameters that it has."""
+  names = inspect.signature(call).parameters
+  words = {name: training for name in _TRAINING if name in names}
+  return words | {name: not training for name in _EVALUATING if name in names}
+
+
+def _linen(module: nn.Module) -> Network:
+  call = type(module).__call__
+
+  def init(key: Key, x: Any) -> Params:
+    found = module.init(key, x, **_words(call, False))
+    if others := sorted(set(found) - {"params"}):
+      raise ValueError(_statistics(", ".join(others)))
+    return found["params"]
+
+  def apply(params: Params, x: Any, key: Key | None) -> Array:
+    rngs = None if key is None else {"dropout": key}
+    found = module.apply({"params": params}, x, rngs=rngs, **_words(call, key is not None))
+    return found  # pyright: ignore[reportReturnType]
+
+  return Network(init, apply)
+
+
+def _nnx(make: Callable[[Key], Any], model: Any) -> Network:
+  from flax import nnx
+
+  def split(mode: str, model: Any) -> tuple[Any, ...]:
+    model = nnx.clone(model)
+    getattr(model, mode)()  # Dropout is static: a training model has another graph
+    graph, params, keys, counts, rest = nnx.split(model, nnx.Param, nnx.RngKey, nnx.RngCount, ...)
+    if others := sorted({type(x).__name__ for x in jax.tree.leaves(rest, is_leaf=_is_variable)}):
+      raise ValueError(_statistics(", ".join(others)))
+    return graph, *map(nnx.to_pure_dict, (params, keys, counts))
+
+  graphs = {mode: split(mode, model)[0] for mode in ("train", "eval")}
+  keys, counts = split("train", model)[2:]
+
+  def init(key: Key, x: Any) -> Params:
+    del x
+    return split("eval", make(key))[1]
+
+  def apply(params: Params, x: Any, key: Key | None) -> Array:
+    drawn = keys
+    if key is not None:
+      leaves, tree = jax.tree.flatten(keys)
+      fold = lambda number, shape: jax.random.split(jax.random.fold_in(key, number), shape)
+      drawn = tree.unflatten([fold(number, leaf.shape) for number, leaf in enumerate(leaves)])
+    graph = graphs["eval" if key is None else "train"]
+    return nnx.merge(graph, params, drawn, counts)(x)
+
+  return Network(init, apply)
+
+
+def _is_variable(x: Any) -> bool:
+  return isinstance(x, sys.modules["flax.nnx"].Variable)
+
+
+def _equinox(make: Callable[[Key], Any], model: Any) -> Network:
+  import equinox as eqx  # pyright: ignore[reportMissingImports]
+
+  if any(isinstance(x, eqx.nn.StateIndex) for x in jax.tree.leaves(model, is_leaf=_is_index)):
+    raise ValueError(_statistics("StateIndex"))
+  rest = eqx.partition(model, eqx.is_inexact_array)[1]
+  takes_key = "key" in inspect.signature(type(model).__call__).parameters
+
+  def init(key: Key, x: Any) -> Params:
+    del x
+    return eqx.filter(make(key), eqx.is_inexact_array)
+
+  def apply(params: Params, x: Any, key: Key | None) -> Array:
+    one = eqx.nn.inference_mode(eqx.combine(params, rest), value=key is None)
+    if not takes_key:
+      return jax.vmap(one)(x)
+    if key is None:
+      return jax.vmap(lambda x: one(x, key=None))(x)
+    keys = jax.random.split(key, len(jax.tree.leaves(x)[0]))
+    return jax.vmap(lambda x, key: one(x, key=key))(x, keys)
+
+  return Network(init, apply)
+
+
+def _is_index(x: Any) -> bool:
+  return isinstance(x, sys.modules["equinox"].nn.StateIndex)
+
+
+def _statistics(names: str) -> str:
+  return (
+    f"the model has variables that are no parameters ({names}), such as BatchNorm's statistics; "
+    "workers would not agree about them: take a layer without, such as GroupNorm or LayerNorm"
+  )

@@ -1,0 +1,177 @@
+"""`research.train`: a run of objects from a Python program."""
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from research.core import registry
+from research.core.method import Method
+from research.core.spec import parse
+from research.core.task import Task
+from research.core.text import quoted
+from research.sim.clock import Speeds
+from research.tasks.partition import Partition
+from research.training.assemble import EXECUTORS, Given
+from research.training.config import OF_SERVER, Config, UsageError
+from research.training.hooks.hook import Call, Event, Hook
+from research.training.label import label
+from research.training.loop import Run, trained
+from research.training.result import Result
+
+# Fields of Config that are arguments of their own, or mean nothing here.
+_NAMED = ("task", "model", "method", "executor", "mesh", "batch_size", "steps", "seed", "out")
+_COMMANDS = ("partition", "clock", "restarts", "ray_address", "node_ip", *OF_SERVER)
+OPTIONS = tuple(name for name in Config._fields if name not in (*_NAMED, *_COMMANDS))
+
+
+def train(
+  task: Task | Callable[..., Task] | str,
+  method: Method | str,
+  *,
+  model: Any = None,
+  mesh: str | Mapping[str, int] = "data:8",
+  executor: str = "simulate",
+  batch_size: int | str,
+  steps: int = 0,
+  seed: int = 0,
+  partition: Partition | str = "iid()",
+  clock: Speeds | str = "",
+  hooks: Sequence[Hook | Callable[[Run, Event], str | None]] = (),
+  out: str | Path | None = None,
+  **options: Any,
+) -> Result:
+  """Trains a model with a method on a task, as `experiments/run.py` does, on objects.
+
+      task = supervised(Net(), {"x": images, "y": labels}, test)
+      method = local_sgd(optax.sgd(0.1), error_feedback(two_phase(int8())), period=8)
+      result = train(task, method, mesh="data:4", batch_size=64, steps=400)
+      result.plot().savefig("loss.png")
+
+  With `out` the run can be resumed by the same call: it goes on from its newest checkpoint, and a
+  run that is complete is shown again. A folder that holds a run of other arguments, other examples
+  or other code of the task, the model or the method is rejected.
+
+  Args:
+    task: what to train on, such as `supervised(model, train)`; a function that makes a task of
+      `model`, such as `digits`; or the text of one that the registry knows.
+    method: how to optimize, or the text of a method.
+    model: for a task that is a function or a text; None: its default.
+    mesh: places by axis, "data:4,fsdp:2" or {"data": 4, "fsdp": 2}; `data` and `slice` are workers.
+    executor: "simulate" (workers are an axis of arrays), "spmd" or "pmap" (each has a device).
+    batch_size: examples per step over all workers, or "all".
+    steps: local steps; or give `rounds`, `epochs` or `virtual_seconds` as an option.
+    seed: seeds the initial model, the order of examples, and the method's randomness.
+    partition: who owns which examples, such as `dirichlet(0.3)`.
+    clock: the speeds of the workers on a virtual clock, such as `exponential(1.0)`; "": none.
+    hooks: called with (run, event) for every event of the run, before its own hooks. A function
+      stops the run by returning a reason; a `Hook` may also cut dispatches.
+    out: the run's folder; None writes nothing.
+    options: further fields of `Config`, such as eval_every=50 (steps), log_every=10 (steps),
+      checkpoint_every=100 (steps), tolerance=1e-6 (norm of the full gradient), clip_norm=1.0.
+
+  Returns:
+    The trained model, its metrics and the summary.
+
+  Raises:
+    UsageError: one line with the argument and its legal values. It is a ValueError.
+    NonFinite: if a loss, the state or an evaluation is not finite.
+    ReplicasDiffer: if the devices' copies of the state differ.
+    CheckpointError: if the run has checkpoints and none is whole.
+  """
+  try:
+    _check(task, method, model, mesh, executor, batch_size, steps, options, out)
+    given = Given(
+      _task(task, model),
+      None if isinstance(method, str) else method,
+      None if isinstance(partition, str) else partition,
+      None if isinstance(clock, str) else clock,
+    )
+    config = Config(
+      task=label(task),
+      model="" if model is None or (given.task and not callable(task)) else label(model),
+      method=label(method),
+      executor=executor,
+      mesh=mesh if isinstance(mesh, str) else ",".join(f"{k}:{n}" for k, n in mesh.items()),
+      partition=label(partition),
+      clock=label(clock),
+      batch_size=batch_size,
+      steps=steps or Config().steps,
+      seed=seed,
+      out=str(out or ""),
+      **options,
+    )
+    own = [hook if isinstance(hook, Hook) else Call(hook) for hook in hooks]
+    return trained(config, given, own, writes=out is not None)
+  except UsageError as error:
+    raise UsageError(_in_python(str(error))) from error
+
+
+def _in_python(line: str) -> str:
+  """A message about flags, with arguments in their place."""
+  return re.sub(rf"--(?=(?:{'|'.join(Config._fields)})\b)", "", line)
+
+
+def _task(task: Task | Callable[..., Task] | str, model: Any) -> Task | None:
+  """A task that is given as an object, or made of the model; None: it is a text."""
+  if isinstance(task, str):
+    if model is None or isinstance(model, str):
+      return None
+    return registry.build("task", parse(task), model=model, data_dir="")
+  if isinstance(task, Task):
+    return task
+  if isinstance(model, str):
+    model = registry.build("model", model)
+  made = task() if model is None else task(model=model)
+  if not isinstance(made, Task):
+    raise UsageError(f"task={label(task)}: makes a {type(made).__name__}, and no Task")
+  return made
+
+
+def _check(task, method, model, mesh, executor, batch_size, steps, options, out) -> None:
+  """Rejects arguments of wrong types and unknown options."""
+  if not (isinstance(task, Task | str) or callable(task)):
+    raise UsageError(f"task={quoted(task)}: not a Task, a function that makes one, or its text")
+  if not isinstance(method, Method | str):
+    raise UsageError(f"method={quoted(method)}: not a Method or the text of one")
+  if model is not None and isinstance(task, Task):
+    raise UsageError("model: the task has its model already; leave this out")
+  if not isinstance(mesh, str | Mapping):
+    raise UsageError(f"mesh={quoted(mesh)}: not a text such as 'data:8' or a dictionary of sizes")
+  if executor == "server":
+    raise UsageError(f"executor='server': is for the command; legal: {', '.join(EXECUTORS)}")
+  for name in options:
+    if name not in OPTIONS:
+      near = difflib.get_close_matches(name, OPTIONS, 1)
+      hint = f"did you mean {near[0]}?" if near else f"legal: {', '.join(OPTIONS)}"
+      raise UsageError(f"{name}: unknown option; {hint}")
+    _check_type(name, options[name])
+  if batch_size != "all" and not _is_count(batch_size):
+    raise UsageError(f"batch_size={quoted(batch_size)}: neither a whole number above 0 nor 'all'")
+  others = [name for name in ("rounds", "epochs", "virtual_seconds") if options.get(name)]
+  if steps == 0 and not others:
+    raise UsageError("steps: give steps, rounds, epochs or virtual_seconds")
+  if steps and others:
+    raise UsageError(f"steps={steps}: goes without {others[0]}")
+  if steps and not _is_count(steps):
+    raise UsageError(f"steps={quoted(steps)}: not a whole number above 0")
+  if out is None and (idle := [n for n in ("tensorboard", "profile") if options.get(n)]):
+    raise UsageError(f"{idle[0]}: is written into the folder out=, and there is none")
+
+
+def _is_count(value: Any) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+
+
+def _check_type(name: str, value: Any) -> None:
+  default = Config._field_defaults[name]
+  if isinstance(default, bool | str):
+    fits, wanted = isinstance(value, type(default)), type(default).__name__
+  else:
+    kinds = int if isinstance(default, int) else int | float
+    fits = isinstance(value, kinds) and not isinstance(value, bool) and 0 <= value < math.inf
+    wanted = f"{'whole ' if isinstance(default, int) else ''}number of at least 0"
+  if not fits:
+    raise UsageError(f"{name}={quoted(value)}: not a {wanted}")

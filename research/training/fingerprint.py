@@ -1,0 +1,197 @@
+"""Fingerprints of what a run is made of beside its flags: its data, and the user's own code.
+
+A run that is shown again, or goes on, has to be of the same examples and of the same loss.
+"""
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from research.core import blame
+from research.core.task import Task
+
+_WHOLE = 2**26  # bytes of an array that are read whole
+_BLOCK = 2**16  # bytes; of a larger array so many blocks are read as make up _WHOLE
+
+
+def of_data(task: Task) -> str:
+  """A digest of the examples, labels included, of those to train on and those to test on.
+
+  Of an array of more than 64 MiB 1024 blocks of 64 KiB are read, at equal distances.
+  """
+  digest = hashlib.sha256()
+  for name, examples in (("train", task.train), ("test", task.test), ("by", task.by)):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(examples):
+      digest.update(f"{name}{jax.tree_util.keystr(path)}".encode())
+      _add_array(digest, np.asarray(leaf))
+  if task.feed:
+    digest.update(f"{task.feed.examples} examples to read".encode())
+  return digest.hexdigest()[:16]
+
+
+def of_code(*parts: Any) -> str:
+  """A digest of the user's own functions and classes among the parts; "" if there are none.
+
+  Functions of this codebase and of libraries are told apart by their names alone, which specs
+  have.
+  """
+  walk = _Walk(values=False)
+  for part in parts:
+    walk.add(part)
+  return walk.digest.hexdigest()[:16] if walk.found else ""
+
+
+def of_objects(*parts: Any) -> str:
+  """A digest of objects that a program made: their types, values, arrays and functions.
+
+  Functions count by their compiled code and by what they hold, so that neither comments nor where
+  a file lies matter. Of an object that has neither fields nor leaves only the type counts.
+  """
+  walk = _Walk(values=True)
+  for part in parts:
+    walk.add(part)
+  return walk.digest.hexdigest()[:16]
+
+
+def _add_array(digest: Any, array: np.ndarray) -> None:
+  digest.update(f"{array.dtype} {array.shape} ".encode())
+  if array.dtype.hasobject:
+    digest.update(repr(array.tolist()).encode())
+  elif array.nbytes <= _WHOLE:
+    digest.update(np.ascontiguousarray(array).view(np.uint8).data if array.nbytes else b"")
+  else:
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    for start in np.linspace(0, flat.size - _BLOCK, _WHOLE // _BLOCK, dtype=np.int64):
+      digest.update(flat[start : start + _BLOCK].data)
+
+
+class _Walk:
+  """Goes through objects once each, in the order in which they are met."""
+
+  def __init__(self, values: bool):
+    self.digest, self.found, self._values = hashlib.sha256(), False, values
+    self._met: dict[int, tuple[int, Any]] = {}  # by id; the objects are kept, and so their ids
+    self._next: collections.deque[Any] = collections.deque()
+
+  def add(self, x: Any) -> None:
+    """Adds an object and all that it is made of."""
+    self._next.append(x)
+    while self._next:
+      self._one(self._next.popleft())
+
+  def _one(self, x: Any) -> None:
+    if x is None or isinstance(x, bool | int | float | complex | str | bytes | np.generic):
+      self._say(repr(x))
+    elif id(x) in self._met:
+      self._say(f"the {self._met[id(x)][0]}th")
+    else:
+      self._met[id(x)] = len(self._met), x
+      self._add_new(x)
+
+  def _say(self, text: str) -> None:
+    if self._values or self.found:
+      self.digest.update(text.encode() + b"\0")
+
+  def _all(self, parts: Iterable[Any]) -> None:
+    self._next.extend(parts)
+
+  def _add_new(self, x: Any) -> None:
+    self._say(f"{type(x).__module__}.{type(x).__qualname__}")
+    if isinstance(x, types.ModuleType):
+      self._say(x.__name__)
+    elif isinstance(x, np.ndarray | jax.Array):
+      self._array(x)
+    elif isinstance(x, Mapping):
+      self._all(item for pair in x.items() for item in pair)
+    elif isinstance(x, list | tuple):
+      self._all(x)
+    elif isinstance(x, set | frozenset):
+      self._all(sorted(x, key=repr))
+    elif isinstance(x, functools.partial):
+      self._all((x.func, x.args, x.keywords))
+    elif isinstance(x, types.MethodType):
+      self._all((x.__self__, x.__func__))
+    elif isinstance(x, types.FunctionType):
+      self._function(x)
+    elif isinstance(x, type):
+      self._class(x)
+    elif (inner := getattr(x, "__wrapped__", None)) is not None:
+      self._all([inner])
+    else:
+      self._object(x)
+
+  def _array(self, x: Any) -> None:
+    if not self._values:
+      return
+    if isinstance(x, jax.Array) and jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+      x = jax.random.key_data(x)
+    _add_array(self.digest, np.asarray(x))
+
+  def _function(self, x: types.FunctionType) -> None:
+    self._say(f"{x.__module__}.{x.__qualname__}")
+    if _is_users(x.__module__, x.__code__.co_filename):
+      self.found = True
+      self._code(x.__code__, x.__globals__)
+    cells = [cell.cell_contents for cell in x.__closure__ or () if _is_full(cell)]
+    self._all((x.__defaults__, x.__kwdefaults__, *cells))
+
+  def _code(self, code: types.CodeType, names: Mapping[str, Any]) -> None:
+    """A function of the user's with what it refers to by name."""
+    self.digest.update(code.co_code)
+    for constant in code.co_consts:
+      if isinstance(constant, types.CodeType):
+        self._code(constant, names)
+      else:
+        self._say(repr(sorted(constant)) if isinstance(constant, frozenset) else repr(constant))
+    for name in code.co_names:
+      self._say(name)
+      if name in names:
+        self._all([names[name]])
+
+  def _class(self, x: type) -> None:
+    self._say(f"{x.__module__}.{x.__qualname__}")
+    if _is_users(x.__module__, ""):
+      self.found = True
+      self._all(x.__bases__)
+      for name, value in sorted(vars(x).items()):
+        if isinstance(value, staticmethod | classmethod | property):
+          value = value.fget if isinstance(value, property) else value.__func__
+        is_own = isinstance(value, types.FunctionType) and value.__module__ == x.__module__
+        if is_own or (isinstance(value, int | float | str) and not name.startswith("__")):
+          self._say(name)
+          self._all([value])
+
+  def _object(self, x: Any) -> None:
+    """Its class if that is the user's, and its fields."""
+    self._all([type(x)])
+    if dataclasses.is_dataclass(x):
+      self._all(getattr(x, field.name, None) for field in dataclasses.fields(x))
+    elif _is_users(type(x).__module__, ""):
+      self._all(item for pair in _fields(x) for item in pair)
+    elif self._values:
+      leaves = jax.tree.leaves(x)
+      self._all(() if len(leaves) == 1 and leaves[0] is x else leaves)
+
+
+def _fields(x: Any) -> Iterator[tuple[str, Any]]:
+  """What an object of a user's class holds, without what a library keeps in it for itself."""
+  return ((name, value) for name, value in vars(x).items() if not name.startswith("_"))
+
+
+def _is_full(cell: Any) -> bool:
+  try:
+    return cell.cell_contents is not cell
+  except ValueError:  # not assigned yet
+    return False
+
+
+def _is_users(module: str | None, filename: str) -> bool:
+  """Whether code is neither this codebase's nor a library's."""
+  return not blame.is_known(module or "", filename)

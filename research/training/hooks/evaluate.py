@@ -1,0 +1,91 @@
+"""Measures the deployed model at every `eval_every` steps and at the end."""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from research.comm.mesh import worker_axes
+from research.training import metrics
+from research.training.hooks import finite
+from research.training.hooks.finite import NonFinite
+from research.training.hooks.hook import COMPLETE, End, Evaluation, Event, Hook, Pause, Rounds, Stop
+
+if TYPE_CHECKING:
+  from research.training.loop import Run
+
+
+class Evaluate(Hook):
+  """Gives an Evaluation with "train_loss", "eval", and "gradient_norm" where it is needed.
+
+  The gradient of the full objective is measured with a tolerance, and of a task that has one of its
+  own. A run that was stopped is saved first, since whoever stops it may not wait.
+
+  Attributes:
+    row: the newest evaluation with its "step".
+    evaluated_on: "test", or "train" where the task has no test examples.
+  """
+
+  def __init__(self, run: "Run"):
+    config, problem = run.config, run.problem
+    job, place = problem.job, problem.executor.place
+    self.every = config.eval_every
+    self.evaluated_on = "test" if problem.test else "train"
+    self.row: dict[str, Any] = {}
+    self._test = place(*problem.test, run.data_key) if problem.test else None
+    shared = job.batch_size if len(job.axes) > len(worker_axes(job.axes)) else None
+    mesh = run.data.placed.sizes.sharding.mesh
+    self._evaluate = metrics.evaluator(job.task, mesh, shared or 1)
+    self._measure = jax.jit(job.task.measure)
+    self._gradient = config.tolerance > 0 or job.task.grads is not None
+    self.initial = self._initial(run)
+
+  def on(self, run: "Run", event: Event) -> Iterable[Event]:
+    if isinstance(event, Rounds):
+      due = run.due(event, self.every)
+    else:
+      ends = isinstance(event, Stop) and event.reason in COMPLETE
+      due = (ends or isinstance(event, End)) and self.row.get("step") != run.step
+    return self._evaluated(run) if due else ()
+
+  def _evaluated(self, run: "Run") -> Iterator[Event]:
+    row = self._measured(run)
+    if bad := finite.wrong(row, self.evaluated_on):
+      yield Pause(run.step)  # the losses of the steps say more, if they are not finite either
+      raise NonFinite(f"the {', '.join(bad)} is not finite at step {run.step}; {run.kept()}")
+    self.row = {"step": run.step, **row}
+    yield Evaluation(run.step, row)
+
+  def _measured(self, run: "Run") -> dict[str, Any]:
+    with run.aside():
+      params = run.params()
+      found = self._evaluate(params, run.data.placed, gradient=self._gradient)
+      train = {name: float(value) for name, value in jax.device_get(found).items()}
+      test = jax.device_get(self._evaluate(params, self._test)) if self._test else train
+      test = {**test, **jax.device_get(self._measure(params))}
+    row: dict[str, Any] = {"train_loss": train["loss"]}
+    if "gradient_norm" in train:
+      row["gradient_norm"] = train["gradient_norm"]
+    row["eval"] = {k: float(v) for k, v in test.items() if k != "gradient_norm"}
+    return row
+
+  def _initial(self, run: "Run") -> dict[str, Any]:
+    """For the summary: the model before the first step, as far as it is finite."""
+    row = self._measured(run)
+    loss = row["train_loss"]
+    return {
+      "initial_train_loss": loss if math.isfinite(loss) else None,
+      "initial_eval": {name: x for name, x in row["eval"].items() if math.isfinite(x)},
+    }
+
+
+class Tolerance(Hook):
+  """Stops a run as "converged" when the full gradient's norm falls below the tolerance."""
+
+  def on(self, run: "Run", event: Event) -> Iterable[Event]:
+    if isinstance(event, Evaluation) and run.reason in ("", "steps"):
+      norm = event.row.get("gradient_norm")
+      if norm is not None and norm < run.config.tolerance:
+        run.stop("converged")
+    return ()

@@ -1,0 +1,45 @@
+"""Ends a run whose loss, state or evaluation is no longer finite."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+class NonFinite(Exception):
+  """The loss or the state of a run is no longer finite."""
+
+
+def check_rounds(first: int, last: int, metrics: Mapping[str, Any], kept: str) -> None:
+  """Rejects a dispatch with a loss or a state that is not finite.
+
+  Args:
+    first: local steps before the dispatch.
+    last: local steps after it.
+    metrics: on the host, "loss" [last - first] and "finite".
+    kept: which checkpoint is left, for the message.
+
+  Raises:
+    NonFinite: names the first five such steps.
+  """
+  bad = first + 1 + np.flatnonzero(~np.isfinite(metrics["loss"]))
+  if bad.size:
+    shown = ", ".join(map(str, bad[:5])) + (f" and {bad.size - 5} more" if bad.size > 5 else "")
+    raise NonFinite(f"the loss is not finite at step {shown}; {kept}")
+  if not metrics["finite"]:
+    steps = f"{first + 1} to {last}"
+    raise NonFinite(f"the state became non-finite in one of the steps {steps}; {kept}")
+
+
+def wrong(row: Mapping[str, Any], evaluated_on: str) -> list[str]:
+  """The names of an evaluation's numbers that are not finite.
+
+  Args:
+    row: "train_loss", "eval" by metric, and "gradient_norm" where it was measured.
+    evaluated_on: "test" or "train".
+  """
+  named = {f"{evaluated_on} {name}": value for name, value in row["eval"].items()}
+  named |= {"training loss": row["train_loss"]}
+  named |= {"gradient norm": row["gradient_norm"]} if "gradient_norm" in row else {}
+  return [name for name, value in named.items() if not math.isfinite(value)]

@@ -1,0 +1,39 @@
+"""Traces the second dispatch of a process, when everything is compiled, into OUT/profile."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+
+from research.training.hooks.hook import End, Event, Hook
+from research.training.reports import report
+
+if TYPE_CHECKING:
+  from research.training.loop import Run
+
+
+class Profile(Hook):
+  """Writes one profile; says so if there was no second dispatch."""
+
+  def __init__(self, folder: Path):
+    self._folder, self._dispatches = folder, 0
+
+  @contextlib.contextmanager
+  def around(self, run: "Run", first: int, last: int) -> Iterator[None]:
+    del first, last
+    self._dispatches += 1
+    if self._dispatches != 2:
+      yield
+      return
+    jax.block_until_ready(run.metrics)
+    with jax.profiler.trace(str(self._folder / "profile")):
+      yield
+      jax.block_until_ready(run.state)
+
+  def on(self, run: "Run", event: Event) -> Iterable[Event]:
+    del run
+    if isinstance(event, End) and self._dispatches < 2:
+      report.note("--profile: the run had no second dispatch to trace")
+    return ()

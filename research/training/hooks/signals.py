@@ -1,0 +1,66 @@
+"""Stops a run on a signal to one process, or on a preemption notice to the processes of a job."""
+
+import contextlib
+import itertools
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import jax
+
+from research.training.hooks.hook import Event, Hook, Rounds
+
+if TYPE_CHECKING:
+  from research.training.loop import Run
+
+
+class Signals(Hook):
+  """Asks after every dispatch whether to stop; a run whose steps are done is not stopped."""
+
+  def __init__(self):
+    self._listening = contextlib.ExitStack()
+    self._stopped = self._listening.enter_context(watch())
+
+  def on(self, run: "Run", event: Event) -> Iterable[Event]:
+    if isinstance(event, Rounds) and not run.reason:
+      told = self._stopped()
+      if told and run.step < run.problem.steps:
+        run.stop(told)
+    return ()
+
+  def close(self) -> None:
+    self._listening.close()
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[Callable[[], str]]:
+  """Gives `stopped()`: '' or the reason to stop, the same on all processes at the same call.
+
+  A single process handles SIGTERM and SIGINT itself; a second SIGINT ends it at once. Outside of
+  the main thread, where Python allows no handlers, nothing stops it. With several processes JAX's
+  preemption service receives SIGTERM on any of them and names the call at which all stop.
+  """
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    call = itertools.count()  # the service expects consecutive numbers, one at each chance to stop
+    yield lambda: "terminated" * multihost_utils.reached_preemption_sync_point(next(call))
+    return
+  if threading.current_thread() is not threading.main_thread():
+    yield lambda: ""
+    return
+  received: list[str] = []
+
+  def note(number, frame):
+    del frame
+    if received and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    received.append("terminated" if number == signal.SIGTERM else "interrupted")
+
+  before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    yield lambda: received[0] if received else ""
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)

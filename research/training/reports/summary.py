@@ -1,0 +1,113 @@
+"""summary.json: what a run is, how it ended, and what it cost."""
+
+import hashlib
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from research.analysis import wire
+from research.comm.mesh import worker_axes
+from research.core.base import Params
+from research.parallel import sharded, workers
+from research.training import reach
+from research.training.plan import Sent
+from research.training.reports import report
+from research.training.reports.facts import facts
+
+if TYPE_CHECKING:
+  from research.training.hooks.evaluate import Evaluate
+  from research.training.hooks.network import Network
+  from research.training.loop import Run
+
+
+class Costs:
+  """What the steps of a run cost: bytes, virtual seconds, privacy. All are known in advance."""
+
+  def __init__(self, run: "Run"):
+    """Notes what cannot be counted."""
+    problem, job = run.problem, run.problem.job
+    layout = problem.executor.layout
+    self._problem = problem
+    self.sent = Sent(problem.plan, layout, problem.steps)
+    self.facts = facts(run.config, job, layout)
+    self.reaches = reach.reaches(layout.state_shapes)
+    if job.order is not None:
+      report.note("a server's pushes and pulls are no collectives: their bytes are not counted")
+    if self.facts.note:
+      report.note(self.facts.note)
+    for name, reached in self.reaches.items():
+      report.note(reach.describe(name, reached))
+
+  def row(self, step: int) -> dict[str, Any]:
+    """Columns of the row of a step."""
+    return {"bytes": round(self.sent.until(step)), **self.spent(step)}
+
+  def spent(self, step: int) -> dict[str, Any]:
+    """Virtual seconds and epsilon of the first so many steps."""
+    plan, virtual = self._problem.plan, self._problem.virtual
+    found: dict[str, Any] = {}
+    if virtual:
+      found["virtual_seconds"] = round(virtual.at(plan.rounds(step)), 6)
+    if self.facts.epsilon:
+      found["epsilon"] = self.facts.epsilon(math.ceil(plan.rounds(step)))
+    return found
+
+
+def summarized(
+  run: "Run", evaluate: "Evaluate", costs: Costs, network: "Network"
+) -> dict[str, Any]:
+  """The contents of summary.json."""
+  config, job, plan, timing = run.config, run.problem.job, run.problem.plan, run.timing
+  is_cut = len(job.axes) > len(worker_axes(job.axes))
+  return {
+    **config.named(),
+    "workers": job.workers if job.order is None else len(job.sizes),
+    "steps": run.step,
+    "stopped_because": run.reason,
+    "seconds": round(timing.elapsed(), 3),
+    "compile_seconds": round(timing.compiling, 3),
+    "steps_per_second": round(timing.steps_per_second(), 3),
+    "aggregated": "per shard" if is_cut else "whole leaves",
+    **evaluate.initial,
+    "train_loss": evaluate.row.get("train_loss"),
+    **run.data.sampled,
+    "eval": evaluate.row.get("eval", {}),
+    "evaluated_on": evaluate.evaluated_on,
+    "wire": _wire(run, costs, network, plan.jobs[plan.stage(run.step)]),
+    **{f"{name}_reaches": found.share for name, found in costs.reaches.items()},
+    **costs.facts.found,
+    **costs.spent(run.step),
+    "params_sha256": params_sha256(run.params()),
+  }
+
+
+def _wire(run: "Run", costs: Costs, network: "Network", last: Any) -> dict[str, Any]:
+  """Bytes by axis; `last` is the job of the newest stage."""
+  job = run.problem.job
+  rounds = max(1, run.timing.largest // last.method.local_steps)
+  shared = wire.by_axis(workers.metrics_traffic(last, rounds), rounds * last.method.local_steps)
+  steps = max(job.method.local_steps, run.step)
+  transfers = costs.sent.transfers(steps)
+  dense = wire.by_axis(workers.dense_traffic(job))
+  return {
+    "bytes_per_step_per_worker": wire.by_axis(transfers, steps) if job.order is None else {},
+    "metrics_bytes_per_step_per_worker": shared,
+    "total_bytes_per_worker": costs.sent.until(run.step),
+    "dense_bytes_per_step_per_worker": sum(dense.values()),
+    "transfers": wire.table(transfers, steps),
+    **network.summary(),
+  }
+
+
+def params_sha256(params: Params) -> str:
+  """The SHA-256 of the parameters' names, types, shapes and bits, in the order of the tree."""
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+    whole = sharded.jit(lambda x: x, out_shardings=NamedSharding(leaf.sharding.mesh, P()))
+    digest.update(np.ascontiguousarray(jax.device_get(whole(leaf))).tobytes())
+  return digest.hexdigest()

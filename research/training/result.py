@@ -1,0 +1,48 @@
+"""What a run gives: the model, its metrics, and its summary."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from research.core.base import Params
+from research.training.reports import figures, report
+
+
+class Result:
+  """A run that has ended.
+
+  Attributes:
+    summary: the contents of summary.json: "steps", "stopped_because", "train_loss", "eval",
+      "wire" and more.
+    folder: of its files; None if it was told to write nothing.
+  """
+
+  def __init__(
+    self,
+    summary: dict[str, Any],
+    folder: Path | None,
+    rows: list[dict[str, Any]],
+    params: Callable[[], Params],
+  ):
+    self.summary, self.folder, self._rows, self._params = summary, folder, rows, params
+
+  @functools.cached_property
+  def params(self) -> Params:
+    """The model one would deploy: a tree of JAX arrays. Of a run shown again it is read anew."""
+    return self._params()
+
+  @functools.cached_property
+  def metrics(self) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl: "step", "loss" and "seconds", and what was measured there."""
+    return report.read_rows(self.folder / "metrics.jsonl") if self.folder else self._rows
+
+  def plot(self) -> Any:
+    """A matplotlib Figure: losses against steps, and the other metrics below."""
+    return figures.loss_figure(self.metrics, self.summary)
+
+  def __repr__(self) -> str:
+    found = self.summary
+    loss = found["train_loss"]
+    shown = "" if loss is None else f", training loss {loss:.6g}"
+    return f"<Result of {found['steps']} steps ({found['stopped_because']}){shown}>"

@@ -1,0 +1,54 @@
+"""Agreement between the processes of a job: one value, one text, or one error on all of them."""
+
+import contextlib
+import zlib
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from research.training.config import UsageError
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+  """Raises a usage error on all processes when one process raises it, before any of them waits.
+
+  Raises:
+    UsageError: this process's own, or one that points to another process's message.
+  """
+  try:
+    yield
+  except UsageError:
+    all_well(False)
+    raise
+  if not all_well(True):
+    raise UsageError("another process of the job got an invalid flag; see its error message")
+
+
+def of_first_process(value: bool) -> bool:
+  """Process 0's value, on every process."""
+  if jax.process_count() == 1:
+    return value
+  from jax.experimental import multihost_utils
+
+  return bool(multihost_utils.broadcast_one_to_all(value))
+
+
+def same_everywhere(text: str) -> bool:
+  """Whether all processes have the same text."""
+  if jax.process_count() == 1:
+    return True
+  from jax.experimental import multihost_utils
+
+  digest = np.asarray([zlib.crc32(text.encode())], np.uint32)
+  return len(np.unique(multihost_utils.process_allgather(digest))) == 1
+
+
+def all_well(well: bool) -> bool:
+  """Whether all processes are well; waits until each of them has answered."""
+  if jax.process_count() == 1:
+    return well
+  from jax.experimental import multihost_utils
+
+  return bool(np.all(multihost_utils.process_allgather(np.asarray(well))))

@@ -1,0 +1,350 @@
+"""`research.train` on objects: three model libraries, resuming, and what a run is made of."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from research.aggregate.compressed import two_phase
+from research.aggregate.feedback import error_feedback
+from research.aggregate.mean import mean
+from research.compress.quantize import int8
+from research.methods.data_parallel import data_parallel
+from research.methods.diloco import diloco
+from research.tasks.partition import shards
+from research.tasks.supervised import supervised
+from research.tasks.vision.vision import digits
+from research.training.api import train
+from research.training.config import UsageError
+from research.training.hooks.finite import NonFinite
+from research.training.hooks.hook import Evaluation, Rounds, Saved
+
+RANDOM = np.random.default_rng(0)
+X = RANDOM.normal(size=(240, 6)).astype(np.float32)
+Y = np.argmax(X @ RANDOM.normal(size=(6, 3)), 1).astype(np.int32)
+DATA = {"x": X, "y": Y}
+
+
+class Linen(nn.Module):
+  @nn.compact
+  def __call__(self, x, train: bool):
+    x = nn.relu(nn.Dense(16, name="hidden")(x))
+    return nn.Dense(3, name="out")(nn.Dropout(0.1, deterministic=not train)(x))
+
+
+class Nnx(nnx.Module):
+  def __init__(self, rngs: nnx.Rngs):
+    self.hidden, self.out = nnx.Linear(6, 16, rngs=rngs), nnx.Linear(16, 3, rngs=rngs)
+    self.dropout = nnx.Dropout(0.1, rngs=rngs)
+
+  def __call__(self, x):
+    return self.out(self.dropout(nnx.relu(self.hidden(x))))
+
+
+class Equinox(eqx.Module):
+  hidden: eqx.nn.Linear
+  out: eqx.nn.Linear
+  dropout: eqx.nn.Dropout
+
+  def __init__(self, key):
+    a, b = jax.random.split(key)
+    self.hidden, self.out = eqx.nn.Linear(6, 16, key=a), eqx.nn.Linear(16, 3, key=b)
+    self.dropout = eqx.nn.Dropout(0.1)
+
+  def __call__(self, x, key=None):
+    return self.out(self.dropout(jax.nn.relu(self.hidden(x)), key=key))
+
+
+MODELS = {
+  "linen": Linen,
+  "nnx": lambda: Nnx(nnx.Rngs(0)),
+  "nnx of a key": lambda: lambda key: Nnx(nnx.Rngs(key)),
+  "equinox": lambda: Equinox(jax.random.key(0)),
+  "equinox of a key": lambda: Equinox,
+}
+MODELS["equinox of a key"] = lambda: lambda key: Equinox(key)
+
+
+def compressed():
+  """DiLoCo with an int8 exchange and its memory."""
+  return diloco(
+    optax.adam(1e-2), optax.sgd(0.7, momentum=0.9), error_feedback(two_phase(int8())), period=5
+  )
+
+
+def small(task=None, method=None, **given):
+  task = task or supervised(Linen(), DATA, DATA)
+  given = {"mesh": "data:4", "batch_size": 40, "steps": 60, "eval_every": 20} | given
+  return train(task, method or compressed(), **given)
+
+
+@pytest.mark.parametrize("executor", ["simulate", "spmd"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_of_each_library_is_trained(name, executor):
+  result = small(supervised(MODELS[name](), DATA, DATA), executor=executor)
+  assert result.summary["eval"]["accuracy"] > 0.85
+  assert result.summary["train_loss"] < 0.5 * result.summary["initial_train_loss"]
+  assert [row["step"] for row in result.metrics if "eval" in row] == [20, 40, 60]
+  assert result.summary["wire"]["total_bytes_per_worker"] > 0
+  assert jax.tree.structure(result.params) == jax.tree.structure(
+    supervised(MODELS[name](), DATA).init(jax.random.key(0))
+  )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_dropout_draws_from_the_key_of_the_loss_and_is_off_in_evaluation(name):
+  task = supervised(MODELS[name](), DATA)
+  params, (one, other) = task.init(jax.random.key(0)), jax.random.split(jax.random.key(1))
+  loss = jax.jit(task.loss)
+  assert loss(params, DATA, one) == loss(params, DATA, one)
+  assert loss(params, DATA, one) != loss(params, DATA, other)
+  values = jnp.stack([loss(params, DATA, key) for key in jax.random.split(one, 50)])
+  whole = float(task.evaluate(params, DATA)["loss"])
+  assert float(jnp.std(values)) > 1e-3
+  assert abs(float(jnp.mean(values)) - whole) < 0.1
+
+
+@pytest.mark.parametrize("name", ["nnx", "equinox"])
+def test_a_model_starts_with_its_own_parameters_and_trained_ones_go_back_into_it(name):
+  model = MODELS[name]()
+  task = supervised(model, DATA, DATA)
+  a, b = (task.init(jax.random.key(seed)) for seed in (0, 1))
+  assert all(jnp.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+  result = small(task)
+  if name == "nnx":
+    nnx.update(model, result.params)
+    model.eval()
+    logits = model(X)
+  else:
+    whole = eqx.combine(result.params, eqx.partition(model, eqx.is_inexact_array)[1])
+    logits = jax.vmap(eqx.nn.inference_mode(whole))(X)
+  accuracy = float(np.mean(np.argmax(logits, 1) == Y))
+  assert accuracy == pytest.approx(result.summary["eval"]["accuracy"])
+
+
+def test_an_autoencoder_needs_no_labels():
+  class Auto(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return nn.Dense(6, name="out")(nn.Dense(4, name="code")(x))
+
+  squares = lambda outputs, batch: jnp.mean((outputs - batch["x"]) ** 2, -1)
+  largest = lambda outputs, batch: jnp.max(jnp.abs(outputs - batch["x"]), -1)
+  task = supervised(Auto(), {"x": X}, {"x": X}, loss=squares, metrics={"largest": largest})
+  result = small(task, data_parallel(optax.adam(1e-2), mean()), steps=200)
+  assert result.summary["train_loss"] < 0.5 * result.summary["initial_train_loss"]
+  assert set(result.summary["eval"]) == {"loss", "largest"}
+  with pytest.raises(UsageError, match=r"partition=.*sorts by labels, and the examples have none"):
+    small(task, partition="sorted()")
+
+
+def test_nothing_is_written_without_out(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  result = small(steps=20)
+  assert result.folder is None
+  assert not list(tmp_path.iterdir())
+  figure = result.plot()
+  assert figure.axes[0].get_lines()
+  assert len(result.metrics) == 2
+
+
+@pytest.mark.parametrize("executor", ["simulate", "spmd"])
+def test_a_run_that_is_called_again_is_resumed_or_shown(executor, tmp_path, capsys):
+  given = {"executor": executor, "checkpoint_every": 20, "checkpoint_seconds": 0.0}
+  whole = small(out=tmp_path / "whole", **given)
+  stop = lambda run, event: "enough" if isinstance(event, Rounds) and event.last >= 40 else None
+  part = small(out=tmp_path / "parts", hooks=[stop], **given)
+  assert (part.summary["steps"], part.summary["stopped_because"]) == (40, "enough")
+  rest = small(out=tmp_path / "parts", **given)
+  assert "resuming at step 40" in capsys.readouterr().err
+  assert rest.summary["params_sha256"] == whole.summary["params_sha256"]
+  losses = [[(row["step"], row["loss"]) for row in run.metrics] for run in (whole, rest)]
+  assert losses[0] == losses[1]
+  shown = small(out=tmp_path / "whole", **given)
+  assert "complete" in capsys.readouterr().err
+  assert shown.summary == whole.summary | {"eval": shown.summary["eval"]}
+  for x, y in zip(*map(jax.tree.leaves, (shown.params, whole.params)), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+def other_labels():
+  return supervised(Linen(), DATA | {"y": (Y + 1) % 3}, DATA)
+
+
+def other_loss():
+  flipped = lambda outputs, batch: optax.softmax_cross_entropy_with_integer_labels(
+    -outputs, batch["y"]
+  )
+  return supervised(Linen(), DATA, DATA, loss=flipped)
+
+
+CHANGES = {
+  "labels": ({"task": other_labels}, "other data"),
+  "test labels": ({"task": lambda: supervised(Linen(), DATA, DATA | {"y": Y * 0})}, "other data"),
+  "loss": ({"task": other_loss}, "other code"),
+  "penalty": ({"task": lambda: supervised(Linen(), DATA, DATA, l2=0.1)}, "other code"),
+  "rate": ({"method": lambda: data_parallel(optax.sgd(0.2), mean())}, "other code"),
+  "partition": ({"partition": lambda: shards(3)}, "other code"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_run_of_other_data_or_code_is_never_shown(name, tmp_path):
+  same = {
+    "task": lambda: supervised(Linen(), DATA, DATA),
+    "method": lambda: data_parallel(optax.sgd(0.1), mean()),
+    "partition": lambda: shards(2),
+  }
+  go = lambda made: small(**{k: v() for k, v in made.items()}, steps=4, out=tmp_path / "run")
+  first = go(same).summary
+  assert go(same).summary["params_sha256"] == first["params_sha256"]
+  change, message = CHANGES[name]
+  with pytest.raises(UsageError, match=message):
+    go(same | change)
+
+
+OWN = '''
+"""A task in a module of the user's own."""
+import sys
+import flax.linen as nn, jax.numpy as jnp, numpy as np, optax
+from research.aggregate.mean import mean
+from research.methods.data_parallel import data_parallel
+from research.tasks.supervised import supervised
+from research.training.api import train
+
+class Net(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(1, name="out")(x) * WEIGHT
+
+WEIGHT = 1.0
+
+def loss(outputs, batch):
+  return jnp.square(outputs[:, 0] - batch["x"][:, 0])
+
+x = np.arange(24, dtype=np.float32).reshape(12, 2) / 24
+task = supervised(Net(), {"x": x}, loss=loss)
+method = data_parallel(optax.sgd(0.1), mean())
+train(task, method, mesh="data:2", batch_size=4, steps=4, out=sys.argv[1])
+'''
+
+
+def test_another_process_sees_the_same_code_and_its_changes(tmp_path):
+  root = str(Path(__file__).parents[2])
+
+  def script(text: str) -> str:
+    path = tmp_path / "own.py"
+    path.write_text(text)
+    environ = os.environ | {"PYTHONPATH": root}
+    command = [sys.executable, str(path), str(tmp_path / "run")]
+    return subprocess.run(command, capture_output=True, text=True, env=environ).stderr
+
+  script(OWN)
+  assert "complete" in script("# A comment.\n" + OWN)
+  for old, new in (
+    ("WEIGHT = 1.0", "WEIGHT = 2.0"),
+    ("jnp.square", "jnp.abs"),
+    ("Dense(1", "Dense(2"),
+  ):
+    assert "holds a run of other code under the same flags" in script(OWN.replace(old, new))
+
+
+def test_hooks_see_the_events_of_a_run_in_order(tmp_path):
+  seen = []
+  small(steps=40, out=tmp_path / "run", hooks=[lambda run, event: seen.append(event)])
+  kinds = [type(event).__name__ for event in seen]
+  assert kinds[-5:] == ["Stop", "Pause", "Saved", "End", "Pause"]
+  assert [event.last for event in seen if isinstance(event, Rounds)] == [20, 40]
+  assert [event.step for event in seen if isinstance(event, Evaluation)] == [20, 40]
+  assert [event.step for event in seen if isinstance(event, Saved)] == [40]
+
+
+def test_a_task_of_the_library_takes_a_model():
+  method = data_parallel(optax.sgd(0.1), mean())
+  from research.models.classic import mlp
+
+  result = small(digits, method, model=mlp([8]), steps=3)
+  assert sorted(result.params) == ["hidden_0", "output"]
+  text = small("digits()", "data_parallel(sgd(0.1), mean())", model="mlp([8])", steps=3)
+  assert text.summary["params_sha256"] == result.summary["params_sha256"]
+  assert json.dumps(text.summary["task"]) == '"digits()"'
+
+
+def test_a_loss_that_is_not_finite_ends_the_run():
+  with pytest.raises(NonFinite, match="not finite at step"):
+    small(method=data_parallel(optax.sgd(1e30), mean()))
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    ({"batch_size": 42}, "^batch_size=42: does not divide among 4 workers; nearest: 40 and 44"),
+    ({"batch_size": 0}, "^batch_size=0: neither a whole number"),
+    ({"eval_evry": 1}, "^eval_evry: unknown option; did you mean eval_every?"),
+    ({"eval_every": -1}, "^eval_every=-1: not a whole number of at least 0"),
+    ({"clip_norm": "a"}, "^clip_norm='a': not a number"),
+    ({"steps": 0}, "^steps: give steps, rounds, epochs or virtual_seconds"),
+    ({"steps": 4}, "^steps=4: does not end with a round of 5 steps; nearest: 5"),
+    ({"rounds": 4}, "^steps=60: goes without rounds"),
+    ({"executor": "server"}, "^executor='server': is for the command"),
+    ({"executor": "spmdd"}, "^executor='spmdd': unknown; did you mean 'spmd'"),
+    ({"mesh": "dat:4"}, "^mesh='dat:4'"),
+    ({"mesh": 4}, "^mesh=4: not a text such as"),
+    ({"method": 3}, "^method=3: not a Method"),
+    ({"task": 3}, "^task=3: not a Task"),
+    ({"model": Linen()}, "^model: the task has its model already"),
+    ({"profile": True}, "^profile: is written into the folder out="),
+    ({"partition": "iidd()"}, r"^partition='iidd\(\)'.*did you mean"),
+  ],
+)
+def test_a_wrong_argument_is_one_line(given, message):
+  with pytest.raises(UsageError, match=message) as caught:
+    small(**given)
+  assert "\n" not in str(caught.value)
+
+
+class Statistics(nnx.Module):
+  def __init__(self):
+    self.norm = nnx.BatchNorm(6, rngs=nnx.Rngs(0))
+
+  def __call__(self, x):
+    return self.norm(x)
+
+
+@pytest.mark.parametrize(
+  ("model", "data", "message"),
+  [
+    (3, DATA, "model: int is no module of Flax linen, Flax NNX or Equinox"),
+    (Linen, DATA, "model: the class Linen is no module"),
+    (lambda key: 3, DATA, "the function of a key made a int"),
+    (Statistics(), DATA, r"variables that are no parameters \(BatchStat\)"),
+    (
+      eqx.nn.BatchNorm(6, "b", mode="ema"),
+      DATA,
+      r"variables that are no parameters \(StateIndex\)",
+    ),
+    (Linen(), X, 'train: not a dictionary with arrays "x"'),
+    (Linen(), {"x": X.tolist(), "y": Y}, r'train\["x"\] is a float, and no numpy array'),
+    (Linen(), {"x": X, "y": Y[:-1]}, r"lengths \[239, 240\]"),
+    (Linen(), {"x": X}, 'the softmax loss needs labels "y"'),
+  ],
+)
+def test_what_cannot_be_a_task_is_one_line(model, data, message):
+  with pytest.raises(ValueError, match=message) as caught:
+    supervised(model, data)
+  assert "\n" not in str(caught.value)
+
+
+def test_a_loss_gives_a_value_of_each_example():
+  with pytest.raises(ValueError, match=r"loss: gives \(\) for one example"):
+    supervised(Linen(), DATA, loss=lambda outputs, batch: jnp.mean(outputs))
