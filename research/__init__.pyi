@@ -56,6 +56,7 @@ from research.compress.sketch import count_sketch as count_sketch
 from research.compress.sparsify import random_k as random_k
 from research.compress.sparsify import threshold as threshold
 from research.compress.sparsify import top_k as top_k
+from research.core.base import EVERYONE as EVERYONE
 from research.core.base import Aggregate as Aggregate
 from research.core.base import Aggregator as Aggregator
 from research.core.base import Compressor as Compressor
