@@ -105,7 +105,7 @@ def define_compilation_cache() -> None:
 
 def define_import() -> None:
   """Defines --import, which every command takes that builds objects from specs."""
-  text = "Module or .py file that registers names of your own; may be repeated."
+  text = "Module, .py file or package folder that registers names of your own; repeatable."
   flags.DEFINE_multi_string("import", [], text)
 
 
