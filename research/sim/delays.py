@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from research.comm import collectives
+from research.core import checks
 from research.core.base import Array, Key, Own, Params, State, Tree
-from research.methods.local import check_steps
 
 _DELAYS = 0x64656C61
 
@@ -46,7 +46,7 @@ def constant(rounds: int) -> Delays:
   Raises:
     ValueError: if rounds < 0.
   """
-  check_steps("rounds", rounds, at_least=0)
+  checks.at_least("rounds", rounds, 0)
   return _recent(rounds, lambda key, shape: jnp.full(shape, rounds, jnp.int32))
 
 
@@ -69,13 +69,12 @@ def geometric(mean: float, *, bound: int | None = None) -> Delays:
   Raises:
     ValueError: if mean <= 0, bound < 0, or there is no bound.
   """
-  if not mean > 0:
-    raise ValueError(f"mean={mean} is not above 0")
+  checks.above("mean", mean)
   if bound is None:
     raise ValueError(
       f"geometric({mean}) has no bound: every old model would be kept; give bound=, in rounds"
     )
-  check_steps("bound", bound, at_least=0)
+  checks.at_least("bound", bound, 0)
   logits = jnp.log(mean / (1 + mean)) * jnp.arange(bound + 1)
 
   def law(key, shape):
@@ -119,7 +118,7 @@ def by_coordinate(bound: int) -> Delays:
 
 
 def _uniform(bound: int) -> Law:
-  check_steps("bound", bound)
+  checks.at_least("bound", bound)
   return lambda key, shape: jax.random.randint(
     collectives.worker_key(key), shape, 0, bound, jnp.int32
   )

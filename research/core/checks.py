@@ -1,0 +1,129 @@
+"""The one phrasing of out-of-range values and unknown names.
+
+    at_least("period", period)              period=0 is not at least 1
+    in_range("momentum", beta, "[0, 1)")    momentum=1.5 is not in [0, 1)
+    unknown("ringg", TOPOLOGIES)            unknown; did you mean 'ring'? legal: ring, torus
+
+The checks raise ValueError where the object is built and never return a value. NaN is out of every
+range.
+"""
+
+import difflib
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+from research.core.text import listed
+
+
+def at_least(name: str, value: float, least: float = 1) -> None:
+  """Rejects a number below the smallest legal one.
+
+  Args:
+    name: the parameter, as its caller writes it.
+    value: what was given.
+    least: the smallest legal value.
+
+  Raises:
+    ValueError: `period=0 is not at least 1`.
+  """
+  if not value >= least:
+    raise ValueError(f"{name}={value} is not at least {least}")
+
+
+def above(name: str, value: float, bound: float = 0) -> None:
+  """Rejects a number that is not greater than a bound.
+
+  Args:
+    name: the parameter, as its caller writes it.
+    value: what was given.
+    bound: the largest illegal value.
+
+  Raises:
+    ValueError: `tau=0 is not above 0`.
+  """
+  if not value > bound:
+    raise ValueError(f"{name}={value} is not above {bound}")
+
+
+def in_range(name: str, value: float, interval: str, *, note: str = "") -> None:
+  """Rejects a number outside an interval.
+
+  Args:
+    name: the parameter, as its caller writes it.
+    value: what was given.
+    interval: as mathematics writes it and the message shows it: "[0, 1)", "(0, inf)".
+    note: what follows the interval in the message, such as the reason for its upper end.
+
+  Raises:
+    ValueError: `momentum=1.5 is not in [0, 1)`.
+  """
+  if not is_in(value, interval):
+    raise ValueError(f"{name}={value} is not in {interval}{note}")
+
+
+def is_in(value: float, interval: str) -> bool:
+  """Whether a number lies in an interval such as "[0, 1)"; False for NaN."""
+  low, high = (float(end) for end in interval[1:-1].split(","))
+  from_low = operator.ge if interval[0] == "[" else operator.gt
+  to_high = operator.le if interval[-1] == "]" else operator.lt
+  return bool(from_low(value, low) and to_high(value, high))
+
+
+def nearest(value: object, legal: Iterable[object], *, cutoff: float = 0.6) -> str | None:
+  """The legal name that is closest to what was given.
+
+  Args:
+    value: what was given.
+    legal: the names that there are.
+    cutoff: how similar the two must be, in [0, 1]; 0 always finds one.
+
+  Returns:
+    The name, or None if none is similar enough.
+  """
+  found = difflib.get_close_matches(str(value), map(str, legal), 1, cutoff)
+  return found[0] if found else None
+
+
+def hint(
+  value: object, legal: Iterable[object], *, cutoff: float = 0.6, otherwise: str = ""
+) -> str:
+  """The end of an error about a name: `; did you mean 'ring'?`, else `;` and another hint.
+
+  Args:
+    value: what was given.
+    legal: the names that there are.
+    cutoff: how similar the two must be, in [0, 1].
+    otherwise: what to say if no name is similar enough.
+  """
+  near = nearest(value, legal, cutoff=cutoff)
+  return f"; did you mean '{near}'?" if near else f"; {otherwise}" if otherwise else ";"
+
+
+def unknown(value: object, legal: Iterable[object], *, cutoff: float = 0.6) -> str:
+  """`unknown; did you mean 'ring'? legal: ring, torus`, to follow the value in an error.
+
+  Args:
+    value: what was given.
+    legal: the names that there are; a long list is cut with the number of names left out.
+    cutoff: how similar the suggested name must be, in [0, 1].
+  """
+  names = [str(name) for name in legal]
+  return f"unknown{hint(value, names, cutoff=cutoff)} legal: {listed(names)}"
+
+
+def one_of(name: str, value: Any, legal: Iterable[Any], *, cutoff: float = 0.6) -> None:
+  """Rejects a value that is not one of a few.
+
+  Args:
+    name: the parameter, as its caller writes it.
+    value: what was given.
+    legal: the values that there are.
+    cutoff: how similar the suggested value must be, in [0, 1].
+
+  Raises:
+    ValueError: `mode='asink' is unknown; did you mean 'async'? legal: async, sync`.
+  """
+  values = list(legal)
+  if value not in values:
+    raise ValueError(f"{name}={value!r} is {unknown(value, values, cutoff=cutoff)}")
