@@ -11,11 +11,12 @@ checkpoint blocks, the memory of 10,000 simulated workers, and the time to the f
 Other suites run between hosts, network namespaces of Linux, as root (`hosts.py`, `speed.py`,
 `faults.py`), and on a parameter server (`servers.py`). The methods that `speed.py` times and the
 server's cases may be measured one by one by `--cases`: what OUT has of the others is kept.
+--suite=applications measures search, finance, medicine and recommendation beside their peers
+(`applications/suite.py`).
 Writes result.json and table.md. Workers of one machine share its cores better on as many devices:
 `JAX_NUM_CPU_DEVICES=2` for fed_avg and local_phase.
 """
 
-import difflib
 import importlib.util
 import json
 import os
@@ -29,18 +30,24 @@ import time
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from experiments import run
+from experiments.applications import suite as applications
 from experiments.benchmarks import costs, faults, hosts, pairs, rounds, servers, speed
 from experiments.benchmarks.turns import shown
 from launch import netlab
-from research.core import paths
+from research.command.errors import fail, one_line_errors
+from research.command.flags import launch
+from research.command.start import results_folder
+from research.core import checks, paths
+from research.core.text import quoted
 from research.training.config import Config
 
 FLAGS = flags.FLAGS
 
 
+SUITES = ["loop", "wire", "hosts", "faults", "server", "applications"]
 OTHERS = (
   "compress",
   "power_sgd",
@@ -138,27 +145,37 @@ def main(argv: list[str]) -> None:
   del argv
   logging.set_verbosity(logging.WARNING)
   loop = (*pairs.CASES, *OTHERS)
-  cases = {"loop": loop, "server": servers.CASES, "hosts": tuple(speed.PAIRS)}
+  cases = {
+    "loop": loop,
+    "server": servers.CASES,
+    "hosts": tuple(speed.PAIRS),
+    "applications": tuple(applications.CASES),
+  }
   known = cases.get(FLAGS.suite, ())
   if not FLAGS["cases"].present:
     FLAGS.cases = list(known)
   unknown = [name for name in FLAGS.cases if name not in known]
   if unknown:
-    near = difflib.get_close_matches(unknown[0], known, 1)
-    hint = f" (did you mean '{near[0]}'?)" if near else ""
-    legal = ", ".join(known) or "none"
-    run.fail(2, f"--cases={unknown[0]}: unknown to --suite={FLAGS.suite}{hint}; legal: {legal}")
+    reason = checks.unknown(unknown[0], known)
+    fail(2, f"--suite={FLAGS.suite} --cases={quoted(unknown[0])}: {reason}")
   if FLAGS.suite in ("wire", "hosts", "faults"):
     netlab.refuse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # takes along what it has started
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")  # to compile for as many hosts
-  with run.one_line_errors():
+  if FLAGS.suite == "applications":
+    os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")
+  with one_line_errors():
     from research.training import environment as variables
     from research.training import folder
     from research.training.reports import report
 
     variables.start_jax()
-    out = run.results_folder("out", FLAGS.out) if FLAGS.out else None
+    if FLAGS.suite == "applications":
+      folders = results_folder("out", FLAGS.out, "results/applications")
+      for case in FLAGS.cases:
+        applications.measure(case, folders / case)
+      return
+    out = results_folder("out", FLAGS.out) if FLAGS.out else None
     environment = folder.environment()
     suites = {"loop": of_loop, "faults": of_faults, "wire": of_wire}
     suites["server"] = lambda: of_server(environment["commit"])
@@ -243,13 +260,13 @@ def of_loop() -> tuple[dict[str, Any], list[str]]:
 
 if __name__ == "__main__":
   text = "loop: against loops by hand; between hosts wire: bytes; hosts: speed; faults: deaths; "
-  text += "server: a parameter server."
-  flags.DEFINE_enum("suite", "loop", ["loop", "wire", "hosts", "faults", "server"], text)
+  text += "server: a parameter server; applications: beside their peers."
+  flags.DEFINE_enum("suite", "loop", SUITES, text)
   flags.DEFINE_integer("hosts", 4, "Of the suite faults.", 2)
   flags.DEFINE_integer("kills", 50, "Of the suite faults.", 1)
   flags.DEFINE_float("kill_every", 15.0, "Mean seconds between two kills.", 0.1)
   flags.DEFINE_integer("steps", 5000, "Of the suite faults.", 1)
   flags.DEFINE_list("cases", [*pairs.CASES, *OTHERS], "What to measure.")
   flags.DEFINE_integer("repeats", 7, "Counted turns of each pair.", 1)
-  flags.DEFINE_string("out", "", "Folder for result.json and table.md; empty: only prints.")
-  app.run(main, flags_parser=run.parse_flags)
+  flags.DEFINE_string("out", "", "Folder for results; empty: only prints, or results/applications.")
+  launch(main, __doc__)

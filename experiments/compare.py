@@ -16,10 +16,13 @@ import hashlib
 import math
 import sys
 
-from absl import app, flags
+from absl import flags
 
-from experiments import run
 from experiments.reports.outcomes import Conditions, Outcome, Plan, compared, read_curve
+from research.command.errors import one_line_errors
+from research.command.flags import define_flags, launch
+from research.command.start import results_folder, start
+from research.core.spec import syntax
 from research.training.config import Config, UsageError, flag
 
 FLAGS = flags.FLAGS
@@ -94,8 +97,8 @@ def names(spec: str, *kinds: str) -> list[str]:
   """The registered names of some kinds that a spec calls, from the outside in."""
   from research.core import registry
 
-  legal = {name for kind in kinds for name in registry.TABLE[kind]}
-  called = [node.func for node in ast.walk(registry.syntax(spec)) if isinstance(node, ast.Call)]
+  legal = {name for kind in kinds for name in registry.names(kind)}
+  called = [node.func for node in ast.walk(syntax(spec)) if isinstance(node, ast.Call)]
   return [node.id for node in called if isinstance(node, ast.Name) and node.id in legal]
 
 
@@ -117,10 +120,8 @@ def labels(specs: list[str]) -> list[str]:
 
 def parts_of(spec: str) -> tuple[str, list[str]]:
   """The name that a spec calls, and its arguments; none of what is malformed."""
-  from research.core import registry
-
   try:
-    call = registry.syntax(spec)
+    call = syntax(spec)
   except ValueError:
     return spec, []
   if not isinstance(call, ast.Call):
@@ -181,9 +182,9 @@ def conditions() -> Conditions:
 def main(argv: list[str]) -> None:
   """Checks everything, trains every method, writes and prints how they compare."""
   del argv
-  with run.one_line_errors():
-    out = run.results_folder("out", FLAGS.out, OUT)
-    config = run.start()._replace(out=str(out))
+  with one_line_errors():
+    out = results_folder("out", FLAGS.out, OUT)
+    config = start()._replace(out=str(out))
     import jax
 
     from experiments.reports import comparison
@@ -209,9 +210,9 @@ def main(argv: list[str]) -> None:
     sys.stdout.flush()
 
 
-def define_flags() -> None:
+def define_own_flags() -> None:
   """Those of run.py and what a comparison is told beside them."""
-  run.define_flags()
+  define_flags()
   flags.DEFINE_string("methods", "", "The methods to compare, separated by ';'.")
   flags.DEFINE_integer("seeds", 1, "How many seeds to train each with, from --seed on.", 1)
   flags.DEFINE_string("link", "", "A worker's link, BANDWIDTH[,LATENCY]: 100mbit,20ms.")
@@ -222,5 +223,5 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-  define_flags()
-  app.run(main, flags_parser=run.parse_flags)
+  define_own_flags()
+  launch(main, __doc__)

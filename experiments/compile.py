@@ -24,10 +24,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from absl import app, flags
+from absl import flags
 
-from experiments import compare, run
+from experiments import compare
 from research.analysis import chips
+from research.command.errors import fail, one_line_errors
+from research.command.flags import define_flags, launch
+from research.command.start import results_folder, start
 from research.training.config import Config, UsageError
 
 if TYPE_CHECKING:
@@ -253,13 +256,13 @@ def main(argv: list[str]) -> None:
   """Checks, compiles, prints, writes."""
   del argv
   if importlib.util.find_spec("libtpu") is None:
-    run.fail(2, 'compiling for TPU chips needs their compiler: pip install -e ".[tpu]"')
+    fail(2, 'compiling for TPU chips needs their compiler: pip install -e ".[tpu]"')
   if FLAGS.executor != "spmd":
-    run.fail(2, f"--executor='{FLAGS.executor}': what is compiled for chips is spmd")
+    fail(2, f"--executor='{FLAGS.executor}': what is compiled for chips is spmd")
   os.environ.update(ENVIRONMENT)
-  with run.one_line_errors():
-    out = run.results_folder("out", FLAGS.out) if FLAGS.out else None
-    config = run.start()._replace(rounds=1, epochs=0.0, clock="", virtual_seconds=0.0)
+  with one_line_errors():
+    out = results_folder("out", FLAGS.out) if FLAGS.out else None
+    config = start()._replace(rounds=1, epochs=0.0, clock="", virtual_seconds=0.0)
     configs = grid(FLAGS.sweep, config) if FLAGS.sweep else [config]
     from experiments.reports import ahead
 
@@ -301,7 +304,7 @@ def _version(package: str) -> str:
 
 
 if __name__ == "__main__":
-  run.define_flags()
+  define_flags()
   FLAGS.set_default("executor", "spmd")
   FLAGS.set_default("compilation_cache", "off")
   flags.DEFINE_string("topology", "v5e:2x4", "Chip and sides of a slice, such as v5p:8x8x8.")
@@ -310,4 +313,4 @@ if __name__ == "__main__":
     "effort", 0.0, "Of the compiler, 0 as for a run; -1 takes a third of the time.", -1, 1
   )
   flags.DEFINE_string("sweep", "", "MESH;MESH x METHOD;METHOD: compares them; empty: no.")
-  app.run(main, flags_parser=run.parse_flags)
+  launch(main, __doc__)

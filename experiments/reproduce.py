@@ -9,7 +9,6 @@ seconds), table.md and figure.png, and OUT/README.md over all claims there. Exit
 holds; 1 one does not; 2 a flag that cannot be.
 """
 
-import difflib
 import importlib
 import os
 import sys
@@ -20,10 +19,13 @@ from typing import Any
 
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")
 
-from absl import app, flags, logging
+from absl import flags, logging
 
-from experiments.run import one_line_errors, parse_flags, results_folder, use_compilation_cache
-from research.core import registry
+from research.command.errors import one_line_errors
+from research.command.flags import define_compilation_cache, define_import, launch
+from research.command.start import import_modules, results_folder, use_compilation_cache
+from research.core import checks
+from research.core.spec import literal, parse
 from research.core.text import quoted
 from research.training import environment
 from research.training.config import UsageError, flag
@@ -42,9 +44,7 @@ def module_of(name: str) -> ModuleType:
     UsageError: if there is none, with the nearest.
   """
   if name not in CLAIMS:
-    near = difflib.get_close_matches(name, CLAIMS, 1)
-    hint = f"; did you mean '{near[0]}'?" if near else ";"
-    raise UsageError(f"--claim='{name}': unknown{hint} legal: all, {', '.join(CLAIMS)}")
+    raise UsageError(f"--claim='{name}': {checks.unknown(name, ['all', *CLAIMS])}")
   return importlib.import_module(f"experiments.claims.{name}")
 
 
@@ -61,7 +61,7 @@ def given(texts: list[str]) -> dict[str, Any]:
       if not equals:
         raise ValueError("not of the form NAME=VALUE")
       try:
-        found[name] = registry.literal(value)
+        found[name] = literal(value)
       except ValueError as error:
         raise ValueError(f"{quoted(value)} is no number, text or list: {error}") from error
   return found
@@ -84,11 +84,10 @@ def data_of(name: str, default: str) -> str:
   with flag("dataset", FLAGS.dataset):
     if not default:
       raise ValueError(f"the claim {name} makes its own problem")
-    call, own = (registry.parse(spec).name for spec in (FLAGS.dataset, default))
+    call, own = (parse(spec).name for spec in (FLAGS.dataset, default))
     legal = next((kind for kind in KINDS if own in kind), (own,))
     if call not in legal:
-      near = difflib.get_close_matches(call, legal, 1)
-      hint = f"; did you mean '{near[0]}'?" if near else ";"
+      hint = checks.hint(call, legal)
       raise ValueError(f"the claim {name} is not about '{call}'{hint} legal: {', '.join(legal)}")
   return FLAGS.dataset
 
@@ -165,6 +164,7 @@ def main(argv: list[str]) -> None:
   with one_line_errors():
     environment.start_jax()
     use_compilation_cache(FLAGS.compilation_cache)
+    import_modules()
     for name in names:
       module_of(name)
     if FLAGS.claim == "all" and (FLAGS.dataset or FLAGS.set):
@@ -185,6 +185,6 @@ if __name__ == "__main__":
   flags.DEFINE_integer("seeds", 0, "So many, from 0 on; 0: as many as the claim takes.", 0)
   flags.DEFINE_multi_string("set", [], "NAME=VALUE: one of the claim's own settings.")
   flags.DEFINE_string("out", "", "Folder; empty: results, or runs/claims if it is no record.")
-  cache = "Folder of compiled programs; empty: in the user's cache; 'off': none."
-  flags.DEFINE_string("compilation_cache", "", cache)
-  app.run(main, flags_parser=parse_flags)
+  define_compilation_cache()
+  define_import()
+  launch(main, __doc__)

@@ -14,9 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
-from experiments import run
+from research.command.errors import fail, one_line_errors
+from research.command.flags import define_flags, launch
+from research.command.start import results_folder, start
 from research.core.text import whole_number
 from research.training.config import Config
 
@@ -133,19 +135,19 @@ def main(argv: list[str]) -> None:
   del argv
   rates, seeds = FLAGS.learning_rates, FLAGS.seeds
   if "{learning_rate}" not in FLAGS.method:
-    run.fail(2, f"--method='{FLAGS.method}': write {{learning_rate}} where each rate goes")
+    fail(2, f"--method='{FLAGS.method}': write {{learning_rate}} where each rate goes")
   for name, values, legal in (("learning_rates", rates, float), ("seeds", seeds, seed_of)):
     if not values:
-      run.fail(2, f"--{name}='': name at least one, with ',' between two")
+      fail(2, f"--{name}='': name at least one, with ',' between two")
     for value in values:
       try:
         legal(value)
       except ValueError:
         legal_set = "number" if legal is float else "whole number in [0, 2^31)"
-        run.fail(2, f"--{name}={','.join(values)}: '{value}' is not a {legal_set}")
-  with run.one_line_errors():
-    out = run.results_folder("out", FLAGS.out, "runs/sweep")
-    rows = grid(rates, configs(run.start(), out, rates, seeds))
+        fail(2, f"--{name}={','.join(values)}: '{value}' is not a {legal_set}")
+  with one_line_errors():
+    out = results_folder("out", FLAGS.out, "runs/sweep")
+    rows = grid(rates, configs(start(), out, rates, seeds))
     from research.training.reports import report
 
     report.write_json(out / "sweep.json", {"method": FLAGS.method, "seeds": seeds, "rows": rows})
@@ -154,8 +156,8 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  run.define_flags()
+  define_flags()
   FLAGS.set_default("method", METHOD)
   flags.DEFINE_list("learning_rates", ["0.03", "0.1", "0.3"], "The rates to try.")
   flags.DEFINE_list("seeds", ["0"], "The seeds to try each rate with.")
-  app.run(main, flags_parser=run.parse_flags)
+  launch(main, __doc__)

@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
-from experiments import run
 from launch.supervisor import Rules, say
+from research.command.errors import fail
+from research.command.flags import launch
+from research.command.start import results_folder
 from research.training.config import UsageError, flag
 
 FLAGS = flags.FLAGS
@@ -33,21 +35,21 @@ def define_flags() -> None:
   )
 
 
-def start(main: Callable[[list[str]], int]) -> None:
+def start(main: Callable[[list[str]], int], doc: str | None) -> None:
   """Runs `main` on the command after `--`, and ends with its exit code."""
   argv = sys.argv
   at = argv.index("--") if "--" in argv else len(argv)
   command = argv[at + 1 :]
 
-  def launch(rest: list[str]) -> None:
+  def supervise(rest: list[str]) -> None:
     del rest
     if not command:
-      run.fail(2, f"what to run comes after --: {Path(argv[0]).name} FLAGS -- python SCRIPT FLAGS")
+      fail(2, f"what to run comes after --: {Path(argv[0]).name} FLAGS -- python SCRIPT FLAGS")
     if not shutil.which(command[0], path=_path(os.environ)):
-      run.fail(2, f"there is no command '{command[0]}'")
+      fail(2, f"there is no command '{command[0]}'")
     sys.exit(main(command))
 
-  app.run(launch, argv=argv[:at], flags_parser=run.parse_flags)
+  launch(supervise, doc, argv[:at])
 
 
 def rules() -> Rules:
@@ -59,11 +61,11 @@ def log_folder() -> Path:
   """Where the logs go, which it says."""
   name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
   try:
-    folder = run.results_folder("logs", FLAGS.logs, f"logs/{name}")
+    folder = results_folder("logs", FLAGS.logs, f"logs/{name}")
     with flag("logs", str(folder)):
       folder.mkdir(parents=True, exist_ok=True)
   except UsageError as error:
-    run.fail(2, str(error))
+    fail(2, str(error))
   say(f"logs in {folder}")
   return folder
 
@@ -91,5 +93,5 @@ def free_port(host: str) -> int:
     try:
       tried.bind((host, FLAGS.port))
     except OSError as error:
-      run.fail(2, f"--port={FLAGS.port}: {error.strerror}; 0 takes one that is free")
+      fail(2, f"--port={FLAGS.port}: {error.strerror}; 0 takes one that is free")
     return tried.getsockname()[1]

@@ -46,4 +46,4 @@ def main(line: list[str]) -> int:
 
 if __name__ == "__main__":
   define_flags()
-  command.start(main)
+  command.start(main, __doc__)

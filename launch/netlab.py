@@ -25,11 +25,11 @@ from typing import NamedTuple
 
 from absl import flags
 
-from experiments import run
 from launch import command, supervisor
 from launch.supervisor import Process, Running, say
 from launch.watchman import Watchman, dies_with_parent, kill
 from research.comm import counters
+from research.command.errors import fail
 
 FLAGS = flags.FLAGS
 TOOLS = ("ip", "tc", "unshare", "nsenter", "hostname", "taskset")
@@ -90,14 +90,14 @@ def links() -> list[Link]:
     host, _, rate = part.partition(":")
     if not (re.fullmatch("[0-9]{1,9}", host) and int(host) < FLAGS.hosts):
       known = f"hosts are 0 to {FLAGS.hosts - 1}"
-      run.fail(2, f"--slow='{FLAGS.slow}': '{part}' is not HOST:RATE; {known}")
+      fail(2, f"--slow='{FLAGS.slow}': '{part}' is not HOST:RATE; {known}")
     found[int(host)] = _rate("slow", rate)
   return [Link(rate, FLAGS.burst) for rate in found]
 
 
 def _rate(name: str, text: str) -> str:
   if text and not re.fullmatch(r"[0-9]{1,20}(\.[0-9]+)?[kmg]?bit", text):
-    run.fail(2, f"--{name}='{text}': not a rate such as 100mbit; units: bit, kbit, mbit, gbit")
+    fail(2, f"--{name}='{text}': not a rate such as 100mbit; units: bit, kbit, mbit, gbit")
   return text
 
 
@@ -222,9 +222,9 @@ class Kills:
 def refuse() -> None:
   """Ends the program where there can be no network."""
   if not sys.platform.startswith("linux") or os.geteuid():
-    run.fail(2, "hosts on one machine need Linux and root: use sudo, or take launch/local.py")
+    fail(2, "hosts on one machine need Linux and root: use sudo, or take launch/local.py")
   if lacking := [tool for tool in TOOLS if not shutil.which(tool)]:
-    run.fail(2, f"there is no {', '.join(lacking)}: install iproute2 and util-linux")
+    fail(2, f"there is no {', '.join(lacking)}: install iproute2 and util-linux")
 
 
 def main(line: list[str]) -> int:
@@ -239,9 +239,9 @@ def main(line: list[str]) -> int:
       make = lambda: processes(hosts, line)
       return supervisor.supervise(make, command.log_folder(), command.rules(), kills)
   except LabError as error:
-    run.fail(2, str(error))
+    fail(2, str(error))
 
 
 if __name__ == "__main__":
   define_flags()
-  command.start(main)
+  command.start(main, __doc__)

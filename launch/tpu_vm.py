@@ -25,10 +25,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from absl import app, flags
+from absl import flags
 
-from experiments import run as command_line
 from launch.supervisor import FINAL, say
+from research.command.errors import fail
+from research.command.flags import launch
 
 FLAGS = flags.FLAGS
 ROOT = Path(__file__).parents[1]
@@ -120,12 +121,12 @@ def runtime() -> str:
   """The flag's, or that of the type of accelerator."""
   if not FLAGS.type:
     such = ", ".join(f"{kind}8" for kind in RUNTIMES)
-    command_line.fail(2, f"--type='': what to create, such as {such}")
+    fail(2, f"--type='': what to create, such as {such}")
   found = FLAGS.runtime or next((v for k, v in RUNTIMES.items() if FLAGS.type.startswith(k)), "")
   if not found:
     known = ", ".join(f"{k}N" for k in RUNTIMES)
     hint = f"legal: {known}, or others with --runtime"
-    command_line.fail(2, f"--type='{FLAGS.type}': unknown; {hint}")
+    fail(2, f"--type='{FLAGS.type}': unknown; {hint}")
   return found
 
 
@@ -302,20 +303,20 @@ def main(action: str, line: Sequence[str]) -> int:
   """The whole program; its exit code."""
   for name in ("name", "zone"):
     if not getattr(FLAGS, name):
-      command_line.fail(2, f"--{name}='': which TPU is meant")
+      fail(2, f"--{name}='': which TPU is meant")
   if action == "run" and not line:
-    command_line.fail(2, "what to run comes after --: tpu_vm.py run FLAGS -- python SCRIPT FLAGS")
+    fail(2, "what to run comes after --: tpu_vm.py run FLAGS -- python SCRIPT FLAGS")
   if FLAGS.follow and FLAGS.slices > 1:
-    command_line.fail(2, f"--follow: of one slice, and --slices={FLAGS.slices}")
+    fail(2, f"--follow: of one slice, and --slices={FLAGS.slices}")
   if not FLAGS.dry_run and not shutil.which("gcloud"):
-    command_line.fail(2, "there is no gcloud: install the Google Cloud CLI, or take --dry_run")
+    fail(2, "there is no gcloud: install the Google Cloud CLI, or take --dry_run")
   pod = Pod(FLAGS.name, FLAGS.zone, FLAGS.project, FLAGS.slices, FLAGS.dry_run)
   try:
     return ACTIONS[action](pod, line)
   except Failed as error:
-    command_line.fail(1, str(error))
+    fail(1, str(error))
   except KeyboardInterrupt:
-    command_line.fail(130, "interrupted; what was started goes on")
+    fail(130, "interrupted; what was started goes on")
 
 
 if __name__ == "__main__":
@@ -326,7 +327,7 @@ if __name__ == "__main__":
   if len(own) < 2 or own[1] not in ACTIONS:
     if not {"--help", "-help", "-h"} & set(own):
       given = own[1] if len(own) > 1 else ""
-      command_line.fail(2, f"'{given}': not what can be done; legal: {', '.join(ACTIONS)}")
+      fail(2, f"'{given}': not what can be done; legal: {', '.join(ACTIONS)}")
   else:
     action = own.pop(1)
-  app.run(lambda _: sys.exit(main(action, after)), own, flags_parser=command_line.parse_flags)
+  launch(lambda _: sys.exit(main(action, after)), __doc__, own)

@@ -68,13 +68,14 @@ NUMBERED = (
 )  # fmt: skip
 
 
+REFUSED = composition.refused()
 AGGREGATORS = {name: registry.build("aggregator", spec) for name, spec in (SPECS | PLAIN).items()}
 
 
 def refusal(wrapper: str, name: str) -> str | None:
   """Why the wrapper does not go with an entry, if it does not."""
   traits = AGGREGATORS[name].traits
-  rows = (row for row in composition.REFUSED if wrapper in row[0] and row[1] in traits)
+  rows = (row for row in REFUSED if wrapper in row[0] and row[1] in traits)
   return next((why for _, _, why in rows), None)
 
 

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from research.aggregate.mean import mean
 from research.aggregate.presence import kept, unweighted, weighted
 from research.core import registry
-from research.core.base import EVERYONE, Aggregate, Aggregator, Method, Params, State, Tree
+from research.core.base import EVERYONE, Aggregate, Aggregator, Params, State
+from research.core.method import Method
 from research.methods.data_parallel import data_parallel
 
 # Synchronous data parallelism: with `mean()` these are the optimizer on all examples.
@@ -101,43 +101,52 @@ class DriftingLocal(NamedTuple):
   inner: State
 
 
-def drifting(learning_rate: float, period: int = 2) -> Method:
+class Drifting(Method, name="drifting"):
   """Workers that never talk: their parameters and momenta are private."""
-  optimizer = optax.sgd(learning_rate, momentum=0.9)
 
-  def step(grads, local, state, *, key, grad_fn=None):
+  learning_rate: float
+  period: int = 2
+
+  @property
+  def optimizer(self) -> optax.GradientTransformation:
+    return optax.sgd(self.learning_rate, momentum=0.9)
+
+  def init(self, params):
+    return DriftingState(params, self.optimizer.init(params))
+
+  def begin(self, state):
+    return DriftingLocal(state.params, state.inner)
+
+  def step(self, grads, local, state, *, key, grad_fn=None):
     del state, key, grad_fn
-    updates, inner = optimizer.update(grads, local.inner, local.params)
+    updates, inner = self.optimizer.update(grads, local.inner, local.params)
     return DriftingLocal(optax.apply_updates(local.params, updates), inner)
 
-  def sync(local, state, *, key, weight=1.0, active=True):
-    del key, weight
-    return kept(active, DriftingState(local.params, local.inner), state)
-
-  return Method(
-    lambda params: DriftingState(params, optimizer.init(params)),
-    lambda state: DriftingLocal(state.params, state.inner),
-    step,
-    sync,
-    lambda state: state.params,
-    period,
-  )
+  def sync(self, local, state, *, key, presence=EVERYONE):
+    del key
+    return kept(presence.active, DriftingState(local.params, local.inner), state)
 
 
-def residual(fraction: float) -> Aggregator:
+drifting = Drifting
+
+
+class Residual(Aggregator, name="residual"):
   """Sends a part of each value and keeps the rest: shared result, private memory."""
 
-  def init(params: Params) -> Tree:
-    return jax.tree.map(jnp.zeros_like, params)
+  fraction: float
 
-  def aggregate(tree, state, key, presence=EVERYONE):
-    corrected = jax.tree.map(jnp.add, weighted(tree, presence), state)
-    sent = jax.tree.map(lambda x: fraction * x, corrected)
+  def init(self, params):
+    return optax.tree.zeros_like(params)
+
+  def aggregate(self, tree, state, key, presence=EVERYONE):
+    corrected = optax.tree.add(weighted(tree, presence), state)
+    sent = jax.tree.map(lambda x: self.fraction * x, corrected)
     value, sent, _ = mean().aggregate(sent, (), key, unweighted(presence))
-    memory = jax.tree.map(jnp.subtract, corrected, sent)
+    memory = optax.tree.sub(corrected, sent)
     return Aggregate(value, sent, kept(presence.active, memory, state))
 
-  return Aggregator(init, aggregate)
+
+residual = Residual
 
 
 def methods() -> dict[str, Method]:
@@ -155,5 +164,5 @@ EXACT = [name for name, spec in SYNCHRONOUS.items() if ", mean()" in spec]
 
 def by_period(names: Sequence[str] = NAMES) -> dict[int, tuple[str, ...]]:
   """The names by the steps of a round: such methods run side by side, in one program."""
-  periods = sorted({METHODS[name].period for name in names})
-  return {p: tuple(name for name in names if METHODS[name].period == p) for p in periods}
+  periods = sorted({METHODS[name].local_steps for name in names})
+  return {p: tuple(name for name in names if METHODS[name].local_steps == p) for p in periods}

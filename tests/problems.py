@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from catalogue import METHODS
 
-from research.core.base import Method, Task
+from research.core.method import Method
+from research.core.task import Task
 from research.parallel import pmap, simulate, spmd
 from research.parallel.job import Job, resolved
 from research.tasks import partition, sampling

@@ -4,8 +4,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -13,7 +11,9 @@ from aggregators import AGGREGATORS
 from problems import Running, regression
 
 from research.comm import mesh as meshes
-from research.core.base import EVERYONE, Aggregate, Aggregator, Method, Params, State, Task, Tree
+from research.core.base import EVERYONE, Aggregate, Aggregator, Params, State, Tree
+from research.core.method import Method
+from research.core.task import Task
 from research.methods.data_parallel import data_parallel
 from research.parallel import layout as layouts
 from research.parallel import workers
@@ -27,18 +27,18 @@ class Recorded(NamedTuple):
   inner: State
 
 
-def recorded(inner: Aggregator) -> Aggregator:
+class Recording(Aggregator):
   """Keeps in its state what the last round was about."""
 
-  def init(params):
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    return Recorded(zeros, zeros, zeros, inner.init(params))
+  inner: Aggregator
 
-  def aggregate(tree, state, key, presence=EVERYONE):
-    value, sent, link = inner.aggregate(tree, state.inner, key, presence)
+  def init(self, params):
+    zeros = optax.tree.zeros_like(params)
+    return Recorded(zeros, zeros, zeros, self.inner.init(params))
+
+  def aggregate(self, tree, state, key, presence=EVERYONE):
+    value, sent, link = self.inner.aggregate(tree, state.inner, key, presence)
     return Aggregate(value, sent, Recorded(tree, value, sent, link))
-
-  return Aggregator(init, aggregate, inner.traits)
 
 
 class SideBySideLocal(NamedTuple):
@@ -46,43 +46,55 @@ class SideBySideLocal(NamedTuple):
   parts: dict[str, Any]
 
 
-def side_by_side(methods: Mapping[str, Method]) -> Method:
+class SideBySide(Method):
   """Methods with rounds of one length, by name; so is everything they have."""
 
-  def of_round(parts):
-    return SideBySideLocal({name: part.params for name, part in parts.items()}, parts)
+  names: tuple[str, ...]
+  methods: tuple[Method, ...]
 
-  def step(grads, local, state, *, key, grad_fn=None):
+  @property
+  def period(self):
+    (steps,) = {method.local_steps for method in self.methods}
+    return steps
+
+  @property
+  def named(self) -> dict[str, Method]:
+    return dict(zip(self.names, self.methods, strict=True))
+
+  def init(self, params):
+    return {n: m.init(params[n]) for n, m in self.named.items()}
+
+  def begin(self, state):
+    return _of_round({n: m.begin(state[n]) for n, m in self.named.items()})
+
+  def step(self, grads, local, state, *, key, grad_fn=None):
     at = lambda params, name: grad_fn and grad_fn({**local.params, name: params})[name]
 
-    def one(name):
+    def one(name: str, method: Method):
       elsewhere = grad_fn and functools.partial(at, name=name)
-      return methods[name].step(
-        grads[name], local.parts[name], state[name], key=key, grad_fn=elsewhere
-      )
+      return method.step(grads[name], local.parts[name], state[name], key=key, grad_fn=elsewhere)
 
-    return of_round({n: one(n) for n in methods})
+    return _of_round({n: one(n, m) for n, m in self.named.items()})
 
-  def sync(local, state, *, key, weight=1.0, active=True):
-    told = {"key": key, "weight": weight, "active": active}
-    one = lambda n: methods[n].sync(local.parts[n], state[n], **told)
-    return {n: one(n) for n in methods}
+  def sync(self, local, state, *, key, presence=EVERYONE):
+    one = lambda n, m: m.sync(local.parts[n], state[n], key=key, presence=presence)
+    return {n: one(n, m) for n, m in self.named.items()}
 
-  (period,) = {method.period for method in methods.values()}
-  return Method(
-    lambda params: {n: m.init(params[n]) for n, m in methods.items()},
-    lambda state: of_round({n: m.begin(state[n]) for n, m in methods.items()}),
-    step,
-    sync,
-    lambda state: {n: m.params(state[n]) for n, m in methods.items()},
-    period,
-    over=lambda wrap: side_by_side({n: m.over(wrap) if m.over else m for n, m in methods.items()}),
-  )
+  def params(self, state):
+    return {n: m.params(state[n]) for n, m in self.named.items()}
+
+
+def _of_round(parts: dict[str, Any]) -> SideBySideLocal:
+  return SideBySideLocal({name: part.params for name, part in parts.items()}, parts)
+
+
+def side_by_side(methods: Mapping[str, Method]) -> Method:
+  return SideBySide(tuple(methods), tuple(methods.values()))
 
 
 def trained(aggregators: Mapping[str, Aggregator], record: bool = False) -> Method:
   """Gradient descent with each of them."""
-  wrap = recorded if record else lambda inner: inner
+  wrap = Recording if record else lambda inner: inner
   return side_by_side({n: data_parallel(optax.sgd(0.1), wrap(a)) for n, a in aggregators.items()})
 
 

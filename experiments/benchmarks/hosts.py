@@ -121,7 +121,7 @@ def compiled(config: Config) -> tuple[float, str]:
   from research.training import assemble
 
   problem = assemble.assemble(config, assemble.check(config))
-  rounds = config.steps_per_dispatch // problem.job.method.period
+  rounds = config.steps_per_dispatch // problem.job.method.local_steps
   state = problem.executor.init(jax.random.key(0))
   data = problem.executor.place(problem.examples, problem.sizes, jax.random.key(1))
   program = problem.executor.run.lower(state, data, rounds=rounds).compile()

@@ -18,7 +18,7 @@ import optax
 
 from experiments.claims.support.claim import Beside, Findings, Gate, Lab, Line, Panel
 from research.core import registry
-from research.core.base import Task
+from research.core.task import Task
 from research.optim.transform import as_optax
 from research.tasks import sampling
 

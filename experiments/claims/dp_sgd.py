@@ -15,7 +15,7 @@ an older conversion of Renyi divergences; today's, and privacy loss distribution
 import math
 
 from experiments.claims.support.claim import Beside, Findings, Gate, Lab, Line, Panel
-from research.aggregate.privacy import private
+from research.aggregate.privacy import accounting
 
 TITLE = "Differentially private SGD learns MNIST to 94% at an epsilon of about one"
 DATASET = "mnist()"
@@ -66,7 +66,7 @@ def measure(lab: Lab) -> Findings:
     )
     for seed in lab.seeds
   ]
-  spent = lambda steps, how: private.epsilon(lab["noise"], share, steps, lab["delta"], how)
+  spent = lambda steps, how: accounting.epsilon(lab["noise"], share, steps, lab["delta"], how)
   whole = {how: spent(lab["counted"], how) for how in CONVERSIONS}
   run = {how: spent(lab["steps"], how) for how in CONVERSIONS}
   least = min(of.last("accuracy") for of in found)

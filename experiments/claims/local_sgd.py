@@ -13,7 +13,7 @@ import math
 
 from experiments.claims.support import optima
 from experiments.claims.support.claim import Beside, Findings, Found, Gate, Lab, Line, Panel
-from research.core import registry
+from research.core.spec import parse
 
 TITLE = "Local SGD takes as many steps as mini-batch SGD, and communicates in few of them"
 DATASET = "libsvm('w8a')"
@@ -34,7 +34,7 @@ X64 = False
 def measure(lab: Lab) -> Findings:
   """Steps to the accuracy, by H and step size; of seeds the slowest."""
   train = lab.task(model="logistic(bias=False)").train
-  l2 = registry.parse(lab.dataset).kwargs.get("l2", 1 / len(train["y"]))
+  l2 = parse(lab.dataset).kwargs.get("l2", 1 / len(train["y"]))
   least = optima.optimum_of_logistic(train["x"], train["y"], l2).value
   rates, periods = lab["rates"], lab["periods"]
   grid = [(rate, period) for rate in rates for period in periods]

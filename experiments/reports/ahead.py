@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec as P
 from research.analysis import chips, compiled, flops, wire
 from research.comm import mesh as meshes
 from research.core import blame
-from research.core.base import WORKER_AXES, Data, TrainState, Tree
+from research.core.base import WORKER_AXES, Tree
+from research.core.task import Data, TrainState
 from research.parallel import workers
 from research.parallel.job import Job
 from research.training import assemble
@@ -111,7 +112,7 @@ def compiled_round(config: Config, target: Target, effort: float = 0.0) -> dict[
     transfers, unread = compiled.traffic(built.program, built.mesh), ""
   except ValueError as error:
     transfers, unread = None, str(error)
-  period = problem.job.method.period
+  period = problem.job.method.local_steps
   return {
     **{name: getattr(config, name) for name in ("task", "model", "method", "mesh", "batch_size")},
     "effort": effort,
@@ -205,8 +206,11 @@ def _work(problem: assemble.Problem, program: Any, mesh: Mesh) -> dict[str, Any]
   """FLOPs and HBM bytes of a step on one device."""
   job, axes = problem.job, dict(mesh.shape)
   return {
-    "flops": {"run": flops.flops(program, axes) / job.method.period, "needed": _needed(job, mesh)},
-    "hbm": flops.carried(program, axes) / job.method.period,
+    "flops": {
+      "run": flops.flops(program, axes) / job.method.local_steps,
+      "needed": _needed(job, mesh),
+    },
+    "hbm": flops.carried(program, axes) / job.method.local_steps,
   }
 
 

@@ -1,4 +1,4 @@
-"""An aggregator on every shard of what a mesh cuts inside a worker, shard by shard."""
+"""Applies an aggregator shard by shard where mesh axes inside a worker cut its leaves."""
 
 import itertools
 import math
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from research.aggregate.composition import refuse
+from research.aggregate.composition import SHARDED
 from research.core.base import (
   EVERYONE,
   Aggregate,
@@ -48,8 +48,40 @@ class Cut(NamedTuple):
     return list(itertools.product((True, False), repeat=len(self.axes)))
 
 
-def blockwise(inner: Aggregator, cut: Cut) -> Aggregator:
-  """What B devices inside a worker do, each with its shard, on one: block after block.
+class Sharded(Aggregator):
+  """On `Groups` of leaves, with a key for each: what one device does with its shards.
+
+  Args:
+    inner: the aggregator of a shard.
+
+  Raises:
+    ValueError: if the inner aggregator must see all of a worker's leaves.
+  """
+
+  inner: Aggregator
+  refuses = SHARDED
+  title = "fsdp"
+
+  def init(self, params):
+    return tuple(self.inner.init(leaves) if leaves else () for leaves in params)
+
+  def aggregate(self, tree, state, key, presence=EVERYONE):
+    found = [self._of_group(*args, presence) for args in zip(tree, state, key, strict=True)]
+    return Aggregate(*(tuple(part) for part in zip(*found, strict=True)))
+
+  def _of_group(
+    self, leaves: dict[int, Array], state: State, key: Key, presence: Presence
+  ) -> Aggregate:
+    if not leaves:
+      return Aggregate(leaves, leaves, state)
+    return self.inner.aggregate(leaves, state, key, presence)
+
+
+of_shard = Sharded
+
+
+class Blockwise(Aggregator):
+  """Simulates on one device what B devices inside a worker do, each with its shard.
 
   A leaf that is cut is that many leaves to the inner aggregator, each with a key of its own; leaves
   that lie alike on several devices are aggregated apart from the others, in the same way on each.
@@ -65,43 +97,34 @@ def blockwise(inner: Aggregator, cut: Cut) -> Aggregator:
   Raises:
     ValueError: if the inner aggregator must see all of a worker's leaves.
   """
-  pair = of_shard(inner)
 
-  def init(params):
-    shards = split(params, cut)
-    first = jax.eval_shape(lambda parts: pair.init(jax.tree.map(lambda x: x[0], parts)), shards)
-    return Blocks(jax.vmap(pair.init, out_axes=by_block(first))(shards))
+  inner: Aggregator
+  cut: Cut
+  refuses = SHARDED
+  title = "fsdp"
 
-  def aggregate(tree, state, key, presence=EVERYONE):
-    sizes = tuple(size for _, size in cut.axes)
-    of_block = lambda block: shard_keys(key, cut, jnp.unravel_index(block, sizes))
-    keys = jax.vmap(of_block)(jnp.arange(cut.size))
+  @property
+  def _of_shard(self) -> Sharded:
+    return Sharded(self.inner)
+
+  def init(self, params):
+    shards = split(params, self.cut)
+    of_one = lambda parts: self._of_shard.init(jax.tree.map(lambda x: x[0], parts))
+    first = jax.eval_shape(of_one, shards)
+    return Blocks(jax.vmap(self._of_shard.init, out_axes=by_block(first))(shards))
+
+  def aggregate(self, tree, state, key, presence=EVERYONE):
+    sizes = tuple(size for _, size in self.cut.axes)
+    of_block = lambda block: shard_keys(key, self.cut, jnp.unravel_index(block, sizes))
+    keys = jax.vmap(of_block)(jnp.arange(self.cut.size))
     axes = by_block(state.part)
-    of_one = lambda parts, state, key: pair.aggregate(parts, state, key, presence)
+    of_one = lambda parts, state, key: self._of_shard.aggregate(parts, state, key, presence)
     run = jax.vmap(of_one, (0, axes, 0), Aggregate(0, 0, axes))
-    value, sent, after = run(split(tree, cut), state.part, keys)
-    return Aggregate(join(value, tree, cut), join(sent, tree, cut), Blocks(after))
-
-  return Aggregator(init, aggregate, inner.traits)
+    value, sent, after = run(split(tree, self.cut), state.part, keys)
+    return Aggregate(join(value, tree, self.cut), join(sent, tree, self.cut), Blocks(after))
 
 
-def of_shard(inner: Aggregator) -> Aggregator:
-  """On `Groups` of leaves, with a key for each: what one device does."""
-  refuse("fsdp", inner)
-
-  def init(pieces):
-    return tuple(inner.init(leaves) if leaves else () for leaves in pieces)
-
-  def one(leaves: dict[int, Array], state: State, key: Key, presence: Presence) -> Aggregate:
-    if not leaves:
-      return Aggregate(leaves, leaves, state)
-    return inner.aggregate(leaves, state, key, presence)
-
-  def aggregate(pieces, state, key, presence=EVERYONE):
-    found = [one(*args, presence) for args in zip(pieces, state, key, strict=True)]
-    return Aggregate(*(tuple(part) for part in zip(*found, strict=True)))
-
-  return Aggregator(init, aggregate, inner.traits)
+blockwise = Blockwise
 
 
 def is_counter(leaf: Array | jax.ShapeDtypeStruct) -> bool:

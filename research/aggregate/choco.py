@@ -1,15 +1,28 @@
 """CHOCO: averages among neighbours of which only compressed differences are sent."""
 
+from dataclasses import KW_ONLY
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from research.aggregate.composition import traits_of
 from research.aggregate.presence import need_everyone
 from research.comm import collectives
-from research.comm.topology import Topology, heard
-from research.core.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Compressor, Tree
+from research.comm.neighbours import heard
+from research.comm.topology import Topology
+from research.core import checks
+from research.core.base import (
+  EVERYONE,
+  WORKER_AXES,
+  Aggregate,
+  Aggregator,
+  Array,
+  Compressor,
+  Key,
+  Trait,
+  Tree,
+)
 
 
 class ChocoState(NamedTuple):
@@ -17,13 +30,7 @@ class ChocoState(NamedTuple):
   pull: Tree  # s_i - x_hat_i = sum_j w_ij (x_hat_j - x_hat_i)
 
 
-def choco(
-  compressor: Compressor,
-  topology: Topology,
-  *,
-  gamma: float,
-  axis: collectives.Axes = WORKER_AXES,
-) -> Aggregator:
+class Choco(Aggregator, name="choco"):
   """Gossip that converges to the exact mean whatever is compressed, linearly.
 
       q_i = C(x_i - x_hat_i)
@@ -48,39 +55,51 @@ def choco(
   Reference: Koloskova, Stich, Jaggi 2019, arXiv 1902.00340, algorithm 1, in its memory-efficient
     form.
   """
-  if not 0 < gamma <= 1:
-    raise ValueError(f"gamma={gamma} is not in (0, 1]")
-  if not compressor.contractive:
-    raise ValueError("choco needs a compressor that misses less than all of a value (contractive)")
-  if topology.directed or topology.varying:
-    raise ValueError(
-      f"choco keeps the sum over its neighbours, and '{topology.name}' is directed or varies; take "
-      "ring, torus, complete, star, or symmetric weights"
-    )
 
-  def one(x, known, pull, key):
-    (shifts,) = topology.rounds(collectives.worker_count(axis))
-    like = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    payload = compressor.encode(x - known, key, collectives.worker_key(key, axis))
-    change = compressor.decode(payload, like, key)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    far = pull.astype(wide)
-    for weight, other in heard(shifts, payload, axis):
-      nearer = compressor.decode(other, like, key).astype(wide) - change.astype(wide)
-      far += (weight * nearer).astype(wide)
-    return (x + gamma * far).astype(x.dtype), known + change, far.astype(x.dtype)
+  compressor: Compressor
+  topology: Topology
+  _: KW_ONLY
+  gamma: float
+  axis: collectives.Axes = WORKER_AXES
+  adds = Trait.LOCAL | Trait.MEMORY
 
-  def init(params):
-    zeros = jax.tree.map(jnp.zeros_like, params)
+  def check(self):
+    checks.in_range("gamma", self.gamma, "(0, 1]")
+    if not self.compressor.contractive:
+      raise ValueError(
+        "choco needs a compressor that misses less than all of a value (contractive)"
+      )
+    if not self.topology.symmetric or self.topology.varying:
+      raise ValueError(
+        f"choco keeps the sum over its neighbours, and '{self.topology.title}' is directed or "
+        "varies; take ring, torus, complete, star, or symmetric weights"
+      )
+
+  def init(self, params):
+    zeros = optax.tree.zeros_like(params)
     return ChocoState(zeros, zeros)
 
-  def aggregate(tree, state, key, presence=EVERYONE):
+  def aggregate(self, tree, state, key, presence=EVERYONE):
     need_everyone("choco", presence)
     leaves, treedef = jax.tree.flatten(tree)
     keys = [jax.random.fold_in(key, leaf) for leaf in range(len(leaves))]
     memory = treedef.flatten_up_to(state.known), treedef.flatten_up_to(state.pull)
-    results = [one(*args) for args in zip(leaves, *memory, keys, strict=True)]
+    results = [self._one(*args) for args in zip(leaves, *memory, keys, strict=True)]
     value, known, pull = (treedef.unflatten([r[i] for r in results]) for i in range(3))
     return Aggregate(value, known, ChocoState(known, pull))
 
-  return Aggregator(init, aggregate, traits_of(compressor) | {"local", "memory"})
+  def _one(self, x: Array, known: Array, pull: Array, key: Key) -> tuple[Array, Array, Array]:
+    """The value of a leaf, and the two parts of its state."""
+    (shifts,) = self.topology.rounds(collectives.worker_count(self.axis))
+    like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    payload = self.compressor.encode(x - known, key, collectives.worker_key(key, self.axis))
+    change = self.compressor.decode(payload, like, key)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    far = pull.astype(wide)
+    for weight, other in heard(shifts, payload, self.axis):
+      nearer = self.compressor.decode(other, like, key).astype(wide) - change.astype(wide)
+      far += (weight * nearer).astype(wide)
+    return (x + self.gamma * far).astype(x.dtype), known + change, far.astype(x.dtype)
+
+
+choco = Choco

@@ -1,4 +1,4 @@
-"""Averages of compressed values: what is exchanged are payloads, in their own dtypes."""
+"""Averages of compressed values: workers exchange payloads, in the payloads' own dtypes."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from research.aggregate.chunks import cut, joined
-from research.aggregate.composition import traits_of
 from research.aggregate.link import compressed
-from research.aggregate.presence import call_roll, unweighted, weighted
+from research.aggregate.presence import Roll, call_roll, unweighted, weighted
 from research.aggregate.privacy.hiding import Sum, keeps_floats
 from research.comm import collectives
 from research.core.base import (
@@ -22,11 +21,12 @@ from research.core.base import (
   Chunk,
   Compressor,
   Key,
+  Trait,
   Tree,
 )
 
 
-def gather_mean(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) -> Aggregator:
+class GatherMean(Aggregator, name="gather_mean"):
   """Every worker sends its payload to all others; each decodes all and takes the mean.
 
       value = 1/W sum_i D(C(x_i))
@@ -41,30 +41,37 @@ def gather_mean(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) ->
   Reference: Alistarh et al. 2017, arXiv 1610.02132, algorithm 1.
   """
 
-  def aggregate(tree, state, key, presence=EVERYONE):
+  compressor: Compressor
+  axis: collectives.Axes = WORKER_AXES
+
+  @property
+  def uplink(self):
+    return compressed(self.compressor)
+
+  def aggregate(self, tree, state, key, presence=EVERYONE):
     leaves, treedef = jax.tree.flatten(weighted(tree, presence))
     keys = _keys(key, len(leaves))
-    own = [collectives.worker_key(k, axis) for k in keys]
-    payloads = list(map(compressor.encode, leaves, keys, own))
-    everyone = collectives.gather(payloads, axis)
-    values = map(mean_of, leaves, keys, everyone)
-    sent = map(decode, leaves, keys, payloads)
+    own = [collectives.worker_key(k, self.axis) for k in keys]
+    payloads = list(map(self.compressor.encode, leaves, keys, own))
+    everyone = collectives.gather(payloads, self.axis)
+    values = map(self._mean_of, leaves, keys, everyone)
+    sent = map(self._decode, leaves, keys, payloads)
     return Aggregate(treedef.unflatten(values), treedef.unflatten(sent), state)
 
-  def mean_of(x, key, everyone):
-    count, wide = collectives.worker_count(axis), jnp.promote_types(x.dtype, jnp.float32)
-    part = lambda payload: decode(x, key, payload).astype(wide) / count
+  def _mean_of(self, x: Array, key: Key, everyone: Tree) -> Array:
+    count, wide = collectives.worker_count(self.axis), jnp.promote_types(x.dtype, jnp.float32)
+    part = lambda payload: self._decode(x, key, payload).astype(wide) / count
     add = lambda sum_, payload: (sum_ + part(payload), None)
     return lax.scan(add, jnp.zeros(x.shape, wide), everyone)[0].astype(x.dtype)
 
-  def decode(x, key, payload):
-    return compressor.decode(payload, _like(x), key)
-
-  traits, link = traits_of(compressor), compressed(compressor)
-  return Aggregator(lambda params: (), aggregate, traits, link=link)
+  def _decode(self, x: Array, key: Key, payload: Tree) -> Array:
+    return self.compressor.decode(payload, _like(x), key)
 
 
-def sum_mean(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) -> Aggregator:
+gather_mean = GatherMean
+
+
+class SumMean(Aggregator, name="sum_mean"):
   """One all-reduce of the payloads of a linear compressor, decoded once.
 
       value = D(1/W sum_i C(x_i)) = 1/W sum_i D(C(x_i))
@@ -76,26 +83,39 @@ def sum_mean(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) -> Ag
   Raises:
     ValueError: if payloads of the compressor may not be summed.
   """
-  if not compressor.linear:
-    raise ValueError(
-      "sum_mean adds payloads, which only a linear compressor allows (identity, random_k, "
-      "count_sketch, hadamard of these); take gather_mean or two_phase"
-    )
 
-  def one(x, key):
-    payload = compressor.encode(x, key, collectives.worker_key(key, axis))
-    decode = lambda p: compressor.decode(p, _like(x), key)
-    return decode(collectives.mean(payload, axis)), decode(payload)
+  compressor: Compressor
+  axis: collectives.Axes = WORKER_AXES
 
-  def aggregate(tree, state, key, presence=EVERYONE):
-    value, sent = _leafwise(one, weighted(tree, presence), key)
+  def check(self):
+    if not self.compressor.linear:
+      raise ValueError(
+        "sum_mean adds payloads, which only a linear compressor allows (identity, random_k, "
+        "count_sketch, hadamard of these); take gather_mean or two_phase"
+      )
+
+  @property
+  def uplink(self):
+    return compressed(self.compressor)
+
+  @property
+  def privacy(self):
+    return Sum(self.axis) if keeps_floats(self.compressor) else None
+
+  def aggregate(self, tree, state, key, presence=EVERYONE):
+    value, sent = _leafwise(self._one, weighted(tree, presence), key)
     return Aggregate(value, sent, state)
 
-  seen, link = Sum(axis) if keeps_floats(compressor) else None, compressed(compressor)
-  return Aggregator(lambda params: (), aggregate, traits_of(compressor), link=link, privacy=seen)
+  def _one(self, x: Array, key: Key) -> tuple[Array, Array]:
+    payload = self.compressor.encode(x, key, collectives.worker_key(key, self.axis))
+    decode = lambda p: self.compressor.decode(p, _like(x), key)
+    return decode(collectives.mean(payload, self.axis)), decode(payload)
 
 
-def two_phase(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) -> Aggregator:
+sum_mean = SumMean
+
+
+class TwoPhase(Aggregator, name="two_phase"):
   """A compressed reduce-scatter, then a compressed all-gather: bytes do not grow with W.
 
   Each leaf is cut into W chunks. Worker j receives all encodings of chunk j, averages, adds what
@@ -117,58 +137,68 @@ def two_phase(compressor: Compressor, axis: collectives.Axes = WORKER_AXES) -> A
   spread over the workers as in Tang et al. 2021, arXiv 2102.02888, section 5.
   """
 
-  if not compressor.contractive:
-    raise ValueError(
-      "two_phase keeps what it owes, which grows without bound where a compressor may miss more "
-      "than all of a value (terngrad, qsgd of few levels, unbiased random_k, count_sketch); take "
-      "gather_mean or sum_mean"
-    )
+  compressor: Compressor
+  axis: collectives.Axes = WORKER_AXES
 
-  def init(params):
-    count = collectives.worker_count(axis)
+  def check(self):
+    if not self.compressor.contractive:
+      raise ValueError(
+        "two_phase keeps what it owes, which grows without bound where a compressor may miss more "
+        "than all of a value (terngrad, qsgd of few levels, unbiased random_k, count_sketch); take "
+        "gather_mean or sum_mean"
+      )
+
+  @property
+  def traits(self):
+    # each phase has a support of its own, even of a linear compressor
+    return super().traits | (Trait.APART if self.compressor.sparse else Trait(0))
+
+  def init(self, params):
+    count = collectives.worker_count(self.axis)
     return jax.tree.map(lambda x: Chunk(jnp.zeros_like(cut(x, count)[0])), params)
 
-  def encode_chunks(x, key):
-    count = collectives.worker_count(axis)
-    chunks = cut(x, count)
-    shared = jax.random.split(key, count)
-    own = jax.random.split(collectives.worker_key(key, axis), count)
-    payload = jax.vmap(compressor.encode)(chunks, shared, own)
-    sent = jax.vmap(lambda p, k: compressor.decode(p, _like(chunks[0]), k))(payload, shared)
-    return payload, joined(sent, x)
-
-  def serve(x, received, memory, first, second):
-    """The answer to the encodings of this worker's chunk, and what it still owes."""
-    count, mine = collectives.worker_count(axis), collectives.worker_index(axis)
-    like, key = _chunk_like(x, memory), jax.random.split(first, count)[mine]
-    mean = jnp.mean(jax.vmap(lambda p: compressor.decode(p, like, key))(received), 0)
-    owed = mean.astype(x.dtype) + memory.part
-    key = jax.random.split(second, count)[mine]
-    payload = compressor.encode(owed, key, collectives.worker_key(second, axis))
-    return payload, Chunk(owed - compressor.decode(payload, like, key))
-
-  def put_together(x, everyone, memory, key):
-    keys = jax.random.split(key, collectives.worker_count(axis))
-    decode = lambda p, k: compressor.decode(p, _chunk_like(x, memory), k)
-    return joined(jax.vmap(decode)(everyone, keys), x)
-
-  def aggregate(tree, state, key, presence=EVERYONE):
+  def aggregate(self, tree, state, key, presence=EVERYONE):
     leaves, treedef = jax.tree.flatten(weighted(tree, presence))
     memories = treedef.flatten_up_to(state)
     pairs = [jax.random.split(k) for k in _keys(key, len(leaves))]
     first, second = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    payloads, sent = _unzip(map(encode_chunks, leaves, first))
-    received = collectives.exchange(payloads, axis)
-    answers, owed = _unzip(map(serve, leaves, received, memories, first, second))
-    everyone = collectives.gather(answers, axis)
-    values = map(put_together, leaves, everyone, memories, second)
+    payloads, sent = _unzip(map(self._encode_chunks, leaves, first))
+    received = collectives.exchange(payloads, self.axis)
+    answers, owed = _unzip(map(self._serve, leaves, received, memories, first, second))
+    everyone = collectives.gather(answers, self.axis)
+    values = map(self._put_together, leaves, everyone, memories, second)
     return Aggregate(*map(treedef.unflatten, (values, sent, owed)))
 
-  apart = {"apart"} if compressor.sparse else set()  # the phases have a support each
-  return Aggregator(init, aggregate, traits_of(compressor) | apart)
+  def _encode_chunks(self, x: Array, key: Key) -> tuple[Tree, Array]:
+    """The payloads of a leaf's chunks, and what they say of it."""
+    count = collectives.worker_count(self.axis)
+    chunks = cut(x, count)
+    shared = jax.random.split(key, count)
+    own = jax.random.split(collectives.worker_key(key, self.axis), count)
+    payload = jax.vmap(self.compressor.encode)(chunks, shared, own)
+    sent = jax.vmap(lambda p, k: self.compressor.decode(p, _like(chunks[0]), k))(payload, shared)
+    return payload, joined(sent, x)
+
+  def _serve(self, x: Array, received: Tree, memory: Chunk, first: Key, second: Key):
+    """The answer to the encodings of this worker's chunk, and what it still owes."""
+    count, mine = collectives.worker_count(self.axis), collectives.worker_index(self.axis)
+    like, key = _chunk_like(x, memory), jax.random.split(first, count)[mine]
+    mean = jnp.mean(jax.vmap(lambda p: self.compressor.decode(p, like, key))(received), 0)
+    owed = mean.astype(x.dtype) + memory.part
+    key = jax.random.split(second, count)[mine]
+    payload = self.compressor.encode(owed, key, collectives.worker_key(second, self.axis))
+    return payload, Chunk(owed - self.compressor.decode(payload, like, key))
+
+  def _put_together(self, x: Array, everyone: Tree, memory: Chunk, key: Key) -> Array:
+    keys = jax.random.split(key, collectives.worker_count(self.axis))
+    decode = lambda p, k: self.compressor.decode(p, _chunk_like(x, memory), k)
+    return joined(jax.vmap(decode)(everyone, keys), x)
 
 
-def majority_vote(axis: collectives.Axes = WORKER_AXES) -> Aggregator:
+two_phase = TwoPhase
+
+
+class MajorityVote(Aggregator, name="majority_vote"):
   """The sign that most workers have, element by element; ties and zeros count as +1.
 
       value = sign(sum_i sign(x_i))
@@ -182,23 +212,28 @@ def majority_vote(axis: collectives.Axes = WORKER_AXES) -> Aggregator:
   Reference: Bernstein et al. 2018, arXiv 1810.05291, algorithm 1.
   """
 
-  def one(x, roll):
-    count = collectives.worker_count(axis)
+  axis: collectives.Axes = WORKER_AXES
+  adds = Trait.VOTE | Trait.DENSE
+
+  def aggregate(self, tree, state, key, presence=EVERYONE):
+    roll = call_roll(presence, self.axis)
+    value, sent = _leafwise(lambda x, key: self._one(x, roll), tree, key)
+    return Aggregate(value, weighted(sent, unweighted(presence)), state)
+
+  def _one(self, x: Array, roll: Roll | None) -> tuple[Array, Array]:
+    count = collectives.worker_count(self.axis)
     chunks = cut(x, count).reshape(count, -1)
-    bits = collectives.exchange(jnp.packbits(chunks >= 0, axis=1), axis)
+    bits = collectives.exchange(jnp.packbits(chunks >= 0, axis=1), self.axis)
     cast = jnp.unpackbits(bits, axis=1, count=chunks.shape[1]).astype(jnp.int32)
     ayes = jnp.sum(cast if roll is None else jnp.where(roll.present[:, None], cast, 0), 0)
-    votes = collectives.gather(jnp.packbits(2 * ayes >= (roll.count if roll else count)), axis)
+    majority = jnp.packbits(2 * ayes >= (roll.count if roll else count))
+    votes = collectives.gather(majority, self.axis)
     won = jnp.unpackbits(votes, axis=1, count=chunks.shape[1])
     plus_minus = lambda aye: jnp.where(aye, 1, -1).astype(x.dtype)
     return joined(plus_minus(won == 1), x), plus_minus(x >= 0)
 
-  def aggregate(tree, state, key, presence=EVERYONE):
-    roll = call_roll(presence, axis)
-    value, sent = _leafwise(lambda x, key: one(x, roll), tree, key)
-    return Aggregate(value, weighted(sent, unweighted(presence)), state)
 
-  return Aggregator(lambda params: (), aggregate, frozenset({"vote", "dense"}))
+majority_vote = MajorityVote
 
 
 def _like(x: Array) -> jax.ShapeDtypeStruct:

@@ -1,14 +1,16 @@
-"""What compression leaves out, kept and sent later: wrappers around any aggregator."""
+"""Memories of what compression leaves out, sent in later rounds: wrappers around any aggregator."""
 
+from dataclasses import KW_ONLY
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
+import optax
 
-from research.aggregate.composition import refuse
+from research.aggregate.composition import BOUNDED, MEMORY, PARTIAL
 from research.aggregate.link import remembering
 from research.aggregate.presence import kept, unweighted, weighted
-from research.core.base import EVERYONE, Aggregate, Aggregator, State, Tree
+from research.core import checks
+from research.core.base import EVERYONE, Aggregate, Aggregator, State, Trait, Tree
 
 
 class ErrorFeedbackState(NamedTuple):
@@ -16,7 +18,7 @@ class ErrorFeedbackState(NamedTuple):
   inner: State
 
 
-def error_feedback(inner: Aggregator, *, decay: float = 1.0) -> Aggregator:
+class ErrorFeedback(Aggregator, name="error_feedback"):
   """Adds to each value what earlier rounds did not send.
 
       p_i = x_i + decay e_i,   value = A(p),   e_i <- p_i - sent_i
@@ -26,26 +28,37 @@ def error_feedback(inner: Aggregator, *, decay: float = 1.0) -> Aggregator:
     decay: of the memory, in [0, 1].
 
   Raises:
-    ValueError: if decay is not in [0, 1], or for an inner aggregator in `composition.REFUSED`.
+    ValueError: if decay is not in [0, 1], or for an inner aggregator in its `refuses`.
 
   Reference: Karimireddy et al. 2019, arXiv 1901.09847, algorithm 2.
   """
-  if not 0 <= decay <= 1:
-    raise ValueError(f"decay={decay} is not in [0, 1]")
-  refuse("error_feedback", inner)
 
-  def init(params):
-    return ErrorFeedbackState(jax.tree.map(jnp.zeros_like, params), inner.init(params))
+  inner: Aggregator
+  _: KW_ONLY
+  decay: float = 1.0
+  adds = Trait.MEMORY
+  refuses = MEMORY | BOUNDED
 
-  def aggregate(tree, state, key, presence=EVERYONE):
+  def check(self):
+    checks.in_range("decay", self.decay, "[0, 1]")
+
+  @property
+  def uplink(self):
+    inner = self.inner.uplink
+    return inner and remembering(inner, self.decay)
+
+  def init(self, params):
+    return ErrorFeedbackState(optax.tree.zeros_like(params), self.inner.init(params))
+
+  def aggregate(self, tree, state, key, presence=EVERYONE):
     own = weighted(tree, presence)
-    corrected = jax.tree.map(lambda x, e: x + decay * e, own, state.memory)
-    value, sent, link = inner.aggregate(corrected, state.inner, key, unweighted(presence))
-    memory = kept(presence.active, jax.tree.map(jnp.subtract, corrected, sent), state.memory)
+    corrected = jax.tree.map(lambda x, e: x + self.decay * e, own, state.memory)
+    value, sent, link = self.inner.aggregate(corrected, state.inner, key, unweighted(presence))
+    memory = kept(presence.active, optax.tree.sub(corrected, sent), state.memory)
     return Aggregate(value, sent, ErrorFeedbackState(memory, link))
 
-  way = inner.link and remembering(inner.link, decay)
-  return Aggregator(init, aggregate, inner.traits | {"memory"}, way)
+
+error_feedback = ErrorFeedback
 
 
 class EF21State(NamedTuple):
@@ -54,7 +67,7 @@ class EF21State(NamedTuple):
   inner: State
 
 
-def ef21(inner: Aggregator) -> Aggregator:
+class EF21(Aggregator, name="ef21"):
   """Compresses the change of each worker's value instead of the value.
 
       g_i <- g_i + C(x_i - g_i),   g <- g + 1/W sum_i C(x_i - g_i),   value = g
@@ -65,25 +78,28 @@ def ef21(inner: Aggregator) -> Aggregator:
     inner: the aggregator of the compressed changes.
 
   Raises:
-    ValueError: for an inner aggregator in `composition.REFUSED`.
+    ValueError: for an inner aggregator in its `refuses`.
 
   Reference: Richtarik, Sokolov, Fatkhullin 2021, arXiv 2106.05203, algorithm 2.
   """
 
-  refuse("ef21", inner)
+  inner: Aggregator
+  adds = Trait.MEMORY | Trait.EVERYONE
+  refuses = MEMORY | BOUNDED | PARTIAL
 
-  def init(params):
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    return EF21State(zeros, zeros, inner.init(params))
+  def init(self, params):
+    zeros = optax.tree.zeros_like(params)
+    return EF21State(zeros, zeros, self.inner.init(params))
 
-  def aggregate(tree, state, key, presence=EVERYONE):
-    change = jax.tree.map(jnp.subtract, weighted(tree, presence), state.local)
-    value, sent, link = inner.aggregate(change, state.inner, key, unweighted(presence))
-    local = kept(presence.active, jax.tree.map(jnp.add, state.local, sent), state.local)
-    total = jax.tree.map(jnp.add, state.total, value)
+  def aggregate(self, tree, state, key, presence=EVERYONE):
+    change = optax.tree.sub(weighted(tree, presence), state.local)
+    value, sent, link = self.inner.aggregate(change, state.inner, key, unweighted(presence))
+    local = kept(presence.active, optax.tree.add(state.local, sent), state.local)
+    total = optax.tree.add(state.total, value)
     return Aggregate(total, local, EF21State(local, total, link))
 
-  return Aggregator(init, aggregate, inner.traits | {"memory", "everyone"})
+
+ef21 = EF21
 
 
 class DianaState(NamedTuple):
@@ -92,7 +108,7 @@ class DianaState(NamedTuple):
   inner: State
 
 
-def diana(inner: Aggregator, *, alpha: float) -> Aggregator:
+class Diana(Aggregator, name="diana"):
   """Compresses the difference to a shift that learns the worker's gradient.
 
       d_i = C(x_i - h_i),   value = h + 1/W sum_i d_i,   h_i <- h_i + alpha d_i
@@ -104,26 +120,33 @@ def diana(inner: Aggregator, *, alpha: float) -> Aggregator:
       variance omega.
 
   Raises:
-    ValueError: if alpha is not in (0, 1], or for an inner aggregator in `composition.REFUSED`.
+    ValueError: if alpha is not in (0, 1], or for an inner aggregator in its `refuses`.
 
   Reference: Mishchenko et al. 2019, arXiv 1901.09269, algorithm 1.
   """
-  if not 0 < alpha <= 1:
-    raise ValueError(f"alpha={alpha} is not in (0, 1]")
-  refuse("diana", inner)
 
-  def init(params):
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    return DianaState(zeros, zeros, inner.init(params))
+  inner: Aggregator
+  _: KW_ONLY
+  alpha: float
+  adds = Trait.MEMORY | Trait.EVERYONE
+  refuses = MEMORY | PARTIAL
 
-  def aggregate(tree, state, key, presence=EVERYONE):
-    change = jax.tree.map(jnp.subtract, weighted(tree, presence), state.shift)
-    delta, sent, link = inner.aggregate(change, state.inner, key, unweighted(presence))
-    learn = lambda h, d: h + alpha * d
-    value = jax.tree.map(jnp.add, state.mean_shift, delta)
-    received = jax.tree.map(jnp.add, state.shift, sent)
+  def check(self):
+    checks.in_range("alpha", self.alpha, "(0, 1]")
+
+  def init(self, params):
+    zeros = optax.tree.zeros_like(params)
+    return DianaState(zeros, zeros, self.inner.init(params))
+
+  def aggregate(self, tree, state, key, presence=EVERYONE):
+    change = optax.tree.sub(weighted(tree, presence), state.shift)
+    delta, sent, link = self.inner.aggregate(change, state.inner, key, unweighted(presence))
+    learn = lambda h, d: h + self.alpha * d
+    value = optax.tree.add(state.mean_shift, delta)
+    received = optax.tree.add(state.shift, sent)
     shift = kept(presence.active, jax.tree.map(learn, state.shift, sent), state.shift)
     mean_shift = jax.tree.map(learn, state.mean_shift, delta)
     return Aggregate(value, received, DianaState(shift, mean_shift, link))
 
-  return Aggregator(init, aggregate, inner.traits | {"memory", "everyone"})
+
+diana = Diana

@@ -1,7 +1,7 @@
-"""Averages among neighbours: what decentralized methods exchange, link by link of a graph."""
+"""Averages among neighbours, link by link of a graph: the exchange of decentralized methods."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +9,43 @@ from jax import lax
 
 from research.aggregate.presence import need_everyone
 from research.comm import collectives
-from research.comm.topology import Shift, Topology, heard, own_weight
-from research.core.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Array, Tree
+from research.comm.neighbours import heard, own_weight
+from research.comm.topology import Shift, Topology
+from research.core.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Array, Trait, Tree
 
 
 class GossipState(NamedTuple):
   count: Array  # int32, rounds so far
 
 
-def gossip(topology: Topology, axis: collectives.Axes = WORKER_AXES) -> Aggregator:
+class Exchange(Aggregator):
+  """One round of a topology's period after the other.
+
+  Args:
+    topology: the graph and its weights.
+    axis: the worker axes to talk over.
+  """
+
+  topology: Topology
+  axis: collectives.Axes = WORKER_AXES
+
+  def mix(self, shifts: Sequence[Shift], tree: Tree) -> Tree:
+    """The value of one round, of this worker's tree and those that it hears."""
+    raise NotImplementedError(f"{type(self).__name__} has no mix")
+
+  def init(self, params):
+    return GossipState(jnp.zeros((), jnp.int32))
+
+  def aggregate(self, tree, state, key, presence=EVERYONE):
+    del key
+    need_everyone(f"gossip over '{self.topology.title}'", presence)
+    rounds = self.topology.rounds(collectives.worker_count(self.axis))
+    branches = [lambda tree, shifts=shifts: self.mix(shifts, tree) for shifts in rounds]
+    value = lax.switch(state.count % len(rounds), branches, tree)
+    return Aggregate(value, tree, GossipState(state.count + 1))
+
+
+class Gossip(Exchange, name="gossip"):
   """One round of averaging with the neighbours; the mean over all workers stays what it is.
 
       value_i = x_i + sum_j w_ij (x_j - x_i) = sum_j w_ij x_j
@@ -35,24 +63,33 @@ def gossip(topology: Topology, axis: collectives.Axes = WORKER_AXES) -> Aggregat
   Reference: Xiao, Boyd 2004, Systems and Control Letters 53(1); Boyd, Ghosh, Prabhakar,
     Shah 2006, IEEE Trans. Information Theory 52(6).
   """
-  if not topology.balanced:
-    raise ValueError(
-      "gossip finds the mean only if rows of the weights sum to one as columns do; on any other "
-      "directed graph take push_sum, or sgp for training"
-    )
 
-  def mix(shifts: Sequence[Shift], tree: Tree) -> Tree:
+  adds = Trait.LOCAL | Trait.DENSE
+
+  def check(self):
+    if not self.topology.balanced:
+      raise ValueError(
+        "gossip finds the mean only if rows of the weights sum to one as columns do; on any other "
+        "directed graph take push_sum, or sgp for training"
+      )
+
+  @property
+  def traits(self):
+    directed = Trait(0) if self.topology.symmetric else Trait.DIRECTED
+    return super().traits | directed | (Trait.VARYING if self.topology.varying else Trait(0))
+
+  def mix(self, shifts, tree):
     value = own = _widened(tree)
-    for weight, other in heard(shifts, tree, axis):
+    for weight, other in heard(shifts, tree, self.axis):
       nearer = lambda v, x, y, w=weight: v + (w * (y.astype(x.dtype) - x)).astype(v.dtype)
       value = jax.tree.map(nearer, value, own, other)
     return _narrowed(value, tree)
 
-  traits = frozenset({"local", "dense"}) | _traits_of(topology)
-  return _in_rounds(topology, axis, mix, traits)
+
+gossip = Gossip
 
 
-def push(topology: Topology, axis: collectives.Axes = WORKER_AXES) -> Aggregator:
+class Push(Exchange):
   """Each worker gives away all that it has: value_i = sum_j w_ij x_j, whatever the rows sum to.
 
   The sum over workers stays what it is. It is the exchange inside `push_sum` and `sgp`.
@@ -62,15 +99,18 @@ def push(topology: Topology, axis: collectives.Axes = WORKER_AXES) -> Aggregator
     axis: the worker axes to talk over.
   """
 
-  def mix(shifts: Sequence[Shift], tree: Tree) -> Tree:
-    kept = own_weight(shifts, axis)
+  adds = Trait.LOCAL | Trait.DENSE | Trait.WEIGHTED
+
+  def mix(self, shifts, tree):
+    kept = own_weight(shifts, self.axis)
     value = jax.tree.map(lambda x: (kept * x).astype(x.dtype), _widened(tree))
-    for weight, other in heard(shifts, tree, axis):
+    for weight, other in heard(shifts, tree, self.axis):
       given = lambda v, y, w=weight: v + (w * y.astype(v.dtype)).astype(v.dtype)
       value = jax.tree.map(given, value, other)
     return _narrowed(value, tree)
 
-  return _in_rounds(topology, axis, mix, frozenset({"local", "dense", "weighted"}))
+
+push = Push
 
 
 class PushSumState(NamedTuple):
@@ -78,7 +118,7 @@ class PushSumState(NamedTuple):
   link: GossipState
 
 
-def push_sum(topology: Topology, axis: collectives.Axes = WORKER_AXES) -> Aggregator:
+class PushSum(Aggregator, name="push_sum"):
   """Averaging on a directed graph: each worker divides by the weight that reached it.
 
       w_i <- sum_j a_ij w_j,   value_i = (sum_j a_ij w_j x_j) / w_i          w_i = 1 at first
@@ -95,49 +135,33 @@ def push_sum(topology: Topology, axis: collectives.Axes = WORKER_AXES) -> Aggreg
   Reference: Kempe, Dobra, Gehrke 2003, FOCS, protocol push-sum; Nedic, Olshevsky 2015,
     IEEE Trans. Automatic Control 60(3), arXiv 1303.2289.
   """
-  inner = push(topology, axis)
 
-  def init(params):
-    return PushSumState(jnp.ones(()), inner.init(params))
+  topology: Topology
+  axis: collectives.Axes = WORKER_AXES
+  adds = Push.adds
 
-  def aggregate(tree, state, key, presence=EVERYONE):
+  @property
+  def _push(self) -> Push:
+    return Push(self.topology, self.axis)
+
+  def init(self, params):
+    return PushSumState(jnp.ones(()), self._push.init(params))
+
+  def aggregate(self, tree, state, key, presence=EVERYONE):
     need_everyone("push_sum", presence)
     held = jax.tree.map(lambda x: (state.weight * x).astype(x.dtype), tree)
-    (sum_, weight), _, link = inner.aggregate((held, state.weight), state.link, key)
+    (sum_, weight), _, link = self._push.aggregate((held, state.weight), state.link, key)
     value = jax.tree.map(lambda x: (x / weight).astype(x.dtype), sum_)
     return Aggregate(value, tree, PushSumState(weight, link))
 
-  return Aggregator(init, aggregate, inner.traits)
+
+push_sum = PushSum
 
 
 def _widened(tree: Tree) -> Tree:
-  """In float32 or wider: what is added up link by link is not to be rounded at each of them."""
+  """In float32 or wider, so that the sum over links is not rounded at each of them."""
   return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
 def _narrowed(value: Tree, like: Tree) -> Tree:
   return jax.tree.map(lambda v, x: v.astype(x.dtype), value, like)
-
-
-def _traits_of(topology: Topology) -> frozenset[str]:
-  flags = {"directed": topology.directed, "varying": topology.varying}
-  return frozenset(name for name, is_so in flags.items() if is_so)
-
-
-def _in_rounds(
-  topology: Topology,
-  axis: collectives.Axes,
-  mix: Callable[[Sequence[Shift], Tree], Tree],
-  traits: frozenset[str],
-) -> Aggregator:
-  """The exchange of the topology's period that is next, given that of one round."""
-
-  def aggregate(tree: Tree, state: GossipState, key: Any, presence=EVERYONE) -> Aggregate:
-    del key
-    need_everyone(f"gossip over '{topology.name}'", presence)
-    rounds = topology.rounds(collectives.worker_count(axis))
-    branches = [lambda tree, shifts=shifts: mix(shifts, tree) for shifts in rounds]
-    value = lax.switch(state.count % len(rounds), branches, tree)
-    return Aggregate(value, tree, GossipState(state.count + 1))
-
-  return Aggregator(lambda params: GossipState(jnp.zeros((), jnp.int32)), aggregate, traits)

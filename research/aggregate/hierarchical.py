@@ -1,20 +1,84 @@
 """Two levels of links: exact averages over the fast ones, any aggregator over the slow ones."""
 
+from dataclasses import KW_ONLY
+from typing import Any, ClassVar
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from research.aggregate.chunks import cut, joined
-from research.aggregate.composition import refuse
-from research.aggregate.mean import mean
+from research.aggregate.composition import SHARDED
+from research.aggregate.mean import Mean
 from research.aggregate.presence import weighted
 from research.aggregate.privacy.hiding import Sum
 from research.analysis import wire
 from research.comm import collectives
-from research.core.base import EVERYONE, Aggregate, Aggregator, Array, Key, Presence, State, Tree
+from research.core.base import (
+  EVERYONE,
+  Aggregate,
+  Aggregator,
+  Array,
+  Key,
+  Presence,
+  State,
+  Trait,
+  Tree,
+)
+
+_NO_MEMORY = {
+  Trait.MEMORY: "a memory belongs around it: that of a chunk has no place to go",
+}
 
 
-def hierarchical(inner: Aggregator, *, fast: str = "data", slow: str = "slice") -> Aggregator:
+class TwoLevels(Aggregator):
+  """Exact averages within a slice, an inner aggregator between slices."""
+
+  inner: ClassVar[Any]
+  fast: ClassVar[Any]
+  slow: ClassVar[Any]
+  adds = Trait.DENSE
+
+  def check(self):
+    if self.fast == self.slow:
+      raise ValueError(f"fast='{self.fast}' and slow='{self.slow}' are the same axis")
+
+  @property
+  def privacy(self):
+    return Sum((self.slow, self.fast)) if self.inner.privacy == Sum(self.slow) else None
+
+  def init(self, params):
+    sizes = collectives.worker_count(self.slow), collectives.worker_count(self.fast)
+    chunk = jax.tree.map(lambda x: jnp.zeros_like(_split(x, *sizes)[0]), params)
+    return self.inner.init(chunk)
+
+  def aggregate(self, tree, state, key, presence=EVERYONE):
+    tree, of_slice, fast = weighted(tree, presence), EVERYONE, self.fast
+    slices, width = collectives.worker_count(self.slow), collectives.worker_count(fast)
+    place = collectives.worker_index(fast)
+    parts = jax.tree.map(lambda x: _split(x, slices, width), tree)
+    received = collectives.exchange(parts, fast)
+    means = jax.tree.map(lambda x: jnp.mean(x, 0), received)
+    if self.inner.traits & (Trait.SELECTS | Trait.VOTE) and presence is not EVERYONE:
+      means, of_slice = _as_one(means, presence, fast)
+    _check_axes(self.inner, means, state, key, fast, self.slow)
+    own_key = collectives.worker_key(key, fast)
+    value, sent, link = self.inner.aggregate(means, state, own_key, of_slice)
+
+    def less(x, own, m, s):
+      owed = lax.dynamic_update_index_in_dim(jnp.zeros_like(own), width * (m - s), place, 0)
+      return x - _whole(owed, x, slices)
+
+    back = lambda v, x: _whole(collectives.gather(v, fast), x, slices)
+    whole_value = jax.tree.map(back, value, tree)
+    if presence.active is True:
+      return Aggregate(whole_value, jax.tree.map(less, tree, parts, means, sent), link)
+    here = collectives.total(jnp.where(presence.active, 1.0, 0.0), fast)
+    share = lambda x, m, s: (x - width / jnp.maximum(here, 1) * back(m - s, x)).astype(x.dtype)
+    return Aggregate(whole_value, jax.tree.map(share, tree, means, sent), link)
+
+
+class Hierarchical(TwoLevels, name="hierarchical"):
   """Reduce-scatter within a slice, the inner aggregator between slices, gather within the slice.
 
       m_s[f] = mean over the slice of x[f],   value[f] = A_slow(m_1[f], ..., m_S[f]),   f in [F]
@@ -35,56 +99,23 @@ def hierarchical(inner: Aggregator, *, fast: str = "data", slow: str = "slice") 
     slow: the worker axis between slices.
 
   Raises:
-    ValueError: for an inner aggregator in `composition.REFUSED`, or equal axes; when traced on a
+    ValueError: for an inner aggregator in its `refuses`, or equal axes; when traced on a
       mesh without both axes, or with an inner aggregator that talks over the fast one.
 
   Reference: Jia et al. 2018, arXiv 1807.11205, section 4.2 (hierarchical all-reduce).
   """
 
-  if fast == slow:
-    raise ValueError(f"fast='{fast}' and slow='{slow}' are the same axis")
-  refuse("hierarchical", inner)
-
-  def chunk_of(tree: Tree) -> Tree:
-    """Shapes of the chunks that one worker looks after."""
-    sizes = collectives.worker_count(slow), collectives.worker_count(fast)
-    return jax.tree.map(lambda x: jnp.zeros_like(_split(x, *sizes)[0]), tree)
-
-  counted = inner.traits & {"selects", "vote"}
-
-  def aggregate(tree, state, key, presence=EVERYONE):
-    tree, of_slice = weighted(tree, presence), EVERYONE
-    slices, width = collectives.worker_count(slow), collectives.worker_count(fast)
-    place = collectives.worker_index(fast)
-    parts = jax.tree.map(lambda x: _split(x, slices, width), tree)
-    received = collectives.exchange(parts, fast)
-    means = jax.tree.map(lambda x: jnp.mean(x, 0), received)
-    if counted and presence is not EVERYONE:
-      means, of_slice = _as_one(means, presence, fast)
-    _check_axes(inner, means, state, key, fast, slow)
-    value, sent, link = inner.aggregate(means, state, collectives.worker_key(key, fast), of_slice)
-
-    def less(x, own, m, s):
-      owed = lax.dynamic_update_index_in_dim(jnp.zeros_like(own), width * (m - s), place, 0)
-      return x - _whole(owed, x, slices)
-
-    back = lambda v, x: _whole(collectives.gather(v, fast), x, slices)
-    whole_value = jax.tree.map(back, value, tree)
-    if presence.active is True:
-      return Aggregate(whole_value, jax.tree.map(less, tree, parts, means, sent), link)
-    here = collectives.total(jnp.where(presence.active, 1.0, 0.0), fast)
-    share = lambda x, m, s: (x - width / jnp.maximum(here, 1) * back(m - s, x)).astype(x.dtype)
-    return Aggregate(whole_value, jax.tree.map(share, tree, means, sent), link)
-
-  return Aggregator(
-    lambda params: inner.init(chunk_of(params)),
-    aggregate,
-    inner.traits | {"dense"},
-    privacy=Sum((slow, fast)) if inner.privacy == Sum(slow) else None,
-  )
+  inner: Aggregator
+  _: KW_ONLY
+  fast: str = "data"
+  slow: str = "slice"
+  refuses = _NO_MEMORY | SHARDED
 
 
-def hierarchical_mean(fast: str = "data", slow: str = "slice") -> Aggregator:
+hierarchical = Hierarchical
+
+
+class HierarchicalMean(TwoLevels, name="hierarchical_mean"):
   """The mean over all workers with little on the slow links: `hierarchical` of the exact mean.
 
   Between S slices of F workers each worker sends 2 (S-1)/S of 1 / F of its tree, and within the
@@ -97,7 +128,16 @@ def hierarchical_mean(fast: str = "data", slow: str = "slice") -> Aggregator:
   Raises:
     ValueError: when traced on a mesh without both axes.
   """
-  return hierarchical(mean(axis=slow), fast=fast, slow=slow)
+
+  fast: str = "data"
+  slow: str = "slice"
+
+  @property
+  def inner(self):
+    return Mean(self.slow)
+
+
+hierarchical_mean = HierarchicalMean
 
 
 def _split(x: Array, slices: int, width: int) -> Array:

@@ -4,10 +4,10 @@ from research.aggregate.link import plain
 from research.aggregate.presence import weighted
 from research.aggregate.privacy.hiding import Sum
 from research.comm import collectives
-from research.core.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator
+from research.core.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Trait
 
 
-def mean(axis: collectives.Axes = WORKER_AXES) -> Aggregator:
+class Mean(Aggregator, name="mean"):
   """The mean over all workers, by one all-reduce: 2 (W-1)/W times the tree's bytes per worker.
 
   Args:
@@ -16,8 +16,21 @@ def mean(axis: collectives.Axes = WORKER_AXES) -> Aggregator:
   Reference: Patarasuk and Yuan 2009, bandwidth-optimal all-reduce.
   """
 
-  def aggregate(tree, state, key, presence=EVERYONE):
-    del key
-    return Aggregate(collectives.mean(tree, axis, presence), weighted(tree, presence), state)
+  axis: collectives.Axes = WORKER_AXES
+  adds = Trait.DENSE
 
-  return Aggregator(lambda params: (), aggregate, frozenset({"dense"}), plain(), Sum(axis))
+  def aggregate(self, tree, state, key, presence=EVERYONE):
+    del key
+    value = collectives.mean(tree, self.axis, presence)
+    return Aggregate(value, weighted(tree, presence), state)
+
+  @property
+  def uplink(self):
+    return plain()
+
+  @property
+  def privacy(self):
+    return Sum(self.axis)
+
+
+mean = Mean

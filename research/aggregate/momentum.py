@@ -1,16 +1,36 @@
-"""Momentum on each worker, of what it sends; corrected for what is sent late, where it is."""
+"""Momentum on each worker of what it sends, with or without correction for delayed coordinates."""
 
 import math
+from dataclasses import KW_ONLY
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from research.aggregate.composition import refuse
+from research.aggregate.composition import BOUNDED, MEMORY
 from research.aggregate.presence import kept, unweighted, weighted
 from research.aggregate.privacy.clipping import clipped
 from research.comm import collectives
-from research.core.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, State, Tree
+from research.core import checks
+from research.core.base import (
+  EVERYONE,
+  WORKER_AXES,
+  Aggregate,
+  Aggregator,
+  Array,
+  State,
+  Trait,
+  Tree,
+)
+
+_CLEARED = {
+  Trait.DENSE: "momentum is cleared where something was sent, and here that is everywhere",
+}
+_OF_GRADIENTS = {
+  Trait.NOISE: "it would send one example in many rounds, of which the accountant knows one",
+  Trait.LOCAL: "what neighbours average are models, of which there is no momentum",
+}
 
 
 class MomentumCorrectionState(NamedTuple):
@@ -19,14 +39,7 @@ class MomentumCorrectionState(NamedTuple):
   inner: State
 
 
-def momentum_correction(
-  inner: Aggregator,
-  *,
-  momentum: float = 0.9,
-  clip_norm: float = math.inf,
-  nesterov: bool = False,
-  axis: collectives.Axes = WORKER_AXES,
-) -> Aggregator:
+class MomentumCorrection(Aggregator, name="momentum_correction"):
   """Deep gradient compression: accumulates velocities, not gradients, and sends the largest.
 
       g_i <- g_i min(1, clip_norm W^-1/2 / ||g_i||)
@@ -46,40 +59,52 @@ def momentum_correction(
     axis: the worker axes, for W.
 
   Raises:
-    ValueError: for arguments out of range, or an inner aggregator in `composition.REFUSED`.
+    ValueError: for arguments out of range, or an inner aggregator in its `refuses`.
 
   Reference: Lin, Han, Mao, Wang, Dally 2018, arXiv 1712.01887, algorithms 2 (momentum correction)
     and 1 (local clipping), section 3.3.
   """
-  if not 0 <= momentum < 1:
-    raise ValueError(f"momentum={momentum} is not in [0, 1)")
-  if not clip_norm > 0:
-    raise ValueError(f"clip_norm={clip_norm} is not in (0, inf]")
-  refuse("momentum_correction", inner)
 
-  def init(params):
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    return MomentumCorrectionState(zeros, zeros, inner.init(params))
+  inner: Aggregator
+  _: KW_ONLY
+  momentum: float = 0.9
+  clip_norm: float = math.inf
+  nesterov: bool = False
+  axis: collectives.Axes = WORKER_AXES
+  adds = Trait.MEMORY
+  refuses = MEMORY | BOUNDED | _CLEARED
 
-  def accumulate(u, v, g):
-    u = momentum * (u + g) if nesterov else momentum * u + g
-    return u, v + u + g if nesterov else v + u
+  def check(self):
+    checks.in_range("momentum", self.momentum, "[0, 1)")
+    checks.in_range("clip_norm", self.clip_norm, "(0, inf]")
 
-  def aggregate(tree, state, key, presence=EVERYONE):
+  @property
+  def traits(self):
+    return super().traits | (Trait.WHOLE if math.isfinite(self.clip_norm) else Trait(0))
+
+  def init(self, params):
+    zeros = optax.tree.zeros_like(params)
+    return MomentumCorrectionState(zeros, zeros, self.inner.init(params))
+
+  def aggregate(self, tree, state, key, presence=EVERYONE):
     grads = tree
-    if math.isfinite(clip_norm):
-      grads = clipped(tree, clip_norm / math.sqrt(collectives.worker_count(axis)))
+    if math.isfinite(self.clip_norm):
+      grads = clipped(tree, self.clip_norm / math.sqrt(collectives.worker_count(self.axis)))
     grads = weighted(grads, presence)
-    pairs = jax.tree.map(accumulate, state.momentum, state.memory, grads)
+    pairs = jax.tree.map(self._accumulated, state.momentum, state.memory, grads)
     u, v = jax.tree.transpose(jax.tree.structure(tree), None, pairs)
-    value, sent, link = inner.aggregate(v, state.inner, key, unweighted(presence))
-    memory = jax.tree.map(jnp.subtract, v, sent)
+    value, sent, link = self.inner.aggregate(v, state.inner, key, unweighted(presence))
+    memory = optax.tree.sub(v, sent)
     u = jax.tree.map(lambda u, s: jnp.where(s == 0, u, 0), u, sent)
     u, memory = kept(presence.active, (u, memory), (state.momentum, state.memory))
     return Aggregate(value, sent, MomentumCorrectionState(u, memory, link))
 
-  traits = {"memory", "whole"} if math.isfinite(clip_norm) else {"memory"}
-  return Aggregator(init, aggregate, inner.traits | traits)
+  def _accumulated(self, u: Array, v: Array, g: Array) -> tuple[Array, Array]:
+    u = self.momentum * (u + g) if self.nesterov else self.momentum * u + g
+    return u, v + u + g if self.nesterov else v + u
+
+
+momentum_correction = MomentumCorrection
 
 
 class WorkerMomentumState(NamedTuple):
@@ -87,7 +112,7 @@ class WorkerMomentumState(NamedTuple):
   inner: State
 
 
-def worker_momentum(inner: Aggregator, *, momentum: float = 0.9) -> Aggregator:
+class WorkerMomentum(Aggregator, name="worker_momentum"):
   """Each worker sends its momentum in the place of its value.
 
       m_i <- beta m_i + (1 - beta) x_i,   value = A(m)
@@ -101,21 +126,28 @@ def worker_momentum(inner: Aggregator, *, momentum: float = 0.9) -> Aggregator:
     momentum: beta, in [0, 1).
 
   Raises:
-    ValueError: if momentum is not in [0, 1), or for an inner aggregator in `composition.REFUSED`.
+    ValueError: if momentum is not in [0, 1), or for an inner aggregator in its `refuses`.
 
   Reference: Karimireddy, He, Jaggi 2021, arXiv 2012.10333, algorithm 2.
   """
-  if not 0 <= momentum < 1:
-    raise ValueError(f"momentum={momentum} is not in [0, 1)")
-  refuse("worker_momentum", inner)
 
-  def init(params):
-    return WorkerMomentumState(jax.tree.map(jnp.zeros_like, params), inner.init(params))
+  inner: Aggregator
+  _: KW_ONLY
+  momentum: float = 0.9
+  adds = Trait.MEMORY
+  refuses = _OF_GRADIENTS
 
-  def aggregate(tree, state, key, presence=EVERYONE):
-    move = lambda m, x: momentum * m + (1 - momentum) * x
+  def check(self):
+    checks.in_range("momentum", self.momentum, "[0, 1)")
+
+  def init(self, params):
+    return WorkerMomentumState(optax.tree.zeros_like(params), self.inner.init(params))
+
+  def aggregate(self, tree, state, key, presence=EVERYONE):
+    move = lambda m, x: self.momentum * m + (1 - self.momentum) * x
     own = kept(presence.active, jax.tree.map(move, state.momentum, tree), state.momentum)
-    value, sent, link = inner.aggregate(own, state.inner, key, presence)
+    value, sent, link = self.inner.aggregate(own, state.inner, key, presence)
     return Aggregate(value, sent, WorkerMomentumState(own, link))
 
-  return Aggregator(init, aggregate, inner.traits | {"memory"})
+
+worker_momentum = WorkerMomentum

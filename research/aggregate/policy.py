@@ -1,16 +1,20 @@
-"""Which leaves an aggregator is given, in what pieces, and from when: policy, not mathematics."""
+"""Policies: which leaves an aggregator is given, in which pieces, and from which round on."""
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY
+from functools import reduce
+from operator import and_, or_
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from research.aggregate.composition import refuse
-from research.aggregate.mean import mean
+from research.aggregate.composition import AROUND
+from research.aggregate.mean import Mean
 from research.comm import collectives
+from research.core import checks
 from research.core.base import (
   EVERYONE,
   WORKER_AXES,
@@ -19,13 +23,12 @@ from research.core.base import (
   Array,
   Presence,
   State,
+  Trait,
   Tree,
 )
 
 
-def only_large(
-  inner: Aggregator, *, min_size: int = 1024, axis: collectives.Axes = WORKER_AXES
-) -> Aggregator:
+class OnlyLarge(Aggregator, name="only_large"):
   """Leaves of fewer than `min_size` elements are averaged exactly, the others by `inner`.
 
   Args:
@@ -34,32 +37,47 @@ def only_large(
     axis: the worker axes over which small leaves are averaged.
 
   Raises:
-    ValueError: if min_size < 0, or for an inner aggregator in `composition.REFUSED`.
+    ValueError: if min_size < 0, or for an inner aggregator in its `refuses`.
   """
-  if min_size < 0:
-    raise ValueError(f"min_size={min_size} is not at least 0")
-  refuse("only_large", inner)
 
-  def parts(tree):
-    leaves, treedef = jax.tree.flatten(tree)
-    large = [x.size >= min_size for x in leaves]
-    of = lambda wanted: [x for x, is_large in zip(leaves, large, strict=True) if is_large == wanted]
-    join = lambda big, small: treedef.unflatten(
-      [(big if is_large else small).pop(0) for is_large in large]
-    )
-    return of(True), of(False), lambda big, small: join(list(big), list(small))
+  inner: Aggregator
+  _: KW_ONLY
+  min_size: int = 1024
+  axis: collectives.Axes = WORKER_AXES
+  adds = Trait.DENSE
+  refuses = AROUND
 
-  def aggregate(tree, state, key, presence=EVERYONE):
-    big, small, join = parts(tree)
-    out = inner.aggregate(big, state, key, presence) if big else Aggregate(big, big, state)
-    exact = mean(axis).aggregate(small, (), key, presence)
+  def check(self):
+    checks.at_least("min_size", self.min_size, 0)
+
+  def init(self, params):
+    return self.inner.init(self._parts(params)[0])
+
+  def aggregate(self, tree, state, key, presence=EVERYONE):
+    large, small, join = self._parts(tree)
+    out = Aggregate(large, large, state)
+    if large:
+      out = self.inner.aggregate(large, state, key, presence)
+    exact = Mean(self.axis).aggregate(small, (), key, presence)
     return Aggregate(join(out.value, exact.value), join(out.sent, exact.sent), out.state)
 
-  init = lambda params: inner.init(parts(params)[0])
-  return Aggregator(init, aggregate, inner.traits | {"dense"})
+  def _parts(self, tree: Tree) -> tuple[list[Array], list[Array], Callable[..., Tree]]:
+    """The large leaves, the small ones, and what joins two such lists to a tree."""
+    leaves, treedef = jax.tree.flatten(tree)
+    large = [x.size >= self.min_size for x in leaves]
+    of = lambda wanted: [x for x, is_large in zip(leaves, large, strict=True) if is_large == wanted]
+
+    def join(big: Sequence[Array], small: Sequence[Array]) -> Tree:
+      big_, small_ = iter(big), iter(small)
+      return treedef.unflatten([next(big_ if is_large else small_) for is_large in large])
+
+    return of(True), of(False), join
 
 
-def bucketed(inner: Aggregator, *, bytes: int = 2**20) -> Aggregator:
+only_large = OnlyLarge
+
+
+class Bucketed(Aggregator, name="bucketed"):
   """Small leaves travel together: flat messages of up to `bytes`, in the order of the tree.
 
   A leaf of at least `bytes` stays as it is. The inner aggregator sees the buckets as its leaves, so
@@ -75,29 +93,44 @@ def bucketed(inner: Aggregator, *, bytes: int = 2**20) -> Aggregator:
 
   Reference: Li et al. 2020, arXiv 2006.15704 (gradient bucketing).
   """
-  if bytes < 1:
-    raise ValueError(f"bytes={bytes} is not at least 1")
 
-  def fused(tree: Tree) -> list[Array]:
+  inner: Aggregator
+  _: KW_ONLY
+  bytes: int = 2**20
+
+  def check(self):
+    checks.at_least("bytes", self.bytes)
+
+  @property
+  def privacy(self):
+    return self.inner.privacy
+
+  def init(self, params):
+    return self.inner.init(self._fused(params))
+
+  def aggregate(self, tree, state, key, presence=EVERYONE):
+    out = self.inner.aggregate(self._fused(tree), state, key, presence)
+    return Aggregate(self._split(out.value, tree), self._split(out.sent, tree), out.state)
+
+  def _fused(self, tree: Tree) -> list[Array]:
+    """The messages: a bucket's leaves, flat, or a large leaf."""
     leaves = jax.tree.leaves(tree)
     joined = lambda bucket: jnp.concatenate([leaves[i].reshape(-1) for i in bucket])
-    return [leaves[b[0]] if len(b) == 1 else joined(b) for b in _buckets(leaves, bytes)]
+    buckets = _buckets(leaves, self.bytes)
+    return [leaves[b[0]] if len(b) == 1 else joined(b) for b in buckets]
 
-  def split(parts: Sequence[Array], like: Tree) -> Tree:
+  def _split(self, parts: Sequence[Array], like: Tree) -> Tree:
+    """The tree, like another, of which these are the messages."""
     leaves, treedef = jax.tree.flatten(like)
     found = list(leaves)
-    for part, bucket in zip(parts, _buckets(leaves, bytes), strict=True):
+    for part, bucket in zip(parts, _buckets(leaves, self.bytes), strict=True):
       ends = list(itertools.accumulate(leaves[i].size for i in bucket))
       for i, end in zip(bucket, ends, strict=True):
         found[i] = part.reshape(-1)[end - leaves[i].size : end].reshape(leaves[i].shape)
     return treedef.unflatten(found)
 
-  def aggregate(tree, state, key, presence=EVERYONE):
-    out = inner.aggregate(fused(tree), state, key, presence)
-    return Aggregate(split(out.value, tree), split(out.sent, tree), out.state)
 
-  init = lambda params: inner.init(fused(params))
-  return Aggregator(init, aggregate, inner.traits, privacy=inner.privacy)
+bucketed = Bucketed
 
 
 def _buckets(leaves: Sequence[Array], bytes: int) -> list[list[int]]:
@@ -123,9 +156,7 @@ class WarmUpState(NamedTuple):
   stages: tuple[State, ...]
 
 
-def warm_up(
-  inner: Aggregator, *, steps: int, stages: Sequence[Aggregator] | None = None
-) -> Aggregator:
+class WarmUp(Aggregator, name="warm_up"):
   """Other aggregators for the first rounds: the exact mean, or a ramp of several.
 
   Each stage lasts steps / len(stages) rounds, then `inner` takes over. Deep gradient compression
@@ -139,35 +170,59 @@ def warm_up(
 
   Raises:
     ValueError: if there are no stages or fewer steps than stages, or for aggregators in
-      `composition.REFUSED`.
+      its `refuses`.
 
   Reference: Lin et al. 2018, arXiv 1712.01887, section 3.3; 1-bit Adam's warm-up: Tang et al. 2021,
     arXiv 2102.02888.
   """
-  every = (*([mean()] if stages is None else stages), inner)
-  if len(every) == 1 or steps < len(every) - 1:
-    raise ValueError(
-      f"steps={steps} for {len(every) - 1} stages: one or more, of a step or more each"
-    )
-  common = frozenset.intersection(*(a.traits for a in every))
-  for stage in every:
-    refuse("warm_up", stage._replace(traits=stage.traits - common))
-  ends = jnp.asarray([steps * (i + 1) // (len(every) - 1) for i in range(len(every) - 1)])
 
-  def run_stage(number: int, presence: Presence) -> Callable[..., Aggregate]:
+  inner: Aggregator
+  _: KW_ONLY
+  steps: int
+  stages: Sequence[Aggregator] | None = None
+  refuses = AROUND  # unless all stages have the trait
+
+  def check(self):
+    stages = len(self.every) - 1
+    if not stages or self.steps < stages:
+      raise ValueError(
+        f"steps={self.steps} for {stages} stages: one or more, of a step or more each"
+      )
+
+  @property
+  def every(self) -> tuple[Aggregator, ...]:
+    """All stages in their order, the last of which stays."""
+    return (*((Mean(),) if self.stages is None else self.stages), self.inner)
+
+  def aggregators(self):
+    return list(self.every)
+
+  @property
+  def traits(self):
+    return reduce(or_, (stage.traits for stage in self.every))
+
+  def refuse(self, traits):
+    common = reduce(and_, (stage.traits for stage in self.every))
+    super().refuse(traits & ~common)
+
+  def init(self, params):
+    states = tuple(stage.init(params) for stage in self.every)
+    return WarmUpState(jnp.zeros((), jnp.int32), states)
+
+  def aggregate(self, tree, state, key, presence=EVERYONE):
+    last = len(self.every) - 1
+    ends = jnp.asarray([self.steps * (i + 1) // last for i in range(last)])
+    number = jnp.sum(state.count >= ends)
+    branches = [self._of_stage(i, presence) for i in range(len(self.every))]
+    value, sent, states = lax.switch(number, branches, tree, state.stages, key)
+    return Aggregate(value, sent, WarmUpState(state.count + 1, states))
+
+  def _of_stage(self, number: int, presence: Presence) -> Callable[..., Aggregate]:
     def run(tree, states, key):
-      value, sent, state = every[number].aggregate(tree, states[number], key, presence)
+      value, sent, state = self.every[number].aggregate(tree, states[number], key, presence)
       return Aggregate(value, sent, (*states[:number], state, *states[number + 1 :]))
 
     return run
 
-  def init(params):
-    return WarmUpState(jnp.zeros((), jnp.int32), tuple(a.init(params) for a in every))
 
-  def aggregate(tree, state, key, presence=EVERYONE):
-    number = jnp.sum(state.count >= ends)
-    branches = [run_stage(i, presence) for i in range(len(every))]
-    value, sent, states = lax.switch(number, branches, tree, state.stages, key)
-    return Aggregate(value, sent, WarmUpState(state.count + 1, states))
-
-  return Aggregator(init, aggregate, frozenset().union(*(a.traits for a in every)))
+warm_up = WarmUp

@@ -1,5 +1,6 @@
 """PowerSGD: gradients as products of two thin matrices, found by one step of a power iteration."""
 
+from dataclasses import KW_ONLY
 from functools import partial
 
 import jax
@@ -9,14 +10,15 @@ from jax import lax
 from research.aggregate.presence import weighted
 from research.aggregate.privacy.hiding import Sum
 from research.comm import collectives
-from research.core.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Array
+from research.core import checks
+from research.core.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Array, Key, Trait
 
 # Thin products wait for memory whatever their precision, and accelerators would choose a low one.
 matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 FUSED = 8  # the largest rank whose products are not written to memory of their own
 
 
-def power_sgd(rank: int = 2, axis: collectives.Axes = WORKER_AXES, *, seed: int = 0) -> Aggregator:
+class PowerSGD(Aggregator, name="power_sgd"):
   """A rank-r approximation of each worker's matrix, averaged; both factors by all-reduce.
 
       P = orthonormal(1/W sum_i M_i Q),   Q_i = M_i^T P,   Q <- 1/W sum_i Q_i
@@ -39,28 +41,41 @@ def power_sgd(rank: int = 2, axis: collectives.Axes = WORKER_AXES, *, seed: int 
 
   Reference: Vogels, Karimireddy, Jaggi 2019, arXiv 1905.13727, algorithm 1.
   """
-  if rank < 1:
-    raise ValueError(f"rank={rank}; it is at least 1")
 
-  def init(params):
+  rank: int = 2
+  axis: collectives.Axes = WORKER_AXES
+  _: KW_ONLY
+  seed: int = 0
+  adds = Trait.DENSE
+
+  def check(self):
+    checks.at_least("rank", self.rank)
+
+  @property
+  def privacy(self):
+    return Sum(self.axis)
+
+  def init(self, params):
     leaves, treedef = jax.tree.flatten(params)
-    keys = [jax.random.fold_in(jax.random.key(seed), leaf) for leaf in range(len(leaves))]
-    return treedef.unflatten([first(x, k) for x, k in zip(leaves, keys, strict=True)])
+    keys = [jax.random.fold_in(jax.random.key(self.seed), leaf) for leaf in range(len(leaves))]
+    return treedef.unflatten([self._first(x, k) for x, k in zip(leaves, keys, strict=True)])
 
-  def first(x, key):
-    shape = (x.shape[-1], rank) if is_low_rank(x, rank) else (0,)
+  def _first(self, x: Array, key: Key) -> Array:
+    """Q of round 0; empty for a leaf that is averaged exactly."""
+    shape = (x.shape[-1], self.rank) if is_low_rank(x, self.rank) else (0,)
     return jax.random.normal(key, shape, jnp.float32)
 
-  def aggregate(tree, state, key, presence=EVERYONE):
+  def aggregate(self, tree, state, key, presence=EVERYONE):
     del key
     leaves, treedef = jax.tree.flatten(weighted(tree, presence))
     q = treedef.flatten_up_to(state)
-    exact = {i: x for i, x in enumerate(leaves) if not is_low_rank(x, rank)}
+    exact = {i: x for i, x in enumerate(leaves) if not is_low_rank(x, self.rank)}
     m = {i: as_matrix(x) for i, x in enumerate(leaves) if i not in exact}
-    left, exact_mean = collectives.packed_mean(({i: matmul(m[i], q[i]) for i in m}, exact), axis)
+    products = {i: matmul(m[i], q[i]) for i in m}
+    left, exact_mean = collectives.packed_mean((products, exact), self.axis)
     p = {i: jnp.linalg.qr(left[i])[0] for i in m}
     own = {i: matmul(p[i].T, m[i]) for i in m}  # Q_i^T
-    right = collectives.packed_mean(own, axis)
+    right = collectives.packed_mean(own, self.axis)
 
     def restored(rights, vectors):
       shaped = lambda i, x: product(p[i], rights[i]).reshape(x.shape).astype(x.dtype)
@@ -70,7 +85,8 @@ def power_sgd(rank: int = 2, axis: collectives.Axes = WORKER_AXES, *, seed: int 
     value, sent = restored(right, exact_mean), restored(own, exact)
     return Aggregate(*map(treedef.unflatten, (value, sent, factors)))
 
-  return Aggregator(init, aggregate, frozenset({"dense"}), privacy=Sum(axis))
+
+power_sgd = PowerSGD
 
 
 def found(new: Array, old: Array) -> Array:

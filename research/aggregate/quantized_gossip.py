@@ -1,23 +1,76 @@
-"""Gossip of compressed values, without a memory of what was sent: what CHOCO is held against.
+"""Gossip of compressed values, without a memory of what was sent: the baselines of CHOCO.
 
 Neither finds the mean: values that do not tend to zero leave errors that do not.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
-from research.aggregate.composition import traits_of
 from research.aggregate.presence import need_everyone
 from research.comm import collectives
-from research.comm.topology import Topology, heard
-from research.core.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Array, Compressor
+from research.comm.neighbours import heard
+from research.comm.topology import Topology
+from research.core.base import (
+  EVERYONE,
+  WORKER_AXES,
+  Aggregate,
+  Aggregator,
+  Array,
+  Compressor,
+  Key,
+  Trait,
+)
 
 
-def q1_gossip(
-  compressor: Compressor, topology: Topology, axis: collectives.Axes = WORKER_AXES
-) -> Aggregator:
+class QuantizedGossip(Aggregator):
+  """Each worker moves from its own value, exact or compressed, to its neighbours' compressed ones.
+
+  Args:
+    compressor: any.
+    topology: one whose rows of weights sum to one, the same in each round.
+    axis: the worker axes to talk over.
+
+  Raises:
+    ValueError: if rows of the weights do not sum to one, or change from round to round.
+  """
+
+  compressor: Compressor
+  topology: Topology
+  axis: collectives.Axes = WORKER_AXES
+  adds = Trait.LOCAL
+
+  def check(self):
+    if self.topology.varying or not self.topology.balanced:
+      raise ValueError(
+        f"{self.title} takes a graph whose rows of weights sum to one in each round alike, and "
+        f"'{self.topology.title}' does not: take ring, torus, complete, star, or symmetric weights"
+      )
+
+  def origin(self, x: Array, sent: Array) -> Array:
+    """What a worker moves from, of its value and of what was sent of it."""
+    raise NotImplementedError(f"{type(self).__name__} has no origin")
+
+  def aggregate(self, tree, state, key, presence=EVERYONE):
+    need_everyone(self.title, presence)
+    leaves, treedef = jax.tree.flatten(tree)
+    pairs = [self._one(x, jax.random.fold_in(key, leaf)) for leaf, x in enumerate(leaves)]
+    value, sent = (treedef.unflatten([pair[i] for pair in pairs]) for i in range(2))
+    return Aggregate(value, sent, state)
+
+  def _one(self, x: Array, key: Key) -> tuple[Array, Array]:
+    (shifts,) = self.topology.rounds(collectives.worker_count(self.axis))
+    like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    payload = self.compressor.encode(x, key, collectives.worker_key(key, self.axis))
+    sent = self.compressor.decode(payload, like, key)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    value, own = x.astype(wide), self.origin(x, sent).astype(wide)
+    for weight, other in heard(shifts, payload, self.axis):
+      nearer = self.compressor.decode(other, like, key).astype(wide) - own
+      value += (weight * nearer).astype(wide)
+    return value.astype(x.dtype), sent
+
+
+class Q1Gossip(QuantizedGossip, name="q1_gossip"):
   """Each worker moves from its exact value to its neighbours' compressed ones.
 
       value_i = x_i + sum_j w_ij (C(x_j) - x_i)
@@ -35,12 +88,15 @@ def q1_gossip(
   Reference: Aysal, Coates, Rabbat 2008, IEEE Trans. Signal Processing 56(10); scheme (Q1-G) in
     Koloskova, Stich, Jaggi 2019, arXiv 1902.00340, section 3.2.
   """
-  return _gossip("q1_gossip", compressor, topology, axis, lambda x, sent: x)
+
+  def origin(self, x, sent):
+    return x
 
 
-def q2_gossip(
-  compressor: Compressor, topology: Topology, axis: collectives.Axes = WORKER_AXES
-) -> Aggregator:
+q1_gossip = Q1Gossip
+
+
+class Q2Gossip(QuantizedGossip, name="q2_gossip"):
   """Each worker moves by the differences of compressed values, its own among them.
 
       value_i = x_i + sum_j w_ij (C(x_j) - C(x_i))
@@ -52,40 +108,9 @@ def q2_gossip(
   Reference: Carli, Fagnani, Frasca, Zampieri 2010, Automatica 46(1); scheme (Q2-G) in Koloskova,
     Stich, Jaggi 2019, arXiv 1902.00340, section 3.2.
   """
-  return _gossip("q2_gossip", compressor, topology, axis, lambda x, sent: sent)
+
+  def origin(self, x, sent):
+    return sent
 
 
-def _gossip(
-  name: str,
-  compressor: Compressor,
-  topology: Topology,
-  axis: collectives.Axes,
-  from_: Callable[[Array, Array], Array],
-) -> Aggregator:
-  """Moves to what is heard from the exact value or from what was sent of it."""
-  if topology.varying or not topology.balanced:
-    raise ValueError(
-      f"{name} takes a graph whose rows of weights sum to one in each round alike, and "
-      f"'{topology.name}' does not: take ring, torus, complete, star, or symmetric weights"
-    )
-
-  def one(x, key):
-    (shifts,) = topology.rounds(collectives.worker_count(axis))
-    like = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    payload = compressor.encode(x, key, collectives.worker_key(key, axis))
-    sent = compressor.decode(payload, like, key)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    value, own = x.astype(wide), from_(x, sent).astype(wide)
-    for weight, other in heard(shifts, payload, axis):
-      nearer = compressor.decode(other, like, key).astype(wide) - own
-      value += (weight * nearer).astype(wide)
-    return value.astype(x.dtype), sent
-
-  def aggregate(tree, state, key, presence=EVERYONE):
-    need_everyone(name, presence)
-    leaves, treedef = jax.tree.flatten(tree)
-    pairs = [one(x, jax.random.fold_in(key, leaf)) for leaf, x in enumerate(leaves)]
-    value, sent = (treedef.unflatten([pair[i] for pair in pairs]) for i in range(2))
-    return Aggregate(value, sent, state)
-
-  return Aggregator(lambda params: (), aggregate, traits_of(compressor) | {"local"})
+q2_gossip = Q2Gossip

@@ -5,8 +5,10 @@ worker axes to talk over; those of the default that the execution does not have 
 same line runs on a mesh with and without slices.
 """
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +25,27 @@ _SHORT = 2**16  # bytes: about what a fast link carries while a message begins
 _PIECE = 2**18  # bytes: what gloo sends another worker at once, see `_in_pieces`
 
 
+_NAMES: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar(
+  "axes", default=WORKER_AXES
+)
+
+
+@contextlib.contextmanager
+def named(axes: Axes) -> Iterator[None]:
+  """Other names for the worker axes in what is traced inside: those of somebody's own mesh.
+
+  What talks over the default axes then talks over these; an axis that is named stays what it is.
+
+  Args:
+    axes: the name or names, slow links first; all of them in scope.
+  """
+  token = _NAMES.set((axes,) if isinstance(axes, str) else tuple(axes))
+  try:
+    yield
+  finally:
+    _NAMES.reset(token)
+
+
 def in_scope(axes: Axes = WORKER_AXES) -> tuple[str, ...]:
   """The axes of `axes` that the execution has, in order.
 
@@ -30,6 +53,7 @@ def in_scope(axes: Axes = WORKER_AXES) -> tuple[str, ...]:
     ValueError: if it has none, or lacks an axis that was asked for by name.
   """
   names = (axes,) if isinstance(axes, str) else tuple(axes)
+  names = _NAMES.get() if names == WORKER_AXES else names
   found = tuple(name for name in names if _is_bound(name))
   missing = [name for name in names if name not in found]
   if not names or len(set(names)) < len(names):

@@ -1,6 +1,5 @@
 """Devices: mesh strings and device meshes."""
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,9 +9,9 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from research.core import blame
+from research.core import blame, checks
 from research.core.base import WORKER_AXES
-from research.core.text import QUOTED, one_line, whole_number
+from research.core.text import QUOTED, listed, one_line, whole_number
 
 # Axes inside a worker, slow links first: along `stage` its layers lie one after the other, along
 # `fsdp` its parameters and its batch are cut, along `expert` the experts of a mixture, along `seq`
@@ -37,9 +36,8 @@ def parse_mesh(spec: str) -> dict[str, int]:
       shown = one_line(part.strip(), QUOTED)
       raise ValueError(f"'{shown}' is not AXIS:SIZE with a positive integer size")
     if name not in legal:
-      near = difflib.get_close_matches(name, legal, 1)
-      hint = f"; did you mean '{near[0]}'?" if near else ";"
-      raise ValueError(f"unknown axis '{one_line(name, QUOTED)}'{hint} legal: {', '.join(legal)}")
+      shown = one_line(name, QUOTED)
+      raise ValueError(f"unknown axis '{shown}'{checks.hint(name, legal)} legal: {listed(legal)}")
     if name in sizes:
       raise ValueError(f"axis '{name}' is named twice")
     sizes[name] = places

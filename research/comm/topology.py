@@ -1,14 +1,13 @@
-"""Who talks to whom: graphs of workers, the weights of their links, and exchange along them."""
+"""Communication graphs: weights of the links between workers, and how fast they agree."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY
+from typing import ClassVar, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
-from research.comm import collectives
-from research.core.base import WORKER_AXES, Array, Tree
+from research.core.part import Part
 
 _TOLERANCE = 1e-6
 
@@ -20,88 +19,136 @@ class Shift(NamedTuple):
   weights: np.ndarray  # [W], w_ij of what worker i hears there; 0: no link
 
 
-class Topology(NamedTuple):
+class Topology(Part):
   """Mixing weights for any number of workers, round by round.
 
   In x_i <- sum_j w_ij x_j a worker hears those j for which w_ij > 0. Columns always sum to one:
-  what a worker gives away is what it had. `balanced` weights sum to one in rows too, so that a
-  consensus stays one and the mean is found without further ado.
+  the sum over the workers is preserved.
   """
 
-  name: str
-  rounds: Callable[[int], list[list[Shift]]]  # W -> a period of rounds, repeated
-  directed: bool = False  # w_ij = w_ji need not hold
-  balanced: bool = True
-  varying: bool = False  # the period may be longer than one round
+  symmetric: ClassVar[bool] = True  # w_ij = w_ji
+  balanced: ClassVar[bool] = True  # rows sum to one too: a consensus stays one
+  varying: ClassVar[bool] = False  # the period may be longer than one round
+
+  def rounds(self, count: int) -> list[list[Shift]]:
+    """The links of W workers in each round of a period, which repeats.
+
+    Args:
+      count: W.
+    """
+    raise NotImplementedError(f"{type(self).__name__} has no rounds")
 
 
-def ring() -> Topology:
-  """Each worker and the two beside it, a third each; of two workers, half each."""
-  neighbours = lambda count: [{(i - 1) % count, (i + 1) % count} for i in range(count)]
-  return _undirected("ring", neighbours)
+class Undirected(Topology):
+  """Metropolis-Hastings weights w_ij = 1 / (1 + max(d_i, d_j)) of a graph, given W.
+
+  Reference: Xiao, Boyd 2004, Systems and Control Letters 53(1) (local-degree weights).
+  """
+
+  def neighbours(self, count: int) -> list[set[int]]:
+    """Those with whom each of W workers has a link; itself may be among them."""
+    raise NotImplementedError(f"{type(self).__name__} has no neighbours")
+
+  def rounds(self, count):
+    around = [others - {i} for i, others in enumerate(self.neighbours(count))]
+    degree = [len(others) for others in around]
+    links = {
+      (i, j): 1 / (1 + max(degree[i], degree[j])) for i, others in enumerate(around) for j in others
+    }
+    kept = np.ones(count)
+    for (i, _), weight in links.items():
+      kept[i] -= weight
+    return [_shifts(count, {(i, i): kept[i] for i in range(count)} | links)]
 
 
-def torus() -> Topology:
-  """A grid of a x b = W workers without edges, a the largest divisor up to sqrt(W).
+class Ring(Undirected, name="ring"):
+  """Each worker and its two neighbours, a third each; of two workers, half each."""
+
+  def neighbours(self, count):
+    return [{(i - 1) % count, (i + 1) % count} for i in range(count)]
+
+
+ring = Ring
+
+
+class Torus(Undirected, name="torus"):
+  """A periodic grid of a x b = W workers, a the largest divisor up to sqrt(W).
 
   A worker and its neighbours have equal weights, a fifth if there are four; a prime W makes a ring.
   """
 
-  def neighbours(count):
+  def neighbours(self, count):
     rows = max(a for a in range(1, math.isqrt(count) + 1) if count % a == 0)
     width = count // rows
     place = lambda row, column: row % rows * width + column % width
     around = lambda r, c: {place(r - 1, c), place(r + 1, c), place(r, c - 1), place(r, c + 1)}
     return [around(*divmod(i, width)) for i in range(count)]
 
-  return _undirected("torus", neighbours)
+
+torus = Torus
 
 
-def complete() -> Topology:
-  """Everybody with everybody, 1/W each: one round gives the mean, for W - 1 trees per worker."""
-  return _undirected("complete", lambda count: [set(range(count)) for _ in range(count)])
+class Complete(Undirected, name="complete"):
+  """All pairs, 1/W each: one round gives the mean, for W - 1 trees per worker."""
+
+  def neighbours(self, count):
+    return [set(range(count)) for _ in range(count)]
 
 
-def star() -> Topology:
+complete = Complete
+
+
+class Star(Undirected, name="star"):
   """Worker 0 with each of the others, by Metropolis-Hastings weights 1/W."""
-  neighbours = lambda count: [set(range(count)) if i == 0 else {0} for i in range(count)]
-  return _undirected("star", neighbours)
+
+  def neighbours(self, count):
+    return [set(range(count)) if i == 0 else {0} for i in range(count)]
 
 
-def exponential() -> Topology:
-  """Worker i speaks to i + 1, i + 2, i + 4, ...: with t = ceil(log2 W) links, 1 / (t + 1) each.
+star = Star
 
-  The spectral gap is 2 / (t + 1) for even W, so it closes with the logarithm of W alone.
+
+class Exponential(Topology, name="exponential"):
+  """Worker i sends to i + 1, i + 2, i + 4, ...: with t = ceil(log2 W) links, 1 / (t + 1) each.
+
+  The spectral gap is 2 / (t + 1) for even W: it shrinks with the logarithm of W only.
 
   Reference: Ying, Yuan, Chen, Hu, Pan, Yin 2021, arXiv 2110.13363.
   """
 
-  def rounds(count):
+  symmetric = False
+
+  def rounds(self, count):
     hops = _powers(count)
     share = np.full(count, 1 / (len(hops) + 1))
     return [[Shift(offset, share) for offset in (0, *hops)]]
 
-  return Topology("exponential", rounds, directed=True)
+
+exponential = Exponential
 
 
-def one_peer_exponential() -> Topology:
-  """In round k worker i speaks to i + 2^(k mod t) alone, t = ceil(log2 W), half of it kept.
+class OnePeerExponential(Topology, name="one_peer_exponential"):
+  """In round k worker i sends to i + 2^(k mod t) only, t = ceil(log2 W), and keeps half.
 
-  Where W is a power of two, t rounds give the exact mean, for one tree sent in each.
+  If W is a power of two, t rounds give the exact mean, for one tree sent in each.
 
   Reference: Ying, Yuan, Chen, Hu, Pan, Yin 2021, arXiv 2110.13363.
   """
 
-  def rounds(count):
+  symmetric = False
+  varying = True
+
+  def rounds(self, count):
     half = np.full(count, 0.5)
     steps = [[Shift(0, half), Shift(offset, half)] for offset in _powers(count)]
     return steps or [[Shift(0, np.ones(count))]]
 
-  return Topology("one_peer_exponential", rounds, directed=True, varying=True)
+
+one_peer_exponential = OnePeerExponential
 
 
-def weights(matrix: Sequence[Sequence[float]], *, directed: bool = False) -> Topology:
-  """Weights of one's own: w_ij in row i and column j is what worker i makes of what j says.
+class Weights(Topology, name="weights"):
+  """User-defined weights: w_ij in row i and column j weighs what worker i hears from j.
 
   Args:
     matrix: W rows of W numbers, none negative, rows and columns summing to one.
@@ -111,23 +158,41 @@ def weights(matrix: Sequence[Sequence[float]], *, directed: bool = False) -> Top
     ValueError: if the matrix is not square, has a negative number, a sum other than one, a worker
       that does not reach all others, or no spectral gap; when traced, if there are not W workers.
   """
-  size = len(matrix)
-  if not size or any(len(row) != size for row in matrix):
-    lengths = [len(row) for row in matrix]
-    raise ValueError(f"weights are {size} rows of lengths {lengths}, not a square")
-  array = np.array(matrix, np.float64)
-  _check_sums(array, directed)
-  _check_connected(array)
 
-  def rounds(count):
+  matrix: Sequence[Sequence[float]]
+  _: KW_ONLY
+  directed: bool = False
+
+  def check(self):
+    size = len(self.matrix)
+    if not size or any(len(row) != size for row in self.matrix):
+      lengths = [len(row) for row in self.matrix]
+      raise ValueError(f"weights are {size} rows of lengths {lengths}, not a square")
+    _check_sums(self.array, self.directed)
+    _check_connected(self.array)
+
+  @property
+  def array(self) -> np.ndarray:
+    """float64 [W, W]."""
+    return np.array(self.matrix, np.float64)
+
+  @property
+  def symmetric(self):
+    return bool(np.abs(self.array - self.array.T).max() <= _TOLERANCE)
+
+  @property
+  def balanced(self):
+    return bool(_is_one(self.array.sum(1)).all())
+
+  def rounds(self, count):
+    size, array = len(self.matrix), self.array
     if count != size:
       raise ValueError(f"weights are those of {size} workers, and there are {count}")
     links = {(i, j): float(array[i, j]) for i, j in np.argwhere(array).tolist()}
     return [_shifts(count, links)]
 
-  symmetric = bool(np.abs(array - array.T).max() <= _TOLERANCE)
-  balanced = bool(_is_one(array.sum(1)).all())
-  return Topology("weights", rounds, directed=not symmetric, balanced=balanced)
+
+weights = Weights
 
 
 def mixing(topology: Topology, count: int) -> np.ndarray:
@@ -156,67 +221,13 @@ def describe(topology: Topology, count: int) -> str:
   period = f"a period of {len(every)} rounds" if topology.varying else "a round"
   gap = spectral_gap(every)
   return (
-    f"{topology.name} of {count} workers: {links:.3g} links each, spectral gap {gap:.3g} {period}"
+    f"{topology.title} of {count} workers: {links:.3g} links each, spectral gap {gap:.3g} {period}"
   )
-
-
-def own_weight(shifts: Sequence[Shift], axes: collectives.Axes = WORKER_AXES) -> float | Array:
-  """w_ii of this worker."""
-  found = [s for s in shifts if s.offset == 0]
-  return _of_worker(found[0].weights, axes) if found else 0.0
-
-
-def heard(
-  shifts: Sequence[Shift], message: Tree, axes: collectives.Axes = WORKER_AXES
-) -> list[tuple[float | Array, Tree]]:
-  """What a worker hears in a round: for each direction the weight w_ij and j's message.
-
-  One permutation per direction, of nothing but the links that there are: what a worker sends
-  follows its number of links, not W. Without a link in a direction, weight and message are zero.
-
-  Args:
-    shifts: a round of a topology.
-    message: arrays of any dtypes, this worker's.
-    axes: the worker axes to talk over.
-  """
-  found = []
-  for offset, values in shifts:
-    if offset:
-      links = [((i - offset) % len(values), i) for i in map(int, np.flatnonzero(values))]
-      found.append((_of_worker(values, axes), collectives.permute(message, links, axes)))
-  return found
-
-
-def _of_worker(values: np.ndarray, axes: collectives.Axes) -> float | Array:
-  """This worker's, static where all have the same."""
-  if (values == values[0]).all():
-    return float(values[0])
-  return jnp.asarray(values, jnp.float32)[collectives.worker_index(axes)]
 
 
 def _powers(count: int) -> list[int]:
   """1, 2, 4, ... below W."""
   return [2**k for k in range((count - 1).bit_length())]
-
-
-def _undirected(name: str, neighbours: Callable[[int], list[set[int]]]) -> Topology:
-  """Metropolis-Hastings weights w_ij = 1 / (1 + max(d_i, d_j)) of a graph, given W.
-
-  Reference: Xiao, Boyd 2004, Systems and Control Letters 53(1) (local-degree weights).
-  """
-
-  def rounds(count):
-    around = [others - {i} for i, others in enumerate(neighbours(count))]
-    degree = [len(others) for others in around]
-    links = {
-      (i, j): 1 / (1 + max(degree[i], degree[j])) for i, others in enumerate(around) for j in others
-    }
-    kept = np.ones(count)
-    for (i, _), weight in links.items():
-      kept[i] -= weight
-    return [_shifts(count, {(i, i): kept[i] for i in range(count)} | links)]
-
-  return Topology(name, rounds)
 
 
 def _shifts(count: int, links: Mapping[tuple[int, int], float]) -> list[Shift]:

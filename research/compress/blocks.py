@@ -1,7 +1,7 @@
-"""A leaf as blocks of float32, and back: what the compressors of this room do to any array.
+"""Converts a leaf to blocks of float32 and back: what all compressors here share.
 
-Quantisers compute in float32 whatever the leaf's dtype; a float64 value beyond its range becomes
-infinite. What is linear computes in float64 for a float64 leaf.
+Quantizers compute in float32 whatever the leaf's dtype; a float64 value beyond its range becomes
+infinite. Linear compressors compute in float64 for a float64 leaf.
 """
 
 import math
@@ -41,13 +41,6 @@ def to_blocks(flat: Array, width: int | None) -> Array:
   width = min(width or size, size)
   flat = jnp.pad(flat, (0, -flat.size % width)) if flat.size % width else flat
   return flat.astype(jnp.float32).reshape(-1, width)
-
-
-def at_least_one(**values: int) -> None:
-  """Raises ValueError if an argument is below 1."""
-  for name, value in values.items():
-    if value < 1:
-      raise ValueError(f"{name}={value} is not at least 1")
 
 
 def widened(x: Array) -> Array:

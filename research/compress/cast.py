@@ -1,4 +1,4 @@
-"""Narrower number formats: as is, bfloat16, float8 with block scales, powers of two."""
+"""Narrower number formats: unchanged, bfloat16, float8 with block scales, powers of two."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,6 @@ from jax import lax
 
 from research.compress.blocks import (
   TINY,
-  at_least_one,
   flatten,
   floating,
   largest_magnitude,
@@ -17,44 +16,51 @@ from research.compress.blocks import (
   to_blocks,
 )
 from research.compress.packing import pack, unpack
+from research.core import checks
 from research.core.base import Array, Compressor
 
 _INFINITY = 0x7F800000  # as float32
 _LARGEST_FLOAT8 = 448.0  # of e4m3
 
 
-def identity() -> Compressor:
-  """C(x) = x, at the leaf's own bytes and in its own shape. Linear."""
+class Identity(Compressor, name="identity"):
+  """C(x) = x, with the leaf's own bytes and shape. Linear."""
 
-  def encode(x, shared, own):
+  linear = True
+
+  def encode(self, x, shared, own):
     del shared, own
     return floating(x)
 
-  def decode(payload, like, shared):
-    del shared, like
+  def decode(self, payload, like, shared):
+    del like, shared
     return payload
 
-  return Compressor(encode, decode, linear=True)
+
+identity = Identity
 
 
-def bf16() -> Compressor:
+class BF16(Compressor, name="bf16"):
   """Rounds to bfloat16: 2 bytes per element.
 
-  Contractive: ||C(x) - x||^2 <= 2^-16 ||x||^2 for normal numbers. Finite values beyond the range go
-  to its end. Linear, though sums of payloads are rounded to bfloat16 too. The leaf keeps its shape.
+  Contractive: ||C(x) - x||^2 <= 2^-16 ||x||^2 for normal numbers. Finite values beyond the range
+  saturate. Linear, though sums of payloads are rounded to bfloat16 too. The leaf keeps its shape.
 
   Reference: Kalamkar et al. 2019, arXiv:1905.12322.
   """
 
-  def encode(x, shared, own):
+  linear = True
+
+  def encode(self, x, shared, own):
     del shared, own
     return saturated(floating(x), jnp.dtype(jnp.bfloat16))
 
-  def decode(payload, like, shared):
+  def decode(self, payload, like, shared):
     del shared
     return saturated(payload, like.dtype)
 
-  return Compressor(encode, decode, linear=True)
+
+bf16 = BF16
 
 
 class Float8(NamedTuple):
@@ -64,14 +70,14 @@ class Float8(NamedTuple):
   scales: Array  # float32 [blocks]
 
 
-def fp8(block: int = 128) -> Compressor:
+class FP8(Compressor, name="fp8"):
   """float8 of 4 exponent and 3 mantissa bits times a scale: 1 + 4 / block bytes per element.
 
       scale = max |x| / 448,   C(x) = scale float8(x / scale)
 
   Contractive: an element's error is at most 1/16 of it or 2^-10 scale, whichever is larger, so
   ||C(x) - x||^2 <= (2^-8 + block (2^-10 / 448)^2) ||x||^2: 0.004. The format has no infinity;
-  nothing overflows, since the block's largest element goes to 448. A non-finite element makes its
+  nothing overflows, since the block's largest element maps to 448. A non-finite element makes its
   whole block NaN.
 
   Args:
@@ -83,36 +89,41 @@ def fp8(block: int = 128) -> Compressor:
   Reference: Micikevicius et al. 2022, arXiv:2209.05433; blocks of 128: DeepSeek-AI 2024,
     arXiv:2412.19437, section 3.3.2.
   """
-  at_least_one(block=block)
 
-  def encode(x, shared, own):
+  block: int = 128
+
+  def check(self):
+    checks.at_least("block", self.block)
+
+  def encode(self, x, shared, own):
     del shared, own
-    blocks = to_blocks(flatten(x), block)
+    blocks = to_blocks(flatten(x), self.block)
     scales = jnp.maximum(largest_magnitude(blocks) / _LARGEST_FLOAT8, TINY)
     scaled = jnp.clip(blocks * (1 / scales)[:, None], -_LARGEST_FLOAT8, _LARGEST_FLOAT8)
     return Float8(scaled.astype(jnp.float8_e4m3fn).reshape(-1)[: x.size], scales)
 
-  def decode(payload, like, shared):
+  def decode(self, payload, like, shared):
     del shared
-    return restore(to_blocks(payload.values, block) * payload.scales[:, None], like)
-
-  return Compressor(encode, decode)
+    return restore(to_blocks(payload.values, self.block) * payload.scales[:, None], like)
 
 
-def natural() -> Compressor:
+fp8 = FP8
+
+
+class Natural(Compressor, name="natural"):
   """Natural compression: stochastic rounding to a power of two, 9 bits per element, no scales.
 
       C(x) = sign(x) 2^floor(log2 |x|)        with probability (2^ceil(log2 |x|) - |x|) / 2^floor
              sign(x) 2^ceil(log2 |x|)         otherwise
 
-  Adding a random mantissa to the bits of |x| carries into the exponent with just this probability.
-  Unbiased with E ||C(x) - x||^2 <= 1/8 ||x||^2, from 0 up to 2^127 (65504 in a float16 leaf), where
-  it saturates. An infinite value or NaN becomes infinite.
+  Adding a random mantissa to the bits of |x| carries into the exponent with exactly this
+  probability. Unbiased with E ||C(x) - x||^2 <= 1/8 ||x||^2, from 0 up to 2^127 (65504 in a float16
+  leaf), where it saturates. An infinite value or NaN becomes infinite.
 
   Reference: Horvath et al. 2019, arXiv:1905.10988, theorem 1.
   """
 
-  def encode(x, shared, own):
+  def encode(self, x, shared, own):
     del shared
     bits = lax.bitcast_convert_type(flatten(x).astype(jnp.float32), jnp.uint32)
     magnitude = bits & 0x7FFFFFFF
@@ -121,11 +132,11 @@ def natural() -> Compressor:
     exponent = jnp.where(magnitude >= _INFINITY, 255, exponent)
     return pack(exponent | (bits >> 31 << 8), 9)
 
-  def decode(payload, like, shared):
+  def decode(self, payload, like, shared):
     del shared
     code = unpack(payload, 9, like.size).astype(jnp.uint32)
-    return restore(
-      lax.bitcast_convert_type((code & 255) << 23 | code >> 8 << 31, jnp.float32), like
-    )
+    bits = (code & 255) << 23 | code >> 8 << 31
+    return restore(lax.bitcast_convert_type(bits, jnp.float32), like)
 
-  return Compressor(encode, decode)
+
+natural = Natural

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from research.compress.blocks import at_least_one, floating, saturated, widened
+from research.compress.blocks import floating, saturated, widened
 from research.compress.packing import pack, unpack
 from research.compress.sparsify import position_bits
+from research.core import checks
 from research.core.base import Array, Compressor
 
 
@@ -35,7 +36,7 @@ class Grid(NamedTuple):
     return math.prod(self.sides)
 
 
-def dct_top_k(chunk: int = 64, k: int = 8) -> Compressor:
+class DCTTopK(Compressor, name="dct_top_k"):
   """The k largest coefficients of each block's cosine transform: k (itemsize + 3/2) bytes a block.
 
       C(x)_block = D^T S_k(D x_block D^T) D,   D_{ij} = c_i cos(pi i (2 j + 1) / (2 h)),
@@ -57,22 +58,27 @@ def dct_top_k(chunk: int = 64, k: int = 8) -> Compressor:
     components). The sides of their blocks are the largest divisors of the dimensions up to `chunk`,
     for a prime dimension 1.
   """
-  at_least_one(chunk=chunk)
-  if not 1 <= k <= chunk**2:
-    raise ValueError(f"k={k} is not in [1, chunk^2] = [1, {chunk**2}]")
 
-  def encode(x, shared, own):
+  chunk: int = 64
+  k: int = 8
+
+  def check(self):
+    checks.at_least("chunk", self.chunk)
+    if not 1 <= self.k <= self.chunk**2:
+      raise ValueError(f"k={self.k} is not in [1, chunk^2] = [1, {self.chunk**2}]")
+
+  def encode(self, x, shared, own):
     del shared, own
-    grid = _grid(x.shape, chunk)
+    grid = _grid(x.shape, self.chunk)
     spectrum = _transformed(_to_grid(widened(floating(x)), grid), grid)
-    _, positions = lax.top_k(jnp.abs(spectrum), min(k, grid.size))
+    _, positions = lax.top_k(jnp.abs(spectrum), min(self.k, grid.size))
     values = jnp.take_along_axis(spectrum, positions, axis=1, mode="promise_in_bounds")
     codes = positions.astype(jnp.uint32).reshape(-1)
     return Coefficients(saturated(values, x.dtype), pack(codes, position_bits(grid.size)))
 
-  def decode(payload, like, shared):
+  def decode(self, payload, like, shared):
     del shared
-    grid, values = _grid(like.shape, chunk), widened(payload.values)
+    grid, values = _grid(like.shape, self.chunk), widened(payload.values)
     codes = unpack(payload.positions, position_bits(grid.size), values.size)
     positions = codes.reshape(values.shape).astype(jnp.int32)
     zeros = jnp.zeros((values.shape[0], grid.size), values.dtype)
@@ -80,7 +86,8 @@ def dct_top_k(chunk: int = 64, k: int = 8) -> Compressor:
     spectrum = jax.vmap(put)(zeros, positions, values)
     return saturated(_from_grid(_transformed(spectrum, grid, -1), grid, like), like.dtype)
 
-  return Compressor(encode, decode)
+
+dct_top_k = DCTTopK
 
 
 def _as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:

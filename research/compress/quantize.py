@@ -1,19 +1,17 @@
-"""Quantisation onto evenly spaced levels, one distance between levels per block of elements.
+"""Quantization onto evenly spaced levels, one distance between levels per block of elements.
 
 With s levels on either side of zero, the code of x is one of 2s + 1 whole numbers, packed. The
 payload is `codes`, n ceil(log2(2s + 1)) / 8 bytes, and `units`, a float32 per block.
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from research.compress.blocks import (
   TINY,
-  at_least_one,
   flatten,
   invertible,
   largest_magnitude,
@@ -22,6 +20,7 @@ from research.compress.blocks import (
   to_blocks,
 )
 from research.compress.packing import pack, unpack, unsigned
+from research.core import checks
 from research.core.base import Array, Compressor
 
 MOST_LEVELS = 2**15 - 1
@@ -34,7 +33,49 @@ class Levels(NamedTuple):
   units: Array  # float32 [blocks], the distance between two levels
 
 
-def int8(block: int = 256, stochastic: bool = False) -> Compressor:
+class Quantizer(Compressor):
+  """Rounds to multiples of a unit per block. A non-finite element makes its whole block NaN.
+
+  Subclasses define the class attributes below, as constants, fields or properties.
+  """
+
+  levels: ClassVar[Any]  # s, on either side of zero
+  block: ClassVar[Any] = None  # elements that share a unit; None: all of a leaf
+  stochastic: ClassVar[Any] = True  # rounds up with the probability that makes the mean exact
+
+  def check(self):
+    if self.block is not None:
+      checks.at_least("block", self.block)
+
+  @property
+  def bits(self) -> int:
+    """Bits per code."""
+    return math.ceil(math.log2(2 * self.levels + 1))
+
+  def unit(self, blocks: Array) -> Array:
+    """The distance between two levels, float32 [blocks], of blocks [blocks, width]."""
+    return largest_magnitude(blocks) / self.levels
+
+  def encode(self, x, shared, own):
+    del shared
+    blocks = to_blocks(flatten(x), self.block)
+    units = jnp.maximum(self.unit(blocks), TINY)
+    down = invertible(units)
+    scaled = (blocks * down[:, None]) * (1 / (units * down))[:, None]
+    if self.stochastic:
+      level = jnp.floor(scaled + jax.random.uniform(own, scaled.shape, jnp.float32))
+    else:
+      level = jnp.rint(scaled)
+    codes = (jnp.clip(level, -self.levels, self.levels) + self.levels).astype(unsigned(self.bits))
+    return Levels(pack(codes.reshape(-1)[: x.size], self.bits), units)
+
+  def decode(self, payload, like, shared):
+    del shared
+    level = unpack(payload.codes, self.bits, like.size).astype(jnp.float32) - self.levels
+    return restore(to_blocks(level, self.block) * payload.units[:, None], like)
+
+
+class Int8(Quantizer, name="int8"):
   """Whole numbers from -127 to 127 times a scale per block: 1 + 4 / block bytes per element.
 
       scale = max |x| / 127,   C(x) = scale round(x / scale)
@@ -52,12 +93,20 @@ def int8(block: int = 256, stochastic: bool = False) -> Compressor:
   Reference: Dettmers 2015, arXiv:1511.04561 (8 bits); Gupta et al. 2015, arXiv:1502.02551
     (stochastic rounding).
   """
-  at_least_one(block=block)
-  contractive = not stochastic or block <= 4 * 127**2
-  return _quantizer(127, block, _largest_over, stochastic, contractive)
+
+  block: int = 256
+  stochastic: bool = False
+  levels = 127
+
+  @property
+  def contractive(self):
+    return not self.stochastic or self.block <= 4 * 127**2
 
 
-def int4(block: int = 128, stochastic: bool = False) -> Compressor:
+int8 = Int8
+
+
+class Int4(Quantizer, name="int4"):
   """Whole numbers from -7 to 7, two to a byte, times a scale: 0.5 + 4 / block bytes per element.
 
       scale = max |x| / 7,   C(x) = scale round(x / scale)
@@ -75,12 +124,21 @@ def int4(block: int = 128, stochastic: bool = False) -> Compressor:
 
   Reference: as for `int8`.
   """
-  at_least_one(block=block)
-  return _quantizer(7, block, _largest_over, stochastic, contractive=not stochastic or block < 197)
+
+  block: int = 128
+  stochastic: bool = False
+  levels = 7
+
+  @property
+  def contractive(self):
+    return not self.stochastic or self.block < 197
 
 
-def qsgd(levels: int = 7, bucket: int | None = 512) -> Compressor:
-  """Quantised SGD: levels / ||x|| stochastically rounded, a norm per bucket.
+int4 = Int4
+
+
+class QSGD(Quantizer, name="qsgd"):
+  """Quantized SGD: levels / ||x|| stochastically rounded, a norm per bucket.
 
       C(x)_i = ||x|| sign(x_i) xi_i,   xi_i in {l / s, (l + 1) / s} with mean |x_i| / ||x||
 
@@ -98,12 +156,30 @@ def qsgd(levels: int = 7, bucket: int | None = 512) -> Compressor:
 
   Reference: Alistarh et al. 2017, arXiv:1610.02132, section 3.1.
   """
-  at_least_one(bucket=1 if bucket is None else bucket)
-  contractive = bucket is not None and bucket < levels**2
-  return _quantizer(levels, bucket, norm_over, stochastic=True, contractive=contractive)
+
+  levels: int = 7
+  bucket: int | None = 512
+
+  def check(self):
+    checks.at_least("bucket", 1 if self.bucket is None else self.bucket)
+    checks.in_range("levels", self.levels, f"[1, {MOST_LEVELS}]")
+
+  @property
+  def block(self):
+    return self.bucket
+
+  @property
+  def contractive(self):
+    return self.bucket is not None and self.bucket < self.levels**2
+
+  def unit(self, blocks):
+    return norm_over(blocks, self.levels)
 
 
-def terngrad() -> Compressor:
+qsgd = QSGD
+
+
+class TernGrad(Quantizer, name="terngrad"):
   """Ternary gradients: 2 bits per element and one float32, the largest magnitude of the leaf.
 
       C(x) = s sign(x) b,   s = max |x|,   P(b_i = 1) = |x_i| / s
@@ -113,41 +189,9 @@ def terngrad() -> Compressor:
 
   Reference: Wen et al. 2017, arXiv:1705.07878, algorithm 1.
   """
-  return _quantizer(1, None, _largest_over, stochastic=True, contractive=False)
+
+  levels = 1
+  contractive = False
 
 
-def _largest_over(blocks: Array, levels: int) -> Array:
-  return largest_magnitude(blocks) / levels
-
-
-def _quantizer(
-  levels: int,
-  block: int | None,
-  unit: Callable[[Array, int], Array],
-  stochastic: bool,
-  contractive: bool = True,
-) -> Compressor:
-  """Rounds to multiples of unit(blocks, levels). A non-finite element makes its whole block NaN."""
-  if not 1 <= levels <= MOST_LEVELS:
-    raise ValueError(f"levels={levels} is not in [1, {MOST_LEVELS}]")
-  bits = math.ceil(math.log2(2 * levels + 1))
-
-  def encode(x, shared, own):
-    del shared
-    blocks = to_blocks(flatten(x), block)
-    units = jnp.maximum(unit(blocks, levels), TINY)
-    down = invertible(units)
-    scaled = (blocks * down[:, None]) * (1 / (units * down))[:, None]
-    if stochastic:
-      level = jnp.floor(scaled + jax.random.uniform(own, scaled.shape, jnp.float32))
-    else:
-      level = jnp.rint(scaled)
-    codes = (jnp.clip(level, -levels, levels) + levels).astype(unsigned(bits))
-    return Levels(pack(codes.reshape(-1)[: x.size], bits), units)
-
-  def decode(payload, like, shared):
-    del shared
-    level = unpack(payload.codes, bits, like.size).astype(jnp.float32) - levels
-    return restore(to_blocks(level, block) * payload.units[:, None], like)
-
-  return Compressor(encode, decode, contractive=contractive)
+terngrad = TernGrad

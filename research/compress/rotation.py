@@ -14,7 +14,7 @@ from research.core.base import Array, Compressor, Key
 RADIX = 64
 
 
-def hadamard(inner: Compressor, block: int = 4096) -> Compressor:
+class Hadamard(Compressor, name="hadamard"):
   """The inner compressor in randomly rotated coordinates, which no element dominates.
 
       C(x) = D H C_inner(H D x),   H = Walsh-Hadamard / sqrt(b),   D = diag(random signs)
@@ -35,27 +35,40 @@ def hadamard(inner: Compressor, block: int = 4096) -> Compressor:
 
   Reference: Suresh et al. 2017, arXiv:1611.00429, section 3 (stochastic rotated quantisation).
   """
-  if block < 1 or block & (block - 1):
-    raise ValueError(f"block={block} is not a power of two")
 
-  def encode(x, shared, own):
+  inner: Compressor
+  block: int = 4096
+
+  def check(self):
+    if self.block < 1 or self.block & (self.block - 1):
+      raise ValueError(f"block={self.block} is not a power of two")
+
+  @property
+  def linear(self):
+    return self.inner.linear
+
+  @property
+  def contractive(self):
+    return self.inner.contractive
+
+  def encode(self, x, shared, own):
     signs_key, inner_key = jax.random.split(shared)
-    flat = flatten(x)
-    blocks = jnp.pad(flat, (0, -flat.size % _width(x.size, block)))
-    blocks = widened(blocks)
+    flat, width = flatten(x), _width(x.size, self.block)
+    blocks = widened(jnp.pad(flat, (0, -flat.size % width)))
     blocks = blocks * random_signs(signs_key, blocks.size).astype(blocks.dtype)
-    rotated = walsh_hadamard(blocks.reshape(-1, _width(x.size, block)))
-    return inner.encode(saturated(rotated, x.dtype), inner_key, own)
+    rotated = walsh_hadamard(blocks.reshape(-1, width))
+    return self.inner.encode(saturated(rotated, x.dtype), inner_key, own)
 
-  def decode(payload, like, shared):
+  def decode(self, payload, like, shared):
     signs_key, inner_key = jax.random.split(shared)
-    width = _width(like.size, block)
+    width = _width(like.size, self.block)
     rotated = jax.ShapeDtypeStruct((-(-like.size // width), width), like.dtype)
-    rotated = inner.decode(payload, rotated, inner_key)
+    rotated = self.inner.decode(payload, rotated, inner_key)
     blocks = walsh_hadamard(widened(rotated)).reshape(-1)
     return restore(blocks * random_signs(signs_key, blocks.size).astype(blocks.dtype), like)
 
-  return Compressor(encode, decode, inner.linear, inner.contractive)
+
+hadamard = Hadamard
 
 
 def walsh_hadamard(blocks: Array) -> Array:

@@ -13,7 +13,7 @@ class Seeded(NamedTuple):
   seed: jax.Array  # uint32 []
 
 
-def seeded(inner: Compressor) -> Compressor:
+class SeededCompressor(Compressor, name="seeded"):
   """The inner compressor with its shared draws made anew for each worker: its payload and 4 bytes.
 
       C_i(x) = C_inner(x; s_i),   s_i uniform, drawn by worker i and sent
@@ -29,11 +29,23 @@ def seeded(inner: Compressor) -> Compressor:
   Reference: Mishchenko et al. 2019, arXiv:1901.09269, section 2, whose workers draw independently.
   """
 
-  def encode(x, shared, own):
+  inner: Compressor
+
+  @property
+  def contractive(self):
+    return self.inner.contractive
+
+  @property
+  def sparse(self):
+    return self.inner.sparse
+
+  def encode(self, x, shared, own):
     seed = jax.random.bits(own, (), jnp.uint32)
-    return Seeded(inner.encode(x, jax.random.fold_in(shared, seed), own), seed)
+    return Seeded(self.inner.encode(x, jax.random.fold_in(shared, seed), own), seed)
 
-  def decode(payload, like, shared):
-    return inner.decode(payload.payload, like, jax.random.fold_in(shared, payload.seed))
+  def decode(self, payload, like, shared):
+    key = jax.random.fold_in(shared, payload.seed)
+    return self.inner.decode(payload.payload, like, key)
 
-  return Compressor(encode, decode, contractive=inner.contractive, sparse=inner.sparse)
+
+seeded = SeededCompressor

@@ -14,7 +14,7 @@ class Signs(NamedTuple):
   scale: Array  # float32 []
 
 
-def sign() -> Compressor:
+class Sign(Compressor, name="sign"):
   """Scaled sign: one bit per element and one float32.
 
       C(x) = ||x||_1 / n sign(x),   sign(0) = +1
@@ -26,15 +26,16 @@ def sign() -> Compressor:
   Reference: Karimireddy et al. 2019, arXiv:1901.09847, algorithm 1 (EF-SignSGD).
   """
 
-  def encode(x, shared, own):
+  def encode(self, x, shared, own):
     del shared, own
     flat = flatten(x)
     scale = jnp.sum(jnp.abs(flat), dtype=jnp.float32) / float(max(x.size, 1))
     return Signs(pack((flat >= 0).astype(jnp.uint8), 1), scale)
 
-  def decode(payload, like, shared):
+  def decode(self, payload, like, shared):
     del shared
     positive = unpack(payload.bits, 1, like.size) != 0
     return restore(jnp.where(positive, payload.scale, -payload.scale), like)
 
-  return Compressor(encode, decode)
+
+sign = Sign

@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from research.compress.blocks import at_least_one, flatten, restore, widened
+from research.compress.blocks import flatten, restore, widened
 from research.compress.rotation import random_signs
+from research.core import checks
 from research.core.base import Array, Compressor, Key
 
 
-def count_sketch(rows: int, columns: int) -> Compressor:
+class CountSketch(Compressor, name="count_sketch"):
   """Hashes the leaf into a table: rows x columns float32, whatever the leaf's size. Linear.
 
       table[r, h_r(i)] += s_r(i) x_i,   C(x)_i = median over r of s_r(i) table[r, h_r(i)]
@@ -34,11 +35,19 @@ def count_sketch(rows: int, columns: int) -> Compressor:
   Reference: Charikar, Chen, Farach-Colton 2002; Rothchild et al. 2020 (FetchSGD),
     arXiv:2007.07682, algorithm 1; Ivkin et al. 2019 (SketchedSGD), arXiv:1903.04488.
   """
-  at_least_one(rows=rows, columns=columns)
 
-  def encode(x, shared, own):
+  rows: int
+  columns: int
+  linear = True
+  contractive = False
+
+  def check(self):
+    checks.at_least("rows", self.rows)
+    checks.at_least("columns", self.columns)
+
+  def encode(self, x, shared, own):
     del own
-    flat = widened(flatten(x))
+    rows, columns, flat = self.rows, self.columns, widened(flatten(x))
     if x.size <= rows * columns:
       return flat
     stretches = jnp.pad(flat, (0, -flat.size % columns)).reshape(-1, columns)
@@ -52,7 +61,8 @@ def count_sketch(rows: int, columns: int) -> Compressor:
     index = jnp.arange(len(stretches), dtype=jnp.uint32)
     return lax.scan(add, jnp.zeros((rows, columns), flat.dtype), (index, stretches))[0]
 
-  def decode(payload, like, shared):
+  def decode(self, payload, like, shared):
+    rows, columns = self.rows, self.columns
     if like.size <= rows * columns:
       return restore(payload, like)
 
@@ -63,7 +73,8 @@ def count_sketch(rows: int, columns: int) -> Compressor:
     index = jnp.arange(-(-like.size // columns), dtype=jnp.uint32)
     return restore(lax.scan(estimate, None, index)[1], like)
 
-  return Compressor(encode, decode, linear=True, contractive=False)
+
+count_sketch = CountSketch
 
 
 def _hash(key: Key, stretch: Array, rows: int, columns: int) -> tuple[Array, Array]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from research.compress.blocks import flatten, fold, restore
 from research.compress.packing import pack, unpack
 from research.compress.selection import count, grid, largest, put, take
+from research.core import checks
 from research.core.base import Array, Compressor, Key
 
 
@@ -19,12 +20,10 @@ class Sparse(NamedTuple):
 class Thresholded(NamedTuple):
   values: Array  # [room], the leaf's dtype; zero where nothing is sent
   positions: Array  # uint8, packed
-  reached: (
-    Array  # uint32 [], elements at or above the threshold; those beyond the room are not sent
-  )
+  reached: Array  # uint32 [], elements at or above the threshold, sent or not
 
 
-def top_k(fraction: float) -> Compressor:
+class TopK(Compressor, name="top_k"):
   """The k largest magnitudes, exactly: k (itemsize + ceil(log2 n) / 8) bytes.
 
       C(x)_i = x_i if |x_i| is among the k largest, else 0,   k = max(1, round(fraction n))
@@ -41,22 +40,28 @@ def top_k(fraction: float) -> Compressor:
   Reference: Stich et al. 2018, arXiv:1809.07599, section 2; Aji and Heafield 2017,
     arXiv:1704.05021.
   """
-  _check_fraction("fraction", fraction)
 
-  def encode(x, shared, own):
+  fraction: float
+  sparse = True
+
+  def check(self):
+    checks.in_range("fraction", self.fraction, "(0, 1]")
+
+  def encode(self, x, shared, own):
     del shared, own
     flat = flatten(x)
-    positions = largest(flat, kept(fraction, x.size))
+    positions = largest(flat, kept(self.fraction, x.size))
     return Sparse(take(flat, positions), pack(positions, position_bits(x.size)))
 
-  def decode(payload, like, shared):
+  def decode(self, payload, like, shared):
     del shared
     return _scatter(payload, like)
 
-  return Compressor(encode, decode, sparse=True)
+
+top_k = TopK
 
 
-def threshold(value: float, capacity: float = 0.05) -> Compressor:
+class Threshold(Compressor, name="threshold"):
   """Magnitudes of at least `value`: room (itemsize + ceil(log2 n) / 8) + 4 bytes.
 
       C(x)_i = x_i if |x_i| >= value, else 0
@@ -76,27 +81,33 @@ def threshold(value: float, capacity: float = 0.05) -> Compressor:
   Reference: Strom 2015 (Interspeech); Sahu et al. 2021, arXiv:2108.00951, section 3 (hard
     threshold).
   """
-  if not value > 0:
-    raise ValueError(f"value={value} is not in (0, inf)")
-  _check_fraction("capacity", capacity)
 
-  def encode(x, shared, own):
+  value: float
+  capacity: float = 0.05
+  sparse = True
+
+  def check(self):
+    checks.in_range("value", self.value, "(0, inf)")
+    checks.in_range("capacity", self.capacity, "(0, 1]")
+
+  def encode(self, x, shared, own):
     del shared, own
     flat = flatten(x)
-    below = lambda x: jnp.abs(x) < value  # false of NaN, which is sent
-    positions = largest(flat, kept(capacity, x.size))
+    below = lambda x: jnp.abs(x) < self.value  # false of NaN, which is sent
+    positions = largest(flat, kept(self.capacity, x.size))
     values = take(flat, positions)
     values = jnp.where(below(values), 0, values)
     return Thresholded(values, pack(positions, position_bits(x.size)), count(~below(flat)))
 
-  def decode(payload, like, shared):
+  def decode(self, payload, like, shared):
     del shared
     return _scatter(payload, like)
 
-  return Compressor(encode, decode, sparse=True)
+
+threshold = Threshold
 
 
-def random_k(fraction: float, unbiased: bool = False) -> Compressor:
+class RandomK(Compressor, name="random_k"):
   """k elements at random positions that all workers share: k itemsize bytes. Linear.
 
       C(x)_i = x_i if i is in the support S(shared), else 0,   P(i in S) = k / n
@@ -118,21 +129,33 @@ def random_k(fraction: float, unbiased: bool = False) -> Compressor:
   Reference: Stich et al. 2018, arXiv:1809.07599, section 2; unbiased: Wangni et al. 2017,
     arXiv:1710.09854.
   """
-  _check_fraction("fraction", fraction)
 
-  def encode(x, shared, own):
+  fraction: float
+  unbiased: bool = False
+  linear = True
+  sparse = True
+
+  def check(self):
+    checks.in_range("fraction", self.fraction, "(0, 1]")
+
+  @property
+  def contractive(self):
+    return not self.unbiased
+
+  def encode(self, x, shared, own):
     del own
     flat = flatten(x)
-    k = kept(fraction, x.size)
+    k = kept(self.fraction, x.size)
     values = take(flat, support(shared, x.size, k))
-    values = values * (x.size / k) if unbiased and k else values
+    values = values * (x.size / k) if self.unbiased and k else values
     return jnp.where(fold(jnp.all, jnp.isfinite, flat[None]), values, jnp.nan)
 
-  def decode(payload, like, shared):
+  def decode(self, payload, like, shared):
     positions = support(shared, like.size, payload.size)
     return restore(put(payload, positions, like.size), like)
 
-  return Compressor(encode, decode, linear=True, contractive=not unbiased, sparse=True)
+
+random_k = RandomK
 
 
 def kept(fraction: float, size: int) -> int:
@@ -164,8 +187,3 @@ def support(key: Key, size: int, k: int) -> Array:
 def _scatter(payload: Sparse | Thresholded, like: jax.ShapeDtypeStruct) -> Array:
   positions = unpack(payload.positions, position_bits(like.size), payload.values.size)
   return restore(put(payload.values, positions.astype(jnp.uint32), like.size), like)
-
-
-def _check_fraction(name: str, fraction: float) -> None:
-  if not 0 < fraction <= 1:
-    raise ValueError(f"{name}={fraction} is not in (0, 1]")

@@ -85,19 +85,16 @@ def nearest(value: object, legal: Iterable[object], *, cutoff: float = 0.6) -> s
   return found[0] if found else None
 
 
-def hint(
-  value: object, legal: Iterable[object], *, cutoff: float = 0.6, otherwise: str = ""
-) -> str:
-  """The end of an error about a name: `; did you mean 'ring'?`, else `;` and another hint.
+def hint(value: object, legal: Iterable[object], *, cutoff: float = 0.6) -> str:
+  """The end of an error about a name: `; did you mean 'ring'?`, or `;`.
 
   Args:
     value: what was given.
     legal: the names that there are.
     cutoff: how similar the two must be, in [0, 1].
-    otherwise: what to say if no name is similar enough.
   """
   near = nearest(value, legal, cutoff=cutoff)
-  return f"; did you mean '{near}'?" if near else f"; {otherwise}" if otherwise else ";"
+  return f"; did you mean '{near}'?" if near else ";"
 
 
 def unknown(value: object, legal: Iterable[object], *, cutoff: float = 0.6) -> str:
@@ -109,7 +106,7 @@ def unknown(value: object, legal: Iterable[object], *, cutoff: float = 0.6) -> s
     cutoff: how similar the suggested name must be, in [0, 1].
   """
   names = [str(name) for name in legal]
-  return f"unknown{hint(value, names, cutoff=cutoff)} legal: {listed(names)}"
+  return f"unknown{hint(value, names, cutoff=cutoff)} legal: {listed(names) or 'none'}"
 
 
 def one_of(name: str, value: Any, legal: Iterable[Any], *, cutoff: float = 0.6) -> None:

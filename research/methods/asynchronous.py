@@ -1,18 +1,25 @@
 """Asynchronous methods, made deterministic: workers compute with old models, by a law of delays."""
 
+from dataclasses import KW_ONLY
+from functools import cached_property
+from typing import Any, ClassVar
+
 import jax
 import jax.numpy as jnp
 import optax
 
-from research.aggregate.composition import refuse
+from research.aggregate import composition
 from research.comm import collectives
-from research.core.base import EVERYONE, Aggregator, Method
+from research.core import checks
+from research.core.base import EVERYONE, Aggregator
+from research.core.method import COMMON_MODEL, Method
+from research.methods._steps import check_rate
 from research.methods.data_parallel import data_parallel
-from research.methods.stale import NOTHING, Correction, stale
+from research.methods.stale import NOTHING, Correction, Stale
 from research.sim.delays import Delays, by_coordinate, last_pull
 
 
-def delayed(inner: Method, delays: Delays) -> Method:
+class Delayed(Stale, name="delayed"):
   """Workers that compute with old models.
 
       x_{t+1} = x_t + (what the inner method makes of a round that began at x_{t - tau_i})
@@ -27,10 +34,15 @@ def delayed(inner: Method, delays: Delays) -> Method:
 
   Reference: Agarwal and Duchi 2011, arXiv 1104.5525.
   """
-  return stale(inner, delays)
+
+  inner: Method
+  delays: Delays
 
 
-def staleness_aware(inner: Method, delays: Delays, *, power: float = 1.0) -> Method:
+delayed = Delayed
+
+
+class StalenessAware(Stale, name="staleness_aware"):
   """Delayed, with a step size that falls with the staleness.
 
       g <- g / max(tau_i, 1)^power
@@ -48,26 +60,47 @@ def staleness_aware(inner: Method, delays: Delays, *, power: float = 1.0) -> Met
 
   Reference: Zhang, Gupta, Lian, Liu 2016, arXiv 1511.05950.
   """
-  if not power >= 0:
-    raise ValueError(f"power={power} is not at least 0")
 
-  def correct(grads, tau, moved, memory):
-    del moved
-    slower = lambda g, tau: g * jnp.maximum(tau, 1).astype(g.dtype) ** -power
-    return jax.tree.map(slower, grads, tau), memory
+  inner: Method
+  delays: Delays
+  _: KW_ONLY
+  power: float = 1.0
 
-  return stale(inner, delays, NOTHING._replace(correct=correct))
+  def check(self):
+    checks.at_least("power", self.power, 0)
+
+  @cached_property
+  def correction(self) -> Correction:
+    """g / max(tau, 1)^power."""
+
+    def correct(grads, tau, moved, memory):
+      del moved
+      slower = lambda g, tau: g * jnp.maximum(tau, 1).astype(g.dtype) ** -self.power
+      return jax.tree.map(slower, grads, tau), memory
+
+    return NOTHING._replace(correct=correct)
 
 
-def dc_asgd(
-  learning_rate: float | optax.Schedule,
-  aggregator: Aggregator,
-  delays: Delays,
-  *,
-  lam: float = 2.0,
-  decay: float = 0.95,
-  eps: float = 1e-7,
-) -> Method:
+staleness_aware = StalenessAware
+
+
+class Compensating(Stale):
+  """SGD with gradients corrected for how far the model has moved on."""
+
+  learning_rate: ClassVar[Any]
+  lam: ClassVar[float]
+
+  def check(self):
+    checks.at_least("lam", self.lam, 0)
+    check_rate(self.learning_rate)
+
+  @cached_property
+  def method(self) -> Method:
+    """SGD by the aggregated gradients."""
+    return data_parallel(optax.sgd(self.learning_rate), self.aggregator)
+
+
+class DCASGD(Compensating, name="dc_asgd"):
   """Delay-compensated SGD, with the adaptive lambda (DC-ASGD-a).
 
       g_i = grad f_i(x_{t - tau_i}),   s_t = decay s_{t-1} + (1 - decay) g_i^2
@@ -88,33 +121,44 @@ def dc_asgd(
 
   Raises:
     ValueError: if learning_rate <= 0, lam < 0, decay is outside [0, 1), eps <= 0, or for an
-      aggregator in `composition.REFUSED`.
+      aggregator that it refuses.
 
   Reference: Zheng et al. 2017, arXiv 1609.08326, algorithms 1 and 2 (DC-ASGD-a).
   """
-  if not 0 <= decay < 1:
-    raise ValueError(f"decay={decay} is not in [0, 1)")
-  if not eps > 0:
-    raise ValueError(f"eps={eps} is not above 0")
-  refuse("dc_asgd", aggregator)
 
-  def correct(grads, tau, moved, square):
-    del tau
-    square = jax.tree.map(lambda s, g: decay * s + (1 - decay) * g**2, square, grads)
-    lams = jax.tree.map(lambda s: lam / jnp.sqrt(s + eps), square)
-    return jax.tree.map(_compensated, grads, moved, lams), square
+  learning_rate: float | optax.Schedule
+  aggregator: Aggregator
+  delays: Delays
+  _: KW_ONLY
+  lam: float = 2.0
+  decay: float = 0.95
+  eps: float = 1e-7
 
-  zeros = lambda params: jax.tree.map(jnp.zeros_like, params)
-  return _compensating(learning_rate, aggregator, delays, lam, Correction(zeros, correct))
+  refuses = COMMON_MODEL | composition.AROUND  # the squares are averaged past the aggregator
+
+  def check(self):
+    checks.in_range("decay", self.decay, "[0, 1)")
+    checks.above("eps", self.eps)
+    super().check()
+
+  @cached_property
+  def correction(self) -> Correction:
+    """g + lambda / sqrt(s + eps) g^2 (x_t - x_{t - tau})."""
+
+    def correct(grads, tau, moved, square):
+      del tau
+      follow = lambda s, g: self.decay * s + (1 - self.decay) * g**2
+      square = jax.tree.map(follow, square, grads)
+      lams = jax.tree.map(lambda s: self.lam / jnp.sqrt(s + self.eps), square)
+      return jax.tree.map(_compensated, grads, moved, lams), square
+
+    return Correction(optax.tree.zeros_like, correct, remembers=True)
 
 
-def dc_asgd_constant(
-  learning_rate: float | optax.Schedule,
-  aggregator: Aggregator,
-  delays: Delays,
-  *,
-  lam: float = 0.04,
-) -> Method:
+dc_asgd = DCASGD
+
+
+class DCASGDConstant(Compensating, name="dc_asgd_constant"):
   """Delay-compensated SGD, with a constant lambda (DC-ASGD-c).
 
       g_i = grad f_i(x_{t - tau_i})
@@ -127,36 +171,52 @@ def dc_asgd_constant(
     lam: lambda; 0 is `delayed`.
 
   Raises:
-    ValueError: if learning_rate <= 0, lam < 0, or for an aggregator in `composition.REFUSED`.
+    ValueError: if learning_rate <= 0, lam < 0, or for an aggregator that it refuses.
 
   Reference: Zheng et al. 2017, arXiv 1609.08326, algorithms 1 and 2 (DC-ASGD-c).
   """
 
-  def correct(grads, tau, moved, memory):
-    del tau
-    return jax.tree.map(lambda g, dx: _compensated(g, dx, lam), grads, moved), memory
+  learning_rate: float | optax.Schedule
+  aggregator: Aggregator
+  delays: Delays
+  _: KW_ONLY
+  lam: float = 0.04
 
-  correction = NOTHING._replace(correct=correct)
-  return _compensating(learning_rate, aggregator, delays, lam, correction)
+  refuses = COMMON_MODEL
+
+  @cached_property
+  def correction(self) -> Correction:
+    """g + lambda g^2 (x_t - x_{t - tau})."""
+
+    def correct(grads, tau, moved, memory):
+      del tau
+      return jax.tree.map(lambda g, dx: _compensated(g, dx, self.lam), grads, moved), memory
+
+    return NOTHING._replace(correct=correct)
+
+
+dc_asgd_constant = DCASGDConstant
 
 
 def _compensated(g, moved, lam):
   return g + lam * g * g * moved
 
 
-def _compensating(learning_rate, aggregator, delays, lam, correction) -> Method:
-  if not lam >= 0:
-    raise ValueError(f"lam={lam} is not at least 0")
-  return stale(_sgd(learning_rate, aggregator), delays, correction)
+class Summed(Aggregator):
+  """W times what the inner aggregator makes of the workers' values: their sum."""
+
+  inner: Aggregator
+
+  def init(self, params):
+    return self.inner.init(params)
+
+  def aggregate(self, tree, state, key, presence=EVERYONE):
+    out = self.inner.aggregate(tree, state, key, presence)
+    count = collectives.worker_count()
+    return out._replace(value=jax.tree.map(lambda x: count * x, out.value))
 
 
-def _sgd(learning_rate: float | optax.Schedule, aggregator: Aggregator) -> Method:
-  if not callable(learning_rate) and not learning_rate > 0:
-    raise ValueError(f"learning_rate={learning_rate} is not above 0")
-  return data_parallel(optax.sgd(learning_rate), aggregator)
-
-
-def hogwild(learning_rate: float | optax.Schedule, aggregator: Aggregator, *, bound: int) -> Method:
+class Hogwild(Stale, name="hogwild"):
   """Lock-free SGD on a shared model, as its analysis sees it: inconsistent reads, added updates.
 
       xhat_i[v] = x_{t - tau_iv}[v],   tau_iv uniform on [0, bound), for each coordinate v
@@ -173,23 +233,41 @@ def hogwild(learning_rate: float | optax.Schedule, aggregator: Aggregator, *, bo
     bound: rounds; what a worker reads is less old than that. 1: all of it is new.
 
   Raises:
-    ValueError: if learning_rate <= 0, bound < 1, or for an aggregator in `composition.REFUSED`.
+    ValueError: if learning_rate <= 0, bound < 1, or for an aggregator that it refuses.
 
   Reference: Recht, Re, Wright, Niu 2011, arXiv 1106.5730, algorithm 1; inconsistent reads: Mania et
     al. 2015, arXiv 1507.06970.
   """
 
-  def added(tree, state, key, presence=EVERYONE):
-    out = aggregator.aggregate(tree, state, key, presence)
-    count = collectives.worker_count()
-    return out._replace(value=jax.tree.map(lambda x: count * x, out.value))
+  learning_rate: float | optax.Schedule
+  aggregator: Aggregator
+  _: KW_ONLY
+  bound: int
 
-  total = aggregator._replace(aggregate=added)
-  served = _sgd(learning_rate, aggregator).served
-  return stale(_sgd(learning_rate, total), by_coordinate(bound))._replace(served=served)
+  refuses = COMMON_MODEL
+
+  def check(self):
+    check_rate(self.learning_rate)
+    checks.at_least("bound", self.bound)
+
+  @cached_property
+  def method(self) -> Method:
+    """SGD by the sum of the gradients."""
+    return data_parallel(optax.sgd(self.learning_rate), Summed(self.aggregator))
+
+  @cached_property
+  def delays(self) -> Delays:
+    """Of each coordinate its own."""
+    return by_coordinate(self.bound)
+
+  def on_server(self):
+    return data_parallel(optax.sgd(self.learning_rate), self.aggregator), None
 
 
-def asgd(inner: optax.GradientTransformation, aggregator: Aggregator) -> Method:
+hogwild = Hogwild
+
+
+class ASGD(Stale, name="asgd"):
   """Asynchronous SGD: a server, and clients that it serves in the order in which they are done.
 
       g_i = grad f_i(x_{t - tau_i}),   x_{t+1} = x_t + inner(g_i),   client i pulls x_{t+1}
@@ -205,8 +283,25 @@ def asgd(inner: optax.GradientTransformation, aggregator: Aggregator) -> Method:
     aggregator: how the gradients of a round become one.
 
   Raises:
-    ValueError: for an aggregator in `composition.REFUSED`.
+    ValueError: for an aggregator that it refuses.
 
   Reference: Lian et al. 2015, arXiv 1506.08272, algorithm 1 (AsySG-con).
   """
-  return stale(data_parallel(inner, aggregator), last_pull())
+
+  inner: optax.GradientTransformation
+  aggregator: Aggregator
+
+  refuses = COMMON_MODEL
+
+  @cached_property
+  def method(self) -> Method:
+    """The server's optimizer, by the gradients of a round."""
+    return data_parallel(self.inner, self.aggregator)
+
+  @cached_property
+  def delays(self) -> Delays:
+    """As old as a client's last round."""
+    return last_pull()
+
+
+asgd = ASGD

@@ -1,11 +1,15 @@
 """Polyak-Juditsky averaging: deploy the mean of a method's iterates instead of the last one."""
 
+from dataclasses import KW_ONLY
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from research.core.base import Array, Method, Params, State
+from research.core import checks
+from research.core.base import Array, Params, State
+from research.core.method import Method
+from research.methods._around import Around
 
 
 class AveragedState(NamedTuple):
@@ -14,7 +18,7 @@ class AveragedState(NamedTuple):
   count: Array  # int32, rounds so far
 
 
-def averaged(inner: Method, *, burn_in: int = 0) -> Method:
+class Averaged(Around, name="averaged"):
   """Keeps the running mean of the inner method's parameters, one term per round.
 
       m_t = m_{t-1} + (x_t - m_{t-1}) / max(1, t - burn_in)
@@ -31,33 +35,29 @@ def averaged(inner: Method, *, burn_in: int = 0) -> Method:
 
   Reference: Polyak and Juditsky 1992, SIAM J. Control Optim. 30(4).
   """
-  if burn_in < 0:
-    raise ValueError(f"burn_in={burn_in}; it counts rounds and is at least 0")
 
-  def init(params):
+  inner: Method
+  _: KW_ONLY
+  burn_in: int = 0
+
+  def check(self):
+    checks.at_least("burn_in", self.burn_in, 0)
+
+  def init(self, params):
     wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return AveragedState(inner.init(params), jax.tree.map(wide, params), jnp.zeros((), jnp.int32))
+    zero = jnp.zeros((), jnp.int32)
+    return AveragedState(self.inner.init(params), jax.tree.map(wide, params), zero)
 
-  def begin(state):
-    return inner.begin(state.inner)
-
-  def step(grads, local, state, *, key, grad_fn=None):
-    return inner.step(grads, local, state.inner, key=key, grad_fn=grad_fn)
-
-  def sync(local, state, *, key, weight=1.0, active=True):
-    after = inner.sync(local, state.inner, key=key, weight=weight, active=active)
+  def finished(self, after, local, state, *, key, presence):
+    del local, key, presence
     count = state.count + 1
-    terms = jnp.maximum(1, count - burn_in)
-    mean = jax.tree.map(lambda m, x: m + (x - m) / terms, state.mean, inner.params(after))
+    terms = jnp.maximum(1, count - self.burn_in)
+    mean = jax.tree.map(lambda m, x: m + (x - m) / terms, state.mean, self.inner.params(after))
     return AveragedState(after, mean, count)
 
-  inner_over = inner.over
-  over = inner_over and (lambda wrap: averaged(inner_over(wrap), burn_in=burn_in))
-  inner_of = inner.of_rounds
-  of_rounds = inner_of and (lambda *rounds: averaged(inner_of(*rounds), burn_in=burn_in))
-  inner_onto = inner.onto
-  onto = inner_onto and (lambda project: averaged(inner_onto(project), burn_in=burn_in))
-  rest = (inner.period, over, of_rounds, inner.later, inner.epochs, inner.one_by_one, onto)
-  narrowed = lambda m, x: m.astype(x.dtype)
-  params = lambda state: jax.tree.map(narrowed, state.mean, inner.params(state.inner))
-  return Method(init, begin, step, sync, params, *rest)
+  def params(self, state):
+    narrowed = lambda m, x: m.astype(x.dtype)
+    return jax.tree.map(narrowed, state.mean, self.inner.params(state.inner))
+
+
+averaged = Averaged

@@ -4,26 +4,32 @@ All of them learn, besides a model per worker, how the workers' objectives diffe
 the whole gradient of each worker; with mini-batches they stay around the optimum as SGD does.
 """
 
+from dataclasses import KW_ONLY
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
+import optax
 
-from research.aggregate.composition import refuse
-from research.aggregate.presence import alike, kept, presence_of, weighted
-from research.core.base import Aggregator, Method, Params, State, Tree
-from research.methods.decentralized import check_rate, descended, gradient_at, kept_gradient
-from research.methods.local import minus, plus
+from research.aggregate.presence import alike, kept, weighted
+from research.core import checks
+from research.core.base import EVERYONE, Aggregator, Params, State, Trait, Tree
+from research.methods._steps import OneGradient, descended
+from research.methods.decentralized import AMONG_NEIGHBOURS
+
+_SYMMETRIC = AMONG_NEIGHBOURS | {
+  Trait.DIRECTED: "their dual part needs symmetric weights",
+  Trait.VARYING: "their dual part needs the same weights in each round",
+}
 
 
 class TrackingState(NamedTuple):
   params: Params  # x_k^i
-  mixed: Tree  # sum_j w_ij y_{k-1}^j
+  mixed: Tree  # sum_j w_ij y_{k-1}^j; y_k^i while an exchange is under way
   grads: Tree  # weight_i grad f_i(x_{k-1}^i)
   link: State
 
 
-def gradient_tracking(learning_rate: float, aggregator: Aggregator) -> Method:
+class GradientTracking(OneGradient, name="gradient_tracking"):
   """Every worker also keeps an estimate of the mean gradient, which it averages with neighbours.
 
       y_k^i = sum_j w_ij y_{k-1}^j + g_k^i - g_{k-1}^i,     g_k^i = weight_i grad f_i(x_k^i)
@@ -36,37 +42,53 @@ def gradient_tracking(learning_rate: float, aggregator: Aggregator) -> Method:
     aggregator: how models and estimates are averaged, such as `gossip(one_peer_exponential())`.
 
   Raises:
-    ValueError: if learning_rate <= 0, or for an aggregator in `composition.REFUSED`.
+    ValueError: if learning_rate <= 0, or for an aggregator that it refuses.
 
   Reference: Nedic, Olshevsky, Shi 2017, arXiv 1607.03218 (DIGing), algorithm 1; Di Lorenzo, Scutari
     2016, arXiv 1602.00591 (NEXT).
   """
-  check_rate(learning_rate)
-  refuse("gradient_tracking", aggregator)
 
-  def init(params):
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    return TrackingState(params, zeros, zeros, aggregator.init((params, zeros)))
+  learning_rate: float
+  aggregator: Aggregator
 
-  def sync(local, state, *, key, weight=1.0, active=True):
-    grads = weighted(local.grads, presence_of(weight, active))
-    tracked = plus(state.mixed, minus(grads, state.grads))
-    pair = state.params, tracked
-    (params, mixed), _, link = aggregator.aggregate(pair, state.link, key, alike(active))
-    after = TrackingState(descended(params, learning_rate, tracked), mixed, grads, link)
-    return kept(active, after, state._replace(link=link))
+  refuses = AMONG_NEIGHBOURS
 
-  over = lambda wrap: gradient_tracking(learning_rate, wrap(aggregator))
-  return Method(init, gradient_at, kept_gradient, sync, lambda state: state.params, 1, over)
+  def check(self):
+    checks.above("learning_rate", self.learning_rate)
+
+  def init(self, params):
+    zeros = optax.tree.zeros_like(params)
+    return TrackingState(params, zeros, zeros, self.aggregator.init((params, zeros)))
+
+  def message(self, local, state, *, key, presence=EVERYONE):
+    del key
+    grads = weighted(local.grads, presence)
+    tracked = optax.tree.add(state.mixed, optax.tree.sub(grads, state.grads))
+    own = kept(presence.active, (tracked, grads), (state.mixed, state.grads))
+    return (state.params, tracked), state._replace(mixed=own[0], grads=own[1])
+
+  def receive(self, value, sent, state, *, key, presence=EVERYONE):
+    del sent, key
+    params, mixed = value
+    after = descended(params, self.learning_rate, state.mixed), mixed
+    params, mixed = kept(presence.active, after, (state.params, state.mixed))
+    return state._replace(params=params, mixed=mixed)
+
+  def counted(self, presence):
+    return alike(presence.active)
+
+
+gradient_tracking = GradientTracking
 
 
 class ExtraState(NamedTuple):
   params: Params  # x_k^i
   correction: Tree  # u_k^i
+  grads: Tree  # weight_i grad f_i(x_k^i), of the exchange under way
   link: State
 
 
-def extra(learning_rate: float, aggregator: Aggregator) -> Method:
+class Extra(OneGradient, name="extra"):
   """EXTRA: decentralized gradient descent, corrected by half of how far apart the models were.
 
       x_{k+1}^i = sum_j w_ij x_k^j - alpha weight_i grad f_i(x_k^i) + u_k^i
@@ -84,27 +106,42 @@ def extra(learning_rate: float, aggregator: Aggregator) -> Method:
       such as `gossip(ring())`.
 
   Raises:
-    ValueError: if learning_rate <= 0, or for an aggregator in `composition.REFUSED`.
+    ValueError: if learning_rate <= 0, or for an aggregator that it refuses.
 
   Reference: Shi, Ling, Wu, Yin 2015, arXiv 1404.6264, algorithm 1.
   """
-  check_rate(learning_rate)
-  refuse("extra", aggregator)
 
-  def init(params):
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    return ExtraState(params, zeros, aggregator.init(params))
+  learning_rate: float
+  aggregator: Aggregator
 
-  def sync(local, state, *, key, weight=1.0, active=True):
-    grads = weighted(local.grads, presence_of(weight, active))
-    mixed, _, link = aggregator.aggregate(state.params, state.link, key, alike(active))
-    params = descended(plus(mixed, state.correction), learning_rate, grads)
+  refuses = _SYMMETRIC
+
+  def check(self):
+    checks.above("learning_rate", self.learning_rate)
+
+  def init(self, params):
+    zeros = optax.tree.zeros_like(params)
+    return ExtraState(params, zeros, zeros, self.aggregator.init(params))
+
+  def message(self, local, state, *, key, presence=EVERYONE):
+    del key
+    return state.params, state._replace(grads=weighted(local.grads, presence))
+
+  def receive(self, value, sent, state, *, key, presence=EVERYONE):
+    del sent, key
+    corrected = optax.tree.add(value, state.correction)
+    params = descended(corrected, self.learning_rate, state.grads)
     half_way = lambda u, m, x: u + (m - x) / 2
-    correction = jax.tree.map(half_way, state.correction, mixed, state.params)
-    return kept(active, ExtraState(params, correction, link), state._replace(link=link))
+    correction = jax.tree.map(half_way, state.correction, value, state.params)
+    own = (params, correction), (state.params, state.correction)
+    params, correction = kept(presence.active, *own)
+    return ExtraState(params, correction, optax.tree.zeros_like(params), state.link)
 
-  over = lambda wrap: extra(learning_rate, wrap(aggregator))
-  return Method(init, gradient_at, kept_gradient, sync, lambda state: state.params, 1, over)
+  def counted(self, presence):
+    return alike(presence.active)
+
+
+extra = Extra
 
 
 class ADMMState(NamedTuple):
@@ -114,7 +151,7 @@ class ADMMState(NamedTuple):
   link: State
 
 
-def admm(learning_rate: float, aggregator: Aggregator, *, penalty: float = 1.0) -> Method:
+class ADMM(OneGradient, name="admm"):
   """Decentralized linearized ADMM: neighbours are held together by multipliers on their links.
 
       x_{k+1}^i = x_k^i - eta (weight_i grad f_i(x_k^i) + phi_k^i + c sum_j w_ij (x_k^i - x_k^j))
@@ -131,31 +168,47 @@ def admm(learning_rate: float, aggregator: Aggregator, *, penalty: float = 1.0) 
     penalty: c, of a disagreement; in the unit of the objective's curvature.
 
   Raises:
-    ValueError: if learning_rate or penalty <= 0, rho < 0, or for an aggregator in
-      `composition.REFUSED`.
+    ValueError: if learning_rate or penalty <= 0, rho < 0, or for an aggregator that it
+      refuses.
 
   Reference: Ling, Shi, Wu, Ribeiro 2015, IEEE Trans. Signal Processing 63(15) (DLM); the exact
     one: Shi, Ling, Yuan, Wu, Yin 2014, arXiv 1307.5561.
   """
-  check_rate(learning_rate)
-  if not penalty > 0:
-    raise ValueError(f"penalty={penalty} is not above 0")
-  if 2 * penalty * learning_rate > 1:
-    raise ValueError(f"learning_rate={learning_rate} is above 1/(2 penalty) = {0.5 / penalty:.6g}")
-  refuse("admm", aggregator)
 
-  def init(params):
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    return ADMMState(params, zeros, zeros, aggregator.init(params))
+  learning_rate: float
+  aggregator: Aggregator
+  _: KW_ONLY
+  penalty: float = 1.0
 
-  def sync(local, state, *, key, weight=1.0, active=True):
-    grads = weighted(local.grads, presence_of(weight, active))
-    pull = plus(grads, plus(state.dual, state.apart))
-    params = descended(state.params, learning_rate, pull)
-    mixed, _, link = aggregator.aggregate(params, state.link, key, alike(active))
-    apart = jax.tree.map(lambda x, m: penalty * (x - m), params, mixed)
-    after = ADMMState(params, apart, plus(state.dual, apart), link)
-    return kept(active, after, state._replace(link=link))
+  refuses = _SYMMETRIC
 
-  over = lambda wrap: admm(learning_rate, wrap(aggregator), penalty=penalty)
-  return Method(init, gradient_at, kept_gradient, sync, lambda state: state.params, 1, over)
+  def check(self):
+    rate, penalty = self.learning_rate, self.penalty
+    checks.above("learning_rate", rate)
+    checks.above("penalty", penalty)
+    if 2 * penalty * rate > 1:
+      raise ValueError(f"learning_rate={rate} is above 1/(2 penalty) = {0.5 / penalty:.6g}")
+
+  def init(self, params):
+    zeros = optax.tree.zeros_like(params)
+    return ADMMState(params, zeros, zeros, self.aggregator.init(params))
+
+  def message(self, local, state, *, key, presence=EVERYONE):
+    del key
+    grads = weighted(local.grads, presence)
+    pull = optax.tree.add(grads, optax.tree.add(state.dual, state.apart))
+    params = descended(state.params, self.learning_rate, pull)
+    return params, state._replace(params=kept(presence.active, params, state.params))
+
+  def receive(self, value, sent, state, *, key, presence=EVERYONE):
+    del sent, key
+    apart = jax.tree.map(lambda x, m: self.penalty * (x - m), state.params, value)
+    own = apart, optax.tree.add(state.dual, apart)
+    apart, dual = kept(presence.active, own, (state.apart, state.dual))
+    return state._replace(apart=apart, dual=dual)
+
+  def counted(self, presence):
+    return alike(presence.active)
+
+
+admm = ADMM

@@ -1,15 +1,16 @@
 """Consensus ADMM: every worker minimizes its own objective, held to one model by a multiplier."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import KW_ONLY
+from typing import Any, NamedTuple
 
 import jax
+import optax
 
-from research.aggregate.composition import refuse
-from research.aggregate.presence import kept, presence_of
-from research.core.base import Aggregator, Method, Params, State, Tree
-from research.methods.decentralized import check_rate
-from research.methods.local import check_steps, minus, plus
+from research.aggregate.presence import kept
+from research.core import checks
+from research.core.base import EVERYONE, Aggregator, Params, State, Tree
+from research.core.method import Method
+from research.core.part import hidden
 
 
 class ConsensusState(NamedTuple):
@@ -23,9 +24,7 @@ class ConsensusLocal(NamedTuple):
   params: Params  # x^i on its way from x_t^i to x_{t+1}^i
 
 
-def consensus_admm(
-  learning_rate: float, aggregator: Aggregator, *, penalty: float = 1.0, period: int = 10
-) -> Method:
+class ConsensusADMM(Method, name="consensus_admm"):
   """The alternating direction method of multipliers in its global consensus form.
 
       x_{t+1}^i = argmin f_i(x) + rho/2 ||x - z_t + u_t^i||^2
@@ -43,46 +42,50 @@ def consensus_admm(
     period: gradient steps per round.
 
   Raises:
-    ValueError: if learning_rate or penalty <= 0, period < 1, or for an aggregator in
-      `composition.REFUSED`.
+    ValueError: if learning_rate or penalty <= 0, period < 1, or for an aggregator that it
+      refuses.
 
   Reference: Boyd, Parikh, Chu, Peleato, Eckstein, 2011, Distributed optimization and statistical
     learning via the alternating direction method of multipliers, section 7.1.1.
   """
-  return _consensus(lambda z: z, learning_rate, aggregator, penalty, period)
 
+  learning_rate: float
+  aggregator: Aggregator
+  _: KW_ONLY
+  penalty: float = 1.0
+  period: int = 10
+  project: Any = hidden(None)  # P, or None
 
-def _consensus(
-  project: Callable[[Params], Params],
-  learning_rate: float,
-  aggregator: Aggregator,
-  penalty: float,
-  period: int,
-) -> Method:
-  check_rate(learning_rate)
-  check_steps("period", period)
-  if not penalty > 0:
-    raise ValueError(f"penalty={penalty} is not above 0")
-  refuse("consensus_admm", aggregator)
+  def check(self):
+    checks.above("learning_rate", self.learning_rate)
+    checks.above("penalty", self.penalty)
 
-  def init(params):
+  def init(self, params):
     zeros = jax.tree.map(lambda x: 0 * x, params)
-    return ConsensusState(params, params, zeros, aggregator.init(params))
+    return ConsensusState(params, params, zeros, self.aggregator.init(params))
 
-  def step(grads, local, state, *, key, grad_fn=None):
+  def begin(self, state):
+    return ConsensusLocal(state.own)
+
+  def step(self, grads, local, state, *, key, grad_fn=None):
     del key, grad_fn
-    descend = lambda x, g, z, u: x - learning_rate * (g + penalty * (x - z + u))
+    descend = lambda x, g, z, u: x - self.learning_rate * (g + self.penalty * (x - z + u))
     return ConsensusLocal(jax.tree.map(descend, local.params, grads, state.params, state.dual))
 
-  def sync(local, state, *, key, weight=1.0, active=True):
-    change = minus(plus(local.params, state.dual), state.params)
-    value, _, link = aggregator.aggregate(change, state.link, key, presence_of(weight, active))
-    params = project(plus(state.params, value))
-    dual = plus(state.dual, minus(local.params, params))
-    after = ConsensusState(params, local.params, dual, link)
-    return kept(active, after, state._replace(params=params, link=link))
+  def message(self, local, state, *, key, presence=EVERYONE):
+    del key
+    change = optax.tree.sub(optax.tree.add(local.params, state.dual), state.params)
+    return change, state._replace(own=kept(presence.active, local.params, state.own))
 
-  over = lambda wrap: _consensus(project, learning_rate, wrap(aggregator), penalty, period)
-  onto = lambda project: _consensus(project, learning_rate, aggregator, penalty, period)
-  begin = lambda state: ConsensusLocal(state.own)
-  return Method(init, begin, step, sync, lambda state: state.params, period, over, onto=onto)
+  def receive(self, value, sent, state, *, key, presence=EVERYONE):
+    del sent, key
+    params = optax.tree.add(state.params, value)
+    params = self.project(params) if self.project else params
+    dual = optax.tree.add(state.dual, optax.tree.sub(state.own, params))
+    return state._replace(params=params, dual=kept(presence.active, dual, state.dual))
+
+  def onto(self, project):
+    return self.replace(project=project)
+
+
+consensus_admm = ConsensusADMM

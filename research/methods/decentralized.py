@@ -5,18 +5,26 @@ constant step size leaves these methods at a distance from the optimum that is p
 `methods/consensus.py` has those that are exact.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import KW_ONLY
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from research.aggregate.composition import refuse
 from research.aggregate.gossip import push
-from research.aggregate.presence import alike, kept, need_everyone, presence_of, weighted
+from research.aggregate.presence import alike, kept, need_everyone, weighted
 from research.comm.topology import Topology
-from research.core.base import Aggregator, Array, Method, Params, State, Tree
-from research.methods.local import LocalSteps, begin, check_steps, minus, plus, stepping
+from research.core import checks
+from research.core.base import EVERYONE, Aggregator, Array, Params, State, Trait, Tree
+from research.core.part import hidden
+from research.methods._steps import LocalStepping, LocalSteps, OneGradient, descended
+
+# Of methods that average models among neighbours.
+AMONG_NEIGHBOURS = {
+  Trait.WEIGHTED: "a worker's steps would count by its place in the graph; take sgp"
+}
 
 
 class DPSGDState(NamedTuple):
@@ -25,9 +33,7 @@ class DPSGDState(NamedTuple):
   link: State  # of the aggregator
 
 
-def d_psgd(
-  inner: optax.GradientTransformation, aggregator: Aggregator, *, period: int = 1
-) -> Method:
+class DPSGD(LocalStepping, name="d_psgd"):
   """Decentralized parallel SGD, with any inner optimizer: a step, then an average of neighbours.
 
       x_{k+1}^i = sum_j w_ij (x_k^j + weight_j inner(grad f_j(x_k^j)))
@@ -43,26 +49,37 @@ def d_psgd(
     period: H, local steps per average.
 
   Raises:
-    ValueError: if period < 1, or for an aggregator in `composition.REFUSED`.
+    ValueError: if period < 1, or for an aggregator that it refuses.
 
   Reference: Lian, Zhang, Zhang, Hsieh, Zhang, Liu 2017, arXiv 1705.09056, algorithm 1; with local
     steps Koloskova, Loizou, Boreiri, Jaggi, Stich 2020, arXiv 2003.10422, algorithm 1.
   """
-  check_steps("period", period)
-  refuse("d_psgd", aggregator)
 
-  def init(params):
-    return DPSGDState(params, inner.init(params), aggregator.init(params))
+  inner: optax.GradientTransformation
+  aggregator: Aggregator
+  _: KW_ONLY
+  period: int = 1
 
-  def sync(local, state, *, key, weight=1.0, active=True):
-    change = weighted(minus(local.params, state.params), presence_of(weight, active))
-    moved = plus(state.params, change)
-    params, _, link = aggregator.aggregate(moved, state.link, key, alike(active))
-    after = DPSGDState(params, local.inner, link)
-    return kept(active, after, state._replace(link=link))
+  refuses = AMONG_NEIGHBOURS
 
-  over = lambda wrap: d_psgd(inner, wrap(aggregator), period=period)
-  return Method(init, begin, stepping(inner), sync, lambda state: state.params, period, over)
+  def init(self, params):
+    return DPSGDState(params, self.inner.init(params), self.aggregator.init(params))
+
+  def message(self, local, state, *, key, presence=EVERYONE):
+    del key
+    change = weighted(optax.tree.sub(local.params, state.params), presence)
+    own = kept(presence.active, local.inner, state.inner)
+    return optax.tree.add(state.params, change), state._replace(inner=own)
+
+  def receive(self, value, sent, state, *, key, presence=EVERYONE):
+    del sent, key
+    return state._replace(params=kept(presence.active, value, state.params))
+
+  def counted(self, presence):
+    return alike(presence.active)
+
+
+d_psgd = DPSGD
 
 
 class SGPState(NamedTuple):
@@ -72,7 +89,7 @@ class SGPState(NamedTuple):
   link: State  # of the exchange
 
 
-def sgp(inner: optax.GradientTransformation, topology: Topology, *, period: int = 1) -> Method:
+class SGP(LocalStepping, name="sgp"):
   """Stochastic gradient push, for directed and time-varying graphs, with any inner optimizer.
 
       x_{k+1}^i = sum_j a_ij (x_k^j + weight_j inner(grad f_j(z_k^j)))
@@ -91,54 +108,57 @@ def sgp(inner: optax.GradientTransformation, topology: Topology, *, period: int 
 
   Reference: Assran, Loizou, Ballas, Rabbat 2019, arXiv 1811.10792, algorithm 1.
   """
-  check_steps("period", period)
-  return _sgp(inner, push(topology), period)
 
+  inner: optax.GradientTransformation
+  topology: Topology
+  _: KW_ONLY
+  period: int = 1
+  aggregator: Any = hidden(None)
 
-def _sgp(inner: optax.GradientTransformation, exchange: Aggregator, period: int) -> Method:
-  def init(params):
+  refuses: ClassVar[Mapping[Trait, str]] = {}
+
+  def __post_init__(self):
+    if self.aggregator is None:
+      object.__setattr__(self, "aggregator", push(self.topology))
+    super().__post_init__()
+
+  def init(self, params):
     weight = jnp.ones(())
-    return SGPState(params, weight, inner.init(params), exchange.init((params, weight)))
+    return SGPState(params, weight, self.inner.init(params), self.aggregator.init((params, weight)))
 
-  def unbiased(state):
+  def params(self, state):
     return jax.tree.map(lambda x: (x / state.weight).astype(x.dtype), state.numerator)
 
-  def begin(state):
-    return LocalSteps(unbiased(state), state.inner)
+  def begin(self, state):
+    return LocalSteps(self.params(state), state.inner)
 
-  def sync(local, state, *, key, weight=1.0, active=True):
-    need_everyone("sgp", presence_of(1.0, active))
-    change = weighted(minus(local.params, unbiased(state)), presence_of(weight, active))
-    pushed = plus(state.numerator, change), state.weight
-    (numerator, total), _, link = exchange.aggregate(pushed, state.link, key)
-    return SGPState(numerator, total, local.inner, link)
+  def message(self, local, state, *, key, presence=EVERYONE):
+    del key
+    need_everyone("sgp", EVERYONE if presence.active is True else presence)
+    change = weighted(optax.tree.sub(local.params, self.params(state)), presence)
+    pushed = optax.tree.add(state.numerator, change), state.weight
+    return pushed, state._replace(inner=local.inner)
 
-  over = lambda wrap: _sgp(inner, wrap(exchange), period)
-  return Method(init, begin, stepping(inner), sync, unbiased, period, over)
+  def receive(self, value, sent, state, *, key, presence=EVERYONE):
+    del sent, key, presence
+    numerator, weight = value
+    return state._replace(numerator=numerator, weight=weight)
 
-
-class GradientLocal(NamedTuple):
-  params: Params
-  grads: Tree  # at params
-
-
-def gradient_at(state) -> GradientLocal:
-  """The begin of a method that only needs the gradient at its model."""
-  return GradientLocal(state.params, jax.tree.map(jnp.zeros_like, state.params))
+  def counted(self, presence):
+    del presence
+    return EVERYONE
 
 
-def kept_gradient(grads, local, state, *, key, grad_fn=None) -> GradientLocal:
-  """The step of such a method."""
-  del state, key, grad_fn
-  return local._replace(grads=grads)
+sgp = SGP
 
 
 class DGDState(NamedTuple):
   params: Params  # x_k^i
+  grads: Tree  # weight_i grad f_i(x_k^i), of the exchange under way
   link: State
 
 
-def dgd(learning_rate: float, aggregator: Aggregator) -> Method:
+class DGD(OneGradient, name="dgd"):
   """Decentralized gradient descent: an average of the neighbours, less a gradient of one's own.
 
       x_{k+1}^i = sum_j w_ij x_k^j - alpha weight_i grad f_i(x_k^i)
@@ -148,37 +168,35 @@ def dgd(learning_rate: float, aggregator: Aggregator) -> Method:
     aggregator: how the workers' models are averaged, such as `gossip(ring())`.
 
   Raises:
-    ValueError: if learning_rate <= 0, or for an aggregator in `composition.REFUSED`.
+    ValueError: if learning_rate <= 0, or for an aggregator that it refuses.
 
   Reference: Nedic, Ozdaglar 2009, IEEE Trans. Automatic Control 54(1); Yuan, Ling, Yin
     2016, arXiv 1310.7063, for what a constant step size leaves.
   """
-  check_rate(learning_rate)
-  refuse("dgd", aggregator)
 
-  def init(params):
-    return DGDState(params, aggregator.init(params))
+  learning_rate: float
+  aggregator: Aggregator
 
-  def sync(local, state, *, key, weight=1.0, active=True):
-    grads = weighted(local.grads, presence_of(weight, active))
-    mixed, _, link = aggregator.aggregate(state.params, state.link, key, alike(active))
-    params = descended(mixed, learning_rate, grads)
-    return DGDState(kept(active, params, state.params), link)
+  refuses = AMONG_NEIGHBOURS
 
-  over = lambda wrap: dgd(learning_rate, wrap(aggregator))
-  return Method(init, gradient_at, kept_gradient, sync, lambda state: state.params, 1, over)
+  def check(self):
+    checks.above("learning_rate", self.learning_rate)
+
+  def init(self, params):
+    return DGDState(params, optax.tree.zeros_like(params), self.aggregator.init(params))
+
+  def message(self, local, state, *, key, presence=EVERYONE):
+    del key
+    return state.params, state._replace(grads=weighted(local.grads, presence))
+
+  def receive(self, value, sent, state, *, key, presence=EVERYONE):
+    del sent, key
+    params = descended(value, self.learning_rate, state.grads)
+    params = kept(presence.active, params, state.params)
+    return state._replace(params=params, grads=optax.tree.zeros_like(params))
+
+  def counted(self, presence):
+    return alike(presence.active)
 
 
-def descended(params: Params, rate: float, direction: Tree) -> Params:
-  """x - rate d."""
-  return jax.tree.map(lambda x, d: x - rate * d, params, direction)
-
-
-def check_rate(learning_rate: float) -> None:
-  """Refuses step sizes that are not above zero.
-
-  Raises:
-    ValueError: with the value.
-  """
-  if not learning_rate > 0:
-    raise ValueError(f"learning_rate={learning_rate} is not above 0")
+dgd = DGD

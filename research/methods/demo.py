@@ -1,17 +1,18 @@
 """DeMo: momenta that stay on their workers, but for the fast part of them that is sent."""
 
+from dataclasses import KW_ONLY
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from research.aggregate.composition import refuse
-from research.aggregate.presence import kept, presence_of, unweighted, weighted
-from research.core.base import Aggregator, Array, Method, Params, State, Tree
-from research.methods.decentralized import gradient_at, kept_gradient
-from research.methods.local import minus
-from research.methods.signum import check_decay, check_rate, moved, rate_at
+from research.aggregate import composition
+from research.aggregate.presence import kept, unweighted, weighted
+from research.core import checks
+from research.core.base import EVERYONE, Aggregator, Array, Params, State, Tree
+from research.core.method import COMMON_MODEL
+from research.methods._steps import OneGradient, check_rate, moved, rate_at
 
 
 class DeMoState(NamedTuple):
@@ -21,9 +22,7 @@ class DeMoState(NamedTuple):
   count: Array  # int32, t
 
 
-def demo(
-  learning_rate: float | optax.Schedule, aggregator: Aggregator, *, decay: float = 0.999
-) -> Method:
+class DeMo(OneGradient, name="demo"):
   """Decoupled momentum: each worker sends the largest components of its momentum and drops them.
 
       m_{t+1/2}^i = beta m_t^i + weight_i grad f_i(theta_t)
@@ -40,28 +39,44 @@ def demo(
     decay: beta, in [0, 1).
 
   Raises:
-    ValueError: for arguments out of range, or an aggregator in `composition.REFUSED`.
+    ValueError: for arguments out of range, or an aggregator that it refuses.
 
   Reference: Peng, Quesnelle, Kingma 2024, arXiv 2411.19870, algorithm 1, in its variant with
     signs.
   """
-  check_rate(learning_rate)
-  check_decay(decay=decay)
-  refuse("demo", aggregator)
 
-  def init(params):
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    return DeMoState(params, zeros, aggregator.init(params), jnp.zeros((), jnp.int32))
+  learning_rate: float | optax.Schedule
+  aggregator: Aggregator
+  _: KW_ONLY
+  decay: float = 0.999
 
-  def sync(local, state, *, key, weight=1.0, active=True):
-    presence = presence_of(weight, active)
+  refuses = COMMON_MODEL | composition.MEMORY | composition.BOUNDED
+
+  def check(self):
+    check_rate(self.learning_rate)
+    checks.in_range("decay", self.decay, "[0, 1)")
+
+  def init(self, params):
+    zeros = optax.tree.zeros_like(params)
+    return DeMoState(params, zeros, self.aggregator.init(params), jnp.zeros((), jnp.int32))
+
+  def message(self, local, state, *, key, presence=EVERYONE):
+    del key
     grads = weighted(local.grads, presence)
-    momentum = jax.tree.map(lambda m, g: decay * m + g, state.momentum, grads)
-    value, sent, link = aggregator.aggregate(momentum, state.link, key, unweighted(presence))
-    own = kept(active, minus(momentum, sent), state.momentum)
-    signs = jax.tree.map(jnp.sign, value)
-    params = moved(state.params, rate_at(learning_rate, state.count), signs)
-    return DeMoState(params, own, link, state.count + 1)
+    momentum = jax.tree.map(lambda m, g: self.decay * m + g, state.momentum, grads)
+    own = kept(presence.active, momentum, state.momentum)
+    return momentum, state._replace(momentum=own)
 
-  over = lambda wrap: demo(learning_rate, wrap(aggregator), decay=decay)
-  return Method(init, gradient_at, kept_gradient, sync, lambda state: state.params, 1, over)
+  def receive(self, value, sent, state, *, key, presence=EVERYONE):
+    del key
+    left = optax.tree.sub(state.momentum, sent)
+    own = kept(presence.active, left, state.momentum)
+    signs = jax.tree.map(jnp.sign, value)
+    params = moved(state.params, rate_at(self.learning_rate, state.count), signs)
+    return state._replace(params=params, momentum=own, count=state.count + 1)
+
+  def counted(self, presence):
+    return unweighted(presence)
+
+
+demo = DeMo

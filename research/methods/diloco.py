@@ -1,13 +1,14 @@
 """DiLoCo: local steps, and an outer optimizer that takes the mean change for a gradient."""
 
-from typing import NamedTuple
+from dataclasses import KW_ONLY
+from typing import Any, ClassVar, NamedTuple
 
 import optax
 
-from research.aggregate.composition import refuse
-from research.aggregate.presence import kept, presence_of
-from research.core.base import Aggregator, Method, Params, State
-from research.methods.local import Period, begin, minus, periods, served, stepping
+from research.aggregate.presence import kept
+from research.core.base import EVERYONE, Aggregator, Params, State
+from research.core.method import Period
+from research.methods._steps import LocalStepping
 
 
 class DiLoCoState(NamedTuple):
@@ -17,13 +18,27 @@ class DiLoCoState(NamedTuple):
   link: State  # of the aggregator
 
 
-def diloco(
-  inner: optax.GradientTransformation,
-  outer: optax.GradientTransformation,
-  aggregator: Aggregator,
-  *,
-  period: Period = 50,
-) -> Method:
+class OuterStepping(LocalStepping):
+  """Local steps, whose mean change is the gradient of an outer optimizer."""
+
+  outer: ClassVar[Any]  # an optax transformation
+
+  def init(self, params):
+    states = self.inner.init(params), self.outer.init(params), self.aggregator.init(params)
+    return DiLoCoState(params, *states)
+
+  def message(self, local, state, *, key, presence=EVERYONE):
+    del key
+    own = kept(presence.active, local.inner, state.inner)
+    return optax.tree.sub(state.params, local.params), state._replace(inner=own)
+
+  def receive(self, value, sent, state, *, key, presence=EVERYONE):
+    del sent, key, presence
+    updates, optimizer = self.outer.update(value, state.outer, state.params)
+    return state._replace(params=optax.apply_updates(state.params, updates), outer=optimizer)
+
+
+class DiLoCo(OuterStepping, name="diloco"):
   """Distributed low-communication training.
 
       theta_{t,0}^i = theta_t,   theta_{t,h+1}^i = theta_{t,h}^i + inner(grad f_i(theta_{t,h}^i))
@@ -40,25 +55,17 @@ def diloco(
     period: H, local steps per round, or [[first round, H], ...] where it changes.
 
   Raises:
-    ValueError: if period < 1, or a schedule of it does not begin at round 0 and rise.
+    ValueError: if period < 1, a schedule of it does not begin at round 0 and rise, or for an
+      aggregator whose value differs between workers.
 
   Reference: Douillard et al. 2023, arXiv 2311.08105, algorithm 1.
   """
-  first, later = periods(period)
-  refuse("diloco", aggregator)
 
-  def init(params):
-    return DiLoCoState(params, inner.init(params), outer.init(params), aggregator.init(params))
+  inner: optax.GradientTransformation
+  outer: optax.GradientTransformation
+  aggregator: Aggregator
+  _: KW_ONLY
+  period: Period = 50
 
-  def sync(local, state, *, key, weight=1.0, active=True):
-    gradient = minus(state.params, local.params)
-    value, _, link = aggregator.aggregate(gradient, state.link, key, presence_of(weight, active))
-    updates, optimizer = outer.update(value, state.outer, state.params)
-    own = kept(active, local.inner, state.inner)
-    return DiLoCoState(optax.apply_updates(state.params, updates), own, optimizer, link)
 
-  over = lambda wrap: diloco(inner, outer, wrap(aggregator), period=period)
-  of_rounds = lambda period, _: diloco(inner, outer, aggregator, period=period)
-  params = lambda state: state.params
-  step, way = stepping(inner), served(inner, outer, aggregator)
-  return Method(init, begin, step, sync, params, first, over, of_rounds, later, served=way)
+diloco = DiLoCo

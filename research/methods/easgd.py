@@ -1,17 +1,17 @@
 """Elastic averaging: workers explore around a centre, which follows them."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import KW_ONLY
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from research.aggregate.composition import refuse
-from research.aggregate.presence import kept, presence_of
+from research.aggregate.presence import kept
 from research.comm import collectives
-from research.core.base import Aggregator, Array, Method, Params, State
-from research.methods.local import Period, minus, periods, plus
+from research.core import checks
+from research.core.base import EVERYONE, Aggregator, Array, Params, State
+from research.core.method import Method, Period
 
 
 class ElasticState(NamedTuple):
@@ -27,13 +27,44 @@ class ElasticLocal(NamedTuple):
   first: Array  # bool, whether the round's first step is still to come
 
 
-def easgd(
-  inner: optax.GradientTransformation,
-  aggregator: Aggregator,
-  *,
-  period: Period = 10,
-  alpha: float = 0.1,
-) -> Method:
+class Elastic(Method):
+  """Workers that are pulled to a centre, and a centre that is pulled to them, once per round."""
+
+  alpha: ClassVar[float]
+
+  def check(self):
+    checks.in_range("alpha", self.alpha, "(0, 1)")
+
+  def pulled(self, params: Params, local: ElasticLocal, state: ElasticState) -> Params:
+    """In a round's first step, also towards the centre from where the worker stood before it."""
+    pull = lambda y, x, z: y - jnp.where(local.first, self.alpha * (x - z), 0)
+    return jax.tree.map(pull, params, state.params, state.centre)
+
+  def model(self, local: ElasticLocal) -> Params:
+    """This worker's model at the end of a round."""
+    return local.params
+
+  def message(self, local, state, *, key, presence=EVERYONE):
+    del key
+    workers = collectives.worker_count()
+    if self.alpha * (1 + workers) >= 2:
+      raise ValueError(f"alpha={self.alpha} is not below 2 / (1 + W) with W = {workers} workers")
+    own = self.model(local), local.inner
+    params, inner = kept(presence.active, own, (state.params, state.inner))
+    distance = optax.tree.sub(state.params, state.centre)
+    return distance, state._replace(params=params, inner=inner)
+
+  def receive(self, value, sent, state, *, key, presence=EVERYONE):
+    del sent, key, presence
+    workers = collectives.worker_count()
+    move = lambda z, d: z + workers * self.alpha * d
+    return state._replace(centre=jax.tree.map(move, state.centre, value))
+
+  def params(self, state):
+    return state.centre
+
+
+class EASGD(Elastic, name="easgd"):
   """Synchronous elastic averaging SGD, with any inner optimizer; the centre is deployed.
 
       x_{t+1}^i = x_t^i + inner(grad f_i(x_t^i)) - [tau | t] alpha (x_t^i - z_t)
@@ -58,36 +89,30 @@ def easgd(
 
   Reference: Zhang, Choromanska, LeCun 2015, arXiv 1412.6651, section 3 and algorithm 1.
   """
-  _check(alpha)
-  first, later = periods(period)
-  refuse("easgd", aggregator)
 
-  def init(params):
-    return ElasticState(params, params, inner.init(params), aggregator.init(params))
+  inner: optax.GradientTransformation
+  aggregator: Aggregator
+  _: KW_ONLY
+  period: Period = 10
+  alpha: float = 0.1
 
-  def begin(state):
+  def init(self, params):
+    return ElasticState(params, params, self.inner.init(params), self.aggregator.init(params))
+
+  def begin(self, state):
     return ElasticLocal(state.params, state.inner, jnp.ones((), bool))
 
-  def step(grads, local, state, *, key, grad_fn=None):
+  def step(self, grads, local, state, *, key, grad_fn=None):
     del key, grad_fn
-    updates, optimizer = inner.update(grads, local.inner, local.params)
-    moved = optax.apply_updates(local.params, updates)
-    return ElasticLocal(_pulled(moved, local, state, alpha), optimizer, jnp.zeros((), bool))
-
-  over = lambda wrap: easgd(inner, wrap(aggregator), period=period, alpha=alpha)
-  sync = _exchanging(aggregator, alpha, lambda local: local.params)
-  of_rounds = lambda period, _: easgd(inner, aggregator, period=period, alpha=alpha)
-  return Method(init, begin, step, sync, lambda state: state.centre, first, over, of_rounds, later)
+    updates, optimizer = self.inner.update(grads, local.inner, local.params)
+    params = self.pulled(optax.apply_updates(local.params, updates), local, state)
+    return ElasticLocal(params, optimizer, jnp.zeros((), bool))
 
 
-def eamsgd(
-  learning_rate: float,
-  aggregator: Aggregator,
-  *,
-  momentum: float = 0.99,
-  period: Period = 10,
-  alpha: float = 0.1,
-) -> Method:
+easgd = EASGD
+
+
+class EAMSGD(Elastic, name="eamsgd"):
   """Elastic averaging with Nesterov's momentum; the centre is deployed.
 
       v_{t+1}^i = delta v_t^i - eta grad f_i(x_t^i + delta v_t^i)
@@ -108,64 +133,41 @@ def eamsgd(
 
   Reference: Zhang, Choromanska, LeCun 2015, arXiv 1412.6651, algorithm 2, made synchronous.
   """
-  _check(alpha)
-  first, later = periods(period)
-  if learning_rate <= 0:
-    raise ValueError(f"learning_rate={learning_rate} is not above 0")
-  if not 0 <= momentum < 1:
-    raise ValueError(f"momentum={momentum} is not in [0, 1)")
 
-  ahead = lambda params, v: jax.tree.map(lambda x, v: x + momentum * v, params, v)
-  model = lambda local: jax.tree.map(lambda y, v: y - momentum * v, local.params, local.inner)
-  refuse("eamsgd", aggregator)
+  learning_rate: float
+  aggregator: Aggregator
+  _: KW_ONLY
+  momentum: float = 0.99
+  period: Period = 10
+  alpha: float = 0.1
 
-  def init(params):
-    velocity = jax.tree.map(jnp.zeros_like, params)
-    return ElasticState(params, params, velocity, aggregator.init(params))
+  def check(self):
+    super().check()
+    checks.above("learning_rate", self.learning_rate)
+    checks.in_range("momentum", self.momentum, "[0, 1)")
 
-  def begin(state):
-    return ElasticLocal(ahead(state.params, state.inner), state.inner, jnp.ones((), bool))
+  def init(self, params):
+    velocity = optax.tree.zeros_like(params)
+    return ElasticState(params, params, velocity, self.aggregator.init(params))
 
-  def step(grads, local, state, *, key, grad_fn=None):
+  def ahead(self, params: Params, velocity: Params) -> Params:
+    """x + delta v, where the gradient is taken."""
+    return jax.tree.map(lambda x, v: x + self.momentum * v, params, velocity)
+
+  def model(self, local):
+    return jax.tree.map(lambda y, v: y - self.momentum * v, local.params, local.inner)
+
+  def begin(self, state):
+    ahead = self.ahead(state.params, state.inner)
+    return ElasticLocal(ahead, state.inner, jnp.ones((), bool))
+
+  def step(self, grads, local, state, *, key, grad_fn=None):
     del key, grad_fn
-    accelerate = lambda v, g: momentum * v - learning_rate * g
+    accelerate = lambda v, g: self.momentum * v - self.learning_rate * g
     velocity = jax.tree.map(accelerate, local.inner, grads)
-    moved = plus(model(local), velocity)
-    params = ahead(_pulled(moved, local, state, alpha), velocity)
+    moved = optax.tree.add(self.model(local), velocity)
+    params = self.ahead(self.pulled(moved, local, state), velocity)
     return ElasticLocal(params, velocity, jnp.zeros((), bool))
 
-  rates = {"momentum": momentum, "alpha": alpha}
-  over = lambda wrap: eamsgd(learning_rate, wrap(aggregator), period=period, **rates)
-  of_rounds = lambda period, _: eamsgd(learning_rate, aggregator, period=period, **rates)
-  sync = _exchanging(aggregator, alpha, model)
-  return Method(init, begin, step, sync, lambda state: state.centre, first, over, of_rounds, later)
 
-
-def _check(alpha: float) -> None:
-  if not 0 < alpha < 1:
-    raise ValueError(f"alpha={alpha} is not in (0, 1)")
-
-
-def _pulled(moved: Params, local: ElasticLocal, state: ElasticState, alpha: float) -> Params:
-  """In a round's first step, also towards the centre from where the worker stood before it."""
-  pull = lambda y, x, z: y - jnp.where(local.first, alpha * (x - z), 0)
-  return jax.tree.map(pull, moved, state.params, state.centre)
-
-
-def _exchanging(
-  aggregator: Aggregator, alpha: float, model: Callable[[ElasticLocal], Params]
-) -> Callable[..., ElasticState]:
-  """The `sync` that moves the centre towards where the workers were when the round began."""
-
-  def sync(local, state, *, key, weight=1.0, active=True):
-    workers = collectives.worker_count()
-    if alpha * (1 + workers) >= 2:
-      raise ValueError(f"alpha={alpha} is not below 2 / (1 + W) with W = {workers} workers")
-    distance = minus(state.params, state.centre)
-    value, _, link = aggregator.aggregate(distance, state.link, key, presence_of(weight, active))
-    move = lambda z, d: z + workers * alpha * d
-    centre = jax.tree.map(move, state.centre, value)
-    own = kept(active, (model(local), local.inner), (state.params, state.inner))
-    return ElasticState(own[0], centre, own[1], link)
-
-  return sync
+eamsgd = EAMSGD

@@ -3,18 +3,17 @@
 A client starts every round anew from the server's model and keeps nothing.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import KW_ONLY
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import optax
 
-from research.aggregate.composition import refuse
-from research.aggregate.presence import presence_of
-from research.core.base import Aggregator, Method, Params, State
-from research.methods.decentralized import check_rate
-from research.methods.local import LocalSteps, minus, stepping
-from research.methods.passes import in_rounds
+from research.core import checks
+from research.core.base import EVERYONE, Aggregator, Params, State
+from research.methods._passes import ByPasses
+from research.methods._steps import LocalStepping, LocalSteps
 from research.optim import server
 
 
@@ -24,14 +23,28 @@ class FederatedState(NamedTuple):
   link: State  # of the aggregator
 
 
-def fed_avg(
-  inner: optax.GradientTransformation,
-  aggregator: Aggregator,
-  *,
-  epochs: int = 1,
-  period: int = 0,
-  learning_rate: float = 1.0,
-) -> Method:
+class Federated(ByPasses, LocalStepping):
+  """Fresh local steps from the server's model, whose optimizer takes their mean for a gradient."""
+
+  outer: ClassVar[Any]  # an optax transformation
+
+  def init(self, params):
+    return FederatedState(params, self.outer.init(params), self.aggregator.init(params))
+
+  def begin(self, state):
+    return LocalSteps(state.params, self.inner.init(state.params))
+
+  def message(self, local, state, *, key, presence=EVERYONE):
+    del key, presence
+    return optax.tree.sub(state.params, local.params), state
+
+  def receive(self, value, sent, state, *, key, presence=EVERYONE):
+    del sent, key, presence
+    updates, optimizer = self.outer.update(value, state.outer, state.params)
+    return state._replace(params=optax.apply_updates(state.params, updates), outer=optimizer)
+
+
+class FedAvg(Federated, name="fed_avg"):
   """Federated averaging.
 
       y_{t,0}^i = x_t,   y_{t,k+1}^i = y_{t,k}^i + inner(grad f_i(y_{t,k}^i))     k in [K_i]
@@ -50,23 +63,32 @@ def fed_avg(
 
   Raises:
     ValueError: if epochs < 1, period < 0, both are set, or learning_rate <= 0, or for an aggregator
-      in `composition.REFUSED`.
+      that it refuses.
 
   Reference: McMahan, Moore, Ramage, Hampson, Aguera y Arcas 2016, arXiv 1602.05629, algorithm 1.
   """
-  check_rate(learning_rate)
-  outer = optax.sgd(learning_rate)
-  return _federated("fed_avg", inner, stepping(inner), outer, aggregator, epochs, period)
+
+  inner: optax.GradientTransformation
+  aggregator: Aggregator
+  _: KW_ONLY
+  epochs: int = 1
+  period: int = 0
+  learning_rate: float = 1.0
+
+  def check(self):
+    checks.above("learning_rate", self.learning_rate)
+    super().check()
+
+  @cached_property
+  def outer(self) -> optax.GradientTransformation:
+    """The server's step."""
+    return optax.sgd(self.learning_rate)
 
 
-def fed_prox(
-  inner: optax.GradientTransformation,
-  aggregator: Aggregator,
-  *,
-  mu: float = 0.01,
-  epochs: int = 1,
-  period: int = 0,
-) -> Method:
+fed_avg = FedAvg
+
+
+class FedProx(Federated, name="fed_prox"):
   """Federated averaging of clients that are held to the server's model by a proximal term.
 
       y_{t,k+1}^i = y_{t,k}^i + inner(grad f_i(y_{t,k}^i) + mu (y_{t,k}^i - x_t))
@@ -88,26 +110,30 @@ def fed_prox(
 
   Reference: Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith 2018, arXiv 1812.06127, algorithm 2.
   """
-  if not mu >= 0:
-    raise ValueError(f"mu={mu} is not at least 0")
-  ordinary = stepping(inner)
 
-  def step(grads, local, state, *, key, grad_fn=None):
-    held = lambda g, y, x: g + mu * (y - x)
+  inner: optax.GradientTransformation
+  aggregator: Aggregator
+  _: KW_ONLY
+  mu: float = 0.01
+  epochs: int = 1
+  period: int = 0
+
+  outer = optax.sgd(1.0)
+
+  def check(self):
+    checks.at_least("mu", self.mu, 0)
+    super().check()
+
+  def step(self, grads, local, state, *, key, grad_fn=None):
+    held = lambda g, y, x: g + self.mu * (y - x)
     grads = jax.tree.map(held, grads, local.params, state.params)
-    return ordinary(grads, local, state, key=key, grad_fn=grad_fn)
-
-  return _federated("fed_prox", inner, step, optax.sgd(1.0), aggregator, epochs, period)
+    return super().step(grads, local, state, key=key, grad_fn=grad_fn)
 
 
-def fed_opt(
-  inner: optax.GradientTransformation,
-  outer: optax.GradientTransformation,
-  aggregator: Aggregator,
-  *,
-  epochs: int = 1,
-  period: int = 0,
-) -> Method:
+fed_prox = FedProx
+
+
+class FedOpt(Federated, name="fed_opt"):
   """Federated optimization: the server's optimizer takes the clients' mean change for a gradient.
 
       y_{t,0}^i = x_t,   y_{t,k+1}^i = y_{t,k}^i + inner(grad f_i(y_{t,k}^i))     k in [K_i]
@@ -128,20 +154,19 @@ def fed_opt(
 
   Reference: Reddi et al. 2020, arXiv 2003.00295, algorithm 1.
   """
-  return _federated("fed_opt", inner, stepping(inner), outer, aggregator, epochs, period)
+
+  inner: optax.GradientTransformation
+  outer: optax.GradientTransformation
+  aggregator: Aggregator
+  _: KW_ONLY
+  epochs: int = 1
+  period: int = 0
 
 
-def fed_adam(
-  inner: optax.GradientTransformation,
-  aggregator: Aggregator,
-  *,
-  learning_rate: float = 0.01,
-  b1: float = 0.9,
-  b2: float = 0.99,
-  tau: float = 1e-3,
-  epochs: int = 1,
-  period: int = 0,
-) -> Method:
+fed_opt = FedOpt
+
+
+class FedAdam(Federated, name="fed_adam"):
   """`fed_opt` with the paper's Adam, which has no bias correction, at the server.
 
       m_t = b1 m_{t-1} + (1 - b1) Delta_t,   v_t = b2 v_{t-1} + (1 - b2) Delta_t^2
@@ -163,77 +188,86 @@ def fed_adam(
 
   Reference: Reddi et al. 2020, arXiv 2003.00295, algorithm 2, FedAdam.
   """
-  outer = server.adam(learning_rate, b1, b2, tau)
-  return _federated("fed_adam", inner, stepping(inner), outer, aggregator, epochs, period)
+
+  inner: optax.GradientTransformation
+  aggregator: Aggregator
+  _: KW_ONLY
+  learning_rate: float = 0.01
+  b1: float = 0.9
+  b2: float = 0.99
+  tau: float = 1e-3
+  epochs: int = 1
+  period: int = 0
+
+  def check(self):
+    super().check()
+    server.adam(self.learning_rate, self.b1, self.b2, self.tau)
+
+  @cached_property
+  def outer(self) -> optax.GradientTransformation:
+    """The server's Adam."""
+    return server.adam(self.learning_rate, self.b1, self.b2, self.tau)
 
 
-def fed_yogi(
-  inner: optax.GradientTransformation,
-  aggregator: Aggregator,
-  *,
-  learning_rate: float = 0.01,
-  b1: float = 0.9,
-  b2: float = 0.99,
-  tau: float = 1e-3,
-  epochs: int = 1,
-  period: int = 0,
-) -> Method:
+fed_adam = FedAdam
+
+
+class FedYogi(Federated, name="fed_yogi"):
   """`fed_adam` with v_t = v_{t-1} - (1 - b2) Delta_t^2 sign(v_{t-1} - Delta_t^2).
 
   Args and raises as there.
 
   Reference: Reddi et al. 2020, arXiv 2003.00295, algorithm 2, FedYogi.
   """
-  outer = server.yogi(learning_rate, b1, b2, tau)
-  return _federated("fed_yogi", inner, stepping(inner), outer, aggregator, epochs, period)
+
+  inner: optax.GradientTransformation
+  aggregator: Aggregator
+  _: KW_ONLY
+  learning_rate: float = 0.01
+  b1: float = 0.9
+  b2: float = 0.99
+  tau: float = 1e-3
+  epochs: int = 1
+  period: int = 0
+
+  def check(self):
+    super().check()
+    server.yogi(self.learning_rate, self.b1, self.b2, self.tau)
+
+  @cached_property
+  def outer(self) -> optax.GradientTransformation:
+    """The server's Yogi."""
+    return server.yogi(self.learning_rate, self.b1, self.b2, self.tau)
 
 
-def fed_adagrad(
-  inner: optax.GradientTransformation,
-  aggregator: Aggregator,
-  *,
-  learning_rate: float = 0.01,
-  b1: float = 0.0,
-  tau: float = 1e-3,
-  epochs: int = 1,
-  period: int = 0,
-) -> Method:
+fed_yogi = FedYogi
+
+
+class FedAdagrad(Federated, name="fed_adagrad"):
   """`fed_adam` with v_t = v_{t-1} + Delta_t^2; the paper's experiments have no momentum.
 
   Args and raises as there.
 
   Reference: Reddi et al. 2020, arXiv 2003.00295, algorithm 2, FedAdagrad.
   """
-  outer = server.adagrad(learning_rate, b1, tau)
-  return _federated("fed_adagrad", inner, stepping(inner), outer, aggregator, epochs, period)
+
+  inner: optax.GradientTransformation
+  aggregator: Aggregator
+  _: KW_ONLY
+  learning_rate: float = 0.01
+  b1: float = 0.0
+  tau: float = 1e-3
+  epochs: int = 1
+  period: int = 0
+
+  def check(self):
+    super().check()
+    server.adagrad(self.learning_rate, self.b1, self.tau)
+
+  @cached_property
+  def outer(self) -> optax.GradientTransformation:
+    """The server's AdaGrad."""
+    return server.adagrad(self.learning_rate, self.b1, self.tau)
 
 
-def _federated(
-  name: str,
-  inner: optax.GradientTransformation,
-  step: Callable[..., LocalSteps],
-  outer: optax.GradientTransformation,
-  aggregator: Aggregator,
-  epochs: int,
-  period: int,
-) -> Method:
-  refuse(name, aggregator)
-
-  def begin(state):
-    return LocalSteps(state.params, inner.init(state.params))
-
-  def build(aggregator: Aggregator, participation: float) -> Method:
-    del participation  # the server's model is all that there is
-
-    def init(params):
-      return FederatedState(params, outer.init(params), aggregator.init(params))
-
-    def sync(local, state, *, key, weight=1.0, active=True):
-      gradient = minus(state.params, local.params)
-      value, _, link = aggregator.aggregate(gradient, state.link, key, presence_of(weight, active))
-      updates, optimizer = outer.update(value, state.outer, state.params)
-      return FederatedState(optax.apply_updates(state.params, updates), optimizer, link)
-
-    return Method(init, begin, step, sync, lambda state: state.params)
-
-  return in_rounds(build, aggregator, epochs, period)
+fed_adagrad = FedAdagrad

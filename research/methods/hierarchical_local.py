@@ -1,5 +1,6 @@
 """Hierarchical local SGD: averages often over fast links, and rarely over slow ones."""
 
+from dataclasses import KW_ONLY
 from typing import NamedTuple
 
 import jax
@@ -7,22 +8,21 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from research.aggregate.composition import refuse
 from research.aggregate.presence import kept, presence_of
 from research.analysis import wire
 from research.comm import collectives
+from research.core import checks
 from research.core.base import (
   EVERYONE,
   WORKER_AXES,
   Aggregator,
   Array,
   Key,
-  Method,
   Params,
   State,
   Tree,
 )
-from research.methods.local import begin, check_steps, minus, plus, stepping
+from research.methods._steps import LocalStepping
 
 _SLOW, _FAST = WORKER_AXES
 
@@ -36,14 +36,7 @@ class HierarchicalState(NamedTuple):
   count: Array  # int32, rounds so far
 
 
-def hierarchical_local_sgd(
-  inner: optax.GradientTransformation,
-  fast: Aggregator,
-  slow: Aggregator,
-  *,
-  inner_period: int = 8,
-  outer_period: int = 8,
-) -> Method:
+class HierarchicalLocalSGD(LocalStepping, name="hierarchical_local_sgd"):
   """Local SGD in slices of workers, and local SGD between the slices.
 
       y_i = x_s after H inner steps of worker i of slice s
@@ -67,42 +60,56 @@ def hierarchical_local_sgd(
 
   Reference: Lin, Stich, Patel, Jaggi 2020, arXiv 1808.07217 (hierarchical local SGD).
   """
-  check_steps("inner_period", inner_period)
-  check_steps("outer_period", outer_period)
-  refuse("hierarchical_local_sgd", fast)
-  refuse("hierarchical_local_sgd", slow)
 
-  def init(params):
-    links = fast.init(params), slow.init(params)
+  inner: optax.GradientTransformation
+  fast: Aggregator
+  slow: Aggregator
+  _: KW_ONLY
+  inner_period: int = 8
+  outer_period: int = 8
+
+  def check(self):
+    checks.at_least("inner_period", self.inner_period)
+    checks.at_least("outer_period", self.outer_period)
+
+  @property
+  def local_steps(self):
+    return self.inner_period
+
+  def init(self, params):
+    links = self.fast.init(params), self.slow.init(params)
     zero = jnp.zeros((), jnp.int32)
-    return HierarchicalState(params, params, inner.init(params), *links, zero)
+    return HierarchicalState(params, params, self.inner.init(params), *links, zero)
 
-  def sync(local, state, *, key, weight=1.0, active=True):
+  def sync(self, local, state, *, key, presence=EVERYONE):
     fast_key, slow_key = jax.random.split(key)
+    weight, active = presence
     own, of_slice = weight, weight
-    if presence_of(weight, active) is not EVERYONE:
+    if presence is not EVERYONE:
       of_slice = collectives.mean(jnp.where(active, weight, 0.0), _FAST)
       own = weight / jnp.where(of_slice > 0, of_slice, 1)
-    change = minus(local.params, state.params)
-    _check_fast(fast, change, state.fast, fast_key)
-    value, _, fast_link = fast.aggregate(change, state.fast, fast_key, presence_of(own, active))
-    params = plus(state.params, value)
+    change = optax.tree.sub(local.params, state.params)
+    _check_fast(self.fast, change, state.fast, fast_key)
+    alone = presence_of(own, active)
+    value, _, fast_link = self.fast.aggregate(change, state.fast, fast_key, alone)
+    params = optax.tree.add(state.params, value)
 
     def between(link):
       slice_ = presence_of(of_slice, True if active is True else of_slice > 0)
-      value, _, link = slow.aggregate(minus(params, state.common), link, slow_key, slice_)
-      common = plus(state.common, value)
+      change = optax.tree.sub(params, state.common)
+      value, _, link = self.slow.aggregate(change, link, slow_key, slice_)
+      common = optax.tree.add(state.common, value)
       return common, common, link
 
     count = state.count + 1
     apart = lambda link: (params, state.common, link)
-    params, common, slow_link = lax.cond(count % outer_period == 0, between, apart, state.slow)
+    due = count % self.outer_period == 0
+    params, common, slow_link = lax.cond(due, between, apart, state.slow)
     optimizer = kept(active, local.inner, state.inner)
     return HierarchicalState(params, common, optimizer, fast_link, slow_link, count)
 
-  periods = {"inner_period": inner_period, "outer_period": outer_period}
-  over = lambda wrap: hierarchical_local_sgd(inner, wrap(fast), wrap(slow), **periods)
-  return Method(init, begin, stepping(inner), sync, lambda state: state.params, inner_period, over)
+
+hierarchical_local_sgd = HierarchicalLocalSGD
 
 
 def _check_fast(fast: Aggregator, tree: Tree, state: State, key: Key) -> None:

@@ -1,5 +1,6 @@
 """MARINA: compressed differences of gradients, and now and then a whole gradient."""
 
+from dataclasses import KW_ONLY
 from typing import NamedTuple
 
 import jax
@@ -8,12 +9,13 @@ import numpy as np
 import optax
 from jax import lax
 
-from research.aggregate.composition import refuse
 from research.aggregate.mean import mean
-from research.aggregate.presence import presence_of
-from research.core.base import Aggregator, Array, Method, Params, State, Tree
-from research.methods.local import minus, plus
-from research.methods.signum import check_rate, moved, rate_at
+from research.core import checks
+from research.core.base import EVERYONE, Aggregator, Array, Params, State, Trait, Tree
+from research.core.method import Method
+from research.core.part import hidden
+from research.methods._steps import check_rate, moved, rate_at
+from research.methods.onebit_adam import EXACT_TOO
 
 
 class MarinaState(NamedTuple):
@@ -31,13 +33,7 @@ class MarinaLocal(NamedTuple):
   change: Tree  # grad f_i(x^k) - grad f_i(x^{k-1}), of the same mini-batch
 
 
-def marina(
-  learning_rate: float | optax.Schedule,
-  aggregator: Aggregator,
-  *,
-  probability: float = 0.1,
-  seed: int = 0,
-) -> Method:
+class Marina(Method, name="marina"):
   """Gradient descent along an estimate that compressed differences of gradients keep up to date.
 
       g^k = 1/W sum_i weight_i grad f_i(x^k)                                 with probability p
@@ -57,59 +53,62 @@ def marina(
     seed: of the coin.
 
   Raises:
-    ValueError: for arguments out of range, or an aggregator in `composition.REFUSED`; when it runs,
+    ValueError: for arguments out of range, or an aggregator that it refuses; when it runs,
       if there is no `grad_fn`.
 
   Reference: Gorbunov, Burlachenko, Li, Richtarik 2021, arXiv 2102.07845, algorithm 1.
   """
-  check_rate(learning_rate)
-  if not 0 < probability <= 1:
-    raise ValueError(f"probability={probability} is not in (0, 1]")
-  refuse("marina", aggregator)
-  return _marina(learning_rate, mean(), aggregator, probability, seed)
 
+  learning_rate: float | optax.Schedule
+  aggregator: Aggregator
+  _: KW_ONLY
+  probability: float = 0.1
+  seed: int = 0
+  exact: Aggregator = hidden(mean())
 
-def _marina(
-  learning_rate: float | optax.Schedule,
-  exact: Aggregator,
-  aggregator: Aggregator,
-  probability: float,
-  seed: int,
-) -> Method:
-  def init(params):
-    zeros, count = jax.tree.map(jnp.zeros_like, params), jnp.zeros((), jnp.int32)
-    return MarinaState(params, params, zeros, exact.init(params), aggregator.init(params), count)
+  refuses = EXACT_TOO | {
+    Trait.MEMORY: "a whole gradient makes good what was not sent before: a memory would send it "
+    "again"
+  }
 
-  def begin(state):
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
+  def check(self):
+    check_rate(self.learning_rate)
+    checks.in_range("probability", self.probability, "(0, 1]")
+
+  def init(self, params):
+    zeros, count = optax.tree.zeros_like(params), jnp.zeros((), jnp.int32)
+    links = self.exact.init(params), self.aggregator.init(params)
+    return MarinaState(params, params, zeros, *links, count)
+
+  def begin(self, state):
+    zeros = optax.tree.zeros_like(state.params)
     return MarinaLocal(state.params, zeros, zeros)
 
-  def step(grads, local, state, *, key, grad_fn=None):
+  def step(self, grads, local, state, *, key, grad_fn=None):
     del key
     if grad_fn is None:
       raise ValueError("marina needs gradients at its previous parameters too: pass grad_fn")
-    return local._replace(grads=grads, change=minus(grads, grad_fn(state.previous)))
+    change = optax.tree.sub(grads, grad_fn(state.previous))
+    return local._replace(grads=grads, change=change)
 
-  def sync(local, state, *, key, weight=1.0, active=True):
-    presence = presence_of(weight, active)
-
+  def sync(self, local, state, *, key, presence=EVERYONE):
     def whole(state):
-      estimate, _, link = exact.aggregate(local.grads, state.exact, key, presence)
+      estimate, _, link = self.exact.aggregate(local.grads, state.exact, key, presence)
       return state._replace(estimate=estimate, exact=link)
 
     def corrected(state):
       begun = jnp.any(jnp.asarray([jnp.any(g != 0) for g in jax.tree.leaves(state.estimate)]))
       missing = jax.tree.map(lambda d, g: jnp.where(begun, d, g), local.change, local.grads)
-      value, _, link = aggregator.aggregate(missing, state.link, key, presence)
-      return state._replace(estimate=plus(state.estimate, value), link=link)
+      value, _, link = self.aggregator.aggregate(missing, state.link, key, presence)
+      return state._replace(estimate=optax.tree.add(state.estimate, value), link=link)
 
-    is_whole = (state.count == 0) | coin(state.count, probability, seed)
+    is_whole = (state.count == 0) | coin(state.count, self.probability, self.seed)
     after = lax.cond(is_whole, whole, corrected, state)
-    params = moved(state.params, rate_at(learning_rate, state.count), after.estimate)
+    params = moved(state.params, rate_at(self.learning_rate, state.count), after.estimate)
     return after._replace(params=params, previous=state.params, count=state.count + 1)
 
-  over = lambda wrap: _marina(learning_rate, wrap(exact), wrap(aggregator), probability, seed)
-  return Method(init, begin, step, sync, lambda state: state.params, 1, over)
+
+marina = Marina
 
 
 def coin(count: Array, probability: float, seed: int) -> Array:

@@ -1,5 +1,6 @@
 """1-bit Adam: Adam at first, then a compressed momentum over the variance that Adam found."""
 
+from dataclasses import KW_ONLY
 from typing import NamedTuple
 
 import jax
@@ -7,21 +8,20 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from research.aggregate.composition import refuse
+from research.aggregate import composition
 from research.aggregate.mean import mean
-from research.aggregate.presence import presence_of
-from research.core.base import Aggregator, Array, Method, Params, State, Tree
-from research.methods.decentralized import gradient_at, kept_gradient
-from research.methods.local import check_steps
-from research.methods.signum import check_decay, check_rate, moved, rate_at
+from research.core import checks
+from research.core.base import EVERYONE, Aggregator, Array, Params, State, Trait, Tree
+from research.core.method import COMMON_MODEL
+from research.core.part import hidden
+from research.methods._steps import OneGradient, check_rate, mixed, moved, rate_at
 
-
-class Moments(NamedTuple):
-  """Hyper-parameters of Adam."""
-
-  b1: float
-  b2: float
-  eps: float
+# Of methods that need exact rounds, too.
+EXACT_TOO = (
+  COMMON_MODEL
+  | composition.AROUND
+  | {Trait.VOTE: "signs without a scale are no momentum, step or difference"}
+)
 
 
 class OnebitAdamState(NamedTuple):
@@ -33,15 +33,7 @@ class OnebitAdamState(NamedTuple):
   count: Array  # int32, t
 
 
-def onebit_adam(
-  learning_rate: float | optax.Schedule,
-  aggregator: Aggregator,
-  *,
-  warm_up: int = 100,
-  b1: float = 0.9,
-  b2: float = 0.999,
-  eps: float = 1e-8,
-) -> Method:
+class OnebitAdam(OneGradient, name="onebit_adam"):
   """Adam for T_w rounds, then momentum, aggregated, divided by the frozen variance.
 
       t <= T_w:  g_t = 1/W sum_i weight_i grad f_i(x_{t-1})
@@ -66,78 +58,73 @@ def onebit_adam(
     eps: above 0.
 
   Raises:
-    ValueError: for arguments out of range, or an aggregator in `composition.REFUSED`.
+    ValueError: for arguments out of range, or an aggregator that it refuses.
 
   Reference: Tang, Gan, Awan, Rajbhandari, Li, Lian, Liu, Zhang, He 2021, arXiv 2102.02888,
     algorithm 1.
   """
-  check_rate(learning_rate)
-  check_steps("warm_up", warm_up)
-  adam = checked_moments(b1, b2, eps)
-  refuse("onebit_adam", aggregator)
-  return _onebit_adam(learning_rate, mean(), aggregator, warm_up, adam)
+
+  learning_rate: float | optax.Schedule
+  aggregator: Aggregator
+  _: KW_ONLY
+  warm_up: int = 100
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-8
+  exact: Aggregator = hidden(mean())
+
+  refuses = EXACT_TOO
+
+  def check(self):
+    check_rate(self.learning_rate)
+    checks.at_least("warm_up", self.warm_up)
+    check_moments(self.b1, self.b2, self.eps)
+
+  def init(self, params):
+    zeros, count = optax.tree.zeros_like(params), jnp.zeros((), jnp.int32)
+    links = self.exact.init(params), self.aggregator.init(params)
+    return OnebitAdamState(params, zeros, zeros, *links, count)
+
+  def sync(self, local, state, *, key, presence=EVERYONE):
+    def warming(state):
+      grads, _, link = self.exact.aggregate(local.grads, state.exact, key, presence)
+      squares = jax.tree.map(jnp.square, grads)
+      m, v = mixed(self.b1, state.momentum, grads), mixed(self.b2, state.variance, squares)
+      return state._replace(momentum=m, variance=v, exact=link)
+
+    def frozen(state):
+      mine = mixed(self.b1, state.momentum, local.grads)
+      m, _, link = self.aggregator.aggregate(mine, state.link, key, presence)
+      seen = jax.tree.map(lambda m: m / (1 - self.b1), m)  # the mean gradient, after zeros alone
+      correction = 1 - self.b2 ** jnp.minimum(state.count + 1, self.warm_up)
+      v = if_unseen(state.variance, jax.tree.map(lambda g: correction * g**2, seen))
+      return state._replace(momentum=m, variance=v, link=link)
+
+    after = lax.cond(state.count < self.warm_up, warming, frozen, state)
+    count = state.count + 1
+    m = optax.tree.bias_correction(after.momentum, self.b1, count)
+    v = optax.tree.bias_correction(after.variance, self.b2, jnp.minimum(count, self.warm_up))
+    scaled = lambda m, v: jnp.where(v > 0, m / (jnp.sqrt(v) + self.eps), 0)
+    direction = jax.tree.map(scaled, m, v)
+    params = moved(state.params, rate_at(self.learning_rate, state.count), direction)
+    return after._replace(params=params, count=count)
 
 
-def checked_moments(b1: float, b2: float, eps: float) -> Moments:
-  """Hyper-parameters of Adam, in their ranges.
+onebit_adam = OnebitAdam
+
+
+def check_moments(b1: float, b2: float, eps: float) -> None:
+  """Rejects hyper-parameters of Adam out of their ranges.
 
   Raises:
     ValueError: with the name and the value.
   """
-  check_decay(b1=b1, b2=b2)
-  if not eps > 0:
-    raise ValueError(f"eps={eps} is not above 0")
-  return Moments(b1, b2, eps)
-
-
-def mixed(decay: float, average: Tree, new: Tree) -> Tree:
-  """A moving average with a new value in it."""
-  return jax.tree.map(lambda a, x: decay * a + (1 - decay) * x, average, new)
+  checks.in_range("b1", b1, "[0, 1)")
+  checks.in_range("b2", b2, "[0, 1)")
+  checks.above("eps", eps)
 
 
 def if_unseen(variance: Tree, first: Tree) -> Tree:
   """The variance, or a first one if all of it is zero."""
   nothing = jnp.all(jnp.asarray([jnp.all(v == 0) for v in jax.tree.leaves(variance)]))
   return jax.tree.map(lambda v, x: jnp.where(nothing, x, v).astype(v.dtype), variance, first)
-
-
-def _onebit_adam(
-  learning_rate: float | optax.Schedule,
-  exact: Aggregator,
-  aggregator: Aggregator,
-  warm_up: int,
-  adam: Moments,
-) -> Method:
-  def init(params):
-    zeros, count = jax.tree.map(jnp.zeros_like, params), jnp.zeros((), jnp.int32)
-    links = exact.init(params), aggregator.init(params)
-    return OnebitAdamState(params, zeros, zeros, *links, count)
-
-  def sync(local, state, *, key, weight=1.0, active=True):
-    presence = presence_of(weight, active)
-
-    def warming(state):
-      grads, _, link = exact.aggregate(local.grads, state.exact, key, presence)
-      squares = jax.tree.map(jnp.square, grads)
-      m, v = mixed(adam.b1, state.momentum, grads), mixed(adam.b2, state.variance, squares)
-      return state._replace(momentum=m, variance=v, exact=link)
-
-    def frozen(state):
-      mine = mixed(adam.b1, state.momentum, local.grads)
-      m, _, link = aggregator.aggregate(mine, state.link, key, presence)
-      seen = jax.tree.map(lambda m: m / (1 - adam.b1), m)  # the mean gradient, after zeros alone
-      correction = 1 - adam.b2 ** jnp.minimum(state.count + 1, warm_up)
-      v = if_unseen(state.variance, jax.tree.map(lambda g: correction * g**2, seen))
-      return state._replace(momentum=m, variance=v, link=link)
-
-    after = lax.cond(state.count < warm_up, warming, frozen, state)
-    count = state.count + 1
-    m = optax.tree.bias_correction(after.momentum, adam.b1, count)
-    v = optax.tree.bias_correction(after.variance, adam.b2, jnp.minimum(count, warm_up))
-    scaled = lambda m, v: jnp.where(v > 0, m / (jnp.sqrt(v) + adam.eps), 0)
-    direction = jax.tree.map(scaled, m, v)
-    params = moved(state.params, rate_at(learning_rate, state.count), direction)
-    return after._replace(params=params, count=count)
-
-  over = lambda wrap: _onebit_adam(learning_rate, wrap(exact), wrap(aggregator), warm_up, adam)
-  return Method(init, gradient_at, kept_gradient, sync, lambda state: state.params, 1, over)

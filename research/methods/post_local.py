@@ -1,15 +1,16 @@
 """Post-local SGD: averages at every step at first, then only once in a while."""
 
+from dataclasses import KW_ONLY
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import optax
 from jax import lax
 
-from research.aggregate.composition import refuse
-from research.aggregate.presence import kept, presence_of
-from research.core.base import Aggregator, Array, Method, Params, State
-from research.methods.local import begin, check_steps, minus, plus, stepping
+from research.aggregate.presence import kept
+from research.core import checks
+from research.core.base import EVERYONE, Aggregator, Array, Params, State
+from research.methods._steps import LocalStepping
 
 
 class PostLocalState(NamedTuple):
@@ -20,9 +21,7 @@ class PostLocalState(NamedTuple):
   count: Array  # int32, t
 
 
-def post_local_sgd(
-  inner: optax.GradientTransformation, aggregator: Aggregator, *, period: int = 8, switch: int = 100
-) -> Method:
+class PostLocalSGD(LocalStepping, name="post_local_sgd"):
   """Local SGD whose period is 1 until step `switch`, and H afterwards.
 
       y_{t+1}^i = x_t^i + inner(grad f_i(x_t^i))
@@ -43,26 +42,48 @@ def post_local_sgd(
 
   Reference: Lin, Stich, Patel, Jaggi 2020, arXiv 1808.07217 (post-local SGD).
   """
-  check_steps("period", period)
-  check_steps("switch", switch, at_least=0)
-  refuse("post_local_sgd", aggregator)
 
-  def init(params):
+  inner: optax.GradientTransformation
+  aggregator: Aggregator
+  _: KW_ONLY
+  period: int = 8
+  switch: int = 100
+
+  def check(self):
+    checks.at_least("period", self.period)
+    checks.at_least("switch", self.switch, 0)
+
+  @property
+  def local_steps(self):
+    return 1
+
+  @property
+  def later(self):
+    return ()
+
+  def in_rounds(self, steps, participation):
+    del steps, participation
+    return self
+
+  def init(self, params):
     zero = jnp.zeros((), jnp.int32)
-    return PostLocalState(params, params, inner.init(params), aggregator.init(params), zero)
+    states = self.inner.init(params), self.aggregator.init(params)
+    return PostLocalState(params, params, *states, zero)
 
-  def sync(local, state, *, key, weight=1.0, active=True):
+  def sync(self, local, state, *, key, presence=EVERYONE):
+    active = presence.active
+
     def average(link):
-      change = minus(local.params, state.common)
-      value, _, link = aggregator.aggregate(change, link, key, presence_of(weight, active))
-      common = plus(state.common, value)
+      change = optax.tree.sub(local.params, state.common)
+      value, _, link = self.aggregator.aggregate(change, link, key, presence)
+      common = optax.tree.add(state.common, value)
       return common, common, link
 
     count = state.count + 1
-    due = (count <= switch) | ((count - switch) % period == 0)
+    due = (count <= self.switch) | ((count - self.switch) % self.period == 0)
     alone = lambda link: (kept(active, local.params, state.params), state.common, link)
     params, common, link = lax.cond(due, average, alone, state.link)
     return PostLocalState(params, common, kept(active, local.inner, state.inner), link, count)
 
-  over = lambda wrap: post_local_sgd(inner, wrap(aggregator), period=period, switch=switch)
-  return Method(init, begin, stepping(inner), sync, lambda state: state.params, 1, over)
+
+post_local_sgd = PostLocalSGD

@@ -1,10 +1,17 @@
 """Methods of local steps whose workers' optimizers start anew in every round."""
 
-from research.core.base import Method
-from research.methods.local import begin
+from typing import NamedTuple
+
+from research.core.method import Method
+from research.methods._around import Around
+from research.methods._steps import LocalStepping
 
 
-def restarted(inner: Method) -> Method:
+class RestartedState(NamedTuple):
+  inner: NamedTuple  # of the inner method
+
+
+class Restarted(Around, name="restarted"):
   """The inner method, where nothing of a worker's optimizer outlives a round.
 
       m_{t,0}^i = 0   in place of   m_{t,0}^i = m_{t-1,H}^i
@@ -23,21 +30,24 @@ def restarted(inner: Method) -> Method:
 
   Reference: Wang, Tantia, Ballas, Rabbat 2020, arXiv 1910.00643, algorithm 1, line 2 (reset).
   """
-  if inner.begin is not begin:
-    raise ValueError(
-      "restarted is for methods that carry workers' optimizers from round to round, such as "
-      "local_sgd, slow_mo and diloco"
-    )
 
-  def sync(local, state, *, key, weight=1.0, active=True):
-    after = inner.sync(local, state, key=key, weight=weight, active=active)
-    return after._replace(inner=inner.init(inner.params(after)).inner)
+  inner: Method
 
-  inner_over, inner_of, inner_onto = inner.over, inner.of_rounds, inner.onto
-  return inner._replace(
-    sync=sync,
-    over=inner_over and (lambda wrap: restarted(inner_over(wrap))),
-    of_rounds=inner_of and (lambda *rounds: restarted(inner_of(*rounds))),
-    onto=inner_onto and (lambda project: restarted(inner_onto(project))),
-    served=None,
-  )
+  def check(self):
+    carries = isinstance(self.inner, LocalStepping)
+    if not carries or type(self.inner).begin is not LocalStepping.begin:
+      raise ValueError(
+        "restarted is for methods that carry workers' optimizers from round to round, such as "
+        "local_sgd, slow_mo and diloco"
+      )
+
+  def init(self, params):
+    return RestartedState(self.inner.init(params))
+
+  def finished(self, after, local, state, *, key, presence):
+    del local, key, presence
+    fresh = self.inner.init(self.inner.params(after)).inner
+    return state._replace(inner=after._replace(inner=fresh))
+
+
+restarted = Restarted

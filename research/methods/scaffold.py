@@ -1,16 +1,17 @@
 """SCAFFOLD: federated averaging whose clients correct their steps by how their gradients differ."""
 
+from dataclasses import KW_ONLY
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from research.aggregate.composition import refuse
-from research.aggregate.presence import kept, presence_of
-from research.core.base import Aggregator, Array, Method, Params, State
-from research.methods.decentralized import check_rate
-from research.methods.local import minus, plus
-from research.methods.passes import in_rounds
+from research.aggregate.presence import kept, unweighted
+from research.core import checks
+from research.core.base import EVERYONE, Aggregator, Array, Params, State
+from research.methods._passes import ByPasses
+from research.methods._steps import widened_zeros
 
 
 class ScaffoldState(NamedTuple):
@@ -28,15 +29,7 @@ class ScaffoldLocal(NamedTuple):
   steps: Array  # int32, K_i
 
 
-def scaffold(
-  learning_rate: float,
-  aggregator: Aggregator,
-  *,
-  server_learning_rate: float = 1.0,
-  epochs: int = 1,
-  period: int = 0,
-  warm_up: bool = False,
-) -> Method:
+class Scaffold(ByPasses, name="scaffold"):
   """Stochastic controlled averaging, with option II for the clients' controls.
 
       y_i <- y_i - eta (grad f_i(y_i) - c_i + c)                   K_i times, from y_i = x
@@ -62,51 +55,57 @@ def scaffold(
 
   Raises:
     ValueError: if a learning rate is not above 0, epochs < 1, period < 0, or both are set, or for
-      an aggregator in `composition.REFUSED`.
+      an aggregator that it refuses.
 
   Reference: Karimireddy, Kale, Mohri, Reddi, Stich, Suresh 2020, arXiv 1910.06378, algorithm 1.
   """
-  check_rate(learning_rate)
-  if not server_learning_rate > 0:
-    raise ValueError(f"server_learning_rate={server_learning_rate} is not above 0")
-  refuse("scaffold", aggregator)
 
-  def begin(state):
-    wide = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
-    zeros = jax.tree.map(wide, state.params)
+  learning_rate: float
+  aggregator: Aggregator
+  _: KW_ONLY
+  server_learning_rate: float = 1.0
+  epochs: int = 1
+  period: int = 0
+  warm_up: bool = False
+
+  def check(self):
+    checks.above("learning_rate", self.learning_rate)
+    checks.above("server_learning_rate", self.server_learning_rate)
+    super().check()
+
+  def init(self, params):
+    zeros, link = optax.tree.zeros_like(params), self.aggregator.init(params)
+    return ScaffoldState(params, zeros, zeros, link, link, jnp.asarray(not self.warm_up))
+
+  def begin(self, state):
+    zeros = widened_zeros(state.params)
     return ScaffoldLocal(state.params, zeros, jnp.zeros((), jnp.int32))
 
-  def step(grads, local, state, *, key, grad_fn=None):
+  def step(self, grads, local, state, *, key, grad_fn=None):
     del key, grad_fn
-    rate = jnp.where(state.warm, learning_rate, 0.0)
+    rate = jnp.where(state.warm, self.learning_rate, 0.0)
     descend = lambda y, g, c_i, c: (y - rate * (g - c_i + c)).astype(y.dtype)
     params = jax.tree.map(descend, local.params, grads, state.own_control, state.control)
-    return ScaffoldLocal(params, plus(local.slopes, grads), local.steps + 1)
+    return ScaffoldLocal(params, optax.tree.add(local.slopes, grads), local.steps + 1)
 
-  def build(aggregator: Aggregator, participation: float) -> Method:
-    def init(params):
-      zeros, link = jax.tree.map(jnp.zeros_like, params), aggregator.init(params)
-      return ScaffoldState(params, zeros, zeros, link, link, jnp.asarray(not warm_up))
+  def sync(self, local, state, *, key, presence=EVERYONE):
+    change = optax.tree.sub(local.params, state.params)
+    turn = lambda slopes, c_i: (slopes / local.steps - c_i).astype(c_i.dtype)
+    control_change = jax.tree.map(turn, local.slopes, state.own_control)
+    key, control_key = jax.random.split(key)
+    moved, _, link = self.aggregator.aggregate(change, state.link, key, presence)
+    turned, _, control_link = self.aggregator.aggregate(
+      control_change, state.control_link, control_key, unweighted(presence)
+    )
+    own = optax.tree.add(state.own_control, control_change)
+    return ScaffoldState(
+      jax.tree.map(lambda x, d: x + self.server_learning_rate * d, state.params, moved),
+      jax.tree.map(lambda c, d: c + self.participation * d, state.control, turned),
+      kept(presence.active, own, state.own_control),
+      link,
+      control_link,
+      jnp.ones_like(state.warm),
+    )
 
-    def sync(local, state, *, key, weight=1.0, active=True):
-      change = minus(local.params, state.params)
-      turn = lambda slopes, c_i: (slopes / local.steps - c_i).astype(c_i.dtype)
-      control_change = jax.tree.map(turn, local.slopes, state.own_control)
-      key, control_key = jax.random.split(key)
-      presence, alike = presence_of(weight, active), presence_of(1.0, active)
-      moved, _, link = aggregator.aggregate(change, state.link, key, presence)
-      turned, _, control_link = aggregator.aggregate(
-        control_change, state.control_link, control_key, alike
-      )
-      return ScaffoldState(
-        jax.tree.map(lambda x, d: x + server_learning_rate * d, state.params, moved),
-        jax.tree.map(lambda c, d: c + participation * d, state.control, turned),
-        kept(active, plus(state.own_control, control_change), state.own_control),
-        link,
-        control_link,
-        jnp.ones_like(state.warm),
-      )
 
-    return Method(init, begin, step, sync, lambda state: state.params)
-
-  return in_rounds(build, aggregator, epochs, period)
+scaffold = Scaffold

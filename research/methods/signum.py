@@ -1,51 +1,16 @@
-"""Signum: signs of a momentum that every worker keeps.
+"""Signum: signs of a momentum that every worker keeps."""
 
-What a method needs of a learning rate that may be a schedule stands here too: `check_rate` and
-`rate_at`.
-"""
-
+from dataclasses import KW_ONLY
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from research.aggregate.composition import refuse
-from research.aggregate.presence import kept, presence_of
-from research.core.base import Aggregator, Array, Method, Params, State, Tree
-from research.methods import decentralized
-from research.methods.decentralized import gradient_at, kept_gradient
-
-
-def check_rate(learning_rate: float | optax.Schedule) -> None:
-  """Refuses constant step sizes that are not above zero.
-
-  Raises:
-    ValueError: with the value.
-  """
-  if not callable(learning_rate):
-    decentralized.check_rate(learning_rate)
-
-
-def check_decay(**values: float) -> None:
-  """Refuses factors of a moving average that are not in [0, 1).
-
-  Raises:
-    ValueError: with the name and the value.
-  """
-  for name, value in values.items():
-    if not 0 <= value < 1:
-      raise ValueError(f"{name}={value} is not in [0, 1)")
-
-
-def rate_at(learning_rate: float | optax.Schedule, count: Array) -> Array:
-  """The step size in a round."""
-  return jnp.asarray(learning_rate(count) if callable(learning_rate) else learning_rate)
-
-
-def moved(params: Params, rate: Array, direction: Tree) -> Params:
-  """x - rate d, in the dtypes of x."""
-  return optax.apply_updates(params, jax.tree.map(lambda d: -rate * d, direction))
+from research.aggregate.presence import kept
+from research.core import checks
+from research.core.base import EVERYONE, Aggregator, Array, Params, State, Tree
+from research.methods._steps import OneGradient, check_rate, mixed, moved, rate_at
 
 
 class SignumState(NamedTuple):
@@ -55,13 +20,7 @@ class SignumState(NamedTuple):
   count: Array  # int32, k
 
 
-def signum(
-  learning_rate: float | optax.Schedule,
-  aggregator: Aggregator,
-  *,
-  momentum: float = 0.9,
-  weight_decay: float = 0.0,
-) -> Method:
+class Signum(OneGradient, name="signum"):
   """SignSGD with momentum, by majority vote or any other aggregate of the workers' momenta.
 
       v_{k+1}^i = beta v_k^i + (1 - beta) grad f_i(x_k)
@@ -77,31 +36,39 @@ def signum(
     weight_decay: lambda, at least 0.
 
   Raises:
-    ValueError: for arguments out of range, or an aggregator in `composition.REFUSED`.
+    ValueError: for arguments out of range, or an aggregator that it refuses.
 
   Reference: Bernstein, Zhao, Azizzadenesheli, Anandkumar 2019, arXiv 1810.05291, algorithm 1;
     Bernstein, Wang, Azizzadenesheli, Anandkumar 2018, arXiv 1802.04434, algorithms 1 and 2.
   """
-  check_rate(learning_rate)
-  check_decay(momentum=momentum)
-  if not weight_decay >= 0:
-    raise ValueError(f"weight_decay={weight_decay} is not at least 0")
-  refuse("signum", aggregator)
 
-  def init(params):
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    return SignumState(params, zeros, aggregator.init(params), jnp.zeros((), jnp.int32))
+  learning_rate: float | optax.Schedule
+  aggregator: Aggregator
+  _: KW_ONLY
+  momentum: float = 0.9
+  weight_decay: float = 0.0
 
-  def sync(local, state, *, key, weight=1.0, active=True):
-    mix = lambda v, g: momentum * v + (1 - momentum) * g
-    mine = kept(active, jax.tree.map(mix, state.momentum, local.grads), state.momentum)
-    value, _, link = aggregator.aggregate(mine, state.link, key, presence_of(weight, active))
-    signed = lambda d, x: jnp.where(d >= 0, 1, -1).astype(x.dtype) + weight_decay * x
+  def check(self):
+    check_rate(self.learning_rate)
+    checks.in_range("momentum", self.momentum, "[0, 1)")
+    checks.at_least("weight_decay", self.weight_decay, 0)
+
+  def init(self, params):
+    zeros = optax.tree.zeros_like(params)
+    return SignumState(params, zeros, self.aggregator.init(params), jnp.zeros((), jnp.int32))
+
+  def message(self, local, state, *, key, presence=EVERYONE):
+    del key
+    mine = mixed(self.momentum, state.momentum, local.grads)
+    mine = kept(presence.active, mine, state.momentum)
+    return mine, state._replace(momentum=mine)
+
+  def receive(self, value, sent, state, *, key, presence=EVERYONE):
+    del sent, key, presence
+    signed = lambda d, x: jnp.where(d >= 0, 1, -1).astype(x.dtype) + self.weight_decay * x
     direction = jax.tree.map(signed, value, state.params)
-    params = moved(state.params, rate_at(learning_rate, state.count), direction)
-    return SignumState(params, mine, link, state.count + 1)
+    params = moved(state.params, rate_at(self.learning_rate, state.count), direction)
+    return state._replace(params=params, count=state.count + 1)
 
-  over = lambda wrap: signum(
-    learning_rate, wrap(aggregator), momentum=momentum, weight_decay=weight_decay
-  )
-  return Method(init, gradient_at, kept_gradient, sync, lambda state: state.params, 1, over)
+
+signum = Signum

@@ -1,15 +1,15 @@
 """SPARTA: after every optimizer step the workers average a small random part of their models."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from research.aggregate.composition import refuse
-from research.aggregate.presence import alike, kept, presence_of, weighted
-from research.core.base import Aggregator, Method, Params, State
-from research.methods.local import begin, minus, plus, stepping
+from research.aggregate.presence import alike, kept, weighted
+from research.core.base import EVERYONE, Aggregator, Params, State, Trait
+from research.methods._steps import LocalStepping
 
 
 class SpartaState(NamedTuple):
@@ -18,7 +18,7 @@ class SpartaState(NamedTuple):
   link: State  # of the aggregator
 
 
-def sparta(inner: optax.GradientTransformation, aggregator: Aggregator) -> Method:
+class Sparta(LocalStepping, name="sparta"):
   """Sparse parameter averaging, with any inner optimizer.
 
       y_t^i = x_t^i + weight_i inner(grad f_i(x_t^i))
@@ -35,23 +35,46 @@ def sparta(inner: optax.GradientTransformation, aggregator: Aggregator) -> Metho
     aggregator: what part of the models is averaged; it takes the same part of each.
 
   Raises:
-    ValueError: for an aggregator in `composition.REFUSED`.
+    ValueError: for an aggregator that it refuses.
 
   Reference: Beton et al. 2025, Improving the efficiency of distributed training using sparse
     parameter averaging, OpenReview stFPf3gzq1.
   """
-  refuse("sparta", aggregator)
 
-  def init(params):
-    return SpartaState(params, inner.init(params), aggregator.init(params))
+  inner: optax.GradientTransformation
+  aggregator: Aggregator
 
-  def sync(local, state, *, key, weight=1.0, active=True):
-    step = weighted(minus(local.params, state.params), presence_of(weight, active))
-    moved, presence = plus(state.params, step), alike(active)
-    value, sent, link = aggregator.aggregate(moved, state.link, key, presence)
-    own = jax.tree.map(lambda s: s / jnp.maximum(presence.weight, 1), sent)  # W / n of who is there
-    after = SpartaState(plus(moved, minus(value, own)), local.inner, link)
-    return kept(active, after, state._replace(link=link))
+  refuses: ClassVar[Mapping[Trait, str]] = {
+    Trait.MEMORY: "it would keep parts of models, not of changes",
+    Trait.VOTE: "a sign is no part of a model",
+    Trait.SELECTS: "the models' mean would not be kept",
+    Trait.NOISE: "each worker would take its own noise back from its model",
+    Trait.EXPANSIVE: "models would be driven apart",
+    Trait.PARTIAL: "who drops out would add the others' models to its own",
+    Trait.LOCAL: "neighbours receive other averages; take d_psgd",
+    Trait.APART: "elements would be averaged with zeros",
+  }
 
-  over = lambda wrap: sparta(inner, wrap(aggregator))
-  return Method(init, begin, stepping(inner), sync, lambda state: state.params, 1, over)
+  def init(self, params):
+    return SpartaState(params, self.inner.init(params), self.aggregator.init(params))
+
+  def message(self, local, state, *, key, presence=EVERYONE):
+    del key
+    step = weighted(optax.tree.sub(local.params, state.params), presence)
+    moved = optax.tree.add(state.params, step)
+    own = (moved, local.inner), (state.params, state.inner)
+    params, inner = kept(presence.active, *own)
+    return moved, SpartaState(params, inner, state.link)
+
+  def receive(self, value, sent, state, *, key, presence=EVERYONE):
+    del key
+    share = jnp.maximum(self.counted(presence).weight, 1)  # W / n of who is there
+    own = jax.tree.map(lambda s: s / share, sent)
+    params = optax.tree.add(state.params, optax.tree.sub(value, own))
+    return state._replace(params=kept(presence.active, params, state.params))
+
+  def counted(self, presence):
+    return alike(presence.active)
+
+
+sparta = Sparta

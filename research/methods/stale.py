@@ -2,19 +2,18 @@
 
 delays       which old model x_{t - tau} a worker computes with
 correction   what becomes of its gradient, given tau and x_t - x_{t - tau}
-inner        any method, which makes of it what it makes of any gradient
+method       any method, which makes of it what it makes of any gradient
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-import jax
 import optax
 
-from research.aggregate.presence import presence_of, weighted
+from research.aggregate.presence import weighted
 from research.comm import collectives
-from research.core.base import Local, Method, Params, State, Tree
-from research.methods.local import minus, plus
+from research.core.base import Params, State, Tree
+from research.methods._around import Around
 from research.sim.delays import Delays
 
 
@@ -23,26 +22,10 @@ class Correction(NamedTuple):
 
   init: Callable[[Params], State]  # a memory that is common to all workers
   correct: Callable[..., tuple[Tree, State]]  # (g, tau, x_t - x_{t - tau}, memory)
+  remembers: bool = False  # whether it has a memory
 
 
 NOTHING = Correction(lambda params: (), lambda grads, tau, moved, memory: (grads, memory))
-
-
-def correcting(correction: Correction) -> optax.GradientTransformationExtraArgs:
-  """The same on a server, before its optimizer: tau and what has moved come with each message.
-
-  `update(g, state, params, staleness=tau, moved=x_t - x_{t - tau})`.
-  """
-
-  def init(params):
-    return correction.init(params)
-
-  def update(updates, state, params=None, **told):
-    del params
-    tau = jax.tree.broadcast(told["staleness"], updates)
-    return correction.correct(updates, tau, told["moved"], state)
-
-  return optax.GradientTransformationExtraArgs(init, update)
 
 
 class StaleState(NamedTuple):
@@ -53,64 +36,77 @@ class StaleState(NamedTuple):
 
 class StaleLocal(NamedTuple):
   params: Params  # from x_{t - tau} on
-  rest: Local  # of the inner method; its params are left out
+  rest: Any  # Local of the inner method; its params are left out
   memory: State
 
 
-def stale(inner: Method, delays: Delays, correction: Correction = NOTHING) -> Method:
+class Stale(Around):
   """The inner method from old models: a round starts at x_{t - tau}, and its change goes to x_t.
 
   What the inner method keeps from round to round, but for the model, is as new as without delays.
-
-  Args:
-    inner: any method whose Local is a NamedTuple.
-    delays: which model a worker starts from.
-    correction: what is done to its gradients. Its memory is averaged over the workers, exactly and
-      past the inner method's aggregator: where there is one, that is a second tree to send.
+  Its Local is a NamedTuple. The correction's memory is averaged over the workers, exactly and past
+  the inner method's aggregator: where there is one, that is a second tree to send.
   """
-  of_round = lambda local, memory: StaleLocal(local.params, local._replace(params=None), memory)
-  current = lambda state: inner.begin(state.inner).params
 
-  def init(params):
-    state = inner.init(params)
-    model = inner.begin(state).params
-    return StaleState(state, delays.init(model), correction.init(model))
+  delays: ClassVar[Any]  # which model a worker starts from
+  correction: ClassVar[Any] = NOTHING
 
-  def begin(state):
-    local = inner.begin(state.inner)
-    return of_round(local._replace(params=delays.read(state.held).params), state.memory)
+  def init(self, params):
+    state = self.method.init(params)
+    model = self.method.begin(state).params
+    return StaleState(state, self._delays.init(model), self.correction.init(model))
 
-  def step(grads, local, state, *, key, grad_fn=None):
-    then, tau = delays.read(state.held)
-    moved = minus(current(state), then)
-    corrected = lambda g: correction.correct(g, tau, moved, local.memory)
+  def begin(self, state):
+    local = self.method.begin(state.inner)
+    read = self._delays.read(state.held).params
+    return _of_round(local._replace(params=read), state.memory)
+
+  def step(self, grads, local, state, *, key, grad_fn=None):
+    then, tau = self._delays.read(state.held)
+    moved = optax.tree.sub(self._current(state), then)
+    corrected = lambda g: self.correction.correct(g, tau, moved, local.memory)
     grads, memory = corrected(grads)
     elsewhere = grad_fn and (lambda params: corrected(grad_fn(params))[0])
     own = local.rest._replace(params=local.params)
-    own = inner.step(grads, own, state.inner, key=key, grad_fn=elsewhere)
-    return of_round(own, memory)
+    own = self.method.step(grads, own, state.inner, key=key, grad_fn=elsewhere)
+    return _of_round(own, memory)
 
-  def sync(local, state, *, key, weight=1.0, active=True):
-    moved = minus(current(state), delays.read(state.held).params)
-    own = local.rest._replace(params=plus(local.params, moved))
-    after = inner.sync(own, state.inner, key=key, weight=weight, active=active)
-    held = delays.after(state.held, inner.begin(after).params, key=key, active=active)
-    learnt = weighted(minus(local.memory, state.memory), presence_of(weight, active))
-    return StaleState(after, held, plus(state.memory, collectives.mean(learnt)))
+  def inner_local(self, local, state):
+    moved = optax.tree.sub(self._current(state), self._delays.read(state.held).params)
+    return local.rest._replace(params=optax.tree.add(local.params, moved))
 
-  served = inner.served if delays.one_by_one else None
-  if served and correction is not NOTHING:
-    served = served._replace(server=optax.chain(correcting(correction), served.server))
-  inner_over, inner_of_rounds = inner.over, inner.of_rounds
-  again = lambda method: stale(method, delays, correction)
-  return inner._replace(
-    init=init,
-    begin=begin,
-    step=step,
-    sync=sync,
-    params=lambda state: inner.params(state.inner),
-    over=inner_over and (lambda wrap: again(inner_over(wrap))),
-    of_rounds=inner_of_rounds and (lambda *rounds: again(inner_of_rounds(*rounds))),
-    one_by_one=delays.one_by_one,
-    served=served,
-  )
+  def finished(self, after, local, state, *, key, presence):
+    model = self.method.begin(after).params
+    held = self._delays.after(state.held, model, key=key, active=presence.active)
+    memory = state.memory
+    if self.correction.remembers:
+      learnt = weighted(optax.tree.sub(local.memory, memory), presence)
+      memory = optax.tree.add(memory, collectives.mean(learnt))
+    return StaleState(after, held, memory)
+
+  def _current(self, state: StaleState) -> Params:
+    return self.method.begin(state.inner).params
+
+  @property
+  def _delays(self) -> Delays:
+    return self.delays
+
+  @property
+  def splits(self):
+    return self.method.splits and not self.correction.remembers
+
+  @property
+  def one_by_one(self):
+    return self._delays.one_by_one
+
+  def on_server(self):
+    if not self.one_by_one:
+      raise ValueError(
+        f"{self.spec_name} draws delays, and a server has those of its workers; take last_pull()"
+      )
+    method, _ = self.method.on_server()
+    return method, None if self.correction is NOTHING else self.correction
+
+
+def _of_round(local: Any, memory: State) -> StaleLocal:
+  return StaleLocal(local.params, local._replace(params=None), memory)

@@ -1,6 +1,7 @@
 """Streaming DiLoCo: the model is synchronised piece by piece, while the workers go on computing."""
 
 from collections.abc import Callable
+from dataclasses import KW_ONLY
 from typing import NamedTuple
 
 import jax
@@ -8,10 +9,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from research.aggregate.composition import refuse
-from research.aggregate.presence import kept, presence_of
-from research.core.base import Aggregator, Array, Method, Params, State
-from research.methods.local import check_steps, minus
+from research.aggregate.presence import kept
+from research.core import checks
+from research.core.base import EVERYONE, Aggregator, Array, Params, Presence, State
+from research.core.method import Method
 
 
 class StreamingState(NamedTuple):
@@ -29,17 +30,7 @@ class StreamingLocal(NamedTuple):
   number: Array  # int32, steps of this round so far
 
 
-def streaming_diloco(
-  inner: optax.GradientTransformation,
-  outer: optax.GradientTransformation,
-  aggregator: Aggregator,
-  *,
-  period: int = 100,
-  fragments: int = 2,
-  delay: int = 1,
-  mixing: float = 0.5,
-  strided: bool = True,
-) -> Method:
+class StreamingDiLoCo(Method, name="streaming_diloco"):
   """DiLoCo by fragments of the model, with staggered and overlapped exchanges.
 
   Fragment p in [P] is synchronised every H steps, at t = (p + 1) H / P, (p + 1) H / P + H, ...:
@@ -73,94 +64,112 @@ def streaming_diloco(
 
   Reference: Douillard et al. 2025, arXiv 2501.18512, algorithm 2.
   """
-  _check(period, fragments, delay, mixing)
-  refuse("streaming_diloco", aggregator)
-  steps = period // fragments
-  rounds_late, steps_late = divmod(delay, steps)
 
-  def members(tree: Params) -> list[list[int]]:
+  inner: optax.GradientTransformation
+  outer: optax.GradientTransformation
+  aggregator: Aggregator
+  _: KW_ONLY
+  period: int = 100
+  fragments: int = 2
+  delay: int = 1
+  mixing: float = 0.5
+  strided: bool = True
+
+  def check(self):
+    checks.at_least("period", self.period)
+    checks.at_least("fragments", self.fragments)
+    if self.period % self.fragments:
+      raise ValueError(f"period={self.period} is not a multiple of fragments={self.fragments}")
+    checks.in_range("delay", self.delay, f"[0, {self.period})", note=", a period")
+    checks.in_range("mixing", self.mixing, "[0, 1]")
+
+  @property
+  def local_steps(self):
+    return self.period // self.fragments
+
+  @property
+  def later(self):
+    return ()
+
+  def in_rounds(self, steps, participation):
+    del steps, participation
+    return self
+
+  @property
+  def late(self) -> tuple[int, int]:
+    """The delay in whole rounds and steps."""
+    return divmod(self.delay, self.local_steps)
+
+  def members(self, tree: Params) -> list[list[int]]:
     """The numbers of the leaves of each fragment."""
-    count = len(jax.tree.leaves(tree))
+    count, fragments = len(jax.tree.leaves(tree)), self.fragments
     if fragments > count:
       raise ValueError(f"fragments={fragments} of a model that has {count} leaves")
-    of = lambda leaf: leaf % fragments if strided else leaf * fragments // count
+    of = lambda leaf: leaf % fragments if self.strided else leaf * fragments // count
     return [[leaf for leaf in range(count) if of(leaf) == p] for p in range(fragments)]
 
-  def init(params):
+  def init(self, params):
     leaves = jax.tree.leaves(params)
-    parts = [[leaves[i] for i in part] for part in members(params)]
-    outers, links = (tuple(map(f, parts)) for f in (outer.init, aggregator.init))
-    return StreamingState(
-      params, params, inner.init(params), outers, links, jnp.zeros((), jnp.int32)
-    )
+    parts = [[leaves[i] for i in part] for part in self.members(params)]
+    outers, links = (tuple(map(f, parts)) for f in (self.outer.init, self.aggregator.init))
+    zero = jnp.zeros((), jnp.int32)
+    return StreamingState(params, params, self.inner.init(params), outers, links, zero)
 
-  def received(params: Params, state: StreamingState) -> Params:
+  def received(self, params: Params, state: StreamingState) -> Params:
     """The worker's model with the fragment in it whose exchange ends now."""
-    number = state.count - 1 - rounds_late  # of the round in which the exchange began
+    number = state.count - 1 - self.late[0]  # of the round in which the exchange began
     leaves, treedef = jax.tree.flatten(params)
     common = jax.tree.leaves(state.common)
-    for fragment, part in enumerate(members(params)):
-      now = (number >= 0) & (number % fragments == fragment)
+    for fragment, part in enumerate(self.members(params)):
+      now = (number >= 0) & (number % self.fragments == fragment)
       for i in part:
-        mixed = mixing * leaves[i] + (1 - mixing) * common[i]
+        mixed = self.mixing * leaves[i] + (1 - self.mixing) * common[i]
         leaves[i] = jnp.where(now, mixed, leaves[i])
     return treedef.unflatten(leaves)
 
-  def begin(state):
-    params = state.params if steps_late else received(state.params, state)
+  def begin(self, state):
+    params = state.params if self.late[1] else self.received(state.params, state)
     return StreamingLocal(params, state.inner, jnp.zeros((), jnp.int32))
 
-  def step(grads, local, state, *, key, grad_fn=None):
+  def step(self, grads, local, state, *, key, grad_fn=None):
     del key, grad_fn
-    updates, optimizer = inner.update(grads, local.inner, local.params)
+    updates, optimizer = self.inner.update(grads, local.inner, local.params)
     params, number = optax.apply_updates(local.params, updates), local.number + 1
-    if steps_late:
-      take = lambda params: received(params, state)
-      params = lax.cond(number == steps_late, take, lambda params: params, params)
+    if self.late[1]:
+      take = lambda params: self.received(params, state)
+      params = lax.cond(number == self.late[1], take, lambda params: params, params)
     return StreamingLocal(params, optimizer, number)
 
-  def sync(local, state, *, key, weight=1.0, active=True):
-    parts = members(local.params)
-    treedef = jax.tree.structure(state.common)
-    gradient = jax.tree.leaves(minus(state.common, local.params))
-    presence = presence_of(weight, active)
-
-    def exchange(fragment: int) -> Callable[..., tuple]:
-      def run(leaves, outers, links):
-        part, leaves = parts[fragment], list(leaves)
-        model = [leaves[i] for i in part]
-        sent = [gradient[i] for i in part]
-        value, _, link = aggregator.aggregate(sent, links[fragment], key, presence)
-        updates, optimizer = outer.update(value, outers[fragment], model)
-        for i, leaf in zip(part, jax.tree.leaves(optax.apply_updates(model, updates)), strict=True):
-          leaves[i] = leaf
-        return leaves, _put(outers, fragment, optimizer), _put(links, fragment, link)
-
-      return run
-
-    branches = [exchange(fragment) for fragment in range(fragments)]
+  def sync(self, local, state, *, key, presence=EVERYONE):
+    gradient = jax.tree.leaves(optax.tree.sub(state.common, local.params))
+    parts = self.members(local.params)
+    branches = [self._exchange(p, part, gradient, key, presence) for p, part in enumerate(parts)]
     held = jax.tree.leaves(state.common), state.outer, state.link
-    leaves, outers, links = lax.switch(state.count % fragments, branches, *held)
-    common = treedef.unflatten(leaves)
-    own = kept(active, (local.params, local.inner), (state.params, state.inner))
+    leaves, outers, links = lax.switch(state.count % self.fragments, branches, *held)
+    common = jax.tree.structure(state.common).unflatten(leaves)
+    own = kept(presence.active, (local.params, local.inner), (state.params, state.inner))
     return StreamingState(own[0], common, own[1], outers, links, state.count + 1)
 
-  rates = {"period": period, "fragments": fragments, "delay": delay}
-  rest = {**rates, "mixing": mixing, "strided": strided}
-  over = lambda wrap: streaming_diloco(inner, outer, wrap(aggregator), **rest)
-  return Method(init, begin, step, sync, lambda state: state.common, steps, over)
+  def _exchange(
+    self, fragment: int, part: list[int], gradient: list[Array], key: Array, presence: Presence
+  ) -> Callable[..., tuple]:
+    """The exchange of one fragment: (leaves, outers, links) -> the same after it."""
+
+    def run(leaves, outers, links):
+      leaves = list(leaves)
+      model = [leaves[i] for i in part]
+      sent = [gradient[i] for i in part]
+      value, _, link = self.aggregator.aggregate(sent, links[fragment], key, presence)
+      updates, optimizer = self.outer.update(value, outers[fragment], model)
+      for i, leaf in zip(part, jax.tree.leaves(optax.apply_updates(model, updates)), strict=True):
+        leaves[i] = leaf
+      return leaves, _put(outers, fragment, optimizer), _put(links, fragment, link)
+
+    return run
+
+
+streaming_diloco = StreamingDiLoCo
 
 
 def _put(parts: tuple[State, ...], place: int, part: State) -> tuple[State, ...]:
   return (*parts[:place], part, *parts[place + 1 :])
-
-
-def _check(period: int, fragments: int, delay: int, mixing: float) -> None:
-  check_steps("period", period)
-  check_steps("fragments", fragments)
-  if period % fragments:
-    raise ValueError(f"period={period} is not a multiple of fragments={fragments}")
-  if not 0 <= delay < period:
-    raise ValueError(f"delay={delay} is not in [0, {period}), a period")
-  if not 0 <= mixing <= 1:
-    raise ValueError(f"mixing={mixing} is not in [0, 1]")

@@ -1,5 +1,6 @@
 """0/1 Adam: a variance that is seldom refreshed, and local steps between compressed exchanges."""
 
+from dataclasses import KW_ONLY
 from typing import NamedTuple
 
 import jax
@@ -7,35 +8,13 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from research.aggregate.composition import refuse
 from research.aggregate.mean import mean
-from research.aggregate.presence import kept, presence_of
-from research.core.base import Aggregator, Array, Method, Params, State, Tree
-from research.methods.decentralized import GradientLocal, kept_gradient
-from research.methods.local import check_steps, plus
-from research.methods.onebit_adam import Moments, checked_moments, if_unseen, mixed
-from research.methods.signum import check_rate, rate_at
-
-
-class Policy(NamedTuple):
-  """In which rounds workers talk: T_v and T_u."""
-
-  warm_up: int
-  variance_scale: int
-  double_every: int
-  longest: int
-
-  def refreshes(self, t: Array) -> Array:
-    """Whether t is in T_v: kappa times every round, kappa times every second, every fourth, ..."""
-    stage = 31 - lax.clz(t // self.variance_scale + 1)
-    since = t - self.variance_scale * ((1 << stage) - 1)
-    return (t < self.warm_up) & (since % (1 << stage) == 0)
-
-  def synchronises(self, t: Array) -> Array:
-    """Whether t is in T_u."""
-    local = jnp.maximum(t - self.warm_up, 0)
-    doublings = jnp.minimum(local // self.double_every, self.longest.bit_length() - 1)
-    return (t - self.warm_up + 1) % (1 << doublings) == 0
+from research.aggregate.presence import kept
+from research.core import checks
+from research.core.base import EVERYONE, Aggregator, Array, Params, State, Tree
+from research.core.part import hidden
+from research.methods._steps import GradientLocal, OneGradient, check_rate, mixed, rate_at
+from research.methods.onebit_adam import EXACT_TOO, check_moments, if_unseen
 
 
 class ZeroOneAdamState(NamedTuple):
@@ -49,18 +28,7 @@ class ZeroOneAdamState(NamedTuple):
   count: Array  # int32, t
 
 
-def zero_one_adam(
-  learning_rate: float | optax.Schedule,
-  aggregator: Aggregator,
-  *,
-  warm_up: int = 100,
-  variance_scale: int = 16,
-  double_every: int = 1000,
-  longest: int = 16,
-  b1: float = 0.9,
-  b2: float = 0.999,
-  eps: float = 1e-8,
-) -> Method:
+class ZeroOneAdam(OneGradient, name="zero_one_adam"):
   """Adam whose steps are linear in what workers send, so that they may be local and compressed.
 
       m_{t+1/2}^i = b1 m_t^i + (1 - b1) grad f_i(x_t^i),   u_{t+1/2}^i = u_t^i + gamma_t m_{t+1/2}^i
@@ -91,72 +59,91 @@ def zero_one_adam(
     eps: above 0.
 
   Raises:
-    ValueError: for arguments out of range, or an aggregator in `composition.REFUSED`.
+    ValueError: for arguments out of range, or an aggregator that it refuses.
 
   Reference: Lu, Li, Zhang, De Sa, He 2022, arXiv 2202.06009, algorithm 1 and its policies.
   """
-  check_rate(learning_rate)
-  check_steps("warm_up", warm_up)
-  check_steps("variance_scale", variance_scale)
-  check_steps("double_every", double_every)
-  if longest < 1 or longest & (longest - 1):
-    raise ValueError(f"longest={longest} is not a power of two")
-  adam = checked_moments(b1, b2, eps)
-  refuse("zero_one_adam", aggregator)
-  policy = Policy(warm_up, variance_scale, double_every, longest)
-  return _zero_one_adam(learning_rate, mean(), aggregator, policy, adam)
 
+  learning_rate: float | optax.Schedule
+  aggregator: Aggregator
+  _: KW_ONLY
+  warm_up: int = 100
+  variance_scale: int = 16
+  double_every: int = 1000
+  longest: int = 16
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-8
+  exact: Aggregator = hidden(mean())
 
-def _zero_one_adam(
-  learning_rate: float | optax.Schedule,
-  exact: Aggregator,
-  aggregator: Aggregator,
-  policy: Policy,
-  adam: Moments,
-) -> Method:
-  def init(params):
-    zeros, count = jax.tree.map(jnp.zeros_like, params), jnp.zeros((), jnp.int32)
-    links = exact.init(params), aggregator.init(params)
+  refuses = EXACT_TOO
+
+  def check(self):
+    check_rate(self.learning_rate)
+    checks.at_least("warm_up", self.warm_up)
+    checks.at_least("variance_scale", self.variance_scale)
+    checks.at_least("double_every", self.double_every)
+    if self.longest < 1 or self.longest & (self.longest - 1):
+      raise ValueError(f"longest={self.longest} is not a power of two")
+    check_moments(self.b1, self.b2, self.eps)
+
+  def init(self, params):
+    zeros, count = optax.tree.zeros_like(params), jnp.zeros((), jnp.int32)
+    links = self.exact.init(params), self.aggregator.init(params)
     return ZeroOneAdamState(params, zeros, zeros, jnp.zeros(()), zeros, *links, count)
 
-  def descended(state, buffer):
-    step = lambda x, u, v: x - jnp.where(v > 0, u / jnp.sqrt(v + adam.eps), 0)
+  def params(self, state):
+    return self.descended(state, state.buffer)
+
+  def descended(self, state: ZeroOneAdamState, buffer: Tree) -> Params:
+    """x_{t'} - u / sqrt(v + eps)."""
+    step = lambda x, u, v: x - jnp.where(v > 0, u / jnp.sqrt(v + self.eps), 0)
     return jax.tree.map(step, state.params, buffer, state.variance)
 
-  model = lambda state: descended(state, state.buffer)
+  def begin(self, state):
+    return GradientLocal(self.params(state), optax.tree.zeros_like(state.params))
 
-  def begin(state):
-    return GradientLocal(model(state), jax.tree.map(jnp.zeros_like, state.params))
+  def refreshes(self, t: Array) -> Array:
+    """Whether t is in T_v: kappa times every round, kappa times every second, every fourth, ..."""
+    stage = 31 - lax.clz(t // self.variance_scale + 1)
+    since = t - self.variance_scale * ((1 << stage) - 1)
+    return (t < self.warm_up) & (since % (1 << stage) == 0)
 
-  def sync(local, state, *, key, weight=1.0, active=True):
-    presence = presence_of(weight, active)
+  def synchronises(self, t: Array) -> Array:
+    """Whether t is in T_u."""
+    local = jnp.maximum(t - self.warm_up, 0)
+    doublings = jnp.minimum(local // self.double_every, self.longest.bit_length() - 1)
+    return (t - self.warm_up + 1) % (1 << doublings) == 0
+
+  def sync(self, local, state, *, key, presence=EVERYONE):
+    active = presence.active
 
     def refreshed(state):
-      grads, _, link = exact.aggregate(local.grads, state.exact, key, presence)
+      grads, _, link = self.exact.aggregate(local.grads, state.exact, key, presence)
       squares = jax.tree.map(jnp.square, grads)
-      return state._replace(variance=mixed(adam.b2, state.variance, squares), exact=link)
+      return state._replace(variance=mixed(self.b2, state.variance, squares), exact=link)
 
     def synchronised(state):
-      total, _, link = aggregator.aggregate(state.buffer, state.link, key, presence)
+      total, _, link = self.aggregator.aggregate(state.buffer, state.link, key, presence)
       moving = state.rates > 0  # not where a schedule begins with zero: then nothing was sent
       rates = jnp.where(moving, state.rates, 1)
       approximate = lambda u, m: jnp.where(moving, u / rates, m).astype(m.dtype)
       m = jax.tree.map(approximate, total, state.momentum)
-      seen = lambda u: jnp.where(moving, u / (rates * (1 - adam.b1)), 0) ** 2
+      seen = lambda u: jnp.where(moving, u / (rates * (1 - self.b1)), 0) ** 2
       state = state._replace(variance=if_unseen(state.variance, jax.tree.map(seen, total)))
-      x, u, rates = descended(state, total), jax.tree.map(jnp.zeros_like, total), 0 * rates
+      x, u, rates = self.descended(state, total), optax.tree.zeros_like(total), 0 * rates
       m, u = kept(active, (m, u), (state.momentum, state.buffer))
       return state._replace(params=x, momentum=m, buffer=u, rates=rates, link=link)
 
-    rate = rate_at(learning_rate, state.count)
-    m = mixed(adam.b1, state.momentum, local.grads)
-    u = plus(state.buffer, jax.tree.map(lambda m: (rate * m).astype(m.dtype), m))
+    rate = rate_at(self.learning_rate, state.count)
+    m = mixed(self.b1, state.momentum, local.grads)
+    u = optax.tree.add(state.buffer, jax.tree.map(lambda m: (rate * m).astype(m.dtype), m))
     m, u = kept(active, (m, u), (state.momentum, state.buffer))
     same = lambda state: state
-    after = lax.cond(policy.refreshes(state.count), refreshed, same, state)
+    after = lax.cond(self.refreshes(state.count), refreshed, same, state)
     after = after._replace(momentum=m, buffer=u, rates=state.rates + rate)
-    after = lax.cond(policy.synchronises(state.count), synchronised, same, after)
+    after = lax.cond(self.synchronises(state.count), synchronised, same, after)
     return after._replace(count=state.count + 1)
 
-  over = lambda wrap: _zero_one_adam(learning_rate, wrap(exact), wrap(aggregator), policy, adam)
-  return Method(init, begin, kept_gradient, sync, model, 1, over)
+
+zero_one_adam = ZeroOneAdam

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax.numpy as jnp
 
-from research.core.base import Array, Batch
+from research.core.base import Array
+from research.core.task import Batch
 
 Model = Callable[[int], nn.Module]
 

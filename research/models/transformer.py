@@ -5,7 +5,6 @@ and a head that shares the embedding or has its own matrix. Parameters are float
 `dtype`; norms, softmaxes, routers and logits are in float32.
 """
 
-import difflib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from research.core import checks
 from research.core.base import Array, Key, Params
 from research.models import activations, pipeline, sequence
 from research.models.attention import ATTENTION, Attend, Rotation, plain, rotation
@@ -273,10 +273,8 @@ def _check_pipeline(shape: Shape, microbatches: int, repeats: int) -> None:
 def _legal(kind: str, name: Any, table: dict[Any, Any]) -> Any:
   if isinstance(name, str | bool) and name in table:
     return table[name]
-  near = difflib.get_close_matches(str(name), map(str, table), 1, 0.0)[0]
-  raise ValueError(
-    f"unknown {kind} {name!r}; did you mean {near!r}? legal: {', '.join(map(str, table))}"
-  )
+  hint = checks.hint(name, table, cutoff=0.0)
+  raise ValueError(f"unknown {kind} {name!r}{hint} legal: {', '.join(map(str, table))}")
 
 
 def _check_tokens(tokens: Array) -> None:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.comm import collectives
-from research.core.base import Array, Data, Key, Tree
+from research.core.base import Array, Key, Tree
+from research.core.task import Data
 from research.parallel.job import Job
 
 _DROPOUT = 0x64726F70
@@ -46,7 +47,7 @@ def draw(job: Job, data: Data, key: Key, numbers: Array, worker: Array) -> Draw:
 
 def _examples(job: Job, data: Data, numbers: Array, owners: Array, worker: Array) -> Tree:
   """Which of its owner's examples a worker sees, [K, H, b]; a round by epochs starts with one."""
-  period, sizes = job.method.period, data.sizes[owners]
+  period, sizes = job.method.local_steps, data.sizes[owners]
   per_round = job.own_steps(sizes) if job.by_epochs else jnp.full_like(sizes, period)
   first = job.first_step + (numbers - job.first_round) * per_round
   steps = first[:, None] + jnp.arange(period, dtype=jnp.int32)[None]

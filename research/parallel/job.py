@@ -7,7 +7,9 @@ import jax
 import numpy as np
 
 from research.comm import mesh as meshes
-from research.core.base import Aggregator, Method, Task
+from research.core.base import Aggregator, Trait
+from research.core.method import Method
+from research.core.task import Task
 
 
 class Job(NamedTuple):
@@ -50,30 +52,20 @@ class Job(NamedTuple):
   @property
   def by_epochs(self) -> bool:
     """Whether owners take different numbers of steps in a round."""
-    return self.method.epochs > 0 and self.batch_size is not None and not self.even
+    return self.method.passes > 0 and self.batch_size is not None and not self.even
 
   def own_steps(self, sizes: Any) -> Any:
     """Local steps in a round of a method by epochs, of owners with so many examples each."""
     batches = sizes // sizes if self.batch_size is None else sizes // self.batch_size
-    return self.method.epochs * (batches + (batches == 0))
+    return self.method.passes * (batches + (batches == 0))
 
 
-def aggregators(method: Method) -> list[Aggregator]:
-  """Those of a method, each once; none of a method without `over`."""
-  found: dict[int, Aggregator] = {}
-
-  def noted(aggregator: Aggregator) -> Aggregator:
-    found[id(aggregator)] = aggregator
-    return aggregator
-
-  if method.over is not None:
-    method.over(noted)
-  return list(found.values())
-
-
-def traits(method: Method) -> frozenset[str]:
-  """Those of all aggregators of a method, see `aggregate/composition.py`."""
-  return frozenset().union(*(aggregator.traits for aggregator in aggregators(method)))
+def traits(method: Method) -> Trait:
+  """Those of all aggregators of a method."""
+  found = Trait(0)
+  for aggregator in method.parts(Aggregator):
+    found |= aggregator.traits
+  return found
 
 
 def constrained(job: Job) -> Job:
@@ -84,12 +76,12 @@ def constrained(job: Job) -> Job:
   """
   if job.task.project is None:
     return job
-  if job.method.onto is None:
+  method = job.method.onto(job.task.project)
+  if method is None:
     raise ValueError(
       "the task keeps its model in a convex set, which this method does not; take data_parallel, "
       "local_sgd or consensus_admm, or one of them in averaged"
     )
-  method = job.method.onto(job.task.project)
   return job._replace(method=method, task=job.task._replace(project=None))
 
 
@@ -97,22 +89,19 @@ def resolved(job: Job) -> Job:
   """The job with a method that knows its rounds: their steps, and who takes part in them."""
   job = constrained(job)
   method = job.method
-  if method.of_rounds is None:
-    return job
-  period = int(job.own_steps(job.sizes.max())) if method.epochs else method.period
-  return job._replace(method=method.of_rounds(period, job.workers / len(job.sizes)))
+  steps = int(job.own_steps(job.sizes.max())) if method.passes else method.local_steps
+  return job._replace(method=method.in_rounds(steps, job.workers / len(job.sizes)))
 
 
 def stages(job: Job) -> tuple[Job, ...]:
   """A resolved job for each period of the method, in order; their states are the same."""
   job = constrained(job)
   found = [resolved(job)]
-  for first_round, period in job.method.later:
-    assert job.method.of_rounds, "a method whose period changes says what it is with another"
+  for first_round, steps in job.method.later:
     last = found[-1]
-    steps = (first_round - last.first_round) * last.method.period
-    method = job.method.of_rounds(period, job.workers / len(job.sizes))
-    first = {"first_round": first_round, "first_step": last.first_step + steps}
+    before = (first_round - last.first_round) * last.method.local_steps
+    method = job.method.in_rounds(steps, job.workers / len(job.sizes))
+    first = {"first_round": first_round, "first_step": last.first_step + before}
     found.append(job._replace(method=method, **first))
   return tuple(found)
 

@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from research.comm import mesh as meshes
-from research.core.base import Data, Executor, TrainState
+from research.core.task import Data, Executor, TrainState
 from research.parallel import layout as layouts
 from research.parallel import sharded, workers
 from research.parallel.job import Job, resolved

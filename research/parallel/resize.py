@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from research.aggregate.blockwise import Cut, is_counter, join_leaf, split_leaf
 from research.comm import mesh as meshes
-from research.core.base import Array, Blocks, TrainState, Tree
+from research.core.base import Aggregator, Array, Blocks, Tree
+from research.core.task import TrainState
 from research.parallel import layout as layouts
 from research.parallel import sharded
 from research.parallel.job import Job, resolved
@@ -122,11 +123,18 @@ def _stored(leaf: Any) -> tuple[int, ...]:
   return jax.eval_shape(jax.random.key_data, leaf).shape if is_key else leaf.shape
 
 
+class _Given(Aggregator):
+  """An aggregator whose state is what it was given."""
+
+  inner: Aggregator
+
+  def init(self, params):
+    return Blocks(params)
+
+
 def _wholes(job: Job) -> list[Tree]:
   """What each of a method's aggregators is given, whole: shapes, in the order of the state."""
-  if job.method.over is None:
-    return []
-  given = job.method.over(lambda inner: inner._replace(init=Blocks))
+  given = job.method.over(_Given)
   axes = meshes.worker_axes(job.axes)
   params = jax.eval_shape(job.task.init, jax.random.key(0))
   state = layouts.shapes_of_one(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 
-from research.core.base import Task
+from research.core.task import Task
 
 
 class Place(NamedTuple):

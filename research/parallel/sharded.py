@@ -21,19 +21,8 @@ from research.aggregate.blockwise import (
   shard_keys,
 )
 from research.comm.mesh import INNER_AXES
-from research.core.base import (
-  EVERYONE,
-  Aggregate,
-  Aggregator,
-  Array,
-  Batch,
-  Blocks,
-  Data,
-  Key,
-  Task,
-  TrainState,
-  Tree,
-)
+from research.core.base import EVERYONE, Aggregate, Aggregator, Array, Blocks, Key, Tree
+from research.core.task import Batch, Data, Task, TrainState
 from research.parallel import rules
 
 _OF_ACTIVATIONS = ("seq",)  # axes along which every parameter is whole
@@ -120,15 +109,21 @@ def spec_of(
   return tuple(names.get(d) for d in range(max(names, default=-1) + 1))
 
 
-def per_shard(inner: Aggregator, cut: Cut) -> Aggregator:
+class PerShard(Aggregator):
   """`blockwise` where each block has its device: a shard_map over its axes, inside the worker's.
 
   Each device aggregates the shard that it holds with the same shard of the other workers; nothing
   crosses an axis inside a worker.
   """
-  pair = of_shard(inner)
 
-  def aggregate(tree, state, key, presence=EVERYONE):
+  inner: Aggregator
+  cut: Cut
+
+  def init(self, params):
+    return blockwise(self.inner, self.cut).init(params)
+
+  def aggregate(self, tree, state, key, presence=EVERYONE):
+    cut, pair = self.cut, of_shard(self.inner)
     told = {k: v for k, v in presence._asdict().items() if isinstance(v, jax.Array)}
     parts = pieces(tree, cut)
     specs = jax.tree.map(lambda x: P(*spec_of(cut, x.shape)), parts)
@@ -150,8 +145,6 @@ def per_shard(inner: Aggregator, cut: Cut) -> Aggregator:
     )
     value, sent, after = nested(parts, state.part, key, told)
     return Aggregate(rejoined(value, tree), rejoined(sent, tree), Blocks(after))
-
-  return Aggregator(blockwise(inner, cut).init, aggregate, inner.traits)
 
 
 class Inside(NamedTuple):

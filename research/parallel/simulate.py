@@ -12,7 +12,9 @@ from jax.sharding import PartitionSpec as P
 
 from research.comm import collectives
 from research.comm import mesh as meshes
-from research.core.base import Array, Data, Executor, Key, Local, State, TrainState, Tree
+from research.core.base import Array, Key, State, Tree
+from research.core.method import Local
+from research.core.task import Data, Executor, TrainState
 from research.parallel import layout as layouts
 from research.parallel import sharded, workers
 from research.parallel.cohorts import draw
@@ -60,7 +62,7 @@ def is_mapped(job: Job, mesh: Mesh) -> bool:
     return job.local_phase == "map"
   params = jax.tree.leaves(jax.eval_shape(job.task.init, jax.random.key(0)))
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in params)
-  return meshes.runs_on_cpu(mesh) and job.method.period > 1 and size >= _ALONE
+  return meshes.runs_on_cpu(mesh) and job.method.local_steps > 1 and size >= _ALONE
 
 
 def _local_phase(job: Job, layout: layouts.Layout, mesh: Mesh) -> Callable[..., Any]:

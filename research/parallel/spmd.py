@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec as P
 from research.analysis.rounds import programs
 from research.comm import mesh as meshes
 from research.core import blame
-from research.core.base import Executor, Tree
+from research.core.base import Tree
+from research.core.task import Executor
 from research.parallel import layout as layouts
 from research.parallel import sharded, workers
 from research.parallel.job import Job, largest_sum, resolved
@@ -34,8 +35,8 @@ def spmd(job: Job) -> Executor:
   initial = partial(workers.initial, job, layout)
   cut = sharded.cut_of(job.axes, job.task)
   _check_inside(job, mesh, names)
-  if cut and job.method.over:
-    job = job._replace(method=job.method.over(lambda inner: sharded.per_shard(inner, cut)))
+  if cut:
+    job = job._replace(method=job.method.over(lambda inner: sharded.PerShard(inner, cut)))
     job = resolved(job)
   elif cut:
     _only_sums(job, layout)

@@ -1,48 +1,121 @@
-"""PartitionSpecs of an optimizer's state: what workers share, and what each keeps for itself."""
+"""Where an optimizer's state lies: what workers share, and what each keeps for itself."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from research.comm import mesh as meshes
-from research.core.base import Params, Tree
+from research.comm.collectives import Axes
+from research.core.base import WORKER_AXES, Params, Tree
 from research.parallel import layout
 
 
+class StateSpecs(NamedTuple):
+  """PartitionSpecs for one's own `shard_map` over the worker axes, and shardings for `jit`."""
+
+  state: Tree  # specs of the optimizer's state: over the worker axes alone
+  params: Tree  # of the parameters, which differ between workers for methods with local steps
+  state_shardings: Tree  # the same with the parameters' own sharding along other axes
+  params_shardings: Tree
+
+
 def state_specs(
-  optimizer: optax.GradientTransformation, params: Params, mesh: Mesh
-) -> tuple[Tree, Tree]:
-  """PartitionSpecs of an optimizer's state and of the parameters, for one's own `shard_map`.
+  optimizer: optax.GradientTransformation, params: Params, mesh: Mesh, *, axis: Axes = WORKER_AXES
+) -> StateSpecs:
+  """Finds how the state of an optimizer with `aggregated` or `as_optax` in it lies on a mesh.
 
-  An optimizer with `aggregated` or `as_optax` in it keeps some of its state for each worker alone,
-  as a memory of what was not sent. Declared as replicated, by `out_specs=P()`, such an array would
-  hold as many values as there are workers and claim to hold one. Nobody has to know which leaves
-  these are: one update is traced. Of a worker's own leaf [n, ...] the array outside is [W n, ...].
+  Such an optimizer keeps some of its state for each worker alone, as a memory of what was not sent.
+  Declared as replicated, by `out_specs=P()`, such an array would hold as many values as there are
+  workers and claim to hold one. Nobody has to know which leaves these are: one update is traced. Of
+  a worker's own leaf [n, ...] the array outside is [W n, ...].
 
-      specs, of_params = state_specs(optimizer, params, mesh)
-      init = jax.shard_map(
-        optimizer.init, mesh=mesh, in_specs=P(), out_specs=specs, check_vma=False
+      specs = state_specs(optimizer, params, mesh, axis="batch")
+      state = init_state(optimizer, params, mesh, axis="batch")
+      step = jax.shard_map(
+        train_step, mesh=mesh, in_specs=(specs.params, specs.state, P("batch")),
+        out_specs=(specs.params, specs.state), axis_names={"batch"}, check_vma=False,
       )
 
   Args:
     optimizer: any chain of transformations.
-    params: of the model, arrays or shapes of one worker.
-    mesh: with an axis `data`, `slice` or both.
-
-  Returns:
-    Specs of the state, and of the parameters, which only differ between workers for methods with
-    local steps.
+    params: of the model: arrays or shapes of one worker. Where they have a sharding along other
+      axes of the mesh (FSDP), leaves of the state that belong to them have it, too.
+    mesh: with the worker axis.
+    axis: the name of the worker axis, or the names, slow links first; 'slice' and 'data' by
+      default, or which of them the mesh has.
 
   Raises:
-    ValueError: if the mesh has no worker axis, or a worker's own leaf is a scalar, of which
+    ValueError: if the mesh has no such axis, or a worker's own leaf is a scalar, of which
       `shard_map` can make no array.
   """
-  axes = meshes.worker_axes({str(name): size for name, size in mesh.shape.items()})
+  axes = _axes_of(mesh, axis)
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+  private, own_params, of_state = _private(optimizer, shapes, axes)
+
+  def spec(is_private, x):
+    if is_private and not x.shape:
+      raise ValueError("a worker keeps a scalar of its own, of which shard_map can make no array")
+    return P(tuple(axes)) if is_private else P()
+
+  inner = _inner_specs(of_state, params)
+  whole = lambda is_private, x, cut: NamedSharding(mesh, _joined(tuple(axes), is_private, x, cut))
+  return StateSpecs(
+    jax.tree.map(spec, private, of_state),
+    jax.tree.map(spec, own_params, shapes),
+    jax.tree.map(whole, private, of_state, inner),
+    jax.tree.map(whole, own_params, shapes, _inner_specs(shapes, params)),
+  )
+
+
+def init_state(
+  optimizer: optax.GradientTransformation, params: Params, mesh: Mesh, *, axis: Axes = WORKER_AXES
+) -> Tree:
+  """The first state of an optimizer, made outside of `shard_map`, where its specs say it lies.
+
+  Args:
+    optimizer: any chain of transformations.
+    params: of the model, arrays [n, ...].
+    mesh: with the worker axis.
+    axis: as of `state_specs`.
+
+  Returns:
+    The state: shared leaves as `optimizer.init` makes them, a worker's own leaves [W n, ...].
+  """
+  specs = state_specs(optimizer, params, mesh, axis=axis)
+  names = set(_axes_of(mesh, axis))
+  replicated = jax.tree.map(lambda _: P(), params)
+  init = jax.shard_map(
+    optimizer.init,
+    mesh=mesh,
+    in_specs=(replicated,),
+    out_specs=specs.state,
+    axis_names=names,
+    check_vma=False,
+  )
+  return jax.jit(init, out_shardings=specs.state_shardings)(params)
+
+
+def _axes_of(mesh: Mesh, axis: Axes) -> dict[str, int]:
+  """The worker axes of a mesh and their sizes.
+
+  Raises:
+    ValueError: if it lacks one that was named, or has none.
+  """
+  names = (axis,) if isinstance(axis, str) else tuple(axis)
+  sizes = {str(name): size for name, size in mesh.shape.items()}
+  found = {name: sizes[name] for name in names if name in sizes}
+  if not found or (names != WORKER_AXES and len(found) < len(names)):
+    raise ValueError(f"axis={axis!r} is not an axis of the mesh, which has {', '.join(sizes)}")
+  return found
+
+
+def _private(
+  optimizer: optax.GradientTransformation, shapes: Params, axes: dict[str, int]
+) -> tuple[Tree, Tree, Tree]:
+  """Which leaves of the state and of the parameters are a worker's own, and the state's shapes."""
   lead = lambda private, tree: jax.tree.map(
     lambda p, x: jax.ShapeDtypeStruct((*axes.values(), *x.shape), x.dtype) if p else x,
     private,
@@ -64,15 +137,34 @@ def state_specs(
     in_axes = (0, layout.lead(private), layout.lead(own_params))
     args = lead(everywhere, shapes), lead(private, of_state), lead(own_params, shapes)
     grown = outputs(after, axes, in_axes, *args)
-    either = lambda a, b: a or b
-    grown = jax.tree.map(either, (private, own_params), grown)
+    grown = jax.tree.map(lambda a, b: a or b, (private, own_params), grown)
     if grown == (private, own_params):
-      break
+      return private, own_params, of_state
     private, own_params = grown
 
-  def spec(is_private, x):
-    if is_private and not x.shape:
-      raise ValueError("a worker keeps a scalar of its own, of which shard_map can make no array")
-    return P(tuple(axes)) if is_private else P()
 
-  return jax.tree.map(spec, private, of_state), jax.tree.map(spec, own_params, shapes)
+def _inner_specs(tree: Tree, params: Params) -> Tree:
+  """For each leaf of a tree the spec of the parameter whose path it ends with, if shapes agree."""
+  cut = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    sharding = getattr(leaf, "sharding", None)
+    spec = sharding.spec if isinstance(sharding, NamedSharding) else P()
+    cut[jax.tree_util.keystr(path)] = (leaf.shape, spec)
+
+  def one(path, x):
+    for start in range(len(path) + 1):
+      shape, spec = cut.get(jax.tree_util.keystr(path[start:]), (None, P()))
+      if shape == x.shape:
+        return spec
+    return P()
+
+  return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _joined(workers: tuple[str, ...], is_private: bool, x: Any, cut: P) -> P:
+  """The spec of a whole leaf: along the worker axes in front where it is private."""
+  if not is_private:
+    return cut
+  first, *rest = [*cut, *[None] * (len(x.shape) - len(cut))]
+  first = () if first is None else (first,) if isinstance(first, str) else tuple(first)
+  return P((*workers, *first), *rest)

@@ -12,17 +12,9 @@ from research.aggregate.privacy.clipping import clipped
 from research.analysis import wire
 from research.comm import collectives
 from research.comm import mesh as meshes
-from research.core.base import (
-  Array,
-  Batch,
-  Data,
-  Key,
-  Local,
-  State,
-  TrainState,
-  Tree,
-  value_and_grad,
-)
+from research.core.base import EVERYONE, Array, Key, Presence, State, Trait, Tree
+from research.core.method import Local
+from research.core.task import Batch, Data, TrainState, value_and_grad
 from research.parallel import layout as layouts
 from research.parallel import sharded
 from research.parallel.cohorts import draw
@@ -85,9 +77,9 @@ def local_phase(
       held = step(held, of_step)
     return held, held[1]
 
-  steps = jnp.arange(method.period, dtype=jnp.int32)
+  steps = jnp.arange(method.local_steps, dtype=jnp.int32)
   held = method.begin(state), jnp.zeros((), jnp.float32)
-  if method.period > 1:
+  if method.local_steps > 1:
     (local, _), losses = lax.scan(one, held, (drawn, steps))
     return local, losses
   (local, loss), _ = one(held, jax.tree.map(lambda x: x[0], (drawn, steps)))
@@ -103,7 +95,7 @@ def _fits(index: Tree, examples: Batch) -> bool:
 def blocked(job: Job) -> Job:
   """The job as one device per worker would run it: aggregators block by block where a mesh cuts."""
   cut = sharded.cut_of(job.axes, job.task)
-  if cut is None or job.method.over is None:
+  if cut is None:
     return job
   return resolved(job._replace(method=job.method.over(lambda inner: blockwise(inner, cut))))
 
@@ -130,9 +122,10 @@ def sync(
   that add noise run it all the same, so that the result does not show whether anyone participated.
   """
   if not job.sampling_rate and not job.dropout:
-    return job.method.sync(local, state, key=key, weight=1.0 if job.even else weight)
-  after = job.method.sync(local, state, key=key, weight=weight, active=weight > 0)
-  if "noise" in traits(job.method):
+    presence = EVERYONE if job.even else Presence(weight)
+    return job.method.sync(local, state, key=key, presence=presence)
+  after = job.method.sync(local, state, key=key, presence=Presence(weight, weight > 0))
+  if Trait.NOISE in traits(job.method):
     return after
   return jax.tree.map(lambda new, old: jnp.where(anybody, new, old), after, state)
 
@@ -158,7 +151,7 @@ def infer_layout(job: Job) -> layouts.Layout:
   size, index = jax.ShapeDtypeStruct((), jnp.int32), None
   if job.batch_size is not None:
     sample = lambda s, k: job.task.sample(s, jnp.int32(0), k, batch_size=job.batch_size)
-    spread = lambda x: jax.ShapeDtypeStruct((job.method.period, *x.shape), x.dtype)
+    spread = lambda x: jax.ShapeDtypeStruct((job.method.local_steps, *x.shape), x.dtype)
     index = jax.tree.map(spread, jax.eval_shape(sample, size, key))
   layout = layouts.infer(
     job.method.init,
@@ -174,7 +167,7 @@ def infer_layout(job: Job) -> layouts.Layout:
   if job.clients > 1 and _has_neighbours(job, layout):
     raise ValueError("neighbours are workers, and a population keeps its state by client")
   is_partial = job.clients > 1 or job.dropout or job.sampling_rate
-  if is_partial and "everyone" in traits(job.method):
+  if is_partial and Trait.EVERYONE in traits(job.method):
     raise ValueError(
       "ef21 and diana add up what each worker has sent so far, which goes with neither dropout nor "
       "a population; take error_feedback"
@@ -308,7 +301,7 @@ def dense_traffic(job: Job) -> list[wire.Transfer]:
 
 def metrics_traffic(job: Job, rounds: int) -> list[wire.Transfer]:
   """What the reduction of the metrics sends in a dispatch of K rounds."""
-  losses = jax.ShapeDtypeStruct((rounds * job.method.period,), jnp.float32)
+  losses = jax.ShapeDtypeStruct((rounds * job.method.local_steps,), jnp.float32)
   finite = jax.ShapeDtypeStruct((), jnp.bool_)
   return wire.traffic(reduce_metrics, losses, finite, axes=meshes.worker_axes(job.axes))
 

@@ -9,6 +9,8 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from research.core import plugins
+from research.core.plugins import Source
 from research.training.config import Config
 
 
@@ -28,16 +30,32 @@ class Sizes(NamedTuple):
   parts: list[list[int]]
 
 
-def settle(platform: str, cache: str) -> None:
-  """Makes this process one of JAX, on processors or on whatever is there."""
+class Inherited(NamedTuple):
+  """What a process takes over from the one that starts it."""
+
+  cache: str  # folder of compiled programs, '' for none
+  modules: tuple[Source, ...]  # that register names
+
+
+def inherited() -> Inherited:
+  """What the processes that this one starts take over."""
+  import jax
+
+  cache = str(jax.config.values["jax_compilation_cache_dir"] or "")
+  return Inherited(cache, plugins.carried())
+
+
+def settle(platform: str, given: Inherited) -> None:
+  """Starts JAX in this process, on processors or on whatever is there, and imports plugins."""
   os.environ["JAX_NUM_CPU_DEVICES"] = "1"
   if platform:
     os.environ["JAX_PLATFORMS"] = platform
   import jax
 
-  if cache:
-    jax.config.update("jax_compilation_cache_dir", cache)
+  if given.cache:
+    jax.config.update("jax_compilation_cache_dir", given.cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+  plugins.load_all(given.modules)
 
 
 def part_of(method: str, seed: int, sizes: Sizes, number: int, place: Place) -> Any:
@@ -48,11 +66,11 @@ def part_of(method: str, seed: int, sizes: Sizes, number: int, place: Place) -> 
   from research.server import work
   from research.server.part import Part
 
-  served = registry.build("method", method).served
+  served: Any = registry.build("method", method)
   shapes = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape, dtype in sizes.leaves}
   leaves, names = sizes.parts[number], list(shapes)
   side = work.side(served, work.keys_of(seed), shapes, leaves)
-  payloads = work.payload_shapes(served, shapes)
+  payloads = work.payload_shapes(served.on_server()[0].exchange.uplink, shapes)
   params = {names[leaf]: place.params[names[leaf]] for leaf in leaves}
   state = place.states[number] if place.states else None
   return Part(side, params, [payloads[leaf] for leaf in leaves], number, place.version, state)
@@ -61,8 +79,10 @@ def part_of(method: str, seed: int, sizes: Sizes, number: int, place: Place) -> 
 class Shard:
   """A shard of the model apart from the head's, which says what is applied when."""
 
-  def __init__(self, method: str, seed: int, sizes: Sizes, number: int, place: Place, cache: str):
-    settle("cpu", cache)
+  def __init__(
+    self, method: str, seed: int, sizes: Sizes, number: int, place: Place, given: Inherited
+  ):
+    settle("cpu", given)
     self.part = part_of(method, seed, sizes, number, place)
 
   def pid(self) -> int:
@@ -100,11 +120,11 @@ class Shard:
 class WorkerProcess:
   """A worker; `run` returns when it is over, and raises what keeps it from its work."""
 
-  def __init__(self, config: Config, worker: int, platform: str, cache: str):
-    settle(platform, cache)
-    self.config, self.worker = config, worker
+  def __init__(self, config: Config, worker: int, platform: str, given: Inherited):
+    self.config, self.worker, self.platform, self.given = config, worker, platform, given
 
   def run(self) -> str:
+    settle(self.platform, self.given)
     from research.server.worker import Worker
 
     return Worker(self.config, self.worker).run()
@@ -121,9 +141,9 @@ class HeadProcess:
     sizes: Sizes,
     place: Place,
     shards: Sequence[Any],
-    cache: str,
+    given: Inherited,
   ):
-    settle("cpu", cache)
+    settle("cpu", given)
     from research.server.head import Head
 
     def elsewhere(pushes, shares):

@@ -9,7 +9,7 @@ from typing import Any
 
 from research.server import cluster, events, hogwild, store
 from research.server import setup as setups
-from research.server.actors import HeadProcess, Place, Shard, Sizes, WorkerProcess
+from research.server.actors import HeadProcess, Place, Shard, Sizes, WorkerProcess, inherited
 from research.server.measure import Measured, digest
 from research.server.setup import Setup
 from research.training import fingerprint
@@ -36,7 +36,7 @@ def train(config: Config) -> tuple[dict[str, Any], Path]:
     timing = stack.enter_context(Timing())
     folder = folders.check(config)
     made = setups.setup(config)
-    steps = made.updates * made.job.method.period
+    steps = made.updates * made.job.method.local_steps
     made_of = functools.partial(fingerprint.of_specs, made.job.task, made.job.method)
     folders.check_prints(config, folder, made_of)
     if summary := folders.finished(config, folder, steps, made_of):
@@ -64,7 +64,7 @@ class Run:
 
   def __init__(self, setup: Setup, folder: Path, timing: Timing):
     self.setup, self.config, self.folder, self.timing = setup, setup.config, folder, timing
-    self.period = setup.job.method.period
+    self.period = setup.job.method.local_steps
     names = list(setup.shapes)
     self.checkpoints = folder / "checkpoints"
     found = store.restore(self.checkpoints, names, setup.parts, report.note)
@@ -95,23 +95,22 @@ class Run:
     """All shards and the head, at the newest checkpoint."""
     setup, config = self.setup, self.config
     leaves = [(name, x.shape, str(x.dtype)) for name, x in setup.shapes.items()]
-    sizes, cache = Sizes(leaves, setup.parts), setups.cache()
+    sizes, given = Sizes(leaves, setup.parts), inherited()
     of = (config.method, config.seed, sizes)
     remote = lambda kind, name: ray.remote(kind).options(name=name, num_cpus=1)
     shards = [
-      _named(remote(Shard, f"shard-{number}"), *of, number, self.saved, cache)
+      _named(remote(Shard, f"shard-{number}"), *of, number, self.saved, given)
       for number in range(1, config.shards)
     ]
     rules = setup.rules(setups.code_of(setup))
-    head = _named(remote(HeadProcess, "head"), rules, *of, self.saved, shards, cache)
+    head = _named(remote(HeadProcess, "head"), rules, *of, self.saved, shards, given)
     self.servers = [head, *shards]
 
   def start_worker(self, ray: Any, number: int) -> None:
     options = self.given[number]
-    cache = setups.cache()
     platform = "" if options else "cpu"
     kind = ray.remote(WorkerProcess).options(num_cpus=1, scheduling_strategy="SPREAD", **options)
-    handle = kind.remote(self.config, number, platform, cache)
+    handle = kind.remote(self.config, number, platform, inherited())
     self.handles[number] = handle
     self.workers[handle.run.remote()] = number
 

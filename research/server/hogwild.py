@@ -17,7 +17,7 @@ import numpy as np
 
 from research.server import setup as setups
 from research.server import shared, store
-from research.server.actors import Place
+from research.server.actors import Place, inherited
 from research.server.measure import Measured, digest
 from research.server.setup import Setup
 from research.training.config import UsageError
@@ -70,8 +70,7 @@ class Run:
       self.block.unlink()
 
   def start(self, worker: int) -> None:
-    cache = setups.cache()
-    args = (self.config, worker, self.block.name, self.parameters, cache)
+    args = (self.config, worker, self.block.name, self.parameters, inherited())
     context = multiprocessing.get_context("spawn")
     self.processes[worker] = context.Process(target=shared.run, args=args, daemon=True)
     self.processes[worker].start()

@@ -27,7 +27,7 @@ class Measured:
 
   def __init__(self, setup: Setup, folder: Path, version: int, timing: Timing):
     self.setup, self.config, self.timing = setup, setup.config, timing
-    self.period = setup.job.method.period
+    self.period = setup.job.method.local_steps
     self.folder, self.evaluated_on = folder, "test" if setup.test else "train"
     updates = setup.updates * self.period
     self.progress = report.Progress(updates, self.evaluated_on, True)

@@ -30,12 +30,12 @@ class Replayed:
   """The servers and the workers of a run, one after the other in one process."""
 
   def __init__(self, setup: Setup, params: Mapping[str, np.ndarray]):
-    self.setup, served, keys = setup, setup.served, setup.keys
-    self.worker = work.worker(setup.job, served, keys)
-    payloads = work.payload_shapes(served, setup.shapes)
+    self.setup, apart, keys = setup, setup.apart, setup.keys
+    self.worker = work.worker(setup.job, apart, keys)
+    payloads = work.payload_shapes(apart.link, setup.shapes)
     self.parts = [
       Part(
-        work.side(served, keys, setup.shapes, leaves),
+        work.side(setup.job.method, keys, setup.shapes, leaves),
         setups.chosen(setup, shard, params),
         [payloads[leaf] for leaf in leaves],
         shard,

@@ -16,11 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.comm import mesh as meshes
-from research.core import registry
-from research.core.base import Batch, Method, Served
-from research.methods.local import LocalSteps
+from research.core import plugins, registry, spec
+from research.core.base import Params
+from research.core.method import Method
+from research.core.task import Batch
+from research.methods._steps import LocalStepping
+from research.methods.data_parallel import DataParallel
 from research.parallel.job import Job
 from research.server import work
+from research.server.halves import Halves, halves
 from research.server.messages import MODES as OF_SERVERS
 from research.server.messages import Rules
 from research.training import assemble, reach, sources
@@ -30,11 +34,6 @@ MODES = (*OF_SERVERS, "hogwild")
 # Flags of other executions, which a server has no use for.
 _ELSEWHERE = ("population", "sampling_rate", "dropout", "clock", "virtual_seconds", "tolerance")
 _ELSEWHERE = (*_ELSEWHERE, "zero", "local_phase", "profile", "x64")
-_LEGAL = (
-  "data_parallel, local_sgd, diloco, asgd, dc_asgd(..., last_pull()), "
-  "staleness_aware(..., last_pull()), each with mean(), gather_mean(C), sum_mean(C) or "
-  "error_feedback of these"
-)
 
 
 class Setup(NamedTuple):
@@ -42,7 +41,7 @@ class Setup(NamedTuple):
 
   config: Config
   job: Job  # whose owners are the workers
-  served: Served
+  apart: Halves  # of the whole model
   keys: work.Keys
   shapes: work.Shapes
   parts: list[list[int]]  # leaves by shard
@@ -76,8 +75,8 @@ def count_workers(config: Config) -> int:
   return config.workers or axes["data"]
 
 
-def check(config: Config, needs_ray: bool = True) -> Served:
-  """Refuses what needs no data to be seen wrong.
+def check(config: Config, needs_ray: bool = True) -> Method:
+  """The method, after what needs no data to be seen wrong has been rejected.
 
   Raises:
     UsageError: one line.
@@ -94,13 +93,14 @@ def check(config: Config, needs_ray: bool = True) -> Served:
   slowdown(config)
   with flag("method", config.method):
     method = registry.build("method", config.method)
-    served = _served(method)
-    local = isinstance(jax.eval_shape(served.begin, {}, served.own({})), LocalSteps)
-    if config.server_mode == "elastic" and not local:
+    if method.passes or method.later:
+      raise ValueError("a server's pieces of work have one length: give the method one period")
+    apart = _apart(method, {"x": jax.ShapeDtypeStruct((3, 2), jnp.float32)})
+    if config.server_mode == "elastic" and not isinstance(apart.method, LocalStepping):
       raise ValueError("elastic workers take local steps; take diloco or local_sgd")
     if alone:
-      _check_lock_free(config, method, served)
-  return served
+      _check_lock_free(config, apart)
+  return method
 
 
 def legal(config: Config) -> None:
@@ -126,16 +126,20 @@ def legal(config: Config) -> None:
       raise ValueError("not in (0, inf)")
 
 
-def _served(method: Method) -> Served:
-  if method.served is None:
-    raise ValueError(f"cannot be split between a server and its workers; legal: {_LEGAL}")
-  if method.epochs or method.later:
-    raise ValueError("a server's pieces of work have one length: give the method one period")
-  return method.served
+def _apart(method: Method, params: Params) -> Halves:
+  """The method's two halves.
+
+  Raises:
+    ValueError: if it has none, with the reason and what can be served.
+  """
+  try:
+    return halves(method, params)
+  except ValueError as error:
+    raise ValueError(f"cannot be split between a server and its workers: {error}") from error
 
 
-def _check_lock_free(config: Config, method: Method, served: Served) -> None:
-  """Refuses what is more than adding each worker's steps.
+def _check_lock_free(config: Config, apart: Halves) -> None:
+  """Rejects what is more than adding each worker's steps.
 
   Raises:
     ValueError: with the reason.
@@ -143,16 +147,14 @@ def _check_lock_free(config: Config, method: Method, served: Served) -> None:
   example = {"x": jnp.zeros((3, 2))}
   holds = lambda init: bool(jax.tree.leaves(jax.eval_shape(init, example)))
   types = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
-  sent = work.payload_shapes(served, work.shapes_of(example))
-  own = any(map(holds, (served.server.init, served.own, served.link.init)))
-  local = isinstance(jax.eval_shape(served.begin, {}, served.own({})), LocalSteps)
-  if own or local or types(sent) != types(example):
+  sent = work.payload_shapes(apart.link, work.shapes_of(example))
+  kept = any(map(holds, (apart.init, apart.own, apart.link.init)))
+  is_plain = isinstance(apart.method, DataParallel) and types(sent) == types(example)
+  if kept or not is_plain:
     raise ValueError("hogwild adds gradients to one model; take plain sgd and mean()")
-  try:
-    jax.eval_shape(lambda grads: served.server.update(grads, served.server.init(grads)), example)
-  except KeyError as error:
-    raise ValueError("hogwild knows of no staleness; take plain sgd and mean()") from error
-  if method.period > 1 or config.shards > 1 or config.slowdown:
+  if apart.correction is not None:
+    raise ValueError("hogwild knows of no staleness; take plain sgd and mean()")
+  if apart.method.local_steps > 1 or config.shards > 1 or config.slowdown:
     raise ValueError("hogwild goes with a period of one, one shard and no --slowdown")
 
 
@@ -164,7 +166,7 @@ def slowdown(config: Config) -> Mapping[int, float]:
   """
   with flag("slowdown", config.slowdown):
     try:
-      found = registry.literal(config.slowdown or "{}")
+      found = spec.literal(config.slowdown or "{}")
       factors = {int(worker): float(factor) for worker, factor in found.items()}
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
       raise ValueError("not a factor by worker number, such as {0: 4}") from error
@@ -183,8 +185,7 @@ def setup(config: Config, needs_ray: bool = True) -> Setup:
   Raises:
     UsageError: one line.
   """
-  served = check(config, needs_ray)
-  method = registry.build("method", config.method)
+  method = check(config, needs_ray)
   workers = count_workers(config)
   batch_size = assemble.per_worker(config, workers)
   task = sources.task_of(config)
@@ -204,15 +205,15 @@ def setup(config: Config, needs_ray: bool = True) -> Setup:
   shapes = work.shapes_of(jax.eval_shape(task.init, jax.random.key(0)))
   with flag("method", config.method):
     structs = jax.eval_shape(task.init, jax.random.key(0))
-    reach.check(jax.eval_shape(served.server.init, structs))
-    reach.check(jax.eval_shape(lambda params: served.begin(params, served.own(params)), structs))
+    apart = _apart(method, structs)
+    reach.check(jax.eval_shape(apart.method.init, structs))
   with flag("shards", config.shards):
     parts = work.cut(shapes, config.shards)
-    if config.shards > 1 and work.looks_across(served, shapes, parts):
+    if config.shards > 1 and work.looks_across(method, shapes, parts):
       raise ValueError("the server's optimizer looks at all leaves at once; take --shards=1")
-  updates = _updates(config, method.period, int(sizes.sum()), workers)
+  updates = _updates(config, method.local_steps, int(sizes.sum()), workers)
   keys = work.keys_of(config.seed)
-  return Setup(config, job, served, keys, shapes, parts, examples, task.test, updates)
+  return Setup(config, job, apart, keys, shapes, parts, examples, task.test, updates)
 
 
 def _updates(config: Config, period: int, examples: int, workers: int) -> int:
@@ -235,10 +236,10 @@ def _updates(config: Config, period: int, examples: int, workers: int) -> int:
 
 def code_of(setup: Setup) -> str:
   """What a worker must have in common with its server: source, model, payloads, batches."""
-  digest = hashlib.sha256(_source().encode())
+  digest = hashlib.sha256(f"{_source()}{plugins.fingerprint()}".encode())
   config = setup.config
   told = (config.task, config.model, config.method, config.partition, str(config.batch_size))
-  payloads = work.payload_shapes(setup.served, setup.shapes)
+  payloads = work.payload_shapes(setup.apart.link, setup.shapes)
   digest.update(json.dumps([*told, config.seed, config.clip_norm, setup.workers]).encode())
   digest.update(f"{setup.shapes}{payloads}".encode())
   return digest.hexdigest()[:12]
@@ -252,11 +253,6 @@ def _source() -> str:
   for path in sorted(root.rglob("*.py")):
     digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
   return digest.hexdigest()
-
-
-def cache() -> str:
-  """Where this process keeps compiled programs, '' if nowhere."""
-  return str(jax.config.values["jax_compilation_cache_dir"] or "")
 
 
 def initial(setup: Setup) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from research.server import actors
 from research.training.config import Config
 
 
@@ -36,27 +37,28 @@ def view(block: shared_memory.SharedMemory, parameters: int, workers: int) -> Me
   )
 
 
-def run(config: Config, worker: int, name: str, parameters: int, cache: str) -> None:
+def run(config: Config, worker: int, name: str, parameters: int, given: actors.Inherited) -> None:
   """Steps until somebody says stop, or the process that started this one is gone.
 
   A step reads the model while others write it, and adds to those coordinates alone where its
   update is not zero: with sparse examples, few.
   """
-  from research.server import actors
-
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one says when
   starter = multiprocessing.parent_process()
   assert starter is not None
-  actors.settle("cpu", cache)
+  actors.settle("cpu", given)
   import jax
   from jax.flatten_util import ravel_pytree
 
+  from research.methods.data_parallel import DataParallel
   from research.parallel import sharded, workers
   from research.server import setup as setups
   from research.server import work
 
   made = setups.setup(config, needs_ray=False)
-  task, served = made.job.task, made.served
+  task, method = made.job.task, made.apart.method
+  assert isinstance(method, DataParallel), "see setup._check_lock_free"
+  optimizer = method.inner
   block = shared_memory.SharedMemory(name=name)
   memory = view(block, parameters, made.workers)
   shapes = jax.eval_shape(task.init, jax.random.key(0))
@@ -75,11 +77,11 @@ def run(config: Config, worker: int, name: str, parameters: int, cache: str) -> 
       index = task.sample(size, number, own, batch_size=made.job.batch_size)
       batch = task.batch(examples, index)
     loss, grads = gradient(params, batch, jax.random.fold_in(own, number))
-    updates, state = served.server.update(grads, state, params)
+    updates, state = optimizer.update(grads, state, params)
     return loss, ravel_pytree(updates)[0], state
 
   state, number = (
-    served.server.init(unravel(jax.numpy.asarray(memory.model))),
+    optimizer.init(unravel(jax.numpy.asarray(memory.model))),
     int(memory.steps[worker]),
   )
   try:

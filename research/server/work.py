@@ -2,17 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from research.comm import collectives
-from research.core.base import Array, Batch, Key, Local, Params, Served, State, Tree
+from research.core.base import Array, Key, Link, Params, State, Tree
+from research.core.method import Method
+from research.core.task import Batch
 from research.parallel import workers
 from research.parallel.job import Job
+from research.server.halves import Halves, halves
 
 _MESSAGE = 0x70757368
 
@@ -48,20 +50,41 @@ class Worker(NamedTuple):
 
   held: Callable[[Params], Held]
   # (params, held, examples, size, worker, first) -> Local after the period, mean loss
-  steps: Callable[..., tuple[Local, Array]]
+  steps: Callable[..., tuple[Any, Array]]
   # the same one by one, for as many steps as there is time for, with the losses' sum
-  begin: Callable[[Params, Held], tuple[Local, Array]]
-  step: Callable[..., tuple[Local, Array]]  # (local, total, examples, size, worker, first)
+  begin: Callable[[Params, Held], tuple[Any, Array]]
+  # (local, total, params, held, examples, size, worker, first)
+  step: Callable[..., tuple[Any, Array]]
   # (local, params, held, worker, number) -> payloads by leaf, Held
   end: Callable[..., tuple[list[Tree], Held]]
 
 
-def worker(job: Job, served: Served, keys: Keys) -> Worker:
+class _From(Method):
+  """The inner method in rounds that begin with a given Local and have a number of steps."""
+
+  inner: Method
+  local: Any
+  steps: int
+
+  def begin(self, state):
+    del state
+    return self.local
+
+  def step(self, grads, local, state, *, key, grad_fn=None):
+    return self.inner.step(grads, local, state, key=key, grad_fn=grad_fn)
+
+  @property
+  def local_steps(self):
+    return self.steps
+
+
+def worker(job: Job, apart: Halves, keys: Keys) -> Worker:
   """A worker of a job whose owners are the workers: [W] sizes, a batch size for each.
 
   The steps are those of `workers.local_phase`, with the batches that the simulated worker of that
   number draws in its own local steps first, first + 1, ...
   """
+  method = apart.method
 
   def drawn(size, worker, first, period):
     if job.batch_size is None:
@@ -70,36 +93,34 @@ def worker(job: Job, served: Served, keys: Keys) -> Worker:
     sample = lambda step: job.task.sample(size, step, own, batch_size=job.batch_size)
     return jax.vmap(sample)(first + jnp.arange(period, dtype=jnp.int32))
 
-  def steps(begin, period, examples, size, worker, first):
-    method = job.method._replace(begin=lambda state: begin, step=served.step, period=period)
+  def steps(local, state, period, examples, size, worker, first):
     key = jax.random.fold_in(collectives.key_of(keys.run, worker), first)
     index = drawn(size, worker, first, period)
-    one = job._replace(method=method)
-    return workers.local_phase(one, (), examples, size, index, key)
+    one = job._replace(method=_From(method, local, period))
+    return workers.local_phase(one, state, examples, size, index, key)
 
   def end(local, params, held, worker, number):
-    message, own = served.end(local, params)
-    payloads, memory = served.link.encode(
-      message, held.memory, message_key(keys.run, worker, number)
-    )
+    key = message_key(keys.run, worker, number)
+    message, own = apart.message(local, params, held.own, key)
+    payloads, memory = apart.link.encode(message, held.memory, key)
     return payloads, Held(own, memory)
 
   def together(params, held, examples, size, worker, first):
-    local = served.begin(params, held.own)
-    local, losses = steps(local, job.method.period, examples, size, worker, first)
+    state = apart.state(params, held.own)
+    period = method.local_steps
+    local, losses = steps(method.begin(state), state, period, examples, size, worker, first)
     return local, jnp.mean(losses)
 
-  def step(local, total, examples, size, worker, first):
-    local, losses = steps(local, 1, examples, size, worker, first)
+  def begin(params, held):
+    return method.begin(apart.state(params, held.own)), jnp.zeros(())
+
+  def step(local, total, params, held, examples, size, worker, first):
+    state = apart.state(params, held.own)
+    local, losses = steps(local, state, 1, examples, size, worker, first)
     return local, total + losses[0]
 
-  return Worker(
-    jax.jit(lambda params: Held(served.own(params), served.link.init(params))),
-    jax.jit(together),
-    jax.jit(lambda params, held: (served.begin(params, held.own), jnp.zeros(()))),
-    jax.jit(step),
-    jax.jit(end),
-  )
+  held = lambda params: Held(apart.own(params), apart.link.init(params))
+  return Worker(*map(jax.jit, (held, together, begin, step, end)))
 
 
 Shapes = dict[str, jax.ShapeDtypeStruct]  # of a model's leaves by name, in their order
@@ -112,9 +133,9 @@ def shapes_of(params: Params) -> Shapes:
   return {jax.tree_util.keystr(path): struct(leaf) for path, leaf in leaves}
 
 
-def payload_shapes(served: Served, shapes: Shapes) -> list[Tree]:
+def payload_shapes(link: Link, shapes: Shapes) -> list[Tree]:
   """What a push of each leaf looks like: arrays without values."""
-  encode = lambda tree: served.link.encode(tree, served.link.init(tree), jax.random.key(0))[0]
+  encode = lambda tree: link.encode(tree, link.init(tree), jax.random.key(0))[0]
   return jax.eval_shape(encode, list(shapes.values()))
 
 
@@ -139,7 +160,7 @@ def cut(shapes: Shapes, shards: int) -> list[list[int]]:
 class Side(NamedTuple):
   """The server's half, of one shard: leaves by name."""
 
-  init: Callable[[dict[str, Array]], State]  # of its optimizer
+  init: Callable[[dict[str, Array]], State]  # what it keeps beside them
   # (params, state, payloads, then, worker, number, staleness) -> params, state: of one push
   one: Callable[..., tuple[dict[str, Array], State]]
   # (total, payloads, share, worker, number) -> total, and an update of it: of a round
@@ -147,32 +168,28 @@ class Side(NamedTuple):
   mean: Callable[..., tuple[dict[str, Array], State]]  # (params, state, total)
 
 
-def side(served: Served, keys: Keys, shapes: Shapes, leaves: Sequence[int]) -> Side:
+def side(method: Method, keys: Keys, shapes: Shapes, leaves: Sequence[int]) -> Side:
   """Of the shard that has these leaves of the model.
 
   Args:
-    served: the method.
+    method: that is served.
     keys: of the run.
     shapes: of the model's leaves.
     leaves: their numbers.
   """
-  server = optax.with_extra_args_support(served.server)
   name, like = list(shapes), list(shapes.values())
+  apart = halves(method, {name[leaf]: like[leaf] for leaf in leaves})
 
   def decoded(payloads, worker, number):
     key = message_key(keys.run, worker, number)
     pairs = zip(leaves, payloads, strict=True)
     return {
-      name[leaf]: served.link.decode(payload, like[leaf], key, leaf) for leaf, payload in pairs
+      name[leaf]: apart.link.decode(payload, like[leaf], key, leaf) for leaf, payload in pairs
     }
-
-  def stepped(params, state, message, staleness, moved):
-    updates, state = server.update(message, state, params, staleness=staleness, moved=moved)
-    return optax.apply_updates(params, updates), state
 
   def one(params, state, payloads, then, worker, number, staleness):
     moved = jax.tree.map(jnp.subtract, params, then)
-    return stepped(params, state, decoded(payloads, worker, number), staleness, moved)
+    return apart.receive(decoded(payloads, worker, number), params, state, staleness, moved)
 
   def add(total, payloads, share, worker, number):
     message = decoded(payloads, worker, number)
@@ -180,9 +197,9 @@ def side(served: Served, keys: Keys, shapes: Shapes, leaves: Sequence[int]) -> S
 
   def mean(params, state, total):
     zeros = jax.tree.map(jnp.zeros_like, params)
-    return stepped(params, state, total, jnp.int32(0), zeros)
+    return apart.receive(total, params, state, jnp.int32(0), zeros)
 
-  return Side(jax.jit(server.init), jax.jit(one), jax.jit(add), jax.jit(mean))
+  return Side(*map(jax.jit, (apart.init, one, add, mean)))
 
 
 def shares(weights: Sequence[float]) -> np.ndarray:
@@ -191,12 +208,11 @@ def shares(weights: Sequence[float]) -> np.ndarray:
   return (given / given.sum()).astype(np.float32)
 
 
-def looks_across(served: Served, shapes: Shapes, parts: Sequence[Sequence[int]]) -> bool:
-  """Whether the server's optimizer makes something else of all leaves at once than of each shard.
+def looks_across(method: Method, shapes: Shapes, parts: Sequence[Sequence[int]]) -> bool:
+  """Whether the server makes something else of all leaves at once than of each shard.
 
   Clipping by the global norm does. Tried on made-up messages, two updates of each.
   """
-  server = optax.with_extra_args_support(served.server)
   random = np.random.default_rng(0)
   draw = lambda: {
     name: jnp.asarray(random.normal(size=x.shape), x.dtype) * 10.0 ** random.integers(-2, 3)
@@ -204,20 +220,19 @@ def looks_across(served: Served, shapes: Shapes, parts: Sequence[Sequence[int]])
   }
   params, messages = draw(), [draw(), draw()]
 
-  def run(params: Any, messages: Sequence[Any]) -> dict[str, Array]:
-    state = server.init(params)
+  def run(params: dict[str, Array], messages: Sequence[dict[str, Array]]) -> dict[str, Array]:
+    apart = halves(method, params)
+    held = apart.init(params)
     for message in messages:
       still = jax.tree.map(jnp.zeros_like, params)
-      extra = {"staleness": jnp.int32(1), "moved": still}
-      updates, state = server.update(message, state, params, **extra)
-      params = cast(Any, optax.apply_updates(params, updates))
+      params, held = apart.receive(message, params, held, jnp.int32(1), still)
     return params
 
   whole, order = run(params, messages), list(shapes)
   for leaves in parts:
     of_part = partial(_chosen, [order[leaf] for leaf in leaves])
-    apart = run(of_part(params), [of_part(message) for message in messages])
-    if any(not np.allclose(apart[name], whole[name], rtol=1e-5, atol=1e-7) for name in apart):
+    alone = run(of_part(params), [of_part(message) for message in messages])
+    if any(not np.allclose(alone[name], whole[name], rtol=1e-5, atol=1e-7) for name in alone):
       return True
   return False
 

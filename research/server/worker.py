@@ -41,7 +41,7 @@ class Worker:
     self.code = setups.code_of(self.setup)
     self.rules = self.setup.rules(self.code)
     self.slowdown = setups.slowdown(config).get(worker, 1.0)
-    self.compute = work.worker(self.setup.job, self.setup.served, self.setup.keys)
+    self.compute = work.worker(self.setup.job, self.setup.apart, self.setup.keys)
     examples, size = work.examples_of(self.setup.examples, self.setup.job.sizes, worker)
     self.data = (jax.device_put(examples), size, jax.numpy.int32(worker))
     shapes = self.setup.shapes.values()
@@ -56,7 +56,7 @@ class Worker:
     held = self.compute.held(params)
     if self.config.server_mode == "elastic":
       local, total = self.compute.begin(params, held)
-      local, total = self.compute.step(local, total, *self.data, np.int32(0))
+      local, total = self.compute.step(local, total, params, held, *self.data, np.int32(0))
     else:
       local, total = self.compute.steps(params, held, *self.data, np.int32(0))
     jax.block_until_ready(self.compute.end(local, params, held, self.data[2], np.int32(0)))
@@ -131,7 +131,7 @@ class Worker:
 
   def piece(self, params: Any, held: Any, first: int, ends: float) -> tuple[Any, float, int]:
     """The local steps of a piece of work: Local, mean loss, and how many they were."""
-    elastic, period = self.config.server_mode == "elastic", self.setup.job.method.period
+    elastic, period = self.config.server_mode == "elastic", self.setup.job.method.local_steps
     if not elastic:
       with self.limping():
         found = self.compute.steps(params, held, *self.data, np.int32(first))
@@ -141,7 +141,7 @@ class Worker:
     steps = 0
     while steps == 0 or (steps < period and time.monotonic() < ends):
       with self.limping():
-        found = self.compute.step(local, total, *self.data, np.int32(first + steps))
+        found = self.compute.step(local, total, params, held, *self.data, np.int32(first + steps))
         local, total = jax.block_until_ready(found)
       steps += 1
     return local, float(total) / steps, steps

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from research.core import checks
+
 
 class Speeds(NamedTuple):
   """How long the local steps of each worker take.
@@ -65,7 +67,7 @@ def exponential(
     exponential run times).
   """
   _above_zero("mean", mean)
-  _not_negative("shift", shift)
+  checks.in_range("shift", shift, "[0, inf)")
   draw = lambda random, worker, steps: shift + mean * random.standard_exponential(steps)
   return _slowed(draw, slowdown)
 
@@ -82,7 +84,7 @@ def lognormal(mean: float, sigma: float, *, slowdown: Mapping[int, float] | None
     ValueError: if a number is out of its range.
   """
   _above_zero("mean", mean)
-  _not_negative("sigma", sigma)
+  checks.in_range("sigma", sigma, "[0, inf)")
   draw = lambda random, worker, steps: (
     mean * np.exp(sigma * random.standard_normal(steps) - sigma**2 / 2)
   )
@@ -153,7 +155,8 @@ class Lockstep:
     Raises:
       ValueError: if there are none, or one of no steps.
     """
-    _at_least_one(rounds=len(steps), steps=np.min(steps, initial=1))
+    checks.at_least("rounds", len(steps))
+    checks.at_least("steps", np.min(steps, initial=1))
     starts = np.cumsum([0, *steps])
     slowest = np.zeros(len(steps))
     for worker, random in enumerate(self._generators):
@@ -251,20 +254,10 @@ def _above_zero(name: str, values: float | Sequence[float]) -> np.ndarray:
   return array
 
 
-def _not_negative(name: str, value: float) -> None:
-  if not 0 <= value < math.inf:
-    raise ValueError(f"{name}={value} is not in [0, inf)")
-
-
-def _at_least_one(**counts: int) -> None:
-  for name, count in counts.items():
-    if count < 1:
-      raise ValueError(f"{name}={count}; it is at least 1")
-
-
 def _check(speeds: Speeds, workers: int, communication: float, **counts: int) -> None:
-  _at_least_one(workers=workers, **counts)
-  _not_negative("communication", communication)
+  for name, count in {"workers": workers, **counts}.items():
+    checks.at_least(name, count)
+  checks.in_range("communication", communication, "[0, inf)")
   if speeds.workers not in (0, workers):
     raise ValueError(f"speeds are those of {speeds.workers} workers, and there are {workers}")
   if speeds.named > workers:

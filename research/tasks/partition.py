@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from research.core.base import Batch
+from research.core.task import Batch
 
 Partition = Callable[[np.ndarray, int, int], list[np.ndarray]]
 

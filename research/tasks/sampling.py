@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from research.core.base import Array, Batch, Key, Tree
+from research.core.base import Array, Key, Tree
+from research.core.task import Batch
 
 ROUNDS = 16
 _GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio: spreads consecutive rounds over all words

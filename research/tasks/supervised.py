@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.core.base import Array, Batch, Key, Params, Task
+from research.core.base import Array, Key, Params
+from research.core.task import Batch, Task
 from research.tasks import sampling
 from research.tasks.networks import network
 

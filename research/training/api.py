@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from research.core import registry
-from research.core.base import Method, Task
+from research.core.method import Method
+from research.core.spec import parse
+from research.core.task import Task
 from research.core.text import quoted
 from research.sim.clock import Speeds
 from research.tasks.partition import Partition
@@ -117,7 +119,7 @@ def _task(task: Task | Callable[..., Task] | str, model: Any) -> Task | None:
   if isinstance(task, str):
     if model is None or isinstance(model, str):
       return None
-    return registry.build("task", registry.parse(task), model=model, data_dir="")
+    return registry.build("task", parse(task), model=model, data_dir="")
   if isinstance(task, Task):
     return task
   if isinstance(model, str):

@@ -11,7 +11,9 @@ import numpy as np
 
 from research.comm import mesh as meshes
 from research.core import registry
-from research.core.base import Batch, Executor, Method, Task
+from research.core.method import Method
+from research.core.spec import parse
+from research.core.task import Batch, Executor, Task
 from research.parallel.job import Job, stages
 from research.sim.clock import Speeds, steady
 from research.tasks.partition import Partition
@@ -137,7 +139,7 @@ def check(config: Config, given: Given = NOTHING_GIVEN) -> Setting:
       speeds = registry.build("speeds", config.clock)
   with flag("task", config.task):
     if not given.task:
-      registry.lookup(("task",), registry.parse(config.task).name)
+      registry.lookup(("task",), parse(config.task).name)
   with flag("partition", config.partition):
     partition = given.partition or registry.build("partition", config.partition)
   if config.model and not given.task:
@@ -283,7 +285,7 @@ def _steps(
   if not config.epochs:
     with flag("steps", config.steps):
       if plan.end(config.steps) != config.steps:
-        period = plan.jobs[plan.stage(config.steps)].method.period
+        period = plan.jobs[plan.stage(config.steps)].method.local_steps
         raise ValueError(
           f"does not end with a round of {period} steps; nearest: {plan.end(config.steps)}, "
           "or take --rounds"

@@ -4,7 +4,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from research.core import blame, registry
+from research.core import blame
+from research.core.spec import parse
 from research.core.text import quoted
 
 
@@ -71,7 +72,7 @@ class Config(NamedTuple):
 def called(spec: str) -> str:
   """The name that a spec calls; "" of what is no spec, such as the label of an object."""
   try:
-    return registry.parse(spec).name
+    return parse(spec).name
   except ValueError:
     return ""
 

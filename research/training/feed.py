@@ -6,7 +6,9 @@ import jax
 import numpy as np
 
 from research.core import blame
-from research.core.base import Array, Batch, Data, Method
+from research.core.base import Array
+from research.core.method import Method
+from research.core.task import Batch, Data
 from research.parallel.job import Job
 from research.training import sources
 from research.training.config import Config, called, flag
@@ -14,7 +16,7 @@ from research.training.config import Config, called, flag
 
 def buffers(config: Config, method: Method, owners: int, batch_size: int) -> np.ndarray:
   """Examples [P] that each worker holds at once: those of the longest dispatch."""
-  periods = (method.period, *(period for _, period in method.later))
+  periods = (method.local_steps, *(period for _, period in method.later))
   steps = max(-(-config.steps_per_dispatch // period) * period for period in periods)
   return np.full(owners, steps * batch_size)
 
@@ -31,7 +33,7 @@ def check(config: Config, method: Method) -> None:
     "partition": called(config.partition) != "iid"
     and "they are dealt to the workers as they come: iid()",
     "tolerance": config.tolerance and "the gradient of the full objective is out of reach",
-    "method": (method.epochs and "a worker has no examples of its own; take period= for epochs=")
+    "method": (method.passes and "a worker has no examples of its own; take period= for epochs=")
     or (method.one_by_one and "workers that are served one by one have examples of their own"),
   }
   for name, reason in wrong.items():

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from research.core import blame
-from research.core.base import Task
+from research.core.task import Task
 
 _WHOLE = 2**26  # bytes of an array that are read whole
 _BLOCK = 2**16  # bytes; of a larger array so many blocks are read as make up _WHOLE

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from research.core import paths, registry
+from research.core import paths
+from research.core.spec import parse
 from research.training.config import NAMED, OF_SERVER, Config, UsageError, flag
 from research.training.reports.report import closing_table, note, with_nan, write_json
 
@@ -38,7 +39,7 @@ def identity(config: Config) -> dict[str, Any]:
 def default_folder(config: Config) -> Path:
   """runs/TASK-METHOD-HASH: the same flags always mean the same folder."""
   digest = hashlib.sha256(json.dumps(identity(config)).encode()).hexdigest()[:8]
-  names = (registry.parse(config.task).name, registry.parse(config.method).name)
+  names = (parse(config.task).name, parse(config.method).name)
   return Path("runs") / f"{names[0]}-{names[1]}-{digest}"
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 
-from research.core.base import Array, Params, TrainState
+from research.core.base import Array, Params
+from research.core.task import TrainState
 from research.training import fingerprint
 from research.training import folder as folders
 from research.training.assemble import NOTHING_GIVEN, Given, Problem, assemble, check

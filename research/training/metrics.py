@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from research.comm import mesh as meshes
-from research.core.base import Array, Batch, Data, Params, Task, Tree, value_and_grad
+from research.core.base import Array, Params, Tree
+from research.core.task import Batch, Data, Task, value_and_grad
 
 
 def evaluator(task: Task, mesh: Mesh, batch: int = 1) -> Callable[..., dict[str, Array]]:

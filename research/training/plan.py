@@ -24,17 +24,17 @@ class Plan:
   def rounds(self, step: int) -> float:
     """How many rounds are done after so many steps."""
     job = self.jobs[self.stage(step)]
-    return job.first_round + (step - job.first_step) / job.method.period
+    return job.first_round + (step - job.first_step) / job.method.local_steps
 
   def steps(self, rounds: int) -> int:
     """How many steps so many rounds take."""
     job = [job for job in self.jobs if job.first_round <= rounds][-1]
-    return job.first_step + (rounds - job.first_round) * job.method.period
+    return job.first_step + (rounds - job.first_round) * job.method.local_steps
 
   def end(self, step: int) -> int:
     """The first end of a round that is not before a step."""
     job = self.jobs[self.stage(step)]
-    period = job.method.period
+    period = job.method.local_steps
     return job.first_step - (job.first_step - step) // period * period
 
   def next_stage(self, step: int) -> int | None:

@@ -8,15 +8,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from research.aggregate.privacy import private
+from research.aggregate.privacy import accounting, private
 from research.aggregate.privacy.hiding import Noise, Sum, is_wide
+from research.aggregate.privacy.private import Noisy
 from research.analysis import wire
 from research.analysis.rounds import programs
 from research.comm import mesh as meshes
 from research.comm.collectives import Axes
-from research.core.base import EVERYONE, Aggregate, Aggregator
+from research.core.base import EVERYONE, Aggregate, Aggregator, Trait
+from research.core.method import Method
+from research.core.part import Part
 from research.parallel import workers
-from research.parallel.job import Job, aggregators, resolved
+from research.parallel.job import Job, resolved
 from research.parallel.layout import Layout
 from research.training.config import Config
 
@@ -37,16 +40,16 @@ class _Uncounted(Exception):
 
 
 def spending(config: Config, job: Job, layout: Layout) -> Spent:
-  """Reads it off the method's aggregators, whatever they are called, and one traced round."""
-  noisy = [aggregator for aggregator in aggregators(job.method) if "noise" in aggregator.traits]
+  """Finds the noise by its type among the method's parts, and one traced round's exchanges."""
+  noisy = [a for a in _outermost(job.method) if any(a.parts(Noisy)) or Trait.NOISE in a.traits]
   noises = [a.privacy for a in noisy if isinstance(a.privacy, Noise)]
   found = columns([{"noise": noise.noise, "clip": noise.clip} for noise in noises])
-  if not noisy and not (job.method.over is None and _adds_noise(job, layout)):
+  if not noisy and not (_has_foreign(job.method) and _adds_noise(job, layout)):
     return Spent(found, None, "")
   found["delta"] = config.delta
   try:
-    if job.method.over is None:
-      raise _Uncounted("the method does not say how its aggregator is wrapped")
+    if not noisy:
+      raise _Uncounted("what adds the noise is no part of the method that its fields show")
     if len(noises) < len(noisy):
       raise _Uncounted("what adds the noise is wrapped by what does not say how it is seen")
     if any(noise.noise == 0 for noise in noises):
@@ -61,6 +64,16 @@ def spending(config: Config, job: Job, layout: Layout) -> Spent:
     found["privacy"] = f"not computed: {error}"
     return Spent(found, None, f"no epsilon in the metrics: {error}")
   return Spent(found | {"accounted": accounted}, epsilon, "")
+
+
+def _outermost(method: Method) -> list[Aggregator]:
+  """The aggregators that a method, or a method in it, has itself."""
+  return [a for part in method.parts(Method) for a in part.aggregators()]
+
+
+def _has_foreign(method: Method) -> bool:
+  """Whether a part is not of this library, and may do more than its fields say."""
+  return any(not type(part).__module__.startswith("research.") for part in method.parts(Part))
 
 
 def columns(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -100,7 +113,7 @@ def _counted(
   else:
     spread /= math.sqrt(count)
   of = f"{'the sum' if is_sum else 'each message'} with noise {spread:.4g}"
-  spend = functools.partial(private.spending, spread, config.delta)
+  spend = functools.partial(accounting.spending, spread, config.delta)
   if job.sampling_rate and is_sum:
     return spend(rate=job.sampling_rate), f"{of}, Poisson sampling at {job.sampling_rate:g}"
   drawn = not job.sampling_rate and job.order is None and job.even
@@ -126,7 +139,6 @@ def _noisy_exchanges(job: Job, layout: Layout) -> int:
   Raises:
     _Uncounted: if workers exchange anything else.
   """
-  assert job.method.over is not None
   marked = resolved(job._replace(method=job.method.over(_silent)))
   program, args = _sync(marked, layout)
   axes = meshes.worker_axes(job.axes)
@@ -158,16 +170,25 @@ def _adds_noise(job: Job, layout: Layout) -> bool:
   return is_in(jax.make_jaxpr(program, axis_env=list(axes.items()))(*args).jaxpr)
 
 
-def _silent(inner: Aggregator) -> Aggregator:
+class _Silent(Aggregator):
   """A noisy aggregator without its communication, which a traced program shows by name."""
 
-  def noisy_exchange(tree, state, key, presence=EVERYONE):
-    del key, presence
-    return Aggregate(tree, tree, state)
+  inner: Aggregator
 
-  if "noise" not in inner.traits:
-    return inner
-  return inner._replace(aggregate=jax.jit(noisy_exchange))
+  def init(self, params):
+    return self.inner.init(params)
+
+  def aggregate(self, tree, state, key, presence=EVERYONE):
+    del key, presence
+
+    def noisy_exchange(tree, state):
+      return Aggregate(tree, tree, state)
+
+    return jax.jit(noisy_exchange)(tree, state)
+
+
+def _silent(inner: Aggregator) -> Aggregator:
+  return _Silent(inner) if Trait.NOISE in inner.traits else inner
 
 
 def _marks(jaxpr: Any) -> int:

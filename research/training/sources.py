@@ -1,6 +1,5 @@
 """What a run trains on, by its flags: the task with its model, and its examples by owner."""
 
-import importlib
 import math
 
 import jax
@@ -8,7 +7,8 @@ import numpy as np
 
 from research.comm import mesh as meshes
 from research.core import blame, paths, registry
-from research.core.base import Batch, Task
+from research.core.spec import parse
+from research.core.task import Batch, Task
 from research.parallel.job import Job
 from research.tasks.partition import Partition, stack
 from research.training.config import Config, called, flag
@@ -21,20 +21,22 @@ def task_of(config: Config) -> Task:
     UsageError: one line that names the flag.
   """
   with flag("task", config.task):
-    call = registry.parse(config.task)
+    call = parse(config.task)
     factory = registry.lookup(("task",), call.name)
-    defaults = importlib.import_module(factory.__module__).DEFAULT_MODEL
-  spec = config.model or defaults.get(call.name, "")
-  with flag("model", spec):
-    if config.model and call.name not in defaults:
+    parameter = registry.signature_of(factory).parameters.get("model")
+  given = {}
+  with flag("model", config.model):
+    if config.model and parameter is None:
       raise ValueError(f"the task {call.name} has a model of its own; leave this out")
-    model = registry.build("model", spec) if spec else None
+    if config.model:
+      given = {"model": registry.build("model", config.model)}
   with flag("data_dir", config.data_dir):
     if config.data_dir:
       paths.local(config.data_dir)  # also where the task reads no files
   with flag("task", config.task):
-    task = registry.build("task", call, model=model, data_dir=config.data_dir)
-  with flag("model", spec), blame.of_libraries():
+    task = registry.build("task", call, **given, data_dir=config.data_dir)
+  model = config.model or (parameter.default if parameter else "")
+  with flag("model", model), blame.of_libraries():
     shapes = jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0)))
     size = sum(math.prod(x.shape) for x in shapes)
     if size >= 2**60:

@@ -103,7 +103,7 @@ def played(speeds: clock.Speeds, plan: Plan, workers: int, seed: int) -> Callabl
     if method.one_by_one:
       if rounds > MOST:
         raise ValueError(f"{rounds:,} rounds to be ordered before the first; at most {MOST:,}")
-      trace = clock.asynchronous(speeds, workers, rounds, seed, method.period)
+      trace = clock.asynchronous(speeds, workers, rounds, seed, method.local_steps)
       return Served(trace.seconds, trace.owners)
     return Waiting(lambda: clock.Lockstep(speeds, workers, seed), plan)
 

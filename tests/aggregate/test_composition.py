@@ -15,7 +15,8 @@ from research.aggregate.feedback import ErrorFeedbackState
 from research.analysis import compiled
 from research.comm import mesh as meshes
 from research.core import registry
-from research.core.base import Chunk, TrainState
+from research.core.base import Chunk, Trait
+from research.core.task import TrainState
 from research.parallel import layout as layouts
 from research.parallel import resize, workers
 from research.training.checkpoint import checkpoint
@@ -218,7 +219,8 @@ def owed(state: Any, value: Any) -> np.ndarray:
   return np.concatenate(parts) if parts else np.zeros(1)
 
 
-MEANS = [n for n in SPECS if not AGGREGATORS[n].traits & {"vote", "selects", "partial"}]
+NO_MEAN = Trait.VOTE | Trait.SELECTS | Trait.PARTIAL
+MEANS = [n for n in SPECS if not AGGREGATORS[n].traits & NO_MEAN]
 
 
 @pytest.mark.parametrize("name", MEANS)

@@ -18,7 +18,8 @@ from side_by_side import regressions, side_by_side
 
 from research.aggregate.privacy.clipping import clipped
 from research.core import registry
-from research.core.base import EVERYONE, Aggregator, Chunk, Method, Presence
+from research.core.base import EVERYONE, Aggregator, Chunk, Presence, Trait
+from research.core.method import Method
 from research.parallel import layout, workers
 from research.parallel.job import Job, traits
 
@@ -30,7 +31,7 @@ LEAVES = {"w": (6, 4), "b": (3,)}
 KEY = jax.random.key(0)
 NEIGHBOURS = ("gossip", "push_sum", "choco", "q1_gossip", "q2_gossip")
 # Aggregators that nobody may be absent from, by a refusal that `test_what_has_no_meaning` shows.
-EVERYBODY = {n for n, a in AGGREGATORS.items() if "everyone" in a.traits} | {*NEIGHBOURS}
+EVERYBODY = {n for n, a in AGGREGATORS.items() if Trait.EVERYONE in a.traits} | {*NEIGHBOURS}
 MEET = {n: a for n, a in AGGREGATORS.items() if n not in EVERYBODY and n not in SLICES}
 BETWEEN_SLICES = {n: AGGREGATORS[n] for n in SLICES if n not in EVERYBODY} | {
   "hierarchical_median": registry.build("aggregator", "hierarchical(median(axis='slice'))"),
@@ -41,7 +42,7 @@ BETWEEN_SLICES = {n: AGGREGATORS[n] for n in SLICES if n not in EVERYBODY} | {
 EQUAL = [
   n
   for n, a in MEET.items()
-  if not a.traits & {"forged", "noise", "expansive"} and n != "secure_sum"
+  if not a.traits & (Trait.FORGED | Trait.NOISE | Trait.EXPANSIVE) and n != "secure_sum"
 ]
 
 
@@ -224,12 +225,12 @@ def some_absent(methods: Mapping[str, Method], axes: Mapping[str, int]) -> Calla
       state = method.init(jax.tree.map(jnp.ones_like, first))
       for number, grads in enumerate((first, second)):
         local = method.begin(state)
-        for _ in range(method.period):
+        for _ in range(method.local_steps):
           elsewhere = lambda params, g=grads: jax.tree.map(lambda g, p: g + 0.1 * p, g, params)
           key = jax.random.key(3)
           local = method.step(elsewhere(local.params), local, state, key=key, grad_fn=elsewhere)
-        told = {"weight": weight, "active": active} if number else {}
-        before, state = state, method.sync(local, state, key=jax.random.key(number), **told)
+        presence, key = Presence(weight, active) if number else EVERYONE, jax.random.key(number)
+        before, state = state, method.sync(local, state, key=key, presence=presence)
       found[name] = before, state
     return found
 
@@ -283,7 +284,7 @@ def test_a_round_that_nobody_takes_part_in_changes_nothing():
       def one(state, of_round):
         key, there = of_round
         local, gradient = job.method.begin(state), lambda params: grads
-        for _ in range(job.method.period):
+        for _ in range(job.method.local_steps):
           local = job.method.step(grads, local, state, key=key, grad_fn=gradient)
         weight = jnp.where(there, 1.0, 0.0)
         return workers.sync(job, local, state, weight, key, there), None
@@ -350,8 +351,8 @@ def test_traits_are_those_of_every_aggregator_inside():
         method = registry.build("method", outer.format(spec))
       except ValueError:
         continue
-      assert traits(method) >= inner.traits
-  assert traits(registry.build("method", "sgp(sgd(0.1), ring())")) >= {"local"}
+      assert inner.traits in traits(method)
+  assert Trait.LOCAL in traits(registry.build("method", "sgp(sgd(0.1), ring())"))
 
 
 # ---- zero is a value
@@ -364,7 +365,7 @@ def rounds_of(method: Method, grads: Any) -> tuple[Any, Any]:
     number, scale = of_round
     local, key = method.begin(state), jax.random.fold_in(KEY, number)
     gradient = lambda params: jax.tree.map(lambda g: scale * g, grads)
-    for _ in range(method.period):
+    for _ in range(method.local_steps):
       local = method.step(gradient(local.params), local, state, key=key, grad_fn=gradient)
     state = method.sync(local, state, key=key)
     return state, method.params(state)

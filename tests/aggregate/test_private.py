@@ -14,10 +14,11 @@ from jax.sharding import PartitionSpec as P
 
 from research.aggregate.mean import mean
 from research.aggregate.privacy import masks, secure, shamir
-from research.aggregate.privacy.private import epsilon, noisy, spending
+from research.aggregate.privacy.accounting import epsilon, spending
+from research.aggregate.privacy.private import noisy
 from research.aggregate.privacy.secure import secure_sum
 from research.comm import mesh
-from research.core.base import Aggregate, Aggregator
+from research.core.base import Aggregate, Aggregator, Trait
 
 W, CLIP, BITS, QUORUM = 8, 1.5, 16, 6
 UNIT = CLIP / (2 ** (BITS - 1) - 1)
@@ -325,7 +326,7 @@ def test_noise_under_a_secure_sum():
   for got, want in zip(jax.tree.leaves(hidden), jax.tree.leaves(plain), strict=True):
     assert np.abs(got - want).max() <= 4 / 2**23
   traits = noisy(secure_sum(clip=4.0), clip=1.0, noise=0.5).traits
-  assert traits == {"noise", "whole", "dense", "secret"}
+  assert traits == Trait.NOISE | Trait.WHOLE | Trait.DENSE | Trait.SECRET
 
 
 def test_the_accountant_knows_the_known_numbers():

@@ -17,7 +17,7 @@ from research.aggregate.robust import coordinates as robust
 from research.aggregate.robust import vectors as robust_vectors
 from research.analysis import wire
 from research.comm import mesh
-from research.core.base import Aggregate, Aggregator, Tree
+from research.core.base import EVERYONE, Aggregate, Aggregator, Tree
 from research.parallel import layout
 
 W, FAULTY = 9, 2
@@ -209,8 +209,15 @@ def test_a_minority_that_sends_what_is_no_number_does_not_poison(sent):
     assert missed(value[-1], STEPS[-1]) < 1, name
 
 
+class Echo(Aggregator):
+  """Every worker receives what it sends."""
+
+  def aggregate(self, tree, state, key, presence=EVERYONE):
+    return Aggregate(tree, tree, state)
+
+
 def test_what_the_attackers_send():
-  echo = Aggregator(lambda params: (), lambda x, state, key, _=None: Aggregate(x, x, state))
+  echo = Echo()
 
   @jax.jit
   @partial(jax.vmap, axis_name="data")
@@ -317,9 +324,9 @@ def test_half_precision_stays_and_a_tree_may_have_no_leaves():
 WRONG_WHEN_BUILT: dict[str, Callable[[], Aggregator]] = {
   r"fraction=0.5 is not in \[0, 0.5\)": lambda: robust.trimmed_mean(0.5),
   r"fraction=-0.1 is not in": lambda: robust.trimmed_mean(-0.1),
-  "faulty=-1; it is at least 0": lambda: robust_vectors.krum(-1),
-  "selected=0; it is at least 1": lambda: robust_vectors.multi_krum(1, 0),
-  "iterations=0; it is at least 1": lambda: robust_vectors.geometric_median(iterations=0),
+  "faulty=-1 is not at least 0": lambda: robust_vectors.krum(-1),
+  "selected=0 is not at least 1": lambda: robust_vectors.multi_krum(1, 0),
+  "iterations=0 is not at least 1": lambda: robust_vectors.geometric_median(iterations=0),
   "smoothing=0.0 is not in": lambda: robust_vectors.geometric_median(smoothing=0.0),
   "radius=0.0 is not in": lambda: robust_vectors.centered_clip(0.0),
   "faulty=-1 is not in": lambda: attacks.sign_flip(mean(), faulty=-1),

@@ -12,9 +12,11 @@ from problems import EXECUTORS, Running, distance, regression
 from research.aggregate.mean import mean
 from research.analysis import wire
 from research.core import registry
+from research.core.base import EVERYONE
 from research.methods import marina
 from research.methods.federated import fed_avg
 from research.methods.local import local_sgd
+from research.methods.post_local import PostLocalSGD
 from research.methods.scaffold import scaffold
 from research.optim.transform import as_optax
 from research.parallel import workers
@@ -38,7 +40,7 @@ def by_epochs(executor: str, **rest) -> Running:
 def test_a_round_by_epochs_is_so_many_passes():
   """Each client sees each of its examples twice, but for what does not fill a batch."""
   run = by_epochs("simulate")
-  assert run.job.method.period == 2 * 40 // 8
+  assert run.job.method.local_steps == 2 * 40 // 8
   numbers = jnp.arange(20, dtype=jnp.int32)
   for worker in range(2):
     lots = jax.device_get(draw(run.job, run.data, run.state.key, numbers, jnp.int32(worker)))
@@ -185,9 +187,9 @@ def test_bytes_of_rounds_read_in_pieces(method, monkeypatch):
     monkeypatch.setattr(Stage, "PIECE", piece)
     sent = Sent(plan, layout, plan.steps(rounds))
     for asked in (0, 1, 5, 5.5, 9, 10, 31.5, 42, 43, 17, 3.5, 43):
-      got = sent.until(asked * job.method.period)  # pyright: ignore[reportArgumentType]
+      got = sent.until(asked * job.method.local_steps)  # pyright: ignore[reportArgumentType]
       assert got == pytest.approx(until(asked), abs=1e-9), asked
-      totals = wire.by_axis(sent.transfers(round(asked * job.method.period)))
+      totals = wire.by_axis(sent.transfers(round(asked * job.method.local_steps)))
       assert sum(totals.values()) == pytest.approx(until(max(1, round(asked))), abs=1e-9)
 
 
@@ -226,14 +228,15 @@ def test_what_is_read_at_once_does_not_grow_with_the_steps(monkeypatch):
 
 def test_a_counter_that_stops_is_refused_before_the_first_round():
   """It counts for longer than a piece, and the run is longer than that."""
-  plain = registry.build("method", "post_local_sgd(sgd(0.1), mean())")
   stop = Stage.PIECE + 5
 
-  def sync(local, state, **rest):
-    after = plain.sync(local, state, **rest)
-    return after._replace(count=jnp.minimum(after.count, stop))
+  class Stopping(PostLocalSGD):
+    def sync(self, local, state, *, key, presence=EVERYONE):
+      after = super().sync(local, state, key=key, presence=presence)
+      return after._replace(count=jnp.minimum(after.count, stop))
 
-  job = resolved(Job(plain._replace(sync=sync), regression(), {"data": 8}, np.full(8, 30), 8))
+  method = Stopping(optax.sgd(0.1), mean())
+  job = resolved(Job(method, regression(), {"data": 8}, np.full(8, 30), 8))
   layout, plan = workers.infer_layout(job), Plan((job,))
   Sent(plan, layout, stop)
   with pytest.raises(ValueError, match="branches"):

@@ -156,10 +156,12 @@ def test_data_parallelism_sends_one_gradient_per_round(name):
   """21 parameters of four bytes, 2 (W-1)/W of them, once in `period` steps."""
   run = Running(METHODS[name], "simulate", EIGHT)
   found = workers.traffic(run.job, run.layout, 1).transfers
-  assert wire.by_axis(found, METHODS[name].period) == {"data": 84 * 14 / 8 / METHODS[name].period}
+  assert wire.by_axis(found, METHODS[name].local_steps) == {
+    "data": 84 * 14 / 8 / METHODS[name].local_steps
+  }
   assert wire.by_axis(workers.dense_traffic(run.job)) == {"data": 84 * 14 / 8}
   metrics = wire.by_axis(workers.metrics_traffic(run.job, 10))
-  assert metrics == {"data": 4 * (10 * METHODS[name].period + 1) * 14 / 8}
+  assert metrics == {"data": 4 * (10 * METHODS[name].local_steps + 1) * 14 / 8}
 
 
 def test_hierarchical_mean_crosses_the_slow_axis_with_a_chunk():

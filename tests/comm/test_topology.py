@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from research.analysis import wire
 from research.comm import mesh as meshes
-from research.comm import topology
+from research.comm import neighbours, topology
 from research.comm.topology import Topology, mixing, spectral_gap
 
 # column-stochastic, nobody's rows sum to one, and its links go one way round
@@ -32,7 +32,7 @@ def test_weights_are_what_the_topology_says(name, count):
   assert every.min() >= 0
   np.testing.assert_allclose(every.sum(1), 1, atol=1e-12)
   np.testing.assert_allclose(every.sum(2), 1, atol=1e-12)
-  assert graph.directed or (every == every.swapaxes(1, 2)).all()
+  assert not graph.symmetric or (every == every.swapaxes(1, 2)).all()
   assert graph.varying or len(every) == 1
   assert spectral_gap(every) > 0
   assert f"{name} of {count} workers" in topology.describe(graph, count)
@@ -59,8 +59,8 @@ def mixed(shape: jax.Array, graphs: dict[str, Topology] = EIGHT) -> dict[str, ja
 
   def one(graph):
     shifts = graph.rounds(8)[-1]
-    heard = topology.heard(shifts, shape)
-    return topology.own_weight(shifts) * shape + sum(w * y for w, y in heard)
+    heard = neighbours.heard(shifts, shape)
+    return neighbours.own_weight(shifts) * shape + sum(w * y for w, y in heard)
 
   return {name: one(graph) for name, graph in graphs.items()}
 
@@ -130,9 +130,9 @@ def test_wrong_weights_are_refused(matrix, directed, words):
 
 def test_weights_know_what_they_are():
   one_way = topology.weights(ONE_WAY, directed=True)
-  assert (one_way.directed, one_way.balanced) == (True, False)
+  assert (one_way.symmetric, one_way.balanced) == (False, False)
   even = topology.weights(np.full((3, 3), 1 / 3).tolist())
-  assert (even.directed, even.balanced) == (False, True)
+  assert (even.symmetric, even.balanced) == (True, True)
   np.testing.assert_array_equal(mixing(one_way, 3)[0], ONE_WAY)
   with pytest.raises(ValueError, match="of 3 workers, and there are 8"):
     even.rounds(8)

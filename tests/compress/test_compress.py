@@ -12,9 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from jax.sharding import PartitionSpec as P
 
-from research.comm import mesh as meshes
 from research.compress import selection
 from research.compress.blocks import saturated
 from research.compress.packing import pack, packed_size, unpack
@@ -22,6 +20,7 @@ from research.compress.rotation import walsh_hadamard
 from research.compress.sparsify import support
 from research.core import registry
 from research.core.base import Compressor
+from research.testing import check_compressor
 
 
 class Row(NamedTuple):
@@ -172,84 +171,20 @@ def test_the_table_is_whole():
 
 
 @every
+def test_every_contract_is_kept(spec):
+  row = TABLE[spec]
+  check_compressor(
+    BUILT[spec],
+    error=row.error,
+    content=row.content,
+    unbiased=row.unbiased,
+    idempotent=row.idempotent,
+  )
+
+
+@every
 def test_linearity_is_declared(spec):
   assert BUILT[spec].linear == TABLE[spec].linear
-
-
-@every
-@pytest.mark.parametrize("n", [40, 1000])
-def test_contracts_or_varies_as_promised(spec, n):
-  x = vectors(n)
-  keys = jax.random.split(jax.random.key(1), (100, 2))
-  over_keys = lambda v: jax.vmap(lambda k: send(BUILT[spec], v, k[0], k[1]))(keys)
-  errors = square(jax.jit(jax.vmap(over_keys))(x) - x[:, None])  # [vectors, keys]
-  slack = 4 * errors.std(1) / math.sqrt(len(keys))
-  bound = TABLE[spec].error(n) * square(x) * (1 + 1e-5)
-  assert np.all(errors.mean(1) <= bound + slack + 1e-12 * square(x))
-  assert np.all(errors[-1] == 0)
-
-
-@pytest.mark.parametrize("spec", [spec for spec in TABLE if TABLE[spec].unbiased])
-def test_unbiased_within_four_standard_errors(spec):
-  x = vectors(60)[0]
-  keys = jax.random.split(jax.random.key(3), (3000, 2))
-  draws = jax.jit(jax.vmap(lambda k: send(BUILT[spec], x, k[0], k[1])))(keys)
-  draws = np.asarray(draws, np.float64)
-  standard_error = draws.std(0) / math.sqrt(len(draws))
-  assert np.all(np.abs(draws.mean(0) - x) <= 4 * standard_error + 1e-6)
-
-
-@pytest.mark.parametrize("spec", [spec for spec in TABLE if TABLE[spec].idempotent])
-def test_idempotent(spec):
-  for x in vectors(1000):
-    once = sent(spec, x)
-    twice = sent(spec, once, own=jax.random.key(99))
-    np.testing.assert_allclose(twice, once, rtol=1e-6, atol=1e-6 * float(jnp.max(jnp.abs(x))))
-
-
-@pytest.mark.parametrize("spec", [spec for spec in TABLE if TABLE[spec].linear])
-def test_payloads_may_be_added(spec):
-  compressor, (x, y) = BUILT[spec], vectors(1000)[:2] / 10
-  encode = jax.jit(lambda x, own: compressor.encode(x, KEYS[0], own))
-  decode = jax.jit(lambda payload: compressor.decode(payload, like(x), KEYS[0]))
-  first, second = encode(x, KEYS[0]), encode(y, KEYS[1])
-  total = jax.tree.map(jnp.add, first, second)
-  together = decode(total)
-  apart = np.asarray(decode(first)) + np.asarray(decode(second))
-  precision = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(total))
-  np.testing.assert_allclose(together, apart, rtol=0, atol=4 * precision * np.abs(apart).max())
-
-
-@every
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("n", [1, 1000, 4096, 2**27, 2**31])
-def test_payloads_are_at_their_information_content(spec, n, dtype):
-  shape = (n,) if n < 2**20 else (2**15, n // 2**15)
-  x = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-  rest = payload_bytes(BUILT[spec], x) - TABLE[spec].content(n, x.dtype.itemsize)
-  assert 0 <= rest < 4
-
-
-@every
-def test_a_payload_is_what_its_shape_says(spec):
-  x = vectors(1000)[0]
-  payload = jax.jit(BUILT[spec].encode)(x, *KEYS)
-  assert sum(leaf.nbytes for leaf in jax.tree.leaves(payload)) == payload_bytes(BUILT[spec], x)
-
-
-def largest_array(jaxpr):
-  """Elements of the largest array that a program makes, in its loops and branches too."""
-  made = [math.prod(v.aval.shape) for eqn in jaxpr.eqns for v in eqn.outvars]
-  inner = [getattr(p, "jaxpr", p) for eqn in jaxpr.eqns for p in jax.tree.leaves(eqn.params)]
-  return max([*made, *(largest_array(sub) for sub in inner if hasattr(sub, "eqns"))], default=0)
-
-
-@every
-@pytest.mark.parametrize("n", [2**27, 2**31])
-def test_nothing_grows_faster_than_the_leaf(spec, n):
-  x = jax.ShapeDtypeStruct((2**15, n // 2**15), jnp.float32)
-  traced = jax.make_jaxpr(functools.partial(send, BUILT[spec]))(x, *KEYS)
-  assert largest_array(traced.jaxpr) <= 2 * n
 
 
 @st.composite
@@ -299,16 +234,6 @@ def test_extremes_are_kept_or_visible(spec):
       assert np.linalg.norm(x, np.inf) > 1e37
 
 
-@every
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_what_is_not_finite_stays_visible(spec, dtype):
-  x = jnp.broadcast_to(vectors(300)[0], (9, 300))
-  wrong = jnp.asarray([jnp.nan, jnp.inf, -jnp.inf] * 3)
-  x = x.at[jnp.arange(9), jnp.asarray([0, 0, 0, 150, 150, 150, 299, 299, 299])].set(wrong)
-  decoded = jax.vmap(lambda x: sent(spec, x))(x.astype(dtype))
-  assert not np.any(np.all(np.isfinite(np.asarray(decoded, np.float64)), axis=1))
-
-
 def without_conversions(function, x):
   """function(x) as a compiler may compute it that keeps more digits than it was asked to."""
   with jax.disable_jit():  # as one flat program
@@ -342,24 +267,6 @@ def test_what_another_type_cannot_hold_is_rounded_and_stays_finite(of, to):
   np.testing.assert_array_equal(found, within(x.astype(np.float64), to).astype(to))
   ends = jnp.asarray([jnp.inf, -jnp.inf, jnp.nan], of)
   np.testing.assert_array_equal(saturated(ends, to).astype(float), ends.astype(float))
-
-
-@every
-def test_executions_agree(spec):
-  """One at a time, under vmap, and in a scan in shard_map; the support is shared, noise is not."""
-  x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 6, 50)), jnp.float32)
-  own = jax.random.split(KEYS[1], 8)
-  one = lambda x, key: send(BUILT[spec], x, KEYS[0], key)
-  want = np.stack([sent(spec, leaf, own=key) for leaf, key in zip(x, own, strict=True)])
-  sharded = jax.shard_map(
-    lambda x, own: jax.lax.scan(lambda _, worker: (None, one(*worker)), None, (x, own))[1],
-    mesh=meshes.device_mesh({"data": 4}, jax.devices()[:4]),
-    in_specs=(P("data"), P("data")),
-    out_specs=P("data"),
-    check_vma=False,
-  )
-  for run in (jax.vmap(one), sharded):
-    np.testing.assert_allclose(jax.jit(run)(x, own), want, rtol=0, atol=1e-6 * np.abs(want).max())
 
 
 @every

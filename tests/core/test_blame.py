@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from research.core import blame, registry
+from research.core import blame, plugins, registry
 from research.training import loop
 from research.training.config import Config, UsageError
 
@@ -16,32 +16,33 @@ RUN = Path(__file__).parents[2] / "experiments" / "run.py"
 # A module of a user's own.
 PLUGIN = '''
 import jax, jax.numpy as jnp
-from research.core import registry
-from research.core.base import Aggregator, Compressor, Method, Task
-from research.compress.sparsify import top_k
+from research.core.registry import register
+from research.core.base import Aggregator, Method, Task
 from research.methods.data_parallel import data_parallel
 from research.aggregate.mean import mean
 from research.tasks.convex.synthetic import mean_estimation
 import optax
 
-DEFAULT_MODEL = {}
-
+@register("task")
 def of_types() -> Task:
   """A loss that JAX refuses."""
   def loss(params, batch, key):
     return jnp.dot(jnp.ones((2, 3)), jnp.ones((2, 3)))
   return mean_estimation(8, 4)._replace(loss=loss)
 
+@register("task")
 def of_values() -> Task:
   """A loss that refuses its batch."""
   def loss(params, batch, key):
     raise ValueError("no such labels")
   return mean_estimation(8, 4)._replace(loss=loss)
 
+@register("task")
 def of_names() -> Task:
   """A metric that looks for what is not there."""
   return mean_estimation(8, 4)._replace(evaluate=lambda params, batch: {"a": batch["nothing"]})
 
+@register("task")
 def init_fails() -> Task:
   """A model that cannot be made."""
   def init(key):
@@ -52,49 +53,50 @@ class Broken:
   def sync(self, local, state, *, key, weight=1.0, active=True):
     return jnp.reshape(state.params, (17, 3))
 
+@register("method")
 def own_method() -> Method:
   """A sync that fails."""
   return data_parallel(optax.sgd(0.1), mean())._replace(
     sync=Broken().sync, of_rounds=None, over=None
   )
 
+@register("aggregator")
 def own_aggregator() -> Aggregator:
   """An aggregator that fails where a method of ours calls it."""
   def aggregate(tree, state, key, presence=None):
     return int("x")
   return Aggregator(mean().init, aggregate)
 
+@register("aggregator")
 def misspelt(size: int) -> Aggregator:
   """A factory with a mistake in it."""
   return mean(sise=size)
 
+@register("aggregator")
 def choosy(size: int) -> Aggregator:
   """A factory that refuses a value, as ours do."""
   if size < 1:
     raise ValueError(f"size={size} is not at least 1")
   return mean()
 
+@register("method")
 def asks_too_much() -> Method:
   """Refused by a check of ours."""
   return data_parallel(optax.sgd(0.1), mean(), period=0)
 '''
-KINDS = {
-  "task": ("of_types", "of_values", "of_names", "init_fails"),
-  "method": ("own_method", "asks_too_much"),
-  "aggregator": ("own_aggregator", "misspelt", "choosy"),
-}
 
 
 @pytest.fixture
 def plugin(tmp_path, monkeypatch):
-  """The package, on the path and in the table."""
+  """The folder of the module, whose names are registered."""
   (tmp_path / "mine.py").write_text(PLUGIN)
-  monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.setattr(registry, "ADDED", {})
+  monkeypatch.setattr(plugins, "_loaded", {})
+  monkeypatch.setattr(sys, "path", [*sys.path])
   monkeypatch.delitem(sys.modules, "mine", raising=False)
-  for kind, names in KINDS.items():
-    for name in names:
-      monkeypatch.setitem(registry.TABLE[kind], name, f"mine:{name}")
-  return tmp_path
+  plugins.load(str(tmp_path / "mine.py"))
+  yield tmp_path
+  del sys.modules["mine"]
 
 
 def trained(folder: Path, **flags: str):
@@ -104,18 +106,18 @@ def trained(folder: Path, **flags: str):
 
 FAULTS = {
   "task": {
-    "of_types()": ("loss of of_types failed (mine.py, line 16)", TypeError),
-    "of_values()": ("loss of of_values failed (mine.py, line 22)", ValueError),
+    "of_types()": ("loss of of_types failed (mine.py, line 14)", TypeError),
+    "of_values()": ("loss of of_values failed (mine.py, line 21)", ValueError),
     "of_names()": ("a lambda of of_names failed (mine.py, line 27)", KeyError),
-    "init_fails()": ("init of init_fails failed (mine.py, line 32)", TypeError),
+    "init_fails()": ("init of init_fails failed (mine.py, line 33)", TypeError),
   },
   "method": {
-    "own_method()": ("sync of Broken failed (mine.py, line 37)", TypeError),
+    "own_method()": ("sync of Broken failed (mine.py, line 38)", TypeError),
     "data_parallel(sgd(0.1), own_aggregator())": (
-      "aggregate of own_aggregator failed (mine.py, line 48)",
+      "aggregate of own_aggregator failed (mine.py, line 51)",
       ValueError,
     ),
-    "data_parallel(sgd(0.1), misspelt(1))": ("misspelt failed (mine.py, line 53)", TypeError),
+    "data_parallel(sgd(0.1), misspelt(1))": ("misspelt failed (mine.py, line 57)", TypeError),
   },
 }
 
@@ -151,24 +153,18 @@ def test_a_value_that_a_check_refuses_is_one_line(spec, plugin):
 
 
 def test_the_command_shows_the_line_and_then_the_traceback(plugin):
-  script = (
-    "import runpy, sys; from research.core import registry; "
-    "registry.TABLE['task']['of_types'] = 'mine:of_types'; "
-    f"sys.argv[0] = {str(RUN)!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
-  )
   flags = ("--task=of_types()", "--mesh=data:2", "--batch_size=2", "--compilation_cache=off")
-  paths = os.pathsep.join([str(plugin), str(RUN.parents[1])])
   ended = subprocess.run(
-    [sys.executable, "-c", script, *flags],
+    [sys.executable, str(RUN), "--import=mine.py", *flags],
     cwd=plugin,
-    env=os.environ | {"PYTHONPATH": paths},
+    env=os.environ | {"PYTHONPATH": str(RUN.parents[1])},
     capture_output=True,
     text=True,
     timeout=100,
   )
   assert ended.returncode == 1
   lines = ended.stderr.splitlines()
-  assert lines[0].startswith("error: loss of of_types failed (mine.py, line 16): TypeError: ")
+  assert lines[0].startswith("error: loss of of_types failed (mine.py, line 14): TypeError: ")
   assert lines[1].startswith("Traceback")
   assert any("return jnp.dot(" in line for line in lines)
 

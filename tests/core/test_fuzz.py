@@ -13,12 +13,14 @@ from absl import flags
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from experiments import compare, reproduce, run
+from experiments import compare, reproduce
 from experiments import compile as ahead
 from research.analysis import chips, cost
 from research.comm import join, mesh
-from research.core import registry
-from research.core.text import LINE
+from research.command import flags as command
+from research.core import arguments, registry
+from research.core.spec import literal
+from research.core.text import LINE, one_line
 from research.server import setup
 from research.training.config import Config, UsageError
 
@@ -56,7 +58,7 @@ def said(read: Callable[[str], Any], text: str) -> str:
   try:
     read(text)
   except UsageError as error:
-    return run.one_line(error)  # as it is shown
+    return one_line(error)  # as it is shown
   except ValueError as error:
     return str(error)
   return ""
@@ -64,7 +66,7 @@ def said(read: Callable[[str], Any], text: str) -> str:
 
 # ---- specs
 
-KINDS = [*registry.TABLE, "optimizer", "schedule"]
+KINDS = [*registry.KINDS]
 
 
 @pytest.mark.parametrize("text", MONSTERS, ids=range(len(MONSTERS)))
@@ -84,7 +86,7 @@ def test_any_text_is_an_object_or_one_line(kind, text):
 @quick
 @given(words)
 def test_any_literal_is_a_value_or_one_line(text):
-  assert is_one_line(said(registry.literal, text))
+  assert is_one_line(said(literal, text))
 
 
 @quick
@@ -106,12 +108,11 @@ LITERALS = (
 
 def call(kind: str, depth: int, choose: random.Random) -> str:
   """A call of a name of a kind with arguments by its parameters, some of them wrong."""
-  optax = registry._optax(kind) if kind not in registry.TABLE else {}
-  name = choose.choice([*registry.TABLE.get(kind, optax)])
+  name = choose.choice(registry.names(kind))
   parameters = inspect.signature(registry.lookup((kind,), name)).parameters.values()
   given = []
   for parameter in parameters:
-    kinds = registry._kinds(parameter.annotation) or KINDS
+    kinds = arguments.kinds_of(parameter.annotation) or KINDS
     needed = parameter.default is parameter.empty
     if not needed and choose.random() < 0.7:
       continue
@@ -133,10 +134,9 @@ def test_any_call_of_known_names_is_an_object_or_one_line(kind, seed):
 
 def test_every_parameter_of_every_factory_is_described():
   for kind in KINDS:
-    names = registry.TABLE.get(kind) or registry._optax(kind)
-    for name in names:
+    for name in registry.names(kind):
       for parameter in inspect.signature(registry.lookup((kind,), name)).parameters.values():
-        assert registry._describe(parameter.annotation)
+        assert arguments.described(parameter.annotation)
 
 
 # ---- flags
@@ -147,22 +147,22 @@ def parse():
   """Parses a command line with flags of its own: (exit code, what is on stderr)."""
   others = set(flags.FLAGS)
   if "task" not in others:
-    run.define_flags()
-  mine, before = copy.deepcopy(flags.FLAGS), run.FLAGS
+    command.define_flags()
+  mine, before = copy.deepcopy(flags.FLAGS), command.FLAGS
   for name in set(flags.FLAGS) - others:  # which other tests define for themselves
     delattr(flags.FLAGS, name)
 
   def parse(*argv: str) -> tuple[int, str]:
     err = io.StringIO()
-    run.FLAGS = copy.deepcopy(mine)
+    command.FLAGS = copy.deepcopy(mine)
     try:
       with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
-        run.parse_flags(["run.py", *argv])
-        run.batch_size(run.FLAGS.batch_size)
+        command.parse_flags(["run.py", *argv])
+        command.batch_size(command.FLAGS.batch_size)
     except SystemExit as ended:
       return int(ended.code or 0), err.getvalue()
     finally:
-      run.FLAGS = before
+      command.FLAGS = before
     return 0, err.getvalue()
 
   return parse

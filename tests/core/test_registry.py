@@ -6,15 +6,17 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from research.core import registry
-from research.core.base import Aggregator, Method
+from research.core import optimizers, registry
+from research.core.base import Aggregator
+from research.core.builtin import TABLE
+from research.core.method import Method
 
 METHOD = "data_parallel(sgd(0.1), mean())"
 
 
-@pytest.mark.parametrize("kind", registry.TABLE)
+@pytest.mark.parametrize("kind", TABLE)
 def test_every_name_has_a_factory_with_a_docstring(kind):
-  for name in registry.TABLE[kind]:
+  for name in TABLE[kind]:
     factory = registry.lookup((kind,), name)
     assert factory.__doc__, name
     if kind in ("method", "aggregator"):
@@ -28,7 +30,7 @@ def test_a_spec_is_the_object_that_its_calls_would_build():
   )
   method = registry.build("method", spec)
   assert isinstance(method, Method)
-  assert method.period == 4
+  assert method.local_steps == 4
   params = jnp.ones(3)
   optimizer = registry.build("optimizer", "sgd(0.1, momentum=0.9, nesterov=True)")
   hand = optax.sgd(0.1, momentum=0.9, nesterov=True)
@@ -50,7 +52,7 @@ def test_nested_schedules_and_chains():
 
 OPTIMIZERS = [
   name
-  for name, factory in registry._optax("optimizer").items()
+  for name, factory in optimizers.factories("optimizer").items()
   if next(iter(inspect.signature(factory).parameters), "") == "learning_rate"
 ]
 
@@ -62,7 +64,7 @@ REFUSED = ("lbfgs", "momo", "momo_adam", "dpsgd", "sophia")
 @pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optax_optimizer_builds_or_is_refused_when_built(name):
-  parameters = inspect.signature(registry._optax("optimizer")[name]).parameters.values()
+  parameters = inspect.signature(optimizers.factories("optimizer")[name]).parameters.values()
   needed = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
   values = {"learning_rate": "0.1", "key": "0", "seed": "0"}
   given = [n for n in [*needed, "key"] if n in [p.name for p in parameters]]

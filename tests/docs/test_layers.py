@@ -17,6 +17,7 @@ LAYERS = (
   "parallel",
   "training",
   "server",
+  "command",
 )
 ALLOWED: dict[str, set[str]] = {layer: set(LAYERS[:place]) for place, layer in enumerate(LAYERS)}
 # Beside the line: reading programs, virtual time, models and tasks.
@@ -26,6 +27,8 @@ for layer in LAYERS[LAYERS.index("compress") :]:
   ALLOWED[layer] |= {"analysis", "sim"}
 ALLOWED["training"] |= {"tasks"}
 ALLOWED["server"] |= {"tasks"}
+ALLOWED["command"] |= {"tasks"}
+ALLOWED["__init__"] = set()  # its names are imported when they are used
 ALLOWED["experiments"] = {*ALLOWED, "experiments", "launch"}
 ALLOWED["launch"] = set(ALLOWED) - {"experiments"}
 TOP = ("research", "experiments", "launch")

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from experiments import run
+from research.command.errors import one_line_errors
 from research.training.config import UsageError, flag
 
 ROOT = Path(__file__).parents[2]
 # Prints to both streams, opens a file, and leaves in it which descriptors are open.
 PROGRAM = """
 import os, sys
-from experiments import streams
+from research.core import streams
 streams.prepare()
 file = open("result", "w")
 assert file.fileno() > 2, "a file has the number of a standard stream"
@@ -65,7 +65,7 @@ def test_a_full_disk_under_standard_output_is_one_error(tmp_path):
 
 def test_being_told_to_stop_before_training_is_a_line(capfd):
   before = signal.getsignal(signal.SIGTERM)
-  with pytest.raises(SystemExit) as caught, run.one_line_errors():
+  with pytest.raises(SystemExit) as caught, one_line_errors():
     os.kill(os.getpid(), signal.SIGTERM)
   assert caught.value.code == 143
   assert capfd.readouterr().err == "error: terminated before there was anything to save\n"
@@ -74,10 +74,10 @@ def test_being_told_to_stop_before_training_is_a_line(capfd):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_exit_code_5_even_where_a_flag_is_blamed(number, capsys):
-  with pytest.raises(SystemExit) as caught, run.one_line_errors(), flag("out", "here"):
+  with pytest.raises(SystemExit) as caught, one_line_errors(), flag("out", "here"):
     raise OSError(number, os.strerror(number), "here/config.json")
   assert caught.value.code == 5
   assert len(capsys.readouterr().err.splitlines()) == 1
-  with pytest.raises(SystemExit) as caught, run.one_line_errors():
+  with pytest.raises(SystemExit) as caught, one_line_errors():
     raise UsageError("--out='here': another reason")
   assert caught.value.code == 2

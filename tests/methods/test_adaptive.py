@@ -24,13 +24,15 @@ from research.compress.dct import cosines, dct_top_k
 from research.compress.quantize import qsgd
 from research.compress.sign import sign
 from research.compress.sparsify import random_k, top_k
-from research.core.base import Aggregator, Method, Task
+from research.core.base import Aggregator, Presence
+from research.core.method import Method
+from research.core.task import Task
 from research.methods.data_parallel import data_parallel
 from research.methods.demo import demo
 from research.methods.marina import coin, marina
 from research.methods.onebit_adam import onebit_adam
 from research.methods.signum import signum
-from research.methods.zero_one_adam import Policy, zero_one_adam
+from research.methods.zero_one_adam import zero_one_adam
 from research.parallel import workers
 
 RATE = optax.linear_schedule(0.05, 0.01, 8)
@@ -348,7 +350,8 @@ def test_the_coin_is_fair_and_does_not_repeat(seed):
 
 def test_when_zero_one_adam_talks():
   """The j-th interval of T_v is 2^floor(j / 3); that of T_u doubles every 5 rounds up to 4."""
-  policy, rounds = Policy(40, 3, 5, 4), jnp.arange(80, dtype=jnp.int32)
+  policy = zero_one_adam(0.1, mean(), warm_up=40, variance_scale=3, double_every=5, longest=4)
+  rounds = jnp.arange(80, dtype=jnp.int32)
   variance = list(itertools.accumulate((2 ** (j // 3) for j in range(20)), initial=0))
   found = np.flatnonzero(jax.vmap(policy.refreshes)(rounds))
   assert (
@@ -420,7 +423,7 @@ def test_an_inactive_worker_is_left_out_and_keeps_what_it_had():
     def sync(grads, weight, active):
       state = method.init({"w": jnp.zeros(())})
       local = method.begin(state)._replace(grads=grads)
-      return method.sync(local, state, key=jax.random.key(0), weight=weight, active=active)
+      return method.sync(local, state, key=jax.random.key(0), presence=Presence(weight, active))
 
     return jax.jit(jax.vmap(sync, axis_name="data"))(grads, weight, active)
 

@@ -15,7 +15,7 @@ from side_by_side import regressions, side_by_side
 
 from research.aggregate.mean import mean
 from research.core import registry
-from research.core.base import Method
+from research.core.method import Method
 from research.methods.asynchronous import (
   asgd,
   dc_asgd,
@@ -308,14 +308,10 @@ def test_one_worker_is_the_inner_optimizer():
 
 
 def test_several_local_steps_from_an_old_model():
-  """What three steps from x_{t-1} change is added to x_t; of_rounds and later are kept."""
-  make = lambda period: local_sgd(SGD, mean(), period=period)
-  changing = make(3)._replace(of_rounds=lambda period, share: make(period), later=((2, 5),))
-  method = delayed(changing, constant(1))
+  """What three steps from x_{t-1} change is added to x_t; other numbers of steps are kept."""
+  method = delayed(local_sgd(SGD, mean(), period=[[0, 3], [2, 5]]), constant(1))
   assert method.later == ((2, 5),)
-  assert method.of_rounds is not None
-  assert method.over is not None
-  assert method.of_rounds(5, 0.1).period == 5
+  assert method.in_rounds(5, 0.1).local_steps == 5
   run = Running(method.over(lambda a: a), "simulate", FLAT, SIZES, None, task=regression(80))
   ours = Transcribed(flat(run.params()))
   for _ in range(4):

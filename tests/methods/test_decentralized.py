@@ -18,7 +18,8 @@ from research.aggregate.mean import mean
 from research.comm import topology
 from research.comm.topology import Topology, mixing
 from research.compress.quantize import int8
-from research.core.base import Method, Task
+from research.core.method import Method
+from research.core.task import Task
 from research.methods.consensus import admm, extra, gradient_tracking
 from research.methods.data_parallel import data_parallel
 from research.methods.decentralized import d_psgd, dgd, sgp

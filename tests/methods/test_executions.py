@@ -17,7 +17,7 @@ BY_PERIOD = by_period(BASIC)
 def together(names: Sequence[str], steps: int, *arguments: Any, **more: Any) -> Running:
   """So many steps of the table's methods of these names."""
   methods = {name: METHODS[name] for name in names}
-  (period,) = {method.period for method in methods.values()}
+  (period,) = {method.local_steps for method in methods.values()}
   task = regressions(tuple(names))
   return Running(side_by_side(methods), *arguments, task=task, **more).rounds(-(-steps // period))
 

@@ -22,7 +22,8 @@ from research.comm.topology import ring
 from research.compress.quantize import int8
 from research.compress.sparsify import kept, random_k, support, top_k
 from research.core import registry
-from research.core.base import Aggregator, Method
+from research.core.base import Aggregator, Presence
+from research.core.method import Method
 from research.methods.data_parallel import data_parallel
 from research.methods.federated import fed_adagrad, fed_adam, fed_avg, fed_opt, fed_prox, fed_yogi
 from research.methods.local import local_sgd
@@ -224,9 +225,7 @@ def test_rounds_equal_numpy(name):
 @pytest.mark.parametrize("name", ["fed_prox", "fed_adam", "scaffold"])
 def test_executions_agree_on_a_cohort(name):
   """And `over` keeps everything but the aggregator."""
-  over = METHODS[name].over
-  assert over is not None
-  run = serving(over(lambda inner: inner), "spmd").rounds(ROUNDS)
+  run = serving(METHODS[name].over(lambda inner: inner), "spmd").rounds(ROUNDS)
   assert distance(run.params(), served(name).params()) <= 1e-5
 
 
@@ -278,7 +277,7 @@ def test_the_optax_face_is_the_method(name):
       updates, state = optimizer.update(grads, carry[1], carry[0], weight=weight)
       return (optax.apply_updates(carry[0], updates), state), None
 
-    return jax.lax.scan(one, (params, begin), None, ROUNDS * method.period)[0][0]
+    return jax.lax.scan(one, (params, begin), None, ROUNDS * method.local_steps)[0][0]
 
   weights = SHARES.astype(np.float32)
   got = jax.jit(jax.vmap(run, axis_name="data"))({**examples, "mask": mask}, weights)
@@ -307,19 +306,18 @@ def play(method: Method, cohort: int, dropout: float, shares: bool) -> tuple[Any
   problem, random, rounds = Quadratics(), np.random.default_rng(1), 600
   h, b = (jnp.asarray(x, jnp.float32) for x in problem)
   steps = jnp.asarray([1, 2, 3, 4, 4, 3, 2, 1])
-  assert method.of_rounds is not None
-  method = method.of_rounds(4, cohort / 8)
+  method = method.in_rounds(4, cohort / 8)
 
   def worker(state, rows, client, active):
     state = state._replace(own_control=rows[client]) if hasattr(state, "own_control") else state
     local, key = method.begin(state), jax.random.key(0)
-    for k in range(method.period):
+    for k in range(method.local_steps):
       grads = h[client] * (local.params - b[client])
       after = method.step(grads, local, state, key=key)
       local = jax.tree.map(lambda x, y, k=k: jnp.where(k < steps[client], y, x), local, after)
     share = active * steps[client] if shares else active
     weight = share / jnp.maximum(jax.lax.pmean(share, "data"), 0.1)
-    state = method.sync(local, state, key=key, weight=weight, active=active > 0)
+    state = method.sync(local, state, key=key, presence=Presence(weight, active > 0))
     return state, getattr(state, "own_control", rows[client])
 
   @jax.jit

@@ -16,7 +16,8 @@ from research.aggregate.compressed import two_phase
 from research.aggregate.feedback import error_feedback
 from research.aggregate.mean import mean
 from research.compress.quantize import int8
-from research.core.base import Method
+from research.core.base import Presence
+from research.core.method import Method
 from research.methods.data_parallel import data_parallel
 from research.methods.diloco import diloco
 from research.methods.easgd import eamsgd, easgd
@@ -242,9 +243,7 @@ def test_rounds_equal_numpy(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_executions_agree(name):
   """And `over` keeps everything but the aggregator."""
-  over = METHODS[name].over
-  assert over is not None
-  method = over(lambda inner: inner)
+  method = METHODS[name].over(lambda inner: inner)
   got = running(method, axes_of(name), "spmd").rounds(ROUNDS)
   assert distance(got.params(), simulated(name)) <= 1e-5
 
@@ -263,7 +262,7 @@ def test_the_optax_face_is_the_method(name):
       updates, state = optimizer.update(grads, carry[1], carry[0], weight=weight)
       return (optax.apply_updates(carry[0], updates), state), None
 
-    count = ROUNDS * method.period
+    count = ROUNDS * method.local_steps
     return cast(Any, jax.lax.scan(one, begin, None, count)[0])[1].state
 
   axes = axes_of(name)
@@ -303,7 +302,7 @@ SAME = {
 @pytest.mark.parametrize("case", SAME)
 def test_special_cases_are_other_methods(case):
   method, name, axes = SAME[case]
-  rounds = ROUNDS * METHODS[name].period // method.period
+  rounds = ROUNDS * METHODS[name].local_steps // method.local_steps
   got = running(method, axes).rounds(rounds).params()
   assert distance(got, simulated(name)) <= 2e-6
 
@@ -339,7 +338,7 @@ def test_one_worker_is_the_inner_optimizer(name):
   run = running(method, {"data": 1}, sizes=(80,))
   params = run.params()
   state = INNER.init(params)
-  for _ in range(3 * method.period):
+  for _ in range(3 * method.local_steps):
     updates, state = INNER.update(jax.grad(task.loss)(params, task.train, None), state, params)
     params = optax.apply_updates(params, updates)
   assert distance(run.rounds(3).params(), params) <= 2e-6
@@ -410,7 +409,7 @@ def test_bytes_fall_with_the_period(method):
   """Sixteen steps against sixteen dense ones."""
   dense = traffic(data_parallel(PLAIN, mean()), 16).sent.sum()
   assert dense > 0
-  assert 0.98 / 8 <= traffic(method, 16 // method.period).sent.sum() / dense <= 1.02 / 8
+  assert 0.98 / 8 <= traffic(method, 16 // method.local_steps).sent.sum() / dense <= 1.02 / 8
 
 
 def test_bytes_follow_the_round():
@@ -443,7 +442,7 @@ def test_an_inactive_worker_is_left_out():
 
     def sync(x, weight, active):
       local = method.begin(state)._replace(params={"w": x})
-      return method.sync(local, state, key=jax.random.key(0), weight=weight, active=active)
+      return method.sync(local, state, key=jax.random.key(0), presence=Presence(weight, active))
 
     for axis in reversed(axes):
       sync = jax.vmap(sync, axis_name=axis)

@@ -24,7 +24,7 @@ def together(names, task=None):
 @pytest.mark.parametrize("name", EXACT)
 def test_one_worker_is_the_inner_optimizer(name):
   """W = 1 against a loop that calls optax by hand."""
-  spec, period = SPECS[name], METHODS[name].period
+  spec, period = SPECS[name], METHODS[name].local_steps
   inner = spec[spec.index("data_parallel(") + len("data_parallel(") : spec.index(", mean()")]
   optimizer = registry.build("optimizer", inner)
   task = regression()

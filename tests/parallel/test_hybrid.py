@@ -13,7 +13,8 @@ from side_by_side import side_by_side
 
 from research.analysis import compiled
 from research.core import registry
-from research.core.base import WORKER_AXES, Task
+from research.core.base import WORKER_AXES
+from research.core.task import Task
 from research.models.transformer import transformer
 from research.parallel import workers
 from research.tasks.language.language import Part, next_token

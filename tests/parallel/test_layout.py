@@ -10,7 +10,8 @@ from catalogue import EXACT, METHODS
 from problems import Running
 
 from research.comm import collectives
-from research.core.base import Method, Params
+from research.core.base import EVERYONE, Params
+from research.core.method import Method
 from research.parallel import layout as layouts
 from research.parallel import resize
 
@@ -44,23 +45,30 @@ def test_residuals_and_drifting_models_are_private(axes):
   assert any("trace" in name for name in found)
 
 
-def test_privacy_spreads_to_a_fixed_point():
+class Spreading(Method):
   """a becomes private in one round, b only through a in the next, c never."""
 
-  def sync(local, state, *, key, weight=1.0, active=True):
-    del local, key, weight, active
+  def init(self, params):
+    zero = jnp.zeros(())
+    return {"a": zero, "b": zero, "c": zero, "params": params}
+
+  def begin(self, state):
+    return Box(state["params"])
+
+  def step(self, grads, local, state, *, key, grad_fn=None):
+    return local
+
+  def sync(self, local, state, *, key, presence=EVERYONE):
     own = collectives.worker_index().astype(jnp.float32)
     return {"a": own, "b": state["a"], "c": state["c"] + 1, "params": state["params"]}
 
-  zero = jnp.zeros(())
-  method = Method(
-    lambda params: {"a": zero, "b": zero, "c": zero, "params": params},
-    lambda state: Box(state["params"]),
-    lambda grads, local, state, *, key, grad_fn=None: local,
-    sync,
-    lambda state: state["params"],
-  )
-  run = Running(method, "simulate", {"data": 8})
+  def params(self, state):
+    return state["params"]
+
+
+def test_privacy_spreads_to_a_fixed_point():
+  """a becomes private in one round, b only through a in the next, c never."""
+  run = Running(Spreading(), "simulate", {"data": 8})
   assert {k: run.layout.state[k] for k in "abc"} == {"a": True, "b": True, "c": False}
   got = run.rounds(3).state.method
   np.testing.assert_array_equal(got["a"], np.arange(8))

@@ -12,7 +12,7 @@ from side_by_side import regressions, side_by_side
 
 from research.aggregate.blockwise import Cut, join, split
 from research.core import registry
-from research.core.base import Task
+from research.core.task import Task
 from research.parallel import rules, sharded
 
 RULES = (("up$", (None, "model")), ("down$", ("model", None)))

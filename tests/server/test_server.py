@@ -21,6 +21,7 @@ from research.methods.asynchronous import asgd
 from research.parallel.job import Job
 from research.server import cluster, driver, events, replay, setup, store, work
 from research.server.events import Event, Push
+from research.server.halves import halves
 from research.server.head import DENIED, Head
 from research.server.messages import Spent
 from research.server.part import Part
@@ -49,7 +50,8 @@ def made(
   job = Job(built, task, {"data": 4}, sizes, batch_size)
   shapes = work.shapes_of(jax.eval_shape(task.init, jax.random.key(0)))
   parts, keys = work.cut(shapes, shards), work.keys_of(0)
-  return setup.Setup(config, job, built.served, keys, shapes, parts, examples, None, 24)
+  apart = halves(built, jax.eval_shape(task.init, jax.random.key(0)))
+  return setup.Setup(config, job, apart, keys, shapes, parts, examples, None, 24)
 
 
 SPENT = Spent(0.5, 0.1, 0.01, 0.02, 0.15, 8, 8)
@@ -60,11 +62,11 @@ class Server:
 
   def __init__(self, of: setup.Setup, now: Any = None, counted: Any = ()):
     self.setup = of
-    payloads = work.payload_shapes(of.served, of.shapes)
+    payloads = work.payload_shapes(of.apart.link, of.shapes)
     params = setup.initial(of)
     self.parts = [
       Part(
-        work.side(of.served, of.keys, of.shapes, leaves),
+        work.side(of.job.method, of.keys, of.shapes, leaves),
         setup.chosen(of, shard, params),
         [payloads[leaf] for leaf in leaves],
         shard,
@@ -79,7 +81,7 @@ class Server:
 
     rules = of.rules("code")._replace(lag=1)
     self.head = Head(rules, self.parts[0], elsewhere, counted, now or (lambda: self.clock))
-    self.compute = work.worker(of.job, of.served, of.keys)
+    self.compute = work.worker(of.job, of.apart, of.keys)
     self.treedef = jax.tree.structure(jax.eval_shape(of.job.task.init, jax.random.key(0)))
 
   def params(self) -> dict[str, np.ndarray]:
@@ -114,9 +116,10 @@ class Server:
           self.clock += 0.3
           local, total = self.compute.begin(params, held)
           for step in range(steps):
-            local, total = self.compute.step(local, total, *data, jnp.int32(first + step))
+            at_step = jnp.int32(first + step)
+            local, total = self.compute.step(local, total, params, held, *data, at_step)
         else:
-          steps = self.setup.job.method.period
+          steps = self.setup.job.method.local_steps
           local, total = self.compute.steps(params, held, *data, jnp.int32(first))
         payloads, held = self.compute.end(local, params, held, own, jnp.int32(at))
         payloads = jax.tree.map(np.asarray, payloads)
@@ -392,7 +395,9 @@ def test_checkpoints_are_whole_or_set_aside(tmp_path):
 def test_clipping_by_the_global_norm_wants_all_leaves():
   """Not so Adam, momentum, and clipping of each leaf."""
   shapes = made(METHOD).shapes
-  across = lambda spec: work.looks_across(made(f"asgd({spec}, mean())").served, shapes, [[0], [1]])
+  across = lambda spec: work.looks_across(
+    made(f"asgd({spec}, mean())").job.method, shapes, [[0], [1]]
+  )
   assert across("chain(clip_by_global_norm(1.0), sgd(0.1))")
   assert not across("adam(0.1)")
   assert not across("chain(clip(0.1), sgd(0.1, momentum=0.9))")
@@ -406,7 +411,10 @@ WRONG = {
   "mesh": ({"mesh": "data:2,fsdp:2"}, "--mesh='data:2,fsdp:2': a server's workers"),
   "slowdown": ({"slowdown": "{9: 4}"}, "--slowdown='{9: 4}': {9: 4} is not a worker's"),
   "factor": ({"slowdown": "4"}, "--slowdown='4': not a factor by worker number"),
-  "method": ({"method": "signum(0.1, majority_vote())"}, "legal: data_parallel, local_sgd"),
+  "method": (
+    {"method": "signum(0.1, majority_vote())"},
+    "majority_vote is an exchange among workers",
+  ),
   "exchange": ({"method": "asgd(sgd(0.1), two_phase(int8()))"}, "cannot be split"),
   "period": ({"method": "local_sgd(sgd(0.1), mean(), period=[[0, 1], [5, 2]])"}, "one period"),
   "elastic": ({"server_mode": "elastic"}, "elastic workers take local steps"),

@@ -20,7 +20,7 @@ from problems import Running, distance
 
 from research.aggregate.mean import mean
 from research.comm import mesh as meshes
-from research.core.base import Data
+from research.core.task import Data
 from research.methods.local import local_sgd
 from research.tasks import partition
 from research.tasks.convex import synthetic

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from research.core import registry
-from research.core.base import Feed
+from research.core.task import Feed
 from research.tasks.language import stream, token_files
 from research.tasks.language.token_files import TokenFile
 from research.training import assemble, loop
@@ -53,7 +53,7 @@ def cache(tmp_path, monkeypatch):
 def flags(tmp_path, monkeypatch):
   """Makes the flags of a run on 650 tokens below 8; its model is `bigram`, and nothing is drawn."""
   monkeypatch.setattr(loop.figures, "loss_plot", lambda folder, summary: None)
-  monkeypatch.setitem(registry.TABLE["model"], "bigram", f"{__name__}:bigram")
+  monkeypatch.setitem(registry.ADDED, "model", {"bigram": bigram})
   random = np.random.default_rng(0)
   drawn = (np.arange(650) * random.integers(1, 3, 650)) % 8
   np.save(tmp_path / "tokens.npy", drawn.astype(np.uint16))
@@ -206,7 +206,10 @@ class Dispatched:
   def through(self, *stops: int) -> list[float]:
     """The losses of all steps up to now."""
     for first, last in itertools.pairwise(stops):
-      data, rounds = self.training.of(first, last), (last - first) // self.problem.job.method.period
+      data, rounds = (
+        self.training.of(first, last),
+        (last - first) // self.problem.job.method.local_steps,
+      )
       self.state, metrics = self.problem.executor.run(self.state, data, rounds=rounds)
       self.training.ahead(last, 2 * last - first)
       self.losses += metrics["loss"].tolist()

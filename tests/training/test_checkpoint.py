@@ -17,7 +17,7 @@ from research.aggregate.blockwise import Cut, split_leaf
 from research.aggregate.chunks import cut as cut_chunks
 from research.comm import mesh as meshes
 from research.core import registry
-from research.core.base import TrainState
+from research.core.task import TrainState
 from research.parallel import layout as layouts
 from research.parallel import resize, sharded, workers
 from research.parallel.job import Job

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from research.comm.mesh import device_mesh
 from research.core import registry
-from research.core.base import Data
+from research.core.task import Data
 from research.parallel import sharded
 from research.parallel.job import Job
 from research.parallel.simulate import simulate
@@ -158,7 +158,7 @@ def test_a_round_is_traced_with_the_switches_on(name, variant, strict):
   rows = lambda x: jax.ShapeDtypeStruct((owners, 2, *x.shape[1:]), x.dtype)
   data = Data(jax.tree.map(rows, task.train), jax.ShapeDtypeStruct((owners,), jnp.int32), key)
   after, metrics = executor.run.trace(state, data, rounds=2).out_info
-  assert metrics["loss"].shape == (2 * METHODS[name].period,)
+  assert metrics["loss"].shape == (2 * METHODS[name].local_steps,)
   assert jax.tree.structure(after) == jax.tree.structure(state)
 
 

@@ -12,7 +12,7 @@ import pytest
 from problems import regression, split
 
 from research.aggregate.mean import mean
-from research.aggregate.privacy import private
+from research.aggregate.privacy import accounting, private
 from research.core import registry
 from research.core.base import Aggregator
 from research.methods.data_parallel import data_parallel
@@ -107,11 +107,11 @@ def test_epsilon_grows_as_the_accountant_says(case):
   assert (note, {name: found[name] for name in NOISE}) == ("", NOISE)
   assert said in found["accounted"]
   spent = [epsilon(rounds) for rounds in (0, 1, 10, 1000)]
-  want = private.spending(noise, 1e-5, **sampling)
+  want = accounting.spending(noise, 1e-5, **sampling)
   assert spent == pytest.approx([want(rounds) for rounds in (0, 1, 10, 1000)])
   assert spent == sorted(set(spent))
   if case == "Poisson":
-    assert spent[-1] == private.epsilon(1.3, 0.05, 1000, 1e-5)
+    assert spent[-1] == accounting.epsilon(1.3, 0.05, 1000, 1e-5)
 
 
 def test_what_is_not_counted_says_why(monkeypatch):
@@ -139,6 +139,7 @@ def test_what_is_not_counted_says_why(monkeypatch):
 @pytest.fixture
 def plugin(monkeypatch):
   """A module whose aggregators and methods are registered under names of their own."""
+  monkeypatch.setattr(registry, "ADDED", {})
   ours: Any = types.ModuleType("plugin")
   monkeypatch.setitem(sys.modules, "plugin", ours)
   hidden = lambda: private.noisy(mean(), clip=1.5, noise=1.3)
@@ -154,8 +155,8 @@ def plugin(monkeypatch):
   ours.plain = lambda: plain._replace(over=None, of_rounds=None)
   for kind, names in {"aggregator": "hidden kept_apart", "method": "closed opaque plain"}.items():
     for name in names.split():
-      monkeypatch.setitem(registry.TABLE[kind], name, f"plugin:{name}")
-  monkeypatch.setitem(registry.TABLE["aggregator"], "dp", registry.TABLE["aggregator"]["noisy"])
+      registry.register(kind, name)(getattr(ours, name))
+  registry.register("aggregator", "dp")(private.noisy)
 
 
 def test_noise_is_counted_whatever_it_is_called(plugin):

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from research.core import registry
-from research.core.base import Params, Task, TrainState
+from research.core.base import Params
+from research.core.spec import parse
+from research.core.task import Task, TrainState
 from research.training import metrics, sources
 from research.training.assemble import assemble, check
 from research.training.config import Config
@@ -134,7 +135,7 @@ class Lab:
 
   def data(self, **more: Any) -> str:
     """The spec of --dataset with further arguments, where it does not have them itself."""
-    call = registry.parse(self.dataset)
+    call = parse(self.dataset)
     named = [f"{k}={v!r}" for k, v in more.items() if k not in call.kwargs]
     inside = call.text[call.text.index("(") + 1 : -1]
     return f"{call.name}({', '.join([inside, *named] if inside else named)})"

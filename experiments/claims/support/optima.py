@@ -5,6 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import sparse
 
+from research.core import checks
+
 
 class Optimum(NamedTuple):
   """Where an objective is least."""
@@ -33,8 +35,7 @@ def optimum_of_logistic(x: np.ndarray, y: np.ndarray, l2: float) -> Optimum:
   Raises:
     ValueError: if l2 is not above 0.
   """
-  if not l2 > 0:
-    raise ValueError(f"l2={l2} is not above 0")
+  checks.above("l2", l2)
   rows, y = sparse.csr_array(x, dtype=np.float64), np.asarray(y, np.float64)
   value = lambda w: float(np.mean(np.logaddexp(0, rows @ w) - y * (rows @ w)) + l2 / 2 * w @ w)
   w, whole_steps = np.zeros(x.shape[1]), 0

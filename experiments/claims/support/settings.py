@@ -1,10 +1,10 @@
 """The numbers that a claim is run with: by its file, by the scale, by --set."""
 
-import difflib
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from research.core import checks
 from research.training.config import UsageError, flag
 
 
@@ -19,9 +19,7 @@ def of_claim(
   found = {**full, **(quick if scale == "quick" else {})}
   for name, value in given.items():
     if name not in found:
-      near = difflib.get_close_matches(name, found, 1)
-      hint = f"; did you mean '{near[0]}'?" if near else ";"
-      raise UsageError(f"--set={name}={value}: unknown{hint} legal: {', '.join(found) or 'none'}")
+      raise UsageError(f"--set={name}={value}: {checks.unknown(name, found)}")
     kind = type(found[name])
     if kind is float and type(value) is int:
       value = float(value)

@@ -1,6 +1,7 @@
 """Secure aggregation: the sum of the workers' values, where no one sees any worker's own."""
 
 import math
+from dataclasses import KW_ONLY
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 from research.aggregate.privacy import masks, shamir
 from research.aggregate.privacy.hiding import Sum
 from research.comm import collectives
+from research.core import checks
 from research.core.base import (
   EVERYONE,
   WORKER_AXES,
@@ -17,18 +19,12 @@ from research.core.base import (
   Array,
   Key,
   Presence,
+  Trait,
   Tree,
 )
 
 
-def secure_sum(
-  *,
-  clip: float,
-  bits: int = 16,
-  threshold: float = 2 / 3,
-  dropout: float = 0.0,
-  axis: collectives.Axes = WORKER_AXES,
-) -> Aggregator:
+class SecureSum(Aggregator, name="secure_sum"):
   """The mean of fixed-point values, of which each is seen under masks that cancel in the sum.
 
       x_i in Z_{2^32}, round(clip(v_i) / unit) with unit = clip / (2^(bits-1) - 1)
@@ -74,48 +70,74 @@ def secure_sum(
 
   Reference: Bonawitz et al. 2017, ePrint 2017/281, figure 4, for an honest but curious server.
   """
-  _check(clip, bits, threshold, dropout)
 
-  def aggregate(tree, state, key, presence=EVERYONE):
-    own, most = _shares(presence, axis)
-    count, here = collectives.worker_count(axis), collectives.worker_index(axis)
-    _check_ring(bits, count)
-    quorum = quorum_of(threshold, count)
+  _: KW_ONLY
+  clip: float
+  bits: int = 16
+  threshold: float = 2 / 3
+  dropout: float = 0.0
+  axis: collectives.Axes = WORKER_AXES
+  adds = Trait.DENSE | Trait.SECRET
+
+  def check(self):
+    note = ", where float32 resolves the grid"
+    checks.in_range("clip", self.clip, "[1e-20, 1e20]", note=note)
+    checks.in_range("bits", self.bits, "[2, 31]")
+    checks.in_range("threshold", self.threshold, "(0, 1]")
+    checks.in_range("dropout", self.dropout, "[0, 1)")
+
+  @property
+  def traits(self):
+    return super().traits | (Trait.PARTIAL if self.dropout else Trait(0))
+
+  @property
+  def privacy(self):
+    return Sum(self.axis, self.clip / (2 ** (self.bits - 1) - 1), self.clip, self._least_present)
+
+  def _least_present(self, count: int) -> float:
+    """The share of W workers that are in an accepted sum, at least."""
+    return quorum_of(self.threshold, count) / count if self.dropout else 1.0
+
+  def aggregate(self, tree, state, key, presence=EVERYONE):
+    own, most = _shares(presence, self.axis)
+    count, here = collectives.worker_count(self.axis), collectives.worker_index(self.axis)
+    _check_ring(self.bits, count)
+    quorum = quorum_of(self.threshold, count)
     seed_key, share_key, dropout_key = jax.random.split(key, 3)
-    seeds = _agree(collectives.worker_key(seed_key, axis), axis)
-    shares = shamir.share(seeds, quorum, count, collectives.worker_key(share_key, axis))
-    held = collectives.exchange(shares.astype(jnp.uint16), axis).astype(jnp.uint32)
+    seeds = _agree(collectives.worker_key(seed_key, self.axis), self.axis)
+    shares = shamir.share(seeds, quorum, count, collectives.worker_key(share_key, self.axis))
+    held = collectives.exchange(shares.astype(jnp.uint16), self.axis).astype(jnp.uint32)
 
-    alive = jax.random.uniform(dropout_key, (count,)) >= dropout
-    ring = jax.tree.map(lambda x: quantize(_clipped(x, clip) * own, clip, bits), tree)
+    alive = jax.random.uniform(dropout_key, (count,)) >= self.dropout
+    to_ring = lambda x: quantize(_clipped(x, self.clip) * own, self.clip, self.bits)
+    ring = jax.tree.map(to_ring, tree)
     message = jax.tree.map(jnp.add, ring, masks.mask(seeds, here, ring))
-    received = collectives.total(_where(alive[here], message), axis)
+    received = collectives.total(_where(alive[here], message), self.axis)
     shown = reveal(held, alive, quorum) * shamir.weights(alive)[here] % shamir.PRIME
-    found = collectives.total(shown, axis) % shamir.PRIME
+    found = collectives.total(shown, self.axis) % shamir.PRIME
     total = masks.unmask(received, found, alive)
 
     survivors = jnp.sum(alive, dtype=jnp.int32)
     accepted, members = survivors >= quorum, jnp.maximum(survivors, 1)
-    if dropout and presence is not EVERYONE:  # of all weights, which part is that of U
-      of_those, of_all = collectives.total((jnp.where(alive[here], own, 0), own), axis)
+    if self.dropout and presence is not EVERYONE:  # of all weights, which part is that of U
+      pair = jnp.where(alive[here], own, 0), own
+      of_those, of_all = collectives.total(pair, self.axis)
       accepted &= of_those > 0
       members = count * of_those / jnp.where(of_all > 0, of_all, 1)
       members = jnp.where(of_those > 0, members, 1)
     broken = alive[here] & (own > 0) & ~_all_finite(tree)
-    any_broken = collectives.total(broken.astype(jnp.int32), axis) > 0
+    any_broken = collectives.total(broken.astype(jnp.int32), self.axis) > 0
 
     def back(ring, members, is_nan, counts):
-      values = lambda r, x: dequantize(r, clip, bits, members / most).astype(x.dtype)
+      mean = lambda r, x: dequantize(r, self.clip, self.bits, members / most).astype(x.dtype)
       visible = lambda x: jnp.where(is_nan, jnp.full_like(x, jnp.nan), x)
-      return _where(counts, jax.tree.map(lambda r, x: visible(values(r, x)), ring, tree))
+      return _where(counts, jax.tree.map(lambda r, x: visible(mean(r, x)), ring, tree))
 
     value = back(total, members, any_broken, accepted)
     return Aggregate(value, back(ring, 1, broken, accepted & alive[here]), state)
 
-  traits = {"dense", "secret", "partial"} if dropout else {"dense", "secret"}
-  present = lambda count: quorum_of(threshold, count) / count if dropout else 1.0
-  seen = Sum(axis, clip / (2 ** (bits - 1) - 1), clip, present)
-  return Aggregator(lambda params: (), aggregate, frozenset(traits), privacy=seen)
+
+secure_sum = SecureSum
 
 
 def _shares(presence: Presence, axis: collectives.Axes) -> tuple[Array | float, Array | float]:
@@ -197,17 +219,6 @@ def _where(condition: Array, tree: Tree) -> Tree:
 def _all_finite(tree: Tree) -> Array:
   each = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
   return jnp.all(jnp.array([True, *each]))
-
-
-def _check(clip: float, bits: int, threshold: float, dropout: float) -> None:
-  if not 1e-20 <= clip <= 1e20:
-    raise ValueError(f"clip={clip} is not in [1e-20, 1e20], where float32 resolves the grid")
-  if not 2 <= bits <= 31:
-    raise ValueError(f"bits={bits} is not in [2, 31]")
-  if not 0 < threshold <= 1:
-    raise ValueError(f"threshold={threshold} is not in (0, 1]")
-  if not 0 <= dropout < 1:
-    raise ValueError(f"dropout={dropout} is not in [0, 1)")
 
 
 def _check_ring(bits: int, workers: int) -> None:

@@ -1,4 +1,4 @@
-"""What faulty workers send, for studies and tests: wrappers that put it in the place of a value.
+"""Attacks by faulty workers, for studies and tests: wrappers that replace what a worker sends.
 
 The first `faulty` workers lie where they are present, the others are honest. What an attacker knows
 of the others it learns by a collective of its own: that is the attack's knowledge, not traffic of
@@ -6,21 +6,69 @@ the algorithm, but whoever counts the bytes of the wrapped aggregator counts it 
 """
 
 import math
-from collections.abc import Callable
+from dataclasses import KW_ONLY
 from statistics import NormalDist
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from research.comm import collectives
-from research.core.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Array, Key, Tree
+from research.core import checks
+from research.core.base import EVERYONE, WORKER_AXES, Aggregator, Array, Key, Trait, Tree
 
 _NOISE = 0x6C696573
 
 
-def sign_flip(
-  inner: Aggregator, *, faulty: int, scale: float = 1.0, axis: collectives.Axes = WORKER_AXES
-) -> Aggregator:
+class Attack(Aggregator):
+  """`inner`, where the first `faulty` workers send a lie in the place of what they have."""
+
+  inner: ClassVar[Any]
+  faulty: ClassVar[Any]
+  axis: ClassVar[Any]
+  adds = Trait.FORGED
+
+  def check(self):
+    checks.in_range("faulty", self.faulty, "[0, inf)")
+
+  def lie(self, tree: Tree, key: Key, count: int, active: bool | Array) -> Tree:
+    """What a faulty worker sends.
+
+    Args:
+      tree: what it has.
+      key: that of the exchange, equal on all workers.
+      count: W.
+      active: whether it is present.
+    """
+    raise NotImplementedError(f"{type(self).__name__} has no lie")
+
+  @property
+  def privacy(self):
+    return self.inner.privacy
+
+  def init(self, params):
+    return self.inner.init(params)
+
+  def aggregate(self, tree, state, key, presence=EVERYONE):
+    count = collectives.worker_count(self.axis)
+    if self.faulty >= count:
+      raise ValueError(f"faulty={self.faulty} leaves no honest worker among {count}")
+    is_faulty = collectives.worker_index(self.axis) < self.faulty
+    choose = lambda forged, x: jnp.where(is_faulty, forged.astype(x.dtype), x)
+    shown = jax.tree.map(choose, self.lie(tree, key, count, presence.active), tree)
+    return self.inner.aggregate(shown, state, key, presence)
+
+  def honest_mean(self, tree: Tree, count: int, active: bool | Array) -> Tree:
+    """The mean over the honest workers present, of W workers; zero where there are none."""
+    counts, honest = collectives.worker_index(self.axis) >= self.faulty, count - self.faulty
+    if active is not True:
+      counts &= active
+      honest = jnp.maximum(collectives.total(counts.astype(jnp.float32), self.axis), 1)
+    part = lambda x: jnp.where(counts, x / honest, 0).astype(x.dtype)
+    return collectives.total(jax.tree.map(part, tree), self.axis)
+
+
+class SignFlip(Attack, name="sign_flip"):
   """Faulty workers send -scale times their own value.
 
   Args:
@@ -35,18 +83,26 @@ def sign_flip(
   Reference: Li et al. 2018, arXiv 1811.03761 (RSA), the sign-flipping attack of the
   experiments.
   """
-  _check("scale", scale)
 
-  def lie(tree, key, count, active):
+  inner: Aggregator
+  _: KW_ONLY
+  faulty: int
+  scale: float = 1.0
+  axis: collectives.Axes = WORKER_AXES
+
+  def check(self):
+    super().check()
+    checks.in_range("scale", self.scale, "[0, inf)")
+
+  def lie(self, tree, key, count, active):
     del key, count, active
-    return jax.tree.map(lambda x: -scale * x, tree)
-
-  return _attacked(inner, faulty, lie, axis)
+    return jax.tree.map(lambda x: -self.scale * x, tree)
 
 
-def gaussian(
-  inner: Aggregator, *, faulty: int, deviation: float, axis: collectives.Axes = WORKER_AXES
-) -> Aggregator:
+sign_flip = SignFlip
+
+
+class Gaussian(Attack, name="gaussian"):
   """Each faulty worker sends noise of its own, N(0, deviation^2) in every coordinate.
 
   Args:
@@ -60,26 +116,30 @@ def gaussian(
 
   Reference: Blanchard et al. 2017, arXiv 1703.02757, the Gaussian attack of the experiments.
   """
-  _check("deviation", deviation)
 
-  def lie(tree, key, count, active):
+  inner: Aggregator
+  _: KW_ONLY
+  faulty: int
+  deviation: float
+  axis: collectives.Axes = WORKER_AXES
+
+  def check(self):
+    super().check()
+    checks.in_range("deviation", self.deviation, "[0, inf)")
+
+  def lie(self, tree, key, count, active):
     del count, active
     leaves, treedef = jax.tree.flatten(tree)
-    own = collectives.worker_key(jax.random.fold_in(key, _NOISE), axis)
+    own = collectives.worker_key(jax.random.fold_in(key, _NOISE), self.axis)
     keys = jax.random.split(own, max(len(leaves), 1))
     noise = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=False)]
-    return treedef.unflatten([deviation * n for n in noise])
-
-  return _attacked(inner, faulty, lie, axis)
+    return treedef.unflatten([self.deviation * n for n in noise])
 
 
-def a_little_is_enough(
-  inner: Aggregator,
-  *,
-  faulty: int,
-  z: float | None = None,
-  axis: collectives.Axes = WORKER_AXES,
-) -> Aggregator:
+gaussian = Gaussian
+
+
+class ALittleIsEnough(Attack, name="a_little_is_enough"):
   """Faulty workers all send the honest mean, moved in each coordinate by z standard deviations.
 
       x_i = mu - z sigma,   z = Phi^-1((W - f - s) / (W - f)),   s = floor(W/2 + 1) - f
@@ -102,16 +162,23 @@ def a_little_is_enough(
   Reference: Baruch, Baruch, Goldberg 2019, arXiv 1902.06156, the attack that prevents convergence.
   """
 
-  def lie(tree, key, count, active):
+  inner: Aggregator
+  _: KW_ONLY
+  faulty: int
+  z: float | None = None
+  axis: collectives.Axes = WORKER_AXES
+
+  def lie(self, tree, key, count, active):
     del key
-    distance = largest_unnoticed(count, faulty) if z is None else z
+    distance = largest_unnoticed(count, self.faulty) if self.z is None else self.z
     tree = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
-    mean = _honest_mean(tree, faulty, count, active, axis)
+    mean = self.honest_mean(tree, count, active)
     squares = jax.tree.map(lambda x, m: (x - m) ** 2, tree, mean)
-    variance = _honest_mean(squares, faulty, count, active, axis)
+    variance = self.honest_mean(squares, count, active)
     return jax.tree.map(lambda m, v: m - distance * jnp.sqrt(v), mean, variance)
 
-  return _attacked(inner, faulty, lie, axis)
+
+a_little_is_enough = ALittleIsEnough
 
 
 def largest_unnoticed(count: int, faulty: int) -> float:
@@ -130,10 +197,8 @@ def largest_unnoticed(count: int, faulty: int) -> float:
   return NormalDist().inv_cdf((honest - supporters) / honest)
 
 
-def inner_product(
-  inner: Aggregator, *, faulty: int, scale: float, axis: collectives.Axes = WORKER_AXES
-) -> Aggregator:
-  """Faulty workers all send the honest mean turned round, to make <value, mean> negative.
+class InnerProduct(Attack, name="inner_product"):
+  """Faulty workers all send the honest mean negated, to make <value, mean> negative.
 
       x_i = -scale mu
 
@@ -148,48 +213,20 @@ def inner_product(
 
   Reference: Xie, Koyejo, Gupta 2019, arXiv 1903.03936, inner product manipulation.
   """
-  _check("scale", scale)
 
-  def lie(tree, key, count, active):
+  inner: Aggregator
+  _: KW_ONLY
+  faulty: int
+  scale: float
+  axis: collectives.Axes = WORKER_AXES
+
+  def check(self):
+    super().check()
+    checks.in_range("scale", self.scale, "[0, inf)")
+
+  def lie(self, tree, key, count, active):
     del key
-    return jax.tree.map(lambda m: -scale * m, _honest_mean(tree, faulty, count, active, axis))
-
-  return _attacked(inner, faulty, lie, axis)
+    return jax.tree.map(lambda m: -self.scale * m, self.honest_mean(tree, count, active))
 
 
-def _attacked(
-  inner: Aggregator,
-  faulty: int,
-  lie: Callable[[Tree, Key, int, bool | Array], Tree],
-  axis: collectives.Axes,
-) -> Aggregator:
-  """`inner`, where the first `faulty` workers have lie(tree, key, W, active) in place of theirs."""
-  _check("faulty", faulty)
-
-  def aggregate(tree, state, key, presence=EVERYONE) -> Aggregate:
-    count = collectives.worker_count(axis)
-    if faulty >= count:
-      raise ValueError(f"faulty={faulty} leaves no honest worker among {count}")
-    is_faulty = collectives.worker_index(axis) < faulty
-    choose = lambda forged, x: jnp.where(is_faulty, forged.astype(x.dtype), x)
-    shown = jax.tree.map(choose, lie(tree, key, count, presence.active), tree)
-    return inner.aggregate(shown, state, key, presence)
-
-  return Aggregator(inner.init, aggregate, inner.traits | {"forged"}, privacy=inner.privacy)
-
-
-def _honest_mean(
-  tree: Tree, faulty: int, count: int, active: bool | Array, axis: collectives.Axes
-) -> Tree:
-  """The mean over the honest workers present; zero where there are none."""
-  counts, honest = collectives.worker_index(axis) >= faulty, count - faulty
-  if active is not True:
-    counts &= active
-    honest = jnp.maximum(collectives.total(counts.astype(jnp.float32), axis), 1)
-  part = lambda x: jnp.where(counts, x / honest, 0).astype(x.dtype)
-  return collectives.total(jax.tree.map(part, tree), axis)
-
-
-def _check(name: str, value: float) -> None:
-  if value < 0:
-    raise ValueError(f"{name}={value} is not in [0, inf)")
+inner_product = InnerProduct

@@ -1,8 +1,8 @@
-"""Robust averages, coordinate by coordinate: what most workers send, whatever the others do.
+"""Robust averages, coordinate by coordinate: statistics that a minority of workers cannot move far.
 
 Nobody needs all of what W workers have. Each leaf is cut in W chunks, worker j receives chunk j of
 everyone and applies the rule to it, and all gather the results: 2 (W-1)/W times the tree's bytes
-per worker at any W, as much as a ring all-reduce. `robust_vectors.py` has the rules that look at a
+per worker at any W, as much as a ring all-reduce. `vectors.py` has the rules that look at a
 worker's whole vector.
 
 A rule is over the values of the n workers present, each counted once, whatever it weighs, and its
@@ -12,6 +12,7 @@ In a round in which nobody is, the value is zero.
 
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +20,47 @@ import jax.numpy as jnp
 from research.aggregate.chunks import cut, joined
 from research.aggregate.presence import Roll, call_roll
 from research.comm import collectives
-from research.core.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Array, Tree
+from research.core import checks
+from research.core.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Array, Trait, Tree
 
-TRAITS = frozenset({"selects", "dense"})
+
+class Robust(Aggregator):
+  """A rule over the values of the workers present.
+
+  Subclasses define the worker axes, and the rule on the chunks that a worker holds.
+  """
+
+  axis: ClassVar[Any] = WORKER_AXES
+  adds = Trait.SELECTS | Trait.DENSE
+
+  def of_chunks(self, everyone: Tree, roll: Roll | None) -> Tree:
+    """The value of this worker's chunk.
+
+    Args:
+      everyone: chunks of all W workers, leaves [W, ...] of float32 or wider.
+      roll: who is present; None: all.
+    """
+    raise NotImplementedError(f"{type(self).__name__} has no of_chunks")
+
+  def aggregate(self, tree, state, key, presence=EVERYONE):
+    del key
+    everyone, roll = exchanged(tree, self.axis), call_roll(presence, self.axis)
+    chunk = self.of_chunks(everyone, roll)
+    return Aggregate(restored(scaled(chunk, roll), tree, self.axis), tree, state)
 
 
-def median(axis: collectives.Axes = WORKER_AXES) -> Aggregator:
+class Trimmed(Robust):
+  """The mean of each coordinate without a number of its smallest and largest values."""
+
+  def trim(self, count: int) -> int:
+    """How many of n values are left out at either end."""
+    raise NotImplementedError(f"{type(self).__name__} has no trim")
+
+  def of_chunks(self, everyone, roll):
+    return jax.tree.map(lambda x: middle(x, self.trim, roll), everyone)
+
+
+class Median(Trimmed, name="median"):
   """The median over workers of each coordinate; of an even number, the mean of the middle two.
 
       value_k = med{x_i_k : i present}
@@ -37,10 +73,17 @@ def median(axis: collectives.Axes = WORKER_AXES) -> Aggregator:
 
   Reference: Yin et al. 2018, arXiv 1803.01498, algorithm 1, option I.
   """
-  return _coordinatewise(lambda count: (count - 1) // 2, axis)
+
+  axis: collectives.Axes = WORKER_AXES
+
+  def trim(self, count):
+    return around_middle(count)
 
 
-def trimmed_mean(fraction: float, axis: collectives.Axes = WORKER_AXES) -> Aggregator:
+median = Median
+
+
+class TrimmedMean(Trimmed, name="trimmed_mean"):
   """The mean of each coordinate without its smallest and its largest values.
 
       value_k = 1/(n - 2b) sum_{r=b+1}^{n-b} x_(r)_k,   b = floor(beta n),   x_(1)_k <= x_(2)_k ...
@@ -58,21 +101,23 @@ def trimmed_mean(fraction: float, axis: collectives.Axes = WORKER_AXES) -> Aggre
 
   Reference: Yin et al. 2018, arXiv 1803.01498, algorithm 1, option II.
   """
-  if not 0 <= fraction < 0.5:
-    raise ValueError(f"fraction={fraction} is not in [0, 0.5)")
-  return _coordinatewise(lambda count: int(Fraction(str(fraction)) * count), axis)
+
+  fraction: float
+  axis: collectives.Axes = WORKER_AXES
+
+  def check(self):
+    checks.in_range("fraction", self.fraction, "[0, 0.5)")
+
+  def trim(self, count):
+    return int(Fraction(str(self.fraction)) * count)
 
 
-def _coordinatewise(trim: Callable[[int], int], axis: collectives.Axes) -> Aggregator:
-  """The mean of what is left after leaving out trim(n) values of each coordinate at either end."""
+trimmed_mean = TrimmedMean
 
-  def aggregate(tree, state, key, presence=EVERYONE):
-    del key
-    everyone, roll = exchanged(tree, axis), call_roll(presence, axis)
-    chunk = jax.tree.map(lambda x: middle(x, trim, roll), everyone)
-    return Aggregate(restored(scaled(chunk, roll), tree, axis), tree, state)
 
-  return Aggregator(lambda params: (), aggregate, TRAITS)
+def around_middle(count: int) -> int:
+  """How many of n values are left out at either end of their median."""
+  return (count - 1) // 2
 
 
 def middle(x: Array, trim: Callable[[int], int], roll: Roll | None) -> Array:

@@ -1,27 +1,68 @@
 """Robust averages of whole vectors: Krum, the geometric median, centered clipping.
 
-A worker's vector is all its leaves. Worker j holds chunk j of everyone, as in `robust.py`, and
+A worker's vector is all its leaves. Worker j holds chunk j of everyone, as in `coordinates.py`, and
 only sums over chunks travel besides: W numbers per iteration, or for Krum W distances to each of W
 workers, whatever the model's size. Distances are of differences, in float32 or wider. A distance
 that is not finite (a worker sent NaN, infinity, or more than the square root of the largest float)
-counts as infinite: that worker is never near, and weighs nothing. As in `robust.py` the rules are
-over the n workers present.
+counts as infinite: that worker is never near, and weighs nothing. As in `coordinates.py` the rules
+are over the n workers present.
 """
 
-from typing import NamedTuple
+from dataclasses import KW_ONLY
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
 from research.aggregate.chunks import cut
 from research.aggregate.presence import Roll, call_roll
-from research.aggregate.robust.coordinates import TRAITS, exchanged, middle, restored, scaled
+from research.aggregate.robust.coordinates import (
+  Robust,
+  around_middle,
+  exchanged,
+  middle,
+  restored,
+  scaled,
+)
 from research.comm import collectives
-from research.core.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Array, Tree
+from research.core import checks
+from research.core.base import EVERYONE, WORKER_AXES, Aggregate, Array, Trait, Tree
 
 
-def krum(faulty: int, axis: collectives.Axes = WORKER_AXES) -> Aggregator:
+class Best(Robust):
+  """The mean of the `selected` vectors that are nearest to their n - f - 2 nearest others."""
+
+  faulty: ClassVar[Any]
+  selected: ClassVar[Any]
+
+  def check(self):
+    checks.at_least("faulty", self.faulty, 0)
+    checks.at_least("selected", self.selected)
+
+  def of_chunks(self, everyone, roll):
+    self._check_count(collectives.worker_count(self.axis))
+    scores = _scores(everyone, self.faulty, roll, self.axis)
+    if roll is None:
+      best = jnp.argsort(scores, stable=True)[: self.selected]
+      return jax.tree.map(lambda x: jnp.mean(x[best], 0), everyone)
+    rank = jnp.argsort(jnp.lexsort((scores, ~roll.present)))
+    chosen = jnp.minimum(self.selected, roll.count)
+    weights = (rank < chosen) / jnp.maximum(chosen, 1)
+    return jax.tree.map(lambda x: _weighted(weights, x), everyone)
+
+  def _check_count(self, count: int) -> None:
+    name, needed = self.title, 2 * self.faulty + 2
+    if needed >= count:
+      raise ValueError(
+        f"{name}(faulty={self.faulty}) needs more than {needed} workers and there are {count}"
+      )
+    if self.selected > count:
+      raise ValueError(f"{name}(selected={self.selected}) selects among {count} workers")
+
+
+class Krum(Best, name="krum"):
   """The vector of one worker: the one that is nearest to its n - f - 2 nearest others.
 
       s(i) = sum_{j near i} ||x_i - x_j||^2,   value = x_i*,   i* = argmin_i s(i)
@@ -39,10 +80,16 @@ def krum(faulty: int, axis: collectives.Axes = WORKER_AXES) -> Aggregator:
 
   Reference: Blanchard et al. 2017, arXiv 1703.02757, the Krum function.
   """
-  return _krum("krum", faulty, 1, axis)
+
+  faulty: int
+  axis: collectives.Axes = WORKER_AXES
+  selected = 1
 
 
-def multi_krum(faulty: int, selected: int, axis: collectives.Axes = WORKER_AXES) -> Aggregator:
+krum = Krum
+
+
+class MultiKrum(Best, name="multi_krum"):
   """The mean of the vectors with the m best scores of `krum`.
 
       value = 1/m sum_{i in the m smallest s(i)} x_i
@@ -60,37 +107,13 @@ def multi_krum(faulty: int, selected: int, axis: collectives.Axes = WORKER_AXES)
 
   Reference: Blanchard et al. 2017, arXiv 1703.02757, Multi-Krum.
   """
-  return _krum("multi_krum", faulty, selected, axis)
+
+  faulty: int
+  selected: int
+  axis: collectives.Axes = WORKER_AXES
 
 
-def _krum(name: str, faulty: int, selected: int, axis: collectives.Axes) -> Aggregator:
-  if faulty < 0:
-    raise ValueError(f"faulty={faulty}; it is at least 0")
-  if selected < 1:
-    raise ValueError(f"selected={selected}; it is at least 1")
-
-  def aggregate(tree, state, key, presence=EVERYONE):
-    del key
-    count = collectives.worker_count(axis)
-    if 2 * faulty + 2 >= count:
-      raise ValueError(
-        f"{name}(faulty={faulty}) needs more than {2 * faulty + 2} workers and there are {count}"
-      )
-    if selected > count:
-      raise ValueError(f"{name}(selected={selected}) selects among {count} workers")
-    everyone, roll = exchanged(tree, axis), call_roll(presence, axis)
-    scores = _scores(everyone, faulty, roll, axis)
-    if roll is None:
-      best = jnp.argsort(scores, stable=True)[:selected]
-      chunk = jax.tree.map(lambda x: jnp.mean(x[best], 0), everyone)
-    else:
-      rank = jnp.argsort(jnp.lexsort((scores, ~roll.present)))
-      chosen = jnp.minimum(selected, roll.count)
-      weights = (rank < chosen) / jnp.maximum(chosen, 1)
-      chunk = jax.tree.map(lambda x: _weighted(weights, x), everyone)
-    return Aggregate(restored(scaled(chunk, roll), tree, axis), tree, state)
-
-  return Aggregator(lambda params: (), aggregate, TRAITS)
+multi_krum = MultiKrum
 
 
 def _scores(everyone: Tree, faulty: int, roll: Roll | None, axis: collectives.Axes) -> Array:
@@ -109,9 +132,7 @@ def _scores(everyone: Tree, faulty: int, roll: Roll | None, axis: collectives.Ax
   return collectives.gather(jnp.sum(jnp.where(jnp.arange(count) < near, distances, 0)), axis)
 
 
-def geometric_median(
-  axis: collectives.Axes = WORKER_AXES, *, iterations: int = 3, smoothing: float = 1e-6
-) -> Aggregator:
+class GeometricMedian(Robust, name="geometric_median"):
   """The point with the least sum of distances to the workers' vectors, by Weiszfeld's iteration.
 
       beta_i = 1 / max(nu, ||v - x_i||),   v <- sum_i beta_i x_i / sum_i beta_i
@@ -131,40 +152,42 @@ def geometric_median(
 
   Reference: Pillutla, Kakade, Harchaoui 2019, arXiv 1912.13445, the smoothed Weiszfeld algorithm.
   """
-  _check_iterations(iterations)
-  if not smoothing > 0:
-    raise ValueError(f"smoothing={smoothing} is not in (0, inf)")
 
-  def aggregate(tree, state, key, presence=EVERYONE):
-    del key
-    count = collectives.worker_count(axis)
-    everyone, roll = exchanged(tree, axis), call_roll(presence, axis)
+  axis: collectives.Axes = WORKER_AXES
+  _: KW_ONLY
+  iterations: int = 3
+  smoothing: float = 1e-6
+
+  def check(self):
+    checks.at_least("iterations", self.iterations)
+    checks.in_range("smoothing", self.smoothing, "(0, inf)")
+
+  def of_chunks(self, everyone, roll):
+    count = collectives.worker_count(self.axis)
     counts = True if roll is None else roll.present
 
     def move(v, _):
-      distances = _distances(everyone, v, count, axis)
+      distances = _distances(everyone, v, count, self.axis)
       near = jnp.isfinite(distances) & counts
-      beta = jnp.where(near, 1 / jnp.maximum(smoothing, distances), 0)
+      beta = jnp.where(near, 1 / jnp.maximum(self.smoothing, distances), 0)
       total = jnp.sum(beta)
       nowhere = (total == 0) & (True if roll is None else roll.count > 0)
       weights = beta / jnp.where(total > 0, total, 1)
       visible = lambda x: jnp.where(nowhere, jnp.nan, _weighted(weights, x))
       return jax.tree.map(visible, everyone), None
 
-    start = jax.tree.map(lambda x: middle(x, lambda n: (n - 1) // 2, roll), everyone)
-    v, _ = lax.scan(move, start, length=iterations)
-    return Aggregate(restored(scaled(v, roll), tree, axis), tree, state)
+    start = jax.tree.map(lambda x: middle(x, around_middle, roll), everyone)
+    return lax.scan(move, start, length=self.iterations)[0]
 
-  return Aggregator(lambda params: (), aggregate, TRAITS)
+
+geometric_median = GeometricMedian
 
 
 class CenteredClipState(NamedTuple):
   v: Tree  # the last round's value, equal on all workers
 
 
-def centered_clip(
-  radius: float, axis: collectives.Axes = WORKER_AXES, *, iterations: int = 1
-) -> Aggregator:
+class CenteredClip(Robust, name="centered_clip"):
   """The mean of the differences to the last round's value, each clipped to a norm.
 
       v <- v + 1/n sum_i (x_i - v) min(1, tau / ||x_i - v||)
@@ -182,36 +205,41 @@ def centered_clip(
 
   Reference: Karimireddy, He, Jaggi 2021, arXiv 2012.10333, centered clipping.
   """
-  _check_iterations(iterations)
-  if not radius > 0:
-    raise ValueError(f"radius={radius} is not in (0, inf)")
 
-  def aggregate(tree, state, key, presence=EVERYONE):
+  radius: float
+  axis: collectives.Axes = WORKER_AXES
+  _: KW_ONLY
+  iterations: int = 1
+  adds = Robust.adds | Trait.MEMORY
+
+  def check(self):
+    checks.at_least("iterations", self.iterations)
+    checks.in_range("radius", self.radius, "(0, inf)")
+
+  def init(self, params):
+    return CenteredClipState(optax.tree.zeros_like(params))
+
+  def aggregate(self, tree, state, key, presence=EVERYONE):
     del key
-    count = collectives.worker_count(axis)
-    everyone, roll = exchanged(tree, axis), call_roll(presence, axis)
+    count = collectives.worker_count(self.axis)
+    everyone, roll = exchanged(tree, self.axis), call_roll(presence, self.axis)
     counts = True if roll is None else roll.present
     present = count if roll is None else jnp.maximum(roll.count, 1)
 
     def move(v, _):
-      distances = _distances(everyone, v, count, axis)
-      share = jnp.minimum(1, radius / distances) / present
+      distances = _distances(everyone, v, count, self.axis)
+      share = jnp.minimum(1, self.radius / distances) / present
       weights = jnp.where(jnp.isfinite(distances) & counts, share, 0)
       return jax.tree.map(lambda v, x: v + _weighted(weights, x - v[None]), v, everyone), None
 
-    chunk_of = lambda v, x: cut(v, count)[collectives.worker_index(axis)].astype(x.dtype)
+    chunk_of = lambda v, x: cut(v, count)[collectives.worker_index(self.axis)].astype(x.dtype)
     start = jax.tree.map(chunk_of, state.v, everyone)
-    v, _ = lax.scan(move, start, length=iterations)
-    value = restored(v, tree, axis)
+    v, _ = lax.scan(move, start, length=self.iterations)
+    value = restored(v, tree, self.axis)
     return Aggregate(scaled(value, roll), tree, CenteredClipState(value))
 
-  zeros = lambda params: CenteredClipState(jax.tree.map(jnp.zeros_like, params))
-  return Aggregator(zeros, aggregate, TRAITS | {"memory"})
 
-
-def _check_iterations(iterations: int) -> None:
-  if iterations < 1:
-    raise ValueError(f"iterations={iterations}; it is at least 1")
+centered_clip = CenteredClip
 
 
 def _distances(everyone: Tree, v: Tree, count: int, axis: collectives.Axes) -> Array:

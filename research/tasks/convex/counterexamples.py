@@ -5,10 +5,10 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from research.core.base import Array, Batch, Key, Params, Task
+from research.core import checks
+from research.core.base import Array, Key, Params
+from research.core.task import Batch, Task
 from research.tasks import sampling
-
-DEFAULT_MODEL: dict[str, str] = {}
 
 
 def client_drift(dissimilarity: float = 1.0, start: float = 10.0) -> Task:
@@ -53,8 +53,7 @@ def rare_large_gradient(start: float = 0.0) -> Task:
 
   Reference: Karimireddy, Rebjock, Stich, Jaggi 2019, arXiv 1901.09847, counterexample 1.
   """
-  if not -1 <= start <= 1:
-    raise ValueError(f"start={start} is not in [-1, 1]")
+  checks.in_range("start", start, "[-1, 1]")
   examples = {"gradient": np.asarray([4, -1, -1, -1], np.float32)}
   task = _task(examples, np.asarray(start), lambda x, e: e["gradient"] * x)
   return task._replace(
@@ -80,8 +79,7 @@ def narrow_valley(epsilon: float = 0.5) -> Task:
 
   Reference: Karimireddy, Rebjock, Stich, Jaggi 2019, arXiv 1901.09847, counterexample 2.
   """
-  if not 0 < epsilon < 1:
-    raise ValueError(f"epsilon={epsilon} is not in (0, 1)")
+  checks.in_range("epsilon", epsilon, "(0, 1)")
   # the subgradient of jnp.abs at 0 is 0
   absolute = lambda a: jnp.where(a >= 0, a, -a)
   value = lambda x, e: e["scale"] * (epsilon * absolute(x[0] + x[1]) + absolute(x[0] - x[1]))

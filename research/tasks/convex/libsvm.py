@@ -7,11 +7,10 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
-from research.core.base import Batch, Task
+from research.core.registry import Default
+from research.core.task import Batch, Task
 from research.tasks import files, texts
 from research.tasks.supervised import supervised
-
-DEFAULT_MODEL = {"libsvm": "logistic()"}
 
 URL = "https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets/binary/"
 
@@ -34,7 +33,7 @@ def libsvm(
   nonconvex: float = 0.0,
   loss: str = "",
   *,
-  model: Callable[[int], nn.Module],
+  model: Callable[[int], nn.Module] = Default("model", "logistic()"),
   data_dir: str = "",
 ) -> Task:
   """A LIBSVM file's examples: logistic loss, softmax for three classes or more, or squares.

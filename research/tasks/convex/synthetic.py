@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.core.base import Array, Batch, Key, Params, Task
+from research.core.base import Array, Key, Params
+from research.core.registry import Default
+from research.core.task import Batch, Task
 from research.tasks import sampling
 from research.tasks.language import language, tokens
 from research.tasks.supervised import supervised
-
-DEFAULT_MODEL = {"least_squares": "linear()", "random_tokens": "transformer('tiny')"}
 
 
 def least_squares(
@@ -23,7 +23,7 @@ def least_squares(
   condition: float = 10.0,
   seed: int = 0,
   *,
-  model: Callable[[int], nn.Module],
+  model: Callable[[int], nn.Module] = Default("model", "linear()"),
 ) -> Task:
   """Linear regression, f(w) = 1/(2N) ||X w - y||^2, of a given condition number.
 
@@ -115,7 +115,7 @@ def random_tokens(
   context: int = 4096,
   length: int = 2**22,
   *,
-  model: Callable[[int], nn.Module],
+  model: Callable[[int], nn.Module] = Default("model", "transformer('tiny')"),
   seed: int = 0,
 ) -> Task:
   """Tokens drawn uniformly: nothing to learn, any size at hand, for speed, memory and traffic.

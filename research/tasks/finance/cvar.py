@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from research.core import paths
-from research.core.base import Array, Batch, Key, Params, Task
+from research.core import checks, paths
+from research.core.base import Array, Key, Params
+from research.core.task import Batch, Task
 from research.tasks import files, sampling, texts
 from research.tasks.finance import price_table
-
-DEFAULT_MODEL: dict[str, str] = {}
 
 URL = (
   "https://raw.githubusercontent.com/robertmartin8/PyPortfolioOpt/master/tests/resources/"
@@ -67,8 +66,7 @@ def cvar(
     2, theorem 1.
   """
   for what, value in (("level", level), ("confidence", confidence)):
-    if not 0 < value < 1:
-      raise ValueError(f"{what}={value} is not in (0, 1)")
+    checks.in_range(what, value, "(0, 1)")
   if scenarios < 0 or not smoothing >= 0:
     raise ValueError(f"scenarios={scenarios}, smoothing={smoothing}: neither may be negative")
   days = load(name, data_dir)

@@ -9,12 +9,11 @@ import numpy as np
 import optax
 from jax import lax
 
-from research.core import paths
-from research.core.base import Array, Batch, Key, Params, Task
+from research.core import checks, paths
+from research.core.base import Array, Key, Params
+from research.core.task import Batch, Task
 from research.tasks import files, sampling
 from research.tasks.finance import portfolio_files
-
-DEFAULT_MODEL: dict[str, str] = {}
 
 MARKETS = ("port1", "port2", "port3")  # published, with their frontiers
 URL = "http://people.brunel.ac.uk/~mastjjb/jeb/orlib/files/"
@@ -123,8 +122,7 @@ def frontier(
     return of_market(market._replace(returns=np.array(returns, float), variances=np.zeros(0)))
   if not len(market.returns):
     raise ValueError(f"{name} has no published frontier; say which returns=[...] are required")
-  if not 1 <= points <= len(market.returns):
-    raise ValueError(f"points={points} is not in [1, {len(market.returns)}], those published")
+  checks.in_range("points", points, f"[1, {len(market.returns)}]", note=", those published")
   at = np.linspace(0, len(market.returns) - 1, points).round().astype(int)
   chosen = {"returns": market.returns[at], "variances": market.variances[at]}
   return of_market(market._replace(**chosen))

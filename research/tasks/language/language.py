@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from research.core import paths
-from research.core.base import Array, Batch, Key, Params, Task, Tree
+from research.core import checks, paths
+from research.core.base import Array, Key, Params, Tree
+from research.core.registry import Default
+from research.core.task import Batch, Task
 from research.tasks import files, sampling, texts
 from research.tasks.language import tokens
-
-DEFAULT_MODEL = dict.fromkeys(("tinyshakespeare", "text"), "transformer('tiny')")
 
 TINYSHAKESPEARE_URL = (
   "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -37,7 +37,10 @@ class Part(NamedTuple):
 
 
 def tinyshakespeare(
-  *, model: Callable[[int], nn.Module], data_dir: str = "", context: int = 128
+  *,
+  model: Callable[[int], nn.Module] = Default("model", "transformer('tiny')"),
+  data_dir: str = "",
+  context: int = 128,
 ) -> Task:
   """The plays of Shakespeare in 1.1 million characters of 65 kinds, the last tenth held out.
 
@@ -62,7 +65,7 @@ def tinyshakespeare(
 def text(
   path: str,
   *,
-  model: Callable[[int], nn.Module],
+  model: Callable[[int], nn.Module] = Default("model", "transformer('tiny')"),
   tokenizer: str = "bytes",
   vocabulary: int | None = None,
   context: int = 128,
@@ -87,8 +90,7 @@ def text(
     raise ValueError(f"tokenizer={tokenizer!r} is none of {', '.join(TOKENIZERS)}")
   if vocabulary is not None and tokenizer != "bpe":
     raise ValueError(f"vocabulary={vocabulary}: only tokenizer='bpe' has one to choose")
-  if not 0 < held_out < 1:
-    raise ValueError(f"held_out={held_out} is not in (0, 1)")
+  checks.in_range("held_out", held_out, "(0, 1)")
   content = _read(path)
   end = int((1 - held_out) * len(content))
   coder = {

@@ -9,12 +9,13 @@ from typing import NamedTuple
 import flax.linen as nn
 import numpy as np
 
-from research.core.base import Batch, Feed, Task
+from research.core import checks
+from research.core.registry import Default
+from research.core.task import Batch, Feed, Task
 from research.tasks import sampling
 from research.tasks.language import language
 from research.tasks.language.token_files import TokenFile, encoded
 
-DEFAULT_MODEL = {"stream": "transformer('tiny')"}
 TOKENIZERS = ("bytes", "bpe")
 
 
@@ -29,7 +30,7 @@ class Source(NamedTuple):
 def stream(
   path: str,
   *,
-  model: Callable[[int], nn.Module],
+  model: Callable[[int], nn.Module] = Default("model", "transformer('tiny')"),
   tokenizer: str = "bytes",
   vocabulary: int | None = None,
   context: int = 128,
@@ -57,8 +58,7 @@ def stream(
   """
   if type(context) is not int or context < 1:
     raise ValueError(f"context={context!r} is not a positive integer")
-  if not 0 < held_out < 1:
-    raise ValueError(f"held_out={held_out} is not in (0, 1)")
+  checks.in_range("held_out", held_out, "(0, 1)")
   if evaluated < context:
     raise ValueError(f"evaluated={evaluated} is less than one window of context={context}")
   source = _source(path, tokenizer, vocabulary, 1 - held_out)

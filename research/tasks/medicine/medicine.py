@@ -7,10 +7,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from research.core.base import Array, Batch, Params, Task
+from research.core.base import Array, Params
+from research.core.registry import Default
+from research.core.task import Batch, Task
 from research.tasks.supervised import supervised
-
-DEFAULT_MODEL = {"breast_cancer": "logistic()", "diabetes": "linear(bias=True)"}
 
 SHIFTS = ("label", "features")
 HELD_OUT = 0.3  # of the patients
@@ -23,7 +23,7 @@ def breast_cancer(
   only: int = 0,
   split: int = 0,
   *,
-  model: Callable[[int], nn.Module],
+  model: Callable[[int], nn.Module] = Default("model", "logistic()"),
 ) -> Task:
   """Malignant or benign, of 30 measurements of cell nuclei: 398 patients to train on, 171 to test.
 
@@ -67,7 +67,7 @@ def diabetes(
   only: int = 0,
   split: int = 0,
   *,
-  model: Callable[[int], nn.Module],
+  model: Callable[[int], nn.Module] = Default("model", "linear(bias=True)"),
 ) -> Task:
   """How far diabetes goes within a year, of 10 measurements: 309 patients to train on, 133 to test.
 

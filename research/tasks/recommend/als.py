@@ -13,12 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from research.core.base import Array, Batch, Key, Params, Task
+from research.core.base import Array, Key, Params
+from research.core.task import Batch, Task
 from research.tasks import sampling
 from research.tasks.recommend import movielens as data
 from research.tasks.recommend.recommend import check, measured
-
-DEFAULT_MODEL: dict[str, str] = {}
 
 
 class Rows(NamedTuple):

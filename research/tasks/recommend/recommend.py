@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.core.base import Array, Batch, Key, Params, Task
+from research.core.base import Array, Key, Params
+from research.core.task import Batch, Task
 from research.tasks import sampling
 from research.tasks.recommend import movielens as data
 from research.tasks.recommend.movielens import LEAST, MOST, Ratings
-
-DEFAULT_MODEL: dict[str, str] = {}
 
 CUT = 10  # of NDCG@10 and recall@10
 LIKED = 4.0  # stars from which on a film is one to recommend

@@ -1,6 +1,5 @@
 """BM25: an index of terms, and the scores of documents for queries."""
 
-import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -8,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy import sparse
+
+from research.core import checks
 
 K1, B = 1.2, 0.75  # by default, as in Lucene
 
@@ -107,7 +108,5 @@ def check(k1: float, b: float) -> None:
   Raises:
     ValueError: k1 is negative, or b not in [0, 1].
   """
-  if not 0 <= k1 < math.inf:
-    raise ValueError(f"k1={k1} is not in [0, inf)")
-  if not 0 <= b <= 1:
-    raise ValueError(f"b={b} is not in [0, 1]")
+  checks.in_range("k1", k1, "[0, inf)")
+  checks.in_range("b", b, "[0, 1]")

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 
-from research.core.base import Array, Batch, Key, Params, Task
+from research.core.base import Array, Key, Params
+from research.core.registry import Default
+from research.core.task import Batch, Task
 from research.tasks import files, sampling
 from research.tasks.search import bm25 as bm25s
 from research.tasks.search import ranking
-
-DEFAULT_MODEL = {"cranfield": "linear()"}
 
 URL = "http://ir.dcs.gla.ac.uk/resources/test_collections/cran/cran.tar.gz"
 SHA256 = {
@@ -145,7 +145,7 @@ def cranfield(
   b: float = bm25s.B,
   l2: float = 0.0,
   *,
-  model: Callable[[int], nn.Module],
+  model: Callable[[int], nn.Module] = Default("model", "linear()"),
   data_dir: str = "",
 ) -> Task:
   """Learning to rank Cranfield's documents, all 1400 of them, for each query. See `ranking.ranked`.

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.core.base import Array, Batch, Key, Params, Task
+from research.core import checks
+from research.core.base import Array, Key, Params
+from research.core.task import Batch, Task
 from research.tasks import sampling
 from research.tasks.search import graphs
 from research.tasks.search.graphs import Graph
-
-DEFAULT_MODEL: dict[str, str] = {}
 
 TOGETHER = 8  # links to one node that are an example
 
@@ -63,8 +63,7 @@ def of_graph(graph: Graph, alpha: float) -> Task:
   Raises:
     ValueError: alpha is not in [0, 1).
   """
-  if not 0 <= alpha < 1:
-    raise ValueError(f"alpha={alpha} is not in [0, 1)")
+  checks.in_range("alpha", alpha, "[0, 1)")
   nodes, train = graph.nodes, together(graph)
   total = len(train["y"])
   links = np.bincount(graph.source, minlength=nodes)

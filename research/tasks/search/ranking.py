@@ -1,6 +1,5 @@
 """Learning to rank: an example is a query with its documents, of which some are relevant."""
 
-import difflib
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -8,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.core.base import Array, Batch, Key, Params, Task
+from research.core import checks
+from research.core.base import Array, Key, Params
+from research.core.registry import Default
+from research.core.task import Batch, Task
 from research.tasks import files, sampling
-
-DEFAULT_MODEL = {"rank": "linear()"}
 
 URL = "https://raw.githubusercontent.com/microsoft/LightGBM/master/examples/lambdarank/"
 SHA256 = {
@@ -29,7 +29,7 @@ def rank(
   loss: str = "lambdarank",
   l2: float = 0.0,
   *,
-  model: Callable[[int], nn.Module],
+  model: Callable[[int], nn.Module] = Default("model", "linear()"),
   data_dir: str = "",
 ) -> Task:
   """The queries of LightGBM's ranking example: 201 to train on, 50 to test, relevance 0 to 4.
@@ -90,11 +90,8 @@ def ranked(
     2010, From RankNet to LambdaRank to LambdaMART, as the loss of Wang et al., 2018, The LambdaLoss
     framework, section 4.2.
   """
-  if loss not in LOSSES:
-    near = difflib.get_close_matches(loss, LOSSES, 1, 0.0)[0]
-    raise ValueError(f"loss {loss!r} is none of {', '.join(LOSSES)}; did you mean {near!r}?")
-  if not l2 >= 0:
-    raise ValueError(f"l2={l2} is negative")
+  checks.one_of("loss", loss, LOSSES, cutoff=0.0)
+  checks.at_least("l2", l2, 0)
   for examples in (train, test):
     if examples is not None and not examples["present"].any(1).all():
       number = int(np.flatnonzero(~examples["present"].any(1))[0])

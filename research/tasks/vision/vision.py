@@ -7,11 +7,10 @@ from pathlib import Path
 import flax.linen as nn
 import numpy as np
 
-from research.core.base import Batch, Task
+from research.core.registry import Default
+from research.core.task import Batch, Task
 from research.tasks import files
 from research.tasks.supervised import supervised
-
-DEFAULT_MODEL = {"digits": "mlp(hidden=[128])", "mnist": "mlp(hidden=[200, 200])"}
 
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 
@@ -25,7 +24,7 @@ MNIST_SHA256 = {  # of the decompressed bytes
 DIGITS_TEST = 357  # of 1797, leaving 1440 = 2^5 45 for training, which many workers divide
 
 
-def digits(*, model: Callable[[int], nn.Module]) -> Task:
+def digits(*, model: Callable[[int], nn.Module] = Default("model", "mlp(hidden=[128])")) -> Task:
   """Handwritten digits of 8x8 pixels with 17 grey levels: 1440 to train on, 357 to test.
 
   The split is fixed: scikit-learn's stratified `train_test_split` with random_state=0.
@@ -47,7 +46,12 @@ def digits(*, model: Callable[[int], nn.Module]) -> Task:
   return supervised(model(10), train, test, scale=16.0)
 
 
-def mnist(parity: bool = False, *, model: Callable[[int], nn.Module], data_dir: str = "") -> Task:
+def mnist(
+  parity: bool = False,
+  *,
+  model: Callable[[int], nn.Module] = Default("model", "mlp(hidden=[200, 200])"),
+  data_dir: str = "",
+) -> Task:
   """MNIST: handwritten digits of 28x28 pixels, 60,000 to train on, 10,000 to test.
 
   Args:

@@ -15,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from research.comm.mesh import count, worker_axes
-from research.core.base import Array, TrainState
+from research.core.base import Array
+from research.core.task import TrainState
 from research.parallel import resize, sharded
 from research.training.checkpoint import integrity, manager
 from research.training.checkpoint.noise import deaf_to_writers, quietly, silence

@@ -1,18 +1,17 @@
 """What a run's specs say beyond the loss: how its workers are connected, what privacy it spends."""
 
-import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from research.comm import topology
 from research.comm.collectives import Axes
-from research.core import registry
+from research.comm.topology import Topology
 from research.core.base import WORKER_AXES
-from research.core.registry import Call
+from research.core.part import Part
 from research.parallel.job import Job
 from research.parallel.layout import Layout
-from research.training.config import Config, called
+from research.training.config import Config
 from research.training.privacy import columns, over, spending
 
 MOST = 256  # workers whose matrix of weights is looked at
@@ -27,7 +26,7 @@ class Facts(NamedTuple):
 
 
 def facts(config: Config, job: Job, layout: Layout) -> Facts:
-  """Reads them off the method's spec, the method itself and one traced round.
+  """Reads them off the method and one traced round.
 
   Of every topology `topology` (its spec), `spectral_gap` and `described`; of every noisy aggregator
   its `noise` and `clip`; where there are several, lists of these. With noise also `delta`, and
@@ -38,8 +37,12 @@ def facts(config: Config, job: Job, layout: Layout) -> Facts:
   Clients drawn at a rate are counted as Poisson sampling, those of strata as such where a round's
   draw is what alone hides them (`private.spending`), and else as if they were in every round.
   """
-  calls = list(_walk(registry.parse(config.method))) if called(config.method) else []
-  graphs = [_topology(call, around, job) for call, around in calls if _kind(call) == "topology"]
+  graphs = [
+    _topology(value, getattr(part, "axis", WORKER_AXES), job)
+    for part in job.method.parts(Part)
+    for value in part.values()
+    if isinstance(value, Topology)
+  ]
   spent = spending(config, job, layout)
   found = columns(graphs) | spent.found | _pipeline(config, job)
   return Facts(found, spent.epsilon, spent.note)
@@ -54,38 +57,11 @@ def _pipeline(config: Config, job: Job) -> dict[str, Any]:
   return {"pipeline": plan._asdict() | {"bubble": plan.bubble}}
 
 
-def _walk(call: Call, around: Call | None = None) -> Iterator[tuple[Call, Call | None]]:
-  """Every call of a spec, and the one that it is an argument of."""
-  yield call, around
-  for value in (*call.args, *call.kwargs.values()):
-    for part in value if isinstance(value, list) else (value,):
-      if isinstance(part, Call):
-        yield from _walk(part, call)
-
-
-def _kind(call: Call) -> str:
-  return next((kind for kind, names in registry.TABLE.items() if call.name in names), "")
-
-
-def _arguments(call: Call) -> dict[str, Any]:
-  """What a call gives or leaves at its default, by name."""
-  factory = registry.lookup((_kind(call),), call.name)
-  bound = inspect.signature(factory).bind_partial(*call.args, **call.kwargs)
-  bound.apply_defaults()
-  return bound.arguments
-
-
-def _count(axis: Axes, job: Job) -> int:
-  """The workers that an aggregator is over."""
-  return math.prod(over(axis, job.axes).values())
-
-
-def _topology(call: Call, around: Call | None, job: Job) -> dict[str, Any]:
-  axis = _arguments(around).get("axis", WORKER_AXES) if around else WORKER_AXES
-  count, found = _count(axis, job), {"topology": call.text}
+def _topology(graph: Topology, axis: Axes, job: Job) -> dict[str, Any]:
+  count, found = math.prod(over(axis, job.axes).values()), {"topology": repr(graph)}
   if count > MOST:
-    line = f"{call.name} of {count} workers: spectral gap not computed for more than {MOST}"
+    name = graph.spec_name or type(graph).__name__
+    line = f"{name} of {count} workers: spectral gap not computed for more than {MOST}"
     return found | {"spectral_gap": None, "described": line}
-  graph = registry.build("topology", call)
   gap = topology.spectral_gap(topology.mixing(graph, count))
   return found | {"spectral_gap": gap, "described": topology.describe(graph, count)}

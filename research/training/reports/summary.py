@@ -88,9 +88,9 @@ def summarized(
 def _wire(run: "Run", costs: Costs, network: "Network", last: Any) -> dict[str, Any]:
   """Bytes by axis; `last` is the job of the newest stage."""
   job = run.problem.job
-  rounds = max(1, run.timing.largest // last.method.period)
-  shared = wire.by_axis(workers.metrics_traffic(last, rounds), rounds * last.method.period)
-  steps = max(job.method.period, run.step)
+  rounds = max(1, run.timing.largest // last.method.local_steps)
+  shared = wire.by_axis(workers.metrics_traffic(last, rounds), rounds * last.method.local_steps)
+  steps = max(job.method.local_steps, run.step)
   transfers = costs.sent.transfers(steps)
   dense = wire.by_axis(workers.dense_traffic(job))
   return {

@@ -1,0 +1,40 @@
+"""The suite `applications` of bench.py: search, finance, medicine, recommendation beside peers.
+
+Writes OUT/CASE/result.json (rows with commit and hardware), table.md and figure.png. Needs the data
+files and, for the comparisons that have one, `pip install -e ".[applications]"`.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from experiments.applications import films, hospitals, portfolios, search
+from experiments.applications.measured import Rows
+
+CASES: dict[str, Callable[[Any], Rows]] = {
+  "search": search.search,
+  "finance": portfolios.finance,
+  "medicine": hospitals.medicine,
+  "recommend": films.recommend,
+}
+
+
+def measure(case: str, folder: Path) -> None:
+  """Measures a case and writes its result, table and figure into a folder."""
+  from matplotlib.figure import Figure
+
+  from research.training import folder as folders
+  from research.training.reports import figures, report
+
+  figure = Figure(figsize=(10, 4), layout="constrained")
+  rows = CASES[case](figure)
+  folder.mkdir(parents=True, exist_ok=True)
+  result = {"case": case, "rows": rows, "environment": folders.environment()}
+  report.write_json(folder / "result.json", result)
+  lines = ["| what | value | beside | |", "|---|---|---|---|"]
+  for one in rows:
+    peer = "" if one["peer"] is None else f"{one['peer']:.6g}"
+    lines.append(f"| {one['what']} | {one['value']:.6g} | {one['beside']} | {peer} |")
+  report.write_text(folder / "table.md", "\n".join(lines) + "\n")
+  with figures.drawing(folder / "figure.png") as path:
+    figures.save(figure, path, dpi=110)

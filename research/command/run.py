@@ -1,0 +1,92 @@
+"""Trains a model with a method on a task.
+
+    python experiments/run.py --task="digits()" --method="data_parallel(adam(1e-3), mean())"
+
+`distopt` is the same command where the package is installed without a clone.
+Running the same command again resumes, or shows the result. --replay=FOLDER recomputes a run of
+--executor=server from its trace. Exit codes: 0 done, or saved after SIGTERM; 1 replicas differ; 2 a
+wrong flag; 3 no readable checkpoint; 4 not finite; 5 the disk is full; 130 saved after Ctrl-C; 143
+terminated before there was anything to save.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import flags
+
+from research.command.errors import one_line_errors
+from research.command.flags import config_of_flags, define_flags, launch
+from research.command.start import results_folder, start
+from research.core import paths
+from research.training.config import Config, UsageError, flag
+
+FLAGS = flags.FLAGS
+
+
+def run() -> None:
+  """The whole program."""
+  define_flags()
+  text = "Prints the sharding of each leaf of the run's state, and ends; needs no such devices."
+  flags.DEFINE_bool("explain_sharding", False, text)
+  text = "Folder of a run with --executor=server, to be recomputed from its trace."
+  flags.DEFINE_string("replay", "", text)
+  launch(main, __doc__)
+
+
+def main(argv: list[str]) -> None:
+  """Does what the flags say, once they are read."""
+  del argv
+  if FLAGS.explain_sharding:
+    explain_sharding()
+  with one_line_errors():
+    config = start()
+    import jax
+
+    from research.training.reports import report
+
+    if FLAGS.replay:
+      replay(config)
+    summary, folder = trainer(config)(config)
+    if jax.process_index() == 0:
+      print(report.closing_table(summary, folder), flush=True)
+  sys.exit(130 if summary["stopped_because"] == "interrupted" else 0)
+
+
+def trainer(config: Config) -> Callable[[Config], tuple[dict[str, Any], Path]]:
+  """The function that trains by these flags: the loop's, or a server's."""
+  if config.executor == "server":
+    from research.server import driver
+
+    return driver.train
+  from research.training import loop
+
+  return loop.train
+
+
+def explain_sharding() -> NoReturn:
+  """Prints the sharding of each leaf of the run's state, and ends."""
+  with one_line_errors():
+    from research.training.reports import explain
+
+    explain.imitate_devices(config_of_flags())
+    print(explain.explanation(start()), flush=True)
+  sys.exit(0)
+
+
+def replay(config: Config) -> NoReturn:
+  """Recomputes a server's run from its trace and compares the parameters."""
+  from research.server import replay
+  from research.training import loop
+
+  if config.executor == "server":
+    raise UsageError("--replay: is simulated; leave out --executor=server")
+  with flag("replay", FLAGS.replay):
+    folder = paths.local(FLAGS.replay)
+  out = results_folder("out", config.out) if config.out else None
+  replayed = replay.replay(folder, out)
+  print(replay.table(replayed), flush=True)
+  if not replayed["distance"] <= replay.TOLERANCE:
+    raise loop.ReplicasDiffer(f"the parameters differ by {replayed['distance']:.3g} of the largest")
+  sys.exit(0)

@@ -1,0 +1,113 @@
+"""Parts: the objects that specs name, as frozen dataclasses whose repr is their spec."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal, Self, TypeVar, dataclass_transform
+
+Kind = TypeVar("Kind")
+
+
+def hidden(default: Any, *, init: Literal[False] = False) -> Any:
+  """A field that no spec sets and no repr shows: executors and wrappers replace it.
+
+  Args:
+    default: its value when built.
+    init: tells type checkers that the constructor does not take the field.
+  """
+  return dataclasses.field(default=default, init=init, repr=False)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, hidden))
+class Part:
+  """What a spec names: a frozen dataclass whose repr is its spec.
+
+  A subclass becomes a dataclass by itself. Its `name` is that of its constructor in specs:
+
+      class Halved(Compressor, name="halved"):
+        factor: float = 0.5
+
+      halved = Halved
+
+  `check` rejects arguments out of range; it runs whenever an object is built or changed.
+  """
+
+  spec_name: ClassVar[str] = ""
+  title: ClassVar[str] = "Part"  # what errors call it: its name in specs, else that of its class
+
+  def __init_subclass__(cls, name: str = "", **kwargs: Any):
+    super().__init_subclass__(**kwargs)
+    cls.spec_name = name
+    if "title" not in vars(cls):
+      cls.title = name or cls.__name__
+    dataclasses.dataclass(frozen=True, repr=False)(cls)
+    known = vars(cls)["__dataclass_fields__"]
+    for declared in set(known) - {field.name for field in dataclasses.fields(cls)}:  # pyright: ignore[reportArgumentType]
+      del known[declared]  # a ClassVar keeps no place in the order of a subclass's fields
+
+  def __post_init__(self):
+    for name, value in self.fields().items():
+      object.__setattr__(self, name, _frozen(value))
+    self.check()
+
+  def check(self) -> None:
+    """Rejects arguments out of range.
+
+    Raises:
+      ValueError: one line with the name, the value and the legal range.
+    """
+
+  def replace(self, **changes: Any) -> Self:
+    """The same object with other values of some fields, hidden ones included; checked anew."""
+    fresh = object.__new__(type(self))
+    for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
+      value = changes.pop(field.name) if field.name in changes else getattr(self, field.name)
+      object.__setattr__(fresh, field.name, value)
+    if changes:
+      raise TypeError(f"{type(self).__name__} has no field {', '.join(changes)}")
+    fresh.__post_init__()
+    return fresh
+
+  def fields(self) -> dict[str, Any]:
+    """All fields by name, hidden ones included."""
+    return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # pyright: ignore[reportArgumentType]
+
+  def values(self) -> Iterator[Any]:
+    """The values of all fields; of a field that holds several, each of them."""
+    for value in self.fields().values():
+      yield from value if type(value) is tuple else (value,)
+
+  def parts(self, kind: type[Kind]) -> Iterator[Kind]:
+    """Every object of a type in this one, at any depth, itself included."""
+    if isinstance(self, kind):
+      yield self
+    for value in self.values():
+      if isinstance(value, Part):
+        yield from value.parts(kind)
+
+  def __repr__(self) -> str:
+    shown = []
+    for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
+      value, default = getattr(self, field.name), field.default
+      if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+      if field.init and (default is dataclasses.MISSING or _frozen(default) != value):
+        optional = field.kw_only or default is not dataclasses.MISSING
+        shown.append(f"{field.name}={_shown(value)}" if optional else _shown(value))
+    return f"{self.title}({', '.join(shown)})"
+
+
+def _frozen(value: Any) -> Any:
+  """Lists as tuples, so that an object can be hashed."""
+  return tuple(map(_frozen, value)) if type(value) in (list, tuple) else value
+
+
+def _shown(value: Any) -> str:
+  """A value as a spec writes it; an optimizer or a function that no spec made by its type."""
+  if type(value) is tuple:
+    return f"[{', '.join(map(_shown, value))}]"
+  is_made = type(value).__repr__ not in (object.__repr__, tuple.__repr__)
+  if callable(value) and not isinstance(value, Part) and not is_made:
+    return f"<{getattr(value, '__name__', type(value).__name__)}>"
+  if hasattr(value, "_fields") and hasattr(value, "update") and "function" in repr(value):
+    return f"<{type(value).__name__}>"
+  return repr(value)

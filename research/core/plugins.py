@@ -1,0 +1,166 @@
+"""Modules of other packages that register names: imported for a script, and in all its processes.
+
+`load` imports what --import names. A process that starts another one hands it `carried()`, which
+`load_all` imports there, so that all of them build the same objects. `fingerprint` tells whether
+two processes have the same code.
+"""
+
+import hashlib
+import importlib
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+from research.core import checks, paths, registry
+from research.core.text import quoted
+
+_HERE = __name__.partition(".")[0]
+
+
+class Source(NamedTuple):
+  """A module to import and the folder to find it in."""
+
+  name: str  # as in `import NAME`
+  folder: str  # absolute
+
+
+_loaded: dict[str, Source] = {}  # by name, in order of import
+
+
+def load(text: str) -> None:
+  """Imports a module that registers names.
+
+  Args:
+    text: a module such as my_package.my_module, found from the current folder too; or the path of a
+      .py file, whose folder its own imports may use.
+
+  Raises:
+    ValueError: if there is no such module or file, or another module has the file's name.
+    Exception: whatever the module itself raises.
+  """
+  source = _of_file(text) if text.endswith(".py") or os.sep in text else _of_module(text)
+  try:
+    load_all([source])
+  except ModuleNotFoundError as error:
+    name = error.name or ""
+    if not f"{source.name}.".startswith(f"{name}."):
+      raise  # another module, which this one needs
+    package, _, missing = name.rpartition(".")
+    folders = getattr(sys.modules.get(package), "__path__", [])
+    hint = checks.hint(missing, [found for folder in folders for found in _modules(folder)])
+    raise ValueError(f"there is no module '{missing}' in '{package}'{hint}".rstrip(";")) from error
+
+
+def load_all(sources: Iterable[Source]) -> None:
+  """Imports modules as another process has done.
+
+  Args:
+    sources: that process's `carried()`.
+  """
+  for source in sources:
+    if source.folder not in sys.path:
+      sys.path.append(source.folder)
+    importlib.invalidate_caches()
+    module = importlib.import_module(source.name)
+    _loaded[source.name] = _source_of(module) or source
+
+
+def carried() -> tuple[Source, ...]:
+  """The modules that registered names in this process, for `load_all` in another one."""
+  others = [sys.modules[name] for name in _registering() if name in sys.modules]
+  found = dict(_loaded)
+  for module in others:
+    if source := _source_of(module):
+      found.setdefault(source.name, source)
+  return tuple(found.values())
+
+
+def files() -> list[Path]:
+  """The source files of what registered names here: modules, and their packages in full."""
+  found: set[Path] = set()
+  for name in {*_loaded, *_registering()}:
+    top = sys.modules.get(name.partition(".")[0])
+    for folder in getattr(top, "__path__", ()):
+      found |= set(Path(folder).resolve().rglob("*.py"))
+    if (file := getattr(sys.modules.get(name), "__file__", None)) and file.endswith(".py"):
+      found.add(Path(file).resolve())
+  return sorted(found)
+
+
+def fingerprint() -> str:
+  """A digest of `files`, the same wherever they lie; '' if nothing was registered."""
+  digest = hashlib.sha256()
+  for path in (found := files()):
+    digest.update(path.name.encode() + path.read_bytes())
+  return digest.hexdigest()[:12] if found else ""
+
+
+def _registering() -> list[str]:
+  """The names of the modules outside of this package whose functions are registered."""
+  factories = (factory for of_kind in registry.ADDED.values() for factory in of_kind.values())
+  modules = dict.fromkeys(factory.__module__ for factory in factories)
+  return [name for name in modules if name.partition(".")[0] != _HERE]
+
+
+def _source_of(module: ModuleType) -> Source | None:
+  """How another process imports a module; None of a script, or of one without a file."""
+  file = getattr(module, "__file__", None)
+  if module.__name__ == "__main__" or not file:
+    return None
+  above = module.__name__.count(".") + hasattr(module, "__path__")  # of its top-level package
+  return Source(module.__name__, str(Path(file).resolve().parents[above]))
+
+
+def _of_file(text: str) -> Source:
+  path = paths.local(text)
+  if path.suffix != ".py":
+    raise ValueError("is neither a module such as my_package.my_module nor a .py file")
+  if not path.is_file():
+    files = [file.name for file in path.parent.glob("*.py")] if path.parent.is_dir() else []
+    near = checks.nearest(path.name, files)
+    hint = f"; did you mean '{path.parent / near}'?" if near else ""
+    raise ValueError(f"there is no such file{hint}")
+  if not path.stem.isidentifier():
+    raise ValueError(f"the file cannot be imported: {quoted(path.stem)} is not a name")
+  path = path.resolve()
+  taken = _file_of(path.stem)
+  if taken and Path(taken) != path:
+    raise ValueError(f"the name '{path.stem}' is that of the module {taken}; rename the file")
+  return Source(path.stem, str(path.parent))
+
+
+def _of_module(text: str) -> Source:
+  here = str(Path.cwd())
+  if not all(part.isidentifier() for part in text.split(".")):
+    raise ValueError("is neither a module such as my_package.my_module nor a .py file")
+  top = text.partition(".")[0]
+  if not _file_of(top) and not _file_of(top, here):
+    near = checks.nearest(top, _modules(here))
+    hint = f"; did you mean '{near}'?" if near else ""
+    raise ValueError(f"there is no module '{top}'{hint}")
+  return Source(text, here)
+
+
+def _file_of(name: str, folder: str = "") -> str:
+  """Where a top-level module would be imported from, 'built-in' without a file; '' if nowhere."""
+  if name in sys.modules:
+    module = sys.modules[name]
+    return getattr(module, "__file__", None) or str(list(getattr(module, "__path__", ["built-in"])))
+  if folder:
+    spec = importlib.machinery.PathFinder.find_spec(name, [folder])
+  else:
+    spec = importlib.util.find_spec(name)
+  if spec is None:
+    return ""
+  return spec.origin or str(list(spec.submodule_search_locations or ["built-in"]))
+
+
+def _modules(folder: str) -> list[str]:
+  """The modules and packages in a folder."""
+  there = Path(folder).iterdir() if Path(folder).is_dir() else []
+  return [path.name.removesuffix(".py") for path in there if path.suffix == ".py" or path.is_dir()]

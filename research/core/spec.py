@@ -1,0 +1,197 @@
+"""Spec strings as text: `diloco(adamw(3e-4), mean(), period=50)` to a parsed call, and back.
+
+One grammar for flags, presets and result rows: Python calls of names on literals and on further
+calls, read with `ast` and never evaluated. What the names stand for is the registry's.
+"""
+
+import ast
+import inspect
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from research.core.text import QUOTED, one_line, quoted, shortened
+
+_DEEPEST = 32  # calls and lists within one another
+
+
+class Call(NamedTuple):
+  """A parsed spec: a name, its arguments, and the text that it came from."""
+
+  name: str
+  args: list[Any]
+  kwargs: dict[str, Any]
+  text: str
+
+  def wrong(self, reason: object) -> ValueError:
+    """The one-line error about this call."""
+    return ValueError(one_line(f"{one_line(self.text, QUOTED)}: {reason}"))
+
+
+# ---- from text
+
+
+def parse(spec: str) -> Call:
+  """Parses a spec without looking up its names.
+
+  Args:
+    spec: such as "sgd(0.1, momentum=0.9)".
+
+  Raises:
+    ValueError: if it is not a call of names on literals and calls, with the place of the error.
+  """
+  call = _Reader(spec).value()
+  if not isinstance(call, Call):
+    raise ValueError(f"{quoted(spec)} is not a call such as name(value, key=value)")
+  return call
+
+
+def literal(spec: str) -> Any:
+  """Parses a number, a text, a list or a dictionary, written as in a spec.
+
+  Args:
+    spec: such as "[0.1, 0.3]".
+
+  Raises:
+    ValueError: if it is anything else.
+  """
+  value = _Reader(spec).value()
+  if _holds_calls(value):
+    raise ValueError(f"{quoted(spec)} is not a number, a text, a list or a dictionary")
+  return value
+
+
+def syntax(spec: str) -> ast.expr:
+  """The syntax tree of a Python expression.
+
+  Raises:
+    ValueError: if the text is malformed, with the place of the error, or nested too deeply.
+  """
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")  # such as "'str' object is not callable"
+      return ast.parse(spec.strip(), mode="eval").body
+  except SyntaxError as error:
+    column = max((error.offset or 1) - 1, 0)
+    raise ValueError(f"malformed at character {column + 1}: {one_line(error.msg)}") from error
+  except (RecursionError, MemoryError) as error:
+    raise ValueError("malformed: too many operators or brackets within one another") from error
+  except UnicodeEncodeError as error:
+    raise ValueError(f"malformed at character {error.start + 1}: not a character") from error
+  except ValueError as error:
+    raise ValueError(f"malformed: {one_line(error)}") from error
+
+
+class _Reader:
+  """The value that a spec writes down."""
+
+  def __init__(self, spec: str):
+    self.spec = spec.strip()
+    self.lines = [line.encode(errors="replace") for line in re.split("\r\n|\r|\n", self.spec)]
+
+  def value(self) -> Any:
+    return self._read(syntax(self.spec), 0)
+
+  def _text(self, node: ast.expr) -> str:
+    """The part of the spec that a node was read from; Python counts a line's bytes."""
+    first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
+    lines = self.lines[first : last + 1]
+    lines[-1] = lines[-1][: node.end_col_offset]
+    lines[0] = lines[0][node.col_offset :]
+    return b"\n".join(lines).decode()
+
+  def _read(self, node: ast.expr, depth: int) -> Any:
+    if depth > _DEEPEST:
+      raise ValueError(f"malformed: more than {_DEEPEST} calls or lists within one another")
+    inner = lambda node: self._read(node, depth + 1)
+    match node:
+      case ast.Constant(value=bool() | int() | float() | str() | None as value):
+        return value
+      case ast.UnaryOp(
+        op=ast.USub() | ast.UAdd() as sign, operand=ast.Constant(value=int() | float() as value)
+      ) if not isinstance(value, bool):
+        return -value if isinstance(sign, ast.USub) else value
+      case ast.List(elts=items) | ast.Tuple(elts=items):
+        return [inner(item) for item in items]
+      case ast.Dict(keys=keys, values=values):
+        names = [inner(key) if key else None for key in keys]
+        if not all(isinstance(name, int | float | str) for name in names):
+          raise ValueError(
+            f"the keys of {one_line(self._text(node), QUOTED)} are not numbers or texts"
+          )
+        _refuse_repeated(names, self._text(node))
+        return dict(zip(names, map(inner, values), strict=True))
+      case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords) if all(
+        k.arg for k in keywords
+      ):
+        _refuse_repeated([k.arg for k in keywords], self._text(node))
+        named = {str(k.arg): inner(k.value) for k in keywords}
+        return Call(name, [inner(arg) for arg in args], named, self._text(node))
+      case ast.Name(id=name):
+        name = shortened(name)
+        raise ValueError(f"'{name}' stands alone; write '{name}()', or quotes around a text")
+    shown = one_line(self._text(node), QUOTED)
+    raise ValueError(f"'{shown}' is not a number, a text, a list or a call of a name")
+
+
+def _refuse_repeated(names: Sequence[Any], spec: str) -> None:
+  if len(set(names)) < len(names):
+    twice = next(name for name in names if names.count(name) > 1)
+    raise ValueError(f"{one_line(spec, QUOTED)}: {quoted(twice)} is given twice")
+
+
+def _holds_calls(value: Any) -> bool:
+  if isinstance(value, list | dict):
+    return any(map(_holds_calls, value.values() if isinstance(value, dict) else value))
+  return isinstance(value, Call)
+
+
+# ---- to text
+
+
+def written(value: Any) -> str:
+  """The canonical text of a value: the same for all spellings that parse to the same value.
+
+  Args:
+    value: a parsed `Call`, a literal, a list or dictionary of these, or an object that was built
+      from a spec, whose repr is its spec.
+  """
+  if isinstance(value, Call):
+    named = [f"{name}={written(one)}" for name, one in value.kwargs.items()]
+    return f"{value.name}({', '.join([*map(written, value.args), *named])})"
+  if type(value) in (list, tuple):
+    return f"[{', '.join(map(written, value))}]"
+  if isinstance(value, dict):
+    return f"{{{', '.join(f'{key!r}: {written(one)}' for key, one in value.items())}}}"
+  return repr(value)
+
+
+def of_call(name: str, parameters: Iterable[inspect.Parameter], values: Mapping[str, Any]) -> str:
+  """The canonical spec of a call of a factory.
+
+  Arguments at their default are left out. The others are positional as long as they stand in their
+  place, and `key=value` where the parameter is keyword-only or one before it is left out.
+
+  Args:
+    name: of the factory.
+    parameters: of the factory, in order.
+    values: by parameter name; those of `*args` as a sequence, those of `**kwargs` as a mapping.
+  """
+  shown, in_place = [], True
+  for parameter in parameters:
+    if parameter.name not in values:
+      in_place = False
+      continue
+    value = values[parameter.name]
+    if parameter.kind == parameter.VAR_POSITIONAL:
+      shown += map(written, value)
+    elif parameter.kind == parameter.VAR_KEYWORD:
+      shown += [f"{key}={written(one)}" for key, one in value.items()]
+    elif parameter.default is not parameter.empty and parameter.default == value:
+      in_place = False
+    elif in_place and parameter.kind != parameter.KEYWORD_ONLY:
+      shown.append(written(value))
+    else:
+      shown.append(f"{parameter.name}={written(value)}")
+  return f"{name}({', '.join(shown)})"

@@ -1,0 +1,110 @@
+"""Methods around another method, or defined by one."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from research.core.base import EVERYONE, Trait
+from research.core.method import Method
+
+
+class Around(Method):
+  """A method around another one, its `method`: a field `inner`, or what a property makes of fields.
+
+  Its state has that of the method in a field `inner`. A subclass says in `begun` and `finished`
+  what it adds at either end of a round.
+  """
+
+  refuses: ClassVar[Mapping[Trait, str]] = {}
+
+  @property
+  def method(self) -> Method:
+    """The method inside."""
+    return self.fields()["inner"]
+
+  def begin(self, state):
+    return self.method.begin(state.inner)
+
+  def step(self, grads, local, state, *, key, grad_fn=None):
+    return self.method.step(grads, local, state.inner, key=key, grad_fn=grad_fn)
+
+  def finished(self, after, local, state, *, key, presence) -> Any:
+    """The state after a round.
+
+    Args:
+      after: the inner method's.
+      local: of the last step; None where it is no longer known (`receive`).
+      state: of the round's start.
+      key: of the round.
+      presence: of this worker.
+    """
+    del local, key, presence
+    return state._replace(inner=after)
+
+  def inner_local(self, local: Any, state: Any) -> Any:
+    """The inner method's Local at the end of a round."""
+    del state
+    return local
+
+  def sync(self, local, state, *, key, presence=EVERYONE):
+    own = self.inner_local(local, state)
+    after = self.method.sync(own, state.inner, key=key, presence=presence)
+    return self.finished(after, local, state, key=key, presence=presence)
+
+  def message(self, local, state, *, key, presence=EVERYONE):
+    own = self.inner_local(local, state)
+    tree, inner = self.method.message(own, state.inner, key=key, presence=presence)
+    return tree, state._replace(inner=inner)
+
+  def receive(self, value, sent, state, *, key, presence=EVERYONE):
+    after = self.method.receive(value, sent, state.inner, key=key, presence=presence)
+    return self.finished(after, None, state, key=key, presence=presence)
+
+  def params(self, state):
+    return self.method.params(state.inner)
+
+  @property
+  def exchange(self):
+    return self.method.exchange
+
+  def counted(self, presence):
+    return self.method.counted(presence)
+
+  def link(self, state):
+    return self.method.link(state.inner)
+
+  def with_link(self, state, link):
+    return state._replace(inner=self.method.with_link(state.inner, link))
+
+  @property
+  def splits(self):
+    return self.method.splits
+
+  @property
+  def local_steps(self):
+    return self.method.local_steps
+
+  @property
+  def later(self):
+    return self.method.later
+
+  @property
+  def passes(self):
+    return self.method.passes
+
+  @property
+  def one_by_one(self):
+    return self.method.one_by_one
+
+  def in_rounds(self, steps, participation):
+    inner = self.fields().get("inner")
+    if not isinstance(inner, Method):
+      return self
+    return self.replace(inner=inner.in_rounds(steps, participation))
+
+  def onto(self, project):
+    inner = self.fields().get("inner")
+    kept = inner.onto(project) if isinstance(inner, Method) else None
+    return kept and self.replace(inner=kept)
+
+  def on_server(self):
+    raise ValueError(f"{self.spec_name} has no server's half")

@@ -1,0 +1,84 @@
+"""What methods share: local phases, step sizes, and moving averages."""
+
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from research.core import checks
+from research.core.base import Array, Params, State, Tree
+from research.core.method import Method
+
+Rate = float | optax.Schedule
+
+
+class LocalSteps(NamedTuple):
+  params: Params  # x_{t,h} of this worker
+  inner: State  # of its optimizer
+
+
+class LocalStepping(Method):
+  """A method whose workers step with an inner optimizer of their own, kept from round to round."""
+
+  inner: ClassVar[Any]  # an optax transformation
+
+  def begin(self, state):
+    return LocalSteps(state.params, state.inner)
+
+  def step(self, grads, local, state, *, key, grad_fn=None):
+    del state, key, grad_fn
+    updates, optimizer = self.inner.update(grads, local.inner, local.params)
+    return LocalSteps(optax.apply_updates(local.params, updates), optimizer)
+
+
+class GradientLocal(NamedTuple):
+  params: Params
+  grads: Tree  # at params
+
+
+class OneGradient(Method):
+  """A method whose round is one gradient at its model."""
+
+  def begin(self, state):
+    return GradientLocal(state.params, optax.tree.zeros_like(state.params))
+
+  def step(self, grads, local, state, *, key, grad_fn=None):
+    del state, key, grad_fn
+    return local._replace(grads=grads)
+
+
+def widened_zeros(params: Params) -> Tree:
+  """Zeros in float32 or wider, in the shapes of the parameters."""
+  wide = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
+  return jax.tree.map(wide, params)
+
+
+def check_rate(learning_rate: Rate, name: str = "learning_rate") -> None:
+  """Rejects a constant step size that is not above zero.
+
+  Raises:
+    ValueError: with the value.
+  """
+  if not callable(learning_rate):
+    checks.above(name, learning_rate)
+
+
+def rate_at(learning_rate: Rate, count: Array) -> Array:
+  """The step size in a round."""
+  return jnp.asarray(learning_rate(count) if callable(learning_rate) else learning_rate)
+
+
+def moved(params: Params, rate: Array, direction: Tree) -> Params:
+  """x - rate d, in the dtypes of x."""
+  return optax.apply_updates(params, jax.tree.map(lambda d: -rate * d, direction))
+
+
+def descended(params: Params, rate: float, direction: Tree) -> Params:
+  """x - rate d."""
+  return jax.tree.map(lambda x, d: x - rate * d, params, direction)
+
+
+def mixed(decay: float, average: Tree, new: Tree) -> Tree:
+  """A moving average with a new value in it: decay a + (1 - decay) x."""
+  return jax.tree.map(lambda a, x: decay * a + (1 - decay) * x, average, new)

@@ -1,0 +1,248 @@
+"""A method's two halves: what a worker computes and pushes, and what a server makes of a push.
+
+Nobody writes them. A round is traced from `begin` to `message`, and from `receive` on, to see what
+each depends on. What a worker's gradients reach is private and stays with the worker; what they do
+not reach is shared and stays with the server. A method can be served if
+
+- its round is message, one exchange, receive, and its aggregator's encoding has an uplink;
+- a worker's half needs nothing of the shared state but the model, which it pulls;
+- the server's half needs nothing of a worker but its message.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from research.core.base import Aggregator, Array, Key, Link, Params, State, Tree
+from research.core.method import Method
+from research.parallel import layout as layouts
+
+_AXIS = {"push": 2}  # of the traces: no worker axis, so that an exchange among workers is refused
+
+
+class _Bare(Aggregator):
+  """An aggregator in the place of another one, without its state: its exchange is a push."""
+
+  inner: Aggregator
+
+  @property
+  def uplink(self):
+    return self.inner.uplink
+
+
+class Held(NamedTuple):
+  """What a server keeps beside the model."""
+
+  shared: list[Array]  # leaves of the method's state
+  memory: State  # of the correction for a message's age
+
+
+class Halves(NamedTuple):
+  """A method, apart for workers and their server. All functions are pure."""
+
+  method: Method
+  correction: Any  # a `methods.stale.Correction`, or None
+  link: Link
+  private: list[bool]  # of the state's leaves
+  model: list[bool]  # which of the others are the model
+
+  def own(self, params: Params) -> list[Array]:
+    """What a worker keeps from one piece of work to the next, at first."""
+    return _chosen(self.method.init(params), self.private)
+
+  def state(self, params: Params, own: Sequence[Array]) -> State:
+    """The state that a worker begins a round with."""
+    return _put(self.method.init(params), self.private, own)
+
+  def message(
+    self, local: Any, params: Params, own: Sequence[Array], key: Key
+  ) -> tuple[Tree, list[Array]]:
+    """The message at the end of a round that began with the model `params`, and what is kept."""
+    tree, after = self.method.message(local, self.state(params, own), key=key)
+    return tree, _chosen(after, self.private)
+
+  def init(self, params: Params) -> Held:
+    """What a server keeps, at first."""
+    memory = self.correction.init(params) if self.correction else ()
+    return Held(_chosen(self.method.init(params), self._kept), memory)
+
+  def receive(
+    self, message: Tree, params: Params, held: Held, staleness: Array, moved: Tree
+  ) -> tuple[Params, Held]:
+    """The model after a message, or after the mean of several.
+
+    Args:
+      message: as the server decoded it, in the structure of the model.
+      params: the model.
+      held: what the server keeps.
+      staleness: updates since the model that the worker began with, int32.
+      moved: params less that model.
+    """
+    memory = held.memory
+    if self.correction:
+      tau = jax.tree.broadcast(staleness, message)
+      message, memory = self.correction.correct(message, tau, moved, memory)
+    state = _put(self.method.init(params), self._kept, held.shared)
+    after = self.method.receive(message, message, state, key=jax.random.key(0))
+    return self.method.params(after), Held(_chosen(after, self._kept), memory)
+
+  @property
+  def _kept(self) -> list[bool]:
+    return [not (own or model) for own, model in zip(self.private, self.model, strict=True)]
+
+
+def halves(method: Method, params: Params) -> Halves:
+  """Traces a method for models of a structure.
+
+  Args:
+    method: any.
+    params: the model's arrays or their shapes.
+
+  Raises:
+    ValueError: if it cannot be served, with the reason.
+  """
+  method, correction = method.on_server()
+  if not method.splits:
+    raise ValueError(f"{_name(method)} exchanges more than one message per round")
+  link = method.exchange.uplink
+  if link is None:
+    raise ValueError(
+      f"{_name(method.exchange)} is an exchange among workers; take mean(), gather_mean(C), "
+      "sum_mean(C) or error_feedback of these"
+    )
+  bare = method.over(_Bare)
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+  state = jax.eval_shape(bare.init, shapes)
+  model = _model_of(bare, state, shapes)
+  private = _private(bare, state, shapes)
+  if any(own and is_model for own, is_model in zip(private, model, strict=True)):
+    raise ValueError(f"the workers of {_name(method)} keep models of their own")
+  found = Halves(bare, correction, link, private, model)
+  _check_worker(found, state, shapes, _name(method))
+  _check_server(found, state, shapes, _name(method))
+  return found
+
+
+def _name(part: Any) -> str:
+  return part.spec_name or type(part).__name__
+
+
+def _model_of(method: Method, state: State, shapes: Params) -> list[bool]:
+  """Which leaves of a state are the model: those that `params` returns as they are.
+
+  Raises:
+    ValueError: if the model is not among them.
+  """
+  program = jax.make_jaxpr(method.params)(state).jaxpr
+  given = {id(variable): place for place, variable in enumerate(program.invars)}
+  places = [given.get(id(variable)) for variable in program.outvars]
+  if None in places or len(set(places)) < len(jax.tree.leaves(shapes)):
+    raise ValueError(f"the model of {_name(method)} is computed from its state")
+  return [place in places for place in range(len(program.invars))]
+
+
+def _round(method: Method, grads: Tree, state: State, key: Key) -> tuple[Tree, State]:
+  """A round up to its message, with the same gradient in each step and everywhere."""
+  local = method.begin(state)
+  elsewhere = lambda params: jax.tree.map(lambda g, x: g + 0 * x, grads, params)
+  local = method.step(grads, local, state, key=key, grad_fn=elsewhere)
+  return method.message(local, state, key=key)
+
+
+def _private(method: Method, state: State, shapes: Params) -> list[bool]:
+  """Which leaves of a state a worker's gradients reach before its exchange is done."""
+  found = [False] * len(jax.tree.leaves(state))
+  run = lambda grads, state, key: jax.tree.leaves(_round(method, grads, state, key)[1])
+  while True:
+    grown = _reached(run, (True, shapes), (found, state), (True, _key()))
+    grown = [a or b for a, b in zip(found, grown, strict=True)]
+    if grown == found:
+      return found
+    found = grown
+
+
+def _check_worker(found: Halves, state: State, shapes: Params, name: str) -> None:
+  """Rejects a worker's half that needs the server's state, or sends anything but a model's leaves.
+
+  Raises:
+    ValueError: with the reason.
+  """
+  sent, after = jax.eval_shape(lambda *args: _round(found.method, *args), shapes, state, _key())
+  alike = lambda tree: (jax.tree.structure(tree), [x.shape for x in jax.tree.leaves(tree)])
+  if alike(sent) != alike(shapes):
+    raise ValueError(f"{name} sends something else than one array for each of the model's")
+
+  def run(grads, state, key):
+    sent, after = _round(found.method, grads, state, key)
+    return [*jax.tree.leaves(sent), *_chosen(after, found.private)]
+
+  reached = _reached(run, (False, shapes), (found._kept, state), (False, _key()))
+  if any(reached):
+    leaves = _names(after, found._kept)
+    raise ValueError(f"a worker of {name} needs more of the server than the model: {leaves}")
+
+
+def _check_server(found: Halves, state: State, shapes: Params, name: str) -> None:
+  """Rejects a server's half that needs more of a worker than its message, or tells it more.
+
+  Raises:
+    ValueError: with the reason.
+  """
+
+  def run(value, sent, state, key):
+    return jax.tree.leaves(found.method.receive(value, sent, state, key=key))
+
+  shared = [not own for own in found.private]
+  own = _reached(run, (False, shapes), (True, shapes), (found.private, state), (True, _key()))
+  if any(_both(own, shared)):
+    leaves = _names(state, _both(own, shared))
+    raise ValueError(f"what {name} keeps in common depends on a worker's own state: {leaves}")
+  received = _reached(run, (True, shapes), (False, shapes), (shared, state), (False, _key()))
+  if any(_both(received, found.private)):
+    leaves = _names(state, _both(received, found.private))
+    raise ValueError(f"a worker of {name} waits for what comes of its message: {leaves}")
+
+
+def _reached(run: Callable[..., list[Any]], *args: tuple[bool | list[bool], Tree]) -> list[bool]:
+  """Which leaves of a result depend on the marked leaves of its arguments.
+
+  Args:
+    run: what is traced; returns a list of leaves.
+    *args: for each argument its shapes, and whether all of it, or which of its leaves, is marked.
+  """
+  axes, given = [], []
+  for marks, tree in args:
+    leaves, treedef = jax.tree.flatten(tree)
+    marks = [marks] * len(leaves) if isinstance(marks, bool) else marks
+    axes.append(treedef.unflatten([0 if mark else None for mark in marks]))
+    spread = lambda x, mark: jax.ShapeDtypeStruct((2, *x.shape), x.dtype) if mark else x
+    given.append(treedef.unflatten(map(spread, leaves, marks)))
+  return layouts.private_outputs(run, _AXIS, tuple(axes), *given)
+
+
+def _key() -> Any:
+  return jax.eval_shape(lambda: jax.random.key(0))
+
+
+def _both(a: Sequence[bool], b: Sequence[bool]) -> list[bool]:
+  return [x and y for x, y in zip(a, b, strict=True)]
+
+
+def _names(state: State, marks: Sequence[bool]) -> str:
+  paths = jax.tree_util.tree_leaves_with_path(state)
+  found = [jax.tree_util.keystr(path) for (path, _), mark in zip(paths, marks, strict=True) if mark]
+  return ", ".join(found[:3])
+
+
+def _chosen(tree: Tree, marks: Sequence[bool]) -> list[Array]:
+  return [jnp.asarray(x) for x, mark in zip(jax.tree.leaves(tree), marks, strict=True) if mark]
+
+
+def _put(tree: Tree, marks: Sequence[bool], values: Sequence[Array]) -> Tree:
+  """The tree with its marked leaves replaced, in order."""
+  leaves, treedef = jax.tree.flatten(tree)
+  rest = iter(values)
+  found = [next(rest) if mark else x for x, mark in zip(leaves, marks, strict=True)]
+  return treedef.unflatten(found)

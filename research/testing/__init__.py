@@ -1,0 +1,16 @@
+"""The contracts that every compressor, aggregator and method keeps, for objects of your own.
+
+    from research.testing import check_compressor
+
+    def test_halved():
+      check_compressor(halved(0.5))
+
+Each check runs in seconds on CPU devices and raises ContractError, an AssertionError that says
+which contract is broken and what was seen. The tests of this codebase run the same checks over all
+built-in names.
+"""
+
+from research.testing.compressors import check_compressor
+from research.testing.contract import ContractError
+
+__all__ = ["ContractError", "check_compressor"]
