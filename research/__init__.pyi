@@ -59,7 +59,6 @@ from research.compress.sparsify import top_k as top_k
 from research.core.base import Aggregate as Aggregate
 from research.core.base import Aggregator as Aggregator
 from research.core.base import Compressor as Compressor
-from research.core.base import Feed as Feed
 from research.core.base import Link as Link
 from research.core.base import Method as Method
 from research.core.base import Presence as Presence
@@ -67,6 +66,7 @@ from research.core.base import Task as Task
 from research.core.registry import Default as Default
 from research.core.registry import build as build
 from research.core.registry import register as register
+from research.core.task import Feed as Feed
 from research.methods.asynchronous import asgd as asgd
 from research.methods.asynchronous import dc_asgd as dc_asgd
 from research.methods.asynchronous import dc_asgd_constant as dc_asgd_constant

@@ -352,7 +352,7 @@ def test_rounds_are_weighted_by_work():
         part.stage(push, [np.full(x.shape, value, x.dtype) for x in shapes])
       part.apply(pushes, [0.25, 0.75])
     for name, leaf in server.params().items():
-      np.testing.assert_allclose(leaf, before[name] - 4.0, rtol=1e-6)
+      np.testing.assert_allclose(leaf, before[name] + 4.0, rtol=1e-6)
 
 
 def test_traces_that_cannot_be():
