@@ -1,6 +1,7 @@
 """A run on a server: starts the processes, follows what they do, measures, saves, starts again."""
 
 import contextlib
+import functools
 import os
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from research.server import setup as setups
 from research.server.actors import HeadProcess, Place, Shard, Sizes, WorkerProcess, inherited
 from research.server.measure import Measured, digest
 from research.server.setup import Setup
+from research.training import fingerprint
 from research.training import folder as folders
 from research.training.config import Config, UsageError
 from research.training.hooks import heartbeat, signals
@@ -35,11 +37,13 @@ def train(config: Config) -> tuple[dict[str, Any], Path]:
     folder = folders.check(config)
     made = setups.setup(config)
     steps = made.updates * made.job.method.local_steps
-    if summary := folders.finished(config, folder, steps):
+    made_of = functools.partial(fingerprint.of_specs, made.job.task, made.job.method)
+    folders.check_prints(config, folder, made_of)
+    if summary := folders.finished(config, folder, steps, made_of):
       figures.show_again(folder, summary)
       return summary, folder
     stack.enter_context(folders.claimed(config, folder))
-    folders.describe(config, folder)
+    folders.describe(config, folder, made_of)
     if config.server_mode == "hogwild":
       run = stack.enter_context(contextlib.closing(hogwild.Run(made, folder, timing)))
       return _written(run.train(), folder)
