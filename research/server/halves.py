@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from research.core.base import Aggregator, Array, Key, Link, Params, State, Tree
+from research.core.base import Aggregator, Array, Key, Params, State, Tree, Uplink
 from research.core.method import Method
 from research.parallel import layout as layouts
 
@@ -32,7 +32,7 @@ class _Bare(Aggregator):
     return self.inner.uplink
 
 
-class Held(NamedTuple):
+class ServerState(NamedTuple):
   """What a server keeps beside the model."""
 
   shared: list[Array]  # leaves of the method's state
@@ -44,7 +44,7 @@ class Halves(NamedTuple):
 
   method: Method
   correction: Any  # a `methods.stale.Correction`, or None
-  link: Link
+  link: Uplink
   private: list[bool]  # of the state's leaves
   model: list[bool]  # which of the others are the model
 
@@ -63,14 +63,14 @@ class Halves(NamedTuple):
     tree, after = self.method.message(local, self.state(params, own), key=key)
     return tree, _chosen(after, self.private)
 
-  def init(self, params: Params) -> Held:
+  def init(self, params: Params) -> ServerState:
     """What a server keeps, at first."""
     memory = self.correction.init(params) if self.correction else ()
-    return Held(_chosen(self.method.init(params), self._kept), memory)
+    return ServerState(_chosen(self.method.init(params), self._kept), memory)
 
   def receive(
-    self, message: Tree, params: Params, held: Held, staleness: Array, moved: Tree
-  ) -> tuple[Params, Held]:
+    self, message: Tree, params: Params, held: ServerState, staleness: Array, moved: Tree
+  ) -> tuple[Params, ServerState]:
     """The model after a message, or after the mean of several.
 
     Args:
@@ -86,7 +86,7 @@ class Halves(NamedTuple):
       message, memory = self.correction.correct(message, tau, moved, memory)
     state = _put(self.method.init(params), self._kept, held.shared)
     after = self.method.receive(message, message, state, key=jax.random.key(0))
-    return self.method.params(after), Held(_chosen(after, self._kept), memory)
+    return self.method.params(after), ServerState(_chosen(after, self._kept), memory)
 
   @property
   def _kept(self) -> list[bool]:
