@@ -60,9 +60,9 @@ from research.core.base import EVERYONE as EVERYONE
 from research.core.base import Aggregate as Aggregate
 from research.core.base import Aggregator as Aggregator
 from research.core.base import Compressor as Compressor
-from research.core.base import Link as Link
 from research.core.base import Presence as Presence
 from research.core.base import Trait as Trait
+from research.core.base import Uplink as Uplink
 from research.core.method import Method as Method
 from research.core.registry import Default as Default
 from research.core.registry import build as build

@@ -10,6 +10,7 @@ from typing import Any
 
 from research.aggregate import composition
 from research.core import registry
+from research.core.builtin import TABLE
 
 # Each of these runs in every execution, hence few of them and none that only repeats another.
 FLAT = {
@@ -96,4 +97,4 @@ def between_slices(spec: str) -> str:
 
 def _calls(tree: ast.AST) -> list[Any]:
   calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-  return [c for c in calls if getattr(c.func, "id", None) in registry.TABLE["aggregator"]]
+  return [c for c in calls if getattr(c.func, "id", None) in TABLE["aggregator"]]

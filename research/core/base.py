@@ -114,7 +114,7 @@ class Blocks(NamedTuple):
   part: Tree
 
 
-class Link(NamedTuple):
+class Uplink(NamedTuple):
   """How the trees of one worker get to a server, which decodes each leaf of each worker alone.
 
   The key is equal on both sides and belongs to one message. A payload is what a Compressor makes of
@@ -215,7 +215,7 @@ class Aggregator(Wrapper):
     return found
 
   @property
-  def uplink(self) -> Link | None:
+  def uplink(self) -> Uplink | None:
     """The same encoding on the way to a server; None of an exchange among the workers."""
     return None
 

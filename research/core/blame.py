@@ -17,8 +17,7 @@ from types import CodeType, FrameType
 from research.core import text
 
 _HERE = Path(__file__).parents[2]
-_OUR_PACKAGES = ("research", "experiments", "launch")
-_OURS = tuple(str(_HERE / name) + "/" for name in _OUR_PACKAGES)
+_OURS = tuple(str(_HERE / name) + "/" for name in ("research", "experiments", "launch"))
 # What this codebase stands on; a package that is not named is taken for a user's own.
 _LIBRARIES = sys.stdlib_module_names | {
   *("jax", "jaxlib", "numpy", "scipy", "ml_dtypes", "flax", "optax", "chex", "orbax", "absl"),
@@ -82,16 +81,12 @@ def fault(error: BaseException) -> str:
   return text.one_line(f"{name}{of} failed ({where}): {type(error).__name__}: {error}")
 
 
-def is_known(module: str, filename: str) -> bool:
-  """Whether code is this codebase's or a library's, and no user's own.
-
-  Args:
-    module: its dotted name.
-    filename: where its source is; "" where only the module is known.
-  """
-  top = module.partition(".")[0]
-  is_library = top in _LIBRARIES or filename.startswith("<frozen")
-  return is_library or filename.startswith(_OURS) or (not filename and top in _OUR_PACKAGES)
+def is_users(module: str) -> bool:
+  """Whether a module, by its dotted name, is neither this codebase's nor a library's."""
+  if module.partition(".")[0] in _LIBRARIES:
+    return False
+  file = getattr(sys.modules.get(module), "__file__", None) or ""
+  return not file.startswith(_OURS)
 
 
 def _frames(error: BaseException) -> list[tuple[FrameType, int]]:

@@ -170,7 +170,8 @@ def written(value: Any) -> str:
 def of_call(name: str, parameters: Iterable[inspect.Parameter], values: Mapping[str, Any]) -> str:
   """The canonical spec of a call of a factory.
 
-  Arguments at their default are left out, others that have a default are `key=value`.
+  Arguments at their default are left out, other optional ones are `key=value`: as a part shows
+  itself.
 
   Args:
     name: of the factory.
@@ -178,16 +179,14 @@ def of_call(name: str, parameters: Iterable[inspect.Parameter], values: Mapping[
     values: by parameter name; those of `*args` as a sequence, those of `**kwargs` as a mapping.
   """
   shown = []
-  for parameter in parameters:
-    if parameter.name not in values:
-      continue
-    value, is_needed = values[parameter.name], parameter.default is parameter.empty
+  for parameter in (p for p in parameters if p.name in values):
+    value = values[parameter.name]
     if parameter.kind == parameter.VAR_POSITIONAL:
       shown += map(written, value)
     elif parameter.kind == parameter.VAR_KEYWORD:
       shown += [f"{key}={written(one)}" for key, one in value.items()]
-    elif is_needed and parameter.kind != parameter.KEYWORD_ONLY:
+    elif parameter.default is parameter.empty and parameter.kind != parameter.KEYWORD_ONLY:
       shown.append(written(value))
-    elif is_needed or parameter.default != value:
+    elif parameter.default != value:
       shown.append(f"{parameter.name}={written(value)}")
   return f"{name}({', '.join(shown)})"

@@ -115,6 +115,9 @@ class StreamingDiLoCo(Method, name="streaming_diloco"):
     zero = jnp.zeros((), jnp.int32)
     return StreamingState(params, params, self.inner.init(params), outers, links, zero)
 
+  def params(self, state):
+    return state.common
+
   def received(self, params: Params, state: StreamingState) -> Params:
     """The worker's model with the fragment in it whose exchange ends now."""
     number = state.count - 1 - self.late[0]  # of the round in which the exchange began

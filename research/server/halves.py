@@ -1,8 +1,8 @@
 """A method's two halves: what a worker computes and pushes, and what a server makes of a push.
 
 Nobody writes them. A round is traced from `begin` to `message`, and from `receive` on, to see what
-each depends on. What a worker's gradients reach is private and stays with the worker; what they do
-not reach is shared and stays with the server. A method can be served if
+each depends on. What changes before the exchange is private and stays with the worker; what does
+not is shared and stays with the server. A method can be served if
 
 - its round is message, one exchange, receive, and its aggregator's encoding has an uplink;
 - a worker's half needs nothing of the shared state but the model, which it pulls;
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from research.core.base import Aggregator, Array, Key, Link, Params, State, Tree
+from research.core.base import Aggregator, Array, Key, Params, State, Tree, Uplink
 from research.core.method import Method
 from research.parallel import layout as layouts
 
@@ -32,7 +32,7 @@ class _Bare(Aggregator):
     return self.inner.uplink
 
 
-class Held(NamedTuple):
+class ServerState(NamedTuple):
   """What a server keeps beside the model."""
 
   shared: list[Array]  # leaves of the method's state
@@ -44,7 +44,7 @@ class Halves(NamedTuple):
 
   method: Method
   correction: Any  # a `methods.stale.Correction`, or None
-  link: Link
+  link: Uplink
   private: list[bool]  # of the state's leaves
   model: list[bool]  # which of the others are the model
 
@@ -63,14 +63,14 @@ class Halves(NamedTuple):
     tree, after = self.method.message(local, self.state(params, own), key=key)
     return tree, _chosen(after, self.private)
 
-  def init(self, params: Params) -> Held:
+  def init(self, params: Params) -> ServerState:
     """What a server keeps, at first."""
     memory = self.correction.init(params) if self.correction else ()
-    return Held(_chosen(self.method.init(params), self._kept), memory)
+    return ServerState(_chosen(self.method.init(params), self._kept), memory)
 
   def receive(
-    self, message: Tree, params: Params, held: Held, staleness: Array, moved: Tree
-  ) -> tuple[Params, Held]:
+    self, message: Tree, params: Params, held: ServerState, staleness: Array, moved: Tree
+  ) -> tuple[Params, ServerState]:
     """The model after a message, or after the mean of several.
 
     Args:
@@ -86,7 +86,7 @@ class Halves(NamedTuple):
       message, memory = self.correction.correct(message, tau, moved, memory)
     state = _put(self.method.init(params), self._kept, held.shared)
     after = self.method.receive(message, message, state, key=jax.random.key(0))
-    return self.method.params(after), Held(_chosen(after, self._kept), memory)
+    return self.method.params(after), ServerState(_chosen(after, self._kept), memory)
 
   @property
   def _kept(self) -> list[bool]:
@@ -116,7 +116,7 @@ def halves(method: Method, params: Params) -> Halves:
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
   state = jax.eval_shape(bare.init, shapes)
   model = _model_of(bare, state, shapes)
-  private = _private(bare, state, shapes)
+  private = _own(bare, state, shapes)
   if any(own and is_model for own, is_model in zip(private, model, strict=True)):
     raise ValueError(f"the workers of {_name(method)} keep models of their own")
   found = Halves(bare, correction, link, private, model)
@@ -151,16 +151,12 @@ def _round(method: Method, grads: Tree, state: State, key: Key) -> tuple[Tree, S
   return method.message(local, state, key=key)
 
 
-def _private(method: Method, state: State, shapes: Params) -> list[bool]:
-  """Which leaves of a state a worker's gradients reach before its exchange is done."""
-  found = [False] * len(jax.tree.leaves(state))
+def _own(method: Method, state: State, shapes: Params) -> list[bool]:
+  """Which leaves of a state a round changes before its exchange: what the worker goes on with."""
   run = lambda grads, state, key: jax.tree.leaves(_round(method, grads, state, key)[1])
-  while True:
-    grown = _reached(run, (True, shapes), (found, state), (True, _key()))
-    grown = [a or b for a, b in zip(found, grown, strict=True)]
-    if grown == found:
-      return found
-    found = grown
+  program = jax.make_jaxpr(run)(shapes, state, _key()).jaxpr
+  given = program.invars[len(jax.tree.leaves(shapes)) :]
+  return [after is not before for after, before in zip(program.outvars, given, strict=False)]
 
 
 def _check_worker(found: Halves, state: State, shapes: Params, name: str) -> None:
@@ -178,10 +174,10 @@ def _check_worker(found: Halves, state: State, shapes: Params, name: str) -> Non
     sent, after = _round(found.method, grads, state, key)
     return [*jax.tree.leaves(sent), *_chosen(after, found.private)]
 
-  reached = _reached(run, (False, shapes), (found._kept, state), (False, _key()))
-  if any(reached):
-    leaves = _names(after, found._kept)
-    raise ValueError(f"a worker of {name} needs more of the server than the model: {leaves}")
+  for place in (place for place, kept in enumerate(found._kept) if kept):
+    one = [place == other for other in range(len(found._kept))]
+    if any(_reached(run, (False, shapes), (one, state), (False, _key()))):
+      raise ValueError(f"a worker of {name} needs the server's {_names(after, one)}")
 
 
 def _check_server(found: Halves, state: State, shapes: Params, name: str) -> None:

@@ -16,6 +16,7 @@ from research.server import events
 from research.server.messages import Spent
 from research.server.setup import Setup
 from research.training import metrics
+from research.training.hooks import finite
 from research.training.hooks.finite import NonFinite
 from research.training.reports import report
 from research.training.reports.timing import Timing
@@ -127,9 +128,7 @@ class Measured:
     test = {**test, **jax.device_get(self.measure(tree))}
     found = {"train_loss": float(train["loss"]), "eval": {k: float(v) for k, v in test.items()}}
     step = version * self.period
-    measured = {"training loss": found["train_loss"]}
-    measured |= {f"{self.evaluated_on} {name}": x for name, x in found["eval"].items()}
-    if bad := [name for name, x in measured.items() if not np.isfinite(x)]:
+    if bad := finite.wrong(found, self.evaluated_on):
       raise NonFinite(f"the {', '.join(bad)} is not finite at step {step}; {kept}")
     self.evaluated_at, self.found = version, found
     if self.row is None or self.row["step"] != step:

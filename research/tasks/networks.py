@@ -83,15 +83,16 @@ def _linen(module: nn.Module) -> Network:
   call = type(module).__call__
 
   def init(key: Key, x: Any) -> Params:
-    found = module.init(key, x, **_words(call, False))
+    words: dict[str, Any] = _words(call, False)
+    found = module.init(key, x, **words)
     if others := sorted(set(found) - {"params"}):
       raise ValueError(_statistics(", ".join(others)))
     return found["params"]
 
   def apply(params: Params, x: Any, key: Key | None) -> Array:
     rngs = None if key is None else {"dropout": key}
-    found = module.apply({"params": params}, x, rngs=rngs, **_words(call, key is not None))
-    return found  # pyright: ignore[reportReturnType]
+    words: dict[str, Any] = _words(call, key is not None)
+    return module.apply({"params": params}, x, rngs=rngs, **words)  # pyright: ignore[reportReturnType]
 
   return Network(init, apply)
 

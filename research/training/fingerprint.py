@@ -21,6 +21,28 @@ _WHOLE = 2**26  # bytes of an array that are read whole
 _BLOCK = 2**16  # bytes; of a larger array so many blocks are read as make up _WHOLE
 
 
+def of_specs(task: Task, *parts: Any) -> dict[str, str]:
+  """Of a run whose specs are known: "data", and "code" if the user's own code is among its parts.
+
+  Functions of this codebase and of libraries count by the names that the specs have.
+  """
+  walk = _Walk(values=False)
+  walk.add((_without_data(task), *parts))
+  code = {"code": walk.digest.hexdigest()[:16]} if walk.found else {}
+  return {"data": of_data(task), **code}
+
+
+def of_objects(task: Task, *parts: Any) -> dict[str, str]:
+  """Of a run of objects that a program made: "data", and "code" with all values and functions.
+
+  Functions count by their compiled code and by what they hold, so that neither comments nor where
+  a file lies matter. Of an object that has neither fields nor leaves only the type counts.
+  """
+  walk = _Walk(values=True)
+  walk.add((_without_data(task), *parts))
+  return {"data": of_data(task), "code": walk.digest.hexdigest()[:16]}
+
+
 def of_data(task: Task) -> str:
   """A digest of the examples, labels included, of those to train on and those to test on.
 
@@ -36,28 +58,8 @@ def of_data(task: Task) -> str:
   return digest.hexdigest()[:16]
 
 
-def of_code(*parts: Any) -> str:
-  """A digest of the user's own functions and classes among the parts; "" if there are none.
-
-  Functions of this codebase and of libraries are told apart by their names alone, which specs
-  have.
-  """
-  walk = _Walk(values=False)
-  for part in parts:
-    walk.add(part)
-  return walk.digest.hexdigest()[:16] if walk.found else ""
-
-
-def of_objects(*parts: Any) -> str:
-  """A digest of objects that a program made: their types, values, arrays and functions.
-
-  Functions count by their compiled code and by what they hold, so that neither comments nor where
-  a file lies matter. Of an object that has neither fields nor leaves only the type counts.
-  """
-  walk = _Walk(values=True)
-  for part in parts:
-    walk.add(part)
-  return walk.digest.hexdigest()[:16]
+def _without_data(task: Task) -> Task:
+  return task._replace(train={}, test=None, by=None)
 
 
 def _add_array(digest: Any, array: np.ndarray) -> None:
@@ -136,11 +138,11 @@ class _Walk:
 
   def _function(self, x: types.FunctionType) -> None:
     self._say(f"{x.__module__}.{x.__qualname__}")
-    if _is_users(x.__module__, x.__code__.co_filename):
+    if blame.is_users(x.__module__ or ""):
       self.found = True
       self._code(x.__code__, x.__globals__)
     cells = [cell.cell_contents for cell in x.__closure__ or () if _is_full(cell)]
-    self._all((x.__defaults__, x.__kwdefaults__, *cells))
+    self._all((x.__defaults__, x.__kwdefaults__, getattr(x, "__wrapped__", None), *cells))
 
   def _code(self, code: types.CodeType, names: Mapping[str, Any]) -> None:
     """A function of the user's with what it refers to by name."""
@@ -157,7 +159,7 @@ class _Walk:
 
   def _class(self, x: type) -> None:
     self._say(f"{x.__module__}.{x.__qualname__}")
-    if _is_users(x.__module__, ""):
+    if blame.is_users(x.__module__):
       self.found = True
       self._all(x.__bases__)
       for name, value in sorted(vars(x).items()):
@@ -173,7 +175,7 @@ class _Walk:
     self._all([type(x)])
     if dataclasses.is_dataclass(x):
       self._all(getattr(x, field.name, None) for field in dataclasses.fields(x))
-    elif _is_users(type(x).__module__, ""):
+    elif blame.is_users(type(x).__module__):
       self._all(item for pair in _fields(x) for item in pair)
     elif self._values:
       leaves = jax.tree.leaves(x)
@@ -190,8 +192,3 @@ def _is_full(cell: Any) -> bool:
     return cell.cell_contents is not cell
   except ValueError:  # not assigned yet
     return False
-
-
-def _is_users(module: str | None, filename: str) -> bool:
-  """Whether code is neither this codebase's nor a library's."""
-  return not blame.is_known(module or "", filename)

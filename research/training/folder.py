@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,9 @@ _FREE = ("out", "data_dir", "allow_changes", "tensorboard", "profile")
 _FREE = (*_FREE, "restarts", "ray_address", "node_ip")
 # What every summary has beside the flags of NAMED.
 RESULT = ("workers", "steps", "stopped_because", "evaluated_on", "params_sha256")
-# Fingerprints by what they are of, "data" and "code"; in env.json under PRINTS.
-Prints = Mapping[str, str]
+# Gives fingerprints by what they are of, "data" and "code"; in env.json under PRINTS.
+Prints = Callable[[], Mapping[str, str]]
 PRINTS = "made_of"
-NO_PRINTS: Prints = {}
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -80,17 +79,20 @@ def _stored(path: Path) -> dict[str, Any] | None:
   return found if isinstance(found, dict) else None
 
 
-def unchanged(config: Config, folder: Path, made_of: Prints) -> bool:
+def unchanged(config: Config, folder: Path, made_of: Prints | None) -> bool:
   """Whether the folder holds a run of these very flags, data and code."""
   before = _stored(folder / "config.json") or {}
   same = all(before.get(name) == value for name, value in identity(config).items())
   return same and not _changed_prints(folder, made_of)
 
 
-def _changed_prints(folder: Path, made_of: Prints) -> list[str]:
+def _changed_prints(folder: Path, made_of: Prints | None) -> list[str]:
   """Which fingerprints are not those of the run in a folder; none if it has no fingerprints."""
   stored = (_stored(folder / "env.json") or {}).get(PRINTS)
-  return [] if stored is None else [n for n in made_of if stored.get(n) != made_of[n]]
+  if stored is None or made_of is None:
+    return []
+  now = made_of()
+  return [name for name in sorted({*stored, *now}) if stored.get(name) != now.get(name)]
 
 
 def check_prints(config: Config, folder: Path, made_of: Prints) -> None:
@@ -125,7 +127,7 @@ def _refuse_differences(config: Config, folder: Path, path: Path) -> None:
 
 
 def finished(
-  config: Config, folder: Path, steps: int, made_of: Prints = NO_PRINTS
+  config: Config, folder: Path, steps: int, made_of: Prints | None = None
 ) -> dict[str, Any] | None:
   """The summary of a run of these flags, data and code that has nothing left to do.
 
@@ -166,7 +168,7 @@ def _result(path: Path) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def claimed(config: Config, folder: Path, made_of: Prints = NO_PRINTS) -> Iterator[None]:
+def claimed(config: Config, folder: Path) -> Iterator[None]:
   """Makes the folder and keeps other runs out of it; a new one is described, see `describe`.
 
   Raises:
@@ -181,13 +183,13 @@ def claimed(config: Config, folder: Path, made_of: Prints = NO_PRINTS) -> Iterat
       except BlockingIOError:
         raise ValueError("another process is running this very run") from None
       if not (folder / "config.json").exists():
-        describe(config, folder, made_of)
+        describe(config, folder)
     yield
 
 
-def describe(config: Config, folder: Path, made_of: Prints = NO_PRINTS) -> None:
+def describe(config: Config, folder: Path, made_of: Prints | None = None) -> None:
   """Writes what the run is and what runs it."""
-  prints = {PRINTS: dict(made_of)} if made_of else {}
+  prints = {PRINTS: dict(made_of())} if made_of else {}
   write_json(folder / "config.json", config._asdict())
   write_json(folder / "env.json", environment() | prints)
 

@@ -4,6 +4,8 @@ import dataclasses
 import re
 from typing import Any
 
+from research.core.part import Part
+
 _MOST = 200  # characters
 
 
@@ -14,6 +16,8 @@ def label(value: Any) -> str:
   """
   if isinstance(value, str):
     return value
+  if isinstance(value, Part):
+    return repr(value)  # its spec, if names made it
   if dataclasses.is_dataclass(value) and not isinstance(value, type):
     text = re.sub(r" at 0x[0-9a-f]+", "", " ".join(repr(value).split()))
     return text if len(text) <= _MOST else f"{type(value).__name__}(...)"

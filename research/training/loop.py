@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from research.core.base import Array, Params
 from research.core.task import TrainState
 from research.training import fingerprint
 from research.training import folder as folders
-from research.training.assemble import NOTHING_GIVEN, Given, Problem, Setting, assemble, check
+from research.training.assemble import NOTHING_GIVEN, Given, Problem, assemble, check
 from research.training.config import Config, UsageError
 from research.training.feed import Training
 from research.training.hooks.evaluate import Evaluate, Tolerance
@@ -61,16 +62,18 @@ def trained(config: Config, given: Given, hooks: Sequence[Hook], *, writes: bool
   """
   main = jax.process_index() == 0
   wide = config.x64 or bool(jax.config.read("jax_enable_x64"))
-  with Timing() as timing, jax.enable_x64(wide):
+  with Timing() as timing, jax.enable_x64(wide), ThreadPoolExecutor(1) as aside:
     _same_everywhere(config)
     with together():
       setting = check(config, given)
       folder = folders.check(config) if writes else None
       problem = assemble(config, setting)
-      made_of = _made_of(given, setting, problem) if folder else {}
-      if folder:
+      made_of, summary = None, None
+      if folder:  # the prints are taken while the devices' programs are compiled
+        parts = (problem.job.task, setting.method, setting.partition, setting.speeds)
+        made_of = aside.submit(_made_of(given), *parts).result
         folders.check_prints(config, folder, made_of)
-      summary = folders.finished(config, folder, problem.steps, made_of) if folder else None
+        summary = folders.finished(config, folder, problem.steps, made_of)
     if folder and summary:
       if main:
         figures.show_again(folder, summary)
@@ -78,7 +81,7 @@ def trained(config: Config, given: Given, hooks: Sequence[Hook], *, writes: bool
     with contextlib.ExitStack() as stack:
       with together():
         if main and folder:
-          stack.enter_context(folders.claimed(config, folder, made_of))
+          stack.enter_context(folders.claimed(config, folder))
       run = Run(config, problem, timing)
       own = Hooks(run, folder, main, stack)
       if main and folder:
@@ -97,15 +100,9 @@ def _same_everywhere(config: Config) -> None:
     raise UsageError("the processes of the job were given different flags")
 
 
-def _made_of(given: Given, setting: Setting, problem: Problem) -> dict[str, str]:
-  """Fingerprints of the run's data and of the user's objects and code."""
-  task = problem.job.task
-  apart = task._replace(train={}, test=None, by=None)  # from its examples
-  if any(x is not None for x in given):
-    code = fingerprint.of_objects(apart, *given[1:])
-  else:
-    code = fingerprint.of_code(apart, setting.method, setting.partition, setting.speeds)
-  return {"data": fingerprint.of_data(task)} | ({"code": code} if code else {})
+def _made_of(given: Given) -> Callable[..., dict[str, str]]:
+  """Takes the fingerprints of a run of objects, or of one of specs."""
+  return fingerprint.of_objects if any(x is not None for x in given) else fingerprint.of_specs
 
 
 def _restored(config: Config, problem: Problem, folder: Path) -> Params:

@@ -61,7 +61,9 @@ def partitioned(
     split: in place of the spec's.
   """
   with flag("partition", config.partition):
-    split = split or registry.build("partition", config.partition)
+    if split is None:
+      split = registry.build("partition", config.partition)
+    assert split is not None
     if task.by is not None:
       by = task.by
     elif "y" in task.train:

@@ -11,7 +11,7 @@ from research.core.spec import parse
 SPECS = {
   "sgd(0.1)": "sgd(0.1)",
   "sgd(1e-1, momentum=None)": "sgd(0.1)",
-  "sgd(0.1, momentum=0.9, nesterov=True)": "sgd(0.1, momentum=0.9, nesterov=True)",
+  "sgd(0.1, 0.9, True)": "sgd(0.1, momentum=0.9, nesterov=True)",
   "adamw(learning_rate=3e-4, weight_decay=0.1)": "adamw(0.0003, weight_decay=0.1)",
   "chain(clip_by_global_norm(1), sgd(0.1))": "chain(clip_by_global_norm(1), sgd(0.1))",
   "sgd(cosine_decay_schedule(0.1, 100))": "sgd(cosine_decay_schedule(0.1, 100))",

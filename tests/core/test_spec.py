@@ -43,5 +43,10 @@ WRITTEN = [
 
 
 @pytest.mark.parametrize(("called", "values", "text"), WRITTEN)
-def test_defaults_are_left_out_and_other_options_are_named(called, values, text):
+def test_defaults_are_left_out_and_other_optional_arguments_are_named(called, values, text):
   assert spec.of_call("f", inspect.signature(called).parameters.values(), values) == text
+
+
+def test_what_follows_a_default_that_is_left_out_is_named():
+  parameters = inspect.signature(lambda a=1, b=2: None).parameters.values()
+  assert spec.of_call("f", parameters, {"a": 1, "b": 3}) == "f(b=3)"

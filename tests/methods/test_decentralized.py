@@ -267,8 +267,14 @@ def test_bytes_follow_the_degree(count):
 
 def test_a_varying_graph_is_followed_round_by_round():
   """Two links in even rounds, seven in odd ones."""
-  both = lambda count: topology.ring().rounds(count) + topology.complete().rounds(count)
-  method = d_psgd(SGD, gossip(Topology("both", both, varying=True)))
+
+  class Both(Topology):
+    varying = True
+
+    def rounds(self, count):
+      return topology.ring().rounds(count) + topology.complete().rounds(count)
+
+  method = d_psgd(SGD, gossip(Both()))
   run = Running(method, "simulate", SIMULATED, batch_size=None)
   sent = workers.traffic(run.job, run.layout, 5).sent
   np.testing.assert_allclose(sent, [2 * 84, 7 * 84, 2 * 84, 7 * 84, 2 * 84])

@@ -21,7 +21,7 @@ BY_PERIOD = by_period([name for name in NAMES if name not in BASIC])
 
 def test_every_method_is_in_the_table():
   called = {name for spec in SPECS.values() for name in re.findall(r"(\w+)\(", spec)}
-  assert called >= set(registry.TABLE["method"])
+  assert called >= set(registry.names("method"))
 
 
 @pytest.mark.parametrize("period", BY_PERIOD)
@@ -33,12 +33,12 @@ def test_what_makes_no_sense_is_refused():
   """Every row of the table that names a method, with every aggregator that has the trait."""
   graphs = ("gossip(exponential())", "gossip(one_peer_exponential())")
   around = [*AGGREGATORS.values(), *(registry.build("aggregator", graph) for graph in graphs)]
-  for wrappers, trait, _ in composition.REFUSED:
-    for method in set(wrappers) & set(registry.TABLE["method"]):
+  for wrappers, trait, _ in composition.refused():
+    for method in set(wrappers) & set(registry.names("method")):
       pairs = [aggregator for aggregator in around if trait in aggregator.traits]
       assert pairs, (method, trait)
       for aggregator in pairs:
-        rows = [row for row in composition.REFUSED if method in row[0]]
+        rows = [row for row in composition.refused() if method in row[0]]
         reasons = tuple(why for _, trait, why in rows if trait in aggregator.traits)
         with pytest.raises(ValueError, match="does not go with") as refused:
           build(method, aggregator)
@@ -57,4 +57,5 @@ def build(method: str, aggregator):
   }
   given = [p for p in inspect.signature(factory).parameters.values() if p.default is p.empty]
   kind = lambda parameter: getattr(parameter.annotation, "__name__", "")
-  return factory(**{p.name: values.get(kind(p), 0.1) for p in given})
+  plain = {"float": 0.1, "int": 2, "Union": 0.1}
+  return factory(**{p.name: values.get(kind(p), plain.get(kind(p), 0.1)) for p in given})

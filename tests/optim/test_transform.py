@@ -126,7 +126,8 @@ def test_state_lies_where_its_specs_say(build):
   """Every worker's memory leaves `shard_map` and comes back: as if no step had left it."""
   optimizer, task, mesh = build(), regression(), meshes.device_mesh(SIMULATED)
   params = task.init(jax.random.key(0))
-  specs, of_params = state_specs(optimizer, params, mesh)
+  found = state_specs(optimizer, params, mesh)
+  specs, of_params = found.state, found.params
   batch, of_batch = dict(task.train), P("data")
 
   def step(params, state, batch):
