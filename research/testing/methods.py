@@ -38,11 +38,29 @@ def check_method(method: Method, *, axes: Mapping[str, int] | None = None) -> No
     ContractError: the first contract that is broken.
   """
   named, axes = {repr(method): method}, dict(axes or AXES)
+  types(method, axes)
   agree(named, sliced="slice" in axes)
   if can_miss(method, axes):
     lost(named, axes)
     if "slice" not in axes:
       empty(named)
+
+
+def types(method: Method, axes: Mapping[str, int]) -> None:
+  """Shapes and types of the state after a round are those of before."""
+
+  def one_round(grads):
+    first = method.init(grads)
+    elsewhere = lambda params: grads
+    local, key = method.begin(first), jax.random.key(0)
+    for _ in range(method.local_steps):
+      local = method.step(grads, local, first, key=key, grad_fn=elsewhere)
+    return first, method.sync(local, first, key=key)
+
+  program = layout.over_workers(one_round, axes, 0, 0)
+  before, after = jax.eval_shape(program, drawn(0, *axes.values()))
+  says = "The state has the structure, shapes and types that init gave it."
+  require(before == after, method, says, f"{after} where init made {before}")
 
 
 def can_miss(method: Method, axes: Mapping[str, int] | None = None) -> bool:
