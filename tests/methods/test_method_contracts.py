@@ -1,12 +1,11 @@
 """Contracts of all registered methods at once, side by side in a program for each period."""
 
 import inspect
-import re
 
 import optax
 import pytest
 from aggregators import AGGREGATORS
-from catalogue import BASIC, METHODS, NAMES, SPECS, by_period
+from catalogue import BASIC, METHODS, NAMES, by_period
 
 from research.aggregate import composition
 from research.aggregate.mean import mean
@@ -17,11 +16,6 @@ from research.sim.delays import constant
 from research.testing import methods
 
 BY_PERIOD = by_period([name for name in NAMES if name not in BASIC])
-
-
-def test_every_method_is_in_the_table():
-  called = {name for spec in SPECS.values() for name in re.findall(r"(\w+)\(", spec)}
-  assert called >= set(registry.names("method"))
 
 
 @pytest.mark.parametrize("period", BY_PERIOD)
