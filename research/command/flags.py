@@ -73,6 +73,8 @@ SWITCHES = {
   "overlap": "A server's workers compute while their last push is on the way (async, ssp).",
   "x64": "Computes in float64 what is at JAX's default, such as pagerank() and frontier().",
   "allow_changes": "Goes on with a run whose flags were different.",
+  "diagnostics": "Rows have compression error, memory norm, spread of the workers' models, update "
+  "norm, gradient norm and, on a clock, staleness.",
   "tensorboard": "Writes TensorBoard events too (needs tensorboardX).",
   "profile": "Traces the second dispatch into OUT/profile.",
 }
