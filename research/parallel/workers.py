@@ -1,4 +1,4 @@
-"""One worker's part of a round: what every execution of a method on a task shares."""
+"""One worker's part of a round, shared by all executors."""
 
 from collections.abc import Callable
 
@@ -22,7 +22,7 @@ from research.parallel.job import Job, resolved, traits
 
 
 def value_and_clipped_grad(job: Job, inside: sharded.Inside) -> Callable[..., tuple[Array, Tree]]:
-  """(params, batch, key) -> loss and gradient, this worker's clipped to norm `clip_norm` if > 0."""
+  """(params, batch, key) -> loss and gradient, clipped to norm `clip_norm` if that is > 0."""
   differentiated = value_and_grad(job.task)
 
   def clipped_grad(params, batch, key):
@@ -42,9 +42,9 @@ def local_phase(
   key: Key,
   inside: sharded.Inside = sharded.ALONE,
 ) -> tuple[Local, Array]:
-  """`begin` and `period` times `step` on one owner's examples [n, ...]; nothing is communicated.
+  """Runs `begin` and `period` times `step` on one client's examples [n, ...]; no communication.
 
-  An owner whose epochs are over before the round is keeps its Local, and its last loss.
+  A client that finishes its epochs before the round ends keeps its Local and its last loss.
 
   Returns:
     The worker's Local, and its mini-batch losses [H].
@@ -93,7 +93,7 @@ def _fits(index: Tree, examples: Batch) -> bool:
 
 
 def blocked(job: Job) -> Job:
-  """The job as one device per worker would run it: aggregators block by block where a mesh cuts."""
+  """The job as one device per worker would run it: blockwise aggregation if the mesh shards."""
   cut = sharded.cut_of(job.axes, job.task)
   if cut is None:
     return job
@@ -107,7 +107,7 @@ def pick(private: Tree, held: State, client: Array) -> State:
 
 
 def put(private: Tree, held: State, client: Array, state: State) -> State:
-  """The rows with that client's replaced, the shared leaves as the client has them."""
+  """Writes one client's state back: replaces its rows, takes over the shared leaves."""
   set_row = lambda rows, row: row[None] if rows.shape[0] == 1 else rows.at[client].set(row)
   merge = lambda p, old, new: set_row(old, new) if p else new
   return jax.tree.map(merge, private, held, state)
@@ -116,10 +116,10 @@ def put(private: Tree, held: State, client: Array, state: State) -> State:
 def sync(
   job: Job, local: Local, state: State, weight: Array, key: Key, anybody: Array | bool = True
 ) -> State:
-  """The part of a round that communicates; runs with the worker axes in scope.
+  """Runs the part of a round that communicates, with the worker axes in scope.
 
-  A round without participants leaves the whole state unchanged, round counters included. Methods
-  that add noise run it all the same, so that the result does not show whether anyone participated.
+  A round without participants leaves all state unchanged, round counters included. Methods that add
+  noise run it all the same, so that the result does not reveal whether anyone participated.
   """
   if not job.sampling_rate and not job.dropout:
     presence = EVERYONE if job.even else Presence(weight)
@@ -131,13 +131,13 @@ def sync(
 
 
 def infer_layout(job: Job) -> layouts.Layout:
-  """Which state of the job is private, by tracing one of its rounds.
+  """Infers which state of the job is private, by tracing one of its rounds.
 
   Raises:
-    ValueError: if the population is smaller than the cohort or no multiple of it, the method keeps
-      a worker's chunk of a whole or sends to neighbours and the workers serve several clients or
-      drop out, it counts on everyone's earlier messages and not everyone is there, or clients are
-      sampled at a rate and the method keeps private state.
+    ValueError: if the population is no multiple of the workers; if workers serve several clients or
+      drop out and the method keeps a worker's chunk or sends to neighbours; if participation is
+      partial and the method needs everyone's earlier messages; or if clients are sampled at a rate
+      and the method keeps per-client state.
   """
   job = blocked(resolved(job))
   if len(job.sizes) % job.workers:
@@ -189,7 +189,7 @@ def rounds_of_worker(
   rounds: int,
   inside: sharded.Inside = sharded.ALONE,
 ) -> tuple[TrainState, dict[str, Array]]:
-  """K rounds as one worker runs them, where each has a device: for `shard_map` and `pmap`.
+  """Runs K rounds as one worker of `shard_map` or `pmap`.
 
   Its private leaves and its examples are rows [R, ...]. The metrics are reduced once, at the end.
   """
@@ -224,13 +224,13 @@ def rounds_of_worker(
 
 
 def all_finite(tree: Tree) -> Array:
-  """Whether no float of the tree is infinite or not a number."""
+  """Whether every float of the tree is finite."""
   floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
   return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
 
 
 def initial(job: Job, layout: layouts.Layout, key: Key) -> TrainState:
-  """Round zero, private leaves with a row per owner [P, ...]."""
+  """Initializes the state of round zero; private leaves have a row per client [P, ...]."""
   job = blocked(resolved(job))
   params_key, run_key = jax.random.split(key)
   axes = meshes.worker_axes(job.axes)
@@ -248,7 +248,7 @@ def initial(job: Job, layout: layouts.Layout, key: Key) -> TrainState:
 
 
 def deployed(job: Job, layout: layouts.Layout, state: State) -> Tree:
-  """The model one would deploy: where the owners' models differ, the mean of them."""
+  """The model to deploy: where the clients' models differ, their mean."""
   owners = {"owner": len(job.sizes)}
   in_axes = (layouts.lead(layout.state),)
   private = layouts.private_outputs(job.method.params, owners, in_axes, state)
@@ -257,7 +257,7 @@ def deployed(job: Job, layout: layouts.Layout, state: State) -> Tree:
 
 
 def traffic(job: Job, layout: layouts.Layout, rounds: int) -> wire.Traffic:
-  """What one worker's algorithm sends in the first rounds, few of them."""
+  """What one worker's algorithm sends in the first `rounds` rounds; meant for few of them."""
   found = sending(job, layout).between(0, rounds)
   return found._replace(transfers=wire.happened(found.transfers))
 
@@ -265,7 +265,7 @@ def traffic(job: Job, layout: layouts.Layout, rounds: int) -> wire.Traffic:
 def sending(job: Job, layout: layouts.Layout) -> wire.Rounds:
   """What one worker's algorithm sends in any rounds, read off the traced sync.
 
-  A worker of several devices sends what each of them sends.
+  For a worker of several devices it is what all of them send.
   """
   key = jax.eval_shape(lambda: jax.random.key(0))
   weight = jax.ShapeDtypeStruct((), jnp.float32)
@@ -291,7 +291,7 @@ def of_loss(job: Job) -> tuple[Tree, Batch, Key]:
 
 
 def dense_traffic(job: Job) -> list[wire.Transfer]:
-  """What the plain mean of one gradient would send: the yardstick for every other method."""
+  """What the plain mean of one gradient sends: the baseline for every other method."""
   params = jax.eval_shape(job.task.init, jax.random.key(0))
   cut = sharded.cut_of(job.axes, job.task)
   exact = blockwise(mean(), cut) if cut else mean()
@@ -307,6 +307,6 @@ def metrics_traffic(job: Job, rounds: int) -> list[wire.Transfer]:
 
 
 def reduce_metrics(losses: Array, finite: Array) -> dict[str, Array]:
-  """The workers' mean loss by step, and whether the state of all is finite: once per dispatch."""
+  """Reduces to the mean loss per step, and whether all state is finite; once per dispatch."""
   loss, share = collectives.mean((losses, finite.astype(jnp.float32)))
   return {"loss": loss, "finite": share == 1}
