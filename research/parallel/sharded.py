@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from research.aggregate.blockwise import (
+  Blockwise,
   Cut,
-  blockwise,
   is_counter,
   of_shard,
   pieces,
@@ -21,7 +21,7 @@ from research.aggregate.blockwise import (
   shard_keys,
 )
 from research.comm.mesh import INNER_AXES
-from research.core.base import EVERYONE, Aggregate, Aggregator, Array, Blocks, Key, Tree
+from research.core.base import EVERYONE, Aggregate, Array, Blocks, Key, Tree
 from research.core.task import Batch, Data, Task, TrainState
 from research.parallel import rules
 
@@ -109,18 +109,12 @@ def spec_of(
   return tuple(names.get(d) for d in range(max(names, default=-1) + 1))
 
 
-class PerShard(Aggregator):
-  """`blockwise` with one device per block: a shard_map over the axes inside a worker.
+class PerShard(Blockwise):
+  """`blockwise` where each block has its device: a shard_map over its axes, inside the worker's.
 
   Each device aggregates its shard with the same shard of the other workers; nothing crosses an axis
   inside a worker.
   """
-
-  inner: Aggregator
-  cut: Cut
-
-  def init(self, params):
-    return blockwise(self.inner, self.cut).init(params)
 
   def aggregate(self, tree, state, key, presence=EVERYONE):
     cut, pair = self.cut, of_shard(self.inner)
