@@ -2,9 +2,9 @@
 
 Paper: Zhang, Choromanska, LeCun 2015, EASGD, arXiv:1412.6651, section 3.3 and figure 1.
 
-Same: f(x) = x^2/2, workers that exchange with the centre in turn, the condition 0 <= alpha <= (4 -
-2 eta)/(4 - eta) whatever the number of workers, ADMM at eta = .001 and rho = 2.5 with 3 and 8
-workers.
+Same: f(x) = x^2/2, workers that exchange with the centre in turn, the condition
+0 <= alpha <= (4 - 2 eta)/(4 - eta) whatever the number of workers, ADMM at eta = .001 and rho = 2.5
+with 3 and 8 workers.
 
 Scaled: nothing; the paper has pictures without numbers, and we compute spectral radii instead of
 trajectories. A turn is the Jacobian of one round of the registry's `easgd` between one worker and

@@ -7,8 +7,8 @@ the file, Top-1, full gradients, a start from N(0, I), the step a power of two a
 1/(L + Lt sqrt(beta/theta)), float64.
 
 Scaled: 4000 steps, one such power (64: at 1 the two methods do not separate within them), which
-both methods share. The figure gives no numbers: we reproduce the ordering. EF21 starts from g_i =
-0, not from full gradients.
+both methods share. The figure gives no numbers: we reproduce the ordering. EF21 starts from
+g_i = 0, not from full gradients.
 """
 
 import numpy as np

@@ -1,7 +1,7 @@
 """Causal attention with rotary positions: one function, with an implementation per platform.
 
-An attention function takes query [batch, length, heads, head_dim], key and value [batch, length,
-kv_heads, head_dim], and returns [batch, length, heads, head_dim]:
+An attention function takes query [batch, length, heads, head_dim], key and value
+[batch, length, kv_heads, head_dim], and returns [batch, length, heads, head_dim]:
 
     out_t = sum_{s <= t} softmax_s(query_t . key_s / sqrt(head_dim)) value_s
 

@@ -33,7 +33,7 @@ class Job(NamedTuple):
   local_phase: str = "auto"  # in `simulate`: "vmap", "map", or "auto" for the faster
   first_round: int = 0  # of this job's stage, if the method's period changes
   first_step: int = 0  # local steps before that round
-  diagnostics: int = 0  # steps between rows for which `diagnostics.recorded` measures; 0: none
+  diagnostics: int = 0  # steps between rows measured by `diagnostics.recorded`; 0: none
   devices: Sequence[Any] | None = None  # that `spmd` compiles for; None: those of this machine
 
   @property

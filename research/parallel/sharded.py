@@ -110,7 +110,7 @@ def spec_of(
 
 
 class PerShard(Blockwise):
-  """`blockwise` where each block has its device: a shard_map over its axes, inside the worker's.
+  """`blockwise` with one device per block: a shard_map over the axes inside a worker.
 
   Each device aggregates its shard with the same shard of the other workers; nothing crosses an axis
   inside a worker.

@@ -20,8 +20,8 @@ from research.parallel import layout as layouts
 from research.parallel.cohorts import draw
 from research.parallel.job import Job, largest_sum, resolved
 
-# Model size in bytes from which a CPU runs the workers' local steps faster one worker after the
-# other (results/bench, case local_phase).
+# Model size in bytes above which, on a CPU, local steps run faster for one worker after the other
+# (results/bench, case local_phase).
 _ALONE = 2**20
 
 
@@ -67,7 +67,7 @@ def is_mapped(job: Job, mesh: Mesh) -> bool:
 
 
 def _local_phase(job: Job, layout: layouts.Layout, mesh: Mesh) -> Callable[..., Any]:
-  """(states, rows) -> Local and measured steps of all workers, by vmap or by map.
+  """(states, rows) -> Local and measurements of all workers, by vmap or by map.
 
   `rows` are the arguments of `_work`, [W, ...], as are private leaves of states and Local.
   """
@@ -97,7 +97,7 @@ def _local_phase(job: Job, layout: layouts.Layout, mesh: Mesh) -> Callable[..., 
 
 
 def _work(job: Job, key: Key, state: State, rows: Tree) -> tuple[Local, Metrics]:
-  """One worker's local phase."""
+  """Runs one worker's local phase."""
   examples, size, worker, index = rows
   own_key = collectives.key_of(key, worker)
   return workers.local_phase(job, state, examples, size, index, own_key)
@@ -128,7 +128,7 @@ def _run(
 
 
 def _round(job, layout, local_phase, data, key, state, of_round):
-  """One round of all workers: the local phase apart, the sync under the named axes."""
+  """One round of all workers: the local phase, then the sync under the named axes."""
   number, lots, is_due = of_round
   sync_key, step_key, _ = collectives.round_keys(key, number)
   everyone = jnp.arange(job.workers, dtype=jnp.int32)

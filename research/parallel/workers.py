@@ -29,14 +29,15 @@ from research.parallel import layout as layouts
 from research.parallel.cohorts import draw
 from research.parallel.job import Job, resolved, traits
 
-GRADIENT = "squared norm of the gradient"  # among what a step measures; no task's metric
+GRADIENT = "squared norm of the gradient"  # a step's measurement, not a task's metric
 
 
 def measured_and_clipped_grad(job: Job, inside: sharded.Inside) -> Callable[..., tuple[Any, Tree]]:
-  """(params, batch, key) -> what a step measures, and its gradient.
+  """(params, batch, key) -> the measurements of a step, and its gradient.
 
-  Measured are the loss as "loss", the task's own metrics, and with diagnostics the gradient's
-  squared norm as GRADIENT. The gradient is this worker's, clipped to norm `clip_norm` if > 0.
+  Measurements are the loss as "loss", the task's own metrics and, with diagnostics, the squared
+  norm of the gradient as GRADIENT. The gradient is this worker's, clipped to norm `clip_norm` if >
+  0.
   """
   differentiated = measured_and_grad(job.task)
 
@@ -60,12 +61,12 @@ def local_phase(
   key: Key,
   inside: sharded.Inside = sharded.ALONE,
 ) -> tuple[Local, Metrics]:
-  """`begin` and `period` times `step` on one owner's examples [n, ...]; nothing is communicated.
+  """Runs `begin` and `period` times `step` on one client's examples [n, ...]; no communication.
 
-  A client that finishes its epochs before the round ends keeps its Local and its last loss.
+  A client that finishes its epochs before the round ends keeps its Local and its last measurements.
 
   Returns:
-    The worker's Local, and what its steps measure by name, [H]: "loss" and others.
+    The worker's Local, and the measurements of its steps by name, [H]: "loss" and others.
   """
   method, gradient = job.method, measured_and_clipped_grad(job, inside)
   if job.batch_size is None and not job.even:
@@ -106,7 +107,7 @@ def local_phase(
 
 
 def _nothing_measured(job: Job, local: Local, examples: Batch, index: Tree, key: Key) -> Metrics:
-  """Zeros in the place of what the first step will measure."""
+  """Zeros in the structure of a step's measurements."""
   batch = examples
   if index is not None:
     batch = jax.eval_shape(job.task.batch, examples, jax.tree.map(lambda x: x[0], index))
@@ -163,8 +164,8 @@ def infer_layout(job: Job) -> layouts.Layout:
   """Infers which state of the job is private, by tracing one of its rounds.
 
   Raises:
-    ValueError: if the population is no multiple of the workers; if workers serve several clients or
-      drop out and the method keeps a worker's chunk or sends to neighbours; if participation is
+    ValueError: if the population is not a multiple of the workers; if workers serve several clients
+      or drop out and the method keeps a worker's chunk or sends to neighbours; if participation is
       partial and the method needs everyone's earlier messages; or if clients are sampled at a rate
       and the method keeps per-client state.
   """
@@ -259,9 +260,9 @@ def rounds_of_worker(
 
 
 def shared_out(measured: Metrics, share: Array) -> Metrics:
-  """What steps measured [K, H, ...] by step [K H, ...], by this worker's share [K, ...] of each.
+  """Weights measurements [K, H, ...] by this worker's share [K, ...]; flattens to [K H, ...].
 
-  The norm of the gradient is no part of a mean over examples, and counts as it is.
+  The norm of the gradient is not part of a mean over examples, and is not weighted.
   """
 
   def one(name: str, x: Array) -> Array:
@@ -348,7 +349,7 @@ def dense_traffic(job: Job) -> list[wire.Transfer]:
 
 
 def metrics_traffic(job: Job, rounds: int) -> list[wire.Transfer]:
-  """What the reduction of the metrics sends in a dispatch of K rounds, diagnostics apart."""
+  """What the reduction of the metrics sends in a dispatch of K rounds, without diagnostics."""
   params, batch, key = of_loss(job)
   own = jax.eval_shape(loss_and_metrics(job.task), params, batch, key)[1]
   steps = jax.ShapeDtypeStruct((rounds * job.method.local_steps,), jnp.float32)
@@ -358,17 +359,17 @@ def metrics_traffic(job: Job, rounds: int) -> list[wire.Transfer]:
 
 
 def reduce_metrics(measured: Metrics, finite: Array, norms: Metrics | None = None) -> Metrics:
-  """The workers' means of what their steps measured, and whether the state of all is finite."""
+  """Averages the measurements over the workers; also whether all state is finite."""
   found, norms, share = collectives.mean((measured, norms or {}, finite.astype(jnp.float32)))
   return as_metrics(found, norms, share == 1)
 
 
 def as_metrics(measured: Metrics, norms: Metrics, finite: Array) -> dict[str, Any]:
-  """What an executor gives of a dispatch of K rounds of H steps.
+  """The metrics that an executor returns for a dispatch of K rounds of H steps.
 
   Returns:
-    "loss" [K H] and "finite"; where there are any, the task's own metrics as "auxiliary", [K H] by
-    name; with diagnostics "norms", [K] by `diagnostics.NAMES` and [K H] of the gradient.
+    "loss" [K H] and "finite"; the task's own metrics, if any, as "auxiliary", [K H] by name; with
+    diagnostics "norms", [K] by `diagnostics.NAMES` and [K H] of the gradient.
   """
   own = {name: x for name, x in measured.items() if name not in ("loss", GRADIENT)}
   if GRADIENT in measured:

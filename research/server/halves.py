@@ -4,8 +4,8 @@ The split is inferred. A round is traced from `begin` to `message`, and from `re
 dependencies. State that changes before the exchange is private and stays with the worker; other
 state is shared and stays with the server. A method can be served if
 - its round is message, one exchange, receive, and its aggregator's encoding has an uplink;
-- a worker's half needs nothing of the shared state but the model, which it pulls;
-- the server's half needs nothing of a worker but its message, and changes the model that it has.
+- the worker's half needs no shared state but the model, which it pulls;
+- the server's half needs nothing from a worker but its message, and updates its own model.
 """
 
 from collections.abc import Callable, Sequence
@@ -183,7 +183,7 @@ def _check_worker(found: Halves, state: State, shapes: Params, name: str) -> Non
 
 
 def _check_server(found: Halves, state: State, shapes: Params, name: str) -> None:
-  """Rejects a server's half that needs other worker state than the message, or returns any.
+  """Rejects a server's half that needs or returns other worker state, or replaces the model.
 
   Raises:
     ValueError: with the reason.

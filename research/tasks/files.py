@@ -27,10 +27,10 @@ _CORRUPT = (EOFError, OSError, zlib.error)  # raised by gzip, bz2 and zlib
 def find(relative: str, data_dir: str, url: str, sha256: str | None = None) -> Path:
   """Finds or downloads a data file, plain or compressed, and verifies its contents.
 
-  Looks in `data_dir`, $RESEARCH_DATA_DIR and the user cache ($XDG_CACHE_HOME, or ~/.cache, /
-  distributed-optimization-jax), in each for DIR/relative and DIR/basename, also with .gz or .bz2
-  appended. The first file found is used; damaged files of the cache are skipped. Otherwise
-  downloads `url` into the cache.
+  Looks in `data_dir`, $RESEARCH_DATA_DIR and the user cache, which is the folder
+  distributed-optimization-jax of $XDG_CACHE_HOME or ~/.cache: in each for DIR/relative and
+  DIR/basename, also with .gz or .bz2 appended. The first file found is used; damaged files of the
+  cache are skipped. Otherwise downloads `url` into the cache.
 
   Args:
     relative: path under a data directory, without the suffix of compression, such as "libsvm/a9a".

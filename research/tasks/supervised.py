@@ -13,7 +13,7 @@ from research.core.task import Batch, Task
 from research.tasks import sampling
 from research.tasks.networks import network
 
-# (outputs [batch, ...], batch) -> a value of each example [batch]
+# (outputs [batch, ...], batch) -> a value per example [batch]
 OfExamples = Callable[[Any, Batch], Any]
 
 
@@ -48,14 +48,14 @@ def supervised(
     model: from x [batch, ...] to outputs [batch, ...]: a module of Flax linen or Flax NNX, an
       Equinox module of single examples, or a function of a key that makes one; see
       `networks.network`. Its Dropout draws from the key of the loss and is off in `evaluate`.
-    train: numpy arrays "x" [N, ...], or sparse rows as `models.classic.Linear` takes them; "y" [N,
-      ...], which custom losses and metrics may omit; and others by any name.
+    train: numpy arrays "x" [N, ...], or sparse rows as `models.classic.Linear` takes them; "y"
+      [N, ...], which custom losses and metrics may omit; and others by any name.
     test: the same, of other examples.
     loss: "softmax", cross-entropy in nats, y int [N] in [0, outputs); "logistic", the same for
       y in {0, 1} and one output; "squares", half of the squared error summed over outputs,
       y float [N] or [N, outputs]; or a function (outputs, batch) -> losses [batch], or -> (losses,
-      further metrics by name, each [batch]), which then join the rows as "auxiliary".
-    metrics: further metrics by name, functions as `loss`.
+      further metrics by name, each [batch]), which are added to the rows as "auxiliary".
+    metrics: further metrics by name, functions like `loss`.
     l2: weight of the quadratic penalty, >= 0.
     nonconvex: weight of the bounded penalty, >= 0, the regularizer of nonconvex logistic
       regression.

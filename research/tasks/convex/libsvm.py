@@ -40,8 +40,8 @@ def libsvm(
 
   The loss is logistic for two classes, softmax for more, or squares. For classification the sorted
   labels of the file become 0, 1, ...; squares uses them as numbers. Feature indices start at one.
-  Rows are dense if all of them take at most 1 GiB in float32, else sparse: {"index", "value"} [N,
-  longest row], padded with value 0, which `linear` and `logistic` accept.
+  Rows are dense if all of them take at most 1 GiB in float32, else sparse: {"index", "value"}
+  [N, longest row], padded with value 0, which `linear` and `logistic` accept.
 
   Args:
     name: of the file, such as "a9a", "w8a" or "mushrooms"; .gz and .bz2 are supported. Any local

@@ -141,8 +141,8 @@ def tail(losses: Array, level: float, confidence: float = 0.95) -> dict[str, Arr
 
   VaR is the order statistic of rank ceil(level T). Its interval is binomial: the order statistics z
   sqrt(T level (1 - level)) ranks away. CVaR is the minimum of Rockafellar and Uryasev's objective,
-  which is attained at VaR; its variance is that of the influence function, (var(losses | losses >=
-  VaR) + level (CVaR - VaR)^2) / (T (1 - level)).
+  which is attained at VaR; its variance is that of the influence function, (var(losses |
+  losses >= VaR) + level (CVaR - VaR)^2) / (T (1 - level)).
 
   Args:
     losses: [T].

@@ -77,8 +77,8 @@ def text(
 
   Args:
     path: of the file.
-    model: outputs -> module, called with the number of tokens V; from tokens [b, T] to logits [b,
-      T, V].
+    model: outputs -> module, called with the number of tokens V; from tokens [b, T] to logits
+      [b, T, V].
     tokenizer: "bytes" (V = 256), "characters" (those of the text), or "bpe", trained on the
       training part.
     vocabulary: V of "bpe", or an upper bound if the text has too few pairs; 4096 if None.

@@ -44,8 +44,8 @@ def stream(
 
   Args:
     path: of a text in UTF-8, or of a .npy file with tokens [N], integers of any type.
-    model: outputs -> module, called with the number of tokens V; from tokens [b, T] to logits [b,
-      T, V].
+    model: outputs -> module, called with the number of tokens V; from tokens [b, T] to logits
+      [b, T, V].
     tokenizer: of a text: "bytes" (V = 256), which needs no other file, or "bpe", which is trained
       on the beginning of the text and writes its tokens into the user's cache once.
     vocabulary: V of a .npy file; of "bpe" as in `language.text`, 4096 if None.
@@ -102,10 +102,10 @@ def reader(
   """Returns `read(seed, first, count)`: windows first, ..., first + count - 1 of an endless order.
 
   `read` is a pure function of constant cost at any position: resuming needs no stored state and no
-  rereading, and each process reads only its own windows. As in `language.next_token`, the first N -
-  N mod T tokens form a ring, and the windows of an epoch tile it: N // T windows of T + 1 tokens
-  that predict every token once, in an order and at an offset that depend on the epoch. Epochs
-  follow one another without a gap.
+  rereading, and each process reads only its own windows. As in `language.next_token`, the first
+  N - N mod T tokens form a ring, and the windows of an epoch tile it: N // T windows of T + 1
+  tokens that predict every token once, in an order and at an offset that depend on the epoch.
+  Epochs follow one another without a gap.
 
   Args:
     tokens: integers, sliced on demand.

@@ -32,10 +32,10 @@ def pagerank(
   contracts by alpha in L1. An example is up to eight links to one node, {"source": [8], "y"}: a CPU
   gathers sums of eight fastest, and only these sums are added per node. Each worker scales the P of
   its own n of all E examples by E/n; the workers' mean is the exact P, so that compression, local
-  steps, mini-batches of links and delays apply as to a gradient. The metric "residual" is ||x -
-  T(x)||_1, the change of the next iteration; "loss" is the same for a worker's own links, averaged
-  over workers. float32 limits the residual to about 1e-7, --x64 to 1e-15. Summation is fastest if
-  each worker has the edges of contiguous nodes, `--partition=sorted()`.
+  steps, mini-batches of links and delays apply as to a gradient. The metric "residual" is
+  ||x - T(x)||_1, the change of the next iteration; "loss" is the same for a worker's own links,
+  averaged over workers. float32 limits the residual to about 1e-7, --x64 to 1e-15. Summation is
+  fastest if each worker has the edges of contiguous nodes, `--partition=sorted()`.
 
   Args:
     graph: "wiki-Vote", the path of a list of edges, see `graphs.load`; or "power_law", random.
