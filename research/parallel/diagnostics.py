@@ -1,8 +1,8 @@
-"""Diagnostics of a round: what its exchanges miss, and how far the workers' models are apart.
+"""Diagnostics of a round: the error of its exchanges, and the spread of the workers' models.
 
 They are computed from what a round has anyway (messages as the others saw them, models before and
-after), for the rounds that a row of the metrics falls into. A method knows nothing of them: its
-aggregators are wrapped while such a round is exchanged, and its state stays what it is.
+after), for the rounds that produce a row of the metrics. Methods are not involved: in such a round
+their aggregators are wrapped during the exchange, and their state keeps its structure.
 """
 
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ NAMES = ("missed", "asked", "memory", "spread", "update")
 
 
 class Recorded(NamedTuple):
-  """The state of an aggregator, and what this round's exchanges have missed so far."""
+  """The state of an aggregator, and the error of this round's exchanges so far."""
 
   state: State
   missed: Array  # sum of ||tree - sent||^2
@@ -38,7 +38,7 @@ class Recorded(NamedTuple):
 
 
 class Recording(Aggregator):
-  """An aggregator that notes how much of a worker's message the others did not see."""
+  """An aggregator that records how much of a worker's message the others did not see."""
 
   inner: Aggregator
 
@@ -64,14 +64,17 @@ def squared(tree: Tree) -> Array:
 
 
 def recorded(job: Job, sync: Any, local: Local, state: State, *args: Any) -> tuple[State, dict]:
-  """The exchange of a round, and the squared norms of NAMES of this worker.
+  """Runs the exchange of a round, and measures the squared norms NAMES of this worker.
 
   Args:
-    job: whose method is resolved.
+    job: a job with a resolved method.
     sync: `workers.sync`.
     local: of the round's last step.
-    state: of its start.
+    state: of the round's start.
     *args: further arguments of `sync`.
+
+  Returns:
+    The new state, and the squared norms by NAMES.
   """
   method = job.method.over(Recording)
   params = jax.eval_shape(job.method.params, state)
@@ -95,12 +98,12 @@ def recorded(job: Job, sync: Any, local: Local, state: State, *args: Any) -> tup
 
 
 def nothing() -> dict[str, Array]:
-  """In place of what `recorded` finds, of a round that no row falls into."""
+  """Zeros instead of the norms of `recorded`, for rounds without a row."""
   return {name: jnp.zeros((), jnp.float32) for name in NAMES}
 
 
 def due(job: Job, numbers: Array) -> Array:
-  """Which rounds [K] of a dispatch a row of the metrics falls into: the last one always."""
+  """Whether each round [K] of a dispatch produces a row of the metrics; the last always does."""
   period, every = job.method.local_steps, job.diagnostics
   first = job.first_step + (numbers - job.first_round) * period
   is_last = jnp.arange(len(numbers)) == len(numbers) - 1
@@ -112,12 +115,13 @@ def _is_recorded(x: Any) -> bool:
 
 
 def columns(means: dict[str, float], gradient: float) -> dict[str, float]:
-  """The diagnostics of a round.
+  """Converts squared norms to the diagnostics of a round.
 
-  "compression_error" is ||tree - sent||^2 / ||tree||^2 over all exchanges of all workers;
-  "memory_norm" is that of what the aggregators keep, "model_spread" that of a worker's model at the
-  end of the local phase less the mean of all, "update_norm" that of what the round changed in the
-  model, "gradient_norm" that of a worker's mini-batch gradient: root mean squares over the workers.
+  "compression_error" is ||tree - sent||^2 / ||tree||^2 over all exchanges of all workers. The
+  others are root mean squares over the workers: "memory_norm" of what the aggregators keep,
+  "model_spread" of a worker's model at the end of the local phase minus the mean model,
+  "update_norm" of the round's change of the model, "gradient_norm" of a worker's mini-batch
+  gradient.
 
   Args:
     means: squared norms by NAMES, means over the workers.

@@ -1,4 +1,4 @@
-"""Many workers on the devices that exist: the worker axis is an axis of the arrays."""
+"""Executor that simulates many workers by `vmap`: the worker axis is an array axis."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,20 +20,21 @@ from research.parallel import layout as layouts
 from research.parallel.cohorts import draw
 from research.parallel.job import Job, largest_sum, resolved
 
-# A worker's model, in bytes, from which on its steps are faster one worker after the other on a
-# CPU: results/bench, case local_phase.
+# Model size in bytes above which, on a CPU, local steps run faster for one worker after the other
+# (results/bench, case local_phase).
 _ALONE = 2**20
 
 
 def simulate(job: Job) -> Executor:
   """Runs any number of workers on any number of devices, by `vmap`.
 
-  The worker axis is sharded over as many devices as hold equal numbers of workers. Axes inside a
-  worker change the mathematics only in that its leaves are aggregated block by block.
+  The worker axis is sharded over as many devices as can take equal numbers of workers. Axes inside
+  a worker change the result only in that its leaves are aggregated block by block.
 
-  The local phase, which never communicates, may run by map instead: each device takes its workers
-  one after the other. That is what a CPU does faster with several steps of a model that is not
-  small, since a vmap makes products batched and leaves the cache between two steps of a worker.
+  The local phase never communicates, so it may instead run by `lax.map`: each device runs its
+  workers one after the other. On a CPU this is faster for several steps of a model that is not
+  small, because vmap makes the matrix products batched and evicts a worker's data from the cache
+  between its steps.
 
   Raises:
     ValueError: if the population is not a multiple of the workers.
@@ -66,9 +67,9 @@ def is_mapped(job: Job, mesh: Mesh) -> bool:
 
 
 def _local_phase(job: Job, layout: layouts.Layout, mesh: Mesh) -> Callable[..., Any]:
-  """(states, rows) -> Local and measured steps of all workers, by vmap or by map.
+  """(states, rows) -> Local and measurements of all workers, by vmap or by map.
 
-  `rows` are the arguments of `_work`, [W, ...]; so are private leaves of states and Local.
+  `rows` are the arguments of `_work`, [W, ...], as are private leaves of states and Local.
   """
   work = partial(_work, job)
   state_axes, local_axes = layouts.lead(layout.state), layouts.lead(layout.local)
@@ -96,7 +97,7 @@ def _local_phase(job: Job, layout: layouts.Layout, mesh: Mesh) -> Callable[..., 
 
 
 def _work(job: Job, key: Key, state: State, rows: Tree) -> tuple[Local, Metrics]:
-  """One worker's local phase."""
+  """Runs one worker's local phase."""
   examples, size, worker, index = rows
   own_key = collectives.key_of(key, worker)
   return workers.local_phase(job, state, examples, size, index, own_key)
@@ -127,7 +128,7 @@ def _run(
 
 
 def _round(job, layout, local_phase, data, key, state, of_round):
-  """One round of all workers: the local phase apart, the sync under the named axes."""
+  """One round of all workers: the local phase, then the sync under the named axes."""
   number, lots, is_due = of_round
   sync_key, step_key, _ = collectives.round_keys(key, number)
   everyone = jnp.arange(job.workers, dtype=jnp.int32)

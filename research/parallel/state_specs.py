@@ -1,4 +1,4 @@
-"""Where an optimizer's state lies: what workers share, and what each keeps for itself."""
+"""PartitionSpecs of an optimizer's state: which leaves are replicated, which are per worker."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,23 +14,23 @@ from research.parallel import layout
 
 
 class StateSpecs(NamedTuple):
-  """PartitionSpecs for one's own `shard_map` over the worker axes, and shardings for `jit`."""
+  """PartitionSpecs for a user's `shard_map` over the worker axes, and shardings for `jit`."""
 
-  state: Tree  # specs of the optimizer's state: over the worker axes alone
+  state: Tree  # of the optimizer's state: over the worker axes only
   params: Tree  # of the parameters, which differ between workers for methods with local steps
-  state_shardings: Tree  # the same with the parameters' own sharding along other axes
+  state_shardings: Tree  # the same, with the parameters' own sharding along other axes
   params_shardings: Tree
 
 
 def state_specs(
   optimizer: optax.GradientTransformation, params: Params, mesh: Mesh, *, axis: Axes = WORKER_AXES
 ) -> StateSpecs:
-  """Finds how the state of an optimizer with `aggregated` or `as_optax` in it lies on a mesh.
+  """Infers the specs of the state of an optimizer that contains `aggregated` or `as_optax`.
 
-  Such an optimizer keeps some of its state for each worker alone, as a memory of what was not sent.
-  Declared as replicated, by `out_specs=P()`, such an array would hold as many values as there are
-  workers and claim to hold one. Nobody has to know which leaves these are: one update is traced. Of
-  a worker's own leaf [n, ...] the array outside is [W n, ...].
+  Such an optimizer keeps some of its state per worker, for example the memory of what was not sent.
+  Declared replicated by `out_specs=P()`, such an array would have a different value on each worker
+  while JAX treats it as one. One traced update tells which leaves these are. A worker's own leaf
+  [n, ...] is [W n, ...] outside of `shard_map`.
 
       specs = state_specs(optimizer, params, mesh, axis="batch")
       state = init_state(optimizer, params, mesh, axis="batch")
@@ -41,15 +41,15 @@ def state_specs(
 
   Args:
     optimizer: any chain of transformations.
-    params: of the model: arrays or shapes of one worker. Where they have a sharding along other
-      axes of the mesh (FSDP), leaves of the state that belong to them have it, too.
+    params: the model's parameters: arrays or shapes of one worker. If they are sharded along other
+      axes of the mesh (FSDP), the state leaves that belong to them are sharded alike.
     mesh: with the worker axis.
-    axis: the name of the worker axis, or the names, slow links first; 'slice' and 'data' by
-      default, or which of them the mesh has.
+    axis: the name of the worker axis, or several names, slow links first; by default those of
+      'slice' and 'data' that the mesh has.
 
   Raises:
-    ValueError: if the mesh has no such axis, or a worker's own leaf is a scalar, of which
-      `shard_map` can make no array.
+    ValueError: if the mesh has no such axis, or a worker's own leaf is a scalar, from which
+      `shard_map` cannot make an array.
   """
   axes = _axes_of(mesh, axis)
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
@@ -73,13 +73,13 @@ def state_specs(
 def init_state(
   optimizer: optax.GradientTransformation, params: Params, mesh: Mesh, *, axis: Axes = WORKER_AXES
 ) -> Tree:
-  """The first state of an optimizer, made outside of `shard_map`, where its specs say it lies.
+  """Initializes the optimizer's state outside of `shard_map`, sharded by its specs.
 
   Args:
     optimizer: any chain of transformations.
-    params: of the model, arrays [n, ...].
+    params: the model's parameters, arrays [n, ...].
     mesh: with the worker axis.
-    axis: as of `state_specs`.
+    axis: as for `state_specs`.
 
   Returns:
     The state: shared leaves as `optimizer.init` makes them, a worker's own leaves [W n, ...].
@@ -102,7 +102,7 @@ def _axes_of(mesh: Mesh, axis: Axes) -> dict[str, int]:
   """The worker axes of a mesh and their sizes.
 
   Raises:
-    ValueError: if it lacks one that was named, or has none.
+    ValueError: if the mesh lacks a named axis, or has none of the default ones.
   """
   names = (axis,) if isinstance(axis, str) else tuple(axis)
   sizes = {str(name): size for name, size in mesh.shape.items()}
@@ -115,7 +115,7 @@ def _axes_of(mesh: Mesh, axis: Axes) -> dict[str, int]:
 def _private(
   optimizer: optax.GradientTransformation, shapes: Params, axes: dict[str, int]
 ) -> tuple[Tree, Tree, Tree]:
-  """Which leaves of the state and of the parameters are a worker's own, and the state's shapes."""
+  """Marks a worker's own leaves in the state and the parameters; also the state's shapes."""
   lead = lambda private, tree: jax.tree.map(
     lambda p, x: jax.ShapeDtypeStruct((*axes.values(), *x.shape), x.dtype) if p else x,
     private,
@@ -144,7 +144,7 @@ def _private(
 
 
 def _inner_specs(tree: Tree, params: Params) -> Tree:
-  """For each leaf of a tree the spec of the parameter whose path it ends with, if shapes agree."""
+  """For each leaf, the spec of the parameter whose path ends its own, if shapes agree."""
   cut = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     sharding = getattr(leaf, "sharding", None)
@@ -162,7 +162,7 @@ def _inner_specs(tree: Tree, params: Params) -> Tree:
 
 
 def _joined(workers: tuple[str, ...], is_private: bool, x: Any, cut: P) -> P:
-  """The spec of a whole leaf: along the worker axes in front where it is private."""
+  """The global spec of a leaf: worker axes on the first dimension if it is private."""
   if not is_private:
     return cut
   first, *rest = [*cut, *[None] * (len(x.shape) - len(cut))]

@@ -1,4 +1,4 @@
-"""One worker's part of a round: what every execution of a method on a task shares."""
+"""One worker's part of a round, shared by all executors."""
 
 from collections.abc import Callable
 from functools import partial
@@ -29,14 +29,15 @@ from research.parallel import layout as layouts
 from research.parallel.cohorts import draw
 from research.parallel.job import Job, resolved, traits
 
-GRADIENT = "squared norm of the gradient"  # among what a step measures; no task's metric
+GRADIENT = "squared norm of the gradient"  # a step's measurement, not a task's metric
 
 
 def measured_and_clipped_grad(job: Job, inside: sharded.Inside) -> Callable[..., tuple[Any, Tree]]:
-  """(params, batch, key) -> what a step measures, and its gradient.
+  """(params, batch, key) -> the measurements of a step, and its gradient.
 
-  Measured are the loss as "loss", the task's own metrics, and with diagnostics the gradient's
-  squared norm as GRADIENT. The gradient is this worker's, clipped to norm `clip_norm` if > 0.
+  Measurements are the loss as "loss", the task's own metrics and, with diagnostics, the squared
+  norm of the gradient as GRADIENT. The gradient is this worker's, clipped to norm `clip_norm` if >
+  0.
   """
   differentiated = measured_and_grad(job.task)
 
@@ -60,12 +61,12 @@ def local_phase(
   key: Key,
   inside: sharded.Inside = sharded.ALONE,
 ) -> tuple[Local, Metrics]:
-  """`begin` and `period` times `step` on one owner's examples [n, ...]; nothing is communicated.
+  """Runs `begin` and `period` times `step` on one client's examples [n, ...]; no communication.
 
-  An owner whose epochs are over before the round is keeps its Local, and its last loss.
+  A client that finishes its epochs before the round ends keeps its Local and its last measurements.
 
   Returns:
-    The worker's Local, and what its steps measure by name, [H]: "loss" and others.
+    The worker's Local, and the measurements of its steps by name, [H]: "loss" and others.
   """
   method, gradient = job.method, measured_and_clipped_grad(job, inside)
   if job.batch_size is None and not job.even:
@@ -106,7 +107,7 @@ def local_phase(
 
 
 def _nothing_measured(job: Job, local: Local, examples: Batch, index: Tree, key: Key) -> Metrics:
-  """Zeros in the place of what the first step will measure."""
+  """Zeros in the structure of a step's measurements."""
   batch = examples
   if index is not None:
     batch = jax.eval_shape(job.task.batch, examples, jax.tree.map(lambda x: x[0], index))
@@ -122,7 +123,7 @@ def _fits(index: Tree, examples: Batch) -> bool:
 
 
 def blocked(job: Job) -> Job:
-  """The job as one device per worker would run it: aggregators block by block where a mesh cuts."""
+  """The job as one device per worker would run it: blockwise aggregation if the mesh shards."""
   cut = sharded.cut_of(job.axes, job.task)
   if cut is None:
     return job
@@ -136,7 +137,7 @@ def pick(private: Tree, held: State, client: Array) -> State:
 
 
 def put(private: Tree, held: State, client: Array, state: State) -> State:
-  """The rows with that client's replaced, the shared leaves as the client has them."""
+  """Writes one client's state back: replaces its rows, takes over the shared leaves."""
   set_row = lambda rows, row: row[None] if rows.shape[0] == 1 else rows.at[client].set(row)
   merge = lambda p, old, new: set_row(old, new) if p else new
   return jax.tree.map(merge, private, held, state)
@@ -145,10 +146,10 @@ def put(private: Tree, held: State, client: Array, state: State) -> State:
 def sync(
   job: Job, local: Local, state: State, weight: Array, key: Key, anybody: Array | bool = True
 ) -> State:
-  """The part of a round that communicates; runs with the worker axes in scope.
+  """Runs the part of a round that communicates, with the worker axes in scope.
 
-  A round without participants leaves the whole state unchanged, round counters included. Methods
-  that add noise run it all the same, so that the result does not show whether anyone participated.
+  A round without participants leaves all state unchanged, round counters included. Methods that add
+  noise run it all the same, so that the result does not reveal whether anyone participated.
   """
   if not job.sampling_rate and not job.dropout:
     presence = EVERYONE if job.even else Presence(weight)
@@ -160,13 +161,13 @@ def sync(
 
 
 def infer_layout(job: Job) -> layouts.Layout:
-  """Which state of the job is private, by tracing one of its rounds.
+  """Infers which state of the job is private, by tracing one of its rounds.
 
   Raises:
-    ValueError: if the population is smaller than the cohort or no multiple of it, the method keeps
-      a worker's chunk of a whole or sends to neighbours and the workers serve several clients or
-      drop out, it counts on everyone's earlier messages and not everyone is there, or clients are
-      sampled at a rate and the method keeps private state.
+    ValueError: if the population is not a multiple of the workers; if workers serve several clients
+      or drop out and the method keeps a worker's chunk or sends to neighbours; if participation is
+      partial and the method needs everyone's earlier messages; or if clients are sampled at a rate
+      and the method keeps per-client state.
   """
   job = blocked(resolved(job))
   if len(job.sizes) % job.workers:
@@ -218,7 +219,7 @@ def rounds_of_worker(
   rounds: int,
   inside: sharded.Inside = sharded.ALONE,
 ) -> tuple[TrainState, dict[str, Array]]:
-  """K rounds as one worker runs them, where each has a device: for `shard_map` and `pmap`.
+  """Runs K rounds as one worker of `shard_map` or `pmap`.
 
   Its private leaves and its examples are rows [R, ...]. The metrics are reduced once, at the end.
   """
@@ -259,9 +260,9 @@ def rounds_of_worker(
 
 
 def shared_out(measured: Metrics, share: Array) -> Metrics:
-  """What steps measured [K, H, ...] by step [K H, ...], by this worker's share [K, ...] of each.
+  """Weights measurements [K, H, ...] by this worker's share [K, ...]; flattens to [K H, ...].
 
-  The norm of the gradient is no part of a mean over examples, and counts as it is.
+  The norm of the gradient is not part of a mean over examples, and is not weighted.
   """
 
   def one(name: str, x: Array) -> Array:
@@ -272,13 +273,13 @@ def shared_out(measured: Metrics, share: Array) -> Metrics:
 
 
 def all_finite(tree: Tree) -> Array:
-  """Whether no float of the tree is infinite or not a number."""
+  """Whether every float of the tree is finite."""
   floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
   return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
 
 
 def initial(job: Job, layout: layouts.Layout, key: Key) -> TrainState:
-  """Round zero, private leaves with a row per owner [P, ...]."""
+  """Initializes the state of round zero; private leaves have a row per client [P, ...]."""
   job = blocked(resolved(job))
   params_key, run_key = jax.random.split(key)
   axes = meshes.worker_axes(job.axes)
@@ -296,7 +297,7 @@ def initial(job: Job, layout: layouts.Layout, key: Key) -> TrainState:
 
 
 def deployed(job: Job, layout: layouts.Layout, state: State) -> Tree:
-  """The model one would deploy: where the owners' models differ, the mean of them."""
+  """The model to deploy: where the clients' models differ, their mean."""
   owners = {"owner": len(job.sizes)}
   in_axes = (layouts.lead(layout.state),)
   private = layouts.private_outputs(job.method.params, owners, in_axes, state)
@@ -305,7 +306,7 @@ def deployed(job: Job, layout: layouts.Layout, state: State) -> Tree:
 
 
 def traffic(job: Job, layout: layouts.Layout, rounds: int) -> wire.Traffic:
-  """What one worker's algorithm sends in the first rounds, few of them."""
+  """What one worker's algorithm sends in the first `rounds` rounds; meant for few of them."""
   found = sending(job, layout).between(0, rounds)
   return found._replace(transfers=wire.happened(found.transfers))
 
@@ -313,7 +314,7 @@ def traffic(job: Job, layout: layouts.Layout, rounds: int) -> wire.Traffic:
 def sending(job: Job, layout: layouts.Layout) -> wire.Rounds:
   """What one worker's algorithm sends in any rounds, read off the traced sync.
 
-  A worker of several devices sends what each of them sends.
+  For a worker of several devices it is what all of them send.
   """
   key = jax.eval_shape(lambda: jax.random.key(0))
   weight = jax.ShapeDtypeStruct((), jnp.float32)
@@ -339,7 +340,7 @@ def of_loss(job: Job) -> tuple[Tree, Batch, Key]:
 
 
 def dense_traffic(job: Job) -> list[wire.Transfer]:
-  """What the plain mean of one gradient would send: the yardstick for every other method."""
+  """What the plain mean of one gradient sends: the baseline for every other method."""
   params = jax.eval_shape(job.task.init, jax.random.key(0))
   cut = sharded.cut_of(job.axes, job.task)
   exact = blockwise(mean(), cut) if cut else mean()
@@ -348,7 +349,7 @@ def dense_traffic(job: Job) -> list[wire.Transfer]:
 
 
 def metrics_traffic(job: Job, rounds: int) -> list[wire.Transfer]:
-  """What the reduction of the metrics sends in a dispatch of K rounds, diagnostics apart."""
+  """What the reduction of the metrics sends in a dispatch of K rounds, without diagnostics."""
   params, batch, key = of_loss(job)
   own = jax.eval_shape(loss_and_metrics(job.task), params, batch, key)[1]
   steps = jax.ShapeDtypeStruct((rounds * job.method.local_steps,), jnp.float32)
@@ -358,17 +359,17 @@ def metrics_traffic(job: Job, rounds: int) -> list[wire.Transfer]:
 
 
 def reduce_metrics(measured: Metrics, finite: Array, norms: Metrics | None = None) -> Metrics:
-  """The workers' means of what their steps measured, and whether the state of all is finite."""
+  """Averages the measurements over the workers; also whether all state is finite."""
   found, norms, share = collectives.mean((measured, norms or {}, finite.astype(jnp.float32)))
   return as_metrics(found, norms, share == 1)
 
 
 def as_metrics(measured: Metrics, norms: Metrics, finite: Array) -> dict[str, Any]:
-  """What an executor gives of a dispatch of K rounds of H steps.
+  """The metrics that an executor returns for a dispatch of K rounds of H steps.
 
   Returns:
-    "loss" [K H] and "finite"; where there are any, the task's own metrics as "auxiliary", [K H] by
-    name; with diagnostics "norms", [K] by `diagnostics.NAMES` and [K H] of the gradient.
+    "loss" [K H] and "finite"; the task's own metrics, if any, as "auxiliary", [K H] by name; with
+    diagnostics "norms", [K] by `diagnostics.NAMES` and [K H] of the gradient.
   """
   own = {name: x for name, x in measured.items() if name not in ("loss", GRADIENT)}
   if GRADIENT in measured:
