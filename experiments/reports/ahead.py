@@ -21,7 +21,7 @@ from research.analysis import chips, compiled, flops, wire
 from research.comm import mesh as meshes
 from research.core import blame
 from research.core.base import WORKER_AXES, Tree
-from research.core.task import Data, TrainState
+from research.core.task import Data, TrainState, loss_and_metrics
 from research.parallel import workers
 from research.parallel.job import Job
 from research.training import assemble
@@ -227,7 +227,8 @@ def _needed(job: Job, mesh: Mesh) -> float:
   def count() -> float:
     if own:
       return flops.flops(jax.make_jaxpr(own)(*args), inner)
-    return flops.of_gradient(job.task.loss, *args, axes=inner)
+    loss = lambda *args: loss_and_metrics(job.task)(*args)[0]
+    return flops.of_gradient(loss, *args, axes=inner)
 
   try:
     with jax.sharding.use_abstract_mesh(AbstractMesh(tuple(inner.values()), tuple(inner), types)):

@@ -33,6 +33,7 @@ class Job(NamedTuple):
   local_phase: str = "auto"  # how `simulate` runs it: "vmap", "map" or what is faster
   first_round: int = 0  # of the stage that this job is, where the method's period changes
   first_step: int = 0  # local steps before that round
+  diagnostics: int = 0  # steps between rows for which `diagnostics.recorded` measures; 0: none
   devices: Sequence[Any] | None = None  # that `spmd` compiles for; None: those of this machine
 
   @property

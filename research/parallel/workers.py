@@ -1,6 +1,8 @@
 """One worker's part of a round: what every execution of a method on a task shares."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,21 +16,37 @@ from research.comm import collectives
 from research.comm import mesh as meshes
 from research.core.base import EVERYONE, Array, Key, Presence, State, Trait, Tree
 from research.core.method import Local
-from research.core.task import Batch, Data, TrainState, value_and_grad
+from research.core.task import (
+  Batch,
+  Data,
+  Metrics,
+  TrainState,
+  loss_and_metrics,
+  measured_and_grad,
+)
+from research.parallel import diagnostics, sharded
 from research.parallel import layout as layouts
-from research.parallel import sharded
 from research.parallel.cohorts import draw
 from research.parallel.job import Job, resolved, traits
 
+GRADIENT = "squared norm of the gradient"  # among what a step measures; no task's metric
 
-def value_and_clipped_grad(job: Job, inside: sharded.Inside) -> Callable[..., tuple[Array, Tree]]:
-  """(params, batch, key) -> loss and gradient, this worker's clipped to norm `clip_norm` if > 0."""
-  differentiated = value_and_grad(job.task)
+
+def measured_and_clipped_grad(job: Job, inside: sharded.Inside) -> Callable[..., tuple[Any, Tree]]:
+  """(params, batch, key) -> what a step measures, and its gradient.
+
+  Measured are the loss as "loss", the task's own metrics, and with diagnostics the gradient's
+  squared norm as GRADIENT. The gradient is this worker's, clipped to norm `clip_norm` if > 0.
+  """
+  differentiated = measured_and_grad(job.task)
 
   def clipped_grad(params, batch, key):
-    value, grads = differentiated(params, inside.batch(batch), key)
+    (value, own), grads = differentiated(params, inside.batch(batch), key)
     grads = inside.grads(grads)
-    return value.astype(jnp.float32), clipped(grads, job.clip_norm) if job.clip_norm > 0 else grads
+    grads = clipped(grads, job.clip_norm) if job.clip_norm > 0 else grads
+    measured = {**own, "loss": value}
+    measured |= {GRADIENT: diagnostics.squared(grads)} if job.diagnostics else {}
+    return jax.tree.map(lambda x: x.astype(jnp.float32), measured), grads
 
   return clipped_grad
 
@@ -41,15 +59,15 @@ def local_phase(
   index: Tree,
   key: Key,
   inside: sharded.Inside = sharded.ALONE,
-) -> tuple[Local, Array]:
+) -> tuple[Local, Metrics]:
   """`begin` and `period` times `step` on one owner's examples [n, ...]; nothing is communicated.
 
   An owner whose epochs are over before the round is keeps its Local, and its last loss.
 
   Returns:
-    The worker's Local, and its mini-batch losses [H].
+    The worker's Local, and what its steps measure by name, [H]: "loss" and others.
   """
-  method, gradient = job.method, value_and_clipped_grad(job, inside)
+  method, gradient = job.method, measured_and_clipped_grad(job, inside)
   if job.batch_size is None and not job.even:
     most = jax.tree.leaves(examples)[0].shape[0]
     examples = {**examples, "mask": (jnp.arange(most) < size).astype(float)}
@@ -65,25 +83,36 @@ def local_phase(
     elif not ahead:
       drawn = job.task.batch(examples, drawn)
     batch, step_key = drawn, jax.random.fold_in(key, number)
-    loss, grads = gradient(local.params, batch, step_key)
+    measured, grads = gradient(local.params, batch, step_key)
     grad_fn = lambda params: gradient(params, batch, step_key)[1]
-    return method.step(grads, local, state, key=step_key, grad_fn=grad_fn), loss
+    return method.step(grads, local, state, key=step_key, grad_fn=grad_fn), measured
 
   def one(held, of_step):
-    if job.by_epochs:
-      due = of_step[1] < job.own_steps(size)
-      held = lax.cond(due, step, lambda held, _: held, held, of_step)
-    else:
-      held = step(held, of_step)
+    if not job.by_epochs:
+      local, measured = step(held, of_step)
+      return (local, None), measured
+    due = of_step[1] < job.own_steps(size)
+    held = lax.cond(due, step, lambda held, _: held, held, of_step)
     return held, held[1]
 
   steps = jnp.arange(method.local_steps, dtype=jnp.int32)
-  held = method.begin(state), jnp.zeros((), jnp.float32)
+  local = method.begin(state)
+  held = local, _nothing_measured(job, local, examples, index, key) if job.by_epochs else None
   if method.local_steps > 1:
-    (local, _), losses = lax.scan(one, held, (drawn, steps))
-    return local, losses
-  (local, loss), _ = one(held, jax.tree.map(lambda x: x[0], (drawn, steps)))
-  return local, loss[None]
+    (local, _), measured = lax.scan(one, held, (drawn, steps))
+    return local, measured
+  (local, _), measured = one(held, jax.tree.map(lambda x: x[0], (drawn, steps)))
+  return local, jax.tree.map(lambda x: x[None], measured)
+
+
+def _nothing_measured(job: Job, local: Local, examples: Batch, index: Tree, key: Key) -> Metrics:
+  """Zeros in the place of what the first step will measure."""
+  batch = examples
+  if index is not None:
+    batch = jax.eval_shape(job.task.batch, examples, jax.tree.map(lambda x: x[0], index))
+  own = jax.eval_shape(loss_and_metrics(job.task), local.params, batch, key)[1]
+  names = [*own, "loss", *([GRADIENT] if job.diagnostics else [])]
+  return {name: jnp.zeros((), jnp.float32) for name in names}
 
 
 def _fits(index: Tree, examples: Batch) -> bool:
@@ -198,12 +227,12 @@ def rounds_of_worker(
   lots = draw(job, data, state.key, numbers, worker)
 
   def one(held, of_round):
-    number, lot = of_round
+    number, lot, is_due = of_round
     sync_key, step_key, _ = collectives.round_keys(state.key, number)
     client = lot.owner - job.clients * worker
     examples = jax.tree.map(lambda x: pick(True, x, client), data.examples)
     size = data.sizes[lot.owner]
-    local, losses = local_phase(
+    local, measured = local_phase(
       job,
       pick(private, held, client),
       examples,
@@ -212,15 +241,34 @@ def rounds_of_worker(
       collectives.worker_key(step_key),
       inside,
     )
-    after = sync(job, local, pick(private, held, client), lot.weight, sync_key, lot.anybody)
+    exchanged = local, pick(private, held, client), lot.weight, sync_key, lot.anybody
+    if job.diagnostics:
+      with_norms = partial(diagnostics.recorded, job, sync)
+      without = lambda *args: (sync(job, *args), diagnostics.nothing())
+      after, norms = lax.cond(is_due, with_norms, without, *exchanged)
+    else:
+      after, norms = sync(job, *exchanged), {}
     written = all_finite(after) if job.clients > 1 else jnp.bool_(True)
-    return put(private, held, client, after), (losses, written)
+    return put(private, held, client, after), (measured, norms, written)
 
-  held, (losses, written) = lax.scan(one, state.method, (numbers, lots))
-  shares = (losses * lots.share[:, None]).reshape(-1)
+  due = diagnostics.due(job, numbers) if job.diagnostics else None
+  held, (measured, norms, written) = lax.scan(one, state.method, (numbers, lots, due))
   finite = jnp.all(written) if job.clients > 1 else all_finite(held)
-  metrics = reduce_metrics(shares, finite)
+  metrics = reduce_metrics(shared_out(measured, lots.share), finite, norms)
   return TrainState(state.round + rounds, state.key, held), metrics
+
+
+def shared_out(measured: Metrics, share: Array) -> Metrics:
+  """What steps measured [K, H, ...] by step [K H, ...], by this worker's share [K, ...] of each.
+
+  The norm of the gradient is no part of a mean over examples, and counts as it is.
+  """
+
+  def one(name: str, x: Array) -> Array:
+    x = x if name == GRADIENT else x * share[:, None]
+    return x.reshape(-1, *x.shape[2:])
+
+  return {name: one(name, x) for name, x in measured.items()}
 
 
 def all_finite(tree: Tree) -> Array:
@@ -300,13 +348,30 @@ def dense_traffic(job: Job) -> list[wire.Transfer]:
 
 
 def metrics_traffic(job: Job, rounds: int) -> list[wire.Transfer]:
-  """What the reduction of the metrics sends in a dispatch of K rounds."""
-  losses = jax.ShapeDtypeStruct((rounds * job.method.local_steps,), jnp.float32)
+  """What the reduction of the metrics sends in a dispatch of K rounds, diagnostics apart."""
+  params, batch, key = of_loss(job)
+  own = jax.eval_shape(loss_and_metrics(job.task), params, batch, key)[1]
+  steps = jax.ShapeDtypeStruct((rounds * job.method.local_steps,), jnp.float32)
   finite = jax.ShapeDtypeStruct((), jnp.bool_)
-  return wire.traffic(reduce_metrics, losses, finite, axes=meshes.worker_axes(job.axes))
+  measured = dict.fromkeys([*own, "loss"], steps)
+  return wire.traffic(reduce_metrics, measured, finite, axes=meshes.worker_axes(job.axes))
 
 
-def reduce_metrics(losses: Array, finite: Array) -> dict[str, Array]:
-  """The workers' mean loss by step, and whether the state of all is finite: once per dispatch."""
-  loss, share = collectives.mean((losses, finite.astype(jnp.float32)))
-  return {"loss": loss, "finite": share == 1}
+def reduce_metrics(measured: Metrics, finite: Array, norms: Metrics | None = None) -> Metrics:
+  """The workers' means of what their steps measured, and whether the state of all is finite."""
+  found, norms, share = collectives.mean((measured, norms or {}, finite.astype(jnp.float32)))
+  return as_metrics(found, norms, share == 1)
+
+
+def as_metrics(measured: Metrics, norms: Metrics, finite: Array) -> dict[str, Any]:
+  """What an executor gives of a dispatch of K rounds of H steps.
+
+  Returns:
+    "loss" [K H] and "finite"; where there are any, the task's own metrics as "auxiliary", [K H] by
+    name; with diagnostics "norms", [K] by `diagnostics.NAMES` and [K H] of the gradient.
+  """
+  own = {name: x for name, x in measured.items() if name not in ("loss", GRADIENT)}
+  if GRADIENT in measured:
+    norms = norms | {GRADIENT: measured[GRADIENT]}
+  found = {"loss": measured["loss"], "finite": finite}
+  return found | ({"auxiliary": own} if own else {}) | ({"norms": norms} if norms else {})

@@ -6,7 +6,7 @@ not is shared and stays with the server. A method can be served if
 
 - its round is message, one exchange, receive, and its aggregator's encoding has an uplink;
 - a worker's half needs nothing of the shared state but the model, which it pulls;
-- the server's half needs nothing of a worker but its message.
+- the server's half needs nothing of a worker but its message, and changes the model that it has.
 """
 
 from collections.abc import Callable, Sequence
@@ -195,10 +195,13 @@ def _check_server(found: Halves, state: State, shapes: Params, name: str) -> Non
   if any(_both(own, shared)):
     leaves = _names(state, _both(own, shared))
     raise ValueError(f"what {name} keeps in common depends on a worker's own state: {leaves}")
-  received = _reached(run, (True, shapes), (False, shapes), (shared, state), (False, _key()))
+  received = _reached(run, (True, shapes), (True, shapes), (shared, state), (False, _key()))
   if any(_both(received, found.private)):
     leaves = _names(state, _both(received, found.private))
     raise ValueError(f"a worker of {name} waits for what comes of its message: {leaves}")
+  kept = _reached(run, (False, shapes), (False, shapes), (found.model, state), (False, _key()))
+  if not all(after for after, model in zip(kept, found.model, strict=True) if model):
+    raise ValueError(f"{name} replaces the model by the workers', which a server must not do")
 
 
 def _reached(run: Callable[..., list[Any]], *args: tuple[bool | list[bool], Tree]) -> list[bool]:

@@ -33,7 +33,7 @@ from research.training.config import Config, UsageError, flag
 MODES = (*OF_SERVERS, "hogwild")
 # Flags of other executions, which a server has no use for.
 _ELSEWHERE = ("population", "sampling_rate", "dropout", "clock", "virtual_seconds", "tolerance")
-_ELSEWHERE = (*_ELSEWHERE, "zero", "local_phase", "profile", "x64")
+_ELSEWHERE = (*_ELSEWHERE, "zero", "local_phase", "diagnostics", "profile", "x64")
 
 
 class Setup(NamedTuple):

@@ -97,7 +97,8 @@ def worker(job: Job, apart: Halves, keys: Keys) -> Worker:
     key = jax.random.fold_in(collectives.key_of(keys.run, worker), first)
     index = drawn(size, worker, first, period)
     one = job._replace(method=_From(method, local, period))
-    return workers.local_phase(one, state, examples, size, index, key)
+    local, measured = workers.local_phase(one, state, examples, size, index, key)
+    return local, measured["loss"]
 
   def end(local, params, held, worker, number):
     key = message_key(keys.run, worker, number)

@@ -14,7 +14,7 @@ from research.tasks import sampling
 from research.tasks.networks import network
 
 # (outputs [batch, ...], batch) -> a value of each example [batch]
-OfExamples = Callable[[Any, Batch], Array]
+OfExamples = Callable[[Any, Batch], Any]
 
 
 def supervised(
@@ -53,7 +53,8 @@ def supervised(
     test: the same, of other examples.
     loss: "softmax", cross-entropy in nats, y int [N] in [0, outputs); "logistic", the same for
       y in {0, 1} and one output; "squares", half of the squared error summed over outputs,
-      y float [N] or [N, outputs]; or a function (outputs, batch) -> losses [batch].
+      y float [N] or [N, outputs]; or a function (outputs, batch) -> losses [batch], or -> (losses,
+      further metrics by name, each [batch]), which then join the rows as "auxiliary".
     metrics: further metrics by name, functions as `loss`.
     l2: weight of the quadratic penalty, >= 0.
     nonconvex: weight of the bounded one, >= 0, the regularizer of nonconvex logistic regression.
@@ -85,21 +86,25 @@ def supervised(
   def predict(params: Params, x: Any, key: Key | None = None) -> Any:
     return apply(params, _floats(x, scale), key)
 
-  def objective(params: Params, outputs: Any, batch: Batch) -> Array:
-    value = sampling.mean(error(outputs, batch), batch)
+  def objective(params: Params, outputs: Any, batch: Batch) -> tuple[Array, dict[str, Array]]:
+    found = error(outputs, batch)
+    each, own = found if isinstance(found, tuple) else (found, {})
+    value = sampling.mean(each, batch)
     leaves = jax.tree.leaves(params)
     if l2 > 0:
       value += l2 / 2 * sum(jnp.vdot(p, p) for p in leaves)
     if nonconvex > 0:
       value += nonconvex * sum(jnp.sum(p * p / (1 + p * p)) for p in leaves)
-    return value
+    return value, {name: sampling.mean(x, batch) for name, x in own.items()}
 
-  def batch_loss(params: Params, batch: Batch, key: Key) -> Array:
-    return objective(params, predict(params, batch["x"], key), batch)
+  def batch_loss(params: Params, batch: Batch, key: Key) -> Any:
+    value, own = objective(params, predict(params, batch["x"], key), batch)
+    return (value, own) if own else value
 
   def evaluate(params: Params, batch: Batch) -> dict[str, Array]:
     outputs = predict(params, batch["x"])
-    found = {"loss": objective(params, outputs, batch)}
+    value, own_of_loss = objective(params, outputs, batch)
+    found = {"loss": value, **own_of_loss}
     found |= {name: sampling.mean(of(outputs, batch), batch) for name, of in own.items()}
     if optimum is not None:
       found["distance"] = _distance(params, optimum)
@@ -182,9 +187,11 @@ def _check_arrays(part: str, examples: Batch) -> None:
 
 def _check_values(name: str, of: OfExamples, outputs: Any, batch: Batch) -> None:
   found = jax.eval_shape(of, outputs, batch)
-  if getattr(found, "shape", None) != (1,):
-    shape = getattr(found, "shape", type(found).__name__)
-    raise ValueError(f"{name}: gives {shape} for one example; it gives a value of each, [batch]")
+  values, further = found if isinstance(found, tuple) else (found, {})
+  for own, value in {name: values, **further}.items():
+    if getattr(value, "shape", None) != (1,):
+      shape = getattr(value, "shape", type(value).__name__)
+      raise ValueError(f"{own}: gives {shape} for one example; it gives a value of each, [batch]")
 
 
 def _check(examples: Batch, loss: str, outputs: int) -> None:
