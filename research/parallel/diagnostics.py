@@ -5,10 +5,12 @@ after), for the rounds that a row of the metrics falls into. A method knows noth
 aggregators are wrapped while such a round is exchanged, and its state stays what it is.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from research.comm import collectives
 from research.core.base import (
@@ -23,6 +25,7 @@ from research.core.base import (
   Tree,
 )
 from research.core.method import Local
+from research.core.part import hidden
 from research.parallel.job import Job
 
 # Squared norms of one worker in one round; see `columns`.
@@ -41,6 +44,7 @@ class Recording(Aggregator):
   """An aggregator that notes how much of a worker's message the others did not see."""
 
   inner: Aggregator
+  due: Any = hidden(True)  # a traced bool: whether this round is measured
 
   def init(self, params: Params) -> Recorded:
     zero = jnp.zeros((), jnp.float32)
@@ -50,7 +54,11 @@ class Recording(Aggregator):
     self, tree: Tree, state: Recorded, key: Key, presence: Presence = EVERYONE
   ) -> Aggregate:
     value, sent, inner = self.inner.aggregate(tree, state.state, key, presence)
-    missed, asked = squared(jax.tree.map(jnp.subtract, tree, sent)), squared(tree)
+
+    def norms(tree: Tree, sent: Tree) -> tuple[Array, Array]:
+      return squared(jax.tree.map(jnp.subtract, tree, sent)), squared(tree)
+
+    missed, asked = _if(self.due, norms, tree, sent)
     if presence.active is not True:
       missed, asked = (jnp.where(presence.active, x, 0) for x in (missed, asked))
     return Aggregate(value, sent, Recorded(inner, state.missed + missed, state.asked + asked))
@@ -63,48 +71,57 @@ def squared(tree: Tree) -> Array:
   return sum((jnp.sum(x * x) for x in wide), jnp.zeros((), jnp.float32))
 
 
-def recorded(job: Job, sync: Any, local: Local, state: State, *args: Any) -> tuple[State, dict]:
-  """The exchange of a round, and the squared norms of NAMES of this worker.
+def recorded(
+  job: Job, sync: Any, due: Array, local: Local, state: State, *args: Any
+) -> tuple[State, dict[str, Array]]:
+  """The exchange of a round, and the squared norms of NAMES of this worker; 0 where not `due`.
 
   Args:
     job: whose method is resolved.
     sync: `workers.sync`.
+    due: a bool, equal on all workers.
     local: of the round's last step.
     state: of its start.
     *args: further arguments of `sync`.
   """
-  method = job.method.over(Recording)
-  params = jax.eval_shape(job.method.params, state)
-  shapes = jax.eval_shape(method.init, params)
+  method = job.method.over(lambda inner: Recording(inner).replace(due=due))
+  shapes = jax.eval_shape(method.init, jax.eval_shape(job.method.params, state))
   zero = jnp.zeros((), jnp.float32)
   lift = lambda like, part: Recorded(part, zero, zero) if _is_recorded(like) else part
   lifted = jax.tree.map(lift, shapes, state, is_leaf=_is_recorded)
   after = sync(job._replace(method=method), local, lifted, *args)
   notes = [x for x in jax.tree.leaves(after, is_leaf=_is_recorded) if _is_recorded(x)]
   plain = jax.tree.map(lambda x: x.state if _is_recorded(x) else x, after, is_leaf=_is_recorded)
-  mean = collectives.mean(local.params)
   apart = lambda a, b: squared(jax.tree.map(jnp.subtract, a, b))
-  found = {
+
+  def norms(memories: list[State], model: Params, after: Params, before: Params) -> dict:
+    return {
+      "memory": squared(memories),
+      "spread": apart(model, collectives.mean(model)),
+      "update": apart(after, before),
+    }
+
+  models = job.method.params(plain), job.method.params(state)
+  found = _if(due, norms, [note.state for note in notes], local.params, *models)
+  return plain, found | {
     "missed": sum((note.missed for note in notes), zero),
     "asked": sum((note.asked for note in notes), zero),
-    "memory": sum((squared(note.state) for note in notes), zero),
-    "spread": apart(local.params, mean),
-    "update": apart(job.method.params(plain), job.method.params(state)),
   }
-  return plain, found
 
 
-def nothing() -> dict[str, Array]:
-  """In place of what `recorded` finds, of a round that no row falls into."""
-  return {name: jnp.zeros((), jnp.float32) for name in NAMES}
+def _if(due: Array, measure: Callable[..., Any], *args: Any) -> Any:
+  """What is measured in a round that is due, zeros in another; the arrays are not copied."""
+  shapes = jax.eval_shape(measure, *args)
+  nothing = lambda *args: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  return lax.cond(due, measure, nothing, *args)
 
 
 def due(job: Job, numbers: Array) -> Array:
-  """Which rounds [K] of a dispatch a row of the metrics falls into: the last one always."""
-  period, every = job.method.local_steps, job.diagnostics
+  """Which steps [K, H] of a dispatch's rounds have a row of the metrics; its last one always."""
+  period = job.method.local_steps
   first = job.first_step + (numbers - job.first_round) * period
-  is_last = jnp.arange(len(numbers)) == len(numbers) - 1
-  return is_last | ((first + period) // every > first // every)
+  steps = first[:, None] + jnp.arange(1, period + 1)
+  return (steps % job.diagnostics == 0).at[-1, -1].set(True)
 
 
 def _is_recorded(x: Any) -> bool:

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from research.comm import collectives
 from research.comm import mesh as meshes
-from research.core.base import Key, State, Tree
+from research.core.base import Array, Key, State, Tree
 from research.core.method import Local
 from research.core.task import Data, Executor, Metrics, TrainState
 from research.parallel import diagnostics, sharded, workers
@@ -66,22 +66,23 @@ def is_mapped(job: Job, mesh: Mesh) -> bool:
 
 
 def _local_phase(job: Job, layout: layouts.Layout, mesh: Mesh) -> Callable[..., Any]:
-  """(states, rows) -> Local and measured steps of all workers, by vmap or by map.
+  """(shared, states, rows) -> Local and measured steps of all workers, by vmap or by map.
 
-  `rows` are the arguments of `_work`, [W, ...]; so are private leaves of states and Local.
+  `shared` is a key and which steps are due, equal for all workers. `rows` are the arguments of
+  `_work`, [W, ...]; so are private leaves of states and Local.
   """
   work = partial(_work, job)
   state_axes, local_axes = layouts.lead(layout.state), layouts.lead(layout.local)
 
-  def at_once(key, states, rows):
-    return jax.vmap(partial(work, key), (state_axes, 0), (local_axes, 0))(states, rows)
+  def at_once(shared, states, rows):
+    return jax.vmap(partial(work, shared), (state_axes, 0), (local_axes, 0))(states, rows)
 
-  def one_by_one(key, states, rows):
+  def one_by_one(shared, states, rows):
     at = lambda i, private, tree: jax.tree.map(lambda p, x: x[i] if p else x, private, tree)
     whole = jax.tree.map(lambda _: True, rows)
     count = jax.tree.leaves(rows)[0].shape[0]
     local, measured = lax.map(
-      lambda i: work(key, at(i, layout.state, states), at(i, whole, rows)), jnp.arange(count)
+      lambda i: work(shared, at(i, layout.state, states), at(i, whole, rows)), jnp.arange(count)
     )
     return jax.tree.map(lambda p, x: x if p else x[0], layout.local, local), measured
 
@@ -95,11 +96,14 @@ def _local_phase(job: Job, layout: layouts.Layout, mesh: Mesh) -> Callable[..., 
   )
 
 
-def _work(job: Job, key: Key, state: State, rows: Tree) -> tuple[Local, Metrics]:
+def _work(
+  job: Job, shared: tuple[Key, Array | None], state: State, rows: Tree
+) -> tuple[Local, Metrics]:
   """One worker's local phase."""
   examples, size, worker, index = rows
+  key, due = shared
   own_key = collectives.key_of(key, worker)
-  return workers.local_phase(job, state, examples, size, index, own_key)
+  return workers.local_phase(job, state, examples, size, index, own_key, due=due)
 
 
 def _run(
@@ -128,7 +132,7 @@ def _run(
 
 def _round(job, layout, local_phase, data, key, state, of_round):
   """One round of all workers: the local phase apart, the sync under the named axes."""
-  number, lots, is_due = of_round
+  number, lots, due = of_round
   sync_key, step_key, _ = collectives.round_keys(key, number)
   everyone = jnp.arange(job.workers, dtype=jnp.int32)
   owners = lots.owner
@@ -137,7 +141,7 @@ def _round(job, layout, local_phase, data, key, state, of_round):
 
   state_axes, local_axes = layouts.lead(layout.state), layouts.lead(layout.local)
   rows = (jax.tree.map(served, data.examples), served(data.sizes), everyone, lots.index)
-  local, measured = local_phase(step_key, states, rows)
+  local, measured = local_phase((step_key, due), states, rows)
   axes = meshes.worker_axes(job.axes)
   fold = lambda x: x.reshape(*axes.values(), *x.shape[1:])
   unfold = lambda x: x.reshape(job.workers, *x.shape[len(axes) :])
@@ -151,13 +155,8 @@ def _round(job, layout, local_phase, data, key, state, of_round):
     lots.anybody[0],
   )
   if job.diagnostics:
-    recorded = partial(diagnostics.recorded, job, workers.sync)
-    with_norms = layouts.over_workers(recorded, axes, in_axes, (state_axes, 0))
-    without = lambda *args: (
-      meet(*args),
-      jax.tree.map(partial(_spread, axes), diagnostics.nothing()),
-    )
-    after, norms = lax.cond(is_due, with_norms, without, *exchanged)
+    recorded = partial(diagnostics.recorded, job, workers.sync, jnp.any(due))
+    after, norms = layouts.over_workers(recorded, axes, in_axes, (state_axes, 0))(*exchanged)
   else:
     after, norms = meet(*exchanged), {}
 
@@ -172,7 +171,3 @@ def _round(job, layout, local_phase, data, key, state, of_round):
     jax.tree.map(jnp.mean, norms),
     written,
   )
-
-
-def _spread(axes, x):
-  return jnp.broadcast_to(x, (*axes.values(), *x.shape))

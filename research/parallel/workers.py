@@ -1,7 +1,6 @@
 """One worker's part of a round: what every execution of a method on a task shares."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -35,8 +34,8 @@ GRADIENT = "squared norm of the gradient"  # among what a step measures; no task
 def measured_and_clipped_grad(job: Job, inside: sharded.Inside) -> Callable[..., tuple[Any, Tree]]:
   """(params, batch, key) -> what a step measures, and its gradient.
 
-  Measured are the loss as "loss", the task's own metrics, and with diagnostics the gradient's
-  squared norm as GRADIENT. The gradient is this worker's, clipped to norm `clip_norm` if > 0.
+  Measured are the loss as "loss" and the task's own metrics. The gradient is this worker's, clipped
+  to norm `clip_norm` if > 0.
   """
   differentiated = measured_and_grad(job.task)
 
@@ -45,7 +44,6 @@ def measured_and_clipped_grad(job: Job, inside: sharded.Inside) -> Callable[...,
     grads = inside.grads(grads)
     grads = clipped(grads, job.clip_norm) if job.clip_norm > 0 else grads
     measured = {**own, "loss": value}
-    measured |= {GRADIENT: diagnostics.squared(grads)} if job.diagnostics else {}
     return jax.tree.map(lambda x: x.astype(jnp.float32), measured), grads
 
   return clipped_grad
@@ -59,10 +57,12 @@ def local_phase(
   index: Tree,
   key: Key,
   inside: sharded.Inside = sharded.ALONE,
+  due: Array | None = None,
 ) -> tuple[Local, Metrics]:
   """`begin` and `period` times `step` on one owner's examples [n, ...]; nothing is communicated.
 
-  An owner whose epochs are over before the round is keeps its Local, and its last loss.
+  An owner whose epochs are over before the round is keeps its Local, and its last loss. With `due`
+  [H] the squared norm of the gradient is measured in such steps, as GRADIENT.
 
   Returns:
     The worker's Local, and what its steps measure by name, [H]: "loss" and others.
@@ -84,6 +84,9 @@ def local_phase(
       drawn = job.task.batch(examples, drawn)
     batch, step_key = drawn, jax.random.fold_in(key, number)
     measured, grads = gradient(local.params, batch, step_key)
+    if due is not None:
+      nothing = lambda grads: jnp.zeros((), jnp.float32)
+      measured[GRADIENT] = lax.cond(due[number], diagnostics.squared, nothing, grads)
     grad_fn = lambda params: gradient(params, batch, step_key)[1]
     return method.step(grads, local, state, key=step_key, grad_fn=grad_fn), measured
 
@@ -91,13 +94,15 @@ def local_phase(
     if not job.by_epochs:
       local, measured = step(held, of_step)
       return (local, None), measured
-    due = of_step[1] < job.own_steps(size)
-    held = lax.cond(due, step, lambda held, _: held, held, of_step)
+    goes_on = of_step[1] < job.own_steps(size)
+    held = lax.cond(goes_on, step, lambda held, _: held, held, of_step)
     return held, held[1]
 
   steps = jnp.arange(method.local_steps, dtype=jnp.int32)
   local = method.begin(state)
-  held = local, _nothing_measured(job, local, examples, index, key) if job.by_epochs else None
+  held: Any = local, None
+  if job.by_epochs:
+    held = local, _nothing_measured(job, local, examples, index, key, due is not None)
   if method.local_steps > 1:
     (local, _), measured = lax.scan(one, held, (drawn, steps))
     return local, measured
@@ -105,13 +110,15 @@ def local_phase(
   return local, jax.tree.map(lambda x: x[None], measured)
 
 
-def _nothing_measured(job: Job, local: Local, examples: Batch, index: Tree, key: Key) -> Metrics:
+def _nothing_measured(
+  job: Job, local: Local, examples: Batch, index: Tree, key: Key, with_norm: bool
+) -> Metrics:
   """Zeros in the place of what the first step will measure."""
   batch = examples
   if index is not None:
     batch = jax.eval_shape(job.task.batch, examples, jax.tree.map(lambda x: x[0], index))
   own = jax.eval_shape(loss_and_metrics(job.task), local.params, batch, key)[1]
-  names = [*own, "loss", *([GRADIENT] if job.diagnostics else [])]
+  names = [*own, "loss", *([GRADIENT] if with_norm else [])]
   return {name: jnp.zeros((), jnp.float32) for name in names}
 
 
@@ -227,7 +234,7 @@ def rounds_of_worker(
   lots = draw(job, data, state.key, numbers, worker)
 
   def one(held, of_round):
-    number, lot, is_due = of_round
+    number, lot, due = of_round
     sync_key, step_key, _ = collectives.round_keys(state.key, number)
     client = lot.owner - job.clients * worker
     examples = jax.tree.map(lambda x: pick(True, x, client), data.examples)
@@ -240,12 +247,11 @@ def rounds_of_worker(
       lot.index,
       collectives.worker_key(step_key),
       inside,
+      due,
     )
     exchanged = local, pick(private, held, client), lot.weight, sync_key, lot.anybody
     if job.diagnostics:
-      with_norms = partial(diagnostics.recorded, job, sync)
-      without = lambda *args: (sync(job, *args), diagnostics.nothing())
-      after, norms = lax.cond(is_due, with_norms, without, *exchanged)
+      after, norms = diagnostics.recorded(job, sync, jnp.any(due), *exchanged)
     else:
       after, norms = sync(job, *exchanged), {}
     written = all_finite(after) if job.clients > 1 else jnp.bool_(True)
