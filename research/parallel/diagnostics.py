@@ -6,6 +6,7 @@ aggregators are wrapped while such a round is exchanged, and its state stays wha
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,6 @@ from research.core.base import (
   Tree,
 )
 from research.core.method import Local
-from research.core.part import hidden
 from research.parallel.job import Job
 
 # Squared norms of one worker in one round; see `columns`.
@@ -44,7 +44,6 @@ class Recording(Aggregator):
   """An aggregator that notes how much of a worker's message the others did not see."""
 
   inner: Aggregator
-  due: Any = hidden(True)  # a traced bool: whether this round is measured
 
   def init(self, params: Params) -> Recorded:
     zero = jnp.zeros((), jnp.float32)
@@ -54,11 +53,7 @@ class Recording(Aggregator):
     self, tree: Tree, state: Recorded, key: Key, presence: Presence = EVERYONE
   ) -> Aggregate:
     value, sent, inner = self.inner.aggregate(tree, state.state, key, presence)
-
-    def norms(tree: Tree, sent: Tree) -> tuple[Array, Array]:
-      return squared(jax.tree.map(jnp.subtract, tree, sent)), squared(tree)
-
-    missed, asked = _if(self.due, norms, tree, sent)
+    missed, asked = squared(jax.tree.map(jnp.subtract, tree, sent)), squared(tree)
     if presence.active is not True:
       missed, asked = (jnp.where(presence.active, x, 0) for x in (missed, asked))
     return Aggregate(value, sent, Recorded(inner, state.missed + missed, state.asked + asked))
@@ -72,19 +67,18 @@ def squared(tree: Tree) -> Array:
 
 
 def recorded(
-  job: Job, sync: Any, due: Array, local: Local, state: State, *args: Any
+  job: Job, sync: Any, local: Local, state: State, *args: Any
 ) -> tuple[State, dict[str, Array]]:
-  """The exchange of a round, and the squared norms of NAMES of this worker; 0 where not `due`.
+  """The exchange of a round, and the squared norms of NAMES of this worker.
 
   Args:
     job: whose method is resolved.
     sync: `workers.sync`.
-    due: a bool, equal on all workers.
     local: of the round's last step.
     state: of its start.
     *args: further arguments of `sync`.
   """
-  method = job.method.over(lambda inner: Recording(inner).replace(due=due))
+  method = job.method.over(Recording)
   shapes = jax.eval_shape(method.init, jax.eval_shape(job.method.params, state))
   zero = jnp.zeros((), jnp.float32)
   lift = lambda like, part: Recorded(part, zero, zero) if _is_recorded(like) else part
@@ -93,35 +87,57 @@ def recorded(
   notes = [x for x in jax.tree.leaves(after, is_leaf=_is_recorded) if _is_recorded(x)]
   plain = jax.tree.map(lambda x: x.state if _is_recorded(x) else x, after, is_leaf=_is_recorded)
   apart = lambda a, b: squared(jax.tree.map(jnp.subtract, a, b))
-
-  def norms(memories: list[State], model: Params, after: Params, before: Params) -> dict:
-    return {
-      "memory": squared(memories),
-      "spread": apart(model, collectives.mean(model)),
-      "update": apart(after, before),
-    }
-
-  models = job.method.params(plain), job.method.params(state)
-  found = _if(due, norms, [note.state for note in notes], local.params, *models)
-  return plain, found | {
+  return plain, {
     "missed": sum((note.missed for note in notes), zero),
     "asked": sum((note.asked for note in notes), zero),
+    "memory": squared([note.state for note in notes]),
+    "spread": apart(local.params, collectives.mean(local.params)),
+    "update": apart(job.method.params(plain), job.method.params(state)),
   }
 
 
-def _if(due: Array, measure: Callable[..., Any], *args: Any) -> Any:
-  """What is measured in a round that is due, zeros in another; the arrays are not copied."""
-  shapes = jax.eval_shape(measure, *args)
-  nothing = lambda *args: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-  return lax.cond(due, measure, nothing, *args)
+def nothing() -> dict[str, Array]:
+  """In place of what `recorded` finds, of a round that no row falls into."""
+  return {name: jnp.zeros((), jnp.float32) for name in NAMES}
+
+
+def scan(
+  one: Callable[..., tuple[Tree, Tree]], held: Tree, rounds: Tree, due: Array
+) -> tuple[Tree, Tree]:
+  """`lax.scan` over the rounds of a dispatch, of which those that are `due` are measured.
+
+  They are two programs, so that the rounds between them cost what they cost without diagnostics.
+
+  Args:
+    one: (held, of a round, measures) -> held and outputs of one structure; `measures` is static.
+    held: what goes from round to round.
+    rounds: arrays [K, ...].
+    due: [K] bool; the last one is.
+  """
+  count = len(due)
+  ends = jnp.nonzero(due, size=count, fill_value=count)[0]
+  at = lambda number: jax.tree.map(lambda x: x[number], rounds)
+  shapes = jax.eval_shape(partial(one, measures=True), held, at(0))[1]
+  empty = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), shapes)
+
+  def step(measures: bool, number: Array, carried: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
+    held, outputs = carried
+    held, found = one(held, at(number), measures=measures)
+    return held, jax.tree.map(lambda all_, x: all_.at[number].set(x), outputs, found)
+
+  def until_row(row: Array, carried: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
+    first = jnp.where(row == 0, 0, ends[row - 1] + 1)
+    carried = lax.fori_loop(first, ends[row], partial(step, False), carried)
+    return step(True, ends[row], carried)
+
+  return lax.fori_loop(0, jnp.sum(due), until_row, (held, empty))
 
 
 def due(job: Job, numbers: Array) -> Array:
-  """Which steps [K, H] of a dispatch's rounds have a row of the metrics; its last one always."""
-  period = job.method.local_steps
+  """Which rounds [K] of a dispatch a row of the metrics falls into; the last one always."""
+  period, every = job.method.local_steps, job.diagnostics
   first = job.first_step + (numbers - job.first_round) * period
-  steps = first[:, None] + jnp.arange(1, period + 1)
-  return (steps % job.diagnostics == 0).at[-1, -1].set(True)
+  return ((first + period) // every > first // every).at[-1].set(True)
 
 
 def _is_recorded(x: Any) -> bool:

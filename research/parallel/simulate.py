@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from research.comm import collectives
 from research.comm import mesh as meshes
-from research.core.base import Array, Key, State, Tree
+from research.core.base import Key, State, Tree
 from research.core.method import Local
 from research.core.task import Data, Executor, Metrics, TrainState
 from research.parallel import diagnostics, sharded, workers
@@ -45,7 +45,7 @@ def simulate(job: Job) -> Executor:
   init = sharded.jit(partial(workers.initial, job, layout), out_shardings=shardings)
   everywhere = NamedSharding(mesh, P())
   run = sharded.jit(
-    partial(_run, job, layout, _local_phase(job, layout, mesh)),
+    partial(_run, job, layout, partial(_local_phase, job, layout, mesh)),
     static_argnames="rounds",
     donate_argnames="state",
     out_shardings=(shardings, everywhere),
@@ -65,24 +65,25 @@ def is_mapped(job: Job, mesh: Mesh) -> bool:
   return meshes.runs_on_cpu(mesh) and job.method.local_steps > 1 and size >= _ALONE
 
 
-def _local_phase(job: Job, layout: layouts.Layout, mesh: Mesh) -> Callable[..., Any]:
-  """(shared, states, rows) -> Local and measured steps of all workers, by vmap or by map.
+def _local_phase(
+  job: Job, layout: layouts.Layout, mesh: Mesh, measures: bool | None
+) -> Callable[..., Any]:
+  """(key, states, rows) -> Local and measured steps of all workers, by vmap or by map.
 
-  `shared` is a key and which steps are due, equal for all workers. `rows` are the arguments of
-  `_work`, [W, ...]; so are private leaves of states and Local.
+  `rows` are the arguments of `_work`, [W, ...]; so are private leaves of states and Local.
   """
-  work = partial(_work, job)
+  work = partial(_work, job, measures)
   state_axes, local_axes = layouts.lead(layout.state), layouts.lead(layout.local)
 
-  def at_once(shared, states, rows):
-    return jax.vmap(partial(work, shared), (state_axes, 0), (local_axes, 0))(states, rows)
+  def at_once(key, states, rows):
+    return jax.vmap(partial(work, key), (state_axes, 0), (local_axes, 0))(states, rows)
 
-  def one_by_one(shared, states, rows):
+  def one_by_one(key, states, rows):
     at = lambda i, private, tree: jax.tree.map(lambda p, x: x[i] if p else x, private, tree)
     whole = jax.tree.map(lambda _: True, rows)
     count = jax.tree.leaves(rows)[0].shape[0]
     local, measured = lax.map(
-      lambda i: work(shared, at(i, layout.state, states), at(i, whole, rows)), jnp.arange(count)
+      lambda i: work(key, at(i, layout.state, states), at(i, whole, rows)), jnp.arange(count)
     )
     return jax.tree.map(lambda p, x: x if p else x[0], layout.local, local), measured
 
@@ -97,13 +98,12 @@ def _local_phase(job: Job, layout: layouts.Layout, mesh: Mesh) -> Callable[..., 
 
 
 def _work(
-  job: Job, shared: tuple[Key, Array | None], state: State, rows: Tree
+  job: Job, measures: bool | None, key: Key, state: State, rows: Tree
 ) -> tuple[Local, Metrics]:
   """One worker's local phase."""
   examples, size, worker, index = rows
-  key, due = shared
   own_key = collectives.key_of(key, worker)
-  return workers.local_phase(job, state, examples, size, index, own_key, due=due)
+  return workers.local_phase(job, state, examples, size, index, own_key, measures=measures)
 
 
 def _run(
@@ -119,8 +119,12 @@ def _run(
   of_worker = partial(draw, job, data, state.key, numbers)
   lots = jax.vmap(of_worker, out_axes=1)(everyone)  # [K, W, ...]
   one = partial(_round, job, layout, local_phase, data, state.key)
-  due = diagnostics.due(job, numbers) if job.diagnostics else None
-  method, (measured, norms, written) = lax.scan(one, state.method, (numbers, lots, due))
+  if job.diagnostics:
+    due = diagnostics.due(job, numbers)
+    method, found = diagnostics.scan(one, state.method, (numbers, lots), due)
+  else:
+    method, found = lax.scan(one, state.method, (numbers, lots))
+  measured, norms, written = found
   finite = jnp.all(written) if job.clients > 1 else workers.all_finite(method)
   of_steps = {
     name: jnp.mean(x if name == workers.GRADIENT else x * lots.share[:, :, None], 1).reshape(-1)
@@ -130,9 +134,9 @@ def _run(
   return TrainState(state.round + rounds, state.key, method), metrics
 
 
-def _round(job, layout, local_phase, data, key, state, of_round):
+def _round(job, layout, local_phase, data, key, state, of_round, measures=None):
   """One round of all workers: the local phase apart, the sync under the named axes."""
-  number, lots, due = of_round
+  number, lots = of_round
   sync_key, step_key, _ = collectives.round_keys(key, number)
   everyone = jnp.arange(job.workers, dtype=jnp.int32)
   owners = lots.owner
@@ -141,7 +145,7 @@ def _round(job, layout, local_phase, data, key, state, of_round):
 
   state_axes, local_axes = layouts.lead(layout.state), layouts.lead(layout.local)
   rows = (jax.tree.map(served, data.examples), served(data.sizes), everyone, lots.index)
-  local, measured = local_phase((step_key, due), states, rows)
+  local, measured = local_phase(measures)(step_key, states, rows)
   axes = meshes.worker_axes(job.axes)
   fold = lambda x: x.reshape(*axes.values(), *x.shape[1:])
   unfold = lambda x: x.reshape(job.workers, *x.shape[len(axes) :])
@@ -154,11 +158,11 @@ def _round(job, layout, local_phase, data, key, state, of_round):
     sync_key,
     lots.anybody[0],
   )
-  if job.diagnostics:
-    recorded = partial(diagnostics.recorded, job, workers.sync, jnp.any(due))
+  if measures:
+    recorded = partial(diagnostics.recorded, job, workers.sync)
     after, norms = layouts.over_workers(recorded, axes, in_axes, (state_axes, 0))(*exchanged)
   else:
-    after, norms = meet(*exchanged), {}
+    after, norms = meet(*exchanged), {} if measures is None else diagnostics.nothing()
 
   def put(private, rows, new):
     if not private:

@@ -57,12 +57,13 @@ def local_phase(
   index: Tree,
   key: Key,
   inside: sharded.Inside = sharded.ALONE,
-  due: Array | None = None,
+  measures: bool | None = None,
 ) -> tuple[Local, Metrics]:
   """`begin` and `period` times `step` on one owner's examples [n, ...]; nothing is communicated.
 
-  An owner whose epochs are over before the round is keeps its Local, and its last loss. With `due`
-  [H] the squared norm of the gradient is measured in such steps, as GRADIENT.
+  An owner whose epochs are over before the round is keeps its Local, and its last loss.
+  With `measures` the squared norm of the last step's gradient is measured, as GRADIENT; with False
+  zeros stand in its place, with None there is none.
 
   Returns:
     The worker's Local, and what its steps measure by name, [H]: "loss" and others.
@@ -84,9 +85,11 @@ def local_phase(
       drawn = job.task.batch(examples, drawn)
     batch, step_key = drawn, jax.random.fold_in(key, number)
     measured, grads = gradient(local.params, batch, step_key)
-    if due is not None:
+    if measures is not None:
+      is_last = number == (job.own_steps(size) if job.by_epochs else method.local_steps) - 1
       nothing = lambda grads: jnp.zeros((), jnp.float32)
-      measured[GRADIENT] = lax.cond(due[number], diagnostics.squared, nothing, grads)
+      norm = diagnostics.squared if measures else nothing
+      measured[GRADIENT] = lax.cond(is_last, norm, nothing, grads)
     grad_fn = lambda params: gradient(params, batch, step_key)[1]
     return method.step(grads, local, state, key=step_key, grad_fn=grad_fn), measured
 
@@ -102,7 +105,7 @@ def local_phase(
   local = method.begin(state)
   held: Any = local, None
   if job.by_epochs:
-    held = local, _nothing_measured(job, local, examples, index, key, due is not None)
+    held = local, _nothing_measured(job, local, examples, index, key, measures is not None)
   if method.local_steps > 1:
     (local, _), measured = lax.scan(one, held, (drawn, steps))
     return local, measured
@@ -233,8 +236,8 @@ def rounds_of_worker(
   numbers = state.round + jnp.arange(rounds, dtype=jnp.int32)
   lots = draw(job, data, state.key, numbers, worker)
 
-  def one(held, of_round):
-    number, lot, due = of_round
+  def one(held, of_round, measures=None):
+    number, lot = of_round
     sync_key, step_key, _ = collectives.round_keys(state.key, number)
     client = lot.owner - job.clients * worker
     examples = jax.tree.map(lambda x: pick(True, x, client), data.examples)
@@ -247,18 +250,22 @@ def rounds_of_worker(
       lot.index,
       collectives.worker_key(step_key),
       inside,
-      due,
+      measures,
     )
     exchanged = local, pick(private, held, client), lot.weight, sync_key, lot.anybody
-    if job.diagnostics:
-      after, norms = diagnostics.recorded(job, sync, jnp.any(due), *exchanged)
+    if measures:
+      after, norms = diagnostics.recorded(job, sync, *exchanged)
     else:
-      after, norms = sync(job, *exchanged), {}
+      after, norms = sync(job, *exchanged), {} if measures is None else diagnostics.nothing()
     written = all_finite(after) if job.clients > 1 else jnp.bool_(True)
     return put(private, held, client, after), (measured, norms, written)
 
-  due = diagnostics.due(job, numbers) if job.diagnostics else None
-  held, (measured, norms, written) = lax.scan(one, state.method, (numbers, lots, due))
+  if job.diagnostics:
+    due = diagnostics.due(job, numbers)
+    held, found = diagnostics.scan(one, state.method, (numbers, lots), due)
+  else:
+    held, found = lax.scan(one, state.method, (numbers, lots))
+  measured, norms, written = found
   finite = jnp.all(written) if job.clients > 1 else all_finite(held)
   metrics = reduce_metrics(shared_out(measured, lots.share), finite, norms)
   return TrainState(state.round + rounds, state.key, held), metrics

@@ -124,7 +124,9 @@ def _diagnostics(
   number = math.ceil(plan.rounds(step)) - 1
   place = number - round(plan.rounds(first))
   means = {name: float(norms[name][place]) for name in diagnostics.NAMES}
-  found = diagnostics.columns(means, float(norms[workers.GRADIENT][step - first - 1]))
+  steps = len(norms[workers.GRADIENT]) // len(norms["update"])
+  last_step = (place + 1) * steps - 1  # of the round
+  found = diagnostics.columns(means, float(norms[workers.GRADIENT][last_step]))
   if isinstance(virtual, Served):
     found["staleness"] = float(virtual.staleness[number])
   return found
