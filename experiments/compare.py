@@ -18,7 +18,7 @@ import sys
 
 from absl import flags
 
-from experiments.reports.outcomes import Conditions, Outcome, Plan, compared, read_curve
+from experiments.reports.outcomes import Conditions, Contender, Outcome, compared, read_curve
 from research.command.errors import one_line_errors
 from research.command.flags import define_flags, launch
 from research.command.start import results_folder, start
@@ -48,7 +48,7 @@ def split(text: str) -> list[str]:
   return parts if parts[-1] else parts[:-1]
 
 
-def plans(config: Config, specs: list[str], seeds: int) -> list[Plan]:
+def plans(config: Config, specs: list[str], seeds: int) -> list[Contender]:
   """The runs to train, each one built once, so that what cannot be is refused before any starts.
 
   Raises:
@@ -70,7 +70,7 @@ def plans(config: Config, specs: list[str], seeds: int) -> list[Plan]:
   return found
 
 
-def plan(config: Config, label: str, seeds: int) -> Plan:
+def plan(config: Config, label: str, seeds: int) -> Contender:
   """A method's runs, a folder each under --out.
 
   Raises:
@@ -90,7 +90,7 @@ def plan(config: Config, label: str, seeds: int) -> Plan:
   for one in configs:
     folders.check(one)
   assemble.assemble(configs[0], setting)
-  return Plan(spec, label, set(names(spec, "aggregator")) <= DENSE, configs)
+  return Contender(spec, label, set(names(spec, "aggregator")) <= DENSE, configs)
 
 
 def names(spec: str, *kinds: str) -> list[str]:
@@ -130,7 +130,7 @@ def parts_of(spec: str) -> tuple[str, list[str]]:
   return text(call.func), [text(part) for part in (*call.args, *call.keywords)]
 
 
-def trained(plan: Plan) -> Outcome:
+def trained(plan: Contender) -> Outcome:
   """Trains, or finds trained, every seed of a method."""
   from research.training import loop
 

@@ -41,7 +41,7 @@ class LabError(Exception):
   """A network that this machine does not let us make."""
 
 
-class Link(NamedTuple):
+class ShapedLink(NamedTuple):
   """How a host's link is shaped, in tc's units."""
 
   rate: str  # '' for as fast as the machine can
@@ -83,7 +83,7 @@ def define_flags() -> None:
   flags.DEFINE_integer("seed", 0, "Of who is killed when.")
 
 
-def links() -> list[Link]:
+def links() -> list[ShapedLink]:
   """The flags' links, by host; a mistake ends the program."""
   found = [_rate("rate", FLAGS.rate)] * FLAGS.hosts
   for part in filter(None, FLAGS.slow.split(",")):
@@ -92,7 +92,7 @@ def links() -> list[Link]:
       known = f"hosts are 0 to {FLAGS.hosts - 1}"
       fail(2, f"--slow='{FLAGS.slow}': '{part}' is not HOST:RATE; {known}")
     found[int(host)] = _rate("slow", rate)
-  return [Link(rate, FLAGS.burst) for rate in found]
+  return [ShapedLink(rate, FLAGS.burst) for rate in found]
 
 
 def _rate(name: str, text: str) -> str:
@@ -102,7 +102,7 @@ def _rate(name: str, text: str) -> str:
 
 
 @contextlib.contextmanager
-def network(links: Sequence[Link]) -> Iterator[Lab]:
+def network(links: Sequence[ShapedLink]) -> Iterator[Lab]:
   """Hosts with these links, joined by a switch.
 
   Nothing of it has a name in this machine: a namespace is gone with the last process in it.
@@ -150,7 +150,7 @@ def _holder(kinds: Sequence[str]) -> subprocess.Popen:
   return found
 
 
-def _join(switch: int, number: int, host: Host, link: Link) -> None:
+def _join(switch: int, number: int, host: Host, link: ShapedLink) -> None:
   """Puts a cable between a host and the switch, and shapes both directions."""
   port = f"port{number}"
   _ip(host.holder, f"link add {LINK} type veth peer name {port} netns {switch}", "link set lo up")

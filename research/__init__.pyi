@@ -56,17 +56,19 @@ from research.compress.sketch import count_sketch as count_sketch
 from research.compress.sparsify import random_k as random_k
 from research.compress.sparsify import threshold as threshold
 from research.compress.sparsify import top_k as top_k
+from research.core.base import EVERYONE as EVERYONE
 from research.core.base import Aggregate as Aggregate
 from research.core.base import Aggregator as Aggregator
 from research.core.base import Compressor as Compressor
-from research.core.base import Link as Link
-from research.core.base import Method as Method
 from research.core.base import Presence as Presence
-from research.core.base import Task as Task
+from research.core.base import Trait as Trait
+from research.core.base import Uplink as Uplink
+from research.core.method import Method as Method
 from research.core.registry import Default as Default
 from research.core.registry import build as build
 from research.core.registry import register as register
 from research.core.task import Feed as Feed
+from research.core.task import Task as Task
 from research.methods.asynchronous import asgd as asgd
 from research.methods.asynchronous import dc_asgd as dc_asgd
 from research.methods.asynchronous import dc_asgd_constant as dc_asgd_constant
@@ -112,7 +114,10 @@ from research.models.classic import resnet as resnet
 from research.models.transformer import transformer as transformer
 from research.optim.transform import aggregated as aggregated
 from research.optim.transform import as_optax as as_optax
+from research.parallel.state_specs import init_state as init_state
 from research.parallel.state_specs import state_specs as state_specs
 from research.tasks.supervised import supervised as supervised
+from research.training.api import train as train
+from research.training.result import Result as Result
 
 __version__: str

@@ -96,7 +96,7 @@ def compiled(config: Config) -> Bytes:
   state, data = ahead.arguments(problem)
   step: Any = problem.executor.run.lower(state, data, rounds=1).compile().memory_analysis()
   inside = sharded.inside(job.axes, sharded.cut_of(job.axes, job.task), job.zero)
-  gradient = workers.value_and_clipped_grad(job, inside)
+  gradient = workers.measured_and_clipped_grad(job, inside)
   own = jax.shard_map(
     lambda *args: gradient(*args)[1],
     mesh=state.round.sharding.mesh,

@@ -11,7 +11,7 @@ import numpy as np
 from research.training.config import Config
 
 
-class Plan(NamedTuple):
+class Contender(NamedTuple):
   """A method and the runs that it is judged by."""
 
   spec: str
@@ -48,7 +48,7 @@ class Curve(NamedTuple):
 class Outcome(NamedTuple):
   """What became of a plan; summaries and curve are of the runs that did not diverge."""
 
-  plan: Plan
+  plan: Contender
   summaries: list[dict[str, Any]]
   curve: Curve | None
   diverged: list[int]  # seeds

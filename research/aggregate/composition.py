@@ -37,7 +37,7 @@ def refused() -> tuple[tuple[tuple[str, ...], Trait, str], ...]:
   """All rows (wrappers, trait of what they wrap, why not) of the registered names."""
   rows: dict[tuple[Trait, str], list[str]] = {}
   for kind in ("aggregator", "method"):
-    for name in registry.TABLE[kind]:
+    for name in registry.names(kind):
       factory = registry.lookup((kind,), name)
       if isinstance(factory, type) and issubclass(factory, Wrapper):
         for row in factory.refuses.items():

@@ -3,21 +3,21 @@
 import jax
 import jax.numpy as jnp
 
-from research.core.base import Compressor, Link
+from research.core.base import Compressor, Uplink
 
 _OWN = 0x6F776E
 
 
-def plain() -> Link:
+def plain() -> Uplink:
   """Leaves as they are."""
-  return Link(
+  return Uplink(
     lambda params: (),
     lambda tree, state, key: (jax.tree.leaves(tree), state),
     lambda payload, like, key, leaf: payload,
   )
 
 
-def compressed(compressor: Compressor) -> Link:
+def compressed(compressor: Compressor) -> Uplink:
   """Every leaf by itself, with a key of its own.
 
   Args:
@@ -32,10 +32,10 @@ def compressed(compressor: Compressor) -> Link:
   def decode(payload, like, key, leaf):
     return compressor.decode(payload, like, jax.random.fold_in(key, leaf))
 
-  return Link(lambda params: (), encode, decode)
+  return Uplink(lambda params: (), encode, decode)
 
 
-def remembering(link: Link, decay: float) -> Link:
+def remembering(link: Uplink, decay: float) -> Uplink:
   """Error feedback: p = x + decay e is sent, and e <- p - D(C(p)) kept, as in `error_feedback`.
 
   Args:
@@ -52,4 +52,4 @@ def remembering(link: Link, decay: float) -> Link:
     left = [x - y for x, y in zip(leaves, sent, strict=True)]
     return payloads, treedef.unflatten(left)
 
-  return Link(lambda params: jax.tree.map(jnp.zeros_like, params), encode, link.decode)
+  return Uplink(lambda params: jax.tree.map(jnp.zeros_like, params), encode, link.decode)

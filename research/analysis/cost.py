@@ -29,14 +29,14 @@ _BITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "tbit": 1e12}  # per
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
-class Link(NamedTuple):
+class LinkSpeed(NamedTuple):
   """What joins a worker to the others, in each direction."""
 
   bits_per_second: float
   latency_seconds: float  # of a message, one way
 
 
-def parse_link(spec: str) -> Link:
+def parse_link(spec: str) -> LinkSpeed:
   """Reads '100mbit,20ms', or '100mbit' for no latency.
 
   Raises:
@@ -46,7 +46,7 @@ def parse_link(spec: str) -> Link:
   bits = _quantity(rate, _BITS, "a bandwidth such as 100mbit")
   if bits == 0:
     raise ValueError(f"'{one_line(rate, QUOTED)}' is no bandwidth: nothing would ever arrive")
-  return Link(bits, _quantity(latency, _SECONDS, "a latency such as 20ms") if comma else 0.0)
+  return LinkSpeed(bits, _quantity(latency, _SECONDS, "a latency such as 20ms") if comma else 0.0)
 
 
 def _quantity(text: str, units: Mapping[str, float], wanted: str) -> float:
@@ -58,7 +58,7 @@ def _quantity(text: str, units: Mapping[str, float], wanted: str) -> float:
   return value
 
 
-def seconds(rows: Iterable[Mapping[str, Any]], axes: Mapping[str, int], link: Link) -> float:
+def seconds(rows: Iterable[Mapping[str, Any]], axes: Mapping[str, int], link: LinkSpeed) -> float:
   """How long the transfers of a local step take, one after the other.
 
   Args:
@@ -70,7 +70,7 @@ def seconds(rows: Iterable[Mapping[str, Any]], axes: Mapping[str, int], link: Li
   return sum(_seconds(row, axes, link) for row in rows)
 
 
-def _seconds(row: Mapping[str, Any], axes: Mapping[str, int], link: Link) -> float:
+def _seconds(row: Mapping[str, Any], axes: Mapping[str, int], link: LinkSpeed) -> float:
   workers = math.prod(axes[name] for name in row["axis"].split("+"))
   if not row["sent_bytes"]:
     return 0.0

@@ -94,6 +94,7 @@ def define_flags() -> None:
     flags.DEFINE_bool(name, default[name], text)
   define_compilation_cache()
   define_import()
+  flags.DEFINE_bool("debug", False, "Shows the traceback of every error, JAX's own frames too.")
   flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where several make one job.")
   flags.DEFINE_integer("processes", 0, "Number of processes that make the job.", 0)
   flags.DEFINE_integer("process_id", -1, "This process's number.", -1)
@@ -107,7 +108,7 @@ def define_compilation_cache() -> None:
 
 def define_import() -> None:
   """Defines --import, which every command takes that builds objects from specs."""
-  text = "Module or .py file that registers names of your own; may be repeated."
+  text = "Module, .py file or package folder that registers names of your own; repeatable."
   flags.DEFINE_multi_string("import", [], text)
 
 

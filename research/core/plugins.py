@@ -37,7 +37,7 @@ def load(text: str) -> None:
 
   Args:
     text: a module such as my_package.my_module, found from the current folder too; or the path of a
-      .py file, whose folder its own imports may use.
+      .py file, whose folder its own imports may use, or of a package's folder.
 
   Raises:
     ValueError: if there is no such module or file, or another module has the file's name.
@@ -118,6 +118,8 @@ def _source_of(module: ModuleType) -> Source | None:
 
 def _of_file(text: str) -> Source:
   path = paths.local(text)
+  if (path / "__init__.py").is_file():
+    return _of_package(path.resolve())
   if path.suffix != ".py":
     raise ValueError("is neither a module such as my_package.my_module nor a .py file")
   if not path.is_file():
@@ -128,10 +130,21 @@ def _of_file(text: str) -> Source:
   if not path.stem.isidentifier():
     raise ValueError(f"the file cannot be imported: {quoted(path.stem)} is not a name")
   path = path.resolve()
-  taken = _file_of(path.stem)
-  if taken and Path(taken) != path:
-    raise ValueError(f"the name '{path.stem}' is that of the module {taken}; rename the file")
+  if path.name == "__init__.py":
+    return _of_package(path.parent)
+  _check_free(path.stem, path)
   return Source(path.stem, str(path.parent))
+
+
+def _of_package(folder: Path) -> Source:
+  _check_free(folder.name, folder / "__init__.py")
+  return Source(folder.name, str(folder.parent))
+
+
+def _check_free(name: str, path: Path) -> None:
+  taken = _file_of(name)
+  if taken and Path(taken).resolve() != path:
+    raise ValueError(f"the name '{name}' is that of the module {taken}; rename the file")
 
 
 def _of_module(text: str) -> Source:

@@ -170,28 +170,23 @@ def written(value: Any) -> str:
 def of_call(name: str, parameters: Iterable[inspect.Parameter], values: Mapping[str, Any]) -> str:
   """The canonical spec of a call of a factory.
 
-  Arguments at their default are left out. The others are positional as long as they stand in their
-  place, and `key=value` where the parameter is keyword-only or one before it is left out.
+  Arguments at their default are left out, other optional ones are `key=value`: as a part shows
+  itself.
 
   Args:
     name: of the factory.
     parameters: of the factory, in order.
     values: by parameter name; those of `*args` as a sequence, those of `**kwargs` as a mapping.
   """
-  shown, in_place = [], True
-  for parameter in parameters:
-    if parameter.name not in values:
-      in_place = False
-      continue
+  shown = []
+  for parameter in (p for p in parameters if p.name in values):
     value = values[parameter.name]
     if parameter.kind == parameter.VAR_POSITIONAL:
       shown += map(written, value)
     elif parameter.kind == parameter.VAR_KEYWORD:
       shown += [f"{key}={written(one)}" for key, one in value.items()]
-    elif parameter.default is not parameter.empty and parameter.default == value:
-      in_place = False
-    elif in_place and parameter.kind != parameter.KEYWORD_ONLY:
+    elif parameter.default is parameter.empty and parameter.kind != parameter.KEYWORD_ONLY:
       shown.append(written(value))
-    else:
+    elif parameter.default != value:
       shown.append(f"{parameter.name}={written(value)}")
   return f"{name}({', '.join(shown)})"

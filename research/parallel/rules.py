@@ -9,14 +9,14 @@ import jax
 from research.core.task import Task
 
 
-class Place(NamedTuple):
+class RuleCut(NamedTuple):
   """How parameters of one shape are cut."""
 
   cut: dict[str, int]  # by axis, the dimension
   first: int  # dimensions before those of the rule: those of layers, along `stage` or whole
 
 
-def by_shape(sizes: Mapping[str, int], task: Task) -> dict[tuple[int, ...], Place]:
+def by_shape(sizes: Mapping[str, int], task: Task) -> dict[tuple[int, ...], RuleCut]:
   """How the mesh axes cut parameters, by their shapes.
 
   A rule (pattern, axes) is that of the parameters whose path, such as 'layers/attention/query',
@@ -33,7 +33,7 @@ def by_shape(sizes: Mapping[str, int], task: Task) -> dict[tuple[int, ...], Plac
     ValueError: if an axis does not divide a dimension or cuts no parameter at all, or rules differ
       for parameters of one shape.
   """
-  found: dict[tuple[int, ...], tuple[str, Place]] = {}
+  found: dict[tuple[int, ...], tuple[str, RuleCut]] = {}
   params = jax.eval_shape(task.init, jax.random.key(0))
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -52,7 +52,7 @@ def by_shape(sizes: Mapping[str, int], task: Task) -> dict[tuple[int, ...], Plac
   return {shape: place for shape, (_, place) in found.items()}
 
 
-def _place(name: str, shape: tuple[int, ...], sizes: Mapping[str, int], task: Task) -> Place:
+def _place(name: str, shape: tuple[int, ...], sizes: Mapping[str, int], task: Task) -> RuleCut:
   axes = next((axes for pattern, axes in task.rules if re.search(pattern, name)), ())
   first = len(shape) - len(axes) if axes else 0
   assert first >= 0, f"a rule of {name} has more axes than it has dimensions"
@@ -68,4 +68,4 @@ def _place(name: str, shape: tuple[int, ...], sizes: Mapping[str, int], task: Ta
       raise ValueError(
         f"'{axis}:{size}' does not divide the {shape[dimension]} of {name} {list(shape)}"
       )
-  return Place(cut, first)
+  return RuleCut(cut, first)

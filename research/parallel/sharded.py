@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from research.aggregate.blockwise import (
+  Blockwise,
   Cut,
-  blockwise,
   is_counter,
   of_shard,
   pieces,
@@ -21,7 +21,7 @@ from research.aggregate.blockwise import (
   shard_keys,
 )
 from research.comm.mesh import INNER_AXES
-from research.core.base import EVERYONE, Aggregate, Aggregator, Array, Blocks, Key, Tree
+from research.core.base import EVERYONE, Aggregate, Array, Blocks, Key, Tree
 from research.core.task import Batch, Data, Task, TrainState
 from research.parallel import rules
 
@@ -84,7 +84,7 @@ def cut_of(axes: Mapping[str, int], task: Task) -> Cut | None:
   named = rules.by_shape(dict(inner), task)
 
   def places(shape: tuple[int, ...]) -> tuple[int | None, ...]:
-    of_rule, first = named.get(shape, rules.Place({}, 0))
+    of_rule, first = named.get(shape, rules.RuleCut({}, 0))
     whole = [d for d in range(first, len(shape)) if d not in of_rule.values()]
     cut = {**of_rule, "fsdp": _largest(shape, whole, dict(inner).get("fsdp", 1))}
     return tuple(cut.get(name) for name, _ in inner)
@@ -109,18 +109,12 @@ def spec_of(
   return tuple(names.get(d) for d in range(max(names, default=-1) + 1))
 
 
-class PerShard(Aggregator):
+class PerShard(Blockwise):
   """`blockwise` where each block has its device: a shard_map over its axes, inside the worker's.
 
   Each device aggregates the shard that it holds with the same shard of the other workers; nothing
   crosses an axis inside a worker.
   """
-
-  inner: Aggregator
-  cut: Cut
-
-  def init(self, params):
-    return blockwise(self.inner, self.cut).init(params)
 
   def aggregate(self, tree, state, key, presence=EVERYONE):
     cut, pair = self.cut, of_shard(self.inner)

@@ -14,7 +14,7 @@ from research.core.plugins import Source
 from research.training.config import Config
 
 
-class Place(NamedTuple):
+class Snapshot(NamedTuple):
   """Where a server begins: at the start of a run, or at a checkpoint."""
 
   version: int
@@ -58,13 +58,13 @@ def settle(platform: str, given: Inherited) -> None:
   plugins.load_all(given.modules)
 
 
-def part_of(method: str, seed: int, sizes: Sizes, number: int, place: Place) -> Any:
+def part_of(method: str, seed: int, sizes: Sizes, number: int, place: Snapshot) -> Any:
   """The shard of that number."""
   import jax
 
   from research.core import registry
   from research.server import work
-  from research.server.part import Part
+  from research.server.part import ShardState
 
   served: Any = registry.build("method", method)
   shapes = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape, dtype in sizes.leaves}
@@ -73,14 +73,14 @@ def part_of(method: str, seed: int, sizes: Sizes, number: int, place: Place) -> 
   payloads = work.payload_shapes(served.on_server()[0].exchange.uplink, shapes)
   params = {names[leaf]: place.params[names[leaf]] for leaf in leaves}
   state = place.states[number] if place.states else None
-  return Part(side, params, [payloads[leaf] for leaf in leaves], number, place.version, state)
+  return ShardState(side, params, [payloads[leaf] for leaf in leaves], number, place.version, state)
 
 
 class Shard:
   """A shard of the model apart from the head's, which says what is applied when."""
 
   def __init__(
-    self, method: str, seed: int, sizes: Sizes, number: int, place: Place, given: Inherited
+    self, method: str, seed: int, sizes: Sizes, number: int, place: Snapshot, given: Inherited
   ):
     settle("cpu", given)
     self.part = part_of(method, seed, sizes, number, place)
@@ -139,7 +139,7 @@ class HeadProcess:
     method: str,
     seed: int,
     sizes: Sizes,
-    place: Place,
+    place: Snapshot,
     shards: Sequence[Any],
     given: Inherited,
   ):

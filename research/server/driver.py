@@ -9,7 +9,7 @@ from typing import Any
 
 from research.server import cluster, events, hogwild, store
 from research.server import setup as setups
-from research.server.actors import HeadProcess, Place, Shard, Sizes, WorkerProcess, inherited
+from research.server.actors import HeadProcess, Shard, Sizes, Snapshot, WorkerProcess, inherited
 from research.server.measure import Measured, digest
 from research.server.setup import Setup
 from research.training import fingerprint
@@ -45,9 +45,9 @@ def train(config: Config) -> tuple[dict[str, Any], Path]:
     stack.enter_context(folders.claimed(config, folder))
     folders.describe(config, folder, made_of)
     if config.server_mode == "hogwild":
-      run = stack.enter_context(contextlib.closing(hogwild.Run(made, folder, timing)))
+      run = stack.enter_context(contextlib.closing(hogwild.HogwildRun(made, folder, timing)))
       return _written(run.train(), folder)
-    run = stack.enter_context(contextlib.closing(Run(made, folder, timing)))
+    run = stack.enter_context(contextlib.closing(ServedRun(made, folder, timing)))
     size = sum(x.size * x.dtype.itemsize for x in made.shapes.values())
     with cluster.running(config, made.workers + config.shards, size) as ray:
       summary = run.train(ray)
@@ -59,7 +59,7 @@ def _written(summary: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Pat
   return summary, folder
 
 
-class Run:
+class ServedRun:
   """One run, from its start or its newest checkpoint to its end."""
 
   def __init__(self, setup: Setup, folder: Path, timing: Timing):
@@ -71,7 +71,7 @@ class Run:
     if found:
       report.note(f"resuming at step {found.version * self.period}")
     empty = [[0, 0, 0] for _ in range(setup.workers)]
-    self.saved = found or Place(0, setups.initial(setup), None, empty)
+    self.saved = found or Snapshot(0, setups.initial(setup), None, empty)
     counted = self.saved.counted + empty[len(self.saved.counted) :]
     self.saved = self.saved._replace(counted=counted)
     self.version, self.saved_at = self.saved.version, timing.elapsed()
@@ -224,7 +224,7 @@ class Run:
       self.pids = pids
       report.write_json(self.folder / "processes.json", pids)
 
-  def _snapshot(self, ray: Any) -> Place:
+  def _snapshot(self, ray: Any) -> Snapshot:
     """All shards at one version, and what is counted by then."""
     found, own, counted, others = ray.get(self.servers[0].snapshot.remote())
     self._take_in(found)
@@ -233,7 +233,7 @@ class Run:
     leaves = {name: x for _, params, _ in parts for name, x in params.items()}
     params = {name: leaves[name] for name in self.setup.shapes}
     states = {number: state for number, (_, _, state) in enumerate(parts)}
-    return Place(own[0], params, states, counted)
+    return Snapshot(own[0], params, states, counted)
 
   def _due(self, every: int, last: int) -> bool:
     return every > 0 and self.version * self.period // every > last * self.period // every

@@ -6,7 +6,7 @@ not is shared and stays with the server. A method can be served if
 
 - its round is message, one exchange, receive, and its aggregator's encoding has an uplink;
 - a worker's half needs nothing of the shared state but the model, which it pulls;
-- the server's half needs nothing of a worker but its message.
+- the server's half needs nothing of a worker but its message, and changes the model that it has.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from research.core.base import Aggregator, Array, Key, Link, Params, State, Tree
+from research.core.base import Aggregator, Array, Key, Params, State, Tree, Uplink
 from research.core.method import Method
 from research.parallel import layout as layouts
 
@@ -32,7 +32,7 @@ class _Bare(Aggregator):
     return self.inner.uplink
 
 
-class Held(NamedTuple):
+class ServerState(NamedTuple):
   """What a server keeps beside the model."""
 
   shared: list[Array]  # leaves of the method's state
@@ -44,7 +44,7 @@ class Halves(NamedTuple):
 
   method: Method
   correction: Any  # a `methods.stale.Correction`, or None
-  link: Link
+  link: Uplink
   private: list[bool]  # of the state's leaves
   model: list[bool]  # which of the others are the model
 
@@ -63,14 +63,14 @@ class Halves(NamedTuple):
     tree, after = self.method.message(local, self.state(params, own), key=key)
     return tree, _chosen(after, self.private)
 
-  def init(self, params: Params) -> Held:
+  def init(self, params: Params) -> ServerState:
     """What a server keeps, at first."""
     memory = self.correction.init(params) if self.correction else ()
-    return Held(_chosen(self.method.init(params), self._kept), memory)
+    return ServerState(_chosen(self.method.init(params), self._kept), memory)
 
   def receive(
-    self, message: Tree, params: Params, held: Held, staleness: Array, moved: Tree
-  ) -> tuple[Params, Held]:
+    self, message: Tree, params: Params, held: ServerState, staleness: Array, moved: Tree
+  ) -> tuple[Params, ServerState]:
     """The model after a message, or after the mean of several.
 
     Args:
@@ -86,7 +86,7 @@ class Halves(NamedTuple):
       message, memory = self.correction.correct(message, tau, moved, memory)
     state = _put(self.method.init(params), self._kept, held.shared)
     after = self.method.receive(message, message, state, key=jax.random.key(0))
-    return self.method.params(after), Held(_chosen(after, self._kept), memory)
+    return self.method.params(after), ServerState(_chosen(after, self._kept), memory)
 
   @property
   def _kept(self) -> list[bool]:
@@ -195,10 +195,13 @@ def _check_server(found: Halves, state: State, shapes: Params, name: str) -> Non
   if any(_both(own, shared)):
     leaves = _names(state, _both(own, shared))
     raise ValueError(f"what {name} keeps in common depends on a worker's own state: {leaves}")
-  received = _reached(run, (True, shapes), (False, shapes), (shared, state), (False, _key()))
+  received = _reached(run, (True, shapes), (True, shapes), (shared, state), (False, _key()))
   if any(_both(received, found.private)):
     leaves = _names(state, _both(received, found.private))
     raise ValueError(f"a worker of {name} waits for what comes of its message: {leaves}")
+  kept = _reached(run, (False, shapes), (False, shapes), (found.model, state), (False, _key()))
+  if not all(after for after, model in zip(kept, found.model, strict=True) if model):
+    raise ValueError(f"{name} replaces the model by the workers', which a server must not do")
 
 
 def _reached(run: Callable[..., list[Any]], *args: tuple[bool | list[bool], Tree]) -> list[bool]:

@@ -22,7 +22,7 @@ from typing import Any
 from research.core.base import Tree
 from research.server.events import Event, Push
 from research.server.messages import Joined, Reply, Rules, Spent
-from research.server.part import Part, Refused
+from research.server.part import Refused, ShardState
 from research.server.work import shares
 
 DENIED = 20  # pushes in a row that are refused, by then none is going to be counted
@@ -34,7 +34,7 @@ class Head:
   def __init__(
     self,
     rules: Rules,
-    part: Part,
+    part: ShardState,
     elsewhere: Callable[[Sequence[Push], Sequence[float]], None] = lambda pushes, shares: None,
     counted: Sequence[Sequence[int]] = (),
     now: Callable[[], float] = time.monotonic,

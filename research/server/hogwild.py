@@ -17,7 +17,7 @@ import numpy as np
 
 from research.server import setup as setups
 from research.server import shared, store
-from research.server.actors import Place, inherited
+from research.server.actors import Snapshot, inherited
 from research.server.measure import Measured, digest
 from research.server.setup import Setup
 from research.training.config import UsageError
@@ -28,8 +28,8 @@ from research.training.reports.timing import Timing
 _POLL = 0.05
 
 
-class Run:
-  """One run; as `driver.Run`, without servers."""
+class HogwildRun:
+  """One run; as `driver.ServedRun`, without servers."""
 
   def __init__(self, setup: Setup, folder: Path, timing: Timing):
     self.setup, self.config, self.timing = setup, setup.config, timing
@@ -39,7 +39,7 @@ class Run:
     if found:
       report.note(f"resuming at step {found.version}")
     empty = [[0, 0, 0] for _ in range(setup.workers)]
-    self.saved = found or Place(0, setups.initial(setup), {}, empty)
+    self.saved = found or Snapshot(0, setups.initial(setup), {}, empty)
     before = len(self.saved.counted)
     if before != setup.workers:
       raise UsageError(f"--workers={setup.workers}: hogwild goes on with the {before} that it had")
@@ -114,14 +114,14 @@ class Run:
       self._save()
     return "steps" if steps >= self.setup.updates else ""
 
-  def _place(self, steps: int) -> Place:
+  def _place(self, steps: int) -> Snapshot:
     """The model as one read finds it."""
     assert self.memory is not None
     sizes = np.cumsum([x.size for x in self.setup.shapes.values()])[:-1]
     parts = zip(np.split(self.memory.model.copy(), sizes), self.setup.shapes.items(), strict=True)
     params = {name: part.reshape(like.shape) for part, (name, like) in parts}
     counted = [[0, int(taken), int(taken)] for taken in self.memory.steps]
-    return Place(steps, params, {}, counted)
+    return Snapshot(steps, params, {}, counted)
 
   def _save(self) -> None:
     assert self.memory is not None

@@ -30,7 +30,7 @@ class Pulled(NamedTuple):
   leaves: list[np.ndarray]
 
 
-class Part:
+class ShardState:
   """The state of a shard. Whoever calls it says in which order pushes become updates.
 
   What arrives and leaves are numpy arrays; what a model's arrays are never changes, so that old

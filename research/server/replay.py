@@ -18,7 +18,7 @@ from research.server import events, store, work
 from research.server import setup as setups
 from research.server.events import Event, Push
 from research.server.head import round_shares
-from research.server.part import Part
+from research.server.part import ShardState
 from research.server.setup import Setup
 from research.training.config import Config, UsageError, flag
 from research.training.reports import report
@@ -34,7 +34,7 @@ class Replayed:
     self.worker = work.worker(setup.job, apart, keys)
     payloads = work.payload_shapes(apart.link, setup.shapes)
     self.parts = [
-      Part(
+      ShardState(
         work.side(setup.job.method, keys, setup.shapes, leaves),
         setups.chosen(setup, shard, params),
         [payloads[leaf] for leaf in leaves],
@@ -44,7 +44,7 @@ class Replayed:
     ]
     self.treedef = jax.tree.structure(jax.eval_shape(setup.job.task.init, jax.random.key(0)))
     self.past = [{0: part.params} for part in self.parts]  # models by version, of each shard
-    self.held: dict[int, tuple[int, work.Held]] = {}  # incarnation, and what it keeps
+    self.held: dict[int, tuple[int, work.WorkerState]] = {}  # incarnation, and what it keeps
 
   def play(self, happened: Iterable[Event]) -> None:
     """Events in their order; models that nobody will begin with again are forgotten."""
@@ -74,7 +74,8 @@ class Replayed:
     if self.setup.config.server_mode == "elastic":
       local, total = self.worker.begin(params, held)
       for step in range(push.steps):
-        local, total = self.worker.step(local, total, *data, np.int32(push.first + step))
+        at_step = np.int32(push.first + step)
+        local, total = self.worker.step(local, total, params, held, *data, at_step)
     else:
       local, _ = self.worker.steps(params, held, *data, np.int32(push.first))
     payloads, held = self.worker.end(local, params, held, own, at)
@@ -94,7 +95,7 @@ class Replayed:
     return round_shares(self.setup.rules(""), pushes)
 
   def apply(
-    self, shard: int, part: Part, pushes: list[tuple[Push, list[Any]]], weights: np.ndarray
+    self, shard: int, part: ShardState, pushes: list[tuple[Push, list[Any]]], weights: np.ndarray
   ) -> None:
     for push, payloads in pushes:
       version = push.versions[shard]

@@ -67,7 +67,7 @@ def run(config: Config, worker: int, name: str, parameters: int, given: actors.I
   own = jax.random.fold_in(made.keys.data, worker)
   examples, size = work.examples_of(made.examples, made.job.sizes, worker)
   examples = jax.device_put(examples)
-  gradient = workers.value_and_clipped_grad(made.job, sharded.ALONE)
+  gradient = workers.measured_and_clipped_grad(made.job, sharded.ALONE)
 
   @jax.jit
   def step(flat: Any, state: Any, number: Any) -> Any:
@@ -76,9 +76,9 @@ def run(config: Config, worker: int, name: str, parameters: int, given: actors.I
     if made.job.batch_size is not None:
       index = task.sample(size, number, own, batch_size=made.job.batch_size)
       batch = task.batch(examples, index)
-    loss, grads = gradient(params, batch, jax.random.fold_in(own, number))
+    measured, grads = gradient(params, batch, jax.random.fold_in(own, number))
     updates, state = optimizer.update(grads, state, params)
-    return loss, ravel_pytree(updates)[0], state
+    return measured["loss"], ravel_pytree(updates)[0], state
 
   state, number = (
     optimizer.init(unravel(jax.numpy.asarray(memory.model))),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from research.server.actors import Place
+from research.server.actors import Snapshot
 from research.training.checkpoint import integrity
 from research.training.checkpoint.checkpoint import CheckpointError, SaveError
 from research.training.checkpoint.manager import KEEP
@@ -17,7 +17,7 @@ from research.training.reports import report
 _STATE, _ABOUT = "state.npz", "server.json"
 
 
-def save(folder: Path, place: Place, parts: Sequence[Sequence[int]]) -> None:
+def save(folder: Path, place: Snapshot, parts: Sequence[Sequence[int]]) -> None:
   """Writes checkpoints/VERSION, whole or not at all, and keeps the last few.
 
   Raises:
@@ -55,7 +55,7 @@ def versions(folder: Path) -> list[int]:
 
 def restore(
   folder: Path, names: Sequence[str], parts: Sequence[Sequence[int]], warn: Callable[[str], None]
-) -> Place | None:
+) -> Snapshot | None:
   """The newest checkpoint that is whole; a damaged one is set aside, and the one before it taken.
 
   With other shards than it was saved with, the optimizer begins anew.
@@ -89,7 +89,7 @@ def restore(
   return None
 
 
-def _read(path: Path, about: Mapping[str, Any]) -> Place:
+def _read(path: Path, about: Mapping[str, Any]) -> Snapshot:
   with np.load(path / _STATE) as file:
     params = {
       name: file[f"params {i}"].view(about["dtypes"][f"params {i}"])
@@ -98,7 +98,7 @@ def _read(path: Path, about: Mapping[str, Any]) -> Place:
     states = {
       int(n): [file[f"state {n} {i}"] for i in range(count)] for n, count in about["states"].items()
     }
-  return Place(about["version"], params, states, about["counted"])
+  return Snapshot(about["version"], params, states, about["counted"])
 
 
 def _plain(x: np.ndarray) -> np.ndarray:

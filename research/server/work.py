@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.comm import collectives
-from research.core.base import Array, Key, Link, Params, State, Tree
+from research.core.base import Array, Key, Params, State, Tree, Uplink
 from research.core.method import Method
 from research.core.task import Batch
 from research.parallel import workers
@@ -38,7 +38,7 @@ def message_key(key: Key, worker: Array, number: Array) -> Key:
   return jax.random.fold_in(collectives.key_of(jax.random.fold_in(key, _MESSAGE), worker), number)
 
 
-class Held(NamedTuple):
+class WorkerState(NamedTuple):
   """What a worker keeps from one piece of work to the next; a new incarnation starts anew."""
 
   own: State  # of the method: an inner optimizer
@@ -48,15 +48,15 @@ class Held(NamedTuple):
 class Worker(NamedTuple):
   """What a worker computes, compiled. `worker`, `number` and `first` are int32."""
 
-  held: Callable[[Params], Held]
+  held: Callable[[Params], WorkerState]
   # (params, held, examples, size, worker, first) -> Local after the period, mean loss
   steps: Callable[..., tuple[Any, Array]]
   # the same one by one, for as many steps as there is time for, with the losses' sum
-  begin: Callable[[Params, Held], tuple[Any, Array]]
+  begin: Callable[[Params, WorkerState], tuple[Any, Array]]
   # (local, total, params, held, examples, size, worker, first)
   step: Callable[..., tuple[Any, Array]]
-  # (local, params, held, worker, number) -> payloads by leaf, Held
-  end: Callable[..., tuple[list[Tree], Held]]
+  # (local, params, held, worker, number) -> payloads by leaf, WorkerState
+  end: Callable[..., tuple[list[Tree], WorkerState]]
 
 
 class _From(Method):
@@ -104,7 +104,7 @@ def worker(job: Job, apart: Halves, keys: Keys) -> Worker:
     key = message_key(keys.run, worker, number)
     message, own = apart.message(local, params, held.own, key)
     payloads, memory = apart.link.encode(message, held.memory, key)
-    return payloads, Held(own, memory)
+    return payloads, WorkerState(own, memory)
 
   def together(params, held, examples, size, worker, first):
     state = apart.state(params, held.own)
@@ -120,7 +120,7 @@ def worker(job: Job, apart: Halves, keys: Keys) -> Worker:
     local, losses = steps(local, state, 1, examples, size, worker, first)
     return local, total + losses[0]
 
-  held = lambda params: Held(apart.own(params), apart.link.init(params))
+  held = lambda params: WorkerState(apart.own(params), apart.link.init(params))
   return Worker(*map(jax.jit, (held, together, begin, step, end)))
 
 
@@ -134,7 +134,7 @@ def shapes_of(params: Params) -> Shapes:
   return {jax.tree_util.keystr(path): struct(leaf) for path, leaf in leaves}
 
 
-def payload_shapes(link: Link, shapes: Shapes) -> list[Tree]:
+def payload_shapes(link: Uplink, shapes: Shapes) -> list[Tree]:
   """What a push of each leaf looks like: arrays without values."""
   encode = lambda tree: link.encode(tree, link.init(tree), jax.random.key(0))[0]
   return jax.eval_shape(encode, list(shapes.values()))

@@ -10,14 +10,15 @@ import optax
 import pytest
 from aggregators import AGGREGATORS, PLAIN, REFUSED, SLICED, SPECS, between_slices, refusal
 from problems import Running, distance, regression
+from promises import COMPRESSORS
 from side_by_side import regressions, trained
-from test_compress import TABLE as COMPRESSORS
 
 from research.aggregate import composition
 from research.aggregate.blockwise import blockwise
 from research.analysis import wire
 from research.core import registry
 from research.core.base import Aggregator, Trait
+from research.core.builtin import TABLE
 from research.parallel import layout, sharded
 
 MESH = "fsdp"  # a mesh that cuts what a worker has
@@ -55,7 +56,7 @@ def test_the_wrappers_are_all_that_take_an_aggregator():
     parameters = inspect.signature(registry.lookup(("aggregator",), name)).parameters
     return Aggregator in [parameter.annotation for parameter in parameters.values()]
 
-  assert {*filter(takes_one, registry.TABLE["aggregator"]), MESH} == set(WRAPPERS)
+  assert {*filter(takes_one, TABLE["aggregator"]), MESH} == set(WRAPPERS)
 
 
 def wrapped(wrapper: str, name: str) -> Aggregator:
@@ -136,7 +137,7 @@ def test_every_refusal_has_a_pair_and_stands_in_the_readme():
   shown = readme.split("<!-- refused pairs -->")[1].split("<!-- end -->")[0]
   for wrappers, _, why in REFUSED:
     (line,) = [line for line in shown.splitlines() if line.endswith(f"| {why} |")]
-    for wrapper in set(wrappers) - set(registry.TABLE["method"]):  # they have tests of their own
+    for wrapper in set(wrappers) - set(TABLE["method"]):  # they have tests of their own
       assert wrapper in WRAPPERS
       assert wrapper in line
       assert any(refusal(wrapper, name) == why for name in ENTRIES), (wrapper, why)

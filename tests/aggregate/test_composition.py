@@ -14,8 +14,8 @@ from test_compiled import counted
 from research.aggregate.feedback import ErrorFeedbackState
 from research.analysis import compiled
 from research.comm import mesh as meshes
-from research.core import registry
 from research.core.base import Chunk, Trait
+from research.core.builtin import TABLE
 from research.core.task import TrainState
 from research.parallel import layout as layouts
 from research.parallel import resize, workers
@@ -93,7 +93,7 @@ def group_of(name: str) -> tuple[str, ...]:
 
 def test_the_table_is_whole():
   called = set().union(*map(names_in, (SPECS | PLAIN).values()))
-  assert called == set(registry.TABLE["aggregator"])
+  assert called == set(TABLE["aggregator"])
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -6,9 +6,9 @@ import pytest
 from jax import lax
 
 from research.analysis import cost, wire
-from research.analysis.cost import Link, parse_link
+from research.analysis.cost import LinkSpeed, parse_link
 
-LINK = Link(8e3, 0.25)  # a byte per millisecond
+LINK = LinkSpeed(8e3, 0.25)  # a byte per millisecond
 LENGTH = 48  # float32 that a worker puts in
 
 

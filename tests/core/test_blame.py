@@ -17,8 +17,9 @@ RUN = Path(__file__).parents[2] / "experiments" / "run.py"
 PLUGIN = '''
 import jax, jax.numpy as jnp
 from research.core.registry import register
-from research.core.base import Aggregator, Method, Task
-from research.methods.data_parallel import data_parallel
+from research.core.base import Aggregator
+from research.core.task import Task
+from research.methods.data_parallel import DataParallel
 from research.aggregate.mean import mean
 from research.tasks.convex.synthetic import mean_estimation
 import optax
@@ -49,23 +50,19 @@ def init_fails() -> Task:
     return {"w": jnp.zeros(3) + jnp.zeros(4)}
   return mean_estimation(8, 4)._replace(init=init)
 
-class Broken:
-  def sync(self, local, state, *, key, weight=1.0, active=True):
+@register("method", "own_method")
+class Broken(DataParallel, name="own_method"):
+  """A sync that fails."""
+  inner: optax.GradientTransformation = optax.sgd(0.1)
+  aggregator: Aggregator = mean()
+  def sync(self, local, state, *, key, presence=None):
     return jnp.reshape(state.params, (17, 3))
 
-@register("method")
-def own_method() -> Method:
-  """A sync that fails."""
-  return data_parallel(optax.sgd(0.1), mean())._replace(
-    sync=Broken().sync, of_rounds=None, over=None
-  )
-
 @register("aggregator")
-def own_aggregator() -> Aggregator:
+class Fails(Aggregator, name="own_aggregator"):
   """An aggregator that fails where a method of ours calls it."""
-  def aggregate(tree, state, key, presence=None):
+  def aggregate(self, tree, state, key, presence=None):
     return int("x")
-  return Aggregator(mean().init, aggregate)
 
 @register("aggregator")
 def misspelt(size: int) -> Aggregator:
@@ -80,9 +77,9 @@ def choosy(size: int) -> Aggregator:
   return mean()
 
 @register("method")
-def asks_too_much() -> Method:
+def asks_too_much() -> DataParallel:
   """Refused by a check of ours."""
-  return data_parallel(optax.sgd(0.1), mean(), period=0)
+  return DataParallel(optax.sgd(0.1), mean(), period=0)
 '''
 
 
@@ -106,18 +103,18 @@ def trained(folder: Path, **flags: str):
 
 FAULTS = {
   "task": {
-    "of_types()": ("loss of of_types failed (mine.py, line 14)", TypeError),
-    "of_values()": ("loss of of_values failed (mine.py, line 21)", ValueError),
-    "of_names()": ("a lambda of of_names failed (mine.py, line 27)", KeyError),
-    "init_fails()": ("init of init_fails failed (mine.py, line 33)", TypeError),
+    "of_types()": ("loss of of_types failed (mine.py, line 15)", TypeError),
+    "of_values()": ("loss of of_values failed (mine.py, line 22)", ValueError),
+    "of_names()": ("a lambda of of_names failed (mine.py, line 28)", KeyError),
+    "init_fails()": ("init of init_fails failed (mine.py, line 34)", TypeError),
   },
   "method": {
-    "own_method()": ("sync of Broken failed (mine.py, line 38)", TypeError),
+    "own_method()": ("sync of Broken failed (mine.py, line 43)", TypeError),
     "data_parallel(sgd(0.1), own_aggregator())": (
-      "aggregate of own_aggregator failed (mine.py, line 51)",
+      "aggregate of Fails failed (mine.py, line 49)",
       ValueError,
     ),
-    "data_parallel(sgd(0.1), misspelt(1))": ("misspelt failed (mine.py, line 57)", TypeError),
+    "data_parallel(sgd(0.1), misspelt(1))": ("misspelt failed (mine.py, line 54)", TypeError),
   },
 }
 
@@ -164,7 +161,7 @@ def test_the_command_shows_the_line_and_then_the_traceback(plugin):
   )
   assert ended.returncode == 1
   lines = ended.stderr.splitlines()
-  assert lines[0].startswith("error: loss of of_types failed (mine.py, line 14): TypeError: ")
+  assert lines[0].startswith("error: loss of of_types failed (mine.py, line 15): TypeError: ")
   assert lines[1].startswith("Traceback")
   assert any("return jnp.dot(" in line for line in lines)
 

@@ -11,7 +11,7 @@ from research.core.spec import parse
 SPECS = {
   "sgd(0.1)": "sgd(0.1)",
   "sgd(1e-1, momentum=None)": "sgd(0.1)",
-  "sgd(0.1, momentum=0.9, nesterov=True)": "sgd(0.1, 0.9, True)",
+  "sgd(0.1, 0.9, True)": "sgd(0.1, momentum=0.9, nesterov=True)",
   "adamw(learning_rate=3e-4, weight_decay=0.1)": "adamw(0.0003, weight_decay=0.1)",
   "chain(clip_by_global_norm(1), sgd(0.1))": "chain(clip_by_global_norm(1), sgd(0.1))",
   "sgd(cosine_decay_schedule(0.1, 100))": "sgd(cosine_decay_schedule(0.1, 100))",
@@ -52,7 +52,7 @@ def test_a_schedule_says_its_spec_and_is_called_under_jit():
   schedule = registry.build("schedule", "polynomial_schedule(1., 0.0, 2, 10)")
   assert repr(schedule) == "polynomial_schedule(1.0, 0.0, 2, 10)"
   want = optax.polynomial_schedule(1.0, 0.0, 2, 10)(jnp.asarray(3))
-  assert float(jax.jit(schedule)(jnp.asarray(3))) == pytest.approx(float(want))
+  assert float(jax.jit(schedule)(jnp.asarray(3))) == pytest.approx(float(jnp.asarray(want)))
   assert schedule == registry.build("schedule", repr(schedule))
   assert schedule != registry.build("schedule", "constant_schedule(1.0)")
 

@@ -8,7 +8,7 @@ import pytest
 from aggregators import PLAIN
 from aggregators import SPECS as AGGREGATORS
 from catalogue import SPECS as METHODS
-from test_compress import TABLE as COMPRESSORS
+from promises import COMPRESSORS
 
 from research.aggregate.feedback import ErrorFeedback, error_feedback
 from research.aggregate.mean import Mean, mean
@@ -19,6 +19,7 @@ from research.compress.quantize import Int8, int8
 from research.core import registry
 from research.core.base import Aggregator, Compressor
 from research.core.part import Part, hidden
+from research.core.spec import parse
 
 SPECS = {
   **dict.fromkeys(COMPRESSORS, "compressor"),
@@ -32,7 +33,7 @@ SPECS = {
 
 
 def canonical(value) -> str:
-  """A parsed spec, written with positional arguments first and without those left at a default."""
+  """A parsed spec with its optional arguments by name, without those left at a default."""
   if isinstance(value, list):
     return f"[{', '.join(map(canonical, value))}]"
   if not hasattr(value, "kwargs"):
@@ -43,14 +44,11 @@ def canonical(value) -> str:
   if variadic:
     return f"{value.name}({', '.join(map(canonical, value.args))})"
   given = dict(zip(parameters, value.args, strict=False)) | value.kwargs
-  shown, by_name = [], False
+  shown = []
   for name, parameter in parameters.items():
-    if name not in given or given[name] == parameter.default:
-      by_name = True
-      continue
-    by_name |= parameter.kind is parameter.KEYWORD_ONLY
-    text = canonical(given[name])
-    shown.append(f"{name}={text}" if by_name else text)
+    if name in given and given[name] != parameter.default:
+      is_plain = parameter.default is parameter.empty and parameter.kind != parameter.KEYWORD_ONLY
+      shown.append(canonical(given[name]) if is_plain else f"{name}={canonical(given[name])}")
   return f"{value.name}({', '.join(shown)})"
 
 
@@ -58,7 +56,7 @@ def canonical(value) -> str:
 def test_what_a_spec_builds_is_shown_as_that_spec(spec):
   built = registry.build(SPECS[spec], spec)
   assert isinstance(built, Part)
-  assert repr(built) == canonical(registry.parse(spec))
+  assert repr(built) == canonical(parse(spec))
   again = registry.build(SPECS[spec], repr(built))
   assert again == built
   assert repr(again) == repr(built)
@@ -100,7 +98,7 @@ def test_no_spec_sets_or_shows_a_hidden_field():
   with pytest.raises(TypeError, match="note"):
     Halved(0.25, note="some")  # pyright: ignore[reportCallIssue]
   changed = Halved(0.25).replace(note="some")
-  assert (changed.note, repr(changed)) == ("some", "halved(0.25)")
+  assert (changed.note, repr(changed)) == ("some", "halved(factor=0.25)")
   assert changed.replace(factor=0.75).note == "some"
   assert changed != Halved(0.25)
 
@@ -135,7 +133,7 @@ class Ours(Leveled, name="ours"):
 
 def test_a_class_variable_of_a_base_keeps_no_place_among_the_fields():
   assert list(inspect.signature(Ours).parameters) == ["rows", "block"]
-  assert repr(Ours(2, block=4)) == "ours(2, 4)"
+  assert repr(Ours(2, block=4)) == "ours(2, block=4)"
 
 
 def test_what_errors_call_a_part():

@@ -34,7 +34,7 @@ def variadic(*parts, last=0):
 WRITTEN = [
   (factory, {"first": 1}, "f(1)"),
   (factory, {"first": 1, "second": 2, "third": 3.0}, "f(1)"),
-  (factory, {"first": 1, "second": 5}, "f(1, 5)"),
+  (factory, {"first": 1, "second": 5}, "f(1, second=5)"),
   (factory, {"first": [1e-3], "third": 0.5}, "f([0.001], third=0.5)"),
   (factory, {"first": 1, "more": {"x": "y"}}, "f(1, x='y')"),
   (factory, {"second": 5}, "f(second=5)"),
@@ -43,7 +43,7 @@ WRITTEN = [
 
 
 @pytest.mark.parametrize(("called", "values", "text"), WRITTEN)
-def test_defaults_are_left_out_and_the_rest_stays_in_its_place(called, values, text):
+def test_defaults_are_left_out_and_other_optional_arguments_are_named(called, values, text):
   assert spec.of_call("f", inspect.signature(called).parameters.values(), values) == text
 
 

@@ -8,6 +8,7 @@ from absl import flags
 
 from experiments import compare, sweep
 from experiments.reports import comparison, outcomes
+from research.command.flags import parse_flags
 from research.training.config import Config
 
 SGD = "data_parallel(sgd(0.1), {})"
@@ -32,7 +33,7 @@ def command(tmp_path, capsys):
     code = 0
     try:
       argv = ["compare.py", *quick, "--compilation_cache=off", *arguments]
-      compare.main(compare.run.parse_flags(argv))
+      compare.main(parse_flags(argv))
     except SystemExit as error:
       code = int(error.code or 0)
     return code, *capsys.readouterr()
@@ -188,7 +189,7 @@ PLACE = outcomes.Conditions("1mbit", 0.1, "")
 def outcome(*losses, start: float | None = 5.0, diverged=()) -> outcomes.Outcome:
   """Of seeds 3, 4, ...: the losses of those that did not diverge, at steps 10, 20, ..."""
   seeds = range(3, 3 + len(losses) + len(diverged))
-  plan = outcomes.Plan("m()", "m()", False, [Config(seed=seed, out="o") for seed in seeds])
+  plan = outcomes.Contender("m()", "m()", False, [Config(seed=seed, out="o") for seed in seeds])
   wire = {"bytes_per_step_per_worker": {"data": 5.0}, "dense_bytes_per_step_per_worker": 5.0}
   summary = {"initial_train_loss": start, "wire": wire | {"transfers": []}, "eval": {}}
   summary |= {"mesh": "data:2", "steps_per_second": 10.0, "train_loss": 1.0}

@@ -78,7 +78,7 @@ def rates(holder):
   found = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
   return {one["dev"]: one["options"]["rate"] for one in found if one["kind"] == "tbf"}
 shapes = [("100mbit", "256kb"), ("8mbit", "32kb"), ("", "")]
-with netlab.network([netlab.Link(*shape) for shape in shapes]) as (switch, hosts):
+with netlab.network([netlab.ShapedLink(*shape) for shape in shapes]) as (switch, hosts):
   holders = [switch, *(host.holder for host in hosts)]
   print(json.dumps([holders, [rates(holder) for holder in holders]]))
 """

@@ -17,7 +17,7 @@ from research.core.base import WORKER_AXES
 from research.core.task import Task
 from research.models.transformer import transformer
 from research.parallel import workers
-from research.tasks.language.language import Part, next_token
+from research.tasks.language.language import Text, next_token
 
 OUTPUTS, CONTEXT, BATCH = 12, 8, 8
 MODEL = {"layers": 2, "width": 16, "heads": 4, "kv_heads": 2, "hidden": 24, "dtype": "float32"}
@@ -38,7 +38,7 @@ def task(experts: int = 0) -> Task:
   steps = np.random.default_rng(0).integers(0, 3, 800)
   text = np.cumsum(steps).astype(np.uint8) % OUTPUTS
   model = transformer("tiny", **MODEL, scan=True, experts=experts)(OUTPUTS)
-  return next_token(model, OUTPUTS, Part(text[:640], 640), Part(text[640:], 160), context=CONTEXT)
+  return next_token(model, OUTPUTS, Text(text[:640], 640), Text(text[640:], 160), context=CONTEXT)
 
 
 @functools.cache

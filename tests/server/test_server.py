@@ -24,7 +24,7 @@ from research.server.events import Event, Push
 from research.server.halves import halves
 from research.server.head import DENIED, Head
 from research.server.messages import Spent
-from research.server.part import Part
+from research.server.part import ShardState
 from research.training import folder
 from research.training.config import Config, UsageError
 
@@ -65,7 +65,7 @@ class Server:
     payloads = work.payload_shapes(of.apart.link, of.shapes)
     params = setup.initial(of)
     self.parts = [
-      Part(
+      ShardState(
         work.side(of.job.method, of.keys, of.shapes, leaves),
         setup.chosen(of, shard, params),
         [payloads[leaf] for leaf in leaves],
@@ -373,7 +373,7 @@ def test_checkpoints_are_whole_or_set_aside(tmp_path):
   states = {n: part.snapshot()[2] for n, part in enumerate(server.parts)}
   counted, params, notes = server.head.counted, server.params(), []
   for version in (5, 9):
-    store.save(tmp_path, store.Place(version, params, states, counted), of.parts)
+    store.save(tmp_path, store.Snapshot(version, params, states, counted), of.parts)
   names = list(of.shapes)
   place = store.restore(tmp_path, names, of.parts, notes.append)
   assert place is not None

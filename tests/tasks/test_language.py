@@ -25,7 +25,7 @@ from research.methods.local import local_sgd
 from research.tasks import partition
 from research.tasks.convex import synthetic
 from research.tasks.language import language, tokens
-from research.tasks.language.language import Part, next_token
+from research.tasks.language.language import Text, next_token
 from research.training import metrics
 
 KEY = jax.random.key(0)
@@ -67,7 +67,7 @@ class Bigram(nn.Module):
 
 def task_of(length, held_out=10, context=4, **module):
   """A task on the tokens 0, 1, 2, ..., so that a window says where it lies."""
-  part = lambda a, b: Part(np.arange(a, b).astype(np.uint16), 2 * (b - a))
+  part = lambda a, b: Text(np.arange(a, b).astype(np.uint16), 2 * (b - a))
   size = length + held_out
   parts = part(0, length), part(length, size)
   return next_token(Bigram(size, **module), size, *parts, context=context)
@@ -199,7 +199,7 @@ def test_the_held_out_loss_is_a_mean_over_tokens(shards, chunk):
 
 def test_the_task_trains_alike_in_all_executions():
   text = np.tile(np.arange(8, dtype=np.uint8), 20)
-  task = next_token(Bigram(8), 8, Part(text, 160), Part(text[:20], 20), context=4)
+  task = next_token(Bigram(8), 8, Text(text, 160), Text(text[:20], 20), context=4)
   method = local_sgd(optax.sgd(3.0), mean(), period=3)
   run = functools.partial(
     Running, method, axes={"data": 4}, sizes=[10] * 4, batch_size=5, task=task

@@ -136,6 +136,6 @@ def random_tokens(
     raise ValueError(f"vocabulary={vocabulary}: one token alone is no choice")
   generator, kind = np.random.default_rng(seed), tokens.smallest(vocabulary)
   draw = lambda count: generator.integers(vocabulary, size=count, dtype=kind)
-  part = lambda found: language.Part(found, max(1, round(len(found) * math.log2(vocabulary) / 8)))
+  part = lambda found: language.Text(found, max(1, round(len(found) * math.log2(vocabulary) / 8)))
   parts = part(draw(length)), part(draw(length // 10))
   return language.next_token(model(vocabulary), vocabulary, *parts, context=context)

@@ -29,7 +29,7 @@ TOKENS = 2**13  # and tokens: more of them only leave the caches of a CPU (1.7 t
 PLACES = 100  # into which partitions see a text divided
 
 
-class Part(NamedTuple):
+class Text(NamedTuple):
   """A part of a text."""
 
   tokens: np.ndarray  # [N], integers in [0, V)
@@ -98,11 +98,11 @@ def text(
     "characters": lambda: tokens.characters(content),
     "bpe": lambda: tokens.bpe(content[:end], VOCABULARY if vocabulary is None else vocabulary),
   }[tokenizer]()
-  parts = [Part(coder.encode(x), len(x.encode())) for x in (content[:end], content[end:])]
+  parts = [Text(coder.encode(x), len(x.encode())) for x in (content[:end], content[end:])]
   return next_token(model(coder.size), coder.size, *parts, context=context)
 
 
-def next_token(module: nn.Module, size: int, train: Part, held_out: Part, *, context: int) -> Task:
+def next_token(module: nn.Module, size: int, train: Text, held_out: Text, *, context: int) -> Task:
   """The task of predicting each next token from up to `context` before it, in nats per token.
 
   Training tokens t_0, ..., t_{N-1}, without the last N mod T, are taken as a ring, so that its ends
@@ -248,7 +248,7 @@ def _read(path: str) -> str:
   return texts.read(place)
 
 
-def _check(module: nn.Module, size: int, train: Part, held_out: Part, context: int) -> None:
+def _check(module: nn.Module, size: int, train: Text, held_out: Text, context: int) -> None:
   if type(context) is not int or context < 1:
     raise ValueError(f"context={context!r} is not a positive integer")
   if len(train.tokens) < context or not len(held_out.tokens):

@@ -43,7 +43,7 @@ class Move(NamedTuple):
     return resize.lie_alike(self.saved, self.leaf)
 
 
-class Plan(NamedTuple):
+class ReadPlan(NamedTuple):
   """How a checkpoint is read."""
 
   mesh: str  # that it was saved on
@@ -167,7 +167,7 @@ class Checkpoints:
       raise CheckpointError(f"none of the checkpoints in {self._folder} is whole")
     return None
 
-  def _plan(self, step: int, like: TrainState) -> Plan:
+  def _plan(self, step: int, like: TrainState) -> ReadPlan:
     metadata = self._manager.item_metadata(step)
     about = self._manager.metadata(step).custom_metadata
     if metadata is None or not about:
@@ -183,9 +183,9 @@ class Checkpoints:
       raise CheckpointError(f"{where} is of another model or method: {reason}")
     moves = {n: Move(was, saved.leaves[was], here[n]) for n, was in origins.items()}
     stay = {move.name: _struct(target[n]) for n, move in moves.items() if move.is_none}
-    return Plan(saved.mesh, wanted | stay, moves)
+    return ReadPlan(saved.mesh, wanted | stay, moves)
 
-  def _changes(self, step: int, like: TrainState, plan: Plan) -> Iterator[str]:
+  def _changes(self, step: int, like: TrainState, plan: ReadPlan) -> Iterator[str]:
     """What there is to tell about a checkpoint of another mesh."""
     here = self._placed
     if plan.mesh != here.mesh:
