@@ -372,8 +372,9 @@ def metrics_traffic(job: Job, rounds: int) -> list[wire.Transfer]:
 
 def reduce_metrics(measured: Metrics, finite: Array, norms: Metrics | None = None) -> Metrics:
   """The workers' means of what their steps measured, and whether the state of all is finite."""
-  found, norms, share = collectives.mean((measured, norms or {}, finite.astype(jnp.float32)))
-  return as_metrics(found, norms, share == 1)
+  alone = measured, norms or {}, finite.astype(jnp.float32)
+  found, means, share = collectives.mean(alone)
+  return as_metrics(found, means, share == 1)
 
 
 def as_metrics(measured: Metrics, norms: Metrics, finite: Array) -> dict[str, Any]:

@@ -88,7 +88,7 @@ class Log(Hook):
     self._progress.update(rows[-1])
 
   def _rows(
-    self, run: "Run", first: int, last: int, found: Mapping[str, np.ndarray]
+    self, run: "Run", first: int, last: int, found: Mapping[str, Any]
   ) -> list[dict[str, Any]]:
     """The mean loss since the row before, and the columns of each row's step."""
     every = run.config.log_every
