@@ -1,7 +1,7 @@
 """What a round costs: PowerSGD against dense, workers by map against vmap, few clients of many.
 
-On the devices that exist. `experiments/bench.py --cases=power_sgd,local_phase,diagnostics,population`
-runs them and writes the tables.
+On the devices that exist. `experiments/bench.py` runs them and writes the tables, with
+`--cases=power_sgd,local_phase,diagnostics,population`.
 """
 
 import statistics
@@ -87,7 +87,7 @@ def diagnostics(repeats: int) -> list[dict[str, Any]]:
   from research.training.loop import Run
 
   def of(method: str, on: bool) -> Callable[[], float]:
-    config = Config(method=method, steps=2**30, diagnostics=on)
+    config = Config(method=method, steps=10**9, diagnostics=on)
     run = Run(config, assemble(config, check(config)))
 
     return lambda: seconds(lambda: [jax.device_get(_advanced(run)) for _ in range(10)]) / 1000
