@@ -54,6 +54,7 @@ OTHERS = (
   "compress",
   "power_sgd",
   "local_phase",
+  "diagnostics",
   "population",
   "checkpoints",
   "memory",
@@ -239,6 +240,9 @@ def of_loop() -> tuple[dict[str, Any], list[str]]:
   if "local_phase" in FLAGS.cases:
     result["local_phase"] = rounds.local_phase(FLAGS.repeats)
     lines += rounds.local_phase_table(result["local_phase"])
+  if "diagnostics" in FLAGS.cases:
+    result["diagnostics"] = rounds.diagnostics(FLAGS.repeats)
+    lines += rounds.diagnostics_table(result["diagnostics"])
   if "population" in FLAGS.cases:
     one = result["population"] = rounds.population(FLAGS.repeats)
     lines.append(

@@ -1,7 +1,7 @@
 """Benchmarks rounds: PowerSGD against dense, map against vmap, few clients of a large population.
 
-Runs on the available devices. `experiments/bench.py --cases=power_sgd,local_phase,population` runs
-them and writes the tables.
+Runs on the available devices. `experiments/bench.py` with
+`--cases=power_sgd,local_phase,diagnostics,population` runs them and writes the tables.
 """
 
 import statistics
@@ -18,6 +18,11 @@ HIDDEN, BATCH, STEPS = (1024, 1024), 256, 10
 LOCAL = "local_sgd(sgd(0.1), mean(), period=20)"
 WIDTHS = ((), (64,), (200, 200), (512,), (512, 512), (1024,), (1024, 1024))
 SCAFFOLD = "scaffold(0.1, mean(), epochs=1)"
+MEASURED = (
+  "data_parallel(sgd(0.1, momentum=0.9), mean())",
+  "data_parallel(sgd(0.1), error_feedback(two_phase(int8())))",
+  "local_sgd(sgd(0.1), mean(), period=10)",
+)
 
 
 def power_sgd(repeats: int) -> list[dict[str, Any]]:
@@ -71,6 +76,45 @@ def local_phase(repeats: int) -> list[dict[str, Any]]:
       }
     )
   return rows
+
+
+def diagnostics(repeats: int) -> list[dict[str, Any]]:
+  """Digits with a row every ten steps: a dispatch with diagnostics in turn with one without."""
+  import jax
+
+  from research.training.assemble import assemble, check
+  from research.training.config import Config
+  from research.training.loop import Run
+
+  def of(method: str, on: bool) -> Callable[[], float]:
+    config = Config(method=method, steps=10**9, diagnostics=on)
+    run = Run(config, assemble(config, check(config)))
+
+    return lambda: seconds(lambda: [jax.device_get(_advanced(run)) for _ in range(10)]) / 1000
+
+  rows = []
+  for method in MEASURED:
+    off, on = in_turn([of(method, False), of(method, True)], repeats)
+    found = ratios(on, off)
+    row = {"method": method, "off_us": 1000 * milliseconds(off), "ratios": found}
+    rows.append(row | {"ratio": statistics.median(found), "best": min(on) / min(off)})
+  return rows
+
+
+def _advanced(run: Any) -> Any:
+  """The metrics of the next dispatch of 100 steps."""
+  run.advance(run.step + 100)
+  return run.metrics
+
+
+def diagnostics_table(rows: list[dict[str, Any]]) -> list[str]:
+  """What diagnostics cost, in Markdown."""
+  lines = ["| method | a step without, us | with, times (median) | best of each | ratios |"]
+  lines.append("|---|---|---|---|---|")
+  for row in rows:
+    figures = f"{row['off_us']:.0f} | {row['ratio']:.3f} | {row['best']:.3f}"
+    lines.append(f"| `{row['method']}` | {figures} | {shown(row['ratios'])} |")
+  return lines
 
 
 def population(repeats: int) -> dict[str, Any]:

@@ -5,10 +5,13 @@ after), for the rounds that produce a row of the metrics. Methods are not involv
 their aggregators are wrapped during the exchange, and their state keeps its structure.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from research.comm import collectives
 from research.core.base import (
@@ -63,7 +66,9 @@ def squared(tree: Tree) -> Array:
   return sum((jnp.sum(x * x) for x in wide), jnp.zeros((), jnp.float32))
 
 
-def recorded(job: Job, sync: Any, local: Local, state: State, *args: Any) -> tuple[State, dict]:
+def recorded(
+  job: Job, sync: Any, local: Local, state: State, *args: Any
+) -> tuple[State, dict[str, Array]]:
   """Runs the exchange of a round, and measures the squared norms NAMES of this worker.
 
   Args:
@@ -77,24 +82,21 @@ def recorded(job: Job, sync: Any, local: Local, state: State, *args: Any) -> tup
     The new state, and the squared norms by NAMES.
   """
   method = job.method.over(Recording)
-  params = jax.eval_shape(job.method.params, state)
-  shapes = jax.eval_shape(method.init, params)
+  shapes = jax.eval_shape(method.init, jax.eval_shape(job.method.params, state))
   zero = jnp.zeros((), jnp.float32)
   lift = lambda like, part: Recorded(part, zero, zero) if _is_recorded(like) else part
   lifted = jax.tree.map(lift, shapes, state, is_leaf=_is_recorded)
   after = sync(job._replace(method=method), local, lifted, *args)
   notes = [x for x in jax.tree.leaves(after, is_leaf=_is_recorded) if _is_recorded(x)]
   plain = jax.tree.map(lambda x: x.state if _is_recorded(x) else x, after, is_leaf=_is_recorded)
-  mean = collectives.mean(local.params)
   apart = lambda a, b: squared(jax.tree.map(jnp.subtract, a, b))
-  found = {
+  return plain, {
     "missed": sum((note.missed for note in notes), zero),
     "asked": sum((note.asked for note in notes), zero),
-    "memory": sum((squared(note.state) for note in notes), zero),
-    "spread": apart(local.params, mean),
+    "memory": squared([note.state for note in notes]),
+    "spread": apart(local.params, collectives.mean(local.params)),
     "update": apart(job.method.params(plain), job.method.params(state)),
   }
-  return plain, found
 
 
 def nothing() -> dict[str, Array]:
@@ -102,12 +104,43 @@ def nothing() -> dict[str, Array]:
   return {name: jnp.zeros((), jnp.float32) for name in NAMES}
 
 
+def scan(
+  one: Callable[..., tuple[Tree, Tree]], held: Tree, rounds: Tree, due: Array
+) -> tuple[Tree, Tree]:
+  """`lax.scan` over the rounds of a dispatch, of which those that are `due` are measured.
+
+  They are two programs, so that the rounds between them cost what they cost without diagnostics.
+
+  Args:
+    one: (held, of a round, measures) -> held and outputs of one structure; `measures` is static.
+    held: what goes from round to round.
+    rounds: arrays [K, ...].
+    due: [K] bool; the last one is.
+  """
+  count = len(due)
+  ends = jnp.nonzero(due, size=count, fill_value=count)[0]
+  at = lambda number: jax.tree.map(lambda x: x[number], rounds)
+  shapes = jax.eval_shape(partial(one, measures=True), held, at(0))[1]
+  empty = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), shapes)
+
+  def step(measures: bool, number: Array, carried: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
+    held, outputs = carried
+    held, found = one(held, at(number), measures=measures)
+    return held, jax.tree.map(lambda all_, x: all_.at[number].set(x), outputs, found)
+
+  def until_row(row: Array, carried: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
+    first = jnp.where(row == 0, 0, ends[row - 1] + 1)
+    carried = lax.fori_loop(first, ends[row], partial(step, False), carried)
+    return step(True, ends[row], carried)
+
+  return lax.fori_loop(0, jnp.sum(due), until_row, (held, empty))
+
+
 def due(job: Job, numbers: Array) -> Array:
   """Whether each round [K] of a dispatch produces a row of the metrics; the last always does."""
   period, every = job.method.local_steps, job.diagnostics
   first = job.first_step + (numbers - job.first_round) * period
-  is_last = jnp.arange(len(numbers)) == len(numbers) - 1
-  return is_last | ((first + period) // every > first // every)
+  return ((first + period) // every > first // every).at[-1].set(True)
 
 
 def _is_recorded(x: Any) -> bool:

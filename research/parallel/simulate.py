@@ -46,7 +46,7 @@ def simulate(job: Job) -> Executor:
   init = sharded.jit(partial(workers.initial, job, layout), out_shardings=shardings)
   everywhere = NamedSharding(mesh, P())
   run = sharded.jit(
-    partial(_run, job, layout, _local_phase(job, layout, mesh)),
+    partial(_run, job, layout, partial(_local_phase, job, layout, mesh)),
     static_argnames="rounds",
     donate_argnames="state",
     out_shardings=(shardings, everywhere),
@@ -66,12 +66,14 @@ def is_mapped(job: Job, mesh: Mesh) -> bool:
   return meshes.runs_on_cpu(mesh) and job.method.local_steps > 1 and size >= _ALONE
 
 
-def _local_phase(job: Job, layout: layouts.Layout, mesh: Mesh) -> Callable[..., Any]:
-  """(states, rows) -> Local and measurements of all workers, by vmap or by map.
+def _local_phase(
+  job: Job, layout: layouts.Layout, mesh: Mesh, measures: bool | None
+) -> Callable[..., Any]:
+  """(key, states, rows) -> Local and measured steps of all workers, by vmap or by map.
 
   `rows` are the arguments of `_work`, [W, ...], as are private leaves of states and Local.
   """
-  work = partial(_work, job)
+  work = partial(_work, job, measures)
   state_axes, local_axes = layouts.lead(layout.state), layouts.lead(layout.local)
 
   def at_once(key, states, rows):
@@ -96,11 +98,13 @@ def _local_phase(job: Job, layout: layouts.Layout, mesh: Mesh) -> Callable[..., 
   )
 
 
-def _work(job: Job, key: Key, state: State, rows: Tree) -> tuple[Local, Metrics]:
+def _work(
+  job: Job, measures: bool | None, key: Key, state: State, rows: Tree
+) -> tuple[Local, Metrics]:
   """Runs one worker's local phase."""
   examples, size, worker, index = rows
   own_key = collectives.key_of(key, worker)
-  return workers.local_phase(job, state, examples, size, index, own_key)
+  return workers.local_phase(job, state, examples, size, index, own_key, measures=measures)
 
 
 def _run(
@@ -116,8 +120,12 @@ def _run(
   of_worker = partial(draw, job, data, state.key, numbers)
   lots = jax.vmap(of_worker, out_axes=1)(everyone)  # [K, W, ...]
   one = partial(_round, job, layout, local_phase, data, state.key)
-  due = diagnostics.due(job, numbers) if job.diagnostics else None
-  method, (measured, norms, written) = lax.scan(one, state.method, (numbers, lots, due))
+  if job.diagnostics:
+    due = diagnostics.due(job, numbers)
+    method, found = diagnostics.scan(one, state.method, (numbers, lots), due)
+  else:
+    method, found = lax.scan(one, state.method, (numbers, lots))
+  measured, norms, written = found
   finite = jnp.all(written) if job.clients > 1 else workers.all_finite(method)
   of_steps = {
     name: jnp.mean(x if name == workers.GRADIENT else x * lots.share[:, :, None], 1).reshape(-1)
@@ -127,9 +135,9 @@ def _run(
   return TrainState(state.round + rounds, state.key, method), metrics
 
 
-def _round(job, layout, local_phase, data, key, state, of_round):
+def _round(job, layout, local_phase, data, key, state, of_round, measures=None):
   """One round of all workers: the local phase, then the sync under the named axes."""
-  number, lots, is_due = of_round
+  number, lots = of_round
   sync_key, step_key, _ = collectives.round_keys(key, number)
   everyone = jnp.arange(job.workers, dtype=jnp.int32)
   owners = lots.owner
@@ -138,7 +146,7 @@ def _round(job, layout, local_phase, data, key, state, of_round):
 
   state_axes, local_axes = layouts.lead(layout.state), layouts.lead(layout.local)
   rows = (jax.tree.map(served, data.examples), served(data.sizes), everyone, lots.index)
-  local, measured = local_phase(step_key, states, rows)
+  local, measured = local_phase(measures)(step_key, states, rows)
   axes = meshes.worker_axes(job.axes)
   fold = lambda x: x.reshape(*axes.values(), *x.shape[1:])
   unfold = lambda x: x.reshape(job.workers, *x.shape[len(axes) :])
@@ -151,16 +159,11 @@ def _round(job, layout, local_phase, data, key, state, of_round):
     sync_key,
     lots.anybody[0],
   )
-  if job.diagnostics:
+  if measures:
     recorded = partial(diagnostics.recorded, job, workers.sync)
-    with_norms = layouts.over_workers(recorded, axes, in_axes, (state_axes, 0))
-    without = lambda *args: (
-      meet(*args),
-      jax.tree.map(partial(_spread, axes), diagnostics.nothing()),
-    )
-    after, norms = lax.cond(is_due, with_norms, without, *exchanged)
+    after, norms = layouts.over_workers(recorded, axes, in_axes, (state_axes, 0))(*exchanged)
   else:
-    after, norms = meet(*exchanged), {}
+    after, norms = meet(*exchanged), {} if measures is None else diagnostics.nothing()
 
   def put(private, rows, new):
     if not private:
@@ -173,7 +176,3 @@ def _round(job, layout, local_phase, data, key, state, of_round):
     jax.tree.map(jnp.mean, norms),
     written,
   )
-
-
-def _spread(axes, x):
-  return jnp.broadcast_to(x, (*axes.values(), *x.shape))

@@ -1,7 +1,6 @@
 """One worker's part of a round, shared by all executors."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -35,9 +34,8 @@ GRADIENT = "squared norm of the gradient"  # a step's measurement, not a task's 
 def measured_and_clipped_grad(job: Job, inside: sharded.Inside) -> Callable[..., tuple[Any, Tree]]:
   """(params, batch, key) -> the measurements of a step, and its gradient.
 
-  Measurements are the loss as "loss", the task's own metrics and, with diagnostics, the squared
-  norm of the gradient as GRADIENT. The gradient is this worker's, clipped to norm `clip_norm` if >
-  0.
+  Measurements are the loss as "loss" and the task's own metrics. The gradient is this worker's,
+  clipped to norm `clip_norm` if > 0.
   """
   differentiated = measured_and_grad(job.task)
 
@@ -46,7 +44,6 @@ def measured_and_clipped_grad(job: Job, inside: sharded.Inside) -> Callable[...,
     grads = inside.grads(grads)
     grads = clipped(grads, job.clip_norm) if job.clip_norm > 0 else grads
     measured = {**own, "loss": value}
-    measured |= {GRADIENT: diagnostics.squared(grads)} if job.diagnostics else {}
     return jax.tree.map(lambda x: x.astype(jnp.float32), measured), grads
 
   return clipped_grad
@@ -60,10 +57,13 @@ def local_phase(
   index: Tree,
   key: Key,
   inside: sharded.Inside = sharded.ALONE,
+  measures: bool | None = None,
 ) -> tuple[Local, Metrics]:
   """Runs `begin` and `period` times `step` on one client's examples [n, ...]; no communication.
 
   A client that finishes its epochs before the round ends keeps its Local and its last measurements.
+  `measures` adds the squared norm of the last step's gradient as GRADIENT: zero if False, absent if
+  None.
 
   Returns:
     The worker's Local, and the measurements of its steps by name, [H]: "loss" and others.
@@ -85,6 +85,11 @@ def local_phase(
       drawn = job.task.batch(examples, drawn)
     batch, step_key = drawn, jax.random.fold_in(key, number)
     measured, grads = gradient(local.params, batch, step_key)
+    if measures is not None:
+      is_last = number == (job.own_steps(size) if job.by_epochs else method.local_steps) - 1
+      nothing = lambda grads: jnp.zeros((), jnp.float32)
+      norm = diagnostics.squared if measures else nothing
+      measured[GRADIENT] = lax.cond(is_last, norm, nothing, grads)
     grad_fn = lambda params: gradient(params, batch, step_key)[1]
     return method.step(grads, local, state, key=step_key, grad_fn=grad_fn), measured
 
@@ -92,13 +97,15 @@ def local_phase(
     if not job.by_epochs:
       local, measured = step(held, of_step)
       return (local, None), measured
-    due = of_step[1] < job.own_steps(size)
-    held = lax.cond(due, step, lambda held, _: held, held, of_step)
+    goes_on = of_step[1] < job.own_steps(size)
+    held = lax.cond(goes_on, step, lambda held, _: held, held, of_step)
     return held, held[1]
 
   steps = jnp.arange(method.local_steps, dtype=jnp.int32)
   local = method.begin(state)
-  held = local, _nothing_measured(job, local, examples, index, key) if job.by_epochs else None
+  held: Any = local, None
+  if job.by_epochs:
+    held = local, _nothing_measured(job, local, examples, index, key, measures is not None)
   if method.local_steps > 1:
     (local, _), measured = lax.scan(one, held, (drawn, steps))
     return local, measured
@@ -106,13 +113,15 @@ def local_phase(
   return local, jax.tree.map(lambda x: x[None], measured)
 
 
-def _nothing_measured(job: Job, local: Local, examples: Batch, index: Tree, key: Key) -> Metrics:
+def _nothing_measured(
+  job: Job, local: Local, examples: Batch, index: Tree, key: Key, with_norm: bool
+) -> Metrics:
   """Zeros in the structure of a step's measurements."""
   batch = examples
   if index is not None:
     batch = jax.eval_shape(job.task.batch, examples, jax.tree.map(lambda x: x[0], index))
   own = jax.eval_shape(loss_and_metrics(job.task), local.params, batch, key)[1]
-  names = [*own, "loss", *([GRADIENT] if job.diagnostics else [])]
+  names = [*own, "loss", *([GRADIENT] if with_norm else [])]
   return {name: jnp.zeros((), jnp.float32) for name in names}
 
 
@@ -227,8 +236,8 @@ def rounds_of_worker(
   numbers = state.round + jnp.arange(rounds, dtype=jnp.int32)
   lots = draw(job, data, state.key, numbers, worker)
 
-  def one(held, of_round):
-    number, lot, is_due = of_round
+  def one(held, of_round, measures=None):
+    number, lot = of_round
     sync_key, step_key, _ = collectives.round_keys(state.key, number)
     client = lot.owner - job.clients * worker
     examples = jax.tree.map(lambda x: pick(True, x, client), data.examples)
@@ -241,19 +250,22 @@ def rounds_of_worker(
       lot.index,
       collectives.worker_key(step_key),
       inside,
+      measures,
     )
     exchanged = local, pick(private, held, client), lot.weight, sync_key, lot.anybody
-    if job.diagnostics:
-      with_norms = partial(diagnostics.recorded, job, sync)
-      without = lambda *args: (sync(job, *args), diagnostics.nothing())
-      after, norms = lax.cond(is_due, with_norms, without, *exchanged)
+    if measures:
+      after, norms = diagnostics.recorded(job, sync, *exchanged)
     else:
-      after, norms = sync(job, *exchanged), {}
+      after, norms = sync(job, *exchanged), {} if measures is None else diagnostics.nothing()
     written = all_finite(after) if job.clients > 1 else jnp.bool_(True)
     return put(private, held, client, after), (measured, norms, written)
 
-  due = diagnostics.due(job, numbers) if job.diagnostics else None
-  held, (measured, norms, written) = lax.scan(one, state.method, (numbers, lots, due))
+  if job.diagnostics:
+    due = diagnostics.due(job, numbers)
+    held, found = diagnostics.scan(one, state.method, (numbers, lots), due)
+  else:
+    held, found = lax.scan(one, state.method, (numbers, lots))
+  measured, norms, written = found
   finite = jnp.all(written) if job.clients > 1 else all_finite(held)
   metrics = reduce_metrics(shared_out(measured, lots.share), finite, norms)
   return TrainState(state.round + rounds, state.key, held), metrics
@@ -360,8 +372,9 @@ def metrics_traffic(job: Job, rounds: int) -> list[wire.Transfer]:
 
 def reduce_metrics(measured: Metrics, finite: Array, norms: Metrics | None = None) -> Metrics:
   """Averages the measurements over the workers; also whether all state is finite."""
-  found, norms, share = collectives.mean((measured, norms or {}, finite.astype(jnp.float32)))
-  return as_metrics(found, norms, share == 1)
+  alone = measured, norms or {}, finite.astype(jnp.float32)
+  found, means, share = collectives.mean(alone)
+  return as_metrics(found, means, share == 1)
 
 
 def as_metrics(measured: Metrics, norms: Metrics, finite: Array) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def largest(x, fraction):
 
 def square(tree):
   """The squared norm of each worker [W]."""
-  return sum(np.sum(x.reshape(W, -1) ** 2, 1) for x in tree.values())
+  return np.sum([np.sum(x.reshape(W, -1) ** 2, 1) for x in tree.values()], 0)
 
 
 def minus(a, b):

@@ -88,7 +88,7 @@ class Log(Hook):
     self._progress.update(rows[-1])
 
   def _rows(
-    self, run: "Run", first: int, last: int, found: Mapping[str, np.ndarray]
+    self, run: "Run", first: int, last: int, found: Mapping[str, Any]
   ) -> list[dict[str, Any]]:
     """The mean loss since the row before, and the columns of each row's step."""
     every = run.config.log_every
@@ -124,7 +124,9 @@ def _diagnostics(
   number = math.ceil(plan.rounds(step)) - 1
   place = number - round(plan.rounds(first))
   means = {name: float(norms[name][place]) for name in diagnostics.NAMES}
-  found = diagnostics.columns(means, float(norms[workers.GRADIENT][step - first - 1]))
+  steps = len(norms[workers.GRADIENT]) // len(norms["update"])
+  last_step = (place + 1) * steps - 1  # of the round
+  found = diagnostics.columns(means, float(norms[workers.GRADIENT][last_step]))
   if isinstance(virtual, Served):
     found["staleness"] = float(virtual.staleness[number])
   return found
