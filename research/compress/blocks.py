@@ -74,7 +74,7 @@ def saturated(x: Array, dtype: jnp.dtype) -> Array:
   """
   to, of = jnp.finfo(dtype), jnp.finfo(x.dtype)
   if float(to.max) < float(of.max):
-    x = widened(x)  # float16 cannot represent bfloat16's largest number
+    x = widened(x)  # bfloat16 cannot represent the largest float16 number, 65504
     x = jnp.where(jnp.isfinite(x), jnp.clip(x, -float(to.max), float(to.max)), x)
   if to.nmant < of.nmant and to.nexp == of.nexp:
     x = lax.reduce_precision(x, to.nexp, to.nmant)
