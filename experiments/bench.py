@@ -1,20 +1,22 @@
-"""Times the training loop against hand-written loops of the same mathematics, in turn, in one run.
+"""Times the training loop against hand-written loops of the same mathematics, in alternation.
 
     python experiments/bench.py --repeats=7 --out=results/bench
 
 Each case runs `train.loop.train` on its flags and the minimal JAX loop of `by_hand.py` or
-`by_hand_transformer.py`, without evaluations and checkpoints, the losses fetched once per dispatch.
-Both are warmed up, then run alternately; the ratio of steps per second is taken pair by pair and
-its median is the figure.
-Beside them: what compressors cost (`costs.py`), what rounds cost (`rounds.py`), for how long a
+`by_hand_transformer.py`, without evaluations and checkpoints, fetching the losses once per
+dispatch. Both are warmed up, then run alternately; the reported figure is the median of the
+pairwise ratios of steps per second.
+
+The suite also measures the cost of compressors (`costs.py`) and of rounds (`rounds.py`), how long a
 checkpoint blocks, the memory of 10,000 simulated workers, and the time to the first logged step.
-Other suites run between hosts, network namespaces of Linux, as root (`hosts.py`, `speed.py`,
-`faults.py`), and on a parameter server (`servers.py`). The methods that `speed.py` times and the
-server's cases may be measured one by one by `--cases`: what OUT has of the others is kept.
---suite=applications measures search, finance, medicine and recommendation beside their peers
+Other suites run between hosts, which are network namespaces of Linux, as root (`hosts.py`,
+`speed.py`, `faults.py`), and on a parameter server (`servers.py`). `--cases` selects methods of
+`speed.py` or cases of the server; the others' earlier results in OUT are kept. --suite=applications
+measures search, finance, medicine and recommendation beside peer libraries
 (`applications/suite.py`).
-Writes result.json and table.md. Workers of one machine share its cores better on as many devices:
-`JAX_NUM_CPU_DEVICES=2` for fed_avg and local_phase.
+
+Writes result.json and table.md. Workers on one machine use its cores better with one device per
+core: set `JAX_NUM_CPU_DEVICES=2` for fed_avg and local_phase.
 """
 
 import importlib.util
@@ -60,7 +62,7 @@ OTHERS = (
 
 
 def checkpoints(repeats: int) -> list[float]:
-  """Milliseconds for which a save of the digits run blocks, one a second between dispatches."""
+  """Milliseconds that a save of the digits run blocks, at one save per second."""
   import jax
 
   from research.parallel import resize
@@ -92,7 +94,7 @@ def checkpoints(repeats: int) -> list[float]:
 
 
 def start(repeats: int) -> list[float]:
-  """Seconds from the start of the main job's process to its first logged step, compiled before."""
+  """Seconds from process start to the first logged step of the main job, with a warm cache."""
   seconds = []
   for _ in range(repeats + 1):
     with tempfile.TemporaryDirectory() as folder:
@@ -107,7 +109,7 @@ def start(repeats: int) -> list[float]:
 
 
 def memory() -> float:
-  """GiB at most in use by a run of 10,000 simulated workers on least squares, 100 features each."""
+  """Peak GiB of a run of 10,000 simulated workers on least squares, 100 features each."""
   before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
   with tempfile.TemporaryDirectory() as folder:
     process = command(
@@ -123,25 +125,25 @@ def memory() -> float:
 
 
 def command(*words: str) -> subprocess.Popen[str]:
-  """run.py in a process of its own."""
+  """Starts run.py in its own process."""
   program = [sys.executable, str(Path(run.__file__)), *words]
   return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def of_faults() -> tuple[dict[str, Any], list[str]]:
-  """What a run survives."""
+  """Measures what a run survives."""
   found = faults.faults(FLAGS.hosts, FLAGS.kills, FLAGS.kill_every, FLAGS.steps)
   return {"faults": found}, faults.faults_table(found)
 
 
 def of_wire() -> tuple[dict[str, Any], list[str]]:
-  """Bytes between two hosts and four."""
+  """Measures bytes between two hosts and between four."""
   wire = hosts.wire((2, 4))
   return {"wire": wire}, hosts.wire_table(wire)
 
 
 def main(argv: list[str]) -> None:
-  """Runs the cases of a suite, prints the table, writes the result."""
+  """Runs the cases of a suite, prints the table and writes the result."""
   del argv
   logging.set_verbosity(logging.WARNING)
   loop = (*pairs.CASES, *OTHERS)
@@ -160,7 +162,7 @@ def main(argv: list[str]) -> None:
     fail(2, f"--suite={FLAGS.suite} --cases={quoted(unknown[0])}: {reason}")
   if FLAGS.suite in ("wire", "hosts", "faults"):
     netlab.refuse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # takes along what it has started
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends child processes too
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")  # to compile for as many hosts
   if FLAGS.suite == "applications":
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")
@@ -190,13 +192,13 @@ def main(argv: list[str]) -> None:
 
 
 def before() -> dict[str, Any]:
-  """What the folder of the result has from earlier measurements."""
+  """Earlier results in the output folder."""
   stored = paths.local(FLAGS.out) / "result.json" if FLAGS.out else None
   return json.loads(stored.read_text()) if stored and stored.exists() else {}
 
 
 def of_server(commit: str) -> tuple[dict[str, Any], list[str]]:
-  """What a server's cases measure, beside those measured before, each with what it was made by."""
+  """Measures a server's cases and merges them with earlier results, each with its commit."""
   result = before()
   found = servers.measure(FLAGS.cases, FLAGS.kills, FLAGS.kill_every)
   result = result | found | {"commits": result.get("commits", {}) | dict.fromkeys(found, commit)}
@@ -205,7 +207,7 @@ def of_server(commit: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def of_speed(commit: str) -> tuple[dict[str, Any], list[str]]:
-  """Speed of the methods asked for, beside those measured before; of all, the rest of the suite."""
+  """Measures selected methods and merges earlier rows; if all are selected, also the rest."""
   has_torch = importlib.util.find_spec("torch") is not None
   result = before()
   result.pop("environment", None)
@@ -224,7 +226,7 @@ def of_speed(commit: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def of_loop() -> tuple[dict[str, Any], list[str]]:
-  """What the cases of one machine measure, and its tables."""
+  """Measures the cases of one machine; returns the results and the tables."""
   found = [pairs.compare(name, FLAGS.repeats) for name in FLAGS.cases if name in pairs.CASES]
   result: dict[str, Any] = {"pairs": found}
   lines = pairs.pairs_table(found) if found else []

@@ -1,12 +1,12 @@
-"""Trains several methods on one task and holds them against each other: loss, bytes, seconds.
+"""Trains several methods on one task and compares them: loss, bytes, seconds.
 
     python experiments/compare.py --seeds=3 --link=100mbit,1ms --recommend --methods="
         data_parallel(sgd(0.1, momentum=0.9), mean());
         data_parallel(sgd(0.1, momentum=0.9), error_feedback(two_phase(int8())))"
 
-Takes the flags of run.py; --methods, separated by ';', stands in place of --method, and learning
-rates belong to the methods. Every method is trained with seeds --seed, --seed + 1, ..., each run in
-its own folder under --out, so that the same command goes on where it stopped. Writes compare.json,
+Takes the flags of run.py; --methods, separated by ';', replaces --method, and learning rates belong
+to the methods. Every method is trained with seeds --seed, --seed + 1, ..., each run in its own
+folder under --out, so that the same command resumes an interrupted comparison. Writes compare.json,
 compare.md and compare.png there. A method that diverges, or does not improve on its initial model,
 stays in the table and cannot win.
 """
@@ -31,7 +31,7 @@ DENSE = {"mean", "hierarchical_mean"}  # aggregators that do not compress
 
 
 def split(text: str) -> list[str]:
-  """The parts between those ';' that stand in no bracket and no quotes."""
+  """Splits at each ';' that is not inside brackets or quotes."""
   parts, depth, quote = [""], 0, ""
   for character in text:
     if quote:
@@ -49,16 +49,16 @@ def split(text: str) -> list[str]:
 
 
 def plans(config: Config, specs: list[str], seeds: int) -> list[Contender]:
-  """The runs to train, each one built once, so that what cannot be is refused before any starts.
+  """Builds every run once, so that invalid ones are rejected before any of them starts.
 
   Raises:
-    UsageError: one line, with the place of the method that it is about.
+    UsageError: one line, with the position of the method.
   """
   from research.training import assemble
 
   if not specs:
     raise UsageError("--methods='': name at least one method, and ';' between two")
-  assemble.check(config._replace(method=Config().method))  # what is wrong with any method
+  assemble.check(config._replace(method=Config().method))  # flags that are invalid for any method
   found = []
   for place, (spec, label) in enumerate(zip(specs, labels(specs), strict=True), 1):
     try:
@@ -71,7 +71,7 @@ def plans(config: Config, specs: list[str], seeds: int) -> list[Contender]:
 
 
 def plan(config: Config, label: str, seeds: int) -> Contender:
-  """A method's runs, a folder each under --out.
+  """Plans a method's runs, each with its own folder under --out.
 
   Raises:
     UsageError: one line.
@@ -103,13 +103,13 @@ def names(spec: str, *kinds: str) -> list[str]:
 
 
 def folder_name(spec: str) -> str:
-  """The same spec always means the same folder, whatever it is compared with."""
+  """A folder name that depends on the spec only, not on what it is compared with."""
   digest = hashlib.sha256(spec.encode()).hexdigest()[:8]
   return "-".join([*names(spec, "method", "aggregator", "compressor"), digest])
 
 
 def labels(specs: list[str]) -> list[str]:
-  """Of each spec, the arguments that not all have, or all of it where these do not tell."""
+  """Labels specs by the arguments in which they differ, or in full if that is ambiguous."""
   lines = [" ".join(spec.split()) for spec in specs]
   outer, parts = zip(*map(parts_of, lines), strict=True)
   common = set.intersection(*map(set, parts))
@@ -119,7 +119,7 @@ def labels(specs: list[str]) -> list[str]:
 
 
 def parts_of(spec: str) -> tuple[str, list[str]]:
-  """The name that a spec calls, and its arguments; none of what is malformed."""
+  """The name that a spec calls, and its arguments; no arguments for a malformed spec."""
   try:
     call = syntax(spec)
   except ValueError:
@@ -131,7 +131,7 @@ def parts_of(spec: str) -> tuple[str, list[str]]:
 
 
 def trained(plan: Contender) -> Outcome:
-  """Trains, or finds trained, every seed of a method."""
+  """Trains every seed of a method, or loads finished runs."""
   from research.training import loop
 
   summaries, folders, diverged = [], [], []
@@ -151,7 +151,7 @@ def trained(plan: Contender) -> Outcome:
 
 
 def conditions() -> Conditions:
-  """What the flags say that seconds are for.
+  """The conditions under which seconds are predicted, from the flags.
 
   Raises:
     UsageError: one line.
@@ -180,7 +180,7 @@ def conditions() -> Conditions:
 
 
 def main(argv: list[str]) -> None:
-  """Checks everything, trains every method, writes and prints how they compare."""
+  """Checks everything, trains every method, and writes and prints the comparison."""
   del argv
   with one_line_errors():
     out = results_folder("out", FLAGS.out, OUT)
@@ -211,7 +211,7 @@ def main(argv: list[str]) -> None:
 
 
 def define_own_flags() -> None:
-  """Those of run.py and what a comparison is told beside them."""
+  """Defines the flags of run.py and those of a comparison."""
   define_flags()
   flags.DEFINE_string("methods", "", "The methods to compare, separated by ';'.")
   flags.DEFINE_integer("seeds", 1, "How many seeds to train each with, from --seed on.", 1)

@@ -1,16 +1,16 @@
-"""Compiles the round of a run for TPU chips on a machine that has none, and says what it takes.
+"""Compiles a run's round for TPU chips on a machine without TPUs, and reports its resource use.
 
     python experiments/compile.py --topology=v5p:2x2x1 --mesh="data:2,fsdp:2" \\
         --task="digits()" --model="mlp(hidden=[1024])" --batch_size=256 \\
         --method="data_parallel(adam(1e-3), mean())"
 
-Takes the flags of run.py; the program is the one that `spmd` runs there. Prints per device its
-memory, FLOPs and collectives, and the least time of a step at the chip's peaks; with --out also
-writes compile.json and compile.md into that folder. --sweep compares meshes and methods:
+Takes the flags of run.py; the program is the one that `spmd` runs there. Prints memory, FLOPs and
+collectives per device, and a lower bound on the time of a step at the chip's peak rates; with --out
+also writes compile.json and compile.md into that folder. --sweep compares meshes and methods:
 
     --sweep="data:4;data:2,fsdp:2 x data_parallel(adam(1e-3), mean());local_sgd(adam(1e-3))"
 
-Exit codes: 0 done; 2 a flag that cannot be, or a model that does not fit.
+Exit codes: 0 done; 2 an invalid flag, or a model that does not fit.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
   from experiments.reports.ahead import Target
 
 FLAGS = flags.FLAGS
-# So that libtpu looks for no TPU and several processes may compile at once.
+# Keeps libtpu from looking for a TPU, and allows several processes to compile at once.
 ENVIRONMENT = {
   "JAX_PLATFORMS": "cpu",
   "TPU_SKIP_MDS_QUERY": "1",
@@ -47,7 +47,7 @@ ENVIRONMENT = {
 }
 
 
-# ---- what is shown
+# ---- the report
 
 
 def of_bytes(amount: float) -> str:
@@ -71,7 +71,7 @@ def of_seconds(amount: float | None) -> str:
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-  """Markdown whose columns are also straight to the eye."""
+  """A Markdown table with aligned columns."""
   lines = [list(header), *map(list, rows)]
   widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
   lines.insert(1, ["-" * width for width in widths])
@@ -80,7 +80,7 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def report(found: dict[str, Any], target: "Target") -> str:
-  """All of one compiled round, as tables."""
+  """The report of one compiled round, as tables."""
   unread = found["collectives_unread"]
   return "\n\n".join(
     (
@@ -95,7 +95,7 @@ def report(found: dict[str, Any], target: "Target") -> str:
 
 
 def of_run(found: dict[str, Any], target: "Target") -> str:
-  """What was compiled, as the flags that say so; of a sweep what its rows share."""
+  """The compiled run as flags; for a sweep the flags that its rows share."""
   chosen = {"topology": target.topology, **({"slices": target.slices} if target.slices > 1 else {})}
   names = ("mesh", "task", "model", "method", "batch_size")
   chosen |= {name: found[name] for name in names if name in found}
@@ -105,7 +105,7 @@ def of_run(found: dict[str, Any], target: "Target") -> str:
 
 
 def memory(found: dict[str, Any]) -> str:
-  """The kinds of memory, which add up to what is used."""
+  """Memory by kind; the kinds add up to what is used."""
   held = found["of_arguments"]
   kinds = {
     f"arguments (state {of_bytes(held['state'])}, examples {of_bytes(held['examples'])})": found[
@@ -124,7 +124,7 @@ def memory(found: dict[str, Any]) -> str:
 
 
 def times(found: dict[str, Any], target: "Target") -> str:
-  """The four times of a step, of which the longest is the bound."""
+  """The four times of a step; the longest is the bound."""
   roof, chip = found["roofline"], target.chip
   links = chips.links(target.shape)
   network = of_rate(chip.dcn) if chip.dcn else "not published"
@@ -142,7 +142,7 @@ def times(found: dict[str, Any], target: "Target") -> str:
 
 
 def traffic(collectives: Iterable[dict[str, Any]], slices: int) -> str:
-  """The collectives by operation, axis and type, those that send most first."""
+  """Collectives by operation, axis and dtype, sorted by bytes sent, descending."""
   rows: dict[tuple[str, ...], list[dict[str, Any]]] = {}
   for row in collectives:
     crosses = (("yes" if row["crosses_slices"] else "no"),) * (slices > 1)
@@ -163,7 +163,7 @@ def traffic(collectives: Iterable[dict[str, Any]], slices: int) -> str:
 
 
 def summary(found: dict[str, Any]) -> str:
-  """The bound in words, and what it is of."""
+  """The bound in words, and what it includes."""
   roof, flops, seconds = found["roofline"], found["flops"], found["seconds"]
   rest = f"; not known: {', '.join(roof['left_out'])}" if roof["left_out"] else ""
   steps = found["steps_per_round"]
@@ -184,10 +184,10 @@ def summary(found: dict[str, Any]) -> str:
 
 
 def grid(text: str, config: Config) -> list[Config]:
-  """The runs of a sweep, 'MESH;MESH x METHOD;METHOD'; a side that is empty is the flag's.
+  """Parses a sweep, 'MESH;MESH x METHOD;METHOD'; an empty side takes the flag's value.
 
   Raises:
-    UsageError: if there is only one.
+    UsageError: if there is only one run.
   """
   first, _, second = f" {text} ".partition(" x ")
   both = itertools.product(
@@ -200,7 +200,7 @@ def grid(text: str, config: Config) -> list[Config]:
 
 
 def swept(configs: Iterable[Config], target: "Target", effort: float) -> list[dict[str, Any]]:
-  """A row for each run, with a line in place of figures for those that cannot be."""
+  """Compiles each run to a row; rejected runs get their error message instead of figures."""
   from experiments.reports import ahead
 
   rows = []
@@ -216,14 +216,14 @@ def swept(configs: Iterable[Config], target: "Target", effort: float) -> list[di
 
 
 def best(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-  """The least bound among those of which all times are known; of equals that with more memory."""
+  """The row with the lowest bound, among those with all times known; ties go to less memory."""
   known = [row for row in rows if "refused" not in row and not row["roofline"]["left_out"]]
   order = lambda row: (row["roofline"]["seconds_per_step"], row["memory"]["used"])
   return min(known, key=order, default=None)
 
 
 def comparison(rows: list[dict[str, Any]]) -> str:
-  """A line for each run, and which is best."""
+  """A table with one line per run, and the best run."""
   lines, notes = [], []
   for row in rows:
     if "refused" in row:
@@ -253,7 +253,7 @@ def comparison(rows: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str]) -> None:
-  """Checks, compiles, prints, writes."""
+  """Checks, compiles, prints and writes."""
   del argv
   if importlib.util.find_spec("libtpu") is None:
     fail(2, 'compiling for TPU chips needs their compiler: pip install -e ".[tpu]"')

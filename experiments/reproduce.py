@@ -1,12 +1,12 @@
-"""Runs what a paper claims, and holds ours beside the paper's number.
+"""Reproduces claims of papers, and compares our numbers with the paper's.
 
     python experiments/reproduce.py --claim=ef21
     python experiments/reproduce.py --claim=all --scale=quick
     python experiments/reproduce.py --list
 
 Writes OUT/NAME/result.json (values, gates, spec strings, seeds, commit, versions, hardware,
-seconds), table.md and figure.png, and OUT/README.md over all claims there. Exit codes: 0 every gate
-holds; 1 one does not; 2 a flag that cannot be.
+seconds), table.md and figure.png, and OUT/README.md over all claims there. Exit codes: 0 all gates
+hold; 1 a gate fails; 2 an invalid flag.
 """
 
 import importlib
@@ -33,15 +33,15 @@ from research.training.config import UsageError, flag
 FLAGS = flags.FLAGS
 FOLDER = Path(__file__).parent / "claims"
 CLAIMS = sorted(path.stem for path in FOLDER.glob("*.py"))
-# Tasks that can stand in for one another.
+# Tasks that may replace one another.
 KINDS = (("mnist", "digits"), ("tinyshakespeare", "text"))
 
 
 def module_of(name: str) -> ModuleType:
-  """The claim of that name.
+  """The module of a claim.
 
   Raises:
-    UsageError: if there is none, with the nearest.
+    UsageError: if there is none, with the nearest name.
   """
   if name not in CLAIMS:
     raise UsageError(f"--claim='{name}': {checks.unknown(name, ['all', *CLAIMS])}")
@@ -49,10 +49,10 @@ def module_of(name: str) -> ModuleType:
 
 
 def given(texts: list[str]) -> dict[str, Any]:
-  """--set=NAME=VALUE as names and values.
+  """Parses --set=NAME=VALUE.
 
   Raises:
-    UsageError: for what is none.
+    UsageError: if a setting is malformed.
   """
   found = {}
   for text in texts:
@@ -68,7 +68,7 @@ def given(texts: list[str]) -> dict[str, Any]:
 
 
 def out_folder(changed: bool) -> Path:
-  """Where results go: the record is of claims in full, as they stand."""
+  """The results folder; only unchanged claims at full scale go on record."""
   default = "runs/claims" if changed or FLAGS.scale == "quick" else "results"
   return results_folder("out", FLAGS.out, default)
 
@@ -93,10 +93,10 @@ def data_of(name: str, default: str) -> str:
 
 
 def seeds_of(name: str, seeds: dict[str, int]) -> int:
-  """How many seeds a claim runs with.
+  """The number of seeds of a claim.
 
   Raises:
-    UsageError: if --seeds asks a claim that has one.
+    UsageError: if --seeds is given for a claim that has one.
   """
   with flag("seeds", FLAGS.seeds):
     if FLAGS.seeds and not seeds:
@@ -105,7 +105,7 @@ def seeds_of(name: str, seeds: dict[str, int]) -> int:
 
 
 def reproduce(name: str, out: Path) -> bool:
-  """Runs one claim and writes what came out; whether its gates hold."""
+  """Runs one claim and writes its results; returns whether its gates hold."""
   import jax
 
   from experiments.claims.support import claim, settings, verdict
@@ -142,7 +142,7 @@ def reproduce(name: str, out: Path) -> bool:
 
 
 def command(name: str) -> str:
-  """What was typed, without what says where."""
+  """The command that was typed, without the output folder."""
   parts = [f"--claim={name}"]
   parts += [f"--scale={FLAGS.scale}"] if FLAGS.scale != "full" else []
   parts += [f'--dataset="{FLAGS.dataset}"'] if FLAGS.dataset else []
@@ -152,7 +152,7 @@ def command(name: str) -> str:
 
 
 def main(argv: list[str]) -> None:
-  """The claims that are named, one after the other."""
+  """Runs the named claims, one after the other."""
   del argv
   logging.set_verbosity(logging.WARNING)
   if FLAGS.list:

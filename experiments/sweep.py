@@ -1,9 +1,9 @@
-"""Runs a small grid of learning rates and seeds and names the winner.
+"""Runs a small grid of learning rates and seeds and names the best rate.
 
     python experiments/sweep.py --learning_rates=0.03,0.1,0.3 --seeds=0,1,2
 
-Takes the flags of run.py; `{learning_rate}` in --method is where each rate goes. Every run has its
-own folder under --out, so that the same command goes on where it stopped. Writes sweep.json and
+Takes the flags of run.py; `{learning_rate}` in --method is replaced by each rate. Every run has its
+own folder under --out, so that the same command resumes an interrupted sweep. Writes sweep.json and
 sweep.md there. A run that diverges, or ends worse than its initial model, stays in the table and
 its rate cannot win.
 """
@@ -27,14 +27,14 @@ METHOD = "data_parallel(sgd({learning_rate}, momentum=0.9), mean())"
 
 
 def score(summary: dict[str, Any]) -> tuple[str, float]:
-  """What runs are compared by, larger is better: accuracy if there is one, else minus the loss."""
+  """The score of a run, larger is better: accuracy if there is one, else minus the loss."""
   if "accuracy" in summary["eval"]:
     return f"{summary['evaluated_on']} accuracy", summary["eval"]["accuracy"]
   return "minus training loss", -summary["train_loss"]
 
 
 def configs(config: Config, out: Path, rates: list[str], seeds: list[str]) -> list[list[Config]]:
-  """The runs by rate and seed, each held against its folder before any of them trains.
+  """The runs by rate and seed; each is checked, with its folder, before any of them trains.
 
   Raises:
     UsageError: one line.
@@ -54,12 +54,12 @@ def configs(config: Config, out: Path, rates: list[str], seeds: list[str]) -> li
 
 
 def is_known(start: float | None) -> bool:
-  """Whether the initial loss is a number, to which another can be compared."""
+  """Whether the initial loss is known and finite."""
   return start is not None and math.isfinite(start)
 
 
 def improved(summary: dict[str, Any]) -> bool:
-  """Whether a run ends with a smaller training loss than it began with, and no less accurate."""
+  """Whether a run's training loss decreased, and its accuracy did not."""
   start, end = summary.get("initial_train_loss"), summary["train_loss"]
   before, after = (summary.get(name, {}).get("accuracy") for name in ("initial_eval", "eval"))
   worse = before is not None and after is not None and not after >= before
@@ -67,9 +67,11 @@ def improved(summary: dict[str, Any]) -> bool:
 
 
 def grid(rates: list[str], runs: list[list[Config]]) -> list[dict[str, Any]]:
-  """Trains every combination; one row per rate with its seeds' scores, None where one diverged.
+  """Trains every combination.
 
-  `unimproved` are the seeds that ended worse than they began.
+  Returns:
+    One row per rate with its seeds' scores, None for a diverged one; `unimproved` are the seeds
+    that ended worse than they began.
   """
   from research.training import loop
 
@@ -97,10 +99,10 @@ def grid(rates: list[str], runs: list[list[Config]]) -> list[dict[str, Any]]:
 
 
 def seed_of(text: str) -> int:
-  """The flag's value, as --seed takes it.
+  """Parses a seed, as --seed does.
 
   Raises:
-    ValueError: for another text than a whole number in [0, 2^31).
+    ValueError: if it is not an integer in [0, 2^31).
   """
   number = whole_number(text)
   if number is None or number >= 2**31:
@@ -109,7 +111,7 @@ def seed_of(text: str) -> int:
 
 
 def winner(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-  """The row with the best mean among those of which every seed improved on its start."""
+  """The row with the best mean score, among those in which every seed improved."""
   whole = [row for row in rows if None not in row["scores"] and not row["unimproved"]]
   return max(whole, key=lambda row: statistics.mean(row["scores"]), default=None)
 
@@ -131,7 +133,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str]) -> None:
-  """Checks the grid, runs it, prints the table."""
+  """Checks the grid, runs it and prints the table."""
   del argv
   rates, seeds = FLAGS.learning_rates, FLAGS.seeds
   if "{learning_rate}" not in FLAGS.method:

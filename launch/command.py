@@ -1,4 +1,4 @@
-"""The command line of a launcher: its own flags, `--`, and the command that makes up the job."""
+"""The command line of a launcher: its own flags, `--`, and the job's command."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-  """Those of every launcher that supervises."""
+  """Defines the flags of every launcher that supervises a job."""
   default = Rules()
   text = "Starts of the job anew, from its last checkpoint, where a process dies or hangs."
   flags.DEFINE_integer("restarts", default.restarts, text, 0)
@@ -36,7 +36,7 @@ def define_flags() -> None:
 
 
 def start(main: Callable[[list[str]], int], doc: str | None) -> None:
-  """Runs `main` on the command after `--`, and ends with its exit code."""
+  """Runs `main` on the command after `--`, and exits with its code."""
   argv = sys.argv
   at = argv.index("--") if "--" in argv else len(argv)
   command = argv[at + 1 :]
@@ -53,12 +53,12 @@ def start(main: Callable[[list[str]], int], doc: str | None) -> None:
 
 
 def rules() -> Rules:
-  """What the flags say of restarts."""
+  """The restart rules from the flags."""
   return Rules(FLAGS.restarts, FLAGS.hang_seconds, FLAGS.grace_seconds)
 
 
 def log_folder() -> Path:
-  """Where the logs go, which it says."""
+  """Creates and announces the folder of the logs."""
   name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
   try:
     folder = results_folder("logs", FLAGS.logs, f"logs/{name}")
@@ -71,7 +71,7 @@ def log_folder() -> Path:
 
 
 def environment(coordinator: str, number: int, of: int) -> dict[str, str]:
-  """Tells a process its place in the job (`comm.join.initialize`); `python` is the launcher's."""
+  """Environment of one process of the job (`comm.join.initialize`); `python` is the launcher's."""
   return {
     **os.environ,
     "PATH": _path(os.environ),
@@ -87,7 +87,7 @@ def _path(environ: Mapping[str, str]) -> str:
 
 
 def free_port(host: str) -> int:
-  """The port of the flags, or one that nobody listens to at this moment."""
+  """The port of the flags, or a currently free one."""
   with socket.socket() as tried:
     tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

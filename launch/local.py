@@ -3,9 +3,9 @@
     python launch/local.py --processes=2 --devices_per_process=4 --restarts=3 -- \\
         python experiments/run.py --executor=spmd --mesh=data:8
 
-The command's lines come with the number of their process in front, and go to one log file per
-process. Where a process dies or hangs, all are ended and, with --restarts, started again. Ctrl-C
-and SIGTERM let the job save and stop. Exit code: 0, or that of the first process that failed.
+The output is prefixed with the process number and also written to one log file per process. If a
+process dies or hangs, all are ended and, with --restarts, started again. Ctrl-C and SIGTERM let the
+job save and stop. Exit code: 0, or that of the first process that failed.
 """
 
 from absl import flags
@@ -16,7 +16,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-  """Those of the simplest launcher."""
+  """Defines the flags of this launcher."""
   command.define_flags()
   flags.DEFINE_integer("processes", 2, "How many processes make the job.", 1)
   text = "Devices of each process: so many of the CPU, or the next so many GPUs."
@@ -40,7 +40,7 @@ def processes(line: list[str]) -> list[supervisor.Process]:
 
 
 def main(line: list[str]) -> int:
-  """The whole program; its exit code."""
+  """Runs the program; returns its exit code."""
   return supervisor.supervise(lambda: processes(line), command.log_folder(), command.rules())
 
 

@@ -1,13 +1,13 @@
-"""Runs a command on hosts that are network namespaces of this machine, over links of a chosen rate.
+"""Runs a command on simulated hosts: network namespaces of this machine with rate-limited links.
 
     sudo python launch/netlab.py --hosts=4 --rate=100mbit -- \\
         python experiments/run.py --executor=spmd --mesh=data:4 --task="mnist()"
 
-Each host has a network, an address (10.77.0.1, ...) and a host name of its own; their links meet
-in one switch, and the kernel shapes what goes into and out of each (a token bucket). One process of
-the job runs on each. The bytes that the kernel counts go into the run's metrics and its summary.
-When the launcher ends, in whatever way, the kernel removes hosts, links and processes. `--kills`
-kills hosts' processes at random, to see what a job survives. Needs Linux, root, iproute2 and
+Each host has its own network, address (10.77.0.1, ...) and host name. The links meet in one switch,
+and the kernel limits the rate into and out of each host (a token bucket). One process of the job
+runs on each host. The bytes that the kernel counts go into the run's metrics and summary. When the
+launcher ends, for whatever reason, the kernel removes hosts, links and processes. `--kills` kills
+hosts' processes at random, to test a job's fault tolerance. Needs Linux, root, iproute2 and
 util-linux.
 """
 
@@ -38,36 +38,36 @@ LINK = "eth0"
 
 
 class LabError(Exception):
-  """A network that this machine does not let us make."""
+  """The machine refused to create the network."""
 
 
 class ShapedLink(NamedTuple):
-  """How a host's link is shaped, in tc's units."""
+  """Traffic shaping of a host's link, in tc's units."""
 
-  rate: str  # '' for as fast as the machine can
-  burst: str  # what may go at once after a pause
+  rate: str  # '' for no limit
+  burst: str  # bytes that may pass at once after a pause
 
 
 class Host(NamedTuple):
-  """A host, which lives as long as the process that holds its namespaces."""
+  """A host, which exists as long as the process that keeps its namespaces."""
 
   holder: int
   address: str
 
   def command(self, line: Sequence[str]) -> list[str]:
-    """The command line that runs another one there."""
+    """The command line that runs another command on this host."""
     return ["nsenter", f"--target={self.holder}", "--net", "--uts", "--", *line]
 
 
 class Lab(NamedTuple):
   """A network of hosts."""
 
-  switch: int  # the process that holds the namespace of the switch
+  switch: int  # the process that keeps the switch's namespace
   hosts: list[Host]
 
 
 def define_flags() -> None:
-  """Those of a network."""
+  """Defines the flags of this launcher."""
   command.define_flags()
   flags.DEFINE_integer("hosts", 2, "How many hosts there are.", 1, LARGEST)
   flags.DEFINE_string("rate", "", "Of each host's link, such as 100mbit; empty: not shaped.")
@@ -84,7 +84,7 @@ def define_flags() -> None:
 
 
 def links() -> list[ShapedLink]:
-  """The flags' links, by host; a mistake ends the program."""
+  """The links of the flags, by host; an invalid flag ends the program."""
   found = [_rate("rate", FLAGS.rate)] * FLAGS.hosts
   for part in filter(None, FLAGS.slow.split(",")):
     host, _, rate = part.partition(":")
@@ -103,12 +103,12 @@ def _rate(name: str, text: str) -> str:
 
 @contextlib.contextmanager
 def network(links: Sequence[ShapedLink]) -> Iterator[Lab]:
-  """Hosts with these links, joined by a switch.
+  """Creates hosts with these links, joined by a switch, and yields their `Lab`.
 
-  Nothing of it has a name in this machine: a namespace is gone with the last process in it.
+  The namespaces are unnamed: each disappears with its last process.
 
   Raises:
-    LabError: says what the machine refused.
+    LabError: with the command that the machine refused.
   """
   watchman, holders = Watchman(), []
   try:
@@ -131,7 +131,7 @@ def network(links: Sequence[ShapedLink]) -> Iterator[Lab]:
 
 
 def _holder(kinds: Sequence[str]) -> subprocess.Popen:
-  """A process that does nothing, in new namespaces."""
+  """Starts an idle process in new namespaces."""
   line = ["unshare", *kinds, "--", "sh", "-c", "echo; exec sleep infinity"]
   found = subprocess.Popen(
     line,
@@ -151,7 +151,7 @@ def _holder(kinds: Sequence[str]) -> subprocess.Popen:
 
 
 def _join(switch: int, number: int, host: Host, link: ShapedLink) -> None:
-  """Puts a cable between a host and the switch, and shapes both directions."""
+  """Connects a host to the switch, and shapes both directions."""
   port = f"port{number}"
   _ip(host.holder, f"link add {LINK} type veth peer name {port} netns {switch}", "link set lo up")
   _ip(host.holder, f"addr add {host.address}/24 dev {LINK}", f"link set {LINK} up")
@@ -159,7 +159,7 @@ def _join(switch: int, number: int, host: Host, link: ShapedLink) -> None:
   for holder, device in ((host.holder, LINK), (switch, port)) if link.rate else ():
     shape = f"rate {link.rate} burst {link.burst} latency 100ms"
     _do(holder, "tc", *f"qdisc add dev {device} root tbf {shape}".split())
-  _do(host.holder, "hostname", host.address)  # gloo binds to what the host's name resolves to
+  _do(host.holder, "hostname", host.address)  # gloo binds to the address of the host's name
 
 
 def _ip(holder: int, *lines: str) -> None:
@@ -175,7 +175,7 @@ def _do(holder: int, *line: str) -> None:
 
 
 def processes(hosts: Sequence[Host], line: Sequence[str]) -> list[Process]:
-  """One process per host, process 0 at the first one's address."""
+  """One process per host; process 0 is at the first host's address."""
   port = FLAGS.port or random.SystemRandom().randrange(20_000, 30_000)
   files = ",".join(f"/proc/{host.holder}/net/dev" for host in hosts)
   told = {
@@ -199,7 +199,7 @@ def _pinned(number: int) -> list[str]:
 
 
 class Kills:
-  """Kills processes of a job, whoever and whenever a seed says."""
+  """Kills random processes of a job at random times, determined by a seed."""
 
   def __init__(self, count: int, every: float, seed: int):
     self.left, self._every, self._random = count, every, random.Random(seed)
@@ -220,7 +220,7 @@ class Kills:
 
 
 def refuse() -> None:
-  """Ends the program where there can be no network."""
+  """Ends the program if the machine cannot create networks."""
   if not sys.platform.startswith("linux") or os.geteuid():
     fail(2, "hosts on one machine need Linux and root: use sudo, or take launch/local.py")
   if lacking := [tool for tool in TOOLS if not shutil.which(tool)]:
@@ -228,7 +228,7 @@ def refuse() -> None:
 
 
 def main(line: list[str]) -> int:
-  """The whole program; its exit code."""
+  """Runs the program; returns its exit code."""
   shapes = links()
   refuse()
   kills = Kills(FLAGS.kills, FLAGS.kill_every, FLAGS.seed)

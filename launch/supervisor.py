@@ -1,4 +1,4 @@
-"""Several processes as one job on this machine: started, watched, ended, restarted together."""
+"""Runs several processes as one job on this machine: starts, watches, ends and restarts them."""
 
 import contextlib
 import os
@@ -14,34 +14,34 @@ from typing import IO, NamedTuple
 from launch.watchman import Watchman, dies_with_parent, kill
 from research.training.hooks import heartbeat
 
-TICK = 0.2  # seconds between looks at what does not wake the supervisor
-SETTLE = 5.0  # seconds that others have to end by themselves once one has failed
-HUNG = 124  # the exit code of a job that hung, as of timeout(1)
-FINAL = (2, 3, 4, 5, 126, 127)  # exit codes that come again, see experiments/run.py
+TICK = 0.2  # seconds between polls
+SETTLE = 5.0  # seconds that other processes have to end by themselves after one has failed
+HUNG = 124  # the exit code of a job that hung, as in timeout(1)
+FINAL = (2, 3, 4, 5, 126, 127)  # exit codes that would recur, see experiments/run.py
 
 
 class Process(NamedTuple):
   """One process of a job, before it is started."""
 
-  name: str  # before its lines, and of its log file
+  name: str  # prefix of its lines, and name of its log file
   command: Sequence[str]
   environ: Mapping[str, str]
 
 
 class Rules(NamedTuple):
-  """When a job is ended, and when it is started again."""
+  """When a job is ended, and when it is restarted."""
 
   restarts: int = 0
-  hang_seconds: float = 300.0  # without an advance of any process; 0: never
-  grace_seconds: float = 60.0  # between being told to stop and being killed
+  hang_seconds: float = 300.0  # without progress of any process; 0: never
+  grace_seconds: float = 60.0  # between SIGTERM and SIGKILL
 
 
 class Ended(NamedTuple):
-  """How one start of a job went."""
+  """The result of one start of a job."""
 
   code: int
   why: str  # '' if all is well
-  told: bool = False  # to stop, by a signal to the launcher
+  told: bool = False  # stopped by a signal to the launcher
 
   @property
   def is_final(self) -> bool:
@@ -54,8 +54,8 @@ class Running(NamedTuple):
   process: Process
   popen: subprocess.Popen
   log: IO[bytes]
-  beat: Path  # it touches this file as it advances (research/training/hooks/heartbeat.py)
-  rest: bytearray  # of a line that is not complete
+  beat: Path  # touched on progress (research/training/hooks/heartbeat.py)
+  rest: bytearray  # of an incomplete line
 
 
 def supervise(
@@ -64,18 +64,18 @@ def supervise(
   rules: Rules,
   disturb: Callable[[Sequence[Running]], None] = lambda running: None,
 ) -> int:
-  """Runs a job to its end, and starts it anew from its checkpoints where a process dies or hangs.
+  """Runs a job to its end, and restarts it from its checkpoints if a process dies or hangs.
 
-  When one process fails, the others cannot go on and are ended. SIGTERM and SIGINT are passed on as
-  SIGTERM, upon which `experiments/run.py` saves; what does not end then is killed, as is everything
-  when the launcher dies. What processes print goes to stdout, with their names before it, and to
+  If one process fails, the others cannot continue and are ended. SIGTERM and SIGINT are passed on
+  as SIGTERM, upon which `experiments/run.py` saves; processes that do not end are killed, as is
+  everything if the launcher dies. Output goes to stdout, prefixed with the process name, and to
   LOGS/NAME.log.
 
   Args:
     processes: makes the processes of each start: a port may be used once.
-    logs: folder of the log files, and of the files that processes touch as they advance; it exists.
-    rules: how often, and after what time.
-    disturb: called several times a second with what runs.
+    logs: existing folder of the log files, and of the files that processes touch on progress.
+    rules: limits on restarts and times.
+    disturb: called several times a second with the running processes.
 
   Returns:
     0 if all ended with 0; 130 after SIGINT; otherwise the exit code of the process that failed
@@ -98,13 +98,13 @@ def supervise(
 
 
 def say(line: str) -> None:
-  """A line of the launcher itself, on stderr."""
+  """Prints a line of the launcher itself to stderr."""
   print(f"launch: {line}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def _signals():
-  """Collects SIGTERM and SIGINT in a list that it gives."""
+  """Collects SIGTERM, SIGINT and SIGHUP in the list that it yields."""
   told: list[int] = []
   note = lambda number, frame: told.append(number)
   before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
@@ -132,7 +132,7 @@ class _Job:
     self.streams = selectors.DefaultSelector()
 
   def run(self, processes: Sequence[Process]) -> Ended:
-    """Starts them, and returns when all have ended."""
+    """Starts the processes, and returns when all have ended."""
     try:
       for process in processes:
         self._start(process)
@@ -166,7 +166,7 @@ class _Job:
     self.streams.register(popen.stdout, selectors.EVENT_READ, found)
 
   def _watch(self) -> Ended:
-    """Looks on until all have ended or have to be."""
+    """Watches the processes until all have ended or must be ended."""
     deadline = failed = None
     while any(r.popen.poll() is None for r in self.running):
       self._read(TICK)
@@ -195,7 +195,7 @@ class _Job:
     return Ended(code, late or (failed.why if failed else ""), told=True)
 
   def _first_failure(self) -> Ended | None:
-    """Who failed first; of several at once one that did not abort because of another."""
+    """The first failure; of simultaneous ones, preferably not an abort caused by another."""
     found = [(r, r.popen.returncode) for r in self.running if r.popen.poll()]
     if not found:
       return None
@@ -206,7 +206,7 @@ class _Job:
     return Ended(code, f"{name} failed with exit code {code}")
 
   def _hung(self) -> str:
-    """Which processes run and have not advanced for too long, if there are any and all have not."""
+    """The running processes, if none of them has made progress for `hang_seconds`; else ''."""
     if self.rules.hang_seconds <= 0:
       return ""
     running = [r for r in self.running if r.popen.poll() is None]
@@ -216,7 +216,7 @@ class _Job:
     return _names([r.process.name for r in running])
 
   def _read(self, seconds: float) -> None:
-    """Passes on what processes have printed, waiting for it for so long at most."""
+    """Passes on output of the processes, waiting at most `seconds` for it."""
     for key, _ in self.streams.select(seconds):
       try:
         chunk = os.read(key.fd, 1 << 16)
@@ -237,14 +237,14 @@ class _Job:
       sys.stdout.buffer.flush()
 
   def _kill(self) -> None:
-    """Ends what is left of each process's group, its children too."""
+    """Kills the rest of each process group, including children."""
     for one in self.running:
       kill(one.popen.pid)
       one.popen.wait()
       self.watchman.release(one.popen.pid)
 
   def _drain(self) -> None:
-    until = time.monotonic() + 1.0  # a stranger may hold a stream open
+    until = time.monotonic() + 1.0  # an unrelated process may keep a stream open
     while self.streams.get_map() and time.monotonic() < until:
       self._read(0.1)
     self.streams.close()

@@ -6,11 +6,11 @@
         python experiments/run.py --executor=spmd --mesh=data:8,fsdp:8 --out=shared/runs/first
     python launch/tpu_vm.py status|logs|kill|delete --name=pod --zone=us-east5-a
 
-`create` asks for a queued resource and waits for it; `setup` brings the code to every worker of
-every slice and installs it; `run` starts the command on all of them, detached: it goes on when the
-terminal is closed. With --until_finished it stays, and starts the command again, on new machines
-where the old ones were preempted, until it has ended with 0 on all workers. --out must lie on what
-all workers share: --prepare mounts it. --dry_run prints the commands and runs none.
+`create` requests a queued resource and waits for it; `setup` copies the code to every worker of
+every slice and installs it; `run` starts the command on all of them, detached, so that it survives
+the terminal. With --until_finished it waits, and restarts the command, on new machines if the old
+ones were preempted, until it has ended with 0 on all workers. --out must be on storage that all
+workers share: --prepare mounts it. --dry_run prints the commands and runs none.
 """
 
 import contextlib
@@ -34,8 +34,8 @@ from research.command.flags import launch
 FLAGS = flags.FLAGS
 ROOT = Path(__file__).parents[1]
 FOLDER = "distributed-optimization-jax"  # of the code, in each worker's home
-GONE = ("SUSPENDING", "SUSPENDED", "FAILED")  # states of a queued resource that does not come back
-RUNTIMES = {  # of the software on the VM, by the beginning of the accelerator's type
+GONE = ("SUSPENDING", "SUSPENDED", "FAILED")  # final states of a queued resource
+RUNTIMES = {  # of the software on the VM, by prefix of the accelerator type
   "v4-": "tpu-ubuntu2204-base",
   "v5litepod-": "v2-alpha-tpuv5-lite",
   "v5p-": "v2-alpha-tpuv5",
@@ -49,11 +49,11 @@ INSTALL = (
 
 
 class Failed(Exception):
-  """A command of gcloud's that failed: its last line."""
+  """A gcloud command failed; the message has its last line."""
 
 
 class Pod(NamedTuple):
-  """Slices that are asked for, and lost, together."""
+  """Slices that are requested, and preempted, together."""
 
   name: str
   zone: str
@@ -67,12 +67,12 @@ class Pod(NamedTuple):
     return [self.name] if self.slices == 1 else [f"{self.name}-{i}" for i in range(self.slices)]
 
   def gcloud(self, group: str, *words: str, show: bool = False) -> str:
-    """Runs a command on TPUs; its output, of a dry run ''."""
+    """Runs a gcloud command on TPUs; returns its output, or '' in a dry run."""
     place = [f"--zone={self.zone}", *([f"--project={self.project}"] if self.project else [])]
     return execute(["gcloud", "compute", "tpus", group, *words, *place], self.dry, show)
 
   def on_workers(self, line: str, show: bool = False) -> str:
-    """Runs a shell command in the code's folder on all workers of all slices, slice by slice."""
+    """Runs a shell command in the code's folder on all workers, slice by slice."""
     inside = f"cd {FOLDER} && {line}"
     ssh = lambda node: self.gcloud(
       "tpu-vm", "ssh", node, "--worker=all", f"--command={inside}", show=show
@@ -81,7 +81,7 @@ class Pod(NamedTuple):
 
 
 def execute(words: Sequence[str], dry: bool, show: bool) -> str:
-  """Runs a command, or prints it; its standard output, which may be shown as it comes."""
+  """Runs a command, or prints it in a dry run; returns its output, unless it is shown live."""
   if dry:
     print(shlex.join(words))
     return ""
@@ -99,7 +99,7 @@ def execute(words: Sequence[str], dry: bool, show: bool) -> str:
 
 
 def create(pod: Pod, line: Sequence[str]) -> int:
-  """Asks for the slices, and waits until they are there."""
+  """Requests the slices, and waits until they are active."""
   del line
   nodes = [f"--node-id={pod.name}"]
   if pod.slices > 1:
@@ -118,7 +118,7 @@ def create(pod: Pod, line: Sequence[str]) -> int:
 
 
 def runtime() -> str:
-  """The flag's, or that of the type of accelerator."""
+  """The runtime of the flag, or the default for the accelerator type."""
   if not FLAGS.type:
     such = ", ".join(f"{kind}8" for kind in RUNTIMES)
     fail(2, f"--type='': what to create, such as {such}")
@@ -131,13 +131,13 @@ def runtime() -> str:
 
 
 def state_of(pod: Pod) -> str:
-  """WAITING_FOR_RESOURCES, PROVISIONING, ACTIVE, SUSPENDED, ...; of a dry run ACTIVE."""
+  """WAITING_FOR_RESOURCES, PROVISIONING, ACTIVE, SUSPENDED, ...; in a dry run ACTIVE."""
   found = pod.gcloud("queued-resources", "describe", pod.name, "--format=value(state.state)")
   return "ACTIVE" if pod.dry else found.strip()
 
 
 def delete(pod: Pod, line: Sequence[str] = ()) -> int:
-  """Gives the slices back, and the request for them."""
+  """Deletes the slices, and the request for them."""
   del line
   pod.gcloud("queued-resources", "delete", pod.name, "--force", "--quiet")
   return 0
@@ -147,7 +147,7 @@ def delete(pod: Pod, line: Sequence[str] = ()) -> int:
 
 
 def setup(pod: Pod, line: Sequence[str] = ()) -> int:
-  """Brings the code that git knows or does not ignore to all workers, and installs it."""
+  """Copies the files that git tracks or does not ignore to all workers, and installs them."""
   del line
   with tempfile.TemporaryDirectory() as folder:
     archive = "/tmp/code.tar.gz" if pod.dry else f"{folder}/code.tar.gz"
@@ -168,7 +168,7 @@ def setup(pod: Pod, line: Sequence[str] = ()) -> int:
 
 
 def run(pod: Pod, line: Sequence[str]) -> int:
-  """Starts the command on all workers; with --until_finished stays until it has finished."""
+  """Starts the command on all workers; with --until_finished waits until it has finished."""
   if FLAGS.until_finished and not pod.dry and running(pod):
     say("the job runs already; waiting for it")
   else:
@@ -183,7 +183,7 @@ def start(pod: Pod, line: Sequence[str]) -> None:
 
 
 def wait(pod: Pod, line: Sequence[str]) -> int:
-  """Looks at the job from time to time, and starts it again where it was lost; its exit code."""
+  """Polls the job and restarts it if it was lost; returns its exit code."""
   for restart in range(FLAGS.restarts + 1):
     code, why = watch(pod)
     if code is not None:
@@ -197,13 +197,13 @@ def wait(pod: Pod, line: Sequence[str]) -> int:
 
 
 def watch(pod: Pod) -> tuple[int | None, str]:
-  """Returns when the job has finished, with its code, or is lost, with None and the reason."""
+  """Polls until the job has finished (its code, '') or is lost (None, the reason)."""
   while True:
     state = state_of(pod)
     if state in GONE:
       return None, f"{pod.name} is {state}"
     found = []
-    with contextlib.suppress(Failed):  # of machines that are just being taken away
+    with contextlib.suppress(Failed):  # machines may be disappearing
       found = statuses(pod)
     if pod.dry or (found and all(status == "ended 0" for status in found)):
       return 0, ""
@@ -219,7 +219,7 @@ def watch(pod: Pod) -> tuple[int | None, str]:
 
 
 def again(pod: Pod, line: Sequence[str]) -> None:
-  """Starts a lost job again, on new machines where the old ones are gone."""
+  """Restarts a lost job, on new machines if the old ones are gone."""
   if state_of(pod) in GONE:
     delete(pod)
     create(pod, line)
@@ -230,7 +230,7 @@ def again(pod: Pod, line: Sequence[str]) -> None:
 
 
 def statuses(pod: Pod) -> list[str]:
-  """What `launch/detached.sh status` says on each worker."""
+  """The output of `launch/detached.sh status` on each worker."""
   shown = pod.on_workers('echo "$(hostname): $(bash launch/detached.sh status)"')
   return re.findall(r"^\S+: (running \d+|ended \d+|lost|not started)$", shown, re.MULTILINE)
 
@@ -251,7 +251,7 @@ def status(pod: Pod, line: Sequence[str]) -> int:
 
 
 def logs(pod: Pod, line: Sequence[str]) -> int:
-  """Prints the end of each worker's log, its host's name before each line."""
+  """Prints the end of each worker's log, with the host's name before each line."""
   del line
   follow = " follow" if FLAGS.follow else ""
   tail = f'bash launch/detached.sh logs {FLAGS.lines}{follow} | sed -u "s/^/[$(hostname)] /"'
@@ -260,7 +260,7 @@ def logs(pod: Pod, line: Sequence[str]) -> int:
 
 
 def kill(pod: Pod, line: Sequence[str] = ()) -> int:
-  """Lets the job save and stop, and kills what does not."""
+  """Lets the job save and stop, and kills it after the grace period."""
   del line
   pod.on_workers(f"bash launch/detached.sh kill {FLAGS.grace_seconds}")
   return 0
@@ -278,7 +278,7 @@ ACTIONS: dict[str, Callable[[Pod, Sequence[str]], int]] = {
 
 
 def define_flags() -> None:
-  """All but --name and --zone have defaults."""
+  """Defines the flags; all but --name and --zone have defaults."""
   flags.DEFINE_string("name", "", "Of the queued resource and its slices.")
   flags.DEFINE_string("zone", "", "Google Cloud's, such as us-east5-a.")
   flags.DEFINE_string("project", "", "Google Cloud's; empty: gcloud's own.")
@@ -300,7 +300,7 @@ def define_flags() -> None:
 
 
 def main(action: str, line: Sequence[str]) -> int:
-  """The whole program; its exit code."""
+  """Runs an action; returns its exit code."""
   for name in ("name", "zone"):
     if not getattr(FLAGS, name):
       fail(2, f"--{name}='': which TPU is meant")

@@ -12,10 +12,10 @@ PDEATHSIG = 1  # of prctl(2)
 
 
 class Watchman:
-  """Kills the process groups told to it when this process ends, however it ends.
+  """Kills the registered process groups when this process ends, however it ends.
 
-  Groups are told over a pipe, which the kernel closes with its last writer: SIGKILL included. Make
-  it before any thread is started: it is a fork.
+  Groups are registered over a pipe, which the kernel closes with its last writer, SIGKILL included.
+  Create it before any thread is started: it forks.
   """
 
   def __init__(self):
@@ -27,21 +27,21 @@ class Watchman:
     os.close(reader)
 
   def watch(self, group: int) -> None:
-    """Has it kill a process group at the end."""
+    """Registers a process group to be killed at the end."""
     os.write(self._writer, f"+{group}\n".encode())
 
   def release(self, group: int) -> None:
-    """Has it forget a group that has ended, whose number may come again."""
+    """Unregisters a group that has ended, as its number may be reused."""
     os.write(self._writer, f"-{group}\n".encode())
 
   def close(self) -> None:
-    """Returns when all groups are killed."""
+    """Kills all registered groups, and returns when that is done."""
     os.close(self._writer)
     os.waitpid(self.pid, 0)
 
 
 def _watch(reader: int) -> NoReturn:
-  """The life of the watchman: in a session of its own, deaf to what ends its parent."""
+  """Main loop of the watchman: in its own session, ignoring the signals that end its parent."""
   os.setsid()
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
@@ -58,13 +58,13 @@ def _watch(reader: int) -> NoReturn:
 
 
 def kill(group: int, number: int = signal.SIGKILL) -> None:
-  """Sends a signal to a process group, if there still is one."""
+  """Sends a signal to a process group, if it still exists."""
   with contextlib.suppress(ProcessLookupError, PermissionError):
     os.killpg(group, number)
 
 
 def dies_with_parent() -> Callable[[], Any] | None:
-  """On Linux, has the kernel kill a child whose parent dies, watchman or not."""
+  """On Linux, makes the kernel kill a child whose parent dies, even without the watchman."""
   if not sys.platform.startswith("linux"):
     return None
   prctl, parent = ctypes.CDLL(None).prctl, os.getpid()

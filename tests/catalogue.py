@@ -1,4 +1,6 @@
-"""Every method of the codebase, as specs: each contract test runs over all of them.
+"""Every name that specs may use, in specs: each contract test runs over all of its kind.
+
+What each compressor promises stands in promises.py.
 
 `drifting` and `residual` exist only here: a method whose models differ between workers and an
 aggregator with private memory, so that private state is tested before the first published ones.
@@ -9,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import optax
+from promises import COMPRESSORS
 
 from research.aggregate.mean import mean
 from research.aggregate.presence import kept, unweighted, weighted
@@ -89,6 +92,98 @@ SLICED = {
 SPECS = FLAT | GRAPHS | DRAWN | SLICED
 # Those that take signs: a sum near zero may have another one in another order.
 SIGNS = ("signum", "signum_vote", "demo")
+
+
+# ---- aggregators
+
+# Each of these runs in every execution, hence few of them and none that only repeats another.
+EXCHANGES = {
+  "mean": "mean()",
+  "vote": "majority_vote()",
+  "feedback_sum": "error_feedback(sum_mean(random_k(0.3)))",
+  "feedback_two_phase": "error_feedback(two_phase(int8()))",
+  "feedback_power_sgd": "error_feedback(power_sgd(1))",
+  "ef21": "ef21(gather_mean(sign()))",
+  "diana": "diana(gather_mean(qsgd(3)), alpha=0.5)",
+  "momentum": "momentum_correction(gather_mean(top_k(0.2)))",
+  "momentum_clipped": "momentum_correction(sum_mean(random_k(0.3)), clip_norm=1.0)",
+  "worker_momentum": "worker_momentum(krum(0), momentum=0.5)",
+  "only_large": "error_feedback(only_large(gather_mean(sign()), min_size=9))",
+  "bucketed": "error_feedback(bucketed(two_phase(sign())))",
+  "warm_up": "error_feedback(warm_up(two_phase(int8()), steps=2, stages=[mean(), power_sgd(1)]))",
+  "geometric_median": "geometric_median(iterations=2)",
+  "centered_clip": "centered_clip(0.5)",
+  "sign_flip": "sign_flip(error_feedback(gather_mean(sign())), faulty=1)",
+  "gaussian": "gaussian(median(), faulty=1, deviation=1.0)",
+  "a_little_is_enough": "a_little_is_enough(trimmed_mean(0.25), faulty=1)",
+  "inner_product": "inner_product(multi_krum(0, 2), faulty=1, scale=0.5)",
+  "noisy": "noisy(mean(), clip=1.0, noise=0.1)",
+  "secure_sum": "secure_sum(clip=8.0, threshold=0.5, dropout=0.2)",
+}
+SLICED_EXCHANGES = {
+  "hierarchical_mean": "hierarchical_mean()",
+  "hierarchical": "error_feedback(hierarchical(two_phase(int8(), axis='slice')))",
+  "hierarchical_ef21": "ef21(hierarchical(gather_mean(sign(), axis='slice')))",
+  "two_axes": "error_feedback(two_phase(int8()))",
+}
+# What wrappers are put around besides: pieces without a wrapper of their own.
+PIECES = {
+  "gather": "gather_mean(sign())",
+  "expansive": "gather_mean(terngrad())",
+  "sparse": "gather_mean(top_k(0.2))",
+  "sum": "sum_mean(random_k(0.5))",
+  "two_phase": "two_phase(int8())",
+  "power_sgd": "power_sgd(1)",
+  "attacked": "gaussian(mean(), faulty=1, deviation=1.0)",
+  "gossip": "gossip(ring())",
+  "push_sum": "push_sum(exponential())",
+  "choco": "choco(int8(), ring(), gamma=0.5)",
+  "q1_gossip": "q1_gossip(int8(), ring())",
+  "q2_gossip": "q2_gossip(int8(), ring())",
+  "median": "median()",
+  "trimmed_mean": "trimmed_mean(0.25)",
+  "multi_krum": "multi_krum(0, 2)",
+}
+
+# ---- the other kinds: each name once
+
+OTHERS = {
+  "topology": (
+    *("ring()", "torus()", "complete()", "star()", "exponential()", "one_peer_exponential()"),
+    "weights([[0.75, 0.25], [0.25, 0.75]])",
+  ),
+  "delays": (
+    *("constant(2)", "uniform(3)", "geometric(1.5, bound=4)", "per_worker([0, 2])"),
+    *("by_coordinate(3)", "last_pull()"),
+  ),
+  "speeds": (
+    *("steady(1.0, slowdown={0: 4})", "exponential(1.0)", "lognormal(1.0, 0.5)"),
+    "measured([[1.0, 2.0], [2.0, 1.0]])",
+  ),
+  "partition": ("iid()", "in_order()", "sorted()", "dirichlet(0.3)", "shards(2)"),
+  "model": (
+    "linear()",
+    "logistic()",
+    "mlp(hidden=[8])",
+    "cnn()",
+    "resnet()",
+    "transformer('tiny')",
+  ),
+  "task": (
+    *("digits()", "mnist()", "least_squares()", "libsvm('a9a')", "tinyshakespeare()"),
+    *("text('PATH')", "mean_estimation()", "random_tokens()", "client_drift()"),
+    *("rare_large_gradient()", "narrow_valley()", "stream('PATH')", "pagerank()", "rank()"),
+    *("bm25()", "cranfield()", "frontier('port1')", "cvar()", "breast_cancer()", "diabetes()"),
+    *("movielens()", "movielens_als()", "movielens_federated()"),
+  ),
+}
+# All specs by kind.
+ALL = {
+  "compressor": (*COMPRESSORS,),
+  "aggregator": (*EXCHANGES.values(), *SLICED_EXCHANGES.values(), *PIECES.values()),
+  "method": (*SPECS.values(),),
+  **OTHERS,
+}
 
 
 class DriftingState(NamedTuple):

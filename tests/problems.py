@@ -1,96 +1,32 @@
-"""A small regression with private data, and running a method on it in any execution."""
+"""The regression that all contracts run on, and what tests remember of running methods on it."""
 
 import functools
-import itertools
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from catalogue import METHODS
 
-from research.core.method import Method
-from research.core.task import Task
-from research.parallel import pmap, simulate, spmd
-from research.parallel.job import Job, resolved
-from research.tasks import partition, sampling
+from research.testing.problem import (
+  EXECUTORS,
+  FEATURES,
+  OUTPUTS,
+  SIMULATED,
+  Running,
+  distance,
+  regression,
+  split,
+)
 
-FEATURES, OUTPUTS = 6, 3
-SIMULATED = {"data": 8}
-EXECUTORS = {"simulate": simulate.simulate, "spmd": spmd.spmd, "pmap": pmap.pmap}
-
-
-def regression(samples: int = 240, seed: int = 0) -> Task:
-  """Two-leaf least squares in plain JAX: weights [6, 3] and bias [3], half mean squares."""
-  random = np.random.default_rng(seed)
-  x = random.normal(size=(samples, FEATURES)).astype(np.float32)
-  truth = random.normal(size=(FEATURES, OUTPUTS)).astype(np.float32)
-  y = x @ truth + 0.1 * random.normal(size=(samples, OUTPUTS)).astype(np.float32)
-
-  def loss(params, batch, key):
-    del key
-    error = batch["x"] @ params["w"] + params["b"] - batch["y"]
-    each = 0.5 * jnp.sum(error**2, -1)
-    mask = batch.get("mask", jnp.ones_like(each))
-    return jnp.sum(mask * each) / jnp.maximum(jnp.sum(mask), 1)
-
-  def init(key):
-    w = 0.1 * jax.random.normal(key, (FEATURES, OUTPUTS))
-    return {"b": jnp.zeros(OUTPUTS), "w": w}
-
-  def evaluate(params, batch):
-    return {"loss": loss(params, batch, None)}
-
-  train = {"x": x, "y": y}
-  return Task(init, loss, evaluate, sampling.epoch_sample, sampling.take, train, train)
-
-
-def split(task: Task, sizes: Sequence[int]):
-  """The task's examples in order, so many to each owner."""
-  edges = np.cumsum([0, *sizes])
-  parts = [np.arange(a, b) for a, b in itertools.pairwise(edges)]
-  return partition.stack(task.train, parts)
-
-
-class Running:
-  """A method on the regression in one execution; `rounds` runs it on. `rest` are fields of Job."""
-
-  metrics: dict[str, Any]
-
-  def __init__(
-    self,
-    method: Method,
-    executor: str,
-    axes: Mapping[str, int],
-    sizes: Sequence[int] = (30,) * 8,
-    batch_size: int | None = 8,
-    clip_norm: float = 0.0,
-    task: Task | None = None,
-    **rest: Any,
-  ):
-    task = task or regression()
-    examples, counts = split(task, sizes)
-    self.job = resolved(Job(method, task, dict(axes), counts, batch_size, clip_norm, **rest))
-    self.executor = EXECUTORS[executor](self.job)
-    self.layout = self.executor.layout
-    self.state = self.executor.init(jax.random.key(0))
-    self.data = self.executor.place(examples, counts, jax.random.key(1))
-
-  def rounds(self, *counts: int) -> "Running":
-    for count in counts:
-      self.state, self.metrics = self.executor.run(self.state, self.data, rounds=count)
-    return self
-
-  def params(self) -> Any:
-    return jax.device_get(self.executor.params(self.state))
-
-
-def distance(a: Any, b: Any) -> float:
-  """max|a - b| / max|b| over all leaves."""
-  leaves = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-  top = max(float(np.abs(y).max()) for _, y in leaves)
-  return max(float(np.abs(np.asarray(x) - np.asarray(y)).max()) for x, y in leaves) / top
+__all__ = [
+  "EXECUTORS",
+  "FEATURES",
+  "OUTPUTS",
+  "SIMULATED",
+  "Running",
+  "distance",
+  "regression",
+  "simulated",
+  "split",
+]
 
 
 @functools.cache

@@ -10,31 +10,30 @@ import pytest
 import research
 from research.core import registry
 
+NAMES = vars(research)["__all__"]
+
 ROOT = Path(__file__).parents[1]
 KINDS = ("compressor", "aggregator", "method", "topology", "model")
 IMPORT = """
-import sys, time
-start = time.perf_counter()
+import sys
 import research
-print(time.perf_counter() - start, *{"jax", "flax", "optax", "numpy"} & set(sys.modules))
+print(*{"jax", "flax", "optax", "numpy", "absl"} & set(sys.modules))
 """
 
 
-def test_the_import_is_quick_and_brings_no_jax():
+def test_the_import_brings_nothing_along():
   found = subprocess.run(
     [sys.executable, "-c", IMPORT], cwd=ROOT, capture_output=True, text=True, check=True
   )
-  seconds, *imported = found.stdout.split()
-  assert float(seconds) < 0.3
-  assert imported == []
+  assert found.stdout.split() == []
 
 
 def test_there_are_few_enough_names_and_each_once():
-  assert len(research.__all__) == len(set(research.__all__)) <= 120
-  assert set(research.__all__) <= set(dir(research))
+  assert len(NAMES) == len(set(NAMES)) <= 120
+  assert set(NAMES) <= set(dir(research))
 
 
-@pytest.mark.parametrize("name", sorted({*research.__all__} - {"__version__"}))
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"__version__"}))
 def test_every_name_has_a_docstring_of_its_own(name):
   found = getattr(research, name)
   assert found.__doc__
@@ -44,7 +43,7 @@ def test_every_name_has_a_docstring_of_its_own(name):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_specs_and_python_call_the_same_functions(kind):
-  assert set(registry.TABLE[kind]) <= set(research.__all__)
+  assert set(registry.TABLE[kind]) <= set(NAMES)
   for name in registry.TABLE[kind]:
     assert getattr(research, name) is registry.lookup((kind,), name)
 

@@ -1,7 +1,7 @@
-"""Recommending films beside a peer library. A case of `applications.py`."""
+"""Film recommendation beside a peer library. A case of `applications.py`."""
 
 # pyright: reportMissingImports=false
-# Cornac is in the extra `applications` alone.
+# Cornac is only in the extra `applications`.
 import time
 from typing import Any
 
@@ -13,7 +13,7 @@ FOLDS = ("u1", "u2", "u3")
 
 
 def recommend(figure: Any) -> Rows:
-  """MovieLens 100K: folds, alternating least squares, users' own factors, the cold start."""
+  """MovieLens 100K: folds, alternating least squares, private user factors, the cold start."""
   rows, axes = [], figure.subplots(1, 2)
   adam = "data_parallel(adam(cosine_decay_schedule({}, {})), mean())"
   cases: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -77,7 +77,7 @@ def cornac() -> tuple[float, float] | None:
     start = time.perf_counter()
     model.fit(data)
     seconds.append(time.perf_counter() - start)
-    # whom the training part does not know has neither bias nor factors
+    # users and items that are not in training have neither bias nor factors
     pad = lambda table: np.concatenate([table, np.zeros((1, *table.shape[1:]), table.dtype)])
     user = np.array([data.uid_map.get(u, -1) for u in test.user.tolist()])
     item = np.array([data.iid_map.get(i, -1) for i in test.item.tolist()])

@@ -1,4 +1,4 @@
-"""Medicine over hospitals: together, with noise, and each alone. A case of `applications.py`."""
+"""Medicine over hospitals: pooled, federated, noisy and alone. A case of `applications.py`."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from experiments.applications.measured import Rows, row, run
 
-SPLITS = 5  # into training and test patients, over which means are taken
+SPLITS = 5  # into training and test patients; results are means over them
 
 
 def medicine(figure: Any) -> Rows:

@@ -1,4 +1,4 @@
-"""What the applications' measurements share: a run, and a row of a result."""
+"""Shared by the applications' measurements: a run, and a row of a result."""
 
 import sys
 import tempfile
@@ -12,7 +12,7 @@ STEADY: dict[str, Any] = {"check_every": 0, "checkpoint_every": 0, "eval_every":
 
 
 def run(task: str, method: str, **flags_: Any) -> tuple[dict[str, Any], Rows]:
-  """The summary of a run, and its rows."""
+  """Runs a task with a method; returns the summary and the rows."""
   from research.training import loop
   from research.training.reports import report
 
@@ -23,7 +23,7 @@ def run(task: str, method: str, **flags_: Any) -> tuple[dict[str, Any], Rows]:
 
 
 def row(what: str, value: float, peer: str = "", of_peer: float | None = None, **more: Any) -> dict:
-  """A row of the result: what was measured, and what that is held against."""
+  """A row of the result: a measured value, and a reference value."""
   found = {"what": what, "value": float(value), "beside": peer, "peer": of_peer, **more}
   print(found, file=sys.stderr, flush=True)
   return found

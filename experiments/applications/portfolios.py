@@ -1,4 +1,4 @@
-"""Finance beside what is published and a linear program. A case of `applications.py`."""
+"""Finance beside published values and a linear program. A case of `applications.py`."""
 
 import time
 from typing import Any
@@ -12,7 +12,7 @@ DESCENT = "data_parallel(sgd(1.0, momentum=0.9, nesterov=True), mean())"
 
 
 def finance(figure: Any) -> Rows:
-  """The frontier as published; CVaR against a linear program, and of 10^7 scenarios."""
+  """The published frontier; CVaR against a linear program, and with 10^7 scenarios."""
   import resource
 
   from research.tasks.finance import cvar, frontier
@@ -49,7 +49,7 @@ def finance(figure: Any) -> Rows:
 
 
 def linear_program(x: np.ndarray, level: float) -> float:
-  """The least CVaR of weights on the simplex, in percent, of scenarios [S, n], by HiGHS."""
+  """The minimum CVaR of weights on the simplex, in percent, of scenarios [S, n], by HiGHS."""
   from scipy import optimize
 
   count, assets = x.shape
@@ -61,7 +61,7 @@ def linear_program(x: np.ndarray, level: float) -> float:
 
 
 def _weights(task: str, method: str, steps: int) -> np.ndarray:
-  """The portfolios [points, n] that such a run ends with."""
+  """Runs a method; returns the final portfolios [points, n]."""
   import jax
 
   from research.training import assemble

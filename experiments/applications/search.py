@@ -1,7 +1,7 @@
 """Search beside its peers: PageRank, learning to rank, BM25. A case of `applications.py`."""
 
 # pyright: reportMissingImports=false
-# LightGBM is in the extra `applications` alone.
+# LightGBM is only in the extra `applications`.
 import time
 from typing import Any
 
@@ -11,7 +11,7 @@ from experiments.applications.measured import POWER, Rows, row, run
 
 
 def pagerank(axes: Any) -> Rows:
-  """wiki-Vote to 1e-14, exactly and compressed; a graph of 10^7 edges against SciPy's product."""
+  """wiki-Vote to 1e-14, exact and compressed; a graph of 10^7 edges against SciPy's product."""
   from scipy import sparse
 
   from research.tasks.search import graphs
@@ -54,7 +54,7 @@ def pagerank(axes: Any) -> Rows:
 
 
 def search(figure: Any) -> Rows:
-  """PageRank, learning to rank beside LightGBM, BM25."""
+  """PageRank, learning to rank beside LightGBM, and BM25."""
   axes = figure.subplots(1, 2)
   rows = pagerank(axes)
   axes[0].set(title="PageRank of wiki-Vote", xlabel="iteration", ylabel="L1 of the residual")

@@ -1,7 +1,7 @@
 """The suite `applications` of bench.py: search, finance, medicine, recommendation beside peers.
 
 Writes OUT/CASE/result.json (rows with commit and hardware), table.md and figure.png. Needs the data
-files and, for the comparisons that have one, `pip install -e ".[applications]"`.
+files and, for comparisons with peer libraries, `pip install -e ".[applications]"`.
 """
 
 from collections.abc import Callable

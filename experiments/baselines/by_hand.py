@@ -1,8 +1,8 @@
-"""Minimal JAX loops written by hand, one for each case: what bench.py holds the loop against.
+"""Minimal hand-written JAX loops, one per case: the baselines of bench.py.
 
-The model, loss, workers, batch, optimizer and steps per dispatch are those of the case's flags;
-batches are drawn with replacement, and there are no evaluations, checkpoints or metrics but the
-loss, fetched once per dispatch as the loop does.
+The model, loss, workers, batch, optimizer and steps per dispatch are those of the case's flags.
+Batches are drawn with replacement. There are no evaluations, checkpoints or metrics except the
+loss, which is fetched once per dispatch, as in the loop.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from research.training.config import Config
 
 
 def least_squares(config: dict[str, Any]) -> Callable[[int], None]:
-  """Eight workers' gradients of the mean squared error, averaged, one SGD step."""
+  """Averages eight workers' gradients of the mean squared error, then takes an SGD step."""
   import jax.numpy as jnp
 
   examples = load(config)
@@ -29,7 +29,7 @@ def least_squares(config: dict[str, Any]) -> Callable[[int], None]:
 
 
 def digits(config: dict[str, Any]) -> Callable[[int], None]:
-  """Eight workers' gradients of a 64-128-10 perceptron, averaged, one heavy-ball step."""
+  """Averages eight workers' gradients of a 64-128-10 perceptron, then takes a heavy-ball step."""
   import jax
   import jax.numpy as jnp
 
@@ -82,7 +82,7 @@ def dispatches(config, loss, update, state, x, y) -> Callable[[int], None]:
 
 
 def a9a(config: dict[str, Any]) -> Callable[[int], None]:
-  """Twenty workers' gradients over all their rows of logistic regression, summed, one step."""
+  """Sums twenty workers' logistic gradients over all their rows, then takes a step."""
   import jax
   import jax.numpy as jnp
   import numpy as np
@@ -110,7 +110,7 @@ def a9a(config: dict[str, Any]) -> Callable[[int], None]:
 
 
 def fed_avg(config: dict[str, Any]) -> Callable[[int], None]:
-  """FedAvg: each device takes its part of the cohort one by one, fetching an epoch at once."""
+  """FedAvg: each device trains its clients sequentially, fetching an epoch at once."""
   import jax
   import jax.numpy as jnp
   from jax.sharding import PartitionSpec as P
@@ -171,7 +171,7 @@ def fed_avg(config: dict[str, Any]) -> Callable[[int], None]:
 
 
 def advancing(config, state, run) -> Callable[[int], None]:
-  """`advance(steps)` by dispatches, each one's losses fetched when the next has begun."""
+  """Returns `advance(steps)`, which fetches a dispatch's losses once the next has begun."""
   import jax
 
   held = [state]
@@ -189,7 +189,7 @@ def advancing(config, state, run) -> Callable[[int], None]:
 
 
 def load(config: dict[str, Any], test: bool = False) -> dict[str, Any]:
-  """The examples by worker, as the loop gets them; or those of the test, by device."""
+  """The examples by worker, as in the loop; with `test` the test examples, by device."""
   from research.training import assemble
 
   settings = Config(**config)

@@ -1,10 +1,11 @@
-"""Minimal JAX programs between hosts, written by hand: what bench.py holds the loop against there.
+"""Minimal hand-written JAX programs between hosts: the baselines of bench.py there.
 
     python experiments/baselines/by_hand_hosts.py dense 200 16
 
-Started once per host by a launcher; METHOD, steps, and steps per dispatch. A perceptron
-784-1024-1024-10 on MNIST, 64 images per host drawn with replacement, SGD at 0.1. Process 0 prints a
-JSON line: milliseconds per step of each dispatch but the first two, and the last loss.
+A launcher starts one process per host; the arguments are METHOD, steps, and steps per dispatch. A
+perceptron 784-1024-1024-10 is trained on MNIST, with 64 images per host drawn with replacement and
+SGD at 0.1. Process 0 prints a JSON line: milliseconds per step of each dispatch except the first
+two, and the last loss.
 """
 
 import json
@@ -58,7 +59,7 @@ def dense(params: Any) -> tuple[Any, Step]:
 
 
 def int8(params: Any) -> tuple[Any, Step]:
-  """Gradients as one vector: int8 by groups to the owners of its parts, and their means back."""
+  """Sends gradient parts as int8 by groups to their owners, which return the means."""
   flat, unravel = ravel_pytree(params)
   count = jax.device_count()
   size = -(-flat.size // (count * GROUP)) * count * GROUP
@@ -89,7 +90,7 @@ def int8(params: Any) -> tuple[Any, Step]:
 
 
 def top_k(params: Any) -> tuple[Any, Step]:
-  """The largest hundredth of each leaf with its places; the rest is remembered."""
+  """Sends the largest hundredth of each leaf with positions, and keeps the rest in a memory."""
 
   def exchange(x):
     flat = x.reshape(-1)
@@ -110,7 +111,7 @@ def top_k(params: Any) -> tuple[Any, Step]:
 
 
 def power_sgd(params: Any) -> tuple[Any, Step]:
-  """Rank 4 of each matrix, two messages in all; biases go with the first."""
+  """Rank 4 of each matrix, with two messages in total; biases go with the first."""
   start = lambda i, w: jax.random.normal(jax.random.key(i), (w.shape[1], RANK))
   starts = [start(i, w) for i, (w, _) in enumerate(params)]
 
@@ -134,7 +135,7 @@ def power_sgd(params: Any) -> tuple[Any, Step]:
 
 
 def local(params: Any) -> tuple[Any, Step]:
-  """Steps of its own; the mean of the models after every eighth."""
+  """Local steps; averages the models after every eighth."""
 
   def step(state, x, y):
     params, number = state
@@ -150,7 +151,7 @@ METHODS = {"dense": dense, "int8": int8, "top_k": top_k, "power_sgd": power_sgd,
 
 
 def main(method: str, steps: int, dispatch: int) -> None:
-  """Trains, and prints what it took."""
+  """Trains, and prints the timings."""
   count, number = (int(os.environ[f"JAX_{name}"]) for name in ("NUM_PROCESSES", "PROCESS_ID"))
   jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], count, number)
   mesh = Mesh(np.asarray(jax.devices()), ("data",))

@@ -1,7 +1,7 @@
-"""A language model in plain JAX, written by hand: what bench.py holds the transformer against.
+"""A hand-written language model in plain JAX: the transformer's baseline of bench.py.
 
-The shape is that of `transformer('tiny')`: RMSNorm, rotary positions, SwiGLU, a head that is the
-embedding, products in bfloat16, norms, softmaxes and logits in float32. Windows are drawn with
+The shape is that of `transformer('tiny')`: RMSNorm, rotary positions, SwiGLU, a head that shares
+the embedding, products in bfloat16, norms, softmaxes and logits in float32. Windows are drawn with
 replacement, as in `by_hand.py`.
 """
 
@@ -18,7 +18,7 @@ LAYERS, WIDTH, HEADS, HIDDEN, VOCABULARY, CONTEXT = 4, 128, 4, 352, 65, 128
 
 
 def transformer(config: dict[str, Any]) -> Callable[[int], None]:
-  """One worker's steps of AdamW on windows of a text."""
+  """AdamW steps of one worker on windows of a text."""
   rows, batch = jnp.asarray(load(config)["x"][0]), int(config["batch_size"])  # [N / T, 2T]
   schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, 100, 5000, 1.5e-4)
   adamw = optax.adamw(schedule, b2=0.99, weight_decay=0.1)

@@ -1,14 +1,15 @@
-"""PyTorch's DistributedDataParallel between hosts: what people use today, and we are timed beside.
+"""PyTorch's DistributedDataParallel between hosts: the common practice that we compare with.
 
     python experiments/baselines/peers_torch.py dense 200 16
 
-Started once per host by a launcher, with the extra `peers`; METHOD, steps, steps per reading of the
-clock, and, if wanted, an accuracy on the test images after which to stop, measured apart from the
-clock. The perceptron, data, batch and rate of `by_hand_hosts.py`; what that prints, and the steps.
+A launcher starts one process per host, with the extra `peers`. The arguments are METHOD, steps,
+steps per timing, and optionally a test accuracy at which to stop; its evaluation is not timed. The
+perceptron, data, batch and rate are those of `by_hand_hosts.py`; so is the output, plus the number
+of steps.
 """
 
 # pyright: reportMissingImports=false
-# PyTorch is in the extra `peers` alone.
+# PyTorch is only in the extra `peers`.
 import json
 import os
 import sys
@@ -28,9 +29,9 @@ RATE, BATCH, PERIOD, RANK = 0.1, 64, 8, 4
 
 
 def model_of(method: str) -> tuple[DistributedDataParallel, averagers.PeriodicModelAverager | None]:
-  """The perceptron under DDP, and what averages models where gradients are not."""
+  """The perceptron under DDP, and the averager of models for methods with local steps."""
   layers = [nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10)]
-  megabytes = 100 if method == "power_sgd" else 25  # PowerSGD wants one bucket
+  megabytes = 100 if method == "power_sgd" else 25  # PowerSGD needs one bucket
   model = DistributedDataParallel(nn.Sequential(*layers), bucket_cap_mb=megabytes)
   averager = None
   if method == "fp16":
@@ -47,7 +48,7 @@ def model_of(method: str) -> tuple[DistributedDataParallel, averagers.PeriodicMo
 
 
 def main(method: str, steps: int, dispatch: int, target: float | None = None) -> None:
-  """Trains, and prints what it took."""
+  """Trains, and prints the timings."""
   torch.set_num_threads(1)
   torch.manual_seed(0)
   place = f"tcp://{os.environ['JAX_COORDINATOR_ADDRESS']}"

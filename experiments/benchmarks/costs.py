@@ -1,7 +1,7 @@
-"""What compressors cost: encode and decode against a memory copy.
+"""Benchmarks compressors: encode and decode against a memory copy.
 
-For the default backend, on one device. `experiments/bench.py --cases=compress` runs it and writes
-the table.
+Runs on one device of the default backend. `experiments/bench.py --cases=compress` runs it and
+writes the table.
 """
 
 import math
@@ -24,22 +24,26 @@ COMPRESSORS = (
   "random_k(0.01)",
 )
 LEAF = 2**24  # float32 elements: 64 MiB
-LEAST_SECONDS = 0.02  # that one timing takes; shorter work is repeated within it
+LEAST_SECONDS = 0.02  # minimum of one timing; shorter work is repeated within it
 
 
 class Timed(NamedTuple):
-  """A function of arrays that runs again and again, each result written over the one before."""
+  """A compiled function that runs repeatedly, each result overwriting the previous one."""
 
-  seconds: Callable[[], float]  # of one call
+  seconds: Callable[[], float]  # measures one call
   result: Any  # the first one
   sorted: int  # elements of the largest array that it sorts
 
 
 def timed(function: Callable[..., Any], *args: Any) -> Timed:
-  """Compiles and runs once.
+  """Compiles a function and runs it once.
 
-  The result before is donated, so that no call waits for the system to hand out fresh pages, which
-  takes most of the time of a copy of 64 MiB on a CPU.
+  The previous result is donated, so that no call waits for the system to allocate fresh pages,
+  which dominates a copy of 64 MiB on a CPU.
+
+  Args:
+    function: of arrays.
+    *args: its arguments.
   """
   import jax
 
@@ -62,10 +66,13 @@ def timed(function: Callable[..., Any], *args: Any) -> Timed:
 
 
 def compress(repeats: int) -> list[dict[str, Any]]:
-  """Each compressor on a 64 MiB leaf of normal values, in turn with `jnp.copy` of it.
+  """Times each compressor on a 64 MiB leaf of normal values, in turn with `jnp.copy` of it.
 
-  A row's `encode_bandwidth` is the rate at which the bytes go that encode must read and write, leaf
-  and payload once each, over the rate of the copy's, twice the leaf.
+  A row's `encode_bandwidth` is the rate at which encode moves the bytes that it must read and
+  write, leaf and payload once each, divided by the copy's rate, which moves twice the leaf.
+
+  Args:
+    repeats: counted turns.
   """
   import jax
   import jax.numpy as jnp
@@ -102,7 +109,7 @@ def _against_copy(copied: list[float], encoded: list[float], decoded: list[float
 
 
 def compress_table(rows: list[dict[str, Any]]) -> list[str]:
-  """Compressors against a copy, in Markdown."""
+  """The Markdown table of compressors against a copy."""
   device, copied = rows[0]["device"], statistics.median(row["copy_ms"] for row in rows)
   lines = [
     f"\nEncode and decode of 64 MiB of float32 on {device}, as ratio to `jnp.copy` of them "

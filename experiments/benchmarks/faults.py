@@ -1,6 +1,6 @@
-"""What a job between hosts survives: processes killed at random, beside a run that nobody disturbs.
+"""Fault tolerance of a job between hosts: random kills, compared with an undisturbed run.
 
-The suite faults of bench.py. Hosts are network namespaces (launch/netlab.py).
+This is the suite faults of bench.py. Hosts are network namespaces (launch/netlab.py).
 """
 
 import json
@@ -14,13 +14,13 @@ from experiments.benchmarks.hosts import ended, flags_of, netlab, run, tell
 
 
 def faults(hosts: int, kills: int, every: float, steps: int) -> dict[str, Any]:
-  """Kills random hosts' processes at random moments of a run, and compares it with an unbroken one.
+  """Kills random hosts' processes at random times in a run, and compares it with an unbroken run.
 
   Args:
-    hosts: how many there are.
-    kills: how many processes are killed.
+    hosts: number of hosts.
+    kills: number of processes to kill.
     every: mean seconds between kills.
-    steps: of the run, enough to last as long.
+    steps: of the run; must be enough to outlast the kills.
   """
   config = {
     "method": f"data_parallel(sgd(cosine_decay_schedule(0.1, {steps}), momentum=0.9), "
@@ -59,15 +59,15 @@ def _params(out: Path) -> str:
 
 
 def _steps(out: Path) -> list[int]:
-  """Of the rows of metrics."""
+  """The steps of the rows of metrics."""
   return [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def _disturbed(command: list[str], out: Path) -> dict[str, Any]:
-  """Follows a run whose processes are killed: how often, and what was lost.
+  """Follows a run whose processes are killed; counts kills, restarts and losses of progress.
 
   Raises:
-    RuntimeError: if it did not end well.
+    RuntimeError: if the run failed.
   """
   pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
   killed = resumed = restarts = lost = saved = 0
@@ -93,20 +93,20 @@ def _disturbed(command: list[str], out: Path) -> dict[str, Any]:
 
 
 def _whole(folder: Path) -> Iterator[int]:
-  """Steps of the checkpoints that were whole at this moment."""
+  """Steps of the checkpoints that are complete at this moment."""
   for path in folder.glob("*/files.json"):
     if path.parent.name.isdecimal():
       yield int(path.parent.name)
 
 
 def _namespaces() -> int:
-  """Network namespaces of this machine."""
+  """Number of network namespaces on this machine."""
   line = ["lsns", "--type", "net", "--noheadings"]
   return len(subprocess.run(line, capture_output=True, text=True, check=True).stdout.splitlines())
 
 
 def processes(word: str) -> int:
-  """Processes whose command line has a word in it."""
+  """Number of processes whose command line contains a word."""
   found = 0
   for path in Path("/proc").glob("[0-9]*/cmdline"):
     try:
@@ -117,7 +117,7 @@ def processes(word: str) -> int:
 
 
 def faults_table(found: dict[str, Any]) -> list[str]:
-  """What a run has survived, in Markdown."""
+  """The Markdown table of what a run has survived."""
   names = ("hosts", "steps", "kills", "restarts", "resumed", "same_params", "same_rows")
   names = (*names, "resumed_before_the_last_checkpoint", "processes_left", "namespaces_left")
   shown = lambda value: (

@@ -1,7 +1,7 @@
-"""Runs between hosts of one machine: bytes as predicted, and as the kernel counts them.
+"""Traffic between hosts of one machine: predicted bytes against the kernel's counters.
 
-The suite wire of bench.py, and what its relatives share. Hosts are network namespaces
-(launch/netlab.py).
+This is the suite wire of bench.py, with helpers for the related suites. Hosts are network
+namespaces (launch/netlab.py).
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from typing import Any
 from research.training.config import Config
 
 ROOT = Path(__file__).parents[2]
-# 1.86 million parameters.
+# 1.86 million parameters
 MODEL = {"task": "mnist()", "model": "mlp(hidden=[1024, 1024])"}
 METHODS = {
   "dense": "data_parallel(sgd(0.1), mean())",
@@ -37,7 +37,7 @@ def flags_of(config: dict[str, Any]) -> list[str]:
 
 
 def netlab(hosts: int, launcher: Sequence[str], line: Sequence[str], *before: str) -> list[str]:
-  """The command line that runs another one on so many hosts; `line` begins with a file of ours."""
+  """The command line that runs `line`, a program of experiments/ with its flags, on hosts."""
   program, *arguments = line
   command = [*before, "python", str(ROOT / "experiments" / program), *arguments]
   lab = [sys.executable, str(ROOT / "launch" / "netlab.py"), f"--hosts={hosts}", *launcher]
@@ -45,7 +45,7 @@ def netlab(hosts: int, launcher: Sequence[str], line: Sequence[str], *before: st
 
 
 def run(line: Sequence[str]) -> str:
-  """What a command line prints.
+  """Runs a command line; returns its output.
 
   Raises:
     RuntimeError: if it failed.
@@ -59,7 +59,7 @@ def run(line: Sequence[str]) -> str:
 
 @contextlib.contextmanager
 def ended(process: subprocess.Popen) -> Iterator[None]:
-  """Ends a launcher together with who waits for it."""
+  """Terminates a launcher if the block raises."""
   try:
     yield
   except BaseException:
@@ -69,12 +69,12 @@ def ended(process: subprocess.Popen) -> Iterator[None]:
 
 
 def tell(line: str) -> None:
-  """What a long measurement has come to, for who waits for it."""
+  """Reports the progress of a long measurement."""
   print(line, file=sys.stderr, flush=True)
 
 
 def wire(counts: Sequence[int]) -> list[dict[str, Any]]:
-  """Bytes that a host sends per step: as traced, as compiled for a CPU, as the kernel counts."""
+  """Bytes that a host sends per step: traced, compiled for a CPU, and counted by the kernel."""
   return [_bytes(hosts, name) for hosts, name in itertools.product(counts, METHODS)]
 
 
@@ -113,7 +113,7 @@ def _bytes(hosts: int, name: str) -> dict[str, Any]:
 
 
 def compiled(config: Config) -> tuple[float, str]:
-  """Bytes per step and worker of the program compiled for a CPU, and what that widens."""
+  """Bytes per step and worker in the CPU program, and which dtypes it widens."""
   import jax
 
   from research.analysis import compiled, wire
@@ -134,7 +134,7 @@ def compiled(config: Config) -> tuple[float, str]:
 
 
 def wire_table(rows: list[dict[str, Any]]) -> list[str]:
-  """The kernel's count beside the prediction, in Markdown."""
+  """The Markdown table of the kernel's counts beside the prediction."""
   lines = [
     "| method | hosts | bytes per step and host, as traced | as compiled for a CPU | as the kernel "
     "counts, without headers | deviation | |"

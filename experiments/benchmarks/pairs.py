@@ -16,15 +16,15 @@ from research.training.config import Config
 
 
 class Case(NamedTuple):
-  """A pair: the flags of the loop, and the maker of a hand-written `advance(steps)`."""
+  """A pair: the loop's flags, and the factory of a hand-written `advance(steps)`."""
 
   flags: dict[str, Any]
   by_hand: Callable[[dict[str, Any]], Callable[[int], None]]
-  tokens: int = 0  # in a step, of a language model
+  tokens: int = 0  # per step, for a language model
 
 
 def transformer(config: dict[str, Any]) -> Callable[[int], None]:
-  """That of `by_hand_transformer.py`, which imports JAX."""
+  """The loop of `by_hand_transformer.py`, imported late since it imports JAX."""
   from experiments.baselines import by_hand_transformer
 
   return by_hand_transformer.transformer(config)
@@ -91,7 +91,7 @@ CASES = {
 
 
 def compare(name: str, repeats: int) -> dict[str, Any]:
-  """Both loops of a case in turn; steps per second of each and the ratios pair by pair."""
+  """Times both loops of a case in turn; returns steps per second and the pairwise ratios."""
   from research.training import loop
   from research.training.reports.timing import Timing
 
@@ -127,7 +127,7 @@ def compare(name: str, repeats: int) -> dict[str, Any]:
 
 
 def pairs_table(rows: list[dict[str, Any]]) -> list[str]:
-  """Loop against hand-written loop, in Markdown."""
+  """The Markdown table of the loop against hand-written loops."""
   lines = ["| case | loop, steps/s | by hand, steps/s | ratio (median) | ratios |"]
   lines.append("|---|---|---|---|---|")
   for row in rows:

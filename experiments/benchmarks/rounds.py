@@ -1,7 +1,7 @@
-"""What a round costs: PowerSGD against dense, workers by map against vmap, few clients of many.
+"""Benchmarks rounds: PowerSGD against dense, map against vmap, few clients of a large population.
 
-On the devices that exist. `experiments/bench.py --cases=power_sgd,local_phase,population` runs them
-and writes the tables.
+Runs on the available devices. `experiments/bench.py --cases=power_sgd,local_phase,population` runs
+them and writes the tables.
 """
 
 import statistics
@@ -21,10 +21,10 @@ SCAFFOLD = "scaffold(0.1, mean(), epochs=1)"
 
 
 def power_sgd(repeats: int) -> list[dict[str, Any]]:
-  """A step with error feedback around PowerSGD of rank 4 in turn with a dense one, by executor.
+  """Times a step with error feedback around PowerSGD of rank 4 against a dense one, per executor.
 
-  One worker's steps on an MLP of 1.9 million parameters and on random images of MNIST's number and
-  shape, `STEPS` of them in a dispatch.
+  One worker trains an MLP of 1.9 million parameters on random images of MNIST's number and shape,
+  with `STEPS` steps per dispatch.
   """
   from research.parallel.simulate import simulate
   from research.parallel.spmd import spmd
@@ -50,7 +50,7 @@ def power_sgd(repeats: int) -> list[dict[str, Any]]:
 
 
 def local_phase(repeats: int) -> list[dict[str, Any]]:
-  """A round of ten simulated workers, 20 steps of 10 images each: by map in turn with by vmap."""
+  """Times a round of ten simulated workers, 20 steps of 10 images each: map against vmap."""
   from research.parallel.simulate import simulate
 
   rows = []
@@ -74,7 +74,7 @@ def local_phase(repeats: int) -> list[dict[str, Any]]:
 
 
 def population(repeats: int) -> dict[str, Any]:
-  """A round of SCAFFOLD of 10 of 10,000 clients in turn with one of 10 of 100, six images each."""
+  """Times a SCAFFOLD round with 10 of 10,000 clients against 10 of 100, six images per client."""
   from research.parallel.simulate import simulate
 
   of = lambda clients: _rounds(
@@ -104,7 +104,7 @@ def _bytes_of(task) -> int:
 
 
 def _images(hidden: Sequence[int] = HIDDEN, count: int = 60_000):
-  """Random images and labels, to be told apart by a perceptron."""
+  """A perceptron's task on random images and labels."""
   from research.models.classic import linear, mlp
   from research.tasks.supervised import supervised
 
@@ -118,9 +118,9 @@ def _images(hidden: Sequence[int] = HIDDEN, count: int = 60_000):
 def _rounds(
   executor, task, job: dict[str, Any], *, workers: int, batch: int, rounds: int, owners: int = 0
 ) -> Callable[[], float]:
-  """Seconds per round of a dispatch, which goes on where the one before ended.
+  """Builds a function that runs a dispatch and returns its seconds per round; state carries over.
 
-  `job` are a method's spec and further fields of a Job.
+  `job` has a method's spec and further fields of a Job.
   """
   import jax
 
@@ -147,7 +147,7 @@ def _rounds(
 
 
 def power_sgd_table(rows: list[dict[str, Any]]) -> list[str]:
-  """Steps with PowerSGD against dense ones, in Markdown."""
+  """The Markdown table of steps with PowerSGD against dense ones."""
   lines = [
     "\nA step with error_feedback(power_sgd(4)) against a dense one, MLP of 1.9 million "
     "parameters, batch 256, one worker:\n"
@@ -161,7 +161,7 @@ def power_sgd_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def local_phase_table(rows: list[dict[str, Any]]) -> list[str]:
-  """Workers one after the other against all at once, in Markdown."""
+  """The Markdown table of map against vmap over workers."""
   lines = [
     "\nA round of ten simulated workers, 20 local steps on 10 images each, perceptrons of several "
     "sizes: workers one after the other (map) against all at once (vmap):\n"

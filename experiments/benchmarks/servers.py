@@ -1,6 +1,7 @@
-"""What a parameter server costs, what it gains where workers differ in speed, what it survives.
+"""Benchmarks the parameter server: overhead, gain with workers of unequal speed, fault tolerance.
 
-The suite server of bench.py: runs of run.py with --executor=server, each a process of its own.
+This is the suite server of bench.py: runs of run.py with --executor=server, each in its own
+process.
 """
 
 import json
@@ -25,10 +26,10 @@ QUIET = {"executor": "server", "eval_every": 0, "checkpoint_every": 0, "log_ever
 
 
 def trained(config: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-  """The summary and the rows of a run.
+  """Runs a configuration; returns its summary and its rows.
 
   Raises:
-    RuntimeError: if it does not end well.
+    RuntimeError: if the run fails.
   """
   with tempfile.TemporaryDirectory() as folder:
     out = Path(folder) / "run"
@@ -37,12 +38,12 @@ def trained(config: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]
 
 
 def command(config: dict[str, Any], out: Path) -> list[str]:
-  """run.py of a server."""
+  """The command line of run.py with a server."""
   return [sys.executable, run.__file__, *flags_of(QUIET | config | {"out": out})]
 
 
 def read(out: Path, code: int, said: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-  """What a run that has ended left."""
+  """Reads the summary and the rows of a finished run."""
   if code:
     raise RuntimeError(f"a run ended with exit code {code}: {said.splitlines()[-1:]}")
   rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -50,7 +51,7 @@ def read(out: Path, code: int, said: str) -> tuple[dict[str, Any], list[dict[str
 
 
 def overhead() -> list[dict[str, Any]]:
-  """Of two workers, the share of a step in which no gradient is computed."""
+  """The share of a step in which two workers compute no gradient."""
   found = []
   for link in ("mean()", "error_feedback(gather_mean(int8()))"):
     config = {"workers": 2, "batch_size": 512, "steps": 400, "method": f"asgd(sgd(0.05), {link})"}
@@ -75,7 +76,7 @@ def overhead() -> list[dict[str, Any]]:
 
 
 def scaling() -> list[dict[str, Any]]:
-  """Pushes per second against workers; of one that waits for it, how long push and pull take."""
+  """Pushes per second by number of workers; without overlap, also the latency of push and pull."""
   found = []
   for workers, overlap in ((1, False), (1, True), (2, True), (4, True)):
     config = {"workers": workers, "batch_size": 16 * workers, "steps": 1500 * workers}
@@ -129,7 +130,7 @@ def slow() -> list[dict[str, Any]]:
 
 
 def killed(kills: int, every: float) -> dict[str, Any]:
-  """A run whose workers are killed at random, and its server once, beside one left alone."""
+  """A run with workers killed at random and the server once, compared with an undisturbed run."""
   config = {"task": "mnist()", "model": "mlp(hidden=[200])", "workers": 2, "batch_size": 128}
   config |= {"method": "asgd(sgd(0.05), error_feedback(gather_mean(int8())))", "steps": 12000}
   config |= {"checkpoint_every": 500, "log_every": 100, "seed": 0}
@@ -137,7 +138,7 @@ def killed(kills: int, every: float) -> dict[str, Any]:
   with tempfile.TemporaryDirectory() as folder:
     out = Path(folder) / "run"
     longer = config | {"restarts": 4 * kills}
-    with (Path(folder) / "said").open("w+") as said:  # a pipe that nobody reads would fill up
+    with (Path(folder) / "said").open("w+") as said:  # a file: an unread pipe would fill up
       process = subprocess.Popen(command(longer, out), stdout=said, stderr=subprocess.STDOUT)
       begun = list(_kill(out, process, kills, every, random.Random(0)))
       process.wait()
@@ -172,7 +173,7 @@ def killed(kills: int, every: float) -> dict[str, Any]:
 def _kill(
   out: Path, process: Any, kills: int, every: float, chance: random.Random
 ) -> Iterator[str]:
-  """Kills a living worker now and then, and the head after half of the kills."""
+  """Kills random live workers at intervals, and the head after half of the kills."""
   while not (out / "metrics.jsonl").exists() or not _rows(out):
     if process.poll() is not None:
       return
@@ -197,7 +198,7 @@ def _rows(out: Path) -> int:
 
 
 def hogwild() -> list[dict[str, Any]]:
-  """Steps per second on w8a, against processes."""
+  """Steps per second on w8a, by number of processes."""
   found = []
   for workers in (1, 2, 4):
     config = {"task": "libsvm('w8a', sparse=True)", "workers": workers, "steps": 60000}
@@ -218,7 +219,7 @@ CASES = ("overhead", "scaling", "slow", "killed", "hogwild")
 
 
 def measure(cases: list[str], kills: int, every: float) -> dict[str, Any]:
-  """What each of some cases finds."""
+  """Measures the selected cases."""
   makers: dict[str, Callable[[], Any]] = {
     "overhead": overhead,
     "scaling": scaling,
@@ -230,7 +231,7 @@ def measure(cases: list[str], kills: int, every: float) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> list[str]:
-  """All cases that there are, in Markdown."""
+  """The Markdown tables of all measured cases."""
   lines: list[str] = []
   if rows := found.get("overhead"):
     lines += [

@@ -1,6 +1,6 @@
-"""Speed between two hosts of one core each: ours, minimal JAX by hand, PyTorch.
+"""Speed between two hosts of one core each: ours, minimal hand-written JAX, PyTorch.
 
-The suite hosts of bench.py.
+This is the suite hosts of bench.py.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from experiments.benchmarks.hosts import METHODS, MODEL, ROOT, ended, flags_of, 
 from research.comm import counters
 from research.training.config import Config
 
-# Rates of the links, and so many steps by each: those that take 100 Mbit/s are few and long.
+# Rates of the links, and the number of steps at each: fewer at 100 Mbit/s, where they take longer.
 RATES = {"": 160, "1gbit": 160, "100mbit": 64}
 SPEED_DISPATCH = 8
 PAIRS: dict[str, tuple[str, str | None, str | None]] = {  # ours, by hand, in PyTorch
@@ -32,7 +32,7 @@ PAIRS: dict[str, tuple[str, str | None, str | None]] = {  # ours, by hand, in Py
 
 
 def speed(methods: Sequence[str], repeats: int, has_torch: bool) -> list[dict[str, Any]]:
-  """Milliseconds per step between two hosts of one core each: ours, by hand, PyTorch's, in turn."""
+  """Milliseconds per step between two hosts of one core each, all programs measured in turn."""
   return [
     _speed(method, rate, repeats, has_torch) for rate, method in itertools.product(RATES, methods)
   ]
@@ -63,7 +63,7 @@ def _speed(method: str, rate: str, repeats: int, has_torch: bool) -> dict[str, A
 
 
 def _ticks() -> list[int]:
-  """What the cores have done so far, as Linux tells; the eighth is what a hypervisor took."""
+  """CPU ticks since boot, from Linux; the eighth entry is time stolen by the hypervisor."""
   return [int(ticks) for ticks in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
 
 
@@ -72,12 +72,12 @@ def _shaped(rate: str, folder: str) -> list[str]:
 
 
 def _of_loop(spec: str, rate: str) -> list[float]:
-  """Milliseconds per step of each dispatch of the loop, but the first two."""
+  """Milliseconds per step of each dispatch of the loop, except the first two."""
   config = _config(spec, RATES[rate])
   with tempfile.TemporaryDirectory() as folder:
     out = Path(folder) / "run"
     line = ["run.py", *flags_of(config | {"out": out})]
-    run(netlab(2, _shaped(rate, folder), line, "env", "-u", counters.PLACES))  # they take time
+    run(netlab(2, _shaped(rate, folder), line, "env", "-u", counters.PLACES))  # counting takes time
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
   at = [row["seconds"] for row in rows[1:-1]]  # evaluation comes before the last row
   return [1000 * (b - a) / SPEED_DISPATCH for a, b in itertools.pairwise(at)]
@@ -90,7 +90,7 @@ def _config(spec: str, steps: int) -> dict[str, Any]:
 
 
 def _of_program(line: Sequence[str], rate: str) -> dict[str, Any]:
-  """What a program prints as JSON."""
+  """Runs a program and parses the JSON that it prints."""
   with tempfile.TemporaryDirectory() as folder:
     printed = run(netlab(2, _shaped(rate, folder), line))
   (found,) = [line[4:] for line in printed.splitlines() if line.startswith('[0] {"milli')]
@@ -101,14 +101,15 @@ def _of_program(line: Sequence[str], rate: str) -> dict[str, Any]:
 
 
 TARGET = 0.95  # of MNIST's test images
-MOST = 800  # steps, within which all get there
+MOST = 800  # steps, within which every method reaches the target
 SLOW = "100mbit"
 
 
 def to_target(speeds: list[dict[str, Any]], has_torch: bool) -> list[dict[str, Any]]:
-  """Seconds of training at 100 Mbit/s to 95% of MNIST: steps to it, times those of a step.
+  """Seconds of training at 100 Mbit/s to 95% of MNIST: steps to it, times the time of a step.
 
-  Steps are counted in eighths, evaluated apart from the clock; `speeds` are `speed`'s rows.
+  Steps are counted in multiples of eight; evaluation is not timed. `speeds` are the rows of
+  `speed`.
   """
   found = []
   for method in ("dense", "power_sgd(4)"):
@@ -127,7 +128,7 @@ def to_target(speeds: list[dict[str, Any]], has_torch: bool) -> list[dict[str, A
 
 
 def _steps_to_target(spec: str) -> int:
-  """Steps after which our loop's model has the accuracy; the workers are devices of one process."""
+  """Steps until our loop reaches the accuracy, with workers as devices of one process."""
   from research.training import assemble, metrics
   from research.training.hooks.hook import Rounds
   from research.training.loop import Run, events
@@ -167,7 +168,7 @@ def start(repeats: int) -> list[float]:
 
 
 def speed_table(rows: list[dict[str, Any]]) -> list[str]:
-  """Milliseconds per step, and ours in relation to the others, in Markdown."""
+  """The Markdown table of milliseconds per step, and the ratios to ours."""
   lines = [
     "| link | method | ours, ms | by hand, ms | PyTorch, ms | by hand / ours | PyTorch / ours |"
   ]
@@ -183,7 +184,7 @@ def speed_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def target_table(rows: list[dict[str, Any]], begun: list[float]) -> list[str]:
-  """Seconds to the target, and of a start, in Markdown."""
+  """The Markdown table of seconds to the target, and of the start."""
   lines = ["", f"To {TARGET:.0%} of MNIST's test images at {SLOW}, training alone:", ""]
   lines += ["| program | method | steps | seconds |", "|---|---|---|---|"]
   names = {"ours": "ours", "torch": "PyTorch"}

@@ -1,4 +1,4 @@
-"""Times things in turn, so that what else the machine does falls on all of them."""
+"""Times functions in turn, so that other load on the machine affects all of them alike."""
 
 import statistics
 import time
@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 
 
 def in_turn(measures: Sequence[Callable[[], float]], repeats: int) -> list[list[float]]:
-  """What each of `measures` returns, [measure][turn]; every other turn goes through them backwards.
+  """Calls all `measures` in turn, in reversed order every other turn, after one uncounted turn.
 
-  Each is called once before, uncounted.
+  Returns:
+    Their results, [measure][turn].
   """
   found: list[list[float]] = [[] for _ in measures]
   places = list(range(len(measures)))
@@ -21,22 +22,22 @@ def in_turn(measures: Sequence[Callable[[], float]], repeats: int) -> list[list[
 
 
 def seconds(work: Callable[[], object]) -> float:
-  """Of one call, by the clock."""
+  """Wall-clock seconds of one call."""
   start = time.perf_counter()
   work()
   return time.perf_counter() - start
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
-  """Turn by turn."""
+  """Ratios turn by turn."""
   return [a / b for a, b in zip(above, below, strict=True)]
 
 
 def milliseconds(found: Sequence[float]) -> float:
-  """The median of seconds."""
+  """The median of seconds, in milliseconds."""
   return 1000 * statistics.median(found)
 
 
 def shown(ratios: list[float]) -> str:
-  """Ratios, in a cell of a table."""
+  """Ratios as the text of a table cell."""
   return ", ".join(f"{ratio:.2f}" for ratio in ratios)

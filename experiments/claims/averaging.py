@@ -1,12 +1,13 @@
-"""The mean of SGD's iterates is as accurate as any estimate can be; its last iterate is not.
+"""The mean of SGD's iterates is asymptotically optimal; its last iterate is not.
 
-Paper: Polyak, Juditsky 1992, SIAM J. Control Optim. 30(4), theorem 1: with steps that fall slower
-than 1/t the mean of t iterates has the covariance H^-1 S H^-1 / t.
+Paper: Polyak, Juditsky 1992, SIAM J. Control Optim. 30(4), theorem 1: with steps that decrease more
+slowly than 1/t, the mean of t iterates has the covariance H^-1 S H^-1 / t.
 
 Same: linear regression from draws of one example, steps .4 t^-.6, the covariance over replicas.
+
 Scaled: five features, 10,000 steps, 2000 replicas of the ordinary `averaged` method by `vmap`. The
-first tenth of the iterates is left out, and t counts the others: the theorem is of the limit, where
-that makes no difference. It has no numbers to stand beside but 1, the ratio to the theory.
+first tenth of the iterates is left out, and t counts the others: the theorem is asymptotic, where
+that makes no difference. The only number to compare with is 1, the ratio to the theory.
 """
 
 from typing import Any
@@ -91,7 +92,7 @@ def theory(task: Task) -> float:
 
 
 def replicas(lab: Lab, task: Task, burn_in: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Steps [T], and squared distances from the optimum at them, of mean and last iterate [T]."""
+  """Steps [T], and squared distances from the optimum of the mean and of the last iterate [T]."""
   rate, power, size = lab["rate"], lab["power"], len(task.train["y"])
   data_parallel, averaged = (
     registry.lookup(("method",), name) for name in ("data_parallel", "averaged")

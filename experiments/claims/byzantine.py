@@ -1,4 +1,4 @@
-"""Among twenty workers six lie: the mean learns nothing, robust rules do.
+"""With six of twenty workers faulty, the mean learns nothing; robust rules learn.
 
 Papers: Blanchard, El Mhamdi, Guerraoui, Stainer 2017, Krum, arXiv:1703.02757 (the Gaussian attack
 and its deviation of 200); Yin, Chen, Ramchandran, Bartlett 2018, medians and trimmed means,
@@ -6,9 +6,10 @@ arXiv:1803.01498; Karimireddy, He, Jaggi 2021, centered clipping and workers' mo
 arXiv:2012.10333 (bit flips).
 
 Same: the rules, the attacks, momentum 0.9 on every worker, batches of 32 per worker.
-Scaled: softmax regression, one step size for all, bit flips ten times as large as what an honest
-worker sends, the radius of centered clipping untuned at 1. The papers show curves for other models
-and numbers of workers: the ordering is what is reproduced.
+
+Scaled: softmax regression, one step size for all, bit flips ten times as large as an honest
+worker's message, centered clipping with an untuned radius of 1. The papers show curves for other
+models and numbers of workers: we reproduce the ordering.
 """
 
 from experiments.claims.support.claim import Beside, Findings, Found, Gate, Lab, Line, Panel
@@ -51,7 +52,7 @@ ATTACKS = {
 
 
 def measure(lab: Lab) -> Findings:
-  """Accuracy on the test set of each rule under each attack, of which the worst seed counts."""
+  """Test accuracy of each rule under each attack; the worst seed counts."""
   runs = {
     (attack, rule): [_run(lab, ATTACKS[attack].format(RULES[rule]), seed) for seed in lab.seeds]
     for attack in lab["attacks"]
@@ -108,5 +109,5 @@ def _run(lab: Lab, rule: str, seed: int) -> Found:
 
 
 def _accuracy(found: Found) -> float:
-  """At the end; of a run that diverged, none."""
+  """Final accuracy; 0 for a run that diverged."""
   return found.last("accuracy") if found.finite else 0.0

@@ -3,12 +3,13 @@
 Paper: Koloskova, Stich, Jaggi 2019, CHOCO-SGD and CHOCO-Gossip, arXiv:1902.00340, figures 2 and 3.
 
 Same: a ring of 25 workers with weights 1/3, vectors of length 2000, QSGD of 256 levels with a
-consensus step of 1 and Top-1% with .046, the schemes (Q1-G) and (Q2-G) that it is held against.
+consensus step of 1 and Top-1% with .046, the baselines (Q1-G) and (Q2-G).
+
 Scaled: the vectors are Gaussian, where the paper takes rows of epsilon; Top-1% runs 20 times as
-many iterations as the others. The figures have no numbers to stand beside: the ordering is what is
-reproduced. Bytes are those of the payload: 10 bits
-for an element of 256 levels and a sign, where the paper counts 8. In float64: in float32 roundings
-of the first, large differences stay in what workers know of each other.
+many iterations as the others. The figures give no numbers: we reproduce the ordering. Bytes are
+those of the payload: 10 bits per element for 256 levels and a sign, where the paper counts 8. In
+float64: with float32, rounding errors of the large initial differences stay in the workers'
+estimates of each other.
 """
 
 import numpy as np
@@ -87,7 +88,7 @@ def measure(lab: Lab) -> Findings:
 
 
 def gossiped(lab: Lab, aggregator: str, iterations: int) -> Found:
-  """The vectors, one on each worker, averaged with neighbours again and again."""
+  """Gossip of vectors, one on each worker, averaged repeatedly with the neighbours."""
   vectors = lab.task().train["x"]
   mean = vectors.mean(0, dtype=np.float64)
 
@@ -97,7 +98,7 @@ def gossiped(lab: Lab, aggregator: str, iterations: int) -> Found:
     return {"error": float((away**2).sum(1).mean())}
 
   return lab.run(
-    # one gradient step of size 1 takes a worker to its vector
+    # one gradient step of size 1 moves a worker to its vector
     method=f"d_psgd(sgd(piecewise_constant_schedule(1.0, {{1: 0.0}})), {aggregator})",
     partition="in_order()",
     mesh=f"data:{len(vectors)}",
@@ -110,5 +111,5 @@ def gossiped(lab: Lab, aggregator: str, iterations: int) -> Found:
 
 
 def first(bytes_to: np.ndarray, errors: np.ndarray, error: float) -> float:
-  """The bytes after which errors are as small for the first time; infinity if they never are."""
+  """The bytes after which errors first fall to `error`; infinity if they never do."""
   return next((float(b) for b, e in zip(bytes_to, errors, strict=True) if e <= error), np.inf)

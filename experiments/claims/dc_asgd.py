@@ -4,9 +4,10 @@ Paper: Zheng, Meng, Wang, Chen, Yu, Ma, Liu 2017, DC-ASGD, arXiv:1609.08326, the
 
 Same: gradients at an old model, with and without lambda g^2 (x_t - x_{t - tau}) added, lambda
 adapted by the mean square (DC-ASGD-a), lambda_0 = 2; the same learning rate for both.
+
 Scaled: a perceptron of 64 hidden units on MNIST, every gradient 8 steps old, 1500 steps; the paper
-trains ResNet20 on four workers to the end. The ordering is what is reproduced, and only at a step
-size that staleness makes too large: where each has its own best one they tie, which is shown.
+trains ResNet20 on four workers to the end. We reproduce the ordering, and only at a step size that
+staleness makes too large: at their own best step sizes the two tie, which is shown.
 """
 
 import numpy as np
@@ -37,7 +38,7 @@ METHODS = {
 
 
 def measure(lab: Lab) -> Findings:
-  """Loss over the training set and accuracy on the test set at the end, means over the seeds."""
+  """Training loss and test accuracy at the end, means over the seeds."""
   rates = [lab["large"], lab["small"]]
   runs = {
     (rate, name): [_run(lab, spec, rate, seed) for seed in lab.seeds]

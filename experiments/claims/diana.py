@@ -4,10 +4,11 @@ Papers: Mishchenko, Gorbunov, Takac, Richtarik 2019, DIANA, arXiv:1901.09269; Go
 Li, Richtarik 2021, MARINA, arXiv:2102.07845. Compressed gradient descent (DCGD): Khirirat,
 Feyzmahdavian, Johansson 2018, arXiv:1806.06573.
 
-Same: a strongly convex logistic problem, workers whose data differ (mushrooms sorted by label, 10
-workers), whole gradients, each worker's own random k of d entries, a constant step.
-Scaled: one data set and one compressor (11 of 112 entries), condition 101. Each method has the step
-of its theory, none is tuned. The ordering is what is reproduced, and that two of the three are
+Same: a strongly convex logistic problem, workers with different data (mushrooms sorted by label, 10
+workers), full gradients, independent random k of d entries per worker, a constant step.
+
+Scaled: one data set and one compressor (11 of 112 entries), condition 101. Each method uses the
+step size of its theory; none is tuned. We reproduce the ordering, and that DIANA and MARINA give
 straight lines.
 """
 
@@ -62,7 +63,7 @@ def measure(lab: Lab) -> Findings:
       )
       errors = found.column("error")
       lines.append(Line(name, found.column("step"), errors))
-      # of what stalls, the level; of what converges, the end
+      # the final level of the method that stalls; the last value of those that converge
       end = np.mean(errors[-len(errors) // 4 :]) if name == "compressed descent" else errors[-1]
       last.setdefault(name, []).append(float(end))
   return Findings(
@@ -94,10 +95,10 @@ def measure(lab: Lab) -> Findings:
 def steps_of_theory(
   smoothness: float, parts: np.ndarray, variance: float, probability: float
 ) -> tuple[float, float, float]:
-  """Of DIANA, MARINA and DCGD; `parts` are the smoothness of each worker's objective.
+  """Step sizes of DIANA, MARINA and DCGD; `parts` are the smoothness of each worker's objective.
 
-  1/(max L_i (1 + 6 w/n)); 1/(Lt (1 + sqrt(2 (1 - p) w/(p n)))), Lt^2 the mean of L_i^2;
-  1/(L + 2 max L_i w/n).
+  1/(max L_i (1 + 6 w/n)); 1/(Lt (1 + sqrt(2 (1 - p) w/(p n)))), Lt^2 the mean of L_i^2; 1/(L + 2
+  max L_i w/n).
   """
   noise = variance / len(parts)
   mean = np.sqrt(np.mean(parts**2))

@@ -1,16 +1,17 @@
-"""DiLoCo is better than a single worker and near a batch as large as all of its workers'.
+"""DiLoCo beats a single worker and comes close to a batch as large as all workers' together.
 
 Paper: Douillard et al. 2023, DiLoCo, arXiv:2311.08105, table 2 (perplexity on C4: one worker 16.23,
 a batch eight times as large 15.30, DiLoCo with 8 workers 15.02 at 1/500 of the traffic).
 
-Same: AdamW inside with a warm-up and a cosine, Nesterov momentum outside with step 0.7, perplexity
-on text held out; every method takes the same number of steps one after the other.
+Same: inner AdamW with a warm-up and a cosine, outer Nesterov momentum with step 0.7, perplexity on
+held-out text; every method takes the same number of sequential steps.
+
 Scaled: a transformer of 108 thousand parameters on the characters of tinyshakespeare, 4 workers,
-1024 steps from scratch, where the paper has 60 to 400 million on C4, 8 workers, 88,000 steps of
-which the first 24,000 are without DiLoCo, and 500 of them to a round. So a round is 8 or 32 steps
-here, of which the longer takes a smaller momentum; and the ordering is what is reproduced, but for
-DiLoCo ahead of the large batch. Plain averaging, DiLoCo of one worker and the shorter round with
-the smaller momentum are printed as they are.
+1024 steps from scratch. The paper has 60 to 400 million parameters on C4, 8 workers, 88,000 steps
+of which the first 24,000 are without DiLoCo, and 500 steps per round. A round is therefore 8 or 32
+steps here, and the longer one uses a smaller momentum. We reproduce the ordering, except that
+DiLoCo is not ahead of the large batch. Plain averaging, DiLoCo with one worker, and the shorter
+round with the smaller momentum are printed without gates.
 """
 
 import numpy as np
@@ -50,7 +51,7 @@ SINGLE, LARGE = "one worker", "batch of all workers"
 
 
 def measure(lab: Lab) -> Findings:
-  """Losses on held-out text of all methods and seeds, and what they send."""
+  """Held-out losses of all methods and seeds, and the bytes they send."""
   workers, rounds = lab["workers"], {of[0]: of[1] for of in lab["rounds"]}
   steps, longest = lab["steps"], max(rounds)
   inner = f"adamw(warmup_cosine_decay_schedule(0.0, {lab['rate']}, {steps // 10}, {steps}))"
@@ -102,7 +103,7 @@ def measure(lab: Lab) -> Findings:
 
 
 def run(lab: Lab, method: str, workers: int, seed: int) -> Found:
-  """One method with so many workers."""
+  """Runs one method with `workers` workers."""
   return lab.run(
     model=f"transformer('tiny', {lab['model']}, dtype='float32', scan=False)",
     method=method,

@@ -1,15 +1,17 @@
-"""A network learns MNIST to 94% while it tells next to nothing of any one example.
+"""A network learns MNIST to 94% while revealing almost nothing about any single example.
 
 Paper: Abadi et al. 2016, DP-SGD, arXiv:1607.00133, algorithm 1; the numbers are those of the
 tutorial of TensorFlow Privacy for MNIST (rate 0.25, noise 1.3, clip 1.5, 256 examples in a batch,
 15 epochs, delta 1e-5: epsilon 1.19, accuracy 95.0%).
 
 Same: the tutorial's network, noise, clip and rate, 256 of 60,000 examples on average in a batch.
-Every example is clipped by itself, for it is a client with a worker of its own. Batches are drawn
-as the accountant supposes, every example by itself, where the tutorial shuffles.
-Scaled: 8 of the 15 epochs, since 400 places for clients draw their noise and a gradient each,
-whether taken or not; what the whole 15 epochs would spend is counted. The tutorial's epsilon is of
-an older conversion of Renyi divergences; today's, and privacy loss distributions, stand beside it.
+Every example is a client with its own worker, and so clipped by itself. Examples are sampled
+independently, as the accountant assumes, where the tutorial shuffles.
+
+Scaled: 8 of the 15 epochs, since each of 400 worker slots draws noise and computes a gradient,
+whether a client uses it or not; the privacy loss of all 15 epochs is computed. The tutorial's
+epsilon uses an older conversion of Renyi divergences; today's conversion and privacy loss
+distributions are shown beside it.
 """
 
 import math
@@ -45,13 +47,13 @@ CONVERSIONS = {
 
 
 def measure(lab: Lab) -> Findings:
-  """Accuracy over the epochs, and what they spend."""
+  """Accuracy over the epochs, and the privacy they spend."""
   examples = len(lab.task().train["y"])
   share, places = lab["batch"] / examples, places_for(lab["batch"], examples)
   found = [
     lab.run(
       model=lab["model"],
-      # the mean is over all places, the tutorial's over the expected batch
+      # the mean is over all slots, the tutorial's over the expected batch
       method=f"data_parallel(sgd({lab['rate'] * places / lab['batch']}), "
       f"noisy(mean(), clip={lab['clip']}, noise={lab['noise']}))",
       partition="in_order()",
@@ -116,7 +118,7 @@ def measure(lab: Lab) -> Findings:
 
 
 def places_for(batch: int, examples: int) -> int:
-  """The fewest places that divide the examples, in twos, and that a Poisson batch never fills."""
+  """The smallest even divisor of the examples that a Poisson batch practically never exceeds."""
   most = min(examples, math.ceil(batch + 6 * math.sqrt(batch) + 6))
   return next(
     n for n in range(most, examples + 1) if (examples % n == 0 and n % 2 == 0) or n == examples

@@ -1,13 +1,15 @@
-"""Elastic averaging is stable wherever a simple condition says so; round-robin ADMM is not.
+"""Elastic averaging is stable wherever a simple condition holds; round-robin ADMM is not.
 
 Paper: Zhang, Choromanska, LeCun 2015, EASGD, arXiv:1412.6651, section 3.3 and figure 1.
 
-Same: f(x) = x^2/2, workers that take turns with the centre, the condition 0 <= alpha <=
-(4 - 2 eta)/(4 - eta) whatever the number of workers, ADMM at eta = .001 and rho = 2.5 with 3 and
-8 workers.
-Scaled: nothing; the paper has pictures without numbers, and spectral radii stand for trajectories.
-A turn is the Jacobian of one round of the registry's `easgd` between one worker and the centre. The
-condition is sufficient, and for two workers not necessary: they are shown and not held to it.
+Same: f(x) = x^2/2, workers that exchange with the centre in turn, the condition
+0 <= alpha <= (4 - 2 eta)/(4 - eta) whatever the number of workers, ADMM at eta = .001 and rho = 2.5
+with 3 and 8 workers.
+
+Scaled: nothing; the paper has pictures without numbers, and we compute spectral radii instead of
+trajectories. A turn is the Jacobian of one round of the registry's `easgd` between one worker and
+the centre. The condition is sufficient, but for two workers not necessary: they are shown without a
+gate on necessity.
 """
 
 from typing import Any
@@ -93,7 +95,7 @@ def boundary(eta: float) -> float:
 
 
 def turns(alpha: float, etas: Any) -> np.ndarray:
-  """[etas, 2, 2]: Jacobians of one round of `easgd` of a worker on x^2/2, on (x, centre)."""
+  """[etas, 2, 2]: Jacobians on (x, centre) of one `easgd` round of one worker on x^2/2."""
   easgd, mean = registry.lookup(("method",), "easgd"), registry.build("aggregator", "mean()")
 
   def round_(state, eta):

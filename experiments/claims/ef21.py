@@ -3,11 +3,12 @@
 Paper: Richtarik, Sokolov, Fatkhullin 2021, EF21, arXiv:2106.05203, figure 1.
 
 Same: logistic loss with the penalty 0.1 sum x^2/(1 + x^2) on a9a over 20 workers in the order of
-the file, Top-1, whole gradients, a start from N(0, I), the step a power of two above the theory's
+the file, Top-1, full gradients, a start from N(0, I), the step a power of two above the theory's
 1/(L + Lt sqrt(beta/theta)), float64.
-Scaled: 4000 steps, one such power (64: at 1 the two do not part within them), which both methods
-share. The figure has no numbers to stand beside: the ordering is what is reproduced. EF21 starts
-from g_i = 0, not from whole gradients.
+
+Scaled: 4000 steps, one such power (64: at 1 the two methods do not separate within them), which
+both methods share. The figure gives no numbers: we reproduce the ordering. EF21 starts from
+g_i = 0, not from full gradients.
 """
 
 import numpy as np
@@ -35,7 +36,7 @@ def measure(lab: Lab) -> Findings:
   for name, aggregator in METHODS.items():
     for seed in lab.seeds:
       found = lab.run(
-        task=lab.data(nonconvex=0.1, sparse=True),  # as in the file, where few features are not 0
+        task=lab.data(nonconvex=0.1, sparse=True),  # as in the file, whose rows are mostly zero
         model=model,
         method=f"data_parallel(sgd({rate!r}), {aggregator}({top_1}))",
         partition="in_order()",
@@ -71,7 +72,7 @@ def measure(lab: Lab) -> Findings:
 
 def step_size(x: np.ndarray, workers: int) -> float:
   """1/(L + Lt sqrt(beta/theta)) of Top-1: the paper's theorem 1 with its remark on theta, beta."""
-  smoothness = lambda rows: float(curvature(rows)[-1]) / 4 + 0.2  # the penalty's share: 2 * 0.1
+  smoothness = lambda rows: float(curvature(rows)[-1]) / 4 + 0.2  # the penalty adds 2 * 0.1
   alpha = 1 / x.shape[1]  # of the contractive Top-1
   theta = 1 - np.sqrt(1 - alpha)
   beta = (1 - alpha) / (1 - np.sqrt(1 - alpha))

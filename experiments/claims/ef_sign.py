@@ -1,12 +1,13 @@
-"""Steps along the sign of the gradient fail on simple convex problems; error feedback repairs them.
+"""Sign steps fail on simple convex problems; error feedback repairs them.
 
 Paper: Karimireddy, Rebjock, Stich, Jaggi 2019, Error feedback fixes SignSGD, arXiv:1901.09847,
 counterexamples 1 and 2, and EF-signSGD, algorithm 1.
 
-Same: x/4 over [-1, 1] whose stochastic gradient is 4 or -1, and .5 |x1 + x2| + |x1 - x2| from
-(1, 1); one worker; the sign, the scaled sign with error feedback, and plain SGD. Here sign(0) = +1.
-Scaled: the paper proves where signs lead, and gives no runs: step sizes and lengths are ours, the
-same for all three. The ordering is what is reproduced. In one variable the scaled sign is the
+Same: x/4 over [-1, 1] whose stochastic gradient is 4 or -1, and .5 |x1 + x2| + |x1 - x2| from (1,
+1); one worker; the sign, the scaled sign with error feedback, and plain SGD. Here sign(0) = +1.
+
+Scaled: the paper proves where sign steps lead, and gives no runs: step sizes and numbers of steps
+are ours, the same for all three. We reproduce the ordering. In one variable the scaled sign is the
 gradient itself, so that on the first problem error feedback is SGD.
 """
 
@@ -36,7 +37,7 @@ FIRST, SECOND = "rare_large_gradient()", "narrow_valley(epsilon=0.5)"
 
 
 def measure(lab: Lab) -> Findings:
-  """Objectives over the steps; of seeds the one that is worst for the claim."""
+  """Objectives over the steps; the seed that is worst for the claim counts."""
   lines = {FIRST: [], SECOND: []}
   ends: dict[tuple[str, str], list[float]] = {}
   for task, steps in ((FIRST, lab["first_steps"]), (SECOND, lab["second_steps"])):

@@ -1,15 +1,16 @@
-"""EXTRA and gradient tracking are exact with a constant step, decentralized descent is biased.
+"""EXTRA and gradient tracking are exact with a constant step; decentralized descent is biased.
 
 Papers: Shi, Ling, Wu, Yin 2015, EXTRA, arXiv:1404.6264; Nedic, Olshevsky, Shi 2017, DIGing
 (gradient tracking), arXiv:1607.03218; Yuan, Ling, Yin 2016, arXiv:1310.7063, for the bias of
 decentralized gradient descent (DGD).
 
-Same: a strongly convex logistic problem cut over the nodes of a graph, whole gradients, a constant
-step, symmetric weights (a ring of 10 with 1/3 each).
+Same: a strongly convex logistic problem partitioned over the nodes of a graph, full gradients, a
+constant step, symmetric weights (a ring of 10 with 1/3 each).
+
 Scaled: nothing; the data are ours (mushrooms sorted by label, condition 101). All methods share the
-step 1/(2 max L_i), below EXTRA's limit of 2/(3 max L_i) on this ring; that of the theory of
-gradient tracking is far smaller. The ordering is what is reproduced, and that two of the three are
-straight lines.
+step 1/(2 max L_i), below EXTRA's limit of 2/(3 max L_i) on this ring; the theory of gradient
+tracking allows a far smaller one. We reproduce the ordering, and that EXTRA and gradient tracking
+give straight lines.
 """
 
 import numpy as np
@@ -59,7 +60,7 @@ def measure(lab: Lab) -> Findings:
         watch=error,
       )
       errors = found.column("error")
-      marker = "." if name == "EXTRA" else ""  # it lies under gradient tracking
+      marker = "." if name == "EXTRA" else ""  # gradient tracking's line covers it
       lines.append(Line(name, found.column("step"), errors, marker))
       last.setdefault(name, []).append(float(errors[-1]))
       falls[name] = float(errors[-1] / errors[len(errors) // 2])

@@ -1,14 +1,15 @@
-"""Federated averaging reaches 97 percent in the paper's rounds, of like and of unlike clients.
+"""Federated averaging reaches 97 percent in the paper's rounds, with IID and non-IID clients.
 
-Paper: McMahan, Moore, Ramage, Hampson, Aguera y Arcas 2017, arXiv:1602.05629, table 1: with
-E = 1, B = 10, C = 0.1 the 2NN takes 87 rounds to 97 percent if clients are alike, 664 if not.
+Paper: McMahan, Moore, Ramage, Hampson, Aguera y Arcas 2017, arXiv:1602.05629, table 1: with E = 1,
+B = 10, C = 0.1 the 2NN takes 87 rounds to 97 percent with IID clients, 664 with non-IID ones.
 
 Same: the 2NN of 199,210 parameters, 100 clients of 600 examples, ten of them per round, one pass in
-batches of 10 each; unlike clients hold two of 200 shards of the sorted examples; test accuracy
+batches of 10 each; non-IID clients have two of 200 shards of the sorted examples; test accuracy
 after every round, made monotone, and the round of 97 percent by linear interpolation; the best
 learning rate of a grid for each number.
-Scaled: a grid of three in place of the paper's finer one, one seed. Our layers begin with He's
-initialisation.
+
+Scaled: a grid of three instead of the paper's finer one, one seed. Our layers use He's
+initialization.
 """
 
 import math
@@ -102,7 +103,7 @@ def _run(lab: Lab, kind: str, rounds: int, rate: float, seed: int) -> Found:
 
 
 def _curve(found: Found) -> np.ndarray:
-  """The best accuracy so far after 0, 1, ... rounds; nothing is known before the first."""
+  """The best accuracy so far after 0, 1, ... rounds; 0 before the first."""
   return np.maximum.accumulate([0.0, *found.column("accuracy")])
 
 

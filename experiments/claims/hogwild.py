@@ -1,13 +1,14 @@
-"""Lock-free updates cost next to nothing where examples share few features.
+"""Lock-free updates cost almost nothing where examples share few features.
 
 Paper: Recht, Re, Wright, Niu 2011, Hogwild, arXiv:1106.5730; inconsistent reads as in Mania et al.
 2015, arXiv:1507.06970.
 
 Same: stochastic gradient steps of one example each, computed with an old model, added to the new.
-Scaled: the delays of up to 16 processors are drawn, uniform in [0, 16) updates, for the whole model
-or for each coordinate by itself, so that a run can be repeated. The problems are ours: w8a, and odd
-against even digits of MNIST as the dense one, with the rate that stands for rows as long as w8a's.
-The ordering is what is reproduced; the cost of old models grows with the rate, on dense data first.
+
+Scaled: the delays of up to 16 processors are drawn uniformly from [0, 16) updates, for the full
+model or for each coordinate separately, so that a run is reproducible. The problems are ours: w8a,
+and odd against even digits of MNIST as the dense one, with the rate rescaled to the row norms of
+w8a. We reproduce the ordering; the cost of old models grows with the rate, first on dense data.
 """
 
 from typing import Any
@@ -35,7 +36,7 @@ NOTE = (
 
 
 def measure(lab: Lab) -> Findings:
-  """Training losses with old models over those with the newest."""
+  """Training losses with old models relative to those with current models."""
   rows = {task: floats(lab, task) for task in (lab.dataset, lab["dense"])}
   # from w = 0 on, SGD is the same at the rate eta on x as at eta c^2 on x/c
   scale = (mean_norm(rows[lab.dataset]) / mean_norm(rows[lab["dense"]])) ** 2
@@ -64,7 +65,7 @@ def measure(lab: Lab) -> Findings:
 def trained(
   lab: Lab, task: str, rate: float, examples: int
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[Line]]:
-  """Training losses by seed, the mean over the second half and those at the end, and curves."""
+  """Training losses by seed: mean over the second half, at the end, and curves."""
   serial, bound = f"data_parallel(sgd({rate}), mean())", lab["bound"]
   methods = {
     "serial": serial,

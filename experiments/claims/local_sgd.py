@@ -1,12 +1,13 @@
-"""Local SGD takes as many steps as mini-batch SGD, and talks in every H-th of them alone.
+"""Local SGD takes as many steps as mini-batch SGD, and communicates only every H steps.
 
-Paper: Stich 2019, Local SGD converges fast and communicates little, arXiv:1805.09767, section 4:
-on w8a, logistic regression with lambda = 1/n, steps until f is within .005 of its least value.
+Paper: Stich 2019, Local SGD converges fast and communicates little, arXiv:1805.09767, section 4: on
+w8a, logistic regression with lambda = 1/n, steps until f is within .005 of its minimum.
 
 Same: w8a, lambda = 1/n, 16 workers with batches of 16, that accuracy, H up to 64.
-Scaled: constant step sizes, and one data order. Steps are counted in multiples of 64. The claim is
-held at the step size 8, alike for all H; at larger ones, which suit H = 1 best, the limit shows:
-workers are too far apart after H steps. The ordering is what is reproduced.
+
+Scaled: constant step sizes, and one data order. Steps are counted in multiples of 64. The gates
+apply at step size 8, the same for all H. Larger step sizes, which suit H = 1 best, show the limit:
+workers diverge too far within H steps. We reproduce the ordering.
 """
 
 import math
@@ -21,7 +22,7 @@ FULL = {
   "workers": 16,
   "batch": 16,
   "near": 0.005,
-  "rates": [8.0, 16.0, 32.0],  # held at the first
+  "rates": [8.0, 16.0, 32.0],  # gates apply at the first
   "periods": [1, 4, 16, 64],
   "steps": 2048,
   "more_steps": 1.3,
@@ -32,7 +33,7 @@ X64 = False
 
 
 def measure(lab: Lab) -> Findings:
-  """Steps to the accuracy, by H and step size; of seeds the slowest."""
+  """Steps to the accuracy, by H and step size; the slowest seed counts."""
   train = lab.task(model="logistic(bias=False)").train
   l2 = parse(lab.dataset).kwargs.get("l2", 1 / len(train["y"]))
   least = optima.optimum_of_logistic(train["x"], train["y"], l2).value
@@ -114,5 +115,5 @@ def trained(lab: Lab, l2: float, period: int, rate: float, seed: int) -> Found:
 
 
 def line(period: int, found: Found, least: float, each: int = 1) -> Line:
-  """How far a run is above the least value, over steps or over what `each` of them makes one of."""
+  """The objective above its minimum, over steps or over units of `each` steps."""
   return Line(f"H={period}", found.column("step") / each, found.column("train_loss") - least)

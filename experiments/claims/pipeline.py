@@ -1,12 +1,14 @@
-"""A pipeline of n stages idles for (n-1)/(m+n-1) of its time with m micro-batches.
+"""A pipeline of n stages and m micro-batches idles for (n-1)/(m+n-1) of its time.
 
 Paper: Huang et al. 2018, GPipe, arXiv:1811.06965, section 2.3 and figure 2.
 
-Same: what is counted is the schedule that `research/models/pipeline.py` runs, each stage on a
-device: its layers note which micro-batch they are given at each tick. A tick at which they are
-given none, or one that they have had, is idle.
-Scaled: the layers do next to nothing, so a tick is the unit of time and transfers are free, as in
-the paper's formula. Only the forward pass is noted; the backward pass is the same loop in reverse.
+Same: the schedule counted is the one that `research/models/pipeline.py` runs, each stage on a
+device: its layers record their micro-batch at each tick. A tick without a micro-batch, or with one
+that the stage has had before, is idle.
+
+Scaled: the layers do almost no work, so a tick is the unit of time and transfers are free, as in
+the paper's formula. Only the forward pass is recorded; the backward pass is the same loop in
+reverse.
 """
 
 from collections.abc import Sequence
@@ -26,7 +28,7 @@ QUICK = {"microbatches": [1, 2, 4, 8, 32]}
 SEEDS = {}  # one
 X64 = False
 
-Trace = list[list[int]]  # by stage the micro-batches from 1 on that it is given, by tick
+Trace = list[list[int]]  # per stage the micro-batches it receives, numbered from 1, by tick
 
 
 def measure(lab: Lab) -> Findings:
@@ -38,7 +40,7 @@ def measure(lab: Lab) -> Findings:
   idle = {pair: slots[pair] - sum(map(len, map(worked, found[pair][0]))) for pair in pairs}
   share = {pair: idle[pair] / slots[pair] for pair in pairs}
   formula = {(n, m): (n - 1) / (m + n - 1) for n, m in pairs}
-  # idle / slots == (n - 1) / (m + n - 1) in whole numbers
+  # idle / slots == (n - 1) / (m + n - 1) in integers
   unequal = sum(idle[n, m] * (m + n - 1) != (n - 1) * slots[n, m] for n, m in pairs)
   drawn = (4, 4) if (4, 4) in found else pairs[0]
   most, schedule = range(1, max(microbatches) + 1), [worked(of) for of in found[drawn][0]]
@@ -79,7 +81,7 @@ def measure(lab: Lab) -> Findings:
 
 
 def worked(given: Sequence[int]) -> dict[int, int]:
-  """Of a stage: the ticks at which it first has each micro-batch."""
+  """The tick at which a stage first receives each micro-batch."""
   first: dict[int, int] = {}
   for tick, microbatch in enumerate(given):
     if microbatch:
@@ -88,19 +90,19 @@ def worked(given: Sequence[int]) -> dict[int, int]:
 
 
 def traces(pairs: Sequence[tuple[int, int]]) -> dict[tuple[int, int], tuple[Trace, int]]:
-  """What every stage is given, and how many micro-batches did not come through all of them."""
+  """Every stage's micro-batches, and the number that did not pass through all stages."""
   return {(n, m): trace(n, m) for n, m in pairs}
 
 
 def trace(stages: int, microbatches: int) -> tuple[Trace, int]:
-  """Runs one pipeline, of one layer a stage and one example a micro-batch."""
+  """Runs one pipeline, with one layer per stage and one example per micro-batch."""
   given: Trace = [[] for _ in range(stages)]
   plan = pipeline.schedule(stages, microbatches, microbatches, 1)
 
   def layers(number, x, rest):
     note = lambda stage, x: given[int(stage)].append(int(x[0, 0, 0]))
     jax.debug.callback(note, number[0], x)
-    return x + jnp.array([0.0, 1.0]), jnp.zeros(1)  # through one stage more
+    return x + jnp.array([0.0, 1.0]), jnp.zeros(1)  # counts one more stage
 
   names = np.arange(1.0, microbatches + 1, dtype=np.float32)
   x = np.stack([names, np.zeros_like(names)], -1)[:, None]

@@ -4,10 +4,11 @@ Paper: Vogels, Karimireddy, Jaggi 2019, PowerSGD, arXiv:1905.13727, table 3 (ran
 and traffic) and the ablation of error feedback.
 
 Same: rank-r factors by one warm step of the power iteration, averaged by all-reduce; error feedback
-on each worker; momentum 0.9 of what was averaged; the same falling learning rate for all.
-Scaled: four epochs of the 2NN on MNIST over eight workers in place of ResNet18 on CIFAR-10 over
-sixteen: the ordering is what is reproduced. Bytes are those of the traced program; vectors are
-sent whole.
+on each worker; momentum 0.9 on the averaged gradient; the same decreasing learning rate for all.
+
+Scaled: four epochs of the 2NN on MNIST over eight workers instead of ResNet18 on CIFAR-10 over
+sixteen: we reproduce the ordering. Bytes are those of the traced program; vectors are sent
+uncompressed.
 """
 
 import numpy as np

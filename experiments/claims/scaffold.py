@@ -1,17 +1,18 @@
 """SCAFFOLD's rounds do not depend on how clients differ; those of federated averaging do.
 
-Paper: Karimireddy, Kale, Mohri, Reddi, Stich, Suresh 2020, SCAFFOLD, arXiv:1910.06378, figure 3:
-on quadratics 2 local steps are about 2 times and 10 about 5 times as fast as SGD whatever the
+Paper: Karimireddy, Kale, Mohri, Reddi, Stich, Suresh 2020, SCAFFOLD, arXiv:1910.06378, figure 3: on
+quadratics 2 local steps are about 2 times and 10 about 5 times as fast as SGD whatever the
 dissimilarity G, and FedAvg degrades with it; table 3: with clients that have nothing in common it
 takes fewer rounds than FedAvg.
 
-Same: two clients with f_1 = x^2 + G x and f_2 = -G x, whole gradients, everybody in each round, G
-of 1, 10 and 100, controls that begin at the clients' first gradients; the round that sets them
-counts. A linear classifier, 100 clients sorted by label, 20 of them in a round, step sizes tuned.
+Same: two clients with f_1 = x^2 + G x and f_2 = -G x, full gradients, full participation, G of 1,
+10 and 100, controls initialized to the clients' first gradients; the round that does so counts. A
+linear classifier, 100 clients sorted by label, 20 of them per round, tuned step sizes.
+
 Scaled: one step size, .1, for SGD and SCAFFOLD, since a tuned SGD solves one dimension in one
-round; FedAvg's is tuned for each G. Rounds are those to a hundredth of the first distance; FedAvg's
-are counted in fiftieths of a run. MNIST in place of EMNIST, and two passes of five batches in a
-round, and rounds until the accuracy stays: there the ordering is what is reproduced.
+round; FedAvg's is tuned for each G. Rounds are those to a hundredth of the initial distance;
+FedAvg's are counted in fiftieths of a run. The images are MNIST instead of EMNIST, with two passes
+of five batches per round, and rounds until the accuracy stays: there we reproduce the ordering.
 """
 
 import jax
@@ -26,7 +27,7 @@ FULL = {
   "rate": 0.1,
   "near": 0.01,
   "rounds": 60,
-  "average_rounds": 25.0,  # times G, for the best steps about as many as FedAvg takes
+  "average_rounds": 25.0,  # times G, about as many as FedAvg takes at the best step sizes
   "average_rates": [0.08, 0.12, 0.16, 0.2],  # over G
   "two_faster": 1.9,
   "ten_faster": 5.0,
@@ -42,7 +43,7 @@ QUICK = {
   "images_rates": [0.3],
   "images_rounds": 16,
   "accuracy": 0.83,
-  "images_slower": 0.9,  # so few rounds do not part them: that both learn
+  "images_slower": 0.9,  # so few rounds do not separate them: checks that both learn
 }
 SEEDS = {}  # one
 X64 = False
@@ -134,7 +135,7 @@ def measure(lab: Lab) -> Findings:
 def solved(
   lab: Lab, method: str, period: int, spread: float, rounds: int, every: int
 ) -> tuple[float, Found]:
-  """Rounds until x is as near, infinity if it never is, and the run."""
+  """Rounds until x is near the minimum, infinity if it never is, and the run."""
   task = f"client_drift(dissimilarity={spread})"
   start = float(lab.task(task=task).init(jax.random.key(0))["x"])
   found = lab.run(
@@ -171,7 +172,7 @@ def curve(found: Found) -> tuple[np.ndarray, np.ndarray]:
 
 
 def on_images(lab: Lab, method: str) -> tuple[Found, float]:
-  """A classifier of images that the clients hold sorted by label.
+  """An image classifier trained on clients that are sorted by label.
 
   Returns:
     The run at the best step size, and the first round in which any run reaches the accuracy.
@@ -199,7 +200,7 @@ def on_images(lab: Lab, method: str) -> tuple[Found, float]:
 
 
 def rounds_to(found: Found, accuracy: float) -> float:
-  """The first round from which the test accuracy stays as high; infinity if there is none."""
+  """The first round from which the test accuracy stays at `accuracy`; infinity if none."""
   below = np.flatnonzero(found.column("accuracy") < accuracy)
   rounds = [*found.column("round"), np.inf]
   return float(rounds[below[-1] + 1 if len(below) else 0])

@@ -1,14 +1,15 @@
-"""Slow momentum lifts Local SGD.
+"""Slow momentum improves Local SGD.
 
 Paper: Wang, Tantia, Ballas, Rabbat 2020, SlowMo, arXiv:1910.00643, table 1 (CIFAR-10, Local SGD
 with tau = 12: 91.73 percent without and 93.20 with slow momentum).
 
 Same: tau = 12 local steps of Nesterov momentum 0.9, slow momentum 0.7 with alpha = 1; the learning
-rate of each of the two tuned by one grid. The workers' momenta start anew in every round, the first
-of the paper's three ways, for both.
-Scaled: a perceptron of 64 hidden units on MNIST over eight workers, each of which has the classes
-of an eighth of the sorted examples, 120 rounds: unlike data take the place of the long training
-after which the two part on CIFAR-10. The ordering is what is reproduced.
+rates of both tuned on the same grid. Both reset the workers' momenta in every round, the first of
+the paper's three options.
+
+Scaled: a perceptron of 64 hidden units on MNIST over eight workers, each with the classes of an
+eighth of the sorted examples, 120 rounds: heterogeneous data replace the long training after which
+the two separate on CIFAR-10. We reproduce the ordering.
 """
 
 import numpy as np
@@ -37,7 +38,7 @@ METHODS = {
 
 
 def measure(lab: Lab) -> Findings:
-  """Test accuracies in percent of both, at the learning rate that is best for each on seed 0."""
+  """Test accuracies in percent of both, each at its best learning rate on seed 0."""
   runs, percent, rates, grids = {}, {}, {}, {}
   for name, spec in METHODS.items():
     tried = {rate: _run(lab, spec, rate, 0) for rate in lab["learning_rates"]}

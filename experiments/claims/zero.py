@@ -1,16 +1,17 @@
-"""ZeRO cuts the 16 bytes that Adam needs for each parameter by the number of devices, in stages.
+"""ZeRO divides the 16 bytes per parameter that Adam needs by the number of devices, in stages.
 
 Paper: Rajbhandari et al. 2019, ZeRO, arXiv:1910.02054, section 3.1 and figure 1.
 
-Same: what XLA allots on each of N = 8 devices for parameters, gradients and Adam's two moments, by
-the memory analysis of the compiled step; stage 1 cuts the moments into N parts, 2 gradients too, 3
-all of it.
-Scaled: a perceptron of about a million parameters. All is float32 here, so 4 + 4 + 8 bytes are
-what the paper's 2 + 2 + 12 of mixed precision are: the same 16 whole and 16/N in stage 3, and in
-between 8 + 8/N and 4 + 12/N where the paper has 4 + 12/N and 2 + 14/N. Gradients are those of the
-program of the gradient alone, cut as in the step, where their places are used again as soon as can
-be. The step's temporaries, gradients and whole matrices gathered for XLA:CPU among them, are
-printed as they are.
+Same: the memory that XLA allocates on each of N = 8 devices for parameters, gradients and Adam's
+two moments, from the memory analysis of the compiled step; stage 1 shards the moments into N parts,
+2 also gradients, 3 everything.
+
+Scaled: a perceptron of about a million parameters. All is float32 here, so 4 + 4 + 8 bytes replace
+the 2 + 2 + 12 of the paper's mixed precision: the same 16 without ZeRO and 16/N in stage 3, and in
+between 8 + 8/N and 4 + 12/N where the paper has 4 + 12/N and 2 + 14/N. Gradients are measured in a
+program of the gradient alone, sharded as in the step, since the step reuses their memory as soon as
+possible. The step's temporaries, which include gradients and the full matrices gathered for
+XLA:CPU, are printed without gates.
 """
 
 from typing import Any, NamedTuple
@@ -33,11 +34,11 @@ X64 = False
 
 
 class Bytes(NamedTuple):
-  """On one device, for each parameter of the model."""
+  """Bytes on one device per parameter of the model."""
 
   state: float  # parameters and Adam's moments
   grads: float
-  temporaries: float  # of the whole step, gradients among them
+  temporaries: float  # of the full step, gradients included
 
 
 def measure(lab: Lab) -> Findings:
@@ -90,13 +91,13 @@ def stages(devices: int, hidden: list[int]) -> list[Bytes]:
 
 
 def compiled(config: Config) -> Bytes:
-  """Compiles one step, and its gradient as the same executor has it."""
+  """Compiles one step, and its gradient alone with the same sharding."""
   problem = assemble.assemble(config, assemble.check(config))
   job = problem.job
   state, data = ahead.arguments(problem)
   step: Any = problem.executor.run.lower(state, data, rounds=1).compile().memory_analysis()
   inside = sharded.inside(job.axes, sharded.cut_of(job.axes, job.task), job.zero)
-  gradient = workers.value_and_clipped_grad(job, inside)
+  gradient = workers.measured_and_clipped_grad(job, inside)
   own = jax.shard_map(
     lambda *args: gradient(*args)[1],
     mesh=state.round.sharding.mesh,

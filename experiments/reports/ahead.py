@@ -1,4 +1,4 @@
-"""A run's round as XLA compiles it for TPU chips, on a machine without: memory, work, traffic.
+"""A run's round compiled by XLA for TPU chips, without TPUs: memory, work and traffic.
 
 The program is the one that `spmd` runs; its arguments are shapes. Import this with the environment
 that `compile.py` sets.
@@ -21,7 +21,7 @@ from research.analysis import chips, compiled, flops, wire
 from research.comm import mesh as meshes
 from research.core import blame
 from research.core.base import WORKER_AXES, Tree
-from research.core.task import Data, TrainState
+from research.core.task import Data, TrainState, loss_and_metrics
 from research.parallel import workers
 from research.parallel.job import Job
 from research.training import assemble
@@ -29,7 +29,7 @@ from research.training.config import Config, UsageError, flag
 
 
 class Target(NamedTuple):
-  """What is compiled for."""
+  """The compilation target."""
 
   topology: str
   chip: chips.Chip
@@ -41,12 +41,16 @@ class Target(NamedTuple):
 def target(topology: str, slices: int) -> Target:
   """The devices of a topology, as XLA:TPU describes them.
 
+  Args:
+    topology: chip and sides of a slice, such as v5p:8x8x8.
+    slices: number of slices.
+
   Raises:
-    UsageError: for one that there is not.
+    UsageError: for an unknown topology.
   """
   with flag("topology", topology), blame.of_libraries():
     name, shape = chips.parse_topology(topology)
-    # a v4 is two devices to the compiler unless told to be one, which it is on a machine
+    # to the compiler a v4 chip is two devices, unless configured as one, as on real machines
     cores = {"chip_config_name": "megacore"} if name == "v4" else {}
     try:
       found = topologies.get_topology_desc(topology, "tpu", num_slices=slices, **cores)
@@ -60,7 +64,7 @@ def _first_line(error: Exception) -> str:
 
 
 def problem_of(config: Config, target: Target) -> assemble.Problem:
-  """The parts of a run on the target's devices, nothing of which is placed or run.
+  """The parts of a run on the target's devices; nothing is placed or run.
 
   Raises:
     UsageError: one line.
@@ -78,7 +82,7 @@ def problem_of(config: Config, target: Target) -> assemble.Problem:
 
 
 def arguments(problem: assemble.Problem) -> tuple[TrainState, Data]:
-  """Shapes of the state and the data of a run, with their places on the devices."""
+  """Shapes of the state and the data of a run, with their shardings."""
   key = jax.eval_shape(lambda: jax.random.key(0))
   state = problem.executor.init.eval_shape(key)
   mesh = state.round.sharding.mesh
@@ -93,16 +97,16 @@ def arguments(problem: assemble.Problem) -> tuple[TrainState, Data]:
 
 
 def compiled_round(config: Config, target: Target, effort: float = 0.0) -> dict[str, Any]:
-  """Compiles one round and reads everything off it; bytes and FLOPs are of one device.
+  """Compiles one round and reads its figures; bytes and FLOPs are of one device.
 
   Args:
     config: the run's flags.
     target: what to compile for.
-    effort: of the compiler to make a fast program, in [-1, 1]: 0 as for a run; less takes less
-      time, and makes a program that overlaps less and needs less memory for it.
+    effort: of the compiler to optimize the program, in [-1, 1]: 0 as for a run; less takes less
+      time, and gives a program that overlaps less and needs less memory for it.
 
   Raises:
-    UsageError: one line, if it does not fit too.
+    UsageError: one line, also if the program does not fit.
   """
   with jax.sharding.use_abstract_mesh(meshes.like(target.devices[0])):
     problem = problem_of(config, target)
@@ -128,7 +132,7 @@ def compiled_round(config: Config, target: Target, effort: float = 0.0) -> dict[
 
 
 class Built(NamedTuple):
-  """A round, traced and compiled."""
+  """A traced and compiled round."""
 
   jaxpr: Any
   program: Any  # a jax.stages.Compiled
@@ -138,7 +142,7 @@ class Built(NamedTuple):
 
 
 def _compile(problem: assemble.Problem, target: Target, effort: float) -> Built:
-  """Builds one round.
+  """Compiles one round.
 
   Raises:
     UsageError: one line, if it does not fit.
@@ -158,17 +162,17 @@ def _compile(problem: assemble.Problem, target: Target, effort: float) -> Built:
   return Built(traced.jaxpr, program, mesh, held, seconds)
 
 
-# ---- what it takes
+# ---- resource use
 
 
 def _held(tree: Tree) -> int:
-  """Bytes of a tree on one device, as many as its elements have."""
+  """Bytes of a tree's elements on one device, without padding."""
   size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
   return sum(size(x) for x in jax.tree.leaves(tree))
 
 
 def _memory(found: Any, held: dict[str, int], target: Target) -> dict[str, Any]:
-  """Bytes by kind, and the share of the chip's that is left."""
+  """Bytes by kind, and the share of the chip's memory that is left."""
   kinds = {
     "arguments": found.argument_size_in_bytes,
     "outputs": found.output_size_in_bytes,
@@ -182,7 +186,7 @@ def _memory(found: Any, held: dict[str, int], target: Target) -> dict[str, Any]:
 
 
 def too_large(text: str, held: dict[str, int], axes: dict[str, int], target: Target) -> str:
-  """By how much a program does not fit, what takes most of it, and which axis cuts that."""
+  """The error for a program that does not fit: excess, largest part, and the axis to extend."""
   found = re.search(r"[Uu]sed ([\d.]+)([KMG]?) of|temporaries \(([\d.]+)([KMG]?)\)", text)
   unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
   needed = float(found[1] or found[3]) * unit[found[2] or found[4] or ""] if found else 0.0
@@ -215,10 +219,10 @@ def _work(problem: assemble.Problem, program: Any, mesh: Mesh) -> dict[str, Any]
 
 
 def _needed(job: Job, mesh: Mesh) -> float:
-  """FLOPs of a step's gradient on one device, nothing computed twice.
+  """FLOPs of a step's gradient on one device, with nothing computed twice.
 
-  Traced for no chip in particular, so that a model takes operations that are counted exactly, but
-  if it insists on kernels of this one.
+  Traced for no particular chip, so that a model uses operations that are counted exactly, unless it
+  insists on this chip's kernels.
   """
   inner = {name: size for name, size in mesh.shape.items() if name not in WORKER_AXES}
   types = (AxisType.Auto,) * len(inner)
@@ -227,7 +231,8 @@ def _needed(job: Job, mesh: Mesh) -> float:
   def count() -> float:
     if own:
       return flops.flops(jax.make_jaxpr(own)(*args), inner)
-    return flops.of_gradient(job.task.loss, *args, axes=inner)
+    loss = lambda *args: loss_and_metrics(job.task)(*args)[0]
+    return flops.of_gradient(loss, *args, axes=inner)
 
   try:
     with jax.sharding.use_abstract_mesh(AbstractMesh(tuple(inner.values()), tuple(inner), types)):
@@ -240,7 +245,7 @@ def _needed(job: Job, mesh: Mesh) -> float:
 def _collectives(
   transfers: list[wire.Transfer] | None, period: int, slices: int
 ) -> list[dict[str, Any]]:
-  """Every collective, alike ones together: bytes of each, and how often in a step."""
+  """Every collective, identical ones merged: bytes of each, and how often per step."""
   times: Counter[wire.Transfer] = Counter()
   for transfer in transfers or ():
     times[transfer._replace(times=1)] += transfer.times
@@ -261,7 +266,7 @@ def _collectives(
 def _roofline(
   work: dict[str, Any], transfers: list[wire.Transfer] | None, period: int, target: Target
 ) -> dict[str, Any]:
-  """The least time of a step, and what it is made of."""
+  """The lower bound on the time of a step, and its parts."""
   within, across = None, None
   if transfers is not None:
     within, across = chips.split(wire.by_axis(transfers, period), target.slices)

@@ -1,6 +1,6 @@
-"""What a comparison of methods shows: table, recommendation, caption, figure.
+"""Renders a comparison of methods: table, recommendation, caption, figure.
 
-All of it comes from the contents of compare.json, see `outcomes.compared`.
+The input is the contents of compare.json, see `outcomes.compared`.
 """
 
 import shlex
@@ -12,9 +12,9 @@ from typing import Any
 from research.training.reports import figures
 
 Result = dict[str, Any]
-Row = dict[str, Any]  # a method of a result; a figure that there is not is left out
+Row = dict[str, Any]  # a method of a result; unknown figures are left out
 
-TOO_CLOSE = 1.1  # ratios of seconds below it are within the scatter of timings
+TOO_CLOSE = 1.1  # smaller ratios of seconds are within the scatter of timings
 
 # title, figure, format; columns without any figure are left out
 COLUMNS = (
@@ -33,7 +33,7 @@ COLUMNS = (
 
 
 def table(result: Result) -> str:
-  """A row per method; blank where there is no figure."""
+  """A row per method; blank if there is no figure."""
   rows, place = result["methods"], result["place"]
   columns = [
     (title.format(**result), name, form)
@@ -49,7 +49,7 @@ def table(result: Result) -> str:
 
 
 def remark(row: Row) -> str:
-  """What a method's figures do not say."""
+  """A remark on what a method's figures do not show."""
   count = len(row["folders"])
   if row["diverged_seeds"]:
     return f"{len(row['diverged_seeds'])} of {count} seeds diverged"
@@ -64,7 +64,7 @@ def remark(row: Row) -> str:
 
 
 def recommendation(result: Result) -> str:
-  """One line: what reaches the target first on the link, and by how much."""
+  """One line: which method reaches the target first on the link, and by how much."""
   rows, target, place = result["methods"], result["target"], result["place"]
   reach = [row for row in rows if "seconds_to_target" in row]
   if not reach:
@@ -122,7 +122,7 @@ def caption(result: Result) -> list[str]:
 
 
 def markdown(result: Result) -> str:
-  """Title, table, recommendation, caption, and what made them."""
+  """Title, table, recommendation, caption, and provenance."""
   made = result["env"]
   script, *arguments = made["command"]
   command = shlex.join(["python", f"experiments/{script}", *arguments])
@@ -145,7 +145,7 @@ def title(result: Result) -> str:
 
 
 def draw(path: Path, result: Result) -> None:
-  """Loss against steps, bytes and seconds: a line for the mean over seeds, their range shaded."""
+  """Draws loss over steps, bytes and seconds: mean over seeds as a line, range as shade."""
   with figures.drawing(path):
     figures.save(figure_of(result), path, dpi=110)
 
@@ -198,7 +198,7 @@ def draw_method(axes: Sequence[Any], row: Row, target: float | None, style: dict
 
 
 def draw_scales(axes: Sequence[Any], result: Result) -> None:
-  """The target's line; logarithms of positive losses, and of ends that lie far apart."""
+  """Draws the target; sets logarithmic scales for positive losses and widely differing ends."""
   import numpy as np
 
   drawn = [row for row in result["methods"] if "curve" in row]

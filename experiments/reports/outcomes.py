@@ -1,4 +1,4 @@
-"""What became of methods that were trained, and how they stand to each other in figures."""
+"""The outcomes of trained methods, and their comparison in figures."""
 
 import math
 import statistics
@@ -12,10 +12,10 @@ from research.training.config import Config
 
 
 class Contender(NamedTuple):
-  """A method and the runs that it is judged by."""
+  """A method and its runs."""
 
   spec: str
-  label: str  # the part of the spec that sets it apart from the others
+  label: str  # the part of the spec that distinguishes it from the others
   dense: bool
   configs: list[Config]  # by seed
 
@@ -24,20 +24,20 @@ class Curve(NamedTuple):
   """The evaluations of a method's runs."""
 
   steps: np.ndarray  # [n]
-  sent: np.ndarray  # [n] bytes by a worker so far
+  sent: np.ndarray  # [n] bytes sent by a worker so far
   losses: np.ndarray  # [seeds, n] of all training data
-  virtual: np.ndarray  # [n] mean seconds on the clock; not a number without one
+  virtual: np.ndarray  # [n] mean seconds on the clock; NaN without one
 
   @property
   def best(self) -> np.ndarray:
-    """[n], the mean over seeds of the least loss so far; infinite before there is one."""
+    """[n], the mean over seeds of the lowest loss so far; infinite before the first."""
     return np.fmin.accumulate(np.where(np.isnan(self.losses), np.inf, self.losses), 1).mean(0)
 
   def improved(self, starts: Sequence[float | None]) -> list[bool]:
     """Whether each seed's loss was once below its start and does not end above it.
 
     Args:
-      starts: the losses before the first step; None where that is not known or not finite.
+      starts: the losses before the first step; None if unknown or not finite.
     """
     lowest, lasts = np.fmin.reduce(self.losses, 1), self.losses[:, -1]
     bounds = [math.inf if start is None or math.isnan(start) else start for start in starts]
@@ -46,7 +46,7 @@ class Curve(NamedTuple):
 
 
 class Outcome(NamedTuple):
-  """What became of a plan; summaries and curve are of the runs that did not diverge."""
+  """The outcome of a plan; summaries and curve are of the runs that did not diverge."""
 
   plan: Contender
   summaries: list[dict[str, Any]]
@@ -55,7 +55,7 @@ class Outcome(NamedTuple):
 
   @property
   def unimproved(self) -> list[int]:
-    """Seeds whose training loss did not fall below that of their initial model, and stay there."""
+    """Seeds whose training loss did not fall below that of their initial model, or rose again."""
     if self.curve is None:
       return []
     seeds = [config.seed for config in self.plan.configs if config.seed not in self.diverged]
@@ -65,25 +65,25 @@ class Outcome(NamedTuple):
 
   @property
   def eligible(self) -> bool:
-    """Whether it can win and sets the common target: with all its seeds."""
+    """Whether it can win and counts for the common target: all its seeds must have improved."""
     return self.curve is not None and not self.diverged and not self.unimproved
 
 
 class Conditions(NamedTuple):
-  """What seconds are predicted for."""
+  """The conditions for which seconds are predicted."""
 
-  link: str  # as the flag says it; empty: none
+  link: str  # as in the flag; empty: none
   compute_seconds: float  # per local step of one worker; 0: as measured
-  clock: str  # as the flag says it; empty: none
+  clock: str  # as in the flag; empty: none
 
   @property
   def place(self) -> str:
-    """Where seconds to the target are counted; empty: nowhere."""
+    """Label of the conditions in which seconds to the target are counted; empty: none."""
     return " and ".join(filter(None, (self.link, self.clock and "the virtual clock")))
 
 
 def read_curve(folders: list[Path]) -> Curve:
-  """The evaluations in some runs' metrics.jsonl; a run that converged stays where it ended."""
+  """Evaluations from runs' metrics.jsonl; a converged run is extended by its last values."""
   from research.training.reports import report
 
   runs = []
@@ -99,12 +99,12 @@ def read_curve(folders: list[Path]) -> Curve:
 
 
 def common_target(outcomes: list[Outcome]) -> float | None:
-  """The greatest of the methods' mean best losses, which all that improved on their start reach."""
+  """The greatest of the mean best losses of methods that improved; all of these reach it."""
   return max((float(o.curve.best[-1]) for o in outcomes if o.curve and o.eligible), default=None)
 
 
 def steps_to(curve: Curve, target: float) -> float | None:
-  """Where the best loss falls to the target, on straight lines between evaluations."""
+  """The step at which the best loss reaches the target, interpolated between evaluations."""
   best = curve.best
   below = np.flatnonzero(best <= target)
   if not below.size:
@@ -116,7 +116,7 @@ def steps_to(curve: Curve, target: float) -> float | None:
 
 
 def figures(outcome: Outcome, target: float | None, conditions: Conditions) -> dict[str, Any]:
-  """A method's figures: means over the seeds that did not diverge, without those there are not."""
+  """A method's figures: means over the seeds that did not diverge; unknown ones are left out."""
   plan, summaries, curve, diverged = outcome
   found: dict[str, Any] = {
     "method": plan.spec,
@@ -132,7 +132,7 @@ def figures(outcome: Outcome, target: float | None, conditions: Conditions) -> d
   by_axis, dense = wire["bytes_per_step_per_worker"], wire["dense_bytes_per_step_per_worker"]
   sent = sum(by_axis.values())
   counted = {"bytes_per_step_per_worker": sent, "ratio_to_dense": sent / dense if dense else 1.0}
-  found |= counted if by_axis else {}  # those of a server are not counted
+  found |= counted if by_axis else {}  # a server's are not counted
   found |= {
     "train_loss": statistics.mean(s["train_loss"] for s in summaries),
     "steps_per_second": statistics.median(s["steps_per_second"] for s in summaries),
@@ -159,7 +159,7 @@ def figures(outcome: Outcome, target: float | None, conditions: Conditions) -> d
 
 
 def to_target(curve: Curve, target: float, seconds: np.ndarray | None) -> dict[str, Any]:
-  """Steps to the target, the bytes that a worker has sent until then and the seconds it takes."""
+  """Steps, bytes sent by a worker and seconds until the target is reached."""
   steps = steps_to(curve, target)
   if steps is None:
     return {}
@@ -174,7 +174,7 @@ def to_target(curve: Curve, target: float, seconds: np.ndarray | None) -> dict[s
 
 
 def step_seconds(summaries: list[dict[str, Any]], conditions: Conditions) -> dict[str, float]:
-  """Of a mean local step: seconds of computing, of latency on the link if any, and in all."""
+  """Seconds of a mean local step: computing, latency on the link if any, and the total."""
   from research.analysis import cost
   from research.comm import mesh as meshes
 
@@ -198,7 +198,7 @@ def step_seconds(summaries: list[dict[str, Any]], conditions: Conditions) -> dic
 def compared(
   config: Config, outcomes: list[Outcome], wanted: float | None, conditions: Conditions
 ) -> dict[str, Any]:
-  """The contents of compare.json, but for the recommendation."""
+  """The contents of compare.json, except the recommendation."""
   from research.comm import mesh as meshes
   from research.training import folder as folders
 

@@ -23,10 +23,17 @@ from research.training.config import UsageError
 FLAGS = flags.FLAGS
 
 
-def fail(code: int, line: str) -> NoReturn:
-  """Prints one line on stderr and exits with the code."""
+def fail(code: int, line: str, error: BaseException | None = None) -> NoReturn:
+  """Prints one line on stderr, under --debug after the traceback, and exits with the code."""
+  if error is not None and debugging():
+    traceback.print_exception(error)
   print(one_line(f"error: {line}"), file=sys.stderr, flush=True)
   sys.exit(code)
+
+
+def debugging() -> bool:
+  """Whether the command has --debug, and it is set."""
+  return "debug" in FLAGS and bool(FLAGS.debug)
 
 
 @contextlib.contextmanager
@@ -39,8 +46,11 @@ def one_line_errors() -> Iterator[None]:
   try:
     environment.import_jax()
   except UsageError as error:
-    fail(2, str(error))
+    fail(2, str(error), error)
   import jax
+
+  if debugging():
+    jax.config.update("jax_traceback_filtering", "off")
 
   from research.training import loop
   from research.training.checkpoint import checkpoint
@@ -56,13 +66,13 @@ def one_line_errors() -> Iterator[None]:
   except KeyboardInterrupt:
     fail(130, "interrupted before there was anything to save")
   except tuple(codes) as error:
-    fail(5 if paths.is_full(error) else codes[type(error)], str(error))
+    fail(5 if paths.is_full(error) else codes[type(error)], str(error), error)
   except Exception as error:  # whatever it was, one process of several must not stay behind
     known = foreseen(error)
     if jax.distributed.is_initialized():
       leave(error, known)
     if known:
-      fail(*known)
+      fail(*known, error)
     report_fault(error)
     raise
   finally:
@@ -105,6 +115,8 @@ def foreseen(error: Exception) -> tuple[int, str] | None:
 def leave(error: Exception, known: tuple[int, str] | None) -> NoReturn:
   """Ends one process of several at once: on a normal exit JAX would wait for the others."""
   if known:
+    if debugging():
+      traceback.print_exception(error)
     print(one_line(f"error: {known[1]}"), file=sys.stderr)
   else:
     report_fault(error)

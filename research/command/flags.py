@@ -73,6 +73,8 @@ SWITCHES = {
   "overlap": "A server's workers compute while their last push is on the way (async, ssp).",
   "x64": "Computes in float64 what is at JAX's default, such as pagerank() and frontier().",
   "allow_changes": "Goes on with a run whose flags were different.",
+  "diagnostics": "Rows have compression error, memory norm, spread of the workers' models, update "
+  "norm, gradient norm and, on a clock, staleness.",
   "tensorboard": "Writes TensorBoard events too (needs tensorboardX).",
   "profile": "Traces the second dispatch into OUT/profile.",
 }
@@ -92,6 +94,7 @@ def define_flags() -> None:
     flags.DEFINE_bool(name, default[name], text)
   define_compilation_cache()
   define_import()
+  flags.DEFINE_bool("debug", False, "Shows the traceback of every error, JAX's own frames too.")
   flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where several make one job.")
   flags.DEFINE_integer("processes", 0, "Number of processes that make the job.", 0)
   flags.DEFINE_integer("process_id", -1, "This process's number.", -1)

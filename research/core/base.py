@@ -1,10 +1,12 @@
 """Interfaces of exchanges: compressors, aggregators, and what they say of themselves."""
 
 import enum
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from research.core.part import Part
 from research.core.text import listed
@@ -185,6 +187,12 @@ class Aggregator(Wrapper):
 
   adds: ClassVar[Trait] = Trait(0)
 
+  def __post_init__(self):
+    super().__post_init__()
+    for value in self.values():
+      if isinstance(value, Compressor):
+        _check_types(value)
+
   def init(self, params: Params) -> State:
     """What it keeps from round to round; nothing by default."""
     del params
@@ -226,6 +234,21 @@ class Aggregator(Wrapper):
     None: nothing is known, and the accountant assumes that each message is seen.
     """
     return None
+
+
+@functools.cache
+def _check_types(compressor: Compressor) -> None:
+  """Traces a small leaf there and back.
+
+  Raises:
+    ValueError: if the compressor decodes another shape or dtype than it was given.
+  """
+  leaf = jax.ShapeDtypeStruct((4, 6), jnp.float32)
+  there_and_back = lambda x, key: compressor.decode(compressor.encode(x, key, key), leaf, key)
+  found = jax.eval_shape(there_and_back, leaf, jax.eval_shape(jax.random.key, 0))
+  shown = [f"{x.dtype}{list(x.shape)}" for x in (found, leaf)]
+  if shown[0] != shown[1]:
+    raise ValueError(f"decode of {compressor!r} returns {shown[0]} for a leaf {shown[1]}")
 
 
 def traits_of(compressor: Compressor) -> Trait:

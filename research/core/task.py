@@ -7,6 +7,7 @@ import jax
 
 from research.core.base import Array, Key, Params, State, Tree
 
+Metrics = dict[str, Array]  # scalars, means over a batch
 Batch = dict[str, Any]  # arrays [examples, ...]; "mask" [examples], where present, is 1 or 0
 
 
@@ -37,7 +38,8 @@ class Task(NamedTuple):
   """
 
   init: Callable[[Key], Params]
-  loss: Callable[[Params, Batch, Key], Array]  # mean over the batch, by its mask if it has one
+  # mean over the batch, by its mask if it has one; or a pair of it and of Metrics for the rows
+  loss: Callable[[Params, Batch, Key], Any]
   evaluate: Callable[[Params, Batch], dict[str, Array]]  # metrics, each such a mean
   sample: Callable[..., Tree]  # (size, step, key, *, batch_size) -> index [batch_size]
   batch: Callable[[Batch, Tree], Batch]  # (examples of one worker, index) -> batch
@@ -57,9 +59,41 @@ class Task(NamedTuple):
   by: Any = None  # numpy [examples] that partitions sort by, in place of "y"
 
 
+def loss_and_metrics(task: Task) -> Callable[[Params, Batch, Key], tuple[Array, Metrics]]:
+  """(params, batch, key) -> the loss, and the metrics that it returns beside itself."""
+
+  def both(params: Params, batch: Batch, key: Key) -> tuple[Array, Metrics]:
+    found = task.loss(params, batch, key)
+    value, own = found if isinstance(found, tuple) else (found, {})
+    if "loss" in own:
+      raise ValueError("the loss returns a metric 'loss' beside itself; give it another name")
+    return value, own
+
+  return both
+
+
+def measured_and_grad(task: Task) -> Callable[[Params, Batch, Key], tuple[Any, Tree]]:
+  """(params, batch, key) -> (loss, metrics) and gradient, or what stands for one."""
+  if task.grads is None:
+    return jax.value_and_grad(loss_and_metrics(task), has_aux=True)
+  grads = task.grads
+
+  def both(params: Params, batch: Batch, key: Key) -> tuple[Any, Tree]:
+    value, found = grads(params, batch, key)
+    return (value, {}), found
+
+  return both
+
+
 def value_and_grad(task: Task) -> Callable[[Params, Batch, Key], tuple[Array, Tree]]:
-  """(params, batch, key) -> loss and gradient, or what stands for one: the only way to either."""
-  return task.grads or jax.value_and_grad(task.loss)
+  """(params, batch, key) -> loss and gradient, or what stands for one."""
+  differentiated = measured_and_grad(task)
+
+  def both(params: Params, batch: Batch, key: Key) -> tuple[Array, Tree]:
+    (value, _), grads = differentiated(params, batch, key)
+    return value, grads
+
+  return both
 
 
 class Data(NamedTuple):

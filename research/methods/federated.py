@@ -167,7 +167,24 @@ class FedOpt(Federated, name="fed_opt"):
 fed_opt = FedOpt
 
 
-class FedAdam(Federated, name="fed_adam"):
+class FedAdaptive(Federated):
+  """`fed_opt` with an adaptive optimizer of the paper on the server."""
+
+  inner: optax.GradientTransformation
+  aggregator: Aggregator
+  _: KW_ONLY
+  learning_rate: float = 0.01
+  b1: float = 0.9
+  tau: float = 1e-3
+  epochs: int = 1
+  period: int = 0
+
+  def check(self):
+    super().check()
+    assert self.outer, "building it rejects hyper-parameters out of range"
+
+
+class FedAdam(FedAdaptive, name="fed_adam"):
   """`fed_opt` with Adam on the server, without bias correction as in the paper.
 
       m_t = b1 m_{t-1} + (1 - b1) Delta_t,   v_t = b2 v_{t-1} + (1 - b2) Delta_t^2
@@ -190,19 +207,8 @@ class FedAdam(Federated, name="fed_adam"):
   Reference: Reddi et al. 2020, arXiv 2003.00295, algorithm 2, FedAdam.
   """
 
-  inner: optax.GradientTransformation
-  aggregator: Aggregator
   _: KW_ONLY
-  learning_rate: float = 0.01
-  b1: float = 0.9
   b2: float = 0.99
-  tau: float = 1e-3
-  epochs: int = 1
-  period: int = 0
-
-  def check(self):
-    super().check()
-    server.adam(self.learning_rate, self.b1, self.b2, self.tau)
 
   @cached_property
   def outer(self) -> optax.GradientTransformation:
@@ -213,7 +219,7 @@ class FedAdam(Federated, name="fed_adam"):
 fed_adam = FedAdam
 
 
-class FedYogi(Federated, name="fed_yogi"):
+class FedYogi(FedAdaptive, name="fed_yogi"):
   """`fed_adam` with v_t = v_{t-1} - (1 - b2) Delta_t^2 sign(v_{t-1} - Delta_t^2).
 
   Args and Raises: see `fed_adam`.
@@ -221,19 +227,8 @@ class FedYogi(Federated, name="fed_yogi"):
   Reference: Reddi et al. 2020, arXiv 2003.00295, algorithm 2, FedYogi.
   """
 
-  inner: optax.GradientTransformation
-  aggregator: Aggregator
   _: KW_ONLY
-  learning_rate: float = 0.01
-  b1: float = 0.9
   b2: float = 0.99
-  tau: float = 1e-3
-  epochs: int = 1
-  period: int = 0
-
-  def check(self):
-    super().check()
-    server.yogi(self.learning_rate, self.b1, self.b2, self.tau)
 
   @cached_property
   def outer(self) -> optax.GradientTransformation:
@@ -244,7 +239,7 @@ class FedYogi(Federated, name="fed_yogi"):
 fed_yogi = FedYogi
 
 
-class FedAdagrad(Federated, name="fed_adagrad"):
+class FedAdagrad(FedAdaptive, name="fed_adagrad"):
   """`fed_adam` with v_t = v_{t-1} + Delta_t^2; the paper's experiments have no momentum.
 
   Args and Raises: see `fed_adam`.
@@ -252,18 +247,8 @@ class FedAdagrad(Federated, name="fed_adagrad"):
   Reference: Reddi et al. 2020, arXiv 2003.00295, algorithm 2, FedAdagrad.
   """
 
-  inner: optax.GradientTransformation
-  aggregator: Aggregator
   _: KW_ONLY
-  learning_rate: float = 0.01
   b1: float = 0.0
-  tau: float = 1e-3
-  epochs: int = 1
-  period: int = 0
-
-  def check(self):
-    super().check()
-    server.adagrad(self.learning_rate, self.b1, self.tau)
 
   @cached_property
   def outer(self) -> optax.GradientTransformation:

@@ -1,4 +1,4 @@
-"""How activations lie on the mesh axes inside a worker."""
+"""Shardings of activations along the mesh axes inside a worker."""
 
 import math
 
@@ -19,7 +19,13 @@ def inner_axes() -> dict[str, int]:
 
 
 def spec(shape: tuple[int, ...], *axes: str | tuple[str, ...] | None) -> P:
-  """For each dimension its axes, those that the mesh in scope has, where they divide the length."""
+  """The spec of an activation: each dimension's axes, if the mesh in scope has them and they fit.
+
+  Args:
+    shape: of the activation.
+    *axes: per dimension an axis, several axes, or None; axes that are not in the mesh are dropped,
+      and all of a dimension's axes if they do not divide its length.
+  """
   sizes = inner_axes()
 
   def one(length: int, axes: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
@@ -32,15 +38,20 @@ def spec(shape: tuple[int, ...], *axes: str | tuple[str, ...] | None) -> P:
 
 
 def along(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
-  """Tells the compiler which mesh axes each dimension of an activation lies along; None: whole."""
+  """Constrains the sharding of an activation: per dimension its mesh axes, or None."""
   return lax.with_sharding_constraint(x, spec(x.shape, *axes)) if inner_axes() else x
 
 
 def rows(table: Array, index: Array) -> Array:
-  """The rows [batch, length, width] of a table [rows, width], itself cut along `model`.
+  """Looks up rows [batch, length, width] of a table [rows, width] that is sharded along `model`.
 
-  Every device looks up its own examples, so that gradients are joined by one sum of the table's
-  size, however many tokens there are; the compiler would send the rows of each token to all.
+  Each device looks up its own examples, so that gradients are combined by one sum of the table's
+  size, however many tokens there are. The compiler would instead send each token's rows to all
+  devices.
+
+  Args:
+    table: [rows, width].
+    index: integers [batch, length].
   """
   axes = inner_axes()
   if not axes:

@@ -1,7 +1,7 @@
-"""Causal attention with rotary positions: one function, computed by what suits the platform.
+"""Causal attention with rotary positions: one function, with an implementation per platform.
 
-An attention function takes query [batch, length, heads, head_dim], key and value [batch, length,
-kv_heads, head_dim], and gives [batch, length, heads, head_dim]:
+An attention function takes query [batch, length, heads, head_dim], key and value
+[batch, length, kv_heads, head_dim], and returns [batch, length, heads, head_dim]:
 
     out_t = sum_{s <= t} softmax_s(query_t . key_s / sqrt(head_dim)) value_s
 
@@ -22,9 +22,9 @@ Rotation = tuple[Array, Array]  # cosines and sines [length, head_dim / 2]
 
 
 def plain(query: Array, key: Array, value: Array) -> Array:
-  """The equation as it stands: all scores in memory."""
+  """Direct evaluation of the equation, with all scores in memory."""
   length, head_dim = query.shape[1], query.shape[3]
-  shared = query.shape[2] // key.shape[2]  # by repetition: a dimension more is slow on CPUs
+  shared = query.shape[2] // key.shape[2]  # repeat: an extra dimension is slow on CPUs
   key, value = (jnp.repeat(x, shared, axis=2) for x in (key, value))
   scores = jnp.einsum("bthd,bshd->bhts", query, key, preferred_element_type=jnp.float32)
   earlier = jnp.tril(jnp.ones((length, length), bool))
@@ -34,7 +34,7 @@ def plain(query: Array, key: Array, value: Array) -> Array:
 
 
 def dot_product(query: Array, key: Array, value: Array) -> Array:
-  """cuDNN's flash attention, which keeps no scores, where it can; else `plain`."""
+  """cuDNN's flash attention, which stores no scores, where supported; else `plain`."""
   head_dim = query.shape[-1]
   suits = query.dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128
   if platform() != "gpu" or not suits or _capability() < 8.0:
@@ -44,10 +44,10 @@ def dot_product(query: Array, key: Array, value: Array) -> Array:
 
 
 def splash(query: Array, key: Array, value: Array) -> Array:
-  """JAX's splash attention, a TPU kernel that keeps no scores and skips what comes later.
+  """JAX's splash attention, a TPU kernel that stores no scores and skips future positions.
 
   Raises:
-    ValueError: the program is not for a TPU, or the length is no multiple of 128.
+    ValueError: the program is not for a TPU, or the length is not a multiple of 128.
   """
   if platform() != "tpu":
     raise ValueError(
@@ -60,11 +60,13 @@ def splash(query: Array, key: Array, value: Array) -> Array:
 
 
 def splash_kernel(query: Array, key: Array, value: Array, interpret: bool = False) -> Array:
-  """`splash` on each device's heads and examples, since the compiler cannot cut a kernel.
+  """`splash` on each device's heads and examples, since the compiler cannot partition a kernel.
 
   Args:
-    query, key, value: as above; 128 divides the length.
-    interpret: runs it without a TPU, slowly.
+    query: as in the module's docstring, as are key and value; 128 divides the length.
+    key: see query.
+    value: see query.
+    interpret: emulates the kernel without a TPU, slowly.
   """
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -119,6 +121,11 @@ ATTENTION: dict[str, Attend] = {
 def rotation(length: int, head_dim: int, base: float) -> Rotation:
   """Cosines and sines of the angles t base^(-2i / head_dim), for positions t and pairs i.
 
+  Args:
+    length: number of positions.
+    head_dim: even.
+    base: of the frequencies.
+
   Reference: Su et al. 2021, arXiv 2104.09864, section 3.2.2.
   """
   frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
@@ -127,9 +134,9 @@ def rotation(length: int, head_dim: int, base: float) -> Rotation:
 
 
 def rotated(x: Array, by: Rotation) -> Array:
-  """Turns each pair (x_i, x_{i + head_dim / 2}) of [batch, length, heads, head_dim] by its angle.
+  """Rotates each pair (x_i, x_{i + head_dim / 2}) of [batch, length, heads, head_dim] by its angle.
 
-  A product of two rotated vectors then depends on their positions through the distance alone.
+  A product of two rotated vectors then depends on their positions only through the distance.
   """
   cosines, sines = (table[None, :, None] for table in by)
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -1,8 +1,8 @@
-"""Small models in flax.linen: linear, multilayer perceptron, convolutional and residual network.
+"""Small flax.linen models: linear, multilayer perceptron, convolutional and residual network.
 
 A factory takes the hyper-parameters and returns `outputs -> module`, since the task, not the user,
-knows the number of outputs. Inputs are [batch, ...] floats; images are [batch, height, width] or
-[batch, height, width, channels]. Parameters are float32, and every module has a name.
+determines the number of outputs. Inputs are [batch, ...] floats; images are [batch, height, width]
+or [batch, height, width, channels]. Parameters are float32, and every module is named.
 """
 
 import math
@@ -18,11 +18,11 @@ Model = Callable[[int], nn.Module]
 
 
 def linear(bias: bool = False, deviation: float = 0.0) -> Model:
-  """x W (+ b). Takes sparse rows too, see `Linear`.
+  """x W (+ b), for dense or sparse rows, see `Linear`.
 
   Args:
-    bias: adds b, zero at first.
-    deviation: of the entries of W at first, N(0, deviation^2); 0: they are zero.
+    bias: adds b, initially zero.
+    deviation: standard deviation of the initial entries of W; 0: they are zero.
 
   Raises:
     ValueError: bias is not a bool, or deviation is negative.
@@ -36,7 +36,7 @@ def linear(bias: bool = False, deviation: float = 0.0) -> Model:
 def logistic(bias: bool = True, deviation: float = 0.0) -> Model:
   """The logits x W + b of logistic or softmax regression: `linear`, by default with a bias.
 
-  Args and raises as there.
+  Arguments and errors are those of `linear`.
   """
   return linear(bias, deviation)
 
@@ -68,15 +68,15 @@ def cnn(
   Args:
     channels: of each convolution.
     hidden: width of the hidden layer.
-    kernels: pixels a side of each convolution's kernel; None: 3.
+    kernels: side length of each convolution's kernel in pixels; None: 3.
     strides: of each convolution; None: 1.
     padding: of each convolution, "SAME" or "VALID"; None: "SAME".
     pool_stride: of the pooling. At 2, n convolutions of stride 1 need images of at least 2^n pixels
       a side.
 
   Raises:
-    ValueError: a list has anything but positive integers, or hidden or pool_stride is none; padding
-      has another name; or lists differ in length.
+    ValueError: an entry, hidden or pool_stride is not a positive integer; padding has another name;
+      or lists differ in length.
   """
   channels, hidden = _widths("channels", channels), _width("hidden", hidden)
   count = len(channels)
@@ -95,14 +95,14 @@ def cnn(
 
 
 def resnet(channels: Sequence[int] = (16, 32, 64), blocks: int = 1) -> Model:
-  """A residual network for small images; its GroupNorm keeps no statistics of a worker's own.
+  """A residual network for small images; its GroupNorm keeps no statistics that workers differ in.
 
   Args:
     channels: of each stage; every stage but the first halves height and width.
-    blocks: residual blocks in a stage, of two convolutions each: depth 2 len(channels) blocks + 2.
+    blocks: residual blocks per stage, of two convolutions each: depth 2 len(channels) blocks + 2.
 
   Raises:
-    ValueError: channels is not a list of positive integers, or blocks not one.
+    ValueError: channels is not a list of positive integers, or blocks is not one.
 
   Reference:
     He et al., 2015, arXiv:1512.03385, section 4.2; Wu and He, 2018, arXiv:1803.08494 (GroupNorm).
@@ -113,10 +113,10 @@ def resnet(channels: Sequence[int] = (16, 32, 64), blocks: int = 1) -> Model:
 
 
 class Linear(nn.Module):
-  """x W (+ b) for dense x, or for sparse rows {"index", "value"}, both [batch, most in a row].
+  """x W (+ b) for dense x, or for sparse rows {"index", "value"}, both [batch, longest row].
 
-  A row is sum_k value_k W[index_k], so padding has value 0. Sparse rows do not say how many
-  features there are: initialise with one dense row, and the kernel knows.
+  A row is sum_k value_k W[index_k], so padding has value 0. Sparse rows do not determine the number
+  of features: initialize with one dense row to set the kernel's shape.
   """
 
   outputs: int
@@ -180,7 +180,7 @@ class CNN(nn.Module):
 
 
 class Block(nn.Module):
-  """relu(shortcut(x) + F(x)), F of two 3x3 convolutions."""
+  """relu(shortcut(x) + F(x)), where F has two 3x3 convolutions."""
 
   channels: int
   stride: int
@@ -197,7 +197,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-  """A convolution, stages of residual blocks, the mean over pixels, one dense layer."""
+  """A convolution, stages of residual blocks, the mean over pixels, and one dense layer."""
 
   outputs: int
   channels: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""A layer of a decoder: attention and a feed-forward part, each after a norm, each added."""
+"""A decoder layer: attention and a feed-forward part, each after a norm, both residual."""
 
 from typing import Any, NamedTuple
 
@@ -19,11 +19,11 @@ class Shape(NamedTuple):
   width: int
   heads: int  # of queries
   kv_heads: int  # of keys and values
-  hidden: int  # of the feed-forward part
-  tied: bool  # logits are products with the embedding
+  hidden: int  # width of the feed-forward part
+  tied: bool  # the head shares the embedding
   rotary_base: float
-  scan: bool  # one compiled layer; on CPUs a loop is faster
-  deviation: float = 0.02  # of weights as they start
+  scan: bool  # compile one layer; on CPUs a loop is faster
+  deviation: float = 0.02  # of the initial weights
 
 
 class Norm(nn.Module):
@@ -38,12 +38,12 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-  """Projections around an attention function; kernels are cut by heads."""
+  """Projections around an attention function; kernels are sharded by heads."""
 
   shape: Shape
   dtype: Any
   attend: Attend
-  deviation: float  # of out's weights, as they start
+  deviation: float  # of the initial weights of `out`
 
   @nn.compact
   def __call__(self, x: Array, positions: Rotation) -> Array:
@@ -71,7 +71,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-  """x + attention(norm(x)), then x + feed_forward(norm(x)); and how busy experts are, [2, E]."""
+  """x + attention(norm(x)), then x + feed_forward(norm(x)); also the expert load [2, E]."""
 
   shape: Shape
   mixture: tuple[int, int] | None
@@ -80,7 +80,7 @@ class Layer(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, positions: Rotation) -> tuple[Array, Array]:
-    # 2 layers terms add up in the residual stream; Radford et al. 2019 (GPT-2), section 2.3
+    # the residual stream sums 2 layers terms; Radford et al. 2019 (GPT-2), section 2.3
     deviation = self.shape.deviation * (2 * self.shape.layers) ** -0.5
     attention = Attention(self.shape, self.dtype, self.attend, deviation, name="attention")
     options = (self.shape.hidden, self.dtype, deviation, self.shape.deviation)

@@ -1,4 +1,4 @@
-"""The feed-forward part of a transformer's layer: SwiGLU, or a mixture of several."""
+"""The feed-forward part of a transformer layer: SwiGLU, or a mixture of experts."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ class SwiGLU(nn.Module):
 
   hidden: int
   dtype: Any
-  deviation: float  # of down's weights, as they start
+  deviation: float  # of down's initial weights
   others: float  # of the other weights
 
   @nn.compact
@@ -36,8 +36,8 @@ class SwiGLU(nn.Module):
 class Experts(nn.Module):
   """sum_e weight_e SwiGLU_e(x), with kernels [experts, ...] and weights [batch, length, experts].
 
-  Hidden units are weighed, so that one product sums over them and over the experts: where either
-  lie along a mesh axis, one sum of the output's size joins the devices.
+  Weights multiply the hidden units, so that one product sums over these and the experts: if either
+  are sharded, one sum of the output's size combines the devices.
   """
 
   hidden: int
@@ -63,19 +63,19 @@ class Experts(nn.Module):
 
 
 class Mixture(nn.Module):
-  """sum_e weight_e(x) expert_e(x), over the k experts that the router finds likeliest for a token.
+  """sum_e weight_e(x) expert_e(x), over the k experts that the router ranks highest for a token.
 
       p = softmax(router(x));   weight_e = p_e / (sum of the chosen p) for chosen e, else 0
 
   With k = 1 the weight is p_e itself, so that the router learns. Every expert computes every token
-  and the weights leave out what was not chosen: exact, without capacities or dropped tokens, at
-  the price of experts / k times the products.
+  and the weights drop what was not chosen: exact, without capacities or dropped tokens, at experts
+  / k times the cost.
 
-  Beside the output come the share of the choices that fell on each expert and the mean of its p,
-  [2, experts]: what `balance` makes a loss of.
+  It also returns each expert's share of the choices and the mean of its p, [2, experts], which
+  `balance` turns into a loss.
 
-  Reference: Shazeer et al. 2017, arXiv 1701.06538; Fedus et al. 2021, arXiv 2101.03961
-    (k = 1); Jiang et al. 2024, arXiv 2401.04088, section 2.1 (k > 1).
+  Reference: Shazeer et al. 2017, arXiv 1701.06538; Fedus et al. 2021, arXiv 2101.03961 (k = 1);
+    Jiang et al. 2024, arXiv 2401.04088, section 2.1 (k > 1).
   """
 
   experts: int
@@ -105,19 +105,21 @@ class Mixture(nn.Module):
 
 
 def balance(busy: Array) -> Array:
-  """What keeps experts equally busy when it is small, summed over layers [..., 2, experts].
+  """The load-balancing loss of experts, summed over layers [..., 2, experts].
 
       experts * sum_e (share of the choices that fell on e) (mean of p_e)
 
-  Means are over all tokens, however these are cut. Reference: Fedus et al. 2021, equation 4.
+  Means are over all tokens, however these are sharded.
+
+  Reference: Fedus et al. 2021, equation 4.
   """
   return busy.shape[-1] * jnp.sum(busy[..., 0, :] * busy[..., 1, :])
 
 
 def largest(p: Array, k: int) -> Array:
-  """Which k of the last dimension are largest, of equal ones the first.
+  """Marks the k largest entries along the last dimension; among equal ones the first.
 
-  By comparing all pairs: the compiler spreads a sort of so few over devices, and moves tokens.
+  Compares all pairs: the compiler would spread a sort over the devices, and move tokens for it.
   """
   mine, other = p[..., :, None], p[..., None, :]
   before = jnp.tril(jnp.ones((p.shape[-1],) * 2, bool), -1)

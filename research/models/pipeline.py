@@ -1,13 +1,15 @@
-"""Pipeline parallelism: stages of layers on several devices, micro-batches passing through them.
+"""Pipeline parallelism: consecutive layers on several devices, with micro-batches.
 
-A pipeline of S stages takes M micro-batches through all layers in R rounds: in round r stage s has
-layers (r S + s) k, ..., (r S + s + 1) k - 1 of R S k. At tick t it computes item i = t - s, that is
-micro-batch i mod M in round i div M, and hands it on to the next stage, the last to the first:
+A pipeline of S stages passes M micro-batches through all layers in R rounds: in round r stage s
+applies layers (r S + s) k, ..., (r S + s + 1) k - 1 of R S k. At tick t it computes item i = t - s,
+which is micro-batch i mod M in round i div M, and sends it to the next stage, the last to the
+first:
 
     ticks = R M + S - 1,   bubble = (S - 1) / ticks
 
-of which every stage is idle. R = 1 is GPipe. R > 1 is circular: nearly R times less of a bubble for
-R times as many transfers. The backward pass is that of the program, the same ticks backwards.
+The bubble is the share of ticks in which a stage is idle. R = 1 is GPipe. R > 1 is circular: the
+bubble is nearly R times smaller, for R times as many transfers. The backward pass is derived by
+JAX: the same ticks backwards.
 
 Reference: Huang et al. 2018, arXiv 1811.06965 (GPipe); Narayanan et al. 2021, arXiv 2104.04473,
   section 2.2 (several groups of layers on each device).
@@ -33,11 +35,11 @@ _WEIGHTS = "weights of a stage"
 
 
 class Schedule(NamedTuple):
-  """In which order stages compute micro-batches."""
+  """The order in which stages compute micro-batches."""
 
   stages: int
   microbatches: int
-  repeats: int  # rounds that each takes
+  repeats: int  # rounds per micro-batch
 
   @property
   def ticks(self) -> int:
@@ -45,23 +47,23 @@ class Schedule(NamedTuple):
 
   @property
   def bubble(self) -> float:
-    """The share of ticks in which a stage has nothing to do."""
+    """The share of ticks in which a stage is idle."""
     return (self.stages - 1) / self.ticks
 
 
 def schedule(stages: int, examples: int, microbatches: int, repeats: int, cut: int = 1) -> Schedule:
-  """How so many stages take so many examples through.
+  """Chooses the number of micro-batches of a pipeline.
 
   Args:
     stages: S.
     examples: of one pass.
-    microbatches: M, or 0 for the most that are at most 4 S and divide the examples.
+    microbatches: M, or 0 for the largest number up to 4 S that divides the examples.
     repeats: R.
-    cut: devices along which each micro-batch should be cut; a wish where M is chosen.
+    cut: devices over which each micro-batch should be sharded; a preference if M is chosen.
 
   Raises:
-    ValueError: M does not divide the examples, or is less than S with R > 1, where a micro-batch
-      would have to be back at the first stage before it has left the last.
+    ValueError: M does not divide the examples, or is less than S with R > 1, when a micro-batch
+      would be due at the first stage before it has left the last.
   """
   least = stages if repeats > 1 else 1
   if not microbatches:
@@ -87,18 +89,18 @@ def schedule(stages: int, examples: int, microbatches: int, repeats: int, cut: i
 def pipelined(
   layers: Layers, params: Params, x: Array, rest: Any, plan: Schedule
 ) -> tuple[Array, Array]:
-  """Applies layers whose parameters are cut along the mesh axis `stage`.
+  """Applies layers whose parameters are sharded along the mesh axis `stage`.
 
   Args:
-    layers: applies some of them, one after the other.
+    layers: applies consecutive layers.
     params: leaves [R, S k, ...], the second dimension along `stage`.
     x: [B, T, width].
     rest: further arguments, the same for all.
     plan: M divides B.
 
   Returns:
-    The output [B, T, width], its T along `stage` where S divides it, and the statistics of all
-    layers [R, S k, ...], means over the micro-batches.
+    The output [B, T, width], its T along `stage` if S divides it, and the statistics of all layers
+    [R, S k, ...], means over the micro-batches.
   """
   stages, count, repeats = plan
   whole = x.shape[1] % stages != 0
@@ -108,15 +110,15 @@ def pipelined(
     of_round = lambda leaf: leaf[0] if repeats == 1 else leaf[number]
     return layers(jax.tree.map(lambda p: checkpoint_name(of_round(p), _WEIGHTS), params), x, rest)
 
-  # weights are at hand in the backward pass: not to be kept once more for every tick
+  # weights are available in the backward pass: do not save them again for every tick
   policy = jax.checkpoint_policies.save_anything_except_these_names(_WEIGHTS)
   apply = jax.checkpoint(apply, policy=policy, prevent_cse=False)
 
-  # what is summed over stages: XLA:CPU (jaxlib 0.10) aborts on such a sum of bfloat16
+  # of sums over stages: XLA:CPU (jaxlib 0.10) aborts on such a sum of bfloat16
   summed = jnp.float32 if platform() == "cpu" else x.dtype
 
   def stage(params: Params, waiting: Array, rest: Any) -> tuple[Array, Array]:
-    """`waiting` [M, b, T, width]: what the first stage is to take, in whichever round."""
+    """`waiting` [M, b, T, width]: next inputs of the first stage, in any round."""
     here, last, waiting = lax.axis_index("stage"), plan.ticks, waiting.astype(x.dtype)
     onward = partial(
       lax.ppermute, axis_name="stage", perm=[(s, (s + 1) % stages) for s in range(stages)]
@@ -154,7 +156,7 @@ def pipelined(
     axis_names={"stage"},
     check_vma=False,
   )
-  # example i is in micro-batch i mod M, so that each device has its part of every micro-batch
+  # example i is in micro-batch i mod M, so that each device has a part of every micro-batch
   rows = x.reshape(x.shape[0] // count, count, *x.shape[1:])
   along = lambda x: activations.along(x, None, "fsdp", "seq", None)
   out, statistics = cut(params, along(jnp.moveaxis(rows, 1, 0)).astype(summed), rest)

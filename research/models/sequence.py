@@ -1,7 +1,7 @@
-"""Attention over sequences along the mesh axis `seq`: each device has a part of the tokens.
+"""Attention over sequences sharded along the mesh axis `seq`.
 
-`by_heads` gives every device all tokens of some heads for the time of the attention; `ring` leaves
-tokens where they are and passes keys and values around.
+`by_heads` temporarily gives every device all tokens of some heads; `ring` leaves tokens in place
+and passes keys and values around.
 """
 
 from functools import partial
@@ -17,32 +17,38 @@ from research.models.attention import Attend
 
 
 def devices() -> int:
-  """Devices along `seq` of the mesh in scope, 1 without."""
+  """Number of devices along `seq` of the mesh in scope; 1 without such an axis."""
   return activations.inner_axes().get("seq", 1)
 
 
 def check(length: int) -> None:
-  """Raises ValueError where they do not divide the tokens of an example."""
+  """Checks that the devices along `seq` divide the tokens of an example.
+
+  Raises:
+    ValueError: if they do not.
+  """
   if length % devices():
     raise ValueError(f"'seq:{devices()}' does not divide the {length} tokens of an example")
 
 
 def across(query: Array, key: Array, value: Array, attend: Attend) -> Array:
-  """`by_heads` where devices divide the heads of keys, else `ring`."""
+  """`by_heads` if the devices divide the key heads, else `ring`."""
   axes = activations.inner_axes()
   heads = key.shape[2] // (axes.get("model", 1) if key.shape[2] % axes.get("model", 1) == 0 else 1)
   return (by_heads if heads % axes["seq"] == 0 else ring)(query, key, value, attend)
 
 
 def by_heads(query: Array, key: Array, value: Array, attend: Attend) -> Array:
-  """Attention with two exchanges: tokens for heads, and back.
+  """Attention with two all-to-all exchanges: tokens for heads, and back.
 
   Args:
-    query, key, value: as of every attention function, the length along `seq`.
-    attend: of all tokens.
+    query: as for every attention function, as are key and value; the length along `seq`.
+    key: see query.
+    value: see query.
+    attend: attention over all tokens.
 
   Raises:
-    ValueError: devices along `seq` do not divide the heads that each has.
+    ValueError: the devices along `seq` do not divide the heads per device.
 
   Reference: Jacobs et al. 2023, arXiv 2309.14509, section 3.
   """
@@ -59,18 +65,20 @@ def by_heads(query: Array, key: Array, value: Array, attend: Attend) -> Array:
 
 
 def ring(query: Array, key: Array, value: Array, attend: Attend | None = None) -> Array:
-  """Attention in S steps: each device meets the keys of another part in each, and passes them on.
+  """Attention in S steps: in each a device attends to the keys of another part and passes them on.
 
-  With the scores x of a part, the sums over all parts so far are kept relative to their largest m:
+  With the scores x of a part, the sums over all parts so far are relative to their maximum m:
 
       m' = max(m, max x);  l' = l e^(m - m') + sum e^(x - m');  o' = o e^(m - m') + e^(x - m') value
 
-  and the output is o / l. A part that comes later than all queries is passed over. Scores are
-  computed anew in the backward pass. Since parts are in order, the last device computes S parts
-  while the first computes one.
+  and the output is o / l. A part that is later than all queries is skipped. The backward pass
+  recomputes scores. Since parts are in order, the last device computes S parts while the first
+  computes one.
 
   Args:
-    query, key, value: as of every attention function, the length along `seq`.
+    query: as for every attention function, as are key and value; the length along `seq`.
+    key: see query.
+    value: see query.
     attend: not used.
 
   Reference: Liu et al. 2023, arXiv 2310.01889, algorithm 1.
@@ -105,7 +113,7 @@ def _ring(query: Array, key: Array, value: Array) -> Array:
     return (sums, lax.ppermute((key, value), "seq", onward)), None
 
   zeros = lambda *shape: jnp.zeros((batch, heads, length, *shape), jnp.float32)
-  # the first part is a device's own, so that every query has seen a key: the least serves as -inf
+  # every query sees a key of the first part, the device's own: a finite minimum serves as -inf
   sums = zeros() + jnp.finfo(jnp.float32).min, zeros(), zeros(head_dim)
   ((_, total, out), _), _ = lax.scan(step, (sums, (key, value)), jnp.arange(size))
   return jnp.swapaxes(out / total[..., None], 1, 2).astype(query.dtype)

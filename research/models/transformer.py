@@ -1,4 +1,4 @@
-"""A decoder language model, of the Llama family, as large as its preset says.
+"""A Llama-style decoder language model, with presets of several sizes.
 
 RMSNorm before each part, rotary positions, grouped-query attention, SwiGLU or a mixture of experts,
 and a head that shares the embedding or has its own matrix. Parameters are float32; products are in
@@ -19,10 +19,10 @@ from research.models.attention import ATTENTION, Attend, Rotation, plain, rotati
 from research.models.decoder import Layer, Norm, Shape
 from research.models.experts import balance
 
-# Which mesh axis each dimension of a parameter lies along, by the first pattern that is found in
-# its path; layers that are stacked come before these, along `stage`. Columns of a layer's first
-# matrix and rows of its second, so that each part of a layer needs one sum over `model`. Shoeybi et
-# al. 2019, arXiv 1909.08053, section 3.
+# Mesh axis of each dimension of a parameter, by the first pattern that matches its path; stacked
+# layers are a leading dimension, along `stage`. A layer's first matrix is sharded by columns and
+# its second by rows, so that each part of a layer needs one sum over `model`. Shoeybi et al. 2019,
+# arXiv 1909.08053, section 3.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"^(embedding|head)$", ("model?", None)),
   (r"/attention/(query|key|value)/kernel$", (None, "model", None)),
@@ -45,7 +45,7 @@ PRESETS = {
 }
 OVER_SEQ = {"auto": sequence.across, "by_heads": sequence.by_heads, "ring": sequence.ring}
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
-# What a layer keeps for its backward pass: everything, its input alone, or products with weights.
+# What a layer saves for its backward pass: everything, its input only, or products with weights.
 REMAT = {
   False: None,
   True: jax.checkpoint_policies.nothing_saveable,
@@ -76,31 +76,31 @@ def transformer(
 ) -> Callable[[int], "Transformer"]:
   """A decoder language model: tokens [batch, length] to logits [batch, length, outputs], float32.
 
-  The logits at a position are for the token after it, and depend on no later one. Sizes that are
-  not given are the preset's.
+  The logits at a position predict the next token and depend on no later one. Sizes that are not
+  given are the preset's.
 
   Args:
     preset: tiny, 150m, 1b or 8b.
-    layers: how many.
+    layers: number of layers.
     width: of the residual stream.
     heads: of queries, each of width / heads.
     kv_heads: of keys and values.
-    hidden: of the feed-forward part, or of each expert.
-    tied: the head is the embedding.
-    deviation: of the weights as they start, N(0, deviation^2), but for those that add to the
-      residual stream, which are smaller by sqrt(2 layers).
-    experts: in each layer, in place of its feed-forward part; 0 for none.
-    experts_per_token: of which a token's output is made.
-    balance: weight of the loss that keeps experts equally busy, see `experts.balance`.
+    hidden: width of the feed-forward part, or of each expert.
+    tied: the head shares the embedding.
+    deviation: of the initial weights, N(0, deviation^2); those that add to the residual stream are
+      smaller by sqrt(2 layers).
+    experts: per layer, instead of its feed-forward part; 0 for none.
+    experts_per_token: experts that compute a token's output.
+    balance: weight of the load-balancing loss, see `experts.balance`.
     dtype: of products and activations, bfloat16 or float32.
-    remat: True computes a layer again in its backward pass, "dots" all but products with weights.
-    scan: one compiled layer and stacked parameters layers/... [layers, ...], or layer after layer
+    remat: True recomputes a layer in its backward pass, "dots" all but products with weights.
+    scan: True compiles one layer, with stacked parameters layers/... [layers, ...]; False unrolls,
       with parameters layers_0/..., layers_1/...
     attention: auto, plain, dot_product (cuDNN's on a GPU) or splash (TPUs).
-    over_seq: how tokens meet along a mesh's `seq`: auto, by_heads (two exchanges) or ring.
-    microbatches: of a worker's batch along a mesh's `stage`, see `pipeline.schedule`; 0: as many as
-      suit it.
-    repeats: how often a micro-batch goes through the stages, each time through layers / repeats:
+    over_seq: attention along a mesh's `seq`: auto, by_heads (two exchanges) or ring.
+    microbatches: of a worker's batch along a mesh's `stage`, see `pipeline.schedule`; 0: chosen
+      there.
+    repeats: how often a micro-batch passes through the stages, each time through layers / repeats:
       the stacked layers are [repeats, layers / repeats, ...].
 
   Raises:
@@ -134,13 +134,13 @@ def transformer(
 
 
 class Transformer(nn.Module):
-  """Embedding, layers, norm, head."""
+  """Embedding, layers, norm and head. Arguments are those of `transformer`."""
 
-  rules = RULES  # without a type it is no field
+  rules = RULES  # unannotated, so not a dataclass field
 
   outputs: int
   shape: Shape
-  mixture: tuple[int, int] | None  # experts, and how many a token has
+  mixture: tuple[int, int] | None  # experts, experts per token
   balance: float
   dtype: Any
   remat: bool | str
@@ -161,7 +161,7 @@ class Transformer(nn.Module):
     x, busy = self.through_layers(x.astype(self.dtype), positions)
     if self.mixture and not self.is_initializing():
       self.sow("losses", "balance", self.balance * balance(busy))
-    # all stages take part in the head: each has the logits of some tokens
+    # all stages compute the head: each has the logits of some tokens
     x = activations.along(Norm(name="norm")(x), "fsdp", ("stage", "seq"), None)
     head = embedding if self.shape.tied else matrix("head")
     logits = jnp.einsum(
@@ -170,7 +170,7 @@ class Transformer(nn.Module):
     return activations.along(logits, "fsdp", ("stage", "seq"), "model")
 
   def through_layers(self, x: Array, positions: Rotation) -> tuple[Array, Array]:
-    """The output of all layers, and how busy experts are, [..., 2, E]."""
+    """The output of all layers, and the expert load, [..., 2, E]."""
     layer = Layer(self.shape, self.mixture, self.dtype, self.attend, parent=None)
 
     def init(key: Key) -> Params:
@@ -182,7 +182,7 @@ class Transformer(nn.Module):
     else:
       params = [self.param(f"layers_{i}", init) for i in range(self.shape.layers)]
     if self.is_initializing():
-      return x, jnp.zeros((2, 0))  # parameters are all that is wanted
+      return x, jnp.zeros((2, 0))  # only the parameters are needed
 
     def apply(x: Array, params: Params, positions: Rotation) -> tuple[Array, Array]:
       return layer.apply({"params": params}, x, positions)  # pyright: ignore[reportReturnType]
@@ -201,7 +201,7 @@ class Transformer(nn.Module):
     return self.through_stack(several, params, x, positions)
 
   def stacked(self, init: Callable[[Key], Params]) -> Callable[[Key], Params]:
-    """Draws the parameters of all layers, leaves [layers, ...] or [repeats, ...]."""
+    """Initializes the parameters of all layers, leaves [layers, ...] or [repeats, ...]."""
     for count in (self.shape.layers // self.repeats, self.repeats)[: 1 + (self.repeats > 1)]:
       init = _several(init, count)
     return init
@@ -219,7 +219,13 @@ class Transformer(nn.Module):
     return several(params, x, positions)
 
   def schedule(self, stages: int, examples: int, cut: int = 1) -> pipeline.Schedule:
-    """How a mesh with so many stages takes a worker's batch through the layers."""
+    """The pipeline schedule of a worker's batch on a mesh with `stages` stages.
+
+    Args:
+      stages: devices along `stage`.
+      examples: of a worker's batch.
+      cut: devices over which each micro-batch should be sharded.
+    """
     return pipeline.schedule(stages, examples, self.microbatches, self.repeats, cut)
 
 

@@ -1,4 +1,4 @@
-"""Whom the workers serve in each round, with which examples, and what it weighs: drawn ahead."""
+"""Client sampling: which client, examples and weight each worker gets per round."""
 
 import math
 from typing import NamedTuple
@@ -17,26 +17,33 @@ _RARE = 0x72617265
 
 
 class Draw(NamedTuple):
-  """A worker's lot for each of K rounds."""
+  """One worker's assignment for each of K rounds."""
 
-  owner: Array  # [K] int32, whom it serves
-  weight: Array  # [K], that owner's share of the objective; zero where it serves nobody
-  anybody: Array  # [K] bool, whether any worker serves somebody
-  share: Array  # [K], of its losses in the metrics; averages to one over the workers
-  index: Tree  # [K, H, b], which of the owner's examples; None if all of them
+  owner: Array  # [K] int32, the client that the worker serves
+  weight: Array  # [K], that client's weight in the objective; zero if the worker serves no client
+  anybody: Array  # [K] bool, whether any worker serves a client
+  share: Array  # [K], weight of its losses in the metrics; averages to one over the workers
+  index: Tree  # [K, H, b], indices into the client's examples; None: all of them
 
 
 def draw(job: Job, data: Data, key: Key, numbers: Array, worker: Array) -> Draw:
-  """What a worker does in the rounds `numbers` [K]: a pure function of (keys, round, worker).
+  """Computes a worker's assignment as a pure function of (keys, round, worker).
 
-  Every worker draws the whole cohort, since a weight is relative to the cohort's mean.
+  Every worker draws the full cohort, since a weight is relative to the cohort's mean.
+
+  Args:
+    job: the resolved job.
+    data: examples, and their number per client.
+    key: the run's typed key, equal on all workers.
+    numbers: [K] int32, round numbers.
+    worker: int32 scalar, the worker's index.
   """
   owners, served = cohorts(job, key, numbers)
   sizes = data.sizes[owners]
   present = jnp.where(served, sizes, 0).astype(float)
   mean = jnp.mean(data.sizes[None] if job.sampling_rate else present, -1, dtype=float)
   weights = present / jnp.maximum(mean, 1 / job.workers)[..., None]
-  anybody = jnp.where(jnp.any(served, -1, keepdims=True), present, 1)  # else as if all were there
+  anybody = jnp.where(jnp.any(served, -1, keepdims=True), present, 1)  # none present: as if all
   shares = anybody / jnp.mean(anybody, -1, keepdims=True)
   index = None
   if job.batch_size is not None:
@@ -46,7 +53,7 @@ def draw(job: Job, data: Data, key: Key, numbers: Array, worker: Array) -> Draw:
 
 
 def _examples(job: Job, data: Data, numbers: Array, owners: Array, worker: Array) -> Tree:
-  """Which of its owner's examples a worker sees, [K, H, b]; a round by epochs starts with one."""
+  """Indices of the examples that a worker uses, [K, H, b]; a round by epochs starts a new pass."""
   period, sizes = job.method.local_steps, data.sizes[owners]
   per_round = job.own_steps(sizes) if job.by_epochs else jnp.full_like(sizes, period)
   first = job.first_step + (numbers - job.first_round) * per_round
@@ -63,12 +70,21 @@ def _examples(job: Job, data: Data, numbers: Array, owners: Array, worker: Array
 
 
 def cohorts(job: Job, key: Key, numbers: Array) -> tuple[Array, Array]:
-  """Whom the workers serve in the rounds `numbers` [K]: owners [K, W], and whether anybody.
+  """Samples the clients that the workers serve.
 
-  Without a sampling rate, one client of each worker's own stratum. With one, every client of the
-  population takes part by itself with that probability. Workers beyond these serve nobody; clients
-  beyond the workers are left out, so there are to be workers enough for that never to happen. With
-  an order, the client whose turn it is. Then whoever drops out is as one who serves nobody.
+  Without a sampling rate, each worker serves one client drawn from its own stratum. With a rate
+  (Poisson sampling), every client takes part independently with that probability: surplus workers
+  serve no client and surplus clients are left out, so choose enough workers to make that event
+  negligible. With an `order`, the single worker serves the next client in it. Dropout then removes
+  clients at random.
+
+  Args:
+    job: the resolved job, W workers and P clients.
+    key: the run's typed key, equal on all workers.
+    numbers: [K] int32, round numbers.
+
+  Returns:
+    Clients [K, W] int32, and whether each worker serves one, [K, W] bool.
   """
   everyone = jnp.arange(job.workers, dtype=jnp.int32)
   key_of_round = lambda number: collectives.round_keys(key, number)[2]
@@ -79,7 +95,8 @@ def cohorts(job: Job, key: Key, numbers: Array) -> tuple[Array, Array]:
 
   def of_population(number):
     taking_part = at_rate(job.sampling_rate, key_of_round(number), len(job.sizes))
-    # of which the n-th is where they are n for the first time; a CPU's cumsum reads windows
+    # Entry n is the first position where the running sum is n. XLA:CPU lowers cumsum to slow
+    # windows.
     so_far = jax.lax.associative_scan(jnp.add, taking_part.astype(jnp.int32))
     owners = jnp.minimum(jnp.searchsorted(so_far, everyone + 1), len(job.sizes) - 1)
     return owners.astype(jnp.int32), everyone < so_far[-1]
@@ -102,9 +119,10 @@ def cohorts(job: Job, key: Key, numbers: Array) -> tuple[Array, Array]:
 
 
 def at_rate(rate: float, key: Key, count: int) -> Array:
-  """bool [count], each true with the probability that privacy is counted by, never a greater one.
+  """Draws bool [count], each true with a probability of at most `rate`.
 
-  A uniform float has 24 bits alone; these are 32, and 64 where the rate is below 2^-32.
+  The privacy accountant counts with `rate`, so the true probability must not exceed it. A uniform
+  float has only 24 random bits; this uses 32, or 64 if the rate is below 2^-32.
   """
   bits = jax.random.bits(key, (count,))
   if rate >= 2.0**-32:

@@ -1,4 +1,4 @@
-"""What every execution of a method on a task needs to know, all of it static."""
+"""The static description of a run: method, task, mesh and clients."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,26 +13,27 @@ from research.core.task import Task
 
 
 class Job(NamedTuple):
-  """A method, a task, and who the workers and the owners of its examples are.
+  """A method, a task, and the assignment of examples to workers and clients.
 
-  There are as many owners as workers, or a multiple: then every worker holds a stratum of the
-  population and serves one client of it per round. With an `order` a single worker serves the
-  population one by one: round t serves client order[t mod its length].
+  The population has P clients, a multiple of the W workers. With P > W each worker serves one
+  client of its own stratum per round. With an `order` a single worker serves the clients in turn:
+  round t serves client order[t mod its length].
   """
 
   method: Method
   task: Task
-  axes: dict[str, int]  # of the mesh
-  sizes: np.ndarray  # [P], examples of each owner
-  batch_size: int | None  # per worker and step; None: all of an owner's examples
-  clip_norm: float = 0.0  # of each worker's gradient, before the method sees it; 0: none
+  axes: dict[str, int]  # axis sizes of the mesh
+  sizes: np.ndarray  # [P], examples per client
+  batch_size: int | None  # per worker and step; None: all examples of a client
+  clip_norm: float = 0.0  # of each worker's gradient, before the method sees it; 0: no clipping
   sampling_rate: float = 0.0  # of Poisson sampling of the population; 0: one client per worker
-  dropout: float = 0.0  # the probability that a worker's round is lost before it is sent
-  order: np.ndarray | None = None  # [E] int32, whom a single worker serves
-  zero: int = 3  # what is cut along `fsdp`, see `sharded.inside`
-  local_phase: str = "auto"  # how `simulate` runs it: "vmap", "map" or what is faster
-  first_round: int = 0  # of the stage that this job is, where the method's period changes
+  dropout: float = 0.0  # probability that a worker's round is lost before it is sent
+  order: np.ndarray | None = None  # [E] int32, clients that a single worker serves in turn
+  zero: int = 3  # ZeRO stage: what is sharded along `fsdp`, see `sharded.inside`
+  local_phase: str = "auto"  # in `simulate`: "vmap", "map", or "auto" for the faster
+  first_round: int = 0  # of this job's stage, if the method's period changes
   first_step: int = 0  # local steps before that round
+  diagnostics: int = 0  # steps between rows measured by `diagnostics.recorded`; 0: none
   devices: Sequence[Any] | None = None  # that `spmd` compiles for; None: those of this machine
 
   @property
@@ -41,27 +42,27 @@ class Job(NamedTuple):
 
   @property
   def clients(self) -> int:
-    """R = P / W, the owners whose rows one worker holds."""
+    """R = P / W, the clients whose rows one worker stores."""
     return len(self.sizes) // self.workers
 
   @property
   def even(self) -> bool:
-    """Whether all owners have equally many examples."""
+    """Whether all clients have equally many examples."""
     return bool((self.sizes == self.sizes[0]).all())
 
   @property
   def by_epochs(self) -> bool:
-    """Whether owners take different numbers of steps in a round."""
+    """Whether clients take different numbers of steps in a round."""
     return self.method.passes > 0 and self.batch_size is not None and not self.even
 
   def own_steps(self, sizes: Any) -> Any:
-    """Local steps in a round of a method by epochs, of owners with so many examples each."""
+    """Local steps per round, for a method by epochs, of clients with `sizes` examples."""
     batches = sizes // sizes if self.batch_size is None else sizes // self.batch_size
     return self.method.passes * (batches + (batches == 0))
 
 
 def traits(method: Method) -> Trait:
-  """Those of all aggregators of a method."""
+  """Union of the traits of all aggregators of a method."""
   found = Trait(0)
   for aggregator in method.parts(Aggregator):
     found |= aggregator.traits
@@ -69,10 +70,10 @@ def traits(method: Method) -> Trait:
 
 
 def constrained(job: Job) -> Job:
-  """The job with a method that keeps to the task's constraints by itself.
+  """Moves the task's projection onto its constraint set into the method.
 
   Raises:
-    ValueError: if the method cannot.
+    ValueError: if the method has no projected form.
   """
   if job.task.project is None:
     return job
@@ -86,7 +87,7 @@ def constrained(job: Job) -> Job:
 
 
 def resolved(job: Job) -> Job:
-  """The job with a method that knows its rounds: their steps, and who takes part in them."""
+  """Fills in the method's local steps per round and its participation rate."""
   job = constrained(job)
   method = job.method
   steps = int(job.own_steps(job.sizes.max())) if method.passes else method.local_steps
@@ -94,7 +95,7 @@ def resolved(job: Job) -> Job:
 
 
 def stages(job: Job) -> tuple[Job, ...]:
-  """A resolved job for each period of the method, in order; their states are the same."""
+  """Resolves one job for each period of the method, in order; all share one state structure."""
   job = constrained(job)
   found = [resolved(job)]
   for first_round, steps in job.method.later:
@@ -107,6 +108,6 @@ def stages(job: Job) -> tuple[Job, ...]:
 
 
 def largest_sum(job: Job) -> int:
-  """Elements of the largest sum over workers."""
+  """Elements of the largest sum over workers: W times the largest parameter."""
   params = jax.eval_shape(job.task.init, jax.random.key(0))
   return job.workers * max(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,9 +1,8 @@
-"""What is equal on all workers and what is private to each, inferred by tracing one round.
+"""Infers which state is shared by all workers and which is private, by tracing one round.
 
-State that is equal on all workers is stored once; private state has a row per worker. Nobody
-declares which is which: a round is traced under `vmap` with the worker axes named, and a leaf is
-private if it comes out batched, that is if it depends on anything that differs between workers and
-has not been through a collective that makes it equal.
+Shared state is stored once; private state has a row per worker. Methods declare neither: a round is
+traced under `vmap` with the worker axes named. A leaf that comes out batched is private: it depends
+on a value that differs between workers, and no collective has made it equal.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,18 +16,18 @@ from research.core.base import Chunk, Own, Tree
 
 
 class Layout(NamedTuple):
-  """Per leaf of a method's state and of a round's `Local`: whether it is private, and its shape."""
+  """For each leaf of a method's state and of `Local`: whether it is private, and its shape."""
 
-  state: Tree  # of bool
-  local: Tree  # of bool
-  state_shapes: Tree  # of ShapeDtypeStruct, of one worker
+  state: Tree  # of bool: private
+  local: Tree  # of bool: private
+  state_shapes: Tree  # of ShapeDtypeStruct, one worker's
   local_shapes: Tree
 
 
 def over_workers(
   fn: Callable[..., Any], axes: Mapping[str, int], in_axes: Any, out_axes: Any
 ) -> Callable[..., Any]:
-  """`fn` of one worker over arrays whose private leaves have one leading dimension per axis."""
+  """Maps one worker's `fn` over arrays whose private leaves have one leading dimension per axis."""
   for name, size in reversed(list(axes.items())):
     fn = jax.vmap(fn, in_axes, out_axes, axis_name=name, axis_size=size)
   return fn
@@ -37,13 +36,16 @@ def over_workers(
 def private_outputs(
   fn: Callable[..., Any], axes: Mapping[str, int], in_axes: Any, *args: Any
 ) -> Tree:
-  """Which leaves of fn's result differ between workers, as a tree of bool.
+  """Finds which leaves of fn's result differ between workers.
 
   Args:
     fn: what one worker computes, possibly with collectives.
     axes: the worker axes, name to size.
-    in_axes: as of `vmap`: 0 for private arguments, None for shared ones.
-    *args: shapes or arrays; private ones with one leading dimension per axis.
+    in_axes: as in `vmap`: 0 for private arguments, None for shared ones.
+    *args: shapes or arrays; private ones have one leading dimension per axis.
+
+  Returns:
+    A tree of bool, True for a private leaf.
   """
   return _outputs(fn, axes, in_axes, *args)[0]
 
@@ -51,12 +53,12 @@ def private_outputs(
 def shapes_of_one(
   fn: Callable[..., Any], axes: Mapping[str, int], in_axes: Any, *args: Any
 ) -> Tree:
-  """Shapes of what `fn` computes for one worker; arguments as of `private_outputs`."""
+  """Shapes of what `fn` computes for one worker; arguments as for `private_outputs`."""
   return _outputs(fn, axes, in_axes, *args)[1]
 
 
 def _outputs(fn, axes, in_axes, *args) -> tuple[Tree, Tree]:
-  """Whether each output is private, and its shape: both of one trace."""
+  """Whether each output is private, and its shape, from one trace."""
   found: list[bool] = []
   trees: list[Any] = []
 
@@ -82,7 +84,7 @@ def _outputs(fn, axes, in_axes, *args) -> tuple[Tree, Tree]:
 
 
 def lead(private: Tree) -> Tree:
-  """`in_axes` and `out_axes` of `vmap`: 0 where private, None where shared."""
+  """`in_axes` and `out_axes` for `vmap`: 0 for private leaves, None for shared ones."""
   return jax.tree.map(lambda is_private: 0 if is_private else None, private)
 
 
@@ -94,12 +96,12 @@ def infer(
   params: Tree,
   private_args: tuple[Any, ...],
 ) -> Layout:
-  """Traces rounds until the set of private leaves no longer grows (one or two).
+  """Traces rounds until the set of private leaves stops growing (one or two rounds).
 
   Args:
     init: params -> state.
     local_phase: (state, *private_args) -> (local, anything).
-    sync: (local, state, weight) -> state; each worker has a weight of its own.
+    sync: (local, state, weight) -> state; each worker has its own weight.
     axes: the worker axes, name to size.
     params: shapes of the shared parameters.
     private_args: shapes of one worker's private arguments to `local_phase`.
@@ -137,21 +139,21 @@ def infer(
 def _traced(
   fn: Callable[..., Any], axes: Mapping[str, int], *args: Any
 ) -> tuple[Callable[..., Any], Tree]:
-  """`fn` of one worker as a program, so that Python goes through it once; shapes of its result."""
+  """Traces one worker's `fn` once to a program, and returns it with the shapes of its result."""
   program, shapes = jax.make_jaxpr(fn, axis_env=[*axes.items()], return_shape=True)(*args)
   run, tree = jaxpr_as_fun(program), jax.tree.structure(shapes)
   return lambda *args: tree.unflatten(run(*jax.tree.leaves(args))), shapes
 
 
 def _owned(private: Tree) -> Tree:
-  """What owners keep for themselves is private, whoever writes it."""
+  """Marks the leaves of `Own` as private, even if all workers write the same value."""
   is_own = lambda node: isinstance(node, Own)
   mark = lambda node: jax.tree.map(lambda _: True, node) if is_own(node) else node
   return jax.tree.map(mark, private, is_leaf=is_own)
 
 
 def kinds(private: Tree) -> Tree:
-  """Of each leaf of a state: 'shared', 'rows' by owner, or 'chunks', which are rows of `Chunk`s."""
+  """Kind of each leaf of a state: 'shared', 'rows' per client, or 'chunks' (rows of `Chunk`s)."""
 
   def kind(node):
     rows = "chunks" if isinstance(node, Chunk) else "rows"

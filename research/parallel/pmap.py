@@ -1,4 +1,4 @@
-"""The same workers under `jax.pmap`, for code bases that still live there."""
+"""Executor on `jax.pmap`, for code bases that still use it."""
 
 import functools
 from functools import partial
@@ -15,12 +15,12 @@ from research.parallel.job import Job, resolved
 
 
 def pmap(job: Job) -> Executor:
-  """Runs one worker per device of this process; `shard_map` (`spmd`) replaces it.
+  """Runs one worker per device of this process. Prefer `spmd`, which uses `shard_map`.
 
-  The state is not donated: `pmap` cannot where leaves are not mapped.
+  The state is not donated: `pmap` cannot donate leaves that are not mapped.
 
   Raises:
-    ValueError: if the mesh has another axis than `data` or does not fit the devices.
+    ValueError: if the mesh has an axis other than `data` or does not fit the devices.
   """
   if set(job.axes) != {"data"}:
     raise ValueError("pmap has one axis, 'data'; take --executor=spmd")

@@ -1,8 +1,8 @@
-"""A state saved on one mesh, put on another: other workers, or other devices inside a worker.
+"""Moves a saved state to another mesh: other workers, or other devices inside a worker.
 
-Leaves that the mesh only places keep their shape and need nothing. Others have a row for each
-owner, a chunk for each worker, or, in `Blocks`, a block for each device of a worker; they are taken
-apart and put together by what a checkpoint says of each leaf.
+Leaves that the mesh only shards keep their global shape and are copied. Other leaves have a row per
+client, a chunk per worker or, in `Blocks`, a block per device of a worker. These are reassembled
+and cut again according to the `Leaf` records of a checkpoint.
 """
 
 import math
@@ -23,24 +23,24 @@ from research.parallel.job import Job, resolved
 
 
 class Leaf(NamedTuple):
-  """How a leaf of a state lies on a mesh. B blocks lie in the order of the axes."""
+  """The layout of one state leaf on a mesh. Its B blocks are ordered by the mesh axes."""
 
   name: str  # the same on every mesh
-  shape: tuple[int, ...]  # as it is stored: owners or workers first, then blocks
+  shape: tuple[int, ...]  # as stored: clients or workers first, then blocks
   kind: str  # see `layout.kinds`
-  inside: str = ""  # the name of the `Blocks` that it is in
-  axes: tuple[tuple[str, int], ...] | None = None  # names and sizes, where it has blocks
-  whole: tuple[int, ...] | None = None  # in Blocks: of the leaf that it is about, if it is of one
+  inside: str = ""  # the name of its `Blocks`, if any
+  axes: tuple[tuple[str, int], ...] | None = None  # of its blocks: names and sizes
+  whole: tuple[int, ...] | None = None  # in Blocks: full shape of its parameter, if any
   places: tuple[int | None, ...] = ()  # dimensions of `whole` that the axes cut
 
   @property
   def owners(self) -> int:
-    """Of its rows or chunks."""
+    """Number of its rows or chunks."""
     return 1 if self.kind == "shared" else self.shape[0]
 
   @property
   def part(self) -> tuple[int, ...]:
-    """The shape of one block of one owner."""
+    """The shape of one block of one row."""
     return self.shape[(self.kind != "shared") + (self.axes is not None) :]
 
   @property
@@ -48,24 +48,24 @@ class Leaf(NamedTuple):
     return Cut(self.axes or (), lambda shape: self.places)
 
   def parts(self, whole: tuple[int, ...]) -> tuple[int, ...]:
-    """Into how many parts each dimension of its leaf is cut."""
+    """Number of shards along each dimension of the full parameter."""
     sizes = {d: size for d, (_, size) in zip(self.places, self.axes or (), strict=True)}
     return tuple(sizes.get(d, 1) for d in range(len(whole)))
 
   def shard(self, whole: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a part of its leaf."""
+    """The shape of one shard of the full parameter."""
     return tuple(n // count for n, count in zip(whole, self.parts(whole), strict=True))
 
 
 class Placed(NamedTuple):
-  """Where the leaves of a state lie, by the names that they have in it."""
+  """The layout of all leaves of a state, by their names."""
 
   mesh: str
   leaves: Mapping[str, Leaf]
 
   @property
   def axes(self) -> set[Any]:
-    """Those of its blocks."""
+    """The axes of its blocks."""
     return {leaf.axes for leaf in self.leaves.values() if leaf.axes is not None}
 
 
@@ -76,11 +76,11 @@ def names(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> list[str]
 
 
 def placed(job: Job, private: Tree, state: TrainState) -> Placed:
-  """How every leaf of a state lies.
+  """Records the layout of every leaf of a state.
 
   Args:
-    job: whose state it is.
-    private: which leaves of the method's state have rows, as `layout.infer` says.
+    job: the job of that state.
+    private: which leaves of the method's state have rows, from `layout.infer`.
     state: arrays or their shapes.
   """
   kinds = layouts.kinds(TrainState(False, False, private))
@@ -98,16 +98,16 @@ def placed(job: Job, private: Tree, state: TrainState) -> Placed:
 
 
 def as_json(state: Placed) -> dict[str, Any]:
-  """What `from_json` reads."""
+  """Converts a layout to the JSON that `from_json` reads."""
   leaves = {name: leaf._asdict() for name, leaf in state.leaves.items()}
   return {"mesh": state.mesh, "leaves": leaves}
 
 
 def from_json(found: Any) -> Placed:
-  """What `as_json` wrote, with lists for its tuples.
+  """Reads what `as_json` wrote; JSON's lists become tuples again.
 
   Raises:
-    TypeError: if it did not.
+    TypeError: if the fields are not those of a layout.
   """
 
   def tuples(x: Any) -> Any:
@@ -118,13 +118,13 @@ def from_json(found: Any) -> Placed:
 
 
 def _stored(leaf: Any) -> tuple[int, ...]:
-  """The shape of what a file holds: of keys, their numbers."""
+  """The stored shape of a leaf; for typed keys, that of their key data."""
   is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
   return jax.eval_shape(jax.random.key_data, leaf).shape if is_key else leaf.shape
 
 
 class _Given(Aggregator):
-  """An aggregator whose state is what it was given."""
+  """An aggregator whose state is a copy of the tree it aggregates."""
 
   inner: Aggregator
 
@@ -133,7 +133,7 @@ class _Given(Aggregator):
 
 
 def _wholes(job: Job) -> list[Tree]:
-  """What each of a method's aggregators is given, whole: shapes, in the order of the state."""
+  """Full shapes of what each aggregator of a method aggregates, in the order of the state."""
   given = job.method.over(_Given)
   axes = meshes.worker_axes(job.axes)
   params = jax.eval_shape(job.task.init, jax.random.key(0))
@@ -148,7 +148,7 @@ def _is_blocks(node: Any) -> bool:
 
 
 def _of_blocks(inside: str, kinds: Tree, state: Tree, given: Tree, job: Job) -> dict[str, Leaf]:
-  """The leaves of a `Blocks`, which has a state for each group of the leaves that it was given."""
+  """The leaves of a `Blocks`, which has one state per group of the aggregated leaves."""
   cut = sharded.cut_of(job.axes, job.task)
   assert cut is not None
   of_leaf = list(zip(names(given), jax.tree.leaves(given), strict=True))
@@ -172,14 +172,17 @@ def _of_blocks(inside: str, kinds: Tree, state: Tree, given: Tree, job: Job) -> 
 
 
 def _is_number(key: Any) -> bool:
-  """Whether a key of a path says which of a shard's leaves it is, see `blockwise.pieces`."""
+  """Whether a path entry is the index of a shard's leaf, see `blockwise.pieces`."""
   return isinstance(key, jax.tree_util.DictKey) and isinstance(key.key, int)
 
 
 def stranger(saved: Placed, here: Placed) -> str | None:
-  """A leaf that only one of two states has, if they are not of one method and model.
+  """Finds a leaf that only one of two states has: they differ in method or model.
 
-  In `Blocks` of other axes, what belongs to no leaf need not be in both.
+  In `Blocks` over different axes, leaves that belong to no parameter may be absent from one.
+
+  Returns:
+    The leaf's name, or None if the states match.
   """
   both = [some.leaves.values() for some in (saved, here)]
   inside = {f"{leaf.inside}." for leaves in both for leaf in leaves if leaf.inside}
@@ -191,7 +194,7 @@ def stranger(saved: Placed, here: Placed) -> str | None:
 
 
 def origins(saved: Placed, here: Placed) -> dict[str, str]:
-  """For each leaf the saved one that it is made of, but for leaves that nothing saved fits."""
+  """Maps each leaf's name to the saved leaf that can fill it; leaves without one are omitted."""
   stored = {leaf.name: name for name, leaf in saved.leaves.items()}
   known = {name: stored.get(leaf.name, "") for name, leaf in here.leaves.items()}
   return {
@@ -200,7 +203,7 @@ def origins(saved: Placed, here: Placed) -> dict[str, str]:
 
 
 def fits(saved: Leaf, leaf: Leaf) -> bool:
-  """Whether `moved` can make one of the other."""
+  """Whether `moved` can convert one leaf into the other."""
   if saved.kind != leaf.kind:
     return False
   if cut_alike(saved, leaf):
@@ -216,12 +219,12 @@ def fits(saved: Leaf, leaf: Leaf) -> bool:
 
 
 def lie_alike(saved: Leaf, leaf: Leaf) -> bool:
-  """Whether there is nothing to move."""
+  """Whether two leaves have the same layout, so that nothing has to move."""
   return saved.shape == leaf.shape and saved.kind == leaf.kind and cut_alike(saved, leaf)
 
 
 def cut_alike(saved: Leaf, leaf: Leaf) -> bool:
-  """Whether their blocks are the same parts of the same leaf."""
+  """Whether their blocks are the same parts of the same parameter."""
   sizes = lambda x: None if x.axes is None else [size for _, size in x.axes]
   if saved.whole is None and leaf.whole is None:
     return saved.axes == leaf.axes
@@ -229,17 +232,17 @@ def cut_alike(saved: Leaf, leaf: Leaf) -> bool:
 
 
 def _of_all_workers(leaf: Leaf, whole: tuple[int, ...]) -> bool:
-  """Whether its chunks together are a shard, and up to one element each that fills them up."""
+  """Whether its chunks together are one shard, padded by less than one element per chunk."""
   spare = leaf.owners * math.prod(leaf.part) - math.prod(leaf.shard(whole))
   return 0 <= spare < leaf.owners
 
 
 def moved(x: Array, saved: Leaf, leaf: Leaf) -> Array:
-  """A saved leaf as it lies on another mesh.
+  """Converts a saved leaf to its layout on another mesh.
 
-  Owners keep their rows where there are as many as before, else each gets the mean of all. Chunks
-  of a shard are joined, shards are joined to the leaf, and that is cut anew. What belongs to a
-  shard without being a part of it goes where the same shard is.
+  With an unchanged number of clients, rows are kept client by client; otherwise each client gets
+  the mean of all rows. Chunks are joined to shards, shards to the full parameter, and that is cut
+  again. State that belongs to a shard without being a slice of it follows that shard.
   """
   if leaf.kind == "chunks":
     return _moved_chunks(x, saved, leaf)
@@ -278,10 +281,10 @@ def _moved_chunks(x: Array, saved: Leaf, leaf: Leaf) -> Array:
 
 
 def resize_rows(rows: Array, owners: int) -> Array:
-  """A private leaf [P, ...] for another number of owners: each gets the mean of all rows.
+  """Resizes a private leaf [P, ...] to another number of clients: each gets the mean of all rows.
 
-  The mean over owners is kept exactly, so residuals and drifting parameters lose nothing that their
-  average carried. Integers and the like are taken from the first row.
+  The mean over clients is kept exactly, so residuals and diverging models keep their average.
+  Non-float leaves are copied from the first row.
   """
   is_float = jnp.issubdtype(rows.dtype, jnp.floating)
   wide = jnp.promote_types(rows.dtype, jnp.float32) if is_float else rows.dtype
@@ -290,6 +293,6 @@ def resize_rows(rows: Array, owners: int) -> Array:
 
 
 def recut_chunks(rows: Array, shape: tuple[int, ...]) -> Array:
-  """Chunks [P, ...] of one whole as chunks of another shape [P', ...]; what pads them is zero."""
+  """Cuts chunks [P, ...] of one array into chunks of another shape [P', ...]; padding is zero."""
   whole, size = rows.reshape(-1), math.prod(shape)
   return jnp.pad(whole, (0, max(0, size - whole.size)))[:size].reshape(shape)

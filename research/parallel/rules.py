@@ -1,4 +1,4 @@
-"""Sharding by rules: which dimensions of a task's parameters lie along which mesh axes."""
+"""Sharding rules: which dimensions of a task's parameters are sharded along which mesh axes."""
 
 import re
 from collections.abc import Mapping
@@ -10,28 +10,29 @@ from research.core.task import Task
 
 
 class RuleCut(NamedTuple):
-  """How parameters of one shape are cut."""
+  """The sharding of parameters of one shape."""
 
-  cut: dict[str, int]  # by axis, the dimension
-  first: int  # dimensions before those of the rule: those of layers, along `stage` or whole
+  cut: dict[str, int]  # axis name to dimension
+  first: int  # leading dimensions, of stacked layers: along `stage` or unsharded
 
 
 def by_shape(sizes: Mapping[str, int], task: Task) -> dict[tuple[int, ...], RuleCut]:
-  """How the mesh axes cut parameters, by their shapes.
+  """Applies a task's sharding rules, keyed by parameter shape.
 
-  A rule (pattern, axes) is that of the parameters whose path, such as 'layers/attention/query',
-  it is found in; its axes are those of the last dimensions. State that has the shape of a parameter
-  (moments, memories) is cut as it is, so parameters of one shape have to be cut alike. An axis that
-  is written 'model?' cuts where it divides, and is refused nowhere. Dimensions before those of the
-  rule are of layers that are stacked; the last of them lies along `stage`.
+  A rule (pattern, axes) applies to the parameters whose path, such as 'layers/attention/query',
+  matches the regular expression; its axes name the last dimensions. The first matching rule counts.
+  State with the shape of a parameter (moments, memories) is sharded like it, so parameters of one
+  shape must be sharded alike. An axis written 'model?' shards a dimension only if it divides it.
+  Leading dimensions that a rule does not name are those of stacked layers; the last of them is
+  sharded along `stage`.
 
   Args:
     sizes: of the axes inside a worker.
-    task: with its rules, of which the first that fits counts.
+    task: the task, with its rules.
 
   Raises:
-    ValueError: if an axis does not divide a dimension or cuts no parameter at all, or rules differ
-      for parameters of one shape.
+    ValueError: if an axis does not divide a dimension or shards no parameter at all, or rules
+      differ for parameters of one shape.
   """
   found: dict[tuple[int, ...], tuple[str, RuleCut]] = {}
   params = jax.eval_shape(task.init, jax.random.key(0))

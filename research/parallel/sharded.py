@@ -1,4 +1,4 @@
-"""Where arrays lie: rows with their workers, shared leaves everywhere or cut inside a worker."""
+"""Shardings of state and data: over workers, replicated, or sharded inside a worker."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from research.aggregate.blockwise import (
+  Blockwise,
   Cut,
-  blockwise,
   is_counter,
   of_shard,
   pieces,
@@ -21,11 +21,11 @@ from research.aggregate.blockwise import (
   shard_keys,
 )
 from research.comm.mesh import INNER_AXES
-from research.core.base import EVERYONE, Aggregate, Aggregator, Array, Blocks, Key, Tree
+from research.core.base import EVERYONE, Aggregate, Array, Blocks, Key, Tree
 from research.core.task import Batch, Data, Task, TrainState
 from research.parallel import rules
 
-_OF_ACTIVATIONS = ("seq",)  # axes along which every parameter is whole
+_OF_ACTIVATIONS = ("seq",)  # axes that shard activations only, never parameters
 
 
 def of_state(
@@ -36,15 +36,15 @@ def of_state(
   cut: Cut | None = None,
   whole: Tree = None,
 ):
-  """Shardings of a TrainState, or with `mesh=None` the specs that `shard_map` takes.
+  """Shardings of a TrainState, or with `mesh=None` the specs for `shard_map`.
 
   Args:
     private: which leaves of the method's state have rows [P, ...].
     mesh: the devices.
     workers: the mesh axes over which rows are spread.
-    shapes: of one worker's state, where its leaves are cut too.
-    cut: how.
-    whole: leaves that are not to be cut along `fsdp`.
+    shapes: of one worker's state; needed if its leaves are sharded too.
+    cut: how they are sharded inside a worker.
+    whole: leaves that are not sharded along `fsdp`.
   """
   whole = jax.tree.map(lambda _: False, private) if whole is None else whole
   shapes = (
@@ -69,10 +69,10 @@ def of_state(
 
 
 def cut_of(axes: Mapping[str, int], task: Task) -> Cut | None:
-  """How a mesh cuts a worker's leaves: by the task's rules, and the rest of it along `fsdp`.
+  """Determines how a mesh shards a worker's leaves: by the task's rules, then along `fsdp`.
 
   Raises:
-    ValueError: if an axis does not divide what it cuts, or has nothing to cut.
+    ValueError: if an axis does not divide what it shards, or shards nothing.
 
   Reference: Shoeybi et al. 2019, arXiv 1909.08053 (tensor parallelism); Rajbhandari et al. 2019,
     arXiv 1910.02054 (ZeRO, stage 3: `fsdp`).
@@ -94,7 +94,7 @@ def cut_of(axes: Mapping[str, int], task: Task) -> Cut | None:
 
 
 def _largest(shape: tuple[int, ...], dimensions: Sequence[int], size: int) -> int | None:
-  """The largest of some dimensions that `size` divides; leaves without one lie everywhere."""
+  """The largest of some dimensions that `size` divides; leaves without one are replicated."""
   fitting = [d for d in dimensions if shape[d] % size == 0 and shape[d] >= size]
   return max(fitting, key=lambda d: shape[d], default=None)
 
@@ -102,25 +102,19 @@ def _largest(shape: tuple[int, ...], dimensions: Sequence[int], size: int) -> in
 def spec_of(
   cut: Cut | None, shape: tuple[int, ...], whole: str | None = None
 ) -> tuple[str | None, ...]:
-  """Which dimensions of a leaf lie along which axes; along the axis `whole` none."""
+  """The axis that shards each dimension of a leaf, ignoring the axis `whole`."""
   places = cut.places(shape) if cut else ()
   named = zip(cut.names if cut else (), places, strict=True)
   names = {place: name for name, place in named if place is not None and name != whole}
   return tuple(names.get(d) for d in range(max(names, default=-1) + 1))
 
 
-class PerShard(Aggregator):
-  """`blockwise` where each block has its device: a shard_map over its axes, inside the worker's.
+class PerShard(Blockwise):
+  """`blockwise` with one device per block: a shard_map over the axes inside a worker.
 
-  Each device aggregates the shard that it holds with the same shard of the other workers; nothing
-  crosses an axis inside a worker.
+  Each device aggregates its shard with the same shard of the other workers; nothing crosses an axis
+  inside a worker.
   """
-
-  inner: Aggregator
-  cut: Cut
-
-  def init(self, params):
-    return blockwise(self.inner, self.cut).init(params)
 
   def aggregate(self, tree, state, key, presence=EVERYONE):
     cut, pair = self.cut, of_shard(self.inner)
@@ -148,7 +142,7 @@ class PerShard(Aggregator):
 
 
 class Inside(NamedTuple):
-  """How the compiler is to cut what a worker's devices share, beside its state."""
+  """Sharding constraints on a worker's batch and gradients."""
 
   batch: Callable[[Batch], Batch]
   grads: Callable[[Tree], Tree]
@@ -158,13 +152,13 @@ ALONE = Inside(lambda batch: batch, lambda grads: grads)
 
 
 def inside(axes: Mapping[str, int], cut: Cut | None, zero: int) -> Inside:
-  """A batch [b, ...] lies along `fsdp` where b allows it, gradients as `zero` says.
+  """Constraints that shard a batch [b, ...] along `fsdp` if b allows it, and gradients by `zero`.
 
   Args:
     axes: of the mesh.
     cut: of the leaves.
-    zero: what is cut along `fsdp`: the state without the parameters (1), gradients too (2), or all
-      of it (3).
+    zero: what is sharded along `fsdp`: the state without the parameters (1), gradients too (2), or
+      all of it (3).
   """
   size = axes.get("fsdp", 1)
   if size == 1:
@@ -178,12 +172,12 @@ def inside(axes: Mapping[str, int], cut: Cut | None, zero: int) -> Inside:
 
 
 def of_data(rows: Any) -> Data:
-  """Specs of `Data`: examples by owner, the rest everywhere."""
+  """Specs of `Data`: examples sharded by client, the rest replicated."""
   return Data(rows, P(), P())
 
 
 def jit(fn: Callable[..., Any], out_shardings: Any, **options: Any) -> Any:
-  """`jax.jit` whose results lie in their shardings under JAX_DISABLE_JIT too."""
+  """`jax.jit` that applies `out_shardings` under JAX_DISABLE_JIT too."""
 
   @functools.wraps(fn)
   def placed(*args, **kwargs):
@@ -196,7 +190,7 @@ def jit(fn: Callable[..., Any], out_shardings: Any, **options: Any) -> Any:
 def place(
   mesh: Mesh, workers: tuple[str, ...], examples: Batch, sizes: np.ndarray, key: Key
 ) -> Data:
-  """Puts examples [P, n, ...] on the devices of their owners; each process brings only its rows."""
+  """Puts examples [P, n, ...] on their clients' devices; each process supplies only its rows."""
   rows, everywhere = NamedSharding(mesh, P(workers)), NamedSharding(mesh, P())
   put = lambda x: on_devices(x, rows)
   return Data(
@@ -207,5 +201,5 @@ def place(
 
 
 def on_devices(x: np.ndarray, sharding: NamedSharding) -> Array:
-  """A numpy array that every process has, as one global array."""
+  """Makes one global array of a numpy array that every process has."""
   return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])

@@ -1,4 +1,4 @@
-"""Many workers on the devices that exist: the worker axis is an axis of the arrays."""
+"""Executor that simulates many workers by `vmap`: the worker axis is an array axis."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,28 +12,29 @@ from jax.sharding import PartitionSpec as P
 
 from research.comm import collectives
 from research.comm import mesh as meshes
-from research.core.base import Array, Key, State, Tree
+from research.core.base import Key, State, Tree
 from research.core.method import Local
-from research.core.task import Data, Executor, TrainState
+from research.core.task import Data, Executor, Metrics, TrainState
+from research.parallel import diagnostics, sharded, workers
 from research.parallel import layout as layouts
-from research.parallel import sharded, workers
 from research.parallel.cohorts import draw
 from research.parallel.job import Job, largest_sum, resolved
 
-# A worker's model, in bytes, from which on its steps are faster one worker after the other on a
-# CPU: results/bench, case local_phase.
+# Model size in bytes above which, on a CPU, local steps run faster for one worker after the other
+# (results/bench, case local_phase).
 _ALONE = 2**20
 
 
 def simulate(job: Job) -> Executor:
   """Runs any number of workers on any number of devices, by `vmap`.
 
-  The worker axis is sharded over as many devices as hold equal numbers of workers. Axes inside a
-  worker change the mathematics only in that its leaves are aggregated block by block.
+  The worker axis is sharded over as many devices as can take equal numbers of workers. Axes inside
+  a worker change the result only in that its leaves are aggregated block by block.
 
-  The local phase, which never communicates, may run by map instead: each device takes its workers
-  one after the other. That is what a CPU does faster with several steps of a model that is not
-  small, since a vmap makes products batched and leaves the cache between two steps of a worker.
+  The local phase never communicates, so it may instead run by `lax.map`: each device runs its
+  workers one after the other. On a CPU this is faster for several steps of a model that is not
+  small, because vmap makes the matrix products batched and evicts a worker's data from the cache
+  between its steps.
 
   Raises:
     ValueError: if the population is not a multiple of the workers.
@@ -66,9 +67,9 @@ def is_mapped(job: Job, mesh: Mesh) -> bool:
 
 
 def _local_phase(job: Job, layout: layouts.Layout, mesh: Mesh) -> Callable[..., Any]:
-  """(states, rows) -> Local and losses of all workers, by vmap or by map.
+  """(states, rows) -> Local and measurements of all workers, by vmap or by map.
 
-  `rows` are the arguments of `_work`, [W, ...]; so are private leaves of states and Local.
+  `rows` are the arguments of `_work`, [W, ...], as are private leaves of states and Local.
   """
   work = partial(_work, job)
   state_axes, local_axes = layouts.lead(layout.state), layouts.lead(layout.local)
@@ -80,10 +81,10 @@ def _local_phase(job: Job, layout: layouts.Layout, mesh: Mesh) -> Callable[..., 
     at = lambda i, private, tree: jax.tree.map(lambda p, x: x[i] if p else x, private, tree)
     whole = jax.tree.map(lambda _: True, rows)
     count = jax.tree.leaves(rows)[0].shape[0]
-    local, losses = lax.map(
+    local, measured = lax.map(
       lambda i: work(key, at(i, layout.state, states), at(i, whole, rows)), jnp.arange(count)
     )
-    return jax.tree.map(lambda p, x: x if p else x[0], layout.local, local), losses
+    return jax.tree.map(lambda p, x: x if p else x[0], layout.local, local), measured
 
   spread = lambda private: jax.tree.map(lambda p: P("data") if p else P(), private)
   return jax.shard_map(
@@ -95,8 +96,8 @@ def _local_phase(job: Job, layout: layouts.Layout, mesh: Mesh) -> Callable[..., 
   )
 
 
-def _work(job: Job, key: Key, state: State, rows: Tree) -> tuple[Local, Array]:
-  """One worker's local phase."""
+def _work(job: Job, key: Key, state: State, rows: Tree) -> tuple[Local, Metrics]:
+  """Runs one worker's local phase."""
   examples, size, worker, index = rows
   own_key = collectives.key_of(key, worker)
   return workers.local_phase(job, state, examples, size, index, own_key)
@@ -115,16 +116,20 @@ def _run(
   of_worker = partial(draw, job, data, state.key, numbers)
   lots = jax.vmap(of_worker, out_axes=1)(everyone)  # [K, W, ...]
   one = partial(_round, job, layout, local_phase, data, state.key)
-  method, (losses, written) = lax.scan(one, state.method, (numbers, lots))
-  loss = jnp.mean(losses * lots.share[:, :, None], 1).reshape(-1)
+  due = diagnostics.due(job, numbers) if job.diagnostics else None
+  method, (measured, norms, written) = lax.scan(one, state.method, (numbers, lots, due))
   finite = jnp.all(written) if job.clients > 1 else workers.all_finite(method)
-  metrics = {"loss": loss, "finite": finite}
+  of_steps = {
+    name: jnp.mean(x if name == workers.GRADIENT else x * lots.share[:, :, None], 1).reshape(-1)
+    for name, x in measured.items()
+  }
+  metrics = workers.as_metrics(of_steps, norms, finite)
   return TrainState(state.round + rounds, state.key, method), metrics
 
 
 def _round(job, layout, local_phase, data, key, state, of_round):
-  """One round of all workers: the local phase apart, the sync under the named axes."""
-  number, lots = of_round
+  """One round of all workers: the local phase, then the sync under the named axes."""
+  number, lots, is_due = of_round
   sync_key, step_key, _ = collectives.round_keys(key, number)
   everyone = jnp.arange(job.workers, dtype=jnp.int32)
   owners = lots.owner
@@ -133,20 +138,29 @@ def _round(job, layout, local_phase, data, key, state, of_round):
 
   state_axes, local_axes = layouts.lead(layout.state), layouts.lead(layout.local)
   rows = (jax.tree.map(served, data.examples), served(data.sizes), everyone, lots.index)
-  local, losses = local_phase(step_key, states, rows)
+  local, measured = local_phase(step_key, states, rows)
   axes = meshes.worker_axes(job.axes)
   fold = lambda x: x.reshape(*axes.values(), *x.shape[1:])
   unfold = lambda x: x.reshape(job.workers, *x.shape[len(axes) :])
-  meet = layouts.over_workers(
-    partial(workers.sync, job), axes, (local_axes, state_axes, 0, None, None), state_axes
-  )
-  after = meet(
+  in_axes = (local_axes, state_axes, 0, None, None)
+  meet = layouts.over_workers(partial(workers.sync, job), axes, in_axes, state_axes)
+  exchanged = (
     jax.tree.map(lambda p, x: fold(x) if p else x, layout.local, local),
     jax.tree.map(lambda p, x: fold(x) if p else x, layout.state, states),
     fold(lots.weight),
     sync_key,
     lots.anybody[0],
   )
+  if job.diagnostics:
+    recorded = partial(diagnostics.recorded, job, workers.sync)
+    with_norms = layouts.over_workers(recorded, axes, in_axes, (state_axes, 0))
+    without = lambda *args: (
+      meet(*args),
+      jax.tree.map(partial(_spread, axes), diagnostics.nothing()),
+    )
+    after, norms = lax.cond(is_due, with_norms, without, *exchanged)
+  else:
+    after, norms = meet(*exchanged), {}
 
   def put(private, rows, new):
     if not private:
@@ -154,4 +168,12 @@ def _round(job, layout, local_phase, data, key, state, of_round):
     return rows.at[owners].set(unfold(new)) if job.clients > 1 else unfold(new)
 
   written = workers.all_finite(after) if job.clients > 1 else jnp.bool_(True)
-  return jax.tree.map(put, layout.state, state, after), (losses, written)
+  return jax.tree.map(put, layout.state, state, after), (
+    measured,
+    jax.tree.map(jnp.mean, norms),
+    written,
+  )
+
+
+def _spread(axes, x):
+  return jnp.broadcast_to(x, (*axes.values(), *x.shape))

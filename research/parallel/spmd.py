@@ -1,4 +1,4 @@
-"""One worker per place on the worker axes, by `shard_map`; other axes are the compiler's."""
+"""Executor on `shard_map` over the worker axes; the compiler partitions along the others."""
 
 from functools import partial
 
@@ -20,14 +20,13 @@ from research.parallel.job import Job, largest_sum, resolved
 def spmd(job: Job) -> Executor:
   """Runs each worker on its own devices, in one process or in several.
 
-  Along the other axes the compiler cuts a worker's parameters, state and batch, and each device
-  aggregates the shard that it holds.
-  `check_vma` is off, so that a gradient is this worker's own and not already the sum over all.
+  Along the other axes the compiler shards a worker's parameters, state and batch, and each device
+  aggregates its own shard. `check_vma` is off, so that a gradient is this worker's own and not
+  already the sum over all.
 
   Raises:
-    ValueError: if the mesh does not fit the devices, the model or the batch, the population not the
-      workers, or the method exchanges what a mesh that cuts parameters inside a worker does not
-      allow.
+    ValueError: if the mesh does not fit the devices, the model or the batch, the population is not
+      a multiple of the workers, or the method's exchange does not support sharding inside a worker.
   """
   mesh = meshes.device_mesh(job.axes, job.devices)
   job, layout = resolved(job), workers.infer_layout(job)
@@ -74,7 +73,7 @@ def spmd(job: Job) -> Executor:
 
 
 def _models(job: Job, layout: layouts.Layout) -> Tree:
-  """Which leaves of the state are, as they are, the parameters that one would deploy."""
+  """Marks the leaves of the state that are, unchanged, the deployed parameters."""
   program = jax.make_jaxpr(job.method.params)(layout.state_shapes).jaxpr
   deployed = set(map(id, program.outvars))
   flags = [id(variable) in deployed for variable in program.invars]
@@ -82,10 +81,10 @@ def _models(job: Job, layout: layouts.Layout) -> Tree:
 
 
 def _check_inside(job: Job, mesh: Mesh, names: tuple[str, ...]) -> None:
-  """Holds a worker's batch and model against the axes inside it, by tracing its loss there.
+  """Checks a worker's batch and model against the axes inside it, by tracing its loss.
 
   Raises:
-    ValueError: where these do not divide what lies along them.
+    ValueError: if an axis does not divide what it shards.
   """
   along, size = job.axes.get("fsdp", 1), job.batch_size
   if size is not None and size % along:
@@ -109,7 +108,7 @@ def _check_inside(job: Job, mesh: Mesh, names: tuple[str, ...]) -> None:
 
 
 def _lies_along(axis: str, program: core.Jaxpr) -> bool:
-  """Whether a program tells the compiler that something lies along a mesh axis."""
+  """Whether a program has a sharding constraint along a mesh axis."""
   for eqn in program.eqns:
     if eqn.primitive.name == "sharding_constraint" and axis in jax.tree.leaves(
       tuple(eqn.params["sharding"].spec)
@@ -121,7 +120,7 @@ def _lies_along(axis: str, program: core.Jaxpr) -> bool:
 
 
 def _only_sums(job: Job, layout: layouts.Layout) -> None:
-  """Encoders of leaves that the compiler has cut would need an exchange inside each worker."""
+  """Refuses encoders of leaves that the compiler shards: they would communicate inside a worker."""
   found = workers.traffic(job, layout, 1).transfers
   others = {t.operation for t in found} - {"all-reduce"}
   inner = ", ".join(name for name in job.axes if name not in meshes.worker_axes(job.axes))

@@ -1,6 +1,8 @@
-"""One worker's part of a round: what every execution of a method on a task shares."""
+"""One worker's part of a round, shared by all executors."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,21 +16,38 @@ from research.comm import collectives
 from research.comm import mesh as meshes
 from research.core.base import EVERYONE, Array, Key, Presence, State, Trait, Tree
 from research.core.method import Local
-from research.core.task import Batch, Data, TrainState, value_and_grad
+from research.core.task import (
+  Batch,
+  Data,
+  Metrics,
+  TrainState,
+  loss_and_metrics,
+  measured_and_grad,
+)
+from research.parallel import diagnostics, sharded
 from research.parallel import layout as layouts
-from research.parallel import sharded
 from research.parallel.cohorts import draw
 from research.parallel.job import Job, resolved, traits
 
+GRADIENT = "squared norm of the gradient"  # a step's measurement, not a task's metric
 
-def value_and_clipped_grad(job: Job, inside: sharded.Inside) -> Callable[..., tuple[Array, Tree]]:
-  """(params, batch, key) -> loss and gradient, this worker's clipped to norm `clip_norm` if > 0."""
-  differentiated = value_and_grad(job.task)
+
+def measured_and_clipped_grad(job: Job, inside: sharded.Inside) -> Callable[..., tuple[Any, Tree]]:
+  """(params, batch, key) -> the measurements of a step, and its gradient.
+
+  Measurements are the loss as "loss", the task's own metrics and, with diagnostics, the squared
+  norm of the gradient as GRADIENT. The gradient is this worker's, clipped to norm `clip_norm` if >
+  0.
+  """
+  differentiated = measured_and_grad(job.task)
 
   def clipped_grad(params, batch, key):
-    value, grads = differentiated(params, inside.batch(batch), key)
+    (value, own), grads = differentiated(params, inside.batch(batch), key)
     grads = inside.grads(grads)
-    return value.astype(jnp.float32), clipped(grads, job.clip_norm) if job.clip_norm > 0 else grads
+    grads = clipped(grads, job.clip_norm) if job.clip_norm > 0 else grads
+    measured = {**own, "loss": value}
+    measured |= {GRADIENT: diagnostics.squared(grads)} if job.diagnostics else {}
+    return jax.tree.map(lambda x: x.astype(jnp.float32), measured), grads
 
   return clipped_grad
 
@@ -41,15 +60,15 @@ def local_phase(
   index: Tree,
   key: Key,
   inside: sharded.Inside = sharded.ALONE,
-) -> tuple[Local, Array]:
-  """`begin` and `period` times `step` on one owner's examples [n, ...]; nothing is communicated.
+) -> tuple[Local, Metrics]:
+  """Runs `begin` and `period` times `step` on one client's examples [n, ...]; no communication.
 
-  An owner whose epochs are over before the round is keeps its Local, and its last loss.
+  A client that finishes its epochs before the round ends keeps its Local and its last measurements.
 
   Returns:
-    The worker's Local, and its mini-batch losses [H].
+    The worker's Local, and the measurements of its steps by name, [H]: "loss" and others.
   """
-  method, gradient = job.method, value_and_clipped_grad(job, inside)
+  method, gradient = job.method, measured_and_clipped_grad(job, inside)
   if job.batch_size is None and not job.even:
     most = jax.tree.leaves(examples)[0].shape[0]
     examples = {**examples, "mask": (jnp.arange(most) < size).astype(float)}
@@ -65,25 +84,36 @@ def local_phase(
     elif not ahead:
       drawn = job.task.batch(examples, drawn)
     batch, step_key = drawn, jax.random.fold_in(key, number)
-    loss, grads = gradient(local.params, batch, step_key)
+    measured, grads = gradient(local.params, batch, step_key)
     grad_fn = lambda params: gradient(params, batch, step_key)[1]
-    return method.step(grads, local, state, key=step_key, grad_fn=grad_fn), loss
+    return method.step(grads, local, state, key=step_key, grad_fn=grad_fn), measured
 
   def one(held, of_step):
-    if job.by_epochs:
-      due = of_step[1] < job.own_steps(size)
-      held = lax.cond(due, step, lambda held, _: held, held, of_step)
-    else:
-      held = step(held, of_step)
+    if not job.by_epochs:
+      local, measured = step(held, of_step)
+      return (local, None), measured
+    due = of_step[1] < job.own_steps(size)
+    held = lax.cond(due, step, lambda held, _: held, held, of_step)
     return held, held[1]
 
   steps = jnp.arange(method.local_steps, dtype=jnp.int32)
-  held = method.begin(state), jnp.zeros((), jnp.float32)
+  local = method.begin(state)
+  held = local, _nothing_measured(job, local, examples, index, key) if job.by_epochs else None
   if method.local_steps > 1:
-    (local, _), losses = lax.scan(one, held, (drawn, steps))
-    return local, losses
-  (local, loss), _ = one(held, jax.tree.map(lambda x: x[0], (drawn, steps)))
-  return local, loss[None]
+    (local, _), measured = lax.scan(one, held, (drawn, steps))
+    return local, measured
+  (local, _), measured = one(held, jax.tree.map(lambda x: x[0], (drawn, steps)))
+  return local, jax.tree.map(lambda x: x[None], measured)
+
+
+def _nothing_measured(job: Job, local: Local, examples: Batch, index: Tree, key: Key) -> Metrics:
+  """Zeros in the structure of a step's measurements."""
+  batch = examples
+  if index is not None:
+    batch = jax.eval_shape(job.task.batch, examples, jax.tree.map(lambda x: x[0], index))
+  own = jax.eval_shape(loss_and_metrics(job.task), local.params, batch, key)[1]
+  names = [*own, "loss", *([GRADIENT] if job.diagnostics else [])]
+  return {name: jnp.zeros((), jnp.float32) for name in names}
 
 
 def _fits(index: Tree, examples: Batch) -> bool:
@@ -93,7 +123,7 @@ def _fits(index: Tree, examples: Batch) -> bool:
 
 
 def blocked(job: Job) -> Job:
-  """The job as one device per worker would run it: aggregators block by block where a mesh cuts."""
+  """The job as one device per worker would run it: blockwise aggregation if the mesh shards."""
   cut = sharded.cut_of(job.axes, job.task)
   if cut is None:
     return job
@@ -107,7 +137,7 @@ def pick(private: Tree, held: State, client: Array) -> State:
 
 
 def put(private: Tree, held: State, client: Array, state: State) -> State:
-  """The rows with that client's replaced, the shared leaves as the client has them."""
+  """Writes one client's state back: replaces its rows, takes over the shared leaves."""
   set_row = lambda rows, row: row[None] if rows.shape[0] == 1 else rows.at[client].set(row)
   merge = lambda p, old, new: set_row(old, new) if p else new
   return jax.tree.map(merge, private, held, state)
@@ -116,10 +146,10 @@ def put(private: Tree, held: State, client: Array, state: State) -> State:
 def sync(
   job: Job, local: Local, state: State, weight: Array, key: Key, anybody: Array | bool = True
 ) -> State:
-  """The part of a round that communicates; runs with the worker axes in scope.
+  """Runs the part of a round that communicates, with the worker axes in scope.
 
-  A round without participants leaves the whole state unchanged, round counters included. Methods
-  that add noise run it all the same, so that the result does not show whether anyone participated.
+  A round without participants leaves all state unchanged, round counters included. Methods that add
+  noise run it all the same, so that the result does not reveal whether anyone participated.
   """
   if not job.sampling_rate and not job.dropout:
     presence = EVERYONE if job.even else Presence(weight)
@@ -131,13 +161,13 @@ def sync(
 
 
 def infer_layout(job: Job) -> layouts.Layout:
-  """Which state of the job is private, by tracing one of its rounds.
+  """Infers which state of the job is private, by tracing one of its rounds.
 
   Raises:
-    ValueError: if the population is smaller than the cohort or no multiple of it, the method keeps
-      a worker's chunk of a whole or sends to neighbours and the workers serve several clients or
-      drop out, it counts on everyone's earlier messages and not everyone is there, or clients are
-      sampled at a rate and the method keeps private state.
+    ValueError: if the population is not a multiple of the workers; if workers serve several clients
+      or drop out and the method keeps a worker's chunk or sends to neighbours; if participation is
+      partial and the method needs everyone's earlier messages; or if clients are sampled at a rate
+      and the method keeps per-client state.
   """
   job = blocked(resolved(job))
   if len(job.sizes) % job.workers:
@@ -189,7 +219,7 @@ def rounds_of_worker(
   rounds: int,
   inside: sharded.Inside = sharded.ALONE,
 ) -> tuple[TrainState, dict[str, Array]]:
-  """K rounds as one worker runs them, where each has a device: for `shard_map` and `pmap`.
+  """Runs K rounds as one worker of `shard_map` or `pmap`.
 
   Its private leaves and its examples are rows [R, ...]. The metrics are reduced once, at the end.
   """
@@ -198,12 +228,12 @@ def rounds_of_worker(
   lots = draw(job, data, state.key, numbers, worker)
 
   def one(held, of_round):
-    number, lot = of_round
+    number, lot, is_due = of_round
     sync_key, step_key, _ = collectives.round_keys(state.key, number)
     client = lot.owner - job.clients * worker
     examples = jax.tree.map(lambda x: pick(True, x, client), data.examples)
     size = data.sizes[lot.owner]
-    local, losses = local_phase(
+    local, measured = local_phase(
       job,
       pick(private, held, client),
       examples,
@@ -212,25 +242,44 @@ def rounds_of_worker(
       collectives.worker_key(step_key),
       inside,
     )
-    after = sync(job, local, pick(private, held, client), lot.weight, sync_key, lot.anybody)
+    exchanged = local, pick(private, held, client), lot.weight, sync_key, lot.anybody
+    if job.diagnostics:
+      with_norms = partial(diagnostics.recorded, job, sync)
+      without = lambda *args: (sync(job, *args), diagnostics.nothing())
+      after, norms = lax.cond(is_due, with_norms, without, *exchanged)
+    else:
+      after, norms = sync(job, *exchanged), {}
     written = all_finite(after) if job.clients > 1 else jnp.bool_(True)
-    return put(private, held, client, after), (losses, written)
+    return put(private, held, client, after), (measured, norms, written)
 
-  held, (losses, written) = lax.scan(one, state.method, (numbers, lots))
-  shares = (losses * lots.share[:, None]).reshape(-1)
+  due = diagnostics.due(job, numbers) if job.diagnostics else None
+  held, (measured, norms, written) = lax.scan(one, state.method, (numbers, lots, due))
   finite = jnp.all(written) if job.clients > 1 else all_finite(held)
-  metrics = reduce_metrics(shares, finite)
+  metrics = reduce_metrics(shared_out(measured, lots.share), finite, norms)
   return TrainState(state.round + rounds, state.key, held), metrics
 
 
+def shared_out(measured: Metrics, share: Array) -> Metrics:
+  """Weights measurements [K, H, ...] by this worker's share [K, ...]; flattens to [K H, ...].
+
+  The norm of the gradient is not part of a mean over examples, and is not weighted.
+  """
+
+  def one(name: str, x: Array) -> Array:
+    x = x if name == GRADIENT else x * share[:, None]
+    return x.reshape(-1, *x.shape[2:])
+
+  return {name: one(name, x) for name, x in measured.items()}
+
+
 def all_finite(tree: Tree) -> Array:
-  """Whether no float of the tree is infinite or not a number."""
+  """Whether every float of the tree is finite."""
   floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
   return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
 
 
 def initial(job: Job, layout: layouts.Layout, key: Key) -> TrainState:
-  """Round zero, private leaves with a row per owner [P, ...]."""
+  """Initializes the state of round zero; private leaves have a row per client [P, ...]."""
   job = blocked(resolved(job))
   params_key, run_key = jax.random.split(key)
   axes = meshes.worker_axes(job.axes)
@@ -248,7 +297,7 @@ def initial(job: Job, layout: layouts.Layout, key: Key) -> TrainState:
 
 
 def deployed(job: Job, layout: layouts.Layout, state: State) -> Tree:
-  """The model one would deploy: where the owners' models differ, the mean of them."""
+  """The model to deploy: where the clients' models differ, their mean."""
   owners = {"owner": len(job.sizes)}
   in_axes = (layouts.lead(layout.state),)
   private = layouts.private_outputs(job.method.params, owners, in_axes, state)
@@ -257,7 +306,7 @@ def deployed(job: Job, layout: layouts.Layout, state: State) -> Tree:
 
 
 def traffic(job: Job, layout: layouts.Layout, rounds: int) -> wire.Traffic:
-  """What one worker's algorithm sends in the first rounds, few of them."""
+  """What one worker's algorithm sends in the first `rounds` rounds; meant for few of them."""
   found = sending(job, layout).between(0, rounds)
   return found._replace(transfers=wire.happened(found.transfers))
 
@@ -265,7 +314,7 @@ def traffic(job: Job, layout: layouts.Layout, rounds: int) -> wire.Traffic:
 def sending(job: Job, layout: layouts.Layout) -> wire.Rounds:
   """What one worker's algorithm sends in any rounds, read off the traced sync.
 
-  A worker of several devices sends what each of them sends.
+  For a worker of several devices it is what all of them send.
   """
   key = jax.eval_shape(lambda: jax.random.key(0))
   weight = jax.ShapeDtypeStruct((), jnp.float32)
@@ -291,7 +340,7 @@ def of_loss(job: Job) -> tuple[Tree, Batch, Key]:
 
 
 def dense_traffic(job: Job) -> list[wire.Transfer]:
-  """What the plain mean of one gradient would send: the yardstick for every other method."""
+  """What the plain mean of one gradient sends: the baseline for every other method."""
   params = jax.eval_shape(job.task.init, jax.random.key(0))
   cut = sharded.cut_of(job.axes, job.task)
   exact = blockwise(mean(), cut) if cut else mean()
@@ -300,13 +349,30 @@ def dense_traffic(job: Job) -> list[wire.Transfer]:
 
 
 def metrics_traffic(job: Job, rounds: int) -> list[wire.Transfer]:
-  """What the reduction of the metrics sends in a dispatch of K rounds."""
-  losses = jax.ShapeDtypeStruct((rounds * job.method.local_steps,), jnp.float32)
+  """What the reduction of the metrics sends in a dispatch of K rounds, without diagnostics."""
+  params, batch, key = of_loss(job)
+  own = jax.eval_shape(loss_and_metrics(job.task), params, batch, key)[1]
+  steps = jax.ShapeDtypeStruct((rounds * job.method.local_steps,), jnp.float32)
   finite = jax.ShapeDtypeStruct((), jnp.bool_)
-  return wire.traffic(reduce_metrics, losses, finite, axes=meshes.worker_axes(job.axes))
+  measured = dict.fromkeys([*own, "loss"], steps)
+  return wire.traffic(reduce_metrics, measured, finite, axes=meshes.worker_axes(job.axes))
 
 
-def reduce_metrics(losses: Array, finite: Array) -> dict[str, Array]:
-  """The workers' mean loss by step, and whether the state of all is finite: once per dispatch."""
-  loss, share = collectives.mean((losses, finite.astype(jnp.float32)))
-  return {"loss": loss, "finite": share == 1}
+def reduce_metrics(measured: Metrics, finite: Array, norms: Metrics | None = None) -> Metrics:
+  """Averages the measurements over the workers; also whether all state is finite."""
+  found, norms, share = collectives.mean((measured, norms or {}, finite.astype(jnp.float32)))
+  return as_metrics(found, norms, share == 1)
+
+
+def as_metrics(measured: Metrics, norms: Metrics, finite: Array) -> dict[str, Any]:
+  """The metrics that an executor returns for a dispatch of K rounds of H steps.
+
+  Returns:
+    "loss" [K H] and "finite"; the task's own metrics, if any, as "auxiliary", [K H] by name; with
+    diagnostics "norms", [K] by `diagnostics.NAMES` and [K H] of the gradient.
+  """
+  own = {name: x for name, x in measured.items() if name not in ("loss", GRADIENT)}
+  if GRADIENT in measured:
+    norms = norms | {GRADIENT: measured[GRADIENT]}
+  found = {"loss": measured["loss"], "finite": finite}
+  return found | ({"auxiliary": own} if own else {}) | ({"norms": norms} if norms else {})

@@ -1,7 +1,7 @@
-"""The processes of a run on Ray. What they compute and decide is in head.py, part.py and work.py.
+"""Ray actors of a server run. Their logic is in head.py, part.py and work.py.
 
-JAX is imported when a process knows what it runs on: servers on processors, workers on what they
-were given. Between processes travel numpy arrays alone.
+A process imports JAX only after its platform is set: servers run on the CPU, workers on what they
+were allotted. Processes exchange only numpy arrays.
 """
 
 import os
@@ -15,30 +15,30 @@ from research.training.config import Config
 
 
 class Snapshot(NamedTuple):
-  """Where a server begins: at the start of a run, or at a checkpoint."""
+  """The state that a server starts from: the run's start, or a checkpoint."""
 
   version: int
   params: dict[str, Any]  # all leaves, numpy
-  states: dict[int, list[Any]] | None  # of each shard's optimizer; None: they begin
+  states: dict[int, list[Any]] | None  # of each shard's optimizer; None: initialize
   counted: list[list[int]]  # see Head
 
 
 class Sizes(NamedTuple):
-  """What a server knows of the model: leaves by name, and which of them each shard has."""
+  """The model as a server knows it: named leaves, and which leaves each shard has."""
 
   leaves: list[tuple[str, tuple[int, ...], str]]
   parts: list[list[int]]
 
 
 class Inherited(NamedTuple):
-  """What a process takes over from the one that starts it."""
+  """Settings that a child process inherits."""
 
   cache: str  # folder of compiled programs, '' for none
-  modules: tuple[Source, ...]  # that register names
+  modules: tuple[Source, ...]  # plugin modules
 
 
 def inherited() -> Inherited:
-  """What the processes that this one starts take over."""
+  """The settings that child processes inherit from this one."""
   import jax
 
   cache = str(jax.config.values["jax_compilation_cache_dir"] or "")
@@ -46,7 +46,12 @@ def inherited() -> Inherited:
 
 
 def settle(platform: str, given: Inherited) -> None:
-  """Starts JAX in this process, on processors or on whatever is there, and imports plugins."""
+  """Configures JAX in this process and imports plugins.
+
+  Args:
+    platform: "cpu", or '' for JAX's default platform.
+    given: the settings of the parent process.
+  """
   os.environ["JAX_NUM_CPU_DEVICES"] = "1"
   if platform:
     os.environ["JAX_PLATFORMS"] = platform
@@ -59,7 +64,15 @@ def settle(platform: str, given: Inherited) -> None:
 
 
 def part_of(method: str, seed: int, sizes: Sizes, number: int, place: Snapshot) -> Any:
-  """The shard of that number."""
+  """Builds shard `number` of the model.
+
+  Args:
+    method: the method's spec.
+    seed: of the run.
+    sizes: the model's leaves and their shards.
+    number: of the shard.
+    place: the state to start from.
+  """
   import jax
 
   from research.core import registry
@@ -77,7 +90,7 @@ def part_of(method: str, seed: int, sizes: Sizes, number: int, place: Snapshot) 
 
 
 class Shard:
-  """A shard of the model apart from the head's, which says what is applied when."""
+  """The actor of a shard other than the head's; the head decides which updates it applies."""
 
   def __init__(
     self, method: str, seed: int, sizes: Sizes, number: int, place: Snapshot, given: Inherited
@@ -92,11 +105,11 @@ class Shard:
     self.part.join(worker, incarnation)
 
   def pull(self, worker: int, at_least: int = 0) -> Any:
-    """The current version, None if it is yet to become the one that is wanted."""
+    """The current version, or None while it is older than `at_least`."""
     return self.part.pull(worker) if self.part.version >= at_least else None
 
   def stage(self, push: Any, payloads: Any) -> tuple[str, str] | None:
-    """None, or the kind and the text of a refusal."""
+    """Stages a push; returns None, or the kind and the text of a refusal."""
     from research.server.part import Refused
 
     try:
@@ -106,7 +119,7 @@ class Shard:
     return None
 
   def apply(self, pushes: Any, shares: Any) -> None:
-    """Nobody waits for it: a shard that fails here ends, and the servers start again."""
+    """Applies an update. No caller waits: on failure the process exits, and all servers restart."""
     try:
       self.part.apply(pushes, shares)
     except BaseException:
@@ -118,7 +131,7 @@ class Shard:
 
 
 class WorkerProcess:
-  """A worker; `run` returns when it is over, and raises what keeps it from its work."""
+  """The actor of a worker; `run` returns when the run is over, and raises if it cannot continue."""
 
   def __init__(self, config: Config, worker: int, platform: str, given: Inherited):
     self.config, self.worker, self.platform, self.given = config, worker, platform, given
@@ -131,7 +144,7 @@ class WorkerProcess:
 
 
 class HeadProcess:
-  """The head and its shard."""
+  """The actor of the head and its shard."""
 
   def __init__(
     self,
@@ -162,10 +175,10 @@ class HeadProcess:
     await self.head.leave(worker)
 
   async def push(self, push: Any, payloads: Any, spent: Any) -> Any:
-    """Of a head whose update has failed half-way nothing can be trusted: it ends, as a shard."""
+    """Counts a push. After a half-applied update the state is invalid, so the process exits."""
     try:
       return await self.head.push(push, payloads, spent)
-    except Exception:  # whatever it was: shards may have half of the update
+    except Exception:  # of any kind: shards may have half of the update
       traceback.print_exc()
       os._exit(1)
 
@@ -179,7 +192,7 @@ class HeadProcess:
     return {**self.head.report(), "pid": os.getpid(), "pids": dict(self.pids)}
 
   async def snapshot(self) -> tuple[dict[str, Any], Any, list[list[int]], list[Any]]:
-    """A report, the head's shard, what is counted, where the other shards come: one version."""
+    """A report, the head's shard, the counts and futures of the other shards, at one version."""
     others = [shard.snapshot.remote() for shard in self.shards]
     counted = [list(row) for row in self.head.counted]
     return await self.report(), self.head.part.snapshot(), counted, others

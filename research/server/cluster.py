@@ -1,4 +1,4 @@
-"""Ray: one that this process starts and takes with it when it ends, or a cluster that is there."""
+"""Connects to Ray: to an existing cluster, or to one that lives as long as this process."""
 
 import contextlib
 import os
@@ -17,21 +17,26 @@ _LOOPBACK = ("127.0.0.1", "localhost")
 
 @contextlib.contextmanager
 def running(config: Config, processes: int, model_bytes: int) -> Iterator[Any]:
-  """The module `ray`, connected.
+  """Starts or joins Ray and yields the connected module `ray`.
 
-  A Ray that is started here listens on --node_ip alone, the loopback unless told otherwise. It has
-  no dashboard and sends nothing to anybody, and every call carries a token, made up for this run if
-  the environment has none.
+  A Ray started here listens only on --node_ip, by default the loopback. It has no dashboard and
+  reports no usage; every call carries a token, generated for this run unless the environment has
+  one.
+
+  Args:
+    config: of the run.
+    processes: number of processes that it will start.
+    model_bytes: size of the model, which the object store is sized by.
 
   Raises:
-    UsageError: if there is no Ray at --ray_address, or none can be started.
+    UsageError: if there is no Ray at --ray_address, or Ray cannot start.
   """
   os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
   os.environ["RAY_AUTH_MODE"] = "token"
   os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-  # Ray's own agents outlive it by so long, if it was killed: there is no other to connect to
+  # The time that Ray's agents outlive a killed Ray: there is no other Ray to reconnect to.
   os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
-  if config.node_ip in _LOOPBACK:  # Ray else puts the machine's address in its place, on Linux
+  if config.node_ip in _LOOPBACK:  # on Linux, Ray substitutes the machine's address
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
   with _told(config):
     if not config.ray_address and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
@@ -63,7 +68,7 @@ def running(config: Config, processes: int, model_bytes: int) -> Iterator[Any]:
 
 
 def _reason(error: Exception) -> ValueError:
-  """Why Ray does not start: a flag's value, or the folder that its sockets and logs are in."""
+  """Explains why Ray does not start: a flag's value, or the folder of its sockets and logs."""
   text = " ".join(str(error).split())
   if place := getattr(error, "filename", None):
     return UsageError(f"Ray cannot write {place}: {getattr(error, 'strerror', text)}; {_HINT}")
@@ -75,14 +80,14 @@ def _reason(error: Exception) -> ValueError:
 
 
 def _told(config: Config) -> contextlib.AbstractContextManager[None]:
-  """The flag that a failure to start is about."""
+  """The flag to blame if Ray does not start."""
   if config.ray_address:
     return flag("ray_address", config.ray_address)
   return flag("node_ip", config.node_ip)
 
 
 def accelerators(ray: Any, workers: int) -> list[dict[str, Any]]:
-  """What each worker is given: an accelerator as long as there are some, else processors alone."""
+  """Ray resources of each worker: an accelerator while there are any, then CPUs only."""
   here = ray.cluster_resources()
   found: list[dict[str, Any]] = [{"num_gpus": 1} for _ in range(int(here.get("GPU", 0)))]
   found += [{"resources": {"TPU": 1}} for _ in range(int(here.get("TPU", 0)))]

@@ -1,4 +1,4 @@
-"""A run on a server: starts the processes, follows what they do, measures, saves, starts again."""
+"""The driver of a server run: starts processes, polls the head, measures, saves and restarts."""
 
 import contextlib
 import functools
@@ -20,16 +20,22 @@ from research.training.hooks.finite import NonFinite
 from research.training.reports import figures, report
 from research.training.reports.timing import Timing
 
-_POLL = 0.1  # seconds between two looks at the head
+_POLL = 0.1  # seconds between two polls of the head
 
 
 def train(config: Config) -> tuple[dict[str, Any], Path]:
-  """Runs, or goes on with, what the flags describe: `loop.train` for --executor=server.
+  """Starts or resumes the run that the flags describe: `loop.train` for --executor=server.
+
+  Args:
+    config: the run's flags.
+
+  Returns:
+    The summary, and the folder of the run.
 
   Raises:
-    UsageError: for flags that cannot be, or when all workers are refused.
-    CheckpointError: if the run has checkpoints and none is whole.
-    NonFinite: if the loss is not finite, or pushes are refused because they are not.
+    UsageError: for invalid flags, or if all workers are refused.
+    CheckpointError: if the run has checkpoints and none is intact.
+    NonFinite: if the loss is not finite, or pushes are refused as not finite.
     SaveError: if a checkpoint cannot be written.
   """
   with contextlib.ExitStack() as stack:
@@ -78,12 +84,12 @@ class ServedRun:
     self.trace = events.Trace(folder, setup.parts, self.version)
     self.events = list(self.trace.kept)
     self.measured = Measured(setup, folder, self.version, timing)
-    self.workers: dict[Any, int] = {}  # a worker's run -> its number
+    self.workers: dict[Any, int] = {}  # a worker's `run` future -> its number
     self.handles: dict[int, Any] = {}
     self.servers: list[Any] = []
     self.deaths = {"workers": 0, "servers": 0}
     self.pids: dict[str, Any] = {"driver": os.getpid()}
-    self.gone: list[str] = []  # why workers may not take part
+    self.gone: list[str] = []  # refusals of workers
 
   def close(self) -> None:
     self.trace.close()
@@ -92,7 +98,7 @@ class ServedRun:
   # ---- processes
 
   def start_servers(self, ray: Any) -> None:
-    """All shards and the head, at the newest checkpoint."""
+    """Starts the head and all shards from the newest checkpoint."""
     setup, config = self.setup, self.config
     leaves = [(name, x.shape, str(x.dtype)) for name, x in setup.shapes.items()]
     sizes, given = Sizes(leaves, setup.parts), inherited()
@@ -115,7 +121,7 @@ class ServedRun:
     self.workers[handle.run.remote()] = number
 
   def restart_servers(self, ray: Any, error: Exception) -> None:
-    """After the death of one: all of them, at the newest checkpoint; what came later is undone."""
+    """Restarts all servers from the newest checkpoint after one died; later updates are lost."""
     self._died("servers", f"a server process has died: {' '.join(str(error).split())[:200]}")
     for server in self.servers:
       ray.kill(server)
@@ -134,7 +140,7 @@ class ServedRun:
       raise UsageError(f"--restarts={self.config.restarts}: {text}, once more than that")
 
   def _look_at_workers(self, ray: Any) -> None:
-    """Starts those again that have died; those that may not take part are left out."""
+    """Restarts dead workers; refused ones are left out."""
     runs = list(self.workers)
     done = ray.wait(runs, num_returns=len(runs), timeout=0)[0] if runs else []
     for run in done:
@@ -145,7 +151,7 @@ class ServedRun:
         self._died("workers", f"worker {number} has died")
         with contextlib.suppress(ray.exceptions.RayActorError):
           ray.get(self.servers[0].leave.remote(number))
-        ray.kill(self.handles[number])  # it may only be out of reach
+        ray.kill(self.handles[number])  # it may only be unreachable
         self.start_worker(ray, number)
         continue
       except ray.exceptions.RayTaskError as error:
@@ -156,7 +162,7 @@ class ServedRun:
       if refused:
         self.gone.append(refused)
         report.note(refused)
-      else:  # told to stop by servers that are no more
+      else:  # stopped by servers that have since died
         self.start_worker(ray, number)
     all_are_needed = self.config.server_mode in ("sync", "ssp")
     if self.gone and (all_are_needed or not self.workers):
@@ -165,7 +171,7 @@ class ServedRun:
   # ---- the run
 
   def train(self, ray: Any) -> dict[str, Any]:
-    """Until the updates are done, or somebody stops it."""
+    """Runs until the updates are done or a signal stops the run."""
     self.given = cluster.accelerators(ray, self.setup.workers)
     self.start_servers(ray)
     for number in range(self.setup.workers):
@@ -186,7 +192,7 @@ class ServedRun:
       return self._summary(reason)
 
   def _follow(self, ray: Any, told: str) -> str:
-    """Takes in what has happened, measures and saves what is due; why it is over, if it is."""
+    """Processes a report, evaluates and saves if due; returns why the run ended, or ''."""
     head, *shards = self.servers
     self.pids["shards"] = ray.get([shard.pid.remote() for shard in shards])  # fails if one is dead
     if told:
@@ -225,7 +231,7 @@ class ServedRun:
       report.write_json(self.folder / "processes.json", pids)
 
   def _snapshot(self, ray: Any) -> Snapshot:
-    """All shards at one version, and what is counted by then."""
+    """All shards and counts at one version."""
     found, own, counted, others = ray.get(self.servers[0].snapshot.remote())
     self._take_in(found)
     parts = [own, *ray.get(others)]
@@ -251,7 +257,7 @@ class ServedRun:
 
 
 def _named(kind: Any, *args: Any) -> Any:
-  """Starts an actor under a name, as soon as the one that had it before is gone."""
+  """Starts a named actor, waiting until the previous one of that name is gone."""
   for _ in range(100):
     try:
       return kind.remote(*args)

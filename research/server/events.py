@@ -1,10 +1,10 @@
-"""What happened on a server, in order: pieces of work that were pushed, and updates made of them.
+"""The event log of a server run: pushes in order, and the updates made from them.
 
-A piece of work is identified by (worker, number): the worker's n-th, whoever computed it. It goes
-through the worker's local steps first, ..., first + steps - 1, whose batches are a function of
-(seed, worker, step), from a model that was pulled: of each shard in some version, the number of
-updates that made it. Update n is made of one push, or in rounds of one per worker; all shards make
-it of the same pushes. A file of these events is enough to compute the same parameters again.
+A piece of work is identified by (worker, number): the worker's n-th, whichever process computed it.
+It consists of the worker's local steps first, ..., first + steps - 1, whose batches are a function
+of (seed, worker, step). It starts from a pulled model: each shard at some version, the number of
+updates applied to it. An update is made of one push or, in rounds, of one push per worker; all
+shards apply the same pushes. These events suffice to recompute the parameters.
 """
 
 import json
@@ -19,14 +19,14 @@ FILE = "trace.jsonl"
 
 
 class Push(NamedTuple):
-  """A piece of work as a server counts it."""
+  """A pushed piece of work, as a server counts it."""
 
   worker: int
-  incarnation: int  # of the process that computed it: a new one keeps nothing of the one before
+  incarnation: int  # of the process that computed it; a new one starts without the old one's state
   number: int  # the worker's n-th piece of work, from 0
-  first: int  # local steps that the worker has counted before it
+  first: int  # local steps counted for the worker before it
   steps: int  # local steps in it
-  versions: tuple[int, ...]  # of each shard of the model that it began with
+  versions: tuple[int, ...]  # of each shard of the model that it started from
 
   @property
   def name(self) -> tuple[int, int]:
@@ -34,23 +34,23 @@ class Push(NamedTuple):
 
 
 class Event(NamedTuple):
-  """An update of all shards, or a push that came too late for its round and was not counted."""
+  """An update of all shards, or a push that missed its round and was not counted."""
 
-  update: int  # updates before it
+  update: int  # number of updates before it
   pushes: tuple[Push, ...]  # in the order of the workers
   counted: bool = True
 
   def row(self) -> dict[str, Any]:
-    """As a line of the trace."""
+    """The event as a line of the trace."""
     pushes = [[*push[:5], list(push.versions)] for push in self.pushes]
     return {"update": self.update, "pushes": pushes} | ({} if self.counted else {"counted": False})
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Event]]:
-  """The head of a trace and its events; a last line cut short by a crash is left out.
+  """Reads the header of a trace and its events; skips a last line cut short by a crash.
 
   Raises:
-    ValueError: if it is no trace, or counts a piece of work twice or out of order.
+    ValueError: if it is not a trace, or a piece of work is counted twice or out of order.
   """
   if not path.is_file():
     raise ValueError(f"there is no {path}: not the folder of a run with --executor=server")
@@ -74,12 +74,17 @@ def read(path: Path) -> tuple[dict[str, Any], list[Event]]:
 
 
 def check(events: Iterable[Event], shards: int, start: int = 0) -> None:
-  """Refuses a trace in which a push is counted twice, skipped, or made with a model yet to come.
+  """Rejects a trace in which a push is counted twice, skipped, or starts from a future model.
 
-  Of one that begins later, with update `start`, the first push of each worker is as it is.
+  If the trace starts at a later update `start`, each worker's first push is accepted as it is.
+
+  Args:
+    events: in order.
+    shards: number of shards.
+    start: updates before the first event.
 
   Raises:
-    ValueError: with the line.
+    ValueError: with the first invalid event.
   """
   done: dict[int, tuple[int, int]] = {}  # worker -> number and first step of its next piece
   updates = start
@@ -98,7 +103,7 @@ def check(events: Iterable[Event], shards: int, start: int = 0) -> None:
 
 
 def staleness(events: Iterable[Event]) -> dict[int, int]:
-  """How many counted pushes were so many updates old, of the oldest shard that each began with."""
+  """Counts pushes by staleness in updates, measured on the oldest shard that each started from."""
   ages = Counter(
     event.update - min(push.versions) for event in events if event.counted for push in event.pushes
   )
@@ -106,18 +111,18 @@ def staleness(events: Iterable[Event]) -> dict[int, int]:
 
 
 def until(events: Sequence[Event], update: int) -> Iterator[Event]:
-  """Those of the first so many updates."""
+  """The events before update `update`."""
   return (event for event in events if event.update < update)
 
 
 class Trace:
-  """The trace of a run, written as it happens."""
+  """Appends events to the trace file of a run."""
 
   def __init__(self, folder: Path, shards: Sequence[Sequence[int]], update: int):
-    """Keeps an earlier part of the run up to an update and goes on from there.
+    """Keeps the events before `update`, and continues from there.
 
-    `kept` are its events: none if there were other shards or it cannot be read. Such a trace begins
-    with the update, which no replay can.
+    `kept` are these events. It is empty if the file is unreadable or its shards differ; the trace
+    then starts at `update` and cannot be replayed.
     """
     path, head = folder / FILE, {"shards": [list(shard) for shard in shards], "from": update}
     self.kept: list[Event] = []

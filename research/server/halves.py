@@ -1,12 +1,11 @@
-"""A method's two halves: what a worker computes and pushes, and what a server makes of a push.
+"""Splits a method into a worker's half, which computes pushes, and a server's half.
 
-Nobody writes them. A round is traced from `begin` to `message`, and from `receive` on, to see what
-each depends on. What changes before the exchange is private and stays with the worker; what does
-not is shared and stays with the server. A method can be served if
-
+The split is inferred. A round is traced from `begin` to `message`, and from `receive` on, to find
+dependencies. State that changes before the exchange is private and stays with the worker; other
+state is shared and stays with the server. A method can be served if
 - its round is message, one exchange, receive, and its aggregator's encoding has an uplink;
-- a worker's half needs nothing of the shared state but the model, which it pulls;
-- the server's half needs nothing of a worker but its message.
+- the worker's half needs no shared state but the model, which it pulls;
+- the server's half needs nothing from a worker but its message, and updates its own model.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,11 +18,11 @@ from research.core.base import Aggregator, Array, Key, Params, State, Tree, Upli
 from research.core.method import Method
 from research.parallel import layout as layouts
 
-_AXIS = {"push": 2}  # of the traces: no worker axis, so that an exchange among workers is refused
+_AXIS = {"push": 2}  # for the traces; it is no worker axis, so an exchange among workers fails
 
 
 class _Bare(Aggregator):
-  """An aggregator in the place of another one, without its state: its exchange is a push."""
+  """Replaces an aggregator by one without state: the exchange becomes a push."""
 
   inner: Aggregator
 
@@ -33,52 +32,55 @@ class _Bare(Aggregator):
 
 
 class ServerState(NamedTuple):
-  """What a server keeps beside the model."""
+  """Server state beside the model."""
 
   shared: list[Array]  # leaves of the method's state
-  memory: State  # of the correction for a message's age
+  memory: State  # of the staleness correction
 
 
 class Halves(NamedTuple):
-  """A method, apart for workers and their server. All functions are pure."""
+  """A method split between workers and their server. All functions are pure."""
 
   method: Method
   correction: Any  # a `methods.stale.Correction`, or None
   link: Uplink
-  private: list[bool]  # of the state's leaves
-  model: list[bool]  # which of the others are the model
+  private: list[bool]  # per leaf of the state
+  model: list[bool]  # whether the leaf is part of the model
 
   def own(self, params: Params) -> list[Array]:
-    """What a worker keeps from one piece of work to the next, at first."""
+    """A worker's initial private state."""
     return _chosen(self.method.init(params), self.private)
 
   def state(self, params: Params, own: Sequence[Array]) -> State:
-    """The state that a worker begins a round with."""
+    """The state at the start of a worker's round."""
     return _put(self.method.init(params), self.private, own)
 
   def message(
     self, local: Any, params: Params, own: Sequence[Array], key: Key
   ) -> tuple[Tree, list[Array]]:
-    """The message at the end of a round that began with the model `params`, and what is kept."""
+    """The message of a round that started from the model `params`, and the new private state."""
     tree, after = self.method.message(local, self.state(params, own), key=key)
     return tree, _chosen(after, self.private)
 
   def init(self, params: Params) -> ServerState:
-    """What a server keeps, at first."""
+    """The server's initial state."""
     memory = self.correction.init(params) if self.correction else ()
     return ServerState(_chosen(self.method.init(params), self._kept), memory)
 
   def receive(
     self, message: Tree, params: Params, held: ServerState, staleness: Array, moved: Tree
   ) -> tuple[Params, ServerState]:
-    """The model after a message, or after the mean of several.
+    """Applies a message, or the mean of several, to the model.
 
     Args:
-      message: as the server decoded it, in the structure of the model.
-      params: the model.
-      held: what the server keeps.
-      staleness: updates since the model that the worker began with, int32.
-      moved: params less that model.
+      message: as decoded by the server, in the structure of the model.
+      params: the current model.
+      held: the server's state.
+      staleness: updates since the model that the worker started from, int32.
+      moved: params minus that model.
+
+    Returns:
+      The new model and the new server state.
     """
     memory = held.memory
     if self.correction:
@@ -94,14 +96,14 @@ class Halves(NamedTuple):
 
 
 def halves(method: Method, params: Params) -> Halves:
-  """Traces a method for models of a structure.
+  """Traces a method and splits it.
 
   Args:
-    method: any.
+    method: any method.
     params: the model's arrays or their shapes.
 
   Raises:
-    ValueError: if it cannot be served, with the reason.
+    ValueError: if the method cannot be served, with the reason.
   """
   method, correction = method.on_server()
   if not method.splits:
@@ -130,7 +132,7 @@ def _name(part: Any) -> str:
 
 
 def _model_of(method: Method, state: State, shapes: Params) -> list[bool]:
-  """Which leaves of a state are the model: those that `params` returns as they are.
+  """Finds the state leaves that are the model: those that `params` returns unchanged.
 
   Raises:
     ValueError: if the model is not among them.
@@ -144,7 +146,7 @@ def _model_of(method: Method, state: State, shapes: Params) -> list[bool]:
 
 
 def _round(method: Method, grads: Tree, state: State, key: Key) -> tuple[Tree, State]:
-  """A round up to its message, with the same gradient in each step and everywhere."""
+  """A round up to its message, with the same gradient at each step and at all parameters."""
   local = method.begin(state)
   elsewhere = lambda params: jax.tree.map(lambda g, x: g + 0 * x, grads, params)
   local = method.step(grads, local, state, key=key, grad_fn=elsewhere)
@@ -152,7 +154,7 @@ def _round(method: Method, grads: Tree, state: State, key: Key) -> tuple[Tree, S
 
 
 def _own(method: Method, state: State, shapes: Params) -> list[bool]:
-  """Which leaves of a state a round changes before its exchange: what the worker goes on with."""
+  """Finds the state leaves that a round changes before its exchange: the worker's private state."""
   run = lambda grads, state, key: jax.tree.leaves(_round(method, grads, state, key)[1])
   program = jax.make_jaxpr(run)(shapes, state, _key()).jaxpr
   given = program.invars[len(jax.tree.leaves(shapes)) :]
@@ -160,7 +162,7 @@ def _own(method: Method, state: State, shapes: Params) -> list[bool]:
 
 
 def _check_worker(found: Halves, state: State, shapes: Params, name: str) -> None:
-  """Rejects a worker's half that needs the server's state, or sends anything but a model's leaves.
+  """Rejects a worker's half that needs server state, or sends other leaves than the model's.
 
   Raises:
     ValueError: with the reason.
@@ -181,7 +183,7 @@ def _check_worker(found: Halves, state: State, shapes: Params, name: str) -> Non
 
 
 def _check_server(found: Halves, state: State, shapes: Params, name: str) -> None:
-  """Rejects a server's half that needs more of a worker than its message, or tells it more.
+  """Rejects a server's half that needs or returns other worker state, or replaces the model.
 
   Raises:
     ValueError: with the reason.
@@ -195,18 +197,21 @@ def _check_server(found: Halves, state: State, shapes: Params, name: str) -> Non
   if any(_both(own, shared)):
     leaves = _names(state, _both(own, shared))
     raise ValueError(f"what {name} keeps in common depends on a worker's own state: {leaves}")
-  received = _reached(run, (True, shapes), (False, shapes), (shared, state), (False, _key()))
+  received = _reached(run, (True, shapes), (True, shapes), (shared, state), (False, _key()))
   if any(_both(received, found.private)):
     leaves = _names(state, _both(received, found.private))
     raise ValueError(f"a worker of {name} waits for what comes of its message: {leaves}")
+  kept = _reached(run, (False, shapes), (False, shapes), (found.model, state), (False, _key()))
+  if not all(after for after, model in zip(kept, found.model, strict=True) if model):
+    raise ValueError(f"{name} replaces the model by the workers', which a server must not do")
 
 
 def _reached(run: Callable[..., list[Any]], *args: tuple[bool | list[bool], Tree]) -> list[bool]:
-  """Which leaves of a result depend on the marked leaves of its arguments.
+  """Finds which leaves of a result depend on the marked leaves of its arguments.
 
   Args:
-    run: what is traced; returns a list of leaves.
-    *args: for each argument its shapes, and whether all of it, or which of its leaves, is marked.
+    run: the function to trace; returns a list of leaves.
+    *args: (marks, shapes) per argument; marks is a bool for all leaves, or one bool per leaf.
   """
   axes, given = [], []
   for marks, tree in args:

@@ -1,14 +1,14 @@
-"""The order of a server: which pushes become which update, and who waits. It knows no network.
+"""The server's consistency protocol: which pushes form an update, and which workers wait.
 
     async    every push is an update
-    ssp      the same, and nobody gets more than `bound` pieces of work ahead of the slowest
-    sync     an update is the mean of a push of every worker, at the same version
-    elastic  an update is the mean of whoever delivers before the round's time is over, weighted by
-             steps; who comes later is not counted, and starts from the current model
+    ssp      the same, and no worker gets more than `bound` pieces of work ahead of the slowest
+    sync     an update is the mean of one push of every worker, at the same version
+    elastic  an update is the mean of the pushes that arrive before the round's deadline, weighted
+             by steps; a late push is not counted, and its worker restarts from the current model
 
-A push counts once, on all shards or on none: it is staged on the others before it gets here, its
-number is the one after the last that was counted of its worker, and its incarnation the living one.
-What waits, waits in a coroutine.
+A push counts once, on all shards or on none: it is staged on the other shards before the head gets
+it, its number must follow the last counted one of its worker, and its incarnation must be the
+current one. Waiting callers are suspended coroutines. This module does no networking.
 
 Reference: Li et al. 2014, OSDI (parameter server); Ho et al. 2013, NeurIPS (stale synchronous).
 """
@@ -25,11 +25,11 @@ from research.server.messages import Joined, Reply, Rules, Spent
 from research.server.part import Refused, ShardState
 from research.server.work import shares
 
-DENIED = 20  # pushes in a row that are refused, by then none is going to be counted
+DENIED = 20  # consecutive refusals per worker after which the run is given up
 
 
 class Head:
-  """The order of updates, one shard of the model, and the metrics of all."""
+  """The order of updates, one shard of the model, and the metrics of all workers."""
 
   def __init__(
     self,
@@ -39,12 +39,13 @@ class Head:
     counted: Sequence[Sequence[int]] = (),
     now: Callable[[], float] = time.monotonic,
   ):
-    """
+    """Starts from the counts of a checkpoint.
+
     Args:
-      rules: what it goes by.
-      part: its own shard.
-      elsewhere: has the other shards apply an update, in the order of the calls.
-      counted: of each worker (incarnation, pieces counted, steps counted), from a checkpoint.
+      rules: the protocol's settings.
+      part: the head's own shard.
+      elsewhere: makes the other shards apply an update, in the order of the calls.
+      counted: per worker (incarnation, pieces counted, steps counted), from a checkpoint.
       now: a clock in seconds.
     """
     self.rules, self.part, self.now = rules, part, now
@@ -52,24 +53,24 @@ class Head:
     empty = [[0, 0, 0] for _ in range(rules.workers)]
     self.counted = [list(row) for row in counted] or empty
     self.alive: set[int] = set()
-    self.waiting: dict[int, Push] = {}  # of the round
-    self.reason = "steps" if part.version >= rules.updates else ""  # why it is over
+    self.waiting: dict[int, Push] = {}  # of the current round
+    self.reason = "steps" if part.version >= rules.updates else ""  # why the run is over
     self.since = 0.0  # time of the first join
     self._changed = asyncio.Condition()
     self._round_ends = self.now() + rules.seconds
     self._denied = 0
-    # what has been since the last report
+    # since the last report
     self.events: list[Event] = []
     self.losses: list[tuple[int, float, int, float]] = []  # version, loss, bytes, time
     self.notes: list[str] = []
     self.refused: Counter[str] = Counter()
     self.spent: list[tuple[int, Spent]] = []
-    self._told: dict[int, Spent] = {}  # of pushes that are yet to be applied
+    self._told: dict[int, Spent] = {}  # of pushes not yet applied
 
   # ---- workers
 
   async def join(self, worker: int, code: str) -> Joined:
-    """A new incarnation of a worker. In a round of `elastic` under way it takes part at once."""
+    """Registers a new incarnation of a worker; in `elastic` it joins the current round."""
     if code != self.rules.code:
       text = f"worker {worker} has another model or other code ({code}, not {self.rules.code})"
       self._refuse("code", text)
@@ -89,7 +90,7 @@ class Head:
     return Joined(row[0], row[1], row[2], self._left(), pulled)
 
   async def leave(self, worker: int) -> None:
-    """A worker's process has ended."""
+    """Removes a worker whose process has ended."""
     async with self._changed:
       self.alive.discard(worker)
       if self.rules.mode == "elastic":
@@ -97,11 +98,11 @@ class Head:
       self._changed.notify_all()
 
   async def push(self, push: Push, payloads: Sequence[Tree], spent: Spent) -> Reply:
-    """Counts a push, and answers when the worker may go on, with the model."""
+    """Counts a push; replies with the model once the worker may continue."""
     async with self._changed:
       if (
         self.rules.lag > 1 and push.worker < self.rules.workers
-      ):  # it may have overtaken the one before
+      ):  # it may have overtaken the previous one
         await self._changed.wait_for(lambda: self.reason or not self._is_early(push))
       kind = self._take(push, payloads, spent)
       self._changed.notify_all()
@@ -120,7 +121,7 @@ class Head:
     return kind._replace(pulled=pulled)
 
   async def deny(self, kind: str, text: str) -> None:
-    """Another shard has refused a push, or it has to wait where its worker is."""
+    """Records that another shard refused a push, or that a worker waits to send one."""
     async with self._changed:
       self._refuse(kind, text)
       self._denied -= kind == "object store"
@@ -175,7 +176,7 @@ class Head:
     self.spent.append((push.worker, spent))
 
   def _late(self, push: Push) -> Reply:
-    """It is not counted, but the worker's own state has gone on: a replay must know."""
+    """Records an uncounted push: the worker's own state has advanced, which a replay must know."""
     self.refused["late"] += 1
     self.events.append(Event(self.part.version, (push,), counted=False))
     return Reply("late", f"round {push.versions[0]} was over")
@@ -188,7 +189,7 @@ class Head:
       self.reason = self.reason or f"refused: {text}"
 
   def _update(self, pushes: tuple[Push, ...], weights: Sequence[float]) -> None:
-    """All shards apply the same; the order of these calls is the order of updates everywhere."""
+    """Applies an update on all shards; the order of these calls is the same on every shard."""
     self.events.append(Event(self.part.version, pushes))
     for push in pushes:
       row = self.counted[push.worker]
@@ -205,15 +206,15 @@ class Head:
   # ---- who waits
 
   def _may_start(self, worker: int, number: int) -> bool:
-    """Whether a worker may begin its piece of work of that number."""
+    """Whether a worker may start its piece of work `number`."""
     if self.reason or self.rules.mode != "ssp":
       return True
-    rows = self.counted[: self.rules.workers]  # there may have been more before
+    rows = self.counted[: self.rules.workers]  # an earlier run may have had more workers
     others = [row[1] for other, row in enumerate(rows) if other != worker]
     return number - min(others, default=number) <= self.rules.bound
 
   def _close_round(self) -> None:
-    """Makes an update of the round's pushes, if all that it waits for are there."""
+    """Makes the round's update if all awaited pushes have arrived or its time is over."""
     everybody = range(self.rules.workers) if self.rules.mode == "sync" else self.alive
     over = self.rules.mode == "elastic" and self.now() >= self._round_ends + self.rules.seconds
     if not self.waiting or not (over or set(everybody) <= set(self.waiting)):
@@ -224,7 +225,7 @@ class Head:
     self._round_ends = self.now() + self.rules.seconds
 
   async def _round(self, push: Push) -> None:
-    """Until the round of a push is over. One that a worker outlasts ends a second time T late."""
+    """Waits for the round of a push to end; a straggler can prolong it by a second period T."""
     is_over = lambda: self.reason != "" or self.waiting.get(push.worker) != push
     while not is_over():
       left = None
@@ -239,10 +240,10 @@ class Head:
   def _left(self) -> float:
     return self._round_ends - self.now()
 
-  # ---- what is told
+  # ---- reports
 
   def report(self) -> dict[str, Any]:
-    """What has happened since the last report."""
+    """Returns what has happened since the last report, and clears it."""
     found = {
       "version": self.part.version,
       "events": self.events,
@@ -259,7 +260,7 @@ class Head:
 
 
 def round_shares(rules: Rules, pushes: Sequence[Push]) -> Any:
-  """Of a round: by examples that workers have, or in `elastic` by steps that they have done."""
+  """Weights of a round's pushes: by the workers' examples or, in `elastic`, by steps done."""
   if rules.mode == "sync":
     return shares([rules.weights[push.worker] for push in pushes])
   return shares([push.steps for push in pushes])

@@ -1,7 +1,7 @@
-"""Hogwild: processes of one machine on one model in shared memory, which nobody locks.
+"""Hogwild: the processes of one machine update one model in shared memory without locks.
 
-What each coordinate was when a worker read it is up to the machine: such a run has no trace and is
-not computed again. Its analysis is simulated by the method `hogwild`.
+Which values a worker reads depends on timing, so a run has no trace and cannot be replayed. The
+method `hogwild` simulates the algorithm's analysis.
 
 Reference: Recht, Re, Wright, Niu 2011, arXiv 1106.5730, algorithm 1.
 """
@@ -29,7 +29,7 @@ _POLL = 0.05
 
 
 class HogwildRun:
-  """One run; as `driver.ServedRun`, without servers."""
+  """One run; like `driver.ServedRun`, but without servers."""
 
   def __init__(self, setup: Setup, folder: Path, timing: Timing):
     self.setup, self.config, self.timing = setup, setup.config, timing
@@ -55,7 +55,7 @@ class HogwildRun:
     self.seen = (self.saved.version, 0.0)  # steps, and the sum of their losses
 
   def close(self) -> None:
-    """Nobody is left behind, and no memory."""
+    """Ends all processes and frees the shared memory."""
     if self.memory is not None:
       self.memory.stop[0] = 1
     for process in self.processes.values():
@@ -76,7 +76,7 @@ class HogwildRun:
     self.processes[worker].start()
 
   def train(self) -> dict[str, Any]:
-    """Until the steps of all workers together are done, or somebody stops it."""
+    """Runs until the workers together have done all steps, or a signal stops the run."""
     for worker in range(self.setup.workers):
       self.start(worker)
     reason = ""
@@ -97,7 +97,7 @@ class HogwildRun:
     return found | {"params_sha256": digest(self.saved.params)}
 
   def _follow(self) -> str:
-    """Writes what has happened; evaluates and saves what is due; whether it is over."""
+    """Records progress, evaluates and saves if due; returns "steps" when the run is over."""
     assert self.memory is not None
     steps, losses = int(self.memory.steps.sum()), float(self.memory.losses.sum())
     before, total = self.seen
@@ -115,7 +115,7 @@ class HogwildRun:
     return "steps" if steps >= self.setup.updates else ""
 
   def _place(self, steps: int) -> Snapshot:
-    """The model as one read finds it."""
+    """A snapshot of the model from one unlocked read."""
     assert self.memory is not None
     sizes = np.cumsum([x.size for x in self.setup.shapes.values()])[:-1]
     parts = zip(np.split(self.memory.model.copy(), sizes), self.setup.shapes.items(), strict=True)
@@ -130,7 +130,7 @@ class HogwildRun:
     self.saved = place
 
   def _look_at_processes(self) -> None:
-    """Starts those again that have died; what they had added stays."""
+    """Restarts dead workers; the updates they made stay."""
     for worker, process in list(self.processes.items()):
       if process.is_alive() or not process.exitcode:
         continue

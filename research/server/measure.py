@@ -1,4 +1,4 @@
-"""What is measured of a run on a server: losses, evaluations, staleness, bytes, who was idle."""
+"""Metrics of a server run: losses, evaluations, staleness, bytes and idle time."""
 
 import hashlib
 import time
@@ -23,7 +23,7 @@ from research.training.reports.timing import Timing
 
 
 class Measured:
-  """The metrics of a run, in the rows and the summary that `loop` writes too."""
+  """A run's metrics, in the rows and the summary that `loop` writes too."""
 
   def __init__(self, setup: Setup, folder: Path, version: int, timing: Timing):
     self.setup, self.config, self.timing = setup, setup.config, timing
@@ -36,13 +36,13 @@ class Measured:
     timing.resume(self.log.last["seconds"] if self.log.last else 0.0)
     self.losses: list[float] = []  # since the last row
     self.next_row = self._after(version)
-    self.row: dict[str, Any] | None = None  # held back until an evaluation may join it
+    self.row: dict[str, Any] | None = None  # kept until an evaluation may be added
     self.refused: Counter[str] = Counter()
-    self.spent = np.zeros((setup.workers, len(Spent._fields)))  # its fields, and pushes
+    self.spent = np.zeros((setup.workers, len(Spent._fields)))  # sums, and number of pushes
     # bytes of all workers so far
     self.moved = self.log.last["bytes"] * setup.workers if self.log.last else 0
-    self.started: float | None = None  # seconds, when the first worker began
-    self.begun: tuple[float, int] | None = None  # seconds and updates when the first was made
+    self.started: float | None = None  # seconds, when the first worker joined
+    self.begun: tuple[float, int] | None = None  # seconds and updates at the first update
     self.last = (timing.elapsed(), version)
     self.evaluated_at, self.found = version, {}
     self._place()
@@ -74,7 +74,7 @@ class Measured:
   # ---- rows
 
   def take_in(self, found: Mapping[str, Any]) -> None:
-    """What a head reports."""
+    """Processes a head's report."""
     ago = lambda then: self.timing.elapsed() - (time.time() - then)
     self.refused.update(found["refused"])
     if self.started is None and found.get("since"):
@@ -108,14 +108,14 @@ class Measured:
       self.row = None
 
   def rewind(self, version: int) -> None:
-    """Back to a checkpoint: later rows are taken back."""
+    """Returns to a checkpoint: discards later rows."""
     self.log.close()
     self.row, self.losses, self.next_row = None, [], self._after(version)
     self.log = report.Metrics(self.folder, version * self.period, self.config.tensorboard)
     self.evaluated_at, self.found = min(self.evaluated_at, version), {}
 
   def evaluate(self, version: int, params: Mapping[str, np.ndarray], kept: str) -> None:
-    """Measures a model on the data; the row of that step carries it, a new one if need be.
+    """Evaluates a model and adds the metrics to the row of its step, or to a new row.
 
     Raises:
       NonFinite: if a loss or a metric is not finite.
@@ -147,18 +147,18 @@ class Measured:
     happened: Sequence[events.Event] | None,
     deaths: Mapping[str, int],
   ) -> dict[str, Any]:
-    """Of a run whose events are known, or of one that has none: every update is a push then."""
+    """The summary of a run; without events every update counts as one push."""
     config, steps = self.config, version * self.period
     seconds, updates = (b - a for a, b in zip(self.begun or self.last, self.last, strict=True))
     counted = [push for event in happened or () if event.counted for push in event.pushes]
     pushes = version if happened is None else len(counted)
     local_steps = version if happened is None else sum(push.steps for push in counted)
     ages = events.staleness(happened or ())
-    in_time = config.server_mode == "elastic"  # as many as fit, not a period
+    in_time = config.server_mode == "elastic"  # local steps per push vary
     of_update = local_steps / max(version, 1) if in_time else self.period
     rate = updates / seconds if seconds > 0 else 0.0
     per_update = pushes / version if version else 0.0
-    each = local_steps / max(pushes, 1)  # of a push
+    each = local_steps / max(pushes, 1)  # local steps per push
     own_steps = max(1.0, self.spent[:, -1].sum() * each)
     sent, received = self.spent[:, -3:-1].sum(0) / own_steps
     model = sum(x.size * x.dtype.itemsize for x in self.setup.shapes.values())
@@ -196,7 +196,7 @@ class Measured:
 
 
 def _of_worker(row: np.ndarray) -> dict[str, float]:
-  """Of the pushes that this process has seen: seconds a push, and the share of them spent idle."""
+  """Averages over a worker's pushes that this process has seen: seconds per push, idle share."""
   computing, encoding, waiting, lasted, _, _, pushes = row.tolist()
   each = max(pushes, 1)
   return {
@@ -210,7 +210,7 @@ def _of_worker(row: np.ndarray) -> dict[str, float]:
 
 
 def digest(params: Mapping[str, np.ndarray]) -> str:
-  """As `loop.params_sha256`."""
+  """SHA-256 of the parameters, as `loop.params_sha256` computes it."""
   found = hashlib.sha256()
   for name, leaf in params.items():
     found.update(f"{name} {leaf.dtype} {leaf.shape}".encode())

@@ -1,4 +1,4 @@
-"""What a head goes by, and what workers and it tell each other."""
+"""Messages between the head and the workers, and the head's settings."""
 
 from typing import NamedTuple
 
@@ -8,22 +8,22 @@ MODES = ("sync", "ssp", "async", "elastic")
 
 
 class Rules(NamedTuple):
-  """What a head goes by."""
+  """Settings of a head."""
 
   mode: str
   workers: int
-  updates: int  # after so many it is over
-  weights: tuple[float, ...]  # of the workers in a round, their numbers of examples
+  updates: int  # the run is over after these
+  weights: tuple[float, ...]  # of the workers in a round: their numbers of examples
   bound: int = 2  # of ssp
-  lag: int = 1  # 2 where a worker computes while its last push is on the way
+  lag: int = 1  # 2 if a worker computes while its last push is in flight
   seconds: float = 1.0  # of a round, elastic
-  code: str = ""  # what workers must have: model, payloads, source
+  code: str = ""  # digest that workers must share: model, payloads, source
 
 
 class Spent(NamedTuple):
-  """What a worker tells with a push, of the time since its last."""
+  """A worker's statistics since its last push."""
 
-  loss: float  # mean of the piece of work
+  loss: float  # mean over the piece of work
   computing: float  # seconds of its local steps
   encoding: float
   waiting: float  # for replies
@@ -33,7 +33,7 @@ class Spent(NamedTuple):
 
 
 class Reply(NamedTuple):
-  """What a push is answered with."""
+  """The reply to a push."""
 
   kind: str  # "counted", "late", "refused", "rejoin", "stop"
   text: str = ""
@@ -41,7 +41,7 @@ class Reply(NamedTuple):
 
 
 class Joined(NamedTuple):
-  """What a worker is told when it joins."""
+  """The reply to a worker that joins."""
 
   incarnation: int
   number: int  # of its first piece of work

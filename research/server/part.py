@@ -1,4 +1,4 @@
-"""One shard of a server: its leaves of the model, its optimizer, and what pushes are checked by."""
+"""One shard of a server: its leaves of the model, its optimizer, and the checks of pushes."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from research.core.base import Tree
 from research.server.events import Push
 from research.server.work import Side
 
-KEPT = 3  # models that a worker may still compute with: two in flight, and one being pulled
+KEPT = 3  # models per worker that it may still compute with: two in flight, one being pulled
 
 
 class Refused(Exception):
-  """A push that is not counted; the kind is what the metrics count, the text says why."""
+  """A push that is not counted. The metrics count by `kind`; the text is the reason."""
 
   def __init__(self, kind: str, text: str):
     super().__init__(text)
@@ -24,17 +24,17 @@ class Refused(Exception):
 
 
 class Pulled(NamedTuple):
-  """A shard of the model on its way to a worker."""
+  """A shard of the model, as sent to a worker."""
 
   version: int
   leaves: list[np.ndarray]
 
 
 class ShardState:
-  """The state of a shard. Whoever calls it says in which order pushes become updates.
+  """The state of a shard. The caller decides in which order pushes become updates.
 
-  What arrives and leaves are numpy arrays; what a model's arrays are never changes, so that old
-  versions and snapshots cost nothing but the memory of what has changed since.
+  Inputs and outputs are numpy arrays. The model's arrays are immutable, so old versions and
+  snapshots cost memory only for what has changed since.
   """
 
   def __init__(
@@ -46,14 +46,15 @@ class ShardState:
     version: int = 0,
     state: Sequence[np.ndarray] | None = None,
   ):
-    """
+    """Starts from given parameters.
+
     Args:
-      side: the mathematics.
+      side: the server's half of the method, compiled.
       params: the shard's leaves by name.
-      payloads: shapes of what is pushed of each of them.
+      payloads: shapes of the pushed payload of each leaf.
       number: of the shard.
-      version: updates that made these parameters.
-      state: leaves of the optimizer's state then; None: it begins.
+      version: updates that led to these parameters.
+      state: leaves of the optimizer's state at that version; None: initialize.
     """
     self.side, self.payloads, self.number, self.version = side, payloads, number, version
     self.names = list(params)
@@ -69,13 +70,13 @@ class ShardState:
     self.staged: dict[tuple[int, int], tuple[Push, Sequence[Tree], Any]] = {}
 
   def join(self, worker: int, incarnation: int) -> None:
-    """A new incarnation: nothing that the one before pulled or staged is of use."""
+    """Registers a new incarnation and discards what the previous one pulled or staged."""
     self.incarnations[worker] = incarnation
     self.pulled[worker] = deque(maxlen=KEPT)
     self.staged = {name: found for name, found in self.staged.items() if name[0] != worker}
 
   def pull(self, worker: int) -> Pulled:
-    """The current version, which the worker may from now on compute with."""
+    """The current version, which the worker may compute with from now on."""
     kept = self.pulled.setdefault(worker, deque(maxlen=KEPT))
     if not kept or kept[-1][0] != self.version:
       kept.append((self.version, self.params))
@@ -84,7 +85,7 @@ class ShardState:
     return Pulled(self.version, self._shown)
 
   def stage(self, push: Push, payloads: Sequence[Tree]) -> None:
-    """Takes a push in, to be applied later.
+    """Stages a push, to be applied later.
 
     Raises:
       Refused: if it is malformed.
@@ -94,7 +95,7 @@ class ShardState:
     self.staged[push.name] = (push, payloads, then)
 
   def apply(self, pushes: Sequence[Push], shares: Sequence[float]) -> None:
-    """Makes an update of pushes that are staged: of one, or of the weighted mean of a round's."""
+    """Applies an update made of staged pushes: one, or the weighted mean of a round's."""
     assert pushes, "an update is made of something"
     if len(pushes) == 1:
       (push,) = pushes
@@ -111,7 +112,7 @@ class ShardState:
     self._set(self.side.mean(self.params, self.state, total))
 
   def drop(self, push: Push) -> None:
-    """Forgets a push that is not to be counted."""
+    """Discards a staged push that will not be counted."""
     self.staged.pop(push.name, None)
 
   def snapshot(self) -> tuple[int, dict[str, np.ndarray], list[np.ndarray]]:
@@ -125,7 +126,7 @@ class ShardState:
     self._shown = None
 
   def _taken(self, push: Push) -> tuple[Sequence[Tree], Any]:
-    """The payloads of a push and the model that it began with."""
+    """The payloads of a push and the model that it started from."""
     staged, payloads, then = self.staged.pop(push.name)
     assert staged == push, "what is applied is what was staged"
     return payloads, then
@@ -154,6 +155,6 @@ class ShardState:
 
 
 def _finite(x: np.ndarray) -> bool:
-  """One pass: a sum is finite if its terms are, unless they are about as large as floats can be."""
+  """Whether all values are finite, by one sum, which may overflow only near the largest float."""
   with np.errstate(all="ignore"):
     return bool(np.isfinite(np.sum(x, dtype=np.float32)))

@@ -1,7 +1,7 @@
-"""A server's run computed again from its trace: the same pieces of work, in the same order.
+"""Recomputes a server run from its trace: the same pieces of work, in the same order.
 
-Here nothing runs at the same time and nothing is lost: each event's pushes are computed by the
-functions of `work.py` that the workers have run, and applied by those of the shards.
+A replay is sequential and loses nothing: it computes each event's pushes with the functions of
+`work.py` that the workers ran, and applies them with those of the shards.
 """
 
 import json
@@ -27,7 +27,7 @@ TOLERANCE = 1e-5  # max |difference| / max |parameter|
 
 
 class Replayed:
-  """The servers and the workers of a run, one after the other in one process."""
+  """The servers and workers of a run, executed sequentially in one process."""
 
   def __init__(self, setup: Setup, params: Mapping[str, np.ndarray]):
     self.setup, apart, keys = setup, setup.apart, setup.keys
@@ -44,10 +44,10 @@ class Replayed:
     ]
     self.treedef = jax.tree.structure(jax.eval_shape(setup.job.task.init, jax.random.key(0)))
     self.past = [{0: part.params} for part in self.parts]  # models by version, of each shard
-    self.held: dict[int, tuple[int, work.WorkerState]] = {}  # incarnation, and what it keeps
+    self.held: dict[int, tuple[int, work.WorkerState]] = {}  # incarnation and kept state, by worker
 
   def play(self, happened: Iterable[Event]) -> None:
-    """Events in their order; models that nobody will begin with again are forgotten."""
+    """Replays events in order; models that no later push starts from are freed."""
     happened = list(happened)
     last = _last_uses(happened)
     for place, event in enumerate(happened):
@@ -63,7 +63,7 @@ class Replayed:
           del models[version]
 
   def computed(self, push: Push) -> list[Any]:
-    """The payloads of a push."""
+    """Computes the payloads of a push."""
     params = self.model(push.versions)
     incarnation, held = self.held.get(push.worker, (-1, None))
     if incarnation != push.incarnation or held is None:
@@ -83,7 +83,7 @@ class Replayed:
     return jax.tree.map(np.asarray, payloads)
 
   def model(self, versions: tuple[int, ...]) -> Params:
-    """What a worker had pulled: of each shard some version."""
+    """The model that a worker had pulled, from each shard's version."""
     leaves: list[Any] = [None] * len(self.setup.shapes)
     names = list(self.setup.shapes)
     for shard, (part, version) in enumerate(zip(self.setup.parts, versions, strict=True)):
@@ -111,7 +111,7 @@ class Replayed:
 
 
 def _last_uses(happened: list[Event]) -> dict[tuple[int, int], int]:
-  """(shard, version) -> the last event that begins with it."""
+  """(shard, version) -> the last event that starts from it."""
   return {
     (shard, version): place
     for place, event in enumerate(happened)
@@ -129,11 +129,15 @@ def distance(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:
 def replay(folder: Path, out: Path | None = None) -> dict[str, Any]:
   """Replays the run in a folder up to its newest checkpoint.
 
+  Args:
+    folder: of the run.
+    out: where `replay.json` is written; None: into `folder`.
+
   Returns:
-    `updates`, `pushes`, `distance` of the parameters, and where `replay.json` is.
+    `updates`, `pushes`, `distance` of the parameters, and the path of `replay.json`.
 
   Raises:
-    UsageError: if there is no such run, or its trace cannot be.
+    UsageError: if there is no such run, or its trace is invalid.
   """
   with flag("replay", str(folder)):
     try:
@@ -173,6 +177,6 @@ def replay(folder: Path, out: Path | None = None) -> dict[str, Any]:
 
 
 def table(found: Mapping[str, Any]) -> str:
-  """What a replay has found, one figure a line."""
+  """A replay's results as text, one figure per line."""
   shown = {**found, "distance": f"{found['distance']:.3g} (at most {TOLERANCE:g})"}
   return "\n".join(f"{name:<10}{value}" for name, value in shown.items())

@@ -1,4 +1,4 @@
-"""From the flags of a run on a server to its parts, the same in each of its processes."""
+"""Builds the parts of a server run from its flags, identically in each of its processes."""
 
 import difflib
 import functools
@@ -31,17 +31,17 @@ from research.training import assemble, reach, sources
 from research.training.config import Config, UsageError, flag
 
 MODES = (*OF_SERVERS, "hogwild")
-# Flags of other executions, which a server has no use for.
+# Flags of other executors, which a server refuses.
 _ELSEWHERE = ("population", "sampling_rate", "dropout", "clock", "virtual_seconds", "tolerance")
-_ELSEWHERE = (*_ELSEWHERE, "zero", "local_phase", "profile", "x64")
+_ELSEWHERE = (*_ELSEWHERE, "zero", "local_phase", "diagnostics", "profile", "x64")
 
 
 class Setup(NamedTuple):
-  """What the flags say; nothing is placed on a device, nothing started."""
+  """The parts of a run; nothing is placed on a device or started."""
 
   config: Config
-  job: Job  # whose owners are the workers
-  apart: Halves  # of the whole model
+  job: Job  # its clients are the workers
+  apart: Halves  # of the full model
   keys: work.Keys
   shapes: work.Shapes
   parts: list[list[int]]  # leaves by shard
@@ -63,10 +63,10 @@ class Setup(NamedTuple):
 
 
 def count_workers(config: Config) -> int:
-  """--workers, or the size of --mesh.
+  """The number of workers: --workers, or the size of --mesh.
 
   Raises:
-    UsageError: one line.
+    UsageError: if the mesh has an axis other than `data`.
   """
   with flag("mesh", config.mesh):
     axes = meshes.parse_mesh(config.mesh)
@@ -76,7 +76,7 @@ def count_workers(config: Config) -> int:
 
 
 def check(config: Config, needs_ray: bool = True) -> Method:
-  """The method, after what needs no data to be seen wrong has been rejected.
+  """Builds the method, after rejecting flags that are invalid whatever the data.
 
   Raises:
     UsageError: one line.
@@ -104,7 +104,7 @@ def check(config: Config, needs_ray: bool = True) -> Method:
 
 
 def legal(config: Config) -> None:
-  """Flags by themselves.
+  """Checks each flag by itself.
 
   Raises:
     UsageError: one line.
@@ -127,10 +127,10 @@ def legal(config: Config) -> None:
 
 
 def _apart(method: Method, params: Params) -> Halves:
-  """The method's two halves.
+  """Splits the method into its two halves.
 
   Raises:
-    ValueError: if it has none, with the reason and what can be served.
+    ValueError: if it cannot be split, with the reason.
   """
   try:
     return halves(method, params)
@@ -139,7 +139,7 @@ def _apart(method: Method, params: Params) -> Halves:
 
 
 def _check_lock_free(config: Config, apart: Halves) -> None:
-  """Rejects what is more than adding each worker's steps.
+  """Rejects methods that do more than add each worker's steps.
 
   Raises:
     ValueError: with the reason.
@@ -159,7 +159,7 @@ def _check_lock_free(config: Config, apart: Halves) -> None:
 
 
 def slowdown(config: Config) -> Mapping[int, float]:
-  """How many times longer than they take a worker's computations last: {0: 4.0}.
+  """Parses --slowdown: the factor by which a worker's computations are prolonged, as in {0: 4.0}.
 
   Raises:
     UsageError: one line.
@@ -180,7 +180,7 @@ def slowdown(config: Config) -> Mapping[int, float]:
 
 @functools.cache
 def setup(config: Config, needs_ray: bool = True) -> Setup:
-  """Builds the parts and holds them against each other.
+  """Builds the parts of a run and checks that they fit together.
 
   Raises:
     UsageError: one line.
@@ -217,7 +217,7 @@ def setup(config: Config, needs_ray: bool = True) -> Setup:
 
 
 def _updates(config: Config, period: int, examples: int, workers: int) -> int:
-  """Updates of the run: of --steps local steps, each update counting one piece of work."""
+  """Number of updates, from --steps local steps with one piece of work per update."""
   if config.rounds:
     with flag("rounds", config.rounds):
       if config.epochs:
@@ -235,7 +235,7 @@ def _updates(config: Config, period: int, examples: int, workers: int) -> int:
 
 
 def code_of(setup: Setup) -> str:
-  """What a worker must have in common with its server: source, model, payloads, batches."""
+  """Digest of what a worker must share with its server: source, model, payloads, batches."""
   digest = hashlib.sha256(f"{_source()}{plugins.fingerprint()}".encode())
   config = setup.config
   told = (config.task, config.model, config.method, config.partition, str(config.batch_size))
@@ -256,13 +256,13 @@ def _source() -> str:
 
 
 def initial(setup: Setup) -> dict[str, np.ndarray]:
-  """The first model, leaves by name: that of a simulated run of the same seed."""
+  """The initial model, leaves by name: that of a simulated run with the same seed."""
   params = jax.jit(setup.job.task.init)(setup.keys.params)
   leaves = map(np.asarray, jax.tree.leaves(params))
   return dict(zip(setup.shapes, leaves, strict=True))
 
 
 def chosen(setup: Setup, shard: int, params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """A shard's leaves."""
+  """The parameters of one shard, by name."""
   names = list(setup.shapes)
   return {names[leaf]: params[names[leaf]] for leaf in setup.parts[shard]}

@@ -13,21 +13,21 @@ from research.training.config import Config
 
 
 class Memory(NamedTuple):
-  """What all processes see: the model, flat, and a row of each worker's own."""
+  """The shared memory of all processes: the flat model, and one entry per worker."""
 
   model: np.ndarray  # float32 [n]
-  steps: np.ndarray  # int64 [W], taken
-  losses: np.ndarray  # float64 [W], their sum
+  steps: np.ndarray  # int64 [W], steps done
+  losses: np.ndarray  # float64 [W], sums over steps
   stop: np.ndarray  # int64 [1]
 
 
 def sizes(parameters: int, workers: int) -> int:
-  """Bytes of the block."""
+  """Size of the shared block in bytes."""
   return 8 * (1 + 2 * workers) + 4 * parameters
 
 
 def view(block: shared_memory.SharedMemory, parameters: int, workers: int) -> Memory:
-  """The arrays in a block."""
+  """The arrays in a shared block."""
   at = lambda dtype, count, offset: np.ndarray((count,), dtype, block.buf, offset)
   return Memory(
     at(np.float32, parameters, 8 * (1 + 2 * workers)),
@@ -38,12 +38,19 @@ def view(block: shared_memory.SharedMemory, parameters: int, workers: int) -> Me
 
 
 def run(config: Config, worker: int, name: str, parameters: int, given: actors.Inherited) -> None:
-  """Steps until somebody says stop, or the process that started this one is gone.
+  """Takes steps until `stop` is set or the parent process has ended.
 
-  A step reads the model while others write it, and adds to those coordinates alone where its
-  update is not zero: with sparse examples, few.
+  A step reads the model while others write it, and writes only the coordinates where its update is
+  not zero: few of them with sparse examples.
+
+  Args:
+    config: of the run.
+    worker: this worker's number.
+    name: of the shared memory block.
+    parameters: number of parameters in the model.
+    given: settings of the parent process.
   """
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one says when
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles it
   starter = multiprocessing.parent_process()
   assert starter is not None
   actors.settle("cpu", given)
@@ -67,7 +74,7 @@ def run(config: Config, worker: int, name: str, parameters: int, given: actors.I
   own = jax.random.fold_in(made.keys.data, worker)
   examples, size = work.examples_of(made.examples, made.job.sizes, worker)
   examples = jax.device_put(examples)
-  gradient = workers.value_and_clipped_grad(made.job, sharded.ALONE)
+  gradient = workers.measured_and_clipped_grad(made.job, sharded.ALONE)
 
   @jax.jit
   def step(flat: Any, state: Any, number: Any) -> Any:
@@ -76,9 +83,9 @@ def run(config: Config, worker: int, name: str, parameters: int, given: actors.I
     if made.job.batch_size is not None:
       index = task.sample(size, number, own, batch_size=made.job.batch_size)
       batch = task.batch(examples, index)
-    loss, grads = gradient(params, batch, jax.random.fold_in(own, number))
+    measured, grads = gradient(params, batch, jax.random.fold_in(own, number))
     updates, state = optimizer.update(grads, state, params)
-    return loss, ravel_pytree(updates)[0], state
+    return measured["loss"], ravel_pytree(updates)[0], state
 
   state, number = (
     optimizer.init(unravel(jax.numpy.asarray(memory.model))),

@@ -1,4 +1,4 @@
-"""Checkpoints of a server: parameters, optimizer and what is counted, all of one version."""
+"""Checkpoints of a server: parameters, optimizer state and counts, all of one version."""
 
 import json
 import shutil
@@ -18,10 +18,10 @@ _STATE, _ABOUT = "state.npz", "server.json"
 
 
 def save(folder: Path, place: Snapshot, parts: Sequence[Sequence[int]]) -> None:
-  """Writes checkpoints/VERSION, whole or not at all, and keeps the last few.
+  """Writes checkpoints/VERSION atomically, and keeps the last few.
 
   Raises:
-    SaveError: if it cannot be written; those before it stay.
+    SaveError: if it cannot be written; earlier checkpoints stay.
   """
   goal, scratch = folder / str(place.version), folder / f".{place.version}"
   states = place.states or {}
@@ -48,7 +48,7 @@ def save(folder: Path, place: Snapshot, parts: Sequence[Sequence[int]]) -> None:
 
 
 def versions(folder: Path) -> list[int]:
-  """Of the checkpoints that are there, rising."""
+  """Versions of the existing checkpoints, ascending."""
   found = folder.glob("[0-9]*") if folder.is_dir() else ()
   return sorted(int(path.name) for path in found if path.name.isdecimal())
 
@@ -56,12 +56,21 @@ def versions(folder: Path) -> list[int]:
 def restore(
   folder: Path, names: Sequence[str], parts: Sequence[Sequence[int]], warn: Callable[[str], None]
 ) -> Snapshot | None:
-  """The newest checkpoint that is whole; a damaged one is set aside, and the one before it taken.
+  """Restores the newest intact checkpoint; damaged ones are renamed and skipped.
 
-  With other shards than it was saved with, the optimizer begins anew.
+  If it was saved with other shards, the optimizer starts with a new state.
+
+  Args:
+    folder: of the checkpoints.
+    names: of the model's leaves.
+    parts: leaves by shard.
+    warn: takes a warning's text.
+
+  Returns:
+    The checkpoint, or None if there is none.
 
   Raises:
-    CheckpointError: if it is of another model, or there are checkpoints and none is whole.
+    CheckpointError: if it is of another model, or there are checkpoints and none is intact.
   """
   found = versions(folder)
   for version in reversed(found):
@@ -102,5 +111,5 @@ def _read(path: Path, about: Mapping[str, Any]) -> Snapshot:
 
 
 def _plain(x: np.ndarray) -> np.ndarray:
-  """What numpy's files can hold of it: bits of types that are not numpy's own."""
+  """The array in a dtype that numpy's files support: other types are stored as raw bits."""
   return x if x.dtype.kind in "biufc" else x.view(f"u{x.dtype.itemsize}")

@@ -1,4 +1,4 @@
-"""A worker's half of a served method, and a server's: pure, the same in a run and in its replay."""
+"""The compiled functions of a served method: a worker's and a server's, shared with replay."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,7 +20,7 @@ _MESSAGE = 0x70757368
 
 
 class Keys(NamedTuple):
-  """What is drawn in a run, as in a simulated one of the same seed."""
+  """The random keys of a run, equal to those of a simulated run with the same seed."""
 
   params: Key
   run: Key
@@ -34,24 +34,24 @@ def keys_of(seed: int) -> Keys:
 
 
 def message_key(key: Key, worker: Array, number: Array) -> Key:
-  """Of one push, equal on both sides."""
+  """The key of one push, equal on both sides."""
   return jax.random.fold_in(collectives.key_of(jax.random.fold_in(key, _MESSAGE), worker), number)
 
 
 class WorkerState(NamedTuple):
-  """What a worker keeps from one piece of work to the next; a new incarnation starts anew."""
+  """A worker's state from one piece of work to the next; a new incarnation initializes it."""
 
-  own: State  # of the method: an inner optimizer
-  memory: State  # of the link: what was not sent
+  own: State  # of the method, such as an inner optimizer
+  memory: State  # of the uplink: what was not sent
 
 
 class Worker(NamedTuple):
-  """What a worker computes, compiled. `worker`, `number` and `first` are int32."""
+  """A worker's compiled functions. `worker`, `number` and `first` are int32."""
 
   held: Callable[[Params], WorkerState]
   # (params, held, examples, size, worker, first) -> Local after the period, mean loss
   steps: Callable[..., tuple[Any, Array]]
-  # the same one by one, for as many steps as there is time for, with the losses' sum
+  # one step at a time, for as many as time allows, with the sum of losses
   begin: Callable[[Params, WorkerState], tuple[Any, Array]]
   # (local, total, params, held, examples, size, worker, first)
   step: Callable[..., tuple[Any, Array]]
@@ -60,7 +60,7 @@ class Worker(NamedTuple):
 
 
 class _From(Method):
-  """The inner method in rounds that begin with a given Local and have a number of steps."""
+  """The inner method, with rounds of `steps` steps that continue from a given Local."""
 
   inner: Method
   local: Any
@@ -79,10 +79,10 @@ class _From(Method):
 
 
 def worker(job: Job, apart: Halves, keys: Keys) -> Worker:
-  """A worker of a job whose owners are the workers: [W] sizes, a batch size for each.
+  """Compiles the functions of a worker of a job whose clients are the workers.
 
-  The steps are those of `workers.local_phase`, with the batches that the simulated worker of that
-  number draws in its own local steps first, first + 1, ...
+  The steps are those of `workers.local_phase`, with the batches that the simulated worker of the
+  same number draws in its local steps first, first + 1, ...
   """
   method = apart.method
 
@@ -97,7 +97,8 @@ def worker(job: Job, apart: Halves, keys: Keys) -> Worker:
     key = jax.random.fold_in(collectives.key_of(keys.run, worker), first)
     index = drawn(size, worker, first, period)
     one = job._replace(method=_From(method, local, period))
-    return workers.local_phase(one, state, examples, size, index, key)
+    local, measured = workers.local_phase(one, state, examples, size, index, key)
+    return local, measured["loss"]
 
   def end(local, params, held, worker, number):
     key = message_key(keys.run, worker, number)
@@ -123,24 +124,31 @@ def worker(job: Job, apart: Halves, keys: Keys) -> Worker:
   return Worker(*map(jax.jit, (held, together, begin, step, end)))
 
 
-Shapes = dict[str, jax.ShapeDtypeStruct]  # of a model's leaves by name, in their order
+Shapes = dict[str, jax.ShapeDtypeStruct]  # of a model's leaves, by name and in order
 
 
 def shapes_of(params: Params) -> Shapes:
-  """Of parameters, or of their shapes."""
+  """The named shapes of parameters, given as arrays or shapes."""
   leaves = jax.tree_util.tree_leaves_with_path(params)
   struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
   return {jax.tree_util.keystr(path): struct(leaf) for path, leaf in leaves}
 
 
 def payload_shapes(link: Uplink, shapes: Shapes) -> list[Tree]:
-  """What a push of each leaf looks like: arrays without values."""
+  """The shapes of a push's payloads, per leaf."""
   encode = lambda tree: link.encode(tree, link.init(tree), jax.random.key(0))[0]
   return jax.eval_shape(encode, list(shapes.values()))
 
 
 def cut(shapes: Shapes, shards: int) -> list[list[int]]:
-  """The leaves of each shard: the largest first, each to the shard that has least so far.
+  """Distributes leaves over shards: the largest first, each to the least loaded shard.
+
+  Args:
+    shapes: of the model's leaves.
+    shards: their number.
+
+  Returns:
+    The numbers of each shard's leaves, ascending.
 
   Raises:
     ValueError: if there are more shards than leaves.
@@ -158,24 +166,24 @@ def cut(shapes: Shapes, shards: int) -> list[list[int]]:
 
 
 class Side(NamedTuple):
-  """The server's half, of one shard: leaves by name."""
+  """The server's half for one shard, with leaves by name."""
 
-  init: Callable[[dict[str, Array]], State]  # what it keeps beside them
-  # (params, state, payloads, then, worker, number, staleness) -> params, state: of one push
+  init: Callable[[dict[str, Array]], State]  # state beside the leaves
+  # (params, state, payloads, then, worker, number, staleness) -> params, state: applies one push
   one: Callable[..., tuple[dict[str, Array], State]]
-  # (total, payloads, share, worker, number) -> total, and an update of it: of a round
+  # (total, payloads, share, worker, number) -> total, then an update from it: applies a round
   add: Callable[..., dict[str, Array]]
   mean: Callable[..., tuple[dict[str, Array], State]]  # (params, state, total)
 
 
 def side(method: Method, keys: Keys, shapes: Shapes, leaves: Sequence[int]) -> Side:
-  """Of the shard that has these leaves of the model.
+  """Compiles the server's half for the shard that has the given leaves.
 
   Args:
-    method: that is served.
+    method: the served method.
     keys: of the run.
     shapes: of the model's leaves.
-    leaves: their numbers.
+    leaves: numbers of the shard's leaves.
   """
   name, like = list(shapes), list(shapes.values())
   apart = halves(method, {name[leaf]: like[leaf] for leaf in leaves})
@@ -203,15 +211,15 @@ def side(method: Method, keys: Keys, shapes: Shapes, leaves: Sequence[int]) -> S
 
 
 def shares(weights: Sequence[float]) -> np.ndarray:
-  """Of a round's workers, which sum to one. float32 [W]."""
+  """Normalizes the weights of a round's workers to sum to one. float32 [W]."""
   given = np.asarray(weights, np.float64)
   return (given / given.sum()).astype(np.float32)
 
 
 def looks_across(method: Method, shapes: Shapes, parts: Sequence[Sequence[int]]) -> bool:
-  """Whether the server makes something else of all leaves at once than of each shard.
+  """Whether the server's result on all leaves at once differs from the result shard by shard.
 
-  Clipping by the global norm does. Tried on made-up messages, two updates of each.
+  Clipping by the global norm is an example. Tested with two updates by random messages.
   """
   random = np.random.default_rng(0)
   draw = lambda: {
@@ -242,5 +250,5 @@ def _chosen(chosen: Sequence[str], tree: dict[str, Array]) -> dict[str, Array]:
 
 
 def examples_of(examples: Batch, sizes: np.ndarray, worker: int) -> tuple[Batch, Any]:
-  """One worker's rows of [W, n, ...]."""
+  """One worker's rows of [W, n, ...], and their number."""
   return jax.tree.map(lambda x: x[worker], examples), np.int32(sizes[worker])

@@ -1,4 +1,4 @@
-"""A worker process: pulls, computes, pushes; computes on while its last push is on the way."""
+"""A worker process: pulls, computes and pushes; may compute while a push is in flight."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ PATIENCE = 120.0  # seconds without a server until a worker ends
 
 
 class Gone(Exception):
-  """The servers have died, or do not know this incarnation: join anew."""
+  """The servers have died or do not know this incarnation; the worker must join again."""
 
 
 class Servers(NamedTuple):
@@ -50,7 +50,7 @@ class Worker:
     self.warm()
 
   def warm(self) -> None:
-    """Compiles, before anybody waits for this worker."""
+    """Compiles all functions before the worker joins, so that no other worker waits for it."""
     shapes = self.setup.shapes.values()
     params = self.treedef.unflatten([jax.numpy.zeros(x.shape, x.dtype) for x in shapes])
     held = self.compute.held(params)
@@ -62,13 +62,13 @@ class Worker:
     jax.block_until_ready(self.compute.end(local, params, held, self.data[2], np.int32(0)))
 
   def run(self) -> str:
-    """Until the server says that it is over, '' or why this worker may not take part."""
+    """Works until the run is over; returns '', or why this worker may not take part."""
     alone_since = time.monotonic()
     while time.monotonic() - alone_since < PATIENCE:
       try:
         servers = self.servers()
         joined: Any = ray.get(servers.head.join.remote(self.number, self.code, os.getpid()))
-      except (ValueError, RayActorError):  # nobody has those names (yet, any more)
+      except (ValueError, RayActorError):  # no actors of those names yet, or no longer
         time.sleep(0.2)
         continue
       if joined.refused:
@@ -88,10 +88,10 @@ class Worker:
   # ---- one incarnation
 
   def work(self, servers: Servers, joined: Any) -> None:
-    """Pieces of work, one after the other.
+    """Computes and pushes pieces of work, one after the other.
 
     Raises:
-      Gone: if it has to join anew.
+      Gone: if the worker must join again.
     """
     for shard in servers.shards:
       ray.get(shard.join.remote(self.number, joined.incarnation))
@@ -121,7 +121,7 @@ class Worker:
         return
       if reply.kind not in ("counted", "late"):
         raise Gone
-      if reply.kind == "late":  # the next one takes its place
+      if reply.kind == "late":  # the next piece takes its number
         number, first = push.number, push.first
       if pulls is None:
         pulls = self.pulls(servers, reply.pulled.version)
@@ -130,7 +130,7 @@ class Worker:
       waited, received = time.monotonic() - start, self.bytes
 
   def piece(self, params: Any, held: Any, first: int, ends: float) -> tuple[Any, float, int]:
-    """The local steps of a piece of work: Local, mean loss, and how many they were."""
+    """Runs a piece's local steps; returns its Local, mean loss and number of steps."""
     elastic, period = self.config.server_mode == "elastic", self.setup.job.method.local_steps
     if not elastic:
       with self.limping():
@@ -148,20 +148,20 @@ class Worker:
 
   @contextlib.contextmanager
   def limping(self) -> Iterator[None]:
-    """Makes what is inside last as many times longer as --slowdown says."""
+    """Prolongs the enclosed block by the factor of --slowdown."""
     start = time.monotonic()
     yield
     if self.slowdown > 1:
       time.sleep((self.slowdown - 1) * (time.monotonic() - start))
 
   def push(self, servers: Servers, push: Any, payloads: Sequence[Any], spent: Any) -> Any:
-    """Stages a push on the other shards and hands it to the head.
+    """Stages a push on the other shards and sends it to the head.
 
     Returns:
-      The answer to come, and the other shards' next pulls, where nobody waits for them.
+      A future of the reply, and futures of the next pulls if the worker overlaps.
 
     Raises:
-      Gone: if a shard refuses it.
+      Gone: if a shard refuses the push.
     """
     by_shard = [[payloads[leaf] for leaf in part] for part in self.setup.parts]
     stage = lambda: [
@@ -184,7 +184,7 @@ class Worker:
     return answer, pulls
 
   def patiently(self, servers: Servers, push: Any, send: Any) -> Any:
-    """Sends what may find the object store full: it says so, waits and tries again."""
+    """Sends; while the object store is full it reports that, waits and retries."""
     for pause in (0.1, 0.5, 2.0, 5.0):
       try:
         return send()
@@ -197,7 +197,7 @@ class Worker:
   # ---- models
 
   def pulls(self, servers: Servers, version: int) -> list[Any]:
-    """The other shards, each in the version of the head or a later one."""
+    """Pulls the other shards, each at `version` or later."""
     found: list[Any] = [None] * len(servers.shards)
     while any(shard is None for shard in found):
       for place, shard in enumerate(servers.shards):
@@ -206,7 +206,7 @@ class Worker:
     return found
 
   def model(self, own: Any, pulls: Sequence[Any]) -> tuple[Any, tuple[int, ...]]:
-    """Parameters on this worker's device, and the version of each shard."""
+    """Places the parameters on this worker's device; also returns each shard's version."""
     shards = [own, *(ray.get(x) if isinstance(x, ray.ObjectRef) else x for x in pulls)]
     leaves: list[Any] = [None] * len(self.setup.shapes)
     for part, pulled in zip(self.setup.parts, shards, strict=True):

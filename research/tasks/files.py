@@ -1,4 +1,4 @@
-"""Data files: looked for where the user keeps them, else fetched; always checked."""
+"""Data files: found in the user's folders or downloaded, and always verified."""
 
 import bz2
 import contextlib
@@ -21,29 +21,29 @@ from research.core import paths
 SUFFIXES = ("", ".gz", ".bz2")
 TIMEOUT = 30.0  # seconds without an answer
 _CHUNK = 1 << 20
-_CORRUPT = (EOFError, OSError, zlib.error)  # what gzip and bz2 raise
+_CORRUPT = (EOFError, OSError, zlib.error)  # raised by gzip, bz2 and zlib
 
 
 def find(relative: str, data_dir: str, url: str, sha256: str | None = None) -> Path:
-  """The path of a data file, plain or compressed, with the recorded contents.
+  """Finds or downloads a data file, plain or compressed, and verifies its contents.
 
-  Looks in `data_dir`, $RESEARCH_DATA_DIR and the user cache ($XDG_CACHE_HOME, or ~/.cache, /
-  distributed-optimization-jax), in each for DIR/relative and DIR/basename, also with .gz or .bz2
-  appended; the first one found counts, but damaged files of the cache do not. Else fetches `url`
-  into the cache.
+  Looks in `data_dir`, $RESEARCH_DATA_DIR and the user cache, which is the folder
+  distributed-optimization-jax of $XDG_CACHE_HOME or ~/.cache: in each for DIR/relative and
+  DIR/basename, also with .gz or .bz2 appended. The first file found is used; damaged files of the
+  cache are skipped. Otherwise downloads `url` into the cache.
 
   Args:
     relative: path under a data directory, without the suffix of compression, such as "libsvm/a9a".
     data_dir: the user's data directory, or "".
     url: where the file is published, plain, .gz or .bz2.
-    sha256: of the decompressed bytes, 64 hex digits. Without it the one found is logged.
+    sha256: of the decompressed bytes, 64 hex digits. Without it, the file's own digest is logged.
 
   Returns:
-    Path of a file whose suffix tells its compression; read it by `opened`.
+    Path of a file whose suffix gives its compression; read it by `opened`.
 
   Raises:
-    FileNotFoundError: it is nowhere and cannot be fetched.
-    ValueError: it is truncated, or is not what was recorded, or data_dir is no directory.
+    FileNotFoundError: it is not found and cannot be downloaded.
+    ValueError: it is truncated or does not match sha256, or data_dir is not a directory.
   """
   if data_dir and not paths.local(data_dir).is_dir():
     raise ValueError(f"data_dir={data_dir!r} is not a directory")
@@ -78,7 +78,7 @@ def find(relative: str, data_dir: str, url: str, sha256: str | None = None) -> P
 
 
 def _places(folders: Sequence[Path], relative: str) -> Iterator[tuple[Path, Path]]:
-  """The files that `find` considers, each with its folder."""
+  """The existing files that `find` considers, each with its folder."""
   for folder in folders:
     for place in (folder / relative, folder / PurePosixPath(relative).name):
       for suffix in SUFFIXES:
@@ -89,14 +89,14 @@ def _places(folders: Sequence[Path], relative: str) -> Iterator[tuple[Path, Path
 
 @contextlib.contextmanager
 def opened(path: Path, name: str = "") -> Iterator[io.BufferedIOBase]:
-  """Opens a file for reading, decompressed as its suffix says.
+  """Opens a file for reading, decompressed according to its suffix.
 
   Args:
     path: of the file.
-    name: what errors call it, if not its path.
+    name: used in errors instead of the path.
 
   Raises:
-    ValueError: in reading, where the file is truncated or not compressed as its suffix says.
+    ValueError: while reading, if the file is truncated or not compressed as its suffix says.
   """
   if path.suffix not in (".gz", ".bz2"):
     with path.open("rb") as file:
@@ -111,9 +111,9 @@ def opened(path: Path, name: str = "") -> Iterator[io.BufferedIOBase]:
 
 @contextlib.contextmanager
 def whole(target: Path) -> Iterator[Path]:
-  """A path to write to, whose file becomes `target` at the end if nothing was raised.
+  """A temporary path that is renamed to `target` at the end, unless an exception was raised.
 
-  So nobody reads half of it, and other processes may be doing the same.
+  Readers never see a partial file, even if several processes write it.
   """
   target.parent.mkdir(parents=True, exist_ok=True)
   partial = target.with_name(f".{uuid.uuid4().hex}{target.suffix}")
@@ -125,18 +125,18 @@ def whole(target: Path) -> Iterator[Path]:
 
 
 class NoCache(ValueError):
-  """There is no folder to keep files in."""
+  """There is no folder to cache files in."""
 
 
 def kept(relative: str, make: Callable[[], str]) -> str:
-  """The text that `make` returns, from the user's cache if it is there and undamaged.
+  """Returns the text of `make`, cached in the user's cache.
 
-  It is kept behind a line with its SHA-256; a file that does not match that is replaced.
-  Without a cache, or one that can be written, the text is made each time.
+  The cached file starts with a line with the text's SHA-256; a file that does not match is
+  replaced. Without a writable cache, the text is made each time.
 
   Args:
-    relative: path under the cache, a name of all that the text depends on.
-    make: a function of nothing else.
+    relative: path under the cache, which must identify everything that the text depends on.
+    make: a function that depends on nothing else.
   """
   root = paths.cache()
   if root is None:
@@ -157,7 +157,7 @@ def kept(relative: str, make: Callable[[], str]) -> str:
 
 
 def cache() -> Path:
-  """Where what is fetched or made of data is kept.
+  """The folder of downloaded and derived files.
 
   Raises:
     NoCache: the user has no home directory.
@@ -188,7 +188,7 @@ def _verify(path: Path, sha256: str | None, source: str) -> None:
 
 
 def _fetch(url: str, target: Path, sha256: str | None) -> Path:
-  """Downloads a file, which gets its name once it has been checked."""
+  """Downloads a file, which gets its final name only after verification."""
   suffix = PurePosixPath(url).suffix
   if suffix in SUFFIXES and target.suffix != suffix:
     target = target.with_name(target.name + suffix)

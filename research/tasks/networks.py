@@ -1,6 +1,6 @@
-"""Neural networks of Flax linen, Flax NNX and Equinox as pairs of pure functions.
+"""Converts Flax linen, Flax NNX and Equinox models to pairs of pure functions.
 
-NNX and Equinox are looked at only if the program has imported them already.
+NNX and Equinox models are recognized only if the program has imported these libraries already.
 """
 
 import inspect
@@ -13,7 +13,7 @@ import jax
 
 from research.core.base import Array, Key, Params
 
-# Words by which the libraries' models are told that they are trained, and that they are not.
+# Call arguments by which the libraries' models distinguish training and evaluation.
 _TRAINING, _EVALUATING = ("train", "training"), ("deterministic", "inference")
 
 
@@ -21,23 +21,23 @@ class Network(NamedTuple):
   """A model without its parameters."""
 
   init: Callable[[Key, Any], Params]  # (key, x [1, ...]) -> parameters
-  # (params, x [batch, ...], key) -> outputs [batch, ...]; without a key nothing is dropped
+  # (params, x [batch, ...], key) -> outputs [batch, ...]; without a key dropout is off
   apply: Callable[[Params, Any, Key | None], Array]
 
 
 def network(model: Any) -> Network:
-  """The functions of a model.
+  """Converts a model to pure functions.
 
-  A linen module draws its parameters from the key. An NNX or an Equinox model has its parameters,
-  and starts with them whatever the key is; a function of a key that makes one draws them anew.
-  Random state, such as that of Dropout, is no parameter: it is drawn from the key of the loss.
+  A linen module draws its parameters from the key. An NNX or Equinox module already has parameters
+  and starts with them whatever the key; a function of a key that makes one draws new ones. Random
+  state, such as that of Dropout, is not a parameter: it is drawn from the key of the loss.
 
   Args:
-    model: a linen module, or an NNX module, both from x [batch, ...]; an Equinox module, from x of
-      one example; or a function of a typed key that makes an NNX or an Equinox module.
+    model: a linen or NNX module from x [batch, ...]; an Equinox module from x of one example; or a
+      function of a typed key that makes an NNX or Equinox module.
 
   Raises:
-    ValueError: if it is none of these, or keeps statistics of the batches that it has seen.
+    ValueError: if it is none of these, or keeps statistics of batches.
   """
   if isinstance(model, nn.Module):
     return _linen(model)
@@ -61,7 +61,7 @@ def _is_module(model: Any, library: str) -> bool:
 
 
 def _made(make: Callable[[Key], Any]) -> Network:
-  """Of a function that makes the model."""
+  """Converts a function that makes the model."""
   model = make(jax.random.key(0))
   if _is_module(model, "flax.nnx"):
     return _nnx(make, model)
@@ -73,7 +73,7 @@ def _made(make: Callable[[Key], Any]) -> Network:
 
 
 def _words(call: Callable[..., Any], training: bool) -> dict[str, bool]:
-  """What a call is told about training, by the parameters that it has."""
+  """The keyword arguments, among those a call has, that select training or evaluation."""
   names = inspect.signature(call).parameters
   words = {name: training for name in _TRAINING if name in names}
   return words | {name: not training for name in _EVALUATING if name in names}

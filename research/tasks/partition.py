@@ -1,4 +1,4 @@
-"""Who owns which examples: partitions of the training set over workers or clients.
+"""Partitions of the training set over workers or clients.
 
 A partition maps (labels [N], workers, seed) to one array of indices per worker: disjoint, together
 all of range(N), none empty.
@@ -25,7 +25,7 @@ def iid() -> Partition:
 
 
 def in_order() -> Partition:
-  """As they come, cut into parts whose sizes differ by at most one; the seed has no effect."""
+  """The original order, cut into parts whose sizes differ by at most one; the seed is unused."""
 
   def partition(labels: np.ndarray, workers: int, seed: int) -> list[np.ndarray]:
     del seed
@@ -36,9 +36,9 @@ def in_order() -> Partition:
 
 
 def sorted_() -> Partition:
-  """Sorted by label, ties as they come, cut into parts whose sizes differ by at most one.
+  """Sorted by label, ties in the original order, cut into parts whose sizes differ by at most one.
 
-  The extreme of heterogeneity. It draws nothing: the seed has no effect.
+  This is the extreme of heterogeneity. The seed is unused.
   """
 
   def partition(labels: np.ndarray, workers: int, seed: int) -> list[np.ndarray]:
@@ -50,7 +50,7 @@ def sorted_() -> Partition:
 
 
 def shards(per_worker: int = 2) -> Partition:
-  """Sorted by label, cut into equal shards, and `per_worker` shards dealt to each worker at random.
+  """Sorts by label, cuts into equal shards, and deals `per_worker` shards to each worker at random.
 
   With two shards each, most workers see two classes. Shard sizes differ by at most one.
 
@@ -58,7 +58,7 @@ def shards(per_worker: int = 2) -> Partition:
     per_worker: shards that each worker gets.
 
   Raises:
-    ValueError: per_worker is no positive integer; when called, fewer examples than shards.
+    ValueError: per_worker is not a positive integer; when called, fewer examples than shards.
 
   Reference:
     McMahan et al., 2016, arXiv:1602.05629, section 3 ("pathological non-IID").
@@ -79,11 +79,11 @@ def shards(per_worker: int = 2) -> Partition:
 
 
 def dirichlet(alpha: float) -> Partition:
-  """The examples of each class go to the workers in proportions drawn from Dirichlet(alpha).
+  """Distributes each class over the workers in proportions drawn from Dirichlet(alpha).
 
   Small alpha gives few classes per worker and unequal sizes; large alpha tends to equal shares.
   Yurochkin et al. draw over workers for each class, as here; Hsu et al. (2019, arXiv:1909.06335)
-  draw over classes for each worker, all of one size. Li et al. redraw until everybody has ten
+  draw over classes for each worker, with equal sizes. Li et al. redraw until every worker has ten
   examples, which many workers never reach; here a worker without any takes one from the largest.
 
   Args:
@@ -115,11 +115,11 @@ def dirichlet(alpha: float) -> Partition:
 
 
 def stack(examples: Batch, parts: list[np.ndarray]) -> tuple[Batch, np.ndarray]:
-  """The examples by owner, padded with zeros to the largest part.
+  """Stacks the examples by client, padded with zeros to the largest part.
 
   Args:
     examples: numpy arrays [N, ...].
-    parts: indices of the examples of each of P owners.
+    parts: indices of the examples of each of P clients.
 
   Returns:
     The arrays [P, largest part, ...], of the same dtypes, and the sizes of the parts, int32 [P].
@@ -136,7 +136,7 @@ def stack(examples: Batch, parts: list[np.ndarray]) -> tuple[Batch, np.ndarray]:
 
 
 def _none_empty(parts: list[np.ndarray]) -> list[np.ndarray]:
-  """Gives each empty part one example of whichever part is then the largest."""
+  """Gives each empty part one example of the part that is largest at that moment."""
   sizes = np.array([len(part) for part in parts])
   for i in np.flatnonzero(sizes == 0):
     largest = sizes.argmax()

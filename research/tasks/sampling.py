@@ -1,4 +1,4 @@
-"""The order in which a worker's examples are drawn, as a pure function of step and key."""
+"""The order in which a worker draws its examples, as a pure function of step and key."""
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,13 @@ _GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio: spreads consecutive rounds o
 
 
 def epoch_sample(size: Array | int, step: Array | int, key: Key, *, batch_size: int) -> Array:
-  """Draws one batch without replacement, epoch by epoch, and keeps no state.
+  """Draws one batch without replacement, epoch by epoch, without state.
 
   With m = max(1, size // batch_size) batches in an epoch, step t is in epoch t // m, at positions
-  (t mod m) batch_size + i. The index at a position is a pseudo-random permutation of range(size)
-  there, keyed by (key, epoch): nothing is sorted or stored, so any step of any worker costs the
-  same. Where batch_size does not divide size, each epoch leaves size mod batch_size examples out,
-  other ones each time; where batch_size > size, a batch goes round the examples.
+  (t mod m) batch_size + i. The example at a position is given by a pseudo-random permutation of
+  range(size), keyed by (key, epoch). Nothing is sorted or stored, so any step of any worker costs
+  the same. If batch_size does not divide size, each epoch leaves out size mod batch_size examples,
+  different ones each time; if batch_size > size, a batch cycles through the examples.
 
   Args:
     size: examples that the worker has, an int32 scalar in [1, 2^31), traced or not.
@@ -38,7 +38,7 @@ def epoch_sample(size: Array | int, step: Array | int, key: Key, *, batch_size: 
 
 
 def with_replacement(size: Array | int, step: Array | int, key: Key, *, batch_size: int) -> Array:
-  """Draws each example of each batch from all, whatever was drawn before: as theory has it.
+  """Draws each example of a batch independently and uniformly, as theory assumes.
 
   Args:
     size: examples that the worker has, an int32 scalar in [1, 2^31), traced or not.
@@ -53,16 +53,16 @@ def with_replacement(size: Array | int, step: Array | int, key: Key, *, batch_si
 
 
 def in_order(size: Array | int, step: Array | int, key: Key, *, batch_size: int) -> Array:
-  """The next batch each step, round and round: of a buffer that is filled again as it is used.
+  """Draws consecutive batches cyclically, for a buffer that is refilled as it is used.
 
   Args:
-    size: examples that the worker holds, a multiple of batch_size.
+    size: examples that the worker has, a multiple of batch_size.
     step: the worker's step, an int32 scalar in [0, 2^31), traced or not.
     key: unused.
     batch_size: examples in one batch, static.
 
   Returns:
-    int32 [batch_size]: of step t those from (t batch_size) mod size on.
+    int32 [batch_size]: at step t those from (t batch_size) mod size on.
   """
   del key
   batches = jnp.maximum(1, jnp.asarray(size, jnp.int32) // batch_size)
@@ -70,15 +70,15 @@ def in_order(size: Array | int, step: Array | int, key: Key, *, batch_size: int)
 
 
 def permute(position: Array, size: Array, word: Array, offset: Array) -> Array:
-  """The image of `position` under a pseudo-random permutation of range(size), for any size.
+  """Applies a pseudo-random permutation of range(size), for any size.
 
-  The swap-or-not shuffle: round i pairs each x with x' = K_i - x mod size, and the pair changes
-  places if a pseudo-random bit of max(x, x') says so. Each round is an involution of range(size),
-  whatever the bits, so the whole is a bijection: for every size, without walking back into range
-  from a power of two, and at the same few operations for all lanes of a vmap.
+  The swap-or-not shuffle: round i pairs each x with x' = K_i - x mod size, and swaps the pair if a
+  pseudo-random bit of max(x, x') is set. Each round is an involution of range(size), whatever the
+  bits, so the result is a bijection: for every size, without cycle walking from a power of two, and
+  at the same few operations for all lanes of a vmap.
 
-  It is no cipher. After all rounds one position has not moved, or two neighbours have kept their
-  distance, with probability 2^-ROUNDS; otherwise positions and pairs of positions pass
+  This is not a cipher. After all rounds one position has not moved, or two neighbours have kept
+  their distance, with probability 2^-ROUNDS; otherwise positions and pairs of positions pass
   chi-square tests as uniform. The 64 bits of key reach few of the size! permutations.
 
   Args:
@@ -92,7 +92,7 @@ def permute(position: Array, size: Array, word: Array, offset: Array) -> Array:
 
   Reference:
     Hoang, Morris, Rogaway, 2012, arXiv:1208.1176. The bit is a multiplicative hash instead of a
-    cryptographic one, and the keys of the rounds are hashes of one 64-bit key.
+      cryptographic one, and the keys of the rounds are hashes of one 64-bit key.
   """
   size = size.astype(jnp.uint32)
 
@@ -124,7 +124,7 @@ def _mix(x: Array) -> Array:
 
 
 def _scale(word: Array, size: Array) -> Array:
-  """floor(word size / 2^32): in [0, size), uniform if the word is; in halves, without 64 bits."""
+  """floor(word size / 2^32), in [0, size), uniform if the word is; computed in 16-bit halves."""
   low, high = word & 0xFFFF, word >> 16
   size_low, size_high = size & 0xFFFF, size >> 16
   middle = high * size_low + (low * size_low >> 16)
@@ -132,7 +132,7 @@ def _scale(word: Array, size: Array) -> Array:
 
 
 def mean(values: Array, batch: Batch) -> Array:
-  """The mean of values [b], of those that the batch's mask keeps where it has one."""
+  """The mean of values [b], over the examples that the batch's mask keeps, if it has one."""
   if "mask" not in batch:
     return jnp.mean(values)
   mask = batch["mask"].astype(values.dtype)

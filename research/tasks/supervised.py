@@ -13,8 +13,8 @@ from research.core.task import Batch, Task
 from research.tasks import sampling
 from research.tasks.networks import network
 
-# (outputs [batch, ...], batch) -> a value of each example [batch]
-OfExamples = Callable[[Any, Batch], Array]
+# (outputs [batch, ...], batch) -> a value per example [batch]
+OfExamples = Callable[[Any, Batch], Any]
 
 
 def supervised(
@@ -30,40 +30,42 @@ def supervised(
   scale: float = 255.0,
   features: int = 0,
 ) -> Task:
-  """The task of minimising the mean loss of a model over `train`.
+  """The task of minimizing the mean loss of a model over `train`.
 
   The objective is 1/N sum_i loss_i(w) + l2/2 ||w||^2 + nonconvex sum_j w_j^2 / (1 + w_j^2), where w
-  are all parameters, biases included. A batch's mean counts the examples that its mask keeps; the
-  penalty is always whole, so that means over batches, weighted by their counts, average to the
-  objective.
+  are all parameters, biases included. A batch's mean is over the examples that its mask keeps. Each
+  batch includes the full penalty, so that means over batches, weighted by their counts, average to
+  the objective.
 
-  `evaluate` gives "loss", the objective with its penalty; "accuracy" of classes; the given
-  metrics; and "distance", max|params - optimum| / max|optimum|, where the optimum is known.
+  `evaluate` gives "loss", the objective with its penalty; "accuracy" for classes; the given
+  metrics; and "distance", max|params - optimum| / max|optimum|, if the optimum is known.
 
   Bytes (uint8) stay bytes in memory, batches included, and become floats, divided by `scale`, only
   as the model reads them: images take one byte per pixel. Other integers, such as tokens, are
-  given to the model as they are.
+  passed to the model unchanged.
 
   Args:
     model: from x [batch, ...] to outputs [batch, ...]: a module of Flax linen or Flax NNX, an
       Equinox module of single examples, or a function of a key that makes one; see
       `networks.network`. Its Dropout draws from the key of the loss and is off in `evaluate`.
     train: numpy arrays "x" [N, ...], or sparse rows as `models.classic.Linear` takes them; "y"
-      [N, ...], which a loss and metrics of your own may do without; and others by any name.
+      [N, ...], which custom losses and metrics may omit; and others by any name.
     test: the same, of other examples.
     loss: "softmax", cross-entropy in nats, y int [N] in [0, outputs); "logistic", the same for
       y in {0, 1} and one output; "squares", half of the squared error summed over outputs,
-      y float [N] or [N, outputs]; or a function (outputs, batch) -> losses [batch].
-    metrics: further metrics by name, functions as `loss`.
+      y float [N] or [N, outputs]; or a function (outputs, batch) -> losses [batch], or -> (losses,
+      further metrics by name, each [batch]), which are added to the rows as "auxiliary".
+    metrics: further metrics by name, functions like `loss`.
     l2: weight of the quadratic penalty, >= 0.
-    nonconvex: weight of the bounded one, >= 0, the regularizer of nonconvex logistic regression.
-    optimum: the exact minimiser over `train`.
-    scale: divides bytes.
-    features: of sparse rows, which do not say it themselves.
+    nonconvex: weight of the bounded penalty, >= 0, the regularizer of nonconvex logistic
+      regression.
+    optimum: the exact minimizer over `train`.
+    scale: divisor of bytes.
+    features: number of features, required for sparse rows.
 
   Raises:
-    ValueError: the model is of no known kind; the loss is unknown; l2 is negative; examples,
-      labels, outputs or model do not fit.
+    ValueError: the model is of no known kind; the loss is unknown; l2 is negative; or examples,
+      labels, outputs and model do not fit.
   """
   for name, weight in (("l2", l2), ("nonconvex", nonconvex)):
     if not weight >= 0:
@@ -85,21 +87,25 @@ def supervised(
   def predict(params: Params, x: Any, key: Key | None = None) -> Any:
     return apply(params, _floats(x, scale), key)
 
-  def objective(params: Params, outputs: Any, batch: Batch) -> Array:
-    value = sampling.mean(error(outputs, batch), batch)
+  def objective(params: Params, outputs: Any, batch: Batch) -> tuple[Array, dict[str, Array]]:
+    found = error(outputs, batch)
+    each, own = found if isinstance(found, tuple) else (found, {})
+    value = sampling.mean(each, batch)
     leaves = jax.tree.leaves(params)
     if l2 > 0:
       value += l2 / 2 * sum(jnp.vdot(p, p) for p in leaves)
     if nonconvex > 0:
       value += nonconvex * sum(jnp.sum(p * p / (1 + p * p)) for p in leaves)
-    return value
+    return value, {name: sampling.mean(x, batch) for name, x in own.items()}
 
-  def batch_loss(params: Params, batch: Batch, key: Key) -> Array:
-    return objective(params, predict(params, batch["x"], key), batch)
+  def batch_loss(params: Params, batch: Batch, key: Key) -> Any:
+    value, own = objective(params, predict(params, batch["x"], key), batch)
+    return (value, own) if own else value
 
   def evaluate(params: Params, batch: Batch) -> dict[str, Array]:
     outputs = predict(params, batch["x"])
-    found = {"loss": objective(params, outputs, batch)}
+    value, own_of_loss = objective(params, outputs, batch)
+    found = {"loss": value, **own_of_loss}
     found |= {name: sampling.mean(of(outputs, batch), batch) for name, of in own.items()}
     if optimum is not None:
       found["distance"] = _distance(params, optimum)
@@ -117,7 +123,7 @@ def supervised(
 
 
 def _of_labels(loss: str) -> OfExamples:
-  """A loss by its name."""
+  """Looks up a loss by its name."""
   if loss not in LOSSES:
     near = difflib.get_close_matches(str(loss), LOSSES, 1, 0.0)[0]
     raise ValueError(f"loss {loss!r} is none of {', '.join(LOSSES)}; did you mean {near}?")
@@ -166,7 +172,7 @@ def _distance(params: Params, optimum: Params) -> Array:
 
 
 def _check_arrays(part: str, examples: Batch) -> None:
-  """Rejects examples that are no arrays of one length."""
+  """Rejects examples that are not arrays of one length."""
   if not isinstance(examples, Mapping) or "x" not in examples:
     raise ValueError(f'{part}: not a dictionary with arrays "x" [N, ...], and "y" for labels')
   for name, array in examples.items():
@@ -182,9 +188,11 @@ def _check_arrays(part: str, examples: Batch) -> None:
 
 def _check_values(name: str, of: OfExamples, outputs: Any, batch: Batch) -> None:
   found = jax.eval_shape(of, outputs, batch)
-  if getattr(found, "shape", None) != (1,):
-    shape = getattr(found, "shape", type(found).__name__)
-    raise ValueError(f"{name}: gives {shape} for one example; it gives a value of each, [batch]")
+  values, further = found if isinstance(found, tuple) else (found, {})
+  for own, value in {name: values, **further}.items():
+    if getattr(value, "shape", None) != (1,):
+      shape = getattr(value, "shape", type(value).__name__)
+      raise ValueError(f"{own}: gives {shape} for one example; it gives a value of each, [batch]")
 
 
 def _check(examples: Batch, loss: str, outputs: int) -> None:

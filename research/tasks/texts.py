@@ -1,7 +1,7 @@
-"""Text files: UTF-8, in lines of fields, with errors that name the file and the line.
+"""Text files: UTF-8 lines of fields, with errors that name the file and the line.
 
-Arrays of small integers and UTF-16 may be legal UTF-8, but then half of their bytes or more are
-NUL: what is a quarter NUL is not text.
+Arrays of small integers and UTF-16 may be valid UTF-8, but then at least half of their bytes are
+NUL: a file that is a quarter NUL is rejected.
 """
 
 import codecs
@@ -32,7 +32,7 @@ def read(path: Path) -> str:
 
 
 def rows(path: Path, comments: str = "") -> Iterator[tuple[int, list[str]]]:
-  """The numbers, from 1, and the fields of the lines of a text file that are not blank.
+  """Line numbers, from 1, and fields of the lines of a text file that are not blank.
 
   A byte order mark is skipped. The file is read when this is called.
 
@@ -49,7 +49,7 @@ def rows(path: Path, comments: str = "") -> Iterator[tuple[int, list[str]]]:
 
 
 def parsed(path: Path, parse: Callable[[list[str]], T], comments: str = "") -> list[T]:
-  """What `parse` makes of the fields of each line.
+  """Parses the fields of each line.
 
   Args:
     path: as for `rows`.
@@ -69,15 +69,15 @@ def parsed(path: Path, parse: Callable[[list[str]], T], comments: str = "") -> l
 
 
 def at(path: Path, line: int, reason: object) -> ValueError:
-  """The error of one line of a file."""
+  """The error for one line of a file."""
   return ValueError(f"{path}, line {line}: {reason}")
 
 
 def number(field: str) -> float:
-  """The finite number that a field is.
+  """Parses a finite number.
 
   Raises:
-    ValueError: it is none.
+    ValueError: the field is not one.
   """
   try:
     value = float(field) if field.isascii() and "_" not in field else math.nan
@@ -89,10 +89,10 @@ def number(field: str) -> float:
 
 
 def whole(field: str) -> int:
-  """The whole number that a field is.
+  """Parses an integer.
 
   Raises:
-    ValueError: it is none, or has more than 18 digits.
+    ValueError: the field is not one, or has more than 18 digits.
   """
   if not _WHOLE.fullmatch(field):
     raise ValueError(f"{shown(field)} is not a whole number of at most 18 digits")
@@ -105,16 +105,16 @@ def shown(field: str) -> str:
 
 
 def decoded(content: bytes, path: Path, start: int = 0, end: bool = True) -> str:
-  """The text of bytes of a file.
+  """Decodes bytes of a file.
 
   Args:
     content: the bytes.
     path: of the file, for errors.
-    start: where in the file they begin; past 0 they may begin within a character.
-    end: whether they must end with a whole character.
+    start: their offset in the file; past 0 they may begin within a character.
+    end: whether they must end with a complete character.
 
   Raises:
-    ValueError: they are not UTF-8, or a quarter of them is NUL.
+    ValueError: they are not UTF-8, or more than a quarter of them is NUL.
   """
   begun = 0
   while start and begun < min(3, len(content)) and content[begun] & 0xC0 == 0x80:
@@ -137,7 +137,7 @@ def check(path: Path, most: int | None = None) -> None:
 
   Args:
     path: of the file.
-    most: blocks of 64 KiB that are read, at equal distances; all of them if None.
+    most: number of blocks of 64 KiB that are read, at equal distances; all of them if None.
 
   Raises:
     ValueError: it is not text.
@@ -147,6 +147,6 @@ def check(path: Path, most: int | None = None) -> None:
   count = blocks if most is None else min(most, blocks)
   with path.open("rb") as file:
     for i in range(count):
-      start = max(0, min(i * blocks // count * BLOCK, size - BLOCK))  # the last one is whole
+      start = max(0, min(i * blocks // count * BLOCK, size - BLOCK))  # the last block is full
       file.seek(start)
       decoded(file.read(BLOCK), path, start, start + BLOCK >= size)

@@ -10,7 +10,9 @@ which contract is broken and what was seen. The tests of this codebase run the s
 built-in names.
 """
 
+from research.testing.aggregators import check_aggregator
 from research.testing.compressors import check_compressor
 from research.testing.contract import ContractError
+from research.testing.methods import check_method
 
-__all__ = ["ContractError", "check_compressor"]
+__all__ = ["ContractError", "check_aggregator", "check_compressor", "check_method"]

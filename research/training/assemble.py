@@ -248,6 +248,7 @@ def assemble(config: Config, setting: Setting, devices: Sequence[Any] | None = N
     config.dropout,
     zero=config.zero,
     local_phase=config.local_phase,
+    diagnostics=config.log_every if config.diagnostics else 0,
     devices=devices,
   )
   with flag("method", config.method):

@@ -51,6 +51,7 @@ class Config(NamedTuple):
   data_dir: str = ""
   x64: bool = False
   allow_changes: bool = False
+  diagnostics: bool = False
   tensorboard: bool = False
   profile: bool = False
   server_mode: str = "async"

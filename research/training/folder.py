@@ -19,7 +19,7 @@ from research.training.config import NAMED, OF_SERVER, Config, UsageError, flag
 from research.training.reports.report import closing_table, note, with_nan, write_json
 
 # Flags that change neither the result nor the files of a run.
-_FREE = ("out", "data_dir", "allow_changes", "tensorboard", "profile")
+_FREE = ("out", "data_dir", "allow_changes", "diagnostics", "tensorboard", "profile")
 _FREE = (*_FREE, "restarts", "ray_address", "node_ip")
 # What every summary has beside the flags of NAMED.
 RESULT = ("workers", "steps", "stopped_because", "evaluated_on", "params_sha256")

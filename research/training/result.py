@@ -37,9 +37,22 @@ class Result:
     """The rows of metrics.jsonl: "step", "loss" and "seconds", and what was measured there."""
     return report.read_rows(self.folder / "metrics.jsonl") if self.folder else self._rows
 
-  def plot(self) -> Any:
-    """A matplotlib Figure: losses against steps, and the other metrics below."""
-    return figures.loss_figure(self.metrics, self.summary)
+  def plot(self, what: str = "loss") -> Any:
+    """A matplotlib Figure against steps.
+
+    Args:
+      what: "loss", with the other metrics below, or "diagnostics" of a run that has them.
+
+    Raises:
+      ValueError: if it is neither, or there are none.
+    """
+    if what == "loss":
+      return figures.loss_figure(self.metrics, self.summary)
+    if what != "diagnostics":
+      raise ValueError(f"plot {what!r}: legal: 'loss', 'diagnostics'")
+    if not any("diagnostics" in row for row in self.metrics):
+      raise ValueError("the run has no diagnostics: train(..., diagnostics=True)")
+    return figures.diagnostics_figure(self.metrics, self.summary)
 
   def __repr__(self) -> str:
     found = self.summary

@@ -16,6 +16,7 @@ class Served(NamedTuple):
 
   seconds: np.ndarray  # float64 [K], at the end of each round
   order: np.ndarray  # int32 [K], whose rounds they are
+  staleness: np.ndarray  # int32 [K], updates since the model that each was worked out on
 
   def at(self, rounds: float) -> float:
     """When so many rounds are done; within a round on a straight line."""
@@ -104,7 +105,7 @@ def played(speeds: clock.Speeds, plan: Plan, workers: int, seed: int) -> Callabl
       if rounds > MOST:
         raise ValueError(f"{rounds:,} rounds to be ordered before the first; at most {MOST:,}")
       trace = clock.asynchronous(speeds, workers, rounds, seed, method.local_steps)
-      return Served(trace.seconds, trace.owners)
+      return Served(trace.seconds, trace.owners, trace.staleness)
     return Waiting(lambda: clock.Lockstep(speeds, workers, seed), plan)
 
   run(1)

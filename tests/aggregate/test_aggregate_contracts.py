@@ -10,8 +10,8 @@ import optax
 import pytest
 from aggregators import AGGREGATORS, PLAIN, REFUSED, SLICED, SPECS, between_slices, refusal
 from problems import Running, distance, regression
+from promises import COMPRESSORS
 from side_by_side import regressions, trained
-from test_compress import TABLE as COMPRESSORS
 
 from research.aggregate import composition
 from research.aggregate.blockwise import blockwise

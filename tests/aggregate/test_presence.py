@@ -3,7 +3,7 @@
 And zero is a value like any other: a round of zero gradients, or with a rate of zero, ends nothing.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,16 +18,13 @@ from side_by_side import regressions, side_by_side
 
 from research.aggregate.privacy.clipping import clipped
 from research.core import registry
-from research.core.base import EVERYONE, Aggregator, Chunk, Presence, Trait
+from research.core.base import EVERYONE, Presence, Trait
 from research.core.method import Method
-from research.parallel import layout, workers
-from research.parallel.job import Job, traits
+from research.parallel.job import traits
+from research.testing import aggregators, methods
+from research.testing.absence import ABSENT, LEAVES, WEIGHTS, W, drawn, folded
 
-W = 8
-ABSENT = np.asarray([False, True, False, False, True, False, True, False])
-WEIGHTS = np.where(ABSENT, 0, W / np.sum(~ABSENT)).astype(np.float32)
 SLICED_AXES = {"slice": 2, "data": 4}
-LEAVES = {"w": (6, 4), "b": (3,)}
 KEY = jax.random.key(0)
 NEIGHBOURS = ("gossip", "push_sum", "choco", "q1_gossip", "q2_gossip")
 # Aggregators that nobody may be absent from, by a refusal that `test_what_has_no_meaning` shows.
@@ -46,92 +43,39 @@ EQUAL = [
 ]
 
 
-def drawn(seed: int, *lead: int) -> dict[str, jax.Array]:
-  random = np.random.default_rng(seed)
-  normal = lambda shape: random.normal(size=(*lead, *shape)).astype(np.float32)
-  return {name: jnp.asarray(normal(shape)) for name, shape in LEAVES.items()}
-
-
 def over_workers(one: Callable[..., Any], *rows: Any) -> Any:
   return jax.jit(jax.vmap(one, axis_name="data"))(*rows)
 
 
-def folded(one: Callable[..., Any], axes: Mapping[str, int]) -> Callable[..., Any]:
-  """What each worker computes, from rows [W, ...] to rows, whatever axes the workers lie along."""
-  fold = lambda x: jnp.asarray(x).reshape(*axes.values(), *x.shape[1:])
-  unfold = lambda x: x.reshape(W, *x.shape[len(axes) :])
-  program = jax.jit(layout.over_workers(one, axes, 0, 0))
-  return lambda *rows: jax.tree.map(unfold, program(*jax.tree.map(fold, rows)))
-
-
-def two_rounds(aggregators: Mapping[str, Aggregator]) -> Callable[..., Any]:
-  """Of each: everyone's first round, then one in which some are absent, from a state of theirs."""
-
-  def worker(first, second, weight, active):
-    found = {}
-    for name, aggregator in aggregators.items():
-      before = aggregator.aggregate(first, aggregator.init(first), jax.random.key(0)).state
-      presence = Presence(weight, active)
-      out = aggregator.aggregate(second, before, jax.random.key(1), presence)
-      found[name] = out.value, before, out.state
-    return found
-
-  return worker
-
-
-def absent_rows(name: str, before: Any, after: Any) -> None:
-  """An absent worker's own leaves are what they were; leaves that all share are the others'."""
-  is_chunk = lambda node: isinstance(node, Chunk)
-  pairs = zip(
-    jax.tree.leaves(before, is_leaf=is_chunk), jax.tree.leaves(after, is_leaf=is_chunk), strict=True
-  )
-  for old, new in pairs:
-    if is_chunk(old):  # of the whole, which an absent worker looks after all the same
-      continue
-    old, new = np.asarray(old), np.asarray(new)
-    is_shared = (new == new[:1]).all()
-    assert is_shared or (old[ABSENT] == new[ABSENT]).all(), name
-
-
 @pytest.mark.parametrize("group", ["flat", "sliced"])
 def test_nothing_of_who_is_absent_arrives_and_its_memory_stays(group):
-  """Whatever it has, be it no number; every aggregator but those that refuse to go on."""
-  chosen = MEET if group == "flat" else BETWEEN_SLICES
-  first, second = drawn(0, W), drawn(1, W)
-  nobody_knows = jax.tree.map(lambda x: x.at[ABSENT].set(jnp.nan), second)
-  program = folded(two_rounds(chosen), SIMULATED if group == "flat" else SLICED_AXES)
-  want = program(first, second, WEIGHTS, ~ABSENT)
-  got = program(first, nobody_knows, WEIGHTS, ~ABSENT)
-  for name in chosen:
-    for a, b in zip(jax.tree.leaves(got[name]), jax.tree.leaves(want[name]), strict=True):
-      np.testing.assert_array_equal(a, b, err_msg=name)
-    value, before, after = got[name]
-    assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(value)), name
-    absent_rows(name, before, after)
+  """Of every aggregator but those that need everyone."""
+  if group == "flat":
+    aggregators.absent(MEET, SIMULATED)
+  else:
+    aggregators.absent(BETWEEN_SLICES, SLICED_AXES)
 
 
 def test_equal_contributions_of_those_present_give_that_contribution():
   """As when everyone sends it, however many they are and however much each of them weighs."""
+  aggregators.equal({n: MEET[n] for n in EQUAL})
+
+
+def test_rules_that_compress_nothing_give_the_very_contribution():
   one = drawn(2)
   rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (W, *x.shape)), one)
-  chosen = {n: MEET[n] for n in EQUAL}
+  chosen = {"mean", "median", "trimmed_mean", "multi_krum", "geometric_median"} & {*MEET}
 
   def worker(tree, weight, active):
-    run = lambda a, *presence: a.aggregate(tree, a.init(tree), jax.random.key(0), *presence).value
-    told = Presence(weight, active)
-    return {n: (run(a), run(a, told)) for n, a in chosen.items()}
+    run = lambda a: a.aggregate(tree, a.init(tree), KEY, Presence(weight, active)).value
+    return {n: run(MEET[n]) for n in chosen}
 
-  program = jax.jit(jax.vmap(worker, axis_name="data"))
   for present in (8, 5, 3, 1):
     active = np.arange(W) < present
     uneven = np.where(active, np.linspace(1, 3, W), 0)
-    found = program(rows, (W * uneven / uneven.sum()).astype(np.float32), active)
-    for name, (want, got) in found.items():
-      assert distance(got, want) <= 1e-5, (name, present)
-    # those that are no compressor give the very contribution
-    for name in {"mean", "median", "trimmed_mean", "multi_krum", "geometric_median"} & {*chosen}:
-      got = jax.tree.map(lambda x: x[0], found[name][1])
-      assert distance(got, one) <= 1e-6, (name, present)
+    found = over_workers(worker, rows, (W * uneven / uneven.sum()).astype(np.float32), active)
+    for name, got in found.items():
+      assert distance(jax.tree.map(lambda x: x[0], got), one) <= 1e-6, (name, present)
 
 
 def robust_in_numpy(x: np.ndarray) -> dict[str, np.ndarray]:
@@ -216,92 +160,23 @@ def test_nothing_is_lost_to_a_memory_while_some_are_absent():
 # ---- methods
 
 
-def some_absent(methods: Mapping[str, Method], axes: Mapping[str, int]) -> Callable[..., Any]:
-  """Of each: a round of all workers, then one that some miss, with gradients as they are given."""
-
-  def worker(first, second, weight, active):
-    found = {}
-    for name, method in methods.items():
-      state = method.init(jax.tree.map(jnp.ones_like, first))
-      for number, grads in enumerate((first, second)):
-        local = method.begin(state)
-        for _ in range(method.local_steps):
-          elsewhere = lambda params, g=grads: jax.tree.map(lambda g, p: g + 0.1 * p, g, params)
-          key = jax.random.key(3)
-          local = method.step(elsewhere(local.params), local, state, key=key, grad_fn=elsewhere)
-        presence, key = Presence(weight, active) if number else EVERYONE, jax.random.key(number)
-        before, state = state, method.sync(local, state, key=key, presence=presence)
-      found[name] = before, state
-    return found
-
-  return folded(worker, axes)
-
-
 @pytest.mark.parametrize("group", ["flat", "sliced"])
 def test_a_lost_round_of_a_worker_reaches_nobody(group):
-  """Every method: the same, bit for bit, whatever the gradients of the lost round are.
-
-  What a worker keeps for itself then is what it had, or what all that are present received.
-  """
-  names = [n for n in NAMES if n not in GRAPHS] if group == "flat" else list(SLICED)
-  axes = SIMULATED if group == "flat" else SLICED_AXES
-  program = some_absent({name: METHODS[name] for name in names}, axes)
-  first, second = drawn(4, W), drawn(5, W)
-  nobody_knows = jax.tree.map(lambda x: x.at[ABSENT].set(jnp.nan), second)
-  want = program(first, second, WEIGHTS, ~ABSENT)
-  got = program(first, nobody_knows, WEIGHTS, ~ABSENT)
-  for name in names:
-    for a, b in zip(jax.tree.leaves(got[name]), jax.tree.leaves(want[name]), strict=True):
-      np.testing.assert_array_equal(a, b, err_msg=name)
-    before, after = got[name]
-    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
-    for old, new in pairs:
-      old, new = np.asarray(old), np.asarray(new)
-      if not np.issubdtype(new.dtype, np.floating):
-        continue  # counts of rounds, and delays that are drawn ahead
-      for worker in np.flatnonzero(ABSENT):
-        kept = (old[worker] == new[worker]).all()
-        received = any((new[worker] == new[i]).all() for i in np.flatnonzero(~ABSENT))
-        is_chunk = name in ("two_phase", "onebit_adam")  # which its worker looks after all the same
-        assert kept or received or is_chunk, name
+  """Of every method, but those on graphs, whose neighbours must all be there."""
+  if group == "flat":
+    methods.lost({n: METHODS[n] for n in NAMES if n not in GRAPHS}, SIMULATED)
+  else:
+    methods.lost({n: METHODS[n] for n in SLICED}, SLICED_AXES)
 
 
 def test_a_round_that_nobody_takes_part_in_changes_nothing():
   """Wherever it comes: the state is what the other rounds alone leave, counts and all."""
-  names = [n for n in NAMES if n not in GRAPHS]
   more = {
     "uniform": "delayed(data_parallel(sgd(0.1), mean()), uniform(3))",
     "apply_every": "data_parallel(chain(apply_every(4), sgd(0.1)), mean())",
   }
-  built = {n: METHODS[n] for n in names} | {n: registry.build("method", s) for n, s in more.items()}
-  grads = drawn(7, W)
-  jobs = {
-    n: Job(m, regression(), SIMULATED, np.full(W, 30), 8, dropout=0.5) for n, m in built.items()
-  }
-
-  def worker(grads, attended):
-    def rounds(job, counted):
-      def one(state, of_round):
-        key, there = of_round
-        local, gradient = job.method.begin(state), lambda params: grads
-        for _ in range(job.method.local_steps):
-          local = job.method.step(grads, local, state, key=key, grad_fn=gradient)
-        weight = jnp.where(there, 1.0, 0.0)
-        return workers.sync(job, local, state, weight, key, there), None
-
-      keys = jax.random.split(KEY, int(attended.sum()))
-      of = jnp.asarray(np.cumsum(attended) - 1)
-      first = job.method.init(jax.tree.map(jnp.ones_like, grads))
-      drawn_ = (keys[of], jnp.asarray(attended)) if counted else (keys, jnp.ones(len(keys), bool))
-      return jax.lax.scan(one, first, drawn_)[0]
-
-    return {n: (rounds(job, True), rounds(job, False)) for n, job in jobs.items()}
-
-  attended = np.asarray([True, True, True, False, True, False, False, True])
-  program = jax.jit(jax.vmap(lambda grads: worker(grads, attended), axis_name="data"))
-  for name, (with_empty, without) in program(grads).items():
-    for a, b in zip(jax.tree.leaves(with_empty), jax.tree.leaves(without), strict=True):
-      np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6, err_msg=name)
+  built = {n: METHODS[n] for n in NAMES if n not in GRAPHS}
+  methods.empty(built | {n: registry.build("method", s) for n, s in more.items()})
 
 
 @pytest.mark.parametrize("executor", ["simulate", "spmd"])

@@ -61,7 +61,7 @@ def test_several_modules_are_imported_in_order_also_from_a_preset(given, tmp_pat
 
 
 def test_what_is_not_there_is_a_usage_error(given, tmp_path):
-  with pytest.raises(UsageError, match=r"^--import='third\.py': there is no such file"):
+  with pytest.raises(UsageError, match=r"^--import='third\.py': there is no such file or package"):
     given("--import=third.py")
   (tmp_path / "clash.py").write_text(MODULE.format("top_k"))
   with pytest.raises(UsageError, match=r"^--import='clash': .* 'top_k' is research\.compress"):
@@ -86,3 +86,22 @@ def test_an_error_of_a_module_is_a_line_and_its_traceback(
   assert first.startswith(f"error: --import='{name}.py': {line}")
   assert second.startswith("Traceback")
   assert end.startswith(last)
+
+
+def test_debug_shows_where_a_wrong_value_was_rejected(tmp_path):
+  """Without it the line alone; with it the line comes last."""
+  wrong = ["--task=digits()", "--method=data_parallel(sgd(0.1), power_sgd(0))", f"--out={tmp_path}"]
+  plain, full = (
+    subprocess.run(
+      [sys.executable, str(ROOT / "experiments" / "run.py"), *wrong, *more],
+      capture_output=True,
+      text=True,
+    )
+    for more in ([], ["--debug"])
+  )
+  assert plain.returncode == full.returncode == 2
+  (line,) = plain.stderr.splitlines()
+  assert line.startswith("error: --method=")
+  assert "Traceback" in full.stderr
+  assert "power_sgd.py" in full.stderr
+  assert full.stderr.splitlines()[-1] == line

@@ -52,7 +52,7 @@ def test_a_schedule_says_its_spec_and_is_called_under_jit():
   schedule = registry.build("schedule", "polynomial_schedule(1., 0.0, 2, 10)")
   assert repr(schedule) == "polynomial_schedule(1.0, 0.0, 2, 10)"
   want = optax.polynomial_schedule(1.0, 0.0, 2, 10)(jnp.asarray(3))
-  assert float(jax.jit(schedule)(jnp.asarray(3))) == pytest.approx(float(want))
+  assert float(jax.jit(schedule)(jnp.asarray(3))) == pytest.approx(float(jnp.asarray(want)))
   assert schedule == registry.build("schedule", repr(schedule))
   assert schedule != registry.build("schedule", "constant_schedule(1.0)")
 

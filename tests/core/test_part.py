@@ -8,7 +8,7 @@ import pytest
 from aggregators import PLAIN
 from aggregators import SPECS as AGGREGATORS
 from catalogue import SPECS as METHODS
-from test_compress import TABLE as COMPRESSORS
+from promises import COMPRESSORS
 
 from research.aggregate.feedback import ErrorFeedback, error_feedback
 from research.aggregate.mean import Mean, mean

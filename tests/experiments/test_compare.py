@@ -8,6 +8,7 @@ from absl import flags
 
 from experiments import compare, sweep
 from experiments.reports import comparison, outcomes
+from research.command.flags import parse_flags
 from research.training.config import Config
 
 SGD = "data_parallel(sgd(0.1), {})"
@@ -32,7 +33,7 @@ def command(tmp_path, capsys):
     code = 0
     try:
       argv = ["compare.py", *quick, "--compilation_cache=off", *arguments]
-      compare.main(compare.run.parse_flags(argv))
+      compare.main(parse_flags(argv))
     except SystemExit as error:
       code = int(error.code or 0)
     return code, *capsys.readouterr()

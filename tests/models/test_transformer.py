@@ -15,7 +15,7 @@ from research.comm import mesh as meshes
 from research.models import attention, experts, pipeline
 from research.models.transformer import RULES, transformer
 from research.parallel import sharded
-from research.tasks.language.language import Part, next_token
+from research.tasks.language.language import Text, next_token
 
 OUTPUTS = 12
 SIZES = {"layers": 2, "width": 16, "heads": 4, "kv_heads": 2, "hidden": 24, "dtype": "float32"}
@@ -393,7 +393,7 @@ def test_a_cut_model_is_the_whole_one(name):
   mesh = meshes.device_mesh(sizes)
   module, x = built(scan=True, **options), tokens(8, 9)
   params = drawn(module)
-  task = next_token(module, OUTPUTS, Part(x.ravel(), 72), Part(x.ravel(), 72), context=8)
+  task = next_token(module, OUTPUTS, Text(x.ravel(), 72), Text(x.ravel(), 72), context=8)
   cut = sharded.cut_of(sizes, task)
   of_params = jax.tree.map(lambda p: P(*sharded.spec_of(cut, p.shape)), params)
   placed = jax.tree.map(lambda p, s: jax.device_put(p, NamedSharding(mesh, s)), params, of_params)

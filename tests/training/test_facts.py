@@ -2,20 +2,19 @@
 
 import math
 import sys
-import types
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from problems import regression, split
 
 from research.aggregate.mean import mean
 from research.aggregate.privacy import accounting, private
 from research.core import registry
-from research.core.base import Aggregator
-from research.methods.data_parallel import data_parallel
+from research.core.base import EVERYONE, Aggregator
+from research.methods.data_parallel import DataParallel, data_parallel
 from research.parallel import workers
 from research.parallel.job import Job, resolved
 from research.training.config import Config
@@ -136,35 +135,65 @@ def test_what_is_not_counted_says_why(monkeypatch):
   assert note.endswith('pip install -e ".[private]"')
 
 
+HIDDEN = private.noisy(mean(), clip=1.5, noise=1.3)
+
+
+class KeptApart(Aggregator):
+  """A wrapper that does not say what is seen of what it wraps."""
+
+  inner: Aggregator = HIDDEN
+
+  def init(self, params):
+    return self.inner.init(params)
+
+  def aggregate(self, tree, state, key, presence=EVERYONE):
+    return self.inner.aggregate(tree, state, key, presence)
+
+
+class Concealed(Aggregator):
+  """An aggregator whose noise is in no field of it."""
+
+  def aggregate(self, tree, state, key, presence=EVERYONE):
+    return HIDDEN.aggregate(tree, state, key, presence)
+
+
+class Opaque(DataParallel):
+  """A method that adds noise by itself."""
+
+  def sync(self, local, state, *, key, presence=EVERYONE):
+    return super().sync(local, state, key=key, presence=presence)
+
+  @property
+  def exchange(self):
+    return HIDDEN
+
+
+class Plain(DataParallel):
+  """A method of somebody else without noise."""
+
+
 @pytest.fixture
 def plugin(monkeypatch):
-  """A module whose aggregators and methods are registered under names of their own."""
+  """Aggregators and methods that are registered under names of their own."""
   monkeypatch.setattr(registry, "ADDED", {})
-  ours: Any = types.ModuleType("plugin")
-  monkeypatch.setitem(sys.modules, "plugin", ours)
-  hidden = lambda: private.noisy(mean(), clip=1.5, noise=1.3)
-
-  def kept_apart() -> Aggregator:
-    inner = hidden()
-    return Aggregator(inner.init, inner.aggregate, inner.traits)
-
-  ours.hidden, ours.kept_apart = hidden, kept_apart
-  ours.closed = lambda rate: data_parallel(registry.build("optimizer", f"sgd({rate})"), hidden())
-  ours.opaque = lambda rate: ours.closed(rate)._replace(over=None, of_rounds=None)
-  plain = data_parallel(registry.build("optimizer", "sgd(0.1)"), mean())
-  ours.plain = lambda: plain._replace(over=None, of_rounds=None)
-  for kind, names in {"aggregator": "hidden kept_apart", "method": "closed opaque plain"}.items():
-    for name in names.split():
-      registry.register(kind, name)(getattr(ours, name))
+  closed = lambda rate: data_parallel(registry.build("optimizer", f"sgd({rate})"), HIDDEN)
   registry.register("aggregator", "dp")(private.noisy)
+  registry.register("aggregator", "hidden")(lambda: HIDDEN)
+  registry.register("aggregator", "kept_apart")(KeptApart)
+  registry.register("aggregator", "concealed")(Concealed)
+  registry.register("method", "closed")(closed)
+  registry.register("method", "opaque")(lambda: Opaque(optax.sgd(0.1), mean()))
+  registry.register("method", "plain")(lambda: Plain(optax.sgd(0.1), mean()))
 
 
 def test_noise_is_counted_whatever_it_is_called(plugin):
-  """By an alias, inside a plugin's aggregator or method; or it is said that it is not."""
+  """By an alias, inside a plugin's aggregator or method, in any nesting; or it is said that not."""
   want = read(noisy())
   for method in (
     noisy().replace("noisy", "dp"),
     "data_parallel(sgd(0.1), hidden())",
+    "data_parallel(sgd(0.1), bucketed(hidden()))",
+    "averaged(delayed(data_parallel(sgd(0.1), hidden()), constant(1)))",
     "closed(0.1)",
   ):
     found = read(method)
@@ -174,7 +203,9 @@ def test_noise_is_counted_whatever_it_is_called(plugin):
     assert found.epsilon(10) == want.epsilon(10)
   for method, reason in (
     ("data_parallel(sgd(0.1), kept_apart())", "does not say how it is seen"),
-    ("opaque(0.1)", "does not say how its aggregator is wrapped"),
+    ("data_parallel(sgd(0.1), bucketed(kept_apart()))", "does not say how it is seen"),
+    ("data_parallel(sgd(0.1), concealed())", "no part of the method that its fields show"),
+    ("opaque()", "no part of the method that its fields show"),
   ):
     found = read(method)
     assert found.epsilon is None

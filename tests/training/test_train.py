@@ -344,3 +344,48 @@ def test_what_cannot_be_a_task_is_one_line(model, data, message):
 def test_a_loss_gives_a_value_of_each_example():
   with pytest.raises(ValueError, match=r"loss: gives \(\) for one example"):
     supervised(Linen(), DATA, loss=lambda outputs, batch: jnp.mean(outputs))
+
+
+def test_diagnostics_join_the_rows_and_have_a_plot_of_their_own(tmp_path):
+  given = {"log_every": 10, "eval_every": 0, "steps": 40, "steps_per_dispatch": 20}
+  run = small(diagnostics=True, out=tmp_path / "run", tensorboard=True, **given)
+  plain = small(**given)
+  assert run.summary["params_sha256"] == plain.summary["params_sha256"]
+  assert [row["loss"] for row in run.metrics] == [row["loss"] for row in plain.metrics]
+  names = ("compression_error", "memory_norm", "model_spread", "update_norm", "gradient_norm")
+  for row in run.metrics:
+    assert set(row["diagnostics"]) == set(names)
+    assert all(value > 0 for value in row["diagnostics"].values())
+    assert row["diagnostics"]["compression_error"] < 0.01  # int8
+  assert (tmp_path / "run" / "diagnostics.png").stat().st_size > 0
+  assert len(run.plot("diagnostics").axes) == len(names)
+  with pytest.raises(ValueError, match="the run has no diagnostics"):
+    plain.plot("diagnostics")
+
+
+def test_staleness_is_that_of_the_clock():
+  from research.methods.asynchronous import asgd
+  from research.sim.clock import asynchronous, steady
+
+  speeds = steady(1.0, slowdown={0: 4})
+  run = small(
+    method=asgd(optax.sgd(0.05), mean()), clock=speeds, steps=30, log_every=3, diagnostics=True
+  )
+  trace = asynchronous(speeds, 4, 30, 0, 1)
+  found = {row["step"]: row["diagnostics"]["staleness"] for row in run.metrics}
+  assert found == {step: trace.staleness[step - 1] for step in found}
+  assert max(found.values()) > 1
+
+
+@pytest.mark.parametrize("executor", ["simulate", "spmd"])
+def test_metrics_that_a_loss_returns_join_the_rows(executor):
+  def loss(outputs, batch):
+    each = optax.softmax_cross_entropy_with_integer_labels(outputs, batch["y"])
+    return each, {"doubled": 2 * each, "wrong": (jnp.argmax(outputs, 1) != batch["y"]) * 1.0}
+
+  task = supervised(Linen(), DATA, DATA, loss=loss)
+  run = small(task, executor=executor, log_every=7)
+  for row in run.metrics:
+    assert row["auxiliary"]["doubled"] == pytest.approx(2 * row["loss"], rel=1e-5)
+    assert 0 <= row["auxiliary"]["wrong"] <= 1
+  assert set(run.summary["eval"]) == {"loss", "doubled", "wrong"}

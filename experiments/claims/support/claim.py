@@ -1,4 +1,4 @@
-"""What a claim is made of: runs of the ordinary executors, what they are held against, gates."""
+"""The parts of a claim: runs of the ordinary executors, comparisons with the paper, gates."""
 
 import multiprocessing
 import operator
@@ -25,7 +25,7 @@ RELATIONS = {"<=": operator.le, ">=": operator.ge, "==": operator.eq}
 
 
 class Beside(NamedTuple):
-  """A number of ours beside the paper's, where the paper has one."""
+  """One of our numbers beside the paper's, if the paper has one."""
 
   what: str
   ours: float
@@ -33,22 +33,22 @@ class Beside(NamedTuple):
 
 
 class Gate(NamedTuple):
-  """What has to hold. A NaN holds nowhere."""
+  """A condition that must hold. It fails for NaN."""
 
   what: str
   value: float
   relation: str  # a key of RELATIONS
   bound: float
-  anywhere: bool = False  # on data sets that the claim was not tuned on, too
+  anywhere: bool = False  # applies also to data sets that the claim was not tuned on
 
   @property
   def holds(self) -> bool:
-    """Whether the value stands in the relation to the bound."""
+    """Whether the value satisfies the relation to the bound."""
     return bool(RELATIONS[self.relation](self.value, self.bound))
 
 
 class Line(NamedTuple):
-  """A curve of a panel; with `marker` its points are shown."""
+  """A curve of a panel; `marker` marks its points."""
 
   label: str
   x: Sequence[float] | np.ndarray
@@ -69,21 +69,21 @@ class Panel(NamedTuple):
 
 
 class Findings(NamedTuple):
-  """What a claim's experiments gave."""
+  """The results of a claim's experiments."""
 
   besides: list[Beside]
   gates: list[Gate]
   panels: list[Panel]
-  note: str = ""  # what a reader must know to read the numbers
+  note: str = ""  # what a reader must know to interpret the numbers
 
 
 class Found(NamedTuple):
-  """What one run gave."""
+  """The results of one run."""
 
   config: Config
-  rows: list[Row]  # "step", "loss" of the training since the row before, and what was measured
-  params: Params  # numpy: the model one would deploy
-  bytes_per_step: float  # that the algorithm of one worker sends
+  rows: list[Row]  # "step", mean training "loss" since the previous row, and measured metrics
+  params: Params  # numpy: the deployed model
+  bytes_per_step: float  # that one worker's algorithm sends
   seconds: float
 
   def column(self, name: str) -> np.ndarray:
@@ -91,7 +91,7 @@ class Found(NamedTuple):
     return np.array([row[name] for row in self.rows], np.float64)
 
   def last(self, name: str) -> float:
-    """A metric at the end; NaN if the run diverged before it."""
+    """A metric at the end; NaN if the run diverged earlier."""
     return float(self.rows[-1].get(name, np.nan))
 
   @property
@@ -104,18 +104,18 @@ class Found(NamedTuple):
     return next((float(row["step"]) for row in self.rows if reached(row[name])), np.inf)
 
 
-# (deployed params, whole state) -> numbers that join a row
+# (deployed params, full state) -> numbers that are added to a row
 Watch = Callable[[Params, TrainState], Mapping[str, Any]]
 
 
 class Lab:
-  """Where a claim's experiments run; it keeps the record of them.
+  """Runs a claim's experiments and records them.
 
   Args:
     settings: the claim's numbers at this scale.
-    seeds: how many.
-    dataset: task spec of the data, or "" where the claim makes its own.
-    tell: shown while it runs.
+    seeds: number of seeds.
+    dataset: task spec of the data, or "" if the claim makes its own.
+    tell: takes a line of progress.
   """
 
   def __init__(
@@ -134,14 +134,14 @@ class Lab:
     return self.settings[name]
 
   def data(self, **more: Any) -> str:
-    """The spec of --dataset with further arguments, where it does not have them itself."""
+    """The spec of --dataset with further arguments, unless it has them itself."""
     call = parse(self.dataset)
     named = [f"{k}={v!r}" for k, v in more.items() if k not in call.kwargs]
     inside = call.text[call.text.index("(") + 1 : -1]
     return f"{call.name}({', '.join([inside, *named] if inside else named)})"
 
   def task(self, **flags: Any) -> Task:
-    """The task of a run by its flags; --dataset is the default."""
+    """The task of a run from its flags; --dataset is the default."""
     return sources.task_of(Config(task=self.dataset)._replace(**flags))
 
   def run(
@@ -153,15 +153,22 @@ class Lab:
     until: Callable[[Row], bool] = lambda row: False,
     **flags: Any,
   ) -> Found:
-    """Runs what the flags of `experiments/run.py` describe, and measures at every --eval_every.
+    """Runs the flags of `experiments/run.py`, and measures at every --eval_every.
 
-    A row has the task's metrics by name over the test examples (`on` "test"), or those to train on
-    as "train_NAME" (`on` "train"); with `gradient` the norm of the whole gradient too, as
-    "gradient_norm". A run ends at the first row for which `until` holds, or where its loss is no
+    A row has the task's metrics by name over the test examples (`on` "test"), or over the training
+    examples as "train_NAME" (`on` "train"); with `gradient` also the norm of the full gradient, as
+    "gradient_norm". A run ends at the first row for which `until` holds, or when its loss is no
     longer finite.
 
+    Args:
+      on: which examples to measure on: "test", "train".
+      gradient: measures the norm of the full gradient.
+      watch: further metrics of params and state.
+      until: ends the run when true for a row.
+      **flags: of the run.
+
     Raises:
-      UsageError: for flags that cannot be.
+      UsageError: for invalid flags.
     """
     config = Config(**({"task": self.dataset, "eval_every": 0, "steps_per_dispatch": 1000} | flags))
     problem = assemble(config, check(config))
@@ -193,7 +200,7 @@ class Lab:
 
 
 def with_devices(count: int, function: Callable[..., Any], *args: Any) -> Any:
-  """What a function of a module finds in a process of its own, which has so many CPU devices."""
+  """Calls a function of a module in a new process that has `count` CPU devices."""
   apart = multiprocessing.get_context("spawn")
   with ProcessPoolExecutor(1, apart, initializer=_imitate_devices, initargs=(count,)) as process:
     return process.submit(function, *args).result()
@@ -205,7 +212,7 @@ def _imitate_devices(count: int) -> None:
 
 
 class Measures(Hook):
-  """The rows of a claim's run: at every `eval_every` steps, at its end, and where it diverges."""
+  """Records the rows of a claim's run: every `eval_every` steps, at its end, and on divergence."""
 
   def __init__(self, run: Run, measure: Callable[[], Row], until: Callable[[Row], bool]):
     self.every, self.rows = run.config.eval_every, []
@@ -247,7 +254,7 @@ def _measure(run: Run, on: Sequence[str], gradient: bool, watch: Watch | None) -
 
 
 def _told(config: Config) -> dict[str, Any]:
-  """The flags that differ from their defaults, and what a run is known by."""
+  """The flags that differ from their defaults, and the run's names."""
   default = Config._field_defaults
   given = {k: v for k, v in config._asdict().items() if v != default[k]}
   return config.named() | given

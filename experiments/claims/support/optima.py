@@ -1,4 +1,4 @@
-"""What is known exactly of a convex problem: its curvature and its optimum, in float64 by numpy."""
+"""Exact curvature and optima of convex problems, in float64 by numpy."""
 
 from typing import NamedTuple
 
@@ -9,16 +9,19 @@ from research.core import checks
 
 
 class Optimum(NamedTuple):
-  """Where an objective is least."""
+  """The minimum of an objective."""
 
   at: np.ndarray  # float64 [features]
   value: float
 
 
 def curvature(x: np.ndarray) -> np.ndarray:
-  """Eigenvalues of x'x/N, rising: of the Hessian of (1/2N) ||x w - y||^2.
+  """Eigenvalues of x'x/N, ascending: of the Hessian of (1/2N) ||x w - y||^2.
 
   A quarter of the largest is the smoothness of the mean logistic loss.
+
+  Args:
+    x: [N, features].
   """
   x = np.asarray(x, np.float64)
   return np.linalg.eigvalsh(x.T @ x / len(x))
@@ -46,7 +49,7 @@ def optimum_of_logistic(x: np.ndarray, y: np.ndarray, l2: float) -> Optimum:
     hessian = (rows.T @ weighted).toarray() + l2 * np.eye(len(w))
     step = np.linalg.solve(hessian, gradient)
     size, decrement = 1.0, gradient @ step
-    if decrement < 1e-10:  # each step squares it from here on, and values no longer tell
+    if decrement < 1e-10:  # each step squares it from here on, and values cannot resolve it
       whole_steps += 1
     else:
       while value(w - size * step) > value(w) - size * decrement / 4:
@@ -56,11 +59,11 @@ def optimum_of_logistic(x: np.ndarray, y: np.ndarray, l2: float) -> Optimum:
 
 
 class Split(NamedTuple):
-  """An l2-logistic problem whose examples workers hold sorted by label."""
+  """An l2-logistic problem whose examples are partitioned over workers, sorted by label."""
 
   l2: float
   optimum: np.ndarray  # float64 [features]
-  smoothness: float  # L, of the whole objective
+  smoothness: float  # L, of the full objective
   parts: np.ndarray  # L_i, of each worker's
 
   def distance(self, models: np.ndarray) -> float:
@@ -70,7 +73,14 @@ class Split(NamedTuple):
 
 
 def split_logistic(x: np.ndarray, y: np.ndarray, workers: int, ratio: float) -> Split:
-  """The problem of which l2 is the smoothness of the loss over `ratio`, cut among the workers."""
+  """Partitions a logistic problem over workers, with l2 = smoothness of the loss / ratio.
+
+  Args:
+    x: [N, features].
+    y: 0 or 1, [N].
+    workers: number of parts.
+    ratio: smoothness of the loss over l2.
+  """
   smoothness = lambda rows: float(curvature(rows)[-1]) / 4
   l2 = smoothness(x) / ratio
   parts = np.array_split(x[np.argsort(y, kind="stable")], workers)
@@ -79,7 +89,7 @@ def split_logistic(x: np.ndarray, y: np.ndarray, workers: int, ratio: float) -> 
 
 
 def optimum_of_squares(x: np.ndarray, y: np.ndarray, l2: float) -> Optimum:
-  """The minimum of (1/2N) ||x w - y||^2 + l2/2 ||w||^2: of ridge regression.
+  """The minimum of (1/2N) ||x w - y||^2 + l2/2 ||w||^2: ridge regression.
 
   Args:
     x: [N, features].

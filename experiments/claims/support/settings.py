@@ -1,4 +1,4 @@
-"""The numbers that a claim is run with: by its file, by the scale, by --set."""
+"""The numbers of a claim's run: from its file, the scale, and --set."""
 
 import math
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ from research.training.config import UsageError, flag
 def of_claim(
   full: Mapping[str, Any], quick: Mapping[str, Any], scale: str, given: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """A claim's numbers at a scale, with those that the command line sets.
+  """A claim's numbers at a scale, overridden by the command line.
 
   Raises:
-    UsageError: for one that the claim does not have, or of another type.
+    UsageError: for an unknown name or a value of another type.
   """
   found = {**full, **(quick if scale == "quick" else {})}
   for name, value in given.items():
@@ -32,7 +32,7 @@ def of_claim(
 
 
 def _check(value: Any, like: Any) -> None:
-  """Refuses a setting that is out of range, or unlike the one in whose place it stands."""
+  """Rejects a setting that is out of range or of another kind than the default."""
   if isinstance(like, list):
     if isinstance(like[0], str):
       raise ValueError("what is compared goes with the scale and cannot be set")

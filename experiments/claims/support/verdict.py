@@ -1,4 +1,4 @@
-"""What a claim's findings come to: gates, table, figure, and one table over all claims."""
+"""The verdict on a claim: gates, table, figure, and one table over all claims."""
 
 import json
 import math
@@ -14,11 +14,11 @@ POINTS = 200  # of a curve in result.json
 
 
 def values(findings: Findings, elsewhere: bool) -> dict[str, Any]:
-  """What the gates say, as JSON.
+  """The values and gates of a claim, as JSON.
 
   Args:
     findings: of the claim.
-    elsewhere: on another data set than the claim was tuned on, where few gates apply.
+    elsewhere: whether the data set is not the one the claim was tuned on; few gates apply then.
   """
   gates = [
     {
@@ -65,7 +65,7 @@ def write(result: dict[str, Any], findings: Findings, folder: Path) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-  """Ours beside the paper's, then the gates, in Markdown."""
+  """The Markdown tables: our values beside the paper's, then the gates."""
   lines = [f"{result['claim']}: {result['title']}", ""]
   lines += ["| what | ours | paper | deviation |", "|---|---|---|---|"]
   for row in result["values"]:
@@ -151,7 +151,7 @@ beside them. A claim that does not hold here says so: no gate was moved to let i
 
 
 def write_overview(out: Path, titles: Mapping[str, str]) -> None:
-  """Writes OUT/README.md, one table over all claims, by name, also those without a record there."""
+  """Writes OUT/README.md, one table over all claims by name, including those without a record."""
   rows = []
   for name, title in titles.items():
     path = out / name / "result.json"
@@ -179,7 +179,7 @@ def _deviation(ours: float, paper: float | None) -> dict[str, float | None]:
 
 
 def _number(value: float) -> float | None:
-  """For JSON, which has no infinity and no NaN."""
+  """A number for JSON, which has no infinity and no NaN."""
   return float(value) if math.isfinite(value) else None
 
 

@@ -1,4 +1,4 @@
-"""Small convex problems on which an algorithm is known to fail, as its critics wrote them down."""
+"""Small convex counterexamples from the literature, on which particular algorithms fail."""
 
 from collections.abc import Callable
 
@@ -12,15 +12,15 @@ from research.tasks import sampling
 
 
 def client_drift(dissimilarity: float = 1.0, start: float = 10.0) -> Task:
-  """Two clients whose minima lie apart, on which local steps drift from the minimum of the mean.
+  """Two clients with different minima; local steps drift away from the minimum of the mean.
 
       f_1(x) = x^2 + G x,   f_2(x) = -G x,   f(x) = x^2 / 2
 
-  Example i is client i: take `--partition="in_order()"` and two workers.
+  Example i is client i: use `--partition="in_order()"` and two workers.
 
   Args:
-    dissimilarity: G, how far the clients' gradients at the minimum, 0, are from theirs.
-    start: of x.
+    dissimilarity: G, size of the clients' gradients at the minimum 0.
+    start: initial x.
 
   Raises:
     ValueError: if start is 0, the minimum.
@@ -39,14 +39,14 @@ def client_drift(dissimilarity: float = 1.0, start: float = 10.0) -> Task:
 
 
 def rare_large_gradient(start: float = 0.0) -> Task:
-  """x / 4 over [-1, 1], least at -1: the sign of its stochastic gradient points the other way.
+  """Minimizes x / 4 over [-1, 1]; the sign of the stochastic gradient points away from the minimum.
 
       g = 4 with probability 1/4, -1 with probability 3/4:   E g = 1/4,   E sign(g) = -1/2
 
-  A step takes one of four examples, drawn anew each time.
+  The minimum is at -1. Each step uses one of four examples, drawn with replacement.
 
   Args:
-    start: of x, in [-1, 1].
+    start: initial x, in [-1, 1].
 
   Raises:
     ValueError: if start is outside [-1, 1].
@@ -64,12 +64,12 @@ def rare_large_gradient(start: float = 0.0) -> Task:
 
 
 def narrow_valley(epsilon: float = 0.5) -> Task:
-  """A convex function of two variables whose subgradients have signs along one line alone.
+  """A convex function of two variables whose subgradient signs span only one line.
 
-      f(x) = epsilon |x_1 + x_2| + |x_1 - x_2|,   from x = (1, 1),   least at (0, 0)
+      f(x) = epsilon |x_1 + x_2| + |x_1 - x_2|,   from x = (1, 1),   minimum at (0, 0)
 
-  Of a subgradient, with sign(0) = +1, the signs are (1, -1) or (-1, 1) wherever x_1 + x_2 > 0, so
-  that steps along them keep x_1 + x_2 and never come below f(1, 1) = 2 epsilon.
+  With sign(0) = +1, the signs of a subgradient are (1, -1) or (-1, 1) wherever x_1 + x_2 > 0. Sign
+  steps therefore preserve x_1 + x_2 and never get below f(1, 1) = 2 epsilon.
 
   Args:
     epsilon: in (0, 1).
@@ -80,7 +80,7 @@ def narrow_valley(epsilon: float = 0.5) -> Task:
   Reference: Karimireddy, Rebjock, Stich, Jaggi 2019, arXiv 1901.09847, counterexample 2.
   """
   checks.in_range("epsilon", epsilon, "(0, 1)")
-  # the subgradient of jnp.abs at 0 is 0
+  # JAX's derivative of jnp.abs at 0 is 0, not +1
   absolute = lambda a: jnp.where(a >= 0, a, -a)
   value = lambda x, e: e["scale"] * (epsilon * absolute(x[0] + x[1]) + absolute(x[0] - x[1]))
   task = _task({"scale": np.ones(1, np.float32)}, np.ones(2, np.float32), value)
@@ -88,7 +88,7 @@ def narrow_valley(epsilon: float = 0.5) -> Task:
 
 
 def _task(examples: Batch, start: np.ndarray, value: Callable[[Array, Batch], Array]) -> Task:
-  """The mean over examples of value(x, example), from x = start."""
+  """The task of minimizing the mean of value(x, example) over examples, from x = start."""
 
   def init(key: Key) -> Params:
     del key

@@ -1,4 +1,4 @@
-"""Files in the LIBSVM format: classification and ridge regression, the standard convex problems."""
+"""LIBSVM files: classification and ridge regression, the standard convex problems."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ SHA256 = {
 }
 
 LARGEST = float(np.finfo(np.float32).max)  # label or value
-DENSE_BYTES = 1 << 30  # up to here, dense rows are worth their memory
+DENSE_BYTES = 1 << 30  # largest size at which rows are stored dense
 
 
 def libsvm(
@@ -36,28 +36,28 @@ def libsvm(
   model: Callable[[int], nn.Module] = Default("model", "logistic()"),
   data_dir: str = "",
 ) -> Task:
-  """A LIBSVM file's examples: logistic loss, softmax for three classes or more, or squares.
+  """Classification or least squares on a LIBSVM file.
 
-  To classify, the sorted labels of the file become 0, 1, ...; squares take them for the numbers
-  that they are. Features are one-based. Rows are dense where all
-  of them take at most 1 GiB in float32, else sparse: {"index", "value"} [N, most in a row], padded
-  with value 0, which `linear` and `logistic` take.
+  The loss is logistic for two classes, softmax for more, or squares. For classification the sorted
+  labels of the file become 0, 1, ...; squares uses them as numbers. Feature indices start at one.
+  Rows are dense if all of them take at most 1 GiB in float32, else sparse: {"index", "value"}
+  [N, longest row], padded with value 0, which `linear` and `logistic` accept.
 
   Args:
-    name: of the file, such as "a9a", "w8a" or "mushrooms"; .gz and .bz2 are read as they are. Any
-      name is looked for; what is then fetched is of LIBSVM's collection for two classes.
+    name: of the file, such as "a9a", "w8a" or "mushrooms"; .gz and .bz2 are supported. Any local
+      file works; downloads come from LIBSVM's collection for two classes.
     test: name of a file of test examples, such as "a9a.t".
     l2: weight of l2/2 ||params||^2, see `supervised`.
-    sparse: True or False instead of by size.
+    sparse: True or False overrides the choice by size.
     nonconvex: weight of sum_j w_j^2 / (1 + w_j^2), see `supervised`.
-    loss: "squares", half of the squared error; empty: to classify.
+    loss: "squares", half of the squared error; empty: classification.
     model: outputs -> module; one output for two classes and for squares.
     data_dir: where to look first, see `files.find`.
 
   Raises:
-    FileNotFoundError: a file is nowhere and cannot be fetched.
+    FileNotFoundError: a file is not found and cannot be downloaded.
     ValueError: the name is a path, the file is malformed or has a number that is not finite in
-      float32, its labels are no classes, or the loss is unknown.
+      float32, its labels are not classes, or the loss is unknown.
 
   Reference:
     Chang and Lin, 2011, LIBSVM: a library for support vector machines, ACM TIST 2(3).
@@ -99,7 +99,7 @@ def _path(name: str, data_dir: str) -> Path:
 
 
 def _load(paths: list[Path]) -> list[Any]:
-  """[rows, labels, rows, labels, ...], the rows sparse float32, of the same number of features."""
+  """[rows, labels, rows, labels, ...]; rows are sparse float32 with equally many features."""
   from sklearn.datasets import load_svmlight_files
 
   try:
@@ -121,7 +121,7 @@ def _load(paths: list[Path]) -> list[Any]:
 
 
 def _check_fields(fields: list[str]) -> None:
-  """Checks a line, "LABEL INDEX:VALUE ... # comment", by the definition of the format."""
+  """Checks a line, "LABEL INDEX:VALUE ... # comment", against the definition of the format."""
   label, *pairs = " ".join(fields).partition("#")[0].split() or ["0"]
   try:
     _check_number(label)
@@ -146,7 +146,7 @@ def _check_number(field: str) -> None:
 
 
 def _line(path: Path, row: int) -> int:
-  """The number of the line that has an example."""
+  """The line number of an example."""
   return [line for line, _ in texts.rows(path, "#")][row]
 
 
@@ -172,7 +172,7 @@ def _encoded(path: Path, labels: np.ndarray, classes: np.ndarray) -> np.ndarray:
 
 
 def _padded(rows: Any) -> Batch:
-  """CSR to the rows' own entries, padded to the longest row by index 0 and value 0."""
+  """Converts CSR to the rows' own entries, padded to the longest row by index 0 and value 0."""
   lengths = np.diff(rows.indptr)
   own = np.arange(max(1, lengths.max())) < lengths[:, None]
   index, value = np.zeros(own.shape, np.int32), np.zeros(own.shape, np.float32)

@@ -1,4 +1,4 @@
-"""Problems that are made up, so that all there is to know about them is known."""
+"""Synthetic problems with known solutions or constants."""
 
 import math
 from collections.abc import Callable
@@ -25,26 +25,26 @@ def least_squares(
   *,
   model: Callable[[int], nn.Module] = Default("model", "linear()"),
 ) -> Task:
-  """Linear regression, f(w) = 1/(2N) ||X w - y||^2, of a given condition number.
+  """Linear regression, f(w) = 1/(2N) ||X w - y||^2, with a given condition number.
 
   X = sqrt(N) U S V' with random orthonormal U and V, so that the Hessian X'X/N has the eigenvalues
-  S^2, in geometric progression from 1 to 1/condition: a linear model without bias has L = 1 and
-  mu = 1/condition, and gradient descent is fastest at the step 2/(L + mu) = 2/(1 + 1/condition),
-  which contracts by (condition - 1)/(condition + 1). y = X w* + noise, w* standard normal.
+  S^2, in geometric progression from 1 to 1/condition. A linear model without bias has L = 1 and mu
+  = 1/condition; gradient descent is fastest at the step 2/(L + mu) = 2/(1 + 1/condition), which
+  contracts by (condition - 1)/(condition + 1). y = X w* + noise, w* standard normal.
 
-  The optimum is that of the float32 data, solved in float64; it is known for `linear`, with a bias
-  or without, and None for other models.
+  The optimum is that of the float32 data, solved in float64. It is known for `linear`, with or
+  without bias, and None for other models.
 
   Args:
     samples: N, at least `features`.
     features: length of w; with one, the only eigenvalue is 1.
-    noise: standard deviation of what is added to y.
+    noise: standard deviation of the noise in y.
     condition: L / mu, at least 1.
     seed: of the data.
     model: outputs -> module.
 
   Raises:
-    ValueError: a number is out of its range.
+    ValueError: a number is out of range.
   """
   if not samples >= features >= 1:
     raise ValueError(f"samples={samples}, features={features}: need samples >= features >= 1")
@@ -61,7 +61,7 @@ def least_squares(
 
 
 def _optimum(module: nn.Module, x: np.ndarray, y: np.ndarray) -> Params | None:
-  """The exact minimiser in the module's structure, if that is one kernel and at most one bias."""
+  """The exact minimizer in the module's structure, for one kernel and at most one bias."""
   shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x[:1])["params"])
   if not set(shapes) <= {"kernel", "bias"}:
     return None
@@ -72,12 +72,12 @@ def _optimum(module: nn.Module, x: np.ndarray, y: np.ndarray) -> Params | None:
 
 
 def mean_estimation(vectors: int = 25, features: int = 2000, seed: int = 0) -> Task:
-  """The mean of vectors b_i ~ N(0, I), sought as the minimum of a mean of squares.
+  """Estimates the mean of vectors b_i ~ N(0, I) by minimizing a mean of squares.
 
       f_i(x) = 1/2 ||x - b_i||^2
 
-  One vector is one example. From x = 0 a gradient step of size one takes a worker with one vector
-  to it; then no steps, only averages with neighbours, are a consensus problem.
+  One vector is one example. From x = 0, a gradient step of size one moves a worker with one vector
+  exactly to it; averaging with neighbours and taking no further steps is then a consensus problem.
 
   Args:
     vectors: how many, at least 1.
@@ -118,13 +118,14 @@ def random_tokens(
   model: Callable[[int], nn.Module] = Default("model", "transformer('tiny')"),
   seed: int = 0,
 ) -> Task:
-  """Tokens drawn uniformly: nothing to learn, any size at hand, for speed, memory and traffic.
+  """Uniformly random tokens of any size, for measuring speed, memory and traffic.
 
-  The best loss is log V. As a token carries log2 V bits, the best "bits_per_byte" is 8.
+  There is nothing to learn: the best loss is log V. As a token carries log2 V bits, the best
+  "bits_per_byte" is 8.
 
   Args:
     vocabulary: V, at least 2; by default that of the models 1b and 8b.
-    context: T, the most tokens that a prediction is made from.
+    context: T, maximum number of tokens that a prediction is made from.
     length: tokens to train on; a tenth as many are held out.
     model: outputs -> module, called with V; from tokens [b, T] to logits [b, T, V].
     seed: of the tokens.

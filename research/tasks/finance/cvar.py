@@ -1,4 +1,4 @@
-"""Conditional value at risk: the portfolio whose worst losses are smallest on average."""
+"""Conditional value at risk: the portfolio with the smallest mean of its worst losses."""
 
 import math
 from collections.abc import Sequence
@@ -33,34 +33,36 @@ def cvar(
   *,
   data_dir: str = "",
 ) -> Task:
-  """Weights w >= 0 of sum 1 and the threshold a that minimize, over scenarios of returns r,
+  """Minimizes the CVaR of a portfolio over weights w >= 0 of sum 1 and a threshold a.
 
-      a + mean((-r'w - a)_+) / (1 - level),
+  Over scenarios of returns r, the objective is
 
-  whose minimum over a is the CVaR of w: the mean of its losses beyond their quantile, the VaR. The
-  parameters are {"weights": [n], "threshold"}; the objective, the "loss", is in percent of what is
-  invested, its positive part smoothed as told, that of `evaluate` not. It has kinks:
-  take a decreasing rate; and a method that keeps to constraints, see `frontier`. An optimizer that
-  scales each coordinate, such as Adam, makes steps that the projection takes back.
+      a + mean((-r'w - a)_+) / (1 - level).
 
-  Metrics of the returns that were seen, fractions: "var" and "cvar" of the weights, each with the
-  ends of its confidence interval, "var_low", "var_high", ...; and with a `portfolio` the same of
-  that one, "given_var", ... See `tail`.
+  Its minimum over a is the CVaR of w: the mean of its losses beyond their quantile, the VaR. The
+  parameters are {"weights": [n], "threshold"}. The objective, "loss", is in percent of the
+  investment; its positive part is smoothed by `smoothing`, except in `evaluate`. It has kinks, so
+  use a decreasing learning rate, and a method that keeps to constraints, see `frontier`. Optimizers
+  that scale each coordinate, such as Adam, make steps that the projection undoes.
+
+  Metrics of the historical returns, as fractions: "var" and "cvar" of the weights, each with the
+  ends of its confidence interval, "var_low", "var_high", ...; with a `portfolio` also its
+  "given_var", ... See `tail`.
 
   Args:
-    name: "stocks": daily returns of 20 stocks from the day on which all have a price, or the path
-      of a table of prices like it, see `price_table`.
+    name: "stocks": daily returns of 20 stocks from the first day on which all have a price; or the
+      path of a table of prices, see `price_table`.
     level: of the CVaR, in (0, 1).
-    scenarios: so many, drawn with replacement from the days (the bootstrap); 0: every day once.
+    scenarios: number of days drawn with replacement (the bootstrap); 0: every day once.
     smoothing: e, in percent: (x)_+ becomes (x + e)^2 / 4e for |x| <= e, at most e/4 above it.
-    portfolio: weights of one to be measured.
+    portfolio: weights of a given portfolio to evaluate too.
     confidence: of the intervals, in (0, 1).
     seed: of the scenarios.
     data_dir: where to look first, see `files.find`.
 
   Raises:
-    FileNotFoundError: the file is nowhere and cannot be fetched.
-    ValueError: a number is out of range, or the file no table of prices.
+    FileNotFoundError: the file is not found and cannot be downloaded.
+    ValueError: a number is out of range, or the file is not a table of prices.
 
   Reference: Rockafellar, Uryasev, 2000, Optimization of conditional value-at-risk, Journal of Risk
     2, theorem 1.
@@ -86,7 +88,16 @@ def of_scenarios(
   portfolio: Sequence[float] = (),
   confidence: float = 0.95,
 ) -> Task:
-  """The task of scenarios [S, n], and of returns that were seen [T, n]. See `cvar`."""
+  """The task for given scenarios and historical returns. See `cvar`.
+
+  Args:
+    drawn: scenarios [S, n], fractions.
+    seen: historical returns [T, n], fractions.
+    level: see `cvar`, as are the others.
+    smoothing: in percent.
+    portfolio: weights [n], or empty.
+    confidence: of the intervals.
+  """
   assets = drawn.shape[1]
 
   def project(params: Params) -> Params:
@@ -128,10 +139,10 @@ def of_scenarios(
 def tail(losses: Array, level: float, confidence: float = 0.95) -> dict[str, Array]:
   """VaR and CVaR of a sample of losses, with confidence intervals.
 
-  VaR is the order statistic of rank ceil(level T), its interval that of the binomial: the order
-  statistics z sqrt(T level (1 - level)) ranks away. CVaR is the least of Rockafellar and Uryasev's
-  objective, which is at VaR; its variance, that of the influence function,
-  (var(losses | losses >= VaR) + level (CVaR - VaR)^2) / (T (1 - level)).
+  VaR is the order statistic of rank ceil(level T). Its interval is binomial: the order statistics z
+  sqrt(T level (1 - level)) ranks away. CVaR is the minimum of Rockafellar and Uryasev's objective,
+  which is attained at VaR; its variance is that of the influence function, (var(losses |
+  losses >= VaR) + level (CVaR - VaR)^2) / (T (1 - level)).
 
   Args:
     losses: [T].
@@ -168,13 +179,17 @@ def tail(losses: Array, level: float, confidence: float = 0.95) -> dict[str, Arr
 
 
 def load(name: str = "stocks", data_dir: str = "") -> np.ndarray:
-  """Daily returns [T, n], p_t / p_{t-1} - 1, of the days before and on which all have a price.
+  """Daily returns [T, n], p_t / p_{t-1} - 1, where all stocks have a price on both days.
 
-  The days are in the order of their dates, whatever that of the lines is.
+  The days are sorted by date.
+
+  Args:
+    name: "stocks", or the path of a table of prices.
+    data_dir: where to look first, see `files.find`.
 
   Raises:
-    FileNotFoundError: the published file is nowhere and cannot be fetched.
-    ValueError: there is no such file, or it is no table of prices.
+    FileNotFoundError: the published file is not found and cannot be downloaded.
+    ValueError: there is no such file, or it is not a table of prices.
   """
   if name == "stocks":
     path = files.find("stocks/stock_prices.csv", data_dir, URL, SHA256)

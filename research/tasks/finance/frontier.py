@@ -26,15 +26,15 @@ SHA256 = {
   "portef3.txt": "4d0eb0a1cfbaddc2ef2049ec34ab9836e133f7dd0c0481f2932b345dc01c0cc3",
 }
 SCENARIOS = 8  # per asset
-_HALVINGS = 60  # of the multiplier's interval
+_HALVINGS = 60  # bisection steps for the multiplier
 
 
 class Market(NamedTuple):
-  """What is known of n assets, and the published frontier of their portfolios, if there is one."""
+  """The moments of n assets, and the published frontier of their portfolios, if any."""
 
   means: np.ndarray  # float64 [n], expected returns
   covariance: np.ndarray  # float64 [n, n]
-  returns: np.ndarray  # float64 [points], falling
+  returns: np.ndarray  # float64 [points], descending
   variances: np.ndarray  # float64 [points], the least at these returns
 
 
@@ -44,9 +44,9 @@ def load(name: str, data_dir: str = "") -> Market:
   See `portfolio_files` for the format.
 
   Raises:
-    FileNotFoundError: a published file is nowhere and cannot be fetched.
-    ValueError: there is no such file; a line is malformed, missing or there twice; or the
-      covariance is not positive semidefinite.
+    FileNotFoundError: a published file is not found and cannot be downloaded.
+    ValueError: there is no such file; a line is malformed, missing or repeated; or the covariance
+      is not positive semidefinite.
 
   Reference: Chang, Meade, Beasley, Sharaiha, 2000, Heuristics for cardinality constrained portfolio
     optimisation, Computers & Operations Research 27; Beasley, 1990, OR-Library.
@@ -71,10 +71,10 @@ def load(name: str, data_dir: str = "") -> Market:
 
 
 def check(covariance: np.ndarray) -> np.ndarray:
-  """The eigenvalues of a covariance, rising.
+  """The eigenvalues of a covariance, ascending.
 
   Raises:
-    ValueError: it is not symmetric or not positive semidefinite, but for rounding.
+    ValueError: it is not symmetric or not positive semidefinite, up to rounding.
   """
   if covariance.shape[0] != covariance.shape[1] or not np.allclose(covariance, covariance.T):
     raise ValueError(f"the covariance {list(covariance.shape)} is not symmetric")
@@ -93,27 +93,28 @@ def frontier(
   *,
   data_dir: str = "",
 ) -> Task:
-  """The least variance w'Cw of weights w >= 0 that sum to 1, at each of several required returns.
+  """Minimizes the variance w'Cw of weights w >= 0 of sum 1, at each of several required returns.
 
   The parameters are {"weights": [points, n]}. Examples are scenarios, eight times as many as
-  assets, whose second moment is exactly C, so that workers own parts of it; the objective is half
-  the sum of the points' variances over the largest eigenvalue of C: its curvature is at most 1, and
-  `sgd(1.0)` descends. The task's constraints are for a method that keeps to them: `data_parallel`
-  or `local_sgd` by projected steps, `consensus_admm` in its consensus.
+  assets, with the second moment exactly C, so that they can be partitioned over workers. The
+  objective is half the sum of the points' variances divided by the largest eigenvalue of C: its
+  curvature is at most 1, so `sgd(1.0)` descends. The constraints require a method that keeps to
+  them: `data_parallel` or `local_sgd` by projected steps, `consensus_admm` in its consensus.
 
-  Metrics: "variance", the mean over points; "violation", the largest of a constraint; "gap", where
-  the frontier is published, the largest relative difference of a variance from it. What float32
-  leaves of it is about 1e-5; take --x64.
+  Metrics: "variance", the mean over points; "violation", the largest constraint violation; "gap",
+  for published frontiers, the largest relative difference of a variance from the published one.
+  float32 limits the gap to about 1e-5; use --x64 for less.
 
   Args:
     name: "port1" (Hang Seng, 31 assets), "port2" (DAX, 85), "port3" (FTSE, 89), or a path.
-    points: how many of the published returns, at equal distances in the list of 2000.
-    returns: required ones, in place of published ones.
+    points: how many of the 2000 published returns, equally spaced in the list.
+    returns: required returns, instead of published ones.
     data_dir: where to look first, see `files.find`.
 
   Raises:
-    FileNotFoundError: a published file is nowhere and cannot be fetched.
-    ValueError: as `load`; points or a required return out of range, or neither there.
+    FileNotFoundError: a published file is not found and cannot be downloaded.
+    ValueError: as `load`; points or a required return is out of range; or there are neither
+      published nor required returns.
 
   Reference: Markowitz, 1952, Portfolio selection, Journal of Finance 7.
   """
@@ -182,7 +183,7 @@ def of_market(market: Market) -> Task:
 
 
 def scenarios(covariance: np.ndarray) -> np.ndarray:
-  """float64 [S, n] with x'x / S = the covariance, to rounding: rotated at random, none special."""
+  """Scenarios x, float64 [S, n], with x'x / S = the covariance, to rounding; randomly rotated."""
   values, vectors = np.linalg.eigh(covariance)
   count = SCENARIOS * len(values)
   rotation = np.linalg.qr(np.random.default_rng(0).standard_normal((count, len(values))))[0]
@@ -190,19 +191,23 @@ def scenarios(covariance: np.ndarray) -> np.ndarray:
 
 
 def portfolio(y: Array, means: Array, required: Array) -> Array:
-  """The nearest w to y with w >= 0, sum 1 and means'w = required.
+  """Projects y onto the portfolios with w >= 0, sum 1 and means'w = required.
 
-  It is the projection of y + t means onto the simplex for the multiplier t at which the return is
-  as required; the return does not fall with t. t is found by halving an interval; then, the assets
-  that are held being known, both multipliers come of two linear equations.
+  The result is the projection of y + t means onto the simplex, for the multiplier t at which the
+  return is as required; the return is nondecreasing in t. Bisection finds t approximately, which
+  determines the assets with positive weight. Both multipliers then follow exactly from two linear
+  equations.
 
   Args:
     y: [n].
     means: [n].
     required: scalar, in [min means, max means].
+
+  Returns:
+    w, [n].
   """
   scale = (jnp.max(y) - jnp.min(y) + 1) / (jnp.max(means) - jnp.min(means))
-  # t = scale s / (1 - s^2), s in (-1, 1), goes to all reals
+  # t = scale s / (1 - s^2) maps s in (-1, 1) onto all reals
   shifted = lambda s: y + scale * s / jnp.maximum(1 - s * s, jnp.finfo(y.dtype).eps) * means
   held = lambda s: optax.projections.projection_simplex(shifted(s))
 

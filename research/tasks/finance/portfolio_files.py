@@ -1,8 +1,8 @@
 """Portfolio files of the OR-Library: means, standard deviations and correlations of assets.
 
-A file has n, then n lines with an asset's mean and standard deviation, then a line "i j r" with the
-correlation of every two assets i <= j, in any order. The lines "i i 1" may be left out, all of
-them.
+A file has n, then n lines with an asset's mean and standard deviation, then in any order a line "i
+j r" with the correlation of every two assets i <= j. The lines "i i 1" may be left out, but only
+all of them.
 """
 
 import itertools
@@ -18,10 +18,10 @@ ROUNDING = 1e-6  # of a correlation that is 1
 
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-  """The means [n] and the covariance [n, n] of a file, both float64.
+  """Reads the means [n] and the covariance [n, n] of a file, both float64.
 
   Raises:
-    ValueError: a line is malformed, missing or there twice, or nothing varies.
+    ValueError: a line is malformed, missing or repeated, or all deviations are zero.
   """
   assets: list[tuple[float, float]] = []
   correlations: dict[tuple[int, int], float] = {}
@@ -58,7 +58,7 @@ def _count(fields: list[str]) -> int:
 
 
 def _asset(fields: list[str]) -> tuple[float, float]:
-  """A mean and a standard deviation, whose squares float64 holds."""
+  """A mean and a standard deviation, small enough that float64 can represent their squares."""
   if len(fields) != 2:
     raise ValueError(f"a line of an asset has its mean and deviation, not {len(fields)} fields")
   mean, deviation = map(texts.number, fields)
@@ -87,7 +87,7 @@ def _pair(fields: list[str], count: int) -> tuple[tuple[int, int], float]:
 def _check_complete(
   count: int, assets: list[tuple[float, float]], correlations: dict[tuple[int, int], float]
 ) -> None:
-  """Raises ValueError if a file ends too early; the diagonal may be left out, but as a whole."""
+  """Raises ValueError if a file ends early; the diagonal may be absent, but only all of it."""
   if not count or len(assets) < count:
     raise ValueError(f"{len(assets)} of {count} assets are there")
   whole = any(i == j for i, j in correlations)

@@ -1,10 +1,10 @@
-"""Tables of prices: comma-separated, a line per day with its date and the price of each stock.
+"""Tables of prices: comma-separated, one line per day with its date and the price of each stock.
 
-Dates are YYYY-MM-DD, also followed by a time, YYYYMMDD, YYYY/MM/DD, DD.MM.YYYY, DD/MM/YYYY or
-MM/DD/YYYY, one form in all of a file. Slashes with the year last are read if a day above 12 tells
-the two forms apart. Days may come in any order, each once. A price is a positive number; an empty
-cell means that there was none. The first line is a header if it has no number or begins with
-"date". Blank lines are skipped.
+Dates are YYYY-MM-DD, optionally followed by a time, YYYYMMDD, YYYY/MM/DD, DD.MM.YYYY, DD/MM/YYYY or
+MM/DD/YYYY, in one form throughout a file. The last two are told apart by a day above 12 and
+rejected without one. Days may come in any order, each once. A price is a positive number; an empty
+cell means no price. The first line is a header if it has no number or begins with "date". Blank
+lines are skipped.
 """
 
 import csv
@@ -24,20 +24,20 @@ DATES = (ISO, "%Y-%m-%d", "%Y/%m/%d", "%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y")
 
 
 class Row(NamedTuple):
-  """A line of a table."""
+  """One line of a table."""
 
-  line: int  # its number, from 1
+  line: int  # line number, from 1
   cells: list[str]
 
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-  """The prices of a file, plain, .gz or .bz2, in the order of their dates.
+  """Reads the prices of a file, plain, .gz or .bz2, sorted by date.
 
   Returns:
-    The numbers of the lines, int [T], and prices, float64 [T, n], NaN where there is none.
+    The line numbers, int [T], and prices, float64 [T, n], NaN where there is none.
 
   Raises:
-    ValueError: a line is not as the head of this module says.
+    ValueError: a line does not have the format described above.
   """
   rows = _rows(path)
   columns = len(rows[0].cells) if rows else 0
@@ -97,7 +97,7 @@ def _price(path: Path, line: int, cell: str) -> float:
 
 
 def _days(path: Path, rows: list[Row]) -> list[int]:
-  """The dates as ordinals, in a form that reads all of them."""
+  """The dates as ordinals, in the one form that fits all of them."""
   readings: set[tuple[int, ...]] = set()
   furthest = 0
   for form in DATES:
@@ -115,7 +115,7 @@ def _days(path: Path, rows: list[Row]) -> list[int]:
 
 
 def _day(date: str, form: str) -> int:
-  """The ordinal of a date of a form, 0 if it is none."""
+  """The ordinal of a date in a form, or 0 if it does not match."""
   try:
     if form == ISO:
       return datetime.datetime.fromisoformat(date).toordinal()

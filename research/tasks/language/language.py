@@ -1,4 +1,4 @@
-"""Language modelling: texts, of which each next token is to be predicted."""
+"""Language modelling: predict each next token of a text."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -23,10 +23,10 @@ TINYSHAKESPEARE_URL = (
 TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 TOKENIZERS = ("bytes", "characters", "bpe")
-VOCABULARY = 4096  # tokens of a "bpe", if nobody says how many
-LOGITS = 2**26  # that a device holds at once as it evaluates,
-TOKENS = 2**13  # and tokens: more of them only leave the caches of a CPU (1.7 times slower)
-PLACES = 100  # into which partitions see a text divided
+VOCABULARY = 4096  # default size of a "bpe"
+LOGITS = 2**26  # maximum per device in evaluation
+TOKENS = 2**13  # maximum per device in evaluation: more exceed a CPU's caches (1.7 times slower)
+PLACES = 100  # number of pieces of a text that partitions sort by
 
 
 class Text(NamedTuple):
@@ -42,16 +42,16 @@ def tinyshakespeare(
   data_dir: str = "",
   context: int = 128,
 ) -> Task:
-  """The plays of Shakespeare in 1.1 million characters of 65 kinds, the last tenth held out.
+  """Shakespeare's plays, 1.1 million characters of 65 kinds; the last tenth is held out.
 
   Args:
     model: outputs -> module, called with 65; from tokens [b, T] to logits [b, T, 65].
     data_dir: where to look first, see `files.find`.
-    context: T, the most characters that a prediction is made from.
+    context: T, maximum number of characters that a prediction is made from.
 
   Raises:
-    FileNotFoundError: the file is nowhere and cannot be fetched.
-    ValueError: it is not what was published, or model or context do not fit.
+    FileNotFoundError: the file is not found and cannot be downloaded.
+    ValueError: it is not the published file, or model or context do not fit.
 
   Reference: Karpathy, 2015, The unreasonable effectiveness of recurrent neural networks; the file
     is that of char-rnn.
@@ -71,16 +71,18 @@ def text(
   context: int = 128,
   held_out: float = 0.1,
 ) -> Task:
-  """Any text in UTF-8, plain, .gz or .bz2; its last part is held out. See `next_token`.
+  """Language modelling on any UTF-8 text, plain, .gz or .bz2, with its last part held out.
+
+  See `next_token`.
 
   Args:
     path: of the file.
     model: outputs -> module, called with the number of tokens V; from tokens [b, T] to logits
       [b, T, V].
-    tokenizer: "bytes" (V = 256), "characters" (those of the text), or "bpe", trained on what is not
-      held out.
-    vocabulary: of "bpe", V or, where the text has too few pairs, an upper bound; 4096 if None.
-    context: T, the most tokens that a prediction is made from.
+    tokenizer: "bytes" (V = 256), "characters" (those of the text), or "bpe", trained on the
+      training part.
+    vocabulary: V of "bpe", or an upper bound if the text has too few pairs; 4096 if None.
+    context: T, maximum number of tokens that a prediction is made from.
     held_out: share of the characters that are held out, in (0, 1).
 
   Raises:
@@ -103,29 +105,30 @@ def text(
 
 
 def next_token(module: nn.Module, size: int, train: Text, held_out: Text, *, context: int) -> Task:
-  """The task of predicting each next token from up to `context` before it, in nats per token.
+  """The task of predicting each next token from up to `context` previous ones, in nats per token.
 
-  Training tokens t_0, ..., t_{N-1}, without the last N mod T, are taken as a ring, so that its ends
-  are like the rest. Example i is t_{iT}, ..., t_{iT+2T-1}, in which T windows of T + 1 tokens lie,
-  each with T tokens to predict. An epoch draws one window of each example, all at one offset, so
-  that they tile the ring: every token is predicted once, whichever worker owns its example. The
-  offset changes with the epoch: T of them predict every token once in every place of a window. An
-  example as it is, undrawn, stands for its first window.
+  The training tokens t_0, ..., t_{N-1}, without the last N mod T, form a ring, so that its ends are
+  like the rest. Example i is t_{iT}, ..., t_{iT+2T-1}, which contains T windows of T + 1 tokens,
+  each with T tokens to predict. An epoch draws one window of each example, all at the same offset,
+  so that they tile the ring: every token is predicted once, whichever worker has its example. The
+  offset changes with the epoch; over T epochs every token is predicted once at every position of a
+  window. An example used without drawing stands for its first window.
 
-  The objective is the mean over tokens, and what the module sows into the collection "losses" (a
-  mixture of experts does); "loss" of `evaluate` is that mean alone. The tokens held out are all
-  predicted once, in windows that do not overlap, the first from the last training token. Windows
-  count by their tokens over the mean number of tokens in a window, so that the last, shorter one
-  leaves the mean over windows what it is to be, the mean over tokens. "bits_per_byte" is the loss
-  in bits per byte of the text, whatever the tokens are. A perplexity is no mean: it is exp(loss).
+  The objective is the mean over tokens, plus what the module sows into the collection "losses" (a
+  mixture of experts does); "loss" of `evaluate` is the mean alone. The held-out tokens are all
+  predicted once, in windows that do not overlap, the first starting from the last training token.
+  Windows are weighted by their tokens divided by the mean number of tokens per window, so that the
+  mean over windows is the mean over tokens even though the last one is shorter. "bits_per_byte" is
+  the loss in bits per byte of the text, independent of the tokenizer. Perplexity is not a mean, and
+  thus no metric: it is exp(loss).
 
-  Partitions sort by the hundredth of the text in which an example lies: `sorted()` and `shards()`
-  give stretches of it, and `dirichlet(alpha)` an uneven share of each hundredth.
+  Partitions sort by the hundredth of the text that an example is in: `sorted()` and `shards()` give
+  contiguous stretches, and `dirichlet(alpha)` an uneven share of each hundredth.
 
   Args:
     module: from tokens int32 [b, T] to logits [b, T, size]; its `rules`, if any, are the task's.
     size: V, number of different tokens.
-    train: its tokens, T or more.
+    train: training tokens, T or more.
     held_out: at least one token.
     context: T, at least one.
 
@@ -153,7 +156,7 @@ def next_token(module: nn.Module, size: int, train: Text, held_out: Text, *, con
 
 
 def of_model(module: nn.Module) -> dict[str, Any]:
-  """What a model says of how a mesh may cut it: fields of a Task."""
+  """A model's sharding rules and pipeline schedule, as fields of a Task."""
   return {
     "rules": getattr(module, "rules", ()),
     "schedule": getattr(module, "schedule", None),
@@ -161,7 +164,7 @@ def of_model(module: nn.Module) -> dict[str, Any]:
 
 
 class Objective(NamedTuple):
-  """Of a language model: fields of a Task."""
+  """The functions of a language model, as fields of a Task."""
 
   init: Callable[[Key], Params]
   loss: Callable[[Params, Batch, Key], Array]
@@ -171,18 +174,18 @@ class Objective(NamedTuple):
 def objective(
   module: nn.Module, size: int, context: int, mean_length: float, bits: Sequence[float] | None
 ) -> Objective:
-  """The mean loss of predicting the tokens of windows in nats, see `next_token`.
+  """The mean loss in nats of predicting the tokens of windows, see `next_token`.
 
-  Batches have windows "x" [b, T + 1 or more], of which the first T + 1 tokens count, and may have
-  "length" [b], how many tokens of a window are predicted, if not all.
+  Batches have windows "x" [b, T + 1 or more], of which the first T + 1 tokens are used, and may
+  have "length" [b], the number of predicted tokens per window, by default T.
 
   Args:
     module: from tokens int32 [b, T] to logits [b, T, size].
     size: V, number of different tokens.
     context: T.
     mean_length: the mean of "length" over all windows that have one.
-    bits: by which a nat per token is to be multiplied for bits per byte, of windows without and
-      with "length"; None where that is not known, and "bits_per_byte" then no metric.
+    bits: factors from nats per token to bits per byte, for windows without and with "length"; None
+      if unknown, which omits the metric "bits_per_byte".
   """
 
   def init(key: Key) -> Params:
@@ -192,7 +195,7 @@ def objective(
     window = batch["x"][:, : context + 1].astype(jnp.int32)
     logits, sown = module.apply({"params": params}, window[:, :-1], mutable=["losses"])
     logits = jnp.asarray(logits, jnp.float32)
-    # as a choice, not a gather: XLA's partitioner aborts on one where a mesh cuts the vocabulary
+    # not a gather: XLA's partitioner aborts on one if the mesh shards the vocabulary
     chosen = window[:, 1:, None] == jnp.arange(size, dtype=jnp.int32)[None, None]
     each = jax.nn.logsumexp(logits, -1) - jnp.sum(jnp.where(chosen, logits, 0.0), -1)
     if "length" in batch:
@@ -216,7 +219,7 @@ def objective(
 
 
 def evaluated_at_once(size: int, context: int) -> int:
-  """Windows whose logits a device may hold."""
+  """Number of windows whose logits fit on a device."""
   return max(1, min(TOKENS // context, LOGITS // (context * size)))
 
 
@@ -228,7 +231,7 @@ def _ring(found: np.ndarray, context: int) -> Batch:
 
 
 def _windows(before: int, found: np.ndarray, context: int) -> Batch:
-  """The windows [ceil(M / T), T + 1] that predict M tokens, and how many each one does."""
+  """The windows [ceil(M / T), T + 1] that predict M tokens, and each window's token count."""
   count = -(-len(found) // context)
   padded = np.zeros(count * context + 1, found.dtype)
   padded[0], padded[1 : len(found) + 1] = before, found
@@ -260,10 +263,10 @@ def _check(module: nn.Module, size: int, train: Text, held_out: Text, context: i
 
 
 def check_model(module: nn.Module, size: int, context: int) -> None:
-  """Refuses a module that makes no logits.
+  """Rejects a module that does not return logits.
 
   Raises:
-    ValueError: with what it makes.
+    ValueError: with the shape that it returns.
   """
   first = jnp.zeros((1, context), jnp.int32)
   found = jax.eval_shape(lambda key: module.init_with_output(key, first), jax.random.key(0))[0]

@@ -1,4 +1,4 @@
-"""Streaming: language modelling on a file of tokens that fits no memory, read as it is needed."""
+"""Language modelling on a token file larger than memory, read on demand."""
 
 import functools
 import math
@@ -20,11 +20,11 @@ TOKENIZERS = ("bytes", "bpe")
 
 
 class Source(NamedTuple):
-  """Tokens on disk and what they are."""
+  """Tokens on disk and their vocabulary."""
 
   tokens: TokenFile
   size: int  # V
-  lengths: np.ndarray | None  # [V], bytes of the text that each stands for, where that is known
+  lengths: np.ndarray | None  # [V], bytes of text per token, if known
 
 
 def stream(
@@ -37,10 +37,10 @@ def stream(
   held_out: float = 0.1,
   evaluated: int = 2**17,
 ) -> Task:
-  """A file of any size, of which no more is in memory than the batches of two dispatches.
+  """Language modelling on a file of any size; memory holds only the batches of two dispatches.
 
-  The training loss and the loss on what is held out are measured on at most `evaluated` tokens of
-  each: windows of T at equal distances, always the same. "bits_per_byte" is not known of a .npy.
+  The training and the held-out loss are measured on at most `evaluated` tokens each: a fixed set of
+  equally spaced windows of T. "bits_per_byte" is unknown for a .npy file.
 
   Args:
     path: of a text in UTF-8, or of a .npy file with tokens [N], integers of any type.
@@ -48,10 +48,10 @@ def stream(
       [b, T, V].
     tokenizer: of a text: "bytes" (V = 256), which needs no other file, or "bpe", which is trained
       on the beginning of the text and writes its tokens into the user's cache once.
-    vocabulary: of a .npy file V; of "bpe" as in `language.text`, 4096 if None.
-    context: T, the most tokens that a prediction is made from.
-    held_out: share of the tokens, the last ones, that are not trained on, in (0, 1).
-    evaluated: tokens in an evaluation, at most.
+    vocabulary: V of a .npy file; of "bpe" as in `language.text`, 4096 if None.
+    context: T, maximum number of tokens that a prediction is made from.
+    held_out: share of the tokens, the last ones, that are held out, in (0, 1).
+    evaluated: maximum number of tokens per evaluation.
 
   Raises:
     ValueError: the file or an argument does not fit, or a token in it is not below V.
@@ -80,7 +80,7 @@ def _task(module: nn.Module, source: Source, end: int, context: int, most: int) 
   for part in (train, test):
     _check_tokens(part["x"], source)
   bits = None if lengths is None else [_bits(part, lengths) for part in (train, test)]
-  del train["length"]  # all are whole
+  del train["length"]  # all have full length
   mean_length = float(np.mean(test["length"]))
   init, loss, evaluate = language.objective(module, size, context, mean_length, bits)
   read = reader(tokens, end, context)
@@ -99,21 +99,21 @@ def _task(module: nn.Module, source: Source, end: int, context: int, most: int) 
 def reader(
   tokens: TokenFile | np.ndarray, end: int, context: int
 ) -> Callable[[int, int, int], np.ndarray]:
-  """`read(seed, first, count)`: windows first, ..., first + count - 1 of an endless order.
+  """Returns `read(seed, first, count)`: windows first, ..., first + count - 1 of an endless order.
 
-  A pure function, and cheap anywhere: nothing has to be stored, or read over, to go on, and no
-  process reads what another one needs. As in `language.next_token` the first N - N mod T tokens are
-  a ring, and the windows of an epoch tile it: N // T windows of T + 1 tokens that predict every
-  token once, in an order and at an offset of their epoch's own. Epochs follow one another without a
-  gap.
+  `read` is a pure function of constant cost at any position: resuming needs no stored state and no
+  rereading, and each process reads only its own windows. As in `language.next_token`, the first
+  N - N mod T tokens form a ring, and the windows of an epoch tile it: N // T windows of T + 1
+  tokens that predict every token once, in an order and at an offset that depend on the epoch.
+  Epochs follow one another without a gap.
 
   Args:
-    tokens: whole numbers, read where they are sliced.
-    end: N, how many of them are meant; N >= context.
+    tokens: integers, sliced on demand.
+    end: N, how many of them are used; N >= context.
     context: T, tokens that a window predicts.
 
   Returns:
-    The function, which gives [count, T + 1], of the type of the tokens.
+    The function, which returns [count, T + 1] in the dtype of the tokens.
 
   Raises:
     ValueError: there are more than 2^32 windows, or grain, which shuffles, is missing.
@@ -167,7 +167,7 @@ def _source(path: str, tokenizer: str, vocabulary: int | None, share: float) -> 
 
 
 def _windows(tokens: TokenFile, first: int, last: int, context: int, most: int) -> Batch:
-  """Some of the windows that predict the tokens first, ..., last - 1, at equal distances."""
+  """Up to `most` equally spaced windows that predict the tokens first, ..., last - 1."""
   count = -(-(last - first) // context)
   chosen = np.arange(min(count, most)) * count // min(count, most)
   starts = first - 1 + context * chosen
@@ -179,7 +179,7 @@ def _windows(tokens: TokenFile, first: int, last: int, context: int, most: int) 
 
 
 def _bits(part: Batch, lengths: np.ndarray) -> float:
-  """By which nats per token become bits per byte, of the tokens that some windows predict."""
+  """The factor from nats per token to bits per byte, for the tokens that windows predict."""
   predicted = np.arange(part["x"].shape[1] - 1) < part["length"][:, None]
   return 1 / float(np.mean(lengths[part["x"][:, 1:][predicted]])) / math.log(2)
 

@@ -1,4 +1,4 @@
-"""Files of tokens: read where they are looked at, and made once from texts that fit no memory."""
+"""Token files, read on demand and encoded once from texts larger than memory."""
 
 import hashlib
 import importlib.metadata
@@ -15,10 +15,10 @@ from research.core import paths
 from research.tasks import files, texts
 from research.tasks.language import tokens
 
-HEAD = 1 << 25  # bytes of a text, at most, that a tokenizer is trained on
-CHECKED = 64  # blocks of a text that are checked before it is read
+HEAD = 1 << 25  # maximum bytes of a text that a tokenizer is trained on
+CHECKED = 64  # blocks of a text that are checked when it is opened
 NATIVE = tuple(map(np.dtype, (np.uint8, np.uint16, np.uint32, np.int32)))
-_MALFORMED = (  # what NumPy raises
+_MALFORMED = (  # raised by NumPy
   ValueError,
   EOFError,
   OverflowError,
@@ -30,16 +30,16 @@ _BLOCK = 1 << 22  # characters that are encoded at once
 
 
 class TokenFile:
-  """The tokens [N] of a file. A slice is read when it is asked for, and nothing is kept."""
+  """The tokens [N] of a file. Slices are read on demand; nothing is cached."""
 
   def __init__(self, path: str | Path):
     """Opens a .npy file of integers in [0, 2^31), or a text in UTF-8, whose bytes are tokens.
 
-    Slices are uint8, uint16, uint32 or int32 as the file is, and int32 of a file of any other type.
-    Of a text no more than 4 MiB, at equal distances, are checked to be UTF-8.
+    Slices have the file's dtype if it is uint8, uint16, uint32 or int32, else int32. Of a text, up
+    to 4 MiB at equal distances are checked to be UTF-8.
 
     Raises:
-      ValueError: it is none, or holds something else.
+      ValueError: it is not such a file.
     """
     path = paths.local(path)
     if not path.is_file() or not path.stat().st_size:
@@ -57,7 +57,7 @@ class TokenFile:
   def __getitem__(self, part: slice) -> np.ndarray:
     start, stop, _ = part.indices(self._length)
     size = self._stored.itemsize
-    # no memory map: its pages would count as this process's memory, up to all of the file
+    # not a memory map: its pages would count as this process's memory, up to the full file size
     found = os.pread(self._file, (stop - start) * size, self._start + start * size)
     if len(found) != (stop - start) * size:
       raise OSError(f"{self.path} has become shorter since it was opened")
@@ -71,7 +71,7 @@ class TokenFile:
 
 
 def _contents(path: Path) -> tuple[np.dtype, int, int]:
-  """The type of the tokens, the byte at which they begin, and how many they are."""
+  """The dtype of the tokens, the byte offset of the first, and their number."""
   if path.suffix != ".npy":
     try:
       texts.check(path, CHECKED)
@@ -91,27 +91,27 @@ def _contents(path: Path) -> tuple[np.dtype, int, int]:
 
 
 class Encoded(NamedTuple):
-  """A text as tokens."""
+  """A text encoded as tokens."""
 
   path: Path  # of the .npy file
   tokenizer: tokens.Tokenizer
 
 
 def encoded(path: str | Path, vocabulary: int, share: float) -> Encoded:
-  """Encodes a text by a BPE, once: the file is kept in the user's cache.
+  """Encodes a text by BPE once; the result is kept in the user's cache.
 
-  It is found there by the text's path, size and time of change. The memory that this takes does not
-  grow with the text.
+  The cache is keyed by the text's path, size and modification time. Memory use does not grow with
+  the text.
 
   Args:
     path: of a plain text in UTF-8.
     vocabulary: see `tokens.bpe`.
-    share: of the text's bytes, in (0, 1], that the BPE may be trained on; of these the first 32 MB.
+    share: of the text's bytes, in (0, 1], that the BPE may be trained on; at most the first 32 MB.
 
   Raises:
     ValueError: there is no such text, it is compressed or not UTF-8, or see `tokens.bpe`.
   """
-  TokenFile(path)  # what it refuses is refused here
+  TokenFile(path)  # for its checks
   path = paths.local(path).resolve()
   about = path.stat()
   head = _head(path, min(HEAD, int(share * about.st_size)))
@@ -130,11 +130,11 @@ def encoded(path: str | Path, vocabulary: int, share: float) -> Encoded:
 def _head(path: Path, size: int) -> str:
   with path.open("rb") as file:
     content = file.read(size)
-  return texts.decoded(content, path, end=False)  # without a last half character
+  return texts.decoded(content, path, end=False)  # drop an incomplete last character
 
 
 def _holds_tokens(path: Path, coder: tokens.Tokenizer) -> bool:
-  """Whether a file of the cache is there, as long as it says, and of a tokenizer's type."""
+  """Whether a cached file exists, has its full length and the tokenizer's dtype."""
   try:
     dtype, start, count = _contents(path)
   except (OSError, ValueError):
@@ -157,7 +157,7 @@ def _write(path: Path, coder: tokens.Tokenizer, target: Path) -> None:
       file.write(found.tobytes())
       count += len(found)
     file.seek(0)
-    _header(file, coder.size, count)  # NumPy leaves room in it for any length
+    _header(file, coder.size, count)  # NumPy pads the header for any length
 
 
 def _header(file: IO[bytes], size: int, count: int) -> None:

@@ -1,4 +1,4 @@
-"""Tokenizers: from a text to whole numbers in [0, size), and back."""
+"""Tokenizers: map a text to integers in [0, size), and back."""
 
 import hashlib
 import importlib.util
@@ -9,21 +9,21 @@ import numpy as np
 
 from research.tasks import files
 
-MOST = 1 << 20  # tokens of a BPE
-_PIECE = 1 << 16  # characters that the library is handed at once
+MOST = 1 << 20  # maximum size of a BPE
+_PIECE = 1 << 16  # characters that are passed to the library at once
 
 
 class Tokenizer(NamedTuple):
   """A reversible map between texts and tokens."""
 
-  size: int  # V, how many tokens there are
+  size: int  # V, number of tokens
   encode: Callable[[str], np.ndarray]  # [N], in the smallest of uint8, uint16 and int32
   decode: Callable[[np.ndarray], str]
-  lengths: np.ndarray  # [V], bytes of UTF-8 that each token stands for
+  lengths: np.ndarray  # [V], bytes of UTF-8 per token
 
 
 def characters(text: str) -> Tokenizer:
-  """A token for each character that occurs in `text`, in the order of their code points."""
+  """One token per character that occurs in `text`, in the order of their code points."""
   known = np.unique(_code_points(text))
 
   def encode(text: str) -> np.ndarray:
@@ -41,25 +41,25 @@ def characters(text: str) -> Tokenizer:
 
 
 def utf8() -> Tokenizer:
-  """The 256 bytes of UTF-8. In decoding, what is no whole character becomes U+FFFD."""
+  """The 256 bytes of UTF-8. Decoding replaces incomplete characters by U+FFFD."""
   encode = lambda text: np.frombuffer(text.encode(), np.uint8)
   decode = lambda tokens: np.asarray(tokens, np.uint8).tobytes().decode(errors="replace")
   return Tokenizer(256, encode, decode, np.ones(256, int))
 
 
 def bpe(text: str, vocabulary: int) -> Tokenizer:
-  """Byte-pair encoding, trained on `text`: of any text, since it starts from the 256 bytes.
+  """Byte-pair encoding trained on `text`; it can encode any text, as it starts from the 256 bytes.
 
-  The most frequent pair of neighbouring tokens becomes a new one, until there are `vocabulary` of
-  them or no pair is left; `size` says how many there are. The training is a function of the text
-  and of the library's version, and its result is kept in the user's cache under their names.
+  The most frequent pair of adjacent tokens becomes a new token, until there are `vocabulary` of
+  them or no pair is left; `size` is the resulting number. Training is a function of the text and of
+  the library's version; its result is kept in the user's cache, keyed by both.
 
   Args:
     text: what to train on.
     vocabulary: tokens to make, in [256, 2^20].
 
   Raises:
-    ValueError: the vocabulary is out of its range, or the library is missing.
+    ValueError: the vocabulary is out of range, or the library is missing.
 
   Reference: Sennrich, Haddow and Birch, 2015, arXiv:1508.07909; over bytes as in Radford et al.,
     2019, Language models are unsupervised multitask learners. The `tokenizers` library trains it.
@@ -88,7 +88,7 @@ def bpe(text: str, vocabulary: int) -> Tokenizer:
 
 
 def smallest(size: int) -> type[np.integer]:
-  """The smallest type of the tokens of a vocabulary."""
+  """The smallest dtype for the tokens of a vocabulary."""
   return np.uint8 if size <= 1 << 8 else np.uint16 if size <= 1 << 16 else np.int32
 
 

@@ -1,4 +1,4 @@
-"""Medical records of scikit-learn, split over hospitals that see other patients."""
+"""Medical records from scikit-learn, split over hospitals with different patients."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from research.core.task import Batch, Task
 from research.tasks.supervised import supervised
 
 SHIFTS = ("label", "features")
-HELD_OUT = 0.3  # of the patients
+HELD_OUT = 0.3  # share of the patients
 
 
 def breast_cancer(
@@ -25,20 +25,21 @@ def breast_cancer(
   *,
   model: Callable[[int], nn.Module] = Default("model", "logistic()"),
 ) -> Task:
-  """Malignant or benign, of 30 measurements of cell nuclei: 398 patients to train on, 171 to test.
+  """Malignant or benign, from 30 measurements of cell nuclei: 398 training and 171 test patients.
 
-  Who is tested is drawn by scikit-learn's stratified `train_test_split`. Measurements are
-  standardized by the training patients. Metrics: "loss", "accuracy", and "auc", the probability
-  that a malignant case has the higher score.
+  The split is scikit-learn's stratified `train_test_split`. Measurements are standardized by the
+  training patients. Metrics: "loss", "accuracy", and "auc", the probability that a malignant case
+  has the higher score.
 
-  A partition makes hospitals of workers: `--partition="dirichlet(0.3)"`, `sorted()` or `shards(2)`
-  by what `shift` says.
+  A partition makes hospitals of workers: `--partition="dirichlet(0.3)"`, `sorted()` or `shards(2)`,
+  by the labels that `shift` selects.
 
   Args:
-    shift: what hospitals differ in: "label", the diagnosis, or "features", the tenth of the first
-      principal component in which a patient is, which is about the size of the nuclei.
+    shift: how hospitals differ: "label", in the diagnosis, or "features", in the patients' tenth of
+      the first principal component, which is roughly the size of the nuclei.
     l2: weight of l2/2 ||params||^2.
-    hospitals: with `only`, into how many parts training patients are cut, sorted by `shift`.
+    hospitals: with `only`, the number of parts into which training patients are cut, sorted by
+      `shift`.
     only: the number of a hospital, from 1, that trains alone; 0: all.
     split: the `random_state` of the split into training and test, >= 0.
     model: outputs -> module, called with 1.
@@ -69,14 +70,14 @@ def diabetes(
   *,
   model: Callable[[int], nn.Module] = Default("model", "linear(bias=True)"),
 ) -> Task:
-  """How far diabetes goes within a year, of 10 measurements: 309 patients to train on, 133 to test.
+  """Progression of diabetes within a year, from 10 measurements: 309 training, 133 test patients.
 
-  Measurements and progression are standardized by the training patients; the loss is half the
-  squared error, and "rmse" in the unit of the progression, which is from 25 to 346.
+  Measurements and progression are standardized by the training patients. The loss is half the
+  squared error; "rmse" is in the unit of the progression, which ranges from 25 to 346.
 
   Args:
-    shift: what hospitals differ in: "label", the fifth of the progression, or "features", the tenth
-      of the first principal component.
+    shift: how hospitals differ: "label", in the fifth of the progression, or "features", in the
+      tenth of the first principal component.
     l2: as for `breast_cancer`.
     hospitals: as for `breast_cancer`.
     only: as for `breast_cancer`.
@@ -106,18 +107,18 @@ def diabetes(
 
 
 def auc(scores: Array, positive: Array) -> Array:
-  """The area under the ROC curve: the probability that a positive scores higher, ties counting 1/2.
+  """The area under the ROC curve: the probability that a positive scores higher; ties count 1/2.
 
   Args:
     scores: [n].
-    positive: [n], 1 or 0, both there.
+    positive: [n], 1 or 0, each at least once.
 
   Reference: Mann, Whitney, 1947; Hanley, McNeil, 1982.
   """
   ordered = jnp.sort(scores)
   below = jnp.searchsorted(ordered, scores, side="left")
   until = jnp.searchsorted(ordered, scores, side="right")
-  rank = (below + until + 1).astype(scores.dtype) / 2  # from 1, of ties the middle
+  rank = (below + until + 1).astype(scores.dtype) / 2  # from 1, mean rank for ties
   chosen = positive.astype(scores.dtype)
   count = jnp.sum(chosen)
   wins = jnp.sum(rank * chosen) - count * (count + 1) / 2
@@ -145,13 +146,13 @@ def _predictions(module: nn.Module, x: np.ndarray) -> Callable[[Params], Array]:
 
 
 def _quantiles(values: np.ndarray, count: int) -> np.ndarray:
-  """int32, in which of so many equal parts of the values each lies."""
+  """int32, the quantile group of each value, of `count` equal ones."""
   ranks = np.argsort(np.argsort(values, kind="stable"), kind="stable")
   return (ranks * count // len(values)).astype(np.int32)
 
 
 def _of_hospital(task: Task, shift: str, labels: np.ndarray, hospitals: int, only: int) -> Task:
-  """The task whose partitions go by `shift`, or that of one hospital alone."""
+  """Makes partitions follow `shift`, or restricts the task to one hospital."""
   if shift not in SHIFTS:
     raise ValueError(f"shift={shift!r} is none of {', '.join(SHIFTS)}")
   by = labels

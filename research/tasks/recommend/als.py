@@ -1,7 +1,7 @@
-"""Factors that are solved for: alternating least squares, and users who keep theirs to themselves.
+"""Matrix factorization with exact solves: alternating least squares, and private user factors.
 
-Of an entity e, a user or an item, z_e = (p_e, b_e) are its factors and its bias. Given those of the
-other side, z_e is the solution of a small ridge regression on e's own ratings:
+For an entity e, a user or an item, z_e = (p_e, b_e) are its factors and its bias. Given those of
+the other side, z_e solves a small ridge regression on e's own ratings:
 
     min over z of sum_j (r_ej - mean - b_j - z'(p_j, 1))^2 + l2 n_e |z|^2
 """
@@ -21,10 +21,10 @@ from research.tasks.recommend.recommend import check, measured
 
 
 class Rows(NamedTuple):
-  """The ratings of each of E entities, padded to the most of one."""
+  """The ratings of each of E entities, padded to the largest number of ratings."""
 
-  other: np.ndarray  # int32 [E, M], who was rated by, or rated, this one
-  stars: np.ndarray  # float32 [E, M], less the mean of all; 0 as padding
+  other: np.ndarray  # int32 [E, M], the other entity of each rating
+  stars: np.ndarray  # float32 [E, M], minus the mean of all; 0 as padding
   count: np.ndarray  # int32 [E]
 
 
@@ -33,11 +33,12 @@ def movielens_als(
 ) -> Task:
   """Matrix factorization by alternating least squares, with `data_parallel(sgd(1.0), mean())`.
 
-  A fixed point task, see `Task.grads`; it takes all examples at once, `--batch_size=all`. The
-  parameters are {"entities": [U + I, factors + 1], "turn"}; examples are users and items, each with
-  its ratings. A step moves those whose turn it is, 0 users and 1 items, to their solution, and the
-  turn to the others: each worker solves for its own exactly. Two steps are a sweep. Metrics as
-  `recommend.movielens`. "residual" has the turn in it, which never rests: it stays above 1.
+  This is a fixed-point task, see `Task.grads`; it uses all examples at once, `--batch_size=all`.
+  The parameters are {"entities": [U + I, factors + 1], "turn"}; examples are users and items, each
+  with its ratings. A step moves one side, users at turn 0 and items at turn 1, to its solution, and
+  passes the turn to the other side. Each worker solves for its own entities exactly. Two steps are
+  a sweep. Metrics are those of `recommend.movielens`. "residual" includes the turn, which always
+  changes, and so stays above 1.
 
   Args:
     split: see `movielens.load`.
@@ -46,8 +47,8 @@ def movielens_als(
     data_dir: where to look first, see `files.find`.
 
   Raises:
-    FileNotFoundError: a file is nowhere.
-    ValueError: the split is unknown, or a number out of its range.
+    FileNotFoundError: a file is not found.
+    ValueError: the split is unknown, or a number is out of range.
 
   Reference: Zhou, Wilkinson, Schreiber, Pan, 2008, Large-scale parallel collaborative filtering for
     the Netflix prize (ALS with weighted regularization), here with biases among the unknowns.
@@ -74,7 +75,7 @@ def movielens_als(
     solved, errors = jax.vmap(
       lambda other, stars, count, own: _solve(z, other, stars, count, own, l2)
     )(batch["other"], batch["stars"], batch["count"], z[batch["row"]])
-    now = jnp.round(turn)  # workers' weighted mean of 1 is 1 but for rounding
+    now = jnp.round(turn)  # the workers' weighted mean of 1 is 1 only up to rounding
     moves = (batch["y"] == now).astype(z.dtype)
     share = total * moves / len(moves)
     if "mask" in batch:
@@ -114,14 +115,15 @@ def movielens_federated(
   *,
   data_dir: str = "",
 ) -> Task:
-  """Matrix factorization whose users' factors never leave the users.
+  """Matrix factorization in which user factors never leave the users.
 
-  An example is a user with all ratings; the parameters, which are what is sent, are the items'
-  alone, {"item": [I, factors], "item_bias": [I]}. Whenever a user's loss is wanted, the user solves
-  for factors and bias as above, from the items' as they are. The objective is that of
-  `recommend.movielens`, the mean over ratings, given these; its gradient takes them for constants,
-  which is exact where their ridge is part of the objective. With --population=943 every client of a
-  federated method is one user. Metrics as `recommend.movielens`; they too solve for the users.
+  An example is one user with all ratings. The parameters, and hence the messages, are only the
+  items', {"item": [I, factors], "item_bias": [I]}. To evaluate a loss, each user first solves for
+  its own factors and bias as above, given the current items'. The objective is that of
+  `recommend.movielens`, the mean over ratings, given these. Its gradient treats them as constants,
+  which is exact if their ridge penalty is part of the objective. With --population=943 every client
+  of a federated method is one user. Metrics are those of `recommend.movielens`; they solve for the
+  users too.
 
   Args:
     split: see `movielens.load`.
@@ -131,8 +133,8 @@ def movielens_federated(
     data_dir: where to look first, see `files.find`.
 
   Raises:
-    FileNotFoundError: a file is nowhere.
-    ValueError: the split is unknown, or a number out of its range.
+    FileNotFoundError: a file is not found.
+    ValueError: the split is unknown, or a number is out of range.
 
   Reference: Singhal, Sidahmed, Garrett, Wu, Rush, Prakash, 2021, Federated reconstruction:
     partially local federated learning, arXiv 2102.03448; with an exact reconstruction.
@@ -181,7 +183,14 @@ def movielens_federated(
 
 
 def rows_of(entity: np.ndarray, other: np.ndarray, stars: np.ndarray, entities: int) -> Rows:
-  """The ratings [N] of each entity, in their order."""
+  """Groups ratings [N] by entity, keeping their order.
+
+  Args:
+    entity: [N], which entity each rating belongs to.
+    other: [N], the other entity of each rating.
+    stars: [N].
+    entities: E.
+  """
   count = np.bincount(entity, minlength=entities)
   order = np.argsort(entity, kind="stable")
   place = np.arange(len(entity)) - np.repeat(np.cumsum(count) - count, count)
@@ -195,7 +204,7 @@ def rows_of(entity: np.ndarray, other: np.ndarray, stars: np.ndarray, entities: 
 def _solve(
   z: Array, other: Array, stars: Array, count: Array, own: Array, l2: float
 ) -> tuple[Array, Array]:
-  """The solution of one entity, and the squared errors of `own`, summed."""
+  """One entity's solution, and the summed squared errors of its current values `own`."""
   there = (jnp.arange(len(other)) < count).astype(z.dtype)
   x = jnp.concatenate([z[other, :-1], jnp.ones((len(other), 1), z.dtype)], 1) * there[:, None]
   target = (stars.astype(z.dtype) - z[other, -1]) * there
@@ -205,11 +214,18 @@ def _solve(
 
 
 def eliminated(a: Array, b: Array) -> Array:
-  """The x [n] of a x = b, a [n, n] symmetric and positive definite, by Gauss and Jordan.
+  """Solves a x = b by Gauss-Jordan elimination.
 
-  Such matrices need no pivots. LAPACK's batched calls, as jaxlib 0.10 makes them, wait for threads
-  of the pool that they run in: where as many devices as the pool has threads make one at a time,
-  none returns.
+  Symmetric positive definite matrices need no pivoting. LAPACK's batched calls, as jaxlib 0.10
+  makes them, wait for threads of the pool that they run in: if as many devices as the pool has
+  threads make one at the same time, none returns.
+
+  Args:
+    a: [n, n], symmetric positive definite.
+    b: [n].
+
+  Returns:
+    x, [n].
   """
 
   def one(j: Array, rows: Array) -> Array:

@@ -1,4 +1,4 @@
-"""MovieLens 100K: 943 users' ratings of 1682 films, and what is known of both."""
+"""MovieLens 100K: 943 users' ratings of 1682 films, and the features of both."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -20,13 +20,13 @@ SHA256 = {
 FOLDS = ("u1", "u2", "u3")
 COLD = ("cold_items", "cold_users")
 LEAST, MOST = 1.0, 5.0  # stars
-ITEMS = 10**7  # at most
-PAIRS = 2**31  # of a user and an item, at most: measuring takes a byte of each, and more
-_COLD_SHARE = 10  # one in so many is cold
+ITEMS = 10**7  # maximum number
+PAIRS = 2**31  # maximum number of user-item pairs: the metrics take a byte or more for each
+_COLD_SHARE = 10  # one in this many is cold
 
 
 class Ratings(NamedTuple):
-  """Who rated what how."""
+  """Ratings of items by users."""
 
   user: np.ndarray  # int32 [N], from 0
   item: np.ndarray  # int32 [N], from 0
@@ -37,29 +37,30 @@ class Ratings(NamedTuple):
 
 
 class Features(NamedTuple):
-  """What is known beside ratings: for each user or item the numbers of its features.
+  """The feature numbers of each user and item.
 
-  Rows are padded to one length with `size`, which is no feature.
+  Rows are padded to one length with `size`, which is not a feature.
   """
 
   users: np.ndarray  # int32 [U, 3]: age group, gender, occupation
   items: np.ndarray  # int32 [I, G]: genres
-  size: int  # features of both, numbered together
+  size: int  # number of features of both, numbered together
 
 
 def load(split: str, data_dir: str = "") -> tuple[Ratings, Ratings]:
-  """The ratings to train on and to test.
+  """Loads the training and the test ratings.
 
   Args:
-    split: "u1", "u2" or "u3", an official fold: its test file, and all other ratings; "cold_items"
-      or "cold_users": a tenth of them, drawn once, with all their ratings are for testing; or the
-      path of a table like u.data, of which a tenth of the ratings is held out: lines of a user, an
-      item, stars from 1 to 5 and, perhaps, a time. Users are numbered from 1 without gaps.
+    split: "u1", "u2" or "u3", an official fold: its test file, and all other ratings for training;
+      "cold_items" or "cold_users": a fixed random tenth of them is for testing with all their
+      ratings; or the path of a table like u.data, of which a tenth of the ratings is held out:
+      lines of a user, an item, stars from 1 to 5 and, optionally, a time. Users are numbered from 1
+      without gaps.
     data_dir: where to look first, see `files.find`.
 
   Raises:
-    FileNotFoundError: a file is nowhere; the archive that has them is not unpacked by itself.
-    ValueError: there is no such split, a file is not what was published, or a line no rating.
+    FileNotFoundError: a file is not found; the archive must be unpacked by hand.
+    ValueError: there is no such split, a file is not the published one, or a line is not a rating.
 
   Reference: Harper, Konstan, 2015, The MovieLens datasets, ACM TiiS 5; GroupLens allows no copies.
   """
@@ -77,13 +78,13 @@ def load(split: str, data_dir: str = "") -> tuple[Ratings, Ratings]:
 
 
 def last(*parts: Ratings) -> tuple[int, int]:
-  """The largest numbers of a user and of an item."""
+  """The largest user number and the largest item number."""
   largest = lambda name: max(int(getattr(part, name).max()) for part in parts)
   return largest("user"), largest("item")
 
 
 def features(data_dir: str = "") -> Features:
-  """Age groups of ten years, gender and occupation of users; genres of items.
+  """Age group of ten years, gender and occupation of users; genres of items.
 
   Raises:
     FileNotFoundError, ValueError: as `load`.
@@ -155,6 +156,6 @@ def _table(path: Path) -> np.ndarray:
 
 
 def _of_rows(rows: np.ndarray) -> Ratings:
-  """Ratings of rows (user, item, stars, ...), numbered from 1."""
+  """Ratings from rows (user, item, stars, ...), numbered from 1."""
   user, item = rows[:, :2].astype(np.int32).T - 1
   return Ratings(user, item, rows[:, 2].astype(np.float32))

@@ -1,4 +1,4 @@
-"""Recommending films: matrix factorization and factorization machines by any method."""
+"""Film recommendation by matrix factorization and factorization machines, with any method."""
 
 from collections.abc import Callable
 
@@ -13,8 +13,8 @@ from research.tasks.recommend import movielens as data
 from research.tasks.recommend.movielens import LEAST, MOST, Ratings
 
 CUT = 10  # of NDCG@10 and recall@10
-LIKED = 4.0  # stars from which on a film is one to recommend
-ROWS = 64  # tables have a multiple of so many, for any mesh to cut
+LIKED = 4.0  # minimum stars of a relevant film
+ROWS = 64  # table sizes are rounded up to a multiple of this, so that any mesh can shard them
 KINDS = ("factors", "features", "both")
 
 
@@ -27,35 +27,37 @@ def movielens(
   *,
   data_dir: str = "",
 ) -> Task:
-  """Ratings predicted by factors of users and items, by features of both, or by all of these.
+  """Predicts ratings from factors of users and items, from their features, or from both.
 
       r_hat = mean + b_u + b_i + p_u'q_i                                            ("factors")
       r_hat = mean + sum_f c_f + sum over pairs f < g of v_f'v_g                    ("features")
 
-  f and g run over the features of the user and the item: a factorization machine. "both" has the
-  user and the item among them, each with a table of its own, which is what serves the cold start:
-  what was never rated still has its features. The objective is the mean over ratings of half the
-  squared error and l2/2 times the squares of all that this rating's prediction uses.
+  f and g run over the features of the user and the item: a factorization machine. "both" adds the
+  user and the item themselves, each with a table of its own. Features help with the cold start:
+  users and items without ratings still have them. The objective is the mean over ratings of half
+  the squared error plus l2/2 times the squares of all parameters that the prediction uses.
 
-  Tables lie by rows along the mesh axis `model`, and a lookup moves the rows that it asks for:
+  Tables are sharded by rows along the mesh axis `model`, and a lookup moves only the requested
+  rows:
 
       --executor=spmd --mesh="data:4,model:2"
 
-  Metrics: "rmse" of predictions clipped to the stars; "ndcg@10" and "recall@10" of the films that
-  a user did not rate in training, ranked by the prediction, of which those tested with four stars
-  or more are relevant: means over users that have one. Of "cold_items" the cold ones are ranked.
+  Metrics: "rmse" of predictions clipped to the range of stars; "ndcg@10" and "recall@10" of the
+  films that a user did not rate in training, ranked by prediction; relevant are test films with
+  four stars or more. Both are means over users that have a relevant film. For "cold_items" only the
+  cold ones are ranked.
 
   Args:
     split: "u1", "u2", "u3", "cold_items" or "cold_users", see `movielens.load`.
     factors: length of p, q and v, at least 1.
     l2: weight of the penalty, >= 0.
     model_of: "factors", "features" or "both".
-    scale: standard deviation of the first factors.
+    scale: standard deviation of the initial factors.
     data_dir: where to look first, see `files.find`.
 
   Raises:
-    FileNotFoundError: a file is nowhere.
-    ValueError: the split or kind of model is unknown, or a number out of its range.
+    FileNotFoundError: a file is not found.
+    ValueError: the split or kind of model is unknown, or a number is out of range.
 
   Reference: Koren, Bell, Volinsky, 2009, Matrix factorization techniques for recommender systems;
     Rendle, 2010, Factorization machines, ICDM.
@@ -82,7 +84,7 @@ def movielens(
     return biases | {name: table(name) for name in kept}
 
   def looked_up(params: Params, user: Array, item: Array) -> list[tuple[Array, Array, Array]]:
-    """Of each table that the model has: biases [b, f], factors [b, f, k] and which are there."""
+    """Per table of the model: biases [b, f], factors [b, f, k], and which entries are valid."""
     own = {"user": user[:, None], "item": item[:, None]}
     both = jnp.concatenate(
       [jnp.asarray(features.users)[user], jnp.asarray(features.items)[item]], 1
@@ -95,7 +97,7 @@ def movielens(
     ]
 
   def predicted(params: Params, user: Array, item: Array) -> tuple[Array, Array]:
-    """Stars and the squares that the penalty is on, both [b]."""
+    """Predicted stars, and the squares in the penalty, both [b]."""
     biases, vectors, there = (
       jnp.concatenate(parts, 1) for parts in zip(*looked_up(params, user, item), strict=True)
     )
@@ -139,14 +141,14 @@ def measured(
   shape: tuple[int, int],
   shown: np.ndarray | None = None,
 ) -> Callable[[Params], dict[str, Array]]:
-  """`measure` of a task: RMSE, NDCG@10 and recall@10 of predictions [U, I].
+  """The function `measure` of a task: RMSE, NDCG@10 and recall@10 of predictions [U, I].
 
   Args:
     predict: from parameters to all predictions.
-    train: what users have rated, and is not recommended again.
-    test: what is to be predicted.
+    train: training ratings; these items are not recommended again.
+    test: ratings to predict.
     shape: U, I.
-    shown: the items that are ranked, all others are not; None for all.
+    shown: the items that are ranked; None for all.
   """
   seen, liked = np.zeros(shape, bool), np.zeros(shape, bool)
   seen[train.user, train.item] = True
@@ -168,12 +170,12 @@ def measured(
 def recommended(
   scores: Array, seen: np.ndarray, liked: np.ndarray, cut: int = CUT
 ) -> dict[str, Array]:
-  """NDCG@k with gains of 0 or 1, and the share of what users like that is among the first k.
+  """NDCG@k with gains of 0 or 1, and recall@k, the share of relevant items among the first k.
 
   Args:
     scores: [U, I].
-    seen: bool [U, I], what is not to be ranked.
-    liked: bool [U, I], what should come first; users without any do not count.
+    seen: bool [U, I], items that are not ranked.
+    liked: bool [U, I], relevant items; users without any do not count.
     cut: k.
   """
   cut = min(cut, scores.shape[1])
@@ -192,7 +194,7 @@ def recommended(
 
 
 def check(factors: int, l2: float) -> None:
-  """Refuses what cannot be.
+  """Rejects invalid hyper-parameters.
 
   Raises:
     ValueError: factors below 1, or l2 negative.

@@ -10,9 +10,9 @@ from scipy import sparse
 
 from research.core import checks
 
-K1, B = 1.2, 0.75  # by default, as in Lucene
+K1, B = 1.2, 0.75  # defaults, as in Lucene
 
-# Words that say nothing of what a text is about: Lucene's list for English.
+# Words that carry no topic: Lucene's list for English.
 STOP_WORDS = frozenset(
   re.findall(
     r"\w+",
@@ -23,7 +23,7 @@ STOP_WORDS = frozenset(
 
 
 class Index(NamedTuple):
-  """How often which term stands in which document."""
+  """The term counts of each document."""
 
   vocabulary: dict[str, int]  # term -> column
   counts: sparse.csr_array  # float64 [D, V]
@@ -31,7 +31,7 @@ class Index(NamedTuple):
 
   @property
   def idf(self) -> np.ndarray:
-    """[V], log(1 + (D - n + 1/2) / (n + 1/2)) of the n documents that have a term: above 0."""
+    """[V], log(1 + (D - n + 1/2) / (n + 1/2)), where n documents have the term: above 0."""
     n = np.bincount(self.counts.indices, minlength=len(self.vocabulary))
     return np.log1p((len(self.lengths) - n + 0.5) / (n + 0.5))
 
@@ -42,7 +42,7 @@ def terms(text: str) -> list[str]:
 
 
 def index(documents: Sequence[Sequence[str]]) -> Index:
-  """The index of documents, each a sequence of terms.
+  """Indexes documents, each a sequence of terms.
 
   Raises:
     ValueError: there are none, or none of them has a term.
@@ -64,22 +64,22 @@ def index(documents: Sequence[Sequence[str]]) -> Index:
 def scores(of: Index, queries: Sequence[Sequence[str]], k1: float = K1, b: float = B) -> np.ndarray:
   """The BM25 scores of all documents for queries, each a sequence of terms.
 
-      sum over terms t of the query, as often as it has them, of
-      idf(t) f / (f + k1 (1 - b + b length / mean length)),     f how often t is in the document
+      sum over terms t of the query, with multiplicity, of
+      idf(t) f / (f + k1 (1 - b + b length / mean length)),     f the count of t in the document
 
-  Terms that no document has count nothing.
+  Terms that no document has are ignored.
 
   Args:
     of: the index.
     queries: Q of them.
-    k1: from which count on more of a term says little more, >= 0.
-    b: how much longer documents need more of it, in [0, 1].
+    k1: saturation: how fast the score stops growing with a term's count, >= 0.
+    b: strength of the normalization by document length, in [0, 1].
 
   Returns:
     float64 [Q, D].
 
   Raises:
-    ValueError: a query is empty, or k1 or b out of its range.
+    ValueError: a query is empty, or k1 or b is out of range.
 
   Reference: Robertson, Zaragoza, 2009, The probabilistic relevance framework; in Lucene's variant,
     without the factor k1 + 1, as in Kamphuis, de Vries, Boytsov, Lin, 2020, Which BM25 do you mean?
@@ -103,7 +103,7 @@ def scores(of: Index, queries: Sequence[Sequence[str]], k1: float = K1, b: float
 
 
 def check(k1: float, b: float) -> None:
-  """Refuses what BM25 cannot be.
+  """Rejects invalid BM25 parameters.
 
   Raises:
     ValueError: k1 is negative, or b not in [0, 1].

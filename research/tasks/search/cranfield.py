@@ -1,6 +1,6 @@
-"""The Cranfield collection: 1400 abstracts, 225 queries, judgements; BM25 tuned, and as a feature.
+"""The Cranfield collection: 1400 abstracts, 225 queries; tuning BM25, and learning to rank.
 
-Odd queries are to train on, even ones are held out.
+Odd-numbered queries are for training, even-numbered ones are held out.
 """
 
 import math
@@ -31,7 +31,7 @@ FEATURES = ("bm25", "title", "prior", "length")
 
 
 class Collection(NamedTuple):
-  """What is searched, what for, and what should be found."""
+  """Documents, queries and relevance judgements."""
 
   titles: list[str]  # D
   texts: list[str]  # D, the titles included
@@ -42,13 +42,13 @@ class Collection(NamedTuple):
 def load(data_dir: str = "") -> Collection:
   """Reads the collection.
 
-  Judgements number the queries by their order in the file, not by its .I lines. Its grades run from
-  1, a complete answer, to 4, of minimum interest; 5, in the file -1, is of no interest; here 4 to
-  1, and 0.
+  Judgements number the queries by their order in the file, not by its .I lines. The file's grades
+  run from 1, a complete answer, to 4, of minimum interest; 5, written -1, is of no interest. Here
+  they become 4 to 1, and 0.
 
   Raises:
-    FileNotFoundError: a file is nowhere; the archive that has them is not unpacked by itself.
-    ValueError: a file is not what was published.
+    FileNotFoundError: a file is not found; the archive must be unpacked by hand.
+    ValueError: a file is not the published one.
 
   Reference: Cleverdon, 1967, The Cranfield tests on index language devices, Aslib Proceedings 19.
   """
@@ -68,23 +68,23 @@ def load(data_dir: str = "") -> Collection:
 def bm25(
   k1: float = bm25s.K1, b: float = bm25s.B, ask: str | None = None, *, data_dir: str = ""
 ) -> Task:
-  """BM25 on Cranfield, its k1 and b tuned from where they stand on the queries to train on.
+  """BM25 on Cranfield, with k1 and b tuned on the training queries.
 
   The parameters are {"k1", "b", "sharpness"}: k1 = exp, b = sigmoid of theirs. The objective is
-  ListNet's, the cross-entropy between the relevances' softmax and that of `sharpness` times the
-  scores; its gradient goes through the scores, which are those of `bm25.scores`. `evaluate` as
-  `ranking.ranked`, and "k1" and "b"; with a query to `ask`, "found" is the number of the document
-  that comes first.
+  ListNet's, the cross-entropy between the softmax of the relevances and that of exp(sharpness)
+  times the scores. Its gradient goes through the scores, which are those of `bm25.scores`.
+  `evaluate` gives the metrics of `ranking.ranked`, "k1" and "b"; with a query to `ask`, "found" is
+  the number of the top document.
 
   Args:
-    k1: at first, > 0.
-    b: at first, in (0, 1).
-    ask: a query of one's own.
+    k1: initial value, > 0.
+    b: initial value, in (0, 1).
+    ask: a query of your own.
     data_dir: where to look first, see `files.find`.
 
   Raises:
-    FileNotFoundError: a file is nowhere and cannot be fetched.
-    ValueError: k1 or b out of its range, or the query to ask is empty.
+    FileNotFoundError: a file is not found and cannot be downloaded.
+    ValueError: k1 or b is out of range, or the query to ask is empty.
   """
   if ask is not None and not bm25s.terms(ask):
     raise ValueError(f"ask={ask!r} is empty: it has no terms to search for")
@@ -148,13 +148,13 @@ def cranfield(
   model: Callable[[int], nn.Module] = Default("model", "linear()"),
   data_dir: str = "",
 ) -> Task:
-  """Learning to rank Cranfield's documents, all 1400 of them, for each query. See `ranking.ranked`.
+  """Learning to rank all 1400 Cranfield documents for each query. See `ranking.ranked`.
 
   Args:
     loss: "pairwise", "listnet" or "lambdarank".
-    features: of "bm25", the score of the whole text; "title", of the title alone; "prior", log of
+    features: of "bm25", the score of the full text; "title", of the title alone; "prior", log of
       the PageRank of a document among its eight nearest by cosine (`prior`); "length", log of the
-      number of terms. Each is standardized over all pairs of a query to train on and a document.
+      number of terms. Each is standardized over all pairs of a training query and a document.
     k1: of the BM25 scores.
     b: of the BM25 scores.
     l2: weight of l2/2 ||params||^2.
@@ -162,8 +162,8 @@ def cranfield(
     data_dir: where to look first, see `files.find`.
 
   Raises:
-    FileNotFoundError: a file is nowhere and cannot be fetched.
-    ValueError: a feature or loss is unknown, or a number out of its range.
+    FileNotFoundError: a file is not found and cannot be downloaded.
+    ValueError: a feature or loss is unknown, or a number is out of range.
   """
   if not features or set(features) - set(FEATURES):
     raise ValueError(f"features={list(features)} are not some of {', '.join(FEATURES)}")
@@ -192,7 +192,12 @@ def cranfield(
 
 
 def prior(index: bm25s.Index, neighbours: int = 8, alpha: float = 0.85) -> np.ndarray:
-  """How central each document is: PageRank [D] on links to its nearest documents by TF-IDF cosine.
+  """Centrality of documents: PageRank [D] on links to the nearest documents by TF-IDF cosine.
+
+  Args:
+    index: of the documents.
+    neighbours: links per document.
+    alpha: probability of following a link.
 
   Reference: Erkan, Radev, 2004, LexRank, JAIR 22; here with links to the nearest, not to all above
     a threshold.
@@ -214,7 +219,7 @@ def prior(index: bm25s.Index, neighbours: int = 8, alpha: float = 0.85) -> np.nd
 
 
 def _postings(index: bm25s.Index, found: Collection) -> Batch:
-  """Queries as "idf" [Q, T], times how often they have a term, and "counts" [Q, T, D]."""
+  """Queries as "idf" [Q, T], times the term's count in the query, and "counts" [Q, T, D]."""
   queries = [bm25s.terms(query) for query in found.queries]
   known = [[index.vocabulary[t] for t in query if t in index.vocabulary] for query in queries]
   unique = [np.unique(np.array(c, np.int64), return_counts=True) for c in known]
@@ -239,7 +244,7 @@ def _records(text: str) -> list[str]:
 
 
 def _fields(record: str) -> dict[str, str]:
-  """The fields of a record by their letter; one that is there twice is the first."""
+  """The fields of a record by letter; of repeated fields the first."""
   parts = re.split(r"(?m)^\.([A-Z]) *\n", record)
   found: dict[str, str] = {}
   for name, content in zip(parts[1::2], parts[2::2], strict=True):

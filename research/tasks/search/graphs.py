@@ -1,4 +1,4 @@
-"""Directed graphs: read from lists of edges, or made up with degrees that follow a power law."""
+"""Directed graphs: read from edge lists, or random with power-law degrees."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,11 +14,11 @@ WIKI_VOTE_SHA256 = "b05c0226f5544f0e4a8ac607ae573db42e42716b6dd5aa00e8c769a1219c
 
 
 class Graph(NamedTuple):
-  """Edges between nodes 0, ..., N - 1, sorted by where they lead; equal ones are there once."""
+  """Edges between nodes 0, ..., N - 1, sorted by target; files' duplicate edges are merged."""
 
   source: np.ndarray  # int32 [E]
-  target: np.ndarray  # int32 [E], not falling
-  names: np.ndarray  # [N], what the nodes are called where they come from
+  target: np.ndarray  # int32 [E], nondecreasing
+  names: np.ndarray  # [N], the nodes' original numbers
 
   @property
   def nodes(self) -> int:
@@ -26,16 +26,16 @@ class Graph(NamedTuple):
 
 
 def load(name: str, data_dir: str) -> Graph:
-  """The graph of that name, "wiki-Vote", or that of a file.
+  """Loads a graph by name or from a file.
 
   Args:
-    name: "wiki-Vote", or the path of a file with an edge "FROM TO" of two whole numbers per line,
-      plain, .gz or .bz2; lines that begin with # or % are comments.
+    name: "wiki-Vote", or the path of a file with an edge "FROM TO" of two integers per line, plain,
+      .gz or .bz2; lines that begin with # or % are comments.
     data_dir: where to look first, see `files.find`.
 
   Raises:
-    FileNotFoundError: wiki-Vote is nowhere and cannot be fetched.
-    ValueError: there is no such file, it has no edges, or a line of it is none.
+    FileNotFoundError: wiki-Vote is not found and cannot be downloaded.
+    ValueError: there is no such file, it has no edges, or a line is not an edge.
 
   Reference: Leskovec, Huttenlocher, Kleinberg, 2010, Predicting positive and negative links in
     online social networks; SNAP, wiki-Vote.
@@ -59,7 +59,7 @@ def _edge(fields: list[str]) -> tuple[int, int]:
 
 
 def of_edges(pairs: np.ndarray | Sequence[Sequence[int]]) -> Graph:
-  """The graph of edges [E, 2], from and to any whole numbers.
+  """Builds the graph of edges [E, 2], between any integers.
 
   Raises:
     ValueError: there are none.
@@ -75,17 +75,17 @@ def of_edges(pairs: np.ndarray | Sequence[Sequence[int]]) -> Graph:
 
 
 def power_law(edges: int, nodes: int) -> Graph:
-  """A random graph: every edge leads to a node with probability proportional to its popularity.
+  """A random graph: each edge's target is drawn with probability proportional to its popularity.
 
   Popularities fall as rank^(-1/1.1), so that in-degrees follow a power law of exponent 2.1, that of
-  the web (Broder et al. 2000); edges leave all nodes alike. Equal edges stay, as weights.
+  the web (Broder et al. 2000); sources are uniform. Duplicate edges stay, as weights.
 
   Args:
     edges: E, at least 1.
     nodes: N, at least 2.
 
   Raises:
-    ValueError: a number is out of its range.
+    ValueError: a number is out of range.
   """
   if edges < 1 or nodes < 2:
     raise ValueError(f"edges={edges}, nodes={nodes}: need at least 1 and 2")

@@ -1,4 +1,4 @@
-"""PageRank as a fixed point: its residual stands for the gradient, links are the examples."""
+"""PageRank as a fixed point: the residual takes the place of the gradient, links are examples."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from research.tasks import sampling
 from research.tasks.search import graphs
 from research.tasks.search.graphs import Graph
 
-TOGETHER = 8  # links to one node that are an example
+TOGETHER = 8  # links to one node per example
 
 
 def pagerank(
@@ -24,30 +24,30 @@ def pagerank(
   *,
   data_dir: str = "",
 ) -> Task:
-  """The stationary distribution of a walk that follows links, and now and then jumps anywhere.
+  """The stationary distribution of a random walk that follows links and sometimes jumps anywhere.
 
       T(x) = alpha (P x + v sum of x over nodes without links) + (1 - alpha) v,     v = 1/N
 
-  `grads` is x - T(x): `data_parallel(sgd(1.0), mean())` on all edges is power iteration, and it
-  contracts by alpha in L1. An example is up to eight links to one node, {"source": [8], "y"}: sums
-  of eight are what a CPU gathers fastest, and only they are added up by node. A worker has P of its
-  own E examples, E/n times those of its n; the workers' mean is the whole, so that compression,
-  local steps, mini-batches of links and delays apply as to a gradient. The metric "residual" is
-  ||x - T(x)||_1, the change that the next iteration makes; "loss" is the same of a worker's own
-  links, the mean over workers. float32 leaves the residual at about 1e-7, --x64 takes it to 1e-15.
-
-  Workers with edges of a stretch of nodes, `--partition=sorted()`, add up fastest.
+  `grads` is x - T(x): `data_parallel(sgd(1.0), mean())` on all edges is power iteration, which
+  contracts by alpha in L1. An example is up to eight links to one node, {"source": [8], "y"}: a CPU
+  gathers sums of eight fastest, and only these sums are added per node. Each worker scales the P of
+  its own n of all E examples by E/n; the workers' mean is the exact P, so that compression, local
+  steps, mini-batches of links and delays apply as to a gradient. The metric "residual" is
+  ||x - T(x)||_1, the change of the next iteration; "loss" is the same for a worker's own links,
+  averaged over workers. float32 limits the residual to about 1e-7, --x64 to 1e-15. Summation is
+  fastest if each worker has the edges of contiguous nodes, `--partition=sorted()`.
 
   Args:
-    graph: "wiki-Vote", the path of a list of edges, see `graphs.load`; or "power_law", made up.
+    graph: "wiki-Vote", the path of a list of edges, see `graphs.load`; or "power_law", random.
     alpha: the probability of following a link, in [0, 1).
     edges: of "power_law".
     nodes: of "power_law".
     data_dir: where to look first, see `files.find`.
 
   Raises:
-    FileNotFoundError: the file is nowhere and cannot be fetched.
-    ValueError: a graph without edges, a file that holds none, or a number out of its range.
+    FileNotFoundError: the file is not found and cannot be downloaded.
+    ValueError: the graph has no edges, a line of the file is not an edge, or a number is out of
+      range.
 
   Reference: Page, Brin, Motwani, Winograd, 1999, The PageRank citation ranking, Stanford InfoLab;
     Langville, Meyer, 2004, Deeper inside PageRank, sections 5 and 8 (dangling nodes).
@@ -77,8 +77,8 @@ def of_graph(graph: Graph, alpha: float) -> Task:
   def grads(params: Params, batch: Batch, key: Key) -> tuple[Array, Params]:
     del key
     x = params["rank"]
-    carried = jnp.append(x * share.astype(x.dtype), jnp.zeros((), x.dtype))  # the last: no link
-    # one sum of eight terms: a reduction along the axis would run over elements one at a time
+    carried = jnp.append(x * share.astype(x.dtype), jnp.zeros((), x.dtype))  # last: no link
+    # a sum of eight terms: a reduction over the axis would process elements one at a time
     of = lambda i: carried.at[i].get(mode="promise_in_bounds", wrap_negative_indices=False)
     moved = sum(of(batch["source"][:, k]) for k in range(TOGETHER))
     count: Any = len(batch["y"])
@@ -102,7 +102,7 @@ def of_graph(graph: Graph, alpha: float) -> Task:
 
 
 def together(graph: Graph) -> dict[str, np.ndarray]:
-  """The links in groups to one node: sources [E, 8], N where there is none, and nodes "y" [E]."""
+  """Groups links by target: sources [E, 8], N as padding, and targets "y" [E]."""
   degree = np.bincount(graph.target, minlength=graph.nodes)
   rows = -(-degree // TOGETHER)
   y = np.repeat(np.arange(graph.nodes, dtype=np.int32), rows)
@@ -114,5 +114,5 @@ def together(graph: Graph) -> dict[str, np.ndarray]:
 
 
 def top(graph: Graph, rank: np.ndarray, count: int = 5) -> list[int]:
-  """The names of the nodes of the highest ranks, the highest first."""
+  """The names of the nodes with the highest ranks, in descending order."""
   return graph.names[np.argsort(-np.asarray(rank), kind="stable")[:count]].tolist()

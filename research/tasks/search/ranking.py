@@ -1,4 +1,4 @@
-"""Learning to rank: an example is a query with its documents, of which some are relevant."""
+"""Learning to rank: an example is a query with its documents and their relevance."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ SHA256 = {
   "rank.test.query": "36dca82ba3bf99201bac3987b00a8fbf6fe5f563e9fa6d0da90e783710a32df4",
 }
 
-CUTS = (1, 3, 5, 10)  # k of the NDCG@k that are measured
+CUTS = (1, 3, 5, 10)  # k of the NDCG@k metrics
 ABSENT = -1e9  # the score of padding
 
 
@@ -34,7 +34,7 @@ def rank(
 ) -> Task:
   """The queries of LightGBM's ranking example: 201 to train on, 50 to test, relevance 0 to 4.
 
-  300 features, each standardized by the training documents. See `ranked`.
+  There are 300 features, each standardized by the training documents. See `ranked`.
 
   Args:
     loss: "pairwise", "listnet" or "lambdarank".
@@ -43,8 +43,8 @@ def rank(
     data_dir: where to look first, see `files.find`.
 
   Raises:
-    FileNotFoundError: a file is nowhere and cannot be fetched.
-    ValueError: a file is not what was published, or loss or l2 cannot be.
+    FileNotFoundError: a file is not found and cannot be downloaded.
+    ValueError: a file is not the published one, or loss or l2 is invalid.
 
   Reference: Ke et al., 2017, LightGBM, NeurIPS 30; the files are its examples/lambdarank.
   """
@@ -63,21 +63,21 @@ def ranked(
 ) -> Task:
   """The task of scoring documents so that a query's relevant ones come first.
 
-  The objective is the mean over queries of one of, s being scores and y relevances,
+  With scores s and relevances y, the objective is the mean over queries of one of
 
       pairwise    mean over pairs y_i > y_j of log(1 + exp(s_j - s_i))
       listnet     - sum_i softmax(y)_i log softmax(s)_i
       lambdarank  sum over pairs y_i > y_j of |Delta NDCG_ij| log(1 + exp(s_j - s_i)),
-                  Delta NDCG_ij what exchanging i and j in the present order changes, a constant
+                  Delta NDCG_ij the change by swapping i and j in the current order, a constant
 
-  and, with l2, l2/2 ||params||^2. `evaluate` gives "loss", "ndcg@k", "map" and "mrr": means over
+  plus, with l2, l2/2 ||params||^2. `evaluate` gives "loss", "ndcg@k", "map" and "mrr": means over
   queries. Ties are broken by the documents' order. A query without relevant documents counts as 1,
-  as LightGBM has it.
+  as in LightGBM.
 
   Args:
     module: from features [n, F] to scores [n, 1].
-    train: "x" [Q, D, F]; "relevance" [Q, D], whole numbers from 0; "present" [Q, D], False where
-      a query has fewer documents; "y" [Q], what partitions sort by.
+    train: "x" [Q, D, F]; "relevance" [Q, D], integers from 0; "present" [Q, D], False for padding;
+      "y" [Q], what partitions sort by.
     test: the same, of other queries.
     loss: by name.
     l2: weight of the penalty, >= 0.
@@ -134,8 +134,8 @@ def metrics(scores: Array, relevance: Array, present: Array) -> dict[str, Array]
 
   Args:
     scores: [D].
-    relevance: [D], whole numbers from 0.
-    present: [D].
+    relevance: [D], integers from 0.
+    present: [D], False for padding.
 
   Reference: Järvelin, Kekäläinen, 2002, Cumulated gain-based evaluation of IR techniques.
   """
@@ -152,15 +152,15 @@ def metrics(scores: Array, relevance: Array, present: Array) -> dict[str, Array]
 
 
 def _in_order(scores: Array, relevance: Array, present: Array) -> Array:
-  """Relevances by falling score, absent documents last, with 0."""
+  """Relevances by descending score, padding last, with 0."""
   scores = jnp.where(present, scores, ABSENT)
   return jnp.where(present, relevance, 0)[jnp.argsort(-scores, stable=True)]
 
 
 def _pairs(scores: Array, relevance: Array, present: Array, most: int) -> tuple[Array, ...]:
-  """Which documents i are ahead, [R], whether of each other j, [R, D], and log(1 + exp(s_j - s_i)).
+  """Relevant documents i [R], whether each ranks above j [R, D], and log(1 + exp(s_j - s_i)).
 
-  Only relevant documents are ahead of others, and a query has at most R = `most` of them.
+  Only relevant documents rank above others, and a query has at most R = `most` of them.
   """
   ahead = jax.lax.top_k(jnp.where(present, relevance, 0), min(most, len(relevance)))[1]
   pairs = (relevance[ahead][:, None] > relevance[None]) & present[ahead][:, None] & present[None]
@@ -190,7 +190,7 @@ def _lambdarank(scores: Array, relevance: Array, present: Array, most: int) -> A
   return jnp.sum(each) / jnp.maximum(ideal, 1e-9)
 
 
-# (scores, relevance, present), each [D], and most relevant ones -> loss of a query
+# (scores, relevance, present), each [D], and the maximum number of relevant ones -> a query's loss
 LOSSES: dict[str, Callable[[Array, Array, Array, int], Array]] = {
   "pairwise": _pairwise,
   "listnet": _listnet,
@@ -199,9 +199,14 @@ LOSSES: dict[str, Callable[[Array, Array, Array, int], Array]] = {
 
 
 def padded(x: np.ndarray, relevance: np.ndarray, counts: np.ndarray) -> Batch:
-  """Documents [N, F] of queries one after the other, as [Q, D, F]: what `ranked` takes.
+  """Pads concatenated documents [N, F] to [Q, D, F], the format of `ranked`.
 
   "y" is a query's highest relevance.
+
+  Args:
+    x: features [N, F] of all queries' documents, query by query.
+    relevance: [N].
+    counts: [Q], documents per query.
 
   Raises:
     ValueError: a query has no documents, or the counts do not add up to N.
@@ -218,7 +223,7 @@ def padded(x: np.ndarray, relevance: np.ndarray, counts: np.ndarray) -> Batch:
 
 
 def load(part: str, data_dir: str) -> Batch:
-  """A part of LightGBM's example, "rank.train" or "rank.test", features as they are. See `rank`."""
+  """Loads "rank.train" or "rank.test" of LightGBM's example, features not scaled. See `rank`."""
   from sklearn.datasets import load_svmlight_file
 
   rows, counts = (

@@ -21,7 +21,7 @@ MNIST_SHA256 = {  # of the decompressed bytes
   "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
 
-DIGITS_TEST = 357  # of 1797, leaving 1440 = 2^5 45 for training, which many workers divide
+DIGITS_TEST = 357  # of 1797, leaving 1440 = 2^5 45 for training, which many worker counts divide
 
 
 def digits(*, model: Callable[[int], nn.Module] = Default("model", "mlp(hidden=[128])")) -> Task:
@@ -33,8 +33,8 @@ def digits(*, model: Callable[[int], nn.Module] = Default("model", "mlp(hidden=[
     model: outputs -> module, called with 10.
 
   Reference:
-    Alpaydin and Kaynak, 1998, Optical recognition of handwritten digits, UCI; the test part of it,
-    as scikit-learn ships it.
+    Alpaydin and Kaynak, 1998, Optical recognition of handwritten digits, UCI; its test part, as
+    shipped with scikit-learn.
   """
   from sklearn.datasets import load_digits
   from sklearn.model_selection import train_test_split
@@ -55,13 +55,13 @@ def mnist(
   """MNIST: handwritten digits of 28x28 pixels, 60,000 to train on, 10,000 to test.
 
   Args:
-    parity: asks only whether a digit is odd: logistic loss.
+    parity: classifies only whether a digit is odd, with logistic loss.
     model: outputs -> module, called with 10, or with 1 for the parity.
     data_dir: where to look first, see `files.find`.
 
   Raises:
-    FileNotFoundError: a file is nowhere and cannot be fetched.
-    ValueError: a file is not what was published.
+    FileNotFoundError: a file is not found and cannot be downloaded.
+    ValueError: a file is not the published one.
 
   Reference:
     LeCun, Cortes and Burges, 1998, the MNIST database. The default model is the 2NN of McMahan et
@@ -75,14 +75,14 @@ def mnist(
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-  """The uint8 array in an IDX file, plain or compressed.
+  """Reads the uint8 array in an IDX file, plain or compressed.
 
   Args:
     path: of the file.
-    dimensions: that the array is to have.
+    dimensions: expected number of dimensions.
 
   Raises:
-    ValueError: the file has another type or number of dimensions, or is not as long as it says.
+    ValueError: the file has another dtype, number of dimensions or length.
   """
   with files.opened(path) as file:
     content = file.read()

@@ -1,5 +1,6 @@
 """Writes a run's rows to metrics.jsonl and TensorBoard, and shows its progress."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from research.parallel import diagnostics, workers
 from research.training.hooks import finite, heartbeat
 from research.training.hooks.hook import Evaluation, Event, Hook, Pause, Rounds
 from research.training.reports import report
+from research.training.virtual import Served
 
 if TYPE_CHECKING:
   from research.training.loop import Run
@@ -91,14 +94,37 @@ class Log(Hook):
     every = run.config.log_every
     starts = [first, *range((first // every + 1) * every, last, every)]
     counts = np.diff([*starts, last])
-    means = np.add.reduceat(found["loss"], np.subtract(starts, first), dtype=np.float64) / counts
+    places = np.subtract(starts, first)
+    mean = lambda x: np.add.reduceat(x, places, dtype=np.float64) / counts
     seconds = round(run.timing.elapsed(), 4)
-    return [
+    stops = [*starts[1:], last]
+    rows = [
       {"step": stop, "loss": loss, "seconds": seconds, **self._of_rows(stop)}
-      for stop, loss in zip([*starts[1:], last], means.tolist(), strict=True)
+      for stop, loss in zip(stops, mean(found["loss"]).tolist(), strict=True)
     ]
+    if own := {name: mean(x).tolist() for name, x in found.get("auxiliary", {}).items()}:
+      for place, row in enumerate(rows):
+        row["auxiliary"] = {name: values[place] for name, values in own.items()}
+    if norms := found.get("norms"):
+      for row in rows:
+        row["diagnostics"] = _diagnostics(run, norms, first, row["step"])
+    return rows
 
   def close(self) -> None:
     self._progress.close()
     if self._file:
       self._file.close()
+
+
+def _diagnostics(
+  run: "Run", norms: Mapping[str, np.ndarray], first: int, step: int
+) -> dict[str, float]:
+  """Those of the round that a step ends or lies in, of a dispatch from step `first` on."""
+  plan, virtual = run.problem.plan, run.problem.virtual
+  number = math.ceil(plan.rounds(step)) - 1
+  place = number - round(plan.rounds(first))
+  means = {name: float(norms[name][place]) for name in diagnostics.NAMES}
+  found = diagnostics.columns(means, float(norms[workers.GRADIENT][step - first - 1]))
+  if isinstance(virtual, Served):
+    found["staleness"] = float(virtual.staleness[number])
+  return found

@@ -37,6 +37,7 @@ def write_result(folder: Path, summary: Mapping[str, Any]) -> None:
   """Writes summary.json, and then the plot, which may fail."""
   report.write_json(folder / "summary.json", summary)
   loss_plot(folder, summary)
+  diagnostics_plot(folder, summary)
 
 
 def show_again(folder: Path, summary: Mapping[str, Any]) -> None:
@@ -53,6 +54,35 @@ def loss_plot(folder: Path, summary: Mapping[str, Any]) -> None:
     thinned = report.thinned(report.each_row(rows))
     evaluated = report.thinned(row for row in report.each_row(rows) if "eval" in row)
     save(_figure(thinned, evaluated, summary), path, dpi=120)
+
+
+def diagnostics_plot(folder: Path, summary: Mapping[str, Any]) -> None:
+  """Draws the diagnostics of a run that has any against steps, into diagnostics.png."""
+  rows = report.thinned(r for r in report.each_row(folder / "metrics.jsonl") if "diagnostics" in r)
+  if rows:
+    with drawing(folder / "diagnostics.png") as path:
+      save(diagnostics_figure(rows, summary), path, dpi=120)
+
+
+def diagnostics_figure(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> Any:
+  """One panel for each of the diagnostics, against steps, as a matplotlib Figure."""
+  from matplotlib.figure import Figure
+
+  rows = [row for row in rows if "diagnostics" in row]
+  names = list(dict.fromkeys(name for row in rows for name in row["diagnostics"]))
+  figure = Figure(figsize=(7, 1 + 1.6 * len(names)))
+  axes = figure.subplots(max(1, len(names)), 1, squeeze=False, sharex=True)[:, 0]
+  for ax, name in zip(axes, names, strict=False):
+    shown = [(row["step"], row["diagnostics"][name]) for row in rows if name in row["diagnostics"]]
+    ax.plot(*zip(*shown, strict=True), lw=1)
+    ax.set_ylabel(name.replace("_", "\n"), fontsize="small")
+    if all(value > 0 for _, value in shown):
+      ax.set_yscale("log")
+    ax.grid(alpha=0.3)
+  axes[0].set_title(literal(f"{summary['task']}: {summary['method']}"[:90]), fontsize="medium")
+  axes[-1].set_xlabel("local step")
+  figure.tight_layout()
+  return figure
 
 
 def loss_figure(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> Any:

@@ -29,6 +29,7 @@ class Fixed(dx.Compressor, name="fixed"):
   def encode(self, x, shared, own):
     wide = x.astype(jnp.float32)
     scale = jnp.max(jnp.abs(wide), initial=0.0) / float(2 ** (self.bits - 1) - 1)
+    scale += 0.0 * jnp.sum(wide)  # some compilers' maximum of a NaN is a number
     numbers = jnp.round(wide / jnp.where(scale > 0, scale, 1.0))
     return FixedPoint(numbers.astype(f"int{self.bits}"), scale)
 

@@ -1,0 +1,133 @@
+"""Diagnostics of a round: the error of its exchanges, and the spread of the workers' models.
+
+They are computed from what a round has anyway (messages as the others saw them, models before and
+after), for the rounds that produce a row of the metrics. Methods are not involved: in such a round
+their aggregators are wrapped during the exchange, and their state keeps its structure.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from research.comm import collectives
+from research.core.base import (
+  EVERYONE,
+  Aggregate,
+  Aggregator,
+  Array,
+  Key,
+  Params,
+  Presence,
+  State,
+  Tree,
+)
+from research.core.method import Local
+from research.parallel.job import Job
+
+# Squared norms of one worker in one round; see `columns`.
+NAMES = ("missed", "asked", "memory", "spread", "update")
+
+
+class Recorded(NamedTuple):
+  """The state of an aggregator, and the error of this round's exchanges so far."""
+
+  state: State
+  missed: Array  # sum of ||tree - sent||^2
+  asked: Array  # sum of ||tree||^2
+
+
+class Recording(Aggregator):
+  """An aggregator that records how much of a worker's message the others did not see."""
+
+  inner: Aggregator
+
+  def init(self, params: Params) -> Recorded:
+    zero = jnp.zeros((), jnp.float32)
+    return Recorded(self.inner.init(params), zero, zero)
+
+  def aggregate(
+    self, tree: Tree, state: Recorded, key: Key, presence: Presence = EVERYONE
+  ) -> Aggregate:
+    value, sent, inner = self.inner.aggregate(tree, state.state, key, presence)
+    missed, asked = squared(jax.tree.map(jnp.subtract, tree, sent)), squared(tree)
+    if presence.active is not True:
+      missed, asked = (jnp.where(presence.active, x, 0) for x in (missed, asked))
+    return Aggregate(value, sent, Recorded(inner, state.missed + missed, state.asked + asked))
+
+
+def squared(tree: Tree) -> Array:
+  """The squared norm of a tree's floating-point leaves, summed in float32."""
+  floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+  wide = [jnp.ravel(x).astype(jnp.float32) for x in floats]
+  return sum((jnp.sum(x * x) for x in wide), jnp.zeros((), jnp.float32))
+
+
+def recorded(job: Job, sync: Any, local: Local, state: State, *args: Any) -> tuple[State, dict]:
+  """Runs the exchange of a round, and measures the squared norms NAMES of this worker.
+
+  Args:
+    job: a job with a resolved method.
+    sync: `workers.sync`.
+    local: of the round's last step.
+    state: of the round's start.
+    *args: further arguments of `sync`.
+
+  Returns:
+    The new state, and the squared norms by NAMES.
+  """
+  method = job.method.over(Recording)
+  params = jax.eval_shape(job.method.params, state)
+  shapes = jax.eval_shape(method.init, params)
+  zero = jnp.zeros((), jnp.float32)
+  lift = lambda like, part: Recorded(part, zero, zero) if _is_recorded(like) else part
+  lifted = jax.tree.map(lift, shapes, state, is_leaf=_is_recorded)
+  after = sync(job._replace(method=method), local, lifted, *args)
+  notes = [x for x in jax.tree.leaves(after, is_leaf=_is_recorded) if _is_recorded(x)]
+  plain = jax.tree.map(lambda x: x.state if _is_recorded(x) else x, after, is_leaf=_is_recorded)
+  mean = collectives.mean(local.params)
+  apart = lambda a, b: squared(jax.tree.map(jnp.subtract, a, b))
+  found = {
+    "missed": sum((note.missed for note in notes), zero),
+    "asked": sum((note.asked for note in notes), zero),
+    "memory": sum((squared(note.state) for note in notes), zero),
+    "spread": apart(local.params, mean),
+    "update": apart(job.method.params(plain), job.method.params(state)),
+  }
+  return plain, found
+
+
+def nothing() -> dict[str, Array]:
+  """Zeros instead of the norms of `recorded`, for rounds without a row."""
+  return {name: jnp.zeros((), jnp.float32) for name in NAMES}
+
+
+def due(job: Job, numbers: Array) -> Array:
+  """Whether each round [K] of a dispatch produces a row of the metrics; the last always does."""
+  period, every = job.method.local_steps, job.diagnostics
+  first = job.first_step + (numbers - job.first_round) * period
+  is_last = jnp.arange(len(numbers)) == len(numbers) - 1
+  return is_last | ((first + period) // every > first // every)
+
+
+def _is_recorded(x: Any) -> bool:
+  return isinstance(x, Recorded)
+
+
+def columns(means: dict[str, float], gradient: float) -> dict[str, float]:
+  """Converts squared norms to the diagnostics of a round.
+
+  "compression_error" is ||tree - sent||^2 / ||tree||^2 over all exchanges of all workers. The
+  others are root mean squares over the workers: "memory_norm" of what the aggregators keep,
+  "model_spread" of a worker's model at the end of the local phase minus the mean model,
+  "update_norm" of the round's change of the model, "gradient_norm" of a worker's mini-batch
+  gradient.
+
+  Args:
+    means: squared norms by NAMES, means over the workers.
+    gradient: the squared norm of the last step's gradient, a mean over the workers.
+  """
+  error = {"compression_error": means["missed"] / means["asked"]} if means["asked"] else {}
+  roots = {"memory_norm": "memory", "model_spread": "spread", "update_norm": "update"}
+  found = {name: means[of] ** 0.5 for name, of in roots.items()}
+  return error | found | {"gradient_norm": gradient**0.5}

@@ -1,0 +1,47 @@
+"""Eight workers, three of whom miss a round: what they have, and programs over all of them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.core.base import Tree
+from research.parallel import layout
+
+W = 8
+ABSENT = np.asarray([False, True, False, False, True, False, True, False])
+WEIGHTS = np.where(ABSENT, 0, W / np.sum(~ABSENT)).astype(np.float32)
+LEAVES = {"w": (6, 4), "b": (3,)}
+AXES = {"data": W}
+
+
+def drawn(seed: int, *lead: int) -> dict[str, jax.Array]:
+  """Normal leaves [*lead, 6, 4] and [*lead, 3]."""
+  random = np.random.default_rng(seed)
+  normal = lambda shape: random.normal(size=(*lead, *shape)).astype(np.float32)
+  return {name: jnp.asarray(normal(shape)) for name, shape in LEAVES.items()}
+
+
+def unknown(rows: Tree) -> Tree:
+  """The same, with NaN where a worker is absent: nobody can know what it has."""
+  return jax.tree.map(lambda x: x.at[ABSENT].set(jnp.nan), rows)
+
+
+def folded(one: Callable[..., Any], axes: Mapping[str, int]) -> Callable[..., Any]:
+  """What each worker computes, from rows [W, ...] to rows, whatever axes the workers lie along."""
+  fold = lambda x: jnp.asarray(x).reshape(*axes.values(), *x.shape[1:])
+  unfold = lambda x: x.reshape(W, *x.shape[len(axes) :])
+  program = jax.jit(layout.over_workers(one, axes, 0, 0))
+  return lambda *rows: jax.tree.map(unfold, program(*jax.tree.map(fold, rows)))
+
+
+def same(a: Tree, b: Tree) -> bool:
+  """Whether all leaves are equal bit for bit, NaN included."""
+  pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  return all(np.array_equal(x, y, equal_nan=_is_float(x)) for x, y in pairs)
+
+
+def _is_float(x: Any) -> bool:
+  return jnp.issubdtype(x.dtype, jnp.inexact)

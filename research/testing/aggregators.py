@@ -1,0 +1,142 @@
+"""Contracts of aggregators, of one or of several in one program."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from research.core.base import Aggregator, Chunk, Presence, Trait
+from research.methods.data_parallel import data_parallel
+from research.methods.decentralized import d_psgd
+from research.parallel import layout
+from research.testing import methods
+from research.testing.absence import ABSENT, AXES, WEIGHTS, W, drawn, folded, same, unknown
+from research.testing.contract import require
+from research.testing.problem import distance
+
+Named = Mapping[str, Aggregator]
+# Equal contributions may come out unlike each other.
+_UNLIKE = Trait.FORGED | Trait.NOISE | Trait.EXPANSIVE | Trait.SECRET
+
+
+def check_aggregator(aggregator: Aggregator, *, axes: Mapping[str, int] | None = None) -> None:
+  """Checks the contracts of an aggregator.
+
+  What is received and `sent` have the shapes and types of what a worker has; types of the state
+  stay; all workers receive the same, unless Trait.LOCAL says otherwise; equal contributions give
+  that contribution; nothing that an absent worker has reaches the others, and what it keeps stays;
+  and training with it is the same in `simulate` and `spmd`, on as many CPU devices as there are.
+
+  Args:
+    aggregator: to check.
+    axes: of eight workers: {"data": 8}, or {"slice": 2, "data": 4} for one that takes slices.
+
+  Raises:
+    ContractError: the first contract that is broken.
+  """
+  named, axes = {repr(aggregator): aggregator}, dict(axes or AXES)
+  types(named, axes)
+  if can_miss(aggregator, axes):
+    absent(named, axes)
+    if not aggregator.traits & _UNLIKE:
+      equal(named, axes)
+  around = d_psgd if Trait.LOCAL in aggregator.traits else data_parallel
+  methods.agree({repr(aggregator): around(optax.sgd(0.1), aggregator)}, sliced="slice" in axes)
+
+
+def types(named: Named, axes: Mapping[str, int]) -> None:
+  """Shapes and types of value, sent and state are those of the tree and of the first state."""
+  tree = drawn(0, *axes.values())
+  for name, aggregator in named.items():
+
+    def worker(tree, aggregator=aggregator):
+      first = aggregator.init(tree)
+      return (tree, tree, first), tuple(aggregator.aggregate(tree, first, jax.random.key(0)))
+
+    want, got = jax.eval_shape(layout.over_workers(worker, axes, 0, 0), tree)
+    for part, a, b in zip(("value", "sent", "state"), want, got, strict=True):
+      like = "what a worker has" if part != "state" else "that of init"
+      says = f"The {part} has the structure, shapes and types of {like}."
+      require(a == b, aggregator, says, f"{b} where {a} is needed ({name})")
+
+
+def can_miss(aggregator: Aggregator, axes: Mapping[str, int]) -> bool:
+  """Whether workers may be absent; an aggregator that needs everyone says so when it is traced."""
+  if Trait.EVERYONE in aggregator.traits:
+    return False
+  one = lambda tree, there: (
+    aggregator.aggregate(tree, aggregator.init(tree), jax.random.key(0), Presence(1.0, there)).value
+  )
+  there = jnp.ones(tuple(axes.values()), bool)
+  try:
+    jax.eval_shape(layout.over_workers(one, axes, 0, 0), drawn(0, *axes.values()), there)
+  except ValueError:
+    return False
+  return True
+
+
+def absent(named: Named, axes: Mapping[str, int]) -> None:
+  """Nothing of who is absent arrives, be it no number, and what it keeps for itself stays."""
+
+  def worker(first, second, weight, active):
+    found = {}
+    for name, aggregator in named.items():
+      before = aggregator.aggregate(first, aggregator.init(first), jax.random.key(0)).state
+      presence = Presence(weight, active)
+      out = aggregator.aggregate(second, before, jax.random.key(1), presence)
+      found[name] = out.value, before, out.state
+    return found
+
+  first, second = drawn(0, W), drawn(1, W)
+  program = folded(worker, axes)
+  want = program(first, second, WEIGHTS, ~ABSENT)
+  got = program(first, unknown(second), WEIGHTS, ~ABSENT)
+  for name, aggregator in named.items():
+    says = "Nothing that an absent worker has reaches the others or its own state."
+    require(same(got[name], want[name]), aggregator, says, "another result if it has NaN")
+    value, before, after = got[name]
+    finite = all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(value))
+    require(finite, aggregator, says, "a value that is not finite")
+    if Trait.LOCAL not in aggregator.traits:
+      apart = [x for x in map(np.asarray, jax.tree.leaves(value)) if (x != x[:1]).any()]
+      says = "All workers receive the same value; one that differs has Trait.LOCAL."
+      require(not apart, aggregator, says, "different values")
+    _own_rows(aggregator, before, after)
+
+
+def _own_rows(aggregator: Aggregator, before: Any, after: Any) -> None:
+  """An absent worker's own leaves are what they were; leaves that all share are the others'."""
+  is_chunk = lambda node: isinstance(node, Chunk)
+  leaves = lambda tree: jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_chunk)
+  for (path, old), (_, new) in zip(leaves(before), leaves(after), strict=True):
+    if is_chunk(old):  # of the whole, which an absent worker looks after all the same
+      continue
+    old, new = np.asarray(old), np.asarray(new)
+    is_shared = (new == new[:1]).all()
+    held = is_shared or (old[ABSENT] == new[ABSENT]).all()
+    says = "What an absent worker keeps for itself stays as it was."
+    require(held, aggregator, says, f"a change of state{jax.tree_util.keystr(path)}")
+
+
+def equal(named: Named, axes: Mapping[str, int] = AXES) -> None:
+  """Equal contributions of those present give what they give if everyone sends them."""
+  one = drawn(2)
+  rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (W, *x.shape)), one)
+
+  def worker(tree, weight, active):
+    run = lambda a, *presence: a.aggregate(tree, a.init(tree), jax.random.key(0), *presence).value
+    presence = Presence(weight, active)
+    return {n: (run(a), run(a, presence)) for n, a in named.items()}
+
+  program = folded(worker, axes)
+  for present in (8, 5, 3, 1):
+    active = np.arange(W) < present
+    uneven = np.where(active, np.linspace(1, 3, W), 0)
+    found = program(rows, (W * uneven / uneven.sum()).astype(np.float32), active)
+    for name, aggregator in named.items():
+      away = distance(found[name][1], found[name][0])
+      says = "Equal contributions give the same, however many workers send them with any weights."
+      require(away <= 1e-5, aggregator, says, f"a difference of {away:.3g}, {present} present")

@@ -1,0 +1,230 @@
+"""Contracts of methods, of one or of several in one program."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.core.base import EVERYONE, Chunk, Presence, Trait
+from research.core.method import Method
+from research.parallel import layout, workers
+from research.parallel.job import Job, traits
+from research.testing.absence import ABSENT, AXES, WEIGHTS, W, drawn, folded, same, unknown
+from research.testing.contract import require
+from research.testing.problem import Running, distance, regression
+from research.testing.side_by_side import regressions, side_by_side
+
+Named = Mapping[str, Method]
+ROUNDS = 4
+SIZES = (30, 20, 40, 30, 10, 50, 30, 30)  # examples of each of eight workers
+
+
+def check_method(method: Method, *, axes: Mapping[str, int] | None = None) -> None:
+  """Checks the contracts of a method.
+
+  Types and shardings of its state stay, and the second call compiles nothing; eight rounds are four
+  and four from a copy of the state, bit for bit; `simulate` and `spmd` agree, on as many CPU
+  devices as there are; nothing of a lost round reaches anybody; and a round that nobody takes part
+  in changes nothing.
+
+  Args:
+    method: to check.
+    axes: of eight workers: {"data": 8}, or {"slice": 2, "data": 4} for one that takes slices.
+
+  Raises:
+    ContractError: the first contract that is broken.
+  """
+  named, axes = {repr(method): method}, dict(axes or AXES)
+  types(method, axes)
+  agree(named, sliced="slice" in axes)
+  if can_miss(method, axes):
+    lost(named, axes)
+    if "slice" not in axes:
+      empty(named)
+
+
+def types(method: Method, axes: Mapping[str, int]) -> None:
+  """Shapes and types of the state after a round are those of before."""
+
+  def one_round(grads):
+    first = method.init(grads)
+    elsewhere = lambda params: grads
+    local, key = method.begin(first), jax.random.key(0)
+    for _ in range(method.local_steps):
+      local = method.step(grads, local, first, key=key, grad_fn=elsewhere)
+    return first, method.sync(local, first, key=key)
+
+  program = layout.over_workers(one_round, axes, 0, 0)
+  before, after = jax.eval_shape(program, drawn(0, *axes.values()))
+  says = "The state has the structure, shapes and types that init gave it."
+  require(before == after, method, says, f"{after} where init made {before}")
+
+
+def can_miss(method: Method, axes: Mapping[str, int] | None = None) -> bool:
+  """Whether workers may be absent; a method that needs everyone says so when it is traced."""
+  if Trait.EVERYONE in traits(method):
+    return False
+  axes = axes or AXES
+  rows = [jnp.ones((*axes.values(), *x.shape[1:]), x.dtype) for x in (WEIGHTS, ~ABSENT)]
+  program = layout.over_workers(_two_rounds({"": method}), axes, 0, 0)
+  try:
+    jax.eval_shape(program, drawn(4, *axes.values()), drawn(5, *axes.values()), *rows)
+  except ValueError:
+    return False
+  return True
+
+
+def agree(named: Named, *, sliced: bool = False) -> None:
+  """State and programs are stable, a copy of the state goes on alike, executions agree.
+
+  On mini-batches, of workers with different numbers of examples, once in slices.
+  """
+  task = regressions(tuple(named))
+  devices = max(k for k in (1, 2, 4, 8) if k <= len(jax.devices()))
+  in_slices = {"slice": 2, "data": 4}
+  runs = [_running(named, "simulate", in_slices if sliced else AXES, task)]
+  if devices == W:
+    runs.append(_running(named, "spmd", in_slices, task))
+  for run in runs:
+    _resumed(run, named)
+  losses = [float(np.asarray(run.metrics["loss"])[-1]) for run in runs]
+  require(all(map(np.isfinite, losses)), _subject(named), "Losses are finite.", f"{losses}")
+  for name, method in named.items():
+    params = [run.params()[name] for run in runs]
+    away = distance(params[-1], params[0])
+    says = "simulate and spmd agree within 1e-5 of the largest parameter."
+    require(away <= 1e-5, method, says, f"a difference of {away:.3g}")
+
+
+def _running(named: Named, executor: str, axes: Mapping[str, int], task: Any) -> Running:
+  return Running(side_by_side(named), executor, axes, SIZES, 8, task=task)
+
+
+def _subject(named: Named) -> Any:
+  return next(iter(named.values())) if len(named) == 1 else [*named]
+
+
+def _resumed(run: Running, named: Named) -> None:
+  kinds = lambda: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), run.state)
+  before, subject = kinds(), _subject(named)
+  run.rounds(ROUNDS)
+  saved = jax.device_get(run.state._replace(key=jax.random.key_data(run.state.key)))
+  places = jax.tree.map(lambda x: x.sharding, run.state)
+  says = "Shapes, types and shardings of the state stay from round to round."
+  require(before == kinds(), subject, says, "a change")
+  with _compilations() as compiled:
+    whole = run.rounds(ROUNDS).state
+  says = "The second call compiles nothing."
+  require(not compiled, subject, says, f"{len(compiled)} compilations")
+  state = saved._replace(key=jax.random.wrap_key_data(saved.key))
+  run.state = jax.tree.map(jax.device_put, state, places)
+  again = run.rounds(ROUNDS).state
+  equal = jax.tree.map(lambda a, b: bool((a == b).all()), whole, again)
+  says = "Eight rounds are four and four from a copy of the state, bit for bit."
+  require(all(jax.tree.leaves(equal)), subject, says, "a difference")
+
+
+@contextlib.contextmanager
+def _compilations() -> Iterator[list[float]]:
+  found: list[float] = []
+
+  def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+      found.append(duration_secs)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield found
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def lost(named: Named, axes: Mapping[str, int] = AXES) -> None:
+  """A lost round of a worker reaches nobody, bit for bit, whatever its gradients are.
+
+  What a worker keeps for itself then is what it had, or what all that are present received.
+  """
+  program = folded(_two_rounds(named), axes)
+  first, second = drawn(4, W), drawn(5, W)
+  want = program(first, second, WEIGHTS, ~ABSENT)
+  got = program(first, unknown(second), WEIGHTS, ~ABSENT)
+  for name, method in named.items():
+    says = "Nothing of a lost round reaches anybody."
+    require(same(got[name], want[name]), method, says, "another state if its gradients are NaN")
+    before, after, is_chunk = *got[name], _chunks(method)
+    leaves = jax.tree_util.tree_leaves_with_path
+    for (path, old), (_, new), chunk in zip(leaves(before), leaves(after), is_chunk, strict=True):
+      old, new = np.asarray(old), np.asarray(new)
+      if chunk or not np.issubdtype(new.dtype, np.floating):
+        continue  # counts of rounds, and delays that are drawn ahead
+      for worker in np.flatnonzero(ABSENT):
+        kept = (old[worker] == new[worker]).all()
+        received = any((new[worker] == new[i]).all() for i in np.flatnonzero(~ABSENT))
+        says = "After a lost round a worker has what it had, or what the others received."
+        seen = f"a change of state{jax.tree_util.keystr(path)}"
+        require(kept or received, method, says, seen)
+
+
+def _chunks(method: Method) -> list[bool]:
+  """Of each leaf of the state, whether it is a worker's chunk of a whole, which it looks after."""
+  init = jax.vmap(method.init, axis_name="data")
+  state = jax.eval_shape(init, drawn(4, W))
+  is_chunk = lambda node: isinstance(node, Chunk)
+  marked = jax.tree.map(
+    lambda node: jax.tree.map(lambda _: is_chunk(node), node), state, is_leaf=is_chunk
+  )
+  return jax.tree.leaves(marked)
+
+
+def _two_rounds(named: Named) -> Callable[..., Any]:
+  """Of each: a round of all workers, then one that some miss, with gradients as they are given."""
+
+  def worker(first, second, weight, active):
+    found = {}
+    for name, method in named.items():
+      state = before = method.init(jax.tree.map(jnp.ones_like, first))
+      for number, grads in enumerate((first, second)):
+        local = method.begin(state)
+        for _ in range(method.local_steps):
+          elsewhere = lambda params, g=grads: jax.tree.map(lambda g, p: g + 0.1 * p, g, params)
+          key = jax.random.key(3)
+          local = method.step(elsewhere(local.params), local, state, key=key, grad_fn=elsewhere)
+        presence, key = Presence(weight, active) if number else EVERYONE, jax.random.key(number)
+        before, state = state, method.sync(local, state, key=key, presence=presence)
+      found[name] = before, state
+    return found
+
+  return worker
+
+
+def empty(named: Named) -> None:
+  """A round that nobody takes part in changes nothing: the others alone leave the same state."""
+  grads = drawn(7, W)
+  sizes = np.full(W, 30)
+  jobs = {n: Job(m, regression(), AXES, sizes, 8, dropout=0.5) for n, m in named.items()}
+  attended = np.asarray([True, True, True, False, True, False, False, True])
+
+  def rounds(job, grads, counted):
+    def one(state, of_round):
+      key, there = of_round
+      local, gradient = job.method.begin(state), lambda params: grads
+      for _ in range(job.method.local_steps):
+        local = job.method.step(grads, local, state, key=key, grad_fn=gradient)
+      weight = jnp.where(there, 1.0, 0.0)
+      return workers.sync(job, local, state, weight, key, there), None
+
+    keys = jax.random.split(jax.random.key(0), int(attended.sum()))
+    of = jnp.asarray(np.cumsum(attended) - 1)
+    first = job.method.init(jax.tree.map(jnp.ones_like, grads))
+    drawn_ = (keys[of], jnp.asarray(attended)) if counted else (keys, jnp.ones(len(keys), bool))
+    return jax.lax.scan(one, first, drawn_)[0]
+
+  both = lambda grads: {n: [rounds(j, grads, c) for c in (True, False)] for n, j in jobs.items()}
+  for name, (with_empty, without) in jax.jit(jax.vmap(both, axis_name="data"))(grads).items():
+    pairs = zip(jax.tree.leaves(with_empty), jax.tree.leaves(without), strict=True)
+    near = all(np.allclose(a, b, rtol=1e-5, atol=2e-6) for a, b in pairs)
+    says = "A round that nobody takes part in changes nothing."
+    require(near, named[name], says, "another state than without that round")

@@ -1,0 +1,143 @@
+"""Diagnostics of rounds: exact against numpy, the same in all executions, nothing when off."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from catalogue import METHODS
+from problems import Running, regression, split
+
+from research.aggregate.compressed import gather_mean
+from research.aggregate.feedback import error_feedback
+from research.aggregate.mean import mean
+from research.compress.sparsify import top_k
+from research.methods.data_parallel import data_parallel
+from research.methods.local import local_sgd
+from research.parallel import diagnostics, workers
+from research.parallel.job import Job
+
+RATE, W, STEPS = 0.05, 4, 3
+AXES = {"data": W}
+
+
+def gradients(params, examples):
+  """Of each worker at its own model, float64: {"w": [W, 6, 3], "b": [W, 3]}."""
+  x, y = (np.asarray(examples[name], np.float64) for name in ("x", "y"))
+  error = np.einsum("wni,wio->wno", x, params["w"]) + params["b"][:, None] - y
+  n = x.shape[1]
+  return {"w": np.einsum("wni,wno->wio", x, error) / n, "b": error.sum(1) / n}
+
+
+def largest(x, fraction):
+  """Each worker's entries of the largest modulus, as many as the fraction of a leaf."""
+  flat = x.reshape(W, -1)
+  count = round(fraction * flat.shape[1])
+  kept = np.argsort(-np.abs(flat), 1, kind="stable")[:, :count]
+  found = np.zeros_like(flat)
+  np.put_along_axis(found, kept, np.take_along_axis(flat, kept, 1), 1)
+  return found.reshape(x.shape)
+
+
+def square(tree):
+  """The squared norm of each worker [W]."""
+  return sum(np.sum(x.reshape(W, -1) ** 2, 1) for x in tree.values())
+
+
+def minus(a, b):
+  return {name: a[name] - b[name] for name in a}
+
+
+def start(running):
+  one = jax.device_get(running.executor.params(running.state))
+  return {name: np.repeat(np.asarray(x, np.float64)[None], W, 0) for name, x in one.items()}
+
+
+def check(found, want):
+  assert set(want) == set(found)
+  for name, values in want.items():
+    np.testing.assert_allclose(found[name], values, rtol=2e-5, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("executor", ["simulate", "spmd", "pmap"])
+def test_compressed_gradients_are_measured_as_numpy_does(executor):
+  method = data_parallel(optax.sgd(RATE), error_feedback(gather_mean(top_k(0.5))))
+  run = Running(method, executor, AXES, (60,) * W, None, diagnostics=1)
+  examples, _ = split(regression(), (60,) * W)
+  params = start(run)
+  memory = {name: np.zeros_like(x) for name, x in params.items()}
+  want = {name: [] for name in (*diagnostics.NAMES, workers.GRADIENT)}
+  for _ in range(STEPS):
+    grads = gradients(params, examples)
+    corrected = {name: grads[name] + memory[name] for name in grads}
+    sent = {name: largest(x, 0.5) for name, x in corrected.items()}
+    memory = minus(corrected, sent)
+    change = {name: np.broadcast_to(RATE * x.mean(0), x.shape) for name, x in sent.items()}
+    params = minus(params, change)
+    values = (minus(grads, sent), grads, memory, None, change, grads)
+    for name, tree in zip(want, values, strict=True):
+      want[name].append(0.0 if tree is None else square(tree).mean())
+  check(run.rounds(STEPS).metrics["norms"], want)
+
+
+@pytest.mark.parametrize("executor", ["simulate", "spmd"])
+def test_the_spread_of_local_models_is_that_of_numpy(executor):
+  run = Running(
+    local_sgd(optax.sgd(RATE), mean(), period=2), executor, AXES, (60,) * W, None, diagnostics=1
+  )
+  examples, _ = split(regression(), (60,) * W)
+  params, spread, update = start(run), [], []
+  for _ in range(STEPS):
+    before = params
+    for _ in range(2):
+      grads = gradients(params, examples)
+      params = {name: params[name] - RATE * grads[name] for name in grads}
+    common = {name: np.broadcast_to(x.mean(0), x.shape) for name, x in params.items()}
+    spread.append(square(minus(params, common)).mean())
+    params = common
+    update.append(square(minus(params, before)).mean())
+  found = run.rounds(STEPS).metrics["norms"]
+  np.testing.assert_allclose(found["spread"], spread, rtol=2e-5)
+  np.testing.assert_allclose(found["update"], update, rtol=2e-5)
+  assert np.all(np.asarray(found["missed"]) == 0)
+  assert found[workers.GRADIENT].shape == (2 * STEPS,)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_is_the_same_with_diagnostics(name):
+  """Whatever a method exchanges, in whichever branch, it is recorded and changes nothing."""
+  axes = {"slice": 2, "data": 4}
+  plain = Running(METHODS[name], "simulate", axes).rounds(3)
+  seen = Running(METHODS[name], "simulate", axes, diagnostics=1).rounds(3)
+  assert jax.tree.structure(plain.state) == jax.tree.structure(seen.state)
+  top = max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(plain.params()))
+  for x, y in zip(*map(jax.tree.leaves, (plain.params(), seen.params())), strict=True):
+    assert float(np.abs(np.asarray(x) - np.asarray(y)).max()) <= 1e-6 * top
+  for values in jax.tree.leaves(seen.metrics["norms"]):
+    assert np.isfinite(values).all()
+  assert set(plain.metrics) == {"loss", "finite"}
+
+
+def test_only_rounds_with_a_row_are_measured():
+  method = local_sgd(optax.sgd(RATE), mean(), period=2)
+  run = Running(method, "simulate", AXES, (60,) * W, None, diagnostics=6).rounds(8)
+  measured = np.asarray(run.metrics["norms"]["update"]) > 0
+  assert measured.tolist() == [False, False, True, False, False, True, False, True]
+
+
+def test_due_rounds_are_counted_from_the_run_s_first_step():
+  job = Job(local_sgd(optax.sgd(RATE), mean(), period=4), regression(), AXES, np.full(W, 60), 8)
+  job = job._replace(first_round=10, first_step=30, diagnostics=10)
+  # their steps: 31-34, 35-38, 39-42, 43-46, 47-50, 51-54
+  due = diagnostics.due(job, jnp.arange(10, 16))
+  assert due.tolist() == [False, False, True, False, True, True]
+
+
+def test_off_is_the_same_program():
+  lowered = []
+  for every in (0, 5):
+    run = Running(METHODS["sgd"], "simulate", AXES, (60,) * W, diagnostics=every)
+    lowered.append(run.executor.run.lower(run.state, run.data, rounds=2).as_text())
+  plain = Running(METHODS["sgd"], "simulate", AXES, (60,) * W)
+  assert lowered[0] == plain.executor.run.lower(plain.state, plain.data, rounds=2).as_text()
+  assert lowered[0] != lowered[1]

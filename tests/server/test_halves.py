@@ -1,0 +1,129 @@
+"""A method's two halves, derived: which methods have them, and that they are the method."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from catalogue import DRAWN, GRAPHS, METHODS, SLICED
+from problems import Running, distance, regression
+
+from research.core import registry
+from research.core.base import EVERYONE
+from research.server.halves import halves
+
+# Why the others have none.
+REASONS = {
+  "two_phase": "error_feedback is an exchange among workers",
+  "averaged": "averaged has no server's half",
+  "restarted": "restarted has no server's half",
+  "post_local_sgd": "exchanges more than one message per round",
+  "streaming_diloco": "exchanges more than one message per round",
+  "scaffold": "exchanges more than one message per round",
+  "zero_one_adam": "exchanges more than one message per round",
+  "onebit_adam": "exchanges more than one message per round",
+  "marina": "exchanges more than one message per round",
+  "drifting": "exchanges more than one message per round",
+  "hierarchical_local_sgd": "exchanges more than one message per round",
+  "easgd": "workers talk over mesh axis",
+  "eamsgd": "workers talk over mesh axis",
+  "consensus_admm": "a worker of consensus_admm needs the server's .dual",
+  "sparta": "the workers of sparta keep models of their own",
+  "d_psgd": "d_psgd replaces the model by the workers'",
+  "dgd": "what dgd keeps in common depends on a worker's own state: .params",
+  "gradient_tracking": "sends something else than one array for each of the model's",
+  "extra": "what extra keeps in common depends on a worker's own state: .params",
+  "admm": "the workers of admm keep models of their own",
+  "signum_vote": "majority_vote is an exchange among workers",
+  "demo": "a worker of demo waits for what comes of its message: .momentum",
+  "delayed": "delayed draws delays",
+  "staleness_aware": "staleness_aware draws delays",
+  "dc_asgd": "dc_asgd draws delays",
+  "dc_asgd_constant": "dc_asgd_constant draws delays",
+  "delayed_uniform": "delayed draws delays",
+  "delayed_per_worker": "staleness_aware draws delays",
+  "residual": "residual is an exchange among workers",
+}
+NAMES = [name for name in METHODS if name not in GRAPHS and name not in SLICED]
+SERVED = [name for name in NAMES if name not in REASONS and name not in DRAWN]
+
+
+@pytest.mark.parametrize("name", [*REASONS])
+def test_what_cannot_be_served_says_why(name):
+  params = regression().init(jax.random.key(0))
+  with pytest.raises(ValueError, match=re.escape(REASONS[name])):
+    halves(METHODS[name], params)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_one_worker_and_its_server_are_the_method(name):
+  """Three rounds of one worker, by push and by exchange: the same parameters."""
+  method, task = METHODS[name], regression()
+  params = task.init(jax.random.split(jax.random.key(0))[0])
+  apart = halves(method, params)
+  run = Running(method, "simulate", {"data": 1}, (240,), None).rounds(3)
+  batch = jax.tree.map(jnp.asarray, dict(task.train))
+  memory, own, held = apart.link.init(params), apart.own(params), apart.init(params)
+  leaves, treedef = jax.tree.flatten(params)
+  for number in range(3):
+    state = apart.state(params, own)
+    local = apart.method.begin(state)
+    for _ in range(apart.method.local_steps):
+      grad_fn = lambda params: jax.grad(task.loss)(params, batch, None)
+      grads = grad_fn(local.params)
+      local = apart.method.step(grads, local, state, key=jax.random.key(0), grad_fn=grad_fn)
+    key = jax.random.key(number)
+    message, own = apart.message(local, params, own, key)
+    payloads, memory = apart.link.encode(message, memory, key)
+    found = [
+      apart.link.decode(p, x, key, i) for i, (p, x) in enumerate(zip(payloads, leaves, strict=True))
+    ]
+    still = jax.tree.map(jnp.zeros_like, params)
+    params, held = apart.receive(treedef.unflatten(found), params, held, jnp.int32(0), still)
+  assert distance(params, run.params()) <= 1e-6
+
+
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.splits and n not in SLICED])
+def test_sync_is_message_exchange_receive(name):
+  """Bit for bit, also around another method; `message` keeps the structure of the state."""
+  method = METHODS[name]
+  params = regression().init(jax.random.key(0))
+  spread = lambda key: jax.tree.map(lambda x: jax.random.normal(key, (8, *x.shape)), params)
+  grads, key = spread(jax.random.key(1)), jax.random.key(2)
+
+  def begun(grads):
+    state = method.init(params)
+    elsewhere = lambda at: jax.tree.map(lambda g, x: g + 0.1 * x, grads, at)
+    local = method.step(grads, method.begin(state), state, key=key, grad_fn=elsewhere)
+    return local, state
+
+  def at_once(grads):
+    local, state = begun(grads)
+    return method.sync(local, state, key=key)
+
+  def apart(grads):
+    local, state = begun(grads)
+    tree, after = method.message(local, state, key=key)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    link, presence = method.link(after), method.counted(EVERYONE)
+    value, sent, link = method.exchange.aggregate(tree, link, key, presence)
+    return method.receive(value, sent, method.with_link(after, link), key=key)
+
+  run = lambda f: jax.jit(jax.vmap(f, axis_name="data"))(grads)
+  for a, b in zip(jax.tree.leaves(run(at_once)), jax.tree.leaves(run(apart)), strict=True):
+    if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+      np.testing.assert_array_equal(a, b)
+
+
+def test_corrections_for_age_stay_with_the_server():
+  """DC-ASGD's squares and staleness by the server's own count."""
+  apart = halves(registry.build("method", "dc_asgd(0.1, mean(), last_pull())"), {"w": jnp.ones(3)})
+  held = apart.init({"w": jnp.ones(3)})
+  g, moved = {"w": jnp.asarray([1.0, 2.0, -1.0])}, {"w": jnp.asarray([0.5, 0.0, 1.0])}
+  params, held = apart.receive(g, {"w": jnp.ones(3)}, held, jnp.int32(2), moved)
+  square = 0.05 * np.asarray(g["w"]) ** 2
+  lam = 2.0 / np.sqrt(square + 1e-7)
+  want = 1 - 0.1 * (g["w"] + lam * g["w"] ** 2 * moved["w"])
+  np.testing.assert_allclose(params["w"], want, rtol=1e-6)
+  np.testing.assert_allclose(held.memory["w"], square, rtol=1e-6)
