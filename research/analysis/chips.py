@@ -136,7 +136,13 @@ def _over(amount: float | None, rate: float | None) -> float | None:
 
 
 def utilization(chip: Chip, flops: float, seconds: float) -> float:
-  """The fraction of a chip's peak that `flops` in `seconds` achieve; 0 if seconds is 0."""
+  """The achieved fraction of a chip's peak; 0 if seconds is 0.
+
+  Args:
+    chip: the chip's specification.
+    flops: FLOPs of one chip.
+    seconds: time in which they were computed.
+  """
   return flops / (chip.flops * seconds) if seconds else 0.0
 
 

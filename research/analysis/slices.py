@@ -22,7 +22,7 @@ _OPERATIONS = {
 
 
 def devices_of_one(numbers: list[int], devices: Iterable[int]) -> list[int]:
-  """The ids of the first slice's devices in a program's order; empty if `devices` is not slices.
+  """The ids of the first slice's devices in a program's order; empty if the ids form no slices.
 
   Args:
     numbers: the numbers of the program's devices within their slice.

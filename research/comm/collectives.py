@@ -78,12 +78,20 @@ def _is_bound(name: str) -> bool:
 
 
 def worker_count(axes: Axes = WORKER_AXES) -> int:
-  """W, the number of workers, static."""
+  """W, the number of workers, static.
+
+  Args:
+    axes: the worker axes to count.
+  """
   return lax.axis_size(in_scope(axes))
 
 
 def worker_index(axes: Axes = WORKER_AXES) -> Array:
-  """This worker's index in [0, W), int32; workers of a slice are consecutive."""
+  """This worker's index in [0, W), int32; workers of a slice are consecutive.
+
+  Args:
+    axes: the worker axes to count.
+  """
   return lax.axis_index(in_scope(axes))
 
 
@@ -91,6 +99,10 @@ def are_summed(tree: Tree, axes: Axes = WORKER_AXES) -> bool:
   """Whether JAX has already summed any leaf over the workers.
 
   With `check_vma=True`, its default, `shard_map` sums gradients of replicated parameters.
+
+  Args:
+    tree: this worker's arrays, such as gradients.
+    axes: the worker axes.
   """
   names = in_scope(axes)
   varying = lambda x: jax.typeof(x).manual_axis_type.varying
@@ -99,17 +111,32 @@ def are_summed(tree: Tree, axes: Axes = WORKER_AXES) -> bool:
 
 
 def worker_key(key: Key, axes: Axes = WORKER_AXES) -> Key:
-  """Derives this worker's private key from a shared key."""
+  """Derives this worker's private key from a shared key.
+
+  Args:
+    key: a typed key, equal on all workers.
+    axes: the worker axes over which the keys differ.
+  """
   return key_of(key, worker_index(axes))
 
 
 def key_of(key: Key, worker: Array) -> Key:
-  """Derives a worker's private key; tagged, since `fold_in(key, i)` alone is `split(key)[i]`."""
+  """Derives a worker's private key; tagged, since `fold_in(key, i)` alone is `split(key)[i]`.
+
+  Args:
+    key: a typed key, equal on all workers.
+    worker: the worker's index, int32.
+  """
   return jax.random.fold_in(jax.random.fold_in(key, _OWN), worker)
 
 
 def round_keys(key: Key, number: Array) -> Key:
-  """A round's three keys, equal on all workers: for its sync, its local steps, and its cohort."""
+  """A round's three keys, equal on all workers: for its sync, its local steps, and its cohort.
+
+  Args:
+    key: the typed key of the run.
+    number: number of the round, int32.
+  """
   return jax.random.split(jax.random.fold_in(key, number), 3)
 
 
@@ -182,7 +209,12 @@ def packed_mean(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
 
 
 def total(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
-  """Sums over workers; the result is equal on all workers."""
+  """Sums over workers; the result is equal on all workers.
+
+  Args:
+    tree: this worker's arrays.
+    axes: the worker axes of the exchange.
+  """
   return lax.psum(tree, in_scope(axes))
 
 

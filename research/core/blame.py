@@ -61,9 +61,15 @@ def of_libraries() -> Iterator[None]:
 
 
 def fault(error: BaseException) -> str:
-  """Describes in one line which function of a user's code failed, and where; '' if none did.
+  """Describes in one line which function of a user's code failed, and where.
 
   The function named is the last one of theirs that this codebase called.
+
+  Args:
+    error: an exception with a traceback.
+
+  Returns:
+    The description; '' if no user code failed.
   """
   part: CodeType | None = None
   where, before_is_ours = "", False

@@ -65,7 +65,11 @@ class Method(Wrapper):
     raise NotImplementedError(f"{type(self).__name__} has no init")
 
   def begin(self, state: State) -> Any:
-    """Returns the Local at the start of a round; gradients are computed at its `params`."""
+    """Returns the Local at the start of a round; gradients are computed at its `params`.
+
+    Args:
+      state: the state at the round's start.
+    """
     raise NotImplementedError(f"{type(self).__name__} has no begin")
 
   def step(
@@ -113,7 +117,17 @@ class Method(Wrapper):
     raise NotImplementedError(f"{type(self).__name__} has no receive")
 
   def sync(self, local: Any, state: State, *, key: Key, presence: Presence = EVERYONE) -> State:
-    """Runs the exchange of a round, under named worker axes; returns the state after it."""
+    """Runs the exchange of a round, under named worker axes.
+
+    Args:
+      local: the Local after the round's last step.
+      state: the state at the round's start.
+      key: a typed key of the round, equal on all workers.
+      presence: this worker's participation and weight.
+
+    Returns:
+      The state after the round.
+    """
     tree, state = self.message(local, state, key=key, presence=presence)
     link, counted = self.link(state), self.counted(presence)
     value, sent, link = self.exchange.aggregate(tree, link, key, counted)
@@ -147,7 +161,7 @@ class Method(Wrapper):
 
   @property
   def local_steps(self) -> int:
-    """Local steps per round; static, so that the traffic per step is statically known."""
+    """Local steps per round; static, so that the traffic per round is statically known."""
     return periods(self.period)[0]
 
   @property
@@ -180,7 +194,14 @@ class Method(Wrapper):
     return self.replace(period=steps) if "period" in self.fields() else self
 
   def over(self, wrap: Callable[[Aggregator], Aggregator]) -> Self:
-    """The same method with each of its aggregators wrapped."""
+    """The same method with each of its aggregators wrapped.
+
+    Args:
+      wrap: aggregator -> wrapped aggregator.
+
+    Raises:
+      ValueError: if a wrapper rejects an aggregator, or the method rejects the wrapped one.
+    """
 
     def wrapped(value: Any) -> Any:
       if isinstance(value, Method):
@@ -192,7 +213,11 @@ class Method(Wrapper):
     return self.replace(**{name: wrapped(value) for name, value in self.fields().items()})
 
   def onto(self, project: Callable[[Params], Params]) -> "Method | None":
-    """The same method with its models projected onto a convex set; None if not supported."""
+    """The same method with its models projected onto a convex set; None if not supported.
+
+    Args:
+      project: maps parameters to the nearest point of the set.
+    """
     del project
     return None
 

@@ -60,7 +60,10 @@ class Task(NamedTuple):
 
 
 def loss_and_metrics(task: Task) -> Callable[[Params, Batch, Key], tuple[Array, Metrics]]:
-  """Returns (params, batch, key) -> the loss and its auxiliary metrics, possibly empty.
+  """Returns the task's loss in the form (params, batch, key) -> (loss, auxiliary metrics).
+
+  Args:
+    task: the task; if its loss returns no metrics, they are empty.
 
   Raises:
     ValueError: at trace time, if a metric is named 'loss'.
@@ -77,7 +80,11 @@ def loss_and_metrics(task: Task) -> Callable[[Params, Batch, Key], tuple[Array, 
 
 
 def measured_and_grad(task: Task) -> Callable[[Params, Batch, Key], tuple[Any, Tree]]:
-  """Returns (params, batch, key) -> (loss, metrics) and the gradient, or the task's `grads`."""
+  """Returns (params, batch, key) -> ((loss, metrics), gradient).
+
+  Args:
+    task: the task; its `grads`, if defined, replace the gradient, and metrics are empty.
+  """
   if task.grads is None:
     return jax.value_and_grad(loss_and_metrics(task), has_aux=True)
   grads = task.grads
@@ -90,7 +97,11 @@ def measured_and_grad(task: Task) -> Callable[[Params, Batch, Key], tuple[Any, T
 
 
 def value_and_grad(task: Task) -> Callable[[Params, Batch, Key], tuple[Array, Tree]]:
-  """Returns (params, batch, key) -> loss and gradient, or the task's `grads`."""
+  """Returns (params, batch, key) -> (loss, gradient).
+
+  Args:
+    task: the task; its `grads`, if defined, replace the gradient.
+  """
   differentiated = measured_and_grad(task)
 
   def both(params: Params, batch: Batch, key: Key) -> tuple[Array, Tree]:

@@ -13,7 +13,12 @@ def whole_number(text: str) -> int | None:
 
 
 def shortened(text: str, room: int = QUOTED) -> str:
-  """Shortens a text to at most `room` characters, keeping its beginning and its end."""
+  """Shortens a text, keeping its beginning and its end.
+
+  Args:
+    text: any text.
+    room: maximum number of characters.
+  """
   if len(text) <= room:
     return text
   end = (room - 5) // 3
@@ -21,13 +26,23 @@ def shortened(text: str, room: int = QUOTED) -> str:
 
 
 def one_line(text: object, room: int = LINE) -> str:
-  """Converts a text to one line of at most `room` printable characters."""
+  """Converts a text to one line of printable characters.
+
+  Args:
+    text: any object; its `str` is used.
+    room: maximum number of characters.
+  """
   line = shortened(" ".join(filter(None, map(str.strip, str(text).splitlines()))), room)
   return shortened("".join(c if c.isprintable() else repr(c)[1:-1] for c in line), room)
 
 
 def quoted(value: object, room: int = QUOTED) -> str:
-  """The repr of a value, on one line of at most `room` characters."""
+  """The repr of a value on one line.
+
+  Args:
+    value: any object.
+    room: maximum number of characters.
+  """
   try:
     return one_line(repr(value), room)
   except ValueError:  # an integer with more digits than Python converts
@@ -35,7 +50,12 @@ def quoted(value: object, room: int = QUOTED) -> str:
 
 
 def listed(names: Iterable[str], room: int = LINE // 2) -> str:
-  """Joins names with commas; beyond `room` characters, the rest is replaced by its number."""
+  """Joins names with commas; names that do not fit are replaced by their number.
+
+  Args:
+    names: the names.
+    room: maximum number of characters of the names shown.
+  """
   names, shown = list(names), ""
   for count, name in enumerate(names):
     if len(shown) + len(name) > room:

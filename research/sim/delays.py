@@ -37,11 +37,19 @@ class Delays(Part):
   one_by_one = False  # whether it models a server that serves workers one at a time
 
   def init(self, params: Params) -> State:
-    """Returns the initial state, at params = x_0."""
+    """Returns the initial state.
+
+    Args:
+      params: x_0, the initial model.
+    """
     raise NotImplementedError(f"{type(self).__name__} has no init")
 
   def read(self, state: State) -> Reading:
-    """Returns the model that this worker reads in round t, and its staleness."""
+    """Returns the model that this worker reads in round t, and its staleness.
+
+    Args:
+      state: state of round t.
+    """
     raise NotImplementedError(f"{type(self).__name__} has no read")
 
   def after(self, state: State, params: Params, *, key: Key, active: bool | Array = True) -> State:
