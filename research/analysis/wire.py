@@ -138,10 +138,6 @@ class Rounds:
     The list of transfers is always the same; `times` is 0 for those that these rounds do not run.
     Needs memory for last - first rounds, unless all rounds are equal.
 
-    Args:
-      first: number of the first round.
-      last: number of the last round, plus one.
-
     Raises:
       ValueError: as `traffic`, if the predicate of a condition depends on anything but counters.
     """
@@ -290,10 +286,7 @@ def table(transfers: Iterable[Transfer], per: int = 1) -> list[dict[str, Any]]:
   """Sums the transfers by operation, axis and dtype into rows for a summary.
 
   `payload_bytes` and `sent_bytes` are one worker's; `messages` counts one collective per leaf.
-
-  Args:
-    transfers: transfers of one worker.
-    per: divisor, such as a number of steps.
+  Args: see `by_axis`.
   """
   rows: dict[tuple[str, str, str], dict[str, Any]] = {}
   for t in transfers:

@@ -78,20 +78,12 @@ def _is_bound(name: str) -> bool:
 
 
 def worker_count(axes: Axes = WORKER_AXES) -> int:
-  """W, the number of workers, static.
-
-  Args:
-    axes: the worker axes to count.
-  """
+  """W, the number of workers, static."""
   return lax.axis_size(in_scope(axes))
 
 
 def worker_index(axes: Axes = WORKER_AXES) -> Array:
-  """This worker's index in [0, W), int32; workers of a slice are consecutive.
-
-  Args:
-    axes: the worker axes to count.
-  """
+  """This worker's index in [0, W), int32; workers of a slice are consecutive."""
   return lax.axis_index(in_scope(axes))
 
 
@@ -111,32 +103,17 @@ def are_summed(tree: Tree, axes: Axes = WORKER_AXES) -> bool:
 
 
 def worker_key(key: Key, axes: Axes = WORKER_AXES) -> Key:
-  """Derives this worker's private key from a shared key.
-
-  Args:
-    key: a typed key, equal on all workers.
-    axes: the worker axes over which the keys differ.
-  """
+  """Derives this worker's private key from a typed key that is equal on all workers."""
   return key_of(key, worker_index(axes))
 
 
 def key_of(key: Key, worker: Array) -> Key:
-  """Derives a worker's private key; tagged, since `fold_in(key, i)` alone is `split(key)[i]`.
-
-  Args:
-    key: a typed key, equal on all workers.
-    worker: the worker's index, int32.
-  """
+  """Derives a worker's private key; tagged, since `fold_in(key, i)` alone is `split(key)[i]`."""
   return jax.random.fold_in(jax.random.fold_in(key, _OWN), worker)
 
 
 def round_keys(key: Key, number: Array) -> Key:
-  """A round's three keys, equal on all workers: for its sync, its local steps, and its cohort.
-
-  Args:
-    key: the typed key of the run.
-    number: number of the round, int32.
-  """
+  """A round's three keys, equal on all workers: for its sync, its local steps, and its cohort."""
   return jax.random.split(jax.random.fold_in(key, number), 3)
 
 
@@ -209,12 +186,7 @@ def packed_mean(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
 
 
 def total(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
-  """Sums over workers; the result is equal on all workers.
-
-  Args:
-    tree: this worker's arrays.
-    axes: the worker axes of the exchange.
-  """
+  """Sums over workers; the result is equal on all workers."""
   return lax.psum(tree, in_scope(axes))
 
 

@@ -37,11 +37,7 @@ class Delays(Part):
   one_by_one = False  # whether it models a server that serves workers one at a time
 
   def init(self, params: Params) -> State:
-    """Returns the initial state.
-
-    Args:
-      params: x_0, the initial model.
-    """
+    """Returns the initial state, given x_0."""
     raise NotImplementedError(f"{type(self).__name__} has no init")
 
   def read(self, state: State) -> Reading:
