@@ -187,7 +187,15 @@ def join(parts: Groups, like: Tree, cut: Cut) -> Tree:
 
 
 def split_leaf(x: Array, cut: Cut) -> Array:
-  """The blocks [B, ...] of a leaf; it is replicated over axes that do not shard it."""
+  """Splits a leaf into its blocks; it is replicated over axes that do not shard it.
+
+  Args:
+    x: the leaf, of any shape.
+    cut: the sharding of the leaves.
+
+  Returns:
+    The blocks [B, ...].
+  """
   places, shape, front = cut.places(x.shape), [], {}
   for dimension, length in enumerate(x.shape):
     if dimension in places:
@@ -204,7 +212,13 @@ def split_leaf(x: Array, cut: Cut) -> Array:
 
 
 def join_leaf(blocks: Array, shape: tuple[int, ...], cut: Cut) -> Array:
-  """Inverse of `split_leaf`: the leaf of the given shape."""
+  """Inverse of `split_leaf`.
+
+  Args:
+    blocks: [B, ...].
+    shape: the shape of the leaf.
+    cut: the sharding of the leaves.
+  """
   places = cut.places(shape)
   found = blocks.reshape(*(size for _, size in cut.axes), *blocks.shape[1:])
   found = found[tuple(0 if place is None else slice(None) for place in places)]

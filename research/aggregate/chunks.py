@@ -19,5 +19,10 @@ def cut(x: Array, count: int) -> Array:
 
 
 def joined(chunks: Array, like: Array) -> Array:
-  """Inverse of `cut`: the leaf with the shape of `like`."""
+  """Inverse of `cut`.
+
+  Args:
+    chunks: [W, ...].
+    like: an array with the leaf's shape.
+  """
   return chunks.reshape(-1)[: like.size].reshape(like.shape)

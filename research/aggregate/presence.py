@@ -21,7 +21,15 @@ def presence_of(weight: float | Array, active: bool | Array) -> Presence:
 
 
 def weighted(tree: Tree, presence: Presence) -> Tree:
-  """A worker's term of a weighted mean: weight_i x_i in the dtypes of x, zero if absent."""
+  """Multiplies a tree by the worker's weight, in its dtypes; zero if the worker is absent.
+
+  Args:
+    tree: this worker's arrays x_i.
+    presence: this worker's participation and weight.
+
+  Returns:
+    weight_i x_i, the worker's term of a weighted mean.
+  """
   if presence is EVERYONE:
     return tree
   weight, active = presence
@@ -30,12 +38,20 @@ def weighted(tree: Tree, presence: Presence) -> Tree:
 
 
 def unweighted(presence: Presence) -> Presence:
-  """The presence to pass with a tree that is already multiplied by its weight."""
+  """The presence to pass with a tree that is already multiplied by its weight.
+
+  Args:
+    presence: this worker's participation and weight.
+  """
   return EVERYONE if presence.active is True else Presence(1.0, presence.active)
 
 
 def alike(active: bool | Array) -> Presence:
-  """A presence that weights all active workers equally; the weights average to one over W."""
+  """A presence that weights all active workers equally; the weights average to one over W.
+
+  Args:
+    active: whether this worker participates, True or a bool scalar.
+  """
   if active is True:
     return EVERYONE
   there = jnp.asarray(active, jnp.float32)
@@ -44,7 +60,16 @@ def alike(active: bool | Array) -> Presence:
 
 
 def kept(active: bool | Array, new: Tree, old: Tree) -> Tree:
-  """A worker's private state after a round: `new` if it was active, else `old`."""
+  """Selects a worker's private state after a round.
+
+  Args:
+    active: whether this worker participated, True or a bool scalar.
+    new: the updated state.
+    old: the state before the round.
+
+  Returns:
+    `new` if the worker was active, else `old`.
+  """
   if active is True:
     return new
   return jax.tree.map(lambda a, b: jnp.where(active, a, b), new, old)

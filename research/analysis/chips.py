@@ -1,4 +1,4 @@
-"""What TPU chips can do at most, and the time that a program takes at least on them."""
+"""Peak rates of TPU chips, and roofline lower bounds on the time of a program."""
 
 import math
 import re
@@ -11,23 +11,23 @@ _GIB = 2**30
 
 
 class Chip(NamedTuple):
-  """One chip, which JAX shows as one device (both cores of a v4 or v5p together).
+  """Specification of one chip, which JAX presents as one device (both cores of a v4 or v5p).
 
-  A chip has two ICI links along each dimension of its slice. Rates are those of one direction.
+  A chip has two ICI links along each dimension of its slice. Rates are for one direction.
   """
 
   flops: float  # per second, bfloat16
-  hbm: float  # bytes that a program may have: the page's, or fewer where XLA:TPU gives fewer
-  hbm_bandwidth: float  # bytes per second, read and written together
+  hbm: float  # bytes available to a program: the page's, or fewer if XLA:TPU reserves some
+  hbm_bandwidth: float  # bytes per second, reads plus writes
   link: float  # bytes per second of one ICI link
-  dcn: float | None  # bytes per second of its part of the host's network; None: not published
-  dimensions: int  # of a slice
-  largest: int  # chips in a slice
+  dcn: float | None  # bytes per second of its share of the host's network; None: not published
+  dimensions: int  # dimensions of a slice
+  largest: int  # chips of the largest slice
   example: str  # a legal slice
   source: str
 
 
-# Of the pages that are cited, per chip:
+# From the cited pages, per chip:
 #   v4   its links by the bisection bandwidth of a pod, 24 TB/s through 2 x 16 x 16 links
 #   v5e  400 GB/s in both directions of four links; two NICs of 100 Gbit/s for eight chips
 #   v5p  1200 GB/s in both directions of six links; 50 Gbit/s
@@ -53,16 +53,16 @@ CHIPS = {
 
 
 class Work(NamedTuple):
-  """What one chip has to do in a step."""
+  """The work of one chip in a step."""
 
   flops: float
   hbm: float  # bytes read and written
-  ici: float | None  # bytes sent within a slice; None: not known
-  dcn: float | None  # bytes sent to other slices
+  ici: float | None  # bytes sent within a slice; None: unknown
+  dcn: float | None  # bytes sent to other slices; None: unknown
 
 
 class Roofline(NamedTuple):
-  """The least time of a step, in seconds; None where the work or the rate is not known."""
+  """Lower bounds on the time of a step, in seconds; None if the work or the rate is unknown."""
 
   compute: float
   hbm: float
@@ -71,22 +71,25 @@ class Roofline(NamedTuple):
 
   @property
   def bound(self) -> tuple[str, float]:
-    """What takes longest, and how long: less a step cannot take, whatever overlaps."""
+    """The name and time of the largest bound: no step is faster, even with full overlap."""
     known = {name: value for name, value in self._asdict().items() if value is not None}
     slowest = max(known, key=lambda name: known[name])
     return slowest, known[slowest]
 
   @property
   def unknown(self) -> list[str]:
-    """What the bound leaves out."""
+    """The names of the resources whose time is unknown."""
     return [name for name, value in self._asdict().items() if value is None]
 
 
 def parse_topology(spec: str) -> tuple[str, tuple[int, ...]]:
-  """Reads 'v5p:8x8x8' into the chip's name and the sides of a slice.
+  """Parses 'v5p:8x8x8' into the chip's name and the shape of a slice.
+
+  Args:
+    spec: CHIP:AxB or CHIP:AxBxC.
 
   Raises:
-    ValueError: for an unknown chip, or sides that no slice of it has.
+    ValueError: for an unknown chip, or a shape that no slice of it has.
   """
   name, _, sides = spec.partition(":")
   if name not in CHIPS:
@@ -104,14 +107,19 @@ def parse_topology(spec: str) -> tuple[str, tuple[int, ...]]:
 
 
 def links(shape: tuple[int, ...]) -> int:
-  """ICI links of the best connected chip of a slice: a side of two chips is a single link."""
+  """ICI links of the best connected chip of a slice; a side of two chips has a single link."""
   return sum(min(side - 1, 2) for side in shape)
 
 
 def roofline(chip: Chip, shape: tuple[int, ...], work: Work) -> Roofline:
-  """Times of one chip's work at the peaks of a slice, each by itself.
+  """Computes the time of one chip's work at each peak rate separately.
 
-  All links of a chip are taken to carry an equal part of what it sends, in one direction.
+  All links of a chip are assumed to carry equal parts of its traffic, in one direction.
+
+  Args:
+    chip: the chip's specification.
+    shape: the shape of the slice.
+    work: the work of one chip in a step.
   """
   return Roofline(
     work.flops / chip.flops,
@@ -128,16 +136,32 @@ def _over(amount: float | None, rate: float | None) -> float | None:
 
 
 def utilization(chip: Chip, flops: float, seconds: float) -> float:
-  """The share of a chip's peak that so many FLOPs in so many seconds are."""
+  """The achieved fraction of a chip's peak; 0 if seconds is 0.
+
+  Args:
+    chip: the chip's specification.
+    flops: FLOPs of one chip.
+    seconds: time in which they were computed.
+  """
   return flops / (chip.flops * seconds) if seconds else 0.0
 
 
 def crossing(axis: str, slices: int) -> bool:
-  """Whether what is sent over an axis ('slice+data': both at once) leaves its slice."""
+  """Whether traffic over an axis ('slice+data': both at once) leaves its slice.
+
+  Args:
+    axis: one or more axis names, joined by '+'.
+    slices: number of slices.
+  """
   return slices > 1 and "slice" in axis.split("+")
 
 
 def split(sent: Mapping[str, float], slices: int) -> tuple[float, float]:
-  """Bytes by axis as those that stay in a slice and those that leave it."""
+  """Splits traffic into bytes that stay within a slice and bytes that leave it.
+
+  Args:
+    sent: bytes by axis.
+    slices: number of slices.
+  """
   leaving = sum(amount for axis, amount in sent.items() if crossing(axis, slices))
   return sum(sent.values()) - leaving, leaving

@@ -1,9 +1,10 @@
-"""What crosses the links in a compiled program: every collective that the target's compiler left.
+"""Traffic of a compiled program: reads every collective that remains in the target's program.
 
-`wire.py` reads what was asked for, off the traced program; this reads what will run, and the two
-share nothing but the ring's formulas. They differ where a compiler changes the traffic. XLA:CPU
-sums bfloat16 as float32. XLA:TPU pads what does not fit its tiles; it may gather, or scatter the
-sum of, an array whose parts do not fit them by a sum of the whole on all workers, twice the bytes.
+`wire.py` reads the requested traffic from the traced program; this module reads the actual traffic.
+The two share only the formulas for rings. They differ if a compiler changes the traffic: XLA:CPU
+sums bfloat16 as float32. XLA:TPU pads arrays that do not fit its tiles. If the parts of an array do
+not fit them, it may replace an all-gather or a reduce-scatter by an all-reduce of the full array,
+twice the bytes.
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,42 +24,51 @@ _OPERATIONS = {
   "all-to-all": "all-to-all",
   "collective-permute": "permute",
 }
-# What moves data between devices and is not counted.
+# Instructions that move data between devices and are not counted.
 _UNKNOWN = ("send", "recv", "collective-broadcast", "ragged-all-to-all")
 
 
 class _Program(NamedTuple):
   computations: dict[int, hlo.Computation]
-  devices: list[int]  # ids, in the program's own order
-  places: dict[int, tuple[int, ...]]  # of all devices, by id, in the mesh
+  devices: list[int]  # ids, in the program's order
+  places: dict[int, tuple[int, ...]]  # position in the mesh by device id
   mesh: dict[str, int]
 
 
 class _Exchange(NamedTuple):
   operation: str
-  groups: list[list[int]]  # ids of devices; of a permutation (from, to)
-  among: Iterable[int]  # the devices that take part
+  groups: list[list[int]]  # device ids; (from, to) for a permutation
+  among: Iterable[int]  # ids of all devices that participate
 
 
 def traffic(compiled: Any, mesh: Mesh) -> list[Transfer]:
-  """Every transfer of a compiled program, per device; a device alone in its group sends nothing.
+  """Returns every transfer of a compiled program, per device.
 
-  An operand of a combined collective is a transfer of its own.
+  Each operand of a combined collective is a separate transfer. A device that is alone in its group
+  sends nothing.
 
   Args:
     compiled: a `jax.stages.Compiled`, `jit(f).lower(...).compile()`, for any target.
-    mesh: that it was compiled for.
+    mesh: the mesh that it was compiled for.
 
   Raises:
-    ValueError: if the program is for other devices than the mesh's, groups of devices are no axes
-      of the mesh, a collective stands in a loop whose length is not known or in branches that
-      communicate differently, or devices talk by other means than collectives.
+    ValueError: if the program's devices are not the mesh's, its device groups are not axes of the
+      mesh, a collective is in a loop of unknown length or in branches that communicate differently,
+      or devices communicate by other means than collectives.
   """
   return transfers(hlo.module_of(compiled), mesh)
 
 
 def transfers(module: Any, mesh: Mesh) -> list[Transfer]:
-  """`traffic` of a program in XLA's own form, a message of `hlo.module_class()`."""
+  """`traffic` of a program given as a protobuf message.
+
+  Args:
+    module: a message of `hlo.module_class()`.
+    mesh: the mesh that it was compiled for.
+
+  Raises:
+    ValueError: see `traffic`.
+  """
   places = {device.id: place for place, device in np.ndenumerate(mesh.devices)}
   computations, devices = hlo.computations_of(module), _devices(module, places)
   program = _Program(computations, devices, places, dict(mesh.shape))
@@ -66,7 +76,7 @@ def transfers(module: Any, mesh: Mesh) -> list[Transfer]:
 
 
 def _devices(module: Any, expected: Iterable[int]) -> list[int]:
-  """The program's devices in its own order; of a program for several slices those of the first."""
+  """The program's devices in its order; for several slices, those of the first slice."""
   assignment = module.device_assignment
   if min(assignment.replica_count, assignment.computation_count) > 1:
     raise ValueError("a program that is replicated and partitioned at once is not read")
@@ -124,7 +134,7 @@ def _branches(branches: list[list[Transfer]]) -> list[Transfer]:
 
 
 def _sends_itself(instruction: Any) -> bool:
-  """Whether a kernel copies to other devices, as one in Pallas may; XLA does not see how much."""
+  """Whether a kernel, such as a Pallas kernel, sends data itself; XLA does not know how much."""
   return instruction.opcode == "custom-call" and bool(
     hlo.config_of(instruction).get("custom_call_config", {}).get("has_communication")
   )
@@ -135,10 +145,10 @@ def _users(computation: hlo.Computation, instruction: Any) -> list[Any]:
 
 
 def _goes_on(computation: hlo.Computation, instruction: Any) -> bool:
-  """Whether a fused collective is one that another fusion has started.
+  """Whether a fused collective continues one that another fusion has started.
 
-  XLA:TPU lets a collective run beside several fusions, each of which repeats it: the first gives it
-  to a custom call AsyncCollectiveStart, and all bear its chain_id.
+  XLA:TPU overlaps a collective with several fusions, each of which repeats the instruction. The
+  first passes it to a custom call AsyncCollectiveStart, and all have its chain_id.
   """
   targets = {i.custom_call_target for i in _users(computation, instruction)}
   chained = "chain_id" in hlo.attributes_of(instruction) or "AsyncCollectiveDone" in targets
@@ -160,7 +170,7 @@ def _collective(
 
 
 def _sliced(computation: hlo.Computation, instruction: Any, workers: int) -> bool:
-  """Whether an all-reduce keeps one worker's part: XLA:TPU's fused form of a reduce-scatter."""
+  """Whether only one worker's part of an all-reduce is used: XLA:TPU's fused reduce-scatter."""
   users = _users(computation, instruction)
   return bool(users) and all(
     user.opcode == "dynamic-slice"
@@ -186,14 +196,14 @@ def _counted(
     return
   operands = [computation.instructions[i].shape for i in instruction.operand_ids]
   sizes = [(hlo.dtype_of(x), hlo.bytes_of(x)) for x in operands if not hlo.is_token(x)]
-  if operation == "all-to-all":  # operand i goes to worker i: together they are one
+  if operation == "all-to-all":  # operand i goes to worker i: all operands are one transfer
     sizes = [(sizes[0][0], sum(size for _, size in sizes))]
   for dtype, payload in sizes:
     yield Transfer(operation, axes, dtype, payload, share * payload, times)
 
 
 def _differing(program: _Program, groups: list[list[int]]) -> tuple[str, ...]:
-  """The axes along which members of some group stand apart."""
+  """The axes along which members of some group differ."""
   apart = np.zeros(len(program.mesh), bool)
   for group in groups:
     apart |= np.ptp([program.places[i] for i in group], axis=0) > 0
@@ -201,10 +211,10 @@ def _differing(program: _Program, groups: list[list[int]]) -> tuple[str, ...]:
 
 
 def _axes(program: _Program, exchange: _Exchange) -> tuple[str, ...]:
-  """The axes that groups of devices lie along.
+  """The axes along which the groups of devices extend.
 
   Raises:
-    ValueError: if they are not all the lines, or planes, along some axes of the mesh.
+    ValueError: if the groups are not all the lines, or planes, along some axes of the mesh.
   """
   axes = _differing(program, exchange.groups)
   width = int(np.prod([program.mesh[axis] for axis in axes]))

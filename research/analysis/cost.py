@@ -1,16 +1,16 @@
-"""How long collectives take on a link, from its bandwidth and latency.
+"""Predicts the time of collectives from a link's bandwidth and latency.
 
-The alpha-beta model (Hockney 1994) of algorithms that attain the least bytes (Thakur et al. 2005):
-a collective among W workers takes `hops` messages one after the other, and all its bytes,
+The alpha-beta model (Hockney 1994) for bandwidth-optimal algorithms (Thakur et al. 2005): a
+collective among W workers takes `hops` sequential messages, plus the transmission of all its bytes,
 
     seconds = messages * (hops * latency + 8 * sent / rate)
 
     all-reduce  2 (W-1) hops on a ring      all-gather, reduce-scatter  W-1 hops on a ring
     all-to-all    W-1 pairwise exchanges    permute                     1 hop
 
-Every worker has one link and sends and receives on it at once; nothing overlaps. One message is one
-leaf of the tree that is sent: nothing is fused but what the program fuses. A library that takes
-trees for short messages needs fewer hops for them.
+Every worker has one full-duplex link; nothing overlaps. Every leaf of the tree is one message,
+unless the program fuses leaves. A library that uses tree algorithms for short messages needs fewer
+hops for them.
 
 References:
   Hockney, 1994, "The communication challenge for MPP: Intel Paragon and Meiko CS-2", Parallel
@@ -30,17 +30,20 @@ _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
 class LinkSpeed(NamedTuple):
-  """What joins a worker to the others, in each direction."""
+  """Bandwidth and latency of a worker's link, in each direction."""
 
   bits_per_second: float
-  latency_seconds: float  # of a message, one way
+  latency_seconds: float  # one-way latency of a message
 
 
 def parse_link(spec: str) -> LinkSpeed:
-  """Reads '100mbit,20ms', or '100mbit' for no latency.
+  """Parses '100mbit,20ms', or '100mbit' for zero latency.
+
+  Args:
+    spec: bandwidth and optional latency, separated by a comma.
 
   Raises:
-    ValueError: for another unit, no number, no bandwidth, or more than these two.
+    ValueError: for an unknown unit, an invalid number, zero bandwidth, or extra parts.
   """
   rate, comma, latency = (part.strip() for part in spec.partition(","))
   bits = _quantity(rate, _BITS, "a bandwidth such as 100mbit")
@@ -59,13 +62,13 @@ def _quantity(text: str, units: Mapping[str, float], wanted: str) -> float:
 
 
 def seconds(rows: Iterable[Mapping[str, Any]], axes: Mapping[str, int], link: LinkSpeed) -> float:
-  """How long the transfers of a local step take, one after the other.
+  """Predicts the seconds per local step of sequential transfers.
 
   Args:
     rows: the transfers of `summary.json`, each with `operation`, `axis` ('slice+data': over both at
-      once), and per local step `payload_bytes`, `sent_bytes` by a worker, and `messages`.
-    axes: of the mesh, name to size.
-    link: the same for all workers and over all axes.
+      once), and per local step one worker's `payload_bytes`, `sent_bytes` and `messages`.
+    axes: sizes of the mesh axes by name.
+    link: the link of every worker, over every axis.
   """
   return sum(_seconds(row, axes, link) for row in rows)
 
@@ -74,7 +77,7 @@ def _seconds(row: Mapping[str, Any], axes: Mapping[str, int], link: LinkSpeed) -
   workers = math.prod(axes[name] for name in row["axis"].split("+"))
   if not row["sent_bytes"]:
     return 0.0
-  # The workers' mean; where only some send, the others wait for them.
+  # `sent_bytes` is the workers' mean; if only some send, the others wait for them.
   sent = row["payload_bytes"] if row["operation"] == "permute" else row["sent_bytes"]
   hops = {
     "all-reduce": 2 * (workers - 1),

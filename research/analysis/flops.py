@@ -1,11 +1,11 @@
-"""What one device computes in a traced program: FLOPs of its equations, as often as they run.
+"""FLOPs of one device in a traced program, including loop counts.
 
-Read off the jaxpr: a compiled program's own count takes the body of a loop once. Counted is what
-the peak of a chip is about, products of matrices and convolutions, 2 FLOPs for a multiplication
-and its addition. All else (sums, exponentials, sorting, decompositions) is not.
+They are counted on the jaxpr, because a compiled program's own count includes a loop's body once.
+Only the operations that a chip's peak refers to are counted, matrix products and convolutions, with
+2 FLOPs per multiply-add. Everything else (sums, exponentials, sorting, decompositions) is not.
 
-Values that a `shard_map` has cut have the shape of a part. Over the mesh axes that are left to the
-compiler they are whole, and the work on them is taken to be shared evenly.
+Inside `shard_map` values have the shape of a shard. Over mesh axes that are left to the compiler
+they have the full shape, and their work is assumed to be evenly distributed.
 """
 
 import math
@@ -18,18 +18,18 @@ from jax.extend import core
 
 from research.analysis.rounds import programs
 
-_REMAT = ("checkpoint", "remat2", "remat")  # what JAX versions call it
+_REMAT = ("checkpoint", "remat2", "remat")  # names in different JAX versions
 
 
 def flops(program: core.ClosedJaxpr, axes: Mapping[str, int] | None = None) -> float:
-  """FLOPs of one device.
+  """Counts the FLOPs of one device.
 
-  Of the branches of a condition that with the most counts. A Pallas kernel counts as its author
-  says, else its body for every point of its grid, those that it skips too.
+  For a condition, the most expensive branch counts. A Pallas kernel counts by its cost estimate if
+  it has one, otherwise its body for every point of its grid, including points that it skips.
 
   Args:
-    program: as `jax.make_jaxpr` and `jit(f).trace(...).jaxpr` give it.
-    axes: of the mesh that the program is for; none for a single device.
+    program: a jaxpr, from `jax.make_jaxpr` or `jit(f).trace(...).jaxpr`.
+    axes: sizes of the mesh axes of the program; None for a single device.
 
   Raises:
     ValueError: if matrices are multiplied in a loop whose length is not static.
@@ -38,11 +38,12 @@ def flops(program: core.ClosedJaxpr, axes: Mapping[str, int] | None = None) -> f
 
 
 def carried(program: core.ClosedJaxpr, axes: Mapping[str, int] | None = None) -> float:
-  """Bytes that one device reads and writes for its loops alone; arguments as `flops`.
+  """Counts the bytes that one device reads and writes for its loops; a lower bound.
 
-  In each of its turns a `scan` reads its state and its part of what it goes through, and writes its
-  state and its part of what it piles up. Where these do not stay on the chip from turn to turn,
-  less cannot be moved.
+  In each iteration a `scan` reads its carry and one row of its inputs, and writes its carry and one
+  row of its outputs. This is a lower bound if the carry does not stay on the chip.
+
+  Args and Raises: see `flops`.
   """
   return _walk(program.jaxpr, _of_scan, dict(axes or {}))
 
@@ -63,7 +64,7 @@ def _walk(jaxpr: core.Jaxpr, cost: Callable[[Any], float], shared: dict[str, int
 
 
 def _cut_here(eqn: Any) -> frozenset[str]:
-  """The mesh axes along which an equation cuts values for the program that it holds."""
+  """The mesh axes over which an equation shards the values of its inner program."""
   if eqn.primitive.name != "shard_map":
     return frozenset()
   return frozenset(eqn.params.get("newly_manual_axes") or eqn.params["manual_axes"])
@@ -91,7 +92,7 @@ def _of_equation(eqn: Any) -> float:
 
 
 def _of_ragged(eqn: Any) -> float:
-  """A product by groups: each row of the left side meets the matrix of its group alone."""
+  """A grouped product: each row of the left side is multiplied by its group's matrix only."""
   numbers = eqn.params["ragged_dot_dimension_numbers"]
   ((_, contracted), (_, batch)) = numbers.dot_dimension_numbers
   left, right = (variable.aval.shape for variable in eqn.invars[:2])
@@ -100,9 +101,9 @@ def _of_ragged(eqn: Any) -> float:
 
 
 def _of_convolution(eqn: Any) -> float:
-  """Products with true elements of the input: with padding and between spread ones there are none.
+  """FLOPs of products with actual input elements, excluding padding and dilation gaps.
 
-  So the gradients of a strided convolution cost what it does.
+  The gradients of a strided convolution therefore cost as much as the convolution itself.
   """
   params, numbers = eqn.params, eqn.params["dimension_numbers"]
   left, right = (variable.aval.shape for variable in eqn.invars[:2])
@@ -135,7 +136,7 @@ def _of_scan(eqn: Any) -> float:
 
 
 def _apart(outside: Sequence[Any], inside: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-  """Values that every turn has whole, and those of which it has a row."""
+  """Splits values into those that every iteration uses in full, and those that it uses by rows."""
   pairs = list(zip(outside, inside, strict=True))
   rows = [v for v, part in pairs if v.aval.ndim > part.aval.ndim]
   return [v for v, part in pairs if v.aval.ndim == part.aval.ndim], rows
@@ -144,14 +145,14 @@ def _apart(outside: Sequence[Any], inside: Sequence[Any]) -> tuple[list[Any], li
 def of_gradient(
   loss: Callable[..., jax.Array], *args: Any, axes: Mapping[str, int] | None = None
 ) -> float:
-  """FLOPs of one device for a loss and its gradient, nothing computed twice: what a model needs.
+  """Counts the FLOPs of one device for a loss and its gradient, without rematerialization.
 
-  A model that computes its activations anew for the gradient (`jax.checkpoint`) runs more.
+  A model that recomputes activations for the gradient (`jax.checkpoint`) runs more FLOPs.
 
   Args:
     loss: (parameters, ...) -> scalar.
     *args: arrays or shapes.
-    axes: of the mesh, those that share the work.
+    axes: sizes of the mesh axes that share the work.
   """
   plain = core.jaxpr_as_fun(without_remat(jax.make_jaxpr(loss)(*args)))
   tree = jax.tree.structure(args)
@@ -165,7 +166,7 @@ def of_gradient(
 
 
 def without_remat(program: core.ClosedJaxpr) -> core.ClosedJaxpr:
-  """The same program, whose gradient will keep whatever it needs."""
+  """Removes rematerialization: the gradient of the returned program saves all it needs."""
   return program.replace(jaxpr=_keeping(program.jaxpr))
 
 

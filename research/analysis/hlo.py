@@ -1,8 +1,8 @@
-"""Compiled programs as XLA writes them down: the part of its protobuf schema that traffic needs.
+"""Parses compiled programs: the part of XLA's protobuf schema that traffic analysis needs.
 
-The schema is built at run time, since XLA ships none for Python; the text form of a program has no
-promise of staying readable. Field numbers are those of `xla/service/hlo.proto` and
-`xla/xla_data.proto` in OpenXLA, and a field that is not named here is skipped by the parser.
+The schema is built at run time, since XLA ships none for Python, and a program's text form is not
+stable. Field numbers are those of `xla/service/hlo.proto` and `xla/xla_data.proto` in OpenXLA; the
+parser skips fields that are not listed here.
 """
 
 import functools
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-# message -> field -> (number, type); a star: repeated
+# message -> field -> (number, type); a star marks repeated fields
 _SCHEMA: dict[str, dict[str, tuple[int, str]]] = {
   "Shape": {
     "element_type": (2, "int32"),
@@ -92,7 +92,7 @@ _SCHEMA: dict[str, dict[str, tuple[int, str]]] = {
   },
 }
 
-# xla.PrimitiveType -> NumPy's name; types below a byte are packed by some targets and not by others
+# xla.PrimitiveType -> NumPy's name; sub-byte types are missing: only some targets pack them
 _DTYPES = {
   1: "bool", 2: "int8", 3: "int16", 4: "int32", 5: "int64",
   6: "uint8", 7: "uint16", 8: "uint32", 9: "uint64",
@@ -106,13 +106,13 @@ _TOKEN = 17
 class Computation(NamedTuple):
   """One function of a program."""
 
-  instructions: dict[int, Any]  # by id, in an order in which they can run
-  root: int  # id of the one whose value it returns
+  instructions: dict[int, Any]  # by id, in execution order
+  root: int  # id of the instruction whose value is returned
 
 
 @functools.cache
 def module_class() -> Any:
-  """The message class of a whole program."""
+  """The protobuf message class of a program."""
   field = descriptor_pb2.FieldDescriptorProto
   package = "research.hlo"
   file = descriptor_pb2.FileDescriptorProto(name="hlo.proto", package=package, syntax="proto3")
@@ -132,38 +132,38 @@ def module_class() -> Any:
 
 
 def module_of(compiled: Any) -> Any:
-  """The program of a `jax.stages.Compiled`, as the target's compiler left it."""
+  """The optimized program of a `jax.stages.Compiled`, for its target."""
   (module,) = compiled.runtime_executable().hlo_modules()
   return module_class().FromString(module.as_serialized_hlo_module_proto())
 
 
 def computations_of(module: Any) -> dict[int, Computation]:
-  """A program's functions by id."""
+  """A program's computations by id."""
   by_id = lambda computation: {i.id: i for i in computation.instructions}
   return {c.id: Computation(by_id(c), c.root_id) for c in module.computations}
 
 
 def attributes_of(instruction: Any) -> dict[str, str]:
-  """What the frontend or an earlier pass of the compiler noted at an instruction."""
+  """The attributes that the frontend or a compiler pass attached to an instruction."""
   return {pair.key: pair.value for pair in instruction.frontend_attributes.map}
 
 
 def config_of(instruction: Any) -> dict[str, Any]:
-  """What the target's compiler noted at an instruction for itself, where it is JSON."""
+  """The backend config of an instruction if it is JSON, else empty."""
   config = instruction.backend_config
   return json.loads(config) if config.startswith(b"{") else {}
 
 
 def is_token(shape: Any) -> bool:
-  """Whether a value only orders instructions and holds nothing."""
+  """Whether a value is a token, which orders instructions and has no data."""
   return shape.element_type == _TOKEN
 
 
 def dtype_of(shape: Any) -> str:
-  """NumPy's name of an array's type.
+  """NumPy's name of an array's dtype.
 
   Raises:
-    ValueError: if it is no array of whole bytes.
+    ValueError: if the shape is not an array with a dtype of full bytes.
   """
   if shape.element_type not in _DTYPES:
     raise ValueError(f"the bytes of XLA's element type {shape.element_type} are not known")
@@ -171,12 +171,12 @@ def dtype_of(shape: Any) -> str:
 
 
 def bytes_of(shape: Any) -> int:
-  """Bytes of an array."""
+  """The size of an array in bytes."""
   return math.prod(shape.dimensions) * np.dtype(dtype_of(shape)).itemsize
 
 
 def groups_of(instruction: Any) -> list[list[int]]:
-  """The groups of devices that a collective joins, in any form; none: all devices are one.
+  """The device groups of a collective, in any of XLA's encodings; empty: all devices are one group.
 
   Raises:
     ValueError: for groups over a part of an axis of XLA's own mesh.

@@ -1,8 +1,8 @@
-"""What a program's whole numbers are in each of many rounds: constants propagated, rounds at once.
+"""Constant propagation over many rounds: evaluates a program's integers in all rounds at once.
 
-Where the communication of a round depends on its number, the predicate is a small computation on a
-counter in the state. Here it is carried out for all rounds together, so that what a program will
-send is known without running it.
+If the communication of a round depends on its number, the predicate is a small computation on a
+counter in the state. This module evaluates it for all rounds together, so that the traffic is known
+without running the program.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,20 +13,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-Known = Sequence[np.ndarray | None]  # of each value: [rounds, ...], or None where nothing is known
-_LARGEST = 256  # elements of a value that is worth following
+Known = Sequence[np.ndarray | None]  # for each value: [rounds, ...], or None if unknown
+_LARGEST = 256  # maximum number of elements of a value that is evaluated
 
 
 class Unknown(ValueError):
-  """The branches of a condition differ, and which one is taken is not known."""
+  """Raised if the branches of a condition communicate differently and the predicate is unknown."""
 
 
 def counters(program: core.ClosedJaxpr, zeros: Sequence[bool]) -> set[int]:
-  """The inputs of a round that may count rounds: scalar whole numbers that start from zero.
+  """Finds the inputs of a round that may count rounds: scalar integers that start from zero.
 
   Args:
-    program: a round; its first inputs and its outputs are the state.
-    zeros: of each leaf of the state, whether it is known to start from zero.
+    program: one round; its first inputs and its outputs are the state.
+    zeros: for each leaf of the state, whether it starts from zero.
+
+  Returns:
+    The indices of these inputs.
   """
   is_whole = lambda aval: aval.shape == () and jnp.issubdtype(aval.dtype, jnp.integer)
   inputs = program.jaxpr.invars
@@ -39,19 +42,22 @@ def with_counters(
   counters: set[int],
   numbers: np.ndarray,
 ) -> set[int]:
-  """Calls `read` with the counters of a state, until they prove to be counters; returns these.
+  """Calls `read` with candidate counters until all of them are verified as counters.
 
-  Those that the program does not raise by one in every one of the rounds are dropped, and it is
-  read again.
+  Candidates that the program does not increment by one in every round are dropped, and `read` is
+  called again.
 
   Args:
-    read: inputs known by round -> outputs known by round.
-    program: a round.
-    counters: numbers of the inputs that may count rounds, and did in the rounds before.
-    numbers: [rounds], those of the rounds.
+    read: known inputs by round -> known outputs by round.
+    program: one round.
+    counters: indices of the candidate inputs, which counted all earlier rounds.
+    numbers: [rounds], the numbers of the rounds.
+
+  Returns:
+    The indices of the verified counters.
 
   Raises:
-    Unknown: as `read`, once only proven counters are left.
+    Unknown: if `read` raises it.
   """
   inputs = program.jaxpr.invars
   while True:
@@ -65,7 +71,11 @@ def with_counters(
 
 
 def zeros(first: Callable[[], Any]) -> list[bool]:
-  """Which leaves of a state are scalar whole numbers and zero; the others are not computed."""
+  """Whether each leaf of a state is a scalar integer equal to zero; other leaves are not computed.
+
+  Args:
+    first: returns the initial state.
+  """
   is_whole = lambda x: x.shape == () and jnp.issubdtype(x.dtype, jnp.integer)
   wholes = jax.jit(lambda: [x for x in jax.tree.leaves(first()) if is_whole(x)])()
   found = iter(jax.device_get(wholes))
@@ -73,7 +83,12 @@ def zeros(first: Callable[[], Any]) -> list[bool]:
 
 
 def chosen(index: np.ndarray, outputs: Sequence[Known]) -> Known:
-  """Of what is known after each branch, what is known after the branches taken."""
+  """Selects the known outputs of the branches taken.
+
+  Args:
+    index: int [rounds], the branch taken in each round.
+    outputs: the known outputs of each branch.
+  """
   number = np.clip(index, 0, len(outputs) - 1)
   rows = np.arange(len(number))
   return [
@@ -85,7 +100,7 @@ def chosen(index: np.ndarray, outputs: Sequence[Known]) -> Known:
 
 
 def programs(eqn: Any) -> list[core.ClosedJaxpr]:
-  """The programs that an equation holds, such as a loop's body."""
+  """The inner programs of an equation, such as a loop's body."""
   found = []
   for value in eqn.params.values():
     for part in value if isinstance(value, (tuple, list)) else (value,):
@@ -97,7 +112,7 @@ def programs(eqn: Any) -> list[core.ClosedJaxpr]:
 
 
 class Values:
-  """What is known of a program's values while it is walked through."""
+  """The known values of a program's variables during a traversal."""
 
   def __init__(self, program: core.ClosedJaxpr, known: Known, rounds: int):
     jaxpr, self._rounds = program.jaxpr, rounds
@@ -107,7 +122,7 @@ class Values:
         self._found[variable] = self._repeated(np.asarray(value))
 
   def of(self, variables: Sequence[Any]) -> list[np.ndarray | None]:
-    """Their values by round, None where they are not known."""
+    """The values of variables by round, None if unknown."""
     return [self._one(v) for v in variables]
 
   def _one(self, variable: Any) -> np.ndarray | None:
@@ -119,18 +134,21 @@ class Values:
     return np.broadcast_to(value, (self._rounds, *value.shape))
 
   def write(self, eqn: Any, values: Known) -> None:
-    """Notes what is known of an equation's outputs."""
+    """Records the known outputs of an equation."""
     known = zip(eqn.outvars, values, strict=True)
     self._found |= {v: value for v, value in known if value is not None}
 
   def inside(self, eqn: Any, program: core.ClosedJaxpr) -> Known:
-    """What is known of the inputs of a program that an equation holds: of a loop, nothing."""
+    """The known inputs of an equation's inner program; for a loop, all are unknown."""
     given, count = self.of(eqn.invars), len(program.jaxpr.invars)
     fits = len(given) == count and eqn.primitive.name not in ("scan", "while")
     return given if fits else [None] * count
 
   def evaluated(self, eqn: Any) -> Known | None:
-    """The outputs in every round of an equation without programs, if it is small and known."""
+    """Evaluates an equation in every round, or returns None.
+
+    Only equations with small, known inputs and without inner programs and effects are evaluated.
+    """
     given = self.of(eqn.invars)
     small = not programs(eqn) and all(v.aval.size <= _LARGEST for v in (*eqn.invars, *eqn.outvars))
     follows = small and not eqn.effects and any(v is not None for v in self._changing(eqn))
@@ -141,14 +159,14 @@ class Values:
       found = eqn.primitive.bind(*inputs, **eqn.params)
       return found if eqn.primitive.multiple_results else [found]
 
-    # Whoever reads a program may itself be traced, or forbid transfers around its own rounds. What
-    # a branch makes NaN on purpose is none of the run's numbers.
+    # The caller may itself be traced, or run under a transfer guard. NaN debugging is off because a
+    # branch that is not taken may produce NaN.
     quiet = jax.debug_nans(False), jax.debug_infs(False)
     with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"), quiet[0], quiet[1]:
       return [np.asarray(x) for x in jax.vmap(bind)(*map(jnp.asarray, given))]
 
   def _changing(self, eqn: Any) -> list[np.ndarray | None]:
-    """Values of the inputs that are not literals: what only depends on these needs no following."""
+    """The values of the inputs that are not literals; without any, there is nothing to evaluate."""
     return [self._one(v) for v in eqn.invars if not isinstance(v, core.Literal)]
 
 

@@ -1,7 +1,7 @@
-"""What crosses between TPU slices: XLA hands it to the hosts' network, not to a collective.
+"""Traffic between TPU slices, which XLA sends over the hosts' network instead of by collectives.
 
-A program of several slices is compiled for one of them and runs on all. What it has for the others
-leaves by a `send` to the megascale runtime, which says at the instruction what becomes of it.
+A program for several slices is compiled for one of them and runs on all. It communicates with the
+others by a `send` to the megascale runtime, whose attributes specify the operation.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Any
 from research.analysis import hlo
 
 _RUNTIME = "xla_megascale_runtime"
-_STRIDE = 100_000  # a device's id is its slice's number times this, and its number in the slice
+_STRIDE = 100_000  # a device's id is its slice's number times this, plus its number in the slice
 _OPERATIONS = {
   "ALL_REDUCE": "all-reduce",
   "REDUCE_SCATTER": "reduce-scatter",
@@ -22,10 +22,10 @@ _OPERATIONS = {
 
 
 def devices_of_one(numbers: list[int], devices: Iterable[int]) -> list[int]:
-  """The ids of the first slice's devices in a program's order; none if they are no slices.
+  """The ids of the first slice's devices in a program's order; empty if the ids form no slices.
 
   Args:
-    numbers: of the program's devices in their slice.
+    numbers: the numbers of the program's devices within their slice.
     devices: ids of all devices of all slices.
   """
   starts = sorted({i - i % _STRIDE for i in devices})
@@ -34,12 +34,17 @@ def devices_of_one(numbers: list[int], devices: Iterable[int]) -> list[int]:
 
 
 def crossing(send: Any) -> tuple[str, list[list[int]]] | None:
-  """The operation that a `send` is part of, and the groups of ids of devices that it joins.
+  """Parses the operation and the groups of device ids of a `send` between slices.
 
-  Pairs (from, to) for a permutation; nothing if what is sent stays on the host.
+  Args:
+    send: the instruction.
+
+  Returns:
+    The operation and its groups, which are pairs (from, to) for a permutation; None if the data
+    stays on the host.
 
   Raises:
-    ValueError: if the runtime is asked for what is not known here.
+    ValueError: if the runtime's operation or target is unknown.
   """
   noted = hlo.attributes_of(send)
   if noted.get("_xla_host_transfer_handler_name") != _RUNTIME:

@@ -1,7 +1,7 @@
-"""How often a compiled loop runs: its condition is evaluated on its own counter.
+"""Trip counts of compiled loops, found by evaluating the condition on the loop's counter.
 
-Only what the condition reads is computed: whole numbers that start from constants and change by
-arithmetic on constants. Arrays, and whatever depends on data, stay unknown.
+Only values that the condition reads are computed: integers that start from constants and change by
+arithmetic on constants. Arrays and data-dependent values remain unknown.
 """
 
 import operator
@@ -10,7 +10,7 @@ from typing import Any
 
 from research.analysis.hlo import Computation, config_of
 
-# What a computation is given: (number of the parameter, path into its tuple) -> value if known
+# Arguments of a computation: (index of the parameter, path into its tuple) -> value if known
 Arguments = Callable[[int, tuple[int, ...]], int | None]
 
 _MOST = 1_000_000
@@ -35,17 +35,15 @@ _PASS_ON = ("copy", "bitcast", "reshape", "convert", "opt-barrier", "copy-done")
 
 
 def trip_count(loop: Any, computation: Computation, computations: Mapping[int, Computation]) -> int:
-  """How often the body of a `while` runs.
-
-  The compiler's own finding is taken where it left one.
+  """Returns the trip count of a `while`, using the compiler's own count if it recorded one.
 
   Args:
-    loop: the instruction.
-    computation: the one that it stands in.
-    computations: those of the program, by id.
+    loop: the `while` instruction.
+    computation: the computation that contains it.
+    computations: all computations of the program, by id.
 
   Raises:
-    ValueError: if the number depends on data.
+    ValueError: if the trip count depends on data.
   """
   found = config_of(loop).get("known_trip_count")
   if found:
@@ -65,7 +63,7 @@ def trip_count(loop: Any, computation: Computation, computations: Mapping[int, C
       return trips
     state, last = {p: _evaluate(computations, body, body.root, p, known) for p in state}, state
     if state == last or any(x is not None and not -(2**31) <= x < 2**31 for x in state.values()):
-      break  # it does not move, or may wrap around
+      break  # the state does not change, or may overflow
   where = loop.metadata.op_name or loop.name
   raise ValueError(f"how often the loop '{where}' runs, in which workers talk, is not known")
 
@@ -73,7 +71,7 @@ def trip_count(loop: Any, computation: Computation, computations: Mapping[int, C
 def _carried(
   computations: Mapping[int, Computation], condition: Computation, body: Computation
 ) -> set[tuple[int, ...]]:
-  """The parts of the loop's state that its condition depends on, from trip to trip."""
+  """The parts of the loop's state that its condition depends on, over all iterations."""
   found: set[tuple[int, ...]] = set()
   fresh: set[tuple[int, ...]] = set()
 
@@ -97,7 +95,7 @@ def _evaluate(
   path: tuple[int, ...],
   arguments: Arguments,
 ) -> int | None:
-  """The whole number that an instruction gives at a path into its tuple, if it can be known."""
+  """The integer value of an instruction, at a path into its tuple; None if unknown."""
   instruction = computation.instructions[number]
   operands = instruction.operand_ids
   value = lambda place, path=(): _evaluate(
@@ -115,7 +113,7 @@ def _evaluate(
     case "fusion" | "call":
       called = computations[instruction.called_computation_ids[0]]
       return _evaluate(computations, called, called.root, path, value)
-    case "copy-start":  # gives (copy, original, context)
+    case "copy-start":  # returns (copy, original, context)
       return value(0, path[1:])
     case "compare":
       return _apply(_COMPARISONS[instruction.comparison_direction], value(0), value(1))
@@ -131,6 +129,6 @@ def _apply(function: Callable[[int, int], int], a: int | None, b: int | None) ->
 
 
 def _constant(literal: Any) -> int | None:
-  """A scalar of a whole type."""
+  """The value of a scalar integer or bool literal; None for others."""
   held = [x for name in ("preds", "s32s", "s64s", "u32s", "u64s") for x in getattr(literal, name)]
   return int(held[0]) if len(held) == 1 else None

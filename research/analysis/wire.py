@@ -1,8 +1,8 @@
-"""What crosses the links: every transfer of a traced program, its bytes read off the shapes.
+"""Traffic of a traced program: every transfer, with its bytes computed from shapes and dtypes.
 
-A transfer's payload is the operand that one worker puts into the collective. What a worker then
-sends depends on the collective's algorithm; the figures here are those of a ring, which attains the
-lower bound for all of them (Patarasuk and Yuan 2009; Chan et al. 2007), n bytes over W workers:
+A transfer's payload is one worker's operand of the collective. The bytes that a worker sends depend
+on the collective's algorithm. We count a ring, which attains the lower bound for all of them
+(Patarasuk and Yuan 2009; Chan et al. 2007), for n bytes and W workers:
 
     all-reduce  2 (W-1)/W n      reduce-scatter  (W-1)/W n      all-gather  (W-1) n
     all-to-all    (W-1)/W n      permute         n per edge that leaves the worker, on average
@@ -17,8 +17,8 @@ from jax.extend import core
 
 from research.analysis import rounds as of_rounds
 
-_SHORTEST = 2**10  # of the arrays with a place per round: each length compiles its own arithmetic
-# Names of collective primitives -> operation; check_vma and JAX versions vary the names.
+_SHORTEST = 2**10  # minimum length of arrays over rounds: every length compiles its own arithmetic
+# Collective primitives -> operation; the names depend on check_vma and the JAX version.
 _OPERATIONS = {
   "psum": "all-reduce",
   "psum2": "all-reduce",
@@ -35,39 +35,39 @@ _OPERATIONS = {
 
 
 class Transfer(NamedTuple):
-  """One collective of a program, as often as the program runs it."""
+  """One collective of a program, with the number of times that the program runs it."""
 
   operation: str
-  axes: tuple[str, ...]  # of the mesh
+  axes: tuple[str, ...]  # mesh axes
   dtype: str
-  payload: int  # bytes, the operand of one worker
+  payload: int  # bytes of one worker's operand
   sent: float  # bytes that one worker sends on a ring
   times: int
 
   @property
   def total(self) -> float:
-    """Bytes that one worker sends in all."""
+    """Total bytes that one worker sends."""
     return self.sent * self.times
 
 
 class Traffic(NamedTuple):
-  """What one worker sends in some rounds."""
+  """Traffic of one worker in several rounds."""
 
   transfers: list[Transfer]  # of all these rounds together
-  sent: np.ndarray  # [rounds], bytes in each
+  sent: np.ndarray  # [rounds], bytes sent in each round
 
 
 def traffic(program: Callable[..., Any], *args: Any, axes: Mapping[str, int]) -> list[Transfer]:
-  """Every transfer of one worker's program.
+  """Returns every transfer of one worker's program.
 
   Args:
-    program: what one worker runs, with collectives over `axes`; traced, not run.
+    program: one worker's program, with collectives over `axes`; traced, not run.
     *args: arrays or shapes.
-    axes: the worker axes, name to size.
+    axes: sizes of the worker axes by name.
 
   Raises:
-    ValueError: if a collective stands in a loop whose length is not static, or in branches of a
-      condition that communicate differently: then the traffic is no fact.
+    ValueError: if a collective is in a loop whose length is not static, or in branches of a
+      condition that communicate differently: then the traffic is not statically known.
   """
   jaxpr = jax.make_jaxpr(program, axis_env=list(axes.items()))(*args)
   reader = _Reader(axes, np.ones(1, np.int64))
@@ -76,7 +76,7 @@ def traffic(program: Callable[..., Any], *args: Any, axes: Mapping[str, int]) ->
 
 
 def axes_of(program: Callable[..., Any], *args: Any, axes: Mapping[str, int]) -> set[str]:
-  """The axes that a program's collectives are over, in whichever branch; arguments as `traffic`."""
+  """Returns the axes of a program's collectives, in all branches. Args: see `traffic`."""
 
   def found(jaxpr: core.Jaxpr) -> set[str]:
     ours = [_axis_names(eqn) for eqn in jaxpr.eqns if eqn.primitive.name in _OPERATIONS]
@@ -87,16 +87,16 @@ def axes_of(program: Callable[..., Any], *args: Any, axes: Mapping[str, int]) ->
 
 
 def happened(transfers: Iterable[Transfer]) -> list[Transfer]:
-  """Those that the program runs at all."""
+  """Drops transfers that the program never runs."""
   return [transfer for transfer in transfers if transfer.times]
 
 
 class Rounds:
-  """What one worker sends in any rounds, also where conditions depend on the round's number.
+  """Traffic of one worker in any range of rounds, even if it depends on the round's number.
 
-  The program is traced once. A condition whose branches communicate differently is followed where
-  its predicate is a function of the state's counters: scalar whole numbers that start from zero and
-  that the program itself is seen to raise by one in each of the rounds.
+  The program is traced once. If the branches of a condition communicate differently, its predicate
+  is evaluated as a function of the state's counters: scalar integers that start from zero and that
+  the program verifiably increments by one in every round.
   """
 
   def __init__(
@@ -113,13 +113,13 @@ class Rounds:
       program: (state, *args) -> state, one round of one worker; traced, not run.
       state: shapes of one worker's state.
       *args: shapes of the other arguments.
-      axes: the worker axes, name to size.
-      first: the state before the first round, of which only scalar whole numbers are computed.
+      axes: sizes of the worker axes by name.
+      first: returns the initial state, of which only scalar integers are computed.
     """
     self._axes = axes
     self._program = jax.make_jaxpr(program, axis_env=list(axes.items()))(state, *args)
-    self._alike: Traffic | None = None  # of any round
-    self._counters: set[int] | None = None  # inputs of the program that count rounds
+    self._alike: Traffic | None = None  # of each round, if all rounds are equal
+    self._counters: set[int] | None = None  # indices of the inputs that count rounds
     try:
       reader = _Reader(axes, np.ones(1, np.int64))
       reader.read(self._program, [None] * len(self._program.jaxpr.invars), reader.runs)
@@ -129,16 +129,17 @@ class Rounds:
 
   @property
   def each(self) -> float | None:
-    """The bytes of any one round, if all rounds are alike."""
+    """Bytes sent per round, if all rounds are equal, else None."""
     return None if self._alike is None else float(self._alike.sent[0])
 
   def between(self, first: int, last: int) -> Traffic:
-    """What is sent in the rounds first, ..., last - 1, in memory for so many, unless all are alike.
+    """Returns the traffic of the rounds first, ..., last - 1.
 
-    The transfers are always the same ones, `times` is 0 where none of these rounds runs one.
+    The list of transfers is always the same; `times` is 0 for those that these rounds do not run.
+    Needs memory for last - first rounds, unless all rounds are equal.
 
     Raises:
-      ValueError: as `traffic`, where the predicate of a condition depends on anything but counters.
+      ValueError: as `traffic`, if the predicate of a condition depends on anything but counters.
     """
     count = last - first
     if self._alike is not None:
@@ -160,7 +161,7 @@ class Rounds:
 
 
 class _Reader:
-  """Walks a program once for all rounds; `runs` [rounds] says how often each runs a part of it."""
+  """Traverses a program once for all rounds; `runs` [rounds] counts how often each runs a part."""
 
   def __init__(self, axes: Mapping[str, int], runs: np.ndarray):
     self.axes, self.runs = dict(axes), runs
@@ -168,13 +169,13 @@ class _Reader:
     self.sent = np.zeros(len(runs))
 
   def traffic(self) -> Traffic:
-    """What was noted."""
+    """The recorded traffic."""
     return Traffic(self.transfers, self.sent)
 
   def read(
     self, program: core.ClosedJaxpr, known: of_rounds.Known, runs: np.ndarray
   ) -> of_rounds.Known:
-    """Notes the transfers; returns what is known of the outputs."""
+    """Records the transfers of a program; returns its known outputs."""
     values = of_rounds.Values(program, known, len(runs))
     for eqn in program.jaxpr.eqns:
       name = eqn.primitive.name
@@ -207,7 +208,7 @@ class _Reader:
     return of_rounds.chosen(index, outputs)
 
   def _inside(self, eqn: Any, values: of_rounds.Values, runs: np.ndarray) -> of_rounds.Known:
-    """Reads the programs inside a call or a loop; of a call's outputs something may be known."""
+    """Reads the inner programs of a call or a loop; only a call's outputs may be known."""
     name, unknown = eqn.primitive.name, [None] * len(eqn.outvars)
     before, outputs = len(self.transfers), unknown
     times = eqn.params["length"] if name == "scan" else 1
@@ -251,12 +252,12 @@ def _axis_names(eqn: Any) -> tuple[str, ...]:
 
 
 def ring_share(operation: str, workers: int, edges: int = 0) -> float:
-  """What one of W workers sends on a ring, as a multiple of the operand that it puts in.
+  """The bytes that one of W workers sends on a ring, as a multiple of its operand.
 
   Args:
-    operation: an operation of a `Transfer`.
-    workers: W.
-    edges: of a permutation, those from one worker to another.
+    operation: the operation of a `Transfer`.
+    workers: W, number of workers.
+    edges: for a permutation, the number of edges between different workers.
   """
   return {
     "all-reduce": 2 * (workers - 1) / workers,
@@ -268,7 +269,12 @@ def ring_share(operation: str, workers: int, edges: int = 0) -> float:
 
 
 def by_axis(transfers: Iterable[Transfer], per: int = 1) -> dict[str, float]:
-  """Bytes that one worker sends by axis ('slice+data': over both at once), divided by `per`."""
+  """Sums the bytes that one worker sends by axis ('slice+data': over both at once).
+
+  Args:
+    transfers: transfers of one worker.
+    per: divisor, such as a number of steps.
+  """
   totals: dict[str, float] = {}
   for transfer in transfers:
     name = "+".join(transfer.axes)
@@ -277,9 +283,10 @@ def by_axis(transfers: Iterable[Transfer], per: int = 1) -> dict[str, float]:
 
 
 def table(transfers: Iterable[Transfer], per: int = 1) -> list[dict[str, Any]]:
-  """The transfers summed by operation, axis and dtype: rows for a summary, divided by `per`.
+  """Sums the transfers by operation, axis and dtype into rows for a summary.
 
-  `payload_bytes` and `sent_bytes` are one worker's; `messages` counts collectives, leaf by leaf.
+  `payload_bytes` and `sent_bytes` are one worker's; `messages` counts one collective per leaf.
+  Args: see `by_axis`.
   """
   rows: dict[tuple[str, str, str], dict[str, Any]] = {}
   for t in transfers:

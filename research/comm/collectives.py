@@ -1,8 +1,8 @@
-"""Exchanges between workers, over whichever worker axes are in scope.
+"""Collectives between workers, over the worker axes that are in scope.
 
 Every function runs per worker, under `vmap(axis_name=...)`, `shard_map` or `pmap`. `axes` names the
-worker axes to talk over; those of the default that the execution does not have are left out, so the
-same line runs on a mesh with and without slices.
+worker axes of the exchange. Axes of the default that are not in scope are ignored, so the same line
+runs on meshes with and without slices.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ from research.core.base import EVERYONE, WORKER_AXES, Array, Key, Presence, Tree
 Axes = str | Sequence[str]
 _OWN = 0x776F726B
 _LANES = 128
-_SHORT = 2**16  # bytes: about what a fast link carries while a message begins
-_PIECE = 2**18  # bytes: what gloo sends another worker at once, see `_in_pieces`
+_SHORT = 2**16  # bytes: about what a fast link transfers within the latency of a message
+_PIECE = 2**18  # bytes: maximum size of one gloo message, see `_in_pieces`
 
 
 _NAMES: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar(
@@ -32,12 +32,12 @@ _NAMES: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def named(axes: Axes) -> Iterator[None]:
-  """Other names for the worker axes in what is traced inside: those of somebody's own mesh.
+  """Renames the default worker axes in code traced inside, to the names of a user's own mesh.
 
-  What talks over the default axes then talks over these; an axis that is named stays what it is.
+  Exchanges over the default axes then use these axes; explicitly named axes are unchanged.
 
   Args:
-    axes: the name or names, slow links first; all of them in scope.
+    axes: the name or names, slow links first; all of them must be in scope.
   """
   token = _NAMES.set((axes,) if isinstance(axes, str) else tuple(axes))
   try:
@@ -47,10 +47,13 @@ def named(axes: Axes) -> Iterator[None]:
 
 
 def in_scope(axes: Axes = WORKER_AXES) -> tuple[str, ...]:
-  """The axes of `axes` that the execution has, in order.
+  """Returns those of `axes` that are in scope, in order.
+
+  Args:
+    axes: one or more axis names; the default may be partly in scope.
 
   Raises:
-    ValueError: if it has none, or lacks an axis that was asked for by name.
+    ValueError: if none is in scope, an explicitly named axis is not, or a name is repeated.
   """
   names = (axes,) if isinstance(axes, str) else tuple(axes)
   names = _NAMES.get() if names == WORKER_AXES else names
@@ -75,18 +78,24 @@ def _is_bound(name: str) -> bool:
 
 
 def worker_count(axes: Axes = WORKER_AXES) -> int:
-  """W, the number of workers: static."""
+  """W, the number of workers, static."""
   return lax.axis_size(in_scope(axes))
 
 
 def worker_index(axes: Axes = WORKER_AXES) -> Array:
-  """This worker's number in [0, W), the slices' workers one after the other. int32."""
+  """This worker's index in [0, W), int32; workers of a slice are consecutive."""
   return lax.axis_index(in_scope(axes))
 
 
 def are_summed(tree: Tree, axes: Axes = WORKER_AXES) -> bool:
-  """Whether JAX has added up any leaf over the workers already, as a `shard_map` that tracks what
-  varies (`check_vma=True`, its default) does with gradients of replicated parameters."""
+  """Whether JAX has already summed any leaf over the workers.
+
+  With `check_vma=True`, its default, `shard_map` sums gradients of replicated parameters.
+
+  Args:
+    tree: this worker's arrays, such as gradients.
+    axes: the worker axes.
+  """
   names = in_scope(axes)
   varying = lambda x: jax.typeof(x).manual_axis_type.varying
   tracked = [name for name in names if name in varying(lax.axis_index(name))]
@@ -94,28 +103,33 @@ def are_summed(tree: Tree, axes: Axes = WORKER_AXES) -> bool:
 
 
 def worker_key(key: Key, axes: Axes = WORKER_AXES) -> Key:
-  """A key of this worker's own from one that all share."""
+  """Derives this worker's private key from a typed key that is equal on all workers."""
   return key_of(key, worker_index(axes))
 
 
 def key_of(key: Key, worker: Array) -> Key:
-  """A worker's own key. Tagged, since `fold_in(key, i)` alone is the i-th of `split(key)` too."""
+  """Derives a worker's private key; tagged, since `fold_in(key, i)` alone is `split(key)[i]`."""
   return jax.random.fold_in(jax.random.fold_in(key, _OWN), worker)
 
 
 def round_keys(key: Key, number: Array) -> Key:
-  """A round's three keys, equal on all workers: of its sync, its steps, and its cohort."""
+  """A round's three keys, equal on all workers: for its sync, its local steps, and its cohort."""
   return jax.random.split(jax.random.fold_in(key, number), 3)
 
 
 def mean(tree: Tree, axes: Axes = WORKER_AXES, presence: Presence = EVERYONE) -> Tree:
-  """The mean over workers of what they have, equal on all of them: an all-reduce of each leaf.
+  """Averages over workers by one all-reduce per leaf; the result is equal on all workers.
 
-      1/W sum_i weight_i x_i, where nothing counts that an absent worker has
+      1/W sum_i weight_i x_i, where absent workers contribute zero
 
-  Floats of 16 bits and fewer travel as such, and are weighted and divided before they are added up,
-  since a product or a sum may be out of range where the mean is not. Simulated workers' are added
-  up in float32; on devices float16 terms below 6e-8 W lose digits.
+  Floats of 16 bits or fewer are sent in their own dtype. They are weighted and divided before
+  summation, since a product or a sum may overflow where the mean does not. Simulated workers are
+  summed in float32; on devices, float16 terms below 6e-8 W lose digits.
+
+  Args:
+    tree: this worker's arrays.
+    axes: the worker axes of the exchange.
+    presence: this worker's participation and weight.
   """
   names, (weight, active) = in_scope(axes), presence
 
@@ -134,7 +148,7 @@ def _is_narrow(x: Array | jax.ShapeDtypeStruct) -> bool:
 
 
 def _mean_as(dtype: Any, x: Array, names: tuple[str, ...]) -> Array:
-  """The mean over workers in a dtype, in which it travels; x may be wider."""
+  """The mean over workers, sent and returned in `dtype`; x may be wider."""
   if not _is_narrow(jax.ShapeDtypeStruct((), dtype)):
     return lax.pmean(x, names)
   count = math.prod(lax.axis_size(name) for name in names)
@@ -159,25 +173,36 @@ def _mean_as(dtype: Any, x: Array, names: tuple[str, ...]) -> Array:
 
 
 def packed_mean(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
-  """`mean`, with one all-reduce for all leaves of a type: for many that are small.
+  """`mean` with one all-reduce for all leaves of a dtype, for many small leaves.
 
-  A message costs what it takes to begin it, however short. Where a mesh cuts leaves inside a worker
-  this is for the blocks that a device holds: whole leaves would have to be gathered first.
+  Every message has a fixed startup cost. If leaves are sharded within a worker, apply this to the
+  blocks of one device: full leaves would have to be gathered first.
+
+  Args:
+    tree: this worker's arrays.
+    axes: the worker axes of the exchange.
   """
   return _packed(tree, lambda x: mean(x, axes))
 
 
 def total(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
-  """The sum over workers, equal on all of them."""
+  """Sums over workers; the result is equal on all workers."""
   return lax.psum(tree, in_scope(axes))
 
 
 def gather(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
-  """What every worker has, in the order of `worker_index`: leaves [W, ...], equal on all.
+  """Gathers the arrays of all workers on every worker.
 
-  Short leaves of a type travel as one message. TPU compilers turn the gather of a flat array whose
-  length is no multiple of 128 into a sum of twice the bytes; long ones are therefore filled up, and
-  sent as arrays [n / 128, 128].
+  Short leaves of a dtype are sent as one message. TPU compilers turn the gather of a flat array
+  whose length is not a multiple of 128 into a sum of twice the bytes; long arrays are therefore
+  padded and sent as [n / 128, 128].
+
+  Args:
+    tree: this worker's arrays.
+    axes: the worker axes of the exchange.
+
+  Returns:
+    Leaves [W, ...] in the order of `worker_index`, equal on all workers.
   """
   names, count = in_scope(axes), worker_count(axes)
 
@@ -190,15 +215,22 @@ def gather(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
       return found.reshape(count, -1)[:, : x.size]
     return found.reshape(count, *x.shape)
 
-  at_last = count // lax.axis_size(names[0])  # what was gathered along all axes but one
+  at_last = count // lax.axis_size(names[0])  # rows gathered before the last axis
   return _packed(tree, _as_bits(_in_pieces(one, at_last)), longest=_SHORT)
 
 
 def exchange(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
-  """Sends row i of each leaf [W, ...] to worker i; returns the rows that this one was sent.
+  """Sends row i of each leaf to worker i, and receives this worker's row from every worker.
 
-  Short leaves of a type travel as one message. A TPU interleaves flat rows in its memory, and does
-  not those of arrays [W, n / 128, 128]: long ones are filled up to that.
+  Short leaves of a dtype are sent as one message. A TPU interleaves flat rows in memory, but not
+  rows of arrays [W, n / 128, 128]: long rows are padded to that shape.
+
+  Args:
+    tree: leaves [W, ...].
+    axes: the worker axes of the exchange.
+
+  Returns:
+    Leaves [W, ...]: row i was sent by worker i.
   """
   names = in_scope(axes)
   sizes = [lax.axis_size(name) for name in names]
@@ -220,7 +252,7 @@ def exchange(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
 
 
 def _as_bits(send: Callable[[Array], Array]) -> Callable[[Array], Array]:
-  """`send` of numbers by their bits, where XLA would widen them on the way: a CPU's bfloat16."""
+  """`send` on the bits of narrow floats, where XLA would widen them: bfloat16 on CPUs."""
 
   def one(x):
     if not _is_narrow(x) or platform() != "cpu":
@@ -234,15 +266,15 @@ def _as_bits(send: Callable[[Array], Array]) -> Callable[[Array], Array]:
 def _in_pieces(
   send: Callable[[Array], Array], share: float = 1, lead: int = 0
 ) -> Callable[[Array], Array]:
-  """`send`, what is long in pieces one after the other, where gloo carries it between processes.
+  """`send` of long arrays in consecutive pieces, if gloo transfers them between processes.
 
-  Of two processes that send each other more than half a megabyte at once, one waits for the other:
-  a megabyte each way took 127 ms at 100 Mbit/s, a quarter of one 21. Sums go whole: gloo cuts them.
+  Gloo serializes the two directions of exchanges above 0.5 MB: 1 MB each way took 127 ms at
+  100 Mbit/s, 0.25 MB took 21 ms. Sums are not split here: gloo splits them itself.
 
   Args:
-    send: from an array [*first, n] to one [*any, n], whose places do not depend on each other.
-    share: how much of the array, or how many of it, goes to another worker at once.
-    lead: how many dimensions `first` has.
+    send: maps an array [*first, n] to [*any, n], independently for each index of the last axis.
+    share: size of a message to another worker, as a fraction or multiple of the array's.
+    lead: number of dimensions of `first`.
   """
 
   def one(x):
@@ -264,13 +296,13 @@ def _in_pieces(
 def _packed(
   tree: Tree, send: Callable[[Array], Array], lead: int = 0, longest: float = math.inf
 ) -> Tree:
-  """`send` of each leaf, those of a type up to `longest` bytes put together along the last axis.
+  """`send` of each leaf; leaves of a dtype up to `longest` bytes are concatenated before.
 
   Args:
-    tree: arrays whose first `lead` dimensions are the same.
-    send: from an array [*first, n] to one [*any, n], whose places do not depend on each other.
-    lead: how many dimensions `first` has.
-    longest: bytes of what is put together, each.
+    tree: arrays whose first `lead` dimensions are equal.
+    send: maps an array [*first, n] to [*any, n], independently for each index of the last axis.
+    lead: number of dimensions of `first`.
+    longest: maximum bytes of a leaf that is concatenated.
   """
   leaves, treedef = jax.tree.flatten(tree)
   messages: dict[Any, list[int]] = {}
@@ -295,15 +327,18 @@ def _packed(
 
 
 def permute(tree: Tree, links: Sequence[tuple[int, int]], axes: Axes = WORKER_AXES) -> Tree:
-  """What the worker that has a link to this one sent; zeros where none has.
+  """Sends this worker's message along a link, and receives the message sent to this worker.
 
-  A permutation of simulated workers is a rule of its own: JAX's wants every worker to send, and
-  forgets one of two axes.
+  Permutations of simulated workers have their own batching rule: JAX's rule requires every worker
+  to send, and drops one of two axes.
 
   Args:
-    tree: arrays, this worker's message.
-    links: (sender, receiver) by worker number; nobody sends or receives twice.
-    axes: the worker axes to talk over.
+    tree: this worker's message, arrays of any dtypes.
+    links: (sender, receiver) worker indices; no worker sends or receives twice.
+    axes: the worker axes of the exchange.
+
+  Returns:
+    The message from this worker's sender; zeros if it has none.
   """
   names = in_scope(axes)
   sizes = [lax.axis_size(name) for name in names]
@@ -335,19 +370,19 @@ def _by_axis(
   names: tuple[str, ...],
   is_shared: bool,
 ) -> Array:
-  """`send(x)`, with a rule of our own where one of the workers' axes is a dimension of arrays.
+  """`send(x)`, with a custom batching rule if one of the worker axes is simulated by `vmap`.
 
   Args:
-    send: what one worker does.
-    simulated: (size, x [size, ...], which of the names is simulated) -> the results, [size, ...].
+    send: the collective of one worker.
+    simulated: (size, x [size, ...], index of the simulated axis in `names`) -> results [size, ...].
     x: this worker's array.
     names: the worker axes in scope.
-    is_shared: whether the result is one for all workers, without the leading dimension.
+    is_shared: whether the result is equal on all workers and has no leading dimension.
   """
 
   @jax.custom_batching.custom_vmap
   def of_worker(x, places):
-    del places  # tells the rule which axis is being simulated, if it is one of the workers'
+    del places  # tells the batching rule which worker axis, if any, is simulated
     return send(x)
 
   @of_worker.def_vmap

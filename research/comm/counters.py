@@ -1,4 +1,4 @@
-"""What the kernel counts of a job's bytes on the network, host by host."""
+"""Reads the kernel's network byte counters of a job's hosts."""
 
 import time
 from collections.abc import Mapping
@@ -7,26 +7,29 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-PLACES = "NETWORK_COUNTERS"  # the variable in which a launcher names INTERFACE:FILE,FILE,...
+PLACES = "NETWORK_COUNTERS"  # environment variable set by launchers: INTERFACE:FILE,FILE,...
 NAMES = ("rx_bytes", "rx_packets", "tx_bytes", "tx_packets")
-COLUMNS = (0, 1, 8, 9)  # of /proc/net/dev, after the interface's name
-HEADERS = 14 + 20 + 32  # bytes of a packet that are Ethernet's, IPv4's, and TCP's with time stamps
+COLUMNS = (0, 1, 8, 9)  # columns of /proc/net/dev, after the interface's name
+HEADERS = 14 + 20 + 32  # header bytes of a packet: Ethernet, IPv4, TCP with time stamps
 
 
 class Counters(NamedTuple):
-  """Where the counters of a job's hosts are read."""
+  """The files with the counters of a job's hosts."""
 
   interface: str
   files: tuple[str, ...]  # one per host, in the form of /proc/net/dev
 
   def read(self) -> np.ndarray:
-    """The counters now: int64 [hosts, NAMES]."""
+    """Reads the current counters: int64 [hosts, NAMES]."""
     return np.array([_of(self.interface, file) for file in self.files], np.int64)
 
   def settled(self) -> np.ndarray:
-    """The counters when hosts have sent what a collective has left in their sockets, or in 1 s.
+    """Reads the counters after pending data of a collective has been sent, or after 1 s.
 
-    A process has its result when it has received all, not when it has sent all.
+    A process has its result when it has received all data, possibly before it has sent all.
+
+    Returns:
+      int64 [hosts, NAMES].
     """
     until, found = time.monotonic() + 1.0, self.read()
     while time.monotonic() < until:
@@ -38,7 +41,11 @@ class Counters(NamedTuple):
 
 
 def told(environ: Mapping[str, str]) -> Counters | None:
-  """Those that the launcher names (`launch/netlab.py` does), or None."""
+  """The counters that the launcher configured, as `launch/netlab.py` does, or None.
+
+  Args:
+    environ: the environment variables.
+  """
   interface, colon, files = environ.get(PLACES, "").partition(":")
   return Counters(interface, tuple(files.split(","))) if colon else None
 
@@ -53,7 +60,15 @@ def _of(interface: str, file: str) -> list[int]:
 
 
 def per_step(counted: np.ndarray, steps: int) -> list[dict[str, Any]]:
-  """By host, what is in [hosts, NAMES] per step, and what of the bytes sent is no header."""
+  """Averages counters per step, and subtracts the headers from the bytes sent.
+
+  Args:
+    counted: differences of counters, int64 [hosts, NAMES].
+    steps: number of steps in which they were counted.
+
+  Returns:
+    For each host, NAMES and `tx_payload_bytes` per step.
+  """
   means = (counted / max(1, steps)).tolist()
   rows: list[dict[str, Any]] = [dict(zip(NAMES, host, strict=True)) for host in means]
   for row in rows:

@@ -1,4 +1,4 @@
-"""Joining the processes of one job, however they were started."""
+"""Joins the processes of one job, for any launcher."""
 
 import contextlib
 import importlib.util
@@ -16,15 +16,25 @@ import jax
 from research.comm import gloo
 from research.core.text import quoted, whole_number
 
-JOIN_SECONDS = 300  # for which a process waits for the others
+JOIN_SECONDS = 300  # time for which a process waits for the others
 LOOPBACK = ("localhost", "127.0.0.1")
 
 
 def detect_cluster(environ: Mapping[str, str]) -> str | None:
-  """Which launcher started this process as one of several: 'slurm', 'gke', 'tpu' or None.
+  """Detects the launcher that started this process as one of several.
 
-  GKE names the hosts of a TPU slice in TPU_WORKER_HOSTNAMES. On a Cloud TPU VM, known by libtpu and
-  its devices, JAX asks the metadata server for them, unless TPU_SKIP_MDS_QUERY forbids that.
+  GKE lists the hosts of a TPU slice in TPU_WORKER_HOSTNAMES. On a Cloud TPU VM, recognized by
+  libtpu and its devices, JAX queries the metadata server for them, unless TPU_SKIP_MDS_QUERY is
+  set.
+
+  Args:
+    environ: the environment variables.
+
+  Returns:
+    'slurm', 'gke', 'tpu' or None.
+
+  Raises:
+    ValueError: if SLURM_NTASKS is not an integer.
   """
   if "SLURM_STEP_NODELIST" in environ:
     tasks = whole_number(environ.get("SLURM_NTASKS", "1"))
@@ -41,30 +51,31 @@ def detect_cluster(environ: Mapping[str, str]) -> str | None:
 
 
 def on_tpu_vm() -> bool:
-  """Whether libtpu is installed and has devices to drive."""
+  """Whether libtpu is installed and TPU devices are present."""
   devices = [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")]
   return bool(devices) and importlib.util.find_spec("libtpu") is not None
 
 
 def initialize(coordinator: str = "", processes: int = 0, process_id: int = -1) -> int:
-  """Joins the processes of one job; call it before anything else touches JAX's devices.
+  """Joins the processes of one job; call it before any other use of JAX's devices.
 
-  Arguments decide, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, then the
-  launcher's environment (see `detect_cluster`); without any of them the process stays alone. CPU
-  processes talk through gloo, GPUs through NCCL, TPUs over ICI and the data-centre network.
+  Arguments take precedence, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID,
+  then the launcher's environment (see `detect_cluster`). Without any of these the job has a single
+  process. CPU processes communicate through gloo, GPUs through NCCL, TPUs over ICI and the
+  data-centre network.
 
   Args:
-    coordinator: HOST:PORT of process 0, reachable from all.
-    processes: how many there are.
-    process_id: this one's number in [0, processes).
+    coordinator: HOST:PORT of process 0, reachable from all processes.
+    processes: number of processes.
+    process_id: index of this process, in [0, processes).
 
   Returns:
     The number of processes.
 
   Raises:
-    ValueError: if some of the arguments or variables are given and others are not or do not fit,
-      if process 0 cannot listen at the port, or if it is not there within JOIN_SECONDS. If another
-      process is not there by then, process 0 says so and ends with exit code 2.
+    ValueError: if the arguments or variables are incomplete or inconsistent, process 0 cannot
+      listen at the port, or process 0 is not reachable within JOIN_SECONDS. If another process does
+      not join in time, process 0 prints an error and exits with code 2.
   """
   if not (coordinator or processes or process_id >= 0):
     coordinator, processes, process_id = _of_environment(os.environ)
@@ -94,9 +105,9 @@ def initialize(coordinator: str = "", processes: int = 0, process_id: int = -1) 
 
 
 def _of_environment(environ: Mapping[str, str]) -> tuple[str, int, int]:
-  """What launch/ and launchers like it tell; '', 0 and -1 where they tell nothing.
+  """The job as set by launch/ and similar launchers; '', 0 and -1 if not set.
 
-  An address alone is JAX's own variable, for clusters that know the rest.
+  An address alone is ignored: it is JAX's own variable, for clusters that provide the rest.
   """
   numbers = {name: environ.get(name, "") for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")}
   if not any(numbers.values()):
@@ -120,7 +131,7 @@ def _check_explicit(coordinator: str, processes: int, process_id: int) -> None:
 
 
 def _check_port(host: str, port: int) -> None:
-  """Refuses a port at which JAX's service could not listen: it would end in a core dump."""
+  """Rejects a port at which JAX's service cannot listen, which would abort with a core dump."""
   with socket.socket() as tried:
     tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -130,7 +141,7 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _wait_for(host: str, port: int) -> None:
-  """Returns once process 0 listens."""
+  """Waits until process 0 listens."""
   until = time.monotonic() + JOIN_SECONDS
   while True:
     try:
@@ -145,7 +156,7 @@ def _wait_for(host: str, port: int) -> None:
 
 @contextlib.contextmanager
 def _patience(waits: str) -> Iterator[None]:
-  """Says after a while that the process waits, and ends it in time: JAX would abort it."""
+  """Reports a long wait, and exits after JOIN_SECONDS, before JAX would abort the process."""
 
   def give_up() -> NoReturn:
     print(f"error: {waits}, and not all came within {JOIN_SECONDS} s", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Devices: mesh strings and device meshes."""
+"""Parses mesh strings and builds device meshes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,16 +13,20 @@ from research.core import blame, checks
 from research.core.base import WORKER_AXES
 from research.core.text import QUOTED, listed, one_line, whole_number
 
-# Axes inside a worker, slow links first: along `stage` its layers lie one after the other, along
-# `fsdp` its parameters and its batch are cut, along `expert` the experts of a mixture, along `seq`
-# the tokens of its examples, along `model` each layer.
+# Axes within a worker, slow links first. `stage` partitions the sequence of layers, `fsdp` shards
+# parameters and the batch, `expert` the experts of a mixture, `seq` the tokens of examples, and
+# `model` each layer.
 INNER_AXES = ("stage", "fsdp", "expert", "seq", "model")
 
 
 def parse_mesh(spec: str) -> dict[str, int]:
-  """Reads 'slice:2,data:4,fsdp:2' into {'slice': 2, 'data': 4, 'fsdp': 2}.
+  """Parses 'slice:2,data:4,fsdp:2' into {'slice': 2, 'data': 4, 'fsdp': 2}.
 
-  The axes come back slow links first. `data` is added with size 1 where it is not named.
+  Args:
+    spec: AXIS:SIZE entries, separated by commas, in any order.
+
+  Returns:
+    Axis sizes by name, slow links first; `data` has size 1 if it is not given.
 
   Raises:
     ValueError: for an unknown or repeated axis, or a size that is not a positive integer.
@@ -46,21 +50,25 @@ def parse_mesh(spec: str) -> dict[str, int]:
 
 
 def worker_axes(axes: Mapping[str, int]) -> dict[str, int]:
-  """Those of a mesh's axes over which workers are spread."""
+  """The axes of a mesh over which workers are distributed, with their sizes."""
   return {name: size for name, size in axes.items() if name in WORKER_AXES}
 
 
 def count(axes: Mapping[str, int]) -> int:
-  """The number of places on a mesh: the product of its sizes."""
+  """The number of devices of a mesh: the product of its sizes."""
   return math.prod(axes.values())
 
 
 def device_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-  """A mesh over the first devices, one per place; every axis is left to the compiler (Auto).
+  """Builds a mesh over the first devices; all axes have type Auto.
+
+  Args:
+    axes: axis sizes by name, slow links first.
+    devices: all devices by default.
 
   Raises:
-    ValueError: if there are fewer devices than places, or, where several processes take part,
-      more (each process must own a part of the mesh).
+    ValueError: if there are too few devices, or, with several processes, too many: each process
+      must own a part of the mesh.
   """
   devices = jax.devices() if devices is None else devices
   wanted, spare = count(axes), len(devices) - count(axes)
@@ -95,10 +103,14 @@ def device_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -
 
 
 def simulation_mesh(workers: int, devices: Sequence[Any] | None = None) -> Mesh:
-  """A mesh `data` over as many devices as can hold equal numbers of simulated workers.
+  """Builds a mesh 'data' over the largest number of devices that divides the number of workers.
+
+  Args:
+    workers: number of simulated workers.
+    devices: all devices by default.
 
   Raises:
-    ValueError: if several processes take part and some would hold no worker.
+    ValueError: if there are several processes and some device would have no worker.
   """
   devices = jax.devices() if devices is None else devices
   size = max(n for n in range(1, len(devices) + 1) if workers % n == 0)
@@ -108,21 +120,28 @@ def simulation_mesh(workers: int, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def runs_on_cpu(mesh: Mesh) -> bool:
-  """Whether the devices of a mesh, which may be ones to compile for, are CPUs."""
+  """Whether the devices of a mesh, possibly ones for ahead-of-time compilation, are CPUs."""
   return mesh.devices.flat[0].platform == "cpu"
 
 
 def like(device: Any) -> AbstractMesh:
-  """A mesh without axes: what is traced under it outside of other meshes is for such a device."""
+  """A mesh without axes that sets the target platform of code traced under it to `device`'s."""
   of_one = Mesh(np.array([device]), ("data",))
   return AbstractMesh((), (), abstract_device=of_one.abstract_mesh.abstract_device)
 
 
 def options_for_sums(mesh: Mesh, elements: int) -> dict[str, str | bool] | None:
-  """Compiler options with which a CPU sums `elements` over their leading axis at memory speed.
+  """Compiler options that let a CPU sum `elements` over their leading axis at memory speed.
 
-  XLA:CPU before jaxlib 0.12 hands such a sum to a library that takes 40 times as long as XLA's own
-  loops do (31 ms against 0.7 for [8, 1024, 1024]); small ones are no slower there.
+  XLA:CPU before jaxlib 0.12 calls a library for such a sum, which takes 40 times as long as XLA's
+  own loops (31 ms against 0.7 for [8, 1024, 1024]); for small sums it is not slower.
+
+  Args:
+    mesh: the mesh to compile for.
+    elements: number of elements of the sum's operand.
+
+  Returns:
+    The options, or None if none are needed.
   """
   if not runs_on_cpu(mesh) or jax.__version_info__ >= (0, 12) or elements < 2**17:
     return None

@@ -1,4 +1,4 @@
-"""Exchange along the links of a communication graph, in one round."""
+"""Exchanges messages along the links of a communication graph, in one round."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,12 @@ from research.core.base import WORKER_AXES, Array, Tree
 
 
 def own_weight(shifts: Sequence[Shift], axes: collectives.Axes = WORKER_AXES) -> float | Array:
-  """w_ii of this worker."""
+  """w_ii of this worker: static if equal on all workers, else a float32 scalar.
+
+  Args:
+    shifts: the links of one round of a topology.
+    axes: the worker axes of the exchange.
+  """
   found = [s for s in shifts if s.offset == 0]
   return _of_worker(found[0].weights, axes) if found else 0.0
 
@@ -19,15 +24,18 @@ def own_weight(shifts: Sequence[Shift], axes: collectives.Axes = WORKER_AXES) ->
 def heard(
   shifts: Sequence[Shift], message: Tree, axes: collectives.Axes = WORKER_AXES
 ) -> list[tuple[float | Array, Tree]]:
-  """What a worker hears in a round: for each direction the weight w_ij and j's message.
+  """Receives the neighbours' messages of one round, with their weights.
 
-  One permutation per direction, of nothing but the links that there are: what a worker sends
-  follows its number of links, not W. Without a link in a direction, weight and message are zero.
+  Runs one permutation per direction, over existing links only: traffic is proportional to a
+  worker's number of links, not to W.
 
   Args:
-    shifts: a round of a topology.
-    message: arrays of any dtypes, this worker's.
-    axes: the worker axes to talk over.
+    shifts: the links of one round of a topology.
+    message: this worker's arrays, of any dtypes.
+    axes: the worker axes of the exchange.
+
+  Returns:
+    (w_ij, message of worker j) for each direction; both are zero if there is no link.
   """
   found = []
   for offset, values in shifts:
@@ -38,7 +46,7 @@ def heard(
 
 
 def _of_worker(values: np.ndarray, axes: collectives.Axes) -> float | Array:
-  """This worker's, static where all have the same."""
+  """This worker's value, static if equal on all workers."""
   if (values == values[0]).all():
     return float(values[0])
   return jnp.asarray(values, jnp.float32)[collectives.worker_index(axes)]

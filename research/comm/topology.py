@@ -1,4 +1,4 @@
-"""Communication graphs: weights of the links between workers, and how fast they agree."""
+"""Communication graphs: mixing weights of the links between workers, and spectral gaps."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,40 +13,40 @@ _TOLERANCE = 1e-6
 
 
 class Shift(NamedTuple):
-  """Links of one direction around the ring of worker numbers."""
+  """All links with the same offset between sender and receiver, modulo W."""
 
-  offset: int  # worker i hears worker i - offset, modulo W; 0: itself
-  weights: np.ndarray  # [W], w_ij of what worker i hears there; 0: no link
+  offset: int  # worker i receives from worker i - offset, modulo W; 0: itself
+  weights: np.ndarray  # [W], w_ij of the value that worker i receives; 0: no link
 
 
 class Topology(Part):
-  """Mixing weights for any number of workers, round by round.
+  """Mixing weights for any number of workers, for each round of a period.
 
-  In x_i <- sum_j w_ij x_j a worker hears those j for which w_ij > 0. Columns always sum to one:
-  the sum over the workers is preserved.
+  In x_i <- sum_j w_ij x_j, worker i receives from the workers j with w_ij > 0. Columns always sum
+  to one: the sum over workers is preserved.
   """
 
   symmetric: ClassVar[bool] = True  # w_ij = w_ji
-  balanced: ClassVar[bool] = True  # rows sum to one too: a consensus stays one
+  balanced: ClassVar[bool] = True  # rows sum to one too: consensus is preserved
   varying: ClassVar[bool] = False  # the period may be longer than one round
 
   def rounds(self, count: int) -> list[list[Shift]]:
-    """The links of W workers in each round of a period, which repeats.
+    """Returns the links of each round of the period, which repeats.
 
     Args:
-      count: W.
+      count: W, the number of workers.
     """
     raise NotImplementedError(f"{type(self).__name__} has no rounds")
 
 
 class Undirected(Topology):
-  """Metropolis-Hastings weights w_ij = 1 / (1 + max(d_i, d_j)) of a graph, given W.
+  """An undirected graph with Metropolis-Hastings weights w_ij = 1 / (1 + max(d_i, d_j)).
 
   Reference: Xiao, Boyd 2004, Systems and Control Letters 53(1) (local-degree weights).
   """
 
   def neighbours(self, count: int) -> list[set[int]]:
-    """Those with whom each of W workers has a link; itself may be among them."""
+    """Returns the neighbours of each of W workers; a set may include the worker itself."""
     raise NotImplementedError(f"{type(self).__name__} has no neighbours")
 
   def rounds(self, count):
@@ -62,7 +62,7 @@ class Undirected(Topology):
 
 
 class Ring(Undirected, name="ring"):
-  """Each worker and its two neighbours, a third each; of two workers, half each."""
+  """A ring: weights 1/3 for a worker and its two neighbours; 1/2 each if there are two workers."""
 
   def neighbours(self, count):
     return [{(i - 1) % count, (i + 1) % count} for i in range(count)]
@@ -74,7 +74,7 @@ ring = Ring
 class Torus(Undirected, name="torus"):
   """A periodic grid of a x b = W workers, a the largest divisor up to sqrt(W).
 
-  A worker and its neighbours have equal weights, a fifth if there are four; a prime W makes a ring.
+  A worker and its neighbours have equal weights, 1/5 for four neighbours. A prime W gives a ring.
   """
 
   def neighbours(self, count):
@@ -89,7 +89,7 @@ torus = Torus
 
 
 class Complete(Undirected, name="complete"):
-  """All pairs, 1/W each: one round gives the mean, for W - 1 trees per worker."""
+  """The complete graph with weights 1/W: one round gives the mean, for W - 1 trees per worker."""
 
   def neighbours(self, count):
     return [set(range(count)) for _ in range(count)]
@@ -99,7 +99,7 @@ complete = Complete
 
 
 class Star(Undirected, name="star"):
-  """Worker 0 with each of the others, by Metropolis-Hastings weights 1/W."""
+  """A star: links between worker 0 and all others, with Metropolis-Hastings weights 1/W."""
 
   def neighbours(self, count):
     return [set(range(count)) if i == 0 else {0} for i in range(count)]
@@ -109,9 +109,10 @@ star = Star
 
 
 class Exponential(Topology, name="exponential"):
-  """Worker i sends to i + 1, i + 2, i + 4, ...: with t = ceil(log2 W) links, 1 / (t + 1) each.
+  """The static exponential graph: worker i sends to i + 1, i + 2, i + 4, ...
 
-  The spectral gap is 2 / (t + 1) for even W: it shrinks with the logarithm of W only.
+  There are t = ceil(log2 W) links per worker, with weights 1 / (t + 1). The spectral gap is
+  2 / (t + 1) for even W: it decreases only with the logarithm of W.
 
   Reference: Ying, Yuan, Chen, Hu, Pan, Yin 2021, arXiv 2110.13363.
   """
@@ -128,9 +129,10 @@ exponential = Exponential
 
 
 class OnePeerExponential(Topology, name="one_peer_exponential"):
-  """In round k worker i sends to i + 2^(k mod t) only, t = ceil(log2 W), and keeps half.
+  """The one-peer exponential graph: in round k, worker i sends to i + 2^(k mod t) only.
 
-  If W is a power of two, t rounds give the exact mean, for one tree sent in each.
+  Both weights are 1/2, and t = ceil(log2 W). If W is a power of two, t rounds give the exact mean,
+  with one tree sent per round.
 
   Reference: Ying, Yuan, Chen, Hu, Pan, Yin 2021, arXiv 2110.13363.
   """
@@ -148,15 +150,16 @@ one_peer_exponential = OnePeerExponential
 
 
 class Weights(Topology, name="weights"):
-  """User-defined weights: w_ij in row i and column j weighs what worker i hears from j.
+  """User-defined weights: w_ij, in row i and column j, for the value that i receives from j.
 
   Args:
-    matrix: W rows of W numbers, none negative, rows and columns summing to one.
-    directed: only columns need to sum to one, which is enough for `push_sum` and `sgp`.
+    matrix: W rows of W nonnegative numbers; rows and columns sum to one.
+    directed: if true, only columns need to sum to one, which suffices for `push_sum` and `sgp`.
 
   Raises:
     ValueError: if the matrix is not square, has a negative number, a sum other than one, a worker
-      that does not reach all others, or no spectral gap; when traced, if there are not W workers.
+      that does not reach all others, or zero spectral gap; at trace time, if there are not W
+      workers.
   """
 
   matrix: Sequence[Sequence[float]]
@@ -173,7 +176,7 @@ class Weights(Topology, name="weights"):
 
   @property
   def array(self) -> np.ndarray:
-    """float64 [W, W]."""
+    """The matrix, float64 [W, W]."""
     return np.array(self.matrix, np.float64)
 
   @property
@@ -196,7 +199,15 @@ weights = Weights
 
 
 def mixing(topology: Topology, count: int) -> np.ndarray:
-  """The matrices [period, W, W] of w_ij, round by round."""
+  """The mixing matrices w_ij of all rounds of a period.
+
+  Args:
+    topology: the graph.
+    count: W, the number of workers.
+
+  Returns:
+    float64 [period, W, W].
+  """
   every = np.zeros((len(topology.rounds(count)), count, count))
   for matrix, shifts in zip(every, topology.rounds(count), strict=True):
     for offset, values in shifts:
@@ -205,9 +216,12 @@ def mixing(topology: Topology, count: int) -> np.ndarray:
 
 
 def spectral_gap(matrices: np.ndarray) -> float:
-  """1 - |lambda_2| of the product of matrices [period, W, W]: how much nearer a period comes.
+  """1 - |lambda_2| of the product of the mixing matrices of a period.
 
-  Zero where the workers never agree, one where they agree after a single period.
+  It is 0 if the workers never reach consensus, and 1 if they reach it within a single period.
+
+  Args:
+    matrices: [period, W, W], as returned by `mixing`.
   """
   product = np.linalg.multi_dot([np.eye(matrices.shape[1]), *matrices[::-1]])
   sizes = np.sort(np.abs(np.linalg.eigvals(product)))
@@ -215,7 +229,7 @@ def spectral_gap(matrices: np.ndarray) -> float:
 
 
 def describe(topology: Topology, count: int) -> str:
-  """One line: links by worker and round, and the spectral gap."""
+  """Describes a topology of `count` workers in one line: links per worker, and spectral gap."""
   every = mixing(topology, count)
   links = np.count_nonzero(every * (1 - np.eye(count))) / (len(every) * count)
   period = f"a period of {len(every)} rounds" if topology.varying else "a round"
@@ -231,7 +245,7 @@ def _powers(count: int) -> list[int]:
 
 
 def _shifts(count: int, links: Mapping[tuple[int, int], float]) -> list[Shift]:
-  """Weights by (listener i, speaker j), sorted by offset i - j."""
+  """Groups weights by (receiver i, sender j) into shifts, sorted by offset i - j."""
   found: dict[int, np.ndarray] = {}
   for (i, j), weight in links.items():
     found.setdefault((i - j) % count, np.zeros(count))[i] = weight

@@ -58,7 +58,12 @@ def widened(x: Array) -> Array:
 
 
 def restore(values: Array, like: jax.ShapeDtypeStruct) -> Array:
-  """Inverse of `to_blocks`: drops the padding; converts to the shape and dtype of `like`."""
+  """Inverse of `to_blocks`: drops the padding and restores shape and dtype.
+
+  Args:
+    values: floating-point, of any shape, at least as many elements as `like`.
+    like: shape and dtype of the leaf.
+  """
   return saturated(values.reshape(-1)[: like.size], like.dtype).reshape(like.shape)
 
 
@@ -74,7 +79,7 @@ def saturated(x: Array, dtype: jnp.dtype) -> Array:
   """
   to, of = jnp.finfo(dtype), jnp.finfo(x.dtype)
   if float(to.max) < float(of.max):
-    x = widened(x)  # float16 cannot represent bfloat16's largest number
+    x = widened(x)  # bfloat16 cannot represent the largest float16 number, 65504
     x = jnp.where(jnp.isfinite(x), jnp.clip(x, -float(to.max), float(to.max)), x)
   if to.nmant < of.nmant and to.nexp == of.nexp:
     x = lax.reduce_precision(x, to.nexp, to.nmant)
@@ -124,7 +129,15 @@ def largest_magnitude(blocks: Array) -> Array:
 
 
 def norm_over(blocks: Array, parts: int) -> Array:
-  """||x|| / parts of each block, float32 [blocks]; no square or norm overflows or underflows."""
+  """Computes ||x|| / parts of each block; no square or norm overflows or underflows.
+
+  Args:
+    blocks: float32 [blocks, width].
+    parts: divisor, such as a number of levels.
+
+  Returns:
+    float32 [blocks].
+  """
   largest = jnp.maximum(largest_magnitude(blocks), TINY)
   down = invertible(largest)
   relative = (blocks * down[:, None]) / (largest * down)[:, None]
@@ -136,5 +149,11 @@ def invertible(units: Array) -> Array:
 
   XLA divides by multiplying with the inverse, and the inverse of 2^127 would be flushed to zero.
   Multiply both a value and its unit by the factor before dividing.
+
+  Args:
+    units: positive divisors, float32 [blocks].
+
+  Returns:
+    float32 [blocks].
   """
   return jnp.where(units > 2.0**64, 2.0**-64, 1.0)

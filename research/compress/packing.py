@@ -10,7 +10,12 @@ WIDEST = 32
 
 
 def packed_size(count: int, bits: int) -> int:
-  """The number of bytes that `pack` needs for `count` codes of `bits` bits each."""
+  """The number of bytes of packed codes.
+
+  Args:
+    count: number of codes.
+    bits: width of a code, in [1, 32].
+  """
   return sum(-(-count * width // 8) for _, width in _fields(bits))
 
 

@@ -52,7 +52,7 @@ def count(mask: Array) -> Array:
 
 
 def magnitude(x: Array) -> Array:
-  """|x| as unsigned integers, which have the same order."""
+  """|x| of a floating-point array as unsigned integers of its width, in the same order."""
   bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
   return bits & (jnp.iinfo(bits.dtype).max >> 1)
 

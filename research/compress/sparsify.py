@@ -69,7 +69,7 @@ class Threshold(Compressor, name="threshold"):
   Shapes are static, so the payload always has room = capacity n entries. If more elements reach the
   threshold, the largest are sent, and `reached` in the payload is their total number. Neither
   unbiased nor contractive with a constant: if nothing reaches the threshold, nothing is sent. An
-  unsent element's error is its own magnitude, so ||C(x) - x|| <= ||x|| always.
+  element's error is at most `value` if the payload has room; ||C(x) - x|| <= ||x|| always.
 
   Args:
     value: the threshold, in units of x.

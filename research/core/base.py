@@ -1,4 +1,4 @@
-"""Interfaces of exchanges: compressors, aggregators, and what they say of themselves."""
+"""Interfaces of exchanges: compressors, aggregators, and their traits."""
 
 import enum
 import functools
@@ -17,16 +17,17 @@ Tree = Any  # a pytree of arrays
 Params = Tree
 State = Tree
 
-# The mesh axes over which workers are spread, slow links first. Workers of one `slice` are joined
-# by fast links (a TPU slice, a node), slices by slow ones. All other mesh axes lie inside a worker.
+# The mesh axes over which workers are distributed, slow links first. Workers of one `slice` are
+# connected by fast links (a TPU slice, a node), slices by slow ones. All other mesh axes are within
+# a worker.
 WORKER_AXES = ("slice", "data")
 
 
 def platform() -> str:
-  """'cpu', 'gpu' or 'tpu': what the program that is being traced will run on.
+  """The target platform of the program being traced: 'cpu', 'gpu' or 'tpu'.
 
-  The mesh in scope decides, whose devices may be ones to compile for that this machine does not
-  have; without a mesh it is JAX's default backend.
+  It is that of the mesh in scope, whose devices need not exist on this machine (ahead-of-time
+  compilation); without a mesh it is JAX's default backend.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
   name = device.platform if device is not None else jax.default_backend()
@@ -34,105 +35,105 @@ def platform() -> str:
 
 
 class Trait(enum.Flag):
-  """What a wrapper must know of the aggregator that it wraps."""
+  """Properties of an aggregator that determine which wrappers and methods can use it."""
 
-  MEMORY = enum.auto()  # keeps leaves from round to round, such as what a worker did not send
+  MEMORY = enum.auto()  # stores leaves from round to round, such as the compression error
   VOTE = enum.auto()  # sends signs without a scale
-  SELECTS = enum.auto()  # its value is not the mean of what the workers sent
-  NOISE = enum.auto()  # adds noise that hides a worker
-  SECRET = enum.auto()  # masks what a worker sends
-  FORGED = enum.auto()  # replaces what faulty workers have
-  WHOLE = enum.auto()  # looks at all of a worker's leaves at once
-  EXPANSIVE = enum.auto()  # its compressor may miss more than all of a value
-  DENSE = enum.auto()  # what it sends is not zero at most positions
+  SELECTS = enum.auto()  # its value is not the mean of the workers' messages
+  NOISE = enum.auto()  # adds noise for privacy
+  SECRET = enum.auto()  # masks the workers' messages
+  FORGED = enum.auto()  # replaces the values of faulty workers
+  WHOLE = enum.auto()  # needs all of a worker's leaves at once
+  EXPANSIVE = enum.auto()  # its compressor is not contractive
+  DENSE = enum.auto()  # its messages are not sparse
   APART = enum.auto()  # two workers, or two phases, send different positions of a leaf
-  LOCAL = enum.auto()  # its value differs from worker to worker
-  WEIGHTED = enum.auto()  # its value weights the workers by their place in the graph
-  DIRECTED = enum.auto()  # the weight of worker j at worker i is not that of i at j
+  LOCAL = enum.auto()  # its value differs between workers
+  WEIGHTED = enum.auto()  # its value weights the workers by their position in the graph
+  DIRECTED = enum.auto()  # the weight of worker j at worker i differs from that of i at j
   VARYING = enum.auto()  # the workers that it averages change from round to round
   PARTIAL = enum.auto()  # its value is the mean of the workers that did not drop out
-  EVERYONE = enum.auto()  # its value needs what every worker sent in earlier rounds
+  EVERYONE = enum.auto()  # its value depends on every worker's messages of earlier rounds
 
   def __str__(self) -> str:
     return listed([str(flag.name).lower() for flag in self])
 
 
 class Compressor(Part):
-  """A lossy encoding of one array: local, stateless, the paper's C(.).
+  """A lossy encoding of one array: local, stateless, C(.) in papers.
 
-  The payload is a tree of arrays whose shapes depend on the input's shape and dtype alone; their
-  dtypes and shapes ARE the wire format. What is drawn from the shared key (the support of random-k,
-  a rotation, a hash) is drawn again by `decode` and needs no place on the wire.
+  The payload is a tree of arrays whose shapes depend only on the input's shape and dtype; their
+  dtypes and shapes ARE the wire format. `decode` repeats draws from the shared key (the support of
+  random-k, a rotation, a hash), so they are not sent.
   """
 
   linear = False  # payloads of several workers may be summed before decoding
-  contractive = True  # E ||C(x) - x||^2 < ||x||^2 whatever x is: a memory stays bounded
-  sparse = False  # C(x) is zero but at few positions
+  contractive = True  # E ||C(x) - x||^2 < ||x||^2 for every x: a memory stays bounded
+  sparse = False  # C(x) is zero at most positions
 
   def encode(self, x: Array, shared: Key, own: Key) -> Tree:
-    """The payload of an array.
+    """Encodes an array into its payload.
 
     Args:
-      x: of any shape, floating-point.
+      x: the array, of any shape, floating-point.
       shared: a typed key, equal on all workers.
       own: a typed key of this worker.
     """
     raise NotImplementedError(f"{type(self).__name__} has no encode")
 
   def decode(self, payload: Tree, like: jax.ShapeDtypeStruct, shared: Key) -> Array:
-    """What the payload says of the array.
+    """Decodes a payload into an approximation of the array.
 
     Args:
-      payload: what `encode` made.
+      payload: the result of `encode`.
       like: shape and dtype of the array.
-      shared: the key that `encode` had.
+      shared: the shared key passed to `encode`.
     """
     raise NotImplementedError(f"{type(self).__name__} has no decode")
 
 
 class Chunk(NamedTuple):
-  """A worker's part of a whole that the workers have cut among themselves, in their order.
+  """A worker's part of an array that is partitioned over the workers, in their order.
 
-  In a state it is private like any other leaf; its type says that for another number of workers
-  the whole is cut anew, where other private rows are averaged.
+  In a state it is private like any other leaf. For another number of workers, the full array is
+  partitioned again; other private rows are averaged instead.
   """
 
   part: Array
 
 
 class Own(NamedTuple):
-  """State that every owner keeps for itself, even where all workers of a round write the same.
+  """State that is private to every owner, even if all workers of a round write equal values.
 
-  Where a worker serves several clients, those that a round leaves out keep what they had: the model
-  that a client last pulled is one.
+  Clients that are not sampled in a round keep their value. An example is the model that a client
+  last pulled.
   """
 
   part: Tree
 
 
 class Blocks(NamedTuple):
-  """State of what a mesh cuts inside a worker: leaves [B, ...], a row for each of B devices."""
+  """State of leaves that are sharded within a worker: [B, ...], a row for each of B devices."""
 
   part: Tree
 
 
 class Uplink(NamedTuple):
-  """How the trees of one worker get to a server, which decodes each leaf of each worker alone.
+  """The encoding of a worker's messages to a server, which decodes every leaf separately.
 
-  The key is equal on both sides and belongs to one message. A payload is what a Compressor makes of
+  The key belongs to one message and is equal on both sides. A payload is a Compressor's encoding of
   a leaf: its shapes and dtypes are the wire format.
   """
 
-  init: Callable[[Params], State]  # what the worker keeps from message to message
+  init: Callable[[Params], State]  # the worker's state, which persists from message to message
   encode: Callable[[Tree, State, Key], tuple[list[Tree], State]]  # payloads by leaf, and the state
   decode: Callable[[Tree, jax.ShapeDtypeStruct, Key, int], Array]  # (payload, like, key, leaf)
 
 
 class Presence(NamedTuple):
-  """Whether a worker takes part in an exchange, and what its contribution weighs.
+  """A worker's participation in an exchange, and the weight of its contribution.
 
-  A Python `True` says that all workers take part, so that nobody has to ask. The weights of a
-  round's workers average to one over all W of them; that of an absent worker counts as zero.
+  A Python `True` means that all workers are statically known to participate. The weights in a round
+  average to one over all W workers, where an absent worker counts as zero.
   """
 
   weight: float | Array = 1.0
@@ -143,17 +144,17 @@ EVERYONE = Presence()
 
 
 class Aggregate(NamedTuple):
-  """What one exchange between workers gives to one of them."""
+  """The result of an exchange for one worker."""
 
-  value: Tree  # what this worker receives
-  sent: Tree  # its contribution as the others saw it; tree - sent is the error
+  value: Tree  # the aggregate that this worker receives
+  sent: Tree  # its contribution as the others received it; tree - sent is the compression error
   state: State
 
 
 class Wrapper(Part):
-  """A Part around aggregators, which it may refuse by their traits."""
+  """A Part that wraps aggregators and may reject them by their traits."""
 
-  refuses: ClassVar[Mapping[Trait, str]] = {}  # trait of what is wrapped -> why not
+  refuses: ClassVar[Mapping[Trait, str]] = {}  # rejected trait of a wrapped aggregator -> reason
 
   def __post_init__(self):
     super().__post_init__()
@@ -161,11 +162,14 @@ class Wrapper(Part):
       self.refuse(aggregator.traits)
 
   def aggregators(self) -> list["Aggregator"]:
-    """Those that it wraps itself."""
+    """The aggregators that it wraps directly."""
     return [one for one in self.values() if isinstance(one, Aggregator)]
 
   def refuse(self, traits: Trait) -> None:
     """Rejects an aggregator that has one of the traits in `refuses`.
+
+    Args:
+      traits: the traits of the aggregator.
 
     Raises:
       ValueError: with the trait and the reason.
@@ -176,13 +180,13 @@ class Wrapper(Part):
 
 
 class Aggregator(Wrapper):
-  """The only place where workers talk. Runs per worker, under named worker axes.
+  """An exchange between workers. Runs per worker, under named worker axes.
 
-  The value is the mean 1/W sum_i weight_i x_i of what the workers have, exactly or nearly, or a
-  rule over the values of those present, times their mean weight. Nothing that an absent worker has
-  reaches the others, and the memory that it keeps for itself stays as it was.
+  The value is the mean 1/W sum_i weight_i x_i of the workers' trees, exact or approximate, or a
+  rule over the values of the workers present, times their mean weight. The values of an absent
+  worker do not reach the others, and its private memory does not change.
 
-  `adds` are its own traits; those of the aggregators and compressors in it are its traits too.
+  `adds` are its own traits; it also has the traits of the aggregators and compressors within it.
   """
 
   adds: ClassVar[Trait] = Trait(0)
@@ -194,26 +198,30 @@ class Aggregator(Wrapper):
         _check_types(value)
 
   def init(self, params: Params) -> State:
-    """What it keeps from round to round; nothing by default."""
+    """Returns the initial state, which persists from round to round; empty by default.
+
+    Args:
+      params: arrays with the shapes and dtypes of the trees to aggregate.
+    """
     del params
     return ()
 
   def aggregate(
     self, tree: Tree, state: State, key: Key, presence: Presence = EVERYONE
   ) -> Aggregate:
-    """One exchange.
+    """Runs one exchange.
 
     Args:
-      tree: what this worker contributes, arrays of any shapes.
-      state: what `init` or the last exchange returned.
+      tree: this worker's contribution, arrays of any shapes.
+      state: the result of `init` or of the previous exchange.
       key: a typed key, equal on all workers.
-      presence: whether this worker takes part, and what its contribution weighs.
+      presence: this worker's participation and weight.
     """
     raise NotImplementedError(f"{type(self).__name__} has no aggregate")
 
   @property
   def traits(self) -> Trait:
-    """What a wrapper must know of it."""
+    """Its own traits, and those of the aggregators and compressors within it."""
     found = self.adds
     for value in self.values():
       if isinstance(value, Aggregator):
@@ -224,24 +232,24 @@ class Aggregator(Wrapper):
 
   @property
   def uplink(self) -> Uplink | None:
-    """The same encoding on the way to a server; None of an exchange among the workers."""
+    """The same encoding for messages to a server; None if the exchange has no such form."""
     return None
 
   @property
   def privacy(self) -> Any:
-    """What the others see of a worker, a `Noise` or a `Sum` of `aggregate/privacy/hiding.py`.
+    """What is visible of a worker: a `Noise` or a `Sum` of `aggregate/privacy/hiding.py`.
 
-    None: nothing is known, and the accountant assumes that each message is seen.
+    For None the accountant assumes that each message is visible.
     """
     return None
 
 
 @functools.cache
 def _check_types(compressor: Compressor) -> None:
-  """Traces a small leaf there and back.
+  """Traces encoding and decoding of a small leaf.
 
   Raises:
-    ValueError: if the compressor decodes another shape or dtype than it was given.
+    ValueError: if decoding returns another shape or dtype than the leaf's.
   """
   leaf = jax.ShapeDtypeStruct((4, 6), jnp.float32)
   there_and_back = lambda x, key: compressor.decode(compressor.encode(x, key, key), leaf, key)
@@ -252,7 +260,7 @@ def _check_types(compressor: Compressor) -> None:
 
 
 def traits_of(compressor: Compressor) -> Trait:
-  """The traits that an aggregator has from its compressor."""
+  """The traits that an aggregator gets from its compressor."""
   found = Trait(0) if compressor.contractive else Trait.EXPANSIVE
   if not compressor.sparse:
     return found | Trait.DENSE

@@ -1,9 +1,9 @@
-"""Whose mistake an exception is, read off its traceback.
+"""Attributes an exception to invalid input or to a user's code, by its traceback.
 
-A mistake in a flag or a spec is refused by a check: a `raise` statement of this codebase makes the
-ValueError, which becomes one line. A mistake in a user's own code (a task's loss, a method's sync)
-fails in the user's file, in a library that it calls, or where the result is used. It is no wrong
-flag: the traceback is shown, after one line that says what failed.
+An invalid flag or spec is rejected by a check: a `raise` statement of this codebase creates the
+ValueError, which is shown as one line. An error in a user's code (a task's loss, a method's sync)
+occurs in the user's file, in a library that it calls, or where its result is used. Its traceback is
+shown, after one line that says what failed.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from research.core import text
 
 _HERE = Path(__file__).parents[2]
 _OURS = tuple(str(_HERE / name) + "/" for name in ("research", "experiments", "launch"))
-# What this codebase stands on; a package that is not named is taken for a user's own.
+# The dependencies of this codebase; any other package is considered a user's.
 _LIBRARIES = sys.stdlib_module_names | {
   *("jax", "jaxlib", "numpy", "scipy", "ml_dtypes", "flax", "optax", "chex", "orbax", "absl"),
   *("sklearn", "matplotlib", "rich", "google", "ray", "tokenizers", "grain", "tensorboardX"),
@@ -28,10 +28,10 @@ _RAISE = dis.opmap["RAISE_VARARGS"]
 
 
 def is_refusal(error: BaseException) -> bool:
-  """Whether an exception says what is wrong with a value that was given.
+  """Whether an exception describes an invalid input value.
 
-  True of a ValueError made by a `raise` statement of this codebase, and of a file, a number or an
-  amount of memory that cannot be had, unless a user's code asked for it.
+  True for a ValueError raised by a `raise` statement of this codebase. Also true for an OSError,
+  OverflowError or MemoryError, unless a user's code caused it.
   """
   if isinstance(error, ValueError):
     return is_raised(error) and _is_ours(_frames(error)[-1][0])
@@ -39,9 +39,9 @@ def is_refusal(error: BaseException) -> bool:
 
 
 def is_raised(error: BaseException) -> bool:
-  """Whether a `raise` statement made the exception, in the innermost frame that is left of it.
+  """Whether the innermost remaining frame of an exception is at a `raise` statement.
 
-  JAX removes its own frames: then the innermost one is at a call.
+  JAX removes its own frames; the innermost remaining frame is then at a call.
   """
   last = error.__traceback__
   while last and last.tb_next:
@@ -51,7 +51,7 @@ def is_raised(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def of_libraries() -> Iterator[None]:
-  """Around code in which a library's ValueError too is about a value that was given."""
+  """Context in which a library's ValueError also counts as an invalid input value."""
   try:
     yield
   except ValueError as error:
@@ -61,9 +61,15 @@ def of_libraries() -> Iterator[None]:
 
 
 def fault(error: BaseException) -> str:
-  """One line that says which part of a user's code failed, and where; '' if none did.
+  """Describes in one line which function of a user's code failed, and where.
 
-  The part is the function of theirs that this codebase called last.
+  The function named is the last one of theirs that this codebase called.
+
+  Args:
+    error: an exception with a traceback.
+
+  Returns:
+    The description; '' if no user code failed.
   """
   part: CodeType | None = None
   where, before_is_ours = "", False
@@ -82,7 +88,7 @@ def fault(error: BaseException) -> str:
 
 
 def is_users(module: str) -> bool:
-  """Whether a module, by its dotted name, is neither this codebase's nor a library's."""
+  """Whether a module, given by its dotted name, belongs neither to this codebase nor a library."""
   if module.partition(".")[0] in _LIBRARIES:
     return False
   file = getattr(sys.modules.get(module), "__file__", None) or ""

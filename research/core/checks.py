@@ -1,11 +1,10 @@
-"""The one phrasing of out-of-range values and unknown names.
+"""Checks of arguments, with uniform errors for out-of-range values and unknown names.
 
     at_least("period", period)              period=0 is not at least 1
     in_range("momentum", beta, "[0, 1)")    momentum=1.5 is not in [0, 1)
     unknown("ringg", TOPOLOGIES)            unknown; did you mean 'ring'? legal: ring, torus
 
-The checks raise ValueError where the object is built and never return a value. NaN is out of every
-range.
+The checks raise ValueError where the object is built and return nothing. NaN is out of every range.
 """
 
 import difflib
@@ -20,8 +19,8 @@ def at_least(name: str, value: float, least: float = 1) -> None:
   """Rejects a number below the smallest legal one.
 
   Args:
-    name: the parameter, as its caller writes it.
-    value: what was given.
+    name: name of the parameter.
+    value: its value.
     least: the smallest legal value.
 
   Raises:
@@ -35,8 +34,8 @@ def above(name: str, value: float, bound: float = 0) -> None:
   """Rejects a number that is not greater than a bound.
 
   Args:
-    name: the parameter, as its caller writes it.
-    value: what was given.
+    name: name of the parameter.
+    value: its value.
     bound: the largest illegal value.
 
   Raises:
@@ -50,10 +49,10 @@ def in_range(name: str, value: float, interval: str, *, note: str = "") -> None:
   """Rejects a number outside an interval.
 
   Args:
-    name: the parameter, as its caller writes it.
-    value: what was given.
-    interval: as mathematics writes it and the message shows it: "[0, 1)", "(0, inf)".
-    note: what follows the interval in the message, such as the reason for its upper end.
+    name: name of the parameter.
+    value: its value.
+    interval: in mathematical notation, as shown in the message: "[0, 1)", "(0, inf)".
+    note: text after the interval in the message, such as the reason for its upper end.
 
   Raises:
     ValueError: `momentum=1.5 is not in [0, 1)`.
@@ -63,7 +62,7 @@ def in_range(name: str, value: float, interval: str, *, note: str = "") -> None:
 
 
 def is_in(value: float, interval: str) -> bool:
-  """Whether a number lies in an interval such as "[0, 1)"; False for NaN."""
+  """Whether a number is in an interval such as "[0, 1)"; False for NaN."""
   low, high = (float(end) for end in interval[1:-1].split(","))
   from_low = operator.ge if interval[0] == "[" else operator.gt
   to_high = operator.le if interval[-1] == "]" else operator.lt
@@ -71,12 +70,12 @@ def is_in(value: float, interval: str) -> bool:
 
 
 def nearest(value: object, legal: Iterable[object], *, cutoff: float = 0.6) -> str | None:
-  """The legal name that is closest to what was given.
+  """Finds the legal name that is closest to a value.
 
   Args:
-    value: what was given.
-    legal: the names that there are.
-    cutoff: how similar the two must be, in [0, 1]; 0 always finds one.
+    value: the invalid value.
+    legal: the legal names.
+    cutoff: minimum similarity, in [0, 1]; 0 accepts any name.
 
   Returns:
     The name, or None if none is similar enough.
@@ -86,37 +85,37 @@ def nearest(value: object, legal: Iterable[object], *, cutoff: float = 0.6) -> s
 
 
 def hint(value: object, legal: Iterable[object], *, cutoff: float = 0.6) -> str:
-  """The end of an error about a name: `; did you mean 'ring'?`, or `;`.
+  """Returns the hint for an error about a name: `; did you mean 'ring'?`, or `;`.
 
   Args:
-    value: what was given.
-    legal: the names that there are.
-    cutoff: how similar the two must be, in [0, 1].
+    value: the invalid value.
+    legal: the legal names.
+    cutoff: minimum similarity of a suggestion, in [0, 1].
   """
   near = nearest(value, legal, cutoff=cutoff)
   return f"; did you mean '{near}'?" if near else ";"
 
 
 def unknown(value: object, legal: Iterable[object], *, cutoff: float = 0.6) -> str:
-  """`unknown; did you mean 'ring'? legal: ring, torus`, to follow the value in an error.
+  """Returns `unknown; did you mean 'ring'? legal: ring, torus`, to follow a value in an error.
 
   Args:
-    value: what was given.
-    legal: the names that there are; a long list is cut with the number of names left out.
-    cutoff: how similar the suggested name must be, in [0, 1].
+    value: the invalid value.
+    legal: the legal names; a long list is truncated, with the number of omitted names.
+    cutoff: minimum similarity of a suggestion, in [0, 1].
   """
   names = [str(name) for name in legal]
   return f"unknown{hint(value, names, cutoff=cutoff)} legal: {listed(names) or 'none'}"
 
 
 def one_of(name: str, value: Any, legal: Iterable[Any], *, cutoff: float = 0.6) -> None:
-  """Rejects a value that is not one of a few.
+  """Rejects a value that is not in a set of legal values.
 
   Args:
-    name: the parameter, as its caller writes it.
-    value: what was given.
-    legal: the values that there are.
-    cutoff: how similar the suggested value must be, in [0, 1].
+    name: name of the parameter.
+    value: its value.
+    legal: the legal values.
+    cutoff: minimum similarity of a suggestion, in [0, 1].
 
   Raises:
     ValueError: `mode='asink' is unknown; did you mean 'async'? legal: async, sync`.

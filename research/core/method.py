@@ -1,4 +1,4 @@
-"""Interface of algorithms: what a worker computes between two exchanges, sends, and receives."""
+"""Interface of algorithms: a worker's local steps, its message, and the update on receipt."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, Self
@@ -21,15 +21,15 @@ Period = int | Sequence[Sequence[int]]  # local steps per round, or [[first roun
 
 
 class Local(Protocol):
-  """What a worker carries through one round."""
+  """The state of a worker within one round."""
 
   @property
   def params(self) -> Params:
-    """Where its next gradient is taken."""
+    """The parameters at which the next gradient is computed."""
     ...
 
 
-# A method whose workers are to hold one model.
+# Rejected by methods whose workers share one model.
 COMMON_MODEL = {Trait.LOCAL: "the workers' models would part for good; take d_psgd"}
 
 
@@ -37,15 +37,15 @@ class Method(Wrapper):
   """An algorithm as one worker sees it. Only `sync` communicates.
 
   A round is `begin`, then `local_steps` times `step`, then `sync`. A method with one exchange per
-  round is written with `message` and `receive`, of which `sync` is made: its state then has a field
-  `link`, what its `aggregator` keeps. Another one overrides `sync`.
+  round defines `message` and `receive`, from which `sync` is derived; its state then has a field
+  `link`, the state of its `aggregator`. Other methods override `sync`.
 
-  The presence of an absent worker is inactive: its round is lost, what it computed in it reaches
-  nobody, and the state that it keeps for itself stays as it was. Which state is private and which
-  is equal on all workers is inferred by tracing (`parallel/layout.py`).
+  An absent worker has an inactive presence: its round is lost, its results reach no other worker,
+  and its private state does not change. Which state is private and which is equal on all workers is
+  inferred by tracing (`parallel/layout.py`).
 
-  A `period` is a number of local steps per round, or [[first round, steps], ...] where it changes.
-  By default a method refuses aggregators whose value differs between workers.
+  A `period` is a number of local steps per round, or a schedule [[first round, steps], ...]. By
+  default a method rejects aggregators whose value differs between workers.
   """
 
   refuses: ClassVar[Mapping[Trait, str]] = COMMON_MODEL
@@ -57,75 +57,93 @@ class Method(Wrapper):
     checks.at_least("local_steps", self.local_steps)
 
   def init(self, params: Params) -> State:
-    """The state that lives from round to round, of the first model."""
+    """Returns the initial state, which persists from round to round.
+
+    Args:
+      params: the initial model, equal on all workers.
+    """
     raise NotImplementedError(f"{type(self).__name__} has no init")
 
   def begin(self, state: State) -> Any:
-    """What a worker carries through one round: a Local, whose `params` are differentiated at."""
+    """Returns the Local at the start of a round; gradients are computed at its `params`.
+
+    Args:
+      state: the state at the round's start.
+    """
     raise NotImplementedError(f"{type(self).__name__} has no begin")
 
   def step(
     self, grads: Tree, local: Any, state: State, *, key: Key, grad_fn: GradFn | None = None
   ) -> Any:
-    """One local step; nothing is communicated.
+    """Takes one local step, without communication.
 
     Args:
       grads: the gradient of a mini-batch at `local.params`.
-      local: what `begin` or the last step returned.
-      state: of the round's start.
+      local: the result of `begin` or of the previous step.
+      state: the state at the round's start.
       key: a typed key of this worker and step.
       grad_fn: params -> the gradient of the same mini-batch at other parameters.
 
     Returns:
-      The Local after it.
+      The Local after the step.
     """
     raise NotImplementedError(f"{type(self).__name__} has no step")
 
   def message(
     self, local: Any, state: State, *, key: Key, presence: Presence = EVERYONE
   ) -> tuple[Tree, State]:
-    """The end of a local phase: what is sent, and the state without what has to be waited for.
+    """Ends the local phase: returns the message, and the state without the exchange's result.
 
     Args:
-      local: of the round's last step.
-      state: of its start.
+      local: the Local after the round's last step.
+      state: the state at the round's start.
       key: a typed key of the round, equal on all workers.
-      presence: whether this worker takes part, and what it weighs.
+      presence: this worker's participation and weight.
     """
     raise NotImplementedError(f"{type(self).__name__} has no message")
 
   def receive(
     self, value: Tree, sent: Tree, state: State, *, key: Key, presence: Presence = EVERYONE
   ) -> State:
-    """The state when the exchange is done.
+    """Returns the state after the exchange.
 
     Args:
-      value: what the aggregator made of all messages.
-      sent: this worker's message as the others saw it.
-      state: what `message` returned, or what local steps have since made of it.
-      key: that of the message.
-      presence: that of the message.
+      value: the aggregate of all messages.
+      sent: this worker's message as the others received it.
+      state: the result of `message`, possibly advanced by later local steps.
+      key: the key passed to `message`.
+      presence: the presence passed to `message`.
     """
     raise NotImplementedError(f"{type(self).__name__} has no receive")
 
   def sync(self, local: Any, state: State, *, key: Key, presence: Presence = EVERYONE) -> State:
-    """The part of a round that communicates, under named worker axes."""
+    """Runs the exchange of a round, under named worker axes.
+
+    Args:
+      local: the Local after the round's last step.
+      state: the state at the round's start.
+      key: a typed key of the round, equal on all workers.
+      presence: this worker's participation and weight.
+
+    Returns:
+      The state after the round.
+    """
     tree, state = self.message(local, state, key=key, presence=presence)
     link, counted = self.link(state), self.counted(presence)
     value, sent, link = self.exchange.aggregate(tree, link, key, counted)
     return self.receive(value, sent, self.with_link(state, link), key=key, presence=presence)
 
   def params(self, state: State) -> Params:
-    """The model one would deploy."""
+    """The model to deploy."""
     return state.params
 
   @property
   def exchange(self) -> Aggregator:
-    """The aggregator of its one exchange per round."""
+    """The aggregator of the single exchange per round."""
     return self.aggregator
 
   def counted(self, presence: Presence) -> Presence:
-    """The presence that the aggregator is told: the worker's own by default."""
+    """The presence passed to the aggregator: the worker's own by default."""
     return presence
 
   def link(self, state: State) -> State:
@@ -133,45 +151,57 @@ class Method(Wrapper):
     return state.link
 
   def with_link(self, state: State, link: State) -> State:
-    """The state with another part of the aggregator."""
+    """The state with the aggregator's part replaced."""
     return state._replace(link=link)
 
   @property
   def splits(self) -> bool:
-    """Whether its round is message, one exchange, receive."""
+    """Whether a round consists of `message`, one exchange and `receive`."""
     return type(self).message is not Method.message
 
   @property
   def local_steps(self) -> int:
-    """Local steps per round: static, so that traffic per round is known."""
+    """Local steps per round; static, so that the traffic per round is statically known."""
     return periods(self.period)[0]
 
   @property
   def later(self) -> tuple[tuple[int, int], ...]:
-    """The changes of its local steps: (first round, steps), rising."""
+    """The later stages of the period's schedule: (first round, steps), increasing."""
     return periods(self.period)[1]
 
   @property
   def passes(self) -> int:
-    """Passes of each owner over its own examples per round, in place of a number of steps; or 0.
+    """Passes of each owner over its own examples per round, or 0 if rounds have fixed steps.
 
-    The executors find the steps: those of the owner that has most; the others stop where they are
-    done.
+    The executors derive the number of steps from the owner with the most examples; the others stop
+    earlier.
     """
     return 0
 
   @property
   def one_by_one(self) -> bool:
-    """Whether a round is that of a single worker, whose turn it is on a virtual clock."""
+    """Whether a round is the turn of a single worker on a virtual clock."""
     return False
 
   def in_rounds(self, steps: int, participation: float) -> "Method":
-    """The same method in rounds of so many steps, in which a share of all owners takes part."""
+    """The same method with other rounds.
+
+    Args:
+      steps: local steps per round.
+      participation: fraction of all owners that take part in a round.
+    """
     del participation
     return self.replace(period=steps) if "period" in self.fields() else self
 
   def over(self, wrap: Callable[[Aggregator], Aggregator]) -> Self:
-    """The same method with each of its aggregators wrapped."""
+    """The same method with each of its aggregators wrapped.
+
+    Args:
+      wrap: aggregator -> wrapped aggregator.
+
+    Raises:
+      ValueError: if a wrapper rejects an aggregator, or the method rejects the wrapped one.
+    """
 
     def wrapped(value: Any) -> Any:
       if isinstance(value, Method):
@@ -183,27 +213,34 @@ class Method(Wrapper):
     return self.replace(**{name: wrapped(value) for name, value in self.fields().items()})
 
   def onto(self, project: Callable[[Params], Params]) -> "Method | None":
-    """The same method with its models kept in a convex set; None if it cannot."""
+    """The same method with its models projected onto a convex set; None if not supported.
+
+    Args:
+      project: maps parameters to the nearest point of the set.
+    """
     del project
     return None
 
   def on_server(self) -> "tuple[Method, Any]":
-    """The method that a server and its workers run, and a correction for the age of a message.
+    """The method for a server and its workers, and a correction for the staleness of messages.
 
     Raises:
-      ValueError: if it has none, with the reason.
+      ValueError: if it cannot run on a server, with the reason.
     """
     return self, None
 
 
 def periods(period: Period) -> tuple[int, tuple[tuple[int, int], ...]]:
-  """The local steps that a method begins with, and the later ones with their first rounds.
+  """Parses a period.
 
   Args:
-    period: a number of steps, or [[first round, steps], ...].
+    period: a number of local steps, or a schedule [[first round, steps], ...].
+
+  Returns:
+    The local steps of the first stage, and the later stages as (first round, steps).
 
   Raises:
-    ValueError: if a number of steps is < 1, or the schedule does not begin at round 0 and rise.
+    ValueError: if a number of steps is < 1, or the schedule does not start at round 0 and increase.
   """
   stages = [[0, period]] if isinstance(period, int) else [list(stage) for stage in period]
   rounds = [stage[0] for stage in stages]

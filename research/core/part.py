@@ -1,4 +1,4 @@
-"""Parts: the objects that specs name, as frozen dataclasses whose repr is their spec."""
+"""Base class of the objects that specs name: frozen dataclasses whose repr is their spec."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -8,10 +8,10 @@ Kind = TypeVar("Kind")
 
 
 def hidden(default: Any, *, init: Literal[False] = False) -> Any:
-  """A field that no spec sets and no repr shows: executors and wrappers replace it.
+  """Declares a field that specs cannot set and repr omits; executors and wrappers replace it.
 
   Args:
-    default: its value when built.
+    default: its value in a new object.
     init: tells type checkers that the constructor does not take the field.
   """
   return dataclasses.field(default=default, init=init, repr=False)
@@ -19,20 +19,20 @@ def hidden(default: Any, *, init: Literal[False] = False) -> Any:
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, hidden))
 class Part:
-  """What a spec names: a frozen dataclass whose repr is its spec.
+  """A frozen dataclass whose repr is its spec.
 
-  A subclass becomes a dataclass by itself. Its `name` is that of its constructor in specs:
+  Subclasses become dataclasses automatically. `name` is the name of the constructor in specs:
 
       class Halved(Compressor, name="halved"):
         factor: float = 0.5
 
       halved = Halved
 
-  `check` rejects arguments out of range; it runs whenever an object is built or changed.
+  `check` rejects arguments that are out of range; it runs whenever an object is built or replaced.
   """
 
   spec_name: ClassVar[str] = ""
-  title: ClassVar[str] = "Part"  # what errors call it: its name in specs, else that of its class
+  title: ClassVar[str] = "Part"  # name in error messages: the name in specs, else the class name
 
   def __init_subclass__(cls, name: str = "", **kwargs: Any):
     super().__init_subclass__(**kwargs)
@@ -42,7 +42,7 @@ class Part:
     dataclasses.dataclass(frozen=True, repr=False)(cls)
     known = vars(cls)["__dataclass_fields__"]
     for declared in set(known) - {field.name for field in dataclasses.fields(cls)}:  # pyright: ignore[reportArgumentType]
-      del known[declared]  # a ClassVar keeps no place in the order of a subclass's fields
+      del known[declared]  # a ClassVar must not fix a subclass's order of fields
 
   def __post_init__(self):
     for name, value in self.fields().items():
@@ -50,14 +50,19 @@ class Part:
     self.check()
 
   def check(self) -> None:
-    """Rejects arguments out of range.
+    """Rejects arguments that are out of range.
 
     Raises:
       ValueError: one line with the name, the value and the legal range.
     """
 
   def replace(self, **changes: Any) -> Self:
-    """The same object with other values of some fields, hidden ones included; checked anew."""
+    """Returns a copy with other values of some fields, including hidden ones, and checks it.
+
+    Raises:
+      TypeError: for an unknown field.
+      ValueError: see `check`.
+    """
     fresh = object.__new__(type(self))
     for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
       value = changes.pop(field.name) if field.name in changes else getattr(self, field.name)
@@ -68,16 +73,16 @@ class Part:
     return fresh
 
   def fields(self) -> dict[str, Any]:
-    """All fields by name, hidden ones included."""
+    """All fields by name, including hidden ones."""
     return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # pyright: ignore[reportArgumentType]
 
   def values(self) -> Iterator[Any]:
-    """The values of all fields; of a field that holds several, each of them."""
+    """The values of all fields; a tuple contributes each of its elements."""
     for value in self.fields().values():
       yield from value if type(value) is tuple else (value,)
 
   def parts(self, kind: type[Kind]) -> Iterator[Kind]:
-    """Every object of a type in this one, at any depth, itself included."""
+    """All objects of a type within this one, at any depth, including itself."""
     if isinstance(self, kind):
       yield self
     for value in self.values():
@@ -97,12 +102,12 @@ class Part:
 
 
 def _frozen(value: Any) -> Any:
-  """Lists as tuples, so that an object can be hashed."""
+  """Converts lists to tuples, so that the object is hashable."""
   return tuple(map(_frozen, value)) if type(value) in (list, tuple) else value
 
 
 def _shown(value: Any) -> str:
-  """A value as a spec writes it; an optimizer or a function that no spec made by its type."""
+  """A value as written in a spec; optimizers and functions not built from a spec as <type>."""
   if type(value) is tuple:
     return f"[{', '.join(map(_shown, value))}]"
   is_made = type(value).__repr__ not in (object.__repr__, tuple.__repr__)

@@ -1,7 +1,7 @@
-"""Paths as users give them: `~` is expanded, and what cannot be a path of this machine is rejected.
+"""Validates and expands paths given by users.
 
-Runs lock their folder, append to files in it and rename them, and data files are read in place. All
-of this needs a file system, so a URL of an object store is rejected: the storage has to be mounted.
+Runs lock their folder, append to files in it and rename them, and data files are read in place.
+This requires a file system, so object store URLs are rejected: mount the storage instead.
 """
 
 import errno
@@ -10,16 +10,17 @@ import re
 from pathlib import Path
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
-_NAME = 255  # bytes of one name, and of a whole path: the limits of Linux
-_PATH = 4096
-_ROOM = 256  # bytes for the names of the files in a run's folder
+_NAME = 255  # maximum bytes of one name on Linux
+_PATH = 4096  # maximum bytes of a path on Linux
+_ROOM = 256  # bytes reserved for the names of files in a run's folder
 
 
 def local(text: str | Path) -> Path:
-  """The path, with `~` and `~user` expanded.
+  """Expands `~` and `~user` in a path and validates it.
 
   Raises:
-    ValueError: it is empty, a URL, too long or not UTF-8, or the home directory is not known.
+    ValueError: if the path is empty, a URL, too long or not UTF-8, or the home directory is
+      unknown.
   """
   text = str(text)
   if not text:
@@ -37,10 +38,10 @@ def local(text: str | Path) -> Path:
 
 
 def writable(text: str | Path) -> Path:
-  """The path of a folder that can be written, or made; nothing is written.
+  """Validates the path of a folder that is writable or can be created; nothing is written.
 
   Raises:
-    ValueError: see `local`; or it is a file, or cannot be written or made.
+    ValueError: see `local`; also if the path is a file or is not writable.
   """
   folder = local(text)
   try:
@@ -55,7 +56,7 @@ def writable(text: str | Path) -> Path:
 
 
 def of_environment(name: str) -> Path | None:
-  """The path in an environment variable; None if it is empty or not set.
+  """Returns the path in an environment variable; None if it is empty or not set.
 
   Raises:
     ValueError: see `local`; the message names the variable.
@@ -73,7 +74,7 @@ def cache() -> Path | None:
   """This project's folder in the user's cache, or None if the user has no home directory.
 
   Raises:
-    ValueError: $XDG_CACHE_HOME is no path.
+    ValueError: if $XDG_CACHE_HOME is not a valid path.
   """
   root = of_environment("XDG_CACHE_HOME")
   if root is None:
@@ -85,11 +86,11 @@ def cache() -> Path | None:
 
 
 def is_full(error: BaseException | None) -> bool:
-  """Whether a full disk, or a spent quota, is what an error came of."""
+  """Whether an error was caused by a full disk or an exhausted quota."""
   while error is not None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
       return True
-    if os.strerror(errno.ENOSPC) in str(error):  # of libraries that raise errors of their own
+    if os.strerror(errno.ENOSPC) in str(error):  # libraries that raise their own error types
       return True
     error = error.__cause__ or error.__context__
   return False
@@ -98,7 +99,7 @@ def is_full(error: BaseException | None) -> bool:
 def _expanded(text: str) -> Path:
   path = Path(text)
   if not text.startswith("~"):
-    # ./~x is no home directory, and stays none where it is written out and read again
+    # ./~x is not a home directory; the absolute path keeps it so when it is printed and parsed
     return path.absolute() if str(path).startswith("~") else path
   try:
     return path.expanduser()
@@ -125,7 +126,7 @@ def _check_url(text: str) -> None:
 
 
 def _check_encoding(text: str) -> None:
-  """Rejects names that are not UTF-8, which neither checkpoints nor JSON can hold."""
+  """Rejects names that are not UTF-8, which checkpoints and JSON do not support."""
   surrogates = [ord(character) for character in text if "\ud800" <= character <= "\udfff"]
   try:
     text.encode(errors="surrogateescape").decode()

@@ -1,4 +1,4 @@
-"""The standard streams of a command, which may be closed, or lose their reader while it runs."""
+"""Makes the standard streams of a command robust to being closed or losing their reader."""
 
 import codecs
 import io
@@ -10,9 +10,9 @@ _NAMES = ("stdin", "stdout", "stderr")
 
 
 class _Output(io.FileIO):
-  """Standard output or error. What nobody reads any more goes nowhere, and no run ends by it.
+  """Standard output or error that discards data after its reader is gone, instead of failing.
 
-  A full disk under standard output is reported once; under standard error there is nobody to tell.
+  A full disk under standard output is reported once; under standard error it cannot be reported.
   """
 
   def __init__(self, number: int):
@@ -32,10 +32,10 @@ class _Output(io.FileIO):
 
 
 def prepare() -> None:
-  """Opens those that are closed on the null device, and lets the others outlive their readers.
+  """Opens closed standard streams on the null device, and makes the others survive their readers.
 
-  Without it a file that is opened later would get the number of a closed stream, and what libraries
-  print would be written into it. Streams that were replaced, such as by a test, stay as they are.
+  Otherwise a file opened later would reuse the descriptor of a closed stream, and libraries would
+  print into it. Streams that have been replaced, for example by a test, are not changed.
   """
   for number, name in enumerate(_NAMES):
     stream = getattr(sys, name)
@@ -52,7 +52,7 @@ def prepare() -> None:
 
 
 def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
-  """What the encoding lacks: bytes that were none of it when they were read, else an escape."""
+  """Encodes unencodable characters: surrogate escapes as their original bytes, others escaped."""
   try:
     return codecs.lookup_error("surrogateescape")(error)
   except UnicodeError:

@@ -1,19 +1,24 @@
-"""What a user typed, read and shown again: whole numbers, and quotations that fit into one line."""
+"""Parses and quotes user input: integers, and quotations that fit on one line of an error."""
 
 import re
 from collections.abc import Iterable
 
-LINE = 1000  # characters that a line of an error has at most
-QUOTED = 200  # of which a quotation takes at most
+LINE = 1000  # maximum characters of an error line
+QUOTED = 200  # maximum characters of a quotation in it
 
 
 def whole_number(text: str) -> int | None:
-  """The whole number that a text is in the digits 0 to 9, of which it has 20 at most; else None."""
+  """Parses an integer of 1 to 20 digits 0-9; returns None for any other text."""
   return int(text) if re.fullmatch("[0-9]{1,20}", text) else None
 
 
 def shortened(text: str, room: int = QUOTED) -> str:
-  """A text of at most `room` characters: of a longer one the beginning and the end."""
+  """Shortens a text, keeping its beginning and its end.
+
+  Args:
+    text: any text.
+    room: maximum number of characters.
+  """
   if len(text) <= room:
     return text
   end = (room - 5) // 3
@@ -21,21 +26,36 @@ def shortened(text: str, room: int = QUOTED) -> str:
 
 
 def one_line(text: object, room: int = LINE) -> str:
-  """A text in one line of at most `room` characters, all of which can be printed."""
+  """Converts a text to one line of printable characters.
+
+  Args:
+    text: any object; its `str` is used.
+    room: maximum number of characters.
+  """
   line = shortened(" ".join(filter(None, map(str.strip, str(text).splitlines()))), room)
   return shortened("".join(c if c.isprintable() else repr(c)[1:-1] for c in line), room)
 
 
 def quoted(value: object, room: int = QUOTED) -> str:
-  """A value as Python writes it, in one line of at most `room` characters."""
+  """The repr of a value on one line.
+
+  Args:
+    value: any object.
+    room: maximum number of characters.
+  """
   try:
     return one_line(repr(value), room)
-  except ValueError:  # an integer of more digits than Python prints
+  except ValueError:  # an integer with more digits than Python converts
     return "a number of thousands of digits"
 
 
 def listed(names: Iterable[str], room: int = LINE // 2) -> str:
-  """Names with commas; of a list longer than `room` the first ones, and how many more there are."""
+  """Joins names with commas; names that do not fit are replaced by their number.
+
+  Args:
+    names: the names.
+    room: maximum number of characters of the names shown.
+  """
   names, shown = list(names), ""
   for count, name in enumerate(names):
     if len(shown) + len(name) > room:

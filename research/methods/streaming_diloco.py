@@ -124,7 +124,12 @@ class StreamingDiLoCo(Method, name="streaming_diloco"):
     return state.common
 
   def received(self, params: Params, state: StreamingState) -> Params:
-    """Mixes the fragment whose exchange ends in this round into the worker's model."""
+    """Mixes the fragment whose exchange ends in this round into the worker's model.
+
+    Args:
+      params: this worker's model.
+      state: the state at the round's start.
+    """
     number = state.count - 1 - self.late[0]  # the round in which the exchange started
     leaves, treedef = jax.tree.flatten(params)
     common = jax.tree.leaves(state.common)

@@ -96,7 +96,12 @@ class ZeroOneAdam(OneGradient, name="zero_one_adam"):
     return self.descended(state, state.buffer)
 
   def descended(self, state: ZeroOneAdamState, buffer: Tree) -> Params:
-    """x_{t'} - u / sqrt(v + eps)."""
+    """x_{t'} - u / sqrt(v + eps), where elements with v = 0 do not move.
+
+    Args:
+      state: provides x_{t'} and v.
+      buffer: u.
+    """
     step = lambda x, u, v: x - jnp.where(v > 0, u / jnp.sqrt(v + self.eps), 0)
     return jax.tree.map(step, state.params, buffer, state.variance)
 

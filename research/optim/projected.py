@@ -1,4 +1,4 @@
-"""Optimizers that keep a model in a convex set: every step ends with a projection."""
+"""Projected optimizers: every step ends with a projection onto a convex set."""
 
 from collections.abc import Callable
 
@@ -12,13 +12,13 @@ from research.core.base import Params
 def projected(
   inner: optax.GradientTransformation, project: Callable[[Params], Params]
 ) -> optax.GradientTransformation:
-  """Projected steps of any optimizer, x_{t+1} = P(x_t + inner(g_t)).
+  """Projects every step of an optimizer: x_{t+1} = P(x_t + inner(g_t)).
 
-  Models that start in the set stay there, and so do means of them.
+  Models that start in the set stay in it, and so do their means.
 
   Args:
-    inner: an optimizer.
-    project: P, the nearest point of a convex set.
+    inner: any optimizer.
+    project: P, maps parameters to the nearest point of a convex set.
 
   Reference: Goldstein, 1964, Convex programming in Hilbert space; Levitin, Polyak, 1966.
   """

@@ -1,7 +1,7 @@
-"""Adaptive optimizers of a server: what it makes of its clients' mean change of the model.
+"""Adaptive server optimizers for the clients' mean model change.
 
-They are optax transformations of the pseudo-gradient -Delta_t. Other than optax's own they begin
-with v_{-1} = tau^2 and correct no bias:
+They are optax transformations of the pseudo-gradient -Delta_t. Unlike optax's own optimizers they
+start from v_{-1} = tau^2 and have no bias correction:
 
     m_t = b1 m_{t-1} + (1 - b1) Delta_t,      x_{t+1} = x_t + eta m_t / (sqrt(v_t) + tau)
 
@@ -24,13 +24,13 @@ class ServerState(NamedTuple):
 
 
 def adam(learning_rate: float, b1: float, b2: float, tau: float) -> optax.GradientTransformation:
-  """v_t = b2 v_{t-1} + (1 - b2) Delta_t^2.
+  """Adam with v_t = b2 v_{t-1} + (1 - b2) Delta_t^2.
 
   Args:
     learning_rate: eta.
     b1: decay of the mean of changes.
     b2: decay of the mean of squares.
-    tau: degree of adaptivity, in units of a change of the model.
+    tau: degree of adaptivity, in units of a model change.
 
   Raises:
     ValueError: if learning_rate or tau is not above 0, or b1 or b2 is outside [0, 1).
@@ -40,21 +40,27 @@ def adam(learning_rate: float, b1: float, b2: float, tau: float) -> optax.Gradie
 
 
 def yogi(learning_rate: float, b1: float, b2: float, tau: float) -> optax.GradientTransformation:
-  """v_t = v_{t-1} - (1 - b2) Delta_t^2 sign(v_{t-1} - Delta_t^2). Args and raises as `adam`."""
+  """Yogi with v_t = v_{t-1} - (1 - b2) Delta_t^2 sign(v_{t-1} - Delta_t^2).
+
+  Args and Raises: see `adam`.
+  """
   _check_decay("b2", b2)
   towards = lambda v, square: v - (1 - b2) * square * jnp.sign(v - square)
   return _adaptive(towards, learning_rate, b1, tau)
 
 
 def adagrad(learning_rate: float, b1: float, tau: float) -> optax.GradientTransformation:
-  """v_t = v_{t-1} + Delta_t^2. Args and raises as `adam`."""
+  """AdaGrad with v_t = v_{t-1} + Delta_t^2.
+
+  Args and Raises: see `adam`.
+  """
   return _adaptive(lambda v, square: v + square, learning_rate, b1, tau)
 
 
 def _adaptive(
   rule: Callable[[Array, Array], Array], learning_rate: float, b1: float, tau: float
 ) -> optax.GradientTransformation:
-  """With v_t = rule(v_{t-1}, Delta_t^2)."""
+  """An optimizer with v_t = rule(v_{t-1}, Delta_t^2)."""
   for name, value in (("learning_rate", learning_rate), ("tau", tau)):
     if not value > 0:
       raise ValueError(f"{name}={value} is not above 0")

@@ -1,10 +1,10 @@
-"""The optax face: aggregators and methods as gradient transformations of somebody's own train step.
+"""Aggregators and methods as optax gradient transformations, for use in any train step.
 
-Both run where the worker axis is in scope (inside `shard_map`, `pmap` or `vmap(axis_name=...)`) on
-one worker's gradients. Inside `shard_map` pass `check_vma=False`: with it on, `jax.grad` sums the
+Both run on one worker's gradients with the worker axis in scope: inside `shard_map`, `pmap` or
+`vmap(axis_name=...)`. Pass `check_vma=False` to `shard_map`: otherwise `jax.grad` sums the
 gradients of replicated parameters over the workers before the aggregator sees them, and such sums
-are rejected. What each worker keeps for itself, such as the memory of an error feedback, comes out
-of `shard_map` by the specs that `parallel/state_specs.py` finds.
+are rejected. Private state, such as an error feedback memory, needs the PartitionSpecs from
+`parallel/state_specs.py` to leave `shard_map`.
 """
 
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from research.core.method import Method
 
 
 class AggregatedState(NamedTuple):
-  count: Array  # int32, updates so far
+  count: Array  # int32, completed updates
   key: Key
   link: State
 
@@ -28,21 +28,21 @@ class AggregatedState(NamedTuple):
 def aggregated(
   aggregator: Aggregator, *, axis: Axes = WORKER_AXES, seed: int = 0
 ) -> optax.GradientTransformation:
-  """Replaces each worker's gradients by what the aggregator makes of all of them.
+  """Replaces each worker's gradients by the aggregate over all workers.
 
   `optax.chain(optax.clip_by_global_norm(1.0), aggregated(mean()), optax.adamw(3e-4))` clips each
-  worker's gradient, averages, and steps. Anything may stand before it, on a worker's own gradient,
-  and after it, on what all agree on.
+  worker's gradient, averages, and steps. Transformations before it see one worker's gradient;
+  transformations after it see the aggregate, equal on all workers.
 
   Args:
-    aggregator: how the workers' gradients become one.
-    axis: the name of the worker axis, or the names, slow links first; 'slice' and 'data' by
-      default, or which of them is in scope.
-    seed: of the aggregator's randomness; the same on all workers.
+    aggregator: combines the workers' gradients.
+    axis: the name or names of the worker axes, slow links first; by default those of 'slice' and
+      'data' that are in scope.
+    seed: seed of the aggregator's randomness, equal on all workers.
 
   Raises:
-    ValueError: when traced, if the axis is not in scope, or `shard_map` has summed the gradients
-      already.
+    ValueError: at trace time, if the axis is not in scope or `shard_map` has already summed the
+      gradients.
 
   Example:
     >>> tx = optax.chain(aggregated(error_feedback(two_phase(int8())), axis="batch"), optax.sgd(.1))
@@ -75,7 +75,7 @@ def _refuse_sums(grads: Tree, axis: Axes) -> None:
 
 
 class MethodState(NamedTuple):
-  count: Array  # int32, local steps so far
+  count: Array  # int32, completed local steps
   key: Key
   local: Any  # of the method
   state: State
@@ -84,24 +84,25 @@ class MethodState(NamedTuple):
 def as_optax(
   method: Method, *, axis: Axes = WORKER_AXES, seed: int = 0
 ) -> optax.GradientTransformationExtraArgs:
-  """A whole method as an optimizer: a local step at each update, a sync after each round of them.
+  """Runs a method as an optimizer: each update is a local step, and each full round ends in a sync.
 
-  The first argument of `update` is the worker's gradient at its current parameters; pass
-  `grad_fn=...` as an extra argument where the method needs gradients elsewhere, and `weight=...`
-  where the workers' shares of the objective differ. Keep one set of parameters per worker: they
-  differ between syncs for methods that step locally. In a chain it stands last, since it sets the
-  parameters that it has computed: decay and masks belong into its inner optimizer, clipping of a
-  worker's gradient before it.
+  The first argument of `update` is the worker's gradient at its current parameters. Pass
+  `grad_fn=...` as an extra argument if the method needs gradients at other parameters, and
+  `weight=...` if the workers' shares of the objective differ. Keep separate parameters per worker:
+  they differ between syncs for methods with local steps. In a chain it must be last, since it sets
+  the parameters it has computed: put weight decay and masks into its inner optimizer, and clipping
+  of a worker's gradient before it.
 
   Args:
     method: the algorithm.
-    axis: the name of the worker axis, or the names, slow links first; 'slice' and 'data' by
-      default, or which of them is in scope.
-    seed: of its randomness; the same on all workers.
+    axis: the name or names of the worker axes, slow links first; by default those of 'slice' and
+      'data' that are in scope.
+    seed: seed of the method's randomness, equal on all workers.
 
   Raises:
-    ValueError: if the method's rounds have no one length: its period changes, or it is by epochs;
-      when traced, if the axis is not in scope, or `shard_map` has summed the gradients already.
+    ValueError: if the length of the method's rounds is not constant, because its period has a
+      schedule or is in epochs; at trace time, if the axis is not in scope or `shard_map` has
+      already summed the gradients.
 
   Example:
     >>> tx = as_optax(diloco(optax.adamw(3e-4), optax.sgd(0.7), mean(), period=50), axis="batch")
@@ -129,7 +130,7 @@ def as_optax(
     return change, MethodState(state.count + 1, state.key, local, inner)
 
   def one(grads, state, grad_fn, presence):
-    """A local step, and a sync where a round ends with it."""
+    """A local step, followed by a sync if it ends the round."""
     sync_key, step_key, _ = round_keys(state.key, state.count // steps)
     key = jax.random.fold_in(worker_key(step_key), state.count % steps)
     local = method.step(grads, state.local, state.state, key=key, grad_fn=grad_fn)

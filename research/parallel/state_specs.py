@@ -1,4 +1,4 @@
-"""PartitionSpecs of an optimizer's state: which leaves are replicated, which are per worker."""
+"""PartitionSpecs of an optimizer's state: which leaves are replicated and which are private."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,21 +16,21 @@ from research.parallel import layout
 class StateSpecs(NamedTuple):
   """PartitionSpecs for a user's `shard_map` over the worker axes, and shardings for `jit`."""
 
-  state: Tree  # of the optimizer's state: over the worker axes only
-  params: Tree  # of the parameters, which differ between workers for methods with local steps
-  state_shardings: Tree  # the same, with the parameters' own sharding along other axes
-  params_shardings: Tree
+  state: Tree  # specs of the optimizer's state, over the worker axes only
+  params: Tree  # specs of the parameters, which are private for methods with local steps
+  state_shardings: Tree  # `state`, plus the parameters' own sharding along other axes
+  params_shardings: Tree  # `params`, plus their own sharding along other axes
 
 
 def state_specs(
   optimizer: optax.GradientTransformation, params: Params, mesh: Mesh, *, axis: Axes = WORKER_AXES
 ) -> StateSpecs:
-  """Infers the specs of the state of an optimizer that contains `aggregated` or `as_optax`.
+  """Infers the sharding of the state of an optimizer that contains `aggregated` or `as_optax`.
 
-  Such an optimizer keeps some of its state per worker, for example the memory of what was not sent.
-  Declared replicated by `out_specs=P()`, such an array would have a different value on each worker
-  while JAX treats it as one. One traced update tells which leaves these are. A worker's own leaf
-  [n, ...] is [W n, ...] outside of `shard_map`.
+  Some state of such an optimizer is private to each worker, such as an error feedback memory. If it
+  were declared as replicated, by `out_specs=P()`, a single array would silently stand for W
+  different values. Private leaves are inferred by tracing one update. A private leaf [n, ...]
+  becomes an array [W n, ...] outside of `shard_map`.
 
       specs = state_specs(optimizer, params, mesh, axis="batch")
       state = init_state(optimizer, params, mesh, axis="batch")
@@ -41,15 +41,18 @@ def state_specs(
 
   Args:
     optimizer: any chain of transformations.
-    params: the model's parameters: arrays or shapes of one worker. If they are sharded along other
-      axes of the mesh (FSDP), the state leaves that belong to them are sharded alike.
-    mesh: with the worker axis.
-    axis: the name of the worker axis, or several names, slow links first; by default those of
-      'slice' and 'data' that the mesh has.
+    params: the model's parameters, arrays or shapes of one worker. If they are sharded along other
+      axes of the mesh (FSDP), the corresponding leaves of the state are sharded alike.
+    mesh: a mesh with the worker axes.
+    axis: the name or names of the worker axes, slow links first; by default those of 'slice' and
+      'data' that the mesh has.
+
+  Returns:
+    The specs and shardings, in the structures of the state and of the parameters.
 
   Raises:
-    ValueError: if the mesh has no such axis, or a worker's own leaf is a scalar, from which
-      `shard_map` cannot make an array.
+    ValueError: if the mesh lacks an axis, or a private leaf is a scalar, which `shard_map` cannot
+      return as an array.
   """
   axes = _axes_of(mesh, axis)
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
@@ -73,16 +76,16 @@ def state_specs(
 def init_state(
   optimizer: optax.GradientTransformation, params: Params, mesh: Mesh, *, axis: Axes = WORKER_AXES
 ) -> Tree:
-  """Initializes the optimizer's state outside of `shard_map`, sharded by its specs.
+  """Initializes an optimizer's state outside of `shard_map`, with the shardings of `state_specs`.
 
   Args:
     optimizer: any chain of transformations.
     params: the model's parameters, arrays [n, ...].
-    mesh: with the worker axis.
-    axis: as for `state_specs`.
+    mesh: a mesh with the worker axes.
+    axis: see `state_specs`.
 
   Returns:
-    The state: shared leaves as `optimizer.init` makes them, a worker's own leaves [W n, ...].
+    The state: replicated leaves as created by `optimizer.init`, private leaves [W n, ...].
   """
   specs = state_specs(optimizer, params, mesh, axis=axis)
   names = set(_axes_of(mesh, axis))
@@ -102,7 +105,7 @@ def _axes_of(mesh: Mesh, axis: Axes) -> dict[str, int]:
   """The worker axes of a mesh and their sizes.
 
   Raises:
-    ValueError: if the mesh lacks a named axis, or has none of the default ones.
+    ValueError: if the mesh has none of them, or lacks an explicitly named one.
   """
   names = (axis,) if isinstance(axis, str) else tuple(axis)
   sizes = {str(name): size for name, size in mesh.shape.items()}
@@ -115,7 +118,7 @@ def _axes_of(mesh: Mesh, axis: Axes) -> dict[str, int]:
 def _private(
   optimizer: optax.GradientTransformation, shapes: Params, axes: dict[str, int]
 ) -> tuple[Tree, Tree, Tree]:
-  """Marks a worker's own leaves in the state and the parameters; also the state's shapes."""
+  """Whether each leaf of the state and of the parameters is private, and the state's shapes."""
   lead = lambda private, tree: jax.tree.map(
     lambda p, x: jax.ShapeDtypeStruct((*axes.values(), *x.shape), x.dtype) if p else x,
     private,
@@ -144,7 +147,7 @@ def _private(
 
 
 def _inner_specs(tree: Tree, params: Params) -> Tree:
-  """For each leaf, the spec of the parameter whose path ends its own, if shapes agree."""
+  """For each leaf, the spec of the parameter whose path its path ends with, if shapes agree."""
   cut = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     sharding = getattr(leaf, "sharding", None)
@@ -162,7 +165,7 @@ def _inner_specs(tree: Tree, params: Params) -> Tree:
 
 
 def _joined(workers: tuple[str, ...], is_private: bool, x: Any, cut: P) -> P:
-  """The global spec of a leaf: worker axes on the first dimension if it is private."""
+  """The spec of a full leaf; private leaves are also sharded over the worker axes in front."""
   if not is_private:
     return cut
   first, *rest = [*cut, *[None] * (len(x.shape) - len(cut))]

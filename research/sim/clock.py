@@ -1,4 +1,4 @@
-"""A virtual clock: when workers of unlike speeds are done, in lockstep and each by itself."""
+"""Virtual clock: finishing times of workers with different speeds, synchronous or asynchronous."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,37 +10,37 @@ from research.core import checks
 
 
 class Speeds(NamedTuple):
-  """How long the local steps of each worker take.
+  """Distribution of the local step times of each worker.
 
-  A worker's step times come one after the other from a generator of its own: however many are drawn
-  at once, its n-th is the same.
+  Each worker draws its step times in sequence from its own generator: the n-th does not depend on
+  how many are drawn at once.
   """
 
   draw: Callable[[np.random.Generator, int, int], np.ndarray]  # (random, worker, steps) -> seconds
-  workers: int = 0  # how many it knows; 0: any number
-  named: int = 0  # one more than the largest worker number that has a slowdown
+  workers: int = 0  # number of workers that it is defined for; 0: any number
+  named: int = 0  # largest worker index with a slowdown, plus one
 
 
 class Trace(NamedTuple):
-  """The order in which a server takes the work of E rounds of single workers."""
+  """The order in which a server receives E messages of single workers."""
 
-  owners: np.ndarray  # [E] int32, whose work it is
-  staleness: np.ndarray  # [E] int32, updates since that worker pulled the model it worked on
-  seconds: np.ndarray  # [E] float64, rising: when the server has it
+  owners: np.ndarray  # [E] int32, the sender
+  staleness: np.ndarray  # [E] int32, updates since the sender pulled the model it worked on
+  seconds: np.ndarray  # [E] float64, increasing: time of arrival
 
 
 def steady(
   seconds: float | Sequence[float], *, slowdown: Mapping[int, float] | None = None
 ) -> Speeds:
-  """Every step of a worker takes the same time.
+  """Constant step times.
 
   Args:
-    seconds: of a step, greater than 0; one number for all workers or one for each of W.
-    slowdown: by worker number, how many times longer its steps take: {0: 4} makes worker 0 four
-      times slower. Greater than 0; 1 for workers that it does not name.
+    seconds: time of a step, greater than 0; one number for all workers, or one for each of W.
+    slowdown: factors on step times by worker index, greater than 0: {0: 4} makes worker 0 four
+      times slower. Other workers have factor 1.
 
   Raises:
-    ValueError: if a number is out of its range.
+    ValueError: if a number is out of range.
   """
   of_workers = _above_zero("seconds", seconds)
   one_for_all = of_workers.ndim == 0
@@ -53,15 +53,15 @@ def steady(
 def exponential(
   mean: float, *, shift: float = 0.0, slowdown: Mapping[int, float] | None = None
 ) -> Speeds:
-  """A step takes shift + X seconds, X exponential: most are fast, and stragglers are common.
+  """Step times of shift + X seconds, X exponential: most are fast, and stragglers are common.
 
   Args:
-    mean: of X in seconds, greater than 0.
-    shift: seconds that every step takes at least.
-    slowdown: as in `steady`, of the whole step.
+    mean: mean of X in seconds, greater than 0.
+    shift: minimum time of a step in seconds, at least 0.
+    slowdown: see `steady`; applies to the full step time.
 
   Raises:
-    ValueError: if a number is out of its range.
+    ValueError: if a number is out of range.
 
   Reference: Lee, Lam, Pedarsani, Papailiopoulos, Ramchandran 2018, arXiv 1512.02673 (shifted
     exponential run times).
@@ -73,15 +73,15 @@ def exponential(
 
 
 def lognormal(mean: float, sigma: float, *, slowdown: Mapping[int, float] | None = None) -> Speeds:
-  """A step takes mean exp(sigma Z - sigma^2 / 2) seconds, Z normal: a heavier tail.
+  """Step times of mean exp(sigma Z - sigma^2 / 2) seconds, Z normal: a heavier tail.
 
   Args:
-    mean: of a step in seconds, greater than 0.
-    sigma: the deviation of the logarithm, at least 0.
-    slowdown: as in `steady`.
+    mean: mean time of a step in seconds, greater than 0.
+    sigma: standard deviation of the logarithm, at least 0.
+    slowdown: see `steady`.
 
   Raises:
-    ValueError: if a number is out of its range.
+    ValueError: if a number is out of range.
   """
   _above_zero("mean", mean)
   checks.in_range("sigma", sigma, "[0, inf)")
@@ -94,14 +94,14 @@ def lognormal(mean: float, sigma: float, *, slowdown: Mapping[int, float] | None
 def measured(
   seconds: Sequence[Sequence[float]], *, slowdown: Mapping[int, float] | None = None
 ) -> Speeds:
-  """Times that somebody measured, drawn with replacement.
+  """Step times drawn with replacement from measurements.
 
   Args:
     seconds: a list of step times for each of W workers, or one list for all; greater than 0.
-    slowdown: as in `steady`.
+    slowdown: see `steady`.
 
   Raises:
-    ValueError: if there is no time to draw or one is out of its range.
+    ValueError: if a list is empty or a time is out of range.
   """
   if not len(seconds) or any(np.ndim(of_worker) != 1 for of_worker in seconds):
     raise ValueError("seconds is not a list of step times for each worker, such as [[0.1, 0.2]]")
@@ -120,40 +120,46 @@ def synchronous(
   seed: int,
   communication: float = 0.0,
 ) -> np.ndarray:
-  """When each round ends, if all wait for the slowest: of parallel SGD and of local methods.
+  """End times of synchronous rounds, in which all workers wait for the slowest.
 
       t_k = t_{k-1} + max_i (seconds of steps_k steps of worker i) + communication
 
   Args:
-    speeds: of the workers; their step times are those of `asynchronous` with the same seed.
-    workers: W.
-    steps: of each worker in each of K rounds.
-    seed: of all that is drawn.
-    communication: seconds that the exchange of a round takes.
+    speeds: the workers' step times; equal to those of `asynchronous` with the same seed.
+    workers: W, number of workers.
+    steps: local steps per worker in each of K rounds.
+    seed: seed of all draws.
+    communication: seconds per exchange.
 
   Returns:
     float64 [K], seconds since the start.
 
   Raises:
-    ValueError: if a number is out of its range, or the speeds are those of other workers.
+    ValueError: if a number is out of range, or `speeds` is for a different number of workers.
   """
   return Lockstep(speeds, workers, seed, communication).ends(steps)
 
 
 class Lockstep:
-  """`synchronous` for rounds without an end, of which the next ones are asked for."""
+  """Incremental `synchronous`: returns the end times of the next rounds on request."""
 
   def __init__(self, speeds: Speeds, workers: int, seed: int, communication: float = 0.0):
-    """Arguments and errors as `synchronous`."""
+    """Args and Raises: see `synchronous`."""
     _check(speeds, workers, communication)
     self._speeds, self._communication = speeds, communication
     self._generators, self._now = _generators(workers, seed), 0.0
 
   def ends(self, steps: Sequence[int] | np.ndarray) -> np.ndarray:
-    """When each of the next rounds ends, of so many steps each: float64 [K].
+    """Returns the end times of the next K rounds.
+
+    Args:
+      steps: local steps per worker in each round.
+
+    Returns:
+      float64 [K], seconds since the start.
 
     Raises:
-      ValueError: if there are none, or one of no steps.
+      ValueError: if there are no rounds, or a round has no steps.
     """
     checks.at_least("rounds", len(steps))
     checks.at_least("steps", np.min(steps, initial=1))
@@ -175,22 +181,25 @@ def asynchronous(
   period: int = 1,
   communication: float = 0.0,
 ) -> Trace:
-  """A server that takes each worker's work when it is done; the worker pulls the model and goes on.
+  """Simulates a server that receives each worker's message on completion and returns the model.
 
-  Work that is done at the same time is taken in the order of the worker numbers. All workers pull
-  the first model at second 0.
+  Simultaneous messages are received in the order of worker indices. All workers pull the first
+  model at time 0.
 
   Args:
-    speeds: of the workers; their step times are those of `synchronous` with the same seed.
-    workers: W.
-    events: how many pieces of work the server takes, E.
-    seed: of all that is drawn.
-    period: local steps per piece of work.
-    communication: seconds from a worker's last step to its next first one, on the way to the
-      server and back; the server itself takes no time, and workers do not wait for one another.
+    speeds: the workers' step times; equal to those of `synchronous` with the same seed.
+    workers: W, number of workers.
+    events: E, number of messages that the server receives.
+    seed: seed of all draws.
+    period: local steps per message.
+    communication: round-trip time in seconds, from a worker's last step to its next first step. The
+      server itself takes no time, and workers do not wait for each other.
+
+  Returns:
+    The trace of E messages.
 
   Raises:
-    ValueError: if a number is out of its range, or the speeds are those of other workers.
+    ValueError: if a number is out of range, or `speeds` is for a different number of workers.
   """
   _check(speeds, workers, communication, events=events, period=period)
   generators = _generators(workers, seed)
@@ -215,7 +224,7 @@ def asynchronous(
 
 
 def _staleness(owners: np.ndarray) -> np.ndarray:
-  """How many events lie between each and its owner's one before, or the start. int32 [E]."""
+  """The number of events since the same owner's previous event, or since the start; int32 [E]."""
   by_owner = np.argsort(owners, kind="stable")
   before = np.full(len(owners), -1)
   again = owners[by_owner[1:]] == owners[by_owner[:-1]]
@@ -224,7 +233,7 @@ def _staleness(owners: np.ndarray) -> np.ndarray:
 
 
 def _generators(workers: int, seed: int) -> list[np.random.Generator]:
-  """Each worker's own."""
+  """One independent generator per worker."""
   return [np.random.default_rng(own) for own in np.random.SeedSequence(seed).spawn(workers)]
 
 
@@ -245,7 +254,7 @@ def _slowed(
 
 
 def _above_zero(name: str, values: float | Sequence[float]) -> np.ndarray:
-  """As float64."""
+  """Checks that all values are positive and finite; returns them as float64."""
   array = np.asarray(values, np.float64)
   wrong = array[~((array > 0) & (array < math.inf))]
   if wrong.size or not array.size:

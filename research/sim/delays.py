@@ -1,10 +1,10 @@
-"""Staleness: which old model a worker computes with, by a law of delays in rounds.
+"""Staleness models: which past model a worker computes at, with delays in rounds.
 
-    x_{t - tau_i}    what worker i reads in round t
+    x_{t - tau_i}    the model that worker i reads in round t
 
-The laws draw tau_i anew for each round and keep as many of the last models as the longest delay
-needs; a worker whose delay is longer than the run reads the first model. `last_pull` keeps instead,
-for each owner, the model that it received when it was last served.
+Most models draw tau_i independently in each round, and store as many past models as the longest
+delay requires; a worker whose delay exceeds the number of rounds so far reads the first model.
+`last_pull` instead stores, for each owner, the model that it received at the end of its last round.
 """
 
 from collections.abc import Sequence
@@ -23,34 +23,38 @@ _DELAYS = 0x64656C61
 
 
 class Reading(NamedTuple):
-  params: Params  # x_{t - tau}, what a worker computes with
-  staleness: Tree  # tau, int32: for each leaf a scalar, or one by coordinate
+  params: Params  # x_{t - tau}, the model that a worker computes at
+  staleness: Tree  # tau, int32: per leaf, a scalar or one value per coordinate
 
 
 class Delays(Part):
-  """How old the models are that workers compute with, as one worker sees it.
+  """A staleness model, as one worker sees it.
 
-  `read` needs no worker axis in scope; what is random is drawn by `after`, from the key of the
-  round's sync, for the next round.
+  `read` needs no worker axis in scope. `after` draws all randomness of the next round, from the key
+  of the round's sync.
   """
 
-  one_by_one = False  # meant for workers that a server serves one at a time
+  one_by_one = False  # whether it models a server that serves workers one at a time
 
   def init(self, params: Params) -> State:
-    """What has to be kept, at x_0."""
+    """Returns the initial state, given x_0."""
     raise NotImplementedError(f"{type(self).__name__} has no init")
 
   def read(self, state: State) -> Reading:
-    """The model that this worker reads in round t, and its age."""
+    """Returns the model that this worker reads in round t, and its staleness.
+
+    Args:
+      state: state of round t.
+    """
     raise NotImplementedError(f"{type(self).__name__} has no read")
 
   def after(self, state: State, params: Params, *, key: Key, active: bool | Array = True) -> State:
-    """The state after a round.
+    """Returns the state after a round.
 
     Args:
-      state: of round t.
+      state: state of round t.
       params: x_{t+1}.
-      key: that of the round's sync.
+      key: the typed key of the round's sync, equal on all workers.
       active: whether this worker took part.
     """
     raise NotImplementedError(f"{type(self).__name__} has no after")
@@ -58,27 +62,35 @@ class Delays(Part):
 
 class Recent(NamedTuple):
   past: Params  # leaves [longest + 1, ...]: x_k in row k mod (longest + 1)
-  staleness: Tree  # int32, this worker's delay in round t: one, or one by coordinate
+  staleness: Tree  # int32, this worker's delay in round t: a scalar, or one per coordinate
   count: Array  # int32, t
 
 
 class RecentModels(Delays):
-  """Keeps the last `longest` + 1 models, of which workers read by a law.
+  """Stores the last `longest` + 1 models; workers read one of them by a delay distribution.
 
-  A client that a round leaves out keeps the delay that was drawn when it was last served.
+  A client that is not sampled in a round keeps its last drawn delay.
   """
 
   @property
   def longest(self) -> int:
-    """The longest delay, in rounds."""
+    """The maximum delay, in rounds."""
     raise NotImplementedError(f"{type(self).__name__} has no longest")
 
   def law(self, key: Key, shape: tuple[int, ...]) -> Array:
-    """Delays of that shape for this worker's next round, int32 in [0, longest]."""
+    """Draws this worker's delays for the next round.
+
+    Args:
+      key: a typed key, equal on all workers.
+      shape: shape of the delays.
+
+    Returns:
+      int32 delays in [0, longest].
+    """
     raise NotImplementedError(f"{type(self).__name__} has no law")
 
   def start(self, params: Params) -> Tree:
-    """The delays of round 0, whose shapes are those of all: zeros."""
+    """The delays of round 0, zeros; later rounds have the same shapes."""
     del params
     return jnp.zeros((), jnp.int32)
 
@@ -106,7 +118,7 @@ class RecentModels(Delays):
 
 
 class Constant(RecentModels, name="constant"):
-  """Every worker is `rounds` behind, in every round.
+  """A constant delay of `rounds`, for every worker and round.
 
   Args:
     rounds: the delay, at least 0.
@@ -133,10 +145,10 @@ constant = Constant
 
 
 class Uniform(RecentModels, name="uniform"):
-  """Every worker draws its delay from [0, bound), all equally likely, anew in every round.
+  """Delays uniform on [0, bound), independent for every worker and round.
 
   Args:
-    bound: in rounds, at least 1.
+    bound: exclusive upper bound in rounds, at least 1.
 
   Raises:
     ValueError: if bound < 1.
@@ -159,14 +171,14 @@ uniform = Uniform
 
 
 class Geometric(RecentModels, name="geometric"):
-  """P(tau) is proportional to (mean / (1 + mean))^tau on [0, bound], drawn anew in every round.
+  """Delays with P(tau) proportional to (mean / (1 + mean))^tau on [0, bound], drawn every round.
 
   Args:
-    mean: in rounds, of the law before it is cut at `bound`; the cut law has a smaller mean.
-    bound: in rounds, the longest delay.
+    mean: mean in rounds before truncation at `bound`; the truncated mean is smaller.
+    bound: maximum delay in rounds.
 
   Raises:
-    ValueError: if mean <= 0, bound < 0, or there is no bound.
+    ValueError: if mean <= 0, bound < 0, or bound is missing.
   """
 
   mean: float
@@ -198,14 +210,14 @@ geometric = Geometric
 
 
 class PerWorker(RecentModels, name="per_worker"):
-  """Worker i is always `rounds[i]` behind; the list repeats over the workers.
+  """A constant delay of `rounds[i]` for worker i; the list repeats over the workers.
 
   Args:
-    rounds: delays, at least 0.
+    rounds: delays in rounds, at least 0.
 
   Raises:
-    ValueError: if the list is empty or has a negative number; when traced, if the number of workers
-      is not a multiple of its length.
+    ValueError: if the list is empty or has a negative number; at trace time, if the number of
+      workers is not a multiple of its length.
   """
 
   rounds: Sequence[int]
@@ -233,12 +245,12 @@ per_worker = PerWorker
 
 
 class ByCoordinate(Uniform, name="by_coordinate"):
-  """An inconsistent read: each coordinate of what a worker reads has a delay in [0, bound).
+  """Inconsistent reads: each coordinate of a worker's model has its own delay in [0, bound).
 
-  All delays are equally likely and drawn independently, anew in every round.
+  Delays are uniform, and independent for every coordinate and round.
 
   Args:
-    bound: in rounds, at least 1.
+    bound: exclusive upper bound in rounds, at least 1.
 
   Raises:
     ValueError: if bound < 1.
@@ -253,16 +265,16 @@ by_coordinate = ByCoordinate
 
 class Pulled(NamedTuple):
   params: Own  # the model that this owner last received
-  version: Own  # int32, the round that made it
+  version: Own  # int32, the round that produced it
   count: Array  # int32, t
 
 
 class LastPull(Delays, name="last_pull"):
-  """Each owner computes with the model that it received at the end of its last round.
+  """Each owner computes at the model that it received at the end of its last round.
 
-  Its age is the number of rounds since then: with one worker that serves a population one by one,
-  this is what happens between a server and its clients. An owner whose round is lost keeps the
-  model it had.
+  The staleness is the number of rounds since then. With one worker that serves a population one
+  client at a time, this models a server with asynchronous clients. An owner that drops out of a
+  round keeps its model.
   """
 
   one_by_one = True

@@ -167,6 +167,15 @@ def exchanged(tree: Tree, axis: collectives.Axes) -> Tree:
 
 
 def restored(chunk: Tree, like: Tree, axis: collectives.Axes) -> Tree:
-  """Gathers the workers' chunks into full leaves with the shapes and dtypes of `like`."""
+  """Gathers the workers' chunks into full leaves; the inverse of `exchanged` for one chunk.
+
+  Args:
+    chunk: this worker's chunk of the result, leaves [...].
+    like: a tree with the shapes and dtypes of the full leaves.
+    axis: the worker axes.
+
+  Returns:
+    The full leaves, equal on all workers.
+  """
   one = lambda c, x: joined(collectives.gather(c.astype(x.dtype), axis), x)
   return jax.tree.map(one, chunk, like)
