@@ -36,8 +36,8 @@ def measured_and_clipped_grad(job: Job, inside: sharded.Inside) -> Callable[...,
   """(params, batch, key) -> the measurements of a step, and its gradient.
 
   Measurements are the loss as "loss", the task's own metrics and, with diagnostics, the squared
-  norm of the gradient as GRADIENT. The gradient is this worker's, clipped to norm `clip_norm` if >
-  0.
+  norm of the gradient as GRADIENT. The gradient is this worker's, clipped to norm `clip_norm` if
+  that is > 0.
   """
   differentiated = measured_and_grad(job.task)
 

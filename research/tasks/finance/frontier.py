@@ -103,7 +103,7 @@ def frontier(
 
   Metrics: "variance", the mean over points; "violation", the largest constraint violation; "gap",
   for published frontiers, the largest relative difference of a variance from the published one.
-  float32 limits the gap to about 1e-5; use --x64 for less.
+  In float32 a gap of about 1e-5 remains; use --x64.
 
   Args:
     name: "port1" (Hang Seng, 31 assets), "port2" (DAX, 85), "port3" (FTSE, 89), or a path.
