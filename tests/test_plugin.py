@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -156,15 +157,20 @@ def test_what_built_ins_are_refused_it_is_refused(method, tmp_path):
 
 @pytest.mark.long
 def test_an_installed_package_needs_no_import(tmp_path):
-  """By its entry point, in an environment of its own that has our libraries."""
+  """By its entry point, in an environment of its own that has our libraries.
+
+  Building the package fetches setuptools.
+  """
   venv.create(tmp_path / "env", with_pip=False, system_site_packages=True)
   python = str(tmp_path / "env" / "bin" / "python")
   purelib = "import sysconfig; print(sysconfig.get_path('purelib'))"
   libraries = subprocess.check_output([sys.executable, "-c", purelib], text=True).strip()
   path = os.pathsep.join([str(ROOT), libraries])
   target = subprocess.check_output([python, "-c", purelib], text=True).strip()
-  install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", f"--target={target}"]
-  subprocess.run([*install, str(PACKAGE.parent)], check=True)
+  shutil.copytree(PACKAGE.parent, tmp_path / "source")
+  install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+  install += [f"--target={target}", str(tmp_path / "source")]
+  subprocess.run(install, check=True)
   env = {"python": python, "PYTHONPATH": path}
   code, err = ended(command(tmp_path / "run", *RUNS["simulate"], **env))
   assert code == 0, err

@@ -1,4 +1,4 @@
-"""Applies an aggregator shard by shard where mesh axes inside a worker cut its leaves."""
+"""Applies an aggregator to each shard of leaves that are sharded over mesh axes within a worker."""
 
 import itertools
 import math
@@ -21,21 +21,21 @@ from research.core.base import (
   Tree,
 )
 
-# Leaves by the axes that cut them, in the order of `subsets`, with their numbers in the tree: by
-# these a state says which leaf each of its own belongs to (`parallel/resize.py`).
+# Leaves grouped by the axes that shard them, in the order of `subsets`, keyed by their index in the
+# tree: `parallel/resize.py` uses it to match leaves of a state to leaves of the model.
 Groups = tuple[dict[int, Array], ...]
 
 
 class Cut(NamedTuple):
-  """How the mesh axes inside a worker cut its leaves. Leaves of one shape are cut alike."""
+  """Sharding of leaves over the mesh axes within a worker; equal shapes are sharded equally."""
 
   axes: tuple[tuple[str, int], ...]  # names and sizes
-  places: Callable[[tuple[int, ...]], tuple[int | None, ...]]  # of a shape, the dimension by axis
-  around: tuple[str, ...] = ()  # further axes inside a worker, which cut no leaf
+  places: Callable[[tuple[int, ...]], tuple[int | None, ...]]  # shape -> sharded dimension by axis
+  around: tuple[str, ...] = ()  # other axes within a worker, which shard no leaf
 
   @property
   def size(self) -> int:
-    """B, the devices of a worker."""
+    """B, the number of devices of a worker."""
     return math.prod(size for _, size in self.axes)
 
   @property
@@ -44,15 +44,15 @@ class Cut(NamedTuple):
 
   @property
   def subsets(self) -> list[tuple[bool, ...]]:
-    """Every set of axes that may cut a leaf."""
+    """All subsets of the axes, each as one bool per axis."""
     return list(itertools.product((True, False), repeat=len(self.axes)))
 
 
 class Sharded(Aggregator):
-  """On `Groups` of leaves, with a key for each: what one device does with its shards.
+  """Aggregates the shards of one device: `Groups` of leaves, with one key per group.
 
   Args:
-    inner: the aggregator of a shard.
+    inner: the aggregator applied to the shards.
 
   Raises:
     ValueError: if the inner aggregator must see all of a worker's leaves.
@@ -81,18 +81,17 @@ of_shard = Sharded
 
 
 class Blockwise(Aggregator):
-  """Simulates on one device what B devices inside a worker do, each with its shard.
+  """Simulates on one device the aggregation of a worker's B devices, each with its own shard.
 
-  A leaf that is cut is that many leaves to the inner aggregator, each with a key of its own; leaves
-  that lie alike on several devices are aggregated apart from the others, in the same way on each.
-  So no value crosses an axis inside a worker, and a k, a scale, a rank or a distance is that of a
-  shard. The state has a leading dimension [B], but for scalar whole numbers: they count rounds, for
-  all blocks.
-  `parallel/sharded.py` runs the same on the devices.
+  The inner aggregator sees each shard of a leaf as a leaf with its own key. Leaves replicated over
+  several devices are aggregated separately from sharded ones, identically on each device. No value
+  crosses an axis within a worker: a k, a scale, a rank or a distance is per shard. The state has a
+  leading dimension [B], except scalar integers, which count rounds and are shared by all blocks.
+  `parallel/sharded.py` runs the same computation on the devices.
 
   Args:
-    inner: the aggregator of a shard.
-    cut: how leaves are cut.
+    inner: the aggregator applied to the shards.
+    cut: the sharding of the leaves.
 
   Raises:
     ValueError: if the inner aggregator must see all of a worker's leaves.
@@ -128,17 +127,26 @@ blockwise = Blockwise
 
 
 def is_counter(leaf: Array | jax.ShapeDtypeStruct) -> bool:
-  """Whether a leaf of a state counts rounds: a scalar whole number."""
+  """Whether a state leaf counts rounds, i.e. is a scalar integer."""
   return leaf.shape == () and jnp.issubdtype(leaf.dtype, jnp.integer)
 
 
 def by_block(state: State) -> Tree:
-  """`in_axes` of `vmap` over blocks."""
+  """The `in_axes` of a state for a `vmap` over blocks: 0, or None for round counters."""
   return jax.tree.map(lambda leaf: None if is_counter(leaf) else 0, state)
 
 
 def shard_keys(key: Key, cut: Cut, place: Sequence[Array]) -> Key:
-  """A key for each group of leaves, of a device at `place`: alike where the leaves are."""
+  """Returns one key per group of leaves; devices with equal shards of a group get equal keys.
+
+  Args:
+    key: a typed key, equal on all workers.
+    cut: the sharding of the leaves.
+    place: the device's index along each axis of `cut`, int32 scalars.
+
+  Returns:
+    Keys [number of subsets], in the order of `cut.subsets`.
+  """
 
   def one(subset):
     block, found = jnp.int32(0), False
@@ -154,7 +162,7 @@ def _subset(x: Array, cut: Cut) -> tuple[bool, ...]:
 
 
 def pieces(tree: Tree, cut: Cut) -> Groups:
-  """The leaves by the axes that cut them."""
+  """Groups the leaves by the axes that shard them."""
   leaves = dict(enumerate(jax.tree.leaves(tree)))
   return tuple(
     {i: x for i, x in leaves.items() if _subset(x, cut) == subset} for subset in cut.subsets
@@ -162,24 +170,24 @@ def pieces(tree: Tree, cut: Cut) -> Groups:
 
 
 def rejoined(parts: Groups, like: Tree) -> Tree:
-  """The tree, like another, that `pieces` took apart."""
+  """Inverse of `pieces`: the tree with the structure of `like`."""
   leaves = {i: x for part in parts for i, x in part.items()}
   return jax.tree.structure(like).unflatten([leaves[i] for i in sorted(leaves)])
 
 
 def split(tree: Tree, cut: Cut) -> Groups:
-  """`pieces` by block, leaves [B, ...]."""
+  """Groups the leaves as `pieces` and splits each into its blocks [B, ...]."""
   return jax.tree.map(lambda x: split_leaf(x, cut), pieces(tree, cut))
 
 
 def join(parts: Groups, like: Tree, cut: Cut) -> Tree:
-  """The tree that `split` cut."""
+  """Inverse of `split`: the tree with the structure and shapes of `like`."""
   whole = lambda blocks, x: join_leaf(blocks, x.shape, cut)
   return jax.tree.map(whole, rejoined(parts, like), like)
 
 
 def split_leaf(x: Array, cut: Cut) -> Array:
-  """The blocks [B, ...] of a leaf: those of axes that do not cut it are alike."""
+  """The blocks [B, ...] of a leaf; it is replicated over axes that do not shard it."""
   places, shape, front = cut.places(x.shape), [], {}
   for dimension, length in enumerate(x.shape):
     if dimension in places:
@@ -196,13 +204,13 @@ def split_leaf(x: Array, cut: Cut) -> Array:
 
 
 def join_leaf(blocks: Array, shape: tuple[int, ...], cut: Cut) -> Array:
-  """The leaf of that shape that `split_leaf` cut."""
+  """Inverse of `split_leaf`: the leaf of the given shape."""
   places = cut.places(shape)
   found = blocks.reshape(*(size for _, size in cut.axes), *blocks.shape[1:])
   found = found[tuple(0 if place is None else slice(None) for place in places)]
   front = [place for place in places if place is not None]
   for count, place in enumerate(reversed(front)):
-    ahead = len(front) - count - 1  # block axes still before this one
+    ahead = len(front) - count - 1  # block axes that remain before this one
     where = ahead + place
     found = jnp.moveaxis(found, ahead, where)
     shape = found.shape

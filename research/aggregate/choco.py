@@ -1,4 +1,4 @@
-"""CHOCO: averages among neighbours of which only compressed differences are sent."""
+"""CHOCO: averages among neighbours that exchange only compressed differences."""
 
 from dataclasses import KW_ONLY
 from typing import NamedTuple
@@ -26,31 +26,31 @@ from research.core.base import (
 
 
 class ChocoState(NamedTuple):
-  known: Tree  # x_hat_i, what the neighbours know of this worker
+  known: Tree  # x_hat_i, the neighbours' estimate of this worker's value
   pull: Tree  # s_i - x_hat_i = sum_j w_ij (x_hat_j - x_hat_i)
 
 
 class Choco(Aggregator, name="choco"):
-  """Gossip that converges to the exact mean whatever is compressed, linearly.
+  """Compressed gossip that converges linearly to the exact mean.
 
       q_i = C(x_i - x_hat_i)
       x_hat_i <- x_hat_i + q_i,   s_i <- s_i + sum_j w_ij q_j
       value_i = x_i + gamma (s_i - x_hat_i)
 
-  A worker sends the payload of q_i once per link and keeps two trees, however many links it has:
-  x_hat_i and s_i - x_hat_i. Roundings of its early, large terms stay in the latter: in float32
-  consensus ends at a squared disagreement of about 1e-7 of the first, --x64 takes it further.
-  In `d_psgd(sgd(...), choco(...))` it is CHOCO-SGD, algorithm 2 of the paper.
+  A worker sends the payload of q_i once per link. It stores two trees, independent of the number of
+  links: x_hat_i and s_i - x_hat_i. The latter accumulates the rounding errors of the early, large
+  terms: in float32, consensus stops at a squared disagreement of about 1e-7 of the initial one;
+  --x64 goes further. `d_psgd(sgd(...), choco(...))` is CHOCO-SGD, algorithm 2 of the paper.
 
   Args:
-    compressor: a contractive one; of unbiased ones those of small variance.
+    compressor: a contractive compressor, or an unbiased one of small variance.
     topology: an undirected graph, the same in each round.
-    gamma: the consensus step size, in (0, 1]: small where the compressor leaves much out.
-    axis: the worker axes to talk over.
+    gamma: the consensus step size, in (0, 1]; small for aggressive compression.
+    axis: the worker axes of the exchange.
 
   Raises:
-    ValueError: if gamma is not in (0, 1], the compressor may miss more than all of a value, or the
-      topology is directed or changes from round to round.
+    ValueError: if gamma is not in (0, 1], the compressor is not contractive, or the topology is
+      directed or varies from round to round.
 
   Reference: Koloskova, Stich, Jaggi 2019, arXiv 1902.00340, algorithm 1, in its memory-efficient
     form.
@@ -89,7 +89,7 @@ class Choco(Aggregator, name="choco"):
     return Aggregate(value, known, ChocoState(known, pull))
 
   def _one(self, x: Array, known: Array, pull: Array, key: Key) -> tuple[Array, Array, Array]:
-    """The value of a leaf, and the two parts of its state."""
+    """The value of a leaf, and its x_hat_i and s_i - x_hat_i."""
     (shifts,) = self.topology.rounds(collectives.worker_count(self.axis))
     like = jax.ShapeDtypeStruct(x.shape, x.dtype)
     payload = self.compressor.encode(x - known, key, collectives.worker_key(key, self.axis))

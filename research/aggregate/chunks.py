@@ -1,4 +1,4 @@
-"""A leaf cut into as many chunks as there are workers, and put together again."""
+"""Splits a leaf into one chunk per worker, and joins the chunks."""
 
 import jax.numpy as jnp
 
@@ -6,7 +6,12 @@ from research.core.base import Array
 
 
 def cut(x: Array, count: int) -> Array:
-  """W chunks [W, ...] of a leaf: along its first dimension where W divides it, else flattened."""
+  """Splits a leaf into W chunks [W, ...]: along its first dimension if W divides it, else flat.
+
+  Args:
+    x: the leaf, of any shape; a flattened leaf is padded with zeros to a multiple of W.
+    count: W.
+  """
   if x.ndim > 1 and x.shape[0] % count == 0:
     return x.reshape(count, x.shape[0] // count, *x.shape[1:])
   flat = jnp.pad(x.reshape(-1), (0, -x.size % count))
@@ -14,5 +19,5 @@ def cut(x: Array, count: int) -> Array:
 
 
 def joined(chunks: Array, like: Array) -> Array:
-  """The leaf that `cut` made chunks of."""
+  """Inverse of `cut`: the leaf with the shape of `like`."""
   return chunks.reshape(-1)[: like.size].reshape(like.shape)

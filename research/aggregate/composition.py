@@ -1,13 +1,13 @@
-"""Invalid combinations of a wrapper or a method with an aggregator, with the reasons.
+"""Invalid combinations of a wrapper or a method with an aggregator, with reasons.
 
-A wrapper declares in `refuses` which traits of an aggregator it does not go with. This module has
-what several of them share, and the table of all.
+A wrapper lists in `refuses` the aggregator traits that it rejects. This module has the lists that
+several wrappers share, and builds the table of all rejected combinations.
 """
 
 from research.core import registry
 from research.core.base import Trait, Wrapper
 
-# Of wrappers that keep what was not sent.
+# Rejected by wrappers that keep the compression error in a memory.
 _KEPT = "what was not sent would be kept twice, and sent twice"
 MEMORY = {
   Trait.MEMORY: _KEPT,
@@ -24,7 +24,7 @@ BOUNDED = {
 PARTIAL = {
   Trait.PARTIAL: "a worker that drops out would leave its shift out of the total",
 }
-# Of what sends something past the aggregator, for some leaves or in some rounds.
+# Rejected by wrappers and methods that bypass the aggregator for some leaves or in some rounds.
 AROUND = {
   Trait.NOISE: "what goes around it is not hidden",
   Trait.SECRET: "what goes around it is not masked",
@@ -34,7 +34,7 @@ SHARDED = {Trait.WHOLE: "each sees only a part of a worker's leaves"}
 
 
 def refused() -> tuple[tuple[tuple[str, ...], Trait, str], ...]:
-  """All rows (wrappers, trait of what they wrap, why not) of the registered names."""
+  """Returns rows (wrapper names, rejected trait, reason) for all registered names."""
   rows: dict[tuple[Trait, str], list[str]] = {}
   for kind in ("aggregator", "method"):
     for name in registry.names(kind):

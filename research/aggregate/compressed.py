@@ -1,4 +1,4 @@
-"""Averages of compressed values: workers exchange payloads, in the payloads' own dtypes."""
+"""Averages of compressed values: workers exchange payloads in the payloads' own dtypes."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -27,15 +27,15 @@ from research.core.base import (
 
 
 class GatherMean(Aggregator, name="gather_mean"):
-  """Every worker sends its payload to all others; each decodes all and takes the mean.
+  """Gathers all workers' payloads on every worker, which decodes and averages them.
 
       value = 1/W sum_i D(C(x_i))
 
-  Sends (W-1) payloads per worker: it grows with W, and one byte per element already costs what a
-  float32 ring all-reduce does at W = 8. `two_phase` does not grow.
+  Sends (W-1) payloads per worker. This grows with W: at W = 8, one byte per element costs as much
+  as a float32 ring all-reduce. The traffic of `two_phase` does not grow with W.
 
   Args:
-    compressor: any.
+    compressor: any compressor.
     axis: the worker axes to average over.
 
   Reference: Alistarh et al. 2017, arXiv 1610.02132, algorithm 1.
@@ -72,16 +72,16 @@ gather_mean = GatherMean
 
 
 class SumMean(Aggregator, name="sum_mean"):
-  """One all-reduce of the payloads of a linear compressor, decoded once.
+  """Averages the payloads of a linear compressor by one all-reduce, then decodes once.
 
       value = D(1/W sum_i C(x_i)) = 1/W sum_i D(C(x_i))
 
   Args:
-    compressor: a linear one, such as random_k or count_sketch.
+    compressor: a linear compressor, such as random_k or count_sketch.
     axis: the worker axes to average over.
 
   Raises:
-    ValueError: if payloads of the compressor may not be summed.
+    ValueError: if the compressor is not linear.
   """
 
   compressor: Compressor
@@ -116,25 +116,24 @@ sum_mean = SumMean
 
 
 class TwoPhase(Aggregator, name="two_phase"):
-  """A compressed reduce-scatter, then a compressed all-gather: bytes do not grow with W.
+  """Compressed reduce-scatter, then compressed all-gather: traffic does not grow with W.
 
-  Each leaf is cut into W chunks. Worker j receives all encodings of chunk j, averages, adds what
-  it still owes, encodes the sum again and sends it to all:
+  Each leaf is cut into W chunks. Worker j receives all encodings of chunk j, averages them, adds
+  its memory m_j, encodes the sum and sends it to all:
 
       c_j = 1/W sum_i D(C(x_i[j])) + m_j,   value[j] = D(C(c_j)),   m_j <- c_j - value[j]
 
   Sends 2 (W-1)/W payloads of the leaf per worker at any W.
 
   Args:
-    compressor: a contractive one; applied to chunks of ceil(n / W) elements.
+    compressor: a contractive compressor; applied to chunks of ceil(n / W) elements.
     axis: the worker axes to average over.
 
   Raises:
-    ValueError: if the compressor may miss more than all of a value: the memory of what is owed
-      would grow without bound.
+    ValueError: if the compressor is not contractive: the memory would grow without bound.
 
-  Reference: Tang et al. 2019, arXiv 1905.05957 (DoubleSqueeze), algorithm 1, with the server's part
-  spread over the workers as in Tang et al. 2021, arXiv 2102.02888, section 5.
+  Reference: Tang et al. 2019, arXiv 1905.05957 (DoubleSqueeze), algorithm 1, with the server's work
+  distributed over the workers as in Tang et al. 2021, arXiv 2102.02888, section 5.
   """
 
   compressor: Compressor
@@ -150,7 +149,7 @@ class TwoPhase(Aggregator, name="two_phase"):
 
   @property
   def traits(self):
-    # each phase has a support of its own, even of a linear compressor
+    # even with a linear compressor, each phase has its own support
     return super().traits | (Trait.APART if self.compressor.sparse else Trait(0))
 
   def init(self, params):
@@ -170,7 +169,7 @@ class TwoPhase(Aggregator, name="two_phase"):
     return Aggregate(*map(treedef.unflatten, (values, sent, owed)))
 
   def _encode_chunks(self, x: Array, key: Key) -> tuple[Tree, Array]:
-    """The payloads of a leaf's chunks, and what they say of it."""
+    """The payloads of a leaf's chunks, and the leaf that they decode to."""
     count = collectives.worker_count(self.axis)
     chunks = cut(x, count)
     shared = jax.random.split(key, count)
@@ -180,7 +179,7 @@ class TwoPhase(Aggregator, name="two_phase"):
     return payload, joined(sent, x)
 
   def _serve(self, x: Array, received: Tree, memory: Chunk, first: Key, second: Key):
-    """The answer to the encodings of this worker's chunk, and what it still owes."""
+    """The encoded mean of this worker's chunk, and its updated memory."""
     count, mine = collectives.worker_count(self.axis), collectives.worker_index(self.axis)
     like, key = _chunk_like(x, memory), jax.random.split(first, count)[mine]
     mean = jnp.mean(jax.vmap(lambda p: self.compressor.decode(p, like, key))(received), 0)
@@ -199,12 +198,12 @@ two_phase = TwoPhase
 
 
 class MajorityVote(Aggregator, name="majority_vote"):
-  """The sign that most workers have, element by element; ties and zeros count as +1.
+  """The elementwise majority of the workers' signs; ties and zeros count as +1.
 
       value = sign(sum_i sign(x_i))
 
-  One bit per element each way: the signs go to the worker that counts them, the votes come back.
-  Those present have a vote each, whatever they weigh.
+  Sends one bit per element in each direction: signs to the worker that counts them, results back.
+  Every worker present has one vote, regardless of its weight.
 
   Args:
     axis: the worker axes to vote over.
@@ -250,14 +249,14 @@ def _unzip(pairs: Iterable[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
 
 
 def _keys(key: Key, count: int) -> Any:
-  """A key for each leaf, shared by all workers."""
+  """One key per leaf, equal on all workers."""
   return [jax.random.fold_in(key, leaf) for leaf in range(count)]
 
 
 def _leafwise(
   one: Callable[[Array, Key], tuple[Array, Array]], tree: Tree, key: Key
 ) -> tuple[Tree, Tree]:
-  """Values and what was sent, from (leaf, key) -> (value, sent)."""
+  """Applies (leaf, key) -> (value, sent) to every leaf."""
   leaves, treedef = jax.tree.flatten(tree)
   pairs = [one(x, k) for x, k in zip(leaves, _keys(key, len(leaves)), strict=True)]
   value, sent = (treedef.unflatten([pair[i] for pair in pairs]) for i in range(2))

@@ -1,4 +1,4 @@
-"""Memories of what compression leaves out, sent in later rounds: wrappers around any aggregator."""
+"""Error feedback: wrappers that store the compression error and send it in later rounds."""
 
 from dataclasses import KW_ONLY
 from typing import NamedTuple
@@ -19,16 +19,16 @@ class ErrorFeedbackState(NamedTuple):
 
 
 class ErrorFeedback(Aggregator, name="error_feedback"):
-  """Adds to each value what earlier rounds did not send.
+  """Adds the compression error of earlier rounds to each value.
 
       p_i = x_i + decay e_i,   value = A(p),   e_i <- p_i - sent_i
 
   Args:
-    inner: the aggregator; its `sent` says what of a value was received.
-    decay: of the memory, in [0, 1].
+    inner: the aggregator; its `sent` is the part of a value that was received.
+    decay: decay of the memory, in [0, 1].
 
   Raises:
-    ValueError: if decay is not in [0, 1], or for an inner aggregator in its `refuses`.
+    ValueError: if decay is not in [0, 1], or the inner aggregator has a trait in `refuses`.
 
   Reference: Karimireddy et al. 2019, arXiv 1901.09847, algorithm 2.
   """
@@ -78,7 +78,7 @@ class EF21(Aggregator, name="ef21"):
     inner: the aggregator of the compressed changes.
 
   Raises:
-    ValueError: for an inner aggregator in its `refuses`.
+    ValueError: if the inner aggregator has a trait in `refuses`.
 
   Reference: Richtarik, Sokolov, Fatkhullin 2021, arXiv 2106.05203, algorithm 2.
   """
@@ -109,18 +109,18 @@ class DianaState(NamedTuple):
 
 
 class Diana(Aggregator, name="diana"):
-  """Compresses the difference to a shift that learns the worker's gradient.
+  """Compresses the difference between a worker's value and a shift that tracks it.
 
       d_i = C(x_i - h_i),   value = h + 1/W sum_i d_i,   h_i <- h_i + alpha d_i
       h <- h + alpha/W sum_i d_i
 
   Args:
     inner: the aggregator of the differences, with an unbiased compressor.
-    alpha: how fast shifts learn, in (0, 1]; at most 1 / (1 + omega) for a compressor of relative
+    alpha: step size of the shifts, in (0, 1]; at most 1 / (1 + omega) for a compressor of relative
       variance omega.
 
   Raises:
-    ValueError: if alpha is not in (0, 1], or for an inner aggregator in its `refuses`.
+    ValueError: if alpha is not in (0, 1], or the inner aggregator has a trait in `refuses`.
 
   Reference: Mishchenko et al. 2019, arXiv 1901.09269, algorithm 1.
   """

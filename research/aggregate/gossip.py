@@ -1,4 +1,4 @@
-"""Averages among neighbours, link by link of a graph: the exchange of decentralized methods."""
+"""Averages among the neighbours in a graph: the exchange of decentralized methods."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,22 +15,22 @@ from research.core.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Arr
 
 
 class GossipState(NamedTuple):
-  count: Array  # int32, rounds so far
+  count: Array  # int32, completed rounds
 
 
 class Exchange(Aggregator):
-  """One round of a topology's period after the other.
+  """Exchanges with the neighbours, cycling through the rounds of a topology's period.
 
   Args:
     topology: the graph and its weights.
-    axis: the worker axes to talk over.
+    axis: the worker axes of the exchange.
   """
 
   topology: Topology
   axis: collectives.Axes = WORKER_AXES
 
   def mix(self, shifts: Sequence[Shift], tree: Tree) -> Tree:
-    """The value of one round, of this worker's tree and those that it hears."""
+    """Combines this worker's tree with those it receives over `shifts`, the links of one round."""
     raise NotImplementedError(f"{type(self).__name__} has no mix")
 
   def init(self, params):
@@ -46,16 +46,17 @@ class Exchange(Aggregator):
 
 
 class Gossip(Exchange, name="gossip"):
-  """One round of averaging with the neighbours; the mean over all workers stays what it is.
+  """Averages with the neighbours once; the mean over all workers is preserved.
 
       value_i = x_i + sum_j w_ij (x_j - x_i) = sum_j w_ij x_j
 
-  Each round brings the workers' values nearer to their mean by the second largest of the singular
-  values of (w_ij). A worker sends its tree once per link, however many workers there are.
+  Each round reduces the distance between the workers' values and their mean by a factor of the
+  second largest singular value of (w_ij). A worker sends its tree once per link, independent of the
+  number of workers.
 
   Args:
     topology: the graph and its weights; a directed one only if its rows and columns sum to one.
-    axis: the worker axes to talk over.
+    axis: the worker axes of the exchange.
 
   Raises:
     ValueError: if rows of the weights do not sum to one.
@@ -90,13 +91,13 @@ gossip = Gossip
 
 
 class Push(Exchange):
-  """Each worker gives away all that it has: value_i = sum_j w_ij x_j, whatever the rows sum to.
+  """Each worker distributes its value: value_i = sum_j w_ij x_j, for rows of any sum.
 
-  The sum over workers stays what it is. It is the exchange inside `push_sum` and `sgp`.
+  The sum over workers is preserved. This is the exchange inside `push_sum` and `sgp`.
 
   Args:
-    topology: any.
-    axis: the worker axes to talk over.
+    topology: any topology.
+    axis: the worker axes of the exchange.
   """
 
   adds = Trait.LOCAL | Trait.DENSE | Trait.WEIGHTED
@@ -119,18 +120,17 @@ class PushSumState(NamedTuple):
 
 
 class PushSum(Aggregator, name="push_sum"):
-  """Averaging on a directed graph: each worker divides by the weight that reached it.
+  """Averages on a directed graph: each worker divides by the weight that it received.
 
-      w_i <- sum_j a_ij w_j,   value_i = (sum_j a_ij w_j x_j) / w_i          w_i = 1 at first
+      w_i <- sum_j a_ij w_j,   value_i = (sum_j a_ij w_j x_j) / w_i          w_i = 1 initially
 
-  with columns of (a_ij) that sum to one. From round to round sum_i w_i x_i / W stays what it is, so
-  values that are only averaged converge to the exact mean on any graph in which every worker
-  reaches every other. What a worker adds to its value between rounds counts w_i times; `sgp` is the
-  method in which gradients count alike.
+  where the columns of (a_ij) sum to one. Rounds preserve sum_i w_i x_i / W, so values that are only
+  averaged converge to the exact mean on any strongly connected graph. A change that a worker makes
+  to its value between rounds counts w_i times; `sgp` is the method that weights gradients equally.
 
   Args:
-    topology: any.
-    axis: the worker axes to talk over.
+    topology: any topology.
+    axis: the worker axes of the exchange.
 
   Reference: Kempe, Dobra, Gehrke 2003, FOCS, protocol push-sum; Nedic, Olshevsky 2015,
     IEEE Trans. Automatic Control 60(3), arXiv 1303.2289.
@@ -159,7 +159,7 @@ push_sum = PushSum
 
 
 def _widened(tree: Tree) -> Tree:
-  """In float32 or wider, so that the sum over links is not rounded at each of them."""
+  """The tree in float32 or wider, so that the sum over links is not rounded at each link."""
   return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 

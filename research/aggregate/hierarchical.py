@@ -1,4 +1,4 @@
-"""Two levels of links: exact averages over the fast ones, any aggregator over the slow ones."""
+"""Two-level aggregation: exact averages over fast links, any aggregator over slow links."""
 
 from dataclasses import KW_ONLY
 from typing import Any, ClassVar
@@ -32,7 +32,7 @@ _NO_MEMORY = {
 
 
 class TwoLevels(Aggregator):
-  """Exact averages within a slice, an inner aggregator between slices."""
+  """Averages exactly within a slice and applies an inner aggregator between slices."""
 
   inner: ClassVar[Any]
   fast: ClassVar[Any]
@@ -79,28 +79,28 @@ class TwoLevels(Aggregator):
 
 
 class Hierarchical(TwoLevels, name="hierarchical"):
-  """Reduce-scatter within a slice, the inner aggregator between slices, gather within the slice.
+  """Reduce-scatter within each slice, the inner aggregator between slices, all-gather within each.
 
       m_s[f] = mean over the slice of x[f],   value[f] = A_slow(m_1[f], ..., m_S[f]),   f in [F]
 
-  Each of the F workers of a slice looks after one chunk of every leaf, so that a slow link carries
-  1 / F of the inner payload per worker, and the fast ones two exact all-reduce halves. What the
-  inner aggregator did not send of m_s[f] is owed by the worker of that chunk, F times over:
-  sent_i = x_i - F (m_s[f] - sent_s[f]) there, and x_i elsewhere; the mean over the slice is exact,
-  so a memory belongs around: `error_feedback(hierarchical(two_phase(int8(), axis='slice')))`. Where
-  workers may be absent, those present in a slice owe equal shares of every chunk instead, of which
-  they tell each other: another gather over the fast links. To an
-  inner rule that selects or votes, a slice is as one worker: the weighted mean of its workers
-  present, absent if none of them is.
+  Each of the F workers of a slice handles one chunk of every leaf: a slow link carries 1 / F of the
+  inner payload per worker, and the fast links carry the two halves of an exact all-reduce. The
+  worker of chunk f accounts for the inner aggregator's error on m_s[f], F times:
+  sent_i = x_i - F (m_s[f] - sent_s[f]) on that chunk and x_i elsewhere. The mean over the slice is
+  exact, so a memory belongs outside:
+  `error_feedback(hierarchical(two_phase(int8(), axis='slice')))`. If workers may be absent, the
+  workers present in a slice share the error of every chunk equally, which takes another gather over
+  the fast links. An inner rule that selects or votes sees a slice as one worker: the weighted mean
+  of its workers present, or absent if there are none.
 
   Args:
-    inner: an aggregator over the slow axis alone (`axis='slice'`).
-    fast: the worker axis inside a slice.
+    inner: an aggregator over the slow axis only (`axis='slice'`).
+    fast: the worker axis within a slice.
     slow: the worker axis between slices.
 
   Raises:
-    ValueError: for an inner aggregator in its `refuses`, or equal axes; when traced on a
-      mesh without both axes, or with an inner aggregator that talks over the fast one.
+    ValueError: if the inner aggregator has a trait in `refuses` or the axes are equal; at trace
+      time, if the mesh lacks one of the axes or the inner aggregator uses the fast one.
 
   Reference: Jia et al. 2018, arXiv 1807.11205, section 4.2 (hierarchical all-reduce).
   """
@@ -116,17 +116,17 @@ hierarchical = Hierarchical
 
 
 class HierarchicalMean(TwoLevels, name="hierarchical_mean"):
-  """The mean over all workers with little on the slow links: `hierarchical` of the exact mean.
+  """Averages over all workers with little slow-link traffic: `hierarchical` of the exact mean.
 
-  Between S slices of F workers each worker sends 2 (S-1)/S of 1 / F of its tree, and within the
-  slice 2 (F-1)/F of the tree.
+  With S slices of F workers, each worker sends 2 (S-1)/S of 1 / F of its tree between slices and
+  2 (F-1)/F of its tree within the slice.
 
   Args:
-    fast: the worker axis inside a slice.
+    fast: the worker axis within a slice.
     slow: the worker axis between slices.
 
   Raises:
-    ValueError: when traced on a mesh without both axes.
+    ValueError: at trace time, if the mesh lacks one of the axes.
   """
 
   fast: str = "data"
@@ -141,21 +141,21 @@ hierarchical_mean = HierarchicalMean
 
 
 def _split(x: Array, slices: int, width: int) -> Array:
-  """[F, chunk], so that where the inner cuts by slices, worker (s, f) owns part s F + f of all."""
+  """[F, chunk], laid out so that worker (s, f) owns part s F + f when the inner cuts by slices."""
   parts = cut(x, slices * width)
   parts = parts.reshape(slices, width, *parts.shape[1:]).swapaxes(0, 1)
   return parts.reshape(width, slices * parts.shape[2], *parts.shape[3:])
 
 
 def _whole(parts: Array, like: Array, slices: int) -> Array:
-  """The leaf that `_split` made [F, chunk] of."""
+  """Inverse of `_split`: the leaf of parts [F, chunk]."""
   width = parts.shape[0]
   parts = parts.reshape(width, slices, parts.shape[1] // slices, *parts.shape[2:])
   return joined(parts.swapaxes(0, 1), like)
 
 
 def _as_one(means: Tree, presence: Presence, fast: str) -> tuple[Tree, Presence]:
-  """A slice as one worker: its weighted mean, from the mean of weighted trees, and its presence."""
+  """A slice as one worker: its weighted mean, computed from weighted trees, and its presence."""
   own = jnp.where(presence.active, jnp.asarray(presence.weight, jnp.float32), 0)
   weight = collectives.mean(own, fast)
   share = jnp.where(weight > 0, weight, 1)

@@ -1,4 +1,4 @@
-"""What a worker sends to a server: each leaf in a compressor's encoding, and what was left out."""
+"""Encodings of a worker's messages to a server: exact, compressed, and with error feedback."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ _OWN = 0x6F776E
 
 
 def plain() -> Uplink:
-  """Leaves as they are."""
+  """An uplink that sends leaves uncompressed."""
   return Uplink(
     lambda params: (),
     lambda tree, state, key: (jax.tree.leaves(tree), state),
@@ -18,10 +18,10 @@ def plain() -> Uplink:
 
 
 def compressed(compressor: Compressor) -> Uplink:
-  """Every leaf by itself, with a key of its own.
+  """An uplink that compresses every leaf separately, with its own key.
 
   Args:
-    compressor: any.
+    compressor: any compressor.
   """
 
   def encode(tree, state, key):
@@ -36,11 +36,11 @@ def compressed(compressor: Compressor) -> Uplink:
 
 
 def remembering(link: Uplink, decay: float) -> Uplink:
-  """Error feedback: p = x + decay e is sent, and e <- p - D(C(p)) kept, as in `error_feedback`.
+  """An uplink with error feedback: sends p = x + decay e and stores e <- p - D(C(p)).
 
   Args:
-    link: without a state of its own.
-    decay: of the memory.
+    link: an uplink without state.
+    decay: decay of the memory, in [0, 1].
   """
 
   def encode(tree, memory, key):

@@ -1,4 +1,4 @@
-"""Exact averages: what synchronous data parallelism and its relatives exchange."""
+"""Exact mean over workers, as used by synchronous data parallelism."""
 
 from research.aggregate.link import plain
 from research.aggregate.presence import weighted
@@ -8,7 +8,7 @@ from research.core.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Tra
 
 
 class Mean(Aggregator, name="mean"):
-  """The mean over all workers, by one all-reduce: 2 (W-1)/W times the tree's bytes per worker.
+  """Averages over all workers by one all-reduce: 2 (W-1)/W times the tree's bytes per worker.
 
   Args:
     axis: the worker axes to average over; all by default.

@@ -1,4 +1,4 @@
-"""Momentum on each worker of what it sends, with or without correction for delayed coordinates."""
+"""Worker-side momentum, with or without correction for delayed coordinates."""
 
 import math
 from dataclasses import KW_ONLY
@@ -40,26 +40,27 @@ class MomentumCorrectionState(NamedTuple):
 
 
 class MomentumCorrection(Aggregator, name="momentum_correction"):
-  """Deep gradient compression: accumulates velocities, not gradients, and sends the largest.
+  """Deep gradient compression: accumulates velocities instead of gradients; sends the largest.
 
       g_i <- g_i min(1, clip_norm W^-1/2 / ||g_i||)
       u_i <- m u_i + g_i,       v_i <- v_i + u_i
-      u_i <- m (u_i + g_i),     v_i <- v_i + u_i + g_i       with Nesterov's momentum
+      u_i <- m (u_i + g_i),     v_i <- v_i + u_i + g_i       with Nesterov momentum
       value = A(v),   v_i <- v_i - sent_i,   u_i <- 0 where sent_i is not 0
 
-  Momentum of the optimizer would act on what arrives late; here a coordinate has its momentum while
-  it waits, and none left over from before it was sent (momentum factor masking). The optimizer
-  behind it is plain `sgd`. Where everything is sent at once, no momentum is left.
+  Momentum in the optimizer would act on delayed values. Here a coordinate accumulates momentum
+  while it waits, and starts from zero after it is sent (momentum factor masking). Use plain `sgd`
+  as the optimizer. If every coordinate were sent in every round, there would be no momentum.
 
   Args:
     inner: a sparse aggregator, such as gather_mean(top_k(0.001)).
     momentum: m, in [0, 1).
-    clip_norm: of the mean gradient; each worker's whole tree is clipped at W^-1/2 of it.
-    nesterov: Nesterov's momentum in place of Polyak's.
+    clip_norm: maximum norm of the mean gradient; each worker's full tree is clipped at W^-1/2 of
+      it.
+    nesterov: whether to use Nesterov momentum instead of Polyak's.
     axis: the worker axes, for W.
 
   Raises:
-    ValueError: for arguments out of range, or an inner aggregator in its `refuses`.
+    ValueError: for arguments out of range, or if the inner aggregator has a trait in `refuses`.
 
   Reference: Lin, Han, Mao, Wang, Dally 2018, arXiv 1712.01887, algorithms 2 (momentum correction)
     and 1 (local clipping), section 3.3.
@@ -113,20 +114,20 @@ class WorkerMomentumState(NamedTuple):
 
 
 class WorkerMomentum(Aggregator, name="worker_momentum"):
-  """Each worker sends its momentum in the place of its value.
+  """Each worker sends its momentum instead of its value.
 
       m_i <- beta m_i + (1 - beta) x_i,   value = A(m)
 
-  Of a mean it is momentum of the mean. A robust rule sees less noise: honest workers' momenta lie
-  nearer together than their gradients, and what a faulty worker adds in every round no longer hides
-  among them. The optimizer behind it is plain `sgd`; m_i starts from zero.
+  With a mean this is momentum of the mean. A robust rule sees less noise: honest workers' momenta
+  are closer together than their gradients, so a small bias that a faulty worker adds in every round
+  no longer hides among them. Use plain `sgd` as the optimizer; m_i is zero initially.
 
   Args:
     inner: the aggregator, such as krum(faulty); an attack goes inside, where it replaces momenta.
     momentum: beta, in [0, 1).
 
   Raises:
-    ValueError: if momentum is not in [0, 1), or for an inner aggregator in its `refuses`.
+    ValueError: if momentum is not in [0, 1), or the inner aggregator has a trait in `refuses`.
 
   Reference: Karimireddy, He, Jaggi 2021, arXiv 2012.10333, algorithm 2.
   """

@@ -1,4 +1,4 @@
-"""Policies: which leaves an aggregator is given, in which pieces, and from which round on."""
+"""Policies: select, fuse and schedule the leaves that an aggregator handles."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -29,15 +29,15 @@ from research.core.base import (
 
 
 class OnlyLarge(Aggregator, name="only_large"):
-  """Leaves of fewer than `min_size` elements are averaged exactly, the others by `inner`.
+  """Averages leaves of fewer than `min_size` elements exactly, and the others by `inner`.
 
   Args:
     inner: the aggregator of the large leaves.
-    min_size: in elements.
+    min_size: smallest size of a large leaf, in elements.
     axis: the worker axes over which small leaves are averaged.
 
   Raises:
-    ValueError: if min_size < 0, or for an inner aggregator in its `refuses`.
+    ValueError: if min_size < 0, or the inner aggregator has a trait in `refuses`.
   """
 
   inner: Aggregator
@@ -62,7 +62,7 @@ class OnlyLarge(Aggregator, name="only_large"):
     return Aggregate(join(out.value, exact.value), join(out.sent, exact.sent), out.state)
 
   def _parts(self, tree: Tree) -> tuple[list[Array], list[Array], Callable[..., Tree]]:
-    """The large leaves, the small ones, and what joins two such lists to a tree."""
+    """The large leaves, the small leaves, and a function that joins two such lists into a tree."""
     leaves, treedef = jax.tree.flatten(tree)
     large = [x.size >= self.min_size for x in leaves]
     of = lambda wanted: [x for x, is_large in zip(leaves, large, strict=True) if is_large == wanted]
@@ -78,15 +78,15 @@ only_large = OnlyLarge
 
 
 class Bucketed(Aggregator, name="bucketed"):
-  """Small leaves travel together: flat messages of up to `bytes`, in the order of the tree.
+  """Concatenates small leaves into flat buckets of up to `bytes`, in the order of the tree.
 
-  A leaf of at least `bytes` stays as it is. The inner aggregator sees the buckets as its leaves, so
-  that a scale, a k or a support is a bucket's and not a leaf's. Leaves of different dtypes do not
-  share a bucket.
+  Leaves of at least `bytes` are unchanged. The inner aggregator sees buckets as its leaves: a
+  scale, a k or a support is per bucket, not per leaf. Leaves of different dtypes do not share a
+  bucket.
 
   Args:
     inner: the aggregator of the buckets and of the large leaves.
-    bytes: of a bucket, at most.
+    bytes: maximum size of a bucket, in bytes.
 
   Raises:
     ValueError: if bytes < 1.
@@ -113,14 +113,14 @@ class Bucketed(Aggregator, name="bucketed"):
     return Aggregate(self._split(out.value, tree), self._split(out.sent, tree), out.state)
 
   def _fused(self, tree: Tree) -> list[Array]:
-    """The messages: a bucket's leaves, flat, or a large leaf."""
+    """The messages: concatenated small leaves, or a single large leaf."""
     leaves = jax.tree.leaves(tree)
     joined = lambda bucket: jnp.concatenate([leaves[i].reshape(-1) for i in bucket])
     buckets = _buckets(leaves, self.bytes)
     return [leaves[b[0]] if len(b) == 1 else joined(b) for b in buckets]
 
   def _split(self, parts: Sequence[Array], like: Tree) -> Tree:
-    """The tree, like another, of which these are the messages."""
+    """Inverse of `_fused`: the tree with the structure and shapes of `like`."""
     leaves, treedef = jax.tree.flatten(like)
     found = list(leaves)
     for part, bucket in zip(parts, _buckets(leaves, self.bytes), strict=True):
@@ -134,7 +134,7 @@ bucketed = Bucketed
 
 
 def _buckets(leaves: Sequence[Array], bytes: int) -> list[list[int]]:
-  """Numbers of the leaves that share a message; those without elements have none to send."""
+  """The indices of the leaves in each message; empty leaves are not sent."""
   buckets: list[list[int]] = []
   open_: dict[jnp.dtype, tuple[list[int], int]] = {}  # by dtype: the bucket being filled, its bytes
   for i, leaf in enumerate(leaves):
@@ -152,12 +152,12 @@ def _buckets(leaves: Sequence[Array], bytes: int) -> list[list[int]]:
 
 
 class WarmUpState(NamedTuple):
-  count: Array  # int32, rounds so far
+  count: Array  # int32, completed rounds
   stages: tuple[State, ...]
 
 
 class WarmUp(Aggregator, name="warm_up"):
-  """Other aggregators for the first rounds: the exact mean, or a ramp of several.
+  """Uses other aggregators in the first rounds: the exact mean, or a sequence of stages.
 
   Each stage lasts steps / len(stages) rounds, then `inner` takes over. Deep gradient compression
   ramps the density of top-k from 25% to 0.1% over the first epochs. A memory belongs around all
@@ -166,11 +166,11 @@ class WarmUp(Aggregator, name="warm_up"):
   Args:
     inner: the aggregator after the warm-up.
     steps: rounds of warm-up.
-    stages: the aggregators before, one after the other; the exact mean by default.
+    stages: the aggregators of the warm-up, in order; the exact mean by default.
 
   Raises:
-    ValueError: if there are no stages or fewer steps than stages, or for aggregators in
-      its `refuses`.
+    ValueError: if there are no stages or fewer steps than stages, or a stage has a trait in
+      `refuses` that not all stages have.
 
   Reference: Lin et al. 2018, arXiv 1712.01887, section 3.3; 1-bit Adam's warm-up: Tang et al. 2021,
     arXiv 2102.02888.
@@ -191,7 +191,7 @@ class WarmUp(Aggregator, name="warm_up"):
 
   @property
   def every(self) -> tuple[Aggregator, ...]:
-    """All stages in their order, the last of which stays."""
+    """All stages in order; the last one is `inner`."""
     return (*((Mean(),) if self.stages is None else self.stages), self.inner)
 
   def aggregators(self):

@@ -1,4 +1,4 @@
-"""PowerSGD: gradients as products of two thin matrices, found by one step of a power iteration."""
+"""PowerSGD: low-rank gradient compression by one step of a power iteration per round."""
 
 from dataclasses import KW_ONLY
 from functools import partial
@@ -13,28 +13,28 @@ from research.comm import collectives
 from research.core import checks
 from research.core.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Array, Key, Trait
 
-# Thin products wait for memory whatever their precision, and accelerators would choose a low one.
+# Thin products are memory-bound at any precision, and accelerators default to a low one.
 matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-FUSED = 8  # the largest rank whose products are not written to memory of their own
+FUSED = 8  # the largest rank whose products are fused instead of written to memory
 
 
 class PowerSGD(Aggregator, name="power_sgd"):
-  """A rank-r approximation of each worker's matrix, averaged; both factors by all-reduce.
+  """Averages rank-r approximations of the workers' matrices; both factors by all-reduce.
 
       P = orthonormal(1/W sum_i M_i Q),   Q_i = M_i^T P,   Q <- 1/W sum_i Q_i
       value = P Q^T,                      sent_i = P Q_i^T
 
-  Q starts where the last round left it; a column in which no worker had anything, as after a round
-  of zero gradients, stays as it was, since from zero it would never move again. Leaves of two and
-  more dimensions are matrices [all but the last, last]; those that r (rows + columns) numbers would
-  not make smaller, and vectors, are averaged exactly. Meant to stand under `error_feedback`. We
+  Q continues from the last round. A column that is zero on all workers, as after a round of zero
+  gradients, keeps its old value: from zero it could never change again. Leaves of two or more
+  dimensions are matrices [all but the last, last]. Vectors, and matrices that r (rows + columns)
+  numbers would not make smaller, are averaged exactly. Use it under `error_feedback`. We
   orthogonalise by Householder QR instead of the paper's Gram-Schmidt, which loses orthogonality in
   float32.
 
   Args:
     rank: r, at least 1.
     axis: the worker axes to average over.
-    seed: of the first Q, the same on all workers.
+    seed: seed of the initial Q, equal on all workers.
 
   Raises:
     ValueError: if rank < 1.
@@ -61,7 +61,7 @@ class PowerSGD(Aggregator, name="power_sgd"):
     return treedef.unflatten([self._first(x, k) for x, k in zip(leaves, keys, strict=True)])
 
   def _first(self, x: Array, key: Key) -> Array:
-    """Q of round 0; empty for a leaf that is averaged exactly."""
+    """The initial Q; empty for a leaf that is averaged exactly."""
     shape = (x.shape[-1], self.rank) if is_low_rank(x, self.rank) else (0,)
     return jax.random.normal(key, shape, jnp.float32)
 
@@ -90,26 +90,33 @@ power_sgd = PowerSGD
 
 
 def found(new: Array, old: Array) -> Array:
-  """The new factor [n, r], with the old column wherever the new one is zero or not finite."""
+  """The new factor [n, r], with the old column wherever the new one is zero or non-finite."""
   size = jnp.sum(jnp.abs(new), 0)
   return jnp.where((size > 0) & jnp.isfinite(size), new, old)
 
 
 def is_low_rank(x: Array, rank: int) -> bool:
-  """Whether two factors are smaller than the leaf."""
+  """Whether two factors of rank `rank` are smaller than the leaf."""
   rows = x.size // x.shape[-1] if x.ndim > 1 and x.shape[-1] else 0
   return rows > 0 and rank * (rows + x.shape[-1]) < x.size
 
 
 def as_matrix(x: Array) -> Array:
-  """float32 [all dimensions but the last, last]."""
+  """The leaf as a float32 matrix [all dimensions but the last, last]."""
   return x.reshape(-1, x.shape[-1]).astype(jnp.float32)
 
 
 def product(left: Array, right: Array) -> Array:
-  """left @ right for few columns of left, as a sum that fuses with what it is added to.
+  """left @ right as a sum of outer products, which XLA fuses, if left has few columns.
 
   A matrix product would be written to memory first, and here it is as large as the leaf.
+
+  Args:
+    left: [m, r].
+    right: [r, n].
+
+  Returns:
+    The product [m, n].
   """
   if left.shape[1] > FUSED:
     return matmul(left, right)

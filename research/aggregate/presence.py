@@ -1,4 +1,4 @@
-"""Partial participation: weights of the workers present, and private state of the absent ones."""
+"""Partial participation: weights of active workers and private state of absent ones."""
 
 from typing import NamedTuple
 
@@ -10,13 +10,18 @@ from research.core.base import EVERYONE, Array, Presence, Tree
 
 
 def presence_of(weight: float | Array, active: bool | Array) -> Presence:
-  """The presence of a worker; `EVERYONE` if all workers participate with equal weight."""
+  """Builds a worker's presence; `EVERYONE` if all workers participate with equal weight.
+
+  Args:
+    weight: the worker's weight, a number or a float scalar.
+    active: whether the worker participates, True or a bool scalar.
+  """
   same = active is True and isinstance(weight, (int, float)) and weight == 1
   return EVERYONE if same else Presence(weight, active)
 
 
 def weighted(tree: Tree, presence: Presence) -> Tree:
-  """A worker's term of a weighted mean: weight_i x_i in the dtypes of x, zero if it is absent."""
+  """A worker's term of a weighted mean: weight_i x_i in the dtypes of x, zero if absent."""
   if presence is EVERYONE:
     return tree
   weight, active = presence
@@ -25,12 +30,12 @@ def weighted(tree: Tree, presence: Presence) -> Tree:
 
 
 def unweighted(presence: Presence) -> Presence:
-  """The presence to pass on with a tree that is already multiplied by its weight."""
+  """The presence to pass with a tree that is already multiplied by its weight."""
   return EVERYONE if presence.active is True else Presence(1.0, presence.active)
 
 
 def alike(active: bool | Array) -> Presence:
-  """A presence that gives all participating workers the same weight."""
+  """A presence that weights all active workers equally; the weights average to one over W."""
   if active is True:
     return EVERYONE
   there = jnp.asarray(active, jnp.float32)
@@ -39,22 +44,30 @@ def alike(active: bool | Array) -> Presence:
 
 
 def kept(active: bool | Array, new: Tree, old: Tree) -> Tree:
-  """A worker's private state after a round: the old one if it was absent."""
+  """A worker's private state after a round: `new` if it was active, else `old`."""
   if active is True:
     return new
   return jax.tree.map(lambda a, b: jnp.where(active, a, b), new, old)
 
 
 class Roll(NamedTuple):
-  """Which of the W workers are present; equal on all workers."""
+  """The workers that are present in a round; equal on all W workers."""
 
   present: Array  # bool [W]
-  count: Array  # int32, how many
-  scale: Array  # float32, the mean weight over all W
+  count: Array  # int32, number of workers present
+  scale: Array  # float32, mean weight over all W
 
 
 def call_roll(presence: Presence, axis: collectives.Axes) -> Roll | None:
-  """Gathers all workers' weights, 4 bytes each, to find who is present; None if everyone is."""
+  """Gathers all workers' weights, 4 bytes each, to determine which workers are present.
+
+  Args:
+    presence: this worker's presence.
+    axis: the worker axes.
+
+  Returns:
+    The roll, equal on all workers; None if all workers are statically known to be present.
+  """
   if presence.active is True:
     return None
   own = jnp.where(presence.active, presence.weight, 0).astype(jnp.float32)
@@ -65,6 +78,10 @@ def call_roll(presence: Presence, axis: collectives.Axes) -> Roll | None:
 
 def need_everyone(name: str, presence: Presence) -> None:
   """Rejects partial participation and unequal weights in an exchange between neighbours.
+
+  Args:
+    name: the aggregator or method, for the error.
+    presence: this worker's presence.
 
   Raises:
     ValueError: if the presence is not `EVERYONE`.

@@ -1,6 +1,6 @@
-"""Gossip of compressed values, without a memory of what was sent: the baselines of CHOCO.
+"""Gossip of compressed values without a memory: the baselines of CHOCO.
 
-Neither finds the mean: values that do not tend to zero leave errors that do not.
+Neither converges to the mean: unless the values tend to zero, the compression errors persist.
 """
 
 import jax
@@ -23,15 +23,15 @@ from research.core.base import (
 
 
 class QuantizedGossip(Aggregator):
-  """Each worker moves from its own value, exact or compressed, to its neighbours' compressed ones.
+  """Moves each worker from its own value, exact or compressed, towards its neighbours' values.
 
   Args:
-    compressor: any.
-    topology: one whose rows of weights sum to one, the same in each round.
-    axis: the worker axes to talk over.
+    compressor: any compressor.
+    topology: a topology whose weights are constant and whose rows sum to one.
+    axis: the worker axes of the exchange.
 
   Raises:
-    ValueError: if rows of the weights do not sum to one, or change from round to round.
+    ValueError: if rows of the weights do not sum to one, or the weights vary from round to round.
   """
 
   compressor: Compressor
@@ -47,7 +47,7 @@ class QuantizedGossip(Aggregator):
       )
 
   def origin(self, x: Array, sent: Array) -> Array:
-    """What a worker moves from, of its value and of what was sent of it."""
+    """Returns the point from which a worker moves: its value `x`, or the decoded payload `sent`."""
     raise NotImplementedError(f"{type(self).__name__} has no origin")
 
   def aggregate(self, tree, state, key, presence=EVERYONE):
@@ -71,19 +71,19 @@ class QuantizedGossip(Aggregator):
 
 
 class Q1Gossip(QuantizedGossip, name="q1_gossip"):
-  """Each worker moves from its exact value to its neighbours' compressed ones.
+  """Moves each worker from its exact value towards its neighbours' compressed values.
 
       value_i = x_i + sum_j w_ij (C(x_j) - x_i)
 
-  The errors do not cancel over the workers: their mean wanders off.
+  The errors do not cancel over the workers: the mean drifts.
 
   Args:
-    compressor: any.
-    topology: one whose rows of weights sum to one, the same in each round.
-    axis: the worker axes to talk over.
+    compressor: any compressor.
+    topology: a topology whose weights are constant and whose rows sum to one.
+    axis: the worker axes of the exchange.
 
   Raises:
-    ValueError: if rows of the weights do not sum to one, or change from round to round.
+    ValueError: if rows of the weights do not sum to one, or the weights vary from round to round.
 
   Reference: Aysal, Coates, Rabbat 2008, IEEE Trans. Signal Processing 56(10); scheme (Q1-G) in
     Koloskova, Stich, Jaggi 2019, arXiv 1902.00340, section 3.2.
@@ -97,13 +97,13 @@ q1_gossip = Q1Gossip
 
 
 class Q2Gossip(QuantizedGossip, name="q2_gossip"):
-  """Each worker moves by the differences of compressed values, its own among them.
+  """Moves each worker by the differences between its neighbours' and its own compressed values.
 
       value_i = x_i + sum_j w_ij (C(x_j) - C(x_i))
 
-  With symmetric weights the workers' mean stays what it is, and they stay apart by the errors.
+  Symmetric weights preserve the workers' mean, but the compression errors prevent consensus.
 
-  Args and raises as `q1_gossip`.
+  Args and Raises: see `q1_gossip`.
 
   Reference: Carli, Fagnani, Frasca, Zampieri 2010, Automatica 46(1); scheme (Q2-G) in Koloskova,
     Stich, Jaggi 2019, arXiv 1902.00340, section 3.2.

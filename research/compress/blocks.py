@@ -1,6 +1,6 @@
-"""Converts a leaf to blocks of float32 and back: what all compressors here share.
+"""Converts leaves to blocks of float32 and back, with the numerics that compressors share.
 
-Quantizers compute in float32 whatever the leaf's dtype; a float64 value beyond its range becomes
+Quantizers compute in float32 for any dtype of the leaf; a float64 value out of range becomes
 infinite. Linear compressors compute in float64 for a float64 leaf.
 """
 
@@ -13,14 +13,14 @@ from jax import lax
 
 from research.core.base import Array
 
-TINY = 2.0**-126  # the smallest normal float32: a divisor that is never zero nor flushed to it
+TINY = 2.0**-126  # the smallest normal float32: a divisor that is not flushed to zero
 
 
 def floating(x: Array) -> Array:
-  """x, if it is floating-point.
+  """Returns x after checking its dtype.
 
   Raises:
-    ValueError: if not.
+    ValueError: if x is not floating-point.
   """
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise ValueError(f"dtype={x.dtype} cannot be compressed; legal: floating-point dtypes")
@@ -28,14 +28,23 @@ def floating(x: Array) -> Array:
 
 
 def flatten(x: Array) -> Array:
-  """x as [n]; it must be floating-point."""
+  """Flattens x to [n].
+
+  Raises:
+    ValueError: if x is not floating-point.
+  """
   return floating(x).reshape(-1)
 
 
 def to_blocks(flat: Array, width: int | None) -> Array:
-  """float32 [blocks, width], the last block filled up with zeros.
+  """Splits a flat leaf into float32 blocks, the last one padded with zeros.
 
-  A leaf shorter than `width` is one block of its own length; None makes one block of any leaf.
+  Args:
+    flat: floating-point [n].
+    width: elements of a block; a leaf shorter than this, or any leaf for None, is one block.
+
+  Returns:
+    float32 [blocks, min(width, n)].
   """
   size = max(flat.size, 1)
   width = min(width or size, size)
@@ -49,19 +58,23 @@ def widened(x: Array) -> Array:
 
 
 def restore(values: Array, like: jax.ShapeDtypeStruct) -> Array:
-  """The first values, as many as `like` has, in its shape and dtype."""
+  """Inverse of `to_blocks`: drops the padding; converts to the shape and dtype of `like`."""
   return saturated(values.reshape(-1)[: like.size], like.dtype).reshape(like.shape)
 
 
 def saturated(x: Array, dtype: jnp.dtype) -> Array:
-  """x in a dtype: finite values stay finite, infinite values and NaN stay what they are.
+  """Converts x to a dtype: finite values saturate at its range; infinity and NaN are preserved.
 
-  What bfloat16 cannot hold of a float32 is rounded off by itself: XLA drops a conversion that it
-  sees undone, and on a GPU does.
+  The mantissa is rounded in a separate step for float32 to bfloat16: XLA removes a conversion that
+  is undone later, and does so on GPUs.
+
+  Args:
+    x: floating-point, of any shape.
+    dtype: a floating-point dtype.
   """
   to, of = jnp.finfo(dtype), jnp.finfo(x.dtype)
   if float(to.max) < float(of.max):
-    x = widened(x)  # the narrower of two half precisions cannot hold the other's largest number
+    x = widened(x)  # float16 cannot represent bfloat16's largest number
     x = jnp.where(jnp.isfinite(x), jnp.clip(x, -float(to.max), float(to.max)), x)
   if to.nmant < of.nmant and to.nexp == of.nexp:
     x = lax.reduce_precision(x, to.nexp, to.nmant)
@@ -69,11 +82,20 @@ def saturated(x: Array, dtype: jnp.dtype) -> Array:
 
 
 def fold(reduce: Callable[..., Array], of: Callable[[Array], Array], blocks: Array) -> Array:
-  """reduce(of(x)) of each block [blocks, width], on CPUs in two steps.
+  """Computes reduce(of(x)) of each block; on CPUs in two steps.
 
-  XLA:CPU fuses a reduction of at most 32 elements with the elementwise `of` that feeds it; before a
-  longer one it writes of(x) to memory, which takes four times as long. A TPU has to shuffle 32
-  elements into its 128 lanes, by code that takes twenty times as long to compile.
+  XLA:CPU fuses a reduction of at most 32 elements with its elementwise input `of`. Before a longer
+  reduction it writes of(x) to memory, which takes four times as long. Other platforms reduce at
+  once: a TPU would have to shuffle 32 elements into its 128 lanes, with code that takes twenty
+  times as long to compile.
+
+  Args:
+    reduce: a reduction with a parameter `axis`, such as `jnp.max`.
+    of: an elementwise function.
+    blocks: [blocks, width].
+
+  Returns:
+    [blocks].
   """
   at_once = lambda x: reduce(of(x), axis=1)
   in_two = lambda x: _in_two_steps(reduce, of, x)
@@ -92,16 +114,17 @@ def _in_two_steps(
 
 
 def largest_magnitude(blocks: Array) -> Array:
-  """max |x| of each block, float32 [blocks]; NaN where a block has one.
+  """max |x| of each block [blocks, width], float32 [blocks]; NaN if the block contains NaN.
 
-  |x| as an integer has the order of |x|, NaN above all, and integers are compared many at a time.
+  The bits of |x| as an integer have the order of |x|, with NaN on top, and integer comparisons
+  vectorize.
   """
   bits = lambda x: lax.bitcast_convert_type(x, jnp.uint32) & 0x7FFFFFFF
   return lax.bitcast_convert_type(fold(jnp.max, bits, blocks), jnp.float32)
 
 
 def norm_over(blocks: Array, parts: int) -> Array:
-  """||x|| / parts of each block, float32 [blocks]; no square or norm overflows or vanishes."""
+  """||x|| / parts of each block, float32 [blocks]; no square or norm overflows or underflows."""
   largest = jnp.maximum(largest_magnitude(blocks), TINY)
   down = invertible(largest)
   relative = (blocks * down[:, None]) / (largest * down)[:, None]
@@ -109,8 +132,9 @@ def norm_over(blocks: Array, parts: int) -> Array:
 
 
 def invertible(units: Array) -> Array:
-  """A factor for a value and its unit, so that the unit's inverse is a normal float32: mostly 1.
+  """A scale factor, usually 1, that makes the inverse of each unit a normal float32.
 
-  XLA divides by multiplying with an inverse, and that of 2^127 would be flushed to zero.
+  XLA divides by multiplying with the inverse, and the inverse of 2^127 would be flushed to zero.
+  Multiply both a value and its unit by the factor before dividing.
   """
   return jnp.where(units > 2.0**64, 2.0**-64, 1.0)

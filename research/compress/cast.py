@@ -1,4 +1,4 @@
-"""Narrower number formats: unchanged, bfloat16, float8 with block scales, powers of two."""
+"""Number formats: identity, bfloat16, float8 with block scales, powers of two."""
 
 from typing import NamedTuple
 
@@ -19,12 +19,12 @@ from research.compress.packing import pack, unpack
 from research.core import checks
 from research.core.base import Array, Compressor
 
-_INFINITY = 0x7F800000  # as float32
-_LARGEST_FLOAT8 = 448.0  # of e4m3
+_INFINITY = 0x7F800000  # the bits of float32 infinity
+_LARGEST_FLOAT8 = 448.0  # largest e4m3 number
 
 
 class Identity(Compressor, name="identity"):
-  """C(x) = x, with the leaf's own bytes and shape. Linear."""
+  """Sends leaves uncompressed, C(x) = x, in their own dtype and shape. Linear."""
 
   linear = True
 
@@ -43,8 +43,8 @@ identity = Identity
 class BF16(Compressor, name="bf16"):
   """Rounds to bfloat16: 2 bytes per element.
 
-  Contractive: ||C(x) - x||^2 <= 2^-16 ||x||^2 for normal numbers. Finite values beyond the range
-  saturate. Linear, though sums of payloads are rounded to bfloat16 too. The leaf keeps its shape.
+  Contractive: ||C(x) - x||^2 <= 2^-16 ||x||^2 for normal numbers. Finite values out of range
+  saturate. Linear, but sums of payloads are rounded to bfloat16 too. The shape is unchanged.
 
   Reference: Kalamkar et al. 2019, arXiv:1905.12322.
   """
@@ -64,21 +64,21 @@ bf16 = BF16
 
 
 class Float8(NamedTuple):
-  """x is values * scales."""
+  """Represents x = values * scales."""
 
   values: Array  # float8_e4m3fn [n]
   scales: Array  # float32 [blocks]
 
 
 class FP8(Compressor, name="fp8"):
-  """float8 of 4 exponent and 3 mantissa bits times a scale: 1 + 4 / block bytes per element.
+  """Rounds to float8 e4m3 times a scale per block: 1 + 4 / block bytes per element.
 
       scale = max |x| / 448,   C(x) = scale float8(x / scale)
 
-  Contractive: an element's error is at most 1/16 of it or 2^-10 scale, whichever is larger, so
-  ||C(x) - x||^2 <= (2^-8 + block (2^-10 / 448)^2) ||x||^2: 0.004. The format has no infinity;
-  nothing overflows, since the block's largest element maps to 448. A non-finite element makes its
-  whole block NaN.
+  Contractive: an element's error is at most 1/16 of its value or 2^-10 scale, whichever is larger,
+  so ||C(x) - x||^2 <= (2^-8 + block (2^-10 / 448)^2) ||x||^2: 0.004. The format has no infinity,
+  but nothing overflows, since the block's largest element maps to 448. A non-finite element makes
+  its block NaN.
 
   Args:
     block: elements that share a scale.
@@ -111,14 +111,14 @@ fp8 = FP8
 
 
 class Natural(Compressor, name="natural"):
-  """Natural compression: stochastic rounding to a power of two, 9 bits per element, no scales.
+  """Natural compression: stochastic rounding to powers of two, 9 bits per element, no scales.
 
       C(x) = sign(x) 2^floor(log2 |x|)        with probability (2^ceil(log2 |x|) - |x|) / 2^floor
              sign(x) 2^ceil(log2 |x|)         otherwise
 
   Adding a random mantissa to the bits of |x| carries into the exponent with exactly this
-  probability. Unbiased with E ||C(x) - x||^2 <= 1/8 ||x||^2, from 0 up to 2^127 (65504 in a float16
-  leaf), where it saturates. An infinite value or NaN becomes infinite.
+  probability. Unbiased with E ||C(x) - x||^2 <= 1/8 ||x||^2 for |x| up to 2^127 (65504 in a float16
+  leaf), where it saturates. Infinity and NaN become infinite.
 
   Reference: Horvath et al. 2019, arXiv:1905.10988, theorem 1.
   """

@@ -1,7 +1,7 @@
-"""The largest coefficients of a cosine transform: what of an array is smooth or strong in a place.
+"""Compression by the largest coefficients of a blockwise cosine transform.
 
-A leaf is a matrix [product of all but the last dimension, last dimension], a vector one row of it.
-It is cut into blocks as alike in size as can be.
+A leaf is treated as a matrix [product of all but the last dimension, last dimension]; a vector is
+one row. The matrix is split into blocks of nearly equal size.
 """
 
 import math
@@ -21,42 +21,42 @@ from research.core.base import Array, Compressor
 
 class Coefficients(NamedTuple):
   values: Array  # [blocks, k], the leaf's dtype
-  positions: Array  # uint8, packed: of each value in its block
+  positions: Array  # uint8, packed: the position of each value within its block
 
 
 class Grid(NamedTuple):
-  """A matrix as blocks, all of one size; the last of a row or column is filled up with zeros."""
+  """A matrix split into blocks of equal size; the last of a row or column is padded with zeros."""
 
-  across: tuple[int, int]  # how many blocks, down and to the right
-  sides: tuple[int, int]  # of a block
+  across: tuple[int, int]  # number of blocks (down, right)
+  sides: tuple[int, int]  # (height, width) of a block
 
   @property
   def size(self) -> int:
-    """Elements of a block."""
+    """Number of elements of a block."""
     return math.prod(self.sides)
 
 
 class DCTTopK(Compressor, name="dct_top_k"):
-  """The k largest coefficients of each block's cosine transform: k (itemsize + 3/2) bytes a block.
+  """Sends the k largest DCT coefficients of each block: k (itemsize + 3/2) bytes per block.
 
       C(x)_block = D^T S_k(D x_block D^T) D,   D_{ij} = c_i cos(pi i (2 j + 1) / (2 h)),
 
-  with c_0 = h^(-1/2) and else (2/h)^(1/2), on blocks of up to chunk x chunk elements, of chunk
-  elements of a vector; S_k keeps the k largest magnitudes, of equal ones the first. D is
-  orthonormal, hence contractive: ||C(x) - x||^2 <= (1 - k / chunk^2) ||x||^2. Not sparse: what is
-  zero at most positions is the transform. A position travels in as many bits as the block's size
-  asks for, 12 of 64 x 64. A non-finite element makes its block non-finite.
+  with c_0 = h^(-1/2) and otherwise (2/h)^(1/2), on blocks of up to chunk x chunk elements, or chunk
+  elements for a vector. S_k keeps the k largest magnitudes; ties go to the first. D is orthonormal,
+  so C is contractive: ||C(x) - x||^2 <= (1 - k / chunk^2) ||x||^2. C(x) is not sparse: only its
+  transform is. A position takes ceil(log2) of the block's size in bits, 12 for 64 x 64. A
+  non-finite element makes its block non-finite.
 
   Args:
-    chunk: longest side of a block.
-    k: coefficients to send of each block; all of a block that has fewer.
+    chunk: maximum side of a block.
+    k: coefficients to send per block; all if the block has fewer.
 
   Raises:
     ValueError: if chunk < 1, or k is not in [1, chunk^2].
 
   Reference: Peng, Quesnelle, Kingma 2024, arXiv 2411.19870, section 3 (extraction of fast
-    components). The sides of their blocks are the largest divisors of the dimensions up to `chunk`,
-    for a prime dimension 1.
+    components). There, the sides of a block are the largest divisors of the dimensions up to
+    `chunk`, which is 1 for a prime dimension.
   """
 
   chunk: int = 64
@@ -101,7 +101,7 @@ def _grid(shape: tuple[int, ...], chunk: int) -> Grid:
 
 
 def _to_grid(x: Array, grid: Grid) -> Array:
-  """[blocks, elements of a block]."""
+  """Splits x into blocks [blocks, elements of a block]."""
   matrix = x.reshape(_as_matrix(x.shape))
   filled = [n * side - size for n, side, size in zip(*grid, matrix.shape, strict=True)]
   if any(filled):
@@ -119,7 +119,7 @@ def _from_grid(blocks: Array, grid: Grid, like: jax.ShapeDtypeStruct) -> Array:
 
 
 def _transformed(blocks: Array, grid: Grid, direction: int = 1) -> Array:
-  """The cosine transform of each block, or with direction -1 the block of that transform."""
+  """The cosine transform of each block, or its inverse for direction -1."""
   height, width = (jnp.asarray(cosines(n), blocks.dtype) for n in grid.sides)
   if direction < 0:
     height, width = height.T, width.T
@@ -134,7 +134,7 @@ def _transformed(blocks: Array, grid: Grid, direction: int = 1) -> Array:
 
 
 def cosines(size: int) -> np.ndarray:
-  """D, the orthonormal DCT-II of vectors [size]; its rows are the basis."""
+  """D, the orthonormal DCT-II matrix [size, size]; its rows are the basis."""
   frequency, place = np.arange(size)[:, None], np.arange(size)[None, :]
   scale = np.where(frequency == 0, 1, 2) / size
   return np.sqrt(scale) * np.cos(np.pi * frequency * (2 * place + 1) / (2 * size))

@@ -1,4 +1,4 @@
-"""Packs small integers into bytes, and back: the one place where codes become bits."""
+"""Packs small integers into bytes and unpacks them; the only module that handles bit layouts."""
 
 from collections.abc import Iterator
 
@@ -10,16 +10,16 @@ WIDEST = 32
 
 
 def packed_size(count: int, bits: int) -> int:
-  """Bytes of `count` codes of `bits` bits each."""
+  """The number of bytes that `pack` needs for `count` codes of `bits` bits each."""
   return sum(-(-count * width // 8) for _, width in _fields(bits))
 
 
 def pack(codes: Array, bits: int) -> Array:
-  """Packs unsigned integers below 2^bits, in order, without gaps but at the ends of fields.
+  """Packs unsigned integers below 2^bits, in order, with gaps only at the ends of fields.
 
-  A code is cut into fields of 8, 4, 2 and 1 bits (9 = 8 + 1, 7 = 4 + 2 + 1), and the fields of one
-  width fill bytes from the least significant bit up. So every width packs by shifts within a byte,
-  which all machines do many at a time, and costs at most 3 bytes more than count * bits / 8.
+  A code is split into fields of 8, 4, 2 and 1 bits (9 = 8 + 1, 7 = 4 + 2 + 1). The fields of one
+  width fill bytes from the least significant bit up. Packing therefore needs only shifts within a
+  byte, which all machines vectorize, and at most 3 bytes more than count * bits / 8.
 
   Args:
     codes: unsigned integers [count].
@@ -41,7 +41,16 @@ def pack(codes: Array, bits: int) -> Array:
 
 
 def unpack(packed: Array, bits: int, count: int) -> Array:
-  """The `count` codes that `pack` packed, in the narrowest unsigned dtype that holds them."""
+  """Inverse of `pack`.
+
+  Args:
+    packed: uint8 [packed_size(count, bits)].
+    bits: width of a code, in [1, 32].
+    count: number of codes.
+
+  Returns:
+    The codes [count], in the narrowest sufficient unsigned dtype.
+  """
   dtype = unsigned(bits)
   codes, start = jnp.zeros(count, dtype), 0
   for shift, width in _fields(bits):

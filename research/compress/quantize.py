@@ -1,7 +1,7 @@
-"""Quantization onto evenly spaced levels, one distance between levels per block of elements.
+"""Uniform quantization with one step size per block of elements.
 
-With s levels on either side of zero, the code of x is one of 2s + 1 whole numbers, packed. The
-payload is `codes`, n ceil(log2(2s + 1)) / 8 bytes, and `units`, a float32 per block.
+With s levels on either side of zero, the code of x is one of 2s + 1 integers, packed. The payload
+is `codes`, n ceil(log2(2s + 1)) / 8 bytes, and `units`, one float32 per block.
 """
 
 import math
@@ -27,21 +27,21 @@ MOST_LEVELS = 2**15 - 1
 
 
 class Levels(NamedTuple):
-  """x is about (codes - s) * units."""
+  """Represents x as about (codes - s) * units."""
 
   codes: Array  # uint8, packed
-  units: Array  # float32 [blocks], the distance between two levels
+  units: Array  # float32 [blocks], the distance between adjacent levels
 
 
 class Quantizer(Compressor):
-  """Rounds to multiples of a unit per block. A non-finite element makes its whole block NaN.
+  """Rounds to multiples of a unit per block. A non-finite element makes its block NaN.
 
   Subclasses define the class attributes below, as constants, fields or properties.
   """
 
-  levels: ClassVar[Any]  # s, on either side of zero
-  block: ClassVar[Any] = None  # elements that share a unit; None: all of a leaf
-  stochastic: ClassVar[Any] = True  # rounds up with the probability that makes the mean exact
+  levels: ClassVar[Any]  # s, number of levels on either side of zero
+  block: ClassVar[Any] = None  # elements that share a unit; None: the full leaf
+  stochastic: ClassVar[Any] = True  # whether to round stochastically, without bias
 
   def check(self):
     if self.block is not None:
@@ -53,7 +53,7 @@ class Quantizer(Compressor):
     return math.ceil(math.log2(2 * self.levels + 1))
 
   def unit(self, blocks: Array) -> Array:
-    """The distance between two levels, float32 [blocks], of blocks [blocks, width]."""
+    """The distance between adjacent levels, float32 [blocks], for blocks [blocks, width]."""
     return largest_magnitude(blocks) / self.levels
 
   def encode(self, x, shared, own):
@@ -76,7 +76,7 @@ class Quantizer(Compressor):
 
 
 class Int8(Quantizer, name="int8"):
-  """Whole numbers from -127 to 127 times a scale per block: 1 + 4 / block bytes per element.
+  """Rounds to integers in [-127, 127] times a scale per block: 1 + 4 / block bytes per element.
 
       scale = max |x| / 127,   C(x) = scale round(x / scale)
 
@@ -85,7 +85,7 @@ class Int8(Quantizer, name="int8"):
 
   Args:
     block: elements that share a scale.
-    stochastic: round up with the probability that makes the mean exact.
+    stochastic: whether to round stochastically, without bias, instead of to the nearest level.
 
   Raises:
     ValueError: if block < 1.
@@ -107,7 +107,7 @@ int8 = Int8
 
 
 class Int4(Quantizer, name="int4"):
-  """Whole numbers from -7 to 7, two to a byte, times a scale: 0.5 + 4 / block bytes per element.
+  """Rounds to integers in [-7, 7] times a scale per block: 0.5 + 4 / block bytes per element.
 
       scale = max |x| / 7,   C(x) = scale round(x / scale)
 
@@ -117,12 +117,12 @@ class Int4(Quantizer, name="int4"):
 
   Args:
     block: elements that share a scale.
-    stochastic: round up with the probability that makes the mean exact.
+    stochastic: whether to round stochastically, without bias, instead of to the nearest level.
 
   Raises:
     ValueError: if block < 1.
 
-  Reference: as for `int8`.
+  Reference: see `int8`.
   """
 
   block: int = 128
@@ -138,18 +138,18 @@ int4 = Int4
 
 
 class QSGD(Quantizer, name="qsgd"):
-  """Quantized SGD: levels / ||x|| stochastically rounded, a norm per bucket.
+  """QSGD: stochastic rounding to s levels of |x| / ||x||, with one norm per bucket.
 
       C(x)_i = ||x|| sign(x_i) xi_i,   xi_i in {l / s, (l + 1) / s} with mean |x_i| / ||x||
 
-  for s levels. Unbiased: E ||C(x) - x||^2 <= min(d / s^2, sqrt(d) / s) ||x||^2 with d = bucket
-  (lemma 3.1). ceil(log2(2 s + 1)) / 8 + 4 / bucket bytes per element: half a byte for 7 levels. The
-  paper codes levels by Elias' universal code, whose length depends on the values; here each code
-  has the same width, so that the payload has a static shape.
+  Unbiased: E ||C(x) - x||^2 <= min(d / s^2, sqrt(d) / s) ||x||^2 with d = bucket (lemma 3.1).
+  ceil(log2(2 s + 1)) / 8 + 4 / bucket bytes per element: half a byte for 7 levels. The paper uses
+  Elias' universal code, whose length depends on the values; here all codes have the same width, so
+  that the payload has a static shape.
 
   Args:
-    levels: s, levels on either side of zero.
-    bucket: elements that share a norm; None for one norm of the whole leaf, as in the theory.
+    levels: s, number of levels on either side of zero.
+    bucket: elements that share a norm; None for one norm per leaf, as in the theory.
 
   Raises:
     ValueError: if levels is not in [1, 32767] or bucket < 1.
@@ -180,12 +180,12 @@ qsgd = QSGD
 
 
 class TernGrad(Quantizer, name="terngrad"):
-  """Ternary gradients: 2 bits per element and one float32, the largest magnitude of the leaf.
+  """Ternary gradients: 2 bits per element, and one float32 for the leaf's largest magnitude.
 
       C(x) = s sign(x) b,   s = max |x|,   P(b_i = 1) = |x_i| / s
 
-  Unbiased: E ||C(x) - x||^2 = s ||x||_1 - ||x||^2 <= (sqrt(n) - 1) / 2 ||x||^2. The paper clips
-  gradients at 2.5 standard deviations first, which is a wrapper's matter.
+  Unbiased: E ||C(x) - x||^2 = s ||x||_1 - ||x||^2 <= (sqrt(n) - 1) / 2 ||x||^2. The paper first
+  clips gradients at 2.5 standard deviations, which belongs in a wrapper.
 
   Reference: Wen et al. 2017, arXiv:1705.07878, algorithm 1.
   """

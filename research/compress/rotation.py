@@ -1,4 +1,4 @@
-"""A random rotation before compression: it spreads every element over a block."""
+"""Random rotation before compression, which spreads every element over a block."""
 
 import math
 
@@ -15,20 +15,20 @@ RADIX = 64
 
 
 class Hadamard(Compressor, name="hadamard"):
-  """The inner compressor in randomly rotated coordinates, which no element dominates.
+  """Applies the inner compressor in randomly rotated coordinates, where no element dominates.
 
       C(x) = D H C_inner(H D x),   H = Walsh-Hadamard / sqrt(b),   D = diag(random signs)
 
-  on blocks of b elements, in O(n log b). H D is orthogonal, so C is contractive, unbiased and
-  linear exactly where the inner compressor is, with its constants for the padded leaf; what changes
-  is how near to them it comes, and that the largest element of a block is rarely above
-  sqrt(2 log b) root mean squares. D is drawn from the shared key and not sent. b is the largest
-  power of two up to `block` that pads the leaf by at most an eighth. Rotated values have the leaf's
-  dtype, rounded from float32. A non-finite element makes its block non-finite.
+  on blocks of b elements, in O(n log b). H D is orthogonal, so C is contractive, unbiased or linear
+  exactly if the inner compressor is, with the inner constants for the padded leaf. The typical
+  error is smaller than these worst-case constants, since the largest element of a rotated block is
+  rarely above sqrt(2 log b) root mean squares. D is drawn from the shared key and not sent. b is
+  the largest power of two up to `block` that pads the leaf by at most an eighth. Rotated values
+  have the leaf's dtype, rounded from float32. A non-finite element makes its block non-finite.
 
   Args:
-    inner: what compresses the rotated leaf [blocks, b].
-    block: largest number of elements that are rotated together, a power of two.
+    inner: the compressor of the rotated leaf [blocks, b].
+    block: maximum number of elements that are rotated together, a power of two.
 
   Raises:
     ValueError: if block is not a power of two.
@@ -72,10 +72,16 @@ hadamard = Hadamard
 
 
 def walsh_hadamard(blocks: Array) -> Array:
-  """H x of each row of [rows, b], b a power of two; H = H' / sqrt(b) is its own inverse.
+  """Applies the orthonormal Walsh-Hadamard transform to each row; it is its own inverse.
 
-  One factor of H_b = H_64 x ... x H_64 x H_rest at a time, as products with a 64 x 64 matrix: few
-  passes over memory, on any machine's matrix unit.
+  Applies one factor of H_b = H_64 x ... x H_64 x H_rest at a time, as a product with a 64 x 64
+  matrix: few passes over memory, on any machine's matrix unit.
+
+  Args:
+    blocks: [rows, b], b a power of two.
+
+  Returns:
+    [rows, b].
   """
   rows, width = blocks.shape
   done = 1
@@ -92,7 +98,7 @@ def walsh_hadamard(blocks: Array) -> Array:
 
 
 def random_signs(key: Key, count: int) -> Array:
-  """-1 or 1, int8 [count], at one random bit each."""
+  """Random signs, -1 or 1, int8 [count], from one random bit each."""
   words = jax.random.bits(key, (-(-count // 32),), jnp.uint32)
   bits = unpack(lax.bitcast_convert_type(words, jnp.uint8).reshape(-1), 1, count)
   return 2 * bits.astype(jnp.int8) - 1

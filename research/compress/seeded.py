@@ -1,4 +1,4 @@
-"""Randomness that a worker does not share: its seed is sent along."""
+"""Independent randomness per worker: each worker sends its seed with the payload."""
 
 from typing import NamedTuple
 
@@ -14,17 +14,17 @@ class Seeded(NamedTuple):
 
 
 class SeededCompressor(Compressor, name="seeded"):
-  """The inner compressor with its shared draws made anew for each worker: its payload and 4 bytes.
+  """Makes the inner compressor's shared draws independent per worker, for 4 more bytes.
 
       C_i(x) = C_inner(x; s_i),   s_i uniform, drawn by worker i and sent
 
-  What workers draw alike, such as the support of random-k, leaves out the same of all of them: then
-  the error of a mean is as large as that of one value, and what workers disagree in cancels before
-  it is compressed. Here errors are independent, and W workers average them. Payloads may no longer
-  be summed; unbiased and contractive are the same as before.
+  With shared draws, such as the support of random-k, all workers drop the same elements. The mean's
+  error is then as large as that of a single value, although differences between workers cancel
+  before compression. With independent draws, the errors average over W workers. The payloads can no
+  longer be summed; whether the compressor is unbiased or contractive does not change.
 
   Args:
-    inner: one that draws from the shared key, such as random_k, count_sketch or hadamard.
+    inner: a compressor that draws from the shared key, such as random_k, count_sketch or hadamard.
 
   Reference: Mishchenko et al. 2019, arXiv:1901.09269, section 2, whose workers draw independently.
   """

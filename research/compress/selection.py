@@ -1,12 +1,12 @@
-"""The positions of the k largest magnitudes of an array, exactly, without sorting it.
+"""Finds the positions of the k largest magnitudes of an array, exactly, without sorting it.
 
-Floating-point magnitudes have the order of their bits read as integers, NaN above infinity. The
-k-th largest is found by bisection on these integers, each step one count of the array; in a large
-array a sorted sample says where to begin, one count confirms it, and what lies above, little more
-than k elements, is compacted first. A wrong guess costs time, never exactness.
+Floating-point magnitudes are ordered like their bits read as integers, with NaN above infinity. The
+k-th largest is found by bisection on these integers; each step counts over the array once. In a
+large array, a sorted sample gives the initial guess, one count confirms it, and the elements above
+it, slightly more than k, are compacted first. A wrong guess costs time, never exactness.
 
-Positions are uint32, and arrays are indexed by (row, column), since JAX's own indices are int32:
-arrays of fewer than 2^32 elements, 2^31 if their number is odd.
+Positions are uint32, and arrays are indexed by (row, column), since JAX's own indices are int32.
+This supports arrays of fewer than 2^32 elements, or 2^31 for an odd number of elements.
 """
 
 import math
@@ -18,12 +18,12 @@ from research.core.base import Array
 
 WORD = 32
 SAMPLE = 2**16
-LARGE = 2**20  # elements from which on a sample is drawn
+LARGE = 2**20  # minimum number of elements for sampling
 _COLUMNS = 2**16
 
 
 def largest(x: Array, k: int) -> Array:
-  """The positions of the k largest |x|, ascending; of equal ones, those that come first.
+  """Returns the positions of the k largest |x|, ascending; ties go to the first elements.
 
   Args:
     x: floating-point [n].
@@ -47,32 +47,32 @@ def largest(x: Array, k: int) -> Array:
 
 
 def count(mask: Array) -> Array:
-  """How many of [n] bool are true: uint32. A plain sum writes as many integers to memory first."""
+  """Counts the true elements of a bool [n], as uint32; a plain sum would first write n integers."""
   return _count(_words(mask))
 
 
 def magnitude(x: Array) -> Array:
-  """|x| as unsigned integers of the same order."""
+  """|x| as unsigned integers, which have the same order."""
   bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
   return bits & (jnp.iinfo(bits.dtype).max >> 1)
 
 
 def take(x: Array, positions: Array) -> Array:
-  """x at distinct positions."""
+  """Gathers x [n] at distinct positions, uint32 [k]."""
   rows, columns = grid(x.size)
   at = x.reshape(rows, columns).at[positions // columns, positions % columns]
   return at.get(mode="promise_in_bounds", unique_indices=True)
 
 
 def put(values: Array, positions: Array, size: int) -> Array:
-  """[size], zero but for `values` at distinct positions."""
+  """Scatters values [k] to distinct positions, uint32 [k], of an array of zeros [size]."""
   rows, columns = grid(size)
   at = jnp.zeros((rows, columns), values.dtype).at[positions // columns, positions % columns]
   return at.set(values, mode="promise_in_bounds", unique_indices=True).reshape(size)
 
 
 def grid(size: int) -> tuple[int, int]:
-  """Rows and columns of `size` elements, both below 2^31; columns are a power of two.
+  """Returns (rows, columns) for `size` elements, both below 2^31; columns is a power of two.
 
   Raises:
     ValueError: if positions do not fit in 32 bits.
@@ -85,10 +85,10 @@ def grid(size: int) -> tuple[int, int]:
 
 
 def _at_least(x: Array, k: int, room: int, guess: Array | None = None) -> tuple[Array, Array]:
-  """Positions [room] of the k largest |x| or a few more, ascending, and how many there are.
+  """Positions [room] of the k largest |x| or slightly more, ascending, and their number.
 
-  Bisects the threshold until between k and `room` elements reach it; where equal elements make
-  that impossible, takes those above it and the first equal ones. Entries after the count are void.
+  Bisects the threshold until between k and `room` elements reach it. If ties make that impossible,
+  takes the elements above it and the first tied ones. Entries after the count are invalid.
   """
   if room == 0:
     return jnp.zeros(0, jnp.uint32), jnp.uint32(0)
@@ -99,8 +99,8 @@ def _at_least(x: Array, k: int, room: int, guess: Array | None = None) -> tuple[
   def narrow(state):
     low, high, words, _, step = state
     pivot = jnp.where(step < 2, first + step.astype(dtype), low + (high - low) // 2)
-    pivot = jnp.clip(pivot, low + 1, high - 1)  # the guess, the next above if it ties, the middle
-    # The barrier keeps XLA from computing |x| ahead of the loop, which writes it to memory.
+    pivot = jnp.clip(pivot, low + 1, high - 1)  # the guess, then guess + 1 for ties, then middles
+    # The barrier keeps XLA from hoisting |x| out of the loop, which would write it to memory.
     pivot, values = lax.optimization_barrier((pivot, x))
     reaching = _words(magnitude(values) >= pivot)
     enough = _count(reaching) >= k
@@ -122,7 +122,7 @@ def _at_least(x: Array, k: int, room: int, guess: Array | None = None) -> tuple[
 
 
 def _words(mask: Array) -> Array:
-  """[n] bool as uint32 [ceil(n / 32)], the first in the lowest bit."""
+  """Packs bool [n] into uint32 [ceil(n / 32)], the first element in the lowest bit."""
   mask = jnp.pad(mask, (0, -mask.size % WORD)) if mask.size % WORD else mask
   places = jnp.arange(WORD, dtype=jnp.uint32)
   return jnp.sum(
@@ -139,7 +139,7 @@ def _first(words: Array, count: Array) -> Array:
   counts = lax.population_count(words)
   before = jnp.cumsum(counts, dtype=jnp.uint32) - counts
   left = jnp.where(before < count, jnp.minimum(count - before, counts), 0)
-  cut = (left > 0) & (left < counts)  # true of one word at most
+  cut = (left > 0) & (left < counts)  # true for at most one word
   word, keep = jnp.max(jnp.where(cut, words, 0)), jnp.max(jnp.where(cut, left, 0))
   bits = word >> jnp.arange(WORD, dtype=jnp.uint32) & 1
   partial = _words((bits == 1) & (jnp.cumsum(bits, dtype=jnp.uint32) <= keep))[0]
@@ -150,12 +150,12 @@ def _positions(words: Array, room: int) -> Array:
   """The positions of the first `room` set bits, ascending."""
   ends = jnp.cumsum(lax.population_count(words), dtype=jnp.uint32)
   slots = jnp.arange(room, dtype=jnp.uint32)
-  ended = jnp.zeros(room, jnp.uint32).at[ends].add(1, mode="drop")  # words that end at a slot
+  ended = jnp.zeros(room, jnp.uint32).at[ends].add(1, mode="drop")  # words ending at each slot
   at = jnp.minimum(jnp.cumsum(ended, dtype=jnp.uint32), words.size - 1)
   word = words[at]
   rank = slots - (ends[at] - lax.population_count(word))
   place = jnp.zeros_like(word)
-  for width in (16, 8, 4, 2, 1):  # the half of the word that holds the bit of this rank
+  for width in (16, 8, 4, 2, 1):  # select the half of the word with the bit of this rank
     below = lax.population_count(word >> place & ((1 << width) - 1))
     upper = rank >= below
     place, rank = jnp.where(upper, place + width, place), jnp.where(upper, rank - below, rank)

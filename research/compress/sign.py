@@ -1,4 +1,4 @@
-"""Signs: one bit per element."""
+"""Sign compression: one bit per element and a scale."""
 
 from typing import NamedTuple
 
@@ -15,13 +15,13 @@ class Signs(NamedTuple):
 
 
 class Sign(Compressor, name="sign"):
-  """Scaled sign: one bit per element and one float32.
+  """Sends signs and their mean magnitude: one bit per element and one float32.
 
       C(x) = ||x||_1 / n sign(x),   sign(0) = +1
 
   Contractive: ||C(x) - x||^2 = (1 - ||x||_1^2 / (n ||x||^2)) ||x||^2, and the fraction is at least
-  1 / n (2 / pi for Gaussian x). A non-finite element makes every element non-finite, as
-  does a sum |x| beyond float32.
+  1 / n (2 / pi for Gaussian x). Every element becomes non-finite if one element is non-finite or
+  sum |x| exceeds the range of float32.
 
   Reference: Karimireddy et al. 2019, arXiv:1901.09847, algorithm 1 (EF-SignSGD).
   """

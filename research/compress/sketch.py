@@ -1,4 +1,4 @@
-"""Count sketch: a small table whose sums over workers still hold every element."""
+"""Count sketch: a small linear table from which every element can be estimated."""
 
 import jax
 import jax.numpy as jnp
@@ -11,23 +11,23 @@ from research.core.base import Array, Compressor, Key
 
 
 class CountSketch(Compressor, name="count_sketch"):
-  """Hashes the leaf into a table: rows x columns float32, whatever the leaf's size. Linear.
+  """Hashes a leaf of any size into a table of rows x columns float32. Linear.
 
       table[r, h_r(i)] += s_r(i) x_i,   C(x)_i = median over r of s_r(i) table[r, h_r(i)]
 
-  with random places h and signs s that all workers share. Unbiased; for one row, and for the
-  median of an odd number of rows, E ||C(x) - x||^2 <= (ceil(n / columns) - 1) ||x||^2. Elements
-  that are large beside ||x|| / sqrt(columns) stand out. The sketch pays where one wants these
-  alone: FetchSGD takes the largest elements of C(x). A leaf of at most rows x columns elements is
-  sent as it is. The table is float64 for a float64 leaf.
+  with random positions h and signs s that are equal on all workers. Unbiased; for one row, and for
+  the median of an odd number of rows, E ||C(x) - x||^2 <= (ceil(n / columns) - 1) ||x||^2. Elements
+  much larger than ||x|| / sqrt(columns) are estimated well. The sketch pays off if only these are
+  needed: FetchSGD takes the largest elements of C(x). A leaf of at most rows x columns elements is
+  sent uncompressed. The table is float64 for a float64 leaf.
 
-  h_r shifts each stretch of `columns` consecutive elements by a random offset, so elements of one
-  stretch never collide and others do with probability 1 / columns, which is all that the bound
-  uses; there is no scatter, and no hash is stored.
+  h_r shifts each segment of `columns` consecutive elements by a random offset. Elements of the same
+  segment never collide, and others collide with probability 1 / columns, which is all that the
+  bound requires. There is no scatter, and no hash is stored.
 
   Args:
-    rows: independent estimates of each element.
-    columns: sums in a row.
+    rows: number of independent estimates of each element.
+    columns: entries per row.
 
   Raises:
     ValueError: if rows or columns is below 1.
@@ -78,7 +78,7 @@ count_sketch = CountSketch
 
 
 def _hash(key: Key, stretch: Array, rows: int, columns: int) -> tuple[Array, Array]:
-  """Of one stretch: shifts int32 [rows] and signs int8 [rows, columns]."""
+  """The shifts int32 [rows] and signs int8 [rows, columns] of one segment."""
   shifts_key, signs_key = jax.random.split(jax.random.fold_in(key, stretch))
   signs = random_signs(signs_key, rows * columns).reshape(rows, columns)
   return jax.random.randint(shifts_key, (rows,), 0, columns, jnp.int32), signs
@@ -90,7 +90,7 @@ def _turned(table: Array, shifts: Array) -> Array:
 
 
 def _median(estimates: Array) -> Array:
-  """Over the first axis, by a network of comparisons: a sort takes ten times as long."""
+  """The median over the first axis, by a sorting network: a sort takes ten times as long."""
   rows = list(estimates)
   for turn in range(len(rows)):
     for i in range(turn % 2, len(rows) - 1, 2):

@@ -1,4 +1,4 @@
-"""Sparsification: a few elements as they are, the others zero."""
+"""Sparsification: sends a few elements exactly; the others become zero."""
 
 from typing import NamedTuple
 
@@ -20,19 +20,19 @@ class Sparse(NamedTuple):
 class Thresholded(NamedTuple):
   values: Array  # [room], the leaf's dtype; zero where nothing is sent
   positions: Array  # uint8, packed
-  reached: Array  # uint32 [], elements at or above the threshold, sent or not
+  reached: Array  # uint32 [], number of elements at or above the threshold, sent or not
 
 
 class TopK(Compressor, name="top_k"):
-  """The k largest magnitudes, exactly: k (itemsize + ceil(log2 n) / 8) bytes.
+  """Sends the k elements of largest magnitude: k (itemsize + ceil(log2 n) / 8) bytes.
 
       C(x)_i = x_i if |x_i| is among the k largest, else 0,   k = max(1, round(fraction n))
 
-  Contractive: ||C(x) - x||^2 <= (1 - k / n) ||x||^2. Of equal magnitudes those that come first are
-  sent. NaN counts as larger than everything. Positions travel in as many bits as n asks for.
+  Contractive: ||C(x) - x||^2 <= (1 - k / n) ||x||^2. The selection is exact; ties go to the first
+  elements, and NaN is larger than everything. A position takes ceil(log2 n) bits.
 
   Args:
-    fraction: of the elements to send, in (0, 1].
+    fraction: fraction of the elements to send, in (0, 1].
 
   Raises:
     ValueError: if fraction is not in (0, 1].
@@ -62,18 +62,18 @@ top_k = TopK
 
 
 class Threshold(Compressor, name="threshold"):
-  """Magnitudes of at least `value`: room (itemsize + ceil(log2 n) / 8) + 4 bytes.
+  """Sends elements with magnitude >= `value`: room (itemsize + ceil(log2 n) / 8) + 4 bytes.
 
       C(x)_i = x_i if |x_i| >= value, else 0
 
-  Shapes are static, so the payload has room for capacity n elements whatever x is. Where more reach
-  the threshold the largest are sent, and `reached` in the payload says how many there were.
-  Neither unbiased nor contractive by a constant: an element's error is at most `value`, and none
-  where nothing reaches it; ||C(x) - x|| <= ||x|| always.
+  Shapes are static, so the payload always has room = capacity n entries. If more elements reach the
+  threshold, the largest are sent, and `reached` in the payload is their total number. Neither
+  unbiased nor contractive with a constant: if nothing reaches the threshold, nothing is sent. An
+  unsent element's error is its own magnitude, so ||C(x) - x|| <= ||x|| always.
 
   Args:
-    value: in units of x.
-    capacity: room in the payload, as a fraction of the elements, in (0, 1].
+    value: the threshold, in units of x.
+    capacity: size of the payload as a fraction of the elements, in (0, 1].
 
   Raises:
     ValueError: if value is not above 0 or capacity not in (0, 1].
@@ -108,20 +108,20 @@ threshold = Threshold
 
 
 class RandomK(Compressor, name="random_k"):
-  """k elements at random positions that all workers share: k itemsize bytes. Linear.
+  """Sends k elements at random positions, equal on all workers: k itemsize bytes. Linear.
 
       C(x)_i = x_i if i is in the support S(shared), else 0,   P(i in S) = k / n
 
-  Contractive: E ||C(x) - x||^2 = (1 - k / n) ||x||^2, what error feedback wants: with the factor
-  n / k its memory would grow. `unbiased` has this factor: E C(x) = x and E ||C(x) - x||^2 =
-  (n / k - 1) ||x||^2, for use without memory and for DIANA. The support is drawn again by `decode`
-  and is not sent. It has one position in each of k equal stretches of the leaf, all turned by one
-  random shift: the paper's k-subsets have the same P(i in S), and cost a permutation of the leaf.
-  A non-finite element anywhere makes all that is sent NaN, in the support or not.
+  Contractive: E ||C(x) - x||^2 = (1 - k / n) ||x||^2, as error feedback requires: with a factor of
+  n / k its memory would grow. `unbiased` applies this factor: E C(x) = x and E ||C(x) - x||^2 =
+  (n / k - 1) ||x||^2, for use without memory and for DIANA. `decode` draws the support again, so it
+  is not sent. The support has one position in each of k equal segments of the leaf, all rotated by
+  one random shift. The paper's uniform k-subsets have the same P(i in S), but cost a permutation of
+  the leaf. A non-finite element, in the support or not, makes the payload NaN.
 
   Args:
-    fraction: of the elements to send, in (0, 1]; k = max(1, round(fraction n)).
-    unbiased: multiply by n / k.
+    fraction: fraction of the elements to send, in (0, 1]; k = max(1, round(fraction n)).
+    unbiased: whether to multiply by n / k.
 
   Raises:
     ValueError: if fraction is not in (0, 1].
@@ -159,28 +159,45 @@ random_k = RandomK
 
 
 def kept(fraction: float, size: int) -> int:
-  """k, the nearest whole number to fraction * size, but at least one of a leaf that has any."""
-  grid(size)  # refuses a leaf that is too large
+  """k: fraction * size rounded to an integer, and at least 1 for a nonempty leaf.
+
+  Args:
+    fraction: in (0, 1].
+    size: n, elements of the leaf.
+
+  Raises:
+    ValueError: if positions in the leaf do not fit in 32 bits.
+  """
+  grid(size)  # rejects a leaf that is too large
   return min(size, max(1, round(fraction * size)))
 
 
 def position_bits(size: int) -> int:
-  """Bits of a position in a leaf."""
+  """Bits of a position in a leaf of `size` elements."""
   return max(1, (size - 1).bit_length())
 
 
 def support(key: Key, size: int, k: int) -> Array:
-  """k distinct positions in range(size), each with probability k / size. uint32 [k]."""
+  """Draws k distinct positions in range(size), each position with probability k / size.
+
+  Args:
+    key: a typed key, equal on all workers.
+    size: n, elements of the leaf.
+    k: number of positions, static.
+
+  Returns:
+    uint32 [k].
+  """
   if k == 0:
     return jnp.zeros(0, jnp.uint32)
   within, turn = jax.random.split(key)
-  width, wider = map(jnp.uint32, divmod(size, k))  # `wider` stretches are one element longer
+  width, wider = map(jnp.uint32, divmod(size, k))  # the first `wider` segments are one longer
   stretch = jnp.arange(k, dtype=jnp.uint32)
   start = stretch * width + jnp.minimum(stretch, wider)
   length = width + (stretch < wider).astype(jnp.uint32)
   position = start + jax.random.randint(within, (k,), 0, length, jnp.uint32)
   shift = jax.random.randint(turn, (), 0, jnp.uint32(size), jnp.uint32)
-  room = jnp.uint32(size) - shift  # before the end: position + shift itself may pass 2^32
+  room = jnp.uint32(size) - shift  # compared instead of position + shift, which may exceed 2^32
   return jnp.where(position >= room, position - room, position + shift)
 
 

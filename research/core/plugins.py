@@ -120,13 +120,10 @@ def _of_file(text: str) -> Source:
   path = paths.local(text)
   if (path / "__init__.py").is_file():
     return _of_package(path.resolve())
-  if path.suffix != ".py":
-    raise ValueError("is neither a module such as my_package.my_module nor a .py file")
-  if not path.is_file():
-    files = [file.name for file in path.parent.glob("*.py")] if path.parent.is_dir() else []
-    near = checks.nearest(path.name, files)
+  if path.suffix != ".py" or not path.is_file():
+    near = checks.nearest(path.name, _importable(path.parent))
     hint = f"; did you mean '{path.parent / near}'?" if near else ""
-    raise ValueError(f"there is no such file{hint}")
+    raise ValueError(f"there is no such file or package{hint}")
   if not path.stem.isidentifier():
     raise ValueError(f"the file cannot be imported: {quoted(path.stem)} is not a name")
   path = path.resolve()
@@ -171,6 +168,12 @@ def _file_of(name: str, folder: str = "") -> str:
   if spec is None:
     return ""
   return spec.origin or str(list(spec.submodule_search_locations or ["built-in"]))
+
+
+def _importable(folder: Path) -> list[str]:
+  """The names of the .py files and packages in a folder."""
+  there = folder.iterdir() if folder.is_dir() else []
+  return [p.name for p in there if p.suffix == ".py" or (p / "__init__.py").is_file()]
 
 
 def _modules(folder: str) -> list[str]:

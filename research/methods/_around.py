@@ -1,4 +1,4 @@
-"""Methods around another method, or defined by one."""
+"""Base class of methods that wrap another method or are defined by one."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -8,17 +8,17 @@ from research.core.method import Method
 
 
 class Around(Method):
-  """A method around another one, its `method`: a field `inner`, or what a property makes of fields.
+  """Wraps another method, `method`: the field `inner`, or a property computed from other fields.
 
-  Its state has that of the method in a field `inner`. A subclass says in `begun` and `finished`
-  what it adds at either end of a round.
+  The state has a field `inner`, the state of `method`. A subclass overrides `begin` and `finished`
+  to add behaviour at either end of a round.
   """
 
   refuses: ClassVar[Mapping[Trait, str]] = {}
 
   @property
   def method(self) -> Method:
-    """The method inside."""
+    """The inner method."""
     return self.fields()["inner"]
 
   def begin(self, state):
@@ -28,14 +28,14 @@ class Around(Method):
     return self.method.step(grads, local, state.inner, key=key, grad_fn=grad_fn)
 
   def finished(self, after, local, state, *, key, presence) -> Any:
-    """The state after a round.
+    """Returns the state after a round.
 
     Args:
-      after: the inner method's.
-      local: of the last step; None where it is no longer known (`receive`).
-      state: of the round's start.
-      key: of the round.
-      presence: of this worker.
+      after: the inner method's state after the round.
+      local: Local after the round's last step; None in `receive`, which does not have it.
+      state: state at the round's start.
+      key: a typed key of the round, equal on all workers.
+      presence: this worker's participation and weight.
     """
     del local, key, presence
     return state._replace(inner=after)

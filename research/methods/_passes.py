@@ -1,4 +1,4 @@
-"""Rounds of federated methods: passes of each client over its own examples, or numbers of steps."""
+"""Length of a federated round: passes over each client's own examples, or a number of steps."""
 
 from typing import ClassVar
 
@@ -8,10 +8,10 @@ from research.core.part import hidden
 
 
 class ByPasses(Method):
-  """A method in rounds of `period` steps or, where that is 0, of `epochs` passes.
+  """A method whose rounds have `period` steps or, if `period` is 0, `epochs` passes.
 
-  The executors fill in `steps` and `participation`: the steps of the owner that has most, and the
-  share of all owners that takes part in a round.
+  The executors set `steps`, the number of steps of the owner with the most examples, and
+  `participation`, the fraction of owners in a round.
   """
 
   epochs: ClassVar[int]

@@ -1,4 +1,4 @@
-"""What methods share: local phases, step sizes, and moving averages."""
+"""Building blocks of methods: local phases, step sizes and moving averages."""
 
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,7 +19,7 @@ class LocalSteps(NamedTuple):
 
 
 class LocalStepping(Method):
-  """A method whose workers step with an inner optimizer of their own, kept from round to round."""
+  """A method whose workers step with private inner optimizers that persist from round to round."""
 
   inner: ClassVar[Any]  # an optax transformation
 
@@ -38,7 +38,7 @@ class GradientLocal(NamedTuple):
 
 
 class OneGradient(Method):
-  """A method whose round is one gradient at its model."""
+  """A method whose round computes one gradient, at the current model."""
 
   def begin(self, state):
     return GradientLocal(state.params, optax.tree.zeros_like(state.params))
@@ -49,7 +49,7 @@ class OneGradient(Method):
 
 
 def widened_zeros(params: Params) -> Tree:
-  """Zeros in float32 or wider, in the shapes of the parameters."""
+  """Zeros in the shapes of the parameters, in float32 or wider."""
   wide = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
   return jax.tree.map(wide, params)
 
@@ -57,15 +57,19 @@ def widened_zeros(params: Params) -> Tree:
 def check_rate(learning_rate: Rate, name: str = "learning_rate") -> None:
   """Rejects a constant step size that is not above zero.
 
+  Args:
+    learning_rate: a constant or a schedule; schedules are not checked.
+    name: name of the argument in the error.
+
   Raises:
-    ValueError: with the value.
+    ValueError: with the name and the value.
   """
   if not callable(learning_rate):
     checks.above(name, learning_rate)
 
 
 def rate_at(learning_rate: Rate, count: Array) -> Array:
-  """The step size in a round."""
+  """The step size in round `count`, an int32 scalar."""
   return jnp.asarray(learning_rate(count) if callable(learning_rate) else learning_rate)
 
 
@@ -80,5 +84,5 @@ def descended(params: Params, rate: float, direction: Tree) -> Params:
 
 
 def mixed(decay: float, average: Tree, new: Tree) -> Tree:
-  """A moving average with a new value in it: decay a + (1 - decay) x."""
+  """Updates a moving average by a new value: decay a + (1 - decay) x."""
   return jax.tree.map(lambda a, x: decay * a + (1 - decay) * x, average, new)

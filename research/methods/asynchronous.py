@@ -1,4 +1,4 @@
-"""Asynchronous methods, made deterministic: workers compute with old models, by a law of delays."""
+"""Asynchronous methods made deterministic: workers compute at stale models, by a delay model."""
 
 from dataclasses import KW_ONLY
 from functools import cached_property
@@ -20,16 +20,16 @@ from research.sim.delays import Delays, by_coordinate, last_pull
 
 
 class Delayed(Stale, name="delayed"):
-  """Workers that compute with old models.
+  """Runs any method with workers that compute at stale models.
 
-      x_{t+1} = x_t + (what the inner method makes of a round that began at x_{t - tau_i})
+      x_{t+1} = x_t + (the inner method's update for a round that started at x_{t - tau_i})
 
-  With `data_parallel(sgd(eta), mean())` that is x_{t+1} = x_t - eta mean_i g_i(x_{t - tau_i}).
+  With `data_parallel(sgd(eta), mean())` this is x_{t+1} = x_t - eta mean_i g_i(x_{t - tau_i}).
   On a quadratic of curvature h a constant delay of tau is stable for
   0 < eta h < 2 sin(pi / (4 tau + 2)), about pi / (2 tau).
 
   Args:
-    inner: any method. The change of a worker's model over its round is applied to the current one.
+    inner: any method. A worker's model change over its round is applied to the current model.
     delays: tau_i, in rounds.
 
   Reference: Agarwal and Duchi 2011, arXiv 1104.5525.
@@ -43,17 +43,17 @@ delayed = Delayed
 
 
 class StalenessAware(Stale, name="staleness_aware"):
-  """Delayed, with a step size that falls with the staleness.
+  """`delayed` with a step size that decreases with staleness.
 
       g <- g / max(tau_i, 1)^power
 
-  The paper divides the step size, which for SGD is the same; an inner optimizer that does not
-  depend on the scale of one worker's gradient does not see it.
+  The paper divides the step size, which is the same for SGD. The correction has no effect on an
+  inner optimizer that is invariant to the scale of one worker's gradient.
 
   Args:
-    inner: any method, of the synchronous step size.
+    inner: any method, with the step size of synchronous training.
     delays: tau_i, in rounds.
-    power: 1 in the paper; 0 is `delayed`.
+    power: exponent, at least 0; 1 in the paper, and 0 is `delayed`.
 
   Raises:
     ValueError: if power < 0.
@@ -85,7 +85,7 @@ staleness_aware = StalenessAware
 
 
 class Compensating(Stale):
-  """SGD with gradients corrected for how far the model has moved on."""
+  """SGD whose gradients are corrected for the model's change since they were computed."""
 
   learning_rate: ClassVar[Any]
   lam: ClassVar[float]
@@ -96,32 +96,32 @@ class Compensating(Stale):
 
   @cached_property
   def method(self) -> Method:
-    """SGD by the aggregated gradients."""
+    """SGD on the aggregated gradients."""
     return data_parallel(optax.sgd(self.learning_rate), self.aggregator)
 
 
 class DCASGD(Compensating, name="dc_asgd"):
-  """Delay-compensated SGD, with the adaptive lambda (DC-ASGD-a).
+  """Delay-compensated SGD with an adaptive lambda (DC-ASGD-a).
 
       g_i = grad f_i(x_{t - tau_i}),   s_t = decay s_{t-1} + (1 - decay) g_i^2
       x_{t+1} = x_t - eta aggregate_i(g_i + lambda / sqrt(s_t + eps) g_i^2 (x_t - x_{t - tau_i}))
 
-  elementwise: a first-order estimate of g_i(x_t), with g^2 for the Hessian's diagonal. The server
-  of the paper receives one gradient at a time, as here with `last_pull` and one worker that serves
-  a population. Where several arrive in a round, each is compensated with its own s_t, and the mean
-  of these is kept: a second tree is sent, past the aggregator.
+  elementwise: a first-order estimate of g_i(x_t) that approximates the Hessian's diagonal by g^2.
+  The paper's server receives one gradient at a time; `last_pull` with one worker and a population
+  does the same. If a round has several gradients, each is compensated with its own s_t, and the
+  state keeps their mean: this sends a second tree, which bypasses the aggregator.
 
   Args:
     learning_rate: eta.
-    aggregator: how the workers' gradients become one.
+    aggregator: combines the workers' gradients.
     delays: tau_i, in rounds.
     lam: lambda_0; 0 is `delayed`.
-    decay: m, of the mean square.
-    eps: under the root.
+    decay: m, decay of the mean square.
+    eps: added under the square root.
 
   Raises:
-    ValueError: if learning_rate <= 0, lam < 0, decay is outside [0, 1), eps <= 0, or for an
-      aggregator that it refuses.
+    ValueError: if learning_rate <= 0, lam < 0, decay is outside [0, 1), eps <= 0, or the
+      aggregator is incompatible.
 
   Reference: Zheng et al. 2017, arXiv 1609.08326, algorithms 1 and 2 (DC-ASGD-a).
   """
@@ -134,7 +134,7 @@ class DCASGD(Compensating, name="dc_asgd"):
   decay: float = 0.95
   eps: float = 1e-7
 
-  refuses = COMMON_MODEL | composition.AROUND  # the squares are averaged past the aggregator
+  refuses = COMMON_MODEL | composition.AROUND  # averaging the squares bypasses the aggregator
 
   def check(self):
     checks.in_range("decay", self.decay, "[0, 1)")
@@ -159,19 +159,19 @@ dc_asgd = DCASGD
 
 
 class DCASGDConstant(Compensating, name="dc_asgd_constant"):
-  """Delay-compensated SGD, with a constant lambda (DC-ASGD-c).
+  """Delay-compensated SGD with a constant lambda (DC-ASGD-c).
 
       g_i = grad f_i(x_{t - tau_i})
       x_{t+1} = x_t - eta aggregate_i(g_i + lambda g_i^2 (x_t - x_{t - tau_i}))
 
   Args:
     learning_rate: eta.
-    aggregator: how the workers' gradients become one.
+    aggregator: combines the workers' gradients.
     delays: tau_i, in rounds.
     lam: lambda; 0 is `delayed`.
 
   Raises:
-    ValueError: if learning_rate <= 0, lam < 0, or for an aggregator that it refuses.
+    ValueError: if learning_rate <= 0, lam < 0, or the aggregator is incompatible.
 
   Reference: Zheng et al. 2017, arXiv 1609.08326, algorithms 1 and 2 (DC-ASGD-c).
   """
@@ -203,7 +203,11 @@ def _compensated(g, moved, lam):
 
 
 class Summed(Aggregator):
-  """W times what the inner aggregator makes of the workers' values: their sum."""
+  """Sums the workers' values: W times the inner aggregator's value.
+
+  Args:
+    inner: aggregator whose value is a mean over workers.
+  """
 
   inner: Aggregator
 
@@ -217,23 +221,23 @@ class Summed(Aggregator):
 
 
 class Hogwild(Stale, name="hogwild"):
-  """Lock-free SGD on a shared model, as its analysis sees it: inconsistent reads, added updates.
+  """Lock-free SGD on a shared model, as analysed in theory: inconsistent reads, summed updates.
 
       xhat_i[v] = x_{t - tau_iv}[v],   tau_iv uniform on [0, bound), for each coordinate v
       x_{t+1} = x_t - eta sum_i weight_i grad f_i(xhat_i)
 
-  Nothing is averaged: where the workers' gradients are sparse and hardly meet, a round of W workers
-  is W steps of SGD. With dense gradients it is one step, W times as long. Sparse gradients stay
-  sparse on the wire with an aggregator that sends few values. Where a worker sees all of one old
-  model it is `delayed(..., uniform(bound))`.
+  Nothing is averaged. If the workers' gradients are sparse and rarely overlap, a round of W workers
+  equals W steps of SGD; with dense gradients it is one step with W times the step size. Sparse
+  gradients stay sparse on the wire with an aggregator that sends few values. For consistent reads
+  of one stale model use `delayed(..., uniform(bound))`.
 
   Args:
     learning_rate: eta, of a single worker's update.
-    aggregator: how the workers' gradients become one mean, of which W times is added.
-    bound: rounds; what a worker reads is less old than that. 1: all of it is new.
+    aggregator: averages the workers' gradients; W times this mean is applied.
+    bound: delays are below this number of rounds; 1 means every read is current.
 
   Raises:
-    ValueError: if learning_rate <= 0, bound < 1, or for an aggregator that it refuses.
+    ValueError: if learning_rate <= 0, bound < 1, or the aggregator is incompatible.
 
   Reference: Recht, Re, Wright, Niu 2011, arXiv 1106.5730, algorithm 1; inconsistent reads: Mania et
     al. 2015, arXiv 1507.06970.
@@ -252,12 +256,12 @@ class Hogwild(Stale, name="hogwild"):
 
   @cached_property
   def method(self) -> Method:
-    """SGD by the sum of the gradients."""
+    """SGD on the sum of the gradients."""
     return data_parallel(optax.sgd(self.learning_rate), Summed(self.aggregator))
 
   @cached_property
   def delays(self) -> Delays:
-    """Of each coordinate its own."""
+    """An independent delay for each coordinate."""
     return by_coordinate(self.bound)
 
   def on_server(self):
@@ -268,22 +272,22 @@ hogwild = Hogwild
 
 
 class ASGD(Stale, name="asgd"):
-  """Asynchronous SGD: a server, and clients that it serves in the order in which they are done.
+  """Asynchronous SGD: a server applies the clients' gradients in the order of their arrival.
 
       g_i = grad f_i(x_{t - tau_i}),   x_{t+1} = x_t + inner(g_i),   client i pulls x_{t+1}
 
-  With one worker and a population, a round is one such event, and the order of the clients decides
-  how old a gradient is. With several workers a round serves a client of each, whose gradients are
-  averaged; where all clients are served in each round it is synchronous data parallelism. The same
-  with a step size that falls with the age: `staleness_aware(..., last_pull())`; with compensation:
-  `dc_asgd(..., last_pull())`.
+  With one worker and a population, a round is one such event, and the order of the clients
+  determines the staleness of each gradient. With several workers, a round averages the gradients of
+  one client per worker; if every round includes all clients, this is synchronous data parallelism.
+  For a step size that decreases with staleness use `staleness_aware(..., last_pull())`, and for
+  delay compensation `dc_asgd(..., last_pull())`.
 
   Args:
     inner: the server's optimizer.
-    aggregator: how the gradients of a round become one.
+    aggregator: combines the gradients of a round.
 
   Raises:
-    ValueError: for an aggregator that it refuses.
+    ValueError: for an incompatible aggregator.
 
   Reference: Lian et al. 2015, arXiv 1506.08272, algorithm 1 (AsySG-con).
   """
@@ -295,12 +299,12 @@ class ASGD(Stale, name="asgd"):
 
   @cached_property
   def method(self) -> Method:
-    """The server's optimizer, by the gradients of a round."""
+    """The server's optimizer, applied to the gradients of a round."""
     return data_parallel(self.inner, self.aggregator)
 
   @cached_property
   def delays(self) -> Delays:
-    """As old as a client's last round."""
+    """The number of rounds since the client's last pull."""
     return last_pull()
 
 

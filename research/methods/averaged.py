@@ -1,4 +1,4 @@
-"""Polyak-Juditsky averaging: deploy the mean of a method's iterates instead of the last one."""
+"""Polyak-Juditsky averaging: deploys the mean of a method's iterates instead of the last one."""
 
 from dataclasses import KW_ONLY
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from research.methods._around import Around
 class AveragedState(NamedTuple):
   inner: State
   mean: Params  # of the iterates after the burn-in, float32 or wider
-  count: Array  # int32, rounds so far
+  count: Array  # int32, completed rounds
 
 
 class Averaged(Around, name="averaged"):
@@ -23,12 +23,12 @@ class Averaged(Around, name="averaged"):
 
       m_t = m_{t-1} + (x_t - m_{t-1}) / max(1, t - burn_in)
 
-  With step sizes that fall slower than 1/t the mean is asymptotically optimal: its covariance is
+  With step sizes that decay slower than 1/t the mean is asymptotically optimal: its covariance is
   H^-1 S H^-1 / t.
 
   Args:
     inner: any method; its own iterates are unchanged.
-    burn_in: rounds whose iterates are left out; until then the mean is the last iterate.
+    burn_in: initial rounds excluded from the mean; during them the mean is the last iterate.
 
   Raises:
     ValueError: if burn_in < 0.

@@ -1,7 +1,7 @@
 """Decentralized methods that reach the exact optimum with a constant step size.
 
-All of them learn, besides a model per worker, how the workers' objectives differ. They move with
-the whole gradient of each worker; with mini-batches they stay around the optimum as SGD does.
+Each method keeps a model per worker and an estimate of how the workers' objectives differ. Exact
+convergence needs full local gradients; with mini-batches the error is that of SGD.
 """
 
 from dataclasses import KW_ONLY
@@ -24,13 +24,13 @@ _SYMMETRIC = AMONG_NEIGHBOURS | {
 
 class TrackingState(NamedTuple):
   params: Params  # x_k^i
-  mixed: Tree  # sum_j w_ij y_{k-1}^j; y_k^i while an exchange is under way
+  mixed: Tree  # sum_j w_ij y_{k-1}^j; y_k^i while an exchange is in flight
   grads: Tree  # weight_i grad f_i(x_{k-1}^i)
   link: State
 
 
 class GradientTracking(OneGradient, name="gradient_tracking"):
-  """Every worker also keeps an estimate of the mean gradient, which it averages with neighbours.
+  """Averages models and estimates of the mean gradient with the neighbours.
 
       y_k^i = sum_j w_ij y_{k-1}^j + g_k^i - g_{k-1}^i,     g_k^i = weight_i grad f_i(x_k^i)
       x_{k+1}^i = sum_j w_ij x_k^j - alpha y_k^i
@@ -39,10 +39,10 @@ class GradientTracking(OneGradient, name="gradient_tracking"):
 
   Args:
     learning_rate: alpha, constant.
-    aggregator: how models and estimates are averaged, such as `gossip(one_peer_exponential())`.
+    aggregator: averages models and estimates, such as `gossip(one_peer_exponential())`.
 
   Raises:
-    ValueError: if learning_rate <= 0, or for an aggregator that it refuses.
+    ValueError: if learning_rate <= 0, or the aggregator is incompatible.
 
   Reference: Nedic, Olshevsky, Shi 2017, arXiv 1607.03218 (DIGing), algorithm 1; Di Lorenzo, Scutari
     2016, arXiv 1602.00591 (NEXT).
@@ -84,29 +84,29 @@ gradient_tracking = GradientTracking
 class ExtraState(NamedTuple):
   params: Params  # x_k^i
   correction: Tree  # u_k^i
-  grads: Tree  # weight_i grad f_i(x_k^i), of the exchange under way
+  grads: Tree  # weight_i grad f_i(x_k^i), of the exchange in flight
   link: State
 
 
 class Extra(OneGradient, name="extra"):
-  """EXTRA: decentralized gradient descent, corrected by half of how far apart the models were.
+  """EXTRA: decentralized gradient descent, corrected by half the accumulated disagreement.
 
       x_{k+1}^i = sum_j w_ij x_k^j - alpha weight_i grad f_i(x_k^i) + u_k^i
       u_{k+1}^i = u_k^i + 1/2 sum_j w_ij (x_k^j - x_k^i),     u_0 = 0
 
-  which is the paper's own summed form of
+  which is the paper's summed form of
 
       x_{k+2} = (I + W) x_{k+1} - (I + W)/2 x_k - alpha (g_{k+1} - g_k),   x_1 = W x_0 - alpha g_0
 
-  and, other than that, does not add up roundings. Sends one tree per link.
+  and, unlike that form, does not accumulate rounding errors. Sends one tree per link.
 
   Args:
     learning_rate: alpha, constant; below 2 lambda_min((I + W) / 2) / L.
-    aggregator: how the workers' models are averaged, with weights w_ij = w_ji that stay the same,
-      such as `gossip(ring())`.
+    aggregator: averages the workers' models, with constant symmetric weights w_ij = w_ji, such as
+      `gossip(ring())`.
 
   Raises:
-    ValueError: if learning_rate <= 0, or for an aggregator that it refuses.
+    ValueError: if learning_rate <= 0, or the aggregator is incompatible.
 
   Reference: Shi, Ling, Wu, Yin 2015, arXiv 1404.6264, algorithm 1.
   """
@@ -152,24 +152,23 @@ class ADMMState(NamedTuple):
 
 
 class ADMM(OneGradient, name="admm"):
-  """Decentralized linearized ADMM: neighbours are held together by multipliers on their links.
+  """Decentralized linearized ADMM: multipliers on the links enforce consensus among neighbours.
 
       x_{k+1}^i = x_k^i - eta (weight_i grad f_i(x_k^i) + phi_k^i + c sum_j w_ij (x_k^i - x_k^j))
       phi_{k+1}^i = phi_k^i + c sum_j w_ij (x_{k+1}^i - x_{k+1}^j),     phi_0 = 0
 
-  Each worker's minimization is replaced by one gradient step with a proximal term of strength
-  rho = 1/eta - 2c: the linearized variant, not the exact one. Each link is penalized by its weight,
-  c w_ij, where the paper's have c. Sends one tree per link.
+  This is the linearized variant: one gradient step with a proximal term of strength
+  rho = 1/eta - 2c replaces each worker's exact minimization. The penalty of a link is c w_ij; in
+  the paper it is c. Sends one tree per link.
 
   Args:
     learning_rate: eta, constant, at most 1 / (2c).
-    aggregator: how the workers' models are averaged, with weights w_ij = w_ji that stay the same,
-      such as `gossip(ring())`.
-    penalty: c, of a disagreement; in the unit of the objective's curvature.
+    aggregator: averages the workers' models, with constant symmetric weights w_ij = w_ji, such as
+      `gossip(ring())`.
+    penalty: c, penalty on disagreement, in the objective's curvature units.
 
   Raises:
-    ValueError: if learning_rate or penalty <= 0, rho < 0, or for an aggregator that it
-      refuses.
+    ValueError: if learning_rate or penalty <= 0, rho < 0, or the aggregator is incompatible.
 
   Reference: Ling, Shi, Wu, Ribeiro 2015, IEEE Trans. Signal Processing 63(15) (DLM); the exact
     one: Shi, Ling, Yuan, Wu, Yin 2014, arXiv 1307.5561.

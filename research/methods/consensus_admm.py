@@ -1,4 +1,4 @@
-"""Consensus ADMM: every worker minimizes its own objective, held to one model by a multiplier."""
+"""Consensus ADMM: workers minimize their own objectives; multipliers enforce one common model."""
 
 from dataclasses import KW_ONLY
 from typing import Any, NamedTuple
@@ -25,25 +25,24 @@ class ConsensusLocal(NamedTuple):
 
 
 class ConsensusADMM(Method, name="consensus_admm"):
-  """The alternating direction method of multipliers in its global consensus form.
+  """Alternating direction method of multipliers in its global consensus form.
 
       x_{t+1}^i = argmin f_i(x) + rho/2 ||x - z_t + u_t^i||^2
       z_{t+1} = P(mean_i weight_i (x_{t+1}^i + u_t^i))
       u_{t+1}^i = u_t^i + x_{t+1}^i - z_{t+1},     u_0 = 0
 
-  The minimization is `period` gradient steps from x_t^i: inexact, and exact in the limit. P is the
-  projection onto the task's constraints, or nothing. Sends one tree per round, the change of the
-  mean. Whoever drops out of a round leaves z to the others.
+  The minimization is approximated by `period` gradient steps from x_t^i; the error vanishes in the
+  limit. P is the projection onto the task's constraints, or the identity. Each round sends one
+  tree, the change of the mean. A worker that drops out of a round does not contribute to z.
 
   Args:
     learning_rate: of the gradient steps, at most 2 / (L + rho).
-    aggregator: how the workers' models and multipliers become one.
-    penalty: rho, in the unit of the objective's curvature.
+    aggregator: combines the workers' models and multipliers.
+    penalty: rho, in the objective's curvature units.
     period: gradient steps per round.
 
   Raises:
-    ValueError: if learning_rate or penalty <= 0, period < 1, or for an aggregator that it
-      refuses.
+    ValueError: if learning_rate or penalty <= 0, period < 1, or the aggregator is incompatible.
 
   Reference: Boyd, Parikh, Chu, Peleato, Eckstein, 2011, Distributed optimization and statistical
     learning via the alternating direction method of multipliers, section 7.1.1.

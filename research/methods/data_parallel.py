@@ -1,4 +1,4 @@
-"""Synchronous data parallelism: every worker's gradient is averaged, one optimizer step follows."""
+"""Synchronous data parallelism: averages the workers' gradients, then takes one optimizer step."""
 
 from dataclasses import KW_ONLY
 from typing import NamedTuple
@@ -20,24 +20,24 @@ class DataParallelState(NamedTuple):
 
 class DataParallelLocal(NamedTuple):
   params: Params
-  grads: Tree  # mean gradient over the round's mini-batches so far, float32 or wider
+  grads: Tree  # running mean of the gradients of the round's mini-batches, float32 or wider
 
 
 class DataParallel(Method, name="data_parallel"):
-  """Distributed mini-batch SGD, with any optax optimizer and any aggregator.
+  """Distributed mini-batch SGD with any optax optimizer and any aggregator.
 
       g_i = (1/H) sum_h grad f_i(x_t; batch_h)
       x_{t+1} = x_t + inner(aggregate_i(weight_i g_i))
 
   Args:
-    inner: the optimizer; clipping after the aggregation is part of its chain.
-    aggregator: how the workers' gradients become one.
-    period: H, mini-batches per optimizer step (gradient accumulation), or [[first round, H], ...]
-      where it changes.
+    inner: the optimizer; to clip after the aggregation, chain the clipping here.
+    aggregator: combines the workers' gradients.
+    period: H, mini-batches per optimizer step (gradient accumulation), or a schedule
+      [[first round, H], ...].
 
   Raises:
-    ValueError: if period < 1, a schedule of it does not begin at round 0 and rise, or for an
-      aggregator whose value differs between workers.
+    ValueError: if period < 1, its schedule does not start at round 0 and increase, or the
+      aggregator's value differs between workers.
 
   Reference: Dekel, Gilad-Bachrach, Shamir, Xiao 2012, arXiv 1012.1367.
   """

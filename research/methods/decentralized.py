@@ -1,8 +1,8 @@
-"""Decentralized descent: every worker keeps a model of its own and averages it with neighbours.
+"""Decentralized descent: every worker has its own model and averages it with its neighbours.
 
-What one deploys is the mean of the workers' models. On objectives that differ between workers a
-constant step size leaves these methods at a distance from the optimum that is proportional to it;
-`methods/consensus.py` has those that are exact.
+The deployed model is the mean of the workers' models. If the workers' objectives differ, a constant
+step size leaves an error proportional to that step size; the methods in `methods/consensus.py` have
+no such error.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from research.core.base import EVERYONE, Aggregator, Array, Params, State, Trait
 from research.core.part import hidden
 from research.methods._steps import LocalStepping, LocalSteps, OneGradient, descended
 
-# Of methods that average models among neighbours.
+# Rejected by methods that average models among neighbours.
 AMONG_NEIGHBOURS = {
   Trait.WEIGHTED: "a worker's steps would count by its place in the graph; take sgp"
 }
@@ -34,22 +34,22 @@ class DPSGDState(NamedTuple):
 
 
 class DPSGD(LocalStepping, name="d_psgd"):
-  """Decentralized parallel SGD, with any inner optimizer: a step, then an average of neighbours.
+  """Decentralized parallel SGD with any inner optimizer: a step, then an average over neighbours.
 
       x_{k+1}^i = sum_j w_ij (x_k^j + weight_j inner(grad f_j(x_k^j)))
 
-  This is the paper's algorithm 1 with its lines 4 and 5 in the other order, as its remark allows:
-  adapt, then combine. So the complete graph, or `mean()`, is parallel SGD. With `choco` it is
-  CHOCO-SGD, with a period of H steps it is local decentralized SGD. The mean model moves by the
-  mean of the workers' steps alone.
+  This is the paper's algorithm 1 with lines 4 and 5 swapped, which its remark allows: adapt, then
+  combine. The complete graph, or `mean()`, therefore gives parallel SGD. `choco` gives CHOCO-SGD,
+  and a period of H steps gives local decentralized SGD. The mean model moves by the mean of the
+  workers' steps.
 
   Args:
-    inner: each worker's optimizer; its momentum stays with the worker.
-    aggregator: how the workers' models are averaged, such as `gossip(ring())`.
+    inner: each worker's optimizer; its momentum is private.
+    aggregator: averages the workers' models, such as `gossip(ring())`.
     period: H, local steps per average.
 
   Raises:
-    ValueError: if period < 1, or for an aggregator that it refuses.
+    ValueError: if period < 1, or the aggregator is incompatible.
 
   Reference: Lian, Zhang, Zhang, Hsieh, Zhang, Liu 2017, arXiv 1705.09056, algorithm 1; with local
     steps Koloskova, Loizou, Boreiri, Jaggi, Stich 2020, arXiv 2003.10422, algorithm 1.
@@ -90,17 +90,17 @@ class SGPState(NamedTuple):
 
 
 class SGP(LocalStepping, name="sgp"):
-  """Stochastic gradient push, for directed and time-varying graphs, with any inner optimizer.
+  """Stochastic gradient push for directed and time-varying graphs, with any inner optimizer.
 
       x_{k+1}^i = sum_j a_ij (x_k^j + weight_j inner(grad f_j(z_k^j)))
       w_{k+1}^i = sum_j a_ij w_k^j,     z_k^i = x_k^i / w_k^i
 
-  with columns of (a_ij) that sum to one and w_0 = 1. Every worker's steps count alike, however the
-  graph favours some: the mean of x moves by the mean of the steps.
+  where the columns of (a_ij) sum to one and w_0 = 1. Every worker's steps count equally, even if
+  the graph favours some workers: the mean of x moves by the mean of the steps.
 
   Args:
-    inner: each worker's optimizer, at its z.
-    topology: any; on a balanced one w stays 1 and this is `d_psgd`.
+    inner: each worker's optimizer, applied at z.
+    topology: any topology; on a balanced one w stays 1 and this is `d_psgd`.
     period: H, local steps per exchange.
 
   Raises:
@@ -154,24 +154,24 @@ sgp = SGP
 
 class DGDState(NamedTuple):
   params: Params  # x_k^i
-  grads: Tree  # weight_i grad f_i(x_k^i), of the exchange under way
+  grads: Tree  # weight_i grad f_i(x_k^i), of the exchange in flight
   link: State
 
 
 class DGD(OneGradient, name="dgd"):
-  """Decentralized gradient descent: an average of the neighbours, less a gradient of one's own.
+  """Decentralized gradient descent: the neighbours' average minus a step along the own gradient.
 
       x_{k+1}^i = sum_j w_ij x_k^j - alpha weight_i grad f_i(x_k^i)
 
   Args:
     learning_rate: alpha, constant.
-    aggregator: how the workers' models are averaged, such as `gossip(ring())`.
+    aggregator: averages the workers' models, such as `gossip(ring())`.
 
   Raises:
-    ValueError: if learning_rate <= 0, or for an aggregator that it refuses.
+    ValueError: if learning_rate <= 0, or the aggregator is incompatible.
 
   Reference: Nedic, Ozdaglar 2009, IEEE Trans. Automatic Control 54(1); Yuan, Ling, Yin
-    2016, arXiv 1310.7063, for what a constant step size leaves.
+    2016, arXiv 1310.7063, for the error that a constant step size leaves.
   """
 
   learning_rate: float

@@ -1,4 +1,4 @@
-"""DeMo: momenta that stay on their workers, but for the fast part of them that is sent."""
+"""DeMo: momenta stay private, except for their largest components, which are sent."""
 
 from dataclasses import KW_ONLY
 from typing import NamedTuple
@@ -23,23 +23,23 @@ class DeMoState(NamedTuple):
 
 
 class DeMo(OneGradient, name="demo"):
-  """Decoupled momentum: each worker sends the largest components of its momentum and drops them.
+  """Decoupled momentum: each worker sends its momentum's largest components and subtracts them.
 
       m_{t+1/2}^i = beta m_t^i + weight_i grad f_i(theta_t)
-      q_t^i = what of m_{t+1/2}^i is sent,   m_{t+1}^i = m_{t+1/2}^i - q_t^i
+      q_t^i = sent part of m_{t+1/2}^i,   m_{t+1}^i = m_{t+1/2}^i - q_t^i
       theta_{t+1} = theta_t - eta_t sign(1/W sum_i q_t^i),   sign(0) = 0
 
-  Which components those are is the aggregator's: `gather_mean(dct_top_k(64, 8))` sends the largest
-  coefficients of a cosine transform of each block. The mean is over all workers, as the paper says;
-  the authors' program divides each coefficient by the number of workers that sent it.
+  The aggregator chooses the components: `gather_mean(dct_top_k(64, 8))` sends the largest cosine
+  coefficients of each block. The mean is over all workers, as in the paper; the authors' code
+  divides each coefficient by the number of workers that sent it.
 
   Args:
-    learning_rate: eta, constant or a schedule by rounds; what every parameter moves by.
-    aggregator: what is sent of the momenta, and their mean.
-    decay: beta, in [0, 1).
+    learning_rate: eta, a constant or a schedule over rounds; the change of every parameter.
+    aggregator: selects the components that are sent and averages them.
+    decay: beta, decay of the momentum, in [0, 1).
 
   Raises:
-    ValueError: for arguments out of range, or an aggregator that it refuses.
+    ValueError: for arguments out of range, or an incompatible aggregator.
 
   Reference: Peng, Quesnelle, Kingma 2024, arXiv 2411.19870, algorithm 1, in its variant with
     signs.

@@ -1,4 +1,4 @@
-"""DiLoCo: local steps, and an outer optimizer that takes the mean change for a gradient."""
+"""DiLoCo: local steps, then an outer optimizer step whose gradient is the mean model change."""
 
 from dataclasses import KW_ONLY
 from typing import Any, ClassVar, NamedTuple
@@ -19,7 +19,7 @@ class DiLoCoState(NamedTuple):
 
 
 class OuterStepping(LocalStepping):
-  """Local steps, whose mean change is the gradient of an outer optimizer."""
+  """Local steps whose mean model change is the gradient of an outer optimizer."""
 
   outer: ClassVar[Any]  # an optax transformation
 
@@ -45,18 +45,18 @@ class DiLoCo(OuterStepping, name="diloco"):
       Delta_t = aggregate_i(weight_i (theta_t - theta_{t,H}^i))                  outer gradient
       theta_{t+1} = theta_t + outer(Delta_t)
 
-  The paper's inner optimizer is AdamW, whose moments stay with their worker, and its outer one
+  The paper's inner optimizer is AdamW, with private moments, and its outer optimizer is
   `sgd(0.7, momentum=0.9, nesterov=True)`. Plain outer `sgd(1.0)` is local SGD.
 
   Args:
     inner: each worker's optimizer.
-    outer: the optimizer of the common model, the same on all workers.
-    aggregator: how the workers' outer gradients become one.
-    period: H, local steps per round, or [[first round, H], ...] where it changes.
+    outer: the optimizer of the common model; its state is equal on all workers.
+    aggregator: combines the workers' outer gradients.
+    period: H, local steps per round, or a schedule [[first round, H], ...].
 
   Raises:
-    ValueError: if period < 1, a schedule of it does not begin at round 0 and rise, or for an
-      aggregator whose value differs between workers.
+    ValueError: if period < 1, its schedule does not start at round 0 and increase, or the
+      aggregator's value differs between workers.
 
   Reference: Douillard et al. 2023, arXiv 2311.08105, algorithm 1.
   """

@@ -1,4 +1,4 @@
-"""Elastic averaging: workers explore around a centre, which follows them."""
+"""Elastic averaging: workers explore around a common centre that follows them."""
 
 from dataclasses import KW_ONLY
 from typing import ClassVar, NamedTuple
@@ -24,11 +24,11 @@ class ElasticState(NamedTuple):
 class ElasticLocal(NamedTuple):
   params: Params  # where the gradient is taken
   inner: State
-  first: Array  # bool, whether the round's first step is still to come
+  first: Array  # bool, whether the next step is the round's first
 
 
 class Elastic(Method):
-  """Workers that are pulled to a centre, and a centre that is pulled to them, once per round."""
+  """Pulls the workers towards the centre, and the centre towards the workers, once per round."""
 
   alpha: ClassVar[float]
 
@@ -36,7 +36,16 @@ class Elastic(Method):
     checks.in_range("alpha", self.alpha, "(0, 1)")
 
   def pulled(self, params: Params, local: ElasticLocal, state: ElasticState) -> Params:
-    """In a round's first step, also towards the centre from where the worker stood before it."""
+    """Adds the pull towards the centre, evaluated at the round's start, in a round's first step.
+
+    Args:
+      params: this worker's model after its optimizer step.
+      local: state within the round.
+      state: state at the round's start.
+
+    Returns:
+      The model, moved by -alpha (x_t^i - z_t) in the first step.
+    """
     pull = lambda y, x, z: y - jnp.where(local.first, self.alpha * (x - z), 0)
     return jax.tree.map(pull, params, state.params, state.centre)
 
@@ -65,27 +74,27 @@ class Elastic(Method):
 
 
 class EASGD(Elastic, name="easgd"):
-  """Synchronous elastic averaging SGD, with any inner optimizer; the centre is deployed.
+  """Synchronous elastic averaging SGD with any inner optimizer; the centre is deployed.
 
       x_{t+1}^i = x_t^i + inner(grad f_i(x_t^i)) - [tau | t] alpha (x_t^i - z_t)
       z_{t+1} = z_t + [tau | t] beta aggregate_i(weight_i (x_t^i - z_t)),      beta = W alpha
 
-  The workers' models are never replaced. The exchange at step t uses the models from before it, so
-  it may take as long as the round does.
+  The workers' models are never replaced. The exchange at step t uses the models before that step,
+  so it may overlap with the full round.
 
   On a quadratic of curvature h with SGD of step size eta and tau = 1, the mean model and the centre
   converge for 0 < eta h < 2 and 0 < alpha < (4 - 2 eta h) / (2 + W (2 - eta h)), which for one
-  worker is (4 - 2 eta h) / (4 - eta h). Without gradients it is alpha < 2 / (1 + W): beyond, an
-  exchange carries the centre and the mean further past each other than they were apart.
+  worker is (4 - 2 eta h) / (4 - eta h). Without gradients the condition is alpha < 2 / (1 + W):
+  above it, every exchange increases the distance between the centre and the mean.
 
   Args:
     inner: each worker's optimizer.
-    aggregator: how the workers' distances from the centre become one.
-    period: tau, local steps per exchange, or [[first round, tau], ...] where it changes.
-    alpha: the moving rate, that of each worker; the paper takes 0.9 / W.
+    aggregator: combines the workers' distances from the centre.
+    period: tau, local steps per exchange, or a schedule [[first round, tau], ...].
+    alpha: the moving rate of each worker; 0.9 / W in the paper.
 
   Raises:
-    ValueError: if period or alpha is out of its range; when traced, if alpha >= 2 / (1 + W).
+    ValueError: if period or alpha is out of range; at trace time, if alpha >= 2 / (1 + W).
 
   Reference: Zhang, Choromanska, LeCun 2015, arXiv 1412.6651, section 3 and algorithm 1.
   """
@@ -113,20 +122,20 @@ easgd = EASGD
 
 
 class EAMSGD(Elastic, name="eamsgd"):
-  """Elastic averaging with Nesterov's momentum; the centre is deployed.
+  """Elastic averaging SGD with Nesterov momentum; the centre is deployed.
 
       v_{t+1}^i = delta v_t^i - eta grad f_i(x_t^i + delta v_t^i)
       x_{t+1}^i = x_t^i + v_{t+1}^i - [tau | t] alpha (x_t^i - z_t)
 
-  and the centre as in `easgd`. A worker's model between two steps is the point x + delta v ahead,
-  where its gradient is taken.
+  with the centre as in `easgd`. Between two steps, a worker stores the look-ahead point
+  x + delta v, where its gradient is taken.
 
   Args:
     learning_rate: eta.
-    aggregator: how the workers' distances from the centre become one.
-    momentum: delta.
-    period: tau, local steps per exchange, or [[first round, tau], ...] where it changes.
-    alpha: the moving rate, that of each worker; the paper takes 0.9 / W.
+    aggregator: combines the workers' distances from the centre.
+    momentum: delta, in [0, 1).
+    period: tau, local steps per exchange, or a schedule [[first round, tau], ...].
+    alpha: the moving rate of each worker; 0.9 / W in the paper.
 
   Raises:
     ValueError: if learning_rate <= 0, momentum is outside [0, 1), or as `easgd`.
@@ -151,7 +160,7 @@ class EAMSGD(Elastic, name="eamsgd"):
     return ElasticState(params, params, velocity, self.aggregator.init(params))
 
   def ahead(self, params: Params, velocity: Params) -> Params:
-    """x + delta v, where the gradient is taken."""
+    """x + delta v, the point where the gradient is taken."""
     return jax.tree.map(lambda x, v: x + self.momentum * v, params, velocity)
 
   def model(self, local):

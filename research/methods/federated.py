@@ -1,6 +1,6 @@
-"""Federated averaging and its relatives: clients work from the server's model, the server steps.
+"""Federated averaging and its variants: clients take local steps, then the server takes one step.
 
-A client starts every round anew from the server's model and keeps nothing.
+A client starts every round from the server's model and keeps no state.
 """
 
 from dataclasses import KW_ONLY
@@ -24,7 +24,7 @@ class FederatedState(NamedTuple):
 
 
 class Federated(ByPasses, LocalStepping):
-  """Fresh local steps from the server's model, whose optimizer takes their mean for a gradient."""
+  """Local steps from the server's model; their mean change is the server optimizer's gradient."""
 
   outer: ClassVar[Any]  # an optax transformation
 
@@ -50,20 +50,20 @@ class FedAvg(Federated, name="fed_avg"):
       y_{t,0}^i = x_t,   y_{t,k+1}^i = y_{t,k}^i + inner(grad f_i(y_{t,k}^i))     k in [K_i]
       x_{t+1} = x_t + eta_g aggregate_i(weight_i (y_{t,K_i}^i - x_t))
 
-  K_i steps are E passes of client i over its own examples. With one step on all of them, SGD and
-  eta_g = 1 it is FedSGD, the whole gradient. A schedule of the inner optimizer begins anew in every
+  K_i steps are E passes of client i over its own examples. One SGD step on all examples with
+  eta_g = 1 is FedSGD, full gradient descent. A schedule of the inner optimizer restarts every
   round.
 
   Args:
-    inner: each client's optimizer, fresh in every round.
-    aggregator: how the clients' changes of the model become one.
+    inner: each client's optimizer, re-initialized every round.
+    aggregator: combines the clients' model changes.
     epochs: E, passes over a client's examples per round.
-    period: K, local steps of every client per round in place of passes; 0: by `epochs`.
-    learning_rate: eta_g, of the server; the paper's is 1.
+    period: K, local steps of every client per round instead of passes; 0 means `epochs` decides.
+    learning_rate: eta_g, of the server; 1 in the paper.
 
   Raises:
-    ValueError: if epochs < 1, period < 0, both are set, or learning_rate <= 0, or for an aggregator
-      that it refuses.
+    ValueError: if epochs < 1, period < 0, both are set, learning_rate <= 0, or the aggregator is
+      incompatible.
 
   Reference: McMahan, Moore, Ramage, Hampson, Aguera y Arcas 2016, arXiv 1602.05629, algorithm 1.
   """
@@ -89,21 +89,22 @@ fed_avg = FedAvg
 
 
 class FedProx(Federated, name="fed_prox"):
-  """Federated averaging of clients that are held to the server's model by a proximal term.
+  """Federated averaging with a proximal term that pulls clients towards the server's model.
 
       y_{t,k+1}^i = y_{t,k}^i + inner(grad f_i(y_{t,k}^i) + mu (y_{t,k}^i - x_t))
       x_{t+1} = x_t + aggregate_i(weight_i (y_{t,K_i}^i - x_t))
 
   The steps are the paper's inexact minimization of f_i(y) + mu/2 ||y - x_t||^2, as in its
-  experiments. It draws clients by their number of examples and averages them alike; here they are
-  drawn alike and averaged by it, as in `fed_avg`, which mu = 0 is.
+  experiments. The paper samples clients in proportion to their number of examples and averages them
+  with equal weights. Here clients are sampled uniformly and weighted by their number of examples,
+  as in `fed_avg`. mu = 0 is `fed_avg`.
 
   Args:
-    inner: each client's optimizer, fresh in every round.
-    aggregator: how the clients' changes of the model become one.
-    mu: strength of the proximal term, in units of curvature; the paper tries 0.001 to 1.
+    inner: each client's optimizer, re-initialized every round.
+    aggregator: combines the clients' model changes.
+    mu: strength of the proximal term, in curvature units; the paper tries 0.001 to 1.
     epochs: E, passes over a client's examples per round.
-    period: K, local steps of every client per round in place of passes; 0: by `epochs`.
+    period: K, local steps of every client per round instead of passes; 0 means `epochs` decides.
 
   Raises:
     ValueError: if mu < 0, or as `fed_avg`.
@@ -134,20 +135,20 @@ fed_prox = FedProx
 
 
 class FedOpt(Federated, name="fed_opt"):
-  """Federated optimization: the server's optimizer takes the clients' mean change for a gradient.
+  """Federated optimization: the clients' mean change is the gradient of the server's optimizer.
 
       y_{t,0}^i = x_t,   y_{t,k+1}^i = y_{t,k}^i + inner(grad f_i(y_{t,k}^i))     k in [K_i]
       Delta_t = -aggregate_i(weight_i (x_t - y_{t,K_i}^i)),   x_{t+1} = x_t + outer(-Delta_t)
 
-  Clients are weighted by their examples, as in the paper's experiments; its algorithm counts them
-  alike. Plain outer `sgd(1.0)` is `fed_avg`.
+  Clients are weighted by their number of examples, as in the paper's experiments; its algorithm
+  weights them equally. Plain outer `sgd(1.0)` is `fed_avg`.
 
   Args:
-    inner: each client's optimizer, fresh in every round.
+    inner: each client's optimizer, re-initialized every round.
     outer: the server's optimizer.
-    aggregator: how the clients' changes of the model become one.
+    aggregator: combines the clients' model changes.
     epochs: E, passes over a client's examples per round.
-    period: K, local steps of every client per round in place of passes; 0: by `epochs`.
+    period: K, local steps of every client per round instead of passes; 0 means `epochs` decides.
 
   Raises:
     ValueError: as `fed_avg`.
@@ -166,21 +167,38 @@ class FedOpt(Federated, name="fed_opt"):
 fed_opt = FedOpt
 
 
-class FedAdam(Federated, name="fed_adam"):
-  """`fed_opt` with the paper's Adam, which has no bias correction, at the server.
+class FedAdaptive(Federated):
+  """`fed_opt` with an adaptive optimizer of the paper on the server."""
+
+  inner: optax.GradientTransformation
+  aggregator: Aggregator
+  _: KW_ONLY
+  learning_rate: float = 0.01
+  b1: float = 0.9
+  tau: float = 1e-3
+  epochs: int = 1
+  period: int = 0
+
+  def check(self):
+    super().check()
+    assert self.outer, "building it rejects hyper-parameters out of range"
+
+
+class FedAdam(FedAdaptive, name="fed_adam"):
+  """`fed_opt` with Adam on the server, without bias correction as in the paper.
 
       m_t = b1 m_{t-1} + (1 - b1) Delta_t,   v_t = b2 v_{t-1} + (1 - b2) Delta_t^2
       x_{t+1} = x_t + eta m_t / (sqrt(v_t) + tau),                      m_{-1} = 0, v_{-1} = tau^2
 
   Args:
-    inner: each client's optimizer, fresh in every round.
-    aggregator: how the clients' changes of the model become one.
+    inner: each client's optimizer, re-initialized every round.
+    aggregator: combines the clients' model changes.
     learning_rate: eta, of the server.
     b1: decay of the mean of changes.
     b2: decay of the mean of squares.
-    tau: degree of adaptivity, in units of a change of the model.
+    tau: degree of adaptivity, in units of a model change.
     epochs: E, passes over a client's examples per round.
-    period: K, local steps of every client per round in place of passes; 0: by `epochs`.
+    period: K, local steps of every client per round instead of passes; 0 means `epochs` decides.
 
   Raises:
     ValueError: if learning_rate or tau is not above 0, or b1 or b2 is outside [0, 1), or as
@@ -189,19 +207,8 @@ class FedAdam(Federated, name="fed_adam"):
   Reference: Reddi et al. 2020, arXiv 2003.00295, algorithm 2, FedAdam.
   """
 
-  inner: optax.GradientTransformation
-  aggregator: Aggregator
   _: KW_ONLY
-  learning_rate: float = 0.01
-  b1: float = 0.9
   b2: float = 0.99
-  tau: float = 1e-3
-  epochs: int = 1
-  period: int = 0
-
-  def check(self):
-    super().check()
-    server.adam(self.learning_rate, self.b1, self.b2, self.tau)
 
   @cached_property
   def outer(self) -> optax.GradientTransformation:
@@ -212,27 +219,16 @@ class FedAdam(Federated, name="fed_adam"):
 fed_adam = FedAdam
 
 
-class FedYogi(Federated, name="fed_yogi"):
+class FedYogi(FedAdaptive, name="fed_yogi"):
   """`fed_adam` with v_t = v_{t-1} - (1 - b2) Delta_t^2 sign(v_{t-1} - Delta_t^2).
 
-  Args and raises as there.
+  Args and Raises: see `fed_adam`.
 
   Reference: Reddi et al. 2020, arXiv 2003.00295, algorithm 2, FedYogi.
   """
 
-  inner: optax.GradientTransformation
-  aggregator: Aggregator
   _: KW_ONLY
-  learning_rate: float = 0.01
-  b1: float = 0.9
   b2: float = 0.99
-  tau: float = 1e-3
-  epochs: int = 1
-  period: int = 0
-
-  def check(self):
-    super().check()
-    server.yogi(self.learning_rate, self.b1, self.b2, self.tau)
 
   @cached_property
   def outer(self) -> optax.GradientTransformation:
@@ -243,26 +239,16 @@ class FedYogi(Federated, name="fed_yogi"):
 fed_yogi = FedYogi
 
 
-class FedAdagrad(Federated, name="fed_adagrad"):
+class FedAdagrad(FedAdaptive, name="fed_adagrad"):
   """`fed_adam` with v_t = v_{t-1} + Delta_t^2; the paper's experiments have no momentum.
 
-  Args and raises as there.
+  Args and Raises: see `fed_adam`.
 
   Reference: Reddi et al. 2020, arXiv 2003.00295, algorithm 2, FedAdagrad.
   """
 
-  inner: optax.GradientTransformation
-  aggregator: Aggregator
   _: KW_ONLY
-  learning_rate: float = 0.01
   b1: float = 0.0
-  tau: float = 1e-3
-  epochs: int = 1
-  period: int = 0
-
-  def check(self):
-    super().check()
-    server.adagrad(self.learning_rate, self.b1, self.tau)
 
   @cached_property
   def outer(self) -> optax.GradientTransformation:

@@ -1,4 +1,4 @@
-"""Hierarchical local SGD: averages often over fast links, and rarely over slow ones."""
+"""Hierarchical local SGD: averages often over fast links and rarely over slow ones."""
 
 from dataclasses import KW_ONLY
 from typing import NamedTuple
@@ -33,30 +33,31 @@ class HierarchicalState(NamedTuple):
   inner: State  # of this worker's optimizer
   fast: State  # of the fast aggregator
   slow: State  # of the slow aggregator
-  count: Array  # int32, rounds so far
+  count: Array  # int32, completed rounds
 
 
 class HierarchicalLocalSGD(LocalStepping, name="hierarchical_local_sgd"):
-  """Local SGD in slices of workers, and local SGD between the slices.
+  """Local SGD within slices of workers, and local SGD between slices.
 
       y_i = x_s after H inner steps of worker i of slice s
       x_s <- x_s + fast_i(weight_i / weight_s (y_i - x_s))       every round
       x_s <- c + slow_s(weight_s (x_s - c)) =: c                 every B-th round
 
   where weight_s is the mean weight in the slice, and c the model at the last average over slices.
-  The optimizers' state stays with its worker. The deployed model is the mean of the slices'.
+  Optimizer states are private. The deployed model is the mean of the slices' models.
 
   Args:
     inner: each worker's optimizer.
     fast: the aggregator within a slice, `mean(axis='data')`.
-    slow: the aggregator between slices, `mean(axis='slice')`; since the workers of a slice agree by
-      then, one over all of them such as `hierarchical_mean()` does too, with less on slow links.
+    slow: the aggregator between slices, `mean(axis='slice')`. The workers of a slice are equal at
+      this point, so one over all workers, such as `hierarchical_mean()`, is valid too and sends
+      less over slow links.
     inner_period: H, local steps per average within a slice.
     outer_period: B, rounds per average between slices.
 
   Raises:
-    ValueError: if a period is < 1; when traced on a mesh without slices, or with a fast aggregator
-      that talks between slices.
+    ValueError: if a period is < 1; at trace time, if the mesh has no slices or the fast aggregator
+      communicates between slices.
 
   Reference: Lin, Stich, Patel, Jaggi 2020, arXiv 1808.07217 (hierarchical local SGD).
   """

@@ -1,4 +1,4 @@
-"""Local SGD: every worker takes several optimizer steps alone, then the models are averaged."""
+"""Local SGD: every worker takes several local optimizer steps, then the models are averaged."""
 
 from dataclasses import KW_ONLY
 from typing import NamedTuple
@@ -19,22 +19,22 @@ class LocalSGDState(NamedTuple):
 
 
 class LocalSGD(LocalStepping, name="local_sgd"):
-  """Local SGD (parallel SGD with periodic averaging), with any inner optimizer.
+  """Local SGD (parallel SGD with periodic averaging) with any inner optimizer.
 
       x_{t,0}^i = x_t,   x_{t,h+1}^i = x_{t,h}^i + inner(grad f_i(x_{t,h}^i))     h in [H]
       x_{t+1} = x_t + aggregate_i(weight_i (x_{t,H}^i - x_t))
 
-  A momentum or second moment of the inner optimizer stays with its worker from round to round and
-  is not averaged: one tree is sent per round.
+  The inner optimizer's momentum and second moment are private and persist from round to round.
+  Only the model is averaged: each round sends one tree.
 
   Args:
     inner: each worker's optimizer.
-    aggregator: how the workers' changes of the model become one.
-    period: H, local steps per round, or [[first round, H], ...] where it changes.
+    aggregator: combines the workers' model changes.
+    period: H, local steps per round, or a schedule [[first round, H], ...].
 
   Raises:
-    ValueError: if period < 1, a schedule of it does not begin at round 0 and rise, or for an
-      aggregator whose value differs between workers.
+    ValueError: if period < 1, its schedule does not start at round 0 and increase, or the
+      aggregator's value differs between workers.
 
   Reference: Stich 2019, arXiv 1805.09767, algorithm 1.
   """

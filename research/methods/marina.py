@@ -1,4 +1,4 @@
-"""MARINA: compressed differences of gradients, and now and then a whole gradient."""
+"""MARINA: sends compressed gradient differences and, occasionally, a full gradient."""
 
 from dataclasses import KW_ONLY
 from typing import NamedTuple
@@ -30,31 +30,31 @@ class MarinaState(NamedTuple):
 class MarinaLocal(NamedTuple):
   params: Params
   grads: Tree  # grad f_i(x^k)
-  change: Tree  # grad f_i(x^k) - grad f_i(x^{k-1}), of the same mini-batch
+  change: Tree  # grad f_i(x^k) - grad f_i(x^{k-1}), on the same mini-batch
 
 
 class Marina(Method, name="marina"):
-  """Gradient descent along an estimate that compressed differences of gradients keep up to date.
+  """Gradient descent along an estimate that is updated by compressed gradient differences.
 
       g^k = 1/W sum_i weight_i grad f_i(x^k)                                 with probability p
       g^k = g^{k-1} + aggregate_i(weight_i (grad f_i(x^k) - grad f_i(x^{k-1})))     otherwise
       x^{k+1} = x^k - gamma_k g^k
 
-  with g^0 whole. While g^{k-1} is zero, what is left of it is the gradient itself. The coin is a
-  hash of (k, seed), so that all workers have the same one and what a round sends is known without
-  running it. The differences vanish as the method converges, and with them what compression loses:
-  with whole local gradients the optimum is reached exactly. With mini-batches both gradients are of
-  the same one, and g stays as noisy as they are.
+  where g^0 is a full gradient. While g^{k-1} is zero, the gradient itself takes the place of the
+  difference. The coin is a hash of (k, seed): all workers draw the same one, and a round's traffic
+  is known without running it. The differences vanish as the method converges, and the compression
+  error with them, so full local gradients reach the optimum exactly. With mini-batches both
+  gradients use the same one, and g stays as noisy as they are.
 
   Args:
-    learning_rate: gamma, constant or a schedule by rounds.
-    aggregator: of the differences, with an unbiased compressor, such as `gather_mean(qsgd())`.
+    learning_rate: gamma, a constant or a schedule over rounds.
+    aggregator: combines the differences; use an unbiased compressor, such as `gather_mean(qsgd())`.
     probability: p, in (0, 1]; 1 is distributed gradient descent.
-    seed: of the coin.
+    seed: seed of the coin.
 
   Raises:
-    ValueError: for arguments out of range, or an aggregator that it refuses; when it runs,
-      if there is no `grad_fn`.
+    ValueError: for arguments out of range or an incompatible aggregator; in `step`, if `grad_fn`
+      is None.
 
   Reference: Gorbunov, Burlachenko, Li, Richtarik 2021, arXiv 2102.07845, algorithm 1.
   """
@@ -112,14 +112,23 @@ marina = Marina
 
 
 def coin(count: Array, probability: float, seed: int) -> Array:
-  """Heads in a round, equal on all workers: from whole numbers alone, as rounds are read ahead."""
+  """Whether a round sends a full gradient; a function of integers, so rounds can be read ahead.
+
+  Args:
+    count: k, int32 scalar.
+    probability: p, in (0, 1].
+    seed: seed of the coin, equal on all workers.
+
+  Returns:
+    A bool scalar, equal on all workers.
+  """
   salt = _mixed(np.asarray([seed % 2**32], np.uint32))[0]
   bits = _mixed(_mixed(count.astype(jnp.uint32)) ^ salt)
   return (bits >> np.uint32(8)).astype(jnp.float32) * 2.0**-24 < probability
 
 
 def _mixed(bits):
-  """A permutation of the 32-bit numbers that looks random (the end of Appleby's MurmurHash3)."""
+  """A pseudo-random permutation of the 32-bit numbers (the finalizer of Appleby's MurmurHash3)."""
   bits = (bits ^ (bits >> np.uint32(16))) * np.uint32(0x85EBCA6B)
   bits = (bits ^ (bits >> np.uint32(13))) * np.uint32(0xC2B2AE35)
   return bits ^ (bits >> np.uint32(16))

@@ -1,4 +1,4 @@
-"""1-bit Adam: Adam at first, then a compressed momentum over the variance that Adam found."""
+"""1-bit Adam: Adam for a warm-up, then compressed momentum with a frozen variance."""
 
 from dataclasses import KW_ONLY
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from research.core.method import COMMON_MODEL
 from research.core.part import hidden
 from research.methods._steps import OneGradient, check_rate, mixed, moved, rate_at
 
-# Of methods that need exact rounds, too.
+# Rejected by methods that also have uncompressed rounds.
 EXACT_TOO = (
   COMMON_MODEL
   | composition.AROUND
@@ -34,7 +34,7 @@ class OnebitAdamState(NamedTuple):
 
 
 class OnebitAdam(OneGradient, name="onebit_adam"):
-  """Adam for T_w rounds, then momentum, aggregated, divided by the frozen variance.
+  """Adam for T_w rounds, then aggregated momentum preconditioned by the frozen variance.
 
       t <= T_w:  g_t = 1/W sum_i weight_i grad f_i(x_{t-1})
                  m_t = b1 m_{t-1} + (1 - b1) g_t,   v_t = b2 v_{t-1} + (1 - b2) g_t^2
@@ -43,22 +43,23 @@ class OnebitAdam(OneGradient, name="onebit_adam"):
       x_t = x_{t-1} - gamma_t m_t' / (sqrt(v_t') + eps)
       m_t' = m_t / (1 - b1^t),   v_t' = v_t / (1 - b2^min(t, T_w))
 
-  The paper's Adam has no bias correction; here the warm-up is `optax.adam` with it, and goes on
-  with it, since the step would otherwise grow (1 - b2^T_w)^(-1/2) times, thrice for T_w = 100.
-  Where v_{T_w} is zero, since no gradient was ever seen, there is no step: signs have no zero. If
-  all of it is, the first round after the warm-up that brings anything stands in for it.
+  The paper's Adam has no bias correction. Here the warm-up is `optax.adam` with bias correction,
+  and the later rounds keep it: without it the step would grow by a factor of (1 - b2^T_w)^(-1/2),
+  about 3 for T_w = 100. An element whose v_{T_w} is zero never had a gradient and is not updated,
+  because sign compression cannot represent zero. If all of v_{T_w} is zero, it is set by the first
+  nonzero round after the warm-up.
 
   Args:
-    learning_rate: gamma, constant or a schedule by rounds.
-    aggregator: of the momenta after the warm-up; meant is `error_feedback(two_phase(sign()))`,
-      which is the paper's: a memory on each worker and one on the server.
+    learning_rate: gamma, a constant or a schedule over rounds.
+    aggregator: combines the momenta after the warm-up; the paper's choice is
+      `error_feedback(two_phase(sign()))`, with a memory on each worker and one on the server.
     warm_up: T_w, rounds that average gradients exactly; at least 1.
-    b1: of the momentum, in [0, 1).
-    b2: of the variance, in [0, 1).
-    eps: above 0.
+    b1: decay of the momentum, in [0, 1).
+    b2: decay of the variance, in [0, 1).
+    eps: added to the root of the variance, above 0.
 
   Raises:
-    ValueError: for arguments out of range, or an aggregator that it refuses.
+    ValueError: for arguments out of range, or an incompatible aggregator.
 
   Reference: Tang, Gan, Awan, Rajbhandari, Li, Lian, Liu, Zhang, He 2021, arXiv 2102.02888,
     algorithm 1.
@@ -114,7 +115,12 @@ onebit_adam = OnebitAdam
 
 
 def check_moments(b1: float, b2: float, eps: float) -> None:
-  """Rejects hyper-parameters of Adam out of their ranges.
+  """Rejects Adam hyper-parameters that are out of range.
+
+  Args:
+    b1: decay of the momentum, in [0, 1).
+    b2: decay of the variance, in [0, 1).
+    eps: above 0.
 
   Raises:
     ValueError: with the name and the value.
@@ -125,6 +131,6 @@ def check_moments(b1: float, b2: float, eps: float) -> None:
 
 
 def if_unseen(variance: Tree, first: Tree) -> Tree:
-  """The variance, or a first one if all of it is zero."""
+  """Returns `variance`, or `first` if all of `variance` is zero."""
   nothing = jnp.all(jnp.asarray([jnp.all(v == 0) for v in jax.tree.leaves(variance)]))
   return jax.tree.map(lambda v, x: jnp.where(nothing, x, v).astype(v.dtype), variance, first)

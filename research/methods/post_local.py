@@ -1,4 +1,4 @@
-"""Post-local SGD: averages at every step at first, then only once in a while."""
+"""Post-local SGD: averages at every step until a switch, then once per period."""
 
 from dataclasses import KW_ONLY
 from typing import NamedTuple
@@ -28,14 +28,14 @@ class PostLocalSGD(LocalStepping, name="post_local_sgd"):
       x_{t+1}^i = c + aggregate_i(weight_i (y_{t+1}^i - c))    if t+1 <= t' or H divides t+1 - t'
       x_{t+1}^i = y_{t+1}^i                                    otherwise
 
-  where c is the model at the last average. A round is one step. The optimizers' state stays with
-  its worker. Between averages the deployed model is the mean of the workers' models.
+  where c is the model at the last average. A round is one step. Optimizer states are private.
+  Between averages the deployed model is the mean of the workers' models.
 
   Args:
     inner: each worker's optimizer.
-    aggregator: how the workers' changes of the model become one.
+    aggregator: combines the workers' model changes.
     period: H, local steps per average after the switch.
-    switch: t', steps of synchronous training; 0 is local SGD from the start.
+    switch: t', initial steps of synchronous training; 0 is local SGD from the start.
 
   Raises:
     ValueError: if period < 1 or switch < 0.

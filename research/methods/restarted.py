@@ -1,4 +1,4 @@
-"""Methods of local steps whose workers' optimizers start anew in every round."""
+"""Re-initializes the workers' optimizers at the start of every round."""
 
 from typing import NamedTuple
 
@@ -12,21 +12,21 @@ class RestartedState(NamedTuple):
 
 
 class Restarted(Around, name="restarted"):
-  """The inner method, where nothing of a worker's optimizer outlives a round.
+  """Runs the inner method and re-initializes the workers' optimizers after every round.
 
       m_{t,0}^i = 0   in place of   m_{t,0}^i = m_{t-1,H}^i
 
-  for its momentum, its second moment and its count of steps, with which a schedule begins anew too.
-  What a worker's momentum has of its own examples does then not go on against the common model.
-  Local SGD is so federated averaging of everybody, and SlowMo has the first of its paper's three
-  strategies for the buffers of the base optimizer.
+  for the momentum, the second moment and the step count; a learning rate schedule restarts too.
+  A worker's momentum, computed from its own examples, then does not drive the next round away from
+  the common model. Local SGD becomes federated averaging with full participation, and SlowMo uses
+  the first of its paper's three strategies for the base optimizer's buffers.
 
   Args:
     inner: a method that carries workers' optimizers from round to round, such as `local_sgd`,
       `slow_mo` or `diloco`.
 
   Raises:
-    ValueError: if it is none.
+    ValueError: if `inner` carries no workers' optimizers from round to round.
 
   Reference: Wang, Tantia, Ballas, Rabbat 2020, arXiv 1910.00643, algorithm 1, line 2 (reset).
   """

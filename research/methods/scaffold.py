@@ -1,4 +1,4 @@
-"""SCAFFOLD: federated averaging whose clients correct their steps by how their gradients differ."""
+"""SCAFFOLD: federated averaging with control variates that correct client drift."""
 
 from dataclasses import KW_ONLY
 from typing import NamedTuple
@@ -30,32 +30,32 @@ class ScaffoldLocal(NamedTuple):
 
 
 class Scaffold(ByPasses, name="scaffold"):
-  """Stochastic controlled averaging, with option II for the clients' controls.
+  """Stochastic controlled averaging with option II for the clients' control variates.
 
       y_i <- y_i - eta (grad f_i(y_i) - c_i + c)                   K_i times, from y_i = x
       c_i+ = c_i - c + (x - y_i) / (K_i eta), the mean of grad f_i(y_i) over the steps
       x <- x + eta_g aggregate_i(weight_i (y_i - x))
       c <- c + (|S| / N) aggregate_i(c_i+ - c_i),   c_i <- c_i+
 
-  from zero controls or, with a warm-up, from those of a first round in which models stay where they
-  are: the clients' gradients at the first model. A client that sits a round out, or drops out of
-  it, keeps its c_i. With an aggregator that is the mean over the workers, c is the mean of all N
-  clients' c_i after every round. It solves the paper's problem, the mean of the clients' objectives
-  with each client alike: the clients' weights by their examples change the way there and not the
-  solution. The paper's algorithm weighs them alike on the way too. Sends two trees per round.
+  The controls start at zero or, with a warm-up, at the clients' gradients at the first model, which
+  a first round computes without moving the models. A client that is not sampled, or drops out,
+  keeps its c_i. If the aggregator is the mean over workers, c equals the mean of all N clients' c_i
+  after every round. The solution is that of the paper's problem, the unweighted mean of the
+  clients' objectives: weighting clients by their examples changes the path, not the solution. The
+  paper's algorithm also weights them equally along the path. Sends two trees per round.
 
   Args:
     learning_rate: eta, of the clients, constant.
-    aggregator: how the clients' changes of models become one, and again those of controls, each
-      with a state of its own.
-    server_learning_rate: eta_g.
+    aggregator: combines the clients' model changes and, with a separate state, their control
+      changes.
+    server_learning_rate: eta_g, of the server.
     epochs: E, passes over a client's examples per round.
-    period: K, local steps of every client per round in place of passes; 0: by `epochs`.
-    warm_up: begin with a round that only sets the controls. Clients that it leaves out begin at 0.
+    period: K, local steps of every client per round instead of passes; 0 means `epochs` decides.
+    warm_up: start with a round that only sets the controls; clients it does not sample start at 0.
 
   Raises:
-    ValueError: if a learning rate is not above 0, epochs < 1, period < 0, or both are set, or for
-      an aggregator that it refuses.
+    ValueError: if a learning rate is not above 0, epochs < 1, period < 0, both are set, or the
+      aggregator is incompatible.
 
   Reference: Karimireddy, Kale, Mohri, Reddi, Stich, Suresh 2020, arXiv 1910.06378, algorithm 1.
   """

@@ -1,4 +1,4 @@
-"""Signum: signs of a momentum that every worker keeps."""
+"""Signum: steps along the sign of the workers' momenta."""
 
 from dataclasses import KW_ONLY
 from typing import NamedTuple
@@ -26,17 +26,17 @@ class Signum(OneGradient, name="signum"):
       v_{k+1}^i = beta v_k^i + (1 - beta) grad f_i(x_k)
       x_{k+1} = x_k - eta_k (sign(aggregate_i(weight_i v_{k+1}^i)) + lambda x_k),   sign(0) = +1
 
-  With `majority_vote()` the signs of all workers present count alike. With `mean()` it is Signum of
-  the mean gradient.
+  With `majority_vote()` the signs of all active workers count equally. With `mean()` this is Signum
+  on the mean gradient.
 
   Args:
-    learning_rate: eta, constant or a schedule by rounds; what every parameter moves by.
-    aggregator: how the workers' momenta become one; meant is `majority_vote()`.
+    learning_rate: eta, a constant or a schedule over rounds; the change of every parameter.
+    aggregator: combines the workers' momenta; the paper's choice is `majority_vote()`.
     momentum: beta, in [0, 1); 0 is SignSGD.
     weight_decay: lambda, at least 0.
 
   Raises:
-    ValueError: for arguments out of range, or an aggregator that it refuses.
+    ValueError: for arguments out of range, or an incompatible aggregator.
 
   Reference: Bernstein, Zhao, Azizzadenesheli, Anandkumar 2019, arXiv 1810.05291, algorithm 1;
     Bernstein, Wang, Azizzadenesheli, Anandkumar 2018, arXiv 1802.04434, algorithms 1 and 2.

@@ -1,4 +1,4 @@
-"""SlowMo: local steps, and a slow momentum of the common model."""
+"""SlowMo: local steps, then a slow momentum step of the common model."""
 
 from dataclasses import KW_ONLY
 from functools import cached_property
@@ -27,23 +27,23 @@ class SlowMo(OuterStepping, name="slow_mo"):
       u_{t+1} = beta u_t + (x_{t,0} - x_{t,tau}) / gamma_t
       x_{t+1,0} = x_{t,0} - alpha gamma_t u_{t+1}
 
-  That is DiLoCo with this momentum as its outer optimizer. Of the paper's three strategies for the
-  inner optimizer's buffers at the end of a round this one keeps them, each worker its own;
-  `restarted` around it resets them. beta = 0 and alpha = 1 is local SGD.
+  This is DiLoCo with slow momentum as the outer optimizer. Of the paper's three strategies for the
+  inner optimizer's buffers at the end of a round, this one keeps them on each worker; wrap it in
+  `restarted` to reset them. beta = 0 and alpha = 1 is local SGD.
 
   Args:
     inner: each worker's optimizer, the paper's base optimizer.
-    aggregator: how the workers' changes of the model become one.
-    period: tau, local steps per round, or [[first round, tau], ...] where it changes.
-    learning_rate: gamma, that of the inner optimizer: give its schedule, by local steps, if it has
-      one. gamma_t is its mean over the steps of round t, where the paper's is constant in a round;
-      a round without any adds nothing to the momentum. A constant one cancels.
+    aggregator: combines the workers' model changes.
+    period: tau, local steps per round, or a schedule [[first round, tau], ...].
+    learning_rate: gamma of the inner optimizer, a constant, which cancels, or its schedule over
+      local steps. gamma_t is the mean over the steps of round t; the paper's is constant within a
+      round. A round with gamma_t = 0 adds nothing to the momentum.
     slow_learning_rate: alpha.
     slow_momentum: beta.
 
   Raises:
-    ValueError: if period is out of its range, slow_momentum is outside [0, 1), a learning rate is
-      not above 0, or both the period and the learning rate change.
+    ValueError: if period is out of range, slow_momentum is outside [0, 1), a learning rate is not
+      above 0, or both the period and the learning rate have schedules.
 
   Reference: Wang, Tantia, Ballas, Rabbat 2020, arXiv 1910.00643, algorithm 1.
   """

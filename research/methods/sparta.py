@@ -1,4 +1,4 @@
-"""SPARTA: after every optimizer step the workers average a small random part of their models."""
+"""SPARTA: after every optimizer step, the workers average a small random part of their models."""
 
 from collections.abc import Mapping
 from typing import ClassVar, NamedTuple
@@ -19,23 +19,24 @@ class SpartaState(NamedTuple):
 
 
 class Sparta(LocalStepping, name="sparta"):
-  """Sparse parameter averaging, with any inner optimizer.
+  """Sparse parameter averaging with any inner optimizer.
 
       y_t^i = x_t^i + weight_i inner(grad f_i(x_t^i))
       x_{t+1}^i = y_t^i + aggregate_j(y_t^j) - sent_t^i
 
-  With `sum_mean(random_k(0.005))` an element of the model in the random support S_t, the same on
-  all workers, becomes the workers' mean, and the others stay. The exchange keeps the mean of the
-  models, which is deployed; they differ for good. With `mean()` this is local SGD with a period of
-  one. Optimizers' states stay with their workers. The support has a fixed size in every leaf.
-  Whoever drops out of a round keeps its model, and the others average theirs.
+  With `sum_mean(random_k(0.005))` the elements in the random support S_t, equal on all workers, are
+  replaced by the workers' mean; the other elements do not change. The support has a fixed size in
+  every leaf. The exchange preserves the mean of the models, which is the deployed model; the
+  workers' models never become equal. With `mean()` this is local SGD with a period of one.
+  Optimizer states are private. A worker that drops out of a round keeps its model, and the others
+  average theirs.
 
   Args:
     inner: each worker's optimizer.
-    aggregator: what part of the models is averaged; it takes the same part of each.
+    aggregator: selects and averages a part of the models, the same part on every worker.
 
   Raises:
-    ValueError: for an aggregator that it refuses.
+    ValueError: for an incompatible aggregator.
 
   Reference: Beton et al. 2025, Improving the efficiency of distributed training using sparse
     parameter averaging, OpenReview stFPf3gzq1.

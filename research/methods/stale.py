@@ -1,8 +1,8 @@
-"""Methods on old models: a law of delays, a correction for the age of a gradient, a method inside.
+"""Methods at stale models, built from a delay model, a staleness correction and an inner method.
 
-delays       which old model x_{t - tau} a worker computes with
-correction   what becomes of its gradient, given tau and x_t - x_{t - tau}
-method       any method, which makes of it what it makes of any gradient
+delays       choose the old model x_{t - tau} at which a worker computes
+correction   adjusts its gradient, given tau and x_t - x_{t - tau}
+method       processes the corrected gradient like any other
 """
 
 from collections.abc import Callable
@@ -18,9 +18,9 @@ from research.sim.delays import Delays
 
 
 class Correction(NamedTuple):
-  """What is done to a gradient g(x_{t - tau}) before the inner method sees it, in round t."""
+  """Corrects a stale gradient g(x_{t - tau}) in round t, before it enters the inner method."""
 
-  init: Callable[[Params], State]  # a memory that is common to all workers
+  init: Callable[[Params], State]  # creates a memory that is shared by all workers
   correct: Callable[..., tuple[Tree, State]]  # (g, tau, x_t - x_{t - tau}, memory)
   remembers: bool = False  # whether it has a memory
 
@@ -29,26 +29,26 @@ NOTHING = Correction(lambda params: (), lambda grads, tau, moved, memory: (grads
 
 
 class StaleState(NamedTuple):
-  inner: State  # of the inner method, which has x_t
-  held: State  # of the delays: what may still be read
+  inner: State  # of the inner method, includes x_t
+  held: State  # of the delays: the models that may still be read
   memory: State  # of the correction
 
 
 class StaleLocal(NamedTuple):
-  params: Params  # from x_{t - tau} on
-  rest: Any  # Local of the inner method; its params are left out
+  params: Params  # starts at x_{t - tau}
+  rest: Any  # Local of the inner method, without its params
   memory: State
 
 
 class Stale(Around):
-  """The inner method from old models: a round starts at x_{t - tau}, and its change goes to x_t.
+  """Runs the inner method at stale models: a round starts at x_{t - tau}; its change updates x_t.
 
-  What the inner method keeps from round to round, but for the model, is as new as without delays.
-  Its Local is a NamedTuple. The correction's memory is averaged over the workers, exactly and past
-  the inner method's aggregator: where there is one, that is a second tree to send.
+  Only the model is stale; the rest of the inner method's state is current. The inner method's Local
+  must be a NamedTuple. A correction's memory is averaged exactly over the workers, bypassing the
+  inner method's aggregator: it is a second tree to send.
   """
 
-  delays: ClassVar[Any]  # which model a worker starts from
+  delays: ClassVar[Any]  # chooses the model at which a worker starts
   correction: ClassVar[Any] = NOTHING
 
   def init(self, params):

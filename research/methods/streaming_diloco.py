@@ -1,4 +1,4 @@
-"""Streaming DiLoCo: the model is synchronised piece by piece, while the workers go on computing."""
+"""Streaming DiLoCo: synchronises the model by fragments while the workers keep computing."""
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY
@@ -21,17 +21,17 @@ class StreamingState(NamedTuple):
   inner: State  # of this worker's optimizer
   outer: tuple[State, ...]  # of the outer optimizer, by fragment
   link: tuple[State, ...]  # of the aggregator, by fragment
-  count: Array  # int32, rounds so far
+  count: Array  # int32, completed rounds
 
 
 class StreamingLocal(NamedTuple):
   params: Params
   inner: State
-  number: Array  # int32, steps of this round so far
+  number: Array  # int32, completed steps of this round
 
 
 class StreamingDiLoCo(Method, name="streaming_diloco"):
-  """DiLoCo by fragments of the model, with staggered and overlapped exchanges.
+  """DiLoCo over fragments of the model, with staggered and overlapped exchanges.
 
   Fragment p in [P] is synchronised every H steps, at t = (p + 1) H / P, (p + 1) H / P + H, ...:
 
@@ -39,28 +39,29 @@ class StreamingDiLoCo(Method, name="streaming_diloco"):
       Delta_p = aggregate_i(weight_i (theta_p - theta_{t,p}^i))
       theta_p <- theta_p + outer(Delta_p)
 
-  and is received by the workers tau steps later, after their inner step:
+  and the workers receive it tau steps later, after their inner step:
 
       theta_{t+tau,p}^i <- alpha theta_{t+tau,p}^i + (1 - alpha) theta_p
 
-  A round is the H / P steps from one exchange to the next, each of one fragment. theta, of which
-  each fragment is as new as its last exchange, is deployed. What is sent in 4 bits is the
-  aggregator's part: `error_feedback(two_phase(int4()))`. With one fragment, no delay and no mixing
-  this is DiLoCo.
+  A round is the H / P steps from one exchange to the next; each exchange sends one fragment. The
+  deployed model is theta, with each fragment as of its last exchange. The aggregator decides the
+  precision on the wire: the paper's 4 bits are `error_feedback(two_phase(int4()))`. With one
+  fragment, no delay and no mixing this is DiLoCo.
 
   Args:
-    inner: each worker's optimizer; its state stays with the worker.
-    outer: the optimizer of the common model, for each fragment apart.
-    aggregator: how the workers' outer gradients become one; keeps a state for each fragment.
+    inner: each worker's optimizer; its state is private.
+    outer: the optimizer of the common model, with a separate state for each fragment.
+    aggregator: combines the workers' outer gradients, with a separate state for each fragment.
     period: H, steps between two exchanges of a fragment.
-    fragments: P. Fragments are sets of leaves.
-    delay: tau, steps that an exchange may take. 0: nothing is overlapped.
-    mixing: alpha, what a worker keeps of its own fragment. 0: it takes the common one as it is.
-    strided: leaf l belongs to fragment l mod P; otherwise fragments are runs of leaves.
+    fragments: P, number of fragments, which are sets of leaves.
+    delay: tau, steps that an exchange may take; 0 disables overlap.
+    mixing: alpha, weight of the worker's own fragment; 0 replaces it by the common one.
+    strided: if true, leaf l belongs to fragment l mod P; otherwise fragments are contiguous runs of
+      leaves.
 
   Raises:
     ValueError: if period or fragments < 1, period is not a multiple of fragments, delay is outside
-      [0, period), or mixing outside [0, 1]; when traced, if there are more fragments than leaves.
+      [0, period), or mixing outside [0, 1]; at trace time, if there are more fragments than leaves.
 
   Reference: Douillard et al. 2025, arXiv 2501.18512, algorithm 2.
   """
@@ -97,11 +98,15 @@ class StreamingDiLoCo(Method, name="streaming_diloco"):
 
   @property
   def late(self) -> tuple[int, int]:
-    """The delay in whole rounds and steps."""
+    """The delay as (full rounds, remaining steps)."""
     return divmod(self.delay, self.local_steps)
 
   def members(self, tree: Params) -> list[list[int]]:
-    """The numbers of the leaves of each fragment."""
+    """Returns the leaf indices of each fragment.
+
+    Raises:
+      ValueError: if there are more fragments than leaves.
+    """
     count, fragments = len(jax.tree.leaves(tree)), self.fragments
     if fragments > count:
       raise ValueError(f"fragments={fragments} of a model that has {count} leaves")
@@ -119,8 +124,8 @@ class StreamingDiLoCo(Method, name="streaming_diloco"):
     return state.common
 
   def received(self, params: Params, state: StreamingState) -> Params:
-    """The worker's model with the fragment in it whose exchange ends now."""
-    number = state.count - 1 - self.late[0]  # of the round in which the exchange began
+    """Mixes the fragment whose exchange ends in this round into the worker's model."""
+    number = state.count - 1 - self.late[0]  # the round in which the exchange started
     leaves, treedef = jax.tree.flatten(params)
     common = jax.tree.leaves(state.common)
     for fragment, part in enumerate(self.members(params)):

@@ -1,4 +1,4 @@
-"""0/1 Adam: a variance that is seldom refreshed, and local steps between compressed exchanges."""
+"""0/1 Adam: rare variance updates, and local steps between compressed exchanges."""
 
 from dataclasses import KW_ONLY
 from typing import NamedTuple
@@ -21,7 +21,7 @@ class ZeroOneAdamState(NamedTuple):
   params: Params  # x_{t'}, the model after the last synchronisation
   momentum: Tree  # m_t of this worker
   buffer: Tree  # u_t of this worker
-  rates: Array  # float32, sum of gamma_h since then
+  rates: Array  # float32, sum of gamma_h since t'
   variance: Tree  # v_t
   exact: State  # of the mean
   link: State  # of the aggregator
@@ -29,7 +29,7 @@ class ZeroOneAdamState(NamedTuple):
 
 
 class ZeroOneAdam(OneGradient, name="zero_one_adam"):
-  """Adam whose steps are linear in what workers send, so that they may be local and compressed.
+  """Adam with local, compressed steps: its update is linear in the values that workers send.
 
       m_{t+1/2}^i = b1 m_t^i + (1 - b1) grad f_i(x_t^i),   u_{t+1/2}^i = u_t^i + gamma_t m_{t+1/2}^i
       v_{t+1} = b2 v_t + (1 - b2) (1/W sum_i weight_i grad f_i(x_t^i))^2    if t in T_v, else v_t
@@ -37,29 +37,29 @@ class ZeroOneAdam(OneGradient, name="zero_one_adam"):
                   x_{t+1}^i = x_{t'} - U / sqrt(v_{t+1} + eps),   u_{t+1}^i = 0,   t' = t + 1
       otherwise:  x_{t+1}^i = x_{t'} - u_{t+1/2}^i / sqrt(v_{t+1} + eps),   m and u from t + 1/2
 
-  There is no bias correction, as in the paper. Other than there, a round of T_v steps with the
-  variance that it has just found: v_0 = 0 would make the first step 1 / sqrt(eps) times too long.
-  Where v is zero, since no gradient was ever seen, there is no step: signs have no zero. If all of
-  it is, the first exchange that brings anything stands in for it.
+  There is no bias correction, as in the paper. Unlike the paper, a round of T_v steps with its
+  updated variance: with v_0 = 0 the first step would be 1 / sqrt(eps) times too long. An element
+  whose v is zero never had a gradient and is not updated, because sign compression cannot represent
+  zero. If all of v is zero, it is set by the first nonzero exchange.
 
-  T_v are the first `warm_up` rounds at intervals of 2^floor(j / kappa) after its j-th. T_u is every
-  round of the warm-up; then the interval, at first 1, doubles every so many rounds. As the variance
-  then stays what it is, x^i is a function of u^i and not kept.
+  T_v consists of rounds among the first `warm_up`, with an interval of 2^floor(j / kappa) after the
+  j-th. T_u consists of all warm-up rounds; afterwards its interval starts at 1 and doubles every
+  `double_every` rounds. The variance is then frozen, so x^i is a function of u^i and is not stored.
 
   Args:
-    learning_rate: gamma, constant or a schedule by rounds.
-    aggregator: of u; meant is `error_feedback(two_phase(sign()))`, the paper's 1-bit AllReduce.
+    learning_rate: gamma, a constant or a schedule over rounds.
+    aggregator: combines u; the paper's 1-bit AllReduce is `error_feedback(two_phase(sign()))`.
     warm_up: rounds until the variance is frozen and steps may be local; at least 1.
     variance_scale: kappa, at least 1.
-    double_every: rounds after which the interval of T_u doubles; the paper's is that in which the
-      learning rate halves.
-    longest: interval of T_u at most, a power of two.
-    b1: of the momentum, in [0, 1).
-    b2: of the variance, in [0, 1).
-    eps: above 0.
+    double_every: rounds between doublings of the interval of T_u; the paper's is the time in which
+      the learning rate halves.
+    longest: maximum interval of T_u, a power of two.
+    b1: decay of the momentum, in [0, 1).
+    b2: decay of the variance, in [0, 1).
+    eps: added to the variance under the root, above 0.
 
   Raises:
-    ValueError: for arguments out of range, or an aggregator that it refuses.
+    ValueError: for arguments out of range, or an incompatible aggregator.
 
   Reference: Lu, Li, Zhang, De Sa, He 2022, arXiv 2202.06009, algorithm 1 and its policies.
   """
@@ -104,7 +104,7 @@ class ZeroOneAdam(OneGradient, name="zero_one_adam"):
     return GradientLocal(self.params(state), optax.tree.zeros_like(state.params))
 
   def refreshes(self, t: Array) -> Array:
-    """Whether t is in T_v: kappa times every round, kappa times every second, every fourth, ..."""
+    """Whether t is in T_v: kappa rounds at interval 1, then kappa at interval 2, at 4, ..."""
     stage = 31 - lax.clz(t // self.variance_scale + 1)
     since = t - self.variance_scale * ((1 << stage) - 1)
     return (t < self.warm_up) & (since % (1 << stage) == 0)
@@ -125,7 +125,7 @@ class ZeroOneAdam(OneGradient, name="zero_one_adam"):
 
     def synchronised(state):
       total, _, link = self.aggregator.aggregate(state.buffer, state.link, key, presence)
-      moving = state.rates > 0  # not where a schedule begins with zero: then nothing was sent
+      moving = state.rates > 0  # false while a schedule starts at zero: then nothing was sent
       rates = jnp.where(moving, state.rates, 1)
       approximate = lambda u, m: jnp.where(moving, u / rates, m).astype(m.dtype)
       m = jax.tree.map(approximate, total, state.momentum)

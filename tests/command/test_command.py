@@ -61,7 +61,7 @@ def test_several_modules_are_imported_in_order_also_from_a_preset(given, tmp_pat
 
 
 def test_what_is_not_there_is_a_usage_error(given, tmp_path):
-  with pytest.raises(UsageError, match=r"^--import='third\.py': there is no such file"):
+  with pytest.raises(UsageError, match=r"^--import='third\.py': there is no such file or package"):
     given("--import=third.py")
   (tmp_path / "clash.py").write_text(MODULE.format("top_k"))
   with pytest.raises(UsageError, match=r"^--import='clash': .* 'top_k' is research\.compress"):

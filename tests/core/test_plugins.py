@@ -101,14 +101,14 @@ def test_the_fingerprint_follows_the_code(tmp_path):
 
 
 WRONG = {
-  "onw.py": "no such file; did you mean '.*own.py'",
+  "onw.py": r"no such file or package; did you mean '.*own\.py'",
   "onw": "no module 'onw'; did you mean 'own'",
   "pack.missing": "no module 'missing' in 'pack'",
   "pack.inn": "no module 'inn' in 'pack'; did you mean 'inner'",
   "": "neither a module",
   "a-b": "neither a module",
   "a-b.py": "'a-b' is not a name",
-  "own.txt/": "neither a module such as",
+  "./pak": "no such file or package; did you mean '.*pack'",
   "json.py": "the name 'json' is that of the module .*; rename the file",
   "http://host/own.py": "URL",
   "clash.py": "'bf16' is research.compress.cast.bf16 already",

@@ -35,7 +35,6 @@ COMMANDS = {
   "sweep": SMALL,
   "reproduce": ("--claim=ef21", "--scale=quick"),
   "bench": ("--cases=memory",),
-  "applications": ("--cases=medicine",),
 }
 WRONG = {
   "JAX_PLATFORMS": ("garbage", "cuda", "tpu"),

@@ -1,4 +1,4 @@
-"""The privacy accountant: the epsilon that rounds of `noisy` have spent."""
+"""Privacy accountant: computes the epsilon spent by rounds of `noisy`."""
 
 import math
 from collections.abc import Callable
@@ -9,29 +9,32 @@ import numpy as np
 from research.core import checks
 
 CONVERSIONS = ("rdp", "rdp_old", "pld")
-_LEAST_NOISE = 1e-100  # whose divergences are floats; with less, what is spent is infinite
-_RESOLVED = 1e-15  # of a divergence
-_STEP, _FARTHEST = 0.02, 200.0  # of the integrals over x, in deviations
+_LEAST_NOISE = 1e-100  # divergences are finite floats down to here; below, epsilon is infinite
+_RESOLVED = 1e-15  # smallest divergence that the library resolves
+_STEP, _FARTHEST = 0.02, 200.0  # step and range of the integrals over x, in standard deviations
 
 
 def epsilon(noise: float, rate: float, steps: int, delta: float, conversion: str = "rdp") -> float:
-  """The epsilon of (epsilon, delta)-differential privacy that `steps` rounds of `noisy` spend.
+  """Computes the epsilon of (epsilon, delta)-differential privacy after `steps` rounds of `noisy`.
 
-  Neighbours differ in one worker (one example, where a worker has one) that is there or not; in
-  each round each worker takes part independently with probability `rate` (Poisson sampling).
+  Neighbouring data sets differ by the presence of one worker (one example, if each worker has one).
+  In each round every worker participates independently with probability `rate` (Poisson sampling).
 
   Args:
     noise: the noise multiplier, greater than 0.
-    rate: of sampling, in (0, 1]; 1 where every worker is in every round.
-    steps: T, rounds, at least 1.
+    rate: sampling rate, in (0, 1]; 1 if every worker is in every round.
+    steps: T, number of rounds, at least 1.
     delta: in (0, 1).
-    conversion: 'rdp', Renyi accounting with the library's conversion; 'rdp_old', the same by
-      epsilon = min over a of rdp(a) + log(1 / delta) / (a - 1), as older papers have it; 'pld', by
+    conversion: 'rdp', Renyi accounting with the library's conversion; 'rdp_old', Renyi accounting
+      with epsilon = min over a of rdp(a) + log(1 / delta) / (a - 1), as in older papers; 'pld',
       privacy loss distributions, the tightest.
 
+  Returns:
+    epsilon.
+
   Raises:
-    ValueError: if an argument is out of its range.
-    ImportError: without the package dp-accounting.
+    ValueError: if an argument is out of range.
+    ImportError: if the package dp-accounting is not installed.
 
   Reference: Mironov 2017, arXiv 1702.07476, proposition 3 (rdp_old); Canonne, Kamath, Steinke 2020,
     arXiv 2004.00010, proposition 12 (rdp); Doroshenko et al. 2022, arXiv 2207.04380 (pld).
@@ -54,52 +57,56 @@ def epsilon(noise: float, rate: float, steps: int, delta: float, conversion: str
 def spending(
   noise: float, delta: float, *, rate: float = 1.0, clients: int = 1
 ) -> Callable[[int], float]:
-  """rounds -> the epsilon that so many rounds of `noisy` spend; what a round spends is found once.
+  """Returns rounds -> the epsilon spent by that many rounds; the cost of a round is computed once.
 
-  With a rate it is `epsilon(noise, rate, rounds, delta)`. With `clients` R > 1 every worker holds a
-  stratum of R clients and serves one of them in each round, drawn uniformly; neighbours differ in
-  whether one client's trees are what they are or zero. How that is counted:
+  With a rate the result is `epsilon(noise, rate, rounds, delta)`. With `clients` R > 1 every worker
+  has a stratum of R clients and samples one of them uniformly in each round. Neighbouring data sets
+  differ in one client, whose trees are either its own or zero. The bound is derived as follows.
 
-  Let a_j, v be the clipped trees of the others of that client's stratum and its own, norms at most
-  C, N_m a Gaussian around m of the sum's deviation, q = 1/R, and all other strata's choices fixed,
-  since a mixture of pairs is no easier to tell apart than the worst of them. One of
+  Let v be the clipped tree of that client and a_j those of the other clients of its stratum, with
+  norms at most C. Let N_m be a Gaussian with mean m and the deviation of the sum's noise, and let
+  q = 1/R. Fix the choices of all other strata: a mixture of pairs is no easier to distinguish than
+  the worst of them. The observer sees one of
 
       P = A + q N_v,   Q = A + q N_0,   A = sum_j q N_{a_j}
 
-  is seen. For g >= 1 the hockey-stick divergence of P from Q is
+  For g >= 1 the hockey-stick divergence of P from Q is
 
       H_g(P, Q) = max_S P(S) - g Q(S) = max_S q N_v(S) - g q N_0(S) - (g - 1) A(S)
 
-  where, given p = N_v(S), N_0(S) and N_{a_j}(S) are at least Phi(Phi^-1(p) - d), d being |v| and
-  |v - a_j| in deviations (Neyman and Pearson): least for |v| = C and a_j = -v. Half-lines attain
-  these bounds all at once for the pair on the line
+  Given p = N_v(S), N_0(S) and N_{a_j}(S) are at least Phi(Phi^-1(p) - d), where d is |v| or
+  |v - a_j| in deviations (Neyman and Pearson). These bounds are smallest for |v| = C and a_j = -v.
+  Half-lines attain all of them at once for the one-dimensional pair
 
       (1 - q) N_{-C} + q N_C   from   (1 - q) N_{-C} + q N_0                                  (1)
 
-  which is thus the worst one. In the same way H_g(Q, P) is largest where all a_j = v, for
+  which is therefore the worst case. Likewise H_g(Q, P) is largest if all a_j = v, for
 
       (1 - q) N_C + q N_0   from   N_C                                                        (2)
 
-  the pair of Poisson sampling at the rate q. As H_{1/g}(P, Q) = 1 - 1/g + H_g(Q, P) / g, the two
-  bound both directions for all g > 0, so also every Renyi divergence, which integrates H_g over g;
-  and those add up over rounds, each of which may depend on what the ones before have shown. What
-  is spent lies between that of Poisson sampling at 1/R and that without sampling.
+  which is the pair of Poisson sampling at rate q. Since H_{1/g}(P, Q) = 1 - 1/g + H_g(Q, P) / g,
+  the two pairs bound both directions for all g > 0, and therefore every Renyi divergence, which is
+  an integral of H_g over g. Renyi divergences add up over rounds, even if a round depends on the
+  outputs of earlier ones. The result is between Poisson sampling at rate 1/R and no sampling.
 
-  The draw of a round is to hide whom it serves: a client's tree must not depend on whom earlier
-  rounds served other than through what they have shown (no state of each client), nor other
-  workers' trees on whom this one serves (no weights relative to the cohort's mean, so clients of
-  one size). Elsewhere take clients=1, which holds whoever is served.
+  The bound requires that the sampling of a round is hidden. A client's tree must not depend on
+  earlier samples except through published values (no per-client state), and other workers' trees
+  must not depend on this worker's sample (no weights relative to the cohort's mean, i.e. clients of
+  equal size). Otherwise use clients=1, which holds for any choice of clients.
 
   Args:
-    noise: the noise multiplier, greater than 0. Where a round has several noisy exchanges m,
+    noise: the noise multiplier, greater than 0. For m noisy exchanges per round pass
       noise / sqrt(m).
     delta: in (0, 1).
-    rate: of Poisson sampling, in (0, 1].
-    clients: R, how many clients a worker has to choose from; 1 with a rate.
+    rate: rate of Poisson sampling, in (0, 1].
+    clients: R, the number of clients per worker; must be 1 if rate < 1.
+
+  Returns:
+    A function from a number of rounds to epsilon.
 
   Raises:
-    ValueError: if an argument is out of its range.
-    ImportError: without the package dp-accounting.
+    ValueError: if an argument is out of range.
+    ImportError: if the package dp-accounting is not installed.
 
   Reference: hockey-stick divergences and sampling: Balle, Barthe, Gaboardi 2018, arXiv 1807.01647,
     theorems 2 and 10; composition: Zhu, Dong, Wang 2022, arXiv 2106.08567; the wider bound for any
@@ -120,8 +127,8 @@ def spending(
 def _of_poisson(noise: float, rate: float) -> tuple[np.ndarray, np.ndarray]:
   """Orders, and the Renyi divergences of a round with Poisson sampling.
 
-  The library finds the divergences of small rates as differences of numbers near 1, which come out
-  as zero or below; they are no less than what such a difference resolves.
+  For small rates the library computes a divergence as a difference of numbers near 1, which can
+  round to zero or below; we raise it to the resolution of such a difference.
   """
   library = _library()
   event = library.PoissonSampledDpEvent(rate, library.GaussianDpEvent(noise))
@@ -130,10 +137,10 @@ def _of_poisson(noise: float, rate: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _of_strata(noise: float, clients: int, orders: np.ndarray) -> np.ndarray:
-  """Renyi divergences [orders] of a round, at most: of pair (1) where P > Q, of (2) elsewhere.
+  """Upper bounds of a round's Renyi divergences [orders]: by pair (1) where P > Q, else by (2).
 
   With L = P/Q and f(t) = t^a - 1 - a (t - 1), E_Q L^a = 1 + E_Q f(L) [L > 1] + E_Q f(L) [L < 1],
-  integrals over x in deviations. In both pairs, the second one mirrored, L > 1 where x > C/2.
+  as integrals over x in deviations. L > 1 where x > C/2 in both pairs, with the second mirrored.
   """
   c, share = 1 / noise, 1 / clients
   found = orders * c**2 / 2  # without sampling

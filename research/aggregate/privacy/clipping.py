@@ -1,4 +1,4 @@
-"""Clipping by the norm of a whole tree."""
+"""Clipping of a tree by its global norm."""
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +8,13 @@ from research.core.base import Tree
 
 
 def clipped(tree: Tree, norm: float) -> Tree:
-  """x min(1, norm / ||x||), over all leaves together, in their dtypes.
+  """Computes x min(1, norm / ||x||) for the norm over all leaves, in their dtypes.
 
-  The norm is taken in float32 or wider, since squares of float16 beyond 256 are out of its range.
+  The norm is computed in float32 or wider, since squares of float16 above 256 overflow.
 
   Args:
-    tree: arrays.
-    norm: the largest L2 norm, greater than 0.
+    tree: floating-point arrays.
+    norm: maximum L2 norm, greater than 0.
   """
   wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
   found, _ = optax.clip_by_global_norm(norm).update(wide, optax.EmptyState())

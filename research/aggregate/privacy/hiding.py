@@ -1,4 +1,4 @@
-"""What an aggregator tells the accountant of privacy: the noise that it adds, what else is seen."""
+"""Privacy declarations of aggregators for the accountant: added noise and visible values."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,28 +11,28 @@ from research.core.base import Compressor
 
 
 class Sum(NamedTuple):
-  """Of an aggregator whose value is a function of the sum of the workers' trees, and no more.
+  """Declares that an aggregator's value is a function of the sum of the workers' trees only.
 
-  With a `unit` it is the sum of what elements are after rounding to its multiples.
+  With a `unit` it is the sum of the elements rounded to multiples of the unit.
   """
 
   axis: collectives.Axes  # the worker axes of the sum
   unit: float = 0.0
-  limit: float = float("inf")  # larger elements are cut
-  present: Callable[[int], float] = lambda workers: 1.0  # the share of W in the sum, at least
+  limit: float = float("inf")  # larger elements are clipped
+  present: Callable[[int], float] = lambda workers: 1.0  # minimum fraction of the W workers summed
 
 
 class Noise(NamedTuple):
-  """Of an aggregator that clips what each worker has and adds its share of Gaussian noise."""
+  """Declares that each worker's tree is clipped and gets a share of Gaussian noise."""
 
   clip: float
-  noise: float  # the deviation of the sum's noise over `clip`
+  noise: float  # deviation of the sum's noise divided by `clip`
   axis: collectives.Axes  # the worker axes that share the noise
-  seen: Sum | None  # what is seen of the noisy trees; None: each of them
+  seen: Sum | None  # the visible function of the noisy trees; None: each tree is visible
 
 
 def keeps_floats(compressor: Compressor) -> bool:
-  """Whether payloads of a linear compressor are as exact as float32: nothing is rounded."""
+  """Whether a linear compressor's payloads are float32 or wider, i.e. nothing is rounded."""
   key = jax.eval_shape(lambda: jax.random.key(0))
   like = jax.ShapeDtypeStruct((4096,), jnp.float32)
   payload = jax.eval_shape(compressor.encode, like, key, key)
@@ -40,5 +40,5 @@ def keeps_floats(compressor: Compressor) -> bool:
 
 
 def is_wide(dtype: jnp.dtype) -> bool:
-  """Whether a number has at least the bits of float32."""
+  """Whether a dtype is inexact with at least the bits of float32."""
   return jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize >= 4

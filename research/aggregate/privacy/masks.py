@@ -1,4 +1,4 @@
-"""Masks that cancel in a sum: pairwise and of one's own, as streams of pseudo-random words."""
+"""Pseudo-random masks for secure aggregation: self masks, and pair masks that cancel in a sum."""
 
 import jax
 import jax.numpy as jnp
@@ -7,12 +7,20 @@ from jax import lax
 
 from research.core.base import Array, Tree
 
-LIMBS = 4  # field elements in the seed of a mask: 64 bits
+LIMBS = 4  # field elements in a mask's seed: 64 bits
 _MINUS_ONE = np.uint32(2**32 - 1)
 
 
 def expand(seed: Array, like: Tree) -> Tree:
-  """PRG: a mask of the tree's shapes, uniform in Z_{2^32}, from a seed [LIMBS]."""
+  """PRG: expands a seed into a mask that is uniform in Z_{2^32}.
+
+  Args:
+    seed: integers [LIMBS].
+    like: a tree with the shapes of the mask.
+
+  Returns:
+    A uint32 tree.
+  """
   limbs = seed.astype(jnp.uint32).reshape(2, LIMBS // 2)
   key = jax.random.wrap_key_data(limbs[:, 0] * 2**16 + limbs[:, 1], impl="threefry2x32")
   leaves, treedef = jax.tree.flatten(like)
@@ -21,24 +29,30 @@ def expand(seed: Array, like: Tree) -> Tree:
 
 
 def mask(seeds: Array, worker: Array | int, like: Tree) -> Tree:
-  """All that hides worker i: PRG(b_i) + sum_{j>i} PRG(s_ij) - sum_{j<i} PRG(s_ij).
+  """The total mask of worker i: PRG(b_i) + sum_{j>i} PRG(s_ij) - sum_{j<i} PRG(s_ij).
 
   Args:
     seeds: [W, LIMBS], s_ij in row j and b_i in row i.
     worker: i.
-    like: a tree of the shapes that are masked.
+    like: a tree with the shapes of the masked values.
+
+  Returns:
+    A uint32 tree.
   """
   nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.uint32), like)
   return _add_masks(nothing, seeds, _signs(worker, jnp.arange(len(seeds), dtype=jnp.int32)))
 
 
 def unmask(total: Tree, seeds: Array, alive: Array) -> Tree:
-  """The sum of the ring values of those who sent, from the sum of their masked messages.
+  """Removes the masks from the sum of the senders' masked messages.
 
   Args:
-    total: uint32.
-    seeds: [W, W, LIMBS]: b_i in row i and column i where i sent, s_ij where i did not.
-    alive: bool [W], who sent.
+    total: the masked sum, a uint32 tree.
+    seeds: [W, W, LIMBS]: b_i in row i and column i if i sent, s_ij if it did not.
+    alive: bool [W], the workers that sent.
+
+  Returns:
+    The sum of the senders' ring values, a uint32 tree.
   """
   owner, peer = jnp.indices((len(alive), len(alive)), jnp.int32)
   left_over = ~alive[:, None] & alive[None, :]
@@ -48,12 +62,12 @@ def unmask(total: Tree, seeds: Array, alive: Array) -> Tree:
 
 
 def _signs(worker: Array | int, peer: Array) -> Array:
-  """With which sign a worker adds the mask of a pair, in Z_{2^32}."""
+  """The sign, in Z_{2^32}, with which a worker adds a pair's mask."""
   return jnp.where(peer < worker, _MINUS_ONE, np.uint32(1))
 
 
 def _add_masks(total: Tree, seeds: Array, signs: Array) -> Tree:
-  """total + sum_k signs_k PRG(seeds_k), one at a time; a sign of zero costs nothing."""
+  """total + sum_k signs_k PRG(seeds_k), one mask at a time; zero signs cost nothing."""
 
   def add(total, seed, sign):
     return jax.tree.map(lambda t, m: t + sign * m, total, expand(seed, total))

@@ -1,4 +1,4 @@
-"""Differential privacy: each worker clips what it has and adds its share of Gaussian noise."""
+"""Differential privacy: each worker clips its tree and adds its share of Gaussian noise."""
 
 import math
 from dataclasses import KW_ONLY
@@ -12,57 +12,57 @@ from research.comm import collectives
 from research.core import checks
 from research.core.base import EVERYONE, WORKER_AXES, Aggregator, Array, Key, Trait, Tree
 
-SCOPE = "noisy"  # in the names of a traced program's operations
-_LEAST, _GREATEST = 1e-30, 1e36  # so that no worker's noise is zero or infinite in float32
-_AT_ONCE = 2**19  # numbers drawn by one loop
+SCOPE = "noisy"  # scope in the operation names of a traced program
+_LEAST, _GREATEST = 1e-30, 1e36  # no worker's noise is zero or infinite in float32
+_AT_ONCE = 2**19  # random numbers drawn at once
 
 
 _ONE_NOISE = {Trait.NOISE: "one accountant cannot tell what two noises hide"}
 
 
 class Noisy(Aggregator, name="noisy"):
-  """Clips what each worker has, all leaves together, and adds its share of Gaussian noise.
+  """Clips each worker's tree by its global norm and adds the worker's share of Gaussian noise.
 
       y_i = x_i min(1, clip / ||x_i||) + N(0, (noise clip)^2 / W),   value = A(y)
       sum_i y_i = sum_i clipped x_i + N(0, (noise clip)^2)
 
-  Each worker draws with its own key and its own noise adds up to the whole: no one is trusted to
-  add it. With one example per worker it is DP-SGD, with one user per worker its user-level form.
-  The denominator is W, also where some workers sat the round out: theirs is a tree of zeros, to
-  which they add their noise as all do. With sampling at a rate q the value is thus q times the
-  paper's. A rule that selects or votes leaves them out.
+  Each worker draws its share of the noise with its own key: no party is trusted to add all of it.
+  With one example per worker this is DP-SGD, with one user per worker its user-level form. The
+  denominator is always W: a worker that is absent from a round contributes a tree of zeros plus its
+  noise. With sampling at rate q, the value is therefore q times the paper's. A rule that selects or
+  votes ignores absent workers.
 
-  What is guaranteed: the sum over all W workers is a Gaussian mechanism of sensitivity `clip` when
-  one worker's tree is replaced by zero (added or removed), and `epsilon(noise, ...)` is what T
-  rounds of it spend, to someone who sees only what is computed from these sums, if all workers are
-  honest. If k of them give their noise away, are themselves the ones who look, or drop out, what
-  protects the others is noise sqrt((W - k) / W). Whatever is a function of the sum costs nothing
-  more: mean, hierarchical_mean, power_sgd, sum_mean of float32 payloads. Any other inner, and those
-  who see single messages, see y_i with its own share alone; there only the local guarantee
-  epsilon(noise / sqrt(W), ...) follows, since a function of all y_i costs nothing more than they.
+  Guarantee: the sum over all W workers is a Gaussian mechanism of sensitivity `clip` when one
+  worker's tree is replaced by zero (added or removed). T rounds of it spend `epsilon(noise, ...)`
+  towards an observer who sees only functions of these sums, if all workers are honest. If k workers
+  reveal their noise, are themselves the observers, or drop out, the remaining noise multiplier is
+  noise sqrt((W - k) / W). Functions of the sum have no additional cost: mean, hierarchical_mean,
+  power_sgd, sum_mean of float32 payloads. Any other inner aggregator, and any observer of single
+  messages, sees y_i with only its own share of the noise. Then only the local guarantee
+  epsilon(noise / sqrt(W), ...) holds, which covers any function of all y_i.
 
-  Rounding comes after the noise, so that it does not change the sensitivity; but a sum of rounded
-  y_i is no function of sum_i y_i. To bfloat16 (sum_mean(bf16()), a bfloat16 leaf), whose steps
-  depend on y_i, only the local guarantee is left. To multiples of a unit u (`secure_sum`) it is a
+  Rounding follows the noise, so it does not change the sensitivity, but a sum of rounded y_i is not
+  a function of sum_i y_i. For bfloat16 (sum_mean(bf16()), a bfloat16 leaf), whose spacing depends
+  on y_i, only the local guarantee remains. Rounding to multiples of a unit u (`secure_sum`) gives a
   function of sum_i y_i and of all y_i mod u. Given the latter, each noise is a discrete Gaussian on
-  a shifted lattice, whose sums are those of one Gaussian up to factors 1 + O(exp(-pi^2 s^2 / u^2))
-  by an element, s being a worker's own deviation; and y_i mod u itself is uniform up to
-  exp(-2 pi^2 s^2 / u^2). From s = 2 u on that is below 1e-16, and the sum is accounted for as is
-  that of the y_i if the range of secure_sum leaves room for clip + 8 s: what is cut there is no
-  rounding. Else each message is. The noise is float32, whose gaps are not accounted for.
+  a shifted lattice. A sum of these equals one Gaussian up to factors 1 + O(exp(-pi^2 s^2 / u^2))
+  per element, where s is one worker's deviation, and y_i mod u itself is uniform up to
+  exp(-2 pi^2 s^2 / u^2). For s >= 2 u this is below 1e-16. The sum is then accounted like that of
+  the y_i, if the range of secure_sum has room for clip + 8 s, since clipping there is not rounding.
+  Otherwise each message is accounted. The noise is float32; its gaps are not accounted for.
 
-  A tree whose norm is not finite becomes NaN, which all see: it is outside the guarantee.
+  A tree with a non-finite norm becomes NaN, which is visible to all and outside the guarantee.
 
   Args:
-    inner: the aggregator of the noisy trees, over the same workers. `sent` is what it says.
-    clip: the largest L2 norm of a worker's tree, over all leaves, in [1e-30, 1e36].
-    noise: the deviation of the sum's noise over `clip`, the noise multiplier; 0 hides nothing.
-    axis: the worker axes that share the noise, those over which `inner` averages.
+    inner: the aggregator of the noisy trees, over the same workers; `sent` is passed through.
+    clip: maximum L2 norm of a worker's tree, over all leaves, in [1e-30, 1e36].
+    noise: the noise multiplier, deviation of the sum's noise divided by `clip`; 0 gives no privacy.
+    axis: the worker axes that share the noise; those over which `inner` averages.
 
   Raises:
-    ValueError: if clip, noise or their product is out of its range, or the inner adds noise.
+    ValueError: if clip, noise or their product is out of range, or the inner aggregator adds noise.
 
-  Reference: Abadi et al. 2016, arXiv 1607.00133, algorithm 1; noise shared by the workers:
+  Reference: Abadi et al. 2016, arXiv 1607.00133, algorithm 1; noise shared among workers:
     Kairouz, Liu, Steinke 2021, arXiv 2102.06387, algorithm 1, here with continuous noise;
     sums of discrete Gaussians: theorem 1 there, Canonne, Kamath, Steinke 2020, arXiv 2004.00010.
   """
@@ -103,7 +103,7 @@ class Noisy(Aggregator, name="noisy"):
     return self.inner.aggregate(hidden, state, inner_key, there)
 
   def _hidden(self, tree: Tree, key: Key) -> Tree:
-    """The clipped tree with this worker's noise."""
+    """The clipped tree plus this worker's noise."""
     deviation = self.noise * self.clip / math.sqrt(collectives.worker_count(self.axis))
     scale = _clip_scale(tree, self.clip)
     leaves, treedef = jax.tree.flatten(tree)
@@ -119,10 +119,10 @@ noisy = Noisy
 
 
 def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """float32 `jax.random.normal`; of many workers on a device, of some at a time.
+  """float32 `jax.random.normal`; under vmap, draws for a limited number of workers at a time.
 
-  What a generator passes from round to round then stays in a cache: 400 workers' draws of 26,000
-  take 12 ns each on a CPU, and all at once 33.
+  The generator's intermediate values then stay in cache: 400 workers' draws of 26,000 take 12 ns
+  each on a CPU, and 33 ns all at once.
   """
   plain = lambda key: jax.random.normal(key, shape, jnp.float32)
   together = max(1, _AT_ONCE // max(1, math.prod(shape)))
@@ -139,7 +139,7 @@ def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _clip_scale(tree: Tree, clip: float) -> jax.Array:
-  """min(1, clip / ||tree||), NaN where the norm is not finite."""
+  """min(1, clip / ||tree||), or NaN if the norm is not finite."""
   squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
   norm = jnp.sqrt(sum(squares, jnp.float32(0)))
   return jnp.where(jnp.isfinite(norm), jnp.minimum(1, clip / norm), jnp.nan)

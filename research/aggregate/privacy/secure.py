@@ -1,4 +1,4 @@
-"""Secure aggregation: the sum of the workers' values, where no one sees any worker's own."""
+"""Secure aggregation: sums the workers' values without revealing any single value."""
 
 import math
 from dataclasses import KW_ONLY
@@ -25,48 +25,49 @@ from research.core.base import (
 
 
 class SecureSum(Aggregator, name="secure_sum"):
-  """The mean of fixed-point values, of which each is seen under masks that cancel in the sum.
+  """Averages fixed-point values that are sent under masks which cancel in the sum.
 
       x_i in Z_{2^32}, round(clip(v_i) / unit) with unit = clip / (2^(bits-1) - 1)
       y_i = x_i + PRG(b_i) + sum_{j>i} PRG(s_ij) - sum_{j<i} PRG(s_ij)       sent by i in U
       z   = sum_{i in U} (y_i - PRG(b_i)) - sum_{i in U, j not in U} +-PRG(s_ij) = sum_{i in U} x_i
       value = unit z / |U|,   sent_i = unit x_i if i in U, else 0
 
-  Before it sends y_i, worker i gives everyone a Shamir share of its self mask's seed b_i and of
-  its pair seeds s_ij. U are those who then send; with probability `dropout` a worker vanishes in
-  between. From the shares that U holds, the b_i of U and the s_ij of the others come back, never
-  both of one worker, and the masks are computed from these. z is the plain sum, bit for bit. If U
-  has fewer than t = ceil(threshold W) members no share is shown and the round is refused: value
-  and sent are zero on all workers.
+  Before sending y_i, worker i gives every worker a Shamir share of its self mask's seed b_i and of
+  its pair seeds s_ij. U is the set of workers that then send; a worker drops out in between with
+  probability `dropout`. From the shares that U holds, the b_i of U and the s_ij of the others are
+  reconstructed, never both of one worker, and the masks are computed from these. z is the plain
+  sum, bit for bit. If U has fewer than t = ceil(threshold W) members, no share is revealed and the
+  round is rejected: value and sent are zero on all workers.
 
-  Workers that count differently send w_i x_i / max_j w_j, of values clipped before, and tell their
-  weights: one that sits the round out sends masked zeros. The mean is over the weights of U.
+  With unequal weights, workers clip their values, send w_i x_i / max_j w_j and reveal their
+  weights; an absent worker sends masked zeros. The mean is normalized by the weights of U.
 
-  What it hides: a curious server that follows the protocol and sees all y_i and all shares shown
-  learns the sum over U and no more, alone or together with up to t - 1 workers, if the outputs of
-  PRG look random to it; and a y_i that arrives after i was given up stays hidden by b_i. What not:
-  the sum itself and what follows from it (`noisy` is for that), who took part, that someone's value
-  was not finite. A server or workers that do not follow the protocol (the paper's signatures and
-  its consistency check) are not defended against.
+  Hidden: an honest but curious server that sees all y_i and all revealed shares learns the sum over
+  U and nothing else, alone or together with up to t - 1 workers, if PRG outputs look random to it.
+  A y_i that arrives after i was declared dropped remains hidden by b_i. Not hidden: the sum itself
+  and what follows from it (use `noisy`), who participated, and that some value was not finite.
+  There is no defence against a server or workers that deviate from the protocol (the paper's
+  signatures and consistency check).
 
   In one process this is a study of the protocol. Every worker's secrets are functions of the run's
-  key. s_ij is drawn by the lower of the two and sent to the other, and shares go straight to their
-  holders, where the paper agrees on s_ij by Diffie-Hellman, shares the secret key of that, and has
-  the server carry shares encrypted. The server is the all-reduce. PRG is Threefry with 64-bit keys:
-  neither function nor length is what one would deploy. Groups of workers apart along an axis that
-  `axis` leaves out need keys of their own, as `hierarchical` gives them; else they use one pad.
+  key. The lower of two workers draws s_ij and sends it to the other, and shares go directly to
+  their holders. In the paper, workers agree on s_ij by Diffie-Hellman and share the secret key of
+  that, and the server relays encrypted shares. The server here is the all-reduce. PRG is Threefry
+  with 64-bit keys: neither the function nor the key length is suitable for deployment. Groups of
+  workers along an axis that is not in `axis` need separate keys, as `hierarchical` provides;
+  otherwise they reuse one pad.
 
   Args:
-    clip: values are clipped to [-clip, clip], coordinate by coordinate; in [1e-20, 1e20]. A
-      value of a worker that is not finite makes the mean NaN.
-    bits: per value, in [2, 31]; beyond 25, float32 is the coarser grid.
-    threshold: the share of the workers that must send, in (0, 1].
-    dropout: the probability that a worker vanishes, in [0, 1).
+    clip: values are clipped elementwise to [-clip, clip]; in [1e-20, 1e20]. A non-finite value of
+      any worker makes the mean NaN.
+    bits: bits per value, in [2, 31]; above 25, float32 is the coarser grid.
+    threshold: minimum fraction of the workers that must send, in (0, 1].
+    dropout: probability that a worker drops out, in [0, 1).
     axis: the worker axes to sum over.
 
   Raises:
-    ValueError: if an argument is not in its range; when traced, if bits + ceil(log2 W) > 32, since
-      the sum could leave the ring.
+    ValueError: if an argument is out of range; at trace time, if bits + ceil(log2 W) > 32, since
+      the sum could overflow the ring.
 
   Reference: Bonawitz et al. 2017, ePrint 2017/281, figure 4, for an honest but curious server.
   """
@@ -95,7 +96,7 @@ class SecureSum(Aggregator, name="secure_sum"):
     return Sum(self.axis, self.clip / (2 ** (self.bits - 1) - 1), self.clip, self._least_present)
 
   def _least_present(self, count: int) -> float:
-    """The share of W workers that are in an accepted sum, at least."""
+    """The minimum fraction of the W workers in an accepted sum."""
     return quorum_of(self.threshold, count) / count if self.dropout else 1.0
 
   def aggregate(self, tree, state, key, presence=EVERYONE):
@@ -119,7 +120,7 @@ class SecureSum(Aggregator, name="secure_sum"):
 
     survivors = jnp.sum(alive, dtype=jnp.int32)
     accepted, members = survivors >= quorum, jnp.maximum(survivors, 1)
-    if self.dropout and presence is not EVERYONE:  # of all weights, which part is that of U
+    if self.dropout and presence is not EVERYONE:  # normalize by the weights of U
       pair = jnp.where(alive[here], own, 0), own
       of_those, of_all = collectives.total(pair, self.axis)
       accepted &= of_those > 0
@@ -141,7 +142,7 @@ secure_sum = SecureSum
 
 
 def _shares(presence: Presence, axis: collectives.Axes) -> tuple[Array | float, Array | float]:
-  """This worker's weight over the largest of all, which comes second."""
+  """This worker's weight divided by the largest weight, and the largest weight."""
   if presence is EVERYONE:
     return 1.0, 1.0
   own = jnp.where(presence.active, jnp.asarray(presence.weight, jnp.float32), 0)
@@ -150,35 +151,57 @@ def _shares(presence: Presence, axis: collectives.Axes) -> tuple[Array | float, 
 
 
 def _clipped(x: Array, clip: float) -> Array:
-  """float32 in [-clip, clip], zero for what is not finite."""
+  """x in float32, clipped to [-clip, clip], with zero for non-finite elements."""
   return jnp.clip(jnp.where(jnp.isfinite(x), x, 0).astype(jnp.float32), -clip, clip)
 
 
 def quorum_of(threshold: float, workers: int) -> int:
-  """t, the fewest workers that make a round: ceil(threshold W)."""
+  """t, the minimum number of workers of a valid round: ceil(threshold W)."""
   return max(1, math.ceil(threshold * workers - 1e-9))
 
 
 def quantize(x: Array, clip: float, bits: int) -> Array:
-  """Fixed point in Z_{2^32}, uint32: the nearest multiple of clip / (2^(bits-1) - 1)."""
+  """Rounds to fixed point in Z_{2^32}: the nearest multiple of clip / (2^(bits-1) - 1).
+
+  Args:
+    x: floating-point values, of any shape.
+    clip: values are clipped to [-clip, clip].
+    bits: bits per value, in [2, 31].
+
+  Returns:
+    uint32 codes, in the shape of x.
+  """
   levels = 2 ** (bits - 1) - 1
   codes = jnp.round(_clipped(x, clip) * (levels / clip)).astype(jnp.int32)
   return jnp.clip(codes, -levels, levels).view(jnp.uint32)
 
 
 def dequantize(ring: Array, clip: float, bits: int, members: Array | int = 1) -> Array:
-  """The mean, float32, of `members` values whose sum in Z_{2^32} is given."""
+  """Converts a sum in Z_{2^32} of `members` values to their mean.
+
+  Args:
+    ring: the sum, uint32, of any shape.
+    clip: as in `quantize`.
+    bits: as in `quantize`.
+    members: number of values in the sum, or their total weight.
+
+  Returns:
+    The mean, float32.
+  """
   unit = clip / (2 ** (bits - 1) - 1)
   return ring.view(jnp.int32).astype(jnp.float32) * (unit / members)
 
 
 def reveal(held: Array, alive: Array, quorum: int) -> Array:
-  """What a holder shows of its shares: b_i's where i sent, s_ij's where it did not, else zeros.
+  """Selects the shares that a holder reveals: of b_i if i sent, of s_ij if it did not, else zeros.
 
   Args:
-    held: [..., W, W, LIMBS], of owner i's seed with peer j.
-    alive: bool [W], who sent.
-    quorum: if fewer sent, nothing is shown.
+    held: [..., W, W, LIMBS], shares of owner i's seed with peer j.
+    alive: bool [W], the workers that sent.
+    quorum: t; if fewer workers sent, nothing is revealed.
+
+  Returns:
+    The revealed shares, in the shape of `held`.
   """
   self_mask = jnp.eye(len(alive), dtype=bool)
   shown = jnp.where(self_mask, alive[:, None], ~alive[:, None]) & (jnp.sum(alive) >= quorum)
@@ -186,16 +209,20 @@ def reveal(held: Array, alive: Array, quorum: int) -> Array:
 
 
 def recover(messages: Tree, held: Array, alive: Array, quorum: int) -> Tree:
-  """The server's part, on a host: the sum of the ring values of those who sent.
+  """The server's computation, on a host: the sum of the senders' ring values.
 
   Args:
-    messages: masked, leaves [W, ...]; rows of those who did not send are not looked at.
-    held: [W holders, W owners, W peers, LIMBS], the shares; of those who did not send likewise.
-    alive: bool [W], who sent.
+    messages: masked values, leaves [W, ...]; rows of workers that did not send are ignored.
+    held: shares [W holders, W owners, W peers, LIMBS]; those of holders that did not send are
+      ignored.
+    alive: bool [W], the workers that sent.
     quorum: t.
 
+  Returns:
+    The sum, uint32 leaves [...].
+
   Raises:
-    ValueError: if fewer than t sent.
+    ValueError: if fewer than t workers sent.
   """
   if (survivors := int(np.sum(alive))) < quorum:
     raise ValueError(f"{survivors} of {len(alive)} workers sent; the sum needs {quorum} or more")
@@ -205,7 +232,7 @@ def recover(messages: Tree, held: Array, alive: Array, quorum: int) -> Tree:
 
 
 def _agree(own: Key, axis: collectives.Axes) -> Array:
-  """This worker's seeds [W, LIMBS]: its own draw for itself and those above, theirs below."""
+  """This worker's seeds [W, LIMBS]: drawn for itself and higher workers, received from lower."""
   count, here = collectives.worker_count(axis), collectives.worker_index(axis)
   drawn = jax.random.randint(own, (count, masks.LIMBS), 0, shamir.PRIME, jnp.uint32)
   received = collectives.exchange(drawn.astype(jnp.uint16), axis).astype(jnp.uint32)

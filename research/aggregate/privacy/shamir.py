@@ -1,7 +1,7 @@
-"""Shamir's secret sharing: any `quorum` of the shares give the secret, fewer say nothing about it.
+"""Shamir's secret sharing: any `quorum` shares determine the secret; fewer reveal nothing.
 
-Secrets are arrays of elements of the field of PRIME elements, in uint32. PRIME is the largest below
-2^16, so that the product of two elements and the sum of 2^16 of them are exact in 32 bits.
+Secrets are uint32 arrays of elements of the field with PRIME elements. PRIME is the largest prime
+below 2^16: the product of two elements and the sum of 2^16 elements are exact in 32 bits.
 """
 
 import jax
@@ -14,15 +14,18 @@ PRIME = 65521
 
 
 def share(secret: Array, quorum: int, holders: int, key: Key) -> Array:
-  """One share for each holder [holders, ...], of a secret [...] whose elements are below PRIME.
+  """Splits a secret into one share for each holder.
 
       f(x) = secret + a_1 x + ... + a_{t-1} x^{t-1},   share_j = f(j + 1),   all modulo PRIME
 
   Args:
-    secret: uint32, of any shape; each element is shared by a polynomial of its own.
-    quorum: t, how many shares give the secret.
-    holders: how many shares there are.
-    key: of the coefficients, known to the owner of the secret alone.
+    secret: uint32 [...], elements below PRIME; each element has its own polynomial.
+    quorum: t, number of shares that determine the secret.
+    holders: number of shares.
+    key: a typed key for the coefficients, known only to the owner of the secret.
+
+  Returns:
+    The shares, uint32 [holders, ...].
 
   Raises:
     ValueError: if quorum is not in [1, holders], or there are PRIME holders or more.
@@ -43,13 +46,16 @@ def share(secret: Array, quorum: int, holders: int, key: Key) -> Array:
 
 
 def weights(present: Array) -> Array:
-  """What each holder's share counts for [holders]: the secret is the weighted sum of the shares.
+  """Computes the Lagrange weights [holders]: the secret is the weighted sum of the shares.
 
       lambda_j = prod_{m present, m != j} x_m / (x_m - x_j),   x_j = j + 1;   0 where absent
 
   Args:
-    present: bool [holders], whose shares there are: at least the quorum, else the sum of the
-      weighted shares is unrelated to the secret.
+    present: bool [holders], the available shares; with fewer than the quorum, the weighted sum is
+      unrelated to the secret.
+
+  Returns:
+    uint32 [holders].
   """
   points = jnp.arange(1, len(present) + 1, dtype=jnp.uint32)
   distances = (points[None, :] + PRIME - points[:, None]) % PRIME
@@ -60,19 +66,27 @@ def weights(present: Array) -> Array:
 
 
 def reconstruct(shares: Array, present: Array) -> Array:
-  """The secret [...] from the shares [holders, ...] of those present, bool [holders]."""
+  """Reconstructs the secret.
+
+  Args:
+    shares: uint32 [holders, ...].
+    present: bool [holders], the available shares; at least the quorum.
+
+  Returns:
+    The secret, uint32 [...].
+  """
   weight = weights(present).reshape(-1, *[1] * (shares.ndim - 1))
   return jnp.sum(shares * weight % PRIME, 0, dtype=jnp.uint32) % PRIME
 
 
 def _product(factors: Array) -> Array:
-  """Over the leading axis, modulo PRIME."""
+  """The product over the leading axis, modulo PRIME."""
   times = lambda a, b: (a * b % PRIME, None)
   return lax.scan(times, jnp.ones_like(factors[0]), factors)[0]
 
 
 def _inverse(x: Array) -> Array:
-  """x^(PRIME - 2), which is 1 / x modulo PRIME by Fermat's little theorem."""
+  """1 / x modulo PRIME, as x^(PRIME - 2) by Fermat's little theorem."""
   bits = jnp.array([bit == "1" for bit in f"{PRIME - 2:b}"])
 
   def square_and_multiply(power, bit):

@@ -1,8 +1,8 @@
-"""Attacks by faulty workers, for studies and tests: wrappers that replace what a worker sends.
+"""Attacks by faulty workers, for studies and tests: wrappers that replace a worker's message.
 
-The first `faulty` workers lie where they are present, the others are honest. What an attacker knows
-of the others it learns by a collective of its own: that is the attack's knowledge, not traffic of
-the algorithm, but whoever counts the bytes of the wrapped aggregator counts it too.
+The first `faulty` workers attack in every round in which they are present; the others are honest.
+An attack that depends on other workers' values uses its own collective. This is not traffic of the
+algorithm, but byte counts of the wrapped aggregator include it.
 """
 
 import math
@@ -21,7 +21,7 @@ _NOISE = 0x6C696573
 
 
 class Attack(Aggregator):
-  """`inner`, where the first `faulty` workers send a lie in the place of what they have."""
+  """Applies `inner` after the first `faulty` workers have replaced their values."""
 
   inner: ClassVar[Any]
   faulty: ClassVar[Any]
@@ -32,13 +32,13 @@ class Attack(Aggregator):
     checks.in_range("faulty", self.faulty, "[0, inf)")
 
   def lie(self, tree: Tree, key: Key, count: int, active: bool | Array) -> Tree:
-    """What a faulty worker sends.
+    """Returns the tree that a faulty worker sends.
 
     Args:
-      tree: what it has.
-      key: that of the exchange, equal on all workers.
-      count: W.
-      active: whether it is present.
+      tree: the worker's own values.
+      key: a typed key of the exchange, equal on all workers.
+      count: W, the number of workers.
+      active: whether this worker is present.
     """
     raise NotImplementedError(f"{type(self).__name__} has no lie")
 
@@ -59,7 +59,13 @@ class Attack(Aggregator):
     return self.inner.aggregate(shown, state, key, presence)
 
   def honest_mean(self, tree: Tree, count: int, active: bool | Array) -> Tree:
-    """The mean over the honest workers present, of W workers; zero where there are none."""
+    """Averages over the honest workers present; zero if there are none.
+
+    Args:
+      tree: this worker's values.
+      count: W, the number of workers.
+      active: whether this worker is present.
+    """
     counts, honest = collectives.worker_index(self.axis) >= self.faulty, count - self.faulty
     if active is not True:
       counts &= active
@@ -73,12 +79,12 @@ class SignFlip(Attack, name="sign_flip"):
 
   Args:
     inner: the aggregator under attack.
-    faulty: how many workers lie.
+    faulty: number of faulty workers.
     scale: at least 0.
     axis: the worker axes.
 
   Raises:
-    ValueError: if faulty < 0 or scale < 0, or when traced if no worker is honest.
+    ValueError: if faulty < 0 or scale < 0; at trace time, if no worker is honest.
 
   Reference: Li et al. 2018, arXiv 1811.03761 (RSA), the sign-flipping attack of the
   experiments.
@@ -103,16 +109,16 @@ sign_flip = SignFlip
 
 
 class Gaussian(Attack, name="gaussian"):
-  """Each faulty worker sends noise of its own, N(0, deviation^2) in every coordinate.
+  """Each faulty worker sends independent noise, N(0, deviation^2) in every coordinate.
 
   Args:
     inner: the aggregator under attack.
-    faulty: how many workers lie.
-    deviation: at least 0, in the units of the values.
+    faulty: number of faulty workers.
+    deviation: standard deviation, at least 0, in the units of the values.
     axis: the worker axes.
 
   Raises:
-    ValueError: if faulty < 0 or deviation < 0, or when traced if no worker is honest.
+    ValueError: if faulty < 0 or deviation < 0; at trace time, if no worker is honest.
 
   Reference: Blanchard et al. 2017, arXiv 1703.02757, the Gaussian attack of the experiments.
   """
@@ -140,24 +146,24 @@ gaussian = Gaussian
 
 
 class ALittleIsEnough(Attack, name="a_little_is_enough"):
-  """Faulty workers all send the honest mean, moved in each coordinate by z standard deviations.
+  """Faulty workers all send the honest mean, shifted by z standard deviations in each coordinate.
 
       x_i = mu - z sigma,   z = Phi^-1((W - f - s) / (W - f)),   s = floor(W/2 + 1) - f
 
-  With this z, s honest workers are expected to be further from the mean than the faulty ones are,
-  and with them the faulty are a majority. A larger z hurts more, and more visibly. mu and sigma are
-  of the honest workers, who here share them with the attackers; the paper's attackers estimate them
-  from what they hold themselves.
+  With this z, s honest workers are expected to be further from the mean than the faulty ones, and
+  together with them the faulty workers form a majority. A larger z does more damage but is easier
+  to detect. mu and sigma are those of the honest workers, computed exactly here; the paper's
+  attackers estimate them from their own values.
 
   Args:
     inner: the aggregator under attack.
-    faulty: f, how many workers lie.
-    z: in standard deviations; None takes the paper's.
+    faulty: f, number of faulty workers.
+    z: shift in standard deviations; None selects the paper's.
     axis: the worker axes.
 
   Raises:
-    ValueError: if faulty < 0, or when traced if no worker is honest, or z is None and the formula
-      has no value since the faulty are a majority or W < 3.
+    ValueError: if faulty < 0; at trace time, if no worker is honest, or if z is None and the
+      formula is undefined because faulty workers are a majority or W < 3.
 
   Reference: Baruch, Baruch, Goldberg 2019, arXiv 1902.06156, the attack that prevents convergence.
   """
@@ -182,10 +188,14 @@ a_little_is_enough = ALittleIsEnough
 
 
 def largest_unnoticed(count: int, faulty: int) -> float:
-  """z of `a_little_is_enough` for W workers of which so many are faulty.
+  """The paper's z for `a_little_is_enough`.
+
+  Args:
+    count: W, the number of workers.
+    faulty: f, the number of faulty workers.
 
   Raises:
-    ValueError: if the formula has no value.
+    ValueError: if the formula is undefined.
   """
   supporters = math.floor(count / 2 + 1) - faulty
   honest = count - faulty
@@ -198,18 +208,18 @@ def largest_unnoticed(count: int, faulty: int) -> float:
 
 
 class InnerProduct(Attack, name="inner_product"):
-  """Faulty workers all send the honest mean negated, to make <value, mean> negative.
+  """Faulty workers all send the negated honest mean, to make <value, mean> negative.
 
       x_i = -scale mu
 
   Args:
     inner: the aggregator under attack.
-    faulty: how many workers lie.
-    scale: the paper's epsilon, at least 0; small ones go unnoticed by distances.
+    faulty: number of faulty workers.
+    scale: the paper's epsilon, at least 0; distance-based rules do not detect small values.
     axis: the worker axes.
 
   Raises:
-    ValueError: if faulty < 0 or scale < 0, or when traced if no worker is honest.
+    ValueError: if faulty < 0 or scale < 0; at trace time, if no worker is honest.
 
   Reference: Xie, Koyejo, Gupta 2019, arXiv 1903.03936, inner product manipulation.
   """

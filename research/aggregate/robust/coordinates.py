@@ -1,13 +1,12 @@
-"""Robust averages, coordinate by coordinate: statistics that a minority of workers cannot move far.
+"""Coordinate-wise robust averages: statistics that a minority of workers can move only slightly.
 
-Nobody needs all of what W workers have. Each leaf is cut in W chunks, worker j receives chunk j of
-everyone and applies the rule to it, and all gather the results: 2 (W-1)/W times the tree's bytes
-per worker at any W, as much as a ring all-reduce. `vectors.py` has the rules that look at a
-worker's whole vector.
+No worker receives all values. Each leaf is cut into W chunks, worker j receives chunk j of all
+workers and applies the rule to it, and the results are gathered: 2 (W-1)/W times the tree's bytes
+per worker at any W, as in a ring all-reduce. Rules on a worker's full vector are in `vectors.py`.
 
-A rule is over the values of the n workers present, each counted once, whatever it weighs, and its
-result is multiplied by the mean weight over all W: one where weights are relative to those present.
-In a round in which nobody is, the value is zero.
+A rule applies to the values of the n workers present, each counted once regardless of its weight.
+Its result is multiplied by the mean weight over all W, which is one if weights are normalized over
+the workers present. If no worker is present, the value is zero.
 """
 
 from collections.abc import Callable
@@ -25,20 +24,23 @@ from research.core.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Arr
 
 
 class Robust(Aggregator):
-  """A rule over the values of the workers present.
+  """Applies a robust rule to the values of the workers present.
 
-  Subclasses define the worker axes, and the rule on the chunks that a worker holds.
+  Subclasses define the worker axes and the rule on a worker's chunks.
   """
 
   axis: ClassVar[Any] = WORKER_AXES
   adds = Trait.SELECTS | Trait.DENSE
 
   def of_chunks(self, everyone: Tree, roll: Roll | None) -> Tree:
-    """The value of this worker's chunk.
+    """Applies the rule to this worker's chunk.
 
     Args:
       everyone: chunks of all W workers, leaves [W, ...] of float32 or wider.
-      roll: who is present; None: all.
+      roll: the workers present; None means all.
+
+    Returns:
+      The chunk's value, leaves [...].
     """
     raise NotImplementedError(f"{type(self).__name__} has no of_chunks")
 
@@ -50,10 +52,10 @@ class Robust(Aggregator):
 
 
 class Trimmed(Robust):
-  """The mean of each coordinate without a number of its smallest and largest values."""
+  """Averages each coordinate without its smallest and largest values."""
 
   def trim(self, count: int) -> int:
-    """How many of n values are left out at either end."""
+    """The number of values, out of n, to drop at either end."""
     raise NotImplementedError(f"{type(self).__name__} has no trim")
 
   def of_chunks(self, everyone, roll):
@@ -61,12 +63,12 @@ class Trimmed(Robust):
 
 
 class Median(Trimmed, name="median"):
-  """The median over workers of each coordinate; of an even number, the mean of the middle two.
+  """The coordinate-wise median over workers; for an even number, the mean of the middle two.
 
       value_k = med{x_i_k : i present}
 
-  A value that is not a number counts as the largest. While fewer than half of the workers are
-  faulty, each coordinate lies within the range of the honest workers' ones.
+  NaN sorts as the largest value. While fewer than half of the workers are faulty, each coordinate
+  is within the range of the honest workers' values.
 
   Args:
     axis: the worker axes.
@@ -84,16 +86,16 @@ median = Median
 
 
 class TrimmedMean(Trimmed, name="trimmed_mean"):
-  """The mean of each coordinate without its smallest and its largest values.
+  """The coordinate-wise mean without a fraction of the smallest and largest values.
 
       value_k = 1/(n - 2b) sum_{r=b+1}^{n-b} x_(r)_k,   b = floor(beta n),   x_(1)_k <= x_(2)_k ...
 
-  A value that is not a number counts as the largest. While at most b workers are faulty, each
-  coordinate lies within the range of the honest workers' ones.
+  NaN sorts as the largest value. While at most b workers are faulty, each coordinate is within the
+  range of the honest workers' values.
 
   Args:
-    fraction: beta, of the workers to leave out at either end, in [0, 0.5); as the decimal that is
-      written, so that 0.29 of 100 workers are 29.
+    fraction: beta, the fraction of workers to drop at either end, in [0, 0.5); interpreted as a
+      decimal, so that 0.29 of 100 workers is 29.
     axis: the worker axes.
 
   Raises:
@@ -116,12 +118,21 @@ trimmed_mean = TrimmedMean
 
 
 def around_middle(count: int) -> int:
-  """How many of n values are left out at either end of their median."""
+  """The number of values, out of n, that the median drops at either end."""
   return (count - 1) // 2
 
 
 def middle(x: Array, trim: Callable[[int], int], roll: Roll | None) -> Array:
-  """The mean over the n workers present of [W, ...] without the trim(n) least and greatest."""
+  """The trimmed mean over the n workers present, without the trim(n) smallest and largest values.
+
+  Args:
+    x: values of all workers [W, ...], float32 or wider.
+    trim: n -> number of values to drop at either end.
+    roll: the workers present; None means all.
+
+  Returns:
+    The mean [...].
+  """
   count = x.shape[0]
   if roll is None:
     return jnp.mean(jnp.sort(x, 0)[trim(count) : count - trim(count)], 0)  # sort puts NaN last
@@ -134,14 +145,21 @@ def middle(x: Array, trim: Callable[[int], int], roll: Roll | None) -> Array:
 
 
 def scaled(value: Tree, roll: Roll | None) -> Tree:
-  """A rule's result, times the workers' mean weight."""
+  """A rule's result, multiplied by the workers' mean weight."""
   return value if roll is None else jax.tree.map(lambda x: roll.scale.astype(x.dtype) * x, value)
 
 
 def exchanged(tree: Tree, axis: collectives.Axes) -> Tree:
-  """This worker's chunk of what everyone has: leaves [W, chunk] of float32 or wider.
+  """Sends chunk j of this worker's leaves to worker j and receives its own chunk from all workers.
 
-  They travel in their own dtype. What pads the last chunk is zero.
+  The chunks are sent in their own dtype; the last one is padded with zeros.
+
+  Args:
+    tree: this worker's values.
+    axis: the worker axes.
+
+  Returns:
+    This worker's chunk from all workers: leaves [W, chunk] of float32 or wider.
   """
   count = collectives.worker_count(axis)
   chunks = collectives.exchange(jax.tree.map(lambda x: cut(x, count), tree), axis)
@@ -149,6 +167,6 @@ def exchanged(tree: Tree, axis: collectives.Axes) -> Tree:
 
 
 def restored(chunk: Tree, like: Tree, axis: collectives.Axes) -> Tree:
-  """The leaves of which each worker has a chunk, equal on all of them."""
+  """Gathers the workers' chunks into full leaves with the shapes and dtypes of `like`."""
   one = lambda c, x: joined(collectives.gather(c.astype(x.dtype), axis), x)
   return jax.tree.map(one, chunk, like)

@@ -1,11 +1,11 @@
-"""Robust averages of whole vectors: Krum, the geometric median, centered clipping.
+"""Robust averages of full vectors: Krum, the geometric median, centered clipping.
 
-A worker's vector is all its leaves. Worker j holds chunk j of everyone, as in `coordinates.py`, and
-only sums over chunks travel besides: W numbers per iteration, or for Krum W distances to each of W
-workers, whatever the model's size. Distances are of differences, in float32 or wider. A distance
-that is not finite (a worker sent NaN, infinity, or more than the square root of the largest float)
-counts as infinite: that worker is never near, and weighs nothing. As in `coordinates.py` the rules
-are over the n workers present.
+A worker's vector consists of all its leaves. As in `coordinates.py`, worker j receives chunk j of
+all workers. Beyond that, only sums over chunks are sent: W numbers per iteration, or for Krum W
+distances to each of W workers, independent of the model's size. Distances are norms of differences,
+in float32 or wider. A non-finite distance (a worker sent NaN, infinity, or more than the square
+root of the largest float) counts as infinite: that worker is never near and has zero weight. As in
+`coordinates.py`, the rules apply to the n workers present.
 """
 
 from dataclasses import KW_ONLY
@@ -32,7 +32,7 @@ from research.core.base import EVERYONE, WORKER_AXES, Aggregate, Array, Trait, T
 
 
 class Best(Robust):
-  """The mean of the `selected` vectors that are nearest to their n - f - 2 nearest others."""
+  """Averages the `selected` vectors with the smallest distances to their n - f - 2 neighbours."""
 
   faulty: ClassVar[Any]
   selected: ClassVar[Any]
@@ -63,20 +63,20 @@ class Best(Robust):
 
 
 class Krum(Best, name="krum"):
-  """The vector of one worker: the one that is nearest to its n - f - 2 nearest others.
+  """Selects the vector with the smallest total distance to its n - f - 2 nearest neighbours.
 
       s(i) = sum_{j near i} ||x_i - x_j||^2,   value = x_i*,   i* = argmin_i s(i)
 
-  Of equal scores the first worker's counts. With at most f faulty workers the value is finite, and
-  is an honest worker's or as near to its neighbours as one. That holds of rounds in which more than
-  2 f + 2 workers are present; where n - f - 2 < 1 the nearest one counts.
+  Ties go to the first worker. With at most f faulty workers the value is finite, and it is an
+  honest worker's vector or as near to its neighbours as one. This holds in rounds with more than
+  2 f + 2 workers present; if n - f - 2 < 1, the single nearest neighbour is used.
 
   Args:
-    faulty: f, the number of faulty workers to withstand.
+    faulty: f, the number of faulty workers to tolerate.
     axis: the worker axes.
 
   Raises:
-    ValueError: if faulty < 0, or when traced if not 2 f + 2 < W.
+    ValueError: if faulty < 0; at trace time, if not 2 f + 2 < W.
 
   Reference: Blanchard et al. 2017, arXiv 1703.02757, the Krum function.
   """
@@ -90,20 +90,20 @@ krum = Krum
 
 
 class MultiKrum(Best, name="multi_krum"):
-  """The mean of the vectors with the m best scores of `krum`.
+  """Averages the vectors with the m smallest scores of `krum`.
 
       value = 1/m sum_{i in the m smallest s(i)} x_i
 
-  or of all present if those are fewer. m = 1 is Krum, m = W the mean. With at most f faulty workers
-  the value is finite if m <= W - f.
+  or all vectors if fewer than m workers are present. m = 1 is Krum, m = W the mean. With at most f
+  faulty workers the value is finite if m <= W - f.
 
   Args:
-    faulty: f, the number of faulty workers to withstand.
+    faulty: f, the number of faulty workers to tolerate.
     selected: m, the number of vectors to average.
     axis: the worker axes.
 
   Raises:
-    ValueError: if faulty < 0 or selected < 1, or when traced if not 2 f + 2 < W or selected > W.
+    ValueError: if faulty < 0 or selected < 1; at trace time, if not 2 f + 2 < W or selected > W.
 
   Reference: Blanchard et al. 2017, arXiv 1703.02757, Multi-Krum.
   """
@@ -117,7 +117,7 @@ multi_krum = MultiKrum
 
 
 def _scores(everyone: Tree, faulty: int, roll: Roll | None, axis: collectives.Axes) -> Array:
-  """s [W]: worker i adds up the distances from its own vector, and tells its score."""
+  """Scores s [W]: worker i sums the distances from its own vector and shares its score."""
   count = collectives.worker_count(axis)
   to_all = lambda i: _squares(everyone, jax.tree.map(lambda x: x[i], everyone), count)
   parts = lax.map(to_all, jnp.arange(count))
@@ -133,19 +133,19 @@ def _scores(everyone: Tree, faulty: int, roll: Roll | None, axis: collectives.Ax
 
 
 class GeometricMedian(Robust, name="geometric_median"):
-  """The point with the least sum of distances to the workers' vectors, by Weiszfeld's iteration.
+  """Minimizes the sum of distances to the workers' vectors by Weiszfeld's iteration.
 
       beta_i = 1 / max(nu, ||v - x_i||),   v <- sum_i beta_i x_i / sum_i beta_i
 
-  We start at the coordinate-wise median, which costs nothing on the wire here: from the mean, one
-  worker far away takes more iterations than the few that suffice otherwise. While fewer than half
-  of the workers are faulty the value is finite, and nears a point whose distance from the honest
-  workers is bounded by their spread.
+  We start at the coordinate-wise median, which costs no extra traffic here. Starting at the mean,
+  one distant worker would require more iterations than the few that otherwise suffice. While fewer
+  than half of the workers are faulty, the value is finite and approaches a point whose distance
+  from the honest workers is bounded by their spread.
 
   Args:
     axis: the worker axes.
     iterations: R, at least 1.
-    smoothing: nu, in the units of the values; below it a distance weighs as if it were nu.
+    smoothing: nu, in the units of the values; smaller distances are treated as nu.
 
   Raises:
     ValueError: if iterations < 1 or smoothing is not above 0.
@@ -188,17 +188,17 @@ class CenteredClipState(NamedTuple):
 
 
 class CenteredClip(Robust, name="centered_clip"):
-  """The mean of the differences to the last round's value, each clipped to a norm.
+  """Averages the clipped differences between the workers' vectors and the last round's value.
 
       v <- v + 1/n sum_i (x_i - v) min(1, tau / ||x_i - v||)
 
-  v starts at zero, and in a round where the last one ended. One worker moves it by at most
-  tau / n per iteration; one whose distance is not finite does not move it.
+  v is zero initially, and each round continues from the previous value. One worker moves v by at
+  most tau / n per iteration, and not at all if its distance is not finite.
 
   Args:
     radius: tau, in the units of the values: about the spread of honest workers.
     axis: the worker axes.
-    iterations: L per round, at least 1.
+    iterations: L, iterations per round, at least 1.
 
   Raises:
     ValueError: if radius is not above 0 or iterations < 1.
@@ -243,17 +243,17 @@ centered_clip = CenteredClip
 
 
 def _distances(everyone: Tree, v: Tree, count: int, axis: collectives.Axes) -> Array:
-  """||x_i - v|| [W], equal on all workers, from the chunks of both."""
+  """||x_i - v|| [W], equal on all workers, computed from chunks."""
   return jnp.sqrt(collectives.total(_squares(everyone, v, count), axis))
 
 
 def _squares(everyone: Tree, v: Tree, count: int) -> Array:
-  """||x_i - v||^2 [W] over this worker's chunks alone."""
+  """||x_i - v||^2 [W] over this worker's chunks only."""
   one = lambda x, v: jnp.sum((x - v[None]) ** 2, tuple(range(1, x.ndim)))
   return sum(jax.tree.leaves(jax.tree.map(one, everyone, v)), jnp.zeros(count, jnp.float32))
 
 
 def _weighted(weights: Array, x: Array) -> Array:
-  """sum_i w_i x_i over [W, ...]; what weighs nothing may be NaN."""
+  """sum_i w_i x_i over [W, ...]; x_i may be NaN where w_i is zero."""
   weights = weights.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
   return jnp.sum(jnp.where(weights > 0, weights * x, 0), 0)
