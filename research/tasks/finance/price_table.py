@@ -2,9 +2,9 @@
 
 Dates are YYYY-MM-DD, optionally followed by a time, YYYYMMDD, YYYY/MM/DD, DD.MM.YYYY, DD/MM/YYYY or
 MM/DD/YYYY, in one form throughout a file. A day above 12 distinguishes the last two; a file
-without one is rejected. Days may come in any order, each once. A price is a positive number; an empty
-cell means no price. The first line is a header if it has no number or begins with "date". Blank
-lines are skipped.
+without one is rejected. Days may come in any order, each once. A price is a positive number; an
+empty cell means no price. The first line is a header if it has no number or begins with "date".
+Blank lines are skipped.
 """
 
 import csv
