@@ -43,6 +43,10 @@ def load(name: str, data_dir: str = "") -> Market:
 
   See `portfolio_files` for the format.
 
+  Args:
+    name: of the instance, or a path.
+    data_dir: where to look first, see `files.find`.
+
   Raises:
     FileNotFoundError: a published file is not found and cannot be downloaded.
     ValueError: there is no such file; a line is malformed, missing or repeated; or the covariance

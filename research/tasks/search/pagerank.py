@@ -60,6 +60,10 @@ def pagerank(
 def of_graph(graph: Graph, alpha: float) -> Task:
   """The task of ranking the nodes of a graph; its parameters are {"rank": [N]}.
 
+  Args:
+    graph: its nodes and links.
+    alpha: the probability of following a link, in [0, 1).
+
   Raises:
     ValueError: alpha is not in [0, 1).
   """
