@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# One command on this machine that outlives the terminal which starts it. State lies in .job here.
+# Runs one command on this machine, detached from the terminal. Its state is in .job.
 #
 #     bash launch/detached.sh start COMMAND...   starts it; refuses while one runs
 #     bash launch/detached.sh status             'running PID', 'ended CODE', 'lost' or 'not started'
-#     bash launch/detached.sh logs [LINES]       its last lines, and its new ones with 'follow'
-#     bash launch/detached.sh kill [SECONDS]     SIGTERM, upon which a run saves; later SIGKILL
+#     bash launch/detached.sh logs [LINES]       its last lines, then new ones with 'follow'
+#     bash launch/detached.sh kill [SECONDS]     SIGTERM, which makes a run save; later SIGKILL
 #
-# CODE is the command's exit code, but 143 where SIGTERM came: such a job is not finished. 'lost' is
-# one whose machine was taken away under it.
+# CODE is the command's exit code, or 143 after SIGTERM: such a job has not finished. 'lost' means
+# that the machine was taken away while the job ran.
 set -uo pipefail
 folder=.job
 

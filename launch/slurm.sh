@@ -57,7 +57,7 @@ if ((gpus > 0 && gpus != tasks && (tasks > 1 || ${SLURM_JOB_NUM_NODES:-1} > 1)))
   exit 2
 fi
 
-# The id of an array's last task alone is that of the whole array.
+# For an array's last task alone, SLURM_JOB_ID is the id of the whole array.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
 job=${job:-$SLURM_JOB_ID}
 out_of_time= stopped=

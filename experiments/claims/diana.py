@@ -97,8 +97,8 @@ def steps_of_theory(
 ) -> tuple[float, float, float]:
   """Step sizes of DIANA, MARINA and DCGD; `parts` are the smoothness of each worker's objective.
 
-  1/(max L_i (1 + 6 w/n)); 1/(Lt (1 + sqrt(2 (1 - p) w/(p n)))), Lt^2 the mean of L_i^2; 1/(L + 2
-  max L_i w/n).
+  1/(max L_i (1 + 6 w/n)); 1/(Lt (1 + sqrt(2 (1 - p) w/(p n)))), Lt^2 the mean of L_i^2;
+  1/(L + 2 max L_i w/n).
   """
   noise = variance / len(parts)
   mean = np.sqrt(np.mean(parts**2))

@@ -3,8 +3,8 @@
 Paper: Karimireddy, Rebjock, Stich, Jaggi 2019, Error feedback fixes SignSGD, arXiv:1901.09847,
 counterexamples 1 and 2, and EF-signSGD, algorithm 1.
 
-Same: x/4 over [-1, 1] whose stochastic gradient is 4 or -1, and .5 |x1 + x2| + |x1 - x2| from (1,
-1); one worker; the sign, the scaled sign with error feedback, and plain SGD. Here sign(0) = +1.
+Same: x/4 over [-1, 1] whose stochastic gradient is 4 or -1, and .5 |x1 + x2| + |x1 - x2| from
+(1, 1); one worker; the sign, the scaled sign with error feedback, and plain SGD. Here sign(0) = +1.
 
 Scaled: the paper proves where sign steps lead, and gives no runs: step sizes and numbers of steps
 are ours, the same for all three. We reproduce the ordering. In one variable the scaled sign is the

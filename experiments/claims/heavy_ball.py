@@ -3,8 +3,8 @@
 Paper: Polyak 1964, Some methods of speeding up the convergence of iteration methods, USSR
 Computational Mathematics and Mathematical Physics 4(5).
 
-Same: a strongly convex quadratic of condition k, and each method's best constants: the step 4/(sqrt
-L + sqrt mu)^2 with the momentum ((sqrt k - 1)/(sqrt k + 1))^2, and the step 2/(L + mu).
+Same: a strongly convex quadratic of condition k, and each method's best constants: the step
+4/(sqrt L + sqrt mu)^2 with the momentum ((sqrt k - 1)/(sqrt k + 1))^2, and the step 2/(L + mu).
 
 Scaled: nothing. The quadratic is ours, ridge regression on the labels of a9a with mu = L/k, and the
 paper's numbers are its rates at this k. Fitted rates are slightly above them, since the largest

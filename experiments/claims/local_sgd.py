@@ -7,7 +7,7 @@ Same: w8a, lambda = 1/n, 16 workers with batches of 16, that accuracy, H up to 6
 
 Scaled: constant step sizes, and one data order. Steps are counted in multiples of 64. The gates
 apply at step size 8, the same for all H. Larger step sizes, which suit H = 1 best, show the limit:
-workers diverge too far within H steps. We reproduce the ordering.
+the workers' models drift too far apart within H steps. We reproduce the ordering.
 """
 
 import math

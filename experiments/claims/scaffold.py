@@ -12,7 +12,8 @@ linear classifier, 100 clients sorted by label, 20 of them per round, tuned step
 Scaled: one step size, .1, for SGD and SCAFFOLD, since a tuned SGD solves one dimension in one
 round; FedAvg's is tuned for each G. Rounds are those to a hundredth of the initial distance;
 FedAvg's are counted in fiftieths of a run. The images are MNIST instead of EMNIST, with two passes
-of five batches per round, and rounds until the accuracy stays: there we reproduce the ordering.
+of five batches per round, and rounds until the accuracy stays above a level: there we
+reproduce the ordering.
 """
 
 import jax

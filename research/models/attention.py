@@ -63,9 +63,7 @@ def splash_kernel(query: Array, key: Array, value: Array, interpret: bool = Fals
   """`splash` on each device's heads and examples, since the compiler cannot partition a kernel.
 
   Args:
-    query: as in the module's docstring, as are key and value; 128 divides the length.
-    key: see query.
-    value: see query.
+    query, key, value: as in the module's docstring; 128 divides the length.
     interpret: emulates the kernel without a TPU, slowly.
   """
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels

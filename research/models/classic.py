@@ -95,7 +95,7 @@ def cnn(
 
 
 def resnet(channels: Sequence[int] = (16, 32, 64), blocks: int = 1) -> Model:
-  """A residual network for small images; its GroupNorm keeps no statistics that workers differ in.
+  """A residual network for small images, with GroupNorm, which keeps no per-worker statistics.
 
   Args:
     channels: of each stage; every stage but the first halves height and width.

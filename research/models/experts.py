@@ -37,7 +37,7 @@ class Experts(nn.Module):
   """sum_e weight_e SwiGLU_e(x), with kernels [experts, ...] and weights [batch, length, experts].
 
   Weights multiply the hidden units, so that one product sums over these and the experts: if either
-  are sharded, one sum of the output's size combines the devices.
+  is sharded, one sum of the output's size combines the devices.
   """
 
   hidden: int
@@ -68,8 +68,8 @@ class Mixture(nn.Module):
       p = softmax(router(x));   weight_e = p_e / (sum of the chosen p) for chosen e, else 0
 
   With k = 1 the weight is p_e itself, so that the router learns. Every expert computes every token
-  and the weights drop what was not chosen: exact, without capacities or dropped tokens, at experts
-  / k times the cost.
+  and the weights drop what was not chosen: exact, without capacities or dropped tokens, at
+  experts / k times the cost.
 
   It also returns each expert's share of the choices and the mean of its p, [2, experts], which
   `balance` turns into a loss.

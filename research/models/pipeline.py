@@ -114,7 +114,7 @@ def pipelined(
   policy = jax.checkpoint_policies.save_anything_except_these_names(_WEIGHTS)
   apply = jax.checkpoint(apply, policy=policy, prevent_cse=False)
 
-  # of sums over stages: XLA:CPU (jaxlib 0.10) aborts on such a sum of bfloat16
+  # the dtype of sums over stages: XLA:CPU (jaxlib 0.10) aborts on a sum of bfloat16
   summed = jnp.float32 if platform() == "cpu" else x.dtype
 
   def stage(params: Params, waiting: Array, rest: Any) -> tuple[Array, Array]:

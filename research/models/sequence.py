@@ -42,9 +42,7 @@ def by_heads(query: Array, key: Array, value: Array, attend: Attend) -> Array:
   """Attention with two all-to-all exchanges: tokens for heads, and back.
 
   Args:
-    query: as for every attention function, as are key and value; the length along `seq`.
-    key: see query.
-    value: see query.
+    query, key, value: as for every attention function, with the length along `seq`.
     attend: attention over all tokens.
 
   Raises:
@@ -76,9 +74,7 @@ def ring(query: Array, key: Array, value: Array, attend: Attend | None = None) -
   computes one.
 
   Args:
-    query: as for every attention function, as are key and value; the length along `seq`.
-    key: see query.
-    value: see query.
+    query, key, value: as for every attention function, with the length along `seq`.
     attend: not used.
 
   Reference: Liu et al. 2023, arXiv 2310.01889, algorithm 1.

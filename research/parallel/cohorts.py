@@ -73,10 +73,10 @@ def cohorts(job: Job, key: Key, numbers: Array) -> tuple[Array, Array]:
   """Samples the clients that the workers serve.
 
   Without a sampling rate, each worker serves one client drawn from its own stratum. With a rate
-  (Poisson sampling), every client takes part independently with that probability: surplus workers
-  serve no client and surplus clients are left out, so choose enough workers to make that event
-  negligible. With an `order`, the single worker serves the next client in it. Dropout then removes
-  clients at random.
+  (Poisson sampling), every client takes part independently with that probability. Workers without
+  a client idle. Clients beyond the number of workers are left out, so choose enough workers to make
+  that event negligible. With an `order`, the single worker serves the next client in it. Dropout
+  then removes clients at random.
 
   Args:
     job: the resolved job, W workers and P clients.

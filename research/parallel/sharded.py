@@ -71,6 +71,10 @@ def of_state(
 def cut_of(axes: Mapping[str, int], task: Task) -> Cut | None:
   """Determines how a mesh shards a worker's leaves: by the task's rules, then along `fsdp`.
 
+  Args:
+    axes: of the mesh, name to size.
+    task: the task, with its sharding rules.
+
   Raises:
     ValueError: if an axis does not divide what it shards, or shards nothing.
 
@@ -102,7 +106,13 @@ def _largest(shape: tuple[int, ...], dimensions: Sequence[int], size: int) -> in
 def spec_of(
   cut: Cut | None, shape: tuple[int, ...], whole: str | None = None
 ) -> tuple[str | None, ...]:
-  """The axis that shards each dimension of a leaf, ignoring the axis `whole`."""
+  """The axis that shards each dimension of a leaf, ignoring the axis `whole`.
+
+  Args:
+    cut: of the worker's leaves; None: nothing is sharded.
+    shape: of the leaf.
+    whole: an axis that is not to shard it.
+  """
   places = cut.places(shape) if cut else ()
   named = zip(cut.names if cut else (), places, strict=True)
   names = {place: name for name, place in named if place is not None and name != whole}
@@ -190,7 +200,15 @@ def jit(fn: Callable[..., Any], out_shardings: Any, **options: Any) -> Any:
 def place(
   mesh: Mesh, workers: tuple[str, ...], examples: Batch, sizes: np.ndarray, key: Key
 ) -> Data:
-  """Puts examples [P, n, ...] on their clients' devices; each process supplies only its rows."""
+  """Puts examples [P, n, ...] on their clients' devices; each process supplies only its rows.
+
+  Args:
+    mesh: the devices.
+    workers: the mesh axes over which clients are spread.
+    examples: numpy arrays [P, n, ...].
+    sizes: [P], examples per client.
+    key: the typed key of the sampling order.
+  """
   rows, everywhere = NamedSharding(mesh, P(workers)), NamedSharding(mesh, P())
   put = lambda x: on_devices(x, rows)
   return Data(

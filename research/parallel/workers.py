@@ -65,6 +65,15 @@ def local_phase(
   `measures` adds the squared norm of the last step's gradient as GRADIENT: zero if False, absent if
   None.
 
+  Args:
+    job: the resolved job.
+    state: this client's state at the start of the round.
+    examples: the client's examples, padded to the largest client's.
+    size: int32 scalar, how many of them are real.
+    index: indices [H, b] of the mini-batches; None: all examples in every step.
+    key: a typed key of this worker and round.
+    inside: sharding constraints inside the worker.
+
   Returns:
     The worker's Local, and the measurements of its steps by name, [H]: "loss" and others.
   """
@@ -159,6 +168,14 @@ def sync(
 
   A round without participants leaves all state unchanged, round counters included. Methods that add
   noise run it all the same, so that the result does not reveal whether anyone participated.
+
+  Args:
+    job: the resolved job.
+    local: of the round's last step.
+    state: of the round's start.
+    weight: this worker's weight; 0: it does not participate.
+    key: a typed key of the round, equal on all workers.
+    anybody: whether any worker participates.
   """
   if not job.sampling_rate and not job.dropout:
     presence = EVERYONE if job.even else Presence(weight)

@@ -36,7 +36,7 @@ def running(config: Config, processes: int, model_bytes: int) -> Iterator[Any]:
   os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
   # The time that Ray's agents outlive a killed Ray: there is no other Ray to reconnect to.
   os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
-  if config.node_ip in _LOOPBACK:  # on Linux, Ray substitutes the machine's address
+  if config.node_ip in _LOOPBACK:  # on Linux, Ray otherwise takes the machine's address
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
   with _told(config):
     if not config.ray_address and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):

@@ -36,7 +36,7 @@ class Measured:
     timing.resume(self.log.last["seconds"] if self.log.last else 0.0)
     self.losses: list[float] = []  # since the last row
     self.next_row = self._after(version)
-    self.row: dict[str, Any] | None = None  # kept until an evaluation may be added
+    self.row: dict[str, Any] | None = None  # kept back, as an evaluation may be added
     self.refused: Counter[str] = Counter()
     self.spent = np.zeros((setup.workers, len(Spent._fields)))  # sums, and number of pushes
     # bytes of all workers so far

@@ -66,7 +66,7 @@ def count_workers(config: Config) -> int:
   """The number of workers: --workers, or the size of --mesh.
 
   Raises:
-    UsageError: if the mesh has an axis other than `data`.
+    UsageError: if the mesh is malformed or has an axis other than `data`.
   """
   with flag("mesh", config.mesh):
     axes = meshes.parse_mesh(config.mesh)

@@ -20,6 +20,11 @@ _STATE, _ABOUT = "state.npz", "server.json"
 def save(folder: Path, place: Snapshot, parts: Sequence[Sequence[int]]) -> None:
   """Writes checkpoints/VERSION atomically, and keeps the last few.
 
+  Args:
+    folder: of the checkpoints.
+    place: the state to save.
+    parts: leaves by shard.
+
   Raises:
     SaveError: if it cannot be written; earlier checkpoints stay.
   """

@@ -83,6 +83,11 @@ def worker(job: Job, apart: Halves, keys: Keys) -> Worker:
 
   The steps are those of `workers.local_phase`, with the batches that the simulated worker of the
   same number draws in its local steps first, first + 1, ...
+
+  Args:
+    job: the resolved job; a batch size is per worker.
+    apart: the method's halves.
+    keys: of the run.
   """
   method = apart.method
 

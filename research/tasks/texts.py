@@ -1,7 +1,7 @@
 """Text files: UTF-8 lines of fields, with errors that name the file and the line.
 
 Arrays of small integers and UTF-16 may be valid UTF-8, but then at least half of their bytes are
-NUL: a file that is a quarter NUL is rejected.
+NUL: a file that is more than a quarter NUL is rejected.
 """
 
 import codecs

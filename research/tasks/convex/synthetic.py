@@ -28,8 +28,8 @@ def least_squares(
   """Linear regression, f(w) = 1/(2N) ||X w - y||^2, with a given condition number.
 
   X = sqrt(N) U S V' with random orthonormal U and V, so that the Hessian X'X/N has the eigenvalues
-  S^2, in geometric progression from 1 to 1/condition. A linear model without bias has L = 1 and mu
-  = 1/condition; gradient descent is fastest at the step 2/(L + mu) = 2/(1 + 1/condition), which
+  S^2, in geometric progression from 1 to 1/condition. A linear model without bias has L = 1 and
+  mu = 1/condition; gradient descent is fastest at the step 2/(L + mu) = 2/(1 + 1/condition), which
   contracts by (condition - 1)/(condition + 1). y = X w* + noise, w* standard normal.
 
   The optimum is that of the float32 data, solved in float64. It is known for `linear`, with or

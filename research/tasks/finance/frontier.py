@@ -43,6 +43,10 @@ def load(name: str, data_dir: str = "") -> Market:
 
   See `portfolio_files` for the format.
 
+  Args:
+    name: of the instance, or a path.
+    data_dir: where to look first, see `files.find`.
+
   Raises:
     FileNotFoundError: a published file is not found and cannot be downloaded.
     ValueError: there is no such file; a line is malformed, missing or repeated; or the covariance
@@ -103,7 +107,7 @@ def frontier(
 
   Metrics: "variance", the mean over points; "violation", the largest constraint violation; "gap",
   for published frontiers, the largest relative difference of a variance from the published one.
-  float32 limits the gap to about 1e-5; use --x64 for less.
+  In float32 a gap of about 1e-5 remains; use --x64.
 
   Args:
     name: "port1" (Hang Seng, 31 assets), "port2" (DAX, 85), "port3" (FTSE, 89), or a path.

@@ -1,7 +1,7 @@
 """Portfolio files of the OR-Library: means, standard deviations and correlations of assets.
 
-A file has n, then n lines with an asset's mean and standard deviation, then in any order a line "i
-j r" with the correlation of every two assets i <= j. The lines "i i 1" may be left out, but only
+A file has n, then n lines with an asset's mean and standard deviation, then in any order a line
+"i j r" with the correlation of every two assets i <= j. The lines "i i 1" may be left out, but only
 all of them.
 """
 

@@ -119,8 +119,8 @@ def next_token(module: nn.Module, size: int, train: Text, held_out: Text, *, con
   predicted once, in windows that do not overlap, the first starting from the last training token.
   Windows are weighted by their tokens divided by the mean number of tokens per window, so that the
   mean over windows is the mean over tokens even though the last one is shorter. "bits_per_byte" is
-  the loss in bits per byte of the text, independent of the tokenizer. Perplexity is not a mean, and
-  thus no metric: it is exp(loss).
+  the loss in bits per byte of the text, independent of the tokenizer. Perplexity is exp(loss), not
+  a mean, and so not among the metrics.
 
   Partitions sort by the hundredth of the text that an example is in: `sorted()` and `shards()` give
   contiguous stretches, and `dirichlet(alpha)` an uneven share of each hundredth.

@@ -34,8 +34,8 @@ def pagerank(
   its own n of all E examples by E/n; the workers' mean is the exact P, so that compression, local
   steps, mini-batches of links and delays apply as to a gradient. The metric "residual" is
   ||x - T(x)||_1, the change of the next iteration; "loss" is the same for a worker's own links,
-  averaged over workers. float32 limits the residual to about 1e-7, --x64 to 1e-15. Summation is
-  fastest if each worker has the edges of contiguous nodes, `--partition=sorted()`.
+  averaged over workers. The residual levels off at about 1e-7 in float32, and at 1e-15 with --x64.
+  Summation is fastest if each worker has the edges of contiguous nodes, `--partition=sorted()`.
 
   Args:
     graph: "wiki-Vote", the path of a list of edges, see `graphs.load`; or "power_law", random.
@@ -59,6 +59,10 @@ def pagerank(
 
 def of_graph(graph: Graph, alpha: float) -> Task:
   """The task of ranking the nodes of a graph; its parameters are {"rank": [N]}.
+
+  Args:
+    graph: its nodes and links.
+    alpha: the probability of following a link, in [0, 1).
 
   Raises:
     ValueError: alpha is not in [0, 1).
