@@ -72,7 +72,7 @@ def checkpoints(repeats: int) -> list[float]:
   from research.training.hooks.hook import Rounds
   from research.training.loop import Run, events
 
-  config = Config(**pairs.CASES["digits"].flags)._replace(steps=2**30)
+  config = Config(**pairs.CASES["digits"].flags).replace(steps=2**30)
   problem = assemble.assemble(config, assemble.check(config))
   run, blocked = Run(config, problem), []
   with tempfile.TemporaryDirectory() as folder:

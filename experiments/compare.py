@@ -58,13 +58,13 @@ def plans(config: Config, specs: list[str], seeds: int) -> list[Contender]:
 
   if not specs:
     raise UsageError("--methods='': name at least one method, and ';' between two")
-  assemble.check(config._replace(method=Config().method))  # flags that are invalid for any method
+  assemble.check(config.replace(method=Config().method))  # flags that are invalid for any method
   found = []
   for place, (spec, label) in enumerate(zip(specs, labels(specs), strict=True), 1):
     try:
       if "".join(spec.split()) in ["".join(before.split()) for before in specs[: place - 1]]:
         raise UsageError(f"'{spec}' stands there twice")
-      found.append(plan(config._replace(method=spec), label, seeds))
+      found.append(plan(config.replace(method=spec), label, seeds))
     except UsageError as error:
       raise UsageError(f"method {place} of {len(specs)}: {error}") from error
   return found
@@ -84,7 +84,7 @@ def plan(config: Config, label: str, seeds: int) -> Contender:
     raise UsageError(f"--link='{FLAGS.link}': a server's pushes are no collectives, not predicted")
   stem = f"{config.out or OUT}/{folder_name(spec)}"
   configs = [
-    config._replace(seed=seed, out=f"{stem}-seed={seed}")
+    config.replace(seed=seed, out=f"{stem}-seed={seed}")
     for seed in range(config.seed, config.seed + seeds)
   ]
   for one in configs:
@@ -184,7 +184,7 @@ def main(argv: list[str]) -> None:
   del argv
   with one_line_errors():
     out = results_folder("out", FLAGS.out, OUT)
-    config = start()._replace(out=str(out))
+    config = start().replace(out=str(out))
     import jax
 
     from experiments.reports import comparison

@@ -193,7 +193,7 @@ def grid(text: str, config: Config) -> list[Config]:
   both = itertools.product(
     compare.split(first.strip()) or [config.mesh], compare.split(second.strip()) or [config.method]
   )
-  found = [config._replace(mesh=mesh, method=method) for mesh, method in both]
+  found = [config.replace(mesh=mesh, method=method) for mesh, method in both]
   if len(found) < 2:
     raise UsageError(f"--sweep='{text}': name several meshes or methods, MESH;MESH x METHOD;METHOD")
   return found
@@ -262,7 +262,7 @@ def main(argv: list[str]) -> None:
   os.environ.update(ENVIRONMENT)
   with one_line_errors():
     out = results_folder("out", FLAGS.out) if FLAGS.out else None
-    config = start()._replace(rounds=1, epochs=0.0, clock="", virtual_seconds=0.0)
+    config = start().replace(rounds=1, epochs=0.0, clock="", virtual_seconds=0.0)
     configs = grid(FLAGS.sweep, config) if FLAGS.sweep else [config]
     from experiments.reports import ahead
 

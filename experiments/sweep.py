@@ -45,7 +45,7 @@ def configs(config: Config, out: Path, rates: list[str], seeds: list[str]) -> li
   def one(rate: str, seed: str) -> Config:
     method = config.method.replace("{learning_rate}", rate)
     where = str(out / f"learning_rate={rate}-seed={seed}")
-    found = config._replace(method=method, seed=seed_of(seed), out=where)
+    found = config.replace(method=method, seed=seed_of(seed), out=where)
     assemble.check(found)
     folders.check(found)
     return found

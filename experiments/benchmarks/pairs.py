@@ -99,13 +99,13 @@ def compare(name: str, repeats: int) -> dict[str, Any]:
   plain: dict[str, Any] = {"eval_every": 0, "checkpoint_every": 0, "check_every": 0}
   plain["log_every"] = case.flags["steps_per_dispatch"]
   config = Config(**plain | case.flags)
-  advance = case.by_hand(config._asdict())
+  advance = case.by_hand(config.as_dict())
   with Timing() as timing:
     advance(config.steps_per_dispatch)
 
   def ours() -> float:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-      summary, _ = loop.train(config._replace(out=folder))
+      summary, _ = loop.train(config.replace(out=folder))
     compiling.append(summary["compile_seconds"])
     return summary["steps_per_second"]
 

@@ -86,8 +86,8 @@ def stages(devices: int, hidden: list[int]) -> list[Bytes]:
     mesh=f"data:{devices}",
     batch_size=devices,
   )
-  cut = config._replace(mesh=f"data:1,fsdp:{devices}")
-  return [compiled(config), *(compiled(cut._replace(zero=zero)) for zero in (1, 2, 3))]
+  cut = config.replace(mesh=f"data:1,fsdp:{devices}")
+  return [compiled(config), *(compiled(cut.replace(zero=zero)) for zero in (1, 2, 3))]
 
 
 def compiled(config: Config) -> Bytes:

@@ -203,7 +203,7 @@ def compared(
   from research.training import folder as folders
 
   target = common_target(outcomes) if wanted is None else wanted
-  given = {name: value for name, value in config._asdict().items() if name not in ("method", "out")}
+  given = {name: value for name, value in config.as_dict().items() if name not in ("method", "out")}
   return given | {
     "workers": meshes.count(meshes.worker_axes(meshes.parse_mesh(config.mesh))),
     "seeds": [one.seed for one in outcomes[0].plan.configs],

@@ -144,7 +144,7 @@ def replay(folder: Path, out: Path | None = None) -> dict[str, Any]:
       stored = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
       raise ValueError("holds no run") from None
-    known = {name: value for name, value in stored.items() if name in Config._fields}
+    known = {name: value for name, value in stored.items() if name in Config.names()}
     config = Config(**known)
     if config.executor != "server":
       raise ValueError("is no run with --executor=server")

@@ -86,7 +86,7 @@ def check(config: Config, needs_ray: bool = True) -> Method:
   if needs_ray and not alone and importlib.util.find_spec("ray") is None:
     raise UsageError("--executor='server': needs Ray: pip install -e \".[async]\"")
   for name in _ELSEWHERE:
-    if getattr(config, name) != Config._field_defaults[name]:
+    if getattr(config, name) != Config.defaults()[name]:
       with flag(name, getattr(config, name)):
         raise ValueError("is not for --executor=server, whose workers are processes")
   count_workers(config)

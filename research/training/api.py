@@ -24,7 +24,7 @@ from research.training.result import Result
 # Fields of Config that are arguments of their own, or mean nothing here.
 _NAMED = ("task", "model", "method", "executor", "mesh", "batch_size", "steps", "seed", "out")
 _COMMANDS = ("partition", "clock", "restarts", "ray_address", "node_ip", *OF_SERVER)
-OPTIONS = tuple(name for name in Config._fields if name not in (*_NAMED, *_COMMANDS))
+OPTIONS = tuple(name for name in Config.names() if name not in (*_NAMED, *_COMMANDS))
 
 
 def train(
@@ -111,7 +111,7 @@ def train(
 
 def _in_python(line: str) -> str:
   """A message about flags, with arguments in their place."""
-  return re.sub(rf"--(?=(?:{'|'.join(Config._fields)})\b)", "", line)
+  return re.sub(rf"--(?=(?:{'|'.join(Config.names())})\b)", "", line)
 
 
 def _task(task: Task | Callable[..., Task] | str, model: Any) -> Task | None:
@@ -166,7 +166,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _check_type(name: str, value: Any) -> None:
-  default = Config._field_defaults[name]
+  default = Config.defaults()[name]
   if isinstance(default, bool | str):
     fits, wanted = isinstance(value, type(default)), type(default).__name__
   else:

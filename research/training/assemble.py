@@ -98,7 +98,7 @@ def check(config: Config, given: Given = NOTHING_GIVEN) -> Setting:
     raise UsageError(f"--executor='{config.executor}': unknown{hint} legal: {', '.join(LEGAL)}")
   for name in OF_SERVER:
     with flag(name, getattr(config, name)):
-      if getattr(config, name) != Config._field_defaults[name]:
+      if getattr(config, name) != Config.defaults()[name]:
         raise ValueError("is for --executor=server alone")
   check_numbers(config)
   with flag("mesh", config.mesh):

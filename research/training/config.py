@@ -1,8 +1,9 @@
 """What a run is asked for: flags with their defaults, and the error of a wrong one."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from research.core import blame
 from research.core.spec import parse
@@ -13,57 +14,164 @@ class UsageError(ValueError):
   """A flag that cannot be: one line with the flag, its value, the legal set, the nearest name."""
 
 
-class Config(NamedTuple):
-  """What a run is asked for: numbers, switches and specs; `experiments/run.py --help` lists them.
+def option(default: Any, text: str, least: float | None = None) -> Any:
+  """A field of `Config`: its default, what --help says of it, and its smallest legal value."""
+  return dataclasses.field(default=default, metadata={"text": text, "least": least})
 
-  `assemble` resolves it to a Problem of objects, once. Where a Python program hands over objects,
-  the fields of their specs are labels.
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A run as it is asked for: numbers, switches and specs. Its fields are the command's flags.
+
+  `assemble` resolves it to a Problem of objects, once. Where a Python program passes objects, the
+  fields of their specs are labels.
   """
 
-  task: str = "digits()"
-  model: str = ""
-  method: str = "data_parallel(sgd(0.1, momentum=0.9), mean())"
-  executor: str = "simulate"
-  mesh: str = "data:8"
-  zero: int = 3
-  population: int = 0
-  sampling_rate: float = 0.0
-  dropout: float = 0.0
-  clock: str = ""
-  partition: str = "iid()"
-  batch_size: int | str = 256
-  steps: int = 400
-  epochs: float = 0.0
-  rounds: int = 0
-  virtual_seconds: float = 0.0
-  seed: int = 0
-  clip_norm: float = 0.0
-  tolerance: float = 0.0
-  delta: float = 1e-5
-  local_phase: str = "auto"
-  steps_per_dispatch: int = 100
-  log_every: int = 10
-  eval_every: int = 50
-  checkpoint_every: int = 100
-  checkpoint_seconds: float = 1.0
-  check_every: int = 100
-  out: str = ""
-  data_dir: str = ""
-  x64: bool = False
-  allow_changes: bool = False
-  diagnostics: bool = False
-  tensorboard: bool = False
-  profile: bool = False
-  server_mode: str = "async"
-  workers: int = 0
-  shards: int = 1
-  bound: int = 2
-  round_seconds: float = 1.0
-  overlap: bool = True
-  slowdown: str = ""
-  restarts: int = 100
-  ray_address: str = ""
-  node_ip: str = "127.0.0.1"
+  task: str = option(
+    "digits()",
+    "What to learn: digits(), mnist(), least_squares(...), libsvm('a9a'), tinyshakespeare(), "
+    "text('PATH'), stream('PATH'); search: pagerank(), rank(), bm25(), cranfield(); finance: "
+    "frontier('port1'), cvar(); medicine: breast_cancer(), diabetes(); recommendation: "
+    "movielens(), movielens_als(), movielens_federated().",
+  )
+  model: str = option(
+    "", "linear(), logistic(), mlp(hidden=[128]), cnn(), resnet(); empty: the task's own."
+  )
+  method: str = option(
+    "data_parallel(sgd(0.1, momentum=0.9), mean())",
+    "How to optimize: data_parallel(OPTIMIZER, AGGREGATOR, period=1) or averaged(METHOD); "
+    "optimizers and schedules are optax's, by name.",
+  )
+  executor: str = option(
+    "simulate",
+    "How workers run: simulate (vmap), spmd (shard_map), pmap, or server (processes that push"
+    " to a parameter server, on Ray).",
+  )
+  mesh: str = option(
+    "data:8",
+    "Sizes by axis: data (workers), slice (groups of workers); within a worker stage, fsdp, "
+    "expert, seq, model.",
+  )
+  zero: int = option(
+    3, "What is sharded along fsdp: 1 optimizer state, 2 gradients too, 3 parameters too.", 1
+  )
+  population: int = option(
+    0, "Clients, from which each round samples one per worker of --mesh; 0: all.", 0
+  )
+  sampling_rate: float = option(
+    0.0,
+    "Each client of the population takes part in a round with this probability, on one of the"
+    " mesh's workers; 0: each worker samples one of its own clients.",
+    0.0,
+  )
+  dropout: float = option(0.0, "Probability that a worker's round is lost before it is sent.", 0.0)
+  clock: str = option(
+    "", "Virtual time of workers that differ in speed, such as exponential(1.0); empty: none."
+  )
+  partition: str = option(
+    "iid()", "Examples by worker: iid(), in_order(), sorted(), dirichlet(0.3), shards(2)."
+  )
+  batch_size: int | str = option(256, "Examples per step over all workers, or 'all'.")
+  steps: int = option(400, "Local steps.", 1)
+  epochs: float = option(
+    0.0, "Passes over the training data, in place of --steps if positive.", 0.0
+  )
+  rounds: int = option(
+    0, "Rounds of local steps and one exchange, in place of --steps if positive.", 0
+  )
+  virtual_seconds: float = option(
+    0.0, "Runs this long on --clock, in place of --steps if positive.", 0.0
+  )
+  seed: int = option(
+    0, "Of the initial model, the order of examples and the method's randomness.", 0
+  )
+  clip_norm: float = option(
+    0.0, "Clips each worker's mini-batch gradients to this norm; 0: no.", 0.0
+  )
+  tolerance: float = option(
+    0.0, "Stops when an evaluation finds the full gradient's norm below it; 0: no.", 0.0
+  )
+  delta: float = option(
+    1e-05, "Of the (epsilon, delta) of differential privacy that `noisy` spends.", 0.0
+  )
+  local_phase: str = option(
+    "auto",
+    "How `simulate` runs the workers' local steps: vmap, map (one after the other), or auto: "
+    "whichever is faster.",
+  )
+  steps_per_dispatch: int = option(
+    100, "At most this many steps run before the host looks again.", 1
+  )
+  log_every: int = option(10, "Steps per row of metrics.jsonl.", 1)
+  eval_every: int = option(50, "Steps between evaluations; 0: only at the end.", 0)
+  checkpoint_every: int = option(100, "Steps between checkpoints; 0: only at the end.", 0)
+  checkpoint_seconds: float = option(1.0, "Least seconds between two checkpoints.", 0.0)
+  check_every: int = option(
+    100, "Steps between comparisons of the devices' copies; 0: only at the end.", 0
+  )
+  out: str = option("", "Folder of the run; empty: runs/TASK-METHOD-HASH of the flags.")
+  data_dir: str = option(
+    "", "Folder of data files, searched before $RESEARCH_DATA_DIR and the user's cache."
+  )
+  x64: bool = option(
+    False, "Computes in float64 what is at JAX's default, such as pagerank() and frontier()."
+  )
+  allow_changes: bool = option(False, "Goes on with a run whose flags were different.")
+  diagnostics: bool = option(
+    False,
+    "Rows have compression error, memory norm, spread of the workers' models, update norm, "
+    "gradient norm and, on a clock, staleness.",
+  )
+  tensorboard: bool = option(False, "Writes TensorBoard events too (needs tensorboardX).")
+  profile: bool = option(False, "Traces the second dispatch into OUT/profile.")
+  server_mode: str = option(
+    "async",
+    "When a server updates: async (on each push), ssp (the same, no worker more than --bound "
+    "ahead), sync (one push per worker), elastic (whoever is there), hogwild (shared memory, "
+    "no server).",
+  )
+  workers: int = option(0, "Worker processes of --executor=server; 0: as many as --mesh says.", 0)
+  shards: int = option(1, "Server processes, each with some of the model's leaves.", 1)
+  bound: int = option(
+    2, "For --server_mode=ssp: updates between the fastest worker and the slowest.", 0
+  )
+  round_seconds: float = option(
+    1.0, "For --server_mode=elastic: duration of a round's local steps.", 0.0
+  )
+  overlap: bool = option(
+    True, "A server's workers compute while their last push is on the way (async, ssp)."
+  )
+  slowdown: str = option(
+    "", "How many times longer a server's workers take, by number: {0: 4}; for studies."
+  )
+  restarts: int = option(
+    100, "Processes of --executor=server that may die and are started again.", 0
+  )
+  ray_address: str = option(
+    "", "Address of a running Ray cluster; empty: starts one in this process."
+  )
+  node_ip: str = option(
+    "127.0.0.1",
+    "Address on which a newly started Ray listens; beyond the loopback only if set here.",
+  )
+
+  @classmethod
+  def names(cls) -> list[str]:
+    """The names of all fields, in order."""
+    return [field.name for field in dataclasses.fields(cls)]
+
+  @classmethod
+  def defaults(cls) -> dict[str, Any]:
+    """The default of each field, by name."""
+    return {field.name: field.default for field in dataclasses.fields(cls)}
+
+  def replace(self, **changes: Any) -> "Config":
+    """The same run with other values of some fields."""
+    return dataclasses.replace(self, **changes)
+
+  def as_dict(self) -> dict[str, Any]:
+    """The values of all fields, by name."""
+    return dataclasses.asdict(self)
 
   def named(self) -> dict[str, Any]:
     """What a result is known by."""

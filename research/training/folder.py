@@ -32,7 +32,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 def identity(config: Config) -> dict[str, Any]:
   """The flags that make a run what it is."""
   idle = () if config.executor == "server" else OF_SERVER
-  named = config._asdict().items()
+  named = config.as_dict().items()
   return {name: value for name, value in named if name not in (*_FREE, *idle)}
 
 
@@ -190,7 +190,7 @@ def claimed(config: Config, folder: Path) -> Iterator[None]:
 def describe(config: Config, folder: Path, made_of: Prints | None = None) -> None:
   """Writes what the run is and what runs it."""
   prints = {PRINTS: dict(made_of())} if made_of else {}
-  write_json(folder / "config.json", config._asdict())
+  write_json(folder / "config.json", config.as_dict())
   write_json(folder / "env.json", environment() | prints)
 
 

@@ -175,7 +175,7 @@ def is_fine(code: int, err: str) -> bool:
   return code == 2 and err.endswith("\n") and err[:-1].isprintable() and len(err) <= LINE + 1
 
 
-NAMES = [*Config._fields, "coordinator", "processes", "nothing", "n" * 5000]
+NAMES = [*Config.names(), "coordinator", "processes", "nothing", "n" * 5000]
 
 
 def test_any_value_of_any_flag_is_taken_or_one_line(parse):

@@ -90,7 +90,7 @@ def test_presets_are_flags_that_can_be(path):
   given = dict(line.removeprefix("--").split("=", 1) for line in lines)
   if "topology" in given:  # of compile.py
     chips.parse_topology(given.pop("topology"))
-  default = Config._field_defaults
+  default = Config.defaults()
   kind = lambda name, value: value if value == "all" else type(default[name])(value)
   typed: dict[str, Any] = {name: kind(name, value) for name, value in given.items()}
   check(Config(**typed))

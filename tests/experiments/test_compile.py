@@ -197,7 +197,7 @@ OUTER = f"sgd(0.7), error_feedback(two_phase(int8())), period={PERIOD}"
 def hybrid(environment):
   """Collectives of a language model on three axes, with a mean and with DiLoCo."""
   target = ahead.target("v5e:2x4", 1)
-  config = HYBRID._replace(method=f"diloco(sgd(0.1), {OUTER})")
+  config = HYBRID.replace(method=f"diloco(sgd(0.1), {OUTER})")
   job = ahead.problem_of(config, target).job
   mean, diloco = (ahead.compiled_round(c, target) for c in (HYBRID, config))
   assert min(mean["memory"]["left"], diloco["memory"]["left"]) > 0.1
@@ -269,7 +269,7 @@ def test_tpu_axes_may_share_a_side_of_the_torus(axes, slices):
 def test_tpu_round_by_hand():
   """A worker's batch is 128 examples, shared by two chips; an input layer has no input gradient."""
   target = ahead.target("v5e:2x2", 1)
-  found = ahead.compiled_round(SHAPE._replace(mesh="data:2,fsdp:2"), target)
+  found = ahead.compiled_round(SHAPE.replace(mesh="data:2,fsdp:2"), target)
   flops = 2 * 128 * (2 * 64 * 256 + 3 * 256 * 10) / 2
   assert found["flops"] == {"run": flops, "needed": flops}
 
@@ -304,7 +304,7 @@ def test_tpu_round_by_hand():
 def test_tpu_slices_talk_over_their_axis_alone():
   """Of DiLoCo in ten steps: an exchange of int8, once."""
   target = ahead.target("v5e:2x2", 2)
-  config = SHAPE._replace(mesh="slice:2,data:2,fsdp:2", method=DILOCO)
+  config = SHAPE.replace(mesh="slice:2,data:2,fsdp:2", method=DILOCO)
   found = ahead.compiled_round(config, target)
   crossing = [row for row in found["collectives"] if row["crosses_slices"]]
   assert {row["axis"] for row in crossing} == {"slice"}
@@ -320,7 +320,7 @@ def test_tpu_slices_talk_over_their_axis_alone():
 def test_tpu_model_that_does_not_fit_says_by_how_much():
   """Three times 4 bytes of 1.6e9 parameters are 17.9 GiB, and the gradient 6.0."""
   large = {"model": "mlp(hidden=[40000, 40000])", "method": "data_parallel(adam(1e-3), mean())"}
-  config = SHAPE._replace(mesh="data:4", **large)
+  config = SHAPE.replace(mesh="data:4", **large)
   with pytest.raises(UsageError, match=r"^--mesh='data:4': does not fit[^\n]*$") as error:
     ahead.compiled_round(config, ahead.target("v5e:2x2", 1))
   for part in ("23.92 GiB", "8.17 GiB more", "state (17.9", "'fsdp:2'"):
@@ -344,14 +344,14 @@ def test_tpu_model_that_does_not_fit_says_by_how_much():
 )
 def test_tpu_refusals(changes, slices, message):
   with pytest.raises(UsageError, match=r"^--[^\n]*$") as error:
-    ahead.problem_of(SHAPE._replace(**changes), ahead.target("v5e:2x2", slices))
+    ahead.problem_of(SHAPE.replace(**changes), ahead.target("v5e:2x2", slices))
   assert message in str(error.value)
 
 
 @needs_compiler
 def test_tpu_programs_take_the_kernels_and_the_types_of_a_tpu():
   """Although a CPU traces them: attention that only TPUs have, and bfloat16 on the wire."""
-  config = SHAPE._replace(
+  config = SHAPE.replace(
     mesh="data:4",
     task="random_tokens(512, 128, 16384)",
     model="transformer('tiny', layers=1, attention='splash')",

@@ -123,7 +123,7 @@ def test_the_summary_says_what_ran_and_how_it_went(job):
   found = summary(job.out)
   described = ("task", "model", "method", "executor", "mesh", "seed", "steps")
   assert {name: found[name] for name in described} == {
-    name: Config()._asdict()[name] for name in described
+    name: Config().as_dict()[name] for name in described
   }
   assert found["workers"] == 8
   assert found["stopped_because"] == "steps"
@@ -144,7 +144,7 @@ def test_the_bytes_are_those_of_a_ring(job):
 
 
 def test_the_configuration_holds_every_flag_and_its_default(job):
-  assert json.loads((job.out / "config.json").read_text()) == Config()._asdict()
+  assert json.loads((job.out / "config.json").read_text()) == Config().as_dict()
 
 
 def test_the_environment_says_what_ran_it(job):
@@ -520,7 +520,7 @@ class Bad(NamedTuple):
 
 
 def other_run(**flags: Any) -> dict[str, str]:
-  return {"old/config.json": json.dumps(Config(out="old", **flags)._asdict())}
+  return {"old/config.json": json.dumps(Config(out="old", **flags).as_dict())}
 
 
 SMALL = "--task=least_squares()"

@@ -14,7 +14,7 @@ from research.training.config import Config
 
 def run(steps: int, **flags: Any) -> tuple[assemble.Problem, Any]:
   """Parameters after so many steps of a run described by flags, and its parts."""
-  config = Config(batch_size="all")._replace(**flags)
+  config = Config(batch_size="all").replace(**flags)
   problem = assemble.assemble(config, assemble.check(config))
   state = problem.executor.init(jax.random.key(0))
   data_key = jax.random.key(config.seed)

@@ -436,7 +436,7 @@ WRONG = {
 def test_flags_that_cannot_be(name):
   flags, says = WRONG[name]
   with pytest.raises(UsageError) as caught:
-    setup.setup(BASE._replace(**flags), needs_ray=False)
+    setup.setup(BASE.replace(**flags), needs_ray=False)
   assert says in str(caught.value)
   assert "\n" not in str(caught.value)
 

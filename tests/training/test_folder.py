@@ -29,7 +29,7 @@ RUN = Config(
 def made(tmp_path_factory) -> Path:
   """The folder of a run."""
   out = tmp_path_factory.mktemp("made") / "run"
-  loop.train(RUN._replace(out=str(out)))
+  loop.train(RUN.replace(out=str(out)))
   return out
 
 
@@ -43,7 +43,7 @@ def stored(out: Path) -> dict:
 
 
 def train(out: Path, **changes) -> dict:
-  return loop.train(RUN._replace(out=str(out), **changes))[0]
+  return loop.train(RUN.replace(out=str(out), **changes))[0]
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ class Lab:
 
   def task(self, **flags: Any) -> Task:
     """The task of a run from its flags; --dataset is the default."""
-    return sources.task_of(Config(task=self.dataset)._replace(**flags))
+    return sources.task_of(Config(task=self.dataset).replace(**flags))
 
   def run(
     self,
@@ -255,8 +255,8 @@ def _measure(run: Run, on: Sequence[str], gradient: bool, watch: Watch | None) -
 
 def _told(config: Config) -> dict[str, Any]:
   """The flags that differ from their defaults, and the run's names."""
-  default = Config._field_defaults
-  given = {k: v for k, v in config._asdict().items() if v != default[k]}
+  default = Config.defaults()
+  given = {k: v for k, v in config.as_dict().items() if v != default[k]}
   return config.named() | given
 
 
