@@ -1,4 +1,4 @@
-"""Film recommendation beside a peer library. A case of `applications.py`."""
+"""Film recommendation beside a peer library. A case of `bench.py --suite=applications`."""
 
 # pyright: reportMissingImports=false
 # Cornac is only in the extra `applications`.

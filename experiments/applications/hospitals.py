@@ -1,4 +1,4 @@
-"""Medicine over hospitals: pooled, federated, noisy and alone. A case of `applications.py`."""
+"""Medicine over hospitals: pooled, federated, noisy and alone. A case of `bench.py --suite=applications`."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Finance beside published values and a linear program. A case of `applications.py`."""
+"""Finance beside published values and a linear program. A case of `bench.py --suite=applications`."""
 
 import time
 from typing import Any

@@ -1,4 +1,4 @@
-"""Search beside its peers: PageRank, learning to rank, BM25. A case of `applications.py`."""
+"""Search beside its peers: PageRank, learning to rank, BM25. A case of `bench.py --suite=applications`."""
 
 # pyright: reportMissingImports=false
 # LightGBM is only in the extra `applications`.

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from research.analysis.rounds import programs
 from research.comm import mesh as meshes
 from research.core import blame
-from research.core.base import Tree
+from research.core.base import Aggregator, Tree
 from research.core.task import Executor
 from research.parallel import layout as layouts
 from research.parallel import sharded, workers
@@ -34,11 +34,11 @@ def spmd(job: Job) -> Executor:
   initial = partial(workers.initial, job, layout)
   cut = sharded.cut_of(job.axes, job.task)
   _check_inside(job, mesh, names)
-  if cut:
+  if cut and next(job.method.parts(Aggregator), None) is None:
+    _only_sums(job, layout)
+  elif cut:
     job = job._replace(method=job.method.over(lambda inner: sharded.PerShard(inner, cut)))
     job = resolved(job)
-  elif cut:
-    _only_sums(job, layout)
   rows = P(names)
   whole = _models(job, layout) if job.zero < 3 else None
   shardings = sharded.of_state(layout.state, mesh, names, layout.state_shapes, cut, whole)

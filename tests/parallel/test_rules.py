@@ -2,17 +2,22 @@
 
 import itertools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from problems import Running, distance, regression
 from side_by_side import regressions, side_by_side
 
 from research.aggregate.blockwise import Cut, join, split
+from research.comm import collectives
 from research.core import registry
+from research.core.base import EVERYONE
 from research.core.task import Task
+from research.methods.data_parallel import DataParallel, DataParallelState
 from research.parallel import rules, sharded
 
 RULES = (("up$", (None, "model")), ("down$", ("model", None)))
@@ -107,3 +112,25 @@ def test_shapes_that_are_alike_are_cut_alike():
   init = lambda key: {"up": jnp.ones((4, 4)), "down": jnp.ones((4, 4))}
   with pytest.raises(ValueError, match="to be cut differently"):
     rules.by_shape({"model": 2}, task._replace(init=init))
+
+
+class Gathering(DataParallel):
+  """A method that gathers by itself, without an aggregator."""
+
+  aggregator: Any = None
+
+  def init(self, params):
+    return DataParallelState(params, self.inner.init(params), ())
+
+  def sync(self, local, state, *, key, presence=EVERYONE):
+    tree, state = self.message(local, state, key=key)
+    value = jax.tree.map(lambda x: jnp.mean(collectives.gather(x), 0), tree)
+    return self.receive(value, tree, state, key=key)
+
+
+def test_what_gathers_without_an_aggregator_is_refused_on_shards():
+  """The compiler would have to exchange inside a worker, too; on whole leaves it runs."""
+  method = Gathering(optax.sgd(0.1))
+  Running(method, "spmd", {"data": 4}, (60,) * 4).rounds(1)
+  with pytest.raises(ValueError, match="inside a worker only what is summed may be cut"):
+    Running(method, "spmd", {"data": 2, "fsdp": 2}, (120,) * 2, task=perceptron())
