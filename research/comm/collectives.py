@@ -25,6 +25,10 @@ _SHORT = 2**16  # bytes: about what a fast link transfers within the latency of 
 _PIECE = 2**18  # bytes: maximum size of one gloo message, see `_in_pieces`
 
 
+class NoAxis(ValueError):
+  """Workers are to talk over a mesh axis that is not in scope."""
+
+
 _NAMES: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar(
   "axes", default=WORKER_AXES
 )
@@ -53,16 +57,23 @@ def in_scope(axes: Axes = WORKER_AXES) -> tuple[str, ...]:
     axes: one or more axis names; the default may be partly in scope.
 
   Raises:
-    ValueError: if none is in scope, an explicitly named axis is not, or a name is repeated.
+    NoAxis: a ValueError, if none is in scope, or an explicitly named axis is not.
+    ValueError: if a name is repeated.
   """
   names = (axes,) if isinstance(axes, str) else tuple(axes)
-  names = _NAMES.get() if names == WORKER_AXES else names
+  own = names == WORKER_AXES != _NAMES.get()  # names of somebody's own mesh
+  names = _NAMES.get() if own else names
   found = tuple(name for name in names if _is_bound(name))
   missing = [name for name in names if name not in found]
   if not names or len(set(names)) < len(names):
     raise ValueError(f"axis={list(names)} is no mesh axis, or names one twice")
+  if own and missing:
+    raise NoAxis(
+      f"workers talk over mesh axis {' and '.join(map(repr, missing))}, which is not in scope; "
+      "call it inside shard_map, pmap or vmap(axis_name=...) over that axis"
+    )
   if not found or (missing and names != WORKER_AXES):
-    raise ValueError(
+    raise NoAxis(
       f"workers talk over mesh axis {' and '.join(map(repr, missing))}, which this execution does "
       f"not have; a mesh such as 'slice:2,data:4' has both, 'data:8' has 'data' alone"
     )

@@ -15,6 +15,7 @@ from research.core.base import (
   Tree,
   Wrapper,
 )
+from research.core.part import defined_at
 
 GradFn = Callable[[Params], Tree]
 Period = int | Sequence[Sequence[int]]  # local steps per round, or [[first round, steps], ...]
@@ -157,7 +158,8 @@ class Method(Wrapper):
   @property
   def splits(self) -> bool:
     """Whether a round consists of `message`, one exchange and `receive`."""
-    return type(self).message is not Method.message
+    at = lambda name: defined_at(type(self), name)
+    return type(self).message is not Method.message and at("message") <= at("sync")
 
   @property
   def local_steps(self) -> int:
@@ -208,6 +210,8 @@ class Method(Wrapper):
         return value.over(wrap)
       if type(value) is tuple:
         return tuple(map(wrapped, value))
+      if isinstance(value, dict):
+        return {name: wrapped(one) for name, one in value.items()}
       return wrap(value) if isinstance(value, Aggregator) else value
 
     return self.replace(**{name: wrapped(value) for name, value in self.fields().items()})

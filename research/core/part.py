@@ -1,10 +1,15 @@
 """Base class of the objects that specs name: frozen dataclasses whose repr is their spec."""
 
 import dataclasses
+import functools
+import inspect
+import types
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, Self, TypeVar, dataclass_transform
 
 Kind = TypeVar("Kind")
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
+_RESERVED = ("title", "spec_name", "refuses", "adds")
 
 
 def hidden(default: Any, *, init: Literal[False] = False) -> Any:
@@ -40,6 +45,9 @@ class Part:
     if "title" not in vars(cls):
       cls.title = name or cls.__name__
     dataclasses.dataclass(frozen=True, repr=False)(cls)
+    for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
+      if field.name in vars(cls).get("__annotations__", {}):
+        _check_name(cls, field.name)
     known = vars(cls)["__dataclass_fields__"]
     for declared in set(known) - {field.name for field in dataclasses.fields(cls)}:  # pyright: ignore[reportArgumentType]
       del known[declared]  # a ClassVar must not fix a subclass's order of fields
@@ -77,9 +85,8 @@ class Part:
     return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # pyright: ignore[reportArgumentType]
 
   def values(self) -> Iterator[Any]:
-    """The values of all fields; a tuple contributes each of its elements."""
-    for value in self.fields().values():
-      yield from value if type(value) is tuple else (value,)
+    """The values of all fields; a tuple or dictionary contributes each of its elements."""
+    return _flat(tuple(self.fields().values()))
 
   def parts(self, kind: type[Kind]) -> Iterator[Kind]:
     """All objects of a type within this one, at any depth, including itself."""
@@ -95,10 +102,45 @@ class Part:
       value, default = getattr(self, field.name), field.default
       if field.default_factory is not dataclasses.MISSING:
         default = field.default_factory()
-      if field.init and (default is dataclasses.MISSING or _frozen(default) != value):
+      if field.init and not _equal(_frozen(default), value):
         optional = field.kw_only or default is not dataclasses.MISSING
         shown.append(f"{field.name}={_shown(value)}" if optional else _shown(value))
     return f"{self.title}({', '.join(shown)})"
+
+
+def _check_name(cls: type, name: str) -> None:
+  """Rejects a field that would hide a method of its base classes.
+
+  Raises:
+    TypeError: with the class and the name.
+  """
+  kinds = types.FunctionType | property
+  hides = any(isinstance(inspect.getattr_static(b, name, None), kinds) for b in cls.__mro__[1:])
+  if hides or name in _RESERVED:
+    raise TypeError(
+      f"{cls.__name__}: '{name}' is a method of its base class, not a name for a field"
+    )
+
+
+def defined_at(cls: type, name: str) -> int:
+  """Where in a class's method resolution order an attribute is defined; 0: in the class itself."""
+  return next(place for place, base in enumerate(cls.__mro__) if name in vars(base))
+
+
+def _flat(value: Any) -> Iterator[Any]:
+  if type(value) is tuple or isinstance(value, dict):
+    for one in value.values() if isinstance(value, dict) else value:
+      yield from _flat(one)
+  else:
+    yield value
+
+
+def _equal(a: Any, b: Any) -> bool:
+  """Whether two values are known to be equal; arrays are not."""
+  try:
+    return bool(a == b)
+  except (TypeError, ValueError):
+    return False
 
 
 def _frozen(value: Any) -> Any:
@@ -110,9 +152,9 @@ def _shown(value: Any) -> str:
   """A value as written in a spec; optimizers and functions not built from a spec as <type>."""
   if type(value) is tuple:
     return f"[{', '.join(map(_shown, value))}]"
-  is_made = type(value).__repr__ not in (object.__repr__, tuple.__repr__)
-  if callable(value) and not isinstance(value, Part) and not is_made:
-    return f"<{getattr(value, '__name__', type(value).__name__)}>"
+  is_function = isinstance(value, _FUNCTIONS) or type(value).__repr__ is object.__repr__
+  if callable(value) and is_function:
+    return f"<{getattr(value, '__name__', type(value).__name__).strip('<>')}>"
   if hasattr(value, "_fields") and hasattr(value, "update") and "function" in repr(value):
     return f"<{type(value).__name__}>"
   return repr(value)

@@ -77,7 +77,7 @@ class Around(Method):
 
   @property
   def splits(self):
-    return self.method.splits
+    return super().splits and self.method.splits
 
   @property
   def local_steps(self):

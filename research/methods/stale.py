@@ -93,7 +93,7 @@ class Stale(Around):
 
   @property
   def splits(self):
-    return self.method.splits and not self.correction.remembers
+    return super().splits and not self.correction.remembers
 
   @property
   def one_by_one(self):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from research.aggregate.presence import weighted
 from research.comm import collectives
 from research.core.base import (
   EVERYONE,
@@ -23,6 +24,7 @@ from research.core.base import (
   Params,
   Presence,
   State,
+  Trait,
   Tree,
 )
 from research.core.method import Local
@@ -53,7 +55,9 @@ class Recording(Aggregator):
     self, tree: Tree, state: Recorded, key: Key, presence: Presence = EVERYONE
   ) -> Aggregate:
     value, sent, inner = self.inner.aggregate(tree, state.state, key, presence)
-    missed, asked = squared(jax.tree.map(jnp.subtract, tree, sent)), squared(tree)
+    counted = self.inner.traits & (Trait.SELECTS | Trait.VOTE)  # each once, whatever it weighs
+    own = tree if counted else weighted(tree, presence)
+    missed, asked = squared(jax.tree.map(jnp.subtract, own, sent)), squared(own)
     if presence.active is not True:
       missed, asked = (jnp.where(presence.active, x, 0) for x in (missed, asked))
     return Aggregate(value, sent, Recorded(inner, state.missed + missed, state.asked + asked))

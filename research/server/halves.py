@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from research.comm import collectives
 from research.core.base import Aggregator, Array, Key, Params, State, Tree, Uplink
 from research.core.method import Method
+from research.core.part import defined_at
 from research.parallel import layout as layouts
 
 _AXIS = {"push": 2}  # for the traces; it is no worker axis, so an exchange among workers fails
@@ -108,13 +110,28 @@ def halves(method: Method, params: Params) -> Halves:
   method, correction = method.on_server()
   if not method.splits:
     raise ValueError(f"{_name(method)} exchanges more than one message per round")
+  try:
+    return _traced(method, correction, params)
+  except (collectives.NoAxis, NameError) as error:
+    if isinstance(error, NameError) and "axis" not in str(error):
+      raise
+    name = _name(method)
+    raise ValueError(f"{name} talks to the other workers outside its exchange") from error
+
+
+def _traced(method: Method, correction: Any, params: Params) -> Halves:
   link = method.exchange.uplink
   if link is None:
     raise ValueError(
       f"{_name(method.exchange)} is an exchange among workers; take mean(), gather_mean(C), "
       "sum_mean(C) or error_feedback of these"
     )
+  exchange = type(method.exchange)
+  if defined_at(exchange, "uplink") > defined_at(exchange, "aggregate"):
+    raise ValueError(f"{_name(method.exchange)} aggregates otherwise than its uplink encodes")
   bare = method.over(_Bare)
+  if not isinstance(bare.exchange, _Bare):
+    raise ValueError(f"the aggregator of {_name(method)} is not one of its fields")
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
   state = jax.eval_shape(bare.init, shapes)
   model = _model_of(bare, state, shapes)
@@ -140,9 +157,12 @@ def _model_of(method: Method, state: State, shapes: Params) -> list[bool]:
   program = jax.make_jaxpr(method.params)(state).jaxpr
   given = {id(variable): place for place, variable in enumerate(program.invars)}
   places = [given.get(id(variable)) for variable in program.outvars]
-  if None in places or len(set(places)) < len(jax.tree.leaves(shapes)):
+  model = [place in places for place in range(len(program.invars))]
+  begun = jax.make_jaxpr(method.init)(shapes).jaxpr
+  first = [begun.outvars[place] in begun.invars for place, is_model in enumerate(model) if is_model]
+  if None in places or len(set(places)) < len(jax.tree.leaves(shapes)) or not all(first):
     raise ValueError(f"the model of {_name(method)} is computed from its state")
-  return [place in places for place in range(len(program.invars))]
+  return model
 
 
 def _round(method: Method, grads: Tree, state: State, key: Key) -> tuple[Tree, State]:
@@ -192,8 +212,11 @@ def _check_server(found: Halves, state: State, shapes: Params, name: str) -> Non
   def run(value, sent, state, key):
     return jax.tree.leaves(found.method.receive(value, sent, state, key=key))
 
-  shared = [not own for own in found.private]
-  own = _reached(run, (False, shapes), (True, shapes), (found.private, state), (True, _key()))
+  shared, none = [not own for own in found.private], [False] * len(found.private)
+  drawn = _reached(run, (False, shapes), (False, shapes), (none, state), (True, _key()))
+  if any(drawn):
+    raise ValueError(f"{name} draws random numbers when it receives, and a server has no rounds")
+  own = _reached(run, (False, shapes), (True, shapes), (found.private, state), (False, _key()))
   if any(_both(own, shared)):
     leaves = _names(state, _both(own, shared))
     raise ValueError(f"what {name} keeps in common depends on a worker's own state: {leaves}")
@@ -201,6 +224,12 @@ def _check_server(found: Halves, state: State, shapes: Params, name: str) -> Non
   if any(_both(received, found.private)):
     leaves = _names(state, _both(received, found.private))
     raise ValueError(f"a worker of {name} waits for what comes of its message: {leaves}")
+  program = jax.make_jaxpr(run)(shapes, shapes, state, _key()).jaxpr
+  given = program.invars[2 * len(jax.tree.leaves(shapes)) :]
+  changed = [a is not b for a, b in zip(program.outvars, given, strict=False)]
+  if any(_both(changed, found.private)):
+    leaves = _names(state, _both(changed, found.private))
+    raise ValueError(f"{name} changes a worker's own state after its exchange: {leaves}")
   kept = _reached(run, (False, shapes), (False, shapes), (found.model, state), (False, _key()))
   if not all(after for after, model in zip(kept, found.model, strict=True) if model):
     raise ValueError(f"{name} replaces the model by the workers', which a server must not do")

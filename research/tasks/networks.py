@@ -3,6 +3,7 @@
 NNX and Equinox models are recognized only if the program has imported these libraries already.
 """
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable
@@ -108,6 +109,7 @@ def _nnx(make: Callable[[Key], Any], model: Any) -> Network:
       raise ValueError(_statistics(", ".join(others)))
     return graph, *map(nnx.to_pure_dict, (params, keys, counts))
 
+  call = type(model).__call__
   graphs = {mode: split(mode, model)[0] for mode in ("train", "eval")}
   keys, counts = split("train", model)[2:]
 
@@ -122,7 +124,7 @@ def _nnx(make: Callable[[Key], Any], model: Any) -> Network:
       fold = lambda number, shape: jax.random.split(jax.random.fold_in(key, number), shape)
       drawn = tree.unflatten([fold(number, leaf.shape) for number, leaf in enumerate(leaves)])
     graph = graphs["eval" if key is None else "train"]
-    return nnx.merge(graph, params, drawn, counts)(x)
+    return nnx.merge(graph, params, drawn, counts)(x, **_words(call, key is not None))
 
   return Network(init, apply)
 
@@ -137,14 +139,16 @@ def _equinox(make: Callable[[Key], Any], model: Any) -> Network:
   if any(isinstance(x, eqx.nn.StateIndex) for x in jax.tree.leaves(model, is_leaf=_is_index)):
     raise ValueError(_statistics("StateIndex"))
   rest = eqx.partition(model, eqx.is_inexact_array)[1]
-  takes_key = "key" in inspect.signature(type(model).__call__).parameters
+  call = type(model).__call__
+  takes_key = "key" in inspect.signature(call).parameters
 
   def init(key: Key, x: Any) -> Params:
     del x
     return eqx.filter(make(key), eqx.is_inexact_array)
 
   def apply(params: Params, x: Any, key: Key | None) -> Array:
-    one = eqx.nn.inference_mode(eqx.combine(params, rest), value=key is None)
+    whole = eqx.nn.inference_mode(eqx.combine(params, rest), value=key is None)
+    one = functools.partial(whole, **_words(call, key is not None))
     if not takes_key:
       return jax.vmap(one)(x)
     if key is None:

@@ -70,6 +70,9 @@ def supervised(
   for name, weight in (("l2", l2), ("nonconvex", nonconvex)):
     if not weight >= 0:
       raise ValueError(f"{name}={weight} is negative")
+  for name in ("loss", "distance"):
+    if name in (metrics or ()):
+      raise ValueError(f"metrics: '{name}' is the name of a metric of every task; take another")
   error = loss if callable(loss) else _of_labels(loss)
   own = {**metrics} if metrics else {}
   if loss in ("softmax", "logistic"):
@@ -77,6 +80,8 @@ def supervised(
   for part, examples in (("train", train), ("test", test)):
     if examples is not None:
       _check_arrays(part, examples)
+  if test is not None:
+    _check_alike(train, test)
   init_, apply = network(model)
   first = jax.tree.map(lambda a: a[:1], train["x"])
   example = np.zeros((1, features), np.float32) if features else first
@@ -90,6 +95,8 @@ def supervised(
   def objective(params: Params, outputs: Any, batch: Batch) -> tuple[Array, dict[str, Array]]:
     found = error(outputs, batch)
     each, own = found if isinstance(found, tuple) else (found, {})
+    if "loss" in own:
+      raise ValueError("a metric that a loss returns beside itself cannot have the name 'loss'")
     value = sampling.mean(each, batch)
     leaves = jax.tree.leaves(params)
     if l2 > 0:
@@ -111,7 +118,10 @@ def supervised(
       found["distance"] = _distance(params, optimum)
     return found
 
-  outputs = jax.eval_shape(lambda: predict(init(jax.random.key(0)), first))
+  outputs = jax.eval_shape(lambda x: predict(init(jax.random.key(0)), x), first)
+  if not callable(loss) and getattr(outputs, "ndim", 0) < 2:
+    shape = getattr(outputs, "shape", None)
+    raise ValueError(f"the model's outputs are of shape {shape}, not [batch, outputs]")
   for examples in (train, test):
     if examples is not None and not callable(loss):
       _check(examples, loss, outputs.shape[1])
@@ -169,6 +179,24 @@ def _distance(params: Params, optimum: Params) -> Array:
 
   difference = jax.tree.map(lambda p, o: p - jnp.asarray(o, p.dtype), params, optimum)
   return largest(difference) / largest(optimum)
+
+
+def _check_alike(train: Batch, test: Batch) -> None:
+  """Rejects examples to test on that are not like those to train on.
+
+  Raises:
+    ValueError: with the array.
+  """
+  shapes = lambda batch: {
+    jax.tree_util.keystr(path): x.shape[1:]
+    for path, x in jax.tree_util.tree_leaves_with_path(batch)
+  }
+  wanted, found = shapes(train), shapes(test)
+  for name in sorted({*wanted} | {*found}):
+    if wanted.get(name) != found.get(name):
+      raise ValueError(
+        f"test{name}: shape [N, ...] with {found.get(name)}, and train has {wanted.get(name)}"
+      )
 
 
 def _check_arrays(part: str, examples: Batch) -> None:

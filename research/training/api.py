@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from research.core import registry
 from research.core.method import Method
 from research.core.spec import parse
@@ -81,8 +83,11 @@ def train(
     ReplicasDiffer: if the devices' copies of the state differ.
     CheckpointError: if the run has checkpoints and none is whole.
   """
+  batch_size, steps, seed = map(_plain, (batch_size, steps, seed))
+  options = {name: _plain(value) for name, value in options.items()}
   try:
     _check(task, method, model, mesh, executor, batch_size, steps, options, out)
+    _check_rest(seed, hooks)
     given = Given(
       _task(task, model),
       None if isinstance(method, str) else method,
@@ -135,7 +140,11 @@ def _check(task, method, model, mesh, executor, batch_size, steps, options, out)
   if not (isinstance(task, Task | str) or callable(task)):
     raise UsageError(f"task={quoted(task)}: not a Task, a function that makes one, or its text")
   if not isinstance(method, Method | str):
-    raise UsageError(f"method={quoted(method)}: not a Method or the text of one")
+    is_optax = hasattr(method, "init") and hasattr(method, "update")
+    hint = "; wrap it: data_parallel(optimizer, mean())" if is_optax else ""
+    hint = "; call it with its arguments" if isinstance(method, type) else hint
+    shown = label(method) if hint else quoted(method)
+    raise UsageError(f"method={shown}: not a Method or the text of one{hint}")
   if model is not None and isinstance(task, Task):
     raise UsageError("model: the task has its model already; leave this out")
   if not isinstance(mesh, str | Mapping):
@@ -159,6 +168,19 @@ def _check(task, method, model, mesh, executor, batch_size, steps, options, out)
     raise UsageError(f"steps={quoted(steps)}: not a whole number above 0")
   if out is None and (idle := [n for n in ("tensorboard", "profile") if options.get(n)]):
     raise UsageError(f"{idle[0]}: is written into the folder out=, and there is none")
+
+
+def _check_rest(seed: Any, hooks: Any) -> None:
+  """Rejects a seed or hooks of wrong types."""
+  if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31:
+    raise UsageError(f"seed={quoted(seed)}: not a whole number in [0, 2^31)")
+  if not isinstance(hooks, Sequence) or not all(isinstance(h, Hook) or callable(h) for h in hooks):
+    raise UsageError("hooks: not a list of hooks or functions of (run, event)")
+
+
+def _plain(value: Any) -> Any:
+  """A number of numpy's as Python's."""
+  return value.item() if isinstance(value, np.generic) else value
 
 
 def _is_count(value: Any) -> bool:

@@ -18,6 +18,9 @@ from research.core import blame
 from research.core.task import Task
 
 _WHOLE = 2**26  # bytes of an array that are read whole
+# Values of a class that count, and names under which Python and Flax keep what is theirs.
+_PLAIN = bool | int | float | complex | str | bytes | tuple | list | dict | set | np.ndarray
+_LIBRARY = ("__", "_object__", "_pytree__", "_abc_")
 _BLOCK = 2**16  # bytes; of a larger array so many blocks are read as make up _WHOLE
 
 
@@ -166,7 +169,7 @@ class _Walk:
         if isinstance(value, staticmethod | classmethod | property):
           value = value.fget if isinstance(value, property) else value.__func__
         is_own = isinstance(value, types.FunctionType) and value.__module__ == x.__module__
-        if is_own or (isinstance(value, int | float | str) and not name.startswith("__")):
+        if is_own or (isinstance(value, _PLAIN) and not name.startswith(_LIBRARY)):
           self._say(name)
           self._all([value])
 
@@ -184,7 +187,7 @@ class _Walk:
 
 def _fields(x: Any) -> Iterator[tuple[str, Any]]:
   """What an object of a user's class holds, without what a library keeps in it for itself."""
-  return ((name, value) for name, value in vars(x).items() if not name.startswith("_"))
+  return ((name, value) for name, value in vars(x).items() if not name.startswith(_LIBRARY))
 
 
 def _is_full(cell: Any) -> bool:
