@@ -1,4 +1,4 @@
-"""Film recommendation beside a peer library. A case of `bench.py --suite=applications`."""
+"""Film recommendation beside a peer library. An application of `bench.py`."""
 
 # pyright: reportMissingImports=false
 # Cornac is only in the extra `applications`.

@@ -1,4 +1,4 @@
-"""Medicine over hospitals: pooled, federated, noisy and alone. A case of `bench.py --suite=applications`."""
+"""Medicine over hospitals: pooled, federated, noisy and alone. An application of `bench.py`."""
 
 from typing import Any
 

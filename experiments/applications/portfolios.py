@@ -1,4 +1,4 @@
-"""Finance beside published values and a linear program. A case of `bench.py --suite=applications`."""
+"""Finance beside published values and a linear program. An application of `bench.py`."""
 
 import time
 from typing import Any

@@ -1,4 +1,4 @@
-"""Search beside its peers: PageRank, learning to rank, BM25. A case of `bench.py --suite=applications`."""
+"""Search beside its peers: PageRank, learning to rank, BM25. An application of `bench.py`."""
 
 # pyright: reportMissingImports=false
 # LightGBM is only in the extra `applications`.

@@ -50,6 +50,8 @@ def import_modules() -> None:
         plugins.load(text)
     except UsageError:
       raise
+    except SystemExit as error:
+      raise UsageError(f"--import={quoted(text)}: ends the program when it is imported") from error
     except Exception as error:  # whatever a user's module does
       fault = blame.fault(error) or f"{type(error).__name__}: {error}"
       print(one_line(f"error: --import={quoted(text)}: {fault}"), file=sys.stderr)

@@ -105,4 +105,5 @@ def _is_ours(frame: FrameType) -> bool:
 
 def _is_library(frame: FrameType) -> bool:
   name = str(frame.f_globals.get("__name__", ""))
-  return name.partition(".")[0] in _LIBRARIES or frame.f_code.co_filename.startswith("<frozen")
+  is_made = frame.f_code.co_filename.startswith(("<frozen", "<string>"))  # by dataclasses, too
+  return name.partition(".")[0] in _LIBRARIES or is_made

@@ -27,6 +27,19 @@ GROUP = "research.plugins"
 OF_OPTAX = ("optimizer", "schedule")
 KINDS = (*TABLE, *OF_OPTAX)
 
+# Parameters that the command's flags set, and no spec.
+_OF_FLAGS = {"task": ("model", "data_dir")}
+# What a factory of a kind returns.
+_TYPES = {
+  "compressor": "research.core.base:Compressor",
+  "aggregator": "research.core.base:Aggregator",
+  "method": "research.core.method:Method",
+  "topology": "research.comm.topology:Topology",
+  "delays": "research.sim.delays:Delays",
+  "speeds": "research.sim.clock:Speeds",
+  "task": "research.core.task:Task",
+}
+
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
 ADDED: dict[str, dict[str, Callable[..., Any]]] = {}  # kind -> name -> factory, by `register`
@@ -163,7 +176,8 @@ def _build(kinds: Sequence[str], call: Call, bound: dict[str, Any]) -> Any:
   kind, factory = _find(kinds, call.name)
   signature = signature_of(factory)
   bound = {name: value for name, value in bound.items() if name in signature.parameters}
-  settable = {name: p for name, p in signature.parameters.items() if name not in bound}
+  apart = {*bound, *_OF_FLAGS.get(kind, ())}
+  settable = {name: p for name, p in signature.parameters.items() if name not in apart}
   args, kwargs = arguments.matched(call, settable, lambda kinds, inner: _build(kinds, inner, {}))
   try:
     built = factory(*args, **kwargs, **bound)
@@ -176,6 +190,8 @@ def _build(kinds: Sequence[str], call: Call, bound: dict[str, Any]) -> Any:
     if blame.fault(error) and not says_why:
       raise
     raise call.wrong(one_line(error, 300)) from error
+  if problem := _not_of(kind, built):
+    raise call.wrong(f"{call.name} returns {problem}")
   if kind in OF_OPTAX:
     from research.core import optimizers
 
@@ -183,6 +199,17 @@ def _build(kinds: Sequence[str], call: Call, bound: dict[str, Any]) -> Any:
     text = of_call(call.name, signature.parameters.values(), values)
     return optimizers.named(kind, built, text)
   return built
+
+
+def _not_of(kind: str, built: Any) -> str:
+  """What an object is if it is not of its kind; '' if it is."""
+  if kind == "model":
+    return "" if callable(built) else f"{type(built).__name__}, which is not a model"
+  if kind not in _TYPES:
+    return ""
+  module, name = _TYPES[kind].split(":")
+  fits = isinstance(built, getattr(importlib.import_module(module), name))
+  return "" if fits else f"{type(built).__name__}, which is not a {name}"
 
 
 def signature_of(factory: Callable[..., Any]) -> inspect.Signature:
