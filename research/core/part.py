@@ -145,6 +145,8 @@ def _equal(a: Any, b: Any) -> bool:
 
 def _frozen(value: Any) -> Any:
   """Converts lists to tuples, so that the object is hashable."""
+  if type(value) is dict:
+    return {name: _frozen(one) for name, one in value.items()}
   return tuple(map(_frozen, value)) if type(value) in (list, tuple) else value
 
 

@@ -203,6 +203,8 @@ def _check_arrays(part: str, examples: Batch) -> None:
   """Rejects examples that are not arrays of one length."""
   if not isinstance(examples, Mapping) or "x" not in examples:
     raise ValueError(f'{part}: not a dictionary with arrays "x" [N, ...], and "y" for labels')
+  if "mask" in examples:
+    raise ValueError(f'{part}["mask"]: the name is that of the executors\' own mask; take another')
   for name, array in examples.items():
     for leaf in jax.tree.leaves(array):
       if not isinstance(leaf, np.ndarray):

@@ -4,22 +4,27 @@ import dataclasses
 import inspect
 from typing import Any, ClassVar
 
+import numpy as np
+import optax
 import pytest
 from aggregators import PLAIN
 from aggregators import SPECS as AGGREGATORS
 from catalogue import SPECS as METHODS
 from promises import COMPRESSORS
 
+from research.aggregate.compressed import gather_mean
 from research.aggregate.feedback import ErrorFeedback, error_feedback
+from research.aggregate.gossip import gossip
 from research.aggregate.mean import Mean, mean
 from research.aggregate.policy import warm_up
 from research.aggregate.privacy.private import Noisy
 from research.comm.topology import Ring, Weights
 from research.compress.quantize import Int8, int8
 from research.core import registry
-from research.core.base import Aggregator, Compressor
+from research.core.base import EVERYONE, Aggregate, Aggregator, Compressor, Trait
 from research.core.part import Part, hidden
 from research.core.spec import parse
+from research.methods.data_parallel import data_parallel
 
 SPECS = {
   **dict.fromkeys(COMPRESSORS, "compressor"),
@@ -140,3 +145,51 @@ def test_what_errors_call_a_part():
   assert (Ours.title, Leveled.title, Mean.title, ErrorFeedback.title) == (
     "ours", "Leveled", "mean", "error_feedback",
   )  # fmt: skip
+
+
+class Scaled(Compressor):
+  """A compressor with fields of kinds that no spec has."""
+
+  factors: Any = None
+  of: Any = None
+
+  def encode(self, x, shared, own):
+    return x
+
+  def decode(self, payload, like, shared):
+    return payload
+
+
+def test_fields_of_any_kind():
+  """Dictionaries, arrays, functions: shown, searched, and aggregated with."""
+  for value in ({"a": 1.0}, np.ones(3), [[1, 2], [3]]):
+    aggregator = gather_mean(Scaled(value))
+    assert repr(aggregator).startswith("gather_mean(Scaled(factors=")
+    assert aggregator.replace().compressor == aggregator.compressor
+  assert repr(Scaled(of=lambda x: x)) == "Scaled(of=<lambda>)"
+  assert repr(Scaled(of=optax.cosine_decay_schedule(0.1, 3))) == "Scaled(of=<schedule>)"
+
+
+class Choosing(Aggregator):
+  """Aggregators in a dictionary and in lists of lists."""
+
+  others: Any
+
+  def aggregate(self, tree, state, key, presence=EVERYONE):
+    return Aggregate(tree, tree, state)
+
+
+@pytest.mark.parametrize("wrap", [lambda a: {"x": a}, lambda a: [[a]], lambda a: [{"x": [a]}]])
+def test_parts_are_found_in_any_nesting(wrap):
+  inner = gossip(Ring())
+  found = Choosing(wrap(inner))
+  assert list(found.parts(type(inner))) == [inner]
+  assert Trait.LOCAL in found.traits
+  with pytest.raises(ValueError, match=r"data_parallel does not go with what it wraps \(local\)"):
+    data_parallel(optax.sgd(0.1), found)
+
+
+@pytest.mark.parametrize("name", ["values", "check", "replace", "title", "spec_name", "traits"])
+def test_a_field_cannot_hide_what_every_part_has(name):
+  with pytest.raises(TypeError, match=f"'{name}' is a method of its base class"):
+    type("Hiding", (Aggregator,), {"__annotations__": {name: float}, name: 1.0})

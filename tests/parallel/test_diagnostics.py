@@ -12,6 +12,7 @@ from research.aggregate.compressed import gather_mean
 from research.aggregate.feedback import error_feedback
 from research.aggregate.mean import mean
 from research.compress.sparsify import top_k
+from research.core import registry
 from research.methods.data_parallel import data_parallel
 from research.methods.local import local_sgd
 from research.parallel import diagnostics, workers
@@ -57,6 +58,16 @@ def check(found, want):
   assert set(want) == set(found)
   for name, values in want.items():
     np.testing.assert_allclose(found[name], values, rtol=2e-5, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("rule", ["mean()", "median()"])
+def test_an_exchange_that_loses_nothing_has_no_error(rule):
+  """Also where workers weigh by their numbers of examples, and where each counts once."""
+  method = data_parallel(optax.sgd(RATE), registry.build("aggregator", rule))
+  sizes = (30, 60, 90, 60) if W == 4 else (30, 90) * (W // 2)
+  norms = Running(method, "simulate", AXES, sizes, None, diagnostics=1).rounds(2).metrics["norms"]
+  assert max(norms["missed"]) <= 1e-12 * min(norms["asked"])
+  assert min(norms["asked"]) > 0
 
 
 @pytest.mark.parametrize("executor", ["simulate", "spmd", "pmap"])

@@ -5,14 +5,18 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from catalogue import DRAWN, GRAPHS, METHODS, SLICED
 from problems import Running, distance, regression
 
+from research.aggregate.mean import Mean, mean
 from research.core import registry
 from research.core.base import EVERYONE
+from research.methods.local import LocalSGD
 from research.server.halves import halves
 
+MOMENTUM = optax.sgd(0.1, momentum=0.9)
 # Why the others have none.
 REASONS = {
   "two_phase": "error_feedback is an exchange among workers",
@@ -127,3 +131,58 @@ def test_corrections_for_age_stay_with_the_server():
   want = 1 - 0.1 * (g["w"] + lam * g["w"] ** 2 * moved["w"])
   np.testing.assert_allclose(params["w"], want, rtol=1e-6)
   np.testing.assert_allclose(held.memory["w"], square, rtol=1e-6)
+
+
+class Overriding(LocalSGD, name="overriding"):
+  """Half of the step, by an exchange of its own."""
+
+  def sync(self, local, state, *, key, presence=EVERYONE):
+    after = super().sync(local, state, key=key, presence=presence)
+    half = jax.tree.map(lambda a, b: (a + b) / 2, after.params, state.params)
+    return after._replace(params=half)
+
+
+class Resetting(LocalSGD, name="resetting"):
+  """A worker's optimizer starts anew when the exchange is done."""
+
+  def receive(self, value, sent, state, *, key, presence=EVERYONE):
+    after = super().receive(value, sent, state, key=key, presence=presence)
+    return after._replace(inner=jax.tree.map(jnp.zeros_like, after.inner))
+
+
+class Drawing(LocalSGD, name="drawing"):
+  """Noise on the model when it is received."""
+
+  def receive(self, value, sent, state, *, key, presence=EVERYONE):
+    noise = lambda x: x + jax.random.normal(key, x.shape)
+    return super().receive(jax.tree.map(noise, value), sent, state, key=key, presence=presence)
+
+
+class Halving(LocalSGD, name="halving"):
+  """A first model that is not the one that was given."""
+
+  def init(self, params):
+    return super().init(jax.tree.map(lambda x: x / 2, params))
+
+
+class Doubling(Mean, name="doubling"):
+  """Twice the mean, which its inherited uplink does not say."""
+
+  def aggregate(self, tree, state, key, presence=EVERYONE):
+    out = super().aggregate(tree, state, key, presence)
+    return out._replace(value=jax.tree.map(lambda x: 2 * x, out.value))
+
+
+@pytest.mark.parametrize(
+  ("method", "reason"),
+  [
+    (Overriding(MOMENTUM, mean()), "exchanges more than one message per round"),
+    (Resetting(MOMENTUM, mean()), "changes a worker's own state after its exchange: .inner"),
+    (Drawing(MOMENTUM, mean()), "draws random numbers when it receives"),
+    (Halving(MOMENTUM, mean()), "is computed from its state"),
+    (LocalSGD(MOMENTUM, Doubling()), "doubling aggregates otherwise than its uplink encodes"),
+  ],
+)
+def test_what_a_server_would_do_otherwise_is_refused(method, reason):
+  with pytest.raises(ValueError, match=re.escape(reason)):
+    halves(method, {"w": jnp.ones(3)})

@@ -9,8 +9,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
+from research.aggregate.mean import mean
+from research.core import plugins
+from research.tasks.convex.synthetic import mean_estimation
+from research.training import fingerprint, loop, metrics
 from research.training import folder as folders
-from research.training import loop, metrics
 from research.training.config import Config, UsageError
 
 RUN = Config(
@@ -123,3 +126,16 @@ def test_an_evaluation_that_is_not_finite_ends_the_run(gradient_norm, tmp_path, 
   assert "not finite at step 2; no checkpoint was saved yet" in str(caught.value)
   rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
   assert [json.loads(row)["step"] for row in rows] == [2]
+
+
+def test_files_of_plugins_are_part_of_the_code(tmp_path, monkeypatch):
+  """A registered function may return built-in parts alone, and nothing of its own."""
+  file = tmp_path / "plugin.py"
+  monkeypatch.setattr(plugins, "files", lambda: [file])
+  found = []
+  for text in ("rate = 1.0\n", "rate = 2.0\n"):
+    file.write_text(text)
+    found.append(fingerprint.of_specs(mean_estimation(8, 4), mean())["code"])
+  assert found[0] != found[1]
+  monkeypatch.setattr(plugins, "files", list)
+  assert "code" not in fingerprint.of_specs(mean_estimation(8, 4), mean())

@@ -229,9 +229,14 @@ class Net(nn.Module):
 
 WEIGHT = 1.0
 
-def loss(outputs, batch):
-  return jnp.square(outputs[:, 0] - batch["x"][:, 0])
+class Loss:
+  def __init__(self):
+    self._a = 1.0
 
+  def __call__(self, outputs, batch):
+    return self._a * jnp.square(outputs[:, 0] - batch["x"][:, 0])
+
+loss = Loss()
 x = np.arange(24, dtype=np.float32).reshape(12, 2) / 24
 task = supervised(Net(), {"x": x}, loss=loss)
 method = data_parallel(optax.sgd(0.1), mean())
@@ -251,7 +256,8 @@ def test_another_process_sees_the_same_code_and_its_changes(tmp_path):
 
   script(OWN)
   assert "complete" in script("# A comment.\n" + OWN)
-  for old, new in (("WEIGHT = 1.0", "WEIGHT = 2.0"), ("jnp.square", "jnp.abs")):
+  changes = ("WEIGHT = 1.0", "WEIGHT = 2.0"), ("jnp.square", "jnp.abs"), ("_a = 1.0", "_a = 2.0")
+  for old, new in changes:
     assert "holds a run of other code under the same flags" in script(OWN.replace(old, new))
 
 
@@ -296,6 +302,10 @@ def test_a_loss_that_is_not_finite_ends_the_run():
     ({"executor": "spmdd"}, "^executor='spmdd': unknown; did you mean 'spmd'"),
     ({"mesh": "dat:4"}, "^mesh='dat:4'"),
     ({"mesh": 4}, "^mesh=4: not a text such as"),
+    ({"seed": 1.5}, "^seed=1.5: not a whole number"),
+    ({"hooks": print}, "^hooks: not a list of hooks"),
+    ({"method": optax.sgd(0.1)}, r"wrap it: data_parallel\(optimizer, mean\(\)\)"),
+    ({"method": data_parallel}, "call it with its arguments"),
     ({"method": 3}, "^method=3: not a Method"),
     ({"task": 3}, "^task=3: not a Task"),
     ({"model": Linen()}, "^model: the task has its model already"),
@@ -333,12 +343,44 @@ class Statistics(nnx.Module):
     (Linen(), {"x": X.tolist(), "y": Y}, r'train\["x"\] is a float, and no numpy array'),
     (Linen(), {"x": X, "y": Y[:-1]}, r"lengths \[239, 240\]"),
     (Linen(), {"x": X}, 'the softmax loss needs labels "y"'),
+    (Linen(), {"x": X, "y": Y, "mask": Y}, "the name is that of the executors' own mask"),
   ],
 )
 def test_what_cannot_be_a_task_is_one_line(model, data, message):
   with pytest.raises(ValueError, match=message) as caught:
     supervised(model, data)
   assert "\n" not in str(caught.value)
+
+
+def test_examples_to_test_on_are_like_those_to_train_on():
+  for test in ({"x": X}, {"x": X[:, :3], "y": Y}):
+    with pytest.raises(ValueError, match=r"^test"):
+      supervised(Linen(), DATA, test)
+  for metrics in ({"loss": lambda outputs, batch: batch["y"]},):
+    with pytest.raises(ValueError, match="'loss' is the name of a metric of every task"):
+      supervised(Linen(), DATA, metrics=metrics)
+
+
+class Moody(nnx.Module):
+  """A model that is told whether it trains, as linen's are."""
+
+  def __init__(self):
+    self.out = nnx.Linear(6, 3, rngs=nnx.Rngs(0))
+
+  def __call__(self, x, train=False):
+    return self.out(x) * (0.0 if train else 1.0)
+
+
+def test_models_are_told_whether_they_train():
+  task = supervised(Moody(), DATA, DATA)
+  params = task.init(jax.random.key(0))
+  batch = {name: jnp.asarray(x[:8]) for name, x in DATA.items()}
+  np.testing.assert_allclose(task.loss(params, batch, jax.random.key(0)), np.log(3), rtol=1e-5)
+  assert abs(float(task.evaluate(params, batch)["loss"]) - np.log(3)) > 1e-3
+
+
+def test_numbers_of_numpy_are_numbers():
+  small(batch_size=np.int64(40), steps=np.int32(10), eval_every=np.int64(0))
 
 
 def test_a_loss_gives_a_value_of_each_example():
