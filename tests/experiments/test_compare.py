@@ -19,7 +19,7 @@ FEATURES = 10  # of least_squares(), one leaf
 
 @pytest.fixture(scope="module", autouse=True)
 def flags_defined():
-  compare.define_flags()
+  compare.define_own_flags()
 
 
 @pytest.fixture
