@@ -33,7 +33,7 @@ def fail(code: int, line: str, error: BaseException | None = None) -> NoReturn:
 
 def debugging() -> bool:
   """Whether the command has --debug, and it is set."""
-  return "debug" in FLAGS and bool(FLAGS.debug)
+  return FLAGS.is_parsed() and "debug" in FLAGS and bool(FLAGS.debug)
 
 
 @contextlib.contextmanager

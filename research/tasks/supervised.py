@@ -182,21 +182,19 @@ def _distance(params: Params, optimum: Params) -> Array:
 
 
 def _check_alike(train: Batch, test: Batch) -> None:
-  """Rejects examples to test on that are not like those to train on.
+  """Rejects examples to test on that are not like those to train on; sparse rows differ in length.
 
   Raises:
     ValueError: with the array.
   """
   shapes = lambda batch: {
-    jax.tree_util.keystr(path): x.shape[1:]
-    for path, x in jax.tree_util.tree_leaves_with_path(batch)
+    f"[{name!r}]": None if isinstance(x, dict) else x.shape[1:] for name, x in batch.items()
   }
-  wanted, found = shapes(train), shapes(test)
+  both = wanted, found = shapes(train), shapes(test)
   for name in sorted({*wanted} | {*found}):
-    if wanted.get(name) != found.get(name):
-      raise ValueError(
-        f"test{name}: shape [N, ...] with {found.get(name)}, and train has {wanted.get(name)}"
-      )
+    of = [f"[N, {', '.join(map(str, s[name] or '...'))}]" if name in s else "none" for s in both]
+    if of[0] != of[1]:
+      raise ValueError(f"test{name} is {of[1]}, and train{name} is {of[0]}")
 
 
 def _check_arrays(part: str, examples: Batch) -> None:
