@@ -156,7 +156,8 @@ def _shown(value: Any) -> str:
     return f"[{', '.join(map(_shown, value))}]"
   is_function = isinstance(value, _FUNCTIONS) or type(value).__repr__ is object.__repr__
   if callable(value) and is_function:
-    return f"<{getattr(value, '__name__', type(value).__name__).strip('<>')}>"
+    name = str(getattr(value, "__name__", type(value).__name__))
+    return f"<{name.strip('<>')}>"
   if hasattr(value, "_fields") and hasattr(value, "update") and "function" in repr(value):
     return f"<{type(value).__name__}>"
   return repr(value)
