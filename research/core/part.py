@@ -46,7 +46,7 @@ class Part:
       cls.title = name or cls.__name__
     dataclasses.dataclass(frozen=True, repr=False)(cls)
     for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
-      if field.name in vars(cls).get("__annotations__", {}):
+      if field.name in inspect.get_annotations(cls):
         _check_name(cls, field.name)
     known = vars(cls)["__dataclass_fields__"]
     for declared in set(known) - {field.name for field in dataclasses.fields(cls)}:  # pyright: ignore[reportArgumentType]

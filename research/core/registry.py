@@ -118,7 +118,7 @@ def load_installed() -> None:
   for point in importlib.metadata.entry_points(group=GROUP):
     try:
       point.load()
-    except Exception as error:
+    except Exception as error:  # whatever a plugin's module raises goes on, with its entry point
       error.add_note(f"in the entry point {point.name} = {point.value} of {GROUP}")
       raise
 

@@ -181,7 +181,7 @@ class FedAdaptive(Federated):
 
   def check(self):
     super().check()
-    assert self.outer, "building it rejects hyper-parameters out of range"
+    _ = self.outer  # building it rejects hyper-parameters out of range
 
 
 class FedAdam(FedAdaptive, name="fed_adam"):
@@ -219,16 +219,13 @@ class FedAdam(FedAdaptive, name="fed_adam"):
 fed_adam = FedAdam
 
 
-class FedYogi(FedAdaptive, name="fed_yogi"):
+class FedYogi(FedAdam, name="fed_yogi"):
   """`fed_adam` with v_t = v_{t-1} - (1 - b2) Delta_t^2 sign(v_{t-1} - Delta_t^2).
 
   Args and Raises: see `fed_adam`.
 
   Reference: Reddi et al. 2020, arXiv 2003.00295, algorithm 2, FedYogi.
   """
-
-  _: KW_ONLY
-  b2: float = 0.99
 
   @cached_property
   def outer(self) -> optax.GradientTransformation:
