@@ -12,6 +12,7 @@ from research.comm import collectives
 from research.comm.neighbours import heard, own_weight
 from research.comm.topology import Shift, Topology
 from research.core.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Array, Trait, Tree
+from research.core.part import required
 
 
 class GossipState(NamedTuple):
@@ -29,9 +30,10 @@ class Exchange(Aggregator):
   topology: Topology
   axis: collectives.Axes = WORKER_AXES
 
+  @required
   def mix(self, shifts: Sequence[Shift], tree: Tree) -> Tree:
     """Combines this worker's tree with those it receives over `shifts`, the links of one round."""
-    raise NotImplementedError(f"{type(self).__name__} has no mix")
+    ...
 
   def init(self, params):
     return GossipState(jnp.zeros((), jnp.int32))

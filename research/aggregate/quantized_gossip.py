@@ -20,6 +20,7 @@ from research.core.base import (
   Key,
   Trait,
 )
+from research.core.part import required
 
 
 class QuantizedGossip(Aggregator):
@@ -46,9 +47,10 @@ class QuantizedGossip(Aggregator):
         f"'{self.topology.title}' does not: take ring, torus, complete, star, or symmetric weights"
       )
 
+  @required
   def origin(self, x: Array, sent: Array) -> Array:
     """Returns the point from which a worker moves: its value `x`, or the decoded payload `sent`."""
-    raise NotImplementedError(f"{type(self).__name__} has no origin")
+    ...
 
   def aggregate(self, tree, state, key, presence=EVERYONE):
     need_everyone(self.title, presence)

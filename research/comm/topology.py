@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from research.core.part import Part
+from research.core.part import Part, required
 
 _TOLERANCE = 1e-6
 
@@ -30,13 +30,14 @@ class Topology(Part):
   balanced: ClassVar[bool] = True  # rows sum to one too: consensus is preserved
   varying: ClassVar[bool] = False  # the period may be longer than one round
 
+  @required
   def rounds(self, count: int) -> list[list[Shift]]:
     """Returns the links of each round of the period, which repeats.
 
     Args:
       count: W, the number of workers.
     """
-    raise NotImplementedError(f"{type(self).__name__} has no rounds")
+    ...
 
 
 class Undirected(Topology):
@@ -45,9 +46,10 @@ class Undirected(Topology):
   Reference: Xiao, Boyd 2004, Systems and Control Letters 53(1) (local-degree weights).
   """
 
+  @required
   def neighbours(self, count: int) -> list[set[int]]:
     """Returns the neighbours of each of W workers; a set may include the worker itself."""
-    raise NotImplementedError(f"{type(self).__name__} has no neighbours")
+    ...
 
   def rounds(self, count):
     around = [others - {i} for i, others in enumerate(self.neighbours(count))]

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from research.core.part import Part
+from research.core.part import Part, required
 from research.core.text import listed
 
 Array = jax.Array
@@ -70,6 +70,7 @@ class Compressor(Part):
   contractive = True  # E ||C(x) - x||^2 < ||x||^2 for every x: a memory stays bounded
   sparse = False  # C(x) is zero at most positions
 
+  @required
   def encode(self, x: Array, shared: Key, own: Key) -> Tree:
     """Encodes an array into its payload.
 
@@ -78,8 +79,9 @@ class Compressor(Part):
       shared: a typed key, equal on all workers.
       own: a typed key of this worker.
     """
-    raise NotImplementedError(f"{type(self).__name__} has no encode")
+    ...
 
+  @required
   def decode(self, payload: Tree, like: jax.ShapeDtypeStruct, shared: Key) -> Array:
     """Decodes a payload into an approximation of the array.
 
@@ -88,7 +90,7 @@ class Compressor(Part):
       like: shape and dtype of the array.
       shared: the shared key passed to `encode`.
     """
-    raise NotImplementedError(f"{type(self).__name__} has no decode")
+    ...
 
 
 class Chunk(NamedTuple):
@@ -206,6 +208,7 @@ class Aggregator(Wrapper):
     del params
     return ()
 
+  @required
   def aggregate(
     self, tree: Tree, state: State, key: Key, presence: Presence = EVERYONE
   ) -> Aggregate:
@@ -217,7 +220,7 @@ class Aggregator(Wrapper):
       key: a typed key, equal on all workers.
       presence: this worker's participation and weight.
     """
-    raise NotImplementedError(f"{type(self).__name__} has no aggregate")
+    ...
 
   @property
   def traits(self) -> Trait:

@@ -15,7 +15,7 @@ from research.core.base import (
   Tree,
   Wrapper,
 )
-from research.core.part import defined_at
+from research.core.part import defined_at, required
 
 GradFn = Callable[[Params], Tree]
 Period = int | Sequence[Sequence[int]]  # local steps per round, or [[first round, steps], ...]
@@ -57,22 +57,25 @@ class Method(Wrapper):
     super().__post_init__()
     checks.at_least("local_steps", self.local_steps)
 
+  @required
   def init(self, params: Params) -> State:
     """Returns the initial state, which persists from round to round.
 
     Args:
       params: the initial model, equal on all workers.
     """
-    raise NotImplementedError(f"{type(self).__name__} has no init")
+    ...
 
+  @required
   def begin(self, state: State) -> Any:
     """Returns the Local at the start of a round; gradients are computed at its `params`.
 
     Args:
       state: the state at the round's start.
     """
-    raise NotImplementedError(f"{type(self).__name__} has no begin")
+    ...
 
+  @required
   def step(
     self, grads: Tree, local: Any, state: State, *, key: Key, grad_fn: GradFn | None = None
   ) -> Any:
@@ -88,8 +91,9 @@ class Method(Wrapper):
     Returns:
       The Local after the step.
     """
-    raise NotImplementedError(f"{type(self).__name__} has no step")
+    ...
 
+  @required
   def message(
     self, local: Any, state: State, *, key: Key, presence: Presence = EVERYONE
   ) -> tuple[Tree, State]:
@@ -101,8 +105,9 @@ class Method(Wrapper):
       key: a typed key of the round, equal on all workers.
       presence: this worker's participation and weight.
     """
-    raise NotImplementedError(f"{type(self).__name__} has no message")
+    ...
 
+  @required
   def receive(
     self, value: Tree, sent: Tree, state: State, *, key: Key, presence: Presence = EVERYONE
   ) -> State:
@@ -115,7 +120,7 @@ class Method(Wrapper):
       key: the key passed to `message`.
       presence: the presence passed to `message`.
     """
-    raise NotImplementedError(f"{type(self).__name__} has no receive")
+    ...
 
   def sync(self, local: Any, state: State, *, key: Key, presence: Presence = EVERYONE) -> State:
     """Runs the exchange of a round, under named worker axes.

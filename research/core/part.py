@@ -4,10 +4,11 @@ import dataclasses
 import functools
 import inspect
 import types
-from collections.abc import Iterator
-from typing import Any, ClassVar, Literal, Self, TypeVar, dataclass_transform
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Literal, Self, TypeVar, cast, dataclass_transform
 
 Kind = TypeVar("Kind")
+Function = TypeVar("Function", bound=Callable[..., Any])
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
 _RESERVED = ("title", "spec_name", "refuses", "adds")
 
@@ -20,6 +21,20 @@ def hidden(default: Any, *, init: Literal[False] = False) -> Any:
     init: tells type checkers that the constructor does not take the field.
   """
   return dataclasses.field(default=default, init=init, repr=False)
+
+
+def required(method: Function) -> Function:
+  """Marks a method that subclasses define; without a definition, calling it names the subclass.
+
+  Not an abstract method: which ones a Part needs depends on the others that it defines.
+  """
+
+  @functools.wraps(method)
+  def missing(self: Any, *args: Any, **kwargs: Any) -> Any:
+    del args, kwargs
+    raise NotImplementedError(f"{type(self).__name__} has no {method.__name__}")
+
+  return cast(Function, missing)
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, hidden))

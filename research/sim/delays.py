@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from research.comm import collectives
 from research.core import checks
 from research.core.base import Array, Key, Own, Params, State, Tree
-from research.core.part import Part
+from research.core.part import Part, required
 
 _DELAYS = 0x64656C61
 
@@ -36,18 +36,21 @@ class Delays(Part):
 
   one_by_one = False  # whether it models a server that serves workers one at a time
 
+  @required
   def init(self, params: Params) -> State:
     """Returns the initial state, given x_0."""
-    raise NotImplementedError(f"{type(self).__name__} has no init")
+    ...
 
+  @required
   def read(self, state: State) -> Reading:
     """Returns the model that this worker reads in round t, and its staleness.
 
     Args:
       state: state of round t.
     """
-    raise NotImplementedError(f"{type(self).__name__} has no read")
+    ...
 
+  @required
   def after(self, state: State, params: Params, *, key: Key, active: bool | Array = True) -> State:
     """Returns the state after a round.
 
@@ -57,7 +60,7 @@ class Delays(Part):
       key: the typed key of the round's sync, equal on all workers.
       active: whether this worker took part.
     """
-    raise NotImplementedError(f"{type(self).__name__} has no after")
+    ...
 
 
 class Recent(NamedTuple):
@@ -73,10 +76,12 @@ class RecentModels(Delays):
   """
 
   @property
+  @required
   def longest(self) -> int:
     """The maximum delay, in rounds."""
-    raise NotImplementedError(f"{type(self).__name__} has no longest")
+    ...
 
+  @required
   def law(self, key: Key, shape: tuple[int, ...]) -> Array:
     """Draws this worker's delays for the next round.
 
@@ -87,7 +92,7 @@ class RecentModels(Delays):
     Returns:
       int32 delays in [0, longest].
     """
-    raise NotImplementedError(f"{type(self).__name__} has no law")
+    ...
 
   def start(self, params: Params) -> Tree:
     """The delays of round 0, zeros; later rounds have the same shapes."""

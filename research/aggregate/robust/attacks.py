@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from research.comm import collectives
 from research.core import checks
 from research.core.base import EVERYONE, WORKER_AXES, Aggregator, Array, Key, Trait, Tree
+from research.core.part import required
 
 _NOISE = 0x6C696573
 
@@ -31,6 +32,7 @@ class Attack(Aggregator):
   def check(self):
     checks.in_range("faulty", self.faulty, "[0, inf)")
 
+  @required
   def lie(self, tree: Tree, key: Key, count: int, active: bool | Array) -> Tree:
     """Returns the tree that a faulty worker sends.
 
@@ -40,7 +42,7 @@ class Attack(Aggregator):
       count: W, the number of workers.
       active: whether this worker is present.
     """
-    raise NotImplementedError(f"{type(self).__name__} has no lie")
+    ...
 
   @property
   def privacy(self):

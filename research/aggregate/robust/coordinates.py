@@ -21,6 +21,7 @@ from research.aggregate.presence import Roll, call_roll
 from research.comm import collectives
 from research.core import checks
 from research.core.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Array, Trait, Tree
+from research.core.part import required
 
 
 class Robust(Aggregator):
@@ -32,6 +33,7 @@ class Robust(Aggregator):
   axis: ClassVar[Any] = WORKER_AXES
   adds = Trait.SELECTS | Trait.DENSE
 
+  @required
   def of_chunks(self, everyone: Tree, roll: Roll | None) -> Tree:
     """Applies the rule to this worker's chunk.
 
@@ -42,7 +44,7 @@ class Robust(Aggregator):
     Returns:
       The chunk's value, leaves [...].
     """
-    raise NotImplementedError(f"{type(self).__name__} has no of_chunks")
+    ...
 
   def aggregate(self, tree, state, key, presence=EVERYONE):
     del key
@@ -54,9 +56,10 @@ class Robust(Aggregator):
 class Trimmed(Robust):
   """Averages each coordinate without its smallest and largest values."""
 
+  @required
   def trim(self, count: int) -> int:
     """The number of values, out of n, to drop at either end."""
-    raise NotImplementedError(f"{type(self).__name__} has no trim")
+    ...
 
   def of_chunks(self, everyone, roll):
     return jax.tree.map(lambda x: middle(x, self.trim, roll), everyone)
