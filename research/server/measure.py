@@ -15,7 +15,7 @@ from research.parallel import sharded
 from research.server import events
 from research.server.messages import Spent
 from research.server.setup import Setup
-from research.training import metrics
+from research.training import metrics, sources
 from research.training.hooks import finite
 from research.training.hooks.finite import NonFinite
 from research.training.reports import report
@@ -53,7 +53,7 @@ class Measured:
 
     def put(batch):
       one = jax.tree.map(lambda x: x[None], batch)
-      size = np.asarray([len(batch["y"])])
+      size = np.asarray([sources.count(batch)])
       return sharded.place(mesh, ("data",), one, size, key)
 
     self.train, self.test = put(task.train), put(self.setup.test) if self.setup.test else None

@@ -195,8 +195,9 @@ def setup(config: Config, needs_ray: bool = True) -> Setup:
     if task.project:
       raise ValueError("keeps its model in a convex set, which a server does not")
   with flag("workers", workers):
-    if workers > len(task.train["y"]):
-      raise ValueError(f"for {len(task.train['y'])} examples: each needs at least one")
+    count = sources.count(task.train)
+    if workers > count:
+      raise ValueError(f"for {count} examples: each needs at least one")
   examples, sizes = sources.partitioned(config, task, workers)
   with flag("batch_size", config.batch_size):
     if batch_size and batch_size * workers > sizes.sum():

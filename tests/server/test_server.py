@@ -504,3 +504,16 @@ def test_what_keeps_ray_from_starting_is_named(error, says, monkeypatch):
   monkeypatch.delitem(os.environ, "RAY_TMPDIR", raising=False)
   with pytest.raises(UsageError, match=says), cluster.running(BASE, 1, 1):
     pass
+
+
+def test_a_task_without_labels_is_served(monkeypatch):
+  """Its examples are counted by whatever arrays it has."""
+  task = regression(80)
+  loss = lambda params, batch, key: jnp.mean((batch["x"] @ params["w"]) ** 2)
+  evaluate = lambda params, batch: {"loss": loss(params, batch, None)}
+  x = {"x": task.train["x"]}
+  bare = task._replace(loss=loss, evaluate=evaluate, train=x, test=None)
+  monkeypatch.setattr(registry, "ADDED", {})
+  registry.register("task", "bare")(lambda: bare)
+  found = setup.setup(BASE.replace(task="bare()", batch_size=80), needs_ray=False)
+  assert found.examples["x"].shape == (8, 10, 6)
