@@ -70,8 +70,6 @@ from research.core.registry import register as register
 from research.core.task import Feed as Feed
 from research.core.task import Task as Task
 from research.methods.asynchronous import asgd as asgd
-from research.methods.asynchronous import dc_asgd as dc_asgd
-from research.methods.asynchronous import dc_asgd_constant as dc_asgd_constant
 from research.methods.asynchronous import delayed as delayed
 from research.methods.asynchronous import hogwild as hogwild
 from research.methods.asynchronous import staleness_aware as staleness_aware
@@ -81,6 +79,8 @@ from research.methods.consensus import extra as extra
 from research.methods.consensus import gradient_tracking as gradient_tracking
 from research.methods.consensus_admm import consensus_admm as consensus_admm
 from research.methods.data_parallel import data_parallel as data_parallel
+from research.methods.dc_asgd import dc_asgd as dc_asgd
+from research.methods.dc_asgd import dc_asgd_constant as dc_asgd_constant
 from research.methods.decentralized import d_psgd as d_psgd
 from research.methods.decentralized import dgd as dgd
 from research.methods.decentralized import sgp as sgp

@@ -89,9 +89,9 @@ TABLE: dict[str, dict[str, str]] = {
     "marina": "research.methods.marina:marina",
     "delayed": "research.methods.asynchronous:delayed",
     "staleness_aware": "research.methods.asynchronous:staleness_aware",
-    "dc_asgd": "research.methods.asynchronous:dc_asgd",
+    "dc_asgd": "research.methods.dc_asgd:dc_asgd",
     "hogwild": "research.methods.asynchronous:hogwild",
-    "dc_asgd_constant": "research.methods.asynchronous:dc_asgd_constant",
+    "dc_asgd_constant": "research.methods.dc_asgd:dc_asgd_constant",
     "asgd": "research.methods.asynchronous:asgd",
   },
   "delays": {

@@ -16,15 +16,9 @@ from side_by_side import regressions, side_by_side
 from research.aggregate.mean import mean
 from research.core import registry
 from research.core.method import Method
-from research.methods.asynchronous import (
-  asgd,
-  dc_asgd,
-  dc_asgd_constant,
-  delayed,
-  hogwild,
-  staleness_aware,
-)
+from research.methods.asynchronous import asgd, delayed, hogwild, staleness_aware
 from research.methods.data_parallel import data_parallel
+from research.methods.dc_asgd import dc_asgd, dc_asgd_constant
 from research.methods.local import local_sgd
 from research.optim.transform import as_optax
 from research.parallel import layout as layouts
