@@ -1,7 +1,8 @@
-"""What the documents show is what runs: CONTRIBUTING's algorithm, README's commands and figures."""
+"""The numbers that README, documentation and results show are those of the recorded runs."""
 
 import json
 import math
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,44 @@ from research.training.config import Config
 ROOT = Path(__file__).parents[2]
 
 
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_readme_is_short_and_its_files_exist():
+  assert len(README.encode()) <= 10_000
+  targets = re.findall(r"\]\(([^)#:]+)", README)
+  assert len(targets) > 10
+  assert [name for name in targets if not (ROOT / name).exists()] == []
+
+
+def test_the_readme_shows_the_recorded_main_job():
+  summary = json.loads((ROOT / "results" / "main" / "summary.json").read_text())
+  shown = dict(re.findall(r"^([a-z ]+[a-z])  +(\S.*)$", README, re.MULTILINE))
+  assert shown["training loss"] == f"{summary['train_loss']:.6f}"
+  assert shown["test accuracy"] == f"{summary['eval']['accuracy']:.5f}"
+  assert shown["test loss"] == f"{summary['eval']['loss']:.6f}"
+  assert shown["steps per second"] == f"{summary['steps_per_second']:.0f}"
+  sent = summary["wire"]["bytes_per_step_per_worker"]["data"]
+  assert shown["bytes per step and worker over data"] == f"{sent:,.0f}"
+
+
+def test_the_python_of_the_readme_gives_what_it_says():
+  """Its own model by DiLoCo: the accuracy to .005, since platforms differ in last bits."""
+  (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+  names: dict[str, Any] = {}
+  exec(code, names)
+  sentence = r"accuracy of (\S+) and sends (\S+) bytes.*would send ([\d,]+)\."
+  (found,) = re.findall(sentence, README, re.DOTALL)
+  accuracy, sent, dense = (float(text.replace(",", "")) for text in found)
+  wire = names["result"].summary["wire"]
+  assert names["result"].summary["eval"]["accuracy"] == pytest.approx(accuracy, abs=0.005)
+  assert round(wire["bytes_per_step_per_worker"]["data"]) == sent
+  assert wire["dense_bytes_per_step_per_worker"] == dense
+
+
 @pytest.mark.parametrize("folder", ["bench", "transformer", "rounds"])
-def test_the_figures_in_the_readme_are_those_of_the_results(folder):
+def test_tables_are_those_of_the_results(folder):
   table = (ROOT / "results" / folder / "table.md").read_text().strip()
-  assert table in (ROOT / "README.md").read_text()
   result = json.loads((ROOT / "results" / folder / "result.json").read_text())
   assert result["environment"]["commit"]
   for row in result["pairs"]:
@@ -41,7 +76,7 @@ def test_the_figures_of_applications_are_those_of_the_results(name):
 
 
 def test_applications_are_as_good_as_they_are_to_be():
-  """Every gate that a record can show."""
+  """All gates that the recorded results can show."""
   read = lambda name: json.loads((ROOT / "results/applications" / name / "result.json").read_text())
   of = lambda name: {row["what"]: row["value"] for row in read(name)["rows"]}
   peers = {row["what"]: row["peer"] for row in read("search")["rows"]}
@@ -69,15 +104,16 @@ def test_applications_are_as_good_as_they_are_to_be():
     assert max(auc(f"alone {n}") for n in range(1, 6)) < auc("federated")
 
 
-def test_the_figures_of_compression_are_those_of_the_results():
-  text = (ROOT / "README.md").read_text()
-  result = json.loads((ROOT / "results" / "compression" / "compare.json").read_text())
+def test_the_table_of_compression_is_that_of_the_result():
+  folder = ROOT / "results" / "compression"
+  text = (folder / "compare.md").read_text()
+  result = json.loads((folder / "compare.json").read_text())
   assert result["env"]["commit"]
   dense = result["methods"][0]["accuracy_mean"]
   for row in result["methods"]:
-    figures = [f"{100 * row[f'accuracy_{name}']:.2f}" for name in ("mean", "least", "greatest")]
-    assert "| `{}` | {} | {} to {} |".format(row["method"], *figures) in text
-    assert f"{row['bytes_per_step_per_worker']:,.0f} | {row['ratio_to_dense']:.2%} |" in text
+    figures = [f"{row[f'accuracy_{name}']:.4f}" for name in ("mean", "least", "greatest")]
+    sent = f"{row['bytes_per_step_per_worker']:,.0f} | {row['ratio_to_dense']:.4f}"
+    assert "| {} | {} | {} | {} |".format(*figures, sent) in text
     assert row["accuracy_mean"] >= dense - 0.005
 
 
@@ -97,10 +133,9 @@ def test_presets_are_flags_that_can_be(path):
   assert f"--flagfile=experiments/presets/{path.name}" in path.read_text()
 
 
-def test_the_figures_of_the_server_are_those_of_the_results():
-  """And as good as they are to be."""
+def test_the_server_meets_its_gates():
+  """And as good as required."""
   folder = ROOT / "results" / "server"
-  assert (folder / "table.md").read_text().strip() in (ROOT / "README.md").read_text()
   result = json.loads((folder / "result.json").read_text())
   assert set(result["commits"]) == {"overhead", "scaling", "slow", "killed", "hogwild"}
   assert all(result["commits"].values())
@@ -132,14 +167,13 @@ def test_what_fifty_kills_leave_is_on_record():
   assert [found[name] for name in left] == [0, 0, 0]
 
 
-# Were to be faster than PyTorch, too, and are even with it: the link takes nearly all of the time.
+# Even with PyTorch, not faster: the link takes nearly all of the time.
 EVEN = {("100mbit", "two_phase(bf16)"), ("100mbit", "local_sgd(8)")}
 
 
-def test_the_figures_between_hosts_are_those_of_the_results():
-  """And as good as they are to be."""
+def test_the_hosts_meet_their_gates():
+  """And as good as required."""
   folder = ROOT / "results" / "hosts"
-  assert (folder / "table.md").read_text().strip() in (ROOT / "README.md").read_text()
   result = json.loads((folder / "result.json").read_text())
   for row in result["hosts"]:
     median = {name: statistics.median(found) for name, found in row["milliseconds"].items()}
