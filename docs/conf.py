@@ -15,7 +15,7 @@ author = "the authors of distributed-optimization-jax"
 copyright = f"2026, {author}"
 release = version = research.__version__
 
-extensions = ["myst_nb", "sphinx_copybutton", "sphinx_design"]
+extensions = ["cells", "myst_nb", "sphinx_copybutton", "sphinx_design"]
 exclude_patterns = ["_build", "examples"]
 
 html_theme = "sphinx_book_theme"
