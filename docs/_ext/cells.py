@@ -3,7 +3,8 @@
 A page in a folder `zh` is the translation of the page of the same name in the parent folder. In it,
 a line `{cell} NAME` stands for the original's code cell with the option `:name: NAME`. The line is
 replaced when Sphinx reads the page, so that the code is written once, and the cache of executed
-notebooks finds both pages by the same cells.
+notebooks finds both pages by the same cells. A line break between two Chinese characters is removed,
+since HTML would show it as a space.
 """
 
 import re
@@ -14,6 +15,8 @@ LANGUAGES = ("zh",)
 CELL = re.compile(r"^```\{code-cell\}[^\n]*\n(?:(?!```$).*\n)*?```$", re.MULTILINE)
 NAME = re.compile(r"^:name: *(\S+) *$", re.MULTILINE)
 PLACEHOLDER = re.compile(r"^\{cell\} *(\S+) *$", re.MULTILINE)
+_CHINESE = r"[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]"
+BREAK = re.compile(rf"(?<={_CHINESE})\n(?={_CHINESE})")
 
 
 def cells(text: str) -> dict[str, str]:
@@ -61,13 +64,13 @@ def filled(text: str, source: str) -> str:
       raise ValueError(f"{{cell}} {match[1]}: the original has {', '.join(known) or 'no cells'}")
     return known[match[1]]
 
-  return PLACEHOLDER.sub(cell, text)
+  return PLACEHOLDER.sub(cell, BREAK.sub("", text))
 
 
 def _read(app: Any, name: str, content: list[str]) -> None:
   """Fills a page as Sphinx reads it; the page is built again when its original changes."""
   path = original(Path(app.env.doc2path(name)))
-  if path is not None and PLACEHOLDER.search(content[0]):
+  if path is not None:
     app.env.note_dependency(str(path))
     content[0] = filled(content[0], path.read_text(encoding="utf-8"))
 

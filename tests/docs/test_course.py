@@ -56,9 +56,14 @@ def test_the_index_lists_every_page(folder):
   assert listed(folder / "index.md") == pages
 
 
-def test_an_unknown_cell_is_an_error():
+def test_placeholders_become_cells_and_chinese_lines_are_joined():
   source = "```{code-cell}\n:name: one\n1\n```\n"
   assert cells.filled("a\n\n{cell} one\n", source) == f"a\n\n{source}"
+  assert cells.filled("误差，\n反馈\nSGD\n\n记忆\n", "") == "误差，反馈\nSGD\n\n记忆\n"
+
+
+def test_an_unknown_cell_is_an_error():
+  source = "```{code-cell}\n:name: one\n1\n```\n"
   with pytest.raises(ValueError, match=r"\{cell\} two: the original has one"):
     cells.filled("{cell} two\n", source)
   with pytest.raises(ValueError, match="no option `:name:`"):
