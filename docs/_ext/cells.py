@@ -3,8 +3,8 @@
 A page in a folder `zh` is the translation of the page of the same name in the parent folder. In it,
 a line `{cell} NAME` stands for the original's code cell with the option `:name: NAME`. The line is
 replaced when Sphinx reads the page, so that the code is written once, and the cache of executed
-notebooks finds both pages by the same cells. A line break between two Chinese characters is removed,
-since HTML would show it as a space.
+notebooks finds both pages by the same cells. A line break between two Chinese characters is
+removed, since HTML would show it as a space.
 """
 
 import re
