@@ -93,12 +93,13 @@ done
 if ((code >= 2 && code <= 5)); then
   exit "$code"
 fi
+trap '' TERM # Slurm sends it more than once, and to squeue and scontrol as well
 # A preemption with a grace time sends SIGTERM to the run alone, which saves and ends with 0.
 read -r state preempted reason < <(
   squeue --noheader --jobs="$job" --Format=State:30,PreemptTime:30,Reason:60
 )
 [ "${preempted:-N/A}" != N/A ] || preempted=
-if [ "$code$out_of_time$stopped$preempted" = 0 ]; then
+if [ "$code$out_of_time$stopped$preempted" = 0 ] && [ "$reason" != TimeLimit ]; then
   exit 0
 fi
 code=$((code ? code : 143)) # told to stop is not finished

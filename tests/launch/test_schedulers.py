@@ -13,13 +13,14 @@ from research.comm import join
 LAUNCH = Path(__file__).parents[2] / "launch"
 TIMEOUT = 60
 # Stand-ins record their calls; srun runs the command, scancel passes SIGTERM on to it, and squeue
-# prints $STATE: the job's state, when its preemption began, and a reason.
+# prints $STATE: the job's state, when its preemption began, and a reason. Slurm's SIGTERM, which
+# comes more than once, also reaches the commands that the script calls.
 TOOLS = {
   "srun": "#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\n"
   '"$@" &\necho $! >$AT/task\nwait $!\nexit $?\n',
-  "squeue": '#!/bin/bash\necho "$STATE"\n',
+  "squeue": '#!/bin/bash\nkill -TERM $$\necho "$STATE"\n',
   "scancel": '#!/bin/bash\necho "scancel $*" >>$AT/calls\nkill -TERM $(cat $AT/task)\n',
-  "scontrol": '#!/bin/bash\necho "scontrol $*" >>$AT/calls\n',
+  "scontrol": '#!/bin/bash\nkill -TERM $$\necho "scontrol $*" >>$AT/calls\n',
 }
 RUNNING = "RUNNING N/A None"
 
@@ -116,6 +117,7 @@ OUT_OF_TIME = "COMPLETING N/A TimeLimit"
     (ENDING, "", 1, False),
     (RUNNING, "TERM", 0, False),  # scancel --full --signal=TERM
     (OUT_OF_TIME, "TERM", 0, True),
+    (OUT_OF_TIME, "", 0, True),  # the run ended before the script had its own SIGTERM
     ("", "", 1, False),  # no answer
   ],
 )
