@@ -31,13 +31,14 @@ pytestmark = [
 ]
 
 # JAX takes the first node's name for the coordinator's address. `cred_expire` is also how long a
-# job waits after a requeue. The last node has GPUs by name alone.
+# job waits after a requeue. On the third and fourth node, jobs run against their time limits, which
+# Slurm looks at every 30 s, beside the other tests. The last node has GPUs by name alone.
 HOST = socket.gethostname().partition(".")[0]
-NODES = (HOST, f"{HOST}-second", f"{HOST}-gpus")
+NODES = tuple(f"{HOST}{name}" for name in ("", "-second", "-third", "-fourth", "-gpus"))
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
+SlurmctldPort={port}
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CredType=cred/munge
@@ -60,16 +61,18 @@ PreemptMode=REQUEUE
 ReturnToService=2
 MpiDefault=none
 KillWait=20
+MinJobAge=3600
 SlurmdTimeout=5
 GresTypes=gpu
-NodeName={host} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
-NodeName={host}-second NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
-NodeName={host}-gpus NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[3]} CPUs=2 Gres=gpu:2
+{nodes}
 PartitionName=low Nodes={host},{host}-second Default=YES PriorityTier=1 GraceTime=60
 PartitionName=abrupt Nodes={host},{host}-second PriorityTier=1 GraceTime=0
 PartitionName=high Nodes={host},{host}-second PriorityTier=10 PreemptMode=OFF
+PartitionName=timed Nodes={host}-third,{host}-fourth
 PartitionName=gpus Nodes={host}-gpus
 """
+NODE = "NodeName={} NodeHostname={} NodeAddr=127.0.0.1 Port={} CPUs=2"
+UNTIMED = "low,abrupt,high,gpus"
 
 # On SIGTERM it saves and ends with 0; it has finished once it finds what it saved.
 PROGRAM = """#!/bin/bash
@@ -79,6 +82,8 @@ note started
 [ -e saved.$SLURM_PROCID ] && note finished && exit 0
 while sleep 0.1; do :; done
 """
+SLOW = PROGRAM.replace("touch", "sleep 2; touch")
+STEPS = 2000
 TRAINING = (
   "--executor=spmd",
   "--mesh=data:2",
@@ -87,6 +92,9 @@ TRAINING = (
   "--batch_size=40",
   "--steps_per_dispatch=5",
   "--checkpoint_seconds=0",
+  f"--steps={STEPS}",
+  "--log_every=200",
+  "--checkpoint_every=100",
 )
 
 
@@ -111,14 +119,18 @@ class Cluster:
   def __init__(self, folder: Path) -> None:
     self.folder = folder
     self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+    self.timed: dict[str, Job] = {}
     self.environ = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
     self.environ |= {"SLURM_CONF": str(folder / "slurm.conf"), "JAX_NUM_CPU_DEVICES": "1"}
     (folder / "state").mkdir()
     (folder / "key").write_bytes(os.urandom(128))
     (folder / "key").chmod(0o600)
-    config = CONFIG.format(folder=folder, host=HOST, ports=free_ports(1 + len(NODES)))
+    ports = free_ports(1 + len(NODES))
+    nodes = [NODE.format(name, HOST, port) for name, port in zip(NODES, ports[1:], strict=True)]
+    nodes[-1] += " Gres=gpu:2"
+    config = CONFIG.format(folder=folder, host=HOST, port=ports[0], nodes="\n".join(nodes))
     (folder / "slurm.conf").write_text(config)
-    gpus = [f"NodeName={NODES[2]} Name=gpu File=/dev/{name}\n" for name in ("null", "zero")]
+    gpus = [f"NodeName={NODES[-1]} Name=gpu File=/dev/{name}\n" for name in ("null", "zero")]
     (folder / "gres.conf").write_text("".join(gpus))
 
   def start(self) -> None:
@@ -174,11 +186,18 @@ class Cluster:
     for process in self.daemons.values():
       process.wait(10)
 
-  def submit(self, folder: Path, *flags: str, command: tuple[str, ...] = ("./program",)) -> "Job":
+  def submit(
+    self,
+    folder: Path,
+    *flags: str,
+    command: tuple[str, ...] = ("./program",),
+    program: str = PROGRAM,
+  ) -> "Job":
+    """Submits launch/slurm.sh with a command, by default a program that lies in its folder."""
     folder.mkdir(exist_ok=True)
-    (folder / "program").write_text(PROGRAM)
+    (folder / "program").write_text(program)
     (folder / "program").chmod(0o755)
-    line = ["sbatch", "--parsable", "--exclusive", *flags, str(SCRIPT), *command]
+    line = ["sbatch", "--parsable", *flags, str(SCRIPT), *command]
     at: dict[str, Any] = {"env": self.environ, "cwd": folder}
     sent = subprocess.run(line, capture_output=True, text=True, timeout=TIMEOUT, **at)
     assert sent.returncode == 0, sent.stderr
@@ -199,12 +218,15 @@ class Job:
     path = self.folder / "log"
     return path.read_text().splitlines() if path.exists() else []
 
+  def printed(self) -> str:
+    """What the script, srun and Slurm have written."""
+    return "".join(path.read_text() for path in self.folder.glob("slurm-*.log"))
+
   def until(self, condition: Callable[[], object]) -> None:
     try:
       wait_for(condition)
     except AssertionError:
-      printed = "".join(path.read_text() for path in self.folder.glob("slurm-*.log"))
-      raise AssertionError(f"{self.fields()}\n{self.log()}\n{printed}") from None
+      raise AssertionError(f"{self.fields()}\n{self.log()}\n{self.printed()}") from None
 
   def until_started(self, times: int = 1) -> None:
     self.until(lambda: sum("started" in line for line in self.log()) == 2 * times)
@@ -219,6 +241,10 @@ class Job:
     self.cluster.says(*command, self.name)
 
 
+# Jobs that reach their time limit: how sbatch is asked to tell the script of it.
+TIMED = {"with notice": "B:USR1@50", "without notice": "B:CONT@1"}
+
+
 @pytest.fixture(scope="module")
 def daemons(tmp_path_factory) -> Iterator[Cluster]:
   cluster = Cluster(tmp_path_factory.mktemp("slurm"))
@@ -229,6 +255,9 @@ def daemons(tmp_path_factory) -> Iterator[Cluster]:
       outputs = [path.read_text().splitlines() for path in cluster.folder.glob("*.out")]
       said = [line for lines in outputs for line in lines[-1:]]
       pytest.skip(f"Slurm's daemons do not start here: {said}")
+    for name, signal_ in TIMED.items():
+      flags = ("--partition=timed", "--time=1", f"--signal={signal_}")
+      cluster.timed[name] = cluster.submit(cluster.folder / name.replace(" ", "-"), *flags)
     yield cluster
   finally:
     cluster.stop()
@@ -236,19 +265,27 @@ def daemons(tmp_path_factory) -> Iterator[Cluster]:
 
 @pytest.fixture
 def cluster(daemons) -> Iterator[Cluster]:
-  """The cluster, empty before and after."""
+  """The cluster, without other jobs than the timed ones before and after."""
   yield daemons
-  daemons.says("scancel", "--user=root")
-  wait_for(lambda: not daemons.says("squeue", "-h"))
+  jobs = lambda: daemons.says("squeue", "-h", "-o", "%i", f"--partition={UNTIMED}").split()
+  daemons.says("scancel", *jobs())
+  wait_for(lambda: not jobs())
 
 
 def preempt(job: Job) -> None:
-  line = ["sbatch", "--partition=high", "--exclusive", "--nodes=2", "--output=/dev/null"]
+  line = ["sbatch", "--partition=high", "--cpus-per-task=2", "--nodes=2", "--output=/dev/null"]
   job.cluster.says(*line, "--wrap=sleep 1")
+
+
+def save(job: Job) -> None:
+  """In the program's place, where it does not get so far."""
+  for process in range(2):
+    (job.folder / f"saved.{process}").touch()
 
 
 def lose(node: str, job: Job) -> None:
   """All that runs on a node is killed; it is back once the controller has noticed."""
+  save(job)
   cluster = job.cluster
   for pid in (*cluster.processes(DAEMON=node), *cluster.processes(SLURMD_NODENAME=node)):
     with contextlib.suppress(ProcessLookupError):
@@ -262,15 +299,12 @@ def lose(node: str, job: Job) -> None:
 
 def crash(job: Job) -> None:
   (pid, *_) = job.cluster.processes(SLURM_JOB_ID=job.name, SLURM_PROCID="1")
-  (job.folder / "saved.1").touch()
-  (job.folder / "saved.0").touch()
+  save(job)
   os.kill(pid, signal.SIGKILL)
 
 
 # What interrupts a job, whether the job can save before that, and sbatch's flags for it.
 INTERRUPTIONS = {
-  "time limit": (lambda job: None, True, ("--time=1", "--signal=B:USR1@50")),
-  "time limit without notice": (lambda job: None, True, ("--time=1", "--signal=B:CONT@1")),
   "preemption": (preempt, True, ()),
   "abrupt preemption": (preempt, True, ("--partition=abrupt",)),
   "requeue": (lambda job: job.tell("scontrol", "requeue"), True, ()),
@@ -280,24 +314,24 @@ INTERRUPTIONS = {
 }
 
 
+def check_second_start(job: Job, saves: bool) -> None:
+  """The job was interrupted once, ran again on two nodes, and has finished."""
+  fields = job.ends()
+  assert (fields["JobState"], fields["ExitCode"]) == ("COMPLETED", "0:0"), job.printed()
+  assert fields["Restarts"] == "1"
+  assert sum("started" in line for line in job.log()) == 4
+  assert {"finished 0", "finished 1"} <= set(job.log())
+  if saves:
+    assert {"saved 0", "saved 1"} <= set(job.log())
+
+
 @pytest.mark.parametrize("name", INTERRUPTIONS)
 def test_an_interrupted_job_runs_again_and_completes(cluster, name, tmp_path):
   interrupt, saves, flags = INTERRUPTIONS[name]
   job = cluster.submit(tmp_path, *flags)
   job.until_started()
   interrupt(job)
-  is_lost = name.startswith("lost node")
-  if is_lost:  # the process that was lost has saved nothing that its second start could find
-    job.until_started(2)
-    job.tell("scontrol", "requeue")
-  fields = job.ends()
-  restarts = 2 if is_lost else 1
-  assert (fields["JobState"], fields["ExitCode"]) == ("COMPLETED", "0:0")
-  assert int(fields["Restarts"]) == restarts
-  assert sum("started" in line for line in job.log()) == 2 * (restarts + 1)
-  assert {"finished 0", "finished 1"} <= set(job.log())
-  if saves:
-    assert {"saved 0", "saved 1"} <= set(job.log())
+  check_second_start(job, saves)
 
 
 # What else has happened to a job that is cancelled.
@@ -309,22 +343,18 @@ BEFORE = {
 
 @pytest.mark.parametrize("name", BEFORE)
 def test_a_cancelled_job_saves_and_stays_cancelled(cluster, name, tmp_path):
-  job = cluster.submit(tmp_path)
-  slow = PROGRAM.replace("touch", "sleep 4; touch")
-  (tmp_path / "program").write_text(slow)
+  job = cluster.submit(tmp_path, program=SLOW)
   job.until_started()
   BEFORE[name](job)
   job.tell("scancel")
   fields = job.ends()
   assert (fields["JobState"], fields["Restarts"]) == ("CANCELLED", "0")
   assert {"saved 0", "saved 1"} <= set(job.log())
-  time.sleep(5)  # longer than a job waits after a requeue
-  assert job.fields()["JobState"] == "CANCELLED"
+  assert "back to the queue" not in job.printed()
 
 
 def test_a_run_that_is_told_to_stop_takes_its_time_and_does_not_run_again(cluster, tmp_path):
-  job = cluster.submit(tmp_path)
-  (tmp_path / "program").write_text(PROGRAM.replace("touch", "sleep 4; touch"))
+  job = cluster.submit(tmp_path, program=SLOW)
   job.until_started()
   job.tell("scancel", "--signal=TERM")
   fields = job.ends()
@@ -383,41 +413,61 @@ def losses(folder: Path) -> list[float]:
   return [json.loads(line)["loss"] for line in lines]
 
 
-def training(folder: Path, steps: int) -> tuple[str, ...]:
+def training(folder: Path) -> tuple[str, ...]:
   out = (f"--out={folder / 'out'}", f"--compilation_cache={folder.parent / 'compiled'}")
-  often = (f"--log_every={steps // 10}", f"--checkpoint_every={min(steps, 100)}")
-  return (sys.executable, str(RUN), *TRAINING, *out, *often, f"--steps={steps}")
+  return (sys.executable, str(RUN), *TRAINING, *out)
 
 
-def test_two_nodes_train_as_one_process_does(cluster, tmp_path):
-  one, two = tmp_path / "one", tmp_path / "two"
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+  """Folder of all runs, which share what they have compiled."""
+  return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def unbroken(daemons, runs) -> Path:
+  """Folder of a run on two nodes that nothing interrupts."""
+  folder = runs / "unbroken"
+  job = daemons.submit(folder, command=training(folder))
+  assert job.ends()["JobState"] == "COMPLETED", job.printed()
+  return folder
+
+
+def test_two_nodes_train_as_one_process_does(cluster, unbroken, runs):
+  one = runs / "one"
   one.mkdir()
   environ = cluster.environ | {"JAX_NUM_CPU_DEVICES": "2"}
-  subprocess.run(training(one, 100), env=environ, cwd=one, check=True, timeout=TIMEOUT)
-  job = cluster.submit(two, command=training(two, 100))
-  assert job.ends()["JobState"] == "COMPLETED", (two / "out").exists()
-  environment = json.loads((two / "out" / "env.json").read_text())
+  subprocess.run(training(one), env=environ, cwd=one, check=True, timeout=TIMEOUT)
+  environment = json.loads((unbroken / "out" / "env.json").read_text())
   assert (environment["processes"], environment["devices"]) == (2, 2)
-  assert losses(two) == pytest.approx(losses(one), rel=1e-5)
-  assert summary(two)["train_loss"] == pytest.approx(summary(one)["train_loss"], rel=1e-5)
+  assert losses(unbroken) == pytest.approx(losses(one), rel=1e-5)
+  assert summary(unbroken)["train_loss"] == pytest.approx(summary(one)["train_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["preemption", "cancelled"])
-def test_an_interrupted_run_loses_nothing(cluster, name, tmp_path):
+@pytest.mark.parametrize("name", ["preempted", "cancelled"])
+def test_an_interrupted_run_loses_nothing(cluster, unbroken, name, runs):
   """Preempted it ends as an unbroken one; cancelled it can be started again."""
-  unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-  steps = 2000
-  job = cluster.submit(broken, command=training(broken, steps))
+  broken = runs / name
+  job = cluster.submit(broken, command=training(broken))
   job.until(lambda: any((broken / "out" / "checkpoints").glob("[0-9]*")))
   if name == "cancelled":
     job.tell("scancel")
     assert job.ends()["JobState"] == "CANCELLED"
     assert summary(broken)["stopped_because"] == "terminated"
-    assert 0 < summary(broken)["steps"] < steps
-    job = cluster.submit(broken, command=training(broken, steps))
+    assert 0 < summary(broken)["steps"] < STEPS
+    job = cluster.submit(broken, command=training(broken))
   else:
     preempt(job)
-  assert job.ends()["JobState"] == "COMPLETED"
+  fields = job.ends()
+  assert fields["JobState"] == "COMPLETED", job.printed()
+  assert fields["Restarts"] == ("1" if name == "preempted" else "0")
   assert summary(broken)["stopped_because"] == "steps"
-  assert cluster.submit(unbroken, command=training(unbroken, steps)).ends()
   assert summary(broken)["params_sha256"] == summary(unbroken)["params_sha256"]
+
+
+# ---- what ran beside the other tests
+
+
+@pytest.mark.parametrize("name", TIMED)
+def test_a_job_out_of_time_runs_again_and_completes(daemons, name):
+  check_second_start(daemons.timed[name], saves=True)
