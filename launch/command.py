@@ -22,16 +22,16 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
   """Defines the flags of every launcher that supervises a job."""
   default = Rules()
-  text = "Starts of the job anew, from its last checkpoint, where a process dies or hangs."
+  text = "Number of restarts from the last checkpoint after a process dies or hangs."
   flags.DEFINE_integer("restarts", default.restarts, text, 0)
-  text = "A job of which no process has advanced for so long hangs; 0: never."
+  text = "A job hangs if none of its processes has advanced for this long; 0: never."
   flags.DEFINE_float("hang_seconds", default.hang_seconds, text, 0.0)
-  text = "What was told to stop is killed after so long."
+  text = "Seconds between SIGTERM and SIGKILL."
   flags.DEFINE_float("grace_seconds", default.grace_seconds, text, 0.0)
   text = "Folder of the processes' logs; empty: logs/TIME-PID."
   flags.DEFINE_string("logs", "", text)
   flags.DEFINE_integer(
-    "port", 0, "Where process 0 listens for the others; 0: a free one.", 0, 65535
+    "port", 0, "Port on which process 0 listens for the others; 0: a free one.", 0, 65535
   )
 
 
@@ -44,9 +44,9 @@ def start(main: Callable[[list[str]], int], doc: str | None) -> None:
   def supervise(rest: list[str]) -> None:
     del rest
     if not command:
-      fail(2, f"what to run comes after --: {Path(argv[0]).name} FLAGS -- python SCRIPT FLAGS")
+      fail(2, f"no command to run: {Path(argv[0]).name} FLAGS -- python SCRIPT FLAGS")
     if not shutil.which(command[0], path=_path(os.environ)):
-      fail(2, f"there is no command '{command[0]}'")
+      fail(2, f"command not found: '{command[0]}'")
     sys.exit(main(command))
 
   launch(supervise, doc, argv[:at])
@@ -93,5 +93,5 @@ def free_port(host: str) -> int:
     try:
       tried.bind((host, FLAGS.port))
     except OSError as error:
-      fail(2, f"--port={FLAGS.port}: {error.strerror}; 0 takes one that is free")
+      fail(2, f"--port={FLAGS.port}: {error.strerror}; 0 selects a free one")
     return tried.getsockname()[1]

@@ -7,7 +7,7 @@
 #     bash launch/detached.sh kill [SECONDS]     SIGTERM, which makes a run save; later SIGKILL
 #
 # CODE is the command's exit code, or 143 after SIGTERM: such a job has not finished. 'lost' means
-# that the machine was taken away while the job ran.
+# that the machine was preempted while the job ran.
 set -uo pipefail
 folder=.job
 
@@ -24,7 +24,7 @@ case ${1:-} in
   start)
     shift
     if pid=$(pid_of_running); then
-      echo "a job runs already, as process $pid; 'kill' ends it" >&2
+      echo "a job is already running as process $pid; 'kill' ends it" >&2
       exit 1
     fi
     remove_lock

@@ -18,8 +18,8 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
   """Defines the flags of this launcher."""
   command.define_flags()
-  flags.DEFINE_integer("processes", 2, "How many processes make the job.", 1)
-  text = "Devices of each process: so many of the CPU, or the next so many GPUs."
+  flags.DEFINE_integer("processes", 2, "Number of processes of the job.", 1)
+  text = "Number of devices of each process: CPU devices, or the next GPUs of the machine."
   flags.DEFINE_integer("devices_per_process", 1, text, 1)
 
 

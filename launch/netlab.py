@@ -69,18 +69,18 @@ class Lab(NamedTuple):
 def define_flags() -> None:
   """Defines the flags of this launcher."""
   command.define_flags()
-  flags.DEFINE_integer("hosts", 2, "How many hosts there are.", 1, LARGEST)
-  flags.DEFINE_string("rate", "", "Of each host's link, such as 100mbit; empty: not shaped.")
-  text = "Links of another rate: HOST:RATE,... by the hosts' numbers."
+  flags.DEFINE_integer("hosts", 2, "Number of hosts.", 1, LARGEST)
+  flags.DEFINE_string("rate", "", "Rate of each host's link, such as 100mbit; empty: unlimited.")
+  text = "Hosts with a link of another rate: HOST:RATE,... by host number."
   flags.DEFINE_string("slow", "", text)
-  text = "What a link that was idle lets through at once."
+  text = "Bytes that an idle link lets through at once."
   flags.DEFINE_string("burst", "256kb", text)
-  flags.DEFINE_integer("devices_per_host", 1, "CPU devices of each host.", 1)
-  flags.DEFINE_integer("cores_per_host", 0, "Cores that a host keeps to; 0: all of them.", 0)
-  flags.DEFINE_integer("kills", 0, "Processes killed at random while the job runs.", 0)
-  text = "Mean seconds between them, from an exponential distribution."
+  flags.DEFINE_integer("devices_per_host", 1, "Number of CPU devices of each host.", 1)
+  flags.DEFINE_integer("cores_per_host", 0, "Number of cores that a host is pinned to; 0: all.", 0)
+  flags.DEFINE_integer("kills", 0, "Number of processes to kill at random.", 0)
+  text = "Mean seconds between kills, which are exponentially distributed."
   flags.DEFINE_float("kill_every", 30.0, text, 0.1)
-  flags.DEFINE_integer("seed", 0, "Of who is killed when.")
+  flags.DEFINE_integer("seed", 0, "Seed of the random kills.")
 
 
 def links() -> list[ShapedLink]:
@@ -178,14 +178,14 @@ def processes(hosts: Sequence[Host], line: Sequence[str]) -> list[Process]:
   """One process per host; process 0 is at the first host's address."""
   port = FLAGS.port or random.SystemRandom().randrange(20_000, 30_000)
   files = ",".join(f"/proc/{host.holder}/net/dev" for host in hosts)
-  told = {
+  variables = {
     "JAX_NUM_CPU_DEVICES": str(FLAGS.devices_per_host),
     counters.PLACES: f"{LINK}:{files}",
   }
 
   def one(number: int, host: Host) -> Process:
     environ = command.environment(f"{hosts[0].address}:{port}", number, len(hosts))
-    return Process(str(number), host.command([*_pinned(number), *line]), environ | told)
+    return Process(str(number), host.command([*_pinned(number), *line]), environ | variables)
 
   return [one(number, host) for number, host in enumerate(hosts)]
 
@@ -214,7 +214,7 @@ class Kills:
     victim = self._random.choice(running)
     if victim.popen.poll() is None:
       self.left -= 1
-      say(f"killing process {victim.process.name}; {self.left} more to come")
+      say(f"killing process {victim.process.name}; {self.left} more kills to come")
       kill(victim.popen.pid, signal.SIGKILL)
     self._next = self._draw()
 
@@ -222,9 +222,9 @@ class Kills:
 def refuse() -> None:
   """Ends the program if the machine cannot create networks."""
   if not sys.platform.startswith("linux") or os.geteuid():
-    fail(2, "hosts on one machine need Linux and root: use sudo, or take launch/local.py")
+    fail(2, "hosts on one machine need Linux and root: use sudo, or launch/local.py")
   if lacking := [tool for tool in TOOLS if not shutil.which(tool)]:
-    fail(2, f"there is no {', '.join(lacking)}: install iproute2 and util-linux")
+    fail(2, f"not found: {', '.join(lacking)}; install iproute2 and util-linux")
 
 
 def main(line: list[str]) -> int:

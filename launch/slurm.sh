@@ -40,7 +40,7 @@ pick() { # WORD: with the array task's alternative in place of each {A|B|...}
 }
 
 if [ $# = 0 ]; then
-  echo "error: what to run comes after the script: sbatch launch/slurm.sh python SCRIPT FLAGS" >&2
+  echo "error: no command to run: sbatch launch/slurm.sh python SCRIPT FLAGS" >&2
   exit 2
 fi
 words=()
@@ -60,7 +60,7 @@ fi
 # For an array's last task alone, SLURM_JOB_ID is the id of the whole array.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
 job=${job:-$SLURM_JOB_ID}
-out_of_time= stopped=
+out_of_time='' stopped=''
 # The time limit is near: the run saves on all processes at the same step.
 trap 'out_of_time=1; scancel --signal=TERM "$job"' USR1
 # Slurm sends SIGTERM to the run too, and has decided by itself whether the job runs again.

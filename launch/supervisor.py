@@ -41,11 +41,11 @@ class Ended(NamedTuple):
 
   code: int
   why: str  # '' if all is well
-  told: bool = False  # stopped by a signal to the launcher
+  stopped: bool = False  # by a signal to the launcher
 
   @property
   def is_final(self) -> bool:
-    return self.told or self.code == 0 or self.code in FINAL
+    return self.stopped or self.code == 0 or self.code in FINAL
 
 
 class Running(NamedTuple):
@@ -84,14 +84,14 @@ def supervise(
   with contextlib.ExitStack() as stack:
     watchman = Watchman()
     stack.callback(watchman.close)
-    told = stack.enter_context(_signals())
+    received = stack.enter_context(_signals())
     for attempt in range(rules.restarts + 1):
-      job = _Job(watchman, logs, rules, told, disturb)
+      job = _Job(watchman, logs, rules, received, disturb)
       ended = job.run(processes())
       if ended.why:
         say(ended.why)
       if ended.is_final:
-        return 130 if signal.SIGINT in told else ended.code
+        return 130 if signal.SIGINT in received else ended.code
       if attempt < rules.restarts:
         say(f"restart {attempt + 1} of {rules.restarts}")
     return ended.code
@@ -105,11 +105,11 @@ def say(line: str) -> None:
 @contextlib.contextmanager
 def _signals():
   """Collects SIGTERM, SIGINT and SIGHUP in the list that it yields."""
-  told: list[int] = []
-  note = lambda number, frame: told.append(number)
+  received: list[int] = []
+  note = lambda number, frame: received.append(number)
   before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
   try:
-    yield told
+    yield received
   finally:
     for number, handler in before.items():
       signal.signal(number, handler)
@@ -123,11 +123,11 @@ class _Job:
     watchman: Watchman,
     logs: Path,
     rules: Rules,
-    told: Sequence[int],
+    received: Sequence[int],
     disturb: Callable[[Sequence[Running]], None],
   ):
     self.watchman, self.logs, self.rules = watchman, logs, rules
-    self.told, self.disturb = told, disturb
+    self.received, self.disturb = received, disturb
     self.running: list[Running] = []
     self.streams = selectors.DefaultSelector()
 
@@ -171,28 +171,30 @@ class _Job:
     while any(r.popen.poll() is None for r in self.running):
       self._read(TICK)
       self.disturb(self.running)
-      if self.told and deadline is None:
-        say(f"{signal.Signals(self.told[0]).name}: stopping; a second one ends all at once")
+      if self.received and deadline is None:
+        say(
+          f"{signal.Signals(self.received[0]).name}: stopping; a second signal kills all processes"
+        )
         deadline = time.monotonic() + self.rules.grace_seconds
         for one in self.running:
           kill(one.popen.pid, signal.SIGTERM)
       failed = failed or self._first_failure()
       if failed and deadline is None:
         deadline = time.monotonic() + SETTLE
-      if hung := not self.told and not failed and self._hung():
+      if hung := not self.received and not failed and self._hung():
         failed = Ended(HUNG, f"no process has advanced for {self.rules.hang_seconds:g} s: {hung}")
         break
-      if (deadline and time.monotonic() > deadline) or len(self.told) > 1:
+      if (deadline and time.monotonic() > deadline) or len(self.received) > 1:
         break
     return self._ended(failed or self._first_failure())
 
   def _ended(self, failed: Ended | None) -> Ended:
     alive = [r.process.name for r in self.running if r.popen.poll() is None]
-    if not self.told:
+    if not self.received:
       return failed or Ended(0, "")
-    late = f"{_names(alive)} did not stop and was killed" if alive else ""
+    late = f"{_names(alive)} did not stop and {_were(alive)} killed" if alive else ""
     code = 128 + signal.SIGKILL if alive else failed.code if failed else 0
-    return Ended(code, late or (failed.why if failed else ""), told=True)
+    return Ended(code, late or (failed.why if failed else ""), stopped=True)
 
   def _first_failure(self) -> Ended | None:
     """The first failure; of simultaneous ones, preferably not an abort caused by another."""
@@ -252,6 +254,10 @@ class _Job:
       assert one.popen.stdout
       one.popen.stdout.close()
       one.log.close()
+
+
+def _were(names: Sequence[str]) -> str:
+  return "were" if len(names) > 1 else "was"
 
 
 def _names(names: Sequence[str]) -> str:

@@ -49,8 +49,8 @@ def _watch(reader: int) -> NoReturn:
   for stream in range(3):
     os.dup2(nothing, stream)
   groups: set[int] = set()
-  with os.fdopen(reader) as told:
-    for line in told:
+  with os.fdopen(reader) as messages:
+    for line in messages:
       (groups.add if line[0] == "+" else groups.discard)(int(line[1:]))
   for group in groups:
     kill(group)

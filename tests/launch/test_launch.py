@@ -160,7 +160,7 @@ def test_who_does_not_stop_is_killed(launch, tmp_path):
   launched.process.terminate()
   code, _, err = launched.end()
   assert code == 128 + signal.SIGKILL
-  assert "launch: processes 0, 1 did not stop and was killed" in err
+  assert "launch: processes 0, 1 did not stop and were killed" in err
   assert not any(map(is_running, started))
 
 
@@ -223,9 +223,9 @@ def test_a_job_that_never_advanced_is_not_taken_for_hung(launch):
 @pytest.mark.parametrize(
   ("arguments", "says"),
   [
-    (("--processes=2",), "what to run comes after --"),
-    (("--processes=2", "--"), "what to run comes after --"),
-    (("--", "no-such-command"), "there is no command 'no-such-command'"),
+    (("--processes=2",), "no command to run"),
+    (("--processes=2", "--"), "no command to run"),
+    (("--", "no-such-command"), "command not found: 'no-such-command'"),
     (("--processes=0", "--", "true"), "--processes=0"),
     (("--proceses=2", "--", "true"), "did you mean '--processes'?"),
     (("true",), "unexpected argument 'true'"),

@@ -32,7 +32,8 @@ pytestmark = [
 
 # JAX takes the first node's name for the coordinator's address. `cred_expire` is also how long a
 # job waits after a requeue. On the third and fourth node, jobs run against their time limits, which
-# Slurm looks at every 30 s, beside the other tests. The last node has GPUs by name alone.
+# Slurm looks at every 30 s, beside the other tests. The last node has GPUs by name alone. With a
+# short `MessageTimeout` a lost node is noticed sooner, and with `MinJobAge` an ended job is kept.
 HOST = socket.gethostname().partition(".")[0]
 NODES = tuple(f"{HOST}{name}" for name in ("", "-second", "-third", "-fourth", "-gpus"))
 CONFIG = """
@@ -61,6 +62,7 @@ PreemptMode=REQUEUE
 ReturnToService=2
 MpiDefault=none
 KillWait=20
+MessageTimeout=4
 MinJobAge=3600
 SlurmdTimeout=5
 GresTypes=gpu

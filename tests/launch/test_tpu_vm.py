@@ -49,12 +49,12 @@ def test_a_dry_run_prints_what_is_recorded(line, commands):
   ("words", "says"),
   [
     ((), "legal: create, setup, run, status, logs, kill, delete"),
-    (("crate", *WHERE), "'crate': not what can be done"),
-    (("status", "--zone=z"), "--name='': which TPU is meant"),
-    (("status", "--name=pod"), "--zone='': which TPU is meant"),
-    (("create", *WHERE), "--type='': what to create, such as v4-8"),
+    (("crate", *WHERE), "unknown action 'crate'"),
+    (("status", "--zone=z"), "--name='': required"),
+    (("status", "--name=pod"), "--zone='': required"),
+    (("create", *WHERE), "--type='': required, such as v4-8"),
     (("create", *WHERE, "--type=v99-8"), "--type='v99-8': unknown; legal: v4-N"),
-    (("run", *WHERE), "what to run comes after --"),
+    (("run", *WHERE), "no command to run"),
     (("logs", *WHERE, "--follow", "--slices=2"), "--slices=2"),
     (("status", *WHERE, "--slice=2"), "did you mean '--slices'?"),
   ],
@@ -71,7 +71,7 @@ def test_what_cannot_be_is_refused_in_one_line(words, says):
 def test_without_gcloud_it_says_so():
   ended = run("status", *WHERE, PATH="/nowhere")
   assert ended.returncode == 2
-  assert "there is no gcloud" in ended.stderr
+  assert "gcloud not found" in ended.stderr
 
 
 # ---- on the stand-in
@@ -215,7 +215,7 @@ def test_a_second_job_is_refused_and_the_first_one_killed_in_order(cloud, tmp_pa
   wait_for(lambda: all("up" in path.read_text().splitlines() for path in log()))
   second = cloud.run("run", "--", "python", "-c", program)
   assert second.returncode == 1
-  assert "a job runs already" in second.stderr
+  assert "a job is already running" in second.stderr
   assert cloud.run("kill", "--grace_seconds=20").returncode == 0
   assert cloud.run("status").stdout.count("ended 143") == 2
   assert all(path.read_text().endswith("saved\n") for path in log())
