@@ -3,11 +3,13 @@
 # pyright: reportMissingImports=false
 # Cornac is only in the extra `applications`.
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from experiments.applications.measured import POWER, Rows, row, run
+from experiments.applications.measured import Rows, power, row, run
+from research.core.spec import Call, calls
 
 FOLDS = ("u1", "u2", "u3")
 
@@ -15,19 +17,19 @@ FOLDS = ("u1", "u2", "u3")
 def recommend(figure: Any) -> Rows:
   """MovieLens 100K: folds, alternating least squares, private user factors, the cold start."""
   rows, axes = [], figure.subplots(1, 2)
-  adam = "data_parallel(adam(cosine_decay_schedule({}, {})), mean())"
-  cases: dict[str, tuple[str, str, dict[str, Any]]] = {
+  als, mean = calls.movielens_als, calls.mean()
+  cases: dict[str, tuple[Callable[[str], Call], Call, dict[str, Any]]] = {
     "factorization": (
-      "movielens('{}')",
-      adam.format(0.05, 300),
+      calls.movielens,
+      adam(0.05, 300),
       {"steps": 300, "batch_size": 8000, "executor": "spmd"},
     ),
-    "least squares": ("movielens_als('{}')", POWER.format("mean()"), {"steps": 30}),
-    "users' own": ("movielens_federated('{}')", adam.format(0.03, 200), {"steps": 200}),
+    "least squares": (als, power(mean), {"steps": 30}),
+    "users' own": (calls.movielens_federated, adam(0.03, 200), {"steps": 200}),
   }
   peer = cornac() or (None, None)
   for name, (task, method, flags_) in cases.items():
-    folds = [run(task.format(f), method, mesh="data:2", **flags_)[0] for f in FOLDS]
+    folds = [run(task(f), method, mesh="data:2", **flags_)[0] for f in FOLDS]
     means = {k: float(np.mean([f["eval"][k] for f in folds])) for k in folds[0]["eval"]}
     what = f"{name}: mean RMSE over u1, u2, u3"
     rows.append(row(what, means["rmse"], "Cornac's biased factorization", peer[0], **means))
@@ -40,15 +42,14 @@ def recommend(figure: Any) -> Rows:
     axes[0].barh("Cornac", peer[0], color="gray")
   axes[0].set(title="RMSE, mean of u1-u3", xlim=(0.85, 1))
   one, eight = (
-    run("movielens_als()", POWER.format("mean()"), mesh=f"data:{n}", steps=20)[0]["eval"]["rmse"]
-    for n in (1, 8)
+    run(als(), power(mean), mesh=f"data:{n}", steps=20)[0]["eval"]["rmse"] for n in (1, 8)
   )
   rows.append(row("least squares, 8 workers: RMSE", eight, "1 worker", one))
   base: dict[str, float] = {}
   for kind in ("factors", "features", "both"):
-    task = f"movielens('cold_items', model_of='{kind}', l2=0.15)"
+    task = calls.movielens("cold_items", model_of=kind, l2=0.15)
     flags_ = {"mesh": "data:2", "steps": 500, "batch_size": 6400}
-    seeds = [run(task, adam.format(0.03, 500), seed=n, **flags_)[0]["eval"] for n in range(3)]
+    seeds = [run(task, adam(0.03, 500), seed=n, **flags_)[0]["eval"] for n in range(3)]
     means = {k: float(np.mean([f[k] for f in seeds])) for k in seeds[0]}
     base = base or means
     for name in ("rmse", "ndcg@10"):
@@ -57,6 +58,11 @@ def recommend(figure: Any) -> Rows:
     axes[1].barh(kind, means["ndcg@10"])
   axes[1].set(title="NDCG@10 of films that nobody rated")
   return rows
+
+
+def adam(rate: float, steps: int) -> Call:
+  """Data-parallel Adam with a cosine schedule."""
+  return calls.data_parallel(calls.adam(calls.cosine_decay_schedule(rate, steps)), calls.mean())
 
 
 def cornac() -> tuple[float, float] | None:

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from experiments.applications.measured import Rows, row, run
+from research.core.spec import Call, calls
 
 SPLITS = 5  # into training and test patients; results are means over them
 
@@ -15,21 +16,23 @@ def medicine(figure: Any) -> Rows:
   cases = (("breast_cancer", "auc"), ("diabetes", "rmse"))
   for axis, (task, metric) in zip(axes, cases, strict=True):
     for place, shift in enumerate(("label", "features")):
-      method = lambda a="mean()": f"fed_avg(sgd(0.1), {a}, period=5)"
+      method = lambda aggregator: calls.fed_avg(calls.sgd(0.1), aggregator, period=5)
+      plain = method(calls.mean())
       often = {"steps": 5000, "partition": "sorted()"}
-      kinds: dict[str, tuple[str, str, str]] = {
-        "pooled": ("", method(), "data:1"),
-        "federated": ("", method(), "data:5"),
-        "secure sum": ("", method("secure_sum(clip=10.0)"), "data:5"),
-        "noise": ("", method("noisy(mean(), clip=0.5, noise=0.3)"), "data:5"),
-        "much noise": ("", method("noisy(mean(), clip=0.5, noise=20.0)"), "data:5"),
+      noisy = lambda noise: calls.noisy(calls.mean(), clip=0.5, noise=noise)
+      kinds: dict[str, tuple[dict[str, int], Call, str]] = {
+        "pooled": ({}, plain, "data:1"),
+        "federated": ({}, plain, "data:5"),
+        "secure sum": ({}, method(calls.secure_sum(clip=10.0)), "data:5"),
+        "noise": ({}, method(noisy(0.3)), "data:5"),
+        "much noise": ({}, method(noisy(20.0)), "data:5"),
       }
       for n in range(1, 6):
-        kinds[f"alone {n}"] = (f", hospitals=5, only={n}", method(), "data:1")
+        kinds[f"alone {n}"] = ({"hospitals": 5, "only": n}, plain, "data:1")
       pooled = np.nan
       for name, (more, how, mesh) in kinds.items():
         found = [
-          run(f"{task}('{shift}'{more}, split={split})", how, mesh=mesh, **often)[0]
+          run(getattr(calls, task)(shift, **more, split=split), how, mesh=mesh, **often)[0]
           for split in range(SPLITS)
         ]
         means = {k: float(np.mean([f["eval"][k] for f in found])) for k in found[0]["eval"]}

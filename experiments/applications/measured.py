@@ -4,21 +4,26 @@ import sys
 import tempfile
 from typing import Any
 
+from research.core.spec import Call, calls
 from research.training.config import Config
 
 Rows = list[dict[str, Any]]
-POWER = "data_parallel(sgd(1.0), {})"
 STEADY: dict[str, Any] = {"check_every": 0, "checkpoint_every": 0, "eval_every": 0}
 
 
-def run(task: str, method: str, **flags_: Any) -> tuple[dict[str, Any], Rows]:
+def power(aggregator: Call) -> Call:
+  """The method that iterates a fixed point's map: one step of size 1 along x - T(x)."""
+  return calls.data_parallel(calls.sgd(1.0), aggregator)
+
+
+def run(task: Call, method: Call, **flags_: Any) -> tuple[dict[str, Any], Rows]:
   """Runs a task with a method; returns the summary and the rows."""
   from research.training import loop
   from research.training.reports import report
 
   with tempfile.TemporaryDirectory() as folder:
     given: dict[str, Any] = STEADY | {"batch_size": "all", "out": f"{folder}/run"} | flags_
-    summary, where = loop.train(Config(task=task, method=method, **given))
+    summary, where = loop.train(Config(task=str(task), method=str(method), **given))
     return summary, report.read_rows(where / "metrics.jsonl")
 
 

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 
 from experiments.applications.measured import STEADY, Rows, row, run
+from research.core.spec import Call, calls
 from research.training.config import Config
 
-DESCENT = "data_parallel(sgd(1.0, momentum=0.9, nesterov=True), mean())"
+DESCENT = calls.data_parallel(calls.sgd(1.0, momentum=0.9, nesterov=True), calls.mean())
 
 
 def finance(figure: Any) -> Rows:
@@ -18,30 +19,27 @@ def finance(figure: Any) -> Rows:
   from research.tasks.finance import cvar, frontier
 
   rows, axes = [], figure.subplots(1, 1)
-  steps = {DESCENT: 400}
-  steps["consensus_admm(1.0, mean(), penalty=0.1, period=10)"] = 3000
+  admm = calls.consensus_admm(1.0, calls.mean(), penalty=0.1, period=10)
   for name in ("port1", "port2", "port3"):
-    for method, count in steps.items():
+    market, task = frontier.load(name), calls.frontier(name, points=20)
+    for method, count in ((DESCENT, 400), (admm, 3000)):
       flags_ = {"mesh": "data:8", "x64": True, "steps": count}
-      found, _ = run(f"frontier('{name}', points=20)", method, **flags_)
-      what = f"{name}, {method.partition('(')[0]}: largest relative gap of a variance"
+      found, _ = run(task, method, **flags_)
+      what = f"{name}, {method.name}: largest relative gap of a variance"
       rows.append(row(what, found["eval"]["gap"], "wanted", 1e-5, seconds=found["seconds"]))
-    market = frontier.load(name)
     axes.plot(market.variances, market.returns, label=f"{name}, as published")
-    w = _weights(f"frontier('{name}', points=20)", DESCENT, 400)
+    w = _weights(task, DESCENT, 400)
     axes.plot(np.sum(w @ market.covariance * w, 1), w @ market.means, "k.", ms=4)
   axes.set(xlabel="variance", ylabel="expected return", title="Frontiers; dots: ours")
   axes.legend()
-  descent = "data_parallel(sgd(cosine_decay_schedule(0.003, {}), momentum=0.9), mean())"
-  task = "cvar(scenarios=2000)"
-  found, _ = run(task, descent.format(2000), mesh="data:8", steps=2000)
+  found, _ = run(calls.cvar(scenarios=2000), _descent(2000), mesh="data:8", steps=2000)
   days = cvar.load()
   x = days[np.random.default_rng(0).integers(len(days), size=2000)].astype(np.float32)
   best = linear_program(x, 0.95)
   rows.append(row("CVaR of 2000 scenarios, percent", found["train_loss"], "HiGHS", best))
   start = time.perf_counter()
   large = {"mesh": "data:2", "batch_size": 20_000, "partition": "sorted()", "executor": "spmd"}
-  found, _ = run("cvar(scenarios=10000000)", descent.format(1500), steps=1500, **large)
+  found, _ = run(calls.cvar(scenarios=10_000_000), _descent(1500), steps=1500, **large)
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
   seconds = time.perf_counter() - start
   what = "CVaR of 10^7 scenarios of 20 assets: seconds, all included"
@@ -60,7 +58,12 @@ def linear_program(x: np.ndarray, level: float) -> float:
   return optimize.linprog(cost, above, np.zeros(count), total, [1], bounds, method="highs").fun
 
 
-def _weights(task: str, method: str, steps: int) -> np.ndarray:
+def _descent(steps: int) -> Call:
+  rate = calls.cosine_decay_schedule(0.003, steps)
+  return calls.data_parallel(calls.sgd(rate, momentum=0.9), calls.mean())
+
+
+def _weights(task: Call, method: Call, steps: int) -> np.ndarray:
   """Runs a method; returns the final portfolios [points, n]."""
   import jax
 
@@ -68,7 +71,7 @@ def _weights(task: str, method: str, steps: int) -> np.ndarray:
   from research.training.loop import Run, events
 
   given: dict[str, Any] = STEADY | {"mesh": "data:8", "batch_size": "all", "steps": steps}
-  config = Config(task=task, method=method, x64=True, **given)
+  config = Config(task=str(task), method=str(method), x64=True, **given)
   with jax.enable_x64(True):
     problem = assemble.assemble(config, assemble.check(config))
     run = Run(config, problem)

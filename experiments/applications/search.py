@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.applications.measured import POWER, Rows, row, run
+from experiments.applications.measured import Rows, power, row, run
+from research.core.spec import calls
 
 
 def pagerank(axes: Any) -> Rows:
@@ -16,17 +17,18 @@ def pagerank(axes: Any) -> Rows:
 
   from research.tasks.search import graphs
 
-  rows, wiki = [], {"task": "pagerank()", "x64": True, "mesh": "data:8", "eval_every": 1}
+  rows, wiki = [], {"task": calls.pagerank(), "x64": True, "mesh": "data:8", "eval_every": 1}
   wiki["partition"] = "sorted()"
   dense = 0.0
-  for aggregator in ("mean()", *(f"{m}(two_phase(int8()))" for m in ("error_feedback", "ef21"))):
-    steps = 45 if aggregator == "mean()" else 120
-    summary, found = run(method=POWER.format(aggregator), steps=steps, **wiki)
+  exact, coded = calls.mean(), calls.two_phase(calls.int8())
+  for aggregator in (exact, calls.error_feedback(coded), calls.ef21(coded)):
+    steps = 45 if aggregator == exact else 120
+    summary, found = run(method=power(aggregator), steps=steps, **wiki)
     curve = [(x["step"], x["eval"]["residual"]) for x in found if "eval" in x]
     sent = sum(summary["wire"]["bytes_per_step_per_worker"].values())
     dense = dense or sent
     axes[0].semilogy(*zip(*curve, strict=True), label=f"{aggregator}, {sent:,.0f} bytes")
-    limits = (1e-6, 1e-10, 1e-14) if aggregator == "mean()" else (1e-6,)
+    limits = (1e-6, 1e-10, 1e-14) if aggregator == exact else (1e-6,)
     for limit in limits:
       first = next((step + 1 for step, value in curve if value <= limit), None)
       least = min(value for _, value in curve)
@@ -45,7 +47,7 @@ def pagerank(axes: Any) -> Rows:
   del matrix, ones, graph
   flags_ = {"mesh": "data:2", "executor": "spmd", "partition": "sorted()"}
   summary, _ = run(
-    "pagerank('power_law')", POWER.format("mean()"), steps=60, steps_per_dispatch=20, **flags_
+    calls.pagerank("power_law"), power(exact), steps=60, steps_per_dispatch=20, **flags_
   )
   each = 1 / summary["steps_per_second"]
   peer = float(np.median(times))
@@ -60,7 +62,8 @@ def search(figure: Any) -> Rows:
   axes[0].set(title="PageRank of wiki-Vote", xlabel="iteration", ylabel="L1 of the residual")
   axes[0].legend(fontsize=7)
   peer, bars = lightgbm(), {}
-  rate = "data_parallel(adamw(cosine_decay_schedule(1e-3, 400), weight_decay=0.1), mean())"
+  adamw = calls.adamw(calls.cosine_decay_schedule(1e-3, 400), weight_decay=0.1)
+  method = calls.data_parallel(adamw, calls.mean())
   for loss, model in (
     ("lambdarank", "mlp([64])"),
     ("listnet", "mlp([64])"),
@@ -68,7 +71,7 @@ def search(figure: Any) -> Rows:
     ("lambdarank", "linear()"),
   ):
     found = [
-      run(f"rank('{loss}')", rate, model=model, steps=400, batch_size=40, seed=seed)[0]["eval"]
+      run(calls.rank(loss), method, model=model, steps=400, batch_size=40, seed=seed)[0]["eval"]
       for seed in range(3)
     ]
     means = {name: float(np.mean([f[name] for f in found])) for name in found[0]}
@@ -79,11 +82,11 @@ def search(figure: Any) -> Rows:
   bars |= {"LightGBM": peer} if peer else {}
   axes[1].barh(list(bars), list(bars.values()))
   axes[1].set(title="NDCG@10 on the test queries", xlim=(0.6, 0.8))
-  tune = "data_parallel(adam(0.05), mean())"
-  before = run("bm25()", "data_parallel(sgd(1e-30), mean())", mesh="data:2", steps=1)[0]["eval"]
-  tuned = run("bm25()", tune, mesh="data:2", steps=200)[0]["eval"]
+  tune, still = (calls.data_parallel(o, calls.mean()) for o in (calls.adam(0.05), calls.sgd(1e-30)))
+  before = run(calls.bm25(), still, mesh="data:2", steps=1)[0]["eval"]
+  tuned = run(calls.bm25(), tune, mesh="data:2", steps=200)[0]["eval"]
   rows.append(row("Cranfield, BM25 tuned: MAP", tuned["map"], "defaults", before["map"], **tuned))
-  both = run("cranfield()", tune, mesh="data:2", steps=100)[0]["eval"]
+  both = run(calls.cranfield(), tune, mesh="data:2", steps=100)[0]["eval"]
   what = "Cranfield, LambdaRank on BM25, title, prior, length: MAP"
   return [*rows, row(what, both["map"], "BM25 by default", before["map"], **both)]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks.hosts import ended, flags_of, netlab, run, tell
+from research.core.spec import calls
 
 
 def faults(hosts: int, kills: int, every: float, steps: int) -> dict[str, Any]:
@@ -22,9 +23,10 @@ def faults(hosts: int, kills: int, every: float, steps: int) -> dict[str, Any]:
     every: mean seconds between kills.
     steps: of the run; must be enough to outlast the kills.
   """
+  sgd = calls.sgd(calls.cosine_decay_schedule(0.1, steps), momentum=0.9)
+  link = calls.error_feedback(calls.two_phase(calls.int8()))
   config = {
-    "method": f"data_parallel(sgd(cosine_decay_schedule(0.1, {steps}), momentum=0.9), "
-    "error_feedback(two_phase(int8())))",
+    "method": str(calls.data_parallel(sgd, link)),
     "executor": "spmd",
     "mesh": f"data:{hosts}",
     "steps": steps,

@@ -19,6 +19,7 @@ from typing import Any
 from experiments import run
 from experiments.benchmarks.faults import processes
 from experiments.benchmarks.hosts import flags_of
+from research.core.spec import calls
 
 LARGE = {"task": "mnist()", "model": "mlp(hidden=[1024, 1024])"}  # 1.9 million parameters
 MEGABYTE = {"task": "mnist()", "model": "mlp(hidden=[330])"}  # 1.05 MB
@@ -53,8 +54,9 @@ def read(out: Path, code: int, said: str) -> tuple[dict[str, Any], list[dict[str
 def overhead() -> list[dict[str, Any]]:
   """The share of a step in which two workers compute no gradient."""
   found = []
-  for link in ("mean()", "error_feedback(gather_mean(int8()))"):
-    config = {"workers": 2, "batch_size": 512, "steps": 400, "method": f"asgd(sgd(0.05), {link})"}
+  for link in (calls.mean(), calls.error_feedback(calls.gather_mean(calls.int8()))):
+    config = {"workers": 2, "batch_size": 512, "steps": 400}
+    config |= {"method": calls.asgd(calls.sgd(0.05), link)}
     summary, _ = trained(LARGE | config)
     workers = summary["server"]["workers"]
     of = lambda name, workers=workers: sum(row[name] for row in workers) / len(workers)
@@ -64,7 +66,7 @@ def overhead() -> list[dict[str, Any]]:
     lasted = of("seconds_per_push")
     found.append(
       {
-        "link": link,
+        "link": str(link),
         **milliseconds,
         "step": round(1000 * lasted, 2),
         "overhead": round(1 - of("computing_seconds") / lasted, 4),

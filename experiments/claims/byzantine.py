@@ -13,6 +13,7 @@ models and numbers of workers: we reproduce the ordering.
 """
 
 from experiments.claims.support.claim import Beside, Findings, Found, Gate, Lab, Line, Panel
+from research.core.spec import Call, calls
 
 TITLE = "When six of twenty workers lie, averaging learns nothing and robust rules still learn"
 DATASET = "mnist()"
@@ -39,22 +40,22 @@ X64 = False
 
 WORKERS, FAULTY = 20, 6
 RULES = {
-  "Krum": f"krum({FAULTY})",
-  "median": "median()",
-  "trimmed mean": f"trimmed_mean({FAULTY / WORKERS})",
-  "centered clipping": "centered_clip(1.0)",
-  "mean": "mean()",
+  "Krum": calls.krum(FAULTY),
+  "median": calls.median(),
+  "trimmed mean": calls.trimmed_mean(FAULTY / WORKERS),
+  "centered clipping": calls.centered_clip(1.0),
+  "mean": calls.mean(),
 }
 ATTACKS = {
-  "bit flips": f"sign_flip({{}}, faulty={FAULTY}, scale=10.0)",
-  "Gaussian noise": f"gaussian({{}}, faulty={FAULTY}, deviation=200.0)",
+  "bit flips": lambda rule: calls.sign_flip(rule, faulty=FAULTY, scale=10.0),
+  "Gaussian noise": lambda rule: calls.gaussian(rule, faulty=FAULTY, deviation=200.0),
 }
 
 
 def measure(lab: Lab) -> Findings:
   """Test accuracy of each rule under each attack; the worst seed counts."""
   runs = {
-    (attack, rule): [_run(lab, ATTACKS[attack].format(RULES[rule]), seed) for seed in lab.seeds]
+    (attack, rule): [_run(lab, ATTACKS[attack](RULES[rule]), seed) for seed in lab.seeds]
     for attack in lab["attacks"]
     for rule in lab["rules"]
   }
@@ -96,10 +97,11 @@ def _gates(lab: Lab, attack: str, rule: str, accuracies: list[float]) -> list[Ga
   return [Gate(what, min(accuracies), ">=", bound)]
 
 
-def _run(lab: Lab, rule: str, seed: int) -> Found:
+def _run(lab: Lab, rule: Call, seed: int) -> Found:
+  aggregator = calls.worker_momentum(rule, momentum=0.9)
   return lab.run(
     model="logistic()",
-    method=f"data_parallel(sgd({lab['learning_rate']}), worker_momentum({rule}, momentum=0.9))",
+    method=calls.data_parallel(calls.sgd(lab["learning_rate"]), aggregator),
     mesh=f"data:{WORKERS}",
     batch_size=lab["batch_size"],
     steps=lab["steps"],

@@ -15,6 +15,7 @@ estimates of each other.
 import numpy as np
 
 from experiments.claims.support.claim import Beside, Findings, Found, Gate, Lab, Line, Panel
+from research.core.spec import Call, calls
 
 TITLE = "Gossip of compressed differences finds the exact mean, that of compressed values does not"
 DATASET = "mean_estimation(vectors=25, features=2000)"
@@ -38,14 +39,14 @@ NAIVE = "values, 256 levels (Q1)", "values, 256 levels (Q2)"
 def measure(lab: Lab) -> Findings:
   """Mean squared distances from the mean of all vectors, over iterations and bytes."""
   features = lab.task().train["x"].shape[1]
-  coded = f"qsgd({lab['levels']}, bucket={features})"
+  coded, ring = calls.qsgd(lab["levels"], bucket=features), calls.ring()
   some, many = lab["iterations"], lab["top_k_iterations"]
   schemes = {
-    EXACT: ("gossip(ring())", some),
-    CHOCO: (f"choco({coded}, ring(), gamma=1.0)", some),
-    TOP_K: (f"choco(top_k({lab['top_k']}), ring(), gamma={lab['top_k_gamma']})", many),
-    NAIVE[0]: (f"q1_gossip({coded}, ring())", some),
-    NAIVE[1]: (f"q2_gossip({coded}, ring())", some),
+    EXACT: (calls.gossip(ring), some),
+    CHOCO: (calls.choco(coded, ring, gamma=1.0), some),
+    TOP_K: (calls.choco(calls.top_k(lab["top_k"]), ring, gamma=lab["top_k_gamma"]), many),
+    NAIVE[0]: (calls.q1_gossip(coded, ring), some),
+    NAIVE[1]: (calls.q2_gossip(coded, ring), some),
   }
   found = {name: gossiped(lab, *scheme) for name, scheme in schemes.items()}
   error = {name: run.column("error") for name, run in found.items()}
@@ -87,7 +88,7 @@ def measure(lab: Lab) -> Findings:
   )
 
 
-def gossiped(lab: Lab, aggregator: str, iterations: int) -> Found:
+def gossiped(lab: Lab, aggregator: Call, iterations: int) -> Found:
   """Gossip of vectors, one on each worker, averaged repeatedly with the neighbours."""
   vectors = lab.task().train["x"]
   mean = vectors.mean(0, dtype=np.float64)
@@ -97,9 +98,10 @@ def gossiped(lab: Lab, aggregator: str, iterations: int) -> Found:
     away = np.asarray(state.method.params["x"], np.float64) - mean
     return {"error": float((away**2).sum(1).mean())}
 
+  # one gradient step of size 1 moves a worker to its vector
+  once = calls.sgd(calls.piecewise_constant_schedule(1.0, {1: 0.0}))
   return lab.run(
-    # one gradient step of size 1 moves a worker to its vector
-    method=f"d_psgd(sgd(piecewise_constant_schedule(1.0, {{1: 0.0}})), {aggregator})",
+    method=calls.d_psgd(once, aggregator),
     partition="in_order()",
     mesh=f"data:{len(vectors)}",
     batch_size="all",

@@ -10,9 +10,12 @@ trains ResNet20 on four workers to the end. We reproduce the ordering, and only 
 staleness makes too large: at their own best step sizes the two tie, which is shown.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from experiments.claims.support.claim import Beside, Findings, Found, Gate, Lab, Line, Panel
+from research.core.spec import Call, calls
 
 TITLE = "Compensating for delay lowers the loss of asynchronous SGD where its step is too large"
 DATASET = "mnist()"
@@ -32,8 +35,12 @@ SEEDS = {"full": 6, "quick": 1}
 X64 = False
 
 METHODS = {
-  "asynchronous": "delayed(data_parallel(sgd({rate}), mean()), constant({delay}))",
-  "compensated": "dc_asgd({rate}, mean(), constant({delay}), lam={lam})",
+  "asynchronous": lambda rate, delay, lam: calls.delayed(
+    calls.data_parallel(calls.sgd(rate), calls.mean()), calls.constant(delay)
+  ),
+  "compensated": lambda rate, delay, lam: calls.dc_asgd(
+    rate, calls.mean(), calls.constant(delay), lam=lam
+  ),
 }
 
 
@@ -41,9 +48,9 @@ def measure(lab: Lab) -> Findings:
   """Training loss and test accuracy at the end, means over the seeds."""
   rates = [lab["large"], lab["small"]]
   runs = {
-    (rate, name): [_run(lab, spec, rate, seed) for seed in lab.seeds]
+    (rate, name): [_run(lab, method, rate, seed) for seed in lab.seeds]
     for rate in rates
-    for name, spec in METHODS.items()
+    for name, method in METHODS.items()
   }
   loss = {key: np.array([f.last("train_loss") for f in found]) for key, found in runs.items()}
   percent = {k: 100 * np.mean([f.last("accuracy") for f in found]) for k, found in runs.items()}
@@ -78,11 +85,11 @@ def measure(lab: Lab) -> Findings:
   )
 
 
-def _run(lab: Lab, spec: str, rate: float, seed: int) -> Found:
+def _run(lab: Lab, method: Callable[..., Call], rate: float, seed: int) -> Found:
   return lab.run(
     on=("train", "test"),
     model="mlp(hidden=[64])",
-    method=spec.format(rate=rate, delay=lab["delay"], lam=lab["lambda"]),
+    method=method(rate, lab["delay"], lab["lambda"]),
     mesh="data:1",
     batch_size=lab["batch_size"],
     steps=lab["steps"],

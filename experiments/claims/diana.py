@@ -16,6 +16,7 @@ import numpy as np
 
 from experiments.claims.support.claim import Beside, Findings, Gate, Lab, Line, Panel
 from experiments.claims.support.optima import split_logistic
+from research.core.spec import calls
 
 TITLE = "DIANA and MARINA converge linearly where plain compression stalls"
 DATASET = "libsvm('mushrooms')"
@@ -34,11 +35,12 @@ def measure(lab: Lab) -> Findings:
   share = max(1, round(lab["fraction"] * size)) / size
   variance = 1 / share - 1  # omega
   rates = steps_of_theory(problem.smoothness, problem.parts, variance, share)
-  sent = f"gather_mean(seeded(random_k({share!r}, unbiased=True)))"
+  sent = calls.gather_mean(calls.seeded(calls.random_k(share, unbiased=True)))
+  diana, marina, descent = rates
   methods = {
-    "DIANA": f"data_parallel(sgd({rates[0]}), diana({sent}, alpha={1 / (1 + variance)}))",
-    "MARINA": f"marina({rates[1]}, {sent}, probability={share!r})",
-    "compressed descent": f"data_parallel(sgd({rates[2]}), {sent})",
+    "DIANA": calls.data_parallel(calls.sgd(diana), calls.diana(sent, alpha=1 / (1 + variance))),
+    "MARINA": calls.marina(marina, sent, probability=share),
+    "compressed descent": calls.data_parallel(calls.sgd(descent), sent),
   }
 
   def error(params, state):

@@ -17,6 +17,7 @@ round with the smaller momentum are printed without gates.
 import numpy as np
 
 from experiments.claims.support.claim import Beside, Findings, Found, Gate, Lab, Line, Panel
+from research.core.spec import Call, calls
 
 TITLE = "DiLoCo beats a single worker and is near a batch of all its workers at 1/H of the traffic"
 DATASET = "tinyshakespeare(context=64)"
@@ -26,7 +27,8 @@ FULL = {
   "steps": 1024,
   "rate": 6e-3,
   "rounds": [[8, 0.9], [32, 0.5]],  # steps of a round, outer momentum
-  "model": "layers=2, width=64, heads=4, kv_heads=4, hidden=184, deviation=0.1",
+  "model": "transformer('tiny', layers=2, width=64, heads=4, kv_heads=4, hidden=184, "
+  "deviation=0.1, dtype='float32', scan=False)",
   "above_single": 0.0,  # nats
   "above_large": 0.08,  # share
   "bytes": 1.02,  # of 1/H
@@ -35,7 +37,8 @@ FULL = {
 QUICK = {
   "steps": 256,
   "rounds": [[8, 0.5]],
-  "model": "layers=1, width=32, heads=2, kv_heads=2, hidden=96, deviation=0.1",
+  "model": "transformer('tiny', layers=1, width=32, heads=2, kv_heads=2, hidden=96, "
+  "deviation=0.1, dtype='float32', scan=False)",
   "others": False,
 }
 SEEDS = {"full": 3, "quick": 1}
@@ -54,15 +57,16 @@ def measure(lab: Lab) -> Findings:
   """Held-out losses of all methods and seeds, and the bytes they send."""
   workers, rounds = lab["workers"], {of[0]: of[1] for of in lab["rounds"]}
   steps, longest = lab["steps"], max(rounds)
-  inner = f"adamw(warmup_cosine_decay_schedule(0.0, {lab['rate']}, {steps // 10}, {steps}))"
-  single = f"data_parallel({inner}, mean())"
-  outer = lambda beta: f"sgd(0.7, momentum={beta}, nesterov=True)"
-  one = lambda h, beta: f"diloco({inner}, {outer(beta)}, mean(), period={h})"
+  rate = calls.warmup_cosine_decay_schedule(0.0, lab["rate"], steps // 10, steps)
+  inner, mean = calls.adamw(rate), calls.mean()
+  single = calls.data_parallel(inner, mean)
+  outer = lambda beta: calls.sgd(0.7, momentum=beta, nesterov=True)
+  one = lambda h, beta: calls.diloco(inner, outer(beta), mean, period=h)
   diloco = {h: one(h, beta) for h, beta in rounds.items()}
   several = lambda method: [run(lab, method, workers, seed) for seed in lab.seeds]
   found = {LARGE: several(single)} | {f"DiLoCo, H={h}": several(diloco[h]) for h in rounds}
   if lab["others"]:
-    averaging = f"local_sgd({inner}, mean(), period={longest})"
+    averaging = calls.local_sgd(inner, mean, period=longest)
     found[f"plain averaging, H={longest}"] = [run(lab, averaging, workers, 0)]
     h, beta = min(rounds), rounds[longest]
     found[f"DiLoCo, H={h}, momentum {beta}"] = [run(lab, one(h, beta), workers, 0)]
@@ -102,10 +106,10 @@ def measure(lab: Lab) -> Findings:
   )
 
 
-def run(lab: Lab, method: str, workers: int, seed: int) -> Found:
+def run(lab: Lab, method: Call, workers: int, seed: int) -> Found:
   """Runs one method with `workers` workers."""
   return lab.run(
-    model=f"transformer('tiny', {lab['model']}, dtype='float32', scan=False)",
+    model=lab["model"],
     method=method,
     mesh=f"data:{workers}",
     batch_size=lab["batch"] * workers,

@@ -18,6 +18,7 @@ import math
 
 from experiments.claims.support.claim import Beside, Findings, Gate, Lab, Line, Panel
 from research.aggregate.privacy import accounting
+from research.core.spec import calls
 
 TITLE = "Differentially private SGD learns MNIST to 94% at an epsilon of about one"
 DATASET = "mnist()"
@@ -50,12 +51,13 @@ def measure(lab: Lab) -> Findings:
   """Accuracy over the epochs, and the privacy they spend."""
   examples = len(lab.task().train["y"])
   share, places = lab["batch"] / examples, places_for(lab["batch"], examples)
+  # the mean is over all slots, the tutorial's over the expected batch
+  sgd = calls.sgd(lab["rate"] * places / lab["batch"])
+  noisy = calls.noisy(calls.mean(), clip=lab["clip"], noise=lab["noise"])
   found = [
     lab.run(
       model=lab["model"],
-      # the mean is over all slots, the tutorial's over the expected batch
-      method=f"data_parallel(sgd({lab['rate'] * places / lab['batch']}), "
-      f"noisy(mean(), clip={lab['clip']}, noise={lab['noise']}))",
+      method=calls.data_parallel(sgd, noisy),
       partition="in_order()",
       mesh=f"data:{places}",
       batch_size=places,

@@ -15,6 +15,7 @@ import numpy as np
 
 from experiments.claims.support.claim import Beside, Findings, Gate, Lab, Line, Panel
 from experiments.claims.support.optima import curvature
+from research.core.spec import calls
 
 TITLE = "EF21 converges linearly where error feedback stalls"
 DATASET = "libsvm('a9a')"
@@ -23,7 +24,7 @@ QUICK = {"steps": 1400, "smallest": 1e-9, "apart": 1e3}
 SEEDS = {"full": 1, "quick": 1}
 X64 = True
 
-METHODS = {"EF21": "ef21", "error feedback": "error_feedback"}
+METHODS = {"EF21": calls.ef21, "error feedback": calls.error_feedback}
 
 
 def measure(lab: Lab) -> Findings:
@@ -31,14 +32,14 @@ def measure(lab: Lab) -> Findings:
   workers, model = lab["workers"], "logistic(bias=False, deviation=1.0)"
   x = lab.task(model=model).train["x"]
   rate = lab["factor"] * step_size(x, workers)
-  top_1 = f"gather_mean(top_k({1 / x.shape[1]!r}))"
+  top_1 = calls.gather_mean(calls.top_k(1 / x.shape[1]))
   lines, least = [], {}
   for name, aggregator in METHODS.items():
     for seed in lab.seeds:
       found = lab.run(
         task=lab.data(nonconvex=0.1, sparse=True),  # as in the file, whose rows are mostly zero
         model=model,
-        method=f"data_parallel(sgd({rate!r}), {aggregator}({top_1}))",
+        method=calls.data_parallel(calls.sgd(rate), aggregator(top_1)),
         partition="in_order()",
         mesh=f"data:{workers}",
         batch_size="all",

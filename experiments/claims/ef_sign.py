@@ -12,6 +12,7 @@ gradient itself, so that on the first problem error feedback is SGD.
 """
 
 from experiments.claims.support.claim import Beside, Findings, Gate, Lab, Line, Panel
+from research.core.spec import calls
 
 TITLE = "Steps along signs of gradients fail on simple convex problems; error feedback repairs them"
 DATASET = ""
@@ -29,9 +30,9 @@ SEEDS = {"full": 3, "quick": 1}
 X64 = False
 SGD, SIGN, FEEDBACK = "SGD", "signSGD", "EF-signSGD"
 AGGREGATORS = {
-  SGD: "mean()",
-  SIGN: "majority_vote()",  # of one worker: its signs
-  FEEDBACK: "error_feedback(gather_mean(sign()))",
+  SGD: calls.mean(),
+  SIGN: calls.majority_vote(),  # of one worker: its signs
+  FEEDBACK: calls.error_feedback(calls.gather_mean(calls.sign())),
 }
 FIRST, SECOND = "rare_large_gradient()", "narrow_valley(epsilon=0.5)"
 
@@ -45,7 +46,7 @@ def measure(lab: Lab) -> Findings:
       for seed in lab.seeds if task == FIRST else [0]:  # the second is without noise
         found = lab.run(
           task=task,
-          method=f"data_parallel(sgd({lab['rate']}), {aggregator})",
+          method=calls.data_parallel(calls.sgd(lab["rate"]), aggregator),
           mesh="data:1",
           batch_size=1,
           steps=steps,

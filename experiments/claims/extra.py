@@ -17,6 +17,7 @@ import numpy as np
 
 from experiments.claims.support.claim import Beside, Findings, Gate, Lab, Line, Panel
 from experiments.claims.support.optima import split_logistic
+from research.core.spec import calls
 
 TITLE = "EXTRA and gradient tracking are exact with a constant step, plain descent is not"
 DATASET = "libsvm('mushrooms')"
@@ -27,9 +28,9 @@ SEEDS = {"full": 1, "quick": 1}
 X64 = True
 
 METHODS = {
-  "EXTRA": "extra",
-  "gradient tracking": "gradient_tracking",
-  "decentralized descent": "dgd",
+  "EXTRA": calls.extra,
+  "gradient tracking": calls.gradient_tracking,
+  "decentralized descent": calls.dgd,
 }
 
 
@@ -49,7 +50,7 @@ def measure(lab: Lab) -> Findings:
       found = lab.run(
         task=lab.data(l2=problem.l2),
         model="logistic(bias=False)",
-        method=f"{method}({rate}, gossip(ring()))",
+        method=method(rate, calls.gossip(calls.ring())),
         partition="sorted()",
         mesh=f"data:{workers}",
         batch_size="all",

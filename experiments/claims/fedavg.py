@@ -17,6 +17,7 @@ import math
 import numpy as np
 
 from experiments.claims.support.claim import Beside, Findings, Found, Gate, Lab, Line, Panel
+from research.core.spec import calls
 
 TITLE = "Federated averaging needs the paper's number of rounds to 97 percent on MNIST, or fewer"
 DATASET = "mnist()"
@@ -91,7 +92,7 @@ def _run(lab: Lab, kind: str, rounds: int, rate: float, seed: int) -> Found:
   return lab.run(
     until=lambda row: row["accuracy"] >= lab["target"],
     model="mlp(hidden=[200, 200])",
-    method=f"fed_avg(sgd({rate}), mean(), epochs=1)",
+    method=calls.fed_avg(calls.sgd(rate), calls.mean(), epochs=1),
     population=100,
     mesh="data:10",
     partition=PARTITIONS[kind],

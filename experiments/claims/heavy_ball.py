@@ -15,6 +15,7 @@ import numpy as np
 
 from experiments.claims.support.claim import Beside, Findings, Gate, Lab, Line, Panel
 from experiments.claims.support.optima import curvature, optimum_of_squares
+from research.core.spec import calls
 
 TITLE = "Momentum replaces the condition number by its square root"
 DATASET = "libsvm('a9a')"
@@ -31,14 +32,15 @@ def measure(lab: Lab) -> Findings:
   top = float(curvature(x)[-1])
   mu = top / (lab["condition"] - 1)
   optimum = optimum_of_squares(x, y, mu).at
-  large, root, roots = top + mu, np.sqrt(lab["condition"]), np.sqrt(top + mu) + np.sqrt(mu)
+  large, root = top + mu, np.sqrt(lab["condition"])
+  rate = float(4 / (np.sqrt(top + mu) + np.sqrt(mu)) ** 2)
   theory = {
     "heavy ball": float((root - 1) / (root + 1)),
     "gradient descent": (lab["condition"] - 1) / (lab["condition"] + 1),
   }
   plans = {
-    "heavy ball": (f"sgd({4 / roots**2}, momentum={theory['heavy ball'] ** 2})", lab["steps"]),
-    "gradient descent": (f"sgd({2 / (large + mu)})", lab["descent_steps"]),
+    "heavy ball": (calls.sgd(rate, momentum=theory["heavy ball"] ** 2), lab["steps"]),
+    "gradient descent": (calls.sgd(2 / (large + mu)), lab["descent_steps"]),
   }
 
   def distance(params, state):
@@ -51,7 +53,7 @@ def measure(lab: Lab) -> Findings:
       found = lab.run(
         task=lab.data(loss="squares", l2=mu, sparse=True),
         model="linear()",
-        method=f"data_parallel({optimizer}, mean())",
+        method=calls.data_parallel(optimizer, calls.mean()),
         batch_size="all",
         steps=steps,
         eval_every=lab["every"],

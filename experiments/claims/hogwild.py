@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from experiments.claims.support.claim import Beside, Findings, Gate, Lab, Line, Panel
+from research.core.spec import calls
 
 TITLE = "Lock-free SGD is as good as serial SGD where examples share few features"
 DATASET = "libsvm('w8a')"
@@ -66,11 +67,11 @@ def trained(
   lab: Lab, task: str, rate: float, examples: int
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[Line]]:
   """Training losses by seed: mean over the second half, at the end, and curves."""
-  serial, bound = f"data_parallel(sgd({rate}), mean())", lab["bound"]
+  serial, bound = calls.data_parallel(calls.sgd(rate), calls.mean()), lab["bound"]
   methods = {
     "serial": serial,
-    "old models": f"delayed({serial}, uniform({bound}))",
-    "old coordinates": f"hogwild({rate}, mean(), bound={bound})",
+    "old models": calls.delayed(serial, calls.uniform(bound)),
+    "old coordinates": calls.hogwild(rate, calls.mean(), bound=bound),
   }
   steps = round(lab["epochs"] * examples)
   halves, ends, lines = {}, {}, []

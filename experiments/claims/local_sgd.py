@@ -14,7 +14,7 @@ import math
 
 from experiments.claims.support import optima
 from experiments.claims.support.claim import Beside, Findings, Found, Gate, Lab, Line, Panel
-from research.core.spec import parse
+from research.core.spec import calls, parse
 
 TITLE = "Local SGD takes as many steps as mini-batch SGD, and communicates in few of them"
 DATASET = "libsvm('w8a')"
@@ -104,7 +104,7 @@ def trained(lab: Lab, l2: float, period: int, rate: float, seed: int) -> Found:
   return lab.run(
     task=lab.data(l2=l2),
     model="logistic(bias=False)",
-    method=f"local_sgd(sgd({rate}), mean(), period={period})",
+    method=calls.local_sgd(calls.sgd(rate), calls.mean(), period=period),
     mesh=f"data:{lab['workers']}",
     batch_size=lab["workers"] * lab["batch"],
     steps=lab["steps"],

@@ -14,6 +14,7 @@ uncompressed.
 import numpy as np
 
 from experiments.claims.support.claim import Beside, Findings, Found, Gate, Lab, Line, Panel
+from research.core.spec import Call, calls
 
 TITLE = "PowerSGD trains like SGD on a fiftieth of its traffic, and not without error feedback"
 DATASET = "mnist()"
@@ -37,10 +38,10 @@ SEEDS = {"full": 3, "quick": 1}
 X64 = False
 
 AGGREGATORS = {
-  "SGD": "mean()",
-  "rank 2": "error_feedback(power_sgd(2))",
-  "rank 4": "error_feedback(power_sgd(4))",
-  "rank 2 without error feedback": "power_sgd(2)",
+  "SGD": calls.mean(),
+  "rank 2": calls.error_feedback(calls.power_sgd(2)),
+  "rank 4": calls.error_feedback(calls.power_sgd(4)),
+  "rank 2 without error feedback": calls.power_sgd(2),
 }
 
 
@@ -91,11 +92,11 @@ def _percent(found: list[Found]) -> float:
   return float(100 * np.mean([f.last("accuracy") for f in found]))
 
 
-def _run(lab: Lab, aggregator: str, seed: int) -> Found:
-  rate = f"linear_schedule({lab['learning_rate']}, 0.0, {lab['steps']})"
+def _run(lab: Lab, aggregator: Call, seed: int) -> Found:
+  rate = calls.linear_schedule(lab["learning_rate"], 0.0, lab["steps"])
   return lab.run(
     model="mlp(hidden=[200, 200])",
-    method=f"data_parallel(sgd({rate}, momentum=0.9), {aggregator})",
+    method=calls.data_parallel(calls.sgd(rate, momentum=0.9), aggregator),
     mesh="data:8",
     batch_size=lab["batch_size"],
     steps=lab["steps"],

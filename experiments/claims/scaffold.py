@@ -16,10 +16,13 @@ of five batches per round, and rounds until the accuracy stays above a level: th
 reproduce the ordering.
 """
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
 
 from experiments.claims.support.claim import Beside, Findings, Found, Gate, Lab, Line, Panel
+from research.core.spec import Call, calls
 
 TITLE = "SCAFFOLD's rounds do not depend on how clients differ; those of federated averaging do"
 DATASET = "mnist()"
@@ -51,31 +54,32 @@ X64 = False
 SGD, TWO, TEN, AVERAGE = "SGD", "SCAFFOLD, K=2", "SCAFFOLD, K=10", "FedAvg, K=2"
 CLIENTS = 100
 IMAGES = {
-  "FedAvg": "fed_avg(sgd({rate}), mean(), epochs=2)",
-  "SCAFFOLD": "scaffold({rate}, mean(), epochs=2)",
+  "FedAvg": lambda rate: calls.fed_avg(calls.sgd(rate), calls.mean(), epochs=2),
+  "SCAFFOLD": lambda rate: calls.scaffold(rate, calls.mean(), epochs=2),
 }
 
 
 def measure(lab: Lab) -> Findings:
   """Rounds until x is near the minimum, of each method at each G."""
   rate, spread = lab["rate"], lab["dissimilarity"]
-  specs = {SGD: (f"data_parallel(sgd({rate}), mean())", 1)}
+  methods = {SGD: (calls.data_parallel(calls.sgd(rate), calls.mean()), 1)}
   for name, steps in ((TWO, 2), (TEN, 10)):
-    specs[name] = (f"scaffold({rate}, mean(), period={steps}, warm_up=True)", steps)
+    methods[name] = (calls.scaffold(rate, calls.mean(), period=steps, warm_up=True), steps)
   found = {
-    name: [solved(lab, *spec, g, lab["rounds"], 1) for g in spread] for name, spec in specs.items()
+    name: [solved(lab, *method, g, lab["rounds"], 1) for g in spread]
+    for name, method in methods.items()
   }
   found[AVERAGE] = [averaged(lab, g) for g in spread]
   rounds = {name: [count for count, _ in of_name] for name, of_name in found.items()}
-  images = {name: on_images(lab, spec) for name, spec in IMAGES.items()}
+  images = {name: on_images(lab, name, method) for name, method in IMAGES.items()}
   first = [rounds_to(run, lab["accuracy"]) for run, _ in images.values()]
   one = {name: max(counts) for name, counts in rounds.items()}
-  apart = max(max(rounds[name]) - min(rounds[name]) for name in specs)
+  apart = max(max(rounds[name]) - min(rounds[name]) for name in methods)
   return Findings(
     [
       Beside("rounds of SGD over those of SCAFFOLD with K=2", one[SGD] / one[TWO], 2.0),
       Beside("rounds of SGD over those of SCAFFOLD with K=10", one[SGD] / one[TEN], 5.0),
-      *(Beside(f"{name}: rounds, most of all G", one[name]) for name in specs),
+      *(Beside(f"{name}: rounds, most of all G", one[name]) for name in methods),
       *(
         Beside(f"{AVERAGE}, tuned: rounds at G={g:g}", n)
         for g, n in zip(spread, rounds[AVERAGE], strict=True)
@@ -134,10 +138,10 @@ def measure(lab: Lab) -> Findings:
 
 
 def solved(
-  lab: Lab, method: str, period: int, spread: float, rounds: int, every: int
+  lab: Lab, method: Call, period: int, spread: float, rounds: int, every: int
 ) -> tuple[float, Found]:
   """Rounds until x is near the minimum, infinity if it never is, and the run."""
-  task = f"client_drift(dissimilarity={spread})"
+  task = calls.client_drift(dissimilarity=spread)
   start = float(lab.task(task=task).init(jax.random.key(0))["x"])
   found = lab.run(
     task=task,
@@ -159,7 +163,7 @@ def averaged(lab: Lab, spread: float) -> tuple[float, Found]:
   found = {}
 
   def score(share: float) -> float:
-    method = f"fed_avg(sgd({share / spread}), mean(), period=2)"
+    method = calls.fed_avg(calls.sgd(share / spread), calls.mean(), period=2)
     found[share] = solved(lab, method, 2, spread, rounds, max(1, rounds // 50))
     return found[share][0]
 
@@ -172,7 +176,7 @@ def curve(found: Found) -> tuple[np.ndarray, np.ndarray]:
   return found.column("round"), found.column("distance")
 
 
-def on_images(lab: Lab, method: str) -> tuple[Found, float]:
+def on_images(lab: Lab, name: str, method: Callable[[float], Call]) -> tuple[Found, float]:
   """An image classifier trained on clients that are sorted by label.
 
   Returns:
@@ -184,7 +188,7 @@ def on_images(lab: Lab, method: str) -> tuple[Found, float]:
     size = len(lab.task(model="logistic()").train["y"]) // CLIENTS
     runs[rate] = lab.run(
       model="logistic()",
-      method=method.format(rate=rate),
+      method=method(rate),
       partition="sorted()",
       population=CLIENTS,
       mesh=f"data:{CLIENTS // 5}",
@@ -195,7 +199,7 @@ def on_images(lab: Lab, method: str) -> tuple[Found, float]:
     )
     return rounds_to(runs[rate], accuracy)
 
-  best, _ = lab.tune(f"step size of {method}", lab["images_rates"], score)
+  best, _ = lab.tune(f"{name}: step size on images", lab["images_rates"], score)
   reached = [row["round"] for r in runs.values() for row in r.rows if row["accuracy"] >= accuracy]
   return runs[best], float(min(reached, default=np.inf))
 

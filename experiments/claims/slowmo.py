@@ -12,9 +12,12 @@ eighth of the sorted examples, 120 rounds: heterogeneous data replace the long t
 the two separate on CIFAR-10. We reproduce the ordering.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from experiments.claims.support.claim import Beside, Findings, Found, Gate, Lab, Line, Panel
+from research.core.spec import Call, calls
 
 TITLE = "Slow momentum of the common model lifts Local SGD above its own best"
 DATASET = "mnist()"
@@ -32,20 +35,22 @@ X64 = False
 
 PAPER_GAIN = 93.20 - 91.73
 METHODS = {
-  "Local SGD": "restarted(local_sgd({}, mean(), period={}))",
-  "SlowMo": "restarted(slow_mo({}, mean(), period={}, slow_momentum=0.7))",
+  "Local SGD": lambda inner, period: calls.local_sgd(inner, calls.mean(), period=period),
+  "SlowMo": lambda inner, period: calls.slow_mo(
+    inner, calls.mean(), period=period, slow_momentum=0.7
+  ),
 }
 
 
 def measure(lab: Lab) -> Findings:
   """Test accuracies in percent of both, each at its best learning rate on seed 0."""
   runs, percent, rates, grids = {}, {}, {}, {}
-  for name, spec in METHODS.items():
-    tried = {rate: _run(lab, spec, rate, 0) for rate in lab["learning_rates"]}
+  for name, method in METHODS.items():
+    tried = {rate: _run(lab, method, rate, 0) for rate in lab["learning_rates"]}
     score = lambda rate, tried=tried: -tried[rate].last("accuracy")
     rates[name], scores = lab.tune(f"{name}: learning rate, by - test accuracy", tried, score)
     grids[name] = Line(name, list(scores), [-value for value in scores.values()], "o")
-    more = [_run(lab, spec, rates[name], seed) for seed in lab.seeds if seed > 0]
+    more = [_run(lab, method, rates[name], seed) for seed in lab.seeds if seed > 0]
     runs[name] = [tried[rates[name]], *more]
     percent[name] = 100 * np.array([found.last("accuracy") for found in runs[name]])
   gain = percent["SlowMo"].mean() - percent["Local SGD"].mean()
@@ -78,10 +83,11 @@ def measure(lab: Lab) -> Findings:
   )
 
 
-def _run(lab: Lab, spec: str, rate: float, seed: int) -> Found:
+def _run(lab: Lab, method: Callable[..., Call], rate: float, seed: int) -> Found:
+  inner = calls.sgd(rate, momentum=0.9, nesterov=True)
   return lab.run(
     model="mlp(hidden=[64])",
-    method=spec.format(f"sgd({rate}, momentum=0.9, nesterov=True)", lab["period"]),
+    method=calls.restarted(method(inner, lab["period"])),
     partition="sorted()",
     mesh="data:8",
     batch_size=lab["batch_size"],

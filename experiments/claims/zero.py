@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from experiments.claims.support.claim import Beside, Findings, Gate, Lab, Line, Panel, with_devices
 from experiments.reports import ahead
+from research.core.spec import calls
 from research.parallel import sharded, workers
 from research.training import assemble
 from research.training.config import Config
@@ -80,7 +81,7 @@ def stages(devices: int, hidden: list[int]) -> list[Bytes]:
   """Data parallelism without ZeRO, then its three stages."""
   config = Config(
     task="digits()",
-    model=f"mlp(hidden={hidden})",
+    model=str(calls.mlp(hidden=hidden)),
     method="data_parallel(adam(1e-3), mean())",
     executor="spmd",
     mesh=f"data:{devices}",

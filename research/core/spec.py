@@ -5,10 +5,11 @@ calls, read with `ast` and never evaluated. What the names stand for is the regi
 """
 
 import ast
+import functools
 import inspect
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from research.core.text import QUOTED, one_line, quoted, shortened
@@ -24,9 +25,40 @@ class Call(NamedTuple):
   kwargs: dict[str, Any]
   text: str
 
+  def __str__(self) -> str:
+    return self.text
+
   def wrong(self, reason: object) -> ValueError:
     """The one-line error about this call."""
     return ValueError(one_line(f"{one_line(self.text, QUOTED)}: {reason}"))
+
+  def replace(self, **kwargs: Any) -> "Call":
+    """The same call with further or other keyword arguments.
+
+    Args:
+      **kwargs: literals or calls.
+    """
+    return _called(self.name, *self.args, **{**self.kwargs, **kwargs})
+
+
+class _Calls:
+  """Calls by attribute; the text of `calls.sgd(0.1, momentum=0.9)` is `sgd(0.1, momentum=0.9)`.
+
+  For programs that set flags: a call is composed of calls and values, and its text is the flag. No
+  name is looked up before the call is built.
+  """
+
+  def __getattr__(self, name: str) -> Callable[..., Call]:
+    if name.startswith("_"):
+      raise AttributeError(name)
+    return functools.partial(_called, name)
+
+
+calls = _Calls()
+
+
+def _called(name: str, /, *args: Any, **kwargs: Any) -> Call:
+  return Call(name, list(args), kwargs, written(Call(name, list(args), kwargs, "")))
 
 
 # ---- from text

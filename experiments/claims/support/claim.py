@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from research.core.base import Params
-from research.core.spec import parse
+from research.core.spec import Call, parse
 from research.core.task import Task, TrainState
 from research.training import metrics, sources
 from research.training.assemble import assemble, check
@@ -133,16 +133,14 @@ class Lab:
     """A setting of the claim."""
     return self.settings[name]
 
-  def data(self, **more: Any) -> str:
-    """The spec of --dataset with further arguments, unless it has them itself."""
+  def data(self, **more: Any) -> Call:
+    """The call of --dataset with further arguments, unless it has them itself."""
     call = parse(self.dataset)
-    named = [f"{k}={v!r}" for k, v in more.items() if k not in call.kwargs]
-    inside = call.text[call.text.index("(") + 1 : -1]
-    return f"{call.name}({', '.join([inside, *named] if inside else named)})"
+    return call.replace(**{name: v for name, v in more.items() if name not in call.kwargs})
 
   def task(self, **flags: Any) -> Task:
     """The task of a run from its flags; --dataset is the default."""
-    return sources.task_of(Config(task=self.dataset).replace(**flags))
+    return sources.task_of(Config(task=self.dataset).replace(**_texts(flags)))
 
   def run(
     self,
@@ -165,12 +163,13 @@ class Lab:
       gradient: measures the norm of the full gradient.
       watch: further metrics of params and state.
       until: ends the run when true for a row.
-      **flags: of the run.
+      **flags: of the run; a spec may be a `Call`, whose text is the flag.
 
     Raises:
       UsageError: for invalid flags.
     """
-    config = Config(**({"task": self.dataset, "eval_every": 0, "steps_per_dispatch": 1000} | flags))
+    default: dict[str, Any] = {"task": self.dataset, "eval_every": 0, "steps_per_dispatch": 1000}
+    config = Config(**(default | _texts(flags)))
     problem = assemble(config, check(config))
     started = time.perf_counter()
     run = Run(config, problem)
@@ -251,6 +250,10 @@ def _measure(run: Run, on: Sequence[str], gradient: bool, watch: Watch | None) -
     return row
 
   return measure
+
+
+def _texts(flags: Mapping[str, Any]) -> dict[str, Any]:
+  return {name: str(v) if isinstance(v, Call) else v for name, v in flags.items()}
 
 
 def _told(config: Config) -> dict[str, Any]:
