@@ -27,8 +27,7 @@ FULL = {
   "steps": 1024,
   "rate": 6e-3,
   "rounds": [[8, 0.9], [32, 0.5]],  # steps of a round, outer momentum
-  "model": "transformer('tiny', layers=2, width=64, heads=4, kv_heads=4, hidden=184, "
-  "deviation=0.1, dtype='float32', scan=False)",
+  "model": "layers=2, width=64, heads=4, kv_heads=4, hidden=184, deviation=0.1",
   "above_single": 0.0,  # nats
   "above_large": 0.08,  # share
   "bytes": 1.02,  # of 1/H
@@ -37,8 +36,7 @@ FULL = {
 QUICK = {
   "steps": 256,
   "rounds": [[8, 0.5]],
-  "model": "transformer('tiny', layers=1, width=32, heads=2, kv_heads=2, hidden=96, "
-  "deviation=0.1, dtype='float32', scan=False)",
+  "model": "layers=1, width=32, heads=2, kv_heads=2, hidden=96, deviation=0.1",
   "others": False,
 }
 SEEDS = {"full": 3, "quick": 1}
@@ -109,7 +107,7 @@ def measure(lab: Lab) -> Findings:
 def run(lab: Lab, method: Call, workers: int, seed: int) -> Found:
   """Runs one method with `workers` workers."""
   return lab.run(
-    model=lab["model"],
+    model=f"transformer('tiny', {lab['model']}, dtype='float32', scan=False)",
     method=method,
     mesh=f"data:{workers}",
     batch_size=lab["batch"] * workers,

@@ -50,3 +50,16 @@ def test_defaults_are_left_out_and_other_optional_arguments_are_named(called, va
 def test_what_follows_a_default_that_is_left_out_is_named():
   parameters = inspect.signature(lambda a=1, b=2: None).parameters.values()
   assert spec.of_call("f", parameters, {"a": 1, "b": 3}) == "f(b=3)"
+
+
+def test_calls_are_composed_by_attribute():
+  sgd = spec.calls.sgd(spec.calls.piecewise_constant_schedule(1.0, {1: 0.0}), momentum=0.9)
+  method = spec.calls.local_sgd(sgd, spec.calls.mean(), period=[[0, 1], [5, 4]])
+  text = (
+    "local_sgd(sgd(piecewise_constant_schedule(1.0, {1: 0.0}), momentum=0.9), mean(), "
+    "period=[[0, 1], [5, 4]])"
+  )
+  assert str(method) == text == spec.written(spec.parse(text))
+  assert str(spec.parse("libsvm('a9a', l2=1.0)").replace(l2=2.0, sparse=True)) == (
+    "libsvm('a9a', l2=2.0, sparse=True)"
+  )

@@ -133,10 +133,10 @@ class Lab:
     """A setting of the claim."""
     return self.settings[name]
 
-  def data(self, **more: Any) -> Call:
-    """The call of --dataset with further arguments, unless it has them itself."""
+  def data(self, **more: Any) -> str:
+    """The spec of --dataset with further arguments, unless it has them itself."""
     call = parse(self.dataset)
-    return call.replace(**{name: v for name, v in more.items() if name not in call.kwargs})
+    return str(call.replace(**{name: v for name, v in more.items() if name not in call.kwargs}))
 
   def task(self, **flags: Any) -> Task:
     """The task of a run from its flags; --dataset is the default."""
