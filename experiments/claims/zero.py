@@ -23,6 +23,7 @@ from experiments.claims.support.claim import Beside, Findings, Gate, Lab, Line, 
 from experiments.reports import ahead
 from research.core.spec import calls
 from research.parallel import sharded, workers
+from research.parallel.local_phase import measured_and_clipped_grad
 from research.training import assemble
 from research.training.config import Config
 
@@ -98,7 +99,7 @@ def compiled(config: Config) -> Bytes:
   state, data = ahead.arguments(problem)
   step: Any = problem.executor.run.lower(state, data, rounds=1).compile().memory_analysis()
   inside = sharded.inside(job.axes, sharded.cut_of(job.axes, job.task), job.zero)
-  gradient = workers.measured_and_clipped_grad(job, inside)
+  gradient = measured_and_clipped_grad(job, inside)
   own = jax.shard_map(
     lambda *args: gradient(*args)[1],
     mesh=state.round.sharding.mesh,

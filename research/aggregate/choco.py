@@ -4,25 +4,12 @@ from dataclasses import KW_ONLY
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
+from research.aggregate.coded_gossip import CodedGossip
 from research.aggregate.presence import need_everyone
-from research.comm import collectives
-from research.comm.neighbours import heard
-from research.comm.topology import Topology
 from research.core import checks
-from research.core.base import (
-  EVERYONE,
-  WORKER_AXES,
-  Aggregate,
-  Aggregator,
-  Array,
-  Compressor,
-  Key,
-  Trait,
-  Tree,
-)
+from research.core.base import EVERYONE, Aggregate, Array, Key, Trait, Tree
 
 
 class ChocoState(NamedTuple):
@@ -30,7 +17,7 @@ class ChocoState(NamedTuple):
   pull: Tree  # s_i - x_hat_i = sum_j w_ij (x_hat_j - x_hat_i)
 
 
-class Choco(Aggregator, name="choco"):
+class Choco(CodedGossip, name="choco"):
   """Compressed gossip that converges linearly to the exact mean.
 
       q_i = C(x_i - x_hat_i)
@@ -56,11 +43,8 @@ class Choco(Aggregator, name="choco"):
     form.
   """
 
-  compressor: Compressor
-  topology: Topology
   _: KW_ONLY
   gamma: float
-  axis: collectives.Axes = WORKER_AXES
   adds = Trait.LOCAL | Trait.MEMORY
 
   def check(self):
@@ -90,15 +74,7 @@ class Choco(Aggregator, name="choco"):
 
   def _one(self, x: Array, known: Array, pull: Array, key: Key) -> tuple[Array, Array, Array]:
     """The value of a leaf, and its x_hat_i and s_i - x_hat_i."""
-    (shifts,) = self.topology.rounds(collectives.worker_count(self.axis))
-    like = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    payload = self.compressor.encode(x - known, key, collectives.worker_key(key, self.axis))
-    change = self.compressor.decode(payload, like, key)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    far = pull.astype(wide)
-    for weight, other in heard(shifts, payload, self.axis):
-      nearer = self.compressor.decode(other, like, key).astype(wide) - change.astype(wide)
-      far += (weight * nearer).astype(wide)
+    change, far = self.drawn(x - known, pull, key)
     return (x + self.gamma * far).astype(x.dtype), known + change, far.astype(x.dtype)
 
 

@@ -3,27 +3,16 @@
 Neither converges to the mean: unless the values tend to zero, the compression errors persist.
 """
 
+from typing import ClassVar
+
 import jax
-import jax.numpy as jnp
 
+from research.aggregate.coded_gossip import CodedGossip
 from research.aggregate.presence import need_everyone
-from research.comm import collectives
-from research.comm.neighbours import heard
-from research.comm.topology import Topology
-from research.core.base import (
-  EVERYONE,
-  WORKER_AXES,
-  Aggregate,
-  Aggregator,
-  Array,
-  Compressor,
-  Key,
-  Trait,
-)
-from research.core.part import required
+from research.core.base import EVERYONE, Aggregate, Array, Key
 
 
-class QuantizedGossip(Aggregator):
+class QuantizedGossip(CodedGossip):
   """Moves each worker from its own value, exact or compressed, towards its neighbours' values.
 
   Args:
@@ -35,10 +24,7 @@ class QuantizedGossip(Aggregator):
     ValueError: if rows of the weights do not sum to one, or the weights vary from round to round.
   """
 
-  compressor: Compressor
-  topology: Topology
-  axis: collectives.Axes = WORKER_AXES
-  adds = Trait.LOCAL
+  exact_origin: ClassVar[bool]  # whether a worker moves from its value, not from its message
 
   def check(self):
     if self.topology.varying or not self.topology.balanced:
@@ -46,11 +32,6 @@ class QuantizedGossip(Aggregator):
         f"{self.title} takes a graph whose rows of weights sum to one in each round alike, and "
         f"'{self.topology.title}' does not: take ring, torus, complete, star, or symmetric weights"
       )
-
-  @required
-  def origin(self, x: Array, sent: Array) -> Array:
-    """Returns the point from which a worker moves: its value `x`, or the decoded payload `sent`."""
-    ...
 
   def aggregate(self, tree, state, key, presence=EVERYONE):
     need_everyone(self.title, presence)
@@ -60,15 +41,7 @@ class QuantizedGossip(Aggregator):
     return Aggregate(value, sent, state)
 
   def _one(self, x: Array, key: Key) -> tuple[Array, Array]:
-    (shifts,) = self.topology.rounds(collectives.worker_count(self.axis))
-    like = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    payload = self.compressor.encode(x, key, collectives.worker_key(key, self.axis))
-    sent = self.compressor.decode(payload, like, key)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    value, own = x.astype(wide), self.origin(x, sent).astype(wide)
-    for weight, other in heard(shifts, payload, self.axis):
-      nearer = self.compressor.decode(other, like, key).astype(wide) - own
-      value += (weight * nearer).astype(wide)
+    sent, value = self.drawn(x, x, key, x if self.exact_origin else None)
     return value.astype(x.dtype), sent
 
 
@@ -91,8 +64,7 @@ class Q1Gossip(QuantizedGossip, name="q1_gossip"):
     Koloskova, Stich, Jaggi 2019, arXiv 1902.00340, section 3.2.
   """
 
-  def origin(self, x, sent):
-    return x
+  exact_origin = True
 
 
 q1_gossip = Q1Gossip
@@ -105,14 +77,19 @@ class Q2Gossip(QuantizedGossip, name="q2_gossip"):
 
   Symmetric weights preserve the workers' mean, but the compression errors prevent consensus.
 
-  Args and Raises: see `q1_gossip`.
+  Args:
+    compressor: any compressor.
+    topology: a topology whose weights are constant and whose rows sum to one.
+    axis: the worker axes of the exchange.
+
+  Raises:
+    ValueError: if rows of the weights do not sum to one, or the weights vary from round to round.
 
   Reference: Carli, Fagnani, Frasca, Zampieri 2010, Automatica 46(1); scheme (Q2-G) in Koloskova,
     Stich, Jaggi 2019, arXiv 1902.00340, section 3.2.
   """
 
-  def origin(self, x, sent):
-    return sent
+  exact_origin = False
 
 
 q2_gossip = Q2Gossip

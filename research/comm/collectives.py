@@ -8,7 +8,7 @@ runs on meshes with and without slices.
 import contextlib
 import contextvars
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from research.core.base import EVERYONE, WORKER_AXES, Array, Key, Presence, Tree, platform
+from research.comm import sending
+from research.core.base import EVERYONE, WORKER_AXES, Array, Key, Presence, Tree
 
 Axes = str | Sequence[str]
 _OWN = 0x776F726B
 _LANES = 128
 _SHORT = 2**16  # bytes: about what a fast link transfers within the latency of a message
-_PIECE = 2**18  # bytes: maximum size of one gloo message, see `_in_pieces`
 
 
 class NoAxis(ValueError):
@@ -147,20 +147,16 @@ def mean(tree: Tree, axes: Axes = WORKER_AXES, presence: Presence = EVERYONE) ->
   def one(x):
     if presence is EVERYONE:
       return _mean_as(x.dtype, x, names)
-    wide = x.astype(jnp.float32) if _is_narrow(x) else x
+    wide = x.astype(jnp.float32) if sending.is_narrow(x) else x
     share = jnp.where(active, (weight * wide).astype(wide.dtype), 0)
     return _mean_as(x.dtype, share, names)
 
   return jax.tree.map(one, tree)
 
 
-def _is_narrow(x: Array | jax.ShapeDtypeStruct) -> bool:
-  return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
-
-
 def _mean_as(dtype: Any, x: Array, names: tuple[str, ...]) -> Array:
   """The mean over workers, sent and returned in `dtype`; x may be wider."""
-  if not _is_narrow(jax.ShapeDtypeStruct((), dtype)):
+  if not sending.is_narrow(jax.ShapeDtypeStruct((), dtype)):
     return lax.pmean(x, names)
   count = math.prod(lax.axis_size(name) for name in names)
 
@@ -174,7 +170,7 @@ def _mean_as(dtype: Any, x: Array, names: tuple[str, ...]) -> Array:
 
   @jax.custom_jvp
   def found(x):
-    return _by_axis(send, simulated, x, names, is_shared=True)
+    return sending.by_axis(send, simulated, x, names, is_shared=True)
 
   @found.defjvp
   def _tangent(primals, tangents):
@@ -193,7 +189,7 @@ def packed_mean(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
     tree: this worker's arrays.
     axes: the worker axes of the exchange.
   """
-  return _packed(tree, lambda x: mean(x, axes))
+  return sending.packed(tree, lambda x: mean(x, axes))
 
 
 def total(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
@@ -227,7 +223,7 @@ def gather(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
     return found.reshape(count, *x.shape)
 
   at_last = count // lax.axis_size(names[0])  # rows gathered before the last axis
-  return _packed(tree, _as_bits(_in_pieces(one, at_last)), longest=_SHORT)
+  return sending.packed(tree, sending.as_bits(sending.in_pieces(one, at_last)), longest=_SHORT)
 
 
 def exchange(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
@@ -258,83 +254,8 @@ def exchange(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
       return found.reshape(x.shape[0], -1)[:, :length]
     return found.reshape(x.shape[0], *found.shape[len(names) :])
 
-  send = _as_bits(_in_pieces(one, 1 / min(sizes), lead=1))
-  return _packed(tree, send, lead=1, longest=_SHORT)
-
-
-def _as_bits(send: Callable[[Array], Array]) -> Callable[[Array], Array]:
-  """`send` on the bits of narrow floats, where XLA would widen them: bfloat16 on CPUs."""
-
-  def one(x):
-    if not _is_narrow(x) or platform() != "cpu":
-      return send(x)
-    bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-    return lax.bitcast_convert_type(send(bits), x.dtype)
-
-  return one
-
-
-def _in_pieces(
-  send: Callable[[Array], Array], share: float = 1, lead: int = 0
-) -> Callable[[Array], Array]:
-  """`send` of long arrays in consecutive pieces, if gloo transfers them between processes.
-
-  Gloo serializes the two directions of exchanges above 0.5 MB: 1 MB each way took 127 ms at
-  100 Mbit/s, 0.25 MB took 21 ms. Sums are not split here: gloo splits them itself.
-
-  Args:
-    send: maps an array [*first, n] to [*any, n], independently for each index of the last axis.
-    share: size of a message to another worker, as a fraction or multiple of the array's.
-    lead: number of dimensions of `first`.
-  """
-
-  def one(x):
-    count = math.ceil(x.size * x.dtype.itemsize * share / _PIECE)
-    if count <= 1 or platform() != "cpu" or jax.process_count() == 1:
-      return send(x)
-    flat = x.reshape(*x.shape[:lead], -1)
-    length = -(-flat.shape[-1] // count)
-    filled = jnp.pad(flat, [*[(0, 0)] * lead, (0, count * length - flat.shape[-1])])
-    pieces = filled.reshape(*flat.shape[:-1], count, length)
-    one_after_other = lambda _, piece: (None, send(piece))
-    found = lax.scan(one_after_other, None, jnp.moveaxis(pieces, lead, 0), unroll=16)[1]
-    whole = jnp.moveaxis(found, 0, -2).reshape(*found.shape[1:-1], -1)
-    return whole[..., : flat.shape[-1]].reshape(*found.shape[1:-1], *x.shape[lead:])
-
-  return one
-
-
-def _packed(
-  tree: Tree, send: Callable[[Array], Array], lead: int = 0, longest: float = math.inf
-) -> Tree:
-  """`send` of each leaf; leaves of a dtype up to `longest` bytes are concatenated before.
-
-  Args:
-    tree: arrays whose first `lead` dimensions are equal.
-    send: maps an array [*first, n] to [*any, n], independently for each index of the last axis.
-    lead: number of dimensions of `first`.
-    longest: maximum bytes of a leaf that is concatenated.
-  """
-  leaves, treedef = jax.tree.flatten(tree)
-  messages: dict[Any, list[int]] = {}
-  for i, x in enumerate(leaves):
-    is_short = x.size * x.dtype.itemsize <= longest
-    messages.setdefault(x.dtype if is_short else i, []).append(i)
-  found = list(leaves)
-  for places in messages.values():
-    if len(places) == 1:
-      found[places[0]] = send(leaves[places[0]])
-      continue
-    lengths = [math.prod(leaves[i].shape[lead:]) for i in places]
-    flat = [
-      leaves[i].reshape(*leaves[i].shape[:lead], length)
-      for i, length in zip(places, lengths, strict=True)
-    ]
-    message = send(jnp.concatenate(flat, -1))
-    parts = jnp.split(message, np.cumsum(lengths)[:-1], -1)
-    for i, part in zip(places, parts, strict=True):
-      found[i] = part.reshape(*message.shape[:-1], *leaves[i].shape[lead:])
-  return treedef.unflatten(found)
+  send = sending.as_bits(sending.in_pieces(one, 1 / min(sizes), lead=1))
+  return sending.packed(tree, send, lead=1, longest=_SHORT)
 
 
 def permute(tree: Tree, links: Sequence[tuple[int, int]], axes: Axes = WORKER_AXES) -> Tree:
@@ -370,38 +291,5 @@ def permute(tree: Tree, links: Sequence[tuple[int, int]], axes: Axes = WORKER_AX
     has_one = (mine >= 0).reshape(size, *[1] * (found.ndim - 1))
     return jnp.where(has_one, found, jnp.zeros((), found.dtype))
 
-  one = lambda x: _by_axis(send, simulated, x, names, is_shared=False)
-  return jax.tree.map(_as_bits(_in_pieces(one)), tree)
-
-
-def _by_axis(
-  send: Callable[[Array], Array],
-  simulated: Callable[[int, Array, int], Array],
-  x: Array,
-  names: tuple[str, ...],
-  is_shared: bool,
-) -> Array:
-  """`send(x)`, with a custom batching rule if one of the worker axes is simulated by `vmap`.
-
-  Args:
-    send: the collective of one worker.
-    simulated: (size, x [size, ...], index of the simulated axis in `names`) -> results [size, ...].
-    x: this worker's array.
-    names: the worker axes in scope.
-    is_shared: whether the result is equal on all workers and has no leading dimension.
-  """
-
-  @jax.custom_batching.custom_vmap
-  def of_worker(x, places):
-    del places  # tells the batching rule which worker axis, if any, is simulated
-    return send(x)
-
-  @of_worker.def_vmap
-  def _of_many(size, batched, x, places):
-    if not any(batched[1]):
-      return of_worker(x, places), True
-    (here,) = (i for i, is_here in enumerate(batched[1]) if is_here)
-    whole = x if batched[0] else jnp.broadcast_to(x, (size, *x.shape))
-    return simulated(size, whole, here), not is_shared
-
-  return of_worker(x, tuple(lax.axis_index(name) for name in names))
+  one = lambda x: sending.by_axis(send, simulated, x, names, is_shared=False)
+  return jax.tree.map(sending.as_bits(sending.in_pieces(one)), tree)

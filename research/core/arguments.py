@@ -1,4 +1,4 @@
-"""A call's arguments held against the parameters of the factory that it names."""
+"""Checks the arguments of a parsed call against the parameters of the factory that it names."""
 
 import inspect
 import sys
@@ -12,7 +12,7 @@ from research.core.builtin import TABLE
 from research.core.spec import Call
 from research.core.text import QUOTED, one_line, quoted, shortened
 
-# Parameters of optax for which it takes any number but only some make sense.
+# Legal ranges of optax parameters that optax itself does not check.
 _RANGES = {
   **dict.fromkeys(("learning_rate", "peak_value", "max_norm", "max_delta", "clipping"), "(0, inf)"),
   **dict.fromkeys(("init_value", "end_value", "weight_decay", "eps", "eps_root"), "[0, inf)"),
@@ -23,7 +23,7 @@ Build = Callable[[Sequence[str], Call], Any]  # (kinds, call) -> the object
 
 
 class UnknownName(ValueError):
-  """A name that no factory of some kinds has."""
+  """An unknown name of the given kinds."""
 
 
 def matched(
@@ -33,14 +33,14 @@ def matched(
 
   Args:
     call: the parsed call.
-    parameters: of the factory, without those that a spec must not set.
-    build: builds a nested call whose kind is one of several.
+    parameters: the factory's parameters, without those that a spec must not set.
+    build: builds a nested call of one of the given kinds.
 
   Returns:
     The positional and the keyword arguments.
 
   Raises:
-    ValueError: one line with the value, the legal set and the nearest name.
+    ValueError: one line with the value, the legal set and the closest name.
   """
   positional = [p for p in parameters.values() if p.kind != p.KEYWORD_ONLY]
   if positional and positional[-1].kind == inspect.Parameter.VAR_POSITIONAL:
@@ -94,7 +94,11 @@ def _argument(call: Call, parameter: inspect.Parameter, value: Any, build: Build
 
 
 def kinds_of(annotation: Any) -> list[str]:
-  """The kinds of object that a parameter takes, by its type."""
+  """Returns the kinds of object that a parameter accepts, derived from its type.
+
+  Args:
+    annotation: the parameter's type.
+  """
   if typing.get_args(annotation) and typing.get_origin(annotation) is not Callable:
     return [kind for part in typing.get_args(annotation) for kind in kinds_of(part)]
   name = getattr(annotation, "__name__", "")
@@ -121,7 +125,7 @@ def _check_value(call: Call, parameter: inspect.Parameter, value: Any) -> None:
 
 
 def _numbers(value: Any) -> Iterator[int | float]:
-  """The numbers that a plain value holds."""
+  """Yields the numbers within a plain value, at any depth."""
   if isinstance(value, (list, dict)):
     for part in [*value, *value.values()] if isinstance(value, dict) else value:
       yield from _numbers(part)
@@ -155,7 +159,11 @@ def _matches(value: Any, annotation: Any) -> bool:
 
 
 def described(annotation: Any) -> str:
-  """A parameter's type in words: 'a number or a schedule'."""
+  """Describes a parameter's type in words: 'a number or a schedule'.
+
+  Args:
+    annotation: the parameter's type.
+  """
   names = {float: "a number", int: "a whole number", bool: "True or False", str: "a text in quotes"}
   kinds = [f"a{'n' * (kind[0] in 'aeo')} {kind}" for kind in dict.fromkeys(kinds_of(annotation))]
   parts = typing.get_args(annotation)

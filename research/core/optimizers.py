@@ -17,7 +17,7 @@ _TRANSFORMATIONS = (optax.GradientTransformation, optax.GradientTransformationEx
 
 
 class _Named:
-  """An object made from a spec: it equals another one of the same spec."""
+  """An object built from a spec; it equals any other object built from the same spec."""
 
   spec = ""
 
@@ -29,7 +29,7 @@ class _Named:
       return super().__eq__(other)
     return isinstance(other, _Named) and self.spec == other.spec
 
-  def __ne__(self, other: object) -> bool:  # a tuple's own would be asked first
+  def __ne__(self, other: object) -> bool:  # otherwise the tuple's own is used
     return not self == other
 
   def __hash__(self) -> int:
@@ -37,15 +37,15 @@ class _Named:
 
 
 class Optimizer(_Named, optax.GradientTransformation):
-  """A gradient transformation that was built from a spec, and shows it."""
+  """A gradient transformation whose repr is the spec that it was built from."""
 
 
 class OptimizerExtraArgs(_Named, optax.GradientTransformationExtraArgs):
-  """One whose `update` takes extra arguments."""
+  """An `Optimizer` whose `update` takes extra arguments."""
 
 
 class Schedule(_Named):
-  """A schedule, step -> value, that was built from a spec, and shows it."""
+  """A schedule, step -> value, whose repr is the spec that it was built from."""
 
   def __init__(self, schedule: Callable[[Any], Any], spec: str):
     self.schedule, self.spec = schedule, spec
@@ -55,11 +55,11 @@ class Schedule(_Named):
 
 
 def named(kind: str, built: Any, spec: str) -> Any:
-  """The same optimizer or schedule as an object whose repr is its spec.
+  """Returns the same optimizer or schedule as an object whose repr is its spec.
 
   Args:
     kind: 'optimizer' or 'schedule'.
-    built: what the factory of optax made.
+    built: the object that the optax factory returned.
     spec: its canonical text.
   """
   if kind == "schedule":
@@ -72,7 +72,11 @@ def named(kind: str, built: Any, spec: str) -> Any:
 
 @functools.cache
 def factories(kind: str) -> dict[str, Callable[..., Any]]:
-  """optax's own factories of a kind, those that begin with a learning rate first."""
+  """Returns optax's factories of a kind by name; those with a learning rate come first.
+
+  Args:
+    kind: 'optimizer' or 'schedule'.
+  """
   first: dict[str, Callable[..., Any]] = {}
   others: dict[str, Callable[..., Any]] = {}
   for module in (optax, optax.contrib):
@@ -89,15 +93,18 @@ def factories(kind: str) -> dict[str, Callable[..., Any]]:
 
 
 def check(optimizer: Any) -> None:
-  """Traces one update, so that an optimizer that needs more than gradients is rejected here.
+  """Traces one update, to reject optimizers that need more than averaged gradients.
+
+  Args:
+    optimizer: an optax transformation.
 
   Raises:
-    ValueError: with what optax said.
+    ValueError: with optax's error message.
   """
   params = {"w": jax.ShapeDtypeStruct((2, 3), jnp.float32)}
   try:
     updates, _ = jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), params)
-  except Exception as error:  # whatever an optimizer of another library raises
+  except Exception as error:  # another library's optimizer may raise anything
     if blame.fault(error):
       raise
     raise ValueError(f"needs more than averaged gradients: {one_line(error, 300)}") from error

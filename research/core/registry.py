@@ -1,12 +1,12 @@
-"""Names to objects: the built-in ones, optax's, and those that other packages register.
+"""Looks up names and builds objects from specs: built-in names, optax's, and registered ones.
 
     @register("compressor")
     def halved(factor: float = 0.5) -> Compressor: ...
 
     build("aggregator", "gather_mean(halved(0.25))")
 
-A name that is not built in is looked for in installed packages too: their entry points of the group
-`research.plugins` each name a module, which registers its names when it is imported.
+A name that is not built in is also looked up in installed packages: each of their entry points in
+the group `research.plugins` names a module that registers its names when imported.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ GROUP = "research.plugins"
 OF_OPTAX = ("optimizer", "schedule")
 KINDS = (*TABLE, *OF_OPTAX)
 
-# Parameters that the command's flags set, and no spec.
+# Parameters that only the command's flags set, never a spec.
 _OF_FLAGS = {"task": ("model", "data_dir")}
-# What a factory of a kind returns.
+# The types that the factories of a kind return.
 _TYPES = {
   "compressor": "research.core.base:Compressor",
   "aggregator": "research.core.base:Aggregator",
@@ -46,27 +46,27 @@ ADDED: dict[str, dict[str, Callable[..., Any]]] = {}  # kind -> name -> factory,
 
 
 class NameTaken(ValueError):
-  """A registered name that something else has."""
+  """A name that is already taken."""
 
 
 def register(kind: str, name: str | None = None) -> Callable[[Factory], Factory]:
-  """Adds a factory under a name that specs may use: a decorator for functions and dataclasses.
+  """Registers a factory under a name for specs: a decorator for functions and dataclasses.
 
-  Specs of it are checked like those of built-in names: by the types of its parameters, and by the
+  Its specs are checked like those of built-in names: against its parameters' types, and by the
   ValueErrors that it raises. A task's keyword-only parameters `model` and `data_dir` are set by
   --model and --data_dir. Registering the same function again, as a reload does, replaces it.
 
   Args:
     kind: 'compressor', 'aggregator', 'method', 'task', 'model', 'partition', 'topology', 'delays',
       'speeds', 'optimizer' or 'schedule'.
-    name: in specs; None for the function's own, or the `name` of a compressor, aggregator or method
-      class.
+    name: the name in specs; None for the function's own, or the `name` of a compressor, aggregator
+      or method class.
 
   Returns:
-    The decorator, which returns what it is given.
+    The decorator, which returns its argument unchanged.
 
   Raises:
-    ValueError: if there is no such kind, the name is no identifier, or something else has it.
+    ValueError: if the kind is unknown, the name is not an identifier, or it is already taken.
   """
   checks.one_of("kind", kind, KINDS)
 
@@ -84,7 +84,7 @@ def register(kind: str, name: str | None = None) -> Callable[[Factory], Factory]
 
 
 def _owner(kind: str, name: str) -> str:
-  """Module and name of what a spec of this name calls; '' for an unknown name."""
+  """The qualified name of the factory of a name; '' for an unknown name."""
   if name in TABLE.get(kind, ()):
     return TABLE[kind][name].replace(":", ".")
   if name in ADDED.get(kind, ()):
@@ -103,7 +103,7 @@ def _optax(kind: str) -> dict[str, Callable[..., Any]]:
 
 
 def names(kind: str) -> list[str]:
-  """The names of a kind that are known now: built-in ones, optax's, registered ones.
+  """Returns the known names of a kind: built-in ones, optax's, and registered ones.
 
   Args:
     kind: one of KINDS.
@@ -114,30 +114,30 @@ def names(kind: str) -> list[str]:
 
 @functools.cache
 def load_installed() -> None:
-  """Imports the modules by which installed packages register names, once."""
+  """Imports, once, the modules with which installed packages register names."""
   for point in importlib.metadata.entry_points(group=GROUP):
     try:
       point.load()
-    except Exception as error:  # whatever a plugin's module raises goes on, with its entry point
+    except Exception as error:  # a plugin may raise anything; the note names its entry point
       error.add_note(f"in the entry point {point.name} = {point.value} of {GROUP}")
       raise
 
 
 def lookup(kinds: Sequence[str], name: str) -> Callable[..., Any]:
-  """The factory of a name.
+  """Returns the factory of a name.
 
   Args:
-    kinds: where to look, in this order.
-    name: as in a spec.
+    kinds: the kinds to search, in this order.
+    name: the name in a spec.
 
   Raises:
-    ValueError: if there is none, with the nearest name and the legal set.
+    ValueError: for an unknown name, with the closest match and the legal names.
   """
   return _find(kinds, name)[1]
 
 
 def _find(kinds: Sequence[str], name: str) -> tuple[str, Callable[..., Any]]:
-  """The first kind that has the name, and the factory."""
+  """Returns the first kind that has the name, and the factory."""
   for attempt in (lambda: None, load_installed):
     attempt()
     for kind in kinds:
@@ -154,20 +154,20 @@ def _find(kinds: Sequence[str], name: str) -> tuple[str, Callable[..., Any]]:
 
 
 def build(kind: str, spec: str | Call, **bound: Any) -> Any:
-  """Builds the object that a spec names.
+  """Builds the object that a spec describes.
 
   Args:
     kind: one of KINDS.
     spec: its text, or a parsed call.
-    **bound: values of keyword-only parameters that a spec must not set itself (a task's `model` and
-      `data_dir`); passed on if the factory has them.
+    **bound: values of keyword-only parameters that a spec cannot set (a task's `model` and
+      `data_dir`); ignored if the factory does not have them.
 
   Returns:
-    The object. That of an optimizer or schedule has its spec as repr.
+    The object. The repr of an optimizer or schedule is its spec.
 
   Raises:
-    ValueError: one line with the value, the legal set and the nearest name. A registered factory
-      rejects a value by a `raise` statement; its other errors are raised unchanged.
+    ValueError: one line with the value, the legal set and the closest match. A registered factory
+      rejects values with a `raise` statement; its other errors are raised unchanged.
   """
   return _build((kind,), parse(spec) if isinstance(spec, str) else spec, bound)
 
@@ -202,7 +202,7 @@ def _build(kinds: Sequence[str], call: Call, bound: dict[str, Any]) -> Any:
 
 
 def _not_of(kind: str, built: Any) -> str:
-  """What an object is if it is not of its kind; '' if it is."""
+  """Describes an object that is not of the given kind; '' if it is."""
   if kind == "model":
     return "" if callable(built) else f"{type(built).__name__}, which is not a model"
   if kind not in _TYPES:
@@ -213,22 +213,27 @@ def _not_of(kind: str, built: Any) -> str:
 
 
 def signature_of(factory: Callable[..., Any]) -> inspect.Signature:
-  """A factory's signature, with types in place of their names as texts."""
+  """Returns a factory's signature, with annotations evaluated if possible.
+
+  Args:
+    factory: a function or class.
+  """
   try:
     return inspect.signature(factory, eval_str=True)
-  except NameError:  # a type that is imported for type checkers alone
+  except NameError:  # a type that is only imported for type checkers
     return inspect.signature(factory)
 
 
 @dataclasses.dataclass(frozen=True)
 class Default:
-  """A parameter's default that is built from its spec when it is called.
+  """A parameter's default value, given by its spec and built when it is called.
 
       def digits(*, model: Model = Default("model", "mlp(hidden=[128])")) -> Task: ...
 
   Args:
-    kind: of the spec.
-    spec: of a factory whose object is called, such as a model, which is called with the outputs.
+    kind: the kind of the object.
+    spec: its spec. The object must be callable, such as a model, which is called with the number of
+      outputs.
   """
 
   kind: str

@@ -1,7 +1,7 @@
-"""Spec strings as text: `diloco(adamw(3e-4), mean(), period=50)` to a parsed call, and back.
+"""Parses spec strings such as `diloco(adamw(3e-4), mean(), period=50)`, and writes them.
 
-One grammar for flags, presets and result rows: Python calls of names on literals and on further
-calls, read with `ast` and never evaluated. What the names stand for is the registry's.
+Flags, presets and result rows share one grammar: Python calls of names on literals and nested
+calls, parsed with `ast` and never evaluated. `registry` gives the names their meaning.
 """
 
 import ast
@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 from research.core.text import QUOTED, one_line, quoted, shortened
 
-_DEEPEST = 32  # calls and lists within one another
+_DEEPEST = 32  # maximum nesting of calls and lists
 
 
 class Call(NamedTuple):
-  """A parsed spec: a name, its arguments, and the text that it came from."""
+  """A parsed spec: a name, its arguments, and its text."""
 
   name: str
   args: list[Any]
@@ -29,7 +29,11 @@ class Call(NamedTuple):
     return self.text
 
   def wrong(self, reason: object) -> ValueError:
-    """The one-line error about this call."""
+    """Returns a one-line error about this call.
+
+    Args:
+      reason: what is wrong.
+    """
     return ValueError(one_line(f"{one_line(self.text, QUOTED)}: {reason}"))
 
   def replace(self, **kwargs: Any) -> "Call":
@@ -71,7 +75,7 @@ def parse(spec: str) -> Call:
     spec: such as "sgd(0.1, momentum=0.9)".
 
   Raises:
-    ValueError: if it is not a call of names on literals and calls, with the place of the error.
+    ValueError: if it is not a call of a name on literals and calls, with the error's position.
   """
   call = _Reader(spec).value()
   if not isinstance(call, Call):
@@ -80,7 +84,7 @@ def parse(spec: str) -> Call:
 
 
 def literal(spec: str) -> Any:
-  """Parses a number, a text, a list or a dictionary, written as in a spec.
+  """Parses a number, string, list or dictionary, written as in a spec.
 
   Args:
     spec: such as "[0.1, 0.3]".
@@ -95,10 +99,13 @@ def literal(spec: str) -> Any:
 
 
 def syntax(spec: str) -> ast.expr:
-  """The syntax tree of a Python expression.
+  """Parses a Python expression into its syntax tree.
+
+  Args:
+    spec: the expression's text.
 
   Raises:
-    ValueError: if the text is malformed, with the place of the error, or nested too deeply.
+    ValueError: if the text is malformed, with the error's position, or nested too deeply.
   """
   try:
     with warnings.catch_warnings():
@@ -116,7 +123,7 @@ def syntax(spec: str) -> ast.expr:
 
 
 class _Reader:
-  """The value that a spec writes down."""
+  """Converts a spec to a value."""
 
   def __init__(self, spec: str):
     self.spec = spec.strip()
@@ -126,7 +133,7 @@ class _Reader:
     return self._read(syntax(self.spec), 0)
 
   def _text(self, node: ast.expr) -> str:
-    """The part of the spec that a node was read from; Python counts a line's bytes."""
+    """The part of the spec that a node was parsed from; Python's offsets count bytes."""
     first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
     lines = self.lines[first : last + 1]
     lines[-1] = lines[-1][: node.end_col_offset]
@@ -186,8 +193,8 @@ def written(value: Any) -> str:
   """The canonical text of a value: the same for all spellings that parse to the same value.
 
   Args:
-    value: a parsed `Call`, a literal, a list or dictionary of these, or an object that was built
-      from a spec, whose repr is its spec.
+    value: a parsed `Call`, a literal, a list or dictionary of these, or an object built from a
+      spec, whose repr is its spec.
   """
   if isinstance(value, Call):
     named = [f"{name}={written(one)}" for name, one in value.kwargs.items()]
@@ -202,13 +209,13 @@ def written(value: Any) -> str:
 def of_call(name: str, parameters: Iterable[inspect.Parameter], values: Mapping[str, Any]) -> str:
   """The canonical spec of a call of a factory.
 
-  Arguments at their default are left out, other optional ones are `key=value`: as a part shows
-  itself.
+  Arguments equal to their default are omitted, other optional ones are written `key=value`, as in
+  the repr of a `Part`.
 
   Args:
-    name: of the factory.
-    parameters: of the factory, in order.
-    values: by parameter name; those of `*args` as a sequence, those of `**kwargs` as a mapping.
+    name: the factory's name.
+    parameters: the factory's parameters, in order.
+    values: arguments by parameter name; `*args` as a sequence, `**kwargs` as a mapping.
   """
   shown = []
   for parameter in (p for p in parameters if p.name in values):

@@ -14,8 +14,8 @@ from research.core import checks
 from research.core.base import EVERYONE, Aggregator, Array, Params, State, Trait, Tree
 from research.core.method import Method
 from research.core.part import hidden
+from research.methods._exact_rounds import EXACT_TOO
 from research.methods._steps import check_rate, moved, rate_at
-from research.methods.onebit_adam import EXACT_TOO
 
 
 class MarinaState(NamedTuple):

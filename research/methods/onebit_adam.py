@@ -1,6 +1,5 @@
 """1-bit Adam: Adam for a warm-up, then compressed momentum with a frozen variance."""
 
-from dataclasses import KW_ONLY
 from typing import NamedTuple
 
 import jax
@@ -8,20 +7,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from research.aggregate import composition
-from research.aggregate.mean import mean
-from research.core import checks
-from research.core.base import EVERYONE, Aggregator, Array, Params, State, Trait, Tree
-from research.core.method import COMMON_MODEL
-from research.core.part import hidden
-from research.methods._steps import OneGradient, check_rate, mixed, moved, rate_at
-
-# Rejected by methods that also have uncompressed rounds.
-EXACT_TOO = (
-  COMMON_MODEL
-  | composition.AROUND
-  | {Trait.VOTE: "signs without a scale are no momentum, step or difference"}
-)
+from research.core.base import EVERYONE, Array, Params, State, Tree
+from research.methods._exact_rounds import FrozenVariance, if_unseen
+from research.methods._steps import mixed, moved, rate_at
 
 
 class OnebitAdamState(NamedTuple):
@@ -33,7 +21,7 @@ class OnebitAdamState(NamedTuple):
   count: Array  # int32, t
 
 
-class OnebitAdam(OneGradient, name="onebit_adam"):
+class OnebitAdam(FrozenVariance, name="onebit_adam"):
   """Adam for T_w rounds, then aggregated momentum preconditioned by the frozen variance.
 
       t <= T_w:  g_t = 1/W sum_i weight_i grad f_i(x_{t-1})
@@ -65,26 +53,9 @@ class OnebitAdam(OneGradient, name="onebit_adam"):
     algorithm 1.
   """
 
-  learning_rate: float | optax.Schedule
-  aggregator: Aggregator
-  _: KW_ONLY
-  warm_up: int = 100
-  b1: float = 0.9
-  b2: float = 0.999
-  eps: float = 1e-8
-  exact: Aggregator = hidden(mean())
-
-  refuses = EXACT_TOO
-
-  def check(self):
-    check_rate(self.learning_rate)
-    checks.at_least("warm_up", self.warm_up)
-    check_moments(self.b1, self.b2, self.eps)
-
   def init(self, params):
-    zeros, count = optax.tree.zeros_like(params), jnp.zeros((), jnp.int32)
-    links = self.exact.init(params), self.aggregator.init(params)
-    return OnebitAdamState(params, zeros, zeros, *links, count)
+    zeros, *others = self.start(params)
+    return OnebitAdamState(params, zeros, zeros, *others)
 
   def sync(self, local, state, *, key, presence=EVERYONE):
     def warming(state):
@@ -112,25 +83,3 @@ class OnebitAdam(OneGradient, name="onebit_adam"):
 
 
 onebit_adam = OnebitAdam
-
-
-def check_moments(b1: float, b2: float, eps: float) -> None:
-  """Rejects Adam hyper-parameters that are out of range.
-
-  Args:
-    b1: decay of the momentum, in [0, 1).
-    b2: decay of the variance, in [0, 1).
-    eps: above 0.
-
-  Raises:
-    ValueError: with the name and the value.
-  """
-  checks.in_range("b1", b1, "[0, 1)")
-  checks.in_range("b2", b2, "[0, 1)")
-  checks.above("eps", eps)
-
-
-def if_unseen(variance: Tree, first: Tree) -> Tree:
-  """Returns `variance`, or `first` if all of `variance` is zero."""
-  nothing = jnp.all(jnp.asarray([jnp.all(v == 0) for v in jax.tree.leaves(variance)]))
-  return jax.tree.map(lambda v, x: jnp.where(nothing, x, v).astype(v.dtype), variance, first)

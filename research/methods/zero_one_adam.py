@@ -8,13 +8,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from research.aggregate.mean import mean
 from research.aggregate.presence import kept
 from research.core import checks
-from research.core.base import EVERYONE, Aggregator, Array, Params, State, Tree
-from research.core.part import hidden
-from research.methods._steps import GradientLocal, OneGradient, check_rate, mixed, rate_at
-from research.methods.onebit_adam import EXACT_TOO, check_moments, if_unseen
+from research.core.base import EVERYONE, Array, Params, State, Tree
+from research.methods._exact_rounds import FrozenVariance, if_unseen
+from research.methods._steps import GradientLocal, mixed, rate_at
 
 
 class ZeroOneAdamState(NamedTuple):
@@ -28,7 +26,7 @@ class ZeroOneAdamState(NamedTuple):
   count: Array  # int32, t
 
 
-class ZeroOneAdam(OneGradient, name="zero_one_adam"):
+class ZeroOneAdam(FrozenVariance, name="zero_one_adam"):
   """Adam with local, compressed steps: its update is linear in the values that workers send.
 
       m_{t+1/2}^i = b1 m_t^i + (1 - b1) grad f_i(x_t^i),   u_{t+1/2}^i = u_t^i + gamma_t m_{t+1/2}^i
@@ -64,33 +62,21 @@ class ZeroOneAdam(OneGradient, name="zero_one_adam"):
   Reference: Lu, Li, Zhang, De Sa, He 2022, arXiv 2202.06009, algorithm 1 and its policies.
   """
 
-  learning_rate: float | optax.Schedule
-  aggregator: Aggregator
   _: KW_ONLY
-  warm_up: int = 100
   variance_scale: int = 16
   double_every: int = 1000
   longest: int = 16
-  b1: float = 0.9
-  b2: float = 0.999
-  eps: float = 1e-8
-  exact: Aggregator = hidden(mean())
-
-  refuses = EXACT_TOO
 
   def check(self):
-    check_rate(self.learning_rate)
-    checks.at_least("warm_up", self.warm_up)
+    super().check()
     checks.at_least("variance_scale", self.variance_scale)
     checks.at_least("double_every", self.double_every)
     if self.longest < 1 or self.longest & (self.longest - 1):
       raise ValueError(f"longest={self.longest} is not a power of two")
-    check_moments(self.b1, self.b2, self.eps)
 
   def init(self, params):
-    zeros, count = optax.tree.zeros_like(params), jnp.zeros((), jnp.int32)
-    links = self.exact.init(params), self.aggregator.init(params)
-    return ZeroOneAdamState(params, zeros, zeros, jnp.zeros(()), zeros, *links, count)
+    zeros, *others = self.start(params)
+    return ZeroOneAdamState(params, zeros, zeros, jnp.zeros(()), zeros, *others)
 
   def params(self, state):
     return self.descended(state, state.buffer)

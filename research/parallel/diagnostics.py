@@ -32,6 +32,7 @@ from research.parallel.job import Job
 
 # Squared norms of one worker in one round; see `columns`.
 NAMES = ("missed", "asked", "memory", "spread", "update")
+GRADIENT = "squared norm of the gradient"  # of a step; see `local_phase`
 
 
 class Recorded(NamedTuple):

@@ -19,6 +19,7 @@ from research.parallel import diagnostics, sharded, workers
 from research.parallel import layout as layouts
 from research.parallel.cohorts import draw
 from research.parallel.job import Job, largest_sum, resolved
+from research.parallel.local_phase import local_phase
 
 # Model size in bytes above which, on a CPU, local steps run faster for one worker after the other
 # (results/bench, case local_phase).
@@ -104,7 +105,7 @@ def _work(
   """Runs one worker's local phase."""
   examples, size, worker, index = rows
   own_key = collectives.key_of(key, worker)
-  return workers.local_phase(job, state, examples, size, index, own_key, measures=measures)
+  return local_phase(job, state, examples, size, index, own_key, measures=measures)
 
 
 def _run(
@@ -128,7 +129,7 @@ def _run(
   measured, norms, written = found
   finite = jnp.all(written) if job.clients > 1 else workers.all_finite(method)
   of_steps = {
-    name: jnp.mean(x if name == workers.GRADIENT else x * lots.share[:, :, None], 1).reshape(-1)
+    name: jnp.mean(x if name == diagnostics.GRADIENT else x * lots.share[:, :, None], 1).reshape(-1)
     for name, x in measured.items()
   }
   metrics = workers.as_metrics(of_steps, norms, finite)

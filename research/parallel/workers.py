@@ -1,6 +1,5 @@
 """One worker's part of a round, shared by all executors."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,135 +8,18 @@ from jax import lax
 
 from research.aggregate.blockwise import blockwise
 from research.aggregate.mean import mean
-from research.aggregate.privacy.clipping import clipped
 from research.analysis import wire
 from research.comm import collectives
 from research.comm import mesh as meshes
 from research.core.base import EVERYONE, Array, Key, Presence, State, Trait, Tree
 from research.core.method import Local
-from research.core.task import (
-  Batch,
-  Data,
-  Metrics,
-  TrainState,
-  loss_and_metrics,
-  measured_and_grad,
-)
+from research.core.task import Batch, Data, Metrics, TrainState, loss_and_metrics
 from research.parallel import diagnostics, sharded
 from research.parallel import layout as layouts
 from research.parallel.cohorts import draw
+from research.parallel.diagnostics import GRADIENT
 from research.parallel.job import Job, resolved, traits
-
-GRADIENT = "squared norm of the gradient"  # a step's measurement, not a task's metric
-
-
-def measured_and_clipped_grad(job: Job, inside: sharded.Inside) -> Callable[..., tuple[Any, Tree]]:
-  """(params, batch, key) -> the measurements of a step, and its gradient.
-
-  Measurements are the loss as "loss" and the task's own metrics. The gradient is this worker's,
-  clipped to norm `clip_norm` if > 0.
-  """
-  differentiated = measured_and_grad(job.task)
-
-  def clipped_grad(params, batch, key):
-    (value, own), grads = differentiated(params, inside.batch(batch), key)
-    grads = inside.grads(grads)
-    grads = clipped(grads, job.clip_norm) if job.clip_norm > 0 else grads
-    measured = {**own, "loss": value}
-    return jax.tree.map(lambda x: x.astype(jnp.float32), measured), grads
-
-  return clipped_grad
-
-
-def local_phase(
-  job: Job,
-  state: State,
-  examples: Batch,
-  size: Array,
-  index: Tree,
-  key: Key,
-  inside: sharded.Inside = sharded.ALONE,
-  measures: bool | None = None,
-) -> tuple[Local, Metrics]:
-  """Runs `begin` and `period` times `step` on one client's examples [n, ...]; no communication.
-
-  A client that finishes its epochs before the round ends keeps its Local and its last measurements.
-  `measures` adds the squared norm of the last step's gradient as GRADIENT: zero if False, absent if
-  None.
-
-  Args:
-    job: the resolved job.
-    state: this client's state at the start of the round.
-    examples: the client's examples, padded to the largest client's.
-    size: int32 scalar, how many of them are real.
-    index: indices [H, b] of the mini-batches; None: all examples in every step.
-    key: a typed key of this worker and round.
-    inside: sharding constraints inside the worker.
-
-  Returns:
-    The worker's Local, and the measurements of its steps by name, [H]: "loss" and others.
-  """
-  method, gradient = job.method, measured_and_clipped_grad(job, inside)
-  if job.batch_size is None and not job.even:
-    most = jax.tree.leaves(examples)[0].shape[0]
-    examples = {**examples, "mask": (jnp.arange(most) < size).astype(float)}
-
-  drawn = index
-  if ahead := index is not None and _fits(index, examples):
-    drawn = jax.vmap(job.task.batch, (None, 0))(examples, index)
-
-  def step(held, of_step):
-    (local, _), (drawn, number) = held, of_step
-    if job.batch_size is None:
-      drawn = examples
-    elif not ahead:
-      drawn = job.task.batch(examples, drawn)
-    batch, step_key = drawn, jax.random.fold_in(key, number)
-    measured, grads = gradient(local.params, batch, step_key)
-    if measures is not None:
-      is_last = number == (job.own_steps(size) if job.by_epochs else method.local_steps) - 1
-      nothing = lambda grads: jnp.zeros((), jnp.float32)
-      norm = diagnostics.squared if measures else nothing
-      measured[GRADIENT] = lax.cond(is_last, norm, nothing, grads)
-    grad_fn = lambda params: gradient(params, batch, step_key)[1]
-    return method.step(grads, local, state, key=step_key, grad_fn=grad_fn), measured
-
-  def one(held, of_step):
-    if not job.by_epochs:
-      local, measured = step(held, of_step)
-      return (local, None), measured
-    goes_on = of_step[1] < job.own_steps(size)
-    held = lax.cond(goes_on, step, lambda held, _: held, held, of_step)
-    return held, held[1]
-
-  steps = jnp.arange(method.local_steps, dtype=jnp.int32)
-  local = method.begin(state)
-  held: Any = local, None
-  if job.by_epochs:
-    held = local, _nothing_measured(job, local, examples, index, key, measures is not None)
-  if method.local_steps > 1:
-    (local, _), measured = lax.scan(one, held, (drawn, steps))
-    return local, measured
-  (local, _), measured = one(held, jax.tree.map(lambda x: x[0], (drawn, steps)))
-  return local, jax.tree.map(lambda x: x[None], measured)
-
-
-def _nothing_measured(
-  job: Job, local: Local, examples: Batch, index: Tree, key: Key, with_norm: bool
-) -> Metrics:
-  """Zeros in the structure of a step's measurements."""
-  batch = examples
-  if index is not None:
-    batch = jax.eval_shape(job.task.batch, examples, jax.tree.map(lambda x: x[0], index))
-  own = jax.eval_shape(loss_and_metrics(job.task), local.params, batch, key)[1]
-  names = [*own, "loss", *([GRADIENT] if with_norm else [])]
-  return {name: jnp.zeros((), jnp.float32) for name in names}
-
-
-def _fits(index: Tree, examples: Batch) -> bool:
-  """Whether a round's batches, fetched at once, are no more than the examples themselves."""
-  first = jax.tree.leaves(index)[0]
-  return first.shape[0] > 1 and first.size <= jax.tree.leaves(examples)[0].shape[0]
+from research.parallel.local_phase import local_phase
 
 
 def blocked(job: Job) -> Job:

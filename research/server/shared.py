@@ -58,7 +58,8 @@ def run(config: Config, worker: int, name: str, parameters: int, given: actors.I
   from jax.flatten_util import ravel_pytree
 
   from research.methods.data_parallel import DataParallel
-  from research.parallel import sharded, workers
+  from research.parallel import sharded
+  from research.parallel.local_phase import measured_and_clipped_grad
   from research.server import setup as setups
   from research.server import work
 
@@ -74,7 +75,7 @@ def run(config: Config, worker: int, name: str, parameters: int, given: actors.I
   own = jax.random.fold_in(made.keys.data, worker)
   examples, size = work.examples_of(made.examples, made.job.sizes, worker)
   examples = jax.device_put(examples)
-  gradient = workers.measured_and_clipped_grad(made.job, sharded.ALONE)
+  gradient = measured_and_clipped_grad(made.job, sharded.ALONE)
 
   @jax.jit
   def step(flat: Any, state: Any, number: Any) -> Any:

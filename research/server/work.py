@@ -12,8 +12,8 @@ from research.comm import collectives
 from research.core.base import Array, Key, Params, State, Tree, Uplink
 from research.core.method import Method
 from research.core.task import Batch
-from research.parallel import workers
 from research.parallel.job import Job
+from research.parallel.local_phase import local_phase
 from research.server.halves import Halves, halves
 
 _MESSAGE = 0x70757368
@@ -81,7 +81,7 @@ class _From(Method):
 def worker(job: Job, apart: Halves, keys: Keys) -> Worker:
   """Compiles the functions of a worker of a job whose clients are the workers.
 
-  The steps are those of `workers.local_phase`, with the batches that the simulated worker of the
+  The steps are those of `local_phase`, with the batches that the simulated worker of the
   same number draws in its local steps first, first + 1, ...
 
   Args:
@@ -102,7 +102,7 @@ def worker(job: Job, apart: Halves, keys: Keys) -> Worker:
     key = jax.random.fold_in(collectives.key_of(keys.run, worker), first)
     index = drawn(size, worker, first, period)
     one = job._replace(method=_From(method, local, period))
-    local, measured = workers.local_phase(one, state, examples, size, index, key)
+    local, measured = local_phase(one, state, examples, size, index, key)
     return local, measured["loss"]
 
   def end(local, params, held, worker, number):

@@ -1,4 +1,4 @@
-"""`research.train`: a run of objects from a Python program."""
+"""`research.train`: trains on objects from a Python program."""
 
 import difflib
 import math
@@ -23,7 +23,7 @@ from research.training.label import label
 from research.training.loop import Run, trained
 from research.training.result import Result
 
-# Fields of Config that are arguments of their own, or mean nothing here.
+# Fields of Config that are named arguments of `train`, or do not apply to it.
 _NAMED = ("task", "model", "method", "executor", "mesh", "batch_size", "steps", "seed", "out")
 _COMMANDS = ("partition", "clock", "restarts", "ray_address", "node_ip", *OF_SERVER)
 OPTIONS = tuple(name for name in Config.names() if name not in (*_NAMED, *_COMMANDS))
@@ -45,33 +45,33 @@ def train(
   out: str | Path | None = None,
   **options: Any,
 ) -> Result:
-  """Trains a model with a method on a task, as `experiments/run.py` does, on objects.
+  """Trains a model with a method on a task; the equivalent of `experiments/run.py` for objects.
 
       task = supervised(Net(), {"x": images, "y": labels}, test)
       method = local_sgd(optax.sgd(0.1), error_feedback(two_phase(int8())), period=8)
       result = train(task, method, mesh="data:4", batch_size=64, steps=400)
       result.plot().savefig("loss.png")
 
-  With `out` the run can be resumed by the same call: it goes on from its newest checkpoint, and a
-  run that is complete is shown again. A folder that holds a run of other arguments, other examples
-  or other code of the task, the model or the method is rejected.
+  With `out`, the same call resumes the run from its newest checkpoint; a complete run is loaded. A
+  folder of a run with other arguments, other examples, or other code of the task, the model or the
+  method is rejected.
 
   Args:
-    task: what to train on, such as `supervised(model, train)`; a function that makes a task of
-      `model`, such as `digits`; or the text of one that the registry knows.
-    method: how to optimize, or the text of a method.
-    model: for a task that is a function or a text; None: its default.
-    mesh: places by axis, "data:4,fsdp:2" or {"data": 4, "fsdp": 2}; `data` and `slice` are workers.
-    executor: "simulate" (workers are an axis of arrays), "spmd" or "pmap" (each has a device).
+    task: a task, such as `supervised(model, train)`; a function that returns a task for `model=`,
+      such as `digits`; or the spec of a registered task.
+    method: the algorithm, an object or a spec.
+    model: the model, if `task` is a function or a spec; None for its default.
+    mesh: sizes by axis, "data:4,fsdp:2" or {"data": 4, "fsdp": 2}; workers are on `data`, `slice`.
+    executor: "simulate" (workers are an axis of arrays), "spmd" or "pmap" (one device per worker).
     batch_size: examples per step over all workers, or "all".
-    steps: local steps; or give `rounds`, `epochs` or `virtual_seconds` as an option.
+    steps: number of local steps; alternatively, pass `rounds`, `epochs` or `virtual_seconds`.
     seed: seeds the initial model, the order of examples, and the method's randomness.
-    partition: who owns which examples, such as `dirichlet(0.3)`.
-    clock: the speeds of the workers on a virtual clock, such as `exponential(1.0)`; "": none.
-    hooks: called with (run, event) for every event of the run, before its own hooks. A function
-      stops the run by returning a reason; a `Hook` may also cut dispatches.
-    out: the run's folder; None writes nothing.
-    options: further fields of `Config`, such as eval_every=50 (steps), log_every=10 (steps),
+    partition: assigns the examples to workers or clients, such as `dirichlet(0.3)`.
+    clock: the workers' speeds on a virtual clock, such as `exponential(1.0)`; "" for none.
+    hooks: called with (run, event) for every event of the run, before the built-in hooks. A function
+      stops the run by returning a reason; a `Hook` may also split dispatches.
+    out: the run's folder; None writes no files.
+    **options: further fields of `Config`, such as eval_every=50 (steps), log_every=10 (steps),
       checkpoint_every=100 (steps), tolerance=1e-6 (norm of the full gradient), clip_norm=1.0.
 
   Returns:
@@ -81,7 +81,7 @@ def train(
     UsageError: one line with the argument and its legal values. It is a ValueError.
     NonFinite: if a loss, the state or an evaluation is not finite.
     ReplicasDiffer: if the devices' copies of the state differ.
-    CheckpointError: if the run has checkpoints and none is whole.
+    CheckpointError: if the run has checkpoints and none is intact.
   """
   batch_size, steps, seed = map(_plain, (batch_size, steps, seed))
   options = {name: _plain(value) for name, value in options.items()}
@@ -115,12 +115,12 @@ def train(
 
 
 def _in_python(line: str) -> str:
-  """A message about flags, with arguments in their place."""
+  """Rewrites a message about flags in terms of arguments."""
   return re.sub(rf"--(?=(?:{'|'.join(Config.names())})\b)", "", line)
 
 
 def _task(task: Task | Callable[..., Task] | str, model: Any) -> Task | None:
-  """A task that is given as an object, or made of the model; None: it is a text."""
+  """The task as an object, built for the model if needed; None: it is built from its spec."""
   if isinstance(task, str):
     if model is None or isinstance(model, str):
       return None
@@ -179,7 +179,7 @@ def _check_rest(seed: Any, hooks: Any) -> None:
 
 
 def _plain(value: Any) -> Any:
-  """A number of numpy's as Python's."""
+  """Converts a numpy scalar to a Python number."""
   return value.item() if isinstance(value, np.generic) else value
 
 

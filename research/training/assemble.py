@@ -1,4 +1,4 @@
-"""Resolves what a run was asked for into its parts: task, method, partition, job, executors."""
+"""Resolves a run's configuration into its parts: task, method, partition, job, executors."""
 
 import difflib
 import importlib
@@ -22,13 +22,13 @@ from research.training.config import OF_SERVER, Config, UsageError, flag
 from research.training.plan import Plan
 from research.training.virtual import Virtual, played, rounds_within
 
-# Which module holds an executor; all three take a Job.
+# The modules of the executors; each is built from a Job.
 EXECUTORS = {
   "simulate": "research.parallel.simulate",
   "pmap": "research.parallel.pmap",
   "spmd": "research.parallel.spmd",
 }
-LEGAL = (*EXECUTORS, "server")  # research/server trains by itself
+LEGAL = (*EXECUTORS, "server")  # the server has its own training loop
 
 LOCAL_PHASES = ("auto", "vmap", "map")
 
@@ -37,26 +37,26 @@ class Problem(NamedTuple):
   """A resolved run: objects and arrays, before anything is placed on a device."""
 
   plan: Plan
-  executors: tuple[Executor, ...]  # by stage of the plan; their states are the same
+  executors: tuple[Executor, ...]  # by stage of the plan; their states have one structure
   examples: Batch  # numpy [P, n, ...], of `task.train`
   sizes: np.ndarray  # [P]
   test: tuple[Batch, np.ndarray] | None  # numpy [D, n, ...] and sizes [D]
   steps: int
-  virtual: Virtual | None = None  # time, if there is a clock
+  virtual: Virtual | None = None  # virtual time, if the run has a clock
 
   @property
   def job(self) -> Job:
-    """Of the first stage: those of the others have another period and are else the same."""
+    """The job of the first stage; the jobs of later stages differ only in their period."""
     return self.plan.jobs[0]
 
   @property
   def executor(self) -> Executor:
-    """Of the first stage; all have the same data and state."""
+    """The executor of the first stage; all stages share data and state."""
     return self.executors[0]
 
 
 class Given(NamedTuple):
-  """Objects of a Python program, each in place of a spec; None: the spec counts."""
+  """Objects of a Python program that replace specs; None: the spec is used."""
 
   task: Task | None = None
   method: Method | None = None
@@ -68,7 +68,7 @@ NOTHING_GIVEN = Given()
 
 
 class Setting(NamedTuple):
-  """What a run was asked for as objects, before data or devices are looked at."""
+  """A run's configuration as objects, before data is read or devices are used."""
 
   axes: dict[str, int]
   method: Method
@@ -77,18 +77,21 @@ class Setting(NamedTuple):
   batch_size: int | None  # per worker and step
   partition: Partition
   speeds: Speeds | None
-  task: Task | None  # None: still to be built from its spec, which may read files
+  task: Task | None  # None: built later from its spec, which may read files
 
 
 def check(config: Config, given: Given = NOTHING_GIVEN) -> Setting:
-  """Rejects whatever is wrong without looking at data or devices.
+  """Rejects invalid configurations without reading data or using devices.
 
   Args:
-    config: numbers and switches, and the specs of what is not given.
-    given: objects.
+    config: numbers and switches, and specs of the parts that are not given.
+    given: objects that replace specs.
+
+  Returns:
+    The objects built from the specs.
 
   Raises:
-    UsageError: one line.
+    UsageError: one line with the flag.
   """
   if config.executor == "server":
     raise UsageError("--executor='server': is for experiments/run.py alone")
@@ -149,10 +152,13 @@ def check(config: Config, given: Given = NOTHING_GIVEN) -> Setting:
 
 
 def check_numbers(config: Config) -> None:
-  """What every executor refuses.
+  """Rejects numbers that are invalid for every executor.
+
+  Args:
+    config: the run.
 
   Raises:
-    UsageError: one line.
+    UsageError: one line with the flag.
   """
   for name in ("epochs", "clip_norm", "tolerance", "checkpoint_seconds", "virtual_seconds"):
     with flag(name, getattr(config, name)):
@@ -163,10 +169,14 @@ def check_numbers(config: Config) -> None:
 
 
 def per_worker(config: Config, workers: int) -> int | None:
-  """The batch of each worker and step; None: all of its examples.
+  """Returns the examples per worker and step; None for all of the worker's examples.
+
+  Args:
+    config: the run.
+    workers: number of workers.
 
   Raises:
-    UsageError: if the workers do not divide it.
+    UsageError: if the batch size is not a multiple of the workers.
   """
   if config.batch_size == "all":
     return None
@@ -218,11 +228,12 @@ def assemble(config: Config, setting: Setting, devices: Sequence[Any] | None = N
 
   Args:
     config: the numbers and switches.
-    setting: the objects, as `check` has found or built them.
-    devices: `spmd` compiles for these, which need not be here; None: those of this machine.
+    setting: the result of `check`.
+    devices: the devices that `spmd` compiles for, not necessarily of this machine; None: this
+      machine's.
 
   Raises:
-    UsageError: one line that names the flag.
+    UsageError: one line with the flag.
   """
   axes, method, _, owners, batch_size, partition, speeds, _ = setting
   task = setting.task or sources.task_of(config)
@@ -272,7 +283,7 @@ def assemble(config: Config, setting: Setting, devices: Sequence[Any] | None = N
 def _steps(
   config: Config, examples: int, plan: Plan, virtual: Callable[[int], Virtual] | None
 ) -> int:
-  """How many local steps the run takes: whole rounds."""
+  """The number of local steps of the run, a whole number of rounds."""
   if config.virtual_seconds:
     with flag("virtual_seconds", config.virtual_seconds):
       if not virtual or config.rounds or config.epochs:

@@ -1,4 +1,4 @@
-"""What a run is asked for: flags with their defaults, and the error of a wrong one."""
+"""The configuration of a run: flags with their defaults, and the error for invalid ones."""
 
 import contextlib
 import dataclasses
@@ -11,20 +11,26 @@ from research.core.text import quoted
 
 
 class UsageError(ValueError):
-  """A flag that cannot be: one line with the flag, its value, the legal set, the nearest name."""
+  """An invalid flag: one line with the flag, its value, the legal set, and the closest match."""
 
 
 def option(default: Any, text: str, least: float | None = None) -> Any:
-  """A field of `Config`: its default, what --help says of it, and its smallest legal value."""
+  """Declares a field of `Config`.
+
+  Args:
+    default: its default.
+    text: its description in --help.
+    least: its smallest legal value, if any.
+  """
   return dataclasses.field(default=default, metadata={"text": text, "least": least})
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """A run as it is asked for: numbers, switches and specs. Its fields are the command's flags.
+  """The configuration of a run: numbers, switches and specs. Its fields are the command's flags.
 
-  `assemble` resolves it to a Problem of objects, once. Where a Python program passes objects, the
-  fields of their specs are labels.
+  `assemble` resolves it to a Problem of objects. If a Python program passes objects, the fields of
+  their specs are only labels.
   """
 
   task: str = option(
@@ -166,7 +172,7 @@ class Config:
     return {field.name: field.default for field in dataclasses.fields(cls)}
 
   def replace(self, **changes: Any) -> "Config":
-    """The same run with other values of some fields."""
+    """Returns a copy with other values of some fields."""
     return dataclasses.replace(self, **changes)
 
   def as_dict(self) -> dict[str, Any]:
@@ -174,12 +180,16 @@ class Config:
     return dataclasses.asdict(self)
 
   def named(self) -> dict[str, Any]:
-    """What a result is known by."""
+    """The fields that identify a result, by name."""
     return {name: getattr(self, name) for name in NAMED}
 
 
 def called(spec: str) -> str:
-  """The name that a spec calls; "" of what is no spec, such as the label of an object."""
+  """Returns the name that a spec calls; "" if the text is not a spec, such as an object's label.
+
+  Args:
+    spec: any text.
+  """
   try:
     return parse(spec).name
   except ValueError:
@@ -187,13 +197,23 @@ def called(spec: str) -> str:
 
 
 NAMED = ("task", "model", "method", "executor", "mesh", "seed")
-# Flags of --executor=server alone: elsewhere they say nothing.
+# Flags of --executor=server only; others ignore them.
 OF_SERVER = ("server_mode", "workers", "shards", "bound", "round_seconds", "overlap", "slowdown")
 
 
 @contextlib.contextmanager
 def flag(name: str, value: Any) -> Iterator[None]:
-  """Says which flag it is that a refusal is about; other errors pass (see `blame`)."""
+  """Context that turns an error about an invalid value into a UsageError that names the flag.
+
+  Errors in a user's code are not changed; see `blame`.
+
+  Args:
+    name: the flag.
+    value: its value.
+
+  Raises:
+    UsageError: one line.
+  """
   try:
     yield
   except UsageError:

@@ -1,4 +1,4 @@
-"""JAX as the environment's variables set it up: one that it cannot use is said in one line."""
+"""Starts JAX, and reports invalid environment variables of JAX in one line."""
 
 import contextlib
 import os
@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from research.core.text import listed, quoted
 from research.training.config import UsageError
 
-_MOST = 4096  # CPU devices: JAX takes 10 s to make as many, and 40 s for twice as many
+_MOST = 4096  # maximum CPU devices: JAX takes 10 s to create them, 40 s for twice as many
 
 
 def import_jax() -> None:
-  """Imports JAX, which reads its variables then.
+  """Imports JAX, which then reads its environment variables.
 
   Raises:
-    UsageError: if one of them is of another type, or asks for more devices than can be made.
+    UsageError: if a variable has an invalid type, or requests too many devices.
   """
   with _said(ValueError):
     import jax
@@ -24,10 +24,10 @@ def import_jax() -> None:
 
 
 def start_jax() -> None:
-  """Has JAX look for its devices.
+  """Initializes JAX's devices.
 
   Raises:
-    UsageError: if there are none such as the variables ask for.
+    UsageError: if the devices that the variables request do not exist.
   """
   import jax
 
@@ -36,17 +36,17 @@ def start_jax() -> None:
 
 
 def starting() -> contextlib.AbstractContextManager[None]:
-  """Around what makes JAX look for its devices for the first time.
+  """Context for code that initializes JAX's devices.
 
   Raises:
-    UsageError: if there are none such as the variables ask for.
+    UsageError: if the devices that the variables request do not exist.
   """
   return _said(RuntimeError, AssertionError)
 
 
 @contextlib.contextmanager
 def _said(*errors: type[Exception]) -> Iterator[None]:
-  """Turns what JAX raises into one line with those of its variables that are set."""
+  """Turns JAX's errors into one line with its environment variables."""
   try:
     yield
   except errors as error:

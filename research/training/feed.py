@@ -1,4 +1,4 @@
-"""The training data of a dispatch: on the devices from the start, or read one dispatch ahead."""
+"""Provides the training data of each dispatch: resident on the devices, or read one dispatch ahead."""
 
 import functools
 
@@ -15,17 +15,28 @@ from research.training.config import Config, called, flag
 
 
 def buffers(config: Config, method: Method, owners: int, batch_size: int) -> np.ndarray:
-  """Examples [P] that each worker holds at once: those of the longest dispatch."""
+  """Returns the number of examples [P] that each worker's buffer holds: the longest dispatch's.
+
+  Args:
+    config: provides the steps per dispatch.
+    method: provides the periods.
+    owners: P, number of workers.
+    batch_size: examples per worker and step.
+  """
   periods = (method.local_steps, *(period for _, period in method.later))
   steps = max(-(-config.steps_per_dispatch // period) * period for period in periods)
   return np.full(owners, steps * batch_size)
 
 
 def check(config: Config, method: Method) -> None:
-  """Refuses what wants more of the training examples than the next few.
+  """Rejects options that need more of a streamed data set than the next batches.
+
+  Args:
+    config: the run.
+    method: its method.
 
   Raises:
-    UsageError: one line that names the flag.
+    UsageError: one line with the flag.
   """
   wrong = {
     "batch_size": config.batch_size == "all" and "they are read batch by batch; take a number",
@@ -43,25 +54,31 @@ def check(config: Config, method: Method) -> None:
 
 
 class Training:
-  """What each dispatch trains on.
+  """The training data of each dispatch.
 
-  Of a task with a feed that is a buffer [P, D b, ...] of D steps, where the batch of step t has
-  place t mod D, wherever dispatches begin and end. Each process reads what its own devices need.
-  All buffers have one shape, so that nothing is compiled anew. `ahead` fills the next one while the
-  devices are busy with the one before.
+  For a task with a feed, it is a buffer [P, D b, ...] of D steps. The batch of step t is at position
+  t mod D, independent of where dispatches begin and end. Each process reads only the examples of its
+  own devices. All buffers have the same shape, so that nothing is recompiled. `ahead` fills the next
+  buffer while the devices compute.
   """
 
   def __init__(self, config: Config, job: Job, placed: Data):
-    """`placed` is the task's `train` on the devices; with a feed the buffers lie as it does."""
+    """Creates the data of a run.
+
+    Args:
+      config: the run.
+      job: the resolved job.
+      placed: the task's `train` on the devices; buffers of a feed use the same sharding.
+    """
     self.config, self.job, self.placed = config, job, placed
     self.next: tuple[int, int, Data] | None = None
-    self.sampled: dict[str, str] = {}  # for the summary: what the training loss is the mean of
+    self.sampled: dict[str, str] = {}  # for the summary: the examples of the training loss
     if job.task.feed:
       count = sources.count(job.task.train)
       self.sampled["train_loss_on"] = f"{count} of {job.task.feed.examples} training examples"
 
   def of(self, first: int, last: int) -> Data:
-    """The data of a dispatch that begins after `first` steps and ends after `last`."""
+    """Returns the data of the dispatch of steps first, ..., last - 1."""
     if self.job.task.feed is None:
       return self.placed
     if self.next is None or self.next[:2] != (first, last):
@@ -71,7 +88,7 @@ class Training:
     return found
 
   def ahead(self, first: int, last: int) -> None:
-    """Reads what `of` will be asked for next."""
+    """Reads the data of the next dispatch, for `of`."""
     if self.job.task.feed is None:
       return
     rows = functools.cache(functools.partial(self._rows, first, last))

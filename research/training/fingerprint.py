@@ -1,6 +1,6 @@
-"""Fingerprints of what a run is made of beside its flags: its data, and the user's own code.
+"""Fingerprints of a run's data and of the user's own code, which its flags do not determine.
 
-A run that is shown again, or goes on, has to be of the same examples and of the same loss.
+A run is only resumed or shown again if its examples and its code are unchanged.
 """
 
 import collections
@@ -17,31 +17,45 @@ import numpy as np
 from research.core import blame, plugins
 from research.core.task import Task
 
-_WHOLE = 2**26  # bytes of an array that are read whole
-# Values of a class that count, and names under which Python and Flax keep what is theirs.
+_WHOLE = 2**26  # maximum bytes of an array that is hashed in full
+# Types of class attributes that are hashed, and name prefixes of Python's and Flax's internals.
 _PLAIN = bool | int | float | complex | str | bytes | tuple | list | dict | set | np.ndarray
 _LIBRARY = ("__", "_object__", "_pytree__", "_abc_")
-_BLOCK = 2**16  # bytes; of a larger array so many blocks are read as make up _WHOLE
+_BLOCK = 2**16  # bytes of a block; blocks of _WHOLE bytes in total are hashed of larger arrays
 
 
 def of_specs(task: Task, *parts: Any) -> dict[str, str]:
-  """Of a run whose specs are known: "data", and "code" if the user's own code is among its parts.
+  """Computes the fingerprints of a run that is built from specs.
 
-  Functions of this codebase and of libraries count by the names that the specs have.
+  Functions of this codebase and of libraries are identified by the specs, and not hashed.
+
+  Args:
+    task: the task.
+    *parts: the run's other objects.
+
+  Returns:
+    "data", and "code" if user code is among the objects.
   """
   walk = _Walk(values=False)
   walk.add((_without_data(task), *parts))
-  registered = plugins.fingerprint()  # whose functions may leave nothing of theirs in an object
+  registered = plugins.fingerprint()  # plugins, whose functions may not appear in the objects
   walk.digest.update(registered.encode())
   code = {"code": walk.digest.hexdigest()[:16]} if walk.found or registered else {}
   return {"data": of_data(task), **code}
 
 
 def of_objects(task: Task, *parts: Any) -> dict[str, str]:
-  """Of a run of objects that a program made: "data", and "code" with all values and functions.
+  """Computes the fingerprints of a run that is built from a program's objects.
 
-  Functions count by their compiled code and by what they hold, so that neither comments nor where
-  a file lies matter. Of an object that has neither fields nor leaves only the type counts.
+  Functions are hashed by their bytecode and captured values, independent of comments and file paths.
+  Objects without fields or leaves are hashed by their type only.
+
+  Args:
+    task: the task.
+    *parts: the run's other objects.
+
+  Returns:
+    "data", and "code", which covers all values and functions.
   """
   walk = _Walk(values=True)
   walk.add((_without_data(task), *parts))
@@ -49,9 +63,12 @@ def of_objects(task: Task, *parts: Any) -> dict[str, str]:
 
 
 def of_data(task: Task) -> str:
-  """A digest of the examples, labels included, of those to train on and those to test on.
+  """Hashes a task's training and test examples, including labels.
 
-  Of an array of more than 64 MiB 1024 blocks of 64 KiB are read, at equal distances.
+  Of an array larger than 64 MiB, 1024 evenly spaced blocks of 64 KiB are hashed.
+
+  Args:
+    task: the task.
   """
   digest = hashlib.sha256()
   for name, examples in (("train", task.train), ("test", task.test), ("by", task.by)):
@@ -80,15 +97,15 @@ def _add_array(digest: Any, array: np.ndarray) -> None:
 
 
 class _Walk:
-  """Goes through objects once each, in the order in which they are met."""
+  """Hashes an object and everything it refers to, breadth-first, each object once."""
 
   def __init__(self, values: bool):
     self.digest, self.found, self._values = hashlib.sha256(), False, values
-    self._met: dict[int, tuple[int, Any]] = {}  # by id; the objects are kept, and so their ids
+    self._met: dict[int, tuple[int, Any]] = {}  # by id; keeping the objects keeps ids unique
     self._next: collections.deque[Any] = collections.deque()
 
   def add(self, x: Any) -> None:
-    """Adds an object and all that it is made of."""
+    """Hashes an object and everything it refers to."""
     self._next.append(x)
     while self._next:
       self._one(self._next.popleft())
@@ -176,7 +193,7 @@ class _Walk:
           self._all([value])
 
   def _object(self, x: Any) -> None:
-    """Its class if that is the user's, and its fields."""
+    """Hashes the object's class and fields."""
     self._all([type(x)])
     if dataclasses.is_dataclass(x):
       self._all(getattr(x, field.name, None) for field in dataclasses.fields(x))
@@ -188,7 +205,7 @@ class _Walk:
 
 
 def _fields(x: Any) -> Iterator[tuple[str, Any]]:
-  """What an object of a user's class holds, without what a library keeps in it for itself."""
+  """The attributes of an object of a user's class, without a library's internals."""
   return ((name, value) for name, value in vars(x).items() if not name.startswith(_LIBRARY))
 
 

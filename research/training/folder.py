@@ -1,4 +1,4 @@
-"""The folder of a run: its flags, its data and code, what ran it, and never another run in it."""
+"""The folder of a run: configuration, environment and fingerprints; it never holds another run."""
 
 import contextlib
 import fcntl
@@ -18,42 +18,53 @@ from research.core.spec import parse
 from research.training.config import NAMED, OF_SERVER, Config, UsageError, flag
 from research.training.reports.report import closing_table, note, with_nan, write_json
 
-# Flags that change neither the result nor the files of a run.
+# Flags that do not affect the result of a run.
 _FREE = ("out", "data_dir", "allow_changes", "diagnostics", "tensorboard", "profile")
 _FREE = (*_FREE, "restarts", "ray_address", "node_ip")
-# What every summary has beside the flags of NAMED.
+# Entries of every summary, besides the flags of NAMED.
 RESULT = ("workers", "steps", "stopped_because", "evaluated_on", "params_sha256")
-# Gives fingerprints by what they are of, "data" and "code"; in env.json under PRINTS.
+# Returns the fingerprints "data" and "code", stored in env.json under PRINTS.
 Prints = Callable[[], Mapping[str, str]]
 PRINTS = "made_of"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def identity(config: Config) -> dict[str, Any]:
-  """The flags that make a run what it is."""
+  """Returns the flags that determine a run's result, by name.
+
+  Args:
+    config: the run.
+  """
   idle = () if config.executor == "server" else OF_SERVER
   named = config.as_dict().items()
   return {name: value for name, value in named if name not in (*_FREE, *idle)}
 
 
 def default_folder(config: Config) -> Path:
-  """runs/TASK-METHOD-HASH: the same flags always mean the same folder."""
+  """Returns runs/TASK-METHOD-HASH, a function of the flags that determine the result.
+
+  Args:
+    config: the run.
+  """
   digest = hashlib.sha256(json.dumps(identity(config)).encode()).hexdigest()[:8]
   names = (parse(config.task).name, parse(config.method).name)
   return Path("runs") / f"{names[0]}-{names[1]}-{digest}"
 
 
 def check(config: Config) -> Path:
-  """The run's folder, which may not be there yet; nothing is written.
+  """Returns the run's folder, which may not exist yet, after checking it; writes nothing.
+
+  Args:
+    config: the run.
 
   Raises:
-    UsageError: if the folder cannot be written, holds other things than a run, or a run with other
-      flags without --allow_changes.
+    UsageError: if the folder is not writable, contains files that are not a run's, or, without
+      --allow_changes, contains a run with other flags.
   """
   with flag("out", config.out):
     folder = paths.local(config.out) if config.out else default_folder(config)
   with flag("out", str(folder)):
-    if not (folder / "summary.json").exists():  # else it may be complete, and only be shown
+    if not (folder / "summary.json").exists():  # a complete run is only shown
       paths.writable(folder)
   try:
     _check(config, folder)
@@ -71,7 +82,7 @@ def _check(config: Config, folder: Path) -> None:
 
 
 def _stored(path: Path) -> dict[str, Any] | None:
-  """The entries of a JSON file, None if it holds none."""
+  """The object in a JSON file; None if there is none."""
   try:
     found = json.loads(path.read_text())
   except (OSError, ValueError):
@@ -80,14 +91,20 @@ def _stored(path: Path) -> dict[str, Any] | None:
 
 
 def unchanged(config: Config, folder: Path, made_of: Prints | None) -> bool:
-  """Whether the folder holds a run of these very flags, data and code."""
+  """Returns whether the folder contains a run with the same flags, data and code.
+
+  Args:
+    config: the run.
+    folder: its folder.
+    made_of: returns its fingerprints; None: they are not compared.
+  """
   before = _stored(folder / "config.json") or {}
   same = all(before.get(name) == value for name, value in identity(config).items())
   return same and not _changed_prints(folder, made_of)
 
 
 def _changed_prints(folder: Path, made_of: Prints | None) -> list[str]:
-  """Which fingerprints are not those of the run in a folder; none if it has no fingerprints."""
+  """The names of fingerprints that differ from those in a folder; none if it stores none."""
   stored = (_stored(folder / "env.json") or {}).get(PRINTS)
   if stored is None or made_of is None:
     return []
@@ -96,10 +113,15 @@ def _changed_prints(folder: Path, made_of: Prints | None) -> list[str]:
 
 
 def check_prints(config: Config, folder: Path, made_of: Prints) -> None:
-  """Rejects a folder whose run was of other examples or of other code.
+  """Rejects a folder whose run used other examples or other code.
+
+  Args:
+    config: the run.
+    folder: its folder.
+    made_of: returns its fingerprints.
 
   Raises:
-    UsageError: without --allow_changes.
+    UsageError: if a fingerprint differs, without --allow_changes.
   """
   changed = _changed_prints(folder, made_of)
   if changed and not config.allow_changes:
@@ -129,12 +151,18 @@ def _refuse_differences(config: Config, folder: Path, path: Path) -> None:
 def finished(
   config: Config, folder: Path, steps: int, made_of: Prints | None = None
 ) -> dict[str, Any] | None:
-  """The summary of a run of these flags, data and code that has nothing left to do.
+  """Returns the summary of a complete run with the same flags, data and code; None if there is none.
 
-  A summary that somebody has edited, such that it cannot be shown, is made again.
+  A summary that was edited so that it cannot be shown is recomputed.
+
+  Args:
+    config: the run.
+    folder: its folder.
+    steps: number of steps of the complete run.
+    made_of: returns its fingerprints; None: they are not compared.
 
   Raises:
-    UsageError: if the run has nothing left to do and is another one: its result is not of these.
+    UsageError: if the folder contains a complete run with other flags, data or code.
   """
   path = folder / "summary.json"
   if not path.exists():
@@ -156,7 +184,7 @@ def finished(
 
 
 def _result(path: Path) -> dict[str, Any] | None:
-  """A summary that can be shown and compared, None if it is not such a one."""
+  """Reads a summary; None if it lacks entries that are shown or compared."""
   try:
     summary: dict[str, Any] = dict(with_nan(json.loads(path.read_text())))
     closing_table(summary, path.parent)
@@ -169,10 +197,14 @@ def _result(path: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def claimed(config: Config, folder: Path) -> Iterator[None]:
-  """Makes the folder and keeps other runs out of it; a new one is described, see `describe`.
+  """Context that creates and locks the run's folder; a new folder is described, see `describe`.
+
+  Args:
+    config: the run.
+    folder: its folder.
 
   Raises:
-    UsageError: if it cannot be made, or another run is in it.
+    UsageError: if the folder cannot be created, or another process is running in it.
   """
   with contextlib.ExitStack() as stack:
     with flag("out", str(folder)):
@@ -188,14 +220,20 @@ def claimed(config: Config, folder: Path) -> Iterator[None]:
 
 
 def describe(config: Config, folder: Path, made_of: Prints | None = None) -> None:
-  """Writes what the run is and what runs it."""
+  """Writes the run's configuration, environment and fingerprints.
+
+  Args:
+    config: the run.
+    folder: its folder.
+    made_of: returns its fingerprints, if they are stored.
+  """
   prints = {PRINTS: dict(made_of())} if made_of else {}
   write_json(folder / "config.json", config.as_dict())
   write_json(folder / "env.json", environment() | prints)
 
 
 def environment() -> dict[str, Any]:
-  """What ran it: commit, versions, hardware, command."""
+  """Returns the commit, versions, hardware and command of this process."""
   import jax
 
   devices = jax.devices()
@@ -215,7 +253,7 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str:
-  """The commit of the code, with '+changes' where files differ from it; '' outside of git."""
+  """The commit of the code, with '+changes' if files differ from it; '' outside of git."""
   git = ["git", "-C", str(Path(__file__).parent)]
   try:
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)

@@ -1,4 +1,4 @@
-"""Names of objects, for results and for messages."""
+"""Labels of objects for results and messages."""
 
 import dataclasses
 import re
@@ -10,14 +10,17 @@ _MOST = 200  # characters
 
 
 def label(value: Any) -> str:
-  """The text by which an object is known: a spec as it is, an object by its repr or its type.
+  """Returns a label for an object: a spec unchanged, otherwise its repr or type.
 
-  It names objects and does not tell them apart; `fingerprint.of_objects` does.
+  Different objects may have the same label; `fingerprint.of_objects` distinguishes them.
+
+  Args:
+    value: a spec or an object.
   """
   if isinstance(value, str):
     return value
   if isinstance(value, Part):
-    return repr(value)  # its spec, if names made it
+    return repr(value)  # its spec, if it was built from names
   if dataclasses.is_dataclass(value) and not isinstance(value, type):
     text = re.sub(r" at 0x[0-9a-f]+", "", " ".join(repr(value).split()))
     return text if len(text) <= _MOST else f"{type(value).__name__}(...)"

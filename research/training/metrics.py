@@ -1,4 +1,4 @@
-"""Evaluates a model on a whole data set, spread over the devices."""
+"""Evaluates a model on a full data set, sharded over the devices."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,16 +16,19 @@ from research.core.task import Batch, Data, Task, value_and_grad
 
 
 def evaluator(task: Task, mesh: Mesh, batch: int = 1) -> Callable[..., dict[str, Array]]:
-  """`evaluate(params, data, gradient=False)`: means over all examples of a placed data set.
+  """Returns `evaluate(params, data, gradient=False)`: means over all examples of a placed data set.
 
-  The metrics are those of `task.evaluate`; with `gradient=True` the norm of the full objective's
-  gradient comes with them as `gradient_norm`, and of a task that gives `grads` the L1 norm of these
-  as `residual`. Every place on the worker axes goes through its own examples, chunk by chunk.
+  The metrics are those of `task.evaluate`. With `gradient=True` they include `gradient_norm`, the
+  norm of the full objective's gradient, and, if the task defines `grads`, `residual`, its L1 norm.
+  Each device of the worker axes processes its own examples in chunks.
 
   Args:
-    task: what to measure.
-    mesh: that of the data.
-    batch: examples that the devices of a worker share evenly; chunks are multiples of it.
+    task: provides the metrics.
+    mesh: the mesh of the data.
+    batch: number of examples that the devices of a worker share evenly; chunks are multiples of it.
+
+  Returns:
+    The compiled function; its result has scalars by name.
   """
   names = tuple(meshes.worker_axes(mesh.shape))
   apart = tuple(name for name in names if mesh.shape[name] > 1)
@@ -67,7 +70,7 @@ def evaluator(task: Task, mesh: Mesh, batch: int = 1) -> Callable[..., dict[str,
 
 
 def _chunks(examples: Batch, sizes: Array, chunk: int, batch: int) -> Batch:
-  """Examples [R, n, ...] of R owners as [chunks, examples, ...], with a mask."""
+  """Reshapes the examples [R, n, ...] of R owners to [chunks, examples, ...], with a mask."""
   owners, most = jax.tree.leaves(examples)[0].shape[:2]
   count = max(1, -(-owners * most // chunk))
   size = batch * -(-owners * most // (count * batch))

@@ -1,4 +1,4 @@
-"""When the rounds of a run begin and end, in local steps, and what they send by then."""
+"""When the rounds of a run begin and end, in local steps, and how many bytes they send."""
 
 import bisect
 import math
@@ -10,90 +10,99 @@ from research.parallel.job import Job
 
 
 class Plan:
-  """The rounds of a run, whose length may change from stage to stage."""
+  """The rounds of a run; their length may change between stages."""
 
   def __init__(self, jobs: tuple[Job, ...]):
-    """One job for each period of the method, in order."""
+    """Creates a plan.
+
+    Args:
+      jobs: one per stage, i.e. per period of the method, in order.
+    """
     self.jobs = jobs
     self.starts = [job.first_step for job in jobs]
 
   def stage(self, step: int) -> int:
-    """The number of the stage in which a round runs that begins at a step."""
+    """The index of the stage of the round that begins at a step."""
     return bisect.bisect(self.starts, step) - 1
 
   def rounds(self, step: int) -> float:
-    """How many rounds are done after so many steps."""
+    """The number of rounds, possibly fractional, in a number of steps."""
     job = self.jobs[self.stage(step)]
     return job.first_round + (step - job.first_step) / job.method.local_steps
 
   def steps(self, rounds: int) -> int:
-    """How many steps so many rounds take."""
+    """The number of steps in a number of rounds."""
     job = [job for job in self.jobs if job.first_round <= rounds][-1]
     return job.first_step + (rounds - job.first_round) * job.method.local_steps
 
   def end(self, step: int) -> int:
-    """The first end of a round that is not before a step."""
+    """The first end of a round at or after a step, in steps."""
     job = self.jobs[self.stage(step)]
     period = job.method.local_steps
     return job.first_step - (job.first_step - step) // period * period
 
   def next_stage(self, step: int) -> int | None:
-    """The step at which the period changes next, if it does."""
+    """The step at which the next stage starts; None in the last stage."""
     later = self.stage(step) + 1
     return self.starts[later] if later < len(self.starts) else None
 
 
 class Sent:
-  """What a worker's algorithm sends in a run of so many steps, in memory independent of these."""
+  """The bytes that a worker's algorithm sends in a run, in memory independent of its length."""
 
   def __init__(self, plan: Plan, layout: layouts.Layout, steps: int):
     self.plan = plan
     last = [job.first_round for job in plan.jobs[1:]]
-    self._ends = [*last, max(1, round(plan.rounds(steps)))]  # of the stages, in rounds
+    self._ends = [*last, max(1, round(plan.rounds(steps)))]  # ends of the stages, in rounds
     self._stages = [
       Stage(workers.sending(job, layout), job.first_round, end) if end > job.first_round else None
       for job, end in zip(plan.jobs, self._ends, strict=True)
     ]
 
   def until(self, step: int) -> float:
-    """Bytes in the first so many steps."""
+    """The bytes sent in the first `step` steps."""
     rounds = self.plan.rounds(step)
     return sum((stage.until(stop) for stage, stop in self._begun(rounds)), 0.0)
 
   def transfers(self, step: int) -> list[wire.Transfer]:
-    """The transfers of the first so many steps."""
+    """The transfers in the first `step` steps."""
     rounds = max(1, round(self.plan.rounds(step)))
     return [t for stage, stop in self._begun(rounds) for t in stage.transfers(round(stop))]
 
   def _begun(self, rounds: float) -> list[tuple["Stage", float]]:
-    """The stages that have begun after so many rounds, and after how many each is left."""
+    """The stages that have begun after a number of rounds, each with its end so far."""
     ends = [*self._ends[:-1], rounds]
     begun = zip(self._stages, ends, strict=True)
     return [(stage, min(rounds, end)) for stage, end in begun if stage and stage.first < rounds]
 
 
 class Stage:
-  """What is sent from a stage's first round on.
+  """The bytes sent from a stage's first round on.
 
-  Rounds are read in pieces, each where the one before it ends: those of a run are read once, as it
-  comes to them, and a resumed run first reads those that are done.
+  Rounds are traced in consecutive pieces, each once, as the run reaches them; a resumed run first
+  traces the rounds that are already complete.
   """
 
-  PIECE = 2**16  # rounds that are read at once
+  PIECE = 2**16  # rounds per piece
 
   def __init__(self, rounds: wire.Rounds, first: int, end: int):
-    """Of the rounds first, ..., end - 1.
+    """Reads the rounds first, ..., end - 1.
+
+    Args:
+      rounds: the traced rounds.
+      first: index of the first round.
+      end: index after the last round.
 
     Raises:
-      ValueError: if what is sent is no fact, as far as the first and the last rounds show.
+      ValueError: if the traffic of the first or the last piece is not statically known.
     """
     self._rounds, self.first, self._end = rounds, first, end
     if end - first > self.PIECE:
-      rounds.between(end - self.PIECE, end)  # such as a counter that no longer counts there
+      rounds.between(end - self.PIECE, end)  # rejects, for example, a counter that overflows
     self._begin()
 
   def until(self, rounds: float) -> float:
-    """Bytes from the stage's first round on, until so many rounds are done, maybe a part of one."""
+    """The bytes from the stage's first round up to round `rounds`, which may be fractional."""
     if self._rounds.each is not None:
       return (rounds - self.first) * self._rounds.each
     whole = int(rounds)
@@ -103,7 +112,7 @@ class Stage:
     return float(self._before + inside + part)
 
   def transfers(self, rounds: int) -> list[wire.Transfer]:
-    """The transfers from the stage's first round on, until so many rounds are done."""
+    """The transfers from the stage's first round up to round `rounds`."""
     if self._rounds.each is not None:
       return wire.happened(self._rounds.between(self.first, rounds).transfers)
     self._go_to(rounds)
@@ -111,15 +120,15 @@ class Stage:
     return wire.happened(map(_together, self._transfers, own))
 
   def _begin(self) -> None:
-    self._start, self._before = self.first, 0.0  # of the piece, and the bytes before it
+    self._start, self._before = self.first, 0.0  # start of the piece, and bytes before it
     self._piece = self._read()
-    self._transfers = [t._replace(times=0) for t in self._piece.transfers]  # before it
+    self._transfers = [t._replace(times=0) for t in self._piece.transfers]  # before the piece
 
   def _read(self) -> wire.Traffic:
     return self._rounds.between(self._start, min(self._start + self.PIECE, self._end))
 
   def _go_to(self, rounds: int) -> None:
-    """Makes the piece that in which so many rounds end."""
+    """Moves to the piece in which round `rounds` ends."""
     if rounds < self._start:
       self._begin()
     while rounds > self._start + self.PIECE:

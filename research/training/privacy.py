@@ -1,4 +1,4 @@
-"""What privacy a run spends: which of a method's aggregators add noise, and what is seen of it."""
+"""The privacy that a run spends: its noisy aggregators, and which of their messages are visible."""
 
 import functools
 import math
@@ -23,24 +23,34 @@ from research.parallel.job import Job, resolved
 from research.parallel.layout import Layout
 from research.training.config import Config
 
-# A message is rounded finely if its noise has so many units, and is not cut with so many to spare.
+# A message is rounded finely enough if its noise spans _UNITS rounding units, and is not clipped
+# by rounding if the range leaves _ROOM standard deviations.
 _UNITS, _ROOM = 2.0, 8.0
 
 
 class Spent(NamedTuple):
-  """Of a run: `found` is for its summary."""
+  """The privacy spent by a run."""
 
-  found: dict[str, Any]
-  epsilon: Callable[[int], float] | None  # rounds -> what they have spent, where that is known
-  note: str  # one line that says why it is not
+  found: dict[str, Any]  # entries of the summary
+  epsilon: Callable[[int], float] | None  # rounds -> epsilon spent, if known
+  note: str  # one line on why epsilon is unknown, or empty
 
 
 class _Uncounted(Exception):
-  """What a run spends is not known."""
+  """The privacy spent by the run is unknown."""
 
 
 def spending(config: Config, job: Job, layout: Layout) -> Spent:
-  """Finds the noise by its type among the method's parts, and one traced round's exchanges."""
+  """Computes the privacy that a run spends.
+
+  Noise is found by the type of the method's parts; for parts from outside this library also in one
+  traced round.
+
+  Args:
+    config: provides delta and the flags.
+    job: the resolved job.
+    layout: which of its state is private.
+  """
   noisy = [a for a in _outermost(job.method) if any(a.parts(Noisy)) or Trait.NOISE in a.traits]
   noises = [a.privacy for a in noisy if isinstance(a.privacy, Noise)]
   found = columns([{"noise": noise.noise, "clip": noise.clip} for noise in noises])
@@ -67,24 +77,33 @@ def spending(config: Config, job: Job, layout: Layout) -> Spent:
 
 
 def _outermost(method: Method) -> list[Aggregator]:
-  """The aggregators that a method, or a method in it, has itself."""
+  """The aggregators that a method, or a method within it, holds directly."""
   return [a for part in method.parts(Method) for a in part.aggregators()]
 
 
 def _has_foreign(method: Method) -> bool:
-  """Whether a part is not of this library, and may do more than its fields say."""
+  """Whether a part is defined outside this library, so that its fields may not show its noise."""
   return any(not type(part).__module__.startswith("research.") for part in method.parts(Part))
 
 
 def columns(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-  """The values by name: a single row's as they are, those of several in lists."""
+  """Merges rows by column: the values of a single row, or lists of the values of several rows.
+
+  Args:
+    rows: rows with the same columns.
+  """
   if len(rows) == 1:
     return dict(rows[0])
   return {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
 
 
 def over(axis: Axes, axes: Mapping[str, int]) -> dict[str, int]:
-  """The worker axes of a mesh that an aggregator is over, and their sizes."""
+  """The worker axes of a mesh over which an aggregator exchanges, with their sizes.
+
+  Args:
+    axis: the aggregator's axes.
+    axes: the mesh, sizes by axis.
+  """
   names = (axis,) if isinstance(axis, str) else axis
   return {name: size for name, size in meshes.worker_axes(axes).items() if name in names}
 
@@ -92,11 +111,11 @@ def over(axis: Axes, axes: Mapping[str, int]) -> dict[str, int]:
 def _counted(
   noise: Noise, config: Config, job: Job, layout: Layout
 ) -> tuple[Callable[[int], float], str]:
-  """What rounds spend, and a line of what that is counted.
+  """Returns epsilon as a function of the rounds, and a description of what is accounted.
 
   Raises:
-    _Uncounted: if not all that the workers send has the noise, or not each its own.
-    ImportError: without the accountant.
+    _Uncounted: if workers send messages without noise, or share the noise of another worker.
+    ImportError: if the accountant is not installed.
   """
   spread = noise.noise / math.sqrt(_noisy_exchanges(job, layout))
   sharing = over(noise.axis, job.axes)
@@ -104,10 +123,10 @@ def _counted(
   if alike:
     raise _Uncounted(f"workers along '{alike[0]}' draw the same noise; leave out axis=")
   count = math.prod(sharing.values())
-  own = noise.noise / math.sqrt(count)  # of one message, over the clip
+  own = noise.noise / math.sqrt(count)  # deviation of one message's noise, over the clip
   is_sum = noise.seen is not None and _is_of_the_sum(noise, noise.seen, own, job)
   if is_sum and noise.seen is not None:
-    # who is not in the sum takes its noise with it
+    # a worker that is missing from the sum does not contribute its noise
     among = math.prod(over(noise.seen.axis, job.axes).values())
     spread *= math.sqrt(among * noise.seen.present(among) / count)
   else:
@@ -123,7 +142,7 @@ def _counted(
 
 
 def _is_of_the_sum(noise: Noise, seen: Sum, own: float, job: Job) -> bool:
-  """Whether the sum hides each message, as `private.noisy` says: nothing is rounded but finely."""
+  """Whether only the sum is visible, with rounding fine enough for the noise; see `noisy`."""
   params = jax.tree.leaves(jax.eval_shape(job.task.init, jax.random.key(0)))
   if not all(is_wide(leaf.dtype) for leaf in params):
     return False
@@ -134,10 +153,10 @@ def _is_of_the_sum(noise: Noise, seen: Sum, own: float, job: Job) -> bool:
 
 
 def _noisy_exchanges(job: Job, layout: Layout) -> int:
-  """How often a round aggregates with noise, at most.
+  """The maximum number of noisy exchanges in a round.
 
   Raises:
-    _Uncounted: if workers exchange anything else.
+    _Uncounted: if workers also exchange anything without noise.
   """
   marked = resolved(job._replace(method=job.method.over(_silent)))
   program, args = _sync(marked, layout)
@@ -148,7 +167,7 @@ def _noisy_exchanges(job: Job, layout: Layout) -> int:
 
 
 def _sync(job: Job, layout: Layout) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-  """The part of a round that communicates, and shapes of its arguments."""
+  """The communicating part of a round, and the shapes of its arguments."""
   key = jax.eval_shape(lambda: jax.random.key(0))
   weight = jax.ShapeDtypeStruct((), jnp.float32)
   program = lambda state, local, weight, key: workers.sync(job, local, state, weight, key)
@@ -156,7 +175,7 @@ def _sync(job: Job, layout: Layout) -> tuple[Callable[..., Any], tuple[Any, ...]
 
 
 def _adds_noise(job: Job, layout: Layout) -> bool:
-  """Whether a traced round shows noise, of a method that does not show its aggregators."""
+  """Whether a traced round adds noise that the method's parts do not show."""
 
   def is_in(jaxpr: Any) -> bool:
     return any(
@@ -171,7 +190,7 @@ def _adds_noise(job: Job, layout: Layout) -> bool:
 
 
 class _Silent(Aggregator):
-  """A noisy aggregator without its communication, which a traced program shows by name."""
+  """Replaces a noisy aggregator by a call without communication that a trace shows by name."""
 
   inner: Aggregator
 
@@ -192,7 +211,7 @@ def _silent(inner: Aggregator) -> Aggregator:
 
 
 def _marks(jaxpr: Any) -> int:
-  """How often a program comes past one, whichever branches it takes."""
+  """The maximum number of such calls that a program executes, over all branches."""
   found = 0
   for eqn in jaxpr.eqns:
     inside = [_marks(program.jaxpr) for program in programs(eqn)]

@@ -1,4 +1,4 @@
-"""How much of a model an optimizer reaches that is made for matrices, such as Muon."""
+"""The share of a model's parameters to which a matrix optimizer such as Muon applies."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -7,37 +7,41 @@ import jax
 import optax
 from optax import contrib
 
-_LEAST = 0.5  # share of the parameters
+_LEAST = 0.5  # minimum share of the parameters
 
 
 class Reach(NamedTuple):
-  """What of the parameters takes the steps that an optimizer is named for."""
+  """The parameters that an optimizer updates by its own rule rather than by Adam's."""
 
   reached: int  # elements
   total: int
-  names: frozenset[str]  # of the leaves that are reached
+  names: frozenset[str]  # names of the leaves that are reached
 
   @property
   def share(self) -> float:
+    """The share of the parameters that is reached, in [0, 1]."""
     return self.reached / max(1, self.total)
 
   @property
   def embeds(self) -> bool:
-    """Whether an embedding is among them, by its name."""
+    """Whether an embedding is reached, judged by its name."""
     return any("embed" in name.lower() for name in self.names)
 
 
-STEPS = {"muon": "orthogonalized", "galore": "low-rank"}  # of the leaves that it reaches
+STEPS = {"muon": "orthogonalized", "galore": "low-rank"}  # adjective for the optimizer's own rule
 
 
 def reaches(state: Any) -> dict[str, Reach]:
-  """By optimizer, in whatever methods and optimizers it is nested.
+  """Finds the reach of each matrix optimizer in a method's state, at any nesting.
 
-  `optax.contrib.muon` without dimension numbers takes leaves of two dimensions and gives the others
-  to Adam at its own learning rate; `galore` projects those of two dimensions.
+  `optax.contrib.muon` without dimension numbers applies to leaves of two dimensions and leaves the
+  others to Adam at its own learning rate; `galore` projects leaves of two dimensions.
 
   Args:
-    state: of a method, arrays or shapes.
+    state: the state of a method, arrays or shapes.
+
+  Returns:
+    The reach by optimizer, "muon" or "galore".
   """
   found: dict[str, list[Reach]] = {}
   for node in _of_types(state, (optax.transforms.PartitionState, contrib.GaLoreState)):
@@ -49,7 +53,10 @@ def reaches(state: Any) -> dict[str, Reach]:
 
 
 def check(state: Any) -> None:
-  """Refuses an optimizer that reaches less than half of the parameters.
+  """Rejects an optimizer that reaches less than half of the parameters.
+
+  Args:
+    state: the state of a method, arrays or shapes.
 
   Raises:
     ValueError: with the share.
@@ -63,7 +70,12 @@ def check(state: Any) -> None:
 
 
 def describe(name: str, reach: Reach) -> str:
-  """One line."""
+  """Describes the reach of an optimizer in one line.
+
+  Args:
+    name: "muon" or "galore".
+    reach: its reach.
+  """
   among = ", embeddings among them," if reach.embeds else ""
   return (
     f"{name}: its {STEPS[name]} steps reach {reach.share:.1%} of the parameters{among} "
@@ -77,7 +89,7 @@ def _of_types(tree: Any, types: tuple[type, ...]) -> Iterable[Any]:
 
 
 def _of_muon(states: Mapping[str, Any]) -> Reach:
-  """Of Muon's momentum, and of those in the states of the other leaves."""
+  """Compares the sizes of Muon's momentum and of Adam's for the other leaves."""
   own = [momentum for s in _of_types(states, (contrib.MuonState,)) for momentum in _sizes(s.mu)]
   rest = [size for s in _of_types(states, (optax.ScaleByAdamState,)) for size in _sizes(s.mu)]
   reached = sum(size for _, size in own)
@@ -86,7 +98,7 @@ def _of_muon(states: Mapping[str, Any]) -> Reach:
 
 
 def _of_galore(state: contrib.GaLoreState) -> Reach:
-  """Of an m x n leaf the projector is m x r or n x r, and the moments have the other side."""
+  """The projector of an m x n leaf is m x r or n x r; its moments have the other side."""
   (moments, *_) = _of_types(state.base_optimizer_state, (optax.ScaleByAdamState,))
   reached, total, names = 0, 0, set()
   pairs = zip(_sizes(state.projector), _leaves(state.projector), _sizes(moments.mu), strict=True)

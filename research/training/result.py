@@ -1,4 +1,4 @@
-"""What a run gives: the model, its metrics, and its summary."""
+"""The result of a run: its model, metrics and summary."""
 
 import functools
 from collections.abc import Callable
@@ -10,12 +10,12 @@ from research.training.reports import figures, report
 
 
 class Result:
-  """A run that has ended.
+  """The result of a finished run.
 
   Attributes:
     summary: the contents of summary.json: "steps", "stopped_because", "train_loss", "eval",
       "wire" and more.
-    folder: of its files; None if it was told to write nothing.
+    folder: the run's folder; None if it wrote no files.
   """
 
   def __init__(
@@ -29,22 +29,25 @@ class Result:
 
   @functools.cached_property
   def params(self) -> Params:
-    """The model one would deploy: a tree of JAX arrays. Of a run shown again it is read anew."""
+    """The model to deploy, a tree of JAX arrays; read from a checkpoint if the run was complete."""
     return self._params()
 
   @functools.cached_property
   def metrics(self) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl: "step", "loss" and "seconds", and what was measured there."""
+    """The rows of metrics.jsonl: "step", "loss", "seconds", and the metrics measured at the step."""
     return report.read_rows(self.folder / "metrics.jsonl") if self.folder else self._rows
 
   def plot(self, what: str = "loss") -> Any:
-    """A matplotlib Figure against steps.
+    """Plots the run against steps.
 
     Args:
-      what: "loss", with the other metrics below, or "diagnostics" of a run that has them.
+      what: "loss", with the other metrics below it, or "diagnostics".
+
+    Returns:
+      A matplotlib Figure.
 
     Raises:
-      ValueError: if it is neither, or there are none.
+      ValueError: for another value, or if the run recorded no diagnostics.
     """
     if what == "loss":
       return figures.loss_figure(self.metrics, self.summary)

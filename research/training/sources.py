@@ -1,4 +1,4 @@
-"""What a run trains on, by its flags: the task with its model, and its examples by owner."""
+"""Builds the task and model of a run from its flags, and partitions its examples over owners."""
 
 import math
 
@@ -15,10 +15,13 @@ from research.training.config import Config, called, flag
 
 
 def task_of(config: Config) -> Task:
-  """The task with its model, by their flags.
+  """Builds the task with its model from their flags.
+
+  Args:
+    config: the run.
 
   Raises:
-    UsageError: one line that names the flag.
+    UsageError: one line with the flag.
   """
   with flag("task", config.task):
     call = parse(config.task)
@@ -32,7 +35,7 @@ def task_of(config: Config) -> Task:
       given = {"model": registry.build("model", config.model)}
   with flag("data_dir", config.data_dir):
     if config.data_dir:
-      paths.local(config.data_dir)  # also where the task reads no files
+      paths.local(config.data_dir)  # validated even if the task reads no files
   with flag("task", config.task):
     task = registry.build("task", call, **given, data_dir=config.data_dir)
   model = config.model or (parameter.default if parameter else "")
@@ -45,20 +48,30 @@ def task_of(config: Config) -> Task:
 
 
 def count(examples: Batch) -> int:
-  """How many examples the arrays of a batch hold."""
+  """Returns the number of examples in a batch.
+
+  Args:
+    examples: arrays [examples, ...].
+  """
   return len(jax.tree.leaves(examples)[0])
 
 
 def partitioned(
   config: Config, task: Task, owners: int, split: Partition | None = None
 ) -> tuple[Batch, np.ndarray]:
-  """The training examples by owner, numpy [P, n, ...], and how many each owner has.
+  """Partitions the training examples over the owners.
 
   Args:
-    config: its seed, and the spec of the partition.
-    task: whose `train` is split.
-    owners: P.
-    split: in place of the spec's.
+    config: provides the seed and the spec of the partition.
+    task: provides the examples, `train`.
+    owners: P, the number of workers or clients.
+    split: a partition that replaces the spec's.
+
+  Returns:
+    numpy arrays [P, n, ...], padded to the largest owner, and the number of examples of each owner.
+
+  Raises:
+    UsageError: if the partition needs labels and there are none, or does not fit the examples.
   """
   with flag("partition", config.partition):
     if split is None:
@@ -76,7 +89,18 @@ def partitioned(
 
 
 def test_of(job: Job, config: Config) -> tuple[Batch, np.ndarray] | None:
-  """The test examples cut into as many parts as devices evaluate them."""
+  """Splits the test examples evenly over the devices that evaluate them; None without a test set.
+
+  Args:
+    job: provides the task and the number of workers.
+    config: provides the executor.
+
+  Returns:
+    numpy arrays [D, n, ...] and the number of examples [D] of each part.
+
+  Raises:
+    UsageError: if there are fewer examples than devices.
+  """
   if job.task.test is None:
     return None
   found, shards = count(job.task.test), evaluation_shards(job, config.executor)
@@ -87,5 +111,10 @@ def test_of(job: Job, config: Config) -> tuple[Batch, np.ndarray] | None:
 
 
 def evaluation_shards(job: Job, executor: str) -> int:
-  """Over how many devices an executor spreads rows of examples."""
+  """Returns the number of devices over which an executor distributes evaluation.
+
+  Args:
+    job: provides the number of workers.
+    executor: name of the executor.
+  """
   return meshes.simulation_mesh(job.workers).size if executor == "simulate" else job.workers

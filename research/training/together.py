@@ -27,7 +27,11 @@ def together() -> Iterator[None]:
 
 
 def of_first_process(value: bool) -> bool:
-  """Process 0's value, on every process."""
+  """Broadcasts process 0's value to all processes.
+
+  Args:
+    value: this process's value.
+  """
   if jax.process_count() == 1:
     return value
   from jax.experimental import multihost_utils
@@ -36,7 +40,11 @@ def of_first_process(value: bool) -> bool:
 
 
 def same_everywhere(text: str) -> bool:
-  """Whether all processes have the same text."""
+  """Returns whether all processes have the same text.
+
+  Args:
+    text: this process's text.
+  """
   if jax.process_count() == 1:
     return True
   from jax.experimental import multihost_utils
@@ -46,7 +54,11 @@ def same_everywhere(text: str) -> bool:
 
 
 def all_well(well: bool) -> bool:
-  """Whether all processes are well; waits until each of them has answered."""
+  """Returns whether all processes report success; blocks until each has reported.
+
+  Args:
+    well: whether this process succeeded.
+  """
   if jax.process_count() == 1:
     return well
   from jax.experimental import multihost_utils

@@ -1,4 +1,4 @@
-"""Virtual time: when the rounds of a run would end if its workers were as fast as a clock says."""
+"""Virtual time: when each round of a run ends on a clock that gives the workers' speeds."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,39 +8,44 @@ import numpy as np
 from research.sim import clock
 from research.training.plan import Plan
 
-MOST = 2**24  # rounds that are counted, or ordered, before a run begins
+MOST = 2**24  # maximum number of rounds whose times are computed before a run starts
 
 
 class Served(NamedTuple):
   """The rounds of workers that do not wait for each other, on a virtual clock."""
 
   seconds: np.ndarray  # float64 [K], at the end of each round
-  order: np.ndarray  # int32 [K], whose rounds they are
-  staleness: np.ndarray  # int32 [K], updates since the model that each was worked out on
+  order: np.ndarray  # int32 [K], the worker of each round
+  staleness: np.ndarray  # int32 [K], updates since the model at which each gradient was computed
 
   def at(self, rounds: float) -> float:
-    """When so many rounds are done; within a round on a straight line."""
+    """The time at which a number of rounds is complete, interpolated within a round."""
     return _between(self.seconds, rounds)
 
   def within(self, seconds: float) -> int | None:
-    """How many rounds end within so many seconds; None: more than these."""
+    """The number of rounds that end within a time; None if all of them do."""
     found = int(np.searchsorted(self.seconds, seconds, side="right"))
     return found if found < len(self.seconds) else None
 
 
 class Waiting:
-  """The rounds of workers that wait for the slowest, drawn in pieces as they are asked for."""
+  """The rounds of workers that wait for the slowest; times are drawn in pieces on demand."""
 
   order = None
-  STEPS = 2**16  # of a worker that are drawn at once, if a round has no more
+  STEPS = 2**16  # steps of a worker that are drawn at once, at least one round
 
   def __init__(self, lockstep: Callable[[], clock.Lockstep], plan: Plan):
-    """`lockstep` begins anew at second 0; the plan says how many steps a round has."""
+    """Creates the times of a plan's rounds.
+
+    Args:
+      lockstep: returns a clock at second 0.
+      plan: the number of steps of each round.
+    """
     self._lockstep, self._plan = lockstep, plan
     self._begin()
 
   def at(self, rounds: float) -> float:
-    """When so many rounds are done; within a round on a straight line."""
+    """The time at which a number of rounds is complete, interpolated within a round."""
     if rounds < self._first:
       self._begin()
     while rounds > self._first + len(self._ends):
@@ -48,7 +53,7 @@ class Waiting:
     return _between(self._ends, rounds - self._first, self._before)
 
   def within(self, seconds: float) -> int | None:
-    """How many rounds end within so many seconds; None: more than MOST."""
+    """The number of rounds that end within a time; None if more than MOST do."""
     self._begin()
     while not len(self._ends) or self._ends[-1] <= seconds:
       if self._first > MOST:
@@ -58,10 +63,10 @@ class Waiting:
 
   def _begin(self) -> None:
     self._draws, self._first, self._before = self._lockstep(), 0, 0.0
-    self._ends = np.zeros(0)  # of the rounds from the first one of the piece on
+    self._ends = np.zeros(0)  # end times of the rounds of the current piece
 
   def _go_on(self) -> None:
-    """The next piece."""
+    """Draws the next piece."""
     if len(self._ends):
       self._before = float(self._ends[-1])
     self._first += len(self._ends)
@@ -75,26 +80,26 @@ Virtual = Served | Waiting
 
 
 def _between(ends: np.ndarray, rounds: float, start: float = 0.0) -> float:
-  """When so many rounds are done, of which the first begins at `start`."""
+  """The time at which a number of rounds is complete, interpolated within a round."""
   whole = int(rounds)
   before = float(ends[whole - 1]) if whole else start
   return before if whole == rounds else float(before + (rounds - whole) * (ends[whole] - before))
 
 
 def played(speeds: clock.Speeds, plan: Plan, workers: int, seed: int) -> Callable[[int], Virtual]:
-  """A function of the number of rounds.
+  """Returns a function from the number of rounds to their times.
 
-  A method that serves workers one by one takes each one's work when it is done; with all others
-  every round waits for the slowest worker.
+  A method that serves workers one by one receives each result when it is ready. With any other
+  method, every round waits for the slowest worker.
 
   Args:
-    speeds: how long the workers' steps take.
+    speeds: the distribution of the workers' step times.
     plan: the rounds.
-    workers: how many share the clock.
-    seed: seeds what the speeds draw.
+    workers: number of workers on the clock.
+    seed: seeds the random step times.
 
   Raises:
-    ValueError: if the speeds are not those of these workers, or no round has one length.
+    ValueError: if the speeds do not fit the workers, or rounds have no common length.
   """
   method = plan.jobs[0].method
   if any(job.by_epochs for job in plan.jobs):
@@ -113,10 +118,14 @@ def played(speeds: clock.Speeds, plan: Plan, workers: int, seed: int) -> Callabl
 
 
 def rounds_within(run: Callable[[int], Virtual], seconds: float) -> int:
-  """How many rounds end within so many virtual seconds.
+  """Returns the number of rounds that end within a virtual time.
+
+  Args:
+    run: a result of `played`.
+    seconds: the virtual time.
 
   Raises:
-    ValueError: if not even one does, or more than 2^24 do.
+    ValueError: if no round does, or more than 2^24 do.
   """
   rounds = 64
   while (found := run(rounds).within(seconds)) is None:

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from problems import Running
 
 from research.analysis import compiled, hlo, wire
-from research.comm import collectives
+from research.comm import collectives, sending
 from research.comm import mesh as meshes
 from research.core import registry
 from research.parallel import workers
@@ -419,7 +419,7 @@ def test_the_target_decides_how_half_precision_travels(name, platform, sent):
 
 @pytest.mark.parametrize(("platform", "bytes_"), [("cpu", 2**16), ("tpu", 2**20), ("cuda", 2**20)])
 def test_only_messages_between_cpus_are_cut_for_gloo(platform, bytes_, monkeypatch):
-  monkeypatch.setattr(collectives, "_PIECE", 2**16)
+  monkeypatch.setattr(sending, "PIECE", 2**16)
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   x = jnp.zeros((2**20,), jnp.int8)
   found = lowered_for(platform, lambda x: collectives.permute(x, [(0, 1)]), x)

@@ -9,7 +9,7 @@ from jax import lax
 from problems import Running
 
 from research.analysis import wire
-from research.comm import collectives
+from research.comm import collectives, sending
 from research.core import registry
 from research.parallel import workers
 
@@ -104,7 +104,7 @@ def test_what_is_long_goes_between_processes_in_pieces(name, axes, monkeypatch):
 
   sent = lambda: wire.traffic(lambda tree: send(tree), mine, axes=axes)
   whole, before = run(), sent()
-  monkeypatch.setattr(collectives, "_PIECE", piece)
+  monkeypatch.setattr(sending, "PIECE", piece)
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   jax.tree.map(np.testing.assert_array_equal, run(), whole)
   rows = min(axes.values()) if name == "exchange" else 1  # of receivers, in a message

@@ -15,7 +15,7 @@ from research.compress.sparsify import top_k
 from research.core import registry
 from research.methods.data_parallel import data_parallel
 from research.methods.local import local_sgd
-from research.parallel import diagnostics, workers
+from research.parallel import diagnostics
 from research.parallel.job import Job
 
 RATE, W, STEPS = 0.05, 4, 3
@@ -77,7 +77,7 @@ def test_compressed_gradients_are_measured_as_numpy_does(executor):
   examples, _ = split(regression(), (60,) * W)
   params = start(run)
   memory = {name: np.zeros_like(x) for name, x in params.items()}
-  want = {name: [] for name in (*diagnostics.NAMES, workers.GRADIENT)}
+  want = {name: [] for name in (*diagnostics.NAMES, diagnostics.GRADIENT)}
   for _ in range(STEPS):
     grads = gradients(params, examples)
     corrected = {name: grads[name] + memory[name] for name in grads}
@@ -111,7 +111,7 @@ def test_the_spread_of_local_models_is_that_of_numpy(executor):
   np.testing.assert_allclose(found["spread"], spread, rtol=2e-5)
   np.testing.assert_allclose(found["update"], update, rtol=2e-5)
   assert np.all(np.asarray(found["missed"]) == 0)
-  assert found[workers.GRADIENT].shape == (2 * STEPS,)
+  assert found[diagnostics.GRADIENT].shape == (2 * STEPS,)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -1,4 +1,4 @@
-"""Checkpoints: the complete TrainState and its checksums, saved in the background by Orbax."""
+"""Checkpoints of the complete TrainState with checksums, saved in the background by Orbax."""
 
 import contextlib
 import functools
@@ -24,17 +24,17 @@ from research.training.together import of_first_process
 
 
 class CheckpointError(Exception):
-  """No checkpoint of a run can be read."""
+  """A run has checkpoints, but none can be read."""
 
 
 class SaveError(Exception):
-  """A checkpoint that cannot be written; those before it stay."""
+  """A checkpoint cannot be written; earlier ones are kept."""
 
 
 class Move(NamedTuple):
-  """What a leaf is made of."""
+  """The saved leaf from which a leaf of the state is restored."""
 
-  name: str  # in the checkpoint
+  name: str  # of the saved leaf
   saved: resize.Leaf
   leaf: resize.Leaf
 
@@ -44,23 +44,23 @@ class Move(NamedTuple):
 
 
 class ReadPlan(NamedTuple):
-  """How a checkpoint is read."""
+  """How a checkpoint is restored."""
 
-  mesh: str  # that it was saved on
-  wanted: dict[str, jax.ShapeDtypeStruct]  # of all its leaves
-  moves: dict[str, Move]  # by leaf; those that are missing start anew
+  mesh: str  # the mesh on which it was saved
+  wanted: dict[str, jax.ShapeDtypeStruct]  # shapes and shardings for reading all of its leaves
+  moves: dict[str, Move]  # by leaf of the state; missing leaves are reinitialized
 
 
 class Checkpoints:
   """The checkpoints of one run, by step. All processes of the run call every method."""
 
   def __init__(self, folder: Path, like: TrainState, placed: resize.Placed):
-    """Makes the folder if need be.
+    """Opens a folder of checkpoints, and creates it if needed.
 
     Args:
-      folder: of all checkpoints.
-      like: a state as those that will be saved, in the shardings that restored ones get.
-      placed: how its leaves lie.
+      folder: the folder of all checkpoints.
+      like: a state with the shapes, dtypes and shardings of the states to save.
+      placed: the placement of its leaves on the mesh.
     """
     self._folder, self._placed = folder, placed
     self._manager = manager.of(folder)
@@ -71,10 +71,15 @@ class Checkpoints:
     jax.block_until_ready(integrity.checksums(_leaves(like)))
 
   def save(self, step: int, state: TrainState, now: float) -> None:
-    """Copies the state and writes it in the background; `now` becomes `saved_at`.
+    """Copies the state and writes it in the background.
+
+    Args:
+      step: its number of steps.
+      state: the state.
+      now: the current time, stored as `saved_at`.
 
     Raises:
-      SaveError: if the one before could not be written, or this one cannot be begun.
+      SaveError: if the previous save failed, or this one cannot start.
     """
     self.saved_at = now
     leaves = _leaves(state)
@@ -84,33 +89,33 @@ class Checkpoints:
       self._manager.save(step, args=item, custom_metadata=lies, force=True)
 
   def wait(self) -> None:
-    """Returns when everything saved is on disk.
+    """Blocks until all saves are on disk.
 
     Raises:
-      SaveError: if it could not be written.
+      SaveError: if a save failed.
     """
     with self._written():
       self._manager.wait_until_finished()
       integrity.list_files(self._folder)
 
   def close(self) -> None:
-    """Waits for the last save.
+    """Waits for the last save and closes the folder.
 
     Raises:
-      SaveError: if it could not be written, unless that was said before.
+      SaveError: if the save failed and this was not reported before.
     """
-    if not self._failed:  # it would wait for what has failed, and raise once more
+    if not self._failed:  # Orbax would wait for the failed save and raise again
       with self._written():
         self._manager.close()
       self._hooks.close()
 
   @contextlib.contextmanager
   def _written(self) -> Iterator[None]:
-    """Says in a line what keeps a checkpoint from being written."""
+    """Context that turns errors of a failed save into one line."""
     try:
       with quietly():
         yield
-    except Exception as error:  # a full disk comes as various errors; others are raised as they are
+    except Exception as error:  # a full disk raises various errors; others are not changed
       self._failed = True
       silence()
       free = shutil.disk_usage(self._folder).free
@@ -118,33 +123,33 @@ class Checkpoints:
       if not (full or isinstance(error, OSError)):
         raise
       reason = f"the disk is full, {free:,} bytes are free" if full else _line(error)
-      if isinstance(error, TimeoutError):  # Orbax's, also where it is told at once that one is gone
+      if isinstance(error, TimeoutError):  # raised by Orbax, also if a process is known to be gone
         reason = "another process has not written its part"
       kept = f"checkpoint {self.latest()} is kept" if self.latest() else "there is none before it"
       raise SaveError(f"no checkpoint can be saved in {self._folder}: {reason}; {kept}") from error
 
   def latest(self) -> int | None:
-    """The newest step saved, or None."""
+    """The step of the newest checkpoint, or None."""
     return self._manager.latest_step()
 
   def restore(self, like: TrainState, warn: Callable[[str], None]) -> tuple[int, TrainState] | None:
-    """The newest checkpoint that is whole, in the shardings of `like`.
+    """Restores the newest intact checkpoint, in the shardings of `like`.
 
-    It may have been saved on another mesh. Shared leaves come back as they were. Private rows come
-    back by owner where there are as many owners as before; for another number every owner gets the
-    mean of all rows, but chunks of a whole are cut anew. Shards are joined and cut anew. What
-    belongs to shards that are no more, such as a factor of PowerSGD, starts anew (`resize.moved`).
-    A damaged checkpoint is renamed to STEP.damaged, and the one before it is tried.
+    It may have been saved on another mesh. Shared leaves are restored unchanged. Private rows are
+    restored owner by owner if the number of owners is unchanged; otherwise every owner gets the mean
+    of all rows, except that chunks of one array are partitioned again. Shards are joined and sharded
+    again. State of shards that no longer exist, such as a factor of PowerSGD, is reinitialized
+    (`resize.moved`). A damaged checkpoint is renamed to STEP.damaged, and the previous one is tried.
 
     Args:
-      like: shapes, dtypes and shardings of the state, and what starts anew.
-      warn: told in one line about each damaged checkpoint, and about what starts anew.
+      like: a state with the shapes, dtypes and shardings to restore; provides reinitialized leaves.
+      warn: takes one line about each damaged checkpoint and about reinitialized state.
 
     Returns:
       Its step and its state, or None if nothing was ever saved.
 
     Raises:
-      CheckpointError: if there are checkpoints and none is whole, or they hold another state.
+      CheckpointError: if there are checkpoints and none is intact, or they are of another state.
     """
     steps = sorted(self._manager.all_steps(), reverse=True)
     for step in steps:
@@ -155,7 +160,7 @@ class Checkpoints:
         found = self._read(step, plan.wanted, like.round.sharding)
       except (CheckpointError, MemoryError):
         raise
-      except Exception as error:  # whatever a damaged file makes the reader raise
+      except Exception as error:  # a damaged file may make the reader raise anything
         reason = _line(error)
         warn(f"checkpoint {step} is damaged and set aside as {step}.damaged: {reason}")
         self._set_aside(step)
@@ -186,7 +191,7 @@ class Checkpoints:
     return ReadPlan(saved.mesh, wanted | stay, moves)
 
   def _changes(self, step: int, like: TrainState, plan: ReadPlan) -> Iterator[str]:
-    """What there is to tell about a checkpoint of another mesh."""
+    """Yields messages about a checkpoint from another mesh."""
     here = self._placed
     if plan.mesh != here.mesh:
       yield f"checkpoint {step}, saved on {plan.mesh}, is put on {here.mesh}"
@@ -230,14 +235,14 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _leaves(state: TrainState) -> dict[str, Array]:
-  """Leaves by name, typed keys as integers; without empty ones, which no file can hold."""
+  """Leaves by name, typed keys as integers, without empty ones, which cannot be saved."""
   named = zip(resize.names(state), jax.tree.leaves(state), strict=True)
   data = lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf
   return {name: data(leaf) for name, leaf in named if leaf.size}
 
 
 def _rebuilt(leaves: dict[str, Array], like: TrainState) -> TrainState:
-  """The state of `_leaves`."""
+  """Inverse of `_leaves`."""
 
   def one(name, was):
     if not was.size:
@@ -256,7 +261,7 @@ def _mismatch(
   here: resize.Placed,
   origins: Mapping[str, str],
 ) -> str:
-  """Why a checkpoint is not of this method and model, if it is not."""
+  """Why a checkpoint does not fit this method and model; '' if it does."""
   if other := resize.stranger(saved, here):
     return f"only one has {other}"
   same = {leaf.name: name for name, leaf in saved.leaves.items()}
@@ -271,7 +276,7 @@ def _mismatch(
 
 
 def _some(names: Sequence[str]) -> str:
-  """The first few, and how many more there are."""
+  """The first few names, and the number of others."""
   return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
@@ -280,7 +285,7 @@ def _struct(leaf: Array) -> jax.ShapeDtypeStruct:
 
 
 def _spread(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
-  """A leaf cut by as many axes as divide a dimension, the first first: it is yet to be moved."""
+  """A leaf sharded over every mesh axis that divides one of its dimensions, for reading."""
   left, axes = list(shape), [[] for _ in shape]
   for name, size in mesh.shape.items():
     dimension = next((d for d, n in enumerate(left) if n % size == 0), None)
@@ -294,7 +299,7 @@ def _spread(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> jax.ShapeDtypeStr
 def _moved(
   found: Mapping[str, Array], moves: Mapping[str, Move], like: TrainState
 ) -> dict[str, Array]:
-  """The leaves of a state, one after the other; those without a move as `like` has them."""
+  """Converts saved leaves to the leaves of a state; leaves without a move are those of `like`."""
   leaves = _leaves(like)
   for name, (was, *lies) in moves.items():
     leaf = found[was]
@@ -309,7 +314,7 @@ def _moved(
 def _mover(
   saved: resize.Leaf, leaf: resize.Leaf, sharding: NamedSharding
 ) -> Callable[[Array], Array]:
-  """Compiled once for all leaves that lie alike; meanwhile a device has all of its rows' leaves."""
+  """Returns a function that moves a leaf, compiled once for all leaves of one placement."""
   axes = worker_axes(sharding.mesh.shape)
   spread = leaf.kind != "shared" and saved.owners % count(axes) == 0
   rows = P(tuple(axes)) if spread else P()

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is what was written: checksums of its files and of the leaves in them."""
+"""Verifies checkpoints by checksums of their files and leaves."""
 
 import json
 import zlib
@@ -15,9 +15,12 @@ FILES = "files.json"
 
 
 def list_files(folder: Path) -> None:
-  """Writes FILES into each finished checkpoint that lacks it: its files' sizes and CRC-32s.
+  """Writes FILES, the sizes and CRC-32s of all files, into each finished checkpoint without it.
 
-  Called when a save is finishing, when the one before it is on disk, and at the end.
+  Called when a save finishes, i.e. when the previous one is on disk, and at the end.
+
+  Args:
+    folder: the folder of all checkpoints.
   """
   if jax.process_index() == 0:
     for step in folder.glob("[0-9]*"):
@@ -34,10 +37,13 @@ def _files(step: Path) -> dict[str, list[int]]:
 
 
 def is_whole(step: Path) -> bool:
-  """Whether a checkpoint's files are as they were written; one without a list is not judged.
+  """Returns whether a checkpoint's files are intact; True for one without a list.
 
-  Orbax reads files in the background of several processes, where damage shows late, in one of them
-  and loudly: hence this look ahead.
+  Checked before reading: Orbax reads in background threads of several processes, where damage shows
+  late and in one process only.
+
+  Args:
+    step: the folder of one checkpoint.
   """
   try:
     written = json.loads((step / FILES).read_text()) if (step / FILES).exists() else None
@@ -48,12 +54,20 @@ def is_whole(step: Path) -> bool:
 
 @jax.jit
 def checksums(tree: Tree) -> Array:
-  """A 32-bit checksum of each leaf's bits, position by position: uint32 [leaves]."""
+  """Computes a 32-bit checksum of each leaf: uint32 [leaves].
+
+  Args:
+    tree: arrays of any shapes and dtypes.
+  """
   return jnp.stack([checksum(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 def checksum(leaf: Array) -> Array:
-  """A uint32 hash of the leaf's bits by position: each is mixed before all are added."""
+  """Computes a uint32 checksum: the sum of a hash of each element's bits and position.
+
+  Args:
+    leaf: an array of any shape and dtype.
+  """
   if leaf.size == 0:
     return jnp.zeros((), jnp.uint32)
   width = 8 * leaf.dtype.itemsize

@@ -1,4 +1,4 @@
-"""Orbax's manager of checkpoints, as a job of several processes needs it."""
+"""Orbax's checkpoint manager, configured for jobs of several processes."""
 
 import sys
 from functools import partial
@@ -8,14 +8,14 @@ import orbax.checkpoint as ocp
 
 from research.training.checkpoint import integrity
 
-KEEP = 3
+KEEP = 3  # checkpoints
 
 
 class Manager(ocp.CheckpointManager):
-  """Orbax's, but that it leaves JAX's preemption service to `signals.watch`.
+  """Orbax's manager, which leaves JAX's preemption service to `signals.watch`.
 
-  The service wants consecutive numbers from one caller. After one of Orbax's, which are steps, a
-  notice would take effect when as many dispatches are done.
+  The service needs consecutive numbers from a single caller. Orbax passes steps, while `signals`
+  counts dispatches: after a call of Orbax, a notice would take effect too late.
   """
 
   def reached_preemption(self, step: int) -> bool:
@@ -24,7 +24,11 @@ class Manager(ocp.CheckpointManager):
 
 
 def of(folder: Path) -> Manager:
-  """The manager of a folder, which it makes if need be. All processes call it."""
+  """Returns the manager of a folder, which is created if needed. All processes call it.
+
+  Args:
+    folder: the folder of all checkpoints.
+  """
   options = ocp.AsyncOptions(
     post_finalization_callback=partial(integrity.list_files, folder),
     barrier_sync_fn=partial(_meet, ocp.multihost.get_barrier_sync_fn()),
@@ -34,10 +38,10 @@ def of(folder: Path) -> Manager:
 
 
 def _meet(barrier: ocp.multihost.BarrierSyncFn, *, key: str, timeout_ms: int) -> None:
-  """Waits for all processes at a barrier, unless this one's save has failed: then it says so.
+  """Waits for all processes at a barrier; raises instead if this process's save has failed.
 
-  Orbax lets a process whose save failed go on to its last barrier, while the others wait for it at
-  one before, until ten minutes are over.
+  Without this, Orbax lets a process whose save failed continue to its last barrier, while the others
+  wait for it at an earlier one until they time out after ten minutes.
   """
   if (error := sys.exception()) is not None:
     raise error

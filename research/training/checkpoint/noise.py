@@ -1,4 +1,4 @@
-"""What Orbax's threads print when a save or a restore fails, beside the exception raised."""
+"""Silences what Orbax's threads print, besides the exception, when a save or restore fails."""
 
 import contextlib
 import gc
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def deaf_to_writers() -> Iterator[None]:
-  """Passes over what threads print that still write when a save has failed: its loop is gone."""
+  """Context that hides errors of threads that still write after a failed save closed its loop."""
   before = sys.unraisablehook, sys.excepthook
   is_late = lambda error: isinstance(error, RuntimeError) and "loop is closed" in str(error)
 
@@ -29,9 +29,9 @@ def deaf_to_writers() -> Iterator[None]:
 
 
 def silence() -> None:
-  """Silences for good what is left of a failed save: the process ends by the exception raised.
+  """Silences the remains of a failed save permanently; the exception raised ends the process.
 
-  Its futures and coroutines complain whenever they are collected, the last of them as Python ends.
+  Its futures and coroutines print warnings when they are collected, at the latest when Python exits.
   """
   sys.unraisablehook = lambda unraisable: None
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -39,15 +39,15 @@ def silence() -> None:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-  """Silences what Orbax's threads print of a failure beside the exception that they raise."""
+  """Context that hides what Orbax's threads print about a failure besides raising it."""
   hook, logger = sys.unraisablehook, logging.getLogger("asyncio")
   level = logger.level
   sys.unraisablehook = lambda unraisable: None
   logger.setLevel(logging.CRITICAL)
   try:
     yield
-  except Exception:  # whatever it was: it is raised again
-    gc.collect()  # lets what will complain do so now
+  except Exception:
+    gc.collect()  # triggers the pending warnings now
     raise
   finally:
     sys.unraisablehook = hook

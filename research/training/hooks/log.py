@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from research.parallel import diagnostics, workers
+from research.parallel import diagnostics
 from research.training.hooks import finite, heartbeat
 from research.training.hooks.hook import Evaluation, Event, Hook, Pause, Rounds
 from research.training.reports import report
@@ -124,9 +124,9 @@ def _diagnostics(
   number = math.ceil(plan.rounds(step)) - 1
   place = number - round(plan.rounds(first))
   means = {name: float(norms[name][place]) for name in diagnostics.NAMES}
-  steps = len(norms[workers.GRADIENT]) // len(norms["update"])
+  steps = len(norms[diagnostics.GRADIENT]) // len(norms["update"])
   last_step = (place + 1) * steps - 1  # of the round
-  found = diagnostics.columns(means, float(norms[workers.GRADIENT][last_step]))
+  found = diagnostics.columns(means, float(norms[diagnostics.GRADIENT][last_step]))
   if isinstance(virtual, Served):
     found["staleness"] = float(virtual.staleness[number])
   return found

@@ -1,4 +1,4 @@
-"""How a run's state lies on its mesh, leaf by leaf, without the devices and without training."""
+"""Explains how a run's state is sharded, leaf by leaf, without its devices and without training."""
 
 import math
 from collections import Counter
@@ -22,17 +22,20 @@ class Row(NamedTuple):
   shape: tuple[int, ...]
   dtype: str
   spec: str  # such as P('data', None, 'fsdp')
-  bytes: int  # on each device
-  everywhere: int  # bytes on all devices
+  bytes: int  # per device
+  everywhere: int  # over all devices
 
 
 def imitate_devices(config: Config) -> None:
-  """Makes CPU devices for the places of the mesh; call it before anything touches JAX's devices.
+  """Creates a CPU device for each place of the mesh; must run before JAX initializes its devices.
 
-  `simulate` spreads its workers over the devices that exist, and is shown so.
+  `simulate` distributes its workers over the existing devices, and is shown on those.
+
+  Args:
+    config: the run.
 
   Raises:
-    UsageError: if the mesh cannot be.
+    UsageError: for an invalid mesh.
   """
   with flag("mesh", config.mesh):
     places = meshes.count(meshes.parse_mesh(config.mesh))
@@ -42,10 +45,13 @@ def imitate_devices(config: Config) -> None:
 
 
 def rows(config: Config) -> list[Row]:
-  """The leaves of a run's state, in the shardings in which its executor makes them.
+  """Returns the leaves of a run's state in the shardings of its executor.
+
+  Args:
+    config: the run.
 
   Raises:
-    UsageError: for flags that cannot be.
+    UsageError: for invalid flags.
   """
   problem = assemble.assemble(config, assemble.check(config))
   state = jax.eval_shape(problem.executor.init, jax.random.key(0))
@@ -55,6 +61,12 @@ def rows(config: Config) -> list[Row]:
 
 
 def row(lies: resize.Leaf, leaf: Any) -> Row:
+  """Describes one leaf.
+
+  Args:
+    lies: its placement.
+    leaf: its shape, dtype and sharding.
+  """
   spec = ", ".join(repr(tuple(d) if isinstance(d, list) else d) for d in leaf.sharding.spec)
   held = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
   devices = len(leaf.sharding.device_set)
@@ -62,7 +74,11 @@ def row(lies: resize.Leaf, leaf: Any) -> Row:
 
 
 def explanation(config: Config) -> str:
-  """A table for people: a line for each leaf, then totals by part of the state."""
+  """Formats a table with one line per leaf, followed by totals by part of the state.
+
+  Args:
+    config: the run.
+  """
   found = rows(config)
   lines = [
     (r.name, str(list(r.shape)), r.dtype, r.spec, f"{r.bytes:,}") for r in found if 0 not in r.shape
@@ -78,7 +94,11 @@ def explanation(config: Config) -> str:
 
 
 def table(lines: list[tuple[str, ...]]) -> list[str]:
-  """Lines of columns, the last one flush right; a first column too wide has a line of its own."""
+  """Aligns columns, the last one to the right; an overlong first cell gets its own line.
+
+  Args:
+    lines: rows of cells.
+  """
   widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
   rest = sum(widths[1:]) + 2 * (len(widths) - 1)
   first = max([len(line[0]) for line in lines if len(line[0]) + rest <= WIDTH], default=0)

@@ -1,4 +1,4 @@
-"""What a run's specs say beyond the loss: how its workers are connected, what privacy it spends."""
+"""Facts about a run that follow from its method: the workers' topology, and the privacy spent."""
 
 import math
 from collections.abc import Callable
@@ -14,28 +14,34 @@ from research.parallel.layout import Layout
 from research.training.config import Config
 from research.training.privacy import columns, over, spending
 
-MOST = 256  # workers whose matrix of weights is looked at
+MOST = 256  # maximum workers for which the spectral gap is computed
 
 
 class Facts(NamedTuple):
-  """Of a run: `found` is for its summary, `epsilon` for each row of its metrics."""
+  """Facts for the summary, and epsilon for each row of the metrics."""
 
   found: dict[str, Any]
-  epsilon: Callable[[int], float] | None  # rounds -> what they have spent, where that is known
-  note: str  # one line that says why it is not
+  epsilon: Callable[[int], float] | None  # rounds -> epsilon spent, if known
+  note: str  # one line on why epsilon is unknown, or empty
 
 
 def facts(config: Config, job: Job, layout: Layout) -> Facts:
-  """Reads them off the method and one traced round.
+  """Derives the facts from the method and one traced round.
 
-  Of every topology `topology` (its spec), `spectral_gap` and `described`; of every noisy aggregator
-  its `noise` and `clip`; where there are several, lists of these. With noise also `delta`, and
-  `accounted`, what epsilon is counted of: the sum over the workers where nothing else can be made
-  of their messages, else each message with its own share of the noise. Where there is no epsilon,
+  They include `topology` (its spec), `spectral_gap` and `described` of every topology, and `noise`
+  and `clip` of every noisy aggregator, as lists if there are several. With noise they also include
+  `delta`, and `accounted`, which names what epsilon is computed for: the sum over the workers if
+  only the sum is visible, else each message with its own share of the noise. If epsilon is unknown,
   `privacy` says why.
 
-  Clients drawn at a rate are counted as Poisson sampling, those of strata as such where a round's
-  draw is what alone hides them (`private.spending`), and else as if they were in every round.
+  Clients sampled at a rate are accounted as Poisson sampling; one client sampled per worker from its
+  stratum as such, if only the sampling hides it (`accounting.spending`); all others as if they took
+  part in every round.
+
+  Args:
+    config: the run.
+    job: the resolved job.
+    layout: which of its state is private.
   """
   graphs = [
     _topology(value, getattr(part, "axis", WORKER_AXES), job)
@@ -49,7 +55,7 @@ def facts(config: Config, job: Job, layout: Layout) -> Facts:
 
 
 def _pipeline(config: Config, job: Job) -> dict[str, Any]:
-  """How the stages of a mesh take a worker's batch through the layers, and how long each idles."""
+  """The pipeline schedule of a worker's batch, with the fraction of time in which stages idle."""
   stages, examples = job.axes.get("stage", 1), job.batch_size or int(job.sizes.max())
   if stages == 1 or config.executor != "spmd" or job.task.schedule is None:
     return {}

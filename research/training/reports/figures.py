@@ -1,4 +1,4 @@
-"""Figures beside results: users' text is drawn as it stands, and a failure costs no result."""
+"""Draws figures of results; text is drawn literally, and a failure does not lose the results."""
 
 import contextlib
 import textwrap
@@ -11,44 +11,73 @@ from research.training.reports import report
 
 
 def literal(text: str) -> str:
-  """Text for a figure: Matplotlib would take what stands between two $ for a formula."""
+  """Escapes text for a figure: Matplotlib would typeset text between two $ as a formula.
+
+  Args:
+    text: any text.
+  """
   return text.replace("$", r"\$")
 
 
 @contextlib.contextmanager
 def drawing(path: Path) -> Iterator[Path]:
-  """Around what draws and saves a figure: a failure is a line on stderr."""
+  """Context for drawing and saving a figure; a failure is reported in one line on stderr.
+
+  Args:
+    path: the figure's file.
+  """
   try:
     with warnings.catch_warnings():
       warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
       yield path
-  except Exception as error:  # whatever a library of drawing raises: the results are written
+  except Exception as error:  # drawing libraries may raise anything; the results are written
     reason = " ".join(str(error).split())[:200]
     report.note(f"warning: {path} was not drawn: {type(error).__name__}: {reason}")
 
 
 def save(figure: Any, path: Path, dpi: int) -> None:
-  """Writes the whole picture or leaves the old one."""
+  """Writes a PNG file atomically.
+
+  Args:
+    figure: a matplotlib Figure.
+    path: the file.
+    dpi: dots per inch.
+  """
   with report.replacing(path) as partial:
     figure.savefig(partial, dpi=dpi, format="png")
 
 
 def write_result(folder: Path, summary: Mapping[str, Any]) -> None:
-  """Writes summary.json, and then the plot, which may fail."""
+  """Writes summary.json, then the plots, which may fail.
+
+  Args:
+    folder: the run's folder.
+    summary: its summary.
+  """
   report.write_json(folder / "summary.json", summary)
   loss_plot(folder, summary)
   diagnostics_plot(folder, summary)
 
 
 def show_again(folder: Path, summary: Mapping[str, Any]) -> None:
-  """Says that a run is complete, and draws its plot if that is missing."""
+  """Reports that a run is complete, and draws its plot if it is missing.
+
+  Args:
+    folder: the run's folder.
+    summary: its summary.
+  """
   if not (folder / "loss.png").exists():
     loss_plot(folder, summary)
   report.note(f"{folder} holds this run, complete; its result:")
 
 
 def loss_plot(folder: Path, summary: Mapping[str, Any]) -> None:
-  """Draws the losses against steps, and below them the other metrics, into loss.png."""
+  """Draws loss.png: the losses against steps, with the other metrics below.
+
+  Args:
+    folder: the run's folder.
+    summary: its summary.
+  """
   with drawing(folder / "loss.png") as path:
     rows = folder / "metrics.jsonl"
     thinned = report.thinned(report.each_row(rows))
@@ -57,7 +86,12 @@ def loss_plot(folder: Path, summary: Mapping[str, Any]) -> None:
 
 
 def diagnostics_plot(folder: Path, summary: Mapping[str, Any]) -> None:
-  """Draws the diagnostics of a run that has any against steps, into diagnostics.png."""
+  """Draws diagnostics.png: the diagnostics against steps, if the run has any.
+
+  Args:
+    folder: the run's folder.
+    summary: its summary.
+  """
   rows = report.thinned(r for r in report.each_row(folder / "metrics.jsonl") if "diagnostics" in r)
   if rows:
     with drawing(folder / "diagnostics.png") as path:
@@ -65,7 +99,12 @@ def diagnostics_plot(folder: Path, summary: Mapping[str, Any]) -> None:
 
 
 def diagnostics_figure(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> Any:
-  """One panel for each of the diagnostics, against steps, as a matplotlib Figure."""
+  """Returns a matplotlib Figure with one panel per diagnostic, against steps.
+
+  Args:
+    rows: the rows of the metrics.
+    summary: the run's summary.
+  """
   from matplotlib.figure import Figure
 
   rows = [row for row in rows if "diagnostics" in row]
@@ -86,7 +125,12 @@ def diagnostics_figure(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, 
 
 
 def loss_figure(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> Any:
-  """The losses against steps, and below them the other metrics, as a matplotlib Figure."""
+  """Returns a matplotlib Figure of the losses against steps, with the other metrics below.
+
+  Args:
+    rows: the rows of the metrics.
+    summary: the run's summary.
+  """
   evaluated = report.thinned(row for row in rows if "eval" in row)
   return _figure(report.thinned(rows), evaluated, summary)
 

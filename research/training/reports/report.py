@@ -1,4 +1,4 @@
-"""What a run writes and shows: JSON files, metrics.jsonl, progress, the closing table."""
+"""Writes and prints the reports of a run: JSON files, metrics.jsonl, progress, closing table."""
 
 import contextlib
 import json
@@ -13,7 +13,12 @@ import jax
 
 
 def as_json(value: Any, indent: int | None = None) -> str:
-  """A value as JSON, which has no NaN and no infinity: both become null."""
+  """Serializes a value as JSON; NaN and infinity, which JSON does not have, become null.
+
+  Args:
+    value: nested mappings, lists and numbers.
+    indent: spaces per level; None for one line.
+  """
   return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
 
 
@@ -26,7 +31,11 @@ def _without_nan(value: Any) -> Any:
 
 
 def with_nan(value: Any) -> Any:
-  """What `as_json` wrote of numbers, as it was read: null becomes NaN."""
+  """Replaces null by NaN in a parsed value: inverse of `as_json` for numbers.
+
+  Args:
+    value: a value parsed from JSON.
+  """
   if isinstance(value, Mapping):
     return {name: with_nan(inner) for name, inner in value.items()}
   if isinstance(value, list):
@@ -35,19 +44,33 @@ def with_nan(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-  """Writes the whole file or leaves the old one."""
+  """Writes a JSON file atomically.
+
+  Args:
+    path: the file.
+    value: see `as_json`.
+  """
   write_text(path, as_json(value, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-  """Writes the whole file, in UTF-8, or leaves the old one."""
+  """Writes a UTF-8 file atomically.
+
+  Args:
+    path: the file.
+    text: its contents.
+  """
   with replacing(path) as partial:
     partial.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-  """A path to write to, whose file becomes `path` at the end if nothing was raised."""
+  """Context that yields a temporary path, which replaces `path` unless an exception is raised.
+
+  Args:
+    path: the final path.
+  """
   partial = path.with_name(f".{path.name[:200]}.{os.getpid()}")
   try:
     yield partial
@@ -57,12 +80,18 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 class Metrics:
-  """`metrics.jsonl`, one row per logged step, and TensorBoard events beside it if asked for."""
+  """Writes `metrics.jsonl`, one row per logged step, and optionally TensorBoard events."""
 
   def __init__(self, folder: Path, after: int, tensorboard: bool):
-    """Keeps the rows of an earlier part of the run up to step `after` and goes on from there."""
+    """Opens the file for appending, and drops rows after a step.
+
+    Args:
+      folder: the run's folder.
+      after: the step from which the run continues; later rows are dropped.
+      tensorboard: whether to write TensorBoard events.
+    """
     path = folder / "metrics.jsonl"
-    self.last: dict[str, Any] | None = None  # row of the earlier part
+    self.last: dict[str, Any] | None = None  # last row of the run before it was resumed
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as kept:
       for row in each_row(path):
         if row["step"] <= after:
@@ -91,12 +120,20 @@ class Metrics:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-  """The rows of a metrics.jsonl, NaN for null; a last line cut short by a crash is left out."""
+  """Reads the rows of a metrics.jsonl, with NaN for null, up to a line truncated by a crash.
+
+  Args:
+    path: the file; it may be missing.
+  """
   return list(each_row(path))
 
 
 def each_row(path: Path) -> Iterator[dict[str, Any]]:
-  """`read_rows`, one after the other."""
+  """Iterates over the rows of `read_rows`, without holding them all.
+
+  Args:
+    path: the file; it may be missing.
+  """
   if not path.exists():
     return
   with path.open("rb") as lines:
@@ -111,7 +148,12 @@ def each_row(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def thinned(rows: Iterable[Mapping[str, Any]], most: int = 2**13) -> list[Mapping[str, Any]]:
-  """At most so many of the rows, at equal distances, and the last one."""
+  """Selects evenly spaced rows, and the last one.
+
+  Args:
+    rows: the rows.
+    most: maximum number of rows selected, besides the last.
+  """
   kept: list[Mapping[str, Any]] = []
   every, last = 1, None
   for number, last in enumerate(rows):
@@ -131,20 +173,24 @@ def _flat(row: Mapping[str, Any]):
 
 
 def note(line: str) -> None:
-  """A line for the person who watches, from the first process."""
+  """Prints a line on stderr, from process 0 only.
+
+  Args:
+    line: the line.
+  """
   if jax.process_index() == 0:
     print(line, file=sys.stderr, flush=True)
 
 
 class Progress:
-  """A live bar on a terminal that can redraw it, else a line per evaluation, if it is `shown`."""
+  """Shows progress: a live bar on an interactive terminal, else one line per evaluation."""
 
   def __init__(self, total: int, evaluated_on: str, shown: bool):
     self._evaluated_on, self._evaluated = evaluated_on, ""
     self._total, self._shown, self._bar = total, shown, None
 
   def start(self, step: int) -> None:
-    """Begins to show, at a step."""
+    """Starts the display at a step."""
     if not self._shown or not sys.stderr.isatty():
       return
     from rich.console import Console
@@ -172,7 +218,7 @@ class Progress:
     self._bar.start()
 
   def update(self, row: Mapping[str, Any]) -> None:
-    """Shows a row of the metrics."""
+    """Displays a row of the metrics."""
     if "eval" in row:
       named = {f"{self._evaluated_on} {name}": value for name, value in row["eval"].items()}
       shown = {k: v for k, v in named.items() if len(named) == 1 or not k.endswith(" loss")}
@@ -199,7 +245,7 @@ def _pipeline(plan: Mapping[str, Any] | None) -> list[tuple[str, str]]:
 
 
 def _server(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-  """Of a run on a parameter server."""
+  """The rows about a parameter server; none without one."""
   if found is None:
     return []
   ages = sorted((int(age), count) for age, count in found["staleness"].items())
@@ -217,7 +263,12 @@ def _server(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
 
 
 def closing_table(summary: Mapping[str, Any], folder: Path) -> str:
-  """The few figures that a run ends with, one per line, and where its plot is."""
+  """Formats the results of a run, one per line, and the path of its plot.
+
+  Args:
+    summary: the run's summary.
+    folder: the run's folder.
+  """
   wire = summary["wire"]
   dense = wire["dense_bytes_per_step_per_worker"]  # 0 of a single worker
   share = sum(wire["bytes_per_step_per_worker"].values()) / dense if dense else 1.0

@@ -1,4 +1,4 @@
-"""summary.json: what a run is, how it ended, and what it cost."""
+"""Builds summary.json: a run's configuration, results and costs."""
 
 import hashlib
 import math
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 class Costs:
-  """What the steps of a run cost: bytes, virtual seconds, privacy. All are known in advance."""
+  """The costs of a run's steps, all known in advance: bytes, virtual seconds, privacy."""
 
   def __init__(self, run: "Run"):
-    """Notes what cannot be counted."""
+    """Computes the costs of a run, and reports those that are unknown."""
     problem, job = run.problem, run.problem.job
     layout = problem.executor.layout
     self._problem = problem
@@ -43,11 +43,11 @@ class Costs:
       report.note(reach.describe(name, reached))
 
   def row(self, step: int) -> dict[str, Any]:
-    """Columns of the row of a step."""
+    """The costs at a step, as columns of a row of the metrics."""
     return {"bytes": round(self.sent.until(step)), **self.spent(step)}
 
   def spent(self, step: int) -> dict[str, Any]:
-    """Virtual seconds and epsilon of the first so many steps."""
+    """Virtual seconds and epsilon of the first `step` steps."""
     plan, virtual = self._problem.plan, self._problem.virtual
     found: dict[str, Any] = {}
     if virtual:
@@ -60,7 +60,14 @@ class Costs:
 def summarized(
   run: "Run", evaluate: "Evaluate", costs: Costs, network: "Network"
 ) -> dict[str, Any]:
-  """The contents of summary.json."""
+  """Returns the contents of summary.json.
+
+  Args:
+    run: the finished run.
+    evaluate: its evaluations.
+    costs: its costs.
+    network: the network counters of its hosts.
+  """
   config, job, plan, timing = run.config, run.problem.job, run.problem.plan, run.timing
   is_cut = len(job.axes) > len(worker_axes(job.axes))
   return {
@@ -86,7 +93,7 @@ def summarized(
 
 
 def _wire(run: "Run", costs: Costs, network: "Network", last: Any) -> dict[str, Any]:
-  """Bytes by axis; `last` is the job of the newest stage."""
+  """Bytes by axis; `last` is the job of the last stage."""
   job = run.problem.job
   rounds = max(1, run.timing.largest // last.method.local_steps)
   shared = wire.by_axis(workers.metrics_traffic(last, rounds), rounds * last.method.local_steps)
@@ -104,7 +111,11 @@ def _wire(run: "Run", costs: Costs, network: "Network", last: Any) -> dict[str, 
 
 
 def params_sha256(params: Params) -> str:
-  """The SHA-256 of the parameters' names, types, shapes and bits, in the order of the tree."""
+  """Returns the SHA-256 of the parameters' names, dtypes, shapes and bits, in tree order.
+
+  Args:
+    params: the parameters, possibly sharded.
+  """
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())

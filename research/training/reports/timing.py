@@ -1,4 +1,4 @@
-"""Divides a run's time into compiling, steps, and the rest."""
+"""Splits the time of a run into compilation, training steps, and the rest."""
 
 import contextlib
 import time
@@ -14,15 +14,16 @@ _COMPILING = (
 
 
 class Timing:
-  """A clock of one run. Steps are timed from the end of the first dispatch, compiling left out.
+  """The clock of one run.
 
-  Compiling is counted inside `with timing:`.
+  Steps are timed from the end of the first dispatch, without compilation. Compilation is counted
+  inside `with timing:`.
   """
 
   def __init__(self):
     self._start = time.perf_counter()
     self.compiling = 0.0
-    self.largest = 0  # steps of one dispatch
+    self.largest = 0  # steps of the longest dispatch
     self._aside = 0.0
     self._steps = 0
     self._first: tuple[float, int] | None = None  # seconds and steps of the first dispatch
@@ -42,24 +43,28 @@ class Timing:
       self.compiling += duration_secs
 
   def resume(self, seconds: float) -> None:
-    """Adds the seconds of the run's earlier parts."""
+    """Adds the seconds that the run took before it was resumed."""
     self._start -= seconds
     self._aside += seconds
 
   def elapsed(self) -> float:
-    """Seconds of the run so far."""
+    """Returns the seconds of the run so far."""
     return time.perf_counter() - self._start
 
   @contextlib.contextmanager
   def aside(self) -> Iterator[None]:
-    """Work that is not a training step: its time and its compiling are left out of the rate."""
+    """Context for work that is not a training step and does not count for the rate."""
     start, compiling = time.perf_counter(), self.compiling
     yield
     compiled = self.compiling - compiling
     self._aside += time.perf_counter() - start - compiled
 
   def dispatch_done(self, steps: int) -> None:
-    """The metrics of a dispatch of so many steps have arrived."""
+    """Records that the metrics of a dispatch have arrived.
+
+    Args:
+      steps: steps of the dispatch.
+    """
     self._steps += steps
     self.largest = max(self.largest, steps)
     self._last = self.elapsed() - self.compiling - self._aside
@@ -67,7 +72,7 @@ class Timing:
       self._first = (self._last, self._steps)
 
   def steps_per_second(self) -> float:
-    """Of all dispatches but the first; of the first where it is the only one."""
+    """Returns the rate over all dispatches but the first; of the first if there is no other."""
     if self._first is None:
       return 0.0
     seconds, steps = self._last - self._first[0], self._steps - self._first[1]
