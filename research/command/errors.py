@@ -1,6 +1,6 @@
-"""How a command ends: one line on stderr and an exit code, or the traceback of a user's own code.
+"""Turns errors of a command into one line on stderr and an exit code, or a user's own traceback.
 
-Exit codes: 0 done, or saved after SIGTERM; 1 replicas differ; 2 a wrong flag; 3 no readable
+Exit codes: 0 done, or saved after SIGTERM; 1 replicas differ; 2 an invalid flag; 3 no readable
 checkpoint; 4 not finite; 5 the disk is full; 130 saved after Ctrl-C; 143 terminated before there
 was anything to save.
 """
@@ -24,7 +24,13 @@ FLAGS = flags.FLAGS
 
 
 def fail(code: int, line: str, error: BaseException | None = None) -> NoReturn:
-  """Prints one line on stderr, under --debug after the traceback, and exits with the code."""
+  """Prints one line on stderr, with --debug preceded by the traceback, and exits.
+
+  Args:
+    code: the exit code.
+    line: the error.
+    error: the exception, for its traceback.
+  """
   if error is not None and debugging():
     traceback.print_exception(error)
   print(one_line(f"error: {line}"), file=sys.stderr, flush=True)
@@ -32,13 +38,13 @@ def fail(code: int, line: str, error: BaseException | None = None) -> NoReturn:
 
 
 def debugging() -> bool:
-  """Whether the command has --debug, and it is set."""
+  """Returns whether --debug is defined and set."""
   return FLAGS.is_parsed() and "debug" in FLAGS and bool(FLAGS.debug)
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-  """Turns the errors that a run foresees into one line on stderr and their exit code.
+  """Context that turns expected errors into one line on stderr and their exit code.
 
   An error in a user's own code keeps its traceback, after one line that names the function.
   """
@@ -67,7 +73,7 @@ def one_line_errors() -> Iterator[None]:
     fail(130, "interrupted before there was anything to save")
   except tuple(codes) as error:
     fail(5 if paths.is_full(error) else codes[type(error)], str(error), error)
-  except Exception as error:  # whatever it was, one process of several must not stay behind
+  except Exception as error:  # after any error, one process of several must not keep running
     known = foreseen(error)
     if jax.distributed.is_initialized():
       leave(error, known)
@@ -80,20 +86,33 @@ def one_line_errors() -> Iterator[None]:
 
 
 def terminated(number: int, frame: Any) -> NoReturn:
-  """Handles SIGTERM while `interrupt.watch` does not."""
+  """Handles SIGTERM before `signals.watch` does.
+
+  Args:
+    number: the signal.
+    frame: unused.
+  """
   del frame
   os.write(2, b"error: terminated before there was anything to save\n")
   sys.exit(128 + number)
 
 
 def report_fault(error: Exception) -> None:
-  """Prints which function of the user's own code failed, if one did."""
+  """Prints which function of the user's own code failed, if one did.
+
+  Args:
+    error: the exception.
+  """
   if fault := blame.fault(error):
     print(f"error: {fault}", file=sys.stderr, flush=True)
 
 
 def foreseen(error: Exception) -> tuple[int, str] | None:
-  """The exit code and line of an error that the machine causes; None for a programming error."""
+  """Returns the exit code and line of an error caused by the machine; None for any other error.
+
+  Args:
+    error: the exception.
+  """
   import jax
 
   from research.training.checkpoint import checkpoint
@@ -113,7 +132,12 @@ def foreseen(error: Exception) -> tuple[int, str] | None:
 
 
 def leave(error: Exception, known: tuple[int, str] | None) -> NoReturn:
-  """Ends one process of several at once: on a normal exit JAX would wait for the others."""
+  """Ends one process of several immediately: on a normal exit JAX would wait for the others.
+
+  Args:
+    error: the exception.
+    known: the result of `foreseen`.
+  """
   if known:
     if debugging():
       traceback.print_exception(error)

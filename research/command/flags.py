@@ -1,4 +1,4 @@
-"""The flags of a run: one per field of `Config`, and how a command line is read."""
+"""Defines the flags of a run, one per field of `Config`, and parses the command line."""
 
 import dataclasses
 import sys
@@ -16,7 +16,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-  """Defines one flag per field of `Config`, with its default, and those beside the run itself."""
+  """Defines one flag per field of `Config`, and the flags that do not describe the run."""
   for field in dataclasses.fields(Config):
     name, text, least = field.name, field.metadata["text"], field.metadata["least"]
     default: Any = field.default
@@ -37,13 +37,13 @@ def define_flags() -> None:
 
 
 def define_compilation_cache() -> None:
-  """Defines --compilation_cache, which commands without the flags of a run take too."""
+  """Defines --compilation_cache, also for commands without the flags of a run."""
   text = "Folder of compiled programs; empty: in the user's cache; 'off': none."
   flags.DEFINE_string("compilation_cache", "", text)
 
 
 def define_import() -> None:
-  """Defines --import, which every command takes that builds objects from specs."""
+  """Defines --import, for every command that builds objects from specs."""
   text = "Module, .py file or package folder that registers names of your own; repeatable."
   flags.DEFINE_multi_string("import", [], text)
 
@@ -51,18 +51,23 @@ def define_import() -> None:
 def launch(
   main: Callable[[list[str]], Any], doc: str | None, argv: list[str] | None = None
 ) -> None:
-  """Reads the flags and calls a command's main function, as absl does.
+  """Parses the flags and calls a command's main function, as absl does.
 
   Args:
-    main: is given the program's name alone.
-    doc: what --help prints before the flags.
-    argv: the command line; None: this process's.
+    main: called with a list of the program's name.
+    doc: text that --help prints before the flags.
+    argv: the command line; None for this process's.
   """
   app.run(main, argv, flags_parser=lambda argv: parse_flags(argv, doc))
 
 
 def parse_flags(argv: list[str], doc: str | None = None) -> list[str]:
-  """Reads the command line; a wrong flag ends the program with one line and exit code 2."""
+  """Parses the command line; an invalid flag ends the program with one line and exit code 2.
+
+  Args:
+    argv: the command line, with the program's name.
+    doc: text that --help prints before the flags.
+  """
   streams.prepare()
   if {"--help", "-help", "-h"} & set(argv[1:]):
     ours = [name for name in FLAGS.flags_by_module_dict() if not name.startswith("absl.")]

@@ -2,10 +2,9 @@
 
     python experiments/run.py --task="digits()" --method="data_parallel(adam(1e-3), mean())"
 
-`distopt` is the same command where the package is installed without a clone.
-Running the same command again resumes, or shows the result. --replay=FOLDER recomputes a run of
---executor=server from its trace. Exit codes: 0 done, or saved after SIGTERM; 1 replicas differ; 2 a
-wrong flag; 3 no readable checkpoint; 4 not finite; 5 the disk is full; 130 saved after Ctrl-C; 143
+`distopt` is the same command for an installed package. Running the same command again resumes the
+run, or shows its result. --replay=FOLDER recomputes a run of --executor=server from its trace. Exit
+codes: 0 done, or saved after SIGTERM; 1 replicas differ; 2 an invalid flag; 3 no readable checkpoint; 4 not finite; 5 the disk is full; 130 saved after Ctrl-C; 143
 terminated before there was anything to save.
 """
 
@@ -26,7 +25,7 @@ FLAGS = flags.FLAGS
 
 
 def run() -> None:
-  """The whole program."""
+  """Defines the flags and runs the program."""
   define_flags()
   text = "Prints the sharding of each leaf of the run's state, and ends; needs no such devices."
   flags.DEFINE_bool("explain_sharding", False, text)
@@ -36,7 +35,11 @@ def run() -> None:
 
 
 def main(argv: list[str]) -> None:
-  """Does what the flags say, once they are read."""
+  """Trains, replays or explains a run, according to the flags.
+
+  Args:
+    argv: unused.
+  """
   del argv
   if FLAGS.explain_sharding:
     explain_sharding()
@@ -55,7 +58,11 @@ def main(argv: list[str]) -> None:
 
 
 def trainer(config: Config) -> Callable[[Config], tuple[dict[str, Any], Path]]:
-  """The function that trains by these flags: the loop's, or a server's."""
+  """Returns the function that trains a run: the loop's, or the parameter server's.
+
+  Args:
+    config: the run.
+  """
   if config.executor == "server":
     from research.server import driver
 
@@ -66,7 +73,7 @@ def trainer(config: Config) -> Callable[[Config], tuple[dict[str, Any], Path]]:
 
 
 def explain_sharding() -> NoReturn:
-  """Prints the sharding of each leaf of the run's state, and ends."""
+  """Prints the sharding of each leaf of the run's state, and exits."""
   with one_line_errors():
     from research.training.reports import explain
 
@@ -76,7 +83,11 @@ def explain_sharding() -> NoReturn:
 
 
 def replay(config: Config) -> NoReturn:
-  """Recomputes a server's run from its trace and compares the parameters."""
+  """Recomputes a server's run from its trace, compares the parameters, and exits.
+
+  Args:
+    config: the configuration from the flags, for --out.
+  """
   from research.server import replay
   from research.training import loop
 

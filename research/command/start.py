@@ -1,4 +1,4 @@
-"""What a command does before its work: quiet logs, compilation cache, other processes, folders."""
+"""Prepares a command: logging, compilation cache, plugins, other processes, results folder."""
 
 import os
 import sys
@@ -17,16 +17,16 @@ FLAGS = flags.FLAGS
 
 
 def start() -> Config:
-  """Prepares this process as its flags say and joins the job's other processes.
+  """Prepares this process according to its flags, and joins the job's other processes.
 
   Returns:
-    The run that the flags describe.
+    The configuration of the run.
 
   Raises:
-    UsageError: one line that names the flag.
+    UsageError: one line with the flag.
   """
   logging.set_verbosity(logging.WARNING)
-  logging.get_absl_logger().setLevel("CRITICAL")  # Orbax logs what it then raises
+  logging.get_absl_logger().setLevel("CRITICAL")  # Orbax also logs the errors that it raises
   config = config_of_flags()
   use_compilation_cache(FLAGS.compilation_cache)
   import_modules()
@@ -39,10 +39,10 @@ def start() -> Config:
 
 
 def import_modules() -> None:
-  """Imports what --import names; an error of the module itself is shown with its traceback.
+  """Imports the modules of --import; an error in a module is shown with its traceback.
 
   Raises:
-    UsageError: if there is no such module or file, or a name that it registers is taken.
+    UsageError: if a module does not exist, or registers a name that is taken.
   """
   for text in FLAGS["import"].value or ():
     try:
@@ -52,7 +52,7 @@ def import_modules() -> None:
       raise
     except SystemExit as error:
       raise UsageError(f"--import={quoted(text)}: ends the program when it is imported") from error
-    except Exception as error:  # whatever a user's module does
+    except Exception as error:  # a user's module may raise anything
       fault = blame.fault(error) or f"{type(error).__name__}: {error}"
       print(one_line(f"error: --import={quoted(text)}: {fault}"), file=sys.stderr)
       traceback.print_exc()
@@ -60,13 +60,13 @@ def import_modules() -> None:
 
 
 def use_compilation_cache(folder: str) -> None:
-  """Keeps compiled programs on disk, so that the same command starts faster the next time.
+  """Caches compiled programs on disk, so that the same command starts faster the next time.
 
   Args:
-    folder: where; '' for the user's cache, if there is one; 'off' for nowhere.
+    folder: the cache's folder; '' for the user's cache, if there is one; 'off' for no cache.
 
   Raises:
-    UsageError: if the folder is not a path or not a folder.
+    UsageError: if the path is invalid or not a folder.
   """
   import jax
 
@@ -89,15 +89,15 @@ def use_compilation_cache(folder: str) -> None:
 
 
 def results_folder(name: str, text: str, default: str = "") -> Path:
-  """The folder for a command's results, checked to be writable; nothing is written yet.
+  """Returns the folder for a command's results, after checking that it is writable.
 
   Args:
-    name: of the flag.
+    name: name of the flag.
     text: its value.
     default: the folder if the value is ''.
 
   Raises:
-    UsageError: with the flag of that name.
+    UsageError: one line with the flag.
   """
   with flag(name, text or default):
     return paths.writable(text or default)

@@ -1,12 +1,12 @@
-"""The contracts that every compressor, aggregator and method keeps, for objects of your own.
+"""Checks the contracts of compressors, aggregators and methods, for objects of your own.
 
     from research.testing import check_compressor
 
     def test_halved():
       check_compressor(halved(0.5))
 
-Each check runs in seconds on CPU devices and raises ContractError, an AssertionError that says
-which contract is broken and what was seen. The tests of this codebase run the same checks over all
+Each check runs in seconds on CPU devices and raises ContractError, an AssertionError that names the
+broken contract and the observed values. The tests of this codebase run the same checks over all
 built-in names.
 """
 

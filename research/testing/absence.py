@@ -1,4 +1,4 @@
-"""Eight workers, three of whom miss a round: what they have, and programs over all of them."""
+"""Test inputs for a round in which three of eight workers are absent, and programs over them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,19 +18,33 @@ AXES = {"data": W}
 
 
 def drawn(seed: int, *lead: int) -> dict[str, jax.Array]:
-  """Normal leaves [*lead, 6, 4] and [*lead, 3]."""
+  """Draws standard normal leaves [*lead, 6, 4] and [*lead, 3].
+
+  Args:
+    seed: of the random numbers.
+    *lead: leading dimensions.
+  """
   random = np.random.default_rng(seed)
   normal = lambda shape: random.normal(size=(*lead, *shape)).astype(np.float32)
   return {name: jnp.asarray(normal(shape)) for name, shape in LEAVES.items()}
 
 
 def unknown(rows: Tree) -> Tree:
-  """The same, with NaN where a worker is absent: nobody can know what it has."""
+  """Replaces the rows of absent workers by NaN, to detect any dependence on them.
+
+  Args:
+    rows: leaves [W, ...].
+  """
   return jax.tree.map(lambda x: x.at[ABSENT].set(jnp.nan), rows)
 
 
 def folded(one: Callable[..., Any], axes: Mapping[str, int]) -> Callable[..., Any]:
-  """What each worker computes, from rows [W, ...] to rows, whatever axes the workers lie along."""
+  """Compiles one worker's function to a function of rows [W, ...] of all workers.
+
+  Args:
+    one: the function of one worker.
+    axes: the worker axes, sizes by name; their product is W.
+  """
   fold = lambda x: jnp.asarray(x).reshape(*axes.values(), *x.shape[1:])
   unfold = lambda x: x.reshape(W, *x.shape[len(axes) :])
   program = jax.jit(layout.over_workers(one, axes, 0, 0))
@@ -38,7 +52,12 @@ def folded(one: Callable[..., Any], axes: Mapping[str, int]) -> Callable[..., An
 
 
 def same(a: Tree, b: Tree) -> bool:
-  """Whether all leaves are equal bit for bit, NaN included."""
+  """Returns whether all leaves are bitwise equal; NaN equals NaN.
+
+  Args:
+    a: a tree.
+    b: a tree of the same structure.
+  """
   pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
   return all(np.array_equal(x, y, equal_nan=_is_float(x)) for x, y in pairs)
 

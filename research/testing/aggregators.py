@@ -1,4 +1,4 @@
-"""Contracts of aggregators, of one or of several in one program."""
+"""Contracts of aggregators; several aggregators can be checked in one program."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,24 +18,24 @@ from research.testing.contract import require
 from research.testing.problem import distance
 
 Named = Mapping[str, Aggregator]
-# Equal contributions may come out unlike each other.
+# Traits of aggregators whose value may differ from equal contributions.
 _UNLIKE = Trait.FORGED | Trait.NOISE | Trait.EXPANSIVE | Trait.SECRET
 
 
 def check_aggregator(aggregator: Aggregator, *, axes: Mapping[str, int] | None = None) -> None:
   """Checks the contracts of an aggregator.
 
-  What is received and `sent` have the shapes and types of what a worker has; types of the state
-  stay; all workers receive the same, unless Trait.LOCAL says otherwise; equal contributions give
-  that contribution; nothing that an absent worker has reaches the others, and what it keeps stays;
-  and training with it is the same in `simulate` and `spmd`, on as many CPU devices as there are.
+  `value` and `sent` have the shapes and dtypes of a worker's tree. The state keeps its dtypes. All
+  workers receive the same value, except with Trait.LOCAL. Equal contributions are aggregated to
+  that contribution. An absent worker's values do not reach the others, and its private state does
+  not change. Training gives the same result in `simulate` and `spmd` on the available CPU devices.
 
   Args:
-    aggregator: to check.
-    axes: of eight workers: {"data": 8}, or {"slice": 2, "data": 4} for one that takes slices.
+    aggregator: the aggregator to check.
+    axes: axes of eight workers: {"data": 8}, or {"slice": 2, "data": 4} if it needs slices.
 
   Raises:
-    ContractError: the first contract that is broken.
+    ContractError: for the first broken contract.
   """
   named, axes = {repr(aggregator): aggregator}, dict(axes or AXES)
   types(named, axes)
@@ -48,7 +48,12 @@ def check_aggregator(aggregator: Aggregator, *, axes: Mapping[str, int] | None =
 
 
 def types(named: Named, axes: Mapping[str, int]) -> None:
-  """Shapes and types of value, sent and state are those of the tree and of the first state."""
+  """Checks that `value` and `sent` have the types of the tree, and the state those of `init`.
+
+  Args:
+    named: aggregators by name.
+    axes: the worker axes.
+  """
   tree = drawn(0, *axes.values())
   for name, aggregator in named.items():
 
@@ -64,7 +69,12 @@ def types(named: Named, axes: Mapping[str, int]) -> None:
 
 
 def can_miss(aggregator: Aggregator, axes: Mapping[str, int]) -> bool:
-  """Whether workers may be absent; an aggregator that needs everyone says so when it is traced."""
+  """Returns whether workers may be absent; otherwise tracing an absence raises ValueError.
+
+  Args:
+    aggregator: the aggregator.
+    axes: the worker axes.
+  """
   if Trait.EVERYONE in aggregator.traits:
     return False
   one = lambda tree, there: (
@@ -79,7 +89,12 @@ def can_miss(aggregator: Aggregator, axes: Mapping[str, int]) -> bool:
 
 
 def absent(named: Named, axes: Mapping[str, int]) -> None:
-  """Nothing of who is absent arrives, be it no number, and what it keeps for itself stays."""
+  """Checks that an absent worker's values reach nobody, and that its private state is unchanged.
+
+  Args:
+    named: aggregators by name.
+    axes: the worker axes.
+  """
 
   def worker(first, second, weight, active):
     found = {}
@@ -108,11 +123,11 @@ def absent(named: Named, axes: Mapping[str, int]) -> None:
 
 
 def _own_rows(aggregator: Aggregator, before: Any, after: Any) -> None:
-  """An absent worker's own leaves are what they were; leaves that all share are the others'."""
+  """Checks that private state of absent workers is unchanged; shared state may change."""
   is_chunk = lambda node: isinstance(node, Chunk)
   leaves = lambda tree: jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_chunk)
   for (path, old), (_, new) in zip(leaves(before), leaves(after), strict=True):
-    if is_chunk(old):  # of the whole, which an absent worker looks after all the same
+    if is_chunk(old):  # a part of a shared array, which an absent worker updates too
       continue
     old, new = np.asarray(old), np.asarray(new)
     is_shared = (new == new[:1]).all()
@@ -122,7 +137,12 @@ def _own_rows(aggregator: Aggregator, before: Any, after: Any) -> None:
 
 
 def equal(named: Named, axes: Mapping[str, int] = AXES) -> None:
-  """Equal contributions of those present give what they give if everyone sends them."""
+  """Checks that equal contributions give the same value, whoever is present.
+
+  Args:
+    named: aggregators by name.
+    axes: the worker axes.
+  """
   one = drawn(2)
   rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (W, *x.shape)), one)
 

@@ -15,12 +15,12 @@ from research.core.base import Compressor
 from research.testing.contract import require
 
 SHAPES = ((), (0,), (1,), (3, 5), (300,), (2, 3, 4))
-LARGE = (2**15, 2**16)  # a leaf that nobody flattens or copies twice
+LARGE = (2**15, 2**16)  # shape of a leaf that is only traced
 CONTENT_OF = (1, 1000, 4096, 2**27, 2**31)
 
 
 class Case(NamedTuple):
-  """A compressor and what its docstring promises."""
+  """A compressor, and the properties that its docstring promises."""
 
   compressor: Compressor
   error: Callable[[int], float] | None = None
@@ -37,23 +37,23 @@ def check_compressor(
   unbiased: bool = False,
   idempotent: bool = False,
 ) -> None:
-  """Checks the contracts of a compressor, and what more its docstring promises.
+  """Checks the contracts of a compressor, and further properties that its docstring promises.
 
-  What it decodes has the shape and dtype of the leaf; payloads depend on these alone; zero stays
-  zero; `contractive`, `linear` and `sparse` are true; what is not finite stays visible; the result
-  is the same one worker at a time, under `vmap` and in `shard_map`; and no array is larger than
-  twice the leaf.
+  The decoded leaf has the leaf's shape and dtype. Shapes of payloads depend on these only. Zero is
+  decoded to zero. `contractive`, `linear` and `sparse` are true as declared. Non-finite elements
+  remain detectable. The result is the same for a single worker, under `vmap` and in `shard_map`. No
+  array is larger than twice the leaf.
 
   Args:
-    compressor: to check.
+    compressor: the compressor to check.
     error: n -> the bound on E ||C(x) - x||^2 / ||x||^2 for a leaf of n elements; by default 1 if
       the compressor is contractive.
-    content: (n, bytes per element) -> bytes of the payload, but for the rounding up of packed bits.
+    content: (n, bytes per element) -> bytes of the payload, before packed bits are rounded up.
     unbiased: whether E C(x) = x.
     idempotent: whether C(C(x)) = C(x) with the same shared key.
 
   Raises:
-    ContractError: the first contract that is broken.
+    ContractError: for the first broken contract.
   """
   case = Case(compressor, error, content, unbiased, idempotent)
   with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
@@ -70,7 +70,7 @@ def _like(x: Any) -> jax.ShapeDtypeStruct:
 
 
 def _sent(compressor: Compressor, x: jax.Array, shared: jax.Array, own: jax.Array) -> jax.Array:
-  """What the receivers of x make of it."""
+  """C(x): encodes and decodes."""
   return compressor.decode(compressor.encode(x, shared, own), _like(x), shared)
 
 
@@ -80,7 +80,7 @@ def _sender(compressor: Compressor) -> Callable[..., jax.Array]:
 
 
 def _vectors(n: int) -> jax.Array:
-  """Plain, heavy-tailed, one large element, constant, zero: float32 [5, n]."""
+  """Test vectors, float32 [5, n]: normal, heavy-tailed, one nonzero element, constant, zero."""
   random = np.random.default_rng(n)
   single = np.zeros(n)
   single[n // 3] = -3
@@ -99,7 +99,7 @@ def _payload_bytes(compressor: Compressor, like: jax.ShapeDtypeStruct) -> int:
 
 
 def types(case: Case) -> None:
-  """The decoded leaf has the leaf's shape and dtype."""
+  """Checks that the decoded leaf has the leaf's shape and dtype."""
   for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
     for shape in SHAPES:
       x = jax.ShapeDtypeStruct(shape, dtype)
@@ -113,7 +113,7 @@ def _named(x: Any) -> str:
 
 
 def payloads(case: Case) -> None:
-  """Shapes and dtypes of a payload are a function of the leaf's, and bytes are what they say."""
+  """Checks that payloads have their traced bytes, and the promised ones if any."""
   encode = jax.jit(case.compressor.encode)
   want = _payload_bytes(case.compressor, _like(_vectors(1000)[0]))
   for x in _vectors(1000):
@@ -131,7 +131,7 @@ def payloads(case: Case) -> None:
 
 
 def error(case: Case) -> None:
-  """Zero stays zero, and the mean squared error keeps to its bound, within four standard errors."""
+  """Checks that C(0) = 0, and the bound on the mean squared error within four standard errors."""
   keys = _keys(1, 100, 2)
   for n in (40, 1000):
     x = _vectors(n)
@@ -150,7 +150,7 @@ def error(case: Case) -> None:
 
 
 def unbiased(case: Case) -> None:
-  """E C(x) = x within four standard errors, if it is promised."""
+  """Checks that E C(x) = x within four standard errors, if promised."""
   if not case.unbiased:
     return
   x, keys = _vectors(60)[0], _keys(3, 3000, 2)
@@ -163,7 +163,7 @@ def unbiased(case: Case) -> None:
 
 
 def idempotent(case: Case) -> None:
-  """C(C(x)) = C(x), if it is promised."""
+  """Checks that C(C(x)) = C(x), if promised."""
   send = _sender(case.compressor)
   for x in _vectors(1000) if case.idempotent else ():
     once = send(x, *_keys(7))
@@ -174,7 +174,7 @@ def idempotent(case: Case) -> None:
 
 
 def linear(case: Case) -> None:
-  """The sum of two workers' payloads is decoded to the sum of what they send, if it says so."""
+  """Checks that a sum of payloads is decoded to the sum of the decoded values, if `linear`."""
   if not case.compressor.linear:
     return
   (x, y), (shared, own) = _vectors(1000)[:2] / 10, _keys(7)
@@ -193,7 +193,7 @@ def linear(case: Case) -> None:
 
 
 def sparse(case: Case) -> None:
-  """At most half of what it sends is not zero, if it says so."""
+  """Checks that at most half of the elements of C(x) are nonzero, if `sparse`."""
   if not case.compressor.sparse:
     return
   sent = _sender(case.compressor)(_vectors(1000)[0], *_keys(7))
@@ -203,7 +203,7 @@ def sparse(case: Case) -> None:
 
 
 def finite(case: Case) -> None:
-  """Finite leaves stay finite, and one element that is not finite stays visible."""
+  """Checks that finite leaves stay finite, and that a non-finite element remains detectable."""
   send = jax.jit(jax.vmap(lambda x: _sent(case.compressor, x, *_keys(7))))
   wrong = jnp.asarray([jnp.nan, jnp.inf, -jnp.inf] * 3)
   at = jnp.asarray([0, 0, 0, 150, 150, 150, 299, 299, 299])
@@ -221,7 +221,7 @@ def finite(case: Case) -> None:
 
 
 def executions(case: Case) -> None:
-  """One at a time, under vmap, and in a scan in shard_map: the same but for rounding."""
+  """Checks that a single worker, vmap, and a scan in shard_map agree up to rounding."""
   x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 6, 50)), jnp.float32)
   shared, own = _keys(7)[0], _keys(8, 8)
   one = lambda x, key: _sent(case.compressor, x, shared, key)
@@ -242,7 +242,7 @@ def executions(case: Case) -> None:
 
 
 def size(case: Case) -> None:
-  """No array is larger than twice the leaf, so that memory does not grow faster than the model."""
+  """Checks that no array is larger than twice the leaf, which bounds the memory."""
   n = math.prod(LARGE)
   x = jax.ShapeDtypeStruct(LARGE, jnp.float32)
   traced = jax.make_jaxpr(functools.partial(_sent, case.compressor))(x, *_keys(7))
@@ -252,7 +252,7 @@ def size(case: Case) -> None:
 
 
 def _largest(jaxpr: Any) -> int:
-  """Elements of the largest array that a program makes, in its loops and branches too."""
+  """Elements of the largest array of a program, including loops and branches."""
   made = [math.prod(v.aval.shape) for eqn in jaxpr.eqns for v in eqn.outvars]
   inner = [getattr(p, "jaxpr", p) for eqn in jaxpr.eqns for p in jax.tree.leaves(eqn.params)]
   return max([*made, *(_largest(sub) for sub in inner if hasattr(sub, "eqns"))], default=0)

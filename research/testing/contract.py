@@ -1,18 +1,18 @@
-"""What a check raises: which contract an object breaks, and what was seen."""
+"""The error of a broken contract, with the contract and the observed values."""
 
 
 class ContractError(AssertionError):
-  """A contract that an object does not keep."""
+  """An object breaks a contract."""
 
 
 def require(held: object, subject: object, contract: str, seen: str) -> None:
   """Raises if a contract does not hold.
 
   Args:
-    held: whether it does.
-    subject: the object that is checked; its repr begins the message.
-    contract: what has to hold, as a sentence.
-    seen: what was found instead.
+    held: whether the contract holds.
+    subject: the object under test; its repr begins the message.
+    contract: the contract, as a sentence.
+    seen: the observed values.
 
   Raises:
     ContractError: `halved(): C(0) is 0: seen 1.0`.

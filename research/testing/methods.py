@@ -1,4 +1,4 @@
-"""Contracts of methods, of one or of several in one program."""
+"""Contracts of methods; several methods can be checked in one program."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -25,17 +25,17 @@ SIZES = (30, 20, 40, 30, 10, 50, 30, 30)  # examples of each of eight workers
 def check_method(method: Method, *, axes: Mapping[str, int] | None = None) -> None:
   """Checks the contracts of a method.
 
-  Types and shardings of its state stay, and the second call compiles nothing; eight rounds are four
-  and four from a copy of the state, bit for bit; `simulate` and `spmd` agree, on as many CPU
-  devices as there are; nothing of a lost round reaches anybody; and a round that nobody takes part
-  in changes nothing.
+  Dtypes and shardings of the state do not change, and the second call compiles nothing. Eight
+  rounds equal four rounds and four more from a copy of the state, bitwise. `simulate` and `spmd`
+  agree on the available CPU devices. A worker's lost round reaches nobody. A round without
+  participants changes nothing.
 
   Args:
-    method: to check.
-    axes: of eight workers: {"data": 8}, or {"slice": 2, "data": 4} for one that takes slices.
+    method: the method to check.
+    axes: axes of eight workers: {"data": 8}, or {"slice": 2, "data": 4} if it needs slices.
 
   Raises:
-    ContractError: the first contract that is broken.
+    ContractError: for the first broken contract.
   """
   named, axes = {repr(method): method}, dict(axes or AXES)
   types(method, axes)
@@ -47,7 +47,12 @@ def check_method(method: Method, *, axes: Mapping[str, int] | None = None) -> No
 
 
 def types(method: Method, axes: Mapping[str, int]) -> None:
-  """Shapes and types of the state after a round are those of before."""
+  """Checks that a round does not change the structure, shapes and dtypes of the state.
+
+  Args:
+    method: the method.
+    axes: the worker axes.
+  """
 
   def one_round(grads):
     first = method.init(grads)
@@ -64,7 +69,12 @@ def types(method: Method, axes: Mapping[str, int]) -> None:
 
 
 def can_miss(method: Method, axes: Mapping[str, int] | None = None) -> bool:
-  """Whether workers may be absent; a method that needs everyone says so when it is traced."""
+  """Returns whether workers may be absent; otherwise tracing an absence raises ValueError.
+
+  Args:
+    method: the method.
+    axes: the worker axes.
+  """
   if Trait.EVERYONE in traits(method):
     return False
   axes = axes or AXES
@@ -78,9 +88,13 @@ def can_miss(method: Method, axes: Mapping[str, int] | None = None) -> bool:
 
 
 def agree(named: Named, *, sliced: bool = False) -> None:
-  """State and programs are stable, a copy of the state goes on alike, executions agree.
+  """Checks that state and programs are stable, runs resume exactly, and executions agree.
 
-  On mini-batches, of workers with different numbers of examples, once in slices.
+  Runs on mini-batches of workers with different numbers of examples.
+
+  Args:
+    named: methods by name.
+    sliced: whether the methods need slices.
   """
   task = regressions(tuple(named))
   devices = max(k for k in (1, 2, 4, 8) if k <= len(jax.devices()))
@@ -143,9 +157,13 @@ def _compilations() -> Iterator[list[float]]:
 
 
 def lost(named: Named, axes: Mapping[str, int] = AXES) -> None:
-  """A lost round of a worker reaches nobody, bit for bit, whatever its gradients are.
+  """Checks that a worker's lost round reaches nobody, bitwise, even with gradients of NaN.
 
-  What a worker keeps for itself then is what it had, or what all that are present received.
+  The worker's own state is then unchanged, or what the present workers received.
+
+  Args:
+    named: methods by name.
+    axes: the worker axes.
   """
   program = folded(_two_rounds(named), axes)
   first, second = drawn(4, W), drawn(5, W)
@@ -159,7 +177,7 @@ def lost(named: Named, axes: Mapping[str, int] = AXES) -> None:
     for (path, old), (_, new), chunk in zip(leaves(before), leaves(after), is_chunk, strict=True):
       old, new = np.asarray(old), np.asarray(new)
       if chunk or not np.issubdtype(new.dtype, np.floating):
-        continue  # counts of rounds, and delays that are drawn ahead
+        continue  # round counters, and delays drawn in advance
       for worker in np.flatnonzero(ABSENT):
         kept = (old[worker] == new[worker]).all()
         received = any((new[worker] == new[i]).all() for i in np.flatnonzero(~ABSENT))
@@ -169,7 +187,7 @@ def lost(named: Named, axes: Mapping[str, int] = AXES) -> None:
 
 
 def _chunks(method: Method) -> list[bool]:
-  """Of each leaf of the state, whether it is a worker's chunk of a whole, which it looks after."""
+  """Whether each leaf of the state is a worker's chunk of a partitioned array."""
   init = jax.vmap(method.init, axis_name="data")
   state = jax.eval_shape(init, drawn(4, W))
   is_chunk = lambda node: isinstance(node, Chunk)
@@ -180,7 +198,7 @@ def _chunks(method: Method) -> list[bool]:
 
 
 def _two_rounds(named: Named) -> Callable[..., Any]:
-  """Of each: a round of all workers, then one that some miss, with gradients as they are given."""
+  """For each method: one round of all workers, then one with some absent, on given gradients."""
 
   def worker(first, second, weight, active):
     found = {}
@@ -201,7 +219,11 @@ def _two_rounds(named: Named) -> Callable[..., Any]:
 
 
 def empty(named: Named) -> None:
-  """A round that nobody takes part in changes nothing: the others alone leave the same state."""
+  """Checks that rounds without participants change nothing.
+
+  Args:
+    named: methods by name.
+  """
   grads = drawn(7, W)
   sizes = np.full(W, 30)
   jobs = {n: Job(m, regression(), AXES, sizes, 8, dropout=0.5) for n, m in named.items()}

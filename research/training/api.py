@@ -68,8 +68,8 @@ def train(
     seed: seeds the initial model, the order of examples, and the method's randomness.
     partition: assigns the examples to workers or clients, such as `dirichlet(0.3)`.
     clock: the workers' speeds on a virtual clock, such as `exponential(1.0)`; "" for none.
-    hooks: called with (run, event) for every event of the run, before the built-in hooks. A function
-      stops the run by returning a reason; a `Hook` may also split dispatches.
+    hooks: called with (run, event) for every event of the run, before the built-in hooks. A
+      function stops the run by returning a reason; a `Hook` may also split dispatches.
     out: the run's folder; None writes no files.
     **options: further fields of `Config`, such as eval_every=50 (steps), log_every=10 (steps),
       checkpoint_every=100 (steps), tolerance=1e-6 (norm of the full gradient), clip_norm=1.0.

@@ -1,4 +1,4 @@
-"""Provides the training data of each dispatch: resident on the devices, or read one dispatch ahead."""
+"""Provides the training data of each dispatch: resident on devices, or read one dispatch ahead."""
 
 import functools
 
@@ -56,10 +56,10 @@ def check(config: Config, method: Method) -> None:
 class Training:
   """The training data of each dispatch.
 
-  For a task with a feed, it is a buffer [P, D b, ...] of D steps. The batch of step t is at position
-  t mod D, independent of where dispatches begin and end. Each process reads only the examples of its
-  own devices. All buffers have the same shape, so that nothing is recompiled. `ahead` fills the next
-  buffer while the devices compute.
+  For a task with a feed, it is a buffer [P, D b, ...] of D steps. The batch of step t is at
+  position t mod D, independent of where dispatches begin and end. Each process reads only the
+  examples of its own devices. All buffers have the same shape, so that nothing is recompiled.
+  `ahead` fills the next buffer while the devices compute.
   """
 
   def __init__(self, config: Config, job: Job, placed: Data):

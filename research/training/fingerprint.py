@@ -47,7 +47,7 @@ def of_specs(task: Task, *parts: Any) -> dict[str, str]:
 def of_objects(task: Task, *parts: Any) -> dict[str, str]:
   """Computes the fingerprints of a run that is built from a program's objects.
 
-  Functions are hashed by their bytecode and captured values, independent of comments and file paths.
+  Functions are hashed by their bytecode and captured values, independent of comments and paths.
   Objects without fields or leaves are hashed by their type only.
 
   Args:

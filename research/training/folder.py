@@ -151,7 +151,7 @@ def _refuse_differences(config: Config, folder: Path, path: Path) -> None:
 def finished(
   config: Config, folder: Path, steps: int, made_of: Prints | None = None
 ) -> dict[str, Any] | None:
-  """Returns the summary of a complete run with the same flags, data and code; None if there is none.
+  """Returns the summary of a complete run with the same flags, data and code; None without one.
 
   A summary that was edited so that it cannot be shown is recomputed.
 

@@ -34,7 +34,7 @@ class Result:
 
   @functools.cached_property
   def metrics(self) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl: "step", "loss", "seconds", and the metrics measured at the step."""
+    """The rows of metrics.jsonl: "step", "loss", "seconds", and what was measured at the step."""
     return report.read_rows(self.folder / "metrics.jsonl") if self.folder else self._rows
 
   def plot(self, what: str = "loss") -> Any:

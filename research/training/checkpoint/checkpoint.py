@@ -136,10 +136,11 @@ class Checkpoints:
     """Restores the newest intact checkpoint, in the shardings of `like`.
 
     It may have been saved on another mesh. Shared leaves are restored unchanged. Private rows are
-    restored owner by owner if the number of owners is unchanged; otherwise every owner gets the mean
-    of all rows, except that chunks of one array are partitioned again. Shards are joined and sharded
-    again. State of shards that no longer exist, such as a factor of PowerSGD, is reinitialized
-    (`resize.moved`). A damaged checkpoint is renamed to STEP.damaged, and the previous one is tried.
+    restored owner by owner if the number of owners is unchanged; otherwise every owner gets the
+    mean of all rows, except that chunks of one array are partitioned again. Shards are joined and
+    sharded again. State of shards that no longer exist, such as a factor of PowerSGD, is
+    reinitialized (`resize.moved`). A damaged checkpoint is renamed to STEP.damaged, and the
+    previous one is tried.
 
     Args:
       like: a state with the shapes, dtypes and shardings to restore; provides reinitialized leaves.

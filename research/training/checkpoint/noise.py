@@ -31,7 +31,7 @@ def deaf_to_writers() -> Iterator[None]:
 def silence() -> None:
   """Silences the remains of a failed save permanently; the exception raised ends the process.
 
-  Its futures and coroutines print warnings when they are collected, at the latest when Python exits.
+  Its futures and coroutines print warnings when they are collected, at the latest at Python's exit.
   """
   sys.unraisablehook = lambda unraisable: None
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
