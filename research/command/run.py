@@ -4,8 +4,9 @@
 
 `distopt` is the same command for an installed package. Running the same command again resumes the
 run, or shows its result. --replay=FOLDER recomputes a run of --executor=server from its trace. Exit
-codes: 0 done, or saved after SIGTERM; 1 replicas differ; 2 an invalid flag; 3 no readable checkpoint; 4 not finite; 5 the disk is full; 130 saved after Ctrl-C; 143
-terminated before there was anything to save.
+codes: 0 done, or saved after SIGTERM; 1 replicas differ; 2 an invalid flag; 3 no readable
+checkpoint; 4 not finite; 5 the disk is full; 130 saved after Ctrl-C; 143 terminated before there
+was anything to save.
 """
 
 import sys
