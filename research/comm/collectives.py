@@ -26,7 +26,7 @@ _SHORT = 2**16  # bytes: about what a fast link transfers within the latency of 
 
 
 class NoAxis(ValueError):
-  """Workers are to talk over a mesh axis that is not in scope."""
+  """An exchange uses a mesh axis that is not in scope."""
 
 
 _NAMES: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar(
@@ -66,7 +66,7 @@ def in_scope(axes: Axes = WORKER_AXES) -> tuple[str, ...]:
   found = tuple(name for name in names if _is_bound(name))
   missing = [name for name in names if name not in found]
   if not names or len(set(names)) < len(names):
-    raise ValueError(f"axis={list(names)} is no mesh axis, or names one twice")
+    raise ValueError(f"axis={list(names)} is empty or repeats an axis")
   if own and missing:
     raise NoAxis(
       f"workers talk over mesh axis {' and '.join(map(repr, missing))}, which is not in scope; "

@@ -279,5 +279,5 @@ def _check_connected(array: np.ndarray) -> None:
     raise ValueError(f"weights are not connected: nothing gets from worker {from_} to worker {to}")
   if spectral_gap(array[None]) <= _TOLERANCE:
     raise ValueError(
-      "weights have spectral gap 0, workers never agree; let one keep a part, w_ii > 0"
+      "weights have spectral gap 0, workers never agree; give some worker a weight w_ii > 0"
     )

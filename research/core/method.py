@@ -254,7 +254,9 @@ def periods(period: Period) -> tuple[int, tuple[tuple[int, int], ...]]:
   stages = [[0, period]] if isinstance(period, int) else [list(stage) for stage in period]
   rounds = [stage[0] for stage in stages]
   if any(len(stage) != 2 for stage in stages) or rounds[:1] != [0] or sorted(set(rounds)) != rounds:
-    raise ValueError(f"period={stages} is no list of [first round, steps] from round 0 on, rising")
+    raise ValueError(
+      f"period={stages} is not a list of [first round, steps] that increases from round 0"
+    )
   for _, steps in stages:
     checks.at_least("period", steps)
   first, *later = ((number, steps) for number, steps in stages)

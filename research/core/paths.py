@@ -26,12 +26,12 @@ def local(text: str | Path) -> Path:
   if not text:
     raise ValueError("is empty; name a file or folder")
   if "\0" in text:
-    raise ValueError("holds a NUL character, which no path can")
+    raise ValueError("contains a NUL character, which paths cannot")
   _check_url(text)
   _check_encoding(text)
   path = _expanded(text)
   if any(len(os.fsencode(name)) > _NAME for name in path.parts):
-    raise ValueError(f"holds a name of more than {_NAME} bytes")
+    raise ValueError(f"contains a name of more than {_NAME} bytes")
   if len(os.fsencode(path)) >= _PATH:
     raise ValueError(f"is longer than {_PATH - 1} bytes")
   return path
@@ -51,7 +51,7 @@ def writable(text: str | Path) -> Path:
   except OSError as error:
     raise ValueError(error.strerror) from error
   if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-    raise ValueError(f"{there} is not a folder that can be written")
+    raise ValueError(f"{there} is not a writable folder")
   return folder
 
 
@@ -107,7 +107,7 @@ def _expanded(text: str) -> Path:
     user = text.split("/", 1)[0]
     why = "there is no such user" if user != "~" else "$HOME is not set and the user has no entry"
     raise ValueError(
-      f"the home directory {user!r} is not known ({why}); write the whole path, or begin with ./ "
+      f"the home directory {user!r} is not known ({why}); write the full path, or begin with ./ "
       "if it is a name"
     ) from None
 
@@ -118,7 +118,7 @@ def _check_url(text: str) -> None:
     return
   scheme, rest = found.groups()
   if scheme.lower() == "file" and rest.startswith("/"):
-    raise ValueError(f"is a URL; write the path alone: {rest!r}")
+    raise ValueError(f"is a URL; write only the path: {rest!r}")
   raise ValueError(
     f"is a URL ({scheme}://), and files are locked, appended to and renamed, which needs a file "
     "system; mount the storage and name the folder that it is mounted on"
@@ -139,4 +139,4 @@ def _check_encoding(text: str) -> None:
   except UnicodeEncodeError:
     surrogates = [0]
   if surrogates:
-    raise ValueError("has characters that this locale does not know; set LC_ALL=C.UTF-8")
+    raise ValueError("has characters that this locale does not support; set LC_ALL=C.UTF-8")

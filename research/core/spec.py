@@ -115,7 +115,7 @@ def syntax(spec: str) -> ast.expr:
     column = max((error.offset or 1) - 1, 0)
     raise ValueError(f"malformed at character {column + 1}: {one_line(error.msg)}") from error
   except (RecursionError, MemoryError) as error:
-    raise ValueError("malformed: too many operators or brackets within one another") from error
+    raise ValueError("malformed: nested too deeply") from error
   except UnicodeEncodeError as error:
     raise ValueError(f"malformed at character {error.start + 1}: not a character") from error
   except ValueError as error:
@@ -142,7 +142,7 @@ class _Reader:
 
   def _read(self, node: ast.expr, depth: int) -> Any:
     if depth > _DEEPEST:
-      raise ValueError(f"malformed: more than {_DEEPEST} calls or lists within one another")
+      raise ValueError(f"malformed: calls or lists are nested more than {_DEEPEST} levels deep")
     inner = lambda node: self._read(node, depth + 1)
     match node:
       case ast.Constant(value=bool() | int() | float() | str() | None as value):

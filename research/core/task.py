@@ -73,7 +73,7 @@ def loss_and_metrics(task: Task) -> Callable[[Params, Batch, Key], tuple[Array, 
     found = task.loss(params, batch, key)
     value, own = found if isinstance(found, tuple) else (found, {})
     if "loss" in own:
-      raise ValueError("the loss returns a metric 'loss' beside itself; give it another name")
+      raise ValueError("the loss returns an auxiliary metric 'loss'; give it another name")
     return value, own
 
   return both

@@ -24,7 +24,7 @@ class ByPasses(Method):
     checks.at_least("period", self.period, 0)
     if self.period and self.epochs > 1:
       raise ValueError(
-        f"epochs={self.epochs} and period={self.period}: a round has so many passes or steps"
+        f"epochs={self.epochs} and period={self.period}: a round has passes or steps, not both"
       )
 
   @property

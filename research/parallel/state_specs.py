@@ -60,7 +60,7 @@ def state_specs(
 
   def spec(is_private, x):
     if is_private and not x.shape:
-      raise ValueError("a worker keeps a scalar of its own, of which shard_map can make no array")
+      raise ValueError("the method has a private scalar, which shard_map cannot shard")
     return P(tuple(axes)) if is_private else P()
 
   inner = _inner_specs(of_state, params)

@@ -101,17 +101,17 @@ def infer_layout(job: Job) -> layouts.Layout:
   )
   kinds = jax.tree.leaves(layouts.kinds(layout.state))
   if job.clients > 1 and any(kind.startswith("chunks") for kind in kinds):
-    raise ValueError("two_phase keeps a memory by worker, and a population is kept by client")
+    raise ValueError("two_phase stores a memory per worker, but a population stores it per client")
   if job.clients > 1 and _has_neighbours(job, layout):
-    raise ValueError("neighbours are workers, and a population keeps its state by client")
+    raise ValueError("neighbours are workers, but a population stores state per client")
   is_partial = job.clients > 1 or job.dropout or job.sampling_rate
   if is_partial and Trait.EVERYONE in traits(job.method):
     raise ValueError(
-      "ef21 and diana add up what each worker has sent so far, which goes with neither dropout nor "
-      "a population; take error_feedback"
+      "ef21 and diana accumulate every worker's messages, which is incompatible with dropout and "
+      "with a population; take error_feedback"
     )
   if job.sampling_rate and any(jax.tree.leaves(layout.state)):
-    raise ValueError("the method keeps state of each client; sampling at a rate goes without")
+    raise ValueError("the method stores state per client, which --sampling_rate does not support")
   return layout
 
 

@@ -131,7 +131,7 @@ def _task(task: Task | Callable[..., Task] | str, model: Any) -> Task | None:
     model = registry.build("model", model)
   made = task() if model is None else task(model=model)
   if not isinstance(made, Task):
-    raise UsageError(f"task={label(task)}: makes a {type(made).__name__}, and no Task")
+    raise UsageError(f"task={label(task)}: returns a {type(made).__name__}, not a Task")
   return made
 
 
@@ -146,11 +146,11 @@ def _check(task, method, model, mesh, executor, batch_size, steps, options, out)
     shown = label(method) if hint else quoted(method)
     raise UsageError(f"method={shown}: not a Method or the text of one{hint}")
   if model is not None and isinstance(task, Task):
-    raise UsageError("model: the task has its model already; leave this out")
+    raise UsageError("model: the task already has a model; leave this out")
   if not isinstance(mesh, str | Mapping):
     raise UsageError(f"mesh={quoted(mesh)}: not a text such as 'data:8' or a dictionary of sizes")
   if executor == "server":
-    raise UsageError(f"executor='server': is for the command; legal: {', '.join(EXECUTORS)}")
+    raise UsageError(f"executor='server': is only for the command; legal: {', '.join(EXECUTORS)}")
   for name in options:
     if name not in OPTIONS:
       near = difflib.get_close_matches(name, OPTIONS, 1)
@@ -163,11 +163,11 @@ def _check(task, method, model, mesh, executor, batch_size, steps, options, out)
   if steps == 0 and not others:
     raise UsageError("steps: give steps, rounds, epochs or virtual_seconds")
   if steps and others:
-    raise UsageError(f"steps={steps}: goes without {others[0]}")
+    raise UsageError(f"steps={steps}: excludes {others[0]}")
   if steps and not _is_count(steps):
     raise UsageError(f"steps={quoted(steps)}: not a whole number above 0")
   if out is None and (idle := [n for n in ("tensorboard", "profile") if options.get(n)]):
-    raise UsageError(f"{idle[0]}: is written into the folder out=, and there is none")
+    raise UsageError(f"{idle[0]}: needs a folder, out=")
 
 
 def _check_rest(seed: Any, hooks: Any) -> None:

@@ -94,7 +94,7 @@ def check(config: Config, given: Given = NOTHING_GIVEN) -> Setting:
     UsageError: one line with the flag.
   """
   if config.executor == "server":
-    raise UsageError("--executor='server': is for experiments/run.py alone")
+    raise UsageError("--executor='server': is only for experiments/run.py")
   if config.executor not in EXECUTORS:
     near = difflib.get_close_matches(config.executor, LEGAL, 1)
     hint = f"; did you mean '{near[0]}'?" if near else ";"
@@ -102,15 +102,15 @@ def check(config: Config, given: Given = NOTHING_GIVEN) -> Setting:
   for name in OF_SERVER:
     with flag(name, getattr(config, name)):
       if getattr(config, name) != Config.defaults()[name]:
-        raise ValueError("is for --executor=server alone")
+        raise ValueError("is only for --executor=server")
   check_numbers(config)
   with flag("mesh", config.mesh):
     axes = meshes.parse_mesh(config.mesh)
   with flag("zero", config.zero):
     if config.zero not in (1, 2, 3):
-      raise ValueError("not 1 (cuts the state along fsdp), 2 (gradients too) or 3 (parameters too)")
+      raise ValueError("not 1 (shards optimizer state), 2 (gradients too) or 3 (parameters too)")
     if config.zero < 3 and ("fsdp" not in axes or config.executor != "spmd"):
-      raise ValueError("is about a mesh with fsdp and --executor=spmd")
+      raise ValueError("needs a mesh with fsdp and --executor=spmd")
   workers = meshes.count(meshes.worker_axes(axes))
   owners = config.population or workers
   with flag("population", config.population):
@@ -211,7 +211,7 @@ def _check_sampling(config: Config, workers: int) -> None:
   if not rate:
     return
   if rate < 2.0**-64:
-    raise ValueError(f"below {2.0**-64:.2g}, which is the least rate that can be drawn exactly")
+    raise ValueError(f"below {2.0**-64:.2g}, the smallest rate that can be drawn exactly")
   if not population or config.executor != "simulate":
     raise ValueError("needs --population and --executor=simulate")
   expected = rate * population

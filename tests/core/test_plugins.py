@@ -67,7 +67,7 @@ def test_a_name_has_one_owner():
     registry.register("optimizer", "sgd")(own)
   with pytest.raises(ValueError, match="kind='compresor' is unknown; did you mean 'compressor'"):
     registry.register("compresor")
-  with pytest.raises(ValueError, match="not a name that a spec can call"):
+  with pytest.raises(ValueError, match="not a valid name in a spec"):
     registry.register("compressor", "a b")(own)
 
 

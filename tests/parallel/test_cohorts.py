@@ -91,7 +91,7 @@ def test_what_cannot_be_sampled_is_refused(changes, words):
 
 
 def test_private_state_is_refused():
-  with pytest.raises(ValueError, match="keeps state of each client"):
+  with pytest.raises(ValueError, match="stores state per client"):
     private_sgd("error_feedback(gather_mean(top_k(0.1)))")
 
 
@@ -99,7 +99,7 @@ def test_private_state_is_refused():
   ("spec", "words"),
   [
     ("d_psgd(sgd(0.1), gossip(ring()))", "neighbours are workers"),
-    ("data_parallel(sgd(0.1), two_phase(int8()))", "keeps a memory by worker"),
+    ("data_parallel(sgd(0.1), two_phase(int8()))", "stores a memory per worker"),
   ],
 )
 def test_what_belongs_to_workers_is_refused_for_clients(spec, words):

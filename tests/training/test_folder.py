@@ -93,7 +93,7 @@ def test_a_complete_run_on_a_read_only_disk_is_shown(out, monkeypatch):
   want = stored(out)
   monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
   assert train(out)["params_sha256"] == want["params_sha256"]
-  with pytest.raises(UsageError, match="is not a folder that can be written"):
+  with pytest.raises(UsageError, match="is not a writable folder"):
     train(out.with_name("other"))
 
 
