@@ -75,7 +75,7 @@ def register(kind: str, name: str | None = None) -> Callable[[Factory], Factory]
     if not chosen.isidentifier():
       raise ValueError(f"register({kind!r}, {chosen!r}): not a valid name in a spec")
     if (owner := _owner(kind, chosen)) and owner != _origin(factory):
-      taken = f"the {kind} {chosen!r} is already {owner}; choose another name"
+      taken = f"the {kind} {chosen!r} is {owner} already; choose another name"
       raise NameTaken(f"register({kind!r}, {chosen!r}): {taken}")
     ADDED.setdefault(kind, {})[chosen] = factory
     return factory

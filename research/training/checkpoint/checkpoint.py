@@ -1,24 +1,21 @@
 """Checkpoints of the complete TrainState with checksums, saved in the background by Orbax."""
 
 import contextlib
-import functools
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding, Sharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Sharding
 
-from research.comm.mesh import count, worker_axes
 from research.core.base import Array
 from research.core.task import TrainState
-from research.parallel import resize, sharded
-from research.training.checkpoint import integrity, manager
+from research.parallel import resize
+from research.training.checkpoint import integrity, manager, moves
 from research.training.checkpoint.noise import deaf_to_writers, quietly, silence
 from research.training.together import of_first_process
 
@@ -31,24 +28,12 @@ class SaveError(Exception):
   """A checkpoint cannot be written; earlier ones are kept."""
 
 
-class Move(NamedTuple):
-  """The saved leaf from which a leaf of the state is restored."""
-
-  name: str  # of the saved leaf
-  saved: resize.Leaf
-  leaf: resize.Leaf
-
-  @property
-  def is_none(self) -> bool:
-    return resize.lie_alike(self.saved, self.leaf)
-
-
 class ReadPlan(NamedTuple):
   """How a checkpoint is restored."""
 
   mesh: str  # the mesh on which it was saved
   wanted: dict[str, jax.ShapeDtypeStruct]  # shapes and shardings for reading all of its leaves
-  moves: dict[str, Move]  # by leaf of the state; missing leaves are reinitialized
+  moves: dict[str, moves.Move]  # by leaf of the state; missing leaves are reinitialized
 
 
 class Checkpoints:
@@ -68,7 +53,7 @@ class Checkpoints:
     self._hooks = contextlib.ExitStack()
     self._hooks.enter_context(deaf_to_writers())
     self.saved_at = 0.0
-    jax.block_until_ready(integrity.checksums(_leaves(like)))
+    jax.block_until_ready(integrity.checksums(moves.leaves_of(like)))
 
   def save(self, step: int, state: TrainState, now: float) -> None:
     """Copies the state and writes it in the background.
@@ -82,7 +67,7 @@ class Checkpoints:
       SaveError: if the previous save failed, or this one cannot start.
     """
     self.saved_at = now
-    leaves = _leaves(state)
+    leaves = moves.leaves_of(state)
     item = ocp.args.StandardSave({"state": leaves, "checksums": integrity.checksums(leaves)})
     lies = resize.as_json(self._placed) | {"step": step}
     with self._written():
@@ -168,7 +153,7 @@ class Checkpoints:
         continue
       for line in self._changes(step, like, plan):
         warn(line)
-      return step, _rebuilt(_moved(found, plan.moves, like), like)
+      return step, moves.rebuilt(moves.moved(found, plan.moves, like), like)
     if steps or list(self._folder.glob("*.damaged")):
       raise CheckpointError(f"none of the checkpoints in {self._folder} is whole")
     return None
@@ -180,23 +165,23 @@ class Checkpoints:
       raise ValueError("its metadata is missing")
     if about.get("step", step) != step:
       raise ValueError(f"it is that of step {about['step']}, renamed")
-    saved, here, target = resize.from_json(about), self._placed.leaves, _leaves(like)
+    saved, here, target = resize.from_json(about), self._placed.leaves, moves.leaves_of(like)
     mesh = like.round.sharding.mesh
-    wanted = {n: _spread(x.shape, x.dtype, mesh) for n, x in metadata["state"].items()}
+    wanted = {n: moves.spread(x.shape, x.dtype, mesh) for n, x in metadata["state"].items()}
     origins = {n: was for n, was in resize.origins(saved, self._placed).items() if n in target}
-    if reason := _mismatch(wanted, target, saved, self._placed, origins):
+    if reason := moves.mismatch(wanted, target, saved, self._placed, origins):
       where = f"checkpoint {step} in {self._folder}"
       raise CheckpointError(f"{where} is of another model or method: {reason}")
-    moves = {n: Move(was, saved.leaves[was], here[n]) for n, was in origins.items()}
-    stay = {move.name: _struct(target[n]) for n, move in moves.items() if move.is_none}
-    return ReadPlan(saved.mesh, wanted | stay, moves)
+    taken = {n: moves.Move(was, saved.leaves[was], here[n]) for n, was in origins.items()}
+    stay = {move.name: moves.struct(target[n]) for n, move in taken.items() if move.is_none}
+    return ReadPlan(saved.mesh, wanted | stay, taken)
 
   def _changes(self, step: int, like: TrainState, plan: ReadPlan) -> Iterator[str]:
     """Yields messages about a checkpoint from another mesh."""
     here = self._placed
     if plan.mesh != here.mesh:
       yield f"checkpoint {step}, saved on {plan.mesh}, is put on {here.mesh}"
-    anew = sorted({here.leaves[name].name for name in set(_leaves(like)) - set(plan.moves)})
+    anew = sorted({here.leaves[name].name for name in set(moves.leaves_of(like)) - set(plan.moves)})
     if anew:
       yield f"what belongs to the shards of {plan.mesh} alone starts anew: {_some(anew)}"
 
@@ -231,97 +216,6 @@ def _line(error: Exception) -> str:
   return " ".join(str(error).split())[:160] or type(error).__name__
 
 
-def _is_key(leaf: Any) -> bool:
-  return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _leaves(state: TrainState) -> dict[str, Array]:
-  """Leaves by name, typed keys as integers, without empty ones, which cannot be saved."""
-  named = zip(resize.names(state), jax.tree.leaves(state), strict=True)
-  data = lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf
-  return {name: data(leaf) for name, leaf in named if leaf.size}
-
-
-def _rebuilt(leaves: dict[str, Array], like: TrainState) -> TrainState:
-  """Inverse of `_leaves`."""
-
-  def one(name, was):
-    if not was.size:
-      return was
-    found = leaves[name]
-    return jax.random.wrap_key_data(found, impl=jax.random.key_impl(was)) if _is_key(was) else found
-
-  flat, tree = jax.tree.flatten(like)
-  return tree.unflatten([one(*pair) for pair in zip(resize.names(like), flat, strict=True)])
-
-
-def _mismatch(
-  stored: Mapping[str, Any],
-  target: Mapping[str, Any],
-  saved: resize.Placed,
-  here: resize.Placed,
-  origins: Mapping[str, str],
-) -> str:
-  """Why a checkpoint does not fit this method and model; '' if it does."""
-  if other := resize.stranger(saved, here):
-    return f"only one has {other}"
-  same = {leaf.name: name for name, leaf in saved.leaves.items()}
-  for name, leaf in target.items():
-    lies = here.leaves[name]
-    was = stored.get(same.get(lies.name, ""))
-    in_blocks = lies.inside or (lies.name in same and saved.leaves[same[lies.name]].inside)
-    if was is not None and (was.dtype != leaf.dtype or not (name in origins or in_blocks)):
-      there, now = (f"{x.dtype} {list(x.shape)}" for x in (was, leaf))
-      return f"{name} is {there} there and {now} here"
-  return ""
-
-
 def _some(names: Sequence[str]) -> str:
   """The first few names, and the number of others."""
   return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _struct(leaf: Array) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-
-def _spread(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
-  """A leaf sharded over every mesh axis that divides one of its dimensions, for reading."""
-  left, axes = list(shape), [[] for _ in shape]
-  for name, size in mesh.shape.items():
-    dimension = next((d for d, n in enumerate(left) if n % size == 0), None)
-    if dimension is not None:
-      axes[dimension].append(name)
-      left[dimension] //= size
-  sharding = NamedSharding(mesh, P(*map(tuple, axes)))
-  return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-
-def _moved(
-  found: Mapping[str, Array], moves: Mapping[str, Move], like: TrainState
-) -> dict[str, Array]:
-  """Converts saved leaves to the leaves of a state; leaves without a move are those of `like`."""
-  leaves = _leaves(like)
-  for name, (was, *lies) in moves.items():
-    leaf = found[was]
-    if not moves[name].is_none:
-      nameless = (lie._replace(name="", inside="") for lie in lies)
-      leaf = _mover(*nameless, leaves[name].sharding)(leaf)
-    leaves[name] = leaf
-  return leaves
-
-
-@functools.cache
-def _mover(
-  saved: resize.Leaf, leaf: resize.Leaf, sharding: NamedSharding
-) -> Callable[[Array], Array]:
-  """Returns a function that moves a leaf, compiled once for all leaves of one placement."""
-  axes = worker_axes(sharding.mesh.shape)
-  spread = leaf.kind != "shared" and saved.owners % count(axes) == 0
-  rows = P(tuple(axes)) if spread else P()
-
-  def move(x):
-    whole = jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, rows))
-    return resize.moved(whole, saved, leaf)
-
-  return sharded.jit(move, out_shardings=sharding)
