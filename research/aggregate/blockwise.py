@@ -127,12 +127,20 @@ blockwise = Blockwise
 
 
 def is_counter(leaf: Array | jax.ShapeDtypeStruct) -> bool:
-  """Whether a state leaf counts rounds, i.e. is a scalar integer."""
+  """Returns whether a state leaf counts rounds, i.e. is a scalar integer.
+
+  Args:
+    leaf: the leaf.
+  """
   return leaf.shape == () and jnp.issubdtype(leaf.dtype, jnp.integer)
 
 
 def by_block(state: State) -> Tree:
-  """The `in_axes` of a state for a `vmap` over blocks: 0, or None for round counters."""
+  """Returns `in_axes` of a state for a `vmap` over blocks: 0, or None for round counters.
+
+  Args:
+    state: the state.
+  """
   return jax.tree.map(lambda leaf: None if is_counter(leaf) else 0, state)
 
 
@@ -162,7 +170,12 @@ def _subset(x: Array, cut: Cut) -> tuple[bool, ...]:
 
 
 def pieces(tree: Tree, cut: Cut) -> Groups:
-  """Groups the leaves by the axes that shard them."""
+  """Groups the leaves by the axes that shard them.
+
+  Args:
+    tree: the tree.
+    cut: how its leaves are sharded.
+  """
   leaves = dict(enumerate(jax.tree.leaves(tree)))
   return tuple(
     {i: x for i, x in leaves.items() if _subset(x, cut) == subset} for subset in cut.subsets
@@ -170,18 +183,34 @@ def pieces(tree: Tree, cut: Cut) -> Groups:
 
 
 def rejoined(parts: Groups, like: Tree) -> Tree:
-  """Inverse of `pieces`: the tree with the structure of `like`."""
+  """Inverse of `pieces`.
+
+  Args:
+    parts: the groups.
+    like: a tree of the wanted structure.
+  """
   leaves = {i: x for part in parts for i, x in part.items()}
   return jax.tree.structure(like).unflatten([leaves[i] for i in sorted(leaves)])
 
 
 def split(tree: Tree, cut: Cut) -> Groups:
-  """Groups the leaves as `pieces` and splits each into its blocks [B, ...]."""
+  """Groups the leaves as `pieces` and splits each into its blocks [B, ...].
+
+  Args:
+    tree: the tree.
+    cut: how its leaves are sharded.
+  """
   return jax.tree.map(lambda x: split_leaf(x, cut), pieces(tree, cut))
 
 
 def join(parts: Groups, like: Tree, cut: Cut) -> Tree:
-  """Inverse of `split`: the tree with the structure and shapes of `like`."""
+  """Inverse of `split`.
+
+  Args:
+    parts: the groups of blocks.
+    like: a tree of the wanted structure and shapes.
+    cut: how its leaves are sharded.
+  """
   whole = lambda blocks, x: join_leaf(blocks, x.shape, cut)
   return jax.tree.map(whole, rejoined(parts, like), like)
 

@@ -90,19 +90,33 @@ power_sgd = PowerSGD
 
 
 def found(new: Array, old: Array) -> Array:
-  """The new factor [n, r], with the old column wherever the new one is zero or non-finite."""
+  """Returns the new factor, with the old column wherever the new one is zero or non-finite.
+
+  Args:
+    new: [n, r].
+    old: [n, r].
+  """
   size = jnp.sum(jnp.abs(new), 0)
   return jnp.where((size > 0) & jnp.isfinite(size), new, old)
 
 
 def is_low_rank(x: Array, rank: int) -> bool:
-  """Whether two factors of rank `rank` are smaller than the leaf."""
+  """Returns whether two factors are smaller than the leaf.
+
+  Args:
+    x: the leaf.
+    rank: rank of the factors.
+  """
   rows = x.size // x.shape[-1] if x.ndim > 1 and x.shape[-1] else 0
   return rows > 0 and rank * (rows + x.shape[-1]) < x.size
 
 
 def as_matrix(x: Array) -> Array:
-  """The leaf as a float32 matrix [all dimensions but the last, last]."""
+  """Reshapes a leaf to a float32 matrix [all dimensions but the last, last].
+
+  Args:
+    x: the leaf, of two or more dimensions.
+  """
   return x.reshape(-1, x.shape[-1]).astype(jnp.float32)
 
 

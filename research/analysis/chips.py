@@ -107,7 +107,11 @@ def parse_topology(spec: str) -> tuple[str, tuple[int, ...]]:
 
 
 def links(shape: tuple[int, ...]) -> int:
-  """ICI links of the best connected chip of a slice; a side of two chips has a single link."""
+  """Returns the ICI links of the best connected chip; a side of two chips has a single link.
+
+  Args:
+    shape: the sides of a slice, in chips.
+  """
   return sum(min(side - 1, 2) for side in shape)
 
 

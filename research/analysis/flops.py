@@ -166,7 +166,11 @@ def of_gradient(
 
 
 def without_remat(program: core.ClosedJaxpr) -> core.ClosedJaxpr:
-  """Removes rematerialization: the gradient of the returned program saves all it needs."""
+  """Removes rematerialization: the gradient of the returned program saves all it needs.
+
+  Args:
+    program: the traced program.
+  """
   return program.replace(jaxpr=_keeping(program.jaxpr))
 
 

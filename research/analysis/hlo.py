@@ -132,35 +132,58 @@ def module_class() -> Any:
 
 
 def module_of(compiled: Any) -> Any:
-  """The optimized program of a `jax.stages.Compiled`, for its target."""
+  """Returns the optimized program of a compilation, for its target.
+
+  Args:
+    compiled: a `jax.stages.Compiled`.
+  """
   (module,) = compiled.runtime_executable().hlo_modules()
   return module_class().FromString(module.as_serialized_hlo_module_proto())
 
 
 def computations_of(module: Any) -> dict[int, Computation]:
-  """A program's computations by id."""
+  """Returns a program's computations by id.
+
+  Args:
+    module: the program.
+  """
   by_id = lambda computation: {i.id: i for i in computation.instructions}
   return {c.id: Computation(by_id(c), c.root_id) for c in module.computations}
 
 
 def attributes_of(instruction: Any) -> dict[str, str]:
-  """The attributes that the frontend or a compiler pass attached to an instruction."""
+  """Returns the attributes that the frontend or a compiler pass attached to an instruction.
+
+  Args:
+    instruction: the instruction.
+  """
   return {pair.key: pair.value for pair in instruction.frontend_attributes.map}
 
 
 def config_of(instruction: Any) -> dict[str, Any]:
-  """The backend config of an instruction if it is JSON, else empty."""
+  """Returns the backend config of an instruction if it is JSON, else an empty dictionary.
+
+  Args:
+    instruction: the instruction.
+  """
   config = instruction.backend_config
   return json.loads(config) if config.startswith(b"{") else {}
 
 
 def is_token(shape: Any) -> bool:
-  """Whether a value is a token, which orders instructions and has no data."""
+  """Returns whether a value is a token, which orders instructions and has no data.
+
+  Args:
+    shape: an XLA shape.
+  """
   return shape.element_type == _TOKEN
 
 
 def dtype_of(shape: Any) -> str:
-  """NumPy's name of an array's dtype.
+  """Returns NumPy's name of an array's dtype.
+
+  Args:
+    shape: an XLA shape.
 
   Raises:
     ValueError: if the shape is not an array with a dtype of full bytes.
@@ -171,12 +194,19 @@ def dtype_of(shape: Any) -> str:
 
 
 def bytes_of(shape: Any) -> int:
-  """The size of an array in bytes."""
+  """Returns the size of an array in bytes.
+
+  Args:
+    shape: an XLA shape.
+  """
   return math.prod(shape.dimensions) * np.dtype(dtype_of(shape)).itemsize
 
 
 def groups_of(instruction: Any) -> list[list[int]]:
   """The device groups of a collective, in any of XLA's encodings; empty: all devices are one group.
+
+  Args:
+    instruction: the collective.
 
   Raises:
     ValueError: for groups over a part of an axis of XLA's own mesh.

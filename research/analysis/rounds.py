@@ -100,7 +100,11 @@ def chosen(index: np.ndarray, outputs: Sequence[Known]) -> Known:
 
 
 def programs(eqn: Any) -> list[core.ClosedJaxpr]:
-  """The inner programs of an equation, such as a loop's body."""
+  """Returns the inner programs of an equation, such as a loop's body.
+
+  Args:
+    eqn: an equation of a jaxpr.
+  """
   found = []
   for value in eqn.params.values():
     for part in value if isinstance(value, (tuple, list)) else (value,):

@@ -87,7 +87,11 @@ def axes_of(program: Callable[..., Any], *args: Any, axes: Mapping[str, int]) ->
 
 
 def happened(transfers: Iterable[Transfer]) -> list[Transfer]:
-  """Drops transfers that the program never runs."""
+  """Drops transfers that the program never runs.
+
+  Args:
+    transfers: all transfers of a program.
+  """
   return [transfer for transfer in transfers if transfer.times]
 
 

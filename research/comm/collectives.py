@@ -89,12 +89,20 @@ def _is_bound(name: str) -> bool:
 
 
 def worker_count(axes: Axes = WORKER_AXES) -> int:
-  """W, the number of workers, static."""
+  """Returns W, the static number of workers.
+
+  Args:
+    axes: the worker axes.
+  """
   return lax.axis_size(in_scope(axes))
 
 
 def worker_index(axes: Axes = WORKER_AXES) -> Array:
-  """This worker's index in [0, W), int32; workers of a slice are consecutive."""
+  """Returns this worker's index in [0, W), int32; workers of a slice are consecutive.
+
+  Args:
+    axes: the worker axes.
+  """
   return lax.axis_index(in_scope(axes))
 
 
@@ -114,17 +122,32 @@ def are_summed(tree: Tree, axes: Axes = WORKER_AXES) -> bool:
 
 
 def worker_key(key: Key, axes: Axes = WORKER_AXES) -> Key:
-  """Derives this worker's private key from a typed key that is equal on all workers."""
+  """Derives this worker's private key from a typed key that is equal on all workers.
+
+  Args:
+    key: a typed key, equal on all workers.
+    axes: the worker axes.
+  """
   return key_of(key, worker_index(axes))
 
 
 def key_of(key: Key, worker: Array) -> Key:
-  """Derives a worker's private key; tagged, since `fold_in(key, i)` alone is `split(key)[i]`."""
+  """Derives a worker's private key; tagged, since `fold_in(key, i)` alone is `split(key)[i]`.
+
+  Args:
+    key: a typed key, equal on all workers.
+    worker: int32, index of the worker.
+  """
   return jax.random.fold_in(jax.random.fold_in(key, _OWN), worker)
 
 
 def round_keys(key: Key, number: Array) -> Key:
-  """A round's three keys, equal on all workers: for its sync, its local steps, and its cohort."""
+  """Derives a round's three keys, equal on all workers: for sync, local steps, and cohort.
+
+  Args:
+    key: the run's typed key.
+    number: int32, index of the round.
+  """
   return jax.random.split(jax.random.fold_in(key, number), 3)
 
 
@@ -193,7 +216,12 @@ def packed_mean(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
 
 
 def total(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
-  """Sums over workers; the result is equal on all workers."""
+  """Sums over workers; the result is equal on all workers.
+
+  Args:
+    tree: this worker's arrays.
+    axes: the worker axes.
+  """
   return lax.psum(tree, in_scope(axes))
 
 

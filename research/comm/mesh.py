@@ -50,12 +50,20 @@ def parse_mesh(spec: str) -> dict[str, int]:
 
 
 def worker_axes(axes: Mapping[str, int]) -> dict[str, int]:
-  """The axes of a mesh over which workers are distributed, with their sizes."""
+  """Returns the axes of a mesh over which workers are distributed, with their sizes.
+
+  Args:
+    axes: axis sizes by name.
+  """
   return {name: size for name, size in axes.items() if name in WORKER_AXES}
 
 
 def count(axes: Mapping[str, int]) -> int:
-  """The number of devices of a mesh: the product of its sizes."""
+  """Returns the number of devices of a mesh, the product of its sizes.
+
+  Args:
+    axes: axis sizes by name.
+  """
   return math.prod(axes.values())
 
 
@@ -120,12 +128,20 @@ def simulation_mesh(workers: int, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def runs_on_cpu(mesh: Mesh) -> bool:
-  """Whether the devices of a mesh, possibly ones for ahead-of-time compilation, are CPUs."""
+  """Returns whether the devices of a mesh, possibly ones to compile for, are CPUs.
+
+  Args:
+    mesh: the mesh.
+  """
   return mesh.devices.flat[0].platform == "cpu"
 
 
 def like(device: Any) -> AbstractMesh:
-  """A mesh without axes that sets the target platform of code traced under it to `device`'s."""
+  """Returns a mesh without axes that sets the target platform of code traced under it.
+
+  Args:
+    device: a device of the target platform.
+  """
   of_one = Mesh(np.array([device]), ("data",))
   return AbstractMesh((), (), abstract_device=of_one.abstract_mesh.abstract_device)
 

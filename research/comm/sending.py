@@ -19,7 +19,11 @@ def is_narrow(x: Array | jax.ShapeDtypeStruct) -> bool:
 
 
 def as_bits(send: Callable[[Array], Array]) -> Callable[[Array], Array]:
-  """`send` on the bits of narrow floats, where XLA would widen them: bfloat16 on CPUs."""
+  """Wraps `send` to send bits of narrow floats where XLA would widen them: bfloat16 on CPUs.
+
+  Args:
+    send: maps an array to an array of the same dtype, without arithmetic.
+  """
 
   def one(x):
     if not is_narrow(x) or platform() != "cpu":

@@ -231,7 +231,12 @@ def spectral_gap(matrices: np.ndarray) -> float:
 
 
 def describe(topology: Topology, count: int) -> str:
-  """Describes a topology of `count` workers in one line: links per worker, and spectral gap."""
+  """Describes a topology of `count` workers in one line: links per worker, and spectral gap.
+
+  Args:
+    topology: the graph and its weights.
+    count: number of workers.
+  """
   every = mixing(topology, count)
   links = np.count_nonzero(every * (1 - np.eye(count))) / (len(every) * count)
   period = f"a period of {len(every)} rounds" if topology.varying else "a round"

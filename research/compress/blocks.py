@@ -19,6 +19,9 @@ TINY = 2.0**-126  # the smallest normal float32: a divisor that is not flushed t
 def floating(x: Array) -> Array:
   """Returns x after checking its dtype.
 
+  Args:
+    x: an array.
+
   Raises:
     ValueError: if x is not floating-point.
   """
@@ -29,6 +32,9 @@ def floating(x: Array) -> Array:
 
 def flatten(x: Array) -> Array:
   """Flattens x to [n].
+
+  Args:
+    x: an array of any shape.
 
   Raises:
     ValueError: if x is not floating-point.
@@ -53,7 +59,11 @@ def to_blocks(flat: Array, width: int | None) -> Array:
 
 
 def widened(x: Array) -> Array:
-  """x in at least float32."""
+  """Converts x to float32, unless it is wider.
+
+  Args:
+    x: a floating-point array.
+  """
   return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
 
 
@@ -119,10 +129,13 @@ def _in_two_steps(
 
 
 def largest_magnitude(blocks: Array) -> Array:
-  """max |x| of each block [blocks, width], float32 [blocks]; NaN if the block contains NaN.
+  """Returns max |x| of each block, float32 [blocks]; NaN if the block contains NaN.
 
   The bits of |x| as an integer have the order of |x|, with NaN on top, and integer comparisons
   vectorize.
+
+  Args:
+    blocks: [blocks, width].
   """
   bits = lambda x: lax.bitcast_convert_type(x, jnp.uint32) & 0x7FFFFFFF
   return lax.bitcast_convert_type(fold(jnp.max, bits, blocks), jnp.float32)

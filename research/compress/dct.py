@@ -134,7 +134,11 @@ def _transformed(blocks: Array, grid: Grid, direction: int = 1) -> Array:
 
 
 def cosines(size: int) -> np.ndarray:
-  """D, the orthonormal DCT-II matrix [size, size]; its rows are the basis."""
+  """Returns D, the orthonormal DCT-II matrix [size, size]; its rows are the basis.
+
+  Args:
+    size: number of elements of a block.
+  """
   frequency, place = np.arange(size)[:, None], np.arange(size)[None, :]
   scale = np.where(frequency == 0, 1, 2) / size
   return np.sqrt(scale) * np.cos(np.pi * frequency * (2 * place + 1) / (2 * size))

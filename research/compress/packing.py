@@ -69,7 +69,11 @@ def unpack(packed: Array, bits: int, count: int) -> Array:
 
 
 def unsigned(bits: int) -> jnp.dtype:
-  """The narrowest unsigned integer dtype of at least `bits` bits."""
+  """Returns the narrowest unsigned integer dtype of at least `bits` bits.
+
+  Args:
+    bits: number of bits, at most 32.
+  """
   return jnp.dtype(f"uint{max(8, 1 << (bits - 1).bit_length())}")
 
 

@@ -98,7 +98,12 @@ def walsh_hadamard(blocks: Array) -> Array:
 
 
 def random_signs(key: Key, count: int) -> Array:
-  """Random signs, -1 or 1, int8 [count], from one random bit each."""
+  """Draws random signs, -1 or 1, int8 [count], from one random bit each.
+
+  Args:
+    key: a typed key.
+    count: number of signs.
+  """
   words = jax.random.bits(key, (-(-count // 32),), jnp.uint32)
   bits = unpack(lax.bitcast_convert_type(words, jnp.uint8).reshape(-1), 1, count)
   return 2 * bits.astype(jnp.int8) - 1

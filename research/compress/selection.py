@@ -47,25 +47,44 @@ def largest(x: Array, k: int) -> Array:
 
 
 def count(mask: Array) -> Array:
-  """Counts the true elements of a bool [n], as uint32; a plain sum would first write n integers."""
+  """Counts the true elements of a bool [n], as uint32; a plain sum would first write n integers.
+
+  Args:
+    mask: bool [n].
+  """
   return _count(_words(mask))
 
 
 def magnitude(x: Array) -> Array:
-  """|x| of a floating-point array as unsigned integers of its width, in the same order."""
+  """Returns |x| as unsigned integers of its width, in the same order.
+
+  Args:
+    x: a floating-point array.
+  """
   bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
   return bits & (jnp.iinfo(bits.dtype).max >> 1)
 
 
 def take(x: Array, positions: Array) -> Array:
-  """Gathers x [n] at distinct positions, uint32 [k]."""
+  """Gathers x [n] at distinct positions, uint32 [k].
+
+  Args:
+    x: an array [n].
+    positions: distinct positions, uint32 [k].
+  """
   rows, columns = grid(x.size)
   at = x.reshape(rows, columns).at[positions // columns, positions % columns]
   return at.get(mode="promise_in_bounds", unique_indices=True)
 
 
 def put(values: Array, positions: Array, size: int) -> Array:
-  """Scatters values [k] to distinct positions, uint32 [k], of an array of zeros [size]."""
+  """Scatters values to distinct positions of an array of zeros [size].
+
+  Args:
+    values: [k].
+    positions: distinct positions, uint32 [k].
+    size: length of the result.
+  """
   rows, columns = grid(size)
   at = jnp.zeros((rows, columns), values.dtype).at[positions // columns, positions % columns]
   return at.set(values, mode="promise_in_bounds", unique_indices=True).reshape(size)
@@ -73,6 +92,9 @@ def put(values: Array, positions: Array, size: int) -> Array:
 
 def grid(size: int) -> tuple[int, int]:
   """Returns (rows, columns) for `size` elements, both below 2^31; columns is a power of two.
+
+  Args:
+    size: number of elements.
 
   Raises:
     ValueError: if positions do not fit in 32 bits.

@@ -173,7 +173,11 @@ def kept(fraction: float, size: int) -> int:
 
 
 def position_bits(size: int) -> int:
-  """Bits of a position in a leaf of `size` elements."""
+  """Returns the bits of a position in a leaf.
+
+  Args:
+    size: number of elements of the leaf.
+  """
   return max(1, (size - 1).bit_length())
 
 

@@ -275,7 +275,11 @@ _check_once = functools.cache(_check_decoded)
 
 
 def traits_of(compressor: Compressor) -> Trait:
-  """The traits that an aggregator gets from its compressor."""
+  """Returns the traits that an aggregator inherits from its compressor.
+
+  Args:
+    compressor: the compressor.
+  """
   found = Trait(0) if compressor.contractive else Trait.EXPANSIVE
   if not compressor.sparse:
     return found | Trait.DENSE

@@ -62,7 +62,12 @@ def in_range(name: str, value: float, interval: str, *, note: str = "") -> None:
 
 
 def is_in(value: float, interval: str) -> bool:
-  """Whether a number is in an interval such as "[0, 1)"; False for NaN."""
+  """Returns whether a number is in an interval; False for NaN.
+
+  Args:
+    value: the number.
+    interval: in mathematical notation, such as "[0, 1)".
+  """
   low, high = (float(end) for end in interval[1:-1].split(","))
   from_low = operator.ge if interval[0] == "[" else operator.gt
   to_high = operator.le if interval[-1] == "]" else operator.lt

@@ -27,6 +27,9 @@ def required(method: Function) -> Function:
   """Marks a method that subclasses define; without a definition, calling it names the subclass.
 
   Not an abstract method: which ones a Part needs depends on the others that it defines.
+
+  Args:
+    method: the method.
   """
 
   @functools.wraps(method)
@@ -138,7 +141,15 @@ def _check_name(cls: type, name: str) -> None:
 
 
 def defined_at(cls: type, name: str) -> int:
-  """Where in a class's method resolution order an attribute is defined; 0: in the class itself."""
+  """Returns the index in a class's method resolution order of the class that defines a name.
+
+  Args:
+    cls: the class.
+    name: name of an attribute.
+
+  Returns:
+    The index; 0: the class itself.
+  """
   return next(place for place, base in enumerate(cls.__mro__) if name in vars(base))
 
 

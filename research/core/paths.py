@@ -18,6 +18,9 @@ _ROOM = 256  # bytes reserved for the names of files in a run's folder
 def local(text: str | Path) -> Path:
   """Expands `~` and `~user` in a path and validates it.
 
+  Args:
+    text: the path.
+
   Raises:
     ValueError: if the path is empty, a URL, too long or not UTF-8, or the home directory is
       unknown.
@@ -40,6 +43,9 @@ def local(text: str | Path) -> Path:
 def writable(text: str | Path) -> Path:
   """Validates the path of a folder that is writable or can be created; nothing is written.
 
+  Args:
+    text: the path.
+
   Raises:
     ValueError: see `local`; also if the path is a file or is not writable.
   """
@@ -57,6 +63,9 @@ def writable(text: str | Path) -> Path:
 
 def of_environment(name: str) -> Path | None:
   """Returns the path in an environment variable; None if it is empty or not set.
+
+  Args:
+    name: name of the variable.
 
   Raises:
     ValueError: see `local`; the message names the variable.
@@ -86,7 +95,11 @@ def cache() -> Path | None:
 
 
 def is_full(error: BaseException | None) -> bool:
-  """Whether an error was caused by a full disk or an exhausted quota."""
+  """Returns whether an error was caused by a full disk or an exhausted quota.
+
+  Args:
+    error: the exception; its causes are examined too.
+  """
   while error is not None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
       return True

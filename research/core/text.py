@@ -8,7 +8,11 @@ QUOTED = 200  # maximum characters of a quotation in it
 
 
 def whole_number(text: str) -> int | None:
-  """Parses an integer of 1 to 20 digits 0-9; returns None for any other text."""
+  """Parses an integer of 1 to 20 digits 0-9; returns None for any other text.
+
+  Args:
+    text: any text.
+  """
   return int(text) if re.fullmatch("[0-9]{1,20}", text) else None
 
 

@@ -49,7 +49,11 @@ class OneGradient(Method):
 
 
 def widened_zeros(params: Params) -> Tree:
-  """Zeros in the shapes of the parameters, in float32 or wider."""
+  """Returns zeros in the shapes of the parameters, in float32 or wider.
+
+  Args:
+    params: arrays of any shapes.
+  """
   wide = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
   return jax.tree.map(wide, params)
 
@@ -69,20 +73,43 @@ def check_rate(learning_rate: Rate, name: str = "learning_rate") -> None:
 
 
 def rate_at(learning_rate: Rate, count: Array) -> Array:
-  """The step size in round `count`, an int32 scalar."""
+  """Returns the step size in a round.
+
+  Args:
+    learning_rate: a constant, or a schedule over rounds.
+    count: int32 scalar, index of the round.
+  """
   return jnp.asarray(learning_rate(count) if callable(learning_rate) else learning_rate)
 
 
 def moved(params: Params, rate: Array, direction: Tree) -> Params:
-  """x - rate d, in the dtypes of x."""
+  """Returns x - rate d, in the dtypes of x.
+
+  Args:
+    params: x.
+    rate: step size, a scalar.
+    direction: d, of the shapes of x.
+  """
   return optax.apply_updates(params, jax.tree.map(lambda d: -rate * d, direction))
 
 
 def descended(params: Params, rate: float, direction: Tree) -> Params:
-  """x - rate d."""
+  """Returns x - rate d.
+
+  Args:
+    params: x.
+    rate: step size.
+    direction: d, of the shapes of x.
+  """
   return jax.tree.map(lambda x, d: x - rate * d, params, direction)
 
 
 def mixed(decay: float, average: Tree, new: Tree) -> Tree:
-  """Updates a moving average by a new value: decay a + (1 - decay) x."""
+  """Updates a moving average by a new value: decay a + (1 - decay) x.
+
+  Args:
+    decay: in [0, 1].
+    average: a.
+    new: x, of the shapes of a.
+  """
   return jax.tree.map(lambda a, x: decay * a + (1 - decay) * x, average, new)

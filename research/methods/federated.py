@@ -222,7 +222,18 @@ fed_adam = FedAdam
 class FedYogi(FedAdam, name="fed_yogi"):
   """`fed_adam` with v_t = v_{t-1} - (1 - b2) Delta_t^2 sign(v_{t-1} - Delta_t^2).
 
-  Args and Raises: see `fed_adam`.
+  Args:
+    inner: each client's optimizer, re-initialized every round.
+    aggregator: combines the clients' model changes.
+    learning_rate: eta, of the server.
+    b1: decay of the mean of changes.
+    b2: decay of the mean of squares.
+    tau: degree of adaptivity, in units of a model change.
+    epochs: E, passes over a client's examples per round.
+    period: K, local steps of every client per round instead of passes; 0 means `epochs` decides.
+
+  Raises:
+    ValueError: as `fed_adam`.
 
   Reference: Reddi et al. 2020, arXiv 2003.00295, algorithm 2, FedYogi.
   """
@@ -239,7 +250,17 @@ fed_yogi = FedYogi
 class FedAdagrad(FedAdaptive, name="fed_adagrad"):
   """`fed_adam` with v_t = v_{t-1} + Delta_t^2; the paper's experiments have no momentum.
 
-  Args and Raises: see `fed_adam`.
+  Args:
+    inner: each client's optimizer, re-initialized every round.
+    aggregator: combines the clients' model changes.
+    learning_rate: eta, of the server.
+    b1: decay of the mean of changes.
+    tau: degree of adaptivity, in units of a model change.
+    epochs: E, passes over a client's examples per round.
+    period: K, local steps of every client per round instead of passes; 0 means `epochs` decides.
+
+  Raises:
+    ValueError: as `fed_adam`.
 
   Reference: Reddi et al. 2020, arXiv 2003.00295, algorithm 2, FedAdagrad.
   """

@@ -38,7 +38,12 @@ def spec(shape: tuple[int, ...], *axes: str | tuple[str, ...] | None) -> P:
 
 
 def along(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
-  """Constrains the sharding of an activation: per dimension its mesh axes, or None."""
+  """Constrains the sharding of an activation; does nothing without a mesh.
+
+  Args:
+    x: the activation.
+    *axes: for each dimension its mesh axis or axes, or None.
+  """
   return lax.with_sharding_constraint(x, spec(x.shape, *axes)) if inner_axes() else x
 
 

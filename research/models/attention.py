@@ -22,7 +22,13 @@ Rotation = tuple[Array, Array]  # cosines and sines [length, head_dim / 2]
 
 
 def plain(query: Array, key: Array, value: Array) -> Array:
-  """Direct evaluation of the equation, with all scores in memory."""
+  """Evaluates the equation directly, with all scores in memory.
+
+  Args:
+    query: [batch, length, heads, head_dim].
+    key: [batch, length, kv_heads, head_dim].
+    value: like `key`.
+  """
   length, head_dim = query.shape[1], query.shape[3]
   shared = query.shape[2] // key.shape[2]  # repeat: an extra dimension is slow on CPUs
   key, value = (jnp.repeat(x, shared, axis=2) for x in (key, value))
@@ -34,7 +40,13 @@ def plain(query: Array, key: Array, value: Array) -> Array:
 
 
 def dot_product(query: Array, key: Array, value: Array) -> Array:
-  """cuDNN's flash attention, which stores no scores, where supported; else `plain`."""
+  """Calls cuDNN's flash attention, which stores no scores, where supported; else `plain`.
+
+  Args:
+    query: [batch, length, heads, head_dim].
+    key: [batch, length, kv_heads, head_dim].
+    value: like `key`.
+  """
   head_dim = query.shape[-1]
   suits = query.dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128
   if platform() != "gpu" or not suits or _capability() < 8.0:
@@ -44,7 +56,12 @@ def dot_product(query: Array, key: Array, value: Array) -> Array:
 
 
 def splash(query: Array, key: Array, value: Array) -> Array:
-  """JAX's splash attention, a TPU kernel that stores no scores and skips future positions.
+  """Calls JAX's splash attention, a TPU kernel that skips future positions and stores no scores.
+
+  Args:
+    query: [batch, length, heads, head_dim].
+    key: [batch, length, kv_heads, head_dim].
+    value: like `key`.
 
   Raises:
     ValueError: the program is not for a TPU, or the length is not a multiple of 128.
@@ -101,7 +118,13 @@ def splash_kernel(query: Array, key: Array, value: Array, interpret: bool = Fals
 
 
 def automatic(query: Array, key: Array, value: Array) -> Array:
-  """`splash` on TPUs where the length allows it, `plain` on CPUs, else `dot_product`."""
+  """Calls `splash` on TPUs if the length allows it, `plain` on CPUs, else `dot_product`.
+
+  Args:
+    query: [batch, length, heads, head_dim].
+    key: [batch, length, kv_heads, head_dim].
+    value: like `key`.
+  """
   target = platform()
   if target == "tpu" and query.shape[1] % 128 == 0:
     return splash(query, key, value)
@@ -135,6 +158,10 @@ def rotated(x: Array, by: Rotation) -> Array:
   """Rotates each pair (x_i, x_{i + head_dim / 2}) of [batch, length, heads, head_dim] by its angle.
 
   A product of two rotated vectors then depends on their positions only through the distance.
+
+  Args:
+    x: [batch, length, heads, head_dim].
+    by: the cosines and sines.
   """
   cosines, sines = (table[None, :, None] for table in by)
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

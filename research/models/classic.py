@@ -24,6 +24,9 @@ def linear(bias: bool = False, deviation: float = 0.0) -> Model:
     bias: adds b, initially zero.
     deviation: standard deviation of the initial entries of W; 0: they are zero.
 
+  Returns:
+    outputs -> module.
+
   Raises:
     ValueError: bias is not a bool, or deviation is negative.
   """
@@ -36,7 +39,15 @@ def linear(bias: bool = False, deviation: float = 0.0) -> Model:
 def logistic(bias: bool = True, deviation: float = 0.0) -> Model:
   """The logits x W + b of logistic or softmax regression: `linear`, by default with a bias.
 
-  Arguments and errors are those of `linear`.
+  Args:
+    bias: adds b, initially zero.
+    deviation: standard deviation of the initial entries of W; 0: they are zero.
+
+  Returns:
+    outputs -> module.
+
+  Raises:
+    ValueError: bias is not a bool, or deviation is negative.
   """
   return linear(bias, deviation)
 
@@ -46,6 +57,9 @@ def mlp(hidden: Sequence[int] = (128,)) -> Model:
 
   Args:
     hidden: widths of the hidden layers, at least one.
+
+  Returns:
+    outputs -> module.
 
   Raises:
     ValueError: hidden is not a list of positive integers.
@@ -66,13 +80,16 @@ def cnn(
   """Convolutions, each with ReLU and 2x2 max pooling, then one hidden ReLU layer.
 
   Args:
-    channels: of each convolution.
+    channels: output channels of each convolution.
     hidden: width of the hidden layer.
     kernels: side length of each convolution's kernel in pixels; None: 3.
-    strides: of each convolution; None: 1.
-    padding: of each convolution, "SAME" or "VALID"; None: "SAME".
-    pool_stride: of the pooling. At 2, n convolutions of stride 1 need images of at least 2^n pixels
-      a side.
+    strides: stride of each convolution; None: 1.
+    padding: padding of each convolution, "SAME" or "VALID"; None: "SAME".
+    pool_stride: stride of the pooling. At 2, n convolutions of stride 1 need images of at least 2^n
+      pixels a side.
+
+  Returns:
+    outputs -> module.
 
   Raises:
     ValueError: an entry, hidden or pool_stride is not a positive integer; padding has another name;
@@ -98,8 +115,11 @@ def resnet(channels: Sequence[int] = (16, 32, 64), blocks: int = 1) -> Model:
   """A residual network for small images, with GroupNorm, which keeps no per-worker statistics.
 
   Args:
-    channels: of each stage; every stage but the first halves height and width.
+    channels: output channels of each stage; every stage but the first halves height and width.
     blocks: residual blocks per stage, of two convolutions each: depth 2 len(channels) blocks + 2.
+
+  Returns:
+    outputs -> module.
 
   Raises:
     ValueError: channels is not a list of positive integers, or blocks is not one.

@@ -111,6 +111,9 @@ def balance(busy: Array) -> Array:
 
   Means are over all tokens, however these are sharded.
 
+  Args:
+    busy: [..., 2, experts]: the share of the choices that fell on each expert, and the mean of p.
+
   Reference: Fedus et al. 2021, equation 4.
   """
   return busy.shape[-1] * jnp.sum(busy[..., 0, :] * busy[..., 1, :])
@@ -120,6 +123,10 @@ def largest(p: Array, k: int) -> Array:
   """Marks the k largest entries along the last dimension; among equal ones the first.
 
   Compares all pairs: the compiler would spread a sort over the devices, and move tokens for it.
+
+  Args:
+    p: [..., n].
+    k: number of entries to mark, at most n.
   """
   mine, other = p[..., :, None], p[..., None, :]
   before = jnp.tril(jnp.ones((p.shape[-1],) * 2, bool), -1)

@@ -24,6 +24,9 @@ def devices() -> int:
 def check(length: int) -> None:
   """Checks that the devices along `seq` divide the tokens of an example.
 
+  Args:
+    length: number of tokens of an example.
+
   Raises:
     ValueError: if they do not.
   """
@@ -32,7 +35,14 @@ def check(length: int) -> None:
 
 
 def across(query: Array, key: Array, value: Array, attend: Attend) -> Array:
-  """`by_heads` if the devices divide the key heads, else `ring`."""
+  """Calls `by_heads` if the devices divide the key heads, else `ring`.
+
+  Args:
+    query: [batch, length, heads, head_dim].
+    key: [batch, length, kv_heads, head_dim].
+    value: like `key`.
+    attend: an attention function of full sequences.
+  """
   axes = activations.inner_axes()
   heads = key.shape[2] // (axes.get("model", 1) if key.shape[2] % axes.get("model", 1) == 0 else 1)
   return (by_heads if heads % axes["seq"] == 0 else ring)(query, key, value, attend)

@@ -103,6 +103,9 @@ def transformer(
     repeats: how often a micro-batch passes through the stages, each time through layers / repeats:
       the stacked layers are [repeats, layers / repeats, ...].
 
+  Returns:
+    outputs -> module, for the number of tokens of the vocabulary.
+
   Raises:
     ValueError: a name is unknown, or sizes do not fit together.
 

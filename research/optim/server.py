@@ -42,7 +42,14 @@ def adam(learning_rate: float, b1: float, b2: float, tau: float) -> optax.Gradie
 def yogi(learning_rate: float, b1: float, b2: float, tau: float) -> optax.GradientTransformation:
   """Yogi with v_t = v_{t-1} - (1 - b2) Delta_t^2 sign(v_{t-1} - Delta_t^2).
 
-  Args and Raises: see `adam`.
+  Args:
+    learning_rate: eta.
+    b1: decay of the mean of changes.
+    b2: decay of the mean of squares.
+    tau: degree of adaptivity, in units of a model change.
+
+  Raises:
+    ValueError: if learning_rate or tau is not above 0, or b1 or b2 is outside [0, 1).
   """
   _check_decay("b2", b2)
   towards = lambda v, square: v - (1 - b2) * square * jnp.sign(v - square)
@@ -52,7 +59,13 @@ def yogi(learning_rate: float, b1: float, b2: float, tau: float) -> optax.Gradie
 def adagrad(learning_rate: float, b1: float, tau: float) -> optax.GradientTransformation:
   """AdaGrad with v_t = v_{t-1} + Delta_t^2.
 
-  Args and Raises: see `adam`.
+  Args:
+    learning_rate: eta.
+    b1: decay of the mean of changes.
+    tau: degree of adaptivity, in units of a model change.
+
+  Raises:
+    ValueError: if learning_rate or tau is not above 0, or b1 is outside [0, 1).
   """
   return _adaptive(lambda v, square: v + square, learning_rate, b1, tau)
 

@@ -40,6 +40,9 @@ def aggregated(
       'data' that are in scope.
     seed: seed of the aggregator's randomness, equal on all workers.
 
+  Returns:
+    The transformation. Its state contains the aggregator's, which may be private (`state_specs`).
+
   Raises:
     ValueError: at trace time, if the axis is not in scope or `shard_map` has already summed the
       gradients.
@@ -98,6 +101,9 @@ def as_optax(
     axis: the name or names of the worker axes, slow links first; by default those of 'slice' and
       'data' that are in scope.
     seed: seed of the method's randomness, equal on all workers.
+
+  Returns:
+    The transformation. Its state contains the method's, which may be private (`state_specs`).
 
   Raises:
     ValueError: if the length of the method's rounds is not constant, because its period has a

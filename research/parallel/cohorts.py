@@ -123,6 +123,11 @@ def at_rate(rate: float, key: Key, count: int) -> Array:
 
   The privacy accountant counts with `rate`, so the true probability must not exceed it. A uniform
   float has only 24 random bits; this uses 32, or 64 if the rate is below 2^-32.
+
+  Args:
+    rate: in [0, 1].
+    key: a typed key.
+    count: number of draws.
   """
   bits = jax.random.bits(key, (count,))
   if rate >= 2.0**-32:

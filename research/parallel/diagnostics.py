@@ -65,7 +65,11 @@ class Recording(Aggregator):
 
 
 def squared(tree: Tree) -> Array:
-  """The squared norm of a tree's floating-point leaves, summed in float32."""
+  """Returns the squared norm of a tree's floating-point leaves, summed in float32.
+
+  Args:
+    tree: arrays.
+  """
   floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
   wide = [jnp.ravel(x).astype(jnp.float32) for x in floats]
   return sum((jnp.sum(x * x) for x in wide), jnp.zeros((), jnp.float32))
@@ -142,7 +146,12 @@ def scan(
 
 
 def due(job: Job, numbers: Array) -> Array:
-  """Whether each round [K] of a dispatch produces a row of the metrics; the last always does."""
+  """Returns whether each round [K] of a dispatch produces a row of the metrics; the last does.
+
+  Args:
+    job: the resolved job.
+    numbers: int32 [K], indices of the rounds.
+  """
   period, every = job.method.local_steps, job.diagnostics
   first = job.first_step + (numbers - job.first_round) * period
   return ((first + period) // every > first // every).at[-1].set(True)

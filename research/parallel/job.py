@@ -62,7 +62,11 @@ class Job(NamedTuple):
 
 
 def traits(method: Method) -> Trait:
-  """Union of the traits of all aggregators of a method."""
+  """Returns the union of the traits of all aggregators of a method.
+
+  Args:
+    method: the method.
+  """
   found = Trait(0)
   for aggregator in method.parts(Aggregator):
     found |= aggregator.traits
@@ -71,6 +75,9 @@ def traits(method: Method) -> Trait:
 
 def constrained(job: Job) -> Job:
   """Moves the task's projection onto its constraint set into the method.
+
+  Args:
+    job: the job.
 
   Raises:
     ValueError: if the method has no projected form.
@@ -87,7 +94,11 @@ def constrained(job: Job) -> Job:
 
 
 def resolved(job: Job) -> Job:
-  """Fills in the method's local steps per round and its participation rate."""
+  """Fills in the method's local steps per round and its participation rate.
+
+  Args:
+    job: the job.
+  """
   job = constrained(job)
   method = job.method
   steps = int(job.own_steps(job.sizes.max())) if method.passes else method.local_steps
@@ -95,7 +106,11 @@ def resolved(job: Job) -> Job:
 
 
 def stages(job: Job) -> tuple[Job, ...]:
-  """Resolves one job for each period of the method, in order; all share one state structure."""
+  """Resolves one job for each period of the method, in order; all share one state structure.
+
+  Args:
+    job: the job.
+  """
   job = constrained(job)
   found = [resolved(job)]
   for first_round, steps in job.method.later:
@@ -108,6 +123,10 @@ def stages(job: Job) -> tuple[Job, ...]:
 
 
 def largest_sum(job: Job) -> int:
-  """Elements of the largest sum over workers: W times the largest parameter."""
+  """Returns the number of elements of the largest sum over workers: W times the largest parameter.
+
+  Args:
+    job: the resolved job.
+  """
   params = jax.eval_shape(job.task.init, jax.random.key(0))
   return job.workers * max(leaf.size for leaf in jax.tree.leaves(params))

@@ -27,7 +27,14 @@ class Layout(NamedTuple):
 def over_workers(
   fn: Callable[..., Any], axes: Mapping[str, int], in_axes: Any, out_axes: Any
 ) -> Callable[..., Any]:
-  """Maps one worker's `fn` over arrays whose private leaves have one leading dimension per axis."""
+  """Maps one worker's `fn` over arrays whose private leaves have one leading dimension per axis.
+
+  Args:
+    fn: one worker's function.
+    axes: the worker axes, name to size.
+    in_axes: as in `vmap`: 0 for private arguments, None for shared ones.
+    out_axes: the same for results.
+  """
   for name, size in reversed(list(axes.items())):
     fn = jax.vmap(fn, in_axes, out_axes, axis_name=name, axis_size=size)
   return fn
@@ -53,7 +60,14 @@ def private_outputs(
 def shapes_of_one(
   fn: Callable[..., Any], axes: Mapping[str, int], in_axes: Any, *args: Any
 ) -> Tree:
-  """Shapes of what `fn` computes for one worker; arguments as for `private_outputs`."""
+  """Returns the shapes of what `fn` computes for one worker.
+
+  Args:
+    fn: what one worker computes, possibly with collectives.
+    axes: the worker axes, name to size.
+    in_axes: as in `vmap`: 0 for private arguments, None for shared ones.
+    *args: shapes or arrays; private ones have one leading dimension per axis.
+  """
   return _outputs(fn, axes, in_axes, *args)[1]
 
 
@@ -84,7 +98,11 @@ def _outputs(fn, axes, in_axes, *args) -> tuple[Tree, Tree]:
 
 
 def lead(private: Tree) -> Tree:
-  """`in_axes` and `out_axes` for `vmap`: 0 for private leaves, None for shared ones."""
+  """Returns `in_axes` or `out_axes` for `vmap`: 0 for private leaves, None for shared ones.
+
+  Args:
+    private: of bool, whether a leaf is private.
+  """
   return jax.tree.map(lambda is_private: 0 if is_private else None, private)
 
 
@@ -153,7 +171,11 @@ def _owned(private: Tree) -> Tree:
 
 
 def kinds(private: Tree) -> Tree:
-  """Kind of each leaf of a state: 'shared', 'rows' per client, or 'chunks' (rows of `Chunk`s)."""
+  """Returns the kind of each leaf: 'shared', 'rows' per client, or 'chunks' (rows of `Chunk`s).
+
+  Args:
+    private: of bool, whether a leaf is private.
+  """
 
   def kind(node):
     rows = "chunks" if isinstance(node, Chunk) else "rows"

@@ -17,10 +17,14 @@ from research.parallel.job import Job
 
 
 def measured_and_clipped_grad(job: Job, inside: sharded.Inside) -> Callable[..., tuple[Any, Tree]]:
-  """(params, batch, key) -> the measurements of a step, and its gradient.
+  """Returns (params, batch, key) -> the measurements of a step, and its gradient.
 
   Measurements are the loss as "loss" and the task's own metrics. The gradient is this worker's,
   clipped to norm `clip_norm` if > 0.
+
+  Args:
+    job: the resolved job.
+    inside: sharding constraints inside the worker.
   """
   differentiated = measured_and_grad(job.task)
 

@@ -19,6 +19,9 @@ def pmap(job: Job) -> Executor:
 
   The state is not donated: `pmap` cannot donate leaves that are not mapped.
 
+  Args:
+    job: the job.
+
   Raises:
     ValueError: if the mesh has an axis other than `data` or does not fit the devices.
   """

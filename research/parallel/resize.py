@@ -70,7 +70,12 @@ class Placed(NamedTuple):
 
 
 def names(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> list[str]:
-  """Paths of the leaves, such as 'method.params.w'."""
+  """Returns the paths of the leaves, such as 'method.params.w'.
+
+  Args:
+    tree: a tree.
+    is_leaf: as for `jax.tree.flatten`.
+  """
   paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf)]
   return [jax.tree_util.keystr(path, simple=True, separator=".") for path in paths]
 
@@ -98,13 +103,20 @@ def placed(job: Job, private: Tree, state: TrainState) -> Placed:
 
 
 def as_json(state: Placed) -> dict[str, Any]:
-  """Converts a layout to the JSON that `from_json` reads."""
+  """Converts a layout to the JSON that `from_json` reads.
+
+  Args:
+    state: the layout.
+  """
   leaves = {name: leaf._asdict() for name, leaf in state.leaves.items()}
   return {"mesh": state.mesh, "leaves": leaves}
 
 
 def from_json(found: Any) -> Placed:
   """Reads what `as_json` wrote; JSON's lists become tuples again.
+
+  Args:
+    found: the parsed JSON.
 
   Raises:
     TypeError: if the fields are not those of a layout.
@@ -181,6 +193,10 @@ def stranger(saved: Placed, here: Placed) -> str | None:
 
   In `Blocks` over different axes, leaves that belong to no parameter may be absent from one.
 
+  Args:
+    saved: the saved state.
+    here: the state to restore.
+
   Returns:
     The leaf's name, or None if the states match.
   """
@@ -194,7 +210,12 @@ def stranger(saved: Placed, here: Placed) -> str | None:
 
 
 def origins(saved: Placed, here: Placed) -> dict[str, str]:
-  """Maps each leaf's name to the saved leaf that can fill it; leaves without one are omitted."""
+  """Maps each leaf's name to the saved leaf that can fill it; leaves without one are omitted.
+
+  Args:
+    saved: the saved state.
+    here: the state to restore.
+  """
   stored = {leaf.name: name for name, leaf in saved.leaves.items()}
   known = {name: stored.get(leaf.name, "") for name, leaf in here.leaves.items()}
   return {
@@ -203,7 +224,12 @@ def origins(saved: Placed, here: Placed) -> dict[str, str]:
 
 
 def fits(saved: Leaf, leaf: Leaf) -> bool:
-  """Whether `moved` can convert one leaf into the other."""
+  """Returns whether `moved` can convert one leaf into the other.
+
+  Args:
+    saved: the leaf in the checkpoint.
+    leaf: the leaf of the state.
+  """
   if saved.kind != leaf.kind:
     return False
   if cut_alike(saved, leaf):
@@ -219,12 +245,22 @@ def fits(saved: Leaf, leaf: Leaf) -> bool:
 
 
 def lie_alike(saved: Leaf, leaf: Leaf) -> bool:
-  """Whether two leaves have the same layout, so that nothing has to move."""
+  """Returns whether two leaves have the same layout, so that nothing has to move.
+
+  Args:
+    saved: the leaf in the checkpoint.
+    leaf: the leaf of the state.
+  """
   return saved.shape == leaf.shape and saved.kind == leaf.kind and cut_alike(saved, leaf)
 
 
 def cut_alike(saved: Leaf, leaf: Leaf) -> bool:
-  """Whether their blocks are the same parts of the same parameter."""
+  """Returns whether their blocks are the same parts of the same parameter.
+
+  Args:
+    saved: the leaf in the checkpoint.
+    leaf: the leaf of the state.
+  """
   sizes = lambda x: None if x.axes is None else [size for _, size in x.axes]
   if saved.whole is None and leaf.whole is None:
     return saved.axes == leaf.axes
@@ -243,6 +279,11 @@ def moved(x: Array, saved: Leaf, leaf: Leaf) -> Array:
   With an unchanged number of clients, rows are kept client by client; otherwise each client gets
   the mean of all rows. Chunks are joined to shards, shards to the full parameter, and that is cut
   again. State that belongs to a shard without being a slice of it follows that shard.
+
+  Args:
+    x: the saved leaf.
+    saved: its layout.
+    leaf: the layout to convert it to.
   """
   if leaf.kind == "chunks":
     return _moved_chunks(x, saved, leaf)
@@ -285,6 +326,10 @@ def resize_rows(rows: Array, owners: int) -> Array:
 
   The mean over clients is kept exactly, so residuals and diverging models keep their average.
   Non-float leaves are copied from the first row.
+
+  Args:
+    rows: [P, ...].
+    owners: the new number of clients.
   """
   is_float = jnp.issubdtype(rows.dtype, jnp.floating)
   wide = jnp.promote_types(rows.dtype, jnp.float32) if is_float else rows.dtype
@@ -293,6 +338,11 @@ def resize_rows(rows: Array, owners: int) -> Array:
 
 
 def recut_chunks(rows: Array, shape: tuple[int, ...]) -> Array:
-  """Cuts chunks [P, ...] of one array into chunks of another shape [P', ...]; padding is zero."""
+  """Cuts chunks [P, ...] of one array into chunks of another shape [P', ...]; padding is zero.
+
+  Args:
+    rows: [P, ...].
+    shape: [P', ...].
+  """
   whole, size = rows.reshape(-1), math.prod(shape)
   return jnp.pad(whole, (0, max(0, size - whole.size)))[:size].reshape(shape)

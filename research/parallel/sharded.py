@@ -182,12 +182,22 @@ def inside(axes: Mapping[str, int], cut: Cut | None, zero: int) -> Inside:
 
 
 def of_data(rows: Any) -> Data:
-  """Specs of `Data`: examples sharded by client, the rest replicated."""
+  """Returns the partition specs of `Data`: examples sharded by client, the rest replicated.
+
+  Args:
+    rows: the spec of the rows of examples.
+  """
   return Data(rows, P(), P())
 
 
 def jit(fn: Callable[..., Any], out_shardings: Any, **options: Any) -> Any:
-  """`jax.jit` that applies `out_shardings` under JAX_DISABLE_JIT too."""
+  """`jax.jit` that applies `out_shardings` under JAX_DISABLE_JIT too.
+
+  Args:
+    fn: the function.
+    out_shardings: as for `jax.jit`.
+    **options: further options of `jax.jit`.
+  """
 
   @functools.wraps(fn)
   def placed(*args, **kwargs):
@@ -219,5 +229,10 @@ def place(
 
 
 def on_devices(x: np.ndarray, sharding: NamedSharding) -> Array:
-  """Makes one global array of a numpy array that every process has."""
+  """Creates a global array from a numpy array that every process has.
+
+  Args:
+    x: the full array.
+    sharding: the sharding of the result.
+  """
   return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])

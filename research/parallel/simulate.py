@@ -37,6 +37,9 @@ def simulate(job: Job) -> Executor:
   small, because vmap makes the matrix products batched and evicts a worker's data from the cache
   between its steps.
 
+  Args:
+    job: the job.
+
   Raises:
     ValueError: if the population is not a multiple of the workers.
   """
@@ -59,7 +62,12 @@ def simulate(job: Job) -> Executor:
 
 
 def is_mapped(job: Job, mesh: Mesh) -> bool:
-  """Whether the local phase runs one worker after the other on the devices of a mesh."""
+  """Returns whether the local phase runs one worker after the other on the devices of a mesh.
+
+  Args:
+    job: the resolved job.
+    mesh: the mesh.
+  """
   if job.local_phase != "auto":
     return job.local_phase == "map"
   params = jax.tree.leaves(jax.eval_shape(job.task.init, jax.random.key(0)))

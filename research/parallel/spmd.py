@@ -24,6 +24,9 @@ def spmd(job: Job) -> Executor:
   aggregates its own shard. `check_vma` is off, so that a gradient is this worker's own and not
   already the sum over all.
 
+  Args:
+    job: the job.
+
   Raises:
     ValueError: if the mesh does not fit the devices, the model or the batch, the population is not
       a multiple of the workers, or the method's exchange does not support sharding inside a worker.

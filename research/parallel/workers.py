@@ -23,7 +23,11 @@ from research.parallel.local_phase import local_phase
 
 
 def blocked(job: Job) -> Job:
-  """The job as one device per worker would run it: blockwise aggregation if the mesh shards."""
+  """Returns the job as run by one device per worker: blockwise aggregation on a sharding mesh.
+
+  Args:
+    job: the job.
+  """
   cut = sharded.cut_of(job.axes, job.task)
   if cut is None:
     return job
@@ -31,13 +35,26 @@ def blocked(job: Job) -> Job:
 
 
 def pick(private: Tree, held: State, client: Array) -> State:
-  """The state of one client, from rows [R, ...] of a worker's clients and shared leaves."""
+  """Selects the state of one client.
+
+  Args:
+    private: of bool, whether a leaf is private.
+    held: a worker's state; private leaves are rows [R, ...] of its clients.
+    client: int32, index of the client's row.
+  """
   one = lambda rows: rows[0] if rows.shape[0] == 1 else rows[client]
   return jax.tree.map(lambda p, leaf: one(leaf) if p else leaf, private, held)
 
 
 def put(private: Tree, held: State, client: Array, state: State) -> State:
-  """Writes one client's state back: replaces its rows, takes over the shared leaves."""
+  """Writes one client's state back: replaces its rows and the shared leaves.
+
+  Args:
+    private: of bool, whether a leaf is private.
+    held: a worker's state; private leaves are rows [R, ...] of its clients.
+    client: int32, index of the client's row.
+    state: the client's new state.
+  """
   set_row = lambda rows, row: row[None] if rows.shape[0] == 1 else rows.at[client].set(row)
   merge = lambda p, old, new: set_row(old, new) if p else new
   return jax.tree.map(merge, private, held, state)
@@ -70,6 +87,9 @@ def sync(
 
 def infer_layout(job: Job) -> layouts.Layout:
   """Infers which state of the job is private, by tracing one of its rounds.
+
+  Args:
+    job: the job.
 
   Raises:
     ValueError: if the population is not a multiple of the workers; if workers serve several clients
@@ -130,6 +150,17 @@ def rounds_of_worker(
   """Runs K rounds as one worker of `shard_map` or `pmap`.
 
   Its private leaves and its examples are rows [R, ...]. The metrics are reduced once, at the end.
+
+  Args:
+    job: the resolved job.
+    private: of bool, whether a leaf of the state is private.
+    state: the worker's state, whose private leaves are rows [R, ...].
+    data: its examples, rows [R, ...].
+    rounds: K.
+    inside: sharding constraints inside the worker.
+
+  Returns:
+    The new state, and the metrics of `as_metrics`.
   """
   worker = collectives.worker_index()
   numbers = state.round + jnp.arange(rounds, dtype=jnp.int32)
@@ -174,6 +205,10 @@ def shared_out(measured: Metrics, share: Array) -> Metrics:
   """Weights measurements [K, H, ...] by this worker's share [K, ...]; flattens to [K H, ...].
 
   The norm of the gradient is not part of a mean over examples, and is not weighted.
+
+  Args:
+    measured: measurements by name, [K, H, ...].
+    share: this worker's share of each round's examples, [K, ...].
   """
 
   def one(name: str, x: Array) -> Array:
@@ -184,13 +219,23 @@ def shared_out(measured: Metrics, share: Array) -> Metrics:
 
 
 def all_finite(tree: Tree) -> Array:
-  """Whether every float of the tree is finite."""
+  """Returns whether every floating-point element of a tree is finite.
+
+  Args:
+    tree: arrays.
+  """
   floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
   return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
 
 
 def initial(job: Job, layout: layouts.Layout, key: Key) -> TrainState:
-  """Initializes the state of round zero; private leaves have a row per client [P, ...]."""
+  """Initializes the state of round zero; private leaves have a row per client [P, ...].
+
+  Args:
+    job: the job.
+    layout: which of its state is private.
+    key: a typed key.
+  """
   job = blocked(resolved(job))
   params_key, run_key = jax.random.split(key)
   axes = meshes.worker_axes(job.axes)
@@ -208,7 +253,13 @@ def initial(job: Job, layout: layouts.Layout, key: Key) -> TrainState:
 
 
 def deployed(job: Job, layout: layouts.Layout, state: State) -> Tree:
-  """The model to deploy: where the clients' models differ, their mean."""
+  """Returns the model to deploy; where the clients' models differ, their mean.
+
+  Args:
+    job: the resolved job.
+    layout: which of its state is private.
+    state: the state, whose private leaves are rows [P, ...].
+  """
   owners = {"owner": len(job.sizes)}
   in_axes = (layouts.lead(layout.state),)
   private = layouts.private_outputs(job.method.params, owners, in_axes, state)
@@ -217,15 +268,25 @@ def deployed(job: Job, layout: layouts.Layout, state: State) -> Tree:
 
 
 def traffic(job: Job, layout: layouts.Layout, rounds: int) -> wire.Traffic:
-  """What one worker's algorithm sends in the first `rounds` rounds; meant for few of them."""
+  """Returns the traffic of one worker's algorithm in the first rounds; meant for few rounds.
+
+  Args:
+    job: the resolved job.
+    layout: which of its state is private.
+    rounds: number of rounds.
+  """
   found = sending(job, layout).between(0, rounds)
   return found._replace(transfers=wire.happened(found.transfers))
 
 
 def sending(job: Job, layout: layouts.Layout) -> wire.Rounds:
-  """What one worker's algorithm sends in any rounds, read off the traced sync.
+  """Returns the traffic of one worker's algorithm in any range of rounds, from the traced sync.
 
   For a worker of several devices it is what all of them send.
+
+  Args:
+    job: the resolved job.
+    layout: which of its state is private.
   """
   key = jax.eval_shape(lambda: jax.random.key(0))
   weight = jax.ShapeDtypeStruct((), jnp.float32)
@@ -239,7 +300,11 @@ def sending(job: Job, layout: layouts.Layout) -> wire.Rounds:
 
 
 def of_loss(job: Job) -> tuple[Tree, Batch, Key]:
-  """Shapes of the arguments of a worker's loss: parameters, a mini-batch, a key."""
+  """Returns the shapes of the arguments of a worker's loss: parameters, a mini-batch, a key.
+
+  Args:
+    job: the resolved job.
+  """
   key, most = jax.eval_shape(lambda: jax.random.key(0)), int(job.sizes.max())
   struct = lambda x: jax.ShapeDtypeStruct((most, *x.shape[1:]), x.dtype)
   batch = jax.tree.map(struct, job.task.train)
@@ -251,7 +316,11 @@ def of_loss(job: Job) -> tuple[Tree, Batch, Key]:
 
 
 def dense_traffic(job: Job) -> list[wire.Transfer]:
-  """What the plain mean of one gradient sends: the baseline for every other method."""
+  """Returns the traffic of an exact mean of one gradient, the baseline for every method.
+
+  Args:
+    job: the resolved job.
+  """
   params = jax.eval_shape(job.task.init, jax.random.key(0))
   cut = sharded.cut_of(job.axes, job.task)
   exact = blockwise(mean(), cut) if cut else mean()
@@ -260,7 +329,12 @@ def dense_traffic(job: Job) -> list[wire.Transfer]:
 
 
 def metrics_traffic(job: Job, rounds: int) -> list[wire.Transfer]:
-  """What the reduction of the metrics sends in a dispatch of K rounds, without diagnostics."""
+  """Returns the traffic of the metrics of a dispatch of K rounds, without diagnostics.
+
+  Args:
+    job: the resolved job.
+    rounds: K.
+  """
   params, batch, key = of_loss(job)
   own = jax.eval_shape(loss_and_metrics(job.task), params, batch, key)[1]
   steps = jax.ShapeDtypeStruct((rounds * job.method.local_steps,), jnp.float32)
@@ -270,14 +344,28 @@ def metrics_traffic(job: Job, rounds: int) -> list[wire.Transfer]:
 
 
 def reduce_metrics(measured: Metrics, finite: Array, norms: Metrics | None = None) -> Metrics:
-  """Averages the measurements over the workers; also whether all state is finite."""
+  """Averages measurements over the workers.
+
+  Args:
+    measured: measurements by name.
+    finite: whether all state of this worker is finite.
+    norms: diagnostics by name.
+
+  Returns:
+    The metrics of `as_metrics`; "finite" is true if the state of all workers is finite.
+  """
   alone = measured, norms or {}, finite.astype(jnp.float32)
   found, means, share = collectives.mean(alone)
   return as_metrics(found, means, share == 1)
 
 
 def as_metrics(measured: Metrics, norms: Metrics, finite: Array) -> dict[str, Any]:
-  """The metrics that an executor returns for a dispatch of K rounds of H steps.
+  """Returns the metrics of a dispatch of K rounds of H steps, in the form of an `Executor`.
+
+  Args:
+    measured: measurements of the steps by name, [K H].
+    norms: diagnostics by name, [K].
+    finite: whether all state is finite.
 
   Returns:
     "loss" [K H] and "finite"; the task's own metrics, if any, as "auxiliary", [K H] by name; with

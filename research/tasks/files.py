@@ -114,6 +114,9 @@ def whole(target: Path) -> Iterator[Path]:
   """A temporary path that is renamed to `target` at the end, unless an exception was raised.
 
   Readers never see a partial file, even if several processes write it.
+
+  Args:
+    target: the final path.
   """
   target.parent.mkdir(parents=True, exist_ok=True)
   partial = target.with_name(f".{uuid.uuid4().hex}{target.suffix}")

@@ -107,7 +107,15 @@ def permute(position: Array, size: Array, word: Array, offset: Array) -> Array:
 
 
 def take(examples: Tree, index: Array) -> Tree:
-  """The examples at `index`: each leaf [examples, ...] becomes [*index.shape, ...]."""
+  """Gathers the examples at `index`.
+
+  Args:
+    examples: leaves [examples, ...].
+    index: integers of any shape.
+
+  Returns:
+    Leaves [*index.shape, ...].
+  """
   return jax.tree.map(lambda x: x[index], examples)
 
 
@@ -132,7 +140,12 @@ def _scale(word: Array, size: Array) -> Array:
 
 
 def mean(values: Array, batch: Batch) -> Array:
-  """The mean of values [b], over the examples that the batch's mask keeps, if it has one."""
+  """Averages values over the examples that the batch's mask keeps, if it has one.
+
+  Args:
+    values: [b].
+    batch: the batch.
+  """
   if "mask" not in batch:
     return jnp.mean(values)
   mask = batch["mask"].astype(values.dtype)

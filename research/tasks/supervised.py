@@ -63,6 +63,9 @@ def supervised(
     scale: divisor of bytes.
     features: number of features, required for sparse rows.
 
+  Returns:
+    The task.
+
   Raises:
     ValueError: the model is of no known kind; the loss is unknown; l2 is negative; or examples,
       labels, outputs and model do not fit.

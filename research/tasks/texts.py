@@ -22,7 +22,10 @@ _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")  # fits int64
 
 
 def read(path: Path) -> str:
-  """The text of a file, plain, .gz or .bz2.
+  """Reads a text file, plain, .gz or .bz2.
+
+  Args:
+    path: the file.
 
   Raises:
     ValueError: it is not text, or is truncated.
@@ -69,12 +72,21 @@ def parsed(path: Path, parse: Callable[[list[str]], T], comments: str = "") -> l
 
 
 def at(path: Path, line: int, reason: object) -> ValueError:
-  """The error for one line of a file."""
+  """Returns the error for one line of a file.
+
+  Args:
+    path: the file.
+    line: number of the line, from 1.
+    reason: what is wrong.
+  """
   return ValueError(f"{path}, line {line}: {reason}")
 
 
 def number(field: str) -> float:
   """Parses a finite number.
+
+  Args:
+    field: the text.
 
   Raises:
     ValueError: the field is not one.
@@ -91,6 +103,9 @@ def number(field: str) -> float:
 def whole(field: str) -> int:
   """Parses an integer.
 
+  Args:
+    field: the text.
+
   Raises:
     ValueError: the field is not one, or has more than 18 digits.
   """
@@ -100,7 +115,11 @@ def whole(field: str) -> int:
 
 
 def shown(field: str) -> str:
-  """A field as errors quote it."""
+  """Quotes a field for an error.
+
+  Args:
+    field: the text.
+  """
   return repr(field if len(field) <= _SHOWN else field[: _SHOWN - 3] + "...")
 
 

@@ -20,7 +20,12 @@ EXECUTORS = {"simulate": simulate.simulate, "spmd": spmd.spmd, "pmap": pmap.pmap
 
 
 def regression(samples: int = 240, seed: int = 0) -> Task:
-  """Two-leaf least squares in plain JAX: weights [6, 3] and bias [3], half mean squares."""
+  """Creates least squares in plain JAX: weights [6, 3] and bias [3], half mean squares.
+
+  Args:
+    samples: number of examples.
+    seed: seed of the data.
+  """
   random = np.random.default_rng(seed)
   x = random.normal(size=(samples, FEATURES)).astype(np.float32)
   truth = random.normal(size=(FEATURES, OUTPUTS)).astype(np.float32)
@@ -45,7 +50,12 @@ def regression(samples: int = 240, seed: int = 0) -> Task:
 
 
 def split(task: Task, sizes: Sequence[int]):
-  """The task's examples in order, so many to each owner."""
+  """Partitions the task's examples over owners, in order.
+
+  Args:
+    task: the task.
+    sizes: number of examples of each owner.
+  """
   edges = np.cumsum([0, *sizes])
   parts = [np.arange(a, b) for a, b in itertools.pairwise(edges)]
   return partition.stack(task.train, parts)
@@ -85,7 +95,12 @@ class Running:
 
 
 def distance(a: Any, b: Any) -> float:
-  """max|a - b| / max|b| over all leaves."""
+  """Returns max|a - b| / max|b| over all leaves.
+
+  Args:
+    a: a tree of arrays.
+    b: a tree of the same structure.
+  """
   leaves = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
   top = max(float(np.abs(y).max()) for _, y in leaves)
   return max(float(np.abs(np.asarray(x) - np.asarray(y)).max()) for x, y in leaves) / top

@@ -62,7 +62,12 @@ def side_by_side(methods: Mapping[str, Method]) -> Method:
 
 
 def regressions(names: tuple[str, ...], task: Task | None = None) -> Task:
-  """The same regression for each name."""
+  """Creates a task with one copy of a regression for each name.
+
+  Args:
+    names: the names.
+    task: the regression; None: `regression()`.
+  """
   one = task or regression()
 
   def loss(params, batch, key):

@@ -32,7 +32,11 @@ class Noise(NamedTuple):
 
 
 def keeps_floats(compressor: Compressor) -> bool:
-  """Whether a linear compressor's payloads are float32 or wider, i.e. nothing is rounded."""
+  """Returns whether a linear compressor's payloads are float32 or wider: nothing is rounded.
+
+  Args:
+    compressor: the compressor.
+  """
   key = jax.eval_shape(lambda: jax.random.key(0))
   like = jax.ShapeDtypeStruct((4096,), jnp.float32)
   payload = jax.eval_shape(compressor.encode, like, key, key)
@@ -40,5 +44,9 @@ def keeps_floats(compressor: Compressor) -> bool:
 
 
 def is_wide(dtype: jnp.dtype) -> bool:
-  """Whether a dtype is inexact with at least the bits of float32."""
+  """Returns whether a dtype is inexact and has at least the bits of float32.
+
+  Args:
+    dtype: the dtype.
+  """
   return jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize >= 4

@@ -156,7 +156,12 @@ def _clipped(x: Array, clip: float) -> Array:
 
 
 def quorum_of(threshold: float, workers: int) -> int:
-  """t, the minimum number of workers of a valid round: ceil(threshold W)."""
+  """Returns t, the minimum number of workers of a valid round: ceil(threshold W).
+
+  Args:
+    threshold: share of the workers, in (0, 1].
+    workers: W.
+  """
   return max(1, math.ceil(threshold * workers - 1e-9))
 
 

@@ -121,7 +121,11 @@ trimmed_mean = TrimmedMean
 
 
 def around_middle(count: int) -> int:
-  """The number of values, out of n, that the median drops at either end."""
+  """Returns the number of values that the median drops at either end.
+
+  Args:
+    count: number of values.
+  """
   return (count - 1) // 2
 
 
@@ -148,7 +152,12 @@ def middle(x: Array, trim: Callable[[int], int], roll: Roll | None) -> Array:
 
 
 def scaled(value: Tree, roll: Roll | None) -> Tree:
-  """A rule's result, multiplied by the workers' mean weight."""
+  """Multiplies a rule's result by the workers' mean weight.
+
+  Args:
+    value: the rule's result.
+    roll: the workers present; None: all, with weights one.
+  """
   return value if roll is None else jax.tree.map(lambda x: roll.scale.astype(x.dtype) * x, value)
 
 

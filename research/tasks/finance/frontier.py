@@ -75,7 +75,13 @@ def load(name: str, data_dir: str = "") -> Market:
 
 
 def check(covariance: np.ndarray) -> np.ndarray:
-  """The eigenvalues of a covariance, ascending.
+  """Checks that a covariance is symmetric and positive semidefinite.
+
+  Args:
+    covariance: [n, n].
+
+  Returns:
+    Its eigenvalues, ascending.
 
   Raises:
     ValueError: it is not symmetric or not positive semidefinite, up to rounding.
@@ -136,6 +142,9 @@ def frontier(
 def of_market(market: Market) -> Task:
   """The task of the portfolios at a market's returns. See `frontier`.
 
+  Args:
+    market: the moments of the assets, and the required returns.
+
   Raises:
     ValueError: the covariance is not positive semidefinite, or a return is not attainable.
   """
@@ -187,7 +196,11 @@ def of_market(market: Market) -> Task:
 
 
 def scenarios(covariance: np.ndarray) -> np.ndarray:
-  """Scenarios x, float64 [S, n], with x'x / S = the covariance, to rounding; randomly rotated."""
+  """Draws scenarios x, float64 [S, n], with x'x / S = the covariance, to rounding.
+
+  Args:
+    covariance: [n, n].
+  """
   values, vectors = np.linalg.eigh(covariance)
   count = SCENARIOS * len(values)
   rotation = np.linalg.qr(np.random.default_rng(0).standard_normal((count, len(values))))[0]

@@ -20,6 +20,9 @@ ROUNDING = 1e-6  # of a correlation that is 1
 def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
   """Reads the means [n] and the covariance [n, n] of a file, both float64.
 
+  Args:
+    path: the file.
+
   Raises:
     ValueError: a line is malformed, missing or repeated, or all deviations are zero.
   """

@@ -33,6 +33,9 @@ class Row(NamedTuple):
 def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
   """Reads the prices of a file, plain, .gz or .bz2, sorted by date.
 
+  Args:
+    path: the file.
+
   Returns:
     The line numbers, int [T], and prices, float64 [T, n], NaN where there is none.
 

@@ -156,7 +156,11 @@ def next_token(module: nn.Module, size: int, train: Text, held_out: Text, *, con
 
 
 def of_model(module: nn.Module) -> dict[str, Any]:
-  """A model's sharding rules and pipeline schedule, as fields of a Task."""
+  """Returns a model's sharding rules and pipeline schedule, as fields of a Task.
+
+  Args:
+    module: the model.
+  """
   return {
     "rules": getattr(module, "rules", ()),
     "schedule": getattr(module, "schedule", None),
@@ -219,7 +223,12 @@ def objective(
 
 
 def evaluated_at_once(size: int, context: int) -> int:
-  """Number of windows whose logits fit on a device."""
+  """Returns the number of windows whose logits fit on a device.
+
+  Args:
+    size: number of tokens of the vocabulary.
+    context: T, tokens per window.
+  """
   return max(1, min(TOKENS // context, LOGITS // (context * size)))
 
 
@@ -264,6 +273,11 @@ def _check(module: nn.Module, size: int, train: Text, held_out: Text, context: i
 
 def check_model(module: nn.Module, size: int, context: int) -> None:
   """Rejects a module that does not return logits.
+
+  Args:
+    module: the model.
+    size: number of tokens of the vocabulary.
+    context: T, tokens per window.
 
   Raises:
     ValueError: with the shape that it returns.

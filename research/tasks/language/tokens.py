@@ -23,7 +23,11 @@ class Tokenizer(NamedTuple):
 
 
 def characters(text: str) -> Tokenizer:
-  """One token per character that occurs in `text`, in the order of their code points."""
+  """Returns a tokenizer with one token per character in `text`, in order of code points.
+
+  Args:
+    text: the text.
+  """
   known = np.unique(_code_points(text))
 
   def encode(text: str) -> np.ndarray:
@@ -88,7 +92,11 @@ def bpe(text: str, vocabulary: int) -> Tokenizer:
 
 
 def smallest(size: int) -> type[np.integer]:
-  """The smallest dtype for the tokens of a vocabulary."""
+  """Returns the smallest dtype for the tokens of a vocabulary.
+
+  Args:
+    size: number of tokens.
+  """
   return np.uint8 if size <= 1 << 8 else np.uint16 if size <= 1 << 16 else np.int32
 
 

@@ -84,7 +84,10 @@ def last(*parts: Ratings) -> tuple[int, int]:
 
 
 def features(data_dir: str = "") -> Features:
-  """Age group of ten years, gender and occupation of users; genres of items.
+  """Loads the features: age group of ten years, gender, occupation of users; genres of items.
+
+  Args:
+    data_dir: folder of the files; "" for the default places.
 
   Raises:
     FileNotFoundError, ValueError: as `load`.

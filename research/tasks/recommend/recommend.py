@@ -196,6 +196,10 @@ def recommended(
 def check(factors: int, l2: float) -> None:
   """Rejects invalid hyper-parameters.
 
+  Args:
+    factors: number of factors.
+    l2: weight of the penalty.
+
   Raises:
     ValueError: factors below 1, or l2 negative.
   """

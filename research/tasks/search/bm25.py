@@ -37,12 +37,19 @@ class Index(NamedTuple):
 
 
 def terms(text: str) -> list[str]:
-  """The words of a text: runs of letters and digits in lower case, without stop words."""
+  """Splits a text into words: runs of letters and digits in lower case, without stop words.
+
+  Args:
+    text: the text.
+  """
   return [word for word in re.findall(r"[a-z0-9]+", text.lower()) if word not in STOP_WORDS]
 
 
 def index(documents: Sequence[Sequence[str]]) -> Index:
   """Indexes documents, each a sequence of terms.
+
+  Args:
+    documents: the terms of each document.
 
   Raises:
     ValueError: there are none, or none of them has a term.
@@ -104,6 +111,10 @@ def scores(of: Index, queries: Sequence[Sequence[str]], k1: float = K1, b: float
 
 def check(k1: float, b: float) -> None:
   """Rejects invalid BM25 parameters.
+
+  Args:
+    k1: saturation of term counts.
+    b: weight of the document length.
 
   Raises:
     ValueError: k1 is negative, or b not in [0, 1].

@@ -46,6 +46,9 @@ def load(data_dir: str = "") -> Collection:
   run from 1, a complete answer, to 4, of minimum interest; 5, written -1, is of no interest. Here
   they become 4 to 1, and 0.
 
+  Args:
+    data_dir: folder of the files; "" for the default places.
+
   Raises:
     FileNotFoundError: a file is not found; the archive must be unpacked by hand.
     ValueError: a file is not the published one.

@@ -61,6 +61,9 @@ def _edge(fields: list[str]) -> tuple[int, int]:
 def of_edges(pairs: np.ndarray | Sequence[Sequence[int]]) -> Graph:
   """Builds the graph of edges [E, 2], between any integers.
 
+  Args:
+    pairs: (source, target), integers [E, 2].
+
   Raises:
     ValueError: there are none.
   """

@@ -106,7 +106,11 @@ def of_graph(graph: Graph, alpha: float) -> Task:
 
 
 def together(graph: Graph) -> dict[str, np.ndarray]:
-  """Groups links by target: sources [E, 8], N as padding, and targets "y" [E]."""
+  """Groups links by target: sources [E, 8], N as padding, and targets "y" [E].
+
+  Args:
+    graph: the graph.
+  """
   degree = np.bincount(graph.target, minlength=graph.nodes)
   rows = -(-degree // TOGETHER)
   y = np.repeat(np.arange(graph.nodes, dtype=np.int32), rows)
@@ -118,5 +122,11 @@ def together(graph: Graph) -> dict[str, np.ndarray]:
 
 
 def top(graph: Graph, rank: np.ndarray, count: int = 5) -> list[int]:
-  """The names of the nodes with the highest ranks, in descending order."""
+  """Returns the names of the nodes with the highest ranks, in descending order.
+
+  Args:
+    graph: the graph.
+    rank: [N].
+    count: number of nodes.
+  """
   return graph.names[np.argsort(-np.asarray(rank), kind="stable")[:count]].tolist()

@@ -223,7 +223,12 @@ def padded(x: np.ndarray, relevance: np.ndarray, counts: np.ndarray) -> Batch:
 
 
 def load(part: str, data_dir: str) -> Batch:
-  """Loads "rank.train" or "rank.test" of LightGBM's example, features not scaled. See `rank`."""
+  """Loads "rank.train" or "rank.test" of LightGBM's example, features not scaled. See `rank`.
+
+  Args:
+    part: "rank.train" or "rank.test".
+    data_dir: folder of the files; "" for the default places.
+  """
   from sklearn.datasets import load_svmlight_file
 
   rows, counts = (
