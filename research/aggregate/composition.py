@@ -19,11 +19,9 @@ MEMORY = {
 }
 BOUNDED = {
   Trait.EXPANSIVE: "a compressor that may miss more than all of a value lets the memory grow "
-  "without bound",
+  "without bound"
 }
-PARTIAL = {
-  Trait.PARTIAL: "a worker that drops out would leave its shift out of the total",
-}
+PARTIAL = {Trait.PARTIAL: "a worker that drops out would leave its shift out of the total"}
 # Rejected by wrappers and methods that bypass the aggregator for some leaves or in some rounds.
 AROUND = {
   Trait.NOISE: "what goes around it is not hidden",

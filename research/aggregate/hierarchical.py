@@ -26,9 +26,7 @@ from research.core.base import (
   Tree,
 )
 
-_NO_MEMORY = {
-  Trait.MEMORY: "a memory belongs around it: that of a chunk has no place to go",
-}
+_NO_MEMORY = {Trait.MEMORY: "a memory belongs around it: that of a chunk has no place to go"}
 
 
 class TwoLevels(Aggregator):

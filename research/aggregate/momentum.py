@@ -25,7 +25,7 @@ from research.core.base import (
 )
 
 _CLEARED = {
-  Trait.DENSE: "momentum is cleared where something was sent, and here that is everywhere",
+  Trait.DENSE: "momentum is cleared where something was sent, and here that is everywhere"
 }
 _OF_GRADIENTS = {
   Trait.NOISE: "it would send one example in many rounds, of which the accountant knows one",

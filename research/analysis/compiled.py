@@ -180,11 +180,7 @@ def _sliced(computation: hlo.Computation, instruction: Any, workers: int) -> boo
 
 
 def _counted(
-  program: _Program,
-  computation: hlo.Computation,
-  instruction: Any,
-  exchange: _Exchange,
-  times: int,
+  program: _Program, computation: hlo.Computation, instruction: Any, exchange: _Exchange, times: int
 ) -> Iterator[Transfer]:
   operation, groups, among = exchange
   if operation == "permute":

@@ -37,10 +37,7 @@ def counters(program: core.ClosedJaxpr, zeros: Sequence[bool]) -> set[int]:
 
 
 def with_counters(
-  read: Callable[[Known], Known],
-  program: core.ClosedJaxpr,
-  counters: set[int],
-  numbers: np.ndarray,
+  read: Callable[[Known], Known], program: core.ClosedJaxpr, counters: set[int], numbers: np.ndarray
 ) -> set[int]:
   """Calls `read` with candidate counters until all of them are verified as counters.
 

@@ -61,12 +61,7 @@ def one_line_errors() -> Iterator[None]:
   from research.training import loop
   from research.training.checkpoint import checkpoint
 
-  codes = {
-    UsageError: 2,
-    checkpoint.CheckpointError: 3,
-    loop.NonFinite: 4,
-    loop.ReplicasDiffer: 1,
-  }
+  codes = {UsageError: 2, checkpoint.CheckpointError: 3, loop.NonFinite: 4, loop.ReplicasDiffer: 1}
   try:
     yield
   except KeyboardInterrupt:

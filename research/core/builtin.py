@@ -96,14 +96,7 @@ TABLE: dict[str, dict[str, str]] = {
   },
   "delays": {
     name: f"research.sim.delays:{name}"
-    for name in (
-      "constant",
-      "uniform",
-      "geometric",
-      "per_worker",
-      "by_coordinate",
-      "last_pull",
-    )
+    for name in ("constant", "uniform", "geometric", "per_worker", "by_coordinate", "last_pull")
   },
   "speeds": {
     name: f"research.sim.clock:{name}"

@@ -45,6 +45,20 @@ def above(name: str, value: float, bound: float = 0) -> None:
     raise ValueError(f"{name}={value} is not above {bound}")
 
 
+def positive_integer(name: str, value: Any) -> None:
+  """Rejects a value that is not an integer of at least 1.
+
+  Args:
+    name: name of the parameter.
+    value: its value.
+
+  Raises:
+    ValueError: `context=0 is not a positive integer`.
+  """
+  if type(value) is not int or value < 1:
+    raise ValueError(f"{name}={value!r} is not a positive integer")
+
+
 def in_range(name: str, value: float, interval: str, *, note: str = "") -> None:
   """Rejects a number outside an interval.
 

@@ -12,16 +12,7 @@ from research.aggregate.presence import kept, presence_of
 from research.analysis import wire
 from research.comm import collectives
 from research.core import checks
-from research.core.base import (
-  EVERYONE,
-  WORKER_AXES,
-  Aggregator,
-  Array,
-  Key,
-  Params,
-  State,
-  Tree,
-)
+from research.core.base import EVERYONE, WORKER_AXES, Aggregator, Array, Key, Params, State, Tree
 from research.methods._steps import LocalStepping
 
 _SLOW, _FAST = WORKER_AXES

@@ -243,9 +243,7 @@ def _first(positions: Rotation) -> Rotation:
 
 def _check(shape: Shape, experts: int, experts_per_token: int, balance: float) -> None:
   for name in ("layers", "width", "heads", "kv_heads", "hidden"):
-    size = getattr(shape, name)
-    if type(size) is not int or size < 1:
-      raise ValueError(f"{name}={size!r} is not a positive integer")
+    checks.positive_integer(name, getattr(shape, name))
   for name in ("tied", "scan"):
     if not isinstance(getattr(shape, name), bool):
       raise ValueError(f"{name}={getattr(shape, name)!r} is neither True nor False")
@@ -271,8 +269,7 @@ def _check(shape: Shape, experts: int, experts_per_token: int, balance: float) -
 def _check_pipeline(shape: Shape, microbatches: int, repeats: int) -> None:
   if type(microbatches) is not int or microbatches < 0:
     raise ValueError(f"microbatches={microbatches!r} is not 0 or a positive integer")
-  if type(repeats) is not int or repeats < 1:
-    raise ValueError(f"repeats={repeats!r} is not a positive integer")
+  checks.positive_integer("repeats", repeats)
   if shape.layers % repeats:
     raise ValueError(f"layers={shape.layers} is not divisible by repeats={repeats}")
   if repeats > 1 and not shape.scan:

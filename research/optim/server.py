@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from research.core import checks
 from research.core.base import Array, Params
 
 
@@ -35,7 +36,7 @@ def adam(learning_rate: float, b1: float, b2: float, tau: float) -> optax.Gradie
   Raises:
     ValueError: if learning_rate or tau is not above 0, or b1 or b2 is outside [0, 1).
   """
-  _check_decay("b2", b2)
+  checks.in_range("b2", b2, "[0, 1)")
   return _adaptive(lambda v, square: b2 * v + (1 - b2) * square, learning_rate, b1, tau)
 
 
@@ -51,7 +52,7 @@ def yogi(learning_rate: float, b1: float, b2: float, tau: float) -> optax.Gradie
   Raises:
     ValueError: if learning_rate or tau is not above 0, or b1 or b2 is outside [0, 1).
   """
-  _check_decay("b2", b2)
+  checks.in_range("b2", b2, "[0, 1)")
   towards = lambda v, square: v - (1 - b2) * square * jnp.sign(v - square)
   return _adaptive(towards, learning_rate, b1, tau)
 
@@ -74,10 +75,9 @@ def _adaptive(
   rule: Callable[[Array, Array], Array], learning_rate: float, b1: float, tau: float
 ) -> optax.GradientTransformation:
   """An optimizer with v_t = rule(v_{t-1}, Delta_t^2)."""
-  for name, value in (("learning_rate", learning_rate), ("tau", tau)):
-    if not value > 0:
-      raise ValueError(f"{name}={value} is not above 0")
-  _check_decay("b1", b1)
+  checks.above("learning_rate", learning_rate)
+  checks.above("tau", tau)
+  checks.in_range("b1", b1, "[0, 1)")
 
   def init(params):
     square = jax.tree.map(lambda x: jnp.full_like(x, tau**2), params)
@@ -91,8 +91,3 @@ def _adaptive(
     return jax.tree.map(move, momentum, square), ServerState(momentum, square)
 
   return optax.GradientTransformation(init, update)
-
-
-def _check_decay(name: str, value: float) -> None:
-  if not 0 <= value < 1:
-    raise ValueError(f"{name}={value} is not in [0, 1)")

@@ -97,12 +97,7 @@ def _check_inside(job: Job, mesh: Mesh, names: tuple[str, ...]) -> None:
     )
   if set(job.axes) != set(names):
     loss = jax.shard_map(
-      job.task.loss,
-      mesh=mesh,
-      in_specs=P(),
-      out_specs=P(),
-      axis_names=set(names),
-      check_vma=False,
+      job.task.loss, mesh=mesh, in_specs=P(), out_specs=P(), axis_names=set(names), check_vma=False
     )
     with blame.of_libraries():
       program = jax.make_jaxpr(loss)(*workers.of_loss(job)).jaxpr

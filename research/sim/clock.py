@@ -174,12 +174,7 @@ class Lockstep:
 
 
 def asynchronous(
-  speeds: Speeds,
-  workers: int,
-  events: int,
-  seed: int,
-  period: int = 1,
-  communication: float = 0.0,
+  speeds: Speeds, workers: int, events: int, seed: int, period: int = 1, communication: float = 0.0
 ) -> Trace:
   """Simulates a server that receives each worker's message on completion and returns the model.
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from research.core import checks
 from research.core.task import Batch
 
 Partition = Callable[[np.ndarray, int, int], list[np.ndarray]]
@@ -63,8 +64,7 @@ def shards(per_worker: int = 2) -> Partition:
   Reference:
     McMahan et al., 2016, arXiv:1602.05629, section 3 ("pathological non-IID").
   """
-  if type(per_worker) is not int or per_worker < 1:
-    raise ValueError(f"per_worker={per_worker!r} is not a positive integer")
+  checks.positive_integer("per_worker", per_worker)
 
   def partition(labels: np.ndarray, workers: int, seed: int) -> list[np.ndarray]:
     _check_workers(labels, workers)

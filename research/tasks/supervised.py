@@ -1,6 +1,5 @@
 """Supervised learning: a task from a model, examples and a loss."""
 
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from research.core import checks
 from research.core.base import Array, Key, Params
 from research.core.task import Batch, Task
 from research.tasks import sampling
@@ -138,7 +138,7 @@ def supervised(
 def _of_labels(loss: str) -> OfExamples:
   """Looks up a loss by its name."""
   if loss not in LOSSES:
-    near = difflib.get_close_matches(str(loss), LOSSES, 1, 0.0)[0]
+    near = checks.nearest(loss, LOSSES, cutoff=0.0)
     raise ValueError(f"loss {loss!r} is none of {', '.join(LOSSES)}; did you mean {near}?")
   return lambda outputs, batch: LOSSES[loss](outputs, batch["y"])
 

@@ -1,6 +1,5 @@
 """`research.train`: trains on objects from a Python program."""
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from research.core import registry
+from research.core import checks, registry
 from research.core.method import Method
 from research.core.spec import parse
 from research.core.task import Task
@@ -153,8 +152,8 @@ def _check(task, method, model, mesh, executor, batch_size, steps, options, out)
     raise UsageError(f"executor='server': is only for the command; legal: {', '.join(EXECUTORS)}")
   for name in options:
     if name not in OPTIONS:
-      near = difflib.get_close_matches(name, OPTIONS, 1)
-      hint = f"did you mean {near[0]}?" if near else f"legal: {', '.join(OPTIONS)}"
+      near = checks.nearest(name, OPTIONS)
+      hint = f"did you mean {near}?" if near else f"legal: {', '.join(OPTIONS)}"
       raise UsageError(f"{name}: unknown option; {hint}")
     _check_type(name, options[name])
   if batch_size != "all" and not _is_count(batch_size):

@@ -1,6 +1,5 @@
 """Resolves a run's configuration into its parts: task, method, partition, job, executors."""
 
-import difflib
 import importlib
 import importlib.util
 import math
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from research.comm import mesh as meshes
-from research.core import registry
+from research.core import checks, registry
 from research.core.method import Method
 from research.core.spec import parse
 from research.core.task import Batch, Executor, Task
@@ -96,9 +95,7 @@ def check(config: Config, given: Given = NOTHING_GIVEN) -> Setting:
   if config.executor == "server":
     raise UsageError("--executor='server': is only for experiments/run.py")
   if config.executor not in EXECUTORS:
-    near = difflib.get_close_matches(config.executor, LEGAL, 1)
-    hint = f"; did you mean '{near[0]}'?" if near else ";"
-    raise UsageError(f"--executor='{config.executor}': unknown{hint} legal: {', '.join(LEGAL)}")
+    raise UsageError(f"--executor='{config.executor}': {checks.unknown(config.executor, LEGAL)}")
   for name in OF_SERVER:
     with flag(name, getattr(config, name)):
       if getattr(config, name) != Config.defaults()[name]:

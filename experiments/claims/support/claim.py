@@ -119,11 +119,7 @@ class Lab:
   """
 
   def __init__(
-    self,
-    settings: Mapping[str, Any],
-    seeds: int,
-    dataset: str,
-    tell: Callable[[str], None],
+    self, settings: Mapping[str, Any], seeds: int, dataset: str, tell: Callable[[str], None]
   ):
     self.settings, self.seeds, self.dataset, self.tell = settings, range(seeds), dataset, tell
     self.runs: list[dict[str, Any]] = []

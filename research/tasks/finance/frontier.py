@@ -97,11 +97,7 @@ def check(covariance: np.ndarray) -> np.ndarray:
 
 
 def frontier(
-  name: str = "port1",
-  points: int = 50,
-  returns: Sequence[float] = (),
-  *,
-  data_dir: str = "",
+  name: str = "port1", points: int = 50, returns: Sequence[float] = (), *, data_dir: str = ""
 ) -> Task:
   """Minimizes the variance w'Cw of weights w >= 0 of sum 1, at each of several required returns.
 

@@ -161,10 +161,7 @@ def of_model(module: nn.Module) -> dict[str, Any]:
   Args:
     module: the model.
   """
-  return {
-    "rules": getattr(module, "rules", ()),
-    "schedule": getattr(module, "schedule", None),
-  }
+  return {"rules": getattr(module, "rules", ()), "schedule": getattr(module, "schedule", None)}
 
 
 class Objective(NamedTuple):
@@ -261,8 +258,7 @@ def _read(path: str) -> str:
 
 
 def _check(module: nn.Module, size: int, train: Text, held_out: Text, context: int) -> None:
-  if type(context) is not int or context < 1:
-    raise ValueError(f"context={context!r} is not a positive integer")
+  checks.positive_integer("context", context)
   if len(train.tokens) < context or not len(held_out.tokens):
     raise ValueError(
       f"context={context} needs as many tokens to train on and one that is held out; the text has "

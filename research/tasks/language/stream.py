@@ -56,8 +56,7 @@ def stream(
   Raises:
     ValueError: the file or an argument does not fit, or a token in it is not below V.
   """
-  if type(context) is not int or context < 1:
-    raise ValueError(f"context={context!r} is not a positive integer")
+  checks.positive_integer("context", context)
   checks.in_range("held_out", held_out, "(0, 1)")
   if evaluated < context:
     raise ValueError(f"evaluated={evaluated} is less than one window of context={context}")
