@@ -8,27 +8,26 @@ from research.core import registry
 from research.core.base import Trait, Wrapper
 
 # Rejected by wrappers that keep the compression error in a memory.
-_KEPT = "what was not sent would be kept twice, and sent twice"
+_KEPT = "the compression error would be stored twice and sent twice"
 MEMORY = {
   Trait.MEMORY: _KEPT,
-  Trait.VOTE: "signs without a scale are no part of the value: the rest of it only grows",
-  Trait.SELECTS: "memories add up only where the value is the mean of what was sent",
-  Trait.LOCAL: "neighbours receive other averages: memories add up in the mean of all alone",
-  Trait.NOISE: "the memory would send the noise back, and one example many times",
-  Trait.FORGED: "the attack belongs around: a faulty worker's memory would only grow",
+  Trait.VOTE: "signs have no scale, so the compression error grows without bound",
+  Trait.SELECTS: "memories cancel only if the value is the mean of the messages",
+  Trait.LOCAL: "neighbours receive different averages; memories cancel only in the mean of all",
+  Trait.NOISE: "the memory would subtract the noise, and send an example again in later rounds",
+  Trait.FORGED: "a faulty worker's memory would grow without bound; put the attack around it",
 }
 BOUNDED = {
-  Trait.EXPANSIVE: "a compressor that may miss more than all of a value lets the memory grow "
-  "without bound"
+  Trait.EXPANSIVE: "a compressor that is not contractive lets the memory grow without bound"
 }
-PARTIAL = {Trait.PARTIAL: "a worker that drops out would leave its shift out of the total"}
+PARTIAL = {Trait.PARTIAL: "the total would lack the shift of a worker that drops out"}
 # Rejected by wrappers and methods that bypass the aggregator for some leaves or in some rounds.
 AROUND = {
-  Trait.NOISE: "what goes around it is not hidden",
-  Trait.SECRET: "what goes around it is not masked",
-  Trait.SELECTS: "what goes around it is not protected from faulty workers",
+  Trait.NOISE: "messages that bypass it are not hidden",
+  Trait.SECRET: "messages that bypass it are not masked",
+  Trait.SELECTS: "messages that bypass it are not protected from faulty workers",
 }
-SHARDED = {Trait.WHOLE: "each sees only a part of a worker's leaves"}
+SHARDED = {Trait.WHOLE: "each device sees only a part of a worker's leaves"}
 
 
 def refused() -> tuple[tuple[tuple[str, ...], Trait, str], ...]:

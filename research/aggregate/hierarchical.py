@@ -26,7 +26,7 @@ from research.core.base import (
   Tree,
 )
 
-_NO_MEMORY = {Trait.MEMORY: "a memory belongs around it: that of a chunk has no place to go"}
+_NO_MEMORY = {Trait.MEMORY: "put the memory around it: the memory of a chunk cannot be stored"}
 
 
 class TwoLevels(Aggregator):

@@ -25,11 +25,11 @@ from research.core.base import (
 )
 
 _CLEARED = {
-  Trait.DENSE: "momentum is cleared where something was sent, and here that is everywhere"
+  Trait.DENSE: "momentum is cleared wherever something was sent, which would be everywhere"
 }
 _OF_GRADIENTS = {
-  Trait.NOISE: "it would send one example in many rounds, of which the accountant knows one",
-  Trait.LOCAL: "what neighbours average are models, of which there is no momentum",
+  Trait.NOISE: "momentum would send an example in many rounds, but the accountant counts one",
+  Trait.LOCAL: "neighbours average models, not gradients",
 }
 
 

@@ -18,7 +18,7 @@ from research.methods._steps import OneGradient, check_rate
 EXACT_TOO = (
   COMMON_MODEL
   | composition.AROUND
-  | {Trait.VOTE: "signs without a scale are no momentum, step or difference"}
+  | {Trait.VOTE: "signs without a scale cannot replace a momentum, step or difference"}
 )
 
 

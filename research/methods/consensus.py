@@ -17,8 +17,8 @@ from research.methods._steps import OneGradient, descended
 from research.methods.decentralized import AMONG_NEIGHBOURS
 
 _SYMMETRIC = AMONG_NEIGHBOURS | {
-  Trait.DIRECTED: "their dual part needs symmetric weights",
-  Trait.VARYING: "their dual part needs the same weights in each round",
+  Trait.DIRECTED: "the dual variables need symmetric weights",
+  Trait.VARYING: "the dual variables need the same weights in each round",
 }
 
 

@@ -67,8 +67,7 @@ class Marina(Method, name="marina"):
   exact: Aggregator = hidden(mean())
 
   refuses = EXACT_TOO | {
-    Trait.MEMORY: "a whole gradient makes good what was not sent before: a memory would send it "
-    "again"
+    Trait.MEMORY: "full gradients already correct earlier errors; a memory would send these again"
   }
 
   def check(self):
