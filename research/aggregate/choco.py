@@ -50,13 +50,11 @@ class Choco(CodedGossip, name="choco"):
   def check(self):
     checks.in_range("gamma", self.gamma, "(0, 1]")
     if not self.compressor.contractive:
-      raise ValueError(
-        "choco needs a compressor that misses less than all of a value (contractive)"
-      )
+      raise ValueError("choco needs a contractive compressor")
     if not self.topology.symmetric or self.topology.varying:
       raise ValueError(
-        f"choco keeps the sum over its neighbours, and '{self.topology.title}' is directed or "
-        "varies; take ring, torus, complete, star, or symmetric weights"
+        f"choco stores a sum over its neighbours, but '{self.topology.title}' is directed or varies; "
+        "take ring, torus, complete, star, or symmetric weights"
       )
 
   def init(self, params):

@@ -142,8 +142,8 @@ class TwoPhase(Aggregator, name="two_phase"):
   def check(self):
     if not self.compressor.contractive:
       raise ValueError(
-        "two_phase keeps what it owes, which grows without bound where a compressor may miss more "
-        "than all of a value (terngrad, qsgd of few levels, unbiased random_k, count_sketch); take "
+        "two_phase stores compression errors, which grow without bound for a compressor that is not "
+        "contractive (terngrad, qsgd of few levels, unbiased random_k, count_sketch); take "
         "gather_mean or sum_mean"
       )
 

@@ -72,8 +72,8 @@ def _refuse_sums(grads: Tree, axis: Axes) -> None:
     summed = are_summed(grads)
   if summed:
     raise ValueError(
-      "shard_map has added up the gradients of replicated parameters over the workers already, so "
-      "that aggregating them would count each W times: pass check_vma=False to shard_map"
+      "shard_map has already summed the gradients of replicated parameters over the workers, and "
+      "the aggregate would count each W times: pass check_vma=False to shard_map"
     )
 
 

@@ -87,8 +87,8 @@ def constrained(job: Job) -> Job:
   method = job.method.onto(job.task.project)
   if method is None:
     raise ValueError(
-      "the task keeps its model in a convex set, which this method does not; take data_parallel, "
-      "local_sgd or consensus_admm, or one of them in averaged"
+      "the task constrains its model to a convex set, which this method does not support; take "
+      "data_parallel, local_sgd or consensus_admm, or one of them in averaged"
     )
   return job._replace(method=method, task=job.task._replace(project=None))
 

@@ -17,7 +17,7 @@ _LEAST, _GREATEST = 1e-30, 1e36  # no worker's noise is zero or infinite in floa
 _AT_ONCE = 2**19  # random numbers drawn at once
 
 
-_ONE_NOISE = {Trait.NOISE: "one accountant cannot tell what two noises hide"}
+_ONE_NOISE = {Trait.NOISE: "the accountant handles a single noise"}
 
 
 class Noisy(Aggregator, name="noisy"):
