@@ -53,8 +53,8 @@ class Choco(CodedGossip, name="choco"):
       raise ValueError("choco needs a contractive compressor")
     if not self.topology.symmetric or self.topology.varying:
       raise ValueError(
-        f"choco stores a sum over its neighbours, but '{self.topology.title}' is directed or varies; "
-        "take ring, torus, complete, star, or symmetric weights"
+        f"choco stores a sum over its neighbours, but '{self.topology.title}' is directed or "
+        "varies; take ring, torus, complete, star, or symmetric weights"
       )
 
   def init(self, params):

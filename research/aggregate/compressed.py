@@ -142,7 +142,7 @@ class TwoPhase(Aggregator, name="two_phase"):
   def check(self):
     if not self.compressor.contractive:
       raise ValueError(
-        "two_phase stores compression errors, which grow without bound for a compressor that is not "
+        "two_phase stores compression errors, which grow without bound if the compressor is not "
         "contractive (terngrad, qsgd of few levels, unbiased random_k, count_sketch); take "
         "gather_mean or sum_mean"
       )

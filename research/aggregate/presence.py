@@ -113,6 +113,6 @@ def need_everyone(name: str, presence: Presence) -> None:
   """
   if presence is not EVERYONE:
     raise ValueError(
-      f"{name} averages neighbours, which must all be present with equal weights; leave out dropout "
-      "and sampling"
+      f"{name} averages neighbours, which must all be present with equal weights: an absent one "
+      "would leave its links empty; leave out dropout and sampling"
     )
