@@ -134,9 +134,9 @@ if __name__ == "__main__":
   FLAGS.set_default("executor", "spmd")
   FLAGS.set_default("compilation_cache", "off")
   flags.DEFINE_string("topology", "v5e:2x4", "Chip and sides of a slice, such as v5p:8x8x8.")
-  flags.DEFINE_integer("slices", 1, "How many such slices: the size of the mesh's 'slice'.", 1)
+  flags.DEFINE_integer("slices", 1, "Number of slices: the size of the mesh's 'slice'.", 1)
   flags.DEFINE_float(
-    "effort", 0.0, "Of the compiler, 0 as for a run; -1 takes a third of the time.", -1, 1
+    "effort", 0.0, "Effort of the compiler: 0 as for a run; -1 takes a third of the time.", -1, 1
   )
   flags.DEFINE_string("sweep", "", "MESH;MESH x METHOD;METHOD: compares them; empty: no.")
   launch(main, __doc__)

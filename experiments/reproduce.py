@@ -63,7 +63,7 @@ def given(texts: list[str]) -> dict[str, Any]:
       try:
         found[name] = literal(value)
       except ValueError as error:
-        raise ValueError(f"{quoted(value)} is no number, text or list: {error}") from error
+        raise ValueError(f"{quoted(value)} is not a number, text or list: {error}") from error
   return found
 
 
@@ -83,7 +83,7 @@ def data_of(name: str, default: str) -> str:
     return default
   with flag("dataset", FLAGS.dataset):
     if not default:
-      raise ValueError(f"the claim {name} makes its own problem")
+      raise ValueError(f"the claim {name} generates its own problem")
     call, own = (parse(spec).name for spec in (FLAGS.dataset, default))
     legal = next((kind for kind in KINDS if own in kind), (own,))
     if call not in legal:
@@ -179,12 +179,12 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
   flags.DEFINE_string("claim", "all", "Names of claims, with commas, or all.")
-  flags.DEFINE_bool("list", False, "Lists the claims, and ends.")
+  flags.DEFINE_bool("list", False, "Lists the claims, and exits.")
   flags.DEFINE_enum("scale", "full", ["full", "quick"], "full: for the record; quick: for CI.")
-  flags.DEFINE_string("dataset", "", "Task spec of other data than the claim's own.")
-  flags.DEFINE_integer("seeds", 0, "So many, from 0 on; 0: as many as the claim takes.", 0)
+  flags.DEFINE_string("dataset", "", "Task spec of the data, instead of the claim's own.")
+  flags.DEFINE_integer("seeds", 0, "Number of seeds, from 0 on; 0: the claim's own number.", 0)
   flags.DEFINE_multi_string("set", [], "NAME=VALUE: one of the claim's own settings.")
-  flags.DEFINE_string("out", "", "Folder; empty: results, or runs/claims if it is no record.")
+  flags.DEFINE_string("out", "", "Folder; empty: results, or runs/claims if changed or quick.")
   define_compilation_cache()
   define_import()
   launch(main, __doc__)

@@ -89,7 +89,7 @@ class Config:
     0.0, "Runs this long on --clock, in place of --steps if positive.", 0.0
   )
   seed: int = option(
-    0, "Of the initial model, the order of examples and the method's randomness.", 0
+    0, "Seeds the initial model, the order of examples and the method's randomness.", 0
   )
   clip_norm: float = option(
     0.0, "Clips each worker's mini-batch gradients to this norm; 0: no.", 0.0
@@ -98,7 +98,7 @@ class Config:
     0.0, "Stops when an evaluation finds the full gradient's norm below it; 0: no.", 0.0
   )
   delta: float = option(
-    1e-05, "Of the (epsilon, delta) of differential privacy that `noisy` spends.", 0.0
+    1e-05, "Delta of the (epsilon, delta) differential privacy that `noisy` spends.", 0.0
   )
   local_phase: str = option(
     "auto",
@@ -106,12 +106,12 @@ class Config:
     "whichever is faster.",
   )
   steps_per_dispatch: int = option(
-    100, "At most this many steps run before the host looks again.", 1
+    100, "Maximum number of steps between two visits of the host.", 1
   )
   log_every: int = option(10, "Steps per row of metrics.jsonl.", 1)
   eval_every: int = option(50, "Steps between evaluations; 0: only at the end.", 0)
   checkpoint_every: int = option(100, "Steps between checkpoints; 0: only at the end.", 0)
-  checkpoint_seconds: float = option(1.0, "Least seconds between two checkpoints.", 0.0)
+  checkpoint_seconds: float = option(1.0, "Minimum seconds between two checkpoints.", 0.0)
   check_every: int = option(
     100, "Steps between comparisons of the devices' copies; 0: only at the end.", 0
   )
@@ -120,15 +120,15 @@ class Config:
     "", "Folder of data files, searched before $RESEARCH_DATA_DIR and the user's cache."
   )
   x64: bool = option(
-    False, "Computes in float64 what is at JAX's default, such as pagerank() and frontier()."
+    False, "Computes in float64 where JAX's default dtype is used, as in pagerank() and frontier()."
   )
-  allow_changes: bool = option(False, "Goes on with a run whose flags were different.")
+  allow_changes: bool = option(False, "Resumes a run that had different flags.")
   diagnostics: bool = option(
     False,
     "Rows have compression error, memory norm, spread of the workers' models, update norm, "
     "gradient norm and, on a clock, staleness.",
   )
-  tensorboard: bool = option(False, "Writes TensorBoard events too (needs tensorboardX).")
+  tensorboard: bool = option(False, "Also writes TensorBoard events (needs tensorboardX).")
   profile: bool = option(False, "Traces the second dispatch into OUT/profile.")
   server_mode: str = option(
     "async",
@@ -136,7 +136,7 @@ class Config:
     "ahead), sync (one push per worker), elastic (whoever is there), hogwild (shared memory, "
     "no server).",
   )
-  workers: int = option(0, "Worker processes of --executor=server; 0: as many as --mesh says.", 0)
+  workers: int = option(0, "Worker processes of --executor=server; 0: the workers of --mesh.", 0)
   shards: int = option(1, "Server processes, each with some of the model's leaves.", 1)
   bound: int = option(
     2, "For --server_mode=ssp: updates between the fastest worker and the slowest.", 0
@@ -145,13 +145,13 @@ class Config:
     1.0, "For --server_mode=elastic: duration of a round's local steps.", 0.0
   )
   overlap: bool = option(
-    True, "A server's workers compute while their last push is on the way (async, ssp)."
+    True, "A server's workers compute while their last push is in flight (async, ssp)."
   )
   slowdown: str = option(
     "", "How many times longer a server's workers take, by number: {0: 4}; for studies."
   )
   restarts: int = option(
-    100, "Processes of --executor=server that may die and are started again.", 0
+    100, "Maximum number of processes of --executor=server that are restarted.", 0
   )
   ray_address: str = option(
     "", "Address of a running Ray cluster; empty: starts one in this process."
