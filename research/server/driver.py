@@ -1,33 +1,40 @@
-"""The driver of a server run: starts processes, polls the head, measures, saves and restarts."""
+"""The driver of a server run: starts processes, polls the head, takes snapshots, restarts."""
 
 import contextlib
 import functools
 import os
 import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from research.server import cluster, events, hogwild, store
+from research.server import cluster, events
 from research.server import setup as setups
 from research.server.actors import HeadProcess, Shard, Sizes, Snapshot, WorkerProcess, inherited
-from research.server.measure import Measured, digest
+from research.server.hogwild import Hogwild
+from research.server.polled import Polled
 from research.server.setup import Setup
-from research.training import fingerprint
+from research.training import fingerprint, loop
 from research.training import folder as folders
 from research.training.config import Config, UsageError
-from research.training.hooks import heartbeat, signals
 from research.training.hooks.finite import NonFinite
+from research.training.hooks.hook import Call, Event, Hook, Rewound
 from research.training.reports import figures, report
 from research.training.reports.timing import Timing
+from research.training.run import BaseRun
 
 _POLL = 0.1  # seconds between two polls of the head
 
 
-def train(config: Config) -> tuple[dict[str, Any], Path]:
+def train(
+  config: Config, hooks: Sequence[Hook | Callable[[BaseRun, Event], str | None]] = ()
+) -> tuple[dict[str, Any], Path]:
   """Starts or resumes the run that the flags describe: `loop.train` for --executor=server.
 
   Args:
     config: the run's flags.
+    hooks: as those of `research.train`.
 
   Returns:
     The summary, and the folder of the run.
@@ -51,97 +58,152 @@ def train(config: Config) -> tuple[dict[str, Any], Path]:
     stack.enter_context(folders.claimed(config, folder))
     folders.describe(config, folder, made_of)
     if config.server_mode == "hogwild":
-      run = stack.enter_context(contextlib.closing(hogwild.HogwildRun(made, folder, timing)))
-      return _written(run.train(), folder)
-    run = stack.enter_context(contextlib.closing(ServedRun(made, folder, timing)))
-    size = sum(x.size * x.dtype.itemsize for x in made.shapes.values())
-    with cluster.running(config, made.workers + config.shards, size) as ray:
-      summary = run.train(ray)
-    return _written(summary, folder)
-
-
-def _written(summary: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Path]:
-  figures.write_result(folder, summary)
+      run: Polled = Hogwild(made, folder, timing)
+    else:
+      size = sum(x.size * x.dtype.itemsize for x in made.shapes.values())
+      ray = stack.enter_context(cluster.running(config, made.workers + config.shards, size))
+      run = Served(made, folder, timing, ray)
+    stack.callback(run.close)
+    own = loop.Hooks(run, stack, run.store, folder=folder)  # Ray has set its handlers of signals
+    run.start(own.log.last)
+    user = [hook if isinstance(hook, Hook) else Call(hook) for hook in hooks]
+    for _ in loop.events(run, (*user, *own.all)):
+      pass
+    summary = run.summary(own.evaluate)
+    figures.write_result(folder, summary)
   return summary, folder
 
 
-class ServedRun:
-  """One run, from its start or its newest checkpoint to its end."""
+class Served(Polled):
+  """One run of servers and workers on Ray."""
 
-  def __init__(self, setup: Setup, folder: Path, timing: Timing):
-    self.setup, self.config, self.folder, self.timing = setup, setup.config, folder, timing
-    self.period = setup.job.method.local_steps
-    names = list(setup.shapes)
-    self.checkpoints = folder / "checkpoints"
-    found = store.restore(self.checkpoints, names, setup.parts, report.note)
-    if found:
-      report.note(f"resuming at step {found.version * self.period}")
-    empty = [[0, 0, 0] for _ in range(setup.workers)]
-    self.saved = found or Snapshot(0, setups.initial(setup), None, empty)
-    counted = self.saved.counted + empty[len(self.saved.counted) :]
-    self.saved = self.saved._replace(counted=counted)
-    self.version, self.saved_at = self.saved.version, timing.elapsed()
-    self.trace = events.Trace(folder, setup.parts, self.version)
-    self.events = list(self.trace.kept)
-    self.measured = Measured(setup, folder, self.version, timing)
+  def __init__(self, setup: Setup, folder: Path, timing: Timing, ray: Any):
+    super().__init__(setup, folder, timing)
+    self._ray = ray
+    self.deaths = Counter(workers=0, servers=0)
+    self.events = []
+    self.trace: events.Trace | None = None
     self.workers: dict[Any, int] = {}  # a worker's `run` future -> its number
     self.handles: dict[int, Any] = {}
     self.servers: list[Any] = []
-    self.deaths = {"workers": 0, "servers": 0}
     self.pids: dict[str, Any] = {"driver": os.getpid()}
     self.gone: list[str] = []  # refusals of workers
 
+  def start(self, last: Mapping[str, Any] | None) -> None:
+    super().start(last)
+    self._options = cluster.accelerators(self._ray, self.setup.workers)
+    self._start_servers()
+    for number in range(self.setup.workers):
+      self._start_worker(number)
+
   def close(self) -> None:
-    self.trace.close()
-    self.measured.close()
+    if self.trace:
+      self.trace.close()
+
+  def advance(self, to: int) -> Event:
+    """Processes the head's report and takes a snapshot if it has come to `to`."""
+    time.sleep(_POLL)
+    try:
+      event = self._follow(to)
+    except self._ray.exceptions.RayActorError as error:
+      event = self._restart_servers(error)
+    if not self.reason:
+      self._look_at_workers()
+    return event
+
+  def _follow(self, to: int) -> Event:
+    head, *shards = self.servers
+    pids = [shard.pid.remote() for shard in shards]
+    self.pids["shards"] = self._ray.get(pids)  # fails if one is dead
+    if self._told:
+      self._ray.get(head.stop.remote(self._told))
+    over = self._take_in(self._ray.get(head.report.remote()))
+    if over.startswith("refused"):
+      raise NonFinite(f"{over}; {self.kept()}") if "finite" in over else UsageError(over)
+    whole = over != "" or self._newest >= to
+    if whole:
+      self.state = self._snapshot()
+    self.reason = over
+    return self._event(whole)
+
+  def _take_in(self, found: dict[str, Any]) -> str:
+    """Adds what a report says; returns why the run is over, or ''."""
+    assert self.trace
+    self.trace.write(found["events"])
+    self.events += found["events"]
+    for note in found["notes"][:5]:
+      report.note(note)
+    self.refused.update(found["refused"])
+    if self.started is None and found["since"]:
+      self.started = self._ago(found["since"])
+    for worker, spent in found["spent"]:
+      self.spent[worker] += (*spent[1:], 1)
+    for version, loss, moved, then in found["losses"]:
+      self._add(version * self.period, loss, moved, then)
+    pids = self.pids | {"head": found["pid"], "workers": found["pids"]}
+    if pids != self.pids:
+      self.pids = pids
+      report.write_json(self.folder / "processes.json", pids)
+    return found["reason"]
+
+  def _snapshot(self) -> Snapshot:
+    """All shards and counts at one version."""
+    found, own, counted, others = self._ray.get(self.servers[0].snapshot.remote())
+    self._take_in(found)
+    parts = [own, *self._ray.get(others)]
+    assert len({version for version, _, _ in parts}) == 1, "a snapshot is of one version"
+    leaves = {name: x for _, params, _ in parts for name, x in params.items()}
+    params = {name: leaves[name] for name in self.setup.shapes}
+    states = {number: state for number, (_, _, state) in enumerate(parts)}
+    return Snapshot(own[0], params, states, counted)
 
   # ---- processes
 
-  def start_servers(self, ray: Any) -> None:
-    """Starts the head and all shards from the newest checkpoint."""
+  def _start_servers(self) -> None:
+    """Starts the head and all shards from `state`, and the trace from its version."""
     setup, config = self.setup, self.config
+    self.trace = events.Trace(self.folder, setup.parts, self.state.version)
+    self.events = list(self.trace.kept)
+    empty = [[0, 0, 0] for _ in range(setup.workers)]
+    counted = self.state.counted + empty[len(self.state.counted) :]
+    place = self.state._replace(counted=counted)
     leaves = [(name, x.shape, str(x.dtype)) for name, x in setup.shapes.items()]
     sizes, given = Sizes(leaves, setup.parts), inherited()
     of = (config.method, config.seed, sizes)
-    remote = lambda kind, name: ray.remote(kind).options(name=name, num_cpus=1)
+    remote = lambda kind, name: self._ray.remote(kind).options(name=name, num_cpus=1)
     shards = [
-      _named(remote(Shard, f"shard-{number}"), *of, number, self.saved, given)
+      _named(remote(Shard, f"shard-{number}"), *of, number, place, given)
       for number in range(1, config.shards)
     ]
     rules = setup.rules(setups.code_of(setup))
-    head = _named(remote(HeadProcess, "head"), rules, *of, self.saved, shards, given)
+    head = _named(remote(HeadProcess, "head"), rules, *of, place, shards, given)
     self.servers = [head, *shards]
 
-  def start_worker(self, ray: Any, number: int) -> None:
-    options = self.given[number]
+  def _start_worker(self, number: int) -> None:
+    options = self._options[number]
     platform = "" if options else "cpu"
-    kind = ray.remote(WorkerProcess).options(num_cpus=1, scheduling_strategy="SPREAD", **options)
+    kind = self._ray.remote(WorkerProcess)
+    kind = kind.options(num_cpus=1, scheduling_strategy="SPREAD", **options)
     handle = kind.remote(self.config, number, platform, inherited())
     self.handles[number] = handle
     self.workers[handle.run.remote()] = number
 
-  def restart_servers(self, ray: Any, error: Exception) -> None:
+  def _restart_servers(self, error: Exception) -> Rewound:
     """Restarts all servers from the newest checkpoint after one died; later updates are lost."""
     self._died("servers", f"a server process has died: {' '.join(str(error).split())[:200]}")
     for server in self.servers:
-      ray.kill(server)
-    report.note(f"the servers start again at step {self.saved.version * self.period}")
-    self.version = self.saved.version
-    self.trace.close()
-    self.trace = events.Trace(self.folder, self.setup.parts, self.version)
-    self.events = list(events.until(self.events, self.version))
-    self.measured.rewind(self.version)
-    self.start_servers(ray)
+      self._ray.kill(server)
+    initial = 0, Snapshot(0, setups.initial(self.setup), None, [])
+    self.step, self.state = self.store.restore(self.state, report.note) or initial
+    report.note(f"the servers start again at step {self.step}")
+    self._updates = []
+    self.close()
+    self._start_servers()
+    return Rewound(self.step)
 
-  def _died(self, kind: str, text: str) -> None:
-    report.note(text)
-    self.deaths[kind] += 1
-    if sum(self.deaths.values()) > self.config.restarts:
-      raise UsageError(f"--restarts={self.config.restarts}: {text}, once more than that")
-
-  def _look_at_workers(self, ray: Any) -> None:
+  def _look_at_workers(self) -> None:
     """Restarts dead workers; refused ones are left out."""
-    runs = list(self.workers)
+    ray, runs = self._ray, list(self.workers)
     done = ray.wait(runs, num_returns=len(runs), timeout=0)[0] if runs else []
     for run in done:
       number = self.workers.pop(run)
@@ -152,7 +214,7 @@ class ServedRun:
         with contextlib.suppress(ray.exceptions.RayActorError):
           ray.get(self.servers[0].leave.remote(number))
         ray.kill(self.handles[number])  # it may only be unreachable
-        self.start_worker(ray, number)
+        self._start_worker(number)
         continue
       except ray.exceptions.RayTaskError as error:
         cause = " ".join(str(error.cause).split())[:200]
@@ -163,97 +225,10 @@ class ServedRun:
         self.gone.append(refused)
         report.note(refused)
       else:  # stopped by servers that have since died
-        self.start_worker(ray, number)
+        self._start_worker(number)
     all_are_needed = self.config.server_mode in ("sync", "ssp")
     if self.gone and (all_are_needed or not self.workers):
       raise UsageError(f"no worker may be missing: {self.gone[-1]}")
-
-  # ---- the run
-
-  def train(self, ray: Any) -> dict[str, Any]:
-    """Runs until the updates are done or a signal stops the run."""
-    self.given = cluster.accelerators(ray, self.setup.workers)
-    self.start_servers(ray)
-    for number in range(self.setup.workers):
-      self.start_worker(ray, number)
-    told = ""
-    with signals.watch() as stopped:
-      while True:
-        try:
-          reason = self._follow(ray, told)
-        except ray.exceptions.RayActorError as error:
-          self.restart_servers(ray, error)
-          continue
-        if reason:
-          break
-        told = told or stopped()
-        self._look_at_workers(ray)
-        time.sleep(_POLL)
-      return self._summary(reason)
-
-  def _follow(self, ray: Any, told: str) -> str:
-    """Processes a report, evaluates and saves if due; returns why the run ended, or ''."""
-    head, *shards = self.servers
-    self.pids["shards"] = ray.get([shard.pid.remote() for shard in shards])  # fails if one is dead
-    if told:
-      ray.get(head.stop.remote(told))
-    found = ray.get(head.report.remote())
-    self._take_in(found)
-    over = found["reason"]
-    if over.startswith("refused"):
-      raise NonFinite(f"{over}; {self._kept()}") if "finite" in over else UsageError(over)
-    due = self._due(self.config.checkpoint_every, self.saved.version)
-    save = over or (due and self.timing.elapsed() - self.saved_at >= self.config.checkpoint_seconds)
-    evaluate = self._due(self.config.eval_every, self.measured.evaluated_at)
-    if not (save or evaluate) or self.version == self.saved.version:
-      return over
-    place = self._snapshot(ray)
-    with self.timing.aside():
-      if evaluate or over == "steps":
-        self.measured.evaluate(place.version, place.params, self._kept())
-      if save:
-        store.save(self.checkpoints, place, self.setup.parts)
-        self.saved, self.saved_at = place, self.timing.elapsed()
-    return over
-
-  def _take_in(self, found: dict[str, Any]) -> None:
-    self.version = found["version"]
-    self.trace.write(found["events"])
-    self.events += found["events"]
-    for note in found["notes"][:5]:
-      report.note(note)
-    self.measured.take_in(found)
-    if found["events"]:
-      heartbeat.beat()
-    pids = self.pids | {"head": found["pid"], "workers": found["pids"]}
-    if pids != self.pids:
-      self.pids = pids
-      report.write_json(self.folder / "processes.json", pids)
-
-  def _snapshot(self, ray: Any) -> Snapshot:
-    """All shards and counts at one version."""
-    found, own, counted, others = ray.get(self.servers[0].snapshot.remote())
-    self._take_in(found)
-    parts = [own, *ray.get(others)]
-    assert len({version for version, _, _ in parts}) == 1, "a snapshot is of one version"
-    leaves = {name: x for _, params, _ in parts for name, x in params.items()}
-    params = {name: leaves[name] for name in self.setup.shapes}
-    states = {number: state for number, (_, _, state) in enumerate(parts)}
-    return Snapshot(own[0], params, states, counted)
-
-  def _due(self, every: int, last: int) -> bool:
-    return every > 0 and self.version * self.period // every > last * self.period // every
-
-  def _kept(self) -> str:
-    step = self.saved.version * self.period
-    return f"checkpoint {step} is kept" if step else "no checkpoint was saved yet"
-
-  def _summary(self, reason: str) -> dict[str, Any]:
-    if not self.measured.found or self.measured.evaluated_at != self.saved.version:
-      self.measured.evaluate(self.saved.version, self.saved.params, self._kept())
-    return self.measured.summary(reason, self.saved.version, self.events, self.deaths) | {
-      "params_sha256": digest(self.saved.params)
-    }
 
 
 def _named(kind: Any, *args: Any) -> Any:

@@ -4,8 +4,9 @@ A replay is sequential and loses nothing: it computes each event's pushes with t
 `work.py` that the workers ran, and applies them with those of the shards.
 """
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,36 @@ from research.server.events import Event, Push
 from research.server.head import round_shares
 from research.server.part import ShardState
 from research.server.setup import Setup
+from research.training import loop
 from research.training.config import Config, UsageError, flag
+from research.training.hooks.hook import Rounds
+from research.training.hooks.log import Log
+from research.training.plan import Plan
 from research.training.reports import report
+from research.training.run import BaseRun
 
 TOLERANCE = 1e-5  # max |difference| / max |parameter|
 
 
-class Replayed:
-  """The servers and workers of a run, executed sequentially in one process."""
+class Replayed(BaseRun):
+  """The servers and workers of a run, executed sequentially in one process.
 
-  def __init__(self, setup: Setup, params: Mapping[str, np.ndarray]):
+  A dispatch is a row's updates; their losses are computed anew.
+  """
+
+  def __init__(self, setup: Setup, params: Mapping[str, np.ndarray], happened: Iterable[Event]):
+    """Starts from a run's initial parameters.
+
+    Args:
+      setup: of the run.
+      params: leaves by name.
+      happened: the run's events in order.
+    """
     self.setup, apart, keys = setup, setup.apart, setup.keys
+    self.happened, self.place = list(happened), 0
+    self.period = setup.job.method.local_steps
+    updates = sum(event.counted for event in self.happened)
+    super().__init__(setup.config, Plan((setup.job,)), updates * self.period)
     self.worker = work.worker(setup.job, apart, keys)
     payloads = work.payload_shapes(apart.link, setup.shapes)
     self.parts = [
@@ -45,25 +65,42 @@ class Replayed:
     self.treedef = jax.tree.structure(jax.eval_shape(setup.job.task.init, jax.random.key(0)))
     self.past = [{0: part.params} for part in self.parts]  # models by version, of each shard
     self.held: dict[int, tuple[int, work.WorkerState]] = {}  # incarnation and kept state, by worker
+    self._last_uses = _last_uses(self.happened)
 
-  def play(self, happened: Iterable[Event]) -> None:
-    """Replays events in order; models that no later push starts from are freed."""
-    happened = list(happened)
-    last = _last_uses(happened)
-    for place, event in enumerate(happened):
-      pushes = [(push, self.computed(push)) for push in event.pushes]
-      if event.counted:
-        weights = self.weights(event.pushes)
-        for shard, part in enumerate(self.parts):
-          self.apply(shard, part, pushes, weights)
-      for shard, models in enumerate(self.past):
-        now = self.parts[shard].version
-        unused = [v for v in models if v != now and last.get((shard, v), -1) <= place]
-        for version in unused:
-          del models[version]
+  def end(self, every: Sequence[int]) -> int:
+    return super().end((self.config.log_every, *every))
 
-  def computed(self, push: Push) -> list[Any]:
-    """Computes the payloads of a push."""
+  def advance(self, to: int) -> Rounds:
+    """Plays the events up to the update at step `to`."""
+    first, losses = self.step, []
+    while self.step < to:
+      losses += self._play(self.happened[self.place])
+      self.place += 1
+    self.metrics = {"loss": np.repeat(losses, self.period), "finite": True}
+    return Rounds(first, self.step, self.metrics)
+
+  def _play(self, event: Event) -> list[float]:
+    """Plays an event; returns the loss of its update, if it is one.
+
+    Models that no later push starts from are freed.
+    """
+    found = [self.computed(push) for push in event.pushes]
+    losses = []
+    if event.counted:
+      weights = round_shares(self.setup.rules(""), event.pushes)
+      pushes = [(push, payloads) for push, (payloads, _) in zip(event.pushes, found, strict=True)]
+      for shard, part in enumerate(self.parts):
+        self.apply(shard, part, pushes, weights)
+      losses.append(float(np.dot(weights, [loss for _, loss in found])))
+      self.step += self.period
+    for shard, models in enumerate(self.past):
+      now, last = self.parts[shard].version, self._last_uses
+      for version in [v for v in models if v != now and last.get((shard, v), -1) <= self.place]:
+        del models[version]
+    return losses
+
+  def computed(self, push: Push) -> tuple[list[Any], float]:
+    """Computes the payloads and the loss of a push."""
     params = self.model(push.versions)
     incarnation, held = self.held.get(push.worker, (-1, None))
     if incarnation != push.incarnation or held is None:
@@ -76,11 +113,12 @@ class Replayed:
       for step in range(push.steps):
         at_step = np.int32(push.first + step)
         local, total = self.worker.step(local, total, params, held, *data, at_step)
+      loss = total / push.steps
     else:
-      local, _ = self.worker.steps(params, held, *data, np.int32(push.first))
+      local, loss = self.worker.steps(params, held, *data, np.int32(push.first))
     payloads, held = self.worker.end(local, params, held, own, at)
     self.held[push.worker] = (push.incarnation, held)
-    return jax.tree.map(np.asarray, payloads)
+    return jax.tree.map(np.asarray, payloads), float(loss)
 
   def model(self, versions: tuple[int, ...]) -> Params:
     """The model that a worker had pulled, from each shard's version."""
@@ -90,9 +128,6 @@ class Replayed:
       for leaf in part:
         leaves[leaf] = self.past[shard][version][names[leaf]]
     return self.treedef.unflatten(leaves)
-
-  def weights(self, pushes: tuple[Push, ...]) -> np.ndarray:
-    return round_shares(self.setup.rules(""), pushes)
 
   def apply(
     self, shard: int, part: ShardState, pushes: list[tuple[Push, list[Any]]], weights: np.ndarray
@@ -106,6 +141,7 @@ class Replayed:
     self.past[shard][part.version] = part.params
 
   def params(self) -> dict[str, np.ndarray]:
+    """The model's leaves by name."""
     found = {name: np.asarray(x) for part in self.parts for name, x in part.params.items()}
     return {name: found[name] for name in self.setup.shapes}
 
@@ -154,7 +190,8 @@ def replay(folder: Path, out: Path | None = None) -> dict[str, Any]:
     with blame.of_libraries():
       head, happened = events.read(folder / events.FILE)
     names = list(setup.shapes)
-    place = store.restore(folder / "checkpoints", names, setup.parts, report.note)
+    checkpoints = store.Store(folder / "checkpoints", names, setup.parts)
+    _, place = checkpoints.restore(None, report.note) or (0, None)
     if head.get("from"):
       raise ValueError(f"has a trace from update {head['from']} on: there were other shards")
     if place is None or head["shards"] != setup.parts:
@@ -162,9 +199,11 @@ def replay(folder: Path, out: Path | None = None) -> dict[str, Any]:
   counted = sum(event.counted for event in happened)
   if counted < place.version:
     raise UsageError(f"--replay='{folder}': the trace has {counted} of {place.version} updates")
-  again = Replayed(setup, setups.initial(setup))
   part = list(events.until(happened, place.version))
-  again.play(part)
+  again = Replayed(setup, setups.initial(setup), part)
+  with contextlib.closing(Log(again, "train")) as log:
+    for _ in loop.events(again, [log]):
+      pass
   found = {
     "updates": place.version,
     "pushes": sum(len(event.pushes) for event in part),

@@ -17,90 +17,117 @@ from research.training.reports import report
 _STATE, _ABOUT = "state.npz", "server.json"
 
 
-def save(folder: Path, place: Snapshot, parts: Sequence[Sequence[int]]) -> None:
-  """Writes checkpoints/VERSION atomically, and keeps the last few.
+class Store:
+  """The checkpoints of a server's run, in folders named by version.
 
-  Args:
-    folder: of the checkpoints.
-    place: the state to save.
-    parts: leaves by shard.
-
-  Raises:
-    SaveError: if it cannot be written; earlier checkpoints stay.
+  It is the `Store` of the hook `Save`, whose steps are `period` for each update.
   """
-  goal, scratch = folder / str(place.version), folder / f".{place.version}"
-  states = place.states or {}
-  arrays: dict[str, Any] = {f"params {i}": _plain(x) for i, x in enumerate(place.params.values())}
-  arrays |= {f"state {n} {i}": _plain(x) for n in states for i, x in enumerate(states[n])}
-  dtypes = {f"params {i}": str(x.dtype) for i, x in enumerate(place.params.values())}
-  about = {"version": place.version, "names": list(place.params), "counted": place.counted}
-  about |= {"parts": [list(part) for part in parts], "dtypes": dtypes}
-  about |= {"states": {n: len(states[n]) for n in states}}
-  try:
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    np.savez(scratch / _STATE, **arrays)
-    report.write_json(scratch / _ABOUT, about)
-    shutil.rmtree(goal, ignore_errors=True)
-    scratch.rename(goal)
-    integrity.list_files(folder)
-  except OSError as error:
-    shutil.rmtree(scratch, ignore_errors=True)
-    reason = error.strerror or str(error)
-    raise SaveError(f"no checkpoint can be saved in {folder}: {reason}") from error
-  for version in versions(folder)[:-KEEP]:
-    shutil.rmtree(folder / str(version))
 
+  def __init__(
+    self, folder: Path, names: Sequence[str], parts: Sequence[Sequence[int]], period: int = 1
+  ):
+    """Of a model and its shards.
 
-def versions(folder: Path) -> list[int]:
-  """Versions of the existing checkpoints, ascending."""
-  found = folder.glob("[0-9]*") if folder.is_dir() else ()
-  return sorted(int(path.name) for path in found if path.name.isdecimal())
+    Args:
+      folder: of the checkpoints.
+      names: of the model's leaves.
+      parts: leaves by shard.
+      period: local steps per update.
+    """
+    self._folder, self._names, self._period = folder, list(names), period
+    self._parts = [list(part) for part in parts]
+    self.saved_at = 0.0
 
+  def save(self, step: int, place: Snapshot, now: float) -> None:
+    """Writes checkpoints/VERSION atomically, and keeps the last few.
 
-def restore(
-  folder: Path, names: Sequence[str], parts: Sequence[Sequence[int]], warn: Callable[[str], None]
-) -> Snapshot | None:
-  """Restores the newest intact checkpoint; damaged ones are renamed and skipped.
-
-  If it was saved with other shards, the optimizer starts with a new state.
-
-  Args:
-    folder: of the checkpoints.
-    names: of the model's leaves.
-    parts: leaves by shard.
-    warn: takes a warning's text.
-
-  Returns:
-    The checkpoint, or None if there is none.
-
-  Raises:
-    CheckpointError: if it is of another model, or there are checkpoints and none is intact.
-  """
-  found = versions(folder)
-  for version in reversed(found):
-    path = folder / str(version)
+    Raises:
+      SaveError: if it cannot be written; earlier checkpoints stay.
+    """
+    assert step == place.version * self._period, "a snapshot is of the run's step"
+    self.saved_at = now
+    folder = self._folder
+    goal, scratch = folder / str(place.version), folder / f".{place.version}"
+    states = place.states or {}
+    arrays: dict[str, Any] = {f"params {i}": _plain(x) for i, x in enumerate(place.params.values())}
+    arrays |= {f"state {n} {i}": _plain(x) for n in states for i, x in enumerate(states[n])}
+    dtypes = {f"params {i}": str(x.dtype) for i, x in enumerate(place.params.values())}
+    about = {"version": place.version, "names": list(place.params), "counted": place.counted}
+    about |= {"parts": self._parts, "dtypes": dtypes}
+    about |= {"states": {n: len(states[n]) for n in states}}
     try:
-      if not integrity.is_whole(path):
-        raise ValueError("files are missing or not as they were written")
-      about = json.loads((path / _ABOUT).read_text())
-      place = _read(path, about)
-      if place.version != version:
-        raise ValueError(f"it is version {place.version}, renamed")
-    except (OSError, ValueError, KeyError) as error:
-      warn(f"checkpoint {version} is damaged and set aside as {version}.damaged: {error}")
-      shutil.rmtree(folder / f"{version}.damaged", ignore_errors=True)
-      path.rename(folder / f"{version}.damaged")
-      continue
-    if list(place.params) != list(names):
-      raise CheckpointError(f"checkpoint {version} in {folder} is of another model")
-    if about["parts"] != [list(part) for part in parts]:
-      warn(f"checkpoint {version} was saved with other shards: the server's optimizer begins anew")
-      place = place._replace(states=None)
-    return place
-  if found or (folder.is_dir() and list(folder.glob("*.damaged"))):
-    raise CheckpointError(f"none of the checkpoints in {folder} is whole")
-  return None
+      shutil.rmtree(scratch, ignore_errors=True)
+      scratch.mkdir(parents=True)
+      np.savez(scratch / _STATE, **arrays)
+      report.write_json(scratch / _ABOUT, about)
+      shutil.rmtree(goal, ignore_errors=True)
+      scratch.rename(goal)
+      integrity.list_files(folder)
+    except OSError as error:
+      shutil.rmtree(scratch, ignore_errors=True)
+      reason = error.strerror or str(error)
+      raise SaveError(f"no checkpoint can be saved in {folder}: {reason}") from error
+    for version in self._versions()[:-KEEP]:
+      shutil.rmtree(folder / str(version))
+
+  def latest(self) -> int | None:
+    """The newest step saved, or None."""
+    found = self._versions()
+    return found[-1] * self._period if found else None
+
+  def restore(self, like: Any, warn: Callable[[str], None]) -> tuple[int, Snapshot] | None:
+    """Restores the newest intact checkpoint; damaged ones are renamed and skipped.
+
+    If it was saved with other shards, the optimizer starts with a new state.
+
+    Args:
+      like: not needed.
+      warn: takes a warning's text.
+
+    Returns:
+      Its step and the checkpoint, or None if there is none.
+
+    Raises:
+      CheckpointError: if it is of another model, or there are checkpoints and none is intact.
+    """
+    del like
+    folder, found = self._folder, self._versions()
+    for version in reversed(found):
+      path = folder / str(version)
+      try:
+        if not integrity.is_whole(path):
+          raise ValueError("files are missing or not as they were written")
+        about = json.loads((path / _ABOUT).read_text())
+        place = _read(path, about)
+        if place.version != version:
+          raise ValueError(f"it is version {place.version}, renamed")
+      except (OSError, ValueError, KeyError) as error:
+        warn(f"checkpoint {version} is damaged and set aside as {version}.damaged: {error}")
+        shutil.rmtree(folder / f"{version}.damaged", ignore_errors=True)
+        path.rename(folder / f"{version}.damaged")
+        continue
+      if list(place.params) != self._names:
+        raise CheckpointError(f"checkpoint {version} in {folder} is of another model")
+      if about["parts"] != self._parts:
+        warn(
+          f"checkpoint {version} was saved with other shards: the server's optimizer begins anew"
+        )
+        place = place._replace(states=None)
+      return version * self._period, place
+    if found or (folder.is_dir() and list(folder.glob("*.damaged"))):
+      raise CheckpointError(f"none of the checkpoints in {folder} is whole")
+    return None
+
+  def wait(self) -> None:
+    """Nothing is written in the background."""
+
+  def close(self) -> None:
+    """Nothing is left to do."""
+
+  def _versions(self) -> list[int]:
+    """Versions of the existing checkpoints, ascending."""
+    found = self._folder.glob("[0-9]*") if self._folder.is_dir() else ()
+    return sorted(int(path.name) for path in found if path.name.isdecimal())
 
 
 def _read(path: Path, about: Mapping[str, Any]) -> Snapshot:

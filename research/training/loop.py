@@ -2,34 +2,40 @@
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from research.core.base import Array, Params
-from research.core.task import TrainState
+from research.core.base import Params
+from research.core.task import Data, TrainState
+from research.parallel import diagnostics, resize
 from research.training import fingerprint
 from research.training import folder as folders
 from research.training.assemble import NOTHING_GIVEN, Given, Problem, assemble, check
+from research.training.checkpoint.checkpoint import Checkpoints
 from research.training.config import Config, UsageError
 from research.training.feed import Training
 from research.training.hooks.evaluate import Evaluate, Tolerance
 from research.training.hooks.finite import NonFinite
 from research.training.hooks.hook import End, Event, Hook, Pause, Rounds, Stop
-from research.training.hooks.log import Log
+from research.training.hooks.log import Columns, Log
 from research.training.hooks.network import Network
 from research.training.hooks.profile import Profile
 from research.training.hooks.replicas import Replicas, ReplicasDiffer
-from research.training.hooks.save import Save
+from research.training.hooks.save import Save, Store
 from research.training.hooks.signals import Signals
 from research.training.reports import figures
 from research.training.reports.summary import Costs, params_sha256, summarized
 from research.training.reports.timing import Timing
 from research.training.result import Result
+from research.training.run import BaseRun
 from research.training.together import same_everywhere, together
+from research.training.virtual import Served
 
 __all__ = ["NonFinite", "ReplicasDiffer", "Run", "events", "params_sha256", "train", "trained"]
 
@@ -83,12 +89,23 @@ def trained(config: Config, given: Given, hooks: Sequence[Hook], *, writes: bool
         if main and folder:
           stack.enter_context(folders.claimed(config, folder))
       run = Run(config, problem, timing)
-      own = Hooks(run, folder, main, stack)
+      costs, network = Costs(run), Network(main)
+      own = Hooks(
+        run,
+        stack,
+        run.store(folder) if folder else None,
+        columns=costs.row,
+        of_dispatches=network.row,
+        folder=folder if main else None,
+        shown=main,
+        first=[network, *([Profile(folder)] if folder and config.profile else [])],
+        judges=[Replicas(run)],
+      )
       if main and folder:
         folders.describe(config, folder, made_of)
       for _ in events(run, (*hooks, *own.all)):
         pass
-      summary, params = own.summary(run), run.params()
+      summary, params = summarized(run, own.evaluate, costs, network), run.params()
       if main and folder:
         figures.write_result(folder, summary)
   return Result(summary, folder, own.log.rows, lambda: params)
@@ -109,7 +126,7 @@ def _restored(config: Config, problem: Problem, folder: Path) -> Params:
   """The deployed model of a complete run, from its newest checkpoint."""
   with jax.enable_x64(config.x64 or bool(jax.config.read("jax_enable_x64"))):
     run = Run(config, problem)
-    with contextlib.closing(Save(run, folder)) as save:
+    with contextlib.closing(Save(run, run.store(folder))) as save:
       save.restore(run)
     return run.params()
 
@@ -117,131 +134,139 @@ def _restored(config: Config, problem: Problem, folder: Path) -> Params:
 class Hooks:
   """The hooks of a whole run, in the order in which they are told events."""
 
-  def __init__(self, run: "Run", folder: Path | None, main: bool, stack: contextlib.ExitStack):
+  def __init__(
+    self,
+    run: BaseRun,
+    stack: contextlib.ExitStack,
+    store: Store | None,
+    *,
+    columns: Columns = lambda step: {},
+    of_dispatches: Columns = lambda step: {},
+    folder: Path | None = None,
+    shown: bool = True,
+    first: Sequence[Hook] = (),
+    judges: Sequence[Hook] = (),
+  ):
     """Evaluates the initial model, and puts the run at its newest checkpoint.
 
     Args:
       run: at step 0.
-      folder: of the run; None writes nothing.
-      main: whether this process writes and shows.
       stack: closes the hooks, each of them whatever the others raise.
+      store: of the run's checkpoints; None saves nothing.
+      columns: further columns of every row, by its step.
+      of_dispatches: columns of the last row of a dispatch.
+      folder: of metrics.jsonl; None keeps the rows in memory.
+      shown: whether this process shows progress.
+      first: further hooks, told before all others.
+      judges: further hooks, told when the rows before a dispatch are written.
     """
     closing = lambda hook: (stack.callback(hook.close), hook)[1]
     self.evaluate = Evaluate(run)
-    save = closing(Save(run, folder)) if folder else None
-    if save:
+    saves = [closing(Save(run, store))] if store else []
+    for save in saves:
       run.kept = save.kept
       save.restore(run)
-    replicas = Replicas(run)
-    self.costs = Costs(run)
-    self.network = Network(main)
-    self.log = closing(
-      Log(
-        run,
-        self.evaluate.evaluated_on,
-        self.costs.row,
-        self.network.row,
-        folder=folder if main else None,
-        shown=main,
-      )
-    )
-    profile = [Profile(folder)] if folder and run.config.profile else []
-    saves = [save] if save else []
+    evaluated_on = self.evaluate.evaluated_on
+    self.log = closing(Log(run, evaluated_on, columns, of_dispatches, folder=folder, shown=shown))
     # Rows of a dispatch are written before it is judged; it is saved before a signal is asked for.
-    self.all: list[Hook] = [self.network, *profile, self.log, replicas, self.evaluate, Tolerance()]
+    self.all: list[Hook] = [*first, self.log, *judges, self.evaluate, Tolerance()]
     self.all += [*saves, closing(Signals())]
 
-  def summary(self, run: "Run") -> dict[str, Any]:
-    """The contents of summary.json."""
-    return summarized(run, self.evaluate, self.costs, self.network)
 
-
-class Run:
-  """A run in this process: its parts, its state, and where it is.
+class Run(BaseRun):
+  """A run of compiled programs in this process.
 
   Attributes:
-    step: local steps that have been started.
-    reason: why it stops; "" while it goes on.
-    metrics: of the newest dispatch, on the devices.
+    problem: its parts.
     data: what each dispatch trains on.
-    kept: says which checkpoint is left, for messages.
+    state: a TrainState.
+    metrics: of the newest dispatch, on the devices.
   """
 
   def __init__(self, config: Config, problem: Problem, timing: Timing | None = None):
-    self.config, self.problem, self.timing = config, problem, timing or Timing()
+    super().__init__(config, problem.plan, problem.steps, timing)
+    self.problem = problem
     init_key, self.data_key = jax.random.split(jax.random.key(config.seed))
     self.state: TrainState = problem.executor.init(init_key)
     placed = problem.executor.place(problem.examples, problem.sizes, self.data_key)
     self.data = Training(config, problem.job, placed)
-    self.step, self.reason = 0, ""
-    self.metrics: Mapping[str, Array] = {}
-    self.kept: Callable[[], str] = lambda: "no checkpoint was saved yet"
     without = jax.config.values["jax_disable_jit"]  # whose steps all begin on the host
     self._transfers = "allow" if without else "disallow"
 
-  def advance(self, to: int) -> None:
+  def advance(self, to: int) -> Rounds:
     """Starts the rounds up to a step, and does not wait for them."""
-    plan = self.problem.plan
-    rounds = round(plan.rounds(to) - plan.rounds(self.step))
-    executor = self.problem.executors[plan.stage(self.step)]
-    data = self.data.of(self.step, to)
+    first, plan = self.step, self.plan
+    rounds = round(plan.rounds(to) - plan.rounds(first))
+    executor = self.problem.executors[plan.stage(first)]
+    data = self.data.of(first, to)
     with jax.transfer_guard(self._transfers):
       self.state, self.metrics = executor.run(self.state, data, rounds=rounds)
     self.step = to
+    return Rounds(first, to, self.metrics)
 
-  def stop(self, reason: str) -> None:
-    """No more rounds are started; the run is evaluated and saved."""
-    self.reason = reason
-
-  def params(self) -> Params:
-    """The model one would deploy now."""
-    return self.problem.executor.params(self.state)
+  def prepare(self, to: int) -> None:
+    self.data.ahead(self.step, to)
 
   def end(self, every: Sequence[int]) -> int:
-    """Where the next dispatch ends: at a multiple of one of `every`, or of the plan's stages.
+    return super().end((self.config.steps_per_dispatch, *every))
 
-    It is a whole number of rounds from zero, and a function of absolute steps, so that a resumed
-    run is cut where an unbroken one is.
-    """
-    plan, steps = self.problem.plan, self.problem.steps
-    stops = [(self.step // n + 1) * n for n in every if n > 0]
-    return min(plan.end(min([steps, plan.next_stage(self.step) or steps, *stops])), steps)
+  def params(self) -> Params:
+    return self.problem.executor.params(self.state)
 
-  def due(self, rounds: Rounds, every: int) -> bool:
-    """Whether a dispatch comes to a multiple of `every`."""
-    return every > 0 and rounds.last // every > rounds.first // every
+  def examples(self) -> tuple[Data, Data | None]:
+    test = self.problem.test
+    place = self.problem.executor.place
+    return self.data.placed, place(*test, self.data_key) if test else None
 
-  @contextlib.contextmanager
-  def aside(self) -> Iterator[None]:
-    """Work that is no training step: it starts when the dispatch under way is done."""
-    jax.block_until_ready(self.metrics)
-    with self.timing.aside():
-      yield
+  def rows(self, first: int, last: int, metrics: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    found = super().rows(first, last, metrics)
+    if norms := metrics.get("norms"):
+      return {step: {"diagnostics": self._diagnostics(norms, first, step)} for step in found}
+    return found
+
+  def _diagnostics(
+    self, norms: Mapping[str, np.ndarray], first: int, step: int
+  ) -> dict[str, float]:
+    """Those of the round that a step ends or lies in, of a dispatch from step `first` on."""
+    number = math.ceil(self.plan.rounds(step)) - 1
+    place = number - round(self.plan.rounds(first))
+    means = {name: float(norms[name][place]) for name in diagnostics.NAMES}
+    steps = len(norms[diagnostics.GRADIENT]) // len(norms["update"])
+    last_step = (place + 1) * steps - 1  # of the round
+    found = diagnostics.columns(means, float(norms[diagnostics.GRADIENT][last_step]))
+    if isinstance(self.problem.virtual, Served):
+      found["staleness"] = float(self.problem.virtual.staleness[number])
+    return found
+
+  def store(self, folder: Path) -> Checkpoints:
+    """The checkpoints in the run's folder."""
+    placed = resize.placed(self.job, self.problem.executor.layout.state, self.state)
+    return Checkpoints(folder.resolve() / "checkpoints", self.state, placed)
 
 
-def events(run: Run, hooks: Sequence[Hook] = ()) -> Iterator[Event]:
+def events(run: BaseRun, hooks: Sequence[Hook] = ()) -> Iterator[Event]:
   """The rounds of a run from where it is, until its steps are done or it is stopped.
 
   Every event is given to the caller and then to each hook, and so are the events of hooks. The
   state is the run's as of the newest `Rounds`; whoever reads it waits for the devices.
   """
-  every = (run.config.steps_per_dispatch, *(hook.every for hook in hooks))
-  while run.step < run.problem.steps and not run.reason:
+  every = [hook.every for hook in hooks]
+  while run.step < run.steps and not run.reason:
     first, last = run.step, run.end(every)
     with contextlib.ExitStack() as around:
       for hook in hooks:
         around.enter_context(hook.around(run, first, last))
-      run.advance(last)
-    if last < run.problem.steps:
-      run.data.ahead(last, run.end(every))
-    yield from _told(run, hooks, Rounds(first, last, run.metrics))
+      event = run.advance(last)
+    if run.step < run.steps:
+      run.prepare(run.end(every))
+    yield from _told(run, hooks, event)
   run.reason = run.reason or "steps"
   yield from _told(run, hooks, Stop(run.step, run.reason))
   yield from _told(run, hooks, End(run.step, run.reason))
   yield from _told(run, hooks, Pause(run.step))
 
 
-def _told(run: Run, hooks: Sequence[Hook], event: Event) -> Iterator[Event]:
+def _told(run: BaseRun, hooks: Sequence[Hook], event: Event) -> Iterator[Event]:
   yield event
   for hook in hooks:
     for further in hook.on(run, event):

@@ -25,8 +25,9 @@ from research.server.halves import halves
 from research.server.head import DENIED, Head
 from research.server.messages import Spent
 from research.server.part import ShardState
-from research.training import folder
+from research.training import folder, loop
 from research.training.config import Config, UsageError
+from research.training.hooks.hook import Rounds, Stop
 
 TOP = "error_feedback(gather_mean(top_k(0.3)))"
 # name -> method, mode, shards
@@ -164,8 +165,9 @@ def test_a_trace_gives_the_same_parameters_again(name, tmp_path):
   assert read == happened
   assert sum(event.counted for event in read) == of.updates
   assert len({push.incarnation for event in read for push in event.pushes}) > 1
-  again = replay.Replayed(of, setup.initial(of))
-  again.play(read)
+  again = replay.Replayed(of, setup.initial(of), read)
+  played = [event for event in loop.events(again) if isinstance(event, Rounds)]
+  assert played[-1].last == again.step == of.updates * of.job.method.local_steps
   assert replay.distance(again.params(), server.params()) <= 1e-6
   assert replay.distance(server.params(), setup.initial(of)) > 0.05
 
@@ -175,13 +177,14 @@ def test_the_replay_is_the_simulated_method():
   task, method = regression(80), asgd(optax.sgd(0.1, momentum=0.5), mean())
   run = Running(method, "simulate", {"data": 1}, SIZES, None, task=task, order=ORDER)
   of = made("asgd(sgd(0.1, momentum=0.5), mean())", batch_size=None)
-  again = replay.Replayed(of, {f"['{name}']": x for name, x in run.params().items()})
+  initial = {f"['{name}']": x for name, x in run.params().items()}
   counted, pulled, happened = [0] * 4, [0] * 4, []
   for update, worker in enumerate(ORDER.tolist()):
     push = Push(worker, 1, counted[worker], counted[worker], 1, (pulled[worker],))
     happened.append(Event(update, (push,)))
     counted[worker], pulled[worker] = counted[worker] + 1, update + 1
-  again.play(happened)
+  again = replay.Replayed(of, initial, happened)
+  assert [event.reason for event in loop.events(again) if isinstance(event, Stop)] == ["steps"]
   want = run.rounds(len(ORDER)).params()
   got = {name: again.params()[f"['{name}']"] for name in want}
   assert distance(got, want) <= 1e-5
@@ -372,11 +375,14 @@ def test_checkpoints_are_whole_or_set_aside(tmp_path):
   server, _ = ran(of)
   states = {n: part.snapshot()[2] for n, part in enumerate(server.parts)}
   counted, params, notes = server.head.counted, server.params(), []
+  checkpoints = store.Store(tmp_path, list(of.shapes), of.parts, period=3)
   for version in (5, 9):
-    store.save(tmp_path, store.Snapshot(version, params, states, counted), of.parts)
-  names = list(of.shapes)
-  place = store.restore(tmp_path, names, of.parts, notes.append)
-  assert place is not None
+    checkpoints.save(3 * version, store.Snapshot(version, params, states, counted), 0.0)
+  assert checkpoints.latest() == 27
+  found = checkpoints.restore(None, notes.append)
+  assert found is not None
+  step, place = found
+  assert step == 27
   assert (place.version, place.counted) == (9, counted)
   assert replay.distance(place.params, params) == 0
   assert place.states is not None
@@ -385,8 +391,9 @@ def test_checkpoints_are_whole_or_set_aside(tmp_path):
       np.testing.assert_array_equal(a, b)
   assert not notes
   (tmp_path / "9" / "state.npz").write_bytes(b"torn")
-  place = store.restore(tmp_path, names, [[0, 1]], notes.append)
-  assert place is not None
+  found = store.Store(tmp_path, list(of.shapes), [[0, 1]]).restore(None, notes.append)
+  assert found is not None
+  place = found[1]
   assert (place.version, place.states) == (5, None)
   assert "9.damaged" in notes[0]
   assert "begins anew" in notes[1]

@@ -10,10 +10,20 @@ from research.comm.mesh import worker_axes
 from research.training import metrics
 from research.training.hooks import finite
 from research.training.hooks.finite import NonFinite
-from research.training.hooks.hook import COMPLETE, End, Evaluation, Event, Hook, Pause, Rounds, Stop
+from research.training.hooks.hook import (
+  COMPLETE,
+  End,
+  Evaluation,
+  Event,
+  Hook,
+  Pause,
+  Rewound,
+  Rounds,
+  Stop,
+)
 
 if TYPE_CHECKING:
-  from research.training.loop import Run
+  from research.training.run import BaseRun
 
 
 class Evaluate(Hook):
@@ -27,21 +37,21 @@ class Evaluate(Hook):
     evaluated_on: "test", or "train" where the task has no test examples.
   """
 
-  def __init__(self, run: "Run"):
-    config, problem = run.config, run.problem
-    job, place = problem.job, problem.executor.place
+  def __init__(self, run: "BaseRun"):
+    config, job = run.config, run.job
     self.every = config.eval_every
-    self.evaluated_on = "test" if problem.test else "train"
     self.row: dict[str, Any] = {}
-    self._test = place(*problem.test, run.data_key) if problem.test else None
+    self._train, self._test = run.examples()
+    self.evaluated_on = "test" if self._test else "train"
     shared = job.batch_size if len(job.axes) > len(worker_axes(job.axes)) else None
-    mesh = run.data.placed.sizes.sharding.mesh
-    self._evaluate = metrics.evaluator(job.task, mesh, shared or 1)
+    self._evaluate = metrics.evaluator(job.task, self._train.sizes.sharding.mesh, shared or 1)
     self._measure = jax.jit(job.task.measure)
     self._gradient = config.tolerance > 0 or job.task.grads is not None
     self.initial = self._initial(run)
 
-  def on(self, run: "Run", event: Event) -> Iterable[Event]:
+  def on(self, run: "BaseRun", event: Event) -> Iterable[Event]:
+    if isinstance(event, Rewound) and self.row.get("step", 0) > event.step:
+      self.row = {}
     if isinstance(event, Rounds):
       due = run.due(event, self.every)
     else:
@@ -49,7 +59,7 @@ class Evaluate(Hook):
       due = (ends or isinstance(event, End)) and self.row.get("step") != run.step
     return self._evaluated(run) if due else ()
 
-  def _evaluated(self, run: "Run") -> Iterator[Event]:
+  def _evaluated(self, run: "BaseRun") -> Iterator[Event]:
     row = self._measured(run)
     if bad := finite.wrong(row, self.evaluated_on):
       yield Pause(run.step)  # the losses of the steps say more, if they are not finite either
@@ -57,10 +67,10 @@ class Evaluate(Hook):
     self.row = {"step": run.step, **row}
     yield Evaluation(run.step, row)
 
-  def _measured(self, run: "Run") -> dict[str, Any]:
+  def _measured(self, run: "BaseRun") -> dict[str, Any]:
     with run.aside():
       params = run.params()
-      found = self._evaluate(params, run.data.placed, gradient=self._gradient)
+      found = self._evaluate(params, self._train, gradient=self._gradient)
       train = {name: float(value) for name, value in jax.device_get(found).items()}
       test = jax.device_get(self._evaluate(params, self._test)) if self._test else train
       test = {**test, **jax.device_get(self._measure(params))}
@@ -70,7 +80,7 @@ class Evaluate(Hook):
     row["eval"] = {k: float(v) for k, v in test.items() if k != "gradient_norm"}
     return row
 
-  def _initial(self, run: "Run") -> dict[str, Any]:
+  def _initial(self, run: "BaseRun") -> dict[str, Any]:
     """For the summary: the model before the first step, as far as it is finite."""
     row = self._measured(run)
     loss = row["train_loss"]
@@ -83,7 +93,7 @@ class Evaluate(Hook):
 class Tolerance(Hook):
   """Stops a run as "converged" when the full gradient's norm falls below the tolerance."""
 
-  def on(self, run: "Run", event: Event) -> Iterable[Event]:
+  def on(self, run: "BaseRun", event: Event) -> Iterable[Event]:
     if isinstance(event, Evaluation) and run.reason in ("", "steps"):
       norm = event.row.get("gradient_norm")
       if norm is not None and norm < run.config.tolerance:

@@ -7,15 +7,30 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from research.core.base import Array
 
 if TYPE_CHECKING:
-  from research.training.loop import Run
+  from research.training.run import BaseRun
 
 
 class Rounds(NamedTuple):
-  """A dispatch of rounds has been started; the devices may still be computing it."""
+  """A dispatch of rounds has been started; the devices may still be computing it.
+
+  Of a server it has been done, and its losses are means over the steps of an update.
+  """
 
   first: int  # local steps before it
   last: int  # local steps after it
   metrics: Mapping[str, Array]  # on the devices: "loss" [last - first], "finite"
+
+
+class Waiting(NamedTuple):
+  """A server's processes have come to no new row since the last event."""
+
+  step: int
+
+
+class Rewound(NamedTuple):
+  """A server has died: the run goes on from its newest checkpoint, and later rows are void."""
+
+  step: int
 
 
 class Evaluation(NamedTuple):
@@ -51,7 +66,7 @@ class End(NamedTuple):
   reason: str
 
 
-Event = Rounds | Evaluation | Pause | Saved | Stop | End
+Event = Rounds | Waiting | Rewound | Evaluation | Pause | Saved | Stop | End
 COMPLETE = ("steps", "converged")  # reasons of a run that has nothing left to do
 
 
@@ -64,12 +79,14 @@ class Hook:
 
   every: int = 0
 
-  def around(self, run: "Run", first: int, last: int) -> contextlib.AbstractContextManager[object]:
+  def around(
+    self, run: "BaseRun", first: int, last: int
+  ) -> contextlib.AbstractContextManager[object]:
     """Entered while the host starts the dispatch from step `first` to step `last`."""
     del run, first, last
     return contextlib.nullcontext()
 
-  def on(self, run: "Run", event: Event) -> Iterable[Event]:
+  def on(self, run: "BaseRun", event: Event) -> Iterable[Event]:
     """Handles an event; the events that it yields are told to all hooks before it goes on."""
     del run, event
     return ()
@@ -81,10 +98,10 @@ class Hook:
 class Call(Hook):
   """A user's function `(run, event) -> reason to stop, or None`."""
 
-  def __init__(self, function: Callable[["Run", Event], str | None]):
+  def __init__(self, function: Callable[["BaseRun", Event], str | None]):
     self._function = function
 
-  def on(self, run: "Run", event: Event) -> Iterable[Event]:
+  def on(self, run: "BaseRun", event: Event) -> Iterable[Event]:
     if (reason := self._function(run, event)) and not run.reason:
       run.stop(str(reason))
     return ()

@@ -1,6 +1,5 @@
 """Writes a run's rows to metrics.jsonl and TensorBoard, and shows its progress."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,14 +7,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from research.parallel import diagnostics
 from research.training.hooks import finite, heartbeat
-from research.training.hooks.hook import Evaluation, Event, Hook, Pause, Rounds
+from research.training.hooks.hook import Evaluation, Event, Hook, Pause, Rewound, Rounds
 from research.training.reports import report
-from research.training.virtual import Served
 
 if TYPE_CHECKING:
-  from research.training.loop import Run
+  from research.training.run import BaseRun
 
 Columns = Callable[[int], Mapping[str, Any]]  # of a step
 
@@ -28,13 +25,14 @@ class Log(Hook):
 
   Attributes:
     rows: those of this process, where there is no folder to keep them in.
+    last: the newest row of an earlier part of the run.
   """
 
   def __init__(
     self,
-    run: "Run",
+    run: "BaseRun",
     evaluated_on: str,
-    of_rows: Columns,
+    of_rows: Columns = lambda step: {},
     of_dispatches: Columns = lambda step: {},
     *,
     folder: Path | None = None,
@@ -54,13 +52,15 @@ class Log(Hook):
     self.rows: list[dict[str, Any]] = []
     self._of_rows, self._of_dispatches = of_rows, of_dispatches
     self._pending: Rounds | None = None
-    self._file = report.Metrics(folder, run.step, run.config.tensorboard) if folder else None
-    if self._file and self._file.last:
-      run.timing.resume(self._file.last["seconds"])
-    self._progress = report.Progress(run.problem.steps, evaluated_on, shown)
+    self._folder = folder
+    self._file = self._opened(run)
+    self.last = self._file.last if self._file else None
+    if self.last:
+      run.timing.resume(self.last["seconds"])
+    self._progress = report.Progress(run.steps, evaluated_on, shown)
     self._progress.start(run.step)
 
-  def on(self, run: "Run", event: Event) -> Iterable[Event]:
+  def on(self, run: "BaseRun", event: Event) -> Iterable[Event]:
     if isinstance(event, Rounds):
       self._write(run)
       self._pending = event
@@ -68,9 +68,24 @@ class Log(Hook):
       self._write(run, event.row)
     elif isinstance(event, Pause):
       self._write(run)
+    elif isinstance(event, Rewound):
+      self._rewind(run)
     return ()
 
-  def _write(self, run: "Run", evaluated: Mapping[str, Any] | None = None) -> None:
+  def _opened(self, run: "BaseRun") -> report.Metrics | None:
+    """The file of the rows up to the run's step."""
+    if self._folder is None:
+      return None
+    return report.Metrics(self._folder, run.step, run.config.tensorboard)
+
+  def _rewind(self, run: "BaseRun") -> None:
+    """Drops the rows after the run's step."""
+    self._pending, self.rows = None, [row for row in self.rows if row["step"] <= run.step]
+    if self._file:
+      self._file.close()
+      self._file = self._opened(run)
+
+  def _write(self, run: "BaseRun", evaluated: Mapping[str, Any] | None = None) -> None:
     """Fetches the pending dispatch's metrics and writes its rows."""
     if self._pending is None:
       return
@@ -88,45 +103,25 @@ class Log(Hook):
     self._progress.update(rows[-1])
 
   def _rows(
-    self, run: "Run", first: int, last: int, found: Mapping[str, Any]
+    self, run: "BaseRun", first: int, last: int, found: Mapping[str, Any]
   ) -> list[dict[str, Any]]:
     """The mean loss since the row before, and the columns of each row's step."""
-    every = run.config.log_every
-    starts = [first, *range((first // every + 1) * every, last, every)]
-    counts = np.diff([*starts, last])
-    places = np.subtract(starts, first)
+    columns = run.rows(first, last, found)
+    stops = list(columns)
+    counts = np.diff([first, *stops])
+    places = np.subtract([first, *stops[:-1]], first)
     mean = lambda x: np.add.reduceat(x, places, dtype=np.float64) / counts
     seconds = round(run.timing.elapsed(), 4)
-    stops = [*starts[1:], last]
     rows = [
-      {"step": stop, "loss": loss, "seconds": seconds, **self._of_rows(stop)}
+      {"step": stop, "loss": loss, "seconds": seconds, **self._of_rows(stop), **columns[stop]}
       for stop, loss in zip(stops, mean(found["loss"]).tolist(), strict=True)
     ]
     if own := {name: mean(x).tolist() for name, x in found.get("auxiliary", {}).items()}:
       for place, row in enumerate(rows):
         row["auxiliary"] = {name: values[place] for name, values in own.items()}
-    if norms := found.get("norms"):
-      for row in rows:
-        row["diagnostics"] = _diagnostics(run, norms, first, row["step"])
     return rows
 
   def close(self) -> None:
     self._progress.close()
     if self._file:
       self._file.close()
-
-
-def _diagnostics(
-  run: "Run", norms: Mapping[str, np.ndarray], first: int, step: int
-) -> dict[str, float]:
-  """Those of the round that a step ends or lies in, of a dispatch from step `first` on."""
-  plan, virtual = run.problem.plan, run.problem.virtual
-  number = math.ceil(plan.rounds(step)) - 1
-  place = number - round(plan.rounds(first))
-  means = {name: float(norms[name][place]) for name in diagnostics.NAMES}
-  steps = len(norms[diagnostics.GRADIENT]) // len(norms["update"])
-  last_step = (place + 1) * steps - 1  # of the round
-  found = diagnostics.columns(means, float(norms[diagnostics.GRADIENT][last_step]))
-  if isinstance(virtual, Served):
-    found["staleness"] = float(virtual.staleness[number])
-  return found

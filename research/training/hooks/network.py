@@ -12,7 +12,7 @@ from research.comm import counters
 from research.training.hooks.hook import Hook
 
 if TYPE_CHECKING:
-  from research.training.loop import Run
+  from research.training.run import BaseRun
 
 
 class Network(Hook):
@@ -30,7 +30,7 @@ class Network(Hook):
     self._after: dict[int, np.ndarray] = {}
 
   @contextlib.contextmanager
-  def around(self, run: "Run", first: int, last: int) -> Iterator[None]:
+  def around(self, run: "BaseRun", first: int, last: int) -> Iterator[None]:
     """The first dispatch of the process is not counted: during it the hosts connect."""
     if self._counters is None:
       yield

@@ -11,7 +11,7 @@ from research.training.hooks.hook import End, Event, Hook
 from research.training.reports import report
 
 if TYPE_CHECKING:
-  from research.training.loop import Run
+  from research.training.run import BaseRun
 
 
 class Profile(Hook):
@@ -21,7 +21,7 @@ class Profile(Hook):
     self._folder, self._dispatches = folder, 0
 
   @contextlib.contextmanager
-  def around(self, run: "Run", first: int, last: int) -> Iterator[None]:
+  def around(self, run: "BaseRun", first: int, last: int) -> Iterator[None]:
     del first, last
     self._dispatches += 1
     if self._dispatches != 2:
@@ -32,7 +32,7 @@ class Profile(Hook):
       yield
       jax.block_until_ready(run.state)
 
-  def on(self, run: "Run", event: Event) -> Iterable[Event]:
+  def on(self, run: "BaseRun", event: Event) -> Iterable[Event]:
     del run
     if isinstance(event, End) and self._dispatches < 2:
       report.note("--profile: the run had no second dispatch to trace")

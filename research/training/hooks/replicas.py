@@ -14,7 +14,7 @@ from research.training.checkpoint.integrity import checksum
 from research.training.hooks.hook import COMPLETE, Event, Hook, Rounds, Stop
 
 if TYPE_CHECKING:
-  from research.training.loop import Run
+  from research.training.run import BaseRun
 
 
 class ReplicasDiffer(Exception):
@@ -24,11 +24,11 @@ class ReplicasDiffer(Exception):
 class Replicas(Hook):
   """Ends a run whose copies differ, at every `check_every` steps and at the end."""
 
-  def __init__(self, run: "Run"):
+  def __init__(self, run: "BaseRun"):
     self.every = run.config.check_every
     self._differing = replica_check(run.state)
 
-  def on(self, run: "Run", event: Event) -> Iterable[Event]:
+  def on(self, run: "BaseRun", event: Event) -> Iterable[Event]:
     ends = isinstance(event, Stop) and event.reason in COMPLETE
     if ends or (isinstance(event, Rounds) and run.due(event, self.every)):
       with run.aside():

@@ -1,64 +1,80 @@
 """Saves checkpoints at every `checkpoint_every` steps and at the end, and restores the newest."""
 
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol
 
-from research.parallel import resize
-from research.training.checkpoint.checkpoint import Checkpoints
 from research.training.hooks.hook import Event, Hook, Pause, Rounds, Saved, Stop
 from research.training.reports import report
 from research.training.together import of_first_process
 
 if TYPE_CHECKING:
-  from research.training.loop import Run
+  from research.training.run import BaseRun
+
+
+class Store(Protocol):
+  """The checkpoints of a run, by step."""
+
+  saved_at: float  # seconds of the run's clock at the newest save
+
+  def save(self, step: int, state: Any, now: float) -> None:
+    """Saves a state; `now` becomes `saved_at`."""
+
+  def restore(self, like: Any, warn: Callable[[str], None]) -> tuple[int, Any] | None:
+    """The step and the state of the newest whole checkpoint; None if nothing was ever saved."""
+
+  def latest(self) -> int | None:
+    """The newest step saved, or None."""
+
+  def wait(self) -> None:
+    """Returns when everything saved is on disk."""
+
+  def close(self) -> None:
+    """Waits for the last save."""
 
 
 class Save(Hook):
   """The checkpoints of a run, at least `checkpoint_seconds` apart by the first process's clock."""
 
-  def __init__(self, run: "Run", folder: Path):
-    self.every = run.config.checkpoint_every
-    placed = resize.placed(run.problem.job, run.problem.executor.layout.state, run.state)
-    self._checkpoints = Checkpoints(folder.resolve() / "checkpoints", run.state, placed)
+  def __init__(self, run: "BaseRun", store: Store):
+    self.every, self._store = run.config.checkpoint_every, store
 
-  def restore(self, run: "Run") -> None:
+  def restore(self, run: "BaseRun") -> None:
     """Puts a run at its newest whole checkpoint, if it has any.
 
     Raises:
       CheckpointError: if there are checkpoints and none is whole.
     """
-    found = self._checkpoints.restore(run.state, report.note)
+    found = self._store.restore(run.state, report.note)
     if found is not None:
       run.step, run.state = found
       report.note(f"resuming at step {run.step}")
 
   def kept(self) -> str:
     """Which checkpoint is left, for messages."""
-    latest = self._checkpoints.latest()
+    latest = self._store.latest()
     return "no checkpoint was saved yet" if latest is None else f"checkpoint {latest} is kept"
 
-  def on(self, run: "Run", event: Event) -> Iterable[Event]:
+  def on(self, run: "BaseRun", event: Event) -> Iterable[Event]:
     if isinstance(event, Stop):
       return self._last(run)
     # the last step is evaluated first, so that its row says so
-    is_last = run.reason or run.step == run.problem.steps
+    is_last = run.reason or run.step == run.steps
     if isinstance(event, Rounds) and not is_last and run.due(event, self.every):
-      seconds = run.timing.elapsed() - self._checkpoints.saved_at
+      seconds = run.timing.elapsed() - self._store.saved_at
       if of_first_process(seconds >= run.config.checkpoint_seconds):
         return self._saved(run)
     return ()
 
-  def _saved(self, run: "Run") -> Iterator[Event]:
+  def _saved(self, run: "BaseRun") -> Iterator[Event]:
     yield Pause(run.step)
     with run.aside():
-      self._checkpoints.save(run.step, run.state, run.timing.elapsed())
+      self._store.save(run.step, run.state, run.timing.elapsed())
     yield Saved(run.step)
 
-  def _last(self, run: "Run") -> Iterator[Event]:
-    if self._checkpoints.latest() != run.step:
+  def _last(self, run: "BaseRun") -> Iterator[Event]:
+    if self._store.latest() != run.step:
       yield from self._saved(run)
-    self._checkpoints.wait()
+    self._store.wait()
 
   def close(self) -> None:
-    self._checkpoints.close()
+    self._store.close()

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from research.training.hooks.hook import Event, Hook, Rounds
+from research.training.hooks.hook import Event, Hook, Rounds, Waiting
 
 if TYPE_CHECKING:
-  from research.training.loop import Run
+  from research.training.run import BaseRun
 
 
 class Signals(Hook):
@@ -22,10 +22,10 @@ class Signals(Hook):
     self._listening = contextlib.ExitStack()
     self._stopped = self._listening.enter_context(watch())
 
-  def on(self, run: "Run", event: Event) -> Iterable[Event]:
-    if isinstance(event, Rounds) and not run.reason:
+  def on(self, run: "BaseRun", event: Event) -> Iterable[Event]:
+    if isinstance(event, Rounds | Waiting) and not run.reason:
       told = self._stopped()
-      if told and run.step < run.problem.steps:
+      if told and run.step < run.steps:
         run.stop(told)
     return ()
 

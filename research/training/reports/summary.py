@@ -22,6 +22,7 @@ if TYPE_CHECKING:
   from research.training.hooks.evaluate import Evaluate
   from research.training.hooks.network import Network
   from research.training.loop import Run
+  from research.training.run import BaseRun
 
 
 class Costs:
@@ -57,6 +58,21 @@ class Costs:
     return found
 
 
+def of_any(run: "BaseRun", evaluate: "Evaluate") -> dict[str, Any]:
+  """The entries that every run has: what it is, how it ended, what was measured."""
+  return {
+    **run.config.named(),
+    "steps": run.step,
+    "stopped_because": run.reason,
+    "seconds": round(run.timing.elapsed(), 3),
+    "compile_seconds": round(run.timing.compiling, 3),
+    **evaluate.initial,
+    "train_loss": evaluate.row.get("train_loss"),
+    "eval": evaluate.row.get("eval", {}),
+    "evaluated_on": evaluate.evaluated_on,
+  }
+
+
 def summarized(
   run: "Run", evaluate: "Evaluate", costs: Costs, network: "Network"
 ) -> dict[str, Any]:
@@ -68,23 +84,15 @@ def summarized(
     costs: its costs.
     network: the network counters of its hosts.
   """
-  config, job, plan, timing = run.config, run.problem.job, run.problem.plan, run.timing
+  job = run.job
   is_cut = len(job.axes) > len(worker_axes(job.axes))
   return {
-    **config.named(),
+    **of_any(run, evaluate),
     "workers": job.workers if job.order is None else len(job.sizes),
-    "steps": run.step,
-    "stopped_because": run.reason,
-    "seconds": round(timing.elapsed(), 3),
-    "compile_seconds": round(timing.compiling, 3),
-    "steps_per_second": round(timing.steps_per_second(), 3),
+    "steps_per_second": round(run.timing.steps_per_second(), 3),
     "aggregated": "per shard" if is_cut else "whole leaves",
-    **evaluate.initial,
-    "train_loss": evaluate.row.get("train_loss"),
     **run.data.sampled,
-    "eval": evaluate.row.get("eval", {}),
-    "evaluated_on": evaluate.evaluated_on,
-    "wire": _wire(run, costs, network, plan.jobs[plan.stage(run.step)]),
+    "wire": _wire(run, costs, network, run.plan.jobs[run.plan.stage(run.step)]),
     **{f"{name}_reaches": found.share for name, found in costs.reaches.items()},
     **costs.facts.found,
     **costs.spent(run.step),

@@ -1,0 +1,239 @@
+"""A run of processes that work on their own, at which this one looks now and then."""
+
+import hashlib
+import itertools
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from research.comm import mesh as meshes
+from research.core.base import Params
+from research.core.task import Data
+from research.parallel import sharded
+from research.server import events
+from research.server import setup as setups
+from research.server.actors import Snapshot
+from research.server.messages import Spent
+from research.server.setup import Setup
+from research.server.store import Store
+from research.training import sources
+from research.training.config import UsageError
+from research.training.hooks import heartbeat
+from research.training.hooks.evaluate import Evaluate
+from research.training.hooks.hook import Event, Rounds, Waiting
+from research.training.plan import Plan
+from research.training.reports import report
+from research.training.reports.summary import of_any
+from research.training.reports.timing import Timing
+from research.training.run import BaseRun
+
+
+class Update(NamedTuple):
+  """An update of the model, or what happened between two looks at it."""
+
+  step: int  # local steps after it
+  loss: float  # mean over its local steps
+  seconds: float  # of the run
+  moved: float  # bytes of all workers so far
+
+
+class Polled(BaseRun):
+  """The part of a run on a server that is the same for all of its modes.
+
+  A dispatch is what has happened since the one before: up to the newest update that gets a row, or,
+  where a hook's `every` or the end is reached, up to a snapshot of the model. The first update at
+  or after a multiple of `log_every` gets a row.
+
+  Attributes:
+    state: the newest Snapshot.
+  """
+
+  state: Snapshot
+
+  def __init__(self, setup: Setup, folder: Path, timing: Timing):
+    self.folder, self.setup, self.period = folder, setup, setup.job.method.local_steps
+    plan = Plan((setup.job,))
+    super().__init__(setup.config, plan, setup.updates * self.period, timing)
+    self.state = Snapshot(0, setups.initial(setup), None, [])
+    checkpoints, names = folder / "checkpoints", list(setup.shapes)
+    self.store = Store(checkpoints, names, setup.parts, self.period)
+    self.deaths = Counter(workers=0)
+    self.refused: Counter[str] = Counter()
+    self.events: list[events.Event] | None = None  # None: nobody knows them
+    self.moved = 0.0
+    self.spent = np.zeros((setup.workers, len(Spent._fields)))  # sums, and number of pushes
+    self.started: float | None = None  # seconds, when the first worker joined
+    self._updates: list[Update] = []  # not yet given in an event
+    self._begun: Update | None = None  # the first and the last of this process
+    self._last: Update | None = None
+    self._told = ""  # why the processes are to stop
+    self._treedef = jax.tree.structure(jax.eval_shape(setup.job.task.init, jax.random.key(0)))
+
+  def start(self, last: Mapping[str, Any] | None) -> None:
+    """Starts the processes from `state`.
+
+    Args:
+      last: the newest row of an earlier part of the run.
+    """
+    if last:
+      self.moved = last["bytes"] * self.setup.workers
+
+  def close(self) -> None:
+    """Ends what was started."""
+    raise NotImplementedError
+
+  def stop(self, reason: str) -> None:
+    """Lets the next look at the processes be the last."""
+    if self.reason:
+      self.reason = reason
+    self._told = self._told or reason
+
+  def params(self) -> Params:
+    """The model of the newest snapshot: at the run's step wherever a hook's `every` is reached."""
+    return jax.device_put(self._treedef.unflatten(list(self.state.params.values())))
+
+  def examples(self) -> tuple[Data, Data | None]:
+    mesh = meshes.device_mesh({"data": 1}, jax.devices()[:1])
+
+    def put(batch):
+      one = jax.tree.map(lambda x: x[None], batch)
+      size = np.asarray([sources.count(batch)])
+      return sharded.place(mesh, ("data",), one, size, jax.random.key(0))
+
+    test = self.setup.test
+    return put(self.setup.job.task.train), put(test) if test else None
+
+  def rows(self, first: int, last: int, metrics: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    del first, last
+    return metrics["rows"]
+
+  def _ago(self, then: float) -> float:
+    """The seconds of the run at a time of the machine's clock."""
+    return self.timing.elapsed() - (time.time() - then)
+
+  def _add(self, step: int, loss: float, moved: float, then: float) -> None:
+    """Adds an update that was made at the time `then`."""
+    self.moved += moved
+    self._last = Update(step, loss, self._ago(then), self.moved)
+    self._begun = self._begun or self._last
+    self._updates.append(self._last)
+    heartbeat.beat()
+
+  def _event(self, whole: bool) -> Event:
+    """Gives the updates up to the newest row, or all of them."""
+    first, every = self.step, self.config.log_every
+    steps = [update.step for update in self._updates]
+    crossing = [b for a, b in itertools.pairwise([first, *steps]) if b // every > a // every]
+    ends = sorted({*crossing, *steps[-1:]}) if whole else crossing
+    if not ends:
+      return Waiting(first)
+    count = steps.index(ends[-1]) + 1
+    taken, self._updates = self._updates[:count], self._updates[count:]
+    counts = np.diff([first, *steps[:count]])
+    columns = lambda update: {
+      "seconds": round(update.seconds, 4),
+      "bytes": round(update.moved / self.setup.workers),
+    }
+    self.step = ends[-1]
+    self.metrics = {
+      "loss": np.repeat([update.loss for update in taken], counts),
+      "finite": True,
+      "rows": {update.step: columns(update) for update in taken if update.step in ends},
+    }
+    return Rounds(first, self.step, self.metrics)
+
+  @property
+  def _newest(self) -> int:
+    """Steps of the updates that are added."""
+    return self._updates[-1].step if self._updates else self.step
+
+  def _died(self, kind: str, text: str) -> None:
+    """Counts a process that has died.
+
+    Raises:
+      UsageError: if no more of them may.
+    """
+    report.note(text)
+    self.deaths[kind] += 1
+    if self.deaths.total() > self.config.restarts:
+      raise UsageError(f"--restarts={self.config.restarts}: {text}, once more than that")
+
+  # ---- result
+
+  def _rate(self) -> float:
+    """Updates per second between the first of this process and the last."""
+    if self._begun is None or self._last is None or self._last.seconds <= self._begun.seconds:
+      return 0.0
+    updates = (self._last.step - self._begun.step) / self.period
+    return updates / (self._last.seconds - self._begun.seconds)
+
+  def summary(self, evaluate: Evaluate) -> dict[str, Any]:
+    """The contents of summary.json; without events every update counts as one push.
+
+    Args:
+      evaluate: the hook that has evaluated the run.
+    """
+    config, version, rate = self.config, self.state.version, self._rate()
+    counted = [push for event in self.events or () if event.counted for push in event.pushes]
+    pushes = version if self.events is None else len(counted)
+    local_steps = version if self.events is None else sum(push.steps for push in counted)
+    ages = events.staleness(self.events or ())
+    in_time = config.server_mode == "elastic"  # local steps per push vary
+    of_update = local_steps / max(version, 1) if in_time else self.period
+    each = local_steps / max(pushes, 1)  # local steps per push
+    own_steps = max(1.0, self.spent[:, -1].sum() * each)
+    sent, received = self.spent[:, -3:-1].sum(0) / own_steps
+    model = sum(x.size * x.dtype.itemsize for x in self.setup.shapes.values())
+    return {
+      **of_any(self, evaluate),
+      "workers": self.setup.workers,
+      "steps_per_second": round(rate * of_update, 3),
+      "aggregated": "whole leaves",
+      "wire": {
+        "bytes_per_step_per_worker": {"push": sent, "pull": received},
+        "total_bytes_per_worker": self.moved / self.setup.workers,
+        "dense_bytes_per_step_per_worker": 2 * model / max(each, 1.0),
+      },
+      "server": {
+        "mode": config.server_mode,
+        "shards": config.shards,
+        "updates": version,
+        "pushes": pushes,
+        "local_steps": local_steps,
+        "started_seconds": round(self.started or 0.0, 3),
+        "pushes_per_second": round(rate * pushes / version if version else 0.0, 3),
+        "staleness": {str(age): count for age, count in ages.items()},
+        "refused": dict(self.refused),
+        "deaths": dict(self.deaths),
+        "workers": [_of_worker(row) for row in self.spent],
+      },
+      "params_sha256": digest(self.state.params),
+    }
+
+
+def _of_worker(row: np.ndarray) -> dict[str, float]:
+  """Averages over a worker's pushes that this process has seen: seconds per push, idle share."""
+  computing, encoding, waiting, lasted, _, _, pushes = row.tolist()
+  each = max(pushes, 1)
+  return {
+    "pushes": int(pushes),
+    "computing_seconds": round(computing / each, 6),
+    "encoding_seconds": round(encoding / each, 6),
+    "waiting_seconds": round(waiting / each, 6),
+    "seconds_per_push": round(lasted / each, 6),
+    "idle": round(waiting / max(lasted, 1e-9), 4),
+  }
+
+
+def digest(params: Mapping[str, np.ndarray]) -> str:
+  """SHA-256 of the parameters, as `summary.params_sha256` computes it."""
+  found = hashlib.sha256()
+  for name, leaf in params.items():
+    found.update(f"{name} {leaf.dtype} {leaf.shape}".encode())
+    found.update(np.ascontiguousarray(leaf).tobytes())
+  return found.hexdigest()
