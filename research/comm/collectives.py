@@ -277,7 +277,9 @@ def exchange(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
     found = jnp.pad(x, [(0, 0), (0, fill)]) if fill else x
     found = found.reshape(*sizes, *((-1, _LANES) if is_flat else x.shape[1:]))
     for place, name in enumerate(names):
-      found = lax.all_to_all(found, name, place, place)
+      # JAX 0.10.2 batches an operand that is equal on all workers to a wrong shape
+      own = jnp.where(lax.axis_index(name) >= 0, found, found)
+      found = lax.all_to_all(own, name, place, place)
     if is_flat:
       return found.reshape(x.shape[0], -1)[:, :length]
     return found.reshape(x.shape[0], *found.shape[len(names) :])

@@ -8,11 +8,13 @@ shown, after one line that says what failed.
 
 import contextlib
 import dis
+import inspect
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType, FrameType
+from typing import Any
 
 from research.core import text
 
@@ -24,6 +26,7 @@ _LIBRARIES = sys.stdlib_module_names | {
   *("sklearn", "matplotlib", "rich", "google", "ray", "tokenizers", "grain", "tensorboardX"),
   *("equinox", "jaxtyping"),
 }
+_BUILDERS = tuple(str(_HERE / "research" / "core" / name) for name in ("registry.py", "part.py"))
 _RAISE = dis.opmap["RAISE_VARARGS"]
 
 
@@ -60,6 +63,13 @@ def of_libraries() -> Iterator[None]:
     raise ValueError(text.one_line(error, 300)) from error
 
 
+class WrongReturn(TypeError):
+  """A function of a user's code has returned something else than its contract says.
+
+  No frame of theirs is left by then, so the message names the function and its file.
+  """
+
+
 def fault(error: BaseException) -> str:
   """Describes in one line which function of a user's code failed, and where.
 
@@ -71,20 +81,46 @@ def fault(error: BaseException) -> str:
   Returns:
     The description; '' if no user code failed.
   """
-  part: CodeType | None = None
-  where, before_is_ours = "", False
-  for frame, line in _frames(error):
-    if _is_ours(frame):
-      before_is_ours = True
-    elif not _is_library(frame) and (before_is_ours or part):
-      part = frame.f_code if before_is_ours else part
-      where, before_is_ours = f"{Path(frame.f_code.co_filename).name}, line {line}", False
+  part, where, _ = _part(error)
   if not part:
     return ""
-  *owners, name = part.co_qualname.replace(".<locals>", "").split(".")
+  return text.one_line(f"{_named(part)} failed ({where}): {type(error).__name__}: {error}")
+
+
+def is_choice(error: BaseException) -> bool:
+  """Whether a user's factory has rejected its arguments.
+
+  True for a ValueError of a `raise` statement under a factory that the registry called, or under
+  the `check` of its object; not of a method that this codebase tries while it builds the object.
+  """
+  part, _, caller = _part(error)
+  by_registry = not part or caller in _BUILDERS
+  return isinstance(error, ValueError) and is_raised(error) and by_registry
+
+
+def of_function(function: Callable[..., Any]) -> str:
+  """A function's name and class, with its file and first line."""
+  code = inspect.unwrap(function).__code__
+  return f"{_named(code)} ({Path(code.co_filename).name}, line {code.co_firstlineno})"
+
+
+def _part(error: BaseException) -> tuple[CodeType | None, str, str]:
+  """The last function of a user's that this codebase called, its place, and the file that did."""
+  part: CodeType | None = None
+  where, caller, before = "", "", ""  # `before` is the file of ours that calls the next frame
+  for frame, line in _frames(error):
+    if _is_ours(frame):
+      before = frame.f_code.co_filename
+    elif not _is_library(frame) and (before or part):
+      part, caller = (frame.f_code, before) if before else (part, caller)
+      where, before = f"{Path(frame.f_code.co_filename).name}, line {line}", ""
+  return part, where, caller
+
+
+def _named(code: CodeType) -> str:
+  *owners, name = code.co_qualname.replace(".<locals>", "").split(".")
   name = "a lambda" if name == "<lambda>" else name
-  of = f" of {owners[-1]}" if owners else ""
-  return text.one_line(f"{name}{of} failed ({where}): {type(error).__name__}: {error}")
+  return f"{name} of {owners[-1]}" if owners else name
 
 
 def is_users(module: str) -> bool:

@@ -186,8 +186,7 @@ def _build(kinds: Sequence[str], call: Call, bound: dict[str, Any]) -> Any:
 
       optimizers.check(built)
   except (ValueError, TypeError, AssertionError, OverflowError) as error:
-    says_why = isinstance(error, ValueError) and blame.is_raised(error)
-    if blame.fault(error) and not says_why:
+    if blame.fault(error) and not blame.is_choice(error):
       raise
     raise call.wrong(one_line(error, 300)) from error
   if problem := _not_of(kind, built):

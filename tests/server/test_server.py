@@ -27,7 +27,7 @@ from research.server.messages import Spent
 from research.server.part import ShardState
 from research.training import folder, loop
 from research.training.config import Config, UsageError
-from research.training.hooks.hook import Rounds, Stop
+from research.training.hooks.hook import End, Evaluation, Pause, Rounds, Saved, Stop
 
 TOP = "error_feedback(gather_mean(top_k(0.3)))"
 # name -> method, mode, shards
@@ -487,6 +487,50 @@ def test_hogwild_learns_and_leaves_nothing_behind(lock_free, monkeypatch):
   assert set(Path("/dev/shm").iterdir()) <= before
   rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
   assert rows[-1]["step"] == summary["steps"]
+
+
+def test_the_events_and_hooks_of_any_run_serve_a_server(lock_free, monkeypatch):
+  """A user's hook stops it; it goes on from where it was saved until it has converged."""
+  monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+  told: list[Any] = []
+
+  def watch(run: Any, event: Any) -> str | None:
+    told.append(event)
+    return "enough" if run.step >= 100 else None
+
+  config = BASE.replace(
+    server_mode="hogwild",
+    workers=2,
+    task="libsvm('made', sparse=True)",
+    method="hogwild(1.0, mean(), bound=2)",
+    batch_size=4,
+    steps=10**6,
+    eval_every=50,
+    checkpoint_every=50,
+    checkpoint_seconds=0.0,
+    tensorboard=True,
+    data_dir=str(lock_free),
+    out=str(lock_free / "hooked"),
+  )
+  summary, out = driver.train(config, [watch])
+  assert summary["stopped_because"] == "enough"
+  rounds = [event for event in told if isinstance(event, Rounds)]
+  assert [event.last for event in rounds[:-1]] == [event.first for event in rounds[1:]]
+  assert all(len(event.metrics["loss"]) == event.last - event.first for event in rounds)
+  kinds = [type(event) for event in told if not isinstance(event, Evaluation)]
+  assert kinds[-5:] == [Stop, Pause, Saved, End, Pause]
+  assert any(isinstance(event, Evaluation) for event in told)
+  rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+  assert rows[-1]["step"] == summary["steps"] == rounds[-1].last
+  assert "gradient_norm" not in rows[-1]
+  assert list((out / "tensorboard").iterdir())
+  again, _ = driver.train(config.replace(tolerance=1.0, allow_changes=True))
+  assert again["stopped_because"] == "converged"
+  assert again["steps"] > summary["steps"]
+  rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+  steps = [row["step"] for row in rows]
+  assert steps == sorted(set(steps))
+  assert rows[-1]["gradient_norm"] < 1
 
 
 @pytest.mark.parametrize(
