@@ -114,6 +114,8 @@ def foreseen(error: Exception) -> tuple[int, str] | None:
 
   if isinstance(error, checkpoint.SaveError):
     return 5, str(error)
+  if isinstance(error, blame.WrongReturn):
+    return 2, str(error)
   if paths.is_full(error):
     where = getattr(error, "filename", None) or FLAGS.out or "a file of the run"
     return 5, f"the disk is full: {where}; free some space and go on"

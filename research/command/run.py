@@ -9,6 +9,7 @@ checkpoint; 4 not finite; 5 the disk is full; 130 saved after Ctrl-C; 143 termin
 was anything to save.
 """
 
+import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -48,10 +49,13 @@ def main(argv: list[str]) -> None:
     config = start()
     import jax
 
+    from research.training import folder as folders
     from research.training.reports import report
 
     if FLAGS.replay:
       replay(config)
+    with contextlib.suppress(ValueError):  # what is wrong with the flags is said below
+      folders.note_missing_modules(folders.place(config))
     summary, folder = trainer(config)(config)
     if jax.process_index() == 0:
       print(report.closing_table(summary, folder), flush=True)
@@ -90,12 +94,14 @@ def replay(config: Config) -> NoReturn:
     config: the configuration from the flags, for --out.
   """
   from research.server import replay
+  from research.training import folder as folders
   from research.training import loop
 
   if config.executor == "server":
     raise UsageError("--replay: is simulated; leave out --executor=server")
   with flag("replay", FLAGS.replay):
     folder = paths.local(FLAGS.replay)
+  folders.note_missing_modules(folder)
   out = results_folder("out", config.out) if config.out else None
   replayed = replay.replay(folder, out)
   print(replay.table(replayed), flush=True)

@@ -39,7 +39,9 @@ def start() -> Config:
 
 
 def import_modules() -> None:
-  """Imports the modules of --import; an error in a module is shown with its traceback.
+  """Imports the modules of --import, and names one that registers nothing.
+
+  An error in a module is shown with its traceback.
 
   Raises:
     UsageError: if a module does not exist, or registers a name that is taken.
@@ -47,7 +49,9 @@ def import_modules() -> None:
   for text in FLAGS["import"].value or ():
     try:
       with flag("import", text):
-        plugins.load(text)
+        registers = plugins.load(text)
+      if not registers:
+        print(f"--import={quoted(text)}: the module registers no name", file=sys.stderr)
     except UsageError:
       raise
     except SystemExit as error:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from research.core import blame
 from research.core.part import Part, required
 from research.core.text import listed
 
@@ -181,6 +182,22 @@ class Wrapper(Part):
         raise ValueError(f"{self.title} does not go with what it wraps ({trait}): {reason}")
 
 
+def _checked(aggregate: Callable[..., Aggregate]) -> Callable[..., Aggregate]:
+  """A user's `aggregate`, named if it returns something else than an Aggregate."""
+
+  @functools.wraps(aggregate)
+  def checked(*args: Any, **kwargs: Any) -> Aggregate:
+    found = aggregate(*args, **kwargs)
+    if not isinstance(found, Aggregate):
+      kind = type(found).__name__
+      what = f"{kind} of {len(found)}" if isinstance(found, tuple | list) else kind
+      wanted = "not Aggregate(value, sent, state)"
+      raise blame.WrongReturn(f"{blame.of_function(aggregate)} returns a {what}, {wanted}")
+    return found
+
+  return checked
+
+
 class Aggregator(Wrapper):
   """An exchange between workers. Runs per worker, under named worker axes.
 
@@ -192,6 +209,11 @@ class Aggregator(Wrapper):
   """
 
   adds: ClassVar[Trait] = Trait(0)
+
+  def __init_subclass__(cls, name: str = "", **kwargs: Any):
+    super().__init_subclass__(name=name, **kwargs)
+    if "aggregate" in vars(cls) and blame.is_users(cls.__module__):
+      cls.aggregate = _checked(cls.aggregate)
 
   def __post_init__(self):
     super().__post_init__()

@@ -32,18 +32,22 @@ class Source(NamedTuple):
 _loaded: dict[str, Source] = {}  # by name, in order of import
 
 
-def load(text: str) -> None:
+def load(text: str) -> bool:
   """Imports a module that registers names.
 
   Args:
     text: a module such as my_package.my_module, found from the current folder too; or the path of a
       .py file, whose folder its own imports may use, or of a package's folder.
 
+  Returns:
+    Whether it has registered any name, or a module that it imports has now.
+
   Raises:
     ValueError: if there is no such module or file, or another module has the file's name.
     Exception: whatever the module itself raises.
   """
   source = _of_file(text) if text.endswith(".py") or os.sep in text else _of_module(text)
+  before = set(_registering())
   try:
     load_all([source])
   except ModuleNotFoundError as error:
@@ -54,6 +58,8 @@ def load(text: str) -> None:
     folders = getattr(sys.modules.get(package), "__path__", [])
     hint = checks.hint(missing, [found for folder in folders for found in _modules(folder)])
     raise ValueError(f"there is no module '{missing}' in '{package}'{hint}".rstrip(";")) from error
+  now = set(_registering())
+  return now != before or any(f"{name}.".startswith(f"{source.name}.") for name in now)
 
 
 def load_all(sources: Iterable[Source]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from research.core import paths
+from research.core import paths, plugins
 from research.core.spec import parse
 from research.training.config import NAMED, OF_SERVER, Config, UsageError, flag
 from research.training.reports.report import closing_table, note, with_nan, write_json
@@ -26,6 +26,7 @@ RESULT = ("workers", "steps", "stopped_because", "evaluated_on", "params_sha256"
 # Returns the fingerprints "data" and "code", stored in env.json under PRINTS.
 Prints = Callable[[], Mapping[str, str]]
 PRINTS = "made_of"
+IMPORT = "import"  # in config.json: the modules that registered names
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -51,6 +52,16 @@ def default_folder(config: Config) -> Path:
   return Path("runs") / f"{names[0]}-{names[1]}-{digest}"
 
 
+def place(config: Config) -> Path:
+  """Where the run's files are: --out, or the default folder.
+
+  Raises:
+    UsageError: if --out is no path of this machine.
+  """
+  with flag("out", config.out):
+    return paths.local(config.out) if config.out else default_folder(config)
+
+
 def check(config: Config) -> Path:
   """Returns the run's folder, which may not exist yet, after checking it; writes nothing.
 
@@ -61,8 +72,7 @@ def check(config: Config) -> Path:
     UsageError: if the folder is not writable, contains files that are not a run's, or, without
       --allow_changes, contains a run with other flags.
   """
-  with flag("out", config.out):
-    folder = paths.local(config.out) if config.out else default_folder(config)
+  folder = place(config)
   with flag("out", str(folder)):
     if not (folder / "summary.json").exists():  # a complete run is only shown
       paths.writable(folder)
@@ -79,6 +89,14 @@ def _check(config: Config, folder: Path) -> None:
     _refuse_differences(config, folder, path)
   elif folder.exists() and any(not found.name.startswith(".") for found in folder.iterdir()):
     raise UsageError(f"--out='{folder}': holds other files and no run; name a new or empty folder")
+
+
+def note_missing_modules(folder: Path) -> None:
+  """Says in one line which modules the run of a folder has imported and this process has not."""
+  here = {source.name for source in plugins.carried()}
+  stored = (_stored(folder / "config.json") or {}).get(IMPORT, [])
+  if missing := [f"--import={name}" for name in stored if name not in here]:
+    note(f"the run in {folder} was made with {' '.join(missing)}")
 
 
 def _stored(path: Path) -> dict[str, Any] | None:
@@ -228,7 +246,8 @@ def describe(config: Config, folder: Path, made_of: Prints | None = None) -> Non
     made_of: returns its fingerprints, if they are stored.
   """
   prints = {PRINTS: dict(made_of())} if made_of else {}
-  write_json(folder / "config.json", config.as_dict())
+  modules = [source.name for source in plugins.carried()]
+  write_json(folder / "config.json", config.as_dict() | ({IMPORT: modules} if modules else {}))
   write_json(folder / "env.json", environment() | prints)
 
 

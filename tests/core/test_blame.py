@@ -1,5 +1,6 @@
 """Faults in a user's own code: they are no wrong flags, and their tracebacks are shown."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from research.command import errors
 from research.core import blame, plugins, registry
-from research.training import loop
+from research.training import folder, loop
 from research.training.config import Config, UsageError
 
 RUN = Path(__file__).parents[2] / "experiments" / "run.py"
@@ -17,7 +19,7 @@ RUN = Path(__file__).parents[2] / "experiments" / "run.py"
 PLUGIN = '''
 import jax, jax.numpy as jnp
 from research.core.registry import register
-from research.core.base import Aggregator
+from research.core.base import Aggregator, Compressor
 from research.core.task import Task
 from research.methods.data_parallel import DataParallel
 from research.aggregate.mean import mean
@@ -63,6 +65,20 @@ class Fails(Aggregator, name="own_aggregator"):
   """An aggregator that fails where a method of ours calls it."""
   def aggregate(self, tree, state, key, presence=None):
     return int("x")
+
+@register("aggregator")
+class Pairs(Aggregator, name="pairs"):
+  """An aggregator that returns a pair."""
+  def aggregate(self, tree, state, key, presence=None):
+    return tree, state
+
+@register("compressor")
+class Fussy(Compressor, name="fussy"):
+  """An encoding that raises while it is tried."""
+  def encode(self, x, shared, own):
+    raise ValueError("no such dtype")
+  def decode(self, payload, like, shared):
+    return payload
 
 @register("aggregator")
 def misspelt(size: int) -> Aggregator:
@@ -114,7 +130,11 @@ FAULTS = {
       "aggregate of Fails failed (mine.py, line 49)",
       ValueError,
     ),
-    "data_parallel(sgd(0.1), misspelt(1))": ("misspelt failed (mine.py, line 54)", TypeError),
+    "data_parallel(sgd(0.1), gather_mean(fussy()))": (
+      "encode of Fussy failed (mine.py, line 61): ValueError: no such dtype",
+      ValueError,
+    ),
+    "data_parallel(sgd(0.1), misspelt(1))": ("misspelt failed (mine.py, line 68)", TypeError),
   },
 }
 
@@ -147,6 +167,27 @@ def test_a_value_that_a_check_refuses_is_one_line(spec, plugin):
   assert REFUSED[spec] in line
   assert "\n" not in line
   assert caught.value.__cause__ is not None
+
+
+def test_an_aggregator_that_returns_something_else_is_named(plugin):
+  """There is no line of theirs in the traceback: the function and its file are in the message."""
+  with pytest.raises(blame.WrongReturn) as caught:
+    trained(plugin, method="data_parallel(sgd(0.1), pairs())")
+  line = "aggregate of Pairs (mine.py, line 54) returns a tuple of 2, not Aggregate("
+  assert str(caught.value).startswith(line)
+  assert errors.foreseen(caught.value) == (2, str(caught.value))
+
+
+def test_a_run_says_which_module_it_needs(plugin, capsys, monkeypatch):
+  trained(plugin, method="data_parallel(sgd(0.1), choosy(1))")
+  run = plugin / "run"
+  assert json.loads((run / "config.json").read_text())["import"] == ["mine"]
+  folder.note_missing_modules(run)
+  assert capsys.readouterr().err.count("--import") == 0
+  monkeypatch.setattr(registry, "ADDED", {})
+  monkeypatch.setattr(plugins, "_loaded", {})
+  folder.note_missing_modules(run)
+  assert capsys.readouterr().err == f"the run in {run} was made with --import=mine\n"
 
 
 def test_the_command_shows_the_line_and_then_the_traceback(plugin):

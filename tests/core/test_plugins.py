@@ -152,3 +152,11 @@ def test_an_installed_package_that_fails_is_named(tmp_path, monkeypatch):
   with pytest.raises(ZeroDivisionError) as caught:
     registry.build("compressor", "rounded()")
   assert "any = wrong" in caught.value.__notes__[0]
+
+
+def test_a_module_that_registers_nothing_is_told_apart(tmp_path):
+  (tmp_path / "wrong.py").write_text("x = 1\n")
+  (tmp_path / "own.py").write_text(PLUGIN)
+  assert not plugins.load("wrong.py")
+  assert plugins.load("own.py")
+  assert plugins.load("own.py")  # again
