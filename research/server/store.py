@@ -38,15 +38,15 @@ class Store:
     self._parts = [list(part) for part in parts]
     self.saved_at = 0.0
 
-  def save(self, step: int, place: Snapshot, now: float) -> None:
+  def save(self, step: int, state: Snapshot, now: float) -> None:
     """Writes checkpoints/VERSION atomically, and keeps the last few.
 
     Raises:
       SaveError: if it cannot be written; earlier checkpoints stay.
     """
-    assert step == place.version * self._period, "a snapshot is of the run's step"
+    assert step == state.version * self._period, "a snapshot is of the run's step"
     self.saved_at = now
-    folder = self._folder
+    place, folder = state, self._folder
     goal, scratch = folder / str(place.version), folder / f".{place.version}"
     states = place.states or {}
     arrays: dict[str, Any] = {f"params {i}": _plain(x) for i, x in enumerate(place.params.values())}
