@@ -212,7 +212,7 @@ def test_python_is_python_and_public_names_exist(page):
   for language, text in blocks(page):
     if language != "python" and not language.startswith("{code-cell}"):
       continue
-    code = re.sub(r"^:tags:.*\n", "", text)
+    code = re.sub(r"\A(?::\S+:[^\n]*\n)+", "", text)  # options of the cell
     tree = ast.parse(re.sub(r"^%.*", "", code, flags=re.MULTILINE))
     for node in ast.walk(tree):
       if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
