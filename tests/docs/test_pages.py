@@ -112,11 +112,11 @@ def legal_flags(program: str) -> set[str]:
   folder, name = program.split("/")
   found = set(OF_ABSL | defined(ROOT / f"{program}.py"))
   if folder == "launch":
-    return found | defined(ROOT / "launch" / "command.py")
+    return found.union(*map(defined, (ROOT / "launch").rglob("*.py")))  # modules that they share
   if name == "run":
     found |= defined(ROOT / "research/command/run.py")
   if name in OF_CONFIG:
-    return found | {*Config.names()} | defined(ROOT / "research/command/flags.py")
+    return found.union(Config.names(), defined(ROOT / "research/command/flags.py"))
   return found | {"import", "compilation_cache"}
 
 
