@@ -1,9 +1,9 @@
-"""Compressed gradients between replicas whose parameters are sharded by the compiler (FSDP).
+"""Compressed gradients between replicas whose parameters the compiler shards (FSDP).
 
     JAX_NUM_CPU_DEVICES=8 python docs/examples/optax_fsdp.py
 
-Two replicas of four devices each. The axis "replica" is talked over by hand, in 8 bits; "fsdp" is
-left to `jax.jit`, which shards parameters, gradients and optimizer state along it.
+Two replicas of four devices each. The aggregator communicates over the axis "replica", in 8 bits.
+The axis "fsdp" is left to `jax.jit`, which shards parameters, gradients and optimizer state.
 """
 
 import jax
@@ -12,11 +12,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from research.aggregate.compressed import gather_mean
-from research.aggregate.feedback import error_feedback
-from research.compress.quantize import int8
-from research.optim.transform import aggregated
-from research.parallel.state_specs import init_state, state_specs
+import research as dx
 
 
 def main(steps: int = 200) -> tuple[float, jax.Array]:
@@ -28,12 +24,12 @@ def main(steps: int = 200) -> tuple[float, jax.Array]:
   y = x @ truth
 
   optimizer = optax.chain(
-    aggregated(error_feedback(gather_mean(int8())), axis="replica"), optax.adam(0.05)
+    dx.aggregated(dx.error_feedback(dx.gather_mean(dx.int8())), axis="replica"), optax.adam(0.05)
   )
   sharding = NamedSharding(mesh, P("fsdp"))
   params = jax.device_put({"w": jnp.zeros((16, 4))}, sharding)
-  specs = state_specs(optimizer, params, mesh, axis="replica")
-  state = init_state(optimizer, params, mesh, axis="replica")
+  specs = dx.state_specs(optimizer, params, mesh, axis="replica")
+  state = dx.init_state(optimizer, params, mesh, axis="replica")
 
   def train_step(params, state, x, y):
     loss, grads = jax.value_and_grad(lambda p: jnp.mean((x @ p["w"] - y) ** 2))(params)

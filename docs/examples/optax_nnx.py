@@ -1,9 +1,10 @@
-"""Local SGD with compressed changes in a training loop of Flax NNX.
+"""Local SGD with compressed model changes in a training loop of Flax NNX.
 
     JAX_NUM_CPU_DEVICES=8 python docs/examples/optax_nnx.py
 
-Eight workers take four steps each of their own between two exchanges: a whole method as an optax
-optimizer. Each worker has a model of its own, so that parameters carry a leading worker axis.
+Eight workers take four local steps each between two exchanges; `as_optax` makes the whole method an
+optax optimizer.
+Every worker has its own model, so parameters have a leading worker axis.
 """
 
 import jax
@@ -12,11 +13,7 @@ import optax
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from research.aggregate.compressed import gather_mean
-from research.aggregate.feedback import error_feedback
-from research.compress.sparsify import top_k
-from research.methods.local import local_sgd
-from research.optim.transform import as_optax
+import research as dx
 
 
 class Network(nnx.Module):
@@ -35,17 +32,17 @@ def main(rounds: int = 60) -> float:
   y = jnp.sin(x[:, 0]) + x[:, 1] * x[:, 2]
 
   graph, params = nnx.split(Network(nnx.Rngs(0)), nnx.Param)
-  method = local_sgd(
-    optax.sgd(0.05, momentum=0.9), error_feedback(gather_mean(top_k(0.1))), period=4
+  method = dx.local_sgd(
+    optax.sgd(0.05, momentum=0.9), dx.error_feedback(dx.gather_mean(dx.top_k(0.1))), period=4
   )
-  optimizer = as_optax(method, axis="workers")
+  optimizer = dx.as_optax(method, axis="workers")
 
   def loss_of(params, x, y):
     return jnp.mean((nnx.merge(graph, params)(x) - y) ** 2)
 
   def round_(held, x, y):
-    """Four steps of one worker, which ends with an exchange."""
-    held = jax.tree.map(lambda leaf: leaf[0], held)  # this worker's row
+    """Four local steps of one worker; the last one ends with an exchange."""
+    held = jax.tree.map(lambda leaf: leaf[0], held)  # the row of this worker
 
     def step(held, _):
       params, state = held

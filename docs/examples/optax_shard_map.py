@@ -1,9 +1,9 @@
-"""Compressed gradients in a train step of one's own, by plain `jax.shard_map`.
+"""Compressed gradients in your own train step, with plain `jax.shard_map`.
 
     JAX_NUM_CPU_DEVICES=8 python docs/examples/optax_shard_map.py
 
-Eight workers on an axis named "batch" fit a linear model. Gradients travel in 8 bits with error
-feedback; the memory of what was not sent is each worker's own.
+Eight workers on a mesh axis named "batch" fit a linear model. Gradients travel in 8 bits with error
+feedback. The memory of error feedback is private to each worker.
 """
 
 import jax
@@ -11,11 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
-from research.aggregate.compressed import two_phase
-from research.aggregate.feedback import error_feedback
-from research.compress.quantize import int8
-from research.optim.transform import aggregated
-from research.parallel.state_specs import init_state, state_specs
+import research as dx
 
 
 def main(steps: int = 200) -> float:
@@ -27,12 +23,12 @@ def main(steps: int = 200) -> float:
 
   optimizer = optax.chain(
     optax.clip_by_global_norm(1.0),  # of each worker's gradient
-    aggregated(error_feedback(two_phase(int8())), axis="batch"),
+    dx.aggregated(dx.error_feedback(dx.two_phase(dx.int8())), axis="batch"),
     optax.sgd(0.1, momentum=0.9),  # the same step on all workers
   )
   params = {"w": jnp.zeros((16, 4))}
-  specs = state_specs(optimizer, params, mesh, axis="batch")
-  state = init_state(optimizer, params, mesh, axis="batch")
+  specs = dx.state_specs(optimizer, params, mesh, axis="batch")
+  state = dx.init_state(optimizer, params, mesh, axis="batch")
 
   def train_step(params, state, x, y):
     loss, grads = jax.value_and_grad(lambda p: jnp.mean((x @ p["w"] - y) ** 2))(params)

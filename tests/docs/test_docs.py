@@ -66,13 +66,13 @@ APPLICATIONS = ("finance", "medicine", "recommend", "search")
 @pytest.mark.parametrize("name", APPLICATIONS)
 def test_the_figures_of_applications_are_those_of_the_results(name):
   table = ROOT / "results" / "applications" / name / "table.md"
-  page = (ROOT / "docs" / f"{name}.md").read_text()
-  assert table.read_text().strip() in page
+  page = (ROOT / "docs" / "guides" / "applications" / f"{name}.md").read_text()
+  assert f"{{include}} ../../../results/applications/{name}/table.md\n" in page
   assert f"results/applications/{name}/figure.png" in page
   result = json.loads((table.parent / "result.json").read_text())
   assert result["environment"]["commit"]
   for row in result["rows"]:
-    assert f"| {row['what']} | {row['value']:.6g} |" in page
+    assert f"| {row['what']} | {row['value']:.6g} |" in table.read_text()
 
 
 def test_applications_are_as_good_as_they_are_to_be():
@@ -104,9 +104,11 @@ def test_applications_are_as_good_as_they_are_to_be():
     assert max(auc(f"alone {n}") for n in range(1, 6)) < auc("federated")
 
 
-def test_the_table_of_compression_is_that_of_the_result():
+def test_the_tables_of_compression_are_those_of_the_result():
   folder = ROOT / "results" / "compression"
-  text = (folder / "compare.md").read_text()
+  text, short = ((folder / name).read_text() for name in ("compare.md", "table.md"))
+  page = (ROOT / "docs" / "guides" / "compress.md").read_text()
+  assert "{include} ../../results/compression/table.md\n" in page
   result = json.loads((folder / "compare.json").read_text())
   assert result["env"]["commit"]
   dense = result["methods"][0]["accuracy_mean"]
@@ -114,6 +116,10 @@ def test_the_table_of_compression_is_that_of_the_result():
     figures = [f"{row[f'accuracy_{name}']:.4f}" for name in ("mean", "least", "greatest")]
     sent = f"{row['bytes_per_step_per_worker']:,.0f} | {row['ratio_to_dense']:.4f}"
     assert "| {} | {} | {} | {} |".format(*figures, sent) in text
+    percent = [f"{100 * row[f'accuracy_{name}']:.2f}" for name in ("mean", "least", "greatest")]
+    assert "| `{}` | {} | {} to {} |".format(row["method"], *percent) in short
+    sent = f"{row['bytes_per_step_per_worker']:,.0f} | {row['ratio_to_dense']:.2%}"
+    assert f"| {sent} |" in short
     assert row["accuracy_mean"] >= dense - 0.005
 
 

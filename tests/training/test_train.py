@@ -155,6 +155,7 @@ def test_nothing_is_written_without_out(tmp_path, monkeypatch):
   assert not list(tmp_path.iterdir())
   figure = result.plot()
   assert figure.axes[0].get_lines()
+  assert figure._repr_png_().startswith(b"\x89PNG")  # what a notebook displays
   assert len(result.metrics) == 2
 
 

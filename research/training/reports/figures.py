@@ -1,6 +1,7 @@
 """Draws figures of results; text is drawn literally, and a failure does not lose the results."""
 
 import contextlib
+import io
 import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -98,6 +99,22 @@ def diagnostics_plot(folder: Path, summary: Mapping[str, Any]) -> None:
       save(diagnostics_figure(rows, summary), path, dpi=120)
 
 
+def _empty(height: float) -> Any:
+  """Returns an empty Figure that notebooks display, without pyplot's global state.
+
+  Args:
+    height: in inches.
+  """
+  from matplotlib.figure import Figure
+
+  class Displayed(Figure):
+    def _repr_png_(self) -> bytes:
+      self.savefig(picture := io.BytesIO(), format="png", dpi=100)
+      return picture.getvalue()
+
+  return Displayed(figsize=(7, height))
+
+
 def diagnostics_figure(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> Any:
   """Returns a matplotlib Figure with one panel per diagnostic, against steps.
 
@@ -105,11 +122,9 @@ def diagnostics_figure(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, 
     rows: the rows of the metrics.
     summary: the run's summary.
   """
-  from matplotlib.figure import Figure
-
   rows = [row for row in rows if "diagnostics" in row]
   names = list(dict.fromkeys(name for row in rows for name in row["diagnostics"]))
-  figure = Figure(figsize=(7, 1 + 1.6 * len(names)))
+  figure = _empty(1 + 1.6 * len(names))
   axes = figure.subplots(max(1, len(names)), 1, squeeze=False, sharex=True)[:, 0]
   for ax, name in zip(axes, names, strict=False):
     shown = [(row["step"], row["diagnostics"][name]) for row in rows if name in row["diagnostics"]]
@@ -140,14 +155,12 @@ def _figure(
   evaluated: Sequence[Mapping[str, Any]],
   summary: Mapping[str, Any],
 ) -> Any:
-  from matplotlib.figure import Figure
-
   evaluated_on = summary["evaluated_on"]
   lines = textwrap.wrap(summary["method"], 78, break_on_hyphens=False)
   title = "\n".join([f"{summary['task']}, {summary['workers']} workers", *lines])
   names = sorted({name for row in evaluated for name in row["eval"]} - {"loss"})
   count = 1 + bool(names)
-  figure = Figure(figsize=(7, 3 * count))
+  figure = _empty(3 * count)
   axes = figure.subplots(count, 1, squeeze=False, sharex=True)
   top = axes[0, 0]
   top.plot([r["step"] for r in rows], [r["loss"] for r in rows], lw=1, label="mini-batches")
