@@ -1,4 +1,4 @@
-"""Sphinx configuration of the documentation: `python -m sphinx -W -b html docs docs/_build/html`."""
+"""Sphinx configuration of the documentation; `make docs` builds it."""
 
 import os
 import sys
