@@ -16,7 +16,7 @@ CELL = re.compile(r"^```\{code-cell\}[^\n]*\n(?:(?!```$).*\n)*?```$", re.MULTILI
 NAME = re.compile(r"^:name: *(\S+) *$", re.MULTILINE)
 PLACEHOLDER = re.compile(r"^\{cell\} *(\S+) *$", re.MULTILINE)
 _CHINESE = r"[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]"
-BREAK = re.compile(rf"(?<={_CHINESE})\n(?={_CHINESE})")
+BREAK = re.compile(rf"(?<={_CHINESE})\n *(?={_CHINESE})")
 
 
 def cells(text: str) -> dict[str, str]:
