@@ -4,7 +4,7 @@ A page in a folder `zh` is the translation of the page of the same name in the p
 a line `{cell} NAME` stands for the original's code cell with the option `:name: NAME`. The line is
 replaced when Sphinx reads the page, so that the code is written once, and the cache of executed
 notebooks finds both pages by the same cells. A line break between two Chinese characters is
-removed, since HTML would show it as a space.
+removed, since HTML would show it as a space. The line that opens a `:::` block stays as it is.
 """
 
 import re
@@ -16,7 +16,7 @@ CELL = re.compile(r"^```\{code-cell\}[^\n]*\n(?:(?!```$).*\n)*?```$", re.MULTILI
 NAME = re.compile(r"^:name: *(\S+) *$", re.MULTILINE)
 PLACEHOLDER = re.compile(r"^\{cell\} *(\S+) *$", re.MULTILINE)
 _CHINESE = r"[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]"
-BREAK = re.compile(rf"(?<={_CHINESE})\n *(?={_CHINESE})")
+BREAK = re.compile(rf"(^:::.*\n)|(?<={_CHINESE})\n *(?={_CHINESE})", re.MULTILINE)
 
 
 def cells(text: str) -> dict[str, str]:
@@ -64,7 +64,7 @@ def filled(text: str, source: str) -> str:
       raise ValueError(f"{{cell}} {match[1]}: the original has {', '.join(known) or 'no cells'}")
     return known[match[1]]
 
-  return PLACEHOLDER.sub(cell, BREAK.sub("", text))
+  return PLACEHOLDER.sub(cell, BREAK.sub(r"\1", text))
 
 
 def _read(app: Any, name: str, content: list[str]) -> None:

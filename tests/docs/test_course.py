@@ -61,6 +61,8 @@ def test_placeholders_become_cells_and_chinese_lines_are_joined():
   assert cells.filled("a\n\n{cell} one\n", source) == f"a\n\n{source}"
   assert cells.filled("误差\n反馈\nSGD\n\n记忆\n", "") == "误差反馈\nSGD\n\n记忆\n"
   assert cells.filled("- 误差\n  反馈\n- 记忆\n", "") == "- 误差反馈\n- 记忆\n"
+  block = ":::{admonition} 习题\n误差反馈\n:::\n"
+  assert cells.filled(block, "") == block
 
 
 def test_an_unknown_cell_is_an_error():
