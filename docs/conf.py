@@ -4,7 +4,8 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "_ext"))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # of the notebooks' kernels, too
 
@@ -15,19 +16,47 @@ author = "the authors of distributed-optimization-jax"
 copyright = f"2026, {author}"
 release = version = research.__version__
 
-extensions = ["cells", "myst_nb", "sphinx_copybutton", "sphinx_design"]
-exclude_patterns = ["_build", "examples"]
+extensions = [
+  *("cells", "generate", "records", "local_mathjax"),  # of docs/_ext
+  *("myst_nb", "sphinx_copybutton", "sphinx_design"),
+]
+exclude_patterns = ["_build", "_ext", "examples"]
+nitpicky = True
+suppress_warnings = ["mystnb.unknown_mime_type"]
 
 html_theme = "sphinx_book_theme"
 html_title = project
+html_logo = "_static/logo.svg"
+html_favicon = "_static/logo.svg"
 html_static_path = ["_static"]
-html_theme_options = {"show_navbar_depth": 1, "home_page_in_toc": True}
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sourcelink = False
+html_theme_options = {
+  "show_navbar_depth": 1,
+  "show_toc_level": 2,
+  "home_page_in_toc": False,
+  "use_download_button": False,
+  "use_fullscreen_button": False,
+}
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
+# MathJax 3 is copied into the site: nothing is fetched when a page is read.
+mathjax_path = "mathjax/tex-chtml.js"
+mathjax3_config = {"chtml": {"displayAlign": "left", "displayIndent": "1em"}}
 
 nb_execution_mode = "cache"
-nb_execution_cache_path = str(Path(__file__).parent / "_build" / "notebooks")
+nb_execution_cache_path = str(HERE / "_build" / "notebooks")
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 nb_merge_streams = True
+
+copybutton_exclude = ".linenos, .gp, .go"
+
+# Internal links and anchors are checked everywhere; external ones by the workflow, which has a
+# network: LINKCHECK_EXTERNAL=1.
+linkcheck_ignore = [] if os.environ.get("LINKCHECK_EXTERNAL") else [r"https?://"]
+linkcheck_anchors = True
+linkcheck_timeout = 20
+linkcheck_workers = 4

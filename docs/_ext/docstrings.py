@@ -1,0 +1,186 @@
+"""Docstrings of this codebase as MyST Markdown: prose, recursions, and sections.
+
+A docstring is a summary line, paragraphs, blocks indented by four spaces, and the sections Args,
+Returns, Raises, Attributes and Reference. Blocks are recursions or code.
+"""
+
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import mathematics
+
+SECTIONS = ("Args", "Returns", "Raises", "Attributes", "Reference", "References")
+_HEAD = re.compile(rf"^({'|'.join(SECTIONS)}):\s*(.*)$")
+_CODE = re.compile(r"^\s*(--|@|def |class |import |from |method = |task = |optimizer = |build\()")
+# From a norm to the last one of the same sentence: E ||C(x) - x||^2 <= (1 - k / n) ||x||^2.
+_NORMS = re.compile(r"((?:\bE )?\|\|[^.;]*\|\|(?:\^2|_1)?)")
+
+
+class Docstring(NamedTuple):
+  """A parsed docstring; all texts are plain, not yet Markdown."""
+
+  body: list[str]  # paragraphs and blocks; blocks keep their indentation
+  args: list[tuple[str, str]]  # (name, text)
+  returns: str
+  raises: list[tuple[str, str]]
+  reference: str
+
+
+def parse(obj: Any) -> Docstring:
+  """The docstring of an object that has one of its own."""
+  text = own(obj)
+  sections: dict[str, list[str]] = {"": []}
+  current = sections[""]
+  for line in text.splitlines():
+    if found := _HEAD.match(line):
+      current = sections.setdefault(found[1], [])
+      current += [found[2]] if found[2] else []
+    else:
+      current.append(line)
+  attributes = _items(sections.get("Attributes", []))
+  return Docstring(
+    _paragraphs(sections[""]),
+    _items(sections.get("Args", [])) or attributes,
+    _joined(sections.get("Returns", [])),
+    _items(sections.get("Raises", [])),
+    _joined(sections.get("Reference", []) + sections.get("References", [])),
+  )
+
+
+def own(obj: Any) -> str:
+  """The text of the docstring; that of a NamedTuple without one is the signature that it repeats."""
+  return inspect.cleandoc(obj.__doc__ or "") if getattr(obj, "__doc__", None) else ""
+
+
+def _paragraphs(lines: list[str]) -> list[str]:
+  found: list[list[str]] = [[]]
+  for line in lines:
+    if not line.strip():
+      found.append([])
+    else:
+      found[-1].append(line)
+  return ["\n".join(part) for part in found if part]
+
+
+def _items(lines: list[str]) -> list[tuple[str, str]]:
+  """The entries `name: text` of a section, each with its continuation lines."""
+  found: list[tuple[str, list[str]]] = []
+  for line in filter(str.strip, lines):
+    entry = re.match(r"^ {0,2}(\*{0,2}[\w.]+): (.*)$", line)
+    if entry:
+      found.append((entry[1], [entry[2]]))
+    elif found:
+      found[-1][1].append(line.strip())
+    else:
+      found.append(("", [line.strip()]))
+  return [(name, " ".join(text)) for name, text in found]
+
+
+def _joined(lines: list[str]) -> str:
+  return " ".join(line.strip() for line in lines if line.strip())
+
+
+def markdown(doc: Docstring, link: Callable[[str], str], is_mathematics: bool) -> str:
+  """Summary, paragraphs and blocks.
+
+  Args:
+    doc: the docstring.
+    link: a name in backticks -> its Markdown, a link where there is a target.
+    is_mathematics: whether indented blocks are recursions, not code.
+  """
+  parts = []
+  for text in doc.body:
+    if text.startswith("    ") and (not is_mathematics or _CODE.match(text)):
+      parts.append(f"```python\n{inspect.cleandoc(text)}\n```")
+    elif text.startswith("    "):
+      parts.append(f"```{{math}}\n{mathematics.latex(text)}\n```")
+    elif "\n    " in text and _is_mixed(text):
+      parts += _split(text, link, is_mathematics)
+    else:
+      parts.append(prose(text, link))
+  return "\n\n".join(parts)
+
+
+def _is_mixed(text: str) -> bool:
+  return any(line.startswith("    ") for line in text.splitlines()[1:])
+
+
+def _split(text: str, link: Callable[[str], str], is_mathematics: bool) -> list[str]:
+  """A paragraph that a block follows without a blank line."""
+  lines = text.splitlines()
+  first = next(i for i, line in enumerate(lines) if line.startswith("    "))
+  parts = ["\n".join(lines[:first]), "\n".join(lines[first:])]
+  return [markdown(Docstring([part], [], "", [], ""), link, is_mathematics) for part in parts]
+
+
+def prose(text: str, link: Callable[[str], str]) -> str:
+  """One paragraph or list as Markdown: names in backticks are code, all else is text."""
+  lines = [line.strip() for line in text.splitlines()]
+  is_list = any(line.startswith("- ") for line in lines)
+  flowing = ("\n" if is_list else " ").join(lines)
+  return "".join(_piece(part, link) for part in re.split(r"(`[^`]+`)", flowing))
+
+
+def _piece(text: str, link: Callable[[str], str]) -> str:
+  """A name in backticks, or text whose norms and bounds are typeset."""
+  if text.startswith("`"):
+    return link(text[1:-1])
+  parts = _NORMS.split(text)
+  shown = [f"${mathematics.inline(p)}$" if i % 2 else escaped(p) for i, p in enumerate(parts)]
+  return "".join(shown)
+
+
+def escaped(text: str) -> str:
+  """Text with the characters escaped that mean something in Markdown; arXiv numbers are links."""
+  text = re.sub(r"([\\*_\[\]<>$#~{}|])", r"\\\1", text)
+  linked = r"[arXiv:\1](https://arxiv.org/abs/\1)"
+  return re.sub(r"arXiv[: ](\d{4}\.\d{4,5})", linked, text)
+
+
+# ---- signatures
+
+
+@functools.cache
+def signature(factory: Callable[..., Any], name: str) -> str:
+  """The call of a factory with types and defaults, on one line or one parameter a line."""
+  parameters = [_parameter(p) for p in _signature(factory).parameters.values()]
+  kinds = [p.kind for p in _signature(factory).parameters.values()]
+  if inspect.Parameter.KEYWORD_ONLY in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds:
+    parameters.insert(kinds.index(inspect.Parameter.KEYWORD_ONLY), "*")
+  line = f"{name}({', '.join(parameters)})"
+  if len(line) <= 78:
+    return line
+  return f"{name}(\n" + "".join(f"    {p},\n" for p in parameters) + ")"
+
+
+def _signature(factory: Callable[..., Any]) -> inspect.Signature:
+  try:
+    return inspect.signature(factory, eval_str=True)
+  except NameError:
+    return inspect.signature(factory)
+
+
+def _parameter(parameter: inspect.Parameter) -> str:
+  star = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+  text = star + parameter.name
+  if parameter.annotation is not parameter.empty:
+    text += f": {type_name(parameter.annotation)}"
+  if parameter.default is not parameter.empty:
+    joined = " = " if parameter.annotation is not parameter.empty else "="
+    text += joined + re.sub(r"^\((.*)\)$", r"(\1)", repr(parameter.default))
+  return text
+
+
+def type_name(annotation: Any) -> str:
+  """A type as one reads it: without the modules of its names."""
+  if isinstance(annotation, str):
+    text = annotation
+  elif isinstance(annotation, type) and not hasattr(annotation, "__args__"):
+    text = annotation.__name__
+  else:
+    text = str(annotation).replace("NoneType", "None")
+  text = re.sub(r"ForwardRef\('([^']+)'[^)]*\)", r"\1", text)
+  return re.sub(r"\b(?:[A-Za-z_]\w*\.)+(\w+)", r"\1", text)

@@ -1,0 +1,19 @@
+"""Sphinx extension: writes the generated pages before a build reads its sources."""
+
+from typing import Any
+
+import catalogue
+import claims
+
+
+def generate(app: Any) -> None:
+  """Writes the catalogue, the API reference and the results."""
+  del app
+  catalogue.generate()
+  claims.generate()
+
+
+def setup(app: Any) -> dict[str, Any]:
+  """Called by Sphinx."""
+  app.connect("builder-inited", generate)
+  return {"parallel_read_safe": True, "parallel_write_safe": True}
