@@ -9,7 +9,7 @@ sys.path.insert(0, str(HERE / "_ext"))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # of the notebooks' kernels, too
 
-import research
+import research  # noqa: E402 - after the environment is set
 
 project = "Distributed optimization in JAX"
 author = "the authors of distributed-optimization-jax"
@@ -32,7 +32,9 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sourcelink = False
+html_context = {"default_mode": "auto"}
 html_theme_options = {
+  "logo": {"text": project},
   "show_navbar_depth": 1,
   "show_toc_level": 2,
   "home_page_in_toc": False,
@@ -44,13 +46,17 @@ myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 # MathJax 3 is copied into the site: nothing is fetched when a page is read.
 mathjax_path = "mathjax/tex-chtml.js"
-mathjax3_config = {"chtml": {"displayAlign": "left", "displayIndent": "1em"}}
+mathjax3_config = {"chtml": {"displayAlign": "left", "displayIndent": "1em", "scale": 0.92}}
 
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(HERE / "_build" / "notebooks")
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 nb_merge_streams = True
+
+python_maximum_signature_line_length = 80
+# Types of the standard library and of other packages, which have no entry here.
+nitpick_ignore_regex = [("py:(class|obj|data)", r"(?!research\.).*")]
 
 copybutton_exclude = ".linenos, .gp, .go"
 

@@ -162,8 +162,8 @@ def _of_compressor(compressor: Compressor, spec: str) -> list[str]:
   ]
   shown = "; ".join(f"{name}: {'yes' if has else 'no'}" for name, has, _ in traits)
   return [
-    f"**Sends** {number(sent)} bytes for a leaf of 1,000,000 float32 ({number(facts.DENSE)} bytes), "
-    f"by `{spec}`:",
+    f"**Sends** {number(sent)} bytes for a leaf of 1,000,000 float32, which takes "
+    f"{number(facts.DENSE)}, by `{spec}`:",
     table(["payload", "dtype", "shape", "bytes"], rows),
     f"**Properties** {shown}. A server accepts it in `gather_mean`"
     + (" and `sum_mean`." if compressor.linear else "."),
@@ -251,7 +251,8 @@ def _of_method(method: Method, spec: str) -> list[str]:
   try:
     stretches, axes = facts.rounds_of(method)
   except ValueError as error:
-    return [f"**Sends** an amount that is not statically known: {docstrings.prose(str(error), link)}."]
+    why = docstrings.prose(str(error), link)
+    return [f"**Sends** an amount that is not statically known: {why}."]
   rounds = sum(count for count, _ in stretches)
   each = [sent for _, sent in stretches]
   if len(stretches) == 1:
@@ -301,8 +302,8 @@ def _optimizers() -> str:
   intro = (HERE / "_ext" / "intros" / "optimizers.md").read_text(encoding="utf-8").strip()
   parts = [intro]
   for kind, title in (("optimizer", "Optimizers"), ("schedule", "Schedules")):
-    names = [n for n in registry.names(kind)]
-    parts += [f"## {title}", " ".join(f"`{name}`" for name in sorted(names))]
+    names = sorted(registry.names(kind))
+    parts += [f"## {title}", " ".join(f"`{name}`" for name in names)]
   return "\n\n".join(parts) + "\n"
 
 

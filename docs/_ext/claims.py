@@ -1,4 +1,4 @@
-"""Writes docs/results/claims/: one page per claim of a paper, from results/ and experiments/claims/."""
+"""Writes docs/results/claims/: a page per claim, from results/ and experiments/claims/."""
 
 import ast
 import functools

@@ -51,7 +51,7 @@ def parse(obj: Any) -> Docstring:
 
 
 def own(obj: Any) -> str:
-  """The text of the docstring; that of a NamedTuple without one is the signature that it repeats."""
+  """The text of the docstring; '' without one."""
   return inspect.cleandoc(obj.__doc__ or "") if getattr(obj, "__doc__", None) else ""
 
 

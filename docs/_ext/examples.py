@@ -164,4 +164,3 @@ def of(kind: str, name: str) -> str:
 def built(kind: str, spec: str) -> Any:
   """The object of an example; None for tasks, whose data need not be there."""
   return None if kind == "task" else registry.build(kind, spec)
-

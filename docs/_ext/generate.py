@@ -4,6 +4,7 @@ from typing import Any
 
 import catalogue
 import claims
+import reference
 
 
 def generate(app: Any) -> None:
@@ -11,6 +12,7 @@ def generate(app: Any) -> None:
   del app
   catalogue.generate()
   claims.generate()
+  reference.generate()
 
 
 def setup(app: Any) -> dict[str, Any]:

@@ -40,8 +40,8 @@ _SYMBOLS = {
 # Names of two parts that are one parameter.
 _NAMES = ("burn_in", "clip_norm", "Walsh-Hadamard", "-th", "'s")
 _TOKEN = re.compile(
-  r"not in\b|burn_in|clip_norm|Walsh-Hadamard|-th\b|'s\b|\"\w+\"|[A-Za-z]+[0-9]?(?![0-9])|\d+(?:\.\d+)?"
-  r"|\|\||<-|<=|>=|\+-|=:|\.\.\.| \| |\s+|."
+  r"not in\b|burn_in|clip_norm|Walsh-Hadamard|-th\b|'s\b|\"\w+\""
+  r"|[A-Za-z]+[0-9]?(?![0-9])|\d+(?:\.\d+)?|\|\||<-|<=|>=|\+-|=:|\.\.\.| \| |\s+|."
 )
 _OPERATORS = ("=", "+", "-", "/", "<", ">", "<-", "<=", ">=", "+-", "=:", ":")
 

@@ -1,7 +1,7 @@
 """Sphinx extension: directives that show records of results/.
 
-    ```{provenance} bench/result.json
-    ```
+```{provenance} bench/result.json
+```
 """
 
 import json

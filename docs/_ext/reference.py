@@ -1,0 +1,185 @@
+"""Writes docs/api/: the public names of `research` and `research.testing`, by room."""
+
+import ast
+import enum
+import inspect
+import io
+import textwrap
+import tokenize
+from collections.abc import Callable
+from typing import Any
+
+import catalogue
+import docstrings
+from pages import HERE, Writer
+
+import research
+from research import testing
+from research.core.builtin import TABLE
+
+# Page -> (title, introduction, rooms of the public names).
+_PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
+  "training": (
+    "Training",
+    "`research.train` runs a method on a task and returns a `Result`. Every flag of the command "
+    "line is an argument by the same name.",
+    ("training", "tasks"),
+  ),
+  "core": (
+    "Interfaces and registry",
+    "What a compressor, an aggregator, a method and a task are, and how specs become objects.",
+    ("core",),
+  ),
+  "optax": (
+    "The optax face",
+    "Aggregators and methods as optax transformations, for a train step of your own inside "
+    "`shard_map(..., check_vma=False)`.",
+    ("optim", "parallel"),
+  ),
+  "compress": ("Compressors", "", ("compress",)),
+  "aggregate": ("Aggregators", "", ("aggregate",)),
+  "methods": ("Methods", "", ("methods",)),
+  "topology": ("Topologies", "", ("comm",)),
+  "models": ("Models", "", ("models",)),
+}
+_FIRST = ("train", "Result", "supervised", "build", "register", "Default", "Compressor")
+
+
+def generate() -> None:
+  """Writes all pages of the reference."""
+  write = Writer(HERE / "api")
+  for page, (title, intro, rooms) in _PAGES.items():
+    write(page, _page(title, intro, names_of(rooms)))
+  intro = docstrings.markdown(docstrings.parse(testing), _code, False)
+  parts = [f"# Testing\n\n{intro}"]
+  parts += [_entry(testing, name, "research.testing") for name in sorted(testing.__all__)]
+  write("testing", "\n\n".join(parts) + "\n")
+
+
+def names_of(rooms: tuple[str, ...]) -> list[str]:
+  """The public names that are defined in some rooms of the library."""
+  modules = research._MODULES
+  found = [name for name, module in modules.items() if module.split(".")[1] in rooms]
+  return sorted(found, key=lambda name: (name not in _FIRST, name.islower(), name.lower()))
+
+
+def _page(title: str, intro: str, names: list[str]) -> str:
+  intro = f"# {title}\n\n{intro}".strip()
+  return "\n\n".join([intro, *(_entry(research, name, "research") for name in names)]) + "\n"
+
+
+def link(name: str) -> str:
+  """A name in backticks, as a reference to its entry here."""
+  if name in research.__all__:
+    return f"{{py:obj}}`research.{name}`"
+  return f"`{name}`"
+
+
+def _code(name: str) -> str:
+  return f"`{name}`"
+
+
+def _entry(module: Any, name: str, home: str) -> str:
+  """A heading, which the table of contents shows, and the directive of one name."""
+  obj = getattr(module, name)
+  kind = next((kind for kind in TABLE if name in TABLE[kind]), "")
+  is_value = not (inspect.isclass(obj) or inspect.isroutine(obj))
+  role = "data" if is_value else "class" if inspect.isclass(obj) and not kind else "function"
+  return f"## {name}\n\n" + _directive(role, name, obj, f":module: {home}", kind, depth=0)
+
+
+def _directive(role: str, name: str, obj: Any, option: str, kind: str, depth: int) -> str:
+  fence = "`" * (7 - depth)
+  signature = name if role in ("data", "attribute", "property") else _signature(obj, name)
+  head = f"{fence}{{py:{role}}} {signature}"
+  options = [line for line in (option, ":no-index-entry:" if depth else "") if line]
+  body = _body(name, obj, kind, depth)
+  return "\n".join([head, *options, "", body, fence])
+
+
+def _signature(obj: Any, name: str) -> str:
+  if inspect.isclass(obj) and issubclass(obj, enum.Enum):
+    return name
+  try:
+    shown = " ".join(docstrings.signature(obj, name).split())
+  except ValueError:
+    return name
+  for before, after in (("( ", "("), (", )", ")"), ("(self, ", "("), ("(self)", "()")):
+    shown = shown.replace(before, after)
+  returns = inspect.signature(obj).return_annotation if not inspect.isclass(obj) else None
+  if returns in (None, inspect.Signature.empty):
+    return shown
+  return f"{shown} -> {docstrings.type_name(returns)}"
+
+
+def _body(name: str, obj: Any, kind: str, depth: int) -> str:
+  if not (inspect.isclass(obj) or inspect.isroutine(obj) or isinstance(obj, property)):
+    return f"`{obj!r}`"
+  doc = docstrings.parse(obj)
+  if kind:  # the catalogue has the rest
+    summary = docstrings.markdown(doc._replace(body=doc.body[:1]), link, True)
+    parts = [summary, f"In the catalogue: {catalogue.link(name, '../catalogue/')}."]
+  else:
+    parts = [docstrings.markdown(doc, link, False)]
+  parts += _fields(doc)
+  if inspect.isclass(obj) and not kind and depth == 0:
+    parts += _members(obj)
+  return "\n\n".join(part for part in parts if part)
+
+
+def _fields(doc: docstrings.Docstring) -> list[str]:
+  items = [f"`{name}`\n: {docstrings.prose(text, link)}" for name, text in doc.args if name]
+  parts = ["**Parameters**", "\n\n".join(items)] if items else []
+  if doc.returns:
+    parts.append(f"**Returns** {docstrings.prose(doc.returns, link)}")
+  if doc.raises:
+    named = [f"`{n}`: {docstrings.prose(text, link)}" if n else text for n, text in doc.raises]
+    parts.append("**Raises**\n\n" + "\n".join(f"- {line}" for line in named))
+  if doc.reference:
+    parts.append(f"**Reference** {docstrings.prose(doc.reference, link)}")
+  return parts
+
+
+def _members(cls: type) -> list[str]:
+  """Fields with their comments, members of an enumeration, methods and properties."""
+  if issubclass(cls, enum.Enum) or hasattr(cls, "_fields"):
+    comments = _comments(cls)
+    names = cls._fields if hasattr(cls, "_fields") else cls.__members__
+    items = [f"`{name}`\n: {docstrings.escaped(comments.get(name) or '—')}" for name in names]
+    return ["**Fields**" if hasattr(cls, "_fields") else "**Members**", "\n\n".join(items)]
+  parts = []
+  for name, value in vars(cls).items():
+    target = getattr(value, "func", value)  # of a cached property
+    is_property = isinstance(value, property) or target is not value
+    if name.startswith("_") or not (inspect.isfunction(value) or is_property):
+      continue
+    if not inspect.getdoc(value):
+      continue
+    role = "property" if is_property else "method"
+    shown: Callable[..., Any] = target if is_property else value
+    parts.append(_directive(role, name, shown, "", "", depth=1))
+  return parts
+
+
+def _comments(cls: type) -> dict[str, str]:
+  """The comment behind, or else above, each field in the source of a class."""
+  source = textwrap.dedent(inspect.getsource(cls))
+  notes = {
+    token.start[0]: token.string.lstrip("# ")
+    for token in tokenize.generate_tokens(io.StringIO(source).readline)
+    if token.type == tokenize.COMMENT
+  }
+  found = {}
+  for node in ast.parse(source).body[0].body:  # pyright: ignore[reportAttributeAccessIssue]
+    target = getattr(node, "target", None) or next(iter(getattr(node, "targets", [])), None)
+    if not isinstance(target, ast.Name):
+      continue
+    text, line = notes.get(node.lineno, ""), node.lineno - 1
+    while line in notes and _alone(source, line):
+      text, line = f"{notes[line]} {text}".strip(), line - 1
+    found[target.id] = text
+  return found
+
+
+def _alone(source: str, line: int) -> bool:
+  return source.splitlines()[line - 1].lstrip().startswith("#")
