@@ -22,6 +22,8 @@ extensions = [
 ]
 exclude_patterns = ["_build", "_ext", "examples"]
 nitpicky = True
+smartquotes = False  # they would turn --flag into a dash
+toc_object_entries = False  # the API's headings have the same names
 suppress_warnings = ["mystnb.unknown_mime_type"]
 
 html_theme = "sphinx_book_theme"
@@ -38,6 +40,7 @@ html_theme_options = {
   "show_navbar_depth": 1,
   "show_toc_level": 2,
   "home_page_in_toc": False,
+  "navbar_persistent": [],
   "use_download_button": False,
   "use_fullscreen_button": False,
 }

@@ -95,24 +95,24 @@ def _page(kind: str, page: str, tested: dict[str, list[str]]) -> str:
 def _entry(kind: str, name: str, level: int, tested: dict[str, list[str]]) -> str:
   factory = registry.lookup((kind,), name)
   doc = docstrings.parse(factory)
-  spec = examples.of(kind, name)
+  spec, linked = examples.of(kind, name), docstrings.linking(link, doc, factory)
   parts = [
     f"{'#' * level} {name}",
     f"```python\n{docstrings.signature(factory, name)}\n```",
-    docstrings.markdown(doc, link, True),
+    docstrings.markdown(doc, linked, True),
   ]
   if doc.args:
-    items = [f"`{n}`\n: {docstrings.prose(text, link)}" for n, text in doc.args if n]
+    items = [f"`{n}`\n: {docstrings.prose(text, linked)}" for n, text in doc.args if n]
     parts += ["**Parameters**", "\n\n".join(items)]
   built = examples.built(kind, spec)
   parts += _facts(kind, name, built, spec)
   if isinstance(factory, type) and issubclass(factory, Wrapper):
     parts += _refusals(factory)
   if doc.raises:
-    rejected = [docstrings.prose(text, link).rstrip(".") for _, text in doc.raises]
+    rejected = [docstrings.prose(text, linked).rstrip(".") for _, text in doc.raises]
     parts.append(f"**Raises an error** {'; '.join(rejected)}.")
   if doc.reference:
-    parts.append(f"**Reference** {docstrings.prose(doc.reference, link)}")
+    parts.append(f"**Reference** {docstrings.prose(doc.reference, linked)}")
   if found := tested.get(name):
     links = ", ".join(f"[{claim}](../results/claims/{claim}.md)" for claim in found)
     parts.append(f"**Claims that use it** {links}")

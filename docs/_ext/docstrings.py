@@ -4,14 +4,20 @@ A docstring is a summary line, paragraphs, blocks indented by four spaces, and t
 Returns, Raises, Attributes and Reference. Blocks are recursions or code.
 """
 
+import ast
+import dataclasses
 import functools
 import inspect
 import re
+import textwrap
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import mathematics
 
+from research.core.base import EVERYONE
+
+Link = Callable[[str], str]  # a name in backticks -> its Markdown
 SECTIONS = ("Args", "Returns", "Raises", "Attributes", "Reference", "References")
 _HEAD = re.compile(rf"^({'|'.join(SECTIONS)}):\s*(.*)$")
 _CODE = re.compile(r"^\s*(--|@|def |class |import |from |method = |task = |optimizer = |build\()")
@@ -83,7 +89,7 @@ def _joined(lines: list[str]) -> str:
   return " ".join(line.strip() for line in lines if line.strip())
 
 
-def markdown(doc: Docstring, link: Callable[[str], str], is_mathematics: bool) -> str:
+def markdown(doc: Docstring, link: Link, is_mathematics: bool) -> str:
   """Summary, paragraphs and blocks.
 
   Args:
@@ -108,7 +114,7 @@ def _is_mixed(text: str) -> bool:
   return any(line.startswith("    ") for line in text.splitlines()[1:])
 
 
-def _split(text: str, link: Callable[[str], str], is_mathematics: bool) -> list[str]:
+def _split(text: str, link: Link, is_mathematics: bool) -> list[str]:
   """A paragraph that a block follows without a blank line."""
   lines = text.splitlines()
   first = next(i for i, line in enumerate(lines) if line.startswith("    "))
@@ -116,7 +122,7 @@ def _split(text: str, link: Callable[[str], str], is_mathematics: bool) -> list[
   return [markdown(Docstring([part], [], "", [], ""), link, is_mathematics) for part in parts]
 
 
-def prose(text: str, link: Callable[[str], str]) -> str:
+def prose(text: str, link: Link) -> str:
   """One paragraph or list as Markdown: names in backticks are code, all else is text."""
   lines = [line.strip() for line in text.splitlines()]
   is_list = any(line.startswith("- ") for line in lines)
@@ -124,7 +130,7 @@ def prose(text: str, link: Callable[[str], str]) -> str:
   return "".join(_piece(part, link) for part in re.split(r"(`[^`]+`)", flowing))
 
 
-def _piece(text: str, link: Callable[[str], str]) -> str:
+def _piece(text: str, link: Link) -> str:
   """A name in backticks, or text whose norms and bounds are typeset."""
   if text.startswith("`"):
     return link(text[1:-1])
@@ -145,9 +151,15 @@ def escaped(text: str) -> str:
 
 @functools.cache
 def signature(factory: Callable[..., Any], name: str) -> str:
-  """The call of a factory with types and defaults, on one line or one parameter a line."""
-  parameters = [_parameter(p) for p in _signature(factory).parameters.values()]
-  kinds = [p.kind for p in _signature(factory).parameters.values()]
+  """The call of a factory with types and defaults, on one line or one parameter a line.
+
+  Types are as the source writes them: an alias such as `Params` keeps its name.
+  """
+  written, kinds = annotations(factory), []
+  parameters = []
+  for parameter in inspect.signature(factory).parameters.values():
+    parameters.append(_parameter(parameter, written.get(parameter.name, "")))
+    kinds.append(parameter.kind)
   if inspect.Parameter.KEYWORD_ONLY in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds:
     parameters.insert(kinds.index(inspect.Parameter.KEYWORD_ONLY), "*")
   line = f"{name}({', '.join(parameters)})"
@@ -156,31 +168,54 @@ def signature(factory: Callable[..., Any], name: str) -> str:
   return f"{name}(\n" + "".join(f"    {p},\n" for p in parameters) + ")"
 
 
-def _signature(factory: Callable[..., Any]) -> inspect.Signature:
-  try:
-    return inspect.signature(factory, eval_str=True)
-  except NameError:
-    return inspect.signature(factory)
+def annotations(factory: Callable[..., Any]) -> dict[str, str]:
+  """The types of parameters, or of a class's fields, as the source writes them."""
+  if inspect.isclass(factory):
+    found: dict[str, str] = {}
+    for cls in reversed(factory.__mro__):
+      if cls is not object and cls.__module__.startswith("research."):
+        found |= _of_class(cls)
+    return found
+  node = _definition(factory)
+  arguments = node.args
+  every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+  every += [one for one in (arguments.vararg, arguments.kwarg) if one]
+  named = {one.arg: _plain(one.annotation) for one in every if one.annotation}
+  return named | ({"return": _plain(node.returns)} if node.returns else {})
 
 
-def _parameter(parameter: inspect.Parameter) -> str:
-  star = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
-  text = star + parameter.name
-  if parameter.annotation is not parameter.empty:
-    text += f": {type_name(parameter.annotation)}"
-  if parameter.default is not parameter.empty:
-    joined = " = " if parameter.annotation is not parameter.empty else "="
-    text += joined + re.sub(r"^\((.*)\)$", r"(\1)", repr(parameter.default))
-  return text
+def _of_class(cls: type) -> dict[str, str]:
+  body = _definition(cls).body
+  fields = [node for node in body if isinstance(node, ast.AnnAssign)]
+  found = {n.target.id: _plain(n.annotation) for n in fields if isinstance(n.target, ast.Name)}
+  own_init = vars(cls).get("__init__")
+  if own_init and not dataclasses.is_dataclass(cls):
+    found |= annotations(own_init)
+  return found
 
 
-def type_name(annotation: Any) -> str:
-  """A type as one reads it: without the modules of its names."""
-  if isinstance(annotation, str):
-    text = annotation
-  elif isinstance(annotation, type) and not hasattr(annotation, "__args__"):
-    text = annotation.__name__
-  else:
-    text = str(annotation).replace("NoneType", "None")
-  text = re.sub(r"ForwardRef\('([^']+)'[^)]*\)", r"\1", text)
+def _definition(obj: Any) -> Any:
+  return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(obj)))).body[0]
+
+
+def _plain(annotation: ast.expr | None) -> str:
+  """A type without the modules of its names and without quotes."""
+  text = ast.unparse(annotation) if annotation else ""
+  text = re.sub(r"'([\w.\[\], |]+)'", r"\1", text)
   return re.sub(r"\b(?:[A-Za-z_]\w*\.)+(\w+)", r"\1", text)
+
+
+def _parameter(parameter: inspect.Parameter, annotation: str) -> str:
+  star = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+  text = star + parameter.name + (f": {annotation}" if annotation else "")
+  if parameter.default is parameter.empty:
+    return text
+  default = "EVERYONE" if parameter.default is EVERYONE else repr(parameter.default)
+  return f"{text} = {default}" if annotation else f"{text}={default}"
+
+
+def linking(link: Link, doc: Docstring, obj: Any) -> Link:
+  """The same links, but for names that an object has itself: its parameters, fields and methods."""
+  own_names = {name for name, _ in doc.args} | {*getattr(obj, "_fields", ())}
+  own_names |= {*vars(obj)} if inspect.isclass(obj) else set()
+  return lambda name: f"`{name}`" if name in own_names else link(name)

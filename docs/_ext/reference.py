@@ -1,6 +1,7 @@
 """Writes docs/api/: the public names of `research` and `research.testing`, by room."""
 
 import ast
+import dataclasses
 import enum
 import inspect
 import io
@@ -27,7 +28,11 @@ _PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
   ),
   "core": (
     "Interfaces and registry",
-    "What a compressor, an aggregator, a method and a task are, and how specs become objects.",
+    "What a compressor, an aggregator, a method and a task are, and how specs become objects.\n\n"
+    "Signatures use these names: `Array` is a JAX array, `Key` a typed PRNG key (`jax.random.key`), "
+    "`Tree` a pytree of arrays; `Params` and `State` are trees. A `Batch` is a dictionary of arrays "
+    "`[examples, ...]`. `Axes` is the name of a mesh axis or a sequence of names. A `Schedule` maps "
+    "a step to a value.",
     ("core",),
   ),
   "optax": (
@@ -98,7 +103,7 @@ def _directive(role: str, name: str, obj: Any, option: str, kind: str, depth: in
 
 
 def _signature(obj: Any, name: str) -> str:
-  if inspect.isclass(obj) and issubclass(obj, enum.Enum):
+  if inspect.isclass(obj) and not dataclasses.is_dataclass(obj):  # its fields are listed below
     return name
   try:
     shown = " ".join(docstrings.signature(obj, name).split())
@@ -106,28 +111,27 @@ def _signature(obj: Any, name: str) -> str:
     return name
   for before, after in (("( ", "("), (", )", ")"), ("(self, ", "("), ("(self)", "()")):
     shown = shown.replace(before, after)
-  returns = inspect.signature(obj).return_annotation if not inspect.isclass(obj) else None
-  if returns in (None, inspect.Signature.empty):
-    return shown
-  return f"{shown} -> {docstrings.type_name(returns)}"
+  returns = "" if inspect.isclass(obj) else docstrings.annotations(obj).get("return", "")
+  return f"{shown} -> {returns}" if returns else shown
 
 
 def _body(name: str, obj: Any, kind: str, depth: int) -> str:
   if not (inspect.isclass(obj) or inspect.isroutine(obj) or isinstance(obj, property)):
     return f"`{obj!r}`"
   doc = docstrings.parse(obj)
+  linked = docstrings.linking(link, doc, obj)
   if kind:  # the catalogue has the rest
-    summary = docstrings.markdown(doc._replace(body=doc.body[:1]), link, True)
+    summary = docstrings.markdown(doc._replace(body=doc.body[:1]), linked, True)
     parts = [summary, f"In the catalogue: {catalogue.link(name, '../catalogue/')}."]
   else:
-    parts = [docstrings.markdown(doc, link, False)]
-  parts += _fields(doc)
+    parts = [docstrings.markdown(doc, linked, False)]
+  parts += _fields(doc, linked)
   if inspect.isclass(obj) and not kind and depth == 0:
     parts += _members(obj)
   return "\n\n".join(part for part in parts if part)
 
 
-def _fields(doc: docstrings.Docstring) -> list[str]:
+def _fields(doc: docstrings.Docstring, link: docstrings.Link) -> list[str]:
   items = [f"`{name}`\n: {docstrings.prose(text, link)}" for name, text in doc.args if name]
   parts = ["**Parameters**", "\n\n".join(items)] if items else []
   if doc.returns:
@@ -143,9 +147,9 @@ def _fields(doc: docstrings.Docstring) -> list[str]:
 def _members(cls: type) -> list[str]:
   """Fields with their comments, members of an enumeration, methods and properties."""
   if issubclass(cls, enum.Enum) or hasattr(cls, "_fields"):
-    comments = _comments(cls)
     names = cls._fields if hasattr(cls, "_fields") else cls.__members__
-    items = [f"`{name}`\n: {docstrings.escaped(comments.get(name) or '—')}" for name in names]
+    types, comments = docstrings.annotations(cls), _comments(cls)
+    items = [f"`{name}`\n: {_field(types.get(name), comments.get(name))}" for name in names]
     return ["**Fields**" if hasattr(cls, "_fields") else "**Members**", "\n\n".join(items)]
   parts = []
   for name, value in vars(cls).items():
@@ -159,6 +163,12 @@ def _members(cls: type) -> list[str]:
     shown: Callable[..., Any] = target if is_property else value
     parts.append(_directive(role, name, shown, "", "", depth=1))
   return parts
+
+
+def _field(annotation: str | None, comment: str | None) -> str:
+  """The type of a field and the comment beside it in the source."""
+  parts = [f"`{annotation}`"] if annotation else []
+  return "; ".join([*parts, *([docstrings.escaped(comment)] if comment else [])])
 
 
 def _comments(cls: type) -> dict[str, str]:
