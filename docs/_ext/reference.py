@@ -29,9 +29,9 @@ _PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
   "core": (
     "Interfaces and registry",
     "What a compressor, an aggregator, a method and a task are, and how specs become objects.\n\n"
-    "Signatures use these names: `Array` is a JAX array, `Key` a typed PRNG key (`jax.random.key`), "
-    "`Tree` a pytree of arrays; `Params` and `State` are trees. A `Batch` is a dictionary of arrays "
-    "`[examples, ...]`. `Axes` is the name of a mesh axis or a sequence of names. A `Schedule` maps "
+    "Signatures use these names: `Array` is a JAX array, `Key` a typed key of `jax.random.key`, "
+    "`Tree` a pytree of arrays; `Params` and `State` are trees. A `Batch` is a dictionary of "
+    "arrays `[examples, ...]`. `Axes` is a mesh axis or a sequence of them. A `Schedule` maps "
     "a step to a value.",
     ("core",),
   ),
