@@ -1,0 +1,163 @@
+"""The documentation site in a browser: it builds without warnings, and every page works."""
+
+import functools
+import http.server
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SITE = ROOT / "docs" / "_build" / "html"
+NEEDED = ("sphinx", "myst_nb", "sphinx_book_theme", "sphinx-mathjax-offline", "selenium")
+MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+PROGRAMS = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
+PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+DESK = {"width": 1300, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+FLAGS = (
+  *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+  *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+
+pytestmark = [
+  pytest.mark.long,
+  pytest.mark.skipif(bool(MISSING), reason=f'pip install -e ".[docs]": no {", ".join(MISSING)}'),
+  pytest.mark.skipif(bool(PROGRAMS), reason=f"apt install {' '.join(PROGRAMS)}"),
+]
+
+
+@pytest.fixture(scope="module")
+def site():
+  """The address of the site, built with warnings as errors and served from this process."""
+  build = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
+  environ = os.environ | {"PYTHONPATH": str(ROOT)}
+  done = subprocess.run(
+    [*build, str(ROOT / "docs"), str(SITE)],
+    capture_output=True,
+    text=True,
+    env=environ,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  handler = functools.partial(Quiet, directory=str(SITE))
+  with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+    thread.join()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+  """Serves files without a line for each."""
+
+  def log_message(self, format, *args):
+    del format, args
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+  from selenium import webdriver
+
+  options = webdriver.ChromeOptions()
+  options.binary_location = str(shutil.which("chromium"))
+  for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+    options.add_argument(flag)
+  options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+  service = webdriver.ChromeService(str(shutil.which("chromedriver")))
+  driver = webdriver.Chrome(options=options, service=service)
+  try:
+    yield driver
+  finally:
+    driver.quit()
+
+
+def shown_as(browser, size) -> None:
+  browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+
+def until(condition: Callable[[], object], seconds: float = 20.0) -> object:
+  """Waits for a condition to hold; returns its value, or that of the end."""
+  end = time.monotonic() + seconds
+  while not (found := condition()) and time.monotonic() < end:
+    time.sleep(0.1)
+  return found
+
+
+def pages() -> list[str]:
+  return sorted(str(path.relative_to(SITE)) for path in SITE.rglob("*.html"))
+
+
+# Every formula is typeset, or the page has none.
+TYPESET = """
+return !document.querySelector('.math') || !!document.querySelector('mjx-container')
+"""
+
+
+def test_every_page_opens_without_errors_and_without_a_network(site, browser):
+  wrong = {}
+  for page in pages():
+    shown_as(browser, DESK)
+    browser.get(site + quote(page))
+    typeset = until(lambda: browser.execute_script(TYPESET))
+    logged = [one["message"] for one in browser.get_log("browser") if one["level"] == "SEVERE"]
+    from_where = "return performance.getEntriesByType('resource').map(one => one.name)"
+    fetched = [url for url in browser.execute_script(from_where) if not url.startswith(site)]
+    fetched = [url for url in fetched if not url.startswith("data:")]
+    faulty = browser.execute_script("return document.querySelectorAll('mjx-merror').length")
+    shown_as(browser, PHONE)
+    wide = browser.execute_script("return document.documentElement.scrollWidth") - PHONE["width"]
+    found = {
+      "console": logged,
+      "fetched from elsewhere": fetched,
+      "formulas that do not parse": faulty,
+      "not typeset": not typeset,
+      "pixels wider than a phone": wide if wide > 10 else 0,
+    }
+    if any(found.values()):
+      wrong[page] = {name: value for name, value in found.items() if value}
+  assert not wrong
+
+
+def test_search_finds_a_method(site, browser):
+  shown_as(browser, DESK)
+  browser.get(site + "search.html?q=diloco")
+  links = "return [...document.querySelectorAll('ul.search li a')].map(one => one.href)"
+  is_found = lambda: any("catalogue/methods" in url for url in browser.execute_script(links))
+  assert until(is_found), browser.execute_script(links)
+
+
+def test_a_code_block_copies(site, browser):
+  shown_as(browser, DESK)
+  browser.get(site + "index.html")
+  rights = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+  browser.execute_cdp_cmd("Browser.grantPermissions", rights)
+  there = "return document.querySelectorAll('button.copybtn').length"
+  assert until(lambda: browser.execute_script(there))
+  text = browser.execute_script("return document.querySelector('.highlight pre').innerText")
+  browser.execute_script("document.querySelector('button.copybtn').click()")
+  read = """
+    const done = arguments[0];
+    navigator.clipboard.readText().then(done, error => done('refused: ' + error));
+  """
+  copied = until(lambda: (browser.execute_async_script(read) or "").strip())
+  assert copied == text.strip()
+
+
+def test_dark_mode_can_be_chosen(site, browser):
+  shown_as(browser, DESK)
+  browser.get(site + "index.html")
+  theme = "return document.documentElement.dataset.theme"
+  for _ in range(3):  # auto, light and dark in turn
+    browser.execute_script("document.querySelector('.theme-switch-button').click()")
+    if browser.execute_script(theme) == "dark":
+      break
+  assert browser.execute_script(theme) == "dark"
