@@ -18,7 +18,7 @@ import mathematics
 from research.core.base import EVERYONE
 
 Link = Callable[[str], str]  # a name in backticks -> its Markdown
-SECTIONS = ("Args", "Returns", "Raises", "Attributes", "Reference", "References")
+SECTIONS = ("Args", "Returns", "Raises", "Attributes", "Example", "Reference", "References")
 _HEAD = re.compile(rf"^({'|'.join(SECTIONS)}):\s*(.*)$")
 _CODE = re.compile(r"^\s*(--|@|def |class |import |from |method = |task = |optimizer = |build\()")
 # From a norm to the last one of the same sentence: E ||C(x) - x||^2 <= (1 - k / n) ||x||^2.
@@ -33,6 +33,7 @@ class Docstring(NamedTuple):
   returns: str
   raises: list[tuple[str, str]]
   reference: str
+  example: str = ""  # code
 
 
 def parse(obj: Any) -> Docstring:
@@ -53,6 +54,7 @@ def parse(obj: Any) -> Docstring:
     _joined(sections.get("Returns", [])),
     _items(sections.get("Raises", [])),
     _joined(sections.get("Reference", []) + sections.get("References", [])),
+    inspect.cleandoc("\n".join(sections.get("Example", []))).replace(">>> ", ""),
   )
 
 

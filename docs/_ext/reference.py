@@ -139,6 +139,8 @@ def _fields(doc: docstrings.Docstring, link: docstrings.Link) -> list[str]:
   if doc.raises:
     named = [f"`{n}`: {docstrings.prose(text, link)}" if n else text for n, text in doc.raises]
     parts.append("**Raises**\n\n" + "\n".join(f"- {line}" for line in named))
+  if doc.example:
+    parts += ["**Example**", f"```python\n{doc.example}\n```"]
   if doc.reference:
     parts.append(f"**Reference** {docstrings.prose(doc.reference, link)}")
   return parts
