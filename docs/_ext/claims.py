@@ -66,7 +66,8 @@ def _overview() -> str:
       ]
     )
   shown = table(["claim", "what it says", "verdict here", "duration"], rows)
-  toctree = "```{toctree}\n:hidden:\n\n" + "\n".join(records()) + "\n```"
+  entries = "\n".join(f"{name} <{name}>" for name in records())
+  toctree = f"```{{toctree}}\n:hidden:\n\n{entries}\n```"
   return f"{intro}\n\n{shown}\n\n{toctree}\n"
 
 

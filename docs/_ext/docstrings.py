@@ -21,8 +21,12 @@ Link = Callable[[str], str]  # a name in backticks -> its Markdown
 SECTIONS = ("Args", "Returns", "Raises", "Attributes", "Example", "Reference", "References")
 _HEAD = re.compile(rf"^({'|'.join(SECTIONS)}):\s*(.*)$")
 _CODE = re.compile(r"^\s*(--|@|def |class |import |from |method = |task = |optimizer = |build\()")
-# From a norm to the last one of the same sentence: E ||C(x) - x||^2 <= (1 - k / n) ||x||^2.
-_NORMS = re.compile(r"((?:\bE )?\|\|[^.;]*\|\|(?:\^2|_1)?)")
+# From a norm to the last one of the same sentence: E ||C(x) - x||^2 <= (1 - k / n) ||x||^2; or a
+# letter with an index: c_i, v_{t+1}.
+_FORMULAS = re.compile(
+  r"((?:\bE )?\|\|[^.;]*\|\|(?:\^2|_1)?"
+  r"|(?<![\w^{.])[A-Za-z]_(?:\{[^{}]+\}|[A-Za-z]{1,2}(?!\w)|\d(?!\w)))"
+)
 
 
 class Docstring(NamedTuple):
@@ -133,10 +137,10 @@ def prose(text: str, link: Link) -> str:
 
 
 def _piece(text: str, link: Link) -> str:
-  """A name in backticks, or text whose norms and bounds are typeset."""
+  """A name in backticks, or text whose formulas are typeset."""
   if text.startswith("`"):
     return link(text[1:-1])
-  parts = _NORMS.split(text)
+  parts = _FORMULAS.split(text)
   shown = [f"${mathematics.inline(p)}$" if i % 2 else escaped(p) for i, p in enumerate(parts)]
   return "".join(shown)
 

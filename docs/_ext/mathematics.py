@@ -63,7 +63,7 @@ def latex(block: str) -> str:
 def _row(line: str) -> str:
   text = line.lstrip()
   indent = "\\quad" * (-(-(len(line) - len(text)) // 4))
-  columns = re.split(r"\s{3,}", text.rstrip())
+  columns = re.split(r"\s{3,}(?!=)", text.rstrip())
   return " ".join([indent, " \\qquad ".join(map(inline, columns))]).strip()
 
 
