@@ -2,15 +2,15 @@
 
 from typing import Any
 
-import catalogue
 import claims
+import entries
 import reference
 
 
 def generate(app: Any) -> None:
   """Writes the catalogue, the API reference and the results."""
   del app
-  catalogue.generate()
+  entries.generate()
   claims.generate()
   reference.generate()
 

@@ -7,11 +7,10 @@ import inspect
 import io
 import textwrap
 import tokenize
-from collections.abc import Callable
 from typing import Any
 
-import catalogue
 import docstrings
+import entries
 from pages import HERE, Writer
 
 import research
@@ -47,6 +46,7 @@ _PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
   "topology": ("Topologies", "", ("comm",)),
   "models": ("Models", "", ("models",)),
 }
+PUBLIC: list[str] = vars(research)["__all__"]  # the stub beside it has no such list
 _FIRST = ("train", "Result", "supervised", "build", "register", "Default", "Compressor")
 
 
@@ -63,7 +63,7 @@ def generate() -> None:
 
 def names_of(rooms: tuple[str, ...]) -> list[str]:
   """The public names that are defined in some rooms of the library."""
-  modules = research._MODULES
+  modules = vars(research)["_MODULES"]
   found = [name for name, module in modules.items() if module.split(".")[1] in rooms]
   return sorted(found, key=lambda name: (name not in _FIRST, name.islower(), name.lower()))
 
@@ -75,7 +75,7 @@ def _page(title: str, intro: str, names: list[str]) -> str:
 
 def link(name: str) -> str:
   """A name in backticks, as a reference to its entry here."""
-  if name in research.__all__:
+  if name in PUBLIC:
     return f"{{py:obj}}`research.{name}`"
   return f"`{name}`"
 
@@ -122,7 +122,7 @@ def _body(name: str, obj: Any, kind: str, depth: int) -> str:
   linked = docstrings.linking(link, doc, obj)
   if kind:  # the catalogue has the rest
     summary = docstrings.markdown(doc._replace(body=doc.body[:1]), linked, True)
-    parts = [summary, f"In the catalogue: {catalogue.link(name, '../catalogue/')}."]
+    parts = [summary, f"In the catalogue: {entries.link(name, '../catalogue/')}."]
   else:
     parts = [docstrings.markdown(doc, linked, False)]
   parts += _fields(doc, linked)
@@ -148,11 +148,12 @@ def _fields(doc: docstrings.Docstring, link: docstrings.Link) -> list[str]:
 
 def _members(cls: type) -> list[str]:
   """Fields with their comments, members of an enumeration, methods and properties."""
-  if issubclass(cls, enum.Enum) or hasattr(cls, "_fields"):
-    names = cls._fields if hasattr(cls, "_fields") else cls.__members__
+  fields = getattr(cls, "_fields", ())
+  names = list(cls.__members__) if issubclass(cls, enum.Enum) else fields
+  if names:
     types, comments = docstrings.annotations(cls), _comments(cls)
     items = [f"`{name}`\n: {_field(types.get(name), comments.get(name))}" for name in names]
-    return ["**Fields**" if hasattr(cls, "_fields") else "**Members**", "\n\n".join(items)]
+    return ["**Fields**" if fields else "**Members**", "\n\n".join(items)]
   parts = []
   for name, value in vars(cls).items():
     target = getattr(value, "func", value)  # of a cached property
@@ -162,8 +163,7 @@ def _members(cls: type) -> list[str]:
     if not inspect.getdoc(value):
       continue
     role = "property" if is_property else "method"
-    shown: Callable[..., Any] = target if is_property else value
-    parts.append(_directive(role, name, shown, "", "", depth=1))
+    parts.append(_directive(role, name, target, "", "", depth=1))
   return parts
 
 
