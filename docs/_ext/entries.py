@@ -311,13 +311,13 @@ def refused_table() -> str:
   """The rejected pairs of a wrapper and an aggregator, with reasons, from the code."""
   rows = [
     [
-      " ".join(link(n) if n != "fsdp" else "a mesh with `fsdp`" for n in names),
+      ", ".join(link(n) if n != "fsdp" else "a mesh with `fsdp`" for n in names),
       TRAITS[trait],
       _sentence(why),
     ]
     for names, trait, why in composition.refused()
   ]
-  return table(["wrapper or method", "refuses an aggregator that", "because"], rows)
+  return table(["wrapper or method", "refused trait of the aggregator", "reason"], rows)
 
 
 def _combinations() -> str:
