@@ -71,7 +71,7 @@ def test_the_command_trains_with_the_package(name, runs):
   assert summary["train_loss"] < 0.55
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_processes_on_ray_import_the_package(tmp_path):
   pytest.importorskip("ray")
   flags = ("--steps=40", f"--method={RELAXED}", "--executor=server", "--eval_every=0")
@@ -155,7 +155,7 @@ def test_what_built_ins_are_refused_it_is_refused(method, tmp_path):
   assert "\n" not in str(caught.value)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_an_installed_package_needs_no_import(tmp_path):
   """By its entry point, in an environment of its own that has our libraries.
 

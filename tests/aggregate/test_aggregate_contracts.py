@@ -12,6 +12,7 @@ from aggregators import AGGREGATORS, PLAIN, REFUSED, SLICED, SPECS, between_slic
 from problems import Running, distance, regression
 from promises import COMPRESSORS
 from side_by_side import regressions, trained
+from subset import slow_except
 
 from research.aggregate import composition
 from research.aggregate.blockwise import blockwise
@@ -87,7 +88,7 @@ def two_rounds(aggregator: Aggregator):
   return worker
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("wrapper", slow_except(("error_feedback", "hierarchical"), WRAPPERS))
 def test_every_pair_is_refused_for_a_reason_or_runs(wrapper):
   pairs = {}
   for name in ENTRIES:

@@ -63,6 +63,7 @@ def test_cohorts_agree(name):
 CUT = by_period([*SYNCHRONOUS, "residual"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("period", CUT)
 def test_fsdp_inside_a_worker_changes_nothing(period):
   """But that what is compressed is so by block, which a simulation of the same mesh does too."""
@@ -82,6 +83,7 @@ def test_fsdp_inside_a_worker_changes_nothing(period):
     assert "fsdp" in weights["w"].sharding.spec
 
 
+@pytest.mark.slow
 def test_gradients_are_clipped_whole_where_a_mesh_cuts_them():
   arguments = ((60,) * 4, 8, 0.5)
   want = Running(METHODS["drifting"], "simulate", {"data": 4}, *arguments).rounds(20)

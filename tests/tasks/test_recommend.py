@@ -109,6 +109,7 @@ def test_alternating_least_squares(table):
   )
 
 
+@pytest.mark.slow
 def test_users_keep_their_factors(table):
   """Only items are sent; their gradient is that of the objective with the users solved for."""
   ridge = 0.1

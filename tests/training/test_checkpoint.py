@@ -76,6 +76,7 @@ def test_a_state_comes_back_bit_for_bit_in_its_shardings(name, executor, tmp_pat
   assert equal(fresh.rounds(3).state, run.rounds(3).state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("owners", [2, 4])
 @pytest.mark.parametrize("name", ["adam", "residual", "drifting"])
 def test_another_number_of_workers_keeps_shared_leaves_and_the_mean_of_rows(name, owners, tmp_path):
@@ -233,6 +234,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "goal", "same"), PAIRS)
 def test_a_state_goes_from_one_mesh_to_another(source, goal, same, tmp_path):
   """Bit for bit where the number of workers stays: as if it had always been there."""
