@@ -47,7 +47,31 @@ def compilations():
   jax.monitoring.unregister_event_duration_listener(listen)
 
 
-# ---- what the quick set leaves out
+# ---- which tests run, and in which order
+
+# These files take longest. They come first, so that the workers of pytest-xdist end together.
+LONGEST = (
+  "test_run.py",
+  "test_composition.py",
+  "test_diagnostics.py",
+  "test_environment.py",
+  "test_processes.py",
+  "test_method_contracts.py",
+  "test_compress.py",
+  "test_executions.py",
+  "test_hybrid.py",
+  "test_halves.py",
+  "test_presence.py",
+  "test_federated.py",
+  "test_local.py",
+  "test_train.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  place = {name: index for index, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
 
 LEFT_OUT = pytest.StashKey[int]()
 

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from subset import slow_except
 
 from research.aggregate.compressed import two_phase
 from research.aggregate.feedback import error_feedback
@@ -88,8 +89,11 @@ def small(task=None, method=None, **given):
   return train(task, method or compressed(), **given)
 
 
-@pytest.mark.parametrize("executor", ["simulate", "spmd"])
-@pytest.mark.parametrize("name", MODELS)
+TRAINED = [(name, executor) for name in MODELS for executor in ("simulate", "spmd")]
+QUICK = [("linen", "simulate"), ("nnx", "simulate"), ("equinox", "spmd")]
+
+
+@pytest.mark.parametrize(("name", "executor"), slow_except(QUICK, TRAINED))
 def test_a_model_of_each_library_is_trained(name, executor):
   result = small(supervised(MODELS[name](), DATA, DATA), executor=executor)
   assert result.summary["eval"]["accuracy"] > 0.85
@@ -101,7 +105,7 @@ def test_a_model_of_each_library_is_trained(name, executor):
   )
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_except(("linen", "nnx", "equinox"), MODELS))
 def test_dropout_draws_from_the_key_of_the_loss_and_is_off_in_evaluation(name):
   task = supervised(MODELS[name](), DATA)
   params, (one, other) = task.init(jax.random.key(0)), jax.random.split(jax.random.key(1))
@@ -114,7 +118,7 @@ def test_dropout_draws_from_the_key_of_the_loss_and_is_off_in_evaluation(name):
   assert abs(float(jnp.mean(values)) - whole) < 0.1
 
 
-@pytest.mark.parametrize("name", ["nnx", "equinox"])
+@pytest.mark.parametrize("name", slow_except(["equinox"], ("nnx", "equinox")))
 def test_a_model_starts_with_its_own_parameters_and_trained_ones_go_back_into_it(name):
   model = MODELS[name]()
   task = supervised(model, DATA, DATA)
@@ -158,7 +162,7 @@ def test_nothing_is_written_without_out(tmp_path, monkeypatch):
   assert len(result.metrics) == 2
 
 
-@pytest.mark.parametrize("executor", ["simulate", "spmd"])
+@pytest.mark.parametrize("executor", slow_except(["simulate"], ("simulate", "spmd")))
 def test_a_run_that_is_called_again_is_resumed_or_shown(executor, tmp_path, capsys):
   given = {"executor": executor, "checkpoint_every": 20, "checkpoint_seconds": 0.0}
   whole = small(out=tmp_path / "whole", **given)
@@ -198,7 +202,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", slow_except(("labels", "rate"), CHANGES))
 def test_a_run_of_other_data_or_code_is_never_shown(name, tmp_path):
   same = {
     "task": lambda: supervised(Linen(), DATA, DATA),
@@ -244,6 +248,7 @@ train(task, method, mesh="data:2", batch_size=4, steps=4, out=sys.argv[1])
 '''
 
 
+@pytest.mark.slow
 def test_another_process_sees_the_same_code_and_its_changes(tmp_path):
   root = str(Path(__file__).parents[2])
 
@@ -419,7 +424,7 @@ def test_staleness_is_that_of_the_clock():
   assert max(found.values()) > 1
 
 
-@pytest.mark.parametrize("executor", ["simulate", "spmd"])
+@pytest.mark.parametrize("executor", slow_except(["simulate"], ("simulate", "spmd")))
 def test_metrics_that_a_loss_returns_join_the_rows(executor):
   def loss(outputs, batch):
     each = optax.softmax_cross_entropy_with_integer_labels(outputs, batch["y"])
