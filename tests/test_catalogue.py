@@ -105,4 +105,4 @@ def test_the_quick_set_compares_two_executions_of_every_name(kind):
 def test_the_quick_set_traces_every_aggregator():
   wrappers = quick_rows(test_aggregate_contracts.test_every_pair_is_refused_for_a_reason_or_runs)
   assert "error_feedback" in wrappers
-  assert names_of(test_aggregate_contracts.ENTRIES.values()) == set(TABLE["aggregator"])
+  assert set(TABLE["aggregator"]) <= names_of(test_aggregate_contracts.ENTRIES.values())

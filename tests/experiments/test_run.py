@@ -667,13 +667,14 @@ BAD = {
 
 # Imports what the command does, and runs it in forks of itself: a fresh start takes seconds.
 FORKING = """
-import json, os, runpy, sys, warnings
+import gc, json, os, runpy, sys, warnings
 import flax.linen
 import research.command.run
 import research.methods.data_parallel
 import research.tasks.convex.synthetic
 import research.training.loop
 warnings.simplefilter("ignore")  # JAX warns of forks, and no thread runs here
+gc.freeze()  # a collection in a fork would copy what it looks at
 for line in sys.stdin:
   told = json.loads(line)
   if os.fork() == 0:
@@ -683,8 +684,14 @@ for line in sys.stdin:
       os.dup2(os.open(told["streams"][stream - 1], os.O_WRONLY | os.O_CREAT), stream)
     sys.argv = told["command"]
     sys.path[0] = os.path.dirname(told["command"][0])
-    runpy.run_path(told["command"][0], run_name="__main__")
-    os._exit(0)
+    code = 0
+    try:
+      runpy.run_path(told["command"][0], run_name="__main__")
+    except SystemExit as ended:
+      code = ended.code or 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # without tearing down what was imported
   print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
 
