@@ -213,7 +213,10 @@ TRANSCRIPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+QUICK = ("fed_avg", "fed_adam", "scaffold")
+
+
+@pytest.mark.parametrize("name", slow_except(QUICK, METHODS))
 def test_rounds_equal_numpy(name):
   """Clients of uneven sizes and steps, of whom some are not asked and some drop out."""
   present = lots().present
@@ -230,7 +233,7 @@ def test_executions_agree_on_a_cohort(name):
   assert distance(run.params(), served(name).params()) <= 1e-5
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_except(QUICK, METHODS))
 def test_what_is_kept_by_client(name):
   """Nothing, but a control of its own; the mean of these is the server's."""
   private = served(name).layout.state

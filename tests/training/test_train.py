@@ -90,7 +90,7 @@ def small(task=None, method=None, **given):
 
 
 TRAINED = [(name, executor) for name in MODELS for executor in ("simulate", "spmd")]
-QUICK = [("linen", "simulate"), ("nnx", "simulate"), ("equinox", "spmd")]
+QUICK = [("linen", "simulate"), ("equinox", "spmd")]
 
 
 @pytest.mark.parametrize(("name", "executor"), slow_except(QUICK, TRAINED))
@@ -118,7 +118,8 @@ def test_dropout_draws_from_the_key_of_the_loss_and_is_off_in_evaluation(name):
   assert abs(float(jnp.mean(values)) - whole) < 0.1
 
 
-@pytest.mark.parametrize("name", slow_except(["equinox"], ("nnx", "equinox")))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nnx", "equinox"])
 def test_a_model_starts_with_its_own_parameters_and_trained_ones_go_back_into_it(name):
   model = MODELS[name]()
   task = supervised(model, DATA, DATA)
@@ -152,6 +153,7 @@ def test_an_autoencoder_needs_no_labels():
     small(task, partition="sorted()")
 
 
+@pytest.mark.slow
 def test_nothing_is_written_without_out(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   result = small(steps=20)
@@ -162,7 +164,8 @@ def test_nothing_is_written_without_out(tmp_path, monkeypatch):
   assert len(result.metrics) == 2
 
 
-@pytest.mark.parametrize("executor", slow_except(["simulate"], ("simulate", "spmd")))
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", ["simulate", "spmd"])
 def test_a_run_that_is_called_again_is_resumed_or_shown(executor, tmp_path, capsys):
   given = {"executor": executor, "checkpoint_every": 20, "checkpoint_seconds": 0.0}
   whole = small(out=tmp_path / "whole", **given)
