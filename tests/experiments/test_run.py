@@ -595,7 +595,7 @@ BAD = {
     ("--out='old'", "--steps=400 (was 500)", "--seed=0 (was 3)", "--allow_changes"),
     other_run(steps=500, seed=3),
   ),
-  "file": Bad(("--out=plain",), ("--out='plain'", "not a folder"), {"plain": "text"}),
+  "file": Bad(("--out=plain",), ("--out='plain'", "not a writable folder"), {"plain": "text"}),
   "under": Bad(("--out=plain/run",), ("--out='plain/run'", "plain is not"), {"plain": "text"}),
   "foreign": Bad(("--out=mine",), ("--out='mine'", "other files"), {"mine/thesis.tex": "text"}),
   "url": Bad((SMALL, "--out=gs://bucket/run"), ("--out='gs://bucket/run'", "a URL", "mount")),
