@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from subset import slow_except
 
 from research.core import plugins, registry
 from research.testing import check_aggregator, check_compressor, check_method
@@ -71,7 +70,8 @@ def trained(tmp_path_factory) -> Callable[[str], Path]:
   return of
 
 
-@pytest.mark.parametrize("name", slow_except(["simulate"], RUNS))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
 def test_the_command_trains_with_the_package(name, trained):
   summary = json.loads((trained(name) / "summary.json").read_text())
   assert summary["train_loss"] < 0.55

@@ -90,10 +90,9 @@ def small(task=None, method=None, **given):
 
 
 TRAINED = [(name, executor) for name in MODELS for executor in ("simulate", "spmd")]
-QUICK = [("linen", "simulate"), ("equinox", "spmd")]
 
 
-@pytest.mark.parametrize(("name", "executor"), slow_except(QUICK, TRAINED))
+@pytest.mark.parametrize(("name", "executor"), slow_except([("linen", "simulate")], TRAINED))
 def test_a_model_of_each_library_is_trained(name, executor):
   result = small(supervised(MODELS[name](), DATA, DATA), executor=executor)
   assert result.summary["eval"]["accuracy"] > 0.85
