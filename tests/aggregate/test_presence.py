@@ -131,6 +131,7 @@ def test_a_vote_is_among_those_present():
   assert count([True] * 8) == [1.0] * W
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_to_a_memory_while_some_are_absent():
   """value + mean of memories = mean of what those present have, and memories of before: always."""
   specs = {

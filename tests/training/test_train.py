@@ -395,6 +395,7 @@ def test_a_loss_gives_a_value_of_each_example():
     supervised(Linen(), DATA, loss=lambda outputs, batch: jnp.mean(outputs))
 
 
+@pytest.mark.slow
 def test_diagnostics_join_the_rows_and_have_a_plot_of_their_own(tmp_path):
   given = {"log_every": 10, "eval_every": 0, "steps": 40, "steps_per_dispatch": 20}
   run = small(diagnostics=True, out=tmp_path / "run", tensorboard=True, **given)
@@ -412,6 +413,7 @@ def test_diagnostics_join_the_rows_and_have_a_plot_of_their_own(tmp_path):
     plain.plot("diagnostics")
 
 
+@pytest.mark.slow
 def test_staleness_is_that_of_the_clock():
   from research.methods.asynchronous import asgd
   from research.sim.clock import asynchronous, steady
