@@ -1,7 +1,16 @@
-"""The catalogue has every registered name, and its objects say their specs."""
+"""The catalogue and the quick set have every registered name; objects are built by their reprs."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
-from catalogue import ALL
+import test_aggregate_contracts
+import test_composition
+import test_compress
+import test_executions
+import test_local
+import test_method_contracts
+from catalogue import ALL, SLICED, SPECS
 
 from research.core import registry
 from research.core.builtin import TABLE
@@ -43,3 +52,57 @@ def test_every_task_has_its_model_by_default():
     parameters = registry.signature_of(registry.lookup(("task",), call.name)).parameters
     model = parameters["model"].default if "model" in parameters else ""
     assert not model or registry.build("model", repr(model)), spec
+
+
+# ---- the quick set
+
+
+def quick_rows(test: Callable[..., Any]) -> list[Any]:
+  """The rows of a test's table that the quick set runs."""
+  marks = getattr(test, "pytestmark", [])
+  if any(mark.name == "slow" for mark in marks):
+    return []
+  (table,) = [mark.args[1] for mark in marks if mark.name == "parametrize"]
+  is_slow = lambda row: any(mark.name == "slow" for mark in getattr(row, "marks", ()))
+  return [row for row in table if not is_slow(row)]
+
+
+def executed() -> dict[str, list[str]]:
+  """By kind, the specs for which the quick set compares two executions."""
+  groups = (
+    (test_executions.test_executions_agree, test_executions.BY_PERIOD),
+    (
+      test_method_contracts.test_state_is_stable_and_executions_agree,
+      test_method_contracts.BY_PERIOD,
+    ),
+  )
+  names = [name for test, group in groups for period in quick_rows(test) for name in group[period]]
+  sliced = "hierarchical" in quick_rows(test_local.test_executions_agree)
+  exchanges = quick_rows(test_composition.test_executions_agree)
+  return {
+    "compressor": quick_rows(test_compress.test_every_contract_is_kept),
+    "aggregator": [test_composition.SPECS[name] for name in exchanges],
+    "method": [SPECS[n] for n in names if n in SPECS] + [*SLICED.values()] * sliced,
+  }
+
+
+def names_of(specs: Iterable[str]) -> set[str]:
+  return set().union(*(called(parse(spec)) for spec in specs))
+
+
+# Exchanges between neighbours of which the quick set runs only one execution. Their collectives are
+# those of `gossip`, `choco` and `sgp`.
+ONE_EXECUTION = {"push_sum", "q1_gossip", "q2_gossip"}
+
+
+@pytest.mark.parametrize("kind", ["compressor", "aggregator", "method"])
+def test_the_quick_set_compares_two_executions_of_every_name(kind):
+  specs = executed()
+  found = names_of([*specs[kind], *specs["method"]])
+  assert set(TABLE[kind]) - found == (ONE_EXECUTION if kind == "aggregator" else set())
+
+
+def test_the_quick_set_traces_every_aggregator():
+  wrappers = quick_rows(test_aggregate_contracts.test_every_pair_is_refused_for_a_reason_or_runs)
+  assert "error_feedback" in wrappers
+  assert set(TABLE["aggregator"]) <= names_of(test_aggregate_contracts.ENTRIES.values())

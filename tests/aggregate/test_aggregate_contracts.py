@@ -1,7 +1,6 @@
 """Which pairs of a wrapper and an aggregator are refused, what the others send, and plain cases."""
 
 import inspect
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from aggregators import AGGREGATORS, PLAIN, REFUSED, SLICED, SPECS, between_slic
 from problems import Running, distance, regression
 from promises import COMPRESSORS
 from side_by_side import regressions, trained
+from subset import slow_except
 
 from research.aggregate import composition
 from research.aggregate.blockwise import blockwise
@@ -87,7 +87,7 @@ def two_rounds(aggregator: Aggregator):
   return worker
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("wrapper", slow_except(("error_feedback", "hierarchical"), WRAPPERS))
 def test_every_pair_is_refused_for_a_reason_or_runs(wrapper):
   pairs = {}
   for name in ENTRIES:
@@ -132,14 +132,11 @@ def run(aggregators: dict[str, Aggregator], wrapper: str):
   return jax.jit(layout.over_workers(worker, axes, 0, 0))(tree)
 
 
-def test_every_refusal_has_a_pair_and_stands_in_the_readme():
-  readme = Path(__file__).parents[2].joinpath("README.md").read_text()
-  shown = readme.split("<!-- refused pairs -->")[1].split("<!-- end -->")[0]
+def test_every_refusal_has_a_pair():
+  """In the table of wrappers and aggregators; methods have tests of their own."""
   for wrappers, _, why in REFUSED:
-    (line,) = [line for line in shown.splitlines() if line.endswith(f"| {why} |")]
-    for wrapper in set(wrappers) - set(TABLE["method"]):  # they have tests of their own
+    for wrapper in set(wrappers) - set(TABLE["method"]):
       assert wrapper in WRAPPERS
-      assert wrapper in line
       assert any(refusal(wrapper, name) == why for name in ENTRIES), (wrapper, why)
 
 
@@ -164,7 +161,7 @@ def test_what_is_sent_is_the_payload(spec):
   whole = payload(40, 9) + payload(13)
   assert sent_bytes(gathered, tree, workers) == (workers - 1) * whole
   if not compressor.contractive:
-    with pytest.raises(ValueError, match="grows without bound"):
+    with pytest.raises(ValueError, match="grow without bound"):
       registry.build("aggregator", f"two_phase({spec})")
     return
   both = registry.build("aggregator", f"two_phase({spec})")

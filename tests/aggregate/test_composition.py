@@ -9,6 +9,7 @@ import pytest
 from aggregators import AGGREGATORS, FLAT, NUMBERED, PLAIN, SLICED, SPECS, names_in, refusal
 from problems import Running, distance, split
 from side_by_side import Recorded, job_of, layout_of, running
+from subset import slow_except
 from test_compiled import counted
 
 from research.aggregate.feedback import ErrorFeedbackState
@@ -104,6 +105,7 @@ def test_executions_agree(name):
     assert distance(got[name], one[name]) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPECS)
 def test_executions_agree_where_a_mesh_cuts_a_worker(name):
   why = refusal(WHOLE, name)
@@ -116,6 +118,7 @@ def test_executions_agree_where_a_mesh_cuts_a_worker(name):
     assert distance(got[name], one[name]) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MESHES)
 def test_compression_adds_nothing_inside_a_worker(kind):
   """Between workers the compiled program sends what was traced, half from each of two devices.
@@ -136,6 +139,7 @@ def test_compression_adds_nothing_inside_a_worker(kind):
   assert 0 < inside(found) <= len(names) * (inside(dense) + 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MESHES)
 def test_all_workers_receive_the_same(kind):
   """Found by tracing, and on the devices bit for bit; what each had and sent is its own."""
@@ -267,7 +271,7 @@ def restored(folder, like: TrainState, lies: resize.Placed, warn=pytest.fail) ->
     store.close()
 
 
-@pytest.mark.parametrize("kind", MESHES)
+@pytest.mark.parametrize("kind", slow_except(["sliced"], MESHES))
 def test_a_resumed_run_is_an_unbroken_one(kind, tmp_path):
   done = whole(kind, "simulate")
   go = lambda state: done.run.executor.run(state, done.run.data, rounds=1)[0]
@@ -326,6 +330,7 @@ STATEFUL = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MESHES)
 def test_another_number_of_workers_resizes_by_rule(kind, tmp_path):
   """Shared leaves stay, rows become their mean, chunks are cut anew."""
@@ -337,6 +342,7 @@ def test_another_number_of_workers_resizes_by_rule(kind, tmp_path):
   check_resized(state, found, fewer.layout.state)
 
 
+@pytest.mark.slow
 def test_chunks_of_blocks_are_cut_anew_block_by_block(tmp_path):
   names = ("feedback_two_phase",)
   state = bare(spread_cut(*names).run.state, names)

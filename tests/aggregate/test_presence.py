@@ -15,6 +15,7 @@ from aggregators import SLICED as SLICES
 from catalogue import GRAPHS, METHODS, NAMES, SLICED
 from problems import SIMULATED, Running, distance, regression
 from side_by_side import regressions, side_by_side
+from subset import slow_except
 
 from research.aggregate.privacy.clipping import clipped
 from research.core import registry
@@ -26,6 +27,7 @@ from research.testing.absence import ABSENT, LEAVES, WEIGHTS, W, drawn, folded
 
 SLICED_AXES = {"slice": 2, "data": 4}
 KEY = jax.random.key(0)
+GROUPS = slow_except(["sliced"], ("flat", "sliced"))
 NEIGHBOURS = ("gossip", "push_sum", "choco", "q1_gossip", "q2_gossip")
 # Aggregators that nobody may be absent from, by a refusal that `test_what_has_no_meaning` shows.
 EVERYBODY = {n for n, a in AGGREGATORS.items() if Trait.EVERYONE in a.traits} | {*NEIGHBOURS}
@@ -47,7 +49,7 @@ def over_workers(one: Callable[..., Any], *rows: Any) -> Any:
   return jax.jit(jax.vmap(one, axis_name="data"))(*rows)
 
 
-@pytest.mark.parametrize("group", ["flat", "sliced"])
+@pytest.mark.parametrize("group", GROUPS)
 def test_nothing_of_who_is_absent_arrives_and_its_memory_stays(group):
   """Of every aggregator but those that need everyone."""
   if group == "flat":
@@ -56,6 +58,7 @@ def test_nothing_of_who_is_absent_arrives_and_its_memory_stays(group):
     aggregators.absent(BETWEEN_SLICES, SLICED_AXES)
 
 
+@pytest.mark.slow
 def test_equal_contributions_of_those_present_give_that_contribution():
   """As when everyone sends it, however many they are and however much each of them weighs."""
   aggregators.equal({n: MEET[n] for n in EQUAL})
@@ -128,6 +131,7 @@ def test_a_vote_is_among_those_present():
   assert count([True] * 8) == [1.0] * W
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_to_a_memory_while_some_are_absent():
   """value + mean of memories = mean of what those present have, and memories of before: always."""
   specs = {
@@ -160,7 +164,7 @@ def test_nothing_is_lost_to_a_memory_while_some_are_absent():
 # ---- methods
 
 
-@pytest.mark.parametrize("group", ["flat", "sliced"])
+@pytest.mark.parametrize("group", GROUPS)
 def test_a_lost_round_of_a_worker_reaches_nobody(group):
   """Of every method, but those on graphs, whose neighbours must all be there."""
   if group == "flat":
@@ -169,6 +173,7 @@ def test_a_lost_round_of_a_worker_reaches_nobody(group):
     methods.lost({n: METHODS[n] for n in SLICED}, SLICED_AXES)
 
 
+@pytest.mark.slow
 def test_a_round_that_nobody_takes_part_in_changes_nothing():
   """Wherever it comes: the state is what the other rounds alone leave, counts and all."""
   more = {
@@ -179,6 +184,7 @@ def test_a_round_that_nobody_takes_part_in_changes_nothing():
   methods.empty(built | {n: registry.build("method", s) for n, s in more.items()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("executor", ["simulate", "spmd"])
 def test_dropout_finds_the_optimum_with_any_rule(executor):
   """Three in ten lost per round: a rule over those present is near what it is over all."""
@@ -251,7 +257,7 @@ def rounds_of(method: Method, grads: Any) -> tuple[Any, Any]:
   return models, state
 
 
-@pytest.mark.parametrize("group", ["flat", "sliced"])
+@pytest.mark.parametrize("group", GROUPS)
 def test_a_round_of_zero_gradients_ends_nothing(group):
   """First, in between, or at the end: all stays finite, and the next gradient moves the model."""
   names = NAMES if group == "flat" else list(SLICED)
@@ -271,6 +277,7 @@ def test_a_round_of_zero_gradients_ends_nothing(group):
 RATE = "linear_schedule(0.0, 0.1, 4)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "spec",
   [
@@ -410,6 +417,7 @@ def test_sums_of_a_worker_s_own_are_wide():
   np.testing.assert_allclose(np.asarray(found["averaged"]["w"], float), 0.95, rtol=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [8, 1024])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_means_of_narrow_floats_are_those_of_float64(dtype, count):

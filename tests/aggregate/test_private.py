@@ -146,6 +146,7 @@ def test_the_sum_is_the_plain_sum_bit_for_bit(aggregator):
   assert sent_by == ({0, QUORUM, 7, W} if aggregator is DROPPING else {W})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("execution", ["shard_map", "pmap", "slices"])
 def test_every_execution_gives_the_same_bits(execution):
   found = run(DROPPING, TREES, 1)
@@ -160,6 +161,7 @@ def test_a_host_refuses_a_round_below_the_threshold():
     secure.recover(of_round.messages, of_round.held, alive, QUORUM)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gone", [(), (0,), (7, 3)])
 def test_a_host_recovers_the_sum_from_messages_and_shares(gone):
   of_round, alive = by_hand(jax.random.key(1), TREES), workers(*gone)
@@ -209,6 +211,7 @@ def test_a_message_says_nothing_of_its_value():
       assert np.array_equal(left - hidden_by[unknown], ring[i])
 
 
+@pytest.mark.slow
 def test_fixed_point_at_the_ends_of_its_range():
   x = jnp.array([0.0, 1e-9, -1e9, 1e9, CLIP, -CLIP, CLIP / 3], jnp.float32)
   for bits in (2, 16, 31):

@@ -132,6 +132,7 @@ def test_who_sends_what_does_not_matter():
     np.testing.assert_allclose(got[name], want[name], atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [{"data": 8}, {"slice": 2, "data": 4}], ids=str)
 def test_on_eight_devices_it_is_the_same(axes):
   """Even W, and no leaf that W divides; with slices the workers stand on two axes."""
@@ -185,6 +186,7 @@ ATTACKS: dict[str, Callable[[Aggregator], Aggregator]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_minority_that_lies_does_not_move_them_out_of_the_honest_ones(attack):
   """Each rule ends within the honest workers' radius of their mean; the plain mean does not."""
@@ -240,6 +242,7 @@ def test_what_the_attackers_send():
   assert 0.8 < noise.std() < 1.2
 
 
+@pytest.mark.slow
 def test_a_little_is_enough_goes_unnoticed_and_moves_the_median():
   """Four of nine: nearer to the mean than the honest ones, yet with them they are the majority."""
   z = attacks.largest_unnoticed(W, 4)  # s = 1: Phi(z) = 4/5

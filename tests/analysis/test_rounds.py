@@ -37,6 +37,7 @@ def by_epochs(executor: str, **rest) -> Running:
   return Running(method, executor, {"data": 2}, SIZES, task=regression(160), **rest)
 
 
+@pytest.mark.slow
 def test_a_round_by_epochs_is_so_many_passes():
   """Each client sees each of its examples twice, but for what does not fill a batch."""
   run = by_epochs("simulate")
@@ -53,6 +54,7 @@ def test_a_round_by_epochs_is_so_many_passes():
         assert set(seen) == {2}
 
 
+@pytest.mark.slow
 def test_executions_of_a_round_by_epochs_agree():
   """With clients that are lost, and with workers one after the other."""
   dropout = 0.4
@@ -66,6 +68,7 @@ def test_executions_of_a_round_by_epochs_agree():
   assert all(row.shape[0] == len(SIZES) for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [8, None])
 def test_workers_one_after_the_other_are_workers_at_once(batch_size):
   """Eight on eight devices, and twelve on four: three after one another on each."""
@@ -81,6 +84,7 @@ def test_workers_one_after_the_other_are_workers_at_once(batch_size):
     assert distance(jax.device_get(moments[1]), jax.device_get(moments[0])) <= 1e-6
 
 
+@pytest.mark.slow
 def test_who_is_lost_is_weighted_out():
   """The share of the lost, weights that average to one, and nobody's round leaves the model."""
   run = Running(fed_avg(optax.sgd(0.1), mean()), "simulate", {"data": 8}, (30,) * 8, dropout=0.3)
@@ -123,6 +127,7 @@ def test_a_plan_counts_rounds_and_steps():
     as_optax(method)
 
 
+@pytest.mark.slow
 def test_a_changing_period_is_local_sgd_with_each():
   """The same examples in the same order, averaged where the schedule says: by hand."""
   changing = local_sgd(optax.sgd(0.1), mean(), period=[[0, 1], [5, 4], [9, 2]])
@@ -252,6 +257,7 @@ def rows(out) -> list[dict]:
   return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_whose_period_changes_goes_on_as_an_unbroken_one(tmp_path):
   """Stopped in each stage; bytes are a message per round."""
   whole, _ = train(config(tmp_path / "whole", method=STAGED, rounds=14))
@@ -294,6 +300,7 @@ def test_what_cannot_be_is_refused(changes, words, tmp_path):
 # ---- on a virtual clock
 
 
+@pytest.mark.slow
 def test_a_virtual_clock_orders_what_a_server_sees(tmp_path):
   """One worker is four times slower: synchronous rounds wait, a server does not; both reproduce."""
   clock = {"clock": "steady(1.0, slowdown={0: 4})", "virtual_seconds": 40.0, "eval_every": 0}

@@ -86,6 +86,7 @@ SENDING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [EIGHT, {"slice": 2, "data": 4}], ids=["flat", "slices"])
 @pytest.mark.parametrize("name", SENDING)
 def test_what_is_long_goes_between_processes_in_pieces(name, axes, monkeypatch):

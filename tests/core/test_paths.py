@@ -48,7 +48,7 @@ def test_a_home_directory_is_expanded(monkeypatch):
     ("gs://bucket/run", r"URL \(gs://\), .* mount"),
     ("s3://bucket", r"URL \(s3://\), .* mount"),
     ("HDFS://host:8020/x", "HDFS://"),
-    ("file:///tmp/x", "path alone: '/tmp/x'"),
+    ("file:///tmp/x", "only the path: '/tmp/x'"),
     ("~nosuchuser/x", "home directory '~nosuchuser' .* no such user"),
     ("caf\udce9", "not UTF-8 .*0xe9"),
     ("caf\ud800", "not UTF-8 .*0xd800"),
@@ -119,7 +119,7 @@ def test_a_folder_of_results_can_be_made_and_is_not_yet(tmp_path):
   assert paths.writable(tmp_path / "a" / "b") == tmp_path / "a" / "b"
   assert not [*tmp_path.iterdir()]
   (tmp_path / "file").touch()
-  with pytest.raises(ValueError, match="file is not a folder that can be written"):
+  with pytest.raises(ValueError, match="file is not a writable folder"):
     paths.writable(tmp_path / "file" / "run")
   with pytest.raises(ValueError, match="files in it would exceed 4095 bytes"):
     paths.writable("/" + "n/" * 1990)

@@ -30,7 +30,7 @@ FLAGS = (
 )
 
 pytestmark = [
-  pytest.mark.long,
+  pytest.mark.slow,
   pytest.mark.skipif(bool(MISSING), reason=f'pip install -e ".[docs]": no {", ".join(MISSING)}'),
   pytest.mark.skipif(not (CHROME and DRIVER), reason="apt install chromium chromium-driver"),
 ]

@@ -135,6 +135,7 @@ def test_a_run_is_measured_and_remembered():
   assert again.rows == found.rows
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_ends_there():
   lab = claim.Lab({}, 1, "digits()", lambda line: None)
   method = "data_parallel(sgd(1e30), mean())"

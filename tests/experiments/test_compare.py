@@ -44,6 +44,7 @@ def command(tmp_path, capsys):
 # ---- the command
 
 
+@pytest.mark.slow
 def test_methods_are_trained_compared_and_found_again(command, tmp_path):
   told = ("--seeds=2", "--seed=3", "--link=10kbit,1ms", "--recommend", "--compute_seconds=0.01")
   out = tmp_path / "out"

@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from subset import slow_except
 
 from research.training.assemble import Config
 
@@ -210,22 +212,23 @@ EXECUTIONS = {"simulate": 1, "spmd": 8}  # and their devices
 
 
 @pytest.fixture(scope="module")
-def unbroken(start, tmp_path_factory) -> Path:
-  """The folders of the same long run, one by execution, that nobody disturbs."""
+def unbroken(run, tmp_path_factory) -> Callable[[str], Path]:
+  """The folder of an uninterrupted run in a given execution."""
   folder = tmp_path_factory.mktemp("unbroken")
-  processes = [
-    start(folder, *LONG, f"--executor={name}", f"--out={name}", devices=devices)
-    for name, devices in EXECUTIONS.items()
-  ]
-  for process in processes:
-    assert end(process).code == 0
-  return folder
+
+  def of(execution: str) -> Path:
+    if not (folder / execution).exists():
+      flags = (*LONG, f"--executor={execution}", f"--out={execution}")
+      assert run(folder, *flags, devices=EXECUTIONS[execution]).code == 0
+    return folder / execution
+
+  return of
 
 
 @pytest.fixture
 def copied(unbroken, tmp_path) -> Path:
-  """The unbroken run in a folder of its own, at its last checkpoint, its result not yet told."""
-  shutil.copytree(unbroken / "simulate", tmp_path / "simulate")
+  """A copy of the uninterrupted run at its last checkpoint, without its summary."""
+  shutil.copytree(unbroken("simulate"), tmp_path / "simulate")
   (tmp_path / "simulate" / "summary.json").unlink()
   return tmp_path
 
@@ -241,14 +244,14 @@ def after_a_checkpoint(process: subprocess.Popen, folder: Path) -> int:
 
 
 STOPS = [
-  ("simulate", signal.SIGKILL, -signal.SIGKILL, None),
   ("simulate", signal.SIGTERM, 0, "terminated"),
+  ("simulate", signal.SIGKILL, -signal.SIGKILL, None),
   ("simulate", signal.SIGINT, 130, "interrupted"),
   ("spmd", signal.SIGKILL, -signal.SIGKILL, None),
 ]
 
 
-@pytest.mark.parametrize(("execution", "signal_", "code", "reason"), STOPS)
+@pytest.mark.parametrize(("execution", "signal_", "code", "reason"), slow_except(STOPS[:1], STOPS))
 def test_a_stopped_run_ends_as_an_unbroken_one(
   execution, signal_, code, reason, unbroken, start, tmp_path
 ):
@@ -271,13 +274,14 @@ def test_a_stopped_run_ends_as_an_unbroken_one(
   assert resumed.code == 0
   assert f"resuming at step {saved}" in resumed.err
   assert summary(out)["stopped_because"] == "steps"
-  assert summary(out)["params_sha256"] == summary(unbroken / execution)["params_sha256"]
-  assert summary(out)["eval"] == summary(unbroken / execution)["eval"]
+  assert summary(out)["params_sha256"] == summary(unbroken(execution))["params_sha256"]
+  assert summary(out)["eval"] == summary(unbroken(execution))["eval"]
   assert is_increasing([row["step"] for row in rows(out)])
   untimed = lambda folder: [row | {"seconds": 0} for row in rows(folder)]
-  assert untimed(out) == untimed(unbroken / execution)
+  assert untimed(out) == untimed(unbroken(execution))
 
 
+@pytest.mark.slow
 def test_a_run_stopped_before_it_evaluates_ends_in_order(start, tmp_path):
   process = start(tmp_path, *LONG, "--out=here", "--eval_every=0")
   after_a_checkpoint(process, tmp_path / "here")
@@ -288,14 +292,16 @@ def test_a_run_stopped_before_it_evaluates_ends_in_order(start, tmp_path):
   assert stopped.code == 0
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_it_told_its_result_tells_it(copied, unbroken, run):
   told = run(copied, *LONG, "--executor=simulate", "--out=simulate")
   assert told.code == 0
-  found, want = (summary(folder / "simulate") for folder in (copied, unbroken))
+  found, want = map(summary, (copied / "simulate", unbroken("simulate")))
   told_again = ("steps", "stopped_because", "params_sha256", "train_loss", "eval")
   assert {name: found[name] for name in told_again} == {name: want[name] for name in told_again}
 
 
+@pytest.mark.slow
 def test_a_second_start_in_the_same_folder_is_refused(unbroken, start, tmp_path):
   command = (*LONG, "--executor=simulate", "--out=here")
   first = start(tmp_path, *command)
@@ -304,7 +310,7 @@ def test_a_second_start_in_the_same_folder_is_refused(unbroken, start, tmp_path)
   second = end(start(tmp_path, *command))
   first.send_signal(signal.SIGCONT)
   assert end(first).code == 0
-  found, want = summary(tmp_path / "here"), summary(unbroken / "simulate")
+  found, want = summary(tmp_path / "here"), summary(unbroken("simulate"))
   assert found["params_sha256"] == want["params_sha256"]
   assert second.code == 2
   assert second.err.startswith("error: --out='here': ")
@@ -316,6 +322,7 @@ def cut(folder: Path) -> None:
       path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(copied, unbroken, run):
   cut(copied / "simulate" / "checkpoints" / "500")
   resumed = run(copied, *LONG, "--executor=simulate", "--out=simulate")
@@ -323,11 +330,12 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(copied, unbroken, 
   assert "checkpoint 500 is damaged" in resumed.err
   assert "resuming at step 475" in resumed.err
   assert "Traceback" not in resumed.err
-  found, want = (summary(folder / "simulate") for folder in (copied, unbroken))
+  found, want = map(summary, (copied / "simulate", unbroken("simulate")))
   assert found["params_sha256"] == want["params_sha256"]
   assert is_increasing([row["step"] for row in rows(copied / "simulate")])
 
 
+@pytest.mark.slow
 def test_where_no_checkpoint_is_whole_the_command_says_so_and_does_not_start_anew(copied, run):
   steps = checkpoints(copied / "simulate")
   for step in steps:
@@ -341,6 +349,7 @@ def test_where_no_checkpoint_is_whole_the_command_says_so_and_does_not_start_ane
   assert not (copied / "simulate" / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_flags_if_told_so(copied, run):
   """Among them devices inside a worker, where there were none."""
   before = rows(copied / "simulate")
@@ -359,6 +368,7 @@ def test_a_run_goes_on_with_other_flags_if_told_so(copied, run):
   assert json.loads((copied / "simulate" / "config.json").read_text())["steps"] == 550
 
 
+@pytest.mark.slow
 def test_a_state_of_other_shapes_is_refused_and_its_checkpoints_stay(copied, run):
   changes = ("--steps=550", "--task=least_squares(features=5)", "--allow_changes")
   before = contents(copied)
@@ -373,6 +383,7 @@ def test_a_state_of_other_shapes_is_refused_and_its_checkpoints_stay(copied, run
 # ---- ends of other kinds
 
 
+@pytest.mark.slow
 def test_the_last_row_has_what_was_measured_at_the_end(run, tmp_path):
   flags = ("--steps=8", "--checkpoint_every=4", "--checkpoint_seconds=0", "--eval_every=0")
   assert run(tmp_path, *flags, "--out=here").code == 0
@@ -406,6 +417,7 @@ def test_a_diverging_run_names_the_step_and_keeps_what_was_good(run, tmp_path):
   assert rows(tmp_path / "here")[-1]["step"] == kept
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="a disk of a few bytes takes root to mount")
 @pytest.mark.parametrize("size", ["4k", "60k"])  # for no file of a run; for no checkpoint
 def test_a_full_disk_is_one_line_and_exit_code_5(size, run, tmp_path):
@@ -434,6 +446,7 @@ def converged(run, tmp_path_factory) -> tuple[Path, Ended]:
 QUADRATIC = ("--task=least_squares()", "--batch_size=all", "--eval_every=20")
 
 
+@pytest.mark.slow
 def test_a_run_stops_at_its_tolerance(converged):
   folder, ended = converged
   assert ended.code == 0
@@ -447,6 +460,7 @@ def test_a_run_stops_at_its_tolerance(converged):
   assert "converged" in ended.out
 
 
+@pytest.mark.slow
 def test_a_converged_run_goes_on_to_a_smaller_tolerance(converged, run, tmp_path):
   shutil.copytree(converged[0] / "here", tmp_path / "here")
   ended = run(tmp_path, *QUADRATIC, "--tolerance=1e-5", "--allow_changes", "--out=here")
@@ -464,6 +478,7 @@ def clients(run, tmp_path_factory) -> Job:
   return Job(cwd, cwd / "here", ended)
 
 
+@pytest.mark.slow
 def test_clients_in_turn_learn_from_unlike_data(clients):
   assert clients.ended.code == 0
   found = summary(clients.out)
@@ -472,10 +487,12 @@ def test_clients_in_turn_learn_from_unlike_data(clients):
   assert rows(clients.out)[0]["loss"] > 4 * found["train_loss"]
 
 
+@pytest.mark.slow
 def test_epochs_are_passes_over_the_training_data(clients):
   assert summary(clients.out)["steps"] == 2 * 1440 / 64
 
 
+@pytest.mark.slow
 def test_tensorboard_events_are_written(clients):
   (path,) = (clients.out / "tensorboard").iterdir()
   assert path.name.startswith("events.out.tfevents.")
@@ -483,10 +500,12 @@ def test_tensorboard_events_are_written(clients):
     assert tag in path.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_trace_is_written(clients):
   assert list((clients.out / "profile").rglob("*.xplane.pb"))
 
 
+@pytest.mark.slow
 def test_checkpoints_do_not_grow_with_the_workers(start, tmp_path):
   flags = ("--task=least_squares()", "--model=mlp(hidden=[1000])", "--steps=1")
   two, sixteen = (
@@ -576,7 +595,7 @@ BAD = {
     ("--out='old'", "--steps=400 (was 500)", "--seed=0 (was 3)", "--allow_changes"),
     other_run(steps=500, seed=3),
   ),
-  "file": Bad(("--out=plain",), ("--out='plain'", "not a folder"), {"plain": "text"}),
+  "file": Bad(("--out=plain",), ("--out='plain'", "not a writable folder"), {"plain": "text"}),
   "under": Bad(("--out=plain/run",), ("--out='plain/run'", "plain is not"), {"plain": "text"}),
   "foreign": Bad(("--out=mine",), ("--out='mine'", "other files"), {"mine/thesis.tex": "text"}),
   "url": Bad((SMALL, "--out=gs://bucket/run"), ("--out='gs://bucket/run'", "a URL", "mount")),
@@ -646,11 +665,16 @@ BAD = {
 }
 
 
-# Has imported what the command does, and runs it in forks of itself: a start takes seconds.
+# Imports what the command does, and runs it in forks of itself: a fresh start takes seconds.
 FORKING = """
-import json, os, runpy, sys, warnings
+import gc, json, os, runpy, sys, warnings
+import flax.linen
+import research.command.run
+import research.methods.data_parallel
+import research.tasks.convex.synthetic
 import research.training.loop
 warnings.simplefilter("ignore")  # JAX warns of forks, and no thread runs here
+gc.freeze()  # a collection in a fork would copy what it looks at
 for line in sys.stdin:
   told = json.loads(line)
   if os.fork() == 0:
@@ -660,8 +684,14 @@ for line in sys.stdin:
       os.dup2(os.open(told["streams"][stream - 1], os.O_WRONLY | os.O_CREAT), stream)
     sys.argv = told["command"]
     sys.path[0] = os.path.dirname(told["command"][0])
-    runpy.run_path(told["command"][0], run_name="__main__")
-    os._exit(0)
+    code = 0
+    try:
+      runpy.run_path(told["command"][0], run_name="__main__")
+    except SystemExit as ended:
+      code = ended.code or 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # without tearing down what was imported
   print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
 
@@ -711,6 +741,7 @@ def test_what_cannot_be_is_refused_in_one_line_and_leaves_no_trace(name, run_for
   assert contents(here) == before
 
 
+@pytest.mark.slow
 def test_the_state_of_a_mesh_that_is_not_there_is_shown(run, tmp_path):
   ended = run(tmp_path, "--explain_sharding", "--executor=spmd", "--mesh=data:32,fsdp:2")
   assert ended.code == 0

@@ -116,6 +116,7 @@ print("no newline", file=sys.stderr, end="")
     assert (launched.logs / f"{number}.log").read_text() == f"{line[4:]}\nno newline"
 
 
+@pytest.mark.slow
 def test_the_first_failure_decides_and_ends_the_others(launch, tmp_path):
   launched = launch(program=WITH_CHILD + "sys.exit(7) if me else time.sleep(1000)")
   code, _, err = launched.end()
@@ -205,6 +206,7 @@ def test_what_would_fail_again_is_not_started_again(launch, tmp_path, code):
   assert (tmp_path / "starts1").read_text() == "1"
 
 
+@pytest.mark.slow
 def test_a_job_that_hangs_is_ended(launch, tmp_path):
   """Process 0 goes on a little longer; both swallow SIGTERM, as JAX's preemption service does."""
   program = DEAF + WITH_CHILD + "beat.touch(); time.sleep(0.4 * (1 - me)); beat.touch(); " + SLEEP

@@ -159,6 +159,7 @@ def namespaces() -> set[str]:
   return found
 
 
+@pytest.mark.slow
 @rooted
 def test_a_run_sends_what_was_predicted(tmp_path):
   """Of a compressed exchange between two hosts, the kernel's bytes within 5% of those of `wire`."""

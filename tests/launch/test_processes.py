@@ -18,6 +18,8 @@ import orbax.checkpoint as ocp
 import pytest
 from problems import distance
 
+pytestmark = pytest.mark.slow
+
 RUN = Path(__file__).parents[2] / "experiments" / "run.py"
 LOCAL = Path(__file__).parents[2] / "launch" / "local.py"
 TIMEOUT = 120  # seconds, for what takes some

@@ -23,7 +23,7 @@ TIMEOUT = 150
 DAEMONS = ("munged", "slurmctld", "slurmd")
 lacking = [tool for tool in (*DAEMONS, "sbatch") if not shutil.which(tool)]
 pytestmark = [
-  pytest.mark.long,
+  pytest.mark.slow,
   pytest.mark.skipif(
     not sys.platform.startswith("linux") or os.geteuid() != 0 or bool(lacking),
     reason="needs Linux, root and: apt-get install slurm-wlm munge",

@@ -143,6 +143,7 @@ def starts(folder: Path, count: int) -> bool:
   return len(found) == 4 and all(len(text) == count for text in found)
 
 
+@pytest.mark.slow
 def test_a_job_goes_on_on_new_machines_until_it_has_finished(cloud, tmp_path):
   """Two slices of two workers, preempted once: all is created, set up and started again."""
   assert cloud.run("create", "--type=v5p-16", "--slices=2", "--spot").returncode == 0
@@ -180,6 +181,7 @@ def test_a_job_goes_on_on_new_machines_until_it_has_finished(cloud, tmp_path):
   assert not cloud.homes()
 
 
+@pytest.mark.slow
 def test_a_job_that_is_lost_is_started_again_on_the_same_machines(cloud, tmp_path):
   cloud.run("create", "--type=v5p-16", "--slices=2")
   cloud.run("setup", "--slices=2")
@@ -194,6 +196,7 @@ def test_a_job_that_is_lost_is_started_again_on_the_same_machines(cloud, tmp_pat
   assert "delete" not in actions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("code", "restarted"), [(4, False), (1, True)])
 def test_a_job_that_would_fail_again_is_not_started_again(cloud, code, restarted):
   cloud.run("create", "--type=v5p-8")

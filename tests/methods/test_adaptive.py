@@ -72,6 +72,7 @@ def simulated() -> Running:
   return running(METHODS).rounds(ROUNDS)
 
 
+@pytest.mark.slow
 def test_a_mesh_that_cuts_a_worker_agrees():
   axes = {"data": 4, "fsdp": 2}
   signs = gather_mean(sign())
@@ -262,6 +263,7 @@ SAME: dict[str, tuple[Method, optax.GradientTransformation]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [{"data": 1}, {"data": 8}], ids=str)
 def test_special_cases_are_plain_optimizers(axes):
   methods, task = {name: method for name, (method, _) in SAME.items()}, regression()
@@ -289,7 +291,7 @@ def solution(task: Task) -> dict[str, np.ndarray]:
   return {"b": solved[-1], "w": solved[:-1]}
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_all_of_them_train():
   """The vote in spite of three workers of eight that always vote against what they see."""
   fall = optax.exponential_decay(0.1, 40, 0.5)

@@ -225,12 +225,14 @@ def test_rounds_equal_numpy(name):
     assert len({int(x) for taus in delays for x in taus[name].ravel()}) >= 3
 
 
+@pytest.mark.slow
 def test_executions_agree():
   got, want = running("spmd", SLICED).rounds(ROUNDS).params(), simulated()[0][-1]
   for name in METHODS:
     assert distance(got[name], want[name]) <= 1e-5, name
 
 
+@pytest.mark.slow
 def test_a_mesh_that_cuts_a_worker_agrees():
   axes = {"data": 4, "fsdp": 2}
   run = lambda executor: running(executor, axes, (20,) * 4, CUT).rounds(ROUNDS).params()
@@ -239,6 +241,7 @@ def test_a_mesh_that_cuts_a_worker_agrees():
     assert distance(got[name], want[name]) <= 1e-5, name
 
 
+@pytest.mark.slow
 def test_the_optax_face_is_the_method():
   """With the key of the run: the same delays."""
   names = tuple(METHODS)
@@ -264,6 +267,7 @@ def test_the_optax_face_is_the_method():
     assert distance(deployed[name], simulated()[0][-1][name]) <= 1e-5, name
 
 
+@pytest.mark.slow
 def test_without_delays_it_is_the_inner_method():
   """Bit by bit; and hogwild adds what four workers have."""
   local_steps = local_sgd(MOMENTUM, mean(), period=1)
@@ -414,6 +418,7 @@ def test_laws_of_delay(name):
     assert np.abs(correlations).max() <= 5 / math.sqrt(count)
 
 
+@pytest.mark.slow
 def test_coordinates_have_delays_of_their_own():
   state = by_coordinate(4).init({"a": jnp.zeros((3, 50)), "b": jnp.zeros(50)})
 

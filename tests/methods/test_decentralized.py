@@ -68,6 +68,7 @@ def simulated() -> Running:
   return running("simulate", SIMULATED).rounds(5)
 
 
+@pytest.mark.slow
 def test_executions_agree():
   got, want = running("pmap", SIMULATED).rounds(5), simulated().params()
   for name in METHODS:
@@ -75,6 +76,7 @@ def test_executions_agree():
   assert bool(got.metrics["finite"])
 
 
+@pytest.mark.slow
 def test_a_mesh_that_cuts_a_worker_agrees():
   axes = {"data": 4, "fsdp": 2}
   got, want = (running(e, axes, (60,) * 4).rounds(5).params() for e in ("spmd", "simulate"))
@@ -235,6 +237,7 @@ def test_stochastic_gradient_push_weighs_all_workers_alike():
   assert distance(run.rounds(3000).params(), solution) <= 0.01
 
 
+@pytest.mark.slow
 def test_the_complete_graph_is_parallel_and_local_sgd():
   everybody = gossip(topology.complete())
   pairs = {

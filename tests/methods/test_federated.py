@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from problems import FEATURES, Running, distance, regression
+from subset import slow_except
 
 from research.aggregate.compressed import gather_mean, sum_mean, two_phase
 from research.aggregate.gossip import gossip
@@ -212,7 +213,10 @@ TRANSCRIPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+QUICK = ("fed_avg", "fed_adam", "scaffold")
+
+
+@pytest.mark.parametrize("name", slow_except(QUICK, METHODS))
 def test_rounds_equal_numpy(name):
   """Clients of uneven sizes and steps, of whom some are not asked and some drop out."""
   present = lots().present
@@ -222,14 +226,14 @@ def test_rounds_equal_numpy(name):
   assert distance(served(name).params(), unstacked(want)) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["fed_prox", "fed_adam", "scaffold"])
+@pytest.mark.parametrize("name", slow_except(["scaffold"], ("fed_prox", "fed_adam", "scaffold")))
 def test_executions_agree_on_a_cohort(name):
   """And `over` keeps everything but the aggregator."""
   run = serving(METHODS[name].over(lambda inner: inner), "spmd").rounds(ROUNDS)
   assert distance(run.params(), served(name).params()) <= 1e-5
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_except(QUICK, METHODS))
 def test_what_is_kept_by_client(name):
   """Nothing, but a control of its own; the mean of these is the server's."""
   private = served(name).layout.state
@@ -255,6 +259,7 @@ def flat(name: str) -> Running:
   return running(FLAT[name]).rounds(ROUNDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FLAT)
 def test_executions_agree_on_everybody(name):
   for executor in ("spmd", "pmap") if name == "sparta" else ("pmap",):
@@ -262,6 +267,7 @@ def test_executions_agree_on_everybody(name):
     assert distance(got.state.method.params, flat(name).state.method.params) <= 1e-5, executor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FLAT)
 def test_the_optax_face_is_the_method(name):
   method, task = FLAT[name], regression(sum(SIZES))
@@ -345,6 +351,7 @@ def test_scaffold_is_exact_with_a_constant_step(cohort, dropout):
   assert np.abs(np.asarray(biased.params) - Quadratics().best).max() > 0.01
 
 
+@pytest.mark.slow
 def test_a_warm_up_of_scaffold_sets_controls_to_the_first_gradients():
   """And moves nothing; the round after it does."""
   run, task = running(scaffold(0.1, mean(), period=3, warm_up=True)), regression(sum(SIZES))
@@ -358,6 +365,7 @@ def test_a_warm_up_of_scaffold_sets_controls_to_the_first_gradients():
   assert distance(run.rounds(1).params(), first) > 0.01
 
 
+@pytest.mark.slow
 def test_scaffold_from_first_gradients_does_not_see_how_clients_differ():
   """FedAvg of the same step size ends the further off the more they do."""
 
@@ -376,6 +384,7 @@ def test_scaffold_from_first_gradients_does_not_see_how_clients_differ():
   np.testing.assert_allclose(ends(fed_avg(PLAIN, mean(), period=2)), want, rtol=0.01)
 
 
+@pytest.mark.slow
 def test_one_worker_is_the_inner_optimizer():
   """FedAvg's begins anew in every round, SCAFFOLD's is SGD."""
   adam = optax.adam(0.05)
@@ -396,6 +405,7 @@ def test_one_worker_is_the_inner_optimizer():
   assert distance(alone(sparta(INNER, mean()), 6), descended(INNER, 6)) <= 1e-5
 
 
+@pytest.mark.slow
 def test_one_step_of_every_client_is_parallel_sgd():
   """FedSGD; and SPARTA that sends everything is local SGD with a period of one."""
   want = running(data_parallel(PLAIN, mean())).rounds(ROUNDS).params()
@@ -451,6 +461,7 @@ def test_bytes():
   np.testing.assert_allclose(sent(FLAT["sparta"], 16) / dense, 6 / 21)
 
 
+@pytest.mark.slow
 def test_private_federated_learning():
   """Clipped, hidden by noise and by masks: one line."""
   spec = "fed_avg(sgd(0.1), {})"

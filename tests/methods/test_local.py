@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from problems import Running, distance, regression, split
+from subset import slow_except
 
 from research.aggregate.compressed import two_phase
 from research.aggregate.feedback import error_feedback
@@ -240,7 +241,7 @@ def test_rounds_equal_numpy(name):
   assert distance(simulated(name), {"b": want[6], "w": want[:6]}) <= 2e-6
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_except(["hierarchical"], METHODS))
 def test_executions_agree(name):
   """And `over` keeps everything but the aggregator."""
   method = METHODS[name].over(lambda inner: inner)
@@ -248,6 +249,7 @@ def test_executions_agree(name):
   assert distance(got.params(), simulated(name)) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_the_optax_face_is_the_method(name):
   method, task = METHODS[name], regression(sum(SIZES))
@@ -299,6 +301,7 @@ SAME = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SAME)
 def test_special_cases_are_other_methods(case):
   method, name, axes = SAME[case]
@@ -316,6 +319,7 @@ RESTARTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RESTARTED)
 def test_restarted_workers_are_clients_that_keep_nothing(name):
   method, federated = RESTARTED[name]
@@ -324,6 +328,7 @@ def test_restarted_workers_are_clients_that_keep_nothing(name):
   assert distance(run.params(), running(federated).rounds(ROUNDS).params()) <= 2e-6
 
 
+@pytest.mark.slow
 def test_one_local_step_is_data_parallel():
   want = running(data_parallel(PLAIN, mean())).rounds(ROUNDS).params()
   one = local_sgd(PLAIN, mean(), period=1)
@@ -332,6 +337,7 @@ def test_one_local_step_is_data_parallel():
     assert distance(running(method).rounds(ROUNDS).params(), want) <= 2e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["local", "post_local"])
 def test_one_worker_is_the_inner_optimizer(name):
   method, task = METHODS[name], regression(80)
@@ -425,6 +431,7 @@ def test_bytes_follow_the_round():
   assert numbers == {"data": 4 * 21 * 4, "slice": 2 * 21 * 4}
 
 
+@pytest.mark.slow
 def test_compressed_outer_gradients():
   """Any aggregator: with a memory for each fragment, the executions agree."""
   aggregator = error_feedback(two_phase(int8()))
@@ -433,6 +440,7 @@ def test_compressed_outer_gradients():
   assert distance(running(method, executor="spmd").rounds(2).params(), want.params()) <= 1e-5
 
 
+@pytest.mark.slow
 def test_an_inactive_worker_is_left_out():
   """Whatever it holds; and the outer step goes the workers' way: a tenth of it with sgd(0.1)."""
 

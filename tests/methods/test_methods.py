@@ -8,6 +8,7 @@ import pytest
 from catalogue import BASIC, DRAWN, EXACT, GRAPHS, METHODS, SIGNS, SPECS, by_period
 from problems import SIMULATED, Running, distance, regression, simulated
 from side_by_side import regressions, side_by_side
+from subset import slow_except
 
 from research.core import registry
 
@@ -43,6 +44,7 @@ def test_one_worker_is_the_inner_optimizer(name):
   assert distance(run.params(), want) <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT)
 def test_identical_data_on_all_workers_is_one_worker(name):
   one = regression(30)
@@ -52,7 +54,7 @@ def test_identical_data_on_all_workers_is_one_worker(name):
   assert distance(many.params(), single.params()) <= 1e-6
 
 
-@pytest.mark.parametrize("period", BY_PERIOD)
+@pytest.mark.parametrize("period", slow_except([2, 6], BY_PERIOD))
 def test_permuting_the_workers_changes_nothing(period):
   """But where a worker's number is its place in a graph, or the key of what it draws."""
   names, task = BY_PERIOD[period], regression()
@@ -64,6 +66,7 @@ def test_permuting_the_workers_changes_nothing(period):
     assert distance(got[name], want[name]) <= 1e-6, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT)
 def test_the_full_gradient_does_not_depend_on_the_partition(name):
   """The objective is the mean over all examples, however unevenly the workers hold them."""
@@ -71,7 +74,7 @@ def test_the_full_gradient_does_not_depend_on_the_partition(name):
   assert distance(uneven.rounds(8).params(), simulated(name, 8)) <= 1e-5
 
 
-@pytest.mark.parametrize("period", by_period(BASIC))
+@pytest.mark.parametrize("period", slow_except([2, 3], by_period(BASIC)))
 def test_state_is_stable_and_rounds_depend_on_it_alone(period, compilations):
   """Types, shardings and programs stay; six rounds are three and three from a copy of the state."""
   run = together(by_period(BASIC)[period])

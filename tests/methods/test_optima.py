@@ -76,6 +76,7 @@ def test_heavy_ball_contracts_at_its_rate():
   assert rate(100, 200, **flags) == pytest.approx(want, rel=0.03)
 
 
+@pytest.mark.slow
 def test_the_mean_iterate_beats_the_last():
   """Polyak and Juditsky: with slowly falling steps, by several times in squared error."""
   flags = {

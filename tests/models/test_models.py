@@ -73,6 +73,7 @@ def test_rows_are_independent(module):
   np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_workers_under_vmap(module):
   x = images(3, 2, 8, 8)
   workers = [drawn(module, x[0], seed) for seed in range(3)]
@@ -90,6 +91,7 @@ def test_linear_starts_at_zero(name):
   assert len(jax.tree.leaves(variables)) == 1 + (name != "linear")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "cnn", "resnet"])
 def test_deep_models_start_at_unit_scale(name):
   start = jax.jit(lambda key: MODELS[name](OUTPUTS).init_with_output(key, images(16, 8, 8))[0])

@@ -315,6 +315,7 @@ def test_presets_have_the_parameters_of_their_names(preset, outputs, count):
   assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {np.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_starts_near_the_uniform_distribution_whatever_the_dtype():
   x = tokens(4, 16)
   for dtype in ("float32", "bfloat16"):
@@ -333,6 +334,7 @@ def test_bfloat16_is_close_to_float32():
 # ---- one function, however it is computed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [0, 2])
 def test_scan_and_remat_change_nothing(count):
   x, scanned = tokens(), built(scan=True, experts=count)
@@ -364,6 +366,7 @@ def test_ties_between_experts_go_to_the_first():
   np.testing.assert_array_equal(experts.largest(p, 2), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_token", [1, 2])
 def test_routers_learn(per_token):
   module = built(scan=True, experts=3, experts_per_token=per_token, balance=0.0)
@@ -385,6 +388,7 @@ CUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CUTS)
 def test_a_cut_model_is_the_whole_one(name):
   """Loss and gradients, in float32."""
@@ -448,6 +452,7 @@ def test_every_parameter_has_one_rule():
         assert sum(bool(re.search(pattern, path)) for pattern, _ in RULES) == 1, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_weights_start_as_spread_as_asked(name):
   """By the same draws: those into the residual stream too, whatever else they are divided by."""

@@ -12,6 +12,7 @@ from catalogue import METHODS
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from problems import distance, regression
+from subset import slow_except
 
 from research.aggregate.mean import mean
 from research.core import registry
@@ -39,11 +40,13 @@ def example(name: str):
   return module
 
 
+@pytest.mark.slow
 def test_examples_train():
   assert example("optax_shard_map").main() <= 1e-3
   assert example("optax_nnx").main() <= 0.35
 
 
+@pytest.mark.slow
 def test_fsdp_is_the_same_mathematics():
   """Two replicas of four devices, parameters cut by the compiler: as two workers of one each."""
   loss, params = example("optax_fsdp").main(steps=60)
@@ -84,7 +87,7 @@ def updates_of(optimizer, axis, steps=3):
   return jax.jit(jax.vmap(run, axis_name=axis))(rows)
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", slow_except(SPECS[1:2], SPECS))
 def test_any_axis_name(spec):
   """Bit for bit what the default name gives, also of two axes."""
   aggregator = registry.build("aggregator", spec)
@@ -95,7 +98,10 @@ def test_any_axis_name(spec):
     np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["local_sgd", "easgd", "dc_asgd", "sgp", "zero_one_adam"])
+TALKATIVE = ("local_sgd", "easgd", "dc_asgd", "sgp", "zero_one_adam")
+
+
+@pytest.mark.parametrize("name", slow_except(["easgd"], TALKATIVE))
 def test_whole_methods_on_any_axis(name):
   """Also those that talk past their aggregator."""
   want = updates_of(as_optax(METHODS[name]), "data")

@@ -12,6 +12,7 @@ from catalogue import DRAWN, METHODS, SIGNS, SYNCHRONOUS, by_period
 from jax.sharding import PartitionSpec as P
 from problems import SIMULATED, Running, distance, regression, split
 from side_by_side import regressions, side_by_side
+from subset import slow_except
 
 from research.aggregate.mean import mean
 from research.comm import mesh as meshes
@@ -24,8 +25,13 @@ BY_PERIOD = by_period()
 DEVICES = (*SYNCHRONOUS, "local_sgd", "drifting", "residual")  # with a device for each worker
 
 
-@pytest.mark.parametrize("execution", ["vmap", "shard_map"])
-@pytest.mark.parametrize("period", BY_PERIOD)
+EXECUTIONS = [(period, execution) for period in BY_PERIOD for execution in ("vmap", "shard_map")]
+
+
+@pytest.mark.parametrize(
+  ("period", "execution"),
+  slow_except([(2, "vmap"), (6, "vmap"), (3, "shard_map")], EXECUTIONS),
+)
 def test_the_optax_face_is_the_method(period, execution):
   """`as_optax` in a train step of one's own, all examples in each step."""
   names = tuple(n for n in BY_PERIOD[period] if execution == "vmap" or n in DEVICES)

@@ -56,6 +56,7 @@ def test_a_rate_is_drawn_as_it_is_accounted(rate, monkeypatch):
   assert taken.tolist() == [n < whole for n in numbers]
 
 
+@pytest.mark.slow
 def test_dp_sgd_equals_numpy():
   """Per-example gradients, clipped, summed over those who take part, divided by the places."""
   clip = 0.7

@@ -7,6 +7,7 @@ import optax
 import pytest
 from catalogue import METHODS
 from problems import Running, regression, split
+from subset import slow_except
 
 from research.aggregate.compressed import gather_mean
 from research.aggregate.feedback import error_feedback
@@ -114,7 +115,7 @@ def test_the_spread_of_local_models_is_that_of_numpy(executor):
   assert found[diagnostics.GRADIENT].shape == (2 * STEPS,)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_except(("sgd", "diloco"), METHODS))
 def test_a_run_is_the_same_with_diagnostics(name):
   """Whatever a method exchanges, in whichever branch, it is recorded and changes nothing."""
   axes = {"slice": 2, "data": 4}

@@ -100,7 +100,7 @@ def agree(inner: tuple[str, ...]) -> None:
 MESHES = [(axis,) for axis in INNER] + [*itertools.combinations(INNER, 2)]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", MESHES, ids="-".join)
 def test_executions_agree(inner):
   agree(inner)
@@ -112,7 +112,8 @@ def unsharded():
   return Running(method, "simulate", {"data": 2}, (40, 40), BATCH, task=task()).rounds(3).metrics
 
 
-@pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.long), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 2])
 def test_stages_of_zero_cut_what_they_say(zero, unsharded):
   """And nothing else: the losses are those without `fsdp`."""
   method = registry.build("method", "data_parallel(adam(0.01), mean())")
@@ -129,7 +130,7 @@ def test_stages_of_zero_cut_what_they_say(zero, unsharded):
   assert all(cut(state.inner).values())
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", [("fsdp", "model"), ("seq", "stage")], ids="-".join)
 def test_compression_leaves_the_inside_of_a_worker_alone(inner):
   """Compiled: over `data` go the encoded bytes and no more, within a worker what went before."""

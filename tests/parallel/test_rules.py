@@ -23,7 +23,7 @@ from research.parallel import rules, sharded
 RULES = (("up$", (None, "model")), ("down$", ("model", None)))
 MESHES = [
   {"data": 2, "fsdp": 2, "model": 2},
-  pytest.param({"slice": 2, "data": 2, "model": 2}, marks=pytest.mark.long),
+  {"slice": 2, "data": 2, "model": 2},
 ]
 EXACT = {
   "momentum": "data_parallel(sgd(0.1, momentum=0.9), mean())",
@@ -81,6 +81,7 @@ def run(specs: dict[str, str], executor: str, axes: dict[str, int]) -> Running:
   return Running(method, executor, axes, (240 // count,) * count, 12, task=task).rounds(5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", MESHES, ids=str)
 def test_executions_agree(axes):
   """Exact methods with the workers alone; others with the same blocks, simulated."""

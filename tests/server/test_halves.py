@@ -9,6 +9,7 @@ import optax
 import pytest
 from catalogue import DRAWN, GRAPHS, METHODS, SLICED
 from problems import Running, distance, regression
+from subset import slow_except
 
 from research.aggregate.mean import Mean, mean
 from research.core import registry
@@ -60,7 +61,7 @@ def test_what_cannot_be_served_says_why(name):
     halves(METHODS[name], params)
 
 
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", slow_except(("sgd", "local_sgd"), SERVED))
 def test_one_worker_and_its_server_are_the_method(name):
   """Three rounds of one worker, by push and by exchange: the same parameters."""
   method, task = METHODS[name], regression()
@@ -88,7 +89,10 @@ def test_one_worker_and_its_server_are_the_method(name):
   assert distance(params, run.params()) <= 1e-6
 
 
-@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.splits and n not in SLICED])
+SPLIT = [n for n, m in METHODS.items() if m.splits and n not in SLICED]
+
+
+@pytest.mark.parametrize("name", slow_except(("local_sgd", "scaffold"), SPLIT))
 def test_sync_is_message_exchange_receive(name):
   """Bit for bit, also around another method; `message` keeps the structure of the state."""
   method = METHODS[name]

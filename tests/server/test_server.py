@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from problems import Running, distance, regression, split
+from subset import slow_except
 from test_asynchronous import ORDER, SIZES
 
 from research.aggregate.mean import mean
@@ -151,7 +152,7 @@ def ran(of: setup.Setup, dies: int = 0, seed: int = 0) -> tuple[Server, list[Eve
   return asyncio.run(asyncio.wait_for(together(), 60))
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", slow_except([*RUNS][:1], RUNS))
 def test_a_trace_gives_the_same_parameters_again(name, tmp_path):
   """With workers that die now and then: every piece of work is counted once."""
   method, mode, shards = RUNS[name]
@@ -465,6 +466,7 @@ def lock_free(tmp_path_factory):
   return here
 
 
+@pytest.mark.slow
 def test_hogwild_learns_and_leaves_nothing_behind(lock_free, monkeypatch):
   before = set(Path("/dev/shm").iterdir())
   config = Config(

@@ -152,7 +152,7 @@ def test_the_simulator_gives_the_same_parameters(run):
   assert "distance" in shown
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_nothing_outlives_a_killed_driver_and_the_run_goes_on(tmp_path):
   out = tmp_path / "run"
   process = start(out, *FLAGS)

@@ -103,6 +103,7 @@ def epoch_of(task, rows, number, batch_size):
   return np.concatenate([draw(number * steps + step) for step in range(steps)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", [partition.sorted_(), partition.iid()])
 def test_every_token_is_predicted_equally_often(split, strict):
   task, context = task_of(50, context=4), 4
@@ -183,6 +184,7 @@ def held_out_loss(task, params, shards):
   return evaluate(params, Data(rows, sizes, KEY))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shards", "chunk"), [(1, 3), (4, 1024), (2, 2)])
 def test_the_held_out_loss_is_a_mean_over_tokens(shards, chunk):
   held, size = 53, 100
@@ -197,6 +199,7 @@ def test_the_held_out_loss_is_a_mean_over_tokens(shards, chunk):
       np.testing.assert_allclose(found["bits_per_byte"], nats / math.log(2) / 2, rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_the_task_trains_alike_in_all_executions():
   text = np.tile(np.arange(8, dtype=np.uint8), 20)
   task = next_token(Bigram(8), 8, Text(text, 160), Text(text[:20], 20), context=4)
@@ -298,6 +301,7 @@ def test_unknown_characters_are_refused():
     tokens.characters("abc").encode("abxc")
 
 
+@pytest.mark.slow
 def test_bpe_is_a_function_of_the_training_text(cache, has_bpe):
   path = cache / "text"
   task = text_of(path, ODD, context=4, tokenizer="bpe", vocabulary=280, held_out=0.3)

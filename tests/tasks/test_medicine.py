@@ -31,6 +31,7 @@ def test_auc_counts_pairs_and_ties():
   assert found == pytest.approx(roc_auc_score(positive, scores), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_hospitals_together_are_as_good_as_pooled():
   """By the diagnosis; alone, none decides as well, though its scores may order patients well."""
   logistic = registry.build("model", "logistic()")

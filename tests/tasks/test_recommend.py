@@ -50,6 +50,7 @@ def test_factors_learn_and_predictions_are_what_they_say(table):
   np.testing.assert_allclose(after["rmse"], np.sqrt(np.mean((stars - test.stars) ** 2)), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_tables_along_an_axis_move_the_rows_asked_for(table):
   """Equal to one device per worker; nothing as large as a table goes along `model`."""
   task = recommend.movielens(table, factors=2)
@@ -109,6 +110,7 @@ def test_alternating_least_squares(table):
   )
 
 
+@pytest.mark.slow
 def test_users_keep_their_factors(table):
   """Only items are sent; their gradient is that of the objective with the users solved for."""
   ridge = 0.1

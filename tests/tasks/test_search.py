@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from problems import Running
 from sklearn.metrics import label_ranking_average_precision_score, ndcg_score
+from subset import slow_except
 
 from research.core import registry
 from research.tasks.search import bm25, cranfield, graphs, pagerank, ranking
@@ -52,6 +53,7 @@ def test_a_step_is_a_power_iteration_with_dangling_nodes():
       np.testing.assert_allclose(found, x, atol=1e-15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "method",
   [
@@ -107,7 +109,7 @@ def queries(count: int = 16, seed: int = 0):
   return ranking.padded(x, grade, counts)
 
 
-@pytest.mark.parametrize("loss", ranking.LOSSES)
+@pytest.mark.parametrize("loss", slow_except([*ranking.LOSSES][:1], ranking.LOSSES))
 def test_losses_are_what_they_say_and_rank(loss):
   module = registry.build("model", "linear()")(1)
   task = ranking.ranked(module, queries(), queries(seed=1), loss=loss)

@@ -243,6 +243,7 @@ def stopping() -> Iterator[Callable[[], str]]:
   yield lambda: next(told, "")
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(flags, tmp_path, monkeypatch):
   config = flags(out=str(tmp_path / "run"))
   with monkeypatch.context() as patch:

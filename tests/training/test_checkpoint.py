@@ -11,6 +11,7 @@ import pytest
 from catalogue import EXACT, METHODS
 from jax.experimental import multihost_utils
 from problems import Running
+from subset import slow_except
 from test_rules import perceptron
 
 from research.aggregate.blockwise import Cut, split_leaf
@@ -61,8 +62,12 @@ def test_a_save_leaves_the_preemption_service_to_the_loop(tmp_path, monkeypatch)
   assert asked == []
 
 
-@pytest.mark.parametrize("executor", ["simulate", "spmd"])
-@pytest.mark.parametrize("name", ["adam", "residual", "drifting"])
+STATES = [(n, e) for n in ("adam", "residual", "drifting") for e in ("simulate", "spmd")]
+
+
+@pytest.mark.parametrize(
+  ("name", "executor"), slow_except([("residual", "simulate"), ("drifting", "spmd")], STATES)
+)
 def test_a_state_comes_back_bit_for_bit_in_its_shardings(name, executor, tmp_path):
   run = Running(METHODS[name], executor, {"data": 8}, batch_size=None)
   saved(run, tmp_path, 2)
@@ -76,6 +81,7 @@ def test_a_state_comes_back_bit_for_bit_in_its_shardings(name, executor, tmp_pat
   assert equal(fresh.rounds(3).state, run.rounds(3).state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("owners", [2, 4])
 @pytest.mark.parametrize("name", ["adam", "residual", "drifting"])
 def test_another_number_of_workers_keeps_shared_leaves_and_the_mean_of_rows(name, owners, tmp_path):
@@ -233,6 +239,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "goal", "same"), PAIRS)
 def test_a_state_goes_from_one_mesh_to_another(source, goal, same, tmp_path):
   """Bit for bit where the number of workers stays: as if it had always been there."""

@@ -55,6 +55,7 @@ def config(path, **changes) -> Config:
   return Config(**task | {"out": str(path / "out"), "eval_every": 0} | changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [MUON, "galore(0.1, rank=4)"])
 def test_a_stacked_transformer_is_refused_and_its_layers_apart_are_not(optimizer, tmp_path):
   for scan in (True, False):
@@ -71,6 +72,7 @@ def test_a_stacked_transformer_is_refused_and_its_layers_apart_are_not(optimizer
       assert found.embeds
 
 
+@pytest.mark.slow
 def test_a_run_says_what_is_reached(tmp_path, capsys):
   """Of an mlp all but the biases: 64 32 + 32 10 of these and 42."""
   rest = {"task": "digits()", "model": "mlp(hidden=[32])", "batch_size": 16}

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from subset import slow_except
 
 from research.aggregate.compressed import two_phase
 from research.aggregate.feedback import error_feedback
@@ -88,8 +89,10 @@ def small(task=None, method=None, **given):
   return train(task, method or compressed(), **given)
 
 
-@pytest.mark.parametrize("executor", ["simulate", "spmd"])
-@pytest.mark.parametrize("name", MODELS)
+TRAINED = [(name, executor) for name in MODELS for executor in ("simulate", "spmd")]
+
+
+@pytest.mark.parametrize(("name", "executor"), slow_except([("linen", "simulate")], TRAINED))
 def test_a_model_of_each_library_is_trained(name, executor):
   result = small(supervised(MODELS[name](), DATA, DATA), executor=executor)
   assert result.summary["eval"]["accuracy"] > 0.85
@@ -101,7 +104,7 @@ def test_a_model_of_each_library_is_trained(name, executor):
   )
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_except(("linen", "nnx", "equinox"), MODELS))
 def test_dropout_draws_from_the_key_of_the_loss_and_is_off_in_evaluation(name):
   task = supervised(MODELS[name](), DATA)
   params, (one, other) = task.init(jax.random.key(0)), jax.random.split(jax.random.key(1))
@@ -114,6 +117,7 @@ def test_dropout_draws_from_the_key_of_the_loss_and_is_off_in_evaluation(name):
   assert abs(float(jnp.mean(values)) - whole) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nnx", "equinox"])
 def test_a_model_starts_with_its_own_parameters_and_trained_ones_go_back_into_it(name):
   model = MODELS[name]()
@@ -148,6 +152,7 @@ def test_an_autoencoder_needs_no_labels():
     small(task, partition="sorted()")
 
 
+@pytest.mark.slow
 def test_nothing_is_written_without_out(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   result = small(steps=20)
@@ -159,6 +164,7 @@ def test_nothing_is_written_without_out(tmp_path, monkeypatch):
   assert len(result.metrics) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("executor", ["simulate", "spmd"])
 def test_a_run_that_is_called_again_is_resumed_or_shown(executor, tmp_path, capsys):
   given = {"executor": executor, "checkpoint_every": 20, "checkpoint_seconds": 0.0}
@@ -199,7 +205,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", slow_except(("labels", "rate"), CHANGES))
 def test_a_run_of_other_data_or_code_is_never_shown(name, tmp_path):
   same = {
     "task": lambda: supervised(Linen(), DATA, DATA),
@@ -245,6 +251,7 @@ train(task, method, mesh="data:2", batch_size=4, steps=4, out=sys.argv[1])
 '''
 
 
+@pytest.mark.slow
 def test_another_process_sees_the_same_code_and_its_changes(tmp_path):
   root = str(Path(__file__).parents[2])
 
@@ -389,6 +396,7 @@ def test_a_loss_gives_a_value_of_each_example():
     supervised(Linen(), DATA, loss=lambda outputs, batch: jnp.mean(outputs))
 
 
+@pytest.mark.slow
 def test_diagnostics_join_the_rows_and_have_a_plot_of_their_own(tmp_path):
   given = {"log_every": 10, "eval_every": 0, "steps": 40, "steps_per_dispatch": 20}
   run = small(diagnostics=True, out=tmp_path / "run", tensorboard=True, **given)
@@ -406,6 +414,7 @@ def test_diagnostics_join_the_rows_and_have_a_plot_of_their_own(tmp_path):
     plain.plot("diagnostics")
 
 
+@pytest.mark.slow
 def test_staleness_is_that_of_the_clock():
   from research.methods.asynchronous import asgd
   from research.sim.clock import asynchronous, steady
@@ -420,7 +429,7 @@ def test_staleness_is_that_of_the_clock():
   assert max(found.values()) > 1
 
 
-@pytest.mark.parametrize("executor", ["simulate", "spmd"])
+@pytest.mark.parametrize("executor", slow_except(["simulate"], ("simulate", "spmd")))
 def test_metrics_that_a_loss_returns_join_the_rows(executor):
   def loss(outputs, batch):
     each = optax.softmax_cross_entropy_with_integer_labels(outputs, batch["y"])
