@@ -51,26 +51,18 @@ def one_line_errors() -> Iterator[None]:
   before = signal.signal(signal.SIGTERM, terminated)
   try:
     environment.import_jax()
-  except UsageError as error:
-    fail(2, str(error), error)
-  import jax
+    if debugging():
+      import jax
 
-  if debugging():
-    jax.config.update("jax_traceback_filtering", "off")
-
-  from research.training import loop
-  from research.training.checkpoint import checkpoint
-
-  codes = {UsageError: 2, checkpoint.CheckpointError: 3, loop.NonFinite: 4, loop.ReplicasDiffer: 1}
-  try:
+      jax.config.update("jax_traceback_filtering", "off")
     yield
   except KeyboardInterrupt:
-    fail(130, "interrupted before there was anything to save")
-  except tuple(codes) as error:
-    fail(5 if paths.is_full(error) else codes[type(error)], str(error), error)
-  except Exception as error:  # after any error, one process of several must not keep running
+    interrupted()
+  except Exception as error:
+    if code := expected(error):
+      fail(5 if paths.is_full(error) else code, str(error), error)
     known = foreseen(error)
-    if jax.distributed.is_initialized():
+    if joined():  # after any error, one process of several must not keep running
       leave(error, known)
     if known:
       fail(*known, error)
@@ -90,6 +82,33 @@ def terminated(number: int, frame: Any) -> NoReturn:
   del frame
   os.write(2, b"error: terminated before there was anything to save\n")
   sys.exit(128 + number)
+
+
+def interrupted() -> NoReturn:
+  """Ends a command that got Ctrl-C when there was nothing to save."""
+  fail(130, "interrupted before there was anything to save")
+
+
+def expected(error: Exception) -> int:
+  """Returns the exit code of an error that a run raises on purpose; 0 for any other error.
+
+  Args:
+    error: the exception.
+  """
+  if isinstance(error, UsageError):
+    return 2
+  from research.training import loop
+  from research.training.checkpoint import checkpoint
+
+  codes = {checkpoint.CheckpointError: 3, loop.NonFinite: 4, loop.ReplicasDiffer: 1}
+  return next((code for kind, code in codes.items() if isinstance(error, kind)), 0)
+
+
+def joined() -> bool:
+  """Returns whether this process is one of several that make a job."""
+  import jax
+
+  return jax.distributed.is_initialized()
 
 
 def report_fault(error: Exception) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from absl import app, flags
 
-from research.command.errors import fail
+from research.command.errors import fail, interrupted
 from research.core import checks, streams
 from research.core.text import quoted, shortened, whole_number
 from research.training.config import Config
@@ -58,7 +58,10 @@ def launch(
     doc: text that --help prints before the flags.
     argv: the command line; None for this process's.
   """
-  app.run(main, argv, flags_parser=lambda argv: parse_flags(argv, doc))
+  try:
+    app.run(main, argv, flags_parser=lambda argv: parse_flags(argv, doc))
+  except KeyboardInterrupt:
+    interrupted()
 
 
 def parse_flags(argv: list[str], doc: str | None = None) -> list[str]:

@@ -1,5 +1,6 @@
 """The command as a room of the library: its console script, and --import."""
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -25,6 +26,29 @@ def test_the_console_script_is_the_command():
   want = help_of(str(ROOT / "experiments/run.py"))
   assert "explain_sharding" in want.stdout
   assert help_of("-c", script).stdout == want.stdout
+
+
+INTERRUPTED = """
+import sys
+module = sys.argv.pop()
+class CtrlC:
+  def find_spec(self, name, path=None, target=None):
+    if name == module:
+      raise KeyboardInterrupt
+sys.meta_path.insert(0, CtrlC())
+from research.command.run import run
+run()
+"""
+
+
+@pytest.mark.parametrize("module", ["jax", "research.comm.join", "research.training.loop"])
+def test_ctrl_c_during_the_imports_ends_in_one_line(module, tmp_path):
+  command = [sys.executable, "-c", INTERRUPTED, module]
+  environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+  ended = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+  assert ended.returncode == 130
+  assert ended.stderr == "error: interrupted before there was anything to save\n"
+  assert not [*tmp_path.iterdir()]
 
 
 @pytest.fixture
