@@ -24,7 +24,9 @@ def define_flags() -> None:
   default = Rules()
   text = "Number of restarts from the last checkpoint after a process dies or hangs."
   flags.DEFINE_integer("restarts", default.restarts, text, 0)
-  text = "A job hangs if none of its processes has advanced for this long; 0: never."
+  text = "A run is ended if none of its processes has made a step this long after the start; 0: no."
+  flags.DEFINE_float("start_seconds", default.start_seconds, text, 0.0)
+  text = "A run is ended if none of its processes has advanced for this long; 0: no."
   flags.DEFINE_float("hang_seconds", default.hang_seconds, text, 0.0)
   text = "Seconds between SIGTERM and SIGKILL."
   flags.DEFINE_float("grace_seconds", default.grace_seconds, text, 0.0)
@@ -54,7 +56,7 @@ def start(main: Callable[[list[str]], int], doc: str | None) -> None:
 
 def rules() -> Rules:
   """The restart rules from the flags."""
-  return Rules(FLAGS.restarts, FLAGS.hang_seconds, FLAGS.grace_seconds)
+  return Rules(FLAGS.restarts, FLAGS.start_seconds, FLAGS.hang_seconds, FLAGS.grace_seconds)
 
 
 def log_folder() -> Path:

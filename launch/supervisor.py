@@ -32,6 +32,7 @@ class Rules(NamedTuple):
   """When a job is ended, and when it is restarted."""
 
   restarts: int = 0
+  start_seconds: float = 1800.0  # from the start to the first progress of any process; 0: for ever
   hang_seconds: float = 300.0  # without progress of any process; 0: never
   grace_seconds: float = 60.0  # between SIGTERM and SIGKILL
 
@@ -54,7 +55,7 @@ class Running(NamedTuple):
   process: Process
   popen: subprocess.Popen
   log: IO[bytes]
-  beat: Path  # touched on progress (research/training/hooks/heartbeat.py)
+  beat: Path  # modified on progress, at time 0 before (research/training/hooks/heartbeat.py)
   rest: bytearray  # of an incomplete line
 
 
@@ -129,6 +130,7 @@ class _Job:
     self.watchman, self.logs, self.rules = watchman, logs, rules
     self.received, self.disturb = received, disturb
     self.running: list[Running] = []
+    self.started = time.time()
     self.streams = selectors.DefaultSelector()
 
   def run(self, processes: Sequence[Process]) -> Ended:
@@ -181,8 +183,8 @@ class _Job:
       failed = failed or self._first_failure()
       if failed and deadline is None:
         deadline = time.monotonic() + SETTLE
-      if hung := not self.received and not failed and self._hung():
-        failed = Ended(HUNG, f"no process has advanced for {self.rules.hang_seconds:g} s: {hung}")
+      if hung := "" if self.received or failed else self._hung():
+        failed = Ended(HUNG, hung)
         break
       if (deadline and time.monotonic() > deadline) or len(self.received) > 1:
         break
@@ -208,14 +210,18 @@ class _Job:
     return Ended(code, f"{name} failed with exit code {code}")
 
   def _hung(self) -> str:
-    """The running processes, if none of them has made progress for `hang_seconds`; else ''."""
-    if self.rules.hang_seconds <= 0:
-      return ""
+    """Says that no running process has made progress for too long; '' while one may yet."""
     running = [r for r in self.running if r.popen.poll() is None]
     beats = [r.beat.stat().st_mtime for r in running if r.beat.exists()]
-    if not beats or time.time() - max(beats) < self.rules.hang_seconds:
+    if not beats:  # they have ended, or are no runs of ours, which say when they advance
       return ""
-    return _names([r.process.name for r in running])
+    if newest := max(beats):
+      limit, since, what = self.rules.hang_seconds, newest, "advanced for"
+    else:
+      limit, since, what = self.rules.start_seconds, self.started, "made a step within"
+    if limit <= 0 or time.time() - since < limit:
+      return ""
+    return f"no process has {what} {limit:g} s: {_names([r.process.name for r in running])}"
 
   def _read(self, seconds: float) -> None:
     """Passes on output of the processes, waiting at most `seconds` for it."""

@@ -18,6 +18,7 @@ from research.server.setup import Setup
 from research.training import fingerprint, loop
 from research.training import folder as folders
 from research.training.config import Config, UsageError
+from research.training.hooks import heartbeat
 from research.training.hooks.finite import NonFinite
 from research.training.hooks.hook import Call, Event, Hook, Rewound
 from research.training.reports import figures, report
@@ -45,6 +46,7 @@ def train(
     NonFinite: if the loss is not finite, or pushes are refused as not finite.
     SaveError: if a checkpoint cannot be written.
   """
+  heartbeat.announce()
   with contextlib.ExitStack() as stack:
     timing = stack.enter_context(Timing())
     folder = folders.check(config)

@@ -20,6 +20,7 @@ from research.training.assemble import NOTHING_GIVEN, Given, Problem, assemble, 
 from research.training.checkpoint.checkpoint import Checkpoints
 from research.training.config import Config, UsageError
 from research.training.feed import Training
+from research.training.hooks import heartbeat
 from research.training.hooks.evaluate import Evaluate, Tolerance
 from research.training.hooks.finite import NonFinite
 from research.training.hooks.hook import End, Event, Hook, Pause, Rounds, Stop
@@ -66,6 +67,7 @@ def trained(config: Config, given: Given, hooks: Sequence[Hook], *, writes: bool
     hooks: the user's, told each event before those of the run.
     writes: False keeps everything in memory and touches no file.
   """
+  heartbeat.announce()
   main = jax.process_index() == 0
   wide = config.x64 or bool(jax.config.read("jax_enable_x64"))
   with Timing() as timing, jax.enable_x64(wide), ThreadPoolExecutor(1) as aside:

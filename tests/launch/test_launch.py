@@ -217,9 +217,19 @@ def test_a_job_that_hangs_is_ended(launch, tmp_path):
   assert not any(map(is_running, pids(tmp_path, 4)))
 
 
-def test_a_job_that_never_advanced_is_not_taken_for_hung(launch):
-  """Compiling takes as long as it takes."""
-  assert launch("--hang_seconds=0.3", program="time.sleep(1.5)").end()[0] == 0
+def test_a_run_that_makes_no_first_step_is_ended(launch, tmp_path):
+  """It has announced that it will advance; compiling may take longer than `hang_seconds`."""
+  program = WITH_CHILD + "beat.touch(); os.utime(beat, (0, 0)); " + SLEEP
+  launched = launch("--hang_seconds=0.1", "--start_seconds=2", program=program)
+  code, _, err = launched.end()
+  assert code == 124
+  assert "launch: no process has made a step within 2 s: processes 0, 1" in err
+  assert not any(map(is_running, pids(tmp_path, 4)))
+
+
+def test_a_job_that_announces_no_steps_is_not_taken_for_hung(launch):
+  flags = "--hang_seconds=0.3", "--start_seconds=0.3"
+  assert launch(*flags, program="time.sleep(1.5)").end()[0] == 0
 
 
 @pytest.mark.parametrize(
