@@ -38,8 +38,9 @@ def view(block: shared_memory.SharedMemory, parameters: int, workers: int) -> Me
 
 
 def run(config: Config, worker: int, name: str, parameters: int, given: actors.Inherited) -> None:
-  """Takes steps until `stop` is set or the parent process has ended.
+  """Takes steps until the run has all of them, `stop` is set, or the parent process has ended.
 
+  A step that has begun is finished: of W workers at most W - 1 steps exceed those of the run.
   A step reads the model while others write it, and writes only the coordinates where its update is
   not zero: few of them with sparse examples.
 
@@ -94,6 +95,8 @@ def run(config: Config, worker: int, name: str, parameters: int, given: actors.I
   )
   try:
     while not memory.stop[0] and os.getppid() == starter.pid:
+      if memory.steps.sum() >= made.updates:
+        break
       loss, update, state = step(memory.model.copy(), state, np.int32(number))
       update = np.asarray(update)
       (where,) = np.nonzero(update)

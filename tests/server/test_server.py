@@ -483,7 +483,7 @@ def test_hogwild_learns_and_leaves_nothing_behind(lock_free, monkeypatch):
   )
   monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
   summary, out = driver.train(config)
-  assert summary["steps"] >= 300
+  assert summary["steps"] in (300, 301)
   assert summary["eval"]["accuracy"] == 1
   assert summary["train_loss"] < 0.1
   assert set(Path("/dev/shm").iterdir()) <= before

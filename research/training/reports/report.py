@@ -236,6 +236,9 @@ class Progress:
       self._bar.stop()
 
 
+_OVER = {"push": "in pushes", "pull": "in pulls"}  # of a server
+
+
 def _pipeline(plan: Mapping[str, Any] | None) -> list[tuple[str, str]]:
   if plan is None:
     return []
@@ -287,7 +290,7 @@ def closing_table(summary: Mapping[str, Any], folder: Path) -> str:
     ("steps per second", f"{summary['steps_per_second']:.4g}"),
     ("seconds", f"{summary['seconds']:.1f}, of which compiling {summary['compile_seconds']:.1f}"),
     *(
-      (f"bytes per step and worker over {axis}", f"{value:,.0f}")
+      (f"bytes per step and worker {_OVER.get(axis, f'over {axis}')}", f"{value:,.0f}")
       for axis, value in wire["bytes_per_step_per_worker"].items()
     ),
     *([("of what the exact mean sends", f"{share:.2%}")] if abs(share - 1) > 1e-6 else []),
