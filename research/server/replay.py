@@ -201,7 +201,7 @@ def replay(folder: Path, out: Path | None = None) -> dict[str, Any]:
     raise UsageError(f"--replay='{folder}': the trace has {counted} of {place.version} updates")
   part = list(events.until(happened, place.version))
   again = Replayed(setup, setups.initial(setup), part)
-  with contextlib.closing(Log(again, "train")) as log:
+  with contextlib.closing(Log(again, str)) as log:
     for _ in loop.events(again, [log]):
       pass
   found = {

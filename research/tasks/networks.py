@@ -21,9 +21,13 @@ _TRAINING, _EVALUATING = ("train", "training"), ("deterministic", "inference")
 class Network(NamedTuple):
   """A model without its parameters."""
 
+  name: str  # of the model's class
+
   init: Callable[[Key, Any], Params]  # (key, x [1, ...]) -> parameters
   # (params, x [batch, ...], key) -> outputs [batch, ...]; without a key dropout is off
   apply: Callable[[Params, Any, Key | None], Array]
+  # params -> a model of the user's class with them, whose dropout is off
+  bound: Callable[[Params], Any]
 
 
 def network(model: Any) -> Network:
@@ -95,7 +99,8 @@ def _linen(module: nn.Module) -> Network:
     words: dict[str, Any] = _words(call, key is not None)
     return module.apply({"params": params}, x, rngs=rngs, **words)  # pyright: ignore[reportReturnType]
 
-  return Network(init, apply)
+  bound = lambda params: module.bind({"params": params})
+  return Network(type(module).__name__, init, apply, bound)
 
 
 def _nnx(make: Callable[[Key], Any], model: Any) -> Network:
@@ -126,7 +131,8 @@ def _nnx(make: Callable[[Key], Any], model: Any) -> Network:
     graph = graphs["eval" if key is None else "train"]
     return nnx.merge(graph, params, drawn, counts)(x, **_words(call, key is not None))
 
-  return Network(init, apply)
+  bound = lambda params: nnx.merge(graphs["eval"], params, keys, counts)
+  return Network(type(model).__name__, init, apply, bound)
 
 
 def _is_variable(x: Any) -> bool:
@@ -156,7 +162,8 @@ def _equinox(make: Callable[[Key], Any], model: Any) -> Network:
     keys = jax.random.split(key, len(jax.tree.leaves(x)[0]))
     return jax.vmap(lambda x, key: one(x, key=key))(x, keys)
 
-  return Network(init, apply)
+  bound = lambda params: eqx.nn.inference_mode(eqx.combine(params, rest))
+  return Network(type(model).__name__, init, apply, bound)
 
 
 def _is_index(x: Any) -> bool:

@@ -85,7 +85,7 @@ def supervised(
       _check_arrays(part, examples)
   if test is not None:
     _check_alike(train, test)
-  init_, apply = network(model)
+  title, init_, apply, bound = network(model)
   first = jax.tree.map(lambda a: a[:1], train["x"])
   example = np.zeros((1, features), np.float32) if features else first
 
@@ -130,9 +130,10 @@ def supervised(
       _check(examples, loss, outputs.shape[1])
   for name, of in {"loss": error, **own}.items():
     _check_values(name, of, outputs, jax.tree.map(lambda a: a[:1], train))
-  return Task(
+  task = Task(
     init, batch_loss, evaluate, sampling.epoch_sample, sampling.take, train, test, optimum
   )
+  return task._replace(model=bound, title=title)
 
 
 def _of_labels(loss: str) -> OfExamples:

@@ -42,6 +42,7 @@ def train(
   clock: Speeds | str = "",
   hooks: Sequence[Hook | Callable[[Run, Event], str | None]] = (),
   out: str | Path | None = None,
+  progress: bool = True,
   **options: Any,
 ) -> Result:
   """Trains a model with a method on a task; the equivalent of `experiments/run.py` for objects.
@@ -70,6 +71,8 @@ def train(
     hooks: called with (run, event) for every event of the run, before the built-in hooks. A
       function stops the run by returning a reason; a `Hook` may also split dispatches.
     out: the run's folder; None writes no files.
+    progress: prints a line per evaluation on stderr, on a terminal a bar. Notes and warnings are
+      printed in any case.
     **options: further fields of `Config`, such as eval_every=50 (steps), log_every=10 (steps),
       checkpoint_every=100 (steps), tolerance=1e-6 (norm of the full gradient), clip_norm=1.0.
 
@@ -86,7 +89,7 @@ def train(
   options = {name: _plain(value) for name, value in options.items()}
   try:
     _check(task, method, model, mesh, executor, batch_size, steps, options, out)
-    _check_rest(seed, hooks)
+    _check_rest(seed, hooks, progress)
     given = Given(
       _task(task, model),
       None if isinstance(method, str) else method,
@@ -108,7 +111,7 @@ def train(
       **options,
     )
     own = [hook if isinstance(hook, Hook) else Call(hook) for hook in hooks]
-    return trained(config, given, own, writes=out is not None)
+    return trained(config, given, own, writes=out is not None, shown=progress)
   except UsageError as error:
     raise UsageError(_in_python(str(error))) from error
 
@@ -169,12 +172,14 @@ def _check(task, method, model, mesh, executor, batch_size, steps, options, out)
     raise UsageError(f"{idle[0]}: is written into the folder out=; name one")
 
 
-def _check_rest(seed: Any, hooks: Any) -> None:
-  """Rejects a seed or hooks of wrong types."""
+def _check_rest(seed: Any, hooks: Any, progress: Any) -> None:
+  """Rejects a seed, hooks or a switch of wrong types."""
   if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31:
     raise UsageError(f"seed={quoted(seed)}: not a whole number in [0, 2^31)")
   if not isinstance(hooks, Sequence) or not all(isinstance(h, Hook) or callable(h) for h in hooks):
     raise UsageError("hooks: not a list of hooks or functions of (run, event)")
+  if not isinstance(progress, bool):
+    raise UsageError(f"progress={quoted(progress)}: not a bool")
 
 
 def _plain(value: Any) -> Any:

@@ -81,7 +81,8 @@ def of_data(task: Task) -> str:
 
 
 def _without_data(task: Task) -> Task:
-  return task._replace(train={}, test=None, by=None)
+  """The task without its data, and without what no run depends on."""
+  return task._replace(train={}, test=None, by=None, measured_on="", model=None, title="")
 
 
 def _add_array(digest: Any, array: np.ndarray) -> None:

@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 from research.core.part import Part
+from research.core.task import Task
 
 _MOST = 200  # characters
 
@@ -24,7 +25,7 @@ def label(value: Any) -> str:
   if dataclasses.is_dataclass(value) and not isinstance(value, type):
     text = re.sub(r" at 0x[0-9a-f]+", "", " ".join(repr(value).split()))
     return text if len(text) <= _MOST else f"{type(value).__name__}(...)"
-  if isinstance(value, tuple):
-    return f"{type(value).__name__}(...)"
+  if isinstance(value, Task):
+    return value.title
   name = getattr(value, "__qualname__", None) or type(value).__qualname__
   return name.replace(".<locals>", "")

@@ -58,7 +58,9 @@ def train(config: Config) -> tuple[dict[str, Any], Path]:
   return result.summary, result.folder
 
 
-def trained(config: Config, given: Given, hooks: Sequence[Hook], *, writes: bool) -> Result:
+def trained(
+  config: Config, given: Given, hooks: Sequence[Hook], *, writes: bool, shown: bool = True
+) -> Result:
   """Runs, or goes on with, what was asked for; with `writes` in a folder of its own.
 
   Args:
@@ -66,6 +68,7 @@ def trained(config: Config, given: Given, hooks: Sequence[Hook], *, writes: bool
     given: objects in place of specs.
     hooks: the user's, told each event before those of the run.
     writes: False keeps everything in memory and touches no file.
+    shown: whether progress is printed on stderr.
   """
   heartbeat.announce()
   main = jax.process_index() == 0
@@ -84,8 +87,9 @@ def trained(config: Config, given: Given, hooks: Sequence[Hook], *, writes: bool
         summary = folders.finished(config, folder, problem.steps, made_of)
     if folder and summary:
       if main:
-        figures.show_again(folder, summary)
-      return Result(summary, folder, [], lambda: _restored(config, problem, folder))
+        figures.show_again(folder, summary, told=shown)
+      params = lambda: _restored(config, problem, folder)
+      return Result(summary, folder, [], params, problem.job.task.model)
     with contextlib.ExitStack() as stack:
       with together():
         if main and folder:
@@ -99,7 +103,7 @@ def trained(config: Config, given: Given, hooks: Sequence[Hook], *, writes: bool
         columns=costs.row,
         of_dispatches=network.row,
         folder=folder if main else None,
-        shown=main,
+        shown=main and shown,
         first=[network, *([Profile(folder)] if folder and config.profile else [])],
         judges=[Replicas(run)],
       )
@@ -110,7 +114,7 @@ def trained(config: Config, given: Given, hooks: Sequence[Hook], *, writes: bool
       summary, params = summarized(run, own.evaluate, costs, network), run.params()
       if main and folder:
         figures.write_result(folder, summary)
-  return Result(summary, folder, own.log.rows, lambda: params)
+  return Result(summary, folder, own.log.rows, lambda: params, problem.job.task.model)
 
 
 def _same_everywhere(config: Config) -> None:
@@ -168,8 +172,8 @@ class Hooks:
     for save in saves:
       run.kept = save.kept
       save.restore(run)
-    evaluated_on = self.evaluate.evaluated_on
-    self.log = closing(Log(run, evaluated_on, columns, of_dispatches, folder=folder, shown=shown))
+    label = self.evaluate.label
+    self.log = closing(Log(run, label, columns, of_dispatches, folder=folder, shown=shown))
     # Rows of a dispatch are written before it is judged; it is saved before a signal is asked for.
     self.all: list[Hook] = [*first, self.log, *judges, self.evaluate, Tolerance()]
     self.all += [*saves, closing(Signals())]

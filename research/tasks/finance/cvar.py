@@ -133,7 +133,7 @@ def of_scenarios(
 
   train = {"x": drawn.astype(np.float32), "y": np.zeros(len(drawn), np.int8)}
   task = Task(init, loss, evaluate, sampling.epoch_sample, sampling.take, train)
-  return task._replace(project=project, measure=measure, chunk=2**16)
+  return task._replace(project=project, measure=measure, measured_on="historical", chunk=2**16)
 
 
 def tail(losses: Array, level: float, confidence: float = 0.95) -> dict[str, Array]:

@@ -58,7 +58,8 @@ def breast_cancer(
   task = supervised(model(1), train, test, loss="logistic", l2=l2)
   predict = _predictions(model(1), test["x"])
   metric = lambda params: {"auc": auc(predict(params), jnp.asarray(test["y"]))}
-  return _of_hospital(task._replace(measure=metric), shift, train["y"], hospitals, only)
+  task = task._replace(measure=metric, measured_on="test")
+  return _of_hospital(task, shift, train["y"], hospitals, only)
 
 
 def diabetes(
@@ -101,9 +102,8 @@ def diabetes(
   predict = _predictions(model(1), test["x"])
   error = lambda params: predict(params) - jnp.asarray(test["y"])
   metric = lambda params: {"rmse": float(spread) * jnp.sqrt(jnp.mean(error(params) ** 2))}
-  return _of_hospital(
-    task._replace(measure=metric), shift, _quantiles(train["y"], 5), hospitals, only
-  )
+  task = task._replace(measure=metric, measured_on="test")
+  return _of_hospital(task, shift, _quantiles(train["y"], 5), hospitals, only)
 
 
 def auc(scores: Array, positive: Array) -> Array:

@@ -104,7 +104,8 @@ def movielens_als(
     "y": (np.arange(total) >= users).astype(np.int32),
   }
   task = Task(init, loss, evaluate, sampling.epoch_sample, sampling.take, examples)
-  return task._replace(grads=grads, measure=measured(everything, train, test, shape))
+  measure = measured(everything, train, test, shape)
+  return task._replace(grads=grads, measure=measure, measured_on="test")
 
 
 def movielens_federated(
@@ -179,7 +180,8 @@ def movielens_federated(
 
   examples = rows._asdict() | {"y": rows.count}
   task = Task(init, loss, evaluate, sampling.epoch_sample, sampling.take, examples)
-  return task._replace(measure=measured(everything, train, test, shape), chunk=256)
+  measure = measured(everything, train, test, shape)
+  return task._replace(measure=measure, measured_on="test", chunk=256)
 
 
 def rows_of(entity: np.ndarray, other: np.ndarray, stars: np.ndarray, entities: int) -> Rows:

@@ -131,7 +131,7 @@ def movielens(
   )
   shown = np.unique(test.item) if split == "cold_items" else None
   measure = measured(everything, train, test, (users, items), shown)
-  return task._replace(measure=measure, chunk=8192)
+  return task._replace(measure=measure, measured_on="test", chunk=8192)
 
 
 def measured(

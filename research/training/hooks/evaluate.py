@@ -21,6 +21,7 @@ from research.training.hooks.hook import (
   Rounds,
   Stop,
 )
+from research.training.reports import report
 
 if TYPE_CHECKING:
   from research.training.run import BaseRun
@@ -35,6 +36,7 @@ class Evaluate(Hook):
   Attributes:
     row: the newest evaluation with its "step".
     evaluated_on: "test", or "train" where the task has no test examples.
+    measured_on: the data of the metrics that the task measures by itself, by metric.
   """
 
   def __init__(self, run: "BaseRun"):
@@ -45,9 +47,14 @@ class Evaluate(Hook):
     self.evaluated_on = "test" if self._test else "train"
     shared = job.batch_size if len(job.axes) > len(worker_axes(job.axes)) else None
     self._evaluate = metrics.evaluator(job.task, self._train.sizes.sharding.mesh, shared or 1)
-    self._measure = jax.jit(job.task.measure)
+    self._measure, self._own_data = jax.jit(job.task.measure), job.task.measured_on
+    self.measured_on: dict[str, str] = {}
     self._gradient = config.tolerance > 0 or job.task.grads is not None
     self.initial = self._initial(run)
+
+  def label(self, name: str) -> str:
+    """A metric's name after the data that it was measured on, as in "test accuracy"."""
+    return report.metric_label(name, self.evaluated_on, self.measured_on)
 
   def on(self, run: "BaseRun", event: Event) -> Iterable[Event]:
     if isinstance(event, Rewound) and self.row.get("step", 0) > event.step:
@@ -61,7 +68,7 @@ class Evaluate(Hook):
 
   def _evaluated(self, run: "BaseRun") -> Iterator[Event]:
     row = self._measured(run)
-    if bad := finite.wrong(row, self.evaluated_on):
+    if bad := finite.wrong(row, self.label):
       yield Pause(run.step)  # the losses of the steps say more, if they are not finite either
       raise NonFinite(f"the {', '.join(bad)} is not finite at step {run.step}; {run.kept()}")
     self.row = {"step": run.step, **row}
@@ -73,11 +80,12 @@ class Evaluate(Hook):
       found = self._evaluate(params, self._train, gradient=self._gradient)
       train = {name: float(value) for name, value in jax.device_get(found).items()}
       test = jax.device_get(self._evaluate(params, self._test)) if self._test else train
-      test = {**test, **jax.device_get(self._measure(params))}
+      own = jax.device_get(self._measure(params))
+    self.measured_on = dict.fromkeys(own, self._own_data)
     row: dict[str, Any] = {"train_loss": train["loss"]}
     if "gradient_norm" in train:
       row["gradient_norm"] = train["gradient_norm"]
-    row["eval"] = {k: float(v) for k, v in test.items() if k != "gradient_norm"}
+    row["eval"] = {k: float(v) for k, v in {**test, **own}.items() if k != "gradient_norm"}
     return row
 
   def _initial(self, run: "BaseRun") -> dict[str, Any]:

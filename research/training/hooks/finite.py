@@ -1,7 +1,7 @@
 """Ends a run whose loss, state or evaluation is no longer finite."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,14 +32,14 @@ def check_rounds(first: int, last: int, metrics: Mapping[str, Any], kept: str) -
     raise NonFinite(f"the state became non-finite in one of the steps {steps}; {kept}")
 
 
-def wrong(row: Mapping[str, Any], evaluated_on: str) -> list[str]:
+def wrong(row: Mapping[str, Any], label: Callable[[str], str]) -> list[str]:
   """The names of an evaluation's numbers that are not finite.
 
   Args:
     row: "train_loss", "eval" by metric, and "gradient_norm" where it was measured.
-    evaluated_on: "test" or "train".
+    label: of a metric, by its name.
   """
-  named = {f"{evaluated_on} {name}": value for name, value in row["eval"].items()}
+  named = {label(name): value for name, value in row["eval"].items()}
   named |= {"training loss": row["train_loss"]}
   named |= {"gradient norm": row["gradient_norm"]} if "gradient_norm" in row else {}
   return [name for name, value in named.items() if not math.isfinite(value)]

@@ -31,7 +31,7 @@ class Log(Hook):
   def __init__(
     self,
     run: "BaseRun",
-    evaluated_on: str,
+    label: Callable[[str], str],
     of_rows: Columns = lambda step: {},
     of_dispatches: Columns = lambda step: {},
     *,
@@ -42,12 +42,11 @@ class Log(Hook):
 
     Args:
       run: where it is.
-      evaluated_on: "test" or "train".
+      label: of a metric of an evaluation, by its name.
       of_rows: columns of every row, by its step.
       of_dispatches: columns of the last row of a dispatch.
-      folder: of metrics.jsonl; None keeps the rows in memory, and so do the processes that are not
-        `shown`.
-      shown: whether this process writes and shows progress.
+      folder: of metrics.jsonl; None keeps the rows in memory.
+      shown: whether this process shows progress.
     """
     self.rows: list[dict[str, Any]] = []
     self._of_rows, self._of_dispatches = of_rows, of_dispatches
@@ -57,7 +56,7 @@ class Log(Hook):
     self.last = self._file.last if self._file else None
     if self.last:
       run.timing.resume(self.last["seconds"])
-    self._progress = report.Progress(run.steps, evaluated_on, shown)
+    self._progress = report.Progress(run.steps, label, shown)
     self._progress.start(run.step)
 
   def on(self, run: "BaseRun", event: Event) -> Iterable[Event]:

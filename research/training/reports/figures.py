@@ -60,16 +60,18 @@ def write_result(folder: Path, summary: Mapping[str, Any]) -> None:
   diagnostics_plot(folder, summary)
 
 
-def show_again(folder: Path, summary: Mapping[str, Any]) -> None:
+def show_again(folder: Path, summary: Mapping[str, Any], *, told: bool = True) -> None:
   """Reports that a run is complete, and draws its plot if it is missing.
 
   Args:
     folder: the run's folder.
     summary: its summary.
+    told: whether it is reported.
   """
   if not (folder / "loss.png").exists():
     loss_plot(folder, summary)
-  report.note(f"{folder} holds this run, complete; its result:")
+  if told:
+    report.note(f"{folder} holds this run, complete; its result:")
 
 
 def loss_plot(folder: Path, summary: Mapping[str, Any]) -> None:
@@ -176,9 +178,10 @@ def _figure(
   top.set_title(literal(title), fontsize="medium")
   top.legend()
   for name in names:
-    axes[-1, 0].plot(steps, [row["eval"][name] for row in evaluated], "o-", ms=3, label=name)
+    shown = report.metric_label(name, evaluated_on, summary.get("measured_on", {}))
+    axes[-1, 0].plot(steps, [row["eval"][name] for row in evaluated], "o-", ms=3, label=shown)
   if names:
-    axes[-1, 0].set(ylabel=f"{evaluated_on} data")
+    axes[-1, 0].set(ylabel="metrics")
     axes[-1, 0].legend()
   axes[-1, 0].set_xlabel("local step")
   for ax in axes.flat:

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -182,11 +182,22 @@ def note(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def metric_label(name: str, evaluated_on: str, measured_on: Mapping[str, str]) -> str:
+  """Returns a metric's name after the data that it was measured on, as in "test accuracy".
+
+  Args:
+    name: the metric.
+    evaluated_on: the data of evaluations, "test" or "train".
+    measured_on: the data of the metrics that a task measures by itself, "" for none.
+  """
+  return f"{measured_on.get(name, evaluated_on)} {name}".strip()
+
+
 class Progress:
   """Shows progress: a live bar on an interactive terminal, else one line per evaluation."""
 
-  def __init__(self, total: int, evaluated_on: str, shown: bool):
-    self._evaluated_on, self._evaluated = evaluated_on, ""
+  def __init__(self, total: int, label: Callable[[str], str], shown: bool):
+    self._label, self._evaluated = label, ""
     self._total, self._shown, self._bar = total, shown, None
 
   def start(self, step: int) -> None:
@@ -220,8 +231,9 @@ class Progress:
   def update(self, row: Mapping[str, Any]) -> None:
     """Displays a row of the metrics."""
     if "eval" in row:
-      named = {f"{self._evaluated_on} {name}": value for name, value in row["eval"].items()}
-      shown = {k: v for k, v in named.items() if len(named) == 1 or not k.endswith(" loss")}
+      found = row["eval"]
+      others = {name: value for name, value in found.items() if name != "loss"} or found
+      shown = {self._label(name): value for name, value in others.items()}
       if "gradient_norm" in row:
         shown["gradient norm"] = row["gradient_norm"]
       self._evaluated = "".join(f", {name} {value:.4g}" for name, value in shown.items())
@@ -278,12 +290,13 @@ def closing_table(summary: Mapping[str, Any], folder: Path) -> str:
   virtual = "virtual_seconds" in summary
   privacy = f"{summary.get('epsilon', 0):.4g}, {summary.get('delta', 0):.3g}"
   sample = f" on {summary['train_loss_on']}" if "train_loss_on" in summary else ""
+  measured_on = summary.get("measured_on", {})
   rows = [
     ("stopped because", summary["stopped_because"]),
     ("steps", f"{summary['steps']}"),
     ("training loss", f"{summary['train_loss']:.6g}{sample}"),
     *(
-      (f"{summary['evaluated_on']} {name}", f"{value:.6g}")
+      (metric_label(name, summary["evaluated_on"], measured_on), f"{value:.6g}")
       for name, value in summary["eval"].items()
       if (summary["evaluated_on"], name) != ("train", "loss")
     ),

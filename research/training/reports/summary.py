@@ -70,6 +70,7 @@ def of_any(run: "BaseRun", evaluate: "Evaluate") -> dict[str, Any]:
     "train_loss": evaluate.row.get("train_loss"),
     "eval": evaluate.row.get("eval", {}),
     "evaluated_on": evaluate.evaluated_on,
+    **({"measured_on": evaluate.measured_on} if evaluate.measured_on else {}),
   }
 
 
