@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import research
+from research import hooks
 from research.core import registry
 
 NAMES = vars(research)["__all__"]
@@ -39,6 +40,11 @@ def test_every_name_has_a_docstring_of_its_own(name):
   assert found.__doc__
   is_plain_tuple = inspect.isclass(found) and found.__doc__.startswith(f"{name}(")
   assert not is_plain_tuple, "that is the docstring which NamedTuple makes"
+
+
+@pytest.mark.parametrize("name", hooks.__all__)
+def test_every_event_and_the_hook_have_a_docstring(name):
+  assert not (getattr(hooks, name).__doc__ or f"{name}(").startswith(f"{name}(")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -30,6 +30,7 @@ ALLOWED["server"] |= {"tasks"}
 ALLOWED["command"] |= {"tasks"}
 # Contracts that anyone may import.
 ALLOWED["testing"] = {*LAYERS[: LAYERS.index("training")], "analysis", "sim", "tasks"}
+ALLOWED["hooks"] = {"training"}
 ALLOWED["__init__"] = set()  # its names are imported when they are used
 ALLOWED["experiments"] = {*ALLOWED, "experiments", "launch"}
 ALLOWED["launch"] = set(ALLOWED) - {"experiments"}

@@ -169,7 +169,7 @@ def test_a_terminal_that_cannot_redraw_gets_a_line_per_evaluation(monkeypatch):
   monkeypatch.setenv("TERM", "dumb")
   terminal = Terminal()
   monkeypatch.setattr("sys.stderr", terminal)
-  progress = report.Progress(20, "test", shown=True)
+  progress = report.Progress(20, "test {}".format, shown=True)
   progress.start(0)
   progress.update({"step": 10, "loss": 0.5, "eval": {"accuracy": 0.25}})
   progress.close()

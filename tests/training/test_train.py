@@ -18,8 +18,11 @@ from subset import slow_except
 
 from research.aggregate.compressed import two_phase
 from research.aggregate.feedback import error_feedback
+from research.aggregate.gossip import gossip
 from research.aggregate.mean import mean
+from research.comm.topology import weights
 from research.compress.quantize import int8
+from research.core.task import Task
 from research.methods.data_parallel import data_parallel
 from research.methods.diloco import diloco
 from research.tasks.partition import shards
@@ -29,6 +32,8 @@ from research.training.api import train
 from research.training.config import UsageError
 from research.training.hooks.finite import NonFinite
 from research.training.hooks.hook import Evaluation, Rounds, Saved
+from research.training.label import label
+from research.training.reports import report
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.normal(size=(240, 6)).astype(np.float32)
@@ -136,6 +141,100 @@ def test_a_model_starts_with_its_own_parameters_and_trained_ones_go_back_into_it
   assert accuracy == pytest.approx(result.summary["eval"]["accuracy"])
 
 
+def predictions(name, model):
+  """The outputs of a trained model, called as its library does."""
+  if name == "linen":
+    return model(X, train=False)
+  return jax.vmap(model)(X) if name.startswith("equinox") else model(X)
+
+
+def own_params(name, model):
+  """The parameters in a trained model, as its library gives them."""
+  if name == "linen":
+    return model.variables["params"]
+  if name.startswith("equinox"):
+    return eqx.filter(model, eqx.is_inexact_array)
+  return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_result_has_the_users_model_with_the_trained_parameters(name):
+  result = small(supervised(MODELS[name](), DATA, DATA))
+  kind = {"l": Linen, "n": Nnx, "e": Equinox}[name[0]]
+  assert type(result.model) is kind
+  for x, y in zip(
+    *map(jax.tree.leaves, (own_params(name, result.model), result.params)), strict=True
+  ):
+    np.testing.assert_array_equal(x, y)
+  accuracy = float(np.mean(np.argmax(predictions(name, result.model), 1) == Y))
+  assert accuracy == pytest.approx(result.summary["eval"]["accuracy"])
+
+
+def test_a_complete_run_has_its_model_and_a_task_of_its_own_none(tmp_path):
+  task = supervised(Nnx(nnx.Rngs(0)), DATA, DATA)
+  runs = [small(task, out=tmp_path / "run", steps=20) for _ in range(2)]
+  outputs = [run.model(X) for run in runs]
+  np.testing.assert_array_equal(*outputs)
+  own = Task(task.init, task.loss, task.evaluate, task.sample, task.batch, task.train)
+  assert small(own, steps=5).model is None
+
+
+def test_progress_is_shown_unless_it_is_not_wanted(capsys, tmp_path):
+  small(steps=20)
+  assert "test accuracy" in capsys.readouterr().err
+  for _ in range(2):  # the second time it is complete
+    small(steps=20, progress=False, out=tmp_path / "run")
+    assert capsys.readouterr() == ("", "")
+  small(steps=20, out=tmp_path / "run")
+  assert "complete" in capsys.readouterr().err
+
+
+def test_metrics_are_named_after_the_data_that_they_are_of(capsys, tmp_path):
+  task = supervised(Linen(), DATA)
+  measured = lambda params: {"rmse": jnp.sum(params["out"]["bias"] ** 2)}
+  cases = {
+    "test": (task._replace(measure=measured, measured_on="test"), "test rmse"),
+    "none": (task._replace(measure=measured), ", rmse"),
+  }
+  for name, (task, shown) in cases.items():
+    result = small(task, steps=20, out=tmp_path / name)
+    err = capsys.readouterr().err
+    assert "train accuracy" in err
+    assert shown in err
+    assert "train rmse" not in err
+    table = report.closing_table(result.summary, tmp_path)
+    assert f"\n{shown.removeprefix(', ')} " in table
+    assert "train loss" not in table
+    labels = [text.get_text() for text in result.plot().axes[1].get_legend().get_texts()]
+    assert labels == ["train accuracy", shown.removeprefix(", ")]
+
+
+def test_a_curve_is_a_column_against_steps():
+  result = small(steps=20, log_every=5, eval_every=10, diagnostics=True)
+  steps, losses = result.curve("loss")
+  assert steps.tolist() == [5, 10, 15, 20]
+  assert losses.tolist() == [row["loss"] for row in result.metrics]
+  steps, accuracy = result.curve("eval.accuracy")
+  assert steps.tolist() == [10, 20]
+  assert accuracy[-1] == result.summary["eval"]["accuracy"]
+  assert len(result.curve("diagnostics.memory_norm")[0]) == 4
+  with pytest.raises(ValueError, match=r"did you mean 'eval\.accuracy'.*legal: loss, seconds"):
+    result.curve("eval.acuracy")
+
+
+def test_objects_have_labels_that_can_be_read():
+  from research.models.classic import mlp
+
+  plain = data_parallel(optax.sgd(0.1), mean())
+  assert label(plain) == "data_parallel(<optimizer>, mean())"
+  assert label(gossip(weights(np.full((4, 4), 0.25)))) == "gossip(weights(<array of shape [4, 4]>))"
+  assert label(supervised(Linen(), DATA)) == "Linen"
+  assert label(supervised(mlp([4])(3), DATA)) == "MLP"
+  assert label(supervised(Linen(), DATA)._replace(title="ratings")) == "ratings"
+  summary = small(steps=5, method=plain).summary
+  assert (summary["task"], summary["method"]) == ("Linen", "data_parallel(<optimizer>, mean())")
+
+
 def test_an_autoencoder_needs_no_labels():
   class Auto(nn.Module):
     @nn.compact
@@ -224,7 +323,10 @@ OWN = '''
 """A task in a module of the user's own."""
 import sys
 import flax.linen as nn, jax.numpy as jnp, numpy as np, optax
+from research.aggregate.gossip import gossip
 from research.aggregate.mean import mean
+from research.comm.topology import weights
+from research.core.task import Task
 from research.methods.data_parallel import data_parallel
 from research.tasks.supervised import supervised
 from research.training.api import train
@@ -314,6 +416,7 @@ def test_a_loss_that_is_not_finite_ends_the_run():
     ({"hooks": print}, "^hooks: not a list of hooks"),
     ({"method": optax.sgd(0.1)}, r"wrap it: data_parallel\(optimizer, mean\(\)\)"),
     ({"method": data_parallel}, "call it with its arguments"),
+    ({"progress": 1}, "^progress=1: not a bool"),
     ({"method": 3}, "^method=3: not a Method"),
     ({"task": 3}, "^task=3: not a Task"),
     ({"model": Linen()}, "^model: the task already has a model"),
