@@ -1,4 +1,4 @@
-"""Writes docs/api/: the public names of `research` and `research.testing`, by room."""
+"""Writes docs/api/: the public names of `research`, its `hooks` and its `testing`, by room."""
 
 import ast
 import dataclasses
@@ -14,7 +14,7 @@ import entries
 from pages import HERE, Writer
 
 import research
-from research import testing
+from research import hooks, testing
 from research.core.builtin import TABLE
 
 # Page -> (title, introduction, rooms of the public names).
@@ -55,10 +55,11 @@ def generate() -> None:
   write = Writer(HERE / "api")
   for page, (title, intro, rooms) in _PAGES.items():
     write(page, _page(title, intro, names_of(rooms)))
-  intro = docstrings.markdown(docstrings.parse(testing), _code, False)
-  parts = [f"# Testing\n\n{intro}"]
-  parts += [_entry(testing, name, "research.testing") for name in sorted(testing.__all__)]
-  write("testing", "\n\n".join(parts) + "\n")
+  for page, module in (("testing", testing), ("hooks", hooks)):
+    intro = docstrings.markdown(docstrings.parse(module), _code, False)
+    parts = [f"# {page.title()}\n\n{intro}"]
+    parts += [_entry(module, name, f"research.{page}") for name in sorted(module.__all__)]
+    write(page, "\n\n".join(parts) + "\n")
 
 
 def names_of(rooms: tuple[str, ...]) -> list[str]:

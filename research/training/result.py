@@ -52,28 +52,31 @@ class Result:
     """The rows of metrics.jsonl: "step", "loss", "seconds", and what was measured at the step."""
     return report.read_rows(self.folder / "metrics.jsonl") if self.folder else self._rows
 
-  def curve(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the values of a column of the metrics, from those rows that have it.
+  def curve(self, name: str, against: str = "step") -> tuple[np.ndarray, np.ndarray]:
+    """Returns two columns of the metrics, from those rows that have both.
 
         steps, accuracy = result.curve("eval.accuracy")
+        axes.plot(*result.curve("train_loss", against="bytes"))
 
     Args:
       name: such as "loss", "train_loss", "bytes", "eval.accuracy", "diagnostics.memory_norm" or
         "auxiliary.NAME".
+      against: the other column: "step" (local steps), "seconds", "bytes", "virtual_seconds".
 
     Returns:
-      The local steps, int64 [rows], and the values, float64 [rows].
+      The values of `against` and those of `name`, arrays [rows].
 
     Raises:
-      ValueError: if no row has the column, with those that there are.
+      ValueError: if no row has such a column, with those that there are.
     """
-    rows = [(row["step"], dict(_columns(row))) for row in self.metrics]
-    found = [(step, columns[name]) for step, columns in rows if name in columns]
-    if not found:
-      legal = dict.fromkeys(column for _, columns in rows for column in columns)
-      raise ValueError(f"curve {name!r}: {checks.unknown(name, legal)}")
-    steps, values = zip(*found, strict=True)
-    return np.array(steps, np.int64), np.array(values, np.float64)
+    rows = [dict(_columns(row)) for row in self.metrics]
+    legal = dict.fromkeys(column for row in rows for column in row)
+    for column in (name, against):
+      if column not in legal:
+        raise ValueError(f"curve: {column!r} is {checks.unknown(column, legal)}")
+    found = [(row[against], row[name]) for row in rows if name in row and against in row]
+    x, y = zip(*found, strict=True)
+    return np.array(x), np.array(y)
 
   def plot(self, what: str = "loss") -> Any:
     """Plots the run against steps.
@@ -103,9 +106,9 @@ class Result:
 
 
 def _columns(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-  """The numbers of a row but its step, by name; those of a group as "group.name"."""
+  """The numbers of a row by name; those of a group as "group.name"."""
   for name, value in row.items():
     if isinstance(value, Mapping):
       yield from ((f"{name}.{inner}", x) for inner, x in value.items())
-    elif name != "step":
+    else:
       yield name, value

@@ -218,7 +218,10 @@ def test_a_curve_is_a_column_against_steps():
   assert steps.tolist() == [10, 20]
   assert accuracy[-1] == result.summary["eval"]["accuracy"]
   assert len(result.curve("diagnostics.memory_norm")[0]) == 4
-  with pytest.raises(ValueError, match=r"did you mean 'eval\.accuracy'.*legal: loss, seconds"):
+  sent, losses = result.curve("train_loss", against="bytes")
+  assert sent.tolist() == [row["bytes"] for row in result.metrics if "eval" in row]
+  assert losses[-1] == result.summary["train_loss"]
+  with pytest.raises(ValueError, match=r"did you mean 'eval\.accuracy'.*legal: step, loss"):
     result.curve("eval.acuracy")
 
 
