@@ -21,6 +21,7 @@ _WHOLE = 2**26  # maximum bytes of an array that is hashed in full
 # Types of class attributes that are hashed, and name prefixes of Python's and Flax's internals.
 _PLAIN = bool | int | float | complex | str | bytes | tuple | list | dict | set | np.ndarray
 _LIBRARY = ("__", "_object__", "_pytree__", "_abc_")
+_SHOWN = ("measured_on", "model", "title")  # fields of a task that its results do not depend on
 _BLOCK = 2**16  # bytes of a block; blocks of _WHOLE bytes in total are hashed of larger arrays
 
 
@@ -81,8 +82,7 @@ def of_data(task: Task) -> str:
 
 
 def _without_data(task: Task) -> Task:
-  """The task without its data, and without what no run depends on."""
-  return task._replace(train={}, test=None, by=None, measured_on="", model=None, title="")
+  return task._replace(train={}, test=None, by=None)
 
 
 def _add_array(digest: Any, array: np.ndarray) -> None:
@@ -135,6 +135,8 @@ class _Walk:
       self._array(x)
     elif isinstance(x, Mapping):
       self._all(item for pair in x.items() for item in pair)
+    elif isinstance(x, Task):
+      self._all(value for name, value in x._asdict().items() if name not in _SHOWN)
     elif isinstance(x, list | tuple):
       self._all(x)
     elif isinstance(x, set | frozenset):
