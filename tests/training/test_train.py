@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import flax.linen as nn
@@ -232,7 +233,8 @@ def test_objects_have_labels_that_can_be_read():
 
   plain = data_parallel(optax.sgd(0.1), mean())
   assert label(plain) == "data_parallel(<optimizer>, mean())"
-  assert label(gossip(weights(np.full((4, 4), 0.25)))) == "gossip(weights(<array of shape [4, 4]>))"
+  matrix: Any = np.full((4, 4), 0.25)
+  assert label(gossip(weights(matrix))) == "gossip(weights(<array of shape [4, 4]>))"
   assert label(supervised(Linen(), DATA)) == "Linen"
   assert label(supervised(mlp([4])(3), DATA)) == "MLP"
   assert label(supervised(Linen(), DATA)._replace(title="ratings")) == "ratings"
