@@ -29,8 +29,10 @@ from research.training.config import Config
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-PAGES = [page for page in PAGES if "_build" not in page.parts]
-GENERATED = [DOCS / "api", DOCS / "catalogue", DOCS / "results"]  # pages that a build writes
+GENERATED = [DOCS / "api", DOCS / "catalogue", DOCS / "results"]  # folders where a build writes
+_built = {*(DOCS / "_build").rglob("*"), *(DOCS / "results" / "claims").rglob("*")}
+_built |= {page for folder in GENERATED[:2] for page in folder.glob("*.md") if page.stem != "index"}
+PAGES = [page for page in PAGES if page not in _built]
 
 FENCED = re.compile(r"^(`{3,})([^\n`]*)\n(.*?)^\1 *$", re.DOTALL | re.MULTILINE)
 PLACEHOLDER = re.compile(r"[A-Z][A-Z0-9_]*(:[A-Z]+)?")
@@ -51,10 +53,13 @@ def blocks(page: Path) -> Iterator[tuple[str, str]]:
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-  """Command lines of a page as words: those of shell blocks, and those in the text."""
+  """Command lines of a page as words: those of shell blocks, and those in the text.
+
+  Lines that begin with a prompt, `$`, are examples of mistakes.
+  """
   for language, text in blocks(page):
     if language in ("", "bash", "console", "sh") and re.search(r"\.py\b|distopt", text):
-      yield from lines(text)
+      yield from lines(re.sub(r"^\$ .*\n(?:.*\n)*", "", text, flags=re.MULTILINE))
   prose = FENCED.sub("", page.read_text())
   for span in re.findall(r"`([^`]+)`", prose):
     if re.search(r"\.py --|^distopt", span):
