@@ -1,4 +1,4 @@
-"""SPARTA: after every optimizer step, the workers average a small random part of their models."""
+"""SPARTA: after each optimizer step, workers average a small random part of their models."""
 
 from collections.abc import Mapping
 from typing import ClassVar, NamedTuple
@@ -14,8 +14,8 @@ from research.methods._steps import LocalStepping
 
 class SpartaState(NamedTuple):
   params: Params  # x_t^i of this worker
-  inner: State  # of its optimizer
-  link: State  # of the aggregator
+  inner: State  # state of its optimizer
+  link: State  # state of the aggregator
 
 
 class Sparta(LocalStepping, name="sparta"):
@@ -24,12 +24,12 @@ class Sparta(LocalStepping, name="sparta"):
       y_t^i = x_t^i + weight_i inner(grad f_i(x_t^i))
       x_{t+1}^i = y_t^i + aggregate_j(y_t^j) - sent_t^i
 
-  With `sum_mean(random_k(0.005))` the elements in the random support S_t, equal on all workers, are
-  replaced by the workers' mean; the other elements do not change. The support has a fixed size in
-  every leaf. The exchange preserves the mean of the models, which is the deployed model; the
-  workers' models never become equal. With `mean()` this is local SGD with a period of one.
-  Optimizer states are private. A worker that drops out of a round keeps its model, and the others
-  average theirs.
+  With `sum_mean(random_k(0.005))`, the elements in a random support S_t that is equal on all
+  workers are replaced by the workers' mean; the other elements do not change. The support has a
+  fixed size in each leaf. The exchange preserves the mean of the models, which is the deployed
+  model; the workers' models never become equal. With `mean()` this is local SGD with a period of
+  one. Optimizer states are private. A worker that drops out of a round keeps its model, and the
+  others average theirs.
 
   Args:
     inner: each worker's optimizer.
@@ -46,14 +46,14 @@ class Sparta(LocalStepping, name="sparta"):
   aggregator: Aggregator
 
   refuses: ClassVar[Mapping[Trait, str]] = {
-    Trait.MEMORY: "it would keep parts of models, not of changes",
-    Trait.VOTE: "a sign is no part of a model",
-    Trait.SELECTS: "the models' mean would not be kept",
-    Trait.NOISE: "each worker would take its own noise back from its model",
-    Trait.EXPANSIVE: "models would be driven apart",
-    Trait.PARTIAL: "who drops out would add the others' models to its own",
-    Trait.LOCAL: "neighbours receive other averages; take d_psgd",
-    Trait.APART: "elements would be averaged with zeros",
+    Trait.MEMORY: "a memory would accumulate parts of models, not of changes",
+    Trait.VOTE: "signs cannot replace elements of a model",
+    Trait.SELECTS: "the exchange would not preserve the mean of the models",
+    Trait.NOISE: "each worker would subtract its own noise from its model",
+    Trait.EXPANSIVE: "the models would diverge",
+    Trait.PARTIAL: "an absent worker would add the others' models to its own",
+    Trait.LOCAL: "neighbours receive different averages; use d_psgd",
+    Trait.APART: "different elements per worker would be averaged with zeros",
   }
 
   def init(self, params):
@@ -69,7 +69,7 @@ class Sparta(LocalStepping, name="sparta"):
 
   def receive(self, value, sent, state, *, key, presence=EVERYONE):
     del key
-    share = jnp.maximum(self.counted(presence).weight, 1)  # W / n of who is there
+    share = jnp.maximum(self.counted(presence).weight, 1)  # W / n for n workers present
     own = jax.tree.map(lambda s: s / share, sent)
     params = optax.tree.add(state.params, optax.tree.sub(value, own))
     return state._replace(params=kept(presence.active, params, state.params))
