@@ -64,9 +64,9 @@ def of_libraries() -> Iterator[None]:
 
 
 class WrongReturn(TypeError):
-  """A function of a user's code has returned something else than its contract says.
+  """A user's function has returned something other than its contract requires.
 
-  No frame of theirs is left by then, so the message names the function and its file.
+  The traceback no longer contains the function, so the message names it and its file.
   """
 
 
@@ -105,7 +105,7 @@ def of_function(function: Callable[..., Any]) -> str:
 
 
 def _part(error: BaseException) -> tuple[CodeType | None, str, str]:
-  """The last function of a user's that this codebase called, its place, and the file that did."""
+  """The last user function that this codebase called, its location, and the calling file."""
   part: CodeType | None = None
   where, caller, before = "", "", ""  # `before` is the file of ours that calls the next frame
   for frame, line in _frames(error):

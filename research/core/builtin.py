@@ -1,4 +1,4 @@
-"""The built-in names of specs, and the module and attribute that each one stands for."""
+"""The built-in names of specs, with the module and attribute of each."""
 
 # kind -> name -> "module:attribute"; a module is imported when a spec first needs it
 TABLE: dict[str, dict[str, str]] = {

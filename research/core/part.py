@@ -26,7 +26,7 @@ def hidden(default: Any, *, init: Literal[False] = False) -> Any:
 def required(method: Function) -> Function:
   """Marks a method that subclasses define; without a definition, calling it names the subclass.
 
-  Not an abstract method: which ones a Part needs depends on the others that it defines.
+  It is not an abstract method: which methods a Part needs depends on the others that it defines.
 
   Args:
     method: the method.

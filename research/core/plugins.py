@@ -1,8 +1,8 @@
-"""Modules of other packages that register names: imported for a script, and in all its processes.
+"""Imports modules of other packages that register names, in a command and in all its processes.
 
-`load` imports what --import names. A process that starts another one hands it `carried()`, which
-`load_all` imports there, so that all of them build the same objects. `fingerprint` tells whether
-two processes have the same code.
+`load` imports the module that --import names. A process that starts another one passes `carried()`
+to it, and `load_all` imports these modules there, so that all processes build the same objects.
+Equal values of `fingerprint` mean that two processes have the same code.
 """
 
 import hashlib
@@ -36,14 +36,14 @@ def load(text: str) -> bool:
   """Imports a module that registers names.
 
   Args:
-    text: a module such as my_package.my_module, found from the current folder too; or the path of a
-      .py file, whose folder its own imports may use, or of a package's folder.
+    text: a module such as my_package.my_module, which may be in the current folder; the path of a
+      .py file, which may import modules from its own folder; or the path of a package's folder.
 
   Returns:
-    Whether it has registered any name, or a module that it imports has now.
+    Whether the module, or a module that it imports, has registered any name.
 
   Raises:
-    ValueError: if there is no such module or file, or another module has the file's name.
+    ValueError: if there is no such module or file, or the file has the name of another module.
     Exception: whatever the module itself raises.
   """
   source = _of_file(text) if text.endswith(".py") or os.sep in text else _of_module(text)
@@ -53,7 +53,7 @@ def load(text: str) -> bool:
   except ModuleNotFoundError as error:
     name = error.name or ""
     if not f"{source.name}.".startswith(f"{name}."):
-      raise  # another module, which this one needs
+      raise  # a module that this one imports
     package, _, missing = name.rpartition(".")
     folders = getattr(sys.modules.get(package), "__path__", [])
     hint = checks.hint(missing, [found for folder in folders for found in _modules(folder)])
@@ -63,10 +63,10 @@ def load(text: str) -> bool:
 
 
 def load_all(sources: Iterable[Source]) -> None:
-  """Imports modules as another process has done.
+  """Imports the modules that another process has loaded.
 
   Args:
-    sources: that process's `carried()`.
+    sources: the result of `carried()` in that process.
   """
   for source in sources:
     if source.folder not in sys.path:
@@ -77,7 +77,7 @@ def load_all(sources: Iterable[Source]) -> None:
 
 
 def carried() -> tuple[Source, ...]:
-  """The modules that registered names in this process, for `load_all` in another one."""
+  """The modules that registered names in this process, for `load_all` in another process."""
   others = [sys.modules[name] for name in _registering() if name in sys.modules]
   found = dict(_loaded)
   for module in others:
@@ -87,7 +87,7 @@ def carried() -> tuple[Source, ...]:
 
 
 def files() -> list[Path]:
-  """The source files of what registered names here: modules, and their packages in full."""
+  """All source files of the modules, or of their packages, that registered names here."""
   found: set[Path] = set()
   for name in {*_loaded, *_registering()}:
     top = sys.modules.get(name.partition(".")[0])
@@ -99,7 +99,7 @@ def files() -> list[Path]:
 
 
 def fingerprint() -> str:
-  """A digest of `files`, the same wherever they lie; '' if nothing was registered."""
+  """A digest of `files`, independent of their location; '' if nothing was registered."""
   digest = hashlib.sha256()
   for path in (found := files()):
     digest.update(path.name.encode() + path.read_bytes())
@@ -107,14 +107,14 @@ def fingerprint() -> str:
 
 
 def _registering() -> list[str]:
-  """The names of the modules outside of this package whose functions are registered."""
+  """The names of the modules outside this package that registered functions."""
   factories = (factory for of_kind in registry.ADDED.values() for factory in of_kind.values())
   modules = dict.fromkeys(factory.__module__ for factory in factories)
   return [name for name in modules if name.partition(".")[0] != _HERE]
 
 
 def _source_of(module: ModuleType) -> Source | None:
-  """How another process imports a module; None of a script, or of one without a file."""
+  """How another process imports a module; None for a script or a module without a file."""
   file = getattr(module, "__file__", None)
   if module.__name__ == "__main__" or not file:
     return None
@@ -163,7 +163,7 @@ def _of_module(text: str) -> Source:
 
 
 def _file_of(name: str, folder: str = "") -> str:
-  """Where a top-level module would be imported from, 'built-in' without a file; '' if nowhere."""
+  """The file of a top-level module; 'built-in' if it has none, '' if it does not exist."""
   if name in sys.modules:
     module = sys.modules[name]
     return getattr(module, "__file__", None) or str(list(getattr(module, "__path__", ["built-in"])))

@@ -1,8 +1,8 @@
 """Diagnostics of a round: the error of its exchanges, and the spread of the workers' models.
 
-They are computed from what a round has anyway (messages as the others saw them, models before and
-after), for the rounds that produce a row of the metrics. Methods are not involved: in such a round
-their aggregators are wrapped during the exchange, and their state keeps its structure.
+They are computed in rounds that produce a row of the metrics, from values that a round computes
+anyway: messages as the others received them, and models before and after. Methods need no code for
+this. Their aggregators are wrapped during the exchange, which keeps the structure of their state.
 """
 
 from collections.abc import Callable
@@ -44,7 +44,7 @@ class Recorded(NamedTuple):
 
 
 class Recording(Aggregator):
-  """An aggregator that records how much of a worker's message the others did not see."""
+  """An aggregator that records how much of a worker's message the others did not receive."""
 
   inner: Aggregator
 
@@ -83,8 +83,8 @@ def recorded(
   Args:
     job: a job with a resolved method.
     sync: `workers.sync`.
-    local: of the round's last step.
-    state: of the round's start.
+    local: the Local after the round's last step.
+    state: the state at the round's start.
     *args: further arguments of `sync`.
 
   Returns:
@@ -116,15 +116,15 @@ def nothing() -> dict[str, Array]:
 def scan(
   one: Callable[..., tuple[Tree, Tree]], held: Tree, rounds: Tree, due: Array
 ) -> tuple[Tree, Tree]:
-  """`lax.scan` over the rounds of a dispatch, of which those that are `due` are measured.
+  """`lax.scan` over the rounds of a dispatch, with diagnostics only in the rounds that are `due`.
 
-  They are two programs, so that the rounds between them cost what they cost without diagnostics.
+  There are two programs, so that rounds without diagnostics have no additional cost.
 
   Args:
     one: (held, of a round, measures) -> held and outputs of one structure; `measures` is static.
-    held: what goes from round to round.
+    held: the carry.
     rounds: arrays [K, ...].
-    due: [K] bool; the last one is.
+    due: [K] bool; True for the last round.
   """
   count = len(due)
   ends = jnp.nonzero(due, size=count, fill_value=count)[0]
@@ -165,10 +165,10 @@ def columns(means: dict[str, float], gradient: float) -> dict[str, float]:
   """Converts squared norms to the diagnostics of a round.
 
   "compression_error" is ||tree - sent||^2 / ||tree||^2 over all exchanges of all workers. The
-  others are root mean squares over the workers: "memory_norm" of what the aggregators keep,
-  "model_spread" of a worker's model at the end of the local phase minus the mean model,
-  "update_norm" of the round's change of the model, "gradient_norm" of a worker's mini-batch
-  gradient.
+  others are root mean squares over the workers: "memory_norm" is the norm of the aggregators'
+  memories, "model_spread" that of a worker's model minus the mean model at the end of the local phase,
+  "update_norm" that of the round's change of the model, and "gradient_norm" that of a worker's
+  mini-batch gradient.
 
   Args:
     means: squared norms by NAMES, means over the workers.

@@ -24,11 +24,11 @@ from research.training.config import UsageError
 from research.training.hooks.hook import Event
 from research.training.reports.timing import Timing
 
-_POLL = 0.05  # seconds between two looks at the memory
+_POLL = 0.05  # seconds between two polls of the memory
 
 
 class Hogwild(Polled):
-  """A run without servers; an update is what happened between two looks at the memory."""
+  """A run without servers; an update is what happened between two polls of the memory."""
 
   def __init__(self, setup: Setup, folder: Path, timing: Timing):
     super().__init__(setup, folder, timing)
@@ -65,7 +65,7 @@ class Hogwild(Polled):
       self.block.unlink()
 
   def advance(self, to: int) -> Event:
-    """Looks at the memory, and restarts dead workers; the updates they made stay."""
+    """Polls the memory and restarts dead workers; the updates they made are kept."""
     assert self.memory is not None
     time.sleep(_POLL)
     done = int(self.memory.steps.sum()) >= self.steps
@@ -84,7 +84,7 @@ class Hogwild(Polled):
     return self._event(whole)
 
   def _look(self) -> np.ndarray:
-    """Adds the steps since the last look; returns those of each worker."""
+    """Adds the steps since the last poll; returns the steps of each worker."""
     assert self.memory is not None
     taken, losses = self.memory.steps.copy(), float(self.memory.losses.sum())
     if (steps := int(taken.sum())) > self._newest:

@@ -1,4 +1,4 @@
-"""A run of processes that work on their own, at which this one looks now and then."""
+"""A run of independent processes, whose state this process polls."""
 
 import hashlib
 import itertools
@@ -34,7 +34,7 @@ from research.training.run import BaseRun
 
 
 class Update(NamedTuple):
-  """An update of the model, or what happened between two looks at it."""
+  """An update of the model, or everything that happened between two polls."""
 
   step: int  # local steps after it
   loss: float  # mean over its local steps
@@ -43,11 +43,11 @@ class Update(NamedTuple):
 
 
 class Polled(BaseRun):
-  """The part of a run on a server that is the same for all of its modes.
+  """The part of a server run that all server modes share.
 
-  A dispatch is what has happened since the one before: up to the newest update that gets a row, or,
-  where a hook's `every` or the end is reached, up to a snapshot of the model. The first update at
-  or after a multiple of `log_every` gets a row.
+  A dispatch consists of the updates since the previous dispatch. It ends at the newest update that
+  gets a row or, if a hook's `every` or the end of the run is reached, at a snapshot of the model.
+  The first update at or after a multiple of `log_every` gets a row.
 
   Attributes:
     state: the newest Snapshot.
@@ -64,14 +64,14 @@ class Polled(BaseRun):
     self.store = Store(checkpoints, names, setup.parts, self.period)
     self.deaths = Counter(workers=0)
     self.refused: Counter[str] = Counter()
-    self.events: list[events.Event] | None = None  # None: nobody knows them
+    self.events: list[events.Event] | None = None  # None: unknown
     self.moved = 0.0
     self.spent = np.zeros((setup.workers, len(Spent._fields)))  # sums, and number of pushes
     self.started: float | None = None  # seconds, when the first worker joined
     self._updates: list[Update] = []  # not yet given in an event
     self._begun: Update | None = None  # the first and the last of this process
     self._last: Update | None = None
-    self._told = ""  # why the processes are to stop
+    self._told = ""  # why the processes should stop
     self._treedef = jax.tree.structure(jax.eval_shape(setup.job.task.init, jax.random.key(0)))
 
   def start(self, last: Mapping[str, Any] | None) -> None:
@@ -84,17 +84,17 @@ class Polled(BaseRun):
       self.moved = last["bytes"] * self.setup.workers
 
   def close(self) -> None:
-    """Ends what was started."""
+    """Ends the processes that were started."""
     raise NotImplementedError
 
   def stop(self, reason: str) -> None:
-    """Lets the next look at the processes be the last."""
+    """Makes the next poll the last one."""
     if self.reason:
       self.reason = reason
     self._told = self._told or reason
 
   def params(self) -> Params:
-    """The model of the newest snapshot: at the run's step wherever a hook's `every` is reached."""
+    """The model of the newest snapshot, which is that of the run's step at every hook's `every`."""
     return jax.device_put(self._treedef.unflatten(list(self.state.params.values())))
 
   def examples(self) -> tuple[Data, Data | None]:
@@ -113,11 +113,11 @@ class Polled(BaseRun):
     return metrics["rows"]
 
   def _ago(self, then: float) -> float:
-    """The seconds of the run at a time of the machine's clock."""
+    """Converts a time of the machine's clock to seconds of the run."""
     return self.timing.elapsed() - (time.time() - then)
 
   def _add(self, step: int, loss: float, moved: float, then: float) -> None:
-    """Adds an update that was made at the time `then`."""
+    """Adds an update that was made at time `then`."""
     self.moved += moved
     self._last = Update(step, loss, self._ago(then), self.moved)
     self._begun = self._begun or self._last
@@ -125,7 +125,7 @@ class Polled(BaseRun):
     heartbeat.beat()
 
   def _event(self, whole: bool) -> Event:
-    """Gives the updates up to the newest row, or all of them."""
+    """Returns an event with the updates up to the newest row, or with all of them."""
     first, every = self.step, self.config.log_every
     steps = [update.step for update in self._updates]
     crossing = [b for a, b in itertools.pairwise([first, *steps]) if b // every > a // every]
@@ -149,14 +149,14 @@ class Polled(BaseRun):
 
   @property
   def _newest(self) -> int:
-    """Steps of the updates that are added."""
+    """The number of steps of all updates added so far."""
     return self._updates[-1].step if self._updates else self.step
 
   def _died(self, kind: str, text: str) -> None:
     """Counts a process that has died.
 
     Raises:
-      UsageError: if no more of them may.
+      UsageError: if more processes have died than may be restarted.
     """
     report.note(text)
     self.deaths[kind] += 1
@@ -166,7 +166,7 @@ class Polled(BaseRun):
   # ---- result
 
   def _rate(self) -> float:
-    """Updates per second between the first of this process and the last."""
+    """Updates per second, from the first to the last update seen by this process."""
     if self._begun is None or self._last is None or self._last.seconds <= self._begun.seconds:
       return 0.0
     updates = (self._last.step - self._begun.step) / self.period
@@ -176,7 +176,7 @@ class Polled(BaseRun):
     """The contents of summary.json; without events every update counts as one push.
 
     Args:
-      evaluate: the hook that has evaluated the run.
+      evaluate: the hook that evaluated the run.
     """
     config, version, rate = self.config, self.state.version, self._rate()
     counted = [push for event in self.events or () if event.counted for push in event.pushes]

@@ -39,7 +39,7 @@ def find(relative: str, data_dir: str, url: str, sha256: str | None = None) -> P
     sha256: of the decompressed bytes, 64 hex digits. Without it, the file's own digest is logged.
 
   Returns:
-    Path of a file whose suffix gives its compression; read it by `opened`.
+    The path of the file; its suffix gives the compression. Open it with `opened`.
 
   Raises:
     FileNotFoundError: it is not found and cannot be downloaded.

@@ -170,7 +170,7 @@ class _Walk:
     self._all((x.__defaults__, x.__kwdefaults__, getattr(x, "__wrapped__", None), *cells))
 
   def _code(self, code: types.CodeType, names: Mapping[str, Any]) -> None:
-    """A function of the user's with what it refers to by name."""
+    """Hashes a user's function and everything that it refers to by name."""
     self.digest.update(code.co_code)
     for constant in code.co_consts:
       if isinstance(constant, types.CodeType):

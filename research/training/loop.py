@@ -1,4 +1,4 @@
-"""The training loop: a run, its hooks, and the one generator of its events."""
+"""The training loop: a run, its hooks, and the generator of its events."""
 
 import contextlib
 import json
@@ -42,16 +42,16 @@ __all__ = ["NonFinite", "ReplicasDiffer", "Run", "events", "params_sha256", "tra
 
 
 def train(config: Config) -> tuple[dict[str, Any], Path]:
-  """Runs, or goes on with, what the flags describe.
+  """Starts or resumes the run that the flags describe.
 
   Returns:
     The contents of summary.json, and the run's folder.
 
   Raises:
     UsageError: for invalid flags.
-    CheckpointError: if the run has checkpoints and none is whole.
-    NonFinite: names the steps; the last good checkpoint stays.
-    ReplicasDiffer: names the step and the leaves.
+    CheckpointError: if the run has checkpoints and none is intact.
+    NonFinite: if a loss, the state or an evaluation is not finite.
+    ReplicasDiffer: if the devices' copies of the state differ.
   """
   result = trained(config, NOTHING_GIVEN, (), writes=True)
   assert result.folder
@@ -61,13 +61,13 @@ def train(config: Config) -> tuple[dict[str, Any], Path]:
 def trained(
   config: Config, given: Given, hooks: Sequence[Hook], *, writes: bool, shown: bool = True
 ) -> Result:
-  """Runs, or goes on with, what was asked for; with `writes` in a folder of its own.
+  """Starts or resumes a run; with `writes`, in its own folder.
 
   Args:
     config: numbers, switches, and specs or labels.
     given: objects in place of specs.
-    hooks: the user's, told each event before those of the run.
-    writes: False keeps everything in memory and touches no file.
+    hooks: the user's hooks, which receive each event before those of the run.
+    writes: False keeps everything in memory and writes no files.
     shown: whether progress is printed on stderr.
   """
   heartbeat.announce()
@@ -80,7 +80,7 @@ def trained(
       folder = folders.check(config) if writes else None
       problem = assemble(config, setting)
       made_of, summary = None, None
-      if folder:  # the prints are taken while the devices' programs are compiled
+      if folder:  # fingerprints are computed while the programs are compiled
         parts = (problem.job.task, setting.method, setting.partition, setting.speeds)
         made_of = aside.submit(_made_of(given), *parts).result
         folders.check_prints(config, folder, made_of)
@@ -118,13 +118,13 @@ def trained(
 
 
 def _same_everywhere(config: Config) -> None:
-  """Rejects a job whose processes got different flags, before they wait for one another."""
+  """Rejects a job whose processes got different flags, before they wait for each other."""
   if not same_everywhere(json.dumps(folders.identity(config))):
     raise UsageError("the processes of the job were given different flags")
 
 
 def _made_of(given: Given) -> Callable[..., dict[str, str]]:
-  """Takes the fingerprints of a run of objects, or of one of specs."""
+  """Returns the fingerprints of a run that is built from objects or from specs."""
   return fingerprint.of_objects if any(x is not None for x in given) else fingerprint.of_specs
 
 
@@ -138,7 +138,7 @@ def _restored(config: Config, problem: Problem, folder: Path) -> Params:
 
 
 class Hooks:
-  """The hooks of a whole run, in the order in which they are told events."""
+  """The hooks of a run, in the order in which they receive events."""
 
   def __init__(
     self,
@@ -153,18 +153,18 @@ class Hooks:
     first: Sequence[Hook] = (),
     judges: Sequence[Hook] = (),
   ):
-    """Evaluates the initial model, and puts the run at its newest checkpoint.
+    """Evaluates the initial model, and restores the run's newest checkpoint.
 
     Args:
-      run: at step 0.
-      stack: closes the hooks, each of them whatever the others raise.
-      store: of the run's checkpoints; None saves nothing.
+      run: the run, at step 0.
+      stack: closes every hook, even if another one raises.
+      store: the run's checkpoints; None saves nothing.
       columns: further columns of every row, by its step.
       of_dispatches: columns of the last row of a dispatch.
-      folder: of metrics.jsonl; None keeps the rows in memory.
+      folder: the folder of metrics.jsonl; None keeps the rows in memory.
       shown: whether this process shows progress.
-      first: further hooks, told before all others.
-      judges: further hooks, told when the rows before a dispatch are written.
+      first: further hooks that receive each event before all others.
+      judges: further hooks that receive each event after the rows of a dispatch are written.
     """
     closing = lambda hook: (stack.callback(hook.close), hook)[1]
     self.evaluate = Evaluate(run)
@@ -174,7 +174,7 @@ class Hooks:
       save.restore(run)
     label = self.evaluate.label
     self.log = closing(Log(run, label, columns, of_dispatches, folder=folder, shown=shown))
-    # Rows of a dispatch are written before it is judged; it is saved before a signal is asked for.
+    # Rows are written before a dispatch is checked, and it is saved before signals are checked.
     self.all: list[Hook] = [*first, self.log, *judges, self.evaluate, Tolerance()]
     self.all += [*saves, closing(Signals())]
 
@@ -183,10 +183,10 @@ class Run(BaseRun):
   """A run of compiled programs in this process.
 
   Attributes:
-    problem: its parts.
-    data: what each dispatch trains on.
-    state: a TrainState.
-    metrics: of the newest dispatch, on the devices.
+    problem: the parts of the run.
+    data: the training data of each dispatch.
+    state: the TrainState.
+    metrics: the metrics of the newest dispatch, on the devices.
   """
 
   def __init__(self, config: Config, problem: Problem, timing: Timing | None = None):
@@ -196,11 +196,11 @@ class Run(BaseRun):
     self.state: TrainState = problem.executor.init(init_key)
     placed = problem.executor.place(problem.examples, problem.sizes, self.data_key)
     self.data = Training(config, problem.job, placed)
-    without = jax.config.values["jax_disable_jit"]  # whose steps all begin on the host
+    without = jax.config.values["jax_disable_jit"]  # each of its steps starts on the host
     self._transfers = "allow" if without else "disallow"
 
   def advance(self, to: int) -> Rounds:
-    """Starts the rounds up to a step, and does not wait for them."""
+    """Starts the rounds up to a step without waiting for them."""
     first, plan = self.step, self.plan
     rounds = round(plan.rounds(to) - plan.rounds(first))
     executor = self.problem.executors[plan.stage(first)]
@@ -233,7 +233,7 @@ class Run(BaseRun):
   def _diagnostics(
     self, norms: Mapping[str, np.ndarray], first: int, step: int
   ) -> dict[str, float]:
-    """Those of the round that a step ends or lies in, of a dispatch from step `first` on."""
+    """The diagnostics of the round that contains a step, in a dispatch from step `first` on."""
     number = math.ceil(self.plan.rounds(step)) - 1
     place = number - round(self.plan.rounds(first))
     means = {name: float(norms[name][place]) for name in diagnostics.NAMES}
@@ -251,10 +251,10 @@ class Run(BaseRun):
 
 
 def events(run: BaseRun, hooks: Sequence[Hook] = ()) -> Iterator[Event]:
-  """The rounds of a run from where it is, until its steps are done or it is stopped.
+  """Runs the remaining rounds of a run, until it is complete or stopped, and yields its events.
 
-  Every event is given to the caller and then to each hook, and so are the events of hooks. The
-  state is the run's as of the newest `Rounds`; whoever reads it waits for the devices.
+  The caller receives every event first, then each hook; the same holds for the events of hooks. The
+  run's state is that of the newest `Rounds`. Reading it waits for the devices.
   """
   every = [hook.every for hook in hooks]
   while run.step < run.steps and not run.reason:

@@ -1,4 +1,4 @@
-"""A run as the loop and its hooks see it, whatever executes its rounds."""
+"""Interface of a run to the loop and its hooks, independent of what executes its rounds."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,18 +16,18 @@ from research.training.reports.timing import Timing
 
 
 class BaseRun:
-  """A run in progress. Subclasses advance it: compiled programs, a server's processes, a replay.
+  """A run in progress. Subclasses advance it by compiled programs, server processes or a replay.
 
   Attributes:
-    config: its flags.
-    plan: when its rounds begin and end.
-    steps: local steps after which it is complete.
-    timing: its clock.
-    step: local steps that have been started.
-    reason: why it stops; "" while it goes on.
+    config: the flags.
+    plan: when rounds begin and end.
+    steps: number of local steps of the complete run.
+    timing: the clock.
+    step: number of local steps that have been started.
+    reason: why the run stops; "" while it continues.
     state: what a checkpoint stores.
-    metrics: of the newest dispatch.
-    kept: says which checkpoint is left, for messages.
+    metrics: the metrics of the newest dispatch.
+    kept: returns a description of the remaining checkpoint, for messages.
   """
 
   state: Any
@@ -40,18 +40,18 @@ class BaseRun:
 
   @property
   def job(self) -> Job:
-    """The job of the first stage: those of the others differ only in their period."""
+    """The job of the first stage; the jobs of later stages differ only in their period."""
     return self.plan.jobs[0]
 
   def advance(self, to: int) -> Event:
-    """Starts a dispatch that ends at step `to`, or earlier; returns the event that says where."""
+    """Starts a dispatch that ends at step `to` or earlier; returns its event."""
     raise NotImplementedError
 
   def prepare(self, to: int) -> None:
-    """Reads what the next dispatch, up to step `to`, will need."""
+    """Reads the data of the next dispatch, up to step `to`."""
 
   def params(self) -> Params:
-    """The model one would deploy now."""
+    """The current model to deploy."""
     raise NotImplementedError
 
   def examples(self) -> tuple[Data, Data | None]:
@@ -59,14 +59,14 @@ class BaseRun:
     raise NotImplementedError
 
   def stop(self, reason: str) -> None:
-    """Starts no more rounds; the run is evaluated and saved."""
+    """Requests that no more rounds start; the run is then evaluated and saved."""
     self.reason = reason
 
   def end(self, every: Sequence[int]) -> int:
-    """The end of the next dispatch: a multiple of one of `every`, or a stage of the plan.
+    """Returns the end of the next dispatch: a multiple of one of `every`, or the end of a stage.
 
-    It is a whole number of rounds from zero, and a function of absolute steps, so that a resumed
-    run is cut where an unbroken one is.
+    It is a whole number of rounds from zero and depends only on absolute steps, so a resumed run
+    has the same dispatches as an uninterrupted one.
     """
     plan = self.plan
     stops = [(self.step // n + 1) * n for n in every if n > 0]
@@ -75,24 +75,24 @@ class BaseRun:
     )
 
   def rows(self, first: int, last: int, metrics: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """The steps of a dispatch that get a row, ascending, and columns that they have.
+    """Returns the steps of a dispatch that get a row, ascending, and the columns of these rows.
 
     Args:
       first: local steps before the dispatch.
-      last: local steps after it; the last row's.
-      metrics: of the dispatch, on the host.
+      last: local steps after it, which is the step of the last row.
+      metrics: the metrics of the dispatch, on the host.
     """
     del metrics
     every = self.config.log_every
     return {step: {} for step in (*range((first // every + 1) * every, last, every), last)}
 
   def due(self, rounds: Rounds, every: int) -> bool:
-    """Whether a dispatch comes to a multiple of `every`."""
+    """Whether a dispatch reaches a multiple of `every`."""
     return every > 0 and rounds.last // every > rounds.first // every
 
   @contextlib.contextmanager
   def aside(self) -> Iterator[None]:
-    """Context of work that is no training step; it starts when the current dispatch is done."""
+    """Context for work that is not a training step; it waits for the current dispatch first."""
     jax.block_until_ready(self.metrics)
     with self.timing.aside():
       yield

@@ -66,7 +66,7 @@ class Waiting:
     self._ends = np.zeros(0)  # end times of the rounds of the current piece
 
   def _go_on(self) -> None:
-    """Draws the next piece."""
+    """Draws the times of the next rounds."""
     if len(self._ends):
       self._before = float(self._ends[-1])
     self._first += len(self._ends)

@@ -1,4 +1,4 @@
-"""Measures the deployed model at every `eval_every` steps and at the end."""
+"""Evaluates the deployed model every `eval_every` steps and at the end."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
 
 class Evaluate(Hook):
-  """Gives an Evaluation with "train_loss", "eval", and "gradient_norm" where it is needed.
+  """Yields an Evaluation with "train_loss", "eval", and "gradient_norm" if it is needed.
 
-  The gradient of the full objective is measured with a tolerance, and of a task that has one of its
-  own. A run that was stopped is saved first, since whoever stops it may not wait.
+  The gradient of the full objective is computed if there is a tolerance or if the task defines its
+  own gradient. An interrupted run is saved first, since it may soon be killed.
 
   Attributes:
     row: the newest evaluation with its "step".
-    evaluated_on: "test", or "train" where the task has no test examples.
-    measured_on: the data of the metrics that the task measures by itself, by metric.
+    evaluated_on: "test", or "train" if the task has no test examples.
+    measured_on: for each metric that the task measures itself, the data on which it is measured.
   """
 
   def __init__(self, run: "BaseRun"):
@@ -89,7 +89,7 @@ class Evaluate(Hook):
     return row
 
   def _initial(self, run: "BaseRun") -> dict[str, Any]:
-    """For the summary: the model before the first step, as far as it is finite."""
+    """For the summary: the finite metrics of the model before the first step."""
     row = self._measured(run)
     loss = row["train_loss"]
     return {

@@ -18,7 +18,7 @@ def check_rounds(first: int, last: int, metrics: Mapping[str, Any], kept: str) -
     first: local steps before the dispatch.
     last: local steps after it.
     metrics: on the host, "loss" [last - first] and "finite".
-    kept: which checkpoint is left, for the message.
+    kept: the remaining checkpoint, for the message.
 
   Raises:
     NonFinite: names the first five such steps.
@@ -33,11 +33,11 @@ def check_rounds(first: int, last: int, metrics: Mapping[str, Any], kept: str) -
 
 
 def wrong(row: Mapping[str, Any], label: Callable[[str], str]) -> list[str]:
-  """The names of an evaluation's numbers that are not finite.
+  """Returns the names of the metrics of an evaluation that are not finite.
 
   Args:
-    row: "train_loss", "eval" by metric, and "gradient_norm" where it was measured.
-    label: of a metric, by its name.
+    row: "train_loss", "eval" by metric, and "gradient_norm" if it was computed.
+    label: maps the name of a metric to its label.
   """
   named = {label(name): value for name, value in row["eval"].items()}
   named |= {"training loss": row["train_loss"]}

@@ -1,9 +1,9 @@
-"""A sign of life for a launcher: a file that is touched whenever the run has advanced."""
+"""Heartbeat for a launcher: touches a file whenever the run has advanced."""
 
 import os
 from pathlib import Path
 
-PLACE = "JOB_HEARTBEAT"  # the variable in which a launcher names the file
+PLACE = "JOB_HEARTBEAT"  # environment variable with the path of the file
 
 
 def announce() -> None:
@@ -14,6 +14,6 @@ def announce() -> None:
 
 
 def beat() -> None:
-  """Touches the launcher's file, if there is a launcher that looks at one."""
+  """Touches the launcher's file, if the launcher has named one."""
   if place := os.environ.get(PLACE):
     Path(place).touch()

@@ -1,4 +1,4 @@
-"""What a run's loop tells its hooks, and what a hook is."""
+"""Interface of hooks, and the events of a run that are passed to them."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class Rounds(NamedTuple):
   """A dispatch of rounds has been started; the devices may still be computing it.
 
-  Of a server it has been done, and its losses are means over the steps of an update.
+  With a server, the dispatch is complete, and each loss is a mean over the steps of an update.
   """
 
   first: int  # local steps before it
@@ -22,26 +22,26 @@ class Rounds(NamedTuple):
 
 
 class Waiting(NamedTuple):
-  """A server's processes have come to no new row since the last event."""
+  """A server's processes have produced no new row since the last event."""
 
   step: int
 
 
 class Rewound(NamedTuple):
-  """A server has died: the run goes on from its newest checkpoint, and later rows are void."""
+  """A server has died: the run continues from its newest checkpoint; later rows are invalid."""
 
   step: int
 
 
 class Evaluation(NamedTuple):
-  """The deployed model has been measured."""
+  """The deployed model has been evaluated."""
 
   step: int
   row: Mapping[str, Any]  # columns that join the row of this step in metrics.jsonl
 
 
 class Pause(NamedTuple):
-  """The host is about to wait for the devices: results under way are fetched first."""
+  """The host is about to wait for the devices; hooks first fetch pending results."""
 
   step: int
 
@@ -53,10 +53,10 @@ class Saved(NamedTuple):
 
 
 class Stop(NamedTuple):
-  """There are no more rounds: the last evaluation, comparison and checkpoint are due."""
+  """There are no more rounds; the last evaluation, comparison and checkpoint follow."""
 
   step: int
-  reason: str  # "steps", "converged", "terminated", "interrupted", or what a hook of the user gave
+  reason: str  # "steps", "converged", "terminated", "interrupted", or a user hook's reason
 
 
 class End(NamedTuple):
@@ -71,10 +71,10 @@ COMPLETE = ("steps", "converged")  # reasons of a run that has nothing left to d
 
 
 class Hook:
-  """What happens beside the rounds of a run. By default nothing does.
+  """Reacts to the events of a run; the default implementation does nothing.
 
   Attributes:
-    every: local steps; dispatches end at its multiples. 0: wherever they end.
+    every: a number of local steps; dispatches end at its multiples. 0: no requirement.
   """
 
   every: int = 0
@@ -82,12 +82,12 @@ class Hook:
   def around(
     self, run: "BaseRun", first: int, last: int
   ) -> contextlib.AbstractContextManager[object]:
-    """Entered while the host starts the dispatch from step `first` to step `last`."""
+    """Context in which the host starts the dispatch from step `first` to step `last`."""
     del run, first, last
     return contextlib.nullcontext()
 
   def on(self, run: "BaseRun", event: Event) -> Iterable[Event]:
-    """Handles an event; the events that it yields are told to all hooks before it goes on."""
+    """Handles an event; all hooks receive the events that it yields before it continues."""
     del run, event
     return ()
 

@@ -18,13 +18,13 @@ Columns = Callable[[int], Mapping[str, Any]]  # of a step
 
 
 class Log(Hook):
-  """Rows at the multiples of `log_every` and at the end of each dispatch.
+  """Writes rows at the multiples of `log_every` and at the end of each dispatch.
 
-  The metrics of a dispatch are fetched when the next one has been started, so that the devices do
-  not wait for the host; earlier if an evaluation or a checkpoint waits for them anyway.
+  The metrics of a dispatch are fetched after the next one has been started, so that the devices do
+  not wait for the host, or earlier if an evaluation or a checkpoint has to wait for them anyway.
 
   Attributes:
-    rows: those of this process, where there is no folder to keep them in.
+    rows: the rows of this process, if there is no folder to write them to.
     last: the newest row of an earlier part of the run.
   """
 
@@ -38,14 +38,14 @@ class Log(Hook):
     folder: Path | None = None,
     shown: bool = True,
   ):
-    """Goes on after the run's step with the rows of an earlier part of the run.
+    """Continues the rows of an earlier part of the run, if there is one.
 
     Args:
-      run: where it is.
-      label: of a metric of an evaluation, by its name.
+      run: the run, whose step determines which rows are kept.
+      label: maps the name of a metric of an evaluation to its label.
       of_rows: columns of every row, by its step.
       of_dispatches: columns of the last row of a dispatch.
-      folder: of metrics.jsonl; None keeps the rows in memory.
+      folder: the folder of metrics.jsonl; None keeps the rows in memory.
       shown: whether this process shows progress.
     """
     self.rows: list[dict[str, Any]] = []
@@ -72,7 +72,7 @@ class Log(Hook):
     return ()
 
   def _opened(self, run: "BaseRun") -> report.Metrics | None:
-    """The file of the rows up to the run's step."""
+    """Opens the file of rows and keeps those up to the run's step."""
     if self._folder is None:
       return None
     return report.Metrics(self._folder, run.step, run.config.tensorboard)
@@ -104,7 +104,7 @@ class Log(Hook):
   def _rows(
     self, run: "BaseRun", first: int, last: int, found: Mapping[str, Any]
   ) -> list[dict[str, Any]]:
-    """The mean loss since the row before, and the columns of each row's step."""
+    """The rows of a dispatch: the mean loss since the previous row, and further columns."""
     columns = run.rows(first, last, found)
     stops = list(columns)
     counts = np.diff([first, *stops])

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class Network(Hook):
-  """Adds up the bytes that training sends, without evaluations, checkpoints and connecting.
+  """Adds up the bytes sent by training, excluding evaluations, checkpoints and connection setup.
 
-  It does nothing unless a launcher names the counters. With counters, dispatches do not overlap
-  with the host's work, and each waits until the counters are at rest. Process 0 reads for all.
+  It does nothing unless a launcher provides the counters. With counters, dispatches do not overlap
+  with the host's work, and each waits until the counters stop changing. Process 0 reads for all.
   """
 
   def __init__(self, main: bool):
@@ -31,7 +31,7 @@ class Network(Hook):
 
   @contextlib.contextmanager
   def around(self, run: "BaseRun", first: int, last: int) -> Iterator[None]:
-    """The first dispatch of the process is not counted: during it the hosts connect."""
+    """Counts a dispatch, except the process's first one, in which the hosts connect."""
     if self._counters is None:
       yield
       return
@@ -46,7 +46,7 @@ class Network(Hook):
     self._first = False
 
   def row(self, step: int) -> dict[str, Any]:
-    """Columns of the row at a dispatch's last step: bytes so far, host by host."""
+    """Columns of the row at a dispatch's last step: bytes so far, per host."""
     found = self._after.pop(step, None)
     if found is None:
       return {}
@@ -54,7 +54,7 @@ class Network(Hook):
     return {f"kernel_{name}": columns[name] for name in ("tx_bytes", "rx_bytes")}
 
   def summary(self) -> dict[str, Any]:
-    """For `wire` of the summary: means per step, host by host."""
+    """Entries of `wire` in the summary: means per step, per host."""
     if not self._steps:
       return {}
     return {"kernel_bytes_per_step_per_host": counters.per_step(self._sum, self._steps)}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Profile(Hook):
-  """Writes one profile; says so if there was no second dispatch."""
+  """Writes one profile; reports if there was no second dispatch."""
 
   def __init__(self, folder: Path):
     self._folder, self._dispatches = folder, 0

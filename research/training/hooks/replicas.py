@@ -1,4 +1,4 @@
-"""Compares the devices' copies of everything that should be equal, bit for bit."""
+"""Checks that replicated state is bitwise equal on all devices."""
 
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class ReplicasDiffer(Exception):
-  """Copies of what should be equal on all devices are not."""
+  """Copies of replicated state differ between devices."""
 
 
 class Replicas(Hook):
-  """Ends a run whose copies differ, at every `check_every` steps and at the end."""
+  """Compares the copies every `check_every` steps and at the end; ends the run if they differ."""
 
   def __init__(self, run: "BaseRun"):
     self.every = run.config.check_every
@@ -39,13 +39,13 @@ class Replicas(Hook):
 
 
 def replica_check(tree: Tree) -> Callable[[Tree], list[str]]:
-  """`differing(tree)`: names of the leaves whose copies on the devices are not bit-identical.
+  """Returns `differing(tree)`: the names of leaves whose copies are not bitwise equal.
 
-  Each device hashes what it holds; the hashes are compared along the mesh axes over which the leaf
-  is not cut. What is cut over all of them has no copies and is never named.
+  Each device hashes its part of a leaf. The hashes are compared along the mesh axes over which the
+  leaf is replicated. A leaf that is sharded over all axes has no copies and is never reported.
 
   Args:
-    tree: arrays in the shardings of those to be checked, on one mesh.
+    tree: arrays with the shardings of those to be checked, on one mesh.
   """
   names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
   mesh = jax.tree.leaves(tree)[0].sharding.mesh

@@ -1,4 +1,4 @@
-"""Saves checkpoints at every `checkpoint_every` steps and at the end, and restores the newest."""
+"""Saves checkpoints every `checkpoint_every` steps and at the end, and restores the newest."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,7 +20,7 @@ class Store(Protocol):
     """Saves a state; `now` becomes `saved_at`."""
 
   def restore(self, like: Any, warn: Callable[[str], None]) -> tuple[int, Any] | None:
-    """The step and the state of the newest whole checkpoint; None if nothing was ever saved."""
+    """The step and the state of the newest intact checkpoint; None if nothing was ever saved."""
 
   def latest(self) -> int | None:
     """The newest step saved, or None."""
@@ -33,16 +33,16 @@ class Store(Protocol):
 
 
 class Save(Hook):
-  """The checkpoints of a run, at least `checkpoint_seconds` apart by the first process's clock."""
+  """Saves a run, at most once per `checkpoint_seconds` by the clock of process 0."""
 
   def __init__(self, run: "BaseRun", store: Store):
     self.every, self._store = run.config.checkpoint_every, store
 
   def restore(self, run: "BaseRun") -> None:
-    """Puts a run at its newest whole checkpoint, if it has any.
+    """Restores a run from its newest intact checkpoint, if it has any.
 
     Raises:
-      CheckpointError: if there are checkpoints and none is whole.
+      CheckpointError: if there are checkpoints and none is intact.
     """
     found = self._store.restore(run.state, report.note)
     if found is not None:
@@ -50,14 +50,14 @@ class Save(Hook):
       report.note(f"resuming at step {run.step}")
 
   def kept(self) -> str:
-    """Which checkpoint is left, for messages."""
+    """Describes the remaining checkpoint, for messages."""
     latest = self._store.latest()
     return "no checkpoint was saved yet" if latest is None else f"checkpoint {latest} is kept"
 
   def on(self, run: "BaseRun", event: Event) -> Iterable[Event]:
     if isinstance(event, Stop):
       return self._last(run)
-    # the last step is evaluated first, so that its row says so
+    # the last step is evaluated first, so that its row has the evaluation
     is_last = run.reason or run.step == run.steps
     if isinstance(event, Rounds) and not is_last and run.due(event, self.every):
       seconds = run.timing.elapsed() - self._store.saved_at

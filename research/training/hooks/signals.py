@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Signals(Hook):
-  """Asks after every dispatch whether to stop; a run whose steps are done is not stopped."""
+  """Checks after every dispatch whether to stop; a run that has completed is not stopped."""
 
   def __init__(self):
     self._listening = contextlib.ExitStack()
@@ -35,16 +35,17 @@ class Signals(Hook):
 
 @contextlib.contextmanager
 def watch() -> Iterator[Callable[[], str]]:
-  """Gives `stopped()`: '' or the reason to stop, the same on all processes at the same call.
+  """Yields `stopped()`, which returns '' or the reason to stop, equal on all processes.
 
-  A single process handles SIGTERM and SIGINT itself; a second SIGINT ends it at once. Outside of
-  the main thread, where Python allows no handlers, nothing stops it. With several processes JAX's
-  preemption service receives SIGTERM on any of them and names the call at which all stop.
+  A single process handles SIGTERM and SIGINT itself; a second SIGINT ends it immediately. Outside
+  the main thread, where Python does not allow signal handlers, signals are not handled. With
+  several processes, JAX's preemption service receives a SIGTERM on any of them and determines the
+  call at which all of them stop.
   """
   if jax.process_count() > 1:
     from jax.experimental import multihost_utils
 
-    call = itertools.count()  # the service expects consecutive numbers, one at each chance to stop
+    call = itertools.count()  # the service expects consecutive numbers, one per call
     yield lambda: "terminated" * multihost_utils.reached_preemption_sync_point(next(call))
     return
   if threading.current_thread() is not threading.main_thread():
