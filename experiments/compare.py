@@ -81,7 +81,7 @@ def plan(config: Config, label: str, seeds: int) -> Contender:
 
   setting, spec = assemble.check(config), config.method
   if setting.method.one_by_one and FLAGS.link:
-    raise UsageError(f"--link='{FLAGS.link}': a server's pushes are no collectives, not predicted")
+    raise UsageError(f"--link='{FLAGS.link}': a server's pushes cannot be predicted")
   stem = f"{config.out or OUT}/{folder_name(spec)}"
   configs = [
     config.replace(seed=seed, out=f"{stem}-seed={seed}")

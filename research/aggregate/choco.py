@@ -54,7 +54,7 @@ class Choco(CodedGossip, name="choco"):
     if not self.topology.symmetric or self.topology.varying:
       raise ValueError(
         f"choco stores a sum over its neighbours, but '{self.topology.title}' is directed or "
-        "varies; take ring, torus, complete, star, or symmetric weights"
+        "varies; use ring, torus, complete, star, or symmetric weights"
       )
 
   def init(self, params):

@@ -91,7 +91,7 @@ class SumMean(Aggregator, name="sum_mean"):
     if not self.compressor.linear:
       raise ValueError(
         "sum_mean adds payloads, which only a linear compressor allows (identity, random_k, "
-        "count_sketch, hadamard of these); take gather_mean or two_phase"
+        "count_sketch, hadamard of these); use gather_mean or two_phase"
       )
 
   @property

@@ -73,7 +73,7 @@ class Gossip(Exchange, name="gossip"):
     if not self.topology.balanced:
       raise ValueError(
         "gossip finds the mean only if rows of the weights sum to one as columns do; on any other "
-        "directed graph take push_sum, or sgp for training"
+        "directed graph use push_sum, or sgp for training"
       )
 
   @property

@@ -169,5 +169,5 @@ def _check_axes(
   sizes = {axis: collectives.worker_count(axis) for axis in (slow, fast)}
   if fast in wire.axes_of(inner.aggregate, *args, axes=sizes):
     raise ValueError(
-      f"what hierarchical wraps talks over '{fast}' too; give it the slow axis, axis='{slow}'"
+      f"the aggregator inside hierarchical also uses '{fast}'; give it the slow axis, axis='{slow}'"
     )

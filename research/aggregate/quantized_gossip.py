@@ -30,7 +30,7 @@ class QuantizedGossip(CodedGossip):
     if self.topology.varying or not self.topology.balanced:
       raise ValueError(
         f"{self.title} takes a graph whose rows of weights sum to one in each round alike, and "
-        f"'{self.topology.title}' does not: take ring, torus, complete, star, or symmetric weights"
+        f"'{self.topology.title}' does not: use ring, torus, complete, star, or symmetric weights"
       )
 
   def aggregate(self, tree, state, key, presence=EVERYONE):

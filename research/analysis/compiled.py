@@ -216,5 +216,5 @@ def _axes(program: _Program, exchange: _Exchange) -> tuple[str, ...]:
   width = int(np.prod([program.mesh[axis] for axis in axes]))
   whole = sorted(i for group in exchange.groups for i in group) == sorted(exchange.among)
   if not whole or any(len(group) != width for group in exchange.groups):
-    raise ValueError(f"workers talk in groups {exchange.groups}, which are no axes of the mesh")
+    raise ValueError(f"device groups {exchange.groups} are not axes of the mesh")
   return axes

@@ -48,7 +48,7 @@ def parse_link(spec: str) -> LinkSpeed:
   rate, comma, latency = (part.strip() for part in spec.partition(","))
   bits = _quantity(rate, _BITS, "a bandwidth such as 100mbit")
   if bits == 0:
-    raise ValueError(f"'{one_line(rate, QUOTED)}' is no bandwidth: nothing would ever arrive")
+    raise ValueError(f"'{one_line(rate, QUOTED)}' is not a bandwidth above zero")
   return LinkSpeed(bits, _quantity(latency, _SECONDS, "a latency such as 20ms") if comma else 0.0)
 
 

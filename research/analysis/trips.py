@@ -65,7 +65,7 @@ def trip_count(loop: Any, computation: Computation, computations: Mapping[int, C
     if state == last or any(x is not None and not -(2**31) <= x < 2**31 for x in state.values()):
       break  # the state does not change, or may overflow
   where = loop.metadata.op_name or loop.name
-  raise ValueError(f"how often the loop '{where}' runs, in which workers talk, is not known")
+  raise ValueError(f"the loop '{where}' communicates, and its number of iterations is not known")
 
 
 def _carried(

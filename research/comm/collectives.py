@@ -69,13 +69,13 @@ def in_scope(axes: Axes = WORKER_AXES) -> tuple[str, ...]:
     raise ValueError(f"axis={list(names)} is empty or repeats an axis")
   if own and missing:
     raise NoAxis(
-      f"workers talk over mesh axis {' and '.join(map(repr, missing))}, which is not in scope; "
-      "call it inside shard_map, pmap or vmap(axis_name=...) over that axis"
+      f"workers communicate over mesh axis {' and '.join(map(repr, missing))}, which is not in "
+      "scope; call it inside shard_map, pmap or vmap(axis_name=...) over that axis"
     )
   if not found or (missing and names != WORKER_AXES):
     raise NoAxis(
-      f"workers talk over mesh axis {' and '.join(map(repr, missing))}, which this execution does "
-      f"not have; a mesh such as 'slice:2,data:4' has both, 'data:8' has 'data' alone"
+      f"workers communicate over mesh axis {' and '.join(map(repr, missing))}, which this "
+      "execution does not have; a mesh such as 'slice:2,data:4' has both, 'data:8' has 'data' alone"
     )
   return found
 

@@ -39,7 +39,7 @@ def detect_cluster(environ: Mapping[str, str]) -> str | None:
   if "SLURM_STEP_NODELIST" in environ:
     tasks = whole_number(environ.get("SLURM_NTASKS", "1"))
     if tasks is None:
-      raise ValueError(f"SLURM_NTASKS={quoted(environ['SLURM_NTASKS'])} is no whole number")
+      raise ValueError(f"SLURM_NTASKS={quoted(environ['SLURM_NTASKS'])} is not a whole number")
     if tasks > 1:
       return "slurm"
   hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES", "")
@@ -114,7 +114,7 @@ def _of_environment(environ: Mapping[str, str]) -> tuple[str, int, int]:
     return "", 0, -1
   for name, number in numbers.items():
     if whole_number(number) is None:
-      raise ValueError(f"goes with {name}={quoted(number)}, which is no whole number")
+      raise ValueError(f"needs a whole number in {name}={quoted(number)}")
   processes, process_id = map(int, numbers.values())
   return environ.get("JAX_COORDINATOR_ADDRESS", ""), processes, process_id
 
@@ -125,9 +125,9 @@ def _check_explicit(coordinator: str, processes: int, process_id: int) -> None:
   if not host or port is None or port > 65535:
     raise ValueError("not HOST:PORT of the first process")
   if processes < 1:
-    raise ValueError(f"goes with the number of processes, and --processes={processes}")
+    raise ValueError(f"needs the number of processes, but --processes={processes}")
   if not 0 <= process_id < processes:
-    raise ValueError(f"goes with --process_id in [0, {processes}), and it is {process_id}")
+    raise ValueError(f"needs --process_id in [0, {processes}), not {process_id}")
 
 
 def _check_port(host: str, port: int) -> None:

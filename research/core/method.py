@@ -31,7 +31,7 @@ class Local(Protocol):
 
 
 # Rejected by methods whose workers share one model.
-COMMON_MODEL = {Trait.LOCAL: "the workers' models would diverge permanently; take d_psgd"}
+COMMON_MODEL = {Trait.LOCAL: "the workers' models would diverge permanently; use d_psgd"}
 
 
 class Method(Wrapper):

@@ -147,7 +147,7 @@ def _of_package(folder: Path) -> Source:
 def _check_free(name: str, path: Path) -> None:
   taken = _file_of(name)
   if taken and Path(taken).resolve() != path:
-    raise ValueError(f"the name '{name}' is that of the module {taken}; rename the file")
+    raise ValueError(f"the name '{name}' is already that of the module {taken}; rename the file")
 
 
 def _of_module(text: str) -> Source:

@@ -23,7 +23,7 @@ from research.methods._steps import LocalStepping, LocalSteps, OneGradient, desc
 
 # Rejected by methods that average models among neighbours.
 AMONG_NEIGHBOURS = {
-  Trait.WEIGHTED: "a worker's steps would be weighted by its position in the graph; take sgp"
+  Trait.WEIGHTED: "a worker's steps would be weighted by its position in the graph; use sgp"
 }
 
 

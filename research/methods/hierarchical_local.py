@@ -109,4 +109,4 @@ def _check_fast(fast: Aggregator, tree: Tree, state: State, key: Key) -> None:
   args = jax.tree.map(struct, (tree, state, key))
   axes = {axis: collectives.worker_count(axis) for axis in WORKER_AXES}
   if _SLOW in wire.axes_of(fast.aggregate, *args, axes=axes):
-    raise ValueError(f"the fast aggregator talks over '{_SLOW}' too; give it axis='{_FAST}'")
+    raise ValueError(f"the fast aggregator also uses '{_SLOW}'; give it axis='{_FAST}'")

@@ -62,7 +62,7 @@ class SlowMo(OuterStepping, name="slow_mo"):
     check_rate(self.learning_rate)
     check_rate(self.slow_learning_rate, "slow_learning_rate")
     if callable(self.learning_rate) and not isinstance(self.period, int):
-      raise ValueError("a schedule of the learning rate goes with one period")
+      raise ValueError("a schedule of the learning rate requires a constant period")
 
   @cached_property
   def outer(self) -> optax.GradientTransformation:

@@ -102,7 +102,7 @@ class Stale(Around):
   def on_server(self):
     if not self.one_by_one:
       raise ValueError(
-        f"{self.spec_name} draws delays, and a server has those of its workers; take last_pull()"
+        f"{self.spec_name} draws delays, but a server has those of its workers; use last_pull()"
       )
     method, _ = self.method.on_server()
     return method, None if self.correction is NOTHING else self.correction

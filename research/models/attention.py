@@ -68,8 +68,8 @@ def splash(query: Array, key: Array, value: Array) -> Array:
   """
   if platform() != "tpu":
     raise ValueError(
-      f"attention='splash' is for TPUs, and this program is for a {platform()}; "
-      "'auto' takes what suits the platform"
+      f"attention='splash' is for TPUs, but this program is for a {platform()}; "
+      "'auto' selects what suits the platform"
     )
   if query.shape[1] % 128:
     raise ValueError(f"attention='splash' needs a length that 128 divides, not {query.shape[1]}")

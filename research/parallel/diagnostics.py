@@ -166,9 +166,9 @@ def columns(means: dict[str, float], gradient: float) -> dict[str, float]:
 
   "compression_error" is ||tree - sent||^2 / ||tree||^2 over all exchanges of all workers. The
   others are root mean squares over the workers: "memory_norm" is the norm of the aggregators'
-  memories, "model_spread" that of a worker's model minus the mean model at the end of the local phase,
-  "update_norm" that of the round's change of the model, and "gradient_norm" that of a worker's
-  mini-batch gradient.
+  memories, "model_spread" that of a worker's model minus the mean model at the end of the local
+  phase, "update_norm" that of the round's change of the model, and "gradient_norm" that of a
+  worker's mini-batch gradient.
 
   Args:
     means: squared norms by NAMES, means over the workers.

@@ -87,7 +87,7 @@ def constrained(job: Job) -> Job:
   method = job.method.onto(job.task.project)
   if method is None:
     raise ValueError(
-      "the task constrains its model to a convex set, which this method does not support; take "
+      "the task constrains its model to a convex set, which this method does not support; use "
       "data_parallel, local_sgd or consensus_admm, or one of them in averaged"
     )
   return job._replace(method=method, task=job.task._replace(project=None))

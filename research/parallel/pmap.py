@@ -26,9 +26,9 @@ def pmap(job: Job) -> Executor:
     ValueError: if the mesh has an axis other than `data` or does not fit the devices.
   """
   if set(job.axes) != {"data"}:
-    raise ValueError("pmap has one axis, 'data'; take --executor=spmd")
+    raise ValueError("pmap has one axis, 'data'; use --executor=spmd")
   if job.clients > 1 or jax.process_count() > 1:
-    raise ValueError("pmap serves all owners each round, in one process; take --executor=spmd")
+    raise ValueError("pmap serves all owners in each round, in one process; use --executor=spmd")
   mesh = meshes.device_mesh(job.axes)
   job, layout = resolved(job), workers.infer_layout(job)
   shardings = sharded.of_state(layout.state, mesh, ("data",))

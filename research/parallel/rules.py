@@ -42,14 +42,14 @@ def by_shape(sizes: Mapping[str, int], task: Task) -> dict[tuple[int, ...], Rule
     other, before = found.setdefault(leaf.shape, (name, place))
     if before != place:
       raise ValueError(
-        f"{name} and {other} are both {list(leaf.shape)} and are to be cut differently; give the "
+        f"{name} and {other} are both {list(leaf.shape)} but must be sharded differently; give the "
         "model other widths"
       )
   used = {axis for _, place in found.values() for axis in place.cut}
   idle = [axis for axis in sizes if axis != "fsdp" and axis not in used]
   if idle:
     stacked = ", whose layers are not stacked (transformer: scan=True)" * (idle[0] == "stage")
-    raise ValueError(f"'{idle[0]}' has nothing to cut in this model{stacked}; leave it out")
+    raise ValueError(f"'{idle[0]}' shards nothing in this model{stacked}; leave it out")
   return {shape: place for shape, (_, place) in found.items()}
 
 

@@ -102,7 +102,7 @@ def _check_inside(job: Job, mesh: Mesh, names: tuple[str, ...]) -> None:
     with blame.of_libraries():
       program = jax.make_jaxpr(loss)(*workers.of_loss(job)).jaxpr
     if job.axes.get("seq", 1) > 1 and not _lies_along("seq", program):
-      raise ValueError("'seq' has nothing to cut in this model; leave it out")
+      raise ValueError("'seq' shards nothing in this model; leave it out")
 
 
 def _lies_along(axis: str, program: core.Jaxpr) -> bool:

@@ -128,7 +128,7 @@ def infer_layout(job: Job) -> layouts.Layout:
   if is_partial and Trait.EVERYONE in traits(job.method):
     raise ValueError(
       "ef21 and diana accumulate every worker's messages, which is incompatible with dropout and "
-      "with a population; take error_feedback"
+      "with a population; use error_feedback"
     )
   if job.sampling_rate and any(jax.tree.leaves(layout.state)):
     raise ValueError("the method stores state per client, which --sampling_rate does not support")

@@ -230,7 +230,7 @@ class Served(Polled):
         self._start_worker(number)
     all_are_needed = self.config.server_mode in ("sync", "ssp")
     if self.gone and (all_are_needed or not self.workers):
-      raise UsageError(f"no worker may be missing: {self.gone[-1]}")
+      raise UsageError(f"all workers must take part: {self.gone[-1]}")
 
 
 def _named(kind: Any, *args: Any) -> Any:

@@ -59,7 +59,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[Event]]:
     head = json.loads(lines[0])
     shards = head["shards"]
   except (IndexError, ValueError, TypeError, KeyError):
-    raise ValueError(f"{path} is no trace of a server") from None
+    raise ValueError(f"{path} is not the trace of a server") from None
   start = head.get("from", 0)
   events = []
   for line in lines[1:]:
@@ -99,7 +99,7 @@ def check(events: Iterable[Event], shards: int, start: int = 0) -> None:
         done[push.worker] = (number + 1, first + push.steps)
     updates += event.counted
     if wrong:
-      raise ValueError(f"event {place} of the trace cannot be: {event}")
+      raise ValueError(f"event {place} of the trace is invalid: {event}")
 
 
 def staleness(events: Iterable[Event]) -> dict[int, int]:
@@ -130,7 +130,7 @@ class Trace:
       try:
         before, found = read(path)
       except ValueError as error:
-        report.note(f"the trace begins anew: {error}")
+        report.note(f"the trace starts again: {error}")
       else:
         if before["shards"] == head["shards"] and before.get("from", 0) <= update:
           head, self.kept = before, list(until(found, update))

@@ -116,14 +116,14 @@ def halves(method: Method, params: Params) -> Halves:
     if isinstance(error, NameError) and "axis" not in str(error):
       raise
     name = _name(method)
-    raise ValueError(f"{name} talks to the other workers outside its exchange") from error
+    raise ValueError(f"{name} communicates with other workers outside its exchange") from error
 
 
 def _traced(method: Method, correction: Any, params: Params) -> Halves:
   link = method.exchange.uplink
   if link is None:
     raise ValueError(
-      f"{_name(method.exchange)} is an exchange among workers; take mean(), gather_mean(C), "
+      f"{_name(method.exchange)} is an exchange among workers; use mean(), gather_mean(C), "
       "sum_mean(C) or error_feedback of these"
     )
   exchange = type(method.exchange)

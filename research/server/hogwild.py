@@ -44,7 +44,7 @@ class Hogwild(Polled):
     assert self.memory is not None
     counted, workers = self.state.counted, self.setup.workers
     if counted and len(counted) != workers:
-      raise UsageError(f"--workers={workers}: hogwild goes on with the {len(counted)} that it had")
+      raise UsageError(f"--workers={workers}: hogwild resumes with the {len(counted)} that it had")
     self.memory.model[:] = np.concatenate([x.ravel() for x in self.state.params.values()])
     self.memory.steps[:] = [row[1] for row in counted] or 0
     for worker in range(workers):

@@ -183,9 +183,9 @@ def replay(folder: Path, out: Path | None = None) -> dict[str, Any]:
     known = {name: value for name, value in stored.items() if name in Config.names()}
     config = Config(**known)
     if config.executor != "server":
-      raise ValueError("is no run with --executor=server")
+      raise ValueError("is not a run with --executor=server")
     if config.server_mode == "hogwild":
-      raise ValueError("is a run of hogwild, of which nobody knows the order")
+      raise ValueError("is a run of hogwild, whose order of updates is not recorded")
     setup = setups.setup(config, needs_ray=False)
     with blame.of_libraries():
       head, happened = events.read(folder / events.FILE)

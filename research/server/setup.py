@@ -97,7 +97,7 @@ def check(config: Config, needs_ray: bool = True) -> Method:
       raise ValueError("a server's pieces of work have one length: give the method one period")
     apart = _apart(method, {"x": jax.ShapeDtypeStruct((3, 2), jnp.float32)})
     if config.server_mode == "elastic" and not isinstance(apart.method, LocalStepping):
-      raise ValueError("elastic workers take local steps; take diloco or local_sgd")
+      raise ValueError("elastic workers take local steps; use diloco or local_sgd")
     if alone:
       _check_lock_free(config, apart)
   return method
@@ -151,11 +151,11 @@ def _check_lock_free(config: Config, apart: Halves) -> None:
   kept = any(map(holds, (apart.init, apart.own, apart.link.init)))
   is_plain = isinstance(apart.method, DataParallel) and types(sent) == types(example)
   if kept or not is_plain:
-    raise ValueError("hogwild adds gradients to one model; take plain sgd and mean()")
+    raise ValueError("hogwild adds gradients to one model; use plain sgd and mean()")
   if apart.correction is not None:
-    raise ValueError("hogwild knows of no staleness; take plain sgd and mean()")
+    raise ValueError("hogwild does not use staleness; use plain sgd and mean()")
   if apart.method.local_steps > 1 or config.shards > 1 or config.slowdown:
-    raise ValueError("hogwild goes with a period of one, one shard and no --slowdown")
+    raise ValueError("hogwild requires a period of one, one shard and no --slowdown")
 
 
 def slowdown(config: Config) -> Mapping[int, float]:
@@ -211,7 +211,7 @@ def setup(config: Config, needs_ray: bool = True) -> Setup:
   with flag("shards", config.shards):
     parts = work.cut(shapes, config.shards)
     if config.shards > 1 and work.looks_across(method, shapes, parts):
-      raise ValueError("the server's optimizer looks at all leaves at once; take --shards=1")
+      raise ValueError("the server's optimizer needs all leaves at once; use --shards=1")
   updates = _updates(config, method.local_steps, int(sizes.sum()), workers)
   keys = work.keys_of(config.seed)
   return Setup(config, job, apart, keys, shapes, parts, examples, task.test, updates)
@@ -222,7 +222,7 @@ def _updates(config: Config, period: int, examples: int, workers: int) -> int:
   if config.rounds:
     with flag("rounds", config.rounds):
       if config.epochs:
-        raise ValueError("goes without --epochs")
+        raise ValueError("cannot be combined with --epochs")
     return config.rounds
   if config.epochs:
     size = examples if config.batch_size == "all" else int(config.batch_size)

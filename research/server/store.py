@@ -102,7 +102,7 @@ class Store:
         if place.version != version:
           raise ValueError(f"it is version {place.version}, renamed")
       except (OSError, ValueError, KeyError) as error:
-        warn(f"checkpoint {version} is damaged and set aside as {version}.damaged: {error}")
+        warn(f"checkpoint {version} is damaged and was renamed to {version}.damaged: {error}")
         shutil.rmtree(folder / f"{version}.damaged", ignore_errors=True)
         path.rename(folder / f"{version}.damaged")
         continue
@@ -110,12 +110,13 @@ class Store:
         raise CheckpointError(f"checkpoint {version} in {folder} is of another model")
       if about["parts"] != self._parts:
         warn(
-          f"checkpoint {version} was saved with other shards: the server's optimizer begins anew"
+          f"checkpoint {version} was saved with other shards: the server's optimizer is "
+          "reinitialized"
         )
         place = place._replace(states=None)
       return version * self._period, place
     if found or (folder.is_dir() and list(folder.glob("*.damaged"))):
-      raise CheckpointError(f"none of the checkpoints in {folder} is whole")
+      raise CheckpointError(f"none of the checkpoints in {folder} is intact")
     return None
 
   def wait(self) -> None:

@@ -149,7 +149,7 @@ def kept(relative: str, make: Callable[[], str]) -> str:
     digest, _, content = path.read_bytes().decode(errors="replace").partition("\n")
     if digest == _sha256(content):
       return content
-    logging.getLogger(__name__).warning("%s is damaged and is made again", path)
+    logging.getLogger(__name__).warning("%s is damaged and is written again", path)
   content = make()
   try:
     with whole(path) as partial:

@@ -55,8 +55,8 @@ def network(model: Any) -> Network:
     return _made(model)
   kind = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
   raise ValueError(
-    f"model: {kind} is no module of Flax linen, Flax NNX or Equinox, and no function of a key that "
-    "makes one"
+    f"model: {kind} is neither a module of Flax linen, Flax NNX or Equinox nor a function of a "
+    "key that makes one"
   )
 
 
@@ -172,6 +172,6 @@ def _is_index(x: Any) -> bool:
 
 def _statistics(names: str) -> str:
   return (
-    f"the model has variables that are no parameters ({names}), such as BatchNorm's statistics; "
-    "workers would not agree about them: take a layer without, such as GroupNorm or LayerNorm"
+    f"the model has variables that are not parameters ({names}), such as BatchNorm's statistics; "
+    "they would differ between workers: use a layer without them, such as GroupNorm or LayerNorm"
   )

@@ -75,7 +75,7 @@ def supervised(
       raise ValueError(f"{name}={weight} is negative")
   for name in ("loss", "distance"):
     if name in (metrics or ()):
-      raise ValueError(f"metrics: '{name}' is the name of a metric of every task; take another")
+      raise ValueError(f"metrics: '{name}' is the name of a metric of every task; use another name")
   error = loss if callable(loss) else _of_labels(loss)
   own = {**metrics} if metrics else {}
   if loss in ("softmax", "logistic"):
@@ -206,13 +206,13 @@ def _check_arrays(part: str, examples: Batch) -> None:
   if not isinstance(examples, Mapping) or "x" not in examples:
     raise ValueError(f'{part}: not a dictionary with arrays "x" [N, ...], and "y" for labels')
   if "mask" in examples:
-    raise ValueError(f'{part}["mask"]: the name is that of the executors\' own mask; take another')
+    raise ValueError(f'{part}["mask"]: the name is reserved for a mask; use another name')
   for name, array in examples.items():
     for leaf in jax.tree.leaves(array):
       if not isinstance(leaf, np.ndarray):
         raise ValueError(f'{part}["{name}"] is a {type(leaf).__name__}, and no numpy array')
       if leaf.ndim == 0 or leaf.dtype == object:
-        raise ValueError(f'{part}["{name}"] is no array of examples: {leaf.dtype} {leaf.shape}')
+        raise ValueError(f'{part}["{name}"] is not an array of examples: {leaf.dtype} {leaf.shape}')
   counts = sorted({len(leaf) for leaf in jax.tree.leaves(examples)})
   if len(counts) != 1 or counts == [0]:
     raise ValueError(f"the arrays of examples have lengths {counts}; they need one, and examples")

@@ -165,7 +165,7 @@ def _check(task, method, model, mesh, executor, batch_size, steps, options, out)
   if steps == 0 and not others:
     raise UsageError("steps: give steps, rounds, epochs or virtual_seconds")
   if steps and others:
-    raise UsageError(f"steps={steps}: goes without {others[0]}")
+    raise UsageError(f"steps={steps}: cannot be combined with {others[0]}")
   if steps and not _is_count(steps):
     raise UsageError(f"steps={quoted(steps)}: not a whole number above 0")
   if out is None and (idle := [n for n in ("tensorboard", "profile") if options.get(n)]):

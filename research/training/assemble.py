@@ -284,12 +284,12 @@ def _steps(
   if config.virtual_seconds:
     with flag("virtual_seconds", config.virtual_seconds):
       if not virtual or config.rounds or config.epochs:
-        raise ValueError("needs --clock, and goes without --rounds and --epochs")
+        raise ValueError("needs --clock, and cannot be combined with --rounds or --epochs")
       return plan.steps(rounds_within(virtual, config.virtual_seconds))
   if config.rounds:
     with flag("rounds", config.rounds):
       if config.epochs:
-        raise ValueError("goes without --epochs")
+        raise ValueError("cannot be combined with --epochs")
     return plan.steps(config.rounds)
   if not config.epochs:
     with flag("steps", config.steps):
@@ -297,7 +297,7 @@ def _steps(
         period = plan.jobs[plan.stage(config.steps)].method.local_steps
         raise ValueError(
           f"does not end with a round of {period} steps; nearest: {plan.end(config.steps)}, "
-          "or take --rounds"
+          "or use --rounds"
         )
     return config.steps
   size = examples if config.batch_size == "all" else int(config.batch_size)

@@ -39,12 +39,12 @@ def check(config: Config, method: Method) -> None:
     UsageError: one line with the flag.
   """
   wrong = {
-    "batch_size": config.batch_size == "all" and "they are read batch by batch; take a number",
+    "batch_size": config.batch_size == "all" and "they are read batch by batch; give a number",
     "population": config.population and "clients would have examples of their own",
     "partition": called(config.partition) != "iid"
     and "they are dealt to the workers as they come: iid()",
     "tolerance": config.tolerance and "the gradient of the full objective is out of reach",
-    "method": (method.passes and "a worker has no examples of its own; take period= for epochs=")
+    "method": (method.passes and "workers have no examples of their own; use period=, not epochs=")
     or (method.one_by_one and "workers that are served one by one have examples of their own"),
   }
   for name, reason in wrong.items():

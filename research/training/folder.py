@@ -145,7 +145,7 @@ def check_prints(config: Config, folder: Path, made_of: Prints) -> None:
   if changed and not config.allow_changes:
     raise UsageError(
       f"--out='{folder}': holds a run of other {' and '.join(changed)} under the same flags; name "
-      "another folder, or go on with what is there now by --allow_changes"
+      "another folder, or continue with the changes by --allow_changes"
     )
 
 
@@ -162,7 +162,7 @@ def _refuse_differences(config: Config, folder: Path, path: Path) -> None:
   if changed and not config.allow_changes:
     raise UsageError(
       f"--out='{folder}': holds a run with other flags: {', '.join(changed)}; name another folder, "
-      f"or go on with the new flags by --allow_changes"
+      f"or continue with the new flags by --allow_changes"
     )
 
 
@@ -187,7 +187,7 @@ def finished(
     return None
   summary = _result(path)
   if summary is None:
-    note(f"{path} is not as a run writes it, and is made again")
+    note(f"{path} was changed, and is written again")
     return None
   whole = summary["steps"] >= steps
   if not unchanged(config, folder, made_of):
@@ -195,7 +195,7 @@ def finished(
       other = _changed_prints(folder, made_of) or ["flags"]
       raise UsageError(
         f"--out='{folder}': holds a run with other {' and '.join(other)} that has done its "
-        f"{summary['steps']} steps; give it more --steps to go on with, or name another folder"
+        f"{summary['steps']} steps; give more --steps to continue, or name another folder"
       )
     return None
   return summary if whole or summary["stopped_because"] == "converged" else None

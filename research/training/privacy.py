@@ -59,7 +59,7 @@ def spending(config: Config, job: Job, layout: Layout) -> Spent:
   found["delta"] = config.delta
   try:
     if not noisy:
-      raise _Uncounted("what adds the noise is no part of the method that its fields show")
+      raise _Uncounted("the method adds noise that its fields do not declare")
     if len(noises) < len(noisy):
       raise _Uncounted("what adds the noise is wrapped by what does not say how it is seen")
     if any(noise.noise == 0 for noise in noises):

@@ -64,7 +64,7 @@ def check(state: Any) -> None:
   for name, reach in reaches(state).items():
     if reach.share < _LEAST:
       raise ValueError(
-        f"{describe(name, reach)}; that is less than half of this model. Take a model whose "
+        f"{describe(name, reach)}; that is less than half of this model. Use a model whose "
         "matrices are leaves of two dimensions (scan=False), or another optimizer such as adamw"
       )
 

@@ -84,7 +84,7 @@ def partitioned(
     elif (name := called(config.partition)) in ("iid", "in_order", ""):
       by = np.zeros(count(task.train), np.int32)
     else:
-      raise ValueError(f"{name} sorts by labels, and the examples have none; take iid()")
+      raise ValueError(f"{name} sorts by labels, and the examples have none; use iid()")
     return stack(task.train, split(by, owners, config.seed))
 
 

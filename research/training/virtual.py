@@ -132,7 +132,7 @@ def rounds_within(run: Callable[[int], Virtual], seconds: float) -> int:
     rounds *= 2
     if rounds > MOST:
       end = run(MOST).at(MOST)
-      raise ValueError(f"{MOST:,} rounds end after {end:g} s; there are to be fewer")
+      raise ValueError(f"{MOST:,} rounds end after {end:g} s; use a shorter time")
   if not found:
     raise ValueError(f"the first round ends only after {run(1).at(1):g} s")
   return found

@@ -37,7 +37,7 @@ def test_a_link_is_a_bandwidth_and_a_latency(spec, link):
     ("mbit", "'mbit'", "mbit"),
     ("-1mbit", "'-1mbit'", "mbit"),
     ("nan mbit", "'nan mbit'", "mbit"),
-    ("0mbit", "'0mbit'", "no bandwidth"),
+    ("0mbit", "'0mbit'", "not a bandwidth"),
     ("20ms", "'20ms'", "mbit"),
     ("100mbit,", "''", "us, ms, s"),
     ("100mbit,20", "'20'", "us, ms, s"),

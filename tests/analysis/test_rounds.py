@@ -277,7 +277,7 @@ def test_a_run_whose_period_changes_goes_on_as_an_unbroken_one(tmp_path):
   ("changes", "words"),
   [
     ({"steps": 7, "method": STAGED}, "a round of 4 steps; nearest: 9"),
-    ({"rounds": 3, "epochs": 1.0}, "goes without --epochs"),
+    ({"rounds": 3, "epochs": 1.0}, "cannot be combined with --epochs"),
     ({"dropout": 1.0}, r"not in \[0, 1\)"),
     ({"delta": 0.0}, r"not in \(0, 1\)"),
     ({"population": 4}, "smaller than the cohort, the 8 workers"),

@@ -157,7 +157,7 @@ def test_choco_equals_numpy():
 @pytest.mark.parametrize(
   ("make", "words"),
   [
-    (lambda: gossip(one_way(4)), "take push_sum"),
+    (lambda: gossip(one_way(4)), "use push_sum"),
     (
       lambda: choco(int8(), topology.one_peer_exponential(), gamma=0.5),
       "'one_peer_exponential' is directed",

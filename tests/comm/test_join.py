@@ -84,7 +84,7 @@ def test_the_environment_of_a_launcher_is_taken(joined, port):
 @pytest.mark.parametrize(
   ("told", "message"),
   [
-    ({"JAX_NUM_PROCESSES": "2"}, "JAX_PROCESS_ID='', which is no whole number"),
+    ({"JAX_NUM_PROCESSES": "2"}, "needs a whole number in JAX_PROCESS_ID=''"),
     ({"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"}, "JAX_NUM_PROCESSES='two'"),
     ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "not HOST:PORT"),
   ],
@@ -169,8 +169,8 @@ join.initialize("127.0.0.1:{port}", 2, 0)
     (("", 2, 0), "not HOST:PORT"),
     (("", 0, 1), "not HOST:PORT"),
     (("node7:99", 0, 0), "--processes=0"),
-    (("node7:99", 2, -1), r"--process_id in \[0, 2\), and it is -1"),
-    (("node7:99", 2, 2), r"--process_id in \[0, 2\), and it is 2"),
+    (("node7:99", 2, -1), r"--process_id in \[0, 2\), not -1"),
+    (("node7:99", 2, 2), r"--process_id in \[0, 2\), not 2"),
   ],
 )
 def test_arguments_that_do_not_fit_together_are_refused(joined, arguments, message):

@@ -107,7 +107,7 @@ def test_settings_by_scale_and_by_hand():
     ({"rates": []}, "--set='rates=[]': not a list such as [0.1, 0.2]"),
     ({"rates": ["a"]}, "not a list such as [0.1, 0.2]"),
     ({"rates": [-1.0]}, "not a number from 0 on"),
-    ({"methods": ["SGD"]}, "what is compared goes with the scale"),
+    ({"methods": ["SGD"]}, "the compared methods depend on the scale"),
   ],
 )
 def test_refused_settings(given, said):

@@ -523,7 +523,7 @@ def test_bytes(name):
     ("method", "dc_asgd(0.1, mean(), constant(1), lam=-1.0)", "lam=-1.0 is not at least 0"),
     ("method", "dc_asgd(0.1, mean(), constant(1), decay=1.0)", r"decay=1.0 is not in \[0, 1\)"),
     ("method", "dc_asgd(0.1, mean(), constant(1), eps=0.0)", "eps=0.0 is not above 0"),
-    ("method", "asgd(sgd(0.1), gossip(ring()))", "take d_psgd"),
+    ("method", "asgd(sgd(0.1), gossip(ring()))", "use d_psgd"),
     (
       "method",
       "staleness_aware(data_parallel(sgd(0.1), mean()), constant(1), power=-1.0)",

@@ -500,7 +500,7 @@ def test_what_a_model_or_a_mesh_refuses():
     traffic(easgd(PLAIN, mean(), alpha=0.4), 1)
   with pytest.raises(ValueError, match="fragments=4 of a model that has 2 leaves"):
     traffic(streaming_diloco(PLAIN, ONE, mean(), fragments=4), 1)
-  with pytest.raises(ValueError, match="the fast aggregator talks over 'slice'"):
+  with pytest.raises(ValueError, match="the fast aggregator also uses 'slice'"):
     traffic(hierarchical_local_sgd(PLAIN, mean(), SLOW), 1, SLICED)
   with pytest.raises(ValueError, match="'slice'"):
     traffic(METHODS["hierarchical"], 1)

@@ -502,5 +502,5 @@ def test_inputs_are_checked():
     ValueError, match=r"needs whole numbers \[batch, length\], got float32 \[2, 3\]"
   ):
     built().init(jax.random.key(0), np.zeros((2, 3), np.float32))
-  with pytest.raises(ValueError, match="'splash' is for TPUs, and this program is for a cpu"):
+  with pytest.raises(ValueError, match="'splash' is for TPUs, but this program is for a cpu"):
     logits(built(attention="splash"), drawn(built()), tokens())

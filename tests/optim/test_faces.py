@@ -111,7 +111,7 @@ def test_whole_methods_on_any_axis(name):
 
 
 def test_an_axis_that_is_not_there():
-  with pytest.raises(ValueError, match="workers talk over mesh axis 'batch'"):
+  with pytest.raises(ValueError, match="workers communicate over mesh axis 'batch'"):
     updates_of(aggregated(mean(), axis="batch"), "data")
   mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
   with pytest.raises(

@@ -111,7 +111,7 @@ def test_what_does_not_divide_is_refused(axes, changes, words):
 def test_shapes_that_are_alike_are_cut_alike():
   task = perceptron()
   init = lambda key: {"up": jnp.ones((4, 4)), "down": jnp.ones((4, 4))}
-  with pytest.raises(ValueError, match="to be cut differently"):
+  with pytest.raises(ValueError, match="must be sharded differently"):
     rules.by_shape({"model": 2}, task._replace(init=init))
 
 

@@ -366,7 +366,7 @@ def test_traces_that_cannot_be():
   ahead = [Event(0, (push._replace(versions=(1,)),))]
   skipped = [Event(0, (push._replace(number=1, first=2),))]
   for wrong in (twice, ahead, skipped, [Event(1, (push,))]):
-    with pytest.raises(ValueError, match="of the trace cannot be"):
+    with pytest.raises(ValueError, match="of the trace is invalid"):
       events.check(wrong, 1)
 
 
@@ -397,7 +397,7 @@ def test_checkpoints_are_whole_or_set_aside(tmp_path):
   place = found[1]
   assert (place.version, place.states) == (5, None)
   assert "9.damaged" in notes[0]
-  assert "begins anew" in notes[1]
+  assert "is reinitialized" in notes[1]
 
 
 def test_clipping_by_the_global_norm_wants_all_leaves():

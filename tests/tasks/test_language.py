@@ -232,7 +232,7 @@ def test_texts_are_read_as_they_are(tmp_path):
 @pytest.mark.parametrize(
   ("content", "options", "message"),
   [
-    (None, {}, "gone is no file"),
+    (None, {}, "gone is not a file"),
     (b"abc\xff" * 200, {}, "is not UTF-8: byte 3 is 0xff, invalid start byte"),
     ("abc", {}, "context=128 needs as many tokens to train on .* the text has 2 and 1"),
     (b"", {}, "the text has 0 and 0"),

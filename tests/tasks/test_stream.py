@@ -283,11 +283,11 @@ def test_processes_read_their_own_rows_and_nothing_is_compiled_anew(flags, compi
 @pytest.mark.parametrize(
   ("given", "message"),
   [
-    ({"batch_size": "all"}, "--batch_size='all': the task streams .* take a number"),
+    ({"batch_size": "all"}, "--batch_size='all': the task streams .* give a number"),
     ({"population": 8}, "--population=8: the task streams .* clients would have"),
     ({"partition": "sorted()"}, r"--partition='sorted\(\)': .* as they come: iid\(\)"),
     ({"tolerance": 0.1}, "--tolerance=0.1: .* the gradient of the full objective"),
-    ({"method": "fed_avg(sgd(0.1), mean(), epochs=1)"}, "--method=.* take period= for epochs="),
+    ({"method": "fed_avg(sgd(0.1), mean(), epochs=1)"}, "--method=.* use period=, not epochs="),
     ({"method": "asgd(sgd(0.1), mean())"}, "--method=.* served one by one"),
     ({"batch_size": 100}, "--batch_size=100: the task has 97 training examples"),
   ],
@@ -309,8 +309,8 @@ def test_what_is_no_stream_is_refused(tmp_path, monkeypatch):
   )
   cases = [
     (r"floats.npy holds float64 \[3\]", lambda: build("floats.npy", vocabulary=9)),
-    ("no.npy is no .npy file", lambda: build("no.npy", vocabulary=9)),
-    ("empty is no file, or an empty one", lambda: build("empty")),
+    ("no.npy is not a .npy file", lambda: build("no.npy", vocabulary=9)),
+    ("empty does not exist or is empty", lambda: build("empty")),
     ("a.gz is compressed, .* unpack it", lambda: build("a.gz")),
     ("some.npy holds tokens: say by vocabulary=V", lambda: build("some.npy")),
     ("context=200 needs one token more .* the file has 135 and 15", lambda: build(context=200)),

@@ -204,8 +204,8 @@ def test_noise_is_counted_whatever_it_is_called(plugin):
   for method, reason in (
     ("data_parallel(sgd(0.1), kept_apart())", "does not say how it is seen"),
     ("data_parallel(sgd(0.1), bucketed(kept_apart()))", "does not say how it is seen"),
-    ("data_parallel(sgd(0.1), concealed())", "no part of the method that its fields show"),
-    ("opaque()", "no part of the method that its fields show"),
+    ("data_parallel(sgd(0.1), concealed())", "noise that its fields do not declare"),
+    ("opaque()", "noise that its fields do not declare"),
   ):
     found = read(method)
     assert found.epsilon is None

@@ -65,7 +65,7 @@ def test_an_edited_summary_is_not_shown(edited, out, capsys):
   changed = {name: x for name, x in (before | edited).items() if x is not ...}
   (out / "summary.json").write_text(json.dumps(changed))
   assert folders.finished(RUN, out, 4) is None
-  assert "is not as a run writes it, and is made again" in capsys.readouterr().err
+  assert "was changed, and is written again" in capsys.readouterr().err
 
 
 def test_an_edited_summary_is_made_again(out):
@@ -110,7 +110,7 @@ def test_a_renamed_checkpoint_is_set_aside(out, capsys):
   (out / "checkpoints" / "4").rename(out / "checkpoints" / "6")
   assert train(out, steps=8, allow_changes=True)["steps"] == 8
   told = capsys.readouterr().err
-  assert "checkpoint 6 is damaged and set aside as 6.damaged: it is that of step 4, renamed" in told
+  assert "checkpoint 6 is damaged and was renamed to 6.damaged: it is that of step 4" in told
   assert "resuming at step 2" in told
 
 

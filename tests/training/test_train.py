@@ -421,7 +421,7 @@ def test_a_loss_that_is_not_finite_ends_the_run():
     ({"clip_norm": "a"}, "^clip_norm='a': not a number"),
     ({"steps": 0}, "^steps: give steps, rounds, epochs or virtual_seconds"),
     ({"steps": 4}, "^steps=4: does not end with a round of 5 steps; nearest: 5"),
-    ({"rounds": 4}, "^steps=60: goes without rounds"),
+    ({"rounds": 4}, "^steps=60: cannot be combined with rounds"),
     ({"executor": "server"}, "^executor='server': is only for the command"),
     ({"executor": "spmdd"}, "^executor='spmdd': unknown; did you mean 'spmd'"),
     ({"mesh": "dat:4"}, "^mesh='dat:4'"),
@@ -455,20 +455,20 @@ class Statistics(nnx.Module):
 @pytest.mark.parametrize(
   ("model", "data", "message"),
   [
-    (3, DATA, "model: int is no module of Flax linen, Flax NNX or Equinox"),
-    (Linen, DATA, "model: the class Linen is no module"),
+    (3, DATA, "model: int is neither a module of Flax linen, Flax NNX or Equinox"),
+    (Linen, DATA, "model: the class Linen is neither a module"),
     (lambda key: 3, DATA, "the function of a key made a int"),
-    (Statistics(), DATA, r"variables that are no parameters \(BatchStat\)"),
+    (Statistics(), DATA, r"variables that are not parameters \(BatchStat\)"),
     (
       eqx.nn.BatchNorm(6, "b", mode="ema"),
       DATA,
-      r"variables that are no parameters \(StateIndex\)",
+      r"variables that are not parameters \(StateIndex\)",
     ),
     (Linen(), X, 'train: not a dictionary with arrays "x"'),
     (Linen(), {"x": X.tolist(), "y": Y}, r'train\["x"\] is a float, and no numpy array'),
     (Linen(), {"x": X, "y": Y[:-1]}, r"lengths \[239, 240\]"),
     (Linen(), {"x": X}, 'the softmax loss needs labels "y"'),
-    (Linen(), {"x": X, "y": Y, "mask": Y}, "the name is that of the executors' own mask"),
+    (Linen(), {"x": X, "y": Y, "mask": Y}, "the name is reserved for a mask"),
   ],
 )
 def test_what_cannot_be_a_task_is_one_line(model, data, message):

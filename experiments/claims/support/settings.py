@@ -35,7 +35,7 @@ def _check(value: Any, like: Any) -> None:
   """Rejects a setting that is out of range or of another kind than the default."""
   if isinstance(like, list):
     if isinstance(like[0], str):
-      raise ValueError("what is compared goes with the scale and cannot be set")
+      raise ValueError("the compared methods depend on the scale and cannot be set")
     if not value or any(type(one) is not type(like[0]) for one in value):
       raise ValueError(f"not a list such as {like}")
     for one in value:

@@ -134,7 +134,7 @@ def random_tokens(
     ValueError: vocabulary is below 2, or model, context and length do not fit together.
   """
   if vocabulary < 2:
-    raise ValueError(f"vocabulary={vocabulary}: one token alone is no choice")
+    raise ValueError(f"vocabulary={vocabulary}: at least 2 tokens are needed")
   generator, kind = np.random.default_rng(seed), tokens.smallest(vocabulary)
   draw = lambda count: generator.integers(vocabulary, size=count, dtype=kind)
   part = lambda found: language.Text(found, max(1, round(len(found) * math.log2(vocabulary) / 8)))

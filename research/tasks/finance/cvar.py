@@ -194,7 +194,7 @@ def load(name: str = "stocks", data_dir: str = "") -> np.ndarray:
   if name == "stocks":
     path = files.find("stocks/stock_prices.csv", data_dir, URL, SHA256)
   elif not (path := paths.local(name)).is_file():
-    raise ValueError(f"{name!r} is no file, and the table that is known by name is 'stocks'")
+    raise ValueError(f"{name!r} is neither a file nor 'stocks'")
   lines, prices = price_table.read(path)
   whole = np.atleast_1d(~np.isnan(prices).any(1))
   both = whole[1:] & whole[:-1]

@@ -65,7 +65,7 @@ def load(name: str, data_dir: str = "") -> Market:
   else:
     path = paths.local(name)
     if not path.is_file():
-      raise ValueError(f"{name!r} is no file, and none of {', '.join(MARKETS)}")
+      raise ValueError(f"{name!r} is neither a file nor one of {', '.join(MARKETS)}")
   means, covariance = portfolio_files.read(path)
   try:
     check(covariance)

@@ -45,7 +45,7 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
   rows = _rows(path)
   columns = len(rows[0].cells) if rows else 0
   if columns < 2:
-    raise ValueError(f"{path} is no table of prices: it has no line 'DATE,PRICE,...'")
+    raise ValueError(f"{path} is not a table of prices: it has no line 'DATE,PRICE,...'")
   for line, cells in rows:
     if len(cells) != columns:
       raise texts.at(path, line, f"has {len(cells)} cells, and the first line {columns}")
@@ -55,7 +55,7 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
   for (before, first), (day, row) in itertools.pairwise(dated):
     if day == before:
       date = datetime.date.fromordinal(day)
-      raise texts.at(path, row.line, f"the day {date} is there already, in line {first.line}")
+      raise texts.at(path, row.line, f"the day {date} already appears in line {first.line}")
   prices = [[_price(path, row.line, cell) for cell in row.cells[1:]] for _, row in dated]
   lines = np.array([row.line for _, row in dated], int)
   return lines, np.array(prices, float).reshape(len(lines), columns - 1)

@@ -253,7 +253,7 @@ def _places(count: int) -> np.ndarray:
 def _read(path: str) -> str:
   place = paths.local(path)
   if not place.is_file():
-    raise ValueError(f"{path} is no file")
+    raise ValueError(f"{path} is not a file")
   return texts.read(place)
 
 

@@ -43,7 +43,7 @@ class TokenFile:
     """
     path = paths.local(path)
     if not path.is_file() or not path.stat().st_size:
-      raise ValueError(f"{path} is no file, or an empty one")
+      raise ValueError(f"{path} does not exist or is empty")
     if path.suffix in files.SUFFIXES[1:]:
       raise ValueError(f"{path} is compressed, and can only be read from its beginning; unpack it")
     self._stored, self._start, self._length = _contents(path)
@@ -82,7 +82,7 @@ def _contents(path: Path) -> tuple[np.dtype, int, int]:
     found = np.lib.format.open_memmap(path, mode="r")
   except _MALFORMED as error:
     reason = str(error).partition("\n")[0]
-    raise ValueError(f"{path} is no .npy file of integers ({reason})") from None
+    raise ValueError(f"{path} is not a .npy file of integers ({reason})") from None
   if found.ndim != 1 or found.dtype.kind not in "iu":
     raise ValueError(
       f"{path} holds {found.dtype} {list(found.shape)}, not tokens [N]: integers such as int32"

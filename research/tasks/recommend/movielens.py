@@ -110,7 +110,7 @@ def features(data_dir: str = "") -> Features:
 def _of_file(split: str) -> tuple[Ratings, Ratings]:
   path = paths.local(split)
   if not path.is_file():
-    raise ValueError(f"split={split!r} is no file, and none of {', '.join((*FOLDS, *COLD))}")
+    raise ValueError(f"split={split!r} is neither a file nor one of {', '.join((*FOLDS, *COLD))}")
   whole = _of_rows(_table(path))
   order = np.random.default_rng(0).permutation(len(whole.user))
   held_out = max(1, len(order) // _COLD_SHARE)

@@ -43,7 +43,7 @@ def load(name: str, data_dir: str) -> Graph:
   if name == "wiki-Vote":
     path = files.find("wiki-vote/wiki-Vote.txt", data_dir, WIKI_VOTE_URL, WIKI_VOTE_SHA256)
   elif not (path := paths.local(name)).is_file():
-    raise ValueError(f"{name!r} is no file, and the graph that is known by name is 'wiki-Vote'")
+    raise ValueError(f"{name!r} is neither a file nor 'wiki-Vote'")
   pairs = texts.parsed(path, _edge, comments="#%")
   if not pairs:
     raise ValueError(f"{path} has no edges")

@@ -89,7 +89,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
   magic, header = bytes([0, 0, 8, dimensions]), 4 * (1 + dimensions)
   if content[:4] != magic or len(content) < header:
     raise ValueError(
-      f"{path} is no IDX file of bytes in {dimensions} dimensions: "
+      f"{path} is not an IDX file of bytes in {dimensions} dimensions: "
       f"it starts with 0x{content[:4].hex()}, not 0x{magic.hex()}"
     )
   shape = np.frombuffer(content, ">u4", dimensions, 4).tolist()

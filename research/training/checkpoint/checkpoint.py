@@ -148,14 +148,14 @@ class Checkpoints:
         raise
       except Exception as error:  # a damaged file may make the reader raise anything
         reason = _line(error)
-        warn(f"checkpoint {step} is damaged and set aside as {step}.damaged: {reason}")
+        warn(f"checkpoint {step} is damaged and was renamed to {step}.damaged: {reason}")
         self._set_aside(step)
         continue
       for line in self._changes(step, like, plan):
         warn(line)
       return step, moves.rebuilt(moves.moved(found, plan.moves, like), like)
     if steps or list(self._folder.glob("*.damaged")):
-      raise CheckpointError(f"none of the checkpoints in {self._folder} is whole")
+      raise CheckpointError(f"none of the checkpoints in {self._folder} is intact")
     return None
 
   def _plan(self, step: int, like: TrainState) -> ReadPlan:
@@ -183,7 +183,7 @@ class Checkpoints:
       yield f"checkpoint {step}, saved on {plan.mesh}, is put on {here.mesh}"
     anew = sorted({here.leaves[name].name for name in set(moves.leaves_of(like)) - set(plan.moves)})
     if anew:
-      yield f"what belongs to the shards of {plan.mesh} alone starts anew: {_some(anew)}"
+      yield f"state that belongs to the shards of {plan.mesh} is reinitialized: {_some(anew)}"
 
   def _read(
     self, step: int, wanted: dict[str, jax.ShapeDtypeStruct], everywhere: Sharding

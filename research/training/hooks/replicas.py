@@ -34,7 +34,9 @@ class Replicas(Hook):
       with run.aside():
         names = self._differing(run.state)
       if names:
-        raise ReplicasDiffer(f"at step {run.step} the devices' copies differ of {', '.join(names)}")
+        raise ReplicasDiffer(
+          f"at step {run.step} the devices have different copies of {', '.join(names)}"
+        )
     return ()
 
 

@@ -37,7 +37,7 @@ class Costs:
     self.facts = facts(run.config, job, layout)
     self.reaches = reach.reaches(layout.state_shapes)
     if job.order is not None:
-      report.note("a server's pushes and pulls are no collectives: their bytes are not counted")
+      report.note("a server's pushes and pulls are not collectives: their bytes are not counted")
     if self.facts.note:
       report.note(self.facts.note)
     for name, reached in self.reaches.items():
