@@ -52,7 +52,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "Search": ("pagerank", "rank", "bm25", "cranfield"),
     "Finance": ("frontier", "cvar"),
     "Medicine": ("breast_cancer", "diabetes"),
-    "Recommending": ("movielens", "movielens_als", "movielens_federated"),
+    "Recommendation": ("movielens", "movielens_als", "movielens_federated"),
   },
 }
 
