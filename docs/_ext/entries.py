@@ -236,7 +236,7 @@ def _refusals(factory: type[Wrapper]) -> list[str]:
   if not factory.refuses or factory.refuses == Wrapper.refuses:
     return []
   rows = [[TRAITS[trait], _sentence(why)] for trait, why in factory.refuses.items()]
-  return ["**Refuses** an aggregator with one of these traits:", table(["trait", "reason"], rows)]
+  return ["**Rejects** an aggregator with one of these traits:", table(["trait", "reason"], rows)]
 
 
 def _sentence(text: str) -> str:
@@ -317,7 +317,7 @@ def refused_table() -> str:
     ]
     for names, trait, why in composition.refused()
   ]
-  return table(["wrapper or method", "refused trait of the aggregator", "reason"], rows)
+  return table(["wrapper or method", "rejected trait of the aggregator", "reason"], rows)
 
 
 def _combinations() -> str:

@@ -21,7 +21,7 @@ def presence_of(weight: float | Array, active: bool | Array) -> Presence:
 
 
 def weighted(tree: Tree, presence: Presence) -> Tree:
-  """Multiplies a tree by the worker's weight, in its dtypes; zero if the worker is absent.
+  """Multiplies a tree by the worker's weight, keeping its dtypes; zero if the worker is absent.
 
   Args:
     tree: this worker's arrays x_i.
