@@ -85,12 +85,12 @@ def terminated(number: int, frame: Any) -> NoReturn:
 
 
 def interrupted() -> NoReturn:
-  """Ends a command that got Ctrl-C when there was nothing to save."""
+  """Ends a command that was interrupted by Ctrl-C before there was anything to save."""
   fail(130, "interrupted before there was anything to save")
 
 
 def expected(error: Exception) -> int:
-  """Returns the exit code of an error that a run raises on purpose; 0 for any other error.
+  """Returns the exit code of an expected error of a run; 0 for any other error.
 
   Args:
     error: the exception.

@@ -177,14 +177,14 @@ def _frozen(value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-  """A value as written in a spec; arrays, and what was not built from a spec, in <>."""
+  """A value as written in a spec; arrays, and objects not built from a spec, in <>."""
   if type(value) is tuple:
     return f"[{', '.join(map(_shown, value))}]"
   if isinstance(value, _FUNCTIONS) or type(value).__repr__ is object.__repr__:
     name = str(getattr(value, "__name__", type(value).__name__))
     return f"<{name.strip('<>')}>"
   if hasattr(value, "_fields") and hasattr(value, "update") and "function" in repr(value):
-    return "<optimizer>"  # of optax: made of functions that know their arguments, and no name
+    return "<optimizer>"  # optax's own: functions with captured arguments and without a name
   if getattr(value, "shape", ()):
     return f"<array of shape {list(value.shape)}>"
   return repr(value)

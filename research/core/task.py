@@ -59,7 +59,7 @@ class Task(NamedTuple):
   by: Any = None  # numpy [examples] that partitions sort by, instead of "y"
   measured_on: str = ""  # the data that `measure` uses, such as "test"; "" if it uses none
   model: Callable[[Params], Any] | None = None  # the user's model with these parameters
-  title: str = "own task"  # in titles and summaries of a run that was given the task as an object
+  title: str = "own task"  # in titles and summaries of a run whose task is given as an object
 
 
 def loss_and_metrics(task: Task) -> Callable[[Params, Batch, Key], tuple[Array, Metrics]]:

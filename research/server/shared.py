@@ -40,7 +40,7 @@ def view(block: shared_memory.SharedMemory, parameters: int, workers: int) -> Me
 def run(config: Config, worker: int, name: str, parameters: int, given: actors.Inherited) -> None:
   """Takes steps until the run has all of them, `stop` is set, or the parent process has ended.
 
-  A step that has begun is finished: of W workers at most W - 1 steps exceed those of the run.
+  A step that has begun is finished, so up to W - 1 steps may exceed those of the run.
   A step reads the model while others write it, and writes only the coordinates where its update is
   not zero: few of them with sparse examples.
 

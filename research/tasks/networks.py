@@ -26,7 +26,7 @@ class Network(NamedTuple):
   init: Callable[[Key, Any], Params]  # (key, x [1, ...]) -> parameters
   # (params, x [batch, ...], key) -> outputs [batch, ...]; without a key dropout is off
   apply: Callable[[Params, Any, Key | None], Array]
-  # params -> a model of the user's class with them, whose dropout is off
+  # params -> a model of the user's class with these parameters and dropout off
   bound: Callable[[Params], Any]
 
 

@@ -71,8 +71,8 @@ def train(
     hooks: called with (run, event) for every event of the run, before the built-in hooks. A
       function stops the run by returning a reason; a `Hook` may also split dispatches.
     out: the run's folder; None writes no files.
-    progress: prints a line per evaluation on stderr, on a terminal a bar. Notes and warnings are
-      printed in any case.
+    progress: prints one line per evaluation on stderr, or a progress bar on a terminal. Notes and
+      warnings are always printed.
     **options: further fields of `Config`, such as eval_every=50 (steps), log_every=10 (steps),
       checkpoint_every=100 (steps), tolerance=1e-6 (norm of the full gradient), clip_norm=1.0.
 
@@ -173,7 +173,7 @@ def _check(task, method, model, mesh, executor, batch_size, steps, options, out)
 
 
 def _check_rest(seed: Any, hooks: Any, progress: Any) -> None:
-  """Rejects a seed, hooks or a switch of wrong types."""
+  """Rejects a seed, hooks or a switch of the wrong type."""
   if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31:
     raise UsageError(f"seed={quoted(seed)}: not a whole number in [0, 2^31)")
   if not isinstance(hooks, Sequence) or not all(isinstance(h, Hook) or callable(h) for h in hooks):

@@ -39,11 +39,11 @@ class Result:
 
   @functools.cached_property
   def model(self) -> Any:
-    """The user's model with the trained parameters, ready to predict: its dropout is off.
+    """The user's model with the trained parameters, ready to predict, with dropout off.
 
-    An NNX model is in its mode `eval`, and an Equinox model of single examples in inference mode; a
-    linen module is bound, so that it is called without variables. None for a task that is not of
-    such a model.
+    An NNX model is in `eval` mode, and an Equinox model, which takes single examples, in inference
+    mode. A linen module is bound to its parameters, so that it can be called directly. None if the
+    task was not built from such a model.
     """
     return self._model(self.params) if self._model else None
 
@@ -53,7 +53,7 @@ class Result:
     return report.read_rows(self.folder / "metrics.jsonl") if self.folder else self._rows
 
   def curve(self, name: str, against: str = "step") -> tuple[np.ndarray, np.ndarray]:
-    """Returns two columns of the metrics, from those rows that have both.
+    """Returns two columns of the metrics, from the rows that have both.
 
         steps, accuracy = result.curve("eval.accuracy")
         axes.plot(*result.curve("train_loss", against="bytes"))
@@ -67,7 +67,7 @@ class Result:
       The values of `against` and those of `name`, arrays [rows].
 
     Raises:
-      ValueError: if no row has such a column, with those that there are.
+      ValueError: if no row has such a column; the message lists the existing ones.
     """
     rows = [dict(_columns(row)) for row in self.metrics]
     legal = dict.fromkeys(column for row in rows for column in row)
@@ -106,7 +106,7 @@ class Result:
 
 
 def _columns(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-  """The numbers of a row by name; those of a group as "group.name"."""
+  """The numbers of a row by name; those in a group are named "group.name"."""
   for name, value in row.items():
     if isinstance(value, Mapping):
       yield from ((f"{name}.{inner}", x) for inner, x in value.items())

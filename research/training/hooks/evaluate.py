@@ -53,7 +53,7 @@ class Evaluate(Hook):
     self.initial = self._initial(run)
 
   def label(self, name: str) -> str:
-    """A metric's name after the data that it was measured on, as in "test accuracy"."""
+    """A metric's name, preceded by the data on which it was measured, as in "test accuracy"."""
     return report.metric_label(name, self.evaluated_on, self.measured_on)
 
   def on(self, run: "BaseRun", event: Event) -> Iterable[Event]:

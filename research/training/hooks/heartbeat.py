@@ -7,7 +7,7 @@ PLACE = "JOB_HEARTBEAT"  # environment variable with the path of the file
 
 
 def announce() -> None:
-  """Says that this process will beat: the launcher's file, last modified at time 0."""
+  """Announces heartbeats to the launcher: creates its file with modification time 0."""
   if place := os.environ.get(PLACE):
     Path(place).touch()
     os.utime(place, (0, 0))

@@ -66,7 +66,7 @@ def show_again(folder: Path, summary: Mapping[str, Any], *, told: bool = True) -
   Args:
     folder: the run's folder.
     summary: its summary.
-    told: whether it is reported.
+    told: whether to report it.
   """
   if not (folder / "loss.png").exists():
     loss_plot(folder, summary)

@@ -183,12 +183,12 @@ def note(line: str) -> None:
 
 
 def metric_label(name: str, evaluated_on: str, measured_on: Mapping[str, str]) -> str:
-  """Returns a metric's name after the data that it was measured on, as in "test accuracy".
+  """Returns a metric's name, preceded by the data on which it was measured: "test accuracy".
 
   Args:
     name: the metric.
     evaluated_on: the data of evaluations, "test" or "train".
-    measured_on: the data of the metrics that a task measures by itself, "" for none.
+    measured_on: for each metric that a task measures itself, its data; "" for none.
   """
   return f"{measured_on.get(name, evaluated_on)} {name}".strip()
 
