@@ -167,7 +167,7 @@ def conditions() -> Conditions:
   if FLAGS.recommend and not FLAGS.link and not FLAGS.clock:
     raise UsageError("--recommend: needs the link to recommend for, such as --link=100mbit,20ms")
   if FLAGS.compute_seconds and FLAGS.clock:
-    raise UsageError(f"--compute_seconds={FLAGS.compute_seconds}: --clock says it already")
+    raise UsageError(f"--compute_seconds={FLAGS.compute_seconds}: --clock already determines it")
   with flag("link", FLAGS.link):
     if FLAGS.link:
       cost.parse_link(FLAGS.link)
@@ -191,7 +191,7 @@ def main(argv: list[str]) -> None:
     from research.training.reports import report
 
     if FLAGS["method"].present:
-      raise UsageError(f"--method='{FLAGS.method}': goes into --methods here")
+      raise UsageError(f"--method='{FLAGS.method}': use --methods here")
     with flag("eval_every", config.eval_every):
       if not config.eval_every:
         raise ValueError("a comparison needs evaluations on the way")

@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
   if importlib.util.find_spec("libtpu") is None:
     fail(2, 'compiling for TPU chips needs their compiler: pip install -e ".[tpu]"')
   if FLAGS.executor != "spmd":
-    fail(2, f"--executor='{FLAGS.executor}': what is compiled for chips is spmd")
+    fail(2, f"--executor='{FLAGS.executor}': only spmd is compiled for chips")
   os.environ.update(ENVIRONMENT)
   with one_line_errors():
     out = results_folder("out", FLAGS.out) if FLAGS.out else None

@@ -201,8 +201,8 @@ def too_large(text: str, held: dict[str, int], axes: dict[str, int], target: Tar
   return (
     f"--mesh='{shown}': does not fit: {amount(needed)} for each of the chips of {target.topology}, "
     f"{amount(needed - target.chip.hbm)} more than its {amount(target.chip.hbm)}; most of it "
-    f"{largest} ({amount(parts[largest])}), of which a longer '{axis}' leaves less on a chip, such "
-    f"as '{axis}:{size}'{also}"
+    f"{largest} ({amount(parts[largest])}); a longer '{axis}' such as '{axis}:{size}' "
+    f"leaves less on a chip{also}"
   )
 
 

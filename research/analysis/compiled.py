@@ -79,7 +79,7 @@ def _devices(module: Any, expected: Iterable[int]) -> list[int]:
   """The program's devices in its order; for several slices, those of the first slice."""
   assignment = module.device_assignment
   if min(assignment.replica_count, assignment.computation_count) > 1:
-    raise ValueError("a program that is replicated and partitioned at once is not read")
+    raise ValueError("a program that is replicated and partitioned at once is not supported")
   ids = [i for part in assignment.computation_devices for i in part.replica_device_ids]
   found = ids if sorted(ids) == sorted(expected) else slices.devices_of_one(ids, expected)
   if not found:

@@ -59,5 +59,5 @@ def crossing(send: Any) -> tuple[str, list[list[int]]] | None:
     return _OPERATIONS[kind], [[start + n for start in starts] for n in numbers]
   groups = re.findall(r"\{(\d+(?:(?:,|->)\d+)*)\}", target)
   if not groups:
-    raise ValueError(f"the target {target!r} of '{send.name}' is not read")
+    raise ValueError(f"the target {target!r} of '{send.name}' is not supported")
   return _OPERATIONS[kind], [[int(i) for i in re.split(",|->", group)] for group in groups]

@@ -220,7 +220,7 @@ class _Reader:
       given = values.inside(eqn, inner)
       outputs = self.read(inner, given, runs * times)
     if name == "while" and len(self.transfers) > before:
-      raise ValueError("a collective stands in a loop whose length is not static")
+      raise ValueError("a collective is in a loop whose length is not static")
     is_call = name not in ("scan", "while") and len(outputs) == len(eqn.outvars)
     return outputs if is_call else unknown
 

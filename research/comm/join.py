@@ -149,7 +149,7 @@ def _wait_for(host: str, port: int) -> None:
       return
     except OSError as error:
       if time.monotonic() > until:
-        reason = f"process 0 was not there within {JOIN_SECONDS} s ({error.strerror or error})"
+        reason = f"process 0 was not reachable within {JOIN_SECONDS} s ({error.strerror or error})"
         raise ValueError(reason) from error
       time.sleep(0.1)
 
@@ -159,7 +159,7 @@ def _patience(waits: str) -> Iterator[None]:
   """Reports a long wait, and exits after JOIN_SECONDS, before JAX would abort the process."""
 
   def give_up() -> NoReturn:
-    print(f"error: {waits}, and not all came within {JOIN_SECONDS} s", file=sys.stderr, flush=True)
+    print(f"error: {waits}, not all joined within {JOIN_SECONDS} s", file=sys.stderr, flush=True)
     os._exit(2)
 
   note = lambda: print(waits, file=sys.stderr, flush=True)

@@ -101,7 +101,7 @@ def device_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -
     return Mesh(places, tuple(axes), axis_types=types)
   outer = next(iter(axes))  # slow links come first
   if axes[outer] % slices:
-    raise ValueError(f"'{shown}': '{outer}' does not divide among the {slices} slices there are")
+    raise ValueError(f"'{shown}': '{outer}' does not divide among the {slices} slices")
   fast = [size // slices if name == outer else size for name, size in axes.items()]
   slow = [slices if name == outer else 1 for name in axes]
   split = {"allow_split_physical_axes": True}

@@ -128,7 +128,7 @@ def _traced(method: Method, correction: Any, params: Params) -> Halves:
     )
   exchange = type(method.exchange)
   if defined_at(exchange, "uplink") > defined_at(exchange, "aggregate"):
-    raise ValueError(f"{_name(method.exchange)} aggregates otherwise than its uplink encodes")
+    raise ValueError(f"{_name(method.exchange)} does not aggregate what its uplink encodes")
   bare = method.over(_Bare)
   if not isinstance(bare.exchange, _Bare):
     raise ValueError(f"the aggregator of {_name(method)} is not one of its fields")
@@ -190,7 +190,7 @@ def _check_worker(found: Halves, state: State, shapes: Params, name: str) -> Non
   sent, after = jax.eval_shape(lambda *args: _round(found.method, *args), shapes, state, _key())
   alike = lambda tree: (jax.tree.structure(tree), [x.shape for x in jax.tree.leaves(tree)])
   if alike(sent) != alike(shapes):
-    raise ValueError(f"{name} sends something else than one array for each of the model's")
+    raise ValueError(f"{name} does not send one array for each array of the model")
 
   def run(grads, state, key):
     sent, after = _round(found.method, grads, state, key)
@@ -215,21 +215,21 @@ def _check_server(found: Halves, state: State, shapes: Params, name: str) -> Non
   shared, none = [not own for own in found.private], [False] * len(found.private)
   drawn = _reached(run, (False, shapes), (False, shapes), (none, state), (True, _key()))
   if any(drawn):
-    raise ValueError(f"{name} draws random numbers when it receives, and a server has no rounds")
+    raise ValueError(f"{name} draws random numbers in receive, but a server has no rounds")
   own = _reached(run, (False, shapes), (True, shapes), (found.private, state), (False, _key()))
   if any(_both(own, shared)):
     leaves = _names(state, _both(own, shared))
-    raise ValueError(f"what {name} keeps in common depends on a worker's own state: {leaves}")
+    raise ValueError(f"shared state of {name} depends on a worker's private state: {leaves}")
   received = _reached(run, (True, shapes), (True, shapes), (shared, state), (False, _key()))
   if any(_both(received, found.private)):
     leaves = _names(state, _both(received, found.private))
-    raise ValueError(f"a worker of {name} waits for what comes of its message: {leaves}")
+    raise ValueError(f"private state of {name} depends on the result of its message: {leaves}")
   program = jax.make_jaxpr(run)(shapes, shapes, state, _key()).jaxpr
   given = program.invars[2 * len(jax.tree.leaves(shapes)) :]
   changed = [a is not b for a, b in zip(program.outvars, given, strict=False)]
   if any(_both(changed, found.private)):
     leaves = _names(state, _both(changed, found.private))
-    raise ValueError(f"{name} changes a worker's own state after its exchange: {leaves}")
+    raise ValueError(f"{name} changes a worker's private state after its exchange: {leaves}")
   kept = _reached(run, (False, shapes), (False, shapes), (found.model, state), (False, _key()))
   if not all(after for after, model in zip(kept, found.model, strict=True) if model):
     raise ValueError(f"{name} replaces the model by the workers', which a server must not do")

@@ -193,7 +193,7 @@ def replay(folder: Path, out: Path | None = None) -> dict[str, Any]:
     checkpoints = store.Store(folder / "checkpoints", names, setup.parts)
     _, place = checkpoints.restore(None, report.note) or (0, None)
     if head.get("from"):
-      raise ValueError(f"has a trace from update {head['from']} on: there were other shards")
+      raise ValueError(f"has a trace that starts only at update {head['from']}: shards changed")
     if place is None or head["shards"] != setup.parts:
       raise ValueError("has no checkpoint to compare with, or other shards in its trace")
   counted = sum(event.counted for event in happened)

@@ -73,7 +73,7 @@ def _made(make: Callable[[Key], Any]) -> Network:
   if _is_module(model, "equinox"):
     return _equinox(make, model)
   raise ValueError(
-    f"model: the function of a key made a {type(model).__name__}, and no NNX or Equinox module"
+    f"model: the function of a key returned a {type(model).__name__}, not an NNX or Equinox module"
   )
 
 

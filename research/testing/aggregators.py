@@ -110,7 +110,7 @@ def absent(named: Named, axes: Mapping[str, int]) -> None:
   want = program(first, second, WEIGHTS, ~ABSENT)
   got = program(first, unknown(second), WEIGHTS, ~ABSENT)
   for name, aggregator in named.items():
-    says = "Nothing that an absent worker has reaches the others or its own state."
+    says = "An absent worker's values do not affect the others or its own state."
     require(same(got[name], want[name]), aggregator, says, "another result if it has NaN")
     value, before, after = got[name]
     finite = all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(value))
@@ -132,7 +132,7 @@ def _own_rows(aggregator: Aggregator, before: Any, after: Any) -> None:
     old, new = np.asarray(old), np.asarray(new)
     is_shared = (new == new[:1]).all()
     held = is_shared or (old[ABSENT] == new[ABSENT]).all()
-    says = "What an absent worker keeps for itself stays as it was."
+    says = "The private state of an absent worker does not change."
     require(held, aggregator, says, f"a change of state{jax.tree_util.keystr(path)}")
 
 
@@ -158,5 +158,5 @@ def equal(named: Named, axes: Mapping[str, int] = AXES) -> None:
     found = program(rows, (W * uneven / uneven.sum()).astype(np.float32), active)
     for name, aggregator in named.items():
       away = distance(found[name][1], found[name][0])
-      says = "Equal contributions give the same, however many workers send them with any weights."
+      says = "Equal contributions give that value, for any number and weights of workers."
       require(away <= 1e-5, aggregator, says, f"a difference of {away:.3g}, {present} present")

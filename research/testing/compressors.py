@@ -215,7 +215,7 @@ def finite(case: Case) -> None:
     arrives = np.asarray(jnp.isfinite(send(rows)).all(1))
     says = "A finite leaf is sent as finite numbers."
     require(arrives[:5][whole].all(), case.compressor, says, f"others, in {dtype.__name__}")
-    says = "Of a leaf with an element that is not finite, something that is not finite arrives."
+    says = "If a leaf has a non-finite element, so has the decoded leaf."
     lost = [f"{float(wrong[i])} at {int(at[i])}" for i in np.flatnonzero(arrives[5:])]
     require(not lost, case.compressor, says, f"nothing of {', '.join(lost)} in {dtype.__name__}")
 
@@ -237,7 +237,7 @@ def executions(case: Case) -> None:
   )
   for name, run in (("vmap", jax.vmap(one)), ("shard_map", sharded)):
     away = np.abs(np.asarray(jax.jit(run)(x, own)) - want).max() / np.abs(want).max()
-    says = f"Under {name} a worker sends what it sends alone."
+    says = f"Under {name}, a worker sends the same as on its own."
     require(away <= 1e-6, case.compressor, says, f"a difference of {away:.3g} of the largest")
 
 

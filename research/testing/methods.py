@@ -127,7 +127,7 @@ def _resumed(run: Running, named: Named) -> None:
   run.rounds(ROUNDS)
   saved = jax.device_get(run.state._replace(key=jax.random.key_data(run.state.key)))
   places = jax.tree.map(lambda x: x.sharding, run.state)
-  says = "Shapes, types and shardings of the state stay from round to round."
+  says = "Shapes, types and shardings of the state do not change from round to round."
   require(before == kinds(), subject, says, "a change")
   with _compilations() as compiled:
     whole = run.rounds(ROUNDS).state
@@ -137,7 +137,7 @@ def _resumed(run: Running, named: Named) -> None:
   run.state = jax.tree.map(jax.device_put, state, places)
   again = run.rounds(ROUNDS).state
   equal = jax.tree.map(lambda a, b: bool((a == b).all()), whole, again)
-  says = "Eight rounds are four and four from a copy of the state, bit for bit."
+  says = "Eight rounds equal four and four from a copy of the state, bit for bit."
   require(all(jax.tree.leaves(equal)), subject, says, "a difference")
 
 
@@ -170,7 +170,7 @@ def lost(named: Named, axes: Mapping[str, int] = AXES) -> None:
   want = program(first, second, WEIGHTS, ~ABSENT)
   got = program(first, unknown(second), WEIGHTS, ~ABSENT)
   for name, method in named.items():
-    says = "Nothing of a lost round reaches anybody."
+    says = "A lost round does not affect any worker."
     require(same(got[name], want[name]), method, says, "another state if its gradients are NaN")
     before, after, is_chunk = *got[name], _chunks(method)
     leaves = jax.tree_util.tree_leaves_with_path
@@ -181,7 +181,7 @@ def lost(named: Named, axes: Mapping[str, int] = AXES) -> None:
       for worker in np.flatnonzero(ABSENT):
         kept = (old[worker] == new[worker]).all()
         received = any((new[worker] == new[i]).all() for i in np.flatnonzero(~ABSENT))
-        says = "After a lost round a worker has what it had, or what the others received."
+        says = "After a lost round, a worker's state is unchanged, or what the others received."
         seen = f"a change of state{jax.tree_util.keystr(path)}"
         require(kept or received, method, says, seen)
 
@@ -248,5 +248,5 @@ def empty(named: Named) -> None:
   for name, (with_empty, without) in jax.jit(jax.vmap(both, axis_name="data"))(grads).items():
     pairs = zip(jax.tree.leaves(with_empty), jax.tree.leaves(without), strict=True)
     near = all(np.allclose(a, b, rtol=1e-5, atol=2e-6) for a, b in pairs)
-    says = "A round that nobody takes part in changes nothing."
+    says = "A round without participants changes nothing."
     require(near, named[name], says, "another state than without that round")

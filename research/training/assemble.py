@@ -198,7 +198,7 @@ def _check_local_phase(config: Config) -> None:
   if config.local_phase not in LOCAL_PHASES:
     raise ValueError(f"unknown; legal: {', '.join(LOCAL_PHASES)}")
   if config.local_phase != "auto" and config.executor != "simulate":
-    raise ValueError("is a choice of --executor=simulate; elsewhere every worker has a device")
+    raise ValueError("applies only to --executor=simulate; elsewhere every worker has a device")
 
 
 def _check_sampling(config: Config, workers: int) -> None:
@@ -215,8 +215,8 @@ def _check_sampling(config: Config, workers: int) -> None:
   most = min(population, math.ceil(expected + 6 * math.sqrt(expected * (1 - rate)) + 6))
   if workers < most:
     raise ValueError(
-      f"of {population} clients {expected:.0f} take part on average, and rarely up to {most}; "
-      f"--mesh='{config.mesh}' has places for {workers}"
+      f"on average {expected:.0f} of {population} clients take part, and rarely up to {most}; "
+      f"--mesh='{config.mesh}' has room for {workers}"
     )
 
 

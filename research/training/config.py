@@ -133,7 +133,7 @@ class Config:
   server_mode: str = option(
     "async",
     "When a server updates: async (on each push), ssp (the same, no worker more than --bound "
-    "ahead), sync (one push per worker), elastic (whoever is there), hogwild (shared memory, "
+    "ahead), sync (one push per worker), elastic (the workers present), hogwild (shared memory, "
     "no server).",
   )
   workers: int = option(0, "Worker processes of --executor=server; 0: the workers of --mesh.", 0)

@@ -42,8 +42,8 @@ def check(config: Config, method: Method) -> None:
     "batch_size": config.batch_size == "all" and "they are read batch by batch; give a number",
     "population": config.population and "clients would have examples of their own",
     "partition": called(config.partition) != "iid"
-    and "they are dealt to the workers as they come: iid()",
-    "tolerance": config.tolerance and "the gradient of the full objective is out of reach",
+    and "they are assigned to workers in order; use iid()",
+    "tolerance": config.tolerance and "the gradient of the full objective is not available",
     "method": (method.passes and "workers have no examples of their own; use period=, not epochs=")
     or (method.one_by_one and "workers that are served one by one have examples of their own"),
   }

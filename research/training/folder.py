@@ -144,8 +144,8 @@ def check_prints(config: Config, folder: Path, made_of: Prints) -> None:
   changed = _changed_prints(folder, made_of)
   if changed and not config.allow_changes:
     raise UsageError(
-      f"--out='{folder}': holds a run of other {' and '.join(changed)} under the same flags; name "
-      "another folder, or continue with the changes by --allow_changes"
+      f"--out='{folder}': holds a run with other {' and '.join(changed)} under the same flags; "
+      "name another folder, or continue with the changes by --allow_changes"
     )
 
 

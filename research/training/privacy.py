@@ -61,7 +61,7 @@ def spending(config: Config, job: Job, layout: Layout) -> Spent:
     if not noisy:
       raise _Uncounted("the method adds noise that its fields do not declare")
     if len(noises) < len(noisy):
-      raise _Uncounted("what adds the noise is wrapped by what does not say how it is seen")
+      raise _Uncounted("a noisy aggregator is inside one that does not declare what is visible")
     if any(noise.noise == 0 for noise in noises):
       raise _Uncounted("epsilon is infinite: noise=0 hides nothing")
     if len(noises) > 1:

@@ -282,7 +282,7 @@ def test_a_run_whose_period_changes_goes_on_as_an_unbroken_one(tmp_path):
     ({"delta": 0.0}, r"not in \(0, 1\)"),
     ({"population": 4}, "smaller than the cohort, the 8 workers"),
     ({"local_phase": "loop"}, "legal: auto, vmap, map"),
-    ({"local_phase": "map", "executor": "spmd"}, "a choice of --executor=simulate"),
+    ({"local_phase": "map", "executor": "spmd"}, "applies only to --executor=simulate"),
     ({"virtual_seconds": 3.0}, "needs --clock"),
     ({"clock": "steady(1.0)", "virtual_seconds": 0.5}, "the first round ends only after 1 s"),
     ({"clock": "steady([1.0, 2.0])"}, "those of 2 workers, and there are 8"),

@@ -157,7 +157,7 @@ join.initialize("127.0.0.1:{port}", 2, 0)
   )
   assert ended.returncode == 2
   waits = f"process 0 of 2 waits for others at 127.0.0.1:{port}"
-  assert ended.stderr.splitlines()[-1] == f"error: {waits}, and not all came within 1 s"
+  assert ended.stderr.splitlines()[-1] == f"error: {waits}, and not all joined within 1 s"
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_methods_are_trained_compared_and_found_again(command, tmp_path):
       "method 2 of 2: ",
     ),
     (["--methods=" + DENSE, "--mesh=rows:2"], "error: --mesh='rows:2': unknown axis"),
-    (["--methods=" + DENSE, "--method=" + DENSE], "goes into --methods"),
+    (["--methods=" + DENSE, "--method=" + DENSE], "use --methods"),
     (["--methods=" + DENSE, "--seeds=0"], "seeds"),
     (["--methods=" + DENSE, "--eval_every=0"], "--eval_every=0: "),
     (["--methods=" + DENSE, "--link=fast"], "--link='fast': 'fast' is not a bandwidth"),

@@ -36,12 +36,12 @@ REASONS = {
   "consensus_admm": "a worker of consensus_admm needs the server's .dual",
   "sparta": "the workers of sparta keep models of their own",
   "d_psgd": "d_psgd replaces the model by the workers'",
-  "dgd": "what dgd keeps in common depends on a worker's own state: .params",
-  "gradient_tracking": "sends something else than one array for each of the model's",
-  "extra": "what extra keeps in common depends on a worker's own state: .params",
+  "dgd": "shared state of dgd depends on a worker's private state: .params",
+  "gradient_tracking": "does not send one array for each array of the model",
+  "extra": "shared state of extra depends on a worker's private state: .params",
   "admm": "the workers of admm keep models of their own",
   "signum_vote": "majority_vote is an exchange among workers",
-  "demo": "a worker of demo waits for what comes of its message: .momentum",
+  "demo": "private state of demo depends on the result of its message: .momentum",
   "delayed": "delayed draws delays",
   "staleness_aware": "staleness_aware draws delays",
   "dc_asgd": "dc_asgd draws delays",
@@ -182,9 +182,9 @@ class Doubling(Mean, name="doubling"):
   [
     (Overriding(MOMENTUM, mean()), "exchanges more than one message per round"),
     (Resetting(MOMENTUM, mean()), "changes a worker's own state after its exchange: .inner"),
-    (Drawing(MOMENTUM, mean()), "draws random numbers when it receives"),
+    (Drawing(MOMENTUM, mean()), "draws random numbers in receive"),
     (Halving(MOMENTUM, mean()), "is computed from its state"),
-    (LocalSGD(MOMENTUM, Doubling()), "doubling aggregates otherwise than its uplink encodes"),
+    (LocalSGD(MOMENTUM, Doubling()), "doubling does not aggregate what its uplink encodes"),
   ],
 )
 def test_what_a_server_would_do_otherwise_is_refused(method, reason):

@@ -285,7 +285,7 @@ def test_processes_read_their_own_rows_and_nothing_is_compiled_anew(flags, compi
   [
     ({"batch_size": "all"}, "--batch_size='all': the task streams .* give a number"),
     ({"population": 8}, "--population=8: the task streams .* clients would have"),
-    ({"partition": "sorted()"}, r"--partition='sorted\(\)': .* as they come: iid\(\)"),
+    ({"partition": "sorted()"}, r"--partition='sorted\(\)': .* in order; use iid\(\)"),
     ({"tolerance": 0.1}, "--tolerance=0.1: .* the gradient of the full objective"),
     ({"method": "fed_avg(sgd(0.1), mean(), epochs=1)"}, "--method=.* use period=, not epochs="),
     ({"method": "asgd(sgd(0.1), mean())"}, "--method=.* served one by one"),
@@ -312,7 +312,7 @@ def test_what_is_no_stream_is_refused(tmp_path, monkeypatch):
     ("no.npy is not a .npy file", lambda: build("no.npy", vocabulary=9)),
     ("empty does not exist or is empty", lambda: build("empty")),
     ("a.gz is compressed, .* unpack it", lambda: build("a.gz")),
-    ("some.npy holds tokens: say by vocabulary=V", lambda: build("some.npy")),
+    ("some.npy contains tokens: give only their number, vocabulary=V", lambda: build("some.npy")),
     ("context=200 needs one token more .* the file has 135 and 15", lambda: build(context=200)),
     ("context=0 is not a positive", lambda: build(context=0)),
     (r"held_out=1.0 is not in \(0, 1\)", lambda: build(held_out=1.0)),

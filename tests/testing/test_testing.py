@@ -117,10 +117,10 @@ class Shrinking(Mean):
 
 
 AGGREGATORS = {
-  Leaking: "Nothing that an absent worker has reaches the others",
+  Leaking: "An absent worker's values do not affect the others",
   Own: r"All workers receive the same value; one that differs has Trait\.LOCAL",
   Widened: "The value has the structure, shapes and types of what a worker has",
-  Shrinking: "Equal contributions give the same",
+  Shrinking: "Equal contributions give that value",
 }
 
 
@@ -146,7 +146,7 @@ class Narrowing(DataParallel):
 
 
 def test_a_method_that_breaks_a_contract_is_named():
-  with pytest.raises(ContractError, match=r"^Hasty\(.*Nothing of a lost round reaches anybody"):
+  with pytest.raises(ContractError, match=r"^Hasty\(.*A lost round does not affect any worker"):
     check_method(Hasty(SGD, mean()))
   with pytest.raises(ContractError, match=r"The state has the structure, shapes and types that"):
     check_method(Narrowing(SGD, mean()))

@@ -202,8 +202,8 @@ def test_noise_is_counted_whatever_it_is_called(plugin):
     assert want.epsilon
     assert found.epsilon(10) == want.epsilon(10)
   for method, reason in (
-    ("data_parallel(sgd(0.1), kept_apart())", "does not say how it is seen"),
-    ("data_parallel(sgd(0.1), bucketed(kept_apart()))", "does not say how it is seen"),
+    ("data_parallel(sgd(0.1), kept_apart())", "does not declare what is visible"),
+    ("data_parallel(sgd(0.1), bucketed(kept_apart()))", "does not declare what is visible"),
     ("data_parallel(sgd(0.1), concealed())", "noise that its fields do not declare"),
     ("opaque()", "noise that its fields do not declare"),
   ):

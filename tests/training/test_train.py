@@ -382,7 +382,7 @@ def test_another_process_sees_the_same_code_and_its_changes(tmp_path):
   assert "complete" in script("# A comment.\n" + OWN)
   changes = ("WEIGHT = 1.0", "WEIGHT = 2.0"), ("jnp.square", "jnp.abs"), ("_a = 1.0", "_a = 2.0")
   for old, new in changes:
-    assert "holds a run of other code under the same flags" in script(OWN.replace(old, new))
+    assert "holds a run with other code under the same flags" in script(OWN.replace(old, new))
 
 
 def test_hooks_see_the_events_of_a_run_in_order(tmp_path):

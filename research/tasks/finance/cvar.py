@@ -199,7 +199,7 @@ def load(name: str = "stocks", data_dir: str = "") -> np.ndarray:
   whole = np.atleast_1d(~np.isnan(prices).any(1))
   both = whole[1:] & whole[:-1]
   if both.sum() < 2:
-    raise ValueError(f"{path} has no three days on which all stocks have prices")
+    raise ValueError(f"{path} does not have three days on which all stocks have prices")
   with np.errstate(over="ignore"):
     returns = prices[1:] / prices[:-1] - 1
     large = np.flatnonzero(both & ~np.isfinite(returns.astype(np.float32)).all(1))

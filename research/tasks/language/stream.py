@@ -154,7 +154,7 @@ def _source(path: str, tokenizer: str, vocabulary: int | None, share: float) -> 
   if Path(path).suffix == ".npy":
     if vocabulary is None or not 2 <= vocabulary < 2**31 or tokenizer != "bytes":
       raise ValueError(
-        f"{path} holds tokens: say by vocabulary=V how many there are, 2 to 2^31 - 1, and no more"
+        f"{path} contains tokens: give only their number, vocabulary=V, from 2 to 2^31 - 1"
       )
     return Source(TokenFile(path), vocabulary, None)
   if tokenizer == "bpe":

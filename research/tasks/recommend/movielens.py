@@ -144,7 +144,7 @@ def _table(path: Path) -> np.ndarray:
 
   table = np.array(texts.parsed(path, rating), float).reshape(-1, 3)
   if len(table) < 2:
-    raise ValueError(f"{path}: {len(table)} of the two ratings or more that are needed are there")
+    raise ValueError(f"{path}: {len(table)} ratings; at least two are needed")
   users, items = table[:, :2].max(0)
   rated = np.unique(table[:, 0])
   if users > len(rated):

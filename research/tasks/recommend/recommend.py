@@ -157,7 +157,7 @@ def measured(
   good = test.stars >= LIKED
   liked[test.user[good], test.item[good]] = True
   if not (liked & ~seen).any():
-    raise ValueError(f"no user gives {LIKED:g} stars to a test item: nothing is to be recommended")
+    raise ValueError(f"no user gives {LIKED:g} stars to a test item: there is nothing to recommend")
 
   def measure(params: Params) -> dict[str, Array]:
     stars = predict(jax.tree.map(jnp.asarray, params))
