@@ -179,7 +179,9 @@ class Wrapper(Part):
     """
     for trait, reason in self.refuses.items():
       if trait in traits:
-        raise ValueError(f"{self.title} does not go with what it wraps ({trait}): {reason}")
+        raise ValueError(
+          f"{self.title} cannot be combined with this aggregator ({trait}): {reason}"
+        )
 
 
 def _checked(aggregate: Callable[..., Aggregate]) -> Callable[..., Aggregate]:

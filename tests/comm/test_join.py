@@ -141,7 +141,7 @@ def test_a_process_waits_for_the_first_one(joined, port):
 
 def test_a_process_gives_up_where_there_is_no_first_one(joined, port, monkeypatch):
   monkeypatch.setattr(join, "JOIN_SECONDS", 0.2)
-  with pytest.raises(ValueError, match=r"not there within 0.2 s \(Connection refused\)"):
+  with pytest.raises(ValueError, match=r"not reachable within 0.2 s \(Connection refused\)"):
     join.initialize(f"127.0.0.1:{port}", 2, 1)
   assert joined == []
 
@@ -157,7 +157,7 @@ join.initialize("127.0.0.1:{port}", 2, 0)
   )
   assert ended.returncode == 2
   waits = f"process 0 of 2 waits for others at 127.0.0.1:{port}"
-  assert ended.stderr.splitlines()[-1] == f"error: {waits}, and not all joined within 1 s"
+  assert ended.stderr.splitlines()[-1] == f"error: {waits}, not all joined within 1 s"
 
 
 @pytest.mark.parametrize(

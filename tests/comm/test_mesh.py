@@ -119,7 +119,7 @@ def test_the_outermost_axis_crosses_the_slices(axes):
 
 def test_what_lies_inside_a_worker_never_crosses_slices():
   devices = [FakeDevice(i, i % 2) for i in range(8)]
-  with pytest.raises(ValueError, match="'data' does not divide among the 2 slices there are"):
+  with pytest.raises(ValueError, match="'data' does not divide among the 2 slices"):
     mesh.device_mesh({"data": 1, "fsdp": 8}, devices)
 
 

@@ -92,7 +92,7 @@ def test_what_is_replaced_is_checked_anew():
   assert Halved().replace(factor=0.25) == Halved(0.25)
   with pytest.raises(ValueError, match="factor=2 is not in"):
     Halved().replace(factor=2)
-  with pytest.raises(ValueError, match="does not go with what it wraps"):
+  with pytest.raises(ValueError, match="cannot be combined with this aggregator"):
     error_feedback(mean()).replace(inner=error_feedback(mean()))
   with pytest.raises(TypeError, match="Halved has no field fraction"):
     Halved().replace(fraction=0.5)
@@ -185,7 +185,9 @@ def test_parts_are_found_in_any_nesting(wrap):
   found = Choosing(wrap(inner))
   assert list(found.parts(type(inner))) == [inner]
   assert Trait.LOCAL in found.traits
-  with pytest.raises(ValueError, match=r"data_parallel does not go with what it wraps \(local\)"):
+  with pytest.raises(
+    ValueError, match=r"data_parallel cannot be combined with this aggregator \(local\)"
+  ):
     data_parallel(optax.sgd(0.1), found)
 
 

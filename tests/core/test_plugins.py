@@ -109,7 +109,7 @@ WRONG = {
   "a-b": "neither a module",
   "a-b.py": "'a-b' is not a name",
   "./pak": "no such file or package; did you mean '.*pack'",
-  "json.py": "the name 'json' is that of the module .*; rename the file",
+  "json.py": "the name 'json' is already that of the module .*; rename the file",
   "http://host/own.py": "URL",
   "clash.py": "'bf16' is research.compress.cast.bf16 already",
 }

@@ -100,7 +100,7 @@ def test_executions_agree(axes):
   ("axes", "changes", "words"),
   [
     ({"model": 3}, {}, "'model:3' does not divide the 8 of down [8, 4]"),
-    ({"model": 2}, {"rules": ()}, "'model' has nothing to cut"),
+    ({"model": 2}, {"rules": ()}, "'model' shards nothing"),
   ],
 )
 def test_what_does_not_divide_is_refused(axes, changes, words):

@@ -181,7 +181,7 @@ class Doubling(Mean, name="doubling"):
   ("method", "reason"),
   [
     (Overriding(MOMENTUM, mean()), "exchanges more than one message per round"),
-    (Resetting(MOMENTUM, mean()), "changes a worker's own state after its exchange: .inner"),
+    (Resetting(MOMENTUM, mean()), "changes a worker's private state after its exchange: .inner"),
     (Drawing(MOMENTUM, mean()), "draws random numbers in receive"),
     (Halving(MOMENTUM, mean()), "is computed from its state"),
     (LocalSGD(MOMENTUM, Doubling()), "doubling does not aggregate what its uplink encodes"),

@@ -430,7 +430,7 @@ WRONG = {
   "shards": ({"shards": 9}, "--shards=9: the model has 4 leaves"),
   "across": (
     {"shards": 2, "method": "asgd(chain(clip_by_global_norm(1.0), sgd(0.1)), mean())"},
-    "--shards=2: the server's optimizer looks at all leaves at once",
+    "--shards=2: the server's optimizer needs all leaves at once",
   ),
   "steps": ({"method": "local_sgd(sgd(0.1), mean(), period=7)"}, "nearest: 406"),
   "hogwild": (

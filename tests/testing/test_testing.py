@@ -61,7 +61,7 @@ COMPRESSORS = {
   Doubled: r"E \|\|C\(x\) - x\|\|\^2 <= 1 \|\|x\|\|\^2 for 40 elements. Seen: 4",
   Shifted: "Zero is sent as zero",
   NotLinear: "the sum of payloads is decoded to the sum",
-  Blind: "something that is not finite arrives. Seen: nothing of nan at 0",
+  Blind: "so has the decoded leaf. Seen: nothing of nan at 0",
 }
 
 

@@ -457,7 +457,7 @@ class Statistics(nnx.Module):
   [
     (3, DATA, "model: int is neither a module of Flax linen, Flax NNX or Equinox"),
     (Linen, DATA, "model: the class Linen is neither a module"),
-    (lambda key: 3, DATA, "the function of a key made a int"),
+    (lambda key: 3, DATA, "the function of a key returned a int"),
     (Statistics(), DATA, r"variables that are not parameters \(BatchStat\)"),
     (
       eqx.nn.BatchNorm(6, "b", mode="ema"),

@@ -39,7 +39,7 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     else:
       pair, value = _pair(fields, count)
       if pair in correlations:
-        raise ValueError(f"the correlation of assets {pair[0]} and {pair[1]} appears twice")
+        raise ValueError(f"the correlation of assets {pair[0]} and {pair[1]} is already given")
       correlations[pair] = value
 
   lines = texts.parsed(path, parse)
