@@ -210,7 +210,7 @@ def _axes(program: _Program, exchange: _Exchange) -> tuple[str, ...]:
   """The axes along which the groups of devices extend.
 
   Raises:
-    ValueError: if the groups are not all the lines, or planes, along some axes of the mesh.
+    ValueError: if the groups are not those that one or more axes of the mesh define.
   """
   axes = _differing(program, exchange.groups)
   width = int(np.prod([program.mesh[axis] for axis in axes]))

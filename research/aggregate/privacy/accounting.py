@@ -76,7 +76,7 @@ def spending(
 
   Given p = N_v(S), N_0(S) and N_{a_j}(S) are at least Phi(Phi^-1(p) - d), where d is |v| or
   |v - a_j| in deviations (Neyman and Pearson). These bounds are smallest for |v| = C and a_j = -v.
-  Half-lines attain all of them at once for the one-dimensional pair
+  All of them are attained at once by half-lines S for the one-dimensional pair
 
       (1 - q) N_{-C} + q N_C   from   (1 - q) N_{-C} + q N_0                                  (1)
 
