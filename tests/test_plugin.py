@@ -142,14 +142,14 @@ def test_its_objects_say_their_specs(kind, spec):
 
 
 REFUSED = {
-  "relaxed(0.5, gossip(ring()))": r"relaxed does not go with .* \(local\)",
+  "relaxed(0.5, gossip(ring()))": r"relaxed cannot be combined with .* \(local\)",
   "relaxed(0.5, sum_mean(fixed()))": "only a linear compressor",
   "relaxed(0.5, gather_mean(fixed(12)))": r"fixed\(12\): bits=12 is not 8 or 16",
   "relaxed(0.5, gather_mean(fixd()))": "unknown compressor 'fixd'; did you mean 'fixed'",
   "relaxed(0.5, mean(), period=0)": "period=0 is not at least 1",
   "relaxed('a', mean())": "learning_rate='a' is not a number",
   "relaxed(0.5, agreeing(2.0))": r"threshold=2.0 is not in \[0, 1\]",
-  "relaxed(0.5, error_feedback(agreeing()))": r"error_feedback does not go with .* \(selects\)",
+  "relaxed(0.5, error_feedback(agreeing()))": r"error_feedback cannot be combined with .* \(selects\)",
 }
 
 

@@ -93,7 +93,7 @@ def test_every_pair_is_refused_for_a_reason_or_runs(wrapper):
   for name in ENTRIES:
     why = refusal(wrapper, name)
     if why:
-      with pytest.raises(ValueError, match=f"{wrapper} does not go with .*: {why}"):
+      with pytest.raises(ValueError, match=f"{wrapper} cannot be combined with .*: {why}"):
         wrapped(wrapper, name)
     elif wrapper == "hierarchical" and name in SLICED and "hierarchical" in SLICED[name]:
       with pytest.raises(ValueError, match=r"mesh axis|also uses 'data'"):

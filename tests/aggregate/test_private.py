@@ -265,7 +265,9 @@ REFUSED = {
   "noise=-1 is not in": lambda: noisy(mean(), clip=1.0, noise=-1),
   "noise=1e.308 times clip=1.0 is not in": lambda: noisy(mean(), clip=1.0, noise=1e308),
   "noise=1e-20 times clip=1e-20 is not in": lambda: noisy(mean(), clip=1e-20, noise=1e-20),
-  "noisy does not go": lambda: noisy(noisy(mean(), clip=1.0, noise=1.0), clip=1.0, noise=1.0),
+  "noisy cannot be combined": lambda: noisy(
+    noisy(mean(), clip=1.0, noise=1.0), clip=1.0, noise=1.0
+  ),
   "quorum=4 is not in": lambda: shamir.share(jnp.zeros(1, jnp.uint32), 4, 3, jax.random.key(0)),
   "conversion='zcdp' is not in rdp": lambda: epsilon(1.0, 1.0, 1, 1e-5, "zcdp"),
   "rate=0 is not in": lambda: epsilon(1.0, 0, 1, 1e-5),

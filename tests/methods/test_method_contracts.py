@@ -34,7 +34,7 @@ def test_what_makes_no_sense_is_refused():
       for aggregator in pairs:
         rows = [row for row in composition.refused() if method in row[0]]
         reasons = tuple(why for _, trait, why in rows if trait in aggregator.traits)
-        with pytest.raises(ValueError, match="does not go with") as refused:
+        with pytest.raises(ValueError, match="cannot be combined with") as refused:
           build(method, aggregator)
         assert str(refused.value).endswith(reasons)
 
