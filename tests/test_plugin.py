@@ -149,7 +149,7 @@ REFUSED = {
   "relaxed(0.5, mean(), period=0)": "period=0 is not at least 1",
   "relaxed('a', mean())": "learning_rate='a' is not a number",
   "relaxed(0.5, agreeing(2.0))": r"threshold=2.0 is not in \[0, 1\]",
-  "relaxed(0.5, error_feedback(agreeing()))": r"error_feedback cannot be combined with .* \(selects\)",
+  "relaxed(0.5, error_feedback(agreeing()))": r"error_feedback cannot be combined .* \(selects\)",
 }
 
 
