@@ -16,8 +16,9 @@ def slow_except(quick: Iterable[Any], rows: Iterable[Any]) -> list[Any]:
   Returns:
     The rows in their order, for `pytest.mark.parametrize`.
   """
-  chosen = list(quick)
-  return [row if row in chosen else _slow(row) for row in rows]
+  chosen, table = list(quick), list(rows)
+  assert all(row in table for row in chosen), "the quick set names a row that is not in the table"
+  return [row if row in chosen else _slow(row) for row in table]
 
 
 def _slow(row: Any) -> Any:

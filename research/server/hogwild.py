@@ -74,12 +74,13 @@ class Hogwild(Polled):
       self.memory.stop[0] = 1
       for process in self.processes.values():
         process.join()
+    else:
+      self._look_at_processes()
     whole = bool(over) or int(self.memory.steps.sum()) >= to
     if whole:
       self.state = self._snapshot()
     else:
       self._look()
-      self._look_at_processes()
     self.reason = over
     return self._event(whole)
 

@@ -1,6 +1,5 @@
 """Builds the parts of a server run from its flags, identically in each of its processes."""
 
-import difflib
 import functools
 import hashlib
 import importlib.util
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.comm import mesh as meshes
-from research.core import plugins, registry, spec
+from research.core import checks, plugins, registry, spec
 from research.core.base import Params
 from research.core.method import Method
 from research.core.task import Batch
@@ -111,9 +110,7 @@ def legal(config: Config) -> None:
   """
   mode = config.server_mode
   if mode not in MODES:
-    near = difflib.get_close_matches(mode, MODES, 1)
-    hint = f"; did you mean '{near[0]}'?" if near else ";"
-    raise UsageError(f"--server_mode='{mode}': unknown{hint} legal: {', '.join(MODES)}")
+    raise UsageError(f"--server_mode='{mode}': {checks.unknown(mode, MODES)}")
   assemble.check_numbers(config)
   with flag("node_ip", config.node_ip):
     if config.node_ip != "localhost":

@@ -9,11 +9,11 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from research.core import paths, plugins
+from research.core import paths, plugins, registry
 from research.core.spec import parse
 from research.training.config import NAMED, OF_SERVER, Config, UsageError, flag
 from research.training.reports.report import closing_table, note, with_nan, write_json
@@ -93,10 +93,19 @@ def _check(config: Config, folder: Path) -> None:
 
 def note_missing_modules(folder: Path) -> None:
   """Says in one line which modules the run of a folder has imported and this process has not."""
-  here = {source.name for source in plugins.carried()}
   stored = (_stored(folder / "config.json") or {}).get(IMPORT, [])
-  if missing := [f"--import={name}" for name in stored if name not in here]:
-    note(f"the run in {folder} was made with {' '.join(missing)}")
+  if not _without(stored):
+    return
+  registry.load_installed()  # a name of an installed package needs no --import
+  if missing := _without(stored):
+    names = " ".join(f"--import={name}" for name in missing)
+    note(f"the run in {folder} was made with {names}")
+
+
+def _without(modules: Sequence[str]) -> list[str]:
+  """Those of the modules that have registered nothing in this process."""
+  here = {source.name for source in plugins.carried()}
+  return [name for name in modules if name not in here]
 
 
 def _stored(path: Path) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ import pytest
 from research.compress.cast import bf16
 from research.core import plugins, registry
 from research.core.base import Compressor
+from research.training import folder
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = """
@@ -142,6 +143,20 @@ def test_an_installed_package_is_imported_when_a_name_is_not_built_in(tmp_path, 
   assert "own" not in sys.modules
   assert registry.build("compressor", "rounded()")
   assert "own" in sys.modules
+
+
+def test_a_run_of_an_installed_package_asks_for_no_import(tmp_path, monkeypatch, capsys):
+  (tmp_path / "own.py").write_text(PLUGIN)
+  (tmp_path / "config.json").write_text('{"import": ["own"]}')
+  monkeypatch.syspath_prepend(tmp_path)
+  points: list[importlib.metadata.EntryPoint] = []
+  monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: points)
+  folder.note_missing_modules(tmp_path)
+  assert capsys.readouterr().err.endswith("was made with --import=own\n")
+  registry.load_installed.cache_clear()
+  points.append(importlib.metadata.EntryPoint("any", "own", registry.GROUP))
+  folder.note_missing_modules(tmp_path)
+  assert capsys.readouterr().err == ""
 
 
 def test_an_installed_package_that_fails_is_named(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 from research.analysis import chips
 from research.training.assemble import check
 from research.training.config import Config
+from research.training.folder import default_folder
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,6 +36,7 @@ def test_the_readme_shows_the_recorded_main_job():
   assert shown["steps per second"] == f"{summary['steps_per_second']:.0f}"
   sent = summary["wire"]["bytes_per_step_per_worker"]["data"]
   assert shown["bytes per step and worker over data"] == f"{sent:,.0f}"
+  assert shown["plot"] == f"{default_folder(Config())}/loss.png"
 
 
 def test_the_python_of_the_readme_gives_what_it_says():

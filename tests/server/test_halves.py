@@ -92,7 +92,7 @@ def test_one_worker_and_its_server_are_the_method(name):
 SPLIT = [n for n, m in METHODS.items() if m.splits and n not in SLICED]
 
 
-@pytest.mark.parametrize("name", slow_except(("local_sgd", "scaffold"), SPLIT))
+@pytest.mark.parametrize("name", slow_except(["local_sgd"], SPLIT))
 def test_sync_is_message_exchange_receive(name):
   """Bit for bit, also around another method; `message` keeps the structure of the state."""
   method = METHODS[name]

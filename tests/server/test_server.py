@@ -4,6 +4,7 @@ import asyncio
 import functools
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -533,6 +534,37 @@ def test_the_events_and_hooks_of_any_run_serve_a_server(lock_free, monkeypatch):
   steps = [row["step"] for row in rows]
   assert steps == sorted(set(steps))
   assert rows[-1]["gradient_norm"] < 1
+
+
+@pytest.mark.slow
+def test_a_dead_worker_of_hogwild_is_started_again_however_often_the_model_is_looked_at(
+  lock_free, monkeypatch
+):
+  """The other worker reaches an evaluation between any two looks at the memory."""
+  monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+  killed: list[int] = []
+
+  def kill(run: Any, event: Any) -> str | None:
+    if isinstance(event, Rounds) and not killed and run.memory.steps.min() > 0:
+      killed.append(run.step)
+      os.kill(run.processes[1].pid, signal.SIGKILL)
+    is_back = run.deaths["workers"] and run.processes[1].is_alive()
+    return "seen" if is_back or (killed and run.step > killed[0] + 20_000) else None
+
+  config = BASE.replace(
+    server_mode="hogwild",
+    workers=2,
+    task="libsvm('made', sparse=True)",
+    method="hogwild(1.0, mean(), bound=2)",
+    batch_size=4,
+    steps=10**6,
+    eval_every=1,
+    checkpoint_every=0,
+    data_dir=str(lock_free),
+    out=str(lock_free / "killed"),
+  )
+  summary, _ = driver.train(config, [kill])
+  assert summary["server"]["deaths"] == {"workers": 1}
 
 
 @pytest.mark.parametrize(
