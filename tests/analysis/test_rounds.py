@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from problems import EXECUTORS, Running, distance, regression
+from subset import slow_except
 
 from research.aggregate.mean import mean
 from research.analysis import wire
@@ -180,7 +181,7 @@ SENT = {
 }
 
 
-@pytest.mark.parametrize("method", SENT)
+@pytest.mark.parametrize("method", slow_except([*SENT][-2:], SENT))
 def test_bytes_of_rounds_read_in_pieces(method, monkeypatch):
   """Against a sum over rounds of what each is known to send, in any order of questions."""
   rounds, of_round = 43, [float(SENT[method](t)) for t in range(43)]

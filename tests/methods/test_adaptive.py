@@ -308,6 +308,7 @@ def test_all_of_them_train():
   assert max(errors.values()) <= 0.05, errors
 
 
+@pytest.mark.slow
 def test_marina_is_exact_where_compressed_descent_stalls():
   """The workers' objectives differ, so that their gradients do not vanish at the optimum."""
   task, optimum = apart()
@@ -322,6 +323,7 @@ def test_marina_is_exact_where_compressed_descent_stalls():
   assert errors["descent"] >= 0.01, errors
 
 
+@pytest.mark.slow
 def test_what_never_had_a_gradient_stays_where_it_is():
   """A feature that is always zero: its variance is, and a sign is not."""
   task = regression()
@@ -363,6 +365,7 @@ def test_when_zero_one_adam_talks():
   assert found.tolist() == [*range(45), 45, 47, 49, *range(51, 80, 4)]
 
 
+@pytest.mark.slow
 def test_what_is_private():
   """Momenta and what is kept of them; models, variances, estimates and counters are kept once."""
   private = {

@@ -12,6 +12,7 @@ import optax
 import pytest
 from problems import Running, distance, regression, split
 from side_by_side import regressions, side_by_side
+from subset import slow_except
 
 from research.aggregate.mean import mean
 from research.core import registry
@@ -400,7 +401,7 @@ LAWS = {
 }
 
 
-@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize("name", slow_except(["uniform"], LAWS))
 def test_laws_of_delay(name):
   """Never beyond the bound or the first model, in the right proportions, private, reproducible."""
   delays, law = LAWS[name]

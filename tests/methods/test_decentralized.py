@@ -203,6 +203,7 @@ def apart(shares: np.ndarray | None = None) -> tuple[Task, dict[str, np.ndarray]
   return task._replace(train=train), {"b": solved[-1], "w": solved[:-1]}
 
 
+@pytest.mark.slow
 def test_who_reaches_the_exact_optimum():
   """With a constant step size, every worker's model, where the workers' objectives differ."""
   exact = {

@@ -118,14 +118,14 @@ def test_sums_that_shard_map_has_made_are_refused(spec):
 @pytest.mark.parametrize(
   "build",
   [
-    lambda: aggregated(mean()),
+    pytest.param(lambda: aggregated(mean()), marks=pytest.mark.slow),
     lambda: optax.chain(
       optax.clip_by_global_norm(1.0),
       aggregated(registry.build("aggregator", "error_feedback(gather_mean(top_k(0.3)))")),
       optax.adam(0.1),
     ),
-    lambda: as_optax(METHODS["two_phase"]),
-    lambda: as_optax(METHODS["local_sgd"]),
+    pytest.param(lambda: as_optax(METHODS["two_phase"]), marks=pytest.mark.slow),
+    pytest.param(lambda: as_optax(METHODS["local_sgd"]), marks=pytest.mark.slow),
   ],
 )
 def test_state_lies_where_its_specs_say(build):

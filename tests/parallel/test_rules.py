@@ -54,7 +54,9 @@ def perceptron(**changes) -> Task:
   return task._replace(init=init, loss=loss, train=examples, test=None, rules=RULES, **changes)
 
 
-@pytest.mark.parametrize("sizes", [(2,), (2, 3), (3, 2, 2)])
+@pytest.mark.parametrize(
+  "sizes", [(2,), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in ((2, 3), (3, 2, 2)))]
+)
 def test_what_is_split_comes_back(sizes):
   """Leaves cut by every set of axes, in every order of dimensions."""
   axes = tuple(zip("abc", sizes, strict=False))

@@ -492,6 +492,7 @@ def test_hogwild_learns_and_leaves_nothing_behind(lock_free, monkeypatch):
   assert rows[-1]["step"] == summary["steps"]
 
 
+@pytest.mark.slow
 def test_the_events_and_hooks_of_any_run_serve_a_server(lock_free, monkeypatch):
   """A user's hook stops it; it goes on from where it was saved until it has converged."""
   monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")

@@ -71,6 +71,7 @@ def test_a_projection_meets_its_conditions():
     "consensus_admm(0.8, mean(), penalty=0.2, period=5)",
   ],
 )
+@pytest.mark.slow
 def test_the_least_variances_are_those_of_a_solver(method):
   with jax.enable_x64(True):
     task = frontier.of_market(market())

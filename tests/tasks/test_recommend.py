@@ -36,6 +36,7 @@ def run(task, method: str, rounds: int, workers: int, executor="simulate", batch
   return Running(built, executor, axes, sizes, batch, task=task).rounds(rounds)
 
 
+@pytest.mark.slow
 def test_factors_learn_and_predictions_are_what_they_say(table):
   task = recommend.movielens(table, factors=2, l2=0.01)
   before = task.measure(task.init(KEY))

@@ -160,6 +160,7 @@ def test_bm25_is_that_of_a_peer():
       np.testing.assert_allclose(row, want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_cranfield_and_its_bm25():
   """225 queries numbered by their order; scores in JAX are those of the index; MAP as stated."""
   folder = real("cranqrel")

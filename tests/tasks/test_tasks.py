@@ -424,6 +424,7 @@ def test_libsvm_reads_text(libsvm_task, name):
   close(task.loss(task.init(KEY), task.train, KEY), math.log(2))
 
 
+@pytest.mark.slow
 def test_libsvm_sparse_equals_dense(libsvm_task, tmp_path):
   (tmp_path / "set.t").write_text("+1 2:2\n-1 1:1 4:1\n")
   dense, sparse = (libsvm_task(BINARY, test="set.t", l2=0.1, sparse=s) for s in (False, True))

@@ -158,5 +158,6 @@ class Neighbourly(Own):
   adds = Trait.LOCAL
 
 
+@pytest.mark.slow
 def test_traits_decide_what_is_checked():
   check_aggregator(Neighbourly())

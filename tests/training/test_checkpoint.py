@@ -103,6 +103,7 @@ def test_another_number_of_workers_keeps_shared_leaves_and_the_mean_of_rows(name
   assert bool(fresh.rounds(1).metrics["finite"])
 
 
+@pytest.mark.slow
 def test_clients_keep_their_rows_when_the_cohort_changes(tmp_path):
   """Twelve clients served by four workers, then by six: rows go by client."""
   sizes = (20,) * 12
@@ -129,7 +130,7 @@ def damage(folder, how: str) -> None:
 
 # TensorStore's threads report a missing file to an event loop that has already given up.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("how", ["bits", "cut", "gone"])
+@pytest.mark.parametrize("how", slow_except(["bits"], ["bits", "cut", "gone"]))
 def test_damage_falls_back_to_the_checkpoint_before(how, tmp_path):
   run = Running(METHODS["adam"], "simulate", {"data": 8}, batch_size=None)
   saved(run, tmp_path, 2, 4)

@@ -4,6 +4,7 @@ import re
 
 import jax
 import pytest
+from subset import slow_except
 
 from research.training import assemble
 from research.training.config import Config
@@ -14,7 +15,11 @@ METHOD = "data_parallel(sgd(0.1, momentum=0.9), error_feedback(two_phase(int8())
 
 
 @pytest.mark.parametrize(
-  ("executor", "mesh"), [("spmd", "data:2,fsdp:2"), ("simulate", "data:4"), ("pmap", "data:4")]
+  ("executor", "mesh"),
+  slow_except(
+    [("spmd", "data:2,fsdp:2")],
+    [("spmd", "data:2,fsdp:2"), ("simulate", "data:4"), ("pmap", "data:4")],
+  ),
 )
 def test_it_says_what_lies_where(executor, mesh):
   config = Config(method=MEAN, executor=executor, mesh=mesh)

@@ -182,6 +182,7 @@ def test_a_complete_run_has_its_model_and_a_task_of_its_own_none(tmp_path):
   assert small(own, steps=5).model is None
 
 
+@pytest.mark.slow
 def test_progress_is_shown_unless_it_is_not_wanted(capsys, tmp_path):
   small(steps=20)
   assert "test accuracy" in capsys.readouterr().err
@@ -192,6 +193,7 @@ def test_progress_is_shown_unless_it_is_not_wanted(capsys, tmp_path):
   assert "complete" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_metrics_are_named_after_the_data_that_they_are_of(capsys, tmp_path):
   task = supervised(Linen(), DATA)
   measured = lambda params: {"rmse": jnp.sum(params["out"]["bias"] ** 2)}
@@ -212,6 +214,7 @@ def test_metrics_are_named_after_the_data_that_they_are_of(capsys, tmp_path):
     assert labels == ["train accuracy", shown.removeprefix(", ")]
 
 
+@pytest.mark.slow
 def test_a_curve_is_a_column_against_steps():
   result = small(steps=20, log_every=5, eval_every=10, diagnostics=True)
   steps, losses = result.curve("loss")
