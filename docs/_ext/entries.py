@@ -34,7 +34,7 @@ PAGES = {
   "speeds": "speeds",
   "partition": "partitions",
 }
-# What a trait says of an aggregator.
+# Meaning of each trait of an aggregator.
 TRAITS = {
   Trait.MEMORY: "stores leaves from round to round",
   Trait.VOTE: "sends signs without a scale",
@@ -65,7 +65,7 @@ def generate() -> None:
 
 
 def link(name: str, base: str = "") -> str:
-  """A name in backticks; a link to its entry if it is registered, or public.
+  """Returns a name in backticks, linked to its catalogue entry if it is registered.
 
   Args:
     name: the code between the backticks.
@@ -136,7 +136,7 @@ def _facts(kind: str, name: str, built: Any, spec: str) -> list[str]:
 
 
 def _overview() -> str:
-  """All compressors side by side, by the bytes that they send."""
+  """Lists all compressors, sorted by the bytes that they send."""
   rows = []
   for name in TABLE["compressor"]:
     spec = examples.of("compressor", name)
@@ -162,8 +162,8 @@ def _of_compressor(compressor: Compressor, spec: str) -> list[str]:
   ]
   shown = "; ".join(f"{name}: {'yes' if has else 'no'}" for name, has, _ in traits)
   return [
-    f"**Sends** {number(sent)} bytes for a leaf of 1,000,000 float32, which takes "
-    f"{number(facts.DENSE)}, by `{spec}`:",
+    f"**Sends** {number(sent)} bytes for a leaf of 1,000,000 float32 elements, which takes "
+    f"{number(facts.DENSE)} bytes, by `{spec}`:",
     table(["payload", "dtype", "shape", "bytes"], rows),
     f"**Properties** {shown}. A server accepts it in `gather_mean`"
     + (" and `sum_mean`." if compressor.linear else "."),
@@ -178,7 +178,7 @@ def _of_aggregator(aggregator: Aggregator, spec: str) -> list[str]:
   traits = [meaning for trait, meaning in TRAITS.items() if trait in aggregator.traits]
   parts = [
     f"**Sends** {number(sent.total)} bytes per worker and exchange, "
-    f"{_of_mean(sent.total)}, for a leaf of 1,000,000 float32 and {_workers(sent.axes)}, "
+    f"{_of_mean(sent.total)}, for a leaf of 1,000,000 float32 elements and {_workers(sent.axes)}, "
     f"by `{spec}`:",
     _traffic(sent.rows),
   ]
@@ -189,7 +189,7 @@ def _of_aggregator(aggregator: Aggregator, spec: str) -> list[str]:
 
 def _of_mean(sent: float) -> str:
   dense = 2 * 7 / 8 * facts.DENSE
-  return f"{sent / dense:.4g} times those of `mean()`"
+  return f"{sent / dense:.4g} times the bytes of `mean()`"
 
 
 def _workers(axes: Any) -> str:
@@ -215,7 +215,7 @@ def _traffic(rows: list[dict[str, Any]]) -> str:
 
 
 def _not_served(aggregator: Aggregator) -> str:
-  """Why workers of a server cannot send by an aggregator; '' if they can."""
+  """Says why a server's workers cannot push through an aggregator; '' if they can."""
   try:
     method = data_parallel(optax.sgd(0.1), aggregator)
   except ValueError as error:
@@ -225,14 +225,14 @@ def _not_served(aggregator: Aggregator) -> str:
 
 def _runs_on(why_not: str, axes: Any) -> str:
   own = "`simulate`, `spmd`"
-  own += " and `pmap`" if set(axes) == {"data"} else " (not `pmap`, which has one worker axis)"
+  own += " and `pmap`" if set(axes) == {"data"} else " (not `pmap`, which has only one worker axis)"
   if not why_not:
     return f"**Runs on** {own}, and on a `server`."
   return f"**Runs on** {own}. Not on a `server`: {docstrings.prose(why_not, link)}."
 
 
 def _refusals(factory: type[Wrapper]) -> list[str]:
-  """What a wrapper rejects, from its own class."""
+  """Lists what a wrapper rejects, read from its class."""
   if not factory.refuses or factory.refuses == Wrapper.refuses:
     return []
   rows = [[TRAITS[trait], _sentence(why)] for trait, why in factory.refuses.items()]
@@ -268,11 +268,11 @@ def _of_method(method: Method, spec: str) -> list[str]:
     )
   per = "" if steps == 1 else f" of {steps} local steps"
   if method.passes:
-    per = " (as many local steps as an epoch has)"
+    per = " (the local steps of its epochs)"
   why_not = facts.not_served(method)
   return [
-    f"**Sends** {amount}{per}, for a model of 1,000,000 float32 and {_workers(axes)}, by `{spec}`. "
-    f"`mean()` of a gradient sends {number(2 * 7 / 8 * facts.DENSE)} bytes.",
+    f"**Sends** {amount}{per}, for a model of 1,000,000 float32 parameters and {_workers(axes)}, "
+    f"by `{spec}`. `mean()` of a gradient sends {number(2 * 7 / 8 * facts.DENSE)} bytes.",
     _runs_on(why_not, axes),
   ]
 
@@ -308,7 +308,7 @@ def _optimizers() -> str:
 
 
 def refused_table() -> str:
-  """The rejected pairs of a wrapper and an aggregator, with reasons, from the code."""
+  """Lists the rejected pairs of a wrapper and an aggregator, with reasons, from the code."""
   rows = [
     [
       ", ".join(link(n) if n != "fsdp" else "a mesh with `fsdp`" for n in names),
@@ -326,7 +326,7 @@ def _combinations() -> str:
 
 
 def _claims() -> dict[str, list[str]]:
-  """The claims whose specs use a name, by name; names that most of them use are left out."""
+  """Maps each name to the claims that use it; names that most claims use are left out."""
   found: dict[str, list[str]] = {}
   names = {name for kind in TABLE.values() for name in kind}
   for claim, record in claims.records().items():

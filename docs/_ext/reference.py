@@ -22,12 +22,13 @@ _PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
   "training": (
     "Training",
     "`research.train` runs a method on a task and returns a `Result`. Every flag of the command "
-    "line is an argument by the same name.",
+    "line is an argument with the same name.",
     ("training", "tasks"),
   ),
   "core": (
     "Interfaces and registry",
-    "What a compressor, an aggregator, a method and a task are, and how specs become objects.\n\n"
+    "The interfaces of compressors, aggregators, methods and tasks, and the registry that turns "
+    "specs into objects.\n\n"
     "Signatures use these names: `Array` is a JAX array, `Key` a typed key of `jax.random.key`, "
     "`Tree` a pytree of arrays; `Params` and `State` are trees. A `Batch` is a dictionary of "
     "arrays `[examples, ...]`. `Axes` is a mesh axis or a sequence of them. A `Schedule` maps "
