@@ -13,9 +13,9 @@ from research.core import blame, checks
 from research.core.base import WORKER_AXES
 from research.core.text import QUOTED, listed, one_line, whole_number
 
-# Axes within a worker, slow links first. `stage` partitions the sequence of layers, `fsdp` shards
-# parameters and the batch, `expert` the experts of a mixture, `seq` the tokens of examples, and
-# `model` each layer.
+# Axes within a worker, slow links first. `stage` partitions the sequence of layers. The other axes
+# shard: `fsdp` shards the parameters and the batch, `expert` shards the experts of a mixture, `seq`
+# shards the tokens of examples, and `model` shards each layer.
 INNER_AXES = ("stage", "fsdp", "expert", "seq", "model")
 
 

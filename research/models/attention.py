@@ -110,7 +110,7 @@ def splash_kernel(query: Array, key: Array, value: Array, interpret: bool = Fals
   axes = activations.inner_axes()
   if not axes:
     return attend(query, key, value)
-  heads = activations.spec(key.shape, "fsdp", None, "model", None)  # divides the queries' too
+  heads = activations.spec(key.shape, "fsdp", None, "model", None)  # divides query heads too
   cut = jax.shard_map(
     attend, in_specs=(heads,) * 3, out_specs=heads, axis_names=set(axes), check_vma=False
   )

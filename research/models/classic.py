@@ -18,7 +18,7 @@ Model = Callable[[int], nn.Module]
 
 
 def linear(bias: bool = False, deviation: float = 0.0) -> Model:
-  """x W (+ b), for dense or sparse rows, see `Linear`.
+  """x W (+ b), for dense or sparse rows; see `Linear`.
 
   Args:
     bias: adds b, initially zero.

@@ -1,8 +1,8 @@
 """A Llama-style decoder language model, with presets of several sizes.
 
-RMSNorm before each part, rotary positions, grouped-query attention, SwiGLU or a mixture of experts,
-and a head that shares the embedding or has its own matrix. Parameters are float32; products are in
-`dtype`; norms, softmaxes, routers and logits are in float32.
+The model has RMSNorm before each part, rotary positions, grouped-query attention, SwiGLU or a
+mixture of experts, and a head that shares the embedding or has its own matrix. Parameters are
+float32; products are in `dtype`; norms, softmaxes, routers and logits are in float32.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,8 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
-# Named by their parameters with 32,000 outputs (150m), 128,256 (1b, 8b); tiny has 812k with 65.
+# Presets are named by their number of parameters with 32,000 outputs (150m) or 128,256 outputs (1b,
+# 8b). With 65 outputs, tiny has 812k parameters.
 PRESETS = {
   "tiny": Shape(4, 128, 4, 4, 352, True, 1e4, False),
   "150m": Shape(12, 1024, 8, 4, 2048, True, 1e4, True),
@@ -93,18 +94,19 @@ def transformer(
     experts_per_token: experts that compute a token's output.
     balance: weight of the load-balancing loss, see `experts.balance`.
     dtype: of products and activations, bfloat16 or float32.
-    remat: True recomputes a layer in its backward pass, "dots" all but products with weights.
+    remat: True recomputes a layer in its backward pass; "dots" recomputes all but products with
+      weights.
     scan: True compiles one layer, with stacked parameters layers/... [layers, ...]; False unrolls,
       with parameters layers_0/..., layers_1/...
     attention: auto, plain, dot_product (cuDNN's on a GPU) or splash (TPUs).
     over_seq: attention along a mesh's `seq`: auto, by_heads (two exchanges) or ring.
-    microbatches: of a worker's batch along a mesh's `stage`, see `pipeline.schedule`; 0: chosen
-      there.
-    repeats: how often a micro-batch passes through the stages, each time through layers / repeats:
-      the stacked layers are [repeats, layers / repeats, ...].
+    microbatches: number of micro-batches of a worker's batch along a mesh's `stage`; 0 lets
+      `pipeline.schedule` choose it.
+    repeats: how often a micro-batch passes through the stages, each time through layers / repeats
+      layers. The stacked layers are [repeats, layers / repeats, ...].
 
   Returns:
-    outputs -> module, for the number of tokens of the vocabulary.
+    outputs -> module, where outputs is the number of tokens in the vocabulary.
 
   Raises:
     ValueError: a name is unknown, or sizes do not fit together.
@@ -226,7 +228,7 @@ class Transformer(nn.Module):
 
     Args:
       stages: devices along `stage`.
-      examples: of a worker's batch.
+      examples: number of examples in a worker's batch.
       cut: devices over which each micro-batch should be sharded.
     """
     return pipeline.schedule(stages, examples, self.microbatches, self.repeats, cut)

@@ -1,4 +1,4 @@
-"""Staleness models: which past model a worker computes at, with delays in rounds.
+"""Staleness models: choose the past model that a worker computes at; delays are in rounds.
 
     x_{t - tau_i}    the model that worker i reads in round t
 
@@ -70,7 +70,7 @@ class Recent(NamedTuple):
 
 
 class RecentModels(Delays):
-  """Stores the last `longest` + 1 models; workers read one of them by a delay distribution.
+  """Stores the last `longest` + 1 models; a delay distribution chooses which one a worker reads.
 
   A client that is not sampled in a round keeps its last drawn delay.
   """

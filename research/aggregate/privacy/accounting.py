@@ -74,9 +74,9 @@ def spending(
 
       H_g(P, Q) = max_S P(S) - g Q(S) = max_S q N_v(S) - g q N_0(S) - (g - 1) A(S)
 
-  Given p = N_v(S), N_0(S) and N_{a_j}(S) are at least Phi(Phi^-1(p) - d), where d is |v| or
-  |v - a_j| in deviations (Neyman and Pearson). These bounds are smallest for |v| = C and a_j = -v.
-  All of them are attained at once by half-lines S for the one-dimensional pair
+  Given p = N_v(S), N_0(S) and N_{a_j}(S) are at least Phi(Phi^-1(p) - d), where d is |v| or |v -
+  a_j| in deviations (Neyman and Pearson). These bounds are smallest for |v| = C and a_j = -v.
+  Half-lines S attain all of these bounds at once for the one-dimensional pair
 
       (1 - q) N_{-C} + q N_C   from   (1 - q) N_{-C} + q N_0                                  (1)
 
@@ -87,7 +87,8 @@ def spending(
   which is the pair of Poisson sampling at rate q. Since H_{1/g}(P, Q) = 1 - 1/g + H_g(Q, P) / g,
   the two pairs bound both directions for all g > 0, and therefore every Renyi divergence, which is
   an integral of H_g over g. Renyi divergences add up over rounds, even if a round depends on the
-  outputs of earlier ones. The result is between Poisson sampling at rate 1/R and no sampling.
+  outputs of earlier ones. The result lies between that of Poisson sampling at rate 1/R and that of
+  no sampling.
 
   The bound requires that the sampling of a round is hidden. A client's tree must not depend on
   earlier samples except through published values (no per-client state), and other workers' trees
@@ -125,7 +126,7 @@ def spending(
 
 
 def _of_poisson(noise: float, rate: float) -> tuple[np.ndarray, np.ndarray]:
-  """Orders, and the Renyi divergences of a round with Poisson sampling.
+  """Returns orders, and the Renyi divergences of a round with Poisson sampling.
 
   For small rates the library computes a divergence as a difference of numbers near 1, which can
   round to zero or below; we raise it to the resolution of such a difference.
@@ -137,7 +138,7 @@ def _of_poisson(noise: float, rate: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _of_strata(noise: float, clients: int, orders: np.ndarray) -> np.ndarray:
-  """Upper bounds of a round's Renyi divergences [orders]: by pair (1) where P > Q, else by (2).
+  """Bounds a round's Renyi divergences [orders] from above: by pair (1) where P > Q, else by (2).
 
   With L = P/Q and f(t) = t^a - 1 - a (t - 1), E_Q L^a = 1 + E_Q f(L) [L > 1] + E_Q f(L) [L < 1],
   as integrals over x in deviations. L > 1 where x > C/2 in both pairs, with the second mirrored.
