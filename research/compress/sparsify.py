@@ -67,7 +67,7 @@ class Threshold(Compressor, name="threshold"):
       C(x)_i = x_i if |x_i| >= value, else 0
 
   Shapes are static, so the payload always has room = capacity n entries. If more elements reach the
-  threshold, the largest are sent; `reached` in the payload counts all that reached it. The
+  threshold, the largest are sent; `reached` in the payload counts all elements that reached it. The
   compressor is neither unbiased nor contractive with a constant: if nothing reaches the threshold,
   nothing is sent. An element's error is at most `value` if the payload has room; ||C(x) - x|| <=
   ||x|| always.
@@ -114,8 +114,8 @@ class RandomK(Compressor, name="random_k"):
       C(x)_i = x_i if i is in the support S(shared), else 0,   P(i in S) = k / n
 
   Contractive: E ||C(x) - x||^2 = (1 - k / n) ||x||^2, as error feedback requires; with a factor of
-  n / k, the memory of error feedback would grow. `unbiased` applies this factor: E C(x) = x and E
-  ||C(x) - x||^2 = (n / k - 1) ||x||^2, for use without memory and for DIANA. `decode` draws the
+  n / k, the memory of error feedback would grow. `unbiased` applies this factor: E C(x) = x and
+  E ||C(x) - x||^2 = (n / k - 1) ||x||^2, for use without memory and for DIANA. `decode` draws the
   support again, so the support is not sent. The support has one position in each of k equal
   segments of the leaf, all rotated by one random shift. The paper's uniform k-subsets have the same
   P(i in S), but cost a permutation of the leaf. A non-finite element, in the support or not, makes

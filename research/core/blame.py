@@ -91,7 +91,7 @@ def is_choice(error: BaseException) -> bool:
   """Whether a user's factory has rejected its arguments.
 
   True if a `raise` statement raised a ValueError during the registry's call of a factory, or during
-  the `check` of its object. False if a method raised it that this codebase tries while it builds
+  the `check` of its object. False if it came from a method that this codebase tries while it builds
   the object.
   """
   part, _, caller = _part(error)
@@ -125,7 +125,7 @@ def _named(code: CodeType) -> str:
 
 
 def is_users(module: str) -> bool:
-  """Whether a module, given by its dotted name, is neither of this codebase nor of a library."""
+  """Whether a module, given by its dotted name, is part of neither this codebase nor a library."""
   if module.partition(".")[0] in _LIBRARIES:
     return False
   file = getattr(sys.modules.get(module), "__file__", None) or ""

@@ -248,7 +248,8 @@ def periods(period: Period) -> tuple[int, tuple[tuple[int, int], ...]]:
     The local steps of the first stage, and the later stages as (first round, steps).
 
   Raises:
-    ValueError: if a number of steps is < 1, or the first rounds do not start at 0 and increase.
+    ValueError: if a number of steps is < 1, or the stages' first rounds do not start at 0 and
+      increase.
   """
   stages = [[0, period]] if isinstance(period, int) else [list(stage) for stage in period]
   rounds = [stage[0] for stage in stages]

@@ -24,7 +24,7 @@ def hidden(default: Any, *, init: Literal[False] = False) -> Any:
 
 
 def required(method: Function) -> Function:
-  """Marks a method that subclasses must define; the error if one does not names the subclass.
+  """Marks a method that subclasses must define; an error names a subclass that does not define it.
 
   It is not an abstract method, because the methods that a Part needs depend on which others it
   defines.

@@ -53,7 +53,7 @@ def load(text: str) -> bool:
   except ModuleNotFoundError as error:
     name = error.name or ""
     if not f"{source.name}.".startswith(f"{name}."):
-      raise # the missing module is imported by this one
+      raise  # the missing module is imported by this one
     package, _, missing = name.rpartition(".")
     folders = getattr(sys.modules.get(package), "__path__", [])
     hint = checks.hint(missing, [found for folder in folders for found in _modules(folder)])
@@ -118,7 +118,7 @@ def _source_of(module: ModuleType) -> Source | None:
   file = getattr(module, "__file__", None)
   if module.__name__ == "__main__" or not file:
     return None
-  above = module.__name__.count(".") + hasattr(module, "__path__")  # up to its package's folder
+  above = module.__name__.count(".") + hasattr(module, "__path__")  # index of the import folder
   return Source(module.__name__, str(Path(file).resolve().parents[above]))
 
 

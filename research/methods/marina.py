@@ -43,7 +43,7 @@ class Marina(Method, name="marina"):
   where g^0 is a full gradient. While g^{k-1} is zero, the gradient itself takes the place of the
   difference. The coin is a hash of (k, seed): all workers draw the same value, and a round's
   traffic is known without running it. As the method converges, the differences vanish and so does
-  the compression error; with full local gradients it reaches the optimum exactly. With
+  the compression error; with full local gradients, the method reaches the optimum exactly. With
   mini-batches, both gradients use the same mini-batch, and g stays as noisy as these gradients.
 
   Args:

@@ -42,7 +42,7 @@ class Scaffold(ByPasses, name="scaffold"):
   keeps its c_i. If the aggregator is the mean over workers, c equals the mean of all N clients' c_i
   after every round. As in the paper, the solution minimizes the unweighted mean of the clients'
   objectives. Weighting clients by their examples changes the path, not the solution; the paper's
-  algorithm also weights them equally along the path. Sends two trees per round.
+  algorithm also weights clients equally along the path. Sends two trees per round.
 
   Args:
     learning_rate: eta, of the clients, constant.

@@ -71,8 +71,8 @@ class Mixture(nn.Module):
   and the weights remove the outputs of experts not chosen. This is exact, without capacities or
   dropped tokens, but costs experts / k times as much.
 
-  The module also returns each expert's share of the choices and the mean of its p, as an array [2,
-  experts] that `balance` turns into a loss.
+  The module also returns each expert's share of the choices and the mean of its p, as [2, experts];
+  `balance` turns this array into a loss.
 
   Reference: Shazeer et al. 2017, arXiv 1701.06538; Fedus et al. 2021, arXiv 2101.03961 (k = 1);
     Jiang et al. 2024, arXiv 2401.04088, section 2.1 (k > 1).

@@ -74,8 +74,8 @@ def spending(
 
       H_g(P, Q) = max_S P(S) - g Q(S) = max_S q N_v(S) - g q N_0(S) - (g - 1) A(S)
 
-  Given p = N_v(S), N_0(S) and N_{a_j}(S) are at least Phi(Phi^-1(p) - d), where d is |v| or |v -
-  a_j| in deviations (Neyman and Pearson). These bounds are smallest for |v| = C and a_j = -v.
+  Given p = N_v(S), N_0(S) and N_{a_j}(S) are at least Phi(Phi^-1(p) - d), where d is |v| or
+  |v - a_j| in deviations (Neyman and Pearson). These bounds are smallest for |v| = C and a_j = -v.
   Half-lines S attain all of these bounds at once for the one-dimensional pair
 
       (1 - q) N_{-C} + q N_C   from   (1 - q) N_{-C} + q N_0                                  (1)
