@@ -31,7 +31,7 @@ class Choco(CodedGossip, name="choco"):
   algorithm 2 of the paper.
 
   Args:
-    compressor: a contractive compressor, or an unbiased one of small variance.
+    compressor: a contractive compressor, or an unbiased compressor with small variance.
     topology: an undirected graph, the same in each round.
     gamma: the consensus step size, in (0, 1]; small for aggressive compression.
     axis: the worker axes of the exchange.

@@ -29,7 +29,7 @@ class CodedGossip(Aggregator):
   def drawn(
     self, message: Array, start: Array, key: Key, origin: Array | None = None
   ) -> tuple[Array, Array]:
-    """Sends a leaf and moves `start` towards what the neighbours send.
+    """Sends a leaf and moves `start` towards the neighbours' messages.
 
         start_i + sum_j w_ij (C(message_j) - origin_i)
 

@@ -98,7 +98,7 @@ class Hierarchical(TwoLevels, name="hierarchical"):
 
   Raises:
     ValueError: if the inner aggregator has a trait in `refuses` or the axes are equal; at trace
-      time, if the mesh lacks one of the axes or the inner aggregator uses the fast one.
+      time, if the mesh lacks one of the axes or the inner aggregator uses the fast axis.
 
   Reference: Jia et al. 2018, arXiv 1807.11205, section 4.2 (hierarchical all-reduce).
   """

@@ -29,7 +29,7 @@ from research.core.base import (
 
 
 class OnlyLarge(Aggregator, name="only_large"):
-  """Averages leaves of fewer than `min_size` elements exactly, and the others by `inner`.
+  """Averages leaves of fewer than `min_size` elements exactly, and applies `inner` to the others.
 
   Args:
     inner: the aggregator of the large leaves.

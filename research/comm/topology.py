@@ -23,7 +23,7 @@ class Topology(Part):
   """Mixing weights for any number of workers, for each round of a period.
 
   In x_i <- sum_j w_ij x_j, worker i receives from the workers j with w_ij > 0. Columns always sum
-  to one: the sum over workers is preserved.
+  to one, so the sum over workers is preserved.
   """
 
   symmetric: ClassVar[bool] = True  # w_ij = w_ji

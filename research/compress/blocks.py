@@ -71,7 +71,7 @@ def restore(values: Array, like: jax.ShapeDtypeStruct) -> Array:
   """Inverse of `to_blocks`: drops the padding and restores shape and dtype.
 
   Args:
-    values: floating-point, of any shape, at least as many elements as `like`.
+    values: floating-point, of any shape, with at least as many elements as `like`.
     like: shape and dtype of the leaf.
   """
   return saturated(values.reshape(-1)[: like.size], like.dtype).reshape(like.shape)

@@ -42,8 +42,8 @@ class Method(Wrapper):
   `link`, the state of its `aggregator`. Other methods override `sync`.
 
   An absent worker has an inactive presence: its round is lost, its results reach no other worker,
-  and its private state does not change. Which state is private and which is equal on all workers is
-  inferred by tracing (`parallel/layout.py`).
+  and its private state does not change. Tracing determines which state is private and which is
+  equal on all workers (`parallel/layout.py`).
 
   A `period` is a number of local steps per round, or a schedule [[first round, steps], ...]. By
   default a method rejects aggregators whose value differs between workers.

@@ -22,9 +22,9 @@ class Delayed(Stale, name="delayed"):
 
       x_{t+1} = x_t + (the inner method's update for a round that started at x_{t - tau_i})
 
-  With `data_parallel(sgd(eta), mean())` this is x_{t+1} = x_t - eta mean_i g_i(x_{t - tau_i}).
-  On a quadratic of curvature h a constant delay of tau is stable for
-  0 < eta h < 2 sin(pi / (4 tau + 2)), about pi / (2 tau).
+  With `data_parallel(sgd(eta), mean())` this is x_{t+1} = x_t - eta mean_i g_i(x_{t - tau_i}). On a
+  quadratic of curvature h, a constant delay tau is stable for 0 < eta h < 2 sin(pi / (4 tau + 2)),
+  about pi / (2 tau).
 
   Args:
     inner: any method. A worker's model change over its round is applied to the current model.

@@ -55,7 +55,7 @@ class StreamingDiLoCo(Method, name="streaming_diloco"):
     period: H, steps between two exchanges of a fragment.
     fragments: P, number of fragments, which are sets of leaves.
     delay: tau, steps that an exchange may take; 0 disables overlap.
-    mixing: alpha, weight of the worker's own fragment; 0 replaces it by the common one.
+    mixing: alpha, weight of the worker's own fragment; 0 replaces it by the common fragment.
     strided: if true, leaf l belongs to fragment l mod P; otherwise fragments are contiguous runs of
       leaves.
 

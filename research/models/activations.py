@@ -22,7 +22,7 @@ def spec(shape: tuple[int, ...], *axes: str | tuple[str, ...] | None) -> P:
   """The spec of an activation: each dimension's axes, if the mesh in scope has them and they fit.
 
   Args:
-    shape: of the activation.
+    shape: shape of the activation.
     *axes: for each dimension an axis, several axes, or None. Axes that are not in the mesh are
       dropped. If a dimension's axes do not divide its length, all of them are dropped.
   """

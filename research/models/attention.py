@@ -145,7 +145,7 @@ def rotation(length: int, head_dim: int, base: float) -> Rotation:
   Args:
     length: number of positions.
     head_dim: even.
-    base: of the frequencies.
+    base: base of the frequencies.
 
   Reference: Su et al. 2021, arXiv 2104.09864, section 3.2.2.
   """

@@ -83,23 +83,23 @@ def transformer(
   Args:
     preset: tiny, 150m, 1b or 8b.
     layers: number of layers.
-    width: of the residual stream.
-    heads: of queries, each of width / heads.
-    kv_heads: of keys and values.
+    width: size of the residual stream.
+    heads: number of query heads, each of size width / heads.
+    kv_heads: number of key and value heads.
     hidden: width of the feed-forward part, or of each expert.
-    tied: the head shares the embedding.
-    deviation: of the initial weights, N(0, deviation^2); those that add to the residual stream are
-      smaller by sqrt(2 layers).
-    experts: per layer, instead of its feed-forward part; 0 for none.
+    tied: whether the head shares the embedding.
+    deviation: standard deviation of the initial weights. For weights whose output is added to the
+      residual stream, it is divided by sqrt(2 layers).
+    experts: number of experts that replace the feed-forward part of each layer; 0 for none.
     experts_per_token: experts that compute a token's output.
     balance: weight of the load-balancing loss, see `experts.balance`.
-    dtype: of products and activations, bfloat16 or float32.
+    dtype: type of products and activations, bfloat16 or float32.
     remat: True recomputes a layer in its backward pass; "dots" recomputes all but products with
       weights.
     scan: True compiles one layer, with stacked parameters layers/... [layers, ...]; False unrolls,
       with parameters layers_0/..., layers_1/...
     attention: auto, plain, dot_product (cuDNN's on a GPU) or splash (TPUs).
-    over_seq: attention along a mesh's `seq`: auto, by_heads (two exchanges) or ring.
+    over_seq: attention along a mesh's axis `seq`: auto, by_heads (two exchanges) or ring.
     microbatches: number of micro-batches of a worker's batch along a mesh's `stage`; 0 lets
       `pipeline.schedule` choose it.
     repeats: how often a micro-batch passes through the stages, each time through layers / repeats

@@ -36,8 +36,8 @@ def aggregated(
 
   Args:
     aggregator: combines the workers' gradients.
-    axis: the name or names of the worker axes, slow links first; by default those of 'slice' and
-      'data' that are in scope.
+    axis: the name or names of the worker axes, slow links first; by default, whichever of
+      'slice' and 'data' are in scope.
     seed: seed of the aggregator's randomness, equal on all workers.
 
   Returns:
@@ -99,8 +99,8 @@ def as_optax(
 
   Args:
     method: the algorithm.
-    axis: the name or names of the worker axes, slow links first; by default those of 'slice' and
-      'data' that are in scope.
+    axis: the name or names of the worker axes, slow links first; by default, whichever of
+      'slice' and 'data' are in scope.
     seed: seed of the method's randomness, equal on all workers.
 
   Returns:

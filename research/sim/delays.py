@@ -2,8 +2,8 @@
 
     x_{t - tau_i}    the model that worker i reads in round t
 
-Most models draw tau_i independently in each round, and store as many past models as the longest
-delay requires; a worker whose delay exceeds the number of rounds so far reads the first model.
+Most models draw tau_i independently in each round, and store the past models that the longest delay
+can reach. A worker whose delay exceeds the number of rounds so far reads the first model.
 `last_pull` instead stores, for each owner, the model that it received at the end of its last round.
 """
 

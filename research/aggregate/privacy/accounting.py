@@ -61,12 +61,13 @@ def spending(
 
   With a rate the result is `epsilon(noise, rate, rounds, delta)`. With `clients` R > 1 every worker
   has a stratum of R clients and samples one of them uniformly in each round. Neighbouring data sets
-  differ in one client, whose trees are either its own or zero. The bound is derived as follows.
+  differ in one client: its trees are its own in one set, and zero in the other. The bound is
+  derived as follows.
 
-  Let v be the clipped tree of that client and a_j those of the other clients of its stratum, with
-  norms at most C. Let N_m be a Gaussian with mean m and the deviation of the sum's noise, and let
-  q = 1/R. Fix the choices of all other strata: a mixture of pairs is no easier to distinguish than
-  the worst of them. The observer sees one of
+  Let v be the clipped tree of that client and let a_j be the clipped trees of the other clients of
+  its stratum, with norms at most C. Let N_m be a Gaussian with mean m and the deviation of the
+  sum's noise, and let q = 1/R. Fix the choices of all other strata: a mixture of pairs is no easier
+  to distinguish than the worst of them. The observer sees one of
 
       P = A + q N_v,   Q = A + q N_0,   A = sum_j q N_{a_j}
 

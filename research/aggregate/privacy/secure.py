@@ -159,7 +159,7 @@ def quorum_of(threshold: float, workers: int) -> int:
   """Returns t, the minimum number of workers of a valid round: ceil(threshold W).
 
   Args:
-    threshold: share of the workers, in (0, 1].
+    threshold: fraction of the workers, in (0, 1].
     workers: W.
   """
   return max(1, math.ceil(threshold * workers - 1e-9))
@@ -214,7 +214,7 @@ def reveal(held: Array, alive: Array, quorum: int) -> Array:
 
 
 def recover(messages: Tree, held: Array, alive: Array, quorum: int) -> Tree:
-  """The server's computation, on a host: the sum of the senders' ring values.
+  """Runs the server's computation on a host: the sum of the senders' ring values.
 
   Args:
     messages: masked values, leaves [W, ...]; rows of workers that did not send are ignored.

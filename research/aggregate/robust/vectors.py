@@ -32,7 +32,7 @@ from research.core.base import EVERYONE, WORKER_AXES, Aggregate, Array, Trait, T
 
 
 class Best(Robust):
-  """Averages the `selected` vectors with the smallest distances to their n - f - 2 neighbours."""
+  """Averages the `selected` vectors that are closest to their n - f - 2 nearest neighbours."""
 
   faulty: ClassVar[Any]
   selected: ClassVar[Any]
