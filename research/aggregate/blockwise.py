@@ -21,8 +21,8 @@ from research.core.base import (
   Tree,
 )
 
-# Leaves grouped by the axes that shard them, in the order of `subsets`, keyed by their index in the
-# tree: `parallel/resize.py` uses it to match leaves of a state to leaves of the model.
+# Leaves grouped by the axes that shard them, in the order of `subsets`. Keys are indices of leaves
+# in the tree: `parallel/resize.py` uses them to match leaves of a state to leaves of the model.
 Groups = tuple[dict[int, Array], ...]
 
 
@@ -81,11 +81,11 @@ of_shard = Sharded
 
 
 class Blockwise(Aggregator):
-  """Simulates on one device the aggregation of a worker's B devices, each with its own shard.
+  """Simulates on one device the aggregation that a worker's B devices run on their shards.
 
   The inner aggregator sees each shard of a leaf as a leaf with its own key. Leaves replicated over
   several devices are aggregated separately from sharded ones, identically on each device. No value
-  crosses an axis within a worker: a k, a scale, a rank or a distance is per shard. The state has a
+  crosses an axis within a worker, so k, scales, ranks and distances are per shard. The state has a
   leading dimension [B], except scalar integers, which count rounds and are shared by all blocks.
   `parallel/sharded.py` runs the same computation on the devices.
 
@@ -187,14 +187,14 @@ def rejoined(parts: Groups, like: Tree) -> Tree:
 
   Args:
     parts: the groups.
-    like: a tree of the wanted structure.
+    like: a tree with the structure of the result.
   """
   leaves = {i: x for part in parts for i, x in part.items()}
   return jax.tree.structure(like).unflatten([leaves[i] for i in sorted(leaves)])
 
 
 def split(tree: Tree, cut: Cut) -> Groups:
-  """Groups the leaves as `pieces` and splits each into its blocks [B, ...].
+  """Groups the leaves as `pieces` does, and splits each into its blocks [B, ...].
 
   Args:
     tree: the tree.
@@ -208,7 +208,7 @@ def join(parts: Groups, like: Tree, cut: Cut) -> Tree:
 
   Args:
     parts: the groups of blocks.
-    like: a tree of the wanted structure and shapes.
+    like: a tree with the structure and shapes of the result.
     cut: how its leaves are sharded.
   """
   whole = lambda blocks, x: join_leaf(blocks, x.shape, cut)

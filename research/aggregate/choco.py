@@ -26,11 +26,12 @@ class Choco(CodedGossip, name="choco"):
 
   A worker sends the payload of q_i once per link. It stores two trees, independent of the number of
   links: x_hat_i and s_i - x_hat_i. The latter accumulates the rounding errors of the early, large
-  terms: in float32, consensus stops at a squared disagreement of about 1e-7 of the initial one;
-  --x64 goes further. `d_psgd(sgd(...), choco(...))` is CHOCO-SGD, algorithm 2 of the paper.
+  terms. In float32, the squared disagreement therefore stops decreasing at about 1e-7 of its
+  initial value; with --x64 it decreases further. `d_psgd(sgd(...), choco(...))` is CHOCO-SGD,
+  algorithm 2 of the paper.
 
   Args:
-    compressor: a contractive compressor, or an unbiased one of small variance.
+    compressor: a contractive compressor, or an unbiased compressor with small variance.
     topology: an undirected graph, the same in each round.
     gamma: the consensus step size, in (0, 1]; small for aggressive compression.
     axis: the worker axes of the exchange.

@@ -1,4 +1,4 @@
-"""Gossip of compressed messages: what CHOCO and its baselines share."""
+"""Gossip of compressed messages: the base class of CHOCO and its baselines."""
 
 from dataclasses import KW_ONLY
 
@@ -29,7 +29,7 @@ class CodedGossip(Aggregator):
   def drawn(
     self, message: Array, start: Array, key: Key, origin: Array | None = None
   ) -> tuple[Array, Array]:
-    """Sends a leaf and moves `start` towards what the neighbours send.
+    """Sends a leaf and moves `start` towards the neighbours' messages.
 
         start_i + sum_j w_ij (C(message_j) - origin_i)
 
@@ -37,7 +37,8 @@ class CodedGossip(Aggregator):
       message: what this worker sends.
       start: the value to move, of the message's shape.
       key: a typed key, equal on all workers.
-      origin: None: this worker's own message as the others receive it.
+      origin: subtracted from each message; by default, this worker's own message as the others
+        receive it.
 
     Returns:
       The message as the others receive it, and the moved value, in float32 or wider.

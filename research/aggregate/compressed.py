@@ -202,8 +202,8 @@ class MajorityVote(Aggregator, name="majority_vote"):
 
       value = sign(sum_i sign(x_i))
 
-  Sends one bit per element in each direction: signs to the worker that counts them, results back.
-  Every worker present has one vote, regardless of its weight.
+  Sends one bit per element in each direction: signs go to the worker that counts them, and results
+  come back. Every worker present has one vote, regardless of its weight.
 
   Args:
     axis: the worker axes to vote over.

@@ -24,7 +24,7 @@ class ErrorFeedback(Aggregator, name="error_feedback"):
       p_i = x_i + decay e_i,   value = A(p),   e_i <- p_i - sent_i
 
   Args:
-    inner: the aggregator; its `sent` is the part of a value that was received.
+    inner: the aggregator; its `sent` is the part of a value that the others received.
     decay: decay of the memory, in [0, 1].
 
   Raises:

@@ -83,13 +83,13 @@ class Hierarchical(TwoLevels, name="hierarchical"):
 
   Each of the F workers of a slice handles one chunk of every leaf: a slow link carries 1 / F of the
   inner payload per worker, and the fast links carry the two halves of an exact all-reduce. The
-  worker of chunk f accounts for the inner aggregator's error on m_s[f], F times:
+  worker of chunk f is charged F times the inner aggregator's error on m_s[f]:
   sent_i = x_i - F (m_s[f] - sent_s[f]) on that chunk and x_i elsewhere. The mean over the slice is
-  exact, so a memory belongs outside:
+  exact, so an error feedback memory belongs outside:
   `error_feedback(hierarchical(two_phase(int8(), axis='slice')))`. If workers may be absent, the
   workers present in a slice share the error of every chunk equally, which takes another gather over
-  the fast links. An inner rule that selects or votes sees a slice as one worker: the weighted mean
-  of its workers present, or absent if there are none.
+  the fast links. An inner rule that selects or votes sees a slice as one worker, whose value is the
+  weighted mean over the slice's workers present. If none is present, this one worker is absent.
 
   Args:
     inner: an aggregator over the slow axis only (`axis='slice'`).
@@ -98,7 +98,7 @@ class Hierarchical(TwoLevels, name="hierarchical"):
 
   Raises:
     ValueError: if the inner aggregator has a trait in `refuses` or the axes are equal; at trace
-      time, if the mesh lacks one of the axes or the inner aggregator uses the fast one.
+      time, if the mesh lacks one of the axes or the inner aggregator uses the fast axis.
 
   Reference: Jia et al. 2018, arXiv 1807.11205, section 4.2 (hierarchical all-reduce).
   """
@@ -116,8 +116,8 @@ hierarchical = Hierarchical
 class HierarchicalMean(TwoLevels, name="hierarchical_mean"):
   """Averages over all workers with little slow-link traffic: `hierarchical` of the exact mean.
 
-  With S slices of F workers, each worker sends 2 (S-1)/S of 1 / F of its tree between slices and
-  2 (F-1)/F of its tree within the slice.
+  With S slices of F workers, each worker sends 2 (S-1)/(S F) times its tree's bytes between slices,
+  and 2 (F-1)/F times its tree's bytes within the slice.
 
   Args:
     fast: the worker axis within a slice.
@@ -139,7 +139,7 @@ hierarchical_mean = HierarchicalMean
 
 
 def _split(x: Array, slices: int, width: int) -> Array:
-  """[F, chunk], laid out so that worker (s, f) owns part s F + f when the inner cuts by slices."""
+  """[F, chunk], laid out so that worker (s, f) owns part s F + f if `inner` cuts by slices."""
   parts = cut(x, slices * width)
   parts = parts.reshape(slices, width, *parts.shape[1:]).swapaxes(0, 1)
   return parts.reshape(width, slices * parts.shape[2], *parts.shape[3:])

@@ -40,7 +40,7 @@ class MomentumCorrectionState(NamedTuple):
 
 
 class MomentumCorrection(Aggregator, name="momentum_correction"):
-  """Deep gradient compression: accumulates velocities instead of gradients; sends the largest.
+  """Deep gradient compression: accumulates velocities, not gradients, and sends the largest ones.
 
       g_i <- g_i min(1, clip_norm W^-1/2 / ||g_i||)
       u_i <- m u_i + g_i,       v_i <- v_i + u_i
@@ -48,14 +48,15 @@ class MomentumCorrection(Aggregator, name="momentum_correction"):
       value = A(v),   v_i <- v_i - sent_i,   u_i <- 0 where sent_i is not 0
 
   Momentum in the optimizer would act on delayed values. Here a coordinate accumulates momentum
-  while it waits, and starts from zero after it is sent (momentum factor masking). Use plain `sgd`
-  as the optimizer. If every coordinate were sent in every round, there would be no momentum.
+  while it waits to be sent, and its momentum restarts from zero after it is sent (momentum factor
+  masking). Use plain `sgd` as the optimizer. If every coordinate were sent in every round, there
+  would be no momentum.
 
   Args:
     inner: a sparse aggregator, such as gather_mean(top_k(0.001)).
     momentum: m, in [0, 1).
-    clip_norm: maximum norm of the mean gradient; each worker's full tree is clipped at W^-1/2 of
-      it.
+    clip_norm: maximum norm of the mean gradient; each worker clips its full tree to W^-1/2 times
+      this norm.
     nesterov: whether to use Nesterov momentum instead of Polyak's.
     axis: the worker axes, for W.
 

@@ -29,7 +29,7 @@ from research.core.base import (
 
 
 class OnlyLarge(Aggregator, name="only_large"):
-  """Averages leaves of fewer than `min_size` elements exactly, and the others by `inner`.
+  """Averages leaves of fewer than `min_size` elements exactly, and applies `inner` to the others.
 
   Args:
     inner: the aggregator of the large leaves.
@@ -80,8 +80,8 @@ only_large = OnlyLarge
 class Bucketed(Aggregator, name="bucketed"):
   """Concatenates small leaves into flat buckets of up to `bytes`, in the order of the tree.
 
-  Leaves of at least `bytes` are unchanged. The inner aggregator sees buckets as its leaves: a
-  scale, a k or a support is per bucket, not per leaf. Leaves of different dtypes do not share a
+  Leaves of at least `bytes` are unchanged. The inner aggregator sees buckets as its leaves, so
+  scales, k and supports are per bucket, not per leaf. Leaves of different dtypes do not share a
   bucket.
 
   Args:

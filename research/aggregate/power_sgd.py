@@ -19,17 +19,16 @@ FUSED = 8  # the largest rank whose products are fused instead of written to mem
 
 
 class PowerSGD(Aggregator, name="power_sgd"):
-  """Averages rank-r approximations of the workers' matrices; both factors by all-reduce.
+  """Averages rank-r approximations of the workers' matrices; both factors are all-reduced.
 
       P = orthonormal(1/W sum_i M_i Q),   Q_i = M_i^T P,   Q <- 1/W sum_i Q_i
       value = P Q^T,                      sent_i = P Q_i^T
 
   Q continues from the last round. A column that is zero on all workers, as after a round of zero
-  gradients, keeps its old value: from zero it could never change again. Leaves of two or more
-  dimensions are matrices [all but the last, last]. Vectors, and matrices that r (rows + columns)
-  numbers would not make smaller, are averaged exactly. Use it under `error_feedback`. We
-  orthogonalise by Householder QR instead of the paper's Gram-Schmidt, which loses orthogonality in
-  float32.
+  gradients, keeps its old value: a zero column could never change again. Leaves of two or more
+  dimensions are matrices [all but the last, last]. Vectors, and matrices with at most r (rows +
+  columns) elements, are averaged exactly. Use it under `error_feedback`. We orthogonalise by
+  Householder QR instead of the paper's Gram-Schmidt, which loses orthogonality in float32.
 
   Args:
     rank: r, at least 1.
@@ -121,9 +120,9 @@ def as_matrix(x: Array) -> Array:
 
 
 def product(left: Array, right: Array) -> Array:
-  """left @ right as a sum of outer products, which XLA fuses, if left has few columns.
+  """Computes left @ right; if left has few columns, as a sum of outer products that XLA fuses.
 
-  A matrix product would be written to memory first, and here it is as large as the leaf.
+  XLA would first write a matrix product to memory, and this product is as large as the leaf.
 
   Args:
     left: [m, r].

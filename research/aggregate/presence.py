@@ -38,7 +38,7 @@ def weighted(tree: Tree, presence: Presence) -> Tree:
 
 
 def unweighted(presence: Presence) -> Presence:
-  """The presence to pass with a tree that is already multiplied by its weight.
+  """Returns the presence to pass with a tree that is already multiplied by the worker's weight.
 
   Args:
     presence: this worker's participation and weight.
@@ -47,7 +47,7 @@ def unweighted(presence: Presence) -> Presence:
 
 
 def alike(active: bool | Array) -> Presence:
-  """A presence that weights all active workers equally; the weights average to one over W.
+  """Returns a presence that weights active workers equally; the weights average to one over W.
 
   Args:
     active: whether this worker participates, True or a bool scalar.

@@ -51,7 +51,7 @@ def named(axes: Axes) -> Iterator[None]:
 
 
 def in_scope(axes: Axes = WORKER_AXES) -> tuple[str, ...]:
-  """Returns those of `axes` that are in scope, in order.
+  """Returns the names in `axes` that are in scope, in order.
 
   Args:
     axes: one or more axis names; the default may be partly in scope.
@@ -61,7 +61,7 @@ def in_scope(axes: Axes = WORKER_AXES) -> tuple[str, ...]:
     ValueError: if a name is repeated.
   """
   names = (axes,) if isinstance(axes, str) else tuple(axes)
-  own = names == WORKER_AXES != _NAMES.get()  # names of somebody's own mesh
+  own = names == WORKER_AXES != _NAMES.get()  # axis names of a user's own mesh
   names = _NAMES.get() if own else names
   found = tuple(name for name in names if _is_bound(name))
   missing = [name for name in names if name not in found]
@@ -132,7 +132,7 @@ def worker_key(key: Key, axes: Axes = WORKER_AXES) -> Key:
 
 
 def key_of(key: Key, worker: Array) -> Key:
-  """Derives a worker's private key; tagged, since `fold_in(key, i)` alone is `split(key)[i]`.
+  """Derives a worker's private key; a tag is needed, since `fold_in(key, i)` is `split(key)[i]`.
 
   Args:
     key: a typed key, equal on all workers.
@@ -142,7 +142,7 @@ def key_of(key: Key, worker: Array) -> Key:
 
 
 def round_keys(key: Key, number: Array) -> Key:
-  """Derives a round's three keys, equal on all workers: for sync, local steps, and cohort.
+  """Derives a round's keys for sync, local steps and client sampling; equal on all workers.
 
   Args:
     key: the run's typed key.
@@ -157,8 +157,8 @@ def mean(tree: Tree, axes: Axes = WORKER_AXES, presence: Presence = EVERYONE) ->
       1/W sum_i weight_i x_i, where absent workers contribute zero
 
   Floats of 16 bits or fewer are sent in their own dtype. They are weighted and divided before
-  summation, since a product or a sum may overflow where the mean does not. Simulated workers are
-  summed in float32; on devices, float16 terms below 6e-8 W lose digits.
+  summation, since a product or a sum may overflow where the mean does not. Values of simulated
+  workers are summed in float32; on devices, float16 values below 6e-8 W lose digits.
 
   Args:
     tree: this worker's arrays.
@@ -203,7 +203,7 @@ def _mean_as(dtype: Any, x: Array, names: tuple[str, ...]) -> Array:
 
 
 def packed_mean(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
-  """`mean` with one all-reduce for all leaves of a dtype, for many small leaves.
+  """Computes `mean` with one all-reduce per dtype, which suits trees of many small leaves.
 
   Every message has a fixed startup cost. If leaves are sharded within a worker, apply this to the
   blocks of one device: full leaves would have to be gathered first.
@@ -277,7 +277,7 @@ def exchange(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
     found = jnp.pad(x, [(0, 0), (0, fill)]) if fill else x
     found = found.reshape(*sizes, *((-1, _LANES) if is_flat else x.shape[1:]))
     for place, name in enumerate(names):
-      # JAX 0.10.2 batches an operand that is equal on all workers to a wrong shape
+      # JAX 0.10.2 gives a wrong shape when it batches an operand that is equal on all workers
       own = jnp.where(lax.axis_index(name) >= 0, found, found)
       found = lax.all_to_all(own, name, place, place)
     if is_flat:

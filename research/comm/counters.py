@@ -26,7 +26,8 @@ class Counters(NamedTuple):
   def settled(self) -> np.ndarray:
     """Reads the counters after pending data of a collective has been sent, or after 1 s.
 
-    A process has its result when it has received all data, possibly before it has sent all.
+    A process returns from a collective once it has received all data, possibly before it has sent
+    all of its own.
 
     Returns:
       int64 [hosts, NAMES].
@@ -41,7 +42,7 @@ class Counters(NamedTuple):
 
 
 def told(environ: Mapping[str, str]) -> Counters | None:
-  """The counters that the launcher configured, as `launch/netlab.py` does, or None.
+  """Returns the counters that a launcher such as `launch/netlab.py` configured, or None.
 
   Args:
     environ: the environment variables.

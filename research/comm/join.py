@@ -23,9 +23,9 @@ LOOPBACK = ("localhost", "127.0.0.1")
 def detect_cluster(environ: Mapping[str, str]) -> str | None:
   """Detects the launcher that started this process as one of several.
 
-  GKE lists the hosts of a TPU slice in TPU_WORKER_HOSTNAMES. On a Cloud TPU VM, recognized by
-  libtpu and its devices, JAX queries the metadata server for them, unless TPU_SKIP_MDS_QUERY is
-  set.
+  GKE lists the hosts of a TPU slice in TPU_WORKER_HOSTNAMES. On a Cloud TPU VM, which is recognized
+  by libtpu and its devices, JAX queries the metadata server for the hosts, unless
+  TPU_SKIP_MDS_QUERY is set.
 
   Args:
     environ: the environment variables.
@@ -105,9 +105,10 @@ def initialize(coordinator: str = "", processes: int = 0, process_id: int = -1) 
 
 
 def _of_environment(environ: Mapping[str, str]) -> tuple[str, int, int]:
-  """The job as set by launch/ and similar launchers; '', 0 and -1 if not set.
+  """Reads the job's settings from launch/ and similar launchers; '', 0 and -1 if not set.
 
-  An address alone is ignored: it is JAX's own variable, for clusters that provide the rest.
+  An address alone is ignored: it is JAX's own variable, for clusters that provide the other
+  settings.
   """
   numbers = {name: environ.get(name, "") for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")}
   if not any(numbers.values()):

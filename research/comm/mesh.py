@@ -13,9 +13,9 @@ from research.core import blame, checks
 from research.core.base import WORKER_AXES
 from research.core.text import QUOTED, listed, one_line, whole_number
 
-# Axes within a worker, slow links first. `stage` partitions the sequence of layers, `fsdp` shards
-# parameters and the batch, `expert` the experts of a mixture, `seq` the tokens of examples, and
-# `model` each layer.
+# Axes within a worker, slow links first. `stage` partitions the sequence of layers. The other axes
+# shard: `fsdp` shards the parameters and the batch, `expert` shards the experts of a mixture, `seq`
+# shards the tokens of examples, and `model` shards each layer.
 INNER_AXES = ("stage", "fsdp", "expert", "seq", "model")
 
 
@@ -150,7 +150,8 @@ def options_for_sums(mesh: Mesh, elements: int) -> dict[str, str | bool] | None:
   """Compiler options that let a CPU sum `elements` over their leading axis at memory speed.
 
   XLA:CPU before jaxlib 0.12 calls a library for such a sum, which takes 40 times as long as XLA's
-  own loops (31 ms against 0.7 for [8, 1024, 1024]); for small sums it is not slower.
+  own loops (31 ms instead of 0.7 ms for [8, 1024, 1024]). For small sums, the library is not
+  slower.
 
   Args:
     mesh: the mesh to compile for.

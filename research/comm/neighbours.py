@@ -11,7 +11,7 @@ from research.core.base import WORKER_AXES, Array, Tree
 
 
 def own_weight(shifts: Sequence[Shift], axes: collectives.Axes = WORKER_AXES) -> float | Array:
-  """w_ii of this worker: static if equal on all workers, else a float32 scalar.
+  """Returns w_ii of this worker: static if it is equal on all workers, else a float32 scalar.
 
   Args:
     shifts: the links of one round of a topology.
@@ -46,7 +46,7 @@ def heard(
 
 
 def _of_worker(values: np.ndarray, axes: collectives.Axes) -> float | Array:
-  """This worker's value, static if equal on all workers."""
+  """Returns this worker's value, static if it is equal on all workers."""
   if (values == values[0]).all():
     return float(values[0])
   return jnp.asarray(values, jnp.float32)[collectives.worker_index(axes)]

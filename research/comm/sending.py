@@ -1,4 +1,4 @@
-"""How an array is sent: as bits, in pieces, packed with others, and by simulated workers."""
+"""Wraps collectives: sends arrays as bits, in pieces, packed with others, by simulated workers."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def is_narrow(x: Array | jax.ShapeDtypeStruct) -> bool:
 
 
 def as_bits(send: Callable[[Array], Array]) -> Callable[[Array], Array]:
-  """Wraps `send` to send bits of narrow floats where XLA would widen them: bfloat16 on CPUs.
+  """Wraps `send` to send narrow floats as bits where XLA would widen them (bfloat16 on CPUs).
 
   Args:
     send: maps an array to an array of the same dtype, without arithmetic.
@@ -37,14 +37,14 @@ def as_bits(send: Callable[[Array], Array]) -> Callable[[Array], Array]:
 def in_pieces(
   send: Callable[[Array], Array], share: float = 1, lead: int = 0
 ) -> Callable[[Array], Array]:
-  """`send` of long arrays in consecutive pieces, if gloo transfers them between processes.
+  """Wraps `send` to send long arrays in pieces, if gloo transfers them between processes.
 
   Gloo serializes the two directions of exchanges above 0.5 MB: 1 MB each way took 127 ms at
   100 Mbit/s, 0.25 MB took 21 ms. Sums are not split here: gloo splits them itself.
 
   Args:
     send: maps an array [*first, n] to [*any, n], independently for each index of the last axis.
-    share: size of a message to another worker, as a fraction or multiple of the array's.
+    share: size of a message to another worker, as a fraction or multiple of the array's size.
     lead: number of dimensions of `first`.
   """
 
@@ -67,7 +67,7 @@ def in_pieces(
 def packed(
   tree: Tree, send: Callable[[Array], Array], lead: int = 0, longest: float = math.inf
 ) -> Tree:
-  """`send` of each leaf; leaves of a dtype up to `longest` bytes are concatenated before.
+  """Applies `send` to each leaf; leaves of one dtype up to `longest` bytes are concatenated first.
 
   Args:
     tree: arrays whose first `lead` dimensions are equal.
@@ -104,7 +104,7 @@ def by_axis(
   names: tuple[str, ...],
   is_shared: bool,
 ) -> Array:
-  """`send(x)`, with a custom batching rule if one of the worker axes is simulated by `vmap`.
+  """Computes `send(x)`, with a custom batching rule if `vmap` simulates one of the worker axes.
 
   Args:
     send: the collective of one worker.

@@ -23,7 +23,7 @@ class Topology(Part):
   """Mixing weights for any number of workers, for each round of a period.
 
   In x_i <- sum_j w_ij x_j, worker i receives from the workers j with w_ij > 0. Columns always sum
-  to one: the sum over workers is preserved.
+  to one, so the sum over workers is preserved.
   """
 
   symmetric: ClassVar[bool] = True  # w_ij = w_ji
@@ -74,7 +74,7 @@ ring = Ring
 
 
 class Torus(Undirected, name="torus"):
-  """A periodic grid of a x b = W workers, a the largest divisor up to sqrt(W).
+  """A periodic grid of a x b = W workers, where a is the largest divisor up to sqrt(W).
 
   A worker and its neighbours have equal weights, 1/5 for four neighbours. A prime W gives a ring.
   """
@@ -91,7 +91,7 @@ torus = Torus
 
 
 class Complete(Undirected, name="complete"):
-  """The complete graph with weights 1/W: one round gives the mean, for W - 1 trees per worker."""
+  """The complete graph, weights 1/W: one round gives the mean; each worker sends W - 1 trees."""
 
   def neighbours(self, count):
     return [set(range(count)) for _ in range(count)]

@@ -47,7 +47,7 @@ def to_blocks(flat: Array, width: int | None) -> Array:
 
   Args:
     flat: floating-point [n].
-    width: elements of a block; a leaf shorter than this, or any leaf for None, is one block.
+    width: elements of a block; None, or a leaf shorter than this, gives one block.
 
   Returns:
     float32 [blocks, min(width, n)].
@@ -71,7 +71,7 @@ def restore(values: Array, like: jax.ShapeDtypeStruct) -> Array:
   """Inverse of `to_blocks`: drops the padding and restores shape and dtype.
 
   Args:
-    values: floating-point, of any shape, at least as many elements as `like`.
+    values: floating-point, of any shape, with at least as many elements as `like`.
     like: shape and dtype of the leaf.
   """
   return saturated(values.reshape(-1)[: like.size], like.dtype).reshape(like.shape)
@@ -80,8 +80,8 @@ def restore(values: Array, like: jax.ShapeDtypeStruct) -> Array:
 def saturated(x: Array, dtype: jnp.dtype) -> Array:
   """Converts x to a dtype: finite values saturate at its range; infinity and NaN are preserved.
 
-  The mantissa is rounded in a separate step for float32 to bfloat16: XLA removes a conversion that
-  is undone later, and does so on GPUs.
+  From float32 to bfloat16, the mantissa is rounded in a separate step: XLA may remove a conversion
+  that is undone later, and does so on GPUs.
 
   Args:
     x: floating-point, of any shape.
@@ -131,8 +131,8 @@ def _in_two_steps(
 def largest_magnitude(blocks: Array) -> Array:
   """Returns max |x| of each block, float32 [blocks]; NaN if the block contains NaN.
 
-  The bits of |x| as an integer have the order of |x|, with NaN on top, and integer comparisons
-  vectorize.
+  The bits of |x|, read as integers, have the same order as |x|, with NaN on top. Integer
+  comparisons vectorize.
 
   Args:
     blocks: [blocks, width].
@@ -158,7 +158,7 @@ def norm_over(blocks: Array, parts: int) -> Array:
 
 
 def invertible(units: Array) -> Array:
-  """A scale factor, usually 1, that makes the inverse of each unit a normal float32.
+  """Returns a scale factor, usually 1, that makes the inverse of each unit a normal float32.
 
   XLA divides by multiplying with the inverse, and the inverse of 2^127 would be flushed to zero.
   Multiply both a value and its unit by the factor before dividing.

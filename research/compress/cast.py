@@ -76,9 +76,9 @@ class FP8(Compressor, name="fp8"):
       scale = max |x| / 448,   C(x) = scale float8(x / scale)
 
   Contractive: an element's error is at most 1/16 of its value or 2^-10 scale, whichever is larger,
-  so ||C(x) - x||^2 <= (2^-8 + block (2^-10 / 448)^2) ||x||^2: 0.004. The format has no infinity,
-  but nothing overflows, since the block's largest element maps to 448. A non-finite element makes
-  its block NaN.
+  so ||C(x) - x||^2 <= (2^-8 + block (2^-10 / 448)^2) ||x||^2, where the factor is about 0.004. The
+  format has no infinity, but nothing overflows, since the block's largest element maps to 448. A
+  non-finite element makes its block NaN.
 
   Args:
     block: elements that share a scale.

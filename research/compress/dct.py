@@ -41,10 +41,10 @@ class DCTTopK(Compressor, name="dct_top_k"):
 
       C(x)_block = D^T S_k(D x_block D^T) D,   D_{ij} = c_i cos(pi i (2 j + 1) / (2 h)),
 
-  with c_0 = h^(-1/2) and otherwise (2/h)^(1/2), on blocks of up to chunk x chunk elements, or chunk
-  elements for a vector. S_k keeps the k largest magnitudes; ties go to the first. D is orthonormal,
-  so C is contractive: ||C(x) - x||^2 <= (1 - k / chunk^2) ||x||^2. C(x) is not sparse: only its
-  transform is. A position takes ceil(log2) of the block's size in bits, 12 for 64 x 64. A
+  with c_0 = h^(-1/2) and c_i = (2/h)^(1/2) otherwise, on blocks of up to chunk x chunk elements, or
+  chunk elements for a vector. S_k keeps the k largest magnitudes; ties go to the first. D is
+  orthonormal, so C is contractive: ||C(x) - x||^2 <= (1 - k / chunk^2) ||x||^2. C(x) is not sparse:
+  only its transform is. A position takes ceil(log2 of the block's size) bits: 12 for 64 x 64. A
   non-finite element makes its block non-finite.
 
   Args:

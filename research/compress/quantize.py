@@ -27,7 +27,7 @@ MOST_LEVELS = 2**15 - 1
 
 
 class Levels(NamedTuple):
-  """Represents x as about (codes - s) * units."""
+  """Represents x approximately as (codes - s) * units."""
 
   codes: Array  # uint8, packed
   units: Array  # float32 [blocks], the distance between adjacent levels
@@ -185,7 +185,7 @@ class TernGrad(Quantizer, name="terngrad"):
       C(x) = s sign(x) b,   s = max |x|,   P(b_i = 1) = |x_i| / s
 
   Unbiased: E ||C(x) - x||^2 = s ||x||_1 - ||x||^2 <= (sqrt(n) - 1) / 2 ||x||^2. The paper first
-  clips gradients at 2.5 standard deviations, which belongs in a wrapper.
+  clips gradients at 2.5 standard deviations; here, clipping is left to a wrapper.
 
   Reference: Wen et al. 2017, arXiv:1705.07878, algorithm 1.
   """

@@ -22,10 +22,10 @@ class Hadamard(Compressor, name="hadamard"):
   on blocks of b elements, in O(n log b). H D is orthogonal, so C is contractive, unbiased or linear
   if and only if the inner compressor is. The constants are those of the inner compressor for the
   padded leaf. The typical error is smaller than these worst-case constants, since the largest
-  element of a rotated block is rarely above sqrt(2 log b) root mean squares. D is drawn from the
-  shared key and not sent. b is the largest power of two up to `block` that pads the leaf by at most
-  an eighth. Rotated values have the leaf's dtype, rounded from float32. A non-finite element makes
-  its block non-finite.
+  element of a rotated block rarely exceeds sqrt(2 log b) times the root mean square. D is drawn
+  from the shared key and not sent. b is the largest power of two up to `block` that pads the leaf
+  by at most an eighth. Rotated values have the leaf's dtype, rounded from float32. A non-finite
+  element makes its block non-finite.
 
   Args:
     inner: the compressor of the rotated leaf [blocks, b].

@@ -18,10 +18,11 @@ class SeededCompressor(Compressor, name="seeded"):
 
       C_i(x) = C_inner(x; s_i),   s_i uniform, drawn by worker i and sent
 
-  With shared draws, such as the support of random-k, all workers drop the same elements. The mean's
-  error is then as large as that of a single value, although differences between workers cancel
-  before compression. With independent draws, the errors average over W workers. The payloads can no
-  longer be summed; whether the compressor is unbiased or contractive does not change.
+  With shared draws, such as the support of random-k, all workers drop the same elements. The error
+  of the mean is then as large as that of a single worker's value, although differences between
+  workers cancel before compression. With independent draws, the errors average over W workers. The
+  payloads can no longer be summed; whether the compressor is unbiased or contractive does not
+  change.
 
   Args:
     inner: a compressor that draws from the shared key, such as random_k, count_sketch or hadamard.

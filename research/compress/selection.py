@@ -1,9 +1,9 @@
 """Finds the positions of the k largest magnitudes of an array, exactly, without sorting it.
 
 Floating-point magnitudes are ordered like their bits read as integers, with NaN above infinity. The
-k-th largest is found by bisection on these integers; each step counts over the array once. In a
-large array, a sorted sample gives the initial guess, one count confirms it, and the elements above
-it, slightly more than k, are compacted first. A wrong guess costs time, never exactness.
+k-th largest is found by bisection on these integers; each step counts in one pass over the array.
+In a large array, a sorted sample gives the initial guess, one count confirms it, and the elements
+above it, slightly more than k, are compacted first. A wrong guess costs time, never exactness.
 
 Positions are uint32, and arrays are indexed by (row, column), since JAX's own indices are int32.
 This supports arrays of fewer than 2^32 elements, or 2^31 for an odd number of elements.
@@ -110,7 +110,8 @@ def _at_least(x: Array, k: int, room: int, guess: Array | None = None) -> tuple[
   """Positions [room] of the k largest |x| or slightly more, ascending, and their number.
 
   Bisects the threshold until between k and `room` elements reach it. If ties make that impossible,
-  takes the elements above it and the first tied ones. Entries after the count are invalid.
+  takes the elements above the threshold and the first tied ones. Entries after the count are
+  invalid.
   """
   if room == 0:
     return jnp.zeros(0, jnp.uint32), jnp.uint32(0)
@@ -157,7 +158,7 @@ def _count(words: Array) -> Array:
 
 
 def _first(words: Array, count: Array) -> Array:
-  """The words with only their first `count` bits left set."""
+  """Clears all set bits of the words except the first `count`."""
   counts = lax.population_count(words)
   before = jnp.cumsum(counts, dtype=jnp.uint32) - counts
   left = jnp.where(before < count, jnp.minimum(count - before, counts), 0)
@@ -177,7 +178,7 @@ def _positions(words: Array, room: int) -> Array:
   word = words[at]
   rank = slots - (ends[at] - lax.population_count(word))
   place = jnp.zeros_like(word)
-  for width in (16, 8, 4, 2, 1):  # select the half of the word with the bit of this rank
+  for width in (16, 8, 4, 2, 1):  # select the half of the word that has the bit of this rank
     below = lax.population_count(word >> place & ((1 << width) - 1))
     upper = rank >= below
     place, rank = jnp.where(upper, place + width, place), jnp.where(upper, rank - below, rank)

@@ -67,9 +67,10 @@ class Threshold(Compressor, name="threshold"):
       C(x)_i = x_i if |x_i| >= value, else 0
 
   Shapes are static, so the payload always has room = capacity n entries. If more elements reach the
-  threshold, the largest are sent, and `reached` in the payload is their total number. Neither
-  unbiased nor contractive with a constant: if nothing reaches the threshold, nothing is sent. An
-  element's error is at most `value` if the payload has room; ||C(x) - x|| <= ||x|| always.
+  threshold, the largest are sent; `reached` in the payload counts all elements that reached it. The
+  compressor is neither unbiased nor contractive with a constant: if nothing reaches the threshold,
+  nothing is sent. An element's error is at most `value` if the payload has room; ||C(x) - x|| <=
+  ||x|| always.
 
   Args:
     value: the threshold, in units of x.
@@ -93,7 +94,7 @@ class Threshold(Compressor, name="threshold"):
   def encode(self, x, shared, own):
     del shared, own
     flat = flatten(x)
-    below = lambda x: jnp.abs(x) < self.value  # false of NaN, which is sent
+    below = lambda x: jnp.abs(x) < self.value  # False for NaN, so NaN is sent
     positions = largest(flat, kept(self.capacity, x.size))
     values = take(flat, positions)
     values = jnp.where(below(values), 0, values)
@@ -112,12 +113,13 @@ class RandomK(Compressor, name="random_k"):
 
       C(x)_i = x_i if i is in the support S(shared), else 0,   P(i in S) = k / n
 
-  Contractive: E ||C(x) - x||^2 = (1 - k / n) ||x||^2, as error feedback requires: with a factor of
-  n / k its memory would grow. `unbiased` applies this factor: E C(x) = x and E ||C(x) - x||^2 =
-  (n / k - 1) ||x||^2, for use without memory and for DIANA. `decode` draws the support again, so it
-  is not sent. The support has one position in each of k equal segments of the leaf, all rotated by
-  one random shift. The paper's uniform k-subsets have the same P(i in S), but cost a permutation of
-  the leaf. A non-finite element, in the support or not, makes the payload NaN.
+  Contractive: E ||C(x) - x||^2 = (1 - k / n) ||x||^2, as error feedback requires; with a factor of
+  n / k, the memory of error feedback would grow. `unbiased` applies this factor: E C(x) = x and
+  E ||C(x) - x||^2 = (n / k - 1) ||x||^2, for use without memory and for DIANA. `decode` draws the
+  support again, so the support is not sent. The support has one position in each of k equal
+  segments of the leaf, all rotated by one random shift. The paper's uniform k-subsets have the same
+  P(i in S), but cost a permutation of the leaf. A non-finite element, in the support or not, makes
+  the payload NaN.
 
   Args:
     fraction: fraction of the elements to send, in (0, 1]; k = max(1, round(fraction n)).
@@ -201,7 +203,7 @@ def support(key: Key, size: int, k: int) -> Array:
   length = width + (stretch < wider).astype(jnp.uint32)
   position = start + jax.random.randint(within, (k,), 0, length, jnp.uint32)
   shift = jax.random.randint(turn, (), 0, jnp.uint32(size), jnp.uint32)
-  room = jnp.uint32(size) - shift  # compared instead of position + shift, which may exceed 2^32
+  room = jnp.uint32(size) - shift  # avoids position + shift, which may exceed 2^32
   return jnp.where(position >= room, position - room, position + shift)
 
 

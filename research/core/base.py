@@ -18,17 +18,17 @@ Tree = Any  # a pytree of arrays
 Params = Tree
 State = Tree
 
-# The mesh axes over which workers are distributed, slow links first. Workers of one `slice` are
-# connected by fast links (a TPU slice, a node), slices by slow ones. All other mesh axes are within
-# a worker.
+# The mesh axes over which workers are distributed, slow links first. Workers of one `slice` (a TPU
+# slice, a node) are connected by fast links; slices are connected by slow links. All other mesh
+# axes are within a worker.
 WORKER_AXES = ("slice", "data")
 
 
 def platform() -> str:
   """The target platform of the program being traced: 'cpu', 'gpu' or 'tpu'.
 
-  It is that of the mesh in scope, whose devices need not exist on this machine (ahead-of-time
-  compilation); without a mesh it is JAX's default backend.
+  This is the platform of the mesh in scope, whose devices need not exist on this machine
+  (ahead-of-time compilation). Without a mesh, it is JAX's default backend.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
   name = device.platform if device is not None else jax.default_backend()
@@ -51,7 +51,7 @@ class Trait(enum.Flag):
   LOCAL = enum.auto()  # its value differs between workers
   WEIGHTED = enum.auto()  # its value weights the workers by their position in the graph
   DIRECTED = enum.auto()  # the weight of worker j at worker i differs from that of i at j
-  VARYING = enum.auto()  # the workers that it averages change from round to round
+  VARYING = enum.auto()  # the set of workers that it averages changes from round to round
   PARTIAL = enum.auto()  # its value is the mean of the workers that did not drop out
   EVERYONE = enum.auto()  # its value depends on every worker's messages of earlier rounds
 
@@ -97,8 +97,8 @@ class Compressor(Part):
 class Chunk(NamedTuple):
   """A worker's part of an array that is partitioned over the workers, in their order.
 
-  In a state it is private like any other leaf. For another number of workers, the full array is
-  partitioned again; other private rows are averaged instead.
+  In a state it is private. If the number of workers changes, the full array is partitioned again,
+  whereas the rows of other private leaves are averaged.
   """
 
   part: Array
@@ -135,8 +135,8 @@ class Uplink(NamedTuple):
 class Presence(NamedTuple):
   """A worker's participation in an exchange, and the weight of its contribution.
 
-  A Python `True` means that all workers are statically known to participate. The weights in a round
-  average to one over all W workers, where an absent worker counts as zero.
+  A Python `True` means that all workers are statically known to participate. In each round, the
+  weights average to one over all W workers; absent workers count as zero.
   """
 
   weight: float | Array = 1.0
@@ -185,7 +185,7 @@ class Wrapper(Part):
 
 
 def _checked(aggregate: Callable[..., Aggregate]) -> Callable[..., Aggregate]:
-  """A user's `aggregate`, named if it returns something else than an Aggregate."""
+  """Wraps a user's `aggregate`; an error names it if it does not return an Aggregate."""
 
   @functools.wraps(aggregate)
   def checked(*args: Any, **kwargs: Any) -> Aggregate:
@@ -203,11 +203,11 @@ def _checked(aggregate: Callable[..., Aggregate]) -> Callable[..., Aggregate]:
 class Aggregator(Wrapper):
   """An exchange between workers. Runs per worker, under named worker axes.
 
-  The value is the mean 1/W sum_i weight_i x_i of the workers' trees, exact or approximate, or a
-  rule over the values of the workers present, times their mean weight. The values of an absent
-  worker do not reach the others, and its private memory does not change.
+  The value is either the mean 1/W sum_i weight_i x_i of the workers' trees, exact or approximate,
+  or the result of a rule applied to the trees of the workers present, times their mean weight. The
+  values of an absent worker do not reach the others, and its private memory does not change.
 
-  `adds` are its own traits; it also has the traits of the aggregators and compressors within it.
+  `adds` holds its own traits; it also has the traits of the aggregators and compressors within it.
   """
 
   adds: ClassVar[Trait] = Trait(0)
@@ -264,15 +264,15 @@ class Aggregator(Wrapper):
 
   @property
   def privacy(self) -> Any:
-    """What is visible of a worker: a `Noise` or a `Sum` of `aggregate/privacy/hiding.py`.
+    """Declares what is visible of a worker: a `Noise` or `Sum` of `aggregate/privacy/hiding.py`.
 
-    For None the accountant assumes that each message is visible.
+    If it is None, the accountant assumes that each message is visible.
     """
     return None
 
 
 def _check_types(compressor: Compressor) -> None:
-  """Checks what decoding returns, once for each compressor that can be hashed."""
+  """Checks what decoding returns; the check runs only once for a compressor that is hashable."""
   try:
     hash(compressor)
   except TypeError:
@@ -285,7 +285,7 @@ def _check_decoded(compressor: Compressor) -> None:
   """Traces encoding and decoding of a small leaf.
 
   Raises:
-    ValueError: if decoding returns another shape or dtype than the leaf's.
+    ValueError: if the shape or dtype of the decoded array differs from the leaf's.
   """
   leaf = jax.ShapeDtypeStruct((4, 6), jnp.float32)
   there_and_back = lambda x, key: compressor.decode(compressor.encode(x, key, key), leaf, key)

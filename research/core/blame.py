@@ -73,7 +73,7 @@ class WrongReturn(TypeError):
 def fault(error: BaseException) -> str:
   """Describes in one line which function of a user's code failed, and where.
 
-  The function named is the last one of theirs that this codebase called.
+  The description names the last of the user's functions that this codebase called.
 
   Args:
     error: an exception with a traceback.
@@ -90,8 +90,9 @@ def fault(error: BaseException) -> str:
 def is_choice(error: BaseException) -> bool:
   """Whether a user's factory has rejected its arguments.
 
-  True for a ValueError of a `raise` statement under a factory that the registry called, or under
-  the `check` of its object; not of a method that this codebase tries while it builds the object.
+  True if a `raise` statement raised a ValueError during the registry's call of a factory, or during
+  the `check` of its object. False if it came from a method that this codebase tries while it builds
+  the object.
   """
   part, _, caller = _part(error)
   by_registry = not part or caller in _BUILDERS
@@ -107,7 +108,7 @@ def of_function(function: Callable[..., Any]) -> str:
 def _part(error: BaseException) -> tuple[CodeType | None, str, str]:
   """The last user function that this codebase called, its location, and the calling file."""
   part: CodeType | None = None
-  where, caller, before = "", "", ""  # `before` is the file of ours that calls the next frame
+  where, caller, before = "", "", ""  # `before`: our file that calls the next frame
   for frame, line in _frames(error):
     if _is_ours(frame):
       before = frame.f_code.co_filename
@@ -124,7 +125,7 @@ def _named(code: CodeType) -> str:
 
 
 def is_users(module: str) -> bool:
-  """Whether a module, given by its dotted name, belongs neither to this codebase nor a library."""
+  """Whether a module, given by its dotted name, is part of neither this codebase nor a library."""
   if module.partition(".")[0] in _LIBRARIES:
     return False
   file = getattr(sys.modules.get(module), "__file__", None) or ""

@@ -42,8 +42,8 @@ class Method(Wrapper):
   `link`, the state of its `aggregator`. Other methods override `sync`.
 
   An absent worker has an inactive presence: its round is lost, its results reach no other worker,
-  and its private state does not change. Which state is private and which is equal on all workers is
-  inferred by tracing (`parallel/layout.py`).
+  and its private state does not change. Tracing determines which state is private and which is
+  equal on all workers (`parallel/layout.py`).
 
   A `period` is a number of local steps per round, or a schedule [[first round, steps], ...]. By
   default a method rejects aggregators whose value differs between workers.
@@ -149,7 +149,7 @@ class Method(Wrapper):
     return self.aggregator
 
   def counted(self, presence: Presence) -> Presence:
-    """The presence passed to the aggregator: the worker's own by default."""
+    """Returns the presence to pass to the aggregator; by default, it is unchanged."""
     return presence
 
   def link(self, state: State) -> State:
@@ -180,8 +180,7 @@ class Method(Wrapper):
   def passes(self) -> int:
     """Passes of each owner over its own examples per round, or 0 if rounds have fixed steps.
 
-    The executors derive the number of steps from the owner with the most examples; the others stop
-    earlier.
+    The owner with the most examples determines the number of steps; the other owners stop earlier.
     """
     return 0
 
@@ -191,7 +190,7 @@ class Method(Wrapper):
     return False
 
   def in_rounds(self, steps: int, participation: float) -> "Method":
-    """The same method with other rounds.
+    """Returns the same method with another round length or participation.
 
     Args:
       steps: local steps per round.
@@ -231,7 +230,7 @@ class Method(Wrapper):
     return None
 
   def on_server(self) -> "tuple[Method, Any]":
-    """The method for a server and its workers, and a correction for the staleness of messages.
+    """Returns the method that a server and its workers run, and a correction for message staleness.
 
     Raises:
       ValueError: if it cannot run on a server, with the reason.
@@ -249,7 +248,8 @@ def periods(period: Period) -> tuple[int, tuple[tuple[int, int], ...]]:
     The local steps of the first stage, and the later stages as (first round, steps).
 
   Raises:
-    ValueError: if a number of steps is < 1, or the schedule does not start at round 0 and increase.
+    ValueError: if a number of steps is < 1, or the stages' first rounds do not start at 0 and
+      increase.
   """
   stages = [[0, period]] if isinstance(period, int) else [list(stage) for stage in period]
   rounds = [stage[0] for stage in stages]

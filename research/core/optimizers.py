@@ -29,7 +29,7 @@ class _Named:
       return super().__eq__(other)
     return isinstance(other, _Named) and self.spec == other.spec
 
-  def __ne__(self, other: object) -> bool:  # otherwise the tuple's own is used
+  def __ne__(self, other: object) -> bool:  # otherwise the tuple's method is used
     return not self == other
 
   def __hash__(self) -> int:

@@ -1,4 +1,4 @@
-"""Base class of the objects that specs name: frozen dataclasses whose repr is their spec."""
+"""Base class of objects built from specs: frozen dataclasses whose repr is their spec."""
 
 import dataclasses
 import functools
@@ -24,9 +24,10 @@ def hidden(default: Any, *, init: Literal[False] = False) -> Any:
 
 
 def required(method: Function) -> Function:
-  """Marks a method that subclasses define; without a definition, calling it names the subclass.
+  """Marks a method that subclasses must define; an error names a subclass that does not define it.
 
-  It is not an abstract method: which methods a Part needs depends on the others that it defines.
+  It is not an abstract method, because the methods that a Part needs depend on which others it
+  defines.
 
   Args:
     method: the method.
@@ -68,7 +69,7 @@ class Part:
         _check_name(cls, field.name)
     known = vars(cls)["__dataclass_fields__"]
     for declared in set(known) - {field.name for field in dataclasses.fields(cls)}:  # pyright: ignore[reportArgumentType]
-      del known[declared]  # a ClassVar must not fix a subclass's order of fields
+      del known[declared]  # ClassVars must not order a subclass's fields
 
   def __post_init__(self):
     for name, value in self.fields().items():
@@ -141,14 +142,14 @@ def _check_name(cls: type, name: str) -> None:
 
 
 def defined_at(cls: type, name: str) -> int:
-  """Returns the index in a class's method resolution order of the class that defines a name.
+  """Returns the index, in a class's method resolution order, of the class that defines a name.
 
   Args:
     cls: the class.
     name: name of an attribute.
 
   Returns:
-    The index; 0: the class itself.
+    The index; 0 means the class itself.
   """
   return next(place for place, base in enumerate(cls.__mro__) if name in vars(base))
 
@@ -162,7 +163,7 @@ def _flat(value: Any) -> Iterator[Any]:
 
 
 def _equal(a: Any, b: Any) -> bool:
-  """Whether two values are known to be equal; arrays are not."""
+  """Returns whether two values are known to be equal; False if the comparison yields an array."""
   try:
     return bool(a == b)
   except (TypeError, ValueError):
@@ -177,14 +178,14 @@ def _frozen(value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-  """A value as written in a spec; arrays, and objects not built from a spec, in <>."""
+  """Writes a value as in a spec, with <> around arrays and objects not built from a spec."""
   if type(value) is tuple:
     return f"[{', '.join(map(_shown, value))}]"
   if isinstance(value, _FUNCTIONS) or type(value).__repr__ is object.__repr__:
     name = str(getattr(value, "__name__", type(value).__name__))
     return f"<{name.strip('<>')}>"
   if hasattr(value, "_fields") and hasattr(value, "update") and "function" in repr(value):
-    return "<optimizer>"  # optax's own: functions with captured arguments and without a name
+    return "<optimizer>"  # optax's own: nameless functions that capture their arguments
   if getattr(value, "shape", ()):
     return f"<array of shape {list(value.shape)}>"
   return repr(value)

@@ -1,7 +1,7 @@
 """Validates and expands paths given by users.
 
-Runs lock their folder, append to files in it and rename them, and data files are read in place.
-This requires a file system, so object store URLs are rejected: mount the storage instead.
+A run locks its folder, appends to files in it and renames them; data files are read in place. This
+requires a file system, so object store URLs are rejected: mount the storage instead.
 """
 
 import errno
@@ -112,7 +112,7 @@ def is_full(error: BaseException | None) -> bool:
 def _expanded(text: str) -> Path:
   path = Path(text)
   if not text.startswith("~"):
-    # ./~x is not a home directory; the absolute path keeps it so when it is printed and parsed
+    # ./~x is no home directory; made absolute, it is not taken for one when printed and reparsed
     return path.absolute() if str(path).startswith("~") else path
   try:
     return path.expanduser()
@@ -145,7 +145,7 @@ def _check_encoding(text: str) -> None:
     text.encode(errors="surrogateescape").decode()
   except UnicodeError:
     first = surrogates[0]
-    byte = first - 0xDC00 if 0xDC80 <= first <= 0xDCFF else first  # as Python escapes bytes
+    byte = first - 0xDC00 if 0xDC80 <= first <= 0xDCFF else first  # undo Python's escape of a byte
     raise ValueError(f"is not UTF-8 (it holds {byte:#04x}); rename it, or link to it") from None
   try:
     os.fsencode(text)

@@ -1,8 +1,8 @@
 """Imports modules of other packages that register names, in a command and in all its processes.
 
-`load` imports the module that --import names. A process that starts another one passes `carried()`
-to it, and `load_all` imports these modules there, so that all processes build the same objects.
-Equal values of `fingerprint` mean that two processes have the same code.
+`load` imports the module given by --import. A process that starts another one passes `carried()` to
+it, and `load_all` imports these modules there, so that all processes build the same objects. Two
+processes with equal values of `fingerprint` have the same code.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ def load(text: str) -> bool:
     Whether the module, or a module that it imports, has registered any name.
 
   Raises:
-    ValueError: if there is no such module or file, or the file has the name of another module.
+    ValueError: if there is no such module or file, or another module has the same name as the file.
     Exception: whatever the module itself raises.
   """
   source = _of_file(text) if text.endswith(".py") or os.sep in text else _of_module(text)
@@ -53,7 +53,7 @@ def load(text: str) -> bool:
   except ModuleNotFoundError as error:
     name = error.name or ""
     if not f"{source.name}.".startswith(f"{name}."):
-      raise  # a module that this one imports
+      raise  # the missing module is imported by this one
     package, _, missing = name.rpartition(".")
     folders = getattr(sys.modules.get(package), "__path__", [])
     hint = checks.hint(missing, [found for folder in folders for found in _modules(folder)])
@@ -114,11 +114,11 @@ def _registering() -> list[str]:
 
 
 def _source_of(module: ModuleType) -> Source | None:
-  """How another process imports a module; None for a script or a module without a file."""
+  """Tells how another process can import a module; None for a script or a module without a file."""
   file = getattr(module, "__file__", None)
   if module.__name__ == "__main__" or not file:
     return None
-  above = module.__name__.count(".") + hasattr(module, "__path__")  # of its top-level package
+  above = module.__name__.count(".") + hasattr(module, "__path__")  # index of the import folder
   return Source(module.__name__, str(Path(file).resolve().parents[above]))
 
 

@@ -1,4 +1,4 @@
-"""Looks up names and builds objects from specs: built-in names, optax's, and registered ones.
+"""Builds objects from specs, looking up built-in names, optax's names and registered names.
 
     @register("compressor")
     def halved(factor: float = 0.5) -> Compressor: ...
@@ -52,15 +52,16 @@ class NameTaken(ValueError):
 def register(kind: str, name: str | None = None) -> Callable[[Factory], Factory]:
   """Registers a factory under a name for specs: a decorator for functions and dataclasses.
 
-  Its specs are checked like those of built-in names: against its parameters' types, and by the
-  ValueErrors that it raises. A task's keyword-only parameters `model` and `data_dir` are set by
-  --model and --data_dir. Registering the same function again, as a reload does, replaces it.
+  Its specs are checked like those of built-in names: arguments must match the parameters' types,
+  and the factory rejects values by raising ValueError. A task's keyword-only parameters `model` and
+  `data_dir` are set by --model and --data_dir. Registering the same function again, as a reload
+  does, replaces it.
 
   Args:
     kind: 'compressor', 'aggregator', 'method', 'task', 'model', 'partition', 'topology', 'delays',
       'speeds', 'optimizer' or 'schedule'.
-    name: the name in specs; None for the function's own, or the `name` of a compressor, aggregator
-      or method class.
+    name: the name in specs; None for the function's own name, or for the `name` of a compressor,
+      aggregator or method class.
 
   Returns:
     The decorator, which returns its argument unchanged.
@@ -84,7 +85,7 @@ def register(kind: str, name: str | None = None) -> Callable[[Factory], Factory]
 
 
 def _owner(kind: str, name: str) -> str:
-  """The qualified name of the factory of a name; '' for an unknown name."""
+  """The qualified name of the factory that a name refers to; '' for an unknown name."""
   if name in TABLE.get(kind, ()):
     return TABLE[kind][name].replace(":", ".")
   if name in ADDED.get(kind, ()):
@@ -124,7 +125,7 @@ def load_installed() -> None:
 
 
 def lookup(kinds: Sequence[str], name: str) -> Callable[..., Any]:
-  """Returns the factory of a name.
+  """Returns the factory that a name refers to.
 
   Args:
     kinds: the kinds to search, in this order.

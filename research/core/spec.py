@@ -37,7 +37,7 @@ class Call(NamedTuple):
     return ValueError(one_line(f"{one_line(self.text, QUOTED)}: {reason}"))
 
   def replace(self, **kwargs: Any) -> "Call":
-    """The same call with further or other keyword arguments.
+    """Returns the call with some keyword arguments added or replaced.
 
     Args:
       **kwargs: literals or calls.
@@ -46,10 +46,10 @@ class Call(NamedTuple):
 
 
 class _Calls:
-  """Calls by attribute; the text of `calls.sgd(0.1, momentum=0.9)` is `sgd(0.1, momentum=0.9)`.
+  """Builds calls: the text of `calls.sgd(0.1, momentum=0.9)` is `sgd(0.1, momentum=0.9)`.
 
-  For programs that set flags: a call is composed of calls and values, and its text is the flag. No
-  name is looked up before the call is built.
+  Programs that set flags compose a call from values and other calls, and pass its text as the flag.
+  Names are looked up only when the call is built.
   """
 
   def __getattr__(self, name: str) -> Callable[..., Call]:
@@ -75,7 +75,7 @@ def parse(spec: str) -> Call:
     spec: such as "sgd(0.1, momentum=0.9)".
 
   Raises:
-    ValueError: if it is not a call of a name on literals and calls, with the error's position.
+    ValueError: with the error's position, if it is not a call of a name on literals and calls.
   """
   call = _Reader(spec).value()
   if not isinstance(call, Call):
@@ -105,7 +105,7 @@ def syntax(spec: str) -> ast.expr:
     spec: the expression's text.
 
   Raises:
-    ValueError: if the text is malformed, with the error's position, or nested too deeply.
+    ValueError: if the text is nested too deeply or malformed; the message has the error's position.
   """
   try:
     with warnings.catch_warnings():

@@ -32,7 +32,7 @@ class _Output(io.FileIO):
 
 
 def prepare() -> None:
-  """Opens closed standard streams on the null device, and makes the others survive their readers.
+  """Opens closed standard streams on the null device; the others survive the loss of their reader.
 
   Otherwise a file opened later would reuse the descriptor of a closed stream, and libraries would
   print into it. Streams that have been replaced, for example by a test, are not changed.
@@ -52,7 +52,7 @@ def prepare() -> None:
 
 
 def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
-  """Encodes unencodable characters: surrogate escapes as their original bytes, others escaped."""
+  """Encodes unencodable characters: surrogate escapes as original bytes, others as escape codes."""
   try:
     return codecs.lookup_error("surrogateescape")(error)
   except UnicodeError:

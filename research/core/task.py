@@ -24,21 +24,21 @@ class Feed(NamedTuple):
 class Task(NamedTuple):
   """A model, its data and its objective: the mean of `loss` over all examples in `train`.
 
-  `sample` is a cheap pure function of (step, key) and of the number of examples of a worker. It
-  does not depend on the data, so an executor can draw the samples of many steps at once. `batch`
-  fetches them. Both see one worker's examples, arrays [examples, ...].
+  `sample` is a cheap pure function of (step, key) and of a worker's number of examples. It does not
+  depend on the data, so an executor can draw the samples of many steps at once. `batch` fetches the
+  sampled examples. Both functions handle one worker's examples, arrays [examples, ...].
 
   A task that seeks a fixed point x = T(x) instead of a minimum defines `grads`. It returns a value,
-  equal to `loss`, and x - T(x) instead of a gradient, so that `sgd(1.0)` iterates T; neither is
-  differentiated. Like a gradient, x - T(x) is a mean over examples, and is aggregated, compressed
-  and delayed as one. Its L1 norm over all examples is the metric "residual".
+  equal to `loss`, and x - T(x) instead of a gradient, so that `sgd(1.0)` iterates T. Neither `loss`
+  nor T is differentiated. Like a gradient, x - T(x) is a mean over examples, and it is aggregated,
+  compressed and delayed in the same way. Its L1 norm over all examples is the metric "residual".
 
   With a `feed`, the objective is the mean over the examples it reads, and `train` is a sample of
   them for measuring the loss; `sample` is then `sampling.in_order`.
   """
 
   init: Callable[[Key], Params]
-  # mean over the batch, masked if there is a mask; or a pair of it and Metrics
+  # mean over the batch, masked if there is a mask; or a pair (mean, Metrics)
   loss: Callable[[Params, Batch, Key], Any]
   evaluate: Callable[[Params, Batch], dict[str, Array]]  # metrics, each a mean over the batch
   sample: Callable[..., Tree]  # (size, step, key, *, batch_size) -> index [batch_size]
@@ -66,7 +66,7 @@ def loss_and_metrics(task: Task) -> Callable[[Params, Batch, Key], tuple[Array, 
   """Returns the task's loss in the form (params, batch, key) -> (loss, auxiliary metrics).
 
   Args:
-    task: the task; if its loss returns no metrics, they are empty.
+    task: the task; the metrics are empty if its loss returns none.
 
   Raises:
     ValueError: at trace time, if a metric is named 'loss'.
@@ -86,7 +86,7 @@ def measured_and_grad(task: Task) -> Callable[[Params, Batch, Key], tuple[Any, T
   """Returns (params, batch, key) -> ((loss, metrics), gradient).
 
   Args:
-    task: the task; its `grads`, if defined, replace the gradient, and metrics are empty.
+    task: the task; if it defines `grads`, this replaces the gradient, and the metrics are empty.
   """
   if task.grads is None:
     return jax.value_and_grad(loss_and_metrics(task), has_aux=True)
@@ -103,7 +103,7 @@ def value_and_grad(task: Task) -> Callable[[Params, Batch, Key], tuple[Array, Tr
   """Returns (params, batch, key) -> (loss, gradient).
 
   Args:
-    task: the task; its `grads`, if defined, replace the gradient.
+    task: the task; if it defines `grads`, this replaces the gradient.
   """
   differentiated = measured_and_grad(task)
 
@@ -117,7 +117,7 @@ def value_and_grad(task: Task) -> Callable[[Params, Batch, Key], tuple[Array, Tr
 class Data(NamedTuple):
   """The training examples by owner, on devices; P is the number of workers or clients.
 
-  Like TrainState, a tree of arrays, of their shardings, or of `vmap` axes.
+  Like TrainState, it is a tree of arrays, of their shardings, or of `vmap` axes.
   """
 
   examples: Tree  # arrays [P, maximum examples of an owner, ...], padded with zeros
@@ -134,7 +134,7 @@ class TrainState(NamedTuple):
 
 
 class Executor(NamedTuple):
-  """Runs N workers; the training loop's only interface to them."""
+  """Runs N workers; the training loop reaches them only through this interface."""
 
   init: Callable[[Key], TrainState]  # creates the state directly in its shardings
   place: Callable[..., Data]  # (examples [P, ...], sizes [P], key), from numpy to devices

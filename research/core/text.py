@@ -1,4 +1,4 @@
-"""Parses and quotes user input: integers, and quotations that fit on one line of an error."""
+"""Parses integers in user input, and quotes user input within one line of an error message."""
 
 import re
 from collections.abc import Iterable
@@ -54,7 +54,7 @@ def quoted(value: object, room: int = QUOTED) -> str:
 
 
 def listed(names: Iterable[str], room: int = LINE // 2) -> str:
-  """Joins names with commas; names that do not fit are replaced by their number.
+  """Joins names with commas; the names that do not fit are counted instead.
 
   Args:
     names: the names.

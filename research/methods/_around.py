@@ -8,7 +8,7 @@ from research.core.method import Method
 
 
 class Around(Method):
-  """Wraps another method, `method`: the field `inner`, or a property computed from other fields.
+  """Wraps another method, `method`: the field `inner` by default, or built from other fields.
 
   The state has a field `inner`, the state of `method`. A subclass overrides `begin` and `finished`
   to add behaviour at either end of a round.

@@ -1,4 +1,4 @@
-"""Methods with uncompressed rounds beside compressed ones, and what the two 1-bit Adams share."""
+"""Base class of the 1-bit Adams, and traits rejected by methods with some uncompressed rounds."""
 
 from dataclasses import KW_ONLY
 
@@ -56,7 +56,7 @@ class FrozenVariance(OneGradient):
     checks.above("eps", self.eps)
 
   def start(self, params: Params) -> tuple[Tree, State, State, Array]:
-    """Zeros like the parameters, the states of both exchanges, and the round counter.
+    """Returns zeros like the parameters, the states of both exchanges, and the round counter.
 
     Args:
       params: the initial model.

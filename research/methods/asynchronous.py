@@ -1,4 +1,4 @@
-"""Asynchronous methods made deterministic: workers compute at stale models, by a delay model."""
+"""Deterministic forms of asynchronous methods: a delay model makes workers use stale models."""
 
 from dataclasses import KW_ONLY
 from functools import cached_property
@@ -22,9 +22,9 @@ class Delayed(Stale, name="delayed"):
 
       x_{t+1} = x_t + (the inner method's update for a round that started at x_{t - tau_i})
 
-  With `data_parallel(sgd(eta), mean())` this is x_{t+1} = x_t - eta mean_i g_i(x_{t - tau_i}).
-  On a quadratic of curvature h a constant delay of tau is stable for
-  0 < eta h < 2 sin(pi / (4 tau + 2)), about pi / (2 tau).
+  With `data_parallel(sgd(eta), mean())` this is x_{t+1} = x_t - eta mean_i g_i(x_{t - tau_i}). On a
+  quadratic of curvature h, a constant delay tau is stable for 0 < eta h < 2 sin(pi / (4 tau + 2)),
+  about pi / (2 tau).
 
   Args:
     inner: any method. A worker's model change over its round is applied to the current model.
@@ -45,13 +45,13 @@ class StalenessAware(Stale, name="staleness_aware"):
 
       g <- g / max(tau_i, 1)^power
 
-  The paper divides the step size, which is the same for SGD. The correction has no effect on an
-  inner optimizer that is invariant to the scale of one worker's gradient.
+  The paper divides the step size instead, which is equivalent for SGD. The correction has no effect
+  on an inner optimizer that is invariant to the scale of one worker's gradient.
 
   Args:
     inner: any method, with the step size of synchronous training.
     delays: tau_i, in rounds.
-    power: exponent, at least 0; 1 in the paper, and 0 is `delayed`.
+    power: exponent, at least 0; the paper uses 1, and 0 gives `delayed`.
 
   Raises:
     ValueError: if power < 0.
@@ -107,12 +107,12 @@ class Hogwild(Stale, name="hogwild"):
       x_{t+1} = x_t - eta sum_i weight_i grad f_i(xhat_i)
 
   Nothing is averaged. If the workers' gradients are sparse and rarely overlap, a round of W workers
-  equals W steps of SGD; with dense gradients it is one step with W times the step size. Sparse
-  gradients stay sparse on the wire with an aggregator that sends few values. For consistent reads
+  equals W steps of SGD; with dense gradients it is one step with W times the step size. An
+  aggregator that sends few values keeps sparse gradients sparse on the wire. For consistent reads
   of one stale model use `delayed(..., uniform(bound))`.
 
   Args:
-    learning_rate: eta, of a single worker's update.
+    learning_rate: eta, the step size of a single worker's update.
     aggregator: averages the workers' gradients; W times this mean is applied.
     bound: delays are below this number of rounds; 1 means every read is current.
 

@@ -23,8 +23,8 @@ class Averaged(Around, name="averaged"):
 
       m_t = m_{t-1} + (x_t - m_{t-1}) / max(1, t - burn_in)
 
-  With step sizes that decay slower than 1/t the mean is asymptotically optimal: its covariance is
-  H^-1 S H^-1 / t.
+  With step sizes that decay more slowly than 1/t, the mean is asymptotically optimal: its
+  covariance is H^-1 S H^-1 / t.
 
   Args:
     inner: any method; its own iterates are unchanged.

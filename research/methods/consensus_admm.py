@@ -36,7 +36,7 @@ class ConsensusADMM(Method, name="consensus_admm"):
   tree, the change of the mean. A worker that drops out of a round does not contribute to z.
 
   Args:
-    learning_rate: of the gradient steps, at most 2 / (L + rho).
+    learning_rate: size of the gradient steps, at most 2 / (L + rho).
     aggregator: combines the workers' models and multipliers.
     penalty: rho, in the objective's curvature units.
     period: gradient steps per round.

@@ -1,4 +1,4 @@
-"""Delay-compensated SGD: stale gradients, corrected to first order for the distance moved."""
+"""Delay-compensated SGD: corrects stale gradients, to first order, for the model's change."""
 
 from dataclasses import KW_ONLY
 from functools import cached_property
@@ -40,16 +40,16 @@ class DCASGD(Compensating, name="dc_asgd"):
       g_i = grad f_i(x_{t - tau_i}),   s_t = decay s_{t-1} + (1 - decay) g_i^2
       x_{t+1} = x_t - eta aggregate_i(g_i + lambda / sqrt(s_t + eps) g_i^2 (x_t - x_{t - tau_i}))
 
-  elementwise: a first-order estimate of g_i(x_t) that approximates the Hessian's diagonal by g^2.
-  The paper's server receives one gradient at a time; `last_pull` with one worker and a population
-  does the same. If a round has several gradients, each is compensated with its own s_t, and the
-  state keeps their mean: this sends a second tree, which bypasses the aggregator.
+  elementwise. This is a first-order estimate of g_i(x_t), in which g^2 approximates the Hessian's
+  diagonal. The paper's server receives one gradient at a time; `last_pull` with one worker and a
+  population does the same. If a round has several gradients, each is compensated with its own s_t,
+  and the state keeps their mean: this sends a second tree, which bypasses the aggregator.
 
   Args:
     learning_rate: eta.
     aggregator: combines the workers' gradients.
     delays: tau_i, in rounds.
-    lam: lambda_0; 0 is `delayed`.
+    lam: lambda_0; 0 gives `delayed`.
     decay: m, decay of the mean square.
     eps: added under the square root.
 
@@ -102,7 +102,7 @@ class DCASGDConstant(Compensating, name="dc_asgd_constant"):
     learning_rate: eta.
     aggregator: combines the workers' gradients.
     delays: tau_i, in rounds.
-    lam: lambda; 0 is `delayed`.
+    lam: lambda; 0 gives `delayed`.
 
   Raises:
     ValueError: if learning_rate <= 0, lam < 0, or the aggregator is incompatible.

@@ -1,4 +1,4 @@
-"""Decentralized descent: every worker has its own model and averages it with its neighbours.
+"""Decentralized descent: every worker averages its own model with its neighbours' models.
 
 The deployed model is the mean of the workers' models. If the workers' objectives differ, a constant
 step size leaves an error proportional to that step size; the methods in `methods/consensus.py` have
@@ -159,7 +159,7 @@ class DGDState(NamedTuple):
 
 
 class DGD(OneGradient, name="dgd"):
-  """Decentralized gradient descent: the neighbours' average minus a step along the own gradient.
+  """Decentralized gradient descent: an average over neighbours, minus a local gradient step.
 
       x_{k+1}^i = sum_j w_ij x_k^j - alpha weight_i grad f_i(x_k^i)
 

@@ -34,7 +34,7 @@ class DeMo(OneGradient, name="demo"):
   divides each coefficient by the number of workers that sent it.
 
   Args:
-    learning_rate: eta, a constant or a schedule over rounds; the change of every parameter.
+    learning_rate: eta, a constant or a schedule over rounds; the size of each parameter's change.
     aggregator: selects the components that are sent and averages them.
     decay: beta, decay of the momentum, in [0, 1).
 

@@ -50,9 +50,9 @@ class FedAvg(Federated, name="fed_avg"):
       y_{t,0}^i = x_t,   y_{t,k+1}^i = y_{t,k}^i + inner(grad f_i(y_{t,k}^i))     k in [K_i]
       x_{t+1} = x_t + eta_g aggregate_i(weight_i (y_{t,K_i}^i - x_t))
 
-  K_i steps are E passes of client i over its own examples. One SGD step on all examples with
-  eta_g = 1 is FedSGD, full gradient descent. A schedule of the inner optimizer restarts every
-  round.
+  The K_i steps are E passes of client i over its own examples. One SGD step per client on all of
+  its examples, with eta_g = 1, is FedSGD: full gradient descent. A schedule of the inner optimizer
+  restarts every round.
 
   Args:
     inner: each client's optimizer, re-initialized every round.
@@ -168,7 +168,7 @@ fed_opt = FedOpt
 
 
 class FedAdaptive(Federated):
-  """`fed_opt` with an adaptive optimizer of the paper on the server."""
+  """`fed_opt` with one of the paper's adaptive optimizers on the server."""
 
   inner: optax.GradientTransformation
   aggregator: Aggregator
@@ -181,7 +181,7 @@ class FedAdaptive(Federated):
 
   def check(self):
     super().check()
-    _ = self.outer  # building it rejects hyper-parameters out of range
+    _ = self.outer  # building it rejects out-of-range hyper-parameters
 
 
 class FedAdam(FedAdaptive, name="fed_adam"):

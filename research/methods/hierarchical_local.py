@@ -40,9 +40,9 @@ class HierarchicalLocalSGD(LocalStepping, name="hierarchical_local_sgd"):
   Args:
     inner: each worker's optimizer.
     fast: the aggregator within a slice, `mean(axis='data')`.
-    slow: the aggregator between slices, `mean(axis='slice')`. The workers of a slice are equal at
-      this point, so one over all workers, such as `hierarchical_mean()`, is valid too and sends
-      less over slow links.
+    slow: the aggregator between slices, `mean(axis='slice')`. The models within a slice are equal
+      at this point, so an aggregator over all workers, such as `hierarchical_mean()`, is also
+      valid, and it sends less over slow links.
     inner_period: H, local steps per average within a slice.
     outer_period: B, rounds per average between slices.
 

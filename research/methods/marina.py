@@ -41,10 +41,10 @@ class Marina(Method, name="marina"):
       x^{k+1} = x^k - gamma_k g^k
 
   where g^0 is a full gradient. While g^{k-1} is zero, the gradient itself takes the place of the
-  difference. The coin is a hash of (k, seed): all workers draw the same one, and a round's traffic
-  is known without running it. The differences vanish as the method converges, and the compression
-  error with them, so full local gradients reach the optimum exactly. With mini-batches both
-  gradients use the same one, and g stays as noisy as they are.
+  difference. The coin is a hash of (k, seed): all workers draw the same value, and a round's
+  traffic is known without running it. As the method converges, the differences vanish and so does
+  the compression error; with full local gradients, the method reaches the optimum exactly. With
+  mini-batches, both gradients use the same mini-batch, and g stays as noisy as these gradients.
 
   Args:
     learning_rate: gamma, a constant or a schedule over rounds.
@@ -111,7 +111,7 @@ marina = Marina
 
 
 def coin(count: Array, probability: float, seed: int) -> Array:
-  """Whether a round sends a full gradient; a function of integers, so rounds can be read ahead.
+  """Whether a round sends a full gradient; it uses only integers, so it is known in advance.
 
   Args:
     count: k, int32 scalar.

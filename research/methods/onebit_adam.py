@@ -33,9 +33,9 @@ class OnebitAdam(FrozenVariance, name="onebit_adam"):
 
   The paper's Adam has no bias correction. Here the warm-up is `optax.adam` with bias correction,
   and the later rounds keep it: without it the step would grow by a factor of (1 - b2^T_w)^(-1/2),
-  about 3 for T_w = 100. An element whose v_{T_w} is zero never had a gradient and is not updated,
-  because sign compression cannot represent zero. If all of v_{T_w} is zero, it is set by the first
-  nonzero round after the warm-up.
+  about 3 for T_w = 100. An element whose v_{T_w} is zero never had a nonzero gradient and is not
+  updated, because sign compression cannot represent zero. If all of v_{T_w} is zero, it is set by
+  the first nonzero round after the warm-up.
 
   Args:
     learning_rate: gamma, a constant or a schedule over rounds.
@@ -67,7 +67,7 @@ class OnebitAdam(FrozenVariance, name="onebit_adam"):
     def frozen(state):
       mine = mixed(self.b1, state.momentum, local.grads)
       m, _, link = self.aggregator.aggregate(mine, state.link, key, presence)
-      seen = jax.tree.map(lambda m: m / (1 - self.b1), m)  # the mean gradient, after zeros alone
+      seen = jax.tree.map(lambda m: m / (1 - self.b1), m)  # the mean gradient, if m was zero
       correction = 1 - self.b2 ** jnp.minimum(state.count + 1, self.warm_up)
       v = if_unseen(state.variance, jax.tree.map(lambda g: correction * g**2, seen))
       return state._replace(momentum=m, variance=v, link=link)

@@ -40,9 +40,9 @@ class Scaffold(ByPasses, name="scaffold"):
   The controls start at zero or, with a warm-up, at the clients' gradients at the first model, which
   a first round computes without moving the models. A client that is not sampled, or drops out,
   keeps its c_i. If the aggregator is the mean over workers, c equals the mean of all N clients' c_i
-  after every round. The solution is that of the paper's problem, the unweighted mean of the
-  clients' objectives: weighting clients by their examples changes the path, not the solution. The
-  paper's algorithm also weights them equally along the path. Sends two trees per round.
+  after every round. As in the paper, the solution minimizes the unweighted mean of the clients'
+  objectives. Weighting clients by their examples changes the path, not the solution; the paper's
+  algorithm also weights clients equally along the path. Sends two trees per round.
 
   Args:
     learning_rate: eta, of the clients, constant.
@@ -51,7 +51,8 @@ class Scaffold(ByPasses, name="scaffold"):
     server_learning_rate: eta_g, of the server.
     epochs: E, passes over a client's examples per round.
     period: K, local steps of every client per round instead of passes; 0 means `epochs` decides.
-    warm_up: start with a round that only sets the controls; clients it does not sample start at 0.
+    warm_up: whether to start with a round that only sets the controls; the controls of clients not
+      sampled in it start at 0.
 
   Raises:
     ValueError: if a learning rate is not above 0, epochs < 1, period < 0, both are set, or the

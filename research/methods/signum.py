@@ -30,7 +30,7 @@ class Signum(OneGradient, name="signum"):
   on the mean gradient.
 
   Args:
-    learning_rate: eta, a constant or a schedule over rounds; the change of every parameter.
+    learning_rate: eta, a constant or a schedule over rounds; the size of each parameter's change.
     aggregator: combines the workers' momenta; the paper's choice is `majority_vote()`.
     momentum: beta, in [0, 1); 0 is SignSGD.
     weight_decay: lambda, at least 0.

@@ -27,17 +27,17 @@ class SlowMo(OuterStepping, name="slow_mo"):
       u_{t+1} = beta u_t + (x_{t,0} - x_{t,tau}) / gamma_t
       x_{t+1,0} = x_{t,0} - alpha gamma_t u_{t+1}
 
-  This is DiLoCo with slow momentum as the outer optimizer. Of the paper's three strategies for the
-  inner optimizer's buffers at the end of a round, this one keeps them on each worker; wrap it in
-  `restarted` to reset them. beta = 0 and alpha = 1 is local SGD.
+  This is DiLoCo with slow momentum as the outer optimizer. The paper has three strategies for the
+  inner optimizer's buffers at the end of a round. This method keeps the buffers on each worker;
+  wrap it in `restarted` to reset them. beta = 0 and alpha = 1 is local SGD.
 
   Args:
     inner: each worker's optimizer, the paper's base optimizer.
     aggregator: combines the workers' model changes.
     period: tau, local steps per round, or a schedule [[first round, tau], ...].
-    learning_rate: gamma of the inner optimizer, a constant, which cancels, or its schedule over
-      local steps. gamma_t is the mean over the steps of round t; the paper's is constant within a
-      round. A round with gamma_t = 0 adds nothing to the momentum.
+    learning_rate: gamma, the inner optimizer's learning rate: a constant, which cancels, or a
+      schedule over local steps. gamma_t is the mean over the steps of round t; in the paper, gamma
+      is constant within a round. A round with gamma_t = 0 adds nothing to the momentum.
     slow_learning_rate: alpha.
     slow_momentum: beta.
 

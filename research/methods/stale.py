@@ -1,4 +1,4 @@
-"""Methods at stale models, built from a delay model, a staleness correction and an inner method.
+"""Runs an inner method at stale models, with a delay model and a staleness correction.
 
 delays       choose the old model x_{t - tau} at which a worker computes
 correction   adjusts its gradient, given tau and x_t - x_{t - tau}
@@ -45,7 +45,7 @@ class Stale(Around):
 
   Only the model is stale; the rest of the inner method's state is current. The inner method's Local
   must be a NamedTuple. A correction's memory is averaged exactly over the workers, bypassing the
-  inner method's aggregator: it is a second tree to send.
+  inner method's aggregator, so a second tree is sent.
   """
 
   delays: ClassVar[Any]  # chooses the model at which a worker starts

@@ -39,7 +39,7 @@ class StreamingDiLoCo(Method, name="streaming_diloco"):
       Delta_p = aggregate_i(weight_i (theta_p - theta_{t,p}^i))
       theta_p <- theta_p + outer(Delta_p)
 
-  and the workers receive it tau steps later, after their inner step:
+  The workers receive the updated fragment tau steps later, after their inner step:
 
       theta_{t+tau,p}^i <- alpha theta_{t+tau,p}^i + (1 - alpha) theta_p
 
@@ -55,7 +55,7 @@ class StreamingDiLoCo(Method, name="streaming_diloco"):
     period: H, steps between two exchanges of a fragment.
     fragments: P, number of fragments, which are sets of leaves.
     delay: tau, steps that an exchange may take; 0 disables overlap.
-    mixing: alpha, weight of the worker's own fragment; 0 replaces it by the common one.
+    mixing: alpha, weight of the worker's own fragment; 0 replaces it by the common fragment.
     strided: if true, leaf l belongs to fragment l mod P; otherwise fragments are contiguous runs of
       leaves.
 
@@ -166,7 +166,7 @@ class StreamingDiLoCo(Method, name="streaming_diloco"):
   def _exchange(
     self, fragment: int, part: list[int], gradient: list[Array], key: Array, presence: Presence
   ) -> Callable[..., tuple]:
-    """The exchange of one fragment: (leaves, outers, links) -> the same after it."""
+    """Returns (leaves, outers, links) -> the same three after the exchange of one fragment."""
 
     def run(leaves, outers, links):
       leaves = list(leaves)

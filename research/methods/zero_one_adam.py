@@ -35,10 +35,10 @@ class ZeroOneAdam(FrozenVariance, name="zero_one_adam"):
                   x_{t+1}^i = x_{t'} - U / sqrt(v_{t+1} + eps),   u_{t+1}^i = 0,   t' = t + 1
       otherwise:  x_{t+1}^i = x_{t'} - u_{t+1/2}^i / sqrt(v_{t+1} + eps),   m and u from t + 1/2
 
-  There is no bias correction, as in the paper. Unlike the paper, a round of T_v steps with its
-  updated variance: with v_0 = 0 the first step would be 1 / sqrt(eps) times too long. An element
-  whose v is zero never had a gradient and is not updated, because sign compression cannot represent
-  zero. If all of v is zero, it is set by the first nonzero exchange.
+  There is no bias correction, as in the paper. Unlike in the paper, the step of a round in T_v uses
+  the updated variance: with v_0 = 0, the first step would otherwise be 1 / sqrt(eps) times too
+  long. An element whose v is zero never had a nonzero gradient and is not updated, because sign
+  compression cannot represent zero. If all of v is zero, it is set by the first nonzero exchange.
 
   T_v consists of rounds among the first `warm_up`, with an interval of 2^floor(j / kappa) after the
   j-th. T_u consists of all warm-up rounds; afterwards its interval starts at 1 and doubles every
@@ -49,8 +49,8 @@ class ZeroOneAdam(FrozenVariance, name="zero_one_adam"):
     aggregator: combines u; the paper's 1-bit AllReduce is `error_feedback(two_phase(sign()))`.
     warm_up: rounds until the variance is frozen and steps may be local; at least 1.
     variance_scale: kappa, at least 1.
-    double_every: rounds between doublings of the interval of T_u; the paper's is the time in which
-      the learning rate halves.
+    double_every: rounds between doublings of the interval of T_u; in the paper, the number of
+      rounds in which the learning rate halves.
     longest: maximum interval of T_u, a power of two.
     b1: decay of the momentum, in [0, 1).
     b2: decay of the variance, in [0, 1).
@@ -116,7 +116,7 @@ class ZeroOneAdam(FrozenVariance, name="zero_one_adam"):
 
     def synchronised(state):
       total, _, link = self.aggregator.aggregate(state.buffer, state.link, key, presence)
-      moving = state.rates > 0  # false while a schedule starts at zero: then nothing was sent
+      moving = state.rates > 0  # False while a schedule is still at zero: nothing was sent
       rates = jnp.where(moving, state.rates, 1)
       approximate = lambda u, m: jnp.where(moving, u / rates, m).astype(m.dtype)
       m = jax.tree.map(approximate, total, state.momentum)

@@ -22,9 +22,9 @@ def spec(shape: tuple[int, ...], *axes: str | tuple[str, ...] | None) -> P:
   """The spec of an activation: each dimension's axes, if the mesh in scope has them and they fit.
 
   Args:
-    shape: of the activation.
-    *axes: per dimension an axis, several axes, or None; axes that are not in the mesh are dropped,
-      and all of a dimension's axes if they do not divide its length.
+    shape: shape of the activation.
+    *axes: for each dimension an axis, several axes, or None. Axes that are not in the mesh are
+      dropped. If a dimension's axes do not divide its length, all of them are dropped.
   """
   sizes = inner_axes()
 
@@ -50,9 +50,8 @@ def along(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
 def rows(table: Array, index: Array) -> Array:
   """Looks up rows [batch, length, width] of a table [rows, width] that is sharded along `model`.
 
-  Each device looks up its own examples, so that gradients are combined by one sum of the table's
-  size, however many tokens there are. The compiler would instead send each token's rows to all
-  devices.
+  Each device looks up its own examples, so that one sum of the table's size combines the gradients,
+  for any number of tokens. The compiler would instead send each token's rows to all devices.
 
   Args:
     table: [rows, width].

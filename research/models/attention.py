@@ -110,7 +110,7 @@ def splash_kernel(query: Array, key: Array, value: Array, interpret: bool = Fals
   axes = activations.inner_axes()
   if not axes:
     return attend(query, key, value)
-  heads = activations.spec(key.shape, "fsdp", None, "model", None)  # divides the queries' too
+  heads = activations.spec(key.shape, "fsdp", None, "model", None)  # divides query heads too
   cut = jax.shard_map(
     attend, in_specs=(heads,) * 3, out_specs=heads, axis_names=set(axes), check_vma=False
   )
@@ -145,7 +145,7 @@ def rotation(length: int, head_dim: int, base: float) -> Rotation:
   Args:
     length: number of positions.
     head_dim: even.
-    base: of the frequencies.
+    base: base of the frequencies.
 
   Reference: Su et al. 2021, arXiv 2104.09864, section 3.2.2.
   """

@@ -18,11 +18,11 @@ Model = Callable[[int], nn.Module]
 
 
 def linear(bias: bool = False, deviation: float = 0.0) -> Model:
-  """x W (+ b), for dense or sparse rows, see `Linear`.
+  """x W (+ b), for dense or sparse rows; see `Linear`.
 
   Args:
-    bias: adds b, initially zero.
-    deviation: standard deviation of the initial entries of W; 0: they are zero.
+    bias: whether to add b, which is initially zero.
+    deviation: standard deviation of the initial entries of W; 0 makes them zero.
 
   Returns:
     outputs -> module.
@@ -40,8 +40,8 @@ def logistic(bias: bool = True, deviation: float = 0.0) -> Model:
   """The logits x W + b of logistic or softmax regression: `linear`, by default with a bias.
 
   Args:
-    bias: adds b, initially zero.
-    deviation: standard deviation of the initial entries of W; 0: they are zero.
+    bias: whether to add b, which is initially zero.
+    deviation: standard deviation of the initial entries of W; 0 makes them zero.
 
   Returns:
     outputs -> module.

@@ -1,4 +1,4 @@
-"""A decoder layer: attention and a feed-forward part, each after a norm, both residual."""
+"""A decoder layer: residual attention and feed-forward parts, each preceded by a norm."""
 
 from typing import Any, NamedTuple
 
@@ -80,7 +80,7 @@ class Layer(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, positions: Rotation) -> tuple[Array, Array]:
-    # the residual stream sums 2 layers terms; Radford et al. 2019 (GPT-2), section 2.3
+    # the residual stream is a sum of 2 * layers terms; Radford et al. 2019 (GPT-2), section 2.3
     deviation = self.shape.deviation * (2 * self.shape.layers) ** -0.5
     attention = Attention(self.shape, self.dtype, self.attend, deviation, name="attention")
     options = (self.shape.hidden, self.dtype, deviation, self.shape.deviation)

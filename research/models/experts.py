@@ -36,8 +36,8 @@ class SwiGLU(nn.Module):
 class Experts(nn.Module):
   """sum_e weight_e SwiGLU_e(x), with kernels [experts, ...] and weights [batch, length, experts].
 
-  Weights multiply the hidden units, so that one product sums over these and the experts: if either
-  is sharded, one sum of the output's size combines the devices.
+  Weights multiply the hidden units, so that one product sums over both hidden units and experts. If
+  either is sharded, one sum of the output's size combines the devices' results.
   """
 
   hidden: int
@@ -67,12 +67,12 @@ class Mixture(nn.Module):
 
       p = softmax(router(x));   weight_e = p_e / (sum of the chosen p) for chosen e, else 0
 
-  With k = 1 the weight is p_e itself, so that the router learns. Every expert computes every token
-  and the weights drop what was not chosen: exact, without capacities or dropped tokens, at
-  experts / k times the cost.
+  With k = 1 the weight is p_e itself, so that the router learns. Every expert computes every token,
+  and the weights remove the outputs of experts not chosen. This is exact, without capacities or
+  dropped tokens, but costs experts / k times as much.
 
-  It also returns each expert's share of the choices and the mean of its p, [2, experts], which
-  `balance` turns into a loss.
+  The module also returns each expert's share of the choices and the mean of its p, as [2, experts];
+  `balance` turns this array into a loss.
 
   Reference: Shazeer et al. 2017, arXiv 1701.06538; Fedus et al. 2021, arXiv 2101.03961 (k = 1);
     Jiang et al. 2024, arXiv 2401.04088, section 2.1 (k > 1).
@@ -120,9 +120,10 @@ def balance(busy: Array) -> Array:
 
 
 def largest(p: Array, k: int) -> Array:
-  """Marks the k largest entries along the last dimension; among equal ones the first.
+  """Marks the k largest entries along the last dimension; the first of equal entries are marked.
 
-  Compares all pairs: the compiler would spread a sort over the devices, and move tokens for it.
+  It compares all pairs, because the compiler would distribute a sort over the devices and move
+  tokens for it.
 
   Args:
     p: [..., n].

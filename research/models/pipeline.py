@@ -2,14 +2,14 @@
 
 A pipeline of S stages passes M micro-batches through all layers in R rounds: in round r stage s
 applies layers (r S + s) k, ..., (r S + s + 1) k - 1 of R S k. At tick t it computes item i = t - s,
-which is micro-batch i mod M in round i div M, and sends it to the next stage, the last to the
-first:
+which is micro-batch i mod M in round i div M, and sends it to the next stage; the last stage sends
+it to the first:
 
     ticks = R M + S - 1,   bubble = (S - 1) / ticks
 
 The bubble is the share of ticks in which a stage is idle. R = 1 is GPipe. R > 1 is circular: the
-bubble is nearly R times smaller, for R times as many transfers. The backward pass is derived by
-JAX: the same ticks backwards.
+bubble is nearly R times smaller, but there are R times as many transfers. JAX derives the backward
+pass, which runs the same ticks in reverse.
 
 Reference: Huang et al. 2018, arXiv 1811.06965 (GPipe); Narayanan et al. 2021, arXiv 2104.04473,
   section 2.2 (several groups of layers on each device).
@@ -56,14 +56,14 @@ def schedule(stages: int, examples: int, microbatches: int, repeats: int, cut: i
 
   Args:
     stages: S.
-    examples: of one pass.
+    examples: number of examples in one pass.
     microbatches: M, or 0 for the largest number up to 4 S that divides the examples.
     repeats: R.
     cut: devices over which each micro-batch should be sharded; a preference if M is chosen.
 
   Raises:
-    ValueError: M does not divide the examples, or is less than S with R > 1, when a micro-batch
-      would be due at the first stage before it has left the last.
+    ValueError: M does not divide the examples, or M < S with R > 1, since a micro-batch would then
+      be due at the first stage before it has left the last.
   """
   least = stages if repeats > 1 else 1
   if not microbatches:
@@ -95,12 +95,12 @@ def pipelined(
     layers: applies consecutive layers.
     params: leaves [R, S k, ...], the second dimension along `stage`.
     x: [B, T, width].
-    rest: further arguments, the same for all.
-    plan: M divides B.
+    rest: further arguments, the same for all layers.
+    plan: the schedule, whose M divides B.
 
   Returns:
-    The output [B, T, width], its T along `stage` if S divides it, and the statistics of all layers
-    [R, S k, ...], means over the micro-batches.
+    The output [B, T, width], with T sharded along `stage` if S divides it, and the statistics of
+    all layers [R, S k, ...], which are means over the micro-batches.
   """
   stages, count, repeats = plan
   whole = x.shape[1] % stages != 0

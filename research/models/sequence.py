@@ -73,9 +73,9 @@ def by_heads(query: Array, key: Array, value: Array, attend: Attend) -> Array:
 
 
 def ring(query: Array, key: Array, value: Array, attend: Attend | None = None) -> Array:
-  """Attention in S steps: in each a device attends to the keys of another part and passes them on.
+  """Attention in S steps: in each, a device attends to the keys of one part and passes them on.
 
-  With the scores x of a part, the sums over all parts so far are relative to their maximum m:
+  With the scores x of a part, the sums over the parts so far are relative to their maximum m:
 
       m' = max(m, max x);  l' = l e^(m - m') + sum e^(x - m');  o' = o e^(m - m') + e^(x - m') value
 
@@ -119,7 +119,8 @@ def _ring(query: Array, key: Array, value: Array) -> Array:
     return (sums, lax.ppermute((key, value), "seq", onward)), None
 
   zeros = lambda *shape: jnp.zeros((batch, heads, length, *shape), jnp.float32)
-  # every query sees a key of the first part, the device's own: a finite minimum serves as -inf
+  # the first part is the device's own, so every query sees a key in it, and a finite minimum can
+  # serve as -inf
   sums = zeros() + jnp.finfo(jnp.float32).min, zeros(), zeros(head_dim)
   ((_, total, out), _), _ = lax.scan(step, (sums, (key, value)), jnp.arange(size))
   return jnp.swapaxes(out / total[..., None], 1, 2).astype(query.dtype)
@@ -128,7 +129,7 @@ def _ring(query: Array, key: Array, value: Array) -> Array:
 def _on_devices(body, query: Array, key: Array, value: Array) -> Array:
   """Runs a body on each device's examples, tokens and heads."""
   axes = activations.inner_axes()
-  lies: P = activations.spec(key.shape, "fsdp", "seq", "model", None)  # divides the queries' too
+  lies: P = activations.spec(key.shape, "fsdp", "seq", "model", None)  # divides query heads too
   return jax.shard_map(
     body, in_specs=(lies,) * 3, out_specs=lies, axis_names=set(axes), check_vma=False
   )(query, key, value)

@@ -1,8 +1,8 @@
 """A Llama-style decoder language model, with presets of several sizes.
 
-RMSNorm before each part, rotary positions, grouped-query attention, SwiGLU or a mixture of experts,
-and a head that shares the embedding or has its own matrix. Parameters are float32; products are in
-`dtype`; norms, softmaxes, routers and logits are in float32.
+The model has RMSNorm before each part, rotary positions, grouped-query attention, SwiGLU or a
+mixture of experts, and a head that shares the embedding or has its own matrix. Parameters are
+float32; products are in `dtype`; norms, softmaxes, routers and logits are in float32.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,8 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
-# Named by their parameters with 32,000 outputs (150m), 128,256 (1b, 8b); tiny has 812k with 65.
+# Presets are named by their number of parameters with 32,000 outputs (150m) or 128,256 outputs (1b,
+# 8b). With 65 outputs, tiny has 812k parameters.
 PRESETS = {
   "tiny": Shape(4, 128, 4, 4, 352, True, 1e4, False),
   "150m": Shape(12, 1024, 8, 4, 2048, True, 1e4, True),
@@ -82,29 +83,30 @@ def transformer(
   Args:
     preset: tiny, 150m, 1b or 8b.
     layers: number of layers.
-    width: of the residual stream.
-    heads: of queries, each of width / heads.
-    kv_heads: of keys and values.
+    width: size of the residual stream.
+    heads: number of query heads, each of size width / heads.
+    kv_heads: number of key and value heads.
     hidden: width of the feed-forward part, or of each expert.
-    tied: the head shares the embedding.
-    deviation: of the initial weights, N(0, deviation^2); those that add to the residual stream are
-      smaller by sqrt(2 layers).
-    experts: per layer, instead of its feed-forward part; 0 for none.
+    tied: whether the head shares the embedding.
+    deviation: standard deviation of the initial weights. For weights whose output is added to the
+      residual stream, it is divided by sqrt(2 layers).
+    experts: number of experts that replace the feed-forward part of each layer; 0 for none.
     experts_per_token: experts that compute a token's output.
     balance: weight of the load-balancing loss, see `experts.balance`.
-    dtype: of products and activations, bfloat16 or float32.
-    remat: True recomputes a layer in its backward pass, "dots" all but products with weights.
+    dtype: type of products and activations, bfloat16 or float32.
+    remat: True recomputes a layer in its backward pass; "dots" recomputes all but products with
+      weights.
     scan: True compiles one layer, with stacked parameters layers/... [layers, ...]; False unrolls,
       with parameters layers_0/..., layers_1/...
     attention: auto, plain, dot_product (cuDNN's on a GPU) or splash (TPUs).
-    over_seq: attention along a mesh's `seq`: auto, by_heads (two exchanges) or ring.
-    microbatches: of a worker's batch along a mesh's `stage`, see `pipeline.schedule`; 0: chosen
-      there.
-    repeats: how often a micro-batch passes through the stages, each time through layers / repeats:
-      the stacked layers are [repeats, layers / repeats, ...].
+    over_seq: attention along a mesh's axis `seq`: auto, by_heads (two exchanges) or ring.
+    microbatches: number of micro-batches of a worker's batch along a mesh's `stage`; 0 lets
+      `pipeline.schedule` choose it.
+    repeats: how often a micro-batch passes through the stages, each time through layers / repeats
+      layers. The stacked layers are [repeats, layers / repeats, ...].
 
   Returns:
-    outputs -> module, for the number of tokens of the vocabulary.
+    outputs -> module, where outputs is the number of tokens in the vocabulary.
 
   Raises:
     ValueError: a name is unknown, or sizes do not fit together.
@@ -226,7 +228,7 @@ class Transformer(nn.Module):
 
     Args:
       stages: devices along `stage`.
-      examples: of a worker's batch.
+      examples: number of examples in a worker's batch.
       cut: devices over which each micro-batch should be sharded.
     """
     return pipeline.schedule(stages, examples, self.microbatches, self.repeats, cut)

@@ -36,12 +36,13 @@ def aggregated(
 
   Args:
     aggregator: combines the workers' gradients.
-    axis: the name or names of the worker axes, slow links first; by default those of 'slice' and
-      'data' that are in scope.
+    axis: the name or names of the worker axes, slow links first; by default, whichever of
+      'slice' and 'data' are in scope.
     seed: seed of the aggregator's randomness, equal on all workers.
 
   Returns:
-    The transformation. Its state contains the aggregator's, which may be private (`state_specs`).
+    The transformation. Its state contains the aggregator's state, which may be private
+    (`state_specs`).
 
   Raises:
     ValueError: at trace time, if the axis is not in scope or `shard_map` has already summed the
@@ -93,17 +94,17 @@ def as_optax(
   `grad_fn=...` as an extra argument if the method needs gradients at other parameters, and
   `weight=...` if the workers' shares of the objective differ. Keep separate parameters per worker:
   they differ between syncs for methods with local steps. In a chain it must be last, since it sets
-  the parameters it has computed: put weight decay and masks into its inner optimizer, and clipping
-  of a worker's gradient before it.
+  the parameters to the values it has computed. Put weight decay and masks into its inner optimizer,
+  and clip a worker's gradient before it.
 
   Args:
     method: the algorithm.
-    axis: the name or names of the worker axes, slow links first; by default those of 'slice' and
-      'data' that are in scope.
+    axis: the name or names of the worker axes, slow links first; by default, whichever of
+      'slice' and 'data' are in scope.
     seed: seed of the method's randomness, equal on all workers.
 
   Returns:
-    The transformation. Its state contains the method's, which may be private (`state_specs`).
+    The transformation. Its state contains the method's state, which may be private (`state_specs`).
 
   Raises:
     ValueError: if the length of the method's rounds is not constant, because its period has a

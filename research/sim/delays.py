@@ -1,9 +1,9 @@
-"""Staleness models: which past model a worker computes at, with delays in rounds.
+"""Staleness models: choose the past model that a worker computes at; delays are in rounds.
 
     x_{t - tau_i}    the model that worker i reads in round t
 
-Most models draw tau_i independently in each round, and store as many past models as the longest
-delay requires; a worker whose delay exceeds the number of rounds so far reads the first model.
+Most models draw tau_i independently in each round, and store the past models that the longest delay
+can reach. A worker whose delay exceeds the number of rounds so far reads the first model.
 `last_pull` instead stores, for each owner, the model that it received at the end of its last round.
 """
 
@@ -70,7 +70,7 @@ class Recent(NamedTuple):
 
 
 class RecentModels(Delays):
-  """Stores the last `longest` + 1 models; workers read one of them by a delay distribution.
+  """Stores the last `longest` + 1 models; a delay distribution chooses which one a worker reads.
 
   A client that is not sampled in a round keeps its last drawn delay.
   """

@@ -61,12 +61,13 @@ def spending(
 
   With a rate the result is `epsilon(noise, rate, rounds, delta)`. With `clients` R > 1 every worker
   has a stratum of R clients and samples one of them uniformly in each round. Neighbouring data sets
-  differ in one client, whose trees are either its own or zero. The bound is derived as follows.
+  differ in one client: its trees are its own in one set, and zero in the other. The bound is
+  derived as follows.
 
-  Let v be the clipped tree of that client and a_j those of the other clients of its stratum, with
-  norms at most C. Let N_m be a Gaussian with mean m and the deviation of the sum's noise, and let
-  q = 1/R. Fix the choices of all other strata: a mixture of pairs is no easier to distinguish than
-  the worst of them. The observer sees one of
+  Let v be the clipped tree of that client and let a_j be the clipped trees of the other clients of
+  its stratum, with norms at most C. Let N_m be a Gaussian with mean m and the deviation of the
+  sum's noise, and let q = 1/R. Fix the choices of all other strata: a mixture of pairs is no easier
+  to distinguish than the worst of them. The observer sees one of
 
       P = A + q N_v,   Q = A + q N_0,   A = sum_j q N_{a_j}
 
@@ -76,7 +77,7 @@ def spending(
 
   Given p = N_v(S), N_0(S) and N_{a_j}(S) are at least Phi(Phi^-1(p) - d), where d is |v| or
   |v - a_j| in deviations (Neyman and Pearson). These bounds are smallest for |v| = C and a_j = -v.
-  All of them are attained at once by half-lines S for the one-dimensional pair
+  Half-lines S attain all of these bounds at once for the one-dimensional pair
 
       (1 - q) N_{-C} + q N_C   from   (1 - q) N_{-C} + q N_0                                  (1)
 
@@ -87,7 +88,8 @@ def spending(
   which is the pair of Poisson sampling at rate q. Since H_{1/g}(P, Q) = 1 - 1/g + H_g(Q, P) / g,
   the two pairs bound both directions for all g > 0, and therefore every Renyi divergence, which is
   an integral of H_g over g. Renyi divergences add up over rounds, even if a round depends on the
-  outputs of earlier ones. The result is between Poisson sampling at rate 1/R and no sampling.
+  outputs of earlier ones. The result lies between that of Poisson sampling at rate 1/R and that of
+  no sampling.
 
   The bound requires that the sampling of a round is hidden. A client's tree must not depend on
   earlier samples except through published values (no per-client state), and other workers' trees
@@ -125,7 +127,7 @@ def spending(
 
 
 def _of_poisson(noise: float, rate: float) -> tuple[np.ndarray, np.ndarray]:
-  """Orders, and the Renyi divergences of a round with Poisson sampling.
+  """Returns orders, and the Renyi divergences of a round with Poisson sampling.
 
   For small rates the library computes a divergence as a difference of numbers near 1, which can
   round to zero or below; we raise it to the resolution of such a difference.
@@ -137,7 +139,7 @@ def _of_poisson(noise: float, rate: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _of_strata(noise: float, clients: int, orders: np.ndarray) -> np.ndarray:
-  """Upper bounds of a round's Renyi divergences [orders]: by pair (1) where P > Q, else by (2).
+  """Bounds a round's Renyi divergences [orders] from above: by pair (1) where P > Q, else by (2).
 
   With L = P/Q and f(t) = t^a - 1 - a (t - 1), E_Q L^a = 1 + E_Q f(L) [L > 1] + E_Q f(L) [L < 1],
   as integrals over x in deviations. L > 1 where x > C/2 in both pairs, with the second mirrored.

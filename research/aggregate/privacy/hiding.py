@@ -32,7 +32,7 @@ class Noise(NamedTuple):
 
 
 def keeps_floats(compressor: Compressor) -> bool:
-  """Returns whether a linear compressor's payloads are float32 or wider: nothing is rounded.
+  """Returns whether a linear compressor's payloads are float32 or wider, so nothing is rounded.
 
   Args:
     compressor: the compressor.

@@ -34,28 +34,28 @@ class SecureSum(Aggregator, name="secure_sum"):
 
   Before sending y_i, worker i gives every worker a Shamir share of its self mask's seed b_i and of
   its pair seeds s_ij. U is the set of workers that then send; a worker drops out in between with
-  probability `dropout`. From the shares that U holds, the b_i of U and the s_ij of the others are
-  reconstructed, never both of one worker, and the masks are computed from these. z is the plain
-  sum, bit for bit. If U has fewer than t = ceil(threshold W) members, no share is revealed and the
-  round is rejected: value and sent are zero on all workers.
+  probability `dropout`. The shares that U holds are used to reconstruct b_i for each worker in U
+  and s_ij for each other worker, never both for one worker. The masks are computed from these
+  seeds. z is the plain sum, bit for bit. If U has fewer than t = ceil(threshold W) members, no
+  share is revealed and the round is rejected: value and sent are zero on all workers.
 
   With unequal weights, workers clip their values, send w_i x_i / max_j w_j and reveal their
   weights; an absent worker sends masked zeros. The mean is normalized by the weights of U.
 
   Hidden: an honest but curious server that sees all y_i and all revealed shares learns the sum over
   U and nothing else, alone or together with up to t - 1 workers, if PRG outputs look random to it.
-  A y_i that arrives after i was declared dropped remains hidden by b_i. Not hidden: the sum itself
-  and what follows from it (use `noisy`), who participated, and that some value was not finite.
-  There is no defence against a server or workers that deviate from the protocol (the paper's
-  signatures and consistency check).
+  If y_i arrives after worker i was declared to have dropped out, b_i still hides it. Not hidden:
+  the sum itself and what follows from it (use `noisy`), who participated, and that some value was
+  not finite. There is no defence against a server or workers that deviate from the protocol; the
+  paper's defence is signatures and a consistency check.
 
-  In one process this is a study of the protocol. Every worker's secrets are functions of the run's
-  key. The lower of two workers draws s_ij and sends it to the other, and shares go directly to
-  their holders. In the paper, workers agree on s_ij by Diffie-Hellman and share the secret key of
-  that, and the server relays encrypted shares. The server here is the all-reduce. PRG is Threefry
-  with 64-bit keys: neither the function nor the key length is suitable for deployment. Groups of
-  workers along an axis that is not in `axis` need separate keys, as `hierarchical` provides;
-  otherwise they reuse one pad.
+  In one process, this only serves to study the protocol. Every worker's secrets are functions of
+  the run's key. The lower of two workers draws s_ij and sends it to the other, and shares go
+  directly to their holders. In the paper, workers agree on s_ij by Diffie-Hellman and share their
+  secret keys for it, and the server relays encrypted shares. The server here is the all-reduce. PRG
+  is Threefry with 64-bit keys: neither the function nor the key length is suitable for deployment.
+  Groups of workers along an axis that is not in `axis` need separate keys, as `hierarchical`
+  provides; otherwise they reuse one pad.
 
   Args:
     clip: values are clipped elementwise to [-clip, clip]; in [1e-20, 1e20]. A non-finite value of
@@ -159,7 +159,7 @@ def quorum_of(threshold: float, workers: int) -> int:
   """Returns t, the minimum number of workers of a valid round: ceil(threshold W).
 
   Args:
-    threshold: share of the workers, in (0, 1].
+    threshold: fraction of the workers, in (0, 1].
     workers: W.
   """
   return max(1, math.ceil(threshold * workers - 1e-9))
@@ -198,7 +198,7 @@ def dequantize(ring: Array, clip: float, bits: int, members: Array | int = 1) ->
 
 
 def reveal(held: Array, alive: Array, quorum: int) -> Array:
-  """Selects the shares that a holder reveals: of b_i if i sent, of s_ij if it did not, else zeros.
+  """Selects the shares that a holder reveals: those of b_i if i sent, those of s_ij otherwise.
 
   Args:
     held: [..., W, W, LIMBS], shares of owner i's seed with peer j.
@@ -206,7 +206,7 @@ def reveal(held: Array, alive: Array, quorum: int) -> Array:
     quorum: t; if fewer workers sent, nothing is revealed.
 
   Returns:
-    The revealed shares, in the shape of `held`.
+    The revealed shares, in the shape of `held`, and zeros elsewhere.
   """
   self_mask = jnp.eye(len(alive), dtype=bool)
   shown = jnp.where(self_mask, alive[:, None], ~alive[:, None]) & (jnp.sum(alive) >= quorum)
@@ -214,7 +214,7 @@ def reveal(held: Array, alive: Array, quorum: int) -> Array:
 
 
 def recover(messages: Tree, held: Array, alive: Array, quorum: int) -> Tree:
-  """The server's computation, on a host: the sum of the senders' ring values.
+  """Runs the server's computation on a host: the sum of the senders' ring values.
 
   Args:
     messages: masked values, leaves [W, ...]; rows of workers that did not send are ignored.

@@ -34,7 +34,7 @@ class Attack(Aggregator):
 
   @required
   def lie(self, tree: Tree, key: Key, count: int, active: bool | Array) -> Tree:
-    """Returns the tree that a faulty worker sends.
+    """Returns the tree that a faulty worker sends in place of its own.
 
     Args:
       tree: the worker's own values.
@@ -153,14 +153,14 @@ class ALittleIsEnough(Attack, name="a_little_is_enough"):
       x_i = mu - z sigma,   z = Phi^-1((W - f - s) / (W - f)),   s = floor(W/2 + 1) - f
 
   With this z, s honest workers are expected to be further from the mean than the faulty ones, and
-  together with them the faulty workers form a majority. A larger z does more damage but is easier
-  to detect. mu and sigma are those of the honest workers, computed exactly here; the paper's
-  attackers estimate them from their own values.
+  these s workers and the faulty ones form a majority. A larger z does more damage but is easier to
+  detect. Here, mu and sigma are computed exactly, from the values of the honest workers; the
+  paper's attackers estimate them from their own values.
 
   Args:
     inner: the aggregator under attack.
     faulty: f, number of faulty workers.
-    z: shift in standard deviations; None selects the paper's.
+    z: shift in standard deviations; None selects the paper's formula.
     axis: the worker axes.
 
   Raises:
@@ -190,7 +190,7 @@ a_little_is_enough = ALittleIsEnough
 
 
 def largest_unnoticed(count: int, faulty: int) -> float:
-  """The paper's z for `a_little_is_enough`.
+  """Computes the paper's z for `a_little_is_enough`.
 
   Args:
     count: W, the number of workers.

@@ -1,8 +1,9 @@
 """Coordinate-wise robust averages: statistics that a minority of workers can move only slightly.
 
-No worker receives all values. Each leaf is cut into W chunks, worker j receives chunk j of all
-workers and applies the rule to it, and the results are gathered: 2 (W-1)/W times the tree's bytes
-per worker at any W, as in a ring all-reduce. Rules on a worker's full vector are in `vectors.py`.
+No worker receives all values. Each leaf is cut into W chunks. Worker j receives chunk j of all
+workers and applies the rule to it, and the results are gathered. At any W, each worker sends
+2 (W-1)/W times the tree's bytes, as in a ring all-reduce. Rules on a worker's full vector are in
+`vectors.py`.
 
 A rule applies to the values of the n workers present, each counted once regardless of its weight.
 Its result is multiplied by the mean weight over all W, which is one if weights are normalized over

@@ -1,11 +1,11 @@
 """Robust averages of full vectors: Krum, the geometric median, centered clipping.
 
 A worker's vector consists of all its leaves. As in `coordinates.py`, worker j receives chunk j of
-all workers. Beyond that, only sums over chunks are sent: W numbers per iteration, or for Krum W
-distances to each of W workers, independent of the model's size. Distances are norms of differences,
-in float32 or wider. A non-finite distance (a worker sent NaN, infinity, or more than the square
-root of the largest float) counts as infinite: that worker is never near and has zero weight. As in
-`coordinates.py`, the rules apply to the n workers present.
+all workers. Beyond that, only sums over chunks are sent: W numbers per iteration or, for Krum, W
+distances to each of W workers. Their number is independent of the model's size. Distances are norms
+of differences, in float32 or wider. A non-finite distance (a worker sent NaN, infinity, or more
+than the square root of the largest float) counts as infinite: that worker is never a nearest
+neighbour and has zero weight. As in `coordinates.py`, the rules apply to the n workers present.
 """
 
 from dataclasses import KW_ONLY
@@ -32,7 +32,7 @@ from research.core.base import EVERYONE, WORKER_AXES, Aggregate, Array, Trait, T
 
 
 class Best(Robust):
-  """Averages the `selected` vectors with the smallest distances to their n - f - 2 neighbours."""
+  """Averages the `selected` vectors that are closest to their n - f - 2 nearest neighbours."""
 
   faulty: ClassVar[Any]
   selected: ClassVar[Any]
@@ -67,16 +67,17 @@ class Krum(Best, name="krum"):
 
       s(i) = sum_{j near i} ||x_i - x_j||^2,   value = x_i*,   i* = argmin_i s(i)
 
-  Ties go to the first worker. With at most f faulty workers the value is finite, and it is an
-  honest worker's vector or as near to its neighbours as one. This holds in rounds with more than
-  2 f + 2 workers present; if n - f - 2 < 1, the single nearest neighbour is used.
+  Ties go to the first worker. With at most f faulty workers the value is finite. It is either an
+  honest worker's vector or as near to its neighbours as an honest worker's vector is. This holds in
+  rounds with more than 2 f + 2 workers present; if n - f - 2 < 1, the single nearest neighbour is
+  used.
 
   Args:
     faulty: f, the number of faulty workers to tolerate.
     axis: the worker axes.
 
   Raises:
-    ValueError: if faulty < 0; at trace time, if not 2 f + 2 < W.
+    ValueError: if faulty < 0; at trace time, unless 2 f + 2 < W.
 
   Reference: Blanchard et al. 2017, arXiv 1703.02757, the Krum function.
   """
@@ -94,8 +95,8 @@ class MultiKrum(Best, name="multi_krum"):
 
       value = 1/m sum_{i in the m smallest s(i)} x_i
 
-  or all vectors if fewer than m workers are present. m = 1 is Krum, m = W the mean. With at most f
-  faulty workers the value is finite if m <= W - f.
+  or the mean of all vectors if fewer than m workers are present. m = 1 gives Krum, and m = W gives
+  the mean. With at most f faulty workers the value is finite if m <= W - f.
 
   Args:
     faulty: f, the number of faulty workers to tolerate.
@@ -103,7 +104,7 @@ class MultiKrum(Best, name="multi_krum"):
     axis: the worker axes.
 
   Raises:
-    ValueError: if faulty < 0 or selected < 1; at trace time, if not 2 f + 2 < W or selected > W.
+    ValueError: if faulty < 0 or selected < 1; at trace time, unless 2 f + 2 < W and selected <= W.
 
   Reference: Blanchard et al. 2017, arXiv 1703.02757, Multi-Krum.
   """
@@ -137,10 +138,10 @@ class GeometricMedian(Robust, name="geometric_median"):
 
       beta_i = 1 / max(nu, ||v - x_i||),   v <- sum_i beta_i x_i / sum_i beta_i
 
-  We start at the coordinate-wise median, which costs no extra traffic here. Starting at the mean,
-  one distant worker would require more iterations than the few that otherwise suffice. While fewer
-  than half of the workers are faulty, the value is finite and approaches a point whose distance
-  from the honest workers is bounded by their spread.
+  We start at the coordinate-wise median, which costs no extra traffic here. If we started at the
+  mean, one distant worker would increase the number of iterations needed; otherwise, a few suffice.
+  While fewer than half of the workers are faulty, the value is finite and approaches a point whose
+  distance from the honest workers is bounded by their spread.
 
   Args:
     axis: the worker axes.
