@@ -1,8 +1,9 @@
 """Infers which state is shared by all workers and which is private, by tracing one round.
 
-Shared state is stored once; private state has a row per worker. Methods declare neither: a round is
-traced under `vmap` with the worker axes named. A leaf that comes out batched is private: it depends
-on a value that differs between workers, and no collective has made it equal.
+Shared state is stored once; private state has a row per worker. Methods declare neither; the layout
+is inferred by tracing a round under `vmap` with named worker axes. A leaf that is batched in the
+result is private: it depends on a value that differs between workers, and no collective has made it
+equal on all of them.
 """
 
 from collections.abc import Callable, Mapping
@@ -157,7 +158,7 @@ def infer(
 def _traced(
   fn: Callable[..., Any], axes: Mapping[str, int], *args: Any
 ) -> tuple[Callable[..., Any], Tree]:
-  """Traces one worker's `fn` once to a program, and returns it with the shapes of its result."""
+  """Traces one worker's `fn` once; returns the program and the shapes of its result."""
   program, shapes = jax.make_jaxpr(fn, axis_env=[*axes.items()], return_shape=True)(*args)
   run, tree = jaxpr_as_fun(program), jax.tree.structure(shapes)
   return lambda *args: tree.unflatten(run(*jax.tree.leaves(args))), shapes

@@ -98,7 +98,7 @@ def cut_of(axes: Mapping[str, int], task: Task) -> Cut | None:
 
 
 def _largest(shape: tuple[int, ...], dimensions: Sequence[int], size: int) -> int | None:
-  """The largest of some dimensions that `size` divides; leaves without one are replicated."""
+  """The largest of `dimensions` that `size` divides; leaves without one are replicated."""
   fitting = [d for d in dimensions if shape[d] % size == 0 and shape[d] >= size]
   return max(fitting, key=lambda d: shape[d], default=None)
 
@@ -111,7 +111,7 @@ def spec_of(
   Args:
     cut: of the worker's leaves; None: nothing is sharded.
     shape: of the leaf.
-    whole: an axis that is not to shard it.
+    whole: an axis that must not shard the leaf.
   """
   places = cut.places(shape) if cut else ()
   named = zip(cut.names if cut else (), places, strict=True)
@@ -122,8 +122,8 @@ def spec_of(
 class PerShard(Blockwise):
   """`blockwise` with one device per block: a shard_map over the axes inside a worker.
 
-  Each device aggregates its shard with the same shard of the other workers; nothing crosses an axis
-  inside a worker.
+  Each device aggregates its shard with the same shard of the other workers; there is no
+  communication along the axes inside a worker.
   """
 
   def aggregate(self, tree, state, key, presence=EVERYONE):
@@ -162,7 +162,7 @@ ALONE = Inside(lambda batch: batch, lambda grads: grads)
 
 
 def inside(axes: Mapping[str, int], cut: Cut | None, zero: int) -> Inside:
-  """Constraints that shard a batch [b, ...] along `fsdp` if b allows it, and gradients by `zero`.
+  """Shards a batch [b, ...] along `fsdp` if b allows it, and gradients according to `zero`.
 
   Args:
     axes: of the mesh.

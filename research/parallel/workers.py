@@ -23,7 +23,8 @@ from research.parallel.local_phase import local_phase
 
 
 def blocked(job: Job) -> Job:
-  """Returns the job as run by one device per worker: blockwise aggregation on a sharding mesh.
+  """Returns the job for one device per worker: if the mesh shards leaves, aggregates them
+  blockwise.
 
   Args:
     job: the job.
@@ -66,12 +67,12 @@ def sync(
   """Runs the part of a round that communicates, with the worker axes in scope.
 
   A round without participants leaves all state unchanged, round counters included. Methods that add
-  noise run it all the same, so that the result does not reveal whether anyone participated.
+  noise run such a round anyway, so that the result does not reveal whether anyone participated.
 
   Args:
     job: the resolved job.
-    local: of the round's last step.
-    state: of the round's start.
+    local: the worker's Local after the round's last step.
+    state: the state at the start of the round.
     weight: this worker's weight; 0: it does not participate.
     key: a typed key of the round, equal on all workers.
     anybody: whether any worker participates.
@@ -204,7 +205,7 @@ def rounds_of_worker(
 def shared_out(measured: Metrics, share: Array) -> Metrics:
   """Weights measurements [K, H, ...] by this worker's share [K, ...]; flattens to [K H, ...].
 
-  The norm of the gradient is not part of a mean over examples, and is not weighted.
+  The norm of the gradient is not a mean over examples and is therefore not weighted.
 
   Args:
     measured: measurements by name, [K, H, ...].
@@ -253,7 +254,7 @@ def initial(job: Job, layout: layouts.Layout, key: Key) -> TrainState:
 
 
 def deployed(job: Job, layout: layouts.Layout, state: State) -> Tree:
-  """Returns the model to deploy; where the clients' models differ, their mean.
+  """Returns the model to deploy: the mean of the clients' models where they differ.
 
   Args:
     job: the resolved job.
@@ -282,7 +283,7 @@ def traffic(job: Job, layout: layouts.Layout, rounds: int) -> wire.Traffic:
 def sending(job: Job, layout: layouts.Layout) -> wire.Rounds:
   """Returns the traffic of one worker's algorithm in any range of rounds, from the traced sync.
 
-  For a worker of several devices it is what all of them send.
+  For a worker of several devices, the traffic is that of all of them together.
 
   Args:
     job: the resolved job.

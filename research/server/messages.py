@@ -12,7 +12,7 @@ class Rules(NamedTuple):
 
   mode: str
   workers: int
-  updates: int  # the run is over after these
+  updates: int  # number of updates after which the run is over
   weights: tuple[float, ...]  # of the workers in a round: their numbers of examples
   bound: int = 2  # of ssp
   lag: int = 1  # 2 if a worker computes while its last push is in flight

@@ -1,4 +1,4 @@
-"""A run of independent processes, whose state this process polls."""
+"""A run that independent processes compute while this process polls their state."""
 
 import hashlib
 import itertools
