@@ -68,8 +68,8 @@ def timed(function: Callable[..., Any], *args: Any) -> Timed:
 def compress(repeats: int) -> list[dict[str, Any]]:
   """Times each compressor on a 64 MiB leaf of normal values, in turn with `jnp.copy` of it.
 
-  A row's `encode_bandwidth` is the rate at which encode moves the bytes that it must read and
-  write, leaf and payload once each, divided by the copy's rate, which moves twice the leaf.
+  A row's `encode_bandwidth` is encode's rate in bytes per second, divided by the copy's rate.
+  Encode moves the leaf and the payload once each; the copy moves the leaf twice.
 
   Args:
     repeats: counted turns.

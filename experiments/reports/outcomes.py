@@ -99,7 +99,7 @@ def read_curve(folders: list[Path]) -> Curve:
 
 
 def common_target(outcomes: list[Outcome]) -> float | None:
-  """The greatest of the mean best losses of methods that improved; all of these reach it."""
+  """The greatest mean best loss among the methods that improved; all of these methods reach it."""
   return max((float(o.curve.best[-1]) for o in outcomes if o.curve and o.eligible), default=None)
 
 

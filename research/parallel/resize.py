@@ -189,7 +189,7 @@ def _is_number(key: Any) -> bool:
 
 
 def stranger(saved: Placed, here: Placed) -> str | None:
-  """Finds a leaf that only one of two states has, i.e. that their method or model differs.
+  """Finds a leaf that only one of two states has, because they differ in method or model.
 
   If their `Blocks` are over different axes, leaves that belong to no parameter may be missing from
   one of the states.

@@ -23,8 +23,7 @@ from research.parallel.local_phase import local_phase
 
 
 def blocked(job: Job) -> Job:
-  """Returns the job for one device per worker: if the mesh shards leaves, aggregates them
-  blockwise.
+  """Returns the job for one device per worker; aggregation is blockwise if leaves are sharded.
 
   Args:
     job: the job.

@@ -176,7 +176,7 @@ class Head:
     self.spent.append((push.worker, spent))
 
   def _late(self, push: Push) -> Reply:
-    """Records an uncounted push: the worker's own state has advanced, which a replay must know."""
+    """Records an uncounted push: a replay needs it, as it has advanced the worker's own state."""
     self.refused["late"] += 1
     self.events.append(Event(self.part.version, (push,), counted=False))
     return Reply("late", f"round {push.versions[0]} was over")

@@ -1,4 +1,4 @@
-"""One shard of a server: its leaves of the model, its optimizer, and the checks of pushes."""
+"""One shard of a server: the model leaves it owns, its optimizer, and validation of pushes."""
 
 from collections import deque
 from collections.abc import Sequence

@@ -215,7 +215,7 @@ def setup(config: Config, needs_ray: bool = True) -> Setup:
 
 
 def _updates(config: Config, period: int, examples: int, workers: int) -> int:
-  """Number of updates, from --steps local steps with one piece of work per update."""
+  """The number of updates, from --rounds, --epochs or --steps; each has `period` local steps."""
   if config.rounds:
     with flag("rounds", config.rounds):
       if config.epochs:

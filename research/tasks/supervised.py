@@ -34,8 +34,8 @@ def supervised(
 
   The objective is 1/N sum_i loss_i(w) + l2/2 ||w||^2 + nonconvex sum_j w_j^2 / (1 + w_j^2), where w
   are all parameters, biases included. A batch's mean is over the examples that its mask keeps. Each
-  batch includes the full penalty, so that means over batches, weighted by their counts, average to
-  the objective.
+  batch includes the full penalty, so that the mean over batches, weighted by their counts, is the
+  objective.
 
   `evaluate` gives "loss", the objective with its penalty; "accuracy" for classes; the given
   metrics; and "distance", max|params - optimum| / max|optimum|, if the optimum is known.

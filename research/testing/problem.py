@@ -1,4 +1,4 @@
-"""A small regression with private data, and running a method on it in any execution."""
+"""A small regression with private data, and a class that runs a method on it in any execution."""
 
 import itertools
 from collections.abc import Mapping, Sequence

@@ -38,10 +38,10 @@ def libsvm(
 ) -> Task:
   """Classification or least squares on a LIBSVM file.
 
-  The loss is logistic for two classes, softmax for more, or squares. For classification the sorted
-  labels of the file become 0, 1, ...; squares uses them as numbers. Feature indices start at one.
-  Rows are dense if all of them take at most 1 GiB in float32, else sparse: {"index", "value"}
-  [N, longest row], padded with value 0, which `linear` and `logistic` accept.
+  The loss is logistic for two classes, softmax for more, or the squared error. For classification
+  the sorted labels of the file become 0, 1, ...; "squares" uses the labels as numbers. Feature
+  indices start at one. Rows are dense if all of them take at most 1 GiB in float32, else sparse:
+  {"index", "value"} [N, longest row], padded with value 0, which `linear` and `logistic` accept.
 
   Args:
     name: of the file, such as "a9a", "w8a" or "mushrooms"; .gz and .bz2 are supported. Any local

@@ -37,7 +37,7 @@ def least_squares(
 
   Args:
     samples: N, at least `features`.
-    features: length of w; with one, the only eigenvalue is 1.
+    features: length of w; if it is 1, the only eigenvalue is 1.
     noise: standard deviation of the noise in y.
     condition: L / mu, at least 1.
     seed: of the data.
@@ -76,8 +76,9 @@ def mean_estimation(vectors: int = 25, features: int = 2000, seed: int = 0) -> T
 
       f_i(x) = 1/2 ||x - b_i||^2
 
-  One vector is one example. From x = 0, a gradient step of size one moves a worker with one vector
-  exactly to it; averaging with neighbours and taking no further steps is then a consensus problem.
+  One vector is one example. From x = 0, a gradient step of size one moves a worker that has one
+  vector exactly to that vector. Averaging with neighbours without further steps is then a consensus
+  problem.
 
   Args:
     vectors: how many, at least 1.

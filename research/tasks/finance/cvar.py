@@ -41,9 +41,10 @@ def cvar(
 
   Its minimum over a is the CVaR of w: the mean of its losses beyond their quantile, the VaR. The
   parameters are {"weights": [n], "threshold"}. The objective, "loss", is in percent of the
-  investment; its positive part is smoothed by `smoothing`, except in `evaluate`. It has kinks, so
-  use a decreasing learning rate, and a method that keeps to constraints, see `frontier`. Optimizers
-  that scale each coordinate, such as Adam, make steps that the projection undoes.
+  investment; its positive part is smoothed by `smoothing`, except in `evaluate`. The objective has
+  kinks, so use a decreasing learning rate, and a method that satisfies constraints (see
+  `frontier`). Optimizers that scale each coordinate, such as Adam, make steps that the projection
+  undoes.
 
   Metrics of the historical returns, as fractions: "var" and "cvar" of the weights, each with the
   ends of its confidence interval, "var_low", "var_high", ...; with a `portfolio` also its

@@ -104,8 +104,9 @@ def frontier(
   The parameters are {"weights": [points, n]}. Examples are scenarios, eight times as many as
   assets, with the second moment exactly C, so that they can be partitioned over workers. The
   objective is half the sum of the points' variances divided by the largest eigenvalue of C: its
-  curvature is at most 1, so `sgd(1.0)` descends. The constraints require a method that keeps to
-  them: `data_parallel` or `local_sgd` by projected steps, `consensus_admm` in its consensus.
+  curvature is at most 1, so `sgd(1.0)` descends. The constraints require a method that satisfies
+  them: `data_parallel` and `local_sgd` project their steps, `consensus_admm` projects its
+  consensus.
 
   Metrics: "variance", the mean over points; "violation", the largest constraint violation; "gap",
   for published frontiers, the largest relative difference of a variance from the published one.

@@ -121,10 +121,10 @@ def movielens_federated(
   An example is one user with all ratings. The parameters, and hence the messages, are only the
   items', {"item": [I, factors], "item_bias": [I]}. To evaluate a loss, each user first solves for
   its own factors and bias as above, given the current items'. The objective is that of
-  `recommend.movielens`, the mean over ratings, given these. Its gradient treats them as constants,
-  which is exact if their ridge penalty is part of the objective. With --population=943 every client
-  of a federated method is one user. Metrics are those of `recommend.movielens`; they solve for the
-  users too.
+  `recommend.movielens`, the mean over ratings, at these user factors. Its gradient treats the user
+  factors as constants, which is exact if their ridge penalty is part of the objective. With
+  --population=943 every client of a federated method is one user. Metrics are those of
+  `recommend.movielens`; they solve for the users too.
 
   Args:
     split: see `movielens.load`.
@@ -219,8 +219,8 @@ def eliminated(a: Array, b: Array) -> Array:
   """Solves a x = b by Gauss-Jordan elimination.
 
   Symmetric positive definite matrices need no pivoting. LAPACK's batched calls, as jaxlib 0.10
-  makes them, wait for threads of the pool that they run in: if as many devices as the pool has
-  threads make one at the same time, none returns.
+  makes them, wait for threads of the pool that they run in: if every thread of the pool makes such
+  a call at the same time, none returns.
 
   Args:
     a: [n, n], symmetric positive definite.
