@@ -72,7 +72,7 @@ def compress(repeats: int) -> list[dict[str, Any]]:
   Encode moves the leaf and the payload once each; the copy moves the leaf twice.
 
   Args:
-    repeats: counted turns.
+    repeats: number of turns that are counted.
   """
   import jax
   import jax.numpy as jnp

@@ -7,8 +7,8 @@ the file, Top-1, full gradients, a start from N(0, I), the step a power of two a
 1/(L + Lt sqrt(beta/theta)), float64.
 
 Scaled: 4000 steps, and one such power, 64, which both methods share (at 1 they do not separate
-within 4000 steps). The figure gives no numbers: we reproduce the ordering. EF21 starts from g_i =
-0, not from full gradients.
+within 4000 steps). The figure gives no numbers, so we reproduce the ordering only. EF21 starts from
+g_i = 0, not from full gradients.
 """
 
 import numpy as np

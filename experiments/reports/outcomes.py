@@ -34,7 +34,7 @@ class Curve(NamedTuple):
     return np.fmin.accumulate(np.where(np.isnan(self.losses), np.inf, self.losses), 1).mean(0)
 
   def improved(self, starts: Sequence[float | None]) -> list[bool]:
-    """Whether each seed's loss was once below its start and does not end above it.
+    """Whether each seed's loss fell below its start and does not end above it.
 
     Args:
       starts: the losses before the first step; None if unknown or not finite.

@@ -141,7 +141,7 @@ def foreseen(error: Exception) -> tuple[int, str] | None:
   is_jax = isinstance(error, jax.errors.JaxRuntimeError) and any(
     words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory")
   )
-  too_many = isinstance(error, OverflowError) and not blame.fault(error)  # bytes for 64 bits
+  too_many = isinstance(error, OverflowError) and not blame.fault(error)  # too many for 64 bits
   if is_jax or too_many or isinstance(error, MemoryError):
     return 2, f"the model, its state or its data do not fit the memory: {str(error)[:200]}"
   return None

@@ -43,7 +43,7 @@ def draw(job: Job, data: Data, key: Key, numbers: Array, worker: Array) -> Draw:
   present = jnp.where(served, sizes, 0).astype(float)
   mean = jnp.mean(data.sizes[None] if job.sampling_rate else present, -1, dtype=float)
   weights = present / jnp.maximum(mean, 1 / job.workers)[..., None]
-  anybody = jnp.where(jnp.any(served, -1, keepdims=True), present, 1)  # none present: as if all
+  anybody = jnp.where(jnp.any(served, -1, keepdims=True), present, 1)  # none present: all 1
   shares = anybody / jnp.mean(anybody, -1, keepdims=True)
   index = None
   if job.batch_size is not None:

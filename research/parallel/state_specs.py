@@ -147,7 +147,7 @@ def _private(
 
 
 def _inner_specs(tree: Tree, params: Params) -> Tree:
-  """Gives each leaf the spec of the parameter whose path ends the leaf's, if their shapes agree."""
+  """Gives a leaf the spec of the parameter whose path is a suffix of its own, if shapes agree."""
   cut = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     sharding = getattr(leaf, "sharding", None)

@@ -155,6 +155,6 @@ class ShardState:
 
 
 def _finite(x: np.ndarray) -> bool:
-  """Whether all values are finite, by one sum, which may overflow only near the largest float."""
+  """Whether all values are finite, by their sum, which may overflow only near the largest float."""
   with np.errstate(all="ignore"):
     return bool(np.isfinite(np.sum(x, dtype=np.float32)))

@@ -40,9 +40,9 @@ def supervised(
   `evaluate` gives "loss", the objective with its penalty; "accuracy" for classes; the given
   metrics; and "distance", max|params - optimum| / max|optimum|, if the optimum is known.
 
-  Bytes (uint8) stay bytes in memory, batches included, and become floats, divided by `scale`, only
-  as the model reads them: images take one byte per pixel. Other integers, such as tokens, are
-  passed to the model unchanged.
+  Bytes (uint8) stay bytes in memory, also in batches. They become floats, divided by `scale`, only
+  when the model reads them, so that images take one byte per pixel. Other integers, such as tokens,
+  are passed to the model unchanged.
 
   Args:
     model: from x [batch, ...] to outputs [batch, ...]: a module of Flax linen or Flax NNX, an

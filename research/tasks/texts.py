@@ -35,7 +35,7 @@ def read(path: Path) -> str:
 
 
 def rows(path: Path, comments: str = "") -> Iterator[tuple[int, list[str]]]:
-  """Line numbers, from 1, and fields of the lines of a text file that are not blank.
+  """Iterates over line numbers, from 1, and fields of the nonblank lines of a text file.
 
   A byte order mark is skipped. The file is read when this is called.
 

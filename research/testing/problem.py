@@ -62,7 +62,7 @@ def split(task: Task, sizes: Sequence[int]):
 
 
 class Running:
-  """A method on the regression in one execution; `rounds` runs it on. `rest` are fields of Job."""
+  """Runs a method on the regression in one execution; `rounds` continues. `rest`: fields of Job."""
 
   metrics: dict[str, Any]
 

@@ -61,7 +61,8 @@ def train(
       such as `digits`; or the spec of a registered task.
     method: the algorithm, an object or a spec.
     model: the model, if `task` is a function or a spec; None for its default.
-    mesh: sizes by axis, "data:4,fsdp:2" or {"data": 4, "fsdp": 2}; workers on `data`, `slice`.
+    mesh: sizes by axis, "data:4,fsdp:2" or {"data": 4, "fsdp": 2}. The axes `data` and `slice` are
+      over workers, the others inside a worker.
     executor: "simulate" (workers are an axis of arrays), "spmd" or "pmap" (one device per worker).
     batch_size: examples per step over all workers, or "all".
     steps: number of local steps; alternatively, pass `rounds`, `epochs` or `virtual_seconds`.

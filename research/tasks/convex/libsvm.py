@@ -172,7 +172,7 @@ def _encoded(path: Path, labels: np.ndarray, classes: np.ndarray) -> np.ndarray:
 
 
 def _padded(rows: Any) -> Batch:
-  """Converts CSR to the rows' own entries, padded to the longest row by index 0 and value 0."""
+  """Converts CSR to each row's stored entries, padded to the longest row by index 0 and value 0."""
   lengths = np.diff(rows.indptr)
   own = np.arange(max(1, lengths.max())) < lengths[:, None]
   index, value = np.zeros(own.shape, np.int32), np.zeros(own.shape, np.float32)

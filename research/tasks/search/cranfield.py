@@ -73,11 +73,11 @@ def bm25(
 ) -> Task:
   """BM25 on Cranfield, with k1 and b tuned on the training queries.
 
-  The parameters are {"k1", "b", "sharpness"}: k1 and b of BM25 are the exponential and the sigmoid
-  of the parameters. The objective is ListNet's, the cross-entropy between the softmax of the
-  relevances and that of exp(sharpness) times the scores. Its gradient goes through the scores,
-  which are those of `bm25.scores`. `evaluate` gives the metrics of `ranking.ranked`, "k1" and "b";
-  with a query to `ask`, "found" is the number of the top document.
+  The parameters are {"k1", "b", "sharpness"}: BM25 uses the exponential of "k1" and the sigmoid of
+  "b". The objective is ListNet's, the cross-entropy between the softmax of the relevances and that
+  of exp(sharpness) times the scores. Its gradient goes through the scores, which are those of
+  `bm25.scores`. `evaluate` gives the metrics of `ranking.ranked`, "k1" and "b"; with a query to
+  `ask`, "found" is the number of the top document.
 
   Args:
     k1: initial value, > 0.

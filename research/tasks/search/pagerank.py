@@ -1,4 +1,4 @@
-"""PageRank as a fixed point: the residual takes the place of the gradient, links are examples."""
+"""PageRank as a fixed point: the residual replaces the gradient, and links are the examples."""
 
 from typing import Any
 
