@@ -69,7 +69,7 @@ def compress(repeats: int) -> list[dict[str, Any]]:
   """Times each compressor on a 64 MiB leaf of normal values, in turn with `jnp.copy` of it.
 
   A row's `encode_bandwidth` is encode's rate in bytes per second, divided by the copy's rate.
-  Encode moves the leaf and the payload once each; the copy moves the leaf twice.
+  Encode counts as moving the leaf and the payload once each, the copy as moving the leaf twice.
 
   Args:
     repeats: number of turns that are counted.

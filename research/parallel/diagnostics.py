@@ -122,7 +122,7 @@ def scan(
   There are two programs, so that rounds without diagnostics have no additional cost.
 
   Args:
-    one: (held, round, measures) -> (held, outputs), the same structure for both `measures`, static.
+    one: (held, round, measures) -> (held, outputs). `measures` is static; it changes no structure.
     held: the carry.
     rounds: arrays [K, ...].
     due: [K] bool; True for the last round.

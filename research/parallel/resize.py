@@ -324,7 +324,7 @@ def _moved_chunks(x: Array, saved: Leaf, leaf: Leaf) -> Array:
 
 
 def resize_rows(rows: Array, owners: int) -> Array:
-  """Resizes a private leaf [P, ...] to another number of clients: each gets the mean of all rows.
+  """Resizes a private leaf [P, ...] to another number of clients; each gets the mean of all rows.
 
   The mean over clients is kept exactly, so residuals and diverging models keep their average.
   Non-float leaves are copied from the first row.

@@ -165,7 +165,7 @@ def _inner_specs(tree: Tree, params: Params) -> Tree:
 
 
 def _joined(workers: tuple[str, ...], is_private: bool, x: Any, cut: P) -> P:
-  """The spec of a full leaf; private leaves are also sharded over the worker axes in front."""
+  """The spec of a full leaf; a private leaf's first dimension is also sharded over the workers."""
   if not is_private:
     return cut
   first, *rest = [*cut, *[None] * (len(x.shape) - len(cut))]

@@ -80,7 +80,7 @@ def _reason(error: Exception) -> ValueError:
 
 
 def _told(config: Config) -> contextlib.AbstractContextManager[None]:
-  """The flag to blame if Ray does not start."""
+  """Names the flag to blame if Ray does not start."""
   if config.ray_address:
     return flag("ray_address", config.ray_address)
   return flag("node_ip", config.node_ip)

@@ -157,7 +157,7 @@ def _compilations() -> Iterator[list[float]]:
 
 
 def lost(named: Named, axes: Mapping[str, int] = AXES) -> None:
-  """Checks bitwise that a worker's lost round affects no other, even if its gradients are NaN.
+  """Checks bitwise that a lost round affects no other worker, even if its gradients are NaN.
 
   The worker's own state then either is unchanged or equals what the present workers received.
 
