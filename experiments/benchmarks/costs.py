@@ -42,7 +42,7 @@ def timed(function: Callable[..., Any], *args: Any) -> Timed:
   which dominates a copy of 64 MiB on a CPU.
 
   Args:
-    function: of arrays.
+    function: a function of arrays.
     *args: its arguments.
   """
   import jax
@@ -72,7 +72,7 @@ def compress(repeats: int) -> list[dict[str, Any]]:
   Encode counts as moving the leaf and the payload once each, the copy as moving the leaf twice.
 
   Args:
-    repeats: number of turns that are counted.
+    repeats: the number of turns that are counted.
   """
   import jax
   import jax.numpy as jnp

@@ -102,7 +102,7 @@ def lead(private: Tree) -> Tree:
   """Returns `in_axes` or `out_axes` for `vmap`: 0 for private leaves, None for shared ones.
 
   Args:
-    private: of bool, whether a leaf is private.
+    private: tree of bool, whether a leaf is private.
   """
   return jax.tree.map(lambda is_private: 0 if is_private else None, private)
 
@@ -122,8 +122,8 @@ def infer(
     local_phase: (state, *private_args) -> (local, anything).
     sync: (local, state, weight) -> state; each worker has its own weight.
     axes: the worker axes, name to size.
-    params: shapes of the shared parameters.
-    private_args: shapes of one worker's private arguments to `local_phase`.
+    params: the shapes of the shared parameters.
+    private_args: the shapes of one worker's private arguments to `local_phase`.
   """
   spread = lambda private, tree: jax.tree.map(
     lambda p, x: jax.ShapeDtypeStruct((*axes.values(), *x.shape), x.dtype) if p else x,
@@ -175,7 +175,7 @@ def kinds(private: Tree) -> Tree:
   """Returns the kind of each leaf: 'shared', 'rows' per client, or 'chunks' (rows of `Chunk`s).
 
   Args:
-    private: of bool, whether a leaf is private.
+    private: tree of bool, whether a leaf is private.
   """
 
   def kind(node):

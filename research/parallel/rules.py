@@ -27,7 +27,7 @@ def by_shape(sizes: Mapping[str, int], task: Task) -> dict[tuple[int, ...], Rule
   those of stacked layers; the last of them is sharded along `stage`.
 
   Args:
-    sizes: of the axes inside a worker.
+    sizes: the sizes of the axes inside a worker.
     task: the task, with its rules.
 
   Raises:

@@ -42,7 +42,7 @@ def of_state(
     private: which leaves of the method's state have rows [P, ...].
     mesh: the devices.
     workers: the mesh axes over which rows are spread.
-    shapes: of one worker's state; needed if its leaves are sharded too.
+    shapes: the shapes of one worker's state, needed if its leaves are sharded too.
     cut: how they are sharded inside a worker.
     whole: leaves that are not sharded along `fsdp`.
   """
@@ -72,7 +72,7 @@ def cut_of(axes: Mapping[str, int], task: Task) -> Cut | None:
   """Determines how a mesh shards a worker's leaves: by the task's rules, then along `fsdp`.
 
   Args:
-    axes: of the mesh, name to size.
+    axes: the axes of the mesh, name to size.
     task: the task, with its sharding rules.
 
   Raises:
@@ -109,8 +109,8 @@ def spec_of(
   """The axis that shards each dimension of a leaf, ignoring the axis `whole`.
 
   Args:
-    cut: of the worker's leaves; None: nothing is sharded.
-    shape: of the leaf.
+    cut: the sharding of the worker's leaves; None: nothing is sharded.
+    shape: the shape of the leaf.
     whole: an axis that must not shard the leaf.
   """
   places = cut.places(shape) if cut else ()
@@ -165,8 +165,8 @@ def inside(axes: Mapping[str, int], cut: Cut | None, zero: int) -> Inside:
   """Shards a batch [b, ...] along `fsdp` if b allows it, and gradients according to `zero`.
 
   Args:
-    axes: of the mesh.
-    cut: of the leaves.
+    axes: the axes of the mesh.
+    cut: the sharding of the leaves.
     zero: what is sharded along `fsdp`: the state without the parameters (1), gradients too (2), or
       all of it (3).
   """

@@ -38,7 +38,7 @@ def pick(private: Tree, held: State, client: Array) -> State:
   """Selects the state of one client.
 
   Args:
-    private: of bool, whether a leaf is private.
+    private: tree of bool, whether a leaf is private.
     held: a worker's state; private leaves are rows [R, ...] of its clients.
     client: int32, index of the client's row.
   """
@@ -50,7 +50,7 @@ def put(private: Tree, held: State, client: Array, state: State) -> State:
   """Writes one client's state back: replaces its rows and the shared leaves.
 
   Args:
-    private: of bool, whether a leaf is private.
+    private: tree of bool, whether a leaf is private.
     held: a worker's state; private leaves are rows [R, ...] of its clients.
     client: int32, index of the client's row.
     state: the client's new state.
@@ -153,7 +153,7 @@ def rounds_of_worker(
 
   Args:
     job: the resolved job.
-    private: of bool, whether a leaf of the state is private.
+    private: tree of bool, whether a leaf of the state is private.
     state: the worker's state, whose private leaves are rows [R, ...].
     data: its examples, rows [R, ...].
     rounds: K.
@@ -273,7 +273,7 @@ def traffic(job: Job, layout: layouts.Layout, rounds: int) -> wire.Traffic:
   Args:
     job: the resolved job.
     layout: which of its state is private.
-    rounds: number of rounds.
+    rounds: the number of rounds.
   """
   found = sending(job, layout).between(0, rounds)
   return found._replace(transfers=wire.happened(found.transfers))

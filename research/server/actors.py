@@ -68,9 +68,9 @@ def part_of(method: str, seed: int, sizes: Sizes, number: int, place: Snapshot) 
 
   Args:
     method: the method's spec.
-    seed: of the run.
+    seed: the seed of the run.
     sizes: the model's leaves and their shards.
-    number: of the shard.
+    number: the number of the shard.
     place: the state to start from.
   """
   import jax

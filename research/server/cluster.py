@@ -24,8 +24,8 @@ def running(config: Config, processes: int, model_bytes: int) -> Iterator[Any]:
   one.
 
   Args:
-    config: of the run.
-    processes: number of processes that it will start.
+    config: the configuration of the run.
+    processes: the number of processes that it will start.
     model_bytes: size of the model, which determines the size of the object store.
 
   Raises:

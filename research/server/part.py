@@ -51,9 +51,9 @@ class ShardState:
     Args:
       side: the server's half of the method, compiled.
       params: the shard's leaves by name.
-      payloads: shapes of the pushed payload of each leaf.
-      number: of the shard.
-      version: number of updates that led to these parameters.
+      payloads: the shapes of the pushed payload of each leaf.
+      number: the number of the shard.
+      version: the number of updates that led to these parameters.
       state: leaves of the optimizer's state at that version; None: initialize.
     """
     self.side, self.payloads, self.number, self.version = side, payloads, number, version

@@ -42,7 +42,7 @@ class Replayed(BaseRun):
     """Starts from a run's initial parameters.
 
     Args:
-      setup: of the run.
+      setup: the setup of the run.
       params: leaves by name.
       happened: the run's events in order.
     """
@@ -166,7 +166,7 @@ def replay(folder: Path, out: Path | None = None) -> dict[str, Any]:
   """Replays the run in a folder up to its newest checkpoint.
 
   Args:
-    folder: of the run.
+    folder: the folder of the run.
     out: where `replay.json` is written; None: into `folder`.
 
   Returns:

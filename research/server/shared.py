@@ -45,10 +45,10 @@ def run(config: Config, worker: int, name: str, parameters: int, given: actors.I
   with sparse examples these are few.
 
   Args:
-    config: of the run.
+    config: the configuration of the run.
     worker: this worker's number.
-    name: of the shared memory block.
-    parameters: number of parameters in the model.
+    name: the name of the shared memory block.
+    parameters: the number of parameters in the model.
     given: settings of the parent process.
   """
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles it

@@ -29,8 +29,8 @@ class Store:
     """Opens the checkpoints of a model and its shards.
 
     Args:
-      folder: of the checkpoints.
-      names: of the model's leaves.
+      folder: the folder of the checkpoints.
+      names: the names of the model's leaves.
       parts: leaves by shard.
       period: local steps per update.
     """

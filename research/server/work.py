@@ -87,7 +87,7 @@ def worker(job: Job, apart: Halves, keys: Keys) -> Worker:
   Args:
     job: the resolved job; a batch size is per worker.
     apart: the method's halves.
-    keys: of the run.
+    keys: the random keys of the run.
   """
   method = apart.method
 
@@ -149,7 +149,7 @@ def cut(shapes: Shapes, shards: int) -> list[list[int]]:
   """Distributes leaves over shards: the largest first, each to the least loaded shard.
 
   Args:
-    shapes: of the model's leaves.
+    shapes: the shapes of the model's leaves.
     shards: their number.
 
   Returns:
@@ -186,8 +186,8 @@ def side(method: Method, keys: Keys, shapes: Shapes, leaves: Sequence[int]) -> S
 
   Args:
     method: the served method.
-    keys: of the run.
-    shapes: of the model's leaves.
+    keys: the random keys of the run.
+    shapes: the shapes of the model's leaves.
     leaves: numbers of the shard's leaves.
   """
   name, like = list(shapes), list(shapes.values())

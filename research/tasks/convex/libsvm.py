@@ -44,8 +44,8 @@ def libsvm(
   {"index", "value"} [N, longest row], padded with value 0, which `linear` and `logistic` accept.
 
   Args:
-    name: of the file, such as "a9a", "w8a" or "mushrooms"; .gz and .bz2 are supported. Any local
-      file works; downloads come from LIBSVM's collection for two classes.
+    name: the name of the file, such as "a9a", "w8a" or "mushrooms"; .gz and .bz2 are supported. Any
+      local file works; downloads come from LIBSVM's collection for two classes.
     test: name of a file of test examples, such as "a9a.t".
     l2: weight of l2/2 ||params||^2, see `supervised`.
     sparse: True or False overrides the choice by size.

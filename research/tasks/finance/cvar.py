@@ -53,12 +53,12 @@ def cvar(
   Args:
     name: "stocks": daily returns of 20 stocks from the first day on which all have a price; or the
       path of a table of prices, see `price_table`.
-    level: of the CVaR, in (0, 1).
-    scenarios: number of days drawn with replacement (the bootstrap); 0: every day once.
+    level: the level of the CVaR, in (0, 1).
+    scenarios: the number of days drawn with replacement (the bootstrap); 0: every day once.
     smoothing: e, in percent: (x)_+ becomes (x + e)^2 / 4e for |x| <= e, at most e/4 above it.
     portfolio: weights of a given portfolio to evaluate too.
-    confidence: of the intervals, in (0, 1).
-    seed: of the scenarios.
+    confidence: the confidence level of the intervals, in (0, 1).
+    seed: the seed of the scenarios.
     data_dir: where to look first, see `files.find`.
 
   Raises:
@@ -97,7 +97,7 @@ def of_scenarios(
     level: see `cvar`, as are the others.
     smoothing: in percent.
     portfolio: weights [n], or empty.
-    confidence: of the intervals.
+    confidence: the confidence level of the intervals.
   """
   assets = drawn.shape[1]
 
@@ -148,7 +148,7 @@ def tail(losses: Array, level: float, confidence: float = 0.95) -> dict[str, Arr
   Args:
     losses: [T].
     level: in (0, 1).
-    confidence: of the intervals, in (0, 1).
+    confidence: the confidence level of the intervals, in (0, 1).
 
   Returns:
     "var", "var_low", "var_high", "cvar", "cvar_low", "cvar_high".

@@ -44,7 +44,7 @@ def load(name: str, data_dir: str = "") -> Market:
   See `portfolio_files` for the format.
 
   Args:
-    name: of the instance, or a path.
+    name: the name of the instance, or a path.
     data_dir: where to look first, see `files.find`.
 
   Raises:
@@ -114,7 +114,7 @@ def frontier(
 
   Args:
     name: "port1" (Hang Seng, 31 assets), "port2" (DAX, 85), "port3" (FTSE, 89), or a path.
-    points: number of the 2000 published returns to use, equally spaced in the list.
+    points: the number of the 2000 published returns to use, equally spaced in the list.
     returns: required returns, instead of published ones.
     data_dir: where to look first, see `files.find`.
 

@@ -76,7 +76,7 @@ def text(
   See `next_token`.
 
   Args:
-    path: of the file.
+    path: the path of the file.
     model: outputs -> module, called with the number of tokens V; from tokens [b, T] to logits
       [b, T, V].
     tokenizer: "bytes" (V = 256), "characters" (those of the text), or "bpe", trained on the
@@ -224,7 +224,7 @@ def evaluated_at_once(size: int, context: int) -> int:
   """Returns the number of windows whose logits fit on a device.
 
   Args:
-    size: number of tokens of the vocabulary.
+    size: the number of tokens of the vocabulary.
     context: T, tokens per window.
   """
   return max(1, min(TOKENS // context, LOGITS // (context * size)))
@@ -273,7 +273,7 @@ def check_model(module: nn.Module, size: int, context: int) -> None:
 
   Args:
     module: the model.
-    size: number of tokens of the vocabulary.
+    size: the number of tokens of the vocabulary.
     context: T, tokens per window.
 
   Raises:

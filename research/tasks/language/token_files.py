@@ -104,9 +104,9 @@ def encoded(path: str | Path, vocabulary: int, share: float) -> Encoded:
   the text.
 
   Args:
-    path: of a plain text in UTF-8.
+    path: the path of a plain text in UTF-8.
     vocabulary: see `tokens.bpe`.
-    share: of the text's bytes, in (0, 1], that the BPE may be trained on; at most the first 32 MB.
+    share: the share of the text's bytes, in (0, 1], to train the BPE on; at most the first 32 MB.
 
   Raises:
     ValueError: there is no such text, it is compressed or not UTF-8, or see `tokens.bpe`.

@@ -43,7 +43,7 @@ def movielens_als(
   Args:
     split: see `movielens.load`.
     factors: at least 1.
-    l2: of the ridge regressions, times the number of an entity's ratings; > 0.
+    l2: penalty of the ridge regressions, times the number of an entity's ratings; > 0.
     data_dir: where to look first, see `files.find`.
 
   Raises:
@@ -130,7 +130,7 @@ def movielens_federated(
     split: see `movielens.load`.
     factors: at least 1.
     l2: weight of the items' penalty, as in `recommend.movielens`.
-    own_l2: of the users' ridge regressions, times the number of ratings; > 0.
+    own_l2: penalty of the users' ridge regressions, times the number of ratings; > 0.
     data_dir: where to look first, see `files.find`.
 
   Raises:

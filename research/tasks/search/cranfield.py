@@ -47,7 +47,7 @@ def load(data_dir: str = "") -> Collection:
   they become 4 to 1, and 0.
 
   Args:
-    data_dir: folder of the files; "" for the default places.
+    data_dir: the folder of the files; "" for the default places.
 
   Raises:
     FileNotFoundError: a file is not found; the archive must be unpacked by hand.
@@ -158,8 +158,8 @@ def cranfield(
     features: of "bm25", the score of the full text; "title", of the title alone; "prior", log of
       the PageRank of a document among its eight nearest by cosine (`prior`); "length", log of the
       number of terms. Each is standardized over all pairs of a training query and a document.
-    k1: of the BM25 scores.
-    b: of the BM25 scores.
+    k1: saturation of the BM25 scores, see `bm25.scores`.
+    b: length normalization of the BM25 scores.
     l2: weight of l2/2 ||params||^2.
     model: outputs -> module, called with 1.
     data_dir: where to look first, see `files.find`.
@@ -198,7 +198,7 @@ def prior(index: bm25s.Index, neighbours: int = 8, alpha: float = 0.85) -> np.nd
   """Centrality of documents: PageRank [D] on links to the nearest documents by TF-IDF cosine.
 
   Args:
-    index: of the documents.
+    index: the index of the documents.
     neighbours: links per document.
     alpha: probability of following a link.
 

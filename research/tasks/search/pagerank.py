@@ -41,8 +41,8 @@ def pagerank(
   Args:
     graph: "wiki-Vote", the path of a list of edges, see `graphs.load`; or "power_law", random.
     alpha: the probability of following a link, in [0, 1).
-    edges: of "power_law".
-    nodes: of "power_law".
+    edges: the number of edges of "power_law".
+    nodes: the number of nodes of "power_law".
     data_dir: where to look first, see `files.find`.
 
   Raises:
@@ -128,6 +128,6 @@ def top(graph: Graph, rank: np.ndarray, count: int = 5) -> list[int]:
   Args:
     graph: the graph.
     rank: [N].
-    count: number of nodes.
+    count: the number of nodes.
   """
   return graph.names[np.argsort(-np.asarray(rank), kind="stable")[:count]].tolist()
