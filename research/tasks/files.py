@@ -36,7 +36,7 @@ def find(relative: str, data_dir: str, url: str, sha256: str | None = None) -> P
     relative: path under a data directory, without the suffix of compression, such as "libsvm/a9a".
     data_dir: the user's data directory, or "".
     url: where the file is published, plain, .gz or .bz2.
-    sha256: digest of the decompressed bytes, 64 hex digits. Without it, the file's digest is logged.
+    sha256: digest of the decompressed bytes, 64 hex digits. Without it, the digest found is logged.
 
   Returns:
     The path of the file; its suffix gives the compression. Open it with `opened`.

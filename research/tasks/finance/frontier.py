@@ -114,7 +114,7 @@ def frontier(
 
   Args:
     name: "port1" (Hang Seng, 31 assets), "port2" (DAX, 85), "port3" (FTSE, 89), or a path.
-    points: the number of the 2000 published returns to use, equally spaced in the list.
+    points: how many of the 2000 published returns to use, equally spaced in the list.
     returns: required returns, instead of published ones.
     data_dir: where to look first, see `files.find`.
 
