@@ -59,7 +59,7 @@ def is_known(start: float | None) -> bool:
 
 
 def improved(summary: dict[str, Any]) -> bool:
-  """Whether a run's training loss decreased, and its accuracy did not."""
+  """Whether a run's training loss decreased and its accuracy did not."""
   start, end = summary.get("initial_train_loss"), summary["train_loss"]
   before, after = (summary.get(name, {}).get("accuracy") for name in ("initial_eval", "eval"))
   worse = before is not None and after is not None and not after >= before

@@ -49,7 +49,7 @@ class ShapedLink(NamedTuple):
 
 
 class Host(NamedTuple):
-  """A host, which exists as long as the process that keeps its namespaces."""
+  """A host; it exists as long as the process that holds its namespaces."""
 
   holder: int
   address: str

@@ -68,12 +68,12 @@ def supervise(
   """Runs a job to its end, and restarts it from its checkpoints if a process dies or hangs.
 
   If one process fails, the others cannot continue and are ended. SIGTERM and SIGINT are passed on
-  as SIGTERM, upon which `experiments/run.py` saves; processes that do not end are killed, as is
-  everything if the launcher dies. Output goes to stdout, prefixed with the process name, and to
-  LOGS/NAME.log.
+  as SIGTERM, which makes `experiments/run.py` save and stop. Processes that do not end are killed;
+  if the launcher dies, all processes are killed. Output goes to stdout, prefixed with the process
+  name, and to LOGS/NAME.log.
 
   Args:
-    processes: makes the processes of each start: a port may be used once.
+    processes: makes the processes for each start, since a port may be used only once.
     logs: existing folder of the log files, and of the files that processes touch on progress.
     rules: limits on restarts and times.
     disturb: called several times a second with the running processes.
@@ -199,7 +199,7 @@ class _Job:
     return Ended(code, late or (failed.why if failed else ""), stopped=True)
 
   def _first_failure(self) -> Ended | None:
-    """The first failure; of simultaneous ones, preferably not an abort caused by another."""
+    """The first failure; among simultaneous ones, preferably not an abort caused by another."""
     found = [(r, r.popen.returncode) for r in self.running if r.popen.poll()]
     if not found:
       return None
@@ -213,7 +213,7 @@ class _Job:
     """Says that no running process has made progress for too long; '' while one may yet."""
     running = [r for r in self.running if r.popen.poll() is None]
     beats = [r.beat.stat().st_mtime for r in running if r.beat.exists()]
-    if not beats:  # they have ended, or are no runs of ours, which say when they advance
+    if not beats:  # they have ended, or do not report progress as our runs do
       return ""
     if newest := max(beats):
       limit, since, what = self.rules.hang_seconds, newest, "advanced for"

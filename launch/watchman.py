@@ -14,8 +14,8 @@ PDEATHSIG = 1  # of prctl(2)
 class Watchman:
   """Kills the registered process groups when this process ends, however it ends.
 
-  Groups are registered over a pipe, which the kernel closes with its last writer, SIGKILL included.
-  Create it before any thread is started: it forks.
+  Groups are registered over a pipe, which the kernel closes when its last writer ends, even by
+  SIGKILL. Create it before any thread is started: it forks.
   """
 
   def __init__(self):

@@ -59,7 +59,7 @@ def digits(config: dict[str, Any]) -> Callable[[int], None]:
 
 
 def dispatches(config, loss, update, state, x, y) -> Callable[[int], None]:
-  """Mini-batch steps, `steps_per_dispatch` of them in one scan."""
+  """Runs mini-batch steps, `steps_per_dispatch` of them in one scan."""
   import jax
   import jax.numpy as jnp
 
@@ -110,7 +110,7 @@ def a9a(config: dict[str, Any]) -> Callable[[int], None]:
 
 
 def fed_avg(config: dict[str, Any]) -> Callable[[int], None]:
-  """FedAvg: each device trains its clients sequentially, fetching an epoch at once."""
+  """FedAvg: each device trains its clients one by one, fetching the data of an epoch at once."""
   import jax
   import jax.numpy as jnp
   from jax.sharding import PartitionSpec as P

@@ -1,4 +1,4 @@
-"""Minimal hand-written JAX programs between hosts: the baselines of bench.py there.
+"""Minimal hand-written JAX programs for several hosts: the baselines of bench.py's suite hosts.
 
     python experiments/baselines/by_hand_hosts.py dense 200 16
 
@@ -111,7 +111,7 @@ def top_k(params: Any) -> tuple[Any, Step]:
 
 
 def power_sgd(params: Any) -> tuple[Any, Step]:
-  """Rank 4 of each matrix, with two messages in total; biases go with the first."""
+  """Rank 4 of each matrix, with two messages in total; biases are sent with the first."""
   start = lambda i, w: jax.random.normal(jax.random.key(i), (w.shape[1], RANK))
   starts = [start(i, w) for i, (w, _) in enumerate(params)]
 

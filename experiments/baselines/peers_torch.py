@@ -4,8 +4,8 @@
 
 A launcher starts one process per host, with the extra `peers`. The arguments are METHOD, steps,
 steps per timing, and optionally a test accuracy at which to stop; its evaluation is not timed. The
-perceptron, data, batch and rate are those of `by_hand_hosts.py`; so is the output, plus the number
-of steps.
+perceptron, data, batch and rate are those of `by_hand_hosts.py`. The output is the same too, plus
+the number of steps.
 """
 
 # pyright: reportMissingImports=false

@@ -42,7 +42,7 @@ def timed(function: Callable[..., Any], *args: Any) -> Timed:
   which dominates a copy of 64 MiB on a CPU.
 
   Args:
-    function: of arrays.
+    function: a function of arrays.
     *args: its arguments.
   """
   import jax
@@ -68,11 +68,11 @@ def timed(function: Callable[..., Any], *args: Any) -> Timed:
 def compress(repeats: int) -> list[dict[str, Any]]:
   """Times each compressor on a 64 MiB leaf of normal values, in turn with `jnp.copy` of it.
 
-  A row's `encode_bandwidth` is the rate at which encode moves the bytes that it must read and
-  write, leaf and payload once each, divided by the copy's rate, which moves twice the leaf.
+  A row's `encode_bandwidth` is encode's rate in bytes per second, divided by the copy's rate.
+  Encode counts as moving the leaf and the payload once each, the copy as moving the leaf twice.
 
   Args:
-    repeats: counted turns.
+    repeats: the number of turns that are counted.
   """
   import jax
   import jax.numpy as jnp

@@ -18,10 +18,10 @@ def faults(hosts: int, kills: int, every: float, steps: int) -> dict[str, Any]:
   """Kills random hosts' processes at random times in a run, and compares it with an unbroken run.
 
   Args:
-    hosts: number of hosts.
-    kills: number of processes to kill.
+    hosts: the number of hosts.
+    kills: the number of processes to kill.
     every: mean seconds between kills.
-    steps: of the run; must be enough to outlast the kills.
+    steps: the number of steps; must be enough to outlast the kills.
   """
   sgd = calls.sgd(calls.cosine_decay_schedule(0.1, steps), momentum=0.9)
   link = calls.error_feedback(calls.two_phase(calls.int8()))

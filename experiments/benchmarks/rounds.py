@@ -79,7 +79,7 @@ def local_phase(repeats: int) -> list[dict[str, Any]]:
 
 
 def diagnostics(repeats: int) -> list[dict[str, Any]]:
-  """Digits with a row every ten steps: a dispatch with diagnostics in turn with one without."""
+  """Times dispatches of digits with a row every ten steps, with and without diagnostics in turn."""
   import jax
 
   from research.training.assemble import assemble, check

@@ -132,7 +132,7 @@ def slow() -> list[dict[str, Any]]:
 
 
 def killed(kills: int, every: float) -> dict[str, Any]:
-  """A run with workers killed at random and the server once, compared with an undisturbed run."""
+  """Kills random workers of a run, and the server once; compares it with an undisturbed run."""
   config = {"task": "mnist()", "model": "mlp(hidden=[200])", "workers": 2, "batch_size": 128}
   config |= {"method": "asgd(sgd(0.05), error_feedback(gather_mean(int8())))", "steps": 12000}
   config |= {"checkpoint_every": 500, "log_every": 100, "seed": 0}

@@ -6,8 +6,9 @@ slowly than 1/t, the mean of t iterates has the covariance H^-1 S H^-1 / t.
 Same: linear regression from draws of one example, steps .4 t^-.6, the covariance over replicas.
 
 Scaled: five features, 10,000 steps, 2000 replicas of the ordinary `averaged` method by `vmap`. The
-first tenth of the iterates is left out, and t counts the others: the theorem is asymptotic, where
-that makes no difference. The only number to compare with is 1, the ratio to the theory.
+first tenth of the iterates is left out, and t counts the others. This makes no difference
+asymptotically, which is where the theorem holds. The only number to compare with is 1, the ratio to
+the theory.
 """
 
 from typing import Any

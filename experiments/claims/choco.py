@@ -5,11 +5,11 @@ Paper: Koloskova, Stich, Jaggi 2019, CHOCO-SGD and CHOCO-Gossip, arXiv:1902.0034
 Same: a ring of 25 workers with weights 1/3, vectors of length 2000, QSGD of 256 levels with a
 consensus step of 1 and Top-1% with .046, the baselines (Q1-G) and (Q2-G).
 
-Scaled: the vectors are Gaussian, where the paper takes rows of epsilon; Top-1% runs 20 times as
+Scaled: the vectors are Gaussian, whereas the paper takes rows of epsilon; Top-1% runs 20 times as
 many iterations as the others. The figures give no numbers: we reproduce the ordering. Bytes are
-those of the payload: 10 bits per element for 256 levels and a sign, where the paper counts 8. In
-float64: with float32, rounding errors of the large initial differences stay in the workers'
-estimates of each other.
+those of the payload: 10 bits per element for 256 levels and a sign, whereas the paper counts 8. We
+compute in float64: in float32, rounding errors of the large initial differences stay in the
+workers' estimates of each other.
 """
 
 import numpy as np

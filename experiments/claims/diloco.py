@@ -8,10 +8,10 @@ held-out text; every method takes the same number of sequential steps.
 
 Scaled: a transformer of 108 thousand parameters on the characters of tinyshakespeare, 4 workers,
 1024 steps from scratch. The paper has 60 to 400 million parameters on C4, 8 workers, 88,000 steps
-of which the first 24,000 are without DiLoCo, and 500 steps per round. A round is therefore 8 or 32
-steps here, and the longer one uses a smaller momentum. We reproduce the ordering, except that
-DiLoCo is not ahead of the large batch. Plain averaging, DiLoCo with one worker, and the shorter
-round with the smaller momentum are printed without gates.
+(the first 24,000 without DiLoCo), and 500 steps per round. A round is therefore 8 or 32 steps here,
+and the longer one uses a smaller momentum. We reproduce the ordering, except that DiLoCo is not
+ahead of the large batch. Plain averaging, DiLoCo with one worker, and the shorter round with the
+smaller momentum are printed without gates.
 """
 
 import numpy as np

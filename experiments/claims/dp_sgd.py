@@ -6,7 +6,7 @@ tutorial of TensorFlow Privacy for MNIST (rate 0.25, noise 1.3, clip 1.5, 256 ex
 
 Same: the tutorial's network, noise, clip and rate, 256 of 60,000 examples on average in a batch.
 Every example is a client with its own worker, and so clipped by itself. Examples are sampled
-independently, as the accountant assumes, where the tutorial shuffles.
+independently, as the accountant assumes, whereas the tutorial shuffles.
 
 Scaled: 8 of the 15 epochs, since each of 400 worker slots draws noise and computes a gradient,
 whether a client uses it or not; the privacy loss of all 15 epochs is computed. The tutorial's

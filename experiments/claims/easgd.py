@@ -8,8 +8,8 @@ with 3 and 8 workers.
 
 Scaled: nothing; the paper has pictures without numbers, and we compute spectral radii instead of
 trajectories. A turn is the Jacobian of one round of the registry's `easgd` between one worker and
-the centre. The condition is sufficient, but for two workers not necessary: they are shown without a
-gate on necessity.
+the centre. The condition is sufficient, but for two workers it is not necessary, so two workers are
+shown without a gate on necessity.
 """
 
 from typing import Any

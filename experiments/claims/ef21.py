@@ -6,8 +6,8 @@ Same: logistic loss with the penalty 0.1 sum x^2/(1 + x^2) on a9a over 20 worker
 the file, Top-1, full gradients, a start from N(0, I), the step a power of two above the theory's
 1/(L + Lt sqrt(beta/theta)), float64.
 
-Scaled: 4000 steps, one such power (64: at 1 the two methods do not separate within them), which
-both methods share. The figure gives no numbers: we reproduce the ordering. EF21 starts from
+Scaled: 4000 steps, and one such power, 64, which both methods share (at 1 they do not separate
+within 4000 steps). The figure gives no numbers, so we reproduce the ordering only. EF21 starts from
 g_i = 0, not from full gradients.
 """
 

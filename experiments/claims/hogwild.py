@@ -3,12 +3,14 @@
 Paper: Recht, Re, Wright, Niu 2011, Hogwild, arXiv:1106.5730; inconsistent reads as in Mania et al.
 2015, arXiv:1507.06970.
 
-Same: stochastic gradient steps of one example each, computed with an old model, added to the new.
+Same: stochastic gradient steps of one example each, computed at an old model and added to the
+current one.
 
 Scaled: the delays of up to 16 processors are drawn uniformly from [0, 16) updates, for the full
 model or for each coordinate separately, so that a run is reproducible. The problems are ours: w8a,
 and odd against even digits of MNIST as the dense one, with the rate rescaled to the row norms of
-w8a. We reproduce the ordering; the cost of old models grows with the rate, first on dense data.
+w8a. We reproduce the ordering; the cost of old models grows with the rate, and does so first on
+dense data.
 """
 
 from typing import Any

@@ -102,8 +102,8 @@ def compiled_round(config: Config, target: Target, effort: float = 0.0) -> dict[
   Args:
     config: the run's flags.
     target: what to compile for.
-    effort: of the compiler to optimize the program, in [-1, 1]: 0 as for a run; less takes less
-      time, and gives a program that overlaps less and needs less memory for it.
+    effort: the compiler's optimization effort, in [-1, 1]; 0 is that of a run. With less effort, it
+      compiles faster, and the program overlaps less and therefore needs less memory.
 
   Raises:
     UsageError: one line, also if the program does not fit.

@@ -34,7 +34,7 @@ class Curve(NamedTuple):
     return np.fmin.accumulate(np.where(np.isnan(self.losses), np.inf, self.losses), 1).mean(0)
 
   def improved(self, starts: Sequence[float | None]) -> list[bool]:
-    """Whether each seed's loss was once below its start and does not end above it.
+    """Whether each seed's loss fell below its start and does not end above it.
 
     Args:
       starts: the losses before the first step; None if unknown or not finite.
@@ -99,7 +99,7 @@ def read_curve(folders: list[Path]) -> Curve:
 
 
 def common_target(outcomes: list[Outcome]) -> float | None:
-  """The greatest of the mean best losses of methods that improved; all of these reach it."""
+  """The greatest mean best loss among the methods that improved; all of these methods reach it."""
   return max((float(o.curve.best[-1]) for o in outcomes if o.curve and o.eligible), default=None)
 
 

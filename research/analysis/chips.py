@@ -17,7 +17,7 @@ class Chip(NamedTuple):
   """
 
   flops: float  # per second, bfloat16
-  hbm: float  # bytes available to a program: the page's, or fewer if XLA:TPU reserves some
+  hbm: float  # bytes available to a program: as published, or fewer if XLA:TPU reserves some
   hbm_bandwidth: float  # bytes per second, reads plus writes
   link: float  # bytes per second of one ICI link
   dcn: float | None  # bytes per second of its share of the host's network; None: not published
@@ -28,7 +28,7 @@ class Chip(NamedTuple):
 
 
 # From the cited pages, per chip:
-#   v4   its links by the bisection bandwidth of a pod, 24 TB/s through 2 x 16 x 16 links
+#   v4   link rate from the bisection bandwidth of a pod, 24 TB/s through 2 x 16 x 16 links
 #   v5e  400 GB/s in both directions of four links; two NICs of 100 Gbit/s for eight chips
 #   v5p  1200 GB/s in both directions of six links; 50 Gbit/s
 #   v6e  800 GB/s in both directions of four links; four NICs of 200 Gbit/s for eight chips
@@ -107,7 +107,7 @@ def parse_topology(spec: str) -> tuple[str, tuple[int, ...]]:
 
 
 def links(shape: tuple[int, ...]) -> int:
-  """Returns the ICI links of the best connected chip; a side of two chips has a single link.
+  """Returns the number of ICI links of the best connected chip; a side of two chips has one link.
 
   Args:
     shape: the sides of a slice, in chips.

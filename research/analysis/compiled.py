@@ -2,9 +2,9 @@
 
 `wire.py` reads the requested traffic from the traced program; this module reads the actual traffic.
 The two share only the formulas for rings. They differ if a compiler changes the traffic: XLA:CPU
-sums bfloat16 as float32. XLA:TPU pads arrays that do not fit its tiles. If the parts of an array do
-not fit them, it may replace an all-gather or a reduce-scatter by an all-reduce of the full array,
-twice the bytes.
+sums bfloat16 as float32. XLA:TPU pads arrays that do not fit its tiles. If the shards of an array
+do not fit the tiles, it may replace an all-gather or a reduce-scatter by an all-reduce of the full
+array, which sends twice the bytes.
 """
 
 from collections.abc import Iterable, Iterator
@@ -148,7 +148,7 @@ def _goes_on(computation: hlo.Computation, instruction: Any) -> bool:
   """Whether a fused collective continues one that another fusion has started.
 
   XLA:TPU overlaps a collective with several fusions, each of which repeats the instruction. The
-  first passes it to a custom call AsyncCollectiveStart, and all have its chain_id.
+  first fusion passes it to a custom call AsyncCollectiveStart; all of them carry its chain_id.
   """
   targets = {i.custom_call_target for i in _users(computation, instruction)}
   chained = "chain_id" in hlo.attributes_of(instruction) or "AsyncCollectiveDone" in targets

@@ -1,8 +1,9 @@
 """FLOPs of one device in a traced program, including loop counts.
 
-They are counted on the jaxpr, because a compiled program's own count includes a loop's body once.
-Only the operations that a chip's peak refers to are counted, matrix products and convolutions, with
-2 FLOPs per multiply-add. Everything else (sums, exponentials, sorting, decompositions) is not.
+They are counted on the jaxpr, because a compiled program's own count includes the body of a loop
+only once. Only the operations that a chip's peak rate refers to are counted: matrix products and
+convolutions, at 2 FLOPs per multiply-add. Everything else (sums, exponentials, sorting,
+decompositions) is ignored.
 
 Inside `shard_map` values have the shape of a shard. Over mesh axes that are left to the compiler
 they have the full shape, and their work is assumed to be evenly distributed.
@@ -24,8 +25,8 @@ _REMAT = ("checkpoint", "remat2", "remat")  # names in different JAX versions
 def flops(program: core.ClosedJaxpr, axes: Mapping[str, int] | None = None) -> float:
   """Counts the FLOPs of one device.
 
-  For a condition, the most expensive branch counts. A Pallas kernel counts by its cost estimate if
-  it has one, otherwise its body for every point of its grid, including points that it skips.
+  For a condition, the most expensive branch counts. For a Pallas kernel, its cost estimate counts
+  if it has one; otherwise its body counts once per grid point, including points that it skips.
 
   Args:
     program: a jaxpr, from `jax.make_jaxpr` or `jit(f).trace(...).jaxpr`.
@@ -136,7 +137,7 @@ def _of_scan(eqn: Any) -> float:
 
 
 def _apart(outside: Sequence[Any], inside: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-  """Splits values into those that every iteration uses in full, and those that it uses by rows."""
+  """Splits values into those used in full by every iteration and those used one row at a time."""
   pairs = list(zip(outside, inside, strict=True))
   rows = [v for v, part in pairs if v.aval.ndim > part.aval.ndim]
   return [v for v, part in pairs if v.aval.ndim == part.aval.ndim], rows
@@ -166,7 +167,7 @@ def of_gradient(
 
 
 def without_remat(program: core.ClosedJaxpr) -> core.ClosedJaxpr:
-  """Removes rematerialization: the gradient of the returned program saves all it needs.
+  """Removes rematerialization: the gradient of the returned program stores all values it needs.
 
   Args:
     program: the traced program.

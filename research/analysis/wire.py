@@ -1,7 +1,7 @@
 """Traffic of a traced program: every transfer, with its bytes computed from shapes and dtypes.
 
 A transfer's payload is one worker's operand of the collective. The bytes that a worker sends depend
-on the collective's algorithm. We count a ring, which attains the lower bound for all of them
+on the collective's algorithm. We assume rings, which attain the lower bound for every collective
 (Patarasuk and Yuan 2009; Chan et al. 2007), for n bytes and W workers:
 
     all-reduce  2 (W-1)/W n      reduce-scatter  (W-1)/W n      all-gather  (W-1) n
@@ -17,7 +17,7 @@ from jax.extend import core
 
 from research.analysis import rounds as of_rounds
 
-_SHORTEST = 2**10  # minimum length of arrays over rounds: every length compiles its own arithmetic
+_SHORTEST = 2**10  # minimum length of arrays over rounds: each length is compiled separately
 # Collective primitives -> operation; the names depend on check_vma and the JAX version.
 _OPERATIONS = {
   "psum": "all-reduce",

@@ -1,4 +1,4 @@
-"""Turns errors of a command into one line on stderr and an exit code, or a user's own traceback.
+"""Turns a command's errors into one line on stderr and an exit code; user code keeps its traceback.
 
 Exit codes: 0 done, or saved after SIGTERM; 1 replicas differ; 2 an invalid flag; 3 no readable
 checkpoint; 4 not finite; 5 the disk is full; 130 saved after Ctrl-C; 143 terminated before there
@@ -24,7 +24,7 @@ FLAGS = flags.FLAGS
 
 
 def fail(code: int, line: str, error: BaseException | None = None) -> NoReturn:
-  """Prints one line on stderr, with --debug preceded by the traceback, and exits.
+  """Prints one line on stderr, preceded by the traceback if --debug is set, and exits.
 
   Args:
     code: the exit code.
@@ -141,7 +141,7 @@ def foreseen(error: Exception) -> tuple[int, str] | None:
   is_jax = isinstance(error, jax.errors.JaxRuntimeError) and any(
     words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory")
   )
-  too_many = isinstance(error, OverflowError) and not blame.fault(error)  # bytes for 64 bits
+  too_many = isinstance(error, OverflowError) and not blame.fault(error)  # too many for 64 bits
   if is_jax or too_many or isinstance(error, MemoryError):
     return 2, f"the model, its state or its data do not fit the memory: {str(error)[:200]}"
   return None

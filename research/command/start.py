@@ -39,7 +39,7 @@ def start() -> Config:
 
 
 def import_modules() -> None:
-  """Imports the modules of --import, and names one that registers nothing.
+  """Imports the modules of --import, and reports any that registers nothing.
 
   An error in a module is shown with its traceback.
 

@@ -22,7 +22,7 @@ class Draw(NamedTuple):
   owner: Array  # [K] int32, the client that the worker serves
   weight: Array  # [K], that client's weight in the objective; zero if the worker serves no client
   anybody: Array  # [K] bool, whether any worker serves a client
-  share: Array  # [K], weight of its losses in the metrics; averages to one over the workers
+  share: Array  # [K], weight of this worker's losses in the metrics; the workers' mean is one
   index: Tree  # [K, H, b], indices into the client's examples; None: all of them
 
 
@@ -43,7 +43,7 @@ def draw(job: Job, data: Data, key: Key, numbers: Array, worker: Array) -> Draw:
   present = jnp.where(served, sizes, 0).astype(float)
   mean = jnp.mean(data.sizes[None] if job.sampling_rate else present, -1, dtype=float)
   weights = present / jnp.maximum(mean, 1 / job.workers)[..., None]
-  anybody = jnp.where(jnp.any(served, -1, keepdims=True), present, 1)  # none present: as if all
+  anybody = jnp.where(jnp.any(served, -1, keepdims=True), present, 1)  # none present: all 1
   shares = anybody / jnp.mean(anybody, -1, keepdims=True)
   index = None
   if job.batch_size is not None:
@@ -74,9 +74,9 @@ def cohorts(job: Job, key: Key, numbers: Array) -> tuple[Array, Array]:
 
   Without a sampling rate, each worker serves one client drawn from its own stratum. With a rate
   (Poisson sampling), every client takes part independently with that probability. Workers without
-  a client idle. Clients beyond the number of workers are left out, so choose enough workers to make
-  that event negligible. With an `order`, the single worker serves the next client in it. Dropout
-  then removes clients at random.
+  a client idle. If more clients take part than there are workers, the excess is left out, so choose
+  enough workers to make this negligibly rare. With an `order`, a single worker serves the clients
+  in that order. Dropout then removes clients at random.
 
   Args:
     job: the resolved job, W workers and P clients.
@@ -121,7 +121,7 @@ def cohorts(job: Job, key: Key, numbers: Array) -> tuple[Array, Array]:
 def at_rate(rate: float, key: Key, count: int) -> Array:
   """Draws bool [count], each true with a probability of at most `rate`.
 
-  The privacy accountant counts with `rate`, so the true probability must not exceed it. A uniform
+  The privacy accountant assumes `rate`, so the true probability must not exceed it. A uniform
   float has only 24 random bits; this uses 32, or 64 if the rate is below 2^-32.
 
   Args:

@@ -1,8 +1,9 @@
 """Diagnostics of a round: the error of its exchanges, and the spread of the workers' models.
 
-They are computed in rounds that produce a row of the metrics, from values that a round computes
-anyway: messages as the others received them, and models before and after. Methods need no code for
-this. Their aggregators are wrapped during the exchange, which keeps the structure of their state.
+They are computed only in rounds that produce a row of the metrics. They use values that a round
+computes anyway: the messages as the other workers received them, and the models before and after.
+Methods need no code for this: their aggregators are wrapped during the exchange, which does not
+change the structure of the state.
 """
 
 from collections.abc import Callable
@@ -56,7 +57,7 @@ class Recording(Aggregator):
     self, tree: Tree, state: Recorded, key: Key, presence: Presence = EVERYONE
   ) -> Aggregate:
     value, sent, inner = self.inner.aggregate(tree, state.state, key, presence)
-    counted = self.inner.traits & (Trait.SELECTS | Trait.VOTE)  # each once, whatever it weighs
+    counted = self.inner.traits & (Trait.SELECTS | Trait.VOTE)  # each worker counts once
     own = tree if counted else weighted(tree, presence)
     missed, asked = squared(jax.tree.map(jnp.subtract, own, sent)), squared(own)
     if presence.active is not True:
@@ -83,7 +84,7 @@ def recorded(
   Args:
     job: a job with a resolved method.
     sync: `workers.sync`.
-    local: the Local after the round's last step.
+    local: the worker's Local after the last step of the round.
     state: the state at the round's start.
     *args: further arguments of `sync`.
 
@@ -121,7 +122,7 @@ def scan(
   There are two programs, so that rounds without diagnostics have no additional cost.
 
   Args:
-    one: (held, of a round, measures) -> held and outputs of one structure; `measures` is static.
+    one: (held, round, measures) -> (held, outputs). `measures` is static; it changes no structure.
     held: the carry.
     rounds: arrays [K, ...].
     due: [K] bool; True for the last round.
@@ -146,7 +147,7 @@ def scan(
 
 
 def due(job: Job, numbers: Array) -> Array:
-  """Returns whether each round [K] of a dispatch produces a row of the metrics; the last does.
+  """Returns whether each round [K] of a dispatch produces a row of the metrics; the last one does.
 
   Args:
     job: the resolved job.
@@ -166,9 +167,9 @@ def columns(means: dict[str, float], gradient: float) -> dict[str, float]:
 
   "compression_error" is ||tree - sent||^2 / ||tree||^2 over all exchanges of all workers. The
   others are root mean squares over the workers: "memory_norm" is the norm of the aggregators'
-  memories, "model_spread" that of a worker's model minus the mean model at the end of the local
-  phase, "update_norm" that of the round's change of the model, and "gradient_norm" that of a
-  worker's mini-batch gradient.
+  memories, "model_spread" the norm of a worker's model minus the mean model at the end of the local
+  phase, "update_norm" the norm of the round's change of the model, and "gradient_norm" the norm of
+  a worker's mini-batch gradient.
 
   Args:
     means: squared norms by NAMES, means over the workers.

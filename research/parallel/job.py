@@ -17,7 +17,7 @@ class Job(NamedTuple):
 
   The population has P clients, a multiple of the W workers. With P > W each worker serves one
   client of its own stratum per round. With an `order` a single worker serves the clients in turn:
-  round t serves client order[t mod its length].
+  round t serves client order[t mod E].
   """
 
   method: Method
@@ -25,7 +25,7 @@ class Job(NamedTuple):
   axes: dict[str, int]  # axis sizes of the mesh
   sizes: np.ndarray  # [P], examples per client
   batch_size: int | None  # per worker and step; None: all examples of a client
-  clip_norm: float = 0.0  # of each worker's gradient, before the method sees it; 0: no clipping
+  clip_norm: float = 0.0  # maximum norm of a worker's gradient, before the method; 0: no clipping
   sampling_rate: float = 0.0  # of Poisson sampling of the population; 0: one client per worker
   dropout: float = 0.0  # probability that a worker's round is lost before it is sent
   order: np.ndarray | None = None  # [E] int32, clients that a single worker serves in turn
@@ -34,7 +34,7 @@ class Job(NamedTuple):
   first_round: int = 0  # of this job's stage, if the method's period changes
   first_step: int = 0  # local steps before that round
   diagnostics: int = 0  # steps between rows measured by `diagnostics.recorded`; 0: none
-  devices: Sequence[Any] | None = None  # that `spmd` compiles for; None: those of this machine
+  devices: Sequence[Any] | None = None  # devices that `spmd` compiles for; None: this machine's
 
   @property
   def workers(self) -> int:
@@ -47,7 +47,7 @@ class Job(NamedTuple):
 
   @property
   def even(self) -> bool:
-    """Whether all clients have equally many examples."""
+    """Whether all clients have the same number of examples."""
     return bool((self.sizes == self.sizes[0]).all())
 
   @property
@@ -56,7 +56,7 @@ class Job(NamedTuple):
     return self.method.passes > 0 and self.batch_size is not None and not self.even
 
   def own_steps(self, sizes: Any) -> Any:
-    """Local steps per round, for a method by epochs, of clients with `sizes` examples."""
+    """Local steps per round of clients with `sizes` examples, if the method counts in epochs."""
     batches = sizes // sizes if self.batch_size is None else sizes // self.batch_size
     return self.method.passes * (batches + (batches == 0))
 

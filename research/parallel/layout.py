@@ -1,8 +1,9 @@
 """Infers which state is shared by all workers and which is private, by tracing one round.
 
-Shared state is stored once; private state has a row per worker. Methods declare neither: a round is
-traced under `vmap` with the worker axes named. A leaf that comes out batched is private: it depends
-on a value that differs between workers, and no collective has made it equal.
+Shared state is stored once; private state has a row per worker. Methods declare neither; the layout
+is inferred by tracing a round under `vmap` with named worker axes. A leaf that is batched in the
+result is private: it depends on a value that differs between workers, and no collective has made it
+equal on all of them.
 """
 
 from collections.abc import Callable, Mapping
@@ -101,7 +102,7 @@ def lead(private: Tree) -> Tree:
   """Returns `in_axes` or `out_axes` for `vmap`: 0 for private leaves, None for shared ones.
 
   Args:
-    private: of bool, whether a leaf is private.
+    private: tree of bool, whether a leaf is private.
   """
   return jax.tree.map(lambda is_private: 0 if is_private else None, private)
 
@@ -121,8 +122,8 @@ def infer(
     local_phase: (state, *private_args) -> (local, anything).
     sync: (local, state, weight) -> state; each worker has its own weight.
     axes: the worker axes, name to size.
-    params: shapes of the shared parameters.
-    private_args: shapes of one worker's private arguments to `local_phase`.
+    params: the shapes of the shared parameters.
+    private_args: the shapes of one worker's private arguments to `local_phase`.
   """
   spread = lambda private, tree: jax.tree.map(
     lambda p, x: jax.ShapeDtypeStruct((*axes.values(), *x.shape), x.dtype) if p else x,
@@ -157,7 +158,7 @@ def infer(
 def _traced(
   fn: Callable[..., Any], axes: Mapping[str, int], *args: Any
 ) -> tuple[Callable[..., Any], Tree]:
-  """Traces one worker's `fn` once to a program, and returns it with the shapes of its result."""
+  """Traces one worker's `fn` once; returns the program and the shapes of its result."""
   program, shapes = jax.make_jaxpr(fn, axis_env=[*axes.items()], return_shape=True)(*args)
   run, tree = jaxpr_as_fun(program), jax.tree.structure(shapes)
   return lambda *args: tree.unflatten(run(*jax.tree.leaves(args))), shapes
@@ -174,7 +175,7 @@ def kinds(private: Tree) -> Tree:
   """Returns the kind of each leaf: 'shared', 'rows' per client, or 'chunks' (rows of `Chunk`s).
 
   Args:
-    private: of bool, whether a leaf is private.
+    private: tree of bool, whether a leaf is private.
   """
 
   def kind(node):

@@ -17,10 +17,10 @@ from research.parallel.job import Job
 
 
 def measured_and_clipped_grad(job: Job, inside: sharded.Inside) -> Callable[..., tuple[Any, Tree]]:
-  """Returns (params, batch, key) -> the measurements of a step, and its gradient.
+  """Returns a function (params, batch, key) -> (measurements, gradient) of one step.
 
-  Measurements are the loss as "loss" and the task's own metrics. The gradient is this worker's,
-  clipped to norm `clip_norm` if > 0.
+  Measurements are the loss as "loss" and the task's own metrics. The gradient is this worker's own,
+  clipped to norm `clip_norm` if that is positive.
 
   Args:
     job: the resolved job.
@@ -48,17 +48,17 @@ def local_phase(
   inside: sharded.Inside = sharded.ALONE,
   measures: bool | None = None,
 ) -> tuple[Local, Metrics]:
-  """Runs `begin` and `period` times `step` on one client's examples [n, ...]; no communication.
+  """Runs `begin`, then `step` `period` times, on one client's examples [n, ...]; no communication.
 
   A client that finishes its epochs before the round ends keeps its Local and its last measurements.
-  `measures` adds the squared norm of the last step's gradient as GRADIENT: zero if False, absent if
-  None.
+  `measures` adds the entry GRADIENT: the squared norm of the last step's gradient if True, zero if
+  False. None adds no entry.
 
   Args:
     job: the resolved job.
     state: this client's state at the start of the round.
-    examples: the client's examples, padded to the largest client's.
-    size: int32 scalar, how many of them are real.
+    examples: the client's examples, padded to the size of the largest client.
+    size: int32 scalar, the number of examples that are not padding.
     index: indices [H, b] of the mini-batches; None: all examples in every step.
     key: a typed key of this worker and round.
     inside: sharding constraints inside the worker.
@@ -124,6 +124,6 @@ def _nothing_measured(
 
 
 def _fits(index: Tree, examples: Batch) -> bool:
-  """Whether a round's batches, fetched at once, are no more than the examples themselves."""
+  """Whether a round's batches, fetched at once, are no larger than the examples themselves."""
   first = jax.tree.leaves(index)[0]
   return first.shape[0] > 1 and first.size <= jax.tree.leaves(examples)[0].shape[0]

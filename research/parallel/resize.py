@@ -1,6 +1,6 @@
 """Moves a saved state to another mesh: other workers, or other devices inside a worker.
 
-Leaves that the mesh only shards keep their global shape and are copied. Other leaves have a row per
+Leaves whose global shape does not depend on the mesh are copied. Other leaves have a row per
 client, a chunk per worker or, in `Blocks`, a block per device of a worker. These are reassembled
 and cut again according to the `Leaf` records of a checkpoint.
 """
@@ -29,7 +29,7 @@ class Leaf(NamedTuple):
   shape: tuple[int, ...]  # as stored: clients or workers first, then blocks
   kind: str  # see `layout.kinds`
   inside: str = ""  # the name of its `Blocks`, if any
-  axes: tuple[tuple[str, int], ...] | None = None  # of its blocks: names and sizes
+  axes: tuple[tuple[str, int], ...] | None = None  # names and sizes of the axes of its blocks
   whole: tuple[int, ...] | None = None  # in Blocks: full shape of its parameter, if any
   places: tuple[int | None, ...] = ()  # dimensions of `whole` that the axes cut
 
@@ -145,7 +145,7 @@ class _Given(Aggregator):
 
 
 def _wholes(job: Job) -> list[Tree]:
-  """Full shapes of what each aggregator of a method aggregates, in the order of the state."""
+  """Full shapes of the trees that a method's aggregators aggregate, in the order of the state."""
   given = job.method.over(_Given)
   axes = meshes.worker_axes(job.axes)
   params = jax.eval_shape(job.task.init, jax.random.key(0))
@@ -189,9 +189,10 @@ def _is_number(key: Any) -> bool:
 
 
 def stranger(saved: Placed, here: Placed) -> str | None:
-  """Finds a leaf that only one of two states has: they differ in method or model.
+  """Finds a leaf that only one of two states has, because they differ in method or model.
 
-  In `Blocks` over different axes, leaves that belong to no parameter may be absent from one.
+  If their `Blocks` are over different axes, leaves that belong to no parameter may be missing from
+  one of the states.
 
   Args:
     saved: the saved state.
@@ -255,7 +256,7 @@ def lie_alike(saved: Leaf, leaf: Leaf) -> bool:
 
 
 def cut_alike(saved: Leaf, leaf: Leaf) -> bool:
-  """Returns whether their blocks are the same parts of the same parameter.
+  """Returns whether the blocks of two leaves are the same parts of the same parameter.
 
   Args:
     saved: the leaf in the checkpoint.
@@ -268,7 +269,7 @@ def cut_alike(saved: Leaf, leaf: Leaf) -> bool:
 
 
 def _of_all_workers(leaf: Leaf, whole: tuple[int, ...]) -> bool:
-  """Whether its chunks together are one shard, padded by less than one element per chunk."""
+  """Whether a leaf's chunks together form one shard, padded by less than one element per chunk."""
   spare = leaf.owners * math.prod(leaf.part) - math.prod(leaf.shard(whole))
   return 0 <= spare < leaf.owners
 
@@ -277,8 +278,9 @@ def moved(x: Array, saved: Leaf, leaf: Leaf) -> Array:
   """Converts a saved leaf to its layout on another mesh.
 
   With an unchanged number of clients, rows are kept client by client; otherwise each client gets
-  the mean of all rows. Chunks are joined to shards, shards to the full parameter, and that is cut
-  again. State that belongs to a shard without being a slice of it follows that shard.
+  the mean of all rows. Chunks are joined into shards and shards into the full parameter, which is
+  then cut for the new mesh. State that belongs to a shard without being a slice of it moves with
+  that shard.
 
   Args:
     x: the saved leaf.
@@ -322,7 +324,7 @@ def _moved_chunks(x: Array, saved: Leaf, leaf: Leaf) -> Array:
 
 
 def resize_rows(rows: Array, owners: int) -> Array:
-  """Resizes a private leaf [P, ...] to another number of clients: each gets the mean of all rows.
+  """Resizes a private leaf [P, ...] to another number of clients; each gets the mean of all rows.
 
   The mean over clients is kept exactly, so residuals and diverging models keep their average.
   Non-float leaves are copied from the first row.

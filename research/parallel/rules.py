@@ -20,14 +20,14 @@ def by_shape(sizes: Mapping[str, int], task: Task) -> dict[tuple[int, ...], Rule
   """Applies a task's sharding rules, keyed by parameter shape.
 
   A rule (pattern, axes) applies to the parameters whose path, such as 'layers/attention/query',
-  matches the regular expression; its axes name the last dimensions. The first matching rule counts.
-  State with the shape of a parameter (moments, memories) is sharded like it, so parameters of one
-  shape must be sharded alike. An axis written 'model?' shards a dimension only if it divides it.
-  Leading dimensions that a rule does not name are those of stacked layers; the last of them is
-  sharded along `stage`.
+  matches the regular expression; its axes name the last dimensions. The first rule that matches is
+  used. State with the shape of a parameter (moments, memories) is sharded like it, so all
+  parameters of one shape must be sharded in the same way. An axis written 'model?' shards a
+  dimension only if its size divides the dimension. Leading dimensions that a rule does not name are
+  those of stacked layers; the last of them is sharded along `stage`.
 
   Args:
-    sizes: of the axes inside a worker.
+    sizes: the sizes of the axes inside a worker.
     task: the task, with its rules.
 
   Raises:

@@ -42,7 +42,7 @@ def of_state(
     private: which leaves of the method's state have rows [P, ...].
     mesh: the devices.
     workers: the mesh axes over which rows are spread.
-    shapes: of one worker's state; needed if its leaves are sharded too.
+    shapes: the shapes of one worker's state, needed if its leaves are sharded too.
     cut: how they are sharded inside a worker.
     whole: leaves that are not sharded along `fsdp`.
   """
@@ -72,7 +72,7 @@ def cut_of(axes: Mapping[str, int], task: Task) -> Cut | None:
   """Determines how a mesh shards a worker's leaves: by the task's rules, then along `fsdp`.
 
   Args:
-    axes: of the mesh, name to size.
+    axes: the axes of the mesh, name to size.
     task: the task, with its sharding rules.
 
   Raises:
@@ -98,7 +98,7 @@ def cut_of(axes: Mapping[str, int], task: Task) -> Cut | None:
 
 
 def _largest(shape: tuple[int, ...], dimensions: Sequence[int], size: int) -> int | None:
-  """The largest of some dimensions that `size` divides; leaves without one are replicated."""
+  """The largest of `dimensions` that `size` divides; leaves without one are replicated."""
   fitting = [d for d in dimensions if shape[d] % size == 0 and shape[d] >= size]
   return max(fitting, key=lambda d: shape[d], default=None)
 
@@ -109,9 +109,9 @@ def spec_of(
   """The axis that shards each dimension of a leaf, ignoring the axis `whole`.
 
   Args:
-    cut: of the worker's leaves; None: nothing is sharded.
-    shape: of the leaf.
-    whole: an axis that is not to shard it.
+    cut: the sharding of the worker's leaves; None: nothing is sharded.
+    shape: the shape of the leaf.
+    whole: an axis that must not shard the leaf.
   """
   places = cut.places(shape) if cut else ()
   named = zip(cut.names if cut else (), places, strict=True)
@@ -122,8 +122,8 @@ def spec_of(
 class PerShard(Blockwise):
   """`blockwise` with one device per block: a shard_map over the axes inside a worker.
 
-  Each device aggregates its shard with the same shard of the other workers; nothing crosses an axis
-  inside a worker.
+  Each device aggregates its shard with the same shard of the other workers; there is no
+  communication along the axes inside a worker.
   """
 
   def aggregate(self, tree, state, key, presence=EVERYONE):
@@ -162,11 +162,11 @@ ALONE = Inside(lambda batch: batch, lambda grads: grads)
 
 
 def inside(axes: Mapping[str, int], cut: Cut | None, zero: int) -> Inside:
-  """Constraints that shard a batch [b, ...] along `fsdp` if b allows it, and gradients by `zero`.
+  """Shards a batch [b, ...] along `fsdp` if b allows it, and gradients according to `zero`.
 
   Args:
-    axes: of the mesh.
-    cut: of the leaves.
+    axes: the axes of the mesh.
+    cut: the sharding of the leaves.
     zero: what is sharded along `fsdp`: the state without the parameters (1), gradients too (2), or
       all of it (3).
   """

@@ -21,7 +21,7 @@ from research.parallel.cohorts import draw
 from research.parallel.job import Job, largest_sum, resolved
 from research.parallel.local_phase import local_phase
 
-# Model size in bytes above which, on a CPU, local steps run faster for one worker after the other
+# Model size in bytes above which local steps on a CPU are faster for one worker after the other
 # (results/bench, case local_phase).
 _ALONE = 2**20
 
@@ -29,13 +29,13 @@ _ALONE = 2**20
 def simulate(job: Job) -> Executor:
   """Runs any number of workers on any number of devices, by `vmap`.
 
-  The worker axis is sharded over as many devices as can take equal numbers of workers. Axes inside
-  a worker change the result only in that its leaves are aggregated block by block.
+  The worker axis is sharded over the largest number of devices that divides the number of workers.
+  Axes inside a worker affect the result in one way only: its leaves are aggregated block by block.
 
   The local phase never communicates, so it may instead run by `lax.map`: each device runs its
-  workers one after the other. On a CPU this is faster for several steps of a model that is not
-  small, because vmap makes the matrix products batched and evicts a worker's data from the cache
-  between its steps.
+  workers one after the other. On a CPU this is faster if a round has several steps and the model is
+  not small: under vmap the matrix products are batched, and a worker's data is evicted from the
+  cache between its steps.
 
   Args:
     job: the job.
@@ -78,9 +78,10 @@ def is_mapped(job: Job, mesh: Mesh) -> bool:
 def _local_phase(
   job: Job, layout: layouts.Layout, mesh: Mesh, measures: bool | None
 ) -> Callable[..., Any]:
-  """(key, states, rows) -> Local and measured steps of all workers, by vmap or by map.
+  """Returns a function (key, states, rows) -> (Local, measurements) of all workers.
 
-  `rows` are the arguments of `_work`, [W, ...], as are private leaves of states and Local.
+  It runs by vmap or by map. `rows` are the per-worker arguments of `_work`. They are [W, ...], and
+  so are the private leaves of states and Local.
   """
   work = partial(_work, job, measures)
   state_axes, local_axes = layouts.lead(layout.state), layouts.lead(layout.local)

@@ -22,7 +22,7 @@ def spmd(job: Job) -> Executor:
 
   Along the other axes the compiler shards a worker's parameters, state and batch, and each device
   aggregates its own shard. `check_vma` is off, so that a gradient is this worker's own and not
-  already the sum over all.
+  already summed over all workers.
 
   Args:
     job: the job.
@@ -76,7 +76,7 @@ def spmd(job: Job) -> Executor:
 
 
 def _models(job: Job, layout: layouts.Layout) -> Tree:
-  """Marks the leaves of the state that are, unchanged, the deployed parameters."""
+  """Marks the leaves of the state that are themselves the deployed parameters."""
   program = jax.make_jaxpr(job.method.params)(layout.state_shapes).jaxpr
   deployed = set(map(id, program.outvars))
   flags = [id(variable) in deployed for variable in program.invars]

@@ -27,9 +27,9 @@ def state_specs(
 ) -> StateSpecs:
   """Infers the sharding of the state of an optimizer that contains `aggregated` or `as_optax`.
 
-  Some state of such an optimizer is private to each worker, such as an error feedback memory. If it
-  were declared as replicated, by `out_specs=P()`, a single array would silently stand for W
-  different values. Private leaves are inferred by tracing one update. A private leaf [n, ...]
+  Some state of such an optimizer is private to each worker, such as an error feedback memory. If
+  such state were declared as replicated (`out_specs=P()`), a single array would silently stand for
+  W different values. Private leaves are inferred by tracing one update. A private leaf [n, ...]
   becomes an array [W n, ...] outside of `shard_map`.
 
       specs = state_specs(optimizer, params, mesh, axis="batch")
@@ -42,10 +42,10 @@ def state_specs(
   Args:
     optimizer: any chain of transformations.
     params: the model's parameters, arrays or shapes of one worker. If they are sharded along other
-      axes of the mesh (FSDP), the corresponding leaves of the state are sharded alike.
+      axes of the mesh (FSDP), the corresponding leaves of the state are sharded in the same way.
     mesh: a mesh with the worker axes.
-    axis: the name or names of the worker axes, slow links first; by default those of 'slice' and
-      'data' that the mesh has.
+    axis: the name or names of the worker axes, slow links first; by default whichever of 'slice'
+      and 'data' the mesh has.
 
   Returns:
     The specs and shardings, in the structures of the state and of the parameters.
@@ -147,7 +147,7 @@ def _private(
 
 
 def _inner_specs(tree: Tree, params: Params) -> Tree:
-  """For each leaf, the spec of the parameter whose path its path ends with, if shapes agree."""
+  """Gives a leaf the spec of the parameter whose path is a suffix of its own, if shapes agree."""
   cut = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     sharding = getattr(leaf, "sharding", None)
@@ -165,7 +165,7 @@ def _inner_specs(tree: Tree, params: Params) -> Tree:
 
 
 def _joined(workers: tuple[str, ...], is_private: bool, x: Any, cut: P) -> P:
-  """The spec of a full leaf; private leaves are also sharded over the worker axes in front."""
+  """The spec of a full leaf; a private leaf's first dimension is also sharded over the workers."""
   if not is_private:
     return cut
   first, *rest = [*cut, *[None] * (len(x.shape) - len(cut))]

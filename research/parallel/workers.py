@@ -23,7 +23,7 @@ from research.parallel.local_phase import local_phase
 
 
 def blocked(job: Job) -> Job:
-  """Returns the job as run by one device per worker: blockwise aggregation on a sharding mesh.
+  """Returns the job for one device per worker; aggregation is blockwise if leaves are sharded.
 
   Args:
     job: the job.
@@ -38,7 +38,7 @@ def pick(private: Tree, held: State, client: Array) -> State:
   """Selects the state of one client.
 
   Args:
-    private: of bool, whether a leaf is private.
+    private: tree of bool, whether a leaf is private.
     held: a worker's state; private leaves are rows [R, ...] of its clients.
     client: int32, index of the client's row.
   """
@@ -50,7 +50,7 @@ def put(private: Tree, held: State, client: Array, state: State) -> State:
   """Writes one client's state back: replaces its rows and the shared leaves.
 
   Args:
-    private: of bool, whether a leaf is private.
+    private: tree of bool, whether a leaf is private.
     held: a worker's state; private leaves are rows [R, ...] of its clients.
     client: int32, index of the client's row.
     state: the client's new state.
@@ -66,12 +66,12 @@ def sync(
   """Runs the part of a round that communicates, with the worker axes in scope.
 
   A round without participants leaves all state unchanged, round counters included. Methods that add
-  noise run it all the same, so that the result does not reveal whether anyone participated.
+  noise run such a round anyway, so that the result does not reveal whether anyone participated.
 
   Args:
     job: the resolved job.
-    local: of the round's last step.
-    state: of the round's start.
+    local: the worker's Local after the round's last step.
+    state: the state at the start of the round.
     weight: this worker's weight; 0: it does not participate.
     key: a typed key of the round, equal on all workers.
     anybody: whether any worker participates.
@@ -153,7 +153,7 @@ def rounds_of_worker(
 
   Args:
     job: the resolved job.
-    private: of bool, whether a leaf of the state is private.
+    private: tree of bool, whether a leaf of the state is private.
     state: the worker's state, whose private leaves are rows [R, ...].
     data: its examples, rows [R, ...].
     rounds: K.
@@ -204,7 +204,7 @@ def rounds_of_worker(
 def shared_out(measured: Metrics, share: Array) -> Metrics:
   """Weights measurements [K, H, ...] by this worker's share [K, ...]; flattens to [K H, ...].
 
-  The norm of the gradient is not part of a mean over examples, and is not weighted.
+  The norm of the gradient is not a mean over examples and is therefore not weighted.
 
   Args:
     measured: measurements by name, [K, H, ...].
@@ -253,7 +253,7 @@ def initial(job: Job, layout: layouts.Layout, key: Key) -> TrainState:
 
 
 def deployed(job: Job, layout: layouts.Layout, state: State) -> Tree:
-  """Returns the model to deploy; where the clients' models differ, their mean.
+  """Returns the model to deploy: the mean of the clients' models where they differ.
 
   Args:
     job: the resolved job.
@@ -273,7 +273,7 @@ def traffic(job: Job, layout: layouts.Layout, rounds: int) -> wire.Traffic:
   Args:
     job: the resolved job.
     layout: which of its state is private.
-    rounds: number of rounds.
+    rounds: the number of rounds.
   """
   found = sending(job, layout).between(0, rounds)
   return found._replace(transfers=wire.happened(found.transfers))
@@ -282,7 +282,7 @@ def traffic(job: Job, layout: layouts.Layout, rounds: int) -> wire.Traffic:
 def sending(job: Job, layout: layouts.Layout) -> wire.Rounds:
   """Returns the traffic of one worker's algorithm in any range of rounds, from the traced sync.
 
-  For a worker of several devices it is what all of them send.
+  For a worker of several devices, the traffic is that of all of them together.
 
   Args:
     job: the resolved job.

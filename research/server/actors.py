@@ -1,7 +1,7 @@
 """Ray actors of a server run. Their logic is in head.py, part.py and work.py.
 
-A process imports JAX only after its platform is set: servers run on the CPU, workers on what they
-were allotted. Processes exchange only numpy arrays.
+A process imports JAX only after its platform is set: servers run on the CPU, workers on the devices
+allotted to them. Processes exchange only numpy arrays.
 """
 
 import os
@@ -68,9 +68,9 @@ def part_of(method: str, seed: int, sizes: Sizes, number: int, place: Snapshot) 
 
   Args:
     method: the method's spec.
-    seed: of the run.
+    seed: the seed of the run.
     sizes: the model's leaves and their shards.
-    number: of the shard.
+    number: the number of the shard.
     place: the state to start from.
   """
   import jax
@@ -175,7 +175,7 @@ class HeadProcess:
     await self.head.leave(worker)
 
   async def push(self, push: Any, payloads: Any, spent: Any) -> Any:
-    """Counts a push. After a half-applied update the state is invalid, so the process exits."""
+    """Counts a push. If an update fails halfway, the state is invalid, so the process exits."""
     try:
       return await self.head.push(push, payloads, spent)
     except Exception:  # of any kind: shards may have half of the update

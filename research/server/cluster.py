@@ -24,9 +24,9 @@ def running(config: Config, processes: int, model_bytes: int) -> Iterator[Any]:
   one.
 
   Args:
-    config: of the run.
-    processes: number of processes that it will start.
-    model_bytes: size of the model, which the object store is sized by.
+    config: the configuration of the run.
+    processes: the number of processes that it will start.
+    model_bytes: size of the model, which determines the size of the object store.
 
   Raises:
     UsageError: if there is no Ray at --ray_address, or Ray cannot start.
@@ -34,7 +34,7 @@ def running(config: Config, processes: int, model_bytes: int) -> Iterator[Any]:
   os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
   os.environ["RAY_AUTH_MODE"] = "token"
   os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-  # The time that Ray's agents outlive a killed Ray: there is no other Ray to reconnect to.
+  # How long Ray's agents outlive a killed Ray; there is no other Ray to reconnect to.
   os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
   if config.node_ip in _LOOPBACK:  # on Linux, Ray otherwise takes the machine's address
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -80,14 +80,14 @@ def _reason(error: Exception) -> ValueError:
 
 
 def _told(config: Config) -> contextlib.AbstractContextManager[None]:
-  """The flag to blame if Ray does not start."""
+  """Names the flag to blame if Ray does not start."""
   if config.ray_address:
     return flag("ray_address", config.ray_address)
   return flag("node_ip", config.node_ip)
 
 
 def accelerators(ray: Any, workers: int) -> list[dict[str, Any]]:
-  """Ray resources of each worker: an accelerator while there are any, then CPUs only."""
+  """Ray resources of each worker: an accelerator as long as there are any, then only CPUs."""
   here = ray.cluster_resources()
   found: list[dict[str, Any]] = [{"num_gpus": 1} for _ in range(int(here.get("GPU", 0)))]
   found += [{"resources": {"TPU": 1}} for _ in range(int(here.get("TPU", 0)))]

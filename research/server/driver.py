@@ -35,7 +35,7 @@ def train(
 
   Args:
     config: the run's flags.
-    hooks: as those of `research.train`.
+    hooks: see `research.train`.
 
   Returns:
     The summary, and the folder of the run.
@@ -66,7 +66,7 @@ def train(
       ray = stack.enter_context(cluster.running(config, made.workers + config.shards, size))
       run = Served(made, folder, timing, ray)
     stack.callback(run.close)
-    own = loop.Hooks(run, stack, run.store, folder=folder)  # Ray has set its handlers of signals
+    own = loop.Hooks(run, stack, run.store, folder=folder)  # after Ray has set its signal handlers
     run.start(own.log.last)
     user = [hook if isinstance(hook, Hook) else Call(hook) for hook in hooks]
     for _ in loop.events(run, (*user, *own.all)):
@@ -103,7 +103,7 @@ class Served(Polled):
       self.trace.close()
 
   def advance(self, to: int) -> Event:
-    """Processes the head's report and takes a snapshot if it has come to `to`."""
+    """Processes the head's report and takes a snapshot if the run has reached step `to`."""
     time.sleep(_POLL)
     try:
       event = self._follow(to)
@@ -129,7 +129,7 @@ class Served(Polled):
     return self._event(whole)
 
   def _take_in(self, found: dict[str, Any]) -> str:
-    """Adds what a report says; returns why the run is over, or ''."""
+    """Adds the contents of a report; returns the reason why the run is over, or ''."""
     assert self.trace
     self.trace.write(found["events"])
     self.events += found["events"]
@@ -204,7 +204,7 @@ class Served(Polled):
     return Rewound(self.step)
 
   def _look_at_workers(self) -> None:
-    """Restarts dead workers; refused ones are left out."""
+    """Restarts dead workers, except those that were refused."""
     ray, runs = self._ray, list(self.workers)
     done = ray.wait(runs, num_returns=len(runs), timeout=0)[0] if runs else []
     for run in done:
@@ -215,7 +215,7 @@ class Served(Polled):
         self._died("workers", f"worker {number} has died")
         with contextlib.suppress(ray.exceptions.RayActorError):
           ray.get(self.servers[0].leave.remote(number))
-        ray.kill(self.handles[number])  # it may only be unreachable
+        ray.kill(self.handles[number])  # it may be alive but unreachable
         self._start_worker(number)
         continue
       except ray.exceptions.RayTaskError as error:

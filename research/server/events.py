@@ -1,10 +1,11 @@
 """The event log of a server run: pushes in order, and the updates made from them.
 
-A piece of work is identified by (worker, number): the worker's n-th, whichever process computed it.
-It consists of the worker's local steps first, ..., first + steps - 1, whose batches are a function
-of (seed, worker, step). It starts from a pulled model: each shard at some version, the number of
-updates applied to it. An update is made of one push or, in rounds, of one push per worker; all
-shards apply the same pushes. These events suffice to recompute the parameters.
+A piece of work is identified by (worker, number): it is the worker's n-th piece, whichever of its
+processes computed it. It consists of the worker's local steps first, ..., first + steps - 1, whose
+batches are a function of (seed, worker, step). It starts from a pulled model, in which each shard
+has a version: the number of updates applied to it. An update is made of one push or, in rounds, of
+one push per worker; all shards apply the same pushes. These events suffice to recompute the
+parameters.
 """
 
 import json
@@ -26,7 +27,7 @@ class Push(NamedTuple):
   number: int  # the worker's n-th piece of work, from 0
   first: int  # local steps counted for the worker before it
   steps: int  # local steps in it
-  versions: tuple[int, ...]  # of each shard of the model that it started from
+  versions: tuple[int, ...]  # of the shards of the model that it started from
 
   @property
   def name(self) -> tuple[int, int]:
@@ -121,8 +122,8 @@ class Trace:
   def __init__(self, folder: Path, shards: Sequence[Sequence[int]], update: int):
     """Keeps the events before `update`, and continues from there.
 
-    `kept` are these events. It is empty if the file is unreadable or its shards differ; the trace
-    then starts at `update` and cannot be replayed.
+    The attribute `kept` holds these events. It is empty if the file is unreadable or its shards
+    differ; then the trace starts at `update` and cannot be replayed.
     """
     path, head = folder / FILE, {"shards": [list(shard) for shard in shards], "from": update}
     self.kept: list[Event] = []

@@ -3,7 +3,7 @@
 The split is inferred. A round is traced from `begin` to `message`, and from `receive` on, to find
 dependencies. State that changes before the exchange is private and stays with the worker; other
 state is shared and stays with the server. A method can be served if
-- its round is message, one exchange, receive, and its aggregator's encoding has an uplink;
+- its round is `message`, one exchange and `receive`, and its aggregator's encoding has an uplink;
 - the worker's half needs no shared state but the model, which it pulls;
 - the server's half needs nothing from a worker but its message, and updates its own model.
 """
@@ -20,7 +20,7 @@ from research.core.method import Method
 from research.core.part import defined_at
 from research.parallel import layout as layouts
 
-_AXIS = {"push": 2}  # for the traces; it is no worker axis, so an exchange among workers fails
+_AXIS = {"push": 2}  # for tracing; it is not a worker axis, so an exchange among workers fails
 
 
 class _Bare(Aggregator):
@@ -166,7 +166,7 @@ def _model_of(method: Method, state: State, shapes: Params) -> list[bool]:
 
 
 def _round(method: Method, grads: Tree, state: State, key: Key) -> tuple[Tree, State]:
-  """A round up to its message, with the same gradient at each step and at all parameters."""
+  """Runs a round up to its message, with the same gradient at every step and for all parameters."""
   local = method.begin(state)
   elsewhere = lambda params: jax.tree.map(lambda g, x: g + 0 * x, grads, params)
   local = method.step(grads, local, state, key=key, grad_fn=elsewhere)

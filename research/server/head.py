@@ -6,9 +6,9 @@
     elastic  an update is the mean of the pushes that arrive before the round's deadline, weighted
              by steps; a late push is not counted, and its worker restarts from the current model
 
-A push counts once, on all shards or on none: it is staged on the other shards before the head gets
-it, its number must follow the last counted one of its worker, and its incarnation must be the
-current one. Waiting callers are suspended coroutines. This module does no networking.
+A push counts once, on all shards or on none. It is staged on the other shards before the head
+receives it. Its number must follow the last number counted for its worker, and its incarnation must
+be the current one. Waiting callers are suspended coroutines. This module does no networking.
 
 Reference: Li et al. 2014, OSDI (parameter server); Ho et al. 2013, NeurIPS (stale synchronous).
 """
@@ -25,11 +25,11 @@ from research.server.messages import Joined, Reply, Rules, Spent
 from research.server.part import Refused, ShardState
 from research.server.work import shares
 
-DENIED = 20  # consecutive refusals per worker after which the run is given up
+DENIED = 20  # consecutive refusals per worker after which the run is aborted
 
 
 class Head:
-  """The order of updates, one shard of the model, and the metrics of all workers."""
+  """Orders the updates, holds one shard of the model, and collects the metrics of all workers."""
 
   def __init__(
     self,
@@ -176,7 +176,7 @@ class Head:
     self.spent.append((push.worker, spent))
 
   def _late(self, push: Push) -> Reply:
-    """Records an uncounted push: the worker's own state has advanced, which a replay must know."""
+    """Records an uncounted push: a replay needs it, as it has advanced the worker's own state."""
     self.refused["late"] += 1
     self.events.append(Event(self.part.version, (push,), counted=False))
     return Reply("late", f"round {push.versions[0]} was over")
@@ -260,7 +260,7 @@ class Head:
 
 
 def round_shares(rules: Rules, pushes: Sequence[Push]) -> Any:
-  """Weights of a round's pushes: by the workers' examples or, in `elastic`, by steps done."""
+  """Weights a round's pushes by the workers' examples or, in `elastic`, by the steps done."""
   if rules.mode == "sync":
     return shares([rules.weights[push.worker] for push in pushes])
   return shares([push.steps for push in pushes])

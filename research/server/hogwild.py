@@ -1,7 +1,7 @@
 """Hogwild: the processes of one machine update one model in shared memory without locks.
 
 Which values a worker reads depends on timing, so a run has no trace and cannot be replayed. The
-method `hogwild` simulates the algorithm's analysis.
+method `hogwild` simulates the setting in which the algorithm is analyzed.
 
 Reference: Recht, Re, Wright, Niu 2011, arXiv 1106.5730, algorithm 1.
 """
@@ -28,7 +28,7 @@ _POLL = 0.05  # seconds between two polls of the memory
 
 
 class Hogwild(Polled):
-  """A run without servers; an update is what happened between two polls of the memory."""
+  """A run without servers; all steps between two polls of the memory count as one update."""
 
   def __init__(self, setup: Setup, folder: Path, timing: Timing):
     super().__init__(setup, folder, timing)

@@ -12,8 +12,8 @@ class Rules(NamedTuple):
 
   mode: str
   workers: int
-  updates: int  # the run is over after these
-  weights: tuple[float, ...]  # of the workers in a round: their numbers of examples
+  updates: int  # number of updates after which the run is over
+  weights: tuple[float, ...]  # of the workers in a round: their number of examples
   bound: int = 2  # of ssp
   lag: int = 1  # 2 if a worker computes while its last push is in flight
   seconds: float = 1.0  # of a round, elastic

@@ -1,4 +1,4 @@
-"""One shard of a server: its leaves of the model, its optimizer, and the checks of pushes."""
+"""One shard of a server: the model leaves it owns, its optimizer, and validation of pushes."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from research.core.base import Tree
 from research.server.events import Push
 from research.server.work import Side
 
-KEPT = 3  # models per worker that it may still compute with: two in flight, one being pulled
+KEPT = 3  # models that a worker may still compute with: two in flight, one being pulled
 
 
 class Refused(Exception):
-  """A push that is not counted. The metrics count by `kind`; the text is the reason."""
+  """A push that is not counted. The metrics count refusals by `kind`; the text is the reason."""
 
   def __init__(self, kind: str, text: str):
     super().__init__(text)
@@ -51,9 +51,9 @@ class ShardState:
     Args:
       side: the server's half of the method, compiled.
       params: the shard's leaves by name.
-      payloads: shapes of the pushed payload of each leaf.
-      number: of the shard.
-      version: updates that led to these parameters.
+      payloads: the shapes of the pushed payload of each leaf.
+      number: the number of the shard.
+      version: the number of updates that led to these parameters.
       state: leaves of the optimizer's state at that version; None: initialize.
     """
     self.side, self.payloads, self.number, self.version = side, payloads, number, version
@@ -95,7 +95,7 @@ class ShardState:
     self.staged[push.name] = (push, payloads, then)
 
   def apply(self, pushes: Sequence[Push], shares: Sequence[float]) -> None:
-    """Applies an update made of staged pushes: one, or the weighted mean of a round's."""
+    """Applies an update: one staged push, or the weighted mean of a round's staged pushes."""
     assert pushes, "an update is made of something"
     if len(pushes) == 1:
       (push,) = pushes
@@ -155,6 +155,6 @@ class ShardState:
 
 
 def _finite(x: np.ndarray) -> bool:
-  """Whether all values are finite, by one sum, which may overflow only near the largest float."""
+  """Whether all values are finite, by their sum, which may overflow only near the largest float."""
   with np.errstate(all="ignore"):
     return bool(np.isfinite(np.sum(x, dtype=np.float32)))

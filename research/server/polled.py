@@ -1,4 +1,4 @@
-"""A run of independent processes, whose state this process polls."""
+"""A run that independent processes compute while this process polls their state."""
 
 import hashlib
 import itertools
@@ -94,7 +94,7 @@ class Polled(BaseRun):
     self._told = self._told or reason
 
   def params(self) -> Params:
-    """The model of the newest snapshot, which is that of the run's step at every hook's `every`."""
+    """The model of the newest snapshot; at every hook's `every`, the model of the run's step."""
     return jax.device_put(self._treedef.unflatten(list(self.state.params.values())))
 
   def examples(self) -> tuple[Data, Data | None]:

@@ -1,7 +1,7 @@
 """Recomputes a server run from its trace: the same pieces of work, in the same order.
 
-A replay is sequential and loses nothing: it computes each event's pushes with the functions of
-`work.py` that the workers ran, and applies them with those of the shards.
+A replay is sequential, and no push is lost. It computes each event's pushes with the functions of
+`work.py` that the workers ran, and applies them with the functions of the shards.
 """
 
 import contextlib
@@ -35,14 +35,14 @@ TOLERANCE = 1e-5  # max |difference| / max |parameter|
 class Replayed(BaseRun):
   """The servers and workers of a run, executed sequentially in one process.
 
-  A dispatch is a row's updates; their losses are computed anew.
+  A dispatch consists of the updates of one row; their losses are recomputed.
   """
 
   def __init__(self, setup: Setup, params: Mapping[str, np.ndarray], happened: Iterable[Event]):
     """Starts from a run's initial parameters.
 
     Args:
-      setup: of the run.
+      setup: the setup of the run.
       params: leaves by name.
       happened: the run's events in order.
     """
@@ -71,7 +71,7 @@ class Replayed(BaseRun):
     return super().end((self.config.log_every, *every))
 
   def advance(self, to: int) -> Rounds:
-    """Plays the events up to the update at step `to`."""
+    """Replays the events up to the update at step `to`."""
     first, losses = self.step, []
     while self.step < to:
       losses += self._play(self.happened[self.place])
@@ -80,9 +80,9 @@ class Replayed(BaseRun):
     return Rounds(first, self.step, self.metrics)
 
   def _play(self, event: Event) -> list[float]:
-    """Plays an event; returns the loss of its update, if it is one.
+    """Replays an event; returns the loss of its update, or nothing if its push was not counted.
 
-    Models that no later push starts from are freed.
+    Frees models that no later push was computed from.
     """
     found = [self.computed(push) for push in event.pushes]
     losses = []
@@ -121,7 +121,7 @@ class Replayed(BaseRun):
     return jax.tree.map(np.asarray, payloads), float(loss)
 
   def model(self, versions: tuple[int, ...]) -> Params:
-    """The model that a worker had pulled, from each shard's version."""
+    """Assembles the model that a worker had pulled, given the version of each shard."""
     leaves: list[Any] = [None] * len(self.setup.shapes)
     names = list(self.setup.shapes)
     for shard, (part, version) in enumerate(zip(self.setup.parts, versions, strict=True)):
@@ -147,7 +147,7 @@ class Replayed(BaseRun):
 
 
 def _last_uses(happened: list[Event]) -> dict[tuple[int, int], int]:
-  """(shard, version) -> the last event that starts from it."""
+  """Maps (shard, version) to the last event that has a push computed from it."""
   return {
     (shard, version): place
     for place, event in enumerate(happened)
@@ -166,7 +166,7 @@ def replay(folder: Path, out: Path | None = None) -> dict[str, Any]:
   """Replays the run in a folder up to its newest checkpoint.
 
   Args:
-    folder: of the run.
+    folder: the folder of the run.
     out: where `replay.json` is written; None: into `folder`.
 
   Returns:

@@ -215,7 +215,7 @@ def setup(config: Config, needs_ray: bool = True) -> Setup:
 
 
 def _updates(config: Config, period: int, examples: int, workers: int) -> int:
-  """Number of updates, from --steps local steps with one piece of work per update."""
+  """The number of updates, from --rounds, --epochs or --steps; each has `period` local steps."""
   if config.rounds:
     with flag("rounds", config.rounds):
       if config.epochs:
@@ -233,7 +233,7 @@ def _updates(config: Config, period: int, examples: int, workers: int) -> int:
 
 
 def code_of(setup: Setup) -> str:
-  """Digest of what a worker must share with its server: source, model, payloads, batches."""
+  """Digest of what must be equal on a worker and its server: source, model, payloads, batches."""
   digest = hashlib.sha256(f"{_source()}{plugins.fingerprint()}".encode())
   config = setup.config
   told = (config.task, config.model, config.method, config.partition, str(config.batch_size))

@@ -38,17 +38,17 @@ def view(block: shared_memory.SharedMemory, parameters: int, workers: int) -> Me
 
 
 def run(config: Config, worker: int, name: str, parameters: int, given: actors.Inherited) -> None:
-  """Takes steps until the run has all of them, `stop` is set, or the parent process has ended.
+  """Takes steps until the run is complete, `stop` is set, or the parent process has ended.
 
-  A step that has begun is finished, so up to W - 1 steps may exceed those of the run.
-  A step reads the model while others write it, and writes only the coordinates where its update is
-  not zero: few of them with sparse examples.
+  Steps that have begun are finished, so a run may end with up to W - 1 extra steps. A step reads
+  the model while others write it. It writes only the coordinates in which its update is not zero;
+  with sparse examples these are few.
 
   Args:
-    config: of the run.
+    config: the configuration of the run.
     worker: this worker's number.
-    name: of the shared memory block.
-    parameters: number of parameters in the model.
+    name: the name of the shared memory block.
+    parameters: the number of parameters in the model.
     given: settings of the parent process.
   """
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles it

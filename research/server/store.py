@@ -20,17 +20,17 @@ _STATE, _ABOUT = "state.npz", "server.json"
 class Store:
   """The checkpoints of a server's run, in folders named by version.
 
-  It is the `Store` of the hook `Save`, whose steps are `period` for each update.
+  Implements `Store` for the hook `Save`; an update counts as `period` steps.
   """
 
   def __init__(
     self, folder: Path, names: Sequence[str], parts: Sequence[Sequence[int]], period: int = 1
   ):
-    """Of a model and its shards.
+    """Opens the checkpoints of a model and its shards.
 
     Args:
-      folder: of the checkpoints.
-      names: of the model's leaves.
+      folder: the folder of the checkpoints.
+      names: the names of the model's leaves.
       parts: leaves by shard.
       period: local steps per update.
     """
@@ -81,14 +81,15 @@ class Store:
     If it was saved with other shards, the optimizer starts with a new state.
 
     Args:
-      like: not needed.
+      like: unused.
       warn: takes a warning's text.
 
     Returns:
       Its step and the checkpoint, or None if there is none.
 
     Raises:
-      CheckpointError: if it is of another model, or there are checkpoints and none is intact.
+      CheckpointError: if the checkpoint is of another model, or there are checkpoints and none is
+        intact.
     """
     del like
     folder, found = self._folder, self._versions()

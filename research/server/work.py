@@ -1,4 +1,4 @@
-"""The compiled functions of a served method: a worker's and a server's, shared with replay."""
+"""Compiles a served method's functions, for workers and for servers; replay uses the same ones."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -39,7 +39,7 @@ def message_key(key: Key, worker: Array, number: Array) -> Key:
 
 
 class WorkerState(NamedTuple):
-  """A worker's state from one piece of work to the next; a new incarnation initializes it."""
+  """The state that a worker keeps between pieces of work; a new incarnation initializes it."""
 
   own: State  # of the method, such as an inner optimizer
   memory: State  # of the uplink: what was not sent
@@ -51,7 +51,7 @@ class Worker(NamedTuple):
   held: Callable[[Params], WorkerState]
   # (params, held, examples, size, worker, first) -> Local after the period, mean loss
   steps: Callable[..., tuple[Any, Array]]
-  # one step at a time, for as many as time allows, with the sum of losses
+  # one step at a time, for as long as time allows, with the sum of losses
   begin: Callable[[Params, WorkerState], tuple[Any, Array]]
   # (local, total, params, held, examples, size, worker, first)
   step: Callable[..., tuple[Any, Array]]
@@ -87,7 +87,7 @@ def worker(job: Job, apart: Halves, keys: Keys) -> Worker:
   Args:
     job: the resolved job; a batch size is per worker.
     apart: the method's halves.
-    keys: of the run.
+    keys: the random keys of the run.
   """
   method = apart.method
 
@@ -149,7 +149,7 @@ def cut(shapes: Shapes, shards: int) -> list[list[int]]:
   """Distributes leaves over shards: the largest first, each to the least loaded shard.
 
   Args:
-    shapes: of the model's leaves.
+    shapes: the shapes of the model's leaves.
     shards: their number.
 
   Returns:
@@ -186,8 +186,8 @@ def side(method: Method, keys: Keys, shapes: Shapes, leaves: Sequence[int]) -> S
 
   Args:
     method: the served method.
-    keys: of the run.
-    shapes: of the model's leaves.
+    keys: the random keys of the run.
+    shapes: the shapes of the model's leaves.
     leaves: numbers of the shard's leaves.
   """
   name, like = list(shapes), list(shapes.values())
@@ -224,7 +224,7 @@ def shares(weights: Sequence[float]) -> np.ndarray:
 def looks_across(method: Method, shapes: Shapes, parts: Sequence[Sequence[int]]) -> bool:
   """Whether the server's result on all leaves at once differs from the result shard by shard.
 
-  Clipping by the global norm is an example. Tested with two updates by random messages.
+  Clipping by the global norm is an example. This is tested with two updates by random messages.
   """
   random = np.random.default_rng(0)
   draw = lambda: {

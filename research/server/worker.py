@@ -18,7 +18,7 @@ from research.server.events import Push
 from research.server.messages import Spent
 from research.training.config import Config
 
-PATIENCE = 120.0  # seconds without a server until a worker ends
+PATIENCE = 120.0  # seconds without a server after which a worker ends
 
 
 class Gone(Exception):
@@ -158,7 +158,8 @@ class Worker:
     """Stages a push on the other shards and sends it to the head.
 
     Returns:
-      A future of the reply, and futures of the next pulls if the worker overlaps.
+      A future of the reply, and futures of the next pulls if the worker overlaps pulls and
+      computation.
 
     Raises:
       Gone: if a shard refuses the push.

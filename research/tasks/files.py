@@ -28,15 +28,15 @@ def find(relative: str, data_dir: str, url: str, sha256: str | None = None) -> P
   """Finds or downloads a data file, plain or compressed, and verifies its contents.
 
   Looks in `data_dir`, $RESEARCH_DATA_DIR and the user cache, which is the folder
-  distributed-optimization-jax of $XDG_CACHE_HOME or ~/.cache: in each for DIR/relative and
-  DIR/basename, also with .gz or .bz2 appended. The first file found is used; damaged files of the
-  cache are skipped. Otherwise downloads `url` into the cache.
+  distributed-optimization-jax of $XDG_CACHE_HOME or ~/.cache. In each of them it tries DIR/relative
+  and DIR/basename, also with .gz or .bz2 appended. The first file found is used; damaged files of
+  the cache are skipped. Otherwise downloads `url` into the cache.
 
   Args:
     relative: path under a data directory, without the suffix of compression, such as "libsvm/a9a".
     data_dir: the user's data directory, or "".
     url: where the file is published, plain, .gz or .bz2.
-    sha256: of the decompressed bytes, 64 hex digits. Without it, the file's own digest is logged.
+    sha256: digest of the decompressed bytes, 64 hex digits. Without it, the digest found is logged.
 
   Returns:
     The path of the file; its suffix gives the compression. Open it with `opened`.
@@ -135,7 +135,7 @@ def kept(relative: str, make: Callable[[], str]) -> str:
   """Returns the text of `make`, cached in the user's cache.
 
   The cached file starts with a line with the text's SHA-256; a file that does not match is
-  replaced. Without a writable cache, the text is made each time.
+  replaced. Without a writable cache, the text is made anew each time.
 
   Args:
     relative: path under the cache, which must identify everything that the text depends on.

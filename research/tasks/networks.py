@@ -34,8 +34,9 @@ def network(model: Any) -> Network:
   """Converts a model to pure functions.
 
   A linen module draws its parameters from the key. An NNX or Equinox module already has parameters
-  and starts with them whatever the key; a function of a key that makes one draws new ones. Random
-  state, such as that of Dropout, is not a parameter: it is drawn from the key of the loss.
+  and starts with them whatever the key; a function that makes such a module from a key draws new
+  parameters. Random state, such as that of Dropout, is not a parameter: it is drawn from the key of
+  the loss.
 
   Args:
     model: a linen or NNX module from x [batch, ...]; an Equinox module from x of one example; or a
@@ -78,7 +79,7 @@ def _made(make: Callable[[Key], Any]) -> Network:
 
 
 def _words(call: Callable[..., Any], training: bool) -> dict[str, bool]:
-  """The keyword arguments, among those a call has, that select training or evaluation."""
+  """The keyword arguments of a call that select training or evaluation."""
   names = inspect.signature(call).parameters
   words = {name: training for name in _TRAINING if name in names}
   return words | {name: not training for name in _EVALUATING if name in names}

@@ -1,7 +1,7 @@
 """Partitions of the training set over workers or clients.
 
-A partition maps (labels [N], workers, seed) to one array of indices per worker: disjoint, together
-all of range(N), none empty.
+A partition maps (labels [N], workers, seed) to one array of indices per worker. The arrays are
+disjoint, cover range(N), and none is empty.
 """
 
 from collections.abc import Callable
@@ -84,7 +84,8 @@ def dirichlet(alpha: float) -> Partition:
   Small alpha gives few classes per worker and unequal sizes; large alpha tends to equal shares.
   Yurochkin et al. draw over workers for each class, as here; Hsu et al. (2019, arXiv:1909.06335)
   draw over classes for each worker, with equal sizes. Li et al. redraw until every worker has ten
-  examples, which many workers never reach; here a worker without any takes one from the largest.
+  examples, which practically never happens with many workers; here a worker without examples takes
+  one from the largest part.
 
   Args:
     alpha: concentration, > 0.

@@ -74,12 +74,12 @@ def permute(position: Array, size: Array, word: Array, offset: Array) -> Array:
 
   The swap-or-not shuffle: round i pairs each x with x' = K_i - x mod size, and swaps the pair if a
   pseudo-random bit of max(x, x') is set. Each round is an involution of range(size), whatever the
-  bits, so the result is a bijection: for every size, without cycle walking from a power of two, and
-  at the same few operations for all lanes of a vmap.
+  bits, so the result is a bijection for every size. It needs no cycle walking from a power of two,
+  and all lanes of a vmap perform the same few operations.
 
   This is not a cipher. After all rounds one position has not moved, or two neighbours have kept
   their distance, with probability 2^-ROUNDS; otherwise positions and pairs of positions pass
-  chi-square tests as uniform. The 64 bits of key reach few of the size! permutations.
+  chi-square tests as uniform. The 64-bit key selects among only a few of the size! permutations.
 
   Args:
     position: int32 of any shape, in [0, size).

@@ -34,15 +34,15 @@ def supervised(
 
   The objective is 1/N sum_i loss_i(w) + l2/2 ||w||^2 + nonconvex sum_j w_j^2 / (1 + w_j^2), where w
   are all parameters, biases included. A batch's mean is over the examples that its mask keeps. Each
-  batch includes the full penalty, so that means over batches, weighted by their counts, average to
-  the objective.
+  batch includes the full penalty, so that the mean over batches, weighted by their counts, is the
+  objective.
 
   `evaluate` gives "loss", the objective with its penalty; "accuracy" for classes; the given
   metrics; and "distance", max|params - optimum| / max|optimum|, if the optimum is known.
 
-  Bytes (uint8) stay bytes in memory, batches included, and become floats, divided by `scale`, only
-  as the model reads them: images take one byte per pixel. Other integers, such as tokens, are
-  passed to the model unchanged.
+  Bytes (uint8) stay bytes in memory, also in batches. They become floats, divided by `scale`, only
+  when the model reads them, so that images take one byte per pixel. Other integers, such as tokens,
+  are passed to the model unchanged.
 
   Args:
     model: from x [batch, ...] to outputs [batch, ...]: a module of Flax linen or Flax NNX, an

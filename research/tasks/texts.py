@@ -35,12 +35,12 @@ def read(path: Path) -> str:
 
 
 def rows(path: Path, comments: str = "") -> Iterator[tuple[int, list[str]]]:
-  """Line numbers, from 1, and fields of the lines of a text file that are not blank.
+  """Iterates over line numbers, from 1, and fields of the nonblank lines of a text file.
 
   A byte order mark is skipped. The file is read when this is called.
 
   Args:
-    path: of the file, plain, .gz or .bz2.
+    path: the path of the file, plain, .gz or .bz2.
     comments: characters that begin a comment line, also after spaces.
 
   Raises:
@@ -76,7 +76,7 @@ def at(path: Path, line: int, reason: object) -> ValueError:
 
   Args:
     path: the file.
-    line: number of the line, from 1.
+    line: the number of the line, from 1.
     reason: what is wrong.
   """
   return ValueError(f"{path}, line {line}: {reason}")
@@ -128,7 +128,7 @@ def decoded(content: bytes, path: Path, start: int = 0, end: bool = True) -> str
 
   Args:
     content: the bytes.
-    path: of the file, for errors.
+    path: the path of the file, for errors.
     start: their offset in the file; past 0 they may begin within a character.
     end: whether they must end with a complete character.
 
@@ -155,8 +155,8 @@ def check(path: Path, most: int | None = None) -> None:
   """Checks that a plain file is text.
 
   Args:
-    path: of the file.
-    most: number of blocks of 64 KiB that are read, at equal distances; all of them if None.
+    path: the path of the file.
+    most: the number of blocks of 64 KiB that are read, at equal distances; all of them if None.
 
   Raises:
     ValueError: it is not text.

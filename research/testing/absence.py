@@ -21,7 +21,7 @@ def drawn(seed: int, *lead: int) -> dict[str, jax.Array]:
   """Draws standard normal leaves [*lead, 6, 4] and [*lead, 3].
 
   Args:
-    seed: of the random numbers.
+    seed: the seed of the random numbers.
     *lead: leading dimensions.
   """
   random = np.random.default_rng(seed)

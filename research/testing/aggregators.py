@@ -89,7 +89,7 @@ def can_miss(aggregator: Aggregator, axes: Mapping[str, int]) -> bool:
 
 
 def absent(named: Named, axes: Mapping[str, int]) -> None:
-  """Checks that an absent worker's values reach nobody, and that its private state is unchanged.
+  """Checks that an absent worker's values reach no other one, and its private state is unchanged.
 
   Args:
     named: aggregators by name.

@@ -113,7 +113,7 @@ def _named(x: Any) -> str:
 
 
 def payloads(case: Case) -> None:
-  """Checks that payloads have their traced bytes, and the promised ones if any."""
+  """Checks that payloads have their traced number of bytes, and the promised number if any."""
   encode = jax.jit(case.compressor.encode)
   want = _payload_bytes(case.compressor, _like(_vectors(1000)[0]))
   for x in _vectors(1000):

@@ -27,8 +27,8 @@ def check_method(method: Method, *, axes: Mapping[str, int] | None = None) -> No
 
   Dtypes and shardings of the state do not change, and the second call compiles nothing. Eight
   rounds equal four rounds and four more from a copy of the state, bitwise. `simulate` and `spmd`
-  agree on the available CPU devices. A worker's lost round reaches nobody. A round without
-  participants changes nothing.
+  agree on the available CPU devices. If a worker's round is lost, it does not affect the other
+  workers. A round without participants changes nothing.
 
   Args:
     method: the method to check.
@@ -90,7 +90,7 @@ def can_miss(method: Method, axes: Mapping[str, int] | None = None) -> bool:
 def agree(named: Named, *, sliced: bool = False) -> None:
   """Checks that state and programs are stable, runs resume exactly, and executions agree.
 
-  Runs on mini-batches of workers with different numbers of examples.
+  Runs use mini-batches, and workers have different numbers of examples.
 
   Args:
     named: methods by name.
@@ -157,9 +157,9 @@ def _compilations() -> Iterator[list[float]]:
 
 
 def lost(named: Named, axes: Mapping[str, int] = AXES) -> None:
-  """Checks that a worker's lost round reaches nobody, bitwise, even with gradients of NaN.
+  """Checks bitwise that a lost round affects no other worker, even if its gradients are NaN.
 
-  The worker's own state is then unchanged, or what the present workers received.
+  The worker's own state then either is unchanged or equals what the present workers received.
 
   Args:
     named: methods by name.

@@ -1,4 +1,4 @@
-"""A small regression with private data, and running a method on it in any execution."""
+"""A small regression with private data, and a class that runs a method on it in any execution."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -62,7 +62,7 @@ def split(task: Task, sizes: Sequence[int]):
 
 
 class Running:
-  """A method on the regression in one execution; `rounds` runs it on. `rest` are fields of Job."""
+  """Runs a method on the regression in one execution; `rounds` continues. `rest`: fields of Job."""
 
   metrics: dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""Several methods in one program, each with a problem of its own: one compilation for all."""
+"""Runs several methods in one program, each on its own problem, to compile all of them at once."""
 
 import functools
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ class SideBySideLocal(NamedTuple):
 
 
 class SideBySide(Method):
-  """Methods with rounds of one length, by name; so is everything they have."""
+  """Methods with rounds of the same length, by name; their states and models are by name too."""
 
   names: tuple[str, ...]
   methods: tuple[Method, ...]

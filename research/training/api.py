@@ -53,15 +53,16 @@ def train(
       result.plot().savefig("loss.png")
 
   With `out`, the same call resumes the run from its newest checkpoint; a complete run is loaded. A
-  folder of a run with other arguments, other examples, or other code of the task, the model or the
-  method is rejected.
+  folder is rejected if its run had other arguments, other examples, or other code of the task, the
+  model or the method.
 
   Args:
     task: a task, such as `supervised(model, train)`; a function that returns a task for `model=`,
       such as `digits`; or the spec of a registered task.
     method: the algorithm, an object or a spec.
     model: the model, if `task` is a function or a spec; None for its default.
-    mesh: sizes by axis, "data:4,fsdp:2" or {"data": 4, "fsdp": 2}; workers are on `data`, `slice`.
+    mesh: sizes by axis, "data:4,fsdp:2" or {"data": 4, "fsdp": 2}. The axes `data` and `slice` are
+      over workers, the others inside a worker.
     executor: "simulate" (workers are an axis of arrays), "spmd" or "pmap" (one device per worker).
     batch_size: examples per step over all workers, or "all".
     steps: number of local steps; alternatively, pass `rounds`, `epochs` or `virtual_seconds`.

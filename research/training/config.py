@@ -29,8 +29,8 @@ def option(default: Any, text: str, least: float | None = None) -> Any:
 class Config:
   """The configuration of a run: numbers, switches and specs. Its fields are the command's flags.
 
-  `assemble` resolves it to a Problem of objects. If a Python program passes objects, the fields of
-  their specs are only labels.
+  `assemble` resolves it to a Problem of objects. If a Python program passes objects, the fields for
+  their specs hold only labels.
   """
 
   task: str = option(

@@ -15,7 +15,7 @@ from research.training.config import Config, called, flag
 
 
 def buffers(config: Config, method: Method, owners: int, batch_size: int) -> np.ndarray:
-  """Returns the number of examples [P] that each worker's buffer holds: the longest dispatch's.
+  """Returns each worker's buffer size [P] in examples, as required by the longest dispatch.
 
   Args:
     config: provides the steps per dispatch.

@@ -21,8 +21,8 @@ _WHOLE = 2**26  # maximum bytes of an array that is hashed in full
 # Types of class attributes that are hashed, and name prefixes of Python's and Flax's internals.
 _PLAIN = bool | int | float | complex | str | bytes | tuple | list | dict | set | np.ndarray
 _LIBRARY = ("__", "_object__", "_pytree__", "_abc_")
-_SHOWN = ("measured_on", "model", "title")  # fields of a task that its results do not depend on
-_BLOCK = 2**16  # bytes of a block; blocks of _WHOLE bytes in total are hashed of larger arrays
+_SHOWN = ("measured_on", "model", "title")  # fields of a task that do not affect its results
+_BLOCK = 2**16  # bytes of a block; larger arrays are hashed in blocks of _WHOLE bytes in total
 
 
 def of_specs(task: Task, *parts: Any) -> dict[str, str]:
@@ -66,7 +66,7 @@ def of_objects(task: Task, *parts: Any) -> dict[str, str]:
 def of_data(task: Task) -> str:
   """Hashes a task's training and test examples, including labels.
 
-  Of an array larger than 64 MiB, 1024 evenly spaced blocks of 64 KiB are hashed.
+  For an array larger than 64 MiB, only 1024 evenly spaced blocks of 64 KiB are hashed.
 
   Args:
     task: the task.

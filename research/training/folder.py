@@ -56,14 +56,14 @@ def place(config: Config) -> Path:
   """Where the run's files are: --out, or the default folder.
 
   Raises:
-    UsageError: if --out is no path of this machine.
+    UsageError: if --out is not a valid path on this machine.
   """
   with flag("out", config.out):
     return paths.local(config.out) if config.out else default_folder(config)
 
 
 def check(config: Config) -> Path:
-  """Returns the run's folder, which may not exist yet, after checking it; writes nothing.
+  """Checks and returns the run's folder, which may not exist yet; writes nothing.
 
   Args:
     config: the run.
@@ -92,7 +92,7 @@ def _check(config: Config, folder: Path) -> None:
 
 
 def note_missing_modules(folder: Path) -> None:
-  """Says in one line which modules the run of a folder has imported and this process has not."""
+  """Reports in one line the modules that a folder's run imported and this process did not."""
   stored = (_stored(folder / "config.json") or {}).get(IMPORT, [])
   if not _without(stored):
     return
@@ -103,7 +103,7 @@ def note_missing_modules(folder: Path) -> None:
 
 
 def _without(modules: Sequence[str]) -> list[str]:
-  """Those of the modules that have registered nothing in this process."""
+  """Selects the modules that have registered nothing in this process."""
   here = {source.name for source in plugins.carried()}
   return [name for name in modules if name not in here]
 
@@ -180,7 +180,7 @@ def finished(
 ) -> dict[str, Any] | None:
   """Returns the summary of a complete run with the same flags, data and code; None without one.
 
-  A summary that was edited so that it cannot be shown is recomputed.
+  If a summary was edited and can no longer be shown, it is recomputed.
 
   Args:
     config: the run.

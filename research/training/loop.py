@@ -174,7 +174,7 @@ class Hooks:
       save.restore(run)
     label = self.evaluate.label
     self.log = closing(Log(run, label, columns, of_dispatches, folder=folder, shown=shown))
-    # Rows are written before a dispatch is checked, and it is saved before signals are checked.
+    # A dispatch's rows are written before it is checked; it is saved before signals are checked.
     self.all: list[Hook] = [*first, self.log, *judges, self.evaluate, Tolerance()]
     self.all += [*saves, closing(Signals())]
 

@@ -36,7 +36,7 @@ class Plan:
     return job.first_step + (rounds - job.first_round) * job.method.local_steps
 
   def end(self, step: int) -> int:
-    """The step at which the first round ends at or after a given step."""
+    """The end of the first round that ends at or after a given step."""
     job = self.jobs[self.stage(step)]
     period = job.method.local_steps
     return job.first_step - (job.first_step - step) // period * period

@@ -1,4 +1,4 @@
-"""The privacy that a run spends: its noisy aggregators, and which of their messages are visible."""
+"""Computes the privacy spent by a run, from its noisy aggregators and the visible messages."""
 
 import functools
 import math
@@ -43,8 +43,8 @@ class _Uncounted(Exception):
 def spending(config: Config, job: Job, layout: Layout) -> Spent:
   """Computes the privacy that a run spends.
 
-  Noise is found by the type of the method's parts; for parts from outside this library also in one
-  traced round.
+  Noise is found by the types of the method's parts and, if some are from outside this library, also
+  in one traced round.
 
   Args:
     config: provides delta and the flags.

@@ -32,7 +32,7 @@ STEPS = {"muon": "orthogonalized", "galore": "low-rank"}  # adjective for the op
 
 
 def reaches(state: Any) -> dict[str, Reach]:
-  """Finds the reach of each matrix optimizer in a method's state, at any nesting.
+  """Finds the reach of each matrix optimizer in a method's state, at any depth.
 
   `optax.contrib.muon` without dimension numbers applies to leaves of two dimensions and leaves the
   others to Adam at its own learning rate; `galore` projects leaves of two dimensions.
@@ -98,7 +98,7 @@ def _of_muon(states: Mapping[str, Any]) -> Reach:
 
 
 def _of_galore(state: contrib.GaLoreState) -> Reach:
-  """The projector of an m x n leaf is m x r or n x r; its moments have the other side."""
+  """The projector of an m x n leaf is m x r or n x r; its moments have the other dimension."""
   (moments, *_) = _of_types(state.base_optimizer_state, (optax.ScaleByAdamState,))
   reached, total, names = 0, 0, set()
   pairs = zip(_sizes(state.projector), _leaves(state.projector), _sizes(moments.mu), strict=True)

@@ -113,7 +113,7 @@ class Lab:
 
   Args:
     settings: the claim's numbers at this scale.
-    seeds: number of seeds.
+    seeds: the number of seeds.
     dataset: task spec of the data, or "" if the claim makes its own.
     tell: takes a line of progress.
   """
@@ -159,7 +159,7 @@ class Lab:
       gradient: measures the norm of the full gradient.
       watch: further metrics of params and state.
       until: ends the run when true for a row.
-      **flags: of the run; a spec may be a `Call`, whose text is the flag.
+      **flags: flags of the run; a spec may be a `Call`, whose text becomes the flag.
 
     Raises:
       UsageError: for invalid flags.

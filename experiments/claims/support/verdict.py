@@ -17,7 +17,7 @@ def values(findings: Findings, elsewhere: bool) -> dict[str, Any]:
   """The values and gates of a claim, as JSON.
 
   Args:
-    findings: of the claim.
+    findings: the findings of the claim.
     elsewhere: whether the data set is not the one the claim was tuned on; few gates apply then.
   """
   gates = [

@@ -38,14 +38,14 @@ def libsvm(
 ) -> Task:
   """Classification or least squares on a LIBSVM file.
 
-  The loss is logistic for two classes, softmax for more, or squares. For classification the sorted
-  labels of the file become 0, 1, ...; squares uses them as numbers. Feature indices start at one.
-  Rows are dense if all of them take at most 1 GiB in float32, else sparse: {"index", "value"}
-  [N, longest row], padded with value 0, which `linear` and `logistic` accept.
+  The loss is logistic for two classes, softmax for more, or the squared error. For classification
+  the sorted labels of the file become 0, 1, ...; "squares" uses the labels as numbers. Feature
+  indices start at one. Rows are dense if all of them take at most 1 GiB in float32, else sparse:
+  {"index", "value"} [N, longest row], padded with value 0, which `linear` and `logistic` accept.
 
   Args:
-    name: of the file, such as "a9a", "w8a" or "mushrooms"; .gz and .bz2 are supported. Any local
-      file works; downloads come from LIBSVM's collection for two classes.
+    name: the name of the file, such as "a9a", "w8a" or "mushrooms"; .gz and .bz2 are supported. Any
+      local file works; downloads come from LIBSVM's collection for two classes.
     test: name of a file of test examples, such as "a9a.t".
     l2: weight of l2/2 ||params||^2, see `supervised`.
     sparse: True or False overrides the choice by size.
@@ -172,7 +172,7 @@ def _encoded(path: Path, labels: np.ndarray, classes: np.ndarray) -> np.ndarray:
 
 
 def _padded(rows: Any) -> Batch:
-  """Converts CSR to the rows' own entries, padded to the longest row by index 0 and value 0."""
+  """Converts CSR to each row's stored entries, padded to the longest row by index 0 and value 0."""
   lengths = np.diff(rows.indptr)
   own = np.arange(max(1, lengths.max())) < lengths[:, None]
   index, value = np.zeros(own.shape, np.int32), np.zeros(own.shape, np.float32)

@@ -37,10 +37,10 @@ def least_squares(
 
   Args:
     samples: N, at least `features`.
-    features: length of w; with one, the only eigenvalue is 1.
+    features: length of w; if it is 1, the only eigenvalue is 1.
     noise: standard deviation of the noise in y.
     condition: L / mu, at least 1.
-    seed: of the data.
+    seed: the seed of the data.
     model: outputs -> module.
 
   Raises:
@@ -76,13 +76,14 @@ def mean_estimation(vectors: int = 25, features: int = 2000, seed: int = 0) -> T
 
       f_i(x) = 1/2 ||x - b_i||^2
 
-  One vector is one example. From x = 0, a gradient step of size one moves a worker with one vector
-  exactly to it; averaging with neighbours and taking no further steps is then a consensus problem.
+  One vector is one example. From x = 0, a gradient step of size one moves a worker that has one
+  vector exactly to that vector. Averaging with neighbours without further steps is then a consensus
+  problem.
 
   Args:
     vectors: how many, at least 1.
     features: their length, at least 1.
-    seed: of the vectors.
+    seed: the seed of the vectors.
 
   Raises:
     ValueError: a number is below 1.
@@ -128,7 +129,7 @@ def random_tokens(
     context: T, maximum number of tokens that a prediction is made from.
     length: tokens to train on; a tenth as many are held out.
     model: outputs -> module, called with V; from tokens [b, T] to logits [b, T, V].
-    seed: of the tokens.
+    seed: the seed of the tokens.
 
   Raises:
     ValueError: vocabulary is below 2, or model, context and length do not fit together.

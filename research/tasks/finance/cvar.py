@@ -41,9 +41,10 @@ def cvar(
 
   Its minimum over a is the CVaR of w: the mean of its losses beyond their quantile, the VaR. The
   parameters are {"weights": [n], "threshold"}. The objective, "loss", is in percent of the
-  investment; its positive part is smoothed by `smoothing`, except in `evaluate`. It has kinks, so
-  use a decreasing learning rate, and a method that keeps to constraints, see `frontier`. Optimizers
-  that scale each coordinate, such as Adam, make steps that the projection undoes.
+  investment; its positive part is smoothed by `smoothing`, except in `evaluate`. The objective has
+  kinks, so use a decreasing learning rate, and a method that satisfies constraints (see
+  `frontier`). Optimizers that scale each coordinate, such as Adam, make steps that the projection
+  undoes.
 
   Metrics of the historical returns, as fractions: "var" and "cvar" of the weights, each with the
   ends of its confidence interval, "var_low", "var_high", ...; with a `portfolio` also its
@@ -52,12 +53,12 @@ def cvar(
   Args:
     name: "stocks": daily returns of 20 stocks from the first day on which all have a price; or the
       path of a table of prices, see `price_table`.
-    level: of the CVaR, in (0, 1).
-    scenarios: number of days drawn with replacement (the bootstrap); 0: every day once.
+    level: the level of the CVaR, in (0, 1).
+    scenarios: the number of days drawn with replacement (the bootstrap); 0: every day once.
     smoothing: e, in percent: (x)_+ becomes (x + e)^2 / 4e for |x| <= e, at most e/4 above it.
     portfolio: weights of a given portfolio to evaluate too.
-    confidence: of the intervals, in (0, 1).
-    seed: of the scenarios.
+    confidence: the confidence level of the intervals, in (0, 1).
+    seed: the seed of the scenarios.
     data_dir: where to look first, see `files.find`.
 
   Raises:
@@ -96,7 +97,7 @@ def of_scenarios(
     level: see `cvar`, as are the others.
     smoothing: in percent.
     portfolio: weights [n], or empty.
-    confidence: of the intervals.
+    confidence: the confidence level of the intervals.
   """
   assets = drawn.shape[1]
 
@@ -147,7 +148,7 @@ def tail(losses: Array, level: float, confidence: float = 0.95) -> dict[str, Arr
   Args:
     losses: [T].
     level: in (0, 1).
-    confidence: of the intervals, in (0, 1).
+    confidence: the confidence level of the intervals, in (0, 1).
 
   Returns:
     "var", "var_low", "var_high", "cvar", "cvar_low", "cvar_high".

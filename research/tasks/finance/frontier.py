@@ -44,7 +44,7 @@ def load(name: str, data_dir: str = "") -> Market:
   See `portfolio_files` for the format.
 
   Args:
-    name: of the instance, or a path.
+    name: the name of the instance, or a path.
     data_dir: where to look first, see `files.find`.
 
   Raises:
@@ -104,8 +104,9 @@ def frontier(
   The parameters are {"weights": [points, n]}. Examples are scenarios, eight times as many as
   assets, with the second moment exactly C, so that they can be partitioned over workers. The
   objective is half the sum of the points' variances divided by the largest eigenvalue of C: its
-  curvature is at most 1, so `sgd(1.0)` descends. The constraints require a method that keeps to
-  them: `data_parallel` or `local_sgd` by projected steps, `consensus_admm` in its consensus.
+  curvature is at most 1, so `sgd(1.0)` descends. The constraints require a method that satisfies
+  them: `data_parallel` and `local_sgd` project their steps, `consensus_admm` projects its
+  consensus.
 
   Metrics: "variance", the mean over points; "violation", the largest constraint violation; "gap",
   for published frontiers, the largest relative difference of a variance from the published one.
@@ -113,7 +114,7 @@ def frontier(
 
   Args:
     name: "port1" (Hang Seng, 31 assets), "port2" (DAX, 85), "port3" (FTSE, 89), or a path.
-    points: how many of the 2000 published returns, equally spaced in the list.
+    points: how many of the 2000 published returns to use, equally spaced in the list.
     returns: required returns, instead of published ones.
     data_dir: where to look first, see `files.find`.
 

@@ -1,8 +1,8 @@
 """Portfolio files of the OR-Library: means, standard deviations and correlations of assets.
 
-A file has n, then n lines with an asset's mean and standard deviation, then in any order a line
-"i j r" with the correlation of every two assets i <= j. The lines "i i 1" may be left out, but only
-all of them.
+A file contains n, then n lines with the mean and the standard deviation of an asset, then, in any
+order, a line "i j r" with the correlation r of each pair of assets i <= j. The lines "i i 1" may be
+left out, but only all of them.
 """
 
 import itertools

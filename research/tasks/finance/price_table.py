@@ -1,10 +1,10 @@
 """Tables of prices: comma-separated, one line per day with its date and the price of each stock.
 
 Dates are YYYY-MM-DD, optionally followed by a time, YYYYMMDD, YYYY/MM/DD, DD.MM.YYYY, DD/MM/YYYY or
-MM/DD/YYYY, in one form throughout a file. A day above 12 distinguishes the last two; a file
-without one is rejected. Days may come in any order, each once. A price is a positive number; an
-empty cell means no price. The first line is a header if it has no number or begins with "date".
-Blank lines are skipped.
+MM/DD/YYYY, in one form throughout a file. Only a day above 12 distinguishes the last two forms, so
+a file in one of them without such a day is rejected. Days may come in any order, each once. A price
+is a positive number; an empty cell means no price. The first line is a header if it has no number
+or begins with "date". Blank lines are skipped.
 """
 
 import csv

@@ -76,7 +76,7 @@ def text(
   See `next_token`.
 
   Args:
-    path: of the file.
+    path: the path of the file.
     model: outputs -> module, called with the number of tokens V; from tokens [b, T] to logits
       [b, T, V].
     tokenizer: "bytes" (V = 256), "characters" (those of the text), or "bpe", trained on the
@@ -107,20 +107,21 @@ def text(
 def next_token(module: nn.Module, size: int, train: Text, held_out: Text, *, context: int) -> Task:
   """The task of predicting each next token from up to `context` previous ones, in nats per token.
 
-  The training tokens t_0, ..., t_{N-1}, without the last N mod T, form a ring, so that its ends are
-  like the rest. Example i is t_{iT}, ..., t_{iT+2T-1}, which contains T windows of T + 1 tokens,
-  each with T tokens to predict. An epoch draws one window of each example, all at the same offset,
-  so that they tile the ring: every token is predicted once, whichever worker has its example. The
-  offset changes with the epoch; over T epochs every token is predicted once at every position of a
-  window. An example used without drawing stands for its first window.
+  The training tokens t_0, ..., t_{N-1}, without the last N mod T, form a ring, so that the ends of
+  the text are treated like the rest. Example i is t_{iT}, ..., t_{iT+2T-1}, which contains T
+  windows of T + 1 tokens, each with T tokens to predict. An epoch draws one window of each example,
+  all at the same offset, so that they tile the ring: every token is predicted once, whichever
+  worker has its example. The offset changes with the epoch; over T epochs every token is predicted
+  once at every position of a window. If an example is used without drawing, it stands for its first
+  window.
 
   The objective is the mean over tokens, plus what the module sows into the collection "losses" (a
   mixture of experts does); "loss" of `evaluate` is the mean alone. The held-out tokens are all
   predicted once, in windows that do not overlap, the first starting from the last training token.
   Windows are weighted by their tokens divided by the mean number of tokens per window, so that the
   mean over windows is the mean over tokens even though the last one is shorter. "bits_per_byte" is
-  the loss in bits per byte of the text, independent of the tokenizer. Perplexity is exp(loss), not
-  a mean, and so not among the metrics.
+  the loss in bits per byte of the text, independent of the tokenizer. Perplexity, exp(loss), is not
+  a mean and therefore not among the metrics.
 
   Partitions sort by the hundredth of the text that an example is in: `sorted()` and `shards()` give
   contiguous stretches, and `dirichlet(alpha)` an uneven share of each hundredth.
@@ -223,7 +224,7 @@ def evaluated_at_once(size: int, context: int) -> int:
   """Returns the number of windows whose logits fit on a device.
 
   Args:
-    size: number of tokens of the vocabulary.
+    size: the number of tokens of the vocabulary.
     context: T, tokens per window.
   """
   return max(1, min(TOKENS // context, LOGITS // (context * size)))
@@ -272,7 +273,7 @@ def check_model(module: nn.Module, size: int, context: int) -> None:
 
   Args:
     module: the model.
-    size: number of tokens of the vocabulary.
+    size: the number of tokens of the vocabulary.
     context: T, tokens per window.
 
   Raises:

@@ -43,7 +43,7 @@ def stream(
   equally spaced windows of T. "bits_per_byte" is unknown for a .npy file.
 
   Args:
-    path: of a text in UTF-8, or of a .npy file with tokens [N], integers of any type.
+    path: the path of a text in UTF-8 or of a .npy file with tokens [N], integers of any type.
     model: outputs -> module, called with the number of tokens V; from tokens [b, T] to logits
       [b, T, V].
     tokenizer: of a text: "bytes" (V = 256), which needs no other file, or "bpe", which is trained

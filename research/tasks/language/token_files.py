@@ -35,7 +35,7 @@ class TokenFile:
   def __init__(self, path: str | Path):
     """Opens a .npy file of integers in [0, 2^31), or a text in UTF-8, whose bytes are tokens.
 
-    Slices have the file's dtype if it is uint8, uint16, uint32 or int32, else int32. Of a text, up
+    Slices have the file's dtype if it is uint8, uint16, uint32 or int32, else int32. For a text, up
     to 4 MiB at equal distances are checked to be UTF-8.
 
     Raises:
@@ -104,9 +104,9 @@ def encoded(path: str | Path, vocabulary: int, share: float) -> Encoded:
   the text.
 
   Args:
-    path: of a plain text in UTF-8.
+    path: the path of a plain text in UTF-8.
     vocabulary: see `tokens.bpe`.
-    share: of the text's bytes, in (0, 1], that the BPE may be trained on; at most the first 32 MB.
+    share: the share of the text's bytes, in (0, 1], to train the BPE on; at most the first 32 MB.
 
   Raises:
     ValueError: there is no such text, it is compressed or not UTF-8, or see `tokens.bpe`.
@@ -134,7 +134,7 @@ def _head(path: Path, size: int) -> str:
 
 
 def _holds_tokens(path: Path, coder: tokens.Tokenizer) -> bool:
-  """Whether a cached file exists, has its full length and the tokenizer's dtype."""
+  """Whether a cached file exists and has its full length and the tokenizer's dtype."""
   try:
     dtype, start, count = _contents(path)
   except (OSError, ValueError):

@@ -59,7 +59,7 @@ def bpe(text: str, vocabulary: int) -> Tokenizer:
   the library's version; its result is kept in the user's cache, keyed by both.
 
   Args:
-    text: what to train on.
+    text: the text to train on.
     vocabulary: tokens to make, in [256, 2^20].
 
   Raises:
@@ -95,7 +95,7 @@ def smallest(size: int) -> type[np.integer]:
   """Returns the smallest dtype for the tokens of a vocabulary.
 
   Args:
-    size: number of tokens.
+    size: the number of tokens.
   """
   return np.uint8 if size <= 1 << 8 else np.uint16 if size <= 1 << 16 else np.int32
 

@@ -31,8 +31,8 @@ def breast_cancer(
   training patients. Metrics: "loss", "accuracy", and "auc", the probability that a malignant case
   has the higher score.
 
-  A partition makes hospitals of workers: `--partition="dirichlet(0.3)"`, `sorted()` or `shards(2)`,
-  by the labels that `shift` selects.
+  A partition turns workers into hospitals: `--partition="dirichlet(0.3)"`, `sorted()` or
+  `shards(2)`. It uses the labels that `shift` selects.
 
   Args:
     shift: how hospitals differ: "label", in the diagnosis, or "features", in the patients' tenth of
@@ -146,7 +146,7 @@ def _predictions(module: nn.Module, x: np.ndarray) -> Callable[[Params], Array]:
 
 
 def _quantiles(values: np.ndarray, count: int) -> np.ndarray:
-  """int32, the quantile group of each value, of `count` equal ones."""
+  """Assigns each value to one of `count` equal quantile groups, int32."""
   ranks = np.argsort(np.argsort(values, kind="stable"), kind="stable")
   return (ranks * count // len(values)).astype(np.int32)
 

@@ -43,7 +43,7 @@ def movielens_als(
   Args:
     split: see `movielens.load`.
     factors: at least 1.
-    l2: of the ridge regressions, times the number of an entity's ratings; > 0.
+    l2: penalty of the ridge regressions, times the number of an entity's ratings; > 0.
     data_dir: where to look first, see `files.find`.
 
   Raises:
@@ -121,16 +121,16 @@ def movielens_federated(
   An example is one user with all ratings. The parameters, and hence the messages, are only the
   items', {"item": [I, factors], "item_bias": [I]}. To evaluate a loss, each user first solves for
   its own factors and bias as above, given the current items'. The objective is that of
-  `recommend.movielens`, the mean over ratings, given these. Its gradient treats them as constants,
-  which is exact if their ridge penalty is part of the objective. With --population=943 every client
-  of a federated method is one user. Metrics are those of `recommend.movielens`; they solve for the
-  users too.
+  `recommend.movielens`, the mean over ratings, at these user factors. Its gradient treats the user
+  factors as constants, which is exact if their ridge penalty is part of the objective. With
+  --population=943 every client of a federated method is one user. Metrics are those of
+  `recommend.movielens`; they solve for the users too.
 
   Args:
     split: see `movielens.load`.
     factors: at least 1.
     l2: weight of the items' penalty, as in `recommend.movielens`.
-    own_l2: of the users' ridge regressions, times the number of ratings; > 0.
+    own_l2: penalty of the users' ridge regressions, times the number of ratings; > 0.
     data_dir: where to look first, see `files.find`.
 
   Raises:
@@ -219,8 +219,8 @@ def eliminated(a: Array, b: Array) -> Array:
   """Solves a x = b by Gauss-Jordan elimination.
 
   Symmetric positive definite matrices need no pivoting. LAPACK's batched calls, as jaxlib 0.10
-  makes them, wait for threads of the pool that they run in: if as many devices as the pool has
-  threads make one at the same time, none returns.
+  makes them, wait for threads of the pool that they run in: if every thread of the pool makes such
+  a call at the same time, none returns.
 
   Args:
     a: [n, n], symmetric positive definite.

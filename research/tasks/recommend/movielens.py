@@ -52,10 +52,10 @@ def load(split: str, data_dir: str = "") -> tuple[Ratings, Ratings]:
 
   Args:
     split: "u1", "u2" or "u3", an official fold: its test file, and all other ratings for training;
-      "cold_items" or "cold_users": a fixed random tenth of them is for testing with all their
-      ratings; or the path of a table like u.data, of which a tenth of the ratings is held out:
-      lines of a user, an item, stars from 1 to 5 and, optionally, a time. Users are numbered from 1
-      without gaps.
+      "cold_items" or "cold_users": a fixed random tenth of the items or users, with all their
+      ratings, is for testing; or the path of a table like u.data, of which a tenth of the ratings
+      is held out: lines of a user, an item, stars from 1 to 5 and, optionally, a time. Users are
+      numbered from 1 without gaps.
     data_dir: where to look first, see `files.find`.
 
   Raises:

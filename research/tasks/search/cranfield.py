@@ -47,7 +47,7 @@ def load(data_dir: str = "") -> Collection:
   they become 4 to 1, and 0.
 
   Args:
-    data_dir: folder of the files; "" for the default places.
+    data_dir: the folder of the files; "" for the default places.
 
   Raises:
     FileNotFoundError: a file is not found; the archive must be unpacked by hand.
@@ -73,11 +73,11 @@ def bm25(
 ) -> Task:
   """BM25 on Cranfield, with k1 and b tuned on the training queries.
 
-  The parameters are {"k1", "b", "sharpness"}: k1 = exp, b = sigmoid of theirs. The objective is
-  ListNet's, the cross-entropy between the softmax of the relevances and that of exp(sharpness)
-  times the scores. Its gradient goes through the scores, which are those of `bm25.scores`.
-  `evaluate` gives the metrics of `ranking.ranked`, "k1" and "b"; with a query to `ask`, "found" is
-  the number of the top document.
+  The parameters are {"k1", "b", "sharpness"}: BM25 uses the exponential of "k1" and the sigmoid of
+  "b". The objective is ListNet's, the cross-entropy between the softmax of the relevances and that
+  of exp(sharpness) times the scores. Its gradient goes through the scores, which are those of
+  `bm25.scores`. `evaluate` gives the metrics of `ranking.ranked`, "k1" and "b"; with a query to
+  `ask`, "found" is the number of the top document.
 
   Args:
     k1: initial value, > 0.
@@ -158,8 +158,8 @@ def cranfield(
     features: of "bm25", the score of the full text; "title", of the title alone; "prior", log of
       the PageRank of a document among its eight nearest by cosine (`prior`); "length", log of the
       number of terms. Each is standardized over all pairs of a training query and a document.
-    k1: of the BM25 scores.
-    b: of the BM25 scores.
+    k1: saturation of the BM25 scores, see `bm25.scores`.
+    b: length normalization of the BM25 scores.
     l2: weight of l2/2 ||params||^2.
     model: outputs -> module, called with 1.
     data_dir: where to look first, see `files.find`.
@@ -198,12 +198,12 @@ def prior(index: bm25s.Index, neighbours: int = 8, alpha: float = 0.85) -> np.nd
   """Centrality of documents: PageRank [D] on links to the nearest documents by TF-IDF cosine.
 
   Args:
-    index: of the documents.
+    index: the index of the documents.
     neighbours: links per document.
     alpha: probability of following a link.
 
-  Reference: Erkan, Radev, 2004, LexRank, JAIR 22; here with links to the nearest, not to all above
-    a threshold.
+  Reference: Erkan, Radev, 2004, LexRank, JAIR 22; here with links to the nearest documents, not to
+  all above a threshold.
   """
   weights = index.counts.copy()
   weights.data = weights.data * index.idf[weights.indices]

@@ -1,4 +1,4 @@
-"""PageRank as a fixed point: the residual takes the place of the gradient, links are examples."""
+"""PageRank as a fixed point: the residual replaces the gradient, and links are the examples."""
 
 from typing import Any
 
@@ -30,18 +30,19 @@ def pagerank(
 
   `grads` is x - T(x): `data_parallel(sgd(1.0), mean())` on all edges is power iteration, which
   contracts by alpha in L1. An example is up to eight links to one node, {"source": [8], "y"}: a CPU
-  gathers sums of eight fastest, and only these sums are added per node. Each worker scales the P of
-  its own n of all E examples by E/n; the workers' mean is the exact P, so that compression, local
-  steps, mini-batches of links and delays apply as to a gradient. The metric "residual" is
-  ||x - T(x)||_1, the change of the next iteration; "loss" is the same for a worker's own links,
-  averaged over workers. The residual levels off at about 1e-7 in float32, and at 1e-15 with --x64.
-  Summation is fastest if each worker has the edges of contiguous nodes, `--partition=sorted()`.
+  gathers sums of eight fastest, and only these sums are added per node. Each worker computes P from
+  its own n of all E examples and scales it by E/n. The workers' mean is then the exact P, so that
+  compression, local steps, mini-batches of links and delays apply as they do to a gradient. The
+  metric "residual" is ||x - T(x)||_1, the change of the next iteration; "loss" is the same for a
+  worker's own links, averaged over workers. The residual levels off at about 1e-7 in float32, and
+  at 1e-15 with --x64. Summation is fastest if each worker has the edges of contiguous nodes,
+  `--partition=sorted()`.
 
   Args:
     graph: "wiki-Vote", the path of a list of edges, see `graphs.load`; or "power_law", random.
     alpha: the probability of following a link, in [0, 1).
-    edges: of "power_law".
-    nodes: of "power_law".
+    edges: the number of edges of "power_law".
+    nodes: the number of nodes of "power_law".
     data_dir: where to look first, see `files.find`.
 
   Raises:
@@ -127,6 +128,6 @@ def top(graph: Graph, rank: np.ndarray, count: int = 5) -> list[int]:
   Args:
     graph: the graph.
     rank: [N].
-    count: number of nodes.
+    count: the number of nodes.
   """
   return graph.names[np.argsort(-np.asarray(rank), kind="stable")[:count]].tolist()

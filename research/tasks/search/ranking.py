@@ -79,7 +79,7 @@ def ranked(
     train: "x" [Q, D, F]; "relevance" [Q, D], integers from 0; "present" [Q, D], False for padding;
       "y" [Q], what partitions sort by.
     test: the same, of other queries.
-    loss: by name.
+    loss: the name of the loss.
     l2: weight of the penalty, >= 0.
 
   Raises:
@@ -227,7 +227,7 @@ def load(part: str, data_dir: str) -> Batch:
 
   Args:
     part: "rank.train" or "rank.test".
-    data_dir: folder of the files; "" for the default places.
+    data_dir: the folder of the files; "" for the default places.
   """
   from sklearn.datasets import load_svmlight_file
 

@@ -78,7 +78,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
   """Reads the uint8 array in an IDX file, plain or compressed.
 
   Args:
-    path: of the file.
+    path: the path of the file.
     dimensions: expected number of dimensions.
 
   Raises:

@@ -135,7 +135,7 @@ class Checkpoints:
       Its step and its state, or None if nothing was ever saved.
 
     Raises:
-      CheckpointError: if there are checkpoints and none is intact, or they are of another state.
+      CheckpointError: if there are checkpoints and none is intact, or they hold another state.
     """
     steps = sorted(self._manager.all_steps(), reverse=True)
     for step in steps:

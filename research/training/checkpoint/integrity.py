@@ -15,7 +15,7 @@ FILES = "files.json"
 
 
 def list_files(folder: Path) -> None:
-  """Writes FILES, the sizes and CRC-32s of all files, into each finished checkpoint without it.
+  """Writes FILES, a list of file sizes and CRC-32s, into each finished checkpoint that has none.
 
   Called when a save finishes, i.e. when the previous one is on disk, and at the end.
 
@@ -39,8 +39,8 @@ def _files(step: Path) -> dict[str, list[int]]:
 def is_whole(step: Path) -> bool:
   """Returns whether a checkpoint's files are intact; True for one without a list.
 
-  Checked before reading: Orbax reads in background threads of several processes, where damage shows
-  late and in one process only.
+  This is checked before reading, because Orbax reads in background threads of several processes,
+  where damage would show late and in one process only.
 
   Args:
     step: the folder of one checkpoint.

@@ -68,7 +68,7 @@ def mismatch(
   here: resize.Placed,
   origins: Mapping[str, str],
 ) -> str:
-  """Says why a checkpoint does not fit this method and model; '' if it does.
+  """Explains why a checkpoint does not fit this method and model; '' if it does.
 
   Args:
     stored: shapes of the saved leaves, by name.

@@ -69,7 +69,7 @@ class Evaluate(Hook):
   def _evaluated(self, run: "BaseRun") -> Iterator[Event]:
     row = self._measured(run)
     if bad := finite.wrong(row, self.label):
-      yield Pause(run.step)  # the losses of the steps say more, if they are not finite either
+      yield Pause(run.step)  # if losses of the steps are not finite either, they say more
       raise NonFinite(f"the {', '.join(bad)} is not finite at step {run.step}; {run.kept()}")
     self.row = {"step": run.step, **row}
     yield Evaluation(run.step, row)

@@ -19,7 +19,8 @@ class Network(Hook):
   """Adds up the bytes sent by training, excluding evaluations, checkpoints and connection setup.
 
   It does nothing unless a launcher provides the counters. With counters, dispatches do not overlap
-  with the host's work, and each waits until the counters stop changing. Process 0 reads for all.
+  with the host's work, and each waits until the counters stop changing. Process 0 reads the
+  counters of all hosts.
   """
 
   def __init__(self, main: bool):

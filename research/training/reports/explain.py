@@ -29,7 +29,7 @@ class Row(NamedTuple):
 def imitate_devices(config: Config) -> None:
   """Creates a CPU device for each place of the mesh; must run before JAX initializes its devices.
 
-  `simulate` distributes its workers over the existing devices, and is shown on those.
+  `simulate` distributes its workers over the existing devices; its sharding is shown on these.
 
   Args:
     config: the run.

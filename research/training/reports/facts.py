@@ -34,9 +34,9 @@ def facts(config: Config, job: Job, layout: Layout) -> Facts:
   only the sum is visible, else each message with its own share of the noise. If epsilon is unknown,
   `privacy` says why.
 
-  Clients sampled at a rate are accounted as Poisson sampling; one client sampled per worker from
-  its stratum as such, if only the sampling hides it (`accounting.spending`); all others as if they
-  took part in every round.
+  Clients sampled at a rate are accounted as Poisson sampling. One client sampled per worker from
+  its stratum is accounted as such if only the sampling hides it (`accounting.spending`). All other
+  clients are accounted as if they took part in every round.
 
   Args:
     config: the run.

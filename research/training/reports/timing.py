@@ -72,7 +72,7 @@ class Timing:
       self._first = (self._last, self._steps)
 
   def steps_per_second(self) -> float:
-    """Returns the rate over all dispatches but the first; of the first if there is no other."""
+    """Returns the rate over all dispatches but the first, or of the first if it is the only one."""
     if self._first is None:
       return 0.0
     seconds, steps = self._last - self._first[0], self._steps - self._first[1]
