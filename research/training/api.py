@@ -19,8 +19,9 @@ from research.training.assemble import EXECUTORS, Given
 from research.training.config import OF_SERVER, Config, UsageError
 from research.training.hooks.hook import Call, Event, Hook
 from research.training.label import label
-from research.training.loop import Run, trained
+from research.training.loop import trained
 from research.training.result import Result
+from research.training.run import BaseRun
 
 # Fields of Config that are named arguments of `train`, or do not apply to it.
 _NAMED = ("task", "model", "method", "executor", "mesh", "batch_size", "steps", "seed", "out")
@@ -40,7 +41,7 @@ def train(
   seed: int = 0,
   partition: Partition | str = "iid()",
   clock: Speeds | str = "",
-  hooks: Sequence[Hook | Callable[[Run, Event], str | None]] = (),
+  hooks: Sequence[Hook | Callable[[BaseRun, Event], str | None]] = (),
   out: str | Path | None = None,
   progress: bool = True,
   **options: Any,

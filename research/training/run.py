@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from research.core.base import Array, Params
+from research.core.base import Params
 from research.core.task import Data
 from research.parallel.job import Job
 from research.training.config import Config
@@ -35,7 +35,7 @@ class BaseRun:
   def __init__(self, config: Config, plan: Plan, steps: int, timing: Timing | None = None):
     self.config, self.plan, self.steps, self.timing = config, plan, steps, timing or Timing()
     self.step, self.reason = 0, ""
-    self.metrics: Mapping[str, Array] = {}
+    self.metrics: Mapping[str, Any] = {}
     self.kept: Callable[[], str] = lambda: "no checkpoint was saved yet"
 
   @property
