@@ -97,11 +97,13 @@ def test_executions_agree(trained):
 def test_a_run_is_resumed_with_the_package_and_refused_without(trained, tmp_path):
   flags = ("--steps=60", RUNS["simulate"][1], "--allow_changes")
   bare, whole = command(trained("simulate"), *flags), command(tmp_path / "other", *flags)
-  for process in (bare, whole):
+  for process, notes in ((bare, 1), (whole, 0)):  # the note names the missing --import
     code, err = ended(process)
     assert code == 2
-    assert err.startswith("error: --task='spirals()'") or "unknown method 'relaxed'" in err
-    assert err.count("\n") == 1
+    *noted, line = err.splitlines()
+    assert line.startswith("error: --task='spirals()'") or "unknown method 'relaxed'" in line
+    assert len(noted) == notes
+    assert all("was made with --import=" in note for note in noted)
   code, err = ended(command(trained("simulate"), f"--import={PACKAGE}", *flags))
   assert code == 0, err
   assert "resuming at step 40" in err
