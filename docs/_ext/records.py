@@ -4,6 +4,7 @@
 ```
 """
 
+import abc
 import json
 from typing import Any
 
@@ -13,14 +14,14 @@ from pages import ROOT, number, table
 from sphinx.util.docutils import SphinxDirective
 
 
-class _Record(SphinxDirective):
+class _Record(SphinxDirective, abc.ABC):
   """Reads a JSON file below results/ and parses the Markdown that is made of it."""
 
   required_arguments = 1
 
+  @abc.abstractmethod
   def markdown(self, record: dict[str, Any]) -> str:
     """The record as Markdown."""
-    raise NotImplementedError
 
   def run(self) -> list[nodes.Node]:
     path = ROOT / "results" / self.arguments[0]

@@ -13,6 +13,7 @@ import numpy as np
 
 from research.comm import mesh as meshes
 from research.core.base import Params
+from research.core.part import required
 from research.core.task import Data
 from research.parallel import sharded
 from research.server import events
@@ -83,9 +84,10 @@ class Polled(BaseRun):
     if last:
       self.moved = last["bytes"] * self.setup.workers
 
+  @required
   def close(self) -> None:
     """Ends the processes that were started."""
-    raise NotImplementedError
+    ...
 
   def stop(self, reason: str) -> None:
     """Makes the next poll the last one."""

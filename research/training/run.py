@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from research.core.base import Params
+from research.core.part import required
 from research.core.task import Data
 from research.parallel.job import Job
 from research.training.config import Config
@@ -43,20 +44,23 @@ class BaseRun:
     """The job of the first stage; the jobs of later stages differ only in their period."""
     return self.plan.jobs[0]
 
+  @required
   def advance(self, to: int) -> Event:
     """Starts a dispatch that ends at step `to` or earlier; returns its event."""
-    raise NotImplementedError
+    ...
 
   def prepare(self, to: int) -> None:
     """Reads the data of the next dispatch, up to step `to`."""
 
+  @required
   def params(self) -> Params:
     """The current model to deploy."""
-    raise NotImplementedError
+    ...
 
+  @required
   def examples(self) -> tuple[Data, Data | None]:
     """The training and test examples, placed for evaluation."""
-    raise NotImplementedError
+    ...
 
   def stop(self, reason: str) -> None:
     """Requests that no more rounds start; the run is then evaluated and saved."""

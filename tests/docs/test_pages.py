@@ -208,7 +208,7 @@ def test_commands_parse_and_their_specs_build(page):
     for program, own in programs(words):
       try:
         check_program(program, own)
-      except Exception as error:
+      except Exception as error:  # of any kind; the page and the command are added
         raise AssertionError(f"{by_name(page)}: {shlex.join(words)}") from error
 
 

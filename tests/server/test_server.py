@@ -492,6 +492,17 @@ def test_hogwild_learns_and_leaves_nothing_behind(lock_free, monkeypatch):
   assert rows[-1]["step"] == summary["steps"]
 
 
+# Two workers without locks on the sparse table of `lock_free`.
+LOCK_FREE = BASE.replace(
+  server_mode="hogwild",
+  workers=2,
+  task="libsvm('made', sparse=True)",
+  method="hogwild(1.0, mean(), bound=2)",
+  batch_size=4,
+  steps=10**6,
+)
+
+
 @pytest.mark.slow
 def test_the_events_and_hooks_of_any_run_serve_a_server(lock_free, monkeypatch):
   """A user's hook stops it; it goes on from where it was saved until it has converged."""
@@ -502,13 +513,7 @@ def test_the_events_and_hooks_of_any_run_serve_a_server(lock_free, monkeypatch):
     told.append(event)
     return "enough" if run.step >= 100 else None
 
-  config = BASE.replace(
-    server_mode="hogwild",
-    workers=2,
-    task="libsvm('made', sparse=True)",
-    method="hogwild(1.0, mean(), bound=2)",
-    batch_size=4,
-    steps=10**6,
+  config = LOCK_FREE.replace(
     eval_every=50,
     checkpoint_every=50,
     checkpoint_seconds=0.0,
@@ -552,13 +557,7 @@ def test_a_dead_worker_of_hogwild_is_started_again_however_often_the_model_is_lo
     is_back = run.deaths["workers"] and run.processes[1].is_alive()
     return "seen" if is_back or (killed and run.step > killed[0] + 20_000) else None
 
-  config = BASE.replace(
-    server_mode="hogwild",
-    workers=2,
-    task="libsvm('made', sparse=True)",
-    method="hogwild(1.0, mean(), bound=2)",
-    batch_size=4,
-    steps=10**6,
+  config = LOCK_FREE.replace(
     eval_every=1,
     checkpoint_every=0,
     data_dir=str(lock_free),

@@ -46,7 +46,7 @@ def quietly() -> Iterator[None]:
   logger.setLevel(logging.CRITICAL)
   try:
     yield
-  except Exception:
+  except Exception:  # of any kind; it is raised again
     gc.collect()  # triggers the pending warnings now
     raise
   finally:
