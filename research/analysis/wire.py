@@ -110,6 +110,7 @@ class Rounds:
     *args: Any,
     axes: Mapping[str, int],
     first: Callable[[], Any],
+    copies: int = 1,
   ):
     """Traces the program.
 
@@ -119,8 +120,9 @@ class Rounds:
       *args: shapes of the other arguments.
       axes: sizes of the worker axes by name.
       first: returns the initial state, of which only scalar integers are computed.
+      copies: the number of devices of a worker that each send all of its messages.
     """
-    self._axes = axes
+    self._axes, self._copies = axes, copies
     self._program = jax.make_jaxpr(program, axis_env=list(axes.items()))(state, *args)
     self._alike: Traffic | None = None  # of each round, if all rounds are equal
     self._counters: set[int] | None = None  # indices of the inputs that count rounds
@@ -134,7 +136,7 @@ class Rounds:
   @property
   def each(self) -> float | None:
     """Bytes sent per round, if all rounds are equal, else None."""
-    return None if self._alike is None else float(self._alike.sent[0])
+    return None if self._alike is None else self._copies * float(self._alike.sent[0])
 
   def between(self, first: int, last: int) -> Traffic:
     """Returns the traffic of the rounds first, ..., last - 1.
@@ -148,7 +150,8 @@ class Rounds:
     count = last - first
     if self._alike is not None:
       transfers = [t._replace(times=t.times * count) for t in self._alike.transfers]
-      return Traffic(transfers, np.broadcast_to(self._alike.sent[0], (count,)))
+      sent = np.broadcast_to(self._copies * self._alike.sent[0], (count,))
+      return Traffic(copied(transfers, self._copies), sent)
     length = max(_SHORTEST, 1 << max(count - 1, 0).bit_length())
     numbers = np.minimum(first + np.arange(length), max(last - 1, first))
     runs = (np.arange(length) < count).astype(np.int64)
@@ -161,7 +164,17 @@ class Rounds:
     assert self._counters is not None
     self._counters = of_rounds.with_counters(read, self._program, self._counters, numbers)
     transfers, sent = found[-1].traffic()
-    return Traffic(transfers, sent[:count])
+    return Traffic(copied(transfers, self._copies), self._copies * sent[:count])
+
+
+def copied(transfers: list[Transfer], copies: int) -> list[Transfer]:
+  """Returns the transfers of several devices that send the same messages.
+
+  Args:
+    transfers: of one device.
+    copies: the number of devices.
+  """
+  return [t._replace(payload=copies * t.payload, sent=copies * t.sent) for t in transfers]
 
 
 class _Reader:

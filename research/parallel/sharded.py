@@ -1,6 +1,7 @@
 """Shardings of state and data: over workers, replicated, or sharded inside a worker."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -95,6 +96,15 @@ def cut_of(axes: Mapping[str, int], task: Task) -> Cut | None:
 
   around = tuple(name for name in sizes if name in _OF_ACTIVATIONS)
   return Cut(inner, places, around)
+
+
+def replicas(axes: Mapping[str, int]) -> int:
+  """Returns how many devices of a worker hold each shard of its parameters, and send it.
+
+  Args:
+    axes: the axes of the mesh, name to size.
+  """
+  return math.prod(size for name, size in axes.items() if name in _OF_ACTIVATIONS)
 
 
 def _largest(shape: tuple[int, ...], dimensions: Sequence[int], size: int) -> int | None:

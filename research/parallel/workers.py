@@ -296,7 +296,8 @@ def sending(job: Job, layout: layouts.Layout) -> wire.Rounds:
   params = jax.eval_shape(job.task.init, key)
   init = layouts.over_workers(blocked(job).method.init, axes, None, layouts.lead(layout.state))
   zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)
-  return wire.Rounds(round_, *args, axes=axes, first=lambda: init(zeros()))
+  copies = sharded.replicas(job.axes)
+  return wire.Rounds(round_, *args, axes=axes, first=lambda: init(zeros()), copies=copies)
 
 
 def of_loss(job: Job) -> tuple[Tree, Batch, Key]:
@@ -325,7 +326,8 @@ def dense_traffic(job: Job) -> list[wire.Transfer]:
   cut = sharded.cut_of(job.axes, job.task)
   exact = blockwise(mean(), cut) if cut else mean()
   average = lambda grads: exact.aggregate(grads, exact.init(grads), jax.random.key(0)).value
-  return wire.traffic(average, params, axes=meshes.worker_axes(job.axes))
+  found = wire.traffic(average, params, axes=meshes.worker_axes(job.axes))
+  return wire.copied(found, sharded.replicas(job.axes))
 
 
 def metrics_traffic(job: Job, rounds: int) -> list[wire.Transfer]:
