@@ -238,3 +238,23 @@ def test_branches_that_differ_only_in_when_they_send_are_told_apart():
   first = lambda: {"n": jnp.zeros((), jnp.int32), "x": jnp.zeros(1000)}
   with pytest.raises(ValueError, match="branches"):
     wire.Rounds(program, state, True, X, axes=EIGHT, first=first).between(0, 6)
+
+
+@pytest.mark.parametrize("dropped", [0, 5], ids=["equal rounds", "rounds that differ"])
+def test_each_device_that_holds_the_same_messages_sends_them(dropped):
+  """Once per copy, whether all rounds are equal or a counter decides."""
+  shape = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((16,), jnp.float32)
+
+  def round_(state, x):
+    send = lambda x: lax.pmean(x, "data")
+    x = lax.cond(state < dropped, lambda x: x, send, x) if dropped else send(x)
+    return state + 1, x
+
+  first = lambda: jnp.zeros((), jnp.int32)
+  one, three = (
+    wire.Rounds(round_, *shape, axes={"data": 4}, first=first, copies=copies).between(0, 8)
+    for copies in (1, 3)
+  )
+  assert one.sent.sum() == (8 - dropped) * 2 * 3 / 4 * 64
+  np.testing.assert_array_equal(three.sent, 3 * one.sent)
+  assert sum(t.total for t in three.transfers) == three.sent.sum()
