@@ -161,7 +161,7 @@ push_sum = PushSum
 
 
 def _widened(tree: Tree) -> Tree:
-  """The tree in float32 or wider, so that the sum over links is not rounded at each link."""
+  """Casts a tree to float32 or wider, so that the sum over links is not rounded at each link."""
   return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 

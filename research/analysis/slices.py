@@ -1,7 +1,7 @@
 """Traffic between TPU slices, which XLA sends over the hosts' network instead of by collectives.
 
-A program for several slices is compiled for one of them and runs on all. It communicates with the
-others by a `send` to the megascale runtime, whose attributes specify the operation.
+A program for several slices is compiled for one of them and runs on all. Slices communicate
+through `send` instructions to the megascale runtime; their attributes specify the operation.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Schedules the threads of gloo, the transport between processes on CPUs."""
+"""Sets the scheduling of gloo's threads; gloo is the transport between processes on CPUs."""
 
 import logging
 import os

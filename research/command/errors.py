@@ -1,8 +1,14 @@
 """Turns a command's errors into one line on stderr and an exit code; user code keeps its traceback.
 
-Exit codes: 0 done, or saved after SIGTERM; 1 replicas differ; 2 an invalid flag; 3 no readable
-checkpoint; 4 not finite; 5 the disk is full; 130 saved after Ctrl-C; 143 terminated before there
-was anything to save.
+Exit codes:
+  0: done, or saved after SIGTERM.
+  1: the devices' copies of replicated state differ.
+  2: an invalid flag.
+  3: no readable checkpoint.
+  4: the loss, the state or an evaluation is not finite.
+  5: the disk is full.
+  130: saved after Ctrl-C.
+  143: terminated before there was anything to save.
 """
 
 import contextlib

@@ -6,7 +6,7 @@ In a large array, a sorted sample gives the initial guess, one count confirms it
 above it, slightly more than k, are compacted first. A wrong guess costs time, never exactness.
 
 Positions are uint32, and arrays are indexed by (row, column), since JAX's own indices are int32.
-This supports arrays of fewer than 2^32 elements, or 2^31 for an odd number of elements.
+This supports arrays of fewer than 2^32 elements, or fewer than 2^31 if their number is odd.
 """
 
 import math

@@ -123,7 +123,7 @@ class Blocks(NamedTuple):
 class Uplink(NamedTuple):
   """The encoding of a worker's messages to a server, which decodes every leaf separately.
 
-  The key belongs to one message and is equal on both sides. A payload is a Compressor's encoding of
+  Each message has its own key, which is the same for the worker and the server. A payload is a Compressor's encoding of
   a leaf: its shapes and dtypes are the wire format.
   """
 

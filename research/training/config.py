@@ -151,7 +151,7 @@ class Config:
     "", "How many times longer a server's workers take, by number: {0: 4}; for studies."
   )
   restarts: int = option(
-    100, "Maximum number of processes of --executor=server that are restarted.", 0
+    100, "Maximum number of process restarts in a run of --executor=server.", 0
   )
   ray_address: str = option(
     "", "Address of a running Ray cluster; empty: starts one in this process."

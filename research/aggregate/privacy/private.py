@@ -38,7 +38,7 @@ class Noisy(Aggregator, name="noisy"):
   reveal their noise, are themselves the observers, or drop out, the remaining noise multiplier is
   noise sqrt((W - k) / W). Inner aggregators whose value is a function of the sum have no additional
   cost: mean, hierarchical_mean, power_sgd, sum_mean of float32 payloads. Any other inner
-  aggregator, and any observer of single messages, sees y_i with only its own share of the noise.
+  aggregator, and any observer of single messages, sees y_i with only worker i's share of the noise.
   Then only the local guarantee epsilon(noise / sqrt(W), ...) holds, which covers any function of
   all y_i.
 

@@ -49,7 +49,7 @@ class SecureSum(Aggregator, name="secure_sum"):
   not finite. There is no defence against a server or workers that deviate from the protocol; the
   paper's defence is signatures and a consistency check.
 
-  In one process, this only serves to study the protocol. Every worker's secrets are functions of
+  This implementation only serves to study the protocol: every worker's secrets are functions of
   the run's key. The lower of two workers draws s_ij and sends it to the other, and shares go
   directly to their holders. In the paper, workers agree on s_ij by Diffie-Hellman and share their
   secret keys for it, and the server relays encrypted shares. The server here is the all-reduce. PRG
