@@ -123,8 +123,8 @@ class Blocks(NamedTuple):
 class Uplink(NamedTuple):
   """The encoding of a worker's messages to a server, which decodes every leaf separately.
 
-  Each message has its own key, which is the same for the worker and the server. A payload is a Compressor's encoding of
-  a leaf: its shapes and dtypes are the wire format.
+  Each message has its own key, which is the same for the worker and the server. A payload is a
+  Compressor's encoding of a leaf: its shapes and dtypes are the wire format.
   """
 
   init: Callable[[Params], State]  # the worker's state, which persists from message to message

@@ -79,8 +79,8 @@ def permute(position: Array, size: Array, word: Array, offset: Array) -> Array:
 
   This is not a cipher. After all rounds one position has not moved, or two neighbours have kept
   their distance, with probability 2^-ROUNDS; otherwise positions and pairs of positions pass
-  chi-square tests as uniform. For a large `size`, the 64-bit key
-  reaches only a tiny fraction of the permutations.
+  chi-square tests as uniform. For a large `size`, the 64-bit key reaches only a
+  tiny fraction of the permutations.
 
   Args:
     position: int32 of any shape, in [0, size).
