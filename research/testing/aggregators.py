@@ -28,7 +28,8 @@ def check_aggregator(aggregator: Aggregator, *, axes: Mapping[str, int] | None =
   `value` and `sent` have the shapes and dtypes of a worker's tree. The state keeps its dtypes. All
   workers receive the same value, except with Trait.LOCAL. If all workers contribute the same
   value, the aggregate is that value. An absent worker's values do not reach the others, and its
-  private state does not change. Training gives the same result in `simulate` and `spmd` on the available CPU devices.
+  private state does not change. Training gives the same result in `simulate` and `spmd` on the
+  available CPU devices.
 
   Args:
     aggregator: the aggregator to check.
