@@ -91,7 +91,7 @@ def rounds_of(method: Method) -> tuple[list[tuple[int, float]], Mapping[str, int
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), SMALL)
     first = lambda: jax.vmap(lambda _: method.init(zeros), axis_name="data")(jnp.arange(size))
     counters = lambda: jax.tree.map(lambda x: x[0], first())
-    return wire.Rounds(one, state, MODEL, axes=axes, first=counters).between(0, SHOWN).sent
+    return wire.RoundTraffic(one, state, MODEL, axes=axes, first=counters).between(0, SHOWN).sent
 
   sent, axes = _over(read)
   changes = [0, *(np.flatnonzero(np.diff(sent)) + 1), len(sent)]

@@ -95,7 +95,7 @@ def happened(transfers: Iterable[Transfer]) -> list[Transfer]:
   return [transfer for transfer in transfers if transfer.times]
 
 
-class Rounds:
+class RoundTraffic:
   """Traffic of one worker in any range of rounds, even if it depends on the round's number.
 
   The program is traced once. If the branches of a condition communicate differently, its predicate

@@ -279,7 +279,7 @@ def traffic(job: Job, layout: layouts.Layout, rounds: int) -> wire.Traffic:
   return found._replace(transfers=wire.happened(found.transfers))
 
 
-def sending(job: Job, layout: layouts.Layout) -> wire.Rounds:
+def sending(job: Job, layout: layouts.Layout) -> wire.RoundTraffic:
   """Returns the traffic of one worker's algorithm in any range of rounds, from the traced sync.
 
   For a worker of several devices, the traffic is that of all of them together.
@@ -297,7 +297,7 @@ def sending(job: Job, layout: layouts.Layout) -> wire.Rounds:
   init = layouts.over_workers(blocked(job).method.init, axes, None, layouts.lead(layout.state))
   zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)
   copies = sharded.replicas(job.axes)
-  return wire.Rounds(round_, *args, axes=axes, first=lambda: init(zeros()), copies=copies)
+  return wire.RoundTraffic(round_, *args, axes=axes, first=lambda: init(zeros()), copies=copies)
 
 
 def of_loss(job: Job) -> tuple[Tree, Batch, Key]:

@@ -12,7 +12,7 @@ from typing import Any
 from research.server import cluster, events
 from research.server import setup as setups
 from research.server.actors import HeadProcess, Shard, Sizes, Snapshot, WorkerProcess, inherited
-from research.server.hogwild import Hogwild
+from research.server.hogwild import HogwildRun
 from research.server.polled import Polled
 from research.server.setup import Setup
 from research.training import fingerprint, loop
@@ -20,7 +20,7 @@ from research.training import folder as folders
 from research.training.config import Config, UsageError
 from research.training.hooks import heartbeat
 from research.training.hooks.finite import NonFinite
-from research.training.hooks.hook import Call, Event, Hook, Rewound
+from research.training.hooks.hook import Event, FunctionHook, Hook, Rewound
 from research.training.reports import figures, report
 from research.training.reports.timing import Timing
 from research.training.run import BaseRun
@@ -60,15 +60,15 @@ def train(
     stack.enter_context(folders.claimed(config, folder))
     folders.describe(config, folder, made_of)
     if config.server_mode == "hogwild":
-      run: Polled = Hogwild(made, folder, timing)
+      run: Polled = HogwildRun(made, folder, timing)
     else:
       size = sum(x.size * x.dtype.itemsize for x in made.shapes.values())
       ray = stack.enter_context(cluster.running(config, made.workers + config.shards, size))
-      run = Served(made, folder, timing, ray)
+      run = ServerRun(made, folder, timing, ray)
     stack.callback(run.close)
     own = loop.Hooks(run, stack, run.store, folder=folder)  # after Ray has set its signal handlers
     run.start(own.log.last)
-    user = [hook if isinstance(hook, Hook) else Call(hook) for hook in hooks]
+    user = [hook if isinstance(hook, Hook) else FunctionHook(hook) for hook in hooks]
     for _ in loop.events(run, (*user, *own.all)):
       pass
     summary = run.summary(own.evaluate)
@@ -76,7 +76,7 @@ def train(
   return summary, folder
 
 
-class Served(Polled):
+class ServerRun(Polled):
   """One run of servers and workers on Ray."""
 
   def __init__(self, setup: Setup, folder: Path, timing: Timing, ray: Any):

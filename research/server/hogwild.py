@@ -27,7 +27,7 @@ from research.training.reports.timing import Timing
 _POLL = 0.05  # seconds between two polls of the memory
 
 
-class Hogwild(Polled):
+class HogwildRun(Polled):
   """A run without servers; all steps between two polls of the memory count as one update."""
 
   def __init__(self, setup: Setup, folder: Path, timing: Timing):

@@ -21,12 +21,12 @@ from research.server import setup as setups
 from research.server.actors import Snapshot
 from research.server.messages import Spent
 from research.server.setup import Setup
-from research.server.store import Store
+from research.server.store import ShardStore
 from research.training import sources
 from research.training.config import UsageError
 from research.training.hooks import heartbeat
 from research.training.hooks.evaluate import Evaluate
-from research.training.hooks.hook import Event, Rounds, Waiting
+from research.training.hooks.hook import Event, Idle, Rounds
 from research.training.plan import Plan
 from research.training.reports import report
 from research.training.reports.summary import of_any
@@ -62,7 +62,7 @@ class Polled(BaseRun):
     super().__init__(setup.config, plan, setup.updates * self.period, timing)
     self.state = Snapshot(0, setups.initial(setup), None, [])
     checkpoints, names = folder / "checkpoints", list(setup.shapes)
-    self.store = Store(checkpoints, names, setup.parts, self.period)
+    self.store = ShardStore(checkpoints, names, setup.parts, self.period)
     self.deaths = Counter(workers=0)
     self.refused: Counter[str] = Counter()
     self.events: list[events.Event] | None = None  # None: unknown
@@ -133,7 +133,7 @@ class Polled(BaseRun):
     crossing = [b for a, b in itertools.pairwise([first, *steps]) if b // every > a // every]
     ends = sorted({*crossing, *steps[-1:]}) if whole else crossing
     if not ends:
-      return Waiting(first)
+      return Idle(first)
     count = steps.index(ends[-1]) + 1
     taken, self._updates = self._updates[:count], self._updates[count:]
     counts = np.diff([first, *steps[:count]])

@@ -190,7 +190,7 @@ def replay(folder: Path, out: Path | None = None) -> dict[str, Any]:
     with blame.of_libraries():
       head, happened = events.read(folder / events.FILE)
     names = list(setup.shapes)
-    checkpoints = store.Store(folder / "checkpoints", names, setup.parts)
+    checkpoints = store.ShardStore(folder / "checkpoints", names, setup.parts)
     _, place = checkpoints.restore(None, report.note) or (0, None)
     if head.get("from"):
       raise ValueError(f"has a trace that starts only at update {head['from']}: shards changed")

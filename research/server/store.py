@@ -17,10 +17,10 @@ from research.training.reports import report
 _STATE, _ABOUT = "state.npz", "server.json"
 
 
-class Store:
+class ShardStore:
   """The checkpoints of a server's run, in folders named by version.
 
-  Implements `Store` for the hook `Save`; an update counts as `period` steps.
+  Implements `CheckpointStore` for the hook `Save`; an update counts as `period` steps.
   """
 
   def __init__(

@@ -17,7 +17,7 @@ from research.sim.clock import Speeds
 from research.tasks.partition import Partition
 from research.training.assemble import EXECUTORS, Given
 from research.training.config import OF_SERVER, Config, UsageError
-from research.training.hooks.hook import Call, Event, Hook
+from research.training.hooks.hook import Event, FunctionHook, Hook
 from research.training.label import label
 from research.training.loop import trained
 from research.training.result import Result
@@ -112,7 +112,7 @@ def train(
       out=str(out or ""),
       **options,
     )
-    own = [hook if isinstance(hook, Hook) else Call(hook) for hook in hooks]
+    own = [hook if isinstance(hook, Hook) else FunctionHook(hook) for hook in hooks]
     return trained(config, given, own, writes=out is not None, shown=progress)
   except UsageError as error:
     raise UsageError(_in_python(str(error))) from error

@@ -28,7 +28,7 @@ from research.training.hooks.log import Columns, Log
 from research.training.hooks.network import Network
 from research.training.hooks.profile import Profile
 from research.training.hooks.replicas import Replicas, ReplicasDiffer
-from research.training.hooks.save import Save, Store
+from research.training.hooks.save import CheckpointStore, Save
 from research.training.hooks.signals import Signals
 from research.training.reports import figures
 from research.training.reports.summary import Costs, params_sha256, summarized
@@ -36,7 +36,7 @@ from research.training.reports.timing import Timing
 from research.training.result import Result
 from research.training.run import BaseRun
 from research.training.together import same_everywhere, together
-from research.training.virtual import Served
+from research.training.virtual import VirtualServer
 
 __all__ = ["NonFinite", "ReplicasDiffer", "Run", "events", "params_sha256", "train", "trained"]
 
@@ -144,7 +144,7 @@ class Hooks:
     self,
     run: BaseRun,
     stack: contextlib.ExitStack,
-    store: Store | None,
+    store: CheckpointStore | None,
     *,
     columns: Columns = lambda step: {},
     of_dispatches: Columns = lambda step: {},
@@ -240,7 +240,7 @@ class Run(BaseRun):
     steps = len(norms[diagnostics.GRADIENT]) // len(norms["update"])
     last_step = (place + 1) * steps - 1  # of the round
     found = diagnostics.columns(means, float(norms[diagnostics.GRADIENT][last_step]))
-    if isinstance(self.problem.virtual, Served):
+    if isinstance(self.problem.virtual, VirtualServer):
       found["staleness"] = float(self.problem.virtual.staleness[number])
     return found
 

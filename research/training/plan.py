@@ -85,7 +85,7 @@ class Stage:
 
   PIECE = 2**16  # rounds per piece
 
-  def __init__(self, rounds: wire.Rounds, first: int, end: int):
+  def __init__(self, rounds: wire.RoundTraffic, first: int, end: int):
     """Reads the rounds first, ..., end - 1.
 
     Args:

@@ -11,7 +11,7 @@ from research.training.plan import Plan
 MOST = 2**24  # maximum number of rounds whose times are computed before a run starts
 
 
-class Served(NamedTuple):
+class VirtualServer(NamedTuple):
   """The rounds of workers that do not wait for each other, on a virtual clock."""
 
   seconds: np.ndarray  # float64 [K], at the end of each round
@@ -28,7 +28,7 @@ class Served(NamedTuple):
     return found if found < len(self.seconds) else None
 
 
-class Waiting:
+class VirtualRounds:
   """The rounds of workers that wait for the slowest; times are drawn in pieces on demand."""
 
   order = None
@@ -76,7 +76,7 @@ class Waiting:
     self._ends = self._draws.ends(np.diff([self._plan.steps(number) for number in numbers]))
 
 
-Virtual = Served | Waiting
+Virtual = VirtualServer | VirtualRounds
 
 
 def _between(ends: np.ndarray, rounds: float, start: float = 0.0) -> float:
@@ -110,8 +110,8 @@ def played(speeds: clock.Speeds, plan: Plan, workers: int, seed: int) -> Callabl
       if rounds > MOST:
         raise ValueError(f"{rounds:,} rounds to be ordered before the first; at most {MOST:,}")
       trace = clock.asynchronous(speeds, workers, rounds, seed, method.local_steps)
-      return Served(trace.seconds, trace.owners, trace.staleness)
-    return Waiting(lambda: clock.Lockstep(speeds, workers, seed), plan)
+      return VirtualServer(trace.seconds, trace.owners, trace.staleness)
+    return VirtualRounds(lambda: clock.Lockstep(speeds, workers, seed), plan)
 
   run(1)
   return run

@@ -215,13 +215,13 @@ def test_bytes_of_stages_read_in_pieces(monkeypatch):
 
 def test_what_is_read_at_once_does_not_grow_with_the_steps(monkeypatch):
   """Of as many rounds as there can be, the first and the last piece are read."""
-  read, between = [], wire.Rounds.between
+  read, between = [], wire.RoundTraffic.between
 
   def noted(self, first, last):
     read.append((first, last))
     return between(self, first, last)
 
-  monkeypatch.setattr(wire.Rounds, "between", noted)
+  monkeypatch.setattr(wire.RoundTraffic, "between", noted)
   method = registry.build("method", "marina(0.1, gather_mean(qsgd()))")
   job = resolved(Job(method, regression(), {"data": 8}, np.full(8, 30), 8))
   layout, last = workers.infer_layout(job), 2**31 - 1

@@ -186,7 +186,7 @@ def test_a_warm_up_is_followed_round_by_round():
   program = lambda state, x: aggregator.aggregate(x, state, jax.random.key(0)).state
   state = jax.eval_shape(aggregator.init, X)
   first = lambda: aggregator.init(jnp.zeros(X.shape))
-  rounds = wire.Rounds(program, state, X, axes=EIGHT, first=first)
+  rounds = wire.RoundTraffic(program, state, X, axes=EIGHT, first=first)
   found = rounds.between(0, 30)
   of_top_k = lambda k: 7 * (4 * k + 10 * k / 8)
   sent = np.repeat([7000.0, of_top_k(250), of_top_k(10)], 10)
@@ -212,7 +212,7 @@ def test_a_condition_on_what_does_not_count_is_refused():
 
   state = {"n": jax.ShapeDtypeStruct((), jnp.int32), "x": X}
   first = lambda: {"n": jnp.zeros((), jnp.int32), "x": jnp.zeros(1000)}
-  read = lambda program, first=first: wire.Rounds(program, state, X, axes=EIGHT, first=first)
+  read = lambda program, first=first: wire.RoundTraffic(program, state, X, axes=EIGHT, first=first)
   for program in (flips, doubles):
     with pytest.raises(ValueError, match="branches"):
       read(program).between(0, 8)
@@ -237,7 +237,7 @@ def test_branches_that_differ_only_in_when_they_send_are_told_apart():
   state = {"n": jax.ShapeDtypeStruct((), jnp.int32), "x": X}
   first = lambda: {"n": jnp.zeros((), jnp.int32), "x": jnp.zeros(1000)}
   with pytest.raises(ValueError, match="branches"):
-    wire.Rounds(program, state, True, X, axes=EIGHT, first=first).between(0, 6)
+    wire.RoundTraffic(program, state, True, X, axes=EIGHT, first=first).between(0, 6)
 
 
 @pytest.mark.parametrize("dropped", [0, 5], ids=["equal rounds", "rounds that differ"])
@@ -252,7 +252,7 @@ def test_each_device_that_holds_the_same_messages_sends_them(dropped):
 
   first = lambda: jnp.zeros((), jnp.int32)
   one, three = (
-    wire.Rounds(round_, *shape, axes={"data": 4}, first=first, copies=copies).between(0, 8)
+    wire.RoundTraffic(round_, *shape, axes={"data": 4}, first=first, copies=copies).between(0, 8)
     for copies in (1, 3)
   )
   assert one.sent.sum() == (8 - dropped) * 2 * 3 / 4 * 64

@@ -377,7 +377,7 @@ def test_checkpoints_are_whole_or_set_aside(tmp_path):
   server, _ = ran(of)
   states = {n: part.snapshot()[2] for n, part in enumerate(server.parts)}
   counted, params, notes = server.head.counted, server.params(), []
-  checkpoints = store.Store(tmp_path, list(of.shapes), of.parts, period=3)
+  checkpoints = store.ShardStore(tmp_path, list(of.shapes), of.parts, period=3)
   for version in (5, 9):
     checkpoints.save(3 * version, store.Snapshot(version, params, states, counted), 0.0)
   assert checkpoints.latest() == 27
@@ -393,7 +393,7 @@ def test_checkpoints_are_whole_or_set_aside(tmp_path):
       np.testing.assert_array_equal(a, b)
   assert not notes
   (tmp_path / "9" / "state.npz").write_bytes(b"torn")
-  found = store.Store(tmp_path, list(of.shapes), [[0, 1]]).restore(None, notes.append)
+  found = store.ShardStore(tmp_path, list(of.shapes), [[0, 1]]).restore(None, notes.append)
   assert found is not None
   place = found[1]
   assert (place.version, place.states) == (5, None)

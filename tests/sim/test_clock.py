@@ -19,7 +19,7 @@ from research.sim.clock import (
   synchronous,
 )
 from research.training.plan import Plan
-from research.training.virtual import Waiting, played, rounds_within
+from research.training.virtual import VirtualRounds, played, rounds_within
 
 W = 8
 LAWS = {
@@ -79,7 +79,7 @@ def test_rounds_in_pieces_end_as_rounds_at_once(law, monkeypatch):
   method = registry.build("method", "local_sgd(sgd(0.1), mean(), period=[[0, 1], [5, 4], [9, 2]])")
   plan = Plan(stages(Job(method, regression(), {"data": W}, np.full(W, 30), 8)))
   for count in (1, 8, 2**16):
-    monkeypatch.setattr(Waiting, "STEPS", count)
+    monkeypatch.setattr(VirtualRounds, "STEPS", count)
     virtual = played(speeds, plan, W, 3)(len(steps))
     assert [virtual.at(rounds) for rounds in (39, 1, 2, 17, 0, 9)] == [
       want[38], want[0], want[1], want[16], 0, want[8]
@@ -96,7 +96,7 @@ def test_more_rounds_than_can_be_counted_or_ordered_are_refused(monkeypatch):
     registry.build("method", spec), regression(), {"data": 2}, np.full(2, 30), 8
   )
   waiting = played(steady(1.0), Plan((job("data_parallel(sgd(0.1), mean())"),)), 2, 0)
-  monkeypatch.setattr(Waiting, "STEPS", 64)
+  monkeypatch.setattr(VirtualRounds, "STEPS", 64)
   assert rounds_within(waiting, 100.5) == 100
   with pytest.raises(ValueError, match="256 rounds end after 256 s"):
     rounds_within(waiting, 1e9)

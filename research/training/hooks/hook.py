@@ -21,7 +21,7 @@ class Rounds(NamedTuple):
   metrics: Mapping[str, Array]  # on the devices: "loss" [last - first], "finite"
 
 
-class Waiting(NamedTuple):
+class Idle(NamedTuple):
   """A server's processes have produced no new row since the last event."""
 
   step: int
@@ -66,7 +66,7 @@ class End(NamedTuple):
   reason: str
 
 
-Event = Rounds | Waiting | Rewound | Evaluation | Pause | Saved | Stop | End
+Event = Rounds | Idle | Rewound | Evaluation | Pause | Saved | Stop | End
 COMPLETE = ("steps", "converged")  # reasons of a run that has nothing left to do
 
 
@@ -95,7 +95,7 @@ class Hook:
     """Called once at the end, also after an exception."""
 
 
-class Call(Hook):
+class FunctionHook(Hook):
   """A user's function `(run, event) -> reason to stop, or None`."""
 
   def __init__(self, function: Callable[["BaseRun", Event], str | None]):

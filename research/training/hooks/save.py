@@ -11,7 +11,7 @@ if TYPE_CHECKING:
   from research.training.run import BaseRun
 
 
-class Store(Protocol):
+class CheckpointStore(Protocol):
   """The checkpoints of a run, by step."""
 
   saved_at: float  # seconds of the run's clock at the newest save
@@ -35,7 +35,7 @@ class Store(Protocol):
 class Save(Hook):
   """Saves a run, at most once per `checkpoint_seconds` by the clock of process 0."""
 
-  def __init__(self, run: "BaseRun", store: Store):
+  def __init__(self, run: "BaseRun", store: CheckpointStore):
     self.every, self._store = run.config.checkpoint_every, store
 
   def restore(self, run: "BaseRun") -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from research.training.hooks.hook import Event, Hook, Rounds, Waiting
+from research.training.hooks.hook import Event, Hook, Idle, Rounds
 
 if TYPE_CHECKING:
   from research.training.run import BaseRun
@@ -23,7 +23,7 @@ class Signals(Hook):
     self._stopped = self._listening.enter_context(watch())
 
   def on(self, run: "BaseRun", event: Event) -> Iterable[Event]:
-    if isinstance(event, Rounds | Waiting) and not run.reason:
+    if isinstance(event, Rounds | Idle) and not run.reason:
       told = self._stopped()
       if told and run.step < run.steps:
         run.stop(told)
