@@ -14,8 +14,8 @@ from research.comm import mesh as meshes
 from research.core.base import EVERYONE, Aggregate, Aggregator, State, Tree
 from research.core.method import Method
 from research.methods.data_parallel import data_parallel
+from research.parallel import inference
 from research.parallel import layout as layouts
-from research.parallel import workers
 from research.parallel.job import Job
 from research.testing.side_by_side import regressions, side_by_side
 
@@ -55,7 +55,7 @@ def running(
   arguments = (axes, (240 // count,) * count, None)
   found = layout_of(names, tuple(axes.items()), record)
   with pytest.MonkeyPatch.context() as patch:  # it is the same for every executor, and takes time
-    patch.setattr(workers, "infer_layout", lambda job: found)
+    patch.setattr(inference, "layout_of", lambda job: found)
     return Running(_method(names, record), executor, *arguments, task=regressions(names))
 
 
@@ -71,5 +71,5 @@ def job_of(names: tuple[str, ...], axes: Mapping[str, int], record: bool = False
 
 @functools.cache
 def layout_of(names, axes, record=False) -> layouts.Layout:
-  """What `workers.infer_layout` says; `axes` are pairs, which can be remembered."""
-  return workers.infer_layout(job_of(names, dict(axes), record))
+  """What `inference.layout_of` says; `axes` are pairs, which can be remembered."""
+  return inference.layout_of(job_of(names, dict(axes), record))

@@ -117,7 +117,7 @@ def compiled(config: Config) -> tuple[float, str]:
   import jax
 
   from research.analysis import compiled, wire
-  from research.parallel import workers
+  from research.parallel import traffic
   from research.training import assemble
 
   problem = assemble.assemble(config, assemble.check(config))
@@ -128,7 +128,7 @@ def compiled(config: Config) -> tuple[float, str]:
   transfers = compiled.traffic(program, state.round.sharding.mesh)
   sent = sum(wire.by_axis(transfers, config.steps_per_dispatch).values())
   layout = problem.executor.layout
-  asked = {x.dtype for x in workers.traffic(problem.job, layout, rounds).transfers}
+  asked = {x.dtype for x in traffic.of_method(problem.job, layout, rounds).transfers}
   widened = asked - {x.dtype for x in transfers}
   return sent, f"{', '.join(sorted(widened))} travels as float32" if widened else ""
 

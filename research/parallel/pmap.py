@@ -9,8 +9,8 @@ from jax.sharding import PartitionSpec as P
 
 from research.comm import mesh as meshes
 from research.core.task import Data, Executor, TrainState
+from research.parallel import inference, sharded, workers
 from research.parallel import layout as layouts
-from research.parallel import sharded, workers
 from research.parallel.job import Job, resolved
 
 
@@ -30,7 +30,7 @@ def pmap(job: Job) -> Executor:
   if job.clients > 1 or jax.process_count() > 1:
     raise ValueError("pmap serves all owners in each round, in one process; use --executor=spmd")
   mesh = meshes.device_mesh(job.axes)
-  job, layout = resolved(job), workers.infer_layout(job)
+  job, layout = resolved(job), inference.layout_of(job)
   shardings = sharded.of_state(layout.state, mesh, ("data",))
   init = sharded.jit(partial(workers.initial, job, layout), out_shardings=shardings)
   state_axes = TrainState(None, None, layouts.lead(layout.state))

@@ -15,7 +15,7 @@ from research.comm import mesh as meshes
 from research.core.base import Key, State, Tree
 from research.core.method import Local
 from research.core.task import Data, Executor, Metrics, TrainState
-from research.parallel import diagnostics, sharded, workers
+from research.parallel import diagnostics, inference, sharded, workers
 from research.parallel import layout as layouts
 from research.parallel.cohorts import draw
 from research.parallel.job import Job, largest_sum, resolved
@@ -43,7 +43,7 @@ def simulate(job: Job) -> Executor:
   Raises:
     ValueError: if the population is not a multiple of the workers.
   """
-  layout = workers.infer_layout(job)
+  layout = inference.layout_of(job)
   job = workers.blocked(resolved(job))._replace(axes=meshes.worker_axes(job.axes))
   mesh = meshes.simulation_mesh(job.workers)
   shardings = sharded.of_state(layout.state, mesh, ("data",))

@@ -12,8 +12,8 @@ from research.comm import mesh as meshes
 from research.core import blame
 from research.core.base import Aggregator, Tree
 from research.core.task import Executor
+from research.parallel import inference, sharded, traffic, workers
 from research.parallel import layout as layouts
-from research.parallel import sharded, workers
 from research.parallel.job import Job, largest_sum, resolved
 
 
@@ -32,7 +32,7 @@ def spmd(job: Job) -> Executor:
       a multiple of the workers, or the method's exchange does not support sharding inside a worker.
   """
   mesh = meshes.device_mesh(job.axes, job.devices)
-  job, layout = resolved(job), workers.infer_layout(job)
+  job, layout = resolved(job), inference.layout_of(job)
   names = tuple(meshes.worker_axes(job.axes))
   initial = partial(workers.initial, job, layout)
   cut = sharded.cut_of(job.axes, job.task)
@@ -119,7 +119,7 @@ def _lies_along(axis: str, program: core.Jaxpr) -> bool:
 
 def _only_sums(job: Job, layout: layouts.Layout) -> None:
   """Refuses encoders of leaves that the compiler shards: they would communicate inside a worker."""
-  found = workers.traffic(job, layout, 1).transfers
+  found = traffic.of_method(job, layout, 1).transfers
   others = {t.operation for t in found} - {"all-reduce"}
   inner = ", ".join(name for name in job.axes if name not in meshes.worker_axes(job.axes))
   if others:

@@ -7,13 +7,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from research.aggregate.blockwise import blockwise
-from research.aggregate.mean import mean
-from research.analysis import wire
 from research.comm import collectives
 from research.comm import mesh as meshes
 from research.core.base import EVERYONE, Array, Key, Presence, State, Trait, Tree
 from research.core.method import Local
-from research.core.task import Batch, Data, Metrics, TrainState, loss_and_metrics
+from research.core.task import Batch, Data, Metrics, TrainState
 from research.parallel import diagnostics, sharded
 from research.parallel import layout as layouts
 from research.parallel.cohorts import draw
@@ -83,60 +81,6 @@ def sync(
   if Trait.NOISE in traits(job.method):
     return after
   return jax.tree.map(lambda new, old: jnp.where(anybody, new, old), after, state)
-
-
-def infer_layout(job: Job) -> layouts.Layout:
-  """Infers which state of the job is private, by tracing one of its rounds.
-
-  Args:
-    job: the job.
-
-  Raises:
-    ValueError: if the population is not a multiple of the workers; if workers serve several clients
-      or drop out and the method keeps a worker's chunk or sends to neighbours; if participation is
-      partial and the method needs everyone's earlier messages; or if clients are sampled at a rate
-      and the method keeps per-client state.
-  """
-  job = blocked(resolved(job))
-  if len(job.sizes) % job.workers:
-    raise ValueError(
-      f"a population of {len(job.sizes)} clients is not a multiple of the cohort, "
-      f"{job.workers} workers"
-    )
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  most = int(job.sizes.max())
-  struct = lambda x: jax.ShapeDtypeStruct((most, *x.shape[1:]), x.dtype)
-  size, index = jax.ShapeDtypeStruct((), jnp.int32), None
-  if job.batch_size is not None:
-    sample = lambda s, k: job.task.sample(s, jnp.int32(0), k, batch_size=job.batch_size)
-    spread = lambda x: jax.ShapeDtypeStruct((job.method.local_steps, *x.shape), x.dtype)
-    index = jax.tree.map(spread, jax.eval_shape(sample, size, key))
-  layout = layouts.infer(
-    job.method.init,
-    lambda state, *args: local_phase(job, state, *args),
-    lambda local, state, weight: sync(job, local, state, weight, jax.random.key(0)),
-    meshes.worker_axes(job.axes),
-    jax.eval_shape(job.task.init, key),
-    (jax.tree.map(struct, job.task.train), size, index, key),
-  )
-  kinds = jax.tree.leaves(layouts.kinds(layout.state))
-  if job.clients > 1 and any(kind.startswith("chunks") for kind in kinds):
-    raise ValueError("two_phase stores a memory per worker, but a population stores it per client")
-  if job.clients > 1 and _has_neighbours(job, layout):
-    raise ValueError("neighbours are workers, but a population stores state per client")
-  is_partial = job.clients > 1 or job.dropout or job.sampling_rate
-  if is_partial and Trait.EVERYONE in traits(job.method):
-    raise ValueError(
-      "ef21 and diana accumulate every worker's messages, which is incompatible with dropout and "
-      "with a population; use error_feedback"
-    )
-  if job.sampling_rate and any(jax.tree.leaves(layout.state)):
-    raise ValueError("the method stores state per client, which --sampling_rate does not support")
-  return layout
-
-
-def _has_neighbours(job: Job, layout: layouts.Layout) -> bool:
-  return any(t.operation == "permute" for t in traffic(job, layout, 1).transfers)
 
 
 def rounds_of_worker(
@@ -267,39 +211,6 @@ def deployed(job: Job, layout: layouts.Layout, state: State) -> Tree:
   return jax.tree.map(lambda p, x: jnp.mean(x, 0) if p else x, private, models)
 
 
-def traffic(job: Job, layout: layouts.Layout, rounds: int) -> wire.Traffic:
-  """Returns the traffic of one worker's algorithm in the first rounds; meant for few rounds.
-
-  Args:
-    job: the resolved job.
-    layout: which of its state is private.
-    rounds: the number of rounds.
-  """
-  found = sending(job, layout).between(0, rounds)
-  return found._replace(transfers=wire.happened(found.transfers))
-
-
-def sending(job: Job, layout: layouts.Layout) -> wire.RoundTraffic:
-  """Returns the traffic of one worker's algorithm in any range of rounds, from the traced sync.
-
-  For a worker of several devices, the traffic is that of all of them together.
-
-  Args:
-    job: the resolved job.
-    layout: which of its state is private.
-  """
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  weight = jax.ShapeDtypeStruct((), jnp.float32)
-  round_ = lambda state, local, weight, key: sync(blocked(job), local, state, weight, key)
-  args = (layout.state_shapes, layout.local_shapes, weight, key)
-  axes = meshes.worker_axes(job.axes)
-  params = jax.eval_shape(job.task.init, key)
-  init = layouts.over_workers(blocked(job).method.init, axes, None, layouts.lead(layout.state))
-  zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)
-  copies = sharded.replicas(job.axes)
-  return wire.RoundTraffic(round_, *args, axes=axes, first=lambda: init(zeros()), copies=copies)
-
-
 def of_loss(job: Job) -> tuple[Tree, Batch, Key]:
   """Returns the shapes of the arguments of a worker's loss: parameters, a mini-batch, a key.
 
@@ -314,35 +225,6 @@ def of_loss(job: Job) -> tuple[Tree, Batch, Key]:
     fetch = lambda examples, key: job.task.batch(examples, sample(key))
     batch = jax.eval_shape(fetch, batch, key)
   return jax.eval_shape(job.task.init, key), batch, key
-
-
-def dense_traffic(job: Job) -> list[wire.Transfer]:
-  """Returns the traffic of an exact mean of one gradient, the baseline for every method.
-
-  Args:
-    job: the resolved job.
-  """
-  params = jax.eval_shape(job.task.init, jax.random.key(0))
-  cut = sharded.cut_of(job.axes, job.task)
-  exact = blockwise(mean(), cut) if cut else mean()
-  average = lambda grads: exact.aggregate(grads, exact.init(grads), jax.random.key(0)).value
-  found = wire.traffic(average, params, axes=meshes.worker_axes(job.axes))
-  return wire.copied(found, sharded.replicas(job.axes))
-
-
-def metrics_traffic(job: Job, rounds: int) -> list[wire.Transfer]:
-  """Returns the traffic of the metrics of a dispatch of K rounds, without diagnostics.
-
-  Args:
-    job: the resolved job.
-    rounds: K.
-  """
-  params, batch, key = of_loss(job)
-  own = jax.eval_shape(loss_and_metrics(job.task), params, batch, key)[1]
-  steps = jax.ShapeDtypeStruct((rounds * job.method.local_steps,), jnp.float32)
-  finite = jax.ShapeDtypeStruct((), jnp.bool_)
-  measured = dict.fromkeys([*own, "loss"], steps)
-  return wire.traffic(reduce_metrics, measured, finite, axes=meshes.worker_axes(job.axes))
 
 
 def reduce_metrics(measured: Metrics, finite: Array, norms: Metrics | None = None) -> Metrics:

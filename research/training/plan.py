@@ -5,7 +5,7 @@ import math
 
 from research.analysis import wire
 from research.parallel import layout as layouts
-from research.parallel import workers
+from research.parallel import traffic
 from research.parallel.job import Job
 
 
@@ -55,7 +55,7 @@ class Sent:
     last = [job.first_round for job in plan.jobs[1:]]
     self._ends = [*last, max(1, round(plan.rounds(steps)))]  # ends of the stages, in rounds
     self._stages = [
-      Stage(workers.sending(job, layout), job.first_round, end) if end > job.first_round else None
+      Stage(traffic.by_round(job, layout), job.first_round, end) if end > job.first_round else None
       for job, end in zip(plan.jobs, self._ends, strict=True)
     ]
 

@@ -12,7 +12,7 @@ from problems import Running
 from research.analysis import wire
 from research.core import registry
 from research.core.base import Aggregate
-from research.parallel import workers
+from research.parallel import inference, traffic
 from research.parallel.layout import over_workers
 
 W, SHAPE = 4, (6, 5)
@@ -304,10 +304,10 @@ def test_chunks_of_a_slice_are_rounded_apart():
 def test_a_warm_up_sends_by_rounds_where_a_mesh_cuts_a_worker():
   spec = "data_parallel(sgd(0.1), warm_up(gather_mean(top_k(0.05)), steps=3))"
   job = Running(registry.build("method", spec), "simulate", {"data": 4, "fsdp": 2}, (60,) * 4).job
-  sent = workers.traffic(job, workers.infer_layout(job), 6).sent
+  sent = traffic.of_method(job, inference.layout_of(job), 6).sent
   assert (sent[:3] == sent[0]).all()
   assert (sent[3:] == sent[3]).all()
-  assert sent[3] < sent[0] == sum(t.total for t in workers.dense_traffic(job))
+  assert sent[3] < sent[0] == sum(t.total for t in traffic.of_dense(job))
 
 
 def test_clipping_of_no_leaves():

@@ -19,7 +19,7 @@ from research.core.base import Chunk, Trait
 from research.core.builtin import TABLE
 from research.core.task import TrainState
 from research.parallel import layout as layouts
-from research.parallel import resize, workers
+from research.parallel import resize, traffic
 from research.training.checkpoint import checkpoint
 from research.training.hooks.replicas import replica_check
 
@@ -130,8 +130,8 @@ def test_compression_adds_nothing_inside_a_worker(kind):
   found = compiled.traffic(program, meshes.device_mesh(CUT[kind]))
   between = [t for t in found if "fsdp" not in t.axes]
   half = lambda t: t._replace(payload=t.payload // 2, sent=t.sent / 2)
-  traced = [half(t) for t in workers.traffic(run.job, run.layout, 1).transfers]
-  traced += workers.metrics_traffic(run.job, 1)
+  traced = [half(t) for t in traffic.of_method(run.job, run.layout, 1).transfers]
+  traced += traffic.of_metrics(run.job, 1)
   assert counted(between) == counted(traced)
   mean = compiled_cut("flat", ("mean",))[1]
   dense = compiled.traffic(mean, meshes.device_mesh(CUT["flat"]))

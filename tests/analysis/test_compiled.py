@@ -21,7 +21,7 @@ from research.analysis import compiled, hlo, wire
 from research.comm import collectives, sending
 from research.comm import mesh as meshes
 from research.core import registry
-from research.parallel import workers
+from research.parallel import traffic
 
 X = jax.ShapeDtypeStruct((1024,), jnp.float32)
 ORDER = [3, 1, 2, 0, 4, 5, 7, 6]  # of the devices in the mesh: a program's own count differs
@@ -116,8 +116,8 @@ def test_a_dispatch_of_rounds_sends_its_rounds_and_its_metrics():
   run = Running(METHODS["adam"], "spmd", {"data": 8})
   program = run.executor.run.lower(run.state, run.data, rounds=3).compile()
   found = wire.by_axis(compiled.traffic(program, meshes.device_mesh(run.job.axes)))
-  rounds = wire.by_axis(workers.traffic(run.job, run.layout, 1).transfers)["data"]
-  metrics = wire.by_axis(workers.metrics_traffic(run.job, 3))["data"]
+  rounds = wire.by_axis(traffic.of_method(run.job, run.layout, 1).transfers)["data"]
+  metrics = wire.by_axis(traffic.of_metrics(run.job, 3))["data"]
   assert found == {"data": pytest.approx(3 * rounds + metrics)}
 
 

@@ -20,7 +20,7 @@ from research.methods.local import local_sgd
 from research.methods.post_local import PostLocalSGD
 from research.methods.scaffold import scaffold
 from research.optim.transform import as_optax
-from research.parallel import workers
+from research.parallel import inference
 from research.parallel.cohorts import draw
 from research.parallel.job import Job, resolved, stages
 from research.training.config import Config, UsageError
@@ -187,7 +187,7 @@ def test_bytes_of_rounds_read_in_pieces(method, monkeypatch):
   rounds, of_round = 43, [float(SENT[method](t)) for t in range(43)]
   built = registry.build("method", method)
   job = resolved(Job(built, regression(), {"data": 8}, np.full(8, 30), 8))
-  layout, plan = workers.infer_layout(job), Plan((job,))
+  layout, plan = inference.layout_of(job), Plan((job,))
   until = lambda x: sum(of_round[: int(x)]) + (x % 1 and x % 1 * of_round[int(x)])
   for piece in (5, 64):
     monkeypatch.setattr(Stage, "PIECE", piece)
@@ -206,7 +206,7 @@ def test_bytes_of_stages_read_in_pieces(monkeypatch):
   method = registry.build("method", f"local_sgd(sgd(0.1), {ramp}, period=[[0, 1], [5, 4], [9, 2]])")
   jobs = stages(Job(method, regression(), {"data": 8}, np.full(8, 30), 8))
   plan = Plan(jobs)
-  sent = Sent(plan, workers.infer_layout(jobs[0]), plan.steps(30))
+  sent = Sent(plan, inference.layout_of(jobs[0]), plan.steps(30))
   for rounds in (1, 4, 5, 6, 8, 9, 10, 29, 30):
     want = 147 * min(rounds, 7) + 588 * max(rounds - 7, 0)
     assert sent.until(plan.steps(rounds)) == want
@@ -224,7 +224,7 @@ def test_what_is_read_at_once_does_not_grow_with_the_steps(monkeypatch):
   monkeypatch.setattr(wire.RoundTraffic, "between", noted)
   method = registry.build("method", "marina(0.1, gather_mean(qsgd()))")
   job = resolved(Job(method, regression(), {"data": 8}, np.full(8, 30), 8))
-  layout, last = workers.infer_layout(job), 2**31 - 1
+  layout, last = inference.layout_of(job), 2**31 - 1
   read.clear()
   sent = Sent(Plan((job,)), layout, last)
   sent.until(100)
@@ -243,7 +243,7 @@ def test_a_counter_that_stops_is_refused_before_the_first_round():
 
   method = Stopping(optax.sgd(0.1), mean())
   job = resolved(Job(method, regression(), {"data": 8}, np.full(8, 30), 8))
-  layout, plan = workers.infer_layout(job), Plan((job,))
+  layout, plan = inference.layout_of(job), Plan((job,))
   Sent(plan, layout, stop)
   with pytest.raises(ValueError, match="branches"):
     Sent(plan, layout, 2 * stop)

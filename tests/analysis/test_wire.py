@@ -11,7 +11,7 @@ from problems import Running
 from research.analysis import wire
 from research.comm import collectives, sending
 from research.core import registry
-from research.parallel import workers
+from research.parallel import traffic
 
 X = jax.ShapeDtypeStruct((1000,), jnp.float32)
 EIGHT = {"data": 8}
@@ -156,12 +156,12 @@ def test_one_worker_sends_nothing():
 def test_data_parallelism_sends_one_gradient_per_round(name):
   """21 parameters of four bytes, 2 (W-1)/W of them, once in `period` steps."""
   run = Running(METHODS[name], "simulate", EIGHT)
-  found = workers.traffic(run.job, run.layout, 1).transfers
+  found = traffic.of_method(run.job, run.layout, 1).transfers
   assert wire.by_axis(found, METHODS[name].local_steps) == {
     "data": 84 * 14 / 8 / METHODS[name].local_steps
   }
-  assert wire.by_axis(workers.dense_traffic(run.job)) == {"data": 84 * 14 / 8}
-  metrics = wire.by_axis(workers.metrics_traffic(run.job, 10))
+  assert wire.by_axis(traffic.of_dense(run.job)) == {"data": 84 * 14 / 8}
+  metrics = wire.by_axis(traffic.of_metrics(run.job, 10))
   assert metrics == {"data": 4 * (10 * METHODS[name].local_steps + 1) * 14 / 8}
 
 
@@ -172,7 +172,7 @@ def test_hierarchical_mean_crosses_the_slow_axis_with_a_chunk():
   """
   method = registry.build("method", "data_parallel(sgd(0.1), hierarchical_mean())")
   run = Running(method, "simulate", {"slice": 2, "data": 4})
-  found = wire.by_axis(workers.traffic(run.job, run.layout, 1).transfers)
+  found = wire.by_axis(traffic.of_method(run.job, run.layout, 1).transfers)
   assert found == {"data": 128 * 3 / 4 + 3 * 32, "slice": 32}
 
 

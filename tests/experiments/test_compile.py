@@ -18,7 +18,7 @@ from experiments import compile as command
 from experiments.reports import ahead
 from research.analysis import chips
 from research.comm import mesh as meshes
-from research.parallel import workers
+from research.parallel import inference, traffic
 from research.training.config import Config, UsageError
 
 COMPILE = Path(__file__).parents[2] / "experiments" / "compile.py"
@@ -201,7 +201,7 @@ def hybrid(environment):
   job = ahead.problem_of(config, target).job
   mean, diloco = (ahead.compiled_round(c, target) for c in (HYBRID, config))
   assert min(mean["memory"]["left"], diloco["memory"]["left"]) > 0.1
-  traced = workers.traffic(job, workers.infer_layout(job), 1).transfers
+  traced = traffic.of_method(job, inference.layout_of(job), 1).transfers
   return mean["collectives"], diloco["collectives"], traced
 
 

@@ -33,7 +33,7 @@ from research.methods.marina import coin, marina
 from research.methods.onebit_adam import onebit_adam
 from research.methods.signum import signum
 from research.methods.zero_one_adam import zero_one_adam
-from research.parallel import workers
+from research.parallel import inference, traffic, workers
 
 RATE = optax.linear_schedule(0.05, 0.01, 8)
 RISING = optax.linear_schedule(0.0, 0.05, 4)  # begins with a step of zero
@@ -392,7 +392,7 @@ def sent(method: Method, rounds: int) -> np.ndarray:
   task = regression()._replace(init=lambda key: shapes, loss=loss)
   job = workers.Job(method, task, SIMULATED, np.full(8, 30), None)
   dense = 2 * 7 / 8 * 4 * 512 * 64
-  return workers.traffic(job, workers.infer_layout(job), rounds).sent / dense
+  return traffic.of_method(job, inference.layout_of(job), rounds).sent / dense
 
 
 def test_bytes_are_known_round_by_round():

@@ -22,8 +22,8 @@ from research.methods.data_parallel import data_parallel
 from research.methods.dc_asgd import dc_asgd, dc_asgd_constant
 from research.methods.local import local_sgd
 from research.optim.transform import as_optax
+from research.parallel import inference, traffic
 from research.parallel import layout as layouts
-from research.parallel import workers
 from research.parallel.job import Job
 from research.sim.delays import (
   Delays,
@@ -72,7 +72,7 @@ def running(
   found = layout_of(tuple(axes.items()), sizes, names)
   task = regressions(names, regression(80))
   with pytest.MonkeyPatch.context() as patch:  # it is the same for every executor, and takes time
-    patch.setattr(workers, "infer_layout", lambda job: found)
+    patch.setattr(inference, "layout_of", lambda job: found)
     return Running(together(names), executor, axes, sizes, None, task=task)
 
 
@@ -83,7 +83,7 @@ def together(names: tuple[str, ...]) -> Method:
 @functools.cache
 def layout_of(axes: Axes, sizes: tuple[int, ...], names: tuple[str, ...]) -> layouts.Layout:
   task = regressions(names, regression(80))
-  return workers.infer_layout(Job(together(names), task, dict(axes), np.asarray(sizes), None))
+  return inference.layout_of(Job(together(names), task, dict(axes), np.asarray(sizes), None))
 
 
 @functools.cache
@@ -494,7 +494,7 @@ def test_what_is_private():
 
 def sent(method: Method) -> np.ndarray:
   job = Job(method, regression(80), FLAT, np.asarray(SIZES), None)
-  return workers.traffic(job, workers.infer_layout(job), 3).sent
+  return traffic.of_method(job, inference.layout_of(job), 3).sent
 
 
 @pytest.mark.parametrize("name", METHODS)

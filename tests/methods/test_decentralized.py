@@ -24,8 +24,8 @@ from research.methods.consensus import admm, extra, gradient_tracking
 from research.methods.data_parallel import data_parallel
 from research.methods.decentralized import d_psgd, dgd, sgp
 from research.methods.local import local_sgd
+from research.parallel import inference, traffic
 from research.parallel import layout as layouts
-from research.parallel import workers
 from research.parallel.job import Job
 
 SGD, MOMENTUM = optax.sgd(0.1), optax.sgd(0.1, momentum=0.5)
@@ -53,14 +53,14 @@ def running(executor: str, axes: dict[str, int], sizes: tuple[int, ...] = SIZES)
   """All methods in one program."""
   task, found = regressions(tuple(METHODS)), layout_of(tuple(axes.items()), sizes)
   with pytest.MonkeyPatch.context() as patch:  # it is the same for every executor, and takes time
-    patch.setattr(workers, "infer_layout", lambda job: found)
+    patch.setattr(inference, "layout_of", lambda job: found)
     return Running(together(len(sizes)), executor, axes, sizes, None, task=task)
 
 
 @functools.cache
 def layout_of(axes: tuple[tuple[str, int], ...], sizes: tuple[int, ...]) -> layouts.Layout:
   method, task = together(len(sizes)), regressions(tuple(METHODS))
-  return workers.infer_layout(Job(method, task, dict(axes), np.asarray(sizes), None))
+  return inference.layout_of(Job(method, task, dict(axes), np.asarray(sizes), None))
 
 
 @functools.cache
@@ -265,7 +265,7 @@ def test_bytes_follow_the_degree(count):
   ):
     task = regression(4 * count)
     job = Job(method, task, {"data": count}, np.asarray(sizes), None)
-    found = workers.traffic(job, workers.infer_layout(job), 3)
+    found = traffic.of_method(job, inference.layout_of(job), 3)
     np.testing.assert_allclose(found.sent, [sent] * 3)
 
 
@@ -280,7 +280,7 @@ def test_a_varying_graph_is_followed_round_by_round():
 
   method = d_psgd(SGD, gossip(Both()))
   run = Running(method, "simulate", SIMULATED, batch_size=None)
-  sent = workers.traffic(run.job, run.layout, 5).sent
+  sent = traffic.of_method(run.job, run.layout, 5).sent
   np.testing.assert_allclose(sent, [2 * 84, 7 * 84, 2 * 84, 7 * 84, 2 * 84])
 
 

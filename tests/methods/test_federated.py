@@ -31,7 +31,7 @@ from research.methods.local import local_sgd
 from research.methods.scaffold import scaffold
 from research.methods.sparta import sparta
 from research.optim.transform import as_optax
-from research.parallel import workers
+from research.parallel import traffic
 from research.parallel.cohorts import cohorts, draw
 from research.tasks.convex import counterexamples
 
@@ -449,7 +449,7 @@ def test_bytes():
 
   def sent(method: Method, rounds: int) -> float:
     run = running(method)
-    return workers.traffic(run.job, run.layout, rounds).sent.sum()
+    return traffic.of_method(run.job, run.layout, rounds).sent.sum()
 
   dense = sent(data_parallel(PLAIN, mean()), 16)
   for method, trees in (

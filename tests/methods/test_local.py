@@ -30,7 +30,7 @@ from research.methods.restarted import restarted
 from research.methods.slow_mo import slow_mo
 from research.methods.streaming_diloco import streaming_diloco
 from research.optim.transform import as_optax
-from research.parallel import workers
+from research.parallel import inference, traffic
 from research.parallel.job import Job
 
 SIZES = (10, 20, 30, 20)  # examples by worker: their weights differ
@@ -382,7 +382,7 @@ def job_of(method: Method, axes=FLAT, sizes=SIZES) -> Job:
 
 def test_what_is_private():
   """Inner optimizers and drifting models; the common model, centre and counters are kept once."""
-  layout = lambda name: workers.infer_layout(job_of(METHODS[name])).state
+  layout = lambda name: inference.layout_of(job_of(METHODS[name])).state
   every = lambda tree: set(map(bool, jax.tree.leaves(tree)))
   for name in ("local", "diloco", "slow_mo"):
     assert every(layout(name).params) == {False}
@@ -394,9 +394,9 @@ def test_what_is_private():
   assert not layout("post_local").count
 
 
-def traffic(method: Method, rounds: int, axes=FLAT, sizes=SIZES):
+def traffic_of(method: Method, rounds: int, axes=FLAT, sizes=SIZES):
   job = job_of(method, axes, sizes)
-  return workers.traffic(job, workers.infer_layout(job), rounds)
+  return traffic.of_method(job, inference.layout_of(job), rounds)
 
 
 @pytest.mark.parametrize(
@@ -413,18 +413,18 @@ def traffic(method: Method, rounds: int, axes=FLAT, sizes=SIZES):
 )
 def test_bytes_fall_with_the_period(method):
   """Sixteen steps against sixteen dense ones."""
-  dense = traffic(data_parallel(PLAIN, mean()), 16).sent.sum()
+  dense = traffic_of(data_parallel(PLAIN, mean()), 16).sent.sum()
   assert dense > 0
-  assert 0.98 / 8 <= traffic(method, 16 // method.local_steps).sent.sum() / dense <= 1.02 / 8
+  assert 0.98 / 8 <= traffic_of(method, 16 // method.local_steps).sent.sum() / dense <= 1.02 / 8
 
 
 def test_bytes_follow_the_round():
   """Of 21 numbers the bias has 3; four workers send 6 bytes for each byte that they average."""
-  sent = traffic(METHODS["streaming"], 4).sent
+  sent = traffic_of(METHODS["streaming"], 4).sent
   np.testing.assert_allclose(sent, np.asarray([3, 18, 3, 18]) * 4 * 1.5)
-  sent = traffic(METHODS["post_local"], 8).sent
+  sent = traffic_of(METHODS["post_local"], 8).sent
   np.testing.assert_allclose(sent, np.asarray([1, 1, 0, 0, 1, 0, 0, 1]) * 21 * 4 * 1.5)
-  by_axis = traffic(METHODS["hierarchical"], 4, SLICED, (20,) * 4).transfers
+  by_axis = traffic_of(METHODS["hierarchical"], 4, SLICED, (20,) * 4).transfers
   numbers = {
     axis: sum(t.payload * t.times for t in by_axis if t.axes == (axis,)) for axis in SLICED
   }
@@ -497,10 +497,10 @@ def test_ranges_are_checked_when_built(build, words):
 
 def test_what_a_model_or_a_mesh_refuses():
   with pytest.raises(ValueError, match=r"alpha=0.4 is not below .* W = 4"):
-    traffic(easgd(PLAIN, mean(), alpha=0.4), 1)
+    traffic_of(easgd(PLAIN, mean(), alpha=0.4), 1)
   with pytest.raises(ValueError, match="fragments=4 of a model that has 2 leaves"):
-    traffic(streaming_diloco(PLAIN, ONE, mean(), fragments=4), 1)
+    traffic_of(streaming_diloco(PLAIN, ONE, mean(), fragments=4), 1)
   with pytest.raises(ValueError, match="the fast aggregator also uses 'slice'"):
-    traffic(hierarchical_local_sgd(PLAIN, mean(), SLOW), 1, SLICED)
+    traffic_of(hierarchical_local_sgd(PLAIN, mean(), SLOW), 1, SLICED)
   with pytest.raises(ValueError, match="'slice'"):
-    traffic(METHODS["hierarchical"], 1)
+    traffic_of(METHODS["hierarchical"], 1)

@@ -16,7 +16,7 @@ from research.core import registry
 from research.core.base import WORKER_AXES
 from research.core.task import Task
 from research.models.transformer import transformer
-from research.parallel import workers
+from research.parallel import inference, traffic, workers
 from research.tasks.language.language import Text, next_token
 
 OUTPUTS, CONTEXT, BATCH = 12, 8, 8
@@ -62,7 +62,7 @@ def _together(names: tuple[str, ...], one: Task) -> Task:
 @functools.cache
 def layout(names, experts, axes):
   """It is the same for every executor, and takes time."""
-  return workers.infer_layout(job(names, experts, axes))
+  return inference.layout_of(job(names, experts, axes))
 
 
 def job(names, experts, axes) -> workers.Job:
@@ -77,7 +77,7 @@ def losses(names, executor, axes, experts) -> dict[str, float]:
   method, of_task = several(names, experts)
   found = layout(names, experts, axes)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(workers, "infer_layout", lambda job: found)
+    patch.setattr(inference, "layout_of", lambda job: found)
     count = dict(axes)["data"]
     running = Running(method, executor, dict(axes), (80 // count,) * count, BATCH, task=of_task)
   held_out = task(experts).test or {}
@@ -145,9 +145,9 @@ def test_compression_leaves_the_inside_of_a_worker_alone(inner):
     # a byte for each leaf of the state, whether it is finite, is not of the aggregation
     rest = [t for t in found if t not in across and t.dtype != "bool"]
     within = Counter((t.operation, t.axes, t.dtype, t.payload) for t in rest)
-    encoded = workers.traffic(running.job, running.layout, 1).transfers  # by all four devices
+    encoded = traffic.of_method(running.job, running.layout, 1).transfers  # by all four devices
     asked = sum(t.total for t in encoded) / 4
-    return across, within, asked + sum(t.total for t in workers.metrics_traffic(running.job, 1))
+    return across, within, asked + sum(t.total for t in traffic.of_metrics(running.job, 1))
 
   across, within, asked = transfers("error_feedback(two_phase(int8()))")
   _, before, dense = transfers("mean()")

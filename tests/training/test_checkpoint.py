@@ -19,8 +19,8 @@ from research.aggregate.chunks import cut as cut_chunks
 from research.comm import mesh as meshes
 from research.core import registry
 from research.core.task import TrainState
+from research.parallel import inference, resize, sharded, workers
 from research.parallel import layout as layouts
-from research.parallel import resize, sharded, workers
 from research.parallel.job import Job
 from research.training.checkpoint import checkpoint, integrity, manager
 
@@ -191,7 +191,7 @@ def held(place: str) -> Held:
   executor, axes = PLACES[place]
   task, count = perceptron(), axes["data"]
   job = Job(registry.build("method", ANYWHERE), task, axes, np.full(count, 240 // count), 12)
-  layout = workers.infer_layout(job)
+  layout = inference.layout_of(job)
   state = jax.eval_shape(functools.partial(workers.initial, job, layout), jax.random.key(0))
   cut = sharded.cut_of(axes, task)
   if executor == "simulate":

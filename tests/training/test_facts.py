@@ -16,7 +16,7 @@ from research.aggregate.privacy import accounting, private
 from research.core import registry
 from research.core.base import EVERYONE, Aggregator
 from research.methods.data_parallel import DataParallel, data_parallel
-from research.parallel import workers
+from research.parallel import inference
 from research.parallel.job import Job, resolved
 from research.training.config import Config
 from research.training.reports.facts import facts
@@ -33,7 +33,7 @@ def read(method: str, axes=None, owners: int = W, uneven: bool = False, task=TAS
   _, sizes = split(task, sizes)
   built = registry.build("method", method)
   job = resolved(Job(built, task, axes or {"data": W}, sizes, 3, **rest))
-  return facts(Config(method=method), job, workers.infer_layout(job))
+  return facts(Config(method=method), job, inference.layout_of(job))
 
 
 def noisy(inner: str = "mean()") -> str:

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from research.analysis import wire
 from research.comm.mesh import worker_axes
 from research.core.base import Params
-from research.parallel import sharded, workers
+from research.parallel import sharded, traffic
 from research.training import reach
 from research.training.plan import Sent
 from research.training.reports import report
@@ -105,10 +105,10 @@ def _wire(run: "Run", costs: Costs, network: "Network", last: Any) -> dict[str, 
   """Bytes by axis; `last` is the job of the last stage."""
   job = run.problem.job
   rounds = max(1, run.timing.largest // last.method.local_steps)
-  shared = wire.by_axis(workers.metrics_traffic(last, rounds), rounds * last.method.local_steps)
+  shared = wire.by_axis(traffic.of_metrics(last, rounds), rounds * last.method.local_steps)
   steps = max(job.method.local_steps, run.step)
   transfers = costs.sent.transfers(steps)
-  dense = wire.by_axis(workers.dense_traffic(job))
+  dense = wire.by_axis(traffic.of_dense(job))
   return {
     "bytes_per_step_per_worker": wire.by_axis(transfers, steps) if job.order is None else {},
     "metrics_bytes_per_step_per_worker": shared,
