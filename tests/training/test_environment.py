@@ -74,7 +74,9 @@ def test_a_variable_that_jax_cannot_use_is_one_line(command, name, value, tmp_pa
   process = start(command, COMMANDS[command], tmp_path, **{name: value})
   _, err = process.communicate(timeout=300)
   assert process.returncode == 2, err
-  (line,) = err.splitlines()
+  *before, line = err.splitlines()
+  assert not before or value == "tpu"  # libtpu, where it is installed, writes lines of its own
+  assert "Traceback" not in err
   assert line.startswith("error: ")
   assert name in line
   assert len(line) <= 1000
