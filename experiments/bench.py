@@ -12,7 +12,7 @@ checkpoint blocks, the memory of 10,000 simulated workers, and the time to the f
 Other suites run between hosts, which are network namespaces of Linux, as root (`hosts.py`,
 `speed.py`, `faults.py`), and on a parameter server (`servers.py`). `--cases` selects methods of
 `speed.py` or cases of the server; the others' earlier results in OUT are kept. --suite=applications
-measures search, finance, medicine and recommendation beside peer libraries
+measures search, finance, medicine and recommendation, and compares them with peer libraries
 (`applications/suite.py`).
 
 Writes result.json and table.md. Workers on one machine use its cores better with one device per

@@ -210,7 +210,7 @@ class _Job:
     return Ended(code, f"{name} failed with exit code {code}")
 
   def _hung(self) -> str:
-    """Says that no running process has made progress for too long; '' while one may yet."""
+    """Returns a message if no running process has made progress for too long, else ''."""
     running = [r for r in self.running if r.popen.poll() is None]
     beats = [r.beat.stat().st_mtime for r in running if r.beat.exists()]
     if not beats:  # they have ended, or do not report progress as our runs do
@@ -224,7 +224,7 @@ class _Job:
     return f"no process has {what} {limit:g} s: {_names([r.process.name for r in running])}"
 
   def _read(self, seconds: float) -> None:
-    """Passes on output of the processes, waiting at most `seconds` for it."""
+    """Forwards the output of the processes; waits at most `seconds` for it."""
     for key, _ in self.streams.select(seconds):
       try:
         chunk = os.read(key.fd, 1 << 16)

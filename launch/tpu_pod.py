@@ -78,7 +78,7 @@ def execute(words: Sequence[str], dry: bool, show: bool) -> str:
 
 
 def define_flags() -> None:
-  """Defines the flags that say which machines are meant, and how they are made."""
+  """Defines the flags that select the machines and specify how to create them."""
   flags.DEFINE_string("name", "", "Name of the queued resource and its slices.")
   flags.DEFINE_string("zone", "", "Google Cloud zone, such as us-east5-a.")
   flags.DEFINE_string("project", "", "Google Cloud project; empty: gcloud's default.")
@@ -148,7 +148,7 @@ def delete(pod: Pod, line: Sequence[str] = ()) -> int:
 
 
 def setup(pod: Pod, line: Sequence[str] = ()) -> int:
-  """Copies the files that git tracks or does not ignore to all workers, and installs them."""
+  """Copies all files that git does not ignore to all workers, and installs the code."""
   del line
   with tempfile.TemporaryDirectory() as folder:
     archive = "/tmp/code.tar.gz" if pod.dry else f"{folder}/code.tar.gz"

@@ -1,4 +1,4 @@
-"""Film recommendation beside a peer library. An application of `bench.py`."""
+"""Film recommendation compared with a peer library. An application of `bench.py`."""
 
 # pyright: reportMissingImports=false
 # Cornac is only in the extra `applications`.

@@ -1,4 +1,4 @@
-"""Finance beside published values and a linear program. An application of `bench.py`."""
+"""Finance compared with published values and a linear program, for `bench.py`."""
 
 import time
 from typing import Any

@@ -1,4 +1,4 @@
-"""Search beside its peers: PageRank, learning to rank, BM25. An application of `bench.py`."""
+"""Search compared with peers: PageRank, learning to rank, BM25. An application of `bench.py`."""
 
 # pyright: reportMissingImports=false
 # LightGBM is only in the extra `applications`.
@@ -56,7 +56,7 @@ def pagerank(axes: Any) -> Rows:
 
 
 def search(figure: Any) -> Rows:
-  """PageRank, learning to rank beside LightGBM, and BM25."""
+  """PageRank, learning to rank compared with LightGBM, and BM25."""
   axes = figure.subplots(1, 2)
   rows = pagerank(axes)
   axes[0].set(title="PageRank of wiki-Vote", xlabel="iteration", ylabel="L1 of the residual")

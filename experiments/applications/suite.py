@@ -1,4 +1,4 @@
-"""The suite `applications` of bench.py: search, finance, medicine, recommendation beside peers.
+"""The suite `applications` of bench.py: search, finance, medicine and recommendation.
 
 Writes OUT/CASE/result.json (rows with commit and hardware), table.md and figure.png. Needs the data
 files and, for comparisons with peer libraries, `pip install -e ".[applications]"`.

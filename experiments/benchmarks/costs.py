@@ -66,10 +66,11 @@ def timed(function: Callable[..., Any], *args: Any) -> Timed:
 
 
 def compress(repeats: int) -> list[dict[str, Any]]:
-  """Times each compressor on a 64 MiB leaf of normal values, in turn with `jnp.copy` of it.
+  """Times each compressor on a 64 MiB leaf of normal values, in turn with `jnp.copy` of the leaf.
 
   A row's `encode_bandwidth` is encode's rate in bytes per second, divided by the copy's rate.
-  Encode counts as moving the leaf and the payload once each, the copy as moving the leaf twice.
+  Encoding counts as moving the leaf once and the payload once; copying counts as moving the leaf
+  twice.
 
   Args:
     repeats: the number of turns that are counted.

@@ -134,7 +134,7 @@ def compiled(config: Config) -> tuple[float, str]:
 
 
 def wire_table(rows: list[dict[str, Any]]) -> list[str]:
-  """The Markdown table of the kernel's counts beside the prediction."""
+  """The Markdown table of the kernel's counts next to the prediction."""
   lines = [
     "| method | hosts | bytes per step and host, as traced | as compiled for a CPU | as the kernel "
     "counts, without headers | deviation | |"

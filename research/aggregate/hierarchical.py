@@ -84,8 +84,8 @@ class Hierarchical(TwoLevels, name="hierarchical"):
   Each of the F workers of a slice handles one chunk of every leaf: a slow link carries 1 / F of the
   inner payload per worker, and the fast links carry the two halves of an exact all-reduce. The
   worker of chunk f is charged F times the inner aggregator's error on m_s[f]:
-  sent_i = x_i - F (m_s[f] - sent_s[f]) on that chunk and x_i elsewhere. The mean over the slice is
-  exact, so an error feedback memory belongs outside:
+  sent_i = x_i - F (m_s[f] - sent_s[f]) on that chunk and x_i elsewhere. The slice's mean of sent_i
+  is then exactly sent_s, so the memory of error feedback belongs outside:
   `error_feedback(hierarchical(two_phase(int8(), axis='slice')))`. If workers may be absent, the
   workers present in a slice share the error of every chunk equally, which takes another gather over
   the fast links. An inner rule that selects or votes sees a slice as one worker, whose value is the

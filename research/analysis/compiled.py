@@ -1,10 +1,10 @@
 """Traffic of a compiled program: reads every collective that remains in the target's program.
 
 `wire.py` reads the requested traffic from the traced program; this module reads the actual traffic.
-The two share only the formulas for rings. They differ if a compiler changes the traffic: XLA:CPU
-sums bfloat16 as float32. XLA:TPU pads arrays that do not fit its tiles. If the shards of an array
-do not fit the tiles, it may replace an all-gather or a reduce-scatter by an all-reduce of the full
-array, which sends twice the bytes.
+The two modules share only the formulas for rings. Their results differ if a compiler changes the
+traffic: XLA:CPU sums bfloat16 as float32, and XLA:TPU pads arrays that do not fit its tiles. If the
+shards of an array do not fit the tiles, XLA:TPU may replace an all-gather or a reduce-scatter by an
+all-reduce of the full array, which sends twice the bytes.
 """
 
 from collections.abc import Iterable, Iterator

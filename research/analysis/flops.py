@@ -39,10 +39,10 @@ def flops(program: core.ClosedJaxpr, axes: Mapping[str, int] | None = None) -> f
 
 
 def carried(program: core.ClosedJaxpr, axes: Mapping[str, int] | None = None) -> float:
-  """Counts the bytes that one device reads and writes for its loops; a lower bound.
+  """Counts the bytes that one device reads and writes for its loops, as a lower bound.
 
   In each iteration a `scan` reads its carry and one row of its inputs, and writes its carry and one
-  row of its outputs. This is a lower bound if the carry does not stay on the chip.
+  row of its outputs. The bound holds only if the carry does not stay on the chip.
 
   Args and Raises: see `flops`.
   """

@@ -1,4 +1,4 @@
-"""Wraps collectives: sends arrays as bits, in pieces, packed with others, by simulated workers."""
+"""Wrappers of collectives: send as bits, in pieces, packed together, or by simulated workers."""
 
 import math
 from collections.abc import Callable

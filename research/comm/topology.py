@@ -48,7 +48,7 @@ class Undirected(Topology):
 
   @required
   def neighbours(self, count: int) -> list[set[int]]:
-    """Returns the neighbours of each of W workers; a set may include the worker itself."""
+    """Returns the neighbours of each of the W workers; a set may include the worker itself."""
     ...
 
   def rounds(self, count):

@@ -114,7 +114,7 @@ def _registering() -> list[str]:
 
 
 def _source_of(module: ModuleType) -> Source | None:
-  """Tells how another process can import a module; None for a script or a module without a file."""
+  """Returns how another process can import a module; None for a script or without a file."""
   file = getattr(module, "__file__", None)
   if module.__name__ == "__main__" or not file:
     return None

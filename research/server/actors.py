@@ -24,7 +24,7 @@ class Snapshot(NamedTuple):
 
 
 class Sizes(NamedTuple):
-  """The model as a server knows it: named leaves, and which leaves each shard has."""
+  """The server's description of the model: names, shapes and dtypes of leaves, and their shards."""
 
   leaves: list[tuple[str, tuple[int, ...], str]]
   parts: list[list[int]]

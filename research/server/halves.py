@@ -34,7 +34,7 @@ class _Bare(Aggregator):
 
 
 class ServerState(NamedTuple):
-  """Server state beside the model."""
+  """Server state other than the model."""
 
   shared: list[Array]  # leaves of the method's state
   memory: State  # of the staleness correction
@@ -182,7 +182,7 @@ def _own(method: Method, state: State, shapes: Params) -> list[bool]:
 
 
 def _check_worker(found: Halves, state: State, shapes: Params, name: str) -> None:
-  """Rejects a worker's half that needs server state, or sends other leaves than the model's.
+  """Rejects a worker's half that needs server state, or sends leaves other than the model's.
 
   Raises:
     ValueError: with the reason.

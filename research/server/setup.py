@@ -75,7 +75,7 @@ def count_workers(config: Config) -> int:
 
 
 def check(config: Config, needs_ray: bool = True) -> Method:
-  """Builds the method, after rejecting flags that are invalid whatever the data.
+  """Builds the method, after rejecting flags that are invalid for any data.
 
   Raises:
     UsageError: one line.

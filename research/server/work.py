@@ -173,7 +173,7 @@ def cut(shapes: Shapes, shards: int) -> list[list[int]]:
 class Side(NamedTuple):
   """The server's half for one shard, with leaves by name."""
 
-  init: Callable[[dict[str, Array]], State]  # state beside the leaves
+  init: Callable[[dict[str, Array]], State]  # state other than the leaves
   # (params, state, payloads, then, worker, number, staleness) -> params, state: applies one push
   one: Callable[..., tuple[dict[str, Array], State]]
   # (total, payloads, share, worker, number) -> total, then an update from it: applies a round

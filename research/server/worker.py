@@ -185,7 +185,7 @@ class Worker:
     return answer, pulls
 
   def patiently(self, servers: Servers, push: Any, send: Any) -> Any:
-    """Sends; while the object store is full it reports that, waits and retries."""
+    """Calls `send`; while the object store is full, reports this, waits and retries."""
     for pause in (0.1, 0.5, 2.0, 5.0):
       try:
         return send()

@@ -35,7 +35,8 @@ def steady(
   """Constant step times.
 
   Args:
-    seconds: time of a step, greater than 0; one number for all workers, or one for each of W.
+    seconds: time per step, greater than 0: one number for all workers, or a list with one number
+      for each of the W workers.
     slowdown: factors on step times by worker index, greater than 0: {0: 4} makes worker 0 four
       times slower. Other workers have factor 1.
 
@@ -97,7 +98,7 @@ def measured(
   """Step times drawn with replacement from measurements.
 
   Args:
-    seconds: a list of step times for each of W workers, or one list for all; greater than 0.
+    seconds: a list of step times for each of the W workers, or one list for all; above 0.
     slowdown: see `steady`.
 
   Raises:

@@ -50,7 +50,7 @@ def supervised(
       `networks.network`. Its Dropout draws from the key of the loss and is off in `evaluate`.
     train: numpy arrays "x" [N, ...], or sparse rows as `models.classic.Linear` takes them; "y"
       [N, ...], which custom losses and metrics may omit; and others by any name.
-    test: the same, of other examples.
+    test: the same for the test examples.
     loss: "softmax", cross-entropy in nats, y int [N] in [0, outputs); "logistic", the same for
       y in {0, 1} and one output; "squares", half of the squared error summed over outputs,
       y float [N] or [N, outputs]; or a function (outputs, batch) -> losses [batch], or -> (losses,
@@ -186,7 +186,7 @@ def _distance(params: Params, optimum: Params) -> Array:
 
 
 def _check_alike(train: Batch, test: Batch) -> None:
-  """Rejects examples to test on that are not like those to train on; sparse rows differ in length.
+  """Rejects test examples unlike the training examples; sparse rows may differ in length.
 
   Raises:
     ValueError: with the array.

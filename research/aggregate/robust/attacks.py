@@ -1,4 +1,4 @@
-"""Attacks by faulty workers, for studies and tests: wrappers that replace a worker's message.
+"""Attacks by faulty workers, for experiments and tests: wrappers that replace a worker's message.
 
 The first `faulty` workers attack in every round in which they are present; the others are honest.
 An attack that depends on other workers' values uses its own collective. This is not traffic of the

@@ -2,7 +2,7 @@
 
 A worker's vector consists of all its leaves. As in `coordinates.py`, worker j receives chunk j of
 all workers. Beyond that, only sums over chunks are sent: W numbers per iteration or, for Krum, W
-distances to each of W workers. Their number is independent of the model's size. Distances are norms
+distances to each of the W workers. Neither amount depends on the model's size. Distances are norms
 of differences, in float32 or wider. A non-finite distance (a worker sent NaN, infinity, or more
 than the square root of the largest float) counts as infinite: that worker is never a nearest
 neighbour and has zero weight. As in `coordinates.py`, the rules apply to the n workers present.

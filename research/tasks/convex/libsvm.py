@@ -45,7 +45,7 @@ def libsvm(
 
   Args:
     name: the name of the file, such as "a9a", "w8a" or "mushrooms"; .gz and .bz2 are supported. Any
-      local file works; downloads come from LIBSVM's collection for two classes.
+      local file works; downloads come from LIBSVM's two-class data sets.
     test: name of a file of test examples, such as "a9a.t".
     l2: weight of l2/2 ||params||^2, see `supervised`.
     sparse: True or False overrides the choice by size.

@@ -112,8 +112,8 @@ def next_token(module: nn.Module, size: int, train: Text, held_out: Text, *, con
   windows of T + 1 tokens, each with T tokens to predict. An epoch draws one window of each example,
   all at the same offset, so that they tile the ring: every token is predicted once, whichever
   worker has its example. The offset changes with the epoch; over T epochs every token is predicted
-  once at every position of a window. If an example is used without drawing, it stands for its first
-  window.
+  once at every position of a window. If no window is drawn from an example, its
+  first window is used.
 
   The objective is the mean over tokens, plus what the module sows into the collection "losses" (a
   mixture of experts does); "loss" of `evaluate` is the mean alone. The held-out tokens are all

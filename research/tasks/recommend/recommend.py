@@ -43,9 +43,9 @@ def movielens(
       --executor=spmd --mesh="data:4,model:2"
 
   Metrics: "rmse" of predictions clipped to the range of stars; "ndcg@10" and "recall@10" of the
-  films that a user did not rate in training, ranked by prediction; relevant are test films with
-  four stars or more. Both are means over users that have a relevant film. For "cold_items" only the
-  cold ones are ranked.
+  films that a user did not rate in training, ranked by prediction; test films with four stars or
+  more count as relevant. The last two metrics are means over the users that have a relevant film.
+  For "cold_items" only the cold films are ranked.
 
   Args:
     split: "u1", "u2", "u3", "cold_items" or "cold_users", see `movielens.load`.

@@ -155,9 +155,10 @@ def cranfield(
 
   Args:
     loss: "pairwise", "listnet" or "lambdarank".
-    features: of "bm25", the score of the full text; "title", of the title alone; "prior", log of
-      the PageRank of a document among its eight nearest by cosine (`prior`); "length", log of the
-      number of terms. Each is standardized over all pairs of a training query and a document.
+    features: any of "bm25", the score of the full text; "title", the score of the title alone;
+      "prior", log of the PageRank on links from each document to its eight nearest by cosine
+      (`prior`); "length", log of the number of terms. Each is standardized over all pairs of a
+      training query and a document.
     k1: saturation of the BM25 scores, see `bm25.scores`.
     b: length normalization of the BM25 scores.
     l2: weight of l2/2 ||params||^2.

@@ -68,7 +68,7 @@ def ranked(
       pairwise    mean over pairs y_i > y_j of log(1 + exp(s_j - s_i))
       listnet     - sum_i softmax(y)_i log softmax(s)_i
       lambdarank  sum over pairs y_i > y_j of |Delta NDCG_ij| log(1 + exp(s_j - s_i)),
-                  Delta NDCG_ij the change by swapping i and j in the current order, a constant
+                  Delta NDCG_ij the change from swapping i and j in the current order, a constant
 
   plus, with l2, l2/2 ||params||^2. `evaluate` gives "loss", "ndcg@k", "map" and "mrr": means over
   queries. Ties are broken by the documents' order. A query without relevant documents counts as 1,
@@ -78,7 +78,7 @@ def ranked(
     module: from features [n, F] to scores [n, 1].
     train: "x" [Q, D, F]; "relevance" [Q, D], integers from 0; "present" [Q, D], False for padding;
       "y" [Q], what partitions sort by.
-    test: the same, of other queries.
+    test: the same for the test queries.
     loss: the name of the loss.
     l2: weight of the penalty, >= 0.
 

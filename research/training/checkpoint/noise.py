@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def deaf_to_writers() -> Iterator[None]:
-  """Context that hides errors of threads that keep writing after a failed save closed its loop."""
+  """Context that hides errors of threads still writing after a failed save has closed its loop."""
   before = sys.unraisablehook, sys.excepthook
   is_late = lambda error: isinstance(error, RuntimeError) and "loop is closed" in str(error)
 
