@@ -12,7 +12,7 @@ from research.core.base import WORKER_AXES, Aggregator, Array, Compressor, Key, 
 
 
 class CodedGossip(Aggregator):
-  """An exchange with the neighbours in which a worker sends one payload over all of its links.
+  """An exchange in which each worker sends the same payload to all of its neighbours.
 
   Args:
     compressor: encodes a worker's message.

@@ -11,7 +11,7 @@ _GIB = 2**30
 
 
 class Chip(NamedTuple):
-  """Specification of one chip, which JAX presents as one device (both cores of a v4 or v5p).
+  """Specification of a chip; JAX presents one chip (both cores of a v4 or v5p) as one device.
 
   A chip has two ICI links along each dimension of its slice. Rates are for one direction.
   """
@@ -71,7 +71,7 @@ class Roofline(NamedTuple):
 
   @property
   def bound(self) -> tuple[str, float]:
-    """The name and time of the largest bound: no step is faster, even with full overlap."""
+    """The name and the time of the largest bound; no step is faster, even with full overlap."""
     known = {name: value for name, value in self._asdict().items() if value is not None}
     slowest = max(known, key=lambda name: known[name])
     return slowest, known[slowest]
@@ -89,7 +89,7 @@ def parse_topology(spec: str) -> tuple[str, tuple[int, ...]]:
     spec: CHIP:AxB or CHIP:AxBxC.
 
   Raises:
-    ValueError: for an unknown chip, or a shape that no slice of it has.
+    ValueError: for an unknown chip, or a shape that is not that of a legal slice of the chip.
   """
   name, _, sides = spec.partition(":")
   if name not in CHIPS:
@@ -107,10 +107,11 @@ def parse_topology(spec: str) -> tuple[str, tuple[int, ...]]:
 
 
 def links(shape: tuple[int, ...]) -> int:
-  """Returns the number of ICI links of the best connected chip; a side of two chips has one link.
+  """Returns the number of ICI links of the best-connected chip of a slice.
 
   Args:
-    shape: the sides of a slice, in chips.
+    shape: the sides of a slice, in chips; a chip has one link along a side of two chips, and up to
+      two along a longer side.
   """
   return sum(min(side - 1, 2) for side in shape)
 
@@ -145,13 +146,13 @@ def utilization(chip: Chip, flops: float, seconds: float) -> float:
   Args:
     chip: the chip's specification.
     flops: FLOPs of one chip.
-    seconds: time in which they were computed.
+    seconds: the time that the computation took.
   """
   return flops / (chip.flops * seconds) if seconds else 0.0
 
 
 def crossing(axis: str, slices: int) -> bool:
-  """Whether traffic over an axis ('slice+data': both at once) leaves its slice.
+  """Returns whether traffic over an axis, or over several as in 'slice+data', leaves its slice.
 
   Args:
     axis: one or more axis names, joined by '+'.

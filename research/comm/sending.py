@@ -1,4 +1,4 @@
-"""Wrappers of collectives: send as bits, in pieces, packed together, or by simulated workers."""
+"""Wraps collectives: sends arrays as bits, in pieces or packed, and handles simulated workers."""
 
 import math
 from collections.abc import Callable

@@ -113,8 +113,8 @@ star = Star
 class Exponential(Topology, name="exponential"):
   """The static exponential graph: worker i sends to i + 1, i + 2, i + 4, ...
 
-  There are t = ceil(log2 W) links per worker, with weights 1 / (t + 1). The spectral gap is
-  2 / (t + 1) for even W: it decreases only with the logarithm of W.
+  Each worker has t = ceil(log2 W) links, with weights 1 / (t + 1). The spectral gap is 2 / (t + 1)
+  for even W, so it decreases only with the logarithm of W.
 
   Reference: Ying, Yuan, Chen, Hu, Pan, Yin 2021, arXiv 2110.13363.
   """
@@ -152,7 +152,7 @@ one_peer_exponential = OnePeerExponential
 
 
 class Weights(Topology, name="weights"):
-  """User-defined weights: w_ij, in row i and column j, for the value that i receives from j.
+  """User-defined weights: w_ij, in row i and column j, weights the value that i receives from j.
 
   Args:
     matrix: W rows of W nonnegative numbers; rows and columns sum to one.
@@ -201,7 +201,7 @@ weights = Weights
 
 
 def mixing(topology: Topology, count: int) -> np.ndarray:
-  """The mixing matrices w_ij of all rounds of a period.
+  """Returns the mixing matrices w_ij of all rounds of a period.
 
   Args:
     topology: the graph.
@@ -218,9 +218,10 @@ def mixing(topology: Topology, count: int) -> np.ndarray:
 
 
 def spectral_gap(matrices: np.ndarray) -> float:
-  """1 - |lambda_2| of the product of the mixing matrices of a period.
+  """Computes 1 - |lambda_2| for the product of the mixing matrices of a period.
 
-  It is 0 if the workers never reach consensus, and 1 if they reach it within a single period.
+  The gap is 0 if the workers never reach consensus, and 1 if they reach consensus within a single
+  period.
 
   Args:
     matrices: [period, W, W], as returned by `mixing`.
@@ -247,7 +248,7 @@ def describe(topology: Topology, count: int) -> str:
 
 
 def _powers(count: int) -> list[int]:
-  """1, 2, 4, ... below W."""
+  """Returns the powers 1, 2, 4, ... below W."""
   return [2**k for k in range((count - 1).bit_length())]
 
 

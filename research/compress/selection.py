@@ -2,8 +2,9 @@
 
 Floating-point magnitudes are ordered like their bits read as integers, with NaN above infinity. The
 k-th largest is found by bisection on these integers; each step counts in one pass over the array.
-In a large array, a sorted sample gives the initial guess, one count confirms it, and the elements
-above it, slightly more than k, are compacted first. A wrong guess costs time, never exactness.
+In a large array, a sorted sample gives the initial guess, one count confirms the guess, and the
+elements above the guess, slightly more than k, are compacted first. A wrong guess costs time, never
+exactness.
 
 Positions are uint32, and arrays are indexed by (row, column), since JAX's own indices are int32.
 This supports arrays of fewer than 2^32 elements, or fewer than 2^31 if their number is odd.
@@ -47,7 +48,7 @@ def largest(x: Array, k: int) -> Array:
 
 
 def count(mask: Array) -> Array:
-  """Counts the true elements of a bool [n], as uint32; a plain sum would first write n integers.
+  """Counts the true elements of a mask, as uint32; a plain sum would first write n integers.
 
   Args:
     mask: bool [n].
@@ -107,7 +108,7 @@ def grid(size: int) -> tuple[int, int]:
 
 
 def _at_least(x: Array, k: int, room: int, guess: Array | None = None) -> tuple[Array, Array]:
-  """Positions [room] of the k largest |x| or slightly more, ascending, and their number.
+  """Returns ascending positions [room] of the k largest |x| or slightly more, and their number.
 
   Bisects the threshold until between k and `room` elements reach it. If ties make that impossible,
   takes the elements above the threshold and the first tied ones. Entries after the count are
@@ -170,7 +171,7 @@ def _first(words: Array, count: Array) -> Array:
 
 
 def _positions(words: Array, room: int) -> Array:
-  """The positions of the first `room` set bits, ascending."""
+  """Returns the positions of the first `room` set bits, ascending."""
   ends = jnp.cumsum(lax.population_count(words), dtype=jnp.uint32)
   slots = jnp.arange(room, dtype=jnp.uint32)
   ended = jnp.zeros(room, jnp.uint32).at[ends].add(1, mode="drop")  # words ending at each slot

@@ -23,7 +23,7 @@ Build = Callable[[Sequence[str], Call], Any]  # (kinds, call) -> the object
 
 
 class UnknownName(ValueError):
-  """An unknown name of the given kinds."""
+  """A name is unknown for all of the given kinds."""
 
 
 def matched(
@@ -94,7 +94,7 @@ def _argument(call: Call, parameter: inspect.Parameter, value: Any, build: Build
 
 
 def kinds_of(annotation: Any) -> list[str]:
-  """Returns the kinds of object that a parameter accepts, derived from its type.
+  """Returns the kinds of objects that a parameter accepts, as its type says.
 
   Args:
     annotation: the parameter's type.

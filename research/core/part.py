@@ -14,7 +14,7 @@ _RESERVED = ("title", "spec_name", "refuses", "adds")
 
 
 def hidden(default: Any, *, init: Literal[False] = False) -> Any:
-  """Declares a field that specs cannot set and repr omits; executors and wrappers replace it.
+  """Declares a field that only executors and wrappers set; specs cannot set it, repr omits it.
 
   Args:
     default: its value in a new object.
@@ -26,7 +26,7 @@ def hidden(default: Any, *, init: Literal[False] = False) -> Any:
 def required(method: Function) -> Function:
   """Marks a method that subclasses must define; an error names a subclass that does not define it.
 
-  It is not an abstract method, because the methods that a Part needs depend on which others it
+  The method is not abstract, because which methods a Part needs depends on the methods that it
   defines.
 
   Args:
@@ -100,15 +100,15 @@ class Part:
     return fresh
 
   def fields(self) -> dict[str, Any]:
-    """All fields by name, including hidden ones."""
+    """Returns all fields by name, including hidden ones."""
     return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # pyright: ignore[reportArgumentType]
 
   def values(self) -> Iterator[Any]:
-    """The values of all fields; a tuple or dictionary contributes each of its elements."""
+    """Yields the values of all fields; a tuple or dictionary contributes each of its elements."""
     return _flat(tuple(self.fields().values()))
 
   def parts(self, kind: type[Kind]) -> Iterator[Kind]:
-    """All objects of a type within this one, at any depth, including itself."""
+    """Yields all objects of a type within this one, at any depth, including itself."""
     if isinstance(self, kind):
       yield self
     for value in self.values():

@@ -28,13 +28,14 @@ class Task(NamedTuple):
   depend on the data, so an executor can draw the samples of many steps at once. `batch` fetches the
   sampled examples. Both functions handle one worker's examples, arrays [examples, ...].
 
-  A task that seeks a fixed point x = T(x) instead of a minimum defines `grads`. It returns a value,
-  equal to `loss`, and x - T(x) instead of a gradient, so that `sgd(1.0)` iterates T. Neither `loss`
-  nor T is differentiated. Like a gradient, x - T(x) is a mean over examples, and it is aggregated,
-  compressed and delayed in the same way. Its L1 norm over all examples is the metric "residual".
+  A task that seeks a fixed point x = T(x) instead of a minimum defines `grads`. This function
+  returns a value equal to `loss`, and x - T(x) instead of a gradient, so that `sgd(1.0)` iterates
+  T. Neither `loss` nor T is differentiated. Like a gradient, x - T(x) is a mean over examples, and
+  it is aggregated, compressed and delayed in the same way. The L1 norm of x - T(x) over all
+  examples is the metric "residual".
 
-  With a `feed`, the objective is the mean over the examples it reads, and `train` is a sample of
-  them for measuring the loss; `sample` is then `sampling.in_order`.
+  With a `feed`, the objective is the mean over the examples that the feed reads, and `train` is a
+  sample of them for measuring the loss; `sample` is then `sampling.in_order`.
   """
 
   init: Callable[[Key], Params]
@@ -117,7 +118,7 @@ def value_and_grad(task: Task) -> Callable[[Params, Batch, Key], tuple[Array, Tr
 class Data(NamedTuple):
   """The training examples by owner, on devices; P is the number of workers or clients.
 
-  Like TrainState, it is a tree of arrays, of their shardings, or of `vmap` axes.
+  Like TrainState, this is a tree of arrays, of their shardings, or of `vmap` axes.
   """
 
   examples: Tree  # arrays [P, maximum examples of an owner, ...], padded with zeros

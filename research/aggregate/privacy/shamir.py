@@ -80,13 +80,13 @@ def reconstruct(shares: Array, present: Array) -> Array:
 
 
 def _product(factors: Array) -> Array:
-  """The product over the leading axis, modulo PRIME."""
+  """Computes the product over the leading axis, modulo PRIME."""
   times = lambda a, b: (a * b % PRIME, None)
   return lax.scan(times, jnp.ones_like(factors[0]), factors)[0]
 
 
 def _inverse(x: Array) -> Array:
-  """1 / x modulo PRIME, as x^(PRIME - 2) by Fermat's little theorem."""
+  """Computes 1 / x modulo PRIME, which is x^(PRIME - 2) by Fermat's little theorem."""
   bits = jnp.array([bit == "1" for bit in f"{PRIME - 2:b}"])
 
   def square_and_multiply(power, bit):

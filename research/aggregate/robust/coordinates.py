@@ -6,8 +6,8 @@ workers and applies the rule to it, and the results are gathered. At any W, each
 `vectors.py`.
 
 A rule applies to the values of the n workers present, each counted once regardless of its weight.
-Its result is multiplied by the mean weight over all W, which is one if weights are normalized over
-the workers present. If no worker is present, the value is zero.
+The rule's result is multiplied by the mean weight over all W workers, which is one if weights are
+normalized over the workers present. If no worker is present, the value is zero.
 """
 
 from collections.abc import Callable
@@ -59,7 +59,7 @@ class Trimmed(Robust):
 
   @required
   def trim(self, count: int) -> int:
-    """The number of values, out of n, to drop at either end."""
+    """Returns the number of values, out of n, to drop at either end."""
     ...
 
   def of_chunks(self, everyone, roll):
@@ -131,7 +131,7 @@ def around_middle(count: int) -> int:
 
 
 def middle(x: Array, trim: Callable[[int], int], roll: Roll | None) -> Array:
-  """The trimmed mean over the n workers present, without the trim(n) smallest and largest values.
+  """Averages over the n workers present, without the trim(n) smallest and largest values.
 
   Args:
     x: values of all workers [W, ...], float32 or wider.
@@ -157,7 +157,7 @@ def scaled(value: Tree, roll: Roll | None) -> Tree:
 
   Args:
     value: the rule's result.
-    roll: the workers present; None: all, with weights one.
+    roll: the workers present; None means all, with weights one.
   """
   return value if roll is None else jax.tree.map(lambda x: roll.scale.astype(x.dtype) * x, value)
 
