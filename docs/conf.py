@@ -7,7 +7,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "_ext"))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # of the notebooks' kernels, too
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # also for the notebooks' kernels
 
 import research  # noqa: E402 - after the environment is set
 
@@ -22,7 +22,7 @@ extensions = [
 ]
 exclude_patterns = ["_build", "_ext", "examples"]
 nitpicky = True
-smartquotes = False  # they would turn --flag into a dash
+smartquotes = False  # typographic quotes would turn --flag into a dash
 toc_object_entries = False  # the API's headings have the same names
 suppress_warnings = ["mystnb.unknown_mime_type"]
 
