@@ -27,7 +27,7 @@ class Shape(NamedTuple):
 
 
 class Norm(nn.Module):
-  """x / sqrt(mean x^2 + 1e-5) * scale. Reference: Zhang and Sennrich 2019, arXiv 1910.07467."""
+  """Computes x / sqrt(mean x^2 + 1e-5) * scale (Zhang and Sennrich 2019, arXiv 1910.07467)."""
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -38,7 +38,7 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-  """Projections around an attention function; kernels are sharded by heads."""
+  """Projections before and after an attention function; kernels are sharded by heads."""
 
   shape: Shape
   dtype: Any
@@ -71,7 +71,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-  """x + attention(norm(x)), then x + feed_forward(norm(x)); also the expert load [2, E]."""
+  """Computes x + attention(norm(x)), then x + feed_forward(norm(x)), and the expert load [2, E]."""
 
   shape: Shape
   mixture: tuple[int, int] | None
@@ -80,7 +80,7 @@ class Layer(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, positions: Rotation) -> tuple[Array, Array]:
-    # the residual stream is a sum of 2 * layers terms; Radford et al. 2019 (GPT-2), section 2.3
+    # the residual stream is a sum of 2 * layers terms; see Radford et al. 2019 (GPT-2), section 2.3
     deviation = self.shape.deviation * (2 * self.shape.layers) ** -0.5
     attention = Attention(self.shape, self.dtype, self.attend, deviation, name="attention")
     options = (self.shape.hidden, self.dtype, deviation, self.shape.deviation)

@@ -31,8 +31,8 @@ def aggregated(
   """Replaces each worker's gradients by the aggregate over all workers.
 
   `optax.chain(optax.clip_by_global_norm(1.0), aggregated(mean()), optax.adamw(3e-4))` clips each
-  worker's gradient, averages, and steps. Transformations before it see one worker's gradient;
-  transformations after it see the aggregate, equal on all workers.
+  worker's gradient, averages the gradients, and takes a step. Transformations before `aggregated`
+  see one worker's gradient; later ones see the aggregate, which is equal on all workers.
 
   Args:
     aggregator: combines the workers' gradients.
@@ -92,10 +92,11 @@ def as_optax(
 
   The first argument of `update` is the worker's gradient at its current parameters. Pass
   `grad_fn=...` as an extra argument if the method needs gradients at other parameters, and
-  `weight=...` if the workers' shares of the objective differ. Keep separate parameters per worker:
-  they differ between syncs for methods with local steps. In a chain it must be last, since it sets
-  the parameters to the values it has computed. Put weight decay and masks into its inner optimizer,
-  and clip a worker's gradient before it.
+  `weight=...` if the workers' shares of the objective differ. Keep separate parameters for each
+  worker: with local steps, the workers' parameters differ between syncs. In a chain, this
+  transformation must be last, since it sets the parameters to the values that it has computed. Put
+  weight decay and masks into the method's inner optimizer, and clip a worker's gradient before this
+  transformation.
 
   Args:
     method: the algorithm.
@@ -137,7 +138,7 @@ def as_optax(
     return change, MethodState(state.count + 1, state.key, local, inner)
 
   def one(grads, state, grad_fn, presence):
-    """A local step, followed by a sync if it ends the round."""
+    """Runs a local step, followed by a sync if the step ends the round."""
     sync_key, step_key, _ = round_keys(state.key, state.count // steps)
     key = jax.random.fold_in(worker_key(step_key), state.count % steps)
     local = method.step(grads, state.local, state.state, key=key, grad_fn=grad_fn)

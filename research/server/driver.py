@@ -149,7 +149,7 @@ class ServerRun(Polled):
     return found["reason"]
 
   def _snapshot(self) -> Snapshot:
-    """All shards and counts at one version."""
+    """Returns all shards and counts at one version."""
     found, own, counted, others = self._ray.get(self.servers[0].snapshot.remote())
     self._take_in(found)
     parts = [own, *self._ray.get(others)]
@@ -215,7 +215,7 @@ class ServerRun(Polled):
         self._died("workers", f"worker {number} has died")
         with contextlib.suppress(ray.exceptions.RayActorError):
           ray.get(self.servers[0].leave.remote(number))
-        ray.kill(self.handles[number])  # it may be alive but unreachable
+        ray.kill(self.handles[number])  # the worker may be alive but unreachable
         self._start_worker(number)
         continue
       except ray.exceptions.RayTaskError as error:
@@ -234,7 +234,7 @@ class ServerRun(Polled):
 
 
 def _named(kind: Any, *args: Any) -> Any:
-  """Starts a named actor, waiting until the previous one of that name is gone."""
+  """Starts a named actor; waits until the previous actor of that name is gone."""
   for _ in range(100):
     try:
       return kind.remote(*args)

@@ -45,7 +45,7 @@ class Joined(NamedTuple):
 
   incarnation: int
   number: int  # of its first piece of work
-  first: int  # local steps counted before it
-  round_ends: float  # seconds from now, of elastic
+  first: int  # local steps counted before this piece
+  round_ends: float  # seconds from now, in elastic mode
   pulled: Pulled | None
   refused: str = ""

@@ -1,4 +1,4 @@
-"""Virtual clock: finishing times of workers with different speeds, synchronous or asynchronous."""
+"""Virtual clock: computes the times at which synchronous or asynchronous workers finish."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,10 +10,10 @@ from research.core import checks
 
 
 class Speeds(NamedTuple):
-  """Distribution of the local step times of each worker.
+  """The distribution of each worker's local step times.
 
-  Each worker draws its step times in sequence from its own generator: the n-th does not depend on
-  how many are drawn at once.
+  Each worker draws its step times in sequence from its own generator: the n-th time does not depend
+  on how many are drawn at once.
   """
 
   draw: Callable[[np.random.Generator, int, int], np.ndarray]  # (random, worker, steps) -> seconds
@@ -74,7 +74,7 @@ def exponential(
 
 
 def lognormal(mean: float, sigma: float, *, slowdown: Mapping[int, float] | None = None) -> Speeds:
-  """Step times of mean exp(sigma Z - sigma^2 / 2) seconds, Z normal: a heavier tail.
+  """Step times of mean exp(sigma Z - sigma^2 / 2) seconds, Z normal, with a heavy tail.
 
   Args:
     mean: mean time of a step in seconds, greater than 0.
@@ -121,7 +121,7 @@ def synchronous(
   seed: int,
   communication: float = 0.0,
 ) -> np.ndarray:
-  """End times of synchronous rounds, in which all workers wait for the slowest.
+  """Computes the end times of synchronous rounds, in which all workers wait for the slowest.
 
       t_k = t_{k-1} + max_i (seconds of steps_k steps of worker i) + communication
 
@@ -142,7 +142,7 @@ def synchronous(
 
 
 class Lockstep:
-  """Incremental `synchronous`: returns the end times of the next rounds on request."""
+  """Computes the end times of `synchronous` incrementally, for the next rounds on request."""
 
   def __init__(self, speeds: Speeds, workers: int, seed: int, communication: float = 0.0):
     """Args and Raises: see `synchronous`."""
@@ -220,7 +220,7 @@ def asynchronous(
 
 
 def _staleness(owners: np.ndarray) -> np.ndarray:
-  """The number of events since the same owner's previous event, or since the start; int32 [E]."""
+  """Counts the events since the same owner's previous event, or since the start; int32 [E]."""
   by_owner = np.argsort(owners, kind="stable")
   before = np.full(len(owners), -1)
   again = owners[by_owner[1:]] == owners[by_owner[:-1]]
@@ -229,7 +229,7 @@ def _staleness(owners: np.ndarray) -> np.ndarray:
 
 
 def _generators(workers: int, seed: int) -> list[np.random.Generator]:
-  """One independent generator per worker."""
+  """Returns one independent generator per worker."""
   return [np.random.default_rng(own) for own in np.random.SeedSequence(seed).spawn(workers)]
 
 

@@ -20,7 +20,7 @@ EXECUTORS = {"simulate": simulate.simulate, "spmd": spmd.spmd, "pmap": pmap.pmap
 
 
 def regression(samples: int = 240, seed: int = 0) -> Task:
-  """Creates least squares in plain JAX: weights [6, 3] and bias [3], half mean squares.
+  """Creates a least-squares task in plain JAX, with weights [6, 3] and bias [3].
 
   Args:
     samples: number of examples.
@@ -62,7 +62,7 @@ def split(task: Task, sizes: Sequence[int]):
 
 
 class Running:
-  """Runs a method on the regression in one execution; `rounds` continues. `rest`: fields of Job."""
+  """Runs a method on the regression in one execution; `rest` sets further fields of the Job."""
 
   metrics: dict[str, Any]
 

@@ -25,7 +25,7 @@ DIGITS_TEST = 357  # of 1797, leaving 1440 = 2^5 45 for training, which many wor
 
 
 def digits(*, model: Callable[[int], nn.Module] = Default("model", "mlp(hidden=[128])")) -> Task:
-  """Handwritten digits of 8x8 pixels with 17 grey levels: 1440 to train on, 357 to test.
+  """Handwritten digits of 8x8 pixels with 17 grey levels, 1440 to train on and 357 to test.
 
   The split is fixed: scikit-learn's stratified `train_test_split` with random_state=0.
 
@@ -52,16 +52,16 @@ def mnist(
   model: Callable[[int], nn.Module] = Default("model", "mlp(hidden=[200, 200])"),
   data_dir: str = "",
 ) -> Task:
-  """MNIST: handwritten digits of 28x28 pixels, 60,000 to train on, 10,000 to test.
+  """MNIST: handwritten digits of 28x28 pixels, 60,000 to train on and 10,000 to test.
 
   Args:
-    parity: classifies only whether a digit is odd, with logistic loss.
+    parity: whether to classify digits only as odd or even, with the logistic loss.
     model: outputs -> module, called with 10, or with 1 for the parity.
-    data_dir: where to look first, see `files.find`.
+    data_dir: the folder to search first, see `files.find`.
 
   Raises:
-    FileNotFoundError: a file is not found and cannot be downloaded.
-    ValueError: a file is not the published one.
+    FileNotFoundError: if a file is not found and cannot be downloaded.
+    ValueError: if a file is not the published one.
 
   Reference:
     LeCun, Cortes and Burges, 1998, the MNIST database. The default model is the 2NN of McMahan et
@@ -82,7 +82,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     dimensions: expected number of dimensions.
 
   Raises:
-    ValueError: the file has another dtype, number of dimensions or length.
+    ValueError: if the file has another dtype, number of dimensions or length.
   """
   with files.opened(path) as file:
     content = file.read()
