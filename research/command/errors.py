@@ -1,4 +1,4 @@
-"""Turns a command's errors into one line on stderr and an exit code; user code keeps its traceback.
+"""Ends a failed command with one line on stderr and an exit code; user code keeps its traceback.
 
 Exit codes:
   0: done, or saved after SIGTERM.
@@ -50,7 +50,7 @@ def debugging() -> bool:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-  """Context that turns expected errors into one line on stderr and their exit code.
+  """Context that converts expected errors to one line on stderr and an exit code.
 
   An error in a user's own code keeps its traceback, after one line that names the function.
   """
@@ -111,7 +111,7 @@ def expected(error: Exception) -> int:
 
 
 def joined() -> bool:
-  """Returns whether this process is one of several that make a job."""
+  """Returns whether this process is one of several processes of a job."""
   import jax
 
   return jax.distributed.is_initialized()
@@ -147,7 +147,7 @@ def foreseen(error: Exception) -> tuple[int, str] | None:
   is_jax = isinstance(error, jax.errors.JaxRuntimeError) and any(
     words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory")
   )
-  too_many = isinstance(error, OverflowError) and not blame.fault(error)  # too many for 64 bits
+  too_many = isinstance(error, OverflowError) and not blame.fault(error)  # more than 64 bits
   if is_jax or too_many or isinstance(error, MemoryError):
     return 2, f"the model, its state or its data do not fit the memory: {str(error)[:200]}"
   return None

@@ -1,4 +1,4 @@
-"""Prepares a command: logging, compilation cache, plugins, other processes, results folder."""
+"""Prepares a command: logging, compilation cache, plugins, other processes and results folder."""
 
 import os
 import sys
@@ -26,7 +26,7 @@ def start() -> Config:
     UsageError: one line with the flag.
   """
   logging.set_verbosity(logging.WARNING)
-  logging.get_absl_logger().setLevel("CRITICAL")  # Orbax also logs the errors that it raises
+  logging.get_absl_logger().setLevel("CRITICAL")  # Orbax logs the errors that it also raises
   config = config_of_flags()
   use_compilation_cache(FLAGS.compilation_cache)
   import_modules()
@@ -44,7 +44,7 @@ def import_modules() -> None:
   An error in a module is shown with its traceback.
 
   Raises:
-    UsageError: if a module does not exist, or registers a name that is taken.
+    UsageError: if a module does not exist, or registers a name that is already registered.
   """
   for text in FLAGS["import"].value or ():
     try:
