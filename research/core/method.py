@@ -35,18 +35,18 @@ COMMON_MODEL = {Trait.LOCAL: "the workers' models would diverge permanently; use
 
 
 class Method(Wrapper):
-  """An algorithm as one worker sees it. Only `sync` communicates.
+  """An algorithm from the point of view of one worker; only `sync` communicates.
 
-  A round is `begin`, then `local_steps` times `step`, then `sync`. A method with one exchange per
-  round defines `message` and `receive`, from which `sync` is derived; its state then has a field
-  `link`, the state of its `aggregator`. Other methods override `sync`.
+  In a round, `begin` runs once, `step` runs `local_steps` times, and `sync` runs once. A method
+  with one exchange per round defines `message` and `receive`, from which `sync` is derived; its
+  state then has a field `link`, the state of its `aggregator`. Other methods override `sync`.
 
-  An absent worker has an inactive presence: its round is lost, its results reach no other worker,
-  and its private state does not change. Tracing determines which state is private and which is
-  equal on all workers (`parallel/layout.py`).
+  A worker with an inactive presence is absent: its round is lost, its results reach no other
+  worker, and its private state does not change. Tracing determines which state is private and which
+  is equal on all workers (`parallel/layout.py`).
 
   A `period` is a number of local steps per round, or a schedule [[first round, steps], ...]. By
-  default a method rejects aggregators whose value differs between workers.
+  default, a method rejects aggregators whose value differs between workers.
   """
 
   refuses: ClassVar[Mapping[Trait, str]] = COMMON_MODEL
@@ -97,7 +97,7 @@ class Method(Wrapper):
   def message(
     self, local: Any, state: State, *, key: Key, presence: Presence = EVERYONE
   ) -> tuple[Tree, State]:
-    """Ends the local phase: returns the message, and the state without the exchange's result.
+    """Ends the local phase; returns the message, and the state before the exchange's result.
 
     Args:
       local: the Local after the round's last step.
@@ -140,7 +140,7 @@ class Method(Wrapper):
     return self.receive(value, sent, self.with_link(state, link), key=key, presence=presence)
 
   def params(self, state: State) -> Params:
-    """The model to deploy."""
+    """Returns the model to deploy."""
     return state.params
 
   @property
@@ -153,11 +153,11 @@ class Method(Wrapper):
     return presence
 
   def link(self, state: State) -> State:
-    """The aggregator's part of a state."""
+    """Returns the aggregator's part of a state."""
     return state.link
 
   def with_link(self, state: State, link: State) -> State:
-    """The state with the aggregator's part replaced."""
+    """Returns the state with the aggregator's part replaced."""
     return state._replace(link=link)
 
   @property
@@ -178,7 +178,7 @@ class Method(Wrapper):
 
   @property
   def passes(self) -> int:
-    """Passes of each owner over its own examples per round, or 0 if rounds have fixed steps.
+    """Passes of each owner over its own examples per round; 0 if rounds have a fixed length.
 
     The owner with the most examples determines the number of steps; the other owners stop earlier.
     """
@@ -200,7 +200,7 @@ class Method(Wrapper):
     return self.replace(period=steps) if "period" in self.fields() else self
 
   def over(self, wrap: Callable[[Aggregator], Aggregator]) -> Self:
-    """The same method with each of its aggregators wrapped.
+    """Returns the same method with each of its aggregators wrapped.
 
     Args:
       wrap: aggregator -> wrapped aggregator.
@@ -221,7 +221,7 @@ class Method(Wrapper):
     return self.replace(**{name: wrapped(value) for name, value in self.fields().items()})
 
   def onto(self, project: Callable[[Params], Params]) -> "Method | None":
-    """The same method with its models projected onto a convex set; None if not supported.
+    """Returns the method with its models projected onto a convex set; None if not supported.
 
     Args:
       project: maps parameters to the nearest point of the set.
@@ -233,7 +233,7 @@ class Method(Wrapper):
     """Returns the method that a server and its workers run, and a correction for message staleness.
 
     Raises:
-      ValueError: if it cannot run on a server, with the reason.
+      ValueError: if the method cannot run on a server, with the reason.
     """
     return self, None
 
