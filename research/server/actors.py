@@ -192,7 +192,7 @@ class HeadProcess:
     return {**self.head.report(), "pid": os.getpid(), "pids": dict(self.pids)}
 
   async def snapshot(self) -> tuple[dict[str, Any], Any, list[list[int]], list[Any]]:
-    """Returns a report, the head's shard, the counts and the futures of other shards, consistently."""
+    """Returns a report, the head's shard, the counts and futures of all others at one version."""
     others = [shard.snapshot.remote() for shard in self.shards]
     counted = [list(row) for row in self.head.counted]
     return await self.report(), self.head.part.snapshot(), counted, others
