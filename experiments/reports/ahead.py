@@ -41,7 +41,9 @@ class Target(NamedTuple):
 def target(topology: str, slices: int) -> Target:
   """Returns the devices of a topology, as described by XLA:TPU.
 
-  Args: topology: chip and dimensions of a slice, such as v5p:8x8x8. slices: number of slices.
+  Args:
+    topology: chip and dimensions of a slice, such as v5p:8x8x8.
+    slices: number of slices.
 
   Raises:
     UsageError: for an unknown topology.

@@ -1,4 +1,4 @@
-"""The training loop: a run, its hooks, and the generator of its events."""
+"""The training loop: a run, the hooks of a run, and the generator of its events."""
 
 import contextlib
 import json
@@ -61,13 +61,13 @@ def train(config: Config) -> tuple[dict[str, Any], Path]:
 def trained(
   config: Config, given: Given, hooks: Sequence[Hook], *, writes: bool, shown: bool = True
 ) -> Result:
-  """Starts or resumes a run; with `writes`, in its own folder.
+  """Starts or resumes a run; with `writes`, the run has its own folder.
 
   Args:
     config: numbers, switches, and specs or labels.
     given: objects in place of specs.
-    hooks: the user's hooks, which receive each event before those of the run.
-    writes: False keeps everything in memory and writes no files.
+    hooks: the user's hooks, which receive each event before the built-in hooks.
+    writes: whether to write files; False keeps everything in memory.
     shown: whether progress is printed on stderr.
   """
   heartbeat.announce()
@@ -129,7 +129,7 @@ def _made_of(given: Given) -> Callable[..., dict[str, str]]:
 
 
 def _restored(config: Config, problem: Problem, folder: Path) -> Params:
-  """The deployed model of a complete run, from its newest checkpoint."""
+  """Restores the deployed model of a complete run from its newest checkpoint."""
   with jax.enable_x64(config.x64 or bool(jax.config.read("jax_enable_x64"))):
     run = Run(config, problem)
     with contextlib.closing(Save(run, run.store(folder))) as save:
@@ -174,13 +174,13 @@ class Hooks:
       save.restore(run)
     label = self.evaluate.label
     self.log = closing(Log(run, label, columns, of_dispatches, folder=folder, shown=shown))
-    # A dispatch's rows are written before it is checked; it is saved before signals are checked.
+    # A dispatch's rows are written before the checks, and its state is saved before signals count.
     self.all: list[Hook] = [*first, self.log, *judges, self.evaluate, Tolerance()]
     self.all += [*saves, closing(Signals())]
 
 
 class Run(BaseRun):
-  """A run of compiled programs in this process.
+  """A run that executes compiled programs in this process.
 
   Attributes:
     problem: the parts of the run.
@@ -196,7 +196,7 @@ class Run(BaseRun):
     self.state: TrainState = problem.executor.init(init_key)
     placed = problem.executor.place(problem.examples, problem.sizes, self.data_key)
     self.data = Training(config, problem.job, placed)
-    without = jax.config.values["jax_disable_jit"]  # each of its steps starts on the host
+    without = jax.config.values["jax_disable_jit"]  # without jit, each step starts on the host
     self._transfers = "allow" if without else "disallow"
 
   def advance(self, to: int) -> Rounds:
@@ -233,19 +233,19 @@ class Run(BaseRun):
   def _diagnostics(
     self, norms: Mapping[str, np.ndarray], first: int, step: int
   ) -> dict[str, float]:
-    """The diagnostics of the round that contains a step, in a dispatch from step `first` on."""
+    """Returns the diagnostics of the round that contains a step of a dispatch from step `first`."""
     number = math.ceil(self.plan.rounds(step)) - 1
     place = number - round(self.plan.rounds(first))
     means = {name: float(norms[name][place]) for name in diagnostics.NAMES}
     steps = len(norms[diagnostics.GRADIENT]) // len(norms["update"])
-    last_step = (place + 1) * steps - 1  # of the round
+    last_step = (place + 1) * steps - 1  # last step of the round
     found = diagnostics.columns(means, float(norms[diagnostics.GRADIENT][last_step]))
     if isinstance(self.problem.virtual, VirtualServer):
       found["staleness"] = float(self.problem.virtual.staleness[number])
     return found
 
   def store(self, folder: Path) -> Checkpoints:
-    """The checkpoints in the run's folder."""
+    """Opens the checkpoints in the run's folder."""
     placed = resize.placed(self.job, self.problem.executor.layout.state, self.state)
     return Checkpoints(folder.resolve() / "checkpoints", self.state, placed)
 
@@ -253,8 +253,9 @@ class Run(BaseRun):
 def events(run: BaseRun, hooks: Sequence[Hook] = ()) -> Iterator[Event]:
   """Runs the remaining rounds of a run, until it is complete or stopped, and yields its events.
 
-  The caller receives every event first, then each hook; the same holds for the events of hooks. The
-  run's state is that of the newest `Rounds`. Reading it waits for the devices.
+  The caller receives every event first, and then each hook does; this includes the events that
+  hooks yield. The run's state is that of the newest `Rounds`. Reading the state waits for the
+  devices.
   """
   every = [hook.every for hook in hooks]
   while run.step < run.steps and not run.reason:

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 class Network(Hook):
   """Adds up the bytes sent by training, excluding evaluations, checkpoints and connection setup.
 
-  It does nothing unless a launcher provides the counters. With counters, dispatches do not overlap
-  with the host's work, and each waits until the counters stop changing. Process 0 reads the
-  counters of all hosts.
+  The hook does nothing unless a launcher provides the counters. With counters, dispatches do not
+  overlap with the host's work, and each dispatch waits until the counters stop changing. Process 0
+  reads the counters of all hosts.
   """
 
   def __init__(self, main: bool):
@@ -47,7 +47,7 @@ class Network(Hook):
     self._first = False
 
   def row(self, step: int) -> dict[str, Any]:
-    """Columns of the row at a dispatch's last step: bytes so far, per host."""
+    """Returns the columns of the row at a dispatch's last step: the bytes per host so far."""
     found = self._after.pop(step, None)
     if found is None:
       return {}
@@ -55,7 +55,7 @@ class Network(Hook):
     return {f"kernel_{name}": columns[name] for name in ("tx_bytes", "rx_bytes")}
 
   def summary(self) -> dict[str, Any]:
-    """Entries of `wire` in the summary: means per step, per host."""
+    """Returns the entries of `wire` in the summary: means per step and host."""
     if not self._steps:
       return {}
     return {"kernel_bytes_per_step_per_host": counters.per_step(self._sum, self._steps)}

@@ -1,4 +1,4 @@
-"""Traces the second dispatch of a process, when everything is compiled, into OUT/profile."""
+"""Traces the second dispatch of a process, for which everything is compiled, into OUT/profile."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Profile(Hook):
-  """Writes one profile; reports if there was no second dispatch."""
+  """Writes one profile; prints a line if there was no second dispatch."""
 
   def __init__(self, folder: Path):
     self._folder, self._dispatches = folder, 0

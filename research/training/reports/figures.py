@@ -1,4 +1,4 @@
-"""Draws figures of results; text is drawn literally, and a failure does not lose the results."""
+"""Draws figures of results; text is drawn literally, and results survive a failure to draw."""
 
 import contextlib
 import io
@@ -31,7 +31,7 @@ def drawing(path: Path) -> Iterator[Path]:
     with warnings.catch_warnings():
       warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
       yield path
-  except Exception as error:  # drawing libraries may raise anything; the results are written
+  except Exception as error:  # drawing may raise anything; the results are already written
     reason = " ".join(str(error).split())[:200]
     report.note(f"warning: {path} was not drawn: {type(error).__name__}: {reason}")
 

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 
 class Costs:
-  """The costs of a run's steps, all known in advance: bytes, virtual seconds, privacy."""
+  """The costs of a run's steps that are known in advance: bytes, virtual seconds, privacy."""
 
   def __init__(self, run: "Run"):
-    """Computes the costs of a run, and reports those that are unknown."""
+    """Computes the costs of a run, and reports unknown costs."""
     problem, job = run.problem, run.problem.job
     layout = problem.executor.layout
     self._problem = problem
@@ -44,11 +44,11 @@ class Costs:
       report.note(reach.describe(name, reached))
 
   def row(self, step: int) -> dict[str, Any]:
-    """The costs at a step, as columns of a row of the metrics."""
+    """Returns the costs at a step, as columns of a row of the metrics."""
     return {"bytes": round(self.sent.until(step)), **self.spent(step)}
 
   def spent(self, step: int) -> dict[str, Any]:
-    """Virtual seconds and epsilon of the first `step` steps."""
+    """Returns the virtual seconds and the epsilon of the first `step` steps."""
     plan, virtual = self._problem.plan, self._problem.virtual
     found: dict[str, Any] = {}
     if virtual:
@@ -59,7 +59,7 @@ class Costs:
 
 
 def of_any(run: "BaseRun", evaluate: "Evaluate") -> dict[str, Any]:
-  """The entries that every run has: what it is, how it ended, what was measured."""
+  """Returns the entries of every run: its configuration, its end, and its measurements."""
   return {
     **run.config.named(),
     "steps": run.step,
@@ -102,7 +102,7 @@ def summarized(
 
 
 def _wire(run: "Run", costs: Costs, network: "Network", last: Any) -> dict[str, Any]:
-  """Bytes by axis; `last` is the job of the last stage."""
+  """Returns the bytes by axis; `last` is the job of the last stage."""
   job = run.problem.job
   rounds = max(1, run.timing.largest // last.method.local_steps)
   shared = wire.by_axis(traffic.of_metrics(last, rounds), rounds * last.method.local_steps)
