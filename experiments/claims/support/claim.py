@@ -157,8 +157,8 @@ class Lab:
     Args:
       on: the examples on which to measure: "test", "train".
       gradient: whether to measure the norm of the full gradient.
-      watch: returns further metrics of params and state. until: ends the run at the first row for
-        which it returns True.
+      watch: returns further metrics of params and state.
+      until: ends the run at the first row for which it returns True.
       **flags: flags of the run; a spec may be a `Call`, which is converted to its text.
 
     Raises:

@@ -59,7 +59,8 @@ class Checkpoints:
     """Copies the state and writes it in the background.
 
     Args:
-      step: the number of steps of the state. state: the state.
+      step: the number of steps of the state.
+      state: the state.
       now: the current time, stored as `saved_at`.
 
     Raises:

@@ -16,7 +16,8 @@ def check_rounds(first: int, last: int, metrics: Mapping[str, Any], kept: str) -
 
   Args:
     first: local steps before the dispatch.
-    last: local steps after the dispatch. metrics: on the host, "loss" [last - first] and "finite".
+    last: local steps after the dispatch.
+    metrics: on the host, "loss" [last - first] and "finite".
     kept: the remaining checkpoint, for the message.
 
   Raises:

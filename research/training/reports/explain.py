@@ -65,7 +65,8 @@ def row(lies: resize.Leaf, leaf: Any) -> Row:
   """Describes one leaf.
 
   Args:
-    lies: the placement of the leaf. leaf: the shape, dtype and sharding of the leaf.
+    lies: the placement of the leaf.
+    leaf: the shape, dtype and sharding of the leaf.
   """
   spec = ", ".join(repr(tuple(d) if isinstance(d, list) else d) for d in leaf.sharding.spec)
   held = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
