@@ -10,7 +10,7 @@ def cut(x: Array, count: int) -> Array:
 
   Args:
     x: the leaf, of any shape; a flattened leaf is padded with zeros to a multiple of W.
-    count: W.
+    count: W, the number of workers.
   """
   if x.ndim > 1 and x.shape[0] % count == 0:
     return x.reshape(count, x.shape[0] // count, *x.shape[1:])

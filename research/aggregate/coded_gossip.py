@@ -34,11 +34,11 @@ class CodedGossip(Aggregator):
         start_i + sum_j w_ij (C(message_j) - origin_i)
 
     Args:
-      message: what this worker sends.
+      message: the value that this worker sends.
       start: the value to move, of the message's shape.
       key: a typed key, equal on all workers.
-      origin: subtracted from each message; by default, this worker's own message as the others
-        receive it.
+      origin: the value that is subtracted from each message; by default, this worker's own message
+        as the others receive it.
 
     Returns:
       The message as the others receive it, and the moved value, in float32 or wider.

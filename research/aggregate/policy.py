@@ -113,7 +113,7 @@ class Bucketed(Aggregator, name="bucketed"):
     return Aggregate(self._split(out.value, tree), self._split(out.sent, tree), out.state)
 
   def _fused(self, tree: Tree) -> list[Array]:
-    """Returns the messages: each has concatenated small leaves or a single large leaf."""
+    """Returns the messages; each consists of concatenated small leaves or a single large leaf."""
     leaves = jax.tree.leaves(tree)
     joined = lambda bucket: jnp.concatenate([leaves[i].reshape(-1) for i in bucket])
     buckets = _buckets(leaves, self.bytes)
@@ -136,7 +136,7 @@ bucketed = Bucketed
 def _buckets(leaves: Sequence[Array], bytes: int) -> list[list[int]]:
   """Returns the indices of the leaves in each message; empty leaves are not sent."""
   buckets: list[list[int]] = []
-  open_: dict[jnp.dtype, tuple[list[int], int]] = {}  # by dtype: the bucket being filled, its bytes
+  open_: dict[jnp.dtype, tuple[list[int], int]] = {}  # by dtype: the open bucket and its bytes
   for i, leaf in enumerate(leaves):
     size = leaf.size * leaf.dtype.itemsize
     if not size:

@@ -121,7 +121,7 @@ def as_matrix(x: Array) -> Array:
 
 
 def product(left: Array, right: Array) -> Array:
-  """Computes left @ right; few columns of `left` give a sum of outer products that XLA fuses.
+  """Computes left @ right; if `left` is narrow, adds outer products, which XLA fuses.
 
   XLA would write the result of a matrix product, which is as large as the leaf, to memory.
 

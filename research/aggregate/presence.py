@@ -10,7 +10,7 @@ from research.core.base import EVERYONE, Array, Presence, Tree
 
 
 def presence_of(weight: float | Array, active: bool | Array) -> Presence:
-  """Builds a worker's presence; `EVERYONE` if all workers participate with equal weight.
+  """Builds a worker's presence; returns `EVERYONE` if all participate with equal weight.
 
   Args:
     weight: the worker's weight, a number or a float scalar.
@@ -80,7 +80,7 @@ class Roll(NamedTuple):
 
   present: Array  # bool [W]
   count: Array  # int32, number of workers present
-  scale: Array  # float32, mean weight over all W
+  scale: Array  # float32, mean weight over all W workers
 
 
 def call_roll(presence: Presence, axis: collectives.Axes) -> Roll | None:

@@ -16,13 +16,13 @@ class Chip(NamedTuple):
   A chip has two ICI links along each dimension of its slice. Rates are for one direction.
   """
 
-  flops: float  # per second, bfloat16
+  flops: float  # FLOPs per second in bfloat16
   hbm: float  # bytes available to a program: as published, or fewer if XLA:TPU reserves some
   hbm_bandwidth: float  # bytes per second, reads plus writes
   link: float  # bytes per second of one ICI link
-  dcn: float | None  # bytes per second of its share of the host's network; None: not published
-  dimensions: int  # dimensions of a slice
-  largest: int  # chips of the largest slice
+  dcn: float | None  # bytes per second of the chip's share of the host's network, if published
+  dimensions: int  # number of dimensions of a slice
+  largest: int  # number of chips of the largest slice
   example: str  # a legal slice
   source: str
 
@@ -89,7 +89,7 @@ def parse_topology(spec: str) -> tuple[str, tuple[int, ...]]:
     spec: CHIP:AxB or CHIP:AxBxC.
 
   Raises:
-    ValueError: for an unknown chip, or a shape that is not that of a legal slice of the chip.
+    ValueError: for an unknown chip, or a shape that no slice of the chip can have.
   """
   name, _, sides = spec.partition(":")
   if name not in CHIPS:
@@ -141,7 +141,7 @@ def _over(amount: float | None, rate: float | None) -> float | None:
 
 
 def utilization(chip: Chip, flops: float, seconds: float) -> float:
-  """The achieved fraction of a chip's peak; 0 if seconds is 0.
+  """Returns the achieved fraction of a chip's peak rate; 0 if seconds is 0.
 
   Args:
     chip: the chip's specification.
@@ -152,7 +152,7 @@ def utilization(chip: Chip, flops: float, seconds: float) -> float:
 
 
 def crossing(axis: str, slices: int) -> bool:
-  """Returns whether traffic over an axis, or over several as in 'slice+data', leaves its slice.
+  """Returns whether traffic over an axis, or over several as in 'slice+data', leaves a slice.
 
   Args:
     axis: one or more axis names, joined by '+'.

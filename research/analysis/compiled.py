@@ -76,7 +76,7 @@ def transfers(module: Any, mesh: Mesh) -> list[Transfer]:
 
 
 def _devices(module: Any, expected: Iterable[int]) -> list[int]:
-  """Returns a program's device ids in its order; with several slices, those of the first slice."""
+  """Returns the device ids in a program's order; with several slices, those of the first slice."""
   assignment = module.device_assignment
   if min(assignment.replica_count, assignment.computation_count) > 1:
     raise ValueError("a program that is replicated and partitioned at once is not supported")
@@ -94,7 +94,7 @@ def _walk(
     opcode = instruction.opcode.removesuffix("-start")
     called = [program.computations[i] for i in instruction.called_computation_ids]
     if opcode.endswith(("-done", "-update")):
-      continue  # counted at its start
+      continue  # the collective is counted at its start
     if opcode in _OPERATIONS:
       if not (fused and _goes_on(computation, instruction)):
         exchange = _collective(program, computation, instruction, fused)

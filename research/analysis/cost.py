@@ -11,7 +11,7 @@ transmit all its bytes:
 
 Every worker has one full-duplex link, and transfers do not overlap. Every leaf of the tree is one
 message, unless the program fuses leaves. A library that uses tree algorithms for short messages
-needs fewer hops for them.
+needs fewer hops for such messages.
 
 References:
   Hockney, 1994, "The communication challenge for MPP: Intel Paragon and Meiko CS-2", Parallel

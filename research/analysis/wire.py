@@ -53,7 +53,7 @@ class Transfer(NamedTuple):
 class Traffic(NamedTuple):
   """Traffic of one worker in several rounds."""
 
-  transfers: list[Transfer]  # of all these rounds together
+  transfers: list[Transfer]  # transfers of all these rounds together
   sent: np.ndarray  # [rounds], bytes sent in each round
 
 
@@ -124,7 +124,7 @@ class RoundTraffic:
     """
     self._axes, self._copies = axes, copies
     self._program = jax.make_jaxpr(program, axis_env=list(axes.items()))(state, *args)
-    self._alike: Traffic | None = None  # of each round, if all rounds are equal
+    self._alike: Traffic | None = None  # traffic of each round, if all rounds are equal
     self._counters: set[int] | None = None  # indices of the inputs that count rounds
     try:
       reader = _Reader(axes, np.ones(1, np.int64))

@@ -54,7 +54,7 @@ def in_scope(axes: Axes = WORKER_AXES) -> tuple[str, ...]:
   """Returns the names in `axes` that are in scope, in order.
 
   Args:
-    axes: one or more axis names; the default may be partly in scope.
+    axes: one or more axis names; of the default axes, only some need to be in scope.
 
   Raises:
     NoAxis: a ValueError, if none is in scope, or an explicitly named axis is not.

@@ -59,10 +59,10 @@ def on_tpu_vm() -> bool:
 def initialize(coordinator: str = "", processes: int = 0, process_id: int = -1) -> int:
   """Joins the processes of one job; call it before any other use of JAX's devices.
 
-  Arguments take precedence, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID,
-  then the launcher's environment (see `detect_cluster`). If none of these is set, the job has a
-  single process. CPU processes communicate through gloo, GPUs through NCCL, TPUs over ICI and the
-  data-centre network.
+  Arguments take precedence over JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID,
+  which take precedence over the launcher's environment (see `detect_cluster`). If none of these is
+  set, the job has a single process. CPU processes communicate through gloo, GPUs through NCCL, and
+  TPUs over ICI and the data-centre network.
 
   Args:
     coordinator: HOST:PORT of process 0, reachable from all processes.
@@ -105,9 +105,9 @@ def initialize(coordinator: str = "", processes: int = 0, process_id: int = -1) 
 
 
 def _of_environment(environ: Mapping[str, str]) -> tuple[str, int, int]:
-  """Reads the job's settings from launch/ and similar launchers; '', 0 and -1 if not set.
+  """Reads the job's settings from launch/ and similar launchers; missing ones are '', 0 and -1.
 
-  An address alone is ignored: it is JAX's own variable, for clusters that provide the other
+  An address alone is ignored, because it is JAX's own variable for clusters that provide the other
   settings.
   """
   numbers = {name: environ.get(name, "") for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")}

@@ -128,7 +128,7 @@ def simulation_mesh(workers: int, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def runs_on_cpu(mesh: Mesh) -> bool:
-  """Returns whether the devices of a mesh, which may only be compiled for, are CPUs.
+  """Returns whether a mesh consists of CPUs, which may be only the target of a compilation.
 
   Args:
     mesh: the mesh.

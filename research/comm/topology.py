@@ -27,7 +27,7 @@ class Topology(Part):
   """
 
   symmetric: ClassVar[bool] = True  # w_ij = w_ji
-  balanced: ClassVar[bool] = True  # rows sum to one too: consensus is preserved
+  balanced: ClassVar[bool] = True  # rows also sum to one, so consensus is preserved
   varying: ClassVar[bool] = False  # the period may be longer than one round
 
   @required
@@ -64,7 +64,7 @@ class Undirected(Topology):
 
 
 class Ring(Undirected, name="ring"):
-  """A ring: weights 1/3 for a worker and its two neighbours; 1/2 each if there are two workers."""
+  """A ring with weights 1/3 for a worker and its two neighbours; with two workers, 1/2 each."""
 
   def neighbours(self, count):
     return [{(i - 1) % count, (i + 1) % count} for i in range(count)]
@@ -91,7 +91,7 @@ torus = Torus
 
 
 class Complete(Undirected, name="complete"):
-  """The complete graph, weights 1/W: one round gives the mean; each worker sends W - 1 trees."""
+  """The complete graph with weights 1/W: one round gives the mean, and workers send W - 1 trees."""
 
   def neighbours(self, count):
     return [set(range(count)) for _ in range(count)]
@@ -101,7 +101,7 @@ complete = Complete
 
 
 class Star(Undirected, name="star"):
-  """A star: links between worker 0 and all others, with Metropolis-Hastings weights 1/W."""
+  """A star with links between worker 0 and all others, and Metropolis-Hastings weights 1/W."""
 
   def neighbours(self, count):
     return [set(range(count)) if i == 0 else {0} for i in range(count)]
@@ -133,8 +133,8 @@ exponential = Exponential
 class OnePeerExponential(Topology, name="one_peer_exponential"):
   """The one-peer exponential graph: in round k, worker i sends to i + 2^(k mod t) only.
 
-  Both weights are 1/2, and t = ceil(log2 W). If W is a power of two, t rounds give the exact mean,
-  with one tree sent per round.
+  A worker's own value and the received value have weights 1/2, and t = ceil(log2 W). If W is a
+  power of two, t rounds give the exact mean, with one tree sent per round.
 
   Reference: Ying, Yuan, Chen, Hu, Pan, Yin 2021, arXiv 2110.13363.
   """

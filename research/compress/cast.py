@@ -82,7 +82,7 @@ class FP8(Compressor, name="fp8"):
   non-finite element makes its block NaN.
 
   Args:
-    block: elements that share a scale.
+    block: number of elements that share a scale.
 
   Raises:
     ValueError: if block < 1.

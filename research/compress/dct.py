@@ -49,7 +49,7 @@ class DCTTopK(Compressor, name="dct_top_k"):
 
   Args:
     chunk: maximum side of a block.
-    k: coefficients to send per block; all if the block has fewer.
+    k: number of coefficients to send per block; all if the block has fewer.
 
   Raises:
     ValueError: if chunk < 1, or k is not in [1, chunk^2].

@@ -40,7 +40,7 @@ class Quantizer(Compressor):
   """
 
   levels: ClassVar[Any]  # s, number of levels on either side of zero
-  block: ClassVar[Any] = None  # elements that share a unit; None: the full leaf
+  block: ClassVar[Any] = None  # number of elements that share a unit; None means all
   stochastic: ClassVar[Any] = True  # whether to round stochastically, without bias
 
   def check(self):
@@ -84,7 +84,7 @@ class Int8(Quantizer, name="int8"):
   0.004 for blocks of 256. Stochastic rounding is unbiased, with the same bound on its variance.
 
   Args:
-    block: elements that share a scale.
+    block: number of elements that share a scale.
     stochastic: whether to round stochastically, without bias, instead of to the nearest level.
 
   Raises:
@@ -116,7 +116,7 @@ class Int4(Quantizer, name="int4"):
   (block - 1) / 196 ||x||^2.
 
   Args:
-    block: elements that share a scale.
+    block: number of elements that share a scale.
     stochastic: whether to round stochastically, without bias, instead of to the nearest level.
 
   Raises:
@@ -149,7 +149,7 @@ class QSGD(Quantizer, name="qsgd"):
 
   Args:
     levels: s, number of levels on either side of zero.
-    bucket: elements that share a norm; None for one norm per leaf, as in the theory.
+    bucket: number of elements that share a norm; None for one norm per leaf, as in the theory.
 
   Raises:
     ValueError: if levels is not in [1, 32767] or bucket < 1.

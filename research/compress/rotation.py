@@ -24,7 +24,7 @@ class Hadamard(Compressor, name="hadamard"):
   padded leaf. The typical error is smaller than these worst-case constants, since the largest
   element of a rotated block rarely exceeds sqrt(2 log b) times the root mean square. D is drawn
   from the shared key and not sent. b is the largest power of two up to `block` that pads the leaf
-  by at most an eighth. Rotated values have the leaf's dtype, rounded from float32. A non-finite
+  by at most an eighth. Rotated values are rounded from float32 to the leaf's dtype. A non-finite
   element makes its block non-finite.
 
   Args:

@@ -9,7 +9,7 @@ from research.core.base import Compressor, Tree
 
 
 class Seeded(NamedTuple):
-  payload: Tree  # of the inner compressor
+  payload: Tree  # payload of the inner compressor
   seed: jax.Array  # uint32 []
 
 

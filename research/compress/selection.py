@@ -7,7 +7,8 @@ elements above the guess, slightly more than k, are compacted first. A wrong gue
 exactness.
 
 Positions are uint32, and arrays are indexed by (row, column), since JAX's own indices are int32.
-This supports arrays of fewer than 2^32 elements, or fewer than 2^31 if their number is odd.
+This indexing supports arrays of fewer than 2^32 elements, or fewer than 2^31 if the number of
+elements is odd.
 """
 
 import math
@@ -33,7 +34,7 @@ def largest(x: Array, k: int) -> Array:
   Returns:
     uint32 [k].
   """
-  stride = x.size // SAMPLE | 1  # odd: a stride of a row's length would sample one column
+  stride = x.size // SAMPLE | 1  # odd, since the length of a row as stride would sample one column
   expected = k / stride
   margin = 4 * math.sqrt(expected) + 4
   room = k + math.ceil(2 * margin * stride)
@@ -110,9 +111,9 @@ def grid(size: int) -> tuple[int, int]:
 def _at_least(x: Array, k: int, room: int, guess: Array | None = None) -> tuple[Array, Array]:
   """Returns ascending positions [room] of the k largest |x| or slightly more, and their number.
 
-  Bisects the threshold until between k and `room` elements reach it. If ties make that impossible,
-  takes the elements above the threshold and the first tied ones. Entries after the count are
-  invalid.
+  The threshold is bisected until between k and `room` elements reach it. If ties make that
+  impossible, the elements above the threshold and the first tied elements are returned. Entries
+  after the count are invalid.
   """
   if room == 0:
     return jnp.zeros(0, jnp.uint32), jnp.uint32(0)
@@ -123,7 +124,7 @@ def _at_least(x: Array, k: int, room: int, guess: Array | None = None) -> tuple[
   def narrow(state):
     low, high, words, _, step = state
     pivot = jnp.where(step < 2, first + step.astype(dtype), low + (high - low) // 2)
-    pivot = jnp.clip(pivot, low + 1, high - 1)  # the guess, then guess + 1 for ties, then middles
+    pivot = jnp.clip(pivot, low + 1, high - 1)  # the guess, guess + 1 for ties, then middles
     # The barrier keeps XLA from hoisting |x| out of the loop, which would write it to memory.
     pivot, values = lax.optimization_barrier((pivot, x))
     reaching = _words(magnitude(values) >= pivot)

@@ -164,8 +164,8 @@ def kept(fraction: float, size: int) -> int:
   """Returns k: fraction * size, rounded to an integer and at least 1 for a nonempty leaf.
 
   Args:
-    fraction: in (0, 1].
-    size: n, elements of the leaf.
+    fraction: fraction of the elements to send, in (0, 1].
+    size: n, number of elements of the leaf.
 
   Raises:
     ValueError: if positions in the leaf do not fit in 32 bits.
@@ -175,7 +175,7 @@ def kept(fraction: float, size: int) -> int:
 
 
 def position_bits(size: int) -> int:
-  """Returns the bits of a position in a leaf.
+  """Returns the number of bits of a position in a leaf.
 
   Args:
     size: number of elements of the leaf.
@@ -188,7 +188,7 @@ def support(key: Key, size: int, k: int) -> Array:
 
   Args:
     key: a typed key, equal on all workers.
-    size: n, elements of the leaf.
+    size: n, number of elements of the leaf.
     k: number of positions, static.
 
   Returns:

@@ -68,7 +68,7 @@ class Compressor(Part):
   """
 
   linear = False  # payloads of several workers may be summed before decoding
-  contractive = True  # E ||C(x) - x||^2 < ||x||^2 for every x: a memory stays bounded
+  contractive = True  # E ||C(x) - x||^2 < ||x||^2 for every x, so a memory stays bounded
   sparse = False  # C(x) is zero at most positions
 
   @required
@@ -150,7 +150,7 @@ class Aggregate(NamedTuple):
   """The result of an exchange for one worker."""
 
   value: Tree  # the aggregate that this worker receives
-  sent: Tree  # its contribution as the others received it; tree - sent is the compression error
+  sent: Tree  # the contribution as the others received it; tree - sent is the compression error
   state: State
 
 
@@ -175,7 +175,7 @@ class Wrapper(Part):
       traits: the traits of the aggregator.
 
     Raises:
-      ValueError: with the trait and the reason.
+      ValueError: if the aggregator has such a trait, with the reason.
     """
     for trait, reason in self.refuses.items():
       if trait in traits:
@@ -261,7 +261,7 @@ class Aggregator(Wrapper):
 
   @property
   def uplink(self) -> Uplink | None:
-    """The aggregator's encoding of messages to a server; None if it has no such form."""
+    """The aggregator's encoding of messages to a server; None if there is no such encoding."""
     return None
 
   @property

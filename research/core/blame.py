@@ -2,8 +2,8 @@
 
 An invalid flag or spec is rejected by a check: a `raise` statement of this codebase creates the
 ValueError, which is shown as one line. An error in a user's code (a task's loss, a method's sync)
-occurs in the user's file, in a library that it calls, or where its result is used. Its traceback is
-shown, after one line that says what failed.
+occurs in the user's file, in a library that it calls, or where its result is used. The traceback of
+such an error is shown after one line that says what failed.
 """
 
 import contextlib
@@ -125,7 +125,7 @@ def _named(code: CodeType) -> str:
 
 
 def is_users(module: str) -> bool:
-  """Returns whether a dotted module name is that of neither this codebase nor a library."""
+  """Returns whether a dotted module name belongs to neither this codebase nor a library."""
   if module.partition(".")[0] in _LIBRARIES:
     return False
   file = getattr(sys.modules.get(module), "__file__", None) or ""
@@ -142,5 +142,5 @@ def _is_ours(frame: FrameType) -> bool:
 
 def _is_library(frame: FrameType) -> bool:
   name = str(frame.f_globals.get("__name__", ""))
-  is_made = frame.f_code.co_filename.startswith(("<frozen", "<string>"))  # by dataclasses, too
+  is_made = frame.f_code.co_filename.startswith(("<frozen", "<string>"))  # such as by dataclasses
   return name.partition(".")[0] in _LIBRARIES or is_made

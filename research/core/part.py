@@ -14,10 +14,10 @@ _RESERVED = ("title", "spec_name", "refuses", "adds")
 
 
 def hidden(default: Any, *, init: Literal[False] = False) -> Any:
-  """Declares a field that only executors and wrappers set; specs cannot set it, repr omits it.
+  """Declares a field for executors and wrappers, which specs cannot set and repr omits.
 
   Args:
-    default: its value in a new object.
+    default: the field's value in a new object.
     init: tells type checkers that the constructor does not take the field.
   """
   return dataclasses.field(default=default, init=init, repr=False)
@@ -26,8 +26,7 @@ def hidden(default: Any, *, init: Literal[False] = False) -> Any:
 def required(method: Function) -> Function:
   """Marks a method that subclasses must define; an error names a subclass that does not define it.
 
-  The method is not abstract, because which methods a Part needs depends on the methods that it
-  defines.
+  The method is not abstract: which methods are required depends on the others that a Part defines.
 
   Args:
     method: the method.
@@ -80,11 +79,12 @@ class Part:
     """Rejects arguments that are out of range.
 
     Raises:
-      ValueError: one line with the name, the value and the legal range.
+      ValueError: if an argument is out of range; the message is one line with the name, the value
+        and the legal range.
     """
 
   def replace(self, **changes: Any) -> Self:
-    """Returns a copy with other values of some fields, including hidden ones, and checks it.
+    """Returns a copy with other values of some fields, including hidden ones, and checks the copy.
 
     Raises:
       TypeError: for an unknown field.
@@ -131,7 +131,7 @@ def _check_name(cls: type, name: str) -> None:
   """Rejects a field that would hide a method of its base classes.
 
   Raises:
-    TypeError: with the class and the name.
+    TypeError: if the field would hide a method, with the class and the name.
   """
   kinds = types.FunctionType | property
   hides = any(isinstance(inspect.getattr_static(b, name, None), kinds) for b in cls.__mro__[1:])

@@ -44,7 +44,7 @@ def load(text: str) -> bool:
 
   Raises:
     ValueError: if there is no such module or file, or another module has the same name as the file.
-    Exception: whatever the module itself raises.
+    Exception: any exception that the module itself raises.
   """
   source = _of_file(text) if text.endswith(".py") or os.sep in text else _of_module(text)
   before = set(_registering())

@@ -46,7 +46,7 @@ ADDED: dict[str, dict[str, Callable[..., Any]]] = {}  # kind -> name -> factory,
 
 
 class NameTaken(ValueError):
-  """The name is already taken."""
+  """The name is already registered."""
 
 
 def register(kind: str, name: str | None = None) -> Callable[[Factory], Factory]:
@@ -55,7 +55,7 @@ def register(kind: str, name: str | None = None) -> Callable[[Factory], Factory]
   Specs with a registered name are checked like those with a built-in name: arguments must match the
   parameters' types, and the factory rejects values by raising ValueError. A task's keyword-only
   parameters `model` and `data_dir` are set by --model and --data_dir. Registering the same function
-  again, as a reload does, replaces it.
+  again, as a reload does, replaces the earlier one.
 
   Args:
     kind: 'compressor', 'aggregator', 'method', 'task', 'model', 'partition', 'topology', 'delays',
@@ -159,7 +159,7 @@ def build(kind: str, spec: str | Call, **bound: Any) -> Any:
 
   Args:
     kind: one of KINDS.
-    spec: its text, or a parsed call.
+    spec: the text of the spec, or a parsed call.
     **bound: values of keyword-only parameters that a spec cannot set (a task's `model` and
       `data_dir`); ignored if the factory does not have them.
 
@@ -167,8 +167,9 @@ def build(kind: str, spec: str | Call, **bound: Any) -> Any:
     The object. The repr of an optimizer or schedule is its spec.
 
   Raises:
-    ValueError: one line with the value, the legal set and the closest match. A registered factory
-      rejects values with a `raise` statement; its other errors are raised unchanged.
+    ValueError: if the spec is invalid; the message is one line with the value, the legal set and
+      the closest match. A registered factory rejects values with a `raise` statement; its other
+      errors are raised unchanged.
   """
   return _build((kind,), parse(spec) if isinstance(spec, str) else spec, bound)
 

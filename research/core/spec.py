@@ -72,7 +72,7 @@ def parse(spec: str) -> Call:
   """Parses a spec without looking up its names.
 
   Args:
-    spec: such as "sgd(0.1, momentum=0.9)".
+    spec: the text, such as "sgd(0.1, momentum=0.9)".
 
   Raises:
     ValueError: if the text is not a call of a name on literals and calls; the message has the
@@ -88,7 +88,7 @@ def literal(spec: str) -> Any:
   """Parses a number, string, list or dictionary, written as in a spec.
 
   Args:
-    spec: such as "[0.1, 0.3]".
+    spec: the text, such as "[0.1, 0.3]".
 
   Raises:
     ValueError: if the text is anything else.

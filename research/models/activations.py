@@ -19,7 +19,7 @@ def inner_axes() -> dict[str, int]:
 
 
 def spec(shape: tuple[int, ...], *axes: str | tuple[str, ...] | None) -> P:
-  """Returns an activation's spec, with the axes that the mesh in scope has and that fit.
+  """Returns an activation's sharding; axes that the mesh lacks or that do not fit are dropped.
 
   Args:
     shape: shape of the activation.

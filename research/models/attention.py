@@ -80,8 +80,8 @@ def splash_kernel(query: Array, key: Array, value: Array, interpret: bool = Fals
   """Runs `splash` on each device's heads and examples, as the compiler cannot split a kernel.
 
   Args:
-    query, key, value: as in the module's docstring; 128 divides the length.
-    interpret: emulates the kernel without a TPU, slowly.
+    query, key, value: as in the module's docstring; the length must be a multiple of 128.
+    interpret: whether to emulate the kernel without a TPU, which is slow.
   """
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -144,7 +144,7 @@ def rotation(length: int, head_dim: int, base: float) -> Rotation:
 
   Args:
     length: number of positions.
-    head_dim: even.
+    head_dim: size of a head, even.
     base: base of the frequencies.
 
   Reference: Su et al. 2021, arXiv 2104.09864, section 3.2.2.

@@ -37,7 +37,7 @@ def linear(bias: bool = False, deviation: float = 0.0) -> Model:
 
 
 def logistic(bias: bool = True, deviation: float = 0.0) -> Model:
-  """Computes the logits x W + b of logistic or softmax regression, as `linear` with a bias.
+  """Computes the logits x W (+ b) of logistic or softmax regression, like `linear`.
 
   Args:
     bias: whether to add b, which is initially zero.

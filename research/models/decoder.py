@@ -17,13 +17,13 @@ class Shape(NamedTuple):
 
   layers: int
   width: int
-  heads: int  # of queries
-  kv_heads: int  # of keys and values
+  heads: int  # number of query heads
+  kv_heads: int  # number of key and value heads
   hidden: int  # width of the feed-forward part
   tied: bool  # the head shares the embedding
   rotary_base: float
   scan: bool  # compile one layer; on CPUs a loop is faster
-  deviation: float = 0.02  # of the initial weights
+  deviation: float = 0.02  # standard deviation of the initial weights
 
 
 class Norm(nn.Module):
@@ -43,7 +43,7 @@ class Attention(nn.Module):
   shape: Shape
   dtype: Any
   attend: Attend
-  deviation: float  # of the initial weights of `out`
+  deviation: float  # standard deviation of the initial weights of `out`
 
   @nn.compact
   def __call__(self, x: Array, positions: Rotation) -> Array:

@@ -17,8 +17,8 @@ class SwiGLU(nn.Module):
 
   hidden: int
   dtype: Any
-  deviation: float  # of down's initial weights
-  others: float  # of the other weights
+  deviation: float  # standard deviation of down's initial weights
+  others: float  # standard deviation of the other initial weights
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -43,7 +43,7 @@ class Experts(nn.Module):
 
   hidden: int
   dtype: Any
-  deviation: float  # as in SwiGLU
+  deviation: float  # see SwiGLU
   others: float
 
   @nn.compact
@@ -84,7 +84,7 @@ class Mixture(nn.Module):
   per_token: int  # k
   hidden: int
   dtype: Any
-  deviation: float  # as in SwiGLU
+  deviation: float  # see SwiGLU
   others: float
 
   @nn.compact
@@ -111,7 +111,7 @@ def balance(busy: Array) -> Array:
 
       experts * sum_e (share of the choices that fell on e) (mean of p_e)
 
-  Means are over all tokens, however these are sharded.
+  Means are over all tokens, regardless of their sharding.
 
   Args:
     busy: [..., 2, experts]: the share of the choices that fell on each expert, and the mean of p.

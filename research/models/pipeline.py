@@ -1,9 +1,9 @@
 """Pipeline parallelism: consecutive layers on several devices, with micro-batches.
 
 A pipeline of S stages passes M micro-batches through all layers in R rounds: in round r, stage s
-applies layers (r S + s) k, ..., (r S + s + 1) k - 1 of R S k. At tick t, the stage computes item i
-= t - s, which is micro-batch i mod M in round i div M, and sends the result to the next stage; the
-last stage sends its result to the first:
+applies layers (r S + s) k, ..., (r S + s + 1) k - 1 of the R S k layers. At tick t, the stage
+computes item i = t - s, which is micro-batch i mod M in round i div M, and sends the result to the
+next stage; the last stage sends its result to the first:
 
     ticks = R M + S - 1,   bubble = (S - 1) / ticks
 
@@ -55,10 +55,10 @@ def schedule(stages: int, examples: int, microbatches: int, repeats: int, cut: i
   """Chooses the number of micro-batches of a pipeline.
 
   Args:
-    stages: S.
+    stages: S, number of stages.
     examples: number of examples in one pass.
     microbatches: M, or 0 for the largest number up to 4 S that divides the examples.
-    repeats: R.
+    repeats: R, number of rounds.
     cut: number of devices over which each micro-batch should be sharded; only a preference if
       microbatches is 0.
 
@@ -94,7 +94,7 @@ def pipelined(
 
   Args:
     layers: applies consecutive layers.
-    params: leaves [R, S k, ...], the second dimension along `stage`.
+    params: leaves [R, S k, ...], with the second dimension sharded along `stage`.
     x: [B, T, width].
     rest: further arguments, the same for all layers.
     plan: the schedule, whose M divides B.

@@ -1,7 +1,7 @@
 """Attention over sequences sharded along the mesh axis `seq`.
 
 `by_heads` temporarily gives every device all tokens of some heads; `ring` leaves tokens in place
-and passes keys and values around.
+and passes keys and values from device to device.
 """
 
 from functools import partial
@@ -86,7 +86,7 @@ def ring(query: Array, key: Array, value: Array, attend: Attend | None = None) -
 
   Args:
     query, key, value: as for every attention function, with the length along `seq`.
-    attend: not used.
+    attend: unused.
 
   Reference: Liu et al. 2023, arXiv 2310.01889, algorithm 1.
   """

@@ -1,10 +1,10 @@
 """Aggregators and methods as optax gradient transformations, for use in any train step.
 
-Both run on one worker's gradients with the worker axis in scope: inside `shard_map`, `pmap` or
-`vmap(axis_name=...)`. Pass `check_vma=False` to `shard_map`: otherwise `jax.grad` sums the
-gradients of replicated parameters over the workers before the aggregator sees them, and such sums
-are rejected. Private state, such as an error feedback memory, needs the PartitionSpecs from
-`parallel/state_specs.py` to leave `shard_map`.
+Aggregators and methods run on one worker's gradients with the worker axis in scope: inside
+`shard_map`, `pmap` or `vmap(axis_name=...)`. Pass `check_vma=False` to `shard_map`: otherwise
+`jax.grad` sums the gradients of replicated parameters over the workers before the aggregator sees
+them, and such sums are rejected. Private state, such as an error feedback memory, needs the
+PartitionSpecs from `parallel/state_specs.py` to leave `shard_map`.
 """
 
 from typing import Any, NamedTuple
@@ -41,7 +41,7 @@ def aggregated(
     seed: seed of the aggregator's randomness, equal on all workers.
 
   Returns:
-    The transformation. Its state contains the aggregator's state, which may be private
+    The transformation, whose state contains the aggregator's state, which may be private
     (`state_specs`).
 
   Raises:
@@ -81,7 +81,7 @@ def _refuse_sums(grads: Tree, axis: Axes) -> None:
 class MethodState(NamedTuple):
   count: Array  # int32, completed local steps
   key: Key
-  local: Any  # of the method
+  local: Any  # the method's Local
   state: State
 
 
@@ -105,7 +105,8 @@ def as_optax(
     seed: seed of the method's randomness, equal on all workers.
 
   Returns:
-    The transformation. Its state contains the method's state, which may be private (`state_specs`).
+    The transformation, whose state contains the method's state, which may be private
+    (`state_specs`).
 
   Raises:
     ValueError: if the length of the method's rounds is not constant, because its period has a

@@ -19,7 +19,7 @@ class Snapshot(NamedTuple):
 
   version: int
   params: dict[str, Any]  # all leaves, numpy
-  states: dict[int, list[Any]] | None  # of each shard's optimizer; None: initialize
+  states: dict[int, list[Any]] | None  # optimizer state of each shard; None initializes it
   counted: list[list[int]]  # see Head
 
 
@@ -178,7 +178,7 @@ class HeadProcess:
     """Counts a push. If an update fails halfway, the state is invalid, so the process exits."""
     try:
       return await self.head.push(push, payloads, spent)
-    except Exception:  # of any kind: some shards may have applied the update
+    except Exception:  # any error: some shards may have applied the update
       traceback.print_exc()
       os._exit(1)
 
@@ -192,7 +192,10 @@ class HeadProcess:
     return {**self.head.report(), "pid": os.getpid(), "pids": dict(self.pids)}
 
   async def snapshot(self) -> tuple[dict[str, Any], Any, list[list[int]], list[Any]]:
-    """Returns a report, the head's shard, the counts and futures of all others at one version."""
+    """Returns a report, the head's shard, the counts, and futures of the other shards.
+
+    All of them have the same version.
+    """
     others = [shard.snapshot.remote() for shard in self.shards]
     counted = [list(row) for row in self.head.counted]
     return await self.report(), self.head.part.snapshot(), counted, others

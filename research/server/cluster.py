@@ -45,7 +45,7 @@ def running(config: Config, processes: int, model_bytes: int) -> Iterator[Any]:
 
     space = {"namespace": f"run-{uuid.uuid4().hex}", "log_to_driver": False}
     quiet = {"logging_level": "ERROR", "configure_logging": True}
-    warnings.filterwarnings("ignore", message="os.fork", category=RuntimeWarning)  # it execs
+    warnings.filterwarnings("ignore", message="os.fork", category=RuntimeWarning)  # Ray execs
     try:
       if config.ray_address:
         ray.init(address=config.ray_address, **space, **quiet)

@@ -1,4 +1,4 @@
-"""The driver of a server run: starts processes, polls the head, takes snapshots, restarts."""
+"""Drives a server run: starts and restarts processes, polls the head and takes snapshots."""
 
 import contextlib
 import functools
@@ -116,7 +116,7 @@ class ServerRun(Polled):
   def _follow(self, to: int) -> Event:
     head, *shards = self.servers
     pids = [shard.pid.remote() for shard in shards]
-    self.pids["shards"] = self._ray.get(pids)  # fails if one is dead
+    self.pids["shards"] = self._ray.get(pids)  # fails if a shard is dead
     if self._told:
       self._ray.get(head.stop.remote(self._told))
     over = self._take_in(self._ray.get(head.report.remote()))
@@ -162,7 +162,7 @@ class ServerRun(Polled):
   # ---- processes
 
   def _start_servers(self) -> None:
-    """Starts the head and all shards from `state`, and the trace from its version."""
+    """Starts the head and all shards from `state`, and the trace from the version of `state`."""
     setup, config = self.setup, self.config
     self.trace = events.Trace(self.folder, setup.parts, self.state.version)
     self.events = list(self.trace.kept)

@@ -23,11 +23,11 @@ class Push(NamedTuple):
   """A piece of work that a worker has pushed."""
 
   worker: int
-  incarnation: int  # of the computing process; a new process starts without the state of the old
+  incarnation: int  # number of the worker's process; a new process has no private state
   number: int  # the worker's n-th piece of work, from 0
   first: int  # local steps counted for the worker before this piece
   steps: int  # local steps in this piece
-  versions: tuple[int, ...]  # of the shards of the model that this piece started from
+  versions: tuple[int, ...]  # versions of the shards in the pulled model
 
   @property
   def name(self) -> tuple[int, int]:
@@ -38,7 +38,7 @@ class Event(NamedTuple):
   """An update of all shards, or a push that missed its round and was not counted."""
 
   update: int  # number of updates before this event
-  pushes: tuple[Push, ...]  # in the order of the workers
+  pushes: tuple[Push, ...]  # pushes in the order of the workers
   counted: bool = True
 
   def row(self) -> dict[str, Any]:

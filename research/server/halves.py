@@ -20,7 +20,7 @@ from research.core.method import Method
 from research.core.part import defined_at
 from research.parallel import layout as layouts
 
-_AXIS = {"push": 2}  # for tracing; it is not a worker axis, so an exchange among workers fails
+_AXIS = {"push": 2}  # for tracing; not a worker axis, so an exchange among workers fails
 
 
 class _Bare(Aggregator):
@@ -37,7 +37,7 @@ class ServerState(NamedTuple):
   """Server state other than the model."""
 
   shared: list[Array]  # leaves of the method's state
-  memory: State  # of the staleness correction
+  memory: State  # state of the staleness correction
 
 
 class Halves(NamedTuple):
@@ -46,8 +46,8 @@ class Halves(NamedTuple):
   method: Method
   correction: Any  # a `methods.stale.Correction`, or None
   link: Uplink
-  private: list[bool]  # per leaf of the state
-  model: list[bool]  # whether the leaf is part of the model
+  private: list[bool]  # whether each leaf of the state is private
+  model: list[bool]  # whether each leaf of the state is part of the model
 
   def own(self, params: Params) -> list[Array]:
     """Returns a worker's initial private state."""
@@ -185,7 +185,7 @@ def _check_worker(found: Halves, state: State, shapes: Params, name: str) -> Non
   """Rejects a worker's half that needs server state, or sends leaves other than the model's.
 
   Raises:
-    ValueError: with the reason.
+    ValueError: if the half is rejected, with the reason.
   """
   sent, after = jax.eval_shape(lambda *args: _round(found.method, *args), shapes, state, _key())
   alike = lambda tree: (jax.tree.structure(tree), [x.shape for x in jax.tree.leaves(tree)])
@@ -206,7 +206,7 @@ def _check_server(found: Halves, state: State, shapes: Params, name: str) -> Non
   """Rejects a server's half that needs or returns other worker state, or replaces the model.
 
   Raises:
-    ValueError: with the reason.
+    ValueError: if the half is rejected, with the reason.
   """
 
   def run(value, sent, state, key):

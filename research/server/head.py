@@ -54,7 +54,7 @@ class Head:
     empty = [[0, 0, 0] for _ in range(rules.workers)]
     self.counted = [list(row) for row in counted] or empty
     self.alive: set[int] = set()
-    self.waiting: dict[int, Push] = {}  # of the current round
+    self.waiting: dict[int, Push] = {}  # pushes of the current round
     self.reason = "steps" if part.version >= rules.updates else ""  # why the run is over
     self.since = 0.0  # time of the first join
     self._changed = asyncio.Condition()
@@ -66,7 +66,7 @@ class Head:
     self.notes: list[str] = []
     self.refused: Counter[str] = Counter()
     self.spent: list[tuple[int, Spent]] = []
-    self._told: dict[int, Spent] = {}  # of pushes not yet applied
+    self._told: dict[int, Spent] = {}  # statistics of pushes not yet applied
 
   # ---- workers
 

@@ -37,7 +37,7 @@ class HogwildRun(Polled):
     self.block = shared_memory.SharedMemory(create=True, size=size)
     self.memory: shared.Memory | None = shared.view(self.block, self.parameters, setup.workers)
     self.processes: dict[int, Any] = {}
-    self._losses = 0.0  # sum over the steps that are added
+    self._losses = 0.0  # sum over the steps added so far
 
   def start(self, last: Mapping[str, Any] | None) -> None:
     super().start(last)

@@ -155,6 +155,6 @@ class ShardState:
 
 
 def _finite(x: np.ndarray) -> bool:
-  """Returns whether all values are finite; only sums near the largest float may overflow."""
+  """Tests by a sum whether all values are finite; a sum of finite values rarely overflows."""
   with np.errstate(all="ignore"):
     return bool(np.isfinite(np.sum(x, dtype=np.float32)))

@@ -38,9 +38,9 @@ class Update(NamedTuple):
   """An update of the model, or everything that happened between two polls."""
 
   step: int  # local steps after this update
-  loss: float  # mean over its local steps
-  seconds: float  # of the run
-  moved: float  # bytes of all workers so far
+  loss: float  # mean loss over the local steps of this update
+  seconds: float  # time since the start of the run
+  moved: float  # bytes sent by all workers so far
 
 
 class Polled(BaseRun):
@@ -69,8 +69,8 @@ class Polled(BaseRun):
     self.moved = 0.0
     self.spent = np.zeros((setup.workers, len(Spent._fields)))  # sums, and number of pushes
     self.started: float | None = None  # seconds, when the first worker joined
-    self._updates: list[Update] = []  # not yet given in an event
-    self._begun: Update | None = None  # the first and the last of this process
+    self._updates: list[Update] = []  # updates that no event contains yet
+    self._begun: Update | None = None  # the first and the last update of this process
     self._last: Update | None = None
     self._told = ""  # why the processes should stop
     self._treedef = jax.tree.structure(jax.eval_shape(setup.job.task.init, jax.random.key(0)))
@@ -219,7 +219,7 @@ class Polled(BaseRun):
 
 
 def _of_worker(row: np.ndarray) -> dict[str, float]:
-  """Averages over a worker's pushes that this process has seen: seconds per push, idle share."""
+  """Averages a worker's seconds per push and idle share over the pushes seen by this process."""
   computing, encoding, waiting, lasted, _, _, pushes = row.tolist()
   each = max(pushes, 1)
   return {

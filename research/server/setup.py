@@ -40,7 +40,7 @@ class Setup(NamedTuple):
 
   config: Config
   job: Job  # its clients are the workers
-  apart: Halves  # of the full model
+  apart: Halves  # halves of the full model
   keys: work.Keys
   shapes: work.Shapes
   parts: list[list[int]]  # leaves by shard

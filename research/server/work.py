@@ -41,8 +41,8 @@ def message_key(key: Key, worker: Array, number: Array) -> Key:
 class WorkerState(NamedTuple):
   """The state that a worker keeps between pieces of work; a new incarnation initializes it."""
 
-  own: State  # of the method, such as an inner optimizer
-  memory: State  # of the uplink: what was not sent
+  own: State  # state of the method, such as an inner optimizer's
+  memory: State  # state of the uplink: values not yet sent
 
 
 class Worker(NamedTuple):
@@ -129,7 +129,7 @@ def worker(job: Job, apart: Halves, keys: Keys) -> Worker:
   return Worker(*map(jax.jit, (held, together, begin, step, end)))
 
 
-Shapes = dict[str, jax.ShapeDtypeStruct]  # of a model's leaves, by name and in order
+Shapes = dict[str, jax.ShapeDtypeStruct]  # shapes of a model's leaves, by name and in order
 
 
 def shapes_of(params: Params) -> Shapes:

@@ -17,7 +17,7 @@ class Speeds(NamedTuple):
   """
 
   draw: Callable[[np.random.Generator, int, int], np.ndarray]  # (random, worker, steps) -> seconds
-  workers: int = 0  # number of workers that it is defined for; 0: any number
+  workers: int = 0  # number of workers that the speeds are for; 0 means any number
   named: int = 0  # largest worker index with a slowdown, plus one
 
 
@@ -25,7 +25,7 @@ class Trace(NamedTuple):
   """The order in which a server receives E messages of single workers."""
 
   owners: np.ndarray  # [E] int32, the sender
-  staleness: np.ndarray  # [E] int32, updates since the sender pulled the model it worked on
+  staleness: np.ndarray  # [E] int32, updates since the sender pulled its model
   seconds: np.ndarray  # [E] float64, increasing: time of arrival
 
 
@@ -54,7 +54,7 @@ def steady(
 def exponential(
   mean: float, *, shift: float = 0.0, slowdown: Mapping[int, float] | None = None
 ) -> Speeds:
-  """Step times of shift + X seconds, X exponential: most are fast, and stragglers are common.
+  """Step times of shift + X seconds, X exponential: most steps are fast, and stragglers are common.
 
   Args:
     mean: mean of X in seconds, greater than 0.
@@ -188,8 +188,9 @@ def asynchronous(
     events: E, number of messages that the server receives.
     seed: seed of all draws.
     period: local steps per message.
-    communication: round-trip time in seconds, from a worker's last step to its next first step. The
-      server itself takes no time, and workers do not wait for each other.
+    communication: round-trip time in seconds, from a worker's last step before a message to its
+      first step after the reply. The server itself takes no time, and workers do not wait for each
+      other.
 
   Returns:
     The trace of E messages.

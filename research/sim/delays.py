@@ -278,8 +278,8 @@ class LastPull(Delays, name="last_pull"):
   """Each owner computes at the model that it received at the end of its last round.
 
   The staleness is the number of rounds since then. With one worker that serves a population one
-  client at a time, this models a server with asynchronous clients. An owner that drops out of a
-  round keeps its model.
+  client at a time, this class models a server with asynchronous clients. An owner that drops out of
+  a round keeps its model.
   """
 
   one_by_one = True

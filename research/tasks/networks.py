@@ -21,7 +21,7 @@ _TRAINING, _EVALUATING = ("train", "training"), ("deterministic", "inference")
 class Network(NamedTuple):
   """A model without its parameters."""
 
-  name: str  # of the model's class
+  name: str  # name of the model's class
 
   init: Callable[[Key, Any], Params]  # (key, x [1, ...]) -> parameters
   # (params, x [batch, ...], key) -> outputs [batch, ...]; without a key dropout is off

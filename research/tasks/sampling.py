@@ -21,7 +21,7 @@ def epoch_sample(size: Array | int, step: Array | int, key: Key, *, batch_size: 
   which differ from epoch to epoch; if batch_size > size, a batch cycles through the examples.
 
   Args:
-    size: examples that the worker has, an int32 scalar in [1, 2^31), traced or not.
+    size: number of the worker's examples, an int32 scalar in [1, 2^31), traced or not.
     step: the worker's step, an int32 scalar in [0, 2^31), traced or not.
     key: typed key of the worker's order.
     batch_size: examples in one batch, static.
@@ -41,7 +41,7 @@ def with_replacement(size: Array | int, step: Array | int, key: Key, *, batch_si
   """Draws each example of a batch independently and uniformly, as theory assumes.
 
   Args:
-    size: examples that the worker has, an int32 scalar in [1, 2^31), traced or not.
+    size: number of the worker's examples, an int32 scalar in [1, 2^31), traced or not.
     step: the worker's step, an int32 scalar in [0, 2^31), traced or not.
     key: typed key of the worker's draws.
     batch_size: examples in one batch, static.
@@ -56,7 +56,7 @@ def in_order(size: Array | int, step: Array | int, key: Key, *, batch_size: int)
   """Draws consecutive batches cyclically, for a buffer that is refilled as it is used.
 
   Args:
-    size: examples that the worker has, a multiple of batch_size.
+    size: number of the worker's examples, a multiple of batch_size.
     step: the worker's step, an int32 scalar in [0, 2^31), traced or not.
     key: unused.
     batch_size: examples in one batch, static.

@@ -47,7 +47,7 @@ def supervised(
   Args:
     model: from x [batch, ...] to outputs [batch, ...]: a module of Flax linen or Flax NNX, an
       Equinox module of single examples, or a function of a key that makes one; see
-      `networks.network`. Its Dropout draws from the key of the loss and is off in `evaluate`.
+      `networks.network`. Dropout draws from the key of the loss and is off in `evaluate`.
     train: numpy arrays "x" [N, ...], or sparse rows as `models.classic.Linear` accepts them; "y"
       [N, ...], which custom losses and metrics may omit; and other arrays of any name.
     test: the same for the test examples.

@@ -9,7 +9,7 @@ import numpy as np
 from research.core import checks
 
 CONVERSIONS = ("rdp", "rdp_old", "pld")
-_LEAST_NOISE = 1e-100  # divergences are finite floats down to here; below, epsilon is infinite
+_LEAST_NOISE = 1e-100  # with less noise, divergences are not finite floats, and epsilon is infinite
 _RESOLVED = 1e-15  # smallest divergence that the library resolves
 _STEP, _FARTHEST = 0.02, 200.0  # step and range of the integrals over x, in standard deviations
 
@@ -18,7 +18,7 @@ def epsilon(noise: float, rate: float, steps: int, delta: float, conversion: str
   """Computes the epsilon of (epsilon, delta)-differential privacy after `steps` rounds of `noisy`.
 
   Neighbouring data sets differ by the presence of one worker (one example, if each worker has one).
-  In each round every worker participates independently with probability `rate` (Poisson sampling).
+  In each round, every worker participates independently with probability `rate` (Poisson sampling).
 
   Args:
     noise: the noise multiplier, greater than 0.
@@ -145,7 +145,7 @@ def _of_strata(noise: float, clients: int, orders: np.ndarray) -> np.ndarray:
   integrals over x in deviations. In pair (1) and in the mirrored pair (2), L > 1 where x > C/2.
   """
   c, share = 1 / noise, 1 / clients
-  found = orders * c**2 / 2  # without sampling
+  found = orders * c**2 / 2  # the divergences without sampling
   kept = np.flatnonzero(orders * c <= _FARTHEST)
   if not kept.size:
     return found

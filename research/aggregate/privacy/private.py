@@ -13,8 +13,8 @@ from research.core import checks
 from research.core.base import EVERYONE, WORKER_AXES, Aggregator, Array, Key, Trait, Tree
 
 SCOPE = "noisy"  # scope in the operation names of a traced program
-_LEAST, _GREATEST = 1e-30, 1e36  # no worker's noise is zero or infinite in float32
-_AT_ONCE = 2**19  # random numbers drawn at once
+_LEAST, _GREATEST = 1e-30, 1e36  # in this range, no worker's noise is zero or infinite in float32
+_AT_ONCE = 2**19  # number of random numbers drawn at once
 
 
 _ONE_NOISE = {Trait.NOISE: "the accountant handles a single noise"}

@@ -77,12 +77,12 @@ class Attack(Aggregator):
 
 
 class SignFlip(Attack, name="sign_flip"):
-  """Faulty workers send -scale times their own value.
+  """Faulty workers send -scale times their own values.
 
   Args:
     inner: the aggregator under attack.
     faulty: number of faulty workers.
-    scale: at least 0.
+    scale: the factor, at least 0.
     axis: the worker axes.
 
   Raises:

@@ -21,7 +21,7 @@ SHA256 = {
   "w8a": "6a9fa8fd5f524303240a5db07d4b3d4a51e8b7b4b20a914105d8e3e8c81640f2",
 }
 
-LARGEST = float(np.finfo(np.float32).max)  # label or value
+LARGEST = float(np.finfo(np.float32).max)  # largest label or value
 DENSE_BYTES = 1 << 30  # largest size at which rows are stored dense
 
 

@@ -34,7 +34,7 @@ def least_squares(
   w* + noise, where w* is standard normal.
 
   For `linear`, with or without bias, the optimum of the float32 data is computed in float64. For
-  other models, it is None.
+  other models, the optimum is None.
 
   Args:
     samples: N, at least `features`.

@@ -15,7 +15,7 @@ from research.core.task import Batch, Task
 from research.tasks import files, sampling
 from research.tasks.finance import portfolio_files
 
-MARKETS = ("port1", "port2", "port3")  # published, with their frontiers
+MARKETS = ("port1", "port2", "port3")  # markets with published frontiers
 URL = "http://people.brunel.ac.uk/~mastjjb/jeb/orlib/files/"
 SHA256 = {
   "port1.txt": "8c570897a400635625fe14eb9a0868aebc6621586674a690493b085850f87886",
@@ -25,7 +25,7 @@ SHA256 = {
   "portef2.txt": "b918e1a8e0fd8ad38eb047d60daba791030e49721c547550385043a39f08656b",
   "portef3.txt": "4d0eb0a1cfbaddc2ef2049ec34ab9836e133f7dd0c0481f2932b345dc01c0cc3",
 }
-SCENARIOS = 8  # per asset
+SCENARIOS = 8  # number of scenarios per asset
 _HALVINGS = 60  # bisection steps for the multiplier
 
 
@@ -35,7 +35,7 @@ class Market(NamedTuple):
   means: np.ndarray  # float64 [n], expected returns
   covariance: np.ndarray  # float64 [n, n]
   returns: np.ndarray  # float64 [points], descending
-  variances: np.ndarray  # float64 [points], the least at these returns
+  variances: np.ndarray  # float64 [points], the least variances at these returns
 
 
 def load(name: str, data_dir: str = "") -> Market:

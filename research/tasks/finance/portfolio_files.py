@@ -12,9 +12,9 @@ import numpy as np
 
 from research.tasks import texts
 
-LARGEST = 1e12  # mean or standard deviation of an asset
-SMALLEST = 1e-100  # largest standard deviation
-ROUNDING = 1e-6  # of a correlation that is 1
+LARGEST = 1e12  # largest mean or standard deviation of an asset
+SMALLEST = 1e-100  # minimum of the largest standard deviation
+ROUNDING = 1e-6  # tolerance of a correlation that is 1
 
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -23,9 +23,9 @@ TINYSHAKESPEARE_URL = (
 TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 TOKENIZERS = ("bytes", "characters", "bpe")
-VOCABULARY = 4096  # default size of a "bpe"
-LOGITS = 2**26  # maximum per device in evaluation
-TOKENS = 2**13  # maximum per device in evaluation: more exceed a CPU's caches (1.7 times slower)
+VOCABULARY = 4096  # default vocabulary of "bpe"
+LOGITS = 2**26  # maximum number of logits per device in evaluation
+TOKENS = 2**13  # maximum per device in evaluation; more exceed a CPU's caches (1.7 times slower)
 PLACES = 100  # number of pieces of a text that partitions sort by
 
 
@@ -33,7 +33,7 @@ class Text(NamedTuple):
   """A part of a text."""
 
   tokens: np.ndarray  # [N], integers in [0, V)
-  bytes: int  # of its UTF-8
+  bytes: int  # number of bytes in UTF-8
 
 
 def tinyshakespeare(

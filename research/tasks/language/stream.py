@@ -23,7 +23,7 @@ class Source(NamedTuple):
   """Tokens on disk and their vocabulary."""
 
   tokens: TokenFile
-  size: int  # V
+  size: int  # V, number of different tokens
   lengths: np.ndarray | None  # [V], bytes of text per token, if known
 
 
@@ -79,7 +79,7 @@ def _task(module: nn.Module, source: Source, end: int, context: int, most: int) 
   for part in (train, test):
     _check_tokens(part["x"], source)
   bits = None if lengths is None else [_bits(part, lengths) for part in (train, test)]
-  del train["length"]  # all have full length
+  del train["length"]  # all windows have full length
   mean_length = float(np.mean(test["length"]))
   init, loss, evaluate = language.objective(module, size, context, mean_length, bits)
   read = reader(tokens, end, context)

@@ -93,7 +93,7 @@ def _contents(path: Path) -> tuple[np.dtype, int, int]:
 class Encoded(NamedTuple):
   """A text encoded as tokens."""
 
-  path: Path  # of the .npy file
+  path: Path  # path of the .npy file
   tokenizer: tokens.Tokenizer
 
 
@@ -112,7 +112,7 @@ def encoded(path: str | Path, vocabulary: int, share: float) -> Encoded:
   Raises:
     ValueError: if the text does not exist, is compressed or is not UTF-8; see also `tokens.bpe`.
   """
-  TokenFile(path)  # for its checks
+  TokenFile(path)  # checks the file
   path = paths.local(path).resolve()
   about = path.stat()
   head = _head(path, min(HEAD, int(share * about.st_size)))

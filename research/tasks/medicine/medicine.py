@@ -108,9 +108,10 @@ def diabetes(
 
 
 def auc(scores: Array, positive: Array) -> Array:
-  """Computes the area under the ROC curve: the probability that a positive scores higher.
+  """Computes the area under the ROC curve.
 
-  A tie counts as 1/2.
+  The area is the probability that a positive example scores higher than a negative one. Ties count
+  as 1/2.
 
   Args:
     scores: [n].
@@ -121,7 +122,7 @@ def auc(scores: Array, positive: Array) -> Array:
   ordered = jnp.sort(scores)
   below = jnp.searchsorted(ordered, scores, side="left")
   until = jnp.searchsorted(ordered, scores, side="right")
-  rank = (below + until + 1).astype(scores.dtype) / 2  # from 1, mean rank for ties
+  rank = (below + until + 1).astype(scores.dtype) / 2  # ranks from 1; ties get their mean rank
   chosen = positive.astype(scores.dtype)
   count = jnp.sum(chosen)
   wins = jnp.sum(rank * chosen) - count * (count + 1) / 2

@@ -24,7 +24,7 @@ class Rows(NamedTuple):
   """The ratings of each of E entities, padded to the largest number of ratings."""
 
   other: np.ndarray  # int32 [E, M], the other entity of each rating
-  stars: np.ndarray  # float32 [E, M], minus the mean of all; 0 as padding
+  stars: np.ndarray  # float32 [E, M], ratings minus their mean; 0 as padding
   count: np.ndarray  # int32 [E]
 
 

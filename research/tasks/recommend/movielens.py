@@ -19,10 +19,10 @@ SHA256 = {
 }
 FOLDS = ("u1", "u2", "u3")
 COLD = ("cold_items", "cold_users")
-LEAST, MOST = 1.0, 5.0  # stars
-ITEMS = 10**7  # maximum number
+LEAST, MOST = 1.0, 5.0  # stars of a rating
+ITEMS = 10**7  # maximum number of items
 PAIRS = 2**31  # maximum number of user-item pairs: the metrics use a byte or more for each
-_COLD_SHARE = 10  # one in this many is cold
+_COLD_SHARE = 10  # one item or user in this many is cold
 
 
 class Ratings(NamedTuple):

@@ -12,7 +12,7 @@ from research.tasks import sampling
 from research.tasks.recommend import movielens as data
 from research.tasks.recommend.movielens import LEAST, MOST, Ratings
 
-CUT = 10  # of NDCG@10 and recall@10
+CUT = 10  # cutoff of NDCG@10 and recall@10
 LIKED = 4.0  # minimum stars of a relevant film
 ROWS = 64  # table sizes are rounded up to a multiple of this, so that any mesh can shard them
 KINDS = ("factors", "features", "both")

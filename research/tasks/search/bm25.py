@@ -31,7 +31,7 @@ class Index(NamedTuple):
 
   @property
   def idf(self) -> np.ndarray:
-    """[V], log(1 + (D - n + 1/2) / (n + 1/2)) if n documents have the term; always above 0."""
+    """Inverse document frequencies [V]: log(1 + (D - n + 1/2) / (n + 1/2)) for n documents."""
     n = np.bincount(self.counts.indices, minlength=len(self.vocabulary))
     return np.log1p((len(self.lengths) - n + 0.5) / (n + 0.5))
 

@@ -34,7 +34,7 @@ class Collection(NamedTuple):
   """Documents, queries and relevance judgements."""
 
   titles: list[str]  # D
-  texts: list[str]  # D, the titles included
+  texts: list[str]  # D, including the titles
   queries: list[str]  # Q
   relevance: np.ndarray  # int32 [Q, D], 0 to 4: 4 is a complete answer
 

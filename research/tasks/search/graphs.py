@@ -8,7 +8,7 @@ import numpy as np
 from research.core import paths
 from research.tasks import files, texts
 
-EXPONENT = 2.1  # of the in-degrees of `power_law`
+EXPONENT = 2.1  # exponent of the in-degrees of `power_law`
 WIKI_VOTE_URL = "https://snap.stanford.edu/data/wiki-Vote.txt.gz"
 WIKI_VOTE_SHA256 = "b05c0226f5544f0e4a8ac607ae573db42e42716b6dd5aa00e8c769a1219c796f"
 
