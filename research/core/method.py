@@ -149,7 +149,7 @@ class Method(Wrapper):
     return self.aggregator
 
   def counted(self, presence: Presence) -> Presence:
-    """Returns the presence to pass to the aggregator; by default, it is unchanged."""
+    """Returns the presence to pass to the aggregator; by default, the same presence."""
     return presence
 
   def link(self, state: State) -> State:

@@ -24,9 +24,9 @@ class Feed(NamedTuple):
 class Task(NamedTuple):
   """A model, its data and its objective: the mean of `loss` over all examples in `train`.
 
-  `sample` is a cheap pure function of (step, key) and of a worker's number of examples. It does not
-  depend on the data, so an executor can draw the samples of many steps at once. `batch` fetches the
-  sampled examples. Both functions handle one worker's examples, arrays [examples, ...].
+  `sample` is a cheap pure function of (step, key) and of a worker's number of examples. `sample`
+  does not depend on the data, so an executor can draw the samples of many steps at once. `batch`
+  fetches the sampled examples. Both functions handle one worker's examples, arrays [examples, ...].
 
   A task that seeks a fixed point x = T(x) instead of a minimum defines `grads`. This function
   returns a value equal to `loss`, and x - T(x) instead of a gradient, so that `sgd(1.0)` iterates
