@@ -98,7 +98,7 @@ def worker_count(axes: Axes = WORKER_AXES) -> int:
 
 
 def worker_index(axes: Axes = WORKER_AXES) -> Array:
-  """Returns this worker's index in [0, W), int32; workers of a slice are consecutive.
+  """Returns this worker's index in [0, W) as int32; workers of a slice are consecutive.
 
   Args:
     axes: the worker axes.

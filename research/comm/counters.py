@@ -24,7 +24,7 @@ class Counters(NamedTuple):
     return np.array([_of(self.interface, file) for file in self.files], np.int64)
 
   def settled(self) -> np.ndarray:
-    """Reads the counters once a collective's pending data has been sent, or after 1 s.
+    """Reads the counters after a collective's pending data has been sent, at the latest after 1 s.
 
     A process returns from a collective once it has received all data, possibly before it has sent
     all of its own.

@@ -1,7 +1,7 @@
 """Shamir's secret sharing: any `quorum` shares determine the secret; fewer reveal nothing.
 
-Secrets are uint32 arrays of elements of the field with PRIME elements. PRIME is the largest prime
-below 2^16: the product of two elements and the sum of 2^16 elements are exact in 32 bits.
+Secrets are uint32 arrays whose elements are in the field with PRIME elements. PRIME is the largest
+prime below 2^16: the product of two elements and the sum of 2^16 elements are exact in 32 bits.
 """
 
 import jax
