@@ -52,7 +52,7 @@ def plans(config: Config, specs: list[str], seeds: int) -> list[Contender]:
   """Builds every run once, so that invalid runs are rejected before any run starts.
 
   Raises:
-    UsageError: one line, with the position of the method.
+    UsageError: for an invalid method, with its position in --methods.
   """
   from research.training import assemble
 
@@ -74,7 +74,7 @@ def plan(config: Config, label: str, seeds: int) -> Contender:
   """Plans a method's runs, each with its own folder under --out.
 
   Raises:
-    UsageError: one line.
+    UsageError: for an invalid flag.
   """
   from research.training import assemble
   from research.training import folder as folders
@@ -154,7 +154,7 @@ def conditions() -> Conditions:
   """Returns the conditions under which seconds are predicted, from the flags.
 
   Raises:
-    UsageError: one line.
+    UsageError: for an invalid flag.
   """
   import jax
 

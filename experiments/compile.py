@@ -51,7 +51,7 @@ def grid(text: str, config: Config) -> list[Config]:
   """Parses a sweep, 'MESH;MESH x METHOD;METHOD'; the flag's value replaces an empty side.
 
   Raises:
-    UsageError: if there is only one run.
+    UsageError: if the sweep contains only one run.
   """
   first, _, second = f" {text} ".partition(" x ")
   both = itertools.product(

@@ -37,7 +37,7 @@ def configs(config: Config, out: Path, rates: list[str], seeds: list[str]) -> li
   """Returns the runs by rate and seed; checks all runs and their folders before any run trains.
 
   Raises:
-    UsageError: one line.
+    UsageError: for an invalid flag.
   """
   from research.training import assemble
   from research.training import folder as folders

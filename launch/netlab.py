@@ -108,7 +108,7 @@ def network(links: Sequence[ShapedLink]) -> Iterator[Lab]:
   The namespaces are unnamed: each disappears with its last process.
 
   Raises:
-    LabError: with the command that the machine refused.
+    LabError: if the machine refuses a command, which the message shows.
   """
   watchman, holders = Watchman(), []
   try:

@@ -1,4 +1,4 @@
-"""Runs several processes as one job on this machine: starts, watches, ends and restarts them."""
+"""Runs several processes as one job on this machine, and restarts a job that failed."""
 
 import contextlib
 import os
@@ -38,7 +38,7 @@ class Rules(NamedTuple):
 
 
 class Ended(NamedTuple):
-  """The result of one start of a job."""
+  """The result of one attempt to run a job."""
 
   code: int
   why: str  # the reason of a failure; '' without one
@@ -117,7 +117,7 @@ def _signals():
 
 
 class _Job:
-  """One start of a job."""
+  """One attempt to run a job."""
 
   def __init__(
     self,
@@ -245,7 +245,7 @@ class _Job:
       sys.stdout.buffer.flush()
 
   def _kill(self) -> None:
-    """Kills what is left of each process group, including children."""
+    """Kills all remaining processes of each process group, including children."""
     for one in self.running:
       kill(one.popen.pid)
       one.popen.wait()

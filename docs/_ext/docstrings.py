@@ -21,7 +21,7 @@ Link = Callable[[str], str]  # a name in backticks -> its Markdown
 SECTIONS = ("Args", "Returns", "Raises", "Attributes", "Example", "Reference", "References")
 _HEAD = re.compile(rf"^({'|'.join(SECTIONS)}):\s*(.*)$")
 _CODE = re.compile(r"^\s*(--|@|def |class |import |from |method = |task = |optimizer = |build\()")
-# From a norm to the last one of the same sentence: E ||C(x) - x||^2 <= (1 - k / n) ||x||^2; or a
+# From a norm to the last norm of a sentence: E ||C(x) - x||^2 <= (1 - k / n) ||x||^2; or a
 # letter with an index: c_i, v_{t+1}.
 _FORMULAS = re.compile(
   r"((?:\bE )?\|\|[^.;]*\|\|(?:\^2|_1)?"

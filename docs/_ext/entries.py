@@ -232,7 +232,7 @@ def _runs_on(why_not: str, axes: Any) -> str:
 
 
 def _refusals(factory: type[Wrapper]) -> list[str]:
-  """Lists what a wrapper rejects, read from its class."""
+  """Lists the traits that a wrapper rejects, read from its class."""
   if not factory.refuses or factory.refuses == Wrapper.refuses:
     return []
   rows = [[TRAITS[trait], _sentence(why)] for trait, why in factory.refuses.items()]

@@ -121,7 +121,7 @@ def replicas(lab: Lab, task: Task, burn_in: int) -> tuple[np.ndarray, np.ndarray
     return jax.lax.scan(some, start, jnp.arange(lab["records"]))[1]
 
   def replica(key):
-    found = jax.vmap(worker, axis_name="data")(key[None])  # the mean over one worker
+    found = jax.vmap(worker, axis_name="data")(key[None])  # mean() over a single worker
     away = jax.tree.map(lambda x, best: x[0] - best, found, (task.optimum, task.optimum))
     squares = lambda tree: sum(jnp.sum(x**2, range(1, x.ndim)) for x in jax.tree.leaves(tree))
     return [squares(tree) for tree in away]

@@ -65,7 +65,7 @@ def measure(lab: Lab) -> Findings:
       )
       errors = found.column("error")
       lines.append(Line(name, found.column("step"), errors))
-      # the final level of the method that stalls; the last value of those that converge
+      # the final level of the method that stalls; the last value of methods that converge
       end = np.mean(errors[-len(errors) // 4 :]) if name == "compressed descent" else errors[-1]
       last.setdefault(name, []).append(float(end))
   return Findings(

@@ -1,7 +1,8 @@
 """DiLoCo beats a single worker and comes close to a batch as large as all workers' together.
 
-Paper: Douillard et al. 2023, DiLoCo, arXiv:2311.08105, table 2 (perplexity on C4: one worker 16.23,
-a batch eight times as large 15.30, DiLoCo with 8 workers 15.02 at 1/500 of the traffic).
+Paper: Douillard et al. 2023, DiLoCo, arXiv:2311.08105, table 2 (perplexity on C4: 16.23 for one
+worker, 15.30 for a batch eight times as large, 15.02 for DiLoCo with 8 workers at 1/500 of the
+traffic).
 
 Same: inner AdamW with a warm-up and a cosine schedule, outer Nesterov momentum with step size 0.7,
 perplexity on held-out text; every method takes the same number of sequential steps.

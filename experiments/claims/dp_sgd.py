@@ -1,8 +1,8 @@
 """A network reaches 94% on MNIST while revealing almost nothing about any single example.
 
-Paper: Abadi et al. 2016, DP-SGD, arXiv:1607.00133, algorithm 1; the numbers are those of the
-tutorial of TensorFlow Privacy for MNIST (rate 0.25, noise 1.3, clip 1.5, 256 examples in a batch,
-15 epochs, delta 1e-5: epsilon 1.19, accuracy 95.0%).
+Paper: Abadi et al. 2016, DP-SGD, arXiv:1607.00133, algorithm 1. The numbers are those of TensorFlow
+Privacy's tutorial for MNIST (rate 0.25, noise 1.3, clip 1.5, 256 examples in a batch, 15 epochs,
+delta 1e-5: epsilon 1.19, accuracy 95.0%).
 
 Same: the tutorial's network, noise, clip and rate, and on average 256 of 60,000 examples per batch.
 Every example is a client with its own worker, so every example is clipped separately. Examples are

@@ -67,7 +67,7 @@ def problem_of(config: Config, target: Target) -> assemble.Problem:
   """Builds the parts of a run for the target's devices; nothing is placed on a device or run.
 
   Raises:
-    UsageError: one line.
+    UsageError: for an invalid flag.
   """
   setting = assemble.check(config)
   with flag("mesh", config.mesh):
@@ -106,7 +106,7 @@ def compiled_round(config: Config, target: Target, effort: float = 0.0) -> dict[
       compilation is faster, and the program overlaps less and therefore needs less memory.
 
   Raises:
-    UsageError: one line, also if the program does not fit.
+    UsageError: for an invalid flag, or if the program does not fit.
   """
   with jax.sharding.use_abstract_mesh(meshes.like(target.devices[0])):
     problem = problem_of(config, target)
@@ -145,7 +145,7 @@ def _compile(problem: assemble.Problem, target: Target, effort: float) -> Built:
   """Compiles one round.
 
   Raises:
-    UsageError: one line, if it does not fit.
+    UsageError: if the program does not fit.
   """
   state, data = arguments(problem)
   mesh, started = state.round.sharding.mesh, time.perf_counter()

@@ -118,7 +118,7 @@ def joined() -> bool:
 
 
 def report_fault(error: Exception) -> None:
-  """Prints which function of the user's own code failed, if one did.
+  """Prints the function of the user's own code that failed, if any.
 
   Args:
     error: the exception.

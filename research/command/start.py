@@ -23,7 +23,7 @@ def start() -> Config:
     The configuration of the run.
 
   Raises:
-    UsageError: one line with the flag.
+    UsageError: for an invalid flag, which the message names.
   """
   logging.set_verbosity(logging.WARNING)
   logging.get_absl_logger().setLevel("CRITICAL")  # Orbax logs the errors that it also raises
@@ -101,7 +101,7 @@ def results_folder(name: str, text: str, default: str = "") -> Path:
     default: the folder if the value is ''.
 
   Raises:
-    UsageError: one line with the flag.
+    UsageError: for an invalid flag, which the message names.
   """
   with flag(name, text or default):
     return paths.writable(text or default)

@@ -212,7 +212,7 @@ def flag(name: str, value: Any) -> Iterator[None]:
     value: its value.
 
   Raises:
-    UsageError: one line.
+    UsageError: if the block rejects the value.
   """
   try:
     yield

@@ -36,7 +36,7 @@ def check(config: Config, method: Method) -> None:
     method: its method.
 
   Raises:
-    UsageError: one line with the flag.
+    UsageError: for an invalid flag, which the message names.
   """
   wrong = {
     "batch_size": config.batch_size == "all" and "they are read batch by batch; give a number",

@@ -67,7 +67,7 @@ class BaseRun:
     self.reason = reason
 
   def end(self, every: Sequence[int]) -> int:
-    """Returns the end of the next dispatch: a multiple of one of `every`, or the end of a stage.
+    """Returns the end of the next dispatch: a multiple of a number in `every`, or a stage's end.
 
     The end is a whole number of rounds after step 0 and depends only on absolute steps, so a
     resumed run has the same dispatches as an uninterrupted one.

@@ -21,7 +21,7 @@ def task_of(config: Config) -> Task:
     config: the run.
 
   Raises:
-    UsageError: one line with the flag.
+    UsageError: for an invalid flag, which the message names.
   """
   with flag("task", config.task):
     call = parse(config.task)

@@ -15,7 +15,7 @@ def together() -> Iterator[None]:
   """Raises a usage error on all processes when one process raises it, before any of them waits.
 
   Raises:
-    UsageError: the error of this process, or one that refers to the message of another process.
+    UsageError: if a process raises one; other processes refer to the message of that process.
   """
   try:
     yield

@@ -38,7 +38,7 @@ def _files(step: Path) -> dict[str, list[int]]:
 
 
 def is_whole(step: Path) -> bool:
-  """Returns whether a checkpoint's files are intact; True for one without a list.
+  """Returns whether a checkpoint's files are intact; True for a checkpoint without a list.
 
   The files are checked before reading, because Orbax reads in background threads of several
   processes, where damage would be noticed late and in one process only.

@@ -40,8 +40,8 @@ def of(folder: Path) -> Manager:
 def _meet(barrier: ocp.multihost.BarrierSyncFn, *, key: str, timeout_ms: int) -> None:
   """Waits for all processes at a barrier; raises instead if this process's save has failed.
 
-  Without this, Orbax lets a process whose save failed continue to its last barrier, while the
-  others wait for it at an earlier one until they time out after ten minutes.
+  Without this function, Orbax lets a process whose save failed continue to its last barrier, while
+  the other processes wait at an earlier barrier until they time out after ten minutes.
   """
   if (error := sys.exception()) is not None:
     raise error

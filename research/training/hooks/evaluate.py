@@ -36,7 +36,7 @@ class Evaluate(Hook):
   Attributes:
     row: the newest evaluation with its "step".
     evaluated_on: "test", or "train" if the task has no test examples.
-    measured_on: the data on which each metric of the task's own is measured.
+    measured_on: the data of each metric that the task measures itself.
   """
 
   def __init__(self, run: "BaseRun"):

@@ -21,7 +21,7 @@ def check_rounds(first: int, last: int, metrics: Mapping[str, Any], kept: str) -
     kept: the remaining checkpoint, for the message.
 
   Raises:
-    NonFinite: with the first five such steps.
+    NonFinite: if a value is not finite; the message names the first five such steps.
   """
   bad = first + 1 + np.flatnonzero(~np.isfinite(metrics["loss"]))
   if bad.size:

@@ -73,7 +73,7 @@ class Log(Hook):
     return ()
 
   def _opened(self, run: "BaseRun") -> report.Metrics | None:
-    """Opens the file of rows and keeps those up to the run's step."""
+    """Opens the file of rows, and keeps the rows up to the run's step."""
     if self._folder is None:
       return None
     return report.Metrics(self._folder, run.step, run.config.tensorboard)
