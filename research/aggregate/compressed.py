@@ -119,7 +119,7 @@ class TwoPhase(Aggregator, name="two_phase"):
   """Runs a compressed reduce-scatter and a compressed all-gather; traffic does not grow with W.
 
   Each leaf is cut into W chunks. Worker j receives all encodings of chunk j, averages them, adds
-  its memory m_j, encodes the sum and sends it to all:
+  its memory m_j, encodes the sum and sends the result to all workers:
 
       c_j = 1/W sum_i D(C(x_i[j])) + m_j,   value[j] = D(C(c_j)),   m_j <- c_j - value[j]
 
@@ -198,7 +198,7 @@ two_phase = TwoPhase
 
 
 class MajorityVote(Aggregator, name="majority_vote"):
-  """The elementwise majority of the workers' signs; ties and zeros count as +1.
+  """Computes the elementwise majority of the workers' signs; ties and zeros count as +1.
 
       value = sign(sum_i sign(x_i))
 

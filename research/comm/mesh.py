@@ -128,7 +128,7 @@ def simulation_mesh(workers: int, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def runs_on_cpu(mesh: Mesh) -> bool:
-  """Returns whether a mesh consists of CPUs, which may be only the target of a compilation.
+  """Returns whether all devices of a mesh are CPUs, even if programs are only compiled for them.
 
   Args:
     mesh: the mesh.

@@ -118,8 +118,8 @@ class RandomK(Compressor, name="random_k"):
   C(x) = x and E ||C(x) - x||^2 = (n / k - 1) ||x||^2, for use without error feedback and for DIANA.
   `decode` draws the support again, so the support is not sent. The support has one position in each
   of k equal segments of the leaf, all rotated by one random shift. The paper's uniform k-subsets
-  have the same P(i in S), but cost a permutation of the leaf. A non-finite element, in the support
-  or not, makes the payload NaN.
+  have the same P(i in S), but require a permutation of the leaf. A non-finite element, in the
+  support or not, makes the payload NaN.
 
   Args:
     fraction: fraction of the elements to send, in (0, 1]; k = max(1, round(fraction n)).

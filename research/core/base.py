@@ -76,7 +76,7 @@ class Compressor(Part):
     """Encodes an array into its payload.
 
     Args:
-      x: the array, of any shape, floating-point.
+      x: the array, floating-point, of any shape.
       shared: a typed key, equal on all workers.
       own: a typed key of this worker.
     """
@@ -201,7 +201,7 @@ def _checked(aggregate: Callable[..., Aggregate]) -> Callable[..., Aggregate]:
 
 
 class Aggregator(Wrapper):
-  """An exchange between workers, as one worker runs it under named worker axes.
+  """An exchange between workers, from the point of view of one, under named worker axes.
 
   The value is either the mean 1/W sum_i weight_i x_i of the workers' trees, exact or approximate,
   or the result of a rule applied to the trees of the workers present, multiplied by their mean

@@ -66,7 +66,7 @@ def of_libraries() -> Iterator[None]:
 class WrongReturn(TypeError):
   """A user's function has returned something other than its contract requires.
 
-  The traceback no longer contains the function, so the message names it and its file.
+  The traceback no longer contains the function, so the message names the function and its file.
   """
 
 

@@ -49,10 +49,10 @@ def across(query: Array, key: Array, value: Array, attend: Attend) -> Array:
 
 
 def by_heads(query: Array, key: Array, value: Array, attend: Attend) -> Array:
-  """Computes attention with two all-to-all exchanges: from sharded tokens to heads, and back.
+  """Computes attention with two all-to-all exchanges: from token shards to head shards, and back.
 
   Args:
-    query, key, value: as for every attention function, with the length along `seq`.
+    query, key, value: as for every attention function, with the length sharded along `seq`.
     attend: attention over all tokens.
 
   Raises:
@@ -85,7 +85,7 @@ def ring(query: Array, key: Array, value: Array, attend: Attend | None = None) -
   computes one.
 
   Args:
-    query, key, value: as for every attention function, with the length along `seq`.
+    query, key, value: as for every attention function, with the length sharded along `seq`.
     attend: unused.
 
   Reference: Liu et al. 2023, arXiv 2310.01889, algorithm 1.

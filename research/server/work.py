@@ -79,7 +79,7 @@ class _From(Method):
 
 
 def worker(job: Job, apart: Halves, keys: Keys) -> Worker:
-  """Compiles the functions of a worker of a job whose clients are the workers.
+  """Compiles a worker's functions, for a job whose clients are the workers.
 
   The steps are those of `local_phase`, with the batches that the simulated worker of the
   same number draws in its local steps first, first + 1, ...

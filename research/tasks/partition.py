@@ -1,7 +1,7 @@
 """Partitions of the training set over workers or clients.
 
 A partition maps (labels [N], workers, seed) to one array of indices per worker. The arrays are
-disjoint, cover range(N), and none is empty.
+disjoint and not empty, and together they cover range(N).
 """
 
 from collections.abc import Callable

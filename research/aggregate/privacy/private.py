@@ -26,11 +26,11 @@ class Noisy(Aggregator, name="noisy"):
       y_i = x_i min(1, clip / ||x_i||) + N(0, (noise clip)^2 / W),   value = A(y)
       sum_i y_i = sum_i clipped x_i + N(0, (noise clip)^2)
 
-  Each worker draws its share of the noise with its own key: no party is trusted to add all of it.
-  With one example per worker, this is DP-SGD; with one user per worker, it is user-level DP-SGD.
-  The denominator is always W: a worker that is absent from a round contributes a tree of zeros plus
-  its noise. With sampling at rate q, the value is therefore q times the paper's value. A rule that
-  selects or votes ignores absent workers.
+  Each worker draws its share of the noise with its own key: no party is trusted to add all of the
+  noise. With one example per worker, this is DP-SGD; with one user per worker, it is user-level
+  DP-SGD. The denominator is always W: a worker that is absent from a round contributes a tree of
+  zeros plus its noise. With sampling at rate q, the value is therefore q times the paper's value. A
+  rule that selects or votes ignores absent workers.
 
   Guarantee: the sum over all W workers is a Gaussian mechanism of sensitivity `clip` when one
   worker's tree is replaced by zero (added or removed). T such rounds spend `epsilon(noise, ...)`

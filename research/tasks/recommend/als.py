@@ -43,7 +43,7 @@ def movielens_als(
   Args:
     split: see `movielens.load`.
     factors: at least 1.
-    l2: penalty of a ridge regression per rating of the entity, > 0.
+    l2: ridge penalty per rating of an entity, > 0.
     data_dir: the folder to search first, see `files.find`.
 
   Raises:
@@ -130,7 +130,7 @@ def movielens_federated(
     split: see `movielens.load`.
     factors: at least 1.
     l2: weight of the items' penalty, as in `recommend.movielens`.
-    own_l2: penalty of a user's ridge regression per rating of the user, > 0.
+    own_l2: ridge penalty per rating of a user, > 0.
     data_dir: the folder to search first, see `files.find`.
 
   Raises:

@@ -35,8 +35,8 @@ def movielens(
   The indices f and g run over the features of the user and of the item: the model is a
   factorization machine. "both" adds the user and the item themselves, each with its own table.
   Features help with the cold start, because users and items without ratings still have features.
-  The objective is the mean over ratings of half the squared error plus l2/2 times the squares of
-  all parameters that the prediction uses.
+  The objective is the mean over ratings of half the squared error plus l2/2 times the sum of
+  squares of all parameters that the prediction uses.
 
   Tables are sharded by rows along the mesh axis `model`, and a lookup moves only the requested
   rows:
