@@ -168,7 +168,7 @@ class Method(Wrapper):
 
   @property
   def local_steps(self) -> int:
-    """Local steps per round; static, so that the traffic per round is statically known."""
+    """The static number of local steps per round, which makes traffic statically known."""
     return periods(self.period)[0]
 
   @property
