@@ -1,6 +1,6 @@
 """The training loop and hand-written loops of the same mathematics, timed in turn.
 
-`experiments/bench.py` runs them and writes the table.
+`experiments/bench.py` runs these pairs of loops and writes the table.
 """
 
 import contextlib

@@ -64,7 +64,7 @@ def one_line_errors() -> Iterator[None]:
     yield
   except KeyboardInterrupt:
     interrupted()
-  except Exception as error:  # whatever is raised ends in a line, or in its traceback
+  except Exception as error:  # every error ends in a line or in its traceback
     if code := expected(error):
       fail(5 if paths.is_full(error) else code, str(error), error)
     known = foreseen(error)

@@ -16,7 +16,7 @@ class Plan:
     """Creates a plan.
 
     Args:
-      jobs: one per stage, i.e. per period of the method, in order.
+      jobs: the jobs of the stages, in order; each stage has one period of the method.
     """
     self.jobs = jobs
     self.starts = [job.first_step for job in jobs]

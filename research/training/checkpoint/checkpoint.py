@@ -31,7 +31,7 @@ class SaveError(Exception):
 class ReadPlan(NamedTuple):
   """The plan for restoring a checkpoint."""
 
-  mesh: str  # the mesh on which it was saved
+  mesh: str  # the mesh on which the checkpoint was saved
   wanted: dict[str, jax.ShapeDtypeStruct]  # shapes and shardings for reading all leaves
   moves: dict[str, moves.Move]  # by leaf of the state; missing leaves are reinitialized
 
