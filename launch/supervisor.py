@@ -17,7 +17,7 @@ from research.training.hooks import heartbeat
 TICK = 0.2  # seconds between polls
 SETTLE = 5.0  # seconds in which the others may end by themselves after one process has failed
 HUNG = 124  # the exit code of a job that hung, as in timeout(1)
-FINAL = (2, 3, 4, 5, 126, 127)  # exit codes that would recur, see experiments/run.py
+FINAL = (2, 3, 4, 5, 126, 127)  # exit codes that would recur; see experiments/run.py
 
 
 class Process(NamedTuple):

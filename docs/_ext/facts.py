@@ -73,7 +73,7 @@ def rounds_of(method: Method) -> tuple[list[tuple[int, float]], Mapping[str, int
     Pairs (number of rounds, bytes), one per run of rounds with equal bytes, and the worker axes.
 
   Raises:
-    ValueError: if the traffic is drawn at random and not statically known.
+    ValueError: if the traffic is random, and therefore not statically known.
   """
 
   def one(state: Any, grads: Any) -> Any:

@@ -17,7 +17,7 @@ class Writer:
     """Writes a page.
 
     Args:
-      name: its file name, without .md.
+      name: the page's file name, without .md.
       text: Markdown.
     """
     path = self.folder / f"{name}.md"

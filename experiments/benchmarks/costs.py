@@ -1,7 +1,7 @@
 """Benchmarks compressors: encode and decode compared with a memory copy.
 
-Runs on one device of the default backend. `experiments/bench.py --cases=compress` runs this
-benchmark and writes the table.
+The benchmark runs on one device of the default backend. `experiments/bench.py --cases=compress`
+runs this benchmark and writes the table.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Benchmarks rounds: PowerSGD and dense steps, map and vmap, few clients of a large population.
 
-Runs on the available devices. `experiments/bench.py` with
+The benchmarks run on the available devices. `experiments/bench.py` with
 `--cases=power_sgd,local_phase,diagnostics,population` runs these benchmarks and writes the tables.
 """
 

@@ -10,7 +10,7 @@ Scaled: a perceptron of about a million parameters. All arrays are float32, so 4
 replace the 2 + 2 + 12 bytes of the paper's mixed precision. The sum is 16 bytes without ZeRO and
 16/N in stage 3, as in the paper; stages 1 and 2 have 8 + 8/N and 4 + 12/N bytes, whereas the paper
 has 4 + 12/N and 2 + 14/N. Gradients are measured in a program that computes only the gradient,
-sharded as in the step, since the step reuses the gradients' memory as soon as possible. The step's
+sharded as in the step, since the step reuses the gradients' memory as early as possible. The step's
 temporaries, which include gradients and the full matrices gathered for XLA:CPU, are shown without
 gates.
 """

@@ -97,7 +97,7 @@ def results_folder(name: str, text: str, default: str = "") -> Path:
 
   Args:
     name: name of the flag.
-    text: its value.
+    text: the flag's value.
     default: the folder if the value is ''.
 
   Raises:

@@ -18,9 +18,9 @@ def option(default: Any, text: str, least: float | None = None) -> Any:
   """Declares a field of `Config`.
 
   Args:
-    default: its default.
-    text: its description in --help.
-    least: its smallest legal value, if any.
+    default: the default value.
+    text: the description in --help.
+    least: the smallest legal value, if any.
   """
   return dataclasses.field(default=default, metadata={"text": text, "least": least})
 
@@ -209,7 +209,7 @@ def flag(name: str, value: Any) -> Iterator[None]:
 
   Args:
     name: the flag.
-    value: its value.
+    value: the flag's value.
 
   Raises:
     UsageError: if the block rejects the value.

@@ -33,7 +33,7 @@ def check(config: Config, method: Method) -> None:
 
   Args:
     config: the run.
-    method: its method.
+    method: the run's method.
 
   Raises:
     UsageError: for an invalid flag, which the message names.

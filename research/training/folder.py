@@ -103,7 +103,7 @@ def note_missing_modules(folder: Path) -> None:
 
 
 def _without(modules: Sequence[str]) -> list[str]:
-  """Returns those of the modules that have registered nothing in this process."""
+  """Returns the modules that have registered nothing in this process."""
   here = {source.name for source in plugins.carried()}
   return [name for name in modules if name not in here]
 
@@ -122,8 +122,8 @@ def unchanged(config: Config, folder: Path, made_of: Prints | None) -> bool:
 
   Args:
     config: the run.
-    folder: its folder.
-    made_of: returns its fingerprints; None: they are not compared.
+    folder: the run's folder.
+    made_of: returns the run's fingerprints; None: they are not compared.
   """
   before = _stored(folder / "config.json") or {}
   same = all(before.get(name) == value for name, value in identity(config).items())
@@ -144,8 +144,8 @@ def check_prints(config: Config, folder: Path, made_of: Prints) -> None:
 
   Args:
     config: the run.
-    folder: its folder.
-    made_of: returns its fingerprints.
+    folder: the run's folder.
+    made_of: returns the run's fingerprints.
 
   Raises:
     UsageError: if a fingerprint differs, without --allow_changes.
@@ -184,9 +184,9 @@ def finished(
 
   Args:
     config: the run.
-    folder: its folder.
+    folder: the run's folder.
     steps: number of steps of the complete run.
-    made_of: returns its fingerprints; None: they are not compared.
+    made_of: returns the run's fingerprints; None: they are not compared.
 
   Raises:
     UsageError: if the folder contains a complete run with other flags, data or code.
@@ -228,7 +228,7 @@ def claimed(config: Config, folder: Path) -> Iterator[None]:
 
   Args:
     config: the run.
-    folder: its folder.
+    folder: the run's folder.
 
   Raises:
     UsageError: if the folder cannot be created, or another process is running in it.
@@ -251,8 +251,8 @@ def describe(config: Config, folder: Path, made_of: Prints | None = None) -> Non
 
   Args:
     config: the run.
-    folder: its folder.
-    made_of: returns its fingerprints; None: they are not stored.
+    folder: the run's folder.
+    made_of: returns the run's fingerprints; None: they are not stored.
   """
   prints = {PRINTS: dict(made_of())} if made_of else {}
   modules = [source.name for source in plugins.carried()]

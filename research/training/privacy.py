@@ -49,7 +49,7 @@ def spending(config: Config, job: Job, layout: Layout) -> Spent:
   Args:
     config: provides delta and the flags.
     job: the resolved job.
-    layout: which leaves of its state are private.
+    layout: which leaves of the method's state are private.
   """
   noisy = [a for a in _outermost(job.method) if any(a.parts(Noisy)) or Trait.NOISE in a.traits]
   noises = [a.privacy for a in noisy if isinstance(a.privacy, Noise)]

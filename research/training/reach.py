@@ -74,7 +74,7 @@ def describe(name: str, reach: Reach) -> str:
 
   Args:
     name: "muon" or "galore".
-    reach: its reach.
+    reach: the optimizer's reach.
   """
   among = ", embeddings among them," if reach.embeds else ""
   return (

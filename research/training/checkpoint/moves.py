@@ -104,7 +104,7 @@ def spread(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> jax.ShapeDtypeStru
 
   Args:
     shape: the leaf's shape.
-    dtype: its dtype.
+    dtype: the leaf's dtype.
     mesh: the mesh.
   """
   left, axes = list(shape), [[] for _ in shape]

@@ -41,7 +41,7 @@ def facts(config: Config, job: Job, layout: Layout) -> Facts:
   Args:
     config: the run.
     job: the resolved job.
-    layout: which leaves of its state are private.
+    layout: which leaves of the method's state are private.
   """
   graphs = [
     _topology(value, getattr(part, "axis", WORKER_AXES), job)

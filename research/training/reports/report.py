@@ -48,7 +48,7 @@ def write_json(path: Path, value: Any) -> None:
 
   Args:
     path: the file.
-    value: see `as_json`.
+    value: a value that `as_json` accepts.
   """
   write_text(path, as_json(value, indent=2) + "\n")
 
@@ -58,7 +58,7 @@ def write_text(path: Path, text: str) -> None:
 
   Args:
     path: the file.
-    text: its contents.
+    text: the contents.
   """
   with replacing(path) as partial:
     partial.write_text(text, encoding="utf-8", errors="surrogateescape")

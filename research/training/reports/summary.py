@@ -81,8 +81,8 @@ def summarized(
 
   Args:
     run: the finished run.
-    evaluate: its evaluations.
-    costs: its costs.
+    evaluate: the run's evaluations.
+    costs: the run's costs.
     network: the network counters of its hosts.
   """
   job = run.job
