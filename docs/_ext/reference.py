@@ -29,15 +29,15 @@ _PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "Interfaces and registry",
     "The interfaces of compressors, aggregators, methods and tasks, and the registry that turns "
     "specs into objects.\n\n"
-    "Signatures use these names: `Array` is a JAX array, `Key` a typed key of `jax.random.key`, "
-    "`Tree` a pytree of arrays; `Params` and `State` are trees. A `Batch` is a dictionary of "
-    "arrays `[examples, ...]`. `Axes` is a mesh axis or a sequence of them. A `Schedule` maps "
-    "a step to a value.",
+    "Signatures use these names: an `Array` is a JAX array, a `Key` is a typed key of "
+    "`jax.random.key`, and a `Tree` is a pytree of arrays; `Params` and `State` are trees. A "
+    "`Batch` is a dictionary of arrays `[examples, ...]`. `Axes` stands for a mesh axis or a "
+    "sequence of mesh axes. A `Schedule` maps a step to a value.",
     ("core",),
   ),
   "optax": (
-    "The optax face",
-    "Aggregators and methods as optax transformations, for a train step of your own inside "
+    "The optax interface",
+    "Aggregators and methods work as optax transformations in a train step of your own inside "
     "`shard_map(..., check_vma=False)`.",
     ("optim", "parallel"),
   ),
@@ -176,7 +176,7 @@ def _field(annotation: str | None, comment: str | None) -> str:
 
 
 def _comments(cls: type) -> dict[str, str]:
-  """Returns the comment after, or else above, each field in the source of a class."""
+  """Returns the comment on each field of a class: on the same line, or else above it."""
   source = textwrap.dedent(inspect.getsource(cls))
   notes = {
     token.start[0]: token.string.lstrip("# ")

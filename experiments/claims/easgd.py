@@ -6,7 +6,7 @@ Same: f(x) = x^2/2, workers that exchange with the centre in turn, the condition
 0 <= alpha <= (4 - 2 eta)/(4 - eta) whatever the number of workers, ADMM at eta = .001 and rho = 2.5
 with 3 and 8 workers.
 
-Scaled: nothing. The paper has pictures without numbers, and we compute spectral radii instead of
+Scaled: nothing. The paper shows figures without numbers, so we compute spectral radii instead of
 trajectories. A turn is the Jacobian of one round of the library's `easgd` between one worker and
 the centre. The condition is sufficient, but not necessary for two workers, so two workers are shown
 without a gate on necessity.

@@ -49,7 +49,7 @@ def table(result: Result) -> str:
 
 
 def remark(row: Row) -> str:
-  """Returns a remark on facts about a method that its figures do not show."""
+  """Returns a remark on facts that a method's figures do not show."""
   count = len(row["folders"])
   if row["diverged_seeds"]:
     return f"{len(row['diverged_seeds'])} of {count} seeds diverged"

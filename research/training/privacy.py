@@ -44,7 +44,7 @@ def spending(config: Config, job: Job, layout: Layout) -> Spent:
   """Computes the privacy that a run spends.
 
   Noise is found by the types of the method's parts. If some parts are from outside this library,
-  noise is also searched in one traced round.
+  one traced round is also searched for noise.
 
   Args:
     config: provides delta and the flags.

@@ -16,7 +16,7 @@ class VirtualServer(NamedTuple):
 
   seconds: np.ndarray  # float64 [K], the end of each round
   order: np.ndarray  # int32 [K], the worker of each round
-  staleness: np.ndarray  # int32 [K], updates since the model at which each gradient was computed
+  staleness: np.ndarray  # int32 [K], number of updates since the model of each gradient
 
   def at(self, rounds: float) -> float:
     """The time at which a number of rounds is complete, interpolated within a round."""
