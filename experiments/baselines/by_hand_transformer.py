@@ -1,4 +1,4 @@
-"""A hand-written language model in plain JAX: the transformer's baseline of bench.py.
+"""A hand-written language model in plain JAX, the baseline of bench.py for the transformer.
 
 The model has the shape of `transformer('tiny')`: RMSNorm, rotary positions, SwiGLU, and a head that
 shares the embedding. Matrix products are computed in bfloat16, and norms, softmaxes and logits in
