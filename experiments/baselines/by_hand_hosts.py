@@ -3,9 +3,9 @@
     python experiments/baselines/by_hand_hosts.py dense 200 16
 
 A launcher starts one process per host. The arguments are METHOD, steps, and steps per dispatch. The
-program trains a perceptron 784-1024-1024-10 on MNIST by SGD at 0.1, with 64 images per host and
-step that are drawn with replacement. Process 0 prints a JSON line: the milliseconds per step of
-each dispatch except the first two, and the last loss.
+program trains a perceptron 784-1024-1024-10 on MNIST by SGD with a learning rate of 0.1. Each host
+draws 64 images per step with replacement. Process 0 prints a JSON line: the milliseconds per step
+of each dispatch except the first two, and the last loss.
 """
 
 import json

@@ -34,7 +34,7 @@ def fail(code: int, line: str, error: BaseException | None = None) -> NoReturn:
 
   Args:
     code: the exit code.
-    line: the error.
+    line: the error message.
     error: the exception, for its traceback.
   """
   if error is not None and debugging():
