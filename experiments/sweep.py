@@ -102,7 +102,7 @@ def seed_of(text: str) -> int:
   """Parses a seed in the same way as --seed.
 
   Raises:
-    ValueError: if it is not an integer in [0, 2^31).
+    ValueError: if the text is not an integer in [0, 2^31).
   """
   number = whole_number(text)
   if number is None or number >= 2**31:

@@ -1,4 +1,4 @@
-"""Translated pages take their executed cells from the original page.
+"""Translated pages use the executed cells of the original page.
 
 A page in a folder `zh` is the translation of the page of the same name in the parent folder. In it,
 a line `{cell} NAME` stands for the original's code cell with the option `:name: NAME`. The line is

@@ -70,7 +70,9 @@ class Config:
     " mesh's workers; 0: each worker samples one of its own clients.",
     0.0,
   )
-  dropout: float = option(0.0, "Probability that a worker drops out of a round before it sends.", 0.0)
+  dropout: float = option(
+    0.0, "Probability that a worker drops out of a round before it sends.", 0.0
+  )
   clock: str = option(
     "", "Speeds of the workers on a virtual clock, such as exponential(1.0); empty: no clock."
   )

@@ -18,7 +18,7 @@ def check_rounds(first: int, last: int, metrics: Mapping[str, Any], kept: str) -
     first: local steps before the dispatch.
     last: local steps after the dispatch.
     metrics: on the host, "loss" [last - first] and "finite".
-    kept: the remaining checkpoint, for the message.
+    kept: a description of the remaining checkpoint, for the message.
 
   Raises:
     NonFinite: if a value is not finite; the message names the first five such steps.

@@ -32,8 +32,7 @@ class Network(Hook):
 
   @contextlib.contextmanager
   def around(self, run: "BaseRun", first: int, last: int) -> Iterator[None]:
-    """Counts the bytes of a dispatch, except the process's first one, in which the hosts
-    connect."""
+    """Counts the bytes of a dispatch, except the first one, in which the hosts connect."""
     if self._counters is None:
       yield
       return
