@@ -1,4 +1,4 @@
-"""Minimal hand-written JAX programs for several hosts: the baselines of bench.py's suite hosts.
+"""Minimal hand-written JAX programs for several hosts: baselines for the suite hosts of bench.py.
 
     python experiments/baselines/by_hand_hosts.py dense 200 16
 

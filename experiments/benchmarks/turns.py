@@ -9,7 +9,7 @@ def in_turn(measures: Sequence[Callable[[], float]], repeats: int) -> list[list[
   """Calls all `measures` in turn, in reverse order every other turn, after one uncounted turn.
 
   Returns:
-    Their results, [measure][turn].
+    The results, [measure][turn].
   """
   found: list[list[float]] = [[] for _ in measures]
   places = list(range(len(measures)))

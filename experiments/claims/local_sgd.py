@@ -1,4 +1,4 @@
-"""Local SGD needs as many steps as mini-batch SGD, but communicates only every H steps.
+"""Local SGD needs no more steps than mini-batch SGD, and communicates only every H steps.
 
 Paper: Stich 2019, Local SGD converges fast and communicates little, arXiv:1805.09767, section 4:
 logistic regression on w8a with lambda = 1/n, steps until f is within .005 of its minimum.

@@ -55,7 +55,7 @@ class Config:
   )
   mesh: str = option(
     "data:8",
-    "Sizes by axis: data (workers), slice (groups of workers); within a worker stage, fsdp, "
+    "Sizes by axis: data (workers), slice (groups of workers) and, within a worker, stage, fsdp, "
     "expert, seq, model.",
   )
   zero: int = option(

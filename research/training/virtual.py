@@ -19,11 +19,11 @@ class VirtualServer(NamedTuple):
   staleness: np.ndarray  # int32 [K], number of updates since the model of each gradient
 
   def at(self, rounds: float) -> float:
-    """The time at which a number of rounds is complete, interpolated within a round."""
+    """Returns the time at which a number of rounds is complete, interpolated within a round."""
     return _between(self.seconds, rounds)
 
   def within(self, seconds: float) -> int | None:
-    """The number of rounds that end within a time; None if all of them do."""
+    """Returns the number of rounds that end within a time; None if all of them do."""
     found = int(np.searchsorted(self.seconds, seconds, side="right"))
     return found if found < len(self.seconds) else None
 
@@ -45,7 +45,7 @@ class VirtualRounds:
     self._begin()
 
   def at(self, rounds: float) -> float:
-    """The time at which a number of rounds is complete, interpolated within a round."""
+    """Returns the time at which a number of rounds is complete, interpolated within a round."""
     if rounds < self._first:
       self._begin()
     while rounds > self._first + len(self._ends):
@@ -53,7 +53,7 @@ class VirtualRounds:
     return _between(self._ends, rounds - self._first, self._before)
 
   def within(self, seconds: float) -> int | None:
-    """The number of rounds that end within a time; None if more than MOST do."""
+    """Returns the number of rounds that end within a time; None if more than MOST do."""
     self._begin()
     while not len(self._ends) or self._ends[-1] <= seconds:
       if self._first > MOST:
@@ -80,7 +80,7 @@ Virtual = VirtualServer | VirtualRounds
 
 
 def _between(ends: np.ndarray, rounds: float, start: float = 0.0) -> float:
-  """The time at which a number of rounds is complete, interpolated within a round."""
+  """Returns the time at which a number of rounds is complete, interpolated within a round."""
   whole = int(rounds)
   before = float(ends[whole - 1]) if whole else start
   return before if whole == rounds else float(before + (rounds - whole) * (ends[whole] - before))

@@ -114,7 +114,7 @@ class Lab:
   Args:
     settings: the claim's settings at this scale.
     seeds: the number of seeds.
-    dataset: task spec of the data, or "" if the claim makes its own.
+    dataset: task spec of the data, or "" if the claim creates its own data.
     tell: takes a line of progress.
   """
 

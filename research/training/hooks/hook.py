@@ -96,7 +96,7 @@ class Hook:
 
 
 class FunctionHook(Hook):
-  """A user's function `(run, event) -> reason to stop, or None`."""
+  """Wraps a user's function `(run, event) -> reason to stop, or None`."""
 
   def __init__(self, function: Callable[["BaseRun", Event], str | None]):
     self._function = function
