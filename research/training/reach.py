@@ -59,7 +59,7 @@ def check(state: Any) -> None:
     state: the state of a method, arrays or shapes.
 
   Raises:
-    ValueError: if it does; the message gives the share.
+    ValueError: if an optimizer reaches less than half; the message gives the share.
   """
   for name, reach in reaches(state).items():
     if reach.share < _LEAST:
