@@ -50,6 +50,9 @@ class Method(Wrapper):
   """
 
   refuses: ClassVar[Mapping[Trait, str]] = COMMON_MODEL
+  # Whether only the next `message` uses what `receive` changes: the exchange of a round may then
+  # take until the end of the next round.
+  eager: ClassVar[bool] = False
   period: ClassVar[Any] = 1
   aggregator: ClassVar[Any]
 

@@ -142,3 +142,5 @@ class Executor(NamedTuple):
   run: Callable[..., tuple[TrainState, dict[str, Array]]]  # (state, data, rounds): one dispatch
   params: Callable[[TrainState], Params]
   layout: Any  # which leaves of the state are private, a `parallel.layout.Layout`
+  # the state as it is saved and compared, for executors whose rounds overlap
+  settled: Callable[[TrainState], TrainState] = lambda state: state

@@ -10,13 +10,18 @@ import numpy as np
 
 from research.core.method import Method
 from research.core.task import Task
-from research.parallel import pmap, simulate, spmd
+from research.parallel import overlapped, pmap, simulate, spmd
 from research.parallel.job import Job, resolved
 from research.tasks import partition, sampling
 
 FEATURES, OUTPUTS = 6, 3
 SIMULATED = {"data": 8}
-EXECUTORS = {"simulate": simulate.simulate, "spmd": spmd.spmd, "pmap": pmap.pmap}
+EXECUTORS = {
+  "simulate": simulate.simulate,
+  "spmd": spmd.spmd,
+  "pmap": pmap.pmap,
+  "overlapped": overlapped.overlapped,
+}
 
 
 def regression(samples: int = 240, seed: int = 0) -> Task:

@@ -64,7 +64,8 @@ def train(
     model: the model, if `task` is a function or a spec; None for its default.
     mesh: sizes by axis, "data:4,fsdp:2" or {"data": 4, "fsdp": 2}. The axes `data` and `slice`
       count workers; the other axes divide a worker.
-    executor: "simulate" (workers are an axis of arrays), "spmd" or "pmap" (one device per worker).
+    executor: "simulate" (workers are an axis of arrays), "spmd" or "pmap" (one device per worker),
+      or "overlapped" (spmd, with exchanges on further CPU devices while the workers compute).
     batch_size: examples per step over all workers, or "all".
     steps: number of local steps; alternatively, pass `rounds`, `epochs` or `virtual_seconds`.
     seed: seeds the initial model, the order of examples, and the method's randomness.

@@ -50,8 +50,9 @@ class Config:
   )
   executor: str = option(
     "simulate",
-    "Executor of the workers: simulate (vmap), spmd (shard_map), pmap, or server (processes that "
-    "push to a parameter server, on Ray).",
+    "Executor of the workers: simulate (vmap), spmd (shard_map), pmap, overlapped (spmd, with "
+    "exchanges on devices of their own), or server (processes that push to a parameter server, on "
+    "Ray).",
   )
   mesh: str = option(
     "data:8",

@@ -13,7 +13,7 @@ import numpy as np
 
 from research.core.base import Params
 from research.core.task import Data, TrainState
-from research.parallel import diagnostics, resize
+from research.parallel import diagnostics, resize, workers
 from research.training import fingerprint
 from research.training import folder as folders
 from research.training.assemble import NOTHING_GIVEN, Given, Problem, assemble, check
@@ -95,7 +95,7 @@ def trained(
         if main and folder:
           stack.enter_context(folders.claimed(config, folder))
       run = Run(config, problem, timing)
-      costs, network = Costs(run), Network(main)
+      costs, network = Costs(run), Network(run, main)
       own = Hooks(
         run,
         stack,
@@ -185,7 +185,7 @@ class Run(BaseRun):
   Attributes:
     problem: the parts of the run.
     data: the training data of each dispatch.
-    state: the TrainState.
+    state: the TrainState; reading it waits for exchanges that are on their way.
     metrics: the metrics of the newest dispatch, on the devices.
   """
 
@@ -193,11 +193,26 @@ class Run(BaseRun):
     super().__init__(config, problem.plan, problem.steps, timing)
     self.problem = problem
     init_key, self.data_key = jax.random.split(jax.random.key(config.seed))
-    self.state: TrainState = problem.executor.init(init_key)
+    self._state: Any = problem.executor.init(init_key)
     placed = problem.executor.place(problem.examples, problem.sizes, self.data_key)
     self.data = Training(config, problem.job, placed)
     without = jax.config.values["jax_disable_jit"]  # without jit, each step starts on the host
     self._transfers = "allow" if without else "disallow"
+
+  @property
+  def state(self) -> TrainState:
+    found = self.problem.executor.settled(self._state)
+    # what was on its way is not in the metrics of a dispatch
+    if found is not self._state and not bool(_all_finite(found.method)):
+      raise NonFinite(f"the state became non-finite before step {self.step}; {self.kept()}")
+    return found
+
+  @state.setter
+  def state(self, state: TrainState) -> None:
+    self._state = state
+
+  def wait(self) -> None:
+    jax.block_until_ready(self._state)
 
   def advance(self, to: int) -> Rounds:
     """Starts the rounds up to a step without waiting for them."""
@@ -206,7 +221,7 @@ class Run(BaseRun):
     executor = self.problem.executors[plan.stage(first)]
     data = self.data.of(first, to)
     with jax.transfer_guard(self._transfers):
-      self.state, self.metrics = executor.run(self.state, data, rounds=rounds)
+      self._state, self.metrics = executor.run(self._state, data, rounds=rounds)
     self.step = to
     return Rounds(first, to, self.metrics)
 
@@ -217,7 +232,7 @@ class Run(BaseRun):
     return super().end((self.config.steps_per_dispatch, *every))
 
   def params(self) -> Params:
-    return self.problem.executor.params(self.state)
+    return self.problem.executor.params(self._state)
 
   def examples(self) -> tuple[Data, Data | None]:
     test = self.problem.test
@@ -248,6 +263,9 @@ class Run(BaseRun):
     """Opens the checkpoints in the run's folder."""
     placed = resize.placed(self.job, self.problem.executor.layout.state, self.state)
     return Checkpoints(folder.resolve() / "checkpoints", self.state, placed)
+
+
+_all_finite = jax.jit(workers.all_finite)
 
 
 def events(run: BaseRun, hooks: Sequence[Hook] = ()) -> Iterator[Event]:

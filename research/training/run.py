@@ -29,6 +29,7 @@ class BaseRun:
     state: the state that a checkpoint stores.
     metrics: the metrics of the newest dispatch.
     kept: returns a description of the remaining checkpoint, for messages.
+    before_aside: called before work that is not a training step.
   """
 
   state: Any
@@ -38,6 +39,7 @@ class BaseRun:
     self.step, self.reason = 0, ""
     self.metrics: Mapping[str, Any] = {}
     self.kept: Callable[[], str] = lambda: "no checkpoint was saved yet"
+    self.before_aside: Callable[[], None] = lambda: None
 
   @property
   def job(self) -> Job:
@@ -61,6 +63,10 @@ class BaseRun:
   def examples(self) -> tuple[Data, Data | None]:
     """Returns the training and test examples, placed for evaluation."""
     ...
+
+  def wait(self) -> None:
+    """Waits for everything that has been started; needs no other process to call it."""
+    jax.block_until_ready(self.state)
 
   def stop(self, reason: str) -> None:
     """Requests that no more rounds start; the run is then evaluated and saved."""
@@ -98,5 +104,6 @@ class BaseRun:
   def aside(self) -> Iterator[None]:
     """Context for work that is not a training step; waits for the current dispatch first."""
     jax.block_until_ready(self.metrics)
+    self.before_aside()
     with self.timing.aside():
       yield

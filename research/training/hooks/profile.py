@@ -30,7 +30,7 @@ class Profile(Hook):
     jax.block_until_ready(run.metrics)
     with jax.profiler.trace(str(self._folder / "profile")):
       yield
-      jax.block_until_ready(run.state)
+      run.wait()
 
   def on(self, run: "BaseRun", event: Event) -> Iterable[Event]:
     del run
