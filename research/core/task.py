@@ -144,3 +144,6 @@ class Executor(NamedTuple):
   layout: Any  # which leaves of the state are private, a `parallel.layout.Layout`
   # the state as it is saved and compared, for executors whose rounds overlap
   settled: Callable[[TrainState], TrainState] = lambda state: state
+  # (state, data) -> seconds per local step of computing alone and of the exchange alone, measured
+  # now on copies of the state; None: the two do not overlap
+  alone: Callable[[TrainState, Data], tuple[float, float]] | None = None

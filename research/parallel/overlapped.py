@@ -7,6 +7,8 @@ asynchronously from one Python thread; nothing waits for an exchange until its v
 """
 
 import functools
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -148,6 +150,7 @@ class Parts(NamedTuple):
   """Which leaves of one worker's tree are private, and where the workers' leaves are stored."""
 
   private: Tree  # of bool
+  shapes: Tree  # of one worker
   computing: Tree  # of shardings
   communicating: Tree
 
@@ -172,7 +175,6 @@ class _Overlapped:
     self.held = self._parts(halves.held(layout.state), halves.held(layout.state_shapes))
     of_local = halves.local(layout.local), halves.local(layout.local_shapes)
     self.local = self._parts(*of_local)
-    self.local_shapes = of_local[1]
     of_links = halves.links(layout.state), halves.links(layout.state_shapes)
     self.links = [self._parts(*one) for one in zip(*of_links, strict=True)]
     self.messages = [self._traced(*self._of_message(p)) for p in every]
@@ -194,14 +196,14 @@ class _Overlapped:
     params = sharded.jit(deployed, out_shardings=jax.tree.map(lies, model))
     place = partial(sharded.place, self.mesh, names)
     of_flight = lambda state: params(self.settled(state))
-    return Executor(init, place, self.run, of_flight, layout, self.settled)
+    return Executor(init, place, self.run, of_flight, layout, self.settled, self.alone)
 
   # ---- what is stored where
 
   def _parts(self, private: Tree, shapes: Tree) -> Parts:
     names = tuple(self.axes)
     on = lambda mesh: sharded.of_state(private, mesh, names, shapes, self.cut).method
-    return Parts(private, on(self.mesh), on(self.other))
+    return Parts(private, shapes, on(self.mesh), on(self.other))
 
   def _traced(self, fn: Callable[..., Tree], privates: Sequence[Tree], shapes: Sequence[Tree]):
     """The Parts of what one worker's function of private and shared arguments returns."""
@@ -221,7 +223,7 @@ class _Overlapped:
       fragment, local, held, key=key, presence=EVERYONE
     )[0]
     held = halves.held(layout.state_shapes)
-    shapes = self.local_shapes, held, jax.eval_shape(lambda: jax.random.key(0))
+    shapes = self.local.shapes, held, jax.eval_shape(lambda: jax.random.key(0))
     return message, (self.local.private, self.held.private, False), shapes
 
   def _of_exchange(self, fragment: int) -> tuple[Any, ...]:
@@ -382,20 +384,34 @@ class _Overlapped:
 
   def _nothing(self, fragment: int) -> Tree:
     """A result of zeros."""
-    shapes = self.layout.state_shapes.air[fragment][0]
-    zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return sharded.jit(zeros, out_shardings=self.results[fragment].computing)()
+    return self._zeros(self.results[fragment], here=True)
+
+  def _zeros(self, parts: Parts, *, here: bool) -> Tree:
+    """Zeros of all workers, on the computing or on the communication devices."""
+    count = (meshes.count(self.axes),)
+    rows = lambda p, x: jnp.zeros(count * p + x.shape, x.dtype)
+    zeros = lambda: jax.tree.map(rows, parts.private, parts.shapes)
+    return sharded.jit(zeros, out_shardings=parts.computing if here else parts.communicating)()
 
   def run(self, state: TrainState | Flight, data: Data, rounds: int) -> tuple[Flight, Metrics]:
     """Dispatches K rounds. The exchanges of the last ones may still be on their way."""
     flight = state if isinstance(state, Flight) else self.departed(state)
     measured: list[Metrics] = []
     for _ in range(rounds):
-      flight, found = self._round(flight, data)
+      flight, found = self._round(flight, data, self._exchanged)
       measured += found
     return flight, self.measuring(measured, flight.held.method)[0]
 
-  def _round(self, flight: Flight, data: Data) -> tuple[Flight, list[Metrics]]:
+  def _exchanged(self, fragment: int, sent: Sequence[Tree], link: State) -> tuple[Tree, State]:
+    """Starts an exchange: (message, key data, weight) and link -> (result, link)."""
+    rest = NamedSharding(self.other, P()), NamedSharding(self.other, P(tuple(self.axes)))
+    there = moved(tuple(sent), (self.messages[fragment].communicating, *rest))
+    result, link = self.exchanging(fragment)(*there, link)
+    return moved(result, self.results[fragment].computing), link
+
+  def _round(
+    self, flight: Flight, data: Data, exchange: Callable[..., tuple[Tree, State]]
+  ) -> tuple[Flight, list[Metrics]]:
     halves, fragment = self.halves, flight.number % self.halves.fragments
     (number, key, held), air, measured = flight.held, flight.air, []
     local: tuple[Any, ...] = ()  # the workers' Local, once the round has begun
@@ -413,14 +429,58 @@ class _Overlapped:
       held, *local = self.arriving(which, bool(local))(held, result, *local)
     steps(halves.steps_late, halves.local_steps)
     *sent, held, number = self.departing(fragment)(number, key, held, *local, data)
-    here = NamedSharding(self.other, P()), NamedSharding(self.other, P(tuple(self.axes)))
-    there = moved(tuple(sent), (self.messages[fragment].communicating, *here))
-    result, link = self.exchanging(fragment)(*there, flight.links[fragment])
+    result, link = exchange(fragment, sent, flight.links[fragment])
     links = (*flight.links[:fragment], link, *flight.links[fragment + 1 :])
-    air = (*air, (fragment, moved(result, self.results[fragment].computing)))
+    air = (*air, (fragment, result))
     recent = (*flight.recent, measured[-1]["loss"])[-2:]
     jax.block_until_ready(recent[0])  # the host is at most two rounds ahead
     return Flight(TrainState(number, key, held), links, air, flight.number + 1, recent), measured
+
+  def alone(self, state: TrainState | Flight, data: Data) -> tuple[float, float]:
+    """Measures a local step without its exchange, and its share of an exchange without any step.
+
+    Args:
+      state: where the run is; a copy of it is advanced.
+      data: as for `run`.
+
+    Returns:
+      Seconds per local step of both, medians of three turns.
+    """
+    every = range(self.halves.fragments)
+    results = [self.tools.nothing(p) for p in every]
+    messages = [self._zeros(self.messages[p], here=True) for p in every]
+    flight = self.departed(jax.tree.map(jnp.copy, self.settled(state)))
+    make_key = lambda: jax.random.key_data(jax.random.key(0))
+    key = sharded.jit(make_key, out_shardings=NamedSharding(self.mesh, P()))()
+    weight = self._zeros(self._parts(True, jax.ShapeDtypeStruct((), jnp.float32)), here=True)
+
+    def compute() -> Any:
+      nonlocal flight
+      for _ in every:
+        flight, _ = self._round(flight, data, lambda p, sent, link: (results[p], link))
+      return flight.held
+
+    links = list(flight.links)
+
+    def exchange() -> Any:
+      found = []
+      for p in every:
+        result, links[p] = self._exchanged(p, (messages[p], key, weight), links[p])
+        found.append(result)
+      return found
+
+    steps = len(every) * self.halves.local_steps
+    return _median_seconds(compute) / steps, _median_seconds(exchange) / steps
+
+
+def _median_seconds(run: Callable[[], Any]) -> float:
+  """The median of three calls, after one that warms up."""
+  found = []
+  for _ in range(4):
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    found.append(time.perf_counter() - start)
+  return statistics.median(found[1:])
 
 
 def _halves(method: Method) -> Halves:

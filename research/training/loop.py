@@ -228,6 +228,12 @@ class Run(BaseRun):
   def prepare(self, to: int) -> None:
     self.data.ahead(self.step, to)
 
+  def alone(self) -> tuple[float, float]:
+    """Seconds per step of computing and of the exchange, each alone, of an executor that can."""
+    measure = self.problem.executor.alone
+    assert measure
+    return measure(self._state, self.data.placed)
+
   def end(self, every: Sequence[int]) -> int:
     return super().end((self.config.steps_per_dispatch, *every))
 

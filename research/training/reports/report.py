@@ -277,6 +277,15 @@ def _server(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
   return [(name, text) for name, text in rows if text]
 
 
+def _overlap(found: Mapping[str, float] | None) -> list[tuple[str, str]]:
+  """The share of the exchange that was hidden, and its parts."""
+  if not found:
+    return []
+  compute, exchange, step = (found[f"{x}_milliseconds"] for x in ("compute", "exchange", "step"))
+  parts = f"{compute:.3g} ms of computing and {exchange:.3g} of exchange in {step:.3g} per step"
+  return [("exchange hidden", f"{found['hidden']:.0%}: {parts}")]
+
+
 def closing_table(summary: Mapping[str, Any], folder: Path) -> str:
   """Formats the results of a run, one per line, and the path of its plot.
 
@@ -307,6 +316,7 @@ def closing_table(summary: Mapping[str, Any], folder: Path) -> str:
       for axis, value in wire["bytes_per_step_per_worker"].items()
     ),
     *([("of what the exact mean sends", f"{share:.2%}")] if abs(share - 1) > 1e-6 else []),
+    *_overlap(summary.get("overlap")),
     *([("topology", summary["described"])] if "described" in summary else []),
     *_pipeline(summary.get("pipeline")),
     *_server(summary.get("server")),

@@ -14,6 +14,7 @@ from research.comm.mesh import worker_axes
 from research.core.base import Params
 from research.parallel import sharded, traffic
 from research.training import reach
+from research.training.hooks.hook import COMPLETE
 from research.training.plan import Sent
 from research.training.reports import report
 from research.training.reports.facts import facts
@@ -97,8 +98,21 @@ def summarized(
     **{f"{name}_reaches": found.share for name, found in costs.reaches.items()},
     **costs.facts.found,
     **costs.spent(run.step),
+    **_overlap(run),
     "params_sha256": params_sha256(run.params()),
   }
+
+
+def _overlap(run: "Run") -> dict[str, Any]:
+  """How much of the exchange was hidden behind computing, if the executor can hide it."""
+  if run.problem.executor.alone is None or run.reason not in COMPLETE:
+    return {}
+  compute, exchange = run.alone()
+  step = 1 / run.timing.steps_per_second()
+  hidden = min(1.0, max(0.0, (compute + exchange - step) / exchange))
+  milliseconds = {"compute": compute, "exchange": exchange, "step": step}
+  found = {f"{name}_milliseconds": round(1000 * x, 4) for name, x in milliseconds.items()}
+  return {"overlap": {"hidden": round(hidden, 4), **found}}
 
 
 def _wire(run: "Run", costs: Costs, network: "Network", last: Any) -> dict[str, Any]:
