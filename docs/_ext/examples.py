@@ -33,9 +33,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
       *("local_sgd", "post_local_sgd", "hierarchical_local_sgd", "slow_mo", "restarted"),
       *("easgd", "eamsgd", "diloco", "sparta"),
     ),
-    "Late exchanges": (
-      *("late", "streaming_diloco", "eager_diloco", "overlap_local_sgd"),
-    ),
+    "Late exchanges": (*("late", "streaming_diloco", "eager_diloco", "overlap_local_sgd"),),
     "Federated": (
       *("fed_avg", "fed_prox", "fed_opt", "fed_adam", "fed_yogi", "fed_adagrad", "scaffold"),
     ),
