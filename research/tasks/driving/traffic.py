@@ -4,20 +4,33 @@ highway-env's intersection changes the parameters of the class of its vehicles; 
 keeps the traffic of the others as it is.
 """
 
+from typing import Any
+
 from highway_env.vehicle.behavior import IDMVehicle
 
 
-class Highway(IDMVehicle):
+class Traffic(IDMVehicle):
+  """A vehicle that can collide with the ego alone, as in highway-env's fast highway.
+
+  Otherwise the wrecks of others would block crossings for the rest of an episode.
+  """
+
+  def __init__(self, *args: Any, **kwargs: Any):
+    super().__init__(*args, **kwargs)
+    self.check_collisions = False
+
+
+class Highway(Traffic):
   """On the highway."""
 
 
-class Merge(IDMVehicle):
+class Merge(Traffic):
   """On the highway and its access ramp."""
 
 
-class Roundabout(IDMVehicle):
+class Roundabout(Traffic):
   """In the roundabout and on the roads to it."""
 
 
-class Intersection(IDMVehicle):
+class Intersection(Traffic):
   """On the crossing roads."""
