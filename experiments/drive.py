@@ -1,11 +1,12 @@
 """Records expert driving in a simulator, judges drivers in closed loop, or draws a scene.
 
-    python experiments/drive.py --do=record --out=data/driving --episodes=200
+    python experiments/drive.py --do=record --episodes=200
     python experiments/drive.py --do=judge --driver=planner --episodes=50
     python experiments/drive.py --do=judge --run=runs/RUN --episodes=50
     python experiments/drive.py --do=picture --out=scene.png
 
-Needs `pip install -e ".[driving]"`. The task `driving('data/driving')` trains on what was recorded.
+Needs `pip install -e ".[driving]"`. The task `driving()` trains on what was recorded: in --out, or
+by default in the folder "driving" of $RESEARCH_DATA_DIR or of the user's cache.
 --run drives with the model of a complete run. With --do=record, its driving is round --round of
 DAgger: the actions that are recorded are those that the planner would have taken. The same command
 goes on with an interrupted recording. Seeds of --do=judge are never recorded.
@@ -55,7 +56,7 @@ def record() -> None:
       "--round: 1 and above are driven by a policy, --run=FOLDER, and 0 by an expert"
     )
   with flag("out", FLAGS.out):
-    folder = paths.writable(FLAGS.out)
+    folder = paths.writable(FLAGS.out or recorded.default())
   expert = EXPERTS[FLAGS.driver]
   with flag("episodes", FLAGS.episodes), bar(len(FLAGS.scenarios) * FLAGS.episodes) as told:
     driver = of_run(FLAGS.run) if FLAGS.run else expert

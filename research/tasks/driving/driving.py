@@ -1,14 +1,13 @@
 """Imitation of expert drivers by a fleet of fleets, each on its own kind of road."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.core import checks, paths
+from research.core import checks
 from research.core.base import Array, Params
 from research.core.registry import Default
 from research.core.task import Batch, Task
@@ -21,7 +20,7 @@ TESTED = 10  # every tenth episode is for testing
 
 
 def driving(
-  path: str,
+  path: str = "driving",
   rounds: int = 0,
   only: str = "",
   l2: float = 0.0,
@@ -30,8 +29,8 @@ def driving(
 ) -> Task:
   """The expert's action, of five, in the scenes of recorded driving.
 
-  `python experiments/drive.py --do=record --out=PATH` records the scenes. An example is a scene:
-  the ego and its eight nearest neighbours, ten numbers each (`scene.features`). The five actions
+  `python experiments/drive.py --do=record` records the scenes. An example is a scene: the ego and
+  its eight nearest neighbours, ten numbers each (`scene.features`). The five actions
   are a lane change to the left, none, one to the right, faster and slower. Without DAgger
   (`rounds=0`) the scenes are those that the expert gets into; each round adds scenes that an
   imitating policy got into, with the expert's action (Ross et al. 2011).
@@ -41,7 +40,7 @@ def driving(
   testing. Metrics: "loss", "accuracy", and the accuracy in each scenario.
 
   Args:
-    path: the folder of the recording, also looked for in $RESEARCH_DATA_DIR.
+    path: the folder of the recording, also looked for in $RESEARCH_DATA_DIR and the user's cache.
     rounds: rounds of DAgger to train on, at most as many as were recorded.
     only: the scenario of the only fleet that trains; "": all.
     l2: weight of l2/2 ||params||^2.
@@ -56,7 +55,7 @@ def driving(
   if only:
     checks.one_of("only", only, SCENARIOS)
   checks.at_least("rounds", rounds, 0)
-  parts = [*recorded.blocks(_folder(path))]
+  parts = [*recorded.blocks(recorded.found(path))]
   there = max(number for number, _, _ in parts)
   if rounds > there:
     raise ValueError(f"rounds={rounds}: {path} has {there} rounds of DAgger")
@@ -70,13 +69,6 @@ def driving(
   task = supervised(module, train, test, loss="softmax", l2=l2)
   measure = _by_scenario(module, test, of_test, names)
   return task._replace(by=by, measure=measure, measured_on="test")
-
-
-def _folder(path: str) -> Path:
-  """A recording's folder, in the working directory or among the data."""
-  own, data = paths.local(path), paths.of_environment("RESEARCH_DATA_DIR")
-  elsewhere = data / own if data else own
-  return elsewhere if not own.exists() and elsewhere.exists() else own
 
 
 def _examples(parts: list[tuple[int, str, Batch]], tested: bool) -> Batch:

@@ -67,6 +67,34 @@ def record(
   return hashlib.sha256((folder / INDEX).read_bytes()).hexdigest()
 
 
+def found(path: str) -> Path:
+  """A recording's folder: in the working directory, in $RESEARCH_DATA_DIR or in the user's cache.
+
+  Args:
+    path: of the folder, absolute or relative to one of these.
+  """
+  own = paths.local(path)
+  places = [own, *(folder / own for folder in _of_data())]
+  return next((place for place in places if (place / INDEX).is_file()), own)
+
+
+def default() -> Path:
+  """Where a recording goes: the folder "driving" of the data, or else of the user's cache.
+
+  Raises:
+    ValueError: there is neither.
+  """
+  places = _of_data()
+  if not places:
+    raise ValueError("there is no cache folder, since $HOME is not set; name a folder")
+  return places[0] / "driving"
+
+
+def _of_data() -> list[Path]:
+  data, cache = paths.of_environment("RESEARCH_DATA_DIR"), paths.cache()
+  return [folder for folder in (data, cache) if folder]
+
+
 def blocks(folder: str | Path) -> Iterator[tuple[int, str, dict[str, np.ndarray]]]:
   """Reads a folder's blocks: the round, the scenario and the arrays of each.
 
@@ -92,7 +120,7 @@ def _index(folder: Path) -> dict[str, Any]:
   except (OSError, ValueError) as error:
     raise ValueError(
       f"{folder} has no recorded driving (no readable {INDEX}); "
-      f"record some: python experiments/drive.py --do=record --out={folder}"
+      "record some: python experiments/drive.py --do=record"
     ) from error
   if not isinstance(found, dict) or not found:
     raise ValueError(f"{folder / INDEX} lists no blocks")
