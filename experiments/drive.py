@@ -18,11 +18,11 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 
-from absl import flags
+from absl import flags, logging
 
 from research.command.errors import fail, one_line_errors
-from research.command.flags import define_import, launch
-from research.command.start import import_modules
+from research.command.flags import define_compilation_cache, define_import, launch
+from research.command.start import import_modules, use_compilation_cache
 from research.core import checks, paths
 from research.core.text import quoted
 from research.tasks.driving.episodes import Driver
@@ -37,12 +37,15 @@ Told = Callable[[int], None]
 def main(argv: list[str]) -> None:
   """Records, judges or draws, according to the flags."""
   del argv
+  logging.set_verbosity(logging.WARNING)
+  logging.get_absl_logger().setLevel("CRITICAL")  # Orbax also logs what it reads
   if importlib.util.find_spec("highway_env") is None:
     fail(2, 'the simulator is highway-env: pip install -e ".[driving]"')
   for name in FLAGS.scenarios:
     if name not in SCENARIOS:
       fail(2, f"--scenarios={quoted(name)}: {checks.unknown(name, SCENARIOS)}")
   with one_line_errors():
+    use_compilation_cache(FLAGS.compilation_cache)
     import_modules()
     {"record": record, "judge": judge, "picture": picture}[FLAGS.do]()
 
@@ -143,5 +146,6 @@ if __name__ == "__main__":
   flags.DEFINE_integer("episodes", 200, "Of each scenario.", 1)
   flags.DEFINE_integer("round", 0, "Of DAgger: 0 is the expert's own driving.", 0)
   flags.DEFINE_bool("debug", False, "Shows the traceback of every error, JAX's own frames too.")
+  define_compilation_cache()
   define_import()
   launch(main, __doc__)

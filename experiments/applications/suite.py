@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.applications import films, fleets, hospitals, portfolios, search
+from experiments.applications import dqn, films, fleets, hospitals, portfolios, search
 from experiments.applications.measured import Rows
 
 CASES: dict[str, Callable[[Any], Rows]] = {
@@ -17,6 +17,7 @@ CASES: dict[str, Callable[[Any], Rows]] = {
   "medicine": hospitals.medicine,
   "recommend": films.recommend,
   "driving": fleets.driving,
+  "dqn": dqn.dqn,
 }
 
 

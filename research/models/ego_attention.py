@@ -10,7 +10,7 @@ from research.core import checks
 from research.core.base import Array
 
 
-def ego_attention(width: int = 64, heads: int = 2) -> Callable[[int], nn.Module]:
+def ego_attention(width: int = 32, heads: int = 2) -> Callable[[int], nn.Module]:
   """The ego attends to all vehicles in sight, itself included; the order of neighbours is free.
 
   Args:
