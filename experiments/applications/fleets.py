@@ -1,7 +1,7 @@
 """Driving over fleets: pooled, federated, private and alone, in closed loop. An application of
 `bench.py`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from research.tasks.driving.episodes import Driver, Outcome
 from research.tasks.driving.experts import EXPERTS
 from research.tasks.driving.scenarios import SCENARIOS
 
-ROUNDS = 1  # of DAgger in the recording
+ROUNDS = 2  # of DAgger in the recording
 SEEDS = 3  # of training; each is judged on episodes of its own
 EPISODES = 10  # of each scenario and seed
 STEPS = 4000
@@ -39,7 +39,6 @@ def federated(aggregator: Call) -> Call:
 
 MEAN = federated(calls.mean())
 INT8 = federated(calls.error_feedback(calls.two_phase(calls.int8())))
-TOP = federated(calls.error_feedback(calls.gather_mean(calls.top_k(0.05))))
 KINDS = {
   "pooled": Kind(MEAN, 1),
   "pooled, perceptron": Kind(MEAN, 1, "mlp(hidden=[128, 128])"),
@@ -47,7 +46,6 @@ KINDS = {
   "FedAvg": Kind(MEAN),
   "SCAFFOLD": Kind(calls.scaffold(0.1, calls.mean(), period=10)),
   "FedAvg, int8": Kind(INT8),
-  "FedAvg, 5% of the elements": Kind(TOP),
   "FedAvg, secure sum": Kind(federated(calls.secure_sum(clip=20.0))),
   "FedAvg, noise": Kind(federated(calls.noisy(calls.mean(), clip=CLIP, noise=0.05))),
   **{f"{name} alone": Kind(MEAN, 1, only=name) for name in SCENARIOS},
@@ -56,22 +54,23 @@ KINDS = {
 
 def driving(figure: Any) -> Rows:
   """The experts, and policies trained pooled, federated and alone, on the same held-out roads."""
-  judged = {name: judge(name, [driver] * SEEDS) for name, driver in EXPERTS.items()}
+  judged = {name: judge(name, [driver] * SEEDS, SCENARIOS) for name, driver in EXPERTS.items()}
   notes = {}
   for name, kind in KINDS.items():
     drivers, epsilon = zip(*(trained(kind, seed) for seed in range(SEEDS)), strict=True)
     notes[name] = f" (epsilon {epsilon[0]:.3g} per fleet)" if epsilon[0] else ""
-    judged[name] = judge(name, drivers)
-  rows = [
-    line for name in judged for line in of_policy(name, judged[name], judged, notes.get(name, ""))
-  ]
+    judged[name] = judge(name, drivers, others(kind.only))
+  whole = {name: found for name, found in judged.items() if len(found) == len(SCENARIOS)}
+  rows = [line for name in whole for line in of_policy(name, whole, notes.get(name, ""))]
   for name in SCENARIOS:
-    others = [other for other in SCENARIOS if other != name]
-    both = [share(judged[kind], others) for kind in (f"{name} alone", "FedAvg")]
-    what = f"{name} alone: success in the other scenarios"
-    rows.append(row(what, both[0].value, "FedAvg", both[1].value, interval=both[0][1:]))
+    rows += of_fleet(name, judged[f"{name} alone"], judged["FedAvg"])
   draw(figure, judged)
   return rows
+
+
+def others(name: str) -> list[str]:
+  """The scenarios that a fleet of one scenario has not seen; all without a name."""
+  return [other for other in SCENARIOS if other != name]
 
 
 def trained(kind: Kind, seed: int) -> tuple[Driver, float]:
@@ -94,59 +93,71 @@ def trained(kind: Kind, seed: int) -> tuple[Driver, float]:
   return judging.policy(result.model), float(result.summary.get("epsilon") or 0)
 
 
-def judge(name: str, drivers: Sequence[Driver]) -> Judged:
-  """Drives every scenario with a driver per seed, each on episodes of its own."""
-  found: Judged = {scenario: [] for scenario in SCENARIOS}
+def judge(name: str, drivers: Sequence[Driver], scenarios: Iterable[str]) -> Judged:
+  """Drives scenarios with a driver per seed, each on episodes of its own."""
+  found: Judged = {scenario: [] for scenario in scenarios}
   for seed, driver in enumerate(drivers):
-    for scenario in SCENARIOS:
-      found[scenario] += judging.judge(driver, scenario, EPISODES, seed * EPISODES)
-    print(f"{name}, seed {seed}: {share(found, [*SCENARIOS])}", flush=True)
+    for scenario, outcomes in found.items():
+      outcomes += judging.judge(driver, scenario, EPISODES, seed * EPISODES)
+    crashed = sum(outcome.crashed for outcome in judging.together(found.values()))
+    print(f"{name}, seed {seed}: {crashed} collisions until now", flush=True)
   return found
 
 
-def share(judged: Judged, names: Sequence[str]) -> judging.Interval:
-  """The share of episodes of some scenarios that succeeded."""
-  outcomes = judging.together(judged[name] for name in names)
-  return judging.measures(outcomes)["success"]
+def measured(judged: Judged, scenarios: Iterable[str] = SCENARIOS) -> dict[str, judging.Interval]:
+  """The measures over several scenarios."""
+  return judging.measures(judging.together(judged[name] for name in scenarios))
 
 
-def of_policy(name: str, judged: Judged, everyone: dict[str, Judged], note: str) -> Rows:
+def of_policy(name: str, judged: dict[str, Judged], note: str) -> Rows:
   """Collisions beside the planner's, and success beside pooled training's."""
-  measures = lambda kind: judging.measures(judging.together(everyone[kind].values()))
-  own, planner, pooled = measures(name), measures("planner"), measures("pooled")
-  per = {s: {k: v.value for k, v in judging.measures(judged[s]).items()} for s in judged}
-  per = {s: {k: v for k, v in found.items() if np.isfinite(v)} for s, found in per.items()}
+  own, planner, pooled = (measured(judged[kind]) for kind in (name, "planner", "pooled"))
+  each = {s: measured(judged[name], [s]) for s in SCENARIOS}
+  figures = {s: {k: v.value for k, v in e.items() if np.isfinite(v.value)} for s, e in each.items()}
+  more = {"speed": own["speed"], "headway": own["headway"], "scenarios": figures}
   crashes = "collisions per 100 km"
   return [
-    row(
-      f"{name}{note}: {crashes}",
-      own[crashes].value,
-      "planner",
-      planner[crashes].value,
-      interval=own[crashes][1:],
-      speed=own["speed"],
-      headway=own["headway"],
-      scenarios=per,
-    ),
-    row(
-      f"{name}{note}: success",
-      own["success"].value,
-      "pooled",
-      pooled["success"].value,
-      interval=own["success"][1:],
-    ),
+    _row(f"{name}{note}: {crashes}", own[crashes], "planner", planner[crashes], **more),
+    _row(f"{name}{note}: success", own["success"], "pooled", pooled["success"]),
   ]
 
 
+def of_fleet(name: str, alone: Judged, together: Judged) -> Rows:
+  """A fleet that trained alone, in the scenarios that it has not seen, beside FedAvg there."""
+  both = [measured(judged, others(name)) for judged in (alone, together)]
+  return [
+    _row(f"{name} alone, other scenarios: {what}", both[0][what], "FedAvg", both[1][what])
+    for what in ("collisions per 100 km", "success")
+  ]
+
+
+def _row(
+  what: str, own: judging.Interval, beside: str, other: judging.Interval, **more: Any
+) -> dict[str, Any]:
+  intervals = {"interval": own[1:], "interval_beside": other[1:]}
+  return row(what, own.value, beside, other.value, **intervals, **more)
+
+
 def draw(figure: Any, judged: dict[str, Judged]) -> None:
-  """Bars of collisions and success, with their intervals."""
-  axes = figure.subplots(1, 2, sharey=True)
-  for axis, what in zip(axes, ("collisions per 100 km", "success"), strict=True):
-    for place, (name, found) in enumerate(judged.items()):
-      value, low, high = judging.measures(judging.together(found.values()))[what]
-      color = "C1" if name in EXPERTS else "gray" if name.endswith("alone") else "C0"
-      axis.barh(place, value, color=color)
-      axis.plot([low, high], [place, place], color="black", linewidth=1)
-    axis.set(title=f"{what}, with 95% intervals")
-  axes[0].set_yticks(range(len(judged)), [*judged], fontsize=7)
-  axes[0].invert_yaxis()
+  """Collisions of each policy; success of each fleet where it has not driven, beside FedAvg."""
+  left, right = figure.subplots(1, 2)
+  whole = [name for name in judged if len(judged[name]) == len(SCENARIOS)]
+  crashes = [measured(judged[name])["collisions per 100 km"] for name in whole]
+  _bars(left, whole, crashes, ["C1" if name in EXPERTS else "C0" for name in whole])
+  left.set(title="Collisions per 100 km")
+  names, values, colors = [], [], []
+  for name in SCENARIOS:
+    for kind, color in ((f"{name} alone", "gray"), ("FedAvg", "C0")):
+      names.append(f"without the {name}: {kind}")
+      values.append(measured(judged[kind], others(name))["success"])
+      colors.append(color)
+  _bars(right, names, values, colors)
+  right.set(title="Success where a fleet has not driven", xlim=(0, 1))
+
+
+def _bars(axis: Any, names: list[str], values: list[judging.Interval], colors: list[str]) -> None:
+  for place, (found, color) in enumerate(zip(values, colors, strict=True)):
+    axis.barh(place, found.value, color=color)
+    axis.plot([found.low, found.high], [place, place], color="black", linewidth=1)
+  axis.set_yticks(range(len(names)), names, fontsize=7)
+  axis.invert_yaxis()

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.applications import dqn
 from research.core import registry
 from research.models.ego_attention import ego_attention
 from research.tasks import partition
@@ -75,6 +76,8 @@ def test_the_task_has_a_fleet_for_each_scenario(tmp_path, driven):
   assert len(task.test["y"]) == 4 * 2 * 4  # every tenth episode
   for number, part in enumerate(partition.by_owner()(task.by, 4, 0)):
     assert {*task.train["x"][part][:, 0, 1]} == {float(number)}
+  with pytest.raises(ValueError, match="4 owners of the examples for 3 workers"):
+    partition.by_owner()(task.by, 3, 0)
   assert len(driving.driving(str(tmp_path), 1, model=model).train["y"]) == 4 * 28 * 4
   alone = driving.driving(str(tmp_path), only="roundabout", model=model)
   assert {*alone.train["x"][:, 0, 1]} == {2.0}
@@ -169,3 +172,17 @@ def test_an_episode_is_a_function_of_its_seed(name):
   judging.judge(experts.idm, "intersection", 1)
   assert judging.judge(experts.planner, name, 1) == first
   assert first[0].metres > 20
+
+
+@pytest.mark.slow
+def test_actors_push_gradients_until_the_server_has_its_updates(monkeypatch):
+  pytest.importorskip("highway_env")
+  pytest.importorskip("ray")
+  monkeypatch.setattr(dqn, "STEPS", 16)
+  params, _, told = dqn.together(2, 0)
+  assert told["updates"] == 8
+  assert 16 <= sum(told["decisions"]) <= 16 + 2 * dqn.PERIOD
+  start = dqn.learner().init(0)
+  assert any(
+    not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (params, start)), strict=True)
+  )
