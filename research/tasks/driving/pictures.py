@@ -26,30 +26,27 @@ def draw(names: Sequence[str], driver: episodes.Driver, target: Path) -> None:
   """
   from matplotlib.figure import Figure
 
-  images = [*map(_of(driver), names)]
-  ratios = [image.shape[1] / image.shape[0] for image in images]
-  figure = Figure(figsize=(10, 10 / max(sum(ratios), 1)), layout="constrained")
-  grid = figure.subplots(1, len(names), squeeze=False, width_ratios=ratios)[0]
-  for axis, name, image in zip(grid, names, images, strict=True):
-    axis.imshow(image)
+  rows = -(-len(names) // 2)
+  figure = Figure(figsize=(10, 2.8 * rows), layout="constrained")
+  for axis, name in zip(figure.subplots(rows, 2).flat, names, strict=False):
+    axis.imshow(_moment(name, driver))
     axis.set_title(name)
+  for axis in figure.axes:
     axis.axis("off")
   with files.whole(target) as path:
     figure.savefig(path, dpi=110, format="png")
 
 
-def _of(driver: episodes.Driver) -> Any:
-  def image(name: str) -> np.ndarray:
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # no display is needed
-    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
-    environment, frames = scenarios.make(name, picture=True), []
+def _moment(name: str, driver: episodes.Driver) -> np.ndarray:
+  """The image of a scenario at the moment."""
+  os.environ.setdefault("SDL_VIDEODRIVER", "offscreen")  # no display is needed
+  os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+  environment, frames = scenarios.make(name, picture=True), []
 
-    def watch(environment: Any) -> None:
-      if environment.time >= MOMENT and not frames:
-        frames.append(np.array(environment.render()))
+  def watch(environment: Any) -> None:
+    if environment.time >= MOMENT and not frames:
+      frames.append(np.array(environment.render()))
 
-    episodes.drive(environment, name, SEED, driver, watch=watch)
-    environment.close()
-    return frames[0]
-
-  return image
+  episodes.drive(environment, name, SEED, driver, watch=watch)
+  environment.close()
+  return frames[0]

@@ -21,6 +21,7 @@ class Scenario(NamedTuple):
   goal: str  # the last road of the ego; "" if success is to drive until the end
 
 
+PICTURE = {"screen_width": 600, "screen_height": 300}  # pixels
 CONNECTED = {"neighbour_vehicles_connected_lanes": True}
 # In the order of the fleets' numbers.
 SCENARIOS: dict[str, Scenario] = {
@@ -70,6 +71,7 @@ def make(name: str, picture: bool = False) -> Any:
     "other_vehicles_type": f"research.tasks.driving.traffic.{name.capitalize()}",
     **CONNECTED,
     **found.config,
+    **(PICTURE if picture else {}),
   }
   return made(config=config, render_mode="rgb_array" if picture else None)
 
