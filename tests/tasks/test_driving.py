@@ -167,7 +167,6 @@ def test_features_say_when_a_neighbour_is_in_the_way():
 @pytest.mark.parametrize("name", scenarios.SCENARIOS)
 def test_an_episode_is_a_function_of_its_seed(name):
   """Also after an episode of the intersection, which changes the class of its vehicles."""
-  pytest.importorskip("highway_env")
   first = judging.judge(experts.planner, name, 1)
   judging.judge(experts.idm, "intersection", 1)
   assert judging.judge(experts.planner, name, 1) == first
@@ -176,7 +175,6 @@ def test_an_episode_is_a_function_of_its_seed(name):
 
 @pytest.mark.slow
 def test_actors_push_gradients_until_the_server_has_its_updates(monkeypatch):
-  pytest.importorskip("highway_env")
   pytest.importorskip("ray")
   monkeypatch.setattr(dqn, "STEPS", 16)
   params, _, told = dqn.together(2, 0)
