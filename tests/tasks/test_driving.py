@@ -1,5 +1,6 @@
 """Driving: the recording, the task and its fleets, and drivers in the simulator."""
 
+import importlib.util
 import json
 import types
 
@@ -174,8 +175,8 @@ def test_an_episode_is_a_function_of_its_seed(name):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="needs Ray")
 def test_actors_push_gradients_until_the_server_has_its_updates(monkeypatch):
-  pytest.importorskip("ray")
   monkeypatch.setattr(dqn, "STEPS", 16)
   params, _, told = dqn.together(2, 0)
   assert told["updates"] == 8
