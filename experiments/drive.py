@@ -25,9 +25,9 @@ from research.command.flags import define_compilation_cache, define_import, laun
 from research.command.start import import_modules, use_compilation_cache
 from research.core import checks, paths
 from research.core.text import quoted
-from research.tasks.driving.episodes import Driver
 from research.tasks.driving.experts import EXPERTS
 from research.tasks.driving.scenarios import SCENARIOS
+from research.tasks.driving.scene import Driver
 from research.training.config import Config, UsageError, flag
 
 FLAGS = flags.FLAGS

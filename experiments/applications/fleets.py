@@ -9,9 +9,10 @@ import numpy as np
 from experiments.applications.measured import Rows, row
 from research.core.spec import Call, calls
 from research.tasks.driving import judging
-from research.tasks.driving.episodes import Driver, Outcome
+from research.tasks.driving.episodes import Outcome
 from research.tasks.driving.experts import EXPERTS
 from research.tasks.driving.scenarios import SCENARIOS
+from research.tasks.driving.scene import Driver
 
 ROUNDS = 2  # of DAgger in the recording
 SEEDS = 3  # of training; each is judged on episodes of its own

@@ -6,9 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from research.tasks.driving import scenarios
-from research.tasks.driving.scene import FEATURES, NEIGHBOURS, Scene, features, headway, perceive
-
-Driver = Callable[[Scene], int]
+from research.tasks.driving.scene import FEATURES, NEIGHBOURS, Driver, features, headway, perceive
 
 
 class Outcome(NamedTuple):

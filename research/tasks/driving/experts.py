@@ -1,11 +1,10 @@
 """Drivers to learn from: a tree search over actions, and the simulator's IDM and MOBIL."""
 
 import itertools
-from collections.abc import Callable
 
 import numpy as np
 
-from research.tasks.driving.scene import HORIZON, LANE, LENGTH, STEP, TIMES, Scene
+from research.tasks.driving.scene import HORIZON, LANE, LENGTH, SPACING, STEP, TIMES, Driver, Scene
 
 LEFT, IDLE, RIGHT, FASTER, SLOWER = range(5)  # the simulator's actions
 ACTIONS = 5
@@ -18,8 +17,6 @@ _PLANS = np.array(
 _CIRCLES = np.array([-1.25, 1.25])  # along a vehicle: two circles that cover it
 _RADIUS = 1.6
 _PACES = ((1.0, 10.0), (0.7, 1.0), (1.3, 1.0))  # of the others over predicted, and penalties
-
-Driver = Callable[[Scene], int]
 
 
 def planner(scene: Scene) -> int:
@@ -38,7 +35,7 @@ def planner(scene: Scene) -> int:
   """
   speed, along, lateral = _moves(scene)
   progress = np.mean(speed, 1) / scene.limit
-  grid = np.arange(len(scene.path)) * 2.0
+  grid = np.arange(len(scene.path)) * SPACING
   x, y, heading = (np.interp(along, grid, c) for c in _unwrapped(scene.path).T)
   place = np.stack([x - lateral * np.sin(heading), y + lateral * np.cos(heading)], -1)
   changes = np.isin(_PLANS[:, 0], (LEFT, RIGHT))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.tasks.driving import episodes, recorded, scenarios
-from research.tasks.driving.scene import Scene, features
+from research.tasks.driving.scene import Driver, features
 
 RESAMPLES = 2000
 _Z = 1.959964  # of a two-sided 95% interval
@@ -22,7 +22,7 @@ class Interval(NamedTuple):
   high: float
 
 
-def policy(model: Callable[[Any], Any]) -> episodes.Driver:
+def policy(model: Callable[[Any], Any]) -> Driver:
   """The driver that takes the action with the highest output.
 
   Args:
@@ -33,7 +33,7 @@ def policy(model: Callable[[Any], Any]) -> episodes.Driver:
 
 
 def judge(
-  driver: Callable[[Scene], int],
+  driver: Driver,
   name: str,
   count: int,
   first: int = 0,

@@ -9,12 +9,13 @@ import numpy as np
 
 from research.tasks import files
 from research.tasks.driving import episodes, scenarios
+from research.tasks.driving.scene import Driver
 
 MOMENT = 3.0  # seconds after the start
 SEED = 4
 
 
-def draw(names: Sequence[str], driver: episodes.Driver, target: Path) -> None:
+def draw(names: Sequence[str], driver: Driver, target: Path) -> None:
   """Draws a moment of an episode of each scenario, and writes a picture.
 
   The ego is green.
@@ -37,7 +38,7 @@ def draw(names: Sequence[str], driver: episodes.Driver, target: Path) -> None:
     figure.savefig(path, dpi=110, format="png")
 
 
-def _moment(name: str, driver: episodes.Driver) -> np.ndarray:
+def _moment(name: str, driver: Driver) -> np.ndarray:
   """The image of a scenario at the moment."""
   os.environ.setdefault("SDL_VIDEODRIVER", "offscreen")  # no display is needed
   os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")

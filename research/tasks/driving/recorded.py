@@ -15,6 +15,7 @@ import numpy as np
 from research.core import paths
 from research.tasks import files
 from research.tasks.driving import episodes, scenarios
+from research.tasks.driving.scene import Driver
 
 INDEX = "episodes.json"
 BLOCK = 10  # episodes in a file
@@ -26,8 +27,8 @@ def record(
   folder: Path,
   names: Sequence[str],
   count: int,
-  driver: episodes.Driver,
-  expert: episodes.Driver,
+  driver: Driver,
+  expert: Driver,
   number: int = 0,
   told: Callable[[int], None] = lambda episodes: None,
 ) -> str:

@@ -3,6 +3,7 @@
 The simulator is only in the extra `driving`; it is imported when a road is made.
 """
 
+import importlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,8 +57,6 @@ def make(name: str, picture: bool = False) -> Any:
   Raises:
     ModuleNotFoundError: highway-env is not installed.
   """
-  import importlib
-
   found = SCENARIOS[name]
   module, kind = found.environment.split(".")
   made = getattr(importlib.import_module(f"highway_env.envs.{module}"), kind)

@@ -3,6 +3,7 @@
 Reads the vehicles and the road network of highway-env, and has no dependency on the package itself.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ TIMES = np.arange(0, HORIZON + STEP / 2, STEP)
 FEATURES = 10  # per vehicle
 LENGTH, WIDTH, LANE = 5.0, 2.0, 4.0  # metres, of a vehicle and of a lane
 SETTLING = 1.0  # seconds in which another vehicle reaches the middle of its lane
-_SPACING = 2.0  # metres between two points of a path
+SPACING = 2.0  # metres between two points of a path
 _REACH = 140.0  # metres of a path
 _NEAR = 2.5  # metres from the ego's path at which another vehicle is in its way
 
@@ -31,6 +32,9 @@ class Scene(NamedTuple):
   others: np.ndarray  # [K, 4]: x, y, heading and speed
   predicted: np.ndarray  # [K, T, 3], x, y and heading at TIMES
   follows: np.ndarray  # [K], whether a neighbour is behind the ego on its lane
+
+
+Driver = Callable[[Scene], int]  # chooses an action
 
 
 class Way(NamedTuple):
@@ -53,7 +57,7 @@ def perceive(vehicle: Any) -> Scene:
   """
   road = vehicle.road
   way = _way(vehicle, _REACH)
-  path = np.array([_place(way, s, 0.0) for s in np.arange(0, _REACH, _SPACING)])
+  path = np.array([_place(way, s, 0.0) for s in np.arange(0, _REACH, SPACING)])
   near = sorted(
     (float(np.hypot(*(other.position - vehicle.position))), n)
     for n, other in enumerate(road.vehicles)
@@ -125,7 +129,7 @@ def conflicts(scene: Scene) -> np.ndarray:
   inside = distance.min(2) < _NEAR  # [K, T]
   for k in np.flatnonzero(inside.any(1)):
     times = np.flatnonzero(inside[k])
-    along = distance[k, times[0]].argmin() * _SPACING
+    along = distance[k, times[0]].argmin() * SPACING
     found[k] = along / 50, TIMES[times[0]] / HORIZON, TIMES[times[-1]] / HORIZON
   return found
 
@@ -134,7 +138,7 @@ def headway(scene: Scene) -> float:
   """Seconds to the vehicle ahead on the path at the ego's speed; infinite without one in 100 m."""
   gaps = scene.others[:, None, :2] - scene.path[None, :, :2]
   distance = np.hypot(gaps[..., 0], gaps[..., 1])
-  ahead = distance.argmin(1) * _SPACING
+  ahead = distance.argmin(1) * SPACING
   leads = (distance.min(1) < WIDTH) & (ahead > LENGTH / 2)
   if not leads.any() or scene.vehicle.speed < 1:
     return np.inf
