@@ -16,12 +16,12 @@ from research.server.messages import Rules, Spent
 from research.tasks.driving import judging
 
 ACTORS, SEEDS = 2, 2
-EPISODES = 20  # held-out, of each seed, for the return
+EPISODES = 15  # held-out, of each seed, for the return
 SCENARIO = "highway"
-STEPS = 5000  # decisions of all actors together
+STEPS = 4000  # decisions of all actors together
 PERIOD = 2  # decisions of an actor for a gradient
 BATCH = 64
-KEPT = 5000  # transitions that an actor remembers
+KEPT = 4000  # transitions that an actor remembers
 TARGET = 100  # gradients between two copies of the model into the target
 DISCOUNT = 0.9
 RANDOM = (1.0, 0.05)  # share of random actions at first, and from half of the steps on
