@@ -1,5 +1,8 @@
-"""Deep Q-learning: actors that drive push gradients to a parameter server, without waiting for each
-other; beside one process that does the same number of steps alone."""
+"""Deep Q-learning by actors that push gradients to a parameter server, beside one process.
+
+The actors do not wait for each other. One process alone does the same number of decisions and of
+gradient steps. An application of `bench.py`.
+"""
 
 import os
 import time
@@ -8,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.applications.fleets import needs_simulator
 from experiments.applications.measured import Rows, row
 from research.core.spec import calls
 from research.server.actors import HeadProcess, Inherited, Sizes, Snapshot, inherited, settle
@@ -250,6 +254,7 @@ def returns(params: Any, episodes: int, first: int) -> np.ndarray:
 
 def dqn(figure: Any) -> Rows:
   """Returns and seconds of two actors on a server, beside one process; the same number of steps."""
+  needs_simulator()
   found: dict[str, list[tuple[np.ndarray, float]]] = {"one process": [], "two actors": []}
   ages = []
   for seed in range(SEEDS):

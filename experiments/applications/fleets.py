@@ -1,6 +1,6 @@
-"""Driving over fleets: pooled, federated, private and alone, in closed loop. An application of
-`bench.py`."""
+"""Fleets that learn to drive: pooled, federated and alone. An application of `bench.py`."""
 
+import importlib.util
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,11 +8,12 @@ import numpy as np
 
 from experiments.applications.measured import Rows, row
 from research.core.spec import Call, calls
-from research.tasks.driving import judging
+from research.tasks.driving import judging, recorded
 from research.tasks.driving.episodes import Outcome
 from research.tasks.driving.experts import EXPERTS
 from research.tasks.driving.scenarios import SCENARIOS
 from research.tasks.driving.scene import Driver
+from research.training.config import UsageError, flag
 
 ROUNDS = 2  # of DAgger in the recording
 SEEDS = 3  # of training; each is judged on episodes of its own
@@ -55,6 +56,9 @@ KINDS = {
 
 def driving(figure: Any) -> Rows:
   """The experts, and policies trained pooled, federated and alone, on the same held-out roads."""
+  needs_simulator()
+  with flag("suite", "applications"):
+    next(recorded.blocks(recorded.found("driving")))
   judged = {name: judge(name, [driver] * SEEDS, SCENARIOS) for name, driver in EXPERTS.items()}
   notes = {}
   for name, kind in KINDS.items():
@@ -67,6 +71,12 @@ def driving(figure: Any) -> Rows:
     rows += of_fleet(name, judged[f"{name} alone"], judged["FedAvg"])
   draw(figure, judged)
   return rows
+
+
+def needs_simulator() -> None:
+  """Raises UsageError if the simulator is not installed."""
+  if importlib.util.find_spec("highway_env") is None:
+    raise UsageError('the simulator is highway-env: pip install -e ".[driving]"')
 
 
 def others(name: str) -> list[str]:

@@ -1,7 +1,8 @@
 """The suite `applications` of bench.py: search, finance, medicine, recommendation and driving.
 
 Writes OUT/CASE/result.json (rows with commit and hardware), table.md and figure.png. Needs the data
-files and, for comparisons with peer libraries, `pip install -e ".[applications]"`.
+files and, for comparisons with peer libraries, `pip install -e ".[applications]"`. Driving needs
+what `experiments/drive.py` records, and `pip install -e ".[driving,async]"`.
 """
 
 from collections.abc import Callable
