@@ -103,7 +103,7 @@ class Road:
     from research.tasks.driving import scenarios
 
     self.environment, self.learner = scenarios.make(SCENARIO), learner
-    self.rng, self.episode = np.random.default_rng(seed), seed * 10_000
+    self.rng, self.episode = np.random.default_rng(seed), seed * 10_000  # none that `returns` has
     self.x = self._start()
     self.memory = Memory(self.x)
 
