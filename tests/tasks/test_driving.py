@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import types
+from typing import Any
 
 import jax
 import numpy as np
@@ -52,7 +53,7 @@ def test_a_recording_is_resumed_and_hashed(tmp_path, driven):
   block = tmp_path / "parts" / "0-merge-00000.npz"
   block.write_bytes(block.read_bytes()[:-1])  # as if the disk had been full
   with pytest.raises(ValueError, match=r"0-merge-00000\.npz is missing or not as recorded"):
-    [*recorded.blocks(tmp_path / "parts")]
+    list(recorded.blocks(tmp_path / "parts"))
   del driven[:]
   assert record(tmp_path / "parts", count=30) == whole
   assert len(driven) == 4 * 20 + 10
@@ -74,6 +75,7 @@ def test_the_task_has_a_fleet_for_each_scenario(tmp_path, driven):
   model = registry.build("model", "ego_attention(width=8)")
   task = driving.driving(str(tmp_path), model=model)
   assert task.train["x"].shape == (4 * 18 * 4, 9, 10)
+  assert task.test
   assert len(task.test["y"]) == 4 * 2 * 4  # every tenth episode
   for number, part in enumerate(partition.by_owner()(task.by, 4, 0)):
     assert {*task.train["x"][part][:, 0, 1]} == {float(number)}
@@ -82,6 +84,7 @@ def test_the_task_has_a_fleet_for_each_scenario(tmp_path, driven):
   assert len(driving.driving(str(tmp_path), 1, model=model).train["y"]) == 4 * 28 * 4
   alone = driving.driving(str(tmp_path), only="roundabout", model=model)
   assert {*alone.train["x"][:, 0, 1]} == {2.0}
+  assert alone.test
   assert len(alone.test["y"]) == len(task.test["y"])
   found = task.measure(task.init(jax.random.key(0)))
   assert [*found] == [f"accuracy {name}" for name in scenarios.SCENARIOS]
@@ -106,7 +109,7 @@ def test_what_a_recording_does_not_have_is_said(tmp_path, driven):
 def test_attention_does_not_depend_on_the_order_or_number_of_neighbours():
   x = np.random.default_rng(0).normal(size=(2, 9, 10)).astype(np.float32)
   x[:, 6:] = 0
-  module = ego_attention(8)(5)
+  module: Any = ego_attention(8)(5)
   params = module.init(jax.random.key(0), x)
   expected = module.apply(params, x)
   order = [0, 3, 1, 7, 2, 5, 4, 8, 6]
@@ -149,7 +152,7 @@ def still(x, y, heading=0.0, speed=0.0):
     (still(15.0, 0.0), experts.SLOWER),  # a wreck ahead
     (still(15.0, 4.0), experts.FASTER),  # on the other lane
     (still(-8.0, 0.0, speed=15.0), experts.FASTER),  # behind: it will brake
-    (still(15.0, 0.0)._replace(lanes=(True, False)), experts.LEFT),
+    (still(30.0, 0.0)._replace(lanes=(True, False)), experts.LEFT),
   ],
 )
 def test_the_planner_avoids_what_is_ahead(seen, action):
