@@ -81,7 +81,7 @@ def _risk(
     others = scene.predicted[:, then].transpose(1, 0, 2)[None]  # [1, T, K, 3]
     theirs = np.stack([np.cos(others[..., 2]), np.sin(others[..., 2])], -1)
     between = others[..., :2] - place[:, :, None]  # [S, T, K, 2]
-    hit: np.ndarray = (_touches(between, way, theirs) & counts[:, None]).any(2)
+    hit = np.max(_touches(between, way, theirs) & counts[:, None], axis=2)
     first = np.where(hit.any(1), hit.argmax(1), hit.shape[1]) / hit.shape[1]
     total += np.where(first < 1, weight * (2 - first), 0)
     if pace == 1:
