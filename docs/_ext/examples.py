@@ -54,6 +54,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "Finance": ("frontier", "cvar"),
     "Medicine": ("breast_cancer", "diabetes"),
     "Recommendation": ("movielens", "movielens_als", "movielens_federated"),
+    "Driving": ("driving",),
   },
 }
 

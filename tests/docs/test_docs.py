@@ -62,7 +62,7 @@ def test_tables_are_those_of_the_results(folder):
     assert f"| {row['ratio']:.3f} |" in table
 
 
-APPLICATIONS = ("finance", "medicine", "recommend", "search")
+APPLICATIONS = ("driving", "finance", "medicine", "recommend", "search")
 
 
 @pytest.mark.parametrize("name", APPLICATIONS)
@@ -104,6 +104,27 @@ def test_applications_are_as_good_as_they_are_to_be():
     auc = lambda name, shift=shift: medicine[f"breast_cancer, {shift} shift, {name}: auc"]
     assert auc("federated") >= auc("pooled") - 0.01
     assert max(auc(f"alone {n}") for n in range(1, 6)) < auc("federated")
+
+
+def test_the_federated_fleet_drives_as_well_as_it_is_to():
+  """As safely as the expert, as well as pooled, and better than a fleet where it has not driven."""
+  result = json.loads((ROOT / "results/applications/driving/result.json").read_text())
+  rows = {row["what"]: row for row in result["rows"]}
+  crashes = lambda name: rows[f"{name}: collisions per 100 km"]["value"]
+  success = lambda name: rows[f"{name}: success"]["value"]
+  assert crashes("FedAvg") <= 1.2 * crashes("planner")
+  assert success("FedAvg") >= 0.95 * success("pooled")
+  for name in ("highway", "merge", "roundabout", "intersection"):
+    alone = rows[f"{name} alone, other scenarios: success"]
+    assert alone["value"] < alone["peer"]
+  page = (ROOT / "docs/guides/applications/driving.md").read_text()
+  named = {
+    "expert (planner)": "planner",
+    "pooled, attention": "pooled",
+    "FedAvg, attention": "FedAvg",
+  }
+  for shown, name in named.items():
+    assert f"| {shown} | {crashes(name):.1f} (" in page
 
 
 def test_the_tables_of_compression_are_those_of_the_result():
