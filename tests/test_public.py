@@ -15,6 +15,7 @@ NAMES = vars(research)["__all__"]
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("compressor", "aggregator", "method", "topology", "model")
+OF_ONE_TASK = {"ego_attention", "graph_network"}  # models that are imported from their modules
 IMPORT = """
 import sys
 import research
@@ -49,8 +50,9 @@ def test_every_event_and_the_hook_have_a_docstring(name):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_specs_and_python_call_the_same_functions(kind):
-  assert set(registry.TABLE[kind]) <= set(NAMES)
-  for name in registry.TABLE[kind]:
+  names = {*registry.TABLE[kind]} - OF_ONE_TASK
+  assert names <= set(NAMES)
+  for name in names:
     assert getattr(research, name) is registry.lookup((kind,), name)
 
 
