@@ -13,7 +13,7 @@ Other suites run between hosts, which are network namespaces of Linux, as root (
 `speed.py`, `faults.py`), and on a parameter server (`servers.py`). `--cases` selects methods of
 `speed.py` or cases of the server; the others' earlier results in OUT are kept. --suite=applications
 measures search, finance, medicine and recommendation beside peer libraries
-(`applications/suite.py`).
+(`applications/suite.py`), and --suite=peers trains beside TensorFlow and Spark (`peers.py`).
 
 Writes result.json and table.md. Workers on one machine use its cores better with one device per
 core: set `JAX_NUM_CPU_DEVICES=2` for fed_avg and local_phase.
@@ -36,7 +36,7 @@ from absl import flags, logging
 
 from experiments import run
 from experiments.applications import suite as applications
-from experiments.benchmarks import costs, faults, hosts, pairs, rounds, servers, speed
+from experiments.benchmarks import costs, faults, hosts, pairs, peers, rounds, servers, speed
 from experiments.benchmarks.turns import shown
 from launch import netlab
 from research.command.errors import fail, one_line_errors
@@ -44,12 +44,12 @@ from research.command.flags import launch
 from research.command.start import results_folder
 from research.core import checks, paths
 from research.core.text import quoted
-from research.training.config import Config
+from research.training.config import Config, flag
 
 FLAGS = flags.FLAGS
 
 
-SUITES = ["loop", "wire", "hosts", "faults", "server", "applications"]
+SUITES = ["loop", "wire", "hosts", "faults", "server", "applications", "peers"]
 OTHERS = (
   "compress",
   "power_sgd",
@@ -153,6 +153,7 @@ def main(argv: list[str]) -> None:
     "server": servers.CASES,
     "hosts": tuple(speed.PAIRS),
     "applications": tuple(applications.CASES),
+    "peers": tuple(peers.CASES),
   }
   known = cases.get(FLAGS.suite, ())
   if not FLAGS["cases"].present:
@@ -161,7 +162,8 @@ def main(argv: list[str]) -> None:
   if unknown:
     reason = checks.unknown(unknown[0], known)
     fail(2, f"--suite={FLAGS.suite} --cases={quoted(unknown[0])}: {reason}")
-  if FLAGS.suite in ("wire", "hosts", "faults"):
+  between = FLAGS.suite == "peers" and "hosts" in FLAGS.cases
+  if between or FLAGS.suite in ("wire", "hosts", "faults"):
     netlab.refuse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends child processes too
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")  # to compile for as many hosts
@@ -183,6 +185,7 @@ def main(argv: list[str]) -> None:
     suites = {"loop": of_loop, "faults": of_faults, "wire": of_wire}
     suites["server"] = lambda: of_server(environment["commit"])
     suites["hosts"] = lambda: of_speed(environment["commit"])
+    suites["peers"] = lambda: of_peers(environment["commit"])
     result, lines = suites[FLAGS.suite]()
     result = {"environment": environment, **result}
     if out:
@@ -226,6 +229,13 @@ def of_speed(commit: str) -> tuple[dict[str, Any], list[str]]:
   return result, lines
 
 
+def of_peers(commit: str) -> tuple[dict[str, Any], list[str]]:
+  """Measures cases beside TensorFlow and Spark, and keeps earlier rows of the other cases."""
+  with flag("peers_python", FLAGS.peers_python):
+    peers.has(FLAGS.peers_python)
+  return peers.measure(FLAGS.cases, FLAGS.peers_python, FLAGS.repeats, before(), commit)
+
+
 def of_loop() -> tuple[dict[str, Any], list[str]]:
   """Measures the cases of one machine; returns the results and the tables."""
   found = [pairs.compare(name, FLAGS.repeats) for name in FLAGS.cases if name in pairs.CASES]
@@ -266,7 +276,8 @@ def of_loop() -> tuple[dict[str, Any], list[str]]:
 
 if __name__ == "__main__":
   text = "loop: against loops by hand; between hosts wire: bytes; hosts: speed; faults: deaths; "
-  text += "server: a parameter server; applications: beside their peers."
+  text += "server: a parameter server; applications: beside their peers; "
+  text += "peers: TensorFlow and Spark."
   flags.DEFINE_enum("suite", "loop", SUITES, text)
   flags.DEFINE_integer("hosts", 4, "Of the suite faults.", 2)
   flags.DEFINE_integer("kills", 50, "Of the suite faults.", 1)
@@ -274,5 +285,7 @@ if __name__ == "__main__":
   flags.DEFINE_integer("steps", 5000, "Of the suite faults.", 1)
   flags.DEFINE_list("cases", [*pairs.CASES, *OTHERS], "What to measure.")
   flags.DEFINE_integer("repeats", 7, "Counted turns of each pair.", 1)
+  text = "Interpreter that has TensorFlow and PySpark, of the suite peers."
+  flags.DEFINE_string("peers_python", sys.executable, text)
   flags.DEFINE_string("out", "", "Folder for results; empty: only prints, or results/applications.")
   launch(main, __doc__)

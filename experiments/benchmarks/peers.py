@@ -1,0 +1,92 @@
+"""TensorFlow and Spark beside this library, as their users write them: bench.py's suite peers.
+
+Between two hosts: TensorFlow's two strategies for several machines. On one machine: two executors
+of Spark beside two devices, and the linear regression with which introductions to TensorFlow begin.
+"""
+
+import functools
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from experiments.benchmarks import peers_on_data, peers_on_hosts
+from experiments.benchmarks.hosts import tell
+from experiments.benchmarks.peers_rows import Row, as_dict, table
+
+Measure = Callable[[str, int], Iterator[Row]]
+# case -> (the package that the peer needs, the measurement)
+CASES: dict[str, tuple[str, Measure]] = {
+  "hosts": ("tensorflow", peers_on_hosts.measure),
+  "listing": ("tensorflow", peers_on_data.listing),
+  **{
+    name: ("pyspark", functools.partial(peers_on_data.logistic, name))
+    for name in ("a9a", "w8a", "sparse")
+  },
+  "als": ("pyspark", peers_on_data.als),
+  "pagerank": ("pyspark", peers_on_data.pagerank),
+}
+EXTRAS = {"tensorflow": "tensorflow", "pyspark": "spark"}
+# why cells are lost: "QUESTION: CASE" -> a sentence
+REASONS: dict[str, str] = {}
+
+
+def has(python: str) -> tuple[dict[str, str], list[str]]:
+  """The peers that an interpreter can import, with their versions, and what is missing.
+
+  Args:
+    python: the interpreter's path.
+
+  Raises:
+    ValueError: it cannot be run.
+  """
+  code = (
+    "import importlib.metadata as m, importlib.util as u, json, sys\n"
+    "print(json.dumps({n: m.version(n) for n in sys.argv[1:] if u.find_spec(n)}))"
+  )
+  try:
+    ended = subprocess.run(
+      [python, "-c", code, *EXTRAS], capture_output=True, text=True, check=True
+    )
+  except (OSError, subprocess.CalledProcessError) as error:
+    raise ValueError(f"cannot run Python there ({error})") from None
+  found = json.loads(ended.stdout)
+  missing = [
+    f'{name} is not installed for {python}: pip install -e ".[{extra}]"'
+    for name, extra in EXTRAS.items()
+    if name not in found
+  ]
+  if "pyspark" in found and not shutil.which("java"):
+    del found["pyspark"]
+    missing.append("Spark needs Java, and `java` is not on the path")
+  return found, missing
+
+
+def measure(
+  cases: Sequence[str], python: str, repeats: int, before: dict[str, Any], commit: str
+) -> tuple[dict[str, Any], list[str]]:
+  """Measures cases, and merges their rows with earlier ones of other cases.
+
+  Args:
+    cases: names in CASES.
+    python: the interpreter that has the peers.
+    repeats: turns of each program.
+    before: an earlier result, or {}.
+    commit: of this code.
+
+  Returns:
+    The result, and its tables.
+  """
+  found, missing = has(python)
+  for line in missing:
+    tell(f"not run: {line}")
+  rows = {name: before.get("rows", {}).get(name, []) for name in CASES}
+  commits = dict(before.get("commits", {}))
+  for name in cases:
+    package, of = CASES[name]
+    rows[name] = [as_dict(row) for row in of(python if package in found else "", repeats)]
+    commits[name] = commit
+  result = {"peers": before.get("peers", {}) | found, "rows": rows, "commits": commits}
+  lines = table([row for name in CASES for row in rows[name]], REASONS)
+  return result, [*lines, *[f"\nNot run: {line}." for line in missing]]
