@@ -91,6 +91,7 @@ def server(data: Any, steps: int, dispatch: int, target: float | None) -> dict[s
   """Asynchronous: ParameterServerStrategy, its server on the first host, a worker on each host."""
   own, count = hosts(), port()
   of = {"worker": [f"{host}:{count + 2}" for host in own], "ps": [f"{own[0]}:{count + 3}"]}
+  of["chief"] = [f"{own[0]}:{count + 1}"]
   if number():
     return serve(of, "worker", number())
   line = [sys.executable, __file__, "serve", json.dumps(of)]
@@ -110,7 +111,11 @@ def server(data: Any, steps: int, dispatch: int, target: float | None) -> dict[s
 def serve(cluster: dict[str, Any], kind: str, index: int) -> None:
   """Serves as one task of a cluster, until the coordinator ends."""
   spec = tf.train.ClusterSpec(cluster)
-  running = tf.distribute.Server(spec, job_name=kind, task_index=index, protocol="grpc")
+  # TensorFlow's guide: with fewer threads, workers on few cores wait for themselves
+  config = tf.compat.v1.ConfigProto(inter_op_parallelism_threads=WORKERS + 1)
+  running = tf.distribute.Server(
+    spec, job_name=kind, task_index=index, protocol="grpc", config=config
+  )
   if kind == "worker" and index:
     with connected(hosts()[0], port()) as coordinator:
       coordinator.recv(1)
@@ -132,7 +137,9 @@ def coordinate(
 ) -> dict[str, Any]:
   """Schedules steps on whichever worker is free; half of the rate, since every step is applied."""
   spec = tf.train.ClusterSpec(cluster)
-  resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(spec, rpc_layer="grpc")
+  resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+    spec, task_type="chief", task_id=0, rpc_layer="grpc"
+  )
   strategy = tf.distribute.ParameterServerStrategy(resolver)
   coordinator = tf.distribute.coordinator.ClusterCoordinator(strategy)
   with strategy.scope():

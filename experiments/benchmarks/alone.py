@@ -3,9 +3,9 @@
     python experiments/benchmarks/alone.py '{"task": "libsvm(\\'a9a\\')", "steps": 100, ...}'
 
 The argument is a JSON object: `task`, `model` and `method` are specs, `leaf` and `out` the
-parameter to save and its file, and everything else goes to `research.train`. Prints a JSON line:
-seconds of reading and of training, which include compilation, the loss before every step, and the
-evaluations.
+parameter to save and its file, and everything else goes to `research.train`. Compiled programs are
+cached, as run.py does. Prints a JSON line: seconds of reading and of training, the loss before
+every step, and the evaluations.
 """
 
 import json
@@ -20,9 +20,11 @@ def main(given: dict[str, Any]) -> None:
   import numpy as np
 
   import research
+  from research.command.start import use_compilation_cache
   from research.core import registry
   from research.core.spec import parse
 
+  use_compilation_cache("")
   spec, model, leaf, out = (given.pop(name) for name in ("task", "model", "leaf", "out"))
   start = time.perf_counter()
   built = {"model": registry.build("model", model)} if model else {}

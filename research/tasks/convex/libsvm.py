@@ -95,7 +95,7 @@ def libsvm(
 
 
 def _path(name: str, data_dir: str) -> Path:
-  if Path(name).parent == Path() and not name.startswith(("./", "~")):
+  if "/" not in name and not name.startswith("~"):
     return files.find(f"libsvm/{name}", data_dir, URL + name, SHA256.get(name))
   path = paths.local(name)
   if not path.is_file():

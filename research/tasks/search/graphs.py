@@ -65,8 +65,8 @@ def _pairs(path: Path) -> np.ndarray | list[tuple[int, int]]:
       found = np.loadtxt(io.StringIO(content[begun.end() :]), np.int64, comments=None, ndmin=2)
     except (ValueError, Warning):
       found = np.zeros((0, 0), np.int64)
-  if found.shape[1] == 2 and np.abs(found).max() < 10**18:  # as many digits as `texts.whole` takes
-    return found
+  if found.shape[1] == 2 and max(int(found.max()), -int(found.min())) < 10**18:
+    return found  # its numbers have no more digits than `texts.whole` takes
   return texts.parsed(path, _edge, comments="#%")
 
 
