@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.benchmarks.hosts import ended
+
 Turns = list[float]
 
 
@@ -93,7 +95,8 @@ def measured(line: Sequence[str], environ: dict[str, str], every: float = 0.1) -
   watching = threading.Thread(target=watch)
   watching.start()
   try:
-    out, err = process.communicate()
+    with ended(process):
+      out, err = process.communicate()
   finally:
     over.set()
     watching.join()
