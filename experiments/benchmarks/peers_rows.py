@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from experiments.benchmarks.hosts import ended
 
 Turns = list[float]
+CORES = os.cpu_count()
 
 
 class Row(NamedTuple):
@@ -29,7 +30,8 @@ class Row(NamedTuple):
 
 def as_dict(row: Row) -> dict[str, Any]:
   """The row as JSON, with medians and the ratio of the peer's to ours."""
-  found = row._asdict() | {"median": statistics.median(row.ours)}
+  load = round(os.getloadavg()[2], 1)  # over 15 minutes
+  found = row._asdict() | {"median": statistics.median(row.ours), "load": load}
   if row.theirs:
     theirs = statistics.median(row.theirs)
     found |= {"peer_median": theirs, "ratio": theirs / found["median"]}
@@ -54,6 +56,9 @@ def table(rows: Sequence[dict[str, Any]], reasons: dict[str, str]) -> list[str]:
       theirs = shown(row["peer_median"], row["unit"]) if "ratio" in row else "not run"
       cells = [row["case"], shown(row["median"], row["unit"]), row["peer"], theirs, ratio, why]
       lines.append("| " + " | ".join(cells) + " |")
+  if loads := [row["load"] for row in rows if "load" in row]:
+    span = " to ".join(f"{load:g}" for load in sorted({min(loads), max(loads)}))
+    lines += ["", f"The machine's load average while this was measured: {span}, on {CORES} cores."]
   return lines[1:]
 
 

@@ -19,6 +19,8 @@ def test_the_table_tells_which_cells_are_lost_and_why():
     Row("How much?", "alone", "bytes", [12345.6], "Peer", None),
   ]
   lines = table([as_dict(row) for row in rows], {"How long?: lost": "a reason"})
+  assert "load average" in lines.pop()
+  assert not lines.pop()
   assert lines == [
     "**How long?**",
     "",
