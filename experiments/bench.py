@@ -186,10 +186,10 @@ def main(argv: list[str]) -> None:
     suites["server"] = lambda: of_server(environment["commit"])
     suites["hosts"] = lambda: of_speed(environment["commit"])
     suites["peers"] = lambda: of_peers(environment["commit"])
-    # peers: a case takes minutes, so that each is written when it ends
-    for FLAGS.cases in (
-      [[case] for case in FLAGS.cases] if FLAGS.suite == "peers" else [FLAGS.cases]
-    ):
+    # a case of peers takes minutes: each is written when it has ended
+    parts = [[case] for case in FLAGS.cases] if FLAGS.suite == "peers" else [FLAGS.cases]
+    for part in parts:
+      FLAGS.cases = part
       result, lines = suites[FLAGS.suite]()
       result = {"environment": environment, **result}
       if out:
