@@ -158,8 +158,8 @@ def of_server(spec: str, rate: str) -> Found:
 def _printed(line: list[str], rate: str, key: str, python: str = "") -> dict[str, Any]:
   """Runs a program on two hosts, with `python` if given; parses the JSON that its first prints."""
   token = f"RAY_AUTH_TOKEN={secrets.token_hex(32)}"
-  before = ["env", "RAY_AUTH_MODE=token", token]
   with tempfile.TemporaryDirectory() as folder:
+    before = ["env", "RAY_AUTH_MODE=token", token, f"RAY_TMPDIR={folder}"]
     command = netlab(2, speed.shaped(rate, folder), line, *before)
     command = [python if python and word == "python" else word for word in command]
     printed = hosts.run(command)
