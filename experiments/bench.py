@@ -162,7 +162,7 @@ def main(argv: list[str]) -> None:
   if unknown:
     reason = checks.unknown(unknown[0], known)
     fail(2, f"--suite={FLAGS.suite} --cases={quoted(unknown[0])}: {reason}")
-  between = FLAGS.suite == "peers" and "hosts" in FLAGS.cases
+  between = FLAGS.suite == "peers" and {"hosts", "target"} & {*FLAGS.cases}
   if between or FLAGS.suite in ("wire", "hosts", "faults"):
     netlab.refuse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends child processes too

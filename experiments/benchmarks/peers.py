@@ -19,6 +19,7 @@ Measure = Callable[[str, int], Iterator[Row]]
 # case -> (the package that the peer needs, the measurement)
 CASES: dict[str, tuple[str, Measure]] = {
   "hosts": ("tensorflow", peers_on_hosts.measure),
+  "target": ("tensorflow", peers_on_hosts.target),
   "listing": ("tensorflow", peers_on_data.listing),
   **{
     name: ("pyspark", functools.partial(peers_on_data.logistic, name))
@@ -88,5 +89,6 @@ def measure(
     rows[name] = [as_dict(row) for row in of(python if package in found else "", repeats)]
     commits[name] = commit
   result = {"peers": before.get("peers", {}) | found, "rows": rows, "commits": commits}
-  lines = table([row for name in CASES for row in rows[name]], REASONS)
+  derived = [as_dict(row) for row in peers_on_hosts.seconds(rows["hosts"], rows["target"])]
+  lines = table([*derived, *[row for name in CASES for row in rows[name]]], REASONS)
   return result, [*lines, *[f"\nNot run: {line}." for line in missing]]

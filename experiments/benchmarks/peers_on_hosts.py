@@ -10,13 +10,13 @@ import os
 import secrets
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.benchmarks import hosts, speed
 from experiments.benchmarks.hosts import flags_of, netlab, tell
-from experiments.benchmarks.peers_rows import Row, Turns
+from experiments.benchmarks.peers_rows import Row
 
 RATES = {"1gbit": 96, "100mbit": 40}  # and steps
 DISPATCH = 8
@@ -44,43 +44,49 @@ EXECUTIONS = {
 PEERS = {"mirrored": "MultiWorkerMirroredStrategy", "server": "ParameterServerStrategy"}
 
 
+TIME = "How long does a step take between two hosts?"
+BYTES = "How many bytes does a step send, over both hosts?"
+STEPS = f"How many steps does training to {speed.TARGET:.0%} of MNIST's test images take?"
+WHOLE = f"How long does training to {speed.TARGET:.0%} of MNIST's test images take?"
+
+
 def measure(python: str, repeats: int) -> Iterator[Row]:
-  """Measures all cases; `python` is the interpreter that has TensorFlow, or empty."""
+  """Time and bytes of a step; `python` is the interpreter that has TensorFlow, or empty."""
   with tempfile.TemporaryDirectory() as folder:
     data = images(Path(folder)) if python else Path()
-    steps = {name: _steps(one) for name, one in EXECUTIONS.items()}
-    theirs: dict[str, int] = {}
-    for name, peer in PEERS.items() if python else ():
-      found = of_peer(python, name, data, "", MOST, speed.TARGET)
-      theirs[peer] = found["steps"]
-      tell(f"to {speed.TARGET:.0%}, {peer}: {found['steps']} steps")
-    for rate in RATES:
-      yield from _at(rate, _turns(python, data, rate, repeats), steps, theirs)
+    found = {rate: _turns(python, data, rate, repeats) for rate in RATES}
+  for number, (question, unit) in enumerate(((TIME, "ms"), (BYTES, "bytes"))):
+    for rate, name in itertools.product(RATES, EXECUTIONS):
+      peer = PEERS[EXECUTIONS[name].peer]
+      turns = {of: [turn[number] for turn in of_all] for of, of_all in found[rate].items()}
+      yield Row(question, f"{rate}, {name}", unit, turns[name], peer, turns.get(peer))
 
 
-def _at(
-  rate: str, found: dict[str, list[Found]], steps: dict[str, int], theirs: dict[str, int]
-) -> Iterator[Row]:
-  """The rows of a link, from each program's turns and its steps to the target."""
-  column = lambda name, i: [turn[i] for turn in found[name]]
-  whole = lambda name, count: [count * ms / 1000 for ms in column(name, 0)]
+def target(python: str, repeats: int) -> Iterator[Row]:
+  """Steps to the target; evaluations take much longer than the steps, hence a case of its own."""
+  del repeats
+  theirs: dict[str, list[float]] = {}
+  with tempfile.TemporaryDirectory() as folder:
+    data = images(Path(folder)) if python else Path()
+    for kind, peer in PEERS.items() if python else ():
+      theirs[peer] = [of_peer(python, kind, data, "", MOST, speed.TARGET)["steps"]]
+      tell(f"to {speed.TARGET:.0%}, {peer}: {theirs[peer][0]} steps")
   for name, one in EXECUTIONS.items():
     peer = PEERS[one.peer]
-    has = peer in found
-    of_peer = lambda i, peer=peer, has=has: column(peer, i) if has else None
-    cells: list[tuple[str, str, Turns, Turns | None]] = [
-      ("How long does a step take between two hosts?", "ms", column(name, 0), of_peer(0)),
-      ("How many bytes does a step send, over both hosts?", "bytes", column(name, 1), of_peer(1)),
-    ]
-    if has:
-      peers_whole: Turns | None = whole(peer, theirs[peer])
-    else:
-      peers_whole = None
-    question = f"How long is training to {speed.TARGET:.0%} of MNIST's test images?"
-    cells.append((question, "s", whole(name, steps[name]), peers_whole))
-    for question, unit, ours, other in cells:
-      extra = {"steps": steps[name], "peer_steps": theirs.get(peer)} if unit == "s" else {}
-      yield Row(question, f"{rate}, {name}", unit, ours, peer, other, extra=extra)
+    yield Row(STEPS, name, "steps", [_steps(one)], peer, theirs.get(peer))
+
+
+def seconds(times: Sequence[dict[str, Any]], counts: Sequence[dict[str, Any]]) -> Iterator[Row]:
+  """Steps to the target times the median of a step, from the rows of `measure` and `target`."""
+  steps = {row["case"]: row for row in counts}
+  for row in times:
+    name = row["case"].partition(", ")[2]
+    if row["question"] == TIME and name in steps:
+      count = steps[name]
+      both = "peer_median" in row and "peer_median" in count
+      theirs = [row["peer_median"] * count["peer_median"] / 1000] if both else None
+      mine = [row["median"] * count["median"] / 1000]
+      yield Row(WHOLE, row["case"], "s", mine, row["peer"], theirs)
 
 
 def _turns(python: str, data: Path, rate: str, repeats: int) -> dict[str, list[Found]]:

@@ -17,7 +17,7 @@ import pytest
 
 import research
 from experiments import bench
-from experiments.benchmarks import pairs, servers, speed
+from experiments.benchmarks import pairs, peers, servers, speed
 from experiments.compare import split
 from research.analysis import chips
 from research.core import arguments, plugins, registry
@@ -158,7 +158,8 @@ def check_bench(flags: dict[str, str]) -> None:
   suite = flags.get("suite", "loop")
   assert suite in bench.SUITES
   loop = {*pairs.CASES, *bench.OTHERS}
-  known = {"loop": loop, "server": {*servers.CASES}, "hosts": {*speed.PAIRS}}.get(suite, set())
+  known = {"loop": loop, "server": {*servers.CASES}, "hosts": {*speed.PAIRS}}
+  known = (known | {"peers": {*peers.CASES}}).get(suite, set())
   cases = [case for case in flags.get("cases", "").split(",") if case]
   assert {*cases} <= known or not cases or PLACEHOLDER.fullmatch(flags["cases"])
 
