@@ -78,7 +78,8 @@ def als(spark: SparkSession, given: dict[str, Any]) -> dict[str, Any]:
     peer = ALS(userCol="user", itemCol="item", ratingCol="stars", maxIter=count, seed=0)
     start = time.perf_counter()
     model = peer.fit(train)
-    model.itemFactors.count(), model.userFactors.count()
+    for factors in (model.itemFactors, model.userFactors):
+      factors.count()
     seconds = time.perf_counter() - start
     squares = (F.col("stars") - guess) ** 2
     errors.append(model.transform(test).agg(F.avg(squares)).first()[0] ** 0.5)

@@ -12,7 +12,7 @@ are drawn as ours are. Process 0 prints a JSON line: milliseconds per step of ea
 loss, steps, and the bytes per step that all hosts together sent, without headers.
 """
 
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportMissingModuleSource=false
 # TensorFlow is only in the extra `tensorflow`.
 import json
 import os

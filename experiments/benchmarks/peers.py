@@ -64,6 +64,13 @@ def has(python: str) -> tuple[dict[str, str], list[str]]:
   return found, missing
 
 
+def tables(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
+  """The tables of all cases' rows, and the seconds to the target, which follow from them."""
+  derived = [as_dict(row) for row in peers_on_hosts.seconds(rows["hosts"], rows["target"])]
+  of_seconds = [{k: v for k, v in row.items() if k != "load"} for row in derived]
+  return table([*[row for name in CASES for row in rows[name]], *of_seconds], REASONS)
+
+
 def measure(
   cases: Sequence[str], python: str, repeats: int, before: dict[str, Any], commit: str
 ) -> tuple[dict[str, Any], list[str]]:
@@ -89,6 +96,4 @@ def measure(
     rows[name] = [as_dict(row) for row in of(python if package in found else "", repeats)]
     commits[name] = commit
   result = {"peers": before.get("peers", {}) | found, "rows": rows, "commits": commits}
-  derived = [as_dict(row) for row in peers_on_hosts.seconds(rows["hosts"], rows["target"])]
-  lines = table([*derived, *[row for name in CASES for row in rows[name]]], REASONS)
-  return result, [*lines, *[f"\nNot run: {line}." for line in missing]]
+  return result, [*tables(rows), *[f"\nNot run: {line}." for line in missing]]

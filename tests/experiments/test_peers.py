@@ -1,7 +1,9 @@
 """The suite peers of bench.py: its table, its files, and peers that are not installed."""
 
+import json
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,6 +37,15 @@ def test_the_table_tells_which_cells_are_lost_and_why():
     "|---|---|---|---|---|---|",
     "| alone | 12,346 bytes | Peer | not run |  |  |",
   ]
+
+
+def test_the_recorded_table_is_that_of_the_recorded_rows():
+  """Every lost cell has its reason, or says that the peer is first."""
+  folder = Path(__file__).parents[2] / "results" / "peers"
+  result = json.loads((folder / "result.json").read_text())
+  assert result["environment"]["commit"]
+  assert (folder / "table.md").read_text().startswith("\n".join(peers.tables(result["rows"])))
+  assert {case for case, rows in result["rows"].items() if rows} <= {*result["commits"]}
 
 
 def test_an_interpreter_without_the_peers_is_told():
