@@ -29,8 +29,21 @@ CASES: dict[str, tuple[str, Measure]] = {
   "pagerank": ("pyspark", peers_on_data.pagerank),
 }
 EXTRAS = {"tensorflow": "tensorflow", "pyspark": "spark"}
+_CORE = (
+  "the server, the driver and Ray share a core with the first worker, which takes 130 ms for a "
+)
+_CORE += "gradient of 42"
+_SHARE = "more of our updates come from the second host"
+_LOSS = "equal, but for the mean of the loss"
 # why cells are lost: "QUESTION: CASE" -> a sentence
-REASONS: dict[str, str] = {}
+REASONS = {
+  f"{peers_on_hosts.TIME}: 1gbit, server, mean()": _CORE,
+  f"{peers_on_hosts.TIME}: 1gbit, server, gather_mean(int8())": _CORE,
+  f"{peers_on_hosts.BYTES}: 1gbit, server, mean()": _SHARE,
+  f"{peers_on_hosts.BYTES}: 1gbit, server, gather_mean(int8())": _SHARE,
+  f"{peers_on_hosts.BYTES}: 1gbit, mean()": _LOSS,
+  f"{peers_on_hosts.BYTES}: 100mbit, mean()": _LOSS,
+}
 
 
 def has(python: str) -> tuple[dict[str, str], list[str]]:
