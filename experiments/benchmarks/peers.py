@@ -29,9 +29,7 @@ CASES: dict[str, tuple[str, Measure]] = {
   "pagerank": ("pyspark", peers_on_data.pagerank),
 }
 EXTRAS = {"tensorflow": "tensorflow", "pyspark": "spark"}
-_CORE = (
-  "the server, the driver and Ray share a core with the first worker, which takes 130 ms for a "
-)
+_CORE = "the first host's worker shares its core with the server, the driver and Ray: 130 ms for a "
 _CORE += "gradient of 42"
 _SHARE = "more of our updates come from the second host"
 _LOSS = "equal, but for the mean of the loss"
