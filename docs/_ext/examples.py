@@ -1,4 +1,4 @@
-"""The example of each registered name, in the order of the catalogue; all of them are built."""
+"""The example of each registered name, in the order of the catalogue; all examples are built."""
 
 import functools
 from typing import Any
@@ -31,8 +31,9 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "Synchronous": ("data_parallel", "averaged"),
     "Local updates": (
       *("local_sgd", "post_local_sgd", "hierarchical_local_sgd", "slow_mo", "restarted"),
-      *("easgd", "eamsgd", "diloco", "streaming_diloco", "sparta"),
+      *("easgd", "eamsgd", "diloco", "sparta"),
     ),
+    "Late exchanges": (*("late", "streaming_diloco", "eager_diloco", "overlap_local_sgd"),),
     "Federated": (
       *("fed_avg", "fed_prox", "fed_opt", "fed_adam", "fed_yogi", "fed_adagrad", "scaffold"),
     ),
@@ -58,7 +59,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
 
 MOMENTUM = "sgd(0.1, momentum=0.9)"
 NESTEROV = "sgd(0.7, momentum=0.9, nesterov=True)"
-# Of names that need arguments, or are better shown with some; all others are name().
+# Examples of names that need arguments or are clearer with arguments; all others are NAME().
 _OWN: dict[str, str] = {
   "top_k": "top_k(0.01)",
   "random_k": "random_k(0.01)",
@@ -103,6 +104,9 @@ _OWN: dict[str, str] = {
   "eamsgd": "eamsgd(0.02, mean(), momentum=0.9, period=8)",
   "diloco": f"diloco(adamw(1e-3), {NESTEROV}, mean(), period=32)",
   "streaming_diloco": f"streaming_diloco(adamw(1e-3), {NESTEROV}, mean(), period=32, fragments=4)",
+  "late": f"late(diloco(adamw(1e-3), {NESTEROV}, mean(), period=16), delay=16)",
+  "eager_diloco": f"eager_diloco(adamw(1e-3), {NESTEROV}, mean(), period=16)",
+  "overlap_local_sgd": f"overlap_local_sgd({MOMENTUM}, mean(), period=8)",
   "sparta": f"sparta({MOMENTUM}, sum_mean(random_k(0.01)))",
   "fed_avg": "fed_avg(sgd(0.1), mean(), epochs=1)",
   "fed_prox": "fed_prox(sgd(0.1), mean(), mu=0.1, epochs=1)",
@@ -154,7 +158,7 @@ _OWN: dict[str, str] = {
 
 
 def of(kind: str, name: str) -> str:
-  """A spec of a name that builds."""
+  """Returns a valid spec that calls a name."""
   if (kind, name) == ("speeds", "exponential"):
     return "exponential(0.8, shift=0.2)"
   return _OWN.get(name, f"{name}()")
@@ -162,5 +166,5 @@ def of(kind: str, name: str) -> str:
 
 @functools.cache
 def built(kind: str, spec: str) -> Any:
-  """The object of an example; None for tasks, whose data need not be there."""
+  """Builds the object of an example; None for tasks, whose data may be missing."""
   return None if kind == "task" else registry.build(kind, spec)
