@@ -13,7 +13,8 @@ step. Other suites run between hosts (`hosts.py`, `speed.py`, `faults.py`), whic
 namespaces of Linux and need root, or on a parameter server (`servers.py`). `--cases` selects
 methods of `speed.py` or cases of the server; earlier results of the other cases are kept in OUT.
 --suite=applications measures search, finance, medicine and recommendation, and compares the results
-with those of peer libraries (`applications/suite.py`).
+with those of peer libraries (`applications/suite.py`). --suite=peers measures the same programs in
+TensorFlow and in Spark (`peers.py`).
 
 The command writes result.json and table.md. Workers on one machine use the cores better with one
 device per core: set `JAX_NUM_CPU_DEVICES=2` for fed_avg and local_phase.
@@ -36,7 +37,7 @@ from absl import flags, logging
 
 from experiments import run
 from experiments.applications import suite as applications
-from experiments.benchmarks import costs, faults, hosts, pairs, rounds, servers, speed
+from experiments.benchmarks import costs, faults, hosts, pairs, peers, rounds, servers, speed
 from experiments.benchmarks.turns import shown
 from launch import netlab
 from research.command.errors import fail, one_line_errors
@@ -44,12 +45,12 @@ from research.command.flags import launch
 from research.command.start import results_folder
 from research.core import checks, paths
 from research.core.text import quoted
-from research.training.config import Config
+from research.training.config import Config, flag
 
 FLAGS = flags.FLAGS
 
 
-SUITES = ["loop", "wire", "hosts", "faults", "server", "applications"]
+SUITES = ["loop", "wire", "hosts", "faults", "server", "applications", "peers"]
 OTHERS = (
   "compress",
   "power_sgd",
@@ -153,6 +154,7 @@ def main(argv: list[str]) -> None:
     "server": servers.CASES,
     "hosts": tuple(speed.PAIRS),
     "applications": tuple(applications.CASES),
+    "peers": tuple(peers.CASES),
   }
   known = cases.get(FLAGS.suite, ())
   if not FLAGS["cases"].present:
@@ -161,7 +163,8 @@ def main(argv: list[str]) -> None:
   if unknown:
     reason = checks.unknown(unknown[0], known)
     fail(2, f"--suite={FLAGS.suite} --cases={quoted(unknown[0])}: {reason}")
-  if FLAGS.suite in ("wire", "hosts", "faults"):
+  between = FLAGS.suite == "peers" and {"hosts", "target"} & {*FLAGS.cases}
+  if between or FLAGS.suite in ("wire", "hosts", "faults"):
     netlab.refuse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends child processes too
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")  # to compile for as many hosts
@@ -183,12 +186,17 @@ def main(argv: list[str]) -> None:
     suites = {"loop": of_loop, "faults": of_faults, "wire": of_wire}
     suites["server"] = lambda: of_server(environment["commit"])
     suites["hosts"] = lambda: of_speed(environment["commit"])
-    result, lines = suites[FLAGS.suite]()
-    result = {"environment": environment, **result}
-    if out:
-      out.mkdir(parents=True, exist_ok=True)
-      report.write_json(out / "result.json", result)
-      report.write_text(out / "table.md", "\n".join(lines) + "\n")
+    suites["peers"] = lambda: of_peers(environment["commit"])
+    # a case of peers takes minutes: each is written when it has ended
+    parts = [[case] for case in FLAGS.cases] if FLAGS.suite == "peers" else [FLAGS.cases]
+    for part in parts:
+      FLAGS.cases = part
+      result, lines = suites[FLAGS.suite]()
+      result = {"environment": environment, **result}
+      if out:
+        out.mkdir(parents=True, exist_ok=True)
+        report.write_json(out / "result.json", result)
+        report.write_text(out / "table.md", "\n".join(lines) + "\n")
     print("\n".join(lines), flush=True)
 
 
@@ -224,6 +232,13 @@ def of_speed(commit: str) -> tuple[dict[str, Any], list[str]]:
   if "target" in result:
     lines += speed.target_table(result["target"], result["start_seconds"])
   return result, lines
+
+
+def of_peers(commit: str) -> tuple[dict[str, Any], list[str]]:
+  """Measures cases beside TensorFlow and Spark, and keeps earlier rows of the other cases."""
+  with flag("peers_python", FLAGS.peers_python):
+    peers.has(FLAGS.peers_python)
+  return peers.measure(FLAGS.cases, FLAGS.peers_python, FLAGS.repeats, before(), commit)
 
 
 def of_loop() -> tuple[dict[str, Any], list[str]]:
@@ -266,7 +281,7 @@ def of_loop() -> tuple[dict[str, Any], list[str]]:
 
 if __name__ == "__main__":
   text = "loop: hand-written loops; wire, hosts, faults: bytes, speed and kills between hosts; "
-  text += "server: a parameter server; applications: peer libraries."
+  text += "server: a parameter server; applications: peer libraries; peers: TensorFlow and Spark."
   flags.DEFINE_enum("suite", "loop", SUITES, text)
   flags.DEFINE_integer("hosts", 4, "Number of hosts in the suite faults.", 2)
   flags.DEFINE_integer("kills", 50, "Number of kills in the suites faults and server.", 1)
@@ -274,5 +289,7 @@ if __name__ == "__main__":
   flags.DEFINE_integer("steps", 5000, "Number of steps in the suite faults.", 1)
   flags.DEFINE_list("cases", [*pairs.CASES, *OTHERS], "What to measure.")
   flags.DEFINE_integer("repeats", 7, "Number of measured turns of each pair.", 1)
+  text = "Interpreter that has TensorFlow and PySpark, for the suite peers."
+  flags.DEFINE_string("peers_python", sys.executable, text)
   flags.DEFINE_string("out", "", "Folder for results; empty: none, or results/applications.")
   launch(main, __doc__)

@@ -5,6 +5,7 @@ namespaces (launch/netlab.py).
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import subprocess
@@ -78,24 +79,14 @@ def wire(counts: Sequence[int]) -> list[dict[str, Any]]:
   return [_bytes(hosts, name) for hosts, name in itertools.product(counts, METHODS)]
 
 
+@functools.cache
+def counted(spec: str) -> list[float]:
+  """Bytes per step that each of two hosts sends, as the kernel counts, without headers."""
+  return _counted(2, spec)[0]
+
+
 def _bytes(hosts: int, name: str) -> dict[str, Any]:
-  steps = 3 * DISPATCH
-  config: dict[str, Any] = MODEL | {
-    "method": METHODS[name],
-    "executor": "spmd",
-    "mesh": f"data:{hosts}",
-    "batch_size": 64 * hosts,
-    "steps": steps,
-    "steps_per_dispatch": DISPATCH,
-    "check_every": 0,
-    "checkpoint_every": 0,
-  }
-  with tempfile.TemporaryDirectory() as folder:
-    out = Path(folder) / "run"
-    line = ["run.py", *flags_of(config | {"out": out})]
-    run(netlab(hosts, [f"--logs={folder}/logs"], line))
-    found = json.loads((out / "summary.json").read_text())["wire"]
-  kernel = [host["tx_payload_bytes"] for host in found["kernel_bytes_per_step_per_host"]]
+  kernel, found, config = _counted(hosts, METHODS[name])
   traced = sum(found["bytes_per_step_per_worker"].values())
   traced += sum(found["metrics_bytes_per_step_per_worker"].values())
   expected, widened = compiled(Config(**config))
@@ -110,6 +101,28 @@ def _bytes(hosts: int, name: str) -> dict[str, Any]:
     "kernel": kernel,
     "deviations": [count / expected - 1 for count in kernel],
   }
+
+
+def _counted(hosts: int, spec: str) -> tuple[list[float], dict[str, Any], dict[str, Any]]:
+  """Trains on hosts; returns each host's bytes, all that is known of traffic, and the flags."""
+  steps = 3 * DISPATCH
+  config: dict[str, Any] = MODEL | {
+    "method": spec,
+    "executor": "spmd",
+    "mesh": f"data:{hosts}",
+    "batch_size": 64 * hosts,
+    "steps": steps,
+    "steps_per_dispatch": DISPATCH,
+    "check_every": 0,
+    "checkpoint_every": 0,
+  }
+  with tempfile.TemporaryDirectory() as folder:
+    out = Path(folder) / "run"
+    line = ["run.py", *flags_of(config | {"out": out})]
+    run(netlab(hosts, [f"--logs={folder}/logs"], line))
+    found = json.loads((out / "summary.json").read_text())["wire"]
+  kernel = [host["tx_payload_bytes"] for host in found["kernel_bytes_per_step_per_host"]]
+  return kernel, found, config
 
 
 def compiled(config: Config) -> tuple[float, str]:

@@ -41,7 +41,7 @@ def speed(methods: Sequence[str], repeats: int, has_torch: bool) -> list[dict[st
 def _speed(method: str, rate: str, repeats: int, has_torch: bool) -> dict[str, Any]:
   ours, by_hand, torch = PAIRS[method]
   programs: dict[str, Callable[[], list[float]]] = {}
-  programs["ours"] = lambda: _of_loop(METHODS[ours], rate)
+  programs["ours"] = lambda: of_loop(METHODS[ours], rate)
   if by_hand:
     line = ["by_hand_hosts.py", by_hand, str(RATES[rate]), str(SPEED_DISPATCH)]
     programs["by_hand"] = lambda: _of_program(line, rate)["milliseconds"]
@@ -67,17 +67,17 @@ def _ticks() -> list[int]:
   return [int(ticks) for ticks in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
 
 
-def _shaped(rate: str, folder: str) -> list[str]:
+def shaped(rate: str, folder: str) -> list[str]:
   return [f"--rate={rate}", "--cores_per_host=1", f"--logs={folder}/logs"]
 
 
-def _of_loop(spec: str, rate: str) -> list[float]:
+def of_loop(spec: str, rate: str, steps: int = 0) -> list[float]:
   """Measures milliseconds per step for each dispatch of the loop, except the first two."""
-  config = _config(spec, RATES[rate])
+  config = _config(spec, steps or RATES[rate])
   with tempfile.TemporaryDirectory() as folder:
     out = Path(folder) / "run"
     line = ["run.py", *flags_of(config | {"out": out})]
-    run(netlab(2, _shaped(rate, folder), line, "env", "-u", counters.PLACES))  # counting takes time
+    run(netlab(2, shaped(rate, folder), line, "env", "-u", counters.PLACES))  # counting takes time
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
   at = [row["seconds"] for row in rows[1:-1]]  # the evaluation precedes the last row
   return [1000 * (b - a) / SPEED_DISPATCH for a, b in itertools.pairwise(at)]
@@ -92,7 +92,7 @@ def _config(spec: str, steps: int) -> dict[str, Any]:
 def _of_program(line: Sequence[str], rate: str) -> dict[str, Any]:
   """Runs a program and parses the JSON that it prints."""
   with tempfile.TemporaryDirectory() as folder:
-    printed = run(netlab(2, _shaped(rate, folder), line))
+    printed = run(netlab(2, shaped(rate, folder), line))
   (found,) = [line[4:] for line in printed.splitlines() if line.startswith('[0] {"milli')]
   return json.loads(found)
 
@@ -115,7 +115,7 @@ def to_target(speeds: list[dict[str, Any]], has_torch: bool) -> list[dict[str, A
   for method in ("dense", "power_sgd(4)"):
     ours, _, torch = PAIRS[method]
     (row,) = [row for row in speeds if row["rate"] == SLOW and row["method"] == method]
-    steps = {"ours": _steps_to_target(METHODS[ours])}
+    steps = {"ours": steps_to_target(METHODS[ours])}
     if torch and has_torch:
       line = ["peers_torch.py", torch, str(MOST), str(SPEED_DISPATCH), str(TARGET)]
       steps["torch"] = _of_program(line, "")["steps"]
@@ -127,7 +127,7 @@ def to_target(speeds: list[dict[str, Any]], has_torch: bool) -> list[dict[str, A
   return found
 
 
-def _steps_to_target(spec: str) -> int:
+def steps_to_target(spec: str) -> int:
   """Counts the steps until our loop reaches the accuracy; workers are devices of one process."""
   from research.training import assemble, metrics
   from research.training.hooks.hook import Rounds

@@ -52,6 +52,7 @@ def running(config: Config, processes: int, model_bytes: int) -> Iterator[Any]:
       else:
         memory = min(max(64 * processes * model_bytes, 128 * _MIB), 2048 * _MIB)
         ray.init(
+          address="local",  # else Ray joins whatever cluster was last started on this machine
           num_cpus=processes,
           include_dashboard=False,
           object_store_memory=memory,

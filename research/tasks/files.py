@@ -20,8 +20,8 @@ from research.core import paths
 
 SUFFIXES = ("", ".gz", ".bz2")
 TIMEOUT = 30.0  # seconds without an answer
+CORRUPT = (EOFError, OSError, zlib.error)  # raised by gzip, bz2 and zlib
 _CHUNK = 1 << 20
-_CORRUPT = (EOFError, OSError, zlib.error)  # raised by gzip, bz2 and zlib
 
 
 def find(relative: str, data_dir: str, url: str, sha256: str | None = None) -> Path:
@@ -105,7 +105,7 @@ def opened(path: Path, name: str = "") -> Iterator[io.BufferedIOBase]:
   try:
     with (gzip.open if path.suffix == ".gz" else bz2.open)(path) as file:
       yield file
-  except _CORRUPT as error:
+  except CORRUPT as error:
     raise ValueError(f"{name or path} is truncated or no {path.suffix} file ({error})") from None
 
 

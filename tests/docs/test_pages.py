@@ -18,7 +18,7 @@ import pytest
 import research
 from experiments import bench
 from experiments.applications import suite as applications
-from experiments.benchmarks import pairs, servers, speed
+from experiments.benchmarks import overlap, pairs, peers, servers, speed
 from experiments.compare import split
 from research.analysis import chips
 from research.core import arguments, plugins, registry
@@ -160,8 +160,8 @@ def check_bench(flags: dict[str, str]) -> None:
   assert suite in bench.SUITES
   loop = {*pairs.CASES, *bench.OTHERS}
   known = {"loop": loop, "server": {*servers.CASES}, "hosts": {*speed.PAIRS}}
-  known |= {"applications": {*applications.CASES}}
-  known = known.get(suite, set())
+  known |= {"applications": {*applications.CASES}, "peers": {*peers.CASES}}
+  known = (known | {"overlap": {*overlap.METHODS}}).get(suite, set())
   cases = [case for case in flags.get("cases", "").split(",") if case]
   assert {*cases} <= known or not cases or PLACEHOLDER.fullmatch(flags["cases"])
 

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -166,6 +167,18 @@ def test_nothing_outlives_a_killed_driver_and_the_run_goes_on(tmp_path):
   assert re.search(r"resuming at step \d+", said)
   _, happened = events.read(out / events.FILE)
   assert sum(event.counted for event in happened) == STEPS
+
+
+@pytest.mark.slow
+def test_a_cluster_that_left_its_address_is_not_joined(tmp_path, monkeypatch):
+  with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # a short path, for Ray's sockets
+    (Path(folder) / "ray").mkdir()
+    (Path(folder) / "ray" / "ray_current_cluster").write_text("10.77.0.1:1234")
+    monkeypatch.setenv("RAY_TMPDIR", folder)
+    flags = ("--executor=server", "--workers=1", "--steps=20", "--eval_every=0")
+    process = start(tmp_path / "run", *flags, "--method=asgd(sgd(0.05), mean())")
+    _, said = process.communicate(timeout=150)
+  assert process.returncode == 0, said
 
 
 class Deaf:

@@ -466,7 +466,8 @@ def test_libsvm_of_squares_takes_labels_for_numbers(libsvm_task):
     ("1 0:1\n2 1:2\n", {}, "not in the LIBSVM format .*index 0"),
     ("one two\n", {}, "not in the LIBSVM format"),
     (BINARY, {"test": "set.t"}, r"set.t: label 2 is not one of \[-1.0, 1.0\]"),
-    (BINARY, {"name": "../set"}, "'../set' is a path"),
+    (BINARY, {"test": "./gone.gz"}, "'./gone.gz' does not exist; give the path of a file"),
+    (BINARY, {"test": "../"}, "'../' is a folder; give the path of a file"),
     (BINARY, {"sparse": "no"}, "sparse='no' is none of None, True, False"),
     (BINARY, {"sparse": True, "model": classic.mlp()}, "mlp takes dense rows"),
   ],
@@ -475,6 +476,24 @@ def test_libsvm_refuses(libsvm_task, tmp_path, text, options, message):
   (tmp_path / "set.t").write_text("2 1:1\n-1 1:1\n")
   with pytest.raises(ValueError, match=message) as caught:
     libsvm_task(text, **options)
+  assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_libsvm_takes_a_path(libsvm_task, tmp_path, monkeypatch, suffix):
+  libsvm_task(BINARY, f"set{suffix}")
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "inner").mkdir()
+  for name in (f"./set{suffix}", f"inner/../set{suffix}", str(tmp_path / f"set{suffix}")):
+    task = libsvm.libsvm(name, test=name, model=classic.logistic())
+    np.testing.assert_array_equal(task.train["y"], [0, 1, 0, 1])
+
+
+def test_libsvm_refuses_a_truncated_path(tmp_path):
+  path = tmp_path / "set.gz"
+  path.write_bytes(gzip.compress(BINARY.encode())[:-12])
+  with pytest.raises(ValueError, match=r"set.gz is truncated or no .gz file") as caught:
+    libsvm.libsvm(str(path), model=classic.logistic())
   assert "\n" not in str(caught.value)
 
 

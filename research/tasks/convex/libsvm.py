@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
+from research.core import paths
 from research.core.registry import Default
 from research.core.task import Batch, Task
 from research.tasks import files, texts
@@ -44,9 +45,10 @@ def libsvm(
   {"index", "value"} [N, longest row], padded with value 0, which `linear` and `logistic` accept.
 
   Args:
-    name: the name of the file, such as "a9a", "w8a" or "mushrooms"; .gz and .bz2 are supported. Any
-      local file works; downloads come from LIBSVM's two-class data sets.
-    test: name of a file of test examples, such as "a9a.t".
+    name: a name of LIBSVM's collection for two classes, such as "a9a", "w8a" or "mushrooms", which
+      is downloaded if needed; or the path of any file, such as "folder/mine.svm" or "./mine.svm".
+      Both may be .gz or .bz2.
+    test: name or path of a file of test examples, such as "a9a.t".
     l2: weight of l2/2 ||params||^2, see `supervised`.
     sparse: True or False overrides the choice by size.
     nonconvex: weight of sum_j w_j^2 / (1 + w_j^2), see `supervised`.
@@ -56,8 +58,8 @@ def libsvm(
 
   Raises:
     FileNotFoundError: if a file is not found and cannot be downloaded.
-    ValueError: if the name is a path, the file is malformed or has a number that is not finite in
-      float32, its labels are not classes, or the loss is unknown.
+    ValueError: if a path is not that of a file, the file is malformed or has a number that is not
+      finite in float32, its labels are not classes, or the loss is unknown.
 
   Reference:
     Chang and Lin, 2011, LIBSVM: a library for support vector machines, ACM TIST 2(3).
@@ -66,8 +68,8 @@ def libsvm(
     raise ValueError(f"sparse={sparse!r} is none of None, True, False")
   if loss not in ("", "squares"):
     raise ValueError(f"loss={loss!r} is neither 'squares' nor empty")
-  paths = [_path(name, data_dir) for name in (name, test) if name]
-  loaded = _load(paths)
+  found = [_path(name, data_dir) for name in (name, test) if name]
+  loaded = _load(found)
   rows, labels = loaded[0::2], loaded[1::2]
   features = rows[0].shape[1]
   if sparse is None:
@@ -75,9 +77,9 @@ def libsvm(
   if loss == "squares":
     outputs, targets = 1, [y.astype(np.float32) for y in labels]
   else:
-    classes = _classes(paths[0], labels[0])
+    classes = _classes(found[0], labels[0])
     loss, outputs = ("logistic", 1) if len(classes) == 2 else ("softmax", len(classes))
-    targets = [_encoded(path, y, classes) for path, y in zip(paths, labels, strict=True)]
+    targets = [_encoded(path, y, classes) for path, y in zip(found, labels, strict=True)]
   train, *rest = (
     {"x": _padded(x) if sparse else x.toarray(), "y": y} for x, y in zip(rows, targets, strict=True)
   )
@@ -93,26 +95,30 @@ def libsvm(
 
 
 def _path(name: str, data_dir: str) -> Path:
-  if Path(name).name != name:
-    raise ValueError(f"{name!r} is a path; give the name, and its directory as data_dir")
-  return files.find(f"libsvm/{name}", data_dir, URL + name, SHA256.get(name))
+  if "/" not in name and not name.startswith("~"):
+    return files.find(f"libsvm/{name}", data_dir, URL + name, SHA256.get(name))
+  path = paths.local(name)
+  if not path.is_file():
+    what = "is a folder" if path.is_dir() else "does not exist"
+    raise ValueError(f"{name!r} {what}; give the path of a file in the LIBSVM format")
+  return path
 
 
-def _load(paths: list[Path]) -> list[Any]:
+def _load(places: list[Path]) -> list[Any]:
   """Loads [rows, labels, rows, labels, ...]; rows are sparse float32 with equally many features."""
   from sklearn.datasets import load_svmlight_files
 
   try:
     loaded = load_svmlight_files(
-      [str(p) for p in paths],
+      [str(p) for p in places],
       dtype=np.float32,  # pyright: ignore[reportArgumentType]
       zero_based=False,  # pyright: ignore[reportArgumentType]
     )
-  except (ValueError, OverflowError) as error:
-    for path in paths:
+  except (ValueError, OverflowError, *files.CORRUPT) as error:
+    for path in places:
       texts.parsed(path, _check_fields)
-    raise ValueError(f"{', '.join(map(str, paths))}: not in the LIBSVM format ({error})") from None
-  for path, x, y in zip(paths, loaded[0::2], loaded[1::2], strict=True):
+    raise ValueError(f"{', '.join(map(str, places))}: not in the LIBSVM format ({error})") from None
+  for path, x, y in zip(places, loaded[0::2], loaded[1::2], strict=True):
     if not len(y):
       raise ValueError(f"{path} has no examples")
     if not (np.isfinite(x.data).all() and (np.abs(y) <= LARGEST).all()):

@@ -1,6 +1,10 @@
 """Directed graphs, which are read from edge lists or random with power-law degrees."""
 
+import io
+import re
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -44,10 +48,26 @@ def load(name: str, data_dir: str) -> Graph:
     path = files.find("wiki-vote/wiki-Vote.txt", data_dir, WIKI_VOTE_URL, WIKI_VOTE_SHA256)
   elif not (path := paths.local(name)).is_file():
     raise ValueError(f"{name!r} is neither a file nor 'wiki-Vote'")
-  pairs = texts.parsed(path, _edge, comments="#%")
-  if not pairs:
+  pairs = _pairs(path)
+  if not len(pairs):
     raise ValueError(f"{path} has no edges")
   return of_edges(pairs)
+
+
+def _pairs(path: Path) -> np.ndarray | list[tuple[int, int]]:
+  """The edges of a file: at once if comments only precede them, else line by line."""
+  content = texts.read(path)
+  begun = re.match(r"\ufeff?(?:[ \t]*(?:[#%][^\r\n]*)?(?:\r\n?|\n))*", content)
+  assert begun
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")  # of numbers that are not whole, and of no lines
+    try:
+      found = np.loadtxt(io.StringIO(content[begun.end() :]), np.int64, comments=None, ndmin=2)
+    except (ValueError, Warning):
+      found = np.zeros((0, 0), np.int64)
+  if found.shape[1] == 2 and max(int(found.max()), -int(found.min())) < 10**18:
+    return found  # its numbers have no more digits than `texts.whole` takes
+  return texts.parsed(path, _edge, comments="#%")
 
 
 def _edge(fields: list[str]) -> tuple[int, int]:

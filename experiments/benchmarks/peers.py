@@ -1,0 +1,110 @@
+"""TensorFlow and Spark beside this library, as their users write them: bench.py's suite peers.
+
+Between two hosts: TensorFlow's two strategies for several machines. On one machine: two executors
+of Spark beside two devices, and the linear regression with which introductions to TensorFlow begin.
+"""
+
+import functools
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from experiments.benchmarks import peers_on_data, peers_on_hosts
+from experiments.benchmarks.hosts import tell
+from experiments.benchmarks.peers_rows import Row, as_dict, table
+
+Measure = Callable[[str, int], Iterator[Row]]
+# case -> (the package that the peer needs, the measurement)
+CASES: dict[str, tuple[str, Measure]] = {
+  "hosts": ("tensorflow", peers_on_hosts.measure),
+  "target": ("tensorflow", peers_on_hosts.target),
+  "listing": ("tensorflow", peers_on_data.listing),
+  **{
+    name: ("pyspark", functools.partial(peers_on_data.logistic, name))
+    for name in ("a9a", "w8a", "sparse")
+  },
+  "als": ("pyspark", peers_on_data.als),
+  "pagerank": ("pyspark", peers_on_data.pagerank),
+}
+EXTRAS = {"tensorflow": "tensorflow", "pyspark": "spark"}
+_CORE = "the first host's worker shares its core with the server, the driver and Ray: 130 ms for a "
+_CORE += "gradient of 42"
+_SHARE = "more of our updates come from the second host"
+_LOSS = "equal, but for the mean of the loss"
+# why cells are lost: "QUESTION: CASE" -> a sentence
+REASONS = {
+  f"{peers_on_hosts.TIME}: 1gbit, server, mean()": _CORE,
+  f"{peers_on_hosts.TIME}: 1gbit, server, gather_mean(int8())": _CORE,
+  f"{peers_on_hosts.BYTES}: 1gbit, server, mean()": _SHARE,
+  f"{peers_on_hosts.BYTES}: 1gbit, server, gather_mean(int8())": _SHARE,
+  f"{peers_on_hosts.BYTES}: 1gbit, mean()": _LOSS,
+  f"{peers_on_hosts.BYTES}: 100mbit, mean()": _LOSS,
+}
+
+
+def has(python: str) -> tuple[dict[str, str], list[str]]:
+  """The peers that an interpreter can import, with their versions, and what is missing.
+
+  Args:
+    python: the interpreter's path.
+
+  Raises:
+    ValueError: it cannot be run.
+  """
+  code = (
+    "import importlib.metadata as m, importlib.util as u, json, sys\n"
+    "print(json.dumps({n: m.version(n) for n in sys.argv[1:] if u.find_spec(n)}))"
+  )
+  try:
+    ended = subprocess.run(
+      [python, "-c", code, *EXTRAS], capture_output=True, text=True, check=True
+    )
+  except (OSError, subprocess.CalledProcessError) as error:
+    raise ValueError(f"cannot run Python there ({error})") from None
+  found = json.loads(ended.stdout)
+  missing = [
+    f'{name} is not installed for {python}: pip install -e ".[{extra}]"'
+    for name, extra in EXTRAS.items()
+    if name not in found
+  ]
+  if "pyspark" in found and not shutil.which("java"):
+    del found["pyspark"]
+    missing.append("Spark needs Java, and `java` is not on the path")
+  return found, missing
+
+
+def tables(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
+  """The tables of all cases' rows, and the seconds to the target, which follow from them."""
+  derived = [as_dict(row) for row in peers_on_hosts.seconds(rows["hosts"], rows["target"])]
+  of_seconds = [{k: v for k, v in row.items() if k != "load"} for row in derived]
+  return table([*[row for name in CASES for row in rows[name]], *of_seconds], REASONS)
+
+
+def measure(
+  cases: Sequence[str], python: str, repeats: int, before: dict[str, Any], commit: str
+) -> tuple[dict[str, Any], list[str]]:
+  """Measures cases, and merges their rows with earlier ones of other cases.
+
+  Args:
+    cases: names in CASES.
+    python: the interpreter that has the peers.
+    repeats: turns of each program.
+    before: an earlier result, or {}.
+    commit: of this code.
+
+  Returns:
+    The result, and its tables.
+  """
+  found, missing = has(python)
+  for line in missing:
+    tell(f"not run: {line}")
+  rows = {name: before.get("rows", {}).get(name, []) for name in CASES}
+  commits = dict(before.get("commits", {}))
+  for name in cases:
+    package, of = CASES[name]
+    rows[name] = [as_dict(row) for row in of(python if package in found else "", repeats)]
+    commits[name] = commit
+  result = {"peers": before.get("peers", {}) | found, "rows": rows, "commits": commits}
+  return result, [*tables(rows), *[f"\nNot run: {line}." for line in missing]]
