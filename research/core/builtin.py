@@ -139,6 +139,7 @@ TABLE: dict[str, dict[str, str]] = {
     "movielens_als": "research.tasks.recommend.als:movielens_als",
     "movielens_federated": "research.tasks.recommend.als:movielens_federated",
     "cranfield": "research.tasks.search.cranfield:cranfield",
+    "molecules": "research.tasks.molecules.molecules:molecules",
   },
   "model": {
     **{
@@ -146,6 +147,7 @@ TABLE: dict[str, dict[str, str]] = {
       for name in ("linear", "logistic", "mlp", "cnn", "resnet")
     },
     "transformer": "research.models.transformer:transformer",
+    "graph_network": "research.models.graph_network:graph_network",
   },
   "partition": {
     "iid": "research.tasks.partition:iid",
@@ -153,5 +155,6 @@ TABLE: dict[str, dict[str, str]] = {
     "sorted": "research.tasks.partition:sorted_",
     "dirichlet": "research.tasks.partition:dirichlet",
     "shards": "research.tasks.partition:shards",
+    "by_scaffold": "research.tasks.partition:by_scaffold",
   },
 }

@@ -38,7 +38,7 @@ class Config:
     "What to learn: digits(), mnist(), least_squares(...), libsvm('a9a'), tinyshakespeare(), "
     "text('PATH'), stream('PATH'); search: pagerank(), rank(), bm25(), cranfield(); finance: "
     "frontier('port1'), cvar(); medicine: breast_cancer(), diabetes(); recommendation: "
-    "movielens(), movielens_als(), movielens_federated().",
+    "movielens(), movielens_als(), movielens_federated(); molecules: molecules('tox21').",
   )
   model: str = option(
     "", "linear(), logistic(), mlp(hidden=[128]), cnn(), resnet(); empty: the task's own."
@@ -75,7 +75,8 @@ class Config:
     "", "Virtual time of workers that differ in speed, such as exponential(1.0); empty: none."
   )
   partition: str = option(
-    "iid()", "Examples by worker: iid(), in_order(), sorted(), dirichlet(0.3), shards(2)."
+    "iid()",
+    "Examples by worker: iid(), in_order(), sorted(), dirichlet(0.3), shards(2), by_scaffold().",
   )
   batch_size: int | str = option(256, "Examples per step over all workers, or 'all'.")
   steps: int = option(400, "Local steps.", 1)
