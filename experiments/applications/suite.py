@@ -1,4 +1,4 @@
-"""The suite `applications` of bench.py: search, finance, medicine, recommendation beside peers.
+"""The suite `applications` of bench.py: search, finance, medicine and others beside peers.
 
 Writes OUT/CASE/result.json (rows with commit and hardware), table.md and figure.png. Needs the data
 files and, for comparisons with peer libraries, `pip install -e ".[applications]"`.
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.applications import films, hospitals, portfolios, search
+from experiments.applications import films, hospitals, molecules, portfolios, search
 from experiments.applications.measured import Rows
 
 CASES: dict[str, Callable[[Any], Rows]] = {
@@ -16,6 +16,8 @@ CASES: dict[str, Callable[[Any], Rows]] = {
   "finance": portfolios.finance,
   "medicine": hospitals.medicine,
   "recommend": films.recommend,
+  "molecules": molecules.solubility,
+  "toxicity": molecules.toxicity,
 }
 
 
