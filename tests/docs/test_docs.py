@@ -62,13 +62,15 @@ def test_tables_are_those_of_the_results(folder):
     assert f"| {row['ratio']:.3f} |" in table
 
 
-APPLICATIONS = ("finance", "medicine", "recommend", "search")
+# The results of applications, and the guide that shows each.
+APPLICATIONS = {name: name for name in ("finance", "medicine", "molecules", "recommend", "search")}
+APPLICATIONS["toxicity"] = "molecules"
 
 
 @pytest.mark.parametrize("name", APPLICATIONS)
 def test_the_figures_of_applications_are_those_of_the_results(name):
   table = ROOT / "results" / "applications" / name / "table.md"
-  page = (ROOT / "docs" / "guides" / "applications" / f"{name}.md").read_text()
+  page = (ROOT / "docs" / "guides" / "applications" / f"{APPLICATIONS[name]}.md").read_text()
   assert f"{{include}} ../../../results/applications/{name}/table.md\n" in page
   assert f"results/applications/{name}/figure.png" in page
   result = json.loads((table.parent / "result.json").read_text())

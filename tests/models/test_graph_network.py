@@ -10,6 +10,7 @@ from research.models import graph_network
 
 WIDTH, OUTPUTS = 8, 3
 MODULE = graph_network.graph_network(WIDTH, layers=2)(OUTPUTS)
+APPLY = jax.jit(MODULE.apply)
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +48,7 @@ def params():
 
 
 def outputs(params, x):
-  return np.asarray(MODULE.apply(params, x))
+  return np.asarray(APPLY(params, x))
 
 
 def close(got, wanted):
@@ -78,6 +79,7 @@ def test_padding_changes_nothing(params):
   close(outputs(params, one), outputs(params, x)[1:2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.9])
 def test_rows_without_padding_give_the_same(params, share, monkeypatch):
   """For batches that fill little, some, and most of their padding; the gradients too."""
@@ -105,7 +107,7 @@ def test_messages_against_a_loop(params):
       for k in range(5):
         if x["bonds"][0, v, k].any():
           bond = bits(x["bonds"][0, v, k]) @ p["bond"]
-          message[v] += relu(h[x["neighbours"][0, v, k]] + bond)
+          message[v] += h[x["neighbours"][0, v, k]] + bond
     inner = relu(normed(h + message) @ p[f"in_{i}"] + p[f"in_bias_{i}"])
     h = h + inner @ p[f"out_{i}"]
   nodes = relu(normed(h) @ p["readout"] + p["readout_bias"])
@@ -114,6 +116,7 @@ def test_messages_against_a_loop(params):
   close(outputs(params, x)[0], hidden @ p["output"]["kernel"] + p["output"]["bias"])
 
 
+@pytest.mark.slow
 def test_dropout_needs_a_key_only_in_training():
   module = registry.build("model", "graph_network(8, layers=1, dropout=0.5)")(2)
   params = module.init(jax.random.key(0), graphs())
