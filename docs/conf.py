@@ -7,7 +7,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "_ext"))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # of the notebooks' kernels, too
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # also for the notebooks' kernels
 
 import research  # noqa: E402 - after the environment is set
 
@@ -22,7 +22,7 @@ extensions = [
 ]
 exclude_patterns = ["_build", "_ext", "examples"]
 nitpicky = True
-smartquotes = False  # they would turn --flag into a dash
+smartquotes = False  # typographic quotes would turn --flag into a dash
 toc_object_entries = False  # the API's headings have the same names
 suppress_warnings = ["mystnb.unknown_mime_type"]
 
@@ -47,7 +47,7 @@ html_theme_options = {
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-# MathJax 3 is copied into the site: nothing is fetched when a page is read.
+# MathJax 3 is copied into the site, so that nothing is fetched when a page is read.
 mathjax_path = "mathjax/tex-chtml.js"
 mathjax3_config = {"chtml": {"displayAlign": "left", "displayIndent": "1em", "scale": 0.92}}
 
@@ -58,13 +58,13 @@ nb_execution_raise_on_error = True
 nb_merge_streams = True
 
 python_maximum_signature_line_length = 80
-# Types of the standard library and of other packages, which have no entry here.
+# Types of the standard library and of other packages have no entry here.
 nitpick_ignore_regex = [("py:(class|obj|data)", r"(?!research\.).*")]
 
 copybutton_exclude = ".linenos, .gp, .go"
 
-# Internal links and anchors are checked everywhere; external ones by the workflow, which has a
-# network: LINKCHECK_EXTERNAL=1.
+# Internal links and anchors are always checked. The workflow, which has a network, also checks
+# external links by LINKCHECK_EXTERNAL=1.
 linkcheck_ignore = [] if os.environ.get("LINKCHECK_EXTERNAL") else [r"https?://"]
 linkcheck_anchors = True
 linkcheck_timeout = 20

@@ -1,22 +1,22 @@
-"""Times the training loop against hand-written loops of the same mathematics, in alternation.
+"""Times the training loop and hand-written loops of the same mathematics, in alternation.
 
     python experiments/bench.py --repeats=7 --out=results/bench
 
-Each case runs `train.loop.train` on its flags and the minimal JAX loop of `by_hand.py` or
-`by_hand_transformer.py`, without evaluations and checkpoints, fetching the losses once per
-dispatch. Both are warmed up, then run alternately; the reported figure is the median of the
-pairwise ratios of steps per second.
+Each case runs `train.loop.train` with its flags, and the minimal JAX loop of `by_hand.py` or
+`by_hand_transformer.py`. Both loops make no evaluations and no checkpoints, and fetch the losses
+once per dispatch. After a warm-up, the two loops run alternately; the reported figure is the median
+of the pairwise ratios of steps per second.
 
 The suite also measures the cost of compressors (`costs.py`) and of rounds (`rounds.py`), how long a
-checkpoint blocks, the memory of 10,000 simulated workers, and the time to the first logged step.
-Other suites run between hosts, which are network namespaces of Linux, as root (`hosts.py`,
-`speed.py`, `faults.py`), and on a parameter server (`servers.py`). `--cases` selects methods of
-`speed.py` or cases of the server; the others' earlier results in OUT are kept. --suite=applications
-measures search, finance, medicine and recommendation beside peer libraries
-(`applications/suite.py`).
+checkpoint blocks training, the memory of 10,000 simulated workers, and the time to the first logged
+step. Other suites run between hosts (`hosts.py`, `speed.py`, `faults.py`), which are network
+namespaces of Linux and need root, or on a parameter server (`servers.py`). `--cases` selects
+methods of `speed.py` or cases of the server; earlier results of the other cases are kept in OUT.
+--suite=applications measures search, finance, medicine and recommendation, and compares the results
+with those of peer libraries (`applications/suite.py`).
 
-Writes result.json and table.md. Workers on one machine use its cores better with one device per
-core: set `JAX_NUM_CPU_DEVICES=2` for fed_avg and local_phase.
+The command writes result.json and table.md. Workers on one machine use the cores better with one
+device per core: set `JAX_NUM_CPU_DEVICES=2` for fed_avg and local_phase.
 """
 
 import importlib.util
@@ -63,7 +63,7 @@ OTHERS = (
 
 
 def checkpoints(repeats: int) -> list[float]:
-  """Milliseconds that a save of the digits run blocks, at one save per second."""
+  """Measures the milliseconds for which a save blocks the digits run, at one save per second."""
   import jax
 
   from research.parallel import resize
@@ -95,7 +95,7 @@ def checkpoints(repeats: int) -> list[float]:
 
 
 def start(repeats: int) -> list[float]:
-  """Seconds from process start to the first logged step of the main job, with a warm cache."""
+  """Measures the seconds to the first logged step of the main job, with a warm cache."""
   seconds = []
   for _ in range(repeats + 1):
     with tempfile.TemporaryDirectory() as folder:
@@ -110,7 +110,7 @@ def start(repeats: int) -> list[float]:
 
 
 def memory() -> float:
-  """Peak GiB of a run of 10,000 simulated workers on least squares, 100 features each."""
+  """Measures the peak GiB of a run of 10,000 simulated workers on least squares, 100 features."""
   before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
   with tempfile.TemporaryDirectory() as folder:
     process = command(
@@ -126,19 +126,19 @@ def memory() -> float:
 
 
 def command(*words: str) -> subprocess.Popen[str]:
-  """Starts run.py in its own process."""
+  """Starts run.py in a process of its own."""
   program = [sys.executable, str(Path(run.__file__)), *words]
   return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def of_faults() -> tuple[dict[str, Any], list[str]]:
-  """Measures what a run survives."""
+  """Measures whether a run survives random kills."""
   found = faults.faults(FLAGS.hosts, FLAGS.kills, FLAGS.kill_every, FLAGS.steps)
   return {"faults": found}, faults.faults_table(found)
 
 
 def of_wire() -> tuple[dict[str, Any], list[str]]:
-  """Measures bytes between two hosts and between four."""
+  """Measures the bytes sent between two hosts and between four hosts."""
   wire = hosts.wire((2, 4))
   return {"wire": wire}, hosts.wire_table(wire)
 
@@ -193,13 +193,13 @@ def main(argv: list[str]) -> None:
 
 
 def before() -> dict[str, Any]:
-  """Earlier results in the output folder."""
+  """Reads earlier results from the output folder."""
   stored = paths.local(FLAGS.out) / "result.json" if FLAGS.out else None
   return json.loads(stored.read_text()) if stored and stored.exists() else {}
 
 
 def of_server(commit: str) -> tuple[dict[str, Any], list[str]]:
-  """Measures a server's cases and merges them with earlier results, each with its commit."""
+  """Measures cases of the server; merges the results with earlier ones, each with its commit."""
   result = before()
   found = servers.measure(FLAGS.cases, FLAGS.kills, FLAGS.kill_every)
   result = result | found | {"commits": result.get("commits", {}) | dict.fromkeys(found, commit)}
@@ -208,7 +208,7 @@ def of_server(commit: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def of_speed(commit: str) -> tuple[dict[str, Any], list[str]]:
-  """Measures selected methods and merges earlier rows; if all are selected, also the rest."""
+  """Measures the selected methods and merges earlier rows; if all are selected, also the rest."""
   has_torch = importlib.util.find_spec("torch") is not None
   result = before()
   result.pop("environment", None)
@@ -227,7 +227,7 @@ def of_speed(commit: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def of_loop() -> tuple[dict[str, Any], list[str]]:
-  """Measures the cases of one machine; returns the results and the tables."""
+  """Measures the cases that run on one machine; returns the results and the tables."""
   found = [pairs.compare(name, FLAGS.repeats) for name in FLAGS.cases if name in pairs.CASES]
   result: dict[str, Any] = {"pairs": found}
   lines = pairs.pairs_table(found) if found else []
@@ -265,14 +265,14 @@ def of_loop() -> tuple[dict[str, Any], list[str]]:
 
 
 if __name__ == "__main__":
-  text = "loop: against loops by hand; between hosts wire: bytes; hosts: speed; faults: deaths; "
-  text += "server: a parameter server; applications: beside their peers."
+  text = "loop: hand-written loops; wire, hosts, faults: bytes, speed and kills between hosts; "
+  text += "server: a parameter server; applications: peer libraries."
   flags.DEFINE_enum("suite", "loop", SUITES, text)
-  flags.DEFINE_integer("hosts", 4, "Of the suite faults.", 2)
-  flags.DEFINE_integer("kills", 50, "Of the suite faults.", 1)
+  flags.DEFINE_integer("hosts", 4, "Number of hosts in the suite faults.", 2)
+  flags.DEFINE_integer("kills", 50, "Number of kills in the suites faults and server.", 1)
   flags.DEFINE_float("kill_every", 15.0, "Mean seconds between two kills.", 0.1)
-  flags.DEFINE_integer("steps", 5000, "Of the suite faults.", 1)
+  flags.DEFINE_integer("steps", 5000, "Number of steps in the suite faults.", 1)
   flags.DEFINE_list("cases", [*pairs.CASES, *OTHERS], "What to measure.")
-  flags.DEFINE_integer("repeats", 7, "Counted turns of each pair.", 1)
-  flags.DEFINE_string("out", "", "Folder for results; empty: only prints, or results/applications.")
+  flags.DEFINE_integer("repeats", 7, "Number of measured turns of each pair.", 1)
+  flags.DEFINE_string("out", "", "Folder for results; empty: none, or results/applications.")
   launch(main, __doc__)

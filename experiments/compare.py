@@ -1,14 +1,14 @@
-"""Trains several methods on one task and compares them: loss, bytes, seconds.
+"""Trains several methods on one task, and compares their loss, bytes and seconds.
 
     python experiments/compare.py --seeds=3 --link=100mbit,1ms --recommend --methods="
         data_parallel(sgd(0.1, momentum=0.9), mean());
         data_parallel(sgd(0.1, momentum=0.9), error_feedback(two_phase(int8())))"
 
-Takes the flags of run.py; --methods, separated by ';', replaces --method, and learning rates belong
-to the methods. Every method is trained with seeds --seed, --seed + 1, ..., each run in its own
-folder under --out, so that the same command resumes an interrupted comparison. Writes compare.json,
-compare.md and compare.png there. A method that diverges, or does not improve on its initial model,
-stays in the table and cannot win.
+The flags are those of run.py, except that --methods, a list separated by ';', replaces --method.
+Learning rates are part of the methods. Every method is trained with seeds --seed, --seed + 1, ...
+Each run has its own folder under --out, so the same command resumes an interrupted comparison. The
+results are written to compare.json, compare.md and compare.png in --out. A method that diverges, or
+does not improve on its initial model, stays in the table and cannot win.
 """
 
 import ast
@@ -49,10 +49,10 @@ def split(text: str) -> list[str]:
 
 
 def plans(config: Config, specs: list[str], seeds: int) -> list[Contender]:
-  """Builds every run once, so that invalid ones are rejected before any of them starts.
+  """Builds every run once, so that invalid runs are rejected before any run starts.
 
   Raises:
-    UsageError: one line, with the position of the method.
+    UsageError: for an invalid method, with its position in --methods.
   """
   from research.training import assemble
 
@@ -74,7 +74,7 @@ def plan(config: Config, label: str, seeds: int) -> Contender:
   """Plans a method's runs, each with its own folder under --out.
 
   Raises:
-    UsageError: one line.
+    UsageError: for an invalid flag.
   """
   from research.training import assemble
   from research.training import folder as folders
@@ -94,7 +94,7 @@ def plan(config: Config, label: str, seeds: int) -> Contender:
 
 
 def names(spec: str, *kinds: str) -> list[str]:
-  """The registered names of some kinds that a spec calls, from the outside in."""
+  """Returns the registered names of some kinds that a spec calls, from the outside in."""
   from research.core import registry
 
   legal = {name for kind in kinds for name in registry.names(kind)}
@@ -103,13 +103,13 @@ def names(spec: str, *kinds: str) -> list[str]:
 
 
 def folder_name(spec: str) -> str:
-  """A folder name that depends on the spec only, not on what it is compared with."""
+  """Returns a folder name that depends only on the spec, not on the other methods."""
   digest = hashlib.sha256(spec.encode()).hexdigest()[:8]
   return "-".join([*names(spec, "method", "aggregator", "compressor"), digest])
 
 
 def labels(specs: list[str]) -> list[str]:
-  """Labels specs by the arguments in which they differ, or in full if that is ambiguous."""
+  """Labels specs by the arguments in which they differ; a label is the full spec if ambiguous."""
   lines = [" ".join(spec.split()) for spec in specs]
   outer, parts = zip(*map(parts_of, lines), strict=True)
   common = set.intersection(*map(set, parts))
@@ -119,7 +119,7 @@ def labels(specs: list[str]) -> list[str]:
 
 
 def parts_of(spec: str) -> tuple[str, list[str]]:
-  """The name that a spec calls, and its arguments; no arguments for a malformed spec."""
+  """Returns the name that a spec calls, and its arguments; no arguments for a malformed spec."""
   try:
     call = syntax(spec)
   except ValueError:
@@ -151,10 +151,10 @@ def trained(plan: Contender) -> Outcome:
 
 
 def conditions() -> Conditions:
-  """The conditions under which seconds are predicted, from the flags.
+  """Returns the conditions under which seconds are predicted, from the flags.
 
   Raises:
-    UsageError: one line.
+    UsageError: for an invalid flag.
   """
   import jax
 
@@ -180,7 +180,7 @@ def conditions() -> Conditions:
 
 
 def main(argv: list[str]) -> None:
-  """Checks everything, trains every method, and writes and prints the comparison."""
+  """Checks all runs, trains every method, and writes and prints the comparison."""
   del argv
   with one_line_errors():
     out = results_folder("out", FLAGS.out, OUT)
@@ -214,10 +214,10 @@ def define_own_flags() -> None:
   """Defines the flags of run.py and those of a comparison."""
   define_flags()
   flags.DEFINE_string("methods", "", "The methods to compare, separated by ';'.")
-  flags.DEFINE_integer("seeds", 1, "How many seeds to train each with, from --seed on.", 1)
-  flags.DEFINE_string("link", "", "A worker's link, BANDWIDTH[,LATENCY]: 100mbit,20ms.")
-  flags.DEFINE_float("target", None, "Training loss to reach; none: the one that all reach.")
-  flags.DEFINE_bool("recommend", False, "Names what reaches the target first on --link.")
+  flags.DEFINE_integer("seeds", 1, "Number of seeds per method, from --seed on.", 1)
+  flags.DEFINE_string("link", "", "A worker's link, BANDWIDTH[,LATENCY], such as 100mbit,20ms.")
+  flags.DEFINE_float("target", None, "Training loss to reach; none: the lowest that all reach.")
+  flags.DEFINE_bool("recommend", False, "Names the method that reaches the target first on --link.")
   text = "Seconds that a worker of the real cluster computes per local step; 0: as measured here."
   flags.DEFINE_float("compute_seconds", 0.0, text, 0.0)
 

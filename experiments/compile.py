@@ -1,16 +1,17 @@
-"""Compiles a run's round for TPU chips on a machine without TPUs, and reports its resource use.
+"""Compiles a round of a run for TPU chips on a machine without TPUs, and reports its resource use.
 
     python experiments/compile.py --topology=v5p:2x2x1 --mesh="data:2,fsdp:2" \\
         --task="digits()" --model="mlp(hidden=[1024])" --batch_size=256 \\
         --method="data_parallel(adam(1e-3), mean())"
 
-Takes the flags of run.py; the program is the one that `spmd` runs there. Prints memory, FLOPs and
-collectives per device, and a lower bound on the time of a step at the chip's peak rates; with --out
-also writes compile.json and compile.md into that folder. --sweep compares meshes and methods:
+The flags are those of run.py, and the program is the one that `spmd` would run on these chips. The
+command prints memory, FLOPs and collectives per device, and a lower bound on the time of a step at
+the chip's peak rates. With --out, the command also writes compile.json and compile.md into that
+folder. --sweep compares meshes and methods:
 
     --sweep="data:4;data:2,fsdp:2 x data_parallel(adam(1e-3), mean());local_sgd(adam(1e-3))"
 
-Exit codes: 0 done; 2 an invalid flag, or a model that does not fit.
+Exit codes: 0: done; 2: an invalid flag, or a model that does not fit.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
   from experiments.reports.ahead import Target
 
 FLAGS = flags.FLAGS
-# Keeps libtpu from looking for a TPU, and allows several processes to compile at once.
+# Prevents libtpu from searching for a TPU, and allows several processes to compile at once.
 ENVIRONMENT = {
   "JAX_PLATFORMS": "cpu",
   "TPU_SKIP_MDS_QUERY": "1",
@@ -47,10 +48,10 @@ ENVIRONMENT = {
 
 
 def grid(text: str, config: Config) -> list[Config]:
-  """Parses a sweep, 'MESH;MESH x METHOD;METHOD'; an empty side takes the flag's value.
+  """Parses a sweep, 'MESH;MESH x METHOD;METHOD'; the flag's value replaces an empty side.
 
   Raises:
-    UsageError: if there is only one run.
+    UsageError: if the sweep contains only one run.
   """
   first, _, second = f" {text} ".partition(" x ")
   both = itertools.product(
@@ -63,7 +64,7 @@ def grid(text: str, config: Config) -> list[Config]:
 
 
 def swept(configs: Iterable[Config], target: "Target", effort: float) -> list[dict[str, Any]]:
-  """Compiles each run to a row; rejected runs get their error message instead of figures."""
+  """Compiles each run and returns a row for it; a rejected run gets its error message."""
   from experiments.reports import ahead
 
   rows = []
@@ -79,7 +80,7 @@ def swept(configs: Iterable[Config], target: "Target", effort: float) -> list[di
 
 
 def main(argv: list[str]) -> None:
-  """Checks, compiles, prints and writes."""
+  """Checks the flags, compiles the rounds, and prints and writes the report."""
   del argv
   if importlib.util.find_spec("libtpu") is None:
     fail(2, 'compiling for TPU chips needs their compiler: pip install -e ".[tpu]"')
@@ -133,10 +134,10 @@ if __name__ == "__main__":
   define_flags()
   FLAGS.set_default("executor", "spmd")
   FLAGS.set_default("compilation_cache", "off")
-  flags.DEFINE_string("topology", "v5e:2x4", "Chip and sides of a slice, such as v5p:8x8x8.")
-  flags.DEFINE_integer("slices", 1, "Number of slices: the size of the mesh's 'slice'.", 1)
+  flags.DEFINE_string("topology", "v5e:2x4", "Chip and dimensions of a slice, such as v5p:8x8x8.")
+  flags.DEFINE_integer("slices", 1, "Number of slices, which is the mesh's size along 'slice'.", 1)
   flags.DEFINE_float(
-    "effort", 0.0, "Effort of the compiler: 0 as for a run; -1 takes a third of the time.", -1, 1
+    "effort", 0.0, "Effort of the compiler: 0: as for a run; -1: a third of the time.", -1, 1
   )
-  flags.DEFINE_string("sweep", "", "MESH;MESH x METHOD;METHOD: compares them; empty: no.")
+  flags.DEFINE_string("sweep", "", "Meshes and methods to compare: MESH;MESH x METHOD;METHOD.")
   launch(main, __doc__)

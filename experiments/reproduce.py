@@ -1,12 +1,12 @@
-"""Reproduces claims of papers, and compares our numbers with the paper's.
+"""Reproduces claims of papers, and compares our numbers with those of the papers.
 
     python experiments/reproduce.py --claim=ef21
     python experiments/reproduce.py --claim=all --scale=quick
     python experiments/reproduce.py --list
 
-Writes OUT/NAME/result.json (values, gates, spec strings, seeds, commit, versions, hardware,
-seconds), table.md and figure.png, and OUT/README.md over all claims there. Exit codes: 0 all gates
-hold; 1 a gate fails; 2 an invalid flag.
+The command writes OUT/NAME/result.json (values, gates, spec strings, seeds, commit, versions,
+hardware, seconds), table.md and figure.png, and OUT/README.md with a table of all claims in OUT.
+Exit codes: 0: all gates hold; 1: a gate fails; 2: an invalid flag.
 """
 
 import importlib
@@ -33,15 +33,15 @@ from research.training.config import UsageError, flag
 FLAGS = flags.FLAGS
 FOLDER = Path(__file__).parent / "claims"
 CLAIMS = sorted(path.stem for path in FOLDER.glob("*.py"))
-# Tasks that may replace one another.
+# Groups of tasks that may replace one another.
 KINDS = (("mnist", "digits"), ("tinyshakespeare", "text"))
 
 
 def module_of(name: str) -> ModuleType:
-  """The module of a claim.
+  """Imports the module of a claim.
 
   Raises:
-    UsageError: if there is none, with the nearest name.
+    UsageError: for an unknown claim, with the closest name.
   """
   if name not in CLAIMS:
     raise UsageError(f"--claim='{name}': {checks.unknown(name, ['all', *CLAIMS])}")
@@ -68,16 +68,16 @@ def given(texts: list[str]) -> dict[str, Any]:
 
 
 def out_folder(changed: bool) -> Path:
-  """The results folder; only unchanged claims at full scale go on record."""
+  """Returns the results folder; only unchanged claims at full scale are written to results/."""
   default = "runs/claims" if changed or FLAGS.scale == "quick" else "results"
   return results_folder("out", FLAGS.out, default)
 
 
 def data_of(name: str, default: str) -> str:
-  """The task spec of a claim's data.
+  """Returns the task spec of a claim's data.
 
   Raises:
-    UsageError: if --dataset is of another kind than the claim's own.
+    UsageError: if the kind of --dataset differs from that of the claim's own data.
   """
   if not FLAGS.dataset:
     return default
@@ -93,10 +93,10 @@ def data_of(name: str, default: str) -> str:
 
 
 def seeds_of(name: str, seeds: dict[str, int]) -> int:
-  """The number of seeds of a claim.
+  """Returns the number of seeds of a claim.
 
   Raises:
-    UsageError: if --seeds is given for a claim that has one.
+    UsageError: if --seeds is given for a claim with a single seed.
   """
   with flag("seeds", FLAGS.seeds):
     if FLAGS.seeds and not seeds:
@@ -142,7 +142,7 @@ def reproduce(name: str, out: Path) -> bool:
 
 
 def command(name: str) -> str:
-  """The command that was typed, without the output folder."""
+  """Returns the command that was typed, without the output folder."""
   parts = [f"--claim={name}"]
   parts += [f"--scale={FLAGS.scale}"] if FLAGS.scale != "full" else []
   parts += [f'--dataset="{FLAGS.dataset}"'] if FLAGS.dataset else []
@@ -152,7 +152,7 @@ def command(name: str) -> str:
 
 
 def main(argv: list[str]) -> None:
-  """Runs the named claims, one after the other."""
+  """Runs the selected claims one after the other."""
   del argv
   logging.set_verbosity(logging.WARNING)
   if FLAGS.list:
@@ -178,8 +178,8 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("claim", "all", "Names of claims, with commas, or all.")
-  flags.DEFINE_bool("list", False, "Lists the claims, and exits.")
+  flags.DEFINE_string("claim", "all", "Names of claims, separated by commas, or all.")
+  flags.DEFINE_bool("list", False, "Lists the claims and exits.")
   flags.DEFINE_enum("scale", "full", ["full", "quick"], "full: for the record; quick: for CI.")
   flags.DEFINE_string("dataset", "", "Task spec of the data, instead of the claim's own.")
   flags.DEFINE_integer("seeds", 0, "Number of seeds, from 0 on; 0: the claim's own number.", 0)

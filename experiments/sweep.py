@@ -1,11 +1,11 @@
-"""Runs a small grid of learning rates and seeds and names the best rate.
+"""Runs a small grid of learning rates and seeds, and names the best rate.
 
     python experiments/sweep.py --learning_rates=0.03,0.1,0.3 --seeds=0,1,2
 
-Takes the flags of run.py; `{learning_rate}` in --method is replaced by each rate. Every run has its
-own folder under --out, so that the same command resumes an interrupted sweep. Writes sweep.json and
-sweep.md there. A run that diverges, or ends worse than its initial model, stays in the table and
-its rate cannot win.
+The flags are those of run.py; each rate replaces `{learning_rate}` in --method. Every run has its
+own folder under --out, so the same command resumes an interrupted sweep. The results are written to
+sweep.json and sweep.md in --out. A run that diverges, or ends worse than its initial model, stays
+in the table, and its rate cannot win.
 """
 
 import math
@@ -27,17 +27,17 @@ METHOD = "data_parallel(sgd({learning_rate}, momentum=0.9), mean())"
 
 
 def score(summary: dict[str, Any]) -> tuple[str, float]:
-  """The score of a run, larger is better: accuracy if there is one, else minus the loss."""
+  """Returns a run's score, of which larger is better: the accuracy, or else minus the loss."""
   if "accuracy" in summary["eval"]:
     return f"{summary['evaluated_on']} accuracy", summary["eval"]["accuracy"]
   return "minus training loss", -summary["train_loss"]
 
 
 def configs(config: Config, out: Path, rates: list[str], seeds: list[str]) -> list[list[Config]]:
-  """The runs by rate and seed; each is checked, with its folder, before any of them trains.
+  """Returns the runs by rate and seed; checks all runs and their folders before any run trains.
 
   Raises:
-    UsageError: one line.
+    UsageError: for an invalid flag.
   """
   from research.training import assemble
   from research.training import folder as folders
@@ -70,8 +70,8 @@ def grid(rates: list[str], runs: list[list[Config]]) -> list[dict[str, Any]]:
   """Trains every combination.
 
   Returns:
-    One row per rate with its seeds' scores, None for a diverged one; `unimproved` are the seeds
-    that ended worse than they began.
+    One row per rate with the scores of its seeds; None is the score of a diverged run. The entry
+    `unimproved` lists the seeds that ended worse than they began.
   """
   from research.training import loop
 
@@ -99,10 +99,10 @@ def grid(rates: list[str], runs: list[list[Config]]) -> list[dict[str, Any]]:
 
 
 def seed_of(text: str) -> int:
-  """Parses a seed, as --seed does.
+  """Parses a seed in the same way as --seed.
 
   Raises:
-    ValueError: if it is not an integer in [0, 2^31).
+    ValueError: if the text is not an integer in [0, 2^31).
   """
   number = whole_number(text)
   if number is None or number >= 2**31:
@@ -111,13 +111,13 @@ def seed_of(text: str) -> int:
 
 
 def winner(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-  """The row with the best mean score, among those in which every seed improved."""
+  """Returns the row with the best mean score among the rows in which every seed improved."""
   whole = [row for row in rows if None not in row["scores"] and not row["unimproved"]]
   return max(whole, key=lambda row: statistics.mean(row["scores"]), default=None)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-  """A row per learning rate: mean and range over the seeds, and which one won."""
+  """Formats a row per learning rate: mean and range over the seeds, and a mark for the winner."""
   best = winner(rows)
   name = next((row["by"] for row in rows if row["by"]), "score")
   lines = [f"| learning rate | {name}: mean | least | greatest | |", "|---|---|---|---|---|"]

@@ -1,4 +1,4 @@
-"""The command line of a launcher: its own flags, `--`, and the job's command."""
+"""The command line of a launcher: the launcher's own flags, `--`, and the job's command."""
 
 import os
 import shutil
@@ -24,21 +24,21 @@ def define_flags() -> None:
   default = Rules()
   text = "Number of restarts from the last checkpoint after a process dies or hangs."
   flags.DEFINE_integer("restarts", default.restarts, text, 0)
-  text = "A run is ended if none of its processes has made a step this long after the start; 0: no."
+  text = "Ends a run if none of its processes has made a step this long after the start; 0: never."
   flags.DEFINE_float("start_seconds", default.start_seconds, text, 0.0)
-  text = "A run is ended if none of its processes has advanced for this long; 0: no."
+  text = "Ends a run if none of its processes has advanced for this long; 0: never."
   flags.DEFINE_float("hang_seconds", default.hang_seconds, text, 0.0)
   text = "Seconds between SIGTERM and SIGKILL."
   flags.DEFINE_float("grace_seconds", default.grace_seconds, text, 0.0)
-  text = "Folder of the processes' logs; empty: logs/TIME-PID."
+  text = "Folder for the log files of the processes; empty: logs/TIME-PID."
   flags.DEFINE_string("logs", "", text)
   flags.DEFINE_integer(
-    "port", 0, "Port on which process 0 listens for the others; 0: a free one.", 0, 65535
+    "port", 0, "Port on which process 0 listens for the others; 0: a free port.", 0, 65535
   )
 
 
 def start(main: Callable[[list[str]], int], doc: str | None) -> None:
-  """Runs `main` on the command after `--`, and exits with its code."""
+  """Runs `main` on the command after `--`, and exits with the code that it returns."""
   argv = sys.argv
   at = argv.index("--") if "--" in argv else len(argv)
   command = argv[at + 1 :]
@@ -55,12 +55,12 @@ def start(main: Callable[[list[str]], int], doc: str | None) -> None:
 
 
 def rules() -> Rules:
-  """The restart rules from the flags."""
+  """Returns the restart rules that the flags describe."""
   return Rules(FLAGS.restarts, FLAGS.start_seconds, FLAGS.hang_seconds, FLAGS.grace_seconds)
 
 
 def log_folder() -> Path:
-  """Creates and announces the folder of the logs."""
+  """Creates the folder for the log files, and prints its path."""
   name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
   try:
     folder = results_folder("logs", FLAGS.logs, f"logs/{name}")
@@ -73,7 +73,7 @@ def log_folder() -> Path:
 
 
 def environment(coordinator: str, number: int, of: int) -> dict[str, str]:
-  """Environment of one process of the job (`comm.join.initialize`); `python` is the launcher's."""
+  """Returns the environment of one process of the job; `python` is that of the launcher."""
   return {
     **os.environ,
     "PATH": _path(os.environ),
@@ -89,7 +89,7 @@ def _path(environ: Mapping[str, str]) -> str:
 
 
 def free_port(host: str) -> int:
-  """The port of the flags, or a currently free one."""
+  """Returns the port from the flags, or a port that is currently free."""
   with socket.socket() as tried:
     tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

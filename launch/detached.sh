@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Runs one command on this machine, detached from the terminal. Its state is in .job.
+# Runs one command on this machine, detached from the terminal. The job's state is stored in .job.
 #
 #     bash launch/detached.sh start COMMAND...   starts it; refuses while one runs
 #     bash launch/detached.sh status             'running PID', 'ended CODE', 'lost' or 'not started'
-#     bash launch/detached.sh logs [LINES]       its last lines, then new ones with 'follow'
+#     bash launch/detached.sh logs [LINES]       last lines of output; with 'follow' also new ones
 #     bash launch/detached.sh kill [SECONDS]     SIGTERM, which makes a run save; later SIGKILL
 #
-# CODE is the command's exit code, or 143 after SIGTERM: such a job has not finished. 'lost' means
-# that the machine was preempted while the job ran.
+# CODE is the command's exit code, or 143 after SIGTERM, since such a job has not finished. 'lost'
+# means that the machine was preempted while the job ran.
 set -uo pipefail
 folder=.job
 
@@ -16,7 +16,7 @@ pid_of_running() {
   pid=$(cat $folder/pid 2>/dev/null) && grep -qs detached "/proc/$pid/cmdline" && echo "$pid"
 }
 
-remove_lock() { # a libtpu that was killed leaves it, and the next one refuses to start
+remove_lock() { # a killed libtpu leaves its lock file, with which the next one refuses to start
   sudo -n rm -f /tmp/libtpu_lockfile 2>/dev/null || rm -f /tmp/libtpu_lockfile 2>/dev/null || true
 }
 
@@ -34,7 +34,7 @@ case ${1:-} in
     setsid nohup bash "$0" run "$@" >>$folder/log 2>&1 </dev/null &
     echo $! >$folder/pid
     ;;
-  run) # of start: stays with the command until it ends
+  run) # used by start: waits until the command ends
     shift
     told=
     "$@" &

@@ -3,9 +3,10 @@
     python launch/local.py --processes=2 --devices_per_process=4 --restarts=3 -- \\
         python experiments/run.py --executor=spmd --mesh=data:8
 
-The output is prefixed with the process number and also written to one log file per process. If a
-process dies or hangs, all are ended and, with --restarts, started again. Ctrl-C and SIGTERM let the
-job save and stop. Exit code: 0, or that of the first process that failed.
+Each line of output starts with the process number, and is also written to a log file of that
+process. If a process dies or hangs, all processes are ended and, with --restarts, started again.
+After Ctrl-C or SIGTERM, the job saves and stops. The exit code is 0, or that of the first process
+that failed.
 """
 
 from absl import flags
@@ -24,7 +25,7 @@ def define_flags() -> None:
 
 
 def processes(line: list[str]) -> list[supervisor.Process]:
-  """The job's processes, with a port that is free now."""
+  """Returns the job's processes, with a port that is currently free."""
   address = f"127.0.0.1:{command.free_port('127.0.0.1')}"
   count, devices = FLAGS.processes, FLAGS.devices_per_process
 

@@ -3,12 +3,12 @@
     sudo python launch/netlab.py --hosts=4 --rate=100mbit -- \\
         python experiments/run.py --executor=spmd --mesh=data:4 --task="mnist()"
 
-Each host has its own network, address (10.77.0.1, ...) and host name. The links meet in one switch,
-and the kernel limits the rate into and out of each host (a token bucket). One process of the job
-runs on each host. The bytes that the kernel counts go into the run's metrics and summary. When the
-launcher ends, for whatever reason, the kernel removes hosts, links and processes. `--kills` kills
-hosts' processes at random, to test a job's fault tolerance. Needs Linux, root, iproute2 and
-util-linux.
+Each host has its own network, address (10.77.0.1, ...) and host name. All links connect to one
+switch, and the kernel limits the rate into and out of each host with a token bucket. One process of
+the job runs on each host. The kernel's byte counts are added to the run's metrics and summary. When
+the launcher ends, for whatever reason, the kernel removes hosts, links and processes. `--kills`
+kills hosts' processes at random, to test a job's fault tolerance. The launcher needs Linux, root,
+iproute2 and util-linux.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from research.command.errors import fail
 
 FLAGS = flags.FLAGS
 TOOLS = ("ip", "tc", "unshare", "nsenter", "hostname", "taskset")
-LARGEST = 250  # hosts: they share a network of 254 addresses
+LARGEST = 250  # maximum number of hosts, which share a network of 254 addresses
 LINK = "eth0"
 
 
@@ -45,17 +45,17 @@ class ShapedLink(NamedTuple):
   """Traffic shaping of a host's link, in tc's units."""
 
   rate: str  # '' for no limit
-  burst: str  # bytes that may pass at once after a pause
+  burst: str  # number of bytes that may pass at once after a pause
 
 
 class Host(NamedTuple):
-  """A host; it exists as long as the process that holds its namespaces."""
+  """A host, which exists as long as the process that holds its namespaces."""
 
   holder: int
   address: str
 
   def command(self, line: Sequence[str]) -> list[str]:
-    """The command line that runs another command on this host."""
+    """Returns the command line that runs another command on this host."""
     return ["nsenter", f"--target={self.holder}", "--net", "--uts", "--", *line]
 
 
@@ -71,12 +71,12 @@ def define_flags() -> None:
   command.define_flags()
   flags.DEFINE_integer("hosts", 2, "Number of hosts.", 1, LARGEST)
   flags.DEFINE_string("rate", "", "Rate of each host's link, such as 100mbit; empty: unlimited.")
-  text = "Hosts with a link of another rate: HOST:RATE,... by host number."
+  text = "Hosts whose links have another rate: HOST:RATE,... with the number of the host."
   flags.DEFINE_string("slow", "", text)
-  text = "Bytes that an idle link lets through at once."
+  text = "Number of bytes that may pass at once through an idle link."
   flags.DEFINE_string("burst", "256kb", text)
   flags.DEFINE_integer("devices_per_host", 1, "Number of CPU devices of each host.", 1)
-  flags.DEFINE_integer("cores_per_host", 0, "Number of cores that a host is pinned to; 0: all.", 0)
+  flags.DEFINE_integer("cores_per_host", 0, "Number of cores to which a host is pinned; 0: all.", 0)
   flags.DEFINE_integer("kills", 0, "Number of processes to kill at random.", 0)
   text = "Mean seconds between kills, which are exponentially distributed."
   flags.DEFINE_float("kill_every", 30.0, text, 0.1)
@@ -84,7 +84,7 @@ def define_flags() -> None:
 
 
 def links() -> list[ShapedLink]:
-  """The links of the flags, by host; an invalid flag ends the program."""
+  """Returns each host's link from the flags; an invalid flag ends the program."""
   found = [_rate("rate", FLAGS.rate)] * FLAGS.hosts
   for part in filter(None, FLAGS.slow.split(",")):
     host, _, rate = part.partition(":")
@@ -108,7 +108,7 @@ def network(links: Sequence[ShapedLink]) -> Iterator[Lab]:
   The namespaces are unnamed: each disappears with its last process.
 
   Raises:
-    LabError: with the command that the machine refused.
+    LabError: if the machine refuses a command, which the message shows.
   """
   watchman, holders = Watchman(), []
   try:
@@ -175,7 +175,7 @@ def _do(holder: int, *line: str) -> None:
 
 
 def processes(hosts: Sequence[Host], line: Sequence[str]) -> list[Process]:
-  """One process per host; process 0 is at the first host's address."""
+  """Returns one process per host; process 0 listens at the first host's address."""
   port = FLAGS.port or random.SystemRandom().randrange(20_000, 30_000)
   files = ",".join(f"/proc/{host.holder}/net/dev" for host in hosts)
   variables = {
@@ -199,7 +199,7 @@ def _pinned(number: int) -> list[str]:
 
 
 class Kills:
-  """Kills random processes of a job at random times, determined by a seed."""
+  """Kills random processes of a job at random times, which depend only on a seed."""
 
   def __init__(self, count: int, every: float, seed: int):
     self.left, self._every, self._random = count, every, random.Random(seed)

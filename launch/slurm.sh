@@ -7,8 +7,8 @@
 #SBATCH --signal=B:USR1@180
 #SBATCH --output=slurm-%x-%j.log
 # Runs a command under Slurm, one process per node or per GPU, and restarts it after a preemption, a
-# lost node, a crash or the end of its time limit, until it has finished. The size of the job goes
-# before the script, as sbatch's own flags. On CPU nodes, and with 8 GPUs per node:
+# lost node, a crash or the end of its time limit, until it has finished. The size of the job is set
+# by sbatch's own flags, before the script. Examples for CPU nodes and for 8 GPUs per node:
 #
 #     sbatch --nodes=4 --cpus-per-task=16 launch/slurm.sh \
 #         python experiments/run.py --executor=spmd --mesh=data:4
@@ -17,15 +17,15 @@
 #     sbatch --nodes=2 --array=0-2 launch/slurm.sh python experiments/run.py --executor=spmd \
 #         --mesh=data:2 --method="data_parallel(sgd({0.03|0.1|0.3}), mean())"
 #
-# Task I of an array takes the alternative I of each {A|B|...}. --out must be on a disk that all nodes
-# share; by default its name follows from the flags. `scancel JOB` stops the job for good; the run has
-# Slurm's KillWait (30 s by default) to save, with `scancel --signal=TERM JOB` as long as it needs. A
-# crash is no longer restarted after RESTARTS (20) restarts of any kind; exit codes 2 to 5 would
-# recur, so they end the job.
+# Task I of an array uses alternative I of each {A|B|...}. --out must be on a disk that all nodes
+# share; its default name depends only on the flags. `scancel JOB` stops the job for good: the run
+# then has Slurm's KillWait (30 s by default) to save. With `scancel --signal=TERM JOB`, the run has
+# as much time as it needs. After RESTARTS (20) restarts of any kind, a crash ends the job. Exit
+# codes 2 to 5 would recur, so these codes end the job at once.
 set -uo pipefail
 restarts=${RESTARTS:-20}
 
-pick() { # WORD: with the array task's alternative in place of each {A|B|...}
+pick() { # WORD: prints it with the array task's alternative in place of each {A|B|...}
   local word=$1 before after choices
   while [[ $word =~ ^(.*)\{([^{}]*\|[^{}]*)\}(.*)$ ]]; do
     before=${BASH_REMATCH[1]} after=${BASH_REMATCH[3]}
@@ -57,15 +57,15 @@ if ((gpus > 0 && gpus != tasks && (tasks > 1 || ${SLURM_JOB_NUM_NODES:-1} > 1)))
   exit 2
 fi
 
-# For an array's last task alone, SLURM_JOB_ID is the id of the whole array.
+# Only for the last task of an array, SLURM_JOB_ID is the id of the whole array.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
 job=${job:-$SLURM_JOB_ID}
 out_of_time='' stopped=''
 # The time limit is near: the run saves on all processes at the same step.
 trap 'out_of_time=1; scancel --signal=TERM "$job"' USR1
-# Slurm sends SIGTERM to the run too, and has decided by itself whether the job runs again.
+# Slurm also sends SIGTERM to the run, and decides by itself whether the job runs again.
 trap 'stopped=1' TERM
-reread() { # passes srun's stderr on; the exit code of the process that failed first, 0 if killed
+reread() { # forwards srun's stderr; returns the code of the process that failed first, 0 if killed
   local line first=
   trap '' TERM
   while IFS= read -r line || [ -n "$line" ]; do
@@ -77,7 +77,7 @@ reread() { # passes srun's stderr on; the exit code of the process that failed f
   [[ $first =~ exit\ code\ ([0-9]+)$ ]] && return "${BASH_REMATCH[1]}"
   return 0
 }
-# srun ends the other processes of one that has failed, and its own exit code is then theirs.
+# If a process fails, srun ends the others, and returns the exit code of those instead.
 (
   trap : TERM
   srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} \
@@ -94,7 +94,7 @@ if ((code >= 2 && code <= 5)); then
   exit "$code"
 fi
 trap '' TERM # Slurm sends it more than once, and to squeue and scontrol as well
-# A preemption with a grace time sends SIGTERM to the run alone, which saves and ends with 0.
+# A preemption with a grace time sends SIGTERM only to the run, which saves and ends with 0.
 read -r state preempted reason < <(
   squeue --noheader --jobs="$job" --Format=State:30,PreemptTime:30,Reason:60
 )
@@ -102,7 +102,7 @@ read -r state preempted reason < <(
 if [ "$code$out_of_time$stopped$preempted" = 0 ] && [ "$reason" != TimeLimit ]; then
   exit 0
 fi
-code=$((code ? code : 143)) # told to stop is not finished
+code=$((code ? code : 143)) # a job that was told to stop has not finished
 case "$state,$reason,${stopped:+stopped},${preempted:+preempted}" in
   *,TimeLimit,* | RUNNING,*,, | RUNNING,*,preempted) ;;
   *) exit "$code" ;; # cancelled, or already back in the queue

@@ -1,4 +1,4 @@
-"""Runs several processes as one job on this machine: starts, watches, ends and restarts them."""
+"""Runs several processes as one job on this machine, and restarts a job that failed."""
 
 import contextlib
 import os
@@ -15,15 +15,15 @@ from launch.watchman import Watchman, dies_with_parent, kill
 from research.training.hooks import heartbeat
 
 TICK = 0.2  # seconds between polls
-SETTLE = 5.0  # seconds that other processes have to end by themselves after one has failed
+SETTLE = 5.0  # seconds in which the others may end by themselves after one process has failed
 HUNG = 124  # the exit code of a job that hung, as in timeout(1)
-FINAL = (2, 3, 4, 5, 126, 127)  # exit codes that would recur, see experiments/run.py
+FINAL = (2, 3, 4, 5, 126, 127)  # exit codes that would recur; see experiments/run.py
 
 
 class Process(NamedTuple):
   """One process of a job, before it is started."""
 
-  name: str  # prefix of its lines, and name of its log file
+  name: str  # prefix of the output lines, and name of the log file
   command: Sequence[str]
   environ: Mapping[str, str]
 
@@ -32,17 +32,17 @@ class Rules(NamedTuple):
   """When a job is ended, and when it is restarted."""
 
   restarts: int = 0
-  start_seconds: float = 1800.0  # from the start to the first progress of any process; 0: for ever
-  hang_seconds: float = 300.0  # without progress of any process; 0: never
+  start_seconds: float = 1800.0  # limit for the first progress of any process; 0: no limit
+  hang_seconds: float = 300.0  # limit without progress of any process; 0: no limit
   grace_seconds: float = 60.0  # between SIGTERM and SIGKILL
 
 
 class Ended(NamedTuple):
-  """The result of one start of a job."""
+  """The result of one attempt to run a job."""
 
   code: int
-  why: str  # '' if all is well
-  stopped: bool = False  # by a signal to the launcher
+  why: str  # the reason of a failure; '' without one
+  stopped: bool = False  # whether a signal to the launcher stopped the job
 
   @property
   def is_final(self) -> bool:
@@ -55,8 +55,8 @@ class Running(NamedTuple):
   process: Process
   popen: subprocess.Popen
   log: IO[bytes]
-  beat: Path  # modified on progress, at time 0 before (research/training/hooks/heartbeat.py)
-  rest: bytearray  # of an incomplete line
+  beat: Path  # file that the process touches on progress (research/training/hooks/heartbeat.py)
+  rest: bytearray  # the output after the last complete line
 
 
 def supervise(
@@ -67,20 +67,20 @@ def supervise(
 ) -> int:
   """Runs a job to its end, and restarts it from its checkpoints if a process dies or hangs.
 
-  If one process fails, the others cannot continue and are ended. SIGTERM and SIGINT are passed on
+  If one process fails, the others cannot continue and are ended. SIGTERM and SIGINT are forwarded
   as SIGTERM, which makes `experiments/run.py` save and stop. Processes that do not end are killed;
-  if the launcher dies, all processes are killed. Output goes to stdout, prefixed with the process
-  name, and to LOGS/NAME.log.
+  if the launcher dies, all processes are killed. Each line of output is written to stdout, after
+  the process name, and to LOGS/NAME.log.
 
   Args:
-    processes: makes the processes for each start, since a port may be used only once.
-    logs: existing folder of the log files, and of the files that processes touch on progress.
+    processes: returns the processes of a start; called for each start, which needs a new port.
+    logs: an existing folder for log files and for the files that processes touch on progress.
     rules: limits on restarts and times.
     disturb: called several times a second with the running processes.
 
   Returns:
-    0 if all ended with 0; 130 after SIGINT; otherwise the exit code of the process that failed
-    first, 128 + N if it died by signal N, or 124 if the job hung.
+    0 if all processes ended with 0; 130 after SIGINT; otherwise the exit code of the process that
+    failed first, 128 + N if signal N ended that process, or 124 if the job hung.
   """
   with contextlib.ExitStack() as stack:
     watchman = Watchman()
@@ -99,7 +99,7 @@ def supervise(
 
 
 def say(line: str) -> None:
-  """Prints a line of the launcher itself to stderr."""
+  """Prints a message of the launcher itself to stderr."""
   print(f"launch: {line}", file=sys.stderr, flush=True)
 
 
@@ -117,7 +117,7 @@ def _signals():
 
 
 class _Job:
-  """One start of a job."""
+  """One attempt to run a job."""
 
   def __init__(
     self,
@@ -199,7 +199,7 @@ class _Job:
     return Ended(code, late or (failed.why if failed else ""), stopped=True)
 
   def _first_failure(self) -> Ended | None:
-    """The first failure; among simultaneous ones, preferably not an abort caused by another."""
+    """Returns the first failure; of several at once, preferably not an abort caused by another."""
     found = [(r, r.popen.returncode) for r in self.running if r.popen.poll()]
     if not found:
       return None
@@ -210,10 +210,10 @@ class _Job:
     return Ended(code, f"{name} failed with exit code {code}")
 
   def _hung(self) -> str:
-    """Says that no running process has made progress for too long; '' while one may yet."""
+    """Returns a message if no running process has made progress for too long, else ''."""
     running = [r for r in self.running if r.popen.poll() is None]
     beats = [r.beat.stat().st_mtime for r in running if r.beat.exists()]
-    if not beats:  # they have ended, or do not report progress as our runs do
+    if not beats:  # the processes have ended, or do not report progress
       return ""
     if newest := max(beats):
       limit, since, what = self.rules.hang_seconds, newest, "advanced for"
@@ -224,7 +224,7 @@ class _Job:
     return f"no process has {what} {limit:g} s: {_names([r.process.name for r in running])}"
 
   def _read(self, seconds: float) -> None:
-    """Passes on output of the processes, waiting at most `seconds` for it."""
+    """Forwards the output of the processes; waits at most `seconds` for it."""
     for key, _ in self.streams.select(seconds):
       try:
         chunk = os.read(key.fd, 1 << 16)
@@ -245,7 +245,7 @@ class _Job:
       sys.stdout.buffer.flush()
 
   def _kill(self) -> None:
-    """Kills the rest of each process group, including children."""
+    """Kills all remaining processes of each process group, including children."""
     for one in self.running:
       kill(one.popen.pid)
       one.popen.wait()

@@ -1,4 +1,4 @@
-"""The machines of a Cloud TPU pod, through gcloud: requesting, describing, deleting, installing."""
+"""Requests, describes, deletes and sets up the machines of a Cloud TPU pod, through gcloud."""
 
 import shlex
 import subprocess
@@ -15,9 +15,9 @@ from research.command.errors import fail
 
 FLAGS = flags.FLAGS
 ROOT = Path(__file__).parents[1]
-FOLDER = "distributed-optimization-jax"  # of the code, in each worker's home
+FOLDER = "distributed-optimization-jax"  # the code's folder in each worker's home folder
 GONE = ("SUSPENDING", "SUSPENDED", "FAILED")  # final states of a queued resource
-RUNTIMES = {  # of the software on the VM, by prefix of the accelerator type
+RUNTIMES = {  # software version of the VM, by prefix of the accelerator type
   "v4-": "tpu-ubuntu2204-base",
   "v5litepod-": "v2-alpha-tpuv5-lite",
   "v5p-": "v2-alpha-tpuv5",
@@ -31,11 +31,11 @@ INSTALL = (
 
 
 class Failed(Exception):
-  """A gcloud command failed; the message has its last line."""
+  """A gcloud command failed; the message contains the last line of its output."""
 
 
 class Pod(NamedTuple):
-  """Slices that are requested, and preempted, together."""
+  """Slices that are requested together and preempted together."""
 
   name: str
   zone: str
@@ -45,7 +45,7 @@ class Pod(NamedTuple):
 
   @property
   def nodes(self) -> list[str]:
-    """The slices' names."""
+    """The names of the slices."""
     return [self.name] if self.slices == 1 else [f"{self.name}-{i}" for i in range(self.slices)]
 
   def gcloud(self, group: str, *words: str, show: bool = False) -> str:
@@ -78,21 +78,23 @@ def execute(words: Sequence[str], dry: bool, show: bool) -> str:
 
 
 def define_flags() -> None:
-  """Defines the flags that say which machines are meant, and how they are made."""
+  """Defines the flags that select the machines and specify how to create them."""
   flags.DEFINE_string("name", "", "Name of the queued resource and its slices.")
   flags.DEFINE_string("zone", "", "Google Cloud zone, such as us-east5-a.")
   flags.DEFINE_string("project", "", "Google Cloud project; empty: gcloud's default.")
   flags.DEFINE_integer("slices", 1, "Number of slices of the pod.", 1)
   flags.DEFINE_string("type", "", "Accelerator type of each slice, such as v5p-128.")
-  flags.DEFINE_string("runtime", "", "Software version of the VMs; empty: that of the type.")
+  flags.DEFINE_string("runtime", "", "Software version of the VMs; empty: the default of the type.")
   flags.DEFINE_bool("spot", False, "Requests machines that may be preempted.")
   flags.DEFINE_string("prepare", "", "Shell command that `setup` runs last on each worker.")
-  flags.DEFINE_float("poll_seconds", 30.0, "Time between looks at the machines and the job.", 0.0)
-  flags.DEFINE_bool("dry_run", False, "Prints the commands and runs none.")
+  flags.DEFINE_float(
+    "poll_seconds", 30.0, "Seconds between two checks of the machines and the job.", 0.0
+  )
+  flags.DEFINE_bool("dry_run", False, "Prints the commands without running them.")
 
 
 def pod_of_flags() -> Pod:
-  """The pod of the flags; a missing flag ends the program."""
+  """Returns the pod that the flags describe; a missing flag ends the program."""
   for name in ("name", "zone"):
     if not getattr(FLAGS, name):
       fail(2, f"--{name}='': required")
@@ -119,7 +121,7 @@ def create(pod: Pod, line: Sequence[str]) -> int:
 
 
 def runtime() -> str:
-  """The runtime of the flag, or the default for the accelerator type."""
+  """Returns the runtime from the flag, or the default for the accelerator type."""
   if not FLAGS.type:
     such = ", ".join(f"{kind}8" for kind in RUNTIMES)
     fail(2, f"--type='': required, such as {such}")
@@ -132,13 +134,13 @@ def runtime() -> str:
 
 
 def state_of(pod: Pod) -> str:
-  """WAITING_FOR_RESOURCES, PROVISIONING, ACTIVE, SUSPENDED, ...; in a dry run ACTIVE."""
+  """Returns the pod's state, such as PROVISIONING, ACTIVE or SUSPENDED; ACTIVE in a dry run."""
   found = pod.gcloud("queued-resources", "describe", pod.name, "--format=value(state.state)")
   return "ACTIVE" if pod.dry else found.strip()
 
 
 def delete(pod: Pod, line: Sequence[str] = ()) -> int:
-  """Deletes the slices, and the request for them."""
+  """Deletes the slices and their queued resource."""
   del line
   pod.gcloud("queued-resources", "delete", pod.name, "--force", "--quiet")
   return 0
@@ -148,7 +150,7 @@ def delete(pod: Pod, line: Sequence[str] = ()) -> int:
 
 
 def setup(pod: Pod, line: Sequence[str] = ()) -> int:
-  """Copies the files that git tracks or does not ignore to all workers, and installs them."""
+  """Copies all files that git does not ignore to all workers, and installs the code."""
   del line
   with tempfile.TemporaryDirectory() as folder:
     archive = "/tmp/code.tar.gz" if pod.dry else f"{folder}/code.tar.gz"

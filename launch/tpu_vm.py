@@ -1,4 +1,4 @@
-"""Runs a job on Cloud TPU VMs, of one slice or several, through gcloud.
+"""Runs a job on the Cloud TPU VMs of one or several slices, through gcloud.
 
     python launch/tpu_vm.py create --name=pod --zone=us-east5-a --type=v5p-128 --spot
     python launch/tpu_vm.py setup  --name=pod --zone=us-east5-a
@@ -6,11 +6,12 @@
         python experiments/run.py --executor=spmd --mesh=data:8,fsdp:8 --out=shared/runs/first
     python launch/tpu_vm.py status|logs|kill|delete --name=pod --zone=us-east5-a
 
-`create` requests a queued resource and waits for it; `setup` copies the code to every worker of
-every slice and installs it; `run` starts the command on all of them, detached, so that it survives
-the terminal. With --until_finished it waits, and restarts the command, on new machines if the old
-ones were preempted, until it has ended with 0 on all workers. --out must be on storage that all
-workers share: --prepare mounts it. --dry_run prints the commands and runs none.
+`create` requests a queued resource and waits until the machines are ready. `setup` copies the code
+to every worker of every slice and installs it. `run` starts the command on all workers, detached
+from the terminal. With --until_finished, `run` waits until the command has ended with 0 on all
+workers, and restarts a command that was lost, on new machines after a preemption. --out must be on
+storage that all workers share; --prepare is the command that mounts this storage. --dry_run prints
+the commands without running them.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ FLAGS = flags.FLAGS
 
 
 def run(pod: Pod, line: Sequence[str]) -> int:
-  """Starts the command on all workers; with --until_finished waits until it has finished."""
+  """Starts the command on all workers; with --until_finished, waits until the job has finished."""
   if FLAGS.until_finished and not pod.dry and running(pod):
     say("the job is already running; waiting for it")
   else:
@@ -48,7 +49,7 @@ def start(pod: Pod, line: Sequence[str]) -> None:
 
 
 def wait(pod: Pod, line: Sequence[str]) -> int:
-  """Polls the job and restarts it if it was lost; returns its exit code."""
+  """Polls the job, restarts a lost job, and returns the exit code."""
   for restart in range(FLAGS.restarts + 1):
     code, why = watch(pod)
     if code is not None:
@@ -62,7 +63,7 @@ def wait(pod: Pod, line: Sequence[str]) -> int:
 
 
 def watch(pod: Pod) -> tuple[int | None, str]:
-  """Polls until the job has finished (its code, '') or is lost (None, the reason)."""
+  """Polls until the job has finished, returns (code, ''), or is lost, returns (None, reason)."""
   while True:
     state = state_of(pod)
     if state in GONE:
@@ -98,7 +99,7 @@ def again(pod: Pod, line: Sequence[str]) -> None:
 
 
 def statuses(pod: Pod) -> list[str]:
-  """The output of `launch/detached.sh status` on each worker."""
+  """Returns the output of `launch/detached.sh status` on each worker."""
   shown = pod.on_workers('echo "$(hostname): $(bash launch/detached.sh status)"')
   return re.findall(r"^\S+: (running \d+|ended \d+|lost|not started)$", shown, re.MULTILINE)
 
@@ -128,7 +129,7 @@ def logs(pod: Pod, line: Sequence[str]) -> int:
 
 
 def kill(pod: Pod, line: Sequence[str] = ()) -> int:
-  """Lets the job save and stop, and kills it after the grace period."""
+  """Makes the job save and stop, and kills a job that is still running after the grace period."""
   del line
   pod.on_workers(f"bash launch/detached.sh kill {FLAGS.grace_seconds}")
   return 0
@@ -146,14 +147,14 @@ ACTIONS: dict[str, Callable[[Pod, Sequence[str]], int]] = {
 
 
 def define_flags() -> None:
-  """Defines the flags; all but --name and --zone have defaults."""
+  """Defines the flags; all flags except --name and --zone have defaults."""
   tpu_pod.define_flags()
   flags.DEFINE_list("environ", [], "Environment variables of the job, NAME=VALUE,...")
-  text = "Waits, and restarts the job, until it has ended with 0 on all workers."
+  text = "Waits until the job has ended with 0 on all workers, and restarts a lost job."
   flags.DEFINE_bool("until_finished", False, text)
-  flags.DEFINE_integer("restarts", 100, "Largest number of restarts with --until_finished.", 0)
+  flags.DEFINE_integer("restarts", 100, "Maximum number of restarts with --until_finished.", 0)
   flags.DEFINE_integer("lines", 100, "Number of lines of each worker's log.", 1)
-  flags.DEFINE_bool("follow", False, "Also prints new lines of the logs; for a single slice.")
+  flags.DEFINE_bool("follow", False, "Also prints new lines of the logs; only for a single slice.")
   flags.DEFINE_integer("grace_seconds", 60, "Seconds between SIGTERM and SIGKILL.", 0)
 
 

@@ -1,4 +1,4 @@
-"""A process that outlives its parent, and then kills the process groups that the parent started."""
+"""A process that waits until its parent ends, and then kills the parent's process groups."""
 
 import contextlib
 import ctypes
@@ -8,14 +8,14 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-PDEATHSIG = 1  # of prctl(2)
+PDEATHSIG = 1  # option number of prctl(2)
 
 
 class Watchman:
   """Kills the registered process groups when this process ends, however it ends.
 
-  Groups are registered over a pipe, which the kernel closes when its last writer ends, even by
-  SIGKILL. Create it before any thread is started: it forks.
+  Groups are registered over a pipe, which the kernel closes when the last writing process ends,
+  even by SIGKILL. Create a watchman before any thread is started, because the constructor forks.
   """
 
   def __init__(self):
@@ -35,13 +35,13 @@ class Watchman:
     os.write(self._writer, f"-{group}\n".encode())
 
   def close(self) -> None:
-    """Kills all registered groups, and returns when that is done."""
+    """Kills all registered groups, and returns when they are gone."""
     os.close(self._writer)
     os.waitpid(self.pid, 0)
 
 
 def _watch(reader: int) -> NoReturn:
-  """Main loop of the watchman: in its own session, ignoring the signals that end its parent."""
+  """The watchman's main loop, in its own session, where signals that end the parent are ignored."""
   os.setsid()
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)

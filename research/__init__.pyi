@@ -62,12 +62,10 @@ from research.core.base import Aggregator as Aggregator
 from research.core.base import Compressor as Compressor
 from research.core.base import Presence as Presence
 from research.core.base import Trait as Trait
-from research.core.base import Uplink as Uplink
 from research.core.method import Method as Method
 from research.core.registry import Default as Default
 from research.core.registry import build as build
 from research.core.registry import register as register
-from research.core.task import Feed as Feed
 from research.core.task import Task as Task
 from research.methods.asynchronous import asgd as asgd
 from research.methods.asynchronous import delayed as delayed
@@ -86,6 +84,7 @@ from research.methods.decentralized import dgd as dgd
 from research.methods.decentralized import sgp as sgp
 from research.methods.demo import demo as demo
 from research.methods.diloco import diloco as diloco
+from research.methods.eager_diloco import eager_diloco as eager_diloco
 from research.methods.easgd import eamsgd as eamsgd
 from research.methods.easgd import easgd as easgd
 from research.methods.federated import fed_adagrad as fed_adagrad
@@ -95,9 +94,11 @@ from research.methods.federated import fed_opt as fed_opt
 from research.methods.federated import fed_prox as fed_prox
 from research.methods.federated import fed_yogi as fed_yogi
 from research.methods.hierarchical_local import hierarchical_local_sgd as hierarchical_local_sgd
+from research.methods.late import late as late
 from research.methods.local import local_sgd as local_sgd
 from research.methods.marina import marina as marina
 from research.methods.onebit_adam import onebit_adam as onebit_adam
+from research.methods.overlap_local_sgd import overlap_local_sgd as overlap_local_sgd
 from research.methods.post_local import post_local_sgd as post_local_sgd
 from research.methods.restarted import restarted as restarted
 from research.methods.scaffold import scaffold as scaffold

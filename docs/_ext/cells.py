@@ -1,4 +1,4 @@
-"""Translated pages take their executed cells from the original page.
+"""Translated pages use the executed cells of the original page.
 
 A page in a folder `zh` is the translation of the page of the same name in the parent folder. In it,
 a line `{cell} NAME` stands for the original's code cell with the option `:name: NAME`. The line is
@@ -20,13 +20,13 @@ BREAK = re.compile(rf"(^:::.*\n)|(?<={_CHINESE})\n *(?={_CHINESE})", re.MULTILIN
 
 
 def cells(text: str) -> dict[str, str]:
-  """The named code cells of a page, in their order.
+  """Returns the code cells of a page by name, in order.
 
   Args:
     text: the source of the page.
 
   Raises:
-    ValueError: a cell has no name, or two cells have the same.
+    ValueError: if a cell has no name, or two cells have the same name.
   """
   found: dict[str, str] = {}
   for cell in CELL.findall(text):
@@ -40,7 +40,7 @@ def cells(text: str) -> dict[str, str]:
 
 
 def original(path: Path) -> Path | None:
-  """The page that a page translates; None if it is no translation."""
+  """Returns the page of which a page is the translation; None if the page is an original."""
   if path.parent.name not in LANGUAGES:
     return None
   found = path.parent.parent / path.name
@@ -48,14 +48,14 @@ def original(path: Path) -> Path | None:
 
 
 def filled(text: str, source: str) -> str:
-  """A translated page with the cells of its original.
+  """Returns a translated page with the cells of its original.
 
   Args:
     text: the source of the translated page.
     source: the source of the original page.
 
   Raises:
-    ValueError: the original has no cell of a name.
+    ValueError: if the original has no cell with a name.
   """
   known = cells(source)
 
@@ -68,7 +68,7 @@ def filled(text: str, source: str) -> str:
 
 
 def _read(app: Any, name: str, content: list[str]) -> None:
-  """Fills a page as Sphinx reads it; the page is built again when its original changes."""
+  """Fills a page when Sphinx reads it; the page is rebuilt when its original changes."""
   path = original(Path(app.env.doc2path(name)))
   if path is not None:
     app.env.note_dependency(str(path))

@@ -18,7 +18,7 @@ _VERDICTS = {"holds": "holds", "fails": "**fails**"}
 
 @functools.cache
 def records() -> dict[str, dict[str, Any]]:
-  """The result of each claim, by name."""
+  """Reads the result of each claim, by name."""
   found = {}
   for path in sorted((ROOT / "results").glob("*/result.json")):
     record = json.loads(path.read_text(encoding="utf-8"))
@@ -36,7 +36,7 @@ def generate() -> None:
 
 
 def names_in(record: dict[str, Any]) -> str:
-  """All spec strings of a claim: of its runs, and the literals of its module."""
+  """Returns the spec strings of a claim's runs and the string literals of its module."""
   fields = ("method", "task", "model", "partition")
   specs = [str(run.get(field, "")) for run in record["runs"] for field in fields]
   literals = [
@@ -112,7 +112,7 @@ def _specs(record: dict[str, Any]) -> str:
 
 
 def provenance(environment: dict[str, Any]) -> str:
-  """Commit, hardware and versions of a measurement, as a list."""
+  """Formats the commit, hardware and versions of a measurement as a list."""
   versions = environment.get("versions") or {
     name: environment[name]
     for name in ("jax", "flax", "optax", "orbax-checkpoint")

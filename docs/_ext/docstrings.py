@@ -1,4 +1,4 @@
-"""Docstrings of this codebase as MyST Markdown: prose, recursions, and sections.
+"""Converts docstrings of this codebase to MyST Markdown: prose, recursions, and sections.
 
 A docstring is a summary line, paragraphs, blocks indented by four spaces, and the sections Args,
 Returns, Raises, Attributes and Reference. Blocks are recursions or code.
@@ -21,7 +21,7 @@ Link = Callable[[str], str]  # a name in backticks -> its Markdown
 SECTIONS = ("Args", "Returns", "Raises", "Attributes", "Example", "Reference", "References")
 _HEAD = re.compile(rf"^({'|'.join(SECTIONS)}):\s*(.*)$")
 _CODE = re.compile(r"^\s*(--|@|def |class |import |from |method = |task = |optimizer = |build\()")
-# From a norm to the last one of the same sentence: E ||C(x) - x||^2 <= (1 - k / n) ||x||^2; or a
+# From a norm to the last norm of a sentence: E ||C(x) - x||^2 <= (1 - k / n) ||x||^2; or a
 # letter with an index: c_i, v_{t+1}.
 _FORMULAS = re.compile(
   r"((?:\bE )?\|\|[^.;]*\|\|(?:\^2|_1)?"
@@ -41,7 +41,7 @@ class Docstring(NamedTuple):
 
 
 def parse(obj: Any) -> Docstring:
-  """The docstring of an object that has one of its own."""
+  """Parses the docstring of an object that has its own docstring."""
   text = own(obj)
   sections: dict[str, list[str]] = {"": []}
   current = sections[""]
@@ -63,7 +63,7 @@ def parse(obj: Any) -> Docstring:
 
 
 def own(obj: Any) -> str:
-  """The text of the docstring; '' without one."""
+  """Returns the text of an object's own docstring; '' if there is none."""
   return inspect.cleandoc(obj.__doc__ or "") if getattr(obj, "__doc__", None) else ""
 
 
@@ -78,7 +78,7 @@ def _paragraphs(lines: list[str]) -> list[str]:
 
 
 def _items(lines: list[str]) -> list[tuple[str, str]]:
-  """The entries `name: text` of a section, each with its continuation lines."""
+  """Returns the entries `name: text` of a section, each with its continuation lines."""
   found: list[tuple[str, list[str]]] = []
   for line in filter(str.strip, lines):
     entry = re.match(r"^ {0,2}(\*{0,2}[\w.]+): (.*)$", line)
@@ -96,11 +96,11 @@ def _joined(lines: list[str]) -> str:
 
 
 def markdown(doc: Docstring, link: Link, is_mathematics: bool) -> str:
-  """Summary, paragraphs and blocks.
+  """Formats the summary, paragraphs and blocks of a docstring as Markdown.
 
   Args:
     doc: the docstring.
-    link: a name in backticks -> its Markdown, a link where there is a target.
+    link: maps a name in backticks to Markdown, with a link if there is a target.
     is_mathematics: whether indented blocks are recursions, not code.
   """
   parts = []
@@ -121,7 +121,7 @@ def _is_mixed(text: str) -> bool:
 
 
 def _split(text: str, link: Link, is_mathematics: bool) -> list[str]:
-  """A paragraph that a block follows without a blank line."""
+  """Splits a paragraph from a block that follows without a blank line."""
   lines = text.splitlines()
   first = next(i for i, line in enumerate(lines) if line.startswith("    "))
   parts = ["\n".join(lines[:first]), "\n".join(lines[first:])]
@@ -129,7 +129,7 @@ def _split(text: str, link: Link, is_mathematics: bool) -> list[str]:
 
 
 def prose(text: str, link: Link) -> str:
-  """One paragraph or list as Markdown: names in backticks are code, all else is text."""
+  """Formats a paragraph or list as Markdown; names in backticks are code, all else is text."""
   lines = [line.strip() for line in text.splitlines()]
   is_list = any(line.startswith("- ") for line in lines)
   flowing = ("\n" if is_list else " ").join(lines)
@@ -137,7 +137,7 @@ def prose(text: str, link: Link) -> str:
 
 
 def _piece(text: str, link: Link) -> str:
-  """A name in backticks, or text whose formulas are typeset."""
+  """Formats a name in backticks as code, or typesets the formulas of a text."""
   if text.startswith("`"):
     return link(text[1:-1])
   parts = _FORMULAS.split(text)
@@ -146,7 +146,7 @@ def _piece(text: str, link: Link) -> str:
 
 
 def escaped(text: str) -> str:
-  """Text with the characters escaped that mean something in Markdown; arXiv numbers are links."""
+  """Escapes the special characters of Markdown in a text, and links arXiv numbers."""
   text = re.sub(r"([\\*_\[\]<>$#~{}|])", r"\\\1", text)
   linked = r"[arXiv:\1](https://arxiv.org/abs/\1)"
   return re.sub(r"arXiv[: ](\d{4}\.\d{4,5})", linked, text)
@@ -157,9 +157,9 @@ def escaped(text: str) -> str:
 
 @functools.cache
 def signature(factory: Callable[..., Any], name: str) -> str:
-  """The call of a factory with types and defaults, on one line or one parameter a line.
+  """Formats the call of a factory with types and defaults, on one line or one line per parameter.
 
-  Types are as the source writes them: an alias such as `Params` keeps its name.
+  Types are copied from the source, so an alias such as `Params` keeps its name.
   """
   written, kinds = annotations(factory), []
   parameters = []
@@ -175,7 +175,7 @@ def signature(factory: Callable[..., Any], name: str) -> str:
 
 
 def annotations(factory: Callable[..., Any]) -> dict[str, str]:
-  """The types of parameters, or of a class's fields, as the source writes them."""
+  """Returns the types of a function's parameters or a class's fields, copied from the source."""
   if inspect.isclass(factory):
     found: dict[str, str] = {}
     for cls in reversed(factory.__mro__):
@@ -205,7 +205,7 @@ def _definition(obj: Any) -> Any:
 
 
 def _plain(annotation: ast.expr | None) -> str:
-  """A type without the modules of its names and without quotes."""
+  """Formats a type without the modules of its names and without quotes."""
   text = ast.unparse(annotation) if annotation else ""
   text = re.sub(r"'([\w.\[\], |]+)'", r"\1", text)
   return re.sub(r"\b(?:[A-Za-z_]\w*\.)+(\w+)", r"\1", text)
@@ -221,7 +221,7 @@ def _parameter(parameter: inspect.Parameter, annotation: str) -> str:
 
 
 def linking(link: Link, doc: Docstring, obj: Any) -> Link:
-  """The same links, but for names that an object has itself: its parameters, fields and methods."""
+  """Wraps `link` so that an object's own parameters, fields and methods are not linked."""
   own_names = {name for name, _ in doc.args} | {*getattr(obj, "_fields", ())}
   own_names |= {*vars(obj)} if inspect.isclass(obj) else set()
   return lambda name: f"`{name}`" if name in own_names else link(name)

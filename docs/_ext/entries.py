@@ -1,7 +1,7 @@
 """Writes docs/catalogue/: one page per kind of registered name, from the code.
 
-Everything on these pages is read off the registry: signatures, docstrings, traits, refusals. The
-bytes are measured by the library's own wire accounting on the example of the entry.
+Signatures, docstrings, traits and rejected combinations are read from the registry. The bytes are
+measured by the library's own wire accounting, for the example of the entry.
 """
 
 import re
@@ -215,7 +215,7 @@ def _traffic(rows: list[dict[str, Any]]) -> str:
 
 
 def _not_served(aggregator: Aggregator) -> str:
-  """Says why a server's workers cannot push through an aggregator; '' if they can."""
+  """Returns why a server's workers cannot push through an aggregator; '' if they can."""
   try:
     method = data_parallel(optax.sgd(0.1), aggregator)
   except ValueError as error:
@@ -232,7 +232,7 @@ def _runs_on(why_not: str, axes: Any) -> str:
 
 
 def _refusals(factory: type[Wrapper]) -> list[str]:
-  """Lists what a wrapper rejects, read from its class."""
+  """Lists the traits that a wrapper rejects, read from its class."""
   if not factory.refuses or factory.refuses == Wrapper.refuses:
     return []
   rows = [[TRAITS[trait], _sentence(why)] for trait, why in factory.refuses.items()]

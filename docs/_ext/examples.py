@@ -1,4 +1,4 @@
-"""The example of each registered name, in the order of the catalogue; all of them are built."""
+"""The example of each registered name, in the order of the catalogue; all examples are built."""
 
 import functools
 from typing import Any
@@ -59,7 +59,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
 
 MOMENTUM = "sgd(0.1, momentum=0.9)"
 NESTEROV = "sgd(0.7, momentum=0.9, nesterov=True)"
-# Of names that need arguments, or are better shown with some; all others are name().
+# Examples of names that need arguments or are clearer with arguments; all others are NAME().
 _OWN: dict[str, str] = {
   "top_k": "top_k(0.01)",
   "random_k": "random_k(0.01)",
@@ -157,7 +157,7 @@ _OWN: dict[str, str] = {
 
 
 def of(kind: str, name: str) -> str:
-  """A spec of a name that builds."""
+  """Returns a valid spec that calls a name."""
   if (kind, name) == ("speeds", "exponential"):
     return "exponential(0.8, shift=0.2)"
   return _OWN.get(name, f"{name}()")
@@ -165,5 +165,5 @@ def of(kind: str, name: str) -> str:
 
 @functools.cache
 def built(kind: str, spec: str) -> Any:
-  """The object of an example; None for tasks, whose data need not be there."""
+  """Builds the object of an example; None for tasks, whose data may be missing."""
   return None if kind == "task" else registry.build(kind, spec)

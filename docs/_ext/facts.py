@@ -1,4 +1,4 @@
-"""What the library itself says of an object: payloads, traffic, and whether a server can run it."""
+"""Facts computed by the library for an entry: payload, traffic, and whether a server can run it."""
 
 import functools
 import itertools
@@ -34,7 +34,7 @@ class Array(NamedTuple):
 
 
 class Sent(NamedTuple):
-  """What one of eight workers sends in one exchange or round."""
+  """The traffic of one of eight workers in one exchange or round."""
 
   rows: list[dict[str, Any]]  # see `wire.table`
   total: float
@@ -42,7 +42,7 @@ class Sent(NamedTuple):
 
 
 def payload(compressor: Compressor) -> list[Array]:
-  """The arrays of a payload for a leaf of a million float32 elements."""
+  """Returns the arrays of a payload for a leaf of a million float32 elements."""
   key = jax.eval_shape(lambda: jax.random.key(0))
   found = jax.eval_shape(compressor.encode, LEAF, key, key)
   leaves = jax.tree_util.tree_leaves_with_path(found)
@@ -58,7 +58,7 @@ def payload(compressor: Compressor) -> list[Array]:
 
 
 def exchange(aggregator: Aggregator) -> Sent:
-  """The traffic of one exchange of a leaf of a million float32 elements."""
+  """Returns the traffic of one exchange of a leaf of a million float32 elements."""
 
   def one(tree: Any) -> Any:
     return aggregator.aggregate(tree, aggregator.init(tree), jax.random.key(0)).value
@@ -67,13 +67,13 @@ def exchange(aggregator: Aggregator) -> Sent:
 
 
 def rounds_of(method: Method) -> tuple[list[tuple[int, float]], Mapping[str, int]]:
-  """The bytes of each round of a model of a million parameters in four leaves.
+  """Counts the bytes of each round for a model of a million parameters in four leaves.
 
   Returns:
-    Stretches of rounds that send the same (number of rounds, bytes), and the worker axes.
+    Pairs (number of rounds, bytes), one per run of rounds with equal bytes, and the worker axes.
 
   Raises:
-    ValueError: if the traffic is drawn at random and not statically known.
+    ValueError: if the traffic is random, and therefore not statically known.
   """
 
   def one(state: Any, grads: Any) -> Any:
@@ -104,7 +104,7 @@ def _sent(program: Any, tree: Any) -> Sent:
 
 
 def _over(read: Callable[[Mapping[str, int]], Any]) -> tuple[Any, Mapping[str, int]]:
-  """What is read over eight workers, in slices where the axis `slice` is needed."""
+  """Reads traffic over eight workers, which form slices if the axis `slice` is needed."""
   try:
     return read(FLAT), FLAT
   except (NameError, ValueError) as error:
@@ -119,7 +119,7 @@ def _example() -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def not_served(method: Method) -> str:
-  """Why a server cannot run a method; '' if it can."""
+  """Returns why a server cannot run a method; '' if it can."""
   try:
     halves(method, _example())
   except ValueError as error:

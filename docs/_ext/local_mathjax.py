@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-_PACKAGE = "sphinx-mathjax-offline"  # of this name on disk, too: it cannot be imported by statement
+_PACKAGE = "sphinx-mathjax-offline"  # also the name on disk, so no statement can import it
 
 
 def _copy(app: Any, error: BaseException | None) -> None:

@@ -1,10 +1,10 @@
-"""Recursions as docstrings write them, in plain text, typeset as LaTeX.
+"""Converts the plain-text recursions of docstrings to LaTeX.
 
     x_{t+1} = x_t - eta 1/W sum_i grad f_i(x_t)     becomes
     x_{t+1} = x_{t} - \\eta\\, \\tfrac{1}{W} \\sum_{i} \\nabla f_{i}(x_{t})
 
-The translation is by tokens: it keeps their order and adds no meaning. Words of two letters and
-more are set upright.
+The conversion works token by token, keeps the order of the tokens and adds no meaning. Words of two
+or more letters are set upright.
 """
 
 import re
@@ -37,7 +37,7 @@ _SYMBOLS = {
   "{": "\\{",
   "}": "\\}",
 }
-# Names of two parts that are one parameter.
+# Parameters whose names have two parts.
 _NAMES = ("burn_in", "clip_norm", "Walsh-Hadamard", "-th", "'s")
 _TOKEN = re.compile(
   r"not in\b|burn_in|clip_norm|Walsh-Hadamard|-th\b|'s\b|\"\w+\""
@@ -47,7 +47,7 @@ _OPERATORS = ("=", "+", "-", "/", "<", ">", "<-", "<=", ">=", "+-", "=:", ":")
 
 
 def latex(block: str) -> str:
-  """A block of one or more lines as a displayed, left-aligned LaTeX array.
+  """Converts a block of one or more lines to a displayed, left-aligned LaTeX array.
 
   Args:
     block: lines of plain text; the indentation of continuation lines is kept.
@@ -68,7 +68,7 @@ def _row(line: str) -> str:
 
 
 def inline(text: str) -> str:
-  """One expression as LaTeX."""
+  """Converts one expression to LaTeX."""
   return _Reader(text).all()
 
 
@@ -84,7 +84,7 @@ class _Reader:
     return self.until(())
 
   def until(self, closing: tuple[str, ...]) -> str:
-    """Everything up to a closing token, which is consumed."""
+    """Reads everything up to a closing token, which is consumed."""
     parts: list[str] = []
     while self.place < len(self.tokens):
       token = self.take()
@@ -107,7 +107,7 @@ class _Reader:
     return self.tokens[place] if 0 <= place < len(self.tokens) else ""
 
   def space(self, parts: list[str]) -> str:
-    """A thin space between factors, a wide one beside words."""
+    """Returns a thin space between factors, or a wide space next to a word."""
     before, after = self.peek(-2), self.peek()
     if before in _OPERATORS or after in _OPERATORS:
       return " "
@@ -160,7 +160,7 @@ class _Reader:
     return False
 
   def script(self, mark: str, parts: list[str]) -> str:
-    """A subscript or superscript; a second subscript joins the first."""
+    """Reads a subscript or superscript; a second subscript joins the first."""
     body = self.body(mark)
     if mark == "_" and parts and parts[-1].startswith("_{"):
       return parts.pop()[:-1] + "," + body + "}"
@@ -194,7 +194,7 @@ class _Reader:
 
 
 def _in_text(reader: _Reader) -> bool:
-  """Whether the word "in" just read is English and not the sign of membership."""
+  """Whether the word "in" that was just read is English, not the sign of membership."""
   return reader.peek(-3) == "is" or reader.peek(1) in ("the", "place")
 
 

@@ -1,4 +1,4 @@
-"""Writing generated pages: files that change only when their text does, and Markdown tables."""
+"""Writes generated pages, whose files change only when their text does, and Markdown tables."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ ROOT = HERE.parent
 
 
 class Writer:
-  """Writes the pages of one folder; unchanged ones keep their time, so that builds are partial."""
+  """Writes the pages of one folder; unchanged pages keep their time stamp and are not rebuilt."""
 
   def __init__(self, folder: Path):
     self.folder = folder
@@ -17,7 +17,7 @@ class Writer:
     """Writes a page.
 
     Args:
-      name: its file name, without .md.
+      name: the page's file name, without .md.
       text: Markdown.
     """
     path = self.folder / f"{name}.md"
@@ -27,11 +27,11 @@ class Writer:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """A Markdown table; bars within cells must be escaped."""
+  """Formats a Markdown table; bars within cells must be escaped."""
   lines = [head, ["---"] * len(head), *rows]
   return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def number(value: float) -> str:
-  """A count with separators of thousands, and one digit after the point where it is no integer."""
+  """Formats a count with thousands separators, and with one decimal place if it is no integer."""
   return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}"

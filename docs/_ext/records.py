@@ -15,13 +15,13 @@ from sphinx.util.docutils import SphinxDirective
 
 
 class _Record(SphinxDirective, abc.ABC):
-  """Reads a JSON file below results/ and parses the Markdown that is made of it."""
+  """Reads a JSON file in results/, and parses the Markdown that is generated from it."""
 
   required_arguments = 1
 
   @abc.abstractmethod
   def markdown(self, record: dict[str, Any]) -> str:
-    """The record as Markdown."""
+    """Formats the record as Markdown."""
 
   def run(self) -> list[nodes.Node]:
     path = ROOT / "results" / self.arguments[0]
@@ -31,7 +31,7 @@ class _Record(SphinxDirective, abc.ABC):
 
 
 class Provenance(_Record):
-  """Commit, hardware, versions and command."""
+  """Shows the commit, hardware, versions and command."""
 
   def markdown(self, record: dict[str, Any]) -> str:
     environment = record.get("environment") or record.get("env") or record
@@ -43,7 +43,7 @@ class Provenance(_Record):
 
 
 class GpuRuns(_Record):
-  """The runs on a GPU."""
+  """Shows the runs on a GPU."""
 
   def markdown(self, record: dict[str, Any]) -> str:
     rows = []
@@ -63,7 +63,7 @@ class GpuRuns(_Record):
 
 
 class GpuCompressors(_Record):
-  """The compressors on a GPU: time, and equality of their payloads with the CPU's."""
+  """Shows compressors on a GPU: their time, and how many payload elements equal those on a CPU."""
 
   def markdown(self, record: dict[str, Any]) -> str:
     rows = [
@@ -80,7 +80,7 @@ class GpuCompressors(_Record):
 
 
 class Summary(_Record):
-  """The facts of a run's summary.json."""
+  """Shows the facts in a run's summary.json."""
 
   def markdown(self, record: dict[str, Any]) -> str:
     rows = [["method", f"`{record['method']}`"], ["steps", number(record["steps"])]]

@@ -1,4 +1,4 @@
-"""Writes docs/api/: the public names of `research`, its `hooks` and its `testing`, by room."""
+"""Writes docs/api/: the public names of `research`, `research.hooks` and `research.testing`."""
 
 import ast
 import dataclasses
@@ -17,7 +17,7 @@ import research
 from research import hooks, testing
 from research.core.builtin import TABLE
 
-# Page -> (title, introduction, rooms of the public names).
+# Page -> (title, introduction, parts of the library that define the public names).
 _PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
   "training": (
     "Training",
@@ -29,15 +29,15 @@ _PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "Interfaces and registry",
     "The interfaces of compressors, aggregators, methods and tasks, and the registry that turns "
     "specs into objects.\n\n"
-    "Signatures use these names: `Array` is a JAX array, `Key` a typed key of `jax.random.key`, "
-    "`Tree` a pytree of arrays; `Params` and `State` are trees. A `Batch` is a dictionary of "
-    "arrays `[examples, ...]`. `Axes` is a mesh axis or a sequence of them. A `Schedule` maps "
-    "a step to a value.",
+    "Signatures use these names: an `Array` is a JAX array, a `Key` is a typed key of "
+    "`jax.random.key`, and a `Tree` is a pytree of arrays; `Params` and `State` are trees. A "
+    "`Batch` is a dictionary of arrays `[examples, ...]`. `Axes` stands for a mesh axis or a "
+    "sequence of mesh axes. A `Schedule` maps a step to a value.",
     ("core",),
   ),
   "optax": (
-    "The optax face",
-    "Aggregators and methods as optax transformations, for a train step of your own inside "
+    "The optax interface",
+    "Aggregators and methods work as optax transformations in a train step of your own inside "
     "`shard_map(..., check_vma=False)`.",
     ("optim", "parallel"),
   ),
@@ -47,7 +47,7 @@ _PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
   "topology": ("Topologies", "", ("comm",)),
   "models": ("Models", "", ("models",)),
 }
-PUBLIC: list[str] = vars(research)["__all__"]  # the stub beside it has no such list
+PUBLIC: list[str] = vars(research)["__all__"]  # the stub file has no such list
 _FIRST = ("train", "Result", "supervised", "build", "register", "Default", "Compressor")
 
 
@@ -64,7 +64,7 @@ def generate() -> None:
 
 
 def names_of(rooms: tuple[str, ...]) -> list[str]:
-  """The public names that are defined in some rooms of the library."""
+  """Returns the public names that are defined in some parts of the library."""
   modules = vars(research)["_MODULES"]
   found = [name for name, module in modules.items() if module.split(".")[1] in rooms]
   return sorted(found, key=lambda name: (name not in _FIRST, name.islower(), name.lower()))
@@ -76,7 +76,7 @@ def _page(title: str, intro: str, names: list[str]) -> str:
 
 
 def link(name: str) -> str:
-  """A name in backticks, as a reference to its entry here."""
+  """Formats a name in backticks as a reference to its entry on these pages."""
   if name in PUBLIC:
     return f"{{py:obj}}`research.{name}`"
   return f"`{name}`"
@@ -87,7 +87,7 @@ def _code(name: str) -> str:
 
 
 def _entry(module: Any, name: str, home: str) -> str:
-  """A heading, which the table of contents shows, and the directive of one name."""
+  """Formats the heading of a name, which the table of contents shows, and its directive."""
   obj = getattr(module, name)
   kind = next((kind for kind in TABLE if name in TABLE[kind]), "")
   is_value = not (inspect.isclass(obj) or inspect.isroutine(obj))
@@ -122,7 +122,7 @@ def _body(name: str, obj: Any, kind: str, depth: int) -> str:
     return f"`{obj!r}`"
   doc = docstrings.parse(obj)
   linked = docstrings.linking(link, doc, obj)
-  if kind:  # the catalogue has the rest
+  if kind:  # the catalogue contains the full docstring
     summary = docstrings.markdown(doc._replace(body=doc.body[:1]), linked, True)
     parts = [summary, f"In the catalogue: {entries.link(name, '../catalogue/')}."]
   else:
@@ -149,7 +149,7 @@ def _fields(doc: docstrings.Docstring, link: docstrings.Link) -> list[str]:
 
 
 def _members(cls: type) -> list[str]:
-  """Fields with their comments, members of an enumeration, methods and properties."""
+  """Lists fields with their comments, members of an enumeration, methods and properties."""
   fields = getattr(cls, "_fields", ())
   names = list(cls.__members__) if issubclass(cls, enum.Enum) else fields
   if names:
@@ -170,13 +170,13 @@ def _members(cls: type) -> list[str]:
 
 
 def _field(annotation: str | None, comment: str | None) -> str:
-  """The type of a field and the comment beside it in the source."""
+  """Formats the type of a field and the comment next to it in the source."""
   parts = [f"`{annotation}`"] if annotation else []
   return "; ".join([*parts, *([docstrings.escaped(comment)] if comment else [])])
 
 
 def _comments(cls: type) -> dict[str, str]:
-  """The comment behind, or else above, each field in the source of a class."""
+  """Returns the comment on each field of a class: on the same line, or else above it."""
   source = textwrap.dedent(inspect.getsource(cls))
   notes = {
     token.start[0]: token.string.lstrip("# ")

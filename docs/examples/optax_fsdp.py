@@ -2,8 +2,8 @@
 
     JAX_NUM_CPU_DEVICES=8 python docs/examples/optax_fsdp.py
 
-Two replicas of four devices each. The aggregator communicates over the axis "replica", in 8 bits.
-The axis "fsdp" is left to `jax.jit`, which shards parameters, gradients and optimizer state.
+There are two replicas of four devices each. The aggregator exchanges 8-bit gradients over the axis
+"replica". On the axis "fsdp", `jax.jit` shards parameters, gradients and optimizer state.
 """
 
 import jax

@@ -2,9 +2,8 @@
 
     JAX_NUM_CPU_DEVICES=8 python docs/examples/optax_nnx.py
 
-Eight workers take four local steps each between two exchanges; `as_optax` makes the whole method an
-optax optimizer.
-Every worker has its own model, so parameters have a leading worker axis.
+Eight workers take four local steps each between two exchanges. `as_optax` turns the whole method
+into an optax optimizer. Every worker has its own model, so parameters have a leading worker axis.
 """
 
 import jax

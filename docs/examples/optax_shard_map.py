@@ -2,8 +2,8 @@
 
     JAX_NUM_CPU_DEVICES=8 python docs/examples/optax_shard_map.py
 
-Eight workers on a mesh axis named "batch" fit a linear model. Gradients travel in 8 bits with error
-feedback. The memory of error feedback is private to each worker.
+Eight workers on a mesh axis named "batch" fit a linear model. Gradients are sent in 8 bits, with
+error feedback. The memory of error feedback is private to each worker.
 """
 
 import jax

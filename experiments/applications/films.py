@@ -1,7 +1,7 @@
-"""Film recommendation beside a peer library. An application of `bench.py`."""
+"""Film recommendation, compared with a peer library; an application in `bench.py`."""
 
 # pyright: reportMissingImports=false
-# Cornac is only in the extra `applications`.
+# Only the extra `applications` installs Cornac.
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ FOLDS = ("u1", "u2", "u3")
 
 
 def recommend(figure: Any) -> Rows:
-  """MovieLens 100K: folds, alternating least squares, private user factors, the cold start."""
+  """Measures folds, alternating least squares, private user factors and cold start on MovieLens."""
   rows, axes = [], figure.subplots(1, 2)
   als, mean = calls.movielens_als, calls.mean()
   cases: dict[str, tuple[Callable[[str], Call], Call, dict[str, Any]]] = {
@@ -61,12 +61,12 @@ def recommend(figure: Any) -> Rows:
 
 
 def adam(rate: float, steps: int) -> Call:
-  """Data-parallel Adam with a cosine schedule."""
+  """Returns data-parallel Adam with a cosine schedule."""
   return calls.data_parallel(calls.adam(calls.cosine_decay_schedule(rate, steps)), calls.mean())
 
 
 def cornac() -> tuple[float, float] | None:
-  """Mean RMSE over the folds, and seconds to fit one, of Cornac's biased matrix factorization."""
+  """Measures Cornac's biased matrix factorization: mean RMSE over the folds, seconds per fit."""
   try:
     from cornac.data import Dataset
     from cornac.models import MF
@@ -83,7 +83,7 @@ def cornac() -> tuple[float, float] | None:
     start = time.perf_counter()
     model.fit(data)
     seconds.append(time.perf_counter() - start)
-    # users and items that are not in training have neither bias nor factors
+    # users and items without training ratings have neither bias nor factors
     pad = lambda table: np.concatenate([table, np.zeros((1, *table.shape[1:]), table.dtype)])
     user = np.array([data.uid_map.get(u, -1) for u in test.user.tolist()])
     item = np.array([data.iid_map.get(i, -1) for i in test.item.tolist()])

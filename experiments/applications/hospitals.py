@@ -1,4 +1,4 @@
-"""Medicine over hospitals: pooled, federated, noisy and alone. An application of `bench.py`."""
+"""Medicine in several hospitals: pooled, federated, noisy, alone; an application in `bench.py`."""
 
 from typing import Any
 
@@ -7,11 +7,11 @@ import numpy as np
 from experiments.applications.measured import Rows, row, run
 from research.core.spec import Call, calls
 
-SPLITS = 5  # into training and test patients; results are means over them
+SPLITS = 5  # number of splits into training and test patients; results are means over the splits
 
 
 def medicine(figure: Any) -> Rows:
-  """Five hospitals: pooled, federated, private, masked, and each alone."""
+  """Measures five hospitals: pooled, federated, private, masked, and each alone."""
   rows, axes = [], figure.subplots(1, 2)
   cases = (("breast_cancer", "auc"), ("diabetes", "rmse"))
   for axis, (task, metric) in zip(axes, cases, strict=True):

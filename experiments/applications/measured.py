@@ -1,4 +1,4 @@
-"""Shared by the applications' measurements: a run, and a row of a result."""
+"""What all applications share: running a task, and formatting a row of a result."""
 
 import sys
 import tempfile
@@ -12,7 +12,7 @@ STEADY: dict[str, Any] = {"check_every": 0, "checkpoint_every": 0, "eval_every":
 
 
 def power(aggregator: Call) -> Call:
-  """The method that iterates a fixed point's map: one step of size 1 along x - T(x)."""
+  """Returns the method that iterates a map T: steps of size 1 along x - T(x)."""
   return calls.data_parallel(calls.sgd(1.0), aggregator)
 
 
@@ -28,7 +28,7 @@ def run(task: Call, method: Call, **flags_: Any) -> tuple[dict[str, Any], Rows]:
 
 
 def row(what: str, value: float, peer: str = "", of_peer: float | None = None, **more: Any) -> dict:
-  """A row of the result: a measured value, and a reference value."""
+  """Returns a row of the result: a measured value, and a reference value."""
   found = {"what": what, "value": float(value), "beside": peer, "peer": of_peer, **more}
   print(found, file=sys.stderr, flush=True)
   return found

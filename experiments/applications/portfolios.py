@@ -1,4 +1,4 @@
-"""Finance beside published values and a linear program. An application of `bench.py`."""
+"""Finance compared with published values and a linear program, for `bench.py`."""
 
 import time
 from typing import Any
@@ -13,7 +13,7 @@ DESCENT = calls.data_parallel(calls.sgd(1.0, momentum=0.9, nesterov=True), calls
 
 
 def finance(figure: Any) -> Rows:
-  """The published frontier; CVaR against a linear program, and with 10^7 scenarios."""
+  """Measures frontiers against published ones, and CVaR against a linear program."""
   import resource
 
   from research.tasks.finance import cvar, frontier
@@ -47,7 +47,7 @@ def finance(figure: Any) -> Rows:
 
 
 def linear_program(x: np.ndarray, level: float) -> float:
-  """The minimum CVaR of weights on the simplex, in percent, of scenarios [S, n], by HiGHS."""
+  """Computes the minimum CVaR in percent over weights on the simplex, for scenarios [S, n]."""
   from scipy import optimize
 
   count, assets = x.shape

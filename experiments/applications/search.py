@@ -1,7 +1,7 @@
-"""Search beside its peers: PageRank, learning to rank, BM25. An application of `bench.py`."""
+"""PageRank, learning to rank and BM25, compared with peers; an application in `bench.py`."""
 
 # pyright: reportMissingImports=false
-# LightGBM is only in the extra `applications`.
+# Only the extra `applications` installs LightGBM.
 import time
 from typing import Any
 
@@ -12,7 +12,7 @@ from research.core.spec import calls
 
 
 def pagerank(axes: Any) -> Rows:
-  """wiki-Vote to 1e-14, exact and compressed; a graph of 10^7 edges against SciPy's product."""
+  """Measures PageRank: wiki-Vote, exact and compressed, and a graph of 10^7 edges against SciPy."""
   from scipy import sparse
 
   from research.tasks.search import graphs
@@ -56,7 +56,7 @@ def pagerank(axes: Any) -> Rows:
 
 
 def search(figure: Any) -> Rows:
-  """PageRank, learning to rank beside LightGBM, and BM25."""
+  """Measures PageRank, learning to rank compared with LightGBM, and BM25."""
   axes = figure.subplots(1, 2)
   rows = pagerank(axes)
   axes[0].set(title="PageRank of wiki-Vote", xlabel="iteration", ylabel="L1 of the residual")
@@ -92,7 +92,7 @@ def search(figure: Any) -> Rows:
 
 
 def lightgbm() -> float | None:
-  """NDCG@10 of LightGBM's ranker with the settings of its example."""
+  """Measures NDCG@10 of LightGBM's ranker with the settings of its example."""
   try:
     import lightgbm as peer
   except ImportError:

@@ -1,7 +1,7 @@
-"""The suite `applications` of bench.py: search, finance, medicine and others beside peers.
+"""The suite `applications` of bench.py: search, finance, medicine, recommendation, molecules.
 
-Writes OUT/CASE/result.json (rows with commit and hardware), table.md and figure.png. Needs the data
-files and, for comparisons with peer libraries, `pip install -e ".[applications]"`.
+The suite writes OUT/CASE/result.json (rows with commit and hardware), table.md and figure.png. The
+data files are required; comparisons with peer libraries need `pip install -e ".[applications]"`.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ CASES: dict[str, Callable[[Any], Rows]] = {
 
 
 def measure(case: str, folder: Path) -> None:
-  """Measures a case and writes its result, table and figure into a folder."""
+  """Measures an application, and writes its result, table and figure into a folder."""
   from matplotlib.figure import Figure
 
   from research.training import folder as folders

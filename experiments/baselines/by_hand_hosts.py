@@ -1,11 +1,11 @@
-"""Minimal hand-written JAX programs for several hosts: the baselines of bench.py's suite hosts.
+"""Minimal hand-written JAX programs for several hosts: baselines for the suite hosts of bench.py.
 
     python experiments/baselines/by_hand_hosts.py dense 200 16
 
-A launcher starts one process per host; the arguments are METHOD, steps, and steps per dispatch. A
-perceptron 784-1024-1024-10 is trained on MNIST, with 64 images per host drawn with replacement and
-SGD at 0.1. Process 0 prints a JSON line: milliseconds per step of each dispatch except the first
-two, and the last loss.
+A launcher starts one process per host. The arguments are METHOD, steps, and steps per dispatch. The
+program trains a perceptron 784-1024-1024-10 on MNIST by SGD with a learning rate of 0.1. Each host
+draws 64 images per step with replacement. Process 0 prints a JSON line: the milliseconds per step
+of each dispatch except the first two, and the last loss.
 """
 
 import json
@@ -49,7 +49,7 @@ def descend(params: Any, grads: Any) -> Any:
 
 
 def dense(params: Any) -> tuple[Any, Step]:
-  """The mean of the gradients."""
+  """Averages the gradients."""
 
   def step(params, x, y):
     value, grads = jax.value_and_grad(loss)(params, x, y)
@@ -59,7 +59,7 @@ def dense(params: Any) -> tuple[Any, Step]:
 
 
 def int8(params: Any) -> tuple[Any, Step]:
-  """Sends gradient parts as int8 by groups to their owners, which return the means."""
+  """Sends each part of the gradient as grouped int8 to one worker, which returns the mean."""
   flat, unravel = ravel_pytree(params)
   count = jax.device_count()
   size = -(-flat.size // (count * GROUP)) * count * GROUP
@@ -90,7 +90,7 @@ def int8(params: Any) -> tuple[Any, Step]:
 
 
 def top_k(params: Any) -> tuple[Any, Step]:
-  """Sends the largest hundredth of each leaf with positions, and keeps the rest in a memory."""
+  """Sends the largest hundredth of each leaf with its positions; keeps the rest in a memory."""
 
   def exchange(x):
     flat = x.reshape(-1)
@@ -111,7 +111,7 @@ def top_k(params: Any) -> tuple[Any, Step]:
 
 
 def power_sgd(params: Any) -> tuple[Any, Step]:
-  """Rank 4 of each matrix, with two messages in total; biases are sent with the first."""
+  """Sends rank-4 factors of all matrices in two messages; the biases are part of the first one."""
   start = lambda i, w: jax.random.normal(jax.random.key(i), (w.shape[1], RANK))
   starts = [start(i, w) for i, (w, _) in enumerate(params)]
 
@@ -135,7 +135,7 @@ def power_sgd(params: Any) -> tuple[Any, Step]:
 
 
 def local(params: Any) -> tuple[Any, Step]:
-  """Local steps; averages the models after every eighth."""
+  """Takes local steps, and averages the models after every eighth step."""
 
   def step(state, x, y):
     params, number = state
@@ -151,7 +151,7 @@ METHODS = {"dense": dense, "int8": int8, "top_k": top_k, "power_sgd": power_sgd,
 
 
 def main(method: str, steps: int, dispatch: int) -> None:
-  """Trains, and prints the timings."""
+  """Trains the model, and prints the timings."""
   count, number = (int(os.environ[f"JAX_{name}"]) for name in ("NUM_PROCESSES", "PROCESS_ID"))
   jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], count, number)
   mesh = Mesh(np.asarray(jax.devices()), ("data",))

@@ -1,8 +1,8 @@
-"""A hand-written language model in plain JAX: the transformer's baseline of bench.py.
+"""A hand-written language model in plain JAX, the baseline of bench.py for the transformer.
 
-The shape is that of `transformer('tiny')`: RMSNorm, rotary positions, SwiGLU, a head that shares
-the embedding, products in bfloat16, norms, softmaxes and logits in float32. Windows are drawn with
-replacement, as in `by_hand.py`.
+The model has the shape of `transformer('tiny')`: RMSNorm, rotary positions, SwiGLU, and a head that
+shares the embedding. Matrix products are computed in bfloat16, and norms, softmaxes and logits in
+float32. Windows are drawn with replacement, as in `by_hand.py`.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ LAYERS, WIDTH, HEADS, HIDDEN, VOCABULARY, CONTEXT = 4, 128, 4, 352, 65, 128
 
 
 def transformer(config: dict[str, Any]) -> Callable[[int], None]:
-  """AdamW steps of one worker on windows of a text."""
+  """Takes AdamW steps of one worker on windows of a text."""
   rows, batch = jnp.asarray(load(config)["x"][0]), int(config["batch_size"])  # [N / T, 2T]
   schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, 100, 5000, 1.5e-4)
   adamw = optax.adamw(schedule, b2=0.99, weight_decay=0.1)
@@ -44,7 +44,7 @@ def transformer(config: dict[str, Any]) -> Callable[[int], None]:
 
 
 def init(key: jax.Array) -> dict[str, Any]:
-  """float32 parameters, one entry per layer."""
+  """Returns float32 parameters, with one entry per layer."""
   keys = iter(jax.random.split(key, 1 + 7 * LAYERS))
   normal = lambda *shape: 0.02 * jax.random.normal(next(keys), shape)
   small = lambda *shape: normal(*shape) / (2 * LAYERS) ** 0.5
@@ -62,7 +62,7 @@ def init(key: jax.Array) -> dict[str, Any]:
 
 
 def loss(params: dict[str, Any], window: jax.Array) -> jax.Array:
-  """Nats per token of windows [b, T + 1]."""
+  """Computes the nats per token of windows [b, T + 1]."""
   embedding = params["embedding"]
   x = embedding[window[:, :-1]].astype(jnp.bfloat16)
   for layer in params["layers"]:

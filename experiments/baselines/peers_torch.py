@@ -1,15 +1,15 @@
-"""PyTorch's DistributedDataParallel between hosts: the common practice that we compare with.
+"""PyTorch's DistributedDataParallel between hosts, with which bench.py compares this library.
 
     python experiments/baselines/peers_torch.py dense 200 16
 
-A launcher starts one process per host, with the extra `peers`. The arguments are METHOD, steps,
-steps per timing, and optionally a test accuracy at which to stop; its evaluation is not timed. The
-perceptron, data, batch and rate are those of `by_hand_hosts.py`. The output is the same too, plus
-the number of steps.
+A launcher starts one process per host. The extra `peers` installs PyTorch. The arguments are
+METHOD, steps, steps per timing, and optionally a test accuracy at which to stop; evaluations are
+not timed. The perceptron, data, batch and rate are those of `by_hand_hosts.py`. The output also
+contains the number of steps.
 """
 
 # pyright: reportMissingImports=false
-# PyTorch is only in the extra `peers`.
+# Only the extra `peers` installs PyTorch.
 import json
 import os
 import sys
@@ -29,7 +29,7 @@ RATE, BATCH, PERIOD, RANK = 0.1, 64, 8, 4
 
 
 def model_of(method: str) -> tuple[DistributedDataParallel, averagers.PeriodicModelAverager | None]:
-  """The perceptron under DDP, and the averager of models for methods with local steps."""
+  """Returns the perceptron under DDP, and the model averager of methods with local steps."""
   layers = [nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10)]
   megabytes = 100 if method == "power_sgd" else 25  # PowerSGD needs one bucket
   model = DistributedDataParallel(nn.Sequential(*layers), bucket_cap_mb=megabytes)
@@ -48,7 +48,7 @@ def model_of(method: str) -> tuple[DistributedDataParallel, averagers.PeriodicMo
 
 
 def main(method: str, steps: int, dispatch: int, target: float | None = None) -> None:
-  """Trains, and prints the timings."""
+  """Trains the model, and prints the timings."""
   torch.set_num_threads(1)
   torch.manual_seed(0)
   place = f"tcp://{os.environ['JAX_COORDINATOR_ADDRESS']}"

@@ -1,7 +1,7 @@
-"""Benchmarks compressors: encode and decode against a memory copy.
+"""Benchmarks compressors: encode and decode compared with a memory copy.
 
-Runs on one device of the default backend. `experiments/bench.py --cases=compress` runs it and
-writes the table.
+The benchmark runs on one device of the default backend. `experiments/bench.py --cases=compress`
+runs this benchmark and writes the table.
 """
 
 import math
@@ -24,22 +24,22 @@ COMPRESSORS = (
   "random_k(0.01)",
 )
 LEAF = 2**24  # float32 elements: 64 MiB
-LEAST_SECONDS = 0.02  # minimum of one timing; shorter work is repeated within it
+LEAST_SECONDS = 0.02  # minimum duration of one timing; shorter work is repeated
 
 
 class Timed(NamedTuple):
   """A compiled function that runs repeatedly, each result overwriting the previous one."""
 
   seconds: Callable[[], float]  # measures one call
-  result: Any  # the first one
-  sorted: int  # elements of the largest array that it sorts
+  result: Any  # the first result
+  sorted: int  # number of elements of the largest array that the function sorts
 
 
 def timed(function: Callable[..., Any], *args: Any) -> Timed:
   """Compiles a function and runs it once.
 
-  The previous result is donated, so that no call waits for the system to allocate fresh pages,
-  which dominates a copy of 64 MiB on a CPU.
+  The previous result is donated, so that no call waits for the system to allocate fresh pages. On a
+  CPU, this wait would dominate a copy of 64 MiB.
 
   Args:
     function: a function of arrays.
@@ -66,13 +66,14 @@ def timed(function: Callable[..., Any], *args: Any) -> Timed:
 
 
 def compress(repeats: int) -> list[dict[str, Any]]:
-  """Times each compressor on a 64 MiB leaf of normal values, in turn with `jnp.copy` of it.
+  """Times each compressor on a 64 MiB leaf of normal values, in turn with `jnp.copy` of the leaf.
 
   A row's `encode_bandwidth` is encode's rate in bytes per second, divided by the copy's rate.
-  Encode counts as moving the leaf and the payload once each, the copy as moving the leaf twice.
+  Encoding counts as moving the leaf once and the payload once; copying counts as moving the leaf
+  twice.
 
   Args:
-    repeats: the number of turns that are counted.
+    repeats: the number of measured turns.
   """
   import jax
   import jax.numpy as jnp
@@ -109,7 +110,7 @@ def _against_copy(copied: list[float], encoded: list[float], decoded: list[float
 
 
 def compress_table(rows: list[dict[str, Any]]) -> list[str]:
-  """The Markdown table of compressors against a copy."""
+  """Formats the Markdown table that compares compressors with a copy."""
   device, copied = rows[0]["device"], statistics.median(row["copy_ms"] for row in rows)
   lines = [
     f"\nEncode and decode of 64 MiB of float32 on {device}, as ratio to `jnp.copy` of them "

@@ -1,6 +1,6 @@
 """Fault tolerance of a job between hosts: random kills, compared with an undisturbed run.
 
-This is the suite faults of bench.py. Hosts are network namespaces (launch/netlab.py).
+This is the suite faults of bench.py. The hosts are network namespaces (launch/netlab.py).
 """
 
 import json
@@ -15,13 +15,13 @@ from research.core.spec import calls
 
 
 def faults(hosts: int, kills: int, every: float, steps: int) -> dict[str, Any]:
-  """Kills random hosts' processes at random times in a run, and compares it with an unbroken run.
+  """Kills processes of random hosts at random times, and compares the run with an undisturbed one.
 
   Args:
     hosts: the number of hosts.
     kills: the number of processes to kill.
     every: mean seconds between kills.
-    steps: the number of steps; must be enough to outlast the kills.
+    steps: the number of steps; the run must last longer than the kills.
   """
   sgd = calls.sgd(calls.cosine_decay_schedule(0.1, steps), momentum=0.9)
   link = calls.error_feedback(calls.two_phase(calls.int8()))
@@ -61,12 +61,12 @@ def _params(out: Path) -> str:
 
 
 def _steps(out: Path) -> list[int]:
-  """The steps of the rows of metrics."""
+  """Reads the steps of the rows of metrics."""
   return [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def _disturbed(command: list[str], out: Path) -> dict[str, Any]:
-  """Follows a run whose processes are killed; counts kills, restarts and losses of progress.
+  """Watches a run whose processes are killed; counts kills, restarts and losses of progress.
 
   Raises:
     RuntimeError: if the run failed.
@@ -95,20 +95,20 @@ def _disturbed(command: list[str], out: Path) -> dict[str, Any]:
 
 
 def _whole(folder: Path) -> Iterator[int]:
-  """Steps of the checkpoints that are complete at this moment."""
+  """Yields the steps of the checkpoints that are complete at this moment."""
   for path in folder.glob("*/files.json"):
     if path.parent.name.isdecimal():
       yield int(path.parent.name)
 
 
 def _namespaces() -> int:
-  """Number of network namespaces on this machine."""
+  """Counts the network namespaces on this machine."""
   line = ["lsns", "--type", "net", "--noheadings"]
   return len(subprocess.run(line, capture_output=True, text=True, check=True).stdout.splitlines())
 
 
 def processes(word: str) -> int:
-  """Number of processes whose command line contains a word."""
+  """Counts the processes whose command line contains a word."""
   found = 0
   for path in Path("/proc").glob("[0-9]*/cmdline"):
     try:
@@ -119,7 +119,7 @@ def processes(word: str) -> int:
 
 
 def faults_table(found: dict[str, Any]) -> list[str]:
-  """The Markdown table of what a run has survived."""
+  """Formats the Markdown table of kills, restarts and their effect on a run."""
   names = ("hosts", "steps", "kills", "restarts", "resumed", "same_params", "same_rows")
   names = (*names, "resumed_before_the_last_checkpoint", "processes_left", "namespaces_left")
   shown = lambda value: (

@@ -1,6 +1,6 @@
-"""Traffic between hosts of one machine: predicted bytes against the kernel's counters.
+"""Traffic between hosts of one machine: predicted bytes compared with the kernel's counters.
 
-This is the suite wire of bench.py, with helpers for the related suites. Hosts are network
+This is the suite wire of bench.py, with helpers for the related suites. The hosts are network
 namespaces (launch/netlab.py).
 """
 
@@ -29,7 +29,7 @@ METHODS = {
   "local_sgd(8)": "local_sgd(sgd(0.1), mean(), period=8)",
   "ring gossip": "d_psgd(sgd(0.1), gossip(ring()))",
 }
-DISPATCH = 16  # steps
+DISPATCH = 16  # steps per dispatch
 
 
 def flags_of(config: dict[str, Any]) -> list[str]:
@@ -37,7 +37,7 @@ def flags_of(config: dict[str, Any]) -> list[str]:
 
 
 def netlab(hosts: int, launcher: Sequence[str], line: Sequence[str], *before: str) -> list[str]:
-  """The command line that runs `line`, a program of experiments/ with its flags, on hosts."""
+  """Returns the command that runs `line`, a program of experiments/ with its flags, on hosts."""
   program, *arguments = line
   command = [*before, "python", str(ROOT / "experiments" / program), *arguments]
   lab = [sys.executable, str(ROOT / "launch" / "netlab.py"), f"--hosts={hosts}", *launcher]
@@ -59,7 +59,7 @@ def run(line: Sequence[str]) -> str:
 
 @contextlib.contextmanager
 def ended(process: subprocess.Popen) -> Iterator[None]:
-  """Terminates a launcher if the block raises."""
+  """Context that terminates a launcher if the block raises an exception."""
   try:
     yield
   except BaseException:
@@ -69,12 +69,12 @@ def ended(process: subprocess.Popen) -> Iterator[None]:
 
 
 def tell(line: str) -> None:
-  """Reports the progress of a long measurement."""
+  """Prints the progress of a long measurement."""
   print(line, file=sys.stderr, flush=True)
 
 
 def wire(counts: Sequence[int]) -> list[dict[str, Any]]:
-  """Bytes that a host sends per step: traced, compiled for a CPU, and counted by the kernel."""
+  """Counts the bytes that a host sends per step: traced, compiled for a CPU, and by the kernel."""
   return [_bytes(hosts, name) for hosts, name in itertools.product(counts, METHODS)]
 
 
@@ -113,7 +113,7 @@ def _bytes(hosts: int, name: str) -> dict[str, Any]:
 
 
 def compiled(config: Config) -> tuple[float, str]:
-  """Bytes per step and worker in the CPU program, and which dtypes it widens."""
+  """Returns the bytes per step and worker in the CPU program, and the dtypes that it widens."""
   import jax
 
   from research.analysis import compiled, wire
@@ -134,7 +134,7 @@ def compiled(config: Config) -> tuple[float, str]:
 
 
 def wire_table(rows: list[dict[str, Any]]) -> list[str]:
-  """The Markdown table of the kernel's counts beside the prediction."""
+  """Formats the Markdown table of the kernel's counts next to the prediction."""
   lines = [
     "| method | hosts | bytes per step and host, as traced | as compiled for a CPU | as the kernel "
     "counts, without headers | deviation | |"

@@ -1,6 +1,6 @@
 """The training loop and hand-written loops of the same mathematics, timed in turn.
 
-`experiments/bench.py` runs them and writes the table.
+`experiments/bench.py` runs these pairs of loops and writes the table.
 """
 
 import contextlib
@@ -16,15 +16,15 @@ from research.training.config import Config
 
 
 class Case(NamedTuple):
-  """A pair: the loop's flags, and the factory of a hand-written `advance(steps)`."""
+  """A pair of loops: the flags of ours, and the factory of a hand-written `advance(steps)`."""
 
   flags: dict[str, Any]
   by_hand: Callable[[dict[str, Any]], Callable[[int], None]]
-  tokens: int = 0  # per step, for a language model
+  tokens: int = 0  # tokens per step of a language model
 
 
 def transformer(config: dict[str, Any]) -> Callable[[int], None]:
-  """The loop of `by_hand_transformer.py`, imported late since it imports JAX."""
+  """Returns the loop of `by_hand_transformer.py`, imported late because that module imports JAX."""
   from experiments.baselines import by_hand_transformer
 
   return by_hand_transformer.transformer(config)
@@ -127,7 +127,7 @@ def compare(name: str, repeats: int) -> dict[str, Any]:
 
 
 def pairs_table(rows: list[dict[str, Any]]) -> list[str]:
-  """The Markdown table of the loop against hand-written loops."""
+  """Formats the Markdown table that compares the loop with hand-written loops."""
   lines = ["| case | loop, steps/s | by hand, steps/s | ratio (median) | ratios |"]
   lines.append("|---|---|---|---|---|")
   for row in rows:

@@ -1,7 +1,7 @@
-"""Benchmarks rounds: PowerSGD against dense, map against vmap, few clients of a large population.
+"""Benchmarks rounds: PowerSGD and dense steps, map and vmap, few clients of a large population.
 
-Runs on the available devices. `experiments/bench.py` with
-`--cases=power_sgd,local_phase,diagnostics,population` runs them and writes the tables.
+The benchmarks run on the available devices. `experiments/bench.py` with
+`--cases=power_sgd,local_phase,diagnostics,population` runs these benchmarks and writes the tables.
 """
 
 import statistics
@@ -26,10 +26,10 @@ MEASURED = (
 
 
 def power_sgd(repeats: int) -> list[dict[str, Any]]:
-  """Times a step with error feedback around PowerSGD of rank 4 against a dense one, per executor.
+  """Times a step with error feedback around PowerSGD of rank 4, and a dense step, per executor.
 
-  One worker trains an MLP of 1.9 million parameters on random images of MNIST's number and shape,
-  with `STEPS` steps per dispatch.
+  One worker trains an MLP of 1.9 million parameters, with `STEPS` steps per dispatch, on random
+  images whose number and shape are those of MNIST.
   """
   from research.parallel.simulate import simulate
   from research.parallel.spmd import spmd
@@ -55,7 +55,7 @@ def power_sgd(repeats: int) -> list[dict[str, Any]]:
 
 
 def local_phase(repeats: int) -> list[dict[str, Any]]:
-  """Times a round of ten simulated workers, 20 steps of 10 images each: map against vmap."""
+  """Times a round of ten simulated workers, 20 steps of 10 images each, under map and vmap."""
   from research.parallel.simulate import simulate
 
   rows = []
@@ -79,7 +79,7 @@ def local_phase(repeats: int) -> list[dict[str, Any]]:
 
 
 def diagnostics(repeats: int) -> list[dict[str, Any]]:
-  """Times dispatches of digits with a row every ten steps, with and without diagnostics in turn."""
+  """Times dispatches of digits with a row every ten steps, with and without diagnostics."""
   import jax
 
   from research.training.assemble import assemble, check
@@ -102,13 +102,13 @@ def diagnostics(repeats: int) -> list[dict[str, Any]]:
 
 
 def _advanced(run: Any) -> Any:
-  """The metrics of the next dispatch of 100 steps."""
+  """Runs the next dispatch of 100 steps; returns its metrics."""
   run.advance(run.step + 100)
   return run.metrics
 
 
 def diagnostics_table(rows: list[dict[str, Any]]) -> list[str]:
-  """What diagnostics cost, in Markdown."""
+  """Formats the cost of diagnostics in Markdown."""
   lines = ["| method | a step without, us | with, times (median) | best of each | ratios |"]
   lines.append("|---|---|---|---|---|")
   for row in rows:
@@ -118,7 +118,7 @@ def diagnostics_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def population(repeats: int) -> dict[str, Any]:
-  """Times a SCAFFOLD round with 10 of 10,000 clients against 10 of 100, six images per client."""
+  """Times SCAFFOLD rounds with 10 of 10,000 clients and with 10 of 100, six images per client."""
   from research.parallel.simulate import simulate
 
   of = lambda clients: _rounds(
@@ -148,7 +148,7 @@ def _bytes_of(task) -> int:
 
 
 def _images(hidden: Sequence[int] = HIDDEN, count: int = 60_000):
-  """A perceptron's task on random images and labels."""
+  """Returns a perceptron's task on random images and labels."""
   from research.models.classic import linear, mlp
   from research.tasks.supervised import supervised
 
@@ -162,9 +162,9 @@ def _images(hidden: Sequence[int] = HIDDEN, count: int = 60_000):
 def _rounds(
   executor, task, job: dict[str, Any], *, workers: int, batch: int, rounds: int, owners: int = 0
 ) -> Callable[[], float]:
-  """Builds a function that runs a dispatch and returns its seconds per round; state carries over.
+  """Builds a function that runs the next dispatch and returns its seconds per round.
 
-  `job` has a method's spec and further fields of a Job.
+  `job` contains a method's spec and further fields of a Job.
   """
   import jax
 
@@ -191,7 +191,7 @@ def _rounds(
 
 
 def power_sgd_table(rows: list[dict[str, Any]]) -> list[str]:
-  """The Markdown table of steps with PowerSGD against dense ones."""
+  """Formats the Markdown table of steps with PowerSGD and of dense steps."""
   lines = [
     "\nA step with error_feedback(power_sgd(4)) against a dense one, MLP of 1.9 million "
     "parameters, batch 256, one worker:\n"
@@ -205,7 +205,7 @@ def power_sgd_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def local_phase_table(rows: list[dict[str, Any]]) -> list[str]:
-  """The Markdown table of map against vmap over workers."""
+  """Formats the Markdown table of map and vmap over workers."""
   lines = [
     "\nA round of ten simulated workers, 20 local steps on 10 images each, perceptrons of several "
     "sizes: workers one after the other (map) against all at once (vmap):\n"

@@ -1,4 +1,4 @@
-"""Speed between two hosts of one core each: ours, minimal hand-written JAX, PyTorch.
+"""Speed of this library, minimal hand-written JAX and PyTorch between two hosts of one core each.
 
 This is the suite hosts of bench.py.
 """
@@ -18,7 +18,7 @@ from experiments.benchmarks.hosts import METHODS, MODEL, ROOT, ended, flags_of, 
 from research.comm import counters
 from research.training.config import Config
 
-# Rates of the links, and the number of steps at each: fewer at 100 Mbit/s, where they take longer.
+# Rates of the links with the number of steps at each rate; steps at 100 Mbit/s take longer.
 RATES = {"": 160, "1gbit": 160, "100mbit": 64}
 SPEED_DISPATCH = 8
 PAIRS: dict[str, tuple[str, str | None, str | None]] = {  # ours, by hand, in PyTorch
@@ -32,7 +32,7 @@ PAIRS: dict[str, tuple[str, str | None, str | None]] = {  # ours, by hand, in Py
 
 
 def speed(methods: Sequence[str], repeats: int, has_torch: bool) -> list[dict[str, Any]]:
-  """Milliseconds per step between two hosts of one core each, all programs measured in turn."""
+  """Measures milliseconds per step between two hosts of one core each, for all programs in turn."""
   return [
     _speed(method, rate, repeats, has_torch) for rate, method in itertools.product(RATES, methods)
   ]
@@ -63,7 +63,7 @@ def _speed(method: str, rate: str, repeats: int, has_torch: bool) -> dict[str, A
 
 
 def _ticks() -> list[int]:
-  """CPU ticks since boot, from Linux; the eighth entry is time stolen by the hypervisor."""
+  """Reads the CPU ticks since boot from Linux; entry eight is the time stolen by the hypervisor."""
   return [int(ticks) for ticks in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
 
 
@@ -72,14 +72,14 @@ def _shaped(rate: str, folder: str) -> list[str]:
 
 
 def _of_loop(spec: str, rate: str) -> list[float]:
-  """Milliseconds per step of each dispatch of the loop, except the first two."""
+  """Measures milliseconds per step for each dispatch of the loop, except the first two."""
   config = _config(spec, RATES[rate])
   with tempfile.TemporaryDirectory() as folder:
     out = Path(folder) / "run"
     line = ["run.py", *flags_of(config | {"out": out})]
     run(netlab(2, _shaped(rate, folder), line, "env", "-u", counters.PLACES))  # counting takes time
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-  at = [row["seconds"] for row in rows[1:-1]]  # evaluation comes before the last row
+  at = [row["seconds"] for row in rows[1:-1]]  # the evaluation precedes the last row
   return [1000 * (b - a) / SPEED_DISPATCH for a, b in itertools.pairwise(at)]
 
 
@@ -100,13 +100,13 @@ def _of_program(line: Sequence[str], rate: str) -> dict[str, Any]:
 # ---- time to a target, and to the first step
 
 
-TARGET = 0.95  # of MNIST's test images
-MOST = 800  # steps, within which every method reaches the target
+TARGET = 0.95  # accuracy on MNIST's test images
+MOST = 800  # number of steps within which every method reaches the target
 SLOW = "100mbit"
 
 
 def to_target(speeds: list[dict[str, Any]], has_torch: bool) -> list[dict[str, Any]]:
-  """Seconds to 95% accuracy on MNIST at 100 Mbit/s: number of steps, times the time of a step.
+  """Computes the seconds to 95% accuracy on MNIST at 100 Mbit/s: steps times time per step.
 
   Steps are counted in multiples of eight; evaluation is not timed. `speeds` are the rows of
   `speed`.
@@ -128,7 +128,7 @@ def to_target(speeds: list[dict[str, Any]], has_torch: bool) -> list[dict[str, A
 
 
 def _steps_to_target(spec: str) -> int:
-  """Steps until our loop reaches the accuracy, with workers as devices of one process."""
+  """Counts the steps until our loop reaches the accuracy; workers are devices of one process."""
   from research.training import assemble, metrics
   from research.training.hooks.hook import Rounds
   from research.training.loop import Run, events
@@ -146,7 +146,7 @@ def _steps_to_target(spec: str) -> int:
 
 
 def start(repeats: int) -> list[float]:
-  """Seconds from the launcher's start to the first logged step of a job of two processes."""
+  """Measures the seconds from launch to the first logged step of a job of two processes."""
   seconds = []
   for _ in range(repeats):
     with tempfile.TemporaryDirectory() as folder:
@@ -168,7 +168,7 @@ def start(repeats: int) -> list[float]:
 
 
 def speed_table(rows: list[dict[str, Any]]) -> list[str]:
-  """The Markdown table of milliseconds per step, and the ratios to ours."""
+  """Formats the Markdown table of milliseconds per step, with the ratios to ours."""
   lines = [
     "| link | method | ours, ms | by hand, ms | PyTorch, ms | by hand / ours | PyTorch / ours |"
   ]
@@ -184,7 +184,7 @@ def speed_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def target_table(rows: list[dict[str, Any]], begun: list[float]) -> list[str]:
-  """The Markdown table of seconds to the target, and of the start."""
+  """Formats the Markdown tables of the seconds to the target and to the first logged step."""
   lines = ["", f"To {TARGET:.0%} of MNIST's test images at {SLOW}, training alone:", ""]
   lines += ["| program | method | steps | seconds |", "|---|---|---|---|"]
   names = {"ours": "ours", "torch": "PyTorch"}

@@ -1,4 +1,4 @@
-"""Times functions in turn, so that other load on the machine affects all of them alike."""
+"""Times functions in turn, so that other load on the machine affects all functions alike."""
 
 import statistics
 import time
@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 
 def in_turn(measures: Sequence[Callable[[], float]], repeats: int) -> list[list[float]]:
-  """Calls all `measures` in turn, in reversed order every other turn, after one uncounted turn.
+  """Calls all `measures` in turn, in reverse order every other turn, after one uncounted turn.
 
   Returns:
-    Their results, [measure][turn].
+    The results, [measure][turn].
   """
   found: list[list[float]] = [[] for _ in measures]
   places = list(range(len(measures)))
@@ -22,22 +22,22 @@ def in_turn(measures: Sequence[Callable[[], float]], repeats: int) -> list[list[
 
 
 def seconds(work: Callable[[], object]) -> float:
-  """Wall-clock seconds of one call."""
+  """Measures the wall-clock seconds of one call."""
   start = time.perf_counter()
   work()
   return time.perf_counter() - start
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
-  """Ratios turn by turn."""
+  """Returns the ratio of two measurements for each turn."""
   return [a / b for a, b in zip(above, below, strict=True)]
 
 
 def milliseconds(found: Sequence[float]) -> float:
-  """The median of seconds, in milliseconds."""
+  """Returns the median of times in seconds, in milliseconds."""
   return 1000 * statistics.median(found)
 
 
 def shown(ratios: list[float]) -> str:
-  """Ratios as the text of a table cell."""
+  """Formats ratios as the text of a table cell."""
   return ", ".join(f"{ratio:.2f}" for ratio in ratios)

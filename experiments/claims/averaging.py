@@ -3,12 +3,13 @@
 Paper: Polyak, Juditsky 1992, SIAM J. Control Optim. 30(4), theorem 1: with steps that decrease more
 slowly than 1/t, the mean of t iterates has the covariance H^-1 S H^-1 / t.
 
-Same: linear regression from draws of one example, steps .4 t^-.6, the covariance over replicas.
+Same: linear regression from one random example per step, step sizes .4 t^-.6, the covariance over
+replicas.
 
-Scaled: five features, 10,000 steps, 2000 replicas of the ordinary `averaged` method by `vmap`. The
-first tenth of the iterates is left out, and t counts the others. This makes no difference
-asymptotically, which is where the theorem holds. The only number to compare with is 1, the ratio to
-the theory.
+Scaled: five features, 10,000 steps, 2000 replicas of the ordinary `averaged` method under `vmap`.
+The first tenth of the iterates is left out, and t counts the others. This choice makes no
+difference in the limit of many steps, for which the theorem holds. Our number is the ratio to the
+theory, so the number to compare with is 1.
 """
 
 from typing import Any
@@ -37,12 +38,12 @@ FULL = {
   "last_over_mean": 3.0,
 }
 QUICK = {"steps": 4000, "replicas": 500, "off_theory": 0.2, "last_over_mean": 2.0}
-SEEDS = {}  # one
+SEEDS = {}  # a single seed
 X64 = False
 
 
 def measure(lab: Lab) -> Findings:
-  """Traces of the covariances over replicas, of the mean and of the last iterate."""
+  """Compares the traces of the covariances of the mean and of the last iterate over replicas."""
   task, burn_in = lab.task(), round(lab["burn_in"] * lab["steps"])
   least = theory(task)
   steps, averaged, last = replicas(lab, task, burn_in)
@@ -84,7 +85,7 @@ def measure(lab: Lab) -> Findings:
 
 
 def theory(task: Task) -> float:
-  """tr H^-1 S H^-1: H the Hessian, S the covariance of one example's gradient at the optimum."""
+  """Computes tr H^-1 S H^-1; S is the covariance of one example's gradient at the optimum."""
   x, y = (np.asarray(task.train[name], np.float64) for name in ("x", "y"))
   best = np.linalg.lstsq(x, y)[0]
   gradients = x * (x @ best - y)[:, None]
@@ -93,7 +94,7 @@ def theory(task: Task) -> float:
 
 
 def replicas(lab: Lab, task: Task, burn_in: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Steps [T], and squared distances from the optimum of the mean and of the last iterate [T]."""
+  """Returns steps [T], and squared distances [T] of mean and last iterate from the optimum."""
   rate, power, size = lab["rate"], lab["power"], len(task.train["y"])
   data_parallel, averaged = (
     registry.lookup(("method",), name) for name in ("data_parallel", "averaged")
@@ -120,7 +121,7 @@ def replicas(lab: Lab, task: Task, burn_in: int) -> tuple[np.ndarray, np.ndarray
     return jax.lax.scan(some, start, jnp.arange(lab["records"]))[1]
 
   def replica(key):
-    found = jax.vmap(worker, axis_name="data")(key[None])  # the mean over one worker
+    found = jax.vmap(worker, axis_name="data")(key[None])  # mean() over a single worker
     away = jax.tree.map(lambda x, best: x[0] - best, found, (task.optimum, task.optimum))
     squares = lambda tree: sum(jnp.sum(x**2, range(1, x.ndim)) for x in jax.tree.leaves(tree))
     return [squares(tree) for tree in away]

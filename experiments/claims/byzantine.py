@@ -1,15 +1,15 @@
-"""With six of twenty workers faulty, the mean learns nothing; robust rules learn.
+"""With six of twenty workers faulty, training with the mean fails; robust rules still learn.
 
 Papers: Blanchard, El Mhamdi, Guerraoui, Stainer 2017, Krum, arXiv:1703.02757 (the Gaussian attack
-and its deviation of 200); Yin, Chen, Ramchandran, Bartlett 2018, medians and trimmed means,
+with a deviation of 200); Yin, Chen, Ramchandran, Bartlett 2018, medians and trimmed means,
 arXiv:1803.01498; Karimireddy, He, Jaggi 2021, centered clipping and workers' momentum,
 arXiv:2012.10333 (bit flips).
 
 Same: the rules, the attacks, momentum 0.9 on every worker, batches of 32 per worker.
 
-Scaled: softmax regression, one step size for all, bit flips ten times as large as an honest
+Scaled: softmax regression, one step size for all rules, bit flips ten times as large as an honest
 worker's message, centered clipping with an untuned radius of 1. The papers show curves for other
-models and numbers of workers: we reproduce the ordering.
+models and numbers of workers, so we reproduce only the ordering.
 """
 
 from experiments.claims.support.claim import Beside, Findings, Found, Gate, Lab, Line, Panel
@@ -53,7 +53,7 @@ ATTACKS = {
 
 
 def measure(lab: Lab) -> Findings:
-  """Test accuracy of each rule under each attack; the worst seed counts."""
+  """Measures the test accuracy of each rule under each attack; the worst seed counts."""
   runs = {
     (attack, rule): [_run(lab, ATTACKS[attack](RULES[rule]), seed) for seed in lab.seeds]
     for attack in lab["attacks"]
@@ -92,7 +92,7 @@ def _gates(lab: Lab, attack: str, rule: str, accuracies: list[float]) -> list[Ga
   if attack == "Gaussian noise":
     return [Gate(what, min(accuracies), ">=", lab["gaussian_at_least"])]
   if rule == "centered clipping":
-    return []  # its radius is not tuned
+    return []  # the radius is not tuned
   bound = lab["krum_at_least" if rule == "Krum" else "flip_at_least"]
   return [Gate(what, min(accuracies), ">=", bound)]
 
@@ -111,5 +111,5 @@ def _run(lab: Lab, rule: Call, seed: int) -> Found:
 
 
 def _accuracy(found: Found) -> float:
-  """Final accuracy; 0 for a run that diverged."""
+  """Returns the final accuracy; 0 for a run that diverged."""
   return found.last("accuracy") if found.finite else 0.0

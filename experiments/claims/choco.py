@@ -3,13 +3,13 @@
 Paper: Koloskova, Stich, Jaggi 2019, CHOCO-SGD and CHOCO-Gossip, arXiv:1902.00340, figures 2 and 3.
 
 Same: a ring of 25 workers with weights 1/3, vectors of length 2000, QSGD of 256 levels with a
-consensus step of 1 and Top-1% with .046, the baselines (Q1-G) and (Q2-G).
+consensus step of 1, Top-1% with a consensus step of .046, the baselines (Q1-G) and (Q2-G).
 
-Scaled: the vectors are Gaussian, whereas the paper takes rows of epsilon; Top-1% runs 20 times as
-many iterations as the others. The figures give no numbers: we reproduce the ordering. Bytes are
-those of the payload: 10 bits per element for 256 levels and a sign, whereas the paper counts 8. We
-compute in float64: in float32, rounding errors of the large initial differences stay in the
-workers' estimates of each other.
+Scaled: the vectors are Gaussian, whereas the paper uses rows of the data set epsilon; Top-1% runs
+20 times as many iterations as the others. The figures give no numbers, so we reproduce only the
+ordering. We count the bytes of the payload, 10 bits per element for 256 levels and a sign, whereas
+the paper counts 8 bits. We compute in float64, because in float32 rounding errors of the large
+initial differences remain in the workers' estimates of each other.
 """
 
 import numpy as np
@@ -30,14 +30,14 @@ FULL = {
   "top_k_fallen": 1e-6,
 }
 QUICK = {"iterations": 300, "top_k_iterations": 500, "top_k_fallen": 0.5}
-SEEDS = {}  # one
+SEEDS = {}  # a single seed
 X64 = True
 EXACT, CHOCO, TOP_K = "exact gossip", "CHOCO, 256 levels", "CHOCO, Top-1%"
 NAIVE = "values, 256 levels (Q1)", "values, 256 levels (Q2)"
 
 
 def measure(lab: Lab) -> Findings:
-  """Mean squared distances from the mean of all vectors, over iterations and bytes."""
+  """Measures mean squared distances from the mean of all vectors, over iterations and bytes."""
   features = lab.task().train["x"].shape[1]
   coded, ring = calls.qsgd(lab["levels"], bucket=features), calls.ring()
   some, many = lab["iterations"], lab["top_k_iterations"]
@@ -89,7 +89,7 @@ def measure(lab: Lab) -> Findings:
 
 
 def gossiped(lab: Lab, aggregator: Call, iterations: int) -> Found:
-  """Gossip of vectors, one on each worker, averaged repeatedly with the neighbours."""
+  """Runs gossip: each worker has one vector, and averages it repeatedly with its neighbours."""
   vectors = lab.task().train["x"]
   mean = vectors.mean(0, dtype=np.float64)
 
@@ -113,5 +113,5 @@ def gossiped(lab: Lab, aggregator: Call, iterations: int) -> Found:
 
 
 def first(bytes_to: np.ndarray, errors: np.ndarray, error: float) -> float:
-  """The bytes after which errors first fall to `error`; infinity if they never do."""
+  """Returns the bytes after which the errors first fall to `error`; infinity if they never do."""
   return next((float(b) for b, e in zip(bytes_to, errors, strict=True) if e <= error), np.inf)

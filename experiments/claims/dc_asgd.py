@@ -1,13 +1,14 @@
-"""Delay compensation lets asynchronous SGD train at step sizes where stale gradients hurt.
+"""Delay compensation helps asynchronous SGD at step sizes that are too large for stale gradients.
 
-Paper: Zheng, Meng, Wang, Chen, Yu, Ma, Liu 2017, DC-ASGD, arXiv:1609.08326, the errors on CIFAR-10.
+Paper: Zheng, Meng, Wang, Chen, Yu, Ma, Liu 2017, DC-ASGD, arXiv:1609.08326, errors on CIFAR-10.
 
-Same: gradients at an old model, with and without lambda g^2 (x_t - x_{t - tau}) added, lambda
-adapted by the mean square (DC-ASGD-a), lambda_0 = 2; the same learning rate for both.
+Same: gradients at an old model, with and without the correction lambda g^2 (x_t - x_{t - tau}),
+lambda adapted by the mean square (DC-ASGD-a), lambda_0 = 2; the same learning rate for both.
 
 Scaled: a perceptron of 64 hidden units on MNIST, every gradient 8 steps old, 1500 steps; the paper
-trains ResNet20 on four workers to the end. We reproduce the ordering, and only at a step size that
-staleness makes too large: at their own best step sizes the two tie, which is shown.
+trains ResNet20 on four workers to the end. We reproduce only the ordering, at a step size that is
+too large for stale gradients. The table also shows that the two methods are almost equal if each
+has its own best step size.
 """
 
 from collections.abc import Callable
@@ -45,7 +46,7 @@ METHODS = {
 
 
 def measure(lab: Lab) -> Findings:
-  """Training loss and test accuracy at the end, means over the seeds."""
+  """Measures the final training loss and test accuracy, as means over the seeds."""
   rates = [lab["large"], lab["small"]]
   runs = {
     (rate, name): [_run(lab, method, rate, seed) for seed in lab.seeds]

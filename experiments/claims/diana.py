@@ -7,9 +7,9 @@ Feyzmahdavian, Johansson 2018, arXiv:1806.06573.
 Same: a strongly convex logistic problem, workers with different data (mushrooms sorted by label, 10
 workers), full gradients, independent random k of d entries per worker, a constant step.
 
-Scaled: one data set and one compressor (11 of 112 entries), condition 101. Each method uses the
-step size of its theory; none is tuned. We reproduce the ordering, and that DIANA and MARINA give
-straight lines.
+Scaled: one data set and one compressor (11 of 112 entries), condition number 101. Each method uses
+the step size of its theory; none is tuned. We reproduce the ordering, and the straight lines of
+DIANA and MARINA on a logarithmic axis.
 """
 
 import numpy as np
@@ -28,7 +28,7 @@ X64 = True
 
 
 def measure(lab: Lab) -> Findings:
-  """Squared distances to the optimum, relative to the start's, over the rounds."""
+  """Measures squared distances to the optimum over the rounds, relative to the first distance."""
   train = lab.task(model="logistic(bias=False)").train
   problem = split_logistic(train["x"], train["y"], lab["workers"], lab["ratio"])
   size = train["x"].shape[1]
@@ -65,7 +65,7 @@ def measure(lab: Lab) -> Findings:
       )
       errors = found.column("error")
       lines.append(Line(name, found.column("step"), errors))
-      # the final level of the method that stalls; the last value of those that converge
+      # the final level of the method that stalls; the last value of methods that converge
       end = np.mean(errors[-len(errors) // 4 :]) if name == "compressed descent" else errors[-1]
       last.setdefault(name, []).append(float(end))
   return Findings(
@@ -97,7 +97,7 @@ def measure(lab: Lab) -> Findings:
 def steps_of_theory(
   smoothness: float, parts: np.ndarray, variance: float, probability: float
 ) -> tuple[float, float, float]:
-  """Step sizes of DIANA, MARINA and DCGD; `parts` are the smoothness of each worker's objective.
+  """Computes step sizes of DIANA, MARINA and DCGD; `parts` is the smoothness of each objective.
 
   1/(max L_i (1 + 6 w/n)); 1/(Lt (1 + sqrt(2 (1 - p) w/(p n)))), Lt^2 the mean of L_i^2;
   1/(L + 2 max L_i w/n).

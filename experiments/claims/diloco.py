@@ -1,17 +1,18 @@
 """DiLoCo beats a single worker and comes close to a batch as large as all workers' together.
 
-Paper: Douillard et al. 2023, DiLoCo, arXiv:2311.08105, table 2 (perplexity on C4: one worker 16.23,
-a batch eight times as large 15.30, DiLoCo with 8 workers 15.02 at 1/500 of the traffic).
+Paper: Douillard et al. 2023, DiLoCo, arXiv:2311.08105, table 2 (perplexity on C4: 16.23 for one
+worker, 15.30 for a batch eight times as large, 15.02 for DiLoCo with 8 workers at 1/500 of the
+traffic).
 
-Same: inner AdamW with a warm-up and a cosine, outer Nesterov momentum with step 0.7, perplexity on
-held-out text; every method takes the same number of sequential steps.
+Same: inner AdamW with a warm-up and a cosine schedule, outer Nesterov momentum with step size 0.7,
+perplexity on held-out text; every method takes the same number of sequential steps.
 
 Scaled: a transformer of 108 thousand parameters on the characters of tinyshakespeare, 4 workers,
-1024 steps from scratch. The paper has 60 to 400 million parameters on C4, 8 workers, 88,000 steps
-(the first 24,000 without DiLoCo), and 500 steps per round. A round is therefore 8 or 32 steps here,
-and the longer one uses a smaller momentum. We reproduce the ordering, except that DiLoCo is not
-ahead of the large batch. Plain averaging, DiLoCo with one worker, and the shorter round with the
-smaller momentum are printed without gates.
+1024 steps from scratch. The paper uses 60 to 400 million parameters on C4, 8 workers, 88,000 steps
+(the first 24,000 without DiLoCo), and 500 steps per round. Our rounds therefore have only 8 or 32
+steps, and the longer ones use a smaller momentum. We reproduce the ordering, except that DiLoCo is
+not ahead of the large batch. Plain averaging, DiLoCo with one worker, and the shorter rounds with
+the smaller momentum are shown without gates.
 """
 
 import numpy as np
@@ -26,11 +27,11 @@ FULL = {
   "batch": 8,
   "steps": 1024,
   "rate": 6e-3,
-  "rounds": [[8, 0.9], [32, 0.5]],  # steps of a round, outer momentum
+  "rounds": [[8, 0.9], [32, 0.5]],  # steps per round, outer momentum
   "model": "layers=2, width=64, heads=4, kv_heads=4, hidden=184, deviation=0.1",
   "above_single": 0.0,  # nats
-  "above_large": 0.08,  # share
-  "bytes": 1.02,  # of 1/H
+  "above_large": 0.08,  # relative
+  "bytes": 1.02,  # relative to 1/H
   "others": True,
 }
 QUICK = {
@@ -52,7 +53,7 @@ SINGLE, LARGE = "one worker", "batch of all workers"
 
 
 def measure(lab: Lab) -> Findings:
-  """Held-out losses of all methods and seeds, and the bytes they send."""
+  """Measures held-out losses and sent bytes of all methods and seeds."""
   workers, rounds = lab["workers"], {of[0]: of[1] for of in lab["rounds"]}
   steps, longest = lab["steps"], max(rounds)
   rate = calls.warmup_cosine_decay_schedule(0.0, lab["rate"], steps // 10, steps)

@@ -1,17 +1,17 @@
-"""A network learns MNIST to 94% while revealing almost nothing about any single example.
+"""A network reaches 94% on MNIST while revealing almost nothing about any single example.
 
-Paper: Abadi et al. 2016, DP-SGD, arXiv:1607.00133, algorithm 1; the numbers are those of the
-tutorial of TensorFlow Privacy for MNIST (rate 0.25, noise 1.3, clip 1.5, 256 examples in a batch,
-15 epochs, delta 1e-5: epsilon 1.19, accuracy 95.0%).
+Paper: Abadi et al. 2016, DP-SGD, arXiv:1607.00133, algorithm 1. The numbers are those of TensorFlow
+Privacy's tutorial for MNIST (rate 0.25, noise 1.3, clip 1.5, 256 examples in a batch, 15 epochs,
+delta 1e-5: epsilon 1.19, accuracy 95.0%).
 
-Same: the tutorial's network, noise, clip and rate, 256 of 60,000 examples on average in a batch.
-Every example is a client with its own worker, and so clipped by itself. Examples are sampled
-independently, as the accountant assumes, whereas the tutorial shuffles.
+Same: the tutorial's network, noise, clip and rate, and on average 256 of 60,000 examples per batch.
+Every example is a client with its own worker, so every example is clipped separately. Examples are
+sampled independently, as the accountant assumes, whereas the tutorial shuffles.
 
-Scaled: 8 of the 15 epochs, since each of 400 worker slots draws noise and computes a gradient,
-whether a client uses it or not; the privacy loss of all 15 epochs is computed. The tutorial's
-epsilon uses an older conversion of Renyi divergences; today's conversion and privacy loss
-distributions are shown beside it.
+Scaled: 8 of the 15 epochs, since each of 400 worker slots draws noise and computes a gradient, even
+without a client; the privacy loss is computed for all 15 epochs. The tutorial's epsilon uses an
+older conversion of Renyi divergences; the table also shows today's conversion and privacy loss
+distributions.
 """
 
 import math
@@ -48,10 +48,10 @@ CONVERSIONS = {
 
 
 def measure(lab: Lab) -> Findings:
-  """Accuracy over the epochs, and the privacy they spend."""
+  """Measures the accuracy over the epochs, and the privacy that they spend."""
   examples = len(lab.task().train["y"])
   share, places = lab["batch"] / examples, places_for(lab["batch"], examples)
-  # the mean is over all slots, the tutorial's over the expected batch
+  # our mean is over all slots, the tutorial's mean over the expected batch
   sgd = calls.sgd(lab["rate"] * places / lab["batch"])
   noisy = calls.noisy(calls.mean(), clip=lab["clip"], noise=lab["noise"])
   found = [
@@ -120,7 +120,7 @@ def measure(lab: Lab) -> Findings:
 
 
 def places_for(batch: int, examples: int) -> int:
-  """The smallest even divisor of the examples that a Poisson batch practically never exceeds."""
+  """Returns the smallest even divisor of the examples that a Poisson batch almost never exceeds."""
   most = min(examples, math.ceil(batch + 6 * math.sqrt(batch) + 6))
   return next(
     n for n in range(most, examples + 1) if (examples % n == 0 and n % 2 == 0) or n == examples

@@ -6,10 +6,10 @@ Same: f(x) = x^2/2, workers that exchange with the centre in turn, the condition
 0 <= alpha <= (4 - 2 eta)/(4 - eta) whatever the number of workers, ADMM at eta = .001 and rho = 2.5
 with 3 and 8 workers.
 
-Scaled: nothing; the paper has pictures without numbers, and we compute spectral radii instead of
-trajectories. A turn is the Jacobian of one round of the registry's `easgd` between one worker and
-the centre. The condition is sufficient, but for two workers it is not necessary, so two workers are
-shown without a gate on necessity.
+Scaled: nothing. The paper shows figures without numbers, so we compute spectral radii instead of
+trajectories. A turn is the Jacobian of one round of the library's `easgd` between one worker and
+the centre. The condition is sufficient, but not necessary for two workers, so two workers are shown
+without a gate on necessity.
 """
 
 from typing import Any
@@ -36,12 +36,12 @@ FULL = {
   "outside": 1.0001,
 }
 QUICK = {"alphas": 5, "workers": [1, 2, 3], "tight": [1, 3]}
-SEEDS = {}  # one
+SEEDS = {}  # a single seed
 X64 = True
 
 
 def measure(lab: Lab) -> Findings:
-  """Spectral radii within the stable region, at its boundary and beyond, and of ADMM."""
+  """Computes spectral radii inside, on and outside the stable region's boundary, and of ADMM."""
   shares = np.arange(1, lab["etas"] + 1) / (lab["etas"] + 1)
   alphas = np.arange(1, lab["alphas"] + 1) / (lab["alphas"] + 1)
   # all eta with alpha (4 - eta) <= 4 - 2 eta
@@ -90,12 +90,12 @@ def measure(lab: Lab) -> Findings:
 
 
 def boundary(eta: float) -> float:
-  """The largest stable alpha."""
+  """Returns the largest stable alpha."""
   return (4 - 2 * eta) / (4 - eta)
 
 
 def turns(alpha: float, etas: Any) -> np.ndarray:
-  """[etas, 2, 2]: Jacobians on (x, centre) of one `easgd` round of one worker on x^2/2."""
+  """Returns [etas, 2, 2]: Jacobians on (x, centre) of one `easgd` round of one worker on x^2/2."""
   easgd, mean = registry.lookup(("method",), "easgd"), registry.build("aggregator", "mean()")
 
   def round_(state, eta):
@@ -115,7 +115,7 @@ def turns(alpha: float, etas: Any) -> np.ndarray:
 
 
 def round_robin(exchanges: np.ndarray, workers: int) -> np.ndarray:
-  """[..., p + 1, p + 1]: a turn of each worker, one after the other; the centre is last."""
+  """Returns [..., p + 1, p + 1]: one turn of each worker in sequence; the centre is last."""
   sweep = np.eye(workers + 1)
   for i in range(workers):
     one = np.zeros((*exchanges.shape[:-2], workers + 1, workers + 1)) + np.eye(workers + 1)
@@ -126,7 +126,7 @@ def round_robin(exchanges: np.ndarray, workers: int) -> np.ndarray:
 
 
 def admm_sweep(eta: float, rho: float, workers: int) -> np.ndarray:
-  """A turn of each worker in the paper's linearised ADMM, on (x_1 .. x_p, lambda_1 .., centre)."""
+  """Returns one turn of each worker in the paper's ADMM, on (x_1 .. x_p, lambda_1 .., centre)."""
   size, sweep = 2 * workers + 1, np.eye(2 * workers + 1)
   x, multiplier, z = np.split(np.eye(size), [workers, 2 * workers])
   for i in range(workers):
@@ -142,5 +142,5 @@ def admm_sweep(eta: float, rho: float, workers: int) -> np.ndarray:
 
 
 def radii(matrices: np.ndarray) -> np.ndarray:
-  """The largest absolute eigenvalue of each of [..., n, n]."""
+  """Returns the largest absolute eigenvalue of each matrix of [..., n, n]."""
   return np.abs(np.linalg.eigvals(matrices)).max(-1)

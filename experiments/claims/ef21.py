@@ -3,12 +3,12 @@
 Paper: Richtarik, Sokolov, Fatkhullin 2021, EF21, arXiv:2106.05203, figure 1.
 
 Same: logistic loss with the penalty 0.1 sum x^2/(1 + x^2) on a9a over 20 workers in the order of
-the file, Top-1, full gradients, a start from N(0, I), the step a power of two above the theory's
-1/(L + Lt sqrt(beta/theta)), float64.
+the file, Top-1, full gradients, a start from N(0, I), a step size that is a power of two times the
+theory's 1/(L + Lt sqrt(beta/theta)), float64.
 
-Scaled: 4000 steps, and one such power, 64, which both methods share (at 1 they do not separate
-within 4000 steps). The figure gives no numbers, so we reproduce the ordering only. EF21 starts from
-g_i = 0, not from full gradients.
+Scaled: 4000 steps, and one such power, 64, for both methods (with the power 1, the two do not
+differ within 4000 steps). The figure gives no numbers, so we reproduce only the ordering. EF21
+starts from g_i = 0, not from full gradients.
 """
 
 import numpy as np
@@ -28,7 +28,7 @@ METHODS = {"EF21": calls.ef21, "error feedback": calls.error_feedback}
 
 
 def measure(lab: Lab) -> Findings:
-  """Squared norms of the gradient over the steps, of both methods at one step size."""
+  """Measures the squared gradient norms of both methods over the steps, at one step size."""
   workers, model = lab["workers"], "logistic(bias=False, deviation=1.0)"
   x = lab.task(model=model).train["x"]
   rate = lab["factor"] * step_size(x, workers)
@@ -37,7 +37,7 @@ def measure(lab: Lab) -> Findings:
   for name, aggregator in METHODS.items():
     for seed in lab.seeds:
       found = lab.run(
-        task=lab.data(nonconvex=0.1, sparse=True),  # as in the file, whose rows are mostly zero
+        task=lab.data(nonconvex=0.1, sparse=True),  # as in the file: rows are mostly zero
         model=model,
         method=calls.data_parallel(calls.sgd(rate), aggregator(top_1)),
         partition="in_order()",
@@ -72,9 +72,9 @@ def measure(lab: Lab) -> Findings:
 
 
 def step_size(x: np.ndarray, workers: int) -> float:
-  """1/(L + Lt sqrt(beta/theta)) of Top-1: the paper's theorem 1 with its remark on theta, beta."""
+  """Computes 1/(L + Lt sqrt(beta/theta)) for Top-1, by theorem 1 of the paper."""
   smoothness = lambda rows: float(curvature(rows)[-1]) / 4 + 0.2  # the penalty adds 2 * 0.1
-  alpha = 1 / x.shape[1]  # of the contractive Top-1
+  alpha = 1 / x.shape[1]  # contraction of Top-1
   theta = 1 - np.sqrt(1 - alpha)
   beta = (1 - alpha) / (1 - np.sqrt(1 - alpha))
   parts = [smoothness(rows) for rows in np.array_split(x, workers)]

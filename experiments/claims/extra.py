@@ -5,12 +5,12 @@ Papers: Shi, Ling, Wu, Yin 2015, EXTRA, arXiv:1404.6264; Nedic, Olshevsky, Shi 2
 decentralized gradient descent (DGD).
 
 Same: a strongly convex logistic problem partitioned over the nodes of a graph, full gradients, a
-constant step, symmetric weights (a ring of 10 with 1/3 each).
+constant step size, symmetric weights (a ring of 10 workers with weights 1/3).
 
-Scaled: nothing; the data are ours (mushrooms sorted by label, condition 101). All methods share the
-step 1/(2 max L_i), below EXTRA's limit of 2/(3 max L_i) on this ring; the theory of gradient
-tracking allows a far smaller one. We reproduce the ordering, and that EXTRA and gradient tracking
-give straight lines.
+Scaled: nothing. We chose the data (mushrooms sorted by label, condition number 101). All methods
+use the step size 1/(2 max L_i), which is below EXTRA's limit of 2/(3 max L_i) on this ring; the
+theory of gradient tracking allows only far smaller steps. We reproduce the ordering, and the
+straight lines of EXTRA and gradient tracking on a logarithmic axis.
 """
 
 import numpy as np
@@ -35,7 +35,7 @@ METHODS = {
 
 
 def measure(lab: Lab) -> Findings:
-  """Mean squared distance of the workers' models to the optimum, over the rounds."""
+  """Measures the mean squared distance of the workers' models to the optimum over the rounds."""
   train, workers = lab.task(model="logistic(bias=False)").train, lab["workers"]
   problem = split_logistic(train["x"], train["y"], workers, lab["ratio"])
   rate = float(1 / (2 * problem.parts.max()))
@@ -61,7 +61,7 @@ def measure(lab: Lab) -> Findings:
         watch=error,
       )
       errors = found.column("error")
-      marker = "." if name == "EXTRA" else ""  # gradient tracking's line covers it
+      marker = "." if name == "EXTRA" else ""  # the line of gradient tracking covers this one
       lines.append(Line(name, found.column("step"), errors, marker))
       last.setdefault(name, []).append(float(errors[-1]))
       falls[name] = float(errors[-1] / errors[len(errors) // 2])

@@ -1,13 +1,14 @@
-"""Heavy ball contracts by (sqrt k - 1)/(sqrt k + 1), gradient descent by (k - 1)/(k + 1).
+"""Heavy ball contracts by (sqrt k - 1)/(sqrt k + 1); gradient descent contracts by (k - 1)/(k + 1).
 
 Paper: Polyak 1964, Some methods of speeding up the convergence of iteration methods, USSR
 Computational Mathematics and Mathematical Physics 4(5).
 
-Same: a strongly convex quadratic of condition k, and each method's best constants: the step
-4/(sqrt L + sqrt mu)^2 with the momentum ((sqrt k - 1)/(sqrt k + 1))^2, and the step 2/(L + mu).
+Same: a strongly convex quadratic with condition number k, and each method's best constants: the
+step size 4/(sqrt L + sqrt mu)^2 with the momentum ((sqrt k - 1)/(sqrt k + 1))^2 for heavy ball, and
+the step size 2/(L + mu) for gradient descent.
 
-Scaled: nothing. The quadratic is ours, ridge regression on the labels of a9a with mu = L/k, and the
-paper's numbers are its rates at this k. Fitted rates are slightly above them, since the largest
+Scaled: nothing. Our quadratic is ridge regression on the labels of a9a with mu = L/k, and the
+paper's numbers are its rates at this k. The fitted rates are slightly larger, since the largest
 error component of heavy ball decreases like t q^t.
 """
 
@@ -27,7 +28,7 @@ X64 = True
 
 
 def measure(lab: Lab) -> Findings:
-  """Distances to the optimum over the steps, and the slopes of their logarithms."""
+  """Measures the distances to the optimum over the steps, and the slopes of their logarithms."""
   x, y = (lab.task(task=lab.data(loss="squares"), model="linear()").train[name] for name in "xy")
   top = float(curvature(x)[-1])
   mu = top / (lab["condition"] - 1)

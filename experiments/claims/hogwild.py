@@ -4,13 +4,13 @@ Paper: Recht, Re, Wright, Niu 2011, Hogwild, arXiv:1106.5730; inconsistent reads
 2015, arXiv:1507.06970.
 
 Same: stochastic gradient steps of one example each, computed at an old model and added to the
-current one.
+current model.
 
 Scaled: the delays of up to 16 processors are drawn uniformly from [0, 16) updates, for the full
-model or for each coordinate separately, so that a run is reproducible. The problems are ours: w8a,
-and odd against even digits of MNIST as the dense one, with the rate rescaled to the row norms of
-w8a. We reproduce the ordering; the cost of old models grows with the rate, and does so first on
-dense data.
+model or for each coordinate separately, so that a run is reproducible. We chose the problems: w8a
+is sparse, and odd against even digits of MNIST is dense, with the learning rate rescaled to the row
+norms of w8a. We reproduce the ordering. The cost of old models grows with the learning rate, and
+appears first on dense data.
 """
 
 from typing import Any
@@ -39,9 +39,9 @@ NOTE = (
 
 
 def measure(lab: Lab) -> Findings:
-  """Training losses with old models relative to those with current models."""
+  """Measures training losses with old models, relative to those with current models."""
   rows = {task: floats(lab, task) for task in (lab.dataset, lab["dense"])}
-  # from w = 0 on, SGD is the same at the rate eta on x as at eta c^2 on x/c
+  # from w = 0 on, SGD on x with the rate eta equals SGD on x/c with the rate eta c^2
   scale = (mean_norm(rows[lab.dataset]) / mean_norm(rows[lab["dense"]])) ** 2
   besides, panels, gates, sparse = [], [], [], list[float]()
   for task, x in rows.items():
@@ -68,7 +68,7 @@ def measure(lab: Lab) -> Findings:
 def trained(
   lab: Lab, task: str, rate: float, examples: int
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[Line]]:
-  """Training losses by seed: mean over the second half, at the end, and curves."""
+  """Returns training losses by seed: the mean over the second half, the final loss, and curves."""
   serial, bound = calls.data_parallel(calls.sgd(rate), calls.mean()), lab["bound"]
   methods = {
     "serial": serial,
@@ -100,18 +100,18 @@ def trained(
 
 
 def floats(lab: Lab, task: str) -> np.ndarray:
-  """The rows of a task, pixels between 0 and 1."""
+  """Returns the rows of a task, with pixels between 0 and 1."""
   x: Any = lab.task(task=task, model=MODEL).train["x"]
   return x.reshape(len(x), -1) / np.float32(255 if x.dtype == np.uint8 else 1)
 
 
 def mean_norm(rows: np.ndarray) -> float:
-  """The mean of |x_i|."""
+  """Computes the mean of |x_i|."""
   return float(np.mean(np.linalg.norm(rows, axis=1)))
 
 
 def overlap(rows: np.ndarray) -> float:
-  """The mean over all pairs of x_i x_j / (|x_i| |x_j|)."""
+  """Computes the mean of x_i x_j / (|x_i| |x_j|) over all pairs."""
   norms = np.linalg.norm(rows, axis=1, keepdims=True)
   directions = rows / np.where(norms > 0, norms, 1)
   return float(np.sum(directions.mean(0) ** 2))

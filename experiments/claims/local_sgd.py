@@ -1,13 +1,13 @@
-"""Local SGD takes as many steps as mini-batch SGD, and communicates only every H steps.
+"""Local SGD needs no more steps than mini-batch SGD, and communicates only every H steps.
 
-Paper: Stich 2019, Local SGD converges fast and communicates little, arXiv:1805.09767, section 4: on
-w8a, logistic regression with lambda = 1/n, steps until f is within .005 of its minimum.
+Paper: Stich 2019, Local SGD converges fast and communicates little, arXiv:1805.09767, section 4:
+logistic regression on w8a with lambda = 1/n, steps until f is within .005 of its minimum.
 
-Same: w8a, lambda = 1/n, 16 workers with batches of 16, that accuracy, H up to 64.
+Same: w8a, lambda = 1/n, 16 workers with batches of 16, the accuracy .005, H up to 64.
 
-Scaled: constant step sizes, and one data order. Steps are counted in multiples of 64. The gates
-apply at step size 8, the same for all H. Larger step sizes, which suit H = 1 best, show the limit:
-the workers' models drift too far apart within H steps. We reproduce the ordering.
+Scaled: constant step sizes, and one data order. Steps are counted in multiples of 64. The gates use
+the step size 8 for all H. With larger step sizes, which are best for H = 1, the claim reaches its
+limit: the workers' models drift too far apart within H steps. We reproduce the ordering.
 """
 
 import math
@@ -33,7 +33,7 @@ X64 = False
 
 
 def measure(lab: Lab) -> Findings:
-  """Steps to the accuracy, by H and step size; the slowest seed counts."""
+  """Counts the steps to the accuracy, by H and step size; the slowest seed counts."""
   train = lab.task(model="logistic(bias=False)").train
   l2 = parse(lab.dataset).kwargs.get("l2", 1 / len(train["y"]))
   least = optima.optimum_of_logistic(train["x"], train["y"], l2).value
@@ -100,7 +100,7 @@ def measure(lab: Lab) -> Findings:
 
 
 def trained(lab: Lab, l2: float, period: int, rate: float, seed: int) -> Found:
-  """Local SGD with H = period."""
+  """Runs local SGD with H = period."""
   return lab.run(
     task=lab.data(l2=l2),
     model="logistic(bias=False)",
@@ -115,5 +115,5 @@ def trained(lab: Lab, l2: float, period: int, rate: float, seed: int) -> Found:
 
 
 def line(period: int, found: Found, least: float, each: int = 1) -> Line:
-  """The objective above its minimum, over steps or over units of `each` steps."""
+  """Returns the curve of the objective minus its minimum, over units of `each` steps."""
   return Line(f"H={period}", found.column("step") / each, found.column("train_loss") - least)

@@ -2,12 +2,12 @@
 
 Paper: Huang et al. 2018, GPipe, arXiv:1811.06965, section 2.3 and figure 2.
 
-Same: the schedule counted is the one that `research/models/pipeline.py` runs, each stage on a
-device: its layers record their micro-batch at each tick. A tick without a micro-batch, or with one
-that the stage has had before, is idle.
+Same: we count the schedule that `research/models/pipeline.py` runs with one stage per device. The
+layers of a stage record their micro-batch at each tick. A tick is idle if it has no micro-batch, or
+a micro-batch that the stage has already processed.
 
-Scaled: the layers do almost no work, so a tick is the unit of time and transfers are free, as in
-the paper's formula. Only the forward pass is recorded; the backward pass is the same loop in
+Scaled: the layers do almost no work, so a tick is the unit of time and transfers take no time, as
+in the paper's formula. Only the forward pass is recorded; the backward pass is the same loop in
 reverse.
 """
 
@@ -25,14 +25,14 @@ TITLE = "A pipeline of n stages and m micro-batches idles for (n-1)/(m+n-1) of i
 DATASET = ""
 FULL = {"stages": [2, 4, 8], "microbatches": [1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32]}
 QUICK = {"microbatches": [1, 2, 4, 8, 32]}
-SEEDS = {}  # one
+SEEDS = {}  # a single seed
 X64 = False
 
-Trace = list[list[int]]  # per stage the micro-batches it receives, numbered from 1, by tick
+Trace = list[list[int]]  # by stage and tick, the number of the micro-batch, from 1
 
 
 def measure(lab: Lab) -> Findings:
-  """Idle slots of every schedule, and one schedule drawn."""
+  """Counts the idle slots of every schedule, and draws one schedule."""
   stages, microbatches = lab["stages"], lab["microbatches"]
   pairs = [(n, m) for n in stages for m in microbatches]
   found = with_devices(max(stages), traces, pairs)
@@ -81,7 +81,7 @@ def measure(lab: Lab) -> Findings:
 
 
 def worked(given: Sequence[int]) -> dict[int, int]:
-  """The tick at which a stage first receives each micro-batch."""
+  """Returns the tick at which a stage first receives each micro-batch."""
   first: dict[int, int] = {}
   for tick, microbatch in enumerate(given):
     if microbatch:
@@ -90,7 +90,7 @@ def worked(given: Sequence[int]) -> dict[int, int]:
 
 
 def traces(pairs: Sequence[tuple[int, int]]) -> dict[tuple[int, int], tuple[Trace, int]]:
-  """Every stage's micro-batches, and the number that did not pass through all stages."""
+  """Returns each stage's micro-batches, and the number of those that missed a stage."""
   return {(n, m): trace(n, m) for n, m in pairs}
 
 
@@ -102,7 +102,7 @@ def trace(stages: int, microbatches: int) -> tuple[Trace, int]:
   def layers(number, x, rest):
     note = lambda stage, x: given[int(stage)].append(int(x[0, 0, 0]))
     jax.debug.callback(note, number[0], x)
-    return x + jnp.array([0.0, 1.0]), jnp.zeros(1)  # counts one more stage
+    return x + jnp.array([0.0, 1.0]), jnp.zeros(1)  # counts the stage
 
   names = np.arange(1.0, microbatches + 1, dtype=np.float32)
   x = np.stack([names, np.zeros_like(names)], -1)[:, None]

@@ -1,13 +1,14 @@
-"""PowerSGD of rank 2 and 4 trains like SGD and sends a fiftieth of its bytes.
+"""PowerSGD of rank 2 and 4 trains as well as SGD, and sends a fiftieth of the bytes.
 
-Paper: Vogels, Karimireddy, Jaggi 2019, PowerSGD, arXiv:1905.13727, table 3 (rank against accuracy
-and traffic) and the ablation of error feedback.
+Paper: Vogels, Karimireddy, Jaggi 2019, PowerSGD, arXiv:1905.13727, table 3 (accuracy and traffic by
+rank) and the ablation of error feedback.
 
-Same: rank-r factors by one warm step of the power iteration, averaged by all-reduce; error feedback
-on each worker; momentum 0.9 on the averaged gradient; the same decreasing learning rate for all.
+Same: rank-r factors from one warm-started step of power iteration, averaged by all-reduce; error
+feedback on each worker; momentum 0.9 on the averaged gradient; the same decreasing learning rate
+for all methods.
 
-Scaled: four epochs of the 2NN on MNIST over eight workers instead of ResNet18 on CIFAR-10 over
-sixteen: we reproduce the ordering. Bytes are those of the traced program; vectors are sent
+Scaled: four epochs of the 2NN on MNIST with eight workers, instead of ResNet18 on CIFAR-10 with
+sixteen. We reproduce the ordering. The bytes are those of the traced program; vectors are sent
 uncompressed.
 """
 
@@ -46,7 +47,7 @@ AGGREGATORS = {
 
 
 def measure(lab: Lab) -> Findings:
-  """Test accuracies at the end, means over the seeds, and bytes per step."""
+  """Measures final test accuracies, as means over the seeds, and bytes per step."""
   runs = {
     name: [_run(lab, AGGREGATORS[name], seed) for seed in lab.seeds] for name in lab["methods"]
   }

@@ -1,19 +1,20 @@
-"""SCAFFOLD's rounds do not depend on how clients differ; those of federated averaging do.
+"""Clients' differences increase the number of rounds of FedAvg, but not that of SCAFFOLD.
 
-Paper: Karimireddy, Kale, Mohri, Reddi, Stich, Suresh 2020, SCAFFOLD, arXiv:1910.06378, figure 3: on
-quadratics SCAFFOLD is about 2 times as fast as SGD with 2 local steps and about 5 times with 10,
-whatever the dissimilarity G, while FedAvg degrades with G; table 3: with clients that have nothing
-in common SCAFFOLD takes fewer rounds than FedAvg.
+Paper: Karimireddy, Kale, Mohri, Reddi, Stich, Suresh 2020, SCAFFOLD, arXiv:1910.06378. Figure 3: on
+quadratics, SCAFFOLD is about 2 times as fast as SGD with 2 local steps, and about 5 times as fast
+with 10, for every dissimilarity G, while FedAvg becomes slower as G grows. Table 3: if clients have
+nothing in common, SCAFFOLD needs fewer rounds than FedAvg.
 
 Same: two clients with f_1 = x^2 + G x and f_2 = -G x, full gradients, full participation, G of 1,
-10 and 100, controls initialized to the clients' first gradients, in a round that is counted. A
-linear classifier, 100 clients sorted by label, 20 of them per round, tuned step sizes.
+10 and 100, control variates initialized to the clients' first gradients in a round that is counted.
+For images, a linear classifier, 100 clients sorted by label, 20 clients per round, tuned step
+sizes.
 
-Scaled: one step size, .1, for SGD and SCAFFOLD, since a tuned SGD solves one dimension in one
-round; FedAvg's is tuned for each G. Rounds are counted until the distance is a hundredth of the
-initial one; FedAvg's are counted in fiftieths of a run. The images are MNIST instead of EMNIST,
-with two passes of five batches per round, and rounds until the accuracy stays above a level: there
-we reproduce the ordering.
+Scaled: the step size .1 for SGD and SCAFFOLD, since a tuned SGD would solve one dimension in one
+round; the step size of FedAvg is tuned for each G. Rounds are counted until the distance is a
+hundredth of the initial one; those of FedAvg are counted in fiftieths of a run. The images are
+MNIST instead of EMNIST, with two passes of five batches per round, and rounds are counted until the
+accuracy stays above a level. For the images, we reproduce only the ordering.
 """
 
 from collections.abc import Callable
@@ -31,8 +32,8 @@ FULL = {
   "rate": 0.1,
   "near": 0.01,
   "rounds": 60,
-  "average_rounds": 25.0,  # times G, about as many as FedAvg takes at the best step sizes
-  "average_rates": [0.08, 0.12, 0.16, 0.2],  # over G
+  "average_rounds": 25.0,  # times G, about the number for FedAvg at the best step sizes
+  "average_rates": [0.08, 0.12, 0.16, 0.2],  # divided by G
   "two_faster": 1.9,
   "ten_faster": 5.0,
   "average_slower": 20.0,
@@ -47,9 +48,9 @@ QUICK = {
   "images_rates": [0.3],
   "images_rounds": 16,
   "accuracy": 0.83,
-  "images_slower": 0.9,  # so few rounds do not separate them: checks that both learn
+  "images_slower": 0.9,  # only checks that both learn: the rounds are too few to separate them
 }
-SEEDS = {}  # one
+SEEDS = {}  # a single seed
 X64 = False
 SGD, TWO, TEN, AVERAGE = "SGD", "SCAFFOLD, K=2", "SCAFFOLD, K=10", "FedAvg, K=2"
 CLIENTS = 100
@@ -60,7 +61,7 @@ IMAGES = {
 
 
 def measure(lab: Lab) -> Findings:
-  """Rounds until x is near the minimum, of each method at each G."""
+  """Counts the rounds until x is near the minimum, for each method and each G."""
   rate, spread = lab["rate"], lab["dissimilarity"]
   methods = {SGD: (calls.data_parallel(calls.sgd(rate), calls.mean()), 1)}
   for name, steps in ((TWO, 2), (TEN, 10)):
@@ -140,7 +141,7 @@ def measure(lab: Lab) -> Findings:
 def solved(
   lab: Lab, method: Call, period: int, spread: float, rounds: int, every: int
 ) -> tuple[float, Found]:
-  """Rounds until x is near the minimum, infinity if it never is, and the run."""
+  """Returns the rounds until x is near the minimum (infinity if it never is), and the run."""
   task = calls.client_drift(dissimilarity=spread)
   start = float(lab.task(task=task).init(jax.random.key(0))["x"])
   found = lab.run(
@@ -158,7 +159,7 @@ def solved(
 
 
 def averaged(lab: Lab, spread: float) -> tuple[float, Found]:
-  """FedAvg with the best step size of its grid."""
+  """Runs FedAvg with the best step size of its grid."""
   rounds = round(lab["average_rounds"] * spread) + 25
   found = {}
 
@@ -172,12 +173,12 @@ def averaged(lab: Lab, spread: float) -> tuple[float, Found]:
 
 
 def curve(found: Found) -> tuple[np.ndarray, np.ndarray]:
-  """Rounds and distances."""
+  """Returns the rounds and the distances."""
   return found.column("round"), found.column("distance")
 
 
 def on_images(lab: Lab, name: str, method: Callable[[float], Call]) -> tuple[Found, float]:
-  """An image classifier trained on clients that are sorted by label.
+  """Trains an image classifier on clients that are sorted by label.
 
   Returns:
     The run at the best step size, and the first round in which any run reaches the accuracy.
@@ -205,7 +206,7 @@ def on_images(lab: Lab, name: str, method: Callable[[float], Call]) -> tuple[Fou
 
 
 def rounds_to(found: Found, accuracy: float) -> float:
-  """The first round from which the test accuracy stays at `accuracy`; infinity if none."""
+  """Returns the first round from which the test accuracy stays at `accuracy`; infinity if none."""
   below = np.flatnonzero(found.column("accuracy") < accuracy)
   rounds = [*found.column("round"), np.inf]
   return float(rounds[below[-1] + 1 if len(below) else 0])

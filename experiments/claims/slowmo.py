@@ -1,15 +1,15 @@
 """Slow momentum improves Local SGD.
 
 Paper: Wang, Tantia, Ballas, Rabbat 2020, SlowMo, arXiv:1910.00643, table 1 (CIFAR-10, Local SGD
-with tau = 12: 91.73 percent without and 93.20 with slow momentum).
+with tau = 12: 91.73% without slow momentum, 93.20% with slow momentum).
 
-Same: tau = 12 local steps of Nesterov momentum 0.9, slow momentum 0.7 with alpha = 1; the learning
-rates of both tuned on the same grid. Both reset the workers' momenta in every round, the first of
-the paper's three options.
+Same: tau = 12 local steps with Nesterov momentum 0.9, slow momentum 0.7 with alpha = 1; the
+learning rates of both methods are tuned on the same grid. Both methods reset the workers' momenta
+in every round, which is the first of the paper's three options.
 
-Scaled: a perceptron of 64 hidden units on MNIST over eight workers, each with the classes of an
-eighth of the sorted examples, 120 rounds: heterogeneous data replace the long training after which
-the two separate on CIFAR-10. We reproduce the ordering.
+Scaled: a perceptron of 64 hidden units on MNIST, 120 rounds, eight workers with an eighth of the
+sorted examples each. These heterogeneous data replace the long training after which the two methods
+differ on CIFAR-10. We reproduce the ordering.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ FULL = {
   "batch_size": 256,
   "learning_rates": [0.025, 0.05, 0.1, 0.15, 0.2],
   "evaluations": 12,
-  "apart": 0.01,  # one of 10,000 examples: strictly above
+  "apart": 0.01,  # percent, one of 10,000 examples: strictly above
 }
 QUICK = {"rounds": 20, "learning_rates": [0.1], "evaluations": 2, "apart": 2.0}
 SEEDS = {"full": 3, "quick": 1}
@@ -43,7 +43,7 @@ METHODS = {
 
 
 def measure(lab: Lab) -> Findings:
-  """Test accuracies in percent of both, each at its best learning rate on seed 0."""
+  """Measures test accuracies in percent, for each method at its best learning rate on seed 0."""
   runs, percent, rates, grids = {}, {}, {}, {}
   for name, method in METHODS.items():
     tried = {rate: _run(lab, method, rate, 0) for rate in lab["learning_rates"]}

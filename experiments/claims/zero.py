@@ -3,15 +3,16 @@
 Paper: Rajbhandari et al. 2019, ZeRO, arXiv:1910.02054, section 3.1 and figure 1.
 
 Same: the memory that XLA allocates on each of N = 8 devices for parameters, gradients and Adam's
-two moments, from the memory analysis of the compiled step; stage 1 shards the moments into N parts,
-2 also gradients, 3 everything.
+two moments, from the memory analysis of the compiled step. Stage 1 shards the moments into N parts,
+stage 2 also the gradients, and stage 3 also the parameters.
 
-Scaled: a perceptron of about a million parameters. All is float32 here, so 4 + 4 + 8 bytes replace
-the 2 + 2 + 12 of the paper's mixed precision: the same 16 without ZeRO and 16/N in stage 3, and in
-between 8 + 8/N and 4 + 12/N where the paper has 4 + 12/N and 2 + 14/N. Gradients are measured in a
-program of the gradient alone, sharded as in the step, since the step reuses their memory as soon as
-possible. The step's temporaries, which include gradients and the full matrices gathered for
-XLA:CPU, are printed without gates.
+Scaled: a perceptron of about a million parameters. All arrays are float32, so 4 + 4 + 8 bytes
+replace the 2 + 2 + 12 bytes of the paper's mixed precision. The sum is 16 bytes without ZeRO and
+16/N in stage 3, as in the paper; stages 1 and 2 have 8 + 8/N and 4 + 12/N bytes, whereas the paper
+has 4 + 12/N and 2 + 14/N. Gradients are measured in a program that computes only the gradient,
+sharded as in the step, since the step reuses the gradients' memory as early as possible. The step's
+temporaries, which include gradients and the full matrices gathered for XLA:CPU, are shown without
+gates.
 """
 
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ TITLE = "ZeRO cuts the 16 bytes per parameter of training with Adam by the numbe
 DATASET = ""
 FULL = {"devices": 8, "hidden": [1024, 1024], "within": 0.03}
 QUICK = {"hidden": [1024]}
-SEEDS = {}  # one
+SEEDS = {}  # a single seed
 X64 = False
 
 
@@ -40,11 +41,11 @@ class Bytes(NamedTuple):
 
   state: float  # parameters and Adam's moments
   grads: float
-  temporaries: float  # of the full step, gradients included
+  temporaries: float  # temporaries of the full step, including gradients
 
 
 def measure(lab: Lab) -> Findings:
-  """Bytes per parameter of every stage."""
+  """Measures the bytes per parameter in every stage."""
   n, within = lab["devices"], lab["within"]
   found = with_devices(n, stages, n, lab["hidden"])
   held = [of.state + of.grads for of in found]
@@ -79,7 +80,7 @@ def measure(lab: Lab) -> Findings:
 
 
 def stages(devices: int, hidden: list[int]) -> list[Bytes]:
-  """Data parallelism without ZeRO, then its three stages."""
+  """Returns the bytes of data parallelism without ZeRO, and then of the three stages of ZeRO."""
   config = Config(
     task="digits()",
     model=str(calls.mlp(hidden=hidden)),
@@ -93,7 +94,7 @@ def stages(devices: int, hidden: list[int]) -> list[Bytes]:
 
 
 def compiled(config: Config) -> Bytes:
-  """Compiles one step, and its gradient alone with the same sharding."""
+  """Compiles one step, and the gradient alone with the same sharding."""
   problem = assemble.assemble(config, assemble.check(config))
   job = problem.job
   state, data = ahead.arguments(problem)

@@ -1,7 +1,7 @@
-"""A run's round compiled by XLA for TPU chips, without TPUs: memory, work and traffic.
+"""Compiles a run's round for TPU chips without TPUs, and reads its memory, work and traffic.
 
-The program is the one that `spmd` runs; its arguments are shapes. Import this with the environment
-that `compile.py` sets.
+The program is the one that `spmd` runs; its arguments are shapes. Import this module in the
+environment that `compile.py` sets.
 """
 
 import math
@@ -33,16 +33,16 @@ class Target(NamedTuple):
 
   topology: str
   chip: chips.Chip
-  shape: tuple[int, ...]  # of a slice
+  shape: tuple[int, ...]  # dimensions of a slice
   slices: int
   devices: Sequence[Any]
 
 
 def target(topology: str, slices: int) -> Target:
-  """The devices of a topology, as XLA:TPU describes them.
+  """Returns the devices of a topology, as described by XLA:TPU.
 
   Args:
-    topology: chip and sides of a slice, such as v5p:8x8x8.
+    topology: chip and dimensions of a slice, such as v5p:8x8x8.
     slices: number of slices.
 
   Raises:
@@ -50,7 +50,7 @@ def target(topology: str, slices: int) -> Target:
   """
   with flag("topology", topology), blame.of_libraries():
     name, shape = chips.parse_topology(topology)
-    # to the compiler a v4 chip is two devices, unless configured as one, as on real machines
+    # the compiler treats a v4 chip as two devices unless configured as one, as on real machines
     cores = {"chip_config_name": "megacore"} if name == "v4" else {}
     try:
       found = topologies.get_topology_desc(topology, "tpu", num_slices=slices, **cores)
@@ -64,10 +64,10 @@ def _first_line(error: Exception) -> str:
 
 
 def problem_of(config: Config, target: Target) -> assemble.Problem:
-  """The parts of a run on the target's devices; nothing is placed or run.
+  """Builds the parts of a run for the target's devices; nothing is placed on a device or run.
 
   Raises:
-    UsageError: one line.
+    UsageError: for an invalid flag.
   """
   setting = assemble.check(config)
   with flag("mesh", config.mesh):
@@ -82,7 +82,7 @@ def problem_of(config: Config, target: Target) -> assemble.Problem:
 
 
 def arguments(problem: assemble.Problem) -> tuple[TrainState, Data]:
-  """Shapes of the state and the data of a run, with their shardings."""
+  """Returns the shapes of a run's state and data, with their shardings."""
   key = jax.eval_shape(lambda: jax.random.key(0))
   state = problem.executor.init.eval_shape(key)
   mesh = state.round.sharding.mesh
@@ -97,16 +97,16 @@ def arguments(problem: assemble.Problem) -> tuple[TrainState, Data]:
 
 
 def compiled_round(config: Config, target: Target, effort: float = 0.0) -> dict[str, Any]:
-  """Compiles one round and reads its figures; bytes and FLOPs are of one device.
+  """Compiles one round and reads its figures; bytes and FLOPs are those of one device.
 
   Args:
     config: the run's flags.
-    target: what to compile for.
-    effort: the compiler's optimization effort, in [-1, 1]; 0 is that of a run. With less effort, it
-      compiles faster, and the program overlaps less and therefore needs less memory.
+    target: the devices for which to compile.
+    effort: the compiler's optimization effort, in [-1, 1]; 0 is that of a run. With less effort,
+      compilation is faster, and the program overlaps less and therefore needs less memory.
 
   Raises:
-    UsageError: one line, also if the program does not fit.
+    UsageError: for an invalid flag, or if the program does not fit.
   """
   with jax.sharding.use_abstract_mesh(meshes.like(target.devices[0])):
     problem = problem_of(config, target)
@@ -137,7 +137,7 @@ class Built(NamedTuple):
   jaxpr: Any
   program: Any  # a jax.stages.Compiled
   mesh: Mesh
-  held: dict[str, int]  # bytes of the arguments on one device
+  held: dict[str, int]  # bytes of the arguments on one device, by name
   seconds: dict[str, float]
 
 
@@ -145,7 +145,7 @@ def _compile(problem: assemble.Problem, target: Target, effort: float) -> Built:
   """Compiles one round.
 
   Raises:
-    UsageError: one line, if it does not fit.
+    UsageError: if the program does not fit.
   """
   state, data = arguments(problem)
   mesh, started = state.round.sharding.mesh, time.perf_counter()
@@ -166,13 +166,13 @@ def _compile(problem: assemble.Problem, target: Target, effort: float) -> Built:
 
 
 def _held(tree: Tree) -> int:
-  """Bytes of a tree's elements on one device, without padding."""
+  """Counts the bytes of a tree's elements on one device, without padding."""
   size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
   return sum(size(x) for x in jax.tree.leaves(tree))
 
 
 def _memory(found: Any, held: dict[str, int], target: Target) -> dict[str, Any]:
-  """Bytes by kind, and the share of the chip's memory that is left."""
+  """Returns the bytes of each kind of memory, and the fraction of the chip's memory left."""
   kinds = {
     "arguments": found.argument_size_in_bytes,
     "outputs": found.output_size_in_bytes,
@@ -186,7 +186,7 @@ def _memory(found: Any, held: dict[str, int], target: Target) -> dict[str, Any]:
 
 
 def too_large(text: str, held: dict[str, int], axes: dict[str, int], target: Target) -> str:
-  """The error for a program that does not fit: excess, largest part, and the axis to extend."""
+  """Formats the error for a program that does not fit, with the largest part and a remedy."""
   found = re.search(r"[Uu]sed ([\d.]+)([KMG]?) of|temporaries \(([\d.]+)([KMG]?)\)", text)
   unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
   needed = float(found[1] or found[3]) * unit[found[2] or found[4] or ""] if found else 0.0
@@ -207,7 +207,7 @@ def too_large(text: str, held: dict[str, int], axes: dict[str, int], target: Tar
 
 
 def _work(problem: assemble.Problem, program: Any, mesh: Mesh) -> dict[str, Any]:
-  """FLOPs and HBM bytes of a step on one device."""
+  """Counts FLOPs and HBM bytes of a step on one device."""
   job, axes = problem.job, dict(mesh.shape)
   return {
     "flops": {
@@ -219,10 +219,10 @@ def _work(problem: assemble.Problem, program: Any, mesh: Mesh) -> dict[str, Any]
 
 
 def _needed(job: Job, mesh: Mesh) -> float:
-  """FLOPs of a step's gradient on one device, with nothing computed twice.
+  """Counts the FLOPs of a step's gradient on one device, without recomputation.
 
-  Traced for no particular chip, so that a model uses operations that are counted exactly, unless it
-  insists on this chip's kernels.
+  The program is traced for no particular chip. A model then uses operations that are counted
+  exactly, unless it requires the kernels of a chip.
   """
   inner = {name: size for name, size in mesh.shape.items() if name not in WORKER_AXES}
   types = (AxisType.Auto,) * len(inner)
@@ -245,7 +245,7 @@ def _needed(job: Job, mesh: Mesh) -> float:
 def _collectives(
   transfers: list[wire.Transfer] | None, period: int, slices: int
 ) -> list[dict[str, Any]]:
-  """Every collective, identical ones merged: bytes of each, and how often per step."""
+  """Lists the collectives with their bytes and number per step; identical ones are merged."""
   times: Counter[wire.Transfer] = Counter()
   for transfer in transfers or ():
     times[transfer._replace(times=1)] += transfer.times
@@ -266,7 +266,7 @@ def _collectives(
 def _roofline(
   work: dict[str, Any], transfers: list[wire.Transfer] | None, period: int, target: Target
 ) -> dict[str, Any]:
-  """The lower bound on the time of a step, and its parts."""
+  """Computes the lower bound on the time of a step, and its parts."""
   within, across = None, None
   if transfers is not None:
     within, across = chips.split(wire.by_axis(transfers, period), target.slices)

@@ -1,6 +1,6 @@
-"""Renders a comparison of methods: table, recommendation, caption, figure.
+"""Formats a comparison of methods: table, recommendation, caption, figure.
 
-The input is the contents of compare.json, see `outcomes.compared`.
+The input is the contents of compare.json; see `outcomes.compared`.
 """
 
 import shlex
@@ -12,11 +12,11 @@ from typing import Any
 from research.training.reports import figures
 
 Result = dict[str, Any]
-Row = dict[str, Any]  # a method of a result; unknown figures are left out
+Row = dict[str, Any]  # a method in a result, without figures that are unknown
 
-TOO_CLOSE = 1.1  # smaller ratios of seconds are within the scatter of timings
+TOO_CLOSE = 1.1  # smaller ratios of seconds are within the variation of timings
 
-# title, figure, format; columns without any figure are left out
+# Title, figure and format; columns without any figure are left out.
 COLUMNS = (
   ("training loss", "train_loss", ".4g"),
   ("{evaluated_on} accuracy", "accuracy_mean", ".4f"),
@@ -33,7 +33,7 @@ COLUMNS = (
 
 
 def table(result: Result) -> str:
-  """A row per method; blank if there is no figure."""
+  """Formats a row per method; cells without a figure are blank."""
   rows, place = result["methods"], result["place"]
   columns = [
     (title.format(**result), name, form)
@@ -49,7 +49,7 @@ def table(result: Result) -> str:
 
 
 def remark(row: Row) -> str:
-  """A remark on what a method's figures do not show."""
+  """Returns a remark on facts that a method's figures do not show."""
   count = len(row["folders"])
   if row["diverged_seeds"]:
     return f"{len(row['diverged_seeds'])} of {count} seeds diverged"
@@ -64,7 +64,7 @@ def remark(row: Row) -> str:
 
 
 def recommendation(result: Result) -> str:
-  """One line: which method reaches the target first on the link, and by how much."""
+  """Names in one line the method that reaches the target first on the link, and its lead."""
   rows, target, place = result["methods"], result["target"], result["place"]
   reach = [row for row in rows if "seconds_to_target" in row]
   if not reach:
@@ -94,7 +94,7 @@ def recommendation(result: Result) -> str:
 
 
 def caption(result: Result) -> list[str]:
-  """What the figures mean, a sentence or two per line."""
+  """Explains the figures, in one or two sentences per line."""
   if result["target"] is None:
     lines = ["Target: none, since no method improved on its start with all its seeds."]
   else:
@@ -122,7 +122,7 @@ def caption(result: Result) -> list[str]:
 
 
 def markdown(result: Result) -> str:
-  """Title, table, recommendation, caption, and provenance."""
+  """Formats title, table, recommendation, caption and provenance in Markdown."""
   made = result["env"]
   script, *arguments = made["command"]
   command = shlex.join(["python", f"experiments/{script}", *arguments])
@@ -145,13 +145,13 @@ def title(result: Result) -> str:
 
 
 def draw(path: Path, result: Result) -> None:
-  """Draws loss over steps, bytes and seconds: mean over seeds as a line, range as shade."""
+  """Draws the loss over steps, bytes and seconds: the mean over seeds with a shaded range."""
   with figures.drawing(path):
     figures.save(figure_of(result), path, dpi=110)
 
 
 def figure_of(result: Result) -> Any:
-  """The figure of `draw`."""
+  """Returns the figure that `draw` writes."""
   from matplotlib.figure import Figure
 
   rows = result["methods"]
@@ -180,7 +180,7 @@ def figure_of(result: Result) -> Any:
 
 
 def draw_method(axes: Sequence[Any], row: Row, target: float | None, style: dict[str, Any]) -> None:
-  """A method's line in each panel, and a dot where it reaches the target."""
+  """Draws a method's line in each panel, and a dot where the line reaches the target."""
   import numpy as np
 
   losses, steps = np.array(row["curve"]["losses"]), np.array(row["curve"]["steps"])
@@ -198,7 +198,7 @@ def draw_method(axes: Sequence[Any], row: Row, target: float | None, style: dict
 
 
 def draw_scales(axes: Sequence[Any], result: Result) -> None:
-  """Draws the target; sets logarithmic scales for positive losses and widely differing ends."""
+  """Draws the target; uses logarithmic scales for positive losses and widely differing ranges."""
   import numpy as np
 
   drawn = [row for row in result["methods"] if "curve" in row]

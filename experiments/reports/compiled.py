@@ -1,4 +1,4 @@
-"""Tables of compiled rounds: memory, times, traffic, and a comparison of several runs.
+"""Formats tables of compiled rounds: memory, times, traffic, and a comparison of several runs.
 
 The inputs are results of `ahead.compiled_round`.
 """
@@ -37,7 +37,7 @@ def of_seconds(amount: float | None) -> str:
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-  """A Markdown table with aligned columns."""
+  """Formats a Markdown table with aligned columns."""
   lines = [list(header), *map(list, rows)]
   widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
   lines.insert(1, ["-" * width for width in widths])
@@ -46,7 +46,7 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def report(found: dict[str, Any], target: "Target") -> str:
-  """The report of one compiled round, as tables."""
+  """Formats the report of one compiled round as tables."""
   unread = found["collectives_unread"]
   return "\n\n".join(
     (
@@ -61,7 +61,7 @@ def report(found: dict[str, Any], target: "Target") -> str:
 
 
 def of_run(found: dict[str, Any], target: "Target") -> str:
-  """The compiled run as flags; for a sweep the flags that its rows share."""
+  """Formats the compiled run as flags; for a sweep, the flags that all rows share."""
   chosen = {"topology": target.topology, **({"slices": target.slices} if target.slices > 1 else {})}
   names = ("mesh", "task", "model", "method", "batch_size")
   chosen |= {name: found[name] for name in names if name in found}
@@ -71,7 +71,7 @@ def of_run(found: dict[str, Any], target: "Target") -> str:
 
 
 def memory(found: dict[str, Any]) -> str:
-  """Memory by kind; the kinds add up to what is used."""
+  """Formats the memory of each kind; the sum is the memory in use."""
   held = found["of_arguments"]
   kinds = {
     f"arguments (state {of_bytes(held['state'])}, examples {of_bytes(held['examples'])})": found[
@@ -90,7 +90,7 @@ def memory(found: dict[str, Any]) -> str:
 
 
 def times(found: dict[str, Any], target: "Target") -> str:
-  """The four times of a step; the longest is the bound."""
+  """Formats the four times of a step; the longest time is the bound."""
   roof, chip = found["roofline"], target.chip
   links = chips.links(target.shape)
   network = of_rate(chip.dcn) if chip.dcn else "not published"
@@ -108,7 +108,7 @@ def times(found: dict[str, Any], target: "Target") -> str:
 
 
 def traffic(collectives: Iterable[dict[str, Any]], slices: int) -> str:
-  """Collectives by operation, axis and dtype, sorted by bytes sent, descending."""
+  """Formats collectives by operation, axis and dtype, in descending order of sent bytes."""
   rows: dict[tuple[str, ...], list[dict[str, Any]]] = {}
   for row in collectives:
     crosses = (("yes" if row["crosses_slices"] else "no"),) * (slices > 1)
@@ -129,7 +129,7 @@ def traffic(collectives: Iterable[dict[str, Any]], slices: int) -> str:
 
 
 def summary(found: dict[str, Any]) -> str:
-  """The bound in words, and what it includes."""
+  """Describes the bound, and the costs that it includes, in words."""
   roof, flops, seconds = found["roofline"], found["flops"], found["seconds"]
   rest = f"; not known: {', '.join(roof['left_out'])}" if roof["left_out"] else ""
   steps = found["steps_per_round"]
@@ -147,14 +147,14 @@ def summary(found: dict[str, Any]) -> str:
 
 
 def best(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-  """The row with the lowest bound, among those with all times known; ties go to less memory."""
+  """Returns the row with the lowest bound, then the least memory, among rows with known times."""
   known = [row for row in rows if "refused" not in row and not row["roofline"]["left_out"]]
   order = lambda row: (row["roofline"]["seconds_per_step"], row["memory"]["used"])
   return min(known, key=order, default=None)
 
 
 def comparison(rows: list[dict[str, Any]]) -> str:
-  """A table with one line per run, and the best run."""
+  """Formats a table with one line per run, and names the best run."""
   lines, notes = [], []
   for row in rows:
     if "refused" in row:

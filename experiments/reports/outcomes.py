@@ -1,4 +1,4 @@
-"""The outcomes of trained methods, and their comparison in figures."""
+"""Reads the outcomes of trained methods, and compares them in figures."""
 
 import math
 import statistics
@@ -15,9 +15,9 @@ class Contender(NamedTuple):
   """A method and its runs."""
 
   spec: str
-  label: str  # the part of the spec that distinguishes it from the others
+  label: str  # the part of the spec that distinguishes this method from the others
   dense: bool
-  configs: list[Config]  # by seed
+  configs: list[Config]  # one per seed
 
 
 class Curve(NamedTuple):
@@ -25,16 +25,16 @@ class Curve(NamedTuple):
 
   steps: np.ndarray  # [n]
   sent: np.ndarray  # [n] bytes sent by a worker so far
-  losses: np.ndarray  # [seeds, n] of all training data
-  virtual: np.ndarray  # [n] mean seconds on the clock; NaN without one
+  losses: np.ndarray  # [seeds, n] over all training data
+  virtual: np.ndarray  # [n] mean seconds on the virtual clock; NaN without a clock
 
   @property
   def best(self) -> np.ndarray:
-    """[n], the mean over seeds of the lowest loss so far; infinite before the first."""
+    """Returns [n]: the mean over seeds of the lowest loss so far; infinite before the first."""
     return np.fmin.accumulate(np.where(np.isnan(self.losses), np.inf, self.losses), 1).mean(0)
 
   def improved(self, starts: Sequence[float | None]) -> list[bool]:
-    """Whether each seed's loss fell below its start and does not end above it.
+    """Whether each seed's loss fell below its initial value and does not end above that value.
 
     Args:
       starts: the losses before the first step; None if unknown or not finite.
@@ -46,44 +46,44 @@ class Curve(NamedTuple):
 
 
 class Outcome(NamedTuple):
-  """The outcome of a plan; summaries and curve are of the runs that did not diverge."""
+  """The outcome of a method; summaries and curve cover the runs that did not diverge."""
 
   plan: Contender
   summaries: list[dict[str, Any]]
   curve: Curve | None
-  diverged: list[int]  # seeds
+  diverged: list[int]  # seeds of diverged runs
 
   @property
   def unimproved(self) -> list[int]:
-    """Seeds whose training loss did not fall below that of their initial model, or rose again."""
+    """Seeds whose training loss did not fall below its initial value, or rose above it again."""
     if self.curve is None:
       return []
     seeds = [config.seed for config in self.plan.configs if config.seed not in self.diverged]
-    # a summary of an earlier version has no initial loss
+    # summaries of earlier versions contain no initial loss
     improved = self.curve.improved([s.get("initial_train_loss") for s in self.summaries])
     return [seed for seed, well in zip(seeds, improved, strict=True) if not well]
 
   @property
   def eligible(self) -> bool:
-    """Whether it can win and counts for the common target: all its seeds must have improved."""
+    """Whether the method can win and counts for the common target: all of its seeds improved."""
     return self.curve is not None and not self.diverged and not self.unimproved
 
 
 class Conditions(NamedTuple):
   """The conditions for which seconds are predicted."""
 
-  link: str  # as in the flag; empty: none
+  link: str  # value of --link; empty: none
   compute_seconds: float  # per local step of one worker; 0: as measured
-  clock: str  # as in the flag; empty: none
+  clock: str  # value of --clock; empty: none
 
   @property
   def place(self) -> str:
-    """Label of the conditions in which seconds to the target are counted; empty: none."""
+    """Label of the conditions under which seconds to the target are counted; empty: none."""
     return " and ".join(filter(None, (self.link, self.clock and "the virtual clock")))
 
 
 def read_curve(folders: list[Path]) -> Curve:
-  """Evaluations from runs' metrics.jsonl; a converged run is extended by its last values."""
+  """Reads evaluations from metrics.jsonl; a converged run is extended by its last values."""
   from research.training.reports import report
 
   runs = []
@@ -99,12 +99,12 @@ def read_curve(folders: list[Path]) -> Curve:
 
 
 def common_target(outcomes: list[Outcome]) -> float | None:
-  """The greatest mean best loss among the methods that improved; all of these methods reach it."""
+  """Returns the lowest loss that all methods that improved reach, as means over their seeds."""
   return max((float(o.curve.best[-1]) for o in outcomes if o.curve and o.eligible), default=None)
 
 
 def steps_to(curve: Curve, target: float) -> float | None:
-  """The step at which the best loss reaches the target, interpolated between evaluations."""
+  """Returns the step at which the best loss reaches the target, interpolated linearly."""
   best = curve.best
   below = np.flatnonzero(best <= target)
   if not below.size:
@@ -116,7 +116,7 @@ def steps_to(curve: Curve, target: float) -> float | None:
 
 
 def figures(outcome: Outcome, target: float | None, conditions: Conditions) -> dict[str, Any]:
-  """A method's figures: means over the seeds that did not diverge; unknown ones are left out."""
+  """Returns a method's known figures, as means over the seeds that did not diverge."""
   plan, summaries, curve, diverged = outcome
   found: dict[str, Any] = {
     "method": plan.spec,
@@ -132,7 +132,7 @@ def figures(outcome: Outcome, target: float | None, conditions: Conditions) -> d
   by_axis, dense = wire["bytes_per_step_per_worker"], wire["dense_bytes_per_step_per_worker"]
   sent = sum(by_axis.values())
   counted = {"bytes_per_step_per_worker": sent, "ratio_to_dense": sent / dense if dense else 1.0}
-  found |= counted if by_axis else {}  # a server's are not counted
+  found |= counted if by_axis else {}  # bytes to a server are not counted
   found |= {
     "train_loss": statistics.mean(s["train_loss"] for s in summaries),
     "steps_per_second": statistics.median(s["steps_per_second"] for s in summaries),
@@ -148,7 +148,7 @@ def figures(outcome: Outcome, target: float | None, conditions: Conditions) -> d
     found |= {f"accuracy_{name}": of(accuracies) for name, of in measures.items()}
   found |= step_seconds(summaries, conditions)
   computing, waiting = found["compute_seconds_per_step"], found["latency_seconds_per_step"]
-  of_bytes = found["seconds_per_step"] - computing - waiting  # of a mean step; early ones vary
+  of_bytes = found["seconds_per_step"] - computing - waiting  # for a mean step; early steps vary
   computed = curve.virtual if conditions.clock else curve.steps * computing
   seconds = computed + curve.steps * waiting + curve.sent * (of_bytes / sent if sent else 0.0)
   found["curve"]["seconds"] = seconds.tolist()
@@ -159,7 +159,7 @@ def figures(outcome: Outcome, target: float | None, conditions: Conditions) -> d
 
 
 def to_target(curve: Curve, target: float, seconds: np.ndarray | None) -> dict[str, Any]:
-  """Steps, bytes sent by a worker and seconds until the target is reached."""
+  """Returns steps, bytes sent by a worker, and seconds until the target is reached."""
   steps = steps_to(curve, target)
   if steps is None:
     return {}
@@ -174,7 +174,7 @@ def to_target(curve: Curve, target: float, seconds: np.ndarray | None) -> dict[s
 
 
 def step_seconds(summaries: list[dict[str, Any]], conditions: Conditions) -> dict[str, float]:
-  """Seconds of a mean local step: computing, latency on the link if any, and the total."""
+  """Returns the seconds of a mean local step: computation, latency of any link, and the total."""
   from research.analysis import cost
   from research.comm import mesh as meshes
 
@@ -198,7 +198,7 @@ def step_seconds(summaries: list[dict[str, Any]], conditions: Conditions) -> dic
 def compared(
   config: Config, outcomes: list[Outcome], wanted: float | None, conditions: Conditions
 ) -> dict[str, Any]:
-  """The contents of compare.json, except the recommendation."""
+  """Returns the contents of compare.json, except the recommendation."""
   from research.comm import mesh as meshes
   from research.training import folder as folders
 

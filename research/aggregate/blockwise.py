@@ -27,7 +27,7 @@ Groups = tuple[dict[int, Array], ...]
 
 
 class Cut(NamedTuple):
-  """Sharding of leaves over the mesh axes within a worker; equal shapes are sharded equally."""
+  """The sharding of leaves over a worker's mesh axes; leaves of equal shape are sharded equally."""
 
   axes: tuple[tuple[str, int], ...]  # names and sizes
   places: Callable[[tuple[int, ...]], tuple[int | None, ...]]  # shape -> sharded dimension by axis
@@ -84,10 +84,10 @@ class Blockwise(Aggregator):
   """Simulates on one device the aggregation that a worker's B devices run on their shards.
 
   The inner aggregator sees each shard of a leaf as a leaf with its own key. Leaves replicated over
-  several devices are aggregated separately from sharded ones, identically on each device. No value
-  crosses an axis within a worker, so k, scales, ranks and distances are per shard. The state has a
-  leading dimension [B], except scalar integers, which count rounds and are shared by all blocks.
-  `parallel/sharded.py` runs the same computation on the devices.
+  several devices are aggregated separately from sharded leaves, identically on each device. Nothing
+  is exchanged over axes within a worker, so k, scales, ranks and distances are computed per shard.
+  State leaves have a leading dimension [B], except scalar integers, which count rounds and are
+  shared by all blocks. `parallel/sharded.py` runs the same computation on the devices.
 
   Args:
     inner: the aggregator applied to the shards.
@@ -127,7 +127,7 @@ blockwise = Blockwise
 
 
 def is_counter(leaf: Array | jax.ShapeDtypeStruct) -> bool:
-  """Returns whether a state leaf counts rounds, i.e. is a scalar integer.
+  """Returns whether a state leaf is a scalar integer, which counts rounds.
 
   Args:
     leaf: the leaf.
@@ -174,7 +174,7 @@ def pieces(tree: Tree, cut: Cut) -> Groups:
 
   Args:
     tree: the tree.
-    cut: how its leaves are sharded.
+    cut: the sharding of the tree's leaves.
   """
   leaves = dict(enumerate(jax.tree.leaves(tree)))
   return tuple(
@@ -198,7 +198,7 @@ def split(tree: Tree, cut: Cut) -> Groups:
 
   Args:
     tree: the tree.
-    cut: how its leaves are sharded.
+    cut: the sharding of the tree's leaves.
   """
   return jax.tree.map(lambda x: split_leaf(x, cut), pieces(tree, cut))
 
@@ -209,14 +209,14 @@ def join(parts: Groups, like: Tree, cut: Cut) -> Tree:
   Args:
     parts: the groups of blocks.
     like: a tree with the structure and shapes of the result.
-    cut: how its leaves are sharded.
+    cut: the sharding of the tree's leaves.
   """
   whole = lambda blocks, x: join_leaf(blocks, x.shape, cut)
   return jax.tree.map(whole, rejoined(parts, like), like)
 
 
 def split_leaf(x: Array, cut: Cut) -> Array:
-  """Splits a leaf into its blocks; it is replicated over axes that do not shard it.
+  """Splits a leaf into its blocks and replicates them over the axes that do not shard the leaf.
 
   Args:
     x: the leaf, of any shape.

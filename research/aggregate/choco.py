@@ -24,11 +24,11 @@ class Choco(CodedGossip, name="choco"):
       x_hat_i <- x_hat_i + q_i,   s_i <- s_i + sum_j w_ij q_j
       value_i = x_i + gamma (s_i - x_hat_i)
 
-  A worker sends the payload of q_i once per link. It stores two trees, independent of the number of
-  links: x_hat_i and s_i - x_hat_i. The latter accumulates the rounding errors of the early, large
-  terms. In float32, the squared disagreement therefore stops decreasing at about 1e-7 of its
-  initial value; with --x64 it decreases further. `d_psgd(sgd(...), choco(...))` is CHOCO-SGD,
-  algorithm 2 of the paper.
+  A worker sends the payload of q_i over each of its links. For any number of links, the worker
+  stores two trees: x_hat_i and s_i - x_hat_i. The latter accumulates the rounding errors of the
+  early, large terms. In float32, the squared disagreement therefore stops decreasing at about 1e-7
+  of its initial value; with --x64 it decreases further. `d_psgd(sgd(...), choco(...))` is
+  CHOCO-SGD, algorithm 2 of the paper.
 
   Args:
     compressor: a contractive compressor, or an unbiased compressor with small variance.
@@ -72,7 +72,7 @@ class Choco(CodedGossip, name="choco"):
     return Aggregate(value, known, ChocoState(known, pull))
 
   def _one(self, x: Array, known: Array, pull: Array, key: Key) -> tuple[Array, Array, Array]:
-    """The value of a leaf, and its x_hat_i and s_i - x_hat_i."""
+    """Returns a leaf's value, and its new x_hat_i and s_i - x_hat_i."""
     change, far = self.drawn(x - known, pull, key)
     return (x + self.gamma * far).astype(x.dtype), known + change, far.astype(x.dtype)
 

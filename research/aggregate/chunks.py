@@ -6,11 +6,11 @@ from research.core.base import Array
 
 
 def cut(x: Array, count: int) -> Array:
-  """Splits a leaf into W chunks [W, ...]: along its first dimension if W divides it, else flat.
+  """Splits a leaf into chunks [W, ...], flattening it if W does not divide its first dimension.
 
   Args:
     x: the leaf, of any shape; a flattened leaf is padded with zeros to a multiple of W.
-    count: W.
+    count: W, the number of workers.
   """
   if x.ndim > 1 and x.shape[0] % count == 0:
     return x.reshape(count, x.shape[0] // count, *x.shape[1:])

@@ -12,7 +12,7 @@ from research.core.base import WORKER_AXES, Aggregator, Array, Compressor, Key, 
 
 
 class CodedGossip(Aggregator):
-  """An exchange with the neighbours in which a worker sends one payload over all of its links.
+  """An exchange in which each worker sends the same payload to all of its neighbours.
 
   Args:
     compressor: encodes a worker's message.
@@ -34,11 +34,11 @@ class CodedGossip(Aggregator):
         start_i + sum_j w_ij (C(message_j) - origin_i)
 
     Args:
-      message: what this worker sends.
+      message: the value that this worker sends.
       start: the value to move, of the message's shape.
       key: a typed key, equal on all workers.
-      origin: subtracted from each message; by default, this worker's own message as the others
-        receive it.
+      origin: the value that is subtracted from each message; by default, this worker's own message
+        as the others receive it.
 
     Returns:
       The message as the others receive it, and the moved value, in float32 or wider.

@@ -31,8 +31,8 @@ class GatherMean(Aggregator, name="gather_mean"):
 
       value = 1/W sum_i D(C(x_i))
 
-  Sends (W-1) payloads per worker. This grows with W: at W = 8, one byte per element costs as much
-  as a float32 ring all-reduce. The traffic of `two_phase` does not grow with W.
+  Each worker sends W - 1 payloads, so traffic grows with W: at W = 8, payloads of one byte per
+  element cost as much as a float32 ring all-reduce. `two_phase` avoids this growth.
 
   Args:
     compressor: any compressor.
@@ -116,21 +116,21 @@ sum_mean = SumMean
 
 
 class TwoPhase(Aggregator, name="two_phase"):
-  """Compressed reduce-scatter, then compressed all-gather: traffic does not grow with W.
+  """Runs a compressed reduce-scatter and a compressed all-gather; traffic does not grow with W.
 
   Each leaf is cut into W chunks. Worker j receives all encodings of chunk j, averages them, adds
-  its memory m_j, encodes the sum and sends it to all:
+  its memory m_j, encodes the sum and sends the result to all workers:
 
       c_j = 1/W sum_i D(C(x_i[j])) + m_j,   value[j] = D(C(c_j)),   m_j <- c_j - value[j]
 
-  Sends 2 (W-1)/W payloads of the leaf per worker at any W.
+  For any W, each worker sends 2 (W-1)/W times the size of the leaf's payload.
 
   Args:
-    compressor: a contractive compressor; applied to chunks of ceil(n / W) elements.
+    compressor: a contractive compressor, applied to chunks of ceil(n / W) elements.
     axis: the worker axes to average over.
 
   Raises:
-    ValueError: if the compressor is not contractive: the memory would grow without bound.
+    ValueError: if the compressor is not contractive, since the memory would grow without bound.
 
   Reference: Tang et al. 2019, arXiv 1905.05957 (DoubleSqueeze), algorithm 1, with the server's work
   distributed over the workers as in Tang et al. 2021, arXiv 2102.02888, section 5.
@@ -169,7 +169,7 @@ class TwoPhase(Aggregator, name="two_phase"):
     return Aggregate(*map(treedef.unflatten, (values, sent, owed)))
 
   def _encode_chunks(self, x: Array, key: Key) -> tuple[Tree, Array]:
-    """The payloads of a leaf's chunks, and the leaf that they decode to."""
+    """Returns the payloads of a leaf's chunks, and the leaf that they decode to."""
     count = collectives.worker_count(self.axis)
     chunks = cut(x, count)
     shared = jax.random.split(key, count)
@@ -179,7 +179,7 @@ class TwoPhase(Aggregator, name="two_phase"):
     return payload, joined(sent, x)
 
   def _serve(self, x: Array, received: Tree, memory: Chunk, first: Key, second: Key):
-    """The encoded mean of this worker's chunk, and its updated memory."""
+    """Returns the encoded mean of this worker's chunk, and the chunk's updated memory."""
     count, mine = collectives.worker_count(self.axis), collectives.worker_index(self.axis)
     like, key = _chunk_like(x, memory), jax.random.split(first, count)[mine]
     mean = jnp.mean(jax.vmap(lambda p: self.compressor.decode(p, like, key))(received), 0)
@@ -198,12 +198,12 @@ two_phase = TwoPhase
 
 
 class MajorityVote(Aggregator, name="majority_vote"):
-  """The elementwise majority of the workers' signs; ties and zeros count as +1.
+  """Computes the elementwise majority of the workers' signs; ties and zeros count as +1.
 
       value = sign(sum_i sign(x_i))
 
-  Sends one bit per element in each direction: signs go to the worker that counts them, and results
-  come back. Every worker present has one vote, regardless of its weight.
+  One bit per element is sent in each direction: the sign to the worker that counts it, and the
+  result back to every worker. Every worker present has one vote, regardless of its weight.
 
   Args:
     axis: the worker axes to vote over.
@@ -249,7 +249,7 @@ def _unzip(pairs: Iterable[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
 
 
 def _keys(key: Key, count: int) -> Any:
-  """One key per leaf, equal on all workers."""
+  """Returns one key per leaf, equal on all workers."""
   return [jax.random.fold_in(key, leaf) for leaf in range(count)]
 
 

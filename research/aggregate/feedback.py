@@ -72,7 +72,7 @@ class EF21(Aggregator, name="ef21"):
 
       g_i <- g_i + C(x_i - g_i),   g <- g + 1/W sum_i C(x_i - g_i),   value = g
 
-  Starts from g_i = 0; the paper also allows a first round without compression.
+  Initially, g_i = 0; the paper also allows a first round without compression.
 
   Args:
     inner: the aggregator of the compressed changes.

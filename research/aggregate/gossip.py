@@ -20,7 +20,7 @@ class GossipState(NamedTuple):
 
 
 class Exchange(Aggregator):
-  """Exchanges with the neighbours, cycling through the rounds of a topology's period.
+  """Exchanges trees with the neighbours, cycling through the rounds of a topology's period.
 
   Args:
     topology: the graph and its weights.
@@ -48,16 +48,16 @@ class Exchange(Aggregator):
 
 
 class Gossip(Exchange, name="gossip"):
-  """Averages with the neighbours once; the mean over all workers is preserved.
+  """Averages the values of neighbours once; the mean over all workers is preserved.
 
       value_i = x_i + sum_j w_ij (x_j - x_i) = sum_j w_ij x_j
 
   Each round reduces the distance between the workers' values and their mean by a factor of the
-  second largest singular value of (w_ij). A worker sends its tree once per link, independent of the
+  second largest singular value of (w_ij). A worker sends its tree over each of its links, for any
   number of workers.
 
   Args:
-    topology: the graph and its weights; a directed one only if its rows and columns sum to one.
+    topology: the graph and its weights, whose rows and columns must sum to one.
     axis: the worker axes of the exchange.
 
   Raises:
@@ -93,7 +93,7 @@ gossip = Gossip
 
 
 class Push(Exchange):
-  """Each worker distributes its value: value_i = sum_j w_ij x_j, for rows of any sum.
+  """Distributes each worker's value: value_i = sum_j w_ij x_j, where the rows may have any sum.
 
   The sum over workers is preserved. This is the exchange inside `push_sum` and `sgp`.
 
@@ -117,7 +117,7 @@ push = Push
 
 
 class PushSumState(NamedTuple):
-  weight: Array  # w_i, private; they sum to W
+  weight: Array  # w_i, private; sum_i w_i = W
   link: GossipState
 
 

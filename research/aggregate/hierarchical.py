@@ -77,19 +77,20 @@ class TwoLevels(Aggregator):
 
 
 class Hierarchical(TwoLevels, name="hierarchical"):
-  """Reduce-scatter within each slice, the inner aggregator between slices, all-gather within each.
+  """Reduce-scatters within each slice, aggregates between slices, and all-gathers in each slice.
 
       m_s[f] = mean over the slice of x[f],   value[f] = A_slow(m_1[f], ..., m_S[f]),   f in [F]
 
   Each of the F workers of a slice handles one chunk of every leaf: a slow link carries 1 / F of the
-  inner payload per worker, and the fast links carry the two halves of an exact all-reduce. The
-  worker of chunk f is charged F times the inner aggregator's error on m_s[f]:
-  sent_i = x_i - F (m_s[f] - sent_s[f]) on that chunk and x_i elsewhere. The mean over the slice is
-  exact, so an error feedback memory belongs outside:
+  inner payload per worker, and the fast links carry the two halves of an exact all-reduce. F times
+  the inner aggregator's error on m_s[f] is attributed to the worker of chunk f: sent_i = x_i - F
+  (m_s[f] - sent_s[f]) on that chunk and x_i elsewhere. The slice's mean of sent_i is then exactly
+  sent_s, so error feedback must wrap this aggregator:
   `error_feedback(hierarchical(two_phase(int8(), axis='slice')))`. If workers may be absent, the
-  workers present in a slice share the error of every chunk equally, which takes another gather over
-  the fast links. An inner rule that selects or votes sees a slice as one worker, whose value is the
-  weighted mean over the slice's workers present. If none is present, this one worker is absent.
+  workers present in a slice share the error of every chunk equally, which requires another gather
+  over the fast links. An inner rule that selects or votes sees a slice as one worker, whose value
+  is the weighted mean over the workers present in the slice. If no worker of a slice is present,
+  the slice counts as absent.
 
   Args:
     inner: an aggregator over the slow axis only (`axis='slice'`).
@@ -114,7 +115,7 @@ hierarchical = Hierarchical
 
 
 class HierarchicalMean(TwoLevels, name="hierarchical_mean"):
-  """Averages over all workers with little slow-link traffic: `hierarchical` of the exact mean.
+  """Averages exactly over all workers, as `hierarchical` does, with little traffic on slow links.
 
   With S slices of F workers, each worker sends 2 (S-1)/(S F) times its tree's bytes between slices,
   and 2 (F-1)/F times its tree's bytes within the slice.
@@ -139,21 +140,21 @@ hierarchical_mean = HierarchicalMean
 
 
 def _split(x: Array, slices: int, width: int) -> Array:
-  """[F, chunk], laid out so that worker (s, f) owns part s F + f if `inner` cuts by slices."""
+  """Splits a leaf into [F, chunk]; an inner split by slices gives part s F + f to worker (s, f)."""
   parts = cut(x, slices * width)
   parts = parts.reshape(slices, width, *parts.shape[1:]).swapaxes(0, 1)
   return parts.reshape(width, slices * parts.shape[2], *parts.shape[3:])
 
 
 def _whole(parts: Array, like: Array, slices: int) -> Array:
-  """Inverse of `_split`: the leaf of parts [F, chunk]."""
+  """Inverse of `_split`: joins parts [F, chunk] into a leaf."""
   width = parts.shape[0]
   parts = parts.reshape(width, slices, parts.shape[1] // slices, *parts.shape[2:])
   return joined(parts.swapaxes(0, 1), like)
 
 
 def _as_one(means: Tree, presence: Presence, fast: str) -> tuple[Tree, Presence]:
-  """A slice as one worker: its weighted mean, computed from weighted trees, and its presence."""
+  """Returns a slice's mean, computed from weighted trees, and its presence as one worker."""
   own = jnp.where(presence.active, jnp.asarray(presence.weight, jnp.float32), 0)
   weight = collectives.mean(own, fast)
   share = jnp.where(weight > 0, weight, 1)

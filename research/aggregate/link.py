@@ -9,7 +9,7 @@ _OWN = 0x6F776E
 
 
 def plain() -> Uplink:
-  """An uplink that sends leaves uncompressed."""
+  """Returns an uplink that sends leaves uncompressed."""
   return Uplink(
     lambda params: (),
     lambda tree, state, key: (jax.tree.leaves(tree), state),
@@ -18,7 +18,7 @@ def plain() -> Uplink:
 
 
 def compressed(compressor: Compressor) -> Uplink:
-  """An uplink that compresses every leaf separately, with its own key.
+  """Returns an uplink that compresses every leaf separately, with the leaf's own key.
 
   Args:
     compressor: any compressor.
@@ -36,7 +36,7 @@ def compressed(compressor: Compressor) -> Uplink:
 
 
 def remembering(link: Uplink, decay: float) -> Uplink:
-  """An uplink with error feedback: sends p = x + decay e and stores e <- p - D(C(p)).
+  """Returns an uplink with error feedback, which sends p = x + decay e and stores e <- p - D(C(p)).
 
   Args:
     link: an uplink without state.

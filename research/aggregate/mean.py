@@ -8,7 +8,7 @@ from research.core.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Tra
 
 
 class Mean(Aggregator, name="mean"):
-  """Averages over all workers by one all-reduce: 2 (W-1)/W times the tree's bytes per worker.
+  """Averages over all workers by an all-reduce of 2 (W-1)/W times the tree's bytes per worker.
 
   Args:
     axis: the worker axes to average over; all by default.

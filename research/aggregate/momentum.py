@@ -119,12 +119,13 @@ class WorkerMomentum(Aggregator, name="worker_momentum"):
 
       m_i <- beta m_i + (1 - beta) x_i,   value = A(m)
 
-  With a mean this is momentum of the mean. A robust rule sees less noise: honest workers' momenta
-  are closer together than their gradients, so a small bias that a faulty worker adds in every round
-  no longer hides among them. Use plain `sgd` as the optimizer; m_i is zero initially.
+  With a mean, the result is the momentum of the mean. A robust rule sees less noise: honest
+  workers' momenta are closer together than their gradients, so a small bias that a faulty worker
+  adds in every round no longer hides among them. Use plain `sgd` as the optimizer; m_i is zero
+  initially.
 
   Args:
-    inner: the aggregator, such as krum(faulty); an attack goes inside, where it replaces momenta.
+    inner: the aggregator, such as krum(faulty), or an attack on it, which then replaces momenta.
     momentum: beta, in [0, 1).
 
   Raises:

@@ -62,7 +62,7 @@ class OnlyLarge(Aggregator, name="only_large"):
     return Aggregate(join(out.value, exact.value), join(out.sent, exact.sent), out.state)
 
   def _parts(self, tree: Tree) -> tuple[list[Array], list[Array], Callable[..., Tree]]:
-    """The large leaves, the small leaves, and a function that joins two such lists into a tree."""
+    """Returns the large leaves, the small leaves, and a function that joins both into a tree."""
     leaves, treedef = jax.tree.flatten(tree)
     large = [x.size >= self.min_size for x in leaves]
     of = lambda wanted: [x for x, is_large in zip(leaves, large, strict=True) if is_large == wanted]
@@ -78,11 +78,11 @@ only_large = OnlyLarge
 
 
 class Bucketed(Aggregator, name="bucketed"):
-  """Concatenates small leaves into flat buckets of up to `bytes`, in the order of the tree.
+  """Concatenates small leaves into flat buckets of up to `bytes` bytes, in the tree's order.
 
-  Leaves of at least `bytes` are unchanged. The inner aggregator sees buckets as its leaves, so
-  scales, k and supports are per bucket, not per leaf. Leaves of different dtypes do not share a
-  bucket.
+  Leaves of at least `bytes` bytes are not changed. The inner aggregator sees buckets as its leaves,
+  so each bucket, not each leaf, has its own scales, k and support. Leaves of different dtypes do
+  not share a bucket.
 
   Args:
     inner: the aggregator of the buckets and of the large leaves.
@@ -113,14 +113,14 @@ class Bucketed(Aggregator, name="bucketed"):
     return Aggregate(self._split(out.value, tree), self._split(out.sent, tree), out.state)
 
   def _fused(self, tree: Tree) -> list[Array]:
-    """The messages: concatenated small leaves, or a single large leaf."""
+    """Returns the messages; each consists of concatenated small leaves or a single large leaf."""
     leaves = jax.tree.leaves(tree)
     joined = lambda bucket: jnp.concatenate([leaves[i].reshape(-1) for i in bucket])
     buckets = _buckets(leaves, self.bytes)
     return [leaves[b[0]] if len(b) == 1 else joined(b) for b in buckets]
 
   def _split(self, parts: Sequence[Array], like: Tree) -> Tree:
-    """Inverse of `_fused`: the tree with the structure and shapes of `like`."""
+    """Inverse of `_fused`: returns a tree with the structure and shapes of `like`."""
     leaves, treedef = jax.tree.flatten(like)
     found = list(leaves)
     for part, bucket in zip(parts, _buckets(leaves, self.bytes), strict=True):
@@ -134,9 +134,9 @@ bucketed = Bucketed
 
 
 def _buckets(leaves: Sequence[Array], bytes: int) -> list[list[int]]:
-  """The indices of the leaves in each message; empty leaves are not sent."""
+  """Returns the indices of the leaves in each message; empty leaves are not sent."""
   buckets: list[list[int]] = []
-  open_: dict[jnp.dtype, tuple[list[int], int]] = {}  # by dtype: the bucket being filled, its bytes
+  open_: dict[jnp.dtype, tuple[list[int], int]] = {}  # by dtype: the open bucket and its bytes
   for i, leaf in enumerate(leaves):
     size = leaf.size * leaf.dtype.itemsize
     if not size:
@@ -159,9 +159,9 @@ class WarmUpState(NamedTuple):
 class WarmUp(Aggregator, name="warm_up"):
   """Uses other aggregators in the first rounds: the exact mean, or a sequence of stages.
 
-  Each stage lasts steps / len(stages) rounds, then `inner` takes over. Deep gradient compression
-  ramps the density of top-k from 25% to 0.1% over the first epochs. A memory belongs around all
-  stages: `error_feedback(warm_up(...))`.
+  Each stage lasts steps / len(stages) rounds; after the last stage, `inner` is used. Deep gradient
+  compression ramps the density of top-k from 25% to 0.1% over the first epochs. Error feedback must
+  wrap all stages, as in `error_feedback(warm_up(...))`.
 
   Args:
     inner: the aggregator after the warm-up.

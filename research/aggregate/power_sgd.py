@@ -13,7 +13,7 @@ from research.comm import collectives
 from research.core import checks
 from research.core.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Array, Key, Trait
 
-# Thin products are memory-bound at any precision, and accelerators default to a low one.
+# Products of thin matrices are memory-bound at any precision; accelerators default to a low one.
 matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 FUSED = 8  # the largest rank whose products are fused instead of written to memory
 
@@ -24,11 +24,12 @@ class PowerSGD(Aggregator, name="power_sgd"):
       P = orthonormal(1/W sum_i M_i Q),   Q_i = M_i^T P,   Q <- 1/W sum_i Q_i
       value = P Q^T,                      sent_i = P Q_i^T
 
-  Q continues from the last round. A column that is zero on all workers, as after a round of zero
-  gradients, keeps its old value: a zero column could never change again. Leaves of two or more
-  dimensions are matrices [all but the last, last]. Vectors, and matrices with at most r (rows +
-  columns) elements, are averaged exactly. Use it under `error_feedback`. We orthogonalise by
-  Householder QR instead of the paper's Gram-Schmidt, which loses orthogonality in float32.
+  Each round starts from the last round's Q. A column that is zero on all workers, as after a round
+  of zero gradients, keeps its old value: a zero column could never change again. Leaves of two or
+  more dimensions are treated as matrices [all dimensions but the last, last]. Vectors, and matrices
+  with at most r (rows + columns) elements, are averaged exactly. Use this aggregator inside
+  `error_feedback`. We orthogonalise by Householder QR instead of the paper's Gram-Schmidt, which
+  loses orthogonality in float32.
 
   Args:
     rank: r, at least 1.
@@ -60,7 +61,7 @@ class PowerSGD(Aggregator, name="power_sgd"):
     return treedef.unflatten([self._first(x, k) for x, k in zip(leaves, keys, strict=True)])
 
   def _first(self, x: Array, key: Key) -> Array:
-    """The initial Q; empty for a leaf that is averaged exactly."""
+    """Returns the initial Q, which is empty for a leaf that is averaged exactly."""
     shape = (x.shape[-1], self.rank) if is_low_rank(x, self.rank) else (0,)
     return jax.random.normal(key, shape, jnp.float32)
 
@@ -120,9 +121,9 @@ def as_matrix(x: Array) -> Array:
 
 
 def product(left: Array, right: Array) -> Array:
-  """Computes left @ right; if left has few columns, as a sum of outer products that XLA fuses.
+  """Computes left @ right; if `left` is narrow, adds outer products, which XLA fuses.
 
-  XLA would first write a matrix product to memory, and this product is as large as the leaf.
+  XLA would write the result of a matrix product, which is as large as the leaf, to memory.
 
   Args:
     left: [m, r].

@@ -10,7 +10,7 @@ from research.core.base import EVERYONE, Array, Presence, Tree
 
 
 def presence_of(weight: float | Array, active: bool | Array) -> Presence:
-  """Builds a worker's presence; `EVERYONE` if all workers participate with equal weight.
+  """Builds a worker's presence; returns `EVERYONE` if all participate with equal weight.
 
   Args:
     weight: the worker's weight, a number or a float scalar.
@@ -21,7 +21,7 @@ def presence_of(weight: float | Array, active: bool | Array) -> Presence:
 
 
 def weighted(tree: Tree, presence: Presence) -> Tree:
-  """Multiplies a tree by the worker's weight, keeping its dtypes; zero if the worker is absent.
+  """Multiplies a tree by the worker's weight, or by zero if the worker is absent; keeps dtypes.
 
   Args:
     tree: this worker's arrays x_i.
@@ -47,7 +47,7 @@ def unweighted(presence: Presence) -> Presence:
 
 
 def alike(active: bool | Array) -> Presence:
-  """Returns a presence that weights active workers equally; the weights average to one over W.
+  """Returns a presence that weights active workers equally; the mean weight of all W is one.
 
   Args:
     active: whether this worker participates, True or a bool scalar.
@@ -80,7 +80,7 @@ class Roll(NamedTuple):
 
   present: Array  # bool [W]
   count: Array  # int32, number of workers present
-  scale: Array  # float32, mean weight over all W
+  scale: Array  # float32, mean weight over all W workers
 
 
 def call_roll(presence: Presence, axis: collectives.Axes) -> Roll | None:

@@ -1,6 +1,7 @@
 """Gossip of compressed values without a memory: the baselines of CHOCO.
 
-Neither converges to the mean: unless the values tend to zero, the compression errors persist.
+Neither algorithm converges to the mean: unless the values tend to zero, the compression errors
+persist.
 """
 
 from typing import ClassVar
@@ -50,7 +51,7 @@ class Q1Gossip(QuantizedGossip, name="q1_gossip"):
 
       value_i = x_i + sum_j w_ij (C(x_j) - x_i)
 
-  The errors do not cancel over the workers: the mean drifts.
+  The compression errors do not cancel over the workers, so the mean drifts.
 
   Args:
     compressor: any compressor.

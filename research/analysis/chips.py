@@ -11,18 +11,18 @@ _GIB = 2**30
 
 
 class Chip(NamedTuple):
-  """Specification of one chip, which JAX presents as one device (both cores of a v4 or v5p).
+  """Specification of a chip; JAX presents one chip (both cores of a v4 or v5p) as one device.
 
   A chip has two ICI links along each dimension of its slice. Rates are for one direction.
   """
 
-  flops: float  # per second, bfloat16
+  flops: float  # FLOPs per second in bfloat16
   hbm: float  # bytes available to a program: as published, or fewer if XLA:TPU reserves some
   hbm_bandwidth: float  # bytes per second, reads plus writes
   link: float  # bytes per second of one ICI link
-  dcn: float | None  # bytes per second of its share of the host's network; None: not published
-  dimensions: int  # dimensions of a slice
-  largest: int  # chips of the largest slice
+  dcn: float | None  # bytes per second of the chip's share of the host's network, if published
+  dimensions: int  # number of dimensions of a slice
+  largest: int  # number of chips of the largest slice
   example: str  # a legal slice
   source: str
 
@@ -71,7 +71,7 @@ class Roofline(NamedTuple):
 
   @property
   def bound(self) -> tuple[str, float]:
-    """The name and time of the largest bound: no step is faster, even with full overlap."""
+    """The name and the time of the largest bound; no step is faster, even with full overlap."""
     known = {name: value for name, value in self._asdict().items() if value is not None}
     slowest = max(known, key=lambda name: known[name])
     return slowest, known[slowest]
@@ -89,7 +89,7 @@ def parse_topology(spec: str) -> tuple[str, tuple[int, ...]]:
     spec: CHIP:AxB or CHIP:AxBxC.
 
   Raises:
-    ValueError: for an unknown chip, or a shape that no slice of it has.
+    ValueError: for an unknown chip, or a shape that no slice of the chip can have.
   """
   name, _, sides = spec.partition(":")
   if name not in CHIPS:
@@ -107,10 +107,11 @@ def parse_topology(spec: str) -> tuple[str, tuple[int, ...]]:
 
 
 def links(shape: tuple[int, ...]) -> int:
-  """Returns the number of ICI links of the best connected chip; a side of two chips has one link.
+  """Returns the number of ICI links of the best-connected chip of a slice.
 
   Args:
-    shape: the sides of a slice, in chips.
+    shape: the sides of a slice, in chips; a chip has one link along a side of two chips, and up to
+      two along a longer side.
   """
   return sum(min(side - 1, 2) for side in shape)
 
@@ -140,18 +141,18 @@ def _over(amount: float | None, rate: float | None) -> float | None:
 
 
 def utilization(chip: Chip, flops: float, seconds: float) -> float:
-  """The achieved fraction of a chip's peak; 0 if seconds is 0.
+  """Returns the achieved fraction of a chip's peak rate; 0 if seconds is 0.
 
   Args:
     chip: the chip's specification.
     flops: FLOPs of one chip.
-    seconds: time in which they were computed.
+    seconds: the time that the computation took.
   """
   return flops / (chip.flops * seconds) if seconds else 0.0
 
 
 def crossing(axis: str, slices: int) -> bool:
-  """Whether traffic over an axis ('slice+data': both at once) leaves its slice.
+  """Returns whether traffic over an axis, or over several as in 'slice+data', leaves a slice.
 
   Args:
     axis: one or more axis names, joined by '+'.

@@ -1,10 +1,10 @@
-"""Traffic of a compiled program: reads every collective that remains in the target's program.
+"""Reads the traffic of a compiled program: every collective in the program for the target.
 
 `wire.py` reads the requested traffic from the traced program; this module reads the actual traffic.
-The two share only the formulas for rings. They differ if a compiler changes the traffic: XLA:CPU
-sums bfloat16 as float32. XLA:TPU pads arrays that do not fit its tiles. If the shards of an array
-do not fit the tiles, it may replace an all-gather or a reduce-scatter by an all-reduce of the full
-array, which sends twice the bytes.
+The two modules share only the formulas for rings. Their results differ if a compiler changes the
+traffic: XLA:CPU sums bfloat16 as float32, and XLA:TPU pads arrays that do not fit its tiles. If the
+shards of an array do not fit the tiles, XLA:TPU may replace an all-gather or a reduce-scatter by an
+all-reduce of the full array, which sends twice the bytes.
 """
 
 from collections.abc import Iterable, Iterator
@@ -49,7 +49,7 @@ def traffic(compiled: Any, mesh: Mesh) -> list[Transfer]:
 
   Args:
     compiled: a `jax.stages.Compiled`, `jit(f).lower(...).compile()`, for any target.
-    mesh: the mesh that it was compiled for.
+    mesh: the mesh that the program was compiled for.
 
   Raises:
     ValueError: if the program's devices are not the mesh's, its device groups are not axes of the
@@ -60,11 +60,11 @@ def traffic(compiled: Any, mesh: Mesh) -> list[Transfer]:
 
 
 def transfers(module: Any, mesh: Mesh) -> list[Transfer]:
-  """`traffic` of a program given as a protobuf message.
+  """Returns every transfer of a program given as a protobuf message; see `traffic`.
 
   Args:
     module: a message of `hlo.module_class()`.
-    mesh: the mesh that it was compiled for.
+    mesh: the mesh that the program was compiled for.
 
   Raises:
     ValueError: see `traffic`.
@@ -76,7 +76,7 @@ def transfers(module: Any, mesh: Mesh) -> list[Transfer]:
 
 
 def _devices(module: Any, expected: Iterable[int]) -> list[int]:
-  """The program's devices in its order; for several slices, those of the first slice."""
+  """Returns the device ids in a program's order; with several slices, those of the first slice."""
   assignment = module.device_assignment
   if min(assignment.replica_count, assignment.computation_count) > 1:
     raise ValueError("a program that is replicated and partitioned at once is not supported")
@@ -94,7 +94,7 @@ def _walk(
     opcode = instruction.opcode.removesuffix("-start")
     called = [program.computations[i] for i in instruction.called_computation_ids]
     if opcode.endswith(("-done", "-update")):
-      continue  # counted at its start
+      continue  # the collective is counted at its start
     if opcode in _OPERATIONS:
       if not (fused and _goes_on(computation, instruction)):
         exchange = _collective(program, computation, instruction, fused)
@@ -134,7 +134,7 @@ def _branches(branches: list[list[Transfer]]) -> list[Transfer]:
 
 
 def _sends_itself(instruction: Any) -> bool:
-  """Whether a kernel, such as a Pallas kernel, sends data itself; XLA does not know how much."""
+  """Returns whether a kernel, such as a Pallas kernel, itself sends an unknown amount of data."""
   return instruction.opcode == "custom-call" and bool(
     hlo.config_of(instruction).get("custom_call_config", {}).get("has_communication")
   )
@@ -145,10 +145,11 @@ def _users(computation: hlo.Computation, instruction: Any) -> list[Any]:
 
 
 def _goes_on(computation: hlo.Computation, instruction: Any) -> bool:
-  """Whether a fused collective continues one that another fusion has started.
+  """Returns whether a fused collective continues one that another fusion has started.
 
   XLA:TPU overlaps a collective with several fusions, each of which repeats the instruction. The
-  first fusion passes it to a custom call AsyncCollectiveStart; all of them carry its chain_id.
+  first fusion passes the instruction to a custom call AsyncCollectiveStart; all of these fusions
+  have the same chain_id.
   """
   targets = {i.custom_call_target for i in _users(computation, instruction)}
   chained = "chain_id" in hlo.attributes_of(instruction) or "AsyncCollectiveDone" in targets
@@ -170,7 +171,7 @@ def _collective(
 
 
 def _sliced(computation: hlo.Computation, instruction: Any, workers: int) -> bool:
-  """Whether only one worker's part of an all-reduce is used: XLA:TPU's fused reduce-scatter."""
+  """Returns whether a worker uses only its part of an all-reduce: a fused reduce-scatter."""
   users = _users(computation, instruction)
   return bool(users) and all(
     user.opcode == "dynamic-slice"
@@ -199,7 +200,7 @@ def _counted(
 
 
 def _differing(program: _Program, groups: list[list[int]]) -> tuple[str, ...]:
-  """The axes along which members of some group differ."""
+  """Returns the axes along which the members of some group differ."""
   apart = np.zeros(len(program.mesh), bool)
   for group in groups:
     apart |= np.ptp([program.places[i] for i in group], axis=0) > 0
@@ -207,10 +208,10 @@ def _differing(program: _Program, groups: list[list[int]]) -> tuple[str, ...]:
 
 
 def _axes(program: _Program, exchange: _Exchange) -> tuple[str, ...]:
-  """The axes along which the groups of devices extend.
+  """Returns the axes along which the groups of devices extend.
 
   Raises:
-    ValueError: if the groups are not those that one or more axes of the mesh define.
+    ValueError: if the groups do not extend along one or more full axes of the mesh.
   """
   axes = _differing(program, exchange.groups)
   width = int(np.prod([program.mesh[axis] for axis in axes]))

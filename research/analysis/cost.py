@@ -1,16 +1,17 @@
 """Predicts the time of collectives from a link's bandwidth and latency.
 
-The alpha-beta model (Hockney 1994) for bandwidth-optimal algorithms (Thakur et al. 2005): a
-collective among W workers takes `hops` sequential messages, plus the transmission of all its bytes,
+This is the alpha-beta model (Hockney 1994) for bandwidth-optimal algorithms (Thakur et al. 2005). A
+collective among W workers takes the latency of `hops` sequential messages, plus the time to
+transmit all its bytes:
 
     seconds = messages * (hops * latency + 8 * sent / rate)
 
     all-reduce  2 (W-1) hops on a ring      all-gather, reduce-scatter  W-1 hops on a ring
     all-to-all    W-1 pairwise exchanges    permute                     1 hop
 
-Every worker has one full-duplex link; nothing overlaps. Every leaf of the tree is one message,
-unless the program fuses leaves. A library that uses tree algorithms for short messages needs fewer
-hops for them.
+Every worker has one full-duplex link, and transfers do not overlap. Every leaf of the tree is one
+message, unless the program fuses leaves. A library that uses tree algorithms for short messages
+needs fewer hops for such messages.
 
 References:
   Hockney, 1994, "The communication challenge for MPP: Intel Paragon and Meiko CS-2", Parallel
@@ -62,11 +63,12 @@ def _quantity(text: str, units: Mapping[str, float], wanted: str) -> float:
 
 
 def seconds(rows: Iterable[Mapping[str, Any]], axes: Mapping[str, int], link: LinkSpeed) -> float:
-  """Predicts the seconds per local step of sequential transfers.
+  """Predicts the time of sequential transfers, in seconds per local step.
 
   Args:
-    rows: the transfers of `summary.json`, each with `operation`, `axis` ('slice+data': over both at
-      once), and per local step one worker's `payload_bytes`, `sent_bytes` and `messages`.
+    rows: the transfers of `summary.json`, each with `operation`, `axis` ('slice+data' means over
+      both axes at once), and one worker's `payload_bytes`, `sent_bytes` and `messages` per local
+      step.
     axes: sizes of the mesh axes by name.
     link: the link of every worker, over every axis.
   """

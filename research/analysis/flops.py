@@ -1,12 +1,12 @@
-"""FLOPs of one device in a traced program, including loop counts.
+"""Counts the FLOPs of one device in a traced program, including all iterations of loops.
 
-They are counted on the jaxpr, because a compiled program's own count includes the body of a loop
+FLOPs are counted on the jaxpr, because a compiled program's own count includes the body of a loop
 only once. Only the operations that a chip's peak rate refers to are counted: matrix products and
 convolutions, at 2 FLOPs per multiply-add. Everything else (sums, exponentials, sorting,
 decompositions) is ignored.
 
-Inside `shard_map` values have the shape of a shard. Over mesh axes that are left to the compiler
-they have the full shape, and their work is assumed to be evenly distributed.
+Inside `shard_map`, values have the shape of a shard. Over mesh axes that are left to the compiler,
+values have the full shape, and the work is assumed to be evenly distributed.
 """
 
 import math
@@ -25,8 +25,9 @@ _REMAT = ("checkpoint", "remat2", "remat")  # names in different JAX versions
 def flops(program: core.ClosedJaxpr, axes: Mapping[str, int] | None = None) -> float:
   """Counts the FLOPs of one device.
 
-  For a condition, the most expensive branch counts. For a Pallas kernel, its cost estimate counts
-  if it has one; otherwise its body counts once per grid point, including points that it skips.
+  Of a condition, only the most expensive branch is counted. A Pallas kernel is counted by its cost
+  estimate if it has one; otherwise, its body is counted once per grid point, including points that
+  the kernel skips.
 
   Args:
     program: a jaxpr, from `jax.make_jaxpr` or `jit(f).trace(...).jaxpr`.
@@ -39,10 +40,10 @@ def flops(program: core.ClosedJaxpr, axes: Mapping[str, int] | None = None) -> f
 
 
 def carried(program: core.ClosedJaxpr, axes: Mapping[str, int] | None = None) -> float:
-  """Counts the bytes that one device reads and writes for its loops; a lower bound.
+  """Counts the bytes that one device reads and writes for its loops, as a lower bound.
 
   In each iteration a `scan` reads its carry and one row of its inputs, and writes its carry and one
-  row of its outputs. This is a lower bound if the carry does not stay on the chip.
+  row of its outputs. The bound holds only if the carry does not stay on the chip.
 
   Args and Raises: see `flops`.
   """
@@ -65,7 +66,7 @@ def _walk(jaxpr: core.Jaxpr, cost: Callable[[Any], float], shared: dict[str, int
 
 
 def _cut_here(eqn: Any) -> frozenset[str]:
-  """The mesh axes over which an equation shards the values of its inner program."""
+  """Returns the mesh axes over which an equation shards the values of its inner program."""
   if eqn.primitive.name != "shard_map":
     return frozenset()
   return frozenset(eqn.params.get("newly_manual_axes") or eqn.params["manual_axes"])
@@ -93,7 +94,7 @@ def _of_equation(eqn: Any) -> float:
 
 
 def _of_ragged(eqn: Any) -> float:
-  """A grouped product: each row of the left side is multiplied by its group's matrix only."""
+  """Counts the FLOPs of a grouped product: each row is multiplied by its own group's matrix."""
   numbers = eqn.params["ragged_dot_dimension_numbers"]
   ((_, contracted), (_, batch)) = numbers.dot_dimension_numbers
   left, right = (variable.aval.shape for variable in eqn.invars[:2])
@@ -102,7 +103,7 @@ def _of_ragged(eqn: Any) -> float:
 
 
 def _of_convolution(eqn: Any) -> float:
-  """FLOPs of products with actual input elements, excluding padding and dilation gaps.
+  """Counts the FLOPs of products with actual input elements, not with padding or dilation gaps.
 
   The gradients of a strided convolution therefore cost as much as the convolution itself.
   """

@@ -112,7 +112,7 @@ class Computation(NamedTuple):
 
 @functools.cache
 def module_class() -> Any:
-  """The protobuf message class of a program."""
+  """Returns the protobuf message class of a program."""
   field = descriptor_pb2.FieldDescriptorProto
   package = "research.hlo"
   file = descriptor_pb2.FileDescriptorProto(name="hlo.proto", package=package, syntax="proto3")
@@ -132,7 +132,7 @@ def module_class() -> Any:
 
 
 def module_of(compiled: Any) -> Any:
-  """Returns the optimized program of a compilation, for its target.
+  """Returns the optimized program that a compilation produced for its target.
 
   Args:
     compiled: a `jax.stages.Compiled`.
@@ -203,7 +203,7 @@ def bytes_of(shape: Any) -> int:
 
 
 def groups_of(instruction: Any) -> list[list[int]]:
-  """The device groups of a collective, in any of XLA's encodings; empty: all devices are one group.
+  """Returns a collective's device groups; an empty list means that all devices are one group.
 
   Args:
     instruction: the collective.
@@ -237,6 +237,6 @@ def _mesh_groups(listed: Any) -> list[list[int]]:
 
 
 def _iota(dimensions: Any, permutation: Any) -> np.ndarray:
-  """0, 1, 2, ... in the shape `dimensions`, transposed if there is a permutation."""
+  """Returns 0, 1, 2, ... in the shape `dimensions`, transposed if there is a permutation."""
   places = np.arange(math.prod(dimensions)).reshape(dimensions)
   return places.transpose(permutation) if permutation else places

@@ -1,8 +1,8 @@
 """Constant propagation over many rounds: evaluates a program's integers in all rounds at once.
 
-If the communication of a round depends on its number, the predicate is a small computation on a
-counter in the state. This module evaluates it for all rounds together, so that the traffic is known
-without running the program.
+If the communication of a round depends on the round's number, the predicate is a small computation
+on a counter in the state. This module evaluates the predicate for all rounds together, so that the
+traffic is known without running the program.
 """
 
 from collections.abc import Callable, Sequence
@@ -68,7 +68,7 @@ def with_counters(
 
 
 def zeros(first: Callable[[], Any]) -> list[bool]:
-  """Whether each leaf of a state is a scalar integer equal to zero; other leaves are not computed.
+  """Returns whether each leaf of a state is a scalar integer zero; other leaves are not computed.
 
   Args:
     first: returns the initial state.
@@ -123,7 +123,7 @@ class Values:
         self._found[variable] = self._repeated(np.asarray(value))
 
   def of(self, variables: Sequence[Any]) -> list[np.ndarray | None]:
-    """The values of variables by round, None if unknown."""
+    """Returns the values of variables by round; None if a value is unknown."""
     return [self._one(v) for v in variables]
 
   def _one(self, variable: Any) -> np.ndarray | None:
@@ -140,7 +140,7 @@ class Values:
     self._found |= {v: value for v, value in known if value is not None}
 
   def inside(self, eqn: Any, program: core.ClosedJaxpr) -> Known:
-    """The known inputs of an equation's inner program; for a loop, all are unknown."""
+    """Returns the known inputs of an equation's inner program; the inputs of a loop are unknown."""
     given, count = self.of(eqn.invars), len(program.jaxpr.invars)
     fits = len(given) == count and eqn.primitive.name not in ("scan", "while")
     return given if fits else [None] * count
@@ -167,7 +167,7 @@ class Values:
       return [np.asarray(x) for x in jax.vmap(bind)(*map(jnp.asarray, given))]
 
   def _changing(self, eqn: Any) -> list[np.ndarray | None]:
-    """The values of the inputs that are not literals; without any, there is nothing to evaluate."""
+    """Returns the values of the inputs that are not literals; without any, nothing is evaluated."""
     return [self._one(v) for v in eqn.invars if not isinstance(v, core.Literal)]
 
 

@@ -1,7 +1,8 @@
 """Traffic between TPU slices, which XLA sends over the hosts' network instead of by collectives.
 
-A program for several slices is compiled for one of them and runs on all. Slices communicate
-through `send` instructions to the megascale runtime; their attributes specify the operation.
+A program for several slices is compiled for one of them and runs on all. Slices communicate through
+`send` instructions to the megascale runtime; the attributes of an instruction specify the
+operation.
 """
 
 import re
@@ -22,7 +23,7 @@ _OPERATIONS = {
 
 
 def devices_of_one(numbers: list[int], devices: Iterable[int]) -> list[int]:
-  """The ids of the first slice's devices in a program's order; empty if the ids form no slices.
+  """Returns the ids of the first slice's devices, in a program's order; empty without slices.
 
   Args:
     numbers: the numbers of the program's devices within their slice.

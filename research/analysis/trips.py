@@ -1,4 +1,4 @@
-"""Trip counts of compiled loops, found by evaluating the condition on the loop's counter.
+"""Finds the trip counts of compiled loops by evaluating the condition on the loop's counter.
 
 Only values that the condition reads are computed: integers that start from constants and change by
 arithmetic on constants. Arrays and data-dependent values remain unknown.
@@ -71,7 +71,7 @@ def trip_count(loop: Any, computation: Computation, computations: Mapping[int, C
 def _carried(
   computations: Mapping[int, Computation], condition: Computation, body: Computation
 ) -> set[tuple[int, ...]]:
-  """The parts of the loop's state that its condition depends on, over all iterations."""
+  """Returns the parts of a loop's state that its condition depends on, over all iterations."""
   found: set[tuple[int, ...]] = set()
   fresh: set[tuple[int, ...]] = set()
 
@@ -95,7 +95,7 @@ def _evaluate(
   path: tuple[int, ...],
   arguments: Arguments,
 ) -> int | None:
-  """The integer value of an instruction, at a path into its tuple; None if unknown."""
+  """Returns the integer value of an instruction, at a path into its tuple; None if unknown."""
   instruction = computation.instructions[number]
   operands = instruction.operand_ids
   value = lambda place, path=(): _evaluate(
@@ -129,6 +129,6 @@ def _apply(function: Callable[[int, int], int], a: int | None, b: int | None) ->
 
 
 def _constant(literal: Any) -> int | None:
-  """The value of a scalar integer or bool literal; None for others."""
+  """Returns the value of a scalar integer or bool literal; None for other literals."""
   held = [x for name in ("preds", "s32s", "s64s", "u32s", "u64s") for x in getattr(literal, name)]
   return int(held[0]) if len(held) == 1 else None

@@ -1,8 +1,8 @@
-"""Traffic of a traced program: every transfer, with its bytes computed from shapes and dtypes.
+"""Reads the traffic of a traced program; bytes are computed from shapes and dtypes.
 
 A transfer's payload is one worker's operand of the collective. The bytes that a worker sends depend
 on the collective's algorithm. We assume rings, which attain the lower bound for every collective
-(Patarasuk and Yuan 2009; Chan et al. 2007), for n bytes and W workers:
+(Patarasuk and Yuan 2009; Chan et al. 2007). For n bytes and W workers, a worker sends:
 
     all-reduce  2 (W-1)/W n      reduce-scatter  (W-1)/W n      all-gather  (W-1) n
     all-to-all    (W-1)/W n      permute         n per edge that leaves the worker, on average
@@ -53,7 +53,7 @@ class Transfer(NamedTuple):
 class Traffic(NamedTuple):
   """Traffic of one worker in several rounds."""
 
-  transfers: list[Transfer]  # of all these rounds together
+  transfers: list[Transfer]  # transfers of all these rounds together
   sent: np.ndarray  # [rounds], bytes sent in each round
 
 
@@ -67,7 +67,7 @@ def traffic(program: Callable[..., Any], *args: Any, axes: Mapping[str, int]) ->
 
   Raises:
     ValueError: if a collective is in a loop whose length is not static, or in branches of a
-      condition that communicate differently: then the traffic is not statically known.
+      condition that communicate differently, so that the traffic is not statically known.
   """
   jaxpr = jax.make_jaxpr(program, axis_env=list(axes.items()))(*args)
   reader = _Reader(axes, np.ones(1, np.int64))
@@ -124,7 +124,7 @@ class RoundTraffic:
     """
     self._axes, self._copies = axes, copies
     self._program = jax.make_jaxpr(program, axis_env=list(axes.items()))(state, *args)
-    self._alike: Traffic | None = None  # of each round, if all rounds are equal
+    self._alike: Traffic | None = None  # traffic of each round, if all rounds are equal
     self._counters: set[int] | None = None  # indices of the inputs that count rounds
     try:
       reader = _Reader(axes, np.ones(1, np.int64))
@@ -142,10 +142,11 @@ class RoundTraffic:
     """Returns the traffic of the rounds first, ..., last - 1.
 
     The list of transfers is always the same; `times` is 0 for those that these rounds do not run.
-    Needs memory for last - first rounds, unless all rounds are equal.
+    The memory required grows with last - first, unless all rounds are equal.
 
     Raises:
-      ValueError: as `traffic`, if the predicate of a condition depends on anything but counters.
+      ValueError: if the predicate of a condition depends on anything but counters; see also
+        `traffic`.
     """
     count = last - first
     if self._alike is not None:
@@ -171,14 +172,14 @@ def copied(transfers: list[Transfer], copies: int) -> list[Transfer]:
   """Returns the transfers of several devices that send the same messages.
 
   Args:
-    transfers: of one device.
+    transfers: the transfers of one device.
     copies: the number of devices.
   """
   return [t._replace(payload=copies * t.payload, sent=copies * t.sent) for t in transfers]
 
 
 class _Reader:
-  """Traverses a program once for all rounds; `runs` [rounds] counts how often each runs a part."""
+  """Traverses a program once for all rounds; `runs` [rounds] counts a part's runs in each round."""
 
   def __init__(self, axes: Mapping[str, int], runs: np.ndarray):
     self.axes, self.runs = dict(axes), runs
@@ -269,7 +270,7 @@ def _axis_names(eqn: Any) -> tuple[str, ...]:
 
 
 def ring_share(operation: str, workers: int, edges: int = 0) -> float:
-  """The bytes that one of W workers sends on a ring, as a multiple of its operand.
+  """Returns the bytes that one of W workers sends on a ring, as a multiple of its operand's bytes.
 
   Args:
     operation: the operation of a `Transfer`.
@@ -286,7 +287,7 @@ def ring_share(operation: str, workers: int, edges: int = 0) -> float:
 
 
 def by_axis(transfers: Iterable[Transfer], per: int = 1) -> dict[str, float]:
-  """Sums the bytes that one worker sends by axis ('slice+data': over both at once).
+  """Sums the bytes that one worker sends, by axis; 'slice+data' means over both axes at once.
 
   Args:
     transfers: transfers of one worker.
@@ -302,8 +303,8 @@ def by_axis(transfers: Iterable[Transfer], per: int = 1) -> dict[str, float]:
 def table(transfers: Iterable[Transfer], per: int = 1) -> list[dict[str, Any]]:
   """Sums the transfers by operation, axis and dtype into rows for a summary.
 
-  `payload_bytes` and `sent_bytes` are one worker's; `messages` counts one collective per leaf.
-  Args: see `by_axis`.
+  `payload_bytes` and `sent_bytes` are the bytes of one worker; `messages` counts one collective per
+  leaf. Args: see `by_axis`.
   """
   rows: dict[tuple[str, str, str], dict[str, Any]] = {}
   for t in transfers:

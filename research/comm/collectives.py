@@ -1,8 +1,8 @@
 """Collectives between workers, over the worker axes that are in scope.
 
 Every function runs per worker, under `vmap(axis_name=...)`, `shard_map` or `pmap`. `axes` names the
-worker axes of the exchange. Axes of the default that are not in scope are ignored, so the same line
-runs on meshes with and without slices.
+worker axes of the exchange. Default axes that are not in scope are ignored, so the same code runs
+on meshes with and without slices.
 """
 
 import contextlib
@@ -36,9 +36,9 @@ _NAMES: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def named(axes: Axes) -> Iterator[None]:
-  """Renames the default worker axes in code traced inside, to the names of a user's own mesh.
+  """Replaces the default worker axes by those of a user's own mesh while the context is active.
 
-  Exchanges over the default axes then use these axes; explicitly named axes are unchanged.
+  Exchanges over the default axes then use the user's axes; explicitly named axes are unchanged.
 
   Args:
     axes: the name or names, slow links first; all of them must be in scope.
@@ -54,7 +54,7 @@ def in_scope(axes: Axes = WORKER_AXES) -> tuple[str, ...]:
   """Returns the names in `axes` that are in scope, in order.
 
   Args:
-    axes: one or more axis names; the default may be partly in scope.
+    axes: one or more axis names; of the default axes, only some need to be in scope.
 
   Raises:
     NoAxis: a ValueError, if none is in scope, or an explicitly named axis is not.
@@ -98,7 +98,7 @@ def worker_count(axes: Axes = WORKER_AXES) -> int:
 
 
 def worker_index(axes: Axes = WORKER_AXES) -> Array:
-  """Returns this worker's index in [0, W), int32; workers of a slice are consecutive.
+  """Returns this worker's index in [0, W) as int32; workers of a slice are consecutive.
 
   Args:
     axes: the worker axes.
@@ -107,7 +107,7 @@ def worker_index(axes: Axes = WORKER_AXES) -> Array:
 
 
 def are_summed(tree: Tree, axes: Axes = WORKER_AXES) -> bool:
-  """Whether JAX has already summed any leaf over the workers.
+  """Returns whether JAX has already summed any leaf over the workers.
 
   With `check_vma=True`, its default, `shard_map` sums gradients of replicated parameters.
 
@@ -132,7 +132,7 @@ def worker_key(key: Key, axes: Axes = WORKER_AXES) -> Key:
 
 
 def key_of(key: Key, worker: Array) -> Key:
-  """Derives a worker's private key; a tag is needed, since `fold_in(key, i)` is `split(key)[i]`.
+  """Derives a worker's private key; adds a tag, because `fold_in(key, i)` equals `split(key)[i]`.
 
   Args:
     key: a typed key, equal on all workers.
@@ -156,9 +156,9 @@ def mean(tree: Tree, axes: Axes = WORKER_AXES, presence: Presence = EVERYONE) ->
 
       1/W sum_i weight_i x_i, where absent workers contribute zero
 
-  Floats of 16 bits or fewer are sent in their own dtype. They are weighted and divided before
-  summation, since a product or a sum may overflow where the mean does not. Values of simulated
-  workers are summed in float32; on devices, float16 values below 6e-8 W lose digits.
+  Floats of 16 bits or fewer are sent in their own dtype. Such values are weighted and divided
+  before summation, since a product or a sum may overflow where the mean does not. Values of
+  simulated workers are summed in float32; on devices, float16 values below 6e-8 W lose digits.
 
   Args:
     tree: this worker's arrays.
@@ -178,7 +178,7 @@ def mean(tree: Tree, axes: Axes = WORKER_AXES, presence: Presence = EVERYONE) ->
 
 
 def _mean_as(dtype: Any, x: Array, names: tuple[str, ...]) -> Array:
-  """The mean over workers, sent and returned in `dtype`; x may be wider."""
+  """Averages over workers; values are sent and returned in `dtype`, and x may be wider."""
   if not sending.is_narrow(jax.ShapeDtypeStruct((), dtype)):
     return lax.pmean(x, names)
   count = math.prod(lax.axis_size(name) for name in names)
@@ -205,8 +205,8 @@ def _mean_as(dtype: Any, x: Array, names: tuple[str, ...]) -> Array:
 def packed_mean(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
   """Computes `mean` with one all-reduce per dtype, which suits trees of many small leaves.
 
-  Every message has a fixed startup cost. If leaves are sharded within a worker, apply this to the
-  blocks of one device: full leaves would have to be gathered first.
+  Every message has a fixed startup cost. If leaves are sharded within a worker, apply this function
+  to the blocks of one device, because full leaves would have to be gathered first.
 
   Args:
     tree: this worker's arrays.
@@ -216,7 +216,7 @@ def packed_mean(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
 
 
 def total(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
-  """Sums over workers; the result is equal on all workers.
+  """Sums each leaf over the workers; the result is equal on all workers.
 
   Args:
     tree: this worker's arrays.

@@ -1,4 +1,4 @@
-"""Reads the kernel's network byte counters of a job's hosts."""
+"""Reads the Linux kernel's network byte counters on every host of a job."""
 
 import time
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ class Counters(NamedTuple):
     return np.array([_of(self.interface, file) for file in self.files], np.int64)
 
   def settled(self) -> np.ndarray:
-    """Reads the counters after pending data of a collective has been sent, or after 1 s.
+    """Reads the counters after a collective's pending data has been sent, at the latest after 1 s.
 
     A process returns from a collective once it has received all data, possibly before it has sent
     all of its own.

@@ -23,8 +23,8 @@ LOOPBACK = ("localhost", "127.0.0.1")
 def detect_cluster(environ: Mapping[str, str]) -> str | None:
   """Detects the launcher that started this process as one of several.
 
-  GKE lists the hosts of a TPU slice in TPU_WORKER_HOSTNAMES. On a Cloud TPU VM, which is recognized
-  by libtpu and its devices, JAX queries the metadata server for the hosts, unless
+  GKE lists the hosts of a TPU slice in TPU_WORKER_HOSTNAMES. On a Cloud TPU VM, recognized by the
+  presence of libtpu and of TPU devices, JAX queries the metadata server for the hosts, unless
   TPU_SKIP_MDS_QUERY is set.
 
   Args:
@@ -51,7 +51,7 @@ def detect_cluster(environ: Mapping[str, str]) -> str | None:
 
 
 def on_tpu_vm() -> bool:
-  """Whether libtpu is installed and TPU devices are present."""
+  """Returns whether libtpu is installed and TPU devices are present."""
   devices = [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")]
   return bool(devices) and importlib.util.find_spec("libtpu") is not None
 
@@ -59,10 +59,10 @@ def on_tpu_vm() -> bool:
 def initialize(coordinator: str = "", processes: int = 0, process_id: int = -1) -> int:
   """Joins the processes of one job; call it before any other use of JAX's devices.
 
-  Arguments take precedence, then JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID,
-  then the launcher's environment (see `detect_cluster`). Without any of these the job has a single
-  process. CPU processes communicate through gloo, GPUs through NCCL, TPUs over ICI and the
-  data-centre network.
+  Arguments take precedence over JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID,
+  which take precedence over the launcher's environment (see `detect_cluster`). If none of these is
+  set, the job has a single process. CPU processes communicate through gloo, GPUs through NCCL, and
+  TPUs over ICI and the data-centre network.
 
   Args:
     coordinator: HOST:PORT of process 0, reachable from all processes.
@@ -105,9 +105,9 @@ def initialize(coordinator: str = "", processes: int = 0, process_id: int = -1) 
 
 
 def _of_environment(environ: Mapping[str, str]) -> tuple[str, int, int]:
-  """Reads the job's settings from launch/ and similar launchers; '', 0 and -1 if not set.
+  """Reads the job's settings from launch/ and similar launchers; missing ones are '', 0 and -1.
 
-  An address alone is ignored: it is JAX's own variable, for clusters that provide the other
+  An address alone is ignored, because it is JAX's own variable for clusters that provide the other
   settings.
   """
   numbers = {name: environ.get(name, "") for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")}

@@ -26,7 +26,7 @@ def heard(
 ) -> list[tuple[float | Array, Tree]]:
   """Receives the neighbours' messages of one round, with their weights.
 
-  Runs one permutation per direction, over existing links only: traffic is proportional to a
+  One permutation per direction runs over the existing links only, so traffic is proportional to a
   worker's number of links, not to W.
 
   Args:

@@ -1,4 +1,4 @@
-"""Wraps collectives: sends arrays as bits, in pieces, packed with others, by simulated workers."""
+"""Wraps collectives: sends arrays as bits, in pieces or packed, and handles simulated workers."""
 
 import math
 from collections.abc import Callable
@@ -39,8 +39,8 @@ def in_pieces(
 ) -> Callable[[Array], Array]:
   """Wraps `send` to send long arrays in pieces, if gloo transfers them between processes.
 
-  Gloo serializes the two directions of exchanges above 0.5 MB: 1 MB each way took 127 ms at
-  100 Mbit/s, 0.25 MB took 21 ms. Sums are not split here: gloo splits them itself.
+  Gloo serializes the two directions of exchanges above 0.5 MB: 1 MB each way took 127 ms at 100
+  Mbit/s, and 0.25 MB took 21 ms. Sums are not split here: gloo splits them itself.
 
   Args:
     send: maps an array [*first, n] to [*any, n], independently for each index of the last axis.

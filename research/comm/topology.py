@@ -27,7 +27,7 @@ class Topology(Part):
   """
 
   symmetric: ClassVar[bool] = True  # w_ij = w_ji
-  balanced: ClassVar[bool] = True  # rows sum to one too: consensus is preserved
+  balanced: ClassVar[bool] = True  # rows also sum to one, so consensus is preserved
   varying: ClassVar[bool] = False  # the period may be longer than one round
 
   @required
@@ -48,7 +48,7 @@ class Undirected(Topology):
 
   @required
   def neighbours(self, count: int) -> list[set[int]]:
-    """Returns the neighbours of each of W workers; a set may include the worker itself."""
+    """Returns the neighbours of each of the W workers; a set may include the worker itself."""
     ...
 
   def rounds(self, count):
@@ -64,7 +64,7 @@ class Undirected(Topology):
 
 
 class Ring(Undirected, name="ring"):
-  """A ring: weights 1/3 for a worker and its two neighbours; 1/2 each if there are two workers."""
+  """A ring with weights 1/3 for a worker and its two neighbours; with two workers, 1/2 each."""
 
   def neighbours(self, count):
     return [{(i - 1) % count, (i + 1) % count} for i in range(count)]
@@ -91,7 +91,7 @@ torus = Torus
 
 
 class Complete(Undirected, name="complete"):
-  """The complete graph, weights 1/W: one round gives the mean; each worker sends W - 1 trees."""
+  """The complete graph with weights 1/W: one round gives the mean, and workers send W - 1 trees."""
 
   def neighbours(self, count):
     return [set(range(count)) for _ in range(count)]
@@ -101,7 +101,7 @@ complete = Complete
 
 
 class Star(Undirected, name="star"):
-  """A star: links between worker 0 and all others, with Metropolis-Hastings weights 1/W."""
+  """A star with links between worker 0 and all others, and Metropolis-Hastings weights 1/W."""
 
   def neighbours(self, count):
     return [set(range(count)) if i == 0 else {0} for i in range(count)]
@@ -113,8 +113,8 @@ star = Star
 class Exponential(Topology, name="exponential"):
   """The static exponential graph: worker i sends to i + 1, i + 2, i + 4, ...
 
-  There are t = ceil(log2 W) links per worker, with weights 1 / (t + 1). The spectral gap is
-  2 / (t + 1) for even W: it decreases only with the logarithm of W.
+  Each worker has t = ceil(log2 W) links, with weights 1 / (t + 1). The spectral gap is 2 / (t + 1)
+  for even W, so it decreases only with the logarithm of W.
 
   Reference: Ying, Yuan, Chen, Hu, Pan, Yin 2021, arXiv 2110.13363.
   """
@@ -133,8 +133,8 @@ exponential = Exponential
 class OnePeerExponential(Topology, name="one_peer_exponential"):
   """The one-peer exponential graph: in round k, worker i sends to i + 2^(k mod t) only.
 
-  Both weights are 1/2, and t = ceil(log2 W). If W is a power of two, t rounds give the exact mean,
-  with one tree sent per round.
+  A worker's own value and the received value have weights 1/2, and t = ceil(log2 W). If W is a
+  power of two, t rounds give the exact mean, with one tree sent per round.
 
   Reference: Ying, Yuan, Chen, Hu, Pan, Yin 2021, arXiv 2110.13363.
   """
@@ -152,7 +152,7 @@ one_peer_exponential = OnePeerExponential
 
 
 class Weights(Topology, name="weights"):
-  """User-defined weights: w_ij, in row i and column j, for the value that i receives from j.
+  """User-defined weights: w_ij, in row i and column j, weights the value that i receives from j.
 
   Args:
     matrix: W rows of W nonnegative numbers; rows and columns sum to one.
@@ -201,7 +201,7 @@ weights = Weights
 
 
 def mixing(topology: Topology, count: int) -> np.ndarray:
-  """The mixing matrices w_ij of all rounds of a period.
+  """Returns the mixing matrices w_ij of all rounds of a period.
 
   Args:
     topology: the graph.
@@ -218,9 +218,10 @@ def mixing(topology: Topology, count: int) -> np.ndarray:
 
 
 def spectral_gap(matrices: np.ndarray) -> float:
-  """1 - |lambda_2| of the product of the mixing matrices of a period.
+  """Computes 1 - |lambda_2| for the product of the mixing matrices of a period.
 
-  It is 0 if the workers never reach consensus, and 1 if they reach it within a single period.
+  The gap is 0 if the workers never reach consensus, and 1 if they reach consensus within a single
+  period.
 
   Args:
     matrices: [period, W, W], as returned by `mixing`.
@@ -247,7 +248,7 @@ def describe(topology: Topology, count: int) -> str:
 
 
 def _powers(count: int) -> list[int]:
-  """1, 2, 4, ... below W."""
+  """Returns the powers 1, 2, 4, ... below W."""
   return [2**k for k in range((count - 1).bit_length())]
 
 

@@ -1,4 +1,4 @@
-"""Turns a command's errors into one line on stderr and an exit code; user code keeps its traceback.
+"""Ends a failed command with one line on stderr and an exit code; user code keeps its traceback.
 
 Exit codes:
   0: done, or saved after SIGTERM.
@@ -34,7 +34,7 @@ def fail(code: int, line: str, error: BaseException | None = None) -> NoReturn:
 
   Args:
     code: the exit code.
-    line: the error.
+    line: the error message.
     error: the exception, for its traceback.
   """
   if error is not None and debugging():
@@ -50,7 +50,7 @@ def debugging() -> bool:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-  """Context that turns expected errors into one line on stderr and their exit code.
+  """Context that converts expected errors to one line on stderr and an exit code.
 
   An error in a user's own code keeps its traceback, after one line that names the function.
   """
@@ -64,7 +64,7 @@ def one_line_errors() -> Iterator[None]:
     yield
   except KeyboardInterrupt:
     interrupted()
-  except Exception as error:  # whatever is raised ends in a line, or in its traceback
+  except Exception as error:  # every error ends in a line or in its traceback
     if code := expected(error):
       fail(5 if paths.is_full(error) else code, str(error), error)
     known = foreseen(error)
@@ -111,14 +111,14 @@ def expected(error: Exception) -> int:
 
 
 def joined() -> bool:
-  """Returns whether this process is one of several that make a job."""
+  """Returns whether this process is one of several processes of a job."""
   import jax
 
   return jax.distributed.is_initialized()
 
 
 def report_fault(error: Exception) -> None:
-  """Prints which function of the user's own code failed, if one did.
+  """Prints the function of the user's own code that failed, if any.
 
   Args:
     error: the exception.
@@ -147,7 +147,7 @@ def foreseen(error: Exception) -> tuple[int, str] | None:
   is_jax = isinstance(error, jax.errors.JaxRuntimeError) and any(
     words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory")
   )
-  too_many = isinstance(error, OverflowError) and not blame.fault(error)  # too many for 64 bits
+  too_many = isinstance(error, OverflowError) and not blame.fault(error)  # more than 64 bits
   if is_jax or too_many or isinstance(error, MemoryError):
     return 2, f"the model, its state or its data do not fit the memory: {str(error)[:200]}"
   return None

@@ -30,21 +30,23 @@ def define_flags() -> None:
       flags.DEFINE_string(name, str(default), text)
   define_compilation_cache()
   define_import()
-  flags.DEFINE_bool("debug", False, "Shows the traceback of every error, JAX's own frames too.")
-  flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where several make one job.")
-  flags.DEFINE_integer("processes", 0, "Number of processes that make the job.", 0)
-  flags.DEFINE_integer("process_id", -1, "This process's number.", -1)
+  flags.DEFINE_bool(
+    "debug", False, "Shows the traceback of every error, including JAX's own frames."
+  )
+  flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0 in a job of several processes.")
+  flags.DEFINE_integer("processes", 0, "Number of processes of the job.", 0)
+  flags.DEFINE_integer("process_id", -1, "Number of this process.", -1)
 
 
 def define_compilation_cache() -> None:
   """Defines --compilation_cache, also for commands without the flags of a run."""
-  text = "Folder of compiled programs; empty: in the user's cache; 'off': none."
+  text = "Folder for compiled programs; empty: the user's cache; 'off': none."
   flags.DEFINE_string("compilation_cache", "", text)
 
 
 def define_import() -> None:
   """Defines --import, for every command that builds objects from specs."""
-  text = "Module, .py file or package folder that registers names of your own; repeatable."
+  text = "Module, .py file or package folder that registers names of your own; may be repeated."
   flags.DEFINE_multi_string("import", [], text)
 
 
@@ -54,7 +56,7 @@ def launch(
   """Parses the flags and calls a command's main function, as absl does.
 
   Args:
-    main: called with a list of the program's name.
+    main: called with a list that contains the program's name.
     doc: text that --help prints before the flags.
     argv: the command line; None for this process's.
   """
@@ -92,7 +94,7 @@ def parse_flags(argv: list[str], doc: str | None = None) -> list[str]:
 
 
 def batch_size(text: str) -> int | str:
-  """The value of --batch_size: a positive whole number or 'all'."""
+  """Parses a value of --batch_size: a positive whole number or 'all'."""
   size = whole_number(text)
   if text != "all" and not 0 < (size or 0) < 2**31:
     near = checks.nearest(text, ["all"])
@@ -103,6 +105,6 @@ def batch_size(text: str) -> int | str:
 
 
 def config_of_flags() -> Config:
-  """The run that the flags describe."""
+  """Returns the configuration of the run that the flags describe."""
   config = Config(**{name: getattr(FLAGS, name) for name in Config.names()})
   return config.replace(batch_size=batch_size(FLAGS.batch_size))

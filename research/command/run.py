@@ -2,11 +2,11 @@
 
     python experiments/run.py --task="digits()" --method="data_parallel(adam(1e-3), mean())"
 
-`distopt` is the same command for an installed package. Running the same command again resumes the
-run, or shows its result. --replay=FOLDER recomputes a run of --executor=server from its trace. Exit
-codes: 0 done, or saved after SIGTERM; 1 replicas differ; 2 an invalid flag; 3 no readable
-checkpoint; 4 not finite; 5 the disk is full; 130 saved after Ctrl-C; 143 terminated before there
-was anything to save.
+`distopt` is the same command for an installed package. Run the same command again to resume the
+run, or to see the result of a complete run. --replay=FOLDER recomputes a run of --executor=server
+from its trace. Exit codes: 0: done, or saved after SIGTERM; 1: replicas differ; 2: an invalid flag;
+3: no readable checkpoint; 4: not finite; 5: the disk is full; 130: saved after Ctrl-C; 143:
+terminated before there was anything to save.
 """
 
 import contextlib
@@ -29,9 +29,9 @@ FLAGS = flags.FLAGS
 def run() -> None:
   """Defines the flags and runs the program."""
   define_flags()
-  text = "Prints the sharding of each leaf of the run's state, and ends; needs no such devices."
+  text = "Prints the sharding of each leaf of the state and exits; the devices need not exist."
   flags.DEFINE_bool("explain_sharding", False, text)
-  text = "Folder of a run with --executor=server, to be recomputed from its trace."
+  text = "Folder of a run with --executor=server that is recomputed from its trace."
   flags.DEFINE_string("replay", "", text)
   launch(main, __doc__)
 
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
 
     if FLAGS.replay:
       replay(config)
-    with contextlib.suppress(ValueError):  # what is wrong with the flags is said below
+    with contextlib.suppress(ValueError):  # errors in the flags are reported below
       folders.note_missing_modules(folders.place(config))
     summary, folder = trainer(config)(config)
     if jax.process_index() == 0:
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
 
 
 def trainer(config: Config) -> Callable[[Config], tuple[dict[str, Any], Path]]:
-  """Returns the function that trains a run: the loop's, or the parameter server's.
+  """Returns the function that trains a run, either with the loop or with the parameter server.
 
   Args:
     config: the run.

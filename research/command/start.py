@@ -1,4 +1,4 @@
-"""Prepares a command: logging, compilation cache, plugins, other processes, results folder."""
+"""Prepares a command: logging, compilation cache, plugins, other processes and results folder."""
 
 import os
 import sys
@@ -23,10 +23,10 @@ def start() -> Config:
     The configuration of the run.
 
   Raises:
-    UsageError: one line with the flag.
+    UsageError: for an invalid flag, which the message names.
   """
   logging.set_verbosity(logging.WARNING)
-  logging.get_absl_logger().setLevel("CRITICAL")  # Orbax also logs the errors that it raises
+  logging.get_absl_logger().setLevel("CRITICAL")  # Orbax logs the errors that it also raises
   config = config_of_flags()
   use_compilation_cache(FLAGS.compilation_cache)
   import_modules()
@@ -44,7 +44,7 @@ def import_modules() -> None:
   An error in a module is shown with its traceback.
 
   Raises:
-    UsageError: if a module does not exist, or registers a name that is taken.
+    UsageError: if a module does not exist, or registers a name that is already registered.
   """
   for text in FLAGS["import"].value or ():
     try:
@@ -97,11 +97,11 @@ def results_folder(name: str, text: str, default: str = "") -> Path:
 
   Args:
     name: name of the flag.
-    text: its value.
+    text: the flag's value.
     default: the folder if the value is ''.
 
   Raises:
-    UsageError: one line with the flag.
+    UsageError: for an invalid flag, which the message names.
   """
   with flag(name, text or default):
     return paths.writable(text or default)

@@ -47,7 +47,7 @@ def to_blocks(flat: Array, width: int | None) -> Array:
 
   Args:
     flat: floating-point [n].
-    width: elements of a block; None, or a leaf shorter than this, gives one block.
+    width: elements per block; if it is None or larger than the leaf, there is one block.
 
   Returns:
     float32 [blocks, min(width, n)].
@@ -97,11 +97,11 @@ def saturated(x: Array, dtype: jnp.dtype) -> Array:
 
 
 def fold(reduce: Callable[..., Array], of: Callable[[Array], Array], blocks: Array) -> Array:
-  """Computes reduce(of(x)) of each block; on CPUs in two steps.
+  """Computes reduce(of(x)) for each block x, in two steps on CPUs.
 
   XLA:CPU fuses a reduction of at most 32 elements with its elementwise input `of`. Before a longer
-  reduction it writes of(x) to memory, which takes four times as long. Other platforms reduce at
-  once: a TPU would have to shuffle 32 elements into its 128 lanes, with code that takes twenty
+  reduction it writes of(x) to memory, which takes four times as long. Other platforms reduce in one
+  step: a TPU would have to shuffle 32 elements into its 128 lanes, with code that takes twenty
   times as long to compile.
 
   Args:
@@ -142,7 +142,7 @@ def largest_magnitude(blocks: Array) -> Array:
 
 
 def norm_over(blocks: Array, parts: int) -> Array:
-  """Computes ||x|| / parts of each block; no square or norm overflows or underflows.
+  """Computes ||x|| / parts for each block x; no square or norm overflows or underflows.
 
   Args:
     blocks: float32 [blocks, width].

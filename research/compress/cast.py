@@ -24,7 +24,7 @@ _LARGEST_FLOAT8 = 448.0  # largest e4m3 number
 
 
 class Identity(Compressor, name="identity"):
-  """Sends leaves uncompressed, C(x) = x, in their own dtype and shape. Linear."""
+  """Sends leaves uncompressed, in their own dtype and shape: C(x) = x, which is linear."""
 
   linear = True
 
@@ -43,8 +43,9 @@ identity = Identity
 class BF16(Compressor, name="bf16"):
   """Rounds to bfloat16: 2 bytes per element.
 
-  Contractive: ||C(x) - x||^2 <= 2^-16 ||x||^2 for normal numbers. Finite values out of range
-  saturate. Linear, but sums of payloads are rounded to bfloat16 too. The shape is unchanged.
+  Rounding is contractive: ||C(x) - x||^2 <= 2^-16 ||x||^2 for normal numbers. Finite values out of
+  range saturate. The compressor is linear, except that sums of payloads are also rounded to
+  bfloat16. The shape is unchanged.
 
   Reference: Kalamkar et al. 2019, arXiv:1905.12322.
   """
@@ -75,13 +76,13 @@ class FP8(Compressor, name="fp8"):
 
       scale = max |x| / 448,   C(x) = scale float8(x / scale)
 
-  Contractive: an element's error is at most 1/16 of its value or 2^-10 scale, whichever is larger,
-  so ||C(x) - x||^2 <= (2^-8 + block (2^-10 / 448)^2) ||x||^2, where the factor is about 0.004. The
+  C is contractive: an element's error is at most 1/16 of its value or 2^-10 scale, whichever is
+  larger, so ||C(x) - x||^2 <= (2^-8 + block (2^-10 / 448)^2) ||x||^2, a factor of about 0.004. The
   format has no infinity, but nothing overflows, since the block's largest element maps to 448. A
   non-finite element makes its block NaN.
 
   Args:
-    block: elements that share a scale.
+    block: number of elements that share a scale.
 
   Raises:
     ValueError: if block < 1.
@@ -111,14 +112,14 @@ fp8 = FP8
 
 
 class Natural(Compressor, name="natural"):
-  """Natural compression: stochastic rounding to powers of two, 9 bits per element, no scales.
+  """Rounds stochastically to powers of two (natural compression): 9 bits per element, no scales.
 
       C(x) = sign(x) 2^floor(log2 |x|)        with probability (2^ceil(log2 |x|) - |x|) / 2^floor
              sign(x) 2^ceil(log2 |x|)         otherwise
 
   Adding a random mantissa to the bits of |x| carries into the exponent with exactly this
-  probability. Unbiased with E ||C(x) - x||^2 <= 1/8 ||x||^2 for |x| up to 2^127 (65504 in a float16
-  leaf), where it saturates. Infinity and NaN become infinite.
+  probability. C is unbiased, with E ||C(x) - x||^2 <= 1/8 ||x||^2, for |x| up to 2^127 (65504 in a
+  float16 leaf). Larger values saturate. Infinity and NaN become infinite.
 
   Reference: Horvath et al. 2019, arXiv:1905.10988, theorem 1.
   """

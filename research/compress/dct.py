@@ -21,11 +21,11 @@ from research.core.base import Array, Compressor
 
 class Coefficients(NamedTuple):
   values: Array  # [blocks, k], the leaf's dtype
-  positions: Array  # uint8, packed: the position of each value within its block
+  positions: Array  # uint8, packed: the position of each value in its block
 
 
 class Grid(NamedTuple):
-  """A matrix split into blocks of equal size; the last of a row or column is padded with zeros."""
+  """A matrix split into blocks of equal size; the last blocks are padded with zeros."""
 
   across: tuple[int, int]  # number of blocks (down, right)
   sides: tuple[int, int]  # (height, width) of a block
@@ -43,20 +43,20 @@ class DCTTopK(Compressor, name="dct_top_k"):
 
   with c_0 = h^(-1/2) and c_i = (2/h)^(1/2) otherwise, on blocks of up to chunk x chunk elements, or
   chunk elements for a vector. S_k keeps the k largest magnitudes; ties go to the first. D is
-  orthonormal, so C is contractive: ||C(x) - x||^2 <= (1 - k / chunk^2) ||x||^2. C(x) is not sparse:
+  orthonormal, so C is contractive: ||C(x) - x||^2 <= (1 - k / chunk^2) ||x||^2. C(x) is not sparse,
   only its transform is. A position takes ceil(log2 of the block's size) bits: 12 for 64 x 64. A
   non-finite element makes its block non-finite.
 
   Args:
     chunk: maximum side of a block.
-    k: coefficients to send per block; all if the block has fewer.
+    k: number of coefficients to send per block; all if the block has fewer.
 
   Raises:
     ValueError: if chunk < 1, or k is not in [1, chunk^2].
 
   Reference: Peng, Quesnelle, Kingma 2024, arXiv 2411.19870, section 3 (extraction of fast
-    components). There, the sides of a block are the largest divisors of the dimensions up to
-    `chunk`, which is 1 for a prime dimension.
+    components). In the paper, the sides of a block are the largest divisors of the dimensions up to
+    `chunk`, so 1 for a prime dimension above `chunk`.
   """
 
   chunk: int = 64
@@ -119,7 +119,7 @@ def _from_grid(blocks: Array, grid: Grid, like: jax.ShapeDtypeStruct) -> Array:
 
 
 def _transformed(blocks: Array, grid: Grid, direction: int = 1) -> Array:
-  """The cosine transform of each block, or its inverse for direction -1."""
+  """Computes the cosine transform of each block, or the inverse transform for direction -1."""
   height, width = (jnp.asarray(cosines(n), blocks.dtype) for n in grid.sides)
   if direction < 0:
     height, width = height.T, width.T

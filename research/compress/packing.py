@@ -10,7 +10,7 @@ WIDEST = 32
 
 
 def packed_size(count: int, bits: int) -> int:
-  """The number of bytes of packed codes.
+  """Returns the number of bytes of packed codes.
 
   Args:
     count: number of codes.
@@ -78,7 +78,7 @@ def unsigned(bits: int) -> jnp.dtype:
 
 
 def _fields(bits: int) -> Iterator[tuple[int, int]]:
-  """(shift, width) of each field of a code."""
+  """Yields the (shift, width) of each field of a code."""
   assert 1 <= bits <= WIDEST, bits
   shift = 0
   for width in (8, 8, 8, 8, 4, 2, 1):

@@ -34,13 +34,13 @@ class Levels(NamedTuple):
 
 
 class Quantizer(Compressor):
-  """Rounds to multiples of a unit per block. A non-finite element makes its block NaN.
+  """Rounds each block to multiples of the block's unit; a non-finite element makes its block NaN.
 
   Subclasses define the class attributes below, as constants, fields or properties.
   """
 
   levels: ClassVar[Any]  # s, number of levels on either side of zero
-  block: ClassVar[Any] = None  # elements that share a unit; None: the full leaf
+  block: ClassVar[Any] = None  # number of elements that share a unit; None means all
   stochastic: ClassVar[Any] = True  # whether to round stochastically, without bias
 
   def check(self):
@@ -53,7 +53,7 @@ class Quantizer(Compressor):
     return math.ceil(math.log2(2 * self.levels + 1))
 
   def unit(self, blocks: Array) -> Array:
-    """The distance between adjacent levels, float32 [blocks], for blocks [blocks, width]."""
+    """Returns the distance between adjacent levels, [blocks], for blocks [blocks, width]."""
     return largest_magnitude(blocks) / self.levels
 
   def encode(self, x, shared, own):
@@ -80,11 +80,11 @@ class Int8(Quantizer, name="int8"):
 
       scale = max |x| / 127,   C(x) = scale round(x / scale)
 
-  Rounding to nearest is contractive: ||C(x) - x||^2 <= (block - 1) / (4 127^2) ||x||^2, which is
+  Rounding to nearest is contractive: ||C(x) - x||^2 <= (block - 1) / (4 127^2) ||x||^2, a factor of
   0.004 for blocks of 256. Stochastic rounding is unbiased, with the same bound on its variance.
 
   Args:
-    block: elements that share a scale.
+    block: number of elements that share a scale.
     stochastic: whether to round stochastically, without bias, instead of to the nearest level.
 
   Raises:
@@ -112,11 +112,11 @@ class Int4(Quantizer, name="int4"):
       scale = max |x| / 7,   C(x) = scale round(x / scale)
 
   Rounding to nearest is contractive: ||C(x) - x||^2 <= min((block - 1) / 196, 1 - 1 / block)
-  ||x||^2, 0.65 for blocks of 128. Stochastic rounding is unbiased with variance at most
+  ||x||^2, a factor of 0.65 for blocks of 128. Stochastic rounding is unbiased with variance at most
   (block - 1) / 196 ||x||^2.
 
   Args:
-    block: elements that share a scale.
+    block: number of elements that share a scale.
     stochastic: whether to round stochastically, without bias, instead of to the nearest level.
 
   Raises:
@@ -138,18 +138,18 @@ int4 = Int4
 
 
 class QSGD(Quantizer, name="qsgd"):
-  """QSGD: stochastic rounding to s levels of |x| / ||x||, with one norm per bucket.
+  """Rounds |x| / ||x|| stochastically to s levels (QSGD), with one norm per bucket.
 
       C(x)_i = ||x|| sign(x_i) xi_i,   xi_i in {l / s, (l + 1) / s} with mean |x_i| / ||x||
 
-  Unbiased: E ||C(x) - x||^2 <= min(d / s^2, sqrt(d) / s) ||x||^2 with d = bucket (lemma 3.1).
-  ceil(log2(2 s + 1)) / 8 + 4 / bucket bytes per element: half a byte for 7 levels. The paper uses
-  Elias' universal code, whose length depends on the values; here all codes have the same width, so
-  that the payload has a static shape.
+  C is unbiased: E ||C(x) - x||^2 <= min(d / s^2, sqrt(d) / s) ||x||^2 with d = bucket (lemma 3.1).
+  An element takes ceil(log2(2 s + 1)) / 8 + 4 / bucket bytes, about half a byte for 7 levels. The
+  paper uses Elias' universal code, whose length depends on the values; here all codes have the same
+  width, so that the payload has a static shape.
 
   Args:
     levels: s, number of levels on either side of zero.
-    bucket: elements that share a norm; None for one norm per leaf, as in the theory.
+    bucket: number of elements that share a norm; None for one norm per leaf, as in the theory.
 
   Raises:
     ValueError: if levels is not in [1, 32767] or bucket < 1.
@@ -180,12 +180,12 @@ qsgd = QSGD
 
 
 class TernGrad(Quantizer, name="terngrad"):
-  """Ternary gradients: 2 bits per element, and one float32 for the leaf's largest magnitude.
+  """Rounds stochastically to -s, 0 or s: 2 bits per element, and one float32 s for each leaf.
 
       C(x) = s sign(x) b,   s = max |x|,   P(b_i = 1) = |x_i| / s
 
-  Unbiased: E ||C(x) - x||^2 = s ||x||_1 - ||x||^2 <= (sqrt(n) - 1) / 2 ||x||^2. The paper first
-  clips gradients at 2.5 standard deviations; here, clipping is left to a wrapper.
+  C is unbiased: E ||C(x) - x||^2 = s ||x||_1 - ||x||^2 <= (sqrt(n) - 1) / 2 ||x||^2. The paper
+  first clips gradients at 2.5 standard deviations; here, a wrapper can clip them.
 
   Reference: Wen et al. 2017, arXiv:1705.07878, algorithm 1.
   """

@@ -24,7 +24,7 @@ class Hadamard(Compressor, name="hadamard"):
   padded leaf. The typical error is smaller than these worst-case constants, since the largest
   element of a rotated block rarely exceeds sqrt(2 log b) times the root mean square. D is drawn
   from the shared key and not sent. b is the largest power of two up to `block` that pads the leaf
-  by at most an eighth. Rotated values have the leaf's dtype, rounded from float32. A non-finite
+  by at most an eighth. Rotated values are rounded from float32 to the leaf's dtype. A non-finite
   element makes its block non-finite.
 
   Args:
@@ -73,10 +73,10 @@ hadamard = Hadamard
 
 
 def walsh_hadamard(blocks: Array) -> Array:
-  """Applies the orthonormal Walsh-Hadamard transform to each row; it is its own inverse.
+  """Applies the orthonormal Walsh-Hadamard transform to each row; a second call inverts it.
 
-  Applies one factor of H_b = H_64 x ... x H_64 x H_rest at a time, as a product with a 64 x 64
-  matrix: few passes over memory, on any machine's matrix unit.
+  One factor of H_b = H_64 x ... x H_64 x H_rest is applied at a time, as a product with a 64 x 64
+  matrix. The transform then needs few passes over memory and uses any machine's matrix unit.
 
   Args:
     blocks: [rows, b], b a power of two.
@@ -111,7 +111,7 @@ def random_signs(key: Key, count: int) -> Array:
 
 
 def _width(size: int, block: int) -> int:
-  """The largest power of two up to `block` that pads `size` elements by at most an eighth."""
+  """Returns the largest power of two up to `block` that pads `size` by at most an eighth."""
   while block > 1 and (not size or -size % block > size // 8):
     block //= 2
   return block

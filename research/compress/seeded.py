@@ -9,7 +9,7 @@ from research.core.base import Compressor, Tree
 
 
 class Seeded(NamedTuple):
-  payload: Tree  # of the inner compressor
+  payload: Tree  # payload of the inner compressor
   seed: jax.Array  # uint32 []
 
 
@@ -21,8 +21,8 @@ class SeededCompressor(Compressor, name="seeded"):
   With shared draws, such as the support of random-k, all workers drop the same elements. The error
   of the mean is then as large as that of a single worker's value, although differences between
   workers cancel before compression. With independent draws, the errors average over W workers. The
-  payloads can no longer be summed; whether the compressor is unbiased or contractive does not
-  change.
+  payloads can no longer be summed. The compressor remains unbiased or contractive if the inner
+  compressor is.
 
   Args:
     inner: a compressor that draws from the shared key, such as random_k, count_sketch or hadamard.

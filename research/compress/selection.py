@@ -2,11 +2,13 @@
 
 Floating-point magnitudes are ordered like their bits read as integers, with NaN above infinity. The
 k-th largest is found by bisection on these integers; each step counts in one pass over the array.
-In a large array, a sorted sample gives the initial guess, one count confirms it, and the elements
-above it, slightly more than k, are compacted first. A wrong guess costs time, never exactness.
+In a large array, a sorted sample gives the initial guess, one count confirms the guess, and the
+elements above the guess, slightly more than k, are compacted first. A wrong guess costs time, never
+exactness.
 
 Positions are uint32, and arrays are indexed by (row, column), since JAX's own indices are int32.
-This supports arrays of fewer than 2^32 elements, or fewer than 2^31 if their number is odd.
+This indexing supports arrays of fewer than 2^32 elements, or fewer than 2^31 if the number of
+elements is odd.
 """
 
 import math
@@ -32,7 +34,7 @@ def largest(x: Array, k: int) -> Array:
   Returns:
     uint32 [k].
   """
-  stride = x.size // SAMPLE | 1  # odd: a stride of a row's length would sample one column
+  stride = x.size // SAMPLE | 1  # odd, since the length of a row as stride would sample one column
   expected = k / stride
   margin = 4 * math.sqrt(expected) + 4
   room = k + math.ceil(2 * margin * stride)
@@ -47,7 +49,7 @@ def largest(x: Array, k: int) -> Array:
 
 
 def count(mask: Array) -> Array:
-  """Counts the true elements of a bool [n], as uint32; a plain sum would first write n integers.
+  """Counts the true elements of a mask, as uint32; a plain sum would first write n integers.
 
   Args:
     mask: bool [n].
@@ -107,11 +109,11 @@ def grid(size: int) -> tuple[int, int]:
 
 
 def _at_least(x: Array, k: int, room: int, guess: Array | None = None) -> tuple[Array, Array]:
-  """Positions [room] of the k largest |x| or slightly more, ascending, and their number.
+  """Returns ascending positions [room] of the k largest |x| or slightly more, and their number.
 
-  Bisects the threshold until between k and `room` elements reach it. If ties make that impossible,
-  takes the elements above the threshold and the first tied ones. Entries after the count are
-  invalid.
+  The threshold is bisected until between k and `room` elements reach it. If ties make that
+  impossible, the elements above the threshold and the first tied elements are returned. Entries
+  after the count are invalid.
   """
   if room == 0:
     return jnp.zeros(0, jnp.uint32), jnp.uint32(0)
@@ -122,7 +124,7 @@ def _at_least(x: Array, k: int, room: int, guess: Array | None = None) -> tuple[
   def narrow(state):
     low, high, words, _, step = state
     pivot = jnp.where(step < 2, first + step.astype(dtype), low + (high - low) // 2)
-    pivot = jnp.clip(pivot, low + 1, high - 1)  # the guess, then guess + 1 for ties, then middles
+    pivot = jnp.clip(pivot, low + 1, high - 1)  # the guess, guess + 1 for ties, then middles
     # The barrier keeps XLA from hoisting |x| out of the loop, which would write it to memory.
     pivot, values = lax.optimization_barrier((pivot, x))
     reaching = _words(magnitude(values) >= pivot)
@@ -170,7 +172,7 @@ def _first(words: Array, count: Array) -> Array:
 
 
 def _positions(words: Array, room: int) -> Array:
-  """The positions of the first `room` set bits, ascending."""
+  """Returns the positions of the first `room` set bits, ascending."""
   ends = jnp.cumsum(lax.population_count(words), dtype=jnp.uint32)
   slots = jnp.arange(room, dtype=jnp.uint32)
   ended = jnp.zeros(room, jnp.uint32).at[ends].add(1, mode="drop")  # words ending at each slot

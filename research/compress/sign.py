@@ -19,9 +19,9 @@ class Sign(Compressor, name="sign"):
 
       C(x) = ||x||_1 / n sign(x),   sign(0) = +1
 
-  Contractive: ||C(x) - x||^2 = (1 - ||x||_1^2 / (n ||x||^2)) ||x||^2, and the fraction is at least
-  1 / n (2 / pi for Gaussian x). Every element becomes non-finite if one element is non-finite or
-  sum |x| exceeds the range of float32.
+  C is contractive: ||C(x) - x||^2 = (1 - ||x||_1^2 / (n ||x||^2)) ||x||^2, where the fraction is at
+  least 1 / n, and about 2 / pi for Gaussian x. Every element becomes non-finite if one element is
+  non-finite or sum |x| exceeds the range of float32.
 
   Reference: Karimireddy et al. 2019, arXiv:1901.09847, algorithm 1 (EF-SignSGD).
   """

@@ -11,15 +11,16 @@ from research.core.base import Array, Compressor, Key
 
 
 class CountSketch(Compressor, name="count_sketch"):
-  """Hashes a leaf of any size into a table of rows x columns float32. Linear.
+  """Hashes a leaf of any size into a table of rows x columns float32 numbers.
 
       table[r, h_r(i)] += s_r(i) x_i,   C(x)_i = median over r of s_r(i) table[r, h_r(i)]
 
-  with random positions h and signs s that are equal on all workers. Unbiased; for one row, and for
-  the median of an odd number of rows, E ||C(x) - x||^2 <= (ceil(n / columns) - 1) ||x||^2. Elements
-  much larger than ||x|| / sqrt(columns) are estimated well. The sketch pays off if only these are
-  needed: FetchSGD takes the largest elements of C(x). A leaf of at most rows x columns elements is
-  sent uncompressed. The table is float64 for a float64 leaf.
+  with random positions h and signs s that are equal on all workers. The table is linear in x, and C
+  is unbiased. For one row, and for the median of an odd number of rows, E ||C(x) - x||^2 <= (ceil(n
+  / columns) - 1) ||x||^2. Elements much larger than ||x|| / sqrt(columns) are estimated well. The
+  sketch pays off if only these elements are needed, as in FetchSGD, which selects the largest
+  elements of C(x). A leaf of at most rows x columns elements is sent uncompressed. The table is
+  float64 for a float64 leaf.
 
   h_r shifts each segment of `columns` consecutive elements by a random offset. Elements of the same
   segment never collide, and others collide with probability 1 / columns, which is all that the
@@ -78,19 +79,19 @@ count_sketch = CountSketch
 
 
 def _hash(key: Key, stretch: Array, rows: int, columns: int) -> tuple[Array, Array]:
-  """The shifts int32 [rows] and signs int8 [rows, columns] of one segment."""
+  """Returns the shifts int32 [rows] and the signs int8 [rows, columns] of one segment."""
   shifts_key, signs_key = jax.random.split(jax.random.fold_in(key, stretch))
   signs = random_signs(signs_key, rows * columns).reshape(rows, columns)
   return jax.random.randint(shifts_key, (rows,), 0, columns, jnp.int32), signs
 
 
 def _turned(table: Array, shifts: Array) -> Array:
-  """Each row, cyclically shifted."""
+  """Shifts each row cyclically."""
   return jnp.stack([jnp.roll(row, shift) for row, shift in zip(table, shifts, strict=True)])
 
 
 def _median(estimates: Array) -> Array:
-  """The median over the first axis, by a sorting network: a sort takes ten times as long."""
+  """Computes the median over the first axis by a sorting network; a sort takes 10 times as long."""
   rows = list(estimates)
   for turn in range(len(rows)):
     for i in range(turn % 2, len(rows) - 1, 2):

@@ -28,8 +28,8 @@ class TopK(Compressor, name="top_k"):
 
       C(x)_i = x_i if |x_i| is among the k largest, else 0,   k = max(1, round(fraction n))
 
-  Contractive: ||C(x) - x||^2 <= (1 - k / n) ||x||^2. The selection is exact; ties go to the first
-  elements, and NaN is larger than everything. A position takes ceil(log2 n) bits.
+  C is contractive: ||C(x) - x||^2 <= (1 - k / n) ||x||^2. The selection is exact; ties go to the
+  first elements, and NaN is larger than everything. A position takes ceil(log2 n) bits.
 
   Args:
     fraction: fraction of the elements to send, in (0, 1].
@@ -69,8 +69,8 @@ class Threshold(Compressor, name="threshold"):
   Shapes are static, so the payload always has room = capacity n entries. If more elements reach the
   threshold, the largest are sent; `reached` in the payload counts all elements that reached it. The
   compressor is neither unbiased nor contractive with a constant: if nothing reaches the threshold,
-  nothing is sent. An element's error is at most `value` if the payload has room; ||C(x) - x|| <=
-  ||x|| always.
+  nothing is sent. An element's error is at most `value` if the payload has room. In all cases,
+  ||C(x) - x|| <= ||x||.
 
   Args:
     value: the threshold, in units of x.
@@ -109,17 +109,17 @@ threshold = Threshold
 
 
 class RandomK(Compressor, name="random_k"):
-  """Sends k elements at random positions, equal on all workers: k itemsize bytes. Linear.
+  """Sends k elements at random positions that are equal on all workers: k itemsize bytes.
 
       C(x)_i = x_i if i is in the support S(shared), else 0,   P(i in S) = k / n
 
-  Contractive: E ||C(x) - x||^2 = (1 - k / n) ||x||^2, as error feedback requires; with a factor of
-  n / k, the memory of error feedback would grow. `unbiased` applies this factor: E C(x) = x and
-  E ||C(x) - x||^2 = (n / k - 1) ||x||^2, for use without memory and for DIANA. `decode` draws the
-  support again, so the support is not sent. The support has one position in each of k equal
-  segments of the leaf, all rotated by one random shift. The paper's uniform k-subsets have the same
-  P(i in S), but cost a permutation of the leaf. A non-finite element, in the support or not, makes
-  the payload NaN.
+  C is linear and contractive: E ||C(x) - x||^2 = (1 - k / n) ||x||^2, as error feedback requires.
+  With a factor of n / k, the memory of error feedback would grow. `unbiased` applies this factor: E
+  C(x) = x and E ||C(x) - x||^2 = (n / k - 1) ||x||^2, for use without error feedback and for DIANA.
+  `decode` draws the support again, so the support is not sent. The support has one position in each
+  of k equal segments of the leaf, all rotated by one random shift. The paper's uniform k-subsets
+  have the same P(i in S), but require a permutation of the leaf. A non-finite element, in the
+  support or not, makes the payload NaN.
 
   Args:
     fraction: fraction of the elements to send, in (0, 1]; k = max(1, round(fraction n)).
@@ -161,11 +161,11 @@ random_k = RandomK
 
 
 def kept(fraction: float, size: int) -> int:
-  """k: fraction * size rounded to an integer, and at least 1 for a nonempty leaf.
+  """Returns k: fraction * size, rounded to an integer and at least 1 for a nonempty leaf.
 
   Args:
-    fraction: in (0, 1].
-    size: n, elements of the leaf.
+    fraction: fraction of the elements to send, in (0, 1].
+    size: n, number of elements of the leaf.
 
   Raises:
     ValueError: if positions in the leaf do not fit in 32 bits.
@@ -175,7 +175,7 @@ def kept(fraction: float, size: int) -> int:
 
 
 def position_bits(size: int) -> int:
-  """Returns the bits of a position in a leaf.
+  """Returns the number of bits of a position in a leaf.
 
   Args:
     size: number of elements of the leaf.
@@ -188,7 +188,7 @@ def support(key: Key, size: int, k: int) -> Array:
 
   Args:
     key: a typed key, equal on all workers.
-    size: n, elements of the leaf.
+    size: n, number of elements of the leaf.
     k: number of positions, static.
 
   Returns:

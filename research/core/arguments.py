@@ -23,7 +23,7 @@ Build = Callable[[Sequence[str], Call], Any]  # (kinds, call) -> the object
 
 
 class UnknownName(ValueError):
-  """An unknown name of the given kinds."""
+  """A name is unknown for all of the given kinds."""
 
 
 def matched(
@@ -40,7 +40,8 @@ def matched(
     The positional and the keyword arguments.
 
   Raises:
-    ValueError: one line with the value, the legal set and the closest name.
+    ValueError: if an argument is invalid; the message is one line with the value, the legal set and
+      the closest name.
   """
   positional = [p for p in parameters.values() if p.kind != p.KEYWORD_ONLY]
   if positional and positional[-1].kind == inspect.Parameter.VAR_POSITIONAL:
@@ -94,7 +95,7 @@ def _argument(call: Call, parameter: inspect.Parameter, value: Any, build: Build
 
 
 def kinds_of(annotation: Any) -> list[str]:
-  """Returns the kinds of object that a parameter accepts, derived from its type.
+  """Returns the kinds of objects that a parameter accepts, according to its type.
 
   Args:
     annotation: the parameter's type.

@@ -25,10 +25,10 @@ WORKER_AXES = ("slice", "data")
 
 
 def platform() -> str:
-  """The target platform of the program being traced: 'cpu', 'gpu' or 'tpu'.
+  """Returns the target platform of the program being traced: 'cpu', 'gpu' or 'tpu'.
 
-  This is the platform of the mesh in scope, whose devices need not exist on this machine
-  (ahead-of-time compilation). Without a mesh, it is JAX's default backend.
+  The target is the platform of the mesh in scope, whose devices need not exist on this machine
+  (ahead-of-time compilation). Without a mesh, the target is JAX's default backend.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
   name = device.platform if device is not None else jax.default_backend()
@@ -60,15 +60,15 @@ class Trait(enum.Flag):
 
 
 class Compressor(Part):
-  """A lossy encoding of one array: local, stateless, C(.) in papers.
+  """A local, stateless, lossy encoding of one array; papers write C(.).
 
-  The payload is a tree of arrays whose shapes depend only on the input's shape and dtype; their
-  dtypes and shapes ARE the wire format. `decode` repeats draws from the shared key (the support of
-  random-k, a rotation, a hash), so they are not sent.
+  The payload is a tree of arrays whose shapes depend only on the input's shape and dtype. The
+  arrays' dtypes and shapes are the wire format. `decode` repeats draws from the shared key (the
+  support of random-k, a rotation, a hash), so they are not sent.
   """
 
   linear = False  # payloads of several workers may be summed before decoding
-  contractive = True  # E ||C(x) - x||^2 < ||x||^2 for every x: a memory stays bounded
+  contractive = True  # E ||C(x) - x||^2 < ||x||^2 for every x, so a memory stays bounded
   sparse = False  # C(x) is zero at most positions
 
   @required
@@ -76,7 +76,7 @@ class Compressor(Part):
     """Encodes an array into its payload.
 
     Args:
-      x: the array, of any shape, floating-point.
+      x: the array, floating-point, of any shape.
       shared: a typed key, equal on all workers.
       own: a typed key of this worker.
     """
@@ -97,8 +97,8 @@ class Compressor(Part):
 class Chunk(NamedTuple):
   """A worker's part of an array that is partitioned over the workers, in their order.
 
-  In a state it is private. If the number of workers changes, the full array is partitioned again,
-  whereas the rows of other private leaves are averaged.
+  A chunk in a state is private. If the number of workers changes, the full array is partitioned
+  again, whereas the rows of other private leaves are averaged.
   """
 
   part: Array
@@ -115,7 +115,7 @@ class Own(NamedTuple):
 
 
 class Blocks(NamedTuple):
-  """State of leaves that are sharded within a worker: [B, ...], a row for each of B devices."""
+  """State of leaves that are sharded within a worker: [B, ...], one row for each of B devices."""
 
   part: Tree
 
@@ -124,7 +124,7 @@ class Uplink(NamedTuple):
   """The encoding of a worker's messages to a server, which decodes every leaf separately.
 
   Each message has its own key, which is the same for the worker and the server. A payload is a
-  Compressor's encoding of a leaf: its shapes and dtypes are the wire format.
+  Compressor's encoding of a leaf; the payload's shapes and dtypes are the wire format.
   """
 
   init: Callable[[Params], State]  # the worker's state, which persists from message to message
@@ -135,8 +135,8 @@ class Uplink(NamedTuple):
 class Presence(NamedTuple):
   """A worker's participation in an exchange, and the weight of its contribution.
 
-  A Python `True` means that all workers are statically known to participate. In each round, the
-  weights average to one over all W workers; absent workers count as zero.
+  If `active` is a Python `True`, all workers are statically known to participate. In each round,
+  the weights average to one over all W workers; absent workers count as zero.
   """
 
   weight: float | Array = 1.0
@@ -150,12 +150,12 @@ class Aggregate(NamedTuple):
   """The result of an exchange for one worker."""
 
   value: Tree  # the aggregate that this worker receives
-  sent: Tree  # its contribution as the others received it; tree - sent is the compression error
+  sent: Tree  # the contribution as the others received it; tree - sent is the compression error
   state: State
 
 
 class Wrapper(Part):
-  """A Part that wraps aggregators and may reject them by their traits."""
+  """A Part that wraps aggregators and may reject some of them by their traits."""
 
   refuses: ClassVar[Mapping[Trait, str]] = {}  # rejected trait of a wrapped aggregator -> reason
 
@@ -165,7 +165,7 @@ class Wrapper(Part):
       self.refuse(aggregator.traits)
 
   def aggregators(self) -> list["Aggregator"]:
-    """The aggregators that it wraps directly."""
+    """The aggregators that this object wraps directly."""
     return [one for one in self.values() if isinstance(one, Aggregator)]
 
   def refuse(self, traits: Trait) -> None:
@@ -175,7 +175,7 @@ class Wrapper(Part):
       traits: the traits of the aggregator.
 
     Raises:
-      ValueError: with the trait and the reason.
+      ValueError: if the aggregator has such a trait, with the reason.
     """
     for trait, reason in self.refuses.items():
       if trait in traits:
@@ -201,13 +201,15 @@ def _checked(aggregate: Callable[..., Aggregate]) -> Callable[..., Aggregate]:
 
 
 class Aggregator(Wrapper):
-  """An exchange between workers. Runs per worker, under named worker axes.
+  """An exchange between workers, from the point of view of one, under named worker axes.
 
   The value is either the mean 1/W sum_i weight_i x_i of the workers' trees, exact or approximate,
-  or the result of a rule applied to the trees of the workers present, times their mean weight. The
-  values of an absent worker do not reach the others, and its private memory does not change.
+  or the result of a rule applied to the trees of the workers present, multiplied by their mean
+  weight. The values of an absent worker do not reach the others, and its private memory does not
+  change.
 
-  `adds` holds its own traits; it also has the traits of the aggregators and compressors within it.
+  `adds` holds the aggregator's own traits; `traits` also includes those of the aggregators and
+  compressors within it.
   """
 
   adds: ClassVar[Trait] = Trait(0)
@@ -248,7 +250,7 @@ class Aggregator(Wrapper):
 
   @property
   def traits(self) -> Trait:
-    """Its own traits, and those of the aggregators and compressors within it."""
+    """The aggregator's own traits, and those of the aggregators and compressors within it."""
     found = self.adds
     for value in self.values():
       if isinstance(value, Aggregator):
@@ -259,20 +261,20 @@ class Aggregator(Wrapper):
 
   @property
   def uplink(self) -> Uplink | None:
-    """The same encoding for messages to a server; None if the exchange has no such form."""
+    """The aggregator's encoding of messages to a server; None if there is no such encoding."""
     return None
 
   @property
   def privacy(self) -> Any:
-    """Declares what is visible of a worker: a `Noise` or `Sum` of `aggregate/privacy/hiding.py`.
+    """Declares which values of a worker are visible, by a `Noise` or `Sum` of `privacy/hiding.py`.
 
-    If it is None, the accountant assumes that each message is visible.
+    If the value is None, the accountant assumes that each message is visible.
     """
     return None
 
 
 def _check_types(compressor: Compressor) -> None:
-  """Checks what decoding returns; the check runs only once for a compressor that is hashable."""
+  """Checks the decoded shape and dtype; runs only once for a compressor that is hashable."""
   try:
     hash(compressor)
   except TypeError:

@@ -2,8 +2,8 @@
 
 An invalid flag or spec is rejected by a check: a `raise` statement of this codebase creates the
 ValueError, which is shown as one line. An error in a user's code (a task's loss, a method's sync)
-occurs in the user's file, in a library that it calls, or where its result is used. Its traceback is
-shown, after one line that says what failed.
+occurs in the user's file, in a library that it calls, or where its result is used. The traceback of
+such an error is shown after one line that says what failed.
 """
 
 import contextlib
@@ -31,10 +31,10 @@ _RAISE = dis.opmap["RAISE_VARARGS"]
 
 
 def is_refusal(error: BaseException) -> bool:
-  """Whether an exception describes an invalid input value.
+  """Returns whether an exception describes an invalid input value.
 
-  True for a ValueError raised by a `raise` statement of this codebase. Also true for an OSError,
-  OverflowError or MemoryError, unless a user's code caused it.
+  A ValueError describes one if a `raise` statement of this codebase raised the error. An OSError,
+  OverflowError or MemoryError describes one unless a user's code caused the error.
   """
   if isinstance(error, ValueError):
     return is_raised(error) and _is_ours(_frames(error)[-1][0])
@@ -42,9 +42,9 @@ def is_refusal(error: BaseException) -> bool:
 
 
 def is_raised(error: BaseException) -> bool:
-  """Whether the innermost remaining frame of an exception is at a `raise` statement.
+  """Returns whether the innermost remaining frame of an exception is at a `raise` statement.
 
-  JAX removes its own frames; the innermost remaining frame is then at a call.
+  JAX removes its own frames; for its errors, the innermost remaining frame is at a call.
   """
   last = error.__traceback__
   while last and last.tb_next:
@@ -54,7 +54,7 @@ def is_raised(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def of_libraries() -> Iterator[None]:
-  """Context in which a library's ValueError also counts as an invalid input value."""
+  """Makes a library's ValueError in the context also count as an invalid input value."""
   try:
     yield
   except ValueError as error:
@@ -66,7 +66,7 @@ def of_libraries() -> Iterator[None]:
 class WrongReturn(TypeError):
   """A user's function has returned something other than its contract requires.
 
-  The traceback no longer contains the function, so the message names it and its file.
+  The traceback no longer contains the function, so the message names the function and its file.
   """
 
 
@@ -88,11 +88,11 @@ def fault(error: BaseException) -> str:
 
 
 def is_choice(error: BaseException) -> bool:
-  """Whether a user's factory has rejected its arguments.
+  """Returns whether a user's factory has rejected its arguments.
 
-  True if a `raise` statement raised a ValueError during the registry's call of a factory, or during
-  the `check` of its object. False if it came from a method that this codebase tries while it builds
-  the object.
+  The result is True for a ValueError that a `raise` statement raised while the registry called a
+  factory, or in the `check` of the factory's object. The result is False for an error in a method
+  that this codebase calls to test the new object.
   """
   part, _, caller = _part(error)
   by_registry = not part or caller in _BUILDERS
@@ -100,13 +100,13 @@ def is_choice(error: BaseException) -> bool:
 
 
 def of_function(function: Callable[..., Any]) -> str:
-  """A function's name and class, with its file and first line."""
+  """Returns a function's name and class, with its file and first line."""
   code = inspect.unwrap(function).__code__
   return f"{_named(code)} ({Path(code.co_filename).name}, line {code.co_firstlineno})"
 
 
 def _part(error: BaseException) -> tuple[CodeType | None, str, str]:
-  """The last user function that this codebase called, its location, and the calling file."""
+  """Returns the last user function called by this codebase, its location, and the caller's file."""
   part: CodeType | None = None
   where, caller, before = "", "", ""  # `before`: our file that calls the next frame
   for frame, line in _frames(error):
@@ -125,7 +125,7 @@ def _named(code: CodeType) -> str:
 
 
 def is_users(module: str) -> bool:
-  """Whether a module, given by its dotted name, is part of neither this codebase nor a library."""
+  """Returns whether a dotted module name belongs to neither this codebase nor a library."""
   if module.partition(".")[0] in _LIBRARIES:
     return False
   file = getattr(sys.modules.get(module), "__file__", None) or ""
@@ -142,5 +142,5 @@ def _is_ours(frame: FrameType) -> bool:
 
 def _is_library(frame: FrameType) -> bool:
   name = str(frame.f_globals.get("__name__", ""))
-  is_made = frame.f_code.co_filename.startswith(("<frozen", "<string>"))  # by dataclasses, too
+  is_made = frame.f_code.co_filename.startswith(("<frozen", "<string>"))  # such as by dataclasses
   return name.partition(".")[0] in _LIBRARIES or is_made

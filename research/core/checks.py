@@ -20,7 +20,7 @@ def at_least(name: str, value: float, least: float = 1) -> None:
 
   Args:
     name: name of the parameter.
-    value: its value.
+    value: the value of the parameter.
     least: the smallest legal value.
 
   Raises:
@@ -35,7 +35,7 @@ def above(name: str, value: float, bound: float = 0) -> None:
 
   Args:
     name: name of the parameter.
-    value: its value.
+    value: the value of the parameter.
     bound: the largest illegal value.
 
   Raises:
@@ -50,7 +50,7 @@ def positive_integer(name: str, value: Any) -> None:
 
   Args:
     name: name of the parameter.
-    value: its value.
+    value: the value of the parameter.
 
   Raises:
     ValueError: `context=0 is not a positive integer`.
@@ -64,8 +64,8 @@ def in_range(name: str, value: float, interval: str, *, note: str = "") -> None:
 
   Args:
     name: name of the parameter.
-    value: its value.
-    interval: in mathematical notation, as shown in the message: "[0, 1)", "(0, inf)".
+    value: the value of the parameter.
+    interval: the interval in mathematical notation, as shown in the message: "[0, 1)", "(0, inf)".
     note: text after the interval in the message, such as the reason for its upper end.
 
   Raises:
@@ -80,7 +80,7 @@ def is_in(value: float, interval: str) -> bool:
 
   Args:
     value: the number.
-    interval: in mathematical notation, such as "[0, 1)".
+    interval: the interval in mathematical notation, such as "[0, 1)".
   """
   low, high = (float(end) for end in interval[1:-1].split(","))
   from_low = operator.ge if interval[0] == "[" else operator.gt
@@ -132,7 +132,7 @@ def one_of(name: str, value: Any, legal: Iterable[Any], *, cutoff: float = 0.6) 
 
   Args:
     name: name of the parameter.
-    value: its value.
+    value: the value of the parameter.
     legal: the legal values.
     cutoff: minimum similarity of a suggestion, in [0, 1].
 

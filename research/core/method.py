@@ -35,21 +35,24 @@ COMMON_MODEL = {Trait.LOCAL: "the workers' models would diverge permanently; use
 
 
 class Method(Wrapper):
-  """An algorithm as one worker sees it. Only `sync` communicates.
+  """An algorithm from the point of view of one worker; only `sync` communicates.
 
-  A round is `begin`, then `local_steps` times `step`, then `sync`. A method with one exchange per
-  round defines `message` and `receive`, from which `sync` is derived; its state then has a field
-  `link`, the state of its `aggregator`. Other methods override `sync`.
+  In a round, `begin` runs once, `step` runs `local_steps` times, and `sync` runs once. A method
+  with one exchange per round defines `message` and `receive`, from which `sync` is derived; its
+  state then has a field `link`, the state of its `aggregator`. Other methods override `sync`.
 
-  An absent worker has an inactive presence: its round is lost, its results reach no other worker,
-  and its private state does not change. Tracing determines which state is private and which is
-  equal on all workers (`parallel/layout.py`).
+  A worker with an inactive presence is absent: its round is lost, its results reach no other
+  worker, and its private state does not change. Tracing determines which state is private and which
+  is equal on all workers (`parallel/layout.py`).
 
   A `period` is a number of local steps per round, or a schedule [[first round, steps], ...]. By
-  default a method rejects aggregators whose value differs between workers.
+  default, a method rejects aggregators whose value differs between workers.
   """
 
   refuses: ClassVar[Mapping[Trait, str]] = COMMON_MODEL
+  # Whether only the next `message` uses what `receive` changes: the exchange of a round may then
+  # take until the end of the next round.
+  eager: ClassVar[bool] = False
   period: ClassVar[Any] = 1
   aggregator: ClassVar[Any]
 
@@ -97,7 +100,7 @@ class Method(Wrapper):
   def message(
     self, local: Any, state: State, *, key: Key, presence: Presence = EVERYONE
   ) -> tuple[Tree, State]:
-    """Ends the local phase: returns the message, and the state without the exchange's result.
+    """Ends the local phase; returns the message, and the state before the exchange's result.
 
     Args:
       local: the Local after the round's last step.
@@ -140,7 +143,7 @@ class Method(Wrapper):
     return self.receive(value, sent, self.with_link(state, link), key=key, presence=presence)
 
   def params(self, state: State) -> Params:
-    """The model to deploy."""
+    """Returns the model to deploy."""
     return state.params
 
   @property
@@ -149,15 +152,15 @@ class Method(Wrapper):
     return self.aggregator
 
   def counted(self, presence: Presence) -> Presence:
-    """Returns the presence to pass to the aggregator; by default, it is unchanged."""
+    """Returns the presence to pass to the aggregator; by default, the same presence."""
     return presence
 
   def link(self, state: State) -> State:
-    """The aggregator's part of a state."""
+    """Returns the aggregator's part of a state."""
     return state.link
 
   def with_link(self, state: State, link: State) -> State:
-    """The state with the aggregator's part replaced."""
+    """Returns the state with the aggregator's part replaced."""
     return state._replace(link=link)
 
   @property
@@ -168,7 +171,7 @@ class Method(Wrapper):
 
   @property
   def local_steps(self) -> int:
-    """Local steps per round; static, so that the traffic per round is statically known."""
+    """The static number of local steps per round, which makes traffic statically known."""
     return periods(self.period)[0]
 
   @property
@@ -178,7 +181,7 @@ class Method(Wrapper):
 
   @property
   def passes(self) -> int:
-    """Passes of each owner over its own examples per round, or 0 if rounds have fixed steps.
+    """Passes of each owner over its own examples per round; 0 if rounds have a fixed length.
 
     The owner with the most examples determines the number of steps; the other owners stop earlier.
     """
@@ -200,7 +203,7 @@ class Method(Wrapper):
     return self.replace(period=steps) if "period" in self.fields() else self
 
   def over(self, wrap: Callable[[Aggregator], Aggregator]) -> Self:
-    """The same method with each of its aggregators wrapped.
+    """Returns the same method with each of its aggregators wrapped.
 
     Args:
       wrap: aggregator -> wrapped aggregator.
@@ -221,7 +224,7 @@ class Method(Wrapper):
     return self.replace(**{name: wrapped(value) for name, value in self.fields().items()})
 
   def onto(self, project: Callable[[Params], Params]) -> "Method | None":
-    """The same method with its models projected onto a convex set; None if not supported.
+    """Returns the method with its models projected onto a convex set; None if not supported.
 
     Args:
       project: maps parameters to the nearest point of the set.
@@ -233,7 +236,7 @@ class Method(Wrapper):
     """Returns the method that a server and its workers run, and a correction for message staleness.
 
     Raises:
-      ValueError: if it cannot run on a server, with the reason.
+      ValueError: if the method cannot run on a server, with the reason.
     """
     return self, None
 

@@ -17,7 +17,7 @@ _TRANSFORMATIONS = (optax.GradientTransformation, optax.GradientTransformationEx
 
 
 class _Named:
-  """An object built from a spec; it equals any other object built from the same spec."""
+  """An object built from a spec, which equals any other object built from the same spec."""
 
   spec = ""
 
@@ -60,7 +60,7 @@ def named(kind: str, built: Any, spec: str) -> Any:
   Args:
     kind: 'optimizer' or 'schedule'.
     built: the object that the optax factory returned.
-    spec: its canonical text.
+    spec: the canonical text of the spec.
   """
   if kind == "schedule":
     return Schedule(built, spec)
@@ -99,7 +99,7 @@ def check(optimizer: Any) -> None:
     optimizer: an optax transformation.
 
   Raises:
-    ValueError: with optax's error message.
+    ValueError: if the update fails, with optax's error message.
   """
   params = {"w": jax.ShapeDtypeStruct((2, 3), jnp.float32)}
   try:

@@ -14,10 +14,10 @@ _RESERVED = ("title", "spec_name", "refuses", "adds")
 
 
 def hidden(default: Any, *, init: Literal[False] = False) -> Any:
-  """Declares a field that specs cannot set and repr omits; executors and wrappers replace it.
+  """Declares a field for executors and wrappers, which specs cannot set and repr omits.
 
   Args:
-    default: its value in a new object.
+    default: the field's value in a new object.
     init: tells type checkers that the constructor does not take the field.
   """
   return dataclasses.field(default=default, init=init, repr=False)
@@ -26,8 +26,7 @@ def hidden(default: Any, *, init: Literal[False] = False) -> Any:
 def required(method: Function) -> Function:
   """Marks a method that subclasses must define; an error names a subclass that does not define it.
 
-  It is not an abstract method, because the methods that a Part needs depend on which others it
-  defines.
+  The method is not abstract: which methods are required depends on the others that a Part defines.
 
   Args:
     method: the method.
@@ -80,11 +79,12 @@ class Part:
     """Rejects arguments that are out of range.
 
     Raises:
-      ValueError: one line with the name, the value and the legal range.
+      ValueError: if an argument is out of range; the message is one line with the name, the value
+        and the legal range.
     """
 
   def replace(self, **changes: Any) -> Self:
-    """Returns a copy with other values of some fields, including hidden ones, and checks it.
+    """Returns a copy with other values of some fields, including hidden ones, and checks the copy.
 
     Raises:
       TypeError: for an unknown field.
@@ -100,15 +100,15 @@ class Part:
     return fresh
 
   def fields(self) -> dict[str, Any]:
-    """All fields by name, including hidden ones."""
+    """Returns all fields by name, including hidden ones."""
     return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # pyright: ignore[reportArgumentType]
 
   def values(self) -> Iterator[Any]:
-    """The values of all fields; a tuple or dictionary contributes each of its elements."""
+    """Yields the values of all fields; a tuple or dictionary contributes each of its elements."""
     return _flat(tuple(self.fields().values()))
 
   def parts(self, kind: type[Kind]) -> Iterator[Kind]:
-    """All objects of a type within this one, at any depth, including itself."""
+    """Yields all objects of a type within this one, at any depth, including itself."""
     if isinstance(self, kind):
       yield self
     for value in self.values():
@@ -131,7 +131,7 @@ def _check_name(cls: type, name: str) -> None:
   """Rejects a field that would hide a method of its base classes.
 
   Raises:
-    TypeError: with the class and the name.
+    TypeError: if the field would hide a method, with the class and the name.
   """
   kinds = types.FunctionType | property
   hides = any(isinstance(inspect.getattr_static(b, name, None), kinds) for b in cls.__mro__[1:])

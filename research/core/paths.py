@@ -1,7 +1,7 @@
 """Validates and expands paths given by users.
 
-A run locks its folder, appends to files in it and renames them; data files are read in place. This
-requires a file system, so object store URLs are rejected: mount the storage instead.
+A run locks its folder, appends to files in it and renames them; data files are read in place. These
+operations require a file system, so object store URLs are rejected: mount the storage instead.
 """
 
 import errno
@@ -80,7 +80,7 @@ def of_environment(name: str) -> Path | None:
 
 
 def cache() -> Path | None:
-  """This project's folder in the user's cache, or None if the user has no home directory.
+  """Returns this project's folder in the user's cache, or None if the user has no home directory.
 
   Raises:
     ValueError: if $XDG_CACHE_HOME is not a valid path.
@@ -112,7 +112,7 @@ def is_full(error: BaseException | None) -> bool:
 def _expanded(text: str) -> Path:
   path = Path(text)
   if not text.startswith("~"):
-    # ./~x is no home directory; made absolute, it is not taken for one when printed and reparsed
+    # as an absolute path, ./~x is not mistaken for a home directory when printed and reparsed
     return path.absolute() if str(path).startswith("~") else path
   try:
     return path.expanduser()

@@ -1,8 +1,8 @@
 """Imports modules of other packages that register names, in a command and in all its processes.
 
-`load` imports the module given by --import. A process that starts another one passes `carried()` to
-it, and `load_all` imports these modules there, so that all processes build the same objects. Two
-processes with equal values of `fingerprint` have the same code.
+`load` imports the module given by --import. A process that starts another process passes
+`carried()` to it; in the new process, `load_all` imports these modules, so that all processes build
+the same objects. Two processes with equal values of `fingerprint` have the same code.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ def load(text: str) -> bool:
 
   Raises:
     ValueError: if there is no such module or file, or another module has the same name as the file.
-    Exception: whatever the module itself raises.
+    Exception: any exception that the module itself raises.
   """
   source = _of_file(text) if text.endswith(".py") or os.sep in text else _of_module(text)
   before = set(_registering())
@@ -77,7 +77,7 @@ def load_all(sources: Iterable[Source]) -> None:
 
 
 def carried() -> tuple[Source, ...]:
-  """The modules that registered names in this process, for `load_all` in another process."""
+  """Returns the modules that registered names in this process, for `load_all` in another one."""
   others = [sys.modules[name] for name in _registering() if name in sys.modules]
   found = dict(_loaded)
   for module in others:
@@ -87,7 +87,7 @@ def carried() -> tuple[Source, ...]:
 
 
 def files() -> list[Path]:
-  """All source files of the modules, or of their packages, that registered names here."""
+  """Returns all source files of the modules that registered names here, or of their packages."""
   found: set[Path] = set()
   for name in {*_loaded, *_registering()}:
     top = sys.modules.get(name.partition(".")[0])
@@ -99,7 +99,7 @@ def files() -> list[Path]:
 
 
 def fingerprint() -> str:
-  """A digest of `files`, independent of their location; '' if nothing was registered."""
+  """Returns a digest of `files`, independent of their location; '' if nothing was registered."""
   digest = hashlib.sha256()
   for path in (found := files()):
     digest.update(path.name.encode() + path.read_bytes())
@@ -107,14 +107,14 @@ def fingerprint() -> str:
 
 
 def _registering() -> list[str]:
-  """The names of the modules outside this package that registered functions."""
+  """Returns the names of the modules outside this package that registered functions."""
   factories = (factory for of_kind in registry.ADDED.values() for factory in of_kind.values())
   modules = dict.fromkeys(factory.__module__ for factory in factories)
   return [name for name in modules if name.partition(".")[0] != _HERE]
 
 
 def _source_of(module: ModuleType) -> Source | None:
-  """Tells how another process can import a module; None for a script or a module without a file."""
+  """Returns what another process needs to import a module; None for a script or without a file."""
   file = getattr(module, "__file__", None)
   if module.__name__ == "__main__" or not file:
     return None
@@ -163,7 +163,7 @@ def _of_module(text: str) -> Source:
 
 
 def _file_of(name: str, folder: str = "") -> str:
-  """The file of a top-level module; 'built-in' if it has none, '' if it does not exist."""
+  """Returns the file of a top-level module; 'built-in' without a file, '' if there is no module."""
   if name in sys.modules:
     module = sys.modules[name]
     return getattr(module, "__file__", None) or str(list(getattr(module, "__path__", ["built-in"])))
@@ -177,12 +177,12 @@ def _file_of(name: str, folder: str = "") -> str:
 
 
 def _importable(folder: Path) -> list[str]:
-  """The names of the .py files and packages in a folder."""
+  """Returns the names of the .py files and packages in a folder."""
   there = folder.iterdir() if folder.is_dir() else []
   return [p.name for p in there if p.suffix == ".py" or (p / "__init__.py").is_file()]
 
 
 def _modules(folder: str) -> list[str]:
-  """The modules and packages in a folder."""
+  """Returns the modules and packages in a folder."""
   there = Path(folder).iterdir() if Path(folder).is_dir() else []
   return [path.name.removesuffix(".py") for path in there if path.suffix == ".py" or path.is_dir()]

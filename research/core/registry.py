@@ -46,16 +46,16 @@ ADDED: dict[str, dict[str, Callable[..., Any]]] = {}  # kind -> name -> factory,
 
 
 class NameTaken(ValueError):
-  """A name that is already taken."""
+  """The name is already registered."""
 
 
 def register(kind: str, name: str | None = None) -> Callable[[Factory], Factory]:
   """Registers a factory under a name for specs: a decorator for functions and dataclasses.
 
-  Its specs are checked like those of built-in names: arguments must match the parameters' types,
-  and the factory rejects values by raising ValueError. A task's keyword-only parameters `model` and
-  `data_dir` are set by --model and --data_dir. Registering the same function again, as a reload
-  does, replaces it.
+  Specs with a registered name are checked like those with a built-in name: arguments must match the
+  parameters' types, and the factory rejects values by raising ValueError. A task's keyword-only
+  parameters `model` and `data_dir` are set by --model and --data_dir. Registering the same function
+  again, as a reload does, replaces the earlier one.
 
   Args:
     kind: 'compressor', 'aggregator', 'method', 'task', 'model', 'partition', 'topology', 'delays',
@@ -85,7 +85,7 @@ def register(kind: str, name: str | None = None) -> Callable[[Factory], Factory]
 
 
 def _owner(kind: str, name: str) -> str:
-  """The qualified name of the factory that a name refers to; '' for an unknown name."""
+  """Returns the qualified name of the factory that a name refers to; '' for an unknown name."""
   if name in TABLE.get(kind, ()):
     return TABLE[kind][name].replace(":", ".")
   if name in ADDED.get(kind, ()):
@@ -159,7 +159,7 @@ def build(kind: str, spec: str | Call, **bound: Any) -> Any:
 
   Args:
     kind: one of KINDS.
-    spec: its text, or a parsed call.
+    spec: the text of the spec, or a parsed call.
     **bound: values of keyword-only parameters that a spec cannot set (a task's `model` and
       `data_dir`); ignored if the factory does not have them.
 
@@ -167,8 +167,9 @@ def build(kind: str, spec: str | Call, **bound: Any) -> Any:
     The object. The repr of an optimizer or schedule is its spec.
 
   Raises:
-    ValueError: one line with the value, the legal set and the closest match. A registered factory
-      rejects values with a `raise` statement; its other errors are raised unchanged.
+    ValueError: if the spec is invalid; the message is one line with the value, the legal set and
+      the closest match. A registered factory rejects values with a `raise` statement; its other
+      errors are raised unchanged.
   """
   return _build((kind,), parse(spec) if isinstance(spec, str) else spec, bound)
 
@@ -226,13 +227,13 @@ def signature_of(factory: Callable[..., Any]) -> inspect.Signature:
 
 @dataclasses.dataclass(frozen=True)
 class Default:
-  """A parameter's default value, given by its spec and built when it is called.
+  """A parameter's default value, given as a spec and built when the value is called.
 
       def digits(*, model: Model = Default("model", "mlp(hidden=[128])")) -> Task: ...
 
   Args:
     kind: the kind of the object.
-    spec: its spec. The object must be callable, such as a model, which is called with the number of
+    spec: the spec of a callable object, such as a model, which is called with the number of
       outputs.
   """
 

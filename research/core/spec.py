@@ -72,10 +72,11 @@ def parse(spec: str) -> Call:
   """Parses a spec without looking up its names.
 
   Args:
-    spec: such as "sgd(0.1, momentum=0.9)".
+    spec: the text, such as "sgd(0.1, momentum=0.9)".
 
   Raises:
-    ValueError: with the error's position, if it is not a call of a name on literals and calls.
+    ValueError: if the text is not a call of a name on literals and calls; the message has the
+      error's position.
   """
   call = _Reader(spec).value()
   if not isinstance(call, Call):
@@ -87,10 +88,10 @@ def literal(spec: str) -> Any:
   """Parses a number, string, list or dictionary, written as in a spec.
 
   Args:
-    spec: such as "[0.1, 0.3]".
+    spec: the text, such as "[0.1, 0.3]".
 
   Raises:
-    ValueError: if it is anything else.
+    ValueError: if the text is anything else.
   """
   value = _Reader(spec).value()
   if _holds_calls(value):
@@ -133,7 +134,7 @@ class _Reader:
     return self._read(syntax(self.spec), 0)
 
   def _text(self, node: ast.expr) -> str:
-    """The part of the spec that a node was parsed from; Python's offsets count bytes."""
+    """Returns the part of the spec that a node was parsed from; Python's offsets count bytes."""
     first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
     lines = self.lines[first : last + 1]
     lines[-1] = lines[-1][: node.end_col_offset]
@@ -190,7 +191,7 @@ def _holds_calls(value: Any) -> bool:
 
 
 def written(value: Any) -> str:
-  """The canonical text of a value: the same for all spellings that parse to the same value.
+  """Returns the canonical text of a value, equal for all spellings that parse to the same value.
 
   Args:
     value: a parsed `Call`, a literal, a list or dictionary of these, or an object built from a
@@ -207,10 +208,10 @@ def written(value: Any) -> str:
 
 
 def of_call(name: str, parameters: Iterable[inspect.Parameter], values: Mapping[str, Any]) -> str:
-  """The canonical spec of a call of a factory.
+  """Returns the canonical spec of a call of a factory.
 
-  Arguments equal to their default are omitted, other optional ones are written `key=value`, as in
-  the repr of a `Part`.
+  Arguments equal to their defaults are omitted; other optional arguments are written `key=value`,
+  as in the repr of a `Part`.
 
   Args:
     name: the factory's name.

@@ -12,7 +12,7 @@ _NAMES = ("stdin", "stdout", "stderr")
 class _Output(io.FileIO):
   """Standard output or error that discards data after its reader is gone, instead of failing.
 
-  A full disk under standard output is reported once; under standard error it cannot be reported.
+  A full disk is reported once for standard output; for standard error, it cannot be reported.
   """
 
   def __init__(self, number: int):
@@ -32,7 +32,7 @@ class _Output(io.FileIO):
 
 
 def prepare() -> None:
-  """Opens closed standard streams on the null device; the others survive the loss of their reader.
+  """Opens closed standard streams on the null device, and protects the others from a lost reader.
 
   Otherwise a file opened later would reuse the descriptor of a closed stream, and libraries would
   print into it. Streams that have been replaced, for example by a test, are not changed.

@@ -24,17 +24,18 @@ class Feed(NamedTuple):
 class Task(NamedTuple):
   """A model, its data and its objective: the mean of `loss` over all examples in `train`.
 
-  `sample` is a cheap pure function of (step, key) and of a worker's number of examples. It does not
-  depend on the data, so an executor can draw the samples of many steps at once. `batch` fetches the
-  sampled examples. Both functions handle one worker's examples, arrays [examples, ...].
+  `sample` is a cheap pure function of (step, key) and of a worker's number of examples. `sample`
+  does not depend on the data, so an executor can draw the samples of many steps at once. `batch`
+  fetches the sampled examples. Both functions handle one worker's examples, arrays [examples, ...].
 
-  A task that seeks a fixed point x = T(x) instead of a minimum defines `grads`. It returns a value,
-  equal to `loss`, and x - T(x) instead of a gradient, so that `sgd(1.0)` iterates T. Neither `loss`
-  nor T is differentiated. Like a gradient, x - T(x) is a mean over examples, and it is aggregated,
-  compressed and delayed in the same way. Its L1 norm over all examples is the metric "residual".
+  A task that seeks a fixed point x = T(x) instead of a minimum defines `grads`. This function
+  returns a value equal to `loss`, and x - T(x) instead of a gradient, so that `sgd(1.0)` iterates
+  T. Neither `loss` nor T is differentiated. Like a gradient, x - T(x) is a mean over examples, and
+  it is aggregated, compressed and delayed in the same way. The L1 norm of x - T(x) over all
+  examples is the metric "residual".
 
-  With a `feed`, the objective is the mean over the examples it reads, and `train` is a sample of
-  them for measuring the loss; `sample` is then `sampling.in_order`.
+  With a `feed`, the objective is the mean over the examples that the feed reads, and `train` is a
+  sample of them for measuring the loss; `sample` is then `sampling.in_order`.
   """
 
   init: Callable[[Key], Params]
@@ -117,7 +118,7 @@ def value_and_grad(task: Task) -> Callable[[Params, Batch, Key], tuple[Array, Tr
 class Data(NamedTuple):
   """The training examples by owner, on devices; P is the number of workers or clients.
 
-  Like TrainState, it is a tree of arrays, of their shardings, or of `vmap` axes.
+  Like TrainState, this is a tree of arrays, of their shardings, or of `vmap` axes.
   """
 
   examples: Tree  # arrays [P, maximum examples of an owner, ...], padded with zeros
@@ -141,3 +142,8 @@ class Executor(NamedTuple):
   run: Callable[..., tuple[TrainState, dict[str, Array]]]  # (state, data, rounds): one dispatch
   params: Callable[[TrainState], Params]
   layout: Any  # which leaves of the state are private, a `parallel.layout.Layout`
+  # the state as it is saved and compared, for executors whose rounds overlap
+  settled: Callable[[TrainState], TrainState] = lambda state: state
+  # (state, data) -> seconds per local step of computing alone and of the exchange alone, measured
+  # now on copies of the state; None: the two do not overlap
+  alone: Callable[[TrainState, Data], tuple[float, float]] | None = None

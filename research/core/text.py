@@ -41,7 +41,7 @@ def one_line(text: object, room: int = LINE) -> str:
 
 
 def quoted(value: object, room: int = QUOTED) -> str:
-  """The repr of a value on one line.
+  """Returns the repr of a value on one line.
 
   Args:
     value: any object.

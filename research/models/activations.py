@@ -12,14 +12,14 @@ from research.core.base import Array
 
 
 def inner_axes() -> dict[str, int]:
-  """The axes of the mesh in scope that are left to the compiler, with their sizes."""
+  """Returns the axes of the mesh in scope that are left to the compiler, with their sizes."""
   mesh = jax.sharding.get_abstract_mesh()
   named = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
   return {name: size for name, size, kind in named if kind == AxisType.Auto}
 
 
 def spec(shape: tuple[int, ...], *axes: str | tuple[str, ...] | None) -> P:
-  """The spec of an activation: each dimension's axes, if the mesh in scope has them and they fit.
+  """Returns an activation's sharding; axes that the mesh lacks or that do not fit are dropped.
 
   Args:
     shape: shape of the activation.
@@ -50,8 +50,9 @@ def along(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
 def rows(table: Array, index: Array) -> Array:
   """Looks up rows [batch, length, width] of a table [rows, width] that is sharded along `model`.
 
-  Each device looks up its own examples, so that one sum of the table's size combines the gradients,
-  for any number of tokens. The compiler would instead send each token's rows to all devices.
+  Each device looks up its own examples, so that one sum as large as the table combines the
+  gradients of any number of tokens. The compiler would instead send each token's rows to all
+  devices.
 
   Args:
     table: [rows, width].

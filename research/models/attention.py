@@ -5,8 +5,8 @@ An attention function takes query [batch, length, heads, head_dim], key and valu
 
     out_t = sum_{s <= t} softmax_s(query_t . key_s / sqrt(head_dim)) value_s
 
-where heads / kv_heads query heads share a key head. Products are in the arguments' dtype and the
-softmax in float32.
+where heads / kv_heads query heads share a key head. Products are computed in the arguments' dtype,
+and the softmax in float32.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def plain(query: Array, key: Array, value: Array) -> Array:
 
 
 def dot_product(query: Array, key: Array, value: Array) -> Array:
-  """Calls cuDNN's flash attention, which stores no scores, where supported; else `plain`.
+  """Calls cuDNN's flash attention, which stores no scores, if it is supported, else `plain`.
 
   Args:
     query: [batch, length, heads, head_dim].
@@ -64,7 +64,7 @@ def splash(query: Array, key: Array, value: Array) -> Array:
     value: like `key`.
 
   Raises:
-    ValueError: the program is not for a TPU, or the length is not a multiple of 128.
+    ValueError: if the program is not for a TPU, or the length is not a multiple of 128.
   """
   if platform() != "tpu":
     raise ValueError(
@@ -77,11 +77,11 @@ def splash(query: Array, key: Array, value: Array) -> Array:
 
 
 def splash_kernel(query: Array, key: Array, value: Array, interpret: bool = False) -> Array:
-  """`splash` on each device's heads and examples, since the compiler cannot partition a kernel.
+  """Runs `splash` on each device's heads and examples, as the compiler cannot split a kernel.
 
   Args:
-    query, key, value: as in the module's docstring; 128 divides the length.
-    interpret: emulates the kernel without a TPU, slowly.
+    query, key, value: as in the module's docstring; the length must be a multiple of 128.
+    interpret: whether to emulate the kernel without a TPU, which is slow.
   """
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -140,11 +140,11 @@ ATTENTION: dict[str, Attend] = {
 
 
 def rotation(length: int, head_dim: int, base: float) -> Rotation:
-  """Cosines and sines of the angles t base^(-2i / head_dim), for positions t and pairs i.
+  """Computes cosines and sines of the angles t base^(-2i / head_dim), for positions t and pairs i.
 
   Args:
     length: number of positions.
-    head_dim: even.
+    head_dim: size of a head, even.
     base: base of the frequencies.
 
   Reference: Su et al. 2021, arXiv 2104.09864, section 3.2.2.
@@ -157,7 +157,7 @@ def rotation(length: int, head_dim: int, base: float) -> Rotation:
 def rotated(x: Array, by: Rotation) -> Array:
   """Rotates each pair (x_i, x_{i + head_dim / 2}) of [batch, length, heads, head_dim] by its angle.
 
-  A product of two rotated vectors then depends on their positions only through the distance.
+  The product of two rotated vectors then depends only on the distance between their positions.
 
   Args:
     x: [batch, length, heads, head_dim].
@@ -170,6 +170,6 @@ def rotated(x: Array, by: Rotation) -> Array:
 
 
 def _capability() -> float:
-  """CUDA's compute capability, 0 without CUDA."""
+  """Returns CUDA's compute capability, or 0 without CUDA."""
   name = getattr(jax.local_devices()[0], "compute_capability", "")
   return float(name) if name.replace(".", "").isdecimal() else 0.0

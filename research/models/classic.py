@@ -18,7 +18,7 @@ Model = Callable[[int], nn.Module]
 
 
 def linear(bias: bool = False, deviation: float = 0.0) -> Model:
-  """x W (+ b), for dense or sparse rows; see `Linear`.
+  """Computes x W (+ b) for dense or sparse rows; see `Linear`.
 
   Args:
     bias: whether to add b, which is initially zero.
@@ -28,7 +28,7 @@ def linear(bias: bool = False, deviation: float = 0.0) -> Model:
     outputs -> module.
 
   Raises:
-    ValueError: bias is not a bool, or deviation is negative.
+    ValueError: if bias is not a bool, or deviation is negative.
   """
   _check_bool("bias", bias)
   if not deviation >= 0:
@@ -37,7 +37,7 @@ def linear(bias: bool = False, deviation: float = 0.0) -> Model:
 
 
 def logistic(bias: bool = True, deviation: float = 0.0) -> Model:
-  """The logits x W + b of logistic or softmax regression: `linear`, by default with a bias.
+  """Computes the logits x W (+ b) of logistic or softmax regression, like `linear`.
 
   Args:
     bias: whether to add b, which is initially zero.
@@ -47,7 +47,7 @@ def logistic(bias: bool = True, deviation: float = 0.0) -> Model:
     outputs -> module.
 
   Raises:
-    ValueError: bias is not a bool, or deviation is negative.
+    ValueError: if bias is not a bool, or deviation is negative.
   """
   return linear(bias, deviation)
 
@@ -62,7 +62,7 @@ def mlp(hidden: Sequence[int] = (128,)) -> Model:
     outputs -> module.
 
   Raises:
-    ValueError: hidden is not a list of positive integers.
+    ValueError: if hidden is not a list of positive integers.
   """
   hidden = _widths("hidden", hidden)
   return lambda outputs: MLP(outputs, hidden)
@@ -77,23 +77,23 @@ def cnn(
   padding: Sequence[str] | None = None,
   pool_stride: int = 2,
 ) -> Model:
-  """Convolutions, each with ReLU and 2x2 max pooling, then one hidden ReLU layer.
+  """A network of convolutions, each with ReLU and 2x2 max pooling, and one hidden ReLU layer.
 
   Args:
     channels: output channels of each convolution.
     hidden: width of the hidden layer.
-    kernels: side length of each convolution's kernel in pixels; None: 3.
-    strides: stride of each convolution; None: 1.
-    padding: padding of each convolution, "SAME" or "VALID"; None: "SAME".
-    pool_stride: stride of the pooling. At 2, n convolutions of stride 1 need images of at least 2^n
-      pixels a side.
+    kernels: side length of each convolution's kernel in pixels; None means 3.
+    strides: stride of each convolution; None means 1.
+    padding: padding of each convolution, "SAME" or "VALID"; None means "SAME".
+    pool_stride: stride of the pooling. With a pooling stride of 2, n convolutions of stride 1 need
+      images of at least 2^n pixels per side.
 
   Returns:
     outputs -> module.
 
   Raises:
-    ValueError: an entry, hidden or pool_stride is not a positive integer; padding has another name;
-      or lists differ in length.
+    ValueError: if an entry, hidden or pool_stride is not a positive integer; an entry of padding
+      has another name; or lists differ in length.
   """
   channels, hidden = _widths("channels", channels), _width("hidden", hidden)
   count = len(channels)
@@ -116,13 +116,14 @@ def resnet(channels: Sequence[int] = (16, 32, 64), blocks: int = 1) -> Model:
 
   Args:
     channels: output channels of each stage; every stage but the first halves height and width.
-    blocks: residual blocks per stage, of two convolutions each: depth 2 len(channels) blocks + 2.
+    blocks: number of residual blocks per stage. A block has two convolutions, so the depth is 2
+      len(channels) blocks + 2.
 
   Returns:
     outputs -> module.
 
   Raises:
-    ValueError: channels is not a list of positive integers, or blocks is not one.
+    ValueError: if channels is not a list of positive integers, or blocks is not a positive integer.
 
   Reference:
     He et al., 2015, arXiv:1512.03385, section 4.2; Wu and He, 2018, arXiv:1803.08494 (GroupNorm).
@@ -133,10 +134,10 @@ def resnet(channels: Sequence[int] = (16, 32, 64), blocks: int = 1) -> Model:
 
 
 class Linear(nn.Module):
-  """x W (+ b) for dense x, or for sparse rows {"index", "value"}, both [batch, longest row].
+  """Computes x W (+ b) for dense x, or sparse rows {"index", "value"}, both [batch, longest row].
 
-  A row is sum_k value_k W[index_k], so padding has value 0. Sparse rows do not determine the number
-  of features: initialize with one dense row to set the kernel's shape.
+  The result for a sparse row is sum_k value_k W[index_k], so padding has value 0. Sparse rows do
+  not determine the number of features; initialize with one dense row to set the kernel's shape.
   """
 
   outputs: int
@@ -159,7 +160,7 @@ class Linear(nn.Module):
 
 
 class MLP(nn.Module):
-  """Dense layers with ReLU in between."""
+  """Dense layers with ReLU between them."""
 
   outputs: int
   hidden: tuple[int, ...]
@@ -174,7 +175,7 @@ class MLP(nn.Module):
 
 
 class CNN(nn.Module):
-  """Convolution, ReLU and pooling, repeated; then two dense layers."""
+  """Repeats convolution, ReLU and pooling, and ends with two dense layers."""
 
   outputs: int
   convolutions: tuple[tuple[int, int, int, str], ...]  # channels, kernel, stride, padding
@@ -200,7 +201,7 @@ class CNN(nn.Module):
 
 
 class Block(nn.Module):
-  """relu(shortcut(x) + F(x)), where F has two 3x3 convolutions."""
+  """Computes relu(shortcut(x) + F(x)), where F has two 3x3 convolutions."""
 
   channels: int
   stride: int
@@ -249,7 +250,7 @@ def _dense(model: str, x: Array) -> Array:
 
 
 def _image(model: str, x: Array) -> Array:
-  """[batch, height, width(, channels)] to [batch, height, width, channels]."""
+  """Converts [batch, height, width(, channels)] to [batch, height, width, channels]."""
   if _dense(model, x).ndim not in (3, 4):
     raise ValueError(
       f"{model} needs images [batch, height, width] or [batch, height, width, channels], "

@@ -17,17 +17,17 @@ class Shape(NamedTuple):
 
   layers: int
   width: int
-  heads: int  # of queries
-  kv_heads: int  # of keys and values
+  heads: int  # number of query heads
+  kv_heads: int  # number of key and value heads
   hidden: int  # width of the feed-forward part
   tied: bool  # the head shares the embedding
   rotary_base: float
   scan: bool  # compile one layer; on CPUs a loop is faster
-  deviation: float = 0.02  # of the initial weights
+  deviation: float = 0.02  # standard deviation of the initial weights
 
 
 class Norm(nn.Module):
-  """x / sqrt(mean x^2 + 1e-5) * scale. Reference: Zhang and Sennrich 2019, arXiv 1910.07467."""
+  """Computes x / sqrt(mean x^2 + 1e-5) * scale (Zhang and Sennrich 2019, arXiv 1910.07467)."""
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -38,12 +38,12 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-  """Projections around an attention function; kernels are sharded by heads."""
+  """Projections before and after an attention function; kernels are sharded by heads."""
 
   shape: Shape
   dtype: Any
   attend: Attend
-  deviation: float  # of the initial weights of `out`
+  deviation: float  # standard deviation of the initial weights of `out`
 
   @nn.compact
   def __call__(self, x: Array, positions: Rotation) -> Array:
@@ -71,7 +71,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-  """x + attention(norm(x)), then x + feed_forward(norm(x)); also the expert load [2, E]."""
+  """Computes x + attention(norm(x)), then x + feed_forward(norm(x)), and the expert load [2, E]."""
 
   shape: Shape
   mixture: tuple[int, int] | None
@@ -80,7 +80,7 @@ class Layer(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, positions: Rotation) -> tuple[Array, Array]:
-    # the residual stream is a sum of 2 * layers terms; Radford et al. 2019 (GPT-2), section 2.3
+    # the residual stream is a sum of 2 * layers terms; see Radford et al. 2019 (GPT-2), section 2.3
     deviation = self.shape.deviation * (2 * self.shape.layers) ** -0.5
     attention = Attention(self.shape, self.dtype, self.attend, deviation, name="attention")
     options = (self.shape.hidden, self.dtype, deviation, self.shape.deviation)

@@ -10,15 +10,15 @@ from research.core.base import Array
 
 
 class SwiGLU(nn.Module):
-  """down(silu(gate(x)) * up(x)).
+  """Computes down(silu(gate(x)) * up(x)).
 
   Reference: Shazeer 2020, arXiv 2002.05202, equation 6, without biases.
   """
 
   hidden: int
   dtype: Any
-  deviation: float  # of down's initial weights
-  others: float  # of the other weights
+  deviation: float  # standard deviation of down's initial weights
+  others: float  # standard deviation of the other initial weights
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -34,15 +34,16 @@ class SwiGLU(nn.Module):
 
 
 class Experts(nn.Module):
-  """sum_e weight_e SwiGLU_e(x), with kernels [experts, ...] and weights [batch, length, experts].
+  """Computes sum_e weight_e SwiGLU_e(x), for weights [batch, length, experts].
 
-  Weights multiply the hidden units, so that one product sums over both hidden units and experts. If
-  either is sharded, one sum of the output's size combines the devices' results.
+  Kernels have a leading dimension [experts]. Weights multiply the hidden units, so that one product
+  sums over both hidden units and experts. If either dimension is sharded, one sum as large as the
+  output combines the devices' results.
   """
 
   hidden: int
   dtype: Any
-  deviation: float  # as in SwiGLU
+  deviation: float  # see SwiGLU
   others: float
 
   @nn.compact
@@ -63,13 +64,14 @@ class Experts(nn.Module):
 
 
 class Mixture(nn.Module):
-  """sum_e weight_e(x) expert_e(x), over the k experts that the router ranks highest for a token.
+  """Computes sum_e weight_e(x) expert_e(x) over the k experts that the router ranks highest.
 
       p = softmax(router(x));   weight_e = p_e / (sum of the chosen p) for chosen e, else 0
 
-  With k = 1 the weight is p_e itself, so that the router learns. Every expert computes every token,
-  and the weights remove the outputs of experts not chosen. This is exact, without capacities or
-  dropped tokens, but costs experts / k times as much.
+  With k = 1, the weight is p_e itself, so that the router learns. Every expert computes every
+  token, and the weights remove the outputs of experts not chosen. The result is exact, without
+  capacities or dropped tokens, but costs experts / k times as much as computing only the chosen
+  experts.
 
   The module also returns each expert's share of the choices and the mean of its p, as [2, experts];
   `balance` turns this array into a loss.
@@ -82,7 +84,7 @@ class Mixture(nn.Module):
   per_token: int  # k
   hidden: int
   dtype: Any
-  deviation: float  # as in SwiGLU
+  deviation: float  # see SwiGLU
   others: float
 
   @nn.compact
@@ -105,11 +107,11 @@ class Mixture(nn.Module):
 
 
 def balance(busy: Array) -> Array:
-  """The load-balancing loss of experts, summed over layers [..., 2, experts].
+  """Computes the load-balancing loss of experts, summed over layers [..., 2, experts].
 
       experts * sum_e (share of the choices that fell on e) (mean of p_e)
 
-  Means are over all tokens, however these are sharded.
+  Means are over all tokens, regardless of their sharding.
 
   Args:
     busy: [..., 2, experts]: the share of the choices that fell on each expert, and the mean of p.
@@ -122,8 +124,8 @@ def balance(busy: Array) -> Array:
 def largest(p: Array, k: int) -> Array:
   """Marks the k largest entries along the last dimension; the first of equal entries are marked.
 
-  It compares all pairs, because the compiler would distribute a sort over the devices and move
-  tokens for it.
+  The function compares all pairs, because the compiler would distribute a sort over the devices and
+  move tokens between them.
 
   Args:
     p: [..., n].

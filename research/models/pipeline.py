@@ -1,15 +1,15 @@
 """Pipeline parallelism: consecutive layers on several devices, with micro-batches.
 
-A pipeline of S stages passes M micro-batches through all layers in R rounds: in round r stage s
-applies layers (r S + s) k, ..., (r S + s + 1) k - 1 of R S k. At tick t it computes item i = t - s,
-which is micro-batch i mod M in round i div M, and sends it to the next stage; the last stage sends
-it to the first:
+A pipeline of S stages passes M micro-batches through all layers in R rounds: in round r, stage s
+applies layers (r S + s) k, ..., (r S + s + 1) k - 1 of the R S k layers. At tick t, the stage
+computes item i = t - s, which is micro-batch i mod M in round i div M, and sends the result to the
+next stage; the last stage sends its result to the first:
 
     ticks = R M + S - 1,   bubble = (S - 1) / ticks
 
-The bubble is the share of ticks in which a stage is idle. R = 1 is GPipe. R > 1 is circular: the
-bubble is nearly R times smaller, but there are R times as many transfers. JAX derives the backward
-pass, which runs the same ticks in reverse.
+The bubble is the share of ticks in which a stage is idle. R = 1 gives GPipe. R > 1 gives a circular
+pipeline: the bubble is nearly R times smaller, but there are R times as many transfers. JAX derives
+the backward pass, which runs the same ticks in reverse.
 
 Reference: Huang et al. 2018, arXiv 1811.06965 (GPipe); Narayanan et al. 2021, arXiv 2104.04473,
   section 2.2 (several groups of layers on each device).
@@ -55,15 +55,16 @@ def schedule(stages: int, examples: int, microbatches: int, repeats: int, cut: i
   """Chooses the number of micro-batches of a pipeline.
 
   Args:
-    stages: S.
+    stages: S, number of stages.
     examples: number of examples in one pass.
     microbatches: M, or 0 for the largest number up to 4 S that divides the examples.
-    repeats: R.
-    cut: devices over which each micro-batch should be sharded; a preference if M is chosen.
+    repeats: R, number of rounds.
+    cut: number of devices over which each micro-batch should be sharded; only a preference if
+      microbatches is 0.
 
   Raises:
-    ValueError: M does not divide the examples, or M < S with R > 1, since a micro-batch would then
-      be due at the first stage before it has left the last.
+    ValueError: if M does not divide the examples, or M < S with R > 1, since a micro-batch would
+      then be due at the first stage before it has left the last.
   """
   least = stages if repeats > 1 else 1
   if not microbatches:
@@ -93,7 +94,7 @@ def pipelined(
 
   Args:
     layers: applies consecutive layers.
-    params: leaves [R, S k, ...], the second dimension along `stage`.
+    params: leaves [R, S k, ...], with the second dimension sharded along `stage`.
     x: [B, T, width].
     rest: further arguments, the same for all layers.
     plan: the schedule, whose M divides B.
@@ -118,7 +119,7 @@ def pipelined(
   summed = jnp.float32 if platform() == "cpu" else x.dtype
 
   def stage(params: Params, waiting: Array, rest: Any) -> tuple[Array, Array]:
-    """`waiting` [M, b, T, width]: next inputs of the first stage, in any round."""
+    """Runs one stage; `waiting` [M, b, T, width] holds the next inputs of the first stage."""
     here, last, waiting = lax.axis_index("stage"), plan.ticks, waiting.astype(x.dtype)
     onward = partial(
       lax.ppermute, axis_name="stage", perm=[(s, (s + 1) % stages) for s in range(stages)]

@@ -1,7 +1,7 @@
 """Attention over sequences sharded along the mesh axis `seq`.
 
 `by_heads` temporarily gives every device all tokens of some heads; `ring` leaves tokens in place
-and passes keys and values around.
+and passes keys and values from device to device.
 """
 
 from functools import partial
@@ -17,7 +17,7 @@ from research.models.attention import Attend
 
 
 def devices() -> int:
-  """Number of devices along `seq` of the mesh in scope; 1 without such an axis."""
+  """Returns the number of devices along `seq` of the mesh in scope; 1 without such an axis."""
   return activations.inner_axes().get("seq", 1)
 
 
@@ -28,7 +28,7 @@ def check(length: int) -> None:
     length: number of tokens of an example.
 
   Raises:
-    ValueError: if they do not.
+    ValueError: if the number of devices does not divide the length.
   """
   if length % devices():
     raise ValueError(f"'seq:{devices()}' does not divide the {length} tokens of an example")
@@ -49,14 +49,14 @@ def across(query: Array, key: Array, value: Array, attend: Attend) -> Array:
 
 
 def by_heads(query: Array, key: Array, value: Array, attend: Attend) -> Array:
-  """Attention with two all-to-all exchanges: tokens for heads, and back.
+  """Computes attention with two all-to-all exchanges: from token shards to head shards, and back.
 
   Args:
-    query, key, value: as for every attention function, with the length along `seq`.
+    query, key, value: as for every attention function, with the length sharded along `seq`.
     attend: attention over all tokens.
 
   Raises:
-    ValueError: the devices along `seq` do not divide the heads per device.
+    ValueError: if the devices along `seq` do not divide the heads per device.
 
   Reference: Jacobs et al. 2023, arXiv 2309.14509, section 3.
   """
@@ -73,9 +73,10 @@ def by_heads(query: Array, key: Array, value: Array, attend: Attend) -> Array:
 
 
 def ring(query: Array, key: Array, value: Array, attend: Attend | None = None) -> Array:
-  """Attention in S steps: in each, a device attends to the keys of one part and passes them on.
+  """Computes attention in S steps; in each step, a device attends to one part and passes it on.
 
-  With the scores x of a part, the sums over the parts so far are relative to their maximum m:
+  A part consists of one device's keys and values. With the scores x of a part, the sums over the
+  parts so far are relative to their maximum m:
 
       m' = max(m, max x);  l' = l e^(m - m') + sum e^(x - m');  o' = o e^(m - m') + e^(x - m') value
 
@@ -84,8 +85,8 @@ def ring(query: Array, key: Array, value: Array, attend: Attend | None = None) -
   computes one.
 
   Args:
-    query, key, value: as for every attention function, with the length along `seq`.
-    attend: not used.
+    query, key, value: as for every attention function, with the length sharded along `seq`.
+    attend: unused.
 
   Reference: Liu et al. 2023, arXiv 2310.01889, algorithm 1.
   """

@@ -20,9 +20,9 @@ from research.models.decoder import Layer, Norm, Shape
 from research.models.experts import balance
 
 # Mesh axis of each dimension of a parameter, by the first pattern that matches its path; stacked
-# layers are a leading dimension, along `stage`. A layer's first matrix is sharded by columns and
-# its second by rows, so that each part of a layer needs one sum over `model`. Shoeybi et al. 2019,
-# arXiv 1909.08053, section 3.
+# layers have a leading dimension, sharded along `stage`. A layer's first matrix is sharded by
+# columns and its second by rows, so that each part of a layer needs one sum over `model`. See
+# Shoeybi et al. 2019, arXiv 1909.08053, section 3.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"^(embedding|head)$", ("model?", None)),
   (r"/attention/(query|key|value)/kernel$", (None, "model", None)),
@@ -75,10 +75,10 @@ def transformer(
   microbatches: int = 0,
   repeats: int = 1,
 ) -> Callable[[int], "Transformer"]:
-  """A decoder language model: tokens [batch, length] to logits [batch, length, outputs], float32.
+  """A decoder language model from tokens [batch, length] to logits [batch, length, outputs].
 
-  The logits at a position predict the next token and depend on no later one. Sizes that are not
-  given are the preset's.
+  The float32 logits at a position predict the next token and depend on no later token. Sizes that
+  are not given are taken from the preset.
 
   Args:
     preset: tiny, 150m, 1b or 8b.
@@ -89,9 +89,9 @@ def transformer(
     hidden: width of the feed-forward part, or of each expert.
     tied: whether the head shares the embedding.
     deviation: standard deviation of the initial weights. For weights whose output is added to the
-      residual stream, it is divided by sqrt(2 layers).
+      residual stream, the deviation is divided by sqrt(2 layers).
     experts: number of experts that replace the feed-forward part of each layer; 0 for none.
-    experts_per_token: experts that compute a token's output.
+    experts_per_token: number of experts that compute a token's output.
     balance: weight of the load-balancing loss, see `experts.balance`.
     dtype: type of products and activations, bfloat16 or float32.
     remat: True recomputes a layer in its backward pass; "dots" recomputes all but products with
@@ -100,8 +100,8 @@ def transformer(
       with parameters layers_0/..., layers_1/...
     attention: auto, plain, dot_product (cuDNN's on a GPU) or splash (TPUs).
     over_seq: attention along a mesh's axis `seq`: auto, by_heads (two exchanges) or ring.
-    microbatches: number of micro-batches of a worker's batch along a mesh's `stage`; 0 lets
-      `pipeline.schedule` choose it.
+    microbatches: number of micro-batches into which a worker's batch is split along a mesh's axis
+      `stage`; 0 lets `pipeline.schedule` choose the number.
     repeats: how often a micro-batch passes through the stages, each time through layers / repeats
       layers. The stacked layers are [repeats, layers / repeats, ...].
 
@@ -109,7 +109,7 @@ def transformer(
     outputs -> module, where outputs is the number of tokens in the vocabulary.
 
   Raises:
-    ValueError: a name is unknown, or sizes do not fit together.
+    ValueError: if a name is unknown, or sizes do not fit together.
 
   Reference: Touvron et al. 2023, arXiv 2302.13971, section 2.2; Ainslie et al. 2023, arXiv
     2305.13245 (grouped queries). Sizes of 8b: Grattafiori et al. 2024, arXiv 2407.21783, table 3.
@@ -139,7 +139,7 @@ def transformer(
 
 
 class Transformer(nn.Module):
-  """Embedding, layers, norm and head. Arguments are those of `transformer`."""
+  """Embedding, layers, norm and head; see `transformer` for the arguments."""
 
   rules = RULES  # unannotated, so not a dataclass field
 
@@ -175,7 +175,7 @@ class Transformer(nn.Module):
     return activations.along(logits, "fsdp", ("stage", "seq"), "model")
 
   def through_layers(self, x: Array, positions: Rotation) -> tuple[Array, Array]:
-    """The output of all layers, and the expert load, [..., 2, E]."""
+    """Returns the output of all layers, and the expert load [..., 2, E]."""
     layer = Layer(self.shape, self.mixture, self.dtype, self.attend, parent=None)
 
     def init(key: Key) -> Params:
@@ -224,7 +224,7 @@ class Transformer(nn.Module):
     return several(params, x, positions)
 
   def schedule(self, stages: int, examples: int, cut: int = 1) -> pipeline.Schedule:
-    """The pipeline schedule of a worker's batch on a mesh with `stages` stages.
+    """Returns the pipeline schedule of a worker's batch on a mesh with `stages` stages.
 
     Args:
       stages: devices along `stage`.

@@ -1,7 +1,7 @@
 """Adaptive server optimizers for the clients' mean model change.
 
-They are optax transformations of the pseudo-gradient -Delta_t. Unlike optax's own optimizers they
-start from v_{-1} = tau^2 and have no bias correction:
+The optimizers are optax transformations of the pseudo-gradient -Delta_t. Unlike optax's own
+optimizers, they start from v_{-1} = tau^2 and have no bias correction:
 
     m_t = b1 m_{t-1} + (1 - b1) Delta_t,      x_{t+1} = x_t + eta m_t / (sqrt(v_t) + tau)
 
@@ -74,7 +74,7 @@ def adagrad(learning_rate: float, b1: float, tau: float) -> optax.GradientTransf
 def _adaptive(
   rule: Callable[[Array, Array], Array], learning_rate: float, b1: float, tau: float
 ) -> optax.GradientTransformation:
-  """An optimizer with v_t = rule(v_{t-1}, Delta_t^2)."""
+  """Returns an optimizer with v_t = rule(v_{t-1}, Delta_t^2)."""
   checks.above("learning_rate", learning_rate)
   checks.above("tau", tau)
   checks.in_range("b1", b1, "[0, 1)")

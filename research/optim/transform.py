@@ -1,10 +1,10 @@
 """Aggregators and methods as optax gradient transformations, for use in any train step.
 
-Both run on one worker's gradients with the worker axis in scope: inside `shard_map`, `pmap` or
-`vmap(axis_name=...)`. Pass `check_vma=False` to `shard_map`: otherwise `jax.grad` sums the
-gradients of replicated parameters over the workers before the aggregator sees them, and such sums
-are rejected. Private state, such as an error feedback memory, needs the PartitionSpecs from
-`parallel/state_specs.py` to leave `shard_map`.
+Aggregators and methods run on one worker's gradients with the worker axis in scope: inside
+`shard_map`, `pmap` or `vmap(axis_name=...)`. Pass `check_vma=False` to `shard_map`: otherwise
+`jax.grad` sums the gradients of replicated parameters over the workers before the aggregator sees
+them, and such sums are rejected. Private state, such as an error feedback memory, needs the
+PartitionSpecs from `parallel/state_specs.py` to leave `shard_map`.
 """
 
 from typing import Any, NamedTuple
@@ -31,8 +31,8 @@ def aggregated(
   """Replaces each worker's gradients by the aggregate over all workers.
 
   `optax.chain(optax.clip_by_global_norm(1.0), aggregated(mean()), optax.adamw(3e-4))` clips each
-  worker's gradient, averages, and steps. Transformations before it see one worker's gradient;
-  transformations after it see the aggregate, equal on all workers.
+  worker's gradient, averages the gradients, and takes a step. Transformations before `aggregated`
+  see one worker's gradient; later ones see the aggregate, which is equal on all workers.
 
   Args:
     aggregator: combines the workers' gradients.
@@ -41,7 +41,7 @@ def aggregated(
     seed: seed of the aggregator's randomness, equal on all workers.
 
   Returns:
-    The transformation. Its state contains the aggregator's state, which may be private
+    The transformation, whose state contains the aggregator's state, which may be private
     (`state_specs`).
 
   Raises:
@@ -81,7 +81,7 @@ def _refuse_sums(grads: Tree, axis: Axes) -> None:
 class MethodState(NamedTuple):
   count: Array  # int32, completed local steps
   key: Key
-  local: Any  # of the method
+  local: Any  # the method's Local
   state: State
 
 
@@ -92,10 +92,11 @@ def as_optax(
 
   The first argument of `update` is the worker's gradient at its current parameters. Pass
   `grad_fn=...` as an extra argument if the method needs gradients at other parameters, and
-  `weight=...` if the workers' shares of the objective differ. Keep separate parameters per worker:
-  they differ between syncs for methods with local steps. In a chain it must be last, since it sets
-  the parameters to the values it has computed. Put weight decay and masks into its inner optimizer,
-  and clip a worker's gradient before it.
+  `weight=...` if the workers' shares of the objective differ. Keep separate parameters for each
+  worker: with local steps, the workers' parameters differ between syncs. In a chain, this
+  transformation must be last, since it sets the parameters to the values that it has computed. Put
+  weight decay and masks into the method's inner optimizer, and clip a worker's gradient before this
+  transformation.
 
   Args:
     method: the algorithm.
@@ -104,7 +105,8 @@ def as_optax(
     seed: seed of the method's randomness, equal on all workers.
 
   Returns:
-    The transformation. Its state contains the method's state, which may be private (`state_specs`).
+    The transformation, whose state contains the method's state, which may be private
+    (`state_specs`).
 
   Raises:
     ValueError: if the length of the method's rounds is not constant, because its period has a
@@ -137,7 +139,7 @@ def as_optax(
     return change, MethodState(state.count + 1, state.key, local, inner)
 
   def one(grads, state, grad_fn, presence):
-    """A local step, followed by a sync if it ends the round."""
+    """Runs a local step, followed by a sync if the step ends the round."""
     sync_key, step_key, _ = round_keys(state.key, state.count // steps)
     key = jax.random.fold_in(worker_key(step_key), state.count % steps)
     local = method.step(grads, state.local, state.state, key=key, grad_fn=grad_fn)

@@ -53,7 +53,7 @@ def draw(job: Job, data: Data, key: Key, numbers: Array, worker: Array) -> Draw:
 
 
 def _examples(job: Job, data: Data, numbers: Array, owners: Array, worker: Array) -> Tree:
-  """Indices of the examples that a worker uses, [K, H, b]; a round by epochs starts a new pass."""
+  """Indices of the examples that a worker uses, [K, H, b]; a round in epochs starts a new pass."""
   period, sizes = job.method.local_steps, data.sizes[owners]
   per_round = job.own_steps(sizes) if job.by_epochs else jnp.full_like(sizes, period)
   first = job.first_step + (numbers - job.first_round) * per_round

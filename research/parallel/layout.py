@@ -32,7 +32,7 @@ def over_workers(
 
   Args:
     fn: one worker's function.
-    axes: the worker axes, name to size.
+    axes: sizes of the worker axes by name.
     in_axes: as in `vmap`: 0 for private arguments, None for shared ones.
     out_axes: the same for results.
   """
@@ -48,7 +48,7 @@ def private_outputs(
 
   Args:
     fn: what one worker computes, possibly with collectives.
-    axes: the worker axes, name to size.
+    axes: sizes of the worker axes by name.
     in_axes: as in `vmap`: 0 for private arguments, None for shared ones.
     *args: shapes or arrays; private ones have one leading dimension per axis.
 
@@ -65,7 +65,7 @@ def shapes_of_one(
 
   Args:
     fn: what one worker computes, possibly with collectives.
-    axes: the worker axes, name to size.
+    axes: sizes of the worker axes by name.
     in_axes: as in `vmap`: 0 for private arguments, None for shared ones.
     *args: shapes or arrays; private ones have one leading dimension per axis.
   """
@@ -121,7 +121,7 @@ def infer(
     init: params -> state.
     local_phase: (state, *private_args) -> (local, anything).
     sync: (local, state, weight) -> state; each worker has its own weight.
-    axes: the worker axes, name to size.
+    axes: sizes of the worker axes by name.
     params: the shapes of the shared parameters.
     private_args: the shapes of one worker's private arguments to `local_phase`.
   """

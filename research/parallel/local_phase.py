@@ -47,6 +47,8 @@ def local_phase(
   key: Key,
   inside: sharded.Inside = sharded.ALONE,
   measures: bool | None = None,
+  begun: tuple[int, Local] | None = None,
+  last: int | None = None,
 ) -> tuple[Local, Metrics]:
   """Runs `begin`, then `step` `period` times, on one client's examples [n, ...]; no communication.
 
@@ -62,18 +64,22 @@ def local_phase(
     index: indices [H, b] of the mini-batches; None: all examples in every step.
     key: a typed key of this worker and round.
     inside: sharding constraints inside the worker.
+    begun: if the phase was begun before, the number of steps it has taken and the Local after them.
+    last: the number of steps after which it is left; None for all of them.
 
   Returns:
     The worker's Local, and the measurements of its steps by name, [H]: "loss" and others.
   """
   method, gradient = job.method, measured_and_clipped_grad(job, inside)
+  first, local = begun or (0, method.begin(state))
+  last = method.local_steps if last is None else last
   if job.batch_size is None and not job.even:
     most = jax.tree.leaves(examples)[0].shape[0]
     examples = {**examples, "mask": (jnp.arange(most) < size).astype(float)}
 
-  drawn = index
-  if ahead := index is not None and _fits(index, examples):
-    drawn = jax.vmap(job.task.batch, (None, 0))(examples, index)
+  drawn = jax.tree.map(lambda x: x[first:last], index)
+  if ahead := index is not None and _fits(drawn, examples):
+    drawn = jax.vmap(job.task.batch, (None, 0))(examples, drawn)
 
   def step(held, of_step):
     (local, _), (drawn, number) = held, of_step
@@ -99,12 +105,11 @@ def local_phase(
     held = lax.cond(goes_on, step, lambda held, _: held, held, of_step)
     return held, held[1]
 
-  steps = jnp.arange(method.local_steps, dtype=jnp.int32)
-  local = method.begin(state)
+  steps = jnp.arange(first, last, dtype=jnp.int32)
   held: Any = local, None
   if job.by_epochs:
     held = local, _nothing_measured(job, local, examples, index, key, measures is not None)
-  if method.local_steps > 1:
+  if last - first > 1:
     (local, _), measured = lax.scan(one, held, (drawn, steps))
     return local, measured
   (local, _), measured = one(held, jax.tree.map(lambda x: x[0], (drawn, steps)))

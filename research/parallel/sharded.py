@@ -73,7 +73,7 @@ def cut_of(axes: Mapping[str, int], task: Task) -> Cut | None:
   """Determines how a mesh shards a worker's leaves: by the task's rules, then along `fsdp`.
 
   Args:
-    axes: the axes of the mesh, name to size.
+    axes: sizes of the mesh axes by name.
     task: the task, with its sharding rules.
 
   Raises:
@@ -102,7 +102,7 @@ def replicas(axes: Mapping[str, int]) -> int:
   """Returns how many devices of a worker hold each shard of its parameters, and send it.
 
   Args:
-    axes: the axes of the mesh, name to size.
+    axes: sizes of the mesh axes by name.
   """
   return math.prod(size for name, size in axes.items() if name in _OF_ACTIVATIONS)
 

@@ -80,8 +80,8 @@ def _local_phase(
 ) -> Callable[..., Any]:
   """Returns a function (key, states, rows) -> (Local, measurements) of all workers.
 
-  It runs by vmap or by map. `rows` are the per-worker arguments of `_work`. They are [W, ...], and
-  so are the private leaves of states and Local.
+  The function runs by vmap or by map. `rows` are the per-worker arguments of `_work`. The rows, and
+  the private leaves of states and Local, have a leading dimension [W].
   """
   work = partial(_work, job, measures)
   state_axes, local_axes = layouts.lead(layout.state), layouts.lead(layout.local)

@@ -1,4 +1,4 @@
-"""Ray actors of a server run. Their logic is in head.py, part.py and work.py.
+"""Ray actors of a server run, whose logic is in head.py, part.py and work.py.
 
 A process imports JAX only after its platform is set: servers run on the CPU, workers on the devices
 allotted to them. Processes exchange only numpy arrays.
@@ -19,12 +19,12 @@ class Snapshot(NamedTuple):
 
   version: int
   params: dict[str, Any]  # all leaves, numpy
-  states: dict[int, list[Any]] | None  # of each shard's optimizer; None: initialize
+  states: dict[int, list[Any]] | None  # optimizer state of each shard; None initializes it
   counted: list[list[int]]  # see Head
 
 
 class Sizes(NamedTuple):
-  """The model as a server knows it: named leaves, and which leaves each shard has."""
+  """The server's description of the model: names, shapes and dtypes of leaves, and their shards."""
 
   leaves: list[tuple[str, tuple[int, ...], str]]
   parts: list[list[int]]
@@ -38,7 +38,7 @@ class Inherited(NamedTuple):
 
 
 def inherited() -> Inherited:
-  """The settings that child processes inherit from this one."""
+  """Returns the settings that child processes inherit from this process."""
   import jax
 
   cache = str(jax.config.values["jax_compilation_cache_dir"] or "")
@@ -90,7 +90,7 @@ def part_of(method: str, seed: int, sizes: Sizes, number: int, place: Snapshot) 
 
 
 class Shard:
-  """The actor of a shard other than the head's; the head decides which updates it applies."""
+  """The actor of a shard that the head does not hold; the head selects the shard's updates."""
 
   def __init__(
     self, method: str, seed: int, sizes: Sizes, number: int, place: Snapshot, given: Inherited
@@ -105,7 +105,7 @@ class Shard:
     self.part.join(worker, incarnation)
 
   def pull(self, worker: int, at_least: int = 0) -> Any:
-    """The current version, or None while it is older than `at_least`."""
+    """Returns the current model, or None while the model's version is below `at_least`."""
     return self.part.pull(worker) if self.part.version >= at_least else None
 
   def stage(self, push: Any, payloads: Any) -> tuple[str, str] | None:
@@ -119,7 +119,7 @@ class Shard:
     return None
 
   def apply(self, pushes: Any, shares: Any) -> None:
-    """Applies an update. No caller waits: on failure the process exits, and all servers restart."""
+    """Applies an update. No caller waits, so on failure this process exits; all servers restart."""
     try:
       self.part.apply(pushes, shares)
     except BaseException:
@@ -178,7 +178,7 @@ class HeadProcess:
     """Counts a push. If an update fails halfway, the state is invalid, so the process exits."""
     try:
       return await self.head.push(push, payloads, spent)
-    except Exception:  # of any kind: shards may have half of the update
+    except Exception:  # any error: some shards may have applied the update
       traceback.print_exc()
       os._exit(1)
 
@@ -192,7 +192,10 @@ class HeadProcess:
     return {**self.head.report(), "pid": os.getpid(), "pids": dict(self.pids)}
 
   async def snapshot(self) -> tuple[dict[str, Any], Any, list[list[int]], list[Any]]:
-    """A report, the head's shard, the counts and futures of the other shards, at one version."""
+    """Returns a report, the head's shard, the counts, and futures of the other shards.
+
+    All of them have the same version.
+    """
     others = [shard.snapshot.remote() for shard in self.shards]
     counted = [list(row) for row in self.head.counted]
     return await self.report(), self.head.part.snapshot(), counted, others

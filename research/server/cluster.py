@@ -19,13 +19,13 @@ _LOOPBACK = ("127.0.0.1", "localhost")
 def running(config: Config, processes: int, model_bytes: int) -> Iterator[Any]:
   """Starts or joins Ray and yields the connected module `ray`.
 
-  A Ray started here listens only on --node_ip, by default the loopback. It has no dashboard and
-  reports no usage; every call carries a token, generated for this run unless the environment has
-  one.
+  A Ray cluster started here listens only on --node_ip, by default the loopback address, has no
+  dashboard and reports no usage. Every call carries a token, which is generated for this run unless
+  the environment has one.
 
   Args:
     config: the configuration of the run.
-    processes: the number of processes that it will start.
+    processes: the number of processes that the run will start.
     model_bytes: size of the model, which determines the size of the object store.
 
   Raises:
@@ -36,7 +36,7 @@ def running(config: Config, processes: int, model_bytes: int) -> Iterator[Any]:
   os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
   # How long Ray's agents outlive a killed Ray; there is no other Ray to reconnect to.
   os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
-  if config.node_ip in _LOOPBACK:  # on Linux, Ray otherwise takes the machine's address
+  if config.node_ip in _LOOPBACK:  # on Linux, Ray otherwise uses the machine's address
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
   with _told(config):
     if not config.ray_address and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
@@ -45,7 +45,7 @@ def running(config: Config, processes: int, model_bytes: int) -> Iterator[Any]:
 
     space = {"namespace": f"run-{uuid.uuid4().hex}", "log_to_driver": False}
     quiet = {"logging_level": "ERROR", "configure_logging": True}
-    warnings.filterwarnings("ignore", message="os.fork", category=RuntimeWarning)  # it execs
+    warnings.filterwarnings("ignore", message="os.fork", category=RuntimeWarning)  # Ray execs
     try:
       if config.ray_address:
         ray.init(address=config.ray_address, **space, **quiet)
@@ -68,7 +68,7 @@ def running(config: Config, processes: int, model_bytes: int) -> Iterator[Any]:
 
 
 def _reason(error: Exception) -> ValueError:
-  """Explains why Ray does not start: a flag's value, or the folder of its sockets and logs."""
+  """Explains why Ray does not start: because of a flag, or the folder of its sockets and logs."""
   text = " ".join(str(error).split())
   if place := getattr(error, "filename", None):
     return UsageError(f"Ray cannot write {place}: {getattr(error, 'strerror', text)}; {_HINT}")
@@ -87,7 +87,7 @@ def _told(config: Config) -> contextlib.AbstractContextManager[None]:
 
 
 def accelerators(ray: Any, workers: int) -> list[dict[str, Any]]:
-  """Ray resources of each worker: an accelerator as long as there are any, then only CPUs."""
+  """Returns the Ray resources of each worker: an accelerator while any are left, else only CPUs."""
   here = ray.cluster_resources()
   found: list[dict[str, Any]] = [{"num_gpus": 1} for _ in range(int(here.get("GPU", 0)))]
   found += [{"resources": {"TPU": 1}} for _ in range(int(here.get("TPU", 0)))]

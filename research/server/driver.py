@@ -1,4 +1,4 @@
-"""The driver of a server run: starts processes, polls the head, takes snapshots, restarts."""
+"""Drives a server run: starts and restarts processes, polls the head and takes snapshots."""
 
 import contextlib
 import functools
@@ -116,7 +116,7 @@ class ServerRun(Polled):
   def _follow(self, to: int) -> Event:
     head, *shards = self.servers
     pids = [shard.pid.remote() for shard in shards]
-    self.pids["shards"] = self._ray.get(pids)  # fails if one is dead
+    self.pids["shards"] = self._ray.get(pids)  # fails if a shard is dead
     if self._told:
       self._ray.get(head.stop.remote(self._told))
     over = self._take_in(self._ray.get(head.report.remote()))
@@ -149,7 +149,7 @@ class ServerRun(Polled):
     return found["reason"]
 
   def _snapshot(self) -> Snapshot:
-    """All shards and counts at one version."""
+    """Returns all shards and counts at one version."""
     found, own, counted, others = self._ray.get(self.servers[0].snapshot.remote())
     self._take_in(found)
     parts = [own, *self._ray.get(others)]
@@ -162,7 +162,7 @@ class ServerRun(Polled):
   # ---- processes
 
   def _start_servers(self) -> None:
-    """Starts the head and all shards from `state`, and the trace from its version."""
+    """Starts the head and all shards from `state`, and the trace from the version of `state`."""
     setup, config = self.setup, self.config
     self.trace = events.Trace(self.folder, setup.parts, self.state.version)
     self.events = list(self.trace.kept)
@@ -215,7 +215,7 @@ class ServerRun(Polled):
         self._died("workers", f"worker {number} has died")
         with contextlib.suppress(ray.exceptions.RayActorError):
           ray.get(self.servers[0].leave.remote(number))
-        ray.kill(self.handles[number])  # it may be alive but unreachable
+        ray.kill(self.handles[number])  # the worker may be alive but unreachable
         self._start_worker(number)
         continue
       except ray.exceptions.RayTaskError as error:
@@ -234,7 +234,7 @@ class ServerRun(Polled):
 
 
 def _named(kind: Any, *args: Any) -> Any:
-  """Starts a named actor, waiting until the previous one of that name is gone."""
+  """Starts a named actor; waits until the previous actor of that name is gone."""
   for _ in range(100):
     try:
       return kind.remote(*args)

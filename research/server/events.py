@@ -1,11 +1,11 @@
 """The event log of a server run: pushes in order, and the updates made from them.
 
-A piece of work is identified by (worker, number): it is the worker's n-th piece, whichever of its
-processes computed it. It consists of the worker's local steps first, ..., first + steps - 1, whose
-batches are a function of (seed, worker, step). It starts from a pulled model, in which each shard
-has a version: the number of updates applied to it. An update is made of one push or, in rounds, of
-one push per worker; all shards apply the same pushes. These events suffice to recompute the
-parameters.
+A piece of work is identified by (worker, number): number n means the worker's n-th piece, whichever
+of the worker's processes computed it. A piece consists of the worker's local steps first, ...,
+first + steps - 1, whose batches are a function of (seed, worker, step). A piece starts from a
+pulled model, in which each shard has a version: the number of updates applied to the shard. An
+update consists of one push or, in rounds, of one push per worker; all shards apply the same pushes.
+These events suffice to recompute the parameters.
 """
 
 import json
@@ -20,14 +20,14 @@ FILE = "trace.jsonl"
 
 
 class Push(NamedTuple):
-  """A pushed piece of work, as a server counts it."""
+  """A piece of work that a worker has pushed."""
 
   worker: int
-  incarnation: int  # of the process that computed it; a new one starts without the old one's state
+  incarnation: int  # number of the worker's process; a new process has no private state
   number: int  # the worker's n-th piece of work, from 0
-  first: int  # local steps counted for the worker before it
-  steps: int  # local steps in it
-  versions: tuple[int, ...]  # of the shards of the model that it started from
+  first: int  # local steps counted for the worker before this piece
+  steps: int  # local steps in this piece
+  versions: tuple[int, ...]  # versions of the shards in the pulled model
 
   @property
   def name(self) -> tuple[int, int]:
@@ -37,21 +37,21 @@ class Push(NamedTuple):
 class Event(NamedTuple):
   """An update of all shards, or a push that missed its round and was not counted."""
 
-  update: int  # number of updates before it
-  pushes: tuple[Push, ...]  # in the order of the workers
+  update: int  # number of updates before this event
+  pushes: tuple[Push, ...]  # pushes in the order of the workers
   counted: bool = True
 
   def row(self) -> dict[str, Any]:
-    """The event as a line of the trace."""
+    """Returns the event as a line of the trace."""
     pushes = [[*push[:5], list(push.versions)] for push in self.pushes]
     return {"update": self.update, "pushes": pushes} | ({} if self.counted else {"counted": False})
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Event]]:
-  """Reads the header of a trace and its events; skips a last line cut short by a crash.
+  """Reads the header and the events of a trace; skips a last line that a crash cut short.
 
   Raises:
-    ValueError: if it is not a trace, or a piece of work is counted twice or out of order.
+    ValueError: if the file is not a trace, or a piece of work is counted twice or out of order.
   """
   if not path.is_file():
     raise ValueError(f"there is no {path}: not the folder of a run with --executor=server")
@@ -75,17 +75,17 @@ def read(path: Path) -> tuple[dict[str, Any], list[Event]]:
 
 
 def check(events: Iterable[Event], shards: int, start: int = 0) -> None:
-  """Rejects a trace in which a push is counted twice, skipped, or starts from a future model.
+  """Rejects a trace if a push is counted twice, is skipped, or starts from a future model.
 
   If the trace starts at a later update `start`, each worker's first push is accepted as it is.
 
   Args:
-    events: in order.
+    events: the events, in order.
     shards: number of shards.
     start: updates before the first event.
 
   Raises:
-    ValueError: with the first invalid event.
+    ValueError: if an event is invalid; the message describes the first one.
   """
   done: dict[int, tuple[int, int]] = {}  # worker -> number and first step of its next piece
   updates = start
@@ -104,7 +104,7 @@ def check(events: Iterable[Event], shards: int, start: int = 0) -> None:
 
 
 def staleness(events: Iterable[Event]) -> dict[int, int]:
-  """Counts pushes by staleness in updates, measured on the oldest shard that each started from."""
+  """Counts pushes by staleness in updates, measured on the oldest shard of the pulled model."""
   ages = Counter(
     event.update - min(push.versions) for event in events if event.counted for push in event.pushes
   )
@@ -112,7 +112,7 @@ def staleness(events: Iterable[Event]) -> dict[int, int]:
 
 
 def until(events: Sequence[Event], update: int) -> Iterator[Event]:
-  """The events before update `update`."""
+  """Yields the events before update `update`."""
   return (event for event in events if event.update < update)
 
 
@@ -122,8 +122,8 @@ class Trace:
   def __init__(self, folder: Path, shards: Sequence[Sequence[int]], update: int):
     """Keeps the events before `update`, and continues from there.
 
-    The attribute `kept` holds these events. It is empty if the file is unreadable or its shards
-    differ; then the trace starts at `update` and cannot be replayed.
+    The attribute `kept` holds these events. If the file is unreadable or its shards differ, `kept`
+    is empty, and the trace starts at `update` and cannot be replayed.
     """
     path, head = folder / FILE, {"shards": [list(shard) for shard in shards], "from": update}
     self.kept: list[Event] = []

@@ -20,11 +20,11 @@ from research.core.method import Method
 from research.core.part import defined_at
 from research.parallel import layout as layouts
 
-_AXIS = {"push": 2}  # for tracing; it is not a worker axis, so an exchange among workers fails
+_AXIS = {"push": 2}  # for tracing; not a worker axis, so an exchange among workers fails
 
 
 class _Bare(Aggregator):
-  """Replaces an aggregator by one without state: the exchange becomes a push."""
+  """Replaces an aggregator by one without state, so that the exchange becomes a push."""
 
   inner: Aggregator
 
@@ -34,10 +34,10 @@ class _Bare(Aggregator):
 
 
 class ServerState(NamedTuple):
-  """Server state beside the model."""
+  """Server state other than the model."""
 
   shared: list[Array]  # leaves of the method's state
-  memory: State  # of the staleness correction
+  memory: State  # state of the staleness correction
 
 
 class Halves(NamedTuple):
@@ -46,26 +46,26 @@ class Halves(NamedTuple):
   method: Method
   correction: Any  # a `methods.stale.Correction`, or None
   link: Uplink
-  private: list[bool]  # per leaf of the state
-  model: list[bool]  # whether the leaf is part of the model
+  private: list[bool]  # whether each leaf of the state is private
+  model: list[bool]  # whether each leaf of the state is part of the model
 
   def own(self, params: Params) -> list[Array]:
-    """A worker's initial private state."""
+    """Returns a worker's initial private state."""
     return _chosen(self.method.init(params), self.private)
 
   def state(self, params: Params, own: Sequence[Array]) -> State:
-    """The state at the start of a worker's round."""
+    """Returns the state at the start of a worker's round."""
     return _put(self.method.init(params), self.private, own)
 
   def message(
     self, local: Any, params: Params, own: Sequence[Array], key: Key
   ) -> tuple[Tree, list[Array]]:
-    """The message of a round that started from the model `params`, and the new private state."""
+    """Returns the message of a round that started from `params`, and the new private state."""
     tree, after = self.method.message(local, self.state(params, own), key=key)
     return tree, _chosen(after, self.private)
 
   def init(self, params: Params) -> ServerState:
-    """The server's initial state."""
+    """Returns the server's initial state."""
     memory = self.correction.init(params) if self.correction else ()
     return ServerState(_chosen(self.method.init(params), self._kept), memory)
 
@@ -75,11 +75,11 @@ class Halves(NamedTuple):
     """Applies a message, or the mean of several, to the model.
 
     Args:
-      message: as decoded by the server, in the structure of the model.
+      message: the message as the server decodes it, in the structure of the model.
       params: the current model.
       held: the server's state.
       staleness: updates since the model that the worker started from, int32.
-      moved: params minus that model.
+      moved: `params` minus the model that the worker started from.
 
     Returns:
       The new model and the new server state.
@@ -152,7 +152,7 @@ def _model_of(method: Method, state: State, shapes: Params) -> list[bool]:
   """Finds the state leaves that are the model: those that `params` returns unchanged.
 
   Raises:
-    ValueError: if the model is not among them.
+    ValueError: if the model is not among the state leaves.
   """
   program = jax.make_jaxpr(method.params)(state).jaxpr
   given = {id(variable): place for place, variable in enumerate(program.invars)}
@@ -182,10 +182,10 @@ def _own(method: Method, state: State, shapes: Params) -> list[bool]:
 
 
 def _check_worker(found: Halves, state: State, shapes: Params, name: str) -> None:
-  """Rejects a worker's half that needs server state, or sends other leaves than the model's.
+  """Rejects a worker's half that needs server state, or sends leaves other than the model's.
 
   Raises:
-    ValueError: with the reason.
+    ValueError: if the half is rejected, with the reason.
   """
   sent, after = jax.eval_shape(lambda *args: _round(found.method, *args), shapes, state, _key())
   alike = lambda tree: (jax.tree.structure(tree), [x.shape for x in jax.tree.leaves(tree)])
@@ -206,7 +206,7 @@ def _check_server(found: Halves, state: State, shapes: Params, name: str) -> Non
   """Rejects a server's half that needs or returns other worker state, or replaces the model.
 
   Raises:
-    ValueError: with the reason.
+    ValueError: if the half is rejected, with the reason.
   """
 
   def run(value, sent, state, key):
@@ -271,7 +271,7 @@ def _chosen(tree: Tree, marks: Sequence[bool]) -> list[Array]:
 
 
 def _put(tree: Tree, marks: Sequence[bool], values: Sequence[Array]) -> Tree:
-  """The tree with its marked leaves replaced, in order."""
+  """Returns the tree with its marked leaves replaced, in order."""
   leaves, treedef = jax.tree.flatten(tree)
   rest = iter(values)
   found = [next(rest) if mark else x for x, mark in zip(leaves, marks, strict=True)]

@@ -6,9 +6,10 @@
     elastic  an update is the mean of the pushes that arrive before the round's deadline, weighted
              by steps; a late push is not counted, and its worker restarts from the current model
 
-A push counts once, on all shards or on none. It is staged on the other shards before the head
-receives it. Its number must follow the last number counted for its worker, and its incarnation must
-be the current one. Waiting callers are suspended coroutines. This module does no networking.
+A push counts once, on all shards or on none. A push is staged on the other shards before the head
+receives it. The push's number must follow the last number counted for its worker, and the push's
+incarnation must be the current one. Waiting callers are suspended coroutines. This module does no
+networking.
 
 Reference: Li et al. 2014, OSDI (parameter server); Ho et al. 2013, NeurIPS (stale synchronous).
 """
@@ -53,7 +54,7 @@ class Head:
     empty = [[0, 0, 0] for _ in range(rules.workers)]
     self.counted = [list(row) for row in counted] or empty
     self.alive: set[int] = set()
-    self.waiting: dict[int, Push] = {}  # of the current round
+    self.waiting: dict[int, Push] = {}  # pushes of the current round
     self.reason = "steps" if part.version >= rules.updates else ""  # why the run is over
     self.since = 0.0  # time of the first join
     self._changed = asyncio.Condition()
@@ -65,12 +66,12 @@ class Head:
     self.notes: list[str] = []
     self.refused: Counter[str] = Counter()
     self.spent: list[tuple[int, Spent]] = []
-    self._told: dict[int, Spent] = {}  # of pushes not yet applied
+    self._told: dict[int, Spent] = {}  # statistics of pushes not yet applied
 
   # ---- workers
 
   async def join(self, worker: int, code: str) -> Joined:
-    """Registers a new incarnation of a worker; in `elastic` it joins the current round."""
+    """Registers a new incarnation of a worker; in `elastic`, the worker joins the current round."""
     if code != self.rules.code:
       text = f"worker {worker} has another model or other code ({code}, not {self.rules.code})"
       self._refuse("code", text)
@@ -102,7 +103,7 @@ class Head:
     async with self._changed:
       if (
         self.rules.lag > 1 and push.worker < self.rules.workers
-      ):  # it may have overtaken the previous one
+      ):  # this push may have overtaken the previous one
         await self._changed.wait_for(lambda: self.reason or not self._is_early(push))
       kind = self._take(push, payloads, spent)
       self._changed.notify_all()
@@ -176,7 +177,7 @@ class Head:
     self.spent.append((push.worker, spent))
 
   def _late(self, push: Push) -> Reply:
-    """Records an uncounted push: a replay needs it, as it has advanced the worker's own state."""
+    """Records an uncounted push for replays, because the push changed the worker's own state."""
     self.refused["late"] += 1
     self.events.append(Event(self.part.version, (push,), counted=False))
     return Reply("late", f"round {push.versions[0]} was over")
@@ -206,7 +207,7 @@ class Head:
   # ---- who waits
 
   def _may_start(self, worker: int, number: int) -> bool:
-    """Whether a worker may start its piece of work `number`."""
+    """Returns whether a worker may start its piece of work `number`."""
     if self.reason or self.rules.mode != "ssp":
       return True
     rows = self.counted[: self.rules.workers]  # an earlier run may have had more workers
@@ -214,7 +215,7 @@ class Head:
     return number - min(others, default=number) <= self.rules.bound
 
   def _close_round(self) -> None:
-    """Makes the round's update if all awaited pushes have arrived or its time is over."""
+    """Makes the round's update if all awaited pushes have arrived or the round's time is over."""
     everybody = range(self.rules.workers) if self.rules.mode == "sync" else self.alive
     over = self.rules.mode == "elastic" and self.now() >= self._round_ends + self.rules.seconds
     if not self.waiting or not (over or set(everybody) <= set(self.waiting)):
@@ -225,7 +226,7 @@ class Head:
     self._round_ends = self.now() + self.rules.seconds
 
   async def _round(self, push: Push) -> None:
-    """Waits for the round of a push to end; a straggler can prolong it by a second period T."""
+    """Waits for the end of a push's round, which a straggler can prolong by a second period T."""
     is_over = lambda: self.reason != "" or self.waiting.get(push.worker) != push
     while not is_over():
       left = None
@@ -243,7 +244,7 @@ class Head:
   # ---- reports
 
   def report(self) -> dict[str, Any]:
-    """Returns what has happened since the last report, and clears it."""
+    """Returns the records since the last report, and clears them."""
     found = {
       "version": self.part.version,
       "events": self.events,

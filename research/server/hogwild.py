@@ -37,7 +37,7 @@ class HogwildRun(Polled):
     self.block = shared_memory.SharedMemory(create=True, size=size)
     self.memory: shared.Memory | None = shared.view(self.block, self.parameters, setup.workers)
     self.processes: dict[int, Any] = {}
-    self._losses = 0.0  # sum over the steps that are added
+    self._losses = 0.0  # sum over the steps added so far
 
   def start(self, last: Mapping[str, Any] | None) -> None:
     super().start(last)
@@ -65,7 +65,7 @@ class HogwildRun(Polled):
       self.block.unlink()
 
   def advance(self, to: int) -> Event:
-    """Polls the memory and restarts dead workers; the updates they made are kept."""
+    """Polls the memory and restarts dead workers; the updates of dead workers are kept."""
     assert self.memory is not None
     time.sleep(_POLL)
     done = int(self.memory.steps.sum()) >= self.steps
@@ -85,7 +85,7 @@ class HogwildRun(Polled):
     return self._event(whole)
 
   def _look(self) -> np.ndarray:
-    """Adds the steps since the last poll; returns the steps of each worker."""
+    """Records the steps since the last poll; returns the steps of each worker."""
     assert self.memory is not None
     taken, losses = self.memory.steps.copy(), float(self.memory.losses.sum())
     if (steps := int(taken.sum())) > self._newest:
@@ -94,7 +94,7 @@ class HogwildRun(Polled):
     return taken
 
   def _snapshot(self) -> Snapshot:
-    """The model, from one unlocked read."""
+    """Returns the model, read once without a lock."""
     taken = self._look()
     assert self.memory is not None
     sizes = np.cumsum([x.size for x in self.setup.shapes.values()])[:-1]

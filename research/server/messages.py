@@ -13,22 +13,22 @@ class Rules(NamedTuple):
   mode: str
   workers: int
   updates: int  # number of updates after which the run is over
-  weights: tuple[float, ...]  # of the workers in a round: their number of examples
-  bound: int = 2  # of ssp
+  weights: tuple[float, ...]  # number of examples of each worker in a round
+  bound: int = 2  # staleness bound of ssp
   lag: int = 1  # 2 if a worker computes while its last push is in flight
-  seconds: float = 1.0  # of a round, elastic
+  seconds: float = 1.0  # length of a round in elastic mode
   code: str = ""  # digest that workers must share: model, payloads, source
 
 
 class Spent(NamedTuple):
   """A worker's statistics since its last push."""
 
-  loss: float  # mean over the piece of work
-  computing: float  # seconds of its local steps
+  loss: float  # mean loss over the piece of work
+  computing: float  # seconds spent on the local steps
   encoding: float
-  waiting: float  # for replies
+  waiting: float  # seconds of waiting for replies
   lasted: float  # seconds since the last push
-  sent: int  # bytes
+  sent: int  # bytes sent
   received: int
 
 
@@ -37,15 +37,15 @@ class Reply(NamedTuple):
 
   kind: str  # "counted", "late", "refused", "rejoin", "stop"
   text: str = ""
-  pulled: Pulled | None = None  # of the head's own shard
+  pulled: Pulled | None = None  # the head's own shard
 
 
 class Joined(NamedTuple):
   """The reply to a worker that joins."""
 
   incarnation: int
-  number: int  # of its first piece of work
-  first: int  # local steps counted before it
-  round_ends: float  # seconds from now, of elastic
+  number: int  # number of the first piece of work
+  first: int  # local steps counted before this piece
+  round_ends: float  # seconds from now, in elastic mode
   pulled: Pulled | None
   refused: str = ""

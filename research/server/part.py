@@ -16,7 +16,7 @@ KEPT = 3  # models that a worker may still compute with: two in flight, one bein
 
 
 class Refused(Exception):
-  """A push that is not counted. The metrics count refusals by `kind`; the text is the reason."""
+  """A push is refused. The metrics count refusals by `kind`; the text is the reason."""
 
   def __init__(self, kind: str, text: str):
     super().__init__(text)
@@ -54,7 +54,7 @@ class ShardState:
       payloads: the shapes of the pushed payload of each leaf.
       number: the number of the shard.
       version: the number of updates that led to these parameters.
-      state: leaves of the optimizer's state at that version; None: initialize.
+      state: leaves of the optimizer's state at that version; None initializes them.
     """
     self.side, self.payloads, self.number, self.version = side, payloads, number, version
     self.names = list(params)
@@ -76,7 +76,7 @@ class ShardState:
     self.staged = {name: found for name, found in self.staged.items() if name[0] != worker}
 
   def pull(self, worker: int) -> Pulled:
-    """The current version, which the worker may compute with from now on."""
+    """Returns the current version, which the worker may compute with from now on."""
     kept = self.pulled.setdefault(worker, deque(maxlen=KEPT))
     if not kept or kept[-1][0] != self.version:
       kept.append((self.version, self.params))
@@ -88,7 +88,7 @@ class ShardState:
     """Stages a push, to be applied later.
 
     Raises:
-      Refused: if it is malformed.
+      Refused: if the push is malformed.
     """
     self._check(push, payloads)
     then = dict(self.pulled[push.worker])[push.versions[self.number]]
@@ -116,7 +116,7 @@ class ShardState:
     self.staged.pop(push.name, None)
 
   def snapshot(self) -> tuple[int, dict[str, np.ndarray], list[np.ndarray]]:
-    """Version, parameters, and the leaves of the optimizer's state."""
+    """Returns the version, the parameters, and the leaves of the optimizer's state."""
     shown = {name: np.asarray(x) for name, x in self.params.items()}
     return self.version, shown, [np.asarray(x) for x in jax.tree.leaves(self.state)]
 
@@ -126,7 +126,7 @@ class ShardState:
     self._shown = None
 
   def _taken(self, push: Push) -> tuple[Sequence[Tree], Any]:
-    """The payloads of a push and the model that it started from."""
+    """Returns the payloads of a push and the model that the push started from."""
     staged, payloads, then = self.staged.pop(push.name)
     assert staged == push, "what is applied is what was staged"
     return payloads, then
@@ -155,6 +155,6 @@ class ShardState:
 
 
 def _finite(x: np.ndarray) -> bool:
-  """Whether all values are finite, by their sum, which may overflow only near the largest float."""
+  """Tests by a sum whether all values are finite; a sum of finite values rarely overflows."""
   with np.errstate(all="ignore"):
     return bool(np.isfinite(np.sum(x, dtype=np.float32)))

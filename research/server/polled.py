@@ -37,18 +37,18 @@ from research.training.run import BaseRun
 class Update(NamedTuple):
   """An update of the model, or everything that happened between two polls."""
 
-  step: int  # local steps after it
-  loss: float  # mean over its local steps
-  seconds: float  # of the run
-  moved: float  # bytes of all workers so far
+  step: int  # local steps after this update
+  loss: float  # mean loss over the local steps of this update
+  seconds: float  # time since the start of the run
+  moved: float  # bytes sent by all workers so far
 
 
 class Polled(BaseRun):
   """The part of a server run that all server modes share.
 
-  A dispatch consists of the updates since the previous dispatch. It ends at the newest update that
-  gets a row or, if a hook's `every` or the end of the run is reached, at a snapshot of the model.
-  The first update at or after a multiple of `log_every` gets a row.
+  A dispatch consists of the updates since the previous dispatch. A dispatch ends at the newest
+  update that gets a row or, if a hook's `every` or the end of the run is reached, at a snapshot of
+  the model. The first update at or after a multiple of `log_every` gets a row.
 
   Attributes:
     state: the newest Snapshot.
@@ -69,8 +69,8 @@ class Polled(BaseRun):
     self.moved = 0.0
     self.spent = np.zeros((setup.workers, len(Spent._fields)))  # sums, and number of pushes
     self.started: float | None = None  # seconds, when the first worker joined
-    self._updates: list[Update] = []  # not yet given in an event
-    self._begun: Update | None = None  # the first and the last of this process
+    self._updates: list[Update] = []  # updates that no event contains yet
+    self._begun: Update | None = None  # the first and the last update of this process
     self._last: Update | None = None
     self._told = ""  # why the processes should stop
     self._treedef = jax.tree.structure(jax.eval_shape(setup.job.task.init, jax.random.key(0)))
@@ -90,13 +90,13 @@ class Polled(BaseRun):
     ...
 
   def stop(self, reason: str) -> None:
-    """Makes the next poll the last one."""
+    """Ends the run at the next poll."""
     if self.reason:
       self.reason = reason
     self._told = self._told or reason
 
   def params(self) -> Params:
-    """The model of the newest snapshot; at every hook's `every`, the model of the run's step."""
+    """Returns the newest snapshot's model; whenever a hook is due, the snapshot is current."""
     return jax.device_put(self._treedef.unflatten(list(self.state.params.values())))
 
   def examples(self) -> tuple[Data, Data | None]:
@@ -151,7 +151,7 @@ class Polled(BaseRun):
 
   @property
   def _newest(self) -> int:
-    """The number of steps of all updates added so far."""
+    """Returns the number of steps of all updates added so far."""
     return self._updates[-1].step if self._updates else self.step
 
   def _died(self, kind: str, text: str) -> None:
@@ -168,14 +168,14 @@ class Polled(BaseRun):
   # ---- result
 
   def _rate(self) -> float:
-    """Updates per second, from the first to the last update seen by this process."""
+    """Returns the updates per second from the first to the last update seen by this process."""
     if self._begun is None or self._last is None or self._last.seconds <= self._begun.seconds:
       return 0.0
     updates = (self._last.step - self._begun.step) / self.period
     return updates / (self._last.seconds - self._begun.seconds)
 
   def summary(self, evaluate: Evaluate) -> dict[str, Any]:
-    """The contents of summary.json; without events every update counts as one push.
+    """Returns the contents of summary.json; without events, every update counts as one push.
 
     Args:
       evaluate: the hook that evaluated the run.
@@ -219,7 +219,7 @@ class Polled(BaseRun):
 
 
 def _of_worker(row: np.ndarray) -> dict[str, float]:
-  """Averages over a worker's pushes that this process has seen: seconds per push, idle share."""
+  """Averages a worker's seconds per push and idle share over the pushes seen by this process."""
   computing, encoding, waiting, lasted, _, _, pushes = row.tolist()
   each = max(pushes, 1)
   return {
@@ -233,7 +233,7 @@ def _of_worker(row: np.ndarray) -> dict[str, float]:
 
 
 def digest(params: Mapping[str, np.ndarray]) -> str:
-  """SHA-256 of the parameters, as `summary.params_sha256` computes it."""
+  """Computes the SHA-256 digest of the parameters, as `summary.params_sha256` does."""
   found = hashlib.sha256()
   for name, leaf in params.items():
     found.update(f"{name} {leaf.dtype} {leaf.shape}".encode())

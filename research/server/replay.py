@@ -1,7 +1,8 @@
 """Recomputes a server run from its trace: the same pieces of work, in the same order.
 
-A replay is sequential, and no push is lost. It computes each event's pushes with the functions of
-`work.py` that the workers ran, and applies them with the functions of the shards.
+A replay is sequential, and no push is lost. A replay computes each event's pushes with the
+functions of `work.py` that the workers ran, and applies the pushes with the functions of the
+shards.
 """
 
 import contextlib
@@ -82,7 +83,7 @@ class Replayed(BaseRun):
   def _play(self, event: Event) -> list[float]:
     """Replays an event; returns the loss of its update, or nothing if its push was not counted.
 
-    Frees models that no later push was computed from.
+    Models that no later push was computed from are freed.
     """
     found = [self.computed(push) for push in event.pushes]
     losses = []
@@ -141,7 +142,7 @@ class Replayed(BaseRun):
     self.past[shard][part.version] = part.params
 
   def params(self) -> dict[str, np.ndarray]:
-    """The model's leaves by name."""
+    """Returns the model's leaves by name."""
     found = {name: np.asarray(x) for part in self.parts for name, x in part.params.items()}
     return {name: found[name] for name in self.setup.shapes}
 
@@ -157,7 +158,7 @@ def _last_uses(happened: list[Event]) -> dict[tuple[int, int], int]:
 
 
 def distance(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:
-  """max |a - b| / max |b| over all leaves."""
+  """Computes max |a - b| / max |b| over all leaves."""
   top = max(float(np.abs(x).max()) for x in b.values())
   return max(float(np.abs(a[name] - b[name]).max()) for name in b) / max(top, 1e-30)
 
@@ -167,7 +168,7 @@ def replay(folder: Path, out: Path | None = None) -> dict[str, Any]:
 
   Args:
     folder: the folder of the run.
-    out: where `replay.json` is written; None: into `folder`.
+    out: the folder in which `replay.json` is written; None means `folder`.
 
   Returns:
     `updates`, `pushes`, `distance` of the parameters, and the path of `replay.json`.
@@ -216,6 +217,6 @@ def replay(folder: Path, out: Path | None = None) -> dict[str, Any]:
 
 
 def table(found: Mapping[str, Any]) -> str:
-  """A replay's results as text, one figure per line."""
+  """Writes a replay's results as text, one number per line."""
   shown = {**found, "distance": f"{found['distance']:.3g} (at most {TOLERANCE:g})"}
   return "\n".join(f"{name:<10}{value}" for name, value in shown.items())

@@ -30,7 +30,7 @@ from research.training import assemble, reach, sources
 from research.training.config import Config, UsageError, flag
 
 MODES = (*OF_SERVERS, "hogwild")
-# Flags of other executors, which a server refuses.
+# Flags of other executors, which a server run rejects.
 _ELSEWHERE = ("population", "sampling_rate", "dropout", "clock", "virtual_seconds")
 _ELSEWHERE = (*_ELSEWHERE, "zero", "local_phase", "diagnostics", "profile", "x64")
 
@@ -40,7 +40,7 @@ class Setup(NamedTuple):
 
   config: Config
   job: Job  # its clients are the workers
-  apart: Halves  # of the full model
+  apart: Halves  # halves of the full model
   keys: work.Keys
   shapes: work.Shapes
   parts: list[list[int]]  # leaves by shard
@@ -62,7 +62,7 @@ class Setup(NamedTuple):
 
 
 def count_workers(config: Config) -> int:
-  """The number of workers: --workers, or the size of --mesh.
+  """Returns the number of workers: --workers, or the size of --mesh.
 
   Raises:
     UsageError: if the mesh is malformed or has an axis other than `data`.
@@ -75,10 +75,10 @@ def count_workers(config: Config) -> int:
 
 
 def check(config: Config, needs_ray: bool = True) -> Method:
-  """Builds the method, after rejecting flags that are invalid whatever the data.
+  """Builds the method, after rejecting flags that are invalid for any data.
 
   Raises:
-    UsageError: one line.
+    UsageError: if a flag is invalid; the message is one line.
   """
   legal(config)
   alone = config.server_mode == "hogwild"
@@ -106,7 +106,7 @@ def legal(config: Config) -> None:
   """Checks each flag by itself.
 
   Raises:
-    UsageError: one line.
+    UsageError: if a flag is invalid; the message is one line.
   """
   mode = config.server_mode
   if mode not in MODES:
@@ -127,7 +127,7 @@ def _apart(method: Method, params: Params) -> Halves:
   """Splits the method into its two halves.
 
   Raises:
-    ValueError: if it cannot be split, with the reason.
+    ValueError: if the method cannot be split, with the reason.
   """
   try:
     return halves(method, params)
@@ -139,7 +139,7 @@ def _check_lock_free(config: Config, apart: Halves) -> None:
   """Rejects methods that do more than add each worker's steps.
 
   Raises:
-    ValueError: with the reason.
+    ValueError: if the method does more, with the reason.
   """
   example = {"x": jnp.zeros((3, 2))}
   holds = lambda init: bool(jax.tree.leaves(jax.eval_shape(init, example)))
@@ -159,7 +159,7 @@ def slowdown(config: Config) -> Mapping[int, float]:
   """Parses --slowdown: the factor by which a worker's computations are prolonged, as in {0: 4.0}.
 
   Raises:
-    UsageError: one line.
+    UsageError: if the flag is malformed; the message is one line.
   """
   with flag("slowdown", config.slowdown):
     try:
@@ -180,7 +180,7 @@ def setup(config: Config, needs_ray: bool = True) -> Setup:
   """Builds the parts of a run and checks that they fit together.
 
   Raises:
-    UsageError: one line.
+    UsageError: if parts do not fit together; the message is one line.
   """
   method = check(config, needs_ray)
   workers = count_workers(config)
@@ -215,7 +215,7 @@ def setup(config: Config, needs_ray: bool = True) -> Setup:
 
 
 def _updates(config: Config, period: int, examples: int, workers: int) -> int:
-  """The number of updates, from --rounds, --epochs or --steps; each has `period` local steps."""
+  """Returns the number of updates, from --rounds, --epochs or --steps; each has `period` steps."""
   if config.rounds:
     with flag("rounds", config.rounds):
       if config.epochs:
@@ -233,7 +233,7 @@ def _updates(config: Config, period: int, examples: int, workers: int) -> int:
 
 
 def code_of(setup: Setup) -> str:
-  """Digest of what must be equal on a worker and its server: source, model, payloads, batches."""
+  """Returns a digest of what a worker and its server share: source, model, payloads, batches."""
   digest = hashlib.sha256(f"{_source()}{plugins.fingerprint()}".encode())
   config = setup.config
   told = (config.task, config.model, config.method, config.partition, str(config.batch_size))
@@ -245,7 +245,7 @@ def code_of(setup: Setup) -> str:
 
 @functools.cache
 def _source() -> str:
-  """A digest of this package's files."""
+  """Returns a digest of this package's files."""
   root = Path(__file__).parents[1]
   digest = hashlib.sha256()
   for path in sorted(root.rglob("*.py")):
@@ -254,13 +254,13 @@ def _source() -> str:
 
 
 def initial(setup: Setup) -> dict[str, np.ndarray]:
-  """The initial model, leaves by name: that of a simulated run with the same seed."""
+  """Returns the initial model's leaves by name, as in a simulated run with the same seed."""
   params = jax.jit(setup.job.task.init)(setup.keys.params)
   leaves = map(np.asarray, jax.tree.leaves(params))
   return dict(zip(setup.shapes, leaves, strict=True))
 
 
 def chosen(setup: Setup, shard: int, params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """The parameters of one shard, by name."""
+  """Returns the parameters of one shard, by name."""
   names = list(setup.shapes)
   return {names[leaf]: params[names[leaf]] for leaf in setup.parts[shard]}

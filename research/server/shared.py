@@ -22,12 +22,12 @@ class Memory(NamedTuple):
 
 
 def sizes(parameters: int, workers: int) -> int:
-  """Size of the shared block in bytes."""
+  """Returns the size of the shared block in bytes."""
   return 8 * (1 + 2 * workers) + 4 * parameters
 
 
 def view(block: shared_memory.SharedMemory, parameters: int, workers: int) -> Memory:
-  """The arrays in a shared block."""
+  """Returns the arrays in a shared block."""
   at = lambda dtype, count, offset: np.ndarray((count,), dtype, block.buf, offset)
   return Memory(
     at(np.float32, parameters, 8 * (1 + 2 * workers)),
@@ -41,8 +41,8 @@ def run(config: Config, worker: int, name: str, parameters: int, given: actors.I
   """Takes steps until the run is complete, `stop` is set, or the parent process has ended.
 
   Steps that have begun are finished, so a run may end with up to W - 1 extra steps. A step reads
-  the model while others write it. It writes only the coordinates in which its update is not zero;
-  with sparse examples these are few.
+  the model while other workers write it, and writes only the coordinates in which the update is not
+  zero; with sparse examples, these coordinates are few.
 
   Args:
     config: the configuration of the run.

@@ -20,7 +20,7 @@ _STATE, _ABOUT = "state.npz", "server.json"
 class ShardStore:
   """The checkpoints of a server's run, in folders named by version.
 
-  Implements `CheckpointStore` for the hook `Save`; an update counts as `period` steps.
+  The class implements `CheckpointStore` for the hook `Save`; an update counts as `period` steps.
   """
 
   def __init__(
@@ -42,7 +42,7 @@ class ShardStore:
     """Writes checkpoints/VERSION atomically, and keeps the last few.
 
     Raises:
-      SaveError: if it cannot be written; earlier checkpoints stay.
+      SaveError: if the checkpoint cannot be written; earlier checkpoints are kept.
     """
     assert step == state.version * self._period, "a snapshot is of the run's step"
     self.saved_at = now
@@ -71,24 +71,24 @@ class ShardStore:
       shutil.rmtree(folder / str(version))
 
   def latest(self) -> int | None:
-    """The newest step saved, or None."""
+    """Returns the newest step saved, or None."""
     found = self._versions()
     return found[-1] * self._period if found else None
 
   def restore(self, like: Any, warn: Callable[[str], None]) -> tuple[int, Snapshot] | None:
     """Restores the newest intact checkpoint; damaged ones are renamed and skipped.
 
-    If it was saved with other shards, the optimizer starts with a new state.
+    If the checkpoint was saved with other shards, the optimizer starts with a new state.
 
     Args:
       like: unused.
-      warn: takes a warning's text.
+      warn: called with the text of a warning.
 
     Returns:
-      Its step and the checkpoint, or None if there is none.
+      The step and the checkpoint, or None if there is no checkpoint.
 
     Raises:
-      CheckpointError: if the checkpoint is of another model, or there are checkpoints and none is
+      CheckpointError: if the checkpoint belongs to another model, or checkpoints exist but none is
         intact.
     """
     del like
@@ -121,13 +121,13 @@ class ShardStore:
     return None
 
   def wait(self) -> None:
-    """Nothing is written in the background."""
+    """Does nothing, because no checkpoint is written in the background."""
 
   def close(self) -> None:
-    """Nothing is left to do."""
+    """Does nothing, because nothing is open."""
 
   def _versions(self) -> list[int]:
-    """Versions of the existing checkpoints, ascending."""
+    """Returns the versions of the existing checkpoints, ascending."""
     found = self._folder.glob("[0-9]*") if self._folder.is_dir() else ()
     return sorted(int(path.name) for path in found if path.name.isdecimal())
 
@@ -145,5 +145,5 @@ def _read(path: Path, about: Mapping[str, Any]) -> Snapshot:
 
 
 def _plain(x: np.ndarray) -> np.ndarray:
-  """The array in a dtype that numpy's files support: other types are stored as raw bits."""
+  """Converts an array to a dtype that numpy's files support; other types become raw bits."""
   return x if x.dtype.kind in "biufc" else x.view(f"u{x.dtype.itemsize}")

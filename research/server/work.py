@@ -1,4 +1,4 @@
-"""Compiles a served method's functions, for workers and for servers; replay uses the same ones."""
+"""Compiles a served method's functions for workers, servers and replays."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -34,15 +34,15 @@ def keys_of(seed: int) -> Keys:
 
 
 def message_key(key: Key, worker: Array, number: Array) -> Key:
-  """The key of one push, equal on both sides."""
+  """Returns the key of one push, equal on both sides."""
   return jax.random.fold_in(collectives.key_of(jax.random.fold_in(key, _MESSAGE), worker), number)
 
 
 class WorkerState(NamedTuple):
   """The state that a worker keeps between pieces of work; a new incarnation initializes it."""
 
-  own: State  # of the method, such as an inner optimizer
-  memory: State  # of the uplink: what was not sent
+  own: State  # state of the method, such as an inner optimizer's
+  memory: State  # state of the uplink: values not yet sent
 
 
 class Worker(NamedTuple):
@@ -79,13 +79,13 @@ class _From(Method):
 
 
 def worker(job: Job, apart: Halves, keys: Keys) -> Worker:
-  """Compiles the functions of a worker of a job whose clients are the workers.
+  """Compiles a worker's functions, for a job whose clients are the workers.
 
   The steps are those of `local_phase`, with the batches that the simulated worker of the
   same number draws in its local steps first, first + 1, ...
 
   Args:
-    job: the resolved job; a batch size is per worker.
+    job: the resolved job, with the batch size of one worker.
     apart: the method's halves.
     keys: the random keys of the run.
   """
@@ -129,18 +129,18 @@ def worker(job: Job, apart: Halves, keys: Keys) -> Worker:
   return Worker(*map(jax.jit, (held, together, begin, step, end)))
 
 
-Shapes = dict[str, jax.ShapeDtypeStruct]  # of a model's leaves, by name and in order
+Shapes = dict[str, jax.ShapeDtypeStruct]  # shapes of a model's leaves, by name and in order
 
 
 def shapes_of(params: Params) -> Shapes:
-  """The named shapes of parameters, given as arrays or shapes."""
+  """Returns the named shapes of parameters that are given as arrays or shapes."""
   leaves = jax.tree_util.tree_leaves_with_path(params)
   struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
   return {jax.tree_util.keystr(path): struct(leaf) for path, leaf in leaves}
 
 
 def payload_shapes(link: Uplink, shapes: Shapes) -> list[Tree]:
-  """The shapes of a push's payloads, per leaf."""
+  """Returns the shapes of a push's payloads, per leaf."""
   encode = lambda tree: link.encode(tree, link.init(tree), jax.random.key(0))[0]
   return jax.eval_shape(encode, list(shapes.values()))
 
@@ -150,7 +150,7 @@ def cut(shapes: Shapes, shards: int) -> list[list[int]]:
 
   Args:
     shapes: the shapes of the model's leaves.
-    shards: their number.
+    shards: the number of shards.
 
   Returns:
     The numbers of each shard's leaves, ascending.
@@ -173,7 +173,7 @@ def cut(shapes: Shapes, shards: int) -> list[list[int]]:
 class Side(NamedTuple):
   """The server's half for one shard, with leaves by name."""
 
-  init: Callable[[dict[str, Array]], State]  # state beside the leaves
+  init: Callable[[dict[str, Array]], State]  # state other than the leaves
   # (params, state, payloads, then, worker, number, staleness) -> params, state: applies one push
   one: Callable[..., tuple[dict[str, Array], State]]
   # (total, payloads, share, worker, number) -> total, then an update from it: applies a round
@@ -216,15 +216,15 @@ def side(method: Method, keys: Keys, shapes: Shapes, leaves: Sequence[int]) -> S
 
 
 def shares(weights: Sequence[float]) -> np.ndarray:
-  """Normalizes the weights of a round's workers to sum to one. float32 [W]."""
+  """Normalizes the weights of a round's workers to sum to one; returns float32 [W]."""
   given = np.asarray(weights, np.float64)
   return (given / given.sum()).astype(np.float32)
 
 
 def looks_across(method: Method, shapes: Shapes, parts: Sequence[Sequence[int]]) -> bool:
-  """Whether the server's result on all leaves at once differs from the result shard by shard.
+  """Returns whether the server's result on all leaves differs from its result shard by shard.
 
-  Clipping by the global norm is an example. This is tested with two updates by random messages.
+  Clipping by the global norm is an example. The test applies two updates with random messages.
   """
   random = np.random.default_rng(0)
   draw = lambda: {
@@ -255,5 +255,5 @@ def _chosen(chosen: Sequence[str], tree: dict[str, Array]) -> dict[str, Array]:
 
 
 def examples_of(examples: Batch, sizes: np.ndarray, worker: int) -> tuple[Batch, Any]:
-  """One worker's rows of [W, n, ...], and their number."""
+  """Returns one worker's rows of [W, n, ...], and their number."""
   return jax.tree.map(lambda x: x[worker], examples), np.int32(sizes[worker])

@@ -1,4 +1,4 @@
-"""A worker process: pulls, computes and pushes; may compute while a push is in flight."""
+"""A worker process, which pulls, computes and pushes, and may compute while a push is in flight."""
 
 import contextlib
 import os
@@ -45,7 +45,7 @@ class Worker:
     examples, size = work.examples_of(self.setup.examples, self.setup.job.sizes, worker)
     self.data = (jax.device_put(examples), size, jax.numpy.int32(worker))
     shapes = self.setup.shapes.values()
-    self.bytes = sum(x.size * x.dtype.itemsize for x in shapes)  # of a pull
+    self.bytes = sum(x.size * x.dtype.itemsize for x in shapes)  # size of a pull
     self.treedef = jax.tree.structure(jax.eval_shape(self.setup.job.task.init, jax.random.key(0)))
     self.warm()
 
@@ -185,7 +185,7 @@ class Worker:
     return answer, pulls
 
   def patiently(self, servers: Servers, push: Any, send: Any) -> Any:
-    """Sends; while the object store is full it reports that, waits and retries."""
+    """Calls `send`; while the object store is full, reports this, waits and retries."""
     for pause in (0.1, 0.5, 2.0, 5.0):
       try:
         return send()

@@ -1,4 +1,4 @@
-"""Virtual clock: finishing times of workers with different speeds, synchronous or asynchronous."""
+"""Virtual clock: computes the times at which synchronous or asynchronous workers finish."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,14 +10,14 @@ from research.core import checks
 
 
 class Speeds(NamedTuple):
-  """Distribution of the local step times of each worker.
+  """The distribution of each worker's local step times.
 
-  Each worker draws its step times in sequence from its own generator: the n-th does not depend on
-  how many are drawn at once.
+  Each worker draws its step times in sequence from its own generator: the n-th time does not depend
+  on how many are drawn at once.
   """
 
   draw: Callable[[np.random.Generator, int, int], np.ndarray]  # (random, worker, steps) -> seconds
-  workers: int = 0  # number of workers that it is defined for; 0: any number
+  workers: int = 0  # number of workers that the speeds are for; 0 means any number
   named: int = 0  # largest worker index with a slowdown, plus one
 
 
@@ -25,7 +25,7 @@ class Trace(NamedTuple):
   """The order in which a server receives E messages of single workers."""
 
   owners: np.ndarray  # [E] int32, the sender
-  staleness: np.ndarray  # [E] int32, updates since the sender pulled the model it worked on
+  staleness: np.ndarray  # [E] int32, updates since the sender pulled its model
   seconds: np.ndarray  # [E] float64, increasing: time of arrival
 
 
@@ -35,7 +35,8 @@ def steady(
   """Constant step times.
 
   Args:
-    seconds: time of a step, greater than 0; one number for all workers, or one for each of W.
+    seconds: time per step, greater than 0: one number for all workers, or a list with one number
+      for each of the W workers.
     slowdown: factors on step times by worker index, greater than 0: {0: 4} makes worker 0 four
       times slower. Other workers have factor 1.
 
@@ -53,7 +54,7 @@ def steady(
 def exponential(
   mean: float, *, shift: float = 0.0, slowdown: Mapping[int, float] | None = None
 ) -> Speeds:
-  """Step times of shift + X seconds, X exponential: most are fast, and stragglers are common.
+  """Step times of shift + X seconds, X exponential: most steps are fast, and stragglers are common.
 
   Args:
     mean: mean of X in seconds, greater than 0.
@@ -73,7 +74,7 @@ def exponential(
 
 
 def lognormal(mean: float, sigma: float, *, slowdown: Mapping[int, float] | None = None) -> Speeds:
-  """Step times of mean exp(sigma Z - sigma^2 / 2) seconds, Z normal: a heavier tail.
+  """Step times of mean exp(sigma Z - sigma^2 / 2) seconds, Z normal, with a heavy tail.
 
   Args:
     mean: mean time of a step in seconds, greater than 0.
@@ -97,7 +98,7 @@ def measured(
   """Step times drawn with replacement from measurements.
 
   Args:
-    seconds: a list of step times for each of W workers, or one list for all; greater than 0.
+    seconds: a list of step times for each of the W workers, or one list for all; above 0.
     slowdown: see `steady`.
 
   Raises:
@@ -120,7 +121,7 @@ def synchronous(
   seed: int,
   communication: float = 0.0,
 ) -> np.ndarray:
-  """End times of synchronous rounds, in which all workers wait for the slowest.
+  """Computes the end times of synchronous rounds, in which all workers wait for the slowest.
 
       t_k = t_{k-1} + max_i (seconds of steps_k steps of worker i) + communication
 
@@ -141,7 +142,7 @@ def synchronous(
 
 
 class Lockstep:
-  """Incremental `synchronous`: returns the end times of the next rounds on request."""
+  """Computes the end times of `synchronous` incrementally, for the next rounds on request."""
 
   def __init__(self, speeds: Speeds, workers: int, seed: int, communication: float = 0.0):
     """Args and Raises: see `synchronous`."""
@@ -187,8 +188,9 @@ def asynchronous(
     events: E, number of messages that the server receives.
     seed: seed of all draws.
     period: local steps per message.
-    communication: round-trip time in seconds, from a worker's last step to its next first step. The
-      server itself takes no time, and workers do not wait for each other.
+    communication: round-trip time in seconds, from a worker's last step before a message to its
+      first step after the reply. The server itself takes no time, and workers do not wait for each
+      other.
 
   Returns:
     The trace of E messages.
@@ -219,7 +221,7 @@ def asynchronous(
 
 
 def _staleness(owners: np.ndarray) -> np.ndarray:
-  """The number of events since the same owner's previous event, or since the start; int32 [E]."""
+  """Counts the events since the same owner's previous event, or since the start; int32 [E]."""
   by_owner = np.argsort(owners, kind="stable")
   before = np.full(len(owners), -1)
   again = owners[by_owner[1:]] == owners[by_owner[:-1]]
@@ -228,7 +230,7 @@ def _staleness(owners: np.ndarray) -> np.ndarray:
 
 
 def _generators(workers: int, seed: int) -> list[np.random.Generator]:
-  """One independent generator per worker."""
+  """Returns one independent generator per worker."""
   return [np.random.default_rng(own) for own in np.random.SeedSequence(seed).spawn(workers)]
 
 

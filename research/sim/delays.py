@@ -1,4 +1,4 @@
-"""Staleness models: choose the past model that a worker computes at; delays are in rounds.
+"""Staleness models: each chooses the past model that a worker computes at; delays are in rounds.
 
     x_{t - tau_i}    the model that worker i reads in round t
 
@@ -28,13 +28,13 @@ class Reading(NamedTuple):
 
 
 class Delays(Part):
-  """A staleness model, as one worker sees it.
+  """A staleness model, from the point of view of one worker.
 
   `read` needs no worker axis in scope. `after` draws all randomness of the next round, from the key
   of the round's sync.
   """
 
-  one_by_one = False  # whether it models a server that serves workers one at a time
+  one_by_one = False  # whether this models a server that serves workers one at a time
 
   @required
   def init(self, params: Params) -> State:
@@ -95,7 +95,7 @@ class RecentModels(Delays):
     ...
 
   def start(self, params: Params) -> Tree:
-    """The delays of round 0, zeros; later rounds have the same shapes."""
+    """Returns the delays of round 0, which are zero; later rounds have the same shapes."""
     del params
     return jnp.zeros((), jnp.int32)
 
@@ -222,7 +222,7 @@ class PerWorker(RecentModels, name="per_worker"):
 
   Raises:
     ValueError: if the list is empty or has a negative number; at trace time, if the number of
-      workers is not a multiple of its length.
+      workers is not a multiple of the list's length.
   """
 
   rounds: Sequence[int]
@@ -278,8 +278,8 @@ class LastPull(Delays, name="last_pull"):
   """Each owner computes at the model that it received at the end of its last round.
 
   The staleness is the number of rounds since then. With one worker that serves a population one
-  client at a time, this models a server with asynchronous clients. An owner that drops out of a
-  round keeps its model.
+  client at a time, this class models a server with asynchronous clients. An owner that drops out of
+  a round keeps its model.
   """
 
   one_by_one = True

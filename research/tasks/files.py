@@ -1,4 +1,4 @@
-"""Data files: found in the user's folders or downloaded, and always verified."""
+"""Finds data files in the user's folders or downloads them, and verifies their contents."""
 
 import bz2
 import contextlib
@@ -27,23 +27,23 @@ _CORRUPT = (EOFError, OSError, zlib.error)  # raised by gzip, bz2 and zlib
 def find(relative: str, data_dir: str, url: str, sha256: str | None = None) -> Path:
   """Finds or downloads a data file, plain or compressed, and verifies its contents.
 
-  Looks in `data_dir`, $RESEARCH_DATA_DIR and the user cache, which is the folder
-  distributed-optimization-jax of $XDG_CACHE_HOME or ~/.cache. In each of them it tries DIR/relative
-  and DIR/basename, also with .gz or .bz2 appended. The first file found is used; damaged files of
-  the cache are skipped. Otherwise downloads `url` into the cache.
+  The function searches `data_dir`, $RESEARCH_DATA_DIR and the user cache, which is the folder
+  distributed-optimization-jax of $XDG_CACHE_HOME or ~/.cache. In each folder DIR, it tries
+  DIR/relative and DIR/basename, also with .gz or .bz2 appended. The first file found is used;
+  damaged files of the cache are skipped. If no file is found, `url` is downloaded into the cache.
 
   Args:
-    relative: path under a data directory, without the suffix of compression, such as "libsvm/a9a".
+    relative: path under a data directory, without a compression suffix, such as "libsvm/a9a".
     data_dir: the user's data directory, or "".
-    url: where the file is published, plain, .gz or .bz2.
+    url: address of the published file, which may be plain, .gz or .bz2.
     sha256: digest of the decompressed bytes, 64 hex digits. Without it, the digest found is logged.
 
   Returns:
     The path of the file; its suffix gives the compression. Open it with `opened`.
 
   Raises:
-    FileNotFoundError: it is not found and cannot be downloaded.
-    ValueError: it is truncated or does not match sha256, or data_dir is not a directory.
+    FileNotFoundError: if the file is not found and cannot be downloaded.
+    ValueError: if the file is truncated or does not match sha256, or data_dir is not a directory.
   """
   if data_dir and not paths.local(data_dir).is_dir():
     raise ValueError(f"data_dir={data_dir!r} is not a directory")
@@ -78,7 +78,7 @@ def find(relative: str, data_dir: str, url: str, sha256: str | None = None) -> P
 
 
 def _places(folders: Sequence[Path], relative: str) -> Iterator[tuple[Path, Path]]:
-  """The existing files that `find` considers, each with its folder."""
+  """Yields the existing files that `find` considers, each with its folder."""
   for folder in folders:
     for place in (folder / relative, folder / PurePosixPath(relative).name):
       for suffix in SUFFIXES:
@@ -92,8 +92,8 @@ def opened(path: Path, name: str = "") -> Iterator[io.BufferedIOBase]:
   """Opens a file for reading, decompressed according to its suffix.
 
   Args:
-    path: of the file.
-    name: used in errors instead of the path.
+    path: the path of the file.
+    name: the name that errors show instead of the path.
 
   Raises:
     ValueError: while reading, if the file is truncated or not compressed as its suffix says.
@@ -111,9 +111,9 @@ def opened(path: Path, name: str = "") -> Iterator[io.BufferedIOBase]:
 
 @contextlib.contextmanager
 def whole(target: Path) -> Iterator[Path]:
-  """A temporary path that is renamed to `target` at the end, unless an exception was raised.
+  """Yields a temporary path; renames it to `target` at the end, unless an exception is raised.
 
-  Readers never see a partial file, even if several processes write it.
+  Readers never see a partial file, even if several processes write the file.
 
   Args:
     target: the final path.
@@ -135,11 +135,11 @@ def kept(relative: str, make: Callable[[], str]) -> str:
   """Returns the text of `make`, cached in the user's cache.
 
   The cached file starts with a line with the text's SHA-256; a file that does not match is
-  replaced. Without a writable cache, the text is made anew each time.
+  replaced. Without a writable cache, the text is made again by each call.
 
   Args:
     relative: path under the cache, which must identify everything that the text depends on.
-    make: a function that depends on nothing else.
+    make: a function whose result depends on nothing else.
   """
   root = paths.cache()
   if root is None:
@@ -160,10 +160,10 @@ def kept(relative: str, make: Callable[[], str]) -> str:
 
 
 def cache() -> Path:
-  """The folder of downloaded and derived files.
+  """Returns the folder of downloaded and derived files.
 
   Raises:
-    NoCache: the user has no home directory.
+    NoCache: if the user has no home directory.
   """
   found = paths.cache()
   if found is None:

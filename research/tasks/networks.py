@@ -21,7 +21,7 @@ _TRAINING, _EVALUATING = ("train", "training"), ("deterministic", "inference")
 class Network(NamedTuple):
   """A model without its parameters."""
 
-  name: str  # of the model's class
+  name: str  # name of the model's class
 
   init: Callable[[Key, Any], Params]  # (key, x [1, ...]) -> parameters
   # (params, x [batch, ...], key) -> outputs [batch, ...]; without a key dropout is off
@@ -34,16 +34,16 @@ def network(model: Any) -> Network:
   """Converts a model to pure functions.
 
   A linen module draws its parameters from the key. An NNX or Equinox module already has parameters
-  and starts with them whatever the key; a function that makes such a module from a key draws new
+  and starts with them for any key; a function that makes such a module from a key draws new
   parameters. Random state, such as that of Dropout, is not a parameter: it is drawn from the key of
   the loss.
 
   Args:
-    model: a linen or NNX module from x [batch, ...]; an Equinox module from x of one example; or a
-      function of a typed key that makes an NNX or Equinox module.
+    model: a linen or NNX module of x [batch, ...]; an Equinox module of a single example; or a
+      function that makes an NNX or Equinox module from a typed key.
 
   Raises:
-    ValueError: if it is none of these, or keeps statistics of batches.
+    ValueError: if the model is none of these, or keeps batch statistics.
   """
   if isinstance(model, nn.Module):
     return _linen(model)
@@ -79,7 +79,7 @@ def _made(make: Callable[[Key], Any]) -> Network:
 
 
 def _words(call: Callable[..., Any], training: bool) -> dict[str, bool]:
-  """The keyword arguments of a call that select training or evaluation."""
+  """Returns the keyword arguments of a call that select training or evaluation."""
   names = inspect.signature(call).parameters
   words = {name: training for name in _TRAINING if name in names}
   return words | {name: not training for name in _EVALUATING if name in names}

@@ -1,7 +1,7 @@
 """Partitions of the training set over workers or clients.
 
 A partition maps (labels [N], workers, seed) to one array of indices per worker. The arrays are
-disjoint, cover range(N), and none is empty.
+disjoint and not empty, and together they cover range(N).
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Partition = Callable[[np.ndarray, int, int], list[np.ndarray]]
 
 
 def iid() -> Partition:
-  """A random permutation, cut into parts whose sizes differ by at most one."""
+  """A random permutation of the examples, cut into parts whose sizes differ by at most one."""
 
   def partition(labels: np.ndarray, workers: int, seed: int) -> list[np.ndarray]:
     _check_workers(labels, workers)
@@ -26,7 +26,10 @@ def iid() -> Partition:
 
 
 def in_order() -> Partition:
-  """The original order, cut into parts whose sizes differ by at most one; the seed is unused."""
+  """Examples in their original order, cut into parts whose sizes differ by at most one.
+
+  The seed is unused.
+  """
 
   def partition(labels: np.ndarray, workers: int, seed: int) -> list[np.ndarray]:
     del seed
@@ -37,9 +40,10 @@ def in_order() -> Partition:
 
 
 def sorted_() -> Partition:
-  """Sorted by label, ties in the original order, cut into parts whose sizes differ by at most one.
+  """Examples sorted by label, cut into parts whose sizes differ by at most one.
 
-  This is the extreme of heterogeneity. The seed is unused.
+  This is the most heterogeneous partition. Examples with equal labels keep their original order.
+  The seed is unused.
   """
 
   def partition(labels: np.ndarray, workers: int, seed: int) -> list[np.ndarray]:
@@ -53,13 +57,14 @@ def sorted_() -> Partition:
 def shards(per_worker: int = 2) -> Partition:
   """Sorts by label, cuts into equal shards, and deals `per_worker` shards to each worker at random.
 
-  With two shards each, most workers see two classes. Shard sizes differ by at most one.
+  With two shards per worker, most workers see two classes. Shard sizes differ by at most one.
 
   Args:
-    per_worker: shards that each worker gets.
+    per_worker: number of shards that each worker gets.
 
   Raises:
-    ValueError: per_worker is not a positive integer; when called, fewer examples than shards.
+    ValueError: if per_worker is not a positive integer; when called, if there are fewer examples
+      than shards.
 
   Reference:
     McMahan et al., 2016, arXiv:1602.05629, section 3 ("pathological non-IID").
@@ -91,7 +96,7 @@ def dirichlet(alpha: float) -> Partition:
     alpha: concentration, > 0.
 
   Raises:
-    ValueError: alpha is not positive; when called, labels that are not classes.
+    ValueError: if alpha is not positive; when called, if the labels are not classes.
 
   Reference:
     Yurochkin et al., 2019, arXiv:1905.12022, section 4; Li et al., 2021, arXiv:2102.02079.

@@ -16,12 +16,12 @@ def epoch_sample(size: Array | int, step: Array | int, key: Key, *, batch_size: 
 
   With m = max(1, size // batch_size) batches in an epoch, step t is in epoch t // m, at positions
   (t mod m) batch_size + i. The example at a position is given by a pseudo-random permutation of
-  range(size), keyed by (key, epoch). Nothing is sorted or stored, so any step of any worker costs
+  range(size), keyed by (key, epoch). Nothing is sorted or stored, so all steps of all workers cost
   the same. If batch_size does not divide size, each epoch leaves out size mod batch_size examples,
-  different ones each time; if batch_size > size, a batch cycles through the examples.
+  which differ from epoch to epoch; if batch_size > size, a batch cycles through the examples.
 
   Args:
-    size: examples that the worker has, an int32 scalar in [1, 2^31), traced or not.
+    size: number of the worker's examples, an int32 scalar in [1, 2^31), traced or not.
     step: the worker's step, an int32 scalar in [0, 2^31), traced or not.
     key: typed key of the worker's order.
     batch_size: examples in one batch, static.
@@ -41,7 +41,7 @@ def with_replacement(size: Array | int, step: Array | int, key: Key, *, batch_si
   """Draws each example of a batch independently and uniformly, as theory assumes.
 
   Args:
-    size: examples that the worker has, an int32 scalar in [1, 2^31), traced or not.
+    size: number of the worker's examples, an int32 scalar in [1, 2^31), traced or not.
     step: the worker's step, an int32 scalar in [0, 2^31), traced or not.
     key: typed key of the worker's draws.
     batch_size: examples in one batch, static.
@@ -56,13 +56,13 @@ def in_order(size: Array | int, step: Array | int, key: Key, *, batch_size: int)
   """Draws consecutive batches cyclically, for a buffer that is refilled as it is used.
 
   Args:
-    size: examples that the worker has, a multiple of batch_size.
+    size: number of the worker's examples, a multiple of batch_size.
     step: the worker's step, an int32 scalar in [0, 2^31), traced or not.
     key: unused.
     batch_size: examples in one batch, static.
 
   Returns:
-    int32 [batch_size]: at step t those from (t batch_size) mod size on.
+    int32 [batch_size]: at step t, the indices from (t batch_size) mod size on.
   """
   del key
   batches = jnp.maximum(1, jnp.asarray(size, jnp.int32) // batch_size)
@@ -72,15 +72,15 @@ def in_order(size: Array | int, step: Array | int, key: Key, *, batch_size: int)
 def permute(position: Array, size: Array, word: Array, offset: Array) -> Array:
   """Applies a pseudo-random permutation of range(size), for any size.
 
-  The swap-or-not shuffle: round i pairs each x with x' = K_i - x mod size, and swaps the pair if a
-  pseudo-random bit of max(x, x') is set. Each round is an involution of range(size), whatever the
-  bits, so the result is a bijection for every size. It needs no cycle walking from a power of two,
-  and all lanes of a vmap perform the same few operations.
+  This is the swap-or-not shuffle: round i pairs each x with x' = K_i - x mod size, and swaps the
+  pair if a pseudo-random bit of max(x, x') is set. Each round is an involution of range(size),
+  whatever the bits, so the result is a bijection for every size. The shuffle needs no cycle walking
+  from a power of two, and all lanes of a vmap perform the same few operations.
 
-  This is not a cipher. After all rounds one position has not moved, or two neighbours have kept
-  their distance, with probability 2^-ROUNDS; otherwise positions and pairs of positions pass
-  chi-square tests as uniform. For a large `size`, the 64-bit key reaches only a
-  tiny fraction of the permutations.
+  The permutation is not a cipher. With probability 2^-ROUNDS, a position has not moved after all
+  rounds, or two neighbours have kept their distance. Otherwise, positions and pairs of positions
+  pass chi-square tests for uniformity. For a large `size`, the 64-bit key reaches only a tiny
+  fraction of the permutations.
 
   Args:
     position: int32 of any shape, in [0, size).
@@ -92,8 +92,8 @@ def permute(position: Array, size: Array, word: Array, offset: Array) -> Array:
     int32 of the shape of `position`, in [0, size).
 
   Reference:
-    Hoang, Morris, Rogaway, 2012, arXiv:1208.1176. The bit is a multiplicative hash instead of a
-      cryptographic one, and the keys of the rounds are hashes of one 64-bit key.
+    Hoang, Morris, Rogaway, 2012, arXiv:1208.1176. Here, the bit is a multiplicative hash instead of
+    a cryptographic one, and the keys of the rounds are hashes of one 64-bit key.
   """
   size = size.astype(jnp.uint32)
 
@@ -121,19 +121,19 @@ def take(examples: Tree, index: Array) -> Tree:
 
 
 def _multiply(x: Array) -> Array:
-  """uint32 to uint32; the upper bits depend on all of x."""
+  """Hashes uint32 to uint32; the upper bits of the result depend on all bits of x."""
   x = x * jnp.uint32(0x7FEB352D)
   return (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
 
 
 def _mix(x: Array) -> Array:
-  """A bijection of uint32 whose every bit depends on all of x."""
+  """Applies a bijection of uint32; every bit of the result depends on all bits of x."""
   x = _multiply(x ^ (x >> 16))
   return x ^ (x >> 16)
 
 
 def _scale(word: Array, size: Array) -> Array:
-  """floor(word size / 2^32), in [0, size), uniform if the word is; computed in 16-bit halves."""
+  """Computes floor(word size / 2^32), uniform in [0, size) if the word is, from 16-bit halves."""
   low, high = word & 0xFFFF, word >> 16
   size_low, size_high = size & 0xFFFF, size >> 16
   middle = high * size_low + (low * size_low >> 16)

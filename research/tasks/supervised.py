@@ -1,4 +1,4 @@
-"""Supervised learning: a task from a model, examples and a loss."""
+"""Supervised learning: builds a task from a model, examples and a loss."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -30,27 +30,27 @@ def supervised(
   scale: float = 255.0,
   features: int = 0,
 ) -> Task:
-  """The task of minimizing the mean loss of a model over `train`.
+  """Returns the task of minimizing the mean loss of a model over `train`.
 
   The objective is 1/N sum_i loss_i(w) + l2/2 ||w||^2 + nonconvex sum_j w_j^2 / (1 + w_j^2), where w
-  are all parameters, biases included. A batch's mean is over the examples that its mask keeps. Each
-  batch includes the full penalty, so that the mean over batches, weighted by their counts, is the
-  objective.
+  contains all parameters, including biases. The mean of a batch is over the examples that its mask
+  keeps. Each batch includes the full penalty, so that the mean over batches, weighted by their
+  counts, is the objective.
 
   `evaluate` gives "loss", the objective with its penalty; "accuracy" for classes; the given
   metrics; and "distance", max|params - optimum| / max|optimum|, if the optimum is known.
 
-  Bytes (uint8) stay bytes in memory, also in batches. They become floats, divided by `scale`, only
-  when the model reads them, so that images take one byte per pixel. Other integers, such as tokens,
-  are passed to the model unchanged.
+  Bytes (uint8) remain bytes in memory and in batches, so that images take one byte per pixel. Bytes
+  are converted to floats and divided by `scale` only when the model reads them. Other integers,
+  such as tokens, are passed to the model unchanged.
 
   Args:
     model: from x [batch, ...] to outputs [batch, ...]: a module of Flax linen or Flax NNX, an
       Equinox module of single examples, or a function of a key that makes one; see
-      `networks.network`. Its Dropout draws from the key of the loss and is off in `evaluate`.
-    train: numpy arrays "x" [N, ...], or sparse rows as `models.classic.Linear` takes them; "y"
-      [N, ...], which custom losses and metrics may omit; and others by any name.
-    test: the same, of other examples.
+      `networks.network`. Dropout draws from the key of the loss and is off in `evaluate`.
+    train: numpy arrays "x" [N, ...], or sparse rows as `models.classic.Linear` accepts them; "y"
+      [N, ...], which custom losses and metrics may omit; and other arrays of any name.
+    test: the same for the test examples.
     loss: "softmax", cross-entropy in nats, y int [N] in [0, outputs); "logistic", the same for
       y in {0, 1} and one output; "squares", half of the squared error summed over outputs,
       y float [N] or [N, outputs]; or a function (outputs, batch) -> losses [batch], or -> (losses,
@@ -67,8 +67,8 @@ def supervised(
     The task.
 
   Raises:
-    ValueError: the model is of no known kind; the loss is unknown; l2 is negative; or examples,
-      labels, outputs and model do not fit.
+    ValueError: if the kind of model or the loss is unknown; l2 is negative; or examples, labels,
+      outputs and model do not fit.
   """
   for name, weight in (("l2", l2), ("nonconvex", nonconvex)):
     if not weight >= 0:
@@ -186,10 +186,10 @@ def _distance(params: Params, optimum: Params) -> Array:
 
 
 def _check_alike(train: Batch, test: Batch) -> None:
-  """Rejects examples to test on that are not like those to train on; sparse rows differ in length.
+  """Rejects test examples unlike the training examples; sparse rows may differ in length.
 
   Raises:
-    ValueError: with the array.
+    ValueError: if an array differs; the message names it.
   """
   shapes = lambda batch: {
     f"[{name!r}]": None if isinstance(x, dict) else x.shape[1:] for name, x in batch.items()

@@ -1,7 +1,7 @@
-"""Text files: UTF-8 lines of fields, with errors that name the file and the line.
+"""Reads text files: UTF-8 lines of fields, with errors that name the file and the line.
 
-Arrays of small integers and UTF-16 may be valid UTF-8, but then at least half of their bytes are
-NUL: a file that is more than a quarter NUL is rejected.
+Arrays of small integers and UTF-16 text may be valid UTF-8, but at least half of their bytes are
+then NUL. A file is therefore rejected if more than a quarter of its bytes are NUL.
 """
 
 import codecs
@@ -28,7 +28,7 @@ def read(path: Path) -> str:
     path: the file.
 
   Raises:
-    ValueError: it is not text, or is truncated.
+    ValueError: if the file is not text, or is truncated.
   """
   with files.opened(path) as file:
     return decoded(file.read(), path)
@@ -37,14 +37,14 @@ def read(path: Path) -> str:
 def rows(path: Path, comments: str = "") -> Iterator[tuple[int, list[str]]]:
   """Iterates over line numbers, from 1, and fields of the nonblank lines of a text file.
 
-  A byte order mark is skipped. The file is read when this is called.
+  A byte order mark is skipped. The file is read when this function is called.
 
   Args:
     path: the path of the file, plain, .gz or .bz2.
     comments: characters that begin a comment line, also after spaces.
 
   Raises:
-    ValueError: as `read`.
+    ValueError: see `read`.
   """
   lines = io.StringIO(read(path).removeprefix("\ufeff"), newline=None)
   split = ((number, line.split()) for number, line in enumerate(lines, 1))
@@ -56,11 +56,12 @@ def parsed(path: Path, parse: Callable[[list[str]], T], comments: str = "") -> l
 
   Args:
     path: as for `rows`.
-    parse: may raise ValueError, to which the file and the line are added.
+    parse: a function of a line's fields; the file and the line are added to a ValueError that it
+      raises.
     comments: as for `rows`.
 
   Raises:
-    ValueError: as `read`, or one of `parse`.
+    ValueError: see `read`; also if `parse` raises it.
   """
   found = []
   for line, fields in rows(path, comments):
@@ -89,7 +90,7 @@ def number(field: str) -> float:
     field: the text.
 
   Raises:
-    ValueError: the field is not one.
+    ValueError: if the field is not a finite number.
   """
   try:
     value = float(field) if field.isascii() and "_" not in field else math.nan
@@ -107,7 +108,7 @@ def whole(field: str) -> int:
     field: the text.
 
   Raises:
-    ValueError: the field is not one, or has more than 18 digits.
+    ValueError: if the field is not an integer, or has more than 18 digits.
   """
   if not _WHOLE.fullmatch(field):
     raise ValueError(f"{shown(field)} is not a whole number of at most 18 digits")
@@ -129,11 +130,11 @@ def decoded(content: bytes, path: Path, start: int = 0, end: bool = True) -> str
   Args:
     content: the bytes.
     path: the path of the file, for errors.
-    start: their offset in the file; past 0 they may begin within a character.
-    end: whether they must end with a complete character.
+    start: the offset of the bytes in the file; after offset 0, they may begin within a character.
+    end: whether the bytes must end with a complete character.
 
   Raises:
-    ValueError: they are not UTF-8, or more than a quarter of them is NUL.
+    ValueError: if the bytes are not UTF-8, or more than a quarter of them are NUL.
   """
   begun = 0
   while start and begun < min(3, len(content)) and content[begun] & 0xC0 == 0x80:
@@ -159,7 +160,7 @@ def check(path: Path, most: int | None = None) -> None:
     most: the number of blocks of 64 KiB that are read, at equal distances; all of them if None.
 
   Raises:
-    ValueError: it is not text.
+    ValueError: if the file is not text.
   """
   size = path.stat().st_size
   blocks = -(-size // BLOCK)

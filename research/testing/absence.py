@@ -1,4 +1,4 @@
-"""Test inputs for a round in which three of eight workers are absent, and programs over them."""
+"""Test inputs and programs for a round in which three of eight workers are absent."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -49,7 +49,7 @@ def check_aggregator(aggregator: Aggregator, *, axes: Mapping[str, int] | None =
 
 
 def types(named: Named, axes: Mapping[str, int]) -> None:
-  """Checks that `value` and `sent` have the types of the tree, and the state those of `init`.
+  """Checks that `value` and `sent` have the tree's types, and that the state keeps its types.
 
   Args:
     named: aggregators by name.
@@ -90,7 +90,7 @@ def can_miss(aggregator: Aggregator, axes: Mapping[str, int]) -> bool:
 
 
 def absent(named: Named, axes: Mapping[str, int]) -> None:
-  """Checks that an absent worker's values reach no other one, and its private state is unchanged.
+  """Checks that an absent worker affects no other worker and keeps its private state.
 
   Args:
     named: aggregators by name.

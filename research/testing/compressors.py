@@ -39,10 +39,10 @@ def check_compressor(
 ) -> None:
   """Checks the contracts of a compressor, and further properties that its docstring promises.
 
-  The decoded leaf has the leaf's shape and dtype. Shapes of payloads depend on these only. Zero is
-  decoded to zero. `contractive`, `linear` and `sparse` are true as declared. Non-finite elements
-  remain detectable. The result is the same for a single worker, under `vmap` and in `shard_map`. No
-  array is larger than twice the leaf.
+  The decoded leaf has the leaf's shape and dtype. The shapes of payloads depend only on this shape
+  and dtype. Zero is decoded to zero. The declared `contractive`, `linear` and `sparse` are true.
+  Non-finite elements remain detectable. The result is the same for a single worker, under `vmap`
+  and in `shard_map`. No array is larger than twice the leaf.
 
   Args:
     compressor: the compressor to check.
@@ -70,7 +70,7 @@ def _like(x: Any) -> jax.ShapeDtypeStruct:
 
 
 def _sent(compressor: Compressor, x: jax.Array, shared: jax.Array, own: jax.Array) -> jax.Array:
-  """C(x): encodes and decodes."""
+  """Computes C(x) by encoding and decoding x."""
   return compressor.decode(compressor.encode(x, shared, own), _like(x), shared)
 
 
@@ -80,7 +80,7 @@ def _sender(compressor: Compressor) -> Callable[..., jax.Array]:
 
 
 def _vectors(n: int) -> jax.Array:
-  """Test vectors, float32 [5, n]: normal, heavy-tailed, one nonzero element, constant, zero."""
+  """Returns test vectors [5, n]: normal, heavy-tailed, one nonzero element, constant, zero."""
   random = np.random.default_rng(n)
   single = np.zeros(n)
   single[n // 3] = -3
@@ -211,7 +211,7 @@ def finite(case: Case) -> None:
   x = jnp.broadcast_to(plain[0], (9, 300)).at[jnp.arange(9), at].set(wrong)
   for dtype in (jnp.float32, jnp.float16):
     rows = jnp.concatenate([plain, x]).astype(dtype)
-    whole = np.asarray(jnp.isfinite(rows[:5]).all(1))  # float16 has no room for the heaviest
+    whole = np.asarray(jnp.isfinite(rows[:5]).all(1))  # the heaviest may overflow in float16
     arrives = np.asarray(jnp.isfinite(send(rows)).all(1))
     says = "A finite leaf is sent as finite numbers."
     require(arrives[:5][whole].all(), case.compressor, says, f"others, in {dtype.__name__}")
@@ -252,7 +252,7 @@ def size(case: Case) -> None:
 
 
 def _largest(jaxpr: Any) -> int:
-  """Elements of the largest array of a program, including loops and branches."""
+  """Returns the size of the largest array of a program, including loops and branches."""
   made = [math.prod(v.aval.shape) for eqn in jaxpr.eqns for v in eqn.outvars]
   inner = [getattr(p, "jaxpr", p) for eqn in jaxpr.eqns for p in jax.tree.leaves(eqn.params)]
   return max([*made, *(_largest(sub) for sub in inner if hasattr(sub, "eqns"))], default=0)

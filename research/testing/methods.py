@@ -27,8 +27,8 @@ def check_method(method: Method, *, axes: Mapping[str, int] | None = None) -> No
 
   Dtypes and shardings of the state do not change, and the second call compiles nothing. Eight
   rounds equal four rounds and four more from a copy of the state, bitwise. `simulate` and `spmd`
-  agree on the available CPU devices. If a worker's round is lost, it does not affect the other
-  workers. A round without participants changes nothing.
+  agree on the available CPU devices. A worker's lost round does not affect the other workers. A
+  round without participants changes nothing.
 
   Args:
     method: the method to check.
@@ -187,7 +187,7 @@ def lost(named: Named, axes: Mapping[str, int] = AXES) -> None:
 
 
 def _chunks(method: Method) -> list[bool]:
-  """Whether each leaf of the state is a worker's chunk of a partitioned array."""
+  """Returns whether each leaf of the state is a worker's chunk of a partitioned array."""
   init = jax.vmap(method.init, axis_name="data")
   state = jax.eval_shape(init, drawn(4, W))
   is_chunk = lambda node: isinstance(node, Chunk)
@@ -198,7 +198,7 @@ def _chunks(method: Method) -> list[bool]:
 
 
 def _two_rounds(named: Named) -> Callable[..., Any]:
-  """For each method: one round of all workers, then one with some absent, on given gradients."""
+  """Runs two rounds of each method on given gradients; some workers are absent in the second."""
 
   def worker(first, second, weight, active):
     found = {}

@@ -10,17 +10,22 @@ import numpy as np
 
 from research.core.method import Method
 from research.core.task import Task
-from research.parallel import pmap, simulate, spmd
+from research.parallel import overlapped, pmap, simulate, spmd
 from research.parallel.job import Job, resolved
 from research.tasks import partition, sampling
 
 FEATURES, OUTPUTS = 6, 3
 SIMULATED = {"data": 8}
-EXECUTORS = {"simulate": simulate.simulate, "spmd": spmd.spmd, "pmap": pmap.pmap}
+EXECUTORS = {
+  "simulate": simulate.simulate,
+  "spmd": spmd.spmd,
+  "pmap": pmap.pmap,
+  "overlapped": overlapped.overlapped,
+}
 
 
 def regression(samples: int = 240, seed: int = 0) -> Task:
-  """Creates least squares in plain JAX: weights [6, 3] and bias [3], half mean squares.
+  """Creates a least-squares task in plain JAX, with weights [6, 3] and bias [3].
 
   Args:
     samples: number of examples.
@@ -62,7 +67,7 @@ def split(task: Task, sizes: Sequence[int]):
 
 
 class Running:
-  """Runs a method on the regression in one execution; `rounds` continues. `rest`: fields of Job."""
+  """Runs a method on the regression in one execution; `rest` sets further fields of the Job."""
 
   metrics: dict[str, Any]
 

@@ -16,7 +16,7 @@ class SideBySideLocal(NamedTuple):
 
 
 class SideBySide(Method):
-  """Methods with rounds of the same length, by name; their states and models are by name too."""
+  """Methods by name, with rounds of equal length; their states and models are also by name."""
 
   names: tuple[str, ...]
   methods: tuple[Method, ...]
@@ -65,8 +65,8 @@ def regressions(names: tuple[str, ...], task: Task | None = None) -> Task:
   """Creates a task with one copy of a regression for each name.
 
   Args:
-    names: the names.
-    task: the regression; None: `regression()`.
+    names: the names of the copies.
+    task: the regression; None means `regression()`.
   """
   one = task or regression()
 

@@ -23,7 +23,7 @@ from research.training.loop import trained
 from research.training.result import Result
 from research.training.run import BaseRun
 
-# Fields of Config that are named arguments of `train`, or do not apply to it.
+# Fields of Config that are named arguments of `train`, or do not apply to `train`.
 _NAMED = ("task", "model", "method", "executor", "mesh", "batch_size", "steps", "seed", "out")
 _COMMANDS = ("partition", "clock", "restarts", "ray_address", "node_ip", *OF_SERVER)
 OPTIONS = tuple(name for name in Config.names() if name not in (*_NAMED, *_COMMANDS))
@@ -46,14 +46,14 @@ def train(
   progress: bool = True,
   **options: Any,
 ) -> Result:
-  """Trains a model with a method on a task; the equivalent of `experiments/run.py` for objects.
+  """Trains a model with a method on a task, like `experiments/run.py`, but with Python objects.
 
       task = supervised(Net(), {"x": images, "y": labels}, test)
       method = local_sgd(optax.sgd(0.1), error_feedback(two_phase(int8())), period=8)
       result = train(task, method, mesh="data:4", batch_size=64, steps=400)
       result.plot().savefig("loss.png")
 
-  With `out`, the same call resumes the run from its newest checkpoint; a complete run is loaded. A
+  With `out`, the same call resumes the run from its newest checkpoint, or loads a complete run. A
   folder is rejected if its run had other arguments, other examples, or other code of the task, the
   model or the method.
 
@@ -62,19 +62,20 @@ def train(
       such as `digits`; or the spec of a registered task.
     method: the algorithm, an object or a spec.
     model: the model, if `task` is a function or a spec; None for its default.
-    mesh: sizes by axis, "data:4,fsdp:2" or {"data": 4, "fsdp": 2}. The axes `data` and `slice` are
-      over workers, the others inside a worker.
-    executor: "simulate" (workers are an axis of arrays), "spmd" or "pmap" (one device per worker).
+    mesh: sizes by axis, "data:4,fsdp:2" or {"data": 4, "fsdp": 2}. The axes `data` and `slice`
+      count workers; the other axes divide a worker.
+    executor: "simulate" (workers are an axis of arrays), "spmd" or "pmap" (one device per worker),
+      or "overlapped" (spmd, with exchanges on further CPU devices while the workers compute).
     batch_size: examples per step over all workers, or "all".
     steps: number of local steps; alternatively, pass `rounds`, `epochs` or `virtual_seconds`.
     seed: seeds the initial model, the order of examples, and the method's randomness.
-    partition: assigns the examples to workers or clients, such as `dirichlet(0.3)`.
+    partition: the assignment of examples to workers or clients, such as `dirichlet(0.3)`.
     clock: the workers' speeds on a virtual clock, such as `exponential(1.0)`; "" for none.
     hooks: called with (run, event) for every event of the run, before the built-in hooks. A
       function stops the run by returning a reason; a `Hook` may also split dispatches.
     out: the run's folder; None writes no files.
-    progress: prints one line per evaluation on stderr, or a progress bar on a terminal. Notes and
-      warnings are always printed.
+    progress: whether to print one line per evaluation on stderr, or a progress bar on a terminal.
+      Notes and warnings are always printed.
     **options: further fields of `Config`, such as eval_every=50 (steps), log_every=10 (steps),
       checkpoint_every=100 (steps), tolerance=1e-6 (norm of the full gradient), clip_norm=1.0.
 
@@ -82,7 +83,7 @@ def train(
     The trained model, its metrics and the summary.
 
   Raises:
-    UsageError: one line with the argument and its legal values. It is a ValueError.
+    UsageError: a ValueError with the argument and its legal values in one line.
     NonFinite: if a loss, the state or an evaluation is not finite.
     ReplicasDiffer: if the devices' copies of the state differ.
     CheckpointError: if the run has checkpoints and none is intact.
@@ -124,7 +125,7 @@ def _in_python(line: str) -> str:
 
 
 def _task(task: Task | Callable[..., Task] | str, model: Any) -> Task | None:
-  """The task as an object, built for the model if needed; None: it is built from its spec."""
+  """Returns the task as an object, built for the model if needed; None if it is a spec."""
   if isinstance(task, str):
     if model is None or isinstance(model, str):
       return None

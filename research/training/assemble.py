@@ -21,11 +21,12 @@ from research.training.config import OF_SERVER, Config, UsageError, flag
 from research.training.plan import Plan
 from research.training.virtual import Virtual, played, rounds_within
 
-# The modules of the executors; each is built from a Job.
+# The modules of the executors, each of which is built from a Job.
 EXECUTORS = {
   "simulate": "research.parallel.simulate",
   "pmap": "research.parallel.pmap",
   "spmd": "research.parallel.spmd",
+  "overlapped": "research.parallel.overlapped",
 }
 LEGAL = (*EXECUTORS, "server")  # the server has its own training loop
 
@@ -36,7 +37,7 @@ class Problem(NamedTuple):
   """A resolved run: objects and arrays, before anything is placed on a device."""
 
   plan: Plan
-  executors: tuple[Executor, ...]  # by stage of the plan; their states have one structure
+  executors: tuple[Executor, ...]  # by stage of the plan; all states have the same structure
   examples: Batch  # numpy [P, n, ...], of `task.train`
   sizes: np.ndarray  # [P]
   test: tuple[Batch, np.ndarray] | None  # numpy [D, n, ...] and sizes [D]
@@ -73,7 +74,7 @@ class Setting(NamedTuple):
   method: Method
   workers: int
   owners: int
-  batch_size: int | None  # per worker and step
+  batch_size: int | None  # examples per worker and step
   partition: Partition
   speeds: Speeds | None
   task: Task | None  # None: built later from its spec, which may read files
@@ -83,14 +84,14 @@ def check(config: Config, given: Given = NOTHING_GIVEN) -> Setting:
   """Rejects invalid configurations without reading data or using devices.
 
   Args:
-    config: numbers and switches, and specs of the parts that are not given.
+    config: numbers, switches, and the specs of parts that are not given.
     given: objects that replace specs.
 
   Returns:
     The objects built from the specs.
 
   Raises:
-    UsageError: one line with the flag.
+    UsageError: for an invalid flag, which the message names.
   """
   if config.executor == "server":
     raise UsageError("--executor='server': is only for experiments/run.py")
@@ -155,7 +156,7 @@ def check_numbers(config: Config) -> None:
     config: the run.
 
   Raises:
-    UsageError: one line with the flag.
+    UsageError: for an invalid flag, which the message names.
   """
   for name in ("epochs", "clip_norm", "tolerance", "checkpoint_seconds", "virtual_seconds"):
     with flag(name, getattr(config, name)):
@@ -221,16 +222,16 @@ def _check_sampling(config: Config, workers: int) -> None:
 
 
 def assemble(config: Config, setting: Setting, devices: Sequence[Any] | None = None) -> Problem:
-  """Builds every part of a run and checks them against each other.
+  """Builds every part of a run, and checks that the parts fit each other.
 
   Args:
     config: the numbers and switches.
     setting: the result of `check`.
-    devices: the devices that `spmd` compiles for, not necessarily of this machine; None: this
-      machine's.
+    devices: the devices for which `spmd` compiles, possibly of another machine; None: those of this
+      machine.
 
   Raises:
-    UsageError: one line with the flag.
+    UsageError: for an invalid flag, which the message names.
   """
   axes, method, _, owners, batch_size, partition, speeds, _ = setting
   task = setting.task or sources.task_of(config)
@@ -280,7 +281,7 @@ def assemble(config: Config, setting: Setting, devices: Sequence[Any] | None = N
 def _steps(
   config: Config, examples: int, plan: Plan, virtual: Callable[[int], Virtual] | None
 ) -> int:
-  """The number of local steps of the run, a whole number of rounds."""
+  """Returns the number of local steps of the run, which is a whole number of rounds."""
   if config.virtual_seconds:
     with flag("virtual_seconds", config.virtual_seconds):
       if not virtual or config.rounds or config.epochs:

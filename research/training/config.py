@@ -18,9 +18,9 @@ def option(default: Any, text: str, least: float | None = None) -> Any:
   """Declares a field of `Config`.
 
   Args:
-    default: its default.
-    text: its description in --help.
-    least: its smallest legal value, if any.
+    default: the default value.
+    text: the description in --help.
+    least: the smallest legal value, if any.
   """
   return dataclasses.field(default=default, metadata={"text": text, "least": least})
 
@@ -29,13 +29,13 @@ def option(default: Any, text: str, least: float | None = None) -> Any:
 class Config:
   """The configuration of a run: numbers, switches and specs. Its fields are the command's flags.
 
-  `assemble` resolves it to a Problem of objects. If a Python program passes objects, the fields for
-  their specs hold only labels.
+  `assemble` resolves a configuration to a Problem of objects. If a Python program passes objects,
+  the fields for their specs contain only labels.
   """
 
   task: str = option(
     "digits()",
-    "What to learn: digits(), mnist(), least_squares(...), libsvm('a9a'), tinyshakespeare(), "
+    "Data and objective: digits(), mnist(), least_squares(...), libsvm('a9a'), tinyshakespeare(), "
     "text('PATH'), stream('PATH'); search: pagerank(), rank(), bm25(), cranfield(); finance: "
     "frontier('port1'), cvar(); medicine: breast_cancer(), diabetes(); recommendation: "
     "movielens(), movielens_als(), movielens_federated(); molecules: molecules('tox21').",
@@ -45,24 +45,25 @@ class Config:
   )
   method: str = option(
     "data_parallel(sgd(0.1, momentum=0.9), mean())",
-    "How to optimize: data_parallel(OPTIMIZER, AGGREGATOR, period=1) or averaged(METHOD); "
+    "Algorithm: data_parallel(OPTIMIZER, AGGREGATOR, period=1) or averaged(METHOD); "
     "optimizers and schedules are optax's, by name.",
   )
   executor: str = option(
     "simulate",
-    "How workers run: simulate (vmap), spmd (shard_map), pmap, or server (processes that push"
-    " to a parameter server, on Ray).",
+    "Executor of the workers: simulate (vmap), spmd (shard_map), pmap, overlapped (spmd, with "
+    "exchanges on devices of their own), or server (processes that push to a parameter server, on "
+    "Ray).",
   )
   mesh: str = option(
     "data:8",
-    "Sizes by axis: data (workers), slice (groups of workers); within a worker stage, fsdp, "
+    "Sizes by axis: data (workers), slice (groups of workers) and, within a worker, stage, fsdp, "
     "expert, seq, model.",
   )
   zero: int = option(
     3, "What is sharded along fsdp: 1 optimizer state, 2 gradients too, 3 parameters too.", 1
   )
   population: int = option(
-    0, "Clients, from which each round samples one per worker of --mesh; 0: all.", 0
+    0, "Number of clients; each round samples one per worker of --mesh; 0: a client per worker.", 0
   )
   sampling_rate: float = option(
     0.0,
@@ -70,33 +71,35 @@ class Config:
     " mesh's workers; 0: each worker samples one of its own clients.",
     0.0,
   )
-  dropout: float = option(0.0, "Probability that a worker's round is lost before it is sent.", 0.0)
+  dropout: float = option(
+    0.0, "Probability that a worker drops out of a round before it sends.", 0.0
+  )
   clock: str = option(
-    "", "Virtual time of workers that differ in speed, such as exponential(1.0); empty: none."
+    "", "Speeds of the workers on a virtual clock, such as exponential(1.0); empty: no clock."
   )
   partition: str = option(
     "iid()",
     "Examples by worker: iid(), in_order(), sorted(), dirichlet(0.3), shards(2), by_scaffold().",
   )
   batch_size: int | str = option(256, "Examples per step over all workers, or 'all'.")
-  steps: int = option(400, "Local steps.", 1)
+  steps: int = option(400, "Number of local steps.", 1)
   epochs: float = option(
     0.0, "Passes over the training data, in place of --steps if positive.", 0.0
   )
-  rounds: int = option(
-    0, "Rounds of local steps and one exchange, in place of --steps if positive.", 0
-  )
+  rounds: int = option(0, "Number of rounds, in place of --steps if positive.", 0)
   virtual_seconds: float = option(
-    0.0, "Runs this long on --clock, in place of --steps if positive.", 0.0
+    0.0, "Duration of the run on --clock, in place of --steps if positive.", 0.0
   )
   seed: int = option(
     0, "Seeds the initial model, the order of examples and the method's randomness.", 0
   )
   clip_norm: float = option(
-    0.0, "Clips each worker's mini-batch gradients to this norm; 0: no.", 0.0
+    0.0, "Norm to which each worker's mini-batch gradients are clipped; 0: no clipping.", 0.0
   )
   tolerance: float = option(
-    0.0, "Stops when an evaluation finds the full gradient's norm below it; 0: no.", 0.0
+    0.0,
+    "Stops when the norm of the full gradient is below this value at an evaluation; 0: never.",
+    0.0,
   )
   delta: float = option(
     1e-05, "Delta of the (epsilon, delta) differential privacy that `noisy` spends.", 0.0
@@ -107,14 +110,14 @@ class Config:
     "whichever is faster.",
   )
   steps_per_dispatch: int = option(
-    100, "Maximum number of steps between two visits of the host.", 1
+    100, "Maximum number of steps that the devices run without the host.", 1
   )
   log_every: int = option(10, "Steps per row of metrics.jsonl.", 1)
   eval_every: int = option(50, "Steps between evaluations; 0: only at the end.", 0)
   checkpoint_every: int = option(100, "Steps between checkpoints; 0: only at the end.", 0)
   checkpoint_seconds: float = option(1.0, "Minimum seconds between two checkpoints.", 0.0)
   check_every: int = option(
-    100, "Steps between comparisons of the devices' copies; 0: only at the end.", 0
+    100, "Steps between comparisons of replicated state across devices; 0: only at the end.", 0
   )
   out: str = option("", "Folder of the run; empty: runs/TASK-METHOD-HASH of the flags.")
   data_dir: str = option(
@@ -126,21 +129,21 @@ class Config:
   allow_changes: bool = option(False, "Resumes a run that had different flags.")
   diagnostics: bool = option(
     False,
-    "Rows have compression error, memory norm, spread of the workers' models, update norm, "
+    "Adds to rows: compression error, memory norm, spread of the workers' models, update norm, "
     "gradient norm and, on a clock, staleness.",
   )
   tensorboard: bool = option(False, "Also writes TensorBoard events (needs tensorboardX).")
   profile: bool = option(False, "Traces the second dispatch into OUT/profile.")
   server_mode: str = option(
     "async",
-    "When a server updates: async (on each push), ssp (the same, no worker more than --bound "
-    "ahead), sync (one push per worker), elastic (the workers present), hogwild (shared memory, "
-    "no server).",
+    "When a server updates: async (on each push), ssp (on each push; a worker waits if it is more "
+    "than --bound ahead), sync (after one push per worker), elastic (after a fixed time), hogwild "
+    "(no server, shared memory).",
   )
-  workers: int = option(0, "Worker processes of --executor=server; 0: the workers of --mesh.", 0)
-  shards: int = option(1, "Server processes, each with some of the model's leaves.", 1)
+  workers: int = option(0, "Number of worker processes of --executor=server; 0: as in --mesh.", 0)
+  shards: int = option(1, "Number of server processes, each with some of the model's leaves.", 1)
   bound: int = option(
-    2, "For --server_mode=ssp: updates between the fastest worker and the slowest.", 0
+    2, "For --server_mode=ssp: maximum lead of a worker over the slowest, in pushes.", 0
   )
   round_seconds: float = option(
     1.0, "For --server_mode=elastic: duration of a round's local steps.", 0.0
@@ -149,7 +152,7 @@ class Config:
     True, "A server's workers compute while their last push is in flight (async, ssp)."
   )
   slowdown: str = option(
-    "", "How many times longer a server's workers take, by number: {0: 4}; for studies."
+    "", "Factors by which a server's workers are slowed down, by number, such as {0: 4}."
   )
   restarts: int = option(
     100, "Maximum number of process restarts in a run of --executor=server.", 0
@@ -159,7 +162,7 @@ class Config:
   )
   node_ip: str = option(
     "127.0.0.1",
-    "Address on which a newly started Ray listens; beyond the loopback only if set here.",
+    "Address on which a newly started Ray listens; by default the loopback only.",
   )
 
   @classmethod
@@ -198,22 +201,22 @@ def called(spec: str) -> str:
 
 
 NAMED = ("task", "model", "method", "executor", "mesh", "seed")
-# Flags of --executor=server only; others ignore them.
+# Flags of --executor=server, which other executors ignore.
 OF_SERVER = ("server_mode", "workers", "shards", "bound", "round_seconds", "overlap", "slowdown")
 
 
 @contextlib.contextmanager
 def flag(name: str, value: Any) -> Iterator[None]:
-  """Context that turns an error about an invalid value into a UsageError that names the flag.
+  """Context that converts an error about an invalid value to a UsageError that names the flag.
 
   Errors in a user's code are not changed; see `blame`.
 
   Args:
     name: the flag.
-    value: its value.
+    value: the flag's value.
 
   Raises:
-    UsageError: one line.
+    UsageError: if the block rejects the value.
   """
   try:
     yield

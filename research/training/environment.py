@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from research.core.text import listed, quoted
 from research.training.config import UsageError
 
-_MOST = 4096  # maximum CPU devices: JAX takes 10 s to create them, 40 s for twice as many
+_MOST = 4096  # maximum CPU devices; JAX creates them in 10 s, and twice as many in 40 s
 
 
 def import_jax() -> None:
@@ -46,7 +46,7 @@ def starting() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _said(*errors: type[Exception]) -> Iterator[None]:
-  """Turns JAX's errors into one line with its environment variables."""
+  """Context that converts JAX's errors to one line with JAX's environment variables."""
   try:
     yield
   except errors as error:

@@ -1,4 +1,4 @@
-"""Provides the training data of each dispatch: resident on devices, or read one dispatch ahead."""
+"""Provides the training data of each dispatch, kept on devices or read one dispatch ahead."""
 
 import functools
 
@@ -29,14 +29,14 @@ def buffers(config: Config, method: Method, owners: int, batch_size: int) -> np.
 
 
 def check(config: Config, method: Method) -> None:
-  """Rejects options that need more of a streamed data set than the next batches.
+  """Rejects options that need more of a streamed data set than its next batches.
 
   Args:
     config: the run.
-    method: its method.
+    method: the run's method.
 
   Raises:
-    UsageError: one line with the flag.
+    UsageError: for an invalid flag, which the message names.
   """
   wrong = {
     "batch_size": config.batch_size == "all" and "they are read batch by batch; give a number",
@@ -56,10 +56,10 @@ def check(config: Config, method: Method) -> None:
 class Training:
   """The training data of each dispatch.
 
-  For a task with a feed, it is a buffer [P, D b, ...] of D steps. The batch of step t is at
-  position t mod D, independent of where dispatches begin and end. Each process reads only the
-  examples of its own devices. All buffers have the same shape, so that nothing is recompiled.
-  `ahead` fills the next buffer while the devices compute.
+  For a task with a feed, the data is a buffer [P, D b, ...] of D steps. The batch of step t is at
+  position t mod D, wherever dispatches begin and end. Each process reads only the examples of its
+  own devices. All buffers have the same shape, so that nothing is recompiled. `ahead` fills the
+  next buffer while the devices compute.
   """
 
   def __init__(self, config: Config, job: Job, placed: Data):
@@ -68,7 +68,7 @@ class Training:
     Args:
       config: the run.
       job: the resolved job.
-      placed: the task's `train` on the devices; buffers of a feed use the same sharding.
+      placed: the task's `train` on the devices; the buffers of a feed have the same sharding.
     """
     self.config, self.job, self.placed = config, job, placed
     self.next: tuple[int, int, Data] | None = None
@@ -105,7 +105,7 @@ class Training:
     return jax.make_array_from_callback((workers, *rows(0, 0)[name].shape[1:]), sharding, part)
 
   def _rows(self, first: int, last: int, start: int, stop: int) -> Batch:
-    """The buffers of the workers start, ..., stop - 1."""
+    """Returns the buffers of the workers start, ..., stop - 1."""
     job, seed = self.job, self.config.seed
     assert job.task.feed
     assert job.batch_size

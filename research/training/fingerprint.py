@@ -1,6 +1,6 @@
-"""Fingerprints of a run's data and of the user's own code, which its flags do not determine.
+"""Fingerprints of a run's data and of the user's own code, neither of which the flags determine.
 
-A run is only resumed or shown again if its examples and its code are unchanged.
+A run is resumed or shown again only if its examples and its code are unchanged.
 """
 
 import collections
@@ -22,13 +22,13 @@ _WHOLE = 2**26  # maximum bytes of an array that is hashed in full
 _PLAIN = bool | int | float | complex | str | bytes | tuple | list | dict | set | np.ndarray
 _LIBRARY = ("__", "_object__", "_pytree__", "_abc_")
 _SHOWN = ("measured_on", "model", "title")  # fields of a task that do not affect its results
-_BLOCK = 2**16  # bytes of a block; larger arrays are hashed in blocks of _WHOLE bytes in total
+_BLOCK = 2**16  # bytes of a block; of larger arrays, blocks of _WHOLE bytes in total are hashed
 
 
 def of_specs(task: Task, *parts: Any) -> dict[str, str]:
   """Computes the fingerprints of a run that is built from specs.
 
-  Functions of this codebase and of libraries are identified by the specs, and not hashed.
+  The specs identify functions of this codebase and of libraries, so these functions are not hashed.
 
   Args:
     task: the task.
@@ -48,8 +48,8 @@ def of_specs(task: Task, *parts: Any) -> dict[str, str]:
 def of_objects(task: Task, *parts: Any) -> dict[str, str]:
   """Computes the fingerprints of a run that is built from a program's objects.
 
-  Functions are hashed by their bytecode and captured values, independent of comments and paths.
-  Objects without fields or leaves are hashed by their type only.
+  The hash of a function covers its bytecode and captured values, but no comments and no paths. The
+  hash of an object without fields or leaves covers only its type.
 
   Args:
     task: the task.
@@ -98,15 +98,15 @@ def _add_array(digest: Any, array: np.ndarray) -> None:
 
 
 class _Walk:
-  """Hashes an object and everything it refers to, breadth-first, each object once."""
+  """Hashes an object and everything to which it refers, breadth-first, each object once."""
 
   def __init__(self, values: bool):
     self.digest, self.found, self._values = hashlib.sha256(), False, values
-    self._met: dict[int, tuple[int, Any]] = {}  # by id; keeping the objects keeps ids unique
+    self._met: dict[int, tuple[int, Any]] = {}  # by id; the objects are kept, so ids are unique
     self._next: collections.deque[Any] = collections.deque()
 
   def add(self, x: Any) -> None:
-    """Hashes an object and everything it refers to."""
+    """Hashes an object and everything to which it refers."""
     self._next.append(x)
     while self._next:
       self._one(self._next.popleft())
@@ -170,7 +170,7 @@ class _Walk:
     self._all((x.__defaults__, x.__kwdefaults__, getattr(x, "__wrapped__", None), *cells))
 
   def _code(self, code: types.CodeType, names: Mapping[str, Any]) -> None:
-    """Hashes a user's function and everything that it refers to by name."""
+    """Hashes a user's function and everything to which it refers by name."""
     self.digest.update(code.co_code)
     for constant in code.co_consts:
       if isinstance(constant, types.CodeType):
@@ -208,7 +208,7 @@ class _Walk:
 
 
 def _fields(x: Any) -> Iterator[tuple[str, Any]]:
-  """The attributes of an object of a user's class, without a library's internals."""
+  """Yields the attributes of an object of a user's class, without a library's internals."""
   return ((name, value) for name, value in vars(x).items() if not name.startswith(_LIBRARY))
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: configuration, environment and fingerprints; it never holds another run."""
+"""The folder of a single run, with its configuration, environment and fingerprints."""
 
 import contextlib
 import fcntl
@@ -21,9 +21,9 @@ from research.training.reports.report import closing_table, note, with_nan, writ
 # Flags that do not affect the result of a run.
 _FREE = ("out", "data_dir", "allow_changes", "diagnostics", "tensorboard", "profile")
 _FREE = (*_FREE, "restarts", "ray_address", "node_ip")
-# Entries of every summary, besides the flags of NAMED.
+# Entries of every summary, in addition to the flags in NAMED.
 RESULT = ("workers", "steps", "stopped_because", "evaluated_on", "params_sha256")
-# Returns the fingerprints "data" and "code", stored in env.json under PRINTS.
+# A function that returns the fingerprints "data" and "code", stored in env.json under PRINTS.
 Prints = Callable[[], Mapping[str, str]]
 PRINTS = "made_of"
 IMPORT = "import"  # in config.json: the modules that registered names
@@ -53,7 +53,7 @@ def default_folder(config: Config) -> Path:
 
 
 def place(config: Config) -> Path:
-  """Where the run's files are: --out, or the default folder.
+  """Returns the folder of the run's files: --out, or the default folder.
 
   Raises:
     UsageError: if --out is not a valid path on this machine.
@@ -69,12 +69,12 @@ def check(config: Config) -> Path:
     config: the run.
 
   Raises:
-    UsageError: if the folder is not writable, contains files that are not a run's, or, without
+    UsageError: if the folder is not writable, contains files but no run, or, without
       --allow_changes, contains a run with other flags.
   """
   folder = place(config)
   with flag("out", str(folder)):
-    if not (folder / "summary.json").exists():  # a complete run is only shown
+    if not (folder / "summary.json").exists():  # a complete run only needs to be shown
       paths.writable(folder)
   try:
     _check(config, folder)
@@ -92,7 +92,7 @@ def _check(config: Config, folder: Path) -> None:
 
 
 def note_missing_modules(folder: Path) -> None:
-  """Reports in one line the modules that a folder's run imported and this process did not."""
+  """Reports in one line the modules that the folder's run imported but this process did not."""
   stored = (_stored(folder / "config.json") or {}).get(IMPORT, [])
   if not _without(stored):
     return
@@ -103,13 +103,13 @@ def note_missing_modules(folder: Path) -> None:
 
 
 def _without(modules: Sequence[str]) -> list[str]:
-  """Selects the modules that have registered nothing in this process."""
+  """Returns the modules that have registered nothing in this process."""
   here = {source.name for source in plugins.carried()}
   return [name for name in modules if name not in here]
 
 
 def _stored(path: Path) -> dict[str, Any] | None:
-  """The object in a JSON file; None if there is none."""
+  """Reads the object in a JSON file; None if there is no object."""
   try:
     found = json.loads(path.read_text())
   except (OSError, ValueError):
@@ -122,8 +122,8 @@ def unchanged(config: Config, folder: Path, made_of: Prints | None) -> bool:
 
   Args:
     config: the run.
-    folder: its folder.
-    made_of: returns its fingerprints; None: they are not compared.
+    folder: the run's folder.
+    made_of: returns the run's fingerprints; None: they are not compared.
   """
   before = _stored(folder / "config.json") or {}
   same = all(before.get(name) == value for name, value in identity(config).items())
@@ -131,7 +131,7 @@ def unchanged(config: Config, folder: Path, made_of: Prints | None) -> bool:
 
 
 def _changed_prints(folder: Path, made_of: Prints | None) -> list[str]:
-  """The names of fingerprints that differ from those in a folder; none if it stores none."""
+  """Returns the names of fingerprints that differ from those stored in a folder."""
   stored = (_stored(folder / "env.json") or {}).get(PRINTS)
   if stored is None or made_of is None:
     return []
@@ -144,8 +144,8 @@ def check_prints(config: Config, folder: Path, made_of: Prints) -> None:
 
   Args:
     config: the run.
-    folder: its folder.
-    made_of: returns its fingerprints.
+    folder: the run's folder.
+    made_of: returns the run's fingerprints.
 
   Raises:
     UsageError: if a fingerprint differs, without --allow_changes.
@@ -180,13 +180,13 @@ def finished(
 ) -> dict[str, Any] | None:
   """Returns the summary of a complete run with the same flags, data and code; None without one.
 
-  If a summary was edited and can no longer be shown, it is recomputed.
+  A summary that was edited and can no longer be shown is recomputed.
 
   Args:
     config: the run.
-    folder: its folder.
+    folder: the run's folder.
     steps: number of steps of the complete run.
-    made_of: returns its fingerprints; None: they are not compared.
+    made_of: returns the run's fingerprints; None: they are not compared.
 
   Raises:
     UsageError: if the folder contains a complete run with other flags, data or code.
@@ -211,7 +211,7 @@ def finished(
 
 
 def _result(path: Path) -> dict[str, Any] | None:
-  """Reads a summary; None if it lacks entries that are shown or compared."""
+  """Reads a summary; None if entries that are shown or compared are missing."""
   try:
     summary: dict[str, Any] = dict(with_nan(json.loads(path.read_text())))
     closing_table(summary, path.parent)
@@ -224,11 +224,11 @@ def _result(path: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def claimed(config: Config, folder: Path) -> Iterator[None]:
-  """Context that creates and locks the run's folder; a new folder is described, see `describe`.
+  """Context that creates and locks the run's folder; `describe` describes a new folder.
 
   Args:
     config: the run.
-    folder: its folder.
+    folder: the run's folder.
 
   Raises:
     UsageError: if the folder cannot be created, or another process is running in it.
@@ -251,8 +251,8 @@ def describe(config: Config, folder: Path, made_of: Prints | None = None) -> Non
 
   Args:
     config: the run.
-    folder: its folder.
-    made_of: returns its fingerprints, if they are stored.
+    folder: the run's folder.
+    made_of: returns the run's fingerprints; None: they are not stored.
   """
   prints = {PRINTS: dict(made_of())} if made_of else {}
   modules = [source.name for source in plugins.carried()]
@@ -281,7 +281,7 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str:
-  """The commit of the code, with '+changes' if files differ from it; '' outside of git."""
+  """Returns the commit of the code, with '+changes' for modified files; '' outside of git."""
   git = ["git", "-C", str(Path(__file__).parent)]
   try:
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)

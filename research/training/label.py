@@ -7,7 +7,7 @@ from typing import Any
 from research.core.part import Part
 from research.core.task import Task
 
-_MOST = 200  # characters
+_MOST = 200  # maximum number of characters
 
 
 def label(value: Any) -> str:
@@ -21,7 +21,7 @@ def label(value: Any) -> str:
   if isinstance(value, str):
     return value
   if isinstance(value, Part):
-    return repr(value)  # its spec, if it was built from names
+    return repr(value)  # the spec of an object that was built from names
   if dataclasses.is_dataclass(value) and not isinstance(value, type):
     text = re.sub(r" at 0x[0-9a-f]+", "", " ".join(repr(value).split()))
     return text if len(text) <= _MOST else f"{type(value).__name__}(...)"

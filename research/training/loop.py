@@ -1,4 +1,4 @@
-"""The training loop: a run, its hooks, and the generator of its events."""
+"""The training loop: a run, the hooks of a run, and the generator of its events."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ import numpy as np
 
 from research.core.base import Params
 from research.core.task import Data, TrainState
-from research.parallel import diagnostics, resize
+from research.parallel import diagnostics, resize, workers
 from research.training import fingerprint
 from research.training import folder as folders
 from research.training.assemble import NOTHING_GIVEN, Given, Problem, assemble, check
@@ -61,13 +61,13 @@ def train(config: Config) -> tuple[dict[str, Any], Path]:
 def trained(
   config: Config, given: Given, hooks: Sequence[Hook], *, writes: bool, shown: bool = True
 ) -> Result:
-  """Starts or resumes a run; with `writes`, in its own folder.
+  """Starts or resumes a run; with `writes`, the run has its own folder.
 
   Args:
     config: numbers, switches, and specs or labels.
     given: objects in place of specs.
-    hooks: the user's hooks, which receive each event before those of the run.
-    writes: False keeps everything in memory and writes no files.
+    hooks: the user's hooks, which receive each event before the built-in hooks.
+    writes: whether to write files; False keeps everything in memory.
     shown: whether progress is printed on stderr.
   """
   heartbeat.announce()
@@ -95,7 +95,7 @@ def trained(
         if main and folder:
           stack.enter_context(folders.claimed(config, folder))
       run = Run(config, problem, timing)
-      costs, network = Costs(run), Network(main)
+      costs, network = Costs(run), Network(run, main)
       own = Hooks(
         run,
         stack,
@@ -129,7 +129,7 @@ def _made_of(given: Given) -> Callable[..., dict[str, str]]:
 
 
 def _restored(config: Config, problem: Problem, folder: Path) -> Params:
-  """The deployed model of a complete run, from its newest checkpoint."""
+  """Restores the deployed model of a complete run from its newest checkpoint."""
   with jax.enable_x64(config.x64 or bool(jax.config.read("jax_enable_x64"))):
     run = Run(config, problem)
     with contextlib.closing(Save(run, run.store(folder))) as save:
@@ -174,18 +174,18 @@ class Hooks:
       save.restore(run)
     label = self.evaluate.label
     self.log = closing(Log(run, label, columns, of_dispatches, folder=folder, shown=shown))
-    # A dispatch's rows are written before it is checked; it is saved before signals are checked.
+    # A dispatch's rows are written before the checks, and its state is saved before signals count.
     self.all: list[Hook] = [*first, self.log, *judges, self.evaluate, Tolerance()]
     self.all += [*saves, closing(Signals())]
 
 
 class Run(BaseRun):
-  """A run of compiled programs in this process.
+  """A run that executes compiled programs in this process.
 
   Attributes:
     problem: the parts of the run.
     data: the training data of each dispatch.
-    state: the TrainState.
+    state: the TrainState; reading it waits for exchanges that are on their way.
     metrics: the metrics of the newest dispatch, on the devices.
   """
 
@@ -193,11 +193,26 @@ class Run(BaseRun):
     super().__init__(config, problem.plan, problem.steps, timing)
     self.problem = problem
     init_key, self.data_key = jax.random.split(jax.random.key(config.seed))
-    self.state: TrainState = problem.executor.init(init_key)
+    self._state: Any = problem.executor.init(init_key)
     placed = problem.executor.place(problem.examples, problem.sizes, self.data_key)
     self.data = Training(config, problem.job, placed)
-    without = jax.config.values["jax_disable_jit"]  # each of its steps starts on the host
+    without = jax.config.values["jax_disable_jit"]  # without jit, each step starts on the host
     self._transfers = "allow" if without else "disallow"
+
+  @property
+  def state(self) -> TrainState:
+    found = self.problem.executor.settled(self._state)
+    # what was on its way is not in the metrics of a dispatch
+    if found is not self._state and not bool(_all_finite(found.method)):
+      raise NonFinite(f"the state became non-finite before step {self.step}; {self.kept()}")
+    return found
+
+  @state.setter
+  def state(self, state: TrainState) -> None:
+    self._state = state
+
+  def wait(self) -> None:
+    jax.block_until_ready(self._state)
 
   def advance(self, to: int) -> Rounds:
     """Starts the rounds up to a step without waiting for them."""
@@ -206,18 +221,24 @@ class Run(BaseRun):
     executor = self.problem.executors[plan.stage(first)]
     data = self.data.of(first, to)
     with jax.transfer_guard(self._transfers):
-      self.state, self.metrics = executor.run(self.state, data, rounds=rounds)
+      self._state, self.metrics = executor.run(self._state, data, rounds=rounds)
     self.step = to
     return Rounds(first, to, self.metrics)
 
   def prepare(self, to: int) -> None:
     self.data.ahead(self.step, to)
 
+  def alone(self) -> tuple[float, float]:
+    """Seconds per step of computing and of the exchange, each alone, of an executor that can."""
+    measure = self.problem.executor.alone
+    assert measure
+    return measure(self._state, self.data.placed)
+
   def end(self, every: Sequence[int]) -> int:
     return super().end((self.config.steps_per_dispatch, *every))
 
   def params(self) -> Params:
-    return self.problem.executor.params(self.state)
+    return self.problem.executor.params(self._state)
 
   def examples(self) -> tuple[Data, Data | None]:
     test = self.problem.test
@@ -233,28 +254,32 @@ class Run(BaseRun):
   def _diagnostics(
     self, norms: Mapping[str, np.ndarray], first: int, step: int
   ) -> dict[str, float]:
-    """The diagnostics of the round that contains a step, in a dispatch from step `first` on."""
+    """Returns the diagnostics of the round that contains a step of a dispatch from step `first`."""
     number = math.ceil(self.plan.rounds(step)) - 1
     place = number - round(self.plan.rounds(first))
     means = {name: float(norms[name][place]) for name in diagnostics.NAMES}
     steps = len(norms[diagnostics.GRADIENT]) // len(norms["update"])
-    last_step = (place + 1) * steps - 1  # of the round
+    last_step = (place + 1) * steps - 1  # last step of the round
     found = diagnostics.columns(means, float(norms[diagnostics.GRADIENT][last_step]))
     if isinstance(self.problem.virtual, VirtualServer):
       found["staleness"] = float(self.problem.virtual.staleness[number])
     return found
 
   def store(self, folder: Path) -> Checkpoints:
-    """The checkpoints in the run's folder."""
+    """Opens the checkpoints in the run's folder."""
     placed = resize.placed(self.job, self.problem.executor.layout.state, self.state)
     return Checkpoints(folder.resolve() / "checkpoints", self.state, placed)
+
+
+_all_finite = jax.jit(workers.all_finite)
 
 
 def events(run: BaseRun, hooks: Sequence[Hook] = ()) -> Iterator[Event]:
   """Runs the remaining rounds of a run, until it is complete or stopped, and yields its events.
 
-  The caller receives every event first, then each hook; the same holds for the events of hooks. The
-  run's state is that of the newest `Rounds`. Reading it waits for the devices.
+  The caller receives every event first, and then each hook does; this includes the events that
+  hooks yield. The run's state is that of the newest `Rounds`. Reading the state waits for the
+  devices.
   """
   every = [hook.every for hook in hooks]
   while run.step < run.steps and not run.reason:

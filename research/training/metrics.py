@@ -25,7 +25,8 @@ def evaluator(task: Task, mesh: Mesh, batch: int = 1) -> Callable[..., dict[str,
   Args:
     task: provides the metrics.
     mesh: the mesh of the data.
-    batch: number of examples that the devices of a worker share evenly; chunks are multiples of it.
+    batch: number of examples that the devices of a worker share evenly; the size of a chunk is a
+      multiple of it.
 
   Returns:
     The compiled function; its result has scalars by name.

@@ -1,4 +1,4 @@
-"""When the rounds of a run begin and end, in local steps, and how many bytes they send."""
+"""The plan of a run: the local steps at which rounds begin and end, and the bytes of rounds."""
 
 import bisect
 import math
@@ -16,39 +16,39 @@ class Plan:
     """Creates a plan.
 
     Args:
-      jobs: one per stage, i.e. per period of the method, in order.
+      jobs: the jobs of the stages, in order; each stage has one period of the method.
     """
     self.jobs = jobs
     self.starts = [job.first_step for job in jobs]
 
   def stage(self, step: int) -> int:
-    """The index of the stage of the round that begins at a step."""
+    """Returns the index of the stage of the round that begins at a step."""
     return bisect.bisect(self.starts, step) - 1
 
   def rounds(self, step: int) -> float:
-    """The number of rounds, possibly fractional, in a number of steps."""
+    """Returns the number of rounds, possibly fractional, in a number of steps."""
     job = self.jobs[self.stage(step)]
     return job.first_round + (step - job.first_step) / job.method.local_steps
 
   def steps(self, rounds: int) -> int:
-    """The number of steps in a number of rounds."""
+    """Returns the number of steps in a number of rounds."""
     job = [job for job in self.jobs if job.first_round <= rounds][-1]
     return job.first_step + (rounds - job.first_round) * job.method.local_steps
 
   def end(self, step: int) -> int:
-    """The end of the first round that ends at or after a given step."""
+    """Returns the end of the first round that ends at or after a given step."""
     job = self.jobs[self.stage(step)]
     period = job.method.local_steps
     return job.first_step - (job.first_step - step) // period * period
 
   def next_stage(self, step: int) -> int | None:
-    """The step at which the next stage starts; None in the last stage."""
+    """Returns the step at which the next stage starts; None in the last stage."""
     later = self.stage(step) + 1
     return self.starts[later] if later < len(self.starts) else None
 
 
 class Sent:
-  """The bytes that a worker's algorithm sends in a run, in memory independent of its length."""
+  """Counts the bytes that a worker's algorithm sends; the memory does not grow with the run."""
 
   def __init__(self, plan: Plan, layout: layouts.Layout, steps: int):
     self.plan = plan
@@ -60,27 +60,27 @@ class Sent:
     ]
 
   def until(self, step: int) -> float:
-    """The bytes sent in the first `step` steps."""
+    """Returns the bytes sent in the first `step` steps."""
     rounds = self.plan.rounds(step)
     return sum((stage.until(stop) for stage, stop in self._begun(rounds)), 0.0)
 
   def transfers(self, step: int) -> list[wire.Transfer]:
-    """The transfers in the first `step` steps."""
+    """Returns the transfers in the first `step` steps."""
     rounds = max(1, round(self.plan.rounds(step)))
     return [t for stage, stop in self._begun(rounds) for t in stage.transfers(round(stop))]
 
   def _begun(self, rounds: float) -> list[tuple["Stage", float]]:
-    """The stages that have begun after a number of rounds, each with its end so far."""
+    """Returns the stages that have begun after a number of rounds, each with its end so far."""
     ends = [*self._ends[:-1], rounds]
     begun = zip(self._stages, ends, strict=True)
     return [(stage, min(rounds, end)) for stage, end in begun if stage and stage.first < rounds]
 
 
 class Stage:
-  """The bytes sent from a stage's first round on.
+  """Counts the bytes sent from a stage's first round on.
 
-  Rounds are traced in consecutive pieces, each once, as the run reaches them; a resumed run first
-  traces the rounds that are already complete.
+  Rounds are traced in consecutive pieces, each of them once, when the run reaches the piece. A
+  resumed run first traces the rounds that are already complete.
   """
 
   PIECE = 2**16  # rounds per piece
@@ -102,7 +102,7 @@ class Stage:
     self._begin()
 
   def until(self, rounds: float) -> float:
-    """The bytes from the stage's first round up to round `rounds`, which may be fractional."""
+    """Returns the bytes from the stage's first round to round `rounds`, which may be fractional."""
     if self._rounds.each is not None:
       return (rounds - self.first) * self._rounds.each
     whole = int(rounds)
@@ -112,7 +112,7 @@ class Stage:
     return float(self._before + inside + part)
 
   def transfers(self, rounds: int) -> list[wire.Transfer]:
-    """The transfers from the stage's first round up to round `rounds`."""
+    """Returns the transfers from the stage's first round to round `rounds`."""
     if self._rounds.each is not None:
       return wire.happened(self._rounds.between(self.first, rounds).transfers)
     self._go_to(rounds)

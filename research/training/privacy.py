@@ -1,4 +1,4 @@
-"""Computes the privacy spent by a run, from its noisy aggregators and the visible messages."""
+"""Computes the privacy spent by a run from its noisy aggregators and the visible messages."""
 
 import functools
 import math
@@ -43,13 +43,13 @@ class _Uncounted(Exception):
 def spending(config: Config, job: Job, layout: Layout) -> Spent:
   """Computes the privacy that a run spends.
 
-  Noise is found by the types of the method's parts and, if some are from outside this library, also
-  in one traced round.
+  Noise is found by the types of the method's parts. If some parts are from outside this library,
+  one traced round is also searched for noise.
 
   Args:
     config: provides delta and the flags.
     job: the resolved job.
-    layout: which of its state is private.
+    layout: which leaves of the method's state are private.
   """
   noisy = [a for a in _outermost(job.method) if any(a.parts(Noisy)) or Trait.NOISE in a.traits]
   noises = [a.privacy for a in noisy if isinstance(a.privacy, Noise)]
@@ -77,7 +77,7 @@ def spending(config: Config, job: Job, layout: Layout) -> Spent:
 
 
 def _outermost(method: Method) -> list[Aggregator]:
-  """The aggregators that a method, or a method within it, holds directly."""
+  """Returns the aggregators that are fields of a method or of a method within it."""
   return [a for part in method.parts(Method) for a in part.aggregators()]
 
 
@@ -98,7 +98,7 @@ def columns(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def over(axis: Axes, axes: Mapping[str, int]) -> dict[str, int]:
-  """The worker axes of a mesh over which an aggregator exchanges, with their sizes.
+  """Returns the sizes of the worker axes over which an aggregator exchanges, by axis.
 
   Args:
     axis: the aggregator's axes.
@@ -142,7 +142,7 @@ def _counted(
 
 
 def _is_of_the_sum(noise: Noise, seen: Sum, own: float, job: Job) -> bool:
-  """Whether only the sum is visible, with rounding fine enough for the noise; see `noisy`."""
+  """Whether only the sum is visible, and is rounded finely enough for the noise; see `noisy`."""
   params = jax.tree.leaves(jax.eval_shape(job.task.init, jax.random.key(0)))
   if not all(is_wide(leaf.dtype) for leaf in params):
     return False
@@ -153,7 +153,7 @@ def _is_of_the_sum(noise: Noise, seen: Sum, own: float, job: Job) -> bool:
 
 
 def _noisy_exchanges(job: Job, layout: Layout) -> int:
-  """The maximum number of noisy exchanges in a round.
+  """Returns the maximum number of noisy exchanges in a round.
 
   Raises:
     _Uncounted: if workers also exchange anything without noise.
@@ -167,7 +167,7 @@ def _noisy_exchanges(job: Job, layout: Layout) -> int:
 
 
 def _sync(job: Job, layout: Layout) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-  """The communicating part of a round, and the shapes of its arguments."""
+  """Returns the communicating part of a round, and the shapes of its arguments."""
   key = jax.eval_shape(lambda: jax.random.key(0))
   weight = jax.ShapeDtypeStruct((), jnp.float32)
   program = lambda state, local, weight, key: workers.sync(job, local, state, weight, key)
@@ -190,7 +190,7 @@ def _adds_noise(job: Job, layout: Layout) -> bool:
 
 
 class _Silent(Aggregator):
-  """Replaces a noisy aggregator by a call without communication that a trace shows by name."""
+  """Replaces a noisy aggregator by a named call that appears in a trace and sends nothing."""
 
   inner: Aggregator
 
@@ -211,7 +211,7 @@ def _silent(inner: Aggregator) -> Aggregator:
 
 
 def _marks(jaxpr: Any) -> int:
-  """The maximum number of such calls that a program executes, over all branches."""
+  """Returns the maximum number of such calls that a program executes, over all branches."""
   found = 0
   for eqn in jaxpr.eqns:
     inside = [_marks(program.jaxpr) for program in programs(eqn)]

@@ -1,4 +1,4 @@
-"""The share of a model's parameters to which a matrix optimizer such as Muon applies."""
+"""Computes the share of a model's parameters to which a matrix optimizer such as Muon applies."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ _LEAST = 0.5  # minimum share of the parameters
 class Reach(NamedTuple):
   """The parameters that an optimizer updates by its own rule rather than by Adam's."""
 
-  reached: int  # elements
+  reached: int  # number of elements
   total: int
   names: frozenset[str]  # names of the leaves that are reached
 
@@ -34,8 +34,8 @@ STEPS = {"muon": "orthogonalized", "galore": "low-rank"}  # adjective for the op
 def reaches(state: Any) -> dict[str, Reach]:
   """Finds the reach of each matrix optimizer in a method's state, at any depth.
 
-  `optax.contrib.muon` without dimension numbers applies to leaves of two dimensions and leaves the
-  others to Adam at its own learning rate; `galore` projects leaves of two dimensions.
+  `optax.contrib.muon` without dimension numbers applies to leaves of two dimensions, and updates
+  the others by Adam with a separate learning rate; `galore` projects leaves of two dimensions.
 
   Args:
     state: the state of a method, arrays or shapes.
@@ -59,7 +59,7 @@ def check(state: Any) -> None:
     state: the state of a method, arrays or shapes.
 
   Raises:
-    ValueError: with the share.
+    ValueError: if an optimizer reaches less than half; the message gives the share.
   """
   for name, reach in reaches(state).items():
     if reach.share < _LEAST:
@@ -74,7 +74,7 @@ def describe(name: str, reach: Reach) -> str:
 
   Args:
     name: "muon" or "galore".
-    reach: its reach.
+    reach: the optimizer's reach.
   """
   among = ", embeddings among them," if reach.embeds else ""
   return (
@@ -98,7 +98,10 @@ def _of_muon(states: Mapping[str, Any]) -> Reach:
 
 
 def _of_galore(state: contrib.GaLoreState) -> Reach:
-  """The projector of an m x n leaf is m x r or n x r; its moments have the other dimension."""
+  """Infers the sizes of leaves from the sizes of their projectors and moments.
+
+  The projector of an m x n leaf is m x r or n x r; its moments have the other dimension and r.
+  """
   (moments, *_) = _of_types(state.base_optimizer_state, (optax.ScaleByAdamState,))
   reached, total, names = 0, 0, set()
   pairs = zip(_sizes(state.projector), _leaves(state.projector), _sizes(moments.mu), strict=True)

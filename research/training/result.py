@@ -18,7 +18,7 @@ class Result:
   Attributes:
     summary: the contents of summary.json: "steps", "stopped_because", "train_loss", "eval",
       "wire" and more.
-    folder: the run's folder; None if it wrote no files.
+    folder: the run's folder; None if the run wrote no files.
   """
 
   def __init__(
@@ -34,22 +34,22 @@ class Result:
 
   @functools.cached_property
   def params(self) -> Params:
-    """The model to deploy, a tree of JAX arrays; read from a checkpoint if the run was complete."""
+    """The model to deploy, a tree of JAX arrays; for a completed run, read from a checkpoint."""
     return self._params()
 
   @functools.cached_property
   def model(self) -> Any:
     """The user's model with the trained parameters, ready to predict, with dropout off.
 
-    An NNX model is in `eval` mode, and an Equinox model, which takes single examples, in inference
-    mode. A linen module is bound to its parameters, so that it can be called directly. None if the
-    task was not built from such a model.
+    An NNX model is in `eval` mode. An Equinox model, which takes single examples, is in inference
+    mode. A linen module is bound to its parameters, so that it can be called directly. The value is
+    None if the task was not built from such a model.
     """
     return self._model(self.params) if self._model else None
 
   @functools.cached_property
   def metrics(self) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl: "step", "loss", "seconds", and what was measured at the step."""
+    """The rows of metrics.jsonl: "step", "loss", "seconds", and further metrics of the step."""
     return report.read_rows(self.folder / "metrics.jsonl") if self.folder else self._rows
 
   def curve(self, name: str, against: str = "step") -> tuple[np.ndarray, np.ndarray]:
@@ -106,7 +106,7 @@ class Result:
 
 
 def _columns(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-  """The numbers of a row by name; those in a group are named "group.name"."""
+  """Yields the numbers of a row by name; a number in a group is named "group.name"."""
   for name, value in row.items():
     if isinstance(value, Mapping):
       yield from ((f"{name}.{inner}", x) for inner, x in value.items())

@@ -1,4 +1,4 @@
-"""Interface of a run to the loop and its hooks, independent of what executes its rounds."""
+"""The interface between a run and the loop with its hooks, independent of the executor."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,14 +21,15 @@ class BaseRun:
 
   Attributes:
     config: the flags.
-    plan: when rounds begin and end.
+    plan: the steps at which rounds begin and end.
     steps: number of local steps of the complete run.
-    timing: the clock.
+    timing: the clock of the run.
     step: number of local steps that have been started.
     reason: why the run stops; "" while it continues.
-    state: what a checkpoint stores.
+    state: the state that a checkpoint stores.
     metrics: the metrics of the newest dispatch.
     kept: returns a description of the remaining checkpoint, for messages.
+    before_aside: called before work that is not a training step.
   """
 
   state: Any
@@ -38,6 +39,7 @@ class BaseRun:
     self.step, self.reason = 0, ""
     self.metrics: Mapping[str, Any] = {}
     self.kept: Callable[[], str] = lambda: "no checkpoint was saved yet"
+    self.before_aside: Callable[[], None] = lambda: None
 
   @property
   def job(self) -> Job:
@@ -59,18 +61,22 @@ class BaseRun:
 
   @required
   def examples(self) -> tuple[Data, Data | None]:
-    """The training and test examples, placed for evaluation."""
+    """Returns the training and test examples, placed for evaluation."""
     ...
+
+  def wait(self) -> None:
+    """Waits for everything that has been started; needs no other process to call it."""
+    jax.block_until_ready(self.state)
 
   def stop(self, reason: str) -> None:
     """Requests that no more rounds start; the run is then evaluated and saved."""
     self.reason = reason
 
   def end(self, every: Sequence[int]) -> int:
-    """Returns the end of the next dispatch: a multiple of one of `every`, or the end of a stage.
+    """Returns the end of the next dispatch: a multiple of a number in `every`, or a stage's end.
 
-    It is a whole number of rounds from zero and depends only on absolute steps, so a resumed run
-    has the same dispatches as an uninterrupted one.
+    The end is a whole number of rounds after step 0 and depends only on absolute steps, so a
+    resumed run has the same dispatches as an uninterrupted one.
     """
     plan = self.plan
     stops = [(self.step // n + 1) * n for n in every if n > 0]
@@ -83,7 +89,7 @@ class BaseRun:
 
     Args:
       first: local steps before the dispatch.
-      last: local steps after it, which is the step of the last row.
+      last: local steps after the dispatch, which is the step of the last row.
       metrics: the metrics of the dispatch, on the host.
     """
     del metrics
@@ -96,7 +102,8 @@ class BaseRun:
 
   @contextlib.contextmanager
   def aside(self) -> Iterator[None]:
-    """Context for work that is not a training step; it waits for the current dispatch first."""
+    """Context for work that is not a training step; waits for the current dispatch first."""
     jax.block_until_ready(self.metrics)
+    self.before_aside()
     with self.timing.aside():
       yield

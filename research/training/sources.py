@@ -1,4 +1,4 @@
-"""Builds the task and model of a run from its flags, and partitions its examples over owners."""
+"""Builds the task and model of a run from flags, and partitions the examples over owners."""
 
 import math
 
@@ -15,13 +15,13 @@ from research.training.config import Config, called, flag
 
 
 def task_of(config: Config) -> Task:
-  """Builds the task with its model from their flags.
+  """Builds the task with its model from the flags.
 
   Args:
     config: the run.
 
   Raises:
-    UsageError: one line with the flag.
+    UsageError: for an invalid flag, which the message names.
   """
   with flag("task", config.task):
     call = parse(config.task)
@@ -65,13 +65,13 @@ def partitioned(
     config: provides the seed and the spec of the partition.
     task: provides the examples, `train`.
     owners: P, the number of workers or clients.
-    split: a partition that replaces the spec's.
+    split: a partition that replaces that of the spec.
 
   Returns:
     numpy arrays [P, n, ...], padded to the largest owner, and the number of examples of each owner.
 
   Raises:
-    UsageError: if the partition needs labels and there are none, or does not fit the examples.
+    UsageError: if the partition needs labels that do not exist, or does not fit the examples.
   """
   with flag("partition", config.partition):
     if split is None:

@@ -15,7 +15,7 @@ def together() -> Iterator[None]:
   """Raises a usage error on all processes when one process raises it, before any of them waits.
 
   Raises:
-    UsageError: this process's own, or one that points to another process's message.
+    UsageError: if a process raises one; other processes refer to the message of that process.
   """
   try:
     yield

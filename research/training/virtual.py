@@ -1,4 +1,4 @@
-"""Virtual time: when each round of a run ends on a clock that gives the workers' speeds."""
+"""Virtual time: the end of each round of a run on a clock that gives the workers' speeds."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,25 +14,25 @@ MOST = 2**24  # maximum number of rounds whose times are computed before a run s
 class VirtualServer(NamedTuple):
   """The rounds of workers that do not wait for each other, on a virtual clock."""
 
-  seconds: np.ndarray  # float64 [K], at the end of each round
+  seconds: np.ndarray  # float64 [K], the end of each round
   order: np.ndarray  # int32 [K], the worker of each round
-  staleness: np.ndarray  # int32 [K], updates since the model at which each gradient was computed
+  staleness: np.ndarray  # int32 [K], number of updates since the model of each gradient
 
   def at(self, rounds: float) -> float:
-    """The time at which a number of rounds is complete, interpolated within a round."""
+    """Returns the time at which a number of rounds is complete, interpolated within a round."""
     return _between(self.seconds, rounds)
 
   def within(self, seconds: float) -> int | None:
-    """The number of rounds that end within a time; None if all of them do."""
+    """Returns the number of rounds that end within a time; None if all of them do."""
     found = int(np.searchsorted(self.seconds, seconds, side="right"))
     return found if found < len(self.seconds) else None
 
 
 class VirtualRounds:
-  """The rounds of workers that wait for the slowest; times are drawn in pieces on demand."""
+  """The rounds of workers that wait for the slowest worker; times are drawn in pieces on demand."""
 
   order = None
-  STEPS = 2**16  # steps of a worker that are drawn at once, at least one round
+  STEPS = 2**16  # number of steps of a worker that are drawn at once, at least one round
 
   def __init__(self, lockstep: Callable[[], clock.Lockstep], plan: Plan):
     """Creates the times of a plan's rounds.
@@ -45,7 +45,7 @@ class VirtualRounds:
     self._begin()
 
   def at(self, rounds: float) -> float:
-    """The time at which a number of rounds is complete, interpolated within a round."""
+    """Returns the time at which a number of rounds is complete, interpolated within a round."""
     if rounds < self._first:
       self._begin()
     while rounds > self._first + len(self._ends):
@@ -53,7 +53,7 @@ class VirtualRounds:
     return _between(self._ends, rounds - self._first, self._before)
 
   def within(self, seconds: float) -> int | None:
-    """The number of rounds that end within a time; None if more than MOST do."""
+    """Returns the number of rounds that end within a time; None if more than MOST do."""
     self._begin()
     while not len(self._ends) or self._ends[-1] <= seconds:
       if self._first > MOST:
@@ -80,14 +80,14 @@ Virtual = VirtualServer | VirtualRounds
 
 
 def _between(ends: np.ndarray, rounds: float, start: float = 0.0) -> float:
-  """The time at which a number of rounds is complete, interpolated within a round."""
+  """Returns the time at which a number of rounds is complete, interpolated within a round."""
   whole = int(rounds)
   before = float(ends[whole - 1]) if whole else start
   return before if whole == rounds else float(before + (rounds - whole) * (ends[whole] - before))
 
 
 def played(speeds: clock.Speeds, plan: Plan, workers: int, seed: int) -> Callable[[int], Virtual]:
-  """Returns a function from the number of rounds to their times.
+  """Returns a function that maps a number of rounds to their times.
 
   A method that serves workers one by one receives each result when it is ready. With any other
   method, every round waits for the slowest worker.
@@ -125,7 +125,7 @@ def rounds_within(run: Callable[[int], Virtual], seconds: float) -> int:
     seconds: the virtual time.
 
   Raises:
-    ValueError: if no round does, or more than 2^24 do.
+    ValueError: if no round ends within this time, or more than 2^24 rounds do.
   """
   rounds = 64
   while (found := run(rounds).within(seconds)) is None:

@@ -305,3 +305,40 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen) -> None
     assert process.poll() is None, process.communicate()
     assert time.monotonic() < until
     time.sleep(0.01)
+
+
+OVERLAPPED = (
+  "--executor=overlapped",
+  "--mesh=data:4",
+  "--method=late(diloco(sgd(0.1), sgd(0.7, momentum=0.5), "
+  "error_feedback(gather_mean(top_k(0.3))), period=5), 7)",
+)
+
+
+def test_a_job_whose_exchanges_overlap_survives_a_death_and_an_interruption(pair, tmp_path):
+  """Each time, two exchanges are on their way, and the memory is on the communication devices."""
+  whole, broken = tmp_path / "whole", tmp_path / "broken"
+  whole.mkdir()
+  broken.mkdir()
+  assert [code for code, _, _ in end(pair(whole, "adam", *OVERLAPPED))] == [0, 0]
+
+  processes = pair(broken, "adam", *OVERLAPPED)
+  first = after_a_checkpoint(processes, broken)
+  processes[1].kill()
+  survivor, _ = end(processes)
+  assert survivor[0] not in (0, None), survivor
+  assert "Traceback" not in survivor[2], survivor
+
+  processes = pair(broken, "adam", *OVERLAPPED)
+  until = time.monotonic() + TIMEOUT
+  while checkpoints(broken)[-1] <= first and time.monotonic() < until:
+    time.sleep(0.01)
+  for process in processes:
+    process.send_signal(signal.SIGTERM)
+  assert [code for code, _, _ in end(processes)] == [0, 0]
+  assert [code for code, _, _ in end(pair(broken, "adam", *OVERLAPPED))] == [0, 0]
+  found, want = state(broken), state(whole)
+  assert set(found) == set(want)
+  for name, leaf in want.items():
+    np.testing.assert_array_equal(found[name], leaf, err_msg=name)
+  assert summary(broken)["params_sha256"] == summary(whole)["params_sha256"]

@@ -21,10 +21,13 @@ from research.core.base import Presence
 from research.core.method import Method
 from research.methods.data_parallel import data_parallel
 from research.methods.diloco import diloco
+from research.methods.eager_diloco import eager_diloco
 from research.methods.easgd import eamsgd, easgd
 from research.methods.federated import fed_avg, fed_opt
 from research.methods.hierarchical_local import hierarchical_local_sgd
+from research.methods.late import late
 from research.methods.local import local_sgd
+from research.methods.overlap_local_sgd import overlap_local_sgd
 from research.methods.post_local import post_local_sgd
 from research.methods.restarted import restarted
 from research.methods.slow_mo import slow_mo
@@ -59,6 +62,11 @@ METHODS = {
   "streaming_late": streaming_diloco(
     INNER, NESTEROV, mean(), period=4, fragments=2, delay=2, mixing=0.0
   ),
+  "late": late(diloco(INNER, NESTEROV, mean(), period=3), 2),
+  "later_than_a_round": late(diloco(INNER, NESTEROV, mean(), period=3), 4),
+  "two_rounds_late": late(local_sgd(INNER, mean(), period=2), 4),
+  "eager_diloco": eager_diloco(INNER, NESTEROV, mean(), period=3),
+  "overlap_local_sgd": overlap_local_sgd(INNER, mean(), period=3, alpha=0.6, momentum=0.7),
 }
 
 
@@ -204,8 +212,8 @@ def diloco_(ours: Transcribed) -> np.ndarray:
 
 
 def streaming(ours: Transcribed, period: int, delay: int, alpha: float) -> np.ndarray:
-  """Algorithm 2, step by step; the bias is the first fragment."""
-  fragments = (np.s_[6:], np.s_[:6])
+  """Algorithm 2, step by step; the first fragment is the bias and half of the matrix."""
+  fragments = ([0, 1, 2, 6], [3, 4, 5])
   offsets, outers = (period // 2, period), (Nesterov(), Nesterov())
   theta, sent = ours.start.copy(), {}
   for t in range(1, ROUNDS * period // 2 + 1):
@@ -221,6 +229,61 @@ def streaming(ours: Transcribed, period: int, delay: int, alpha: float) -> np.nd
   return theta
 
 
+def late_(ours: Transcribed, period: int, delay: int, outer) -> np.ndarray:
+  """Steps go on from where a worker is; each value arrives `delay` steps after its round."""
+  theta, air = ours.start, []  # (step at which it arrives, value, models when it was sent)
+
+  def arrive(value: np.ndarray, sent: list[np.ndarray]) -> None:
+    nonlocal theta
+    theta = outer(theta, value)
+    for i in range(4):
+      shift = theta - sent[i]
+      ours.x[i] = ours.x[i] + shift
+      for _, _, later in air:
+        later[i] = later[i] + shift
+
+  base = [ours.start] * 4
+  for t in range(1, ROUNDS * period + 1):
+    ours.step()
+    while air and air[0][0] == t:
+      _, value, sent = air.pop(0)
+      arrive(value, sent)
+      base = air[-1][2] if air else [theta] * 4
+    if t % period == 0:
+      change = np.average([base[i] - ours.x[i] for i in range(4)], 0, SHARES)
+      base = [x.copy() for x in ours.x]
+      air.append((t + delay, change, base))
+  while air:
+    _, value, sent = air.pop(0)
+    arrive(value, sent)
+  return theta
+
+
+def eager(ours: Transcribed) -> np.ndarray:
+  theta, outers = [ours.start] * 4, [Nesterov() for _ in SIZES]
+  average, own = np.zeros_like(ours.start), [np.zeros_like(ours.start)] * 4
+  for _ in range(ROUNDS):
+    for _ in range(3):
+      ours.step()
+    change = [SHARES[i] * (theta[i] - ours.x[i]) for i in range(4)]
+    gradients = [average + (change[i] - own[i]) / 4 for i in range(4)]
+    theta = [outer.step(x, g) for outer, x, g in zip(outers, theta, gradients, strict=True)]
+    average, own = np.mean(change, 0), change
+    ours.x = list(theta)
+  return np.mean(theta, 0)
+
+
+def overlap(ours: Transcribed) -> np.ndarray:
+  z, v = ours.start, np.zeros_like(ours.start)
+  for _ in range(ROUNDS):
+    for _ in range(3):
+      ours.step()
+    ours.x = [y - 0.6 * (y - z) for y in ours.x]
+    v = 0.7 * v + ours.mean() - z
+    z = z + v
+  return np.mean(ours.x, 0)
+
+
 TRANSCRIPTIONS = {
   "local": local,
   "post_local": post_local,
@@ -231,6 +294,11 @@ TRANSCRIPTIONS = {
   "diloco": diloco_,
   "streaming": functools.partial(streaming, period=6, delay=4, alpha=0.3),
   "streaming_late": functools.partial(streaming, period=4, delay=2, alpha=0.0),
+  "late": lambda ours: late_(ours, 3, 2, Nesterov().step),
+  "later_than_a_round": lambda ours: late_(ours, 3, 4, Nesterov().step),
+  "two_rounds_late": lambda ours: late_(ours, 2, 4, lambda theta, change: theta - change),
+  "eager_diloco": eager,
+  "overlap_local_sgd": overlap,
 }
 
 
@@ -272,7 +340,10 @@ def test_the_optax_face_is_the_method(name):
   for axis in reversed(axes):
     run = jax.vmap(run, axis_name=axis)
   state = jax.jit(run)(jax.tree.map(fold, examples), fold(SHARES.astype(np.float32)))
-  models = jax.tree.map(lambda x: x.reshape(4, *x.shape[len(axes) :]), method.params(state))
+  params = method.params
+  for _ in axes:
+    params = jax.vmap(params)
+  models = jax.tree.map(lambda x: x.reshape(4, *x.shape[len(axes) :]), params(state))
   assert distance(jax.tree.map(lambda x: jnp.mean(x, 0), models), simulated(name)) <= 1e-5
 
 
@@ -383,14 +454,15 @@ def job_of(method: Method, axes=FLAT, sizes=SIZES) -> Job:
 def test_what_is_private():
   """Inner optimizers and drifting models; the common model, centre and counters are kept once."""
   layout = lambda name: inference.layout_of(job_of(METHODS[name])).state
-  every = lambda tree: set(map(bool, jax.tree.leaves(tree)))
+  every = lambda tree: frozenset(map(bool, jax.tree.leaves(tree)))
   for name in ("local", "diloco", "slow_mo"):
     assert every(layout(name).params) == {False}
     assert every(layout(name).inner[0].trace) == {True}
   assert every(layout("diloco").outer) == {False}
-  for name, common in (("post_local", "common"), ("easgd", "centre"), ("streaming", "common")):
+  for name, common in (("post_local", "common"), ("easgd", "centre"), ("streaming", "air")):
     assert every(getattr(layout(name), common)) == {False}
     assert every(layout(name).params) == {True}
+  assert {*map(every, (one.params for one in layout("streaming").inner))} == {frozenset({False})}
   assert not layout("post_local").count
 
 
@@ -419,9 +491,9 @@ def test_bytes_fall_with_the_period(method):
 
 
 def test_bytes_follow_the_round():
-  """Of 21 numbers the bias has 3; four workers send 6 bytes for each byte that they average."""
+  """Of 21 numbers a fragment has 12; four workers send 6 bytes for each byte that they average."""
   sent = traffic_of(METHODS["streaming"], 4).sent
-  np.testing.assert_allclose(sent, np.asarray([3, 18, 3, 18]) * 4 * 1.5)
+  np.testing.assert_allclose(sent, np.asarray([12, 9, 12, 9]) * 4 * 1.5)
   sent = traffic_of(METHODS["post_local"], 8).sent
   np.testing.assert_allclose(sent, np.asarray([1, 1, 0, 0, 1, 0, 0, 1]) * 21 * 4 * 1.5)
   by_axis = traffic_of(METHODS["hierarchical"], 4, SLICED, (20,) * 4).transfers
@@ -498,8 +570,8 @@ def test_ranges_are_checked_when_built(build, words):
 def test_what_a_model_or_a_mesh_refuses():
   with pytest.raises(ValueError, match=r"alpha=0.4 is not below .* W = 4"):
     traffic_of(easgd(PLAIN, mean(), alpha=0.4), 1)
-  with pytest.raises(ValueError, match="fragments=4 of a model that has 2 leaves"):
-    traffic_of(streaming_diloco(PLAIN, ONE, mean(), fragments=4), 1)
+  with pytest.raises(ValueError, match="fragments=20 of a model that can be cut into 9 parts"):
+    traffic_of(streaming_diloco(PLAIN, ONE, mean(), fragments=20), 1)
   with pytest.raises(ValueError, match="the fast aggregator also uses 'slice'"):
     traffic_of(hierarchical_local_sgd(PLAIN, mean(), SLOW), 1, SLICED)
   with pytest.raises(ValueError, match="'slice'"):

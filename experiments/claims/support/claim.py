@@ -1,4 +1,4 @@
-"""The parts of a claim: runs of the ordinary executors, comparisons with the paper, gates."""
+"""The parts of a claim: runs with the ordinary executors, comparisons with the paper, and gates."""
 
 import multiprocessing
 import operator
@@ -25,7 +25,7 @@ RELATIONS = {"<=": operator.le, ">=": operator.ge, "==": operator.eq}
 
 
 class Beside(NamedTuple):
-  """One of our numbers beside the paper's, if the paper has one."""
+  """One of our numbers, with the paper's number if there is one."""
 
   what: str
   ours: float
@@ -33,13 +33,13 @@ class Beside(NamedTuple):
 
 
 class Gate(NamedTuple):
-  """A condition that must hold. It fails for NaN."""
+  """A condition that must hold; a value of NaN fails."""
 
   what: str
   value: float
   relation: str  # a key of RELATIONS
   bound: float
-  anywhere: bool = False  # applies also to data sets that the claim was not tuned on
+  anywhere: bool = False  # whether it also applies to data sets on which the claim was not tuned
 
   @property
   def holds(self) -> bool:
@@ -48,7 +48,7 @@ class Gate(NamedTuple):
 
 
 class Line(NamedTuple):
-  """A curve of a panel; `marker` marks its points."""
+  """A curve in a panel; `marker` is the symbol of its points."""
 
   label: str
   x: Sequence[float] | np.ndarray
@@ -57,7 +57,7 @@ class Line(NamedTuple):
 
 
 class Panel(NamedTuple):
-  """One pair of axes of the figure."""
+  """One panel of the figure, with its own axes."""
 
   title: str
   x: str
@@ -74,7 +74,7 @@ class Findings(NamedTuple):
   besides: list[Beside]
   gates: list[Gate]
   panels: list[Panel]
-  note: str = ""  # what a reader must know to interpret the numbers
+  note: str = ""  # information that a reader needs to interpret the numbers
 
 
 class Found(NamedTuple):
@@ -82,16 +82,16 @@ class Found(NamedTuple):
 
   config: Config
   rows: list[Row]  # "step", mean training "loss" since the previous row, and measured metrics
-  params: Params  # numpy: the deployed model
-  bytes_per_step: float  # that one worker's algorithm sends
+  params: Params  # numpy arrays of the deployed model
+  bytes_per_step: float  # bytes that the algorithm of one worker sends per step
   seconds: float
 
   def column(self, name: str) -> np.ndarray:
-    """A metric over the rows."""
+    """Returns the values of a metric over the rows."""
     return np.array([row[name] for row in self.rows], np.float64)
 
   def last(self, name: str) -> float:
-    """A metric at the end; NaN if the run diverged earlier."""
+    """Returns the final value of a metric; NaN if the run diverged before the end."""
     return float(self.rows[-1].get(name, np.nan))
 
   @property
@@ -100,11 +100,11 @@ class Found(NamedTuple):
     return bool(np.isfinite(self.last("loss")))
 
   def first(self, name: str, reached: Callable[[float], bool]) -> float:
-    """The first measured step at which a metric fulfils a condition; infinity if none does."""
+    """Returns the first measured step at which a metric meets a condition; infinity without one."""
     return next((float(row["step"]) for row in self.rows if reached(row[name])), np.inf)
 
 
-# (deployed params, full state) -> numbers that are added to a row
+# Maps the deployed params and the full state to numbers that are added to a row.
 Watch = Callable[[Params, TrainState], Mapping[str, Any]]
 
 
@@ -112,9 +112,9 @@ class Lab:
   """Runs a claim's experiments and records them.
 
   Args:
-    settings: the claim's numbers at this scale.
+    settings: the claim's settings at this scale.
     seeds: the number of seeds.
-    dataset: task spec of the data, or "" if the claim makes its own.
+    dataset: task spec of the data, or "" if the claim creates its own data.
     tell: takes a line of progress.
   """
 
@@ -130,12 +130,12 @@ class Lab:
     return self.settings[name]
 
   def data(self, **more: Any) -> str:
-    """The spec of --dataset with further arguments, unless it has them itself."""
+    """Returns the spec of --dataset, with those of the further arguments that it does not set."""
     call = parse(self.dataset)
     return str(call.replace(**{name: v for name, v in more.items() if name not in call.kwargs}))
 
   def task(self, **flags: Any) -> Task:
-    """The task of a run from its flags; --dataset is the default."""
+    """Builds the task of a run from its flags; --dataset is the default."""
     return sources.task_of(Config(task=self.dataset).replace(**_texts(flags)))
 
   def run(
@@ -147,19 +147,19 @@ class Lab:
     until: Callable[[Row], bool] = lambda row: False,
     **flags: Any,
   ) -> Found:
-    """Runs the flags of `experiments/run.py`, and measures at every --eval_every.
+    """Runs flags of `experiments/run.py`, and measures every --eval_every steps.
 
-    A row has the task's metrics by name over the test examples (`on` "test"), or over the training
-    examples as "train_NAME" (`on` "train"); with `gradient` also the norm of the full gradient, as
-    "gradient_norm". A run ends at the first row for which `until` holds, or when its loss is no
-    longer finite.
+    A row contains the task's metrics by name over the test examples (`on` "test"), or over the
+    training examples as "train_NAME" (`on` "train"). With `gradient`, a row also contains the norm
+    of the full gradient as "gradient_norm". A run ends at the first row for which `until` holds, or
+    when its loss is no longer finite.
 
     Args:
-      on: which examples to measure on: "test", "train".
-      gradient: measures the norm of the full gradient.
-      watch: further metrics of params and state.
-      until: ends the run when true for a row.
-      **flags: flags of the run; a spec may be a `Call`, whose text becomes the flag.
+      on: the examples on which to measure: "test", "train".
+      gradient: whether to measure the norm of the full gradient.
+      watch: returns further metrics of params and state.
+      until: ends the run at the first row for which it returns True.
+      **flags: flags of the run; a spec may be a `Call`, which is converted to its text.
 
     Raises:
       UsageError: for invalid flags.
@@ -185,7 +185,7 @@ class Lab:
   def tune(
     self, what: str, values: Iterable[float], score: Callable[[float], float]
   ) -> tuple[float, dict[float, float]]:
-    """The value of a grid with the lowest score, and all scores; ties go to the first."""
+    """Returns the first value of a grid with the lowest score, and the scores of all values."""
     scores = {value: float(score(value)) for value in values}
     ranked = {v: s if np.isfinite(s) else np.inf for v, s in scores.items()}
     best = min(ranked, key=lambda v: ranked[v])
@@ -195,7 +195,7 @@ class Lab:
 
 
 def with_devices(count: int, function: Callable[..., Any], *args: Any) -> Any:
-  """Calls a function of a module in a new process that has `count` CPU devices."""
+  """Calls a function of a module in a new process with `count` CPU devices."""
   apart = multiprocessing.get_context("spawn")
   with ProcessPoolExecutor(1, apart, initializer=_imitate_devices, initargs=(count,)) as process:
     return process.submit(function, *args).result()
@@ -207,7 +207,7 @@ def _imitate_devices(count: int) -> None:
 
 
 class Measures(Hook):
-  """Records the rows of a claim's run: every `eval_every` steps, at its end, and on divergence."""
+  """Records rows of a claim's run every `eval_every` steps, at the end, and on divergence."""
 
   def __init__(self, run: Run, measure: Callable[[], Row], until: Callable[[Row], bool]):
     self.every, self.rows = run.config.eval_every, []
@@ -253,7 +253,7 @@ def _texts(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _told(config: Config) -> dict[str, Any]:
-  """The flags that differ from their defaults, and the run's names."""
+  """Returns the flags that differ from their defaults, and those that name the run."""
   default = Config.defaults()
   given = {k: v for k, v in config.as_dict().items() if v != default[k]}
   return config.named() | given

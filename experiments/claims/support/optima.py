@@ -1,4 +1,4 @@
-"""Exact curvature and optima of convex problems, in float64 by numpy."""
+"""Computes exact curvature and optima of convex problems, in float64 with numpy."""
 
 from typing import NamedTuple
 
@@ -16,9 +16,9 @@ class Optimum(NamedTuple):
 
 
 def curvature(x: np.ndarray) -> np.ndarray:
-  """Eigenvalues of x'x/N, ascending: of the Hessian of (1/2N) ||x w - y||^2.
+  """Computes the eigenvalues of x'x/N, the Hessian of (1/2N) ||x w - y||^2, in ascending order.
 
-  A quarter of the largest is the smoothness of the mean logistic loss.
+  A quarter of the largest eigenvalue is the smoothness of the mean logistic loss.
 
   Args:
     x: [N, features].
@@ -28,7 +28,7 @@ def curvature(x: np.ndarray) -> np.ndarray:
 
 
 def optimum_of_logistic(x: np.ndarray, y: np.ndarray, l2: float) -> Optimum:
-  """The minimum of 1/N sum_i log(1 + exp(x_i w)) - y_i x_i w + l2/2 ||w||^2, by Newton's method.
+  """Minimizes 1/N sum_i log(1 + exp(x_i w)) - y_i x_i w + l2/2 ||w||^2 by Newton's method.
 
   Args:
     x: [N, features].
@@ -49,7 +49,7 @@ def optimum_of_logistic(x: np.ndarray, y: np.ndarray, l2: float) -> Optimum:
     hessian = (rows.T @ weighted).toarray() + l2 * np.eye(len(w))
     step = np.linalg.solve(hessian, gradient)
     size, decrement = 1.0, gradient @ step
-    if decrement < 1e-10:  # each step squares it from here on, and values cannot resolve it
+    if decrement < 1e-10:  # each further step squares it, and values cannot resolve it
       whole_steps += 1
     else:
       while value(w - size * step) > value(w) - size * decrement / 4:
@@ -63,17 +63,17 @@ class Split(NamedTuple):
 
   l2: float
   optimum: np.ndarray  # float64 [features]
-  smoothness: float  # L, of the full objective
-  parts: np.ndarray  # L_i, of each worker's
+  smoothness: float  # L, the smoothness of the full objective
+  parts: np.ndarray  # L_i, the smoothness of each worker's objective
 
   def distance(self, models: np.ndarray) -> float:
-    """||x - x*||^2 / ||x*||^2, the mean over models [W, features]."""
+    """Computes the mean of ||x - x*||^2 / ||x*||^2 over models [W, features]."""
     apart = np.sum((models - self.optimum) ** 2, 1)
     return float(np.mean(apart) / (self.optimum @ self.optimum))
 
 
 def split_logistic(x: np.ndarray, y: np.ndarray, workers: int, ratio: float) -> Split:
-  """Partitions a logistic problem over workers, with l2 = smoothness of the loss / ratio.
+  """Partitions a logistic problem over workers; l2 is the smoothness of the loss over `ratio`.
 
   Args:
     x: [N, features].
@@ -89,7 +89,7 @@ def split_logistic(x: np.ndarray, y: np.ndarray, workers: int, ratio: float) -> 
 
 
 def optimum_of_squares(x: np.ndarray, y: np.ndarray, l2: float) -> Optimum:
-  """The minimum of (1/2N) ||x w - y||^2 + l2/2 ||w||^2: ridge regression.
+  """Minimizes (1/2N) ||x w - y||^2 + l2/2 ||w||^2, which is ridge regression.
 
   Args:
     x: [N, features].

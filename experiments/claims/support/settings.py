@@ -1,4 +1,4 @@
-"""The numbers of a claim's run: from its file, the scale, and --set."""
+"""The settings of a claim, from its file, --scale and --set."""
 
 import math
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ from research.training.config import UsageError, flag
 def of_claim(
   full: Mapping[str, Any], quick: Mapping[str, Any], scale: str, given: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """A claim's numbers at a scale, overridden by the command line.
+  """Returns a claim's settings at a scale, with changes from the command line.
 
   Raises:
-    UsageError: for an unknown name or a value of another type.
+    UsageError: for an unknown name, or a value of the wrong type.
   """
   found = {**full, **(quick if scale == "quick" else {})}
   for name, value in given.items():
@@ -32,7 +32,7 @@ def of_claim(
 
 
 def _check(value: Any, like: Any) -> None:
-  """Rejects a setting that is out of range or of another kind than the default."""
+  """Rejects a setting that is out of range, or whose kind differs from that of the default."""
   if isinstance(like, list):
     if isinstance(like[0], str):
       raise ValueError("the compared methods depend on the scale and cannot be set")

@@ -1,4 +1,4 @@
-"""The verdict on a claim: gates, table, figure, and one table over all claims."""
+"""Reports the verdict on a claim: gates, table, figure, and a table over all claims."""
 
 import json
 import math
@@ -10,15 +10,15 @@ from typing import Any
 from experiments.claims.support.claim import Findings, Panel
 from research.training.reports import figures, report
 
-POINTS = 200  # of a curve in result.json
+POINTS = 200  # number of points of a curve in result.json
 
 
 def values(findings: Findings, elsewhere: bool) -> dict[str, Any]:
-  """The values and gates of a claim, as JSON.
+  """Returns the values and gates of a claim, as JSON.
 
   Args:
     findings: the findings of the claim.
-    elsewhere: whether the data set is not the one the claim was tuned on; few gates apply then.
+    elsewhere: whether the claim was tuned on another data set, in which case few gates apply.
   """
   gates = [
     {
@@ -65,7 +65,7 @@ def write(result: dict[str, Any], findings: Findings, folder: Path) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-  """The Markdown tables: our values beside the paper's, then the gates."""
+  """Formats the Markdown tables: our values with those of the paper, and the gates."""
   lines = [f"{result['claim']}: {result['title']}", ""]
   lines += ["| what | ours | paper | deviation |", "|---|---|---|---|"]
   for row in result["values"]:
@@ -98,7 +98,7 @@ def draw(panels: list[Panel], title: str, path: Path) -> None:
 
 
 def figure_of(panels: list[Panel], title: str) -> Any:
-  """The figure of `draw`."""
+  """Returns the figure that `draw` writes."""
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(5.5 * len(panels), 4.2), layout="constrained")
@@ -106,7 +106,7 @@ def figure_of(panels: list[Panel], title: str) -> Any:
   for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
     colors: dict[str, str] = {}
     for line in panel.lines:
-      # seeds of one label share its color
+      # all seeds of a label have the same color
       color = colors.setdefault(line.label, f"C{len(colors)}")
       known = figures.literal(line.label) in axes.get_legend_handles_labels()[1]
       axes.plot(
@@ -151,7 +151,7 @@ beside them. A claim that does not hold here says so: no gate was moved to let i
 
 
 def write_overview(out: Path, titles: Mapping[str, str]) -> None:
-  """Writes OUT/README.md, one table over all claims by name, including those without a record."""
+  """Writes OUT/README.md, a table of all claims by name, including claims without a record."""
   rows = []
   for name, title in titles.items():
     path = out / name / "result.json"
@@ -179,7 +179,7 @@ def _deviation(ours: float, paper: float | None) -> dict[str, float | None]:
 
 
 def _number(value: float) -> float | None:
-  """A number for JSON, which has no infinity and no NaN."""
+  """Converts a number for JSON, which has no infinity and no NaN."""
   return float(value) if math.isfinite(value) else None
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from research.core import checks
 
 CONVERSIONS = ("rdp", "rdp_old", "pld")
-_LEAST_NOISE = 1e-100  # divergences are finite floats down to here; below, epsilon is infinite
+_LEAST_NOISE = 1e-100  # with less noise, divergences are not finite floats, and epsilon is infinite
 _RESOLVED = 1e-15  # smallest divergence that the library resolves
 _STEP, _FARTHEST = 0.02, 200.0  # step and range of the integrals over x, in standard deviations
 
@@ -18,7 +18,7 @@ def epsilon(noise: float, rate: float, steps: int, delta: float, conversion: str
   """Computes the epsilon of (epsilon, delta)-differential privacy after `steps` rounds of `noisy`.
 
   Neighbouring data sets differ by the presence of one worker (one example, if each worker has one).
-  In each round every worker participates independently with probability `rate` (Poisson sampling).
+  In each round, every worker participates independently with probability `rate` (Poisson sampling).
 
   Args:
     noise: the noise multiplier, greater than 0.
@@ -57,17 +57,17 @@ def epsilon(noise: float, rate: float, steps: int, delta: float, conversion: str
 def spending(
   noise: float, delta: float, *, rate: float = 1.0, clients: int = 1
 ) -> Callable[[int], float]:
-  """Returns rounds -> the epsilon spent by that many rounds; the cost of a round is computed once.
+  """Returns a function that computes the epsilon spent by a given number of rounds.
 
-  With a rate the result is `epsilon(noise, rate, rounds, delta)`. With `clients` R > 1 every worker
-  has a stratum of R clients and samples one of them uniformly in each round. Neighbouring data sets
-  differ in one client: its trees are its own in one set, and zero in the other. The bound is
-  derived as follows.
+  The cost of a round is computed only once. With a rate, the result is `epsilon(noise, rate,
+  rounds, delta)`. With `clients` R > 1, every worker has a stratum of R clients and samples one of
+  them uniformly in each round. Neighbouring data sets differ in one client, whose trees are
+  replaced by zero in one of the sets. The bound is derived as follows.
 
-  Let v be the clipped tree of that client and let a_j be the clipped trees of the other clients of
+  Let v be the clipped tree of this client, and let a_j be the clipped trees of the other clients of
   its stratum, with norms at most C. Let N_m be a Gaussian with mean m and the deviation of the
   sum's noise, and let q = 1/R. Fix the choices of all other strata: a mixture of pairs is no easier
-  to distinguish than the worst of them. The observer sees one of
+  to distinguish than the worst of these pairs. The observer sees one of
 
       P = A + q N_v,   Q = A + q N_0,   A = sum_j q N_{a_j}
 
@@ -127,10 +127,10 @@ def spending(
 
 
 def _of_poisson(noise: float, rate: float) -> tuple[np.ndarray, np.ndarray]:
-  """Returns orders, and the Renyi divergences of a round with Poisson sampling.
+  """Returns orders, and a round's Renyi divergence of each order, with Poisson sampling.
 
-  For small rates the library computes a divergence as a difference of numbers near 1, which can
-  round to zero or below; we raise it to the resolution of such a difference.
+  For small rates, the library computes a divergence as a difference of numbers near 1, which can
+  round to zero or below. We replace smaller divergences by the resolution of such a difference.
   """
   library = _library()
   event = library.PoissonSampledDpEvent(rate, library.GaussianDpEvent(noise))
@@ -139,13 +139,13 @@ def _of_poisson(noise: float, rate: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _of_strata(noise: float, clients: int, orders: np.ndarray) -> np.ndarray:
-  """Bounds a round's Renyi divergences [orders] from above: by pair (1) where P > Q, else by (2).
+  """Bounds a round's Renyi divergences [orders] from above, by pair (1) if P > Q, else by (2).
 
-  With L = P/Q and f(t) = t^a - 1 - a (t - 1), E_Q L^a = 1 + E_Q f(L) [L > 1] + E_Q f(L) [L < 1],
-  as integrals over x in deviations. L > 1 where x > C/2 in both pairs, with the second mirrored.
+  With L = P/Q and f(t) = t^a - 1 - a (t - 1), E_Q L^a = 1 + E_Q f(L) [L > 1] + E_Q f(L) [L < 1], as
+  integrals over x in deviations. In pair (1) and in the mirrored pair (2), L > 1 where x > C/2.
   """
   c, share = 1 / noise, 1 / clients
-  found = orders * c**2 / 2  # without sampling
+  found = orders * c**2 / 2  # the divergences without sampling
   kept = np.flatnonzero(orders * c <= _FARTHEST)
   if not kept.size:
     return found

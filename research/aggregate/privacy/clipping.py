@@ -8,7 +8,7 @@ from research.core.base import Tree
 
 
 def clipped(tree: Tree, norm: float) -> Tree:
-  """Computes x min(1, norm / ||x||) for the norm over all leaves, in their dtypes.
+  """Computes x min(1, norm / ||x||) with the norm over all leaves; keeps dtypes.
 
   The norm is computed in float32 or wider, since squares of float16 above 256 overflow.
 

@@ -13,7 +13,7 @@ from research.core.base import Compressor
 class Sum(NamedTuple):
   """Declares that an aggregator's value is a function of the sum of the workers' trees only.
 
-  With a `unit` it is the sum of the elements rounded to multiples of the unit.
+  If `unit` is given, the elements are rounded to multiples of the unit before they are summed.
   """
 
   axis: collectives.Axes  # the worker axes of the sum
@@ -32,7 +32,7 @@ class Noise(NamedTuple):
 
 
 def keeps_floats(compressor: Compressor) -> bool:
-  """Returns whether a linear compressor's payloads are float32 or wider, so nothing is rounded.
+  """Returns whether a linear compressor rounds nothing: its payloads are float32 or wider.
 
   Args:
     compressor: the compressor.
@@ -44,7 +44,7 @@ def keeps_floats(compressor: Compressor) -> bool:
 
 
 def is_wide(dtype: jnp.dtype) -> bool:
-  """Returns whether a dtype is inexact and has at least the bits of float32.
+  """Returns whether a dtype is inexact and has at least as many bits as float32.
 
   Args:
     dtype: the dtype.

@@ -12,7 +12,7 @@ _MINUS_ONE = np.uint32(2**32 - 1)
 
 
 def expand(seed: Array, like: Tree) -> Tree:
-  """PRG: expands a seed into a mask that is uniform in Z_{2^32}.
+  """Expands a seed into a mask that is uniform in Z_{2^32}; this function is the PRG.
 
   Args:
     seed: integers [LIMBS].
@@ -29,7 +29,7 @@ def expand(seed: Array, like: Tree) -> Tree:
 
 
 def mask(seeds: Array, worker: Array | int, like: Tree) -> Tree:
-  """The total mask of worker i: PRG(b_i) + sum_{j>i} PRG(s_ij) - sum_{j<i} PRG(s_ij).
+  """Returns the total mask of worker i: PRG(b_i) + sum_{j>i} PRG(s_ij) - sum_{j<i} PRG(s_ij).
 
   Args:
     seeds: [W, LIMBS], s_ij in row j and b_i in row i.
@@ -62,12 +62,12 @@ def unmask(total: Tree, seeds: Array, alive: Array) -> Tree:
 
 
 def _signs(worker: Array | int, peer: Array) -> Array:
-  """The sign, in Z_{2^32}, with which a worker adds a pair's mask."""
+  """Returns the sign, in Z_{2^32}, with which a worker adds a pair's mask."""
   return jnp.where(peer < worker, _MINUS_ONE, np.uint32(1))
 
 
 def _add_masks(total: Tree, seeds: Array, signs: Array) -> Tree:
-  """total + sum_k signs_k PRG(seeds_k), one mask at a time; zero signs cost nothing."""
+  """Computes total + sum_k signs_k PRG(seeds_k), one mask at a time; zero signs cost nothing."""
 
   def add(total, seed, sign):
     return jax.tree.map(lambda t, m: t + sign * m, total, expand(seed, total))

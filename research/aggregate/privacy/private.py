@@ -13,8 +13,8 @@ from research.core import checks
 from research.core.base import EVERYONE, WORKER_AXES, Aggregator, Array, Key, Trait, Tree
 
 SCOPE = "noisy"  # scope in the operation names of a traced program
-_LEAST, _GREATEST = 1e-30, 1e36  # no worker's noise is zero or infinite in float32
-_AT_ONCE = 2**19  # random numbers drawn at once
+_LEAST, _GREATEST = 1e-30, 1e36  # in this range, no worker's noise is zero or infinite in float32
+_AT_ONCE = 2**19  # number of random numbers drawn at once
 
 
 _ONE_NOISE = {Trait.NOISE: "the accountant handles a single noise"}
@@ -26,18 +26,18 @@ class Noisy(Aggregator, name="noisy"):
       y_i = x_i min(1, clip / ||x_i||) + N(0, (noise clip)^2 / W),   value = A(y)
       sum_i y_i = sum_i clipped x_i + N(0, (noise clip)^2)
 
-  Each worker draws its share of the noise with its own key: no party is trusted to add all of it.
-  With one example per worker, this is DP-SGD; with one user per worker, it is user-level DP-SGD.
-  The denominator is always W: a worker that is absent from a round contributes a tree of zeros plus
-  its noise. With sampling at rate q, the value is therefore q times the paper's value. A rule that
-  selects or votes ignores absent workers.
+  Each worker draws its share of the noise with its own key: no party is trusted to add all of the
+  noise. With one example per worker, this is DP-SGD; with one user per worker, it is user-level
+  DP-SGD. The denominator is always W: a worker that is absent from a round contributes a tree of
+  zeros plus its noise. With sampling at rate q, the value is therefore q times the paper's value. A
+  rule that selects or votes ignores absent workers.
 
   Guarantee: the sum over all W workers is a Gaussian mechanism of sensitivity `clip` when one
-  worker's tree is replaced by zero (added or removed). T rounds of it spend `epsilon(noise, ...)`
+  worker's tree is replaced by zero (added or removed). T such rounds spend `epsilon(noise, ...)`
   against an observer who sees only functions of these sums, if all workers are honest. If k workers
   reveal their noise, are themselves the observers, or drop out, the remaining noise multiplier is
-  noise sqrt((W - k) / W). Inner aggregators whose value is a function of the sum have no additional
-  cost: mean, hierarchical_mean, power_sgd, sum_mean of float32 payloads. Any other inner
+  noise sqrt((W - k) / W). Inner aggregators whose value is a function of the sum spend nothing
+  more: mean, hierarchical_mean, power_sgd, and sum_mean of float32 payloads. Any other inner
   aggregator, and any observer of single messages, sees y_i with only worker i's share of the noise.
   Then only the local guarantee epsilon(noise / sqrt(W), ...) holds, which covers any function of
   all y_i.
@@ -46,19 +46,21 @@ class Noisy(Aggregator, name="noisy"):
   a function of sum_i y_i. For bfloat16 (sum_mean(bf16()), a bfloat16 leaf), whose spacing depends
   on y_i, only the local guarantee remains. Rounding to multiples of a unit u (`secure_sum`) gives a
   function of sum_i y_i and of all y_i mod u. Given the latter, each worker's noise is a discrete
-  Gaussian on a shifted lattice. A sum of these equals one Gaussian up to factors 1 + O(exp(-pi^2
-  s^2 / u^2)) per element, where s is one worker's deviation, and y_i mod u itself is uniform up to
-  exp(-2 pi^2 s^2 / u^2). For s >= 2 u this is below 1e-16. The sum is then accounted like that of
-  the y_i, if the range of secure_sum has room for clip + 8 s, since clipping there is not rounding.
-  Otherwise each message is accounted. The noise is float32; its gaps are not accounted for.
+  Gaussian on a shifted lattice. The sum of these noises equals one Gaussian up to factors 1 +
+  O(exp(-pi^2 s^2 / u^2)) per element, where s is one worker's deviation, and y_i mod u itself is
+  uniform up to exp(-2 pi^2 s^2 / u^2). For s >= 2 u, both deviations are below 1e-16. The sum is
+  then accounted like sum_i y_i if the range of secure_sum has room for clip + 8 s, since clipping
+  there is not rounding. Otherwise, the accountant assumes that each message is visible. The noise
+  is float32; the gaps between float32 values are not accounted for.
 
   A tree with a non-finite norm becomes NaN, which is visible to all and outside the guarantee.
 
   Args:
-    inner: the aggregator of the noisy trees, over the same workers; `sent` is passed through.
+    inner: the aggregator of the noisy trees, over the same workers; its `sent` is returned
+      unchanged.
     clip: maximum L2 norm of a worker's tree, over all leaves, in [1e-30, 1e36].
     noise: the noise multiplier, deviation of the sum's noise divided by `clip`; 0 gives no privacy.
-    axis: the worker axes that share the noise; those over which `inner` averages.
+    axis: the worker axes that share the noise, which must be those over which `inner` averages.
 
   Raises:
     ValueError: if clip, noise or their product is out of range, or the inner aggregator adds noise.
@@ -104,7 +106,7 @@ class Noisy(Aggregator, name="noisy"):
     return self.inner.aggregate(hidden, state, inner_key, there)
 
   def _hidden(self, tree: Tree, key: Key) -> Tree:
-    """The clipped tree plus this worker's noise."""
+    """Returns the clipped tree plus this worker's noise."""
     deviation = self.noise * self.clip / math.sqrt(collectives.worker_count(self.axis))
     scale = _clip_scale(tree, self.clip)
     leaves, treedef = jax.tree.flatten(tree)
@@ -120,7 +122,7 @@ noisy = Noisy
 
 
 def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """float32 `jax.random.normal`; under vmap, draws for a limited number of workers at a time.
+  """Draws float32 normal numbers; under vmap, for a limited number of workers at a time.
 
   The generator's intermediate values then stay in cache. On a CPU, drawing 26,000 numbers for each
   of 400 workers takes 12 ns per number, instead of 33 ns if all are drawn at once.
@@ -140,7 +142,7 @@ def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _clip_scale(tree: Tree, clip: float) -> jax.Array:
-  """min(1, clip / ||tree||), or NaN if the norm is not finite."""
+  """Returns min(1, clip / ||tree||), or NaN if the norm is not finite."""
   squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
   norm = jnp.sqrt(sum(squares, jnp.float32(0)))
   return jnp.where(jnp.isfinite(norm), jnp.minimum(1, clip / norm), jnp.nan)

@@ -45,22 +45,22 @@ class SecureSum(Aggregator, name="secure_sum"):
   Hidden: an honest but curious server that sees all y_i and all revealed shares learns the sum over
   U and nothing else, alone or together with up to t - 1 workers, if PRG outputs look random to it.
   If y_i arrives after worker i was declared to have dropped out, b_i still hides it. Not hidden:
-  the sum itself and what follows from it (use `noisy`), who participated, and that some value was
-  not finite. There is no defence against a server or workers that deviate from the protocol; the
-  paper's defence is signatures and a consistency check.
+  the sum itself and what follows from it (use `noisy`), who participated, and whether some value
+  was not finite. There is no defence against a server or workers that deviate from the protocol;
+  the paper's defence is signatures and a consistency check.
 
-  This implementation only serves to study the protocol: every worker's secrets are functions of
-  the run's key. The lower of two workers draws s_ij and sends it to the other, and shares go
-  directly to their holders. In the paper, workers agree on s_ij by Diffie-Hellman and share their
-  secret keys for it, and the server relays encrypted shares. The server here is the all-reduce. PRG
-  is Threefry with 64-bit keys: neither the function nor the key length is suitable for deployment.
+  This implementation only serves to study the protocol: every worker's secrets are functions of the
+  run's key. The lower of two workers draws s_ij and sends it to the other, and shares go directly
+  to their holders. In the paper, workers agree on s_ij by Diffie-Hellman and share their secret
+  keys for it, and the server relays encrypted shares. The server here is the all-reduce. PRG is
+  Threefry with 64-bit keys: neither the function nor the key length is suitable for deployment.
   Groups of workers along an axis that is not in `axis` need separate keys, as `hierarchical`
-  provides; otherwise they reuse one pad.
+  provides; otherwise all groups use the same masks.
 
   Args:
-    clip: values are clipped elementwise to [-clip, clip]; in [1e-20, 1e20]. A non-finite value of
-      any worker makes the mean NaN.
-    bits: bits per value, in [2, 31]; above 25, float32 is the coarser grid.
+    clip: the bound of the elementwise clipping to [-clip, clip], in [1e-20, 1e20]. A non-finite
+      value of any worker makes the mean NaN.
+    bits: bits per value, in [2, 31]; with more than 25, the rounding of float32 is coarser.
     threshold: minimum fraction of the workers that must send, in (0, 1].
     dropout: probability that a worker drops out, in [0, 1).
     axis: the worker axes to sum over.
@@ -142,7 +142,7 @@ secure_sum = SecureSum
 
 
 def _shares(presence: Presence, axis: collectives.Axes) -> tuple[Array | float, Array | float]:
-  """This worker's weight divided by the largest weight, and the largest weight."""
+  """Returns this worker's weight divided by the largest weight, and the largest weight."""
   if presence is EVERYONE:
     return 1.0, 1.0
   own = jnp.where(presence.active, jnp.asarray(presence.weight, jnp.float32), 0)
@@ -151,7 +151,7 @@ def _shares(presence: Presence, axis: collectives.Axes) -> tuple[Array | float, 
 
 
 def _clipped(x: Array, clip: float) -> Array:
-  """x in float32, clipped to [-clip, clip], with zero for non-finite elements."""
+  """Clips x to [-clip, clip] in float32, and replaces non-finite elements by zero."""
   return jnp.clip(jnp.where(jnp.isfinite(x), x, 0).astype(jnp.float32), -clip, clip)
 
 
@@ -214,7 +214,7 @@ def reveal(held: Array, alive: Array, quorum: int) -> Array:
 
 
 def recover(messages: Tree, held: Array, alive: Array, quorum: int) -> Tree:
-  """Runs the server's computation on a host: the sum of the senders' ring values.
+  """Computes the sum of the senders' ring values on a host, as the server would.
 
   Args:
     messages: masked values, leaves [W, ...]; rows of workers that did not send are ignored.
@@ -237,7 +237,7 @@ def recover(messages: Tree, held: Array, alive: Array, quorum: int) -> Tree:
 
 
 def _agree(own: Key, axis: collectives.Axes) -> Array:
-  """This worker's seeds [W, LIMBS]: drawn for itself and higher workers, received from lower."""
+  """Returns this worker's seeds [W, LIMBS]; seeds shared with lower workers are received."""
   count, here = collectives.worker_count(axis), collectives.worker_index(axis)
   drawn = jax.random.randint(own, (count, masks.LIMBS), 0, shamir.PRIME, jnp.uint32)
   received = collectives.exchange(drawn.astype(jnp.uint16), axis).astype(jnp.uint32)

@@ -1,7 +1,7 @@
 """Shamir's secret sharing: any `quorum` shares determine the secret; fewer reveal nothing.
 
-Secrets are uint32 arrays of elements of the field with PRIME elements. PRIME is the largest prime
-below 2^16: the product of two elements and the sum of 2^16 elements are exact in 32 bits.
+Secrets are uint32 arrays whose elements are in the field with PRIME elements. PRIME is the largest
+prime below 2^16: the product of two elements and the sum of 2^16 elements are exact in 32 bits.
 """
 
 import jax
@@ -80,13 +80,13 @@ def reconstruct(shares: Array, present: Array) -> Array:
 
 
 def _product(factors: Array) -> Array:
-  """The product over the leading axis, modulo PRIME."""
+  """Computes the product over the leading axis, modulo PRIME."""
   times = lambda a, b: (a * b % PRIME, None)
   return lax.scan(times, jnp.ones_like(factors[0]), factors)[0]
 
 
 def _inverse(x: Array) -> Array:
-  """1 / x modulo PRIME, as x^(PRIME - 2) by Fermat's little theorem."""
+  """Computes 1 / x modulo PRIME, which is x^(PRIME - 2) by Fermat's little theorem."""
   bits = jnp.array([bit == "1" for bit in f"{PRIME - 2:b}"])
 
   def square_and_multiply(power, bit):

@@ -1,8 +1,8 @@
-"""Attacks by faulty workers, for studies and tests: wrappers that replace a worker's message.
+"""Attacks by faulty workers, for experiments and tests: wrappers that replace a worker's message.
 
 The first `faulty` workers attack in every round in which they are present; the others are honest.
-An attack that depends on other workers' values uses its own collective. This is not traffic of the
-algorithm, but byte counts of the wrapped aggregator include it.
+An attack that depends on other workers' values uses its own collective. This traffic does not
+belong to the algorithm, but byte counts of the wrapped aggregator include it.
 """
 
 import math
@@ -61,7 +61,7 @@ class Attack(Aggregator):
     return self.inner.aggregate(shown, state, key, presence)
 
   def honest_mean(self, tree: Tree, count: int, active: bool | Array) -> Tree:
-    """Averages over the honest workers present; zero if there are none.
+    """Averages the trees of the honest workers present; the result is zero if there are none.
 
     Args:
       tree: this worker's values.
@@ -77,12 +77,12 @@ class Attack(Aggregator):
 
 
 class SignFlip(Attack, name="sign_flip"):
-  """Faulty workers send -scale times their own value.
+  """Faulty workers send -scale times their own values.
 
   Args:
     inner: the aggregator under attack.
     faulty: number of faulty workers.
-    scale: at least 0.
+    scale: the factor, at least 0.
     axis: the worker axes.
 
   Raises:
@@ -111,7 +111,7 @@ sign_flip = SignFlip
 
 
 class Gaussian(Attack, name="gaussian"):
-  """Each faulty worker sends independent noise, N(0, deviation^2) in every coordinate.
+  """Each faulty worker sends independent noise N(0, deviation^2) in every coordinate.
 
   Args:
     inner: the aggregator under attack.
@@ -210,7 +210,7 @@ def largest_unnoticed(count: int, faulty: int) -> float:
 
 
 class InnerProduct(Attack, name="inner_product"):
-  """Faulty workers all send the negated honest mean, to make <value, mean> negative.
+  """Faulty workers all send the negated, scaled honest mean to make <value, mean> negative.
 
       x_i = -scale mu
 

@@ -1,13 +1,13 @@
 """Coordinate-wise robust averages: statistics that a minority of workers can move only slightly.
 
 No worker receives all values. Each leaf is cut into W chunks. Worker j receives chunk j of all
-workers and applies the rule to it, and the results are gathered. At any W, each worker sends
-2 (W-1)/W times the tree's bytes, as in a ring all-reduce. Rules on a worker's full vector are in
+workers and applies the rule to it, and the results are gathered. For any W, each worker sends 2
+(W-1)/W times the tree's bytes, as in a ring all-reduce. Rules on a worker's full vector are in
 `vectors.py`.
 
 A rule applies to the values of the n workers present, each counted once regardless of its weight.
-Its result is multiplied by the mean weight over all W, which is one if weights are normalized over
-the workers present. If no worker is present, the value is zero.
+The rule's result is multiplied by the mean weight over all W workers, which is one if weights are
+normalized over the workers present. If no worker is present, the value is zero.
 """
 
 from collections.abc import Callable
@@ -59,7 +59,7 @@ class Trimmed(Robust):
 
   @required
   def trim(self, count: int) -> int:
-    """The number of values, out of n, to drop at either end."""
+    """Returns the number of values, out of n, to drop at either end."""
     ...
 
   def of_chunks(self, everyone, roll):
@@ -67,7 +67,7 @@ class Trimmed(Robust):
 
 
 class Median(Trimmed, name="median"):
-  """The coordinate-wise median over workers; for an even number, the mean of the middle two.
+  """Computes the coordinate-wise median over workers, or the mean of the middle two values.
 
       value_k = med{x_i_k : i present}
 
@@ -90,7 +90,7 @@ median = Median
 
 
 class TrimmedMean(Trimmed, name="trimmed_mean"):
-  """The coordinate-wise mean without a fraction of the smallest and largest values.
+  """Computes the coordinate-wise mean without a fraction of the smallest and largest values.
 
       value_k = 1/(n - 2b) sum_{r=b+1}^{n-b} x_(r)_k,   b = floor(beta n),   x_(1)_k <= x_(2)_k ...
 
@@ -131,7 +131,7 @@ def around_middle(count: int) -> int:
 
 
 def middle(x: Array, trim: Callable[[int], int], roll: Roll | None) -> Array:
-  """The trimmed mean over the n workers present, without the trim(n) smallest and largest values.
+  """Averages over the n workers present, without the trim(n) smallest and largest values.
 
   Args:
     x: values of all workers [W, ...], float32 or wider.
@@ -157,7 +157,7 @@ def scaled(value: Tree, roll: Roll | None) -> Tree:
 
   Args:
     value: the rule's result.
-    roll: the workers present; None: all, with weights one.
+    roll: the workers present; None means all, with weights one.
   """
   return value if roll is None else jax.tree.map(lambda x: roll.scale.astype(x.dtype) * x, value)
 

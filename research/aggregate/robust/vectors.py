@@ -1,11 +1,12 @@
 """Robust averages of full vectors: Krum, the geometric median, centered clipping.
 
 A worker's vector consists of all its leaves. As in `coordinates.py`, worker j receives chunk j of
-all workers. Beyond that, only sums over chunks are sent: W numbers per iteration or, for Krum, W
-distances to each of W workers. Their number is independent of the model's size. Distances are norms
-of differences, in float32 or wider. A non-finite distance (a worker sent NaN, infinity, or more
-than the square root of the largest float) counts as infinite: that worker is never a nearest
-neighbour and has zero weight. As in `coordinates.py`, the rules apply to the n workers present.
+all workers. Apart from the chunks, workers send only sums over chunks: W numbers per iteration or,
+for Krum, W distances to each of the W workers. Neither amount depends on the model's size.
+Distances are norms of differences, computed in float32 or wider. A non-finite distance (a worker
+sent NaN, infinity, or more than the square root of the largest float) counts as infinite: that
+worker is never a nearest neighbour and has zero weight. As in `coordinates.py`, the rules apply to
+the n workers present.
 """
 
 from dataclasses import KW_ONLY
@@ -67,10 +68,10 @@ class Krum(Best, name="krum"):
 
       s(i) = sum_{j near i} ||x_i - x_j||^2,   value = x_i*,   i* = argmin_i s(i)
 
-  Ties go to the first worker. With at most f faulty workers the value is finite. It is either an
-  honest worker's vector or as near to its neighbours as an honest worker's vector is. This holds in
-  rounds with more than 2 f + 2 workers present; if n - f - 2 < 1, the single nearest neighbour is
-  used.
+  Ties go to the first worker. With at most f faulty workers, the value is finite. The value is
+  either an honest worker's vector or as near to its neighbours as an honest worker's vector is.
+  This guarantee holds in rounds with more than 2 f + 2 workers present; if n - f - 2 < 1, the
+  single nearest neighbour is used.
 
   Args:
     faulty: f, the number of faulty workers to tolerate.
@@ -96,7 +97,7 @@ class MultiKrum(Best, name="multi_krum"):
       value = 1/m sum_{i in the m smallest s(i)} x_i
 
   or the mean of all vectors if fewer than m workers are present. m = 1 gives Krum, and m = W gives
-  the mean. With at most f faulty workers the value is finite if m <= W - f.
+  the mean. With at most f faulty workers, the value is finite if m <= W - f.
 
   Args:
     faulty: f, the number of faulty workers to tolerate.
@@ -118,7 +119,7 @@ multi_krum = MultiKrum
 
 
 def _scores(everyone: Tree, faulty: int, roll: Roll | None, axis: collectives.Axes) -> Array:
-  """Scores s [W]: worker i sums the distances from its own vector and shares its score."""
+  """Returns the scores s [W]; worker i computes s(i) and sends it to all workers."""
   count = collectives.worker_count(axis)
   to_all = lambda i: _squares(everyone, jax.tree.map(lambda x: x[i], everyone), count)
   parts = lax.map(to_all, jnp.arange(count))
@@ -138,9 +139,9 @@ class GeometricMedian(Robust, name="geometric_median"):
 
       beta_i = 1 / max(nu, ||v - x_i||),   v <- sum_i beta_i x_i / sum_i beta_i
 
-  We start at the coordinate-wise median, which costs no extra traffic here. If we started at the
-  mean, one distant worker would increase the number of iterations needed; otherwise, a few suffice.
-  While fewer than half of the workers are faulty, the value is finite and approaches a point whose
+  The iteration starts at the coordinate-wise median, which costs no extra traffic here. A few
+  iterations then suffice; from the mean, one distant worker would increase the number needed. While
+  fewer than half of the workers are faulty, the value is finite and approaches a point whose
   distance from the honest workers is bounded by their spread.
 
   Args:
@@ -193,7 +194,7 @@ class CenteredClip(Robust, name="centered_clip"):
 
       v <- v + 1/n sum_i (x_i - v) min(1, tau / ||x_i - v||)
 
-  v is zero initially, and each round continues from the previous value. One worker moves v by at
+  Initially v is zero, and each round continues from the previous value. One worker moves v by at
   most tau / n per iteration, and not at all if its distance is not finite.
 
   Args:
@@ -244,17 +245,17 @@ centered_clip = CenteredClip
 
 
 def _distances(everyone: Tree, v: Tree, count: int, axis: collectives.Axes) -> Array:
-  """||x_i - v|| [W], equal on all workers, computed from chunks."""
+  """Computes ||x_i - v|| [W] from chunks; the result is equal on all workers."""
   return jnp.sqrt(collectives.total(_squares(everyone, v, count), axis))
 
 
 def _squares(everyone: Tree, v: Tree, count: int) -> Array:
-  """||x_i - v||^2 [W] over this worker's chunks only."""
+  """Computes ||x_i - v||^2 [W] over this worker's chunks only."""
   one = lambda x, v: jnp.sum((x - v[None]) ** 2, tuple(range(1, x.ndim)))
   return sum(jax.tree.leaves(jax.tree.map(one, everyone, v)), jnp.zeros(count, jnp.float32))
 
 
 def _weighted(weights: Array, x: Array) -> Array:
-  """sum_i w_i x_i over [W, ...]; x_i may be NaN where w_i is zero."""
+  """Computes sum_i w_i x_i for x [W, ...]; x_i may be NaN where w_i is zero."""
   weights = weights.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
   return jnp.sum(jnp.where(weights > 0, weights * x, 0), 0)

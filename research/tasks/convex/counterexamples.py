@@ -16,7 +16,7 @@ def client_drift(dissimilarity: float = 1.0, start: float = 10.0) -> Task:
 
       f_1(x) = x^2 + G x,   f_2(x) = -G x,   f(x) = x^2 / 2
 
-  Example i is client i: use `--partition="in_order()"` and two workers.
+  Example i belongs to client i: use `--partition="in_order()"` and two workers.
 
   Args:
     dissimilarity: G, size of the clients' gradients at the minimum 0.
@@ -68,7 +68,7 @@ def narrow_valley(epsilon: float = 0.5) -> Task:
 
       f(x) = epsilon |x_1 + x_2| + |x_1 - x_2|,   from x = (1, 1),   minimum at (0, 0)
 
-  With sign(0) = +1, the signs of a subgradient are (1, -1) or (-1, 1) wherever x_1 + x_2 > 0. Sign
+  With sign(0) = +1, the signs of a subgradient are (1, -1) or (-1, 1) whenever x_1 + x_2 > 0. Sign
   steps therefore preserve x_1 + x_2 and never get below f(1, 1) = 2 epsilon.
 
   Args:
@@ -88,7 +88,7 @@ def narrow_valley(epsilon: float = 0.5) -> Task:
 
 
 def _task(examples: Batch, start: np.ndarray, value: Callable[[Array, Batch], Array]) -> Task:
-  """The task of minimizing the mean of value(x, example) over examples, from x = start."""
+  """Returns the task of minimizing the mean of value(x, example) over examples, from x = start."""
 
   def init(key: Key) -> Params:
     del key

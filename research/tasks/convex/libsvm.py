@@ -21,7 +21,7 @@ SHA256 = {
   "w8a": "6a9fa8fd5f524303240a5db07d4b3d4a51e8b7b4b20a914105d8e3e8c81640f2",
 }
 
-LARGEST = float(np.finfo(np.float32).max)  # label or value
+LARGEST = float(np.finfo(np.float32).max)  # largest label or value
 DENSE_BYTES = 1 << 30  # largest size at which rows are stored dense
 
 
@@ -36,27 +36,27 @@ def libsvm(
   model: Callable[[int], nn.Module] = Default("model", "logistic()"),
   data_dir: str = "",
 ) -> Task:
-  """Classification or least squares on a LIBSVM file.
+  """A classification or least-squares task on a LIBSVM file.
 
-  The loss is logistic for two classes, softmax for more, or the squared error. For classification
-  the sorted labels of the file become 0, 1, ...; "squares" uses the labels as numbers. Feature
-  indices start at one. Rows are dense if all of them take at most 1 GiB in float32, else sparse:
+  Classification uses the logistic loss for two classes and softmax for more; the sorted labels of
+  the file become 0, 1, ... The loss "squares" uses the labels as numbers. Feature indices start at
+  one. Rows are stored dense if all of them take at most 1 GiB in float32, and sparse otherwise:
   {"index", "value"} [N, longest row], padded with value 0, which `linear` and `logistic` accept.
 
   Args:
     name: the name of the file, such as "a9a", "w8a" or "mushrooms"; .gz and .bz2 are supported. Any
-      local file works; downloads come from LIBSVM's collection for two classes.
+      local file works; downloads come from LIBSVM's two-class data sets.
     test: name of a file of test examples, such as "a9a.t".
     l2: weight of l2/2 ||params||^2, see `supervised`.
     sparse: True or False overrides the choice by size.
     nonconvex: weight of sum_j w_j^2 / (1 + w_j^2), see `supervised`.
-    loss: "squares", half of the squared error; empty: classification.
-    model: outputs -> module; one output for two classes and for squares.
-    data_dir: where to look first, see `files.find`.
+    loss: "squares" for half of the squared error, or empty for classification.
+    model: outputs -> module; there is one output for two classes and for squares.
+    data_dir: the folder to search first, see `files.find`.
 
   Raises:
-    FileNotFoundError: a file is not found and cannot be downloaded.
-    ValueError: the name is a path, the file is malformed or has a number that is not finite in
+    FileNotFoundError: if a file is not found and cannot be downloaded.
+    ValueError: if the name is a path, the file is malformed or has a number that is not finite in
       float32, its labels are not classes, or the loss is unknown.
 
   Reference:
@@ -99,7 +99,7 @@ def _path(name: str, data_dir: str) -> Path:
 
 
 def _load(paths: list[Path]) -> list[Any]:
-  """[rows, labels, rows, labels, ...]; rows are sparse float32 with equally many features."""
+  """Loads [rows, labels, rows, labels, ...]; rows are sparse float32 with equally many features."""
   from sklearn.datasets import load_svmlight_files
 
   try:
@@ -146,7 +146,7 @@ def _check_number(field: str) -> None:
 
 
 def _line(path: Path, row: int) -> int:
-  """The line number of an example."""
+  """Returns the line number of an example."""
   return [line for line, _ in texts.rows(path, "#")][row]
 
 

@@ -25,15 +25,16 @@ def least_squares(
   *,
   model: Callable[[int], nn.Module] = Default("model", "linear()"),
 ) -> Task:
-  """Linear regression, f(w) = 1/(2N) ||X w - y||^2, with a given condition number.
+  """Linear regression with a given condition number: f(w) = 1/(2N) ||X w - y||^2.
 
-  X = sqrt(N) U S V' with random orthonormal U and V, so that the Hessian X'X/N has the eigenvalues
-  S^2, in geometric progression from 1 to 1/condition. A linear model without bias has L = 1 and
-  mu = 1/condition; gradient descent is fastest at the step 2/(L + mu) = 2/(1 + 1/condition), which
-  contracts by (condition - 1)/(condition + 1). y = X w* + noise, w* standard normal.
+  The data are X = sqrt(N) U S V' with random orthonormal U and V, so that the Hessian X'X/N has the
+  eigenvalues S^2, which decrease geometrically from 1 to 1/condition. A linear model without bias
+  has L = 1 and mu = 1/condition; gradient descent is fastest at the step 2/(L + mu) = 2/(1 +
+  1/condition), which contracts the error by (condition - 1)/(condition + 1). The targets are y = X
+  w* + noise, where w* is standard normal.
 
-  The optimum is that of the float32 data, solved in float64. It is known for `linear`, with or
-  without bias, and None for other models.
+  For `linear`, with or without bias, the optimum of the float32 data is computed in float64. For
+  other models, the optimum is None.
 
   Args:
     samples: N, at least `features`.
@@ -44,7 +45,7 @@ def least_squares(
     model: outputs -> module.
 
   Raises:
-    ValueError: a number is out of range.
+    ValueError: if a number is out of range.
   """
   if not samples >= features >= 1:
     raise ValueError(f"samples={samples}, features={features}: need samples >= features >= 1")
@@ -61,7 +62,7 @@ def least_squares(
 
 
 def _optimum(module: nn.Module, x: np.ndarray, y: np.ndarray) -> Params | None:
-  """The exact minimizer in the module's structure, for one kernel and at most one bias."""
+  """Returns the exact minimizer in the module's structure, for one kernel and at most one bias."""
   shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x[:1])["params"])
   if not set(shapes) <= {"kernel", "bias"}:
     return None
@@ -81,12 +82,12 @@ def mean_estimation(vectors: int = 25, features: int = 2000, seed: int = 0) -> T
   problem.
 
   Args:
-    vectors: how many, at least 1.
-    features: their length, at least 1.
+    vectors: number of vectors, at least 1.
+    features: length of a vector, at least 1.
     seed: the seed of the vectors.
 
   Raises:
-    ValueError: a number is below 1.
+    ValueError: if a number is below 1.
 
   Reference: Suresh, Yu, Kumar, McMahan 2017, Distributed mean estimation, arXiv 1611.00429.
   """
@@ -125,14 +126,14 @@ def random_tokens(
   "bits_per_byte" is 8.
 
   Args:
-    vocabulary: V, at least 2; by default that of the models 1b and 8b.
+    vocabulary: V, at least 2; by default, the vocabulary of the models 1b and 8b.
     context: T, maximum number of tokens that a prediction is made from.
-    length: tokens to train on; a tenth as many are held out.
-    model: outputs -> module, called with V; from tokens [b, T] to logits [b, T, V].
+    length: number of tokens to train on; a tenth as many are held out.
+    model: outputs -> module, called with V; the module maps tokens [b, T] to logits [b, T, V].
     seed: the seed of the tokens.
 
   Raises:
-    ValueError: vocabulary is below 2, or model, context and length do not fit together.
+    ValueError: if vocabulary is below 2, or model, context and length do not fit together.
   """
   if vocabulary < 2:
     raise ValueError(f"vocabulary={vocabulary}: at least 2 tokens are needed")

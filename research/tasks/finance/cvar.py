@@ -33,37 +33,38 @@ def cvar(
   *,
   data_dir: str = "",
 ) -> Task:
-  """Minimizes the CVaR of a portfolio over weights w >= 0 of sum 1 and a threshold a.
+  """Minimizes the CVaR of a portfolio over weights w >= 0 with sum 1 and a threshold a.
 
   Over scenarios of returns r, the objective is
 
       a + mean((-r'w - a)_+) / (1 - level).
 
-  Its minimum over a is the CVaR of w: the mean of its losses beyond their quantile, the VaR. The
-  parameters are {"weights": [n], "threshold"}. The objective, "loss", is in percent of the
-  investment; its positive part is smoothed by `smoothing`, except in `evaluate`. The objective has
-  kinks, so use a decreasing learning rate, and a method that satisfies constraints (see
-  `frontier`). Optimizers that scale each coordinate, such as Adam, make steps that the projection
-  undoes.
+  The minimum of the objective over a is the CVaR of w: the mean of the losses beyond their
+  quantile, which is the VaR. The parameters are {"weights": [n], "threshold"}. The objective,
+  "loss", is in percent of the investment; the positive part is smoothed by `smoothing`, except in
+  `evaluate`. The objective has kinks, so use a decreasing learning rate, and a method that
+  satisfies constraints (see `frontier`). Optimizers that scale each coordinate, such as Adam, make
+  steps that the projection undoes.
 
-  Metrics of the historical returns, as fractions: "var" and "cvar" of the weights, each with the
-  ends of its confidence interval, "var_low", "var_high", ...; with a `portfolio` also its
-  "given_var", ... See `tail`.
+  The metrics are computed from the historical returns, as fractions: "var" and "cvar" of the
+  weights, each with the ends of its confidence interval, "var_low", "var_high", ... For a given
+  `portfolio`, there are also "given_var", ... See `tail`.
 
   Args:
     name: "stocks": daily returns of 20 stocks from the first day on which all have a price; or the
       path of a table of prices, see `price_table`.
     level: the level of the CVaR, in (0, 1).
-    scenarios: the number of days drawn with replacement (the bootstrap); 0: every day once.
-    smoothing: e, in percent: (x)_+ becomes (x + e)^2 / 4e for |x| <= e, at most e/4 above it.
-    portfolio: weights of a given portfolio to evaluate too.
+    scenarios: the number of days drawn with replacement (the bootstrap); 0 means every day once.
+    smoothing: e, in percent: (x)_+ becomes (x + e)^2 / 4e for |x| <= e, which exceeds (x)_+ by at
+      most e/4.
+    portfolio: weights of a given portfolio, which is also evaluated.
     confidence: the confidence level of the intervals, in (0, 1).
     seed: the seed of the scenarios.
-    data_dir: where to look first, see `files.find`.
+    data_dir: the folder to search first, see `files.find`.
 
   Raises:
-    FileNotFoundError: the file is not found and cannot be downloaded.
-    ValueError: a number is out of range, or the file is not a table of prices.
+    FileNotFoundError: if the file is not found and cannot be downloaded.
+    ValueError: if a number is out of range, or the file is not a table of prices.
 
   Reference: Rockafellar, Uryasev, 2000, Optimization of conditional value-at-risk, Journal of Risk
     2, theorem 1.
@@ -89,13 +90,13 @@ def of_scenarios(
   portfolio: Sequence[float] = (),
   confidence: float = 0.95,
 ) -> Task:
-  """The task for given scenarios and historical returns. See `cvar`.
+  """Returns the task for given scenarios and historical returns; see `cvar`.
 
   Args:
     drawn: scenarios [S, n], fractions.
     seen: historical returns [T, n], fractions.
-    level: see `cvar`, as are the others.
-    smoothing: in percent.
+    level: see `cvar`.
+    smoothing: see `cvar`; in percent.
     portfolio: weights [n], or empty.
     confidence: the confidence level of the intervals.
   """
@@ -138,12 +139,12 @@ def of_scenarios(
 
 
 def tail(losses: Array, level: float, confidence: float = 0.95) -> dict[str, Array]:
-  """VaR and CVaR of a sample of losses, with confidence intervals.
+  """Computes VaR and CVaR of a sample of losses, with confidence intervals.
 
-  VaR is the order statistic of rank ceil(level T). Its interval is binomial: the order statistics z
-  sqrt(T level (1 - level)) ranks away. CVaR is the minimum of Rockafellar and Uryasev's objective,
-  which is attained at VaR; its variance is that of the influence function, (var(losses |
-  losses >= VaR) + level (CVaR - VaR)^2) / (T (1 - level)).
+  VaR is the order statistic of rank ceil(level T). The interval of VaR is binomial: its ends are
+  the order statistics z sqrt(T level (1 - level)) ranks away. CVaR is the minimum of Rockafellar
+  and Uryasev's objective, which is attained at VaR; the variance of CVaR is that of the influence
+  function, (var(losses | losses >= VaR) + level (CVaR - VaR)^2) / (T (1 - level)).
 
   Args:
     losses: [T].
@@ -180,17 +181,17 @@ def tail(losses: Array, level: float, confidence: float = 0.95) -> dict[str, Arr
 
 
 def load(name: str = "stocks", data_dir: str = "") -> np.ndarray:
-  """Daily returns [T, n], p_t / p_{t-1} - 1, where all stocks have a price on both days.
+  """Loads daily returns [T, n], p_t / p_{t-1} - 1, of days on which all stocks have both prices.
 
-  The days are sorted by date.
+  The returns are sorted by date.
 
   Args:
     name: "stocks", or the path of a table of prices.
-    data_dir: where to look first, see `files.find`.
+    data_dir: the folder to search first, see `files.find`.
 
   Raises:
-    FileNotFoundError: the published file is not found and cannot be downloaded.
-    ValueError: there is no such file, or it is not a table of prices.
+    FileNotFoundError: if the published file is not found and cannot be downloaded.
+    ValueError: if there is no such file, or the file is not a table of prices.
   """
   if name == "stocks":
     path = files.find("stocks/stock_prices.csv", data_dir, URL, SHA256)

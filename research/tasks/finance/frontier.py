@@ -1,4 +1,4 @@
-"""The mean-variance frontier: portfolios of least variance at required returns."""
+"""The mean-variance frontier: portfolios with the least variance at required returns."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from research.core.task import Batch, Task
 from research.tasks import files, sampling
 from research.tasks.finance import portfolio_files
 
-MARKETS = ("port1", "port2", "port3")  # published, with their frontiers
+MARKETS = ("port1", "port2", "port3")  # markets with published frontiers
 URL = "http://people.brunel.ac.uk/~mastjjb/jeb/orlib/files/"
 SHA256 = {
   "port1.txt": "8c570897a400635625fe14eb9a0868aebc6621586674a690493b085850f87886",
@@ -25,7 +25,7 @@ SHA256 = {
   "portef2.txt": "b918e1a8e0fd8ad38eb047d60daba791030e49721c547550385043a39f08656b",
   "portef3.txt": "4d0eb0a1cfbaddc2ef2049ec34ab9836e133f7dd0c0481f2932b345dc01c0cc3",
 }
-SCENARIOS = 8  # per asset
+SCENARIOS = 8  # number of scenarios per asset
 _HALVINGS = 60  # bisection steps for the multiplier
 
 
@@ -35,7 +35,7 @@ class Market(NamedTuple):
   means: np.ndarray  # float64 [n], expected returns
   covariance: np.ndarray  # float64 [n, n]
   returns: np.ndarray  # float64 [points], descending
-  variances: np.ndarray  # float64 [points], the least at these returns
+  variances: np.ndarray  # float64 [points], the least variances at these returns
 
 
 def load(name: str, data_dir: str = "") -> Market:
@@ -45,12 +45,12 @@ def load(name: str, data_dir: str = "") -> Market:
 
   Args:
     name: the name of the instance, or a path.
-    data_dir: where to look first, see `files.find`.
+    data_dir: the folder to search first, see `files.find`.
 
   Raises:
-    FileNotFoundError: a published file is not found and cannot be downloaded.
-    ValueError: there is no such file; a line is malformed, missing or repeated; or the covariance
-      is not positive semidefinite.
+    FileNotFoundError: if a published file is not found and cannot be downloaded.
+    ValueError: if there is no such file; a line is malformed, missing or repeated; or the
+      covariance is not positive semidefinite.
 
   Reference: Chang, Meade, Beasley, Sharaiha, 2000, Heuristics for cardinality constrained portfolio
     optimisation, Computers & Operations Research 27; Beasley, 1990, OR-Library.
@@ -81,10 +81,10 @@ def check(covariance: np.ndarray) -> np.ndarray:
     covariance: [n, n].
 
   Returns:
-    Its eigenvalues, ascending.
+    The eigenvalues of the covariance, ascending.
 
   Raises:
-    ValueError: it is not symmetric or not positive semidefinite, up to rounding.
+    ValueError: if the covariance is not symmetric or not positive semidefinite, up to rounding.
   """
   if covariance.shape[0] != covariance.shape[1] or not np.allclose(covariance, covariance.T):
     raise ValueError(f"the covariance {list(covariance.shape)} is not symmetric")
@@ -99,29 +99,29 @@ def check(covariance: np.ndarray) -> np.ndarray:
 def frontier(
   name: str = "port1", points: int = 50, returns: Sequence[float] = (), *, data_dir: str = ""
 ) -> Task:
-  """Minimizes the variance w'Cw of weights w >= 0 of sum 1, at each of several required returns.
+  """Minimizes the variance w'Cw of weights w >= 0 with sum 1, at each of several required returns.
 
-  The parameters are {"weights": [points, n]}. Examples are scenarios, eight times as many as
-  assets, with the second moment exactly C, so that they can be partitioned over workers. The
-  objective is half the sum of the points' variances divided by the largest eigenvalue of C: its
-  curvature is at most 1, so `sgd(1.0)` descends. The constraints require a method that satisfies
-  them: `data_parallel` and `local_sgd` project their steps, `consensus_admm` projects its
-  consensus.
+  The parameters are {"weights": [points, n]}. The examples are scenarios whose second moment is
+  exactly C, eight times as many as assets, so that they can be partitioned over workers. The
+  objective is half the sum of the points' variances divided by the largest eigenvalue of C. The
+  curvature of the objective is therefore at most 1, so `sgd(1.0)` descends. Use a method that
+  satisfies the constraints: `data_parallel` and `local_sgd` project their steps, and
+  `consensus_admm` projects its consensus.
 
-  Metrics: "variance", the mean over points; "violation", the largest constraint violation; "gap",
-  for published frontiers, the largest relative difference of a variance from the published one.
-  In float32 a gap of about 1e-5 remains; use --x64.
+  The metrics are "variance", the mean over points; "violation", the largest constraint violation;
+  and, for published frontiers, "gap", the largest relative difference of a variance from the
+  published one. In float32, a gap of about 1e-5 remains; --x64 reduces it.
 
   Args:
     name: "port1" (Hang Seng, 31 assets), "port2" (DAX, 85), "port3" (FTSE, 89), or a path.
-    points: how many of the 2000 published returns to use, equally spaced in the list.
+    points: number of the 2000 published returns to use, equally spaced in the list.
     returns: required returns, instead of published ones.
-    data_dir: where to look first, see `files.find`.
+    data_dir: the folder to search first, see `files.find`.
 
   Raises:
-    FileNotFoundError: a published file is not found and cannot be downloaded.
-    ValueError: as `load`; points or a required return is out of range; or there are neither
-      published nor required returns.
+    FileNotFoundError: if a published file is not found and cannot be downloaded.
+    ValueError: see `load`; also if points or a required return is out of range, or if there are
+      neither published nor required returns.
 
   Reference: Markowitz, 1952, Portfolio selection, Journal of Finance 7.
   """
@@ -137,13 +137,13 @@ def frontier(
 
 
 def of_market(market: Market) -> Task:
-  """The task of the portfolios at a market's returns. See `frontier`.
+  """Returns the task of finding the portfolios at a market's returns; see `frontier`.
 
   Args:
     market: the moments of the assets, and the required returns.
 
   Raises:
-    ValueError: the covariance is not positive semidefinite, or a return is not attainable.
+    ValueError: if the covariance is not positive semidefinite, or a return is not attainable.
   """
   means, required = market.means, market.returns
   largest = check(market.covariance)[-1]
@@ -193,7 +193,7 @@ def of_market(market: Market) -> Task:
 
 
 def scenarios(covariance: np.ndarray) -> np.ndarray:
-  """Draws scenarios x, float64 [S, n], with x'x / S = the covariance, to rounding.
+  """Draws scenarios x, float64 [S, n], such that x'x / S is the covariance up to rounding.
 
   Args:
     covariance: [n, n].
@@ -208,9 +208,9 @@ def portfolio(y: Array, means: Array, required: Array) -> Array:
   """Projects y onto the portfolios with w >= 0, sum 1 and means'w = required.
 
   The result is the projection of y + t means onto the simplex, for the multiplier t at which the
-  return is as required; the return is nondecreasing in t. Bisection finds t approximately, which
-  determines the assets with positive weight. Both multipliers then follow exactly from two linear
-  equations.
+  return equals the required one. The return is nondecreasing in t, so bisection finds t
+  approximately, which determines the assets with positive weight. Both multipliers then follow
+  exactly from two linear equations.
 
   Args:
     y: [n].

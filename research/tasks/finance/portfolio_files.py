@@ -2,7 +2,7 @@
 
 A file contains n, then n lines with the mean and the standard deviation of an asset, then, in any
 order, a line "i j r" with the correlation r of each pair of assets i <= j. The lines "i i 1" may be
-left out, but only all of them.
+omitted, but only all of them together.
 """
 
 import itertools
@@ -12,9 +12,9 @@ import numpy as np
 
 from research.tasks import texts
 
-LARGEST = 1e12  # mean or standard deviation of an asset
-SMALLEST = 1e-100  # largest standard deviation
-ROUNDING = 1e-6  # of a correlation that is 1
+LARGEST = 1e12  # largest mean or standard deviation of an asset
+SMALLEST = 1e-100  # minimum of the largest standard deviation
+ROUNDING = 1e-6  # tolerance of a correlation that is 1
 
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -24,7 +24,7 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     path: the file.
 
   Raises:
-    ValueError: a line is malformed, missing or repeated, or all deviations are zero.
+    ValueError: if a line is malformed, missing or repeated, or all deviations are zero.
   """
   assets: list[tuple[float, float]] = []
   correlations: dict[tuple[int, int], float] = {}
@@ -61,7 +61,7 @@ def _count(fields: list[str]) -> int:
 
 
 def _asset(fields: list[str]) -> tuple[float, float]:
-  """A mean and a standard deviation, small enough that float64 can represent their squares."""
+  """Parses a mean and a standard deviation; float64 must be able to represent their squares."""
   if len(fields) != 2:
     raise ValueError(f"a line of an asset has its mean and deviation, not {len(fields)} fields")
   mean, deviation = map(texts.number, fields)
@@ -72,7 +72,7 @@ def _asset(fields: list[str]) -> tuple[float, float]:
 
 
 def _pair(fields: list[str], count: int) -> tuple[tuple[int, int], float]:
-  """Two assets, the smaller number first, and their correlation."""
+  """Parses two assets, the smaller number first, and their correlation."""
   if len(fields) != 3:
     raise ValueError(f"a line of a correlation is 'i j r', three fields, not {len(fields)}")
   i, j = sorted(map(texts.whole, fields[:2]))
@@ -90,7 +90,7 @@ def _pair(fields: list[str], count: int) -> tuple[tuple[int, int], float]:
 def _check_complete(
   count: int, assets: list[tuple[float, float]], correlations: dict[tuple[int, int], float]
 ) -> None:
-  """Raises ValueError if a file ends early; the diagonal may be absent, but only all of it."""
+  """Raises ValueError if a file ends early; the diagonal must be complete or absent."""
   if not count or len(assets) < count:
     raise ValueError(f"{len(assets)} of {count} assets are there")
   whole = any(i == j for i, j in correlations)

@@ -2,9 +2,9 @@
 
 Dates are YYYY-MM-DD, optionally followed by a time, YYYYMMDD, YYYY/MM/DD, DD.MM.YYYY, DD/MM/YYYY or
 MM/DD/YYYY, in one form throughout a file. Only a day above 12 distinguishes the last two forms, so
-a file in one of them without such a day is rejected. Days may come in any order, each once. A price
-is a positive number; an empty cell means no price. The first line is a header if it has no number
-or begins with "date". Blank lines are skipped.
+a file in one of them without such a day is rejected. Days may be in any order, but no day may occur
+twice. A price is a positive number; an empty cell means no price. The first line is a header if it
+has no number or begins with "date". Blank lines are skipped.
 """
 
 import csv
@@ -37,10 +37,10 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     path: the file.
 
   Returns:
-    The line numbers, int [T], and prices, float64 [T, n], NaN where there is none.
+    The line numbers, int [T], and prices, float64 [T, n], with NaN for missing prices.
 
   Raises:
-    ValueError: a line does not have the format described above.
+    ValueError: if a line does not have the format described above.
   """
   rows = _rows(path)
   columns = len(rows[0].cells) if rows else 0
@@ -62,7 +62,7 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _rows(path: Path) -> list[Row]:
-  """The lines that are not blank."""
+  """Returns the lines that are not blank."""
   found, last = [], 0
   reader = csv.reader(io.StringIO(texts.read(path).removeprefix("\ufeff"), newline=""), strict=True)
   try:
@@ -100,7 +100,7 @@ def _price(path: Path, line: int, cell: str) -> float:
 
 
 def _days(path: Path, rows: list[Row]) -> list[int]:
-  """The dates as ordinals, in the one form that fits all of them."""
+  """Returns the dates as ordinals, parsed in the one form that fits all of them."""
   readings: set[tuple[int, ...]] = set()
   furthest = 0
   for form in DATES:
@@ -118,7 +118,7 @@ def _days(path: Path, rows: list[Row]) -> list[int]:
 
 
 def _day(date: str, form: str) -> int:
-  """The ordinal of a date in a form, or 0 if it does not match."""
+  """Returns the ordinal of a date in a form, or 0 if the date does not have this form."""
   try:
     if form == ISO:
       return datetime.datetime.fromisoformat(date).toordinal()

@@ -23,9 +23,9 @@ TINYSHAKESPEARE_URL = (
 TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 TOKENIZERS = ("bytes", "characters", "bpe")
-VOCABULARY = 4096  # default size of a "bpe"
-LOGITS = 2**26  # maximum per device in evaluation
-TOKENS = 2**13  # maximum per device in evaluation: more exceed a CPU's caches (1.7 times slower)
+VOCABULARY = 4096  # default vocabulary of "bpe"
+LOGITS = 2**26  # maximum number of logits per device in evaluation
+TOKENS = 2**13  # maximum per device in evaluation; more exceed a CPU's caches (1.7 times slower)
 PLACES = 100  # number of pieces of a text that partitions sort by
 
 
@@ -33,7 +33,7 @@ class Text(NamedTuple):
   """A part of a text."""
 
   tokens: np.ndarray  # [N], integers in [0, V)
-  bytes: int  # of its UTF-8
+  bytes: int  # number of bytes in UTF-8
 
 
 def tinyshakespeare(
@@ -45,16 +45,16 @@ def tinyshakespeare(
   """Shakespeare's plays, 1.1 million characters of 65 kinds; the last tenth is held out.
 
   Args:
-    model: outputs -> module, called with 65; from tokens [b, T] to logits [b, T, 65].
-    data_dir: where to look first, see `files.find`.
+    model: outputs -> module, called with 65; the module maps tokens [b, T] to logits [b, T, 65].
+    data_dir: the folder to search first, see `files.find`.
     context: T, maximum number of characters that a prediction is made from.
 
   Raises:
-    FileNotFoundError: the file is not found and cannot be downloaded.
-    ValueError: it is not the published file, or model or context do not fit.
+    FileNotFoundError: if the file is not found and cannot be downloaded.
+    ValueError: if the file is not the published one, or model or context do not fit.
 
   Reference: Karpathy, 2015, The unreasonable effectiveness of recurrent neural networks; the file
-    is that of char-rnn.
+    of char-rnn.
   """
   path = files.find(
     "tinyshakespeare/input.txt", data_dir, TINYSHAKESPEARE_URL, TINYSHAKESPEARE_SHA256
@@ -77,8 +77,8 @@ def text(
 
   Args:
     path: the path of the file.
-    model: outputs -> module, called with the number of tokens V; from tokens [b, T] to logits
-      [b, T, V].
+    model: outputs -> module, called with the number of tokens V; the module maps tokens [b, T] to
+      logits [b, T, V].
     tokenizer: "bytes" (V = 256), "characters" (those of the text), or "bpe", trained on the
       training part.
     vocabulary: V of "bpe", or an upper bound if the text has too few pairs; 4096 if None.
@@ -86,7 +86,8 @@ def text(
     held_out: share of the characters that are held out, in (0, 1).
 
   Raises:
-    ValueError: there is no such file, it is not UTF-8 or too short, or an argument does not fit.
+    ValueError: if there is no such file, the file is not UTF-8 or too short, or an argument does
+      not fit.
   """
   if tokenizer not in TOKENIZERS:
     raise ValueError(f"tokenizer={tokenizer!r} is none of {', '.join(TOKENIZERS)}")
@@ -105,36 +106,36 @@ def text(
 
 
 def next_token(module: nn.Module, size: int, train: Text, held_out: Text, *, context: int) -> Task:
-  """The task of predicting each next token from up to `context` previous ones, in nats per token.
+  """Returns the task of predicting each next token from up to `context` previous tokens.
 
   The training tokens t_0, ..., t_{N-1}, without the last N mod T, form a ring, so that the ends of
   the text are treated like the rest. Example i is t_{iT}, ..., t_{iT+2T-1}, which contains T
-  windows of T + 1 tokens, each with T tokens to predict. An epoch draws one window of each example,
-  all at the same offset, so that they tile the ring: every token is predicted once, whichever
-  worker has its example. The offset changes with the epoch; over T epochs every token is predicted
-  once at every position of a window. If an example is used without drawing, it stands for its first
-  window.
+  windows of T + 1 tokens, each with T tokens to predict. An epoch draws one window from each
+  example, all at the same offset, so that the windows tile the ring: every token is predicted once,
+  whichever worker has the example. The offset changes with the epoch; over T epochs every token is
+  predicted once at every position of a window. If no window is drawn from an example, its first
+  window is used.
 
-  The objective is the mean over tokens, plus what the module sows into the collection "losses" (a
-  mixture of experts does); "loss" of `evaluate` is the mean alone. The held-out tokens are all
-  predicted once, in windows that do not overlap, the first starting from the last training token.
-  Windows are weighted by their tokens divided by the mean number of tokens per window, so that the
-  mean over windows is the mean over tokens even though the last one is shorter. "bits_per_byte" is
-  the loss in bits per byte of the text, independent of the tokenizer. Perplexity, exp(loss), is not
-  a mean and therefore not among the metrics.
+  The objective is the mean loss over tokens, in nats, plus the values that the module sows into the
+  collection "losses" (as a mixture of experts does); the metric "loss" is the mean alone. The
+  held-out tokens are all predicted once, in windows that do not overlap; the first window starts
+  with the last training token. Windows are weighted by their tokens divided by the mean number of
+  tokens per window, so that the mean over windows is the mean over tokens even though the last
+  window is shorter. "bits_per_byte" is the loss in bits per byte of the text, independent of the
+  tokenizer. Perplexity, exp(loss), is not a mean and therefore not among the metrics.
 
   Partitions sort by the hundredth of the text that an example is in: `sorted()` and `shards()` give
   contiguous stretches, and `dirichlet(alpha)` an uneven share of each hundredth.
 
   Args:
-    module: from tokens int32 [b, T] to logits [b, T, size]; its `rules`, if any, are the task's.
+    module: maps tokens int32 [b, T] to logits [b, T, size]; its `rules`, if any, become the task's.
     size: V, number of different tokens.
-    train: training tokens, T or more.
-    held_out: at least one token.
+    train: at least T training tokens.
+    held_out: at least one held-out token.
     context: T, at least one.
 
   Raises:
-    ValueError: there are too few tokens, or module or context do not fit.
+    ValueError: if there are too few tokens, or module or context do not fit.
   """
   _check(module, size, train, held_out, context)
   test = _windows(train.tokens[-1], held_out.tokens, context)
@@ -176,13 +177,13 @@ class Objective(NamedTuple):
 def objective(
   module: nn.Module, size: int, context: int, mean_length: float, bits: Sequence[float] | None
 ) -> Objective:
-  """The mean loss in nats of predicting the tokens of windows, see `next_token`.
+  """Returns the functions of the mean loss of predicting tokens, in nats; see `next_token`.
 
   Batches have windows "x" [b, T + 1 or more], of which the first T + 1 tokens are used, and may
   have "length" [b], the number of predicted tokens per window, by default T.
 
   Args:
-    module: from tokens int32 [b, T] to logits [b, T, size].
+    module: maps tokens int32 [b, T] to logits [b, T, size].
     size: V, number of different tokens.
     context: T.
     mean_length: the mean of "length" over all windows that have one.
@@ -231,14 +232,14 @@ def evaluated_at_once(size: int, context: int) -> int:
 
 
 def _ring(found: np.ndarray, context: int) -> Batch:
-  """The training examples [N // T, 2T]: T tokens, and the T tokens after them."""
+  """Returns the training examples [N // T, 2T]: T tokens, and the T tokens after them."""
   count = len(found) // context
   first = found[: count * context].reshape(count, context)
   return {"x": np.hstack([first, np.roll(first, -1, 0)]), "y": _places(count)}
 
 
 def _windows(before: int, found: np.ndarray, context: int) -> Batch:
-  """The windows [ceil(M / T), T + 1] that predict M tokens, and each window's token count."""
+  """Returns windows [ceil(M / T), T + 1] that predict M tokens, and each window's token count."""
   count = -(-len(found) // context)
   padded = np.zeros(count * context + 1, found.dtype)
   padded[0], padded[1 : len(found) + 1] = before, found
@@ -277,7 +278,7 @@ def check_model(module: nn.Module, size: int, context: int) -> None:
     context: T, tokens per window.
 
   Raises:
-    ValueError: with the shape that it returns.
+    ValueError: if the module returns another shape, which the message contains.
   """
   first = jnp.zeros((1, context), jnp.int32)
   found = jax.eval_shape(lambda key: module.init_with_output(key, first), jax.random.key(0))[0]

@@ -23,7 +23,7 @@ class Source(NamedTuple):
   """Tokens on disk and their vocabulary."""
 
   tokens: TokenFile
-  size: int  # V
+  size: int  # V, number of different tokens
   lengths: np.ndarray | None  # [V], bytes of text per token, if known
 
 
@@ -40,21 +40,21 @@ def stream(
   """Language modelling on a file of any size; memory holds only the batches of two dispatches.
 
   The training and the held-out loss are measured on at most `evaluated` tokens each: a fixed set of
-  equally spaced windows of T. "bits_per_byte" is unknown for a .npy file.
+  equally spaced windows of T tokens. "bits_per_byte" is unknown for a .npy file.
 
   Args:
     path: the path of a text in UTF-8 or of a .npy file with tokens [N], integers of any type.
-    model: outputs -> module, called with the number of tokens V; from tokens [b, T] to logits
-      [b, T, V].
-    tokenizer: of a text: "bytes" (V = 256), which needs no other file, or "bpe", which is trained
-      on the beginning of the text and writes its tokens into the user's cache once.
-    vocabulary: V of a .npy file; of "bpe" as in `language.text`, 4096 if None.
+    model: outputs -> module, called with the number of tokens V; the module maps tokens [b, T] to
+      logits [b, T, V].
+    tokenizer: tokenizer of a text: "bytes" (V = 256), which needs no other file, or "bpe", which is
+      trained on the beginning of the text and writes its tokens into the user's cache once.
+    vocabulary: V of a .npy file; for "bpe", as in `language.text`, where None means 4096.
     context: T, maximum number of tokens that a prediction is made from.
     held_out: share of the tokens, the last ones, that are held out, in (0, 1).
     evaluated: maximum number of tokens per evaluation.
 
   Raises:
-    ValueError: the file or an argument does not fit, or a token in it is not below V.
+    ValueError: if the file or an argument does not fit, or a token in it is not below V.
   """
   checks.positive_integer("context", context)
   checks.in_range("held_out", held_out, "(0, 1)")
@@ -79,7 +79,7 @@ def _task(module: nn.Module, source: Source, end: int, context: int, most: int) 
   for part in (train, test):
     _check_tokens(part["x"], source)
   bits = None if lengths is None else [_bits(part, lengths) for part in (train, test)]
-  del train["length"]  # all have full length
+  del train["length"]  # all windows have full length
   mean_length = float(np.mean(test["length"]))
   init, loss, evaluate = language.objective(module, size, context, mean_length, bits)
   read = reader(tokens, end, context)
@@ -101,21 +101,22 @@ def reader(
   """Returns `read(seed, first, count)`: windows first, ..., first + count - 1 of an endless order.
 
   `read` is a pure function of constant cost at any position: resuming needs no stored state and no
-  rereading, and each process reads only its own windows. As in `language.next_token`, the first
-  N - N mod T tokens form a ring, and the windows of an epoch tile it: N // T windows of T + 1
+  rereading, and each process reads only its own windows. As in `language.next_token`, the first N -
+  N mod T tokens form a ring, and the windows of an epoch tile the ring: N // T windows of T + 1
   tokens that predict every token once, in an order and at an offset that depend on the epoch.
   Epochs follow one another without a gap.
 
   Args:
     tokens: integers, sliced on demand.
-    end: N, how many of them are used; N >= context.
+    end: N, number of tokens to use; N >= context.
     context: T, tokens that a window predicts.
 
   Returns:
     The function, which returns [count, T + 1] in the dtype of the tokens.
 
   Raises:
-    ValueError: there are more than 2^32 windows, or grain, which shuffles, is missing.
+    ValueError: if there are more than 2^32 windows, or the package grain, which shuffles them, is
+      missing.
   """
   try:
     from grain.experimental import index_shuffle
@@ -166,7 +167,7 @@ def _source(path: str, tokenizer: str, vocabulary: int | None, share: float) -> 
 
 
 def _windows(tokens: TokenFile, first: int, last: int, context: int, most: int) -> Batch:
-  """Up to `most` equally spaced windows that predict the tokens first, ..., last - 1."""
+  """Returns up to `most` equally spaced windows that predict the tokens first, ..., last - 1."""
   count = -(-(last - first) // context)
   chosen = np.arange(min(count, most)) * count // min(count, most)
   starts = first - 1 + context * chosen
@@ -178,7 +179,7 @@ def _windows(tokens: TokenFile, first: int, last: int, context: int, most: int) 
 
 
 def _bits(part: Batch, lengths: np.ndarray) -> float:
-  """The factor from nats per token to bits per byte, for the tokens that windows predict."""
+  """Returns the factor from nats per token to bits per byte, for the tokens of the windows."""
   predicted = np.arange(part["x"].shape[1] - 1) < part["length"][:, None]
   return 1 / float(np.mean(lengths[part["x"][:, 1:][predicted]])) / math.log(2)
 

@@ -35,11 +35,11 @@ class TokenFile:
   def __init__(self, path: str | Path):
     """Opens a .npy file of integers in [0, 2^31), or a text in UTF-8, whose bytes are tokens.
 
-    Slices have the file's dtype if it is uint8, uint16, uint32 or int32, else int32. For a text, up
+    Slices have the file's dtype if it is uint8, uint16, uint32 or int32, else int32. Of a text, up
     to 4 MiB at equal distances are checked to be UTF-8.
 
     Raises:
-      ValueError: it is not such a file.
+      ValueError: if the file is neither.
     """
     path = paths.local(path)
     if not path.is_file() or not path.stat().st_size:
@@ -71,7 +71,7 @@ class TokenFile:
 
 
 def _contents(path: Path) -> tuple[np.dtype, int, int]:
-  """The dtype of the tokens, the byte offset of the first, and their number."""
+  """Returns the dtype of the tokens, the byte offset of the first token, and their number."""
   if path.suffix != ".npy":
     try:
       texts.check(path, CHECKED)
@@ -93,7 +93,7 @@ def _contents(path: Path) -> tuple[np.dtype, int, int]:
 class Encoded(NamedTuple):
   """A text encoded as tokens."""
 
-  path: Path  # of the .npy file
+  path: Path  # path of the .npy file
   tokenizer: tokens.Tokenizer
 
 
@@ -106,12 +106,13 @@ def encoded(path: str | Path, vocabulary: int, share: float) -> Encoded:
   Args:
     path: the path of a plain text in UTF-8.
     vocabulary: see `tokens.bpe`.
-    share: the share of the text's bytes, in (0, 1], to train the BPE on; at most the first 32 MB.
+    share: the share of the text's bytes, in (0, 1], to train the BPE on; at most the first 32 MB
+      are used.
 
   Raises:
-    ValueError: there is no such text, it is compressed or not UTF-8, or see `tokens.bpe`.
+    ValueError: if the text does not exist, is compressed or is not UTF-8; see also `tokens.bpe`.
   """
-  TokenFile(path)  # for its checks
+  TokenFile(path)  # checks the file
   path = paths.local(path).resolve()
   about = path.stat()
   head = _head(path, min(HEAD, int(share * about.st_size)))
@@ -134,7 +135,7 @@ def _head(path: Path, size: int) -> str:
 
 
 def _holds_tokens(path: Path, coder: tokens.Tokenizer) -> bool:
-  """Whether a cached file exists and has its full length and the tokenizer's dtype."""
+  """Returns whether a cached file exists, with its full length and the tokenizer's dtype."""
   try:
     dtype, start, count = _contents(path)
   except (OSError, ValueError):

@@ -23,7 +23,7 @@ class Tokenizer(NamedTuple):
 
 
 def characters(text: str) -> Tokenizer:
-  """Returns a tokenizer with one token per character in `text`, in order of code points.
+  """Returns a tokenizer with one token for each different character of `text`, by code point.
 
   Args:
     text: the text.
@@ -45,28 +45,29 @@ def characters(text: str) -> Tokenizer:
 
 
 def utf8() -> Tokenizer:
-  """The 256 bytes of UTF-8. Decoding replaces incomplete characters by U+FFFD."""
+  """Returns the tokenizer of UTF-8 bytes; decoding replaces incomplete characters by U+FFFD."""
   encode = lambda text: np.frombuffer(text.encode(), np.uint8)
   decode = lambda tokens: np.asarray(tokens, np.uint8).tobytes().decode(errors="replace")
   return Tokenizer(256, encode, decode, np.ones(256, int))
 
 
 def bpe(text: str, vocabulary: int) -> Tokenizer:
-  """Byte-pair encoding trained on `text`; it can encode any text, as it starts from the 256 bytes.
+  """Trains a byte-pair encoding on `text`, which can encode any text, since all bytes are tokens.
 
-  The most frequent pair of adjacent tokens becomes a new token, until there are `vocabulary` of
-  them or no pair is left; `size` is the resulting number. Training is a function of the text and of
-  the library's version; its result is kept in the user's cache, keyed by both.
+  The most frequent pair of adjacent tokens becomes a new token, until there are `vocabulary` tokens
+  or no pair is left; `size` is the resulting number of tokens. The result depends only on the text
+  and the library's version, and is kept in the user's cache, keyed by both.
 
   Args:
     text: the text to train on.
-    vocabulary: tokens to make, in [256, 2^20].
+    vocabulary: number of tokens to create, in [256, 2^20].
 
   Raises:
-    ValueError: the vocabulary is out of range, or the library is missing.
+    ValueError: if the vocabulary is out of range, or the library is missing.
 
   Reference: Sennrich, Haddow and Birch, 2015, arXiv:1508.07909; over bytes as in Radford et al.,
-    2019, Language models are unsupervised multitask learners. The `tokenizers` library trains it.
+    2019, Language models are unsupervised multitask learners. Training uses the `tokenizers`
+    library.
   """
   if type(vocabulary) is not int or not 256 <= vocabulary <= MOST:
     raise ValueError(

@@ -25,27 +25,27 @@ def breast_cancer(
   *,
   model: Callable[[int], nn.Module] = Default("model", "logistic()"),
 ) -> Task:
-  """Malignant or benign, from 30 measurements of cell nuclei: 398 training and 171 test patients.
+  """Classifies tumours as malignant or benign, from 30 measurements of cell nuclei.
 
-  The split is scikit-learn's stratified `train_test_split`. Measurements are standardized by the
-  training patients. Metrics: "loss", "accuracy", and "auc", the probability that a malignant case
-  has the higher score.
+  The split into 398 training and 171 test patients is scikit-learn's stratified `train_test_split`.
+  Measurements are standardized by their mean and deviation over the training patients. The metrics
+  are "loss", "accuracy", and "auc", the probability that a malignant case has the higher score.
 
   A partition turns workers into hospitals: `--partition="dirichlet(0.3)"`, `sorted()` or
-  `shards(2)`. It uses the labels that `shift` selects.
+  `shards(2)`. The partition uses the labels that `shift` selects.
 
   Args:
-    shift: how hospitals differ: "label", in the diagnosis, or "features", in the patients' tenth of
-      the first principal component, which is roughly the size of the nuclei.
+    shift: how hospitals differ: "label" for the diagnosis, or "features" for the decile of the
+      first principal component, which roughly measures the size of the nuclei.
     l2: weight of l2/2 ||params||^2.
     hospitals: with `only`, the number of parts into which training patients are cut, sorted by
       `shift`.
-    only: the number of a hospital, from 1, that trains alone; 0: all.
+    only: the number of a hospital, from 1, that trains alone; 0 means all.
     split: the `random_state` of the split into training and test, >= 0.
     model: outputs -> module, called with 1.
 
   Raises:
-    ValueError: shift is unknown, l2 or split negative, or there is no such hospital.
+    ValueError: if shift is unknown, l2 or split is negative, or there is no such hospital.
 
   Reference: Street, Wolberg, Mangasarian, 1993, Nuclear feature extraction for breast tumor
     diagnosis; UCI, as scikit-learn ships it.
@@ -71,22 +71,23 @@ def diabetes(
   *,
   model: Callable[[int], nn.Module] = Default("model", "linear(bias=True)"),
 ) -> Task:
-  """Progression of diabetes within a year, from 10 measurements: 309 training, 133 test patients.
+  """Predicts the progression of diabetes within a year, from 10 measurements.
 
-  Measurements and progression are standardized by the training patients. The loss is half the
-  squared error; "rmse" is in the unit of the progression, which ranges from 25 to 346.
+  There are 309 training and 133 test patients. Measurements and progression are standardized by
+  their mean and deviation over the training patients. The loss is half the squared error; "rmse" is
+  in the unit of the progression, which ranges from 25 to 346.
 
   Args:
-    shift: how hospitals differ: "label", in the fifth of the progression, or "features", in the
-      tenth of the first principal component.
-    l2: as for `breast_cancer`.
-    hospitals: as for `breast_cancer`.
-    only: as for `breast_cancer`.
-    split: as for `breast_cancer`, not stratified.
+    shift: how hospitals differ: "label" for the quintile of the progression, or "features" for the
+      decile of the first principal component.
+    l2: see `breast_cancer`.
+    hospitals: see `breast_cancer`.
+    only: see `breast_cancer`.
+    split: see `breast_cancer`; not stratified.
     model: outputs -> module, called with 1.
 
   Raises:
-    ValueError: as `breast_cancer`.
+    ValueError: see `breast_cancer`.
 
   Reference: Efron, Hastie, Johnstone, Tibshirani, 2004, Least angle regression; as scikit-learn
     ships it.
@@ -107,7 +108,10 @@ def diabetes(
 
 
 def auc(scores: Array, positive: Array) -> Array:
-  """The area under the ROC curve: the probability that a positive scores higher; ties count 1/2.
+  """Computes the area under the ROC curve.
+
+  The area is the probability that a positive example scores higher than a negative one. Ties count
+  as 1/2.
 
   Args:
     scores: [n].
@@ -118,7 +122,7 @@ def auc(scores: Array, positive: Array) -> Array:
   ordered = jnp.sort(scores)
   below = jnp.searchsorted(ordered, scores, side="left")
   until = jnp.searchsorted(ordered, scores, side="right")
-  rank = (below + until + 1).astype(scores.dtype) / 2  # from 1, mean rank for ties
+  rank = (below + until + 1).astype(scores.dtype) / 2  # ranks from 1; ties get their mean rank
   chosen = positive.astype(scores.dtype)
   count = jnp.sum(chosen)
   wins = jnp.sum(rank * chosen) - count * (count + 1) / 2

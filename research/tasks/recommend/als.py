@@ -1,7 +1,7 @@
 """Matrix factorization with exact solves: alternating least squares, and private user factors.
 
-For an entity e, a user or an item, z_e = (p_e, b_e) are its factors and its bias. Given those of
-the other side, z_e solves a small ridge regression on e's own ratings:
+For an entity e, a user or an item, z_e = (p_e, b_e) are the factors and the bias. Given the factors
+and biases of the other side, z_e solves a small ridge regression on e's own ratings:
 
     min over z of sum_j (r_ej - mean - b_j - z'(p_j, 1))^2 + l2 n_e |z|^2
 """
@@ -24,7 +24,7 @@ class Rows(NamedTuple):
   """The ratings of each of E entities, padded to the largest number of ratings."""
 
   other: np.ndarray  # int32 [E, M], the other entity of each rating
-  stars: np.ndarray  # float32 [E, M], minus the mean of all; 0 as padding
+  stars: np.ndarray  # float32 [E, M], ratings minus their mean; 0 as padding
   count: np.ndarray  # int32 [E]
 
 
@@ -33,22 +33,22 @@ def movielens_als(
 ) -> Task:
   """Matrix factorization by alternating least squares, with `data_parallel(sgd(1.0), mean())`.
 
-  This is a fixed-point task, see `Task.grads`; it uses all examples at once, `--batch_size=all`.
-  The parameters are {"entities": [U + I, factors + 1], "turn"}; examples are users and items, each
-  with its ratings. A step moves one side, users at turn 0 and items at turn 1, to its solution, and
+  This fixed-point task (see `Task.grads`) uses all examples at once: `--batch_size=all`. The
+  parameters are {"entities": [U + I, factors + 1], "turn"}; examples are users and items, each with
+  its ratings. A step moves one side, users at turn 0 and items at turn 1, to its solution, and
   passes the turn to the other side. Each worker solves for its own entities exactly. Two steps are
-  a sweep. Metrics are those of `recommend.movielens`. "residual" includes the turn, which always
-  changes, and so stays above 1.
+  a sweep. The metrics are those of `recommend.movielens`. The metric "residual" includes the turn,
+  which always changes, and therefore stays above 1.
 
   Args:
     split: see `movielens.load`.
     factors: at least 1.
-    l2: penalty of the ridge regressions, times the number of an entity's ratings; > 0.
-    data_dir: where to look first, see `files.find`.
+    l2: ridge penalty per rating of an entity, > 0.
+    data_dir: the folder to search first, see `files.find`.
 
   Raises:
-    FileNotFoundError: a file is not found.
-    ValueError: the split is unknown, or a number is out of range.
+    FileNotFoundError: if a file is not found.
+    ValueError: if the split is unknown, or a number is out of range.
 
   Reference: Zhou, Wilkinson, Schreiber, Pan, 2008, Large-scale parallel collaborative filtering for
     the Netflix prize (ALS with weighted regularization), here with biases among the unknowns.
@@ -118,24 +118,24 @@ def movielens_federated(
 ) -> Task:
   """Matrix factorization in which user factors never leave the users.
 
-  An example is one user with all ratings. The parameters, and hence the messages, are only the
-  items', {"item": [I, factors], "item_bias": [I]}. To evaluate a loss, each user first solves for
-  its own factors and bias as above, given the current items'. The objective is that of
-  `recommend.movielens`, the mean over ratings, at these user factors. Its gradient treats the user
-  factors as constants, which is exact if their ridge penalty is part of the objective. With
-  --population=943 every client of a federated method is one user. Metrics are those of
-  `recommend.movielens`; they solve for the users too.
+  An example is one user with all of the user's ratings. The parameters, and hence the messages, are
+  only those of the items, {"item": [I, factors], "item_bias": [I]}. To evaluate a loss, each user
+  first solves for its own factors and bias as above, given the current parameters of the items. The
+  objective is that of `recommend.movielens`, the mean over ratings, at these user factors. Its
+  gradient treats the user factors as constants, which is exact if their ridge penalty is part of
+  the objective. With --population=943 every client of a federated method is one user. The metrics
+  are those of `recommend.movielens`; computing them also solves for the users.
 
   Args:
     split: see `movielens.load`.
     factors: at least 1.
     l2: weight of the items' penalty, as in `recommend.movielens`.
-    own_l2: penalty of the users' ridge regressions, times the number of ratings; > 0.
-    data_dir: where to look first, see `files.find`.
+    own_l2: ridge penalty per rating of a user, > 0.
+    data_dir: the folder to search first, see `files.find`.
 
   Raises:
-    FileNotFoundError: a file is not found.
-    ValueError: the split is unknown, or a number is out of range.
+    FileNotFoundError: if a file is not found.
+    ValueError: if the split is unknown, or a number is out of range.
 
   Reference: Singhal, Sidahmed, Garrett, Wu, Rush, Prakash, 2021, Federated reconstruction:
     partially local federated learning, arXiv 2102.03448; with an exact reconstruction.
@@ -206,7 +206,7 @@ def rows_of(entity: np.ndarray, other: np.ndarray, stars: np.ndarray, entities: 
 def _solve(
   z: Array, other: Array, stars: Array, count: Array, own: Array, l2: float
 ) -> tuple[Array, Array]:
-  """One entity's solution, and the summed squared errors of its current values `own`."""
+  """Returns one entity's solution, and the summed squared errors of the current values `own`."""
   there = (jnp.arange(len(other)) < count).astype(z.dtype)
   x = jnp.concatenate([z[other, :-1], jnp.ones((len(other), 1), z.dtype)], 1) * there[:, None]
   target = (stars.astype(z.dtype) - z[other, -1]) * there

@@ -19,10 +19,10 @@ SHA256 = {
 }
 FOLDS = ("u1", "u2", "u3")
 COLD = ("cold_items", "cold_users")
-LEAST, MOST = 1.0, 5.0  # stars
-ITEMS = 10**7  # maximum number
-PAIRS = 2**31  # maximum number of user-item pairs: the metrics take a byte or more for each
-_COLD_SHARE = 10  # one in this many is cold
+LEAST, MOST = 1.0, 5.0  # stars of a rating
+ITEMS = 10**7  # maximum number of items
+PAIRS = 2**31  # maximum number of user-item pairs: the metrics use a byte or more for each
+_COLD_SHARE = 10  # one item or user in this many is cold
 
 
 class Ratings(NamedTuple):
@@ -37,9 +37,9 @@ class Ratings(NamedTuple):
 
 
 class Features(NamedTuple):
-  """The feature numbers of each user and item.
+  """The feature numbers of each user and each item.
 
-  Rows are padded to one length with `size`, which is not a feature.
+  Rows are padded to one length with the number `size`, which is not a feature.
   """
 
   users: np.ndarray  # int32 [U, 3]: age group, gender, occupation
@@ -51,18 +51,20 @@ def load(split: str, data_dir: str = "") -> tuple[Ratings, Ratings]:
   """Loads the training and the test ratings.
 
   Args:
-    split: "u1", "u2" or "u3", an official fold: its test file, and all other ratings for training;
-      "cold_items" or "cold_users": a fixed random tenth of the items or users, with all their
-      ratings, is for testing; or the path of a table like u.data, of which a tenth of the ratings
-      is held out: lines of a user, an item, stars from 1 to 5 and, optionally, a time. Users are
-      numbered from 1 without gaps.
-    data_dir: where to look first, see `files.find`.
+    split: "u1", "u2" or "u3" for an official fold, which tests on the fold's test file and trains
+      on all other ratings; "cold_items" or "cold_users" to test on all ratings of a fixed random
+      tenth of the items or users; or the path of a table like u.data, of which a tenth of the
+      ratings is held out. A line of such a table has a user, an item, stars from 1 to 5 and,
+      optionally, a time. Users are numbered from 1 without gaps.
+    data_dir: the folder to search first, see `files.find`.
 
   Raises:
-    FileNotFoundError: a file is not found; the archive must be unpacked by hand.
-    ValueError: there is no such split, a file is not the published one, or a line is not a rating.
+    FileNotFoundError: if a file is not found; the archive must be unpacked by hand.
+    ValueError: if there is no such split, a file is not the published one, or a line is not a
+      rating.
 
-  Reference: Harper, Konstan, 2015, The MovieLens datasets, ACM TiiS 5; GroupLens allows no copies.
+  Reference: Harper, Konstan, 2015, The MovieLens datasets, ACM TiiS 5; GroupLens does not allow
+    copies.
   """
   if split not in (*FOLDS, *COLD):
     return _of_file(split)
@@ -78,19 +80,19 @@ def load(split: str, data_dir: str = "") -> tuple[Ratings, Ratings]:
 
 
 def last(*parts: Ratings) -> tuple[int, int]:
-  """The largest user number and the largest item number."""
+  """Returns the largest user number and the largest item number."""
   largest = lambda name: max(int(getattr(part, name).max()) for part in parts)
   return largest("user"), largest("item")
 
 
 def features(data_dir: str = "") -> Features:
-  """Loads the features: age group of ten years, gender, occupation of users; genres of items.
+  """Loads the users' age group (of ten years), gender and occupation, and the items' genres.
 
   Args:
     data_dir: folder of the files; "" for the default places.
 
   Raises:
-    FileNotFoundError, ValueError: as `load`.
+    FileNotFoundError, ValueError: see `load`.
   """
   path = lambda name: files.find(f"ml-100k/{name}", data_dir, URL, SHA256[name])
   people = [row.split("|") for row in path("u.user").read_text().splitlines() if row]
@@ -123,7 +125,7 @@ def _read(name: str, data_dir: str) -> Ratings:
 
 
 def _table(path: Path) -> np.ndarray:
-  """float64 [N, 3], the users, items and stars of a file, numbered from 1."""
+  """Reads float64 [N, 3]: the users, items and stars of a file, numbered from 1."""
   seen: set[tuple[int, int]] = set()
 
   def rating(fields: list[str]) -> tuple[int, int, float]:
@@ -159,6 +161,6 @@ def _table(path: Path) -> np.ndarray:
 
 
 def _of_rows(rows: np.ndarray) -> Ratings:
-  """Ratings from rows (user, item, stars, ...), numbered from 1."""
+  """Converts rows (user, item, stars, ...), numbered from 1, to ratings."""
   user, item = rows[:, :2].astype(np.int32).T - 1
   return Ratings(user, item, rows[:, 2].astype(np.float32))

@@ -12,7 +12,7 @@ from research.tasks import sampling
 from research.tasks.recommend import movielens as data
 from research.tasks.recommend.movielens import LEAST, MOST, Ratings
 
-CUT = 10  # of NDCG@10 and recall@10
+CUT = 10  # cutoff of NDCG@10 and recall@10
 LIKED = 4.0  # minimum stars of a relevant film
 ROWS = 64  # table sizes are rounded up to a multiple of this, so that any mesh can shard them
 KINDS = ("factors", "features", "both")
@@ -32,20 +32,21 @@ def movielens(
       r_hat = mean + b_u + b_i + p_u'q_i                                            ("factors")
       r_hat = mean + sum_f c_f + sum over pairs f < g of v_f'v_g                    ("features")
 
-  f and g run over the features of the user and the item: a factorization machine. "both" adds the
-  user and the item themselves, each with a table of its own. Features help with the cold start:
-  users and items without ratings still have them. The objective is the mean over ratings of half
-  the squared error plus l2/2 times the squares of all parameters that the prediction uses.
+  The indices f and g run over the features of the user and of the item: the model is a
+  factorization machine. "both" adds the user and the item themselves, each with its own table.
+  Features help with the cold start, because users and items without ratings still have features.
+  The objective is the mean over ratings of half the squared error plus l2/2 times the sum of
+  squares of all parameters that the prediction uses.
 
   Tables are sharded by rows along the mesh axis `model`, and a lookup moves only the requested
   rows:
 
       --executor=spmd --mesh="data:4,model:2"
 
-  Metrics: "rmse" of predictions clipped to the range of stars; "ndcg@10" and "recall@10" of the
-  films that a user did not rate in training, ranked by prediction; relevant are test films with
-  four stars or more. Both are means over users that have a relevant film. For "cold_items" only the
-  cold ones are ranked.
+  The metrics are "rmse" of predictions clipped to the range of stars, and "ndcg@10" and "recall@10"
+  of the films that a user did not rate in training, ranked by prediction. Test films with four
+  stars or more count as relevant. The last two metrics are means over the users that have a
+  relevant film. For "cold_items", only the cold films are ranked.
 
   Args:
     split: "u1", "u2", "u3", "cold_items" or "cold_users", see `movielens.load`.
@@ -53,11 +54,11 @@ def movielens(
     l2: weight of the penalty, >= 0.
     model_of: "factors", "features" or "both".
     scale: standard deviation of the initial factors.
-    data_dir: where to look first, see `files.find`.
+    data_dir: the folder to search first, see `files.find`.
 
   Raises:
-    FileNotFoundError: a file is not found.
-    ValueError: the split or kind of model is unknown, or a number is out of range.
+    FileNotFoundError: if a file is not found.
+    ValueError: if the split or kind of model is unknown, or a number is out of range.
 
   Reference: Koren, Bell, Volinsky, 2009, Matrix factorization techniques for recommender systems;
     Rendle, 2010, Factorization machines, ICDM.
@@ -84,7 +85,7 @@ def movielens(
     return biases | {name: table(name) for name in kept}
 
   def looked_up(params: Params, user: Array, item: Array) -> list[tuple[Array, Array, Array]]:
-    """Per table of the model: biases [b, f], factors [b, f, k], and which entries are valid."""
+    """Returns, per table, biases [b, f], factors [b, f, k], and which entries are valid."""
     own = {"user": user[:, None], "item": item[:, None]}
     both = jnp.concatenate(
       [jnp.asarray(features.users)[user], jnp.asarray(features.items)[item]], 1
@@ -97,7 +98,7 @@ def movielens(
     ]
 
   def predicted(params: Params, user: Array, item: Array) -> tuple[Array, Array]:
-    """Predicted stars, and the squares in the penalty, both [b]."""
+    """Returns the predicted stars, and the squares in the penalty, both [b]."""
     biases, vectors, there = (
       jnp.concatenate(parts, 1) for parts in zip(*looked_up(params, user, item), strict=True)
     )
@@ -141,10 +142,10 @@ def measured(
   shape: tuple[int, int],
   shown: np.ndarray | None = None,
 ) -> Callable[[Params], dict[str, Array]]:
-  """The function `measure` of a task: RMSE, NDCG@10 and recall@10 of predictions [U, I].
+  """Returns a task's function `measure`: RMSE, NDCG@10 and recall@10 of predictions [U, I].
 
   Args:
-    predict: from parameters to all predictions.
+    predict: a function from parameters to all predictions.
     train: training ratings; these items are not recommended again.
     test: ratings to predict.
     shape: U, I.
@@ -170,7 +171,7 @@ def measured(
 def recommended(
   scores: Array, seen: np.ndarray, liked: np.ndarray, cut: int = CUT
 ) -> dict[str, Array]:
-  """NDCG@k with gains of 0 or 1, and recall@k, the share of relevant items among the first k.
+  """Computes NDCG@k with gains of 0 or 1, and recall@k: the share of relevant items in the top k.
 
   Args:
     scores: [U, I].
@@ -201,7 +202,7 @@ def check(factors: int, l2: float) -> None:
     l2: weight of the penalty.
 
   Raises:
-    ValueError: factors below 1, or l2 negative.
+    ValueError: if factors is below 1, or l2 is negative.
   """
   if factors < 1 or not l2 >= 0:
     raise ValueError(f"factors={factors}, l2={l2}: need factors >= 1 and l2 >= 0")

@@ -31,7 +31,7 @@ class Index(NamedTuple):
 
   @property
   def idf(self) -> np.ndarray:
-    """[V], log(1 + (D - n + 1/2) / (n + 1/2)), where n documents have the term: above 0."""
+    """Inverse document frequencies [V]: log(1 + (D - n + 1/2) / (n + 1/2)) for n documents."""
     n = np.bincount(self.counts.indices, minlength=len(self.vocabulary))
     return np.log1p((len(self.lengths) - n + 0.5) / (n + 0.5))
 
@@ -52,7 +52,7 @@ def index(documents: Sequence[Sequence[str]]) -> Index:
     documents: the terms of each document.
 
   Raises:
-    ValueError: there are none, or none of them has a term.
+    ValueError: if there are no documents, or no document has a term.
   """
   vocabulary: dict[str, int] = {}
   rows, columns, values = [], [], []
@@ -69,7 +69,7 @@ def index(documents: Sequence[Sequence[str]]) -> Index:
 
 
 def scores(of: Index, queries: Sequence[Sequence[str]], k1: float = K1, b: float = B) -> np.ndarray:
-  """The BM25 scores of all documents for queries, each a sequence of terms.
+  """Computes the BM25 scores of all documents for queries, which are sequences of terms.
 
       sum over terms t of the query, with multiplicity, of
       idf(t) f / (f + k1 (1 - b + b length / mean length)),     f the count of t in the document
@@ -78,15 +78,15 @@ def scores(of: Index, queries: Sequence[Sequence[str]], k1: float = K1, b: float
 
   Args:
     of: the index.
-    queries: Q of them.
-    k1: saturation: how fast the score stops growing with a term's count, >= 0.
+    queries: Q queries.
+    k1: saturation of term counts, >= 0; with a small k1, the score soon stops growing with a count.
     b: strength of the normalization by document length, in [0, 1].
 
   Returns:
     float64 [Q, D].
 
   Raises:
-    ValueError: a query is empty, or k1 or b is out of range.
+    ValueError: if a query is empty, or k1 or b is out of range.
 
   Reference: Robertson, Zaragoza, 2009, The probabilistic relevance framework; in Lucene's variant,
     without the factor k1 + 1, as in Kamphuis, de Vries, Boytsov, Lin, 2020, Which BM25 do you mean?
@@ -117,7 +117,7 @@ def check(k1: float, b: float) -> None:
     b: weight of the document length.
 
   Raises:
-    ValueError: k1 is negative, or b not in [0, 1].
+    ValueError: if k1 is negative, or b is not in [0, 1].
   """
   checks.in_range("k1", k1, "[0, inf)")
   checks.in_range("b", b, "[0, 1]")

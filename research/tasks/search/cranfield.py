@@ -1,6 +1,6 @@
-"""The Cranfield collection: 1400 abstracts, 225 queries; tuning BM25, and learning to rank.
+"""The Cranfield collection (1400 abstracts, 225 queries), to tune BM25 and to learn to rank.
 
-Odd-numbered queries are for training, even-numbered ones are held out.
+Odd-numbered queries are for training; even-numbered queries are held out.
 """
 
 import math
@@ -34,7 +34,7 @@ class Collection(NamedTuple):
   """Documents, queries and relevance judgements."""
 
   titles: list[str]  # D
-  texts: list[str]  # D, the titles included
+  texts: list[str]  # D, including the titles
   queries: list[str]  # Q
   relevance: np.ndarray  # int32 [Q, D], 0 to 4: 4 is a complete answer
 
@@ -42,16 +42,16 @@ class Collection(NamedTuple):
 def load(data_dir: str = "") -> Collection:
   """Reads the collection.
 
-  Judgements number the queries by their order in the file, not by its .I lines. The file's grades
-  run from 1, a complete answer, to 4, of minimum interest; 5, written -1, is of no interest. Here
-  they become 4 to 1, and 0.
+  The judgements number the queries by their order in the file, not by its .I lines. The file's
+  grades range from 1 (a complete answer) to 4 (of minimum interest) and 5, written as -1 (of no
+  interest). The grades are converted to relevances from 4 to 1, and 0.
 
   Args:
     data_dir: the folder of the files; "" for the default places.
 
   Raises:
-    FileNotFoundError: a file is not found; the archive must be unpacked by hand.
-    ValueError: a file is not the published one.
+    FileNotFoundError: if a file is not found; the archive must be unpacked by hand.
+    ValueError: if a file is not the published one.
 
   Reference: Cleverdon, 1967, The Cranfield tests on index language devices, Aslib Proceedings 19.
   """
@@ -74,20 +74,20 @@ def bm25(
   """BM25 on Cranfield, with k1 and b tuned on the training queries.
 
   The parameters are {"k1", "b", "sharpness"}: BM25 uses the exponential of "k1" and the sigmoid of
-  "b". The objective is ListNet's, the cross-entropy between the softmax of the relevances and that
-  of exp(sharpness) times the scores. Its gradient goes through the scores, which are those of
-  `bm25.scores`. `evaluate` gives the metrics of `ranking.ranked`, "k1" and "b"; with a query to
-  `ask`, "found" is the number of the top document.
+  "b". The objective is ListNet's, the cross-entropy between the softmax of the relevances and the
+  softmax of exp(sharpness) times the scores. The objective is differentiated through the scores,
+  which are those of `bm25.scores`. `evaluate` gives the metrics of `ranking.ranked`, "k1" and "b";
+  if there is a query to `ask`, "found" is the number of the top document.
 
   Args:
     k1: initial value, > 0.
     b: initial value, in (0, 1).
     ask: a query of your own.
-    data_dir: where to look first, see `files.find`.
+    data_dir: the folder to search first, see `files.find`.
 
   Raises:
-    FileNotFoundError: a file is not found and cannot be downloaded.
-    ValueError: k1 or b is out of range, or the query to ask is empty.
+    FileNotFoundError: if a file is not found and cannot be downloaded.
+    ValueError: if k1 or b is out of range, or the query to ask is empty.
   """
   if ask is not None and not bm25s.terms(ask):
     raise ValueError(f"ask={ask!r} is empty: it has no terms to search for")
@@ -155,18 +155,19 @@ def cranfield(
 
   Args:
     loss: "pairwise", "listnet" or "lambdarank".
-    features: of "bm25", the score of the full text; "title", of the title alone; "prior", log of
-      the PageRank of a document among its eight nearest by cosine (`prior`); "length", log of the
-      number of terms. Each is standardized over all pairs of a training query and a document.
+    features: any of "bm25", the score of the full text; "title", the score of the title alone;
+      "prior", log of the PageRank on links from each document to its eight nearest by cosine
+      (`prior`); "length", log of the number of terms. Each is standardized over all pairs of a
+      training query and a document.
     k1: saturation of the BM25 scores, see `bm25.scores`.
     b: length normalization of the BM25 scores.
     l2: weight of l2/2 ||params||^2.
     model: outputs -> module, called with 1.
-    data_dir: where to look first, see `files.find`.
+    data_dir: the folder to search first, see `files.find`.
 
   Raises:
-    FileNotFoundError: a file is not found and cannot be downloaded.
-    ValueError: a feature or loss is unknown, or a number is out of range.
+    FileNotFoundError: if a file is not found and cannot be downloaded.
+    ValueError: if a feature or loss is unknown, or a number is out of range.
   """
   if not features or set(features) - set(FEATURES):
     raise ValueError(f"features={list(features)} are not some of {', '.join(FEATURES)}")
@@ -195,7 +196,7 @@ def cranfield(
 
 
 def prior(index: bm25s.Index, neighbours: int = 8, alpha: float = 0.85) -> np.ndarray:
-  """Centrality of documents: PageRank [D] on links to the nearest documents by TF-IDF cosine.
+  """Computes the documents' centrality: PageRank [D] on links to the nearest by TF-IDF cosine.
 
   Args:
     index: the index of the documents.
@@ -222,7 +223,7 @@ def prior(index: bm25s.Index, neighbours: int = 8, alpha: float = 0.85) -> np.nd
 
 
 def _postings(index: bm25s.Index, found: Collection) -> Batch:
-  """Queries as "idf" [Q, T], times the term's count in the query, and "counts" [Q, T, D]."""
+  """Returns "idf" [Q, T], multiplied by the query's term counts, and "counts" [Q, T, D]."""
   queries = [bm25s.terms(query) for query in found.queries]
   known = [[index.vocabulary[t] for t in query if t in index.vocabulary] for query in queries]
   unique = [np.unique(np.array(c, np.int64), return_counts=True) for c in known]
@@ -242,12 +243,12 @@ def _postings(index: bm25s.Index, found: Collection) -> Batch:
 
 
 def _records(text: str) -> list[str]:
-  """The parts of a file between its .I lines."""
+  """Returns the parts of a file between its .I lines."""
   return re.split(r"(?m)^\.I +\d+ *\n", text.replace("\r\n", "\n"))[1:]
 
 
 def _fields(record: str) -> dict[str, str]:
-  """The fields of a record by letter; of repeated fields the first."""
+  """Returns the fields of a record by letter; of a repeated field, only the first."""
   parts = re.split(r"(?m)^\.([A-Z]) *\n", record)
   found: dict[str, str] = {}
   for name, content in zip(parts[1::2], parts[2::2], strict=True):

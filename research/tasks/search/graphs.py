@@ -1,4 +1,4 @@
-"""Directed graphs: read from edge lists, or random with power-law degrees."""
+"""Directed graphs, which are read from edge lists or random with power-law degrees."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,13 +8,13 @@ import numpy as np
 from research.core import paths
 from research.tasks import files, texts
 
-EXPONENT = 2.1  # of the in-degrees of `power_law`
+EXPONENT = 2.1  # exponent of the in-degrees of `power_law`
 WIKI_VOTE_URL = "https://snap.stanford.edu/data/wiki-Vote.txt.gz"
 WIKI_VOTE_SHA256 = "b05c0226f5544f0e4a8ac607ae573db42e42716b6dd5aa00e8c769a1219c796f"
 
 
 class Graph(NamedTuple):
-  """Edges between nodes 0, ..., N - 1, sorted by target; files' duplicate edges are merged."""
+  """Edges between nodes 0, ..., N - 1, sorted by target; duplicate edges of files are merged."""
 
   source: np.ndarray  # int32 [E]
   target: np.ndarray  # int32 [E], nondecreasing
@@ -31,11 +31,11 @@ def load(name: str, data_dir: str) -> Graph:
   Args:
     name: "wiki-Vote", or the path of a file with an edge "FROM TO" of two integers per line, plain,
       .gz or .bz2; lines that begin with # or % are comments.
-    data_dir: where to look first, see `files.find`.
+    data_dir: the folder to search first, see `files.find`.
 
   Raises:
-    FileNotFoundError: wiki-Vote is not found and cannot be downloaded.
-    ValueError: there is no such file, it has no edges, or a line is not an edge.
+    FileNotFoundError: if wiki-Vote is not found and cannot be downloaded.
+    ValueError: if there is no such file, the file has no edges, or a line is not an edge.
 
   Reference: Leskovec, Huttenlocher, Kleinberg, 2010, Predicting positive and negative links in
     online social networks; SNAP, wiki-Vote.
@@ -59,13 +59,13 @@ def _edge(fields: list[str]) -> tuple[int, int]:
 
 
 def of_edges(pairs: np.ndarray | Sequence[Sequence[int]]) -> Graph:
-  """Builds the graph of edges [E, 2], between any integers.
+  """Builds a graph from edges [E, 2] between any integers.
 
   Args:
     pairs: (source, target), integers [E, 2].
 
   Raises:
-    ValueError: there are none.
+    ValueError: if there are no edges.
   """
   pairs = np.asarray(pairs, np.int64).reshape(-1, 2)
   if not len(pairs):
@@ -78,17 +78,17 @@ def of_edges(pairs: np.ndarray | Sequence[Sequence[int]]) -> Graph:
 
 
 def power_law(edges: int, nodes: int) -> Graph:
-  """A random graph: each edge's target is drawn with probability proportional to its popularity.
+  """Draws a random graph; the probability of an edge's target is proportional to its popularity.
 
-  Popularities fall as rank^(-1/1.1), so that in-degrees follow a power law of exponent 2.1, that of
-  the web (Broder et al. 2000); sources are uniform. Duplicate edges stay, as weights.
+  Popularities fall as rank^(-1/1.1), so that in-degrees follow a power law with exponent 2.1, as in
+  the web (Broder et al. 2000). Sources are uniform. Duplicate edges are kept and act as weights.
 
   Args:
     edges: E, at least 1.
     nodes: N, at least 2.
 
   Raises:
-    ValueError: a number is out of range.
+    ValueError: if a number is out of range.
   """
   if edges < 1 or nodes < 2:
     raise ValueError(f"edges={edges}, nodes={nodes}: need at least 1 and 2")

@@ -28,26 +28,27 @@ def pagerank(
 
       T(x) = alpha (P x + v sum of x over nodes without links) + (1 - alpha) v,     v = 1/N
 
-  `grads` is x - T(x): `data_parallel(sgd(1.0), mean())` on all edges is power iteration, which
-  contracts by alpha in L1. An example is up to eight links to one node, {"source": [8], "y"}: a CPU
-  gathers sums of eight fastest, and only these sums are added per node. Each worker computes P from
-  its own n of all E examples and scales it by E/n. The workers' mean is then the exact P, so that
-  compression, local steps, mini-batches of links and delays apply as they do to a gradient. The
-  metric "residual" is ||x - T(x)||_1, the change of the next iteration; "loss" is the same for a
-  worker's own links, averaged over workers. The residual levels off at about 1e-7 in float32, and
-  at 1e-15 with --x64. Summation is fastest if each worker has the edges of contiguous nodes,
-  `--partition=sorted()`.
+  `grads` returns x - T(x), so `data_parallel(sgd(1.0), mean())` on all edges is power iteration,
+  which contracts the L1 error by alpha. An example consists of up to eight links to one node,
+  {"source": [8], "y"}, because a CPU gathers sums of eight fastest; only these sums are added per
+  node. Each worker computes P from its own n of all E examples and scales this P by E/n. The
+  workers' mean is then the exact P, so that compression, local steps, mini-batches of links and
+  delays apply as they do to a gradient. The metric "residual" is ||x - T(x)||_1, the change of the
+  next iteration; "loss" is the same norm for a worker's own links, averaged over workers. The
+  residual levels off at about 1e-7 in float32, and at 1e-15 with --x64. Summation is fastest if
+  each worker has the edges of contiguous nodes, as with `--partition=sorted()`.
 
   Args:
-    graph: "wiki-Vote", the path of a list of edges, see `graphs.load`; or "power_law", random.
+    graph: "wiki-Vote" or the path of a list of edges, see `graphs.load`; or "power_law" for a
+      random graph.
     alpha: the probability of following a link, in [0, 1).
     edges: the number of edges of "power_law".
     nodes: the number of nodes of "power_law".
-    data_dir: where to look first, see `files.find`.
+    data_dir: the folder to search first, see `files.find`.
 
   Raises:
-    FileNotFoundError: the file is not found and cannot be downloaded.
-    ValueError: the graph has no edges, a line of the file is not an edge, or a number is out of
+    FileNotFoundError: if the file is not found and cannot be downloaded.
+    ValueError: if the graph has no edges, a line of the file is not an edge, or a number is out of
       range.
 
   Reference: Page, Brin, Motwani, Winograd, 1999, The PageRank citation ranking, Stanford InfoLab;
@@ -59,14 +60,14 @@ def pagerank(
 
 
 def of_graph(graph: Graph, alpha: float) -> Task:
-  """The task of ranking the nodes of a graph; its parameters are {"rank": [N]}.
+  """Returns the task of ranking the nodes of a graph, with parameters {"rank": [N]}.
 
   Args:
-    graph: its nodes and links.
+    graph: the nodes and links.
     alpha: the probability of following a link, in [0, 1).
 
   Raises:
-    ValueError: alpha is not in [0, 1).
+    ValueError: if alpha is not in [0, 1).
   """
   checks.in_range("alpha", alpha, "[0, 1)")
   nodes, train = graph.nodes, together(graph)
@@ -107,7 +108,7 @@ def of_graph(graph: Graph, alpha: float) -> Task:
 
 
 def together(graph: Graph) -> dict[str, np.ndarray]:
-  """Groups links by target: sources [E, 8], N as padding, and targets "y" [E].
+  """Groups links by target into sources [E, 8], padded with N, and targets "y" [E].
 
   Args:
     graph: the graph.

@@ -34,17 +34,19 @@ def rank(
 ) -> Task:
   """The queries of LightGBM's ranking example: 201 to train on, 50 to test, relevance 0 to 4.
 
-  There are 300 features, each standardized by the training documents. See `ranked`.
+  There are 300 features, each standardized by its mean and deviation over the training documents.
+  See `ranked`.
 
   Args:
     loss: "pairwise", "listnet" or "lambdarank".
     l2: weight of l2/2 ||params||^2.
-    model: outputs -> module, called with 1: the score of a document from its features.
-    data_dir: where to look first, see `files.find`.
+    model: outputs -> module, called with 1; the module computes a document's score from its
+      features.
+    data_dir: the folder to search first, see `files.find`.
 
   Raises:
-    FileNotFoundError: a file is not found and cannot be downloaded.
-    ValueError: a file is not the published one, or loss or l2 is invalid.
+    FileNotFoundError: if a file is not found and cannot be downloaded.
+    ValueError: if a file is not the published one, or loss or l2 is invalid.
 
   Reference: Ke et al., 2017, LightGBM, NeurIPS 30; the files are its examples/lambdarank.
   """
@@ -61,29 +63,29 @@ def rank(
 def ranked(
   module: nn.Module, train: Batch, test: Batch | None, *, loss: str, l2: float = 0.0
 ) -> Task:
-  """The task of scoring documents so that a query's relevant ones come first.
+  """Returns the task of scoring documents so that a query's relevant documents come first.
 
   With scores s and relevances y, the objective is the mean over queries of one of
 
       pairwise    mean over pairs y_i > y_j of log(1 + exp(s_j - s_i))
       listnet     - sum_i softmax(y)_i log softmax(s)_i
       lambdarank  sum over pairs y_i > y_j of |Delta NDCG_ij| log(1 + exp(s_j - s_i)),
-                  Delta NDCG_ij the change by swapping i and j in the current order, a constant
+                  Delta NDCG_ij the change from swapping i and j in the current order, a constant
 
   plus, with l2, l2/2 ||params||^2. `evaluate` gives "loss", "ndcg@k", "map" and "mrr": means over
   queries. Ties are broken by the documents' order. A query without relevant documents counts as 1,
   as in LightGBM.
 
   Args:
-    module: from features [n, F] to scores [n, 1].
+    module: maps features [n, F] to scores [n, 1].
     train: "x" [Q, D, F]; "relevance" [Q, D], integers from 0; "present" [Q, D], False for padding;
-      "y" [Q], what partitions sort by.
-    test: the same, of other queries.
+      "y" [Q], the key that partitions sort by.
+    test: the same for the test queries.
     loss: the name of the loss.
     l2: weight of the penalty, >= 0.
 
   Raises:
-    ValueError: the loss is unknown or l2 negative, or a query has no documents.
+    ValueError: if the loss is unknown, l2 is negative, or a query has no documents.
 
   Reference: Burges et al., 2005, Learning to rank using gradient descent (RankNet); Cao et al.,
     2007, Learning to rank: from pairwise approach to listwise approach (ListNet, top one); Burges,
@@ -127,10 +129,10 @@ def ranked(
 
 
 def metrics(scores: Array, relevance: Array, present: Array) -> dict[str, Array]:
-  """NDCG@k, average precision and reciprocal rank of one query's ranking.
+  """Computes NDCG@k, average precision and reciprocal rank of one query's ranking.
 
-  NDCG has gains 2^y - 1 and discounts 1/log2(rank + 1); for the others a document is relevant if
-  its relevance is above 0.
+  NDCG has gains 2^y - 1 and discounts 1/log2(rank + 1); for the other metrics, a document is
+  relevant if its relevance is above 0.
 
   Args:
     scores: [D].
@@ -152,13 +154,13 @@ def metrics(scores: Array, relevance: Array, present: Array) -> dict[str, Array]
 
 
 def _in_order(scores: Array, relevance: Array, present: Array) -> Array:
-  """Relevances by descending score, padding last, with 0."""
+  """Returns the relevances by descending score; padding comes last, with relevance 0."""
   scores = jnp.where(present, scores, ABSENT)
   return jnp.where(present, relevance, 0)[jnp.argsort(-scores, stable=True)]
 
 
 def _pairs(scores: Array, relevance: Array, present: Array, most: int) -> tuple[Array, ...]:
-  """Relevant documents i [R], whether each ranks above j [R, D], and log(1 + exp(s_j - s_i)).
+  """Returns relevant documents i [R], whether y_i > y_j [R, D], and log(1 + exp(s_j - s_i)).
 
   Only relevant documents rank above others, and a query has at most R = `most` of them.
   """
@@ -209,7 +211,7 @@ def padded(x: np.ndarray, relevance: np.ndarray, counts: np.ndarray) -> Batch:
     counts: [Q], documents per query.
 
   Raises:
-    ValueError: a query has no documents, or the counts do not add up to N.
+    ValueError: if a query has no documents, or the counts do not add up to N.
   """
   if not (counts > 0).all() or counts.sum() != len(x):
     raise ValueError(f"counts from {counts.min()}, {counts.sum()} in all, of {len(x)} documents")

@@ -14,18 +14,18 @@ from research.tasks.supervised import supervised
 
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 
-MNIST_SHA256 = {  # of the decompressed bytes
+MNIST_SHA256 = {  # digests of the decompressed bytes
   "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
   "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
   "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
   "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
 
-DIGITS_TEST = 357  # of 1797, leaving 1440 = 2^5 45 for training, which many worker counts divide
+DIGITS_TEST = 357  # of 1797; the other 1440 = 2^5 45 are divisible by many worker counts
 
 
 def digits(*, model: Callable[[int], nn.Module] = Default("model", "mlp(hidden=[128])")) -> Task:
-  """Handwritten digits of 8x8 pixels with 17 grey levels: 1440 to train on, 357 to test.
+  """Handwritten digits of 8x8 pixels with 17 grey levels, 1440 to train on and 357 to test.
 
   The split is fixed: scikit-learn's stratified `train_test_split` with random_state=0.
 
@@ -52,16 +52,16 @@ def mnist(
   model: Callable[[int], nn.Module] = Default("model", "mlp(hidden=[200, 200])"),
   data_dir: str = "",
 ) -> Task:
-  """MNIST: handwritten digits of 28x28 pixels, 60,000 to train on, 10,000 to test.
+  """MNIST: handwritten digits of 28x28 pixels, 60,000 to train on and 10,000 to test.
 
   Args:
-    parity: classifies only whether a digit is odd, with logistic loss.
+    parity: whether to classify digits only as odd or even, with the logistic loss.
     model: outputs -> module, called with 10, or with 1 for the parity.
-    data_dir: where to look first, see `files.find`.
+    data_dir: the folder to search first, see `files.find`.
 
   Raises:
-    FileNotFoundError: a file is not found and cannot be downloaded.
-    ValueError: a file is not the published one.
+    FileNotFoundError: if a file is not found and cannot be downloaded.
+    ValueError: if a file is not the published one.
 
   Reference:
     LeCun, Cortes and Burges, 1998, the MNIST database. The default model is the 2NN of McMahan et
@@ -82,7 +82,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     dimensions: expected number of dimensions.
 
   Raises:
-    ValueError: the file has another dtype, number of dimensions or length.
+    ValueError: if the file has another dtype, number of dimensions or length.
   """
   with files.opened(path) as file:
     content = file.read()

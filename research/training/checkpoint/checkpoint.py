@@ -1,4 +1,4 @@
-"""Checkpoints of the complete TrainState with checksums, saved in the background by Orbax."""
+"""Checkpoints of the complete TrainState, with checksums, written in the background by Orbax."""
 
 import contextlib
 import shutil
@@ -25,14 +25,14 @@ class CheckpointError(Exception):
 
 
 class SaveError(Exception):
-  """A checkpoint cannot be written; earlier ones are kept."""
+  """A checkpoint cannot be written; earlier checkpoints are kept."""
 
 
 class ReadPlan(NamedTuple):
-  """How a checkpoint is restored."""
+  """The plan for restoring a checkpoint."""
 
-  mesh: str  # the mesh on which it was saved
-  wanted: dict[str, jax.ShapeDtypeStruct]  # shapes and shardings for reading all of its leaves
+  mesh: str  # the mesh on which the checkpoint was saved
+  wanted: dict[str, jax.ShapeDtypeStruct]  # shapes and shardings for reading all leaves
   moves: dict[str, moves.Move]  # by leaf of the state; missing leaves are reinitialized
 
 
@@ -40,12 +40,12 @@ class Checkpoints:
   """The checkpoints of one run, by step. All processes of the run call every method."""
 
   def __init__(self, folder: Path, like: TrainState, placed: resize.Placed):
-    """Opens a folder of checkpoints, and creates it if needed.
+    """Opens the folder of all checkpoints, and creates a missing folder.
 
     Args:
       folder: the folder of all checkpoints.
       like: a state with the shapes, dtypes and shardings of the states to save.
-      placed: the placement of its leaves on the mesh.
+      placed: the placement of the state's leaves on the mesh.
     """
     self._folder, self._placed = folder, placed
     self._manager = manager.of(folder)
@@ -59,7 +59,7 @@ class Checkpoints:
     """Copies the state and writes it in the background.
 
     Args:
-      step: its number of steps.
+      step: the number of steps of the state.
       state: the state.
       now: the current time, stored as `saved_at`.
 
@@ -87,7 +87,7 @@ class Checkpoints:
     """Waits for the last save and closes the folder.
 
     Raises:
-      SaveError: if the save failed and this was not reported before.
+      SaveError: if the save failed and the failure has not been reported.
     """
     if not self._failed:  # Orbax would wait for the failed save and raise again
       with self._written():
@@ -96,11 +96,11 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _written(self) -> Iterator[None]:
-    """Context that turns errors of a failed save into one line."""
+    """Context that converts errors of a failed save to one line."""
     try:
       with quietly():
         yield
-    except Exception as error:  # a full disk raises various errors; others are not changed
+    except Exception as error:  # a full disk raises various errors; other errors are not changed
       self._failed = True
       silence()
       free = shutil.disk_usage(self._folder).free
@@ -108,7 +108,7 @@ class Checkpoints:
       if not (full or isinstance(error, OSError)):
         raise
       reason = f"the disk is full, {free:,} bytes are free" if full else _line(error)
-      if isinstance(error, TimeoutError):  # raised by Orbax, also if a process is known to be gone
+      if isinstance(error, TimeoutError):  # Orbax also raises it for a process that has ended
         reason = "another process has not written its part"
       kept = f"checkpoint {self.latest()} is kept" if self.latest() else "there is none before it"
       raise SaveError(f"no checkpoint can be saved in {self._folder}: {reason}; {kept}") from error
@@ -120,22 +120,22 @@ class Checkpoints:
   def restore(self, like: TrainState, warn: Callable[[str], None]) -> tuple[int, TrainState] | None:
     """Restores the newest intact checkpoint, in the shardings of `like`.
 
-    It may have been saved on another mesh. Shared leaves are restored unchanged. Private rows are
-    restored owner by owner if the number of owners is unchanged; otherwise every owner gets the
-    mean of all rows, except that chunks of one array are partitioned again. Shards are joined and
-    sharded again. State of shards that no longer exist, such as a factor of PowerSGD, is
-    reinitialized (`resize.moved`). A damaged checkpoint is renamed to STEP.damaged, and the
-    previous one is tried.
+    The checkpoint may have been saved on another mesh. Shared leaves are restored unchanged.
+    Private rows are restored owner by owner if the number of owners is unchanged; otherwise every
+    owner gets the mean of all rows, except that chunks of one array are partitioned again. Shards
+    are joined and sharded again. State of shards that no longer exist, such as a factor of
+    PowerSGD, is reinitialized (`resize.moved`). A damaged checkpoint is renamed to STEP.damaged,
+    and the previous one is tried.
 
     Args:
       like: a state with the shapes, dtypes and shardings to restore; provides reinitialized leaves.
       warn: takes one line about each damaged checkpoint and about reinitialized state.
 
     Returns:
-      Its step and its state, or None if nothing was ever saved.
+      The step and the state of the checkpoint; None if nothing was ever saved.
 
     Raises:
-      CheckpointError: if there are checkpoints and none is intact, or they hold another state.
+      CheckpointError: if there are checkpoints and none is intact, or they contain another state.
     """
     steps = sorted(self._manager.all_steps(), reverse=True)
     for step in steps:
@@ -217,5 +217,5 @@ def _line(error: Exception) -> str:
 
 
 def _some(names: Sequence[str]) -> str:
-  """The first few names, and the number of others."""
+  """Formats the first few names, and the number of others."""
   return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

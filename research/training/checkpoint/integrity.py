@@ -17,7 +17,8 @@ FILES = "files.json"
 def list_files(folder: Path) -> None:
   """Writes FILES, a list of file sizes and CRC-32s, into each finished checkpoint that has none.
 
-  Called when a save finishes, i.e. when the previous one is on disk, and at the end.
+  This function is called when a save finishes, at which time the previous one is on disk, and at
+  the end.
 
   Args:
     folder: the folder of all checkpoints.
@@ -37,10 +38,10 @@ def _files(step: Path) -> dict[str, list[int]]:
 
 
 def is_whole(step: Path) -> bool:
-  """Returns whether a checkpoint's files are intact; True for one without a list.
+  """Returns whether a checkpoint's files are intact; True for a checkpoint without a list.
 
-  This is checked before reading, because Orbax reads in background threads of several processes,
-  where damage would show late and in one process only.
+  The files are checked before reading, because Orbax reads in background threads of several
+  processes, where damage would be noticed late and in one process only.
 
   Args:
     step: the folder of one checkpoint.

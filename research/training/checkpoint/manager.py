@@ -8,14 +8,14 @@ import orbax.checkpoint as ocp
 
 from research.training.checkpoint import integrity
 
-KEEP = 3  # checkpoints
+KEEP = 3  # number of checkpoints
 
 
 class Manager(ocp.CheckpointManager):
   """Orbax's manager, which leaves JAX's preemption service to `signals.watch`.
 
-  The service needs consecutive numbers from a single caller. Orbax passes steps, while `signals`
-  counts dispatches: after a call of Orbax, a notice would take effect too late.
+  The service needs consecutive numbers from a single caller. Orbax would pass steps, while
+  `signals` counts dispatches, so after a call by Orbax a notice would take effect too late.
   """
 
   def reached_preemption(self, step: int) -> bool:
@@ -24,7 +24,7 @@ class Manager(ocp.CheckpointManager):
 
 
 def of(folder: Path) -> Manager:
-  """Returns the manager of a folder, which is created if needed. All processes call it.
+  """Returns the manager of a folder, and creates a missing folder; called by all processes.
 
   Args:
     folder: the folder of all checkpoints.
@@ -40,8 +40,8 @@ def of(folder: Path) -> Manager:
 def _meet(barrier: ocp.multihost.BarrierSyncFn, *, key: str, timeout_ms: int) -> None:
   """Waits for all processes at a barrier; raises instead if this process's save has failed.
 
-  Without this, Orbax lets a process whose save failed continue to its last barrier, while the
-  others wait for it at an earlier one until they time out after ten minutes.
+  Without this function, Orbax lets a process whose save failed continue to its last barrier, while
+  the other processes wait at an earlier barrier until they time out after ten minutes.
   """
   if (error := sys.exception()) is not None:
     raise error

@@ -18,7 +18,7 @@ from research.parallel import resize, sharded
 class Move(NamedTuple):
   """The saved leaf from which a leaf of the state is restored."""
 
-  name: str  # of the saved leaf
+  name: str  # name of the saved leaf
   saved: resize.Leaf
   leaf: resize.Leaf
 
@@ -44,7 +44,7 @@ def leaves_of(state: TrainState) -> dict[str, Array]:
 
 
 def rebuilt(leaves: dict[str, Array], like: TrainState) -> TrainState:
-  """Inverse of `leaves_of`.
+  """Rebuilds a state from its leaves; the inverse of `leaves_of`.
 
   Args:
     leaves: leaves by name.
@@ -75,7 +75,7 @@ def mismatch(
     target: the leaves of the state, by name.
     saved: the placement of the saved leaves.
     here: the placement of the state.
-    origins: the saved leaf of each leaf of the state, where there is one.
+    origins: the saved leaf of each leaf of the state that has one.
   """
   if other := resize.stranger(saved, here):
     return f"only one has {other}"
@@ -104,7 +104,7 @@ def spread(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> jax.ShapeDtypeStru
 
   Args:
     shape: the leaf's shape.
-    dtype: its dtype.
+    dtype: the leaf's dtype.
     mesh: the mesh.
   """
   left, axes = list(shape), [[] for _ in shape]
@@ -120,7 +120,7 @@ def spread(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> jax.ShapeDtypeStru
 def moved(
   found: Mapping[str, Array], moves: Mapping[str, Move], like: TrainState
 ) -> dict[str, Array]:
-  """Converts saved leaves to the leaves of a state; leaves without a move are those of `like`.
+  """Converts saved leaves to those of a state; leaves without a move are copied from `like`.
 
   Args:
     found: the saved leaves, by name.

@@ -1,4 +1,4 @@
-"""Silences what Orbax's threads print, besides the exception, when a save or restore fails."""
+"""Hides the output that Orbax's threads print when a save or restore raises an exception."""
 
 import contextlib
 import gc
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def deaf_to_writers() -> Iterator[None]:
-  """Context that hides errors of threads that keep writing after a failed save closed its loop."""
+  """Context that hides errors of threads that still write after a failed save closed its loop."""
   before = sys.unraisablehook, sys.excepthook
   is_late = lambda error: isinstance(error, RuntimeError) and "loop is closed" in str(error)
 
@@ -29,9 +29,10 @@ def deaf_to_writers() -> Iterator[None]:
 
 
 def silence() -> None:
-  """Silences the remains of a failed save permanently; the exception raised ends the process.
+  """Hides the output of a failed save permanently; the exception that was raised ends the process.
 
-  Its futures and coroutines print warnings when they are collected, at the latest at Python's exit.
+  The futures and coroutines of the save print warnings when they are garbage-collected, at the
+  latest when Python exits.
   """
   sys.unraisablehook = lambda unraisable: None
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -39,14 +40,14 @@ def silence() -> None:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-  """Context that hides what Orbax's threads print about a failure besides raising it."""
+  """Context that hides the output of Orbax's threads about a failure that is also raised."""
   hook, logger = sys.unraisablehook, logging.getLogger("asyncio")
   level = logger.level
   sys.unraisablehook = lambda unraisable: None
   logger.setLevel(logging.CRITICAL)
   try:
     yield
-  except Exception:  # of any kind; it is raised again
+  except Exception:  # any exception is raised again
     gc.collect()  # triggers the pending warnings now
     raise
   finally:

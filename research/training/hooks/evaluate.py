@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Evaluate(Hook):
-  """Yields an Evaluation with "train_loss", "eval", and "gradient_norm" if it is needed.
+  """Yields an Evaluation with "train_loss", "eval" and, if needed, "gradient_norm".
 
   The gradient of the full objective is computed if there is a tolerance or if the task defines its
   own gradient. An interrupted run is saved first, since it may soon be killed.
@@ -36,7 +36,7 @@ class Evaluate(Hook):
   Attributes:
     row: the newest evaluation with its "step".
     evaluated_on: "test", or "train" if the task has no test examples.
-    measured_on: for each metric that the task measures itself, the data on which it is measured.
+    measured_on: the data of each metric that the task measures itself.
   """
 
   def __init__(self, run: "BaseRun"):
@@ -53,7 +53,7 @@ class Evaluate(Hook):
     self.initial = self._initial(run)
 
   def label(self, name: str) -> str:
-    """A metric's name, preceded by the data on which it was measured, as in "test accuracy"."""
+    """Returns a metric's name after the data on which it was measured, as in "test accuracy"."""
     return report.metric_label(name, self.evaluated_on, self.measured_on)
 
   def on(self, run: "BaseRun", event: Event) -> Iterable[Event]:
@@ -69,7 +69,7 @@ class Evaluate(Hook):
   def _evaluated(self, run: "BaseRun") -> Iterator[Event]:
     row = self._measured(run)
     if bad := finite.wrong(row, self.label):
-      yield Pause(run.step)  # if losses of the steps are not finite either, they say more
+      yield Pause(run.step)  # losses of the steps that are not finite give a clearer message
       raise NonFinite(f"the {', '.join(bad)} is not finite at step {run.step}; {run.kept()}")
     self.row = {"step": run.step, **row}
     yield Evaluation(run.step, row)
@@ -89,7 +89,7 @@ class Evaluate(Hook):
     return row
 
   def _initial(self, run: "BaseRun") -> dict[str, Any]:
-    """For the summary: the finite metrics of the model before the first step."""
+    """Returns the finite metrics of the model before the first step, for the summary."""
     row = self._measured(run)
     loss = row["train_loss"]
     return {

@@ -12,16 +12,16 @@ class NonFinite(Exception):
 
 
 def check_rounds(first: int, last: int, metrics: Mapping[str, Any], kept: str) -> None:
-  """Rejects a dispatch with a loss or a state that is not finite.
+  """Raises an error if a loss or a state of a dispatch is not finite.
 
   Args:
     first: local steps before the dispatch.
-    last: local steps after it.
+    last: local steps after the dispatch.
     metrics: on the host, "loss" [last - first] and "finite".
-    kept: the remaining checkpoint, for the message.
+    kept: a description of the remaining checkpoint, for the message.
 
   Raises:
-    NonFinite: names the first five such steps.
+    NonFinite: if a value is not finite; the message names the first five such steps.
   """
   bad = first + 1 + np.flatnonzero(~np.isfinite(metrics["loss"]))
   if bad.size:
@@ -36,7 +36,7 @@ def wrong(row: Mapping[str, Any], label: Callable[[str], str]) -> list[str]:
   """Returns the names of the metrics of an evaluation that are not finite.
 
   Args:
-    row: "train_loss", "eval" by metric, and "gradient_norm" if it was computed.
+    row: "train_loss", "eval" by metric, and, if computed, "gradient_norm".
     label: maps the name of a metric to its label.
   """
   named = {label(name): value for name, value in row["eval"].items()}

@@ -1,4 +1,4 @@
-"""Heartbeat for a launcher: touches a file whenever the run has advanced."""
+"""Heartbeats for a launcher: a file is touched whenever the run has advanced."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ PLACE = "JOB_HEARTBEAT"  # environment variable with the path of the file
 
 
 def announce() -> None:
-  """Announces heartbeats to the launcher: creates its file with modification time 0."""
+  """Announces heartbeats to the launcher by creating the file with modification time 0."""
   if place := os.environ.get(PLACE):
     Path(place).touch()
     os.utime(place, (0, 0))

@@ -1,4 +1,4 @@
-"""Interface of hooks, and the events of a run that are passed to them."""
+"""The interface of hooks, and the events that a run passes to hooks."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
@@ -16,8 +16,8 @@ class Rounds(NamedTuple):
   With a server, the dispatch is complete, and each loss is a mean over the steps of an update.
   """
 
-  first: int  # local steps before it
-  last: int  # local steps after it
+  first: int  # local steps before the dispatch
+  last: int  # local steps after the dispatch
   metrics: Mapping[str, Array]  # on the devices: "loss" [last - first], "finite"
 
 
@@ -28,7 +28,7 @@ class Idle(NamedTuple):
 
 
 class Rewound(NamedTuple):
-  """A server has died: the run continues from its newest checkpoint; later rows are invalid."""
+  """A server has died; the run continues from its newest checkpoint, and later rows are invalid."""
 
   step: int
 
@@ -53,7 +53,7 @@ class Saved(NamedTuple):
 
 
 class Stop(NamedTuple):
-  """There are no more rounds; the last evaluation, comparison and checkpoint follow."""
+  """No more rounds will start; the last evaluation, comparison and checkpoint follow."""
 
   step: int
   reason: str  # "steps", "converged", "terminated", "interrupted", or a user hook's reason
@@ -74,7 +74,7 @@ class Hook:
   """Reacts to the events of a run; the default implementation does nothing.
 
   Attributes:
-    every: a number of local steps; dispatches end at its multiples. 0: no requirement.
+    every: number of local steps at whose multiples dispatches end; 0: no requirement.
   """
 
   every: int = 0
@@ -87,16 +87,16 @@ class Hook:
     return contextlib.nullcontext()
 
   def on(self, run: "BaseRun", event: Event) -> Iterable[Event]:
-    """Handles an event; all hooks receive the events that it yields before it continues."""
+    """Handles an event; all hooks receive each yielded event before this method continues."""
     del run, event
     return ()
 
   def close(self) -> None:
-    """Called once at the end, also after an exception."""
+    """Releases resources; called once at the end, also after an exception."""
 
 
 class FunctionHook(Hook):
-  """A user's function `(run, event) -> reason to stop, or None`."""
+  """Wraps a user's function `(run, event) -> reason to stop, or None`."""
 
   def __init__(self, function: Callable[["BaseRun", Event], str | None]):
     self._function = function

@@ -14,17 +14,18 @@ from research.training.reports import report
 if TYPE_CHECKING:
   from research.training.run import BaseRun
 
-Columns = Callable[[int], Mapping[str, Any]]  # of a step
+Columns = Callable[[int], Mapping[str, Any]]  # maps a step to columns
 
 
 class Log(Hook):
   """Writes rows at the multiples of `log_every` and at the end of each dispatch.
 
-  The metrics of a dispatch are fetched after the next one has been started, so that the devices do
-  not wait for the host, or earlier if an evaluation or a checkpoint has to wait for them anyway.
+  The metrics of a dispatch are fetched after the next dispatch has been started, so that the
+  devices do not wait for the host. If an evaluation or a checkpoint has to wait for the devices
+  anyway, the metrics are fetched before it.
 
   Attributes:
-    rows: the rows of this process, if there is no folder to write them to.
+    rows: the rows of this process, if there is no folder.
     last: the newest row of an earlier part of the run.
   """
 
@@ -38,7 +39,7 @@ class Log(Hook):
     folder: Path | None = None,
     shown: bool = True,
   ):
-    """Continues the rows of an earlier part of the run, if there is one.
+    """Continues the rows of an earlier part of the run, if any.
 
     Args:
       run: the run, whose step determines which rows are kept.
@@ -72,7 +73,7 @@ class Log(Hook):
     return ()
 
   def _opened(self, run: "BaseRun") -> report.Metrics | None:
-    """Opens the file of rows and keeps those up to the run's step."""
+    """Opens the file of rows, and keeps the rows up to the run's step."""
     if self._folder is None:
       return None
     return report.Metrics(self._folder, run.step, run.config.tensorboard)
@@ -104,7 +105,7 @@ class Log(Hook):
   def _rows(
     self, run: "BaseRun", first: int, last: int, found: Mapping[str, Any]
   ) -> list[dict[str, Any]]:
-    """The rows of a dispatch: the mean loss since the previous row, and further columns."""
+    """Returns the rows of a dispatch: the mean loss since the previous row, and further columns."""
     columns = run.rows(first, last, found)
     stops = list(columns)
     counts = np.diff([first, *stops])

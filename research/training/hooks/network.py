@@ -1,15 +1,14 @@
-"""Reads the kernel's network counters of all hosts around the dispatches of a run."""
+"""Reads the kernel's network counters of all hosts while a run trains."""
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 from research.comm import counters
-from research.training.hooks.hook import Hook
+from research.training.hooks.hook import End, Event, Hook, Stop
 
 if TYPE_CHECKING:
   from research.training.run import BaseRun
@@ -18,36 +17,47 @@ if TYPE_CHECKING:
 class Network(Hook):
   """Adds up the bytes sent by training, excluding evaluations, checkpoints and connection setup.
 
-  It does nothing unless a launcher provides the counters. With counters, dispatches do not overlap
-  with the host's work, and each waits until the counters stop changing. Process 0 reads the
-  counters of all hosts.
+  The hook does nothing unless a launcher provides the counters. Process 0 reads the counters of all
+  hosts when training begins or goes on and when it is interrupted, so that dispatches follow each
+  other without waiting. Each reading waits until the counters stop changing.
   """
 
-  def __init__(self, main: bool):
+  def __init__(self, run: "BaseRun", main: bool):
     self._counters = counters.told(os.environ) if main else None
     self._sum = np.zeros((len(self._counters.files) if self._counters else 0, 4), np.int64)
     self._steps = 0
     self._first = True
+    self._begun: tuple[int, np.ndarray] | None = None  # step and counters
     self._after: dict[int, np.ndarray] = {}
+    run.before_aside = lambda: self._interrupted(run)
 
   @contextlib.contextmanager
   def around(self, run: "BaseRun", first: int, last: int) -> Iterator[None]:
-    """Counts a dispatch, except the process's first one, in which the hosts connect."""
-    if self._counters is None:
-      yield
-      return
-    jax.block_until_ready(run.state)
-    start = self._counters.settled()
-    yield
-    jax.block_until_ready(run.state)
-    if not self._first:
-      self._sum = self._sum + self._counters.settled() - start
-      self._steps += last - first
-      self._after[last] = self._sum
+    """Begins to count, except in the first dispatch, in which the hosts connect."""
+    del last
+    if self._counters and not self._first and not self._begun:
+      run.wait()
+      self._begun = first, self._counters.settled()
     self._first = False
+    yield
+
+  def on(self, run: "BaseRun", event: Event) -> Iterable[Event]:
+    if isinstance(event, Stop | End):
+      self._interrupted(run)
+    return ()
+
+  def _interrupted(self, run: "BaseRun") -> None:
+    """Adds what was sent since training began or went on."""
+    if not self._counters or not self._begun:
+      return
+    run.wait()
+    (step, before), self._begun = self._begun, None
+    self._sum = self._sum + self._counters.settled() - before
+    self._steps += run.step - step
+    self._after[run.step] = self._sum
 
   def row(self, step: int) -> dict[str, Any]:
-    """Columns of the row at a dispatch's last step: bytes so far, per host."""
+    """Returns the columns of the row at an interruption: the bytes per host so far."""
     found = self._after.pop(step, None)
     if found is None:
       return {}
@@ -55,7 +65,7 @@ class Network(Hook):
     return {f"kernel_{name}": columns[name] for name in ("tx_bytes", "rx_bytes")}
 
   def summary(self) -> dict[str, Any]:
-    """Entries of `wire` in the summary: means per step, per host."""
+    """Returns the entries of `wire` in the summary: means per step and host."""
     if not self._steps:
       return {}
     return {"kernel_bytes_per_step_per_host": counters.per_step(self._sum, self._steps)}

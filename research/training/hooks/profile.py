@@ -1,4 +1,4 @@
-"""Traces the second dispatch of a process, when everything is compiled, into OUT/profile."""
+"""Traces the second dispatch of a process, for which everything is compiled, into OUT/profile."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Profile(Hook):
-  """Writes one profile; reports if there was no second dispatch."""
+  """Writes one profile; prints a line if there was no second dispatch."""
 
   def __init__(self, folder: Path):
     self._folder, self._dispatches = folder, 0
@@ -30,7 +30,7 @@ class Profile(Hook):
     jax.block_until_ready(run.metrics)
     with jax.profiler.trace(str(self._folder / "profile")):
       yield
-      jax.block_until_ready(run.state)
+      run.wait()
 
   def on(self, run: "BaseRun", event: Event) -> Iterable[Event]:
     del run

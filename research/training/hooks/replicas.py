@@ -47,7 +47,7 @@ def replica_check(tree: Tree) -> Callable[[Tree], list[str]]:
   leaf is replicated. A leaf that is sharded over all axes has no copies and is never reported.
 
   Args:
-    tree: arrays with the shardings of those to be checked, on one mesh.
+    tree: arrays with the shardings of the arrays to check, on one mesh.
   """
   names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
   mesh = jax.tree.leaves(tree)[0].sharding.mesh

@@ -20,26 +20,26 @@ class CheckpointStore(Protocol):
     """Saves a state; `now` becomes `saved_at`."""
 
   def restore(self, like: Any, warn: Callable[[str], None]) -> tuple[int, Any] | None:
-    """The step and the state of the newest intact checkpoint; None if nothing was ever saved."""
+    """Returns step and state of the newest intact checkpoint; None if nothing was ever saved."""
 
   def latest(self) -> int | None:
-    """The newest step saved, or None."""
+    """Returns the newest saved step, or None."""
 
   def wait(self) -> None:
-    """Returns when everything saved is on disk."""
+    """Waits until all saves are on disk."""
 
   def close(self) -> None:
     """Waits for the last save."""
 
 
 class Save(Hook):
-  """Saves a run, at most once per `checkpoint_seconds` by the clock of process 0."""
+  """Saves a run at most once per `checkpoint_seconds`, measured by process 0."""
 
   def __init__(self, run: "BaseRun", store: CheckpointStore):
     self.every, self._store = run.config.checkpoint_every, store
 
   def restore(self, run: "BaseRun") -> None:
-    """Restores a run from its newest intact checkpoint, if it has any.
+    """Restores a run from its newest intact checkpoint, if any.
 
     Raises:
       CheckpointError: if there are checkpoints and none is intact.

@@ -37,10 +37,10 @@ class Signals(Hook):
 def watch() -> Iterator[Callable[[], str]]:
   """Yields `stopped()`, which returns '' or the reason to stop, equal on all processes.
 
-  A single process handles SIGTERM and SIGINT itself; a second SIGINT ends it immediately. Outside
-  the main thread, where Python does not allow signal handlers, signals are not handled. With
-  several processes, JAX's preemption service receives a SIGTERM on any of them and determines the
-  call at which all of them stop.
+  A single process handles SIGTERM and SIGINT itself; a second SIGINT ends the process immediately.
+  Outside the main thread, where Python does not allow signal handlers, signals are not handled.
+  With several processes, JAX's preemption service receives a SIGTERM on any process and determines
+  the call at which all processes stop.
   """
   if jax.process_count() > 1:
     from jax.experimental import multihost_utils

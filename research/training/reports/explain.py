@@ -1,4 +1,4 @@
-"""Explains how a run's state is sharded, leaf by leaf, without its devices and without training."""
+"""Shows how a run's state is sharded, leaf by leaf, without its devices and without training."""
 
 import math
 from collections import Counter
@@ -22,14 +22,15 @@ class Row(NamedTuple):
   shape: tuple[int, ...]
   dtype: str
   spec: str  # such as P('data', None, 'fsdp')
-  bytes: int  # per device
-  everywhere: int  # over all devices
+  bytes: int  # bytes per device
+  everywhere: int  # bytes over all devices
 
 
 def imitate_devices(config: Config) -> None:
-  """Creates a CPU device for each place of the mesh; must run before JAX initializes its devices.
+  """Creates a CPU device for each position of the mesh; call it before JAX initializes its devices.
 
-  `simulate` distributes its workers over the existing devices; its sharding is shown on these.
+  `simulate` distributes its workers over the existing devices, so these are used to show its
+  sharding.
 
   Args:
     config: the run.
@@ -64,8 +65,8 @@ def row(lies: resize.Leaf, leaf: Any) -> Row:
   """Describes one leaf.
 
   Args:
-    lies: its placement.
-    leaf: its shape, dtype and sharding.
+    lies: the placement of the leaf.
+    leaf: the shape, dtype and sharding of the leaf.
   """
   spec = ", ".join(repr(tuple(d) if isinstance(d, list) else d) for d in leaf.sharding.spec)
   held = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -94,7 +95,7 @@ def explanation(config: Config) -> str:
 
 
 def table(lines: list[tuple[str, ...]]) -> list[str]:
-  """Aligns columns, the last one to the right; an overlong first cell gets its own line.
+  """Aligns columns, the last column to the right; an overlong first cell gets a line of its own.
 
   Args:
     lines: rows of cells.

@@ -1,4 +1,4 @@
-"""Facts about a run that follow from its method: the workers' topology, and the privacy spent."""
+"""Derives facts about a run from its method: the workers' topology, and the privacy spent."""
 
 import math
 from collections.abc import Callable
@@ -28,20 +28,20 @@ class Facts(NamedTuple):
 def facts(config: Config, job: Job, layout: Layout) -> Facts:
   """Derives the facts from the method and one traced round.
 
-  They include `topology` (its spec), `spectral_gap` and `described` of every topology, and `noise`
-  and `clip` of every noisy aggregator, as lists if there are several. With noise they also include
-  `delta`, and `accounted`, which names what epsilon is computed for: the sum over the workers if
-  only the sum is visible, else each message with its own share of the noise. If epsilon is unknown,
-  `privacy` says why.
+  The facts include `topology` (its spec), `spectral_gap` and `described` of every topology, and
+  `noise` and `clip` of every noisy aggregator, as lists if there are several. With noise, the facts
+  also include `delta` and `accounted`. The entry `accounted` says whether epsilon is computed for
+  the sum over the workers, if only the sum is visible, or for each message with its own share of
+  the noise. If epsilon is unknown, `privacy` gives the reason.
 
-  Clients sampled at a rate are accounted as Poisson sampling. One client sampled per worker from
-  its stratum is accounted as such if only the sampling hides it (`accounting.spending`). All other
-  clients are accounted as if they took part in every round.
+  Clients that are sampled at a rate are accounted as Poisson sampling. If each worker samples one
+  client of its stratum, and only the sampling hides this client, `accounting.spending` accounts for
+  this sampling. All other clients are accounted as if they took part in every round.
 
   Args:
     config: the run.
     job: the resolved job.
-    layout: which of its state is private.
+    layout: which leaves of the method's state are private.
   """
   graphs = [
     _topology(value, getattr(part, "axis", WORKER_AXES), job)
@@ -55,7 +55,7 @@ def facts(config: Config, job: Job, layout: Layout) -> Facts:
 
 
 def _pipeline(config: Config, job: Job) -> dict[str, Any]:
-  """The pipeline schedule of a worker's batch, with the fraction of time in which stages idle."""
+  """Returns the pipeline schedule of a worker's batch, with the idle fraction of the stages."""
   stages, examples = job.axes.get("stage", 1), job.batch_size or int(job.sizes.max())
   if stages == 1 or config.executor != "spmd" or job.task.schedule is None:
     return {}

@@ -1,4 +1,4 @@
-"""Draws figures of results; text is drawn literally, and a failure does not lose the results."""
+"""Draws figures of results; text is drawn literally, and results survive a failure to draw."""
 
 import contextlib
 import io
@@ -31,7 +31,7 @@ def drawing(path: Path) -> Iterator[Path]:
     with warnings.catch_warnings():
       warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
       yield path
-  except Exception as error:  # drawing libraries may raise anything; the results are written
+  except Exception as error:  # drawing may raise anything; the results are already written
     reason = " ".join(str(error).split())[:200]
     report.note(f"warning: {path} was not drawn: {type(error).__name__}: {reason}")
 
@@ -53,7 +53,7 @@ def write_result(folder: Path, summary: Mapping[str, Any]) -> None:
 
   Args:
     folder: the run's folder.
-    summary: its summary.
+    summary: the run's summary.
   """
   report.write_json(folder / "summary.json", summary)
   loss_plot(folder, summary)
@@ -65,7 +65,7 @@ def show_again(folder: Path, summary: Mapping[str, Any], *, told: bool = True) -
 
   Args:
     folder: the run's folder.
-    summary: its summary.
+    summary: the run's summary.
     told: whether to report it.
   """
   if not (folder / "loss.png").exists():
@@ -79,7 +79,7 @@ def loss_plot(folder: Path, summary: Mapping[str, Any]) -> None:
 
   Args:
     folder: the run's folder.
-    summary: its summary.
+    summary: the run's summary.
   """
   with drawing(folder / "loss.png") as path:
     rows = folder / "metrics.jsonl"
@@ -93,7 +93,7 @@ def diagnostics_plot(folder: Path, summary: Mapping[str, Any]) -> None:
 
   Args:
     folder: the run's folder.
-    summary: its summary.
+    summary: the run's summary.
   """
   rows = report.thinned(r for r in report.each_row(folder / "metrics.jsonl") if "diagnostics" in r)
   if rows:

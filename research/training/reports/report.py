@@ -31,7 +31,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def with_nan(value: Any) -> Any:
-  """Replaces null by NaN in a parsed value: inverse of `as_json` for numbers.
+  """Replaces null by NaN in a parsed value; the inverse of `as_json` for numbers.
 
   Args:
     value: a value parsed from JSON.
@@ -48,7 +48,7 @@ def write_json(path: Path, value: Any) -> None:
 
   Args:
     path: the file.
-    value: see `as_json`.
+    value: a value that `as_json` accepts.
   """
   write_text(path, as_json(value, indent=2) + "\n")
 
@@ -58,7 +58,7 @@ def write_text(path: Path, text: str) -> None:
 
   Args:
     path: the file.
-    text: its contents.
+    text: the contents.
   """
   with replacing(path) as partial:
     partial.write_text(text, encoding="utf-8", errors="surrogateescape")
@@ -91,7 +91,7 @@ class Metrics:
       tensorboard: whether to write TensorBoard events.
     """
     path = folder / "metrics.jsonl"
-    self.last: dict[str, Any] | None = None  # last row of the run before it was resumed
+    self.last: dict[str, Any] | None = None  # last row before the run was resumed
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as kept:
       for row in each_row(path):
         if row["step"] <= after:
@@ -105,7 +105,7 @@ class Metrics:
       self._events = SummaryWriter(str(folder / "tensorboard"))
 
   def write(self, rows: list[dict[str, Any]]) -> None:
-    """Appends rows; they are on disk when this returns."""
+    """Appends rows, and returns when the rows are on disk."""
     self._file.write("".join(as_json(row) + "\n" for row in rows))
     self._file.flush()
     if self._events:
@@ -120,7 +120,7 @@ class Metrics:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-  """Reads the rows of a metrics.jsonl, with NaN for null, up to a line truncated by a crash.
+  """Reads the rows of a metrics.jsonl, with NaN for null, up to a line that a crash truncated.
 
   Args:
     path: the file; it may be missing.
@@ -129,7 +129,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def each_row(path: Path) -> Iterator[dict[str, Any]]:
-  """Iterates over the rows of `read_rows`, without holding them all.
+  """Iterates over the rows of `read_rows` without keeping all rows in memory.
 
   Args:
     path: the file; it may be missing.
@@ -152,7 +152,7 @@ def thinned(rows: Iterable[Mapping[str, Any]], most: int = 2**13) -> list[Mappin
 
   Args:
     rows: the rows.
-    most: maximum number of rows selected, besides the last.
+    most: maximum number of selected rows, not counting the last.
   """
   kept: list[Mapping[str, Any]] = []
   every, last = 1, None
@@ -183,18 +183,18 @@ def note(line: str) -> None:
 
 
 def metric_label(name: str, evaluated_on: str, measured_on: Mapping[str, str]) -> str:
-  """Returns a metric's name, preceded by the data on which it was measured: "test accuracy".
+  """Returns a metric's name after the data on which it was measured, as in "test accuracy".
 
   Args:
     name: the metric.
     evaluated_on: the data of evaluations, "test" or "train".
-    measured_on: for each metric that a task measures itself, its data; "" for none.
+    measured_on: the data of each metric that the task measures itself; "" for none.
   """
   return f"{measured_on.get(name, evaluated_on)} {name}".strip()
 
 
 class Progress:
-  """Shows progress: a live bar on an interactive terminal, else one line per evaluation."""
+  """Shows progress as a live bar on an interactive terminal, or as one line per evaluation."""
 
   def __init__(self, total: int, label: Callable[[str], str], shown: bool):
     self._label, self._evaluated = label, ""
@@ -207,7 +207,7 @@ class Progress:
     from rich.console import Console
 
     console = Console(stderr=True)
-    if not console.is_interactive:  # such as TERM=dumb, which cannot redraw a line
+    if not console.is_interactive:  # for example TERM=dumb, which cannot redraw a line
       return
     from rich.progress import (
       BarColumn,
@@ -248,7 +248,7 @@ class Progress:
       self._bar.stop()
 
 
-_OVER = {"push": "in pushes", "pull": "in pulls"}  # of a server
+_OVER = {"push": "in pushes", "pull": "in pulls"}  # names for the traffic of a server
 
 
 def _pipeline(plan: Mapping[str, Any] | None) -> list[tuple[str, str]]:
@@ -260,7 +260,7 @@ def _pipeline(plan: Mapping[str, Any] | None) -> list[tuple[str, str]]:
 
 
 def _server(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-  """The rows about a parameter server; none without one."""
+  """Returns the rows about a parameter server; empty without a server."""
   if found is None:
     return []
   ages = sorted((int(age), count) for age, count in found["staleness"].items())
@@ -277,6 +277,15 @@ def _server(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
   return [(name, text) for name, text in rows if text]
 
 
+def _overlap(found: Mapping[str, float] | None) -> list[tuple[str, str]]:
+  """The share of the exchange that was hidden, and its parts."""
+  if not found:
+    return []
+  compute, exchange, step = (found[f"{x}_milliseconds"] for x in ("compute", "exchange", "step"))
+  parts = f"{compute:.3g} ms of computing and {exchange:.3g} of exchange in {step:.3g} per step"
+  return [("exchange hidden", f"{found['hidden']:.0%}: {parts}")]
+
+
 def closing_table(summary: Mapping[str, Any], folder: Path) -> str:
   """Formats the results of a run, one per line, and the path of its plot.
 
@@ -285,7 +294,7 @@ def closing_table(summary: Mapping[str, Any], folder: Path) -> str:
     folder: the run's folder.
   """
   wire = summary["wire"]
-  dense = wire["dense_bytes_per_step_per_worker"]  # 0 of a single worker
+  dense = wire["dense_bytes_per_step_per_worker"]  # 0 for a single worker
   share = sum(wire["bytes_per_step_per_worker"].values()) / dense if dense else 1.0
   virtual = "virtual_seconds" in summary
   privacy = f"{summary.get('epsilon', 0):.4g}, {summary.get('delta', 0):.3g}"
@@ -307,6 +316,7 @@ def closing_table(summary: Mapping[str, Any], folder: Path) -> str:
       for axis, value in wire["bytes_per_step_per_worker"].items()
     ),
     *([("of what the exact mean sends", f"{share:.2%}")] if abs(share - 1) > 1e-6 else []),
+    *_overlap(summary.get("overlap")),
     *([("topology", summary["described"])] if "described" in summary else []),
     *_pipeline(summary.get("pipeline")),
     *_server(summary.get("server")),

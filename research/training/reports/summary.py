@@ -14,6 +14,7 @@ from research.comm.mesh import worker_axes
 from research.core.base import Params
 from research.parallel import sharded, traffic
 from research.training import reach
+from research.training.hooks.hook import COMPLETE
 from research.training.plan import Sent
 from research.training.reports import report
 from research.training.reports.facts import facts
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
 
 
 class Costs:
-  """The costs of a run's steps, all known in advance: bytes, virtual seconds, privacy."""
+  """The costs of a run's steps that are known in advance: bytes, virtual seconds, privacy."""
 
   def __init__(self, run: "Run"):
-    """Computes the costs of a run, and reports those that are unknown."""
+    """Computes the costs of a run, and reports unknown costs."""
     problem, job = run.problem, run.problem.job
     layout = problem.executor.layout
     self._problem = problem
@@ -44,11 +45,11 @@ class Costs:
       report.note(reach.describe(name, reached))
 
   def row(self, step: int) -> dict[str, Any]:
-    """The costs at a step, as columns of a row of the metrics."""
+    """Returns the costs at a step, as columns of a row of the metrics."""
     return {"bytes": round(self.sent.until(step)), **self.spent(step)}
 
   def spent(self, step: int) -> dict[str, Any]:
-    """Virtual seconds and epsilon of the first `step` steps."""
+    """Returns the virtual seconds and the epsilon of the first `step` steps."""
     plan, virtual = self._problem.plan, self._problem.virtual
     found: dict[str, Any] = {}
     if virtual:
@@ -59,7 +60,7 @@ class Costs:
 
 
 def of_any(run: "BaseRun", evaluate: "Evaluate") -> dict[str, Any]:
-  """The entries that every run has: what it is, how it ended, what was measured."""
+  """Returns the entries of every run: its configuration, its end, and its measurements."""
   return {
     **run.config.named(),
     "steps": run.step,
@@ -81,8 +82,8 @@ def summarized(
 
   Args:
     run: the finished run.
-    evaluate: its evaluations.
-    costs: its costs.
+    evaluate: the run's evaluations.
+    costs: the run's costs.
     network: the network counters of its hosts.
   """
   job = run.job
@@ -97,12 +98,25 @@ def summarized(
     **{f"{name}_reaches": found.share for name, found in costs.reaches.items()},
     **costs.facts.found,
     **costs.spent(run.step),
+    **_overlap(run),
     "params_sha256": params_sha256(run.params()),
   }
 
 
+def _overlap(run: "Run") -> dict[str, Any]:
+  """How much of the exchange was hidden behind computing, if the executor can hide it."""
+  if run.problem.executor.alone is None or run.reason not in COMPLETE:
+    return {}
+  compute, exchange = run.alone()
+  step = 1 / run.timing.steps_per_second()
+  hidden = min(1.0, max(0.0, (compute + exchange - step) / exchange))
+  milliseconds = {"compute": compute, "exchange": exchange, "step": step}
+  found = {f"{name}_milliseconds": round(1000 * x, 4) for name, x in milliseconds.items()}
+  return {"overlap": {"hidden": round(hidden, 4), **found}}
+
+
 def _wire(run: "Run", costs: Costs, network: "Network", last: Any) -> dict[str, Any]:
-  """Bytes by axis; `last` is the job of the last stage."""
+  """Returns the bytes by axis; `last` is the job of the last stage."""
   job = run.problem.job
   rounds = max(1, run.timing.largest // last.method.local_steps)
   shared = wire.by_axis(traffic.of_metrics(last, rounds), rounds * last.method.local_steps)

@@ -16,14 +16,14 @@ _COMPILING = (
 class Timing:
   """The clock of one run.
 
-  Steps are timed from the end of the first dispatch, without compilation. Compilation is counted
-  inside `with timing:`.
+  Steps are timed from the end of the first dispatch, without compilation. The time of compilation
+  is measured in `with timing:`.
   """
 
   def __init__(self):
     self._start = time.perf_counter()
     self.compiling = 0.0
-    self.largest = 0  # steps of the longest dispatch
+    self.largest = 0  # number of steps of the longest dispatch
     self._aside = 0.0
     self._steps = 0
     self._first: tuple[float, int] | None = None  # seconds and steps of the first dispatch
@@ -53,7 +53,7 @@ class Timing:
 
   @contextlib.contextmanager
   def aside(self) -> Iterator[None]:
-    """Context for work that is not a training step and does not count for the rate."""
+    """Context for work other than training steps, which is not counted in the rate."""
     start, compiling = time.perf_counter(), self.compiling
     yield
     compiled = self.compiling - compiling
@@ -63,7 +63,7 @@ class Timing:
     """Records that the metrics of a dispatch have arrived.
 
     Args:
-      steps: steps of the dispatch.
+      steps: number of steps of the dispatch.
     """
     self._steps += steps
     self.largest = max(self.largest, steps)
@@ -72,7 +72,7 @@ class Timing:
       self._first = (self._last, self._steps)
 
   def steps_per_second(self) -> float:
-    """Returns the rate over all dispatches but the first, or of the first if it is the only one."""
+    """Returns the rate over all dispatches except the first, or that of a single dispatch."""
     if self._first is None:
       return 0.0
     seconds, steps = self._last - self._first[0], self._steps - self._first[1]

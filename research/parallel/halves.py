@@ -1,0 +1,145 @@
+"""The two halves of a round, for an executor whose exchange runs on other devices.
+
+A state is held in three places: the aggregator's state (`links`) where the exchange runs, the
+results that are on their way, and everything else (`held`) where the workers compute. The functions
+`held` and `links` work on any tree with a state's structure: arrays, shapes, or which are private.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+
+from research.core.base import Aggregate, Aggregator, Array, Presence, State, Tree
+from research.core.method import Local, Method
+from research.methods.late import LateLocal, LateState, Overlapping
+
+InAir = tuple[int, Tree]  # fragment and result of an exchange on its way
+
+
+class Tools(NamedTuple):
+  """Programs that put a state together."""
+
+  receive: Callable[[State, Tree], State]  # `Halves.receive`, of all workers
+  nothing: Callable[[int], Tree]  # fragment -> a result of zeros
+
+
+class Halves:
+  """A method with one exchange per round, whose result is due within the next round.
+
+  The base class is for an eager method: the result is due before its next message.
+  """
+
+  def __init__(self, method: Method):
+    self.method = method
+    self.waiting = method  # begins and steps without receiving anything
+    self.fragments, self.local_steps = 1, method.local_steps
+    self.rounds_late, self.steps_late = 0, method.local_steps
+
+  @property
+  def exchange(self) -> Aggregator:
+    """The aggregator."""
+    return self.method.exchange
+
+  def held(self, state: State) -> State:
+    """A state without the aggregator's and without results on their way."""
+    return self.method.with_link(state, ())
+
+  def links(self, state: State) -> tuple[State, ...]:
+    """The aggregator's state, by fragment."""
+    return (self.method.link(state),)
+
+  def local(self, local: Local) -> Local:
+    """A worker's Local without the aggregator's state."""
+    return local
+
+  def result(self, found: Aggregate) -> Tree:
+    """What a worker needs of the exchange."""
+    return found.value, found.sent
+
+  def depart(
+    self, fragment: int, local: Local, held: State, *, key: Array, presence: Presence
+  ) -> tuple[Tree, State]:
+    """Ends a round: returns the message of a fragment, and what is held after it."""
+    del fragment
+    return self.method.message(local, held, key=key, presence=presence)
+
+  def arrive(self, fragment: int, held: State, local: Local, result: Tree) -> tuple[State, Local]:
+    """Receives the result that is due."""
+    del fragment
+    return self.receive(held, result), local
+
+  def receive(self, held: State, result: Tree) -> State:
+    """The eager method's state after its exchange."""
+    value, sent = result
+    return self.method.receive(value, sent, held, key=jax.random.key(0))
+
+  def pending(self, state: State, number: int) -> list[InAir]:
+    """The results on their way in a state after `number` rounds, the oldest first."""
+    del state, number
+    return []
+
+  def settled(
+    self, held: State, links: Sequence[State], air: Sequence[InAir], tools: Tools
+  ) -> State:
+    """Puts a state together.
+
+    Args:
+      held: what the workers hold.
+      links: the aggregator's state, by fragment.
+      air: fragment and result of each exchange on its way, the oldest first.
+      tools: programs on the computing devices.
+    """
+    for _, result in air:
+      held = tools.receive(held, result)
+    return self.method.with_link(held, links[0])
+
+
+class LateHalves(Halves):
+  """The halves of `late(...)` and `streaming_diloco`."""
+
+  method: Overlapping
+
+  def __init__(self, method: Overlapping):
+    super().__init__(method)
+    self.waiting = method.replace(receives=False)
+    self.fragments = method.fragments
+    self.rounds_late, self.steps_late = method.rounds_late, method.steps_late
+
+  def held(self, state: LateState) -> LateState:
+    return state._replace(inner=self._without_links(state.inner), air=((),) * self.fragments)
+
+  def local(self, local: LateLocal) -> LateLocal:
+    return local._replace(inner=self._without_links(local.inner))
+
+  def _without_links(self, inner: tuple[State, ...]) -> tuple[State, ...]:
+    return tuple(self.method.method.with_link(one, ()) for one in inner)
+
+  def links(self, state: LateState) -> tuple[State, ...]:
+    return tuple(map(self.method.method.link, state.inner))
+
+  def result(self, found):
+    return found.value
+
+  def depart(self, fragment, local, held, *, key, presence):
+    return self.method.depart(fragment, local, held, key=key, presence=presence)
+
+  def arrive(self, fragment, held, local, result):
+    return held, self.method.arrive(fragment, local, result)
+
+  def pending(self, state: LateState, number: int) -> list[InAir]:
+    found = []
+    for round_ in range(max(0, number - 1 - self.rounds_late), number):
+      fragment = round_ % self.fragments
+      later = (number - 1 - round_) // self.fragments  # exchanges of the fragment that follow
+      found.append((fragment, state.air[fragment][self.method.flights - 1 - later]))
+    return found
+
+  def settled(self, held, links, air, tools):
+    inner = map(self.method.method.with_link, held.inner, links)
+    slots: list[list[Tree]] = [[] for _ in range(self.fragments)]
+    for fragment, value in air:
+      slots[fragment].append(value)
+    empty = lambda p: [tools.nothing(p)] * (self.method.flights - len(slots[p]))
+    filled = tuple((*empty(p), *slots[p]) for p in range(self.fragments))
+    return held._replace(inner=tuple(inner), air=filled)

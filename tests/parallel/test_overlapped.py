@@ -1,0 +1,117 @@
+"""Exchanges on devices of their own: bit for bit what `spmd` computes, in flight or landed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import Running
+from subset import slow_except
+
+from research.core import registry
+from research.core.base import Tree
+from research.training import loop
+from research.training.config import Config, UsageError
+
+OUTER = "sgd(0.7, momentum=0.9)"
+METHODS = {
+  "no delay": f"late(diloco(sgd(0.1, momentum=0.5), {OUTER}, mean(), period=4), 0)",
+  "late": f"late(diloco(sgd(0.1, momentum=0.5), {OUTER}, mean(), period=4), 3)",
+  "beyond": f"late(diloco(sgd(0.1, momentum=0.5), {OUTER}, mean(), period=4), 9)",
+  "fragments": f"late(diloco(sgd(0.1, momentum=0.5), {OUTER}, mean(), period=4), 3, fragments=2)",
+  "streaming": f"streaming_diloco(sgd(0.1), {OUTER}, mean(), period=4, fragments=2, delay=2)",
+  "memory": "late(local_sgd(sgd(0.1), error_feedback(gather_mean(top_k(0.3))), period=4), 5)",
+  "int8": "late(local_sgd(sgd(0.1), error_feedback(two_phase(int8())), period=4), 3)",
+  "signum": "late(signum(0.01, mean()), 1)",
+  "eager": "eager_diloco(adam(0.01), sgd(0.4, momentum=0.5), mean(), period=4)",
+  "eager memory": "eager_diloco(sgd(0.1), sgd(0.4), error_feedback(two_phase(int8())), period=4)",
+  "overlap": "overlap_local_sgd(sgd(0.1), mean(), period=4)",
+}
+QUICK = ("beyond", "eager memory")
+UNEVEN = (20, 30, 40, 30)
+
+
+def running(name: str, executor: str, sizes=(30,) * 4, axes=None) -> Running:
+  method = registry.build("method", METHODS[name])
+  return Running(method, executor, axes or {"data": 4}, sizes)
+
+
+def state_of(run: Running) -> Tree:
+  state = run.executor.settled(run.state)
+  return jax.device_get(state._replace(key=jax.random.key_data(state.key)))
+
+
+def assert_same(a: Tree, b: Tree, rtol: float = 0.0) -> None:
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_allclose(x, y, rtol, 1e-6 * (rtol > 0), err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("name", slow_except(QUICK, METHODS))
+def test_rounds_are_those_of_spmd(name):
+  """Over two dispatches: the model, the losses, and the state with what is on its way."""
+  want, got = (running(name, executor).rounds(5, 2) for executor in ("spmd", "overlapped"))
+  assert_same(got.params(), want.params())
+  assert_same(jax.device_get(got.metrics), jax.device_get(want.metrics))
+  # two programs may round what one fused program rounds once
+  assert_same(state_of(got), state_of(want), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", slow_except((), ("memory", "overlap")))
+def test_workers_of_unequal_weights(name):
+  want, got = (running(name, executor, UNEVEN).rounds(6) for executor in ("spmd", "overlapped"))
+  assert_same(got.params(), want.params())
+
+
+@pytest.mark.parametrize("name", slow_except(("beyond",), ("beyond", "fragments", "eager memory")))
+def test_a_run_goes_on_from_what_was_saved_in_flight(name):
+  """In the same executor, and in the other one."""
+  whole = running(name, "overlapped").rounds(5)
+  saved = jax.tree.map(jnp.copy, whole.executor.settled(whole.state))
+  whole.rounds(3)
+  for executor in ("overlapped", "spmd"):
+    resumed = running(name, executor)
+    place = lambda x, like: jax.device_put(jnp.copy(x), like.sharding)
+    resumed.state = jax.tree.map(place, saved, resumed.state)
+    assert_same(resumed.rounds(3).params(), whole.params())
+
+
+@pytest.mark.slow
+def test_a_worker_of_several_devices():
+  """Every device of a worker has a communication device, which sends its shard."""
+  axes = {"data": 2, "fsdp": 2}
+  want, got = (running("memory", one, (30,) * 2, axes).rounds(6) for one in ("spmd", "overlapped"))
+  assert_same(got.params(), want.params())
+
+
+def config(**flags) -> Config:
+  given = {"task": "mean_estimation(8, 4)", "mesh": "data:2", "batch_size": 2, "steps": 16}
+  return Config(executor="overlapped", **given | flags)
+
+
+@pytest.mark.parametrize(
+  ("flags", "words"),
+  [
+    ({"method": "local_sgd(sgd(0.1), mean())"}, r"use late\(local_sgd\(...\), delay=...\)"),
+    (
+      {"method": METHODS["late"], "mesh": "data:8", "batch_size": 8},
+      "8 CPU devices that communicate.*=16",
+    ),
+    ({"method": METHODS["late"], "dropout": 0.5}, "all workers take part"),
+    ({"method": METHODS["late"], "population": 4}, "all workers take part"),
+    ({"method": METHODS["late"], "diagnostics": True}, "use --executor=spmd"),
+  ],
+)
+def test_what_cannot_overlap_is_refused(flags, words, tmp_path):
+  with pytest.raises(UsageError, match=words):
+    loop.train(config(**flags, out=str(tmp_path)))
+
+
+def test_a_number_that_is_not_finite_is_seen_before_it_is_saved():
+  """It is in the aggregator's memory and in the air, and not yet in any model."""
+  run = running("memory", "overlapped").rounds(4)
+  links = jax.tree.map(lambda x: x * np.nan, run.state.links)
+  run.state = run.state._replace(links=links)
+  found = run.executor.settled(run.state)
+  finite = jax.tree.map(lambda x: bool(jnp.isfinite(x).all()), found.method.inner[0])
+  assert all(jax.tree.leaves(finite.params))
+  assert not all(jax.tree.leaves(finite.link))
