@@ -184,7 +184,7 @@ def chemprop(case: Case) -> tuple[float, float] | None:
 def drawn(axis: Any, case: Case, scores: Scores) -> None:
   """Draws the scores as bars."""
   for name, (mean, spread) in scores.items():
-    axis.barh(name, mean, xerr=spread, color="gray" if name in PEERS else None)
+    axis.barh(name, mean, xerr=spread, color="gray" if name in PEERS else "C0")
   means = [mean for mean, _ in scores.values()]
   axis.set(title=f"{case.name}: {case.metric} on new scaffolds", xlim=(0.9 * min(means), None))
   axis.invert_yaxis()
@@ -197,7 +197,7 @@ def pictures(figure: Any) -> None:
 
   from research import train
   from research.core import registry
-  from research.tasks.molecules import molecules
+  from research.tasks.molecules import molecule_metrics, molecules
 
   model = registry.build("model", ESOL.model)
   task = molecules.molecules(ESOL.name, model=model)
@@ -206,7 +206,7 @@ def pictures(figure: Any) -> None:
   found, parts = molecules.load(ESOL.name)
   y = found.table.labels[:, 0]
   assert task.test is not None
-  outputs = molecules.predictions(model(1), task.test["x"])(result.params)
+  outputs = molecule_metrics.predictions(model(1), task.test["x"])(result.params)
   predicted = np.asarray(outputs)[:, 0] * y[parts["train"]].std() + y[parts["train"]].mean()
   shown = np.argsort(y[parts["test"]])[:: len(predicted) // PICTURES][:PICTURES]
   for axis, number in zip(figure.subplots(2, PICTURES // 2).flat, shown, strict=True):

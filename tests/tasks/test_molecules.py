@@ -10,7 +10,7 @@ import pytest
 from problems import Running, distance
 
 from research.core import registry
-from research.tasks.molecules import chemistry, molecules
+from research.tasks.molecules import chemistry, molecule_metrics, molecules
 from research.tasks.molecules.scaffold_split import scaffold_split
 from research.tasks.partition import by_scaffold
 
@@ -90,7 +90,7 @@ def test_the_loss_of_labels_that_are_missing_is_numpys(tmp_path, regression):
   task = molecules.molecules(written(tmp_path / "t.csv", values), ["a", "b"], **SMALL)
   rows = molecules.load(str(tmp_path / "t.csv"), ["a", "b"])[1]["train"]
   params = drawn(task)
-  predict = jax.jit(molecules.predictions(SMALL["model"](2), task.train["x"]))
+  predict = jax.jit(molecule_metrics.predictions(SMALL["model"](2), task.train["x"]))
   outputs = np.asarray(predict(params), float)
   y, known = values[rows], ~np.isnan(values[rows])
   if regression:
@@ -112,13 +112,13 @@ def test_metrics_are_means_over_targets_of_known_labels(tmp_path):
   task = molecules.molecules(path, ["a", "b"], **SMALL)
   rows = molecules.load(path, ["a", "b"])[1]["test"]
   params = drawn(task)
-  outputs = np.asarray(molecules.predictions(SMALL["model"](2), task.test["x"])(params))
+  outputs = np.asarray(molecule_metrics.predictions(SMALL["model"](2), task.test["x"])(params))
   known = ~np.isnan(values[rows])
   used = [t for t in range(2) if len(np.unique(values[rows][known[:, t], t])) == 2]
   wanted = [roc_auc_score(values[rows][known[:, t], t], outputs[known[:, t], t]) for t in used]
   assert task.measure(params)["auc"] == pytest.approx(np.mean(wanted), abs=1e-6)
   task = molecules.molecules(written(tmp_path / "r.csv", 3 * values + 1), ["a", "b"], **SMALL)
-  outputs = np.asarray(molecules.predictions(SMALL["model"](2), task.test["x"])(params))
+  outputs = np.asarray(molecule_metrics.predictions(SMALL["model"](2), task.test["x"])(params))
   train = molecules.load(path, ["a", "b"])[1]["train"]
   units = 3 * values + 1
   center, spread = np.nanmean(units[train], 0), np.nanstd(units[train], 0)

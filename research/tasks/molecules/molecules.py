@@ -12,21 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.core import checks, paths
-from research.core.base import Array, Params
+from research.core.base import Array
 from research.core.registry import Default
 from research.core.task import Batch, Task
 from research.tasks import files
-from research.tasks.medicine.medicine import auc
 from research.tasks.molecules import chemistry, molecule_table
+from research.tasks.molecules.molecule_metrics import CHUNK, measured
 from research.tasks.molecules.molecule_table import Table
 from research.tasks.molecules.scaffold_split import PARTS, scaffold_split
-from research.tasks.networks import network
 from research.tasks.partition import by_scaffold
 from research.tasks.supervised import supervised
 
 URL = "https://deepchemdata.s3-us-west-1.amazonaws.com/datasets/"
 SHOWN = 5  # SMILES that do not parse and are named
-CHUNK = 256  # molecules that `measure` evaluates at once
 
 
 class Published(NamedTuple):
@@ -140,7 +138,7 @@ def molecules(
   train, test = (_examples(found.x, y, r, scale) for r in (own, rows[part]))
   loss = _cross_entropy if scale is None else _squares
   task = supervised(module, train, test, loss=loss, l2=l2, scale=1.0)
-  measure = _measured(module, test["x"], y[rows[part]], scale)
+  measure = measured(module, test["x"], y[rows[part]], scale)
   return task._replace(
     measure=measure, measured_on=part, by=group[own], chunk=CHUNK if graphs else task.chunk
   )
@@ -243,62 +241,3 @@ def _cross_entropy(outputs: Array, batch: Batch) -> Array:
 
 def _squares(outputs: Array, batch: Batch) -> Array:
   return jnp.sum(batch["weight"] * (outputs - batch["y"]) ** 2, axis=1) / 2
-
-
-def _measured(
-  module: nn.Module, x: Any, y: np.ndarray, scale: Any
-) -> Callable[[Params], dict[str, Array]]:
-  """The function `measure` of a task: the mean over targets of AUC or RMSE on y [n, T]."""
-  predict = predictions(module, x)
-  known = [np.flatnonzero(~np.isnan(column)) for column in y.T]
-  if scale is None:
-    used = [t for t, rows in enumerate(known) if len(np.unique(y[rows, t])) == 2]
-    if not used:
-      raise ValueError("no target has both classes among the molecules to evaluate on")
-
-    def mean_auc(params: Params) -> dict[str, Array]:
-      scores = predict(params)
-      each = [auc(scores[known[t], t], jnp.asarray(y[known[t], t])) for t in used]
-      return {"auc": jnp.mean(jnp.stack(each))}
-
-    return mean_auc
-  spread = jnp.asarray(scale[1], jnp.float32)
-  wanted = jnp.asarray((np.nan_to_num(y) - scale[0]) / scale[1], jnp.float32)
-  used = [t for t, rows in enumerate(known) if len(rows)]
-  if not used:
-    raise ValueError("no molecule to evaluate on has a label")
-
-  def mean_rmse(params: Params) -> dict[str, Array]:
-    errors = (predict(params) - wanted) * spread
-    each = [jnp.sqrt(jnp.mean(errors[known[t], t] ** 2)) for t in used]
-    return {"rmse": jnp.mean(jnp.stack(each))}
-
-  return mean_rmse
-
-
-def predictions(module: nn.Module, x: Any) -> Callable[[Params], Array]:
-  """Returns params -> outputs [n, T] of a module on inputs [n, ...], computed in chunks.
-
-  Args:
-    module: of fingerprints or of graphs.
-    x: the inputs.
-  """
-  apply = network(module).apply
-  count = len(jax.tree.leaves(x)[0])
-  size = min(CHUNK, count)
-  chunks = -(-count // size)
-
-  def chunked(leaf: np.ndarray) -> np.ndarray:
-    padding = [(0, chunks * size - count)] + [(0, 0)] * (leaf.ndim - 1)
-    return np.pad(leaf, padding).reshape(chunks, size, *leaf.shape[1:])
-
-  stacked = jax.tree.map(chunked, x)
-
-  def predict(params: Params) -> Array:
-    def of_chunk(x: Any) -> Array:
-      return apply(params, x if isinstance(x, dict) else x.astype(jnp.float32), None)
-
-    found = jax.lax.map(of_chunk, jax.tree.map(jnp.asarray, stacked))
-    return found.reshape(chunks * size, -1)[:count]
-
-  return predict
