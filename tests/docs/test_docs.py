@@ -106,6 +106,13 @@ def test_applications_are_as_good_as_they_are_to_be():
     auc = lambda name, shift=shift: medicine[f"breast_cancer, {shift} shift, {name}: auc"]
     assert auc("federated") >= auc("pooled") - 0.01
     assert max(auc(f"alone {n}") for n in range(1, 6)) < auc("federated")
+  toxicity = {row["what"]: row for row in read("toxicity")["rows"]}
+  pooled = toxicity["tox21, pooled: auc, mean of 3 seeds"]
+  assert pooled["beside"] == "random forest"
+  assert pooled["value"] >= pooled["peer"] - 0.01
+  together = toxicity["tox21, federated, exchange every step: auc, mean of 3 seeds"]["value"]
+  assert together >= pooled["value"] - 0.01
+  assert max(toxicity[f"tox21, alone {n}: auc"]["value"] for n in range(1, 5)) < together
 
 
 def test_the_tables_of_compression_are_those_of_the_result():
