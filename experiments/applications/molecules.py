@@ -195,9 +195,9 @@ def pictures(figure: Any) -> None:
   from rdkit import Chem
   from rdkit.Chem import Draw
 
-  from research import train
   from research.core import registry
   from research.tasks.molecules import molecule_metrics, molecules
+  from research.training.api import train
 
   model = registry.build("model", ESOL.model)
   task = molecules.molecules(ESOL.name, model=model)
