@@ -87,7 +87,7 @@ def test_rows_without_padding_give_the_same(params, share, monkeypatch):
     [round(2 * share * 9 * k / 32) + 1 for k in range(32)]
   )
   x = graphs([min(int(size), 9) for size in sizes])
-  loss = lambda params, x: jnp.sum(MODULE.apply(params, x) ** 2)
+  loss = lambda params, x: jnp.sum(jnp.asarray(MODULE.apply(params, x)) ** 2)
   wanted = jax.value_and_grad(loss)(params, x)
   monkeypatch.setattr(graph_network, "FEW", 1)
   got = jax.value_and_grad(loss)(params, x)

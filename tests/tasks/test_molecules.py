@@ -112,12 +112,14 @@ def test_metrics_are_means_over_targets_of_known_labels(tmp_path):
   task = molecules.molecules(path, ["a", "b"], **SMALL)
   rows = molecules.load(path, ["a", "b"])[1]["test"]
   params = drawn(task)
+  assert task.test is not None
   outputs = np.asarray(molecule_metrics.predictions(SMALL["model"](2), task.test["x"])(params))
   known = ~np.isnan(values[rows])
   used = [t for t in range(2) if len(np.unique(values[rows][known[:, t], t])) == 2]
   wanted = [roc_auc_score(values[rows][known[:, t], t], outputs[known[:, t], t]) for t in used]
   assert task.measure(params)["auc"] == pytest.approx(np.mean(wanted), abs=1e-6)
   task = molecules.molecules(written(tmp_path / "r.csv", 3 * values + 1), ["a", "b"], **SMALL)
+  assert task.test is not None
   outputs = np.asarray(molecule_metrics.predictions(SMALL["model"](2), task.test["x"])(params))
   train = molecules.load(path, ["a", "b"])[1]["train"]
   units = 3 * values + 1

@@ -213,8 +213,8 @@ def _compounds(
 def _scale(path: Path, names: Sequence[str], y: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
   """Mean and deviation of each target [T]; None if all labels are 0 or 1."""
   known = ~np.isnan(y)
-  for name, any_ in zip(names, known.any(0), strict=True):
-    if not any_:
+  for name, count in zip(names, known.sum(axis=0).tolist(), strict=True):
+    if not count:
       raise ValueError(f"{path}: no training molecule has a label in column {name!r}")
   if np.isin(y[known], (0, 1)).all():
     return None
