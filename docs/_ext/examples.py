@@ -31,8 +31,9 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "Synchronous": ("data_parallel", "averaged"),
     "Local updates": (
       *("local_sgd", "post_local_sgd", "hierarchical_local_sgd", "slow_mo", "restarted"),
-      *("easgd", "eamsgd", "diloco", "streaming_diloco", "sparta"),
+      *("easgd", "eamsgd", "diloco", "sparta"),
     ),
+    "Late exchanges": (*("late", "streaming_diloco", "eager_diloco", "overlap_local_sgd"),),
     "Federated": (
       *("fed_avg", "fed_prox", "fed_opt", "fed_adam", "fed_yogi", "fed_adagrad", "scaffold"),
     ),
@@ -53,6 +54,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "Finance": ("frontier", "cvar"),
     "Medicine": ("breast_cancer", "diabetes"),
     "Recommendation": ("movielens", "movielens_als", "movielens_federated"),
+    "Driving": ("driving",),
     "Molecules": ("molecules",),
   },
 }
@@ -104,6 +106,9 @@ _OWN: dict[str, str] = {
   "eamsgd": "eamsgd(0.02, mean(), momentum=0.9, period=8)",
   "diloco": f"diloco(adamw(1e-3), {NESTEROV}, mean(), period=32)",
   "streaming_diloco": f"streaming_diloco(adamw(1e-3), {NESTEROV}, mean(), period=32, fragments=4)",
+  "late": f"late(diloco(adamw(1e-3), {NESTEROV}, mean(), period=16), delay=16)",
+  "eager_diloco": f"eager_diloco(adamw(1e-3), {NESTEROV}, mean(), period=16)",
+  "overlap_local_sgd": f"overlap_local_sgd({MOMENTUM}, mean(), period=8)",
   "sparta": f"sparta({MOMENTUM}, sum_mean(random_k(0.01)))",
   "fed_avg": "fed_avg(sgd(0.1), mean(), epochs=1)",
   "fed_prox": "fed_prox(sgd(0.1), mean(), mu=0.1, epochs=1)",

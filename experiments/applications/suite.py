@@ -1,14 +1,15 @@
-"""The suite `applications` of bench.py: search, finance, medicine, recommendation, molecules.
+"""The suite `applications` of bench.py: search, finance, medicine, films, driving, molecules.
 
 The suite writes OUT/CASE/result.json (rows with commit and hardware), table.md and figure.png. The
 data files are required; comparisons with peer libraries need `pip install -e ".[applications]"`.
+Driving needs what `experiments/drive.py` records, and `pip install -e ".[driving,async]"`.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.applications import films, hospitals, molecules, portfolios, search
+from experiments.applications import dqn, films, fleets, hospitals, molecules, portfolios, search
 from experiments.applications.measured import Rows
 
 CASES: dict[str, Callable[[Any], Rows]] = {
@@ -16,6 +17,8 @@ CASES: dict[str, Callable[[Any], Rows]] = {
   "finance": portfolios.finance,
   "medicine": hospitals.medicine,
   "recommend": films.recommend,
+  "driving": fleets.driving,
+  "dqn": dqn.dqn,
   "molecules": molecules.solubility,
   "toxicity": molecules.toxicity,
 }

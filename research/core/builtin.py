@@ -142,6 +142,7 @@ TABLE: dict[str, dict[str, str]] = {
     "movielens_als": "research.tasks.recommend.als:movielens_als",
     "movielens_federated": "research.tasks.recommend.als:movielens_federated",
     "cranfield": "research.tasks.search.cranfield:cranfield",
+    "driving": "research.tasks.driving.driving:driving",
     "molecules": "research.tasks.molecules.molecules:molecules",
   },
   "model": {
@@ -150,6 +151,7 @@ TABLE: dict[str, dict[str, str]] = {
       for name in ("linear", "logistic", "mlp", "cnn", "resnet")
     },
     "transformer": "research.models.transformer:transformer",
+    "ego_attention": "research.models.ego_attention:ego_attention",
     "graph_network": "research.models.graph_network:graph_network",
   },
   "partition": {
@@ -158,6 +160,7 @@ TABLE: dict[str, dict[str, str]] = {
     "sorted": "research.tasks.partition:sorted_",
     "dirichlet": "research.tasks.partition:dirichlet",
     "shards": "research.tasks.partition:shards",
+    "by_owner": "research.tasks.partition:by_owner",
     "by_scaffold": "research.tasks.partition:by_scaffold",
   },
 }

@@ -47,7 +47,6 @@ class Overlapping(Around):
   fragments: ClassVar[int] = 1  # P
   mixing: ClassVar[float | None] = None  # alpha
   receives: bool = hidden(True)  # False: `begin` and `step` leave it to the executor to receive
-  refuses: ClassVar = {Trait.LOCAL: "neighbours' values differ; late needs one value for all"}
 
   def check(self):
     checks.at_least("delay", self.delay, 0)
@@ -61,8 +60,8 @@ class Overlapping(Around):
       raise ValueError(f"{method.title} overlaps without {self.title}")
     if method.later:
       raise ValueError(f"{self.title} needs a constant period")
-    for aggregator in method.parts(Aggregator):
-      self.refuse(aggregator.traits)
+    if any(Trait.LOCAL in one.traits for one in method.parts(Aggregator)):
+      raise ValueError(f"{self.title} needs one value for all workers; neighbours' values differ")
     if whole % self.fragments:
       raise ValueError(f"period={whole} is not a multiple of fragments={self.fragments}")
     if self.fragments > 1 and type(method).begin is not LocalStepping.begin:

@@ -7,7 +7,7 @@ import optax
 
 from research.core import checks
 from research.core.base import Aggregator
-from research.core.method import Method
+from research.core.method import COMMON_MODEL, Method
 from research.methods.diloco import DiLoCo
 from research.methods.late import Overlapping
 
@@ -56,6 +56,8 @@ class StreamingDiLoCo(Overlapping, name="streaming_diloco"):
   fragments: int = 2
   delay: int = 1
   mixing: float = 0.5
+
+  refuses = COMMON_MODEL
 
   def check(self):
     checks.at_least("period", self.period)

@@ -120,6 +120,27 @@ def dirichlet(alpha: float) -> Partition:
   return partition
 
 
+def by_owner() -> Partition:
+  """A part for each distinct label, in ascending order: workers are the owners of the examples.
+
+  For tasks whose examples have owners, such as the fleets of `driving`. The seed is unused.
+
+  Raises:
+    ValueError: when called, labels that are not numbers, or another number of workers than labels.
+  """
+
+  def partition(labels: np.ndarray, workers: int, seed: int) -> list[np.ndarray]:
+    del seed
+    _check_workers(labels, workers)
+    order = _by_label(labels)
+    owners, first = np.unique(labels[order], return_index=True)
+    if len(owners) != workers:
+      raise ValueError(f"by_owner: {len(owners)} owners of the examples for {workers} workers")
+    return np.split(order, first[1:])
+
+  return partition
+
+
 def by_scaffold() -> Partition:
   """Assigns whole groups of equal labels: the largest first, each to the smallest part so far.
 

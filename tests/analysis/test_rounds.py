@@ -177,7 +177,7 @@ SENT = {
   "data_parallel(sgd(0.1), warm_up(gather_mean(identity()), steps=13))": lambda t: (
     147 if t < 13 else 7 * 84
   ),
-  "streaming_diloco(sgd(0.1), sgd(0.7), mean(), period=2, fragments=2)": lambda t: (21, 126)[t % 2],
+  "streaming_diloco(sgd(0.1), sgd(0.7), mean(), period=2, fragments=2)": lambda t: (84, 63)[t % 2],
 }
 
 

@@ -63,8 +63,8 @@ def test_tables_are_those_of_the_results(folder):
 
 
 # The results of applications, and the guide that shows each.
-APPLICATIONS = {name: name for name in ("finance", "medicine", "molecules", "recommend", "search")}
-APPLICATIONS["toxicity"] = "molecules"
+ITSELF = ("driving", "finance", "medicine", "molecules", "recommend", "search")
+APPLICATIONS = {name: name for name in ITSELF} | {"toxicity": "molecules"}
 
 
 @pytest.mark.parametrize("name", APPLICATIONS)
@@ -113,6 +113,27 @@ def test_applications_are_as_good_as_they_are_to_be():
   together = toxicity["tox21, federated, exchange every step: auc, mean of 3 seeds"]["value"]
   assert together >= pooled["value"] - 0.01
   assert max(toxicity[f"tox21, alone {n}: auc"]["value"] for n in range(1, 5)) < together
+
+
+def test_the_federated_fleet_drives_as_well_as_it_is_to():
+  """As safely as the expert, as well as pooled, and better than a fleet where it has not driven."""
+  result = json.loads((ROOT / "results/applications/driving/result.json").read_text())
+  rows = {row["what"]: row for row in result["rows"]}
+  crashes = lambda name: rows[f"{name}: collisions per 100 km"]["value"]
+  success = lambda name: rows[f"{name}: success"]["value"]
+  assert crashes("FedAvg") <= 1.2 * crashes("planner")
+  assert success("FedAvg") >= 0.95 * success("pooled")
+  for name in ("highway", "merge", "roundabout", "intersection"):
+    alone = rows[f"{name} alone, other scenarios: success"]
+    assert alone["value"] < alone["peer"]
+  page = (ROOT / "docs/guides/applications/driving.md").read_text()
+  named = {
+    "expert (planner)": "planner",
+    "pooled, attention": "pooled",
+    "FedAvg, attention": "FedAvg",
+  }
+  for shown, name in named.items():
+    assert f"| {shown} | {crashes(name):.1f} (" in page
 
 
 def test_the_tables_of_compression_are_those_of_the_result():

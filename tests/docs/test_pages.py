@@ -17,6 +17,7 @@ import pytest
 
 import research
 from experiments import bench
+from experiments.applications import suite as applications
 from experiments.benchmarks import pairs, servers, speed
 from experiments.compare import split
 from research.analysis import chips
@@ -158,7 +159,9 @@ def check_bench(flags: dict[str, str]) -> None:
   suite = flags.get("suite", "loop")
   assert suite in bench.SUITES
   loop = {*pairs.CASES, *bench.OTHERS}
-  known = {"loop": loop, "server": {*servers.CASES}, "hosts": {*speed.PAIRS}}.get(suite, set())
+  known = {"loop": loop, "server": {*servers.CASES}, "hosts": {*speed.PAIRS}}
+  known |= {"applications": {*applications.CASES}}
+  known = known.get(suite, set())
   cases = [case for case in flags.get("cases", "").split(",") if case]
   assert {*cases} <= known or not cases or PLACEHOLDER.fullmatch(flags["cases"])
 

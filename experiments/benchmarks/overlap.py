@@ -1,0 +1,101 @@
+"""Exchanges that run while the workers compute, between two hosts of one core each.
+
+This is the suite overlap of bench.py. Each method runs with `spmd` and `overlapped` in turn, on
+links of several rates. The limit is the longer of computing alone and the exchange alone; the
+overlapped run measures both at its end, in the same processes.
+"""
+
+import itertools
+import json
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.benchmarks.hosts import MODEL, flags_of, netlab, run, tell
+
+RATES = ("1gbit", "200mbit", "100mbit")
+OUTER = "sgd(0.7, momentum=0.9, nesterov=True)"
+EAGER = "sgd(0.7, momentum=0.9, nesterov=True)"  # the limit for two workers
+INT8 = "error_feedback(two_phase(int8()))"
+STREAMING = "streaming_diloco(sgd(0.05), {outer}, {how}, period=16, fragments=2, delay=8)"
+METHODS = {
+  "streaming DiLoCo, float32": STREAMING.format(outer=OUTER, how="mean()"),
+  "streaming DiLoCo, int8": STREAMING.format(outer=OUTER, how=INT8),
+  "eager DiLoCo, float32": f"eager_diloco(sgd(0.05), {EAGER}, mean(), period=8)",
+  "eager DiLoCo, int8": f"eager_diloco(sgd(0.05), {EAGER}, {INT8}, period=8)",
+}
+MOST = {"float32": 1.10, "int8": 1.20}  # of the limit
+STEPS, DISPATCH = 480, 80
+
+
+def overlap(methods: Sequence[str], repeats: int) -> list[dict[str, Any]]:
+  """Measures milliseconds per local step of both executors in turn, and the parts of a step."""
+  found = []
+  for rate, method in itertools.product(RATES, methods):
+    turns: dict[str, list[dict[str, Any]]] = {"spmd": [], "overlapped": []}
+    for turn in range(repeats):
+      for executor in list(turns)[:: 1 if turn % 2 else -1]:
+        turns[executor].append(_run(METHODS[method], executor, rate))
+        took = turns[executor][-1]["step"]
+        tell(f"{rate}, {method}, {executor}: {took:.1f} ms per step")
+    found.append({"rate": rate, "method": method, "spec": METHODS[method], **turns})
+  return found
+
+
+def _run(spec: str, executor: str, rate: str) -> dict[str, Any]:
+  """Runs one job; returns milliseconds per step, and of its parts if it overlaps."""
+  devices = 2 if executor == "overlapped" else 1
+  config: dict[str, Any] = MODEL | {
+    "method": spec,
+    "executor": executor,
+    "mesh": "data:2",
+    "batch_size": 128,
+    "steps": STEPS,
+    "steps_per_dispatch": DISPATCH,
+    "log_every": DISPATCH,
+    "eval_every": 0,
+    "check_every": 0,
+    "checkpoint_every": 0,
+  }
+  with tempfile.TemporaryDirectory() as folder:
+    out = Path(folder) / "run"
+    lab = [f"--rate={rate}", "--cores_per_host=1", f"--devices_per_host={devices}"]
+    run(netlab(2, [*lab, f"--logs={folder}/logs"], ["run.py", *flags_of(config | {"out": out})]))
+    summary = json.loads((out / "summary.json").read_text())
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+  at = [row["seconds"] for row in rows[1:-1]]  # compilation before, the evaluation after
+  steps = [1000 * (b - a) / DISPATCH for a, b in itertools.pairwise(at)]
+  parts = summary.get("overlap", {})
+  kernel = summary["wire"].get("kernel_bytes_per_step_per_host", [])
+  return {
+    "step": statistics.median(steps),
+    "compute": parts.get("compute_milliseconds"),
+    "exchange": parts.get("exchange_milliseconds"),
+    "sha256": summary["params_sha256"],
+    "predicted_bytes": sum(summary["wire"]["bytes_per_step_per_worker"].values()),
+    "kernel_bytes": [host["tx_payload_bytes"] for host in kernel],
+  }
+
+
+def overlap_table(rows: list[dict[str, Any]]) -> list[str]:
+  """Formats the Markdown table: medians of all turns, and ratios turn by turn."""
+  lines = [
+    "| link | method | computing alone, ms per step | exchange alone | `spmd` | `overlapped` | "
+    "`spmd` / limit | `overlapped` / limit | at most |",
+    "|---|---|---|---|---|---|---|---|---|",
+  ]
+  for row in rows:
+    limits = [max(one["compute"], one["exchange"]) for one in row["overlapped"]]
+    median = lambda executor, name, row=row: statistics.median(x[name] for x in row[executor])
+    ratio = lambda executor, row=row, limits=limits: statistics.median(
+      one["step"] / limit for one, limit in zip(row[executor], limits, strict=True)
+    )
+    times = [median("overlapped", "compute"), median("overlapped", "exchange")]
+    times += [median(name, "step") for name in ("spmd", "overlapped")]
+    cells = [row["rate"], row["method"], *(f"{x:.1f}" for x in times)]
+    cells += [f"{ratio('spmd'):.2f}", f"{ratio('overlapped'):.2f}"]
+    cells.append(f"{next(most for name, most in MOST.items() if name in row['method']):.2f}")
+    lines.append("| " + " | ".join(cells) + " |")
+  return lines

@@ -1,0 +1,63 @@
+"""Attention of one vehicle over its neighbours, in any order and number."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from research.core import checks
+from research.core.base import Array
+
+
+def ego_attention(width: int = 32, heads: int = 2) -> Callable[[int], nn.Module]:
+  """The ego attends to all vehicles in sight, itself included; the order of neighbours is free.
+
+  Args:
+    width: of the layers, a multiple of `heads`.
+    heads: number of attention heads.
+
+  Returns:
+    outputs -> module, from x [batch, vehicles, features]: row 0 is the ego, and the first feature
+    of a row is zero if there is no such vehicle.
+
+  Raises:
+    ValueError: width or heads is not a positive integer, or width is not a multiple of heads.
+
+  Reference: Leurent, Mercat, 2019, Social attention for autonomous decision-making in dense
+    traffic, arXiv:1911.12250.
+  """
+  checks.positive_integer("width", width)
+  checks.positive_integer("heads", heads)
+  if width % heads:
+    raise ValueError(f"width={width} is not a multiple of heads={heads}")
+  return lambda outputs: EgoAttention(outputs, width, heads)
+
+
+class EgoAttention(nn.Module):
+  """Encodes the ego and the others, attends from the ego, and decodes."""
+
+  outputs: int
+  width: int
+  heads: int
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    x = jnp.asarray(x).reshape(*x.shape[:2], -1)
+    dense = lambda name, size: nn.Dense(size, kernel_init=nn.initializers.he_normal(), name=name)
+    encode = lambda name, y: nn.relu(
+      dense(f"{name}_1", self.width)(nn.relu(dense(f"{name}_0", self.width)(y)))
+    )
+    ego = encode("ego", x[:, :1])
+    everyone = jnp.concatenate([ego, encode("other", x[:, 1:])], 1)
+    split = lambda y: y.reshape(*y.shape[:2], self.heads, -1)
+    query, key, value = (
+      split(dense(name, self.width)(y))
+      for name, y in (("query", ego), ("key", everyone), ("value", everyone))
+    )
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) * (self.width // self.heads) ** -0.5
+    there = (x[:, :, 0] != 0).at[:, 0].set(True)
+    shares = jax.nn.softmax(jnp.where(there[:, None, None], scores, -jnp.inf), -1)
+    seen = jnp.einsum("bhqk,bkhd->bqhd", shares, value).reshape(len(x), self.width)
+    y = jnp.concatenate([ego[:, 0], seen], 1)
+    return dense("output", self.outputs)(nn.relu(dense("decode", self.width)(y)))

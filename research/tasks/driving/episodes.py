@@ -1,0 +1,69 @@
+"""Drives episodes in closed loop, and keeps what was seen and what an expert would have done."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from research.tasks.driving import scenarios
+from research.tasks.driving.scene import FEATURES, NEIGHBOURS, Driver, features, headway, perceive
+
+
+class Outcome(NamedTuple):
+  """How an episode went."""
+
+  crashed: bool
+  success: bool  # reached the goal without a collision
+  metres: float
+  seconds: float
+  headway: float  # mean time to the vehicle ahead in seconds, over its decisions; nan if none was
+
+
+class Drive(NamedTuple):
+  """An episode: its outcome, and every decision with the expert's."""
+
+  outcome: Outcome
+  x: np.ndarray  # float32 [n, 1 + NEIGHBOURS, FEATURES]
+  y: np.ndarray  # int8 [n], the expert's actions
+
+
+def drive(
+  environment: Any,
+  name: str,
+  seed: int,
+  driver: Driver,
+  expert: Driver | None = None,
+  watch: Callable[[Any], None] = lambda environment: None,
+) -> Drive:
+  """Drives one episode until a collision, the goal, or the end of the scenario's time.
+
+  Args:
+    environment: of `scenarios.make`.
+    name: its scenario.
+    seed: of the traffic; the episode is a function of it and of the driver.
+    driver: chooses the actions.
+    expert: says what it would have done in each scene; None for the driver itself.
+    watch: called with the environment before every decision.
+  """
+  environment.reset(seed=seed)
+  vehicle, rows, actions, headways = environment.vehicle, [], [], []
+  metres = seconds = 0.0
+  success = False
+  while not (vehicle.crashed or success or seconds >= scenarios.SCENARIOS[name].seconds):
+    watch(environment)
+    scene = perceive(vehicle)
+    action = driver(scene)
+    rows.append(features(scene))
+    actions.append(action if expert is None else expert(scene))
+    headways.append(headway(scene))
+    before = vehicle.position.copy()
+    environment.step(action)
+    metres += float(np.hypot(*(vehicle.position - before)))
+    seconds += 1 / scenarios.DECISIONS
+    success = not vehicle.crashed and scenarios.arrived(name, vehicle)
+  success |= not (vehicle.crashed or scenarios.SCENARIOS[name].goal)
+  near = [value for value in headways if np.isfinite(value)]
+  mean = float(np.mean(near)) if near else np.nan
+  outcome = Outcome(bool(vehicle.crashed), bool(success), metres, seconds, mean)
+  x = np.array(rows, np.float32).reshape(-1, 1 + NEIGHBOURS, FEATURES)
+  return Drive(outcome, x, np.array(actions, np.int8))
