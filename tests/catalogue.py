@@ -163,7 +163,10 @@ OTHERS = {
     *("steady(1.0, slowdown={0: 4})", "exponential(1.0)", "lognormal(1.0, 0.5)"),
     "measured([[1.0, 2.0], [2.0, 1.0]])",
   ),
-  "partition": ("iid()", "in_order()", "sorted()", "dirichlet(0.3)", "shards(2)", "by_owner()"),
+  "partition": (
+    *("iid()", "in_order()", "sorted()", "dirichlet(0.3)", "shards(2)", "by_owner()"),
+    "by_scaffold()",
+  ),
   "model": (
     "linear()",
     "logistic()",
@@ -172,6 +175,7 @@ OTHERS = {
     "resnet()",
     "transformer('tiny')",
     "ego_attention(width=8)",
+    "graph_network(8, layers=1)",
   ),
   "task": (
     *("digits()", "mnist()", "least_squares()", "libsvm('a9a')", "tinyshakespeare()"),
@@ -179,6 +183,7 @@ OTHERS = {
     *("rare_large_gradient()", "narrow_valley()", "stream('PATH')", "pagerank()", "rank()"),
     *("bm25()", "cranfield()", "frontier('port1')", "cvar()", "breast_cancer()", "diabetes()"),
     *("movielens()", "movielens_als()", "movielens_federated()", "driving('PATH')"),
+    "molecules('esol')",
   ),
 }
 # All specs by kind.

@@ -55,6 +55,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "Medicine": ("breast_cancer", "diabetes"),
     "Recommendation": ("movielens", "movielens_als", "movielens_federated"),
     "Driving": ("driving",),
+    "Molecules": ("molecules",),
   },
 }
 
@@ -154,6 +155,8 @@ _OWN: dict[str, str] = {
   "transformer": "transformer('tiny')",
   "libsvm": "libsvm('a9a', l2=1e-4)",
   "frontier": "frontier('port1')",
+  "molecules": "molecules('tox21')",
+  "graph_network": "graph_network(128)",
   "stream": "stream('corpus.txt', tokenizer='bpe', context=512)",
 }
 

@@ -1,4 +1,4 @@
-"""The suite `applications` of bench.py: search, finance, medicine, recommendation and driving.
+"""The suite `applications` of bench.py: search, finance, medicine, films, driving, molecules.
 
 The suite writes OUT/CASE/result.json (rows with commit and hardware), table.md and figure.png. The
 data files are required; comparisons with peer libraries need `pip install -e ".[applications]"`.
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.applications import dqn, films, fleets, hospitals, portfolios, search
+from experiments.applications import dqn, films, fleets, hospitals, molecules, portfolios, search
 from experiments.applications.measured import Rows
 
 CASES: dict[str, Callable[[Any], Rows]] = {
@@ -19,6 +19,8 @@ CASES: dict[str, Callable[[Any], Rows]] = {
   "recommend": films.recommend,
   "driving": fleets.driving,
   "dqn": dqn.dqn,
+  "molecules": molecules.solubility,
+  "toxicity": molecules.toxicity,
 }
 
 

@@ -24,7 +24,7 @@ _OURS = tuple(str(_HERE / name) + "/" for name in ("research", "experiments", "l
 _LIBRARIES = sys.stdlib_module_names | {
   *("jax", "jaxlib", "numpy", "scipy", "ml_dtypes", "flax", "optax", "chex", "orbax", "absl"),
   *("sklearn", "matplotlib", "rich", "google", "ray", "tokenizers", "grain", "tensorboardX"),
-  *("equinox", "jaxtyping"),
+  *("equinox", "jaxtyping", "rdkit"),
 }
 _BUILDERS = tuple(str(_HERE / "research" / "core" / name) for name in ("registry.py", "part.py"))
 _RAISE = dis.opmap["RAISE_VARARGS"]

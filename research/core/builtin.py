@@ -143,6 +143,7 @@ TABLE: dict[str, dict[str, str]] = {
     "movielens_federated": "research.tasks.recommend.als:movielens_federated",
     "cranfield": "research.tasks.search.cranfield:cranfield",
     "driving": "research.tasks.driving.driving:driving",
+    "molecules": "research.tasks.molecules.molecules:molecules",
   },
   "model": {
     **{
@@ -151,6 +152,7 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "transformer": "research.models.transformer:transformer",
     "ego_attention": "research.models.ego_attention:ego_attention",
+    "graph_network": "research.models.graph_network:graph_network",
   },
   "partition": {
     "iid": "research.tasks.partition:iid",
@@ -159,5 +161,6 @@ TABLE: dict[str, dict[str, str]] = {
     "dirichlet": "research.tasks.partition:dirichlet",
     "shards": "research.tasks.partition:shards",
     "by_owner": "research.tasks.partition:by_owner",
+    "by_scaffold": "research.tasks.partition:by_scaffold",
   },
 }

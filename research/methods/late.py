@@ -48,7 +48,6 @@ class Overlapping(Around):
   mixing: ClassVar[float | None] = None  # alpha
   receives: bool = hidden(True)  # False: `begin` and `step` leave it to the executor to receive
 
-
   def check(self):
     checks.at_least("delay", self.delay, 0)
     checks.at_least("fragments", self.fragments)

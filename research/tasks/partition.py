@@ -141,6 +141,35 @@ def by_owner() -> Partition:
   return partition
 
 
+def by_scaffold() -> Partition:
+  """Assigns whole groups of equal labels: the largest first, each to the smallest part so far.
+
+  For `molecules`, the groups are Bemis-Murcko scaffolds and the parts are laboratories, none of
+  which has a scaffold of another. The seed is unused.
+
+  Raises:
+    ValueError: when called, if there are fewer groups than workers, or labels that are not classes.
+  """
+
+  def partition(labels: np.ndarray, workers: int, seed: int) -> list[np.ndarray]:
+    del seed
+    _check_workers(labels, workers)
+    if labels.dtype.kind not in "iub" or labels.ndim != 1:
+      raise ValueError(f"by_scaffold needs one integer group per example, got {_kind(labels)}")
+    groups = np.split(_by_label(labels), np.cumsum(np.unique(labels, return_counts=True)[1])[:-1])
+    if len(groups) < workers:
+      raise ValueError(f"{workers} workers for {len(groups)} groups: each needs at least one")
+    parts: list[list[np.ndarray]] = [[] for _ in range(workers)]
+    sizes = np.zeros(workers, int)
+    for group in sorted(groups, key=len, reverse=True):
+      smallest = sizes.argmin()
+      parts[smallest].append(group)
+      sizes[smallest] += len(group)
+    return [np.concatenate(part) for part in parts]
+
+  return partition
+
+
 def stack(examples: Batch, parts: list[np.ndarray]) -> tuple[Batch, np.ndarray]:
   """Stacks the examples by client, padded with zeros to the largest part.
 

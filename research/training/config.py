@@ -38,7 +38,7 @@ class Config:
     "Data and objective: digits(), mnist(), least_squares(...), libsvm('a9a'), tinyshakespeare(), "
     "text('PATH'), stream('PATH'); search: pagerank(), rank(), bm25(), cranfield(); finance: "
     "frontier('port1'), cvar(); medicine: breast_cancer(), diabetes(); recommendation: "
-    "movielens(), movielens_als(), movielens_federated().",
+    "movielens(), movielens_als(), movielens_federated(); molecules: molecules('tox21').",
   )
   model: str = option(
     "", "linear(), logistic(), mlp(hidden=[128]), cnn(), resnet(); empty: the task's own."
@@ -78,7 +78,8 @@ class Config:
     "", "Speeds of the workers on a virtual clock, such as exponential(1.0); empty: no clock."
   )
   partition: str = option(
-    "iid()", "Examples by worker: iid(), in_order(), sorted(), dirichlet(0.3), shards(2)."
+    "iid()",
+    "Examples by worker: iid(), in_order(), sorted(), dirichlet(0.3), shards(2), by_scaffold().",
   )
   batch_size: int | str = option(256, "Examples per step over all workers, or 'all'.")
   steps: int = option(400, "Number of local steps.", 1)

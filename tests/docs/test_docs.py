@@ -62,13 +62,15 @@ def test_tables_are_those_of_the_results(folder):
     assert f"| {row['ratio']:.3f} |" in table
 
 
-APPLICATIONS = ("driving", "finance", "medicine", "recommend", "search")
+# The results of applications, and the guide that shows each.
+ITSELF = ("driving", "finance", "medicine", "molecules", "recommend", "search")
+APPLICATIONS = {name: name for name in ITSELF} | {"toxicity": "molecules"}
 
 
 @pytest.mark.parametrize("name", APPLICATIONS)
 def test_the_figures_of_applications_are_those_of_the_results(name):
   table = ROOT / "results" / "applications" / name / "table.md"
-  page = (ROOT / "docs" / "guides" / "applications" / f"{name}.md").read_text()
+  page = (ROOT / "docs" / "guides" / "applications" / f"{APPLICATIONS[name]}.md").read_text()
   assert f"{{include}} ../../../results/applications/{name}/table.md\n" in page
   assert f"results/applications/{name}/figure.png" in page
   result = json.loads((table.parent / "result.json").read_text())
@@ -104,6 +106,13 @@ def test_applications_are_as_good_as_they_are_to_be():
     auc = lambda name, shift=shift: medicine[f"breast_cancer, {shift} shift, {name}: auc"]
     assert auc("federated") >= auc("pooled") - 0.01
     assert max(auc(f"alone {n}") for n in range(1, 6)) < auc("federated")
+  toxicity = {row["what"]: row for row in read("toxicity")["rows"]}
+  pooled = toxicity["tox21, pooled: auc, mean of 3 seeds"]
+  assert pooled["beside"] == "random forest"
+  assert pooled["value"] >= pooled["peer"] - 0.01
+  together = toxicity["tox21, federated, exchange every step: auc, mean of 3 seeds"]["value"]
+  assert together >= pooled["value"] - 0.01
+  assert max(toxicity[f"tox21, alone {n}: auc"]["value"] for n in range(1, 5)) < together
 
 
 def test_the_federated_fleet_drives_as_well_as_it_is_to():

@@ -79,9 +79,25 @@ def test_dirichlet_goes_from_one_owner_to_equal_shares():
   assert abs(sizes - 1000).max() < 50
 
 
+def test_by_scaffold_keeps_groups_whole_and_parts_even():
+  y = np.repeat(np.arange(40), np.arange(1, 41)).astype(np.int32)
+  parts = partition.by_scaffold()(np.random.default_rng(0).permutation(y), 6, 0)
+  np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(len(y)))
+  y = np.random.default_rng(0).permutation(y)
+  owners = [set(y[part]) for part in parts]
+  assert sum(map(len, owners)) == 40
+  sizes = [len(part) for part in parts]
+  assert max(sizes) - min(sizes) <= 5
+
+
 @pytest.mark.parametrize(
   ("call", "message"),
   [
+    (lambda: partition.by_scaffold()(labels(50, 3), 4, 0), "4 workers for 3 groups"),
+    (
+      lambda: partition.by_scaffold()(np.zeros(9), 2, 0),
+      "by_scaffold needs one integer group per example, got float64 labels",
+    ),
     (lambda: partition.dirichlet(0.0), "alpha=0.0 is not a positive number"),
     (lambda: partition.shards(0), "per_worker=0 is not a positive integer"),
     (
