@@ -9,7 +9,7 @@ of the pairwise ratios of steps per second.
 
 The suite also measures the cost of compressors (`costs.py`) and of rounds (`rounds.py`), how long a
 checkpoint blocks training, the memory of 10,000 simulated workers, and the time to the first logged
-step. Other suites run between hosts (`hosts.py`, `speed.py`, `faults.py`), which are network
+step. Other suites run between hosts (`hosts.py`, `speed.py`, `overlap.py`, `faults.py`), which are network
 namespaces of Linux and need root, or on a parameter server (`servers.py`). `--cases` selects
 methods of `speed.py` or cases of the server; earlier results of the other cases are kept in OUT.
 --suite=applications measures search, finance, medicine and recommendation, and compares the results
@@ -37,7 +37,8 @@ from absl import flags, logging
 
 from experiments import run
 from experiments.applications import suite as applications
-from experiments.benchmarks import costs, faults, hosts, pairs, peers, rounds, servers, speed
+from experiments.benchmarks import costs, faults, hosts, overlap, pairs, peers
+from experiments.benchmarks import rounds, servers, speed
 from experiments.benchmarks.turns import shown
 from launch import netlab
 from research.command.errors import fail, one_line_errors
@@ -50,7 +51,7 @@ from research.training.config import Config, flag
 FLAGS = flags.FLAGS
 
 
-SUITES = ["loop", "wire", "hosts", "faults", "server", "applications", "peers"]
+SUITES = ["loop", "wire", "hosts", "faults", "overlap", "server", "applications", "peers"]
 OTHERS = (
   "compress",
   "power_sgd",
@@ -144,6 +145,12 @@ def of_wire() -> tuple[dict[str, Any], list[str]]:
   return {"wire": wire}, hosts.wire_table(wire)
 
 
+def of_overlap() -> tuple[dict[str, Any], list[str]]:
+  """Measures how much of an exchange is hidden behind computing between two hosts."""
+  rows = overlap.overlap(FLAGS.cases, FLAGS.repeats)
+  return {"overlap": rows}, overlap.overlap_table(rows)
+
+
 def main(argv: list[str]) -> None:
   """Runs the cases of a suite, prints the table and writes the result."""
   del argv
@@ -153,6 +160,7 @@ def main(argv: list[str]) -> None:
     "loop": loop,
     "server": servers.CASES,
     "hosts": tuple(speed.PAIRS),
+    "overlap": tuple(overlap.METHODS),
     "applications": tuple(applications.CASES),
     "peers": tuple(peers.CASES),
   }
@@ -164,7 +172,7 @@ def main(argv: list[str]) -> None:
     reason = checks.unknown(unknown[0], known)
     fail(2, f"--suite={FLAGS.suite} --cases={quoted(unknown[0])}: {reason}")
   between = FLAGS.suite == "peers" and {"hosts", "target"} & {*FLAGS.cases}
-  if between or FLAGS.suite in ("wire", "hosts", "faults"):
+  if between or FLAGS.suite in ("wire", "hosts", "faults", "overlap"):
     netlab.refuse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends child processes too
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")  # to compile for as many hosts
@@ -183,7 +191,7 @@ def main(argv: list[str]) -> None:
       return
     out = results_folder("out", FLAGS.out) if FLAGS.out else None
     environment = folder.environment()
-    suites = {"loop": of_loop, "faults": of_faults, "wire": of_wire}
+    suites = {"loop": of_loop, "faults": of_faults, "wire": of_wire, "overlap": of_overlap}
     suites["server"] = lambda: of_server(environment["commit"])
     suites["hosts"] = lambda: of_speed(environment["commit"])
     suites["peers"] = lambda: of_peers(environment["commit"])
@@ -280,7 +288,7 @@ def of_loop() -> tuple[dict[str, Any], list[str]]:
 
 
 if __name__ == "__main__":
-  text = "loop: hand-written loops; wire, hosts, faults: bytes, speed and kills between hosts; "
+  text = "loop: hand-written loops; wire, hosts, overlap, faults: bytes, speed, hidden exchanges and kills between hosts; "
   text += "server: a parameter server; applications: peer libraries; peers: TensorFlow and Spark."
   flags.DEFINE_enum("suite", "loop", SUITES, text)
   flags.DEFINE_integer("hosts", 4, "Number of hosts in the suite faults.", 2)

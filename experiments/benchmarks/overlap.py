@@ -17,14 +17,13 @@ from experiments.benchmarks.hosts import MODEL, flags_of, netlab, run, tell
 
 RATES = ("1gbit", "200mbit", "100mbit")
 OUTER = "sgd(0.7, momentum=0.9, nesterov=True)"
-EAGER = "sgd(0.7, momentum=0.9, nesterov=True)"  # the limit for two workers
 INT8 = "error_feedback(two_phase(int8()))"
 STREAMING = "streaming_diloco(sgd(0.05), {outer}, {how}, period=16, fragments=2, delay=8)"
 METHODS = {
-  "streaming DiLoCo, float32": STREAMING.format(outer=OUTER, how="mean()"),
-  "streaming DiLoCo, int8": STREAMING.format(outer=OUTER, how=INT8),
-  "eager DiLoCo, float32": f"eager_diloco(sgd(0.05), {EAGER}, mean(), period=8)",
-  "eager DiLoCo, int8": f"eager_diloco(sgd(0.05), {EAGER}, {INT8}, period=8)",
+  "streaming_float32": STREAMING.format(outer=OUTER, how="mean()"),
+  "streaming_int8": STREAMING.format(outer=OUTER, how=INT8),
+  "eager_float32": f"eager_diloco(sgd(0.05), {OUTER}, mean(), period=8)",
+  "eager_int8": f"eager_diloco(sgd(0.05), {OUTER}, {INT8}, period=8)",
 }
 MOST = {"float32": 1.10, "int8": 1.20}  # of the limit
 STEPS, DISPATCH = 480, 80
