@@ -9,8 +9,8 @@ of the pairwise ratios of steps per second.
 
 The suite also measures the cost of compressors (`costs.py`) and of rounds (`rounds.py`), how long a
 checkpoint blocks training, the memory of 10,000 simulated workers, and the time to the first logged
-step. Other suites run between hosts (`hosts.py`, `speed.py`, `overlap.py`, `faults.py`), which are network
-namespaces of Linux and need root, or on a parameter server (`servers.py`). `--cases` selects
+step. Other suites run between hosts (`hosts.py`, `speed.py`, `overlap.py`, `faults.py`), which are
+network namespaces of Linux and need root, or on a parameter server (`servers.py`). `--cases` selects
 methods of `speed.py` or cases of the server; earlier results of the other cases are kept in OUT.
 --suite=applications measures search, finance, medicine and recommendation, and compares the results
 with those of peer libraries (`applications/suite.py`). --suite=peers measures the same programs in
@@ -37,8 +37,17 @@ from absl import flags, logging
 
 from experiments import run
 from experiments.applications import suite as applications
-from experiments.benchmarks import costs, faults, hosts, overlap, pairs, peers
-from experiments.benchmarks import rounds, servers, speed
+from experiments.benchmarks import (
+  costs,
+  faults,
+  hosts,
+  overlap,
+  pairs,
+  peers,
+  rounds,
+  servers,
+  speed,
+)
 from experiments.benchmarks.turns import shown
 from launch import netlab
 from research.command.errors import fail, one_line_errors
@@ -288,7 +297,8 @@ def of_loop() -> tuple[dict[str, Any], list[str]]:
 
 
 if __name__ == "__main__":
-  text = "loop: hand-written loops; wire, hosts, overlap, faults: bytes, speed, hidden exchanges and kills between hosts; "
+  text = "loop: hand-written loops; wire, hosts, overlap, faults: bytes, speed, hidden exchanges "
+  text += "and kills between hosts; "
   text += "server: a parameter server; applications: peer libraries; peers: TensorFlow and Spark."
   flags.DEFINE_enum("suite", "loop", SUITES, text)
   flags.DEFINE_integer("hosts", 4, "Number of hosts in the suite faults.", 2)
