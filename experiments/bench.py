@@ -10,8 +10,8 @@ of the pairwise ratios of steps per second.
 The suite also measures the cost of compressors (`costs.py`) and of rounds (`rounds.py`), how long a
 checkpoint blocks training, the memory of 10,000 simulated workers, and the time to the first logged
 step. Other suites run between hosts (`hosts.py`, `speed.py`, `overlap.py`, `faults.py`), which are
-network namespaces of Linux and need root, or on a parameter server (`servers.py`). `--cases` selects
-methods of `speed.py` or cases of the server; earlier results of the other cases are kept in OUT.
+network namespaces of Linux and need root, or on a parameter server (`servers.py`). `--cases`
+selects methods of `speed.py` or cases of the server; earlier results of the others are kept in OUT.
 --suite=applications measures search, finance, medicine and recommendation, and compares the results
 with those of peer libraries (`applications/suite.py`). --suite=peers measures the same programs in
 TensorFlow and in Spark (`peers.py`).
