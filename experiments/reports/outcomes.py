@@ -174,9 +174,13 @@ def to_target(curve: Curve, target: float, seconds: np.ndarray | None) -> dict[s
 
 
 def step_seconds(summaries: list[dict[str, Any]], conditions: Conditions) -> dict[str, float]:
-  """Returns the seconds of a mean local step: computation, latency of any link, and the total."""
+  """Returns the seconds of a mean local step: computation, latency of any link, and the total.
+
+  If a method allows its exchange to overlap with computation, only the rest counts.
+  """
   from research.analysis import cost
   from research.comm import mesh as meshes
+  from research.core import registry
 
   measured = 1 / statistics.median(s["steps_per_second"] for s in summaries)
   computing, waiting, talking = conditions.compute_seconds or measured, 0.0, 0.0
@@ -187,11 +191,13 @@ def step_seconds(summaries: list[dict[str, Any]], conditions: Conditions) -> dic
     rows = summaries[0]["wire"]["transfers"]
     talking = cost.seconds(rows, axes, link)
     waiting = cost.seconds(rows, axes, link._replace(bits_per_second=math.inf))
+  method = registry.build("method", summaries[0]["method"])
+  exposed = cost.exposed(talking, computing, method.local_steps, method.hidden_steps)
   return {
     "compute_seconds_per_step": computing,
     "communication_seconds_per_step": talking,
-    "latency_seconds_per_step": waiting,
-    "seconds_per_step": computing + talking,
+    "latency_seconds_per_step": waiting * exposed / talking if talking else 0.0,
+    "seconds_per_step": computing + exposed,
   }
 
 

@@ -9,7 +9,8 @@ transmit all its bytes:
     all-reduce  2 (W-1) hops on a ring      all-gather, reduce-scatter  W-1 hops on a ring
     all-to-all    W-1 pairwise exchanges    permute                     1 hop
 
-Every worker has one full-duplex link, and transfers do not overlap. Every leaf of the tree is one
+Every worker has one full-duplex link, and transfers do not overlap with each other. If the method
+allows it, they overlap with computation (`exposed`). Every leaf of the tree is one
 message, unless the program fuses leaves. A library that uses tree algorithms for short messages
 needs fewer hops for such messages.
 
@@ -73,6 +74,24 @@ def seconds(rows: Iterable[Mapping[str, Any]], axes: Mapping[str, int], link: Li
     link: the link of every worker, over every axis.
   """
   return sum(_seconds(row, axes, link) for row in rows)
+
+
+def exposed(talking: float, computing: float, steps: int, delay: int) -> float:
+  """Predicts for how long workers wait, if an exchange may take some local steps.
+
+  An exchange starts after every `steps` local steps and is due `delay` steps later; exchanges run
+  one after the other.
+
+  Args:
+    talking: seconds of communication per local step.
+    computing: seconds of computation per local step.
+    steps: local steps from one exchange to the next.
+    delay: local steps that an exchange may take; 0 if the workers wait for its result.
+
+  Returns:
+    Seconds per local step.
+  """
+  return max(0.0, talking - min(delay, steps) / steps * computing)
 
 
 def _seconds(row: Mapping[str, Any], axes: Mapping[str, int], link: LinkSpeed) -> float:

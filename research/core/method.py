@@ -180,6 +180,11 @@ class Method(Wrapper):
     return periods(self.period)[1]
 
   @property
+  def hidden_steps(self) -> int:
+    """Local steps that an exchange may take while the workers compute; 0 if they wait for it."""
+    return self.local_steps if self.eager else 0
+
+  @property
   def passes(self) -> int:
     """Passes of each owner over its own examples per round; 0 if rounds have a fixed length.
 

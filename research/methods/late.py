@@ -86,6 +86,10 @@ class Overlapping(Around):
     del project
 
   @property
+  def hidden_steps(self):
+    return self.delay
+
+  @property
   def rounds_late(self) -> int:
     """Full rounds of the delay: exchanges that start before the oldest one has been received."""
     return self.delay // self.local_steps

@@ -7,6 +7,7 @@ from jax import lax
 
 from research.analysis import cost, wire
 from research.analysis.cost import LinkSpeed, parse_link
+from research.core import registry
 
 LINK = LinkSpeed(8e3, 0.25)  # a byte per millisecond
 LENGTH = 48  # float32 that a worker puts in
@@ -116,3 +117,28 @@ def test_those_who_send_nothing_wait_for_the_one_who_does():
   all_of_them = rows(lambda x: lax.ppermute(x, "data", ring(8)), {"data": 8})
   assert one[0]["sent_bytes"] < all_of_them[0]["sent_bytes"]
   assert cost.seconds(one, {"data": 8}, LINK) == cost.seconds(all_of_them, {"data": 8}, LINK)
+
+
+@pytest.mark.parametrize(
+  ("talking", "delay", "waiting"),
+  [
+    (3.0, 0, 3.0),  # all of it
+    (3.0, 4, 1.0),  # half of a round computes meanwhile
+    (3.0, 8, 0.0),
+    (3.0, 20, 0.0),
+    (5.0, 8, 1.0),  # the link is the limit: a step takes 5
+    (5.0, 20, 1.0),
+    (1.0, 2, 0.0),
+  ],
+)
+def test_an_exchange_that_overlaps_costs_what_is_left(talking, delay, waiting):
+  """A step computes for 4, and an exchange starts after every 8."""
+  assert cost.exposed(talking, 4.0, 8, delay) == pytest.approx(waiting)
+
+
+def test_a_method_says_how_long_its_exchange_may_take():
+  steps = lambda spec: registry.build("method", spec).hidden_steps
+  assert steps("local_sgd(sgd(0.1), mean(), period=8)") == 0
+  assert steps("late(local_sgd(sgd(0.1), mean(), period=8), 11)") == 11
+  assert steps("eager_diloco(sgd(0.1), sgd(0.1), mean(), period=8)") == 8
+  assert steps("streaming_diloco(sgd(0.1), sgd(0.1), mean(), period=8, delay=3)") == 3
