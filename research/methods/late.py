@@ -225,8 +225,7 @@ class Overlapping(Around):
     tree, after = self.method.message(own, counted, key=key, presence=presence)
     inner = _put(local.inner, fragment, after._replace(params=held.params))
     rest = local.rest.inner if self.fragments > 1 else ()
-    # an absent worker keeps its model; what it received in this round is received again with the
-    # next value
+    # an absent worker keeps its model; the next value that it receives contains this one
     x, rest = kept(presence.active, (local.params, rest), (state.params, state.own))
     sent = self._marked(fragment, local, state, cut.take(x, fragment), presence)
     return tree, LateState(x, rest, inner, sent, state.air, state.count + 1)
