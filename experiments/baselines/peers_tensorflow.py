@@ -57,7 +57,9 @@ def mirrored(data: Any, steps: int, dispatch: int, target: float | None) -> dict
   """Synchronous: MultiWorkerMirroredStrategy sums the gradients of all hosts in every step."""
   here, addresses = number(), [f"{host}:{port() + 1}" for host in hosts()]
   task = {"type": "worker", "index": here}
-  os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": task})
+  os.environ["TF_CONFIG"] = json.dumps(
+    {"cluster": {"worker": addresses}, "task": task}, allow_nan=False
+  )
   strategy = tf.distribute.MultiWorkerMirroredStrategy()
   with strategy.scope():
     tf.random.set_seed(0)
@@ -94,7 +96,7 @@ def server(data: Any, steps: int, dispatch: int, target: float | None) -> dict[s
   of["chief"] = [f"{own[0]}:{count + 1}"]
   if number():
     return serve(of, "worker", number())
-  line = [sys.executable, __file__, "serve", json.dumps(of)]
+  line = [sys.executable, __file__, "serve", json.dumps(of, allow_nan=False)]
   tasks = [subprocess.Popen([*line, kind, "0"]) for kind in ("worker", "ps")]
   with socket.create_server((own[0], count)) as ending:  # workers end when this connection does
     peers = [ending.accept()[0] for _ in own[1:]]

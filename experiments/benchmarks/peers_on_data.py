@@ -35,14 +35,16 @@ SCRIPTS = ROOT / "experiments"
 def ours(**given: Any) -> Ended:
   """Trains on two devices in a process of its own."""
   given = {"model": None, "leaf": None, "out": None, "log_every": 1} | STEADY | given
-  line = [sys.executable, str(SCRIPTS / "benchmarks/alone.py"), json.dumps(given)]
+  line = [sys.executable, str(SCRIPTS / "benchmarks/alone.py"), json.dumps(given, allow_nan=False)]
   return measured(line, DEVICES)
 
 
 def spark(python: str, case: str, **given: Any) -> Ended:
   """Runs a program of peers_spark.py."""
   given = {"memory": MEMORY.get(case, 1024)} | given
-  return measured([python, str(SCRIPTS / "baselines/peers_spark.py"), json.dumps(given)], {})
+  return measured(
+    [python, str(SCRIPTS / "baselines/peers_spark.py"), json.dumps(given, allow_nan=False)], {}
+  )
 
 
 def in_turn(

@@ -26,7 +26,7 @@ METHODS = {
   "eager memory": "eager_diloco(sgd(0.1), sgd(0.4), error_feedback(two_phase(int8())), period=4)",
   "overlap": "overlap_local_sgd(sgd(0.1), mean(), period=4)",
 }
-QUICK = ("beyond", "eager memory")
+QUICK = ("beyond",)
 UNEVEN = (20, 30, 40, 30)
 
 
@@ -62,7 +62,7 @@ def test_workers_of_unequal_weights(name):
   assert_same(got.params(), want.params())
 
 
-@pytest.mark.parametrize("name", slow_except(("beyond",), ("beyond", "fragments", "eager memory")))
+@pytest.mark.parametrize("name", slow_except((), ("beyond", "fragments", "eager memory")))
 def test_a_run_goes_on_from_what_was_saved_in_flight(name):
   """In the same executor, and in the other one."""
   whole = running(name, "overlapped").rounds(5)
@@ -106,6 +106,7 @@ def test_what_cannot_overlap_is_refused(flags, words, tmp_path):
     loop.train(config(**flags, out=str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_a_number_that_is_not_finite_is_seen_before_it_is_saved():
   """It is in the aggregator's memory and in the air, and not yet in any model."""
   run = running("memory", "overlapped").rounds(4)

@@ -63,7 +63,7 @@ def record(
         drives = [episodes.drive(environment, name, seed, driver, expert) for seed in seeds]
         index[block] = _write(folder / block, drives, first)
         with files.whole(folder / INDEX) as path:
-          path.write_text(json.dumps(dict(sorted(index.items())), indent=1) + "\n")
+          path.write_text(json.dumps(dict(sorted(index.items())), indent=1, allow_nan=False) + "\n")
       told(BLOCK)
   return hashlib.sha256((folder / INDEX).read_bytes()).hexdigest()
 
