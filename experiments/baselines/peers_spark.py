@@ -4,7 +4,7 @@
 
 The argument is a JSON object: the program, and its arguments. The extra `spark` and Java are all
 that this file needs, so that its interpreter may be another one than the library's. Prints a JSON
-line: seconds of reading and of computing, and what the program found.
+line: the seconds spent reading, the seconds spent computing, and the program's results.
 """
 
 # pyright: reportMissingImports=false

@@ -1,7 +1,7 @@
-"""Spark's two executors beside two of our devices, and TensorFlow's regression beside our command.
+"""Spark's two executors against two of our devices, and TensorFlow's regression against ours.
 
-Of bench.py's suite peers. Both sides start from files. Logistic regressions and factorizations end
-where they have reached the same value, which is looked up beforehand in a longer run of each.
+This is part of bench.py's suite peers. Both sides start from files. Both sides of a logistic
+regression or factorization end at the same value; a longer run of each shows beforehand when.
 """
 
 import functools
@@ -21,10 +21,10 @@ from research.core.spec import calls
 
 L2 = 1e-4
 CLOSE = 1e-6  # relative to the minimum
-MOST = 300  # iterations within which we are as close; Spark has twice as many as we need
-ROWS, FEATURES, ENTRIES = 1_000_000, 100_000, 20  # of the made-up set, and entries of each row
+MOST = 300  # iterations in which we get that close; Spark may take twice what we need
+ROWS, FEATURES, ENTRIES = 1_000_000, 100_000, 20  # of the synthetic set, and entries per row
 EDGES, NODES, ITERATIONS = 10_000_000, 1_000_000, 10
-BATCHES = 2000  # of the listing
+BATCHES = 2000  # of the linear regression
 MEMORY = {"sparse": 2560, "pagerank": 3072}  # MiB of each JVM; 1024 for the other cases
 DEVICES = {"JAX_NUM_CPU_DEVICES": "2"}
 STEADY: dict[str, Any] = {"mesh": "data:2", "executor": "spmd", "eval_every": 0, "check_every": 0}
@@ -33,7 +33,7 @@ SCRIPTS = ROOT / "experiments"
 
 
 def ours(**given: Any) -> Ended:
-  """Trains on two devices in a process of its own."""
+  """Trains on two devices in a separate process."""
   given = {"model": None, "leaf": None, "out": None, "log_every": 1} | STEADY | given
   line = [sys.executable, str(SCRIPTS / "benchmarks/alone.py"), json.dumps(given, allow_nan=False)]
   return measured(line, DEVICES)
@@ -172,7 +172,7 @@ def objective(w: np.ndarray, x: Any, y: np.ndarray) -> tuple[float, np.ndarray]:
 
 
 def minimum(x: Any, y: np.ndarray) -> float:
-  """The least objective, by SciPy's L-BFGS in float64."""
+  """The minimum of the objective, by SciPy's L-BFGS in float64."""
   from scipy import optimize
 
   options = {"maxiter": 2000, "maxfun": 4000, "ftol": 1e-13, "gtol": 1e-9, "maxcor": 30}
@@ -218,7 +218,7 @@ def als(python: str, repeats: int) -> Iterator[Row]:
 
 
 def pagerank(python: str, repeats: int) -> Iterator[Row]:
-  """Some iterations on a power-law graph, and how far the ranks then are from the exact ones."""
+  """Some iterations on a power-law graph, and the distance of the ranks to the exact ones."""
   from research.tasks import files
 
   place = files.cache() / "peers" / f"edges-{EDGES}-{NODES}.txt"
@@ -292,7 +292,7 @@ def spark_ranks(folder: Path, names: np.ndarray) -> np.ndarray:
   return values / values.sum()
 
 
-# ---- the sources' listing
+# ---- linear regression
 
 
 def listing(python: str, repeats: int) -> Iterator[Row]:
@@ -322,7 +322,7 @@ def listing(python: str, repeats: int) -> Iterator[Row]:
 
 
 def _command(spec: str) -> Ended:
-  """Our one command, which writes a row with the loss of every batch."""
+  """Runs our command, which writes a row of metrics, with the loss, for every batch."""
   with tempfile.TemporaryDirectory() as folder:
     flags = STEADY | {"task": spec, "model": "linear(bias=True)", "batch_size": 32}
     flags |= {"method": "data_parallel(sgd(0.1), mean())", "steps": BATCHES, "log_every": 1}

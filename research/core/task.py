@@ -139,11 +139,12 @@ class Executor(NamedTuple):
 
   init: Callable[[Key], TrainState]  # creates the state directly in its shardings
   place: Callable[..., Data]  # (examples [P, ...], sizes [P], key), from numpy to devices
-  run: Callable[..., tuple[TrainState, dict[str, Array]]]  # (state, data, rounds): one dispatch
-  params: Callable[[TrainState], Params]
+  # (state, data, rounds): one dispatch; returns a TrainState, or what `settled` makes one of
+  run: Callable[..., tuple[Any, dict[str, Array]]]
+  params: Callable[[Any], Params]
   layout: Any  # which leaves of the state are private, a `parallel.layout.Layout`
   # the state as it is saved and compared, for executors whose rounds overlap
-  settled: Callable[[TrainState], TrainState] = lambda state: state
+  settled: Callable[[Any], TrainState] = lambda state: state
   # (state, data) -> seconds per local step of computing alone and of the exchange alone, measured
   # now on copies of the state; None: the two do not overlap
-  alone: Callable[[TrainState, Data], tuple[float, float]] | None = None
+  alone: Callable[[Any, Data], tuple[float, float]] | None = None

@@ -1,12 +1,13 @@
 """The two halves of a round, for an executor whose exchange runs on other devices.
 
 A state is held in three places: the aggregator's state (`links`) where the exchange runs, the
-results that are on their way, and everything else (`held`) where the workers compute. The functions
-`held` and `links` work on any tree with a state's structure: arrays, shapes, or which are private.
+results in flight, and everything else (`held`) where the workers compute. The functions `held` and
+`links` work on any tree with a state's structure: of arrays, of shapes, or of flags that say which
+leaves are private.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -14,20 +15,20 @@ from research.core.base import Aggregate, Aggregator, Array, Presence, State, Tr
 from research.core.method import Local, Method
 from research.methods.late import LateLocal, LateState, Overlapping
 
-InAir = tuple[int, Tree]  # fragment and result of an exchange on its way
+InAir = tuple[int, Tree]  # fragment and result of an exchange in flight
 
 
 class Tools(NamedTuple):
-  """Programs that put a state together."""
+  """Programs with which `settled` puts a state together."""
 
-  receive: Callable[[State, Tree], State]  # `Halves.receive`, of all workers
+  receive: Callable[[State, Tree], State]  # `Halves.receive`, for all workers
   nothing: Callable[[int], Tree]  # fragment -> a result of zeros
 
 
 class Halves:
-  """A method with one exchange per round, whose result is due within the next round.
+  """A method with one exchange per round, whose result is due in a later round.
 
-  The base class is for an eager method: the result is due before its next message.
+  The base class is for eager methods, whose result is due before the next message.
   """
 
   def __init__(self, method: Method):
@@ -42,7 +43,7 @@ class Halves:
     return self.method.exchange
 
   def held(self, state: State) -> State:
-    """A state without the aggregator's and without results on their way."""
+    """A state without the aggregator's state and without the results in flight."""
     return self.method.with_link(state, ())
 
   def links(self, state: State) -> tuple[State, ...]:
@@ -54,13 +55,13 @@ class Halves:
     return local
 
   def result(self, found: Aggregate) -> Tree:
-    """What a worker needs of the exchange."""
+    """What a worker needs from the exchange."""
     return found.value, found.sent
 
   def depart(
     self, fragment: int, local: Local, held: State, *, key: Array, presence: Presence
   ) -> tuple[Tree, State]:
-    """Ends a round: returns the message of a fragment, and what is held after it."""
+    """Ends a round: returns the message of a fragment, and what the workers then hold."""
     del fragment
     return self.method.message(local, held, key=key, presence=presence)
 
@@ -75,19 +76,19 @@ class Halves:
     return self.method.receive(value, sent, held, key=jax.random.key(0))
 
   def pending(self, state: State, number: int) -> list[InAir]:
-    """The results on their way in a state after `number` rounds, the oldest first."""
+    """The results in flight in a state after `number` rounds, the oldest first."""
     del state, number
     return []
 
   def settled(
     self, held: State, links: Sequence[State], air: Sequence[InAir], tools: Tools
   ) -> State:
-    """Puts a state together.
+    """Puts a state together from its three places.
 
     Args:
       held: what the workers hold.
       links: the aggregator's state, by fragment.
-      air: fragment and result of each exchange on its way, the oldest first.
+      air: fragment and result of each exchange in flight, the oldest first.
       tools: programs on the computing devices.
     """
     for _, result in air:
@@ -121,10 +122,10 @@ class LateHalves(Halves):
   def result(self, found):
     return found.value
 
-  def depart(self, fragment, local, held, *, key, presence):
+  def depart(self, fragment, local: Any, held, *, key, presence):
     return self.method.depart(fragment, local, held, key=key, presence=presence)
 
-  def arrive(self, fragment, held, local, result):
+  def arrive(self, fragment, held, local: Any, result):
     return held, self.method.arrive(fragment, local, result)
 
   def pending(self, state: LateState, number: int) -> list[InAir]:

@@ -1,8 +1,8 @@
 """Executor whose exchanges run on devices of their own while the workers compute.
 
-Every device of a worker has a second one beside it, its communication device: on a CPU another CPU
-device of the process, with accelerators a CPU device of the host. The exchange is a program of its
-own on the communication devices, which own the aggregator's state. All programs are dispatched
+Every computing device has a communication device: for a CPU device, this is another CPU device of
+the process; for an accelerator, it is a CPU device of the host. The exchange is a separate program
+on the communication devices, which hold the aggregator's state. All programs are dispatched
 asynchronously from one Python thread; nothing waits for an exchange until its value is due.
 """
 
@@ -34,21 +34,21 @@ from research.parallel.local_phase import local_phase
 
 
 class Flight(NamedTuple):
-  """A run between two rounds, with its exchanges on their way."""
+  """The state of a run between two rounds, with its exchanges in flight."""
 
   held: TrainState  # on the computing devices, without the aggregator's state
   links: tuple[State, ...]  # of the aggregator, by fragment, on the communication devices
   air: tuple[tuple[int, Tree], ...]  # fragment and result of each exchange, the oldest first
   number: int  # completed rounds
-  recent: tuple[Array, ...]  # losses of the newest rounds
+  recent: tuple[Array, ...]  # losses of the latest rounds
 
 
 def overlapped(job: Job) -> Executor:
   """Runs each worker on its own devices, and its exchanges on others.
 
   The method is `late(...)`, `streaming_diloco` or one whose exchange may take a round by itself,
-  such as `eager_diloco`. Parameters are those of `spmd` for the same method, up to the last bits
-  that a compiler rounds differently in programs that are cut differently.
+  such as `eager_diloco`. Parameters are those of `spmd` for the same method, up to rounding
+  differences in the last bits, since the compiler sees the computation in different programs.
 
   Args:
     job: the job.
@@ -84,13 +84,13 @@ def _check(job: Job) -> None:
 
 
 def two_meshes(job: Job) -> tuple[Mesh, Mesh]:
-  """Returns the mesh that computes and the mesh that communicates, device beside device.
+  """Returns the computing mesh and the communicating mesh, with matching devices.
 
   Args:
     job: the job.
 
   Raises:
-    ValueError: if a process has not as many communication devices as computing ones.
+    ValueError: if a process has fewer communication devices than computing ones.
   """
   computing, beside = [], {}
   on_cpu, processes = jax.default_backend() == "cpu", jax.process_count()
@@ -206,7 +206,7 @@ class _Overlapped:
     return Parts(private, shapes, on(self.mesh), on(self.other))
 
   def _traced(self, fn: Callable[..., Tree], privates: Sequence[Tree], shapes: Sequence[Tree]):
-    """The Parts of what one worker's function of private and shared arguments returns."""
+    """The Parts of the result of one worker's function of private and shared arguments."""
     spread = lambda private, shape: jax.tree.map(
       lambda p, x: jax.ShapeDtypeStruct((*self.axes.values(), *x.shape), x.dtype) if p else x,
       private,
@@ -248,7 +248,7 @@ class _Overlapped:
   def _program(
     self, fn: Callable[..., Any], mesh: Mesh, ins: Sequence[Any], outs: Sequence[Any], donate: Any
   ) -> Any:
-    """Compiles one worker's function of Parts and of specs; rows are leading dimensions outside."""
+    """Compiles one worker's function; outside it, private leaves have a leading dimension."""
     spec = lambda one: self._specs(one) if isinstance(one, Parts) else one
     on = lambda parts: parts.computing if mesh is self.mesh else parts.communicating
     place = lambda one: on(one) if isinstance(one, Parts) else NamedSharding(mesh, one)
@@ -365,7 +365,7 @@ class _Overlapped:
     return Flight(state._replace(method=self.halves.held(state.method)), there, air, number, ())
 
   def settled(self, state: TrainState | Flight) -> TrainState:
-    """The state of `spmd` after the same rounds: waits for the exchanges on their way."""
+    """Waits for the exchanges in flight, and returns the state of `spmd` after the same rounds."""
     if isinstance(state, TrainState):
       return state
     links = zip(state.links, self.links, strict=True)
@@ -394,7 +394,7 @@ class _Overlapped:
     return sharded.jit(zeros, out_shardings=parts.computing if here else parts.communicating)()
 
   def run(self, state: TrainState | Flight, data: Data, rounds: int) -> tuple[Flight, Metrics]:
-    """Dispatches K rounds. The exchanges of the last ones may still be on their way."""
+    """Dispatches K rounds. The exchanges of the last rounds may still be in flight."""
     flight = state if isinstance(state, Flight) else self.departed(state)
     measured: list[Metrics] = []
     for _ in range(rounds):
@@ -414,7 +414,7 @@ class _Overlapped:
   ) -> tuple[Flight, list[Metrics]]:
     halves, fragment = self.halves, flight.number % self.halves.fragments
     (number, key, held), air, measured = flight.held, flight.air, []
-    local: tuple[Any, ...] = ()  # the workers' Local, once the round has begun
+    local: list[Any] = []  # the workers' Local, once the round has begun
 
     def steps(first: int, last: int) -> None:
       nonlocal local
@@ -440,7 +440,7 @@ class _Overlapped:
     """Measures a local step without its exchange, and its share of an exchange without any step.
 
     Args:
-      state: where the run is; a copy of it is advanced.
+      state: the state of the run; only a copy of it is advanced.
       data: as for `run`.
 
     Returns:
@@ -488,7 +488,7 @@ def _halves(method: Method) -> Halves:
 
 
 def _own(private: Tree, tree: Tree) -> Tree:
-  """One worker's leaves; outside of it, private ones have a leading dimension."""
+  """One worker's leaves: private ones lose their leading dimension."""
   return jax.tree.map(lambda p, x: x[0] if p else x, private, tree)
 
 
