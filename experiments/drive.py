@@ -5,11 +5,11 @@
     python experiments/drive.py --do=judge --run=runs/RUN --episodes=50
     python experiments/drive.py --do=picture --out=scene.png
 
-Needs `pip install -e ".[driving]"`. The task `driving()` trains on what was recorded: in --out, or
-by default in the folder "driving" of $RESEARCH_DATA_DIR or of the user's cache.
---run drives with the model of a complete run. With --do=record, its driving is round --round of
-DAgger: the actions that are recorded are those that the planner would have taken. The same command
-goes on with an interrupted recording. Seeds of --do=judge are never recorded.
+Needs `pip install -e ".[driving]"`. The recording is in --out, or by default in the folder
+"driving" of $RESEARCH_DATA_DIR or of the user's cache; the task `driving()` trains on it. With
+--run, the model of a complete run drives. With --do=record, it drives round --round of DAgger, and
+the recorded actions are those that the expert (--driver) would have taken. The same command
+continues an interrupted recording. Seeds of --do=judge are never recorded.
 """
 
 import contextlib
@@ -85,7 +85,7 @@ def judge() -> None:
 
 
 def picture() -> None:
-  """Draws the scenarios, some seconds into an episode, below each other."""
+  """Draws the scenarios, some seconds into an episode, one below the other."""
   from research.tasks.driving import pictures
 
   driver = of_run(FLAGS.run) if FLAGS.run else EXPERTS[FLAGS.driver]

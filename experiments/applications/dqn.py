@@ -1,6 +1,6 @@
-"""Deep Q-learning by actors that push gradients to a parameter server, beside one process.
+"""Deep Q-learning by actors that push gradients to a parameter server, compared with one process.
 
-The actors do not wait for each other. One process alone does the same number of decisions and of
+The actors do not wait for each other. The single process makes the same number of decisions and of
 gradient steps. An application of `bench.py`.
 """
 
@@ -20,13 +20,13 @@ from research.server.messages import Rules, Spent
 from research.tasks.driving import judging
 
 ACTORS, SEEDS = 2, 2
-EPISODES = 15  # held-out, of each seed, for the return
+EPISODES = 15  # held-out episodes per seed, for measuring the return
 SCENARIO = "highway"
 STEPS = 4000  # decisions of all actors together
-PERIOD = 2  # decisions of an actor for a gradient
+PERIOD = 2  # decisions of an actor per gradient
 BATCH = 64
 KEPT = 4000  # transitions that an actor remembers
-TARGET = 100  # gradients between two copies of the model into the target
+TARGET = 100  # gradients between two updates of the target network
 DISCOUNT = 0.9
 RANDOM = (1.0, 0.05)  # share of random actions at first, and from half of the steps on
 RATE = 1e-3
@@ -57,7 +57,7 @@ class Memory:
 
 
 class Learner(NamedTuple):
-  """The compiled functions of Q-learning with a target and double estimates."""
+  """The compiled functions of double Q-learning with a target network."""
 
   init: Callable[[int], Any]  # seed -> parameters
   choose: Callable[[Any, np.ndarray], Any]  # (params, scene) -> action
@@ -103,7 +103,7 @@ class Road:
     from research.tasks.driving import scenarios
 
     self.environment, self.learner = scenarios.make(SCENARIO), learner
-    self.rng, self.episode = np.random.default_rng(seed), seed * 10_000  # none that `returns` has
+    self.rng, self.episode = np.random.default_rng(seed), seed * 10_000  # never those of `returns`
     self.x = self._start()
     self.memory = Memory(self.x)
 
@@ -136,7 +136,7 @@ class Road:
 
 
 def alone(seed: int) -> tuple[Any, float]:
-  """One process: parameters and seconds, from its first decision on."""
+  """Trains in one process; returns the parameters, and seconds from the first decision on."""
   import optax
 
   functions = learner()
@@ -170,11 +170,11 @@ class Actor:
     jax.block_until_ready(self.functions.grads(like, like, *self.road.memory.batch(self.road.rng)))
 
   def ready(self) -> bool:
-    """Whether everything is compiled; the caller waits for it."""
+    """Returns once everything is compiled."""
     return True
 
   def run(self, head: Any, updates: int) -> int:
-    """Works until the server has made its updates; returns the decisions driven."""
+    """Works until the server has made its updates; returns the number of decisions."""
     import jax
     import ray
 
@@ -203,7 +203,7 @@ def _spent(loss: float, payloads: list[np.ndarray]) -> Spent:
 
 
 def together(actors: int, seed: int) -> tuple[Any, float, dict[str, Any]]:
-  """Actors and a server on Ray: parameters, seconds from the first decision on, and a report."""
+  """Trains on Ray; returns parameters, seconds from the first decision on, and a report."""
   import jax
 
   from research.server import cluster, work
@@ -235,7 +235,7 @@ def together(actors: int, seed: int) -> tuple[Any, float, dict[str, Any]]:
 
 
 def returns(params: Any, episodes: int, first: int) -> np.ndarray:
-  """The sum of the simulator's rewards in held-out episodes of the greedy driver."""
+  """The greedy driver's sum of the simulator's rewards in each held-out episode."""
   from research.tasks.driving import recorded, scenarios
   from research.tasks.driving.scene import features, perceive
 
@@ -253,7 +253,7 @@ def returns(params: Any, episodes: int, first: int) -> np.ndarray:
 
 
 def dqn(figure: Any) -> Rows:
-  """Returns and seconds of two actors on a server, beside one process; the same number of steps."""
+  """Compares the return and time of two actors with one process, for the same number of steps."""
   needs_simulator()
   found: dict[str, list[tuple[np.ndarray, float]]] = {"one process": [], "two actors": []}
   ages = []

@@ -20,7 +20,7 @@ SEEDS = 3  # of training; each is judged on episodes of its own
 EPISODES = 10  # of each scenario and seed
 STEPS = 4000
 BATCH = 128
-CLIP = 0.5  # of an update, for its noise
+CLIP = 0.5  # norm to which an update is clipped before noise is added
 Judged = dict[str, list[Outcome]]  # by scenario
 
 
@@ -85,7 +85,7 @@ def others(name: str) -> list[str]:
 
 
 def trained(kind: Kind, seed: int) -> tuple[Driver, float]:
-  """Trains a policy; returns it as a driver, and the epsilon of its noise, 0 without any."""
+  """Trains a policy; returns it as a driver, and the epsilon of its noise, 0 without noise."""
   import research
 
   result = research.train(
@@ -105,7 +105,7 @@ def trained(kind: Kind, seed: int) -> tuple[Driver, float]:
 
 
 def judge(name: str, drivers: Sequence[Driver], scenarios: Iterable[str]) -> Judged:
-  """Drives scenarios with a driver per seed, each on episodes of its own."""
+  """Drives scenarios with one driver per training seed, each on different episodes."""
   found: Judged = {scenario: [] for scenario in scenarios}
   for seed, driver in enumerate(drivers):
     for scenario, outcomes in found.items():
@@ -121,7 +121,7 @@ def measured(judged: Judged, scenarios: Iterable[str] = SCENARIOS) -> dict[str, 
 
 
 def of_policy(name: str, judged: dict[str, Judged], note: str) -> Rows:
-  """Collisions beside the planner's, and success beside pooled training's."""
+  """Collisions compared with the planner's, and success compared with pooled training's."""
   own, planner, pooled = (measured(judged[kind]) for kind in (name, "planner", "pooled"))
   each = {s: measured(judged[name], [s]) for s in SCENARIOS}
   figures = {s: {k: v.value for k, v in e.items() if np.isfinite(v.value)} for s, e in each.items()}
@@ -134,7 +134,7 @@ def of_policy(name: str, judged: dict[str, Judged], note: str) -> Rows:
 
 
 def of_fleet(name: str, alone: Judged, together: Judged) -> Rows:
-  """A fleet that trained alone, in the scenarios that it has not seen, beside FedAvg there."""
+  """Compares a fleet that trained alone with FedAvg, in the scenarios that it has not seen."""
   both = [measured(judged, others(name)) for judged in (alone, together)]
   return [
     _row(f"{name} alone, other scenarios: {what}", both[0][what], "FedAvg", both[1][what])

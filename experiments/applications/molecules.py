@@ -1,7 +1,8 @@
-"""Molecules over laboratories, beside a random forest and chemprop. An application of `bench.py`.
+"""Molecules over laboratories, compared with other models. An application of `bench.py`.
 
-chemprop is run by its command, as its users do, if that is on $PATH (`pip install -e
-".[chemprop]"`, possibly in an environment of its own).
+The other models are a random forest and chemprop. chemprop is run by its own command, as its users
+run it, if the command is on $PATH (`pip install -e ".[chemprop]"`, possibly in a separate
+environment).
 """
 
 import csv
@@ -26,7 +27,7 @@ PEERS = ("random forest", "chemprop")
 
 
 class Case(NamedTuple):
-  """A table, with what was chosen on the validation part of its scaffold split."""
+  """A table, with the choices made on the validation part of its scaffold split."""
 
   name: str
   metric: str
@@ -62,13 +63,13 @@ def toxicity(figure: Any) -> Rows:
 
 
 def compared(case: Case, peers: Scores) -> tuple[Rows, Scores]:
-  """Trains pooled, federated, hidden, with noise and alone; returns rows, and scores by name."""
+  """Trains pooled, federated, with secure sums or noise, and alone; returns rows and scores."""
   local = lambda aggregator: calls.fed_avg(calls.adam(case.rate), aggregator, period=4)
   server = lambda aggregator: calls.fed_opt(
     calls.sgd(1.0), adamw(case, case.steps), aggregator, period=1
   )
   noisy = lambda noise: server(calls.noisy(calls.mean(), clip=1.0, noise=noise))
-  few = case.steps // LABORATORIES  # of a laboratory alone: as many passes over its molecules
+  few = case.steps // LABORATORIES  # of a laboratory alone, for as many passes over its molecules
   kinds: dict[str, tuple[Call, int, int]] = {  # method, laboratory or 0, seeds
     "pooled": (pooled(case), -1, SEEDS),
     "federated, exchange every step": (server(calls.mean()), 0, SEEDS),
@@ -108,7 +109,7 @@ def pooled(case: Case, steps: int = 0) -> Call:
 
 
 def trained(case: Case, method: Call, laboratory: int, steps: int, seed: int) -> dict[str, Any]:
-  """The summary of a run: of one laboratory from 1, of all as one (-1), or of all together (0)."""
+  """Trains one laboratory (from 1), all pooled (-1) or all federated (0); returns the summary."""
   alone = {"laboratories": LABORATORIES, "only": laboratory} if laboratory > 0 else {}
   where = {"mesh": f"data:{LABORATORIES}", "partition": "by_scaffold()"}
   # one after the other, since only a worker by itself leaves out the padding of its graphs

@@ -1,4 +1,4 @@
-"""Trains on a parameter server between hosts: a node of Ray on every host, run.py on the first.
+"""Trains on a parameter server over hosts, with a Ray node on every host and run.py on the first.
 
     python experiments/benchmarks/on_ray.py --executor=server --workers=2 --out=FOLDER ...
 
@@ -26,7 +26,7 @@ RUN = Path(__file__).parents[1] / "run.py"
 
 @contextlib.contextmanager
 def node(*flags: str) -> Iterator[None]:
-  """A node of Ray on this host, which ends with the block."""
+  """Runs a Ray node on this host until the block ends."""
   ray = str(Path(sys.executable).parent / "ray")
   line = [ray, "start", *flags, "--block", "--disable-usage-stats"]
   line.append("--object-store-memory=500000000")

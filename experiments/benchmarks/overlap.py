@@ -44,7 +44,7 @@ def overlap(methods: Sequence[str], repeats: int) -> list[dict[str, Any]]:
 
 
 def _run(spec: str, executor: str, rate: str) -> dict[str, Any]:
-  """Runs one job; returns milliseconds per step, and of its parts if it overlaps."""
+  """Runs one job; returns milliseconds per step and, if it overlaps, of the parts of a step."""
   devices = 2 if executor == "overlapped" else 1
   config: dict[str, Any] = MODEL | {
     "method": spec,
@@ -64,7 +64,7 @@ def _run(spec: str, executor: str, rate: str) -> dict[str, Any]:
     run(netlab(2, [*lab, f"--logs={folder}/logs"], ["run.py", *flags_of(config | {"out": out})]))
     summary = json.loads((out / "summary.json").read_text())
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-  at = [row["seconds"] for row in rows[1:-1]]  # compilation before, the evaluation after
+  at = [row["seconds"] for row in rows[1:-1]]  # without compilation and evaluation
   steps = [1000 * (b - a) / DISPATCH for a, b in itertools.pairwise(at)]
   parts = summary.get("overlap", {})
   kernel = summary["wire"].get("kernel_bytes_per_step_per_host", [])

@@ -1,7 +1,8 @@
-"""TensorFlow and Spark beside this library, as their users write them: bench.py's suite peers.
+"""TensorFlow and Spark compared with this library: bench.py's suite peers.
 
-Between two hosts: TensorFlow's two strategies for several machines. On one machine: two executors
-of Spark beside two devices, and the linear regression with which introductions to TensorFlow begin.
+Their programs are written as their users write them. Between two hosts, TensorFlow's two strategies
+for several machines are measured; on one machine, two executors of Spark against two of our
+devices, and the linear regression with which introductions to TensorFlow begin.
 """
 
 import functools
@@ -33,7 +34,7 @@ _CORE = "the first host's worker shares its core with the server, the driver and
 _CORE += "gradient of 42"
 _SHARE = "more of our updates come from the second host"
 _LOSS = "equal, but for the mean of the loss"
-# why cells are lost: "QUESTION: CASE" -> a sentence
+# why the peer is better: "QUESTION: CASE" -> a sentence
 REASONS = {
   f"{peers_on_hosts.TIME}: 1gbit, server, mean()": _CORE,
   f"{peers_on_hosts.TIME}: 1gbit, server, gather_mean(int8())": _CORE,
@@ -90,7 +91,7 @@ def measure(
   Args:
     cases: names in CASES.
     python: the interpreter that has the peers.
-    repeats: turns of each program.
+    repeats: number of runs of each program.
     before: an earlier result, or {}.
     commit: of this code.
 

@@ -1,7 +1,8 @@
 """Spark's two executors against two of our devices, and TensorFlow's regression against ours.
 
-This is part of bench.py's suite peers. Both sides start from files. Both sides of a logistic
-regression or factorization end at the same value; a longer run of each shows beforehand when.
+This is part of bench.py's suite peers. Both sides start from files. Logistic regressions and
+factorizations end at a value that both sides reach; a longer run of each shows beforehand after how
+many iterations that is.
 """
 
 import functools

@@ -1,7 +1,7 @@
-"""TensorFlow's strategies beside ours between two hosts of one core each: a case of `peers.py`.
+"""TensorFlow's strategies against ours, between two hosts of one core each: for `peers.py`.
 
 A perceptron of 1.86 million parameters on MNIST, 64 images per host and step, SGD at 0.1. A step of
-the asynchronous programs is an update from one worker's 64 images, at half of the rate.
+the asynchronous programs is an update from one worker's 64 images, at half the learning rate.
 """
 
 import itertools
@@ -26,7 +26,7 @@ Found = tuple[float, float]  # milliseconds and bytes per step
 
 
 class Ours(NamedTuple):
-  """One of our executions, beside one of TensorFlow's strategies."""
+  """One of our executions, and the TensorFlow strategy that it is compared with."""
 
   spec: str
   peer: str  # program of peers_tensorflow.py
@@ -123,7 +123,7 @@ def images(folder: Path) -> Path:
 def of_peer(
   python: str, program: str, data: Path, rate: str, steps: int, target: float | None = None
 ) -> dict[str, Any]:
-  """What a program of peers_tensorflow.py prints, run on two hosts."""
+  """Runs a program of peers_tensorflow.py on two hosts, and returns what it prints."""
   line = [
     PROGRAM,
     program,

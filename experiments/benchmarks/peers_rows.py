@@ -17,7 +17,7 @@ CORES = os.cpu_count()
 
 
 class Row(NamedTuple):
-  """One cell of ours beside one of a peer's; less is better."""
+  """One of our measurements, and the peer's; less is better."""
 
   question: str
   case: str
@@ -29,7 +29,7 @@ class Row(NamedTuple):
 
 
 def as_dict(row: Row) -> dict[str, Any]:
-  """The row as JSON, with medians and the ratio of the peer's to ours."""
+  """The row as JSON, with both medians and the ratio of the peer's to ours."""
   load = round(os.getloadavg()[2], 1)  # over 15 minutes
   found = row._asdict() | {"median": statistics.median(row.ours), "load": load}
   if row.theirs:
@@ -39,7 +39,7 @@ def as_dict(row: Row) -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]], reasons: dict[str, str]) -> list[str]:
-  """A Markdown table for each question; `reasons` tells why cells are lost, by start of the case.
+  """A Markdown table for each question, which says why if the peer is better.
 
   Args:
     rows: as `as_dict` gives them.
@@ -70,7 +70,7 @@ def shown(value: float, unit: str) -> str:
 
 
 class Ended(NamedTuple):
-  """What a process printed, and what it took with all its children."""
+  """What a process printed, and the time and memory that it took with all its children."""
 
   printed: dict[str, Any]  # the JSON object of the last line, if it is one
   seconds: float

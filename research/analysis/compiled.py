@@ -171,7 +171,7 @@ def _collective(
 
 
 def _sliced(computation: hlo.Computation, instruction: Any, workers: int) -> bool:
-  """Returns whether a worker uses only its part of an all-reduce: a fused reduce-scatter."""
+  """Returns whether an all-reduce is a fused reduce-scatter: each worker uses only its part."""
   users = _users(computation, instruction)
   return bool(users) and all(
     user.opcode == "dynamic-slice"

@@ -111,7 +111,9 @@ def device_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -
 
 
 def simulation_mesh(workers: int, devices: Sequence[Any] | None = None) -> Mesh:
-  """Builds a mesh 'data' of the largest number of devices that divides the number of workers.
+  """Builds a one-dimensional mesh 'data' for simulated workers.
+
+  Its size is the largest number of devices that divides the number of workers.
 
   Args:
     workers: number of simulated workers.

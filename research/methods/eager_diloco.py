@@ -30,9 +30,9 @@ class EagerDiLoCo(LocalStepping, name="eager_diloco"):
       g_t^i = mean_j Delta_{t-1}^j + (Delta_t^i - Delta_{t-1}^i) / M
       theta_{t+1}^i = theta_t^i + outer(g_t^i)
 
-  The mean over the M workers is that of the previous round, in which a worker replaces its own term
-  by its new one. Nothing is known of other workers in the first round. The workers' models differ;
-  the deployed model is their mean. With compression, Delta_{t-1}^i is the term as the other workers
+  g_t^i is the previous round's mean over the M workers, in which worker i has replaced its own term
+  by the new one. In the first round, the others' terms are zero. The workers' models differ; the
+  deployed model is their mean. With compression, Delta_{t-1}^i is the term as the other workers
   received it.
 
   Args:

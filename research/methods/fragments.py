@@ -12,7 +12,7 @@ import numpy as np
 
 from research.core.base import Array, Params, Tree
 
-# The largest fragment over the mean at which whole layers are kept together.
+# Layers are kept whole if the largest fragment is then at most this many times the mean.
 BALANCED = 1.15
 _STACKS = ("layers", "layer", "blocks", "block", "h", "stack")  # names of stacked layers
 _NUMBER = re.compile(r"(\d+)")
@@ -32,8 +32,9 @@ class Piece(NamedTuple):
 class Fragments(NamedTuple):
   """The rows of each leaf that belong to each fragment.
 
-  A fragment's part of a model is a list of arrays: its leaves, in the order of the model; of a leaf
-  that is shared with other fragments only some rows. With one fragment, the part is the model.
+  A fragment's part of a model is a list of arrays: its leaves, in the order of the model. If other
+  fragments share a leaf, the part has only some of its rows. With one fragment, the part is the
+  model itself.
   """
 
   parts: tuple[tuple[tuple[int, Rows | None], ...], ...]  # (leaf, rows), by fragment
@@ -64,15 +65,15 @@ def fragments_of(params: Params, count: int) -> Fragments:
   such as `layers_3` or `blocks/3`, or one row of stacked layers. Every other parameter, such as the
   embedding, is a unit of its own. The units are assigned in order of decreasing size, each to the
   smallest fragment so far. If the largest fragment then exceeds the mean by more than 15%,
-  parameters larger than a fragment are cut along their first dimension, and after that layers too
-  are divided into their parameters.
+  parameters larger than a fragment are cut along their first dimension. If this is not enough,
+  layers are divided into their parameters as well.
 
   Args:
     params: arrays or shapes.
     count: number of fragments, P.
 
   Raises:
-    ValueError: if the model cannot be cut into so many fragments.
+    ValueError: if the model cannot be cut into that many fragments.
   """
   leaves = jax.tree.leaves(params)
   if count == 1:
@@ -132,9 +133,9 @@ def _layer(name: str) -> str:
 
 
 def _stacks(names: Sequence[str], leaves: Sequence[Array]) -> dict[str, str]:
-  """The leaves of stacked layers, by name, and their stack.
+  """Maps the name of each leaf of stacked layers to the name of its stack.
 
-  All leaves below a name such as 'layers' have one leading dimension in common.
+  A stack is the leaves below a name such as 'layers', if they have the same leading dimension.
   """
   found: dict[str, dict[str, int]] = {}
   for name, leaf in zip(names, leaves, strict=True):
@@ -154,7 +155,7 @@ def _natural(key: tuple) -> list[tuple[int, int, str]]:
 
 
 def _cut(i: int, leaf: Array, times: int) -> list[Piece]:
-  """Cuts a leaf along its first dimension into about equal runs of rows."""
+  """Cuts a leaf along its first dimension into runs of about equally many rows."""
   count = leaf.shape[0] if leaf.shape else 1
   if min(times, count) < 2:
     return [Piece(i, None, _bytes(leaf))]

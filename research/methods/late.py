@@ -46,7 +46,7 @@ class Overlapping(Around):
   delay: ClassVar[int]  # tau
   fragments: ClassVar[int] = 1  # P
   mixing: ClassVar[float | None] = None  # alpha
-  receives: bool = hidden(True)  # False: `begin` and `step` leave it to the executor to receive
+  receives: bool = hidden(True)  # False: the executor receives, and `begin` and `step` do not
 
   def check(self):
     checks.at_least("delay", self.delay, 0)
@@ -91,12 +91,12 @@ class Overlapping(Around):
 
   @property
   def rounds_late(self) -> int:
-    """Full rounds of the delay: exchanges that start before the oldest one has been received."""
+    """Full rounds in the delay: exchanges that start before the oldest one is received."""
     return self.delay // self.local_steps
 
   @property
   def steps_late(self) -> int:
-    """Local steps of a round before the value that is due is received."""
+    """Local steps of a round before the value that is due in it is received."""
     return self.delay % self.local_steps
 
   @property
@@ -184,10 +184,10 @@ class Overlapping(Around):
     )
 
   def _receive(self, value: Tree, state: State) -> State:
-    """The inner method's `receive`, which must need nothing but the value.
+    """Calls the inner method's `receive`, which must depend on nothing but the value and the state.
 
     Raises:
-      ValueError: at trace time, if it needs more.
+      ValueError: at trace time, if it depends on more.
     """
     key = jax.random.key(0)
 
@@ -225,7 +225,7 @@ class Overlapping(Around):
     tree, after = self.method.message(own, counted, key=key, presence=presence)
     inner = _put(local.inner, fragment, after._replace(params=held.params))
     rest = local.rest.inner if self.fragments > 1 else ()
-    # an absent worker keeps its model; the next value that it receives contains this one
+    # an absent worker keeps its model; the next theta also contains a value that arrived now
     x, rest = kept(presence.active, (local.params, rest), (state.params, state.own))
     sent = self._marked(fragment, local, state, cut.take(x, fragment), presence)
     return tree, LateState(x, rest, inner, sent, state.air, state.count + 1)
@@ -288,7 +288,7 @@ class Overlapping(Around):
     return self.fragments == 1
 
   def params(self, state):
-    """The model to deploy: that of the inner method after all exchanges in flight."""
+    """The model to deploy: that of the inner method once all exchanges in flight are received."""
     cut, model = self.cut(state.params), state.params
     for p in range(self.fragments):
       last = state.count - 1 - (state.count - 1 - p) % self.fragments  # its last exchange's round
@@ -306,16 +306,18 @@ def _put(parts: tuple[Any, ...], place: int, part: Any) -> tuple[Any, ...]:
 
 
 class Late(Overlapping, name="late"):
-  """Runs a method whose exchange takes tau local steps, in which the workers go on computing.
+  """Runs a method whose exchange takes tau local steps, during which the workers keep computing.
 
-  Round t ends at step t h. Its messages m_t^i count from the model u_t^i at which the worker's
-  previous exchange started; x^i are the workers' models and theta is the inner method's:
+  Round t ends at step t h, where the exchange of its messages m_t^i starts. x^i are the workers'
+  models, u_t^i is x^i at the start of exchange t, and theta is the inner method's model. Messages
+  m_t^i are measured from u_{t-1}^i, the model at the start of the worker's previous exchange:
 
       theta_t = receive(aggregate_i(m_t^i), theta_{t-1})
       x^i <- theta_t + (x^i - u_t^i)                       tau steps after the end of round t
 
-  This keeps the worker's steps since then. With `mixing`, the worker's model is instead averaged
-  with the new one:
+  This keeps the steps that the worker has taken since exchange t started; u_t^i and later ones move
+  with x^i. With `mixing`, messages are measured from theta instead, and the worker's model is
+  averaged with the new one:
 
       x^i <- alpha x^i + (1 - alpha) theta_t
 
@@ -327,17 +329,17 @@ class Late(Overlapping, name="late"):
 
   The executors `simulate`, `spmd` and `pmap` compute the exchange at the end of its round and hold
   the result back. The executor `overlapped` runs it while the workers compute. A period of one
-  gains nothing on CPUs: the exchange of a gradient needs more of the processor than it frees.
+  gains nothing on CPUs: the exchange of a gradient takes more processor time than overlap saves.
 
   Args:
     inner: a method with one exchange per round.
     delay: tau, local steps that an exchange may take.
     fragments: P, number of fragments; more than one for methods whose workers keep an optimizer.
-    mixing: alpha, weight of the worker's own model; None keeps the steps of the meantime.
+    mixing: alpha, weight of the worker's own model; None keeps the steps taken meanwhile.
 
   Raises:
-    ValueError: if the inner method has not one exchange per round, its period is not a multiple of
-      the fragments, or with fragments or mixing the delay is not below a period.
+    ValueError: if the inner method does not have one exchange per round, its period is not a
+      multiple of the fragments, or the delay, with fragments or mixing, is not below a period.
 
   Reference: Wang et al. 2020, arXiv 2002.09539 (overlapped local SGD); Douillard et al. 2025, arXiv
     2501.18512 (fragments and mixing).

@@ -28,12 +28,12 @@ class OverlapLocalSGD(LocalStepping, name="overlap_local_sgd"):
       x_{t+1}^i = y_t^i - alpha (y_t^i - z_t)
       v_{t+1} = beta v_t + aggregate_i(weight_i (x_{t+1}^i - z_t)),    z_{t+1} = z_t + v_{t+1}
 
-  The anchor z_{t+1} is needed only at the end of the next round. With beta = 0 it is the mean of
-  the workers' models. The deployed model is that mean.
+  The anchor z_{t+1} is needed only at the end of the next round. With beta = 0, the anchor is the
+  mean of the workers' models. The deployed model is that mean.
 
   Args:
     inner: each worker's optimizer; its state is private.
-    aggregator: combines the workers' distances from the anchor.
+    aggregator: combines the workers' differences from the anchor.
     period: H, local steps per round, or a schedule [[first round, H], ...].
     alpha: strength of the pull towards the anchor; 0.6 in the paper.
     momentum: beta, of the anchor; 0.7 in the paper.

@@ -42,8 +42,8 @@ class StreamingDiLoCo(Overlapping, name="streaming_diloco"):
 
   Raises:
     ValueError: if period or fragments < 1, period is not a multiple of fragments, delay is outside
-      [0, period), or mixing outside [0, 1]; at trace time, if the model cannot be cut into so many
-      fragments.
+      [0, period), or mixing outside [0, 1]; at trace time, if the model cannot be cut into that
+      many fragments.
 
   Reference: Douillard et al. 2025, arXiv 2501.18512, algorithm 2.
   """
@@ -65,7 +65,7 @@ class StreamingDiLoCo(Overlapping, name="streaming_diloco"):
 
   @cached_property
   def method(self) -> Method:
-    """DiLoCo, which each fragment is synchronised by."""
+    """DiLoCo, by which each fragment is synchronised."""
     return DiLoCo(self.inner, self.outer, self.aggregator, period=self.period)
 
 

@@ -1,4 +1,4 @@
-"""Imitation of expert drivers by a fleet of fleets, each on its own kind of road."""
+"""Imitation of expert drivers by several fleets, each on its own kind of road."""
 
 from collections.abc import Callable
 
@@ -27,24 +27,24 @@ def driving(
   *,
   model: Callable[[int], nn.Module] = Default("model", "ego_attention()"),
 ) -> Task:
-  """The expert's action, of five, in the scenes of recorded driving.
+  """Predicts which of five actions an expert takes in the scenes of recorded driving.
 
-  `python experiments/drive.py --do=record` records the scenes. An example is a scene: the ego and
-  its eight nearest neighbours, ten numbers each (`scene.features`). The five actions
-  are a lane change to the left, none, one to the right, faster and slower. Without DAgger
-  (`rounds=0`) the scenes are those that the expert gets into; each round adds scenes that an
-  imitating policy got into, with the expert's action (Ross et al. 2011).
+  `python experiments/drive.py --do=record` records the scenes. An example is a scene: the ego
+  vehicle and its eight nearest neighbours, each described by ten numbers (`scene.features`). The
+  five actions are: change lane to the left, do nothing, change lane to the right, go faster, go
+  slower. Without DAgger (`rounds=0`) the scenes are those that the expert gets into; each round
+  adds scenes that an imitating policy got into, with the expert's action (Ross et al. 2011).
 
   There is a fleet for each scenario: highway, merge, roundabout and intersection, in this order.
-  `--partition="by_owner()"` makes a worker of each. Every tenth episode of round 0 is held out for
-  testing. Metrics: "loss", "accuracy", and the accuracy in each scenario.
+  `--partition="by_owner()"` makes each fleet a worker. Every tenth episode of round 0 is held out
+  for testing. Metrics: "loss", "accuracy", and the accuracy in each scenario.
 
   Args:
     path: the folder of the recording, also looked for in $RESEARCH_DATA_DIR and the user's cache.
     rounds: rounds of DAgger to train on, at most as many as were recorded.
     only: the scenario of the only fleet that trains; "": all.
     l2: weight of l2/2 ||params||^2.
-    model: outputs -> module, called with 5; from scenes [b, 9, 10].
+    model: outputs -> module, called with 5; the module takes scenes [b, 9, 10].
 
   Raises:
     ValueError: there is no such recording, scenario or round, or a file was changed.
@@ -72,7 +72,7 @@ def driving(
 
 
 def _examples(parts: list[tuple[int, str, Batch]], tested: bool) -> Batch:
-  """The examples of some blocks, with the number of each one's fleet."""
+  """The examples of some blocks, with the number of the fleet of each example."""
   fleets, numbers = [*SCENARIOS], []
   rows: list[Batch] = []
   for number, name, arrays in parts:

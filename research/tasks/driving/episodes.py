@@ -16,11 +16,11 @@ class Outcome(NamedTuple):
   success: bool  # reached the goal without a collision
   metres: float
   seconds: float
-  headway: float  # mean time to the vehicle ahead in seconds, over its decisions; nan if none was
+  headway: float  # seconds to the vehicle ahead, mean over decisions with one; nan if none
 
 
 class Drive(NamedTuple):
-  """An episode: its outcome, and every decision with the expert's."""
+  """An episode: its outcome, and for every decision the scene and the expert's action."""
 
   outcome: Outcome
   x: np.ndarray  # float32 [n, 1 + NEIGHBOURS, FEATURES]
@@ -38,9 +38,9 @@ def drive(
   """Drives one episode until a collision, the goal, or the end of the scenario's time.
 
   Args:
-    environment: of `scenarios.make`.
+    environment: made by `scenarios.make`.
     name: its scenario.
-    seed: of the traffic; the episode is a function of it and of the driver.
+    seed: of the traffic; it determines the episode together with the driver.
     driver: chooses the actions.
     expert: says what it would have done in each scene; None for the driver itself.
     watch: called with the environment before every decision.

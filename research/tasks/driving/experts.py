@@ -16,19 +16,20 @@ _PLANS = np.array(
 )  # [S, _STAGES]: only the first action changes the lane
 _CIRCLES = np.array([-1.25, 1.25])  # along a vehicle: two circles that cover it
 _RADIUS = 1.6
-_PACES = ((1.0, 10.0), (0.7, 1.0), (1.3, 1.0))  # of the others over predicted, and penalties
+_PACES = ((1.0, 10.0), (0.7, 1.0), (1.3, 1.0))  # relative speeds of the others, and penalties
 
 
 def planner(scene: Scene) -> int:
   """Searches the tree of the ego's actions in the next four seconds and returns the first action.
 
-  A node is the ego after an action was held for one second; each of the four levels has three
-  actions on the speed, and the first one has the two lane changes as well. The ego's speed and
-  offset approach their targets exponentially, and the others move as predicted in the scene. A leaf
-  is worth its mean speed over the highest one, minus a penalty for a collision, the higher the
-  earlier it is, for a headway below a second, and for a lane change. If it collides, the slower it
-  is the better. Collisions that would happen if the others were slower or faster by 30% count a
-  tenth. Vehicles behind the ego on its lane are left to brake.
+  A node is the ego after an action has been held for one second. Each of the four levels has three
+  actions that change or keep the speed; the first level also has the two lane changes. The ego's
+  speed and offset approach their targets exponentially, and the others move as predicted in the
+  scene. The value of a leaf is its mean speed, relative to the highest one, minus penalties: for a
+  collision, larger if it is earlier; for a headway below a second; and for a lane change. Among
+  leaves with a collision, a lower speed is better. Collisions that would only happen if the others
+  were 30% slower or faster count a tenth. Unless the ego changes lanes, vehicles behind it on its
+  lane are expected to brake.
 
   Args:
     scene: what the driver perceives.
@@ -90,7 +91,7 @@ def _risk(
 
 
 def _touches(between: np.ndarray, way: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-  """Whether the ego and each other vehicle come too near, [S, T, K]; the margin grows with time."""
+  """Whether the ego and each other vehicle are too close, [S, T, K]; the margin grows with time."""
   nearest = np.full(between.shape[:3], np.inf)
   for a, b in itertools.product(_CIRCLES, _CIRCLES):
     apart = between + b * theirs - a * way
@@ -102,7 +103,7 @@ def _touches(between: np.ndarray, way: np.ndarray, theirs: np.ndarray) -> np.nda
 def _short(
   between: np.ndarray, way: np.ndarray, theirs: np.ndarray, speed: np.ndarray
 ) -> np.ndarray:
-  """How far the headway to a vehicle ahead is below a second, from 0 to 1, mean over time, [S]."""
+  """By how much the headway is below a second, from 0 to 1, averaged over time, [S]."""
   ahead = np.sum(between * way, -1)
   aside = np.abs(between[..., 1] * way[..., 0] - between[..., 0] * way[..., 1])
   leads = (aside < 2) & (ahead > 0) & (np.sum(theirs * way, -1) > 0.7)
@@ -111,10 +112,10 @@ def _short(
 
 
 def idm(scene: Scene) -> int:
-  """Drives as highway-env's IDM and MOBIL vehicles, in steps of the ego's actions.
+  """Drives like highway-env's IDM and MOBIL vehicles, with the ego's actions.
 
-  MOBIL chooses a lane change, IDM an acceleration, of which more than 1 m/s^2 either way becomes
-  the action to go faster or slower.
+  MOBIL chooses a lane change, and IDM an acceleration. An acceleration above 1 m/s^2 becomes the
+  action to go faster, and one below -1 m/s^2 the action to go slower.
 
   Args:
     scene: what the driver perceives.

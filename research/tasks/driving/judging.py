@@ -39,13 +39,13 @@ def judge(
   first: int = 0,
   told: Callable[[int], None] = lambda episodes: None,
 ) -> list[episodes.Outcome]:
-  """Drives held-out episodes, whose seeds no recording has.
+  """Drives held-out episodes, whose seeds are in no recording.
 
   Args:
     driver: chooses the actions.
     name: the scenario.
     count: number of episodes.
-    first: of them; episodes are the same for all drivers.
+    first: number of the first one; a number is the same episode for all drivers.
     told: called after each episode with 1.
   """
   environment, found = scenarios.make(name), []
@@ -58,8 +58,9 @@ def judge(
 def measures(outcomes: Sequence[episodes.Outcome]) -> dict[str, Interval]:
   """Collisions per 100 km, mean speed (m/s), headway (s) and success, each with its interval.
 
-  Success has Wilson's interval. The others are ratios of sums over episodes, and have the
-  percentiles of a bootstrap over episodes, whose resamples are the same for equal counts.
+  Success has Wilson's interval. The others are ratios of sums over episodes. Their intervals are
+  percentiles of a bootstrap over episodes, which draws the same resamples for equal numbers of
+  episodes.
 
   Args:
     outcomes: of the episodes, at least one.
@@ -79,8 +80,8 @@ def bootstrapped(above: np.ndarray, below: np.ndarray) -> Interval:
   """The ratio of two sums over episodes, with the percentiles of a bootstrap over episodes.
 
   Args:
-    above: [n].
-    below: [n].
+    above: numerators [n].
+    below: denominators [n].
 
   Reference: Efron, 1979, Bootstrap methods: another look at the jackknife.
   """

@@ -16,7 +16,7 @@ SEED = 4
 
 
 def draw(names: Sequence[str], driver: Driver, target: Path) -> None:
-  """Draws a moment of an episode of each scenario, and writes a picture.
+  """Draws one moment of an episode of each scenario, and writes them as one picture.
 
   The ego is green.
 
@@ -39,7 +39,7 @@ def draw(names: Sequence[str], driver: Driver, target: Path) -> None:
 
 
 def _moment(name: str, driver: Driver) -> np.ndarray:
-  """The image of a scenario at the moment."""
+  """The image of a scenario at MOMENT."""
   os.environ.setdefault("SDL_VIDEODRIVER", "offscreen")  # no display is needed
   os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
   environment, frames = scenarios.make(name, picture=True), []

@@ -1,4 +1,4 @@
-"""Recorded driving: blocks of episodes on disk, each with its SHA-256, written once and resumable.
+"""Recorded driving: blocks of episodes on disk, each with its SHA-256; recording is resumable.
 
 A folder contains episodes.json, which lists the blocks, and one .npz file per block: "x"
 [n, vehicles, features], the expert's actions "y" [n], and the number of the "episode" [n].
@@ -35,19 +35,19 @@ def record(
   """Drives the episodes that a folder does not have yet, and records them.
 
   Args:
-    folder: of the recording; made if needed.
+    folder: of the recording; created if needed.
     names: the scenarios.
     count: episodes of each scenario, a multiple of BLOCK.
     driver: chooses the actions: the expert itself, or a policy whose mistakes it corrects (DAgger).
     expert: chooses the recorded actions.
-    number: the round: 0 for the expert's own driving, 1 and so on for those of DAgger.
-    told: called after each block with its episodes; blocks that are there count too.
+    number: the round: 0 for the expert's own driving, 1 and above for DAgger.
+    told: called after each block with its number of episodes; existing blocks count too.
 
   Returns:
     The SHA-256 of the list of blocks.
 
   Raises:
-    ValueError: count is not a positive multiple of BLOCK, or the index is none.
+    ValueError: count is not a positive multiple of BLOCK, or the index is not valid.
   """
   if count < BLOCK or count % BLOCK or count > ROUND:
     raise ValueError(f"episodes={count} is not a multiple of {BLOCK} in [{BLOCK}, {ROUND}]")
@@ -80,7 +80,7 @@ def found(path: str) -> Path:
 
 
 def default() -> Path:
-  """Where a recording goes: the folder "driving" of the data, or else of the user's cache.
+  """The default folder: "driving" in the data folder, or else in the user's cache.
 
   Raises:
     ValueError: there is neither.

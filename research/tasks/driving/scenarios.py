@@ -1,6 +1,6 @@
 """The roads that fleets drive on: scenarios of highway-env, with the same actions in all of them.
 
-The simulator is only in the extra `driving`; it is imported when a road is made.
+Only the extra `driving` installs the simulator, which is imported when `make` is called.
 """
 
 import importlib
@@ -52,7 +52,7 @@ def make(name: str, picture: bool = False) -> Any:
 
   Args:
     name: one of SCENARIOS.
-    picture: whether it will be asked to render.
+    picture: whether the environment must be able to render.
 
   Raises:
     ModuleNotFoundError: highway-env is not installed.

@@ -31,14 +31,14 @@ class Scene(NamedTuple):
   limit: float  # the highest speed that the ego can choose, m/s
   others: np.ndarray  # [K, 4]: x, y, heading and speed
   predicted: np.ndarray  # [K, T, 3], x, y and heading at TIMES
-  follows: np.ndarray  # [K], whether a neighbour is behind the ego on its lane
+  follows: np.ndarray  # [K], whether a neighbour follows the ego on its lane
 
 
 Driver = Callable[[Scene], int]  # chooses an action
 
 
 class Way(NamedTuple):
-  """Lanes that follow each other, as their ends measured along them."""
+  """Consecutive lanes, and the position of the end of each, measured along all of them."""
 
   lanes: list[Any]
   ends: np.ndarray
@@ -87,8 +87,8 @@ def features(scene: Scene) -> np.ndarray:
   lane on the left and on the right, its offset and its heading relative to its path, and how much
   the path turns within 15 and 30 m. Other rows are its neighbours, the nearest first: 1, position
   and relative velocity in the ego's frame, cosine and sine of the relative heading, and, if the
-  prediction comes within 2.5 m of the ego's path, how far along the path, when it arrives there,
-  and when it leaves.
+  prediction comes within 2.5 m of the ego's path, how far along the path that is, when it arrives
+  there, and when it leaves.
   """
   ego, path = scene.vehicle, scene.path
   found = np.zeros((1 + NEIGHBOURS, FEATURES), np.float32)
@@ -120,8 +120,8 @@ def features(scene: Scene) -> np.ndarray:
 def conflicts(scene: Scene) -> np.ndarray:
   """Where and when each neighbour is in the ego's way, [K, 3].
 
-  The columns are the distance along the path over 50 m, the time of arrival and that of leaving
-  over HORIZON; (2, 1, 1) for a neighbour that never is.
+  The columns are the distance along the path over 50 m, and the times of arrival and of leaving
+  over HORIZON; they are (2, 1, 1) for a neighbour that is never in the way.
   """
   found = np.tile([2.0, 1.0, 1.0], (len(scene.others), 1))
   gaps = scene.predicted[:, :, None, :2] - scene.path[None, None, :, :2]  # [K, T, P, 2]
@@ -135,7 +135,7 @@ def conflicts(scene: Scene) -> np.ndarray:
 
 
 def headway(scene: Scene) -> float:
-  """Seconds to the vehicle ahead on the path at the ego's speed; infinite without one in 100 m."""
+  """Seconds to the vehicle ahead on the path at the ego's speed; infinite if none is in 100 m."""
   gaps = scene.others[:, None, :2] - scene.path[None, :, :2]
   distance = np.hypot(gaps[..., 0], gaps[..., 1])
   ahead = distance.argmin(1) * SPACING

@@ -1,7 +1,7 @@
-"""The other vehicles of each scenario: IDM and MOBIL, as classes of their own.
+"""The other vehicles: IDM and MOBIL, with a class for each scenario.
 
-highway-env's intersection changes the parameters of the class of its vehicles; a class per scenario
-keeps the traffic of the others as it is.
+highway-env's intersection changes the parameters of its vehicles' class. With a class per scenario,
+this does not change the traffic of the others.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from highway_env.vehicle.behavior import IDMVehicle
 
 
 class Traffic(IDMVehicle):
-  """A vehicle that can collide with the ego alone, as in highway-env's fast highway.
+  """A vehicle that can collide only with the ego, as in highway-env's fast highway.
 
   Otherwise the wrecks of others would block crossings for the rest of an episode.
   """

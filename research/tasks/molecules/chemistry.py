@@ -12,14 +12,14 @@ from research.core.task import Batch
 ELEMENTS = ("C", "N", "O", "F", "P", "S", "Cl", "Br", "I", "Si", "B", "Se", "As", "Na", "H")
 BONDS = ("SINGLE", "DOUBLE", "TRIPLE", "AROMATIC")
 RINGS = (3, 4, 5, 6, 7)  # sizes of rings
-COUNTS = 255  # the most that a uint8 counts
+COUNTS = 255  # the largest uint8
 
 
 def parsed(smiles: Sequence[str]) -> list[Any]:
   """Parses SMILES; None for those that do not parse or have no atoms.
 
   Args:
-    smiles: the texts.
+    smiles: the SMILES strings.
 
   Raises:
     ValueError: RDKit is not installed.
@@ -77,7 +77,7 @@ def graphs(molecules: Sequence[Any]) -> Batch:
 
   Returns:
     "atoms" uint8 [N, A, 6]: the bits of each atom's features, packed as by `np.packbits`. "bonds"
-    uint8 [N, A, K, 2]: the same of each atom's bonds. "neighbours" [N, A, K]: the number of the
+    uint8 [N, A, K, 2]: the same for each atom's bonds. "neighbours" [N, A, K]: the number of the
     atom at the other end of each bond.
   """
   most = max(molecule.GetNumAtoms() for molecule in molecules)

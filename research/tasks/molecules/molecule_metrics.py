@@ -1,4 +1,4 @@
-"""Metrics of properties of molecules: means over targets, of the labels that there are."""
+"""Metrics of molecular properties: means over targets, from the labels that are present."""
 
 from collections.abc import Callable
 from typing import Any

@@ -37,8 +37,8 @@ def read(path: Path, smiles: str, targets: Sequence[str]) -> Table:
     targets: the names of the columns of labels.
 
   Raises:
-    ValueError: the file is not comma-separated, a column is missing, a line has another number of
-      cells than the header, or a label is not a number.
+    ValueError: the file is not comma-separated, a column is missing, a line does not have
+      as many cells as the header, or a label is not a number.
   """
   rows = _rows(path)
   if len(rows) < 2:

@@ -24,7 +24,7 @@ from research.tasks.partition import by_scaffold
 from research.tasks.supervised import supervised
 
 URL = "https://deepchemdata.s3-us-west-1.amazonaws.com/datasets/"
-SHOWN = 5  # SMILES that do not parse and are named
+SHOWN = 5  # number of SMILES that do not parse and are shown
 
 
 class Published(NamedTuple):
@@ -83,9 +83,10 @@ def molecules(
   and bonds; any other model, such as `mlp`, gets counts of Morgan fingerprints.
 
   If all labels are 0 or 1, the loss is the cross-entropy and the metric "auc" is the mean over the
-  targets of the area under the ROC curve. Otherwise labels are standardized by the training
-  molecules, the loss is half the squared error, and "rmse" is the mean over the targets, in their
-  units. Missing labels have weight zero: the objective is the mean over all labels that there are.
+  targets of the area under the ROC curve. Otherwise labels are standardized with the mean and
+  deviation of the training molecules, the loss is half the squared error, and "rmse" is the mean
+  over the targets, in their units. Missing labels have weight zero: the objective is the mean over
+  the labels that are present.
 
   Molecules of one Bemis-Murcko scaffold are all in training (80%), all in validation (10%) or all
   in test (10%), see `scaffold_split`. A partition makes laboratories: `--partition="by_scaffold()"`
@@ -93,7 +94,7 @@ def molecules(
   number of the scaffold. SMILES that do not parse are left out and reported.
 
   Args:
-    name: "esol", the solubility of 1128 molecules; "tox21", 12 assays of 7831; "hiv", the activity
+    name: "esol", the solubility of 1128 molecules; "tox21", 12 assays of 8006; "hiv", the activity
       of 41127; or the path of a comma-separated table with a header, plain, .gz or .bz2.
     targets: the columns of labels; empty: those of a published table.
     smiles: the column of SMILES; empty: "smiles".
@@ -155,7 +156,7 @@ def load(
   """Loads the molecules with their fingerprints, and the rows of each part of the scaffold split.
 
   Args:
-    name: see `molecules`, as are the others.
+    name: see `molecules`, also for the other arguments.
     targets: the columns of labels.
     smiles: the column of SMILES.
     radius: of the fingerprints.

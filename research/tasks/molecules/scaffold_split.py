@@ -1,4 +1,4 @@
-"""Splits of molecules by scaffold, so that no scaffold is on both sides."""
+"""Splits of molecules by scaffold, so that no scaffold is in two parts."""
 
 from collections.abc import Sequence
 

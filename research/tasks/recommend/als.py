@@ -121,10 +121,10 @@ def movielens_federated(
   An example is one user with all of the user's ratings. The parameters, and hence the messages, are
   only those of the items, {"item": [I, factors], "item_bias": [I]}. To evaluate a loss, each user
   first solves for its own factors and bias as above, given the current parameters of the items. The
-  objective is that of `recommend.movielens`, the mean over ratings, at these user factors. Its
-  gradient treats the user factors as constants, which is exact if their ridge penalty is part of
-  the objective. With --population=943 every client of a federated method is one user. The metrics
-  are those of `recommend.movielens`; computing them also solves for the users.
+  objective is that of `recommend.movielens`, a mean over ratings, evaluated with these user
+  factors. Its gradient treats the user factors as constants, which is exact if their ridge penalty
+  is part of the objective. With --population=943 every client of a federated method is one user.
+  The metrics are those of `recommend.movielens`; computing them also solves for the users.
 
   Args:
     split: see `movielens.load`.
