@@ -8,10 +8,10 @@ from research.core.method import Method
 
 
 class Around(Method):
-  """Wraps another method, `method`: the field `inner` by default, or built from other fields.
+  """Wraps another method: the field `inner`, or a method that a subclass builds from its fields.
 
-  The state has a field `inner`, the state of `method`. A subclass overrides `begin` and `finished`
-  to add behaviour at either end of a round.
+  The state's field `inner` is the state of `method`. A subclass overrides `begin` and `finished` to
+  add behaviour at the start and at the end of a round.
   """
 
   refuses: ClassVar[Mapping[Trait, str]] = {}
@@ -32,8 +32,8 @@ class Around(Method):
 
     Args:
       after: the inner method's state after the round.
-      local: Local after the round's last step; None in `receive`, which does not have it.
-      state: state at the round's start.
+      local: the Local after the round's last step; None if `receive` calls this function.
+      state: the state at the round's start.
       key: a typed key of the round, equal on all workers.
       presence: this worker's participation and weight.
     """
@@ -41,7 +41,7 @@ class Around(Method):
     return state._replace(inner=after)
 
   def inner_local(self, local: Any, state: Any) -> Any:
-    """The inner method's Local at the end of a round."""
+    """Returns the inner method's Local at the end of a round."""
     del state
     return local
 

@@ -14,7 +14,7 @@ from research.core.method import COMMON_MODEL
 from research.core.part import hidden
 from research.methods._steps import OneGradient, check_rate
 
-# Rejected by methods that also have uncompressed rounds.
+# Traits that methods with uncompressed rounds reject.
 EXACT_TOO = (
   COMMON_MODEL
   | composition.AROUND
@@ -27,14 +27,14 @@ class FrozenVariance(OneGradient):
 
   Args:
     learning_rate: a constant or a schedule over rounds.
-    aggregator: the compressed exchange.
+    aggregator: the aggregator of the compressed exchange.
     warm_up: number of rounds after which the variance is frozen, at least 1.
     b1: decay of the momentum, in [0, 1).
     b2: decay of the variance, in [0, 1).
     eps: above 0; keeps the denominator above zero.
 
   Raises:
-    ValueError: for arguments out of range, or an incompatible aggregator.
+    ValueError: if an argument is out of range, or the aggregator is incompatible.
   """
 
   learning_rate: float | optax.Schedule
@@ -70,7 +70,7 @@ def if_unseen(variance: Tree, first: Tree) -> Tree:
 
   Args:
     variance: the frozen variance.
-    first: the variance to use if no gradient has been seen, of the same shapes.
+    first: the variance to use if no gradient has been seen; its shapes are those of `variance`.
   """
   nothing = jnp.all(jnp.asarray([jnp.all(v == 0) for v in jax.tree.leaves(variance)]))
   return jax.tree.map(lambda v, x: jnp.where(nothing, x, v).astype(v.dtype), variance, first)

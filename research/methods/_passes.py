@@ -1,4 +1,4 @@
-"""Length of a federated round: passes over each client's own examples, or a number of steps."""
+"""Sets the length of a federated round: a number of local steps, or of passes over examples."""
 
 from typing import ClassVar
 
@@ -8,7 +8,7 @@ from research.core.part import hidden
 
 
 class ByPasses(Method):
-  """A method whose rounds have `period` steps or, if `period` is 0, `epochs` passes.
+  """Makes each round last `period` steps or, if `period` is 0, `epochs` passes.
 
   The executors set `steps`, the number of steps of the owner with the most examples, and
   `participation`, the fraction of owners in a round.

@@ -15,11 +15,11 @@ Rate = float | optax.Schedule
 
 class LocalSteps(NamedTuple):
   params: Params  # x_{t,h} of this worker
-  inner: State  # of its optimizer
+  inner: State  # state of its optimizer
 
 
 class LocalStepping(Method):
-  """A method whose workers step with private inner optimizers that persist from round to round."""
+  """Base class of methods whose workers keep a private inner optimizer from round to round."""
 
   inner: ClassVar[Any]  # an optax transformation
 
@@ -38,7 +38,7 @@ class GradientLocal(NamedTuple):
 
 
 class OneGradient(Method):
-  """A method whose round computes one gradient, at the current model."""
+  """Base class of methods that compute one gradient per round, at the current model."""
 
   def begin(self, state):
     return GradientLocal(state.params, optax.tree.zeros_like(state.params))
@@ -66,7 +66,7 @@ def check_rate(learning_rate: Rate, name: str = "learning_rate") -> None:
     name: name of the argument in the error.
 
   Raises:
-    ValueError: with the name and the value.
+    ValueError: if a constant is not above zero; the message has the argument's name and value.
   """
   if not callable(learning_rate):
     checks.above(name, learning_rate)
@@ -88,7 +88,7 @@ def moved(params: Params, rate: Array, direction: Tree) -> Params:
   Args:
     params: x.
     rate: step size, a scalar.
-    direction: d, of the shapes of x.
+    direction: d, with the shapes of x.
   """
   return optax.apply_updates(params, jax.tree.map(lambda d: -rate * d, direction))
 
@@ -99,17 +99,17 @@ def descended(params: Params, rate: float, direction: Tree) -> Params:
   Args:
     params: x.
     rate: step size.
-    direction: d, of the shapes of x.
+    direction: d, with the shapes of x.
   """
   return jax.tree.map(lambda x, d: x - rate * d, params, direction)
 
 
 def mixed(decay: float, average: Tree, new: Tree) -> Tree:
-  """Updates a moving average by a new value: decay a + (1 - decay) x.
+  """Updates a moving average with a new value: decay a + (1 - decay) x.
 
   Args:
     decay: in [0, 1].
     average: a.
-    new: x, of the shapes of a.
+    new: x, with the shapes of a.
   """
   return jax.tree.map(lambda a, x: decay * a + (1 - decay) * x, average, new)

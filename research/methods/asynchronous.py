@@ -1,4 +1,4 @@
-"""Deterministic forms of asynchronous methods: a delay model makes workers use stale models."""
+"""Asynchronous methods in deterministic form: a delay model makes workers use stale models."""
 
 from dataclasses import KW_ONLY
 from functools import cached_property
@@ -18,13 +18,16 @@ from research.sim.delays import Delays, by_coordinate, last_pull
 
 
 class Delayed(Stale, name="delayed"):
-  """Runs any method with workers that compute at stale models.
+  """Runs any method with workers that compute with stale models.
 
       x_{t+1} = x_t + (the inner method's update for a round that started at x_{t - tau_i})
 
-  With `data_parallel(sgd(eta), mean())` this is x_{t+1} = x_t - eta mean_i g_i(x_{t - tau_i}). On a
-  quadratic of curvature h, a constant delay tau is stable for 0 < eta h < 2 sin(pi / (4 tau + 2)),
-  about pi / (2 tau).
+  With `data_parallel(sgd(eta), mean())` as the inner method, the recursion is
+
+      x_{t+1} = x_t - eta mean_i g_i(x_{t - tau_i})
+
+  On a quadratic of curvature h, a constant delay tau is stable if eta h is above 0 and below 2
+  sin(pi / (4 tau + 2)), which is about pi / (2 tau).
 
   Args:
     inner: any method. A worker's model change over its round is applied to the current model.
@@ -41,12 +44,13 @@ delayed = Delayed
 
 
 class StalenessAware(Stale, name="staleness_aware"):
-  """`delayed` with a step size that decreases with staleness.
+  """Runs `delayed` with a step size that decreases with staleness.
 
       g <- g / max(tau_i, 1)^power
 
-  The paper divides the step size instead, which is equivalent for SGD. The correction has no effect
-  on an inner optimizer that is invariant to the scale of one worker's gradient.
+  The paper divides the step size instead of the gradient, which is equivalent for SGD. The
+  correction has no effect on an inner optimizer that is invariant to the scale of one worker's
+  gradient.
 
   Args:
     inner: any method, with the step size of synchronous training.
@@ -69,7 +73,7 @@ class StalenessAware(Stale, name="staleness_aware"):
 
   @cached_property
   def correction(self) -> Correction:
-    """g / max(tau, 1)^power."""
+    """The division of a gradient: g / max(tau, 1)^power."""
 
     def correct(grads, tau, moved, memory):
       del moved
@@ -83,7 +87,7 @@ staleness_aware = StalenessAware
 
 
 class Summed(Aggregator):
-  """Sums the workers' values: W times the inner aggregator's value.
+  """Sums the workers' values: multiplies the inner aggregator's value by W.
 
   Args:
     inner: aggregator whose value is a mean over workers.
@@ -101,15 +105,15 @@ class Summed(Aggregator):
 
 
 class Hogwild(Stale, name="hogwild"):
-  """Lock-free SGD on a shared model, as analysed in theory: inconsistent reads, summed updates.
+  """Simulates lock-free SGD on a shared model, with inconsistent reads and summed updates.
 
       xhat_i[v] = x_{t - tau_iv}[v],   tau_iv uniform on [0, bound), for each coordinate v
       x_{t+1} = x_t - eta sum_i weight_i grad f_i(xhat_i)
 
-  Nothing is averaged. If the workers' gradients are sparse and rarely overlap, a round of W workers
-  equals W steps of SGD; with dense gradients it is one step with W times the step size. An
-  aggregator that sends few values keeps sparse gradients sparse on the wire. For consistent reads
-  of one stale model use `delayed(..., uniform(bound))`.
+  Updates are added, not averaged. If the workers' gradients are sparse and rarely overlap, a round
+  of W workers equals W steps of SGD; with dense gradients, a round is one step with W times the
+  step size. An aggregator that sends few values keeps sparse gradients sparse on the wire. For
+  consistent reads of one stale model use `delayed(..., uniform(bound))`.
 
   Args:
     learning_rate: eta, the step size of a single worker's update.
@@ -136,12 +140,12 @@ class Hogwild(Stale, name="hogwild"):
 
   @cached_property
   def method(self) -> Method:
-    """SGD on the sum of the gradients."""
+    """The inner method: SGD on the sum of the gradients."""
     return data_parallel(optax.sgd(self.learning_rate), Summed(self.aggregator))
 
   @cached_property
   def delays(self) -> Delays:
-    """An independent delay for each coordinate."""
+    """The delay model: an independent delay for each coordinate."""
     return by_coordinate(self.bound)
 
   def on_server(self):
@@ -152,22 +156,22 @@ hogwild = Hogwild
 
 
 class ASGD(Stale, name="asgd"):
-  """Asynchronous SGD: a server applies the clients' gradients in the order of their arrival.
+  """Asynchronous SGD: a server applies the clients' gradients in the order in which they arrive.
 
       g_i = grad f_i(x_{t - tau_i}),   x_{t+1} = x_t + inner(g_i),   client i pulls x_{t+1}
 
-  With one worker and a population, a round is one such event, and the order of the clients
-  determines the staleness of each gradient. With several workers, a round averages the gradients of
-  one client per worker; if every round includes all clients, this is synchronous data parallelism.
-  For a step size that decreases with staleness use `staleness_aware(..., last_pull())`, and for
-  delay compensation `dc_asgd(..., last_pull())`.
+  With one worker and a population of clients, each round applies one gradient, and the order of the
+  clients determines the staleness of each gradient. With several workers, a round averages the
+  gradients of one client per worker; if every round includes all clients, the method is synchronous
+  data parallelism. For a step size that decreases with staleness, use
+  `staleness_aware(..., last_pull())`; for delay compensation, use `dc_asgd(..., last_pull())`.
 
   Args:
     inner: the server's optimizer.
     aggregator: combines the gradients of a round.
 
   Raises:
-    ValueError: for an incompatible aggregator.
+    ValueError: if the aggregator is incompatible.
 
   Reference: Lian et al. 2015, arXiv 1506.08272, algorithm 1 (AsySG-con).
   """
@@ -179,12 +183,12 @@ class ASGD(Stale, name="asgd"):
 
   @cached_property
   def method(self) -> Method:
-    """The server's optimizer, applied to the gradients of a round."""
+    """The inner method: the server's optimizer, applied to the gradients of a round."""
     return data_parallel(self.inner, self.aggregator)
 
   @cached_property
   def delays(self) -> Delays:
-    """The number of rounds since the client's last pull."""
+    """The delay model: the number of rounds since the client's last pull."""
     return last_pull()
 
 

@@ -1,4 +1,4 @@
-"""Polyak-Juditsky averaging: deploys the mean of a method's iterates instead of the last one."""
+"""Polyak-Juditsky averaging: deploys the mean of a method's iterates, not the last iterate."""
 
 from dataclasses import KW_ONLY
 from typing import NamedTuple
@@ -23,12 +23,12 @@ class Averaged(Around, name="averaged"):
 
       m_t = m_{t-1} + (x_t - m_{t-1}) / max(1, t - burn_in)
 
-  With step sizes that decay more slowly than 1/t, the mean is asymptotically optimal: its
+  With step sizes that decay more slowly than 1/t, the mean is asymptotically optimal: the mean's
   covariance is H^-1 S H^-1 / t.
 
   Args:
-    inner: any method; its own iterates are unchanged.
-    burn_in: initial rounds excluded from the mean; during them the mean is the last iterate.
+    inner: any method; the averaging does not change its iterates.
+    burn_in: number of initial rounds to exclude; during these rounds, the mean is the last iterate.
 
   Raises:
     ValueError: if burn_in < 0.

@@ -30,12 +30,13 @@ class TrackingState(NamedTuple):
 
 
 class GradientTracking(OneGradient, name="gradient_tracking"):
-  """Averages models and estimates of the mean gradient with the neighbours.
+  """Gradient tracking: averages models and estimates of the mean gradient with the neighbours.
 
       y_k^i = sum_j w_ij y_{k-1}^j + g_k^i - g_{k-1}^i,     g_k^i = weight_i grad f_i(x_k^i)
       x_{k+1}^i = sum_j w_ij x_k^j - alpha y_k^i
 
-  with y_0 = g_0. The mean of y is the mean of g in every round. Sends two trees per link.
+  with y_0 = g_0. The mean of y is the mean of g in every round. Each round sends two trees per
+  link.
 
   Args:
     learning_rate: alpha, constant.
@@ -94,14 +95,14 @@ class Extra(OneGradient, name="extra"):
       x_{k+1}^i = sum_j w_ij x_k^j - alpha weight_i grad f_i(x_k^i) + u_k^i
       u_{k+1}^i = u_k^i + 1/2 sum_j w_ij (x_k^j - x_k^i),     u_0 = 0
 
-  which is the paper's summed form of
+  This is the paper's summed form of
 
       x_{k+2} = (I + W) x_{k+1} - (I + W)/2 x_k - alpha (g_{k+1} - g_k),   x_1 = W x_0 - alpha g_0
 
-  and, unlike that form, does not accumulate rounding errors. Sends one tree per link.
+  The summed form does not accumulate rounding errors. Each round sends one tree per link.
 
   Args:
-    learning_rate: alpha, constant; below 2 lambda_min((I + W) / 2) / L.
+    learning_rate: alpha, a constant below 2 lambda_min((I + W) / 2) / L.
     aggregator: averages the workers' models, with constant symmetric weights w_ij = w_ji, such as
       `gossip(ring())`.
 
@@ -159,19 +160,19 @@ class ADMM(OneGradient, name="admm"):
 
   This is the linearized variant: one gradient step with a proximal term of strength
   rho = 1/eta - 2c replaces each worker's exact minimization. The penalty of a link is c w_ij; in
-  the paper it is c. Sends one tree per link.
+  the paper, the penalty is c. Each round sends one tree per link.
 
   Args:
     learning_rate: eta, constant, at most 1 / (2c).
     aggregator: averages the workers' models, with constant symmetric weights w_ij = w_ji, such as
       `gossip(ring())`.
-    penalty: c, penalty on disagreement, in the objective's curvature units.
+    penalty: c, the penalty on disagreement, in units of the objective's curvature.
 
   Raises:
-    ValueError: if learning_rate or penalty <= 0, rho < 0, or the aggregator is incompatible.
+    ValueError: if learning_rate <= 0, penalty <= 0, rho < 0, or the aggregator is incompatible.
 
-  Reference: Ling, Shi, Wu, Ribeiro 2015, IEEE Trans. Signal Processing 63(15) (DLM); the exact
-    one: Shi, Ling, Yuan, Wu, Yin 2014, arXiv 1307.5561.
+  Reference: Ling, Shi, Wu, Ribeiro 2015, IEEE Trans. Signal Processing 63(15) (DLM); with exact
+    minimization: Shi, Ling, Yuan, Wu, Yin 2014, arXiv 1307.5561.
   """
 
   learning_rate: float

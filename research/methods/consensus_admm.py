@@ -1,4 +1,4 @@
-"""Consensus ADMM: workers minimize their own objectives; multipliers enforce one common model."""
+"""Consensus ADMM: workers minimize their own objectives; multipliers enforce a common model."""
 
 from dataclasses import KW_ONLY
 from typing import Any, NamedTuple
@@ -31,18 +31,19 @@ class ConsensusADMM(Method, name="consensus_admm"):
       z_{t+1} = P(mean_i weight_i (x_{t+1}^i + u_t^i))
       u_{t+1}^i = u_t^i + x_{t+1}^i - z_{t+1},     u_0 = 0
 
-  The minimization is approximated by `period` gradient steps from x_t^i; the error vanishes in the
-  limit. P is the projection onto the task's constraints, or the identity. Each round sends one
-  tree, the change of the mean. A worker that drops out of a round does not contribute to z.
+  The minimization is approximated by `period` gradient steps from x_t^i; as t grows, the error of
+  this approximation vanishes. P is the projection onto the task's constraints, or the identity.
+  Each round sends one tree, the change of the mean. A worker that drops out of a round does not
+  contribute to z.
 
   Args:
-    learning_rate: size of the gradient steps, at most 2 / (L + rho).
+    learning_rate: step size of the gradient steps, at most 2 / (L + rho).
     aggregator: combines the workers' models and multipliers.
-    penalty: rho, in the objective's curvature units.
-    period: gradient steps per round.
+    penalty: rho, in units of the objective's curvature.
+    period: number of gradient steps per round.
 
   Raises:
-    ValueError: if learning_rate or penalty <= 0, period < 1, or the aggregator is incompatible.
+    ValueError: if learning_rate <= 0, penalty <= 0, period < 1, or the aggregator is incompatible.
 
   Reference: Boyd, Parikh, Chu, Peleato, Eckstein, 2011, Distributed optimization and statistical
     learning via the alternating direction method of multipliers, section 7.1.1.

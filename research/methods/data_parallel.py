@@ -14,8 +14,8 @@ from research.optim.projected import projected
 
 class DataParallelState(NamedTuple):
   params: Params  # x_t
-  inner: State  # of the optimizer
-  link: State  # of the aggregator
+  inner: State  # state of the optimizer
+  link: State  # state of the aggregator
 
 
 class DataParallelLocal(NamedTuple):
@@ -24,19 +24,19 @@ class DataParallelLocal(NamedTuple):
 
 
 class DataParallel(Method, name="data_parallel"):
-  """Distributed mini-batch SGD with any optax optimizer and any aggregator.
+  """Distributed mini-batch SGD, with any optax optimizer and any aggregator.
 
       g_i = (1/H) sum_h grad f_i(x_t; batch_h)
       x_{t+1} = x_t + inner(aggregate_i(weight_i g_i))
 
   Args:
-    inner: the optimizer; to clip after the aggregation, chain the clipping here.
+    inner: the optimizer; to clip after the aggregation, chain the clipping with this optimizer.
     aggregator: combines the workers' gradients.
     period: H, mini-batches per optimizer step (gradient accumulation), or a schedule
       [[first round, H], ...].
 
   Raises:
-    ValueError: if period < 1, its schedule does not start at round 0 and increase, or the
+    ValueError: if period < 1, the period's schedule does not start at round 0 and increase, or the
       aggregator's value differs between workers.
 
   Reference: Dekel, Gilad-Bachrach, Shamir, Xiao 2012, arXiv 1012.1367.

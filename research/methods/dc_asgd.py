@@ -19,7 +19,7 @@ from research.sim.delays import Delays
 
 
 class Compensating(Stale):
-  """SGD whose gradients are corrected for the model's change since they were computed."""
+  """SGD that corrects each gradient for the change from the stale to the current model."""
 
   learning_rate: ClassVar[Any]
   lam: ClassVar[float]
@@ -30,7 +30,7 @@ class Compensating(Stale):
 
   @cached_property
   def method(self) -> Method:
-    """SGD on the aggregated gradients."""
+    """The inner method: SGD on the aggregated gradients."""
     return data_parallel(optax.sgd(self.learning_rate), self.aggregator)
 
 
@@ -40,10 +40,11 @@ class DCASGD(Compensating, name="dc_asgd"):
       g_i = grad f_i(x_{t - tau_i}),   s_t = decay s_{t-1} + (1 - decay) g_i^2
       x_{t+1} = x_t - eta aggregate_i(g_i + lambda / sqrt(s_t + eps) g_i^2 (x_t - x_{t - tau_i}))
 
-  elementwise. This is a first-order estimate of g_i(x_t), in which g^2 approximates the Hessian's
-  diagonal. The paper's server receives one gradient at a time; `last_pull` with one worker and a
-  population does the same. If a round has several gradients, each is compensated with its own s_t,
-  and the state keeps their mean: this sends a second tree, which bypasses the aggregator.
+  All operations are elementwise. The corrected gradient is a first-order estimate of g_i(x_t), in
+  which g^2 approximates the Hessian's diagonal. The paper's server receives one gradient at a time;
+  `last_pull` with one worker and a population of clients does the same. If a round has several
+  gradients, each is compensated with its own s_t, and the state keeps the mean of the s_t. The
+  exchange of this mean sends a second tree, which bypasses the aggregator.
 
   Args:
     learning_rate: eta.
@@ -51,7 +52,7 @@ class DCASGD(Compensating, name="dc_asgd"):
     delays: tau_i, in rounds.
     lam: lambda_0; 0 gives `delayed`.
     decay: m, decay of the mean square.
-    eps: added under the square root.
+    eps: number added under the square root.
 
   Raises:
     ValueError: if learning_rate <= 0, lam < 0, decay is outside [0, 1), eps <= 0, or the
@@ -77,7 +78,7 @@ class DCASGD(Compensating, name="dc_asgd"):
 
   @cached_property
   def correction(self) -> Correction:
-    """g + lambda / sqrt(s + eps) g^2 (x_t - x_{t - tau})."""
+    """The corrected gradient: g + lambda / sqrt(s + eps) g^2 (x_t - x_{t - tau})."""
 
     def correct(grads, tau, moved, square):
       del tau
@@ -120,7 +121,7 @@ class DCASGDConstant(Compensating, name="dc_asgd_constant"):
 
   @cached_property
   def correction(self) -> Correction:
-    """g + lambda g^2 (x_t - x_{t - tau})."""
+    """The corrected gradient: g + lambda g^2 (x_t - x_{t - tau})."""
 
     def correct(grads, tau, moved, memory):
       del tau

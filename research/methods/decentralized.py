@@ -21,7 +21,7 @@ from research.core.base import EVERYONE, Aggregator, Array, Params, State, Trait
 from research.core.part import hidden
 from research.methods._steps import LocalStepping, LocalSteps, OneGradient, descended
 
-# Rejected by methods that average models among neighbours.
+# Traits that methods reject if they average models among neighbours.
 AMONG_NEIGHBOURS = {
   Trait.WEIGHTED: "a worker's steps would be weighted by its position in the graph; use sgp"
 }
@@ -29,24 +29,24 @@ AMONG_NEIGHBOURS = {
 
 class DPSGDState(NamedTuple):
   params: Params  # x_k^i
-  inner: State  # of this worker's optimizer
-  link: State  # of the aggregator
+  inner: State  # state of this worker's optimizer
+  link: State  # state of the aggregator
 
 
 class DPSGD(LocalStepping, name="d_psgd"):
-  """Decentralized parallel SGD with any inner optimizer: a step, then an average over neighbours.
+  """Decentralized parallel SGD with any inner optimizer: a local step, then a neighbour average.
 
       x_{k+1}^i = sum_j w_ij (x_k^j + weight_j inner(grad f_j(x_k^j)))
 
-  This is the paper's algorithm 1 with lines 4 and 5 swapped, which its remark allows: adapt, then
-  combine. The complete graph, or `mean()`, therefore gives parallel SGD. `choco` gives CHOCO-SGD,
-  and a period of H steps gives local decentralized SGD. The mean model moves by the mean of the
-  workers' steps.
+  This is the paper's algorithm 1 with lines 4 and 5 swapped, as a remark in the paper allows: each
+  worker adapts, then combines. The complete graph, or `mean()`, therefore gives parallel SGD.
+  `choco` gives CHOCO-SGD, and a period of H steps gives local decentralized SGD. The mean model
+  moves by the mean of the workers' steps.
 
   Args:
     inner: each worker's optimizer; its momentum is private.
     aggregator: averages the workers' models, such as `gossip(ring())`.
-    period: H, local steps per average.
+    period: H, number of local steps per average.
 
   Raises:
     ValueError: if period < 1, or the aggregator is incompatible.
@@ -84,9 +84,9 @@ d_psgd = DPSGD
 
 class SGPState(NamedTuple):
   numerator: Params  # x_k^i
-  weight: Array  # w_k^i; they sum to W
-  inner: State  # of this worker's optimizer
-  link: State  # of the exchange
+  weight: Array  # w_k^i; the sum over workers is W
+  inner: State  # state of this worker's optimizer
+  link: State  # state of the exchange
 
 
 class SGP(LocalStepping, name="sgp"):
@@ -95,13 +95,13 @@ class SGP(LocalStepping, name="sgp"):
       x_{k+1}^i = sum_j a_ij (x_k^j + weight_j inner(grad f_j(z_k^j)))
       w_{k+1}^i = sum_j a_ij w_k^j,     z_k^i = x_k^i / w_k^i
 
-  where the columns of (a_ij) sum to one and w_0 = 1. Every worker's steps count equally, even if
-  the graph favours some workers: the mean of x moves by the mean of the steps.
+  where the columns of (a_ij) sum to one and w_0 = 1. Even if the graph favours some workers, their
+  steps do not count more: the mean of x moves by the mean of the steps.
 
   Args:
     inner: each worker's optimizer, applied at z.
-    topology: any topology; on a balanced one w stays 1 and this is `d_psgd`.
-    period: H, local steps per exchange.
+    topology: any topology; on a balanced topology, w stays 1 and the method equals `d_psgd`.
+    period: H, number of local steps per exchange.
 
   Raises:
     ValueError: if period < 1.

@@ -1,4 +1,4 @@
-"""DeMo: momenta stay private, except for their largest components, which are sent."""
+"""DeMo: workers keep their momenta private and send only the largest components."""
 
 from dataclasses import KW_ONLY
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from research.methods._steps import OneGradient, check_rate, moved, rate_at
 class DeMoState(NamedTuple):
   params: Params  # theta_t
   momentum: Tree  # m_t of this worker
-  link: State  # of the aggregator
+  link: State  # state of the aggregator
   count: Array  # int32, t
 
 
@@ -34,15 +34,15 @@ class DeMo(OneGradient, name="demo"):
   divides each coefficient by the number of workers that sent it.
 
   Args:
-    learning_rate: eta, a constant or a schedule over rounds; the size of each parameter's change.
-    aggregator: selects the components that are sent and averages them.
+    learning_rate: eta, a constant or a schedule over rounds; each parameter changes by eta or not
+      at all.
+    aggregator: selects the components to send, and averages the selected components.
     decay: beta, decay of the momentum, in [0, 1).
 
   Raises:
-    ValueError: for arguments out of range, or an incompatible aggregator.
+    ValueError: if an argument is out of range, or the aggregator is incompatible.
 
-  Reference: Peng, Quesnelle, Kingma 2024, arXiv 2411.19870, algorithm 1, in its variant with
-    signs.
+  Reference: Peng, Quesnelle, Kingma 2024, arXiv 2411.19870, algorithm 1, the variant with signs.
   """
 
   learning_rate: float | optax.Schedule

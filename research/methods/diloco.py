@@ -13,13 +13,13 @@ from research.methods._steps import LocalStepping
 
 class DiLoCoState(NamedTuple):
   params: Params  # theta_t
-  inner: State  # of this worker's optimizer
-  outer: State  # of the outer optimizer
-  link: State  # of the aggregator
+  inner: State  # state of this worker's optimizer
+  outer: State  # state of the outer optimizer
+  link: State  # state of the aggregator
 
 
 class OuterStepping(LocalStepping):
-  """Local steps whose mean model change is the gradient of an outer optimizer."""
+  """Base class: the mean change of the workers' local steps is an outer optimizer's gradient."""
 
   outer: ClassVar[Any]  # an optax transformation
 
@@ -39,14 +39,15 @@ class OuterStepping(LocalStepping):
 
 
 class DiLoCo(OuterStepping, name="diloco"):
-  """Distributed low-communication training.
+  """Distributed low-communication training (DiLoCo).
 
       theta_{t,0}^i = theta_t,   theta_{t,h+1}^i = theta_{t,h}^i + inner(grad f_i(theta_{t,h}^i))
       Delta_t = aggregate_i(weight_i (theta_t - theta_{t,H}^i))                  outer gradient
       theta_{t+1} = theta_t + outer(Delta_t)
 
   The paper's inner optimizer is AdamW, with private moments, and its outer optimizer is
-  `sgd(0.7, momentum=0.9, nesterov=True)`. Plain outer `sgd(1.0)` is local SGD.
+  `sgd(0.7, momentum=0.9, nesterov=True)`. With the outer optimizer `sgd(1.0)`, the method is local
+  SGD.
 
   Args:
     inner: each worker's optimizer.
@@ -55,7 +56,7 @@ class DiLoCo(OuterStepping, name="diloco"):
     period: H, local steps per round, or a schedule [[first round, H], ...].
 
   Raises:
-    ValueError: if period < 1, its schedule does not start at round 0 and increase, or the
+    ValueError: if period < 1, the period's schedule does not start at round 0 and increase, or the
       aggregator's value differs between workers.
 
   Reference: Douillard et al. 2023, arXiv 2311.08105, algorithm 1.

@@ -1,4 +1,4 @@
-"""Eager DiLoCo: outer steps with a worker's own new change and the others' previous ones."""
+"""Eager DiLoCo: outer steps with a worker's own new change and the others' previous changes."""
 
 from dataclasses import KW_ONLY
 from typing import NamedTuple
@@ -15,11 +15,11 @@ from research.methods._steps import LocalStepping
 
 class EagerState(NamedTuple):
   params: Params  # theta_t^i of this worker
-  inner: State  # of this worker's optimizer
-  outer: State  # of this worker's outer optimizer
+  inner: State  # state of this worker's optimizer
+  outer: State  # state of this worker's outer optimizer
   mean: Tree  # the mean of Delta_{t-1}
   own: Tree  # this worker's term of that mean, M times
-  link: State  # of the aggregator
+  link: State  # state of the aggregator
 
 
 class EagerDiLoCo(LocalStepping, name="eager_diloco"):
@@ -30,8 +30,8 @@ class EagerDiLoCo(LocalStepping, name="eager_diloco"):
       g_t^i = mean_j Delta_{t-1}^j + (Delta_t^i - Delta_{t-1}^i) / M
       theta_{t+1}^i = theta_t^i + outer(g_t^i)
 
-  g_t^i is the previous round's mean over the M workers, in which worker i has replaced its own term
-  by the new one. In the first round, the others' terms are zero. The workers' models differ; the
+  g_t^i is the previous round's mean over the M workers, in which worker i has replaced its old term
+  by its new term. In the first round, the others' terms are zero. The workers' models differ; the
   deployed model is their mean. With compression, Delta_{t-1}^i is the term as the other workers
   received it.
 
@@ -42,7 +42,7 @@ class EagerDiLoCo(LocalStepping, name="eager_diloco"):
     period: H, local steps per round, or a schedule [[first round, H], ...].
 
   Raises:
-    ValueError: if period < 1, its schedule does not start at round 0 and increase, or the
+    ValueError: if period < 1, the period's schedule does not start at round 0 and increase, or the
       aggregator's value differs between workers.
 
   Reference: Kale, Douillard, Donchev 2025, arXiv 2502.12996, eager updates.

@@ -17,18 +17,18 @@ from research.core.method import Method, Period
 class ElasticState(NamedTuple):
   params: Params  # x_t^i of this worker
   centre: Params  # z_t
-  inner: State  # of this worker's optimizer; in EAMSGD its velocity v_t^i
-  link: State  # of the aggregator
+  inner: State  # state of this worker's optimizer; in EAMSGD its velocity v_t^i
+  link: State  # state of the aggregator
 
 
 class ElasticLocal(NamedTuple):
-  params: Params  # where the gradient is taken
+  params: Params  # the point at which the gradient is computed
   inner: State
   first: Array  # bool, whether the next step is the round's first
 
 
 class Elastic(Method):
-  """Pulls the workers towards the centre, and the centre towards the workers, once per round."""
+  """Pulls the workers towards the centre and the centre towards the workers, once per round."""
 
   alpha: ClassVar[float]
 
@@ -36,12 +36,12 @@ class Elastic(Method):
     checks.in_range("alpha", self.alpha, "(0, 1)")
 
   def pulled(self, params: Params, local: ElasticLocal, state: ElasticState) -> Params:
-    """Adds the pull towards the centre, evaluated at the round's start, in a round's first step.
+    """Adds, in a round's first step, the pull towards the centre, evaluated at the round's start.
 
     Args:
       params: this worker's model after its optimizer step.
-      local: state within the round.
-      state: state at the round's start.
+      local: the state within the round.
+      state: the state at the round's start.
 
     Returns:
       The model, moved by -alpha (x_t^i - z_t) in the first step.
@@ -50,7 +50,7 @@ class Elastic(Method):
     return jax.tree.map(pull, params, state.params, state.centre)
 
   def model(self, local: ElasticLocal) -> Params:
-    """This worker's model at the end of a round."""
+    """Returns this worker's model at the end of a round."""
     return local.params
 
   def message(self, local, state, *, key, presence=EVERYONE):
@@ -80,21 +80,21 @@ class EASGD(Elastic, name="easgd"):
       z_{t+1} = z_t + [tau | t] beta aggregate_i(weight_i (x_t^i - z_t)),      beta = W alpha
 
   The workers' models are never replaced. The exchange at step t uses the models before that step,
-  so it may overlap with the full round.
+  so the exchange may overlap with the full round.
 
   On a quadratic of curvature h with SGD of step size eta and tau = 1, the mean model and the centre
-  converge for 0 < eta h < 2 and 0 < alpha < (4 - 2 eta h) / (2 + W (2 - eta h)), which for one
-  worker is (4 - 2 eta h) / (4 - eta h). Without gradients the condition is alpha < 2 / (1 + W):
-  above it, every exchange increases the distance between the centre and the mean.
+  converge for 0 < eta h < 2 and 0 < alpha < (4 - 2 eta h) / (2 + W (2 - eta h)). For one worker,
+  the bound on alpha is (4 - 2 eta h) / (4 - eta h). Without gradients, the condition is alpha < 2 /
+  (1 + W): above this bound, every exchange increases the distance between the centre and the mean.
 
   Args:
     inner: each worker's optimizer.
     aggregator: combines the workers' distances from the centre.
-    period: tau, local steps per exchange, or a schedule [[first round, tau], ...].
-    alpha: the moving rate of each worker; 0.9 / W in the paper.
+    period: tau, number of local steps per exchange, or a schedule [[first round, tau], ...].
+    alpha: the moving rate of each worker; the paper uses 0.9 / W.
 
   Raises:
-    ValueError: if period or alpha is out of range; at trace time, if alpha >= 2 / (1 + W).
+    ValueError: if period or alpha is out of range, or, at trace time, if alpha >= 2 / (1 + W).
 
   Reference: Zhang, Choromanska, LeCun 2015, arXiv 1412.6651, section 3 and algorithm 1.
   """
@@ -127,18 +127,19 @@ class EAMSGD(Elastic, name="eamsgd"):
       v_{t+1}^i = delta v_t^i - eta grad f_i(x_t^i + delta v_t^i)
       x_{t+1}^i = x_t^i + v_{t+1}^i - [tau | t] alpha (x_t^i - z_t)
 
-  with the centre as in `easgd`. Between two steps, a worker stores the look-ahead point
-  x + delta v, where its gradient is taken.
+  The centre moves as in `easgd`. Between two steps, a worker stores the look-ahead point x + delta
+  v, at which it computes its gradient.
 
   Args:
     learning_rate: eta.
     aggregator: combines the workers' distances from the centre.
     momentum: delta, in [0, 1).
-    period: tau, local steps per exchange, or a schedule [[first round, tau], ...].
-    alpha: the moving rate of each worker; 0.9 / W in the paper.
+    period: tau, number of local steps per exchange, or a schedule [[first round, tau], ...].
+    alpha: the moving rate of each worker; the paper uses 0.9 / W.
 
   Raises:
-    ValueError: if learning_rate <= 0, momentum is outside [0, 1), or as `easgd`.
+    ValueError: if learning_rate <= 0, momentum is outside [0, 1), or `easgd` rejects period or
+      alpha.
 
   Reference: Zhang, Choromanska, LeCun 2015, arXiv 1412.6651, algorithm 2, made synchronous.
   """
@@ -160,7 +161,7 @@ class EAMSGD(Elastic, name="eamsgd"):
     return ElasticState(params, params, velocity, self.aggregator.init(params))
 
   def ahead(self, params: Params, velocity: Params) -> Params:
-    """x + delta v, the point where the gradient is taken."""
+    """Returns x + delta v, the point at which the gradient is computed."""
     return jax.tree.map(lambda x, v: x + self.momentum * v, params, velocity)
 
   def model(self, local):

@@ -19,12 +19,12 @@ from research.optim import server
 
 class FederatedState(NamedTuple):
   params: Params  # x_t
-  outer: State  # of the server's optimizer
-  link: State  # of the aggregator
+  outer: State  # state of the server's optimizer
+  link: State  # state of the aggregator
 
 
 class Federated(ByPasses, LocalStepping):
-  """Local steps from the server's model; their mean change is the server optimizer's gradient."""
+  """Base class: the mean change of clients' local steps is the server optimizer's gradient."""
 
   outer: ClassVar[Any]  # an optax transformation
 
@@ -45,25 +45,26 @@ class Federated(ByPasses, LocalStepping):
 
 
 class FedAvg(Federated, name="fed_avg"):
-  """Federated averaging.
+  """Federated averaging (FedAvg).
 
       y_{t,0}^i = x_t,   y_{t,k+1}^i = y_{t,k}^i + inner(grad f_i(y_{t,k}^i))     k in [K_i]
       x_{t+1} = x_t + eta_g aggregate_i(weight_i (y_{t,K_i}^i - x_t))
 
-  The K_i steps are E passes of client i over its own examples. One SGD step per client on all of
-  its examples, with eta_g = 1, is FedSGD: full gradient descent. A schedule of the inner optimizer
-  restarts every round.
+  The K_i steps are E passes of client i over its own examples. With eta_g = 1 and one SGD step per
+  client on all of its examples, the method is FedSGD, which is full gradient descent. A schedule of
+  the inner optimizer restarts every round.
 
   Args:
     inner: each client's optimizer, re-initialized every round.
     aggregator: combines the clients' model changes.
-    epochs: E, passes over a client's examples per round.
-    period: K, local steps of every client per round instead of passes; 0 means `epochs` decides.
-    learning_rate: eta_g, of the server; 1 in the paper.
+    epochs: E, number of passes over a client's examples per round.
+    period: K, number of local steps of every client per round; 0 means that `epochs` sets the
+      length.
+    learning_rate: eta_g, the server's learning rate; the paper uses 1.
 
   Raises:
-    ValueError: if epochs < 1, period < 0, both are set, learning_rate <= 0, or the aggregator is
-      incompatible.
+    ValueError: if epochs < 1, period < 0, both epochs and period are set, learning_rate <= 0, or
+      the aggregator is incompatible.
 
   Reference: McMahan, Moore, Ramage, Hampson, Aguera y Arcas 2016, arXiv 1602.05629, algorithm 1.
   """
@@ -81,7 +82,7 @@ class FedAvg(Federated, name="fed_avg"):
 
   @cached_property
   def outer(self) -> optax.GradientTransformation:
-    """The server's step."""
+    """The server's optimizer: SGD with the learning rate eta_g."""
     return optax.sgd(self.learning_rate)
 
 
@@ -94,20 +95,21 @@ class FedProx(Federated, name="fed_prox"):
       y_{t,k+1}^i = y_{t,k}^i + inner(grad f_i(y_{t,k}^i) + mu (y_{t,k}^i - x_t))
       x_{t+1} = x_t + aggregate_i(weight_i (y_{t,K_i}^i - x_t))
 
-  The steps are the paper's inexact minimization of f_i(y) + mu/2 ||y - x_t||^2, as in its
-  experiments. The paper samples clients in proportion to their number of examples and averages them
-  with equal weights. Here clients are sampled uniformly and weighted by their number of examples,
-  as in `fed_avg`. mu = 0 is `fed_avg`.
+  The local steps minimize f_i(y) + mu/2 ||y - x_t||^2 inexactly, as in the paper's experiments. The
+  paper samples clients in proportion to their number of examples and averages them with equal
+  weights. Here clients are sampled uniformly and weighted by their number of examples, as in
+  `fed_avg`. With mu = 0, the method is `fed_avg`.
 
   Args:
     inner: each client's optimizer, re-initialized every round.
     aggregator: combines the clients' model changes.
     mu: strength of the proximal term, in curvature units; the paper tries 0.001 to 1.
-    epochs: E, passes over a client's examples per round.
-    period: K, local steps of every client per round instead of passes; 0 means `epochs` decides.
+    epochs: E, number of passes over a client's examples per round.
+    period: K, number of local steps of every client per round; 0 means that `epochs` sets the
+      length.
 
   Raises:
-    ValueError: if mu < 0, or as `fed_avg`.
+    ValueError: if mu < 0, or `fed_avg` would reject the other arguments.
 
   Reference: Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith 2018, arXiv 1812.06127, algorithm 2.
   """
@@ -140,18 +142,19 @@ class FedOpt(Federated, name="fed_opt"):
       y_{t,0}^i = x_t,   y_{t,k+1}^i = y_{t,k}^i + inner(grad f_i(y_{t,k}^i))     k in [K_i]
       Delta_t = -aggregate_i(weight_i (x_t - y_{t,K_i}^i)),   x_{t+1} = x_t + outer(-Delta_t)
 
-  Clients are weighted by their number of examples, as in the paper's experiments; its algorithm
-  weights them equally. Plain outer `sgd(1.0)` is `fed_avg`.
+  Clients are weighted by their number of examples, as in the paper's experiments; the paper's
+  algorithm weights clients equally. With the outer optimizer `sgd(1.0)`, the method is `fed_avg`.
 
   Args:
     inner: each client's optimizer, re-initialized every round.
     outer: the server's optimizer.
     aggregator: combines the clients' model changes.
-    epochs: E, passes over a client's examples per round.
-    period: K, local steps of every client per round instead of passes; 0 means `epochs` decides.
+    epochs: E, number of passes over a client's examples per round.
+    period: K, number of local steps of every client per round; 0 means that `epochs` sets the
+      length.
 
   Raises:
-    ValueError: as `fed_avg`.
+    ValueError: if `fed_avg` would reject the arguments.
 
   Reference: Reddi et al. 2020, arXiv 2003.00295, algorithm 1.
   """
@@ -168,7 +171,7 @@ fed_opt = FedOpt
 
 
 class FedAdaptive(Federated):
-  """`fed_opt` with one of the paper's adaptive optimizers on the server."""
+  """Base class: `fed_opt` with one of the paper's adaptive optimizers on the server."""
 
   inner: optax.GradientTransformation
   aggregator: Aggregator
@@ -181,11 +184,11 @@ class FedAdaptive(Federated):
 
   def check(self):
     super().check()
-    _ = self.outer  # building it rejects out-of-range hyper-parameters
+    _ = self.outer  # building the optimizer rejects out-of-range hyper-parameters
 
 
 class FedAdam(FedAdaptive, name="fed_adam"):
-  """`fed_opt` with Adam on the server, without bias correction as in the paper.
+  """`fed_opt` with Adam on the server; as in the paper, there is no bias correction.
 
       m_t = b1 m_{t-1} + (1 - b1) Delta_t,   v_t = b2 v_{t-1} + (1 - b2) Delta_t^2
       x_{t+1} = x_t + eta m_t / (sqrt(v_t) + tau),                      m_{-1} = 0, v_{-1} = tau^2
@@ -193,16 +196,17 @@ class FedAdam(FedAdaptive, name="fed_adam"):
   Args:
     inner: each client's optimizer, re-initialized every round.
     aggregator: combines the clients' model changes.
-    learning_rate: eta, of the server.
+    learning_rate: eta, the server's learning rate.
     b1: decay of the mean of changes.
     b2: decay of the mean of squares.
-    tau: degree of adaptivity, in units of a model change.
-    epochs: E, passes over a client's examples per round.
-    period: K, local steps of every client per round instead of passes; 0 means `epochs` decides.
+    tau: degree of adaptivity, in the units of a model change.
+    epochs: E, number of passes over a client's examples per round.
+    period: K, number of local steps of every client per round; 0 means that `epochs` sets the
+      length.
 
   Raises:
-    ValueError: if learning_rate or tau is not above 0, or b1 or b2 is outside [0, 1), or as
-      `fed_avg`.
+    ValueError: if learning_rate or tau is not above 0, b1 or b2 is outside [0, 1), or `fed_avg`
+      would reject the other arguments.
 
   Reference: Reddi et al. 2020, arXiv 2003.00295, algorithm 2, FedAdam.
   """
@@ -225,15 +229,16 @@ class FedYogi(FedAdam, name="fed_yogi"):
   Args:
     inner: each client's optimizer, re-initialized every round.
     aggregator: combines the clients' model changes.
-    learning_rate: eta, of the server.
+    learning_rate: eta, the server's learning rate.
     b1: decay of the mean of changes.
     b2: decay of the mean of squares.
-    tau: degree of adaptivity, in units of a model change.
-    epochs: E, passes over a client's examples per round.
-    period: K, local steps of every client per round instead of passes; 0 means `epochs` decides.
+    tau: degree of adaptivity, in the units of a model change.
+    epochs: E, number of passes over a client's examples per round.
+    period: K, number of local steps of every client per round; 0 means that `epochs` sets the
+      length.
 
   Raises:
-    ValueError: as `fed_adam`.
+    ValueError: if `fed_adam` would reject the arguments.
 
   Reference: Reddi et al. 2020, arXiv 2003.00295, algorithm 2, FedYogi.
   """
@@ -248,19 +253,20 @@ fed_yogi = FedYogi
 
 
 class FedAdagrad(FedAdaptive, name="fed_adagrad"):
-  """`fed_adam` with v_t = v_{t-1} + Delta_t^2; the paper's experiments have no momentum.
+  """`fed_adam` with v_t = v_{t-1} + Delta_t^2; the paper's experiments use no momentum.
 
   Args:
     inner: each client's optimizer, re-initialized every round.
     aggregator: combines the clients' model changes.
-    learning_rate: eta, of the server.
+    learning_rate: eta, the server's learning rate.
     b1: decay of the mean of changes.
-    tau: degree of adaptivity, in units of a model change.
-    epochs: E, passes over a client's examples per round.
-    period: K, local steps of every client per round instead of passes; 0 means `epochs` decides.
+    tau: degree of adaptivity, in the units of a model change.
+    epochs: E, number of passes over a client's examples per round.
+    period: K, number of local steps of every client per round; 0 means that `epochs` sets the
+      length.
 
   Raises:
-    ValueError: as `fed_adam`.
+    ValueError: if `fed_adam` would reject the arguments.
 
   Reference: Reddi et al. 2020, arXiv 2003.00295, algorithm 2, FedAdagrad.
   """

@@ -12,7 +12,7 @@ import numpy as np
 
 from research.core.base import Array, Params, Tree
 
-# Layers are kept whole if the largest fragment is then at most this many times the mean.
+# Layers are not divided if the largest fragment is then at most this many times the mean.
 BALANCED = 1.15
 _STACKS = ("layers", "layer", "blocks", "block", "h", "stack")  # names of stacked layers
 _NUMBER = re.compile(r"(\d+)")
@@ -22,19 +22,19 @@ Rows = tuple[tuple[int, int, int], ...]  # slices (first, end, step) of a leaf's
 
 
 class Piece(NamedTuple):
-  """Rows of one leaf; None: the whole leaf."""
+  """A set of rows of one leaf."""
 
-  leaf: int  # its index in the flattened model
-  rows: tuple[int, int] | None  # first row and the row after the last one
+  leaf: int  # index of the leaf in the flattened model
+  rows: tuple[int, int] | None  # first row, and the row after the last; None: all rows
   size: int  # bytes
 
 
 class Fragments(NamedTuple):
   """The rows of each leaf that belong to each fragment.
 
-  A fragment's part of a model is a list of arrays: its leaves, in the order of the model. If other
-  fragments share a leaf, the part has only some of its rows. With one fragment, the part is the
-  model itself.
+  A fragment's part of a model is a list of the fragment's leaves, in the order of the model. If
+  several fragments share a leaf, each part has only some rows of the leaf. With one fragment, the
+  part is the model itself.
   """
 
   parts: tuple[tuple[tuple[int, Rows | None], ...], ...]  # (leaf, rows), by fragment
@@ -61,16 +61,16 @@ class Fragments(NamedTuple):
 def fragments_of(params: Params, count: int) -> Fragments:
   """Partitions a model into fragments that are balanced by bytes.
 
-  Layers are kept whole where this is possible: a layer is all parameters below one numbered name,
-  such as `layers_3` or `blocks/3`, or one row of stacked layers. Every other parameter, such as the
-  embedding, is a unit of its own. The units are assigned in order of decreasing size, each to the
-  smallest fragment so far. If the largest fragment then exceeds the mean by more than 15%,
-  parameters larger than a fragment are cut along their first dimension. If this is not enough,
-  layers are divided into their parameters as well.
+  Layers are not divided if this is possible. A layer consists of all parameters below one numbered
+  name, such as `layers_3` or `blocks/3`, or of one row of stacked layers. Every other parameter,
+  such as the embedding, is a separate unit. The units are assigned in order of decreasing size,
+  each to the fragment that is smallest so far. If the largest fragment then exceeds the mean by
+  more than 15%, parameters larger than a fragment are cut along their first dimension. If the
+  imbalance still exceeds 15%, layers are also divided into their parameters.
 
   Args:
     params: arrays or shapes.
-    count: number of fragments, P.
+    count: P, the number of fragments.
 
   Raises:
     ValueError: if the model cannot be cut into that many fragments.
@@ -97,13 +97,13 @@ def _bytes(leaf: Array | jax.ShapeDtypeStruct) -> int:
 
 
 def _imbalance(fragments: Sequence[Sequence[Piece]]) -> float:
-  """The largest fragment over the mean."""
+  """Returns the ratio of the largest fragment's size to the mean size."""
   sizes = [sum(piece.size for piece in one) for one in fragments]
   return max(sizes) * len(sizes) / sum(sizes)
 
 
 def _units(params: Params, count: int, *, whole_layers: bool, cut: bool) -> list[list[Piece]]:
-  """Pieces that stay together, in the order of the model."""
+  """Returns groups of pieces that stay together, in the order of the model."""
   flat = jax.tree_util.tree_leaves_with_path(params)
   names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
   leaves = [leaf for _, leaf in flat]
@@ -126,7 +126,7 @@ def _units(params: Params, count: int, *, whole_layers: bool, cut: bool) -> list
 
 
 def _layer(name: str) -> str:
-  """The name up to its first numbered part, such as 'layers_3' or 'blocks/3'; '' if it has none."""
+  """Returns a name up to its first numbered part, such as 'layers_3'; '' without such a part."""
   parts = name.split("/")
   numbered = next((i for i, part in enumerate(parts) if part[-1:].isdigit()), None)
   return "" if numbered is None else "/".join(parts[: numbered + 1])
@@ -135,7 +135,8 @@ def _layer(name: str) -> str:
 def _stacks(names: Sequence[str], leaves: Sequence[Array]) -> dict[str, str]:
   """Maps the name of each leaf of stacked layers to the name of its stack.
 
-  A stack is the leaves below a name such as 'layers', if they have the same leading dimension.
+  A stack consists of the leaves below a name such as 'layers' if all these leaves have the same
+  leading dimension.
   """
   found: dict[str, dict[str, int]] = {}
   for name, leaf in zip(names, leaves, strict=True):
@@ -149,7 +150,7 @@ def _stacks(names: Sequence[str], leaves: Sequence[Array]) -> dict[str, str]:
 
 
 def _natural(key: tuple) -> list[tuple[int, int, str]]:
-  """Sorts numbers within names by value: layers_2 before layers_10."""
+  """Returns a sort key that compares numbers within names by value: layers_2 before layers_10."""
   parts = [part for item in key for part in _NUMBER.split(str(item))]
   return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
 
@@ -178,7 +179,7 @@ def _dealt(units: list[list[Piece]], count: int) -> list[list[Piece]]:
 
 
 def _joined(pieces: list[Piece]) -> tuple[tuple[int, Rows | None], ...]:
-  """The rows of each leaf, in order; None for a whole leaf."""
+  """Joins pieces to the rows of each leaf, in order; None stands for all rows."""
   found: dict[int, list[tuple[int, int]] | None] = {}
   for leaf, rows, _ in sorted(pieces, key=lambda p: (p.leaf, p.rows or (0, 0))):
     runs = found.setdefault(leaf, None if rows is None else [])
@@ -190,7 +191,7 @@ def _joined(pieces: list[Piece]) -> tuple[tuple[int, Rows | None], ...]:
 
 
 def _slices(runs: list[tuple[int, int]]) -> Rows:
-  """The runs as slices; single rows at equal distances are one slice."""
+  """Converts runs of rows to slices; single rows at equal distances become one slice."""
   steps = {b[0] - a[0] for a, b in itertools.pairwise(runs)}
   if len(runs) > 1 and len(steps) == 1 and all(b - a == 1 for a, b in runs):
     return ((runs[0][0], runs[-1][1], steps.pop()),)
@@ -204,7 +205,7 @@ def _rows(leaf: Array, rows: Rows) -> Array:
 
 
 def _with_rows(leaf: Array, rows: Rows, new: Array) -> Array:
-  """Replaces rows of a leaf by those of `new`."""
+  """Replaces rows of a leaf by the rows of `new`."""
   first = 0
   for run in rows:
     count = len(range(*run))

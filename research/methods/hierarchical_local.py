@@ -21,9 +21,9 @@ _SLOW, _FAST = WORKER_AXES
 class HierarchicalState(NamedTuple):
   params: Params  # x_t of this worker's slice
   common: Params  # the model at the last average over slices
-  inner: State  # of this worker's optimizer
-  fast: State  # of the fast aggregator
-  slow: State  # of the slow aggregator
+  inner: State  # state of this worker's optimizer
+  fast: State  # state of the fast aggregator
+  slow: State  # state of the slow aggregator
   count: Array  # int32, completed rounds
 
 
@@ -34,21 +34,21 @@ class HierarchicalLocalSGD(LocalStepping, name="hierarchical_local_sgd"):
       x_s <- x_s + fast_i(weight_i / weight_s (y_i - x_s))       every round
       x_s <- c + slow_s(weight_s (x_s - c)) =: c                 every B-th round
 
-  where weight_s is the mean weight in the slice, and c the model at the last average over slices.
-  Optimizer states are private. The deployed model is the mean of the slices' models.
+  Here, weight_s is the mean weight in the slice, and c is the model at the last average over
+  slices. Optimizer states are private. The deployed model is the mean of the slices' models.
 
   Args:
     inner: each worker's optimizer.
     fast: the aggregator within a slice, `mean(axis='data')`.
     slow: the aggregator between slices, `mean(axis='slice')`. The models within a slice are equal
-      at this point, so an aggregator over all workers, such as `hierarchical_mean()`, is also
-      valid, and it sends less over slow links.
-    inner_period: H, local steps per average within a slice.
-    outer_period: B, rounds per average between slices.
+      before this exchange, so an aggregator over all workers, such as `hierarchical_mean()`, is
+      also valid and sends less over slow links.
+    inner_period: H, number of local steps per average within a slice.
+    outer_period: B, number of rounds per average between slices.
 
   Raises:
-    ValueError: if a period is < 1; at trace time, if the mesh has no slices or the fast aggregator
-      communicates between slices.
+    ValueError: if a period is below 1; at trace time, if the mesh has no slices or the fast
+      aggregator communicates between slices.
 
   Reference: Lin, Stich, Patel, Jaggi 2020, arXiv 1808.07217 (hierarchical local SGD).
   """

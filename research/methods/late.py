@@ -21,7 +21,7 @@ from research.methods.fragments import Fragments, fragments_of
 class LateState(NamedTuple):
   params: Params  # x_t^i of this worker
   own: State  # with several fragments, the state of this worker's optimizer
-  inner: tuple[State, ...]  # of the inner method, by fragment; its params are those last received
+  inner: tuple[State, ...]  # states of the inner method, by fragment, with the last received params
   sent: tuple[tuple[Tree, ...], ...]  # x_t^i when each exchange in flight started, oldest first
   air: tuple[tuple[Tree, ...], ...]  # values of the exchanges in flight, oldest first
   count: Array  # int32, completed rounds
@@ -29,14 +29,14 @@ class LateState(NamedTuple):
 
 class LateLocal(NamedTuple):
   params: Params
-  rest: Any  # Local of the inner method, without its params
+  rest: Any  # Local of the inner method, without the params
   inner: tuple[State, ...]  # as in LateState, once the value that is due has been received
   sent: tuple[tuple[Tree, ...], ...]
   number: Array  # int32, completed steps of this round
 
 
 class Overlapping(Around):
-  """A method whose exchange may take tau local steps; see `Late`.
+  """Base class of methods whose exchange may take tau local steps; see `Late`.
 
   Subclasses have a field `delay` and may have `fragments` and `mixing`. Executors either run `sync`
   as usual, or run the exchange elsewhere while the workers compute: `depart` and `arrive` are the
@@ -46,7 +46,7 @@ class Overlapping(Around):
   delay: ClassVar[int]  # tau
   fragments: ClassVar[int] = 1  # P
   mixing: ClassVar[float | None] = None  # alpha
-  receives: bool = hidden(True)  # False: the executor receives, and `begin` and `step` do not
+  receives: bool = hidden(True)  # False: the executor receives values, not `begin` and `step`
 
   def check(self):
     checks.at_least("delay", self.delay, 0)
@@ -91,21 +91,21 @@ class Overlapping(Around):
 
   @property
   def rounds_late(self) -> int:
-    """Full rounds in the delay: exchanges that start before the oldest one is received."""
+    """Number of full rounds in the delay: exchanges that start before the oldest is received."""
     return self.delay // self.local_steps
 
   @property
   def steps_late(self) -> int:
-    """Local steps of a round before the value that is due in it is received."""
+    """Number of local steps of a round before the worker receives the value that is due."""
     return self.delay % self.local_steps
 
   @property
   def flights(self) -> int:
-    """Exchanges of one fragment that are in flight at once."""
+    """Number of exchanges of one fragment that are in flight at once."""
     return self.rounds_late // self.fragments + 1
 
   def cut(self, params: Params) -> Fragments:
-    """The fragments of a model."""
+    """Partitions a model into fragments."""
     return fragments_of(params, self.fragments)
 
   # ---- one worker
@@ -127,7 +127,7 @@ class Overlapping(Around):
     return LateState(params, own, tuple(states), sent, air, jnp.zeros((), jnp.int32))
 
   def _message_of(self, state: State, part: Tree) -> Tree:
-    """A fragment's message, of which only the shapes are used."""
+    """Returns a fragment's message; callers use only the message's shapes."""
     local = self.method.begin(self._with_own(state, ()))._replace(params=part)
     return self.method.message(local, state, key=jax.random.key(0))[0]
 
@@ -151,7 +151,7 @@ class Overlapping(Around):
 
   def _received(self, local: LateLocal, state: LateState) -> LateLocal:
     """Receives the value that is due in this round, if any."""
-    number = state.count - 1 - self.rounds_late  # the round in which its exchange started
+    number = state.count - 1 - self.rounds_late  # the round in which the exchange started
     halves = [
       lambda local, value, p=p: self.arrive(p, local, value[p]) for p in range(self.fragments)
     ]
@@ -184,10 +184,10 @@ class Overlapping(Around):
     )
 
   def _receive(self, value: Tree, state: State) -> State:
-    """Calls the inner method's `receive`, which must depend on nothing but the value and the state.
+    """Calls the inner method's `receive`, which may depend only on the value and the state.
 
     Raises:
-      ValueError: at trace time, if it depends on more.
+      ValueError: at trace time, if `receive` depends on anything else.
     """
     key = jax.random.key(0)
 
@@ -208,7 +208,7 @@ class Overlapping(Around):
   def depart(
     self, fragment: int, local: LateLocal, state: LateState, *, key: Array, presence: Presence
   ) -> tuple[Tree, LateState]:
-    """Ends a round: returns the message of a fragment, and the state without its result.
+    """Ends a round: returns a fragment's message, and the state without the result of its exchange.
 
     Args:
       fragment: index of the fragment, static.
@@ -231,7 +231,7 @@ class Overlapping(Around):
     return tree, LateState(x, rest, inner, sent, state.air, state.count + 1)
 
   def _marked(self, fragment, local, state, x, presence) -> tuple[tuple[Tree, ...], ...]:
-    """The models at which the exchanges in flight started, including this one."""
+    """Returns the models at which the exchanges in flight started, including the new exchange."""
     if self.mixing is not None:
       return state.sent
     now = _put(local.sent, fragment, (*local.sent[fragment][1:], x))
@@ -241,7 +241,7 @@ class Overlapping(Around):
     return kept(presence.active, now, before)
 
   def landed(self, fragment: int, state: LateState, value: Tree) -> LateState:
-    """Adds a value to those in flight.
+    """Adds a value to the values in flight.
 
     Args:
       fragment: index of the fragment, static.
@@ -288,10 +288,10 @@ class Overlapping(Around):
     return self.fragments == 1
 
   def params(self, state):
-    """The model to deploy: that of the inner method once all exchanges in flight are received."""
+    """Returns the inner method's model after all exchanges in flight are received."""
     cut, model = self.cut(state.params), state.params
     for p in range(self.fragments):
-      last = state.count - 1 - (state.count - 1 - p) % self.fragments  # its last exchange's round
+      last = state.count - 1 - (state.count - 1 - p) % self.fragments  # round of p's last exchange
       inner = state.inner[p]
       for place, value in enumerate(state.air[p]):
         number = last - (self.flights - 1 - place) * self.fragments
@@ -308,34 +308,37 @@ def _put(parts: tuple[Any, ...], place: int, part: Any) -> tuple[Any, ...]:
 class Late(Overlapping, name="late"):
   """Runs a method whose exchange takes tau local steps, during which the workers keep computing.
 
-  Round t ends at step t h, where the exchange of its messages m_t^i starts. x^i are the workers'
-  models, u_t^i is x^i at the start of exchange t, and theta is the inner method's model. Messages
-  m_t^i are measured from u_{t-1}^i, the model at the start of the worker's previous exchange:
+  Round t ends at step t h; at this step, the exchange of the round's messages m_t^i starts. x^i are
+  the workers' models, u_t^i is x^i at the start of exchange t, and theta is the inner method's
+  model. Messages m_t^i are measured from u_{t-1}^i, the model at the start of the worker's previous
+  exchange:
 
       theta_t = receive(aggregate_i(m_t^i), theta_{t-1})
       x^i <- theta_t + (x^i - u_t^i)                       tau steps after the end of round t
 
-  This keeps the steps that the worker has taken since exchange t started; u_t^i and later ones move
-  with x^i. With `mixing`, messages are measured from theta instead, and the worker's model is
-  averaged with the new one:
+  This update keeps the steps that the worker has taken since exchange t started; u_t^i and later
+  models u^i move with x^i. With `mixing`, messages are measured from theta instead, and the
+  worker's model is averaged with theta_t:
 
       x^i <- alpha x^i + (1 - alpha) theta_t
 
-  With tau = 0 this is the inner method. If tau is at least a round, the next exchange starts before
-  the previous one is received. With P fragments, each exchange sends one fragment, a period of the
-  inner method lies between two exchanges of a fragment, and a round is the H / P steps from one
-  exchange to the next. See `fragments_of` for how a model is cut. The deployed model is theta with
-  all exchanges received.
+  With tau = 0, the method equals the inner method. If tau is at least one round, the next exchange
+  starts before the result of the previous exchange is received. With P fragments, each exchange
+  sends one fragment, each fragment is exchanged once per period of the inner method, and a round
+  consists of the H / P steps from one exchange to the next. See `fragments_of` for how a model is
+  cut. The deployed model is theta with all exchanges received.
 
   The executors `simulate`, `spmd` and `pmap` compute the exchange at the end of its round and hold
-  the result back. The executor `overlapped` runs it while the workers compute. A period of one
-  gains nothing on CPUs: the exchange of a gradient takes more processor time than overlap saves.
+  the result back. The executor `overlapped` runs the exchange while the workers compute. On CPUs,
+  overlap with a period of one gains nothing: the exchange of a gradient uses more processor time
+  than overlap saves.
 
   Args:
     inner: a method with one exchange per round.
-    delay: tau, local steps that an exchange may take.
-    fragments: P, number of fragments; more than one for methods whose workers keep an optimizer.
-    mixing: alpha, weight of the worker's own model; None keeps the steps taken meanwhile.
+    delay: tau, the number of local steps that an exchange may take.
+    fragments: P, the number of fragments; P > 1 requires a method whose workers keep an optimizer.
+    mixing: alpha, the weight of the worker's own model; None keeps the steps taken during the
+      exchange.
 
   Raises:
     ValueError: if the inner method does not have one exchange per round, its period is not a

@@ -1,4 +1,4 @@
-"""Local SGD: every worker takes several local optimizer steps, then the models are averaged."""
+"""Local SGD: every worker takes several local optimizer steps, and then the models are averaged."""
 
 from dataclasses import KW_ONLY
 from typing import NamedTuple
@@ -14,8 +14,8 @@ from research.optim.projected import projected
 
 class LocalSGDState(NamedTuple):
   params: Params  # x_t
-  inner: State  # of this worker's optimizer
-  link: State  # of the aggregator
+  inner: State  # state of this worker's optimizer
+  link: State  # state of the aggregator
 
 
 class LocalSGD(LocalStepping, name="local_sgd"):
@@ -33,7 +33,7 @@ class LocalSGD(LocalStepping, name="local_sgd"):
     period: H, local steps per round, or a schedule [[first round, H], ...].
 
   Raises:
-    ValueError: if period < 1, its schedule does not start at round 0 and increase, or the
+    ValueError: if period < 1, the period's schedule does not start at round 0 and increase, or the
       aggregator's value differs between workers.
 
   Reference: Stich 2019, arXiv 1805.09767, algorithm 1.

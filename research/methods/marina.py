@@ -22,8 +22,8 @@ class MarinaState(NamedTuple):
   params: Params  # x^k
   previous: Params  # x^{k-1}
   estimate: Tree  # g^{k-1}
-  exact: State  # of the mean
-  link: State  # of the aggregator
+  exact: State  # state of the mean
+  link: State  # state of the aggregator
   count: Array  # int32, k
 
 
@@ -40,11 +40,11 @@ class Marina(Method, name="marina"):
       g^k = g^{k-1} + aggregate_i(weight_i (grad f_i(x^k) - grad f_i(x^{k-1})))     otherwise
       x^{k+1} = x^k - gamma_k g^k
 
-  where g^0 is a full gradient. While g^{k-1} is zero, the gradient itself takes the place of the
-  difference. The coin is a hash of (k, seed): all workers draw the same value, and a round's
-  traffic is known without running it. As the method converges, the differences vanish and so does
-  the compression error; with full local gradients, the method reaches the optimum exactly. With
-  mini-batches, both gradients use the same mini-batch, and g stays as noisy as these gradients.
+  Here, g^0 is a full gradient. While g^{k-1} is zero, the gradient replaces the difference. The
+  coin is a hash of (k, seed): all workers draw the same value, and a round's traffic is known
+  before the round runs. As the method converges, the differences and the compression error vanish;
+  with full local gradients, the method reaches the optimum exactly. With mini-batches, both
+  gradients use the same mini-batch, and g remains as noisy as the mini-batch gradients.
 
   Args:
     learning_rate: gamma, a constant or a schedule over rounds.
@@ -53,8 +53,8 @@ class Marina(Method, name="marina"):
     seed: seed of the coin.
 
   Raises:
-    ValueError: for arguments out of range or an incompatible aggregator; in `step`, if `grad_fn`
-      is None.
+    ValueError: if an argument is out of range or the aggregator is incompatible; in `step`, if
+      `grad_fn` is None.
 
   Reference: Gorbunov, Burlachenko, Li, Richtarik 2021, arXiv 2102.07845, algorithm 1.
   """
@@ -111,7 +111,7 @@ marina = Marina
 
 
 def coin(count: Array, probability: float, seed: int) -> Array:
-  """Whether a round sends a full gradient; it uses only integers, so it is known in advance.
+  """Returns whether a round sends a full gradient, computed in integers, thus known in advance.
 
   Args:
     count: k, int32 scalar.
@@ -127,7 +127,7 @@ def coin(count: Array, probability: float, seed: int) -> Array:
 
 
 def _mixed(bits):
-  """A pseudo-random permutation of the 32-bit numbers (the finalizer of Appleby's MurmurHash3)."""
+  """Permutes the 32-bit numbers pseudo-randomly (the finalizer of Appleby's MurmurHash3)."""
   bits = (bits ^ (bits >> np.uint32(16))) * np.uint32(0x85EBCA6B)
   bits = (bits ^ (bits >> np.uint32(13))) * np.uint32(0xC2B2AE35)
   return bits ^ (bits >> np.uint32(16))

@@ -16,8 +16,8 @@ class OnebitAdamState(NamedTuple):
   params: Params  # x_t
   momentum: Tree  # m_t
   variance: Tree  # v_t
-  exact: State  # of the mean
-  link: State  # of the aggregator
+  exact: State  # state of the mean
+  link: State  # state of the aggregator
   count: Array  # int32, t
 
 
@@ -31,23 +31,23 @@ class OnebitAdam(FrozenVariance, name="onebit_adam"):
       x_t = x_{t-1} - gamma_t m_t' / (sqrt(v_t') + eps)
       m_t' = m_t / (1 - b1^t),   v_t' = v_t / (1 - b2^min(t, T_w))
 
-  The paper's Adam has no bias correction. Here the warm-up is `optax.adam` with bias correction,
-  and the later rounds keep it: without it the step would grow by a factor of (1 - b2^T_w)^(-1/2),
-  about 3 for T_w = 100. An element whose v_{T_w} is zero never had a nonzero gradient and is not
-  updated, because sign compression cannot represent zero. If all of v_{T_w} is zero, it is set by
-  the first nonzero round after the warm-up.
+  The paper's Adam has no bias correction. Here, the warm-up is `optax.adam` with bias correction,
+  and the later rounds keep the correction: otherwise the step would grow by a factor of (1 -
+  b2^T_w)^(-1/2), about 3 for T_w = 100. An element whose v_{T_w} is zero never had a nonzero
+  gradient and is not updated, because sign compression cannot represent zero. If all of v_{T_w} is
+  zero, the first nonzero round after the warm-up sets the variance.
 
   Args:
     learning_rate: gamma, a constant or a schedule over rounds.
     aggregator: combines the momenta after the warm-up; the paper's choice is
       `error_feedback(two_phase(sign()))`, with a memory on each worker and one on the server.
-    warm_up: T_w, rounds that average gradients exactly; at least 1.
+    warm_up: T_w, number of rounds that average gradients exactly; at least 1.
     b1: decay of the momentum, in [0, 1).
     b2: decay of the variance, in [0, 1).
-    eps: added to the root of the variance, above 0.
+    eps: number added to the root of the variance, above 0.
 
   Raises:
-    ValueError: for arguments out of range, or an incompatible aggregator.
+    ValueError: if an argument is out of range, or the aggregator is incompatible.
 
   Reference: Tang, Gan, Awan, Rajbhandari, Li, Lian, Liu, Zhang, He 2021, arXiv 2102.02888,
     algorithm 1.

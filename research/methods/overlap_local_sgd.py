@@ -15,32 +15,33 @@ from research.methods._steps import LocalStepping
 
 class OverlapState(NamedTuple):
   params: Params  # x_t^i of this worker
-  inner: State  # of this worker's optimizer
+  inner: State  # state of this worker's optimizer
   anchor: Params  # z_t
   velocity: Tree  # v_t
-  link: State  # of the aggregator
+  link: State  # state of the aggregator
 
 
 class OverlapLocalSGD(LocalStepping, name="overlap_local_sgd"):
-  """Local SGD whose averaging overlaps with the whole next round.
+  """Local SGD whose averaging overlaps with the entire next round.
 
       y_t^i = H local steps of the inner optimizer from x_t^i
       x_{t+1}^i = y_t^i - alpha (y_t^i - z_t)
       v_{t+1} = beta v_t + aggregate_i(weight_i (x_{t+1}^i - z_t)),    z_{t+1} = z_t + v_{t+1}
 
   The anchor z_{t+1} is needed only at the end of the next round. With beta = 0, the anchor is the
-  mean of the workers' models. The deployed model is that mean.
+  mean of the workers' models. The deployed model is the mean of the workers' models.
 
   Args:
     inner: each worker's optimizer; its state is private.
     aggregator: combines the workers' differences from the anchor.
-    period: H, local steps per round, or a schedule [[first round, H], ...].
-    alpha: strength of the pull towards the anchor; 0.6 in the paper.
-    momentum: beta, of the anchor; 0.7 in the paper.
+    period: H, number of local steps per round, or a schedule [[first round, H], ...].
+    alpha: strength of the pull towards the anchor; the paper uses 0.6.
+    momentum: beta, the anchor's momentum; the paper uses 0.7.
 
   Raises:
-    ValueError: if period < 1, its schedule does not start at round 0 and increase, alpha is outside
-      (0, 1], momentum outside [0, 1), or the aggregator's value differs between workers.
+    ValueError: if period < 1, the period's schedule does not start at round 0 and increase, alpha
+      is outside (0, 1], momentum is outside [0, 1), or the aggregator's value differs between
+      workers.
 
   Reference: Wang, Liang, Joshi 2020, arXiv 2002.09539, equations 3 to 5 and 10 to 11.
   """

@@ -16,8 +16,8 @@ from research.methods._steps import LocalStepping
 class PostLocalState(NamedTuple):
   params: Params  # x_t of this worker
   common: Params  # the model at the last average
-  inner: State  # of this worker's optimizer
-  link: State  # of the aggregator
+  inner: State  # state of this worker's optimizer
+  link: State  # state of the aggregator
   count: Array  # int32, t
 
 
@@ -28,14 +28,14 @@ class PostLocalSGD(LocalStepping, name="post_local_sgd"):
       x_{t+1}^i = c + aggregate_i(weight_i (y_{t+1}^i - c))    if t+1 <= t' or H divides t+1 - t'
       x_{t+1}^i = y_{t+1}^i                                    otherwise
 
-  where c is the model at the last average. A round is one step. Optimizer states are private.
+  Here, c is the model at the last average. A round is one step. Optimizer states are private.
   Between averages the deployed model is the mean of the workers' models.
 
   Args:
     inner: each worker's optimizer.
     aggregator: combines the workers' model changes.
-    period: H, local steps per average after the switch.
-    switch: t', initial steps of synchronous training; 0 is local SGD from the start.
+    period: H, number of local steps per average after the switch.
+    switch: t', number of initial steps of synchronous training; 0 means local SGD from the start.
 
   Raises:
     ValueError: if period < 1 or switch < 0.

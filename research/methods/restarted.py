@@ -8,7 +8,7 @@ from research.methods._steps import LocalStepping
 
 
 class RestartedState(NamedTuple):
-  inner: NamedTuple  # of the inner method
+  inner: NamedTuple  # state of the inner method
 
 
 class Restarted(Around, name="restarted"):
@@ -16,17 +16,17 @@ class Restarted(Around, name="restarted"):
 
       m_{t,0}^i = 0   in place of   m_{t,0}^i = m_{t-1,H}^i
 
-  for the momentum, the second moment and the step count; a learning rate schedule restarts too.
-  A worker's momentum, computed from its own examples, then does not drive the next round away from
-  the common model. Local SGD becomes federated averaging with full participation, and SlowMo uses
-  the first of its paper's three strategies for the base optimizer's buffers.
+  The same holds for the second moment and the step count, so a learning rate schedule restarts too.
+  A worker's momentum, which is computed from its own examples, then does not drive the next round
+  away from the common model. Local SGD becomes federated averaging with full participation, and
+  SlowMo uses the first of its paper's three strategies for the base optimizer's buffers.
 
   Args:
-    inner: a method that carries workers' optimizers from round to round, such as `local_sgd`,
+    inner: a method that keeps workers' optimizers from round to round, such as `local_sgd`,
       `slow_mo` or `diloco`.
 
   Raises:
-    ValueError: if `inner` carries no workers' optimizers from round to round.
+    ValueError: if `inner` keeps no workers' optimizers from round to round.
 
   Reference: Wang, Tantia, Ballas, Rabbat 2020, arXiv 1910.00643, algorithm 1, line 2 (reset).
   """

@@ -18,9 +18,9 @@ class ScaffoldState(NamedTuple):
   params: Params  # x
   control: Params  # c
   own_control: Params  # c_i of this client
-  link: State  # of the models' aggregator
-  control_link: State  # of the controls' aggregator
-  warm: Array  # bool, whether the controls have been set
+  link: State  # state of the models' aggregator
+  control_link: State  # state of the controls' aggregator
+  warm: Array  # bool, whether the control variates have been set
 
 
 class ScaffoldLocal(NamedTuple):
@@ -37,26 +37,28 @@ class Scaffold(ByPasses, name="scaffold"):
       x <- x + eta_g aggregate_i(weight_i (y_i - x))
       c <- c + (|S| / N) aggregate_i(c_i+ - c_i),   c_i <- c_i+
 
-  The controls start at zero or, with a warm-up, at the clients' gradients at the first model, which
-  a first round computes without moving the models. A client that is not sampled, or drops out,
-  keeps its c_i. If the aggregator is the mean over workers, c equals the mean of all N clients' c_i
-  after every round. As in the paper, the solution minimizes the unweighted mean of the clients'
-  objectives. Weighting clients by their examples changes the path, not the solution; the paper's
-  algorithm also weights clients equally along the path. Sends two trees per round.
+  The control variates start at zero or, with a warm-up, at the clients' gradients at the first
+  model. A first round computes these gradients without moving the models. A client that is not
+  sampled, or drops out, keeps its c_i. If the aggregator is the mean over workers, c equals the
+  mean of all N clients' c_i after every round. As in the paper, the solution minimizes the
+  unweighted mean of the clients' objectives. Weighting clients by their examples changes the path,
+  not the solution; the paper's algorithm also weights clients equally along the path. Each round
+  sends two trees.
 
   Args:
-    learning_rate: eta, of the clients, constant.
-    aggregator: combines the clients' model changes and, with a separate state, their control
-      changes.
-    server_learning_rate: eta_g, of the server.
-    epochs: E, passes over a client's examples per round.
-    period: K, local steps of every client per round instead of passes; 0 means `epochs` decides.
-    warm_up: whether to start with a round that only sets the controls; the controls of clients not
-      sampled in it start at 0.
+    learning_rate: eta, the clients' learning rate, a constant.
+    aggregator: combines the clients' model changes and, with a separate state, the changes of their
+      control variates.
+    server_learning_rate: eta_g, the server's learning rate.
+    epochs: E, number of passes over a client's examples per round.
+    period: K, number of local steps of every client per round; 0 means that `epochs` sets the
+      length.
+    warm_up: whether to start with a round that only sets the control variates; those of clients
+      that this round does not sample start at 0.
 
   Raises:
-    ValueError: if a learning rate is not above 0, epochs < 1, period < 0, both are set, or the
-      aggregator is incompatible.
+    ValueError: if a learning rate is not above 0, epochs < 1, period < 0, both epochs and period
+      are set, or the aggregator is incompatible.
 
   Reference: Karimireddy, Kale, Mohri, Reddi, Stich, Suresh 2020, arXiv 1910.06378, algorithm 1.
   """

@@ -16,7 +16,7 @@ from research.methods._steps import OneGradient, check_rate, mixed, moved, rate_
 class SignumState(NamedTuple):
   params: Params  # x_k
   momentum: Tree  # v_k of this worker
-  link: State  # of the aggregator
+  link: State  # state of the aggregator
   count: Array  # int32, k
 
 
@@ -26,17 +26,18 @@ class Signum(OneGradient, name="signum"):
       v_{k+1}^i = beta v_k^i + (1 - beta) grad f_i(x_k)
       x_{k+1} = x_k - eta_k (sign(aggregate_i(weight_i v_{k+1}^i)) + lambda x_k),   sign(0) = +1
 
-  With `majority_vote()` the signs of all active workers count equally. With `mean()` this is Signum
-  on the mean gradient.
+  With `majority_vote()` the signs of all active workers count equally. With `mean()`, the method is
+  Signum on the mean gradient.
 
   Args:
-    learning_rate: eta, a constant or a schedule over rounds; the size of each parameter's change.
+    learning_rate: eta, a constant or a schedule over rounds; without weight decay, each parameter
+      changes by eta.
     aggregator: combines the workers' momenta; the paper's choice is `majority_vote()`.
-    momentum: beta, in [0, 1); 0 is SignSGD.
+    momentum: beta, in [0, 1); 0 gives SignSGD.
     weight_decay: lambda, at least 0.
 
   Raises:
-    ValueError: for arguments out of range, or an incompatible aggregator.
+    ValueError: if an argument is out of range, or the aggregator is incompatible.
 
   Reference: Bernstein, Zhao, Azizzadenesheli, Anandkumar 2019, arXiv 1810.05291, algorithm 1;
     Bernstein, Wang, Azizzadenesheli, Anandkumar 2018, arXiv 1802.04434, algorithms 1 and 2.

@@ -29,12 +29,13 @@ class SlowMo(OuterStepping, name="slow_mo"):
 
   This is DiLoCo with slow momentum as the outer optimizer. The paper has three strategies for the
   inner optimizer's buffers at the end of a round. This method keeps the buffers on each worker;
-  wrap it in `restarted` to reset them. beta = 0 and alpha = 1 is local SGD.
+  wrap the method in `restarted` to reset the buffers. With beta = 0 and alpha = 1, the method is
+  local SGD.
 
   Args:
     inner: each worker's optimizer, the paper's base optimizer.
     aggregator: combines the workers' model changes.
-    period: tau, local steps per round, or a schedule [[first round, tau], ...].
+    period: tau, number of local steps per round, or a schedule [[first round, tau], ...].
     learning_rate: gamma, the inner optimizer's learning rate: a constant, which cancels, or a
       schedule over local steps. gamma_t is the mean over the steps of round t; in the paper, gamma
       is constant within a round. A round with gamma_t = 0 adds nothing to the momentum.
@@ -66,7 +67,7 @@ class SlowMo(OuterStepping, name="slow_mo"):
 
   @cached_property
   def outer(self) -> optax.GradientTransformation:
-    """The momentum step, as an optimizer of the common model."""
+    """The slow momentum step, as an optimizer of the common model."""
 
     def init(params):
       return SlowMomentumState(optax.tree.zeros_like(params), jnp.zeros((), jnp.int32))
@@ -88,7 +89,7 @@ slow_mo = SlowMo
 
 
 def _mean_rate(learning_rate: Rate, number: Array, period: Period) -> Array:
-  """gamma_t, the mean learning rate over the local steps of a round."""
+  """Returns gamma_t, the mean learning rate over the local steps of a round."""
   if not callable(learning_rate) or not isinstance(period, int):
     return rate_at(learning_rate, number)
   steps = number * period + jnp.arange(period)

@@ -1,8 +1,8 @@
-"""Runs an inner method at stale models, with a delay model and a staleness correction.
+"""Runs an inner method with stale models, a delay model and a staleness correction.
 
 delays       choose the old model x_{t - tau} at which a worker computes
-correction   adjusts its gradient, given tau and x_t - x_{t - tau}
-method       processes the corrected gradient like any other
+correction   adjusts the worker's gradient, given tau and x_t - x_{t - tau}
+method       processes the corrected gradient like any other gradient
 """
 
 from collections.abc import Callable
@@ -18,30 +18,30 @@ from research.sim.delays import Delays
 
 
 class Correction(NamedTuple):
-  """Corrects a stale gradient g(x_{t - tau}) in round t, before it enters the inner method."""
+  """Corrects a stale gradient g(x_{t - tau}) in round t, before the inner method receives it."""
 
   init: Callable[[Params], State]  # creates a memory that is shared by all workers
   correct: Callable[..., tuple[Tree, State]]  # (g, tau, x_t - x_{t - tau}, memory)
-  remembers: bool = False  # whether it has a memory
+  remembers: bool = False  # whether the correction has a memory
 
 
 NOTHING = Correction(lambda params: (), lambda grads, tau, moved, memory: (grads, memory))
 
 
 class StaleState(NamedTuple):
-  inner: State  # of the inner method, includes x_t
-  held: State  # of the delays: the models that may still be read
-  memory: State  # of the correction
+  inner: State  # state of the inner method, includes x_t
+  held: State  # state of the delays: the models that may still be read
+  memory: State  # state of the correction
 
 
 class StaleLocal(NamedTuple):
   params: Params  # starts at x_{t - tau}
-  rest: Any  # Local of the inner method, without its params
+  rest: Any  # Local of the inner method, without the params
   memory: State
 
 
 class Stale(Around):
-  """Runs the inner method at stale models: a round starts at x_{t - tau}; its change updates x_t.
+  """Runs the inner method with stale models: a round starts at x_{t - tau} and changes x_t.
 
   Only the model is stale; the rest of the inner method's state is current. The inner method's Local
   must be a NamedTuple. A correction's memory is averaged exactly over the workers, bypassing the

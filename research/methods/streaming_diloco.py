@@ -1,4 +1,4 @@
-"""Streaming DiLoCo: synchronises the model by fragments while the workers keep computing."""
+"""Streaming DiLoCo: synchronises the model in fragments while the workers keep computing."""
 
 from dataclasses import KW_ONLY
 from functools import cached_property
@@ -25,24 +25,26 @@ class StreamingDiLoCo(Overlapping, name="streaming_diloco"):
 
       theta_{t+tau,p}^i <- alpha theta_{t+tau,p}^i + (1 - alpha) theta_p
 
-  This is `late(diloco(...), delay, fragments=P, mixing=alpha)`. A round is the H / P steps from one
-  exchange to the next; each exchange sends one fragment. Fragments are sets of layers of about
-  equal size, see `fragments_of`. The deployed model is theta, with each fragment as of its last
-  exchange. The aggregator decides the precision on the wire: the paper's 4 bits are
-  `error_feedback(two_phase(int4()))`. With one fragment, no delay and no mixing this is DiLoCo.
+  This is `late(diloco(...), delay, fragments=P, mixing=alpha)`. A round consists of the H / P steps
+  from one exchange to the next; each exchange sends one fragment. Fragments are sets of layers of
+  about equal size; see `fragments_of`. The deployed model is theta, with each fragment as of its
+  last exchange. The aggregator decides the precision on the wire: the paper's 4 bits are
+  `error_feedback(two_phase(int4()))`. With one fragment, no delay and no mixing, the method is
+  DiLoCo.
 
   Args:
     inner: each worker's optimizer; its state is private.
     outer: the optimizer of the common model, with a separate state for each fragment.
     aggregator: combines the workers' outer gradients, with a separate state for each fragment.
-    period: H, steps between two exchanges of a fragment.
+    period: H, number of steps between two exchanges of a fragment.
     fragments: P, number of fragments.
-    delay: tau, steps that an exchange may take; 0 disables overlap.
-    mixing: alpha, weight of the worker's own fragment; 0 replaces it by the common fragment.
+    delay: tau, number of steps that an exchange may take; 0 disables overlap.
+    mixing: alpha, weight of the worker's own fragment; 0 replaces the worker's fragment by the
+      common fragment.
 
   Raises:
     ValueError: if period or fragments < 1, period is not a multiple of fragments, delay is outside
-      [0, period), or mixing outside [0, 1]; at trace time, if the model cannot be cut into that
+      [0, period), or mixing is outside [0, 1]; at trace time, if the model cannot be cut into that
       many fragments.
 
   Reference: Douillard et al. 2025, arXiv 2501.18512, algorithm 2.
@@ -65,7 +67,7 @@ class StreamingDiLoCo(Overlapping, name="streaming_diloco"):
 
   @cached_property
   def method(self) -> Method:
-    """DiLoCo, by which each fragment is synchronised."""
+    """The inner method, DiLoCo, which synchronises each fragment."""
     return DiLoCo(self.inner, self.outer, self.aggregator, period=self.period)
 
 

@@ -1,4 +1,4 @@
-"""0/1 Adam: rare variance updates, and local steps between compressed exchanges."""
+"""0/1 Adam: updates the variance rarely, and takes local steps between compressed exchanges."""
 
 from dataclasses import KW_ONLY
 from typing import NamedTuple
@@ -21,13 +21,13 @@ class ZeroOneAdamState(NamedTuple):
   buffer: Tree  # u_t of this worker
   rates: Array  # float32, sum of gamma_h since t'
   variance: Tree  # v_t
-  exact: State  # of the mean
-  link: State  # of the aggregator
+  exact: State  # state of the mean
+  link: State  # state of the aggregator
   count: Array  # int32, t
 
 
 class ZeroOneAdam(FrozenVariance, name="zero_one_adam"):
-  """Adam with local, compressed steps: its update is linear in the values that workers send.
+  """Adam with local steps and compressed exchanges; the update is linear in the sent values.
 
       m_{t+1/2}^i = b1 m_t^i + (1 - b1) grad f_i(x_t^i),   u_{t+1/2}^i = u_t^i + gamma_t m_{t+1/2}^i
       v_{t+1} = b2 v_t + (1 - b2) (1/W sum_i weight_i grad f_i(x_t^i))^2    if t in T_v, else v_t
@@ -38,7 +38,7 @@ class ZeroOneAdam(FrozenVariance, name="zero_one_adam"):
   There is no bias correction, as in the paper. Unlike in the paper, the step of a round in T_v uses
   the updated variance: with v_0 = 0, the first step would otherwise be 1 / sqrt(eps) times too
   long. An element whose v is zero never had a nonzero gradient and is not updated, because sign
-  compression cannot represent zero. If all of v is zero, it is set by the first nonzero exchange.
+  compression cannot represent zero. If all of v is zero, the first nonzero exchange sets v.
 
   T_v consists of rounds among the first `warm_up`, with an interval of 2^floor(j / kappa) after the
   j-th. T_u consists of all warm-up rounds; afterwards its interval starts at 1 and doubles every
@@ -47,17 +47,17 @@ class ZeroOneAdam(FrozenVariance, name="zero_one_adam"):
   Args:
     learning_rate: gamma, a constant or a schedule over rounds.
     aggregator: combines u; the paper's 1-bit AllReduce is `error_feedback(two_phase(sign()))`.
-    warm_up: rounds until the variance is frozen and steps may be local; at least 1.
+    warm_up: number of rounds after which the variance is frozen and steps may be local; at least 1.
     variance_scale: kappa, at least 1.
-    double_every: rounds between doublings of the interval of T_u; in the paper, the number of
-      rounds in which the learning rate halves.
+    double_every: number of rounds between doublings of the interval of T_u; in the paper, the
+      number of rounds in which the learning rate halves.
     longest: maximum interval of T_u, a power of two.
     b1: decay of the momentum, in [0, 1).
     b2: decay of the variance, in [0, 1).
-    eps: added to the variance under the root, above 0.
+    eps: number added to the variance under the root, above 0.
 
   Raises:
-    ValueError: for arguments out of range, or an incompatible aggregator.
+    ValueError: if an argument is out of range, or the aggregator is incompatible.
 
   Reference: Lu, Li, Zhang, De Sa, He 2022, arXiv 2202.06009, algorithm 1 and its policies.
   """
@@ -82,11 +82,11 @@ class ZeroOneAdam(FrozenVariance, name="zero_one_adam"):
     return self.descended(state, state.buffer)
 
   def descended(self, state: ZeroOneAdamState, buffer: Tree) -> Params:
-    """x_{t'} - u / sqrt(v + eps), where elements with v = 0 do not move.
+    """Returns x_{t'} - u / sqrt(v + eps); elements with v = 0 do not move.
 
     Args:
-      state: provides x_{t'} and v.
-      buffer: u.
+      state: the state that contains x_{t'} and v.
+      buffer: the buffer u.
     """
     step = lambda x, u, v: x - jnp.where(v > 0, u / jnp.sqrt(v + self.eps), 0)
     return jax.tree.map(step, state.params, buffer, state.variance)
@@ -95,13 +95,13 @@ class ZeroOneAdam(FrozenVariance, name="zero_one_adam"):
     return GradientLocal(self.params(state), optax.tree.zeros_like(state.params))
 
   def refreshes(self, t: Array) -> Array:
-    """Whether t is in T_v: kappa rounds at interval 1, then kappa at interval 2, at 4, ..."""
+    """Returns whether t is in T_v: kappa rounds at interval 1, kappa at interval 2, at 4, ..."""
     stage = 31 - lax.clz(t // self.variance_scale + 1)
     since = t - self.variance_scale * ((1 << stage) - 1)
     return (t < self.warm_up) & (since % (1 << stage) == 0)
 
   def synchronises(self, t: Array) -> Array:
-    """Whether t is in T_u."""
+    """Returns whether t is in T_u."""
     local = jnp.maximum(t - self.warm_up, 0)
     doublings = jnp.minimum(local // self.double_every, self.longest.bit_length() - 1)
     return (t - self.warm_up + 1) % (1 << doublings) == 0
