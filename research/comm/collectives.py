@@ -22,7 +22,7 @@ from research.core.base import EVERYONE, WORKER_AXES, Array, Key, Presence, Tree
 Axes = str | Sequence[str]
 _OWN = 0x776F726B
 _LANES = 128
-_SHORT = 2**16  # bytes: about what a fast link transfers within the latency of a message
+_SHORT = 2**16  # bytes: about the amount that a fast link transfers within a message's latency
 
 
 class NoAxis(ValueError):
@@ -41,7 +41,7 @@ def named(axes: Axes) -> Iterator[None]:
   Exchanges over the default axes then use the user's axes; explicitly named axes are unchanged.
 
   Args:
-    axes: the name or names, slow links first; all of them must be in scope.
+    axes: the name or names, slow links first; all these axes must be in scope.
   """
   token = _NAMES.set((axes,) if isinstance(axes, str) else tuple(axes))
   try:
@@ -57,7 +57,7 @@ def in_scope(axes: Axes = WORKER_AXES) -> tuple[str, ...]:
     axes: one or more axis names; of the default axes, only some need to be in scope.
 
   Raises:
-    NoAxis: a ValueError, if none is in scope, or an explicitly named axis is not.
+    NoAxis: a ValueError, if no axis is in scope, or an explicitly named axis is not in scope.
     ValueError: if a name is repeated.
   """
   names = (axes,) if isinstance(axes, str) else tuple(axes)
@@ -109,7 +109,7 @@ def worker_index(axes: Axes = WORKER_AXES) -> Array:
 def are_summed(tree: Tree, axes: Axes = WORKER_AXES) -> bool:
   """Returns whether JAX has already summed any leaf over the workers.
 
-  With `check_vma=True`, its default, `shard_map` sums gradients of replicated parameters.
+  With `check_vma=True`, the default, `shard_map` sums gradients of replicated parameters.
 
   Args:
     tree: this worker's arrays, such as gradients.
@@ -142,7 +142,7 @@ def key_of(key: Key, worker: Array) -> Key:
 
 
 def round_keys(key: Key, number: Array) -> Key:
-  """Derives a round's keys for sync, local steps and client sampling; equal on all workers.
+  """Derives a round's keys for sync, local steps and client sampling, equal on all workers.
 
   Args:
     key: the run's typed key.
@@ -156,8 +156,8 @@ def mean(tree: Tree, axes: Axes = WORKER_AXES, presence: Presence = EVERYONE) ->
 
       1/W sum_i weight_i x_i, where absent workers contribute zero
 
-  Floats of 16 bits or fewer are sent in their own dtype. Such values are weighted and divided
-  before summation, since a product or a sum may overflow where the mean does not. Values of
+  Floats of 16 bits or fewer are sent in their own dtype. These values are weighted and divided
+  before summation, since a product or a sum may overflow even if the mean does not. Values of
   simulated workers are summed in float32; on devices, float16 values below 6e-8 W lose digits.
 
   Args:
@@ -178,7 +178,7 @@ def mean(tree: Tree, axes: Axes = WORKER_AXES, presence: Presence = EVERYONE) ->
 
 
 def _mean_as(dtype: Any, x: Array, names: tuple[str, ...]) -> Array:
-  """Averages over workers; values are sent and returned in `dtype`, and x may be wider."""
+  """Averages over workers; values are sent and returned in `dtype`, although x may be wider."""
   if not sending.is_narrow(jax.ShapeDtypeStruct((), dtype)):
     return lax.pmean(x, names)
   count = math.prod(lax.axis_size(name) for name in names)
@@ -258,7 +258,7 @@ def exchange(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
   """Sends row i of each leaf to worker i, and receives this worker's row from every worker.
 
   Short leaves of a dtype are sent as one message. A TPU interleaves flat rows in memory, but not
-  rows of arrays [W, n / 128, 128]: long rows are padded to that shape.
+  rows of arrays [W, n / 128, 128]; long rows are therefore padded to that shape.
 
   Args:
     tree: leaves [W, ...].
@@ -291,16 +291,16 @@ def exchange(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
 def permute(tree: Tree, links: Sequence[tuple[int, int]], axes: Axes = WORKER_AXES) -> Tree:
   """Sends this worker's message along a link, and receives the message sent to this worker.
 
-  Permutations of simulated workers have their own batching rule: JAX's rule requires every worker
-  to send, and drops one of two axes.
+  For simulated workers, this function uses its own batching rule, because JAX's rule requires every
+  worker to send, and drops one of two axes.
 
   Args:
-    tree: this worker's message, arrays of any dtypes.
+    tree: this worker's message; the arrays may have any dtypes.
     links: (sender, receiver) worker indices; no worker sends or receives twice.
     axes: the worker axes of the exchange.
 
   Returns:
-    The message from this worker's sender; zeros if it has none.
+    The message from this worker's sender; zeros if this worker has no sender.
   """
   names = in_scope(axes)
   sizes = [lax.axis_size(name) for name in names]

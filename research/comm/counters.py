@@ -10,14 +10,14 @@ import numpy as np
 PLACES = "NETWORK_COUNTERS"  # environment variable set by launchers: INTERFACE:FILE,FILE,...
 NAMES = ("rx_bytes", "rx_packets", "tx_bytes", "tx_packets")
 COLUMNS = (0, 1, 8, 9)  # columns of /proc/net/dev, after the interface's name
-HEADERS = 14 + 20 + 32  # header bytes of a packet: Ethernet, IPv4, TCP with time stamps
+HEADERS = 14 + 20 + 32  # header bytes of a packet: Ethernet, IPv4, TCP with timestamps
 
 
 class Counters(NamedTuple):
   """The files with the counters of a job's hosts."""
 
   interface: str
-  files: tuple[str, ...]  # one per host, in the form of /proc/net/dev
+  files: tuple[str, ...]  # one file per host, in the format of /proc/net/dev
 
   def read(self) -> np.ndarray:
     """Reads the current counters: int64 [hosts, NAMES]."""
@@ -26,8 +26,8 @@ class Counters(NamedTuple):
   def settled(self) -> np.ndarray:
     """Reads the counters after a collective's pending data has been sent, at the latest after 1 s.
 
-    A process returns from a collective once it has received all data, possibly before it has sent
-    all of its own.
+    A process returns from a collective when it has received all data, possibly before it has sent
+    all of its own data.
 
     Returns:
       int64 [hosts, NAMES].
@@ -65,10 +65,10 @@ def per_step(counted: np.ndarray, steps: int) -> list[dict[str, Any]]:
 
   Args:
     counted: differences of counters, int64 [hosts, NAMES].
-    steps: number of steps in which they were counted.
+    steps: the number of steps during which the bytes were counted.
 
   Returns:
-    For each host, NAMES and `tx_payload_bytes` per step.
+    For each host, the counters in NAMES and `tx_payload_bytes`, per step.
   """
   means = (counted / max(1, steps)).tolist()
   rows: list[dict[str, Any]] = [dict(zip(NAMES, host, strict=True)) for host in means]

@@ -1,4 +1,4 @@
-"""Sets the scheduling of gloo's threads; gloo is the transport between processes on CPUs."""
+"""Sets the scheduling policy of the threads of gloo, the transport between CPU processes."""
 
 import logging
 import os
@@ -24,17 +24,17 @@ def _waits(thread: int) -> bool:
   try:
     call = (TASKS / str(thread) / "syscall").read_text().partition(" ")[0]
   except OSError:
-    return False  # the thread has ended, or is not readable
+    return False  # the thread has ended, or its state is not readable
   return call in WAITS[platform.machine()]
 
 
 def let_work_go_first(before: set[int]) -> set[int]:
   """Keeps gloo threads started since `before` from preempting computation when messages arrive.
 
-  Gloo's thread polls while there is unrequested data, and every message wakes it. Under
+  Gloo's thread polls while there is unrequested data, and every message wakes the thread. Under
   SCHED_BATCH, the thread gets its share of a core without preempting the computation. On two hosts
-  where gloo's thread and the computation shared a core, a step with 1.9 million parameters then
-  took 30 ms instead of 52 ms, and a small all-reduce 0.4 ms instead of 4 ms.
+  where gloo's thread and the computation shared a core, SCHED_BATCH reduced the time of a step with
+  1.9 million parameters from 52 ms to 30 ms, and of a small all-reduce from 4 ms to 0.4 ms.
 
   Args:
     before: result of `threads` before JAX initialized its devices.

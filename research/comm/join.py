@@ -16,7 +16,7 @@ import jax
 from research.comm import gloo
 from research.core.text import quoted, whole_number
 
-JOIN_SECONDS = 300  # time for which a process waits for the others
+JOIN_SECONDS = 300  # maximum time for which a process waits for the other processes
 LOOPBACK = ("localhost", "127.0.0.1")
 
 
@@ -60,9 +60,9 @@ def initialize(coordinator: str = "", processes: int = 0, process_id: int = -1) 
   """Joins the processes of one job; call it before any other use of JAX's devices.
 
   Arguments take precedence over JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID,
-  which take precedence over the launcher's environment (see `detect_cluster`). If none of these is
-  set, the job has a single process. CPU processes communicate through gloo, GPUs through NCCL, and
-  TPUs over ICI and the data-centre network.
+  which take precedence over the launcher's environment (see `detect_cluster`). If no argument or
+  variable is set, the job has a single process. CPU processes communicate through gloo, GPUs
+  through NCCL, and TPUs over ICI and the data-centre network.
 
   Args:
     coordinator: HOST:PORT of process 0, reachable from all processes.
@@ -105,10 +105,10 @@ def initialize(coordinator: str = "", processes: int = 0, process_id: int = -1) 
 
 
 def _of_environment(environ: Mapping[str, str]) -> tuple[str, int, int]:
-  """Reads the job's settings from launch/ and similar launchers; missing ones are '', 0 and -1.
+  """Reads the settings from the launcher's variables; missing settings become '', 0 and -1.
 
-  An address alone is ignored, because it is JAX's own variable for clusters that provide the other
-  settings.
+  An address without other settings is ignored, because JAX itself uses that variable on clusters
+  that provide the other settings.
   """
   numbers = {name: environ.get(name, "") for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")}
   if not any(numbers.values()):
@@ -132,7 +132,7 @@ def _check_explicit(coordinator: str, processes: int, process_id: int) -> None:
 
 
 def _check_port(host: str, port: int) -> None:
-  """Rejects a port at which JAX's service cannot listen, which would abort with a core dump."""
+  """Rejects a port at which JAX's service cannot listen, since JAX would abort with a core dump."""
   with socket.socket() as tried:
     tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -142,7 +142,7 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _wait_for(host: str, port: int) -> None:
-  """Waits until process 0 listens."""
+  """Waits until process 0 listens at its port."""
   until = time.monotonic() + JOIN_SECONDS
   while True:
     try:

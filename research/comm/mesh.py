@@ -14,8 +14,8 @@ from research.core.base import WORKER_AXES
 from research.core.text import QUOTED, listed, one_line, whole_number
 
 # Axes within a worker, slow links first. `stage` partitions the sequence of layers. The other axes
-# shard: `fsdp` shards the parameters and the batch, `expert` shards the experts of a mixture, `seq`
-# shards the tokens of examples, and `model` shards each layer.
+# divide arrays: `fsdp` shards the parameters and the batch, `expert` shards the experts of a
+# mixture, `seq` shards the tokens of examples, and `model` shards each layer.
 INNER_AXES = ("stage", "fsdp", "expert", "seq", "model")
 
 
@@ -26,10 +26,10 @@ def parse_mesh(spec: str) -> dict[str, int]:
     spec: AXIS:SIZE entries, separated by commas, in any order.
 
   Returns:
-    Axis sizes by name, slow links first; `data` has size 1 if it is not given.
+    Axis sizes by name, slow links first; `data` has size 1 if the spec does not contain `data`.
 
   Raises:
-    ValueError: for an unknown or repeated axis, or a size that is not a positive integer.
+    ValueError: if an axis is unknown or repeated, or a size is not a positive integer.
   """
   legal = (*WORKER_AXES, *INNER_AXES)
   sizes: dict[str, int] = {}
@@ -72,11 +72,11 @@ def device_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -
 
   Args:
     axes: axis sizes by name, slow links first.
-    devices: all devices by default.
+    devices: the devices to use; by default all devices.
 
   Raises:
-    ValueError: if there are too few devices, or, with several processes, too many: each process
-      must own a part of the mesh.
+    ValueError: if there are too few devices, or if there are several processes and too many
+      devices, since each process must own a part of the mesh.
   """
   devices = jax.devices() if devices is None else devices
   wanted, spare = count(axes), len(devices) - count(axes)
@@ -117,10 +117,10 @@ def simulation_mesh(workers: int, devices: Sequence[Any] | None = None) -> Mesh:
 
   Args:
     workers: number of simulated workers.
-    devices: all devices by default.
+    devices: the devices to use; by default all devices.
 
   Raises:
-    ValueError: if there are several processes and some device would have no worker.
+    ValueError: if there are several processes and a device would have no worker.
   """
   devices = jax.devices() if devices is None else devices
   size = max(n for n in range(1, len(devices) + 1) if workers % n == 0)
@@ -130,7 +130,7 @@ def simulation_mesh(workers: int, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def runs_on_cpu(mesh: Mesh) -> bool:
-  """Returns whether all devices of a mesh are CPUs, even if programs are only compiled for them.
+  """Returns whether all devices of a mesh are CPUs; the devices may be targets of compilation only.
 
   Args:
     mesh: the mesh.
@@ -149,11 +149,11 @@ def like(device: Any) -> AbstractMesh:
 
 
 def options_for_sums(mesh: Mesh, elements: int) -> dict[str, str | bool] | None:
-  """Returns compiler options with which a CPU sums `elements` over their leading axis faster.
+  """Returns compiler options with which a CPU sums an array faster over its leading axis.
 
-  XLA:CPU before jaxlib 0.12 calls a library for such a sum, which takes 40 times as long as XLA's
-  own loops (31 ms instead of 0.7 ms for [8, 1024, 1024]). With the options, XLA uses its own loops.
-  For small sums, the library is not slower.
+  XLA:CPU before jaxlib 0.12 calls a library for such a sum. The library needs 40 times as long as
+  XLA's own loops (31 ms instead of 0.7 ms for [8, 1024, 1024]), but is not slower for small sums.
+  With the options, XLA uses its own loops.
 
   Args:
     mesh: the mesh to compile for.

@@ -11,7 +11,7 @@ from research.core.base import WORKER_AXES, Array, Tree
 
 
 def own_weight(shifts: Sequence[Shift], axes: collectives.Axes = WORKER_AXES) -> float | Array:
-  """Returns w_ii of this worker: static if it is equal on all workers, else a float32 scalar.
+  """Returns w_ii of this worker: a static float if equal on all workers, else a float32 scalar.
 
   Args:
     shifts: the links of one round of a topology.
@@ -31,11 +31,11 @@ def heard(
 
   Args:
     shifts: the links of one round of a topology.
-    message: this worker's arrays, of any dtypes.
+    message: this worker's arrays, which may have any dtypes.
     axes: the worker axes of the exchange.
 
   Returns:
-    (w_ij, message of worker j) for each direction; both are zero if there is no link.
+    For each direction, w_ij and the message of worker j; both are zero if there is no link.
   """
   found = []
   for offset, values in shifts:
@@ -46,7 +46,7 @@ def heard(
 
 
 def _of_worker(values: np.ndarray, axes: collectives.Axes) -> float | Array:
-  """Returns this worker's value, static if it is equal on all workers."""
+  """Returns this worker's value; the value is static if equal on all workers."""
   if (values == values[0]).all():
     return float(values[0])
   return jnp.asarray(values, jnp.float32)[collectives.worker_index(axes)]

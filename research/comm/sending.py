@@ -37,14 +37,15 @@ def as_bits(send: Callable[[Array], Array]) -> Callable[[Array], Array]:
 def in_pieces(
   send: Callable[[Array], Array], share: float = 1, lead: int = 0
 ) -> Callable[[Array], Array]:
-  """Wraps `send` to send long arrays in pieces, if gloo transfers them between processes.
+  """Wraps `send` to send long arrays in pieces, if gloo transfers the arrays between processes.
 
-  Gloo serializes the two directions of exchanges above 0.5 MB: 1 MB each way took 127 ms at 100
-  Mbit/s, and 0.25 MB took 21 ms. Sums are not split here: gloo splits them itself.
+  Gloo serializes the two directions of exchanges above 0.5 MB: sending 1 MB in each direction took
+  127 ms at 100 Mbit/s, and 0.25 MB took 21 ms. Sums are not split here, because gloo splits sums
+  itself.
 
   Args:
     send: maps an array [*first, n] to [*any, n], independently for each index of the last axis.
-    share: size of a message to another worker, as a fraction or multiple of the array's size.
+    share: the ratio of the size of a message to another worker to the array's size.
     lead: number of dimensions of `first`.
   """
 
@@ -73,7 +74,7 @@ def packed(
     tree: arrays whose first `lead` dimensions are equal.
     send: maps an array [*first, n] to [*any, n], independently for each index of the last axis.
     lead: number of dimensions of `first`.
-    longest: maximum bytes of a leaf that is concatenated.
+    longest: maximum size in bytes of a leaf that is concatenated.
   """
   leaves, treedef = jax.tree.flatten(tree)
   messages: dict[Any, list[int]] = {}

@@ -1,4 +1,4 @@
-"""Communication graphs: mixing weights of the links between workers, and spectral gaps."""
+"""Communication graphs: the mixing weights of links between workers, and the spectral gaps."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ _TOLERANCE = 1e-6
 class Shift(NamedTuple):
   """All links with the same offset between sender and receiver, modulo W."""
 
-  offset: int  # worker i receives from worker i - offset, modulo W; 0: itself
+  offset: int  # worker i receives from worker i - offset, modulo W; 0: its own value
   weights: np.ndarray  # [W], w_ij of the value that worker i receives; 0: no link
 
 
@@ -28,7 +28,7 @@ class Topology(Part):
 
   symmetric: ClassVar[bool] = True  # w_ij = w_ji
   balanced: ClassVar[bool] = True  # rows also sum to one, so consensus is preserved
-  varying: ClassVar[bool] = False  # the period may be longer than one round
+  varying: ClassVar[bool] = False  # True: the period may be longer than one round
 
   @required
   def rounds(self, count: int) -> list[list[Shift]]:
@@ -91,7 +91,7 @@ torus = Torus
 
 
 class Complete(Undirected, name="complete"):
-  """The complete graph with weights 1/W: one round gives the mean, and workers send W - 1 trees."""
+  """The complete graph with weights 1/W: a round gives the mean; a worker sends W - 1 trees."""
 
   def neighbours(self, count):
     return [set(range(count)) for _ in range(count)]
@@ -155,13 +155,13 @@ class Weights(Topology, name="weights"):
   """User-defined weights: w_ij, in row i and column j, weights the value that i receives from j.
 
   Args:
-    matrix: W rows of W nonnegative numbers; rows and columns sum to one.
-    directed: if true, only columns need to sum to one, which suffices for `push_sum` and `sgp`.
+    matrix: W rows of W nonnegative numbers; each row and each column sums to one.
+    directed: if True, only the columns must sum to one, which suffices for `push_sum` and `sgp`.
 
   Raises:
     ValueError: if the matrix is not square, has a negative number, a sum other than one, a worker
-      that does not reach all others, or zero spectral gap; at trace time, if there are not W
-      workers.
+      that does not reach all other workers, or a spectral gap of zero; at trace time, if the number
+      of workers is not W.
   """
 
   matrix: Sequence[Sequence[float]]
@@ -220,8 +220,7 @@ def mixing(topology: Topology, count: int) -> np.ndarray:
 def spectral_gap(matrices: np.ndarray) -> float:
   """Computes 1 - |lambda_2| for the product of the mixing matrices of a period.
 
-  The gap is 0 if the workers never reach consensus, and 1 if they reach consensus within a single
-  period.
+  The gap is 0 if the workers never reach consensus, and 1 if a single period gives consensus.
 
   Args:
     matrices: [period, W, W], as returned by `mixing`.

@@ -1,4 +1,4 @@
-"""Client sampling: which client, examples and weight each worker gets per round."""
+"""Samples clients: determines each worker's client, examples and weight in each round."""
 
 import math
 from typing import NamedTuple
@@ -23,17 +23,18 @@ class Draw(NamedTuple):
   weight: Array  # [K], that client's weight in the objective; zero if the worker serves no client
   anybody: Array  # [K] bool, whether any worker serves a client
   share: Array  # [K], weight of this worker's losses in the metrics; the workers' mean is one
-  index: Tree  # [K, H, b], indices into the client's examples; None: all of them
+  index: Tree  # [K, H, b], indices into the client's examples; None: all examples
 
 
 def draw(job: Job, data: Data, key: Key, numbers: Array, worker: Array) -> Draw:
   """Computes a worker's assignment as a pure function of (keys, round, worker).
 
-  Every worker draws the full cohort, since a weight is relative to the cohort's mean.
+  Every worker draws the full cohort, since a client's weight is relative to the cohort's mean
+  weight.
 
   Args:
     job: the resolved job.
-    data: examples, and their number per client.
+    data: the examples, and the number of examples per client.
     key: the run's typed key, equal on all workers.
     numbers: [K] int32, round numbers.
     worker: int32 scalar, the worker's index.
@@ -43,7 +44,7 @@ def draw(job: Job, data: Data, key: Key, numbers: Array, worker: Array) -> Draw:
   present = jnp.where(served, sizes, 0).astype(float)
   mean = jnp.mean(data.sizes[None] if job.sampling_rate else present, -1, dtype=float)
   weights = present / jnp.maximum(mean, 1 / job.workers)[..., None]
-  anybody = jnp.where(jnp.any(served, -1, keepdims=True), present, 1)  # none present: all 1
+  anybody = jnp.where(jnp.any(served, -1, keepdims=True), present, 1)  # without clients: all 1
   shares = anybody / jnp.mean(anybody, -1, keepdims=True)
   index = None
   if job.batch_size is not None:
@@ -53,7 +54,7 @@ def draw(job: Job, data: Data, key: Key, numbers: Array, worker: Array) -> Draw:
 
 
 def _examples(job: Job, data: Data, numbers: Array, owners: Array, worker: Array) -> Tree:
-  """Indices of the examples that a worker uses, [K, H, b]; a round in epochs starts a new pass."""
+  """Returns the indices [K, H, b] of a worker's examples; a round in epochs starts a new pass."""
   period, sizes = job.method.local_steps, data.sizes[owners]
   per_round = job.own_steps(sizes) if job.by_epochs else jnp.full_like(sizes, period)
   first = job.first_step + (numbers - job.first_round) * per_round
@@ -73,18 +74,18 @@ def cohorts(job: Job, key: Key, numbers: Array) -> tuple[Array, Array]:
   """Samples the clients that the workers serve.
 
   Without a sampling rate, each worker serves one client drawn from its own stratum. With a rate
-  (Poisson sampling), every client takes part independently with that probability. Workers without
-  a client idle. If more clients take part than there are workers, the excess is left out, so choose
-  enough workers to make this negligibly rare. With an `order`, a single worker serves the clients
-  in that order. Dropout then removes clients at random.
+  (Poisson sampling), every client takes part independently with a probability equal to the rate.
+  Workers without a client idle. If more clients take part than there are workers, the excess
+  clients are left out, so choose enough workers to make such rounds negligibly rare. With an
+  `order`, a single worker serves the clients in that order. Dropout then removes clients at random.
 
   Args:
-    job: the resolved job, W workers and P clients.
+    job: the resolved job, with W workers and P clients.
     key: the run's typed key, equal on all workers.
     numbers: [K] int32, round numbers.
 
   Returns:
-    Clients [K, W] int32, and whether each worker serves one, [K, W] bool.
+    The clients, int32 [K, W], and whether each worker serves a client, bool [K, W].
   """
   everyone = jnp.arange(job.workers, dtype=jnp.int32)
   key_of_round = lambda number: collectives.round_keys(key, number)[2]
@@ -95,8 +96,8 @@ def cohorts(job: Job, key: Key, numbers: Array) -> tuple[Array, Array]:
 
   def of_population(number):
     taking_part = at_rate(job.sampling_rate, key_of_round(number), len(job.sizes))
-    # Entry n is the first position where the running sum is n. XLA:CPU lowers cumsum to slow
-    # windows.
+    # Entry n is the first position at which the running sum is n. XLA:CPU would lower cumsum to
+    # slow windows.
     so_far = jax.lax.associative_scan(jnp.add, taking_part.astype(jnp.int32))
     owners = jnp.minimum(jnp.searchsorted(so_far, everyone + 1), len(job.sizes) - 1)
     return owners.astype(jnp.int32), everyone < so_far[-1]
@@ -119,13 +120,13 @@ def cohorts(job: Job, key: Key, numbers: Array) -> tuple[Array, Array]:
 
 
 def at_rate(rate: float, key: Key, count: int) -> Array:
-  """Draws bool [count], each true with a probability of at most `rate`.
+  """Draws `count` independent bools; each is true with a probability of at most `rate`.
 
-  The privacy accountant assumes `rate`, so the true probability must not exceed it. A uniform
-  float has only 24 random bits; this uses 32, or 64 if the rate is below 2^-32.
+  The privacy accountant assumes `rate`, so the true probability must not exceed it. A uniform float
+  has only 24 random bits; this function uses 32 bits, or 64 if the rate is below 2^-32.
 
   Args:
-    rate: in [0, 1].
+    rate: the probability, in [0, 1].
     key: a typed key.
     count: number of draws.
   """

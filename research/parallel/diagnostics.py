@@ -1,9 +1,9 @@
-"""Diagnostics of a round: the error of its exchanges, and the spread of the workers' models.
+"""Computes the diagnostics of a round: compression errors, spread of the models, and other norms.
 
-They are computed only in rounds that produce a row of the metrics. They use values that a round
-computes anyway: the messages as the other workers received them, and the models before and after.
-Methods need no code for this: their aggregators are wrapped during the exchange, which does not
-change the structure of the state.
+Diagnostics are computed only in rounds that produce a row of the metrics. The computation uses
+values that a round computes anyway: the messages as the other workers received them, and the models
+before and after the round. Methods need no code for diagnostics: their aggregators are wrapped
+during the exchange, which does not change the structure of the state.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ from research.parallel.job import Job
 
 # Squared norms of one worker in one round; see `columns`.
 NAMES = ("missed", "asked", "memory", "spread", "update")
-GRADIENT = "squared norm of the gradient"  # of a step; see `local_phase`
+GRADIENT = "squared norm of the gradient"  # one value per step; see `local_phase`
 
 
 class Recorded(NamedTuple):
@@ -79,7 +79,7 @@ def squared(tree: Tree) -> Array:
 def recorded(
   job: Job, sync: Any, local: Local, state: State, *args: Any
 ) -> tuple[State, dict[str, Array]]:
-  """Runs the exchange of a round, and measures the squared norms NAMES of this worker.
+  """Runs the exchange of a round, and measures this worker's squared norms, listed in NAMES.
 
   Args:
     job: a job with a resolved method.
@@ -89,7 +89,7 @@ def recorded(
     *args: further arguments of `sync`.
 
   Returns:
-    The new state, and the squared norms by NAMES.
+    The new state, and the squared norms by name.
   """
   method = job.method.over(Recording)
   shapes = jax.eval_shape(method.init, jax.eval_shape(job.method.params, state))
@@ -110,22 +110,23 @@ def recorded(
 
 
 def nothing() -> dict[str, Array]:
-  """Zeros instead of the norms of `recorded`, for rounds without a row."""
+  """Returns zeros in place of the norms of `recorded`, for rounds without a row."""
   return {name: jnp.zeros((), jnp.float32) for name in NAMES}
 
 
 def scan(
   one: Callable[..., tuple[Tree, Tree]], held: Tree, rounds: Tree, due: Array
 ) -> tuple[Tree, Tree]:
-  """`lax.scan` over the rounds of a dispatch, with diagnostics only in the rounds that are `due`.
+  """Scans over the rounds of a dispatch, with diagnostics only in the rounds that are `due`.
 
   There are two programs, so that rounds without diagnostics have no additional cost.
 
   Args:
-    one: (held, round, measures) -> (held, outputs). `measures` is static; it changes no structure.
-    held: the carry.
+    one: (held, round, measures) -> (held, outputs). `measures` is static, and does not change the
+      structure of the results.
+    held: the carry of the scan.
     rounds: arrays [K, ...].
-    due: [K] bool; True for the last round.
+    due: bool [K], whether each round has diagnostics; True for the last round.
   """
   count = len(due)
   ends = jnp.nonzero(due, size=count, fill_value=count)[0]
@@ -147,7 +148,7 @@ def scan(
 
 
 def due(job: Job, numbers: Array) -> Array:
-  """Returns whether each round [K] of a dispatch produces a row of the metrics; the last one does.
+  """Returns whether each of K rounds produces a row of the metrics; the last round always does.
 
   Args:
     job: the resolved job.
@@ -165,15 +166,15 @@ def _is_recorded(x: Any) -> bool:
 def columns(means: dict[str, float], gradient: float) -> dict[str, float]:
   """Converts squared norms to the diagnostics of a round.
 
-  "compression_error" is ||tree - sent||^2 / ||tree||^2 over all exchanges of all workers. The
-  others are root mean squares over the workers: "memory_norm" is the norm of the aggregators'
-  memories, "model_spread" the norm of a worker's model minus the mean model at the end of the local
-  phase, "update_norm" the norm of the round's change of the model, and "gradient_norm" the norm of
-  a worker's mini-batch gradient.
+  "compression_error" is ||tree - sent||^2 / ||tree||^2 over all exchanges of all workers. The other
+  diagnostics are root mean squares over the workers: "memory_norm" is the norm of the aggregators'
+  memories, "model_spread" is the norm of a worker's model minus the mean model at the end of the
+  local phase, "update_norm" is the norm of the model's change in the round, and "gradient_norm" is
+  the norm of a worker's mini-batch gradient.
 
   Args:
-    means: squared norms by NAMES, means over the workers.
-    gradient: the squared norm of the last step's gradient, a mean over the workers.
+    means: the means over the workers of the squared norms, by name.
+    gradient: the mean over the workers of the squared norm of the last step's gradient.
   """
   error = {"compression_error": means["missed"] / means["asked"]} if means["asked"] else {}
   roots = {"memory_norm": "memory", "model_spread": "spread", "update_norm": "update"}

@@ -1,9 +1,9 @@
-"""The two halves of a round, for an executor whose exchange runs on other devices.
+"""Splits a round into two halves, for an executor whose exchange runs on other devices.
 
-A state is held in three places: the aggregator's state (`links`) where the exchange runs, the
-results in flight, and everything else (`held`) where the workers compute. The functions `held` and
-`links` work on any tree with a state's structure: of arrays, of shapes, or of flags that say which
-leaves are private.
+A state is divided into three parts: the aggregator's state (`links`) on the devices of the
+  exchange, the results in flight, and all other state (`held`) on the workers' devices. The
+  functions `held` and `links` accept any tree with a state's structure, whose leaves are arrays,
+  shapes, or flags for private leaves.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,16 +19,16 @@ InAir = tuple[int, Tree]  # fragment and result of an exchange in flight
 
 
 class Tools(NamedTuple):
-  """Programs with which `settled` puts a state together."""
+  """The programs with which `settled` assembles a state."""
 
   receive: Callable[[State, Tree], State]  # `Halves.receive`, for all workers
-  nothing: Callable[[int], Tree]  # fragment -> a result of zeros
+  nothing: Callable[[int], Tree]  # maps a fragment to a result of zeros
 
 
 class Halves:
-  """A method with one exchange per round, whose result is due in a later round.
+  """Splits a method with one exchange per round, whose result is due in a later round.
 
-  The base class is for eager methods, whose result is due before the next message.
+  The base class handles eager methods, whose result is due before the next message.
   """
 
   def __init__(self, method: Method):
@@ -43,50 +43,50 @@ class Halves:
     return self.method.exchange
 
   def held(self, state: State) -> State:
-    """A state without the aggregator's state and without the results in flight."""
+    """Returns a state without the aggregator's state and without the results in flight."""
     return self.method.with_link(state, ())
 
   def links(self, state: State) -> tuple[State, ...]:
-    """The aggregator's state, by fragment."""
+    """Returns the aggregator's state, by fragment."""
     return (self.method.link(state),)
 
   def local(self, local: Local) -> Local:
-    """A worker's Local without the aggregator's state."""
+    """Returns a worker's Local without the aggregator's state."""
     return local
 
   def result(self, found: Aggregate) -> Tree:
-    """What a worker needs from the exchange."""
+    """Returns the part of an aggregate that a worker needs."""
     return found.value, found.sent
 
   def depart(
     self, fragment: int, local: Local, held: State, *, key: Array, presence: Presence
   ) -> tuple[Tree, State]:
-    """Ends a round: returns the message of a fragment, and what the workers then hold."""
+    """Ends a round: returns the message of a fragment, and the workers' new `held` state."""
     del fragment
     return self.method.message(local, held, key=key, presence=presence)
 
   def arrive(self, fragment: int, held: State, local: Local, result: Tree) -> tuple[State, Local]:
-    """Receives the result that is due."""
+    """Receives the result that is due; returns the workers' `held` state and Local."""
     del fragment
     return self.receive(held, result), local
 
   def receive(self, held: State, result: Tree) -> State:
-    """The eager method's state after its exchange."""
+    """Returns the eager method's state after its exchange."""
     value, sent = result
     return self.method.receive(value, sent, held, key=jax.random.key(0))
 
   def pending(self, state: State, number: int) -> list[InAir]:
-    """The results in flight in a state after `number` rounds, the oldest first."""
+    """Returns the results in flight in a state after `number` rounds, the oldest first."""
     del state, number
     return []
 
   def settled(
     self, held: State, links: Sequence[State], air: Sequence[InAir], tools: Tools
   ) -> State:
-    """Puts a state together from its three places.
+    """Assembles a state from its three parts.
 
     Args:
-      held: what the workers hold.
+      held: the state on the workers' devices.
       links: the aggregator's state, by fragment.
       air: fragment and result of each exchange in flight, the oldest first.
       tools: programs on the computing devices.
@@ -97,7 +97,7 @@ class Halves:
 
 
 class LateHalves(Halves):
-  """The halves of `late(...)` and `streaming_diloco`."""
+  """Splits `late(...)` and `streaming_diloco`."""
 
   method: Overlapping
 
@@ -132,7 +132,7 @@ class LateHalves(Halves):
     found = []
     for round_ in range(max(0, number - 1 - self.rounds_late), number):
       fragment = round_ % self.fragments
-      later = (number - 1 - round_) // self.fragments  # exchanges of the fragment that follow
+      later = (number - 1 - round_) // self.fragments  # number of later exchanges of the fragment
       found.append((fragment, state.air[fragment][self.method.flights - 1 - later]))
     return found
 

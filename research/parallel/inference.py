@@ -1,4 +1,4 @@
-"""Infers by tracing which state of a job is private, and rejects jobs that need shared state."""
+"""Infers which state of a job is private, and rejects jobs in which that state must be shared."""
 
 import jax
 import jax.numpy as jnp

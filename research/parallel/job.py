@@ -15,23 +15,23 @@ from research.core.task import Task
 class Job(NamedTuple):
   """A method, a task, and the assignment of examples to workers and clients.
 
-  The population has P clients, a multiple of the W workers. With P > W each worker serves one
-  client of its own stratum per round. With an `order` a single worker serves the clients in turn:
-  round t serves client order[t mod E].
+  The population has P clients; P is a multiple of the number of workers, W. With P > W, each worker
+  serves one client of its own stratum per round. With an `order`, a single worker serves the
+  clients in turn: in round t, the worker serves client order[t mod E].
   """
 
   method: Method
   task: Task
   axes: dict[str, int]  # axis sizes of the mesh
   sizes: np.ndarray  # [P], examples per client
-  batch_size: int | None  # per worker and step; None: all examples of a client
+  batch_size: int | None  # examples per worker and step; None: all examples of a client
   clip_norm: float = 0.0  # maximum norm of a worker's gradient, before the method; 0: no clipping
-  sampling_rate: float = 0.0  # of Poisson sampling of the population; 0: one client per worker
+  sampling_rate: float = 0.0  # rate of Poisson sampling of clients; 0: one client per worker
   dropout: float = 0.0  # probability that a worker's round is lost before it is sent
   order: np.ndarray | None = None  # [E] int32, clients that a single worker serves in turn
   zero: int = 3  # ZeRO stage: what is sharded along `fsdp`, see `sharded.inside`
-  local_phase: str = "auto"  # in `simulate`: "vmap", "map", or "auto" for the faster
-  first_round: int = 0  # of this job's stage, if the method's period changes
+  local_phase: str = "auto"  # in `simulate`: "vmap", "map", or "auto" for the faster of both
+  first_round: int = 0  # first round of this job's stage, if the method's period changes
   first_step: int = 0  # local steps before that round
   diagnostics: int = 0  # steps between rows measured by `diagnostics.recorded`; 0: none
   devices: Sequence[Any] | None = None  # devices that `spmd` compiles for; None: this machine's
@@ -42,7 +42,7 @@ class Job(NamedTuple):
 
   @property
   def clients(self) -> int:
-    """R = P / W, the clients whose rows one worker stores."""
+    """R = P / W, the number of clients whose rows one worker stores."""
     return len(self.sizes) // self.workers
 
   @property
@@ -56,7 +56,7 @@ class Job(NamedTuple):
     return self.method.passes > 0 and self.batch_size is not None and not self.even
 
   def own_steps(self, sizes: Any) -> Any:
-    """Local steps per round of clients with `sizes` examples, if the method counts in epochs."""
+    """Returns the local steps per round of clients with `sizes` examples, for rounds in epochs."""
     batches = sizes // sizes if self.batch_size is None else sizes // self.batch_size
     return self.method.passes * (batches + (batches == 0))
 
@@ -94,7 +94,7 @@ def constrained(job: Job) -> Job:
 
 
 def resolved(job: Job) -> Job:
-  """Fills in the method's local steps per round and its participation rate.
+  """Sets the method's local steps per round and its participation rate.
 
   Args:
     job: the job.

@@ -17,24 +17,24 @@ from research.core.base import Chunk, Own, Tree
 
 
 class Layout(NamedTuple):
-  """For each leaf of a method's state and of `Local`: whether it is private, and its shape."""
+  """The privacy and shape of each leaf of a method's state and of `Local`."""
 
-  state: Tree  # of bool: private
-  local: Tree  # of bool: private
-  state_shapes: Tree  # of ShapeDtypeStruct, one worker's
+  state: Tree  # tree of bool, whether a leaf of the state is private
+  local: Tree  # tree of bool, whether a leaf of Local is private
+  state_shapes: Tree  # tree of ShapeDtypeStruct, the shapes of one worker's state
   local_shapes: Tree
 
 
 def over_workers(
   fn: Callable[..., Any], axes: Mapping[str, int], in_axes: Any, out_axes: Any
 ) -> Callable[..., Any]:
-  """Maps one worker's `fn` over arrays whose private leaves have one leading dimension per axis.
+  """Maps one worker's `fn` over all workers; private leaves have one leading dimension per axis.
 
   Args:
     fn: one worker's function.
     axes: sizes of the worker axes by name.
     in_axes: as in `vmap`: 0 for private arguments, None for shared ones.
-    out_axes: the same for results.
+    out_axes: as `in_axes`, for the results.
   """
   for name, size in reversed(list(axes.items())):
     fn = jax.vmap(fn, in_axes, out_axes, axis_name=name, axis_size=size)
@@ -47,7 +47,7 @@ def private_outputs(
   """Finds which leaves of fn's result differ between workers.
 
   Args:
-    fn: what one worker computes, possibly with collectives.
+    fn: one worker's function, possibly with collectives.
     axes: sizes of the worker axes by name.
     in_axes: as in `vmap`: 0 for private arguments, None for shared ones.
     *args: shapes or arrays; private ones have one leading dimension per axis.
@@ -61,10 +61,10 @@ def private_outputs(
 def shapes_of_one(
   fn: Callable[..., Any], axes: Mapping[str, int], in_axes: Any, *args: Any
 ) -> Tree:
-  """Returns the shapes of what `fn` computes for one worker.
+  """Returns the shapes of the result of `fn` for one worker.
 
   Args:
-    fn: what one worker computes, possibly with collectives.
+    fn: one worker's function, possibly with collectives.
     axes: sizes of the worker axes by name.
     in_axes: as in `vmap`: 0 for private arguments, None for shared ones.
     *args: shapes or arrays; private ones have one leading dimension per axis.
@@ -73,7 +73,7 @@ def shapes_of_one(
 
 
 def _outputs(fn, axes, in_axes, *args) -> tuple[Tree, Tree]:
-  """Whether each output is private, and its shape, from one trace."""
+  """Returns whether each output is private, and the outputs' shapes, from one trace."""
   found: list[bool] = []
   trees: list[Any] = []
 
@@ -120,7 +120,7 @@ def infer(
   Args:
     init: params -> state.
     local_phase: (state, *private_args) -> (local, anything).
-    sync: (local, state, weight) -> state; each worker has its own weight.
+    sync: (local, state, weight) -> state, where weights differ between workers.
     axes: sizes of the worker axes by name.
     params: the shapes of the shared parameters.
     private_args: the shapes of one worker's private arguments to `local_phase`.
@@ -158,7 +158,7 @@ def infer(
 def _traced(
   fn: Callable[..., Any], axes: Mapping[str, int], *args: Any
 ) -> tuple[Callable[..., Any], Tree]:
-  """Traces one worker's `fn` once; returns the program and the shapes of its result."""
+  """Traces one worker's `fn` once; returns the program and the shapes of the result."""
   program, shapes = jax.make_jaxpr(fn, axis_env=[*axes.items()], return_shape=True)(*args)
   run, tree = jaxpr_as_fun(program), jax.tree.structure(shapes)
   return lambda *args: tree.unflatten(run(*jax.tree.leaves(args))), shapes

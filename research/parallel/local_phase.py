@@ -1,4 +1,4 @@
-"""The local phase of one worker's round: gradients and local steps, without communication."""
+"""Runs the local phase of one worker's round: gradients and local steps, no communication."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,8 +19,8 @@ from research.parallel.job import Job
 def measured_and_clipped_grad(job: Job, inside: sharded.Inside) -> Callable[..., tuple[Any, Tree]]:
   """Returns a function (params, batch, key) -> (measurements, gradient) of one step.
 
-  Measurements are the loss as "loss" and the task's own metrics. The gradient is this worker's own,
-  clipped to norm `clip_norm` if that is positive.
+  Measurements are the loss as "loss" and the task's own metrics. The gradient is that of this
+  worker alone, clipped to the norm `clip_norm` if `clip_norm` is positive.
 
   Args:
     job: the resolved job.
@@ -53,22 +53,23 @@ def local_phase(
   """Runs `begin`, then `step` `period` times, on one client's examples [n, ...]; no communication.
 
   A client that finishes its epochs before the round ends keeps its Local and its last measurements.
-  `measures` adds the entry GRADIENT: the squared norm of the last step's gradient if True, zero if
-  False. None adds no entry.
+  If `measures` is True or False, the measurements include the entry GRADIENT: the squared norm of
+  the last step's gradient if True, or zero if False.
 
   Args:
     job: the resolved job.
     state: this client's state at the start of the round.
     examples: the client's examples, padded to the size of the largest client.
-    size: int32 scalar, the number of examples that are not padding.
+    size: int32 scalar, the number of the client's examples without the padding.
     index: indices [H, b] of the mini-batches; None: all examples in every step.
     key: a typed key of this worker and round.
     inside: sharding constraints inside the worker.
-    begun: if the phase was begun before, the number of steps it has taken and the Local after them.
-    last: the number of steps after which it is left; None for all of them.
+    begun: if an earlier call began the phase, the number of steps taken so far and the Local after
+      these steps.
+    last: the number of steps after which the function returns; None means all steps of the round.
 
   Returns:
-    The worker's Local, and the measurements of its steps by name, [H]: "loss" and others.
+    The worker's Local, and the measurements [H] of its steps by name, such as "loss".
   """
   method, gradient = job.method, measured_and_clipped_grad(job, inside)
   first, local = begun or (0, method.begin(state))
@@ -119,7 +120,7 @@ def local_phase(
 def _nothing_measured(
   job: Job, local: Local, examples: Batch, index: Tree, key: Key, with_norm: bool
 ) -> Metrics:
-  """Zeros in the structure of a step's measurements."""
+  """Returns zeros in the structure of a step's measurements."""
   batch = examples
   if index is not None:
     batch = jax.eval_shape(job.task.batch, examples, jax.tree.map(lambda x: x[0], index))
@@ -129,6 +130,6 @@ def _nothing_measured(
 
 
 def _fits(index: Tree, examples: Batch) -> bool:
-  """Whether a round's batches, fetched at once, are no larger than the examples themselves."""
+  """Returns whether all batches of a round together are no larger than the client's examples."""
   first = jax.tree.leaves(index)[0]
   return first.shape[0] > 1 and first.size <= jax.tree.leaves(examples)[0].shape[0]

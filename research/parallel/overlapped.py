@@ -1,9 +1,9 @@
-"""Executor whose exchanges run on devices of their own while the workers compute.
+"""Executor that runs the exchanges on separate devices while the workers compute.
 
-Every computing device has a communication device: for a CPU device, this is another CPU device of
-the process; for an accelerator, it is a CPU device of the host. The exchange is a separate program
-on the communication devices, which hold the aggregator's state. All programs are dispatched
-asynchronously from one Python thread; nothing waits for an exchange until its value is due.
+Every computing device has a communication device: a CPU device has another CPU device of the
+process, and an accelerator has a CPU device of the host. The exchange is a separate program on the
+communication devices, which hold the aggregator's state. All programs are dispatched asynchronously
+from one Python thread, and no program waits for the result of an exchange before the result is due.
 """
 
 import functools
@@ -37,25 +37,25 @@ class Flight(NamedTuple):
   """The state of a run between two rounds, with its exchanges in flight."""
 
   held: TrainState  # on the computing devices, without the aggregator's state
-  links: tuple[State, ...]  # of the aggregator, by fragment, on the communication devices
+  links: tuple[State, ...]  # the aggregator's state by fragment, on the communication devices
   air: tuple[tuple[int, Tree], ...]  # fragment and result of each exchange, the oldest first
   number: int  # completed rounds
   recent: tuple[Array, ...]  # losses of the latest rounds
 
 
 def overlapped(job: Job) -> Executor:
-  """Runs each worker on its own devices, and its exchanges on others.
+  """Runs each worker on its own devices, and the exchanges on separate devices.
 
-  The method is `late(...)`, `streaming_diloco` or one whose exchange may take a round by itself,
-  such as `eager_diloco`. Parameters are those of `spmd` for the same method, up to rounding
-  differences in the last bits, since the compiler sees the computation in different programs.
+  The method is `late(...)`, `streaming_diloco`, or a method that allows its exchange to take a
+  round, such as `eager_diloco`. The parameters equal those of `spmd` for the same method, up to
+  rounding differences in the last bits, since the computation is compiled in different programs.
 
   Args:
     job: the job.
 
   Raises:
-    ValueError: if there are not two devices for each device of the mesh, the method waits for its
-      exchange, or not all workers take part in every round.
+    ValueError: if there are fewer than two devices for each device of the mesh, the method waits
+      for its exchange, or not all workers take part in every round.
   """
   _check(job)
   mesh, other = two_meshes(job)
@@ -90,7 +90,7 @@ def two_meshes(job: Job) -> tuple[Mesh, Mesh]:
     job: the job.
 
   Raises:
-    ValueError: if a process has fewer communication devices than computing ones.
+    ValueError: if a process has fewer communication devices than computing devices.
   """
   computing, beside = [], {}
   on_cpu, processes = jax.default_backend() == "cpu", jax.process_count()
@@ -114,7 +114,7 @@ def two_meshes(job: Job) -> tuple[Mesh, Mesh]:
 
 
 def _of_hosts(process: int) -> list[Any]:
-  """The CPU devices of a process whose default devices are accelerators."""
+  """Returns the CPU devices of a process whose default devices are accelerators."""
   return [d for d in jax.devices("cpu") if d.process_index == process]
 
 
@@ -125,7 +125,7 @@ def moved(tree: Tree, shardings: Tree) -> Tree:
 
   Args:
     tree: arrays on one mesh.
-    shardings: the same partition of each on the other mesh.
+    shardings: for each array, the same partition on the other mesh.
   """
   leaves, treedef = jax.tree.flatten(tree)
   places = treedef.flatten_up_to(shardings)
@@ -147,16 +147,16 @@ def moved(tree: Tree, shardings: Tree) -> Tree:
 
 
 class Parts(NamedTuple):
-  """Which leaves of one worker's tree are private, and where the workers' leaves are stored."""
+  """The privacy, shapes and shardings of the leaves of the workers' trees."""
 
-  private: Tree  # of bool
-  shapes: Tree  # of one worker
-  computing: Tree  # of shardings
+  private: Tree  # tree of bool, whether a leaf is private
+  shapes: Tree  # the shapes of one worker's leaves
+  computing: Tree  # shardings on the computing devices
   communicating: Tree
 
 
 class _Overlapped:
-  """The programs of one job; see `overlapped`."""
+  """Builds the programs of one job; see `overlapped`."""
 
   def __init__(self, job: Job, layout: layouts.Layout, mesh: Mesh, other: Mesh):
     self.mesh, self.other, self.layout = mesh, other, layout
@@ -185,7 +185,7 @@ class _Overlapped:
     self.tools = Tools(self._receive, functools.cache(self._nothing))
 
   def executor(self) -> Executor:
-    """The executor of the job; its state is a `Flight` once a round has run."""
+    """Returns the job's executor, whose state is a `Flight` after the first round."""
     job, layout = self.job, self.layout
     names = tuple(self.axes)
     whole = sharded.of_state(layout.state, self.mesh, names, layout.state_shapes, self.cut)
@@ -198,7 +198,7 @@ class _Overlapped:
     of_flight = lambda state: params(self.settled(state))
     return Executor(init, place, self.run, of_flight, layout, self.settled, self.alone)
 
-  # ---- what is stored where
+  # ---- placement of the state
 
   def _parts(self, private: Tree, shapes: Tree) -> Parts:
     names = tuple(self.axes)
@@ -206,7 +206,7 @@ class _Overlapped:
     return Parts(private, shapes, on(self.mesh), on(self.other))
 
   def _traced(self, fn: Callable[..., Tree], privates: Sequence[Tree], shapes: Sequence[Tree]):
-    """The Parts of the result of one worker's function of private and shared arguments."""
+    """Returns the Parts of the result of one worker's function of private and shared arguments."""
     spread = lambda private, shape: jax.tree.map(
       lambda p, x: jax.ShapeDtypeStruct((*self.axes.values(), *x.shape), x.dtype) if p else x,
       private,
@@ -242,13 +242,13 @@ class _Overlapped:
     )
 
   def _specs(self, parts: Parts) -> Tree:
-    """The specs of a tree for `shard_map` over the workers."""
+    """Returns the specs of a tree for `shard_map` over the workers."""
     return sharded.of_state(parts.private, None, tuple(self.axes)).method
 
   def _program(
     self, fn: Callable[..., Any], mesh: Mesh, ins: Sequence[Any], outs: Sequence[Any], donate: Any
   ) -> Any:
-    """Compiles one worker's function; outside it, private leaves have a leading dimension."""
+    """Compiles one worker's function; the program's private leaves have a leading dimension."""
     spec = lambda one: self._specs(one) if isinstance(one, Parts) else one
     on = lambda parts: parts.computing if mesh is self.mesh else parts.communicating
     place = lambda one: on(one) if isinstance(one, Parts) else NamedSharding(mesh, one)
@@ -279,7 +279,7 @@ class _Overlapped:
   # ---- the programs of a round
 
   def _stepping(self, first: int, last: int, begun: bool) -> Any:
-    """(round, key, held, data[, local]) -> (local, measurements): local steps [first, last)."""
+    """Compiles steps [first, last): (round, key, held, data[, local]) -> (local, measurements)."""
     names = P(tuple(self.axes))
 
     def one(number, key, held, data, *local):
@@ -302,7 +302,7 @@ class _Overlapped:
     return self._program(one, self.mesh, ins, (self.local, names), (4,) if begun else ())
 
   def _arriving(self, fragment: int, begun: bool) -> Any:
-    """(held, result[, local]) -> (held, local), once a result is due."""
+    """Compiles the receipt of a due result: (held, result[, local]) -> (held, local)."""
 
     def one(held, result, *local):
       own = local[0] if begun else self.halves.waiting.begin(held)
@@ -313,7 +313,7 @@ class _Overlapped:
     return self._program(one, self.mesh, ins, (self.held, self.local), donate)
 
   def _departing(self, fragment: int) -> Any:
-    """(round, key, held, local, data) -> (message, key data, weight, held, round + 1)."""
+    """Compiles (round, key, held, local, data) -> (message, key data, weight, held, round + 1)."""
     names = P(tuple(self.axes))
 
     def one(number, key, held, local, data):
@@ -327,7 +327,7 @@ class _Overlapped:
     return self._program(one, self.mesh, ins, outs, (2, 3))
 
   def _exchanging(self, fragment: int) -> Any:
-    """(message, key data, weight, link) -> (result, link), on the communication devices."""
+    """Compiles the exchange: (message, key data, weight, link) -> (result, link)."""
     names = P(tuple(self.axes))
 
     def one(tree, key, weight, link):
@@ -345,7 +345,7 @@ class _Overlapped:
 
   @functools.cached_property
   def measuring(self) -> Any:
-    """(measurements of the parts of rounds, held) -> the metrics of a dispatch."""
+    """Compiles (measurements of the parts of rounds, held) -> metrics of a dispatch."""
 
     def one(parts, held):
       parts = [jax.tree.map(lambda x: x[0], part) for part in parts]
@@ -375,7 +375,7 @@ class _Overlapped:
 
   @functools.cached_property
   def _receiving(self) -> Any:
-    """(held, result) -> held, once the exchange of an eager method has ended."""
+    """Compiles the end of an eager method's exchange: (held, result) -> held."""
     one = lambda held, result: (self.halves.receive(held, result),)
     return self._program(one, self.mesh, (self.held, self.results[0]), (self.held,), ())
 
@@ -383,18 +383,18 @@ class _Overlapped:
     return self._receiving(held, result)[0]
 
   def _nothing(self, fragment: int) -> Tree:
-    """A result of zeros."""
+    """Returns a fragment's result with all elements zero."""
     return self._zeros(self.results[fragment], here=True)
 
   def _zeros(self, parts: Parts, *, here: bool) -> Tree:
-    """Zeros of all workers, on the computing or on the communication devices."""
+    """Returns zeros for all workers, on the computing devices or on the communication devices."""
     count = (meshes.count(self.axes),)
     rows = lambda p, x: jnp.zeros(count * p + x.shape, x.dtype)
     zeros = lambda: jax.tree.map(rows, parts.private, parts.shapes)
     return sharded.jit(zeros, out_shardings=parts.computing if here else parts.communicating)()
 
   def run(self, state: TrainState | Flight, data: Data, rounds: int) -> tuple[Flight, Metrics]:
-    """Dispatches K rounds. The exchanges of the last rounds may still be in flight."""
+    """Dispatches K rounds; the exchanges of the last rounds may still be in flight afterwards."""
     flight = state if isinstance(state, Flight) else self.departed(state)
     measured: list[Metrics] = []
     for _ in range(rounds):
@@ -437,14 +437,14 @@ class _Overlapped:
     return Flight(TrainState(number, key, held), links, air, flight.number + 1, recent), measured
 
   def alone(self, state: TrainState | Flight, data: Data) -> tuple[float, float]:
-    """Measures a local step without its exchange, and its share of an exchange without any step.
+    """Measures the time of a local step alone, and of the exchange alone, per local step.
 
     Args:
-      state: the state of the run; only a copy of it is advanced.
+      state: the state of the run; the function advances only a copy.
       data: as for `run`.
 
     Returns:
-      Seconds per local step of both, medians of three turns.
+      The seconds per local step of computing and of the exchange, medians of three turns.
     """
     every = range(self.halves.fragments)
     results = [self.tools.nothing(p) for p in every]
@@ -474,7 +474,7 @@ class _Overlapped:
 
 
 def _median_seconds(run: Callable[[], Any]) -> float:
-  """The median of three calls, after one that warms up."""
+  """Returns the median seconds of three calls, after one warm-up call."""
   found = []
   for _ in range(4):
     start = time.perf_counter()
@@ -488,7 +488,7 @@ def _halves(method: Method) -> Halves:
 
 
 def _own(private: Tree, tree: Tree) -> Tree:
-  """One worker's leaves: private ones lose their leading dimension."""
+  """Returns one worker's leaves: removes the leading dimension of private leaves."""
   return jax.tree.map(lambda p, x: x[0] if p else x, private, tree)
 
 

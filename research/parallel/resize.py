@@ -1,8 +1,8 @@
-"""Moves a saved state to another mesh: other workers, or other devices inside a worker.
+"""Converts a saved state for a mesh with other workers, or with other devices inside a worker.
 
 Leaves whose global shape does not depend on the mesh are copied. Other leaves have a row per
-client, a chunk per worker or, in `Blocks`, a block per device of a worker. These are reassembled
-and cut again according to the `Leaf` records of a checkpoint.
+client, a chunk per worker or, in `Blocks`, a block per device of a worker. These rows, chunks and
+blocks are reassembled and cut again according to the `Leaf` records of a checkpoint.
 """
 
 import math
@@ -26,16 +26,16 @@ class Leaf(NamedTuple):
   """The layout of one state leaf on a mesh. Its B blocks are ordered by the mesh axes."""
 
   name: str  # the same on every mesh
-  shape: tuple[int, ...]  # as stored: clients or workers first, then blocks
+  shape: tuple[int, ...]  # the stored shape: clients or workers first, then blocks
   kind: str  # see `layout.kinds`
-  inside: str = ""  # the name of its `Blocks`, if any
-  axes: tuple[tuple[str, int], ...] | None = None  # names and sizes of the axes of its blocks
-  whole: tuple[int, ...] | None = None  # in Blocks: full shape of its parameter, if any
+  inside: str = ""  # the name of the `Blocks` that contains the leaf, if any
+  axes: tuple[tuple[str, int], ...] | None = None  # names and sizes of the axes of the blocks
+  whole: tuple[int, ...] | None = None  # in Blocks: full shape of the parameter, if any
   places: tuple[int | None, ...] = ()  # dimensions of `whole` that the axes cut
 
   @property
   def owners(self) -> int:
-    """Number of its rows or chunks."""
+    """The number of rows or chunks."""
     return 1 if self.kind == "shared" else self.shape[0]
 
   @property
@@ -48,24 +48,24 @@ class Leaf(NamedTuple):
     return Cut(self.axes or (), lambda shape: self.places)
 
   def parts(self, whole: tuple[int, ...]) -> tuple[int, ...]:
-    """Number of shards along each dimension of the full parameter."""
+    """Returns the number of shards along each dimension of the full parameter."""
     sizes = {d: size for d, (_, size) in zip(self.places, self.axes or (), strict=True)}
     return tuple(sizes.get(d, 1) for d in range(len(whole)))
 
   def shard(self, whole: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of one shard of the full parameter."""
+    """Returns the shape of one shard of the full parameter."""
     return tuple(n // count for n, count in zip(whole, self.parts(whole), strict=True))
 
 
 class Placed(NamedTuple):
-  """The layout of all leaves of a state, by their names."""
+  """The layouts of all leaves of a state, by name."""
 
   mesh: str
   leaves: Mapping[str, Leaf]
 
   @property
   def axes(self) -> set[Any]:
-    """The axes of its blocks."""
+    """The axes of the blocks of all leaves."""
     return {leaf.axes for leaf in self.leaves.values() if leaf.axes is not None}
 
 
@@ -85,7 +85,7 @@ def placed(job: Job, private: Tree, state: TrainState) -> Placed:
 
   Args:
     job: the job of that state.
-    private: which leaves of the method's state have rows, from `layout.infer`.
+    private: tree of bool from `layout.infer`, whether a leaf of the method's state has rows.
     state: arrays or their shapes.
   """
   kinds = layouts.kinds(TrainState(False, False, private))
@@ -113,13 +113,13 @@ def as_json(state: Placed) -> dict[str, Any]:
 
 
 def from_json(found: Any) -> Placed:
-  """Reads what `as_json` wrote; JSON's lists become tuples again.
+  """Reads a layout that `as_json` wrote; converts JSON's lists back to tuples.
 
   Args:
     found: the parsed JSON.
 
   Raises:
-    TypeError: if the fields are not those of a layout.
+    TypeError: if the JSON does not have the fields of a layout.
   """
 
   def tuples(x: Any) -> Any:
@@ -130,13 +130,13 @@ def from_json(found: Any) -> Placed:
 
 
 def _stored(leaf: Any) -> tuple[int, ...]:
-  """The stored shape of a leaf; for typed keys, that of their key data."""
+  """Returns the stored shape of a leaf; for typed keys, the shape of the key data."""
   is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
   return jax.eval_shape(jax.random.key_data, leaf).shape if is_key else leaf.shape
 
 
 class _Given(Aggregator):
-  """An aggregator whose state is a copy of the tree it aggregates."""
+  """An aggregator whose state is a copy of the tree that it aggregates."""
 
   inner: Aggregator
 
@@ -145,7 +145,7 @@ class _Given(Aggregator):
 
 
 def _wholes(job: Job) -> list[Tree]:
-  """Full shapes of the trees that a method's aggregators aggregate, in the order of the state."""
+  """Returns the full shapes of all trees that a method aggregates, in the order of the state."""
   given = job.method.over(_Given)
   axes = meshes.worker_axes(job.axes)
   params = jax.eval_shape(job.task.init, jax.random.key(0))
@@ -160,7 +160,7 @@ def _is_blocks(node: Any) -> bool:
 
 
 def _of_blocks(inside: str, kinds: Tree, state: Tree, given: Tree, job: Job) -> dict[str, Leaf]:
-  """The leaves of a `Blocks`, which has one state per group of the aggregated leaves."""
+  """Returns the leaves of a `Blocks`, which has one state per group of aggregated leaves."""
   cut = sharded.cut_of(job.axes, job.task)
   assert cut is not None
   of_leaf = list(zip(names(given), jax.tree.leaves(given), strict=True))
@@ -184,15 +184,15 @@ def _of_blocks(inside: str, kinds: Tree, state: Tree, given: Tree, job: Job) -> 
 
 
 def _is_number(key: Any) -> bool:
-  """Whether a path entry is the index of a shard's leaf, see `blockwise.pieces`."""
+  """Returns whether a path entry is the index of a shard's leaf; see `blockwise.pieces`."""
   return isinstance(key, jax.tree_util.DictKey) and isinstance(key.key, int)
 
 
 def stranger(saved: Placed, here: Placed) -> str | None:
-  """Finds a leaf that only one of two states has, because they differ in method or model.
+  """Finds a leaf that only one of two states has, because the methods or the models differ.
 
-  If their `Blocks` are over different axes, leaves that belong to no parameter may be missing from
-  one of the states.
+  If the `Blocks` of the two states have different axes, leaves that belong to no parameter may be
+  missing from one state.
 
   Args:
     saved: the saved state.
@@ -246,7 +246,7 @@ def fits(saved: Leaf, leaf: Leaf) -> bool:
 
 
 def lie_alike(saved: Leaf, leaf: Leaf) -> bool:
-  """Returns whether two leaves have the same layout, so that nothing has to move.
+  """Returns whether two leaves have the same layout, so that no conversion is needed.
 
   Args:
     saved: the leaf in the checkpoint.
@@ -269,7 +269,7 @@ def cut_alike(saved: Leaf, leaf: Leaf) -> bool:
 
 
 def _of_all_workers(leaf: Leaf, whole: tuple[int, ...]) -> bool:
-  """Whether a leaf's chunks together form one shard, padded by less than one element per chunk."""
+  """Returns whether a leaf's chunks form one shard, padded by less than one element per chunk."""
   spare = leaf.owners * math.prod(leaf.part) - math.prod(leaf.shard(whole))
   return 0 <= spare < leaf.owners
 
@@ -277,14 +277,14 @@ def _of_all_workers(leaf: Leaf, whole: tuple[int, ...]) -> bool:
 def moved(x: Array, saved: Leaf, leaf: Leaf) -> Array:
   """Converts a saved leaf to its layout on another mesh.
 
-  With an unchanged number of clients, rows are kept client by client; otherwise each client gets
-  the mean of all rows. Chunks are joined into shards and shards into the full parameter, which is
-  then cut for the new mesh. State that belongs to a shard without being a slice of it moves with
-  that shard.
+  If the number of clients is unchanged, each client keeps its row; otherwise each client gets the
+  mean of all rows. Chunks are joined into shards and shards into the full parameter, which is then
+  cut for the new mesh. State that belongs to a shard but is not a slice of a parameter moves with
+  the shard.
 
   Args:
     x: the saved leaf.
-    saved: its layout.
+    saved: the layout of the saved leaf.
     leaf: the layout to convert it to.
   """
   if leaf.kind == "chunks":
@@ -324,9 +324,9 @@ def _moved_chunks(x: Array, saved: Leaf, leaf: Leaf) -> Array:
 
 
 def resize_rows(rows: Array, owners: int) -> Array:
-  """Resizes a private leaf [P, ...] to another number of clients; each gets the mean of all rows.
+  """Resizes a private leaf to another number of clients; each client gets the mean of all rows.
 
-  The mean over clients is kept exactly, so residuals and diverging models keep their average.
+  The mean over clients is unchanged, so residuals and diverging models keep their average.
   Non-float leaves are copied from the first row.
 
   Args:

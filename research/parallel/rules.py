@@ -13,7 +13,7 @@ class RuleCut(NamedTuple):
   """The sharding of parameters of one shape."""
 
   cut: dict[str, int]  # axis name to dimension
-  first: int  # leading dimensions, of stacked layers: along `stage` or unsharded
+  first: int  # number of leading dimensions, of stacked layers: along `stage` or unsharded
 
 
 def by_shape(sizes: Mapping[str, int], task: Task) -> dict[tuple[int, ...], RuleCut]:
@@ -21,18 +21,18 @@ def by_shape(sizes: Mapping[str, int], task: Task) -> dict[tuple[int, ...], Rule
 
   A rule (pattern, axes) applies to the parameters whose path, such as 'layers/attention/query',
   matches the regular expression; its axes name the last dimensions. The first rule that matches is
-  used. State with the shape of a parameter (moments, memories) is sharded like it, so all
-  parameters of one shape must be sharded in the same way. An axis written 'model?' shards a
+  used. State with the shape of a parameter (moments, memories) is sharded like the parameter, so
+  all parameters of one shape must be sharded in the same way. An axis written 'model?' shards a
   dimension only if its size divides the dimension. Leading dimensions that a rule does not name are
-  those of stacked layers; the last of them is sharded along `stage`.
+  dimensions of stacked layers; the last of these dimensions is sharded along `stage`.
 
   Args:
     sizes: the sizes of the axes inside a worker.
-    task: the task, with its rules.
+    task: the task, with its sharding rules.
 
   Raises:
-    ValueError: if an axis does not divide a dimension or shards no parameter at all, or rules
-      differ for parameters of one shape.
+    ValueError: if an axis does not divide a dimension, an axis shards no parameter, or rules differ
+      for parameters of one shape.
   """
   found: dict[tuple[int, ...], tuple[str, RuleCut]] = {}
   params = jax.eval_shape(task.init, jax.random.key(0))

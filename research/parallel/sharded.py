@@ -1,4 +1,4 @@
-"""Shardings of state and data: over workers, replicated, or sharded inside a worker."""
+"""Determines the shardings of state and data, over workers and inside a worker."""
 
 import functools
 import math
@@ -37,14 +37,14 @@ def of_state(
   cut: Cut | None = None,
   whole: Tree = None,
 ):
-  """Shardings of a TrainState, or with `mesh=None` the specs for `shard_map`.
+  """Returns the shardings of a TrainState or, with `mesh=None`, the specs for `shard_map`.
 
   Args:
-    private: which leaves of the method's state have rows [P, ...].
+    private: tree of bool, whether a leaf of the method's state has rows [P, ...].
     mesh: the devices.
     workers: the mesh axes over which rows are spread.
-    shapes: the shapes of one worker's state, needed if its leaves are sharded too.
-    cut: how they are sharded inside a worker.
+    shapes: the shapes of one worker's state; required if `cut` shards the state's leaves.
+    cut: the sharding of leaves inside a worker.
     whole: leaves that are not sharded along `fsdp`.
   """
   whole = jax.tree.map(lambda _: False, private) if whole is None else whole
@@ -77,7 +77,7 @@ def cut_of(axes: Mapping[str, int], task: Task) -> Cut | None:
     task: the task, with its sharding rules.
 
   Raises:
-    ValueError: if an axis does not divide what it shards, or shards nothing.
+    ValueError: if an axis does not divide a dimension that it shards, or shards no dimension.
 
   Reference: Shoeybi et al. 2019, arXiv 1909.08053 (tensor parallelism); Rajbhandari et al. 2019,
     arXiv 1910.02054 (ZeRO, stage 3: `fsdp`).
@@ -99,7 +99,7 @@ def cut_of(axes: Mapping[str, int], task: Task) -> Cut | None:
 
 
 def replicas(axes: Mapping[str, int]) -> int:
-  """Returns how many devices of a worker hold each shard of its parameters, and send it.
+  """Returns the number of devices of a worker that hold and send each shard of the parameters.
 
   Args:
     axes: sizes of the mesh axes by name.
@@ -108,7 +108,7 @@ def replicas(axes: Mapping[str, int]) -> int:
 
 
 def _largest(shape: tuple[int, ...], dimensions: Sequence[int], size: int) -> int | None:
-  """The largest of `dimensions` that `size` divides; leaves without one are replicated."""
+  """Returns the largest of `dimensions` that `size` divides; None if the leaf is replicated."""
   fitting = [d for d in dimensions if shape[d] % size == 0 and shape[d] >= size]
   return max(fitting, key=lambda d: shape[d], default=None)
 
@@ -116,10 +116,10 @@ def _largest(shape: tuple[int, ...], dimensions: Sequence[int], size: int) -> in
 def spec_of(
   cut: Cut | None, shape: tuple[int, ...], whole: str | None = None
 ) -> tuple[str | None, ...]:
-  """The axis that shards each dimension of a leaf, ignoring the axis `whole`.
+  """Returns the axis that shards each dimension of a leaf, ignoring the axis `whole`.
 
   Args:
-    cut: the sharding of the worker's leaves; None: nothing is sharded.
+    cut: the sharding of the worker's leaves; None if no leaf is sharded.
     shape: the shape of the leaf.
     whole: an axis that must not shard the leaf.
   """
@@ -130,7 +130,7 @@ def spec_of(
 
 
 class PerShard(Blockwise):
-  """`blockwise` with one device per block: a shard_map over the axes inside a worker.
+  """Runs `blockwise` with one device per block, in a shard_map over the axes inside a worker.
 
   Each device aggregates its shard with the same shard of the other workers; there is no
   communication along the axes inside a worker.
@@ -172,13 +172,13 @@ ALONE = Inside(lambda batch: batch, lambda grads: grads)
 
 
 def inside(axes: Mapping[str, int], cut: Cut | None, zero: int) -> Inside:
-  """Shards a batch [b, ...] along `fsdp` if b allows it, and gradients according to `zero`.
+  """Shards a batch [b, ...] along `fsdp` if the axis divides b, and gradients according to `zero`.
 
   Args:
     axes: the axes of the mesh.
     cut: the sharding of the leaves.
-    zero: what is sharded along `fsdp`: the state without the parameters (1), gradients too (2), or
-      all of it (3).
+    zero: the ZeRO stage, which shards along `fsdp` the state without the parameters (1), also the
+      gradients (2), or also the parameters (3).
   """
   size = axes.get("fsdp", 1)
   if size == 1:
@@ -192,7 +192,7 @@ def inside(axes: Mapping[str, int], cut: Cut | None, zero: int) -> Inside:
 
 
 def of_data(rows: Any) -> Data:
-  """Returns the partition specs of `Data`: examples sharded by client, the rest replicated.
+  """Returns the partition specs of `Data`: examples by client; the other fields are replicated.
 
   Args:
     rows: the spec of the rows of examples.
@@ -201,7 +201,7 @@ def of_data(rows: Any) -> Data:
 
 
 def jit(fn: Callable[..., Any], out_shardings: Any, **options: Any) -> Any:
-  """`jax.jit` that applies `out_shardings` under JAX_DISABLE_JIT too.
+  """Calls `jax.jit`, and applies `out_shardings` under JAX_DISABLE_JIT too.
 
   Args:
     fn: the function.
@@ -220,13 +220,13 @@ def jit(fn: Callable[..., Any], out_shardings: Any, **options: Any) -> Any:
 def place(
   mesh: Mesh, workers: tuple[str, ...], examples: Batch, sizes: np.ndarray, key: Key
 ) -> Data:
-  """Puts examples [P, n, ...] on their clients' devices; each process supplies only its rows.
+  """Places examples [P, n, ...] on the clients' devices; each process supplies only its own rows.
 
   Args:
     mesh: the devices.
     workers: the mesh axes over which clients are spread.
     examples: numpy arrays [P, n, ...].
-    sizes: [P], examples per client.
+    sizes: [P], number of examples per client.
     key: the typed key of the sampling order.
   """
   rows, everywhere = NamedSharding(mesh, P(workers)), NamedSharding(mesh, P())

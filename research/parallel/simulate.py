@@ -21,7 +21,7 @@ from research.parallel.cohorts import draw
 from research.parallel.job import Job, largest_sum, resolved
 from research.parallel.local_phase import local_phase
 
-# Model size in bytes above which local steps on a CPU are faster for one worker after the other
+# Model size in bytes above which local steps on a CPU run faster for one worker after the other
 # (results/bench, case local_phase).
 _ALONE = 2**20
 
@@ -30,12 +30,12 @@ def simulate(job: Job) -> Executor:
   """Runs any number of workers on any number of devices, by `vmap`.
 
   The worker axis is sharded over the largest number of devices that divides the number of workers.
-  Axes inside a worker affect the result in one way only: its leaves are aggregated block by block.
+  Axes inside a worker affect the result in one way only: leaves are aggregated block by block.
 
-  The local phase never communicates, so it may instead run by `lax.map`: each device runs its
-  workers one after the other. On a CPU this is faster if a round has several steps and the model is
-  not small: under vmap the matrix products are batched, and a worker's data is evicted from the
-  cache between its steps.
+  The local phase never communicates, so `lax.map` may run this phase instead: each device then runs
+  its workers one after the other. On a CPU, `lax.map` is faster if a round has several steps and
+  the model is not small: under `vmap`, the matrix products are batched, and a worker's data is
+  evicted from the cache between its steps.
 
   Args:
     job: the job.
@@ -146,7 +146,7 @@ def _run(
 
 
 def _round(job, layout, local_phase, data, key, state, of_round, measures=None):
-  """One round of all workers: the local phase, then the sync under the named axes."""
+  """Runs one round of all workers: the local phase, and then the sync under the named axes."""
   number, lots = of_round
   sync_key, step_key, _ = collectives.round_keys(key, number)
   everyone = jnp.arange(job.workers, dtype=jnp.int32)

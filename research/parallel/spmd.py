@@ -1,4 +1,4 @@
-"""Executor on `shard_map` over the worker axes; the compiler partitions along the others."""
+"""Executor on `shard_map` over the worker axes; the compiler partitions along the other axes."""
 
 from functools import partial
 
@@ -21,8 +21,8 @@ def spmd(job: Job) -> Executor:
   """Runs each worker on its own devices, in one process or in several.
 
   Along the other axes the compiler shards a worker's parameters, state and batch, and each device
-  aggregates its own shard. `check_vma` is off, so that a gradient is this worker's own and not
-  already summed over all workers.
+  aggregates its own shard. `check_vma` is off, so that each worker gets its own gradient, not the
+  sum over all workers.
 
   Args:
     job: the job.
@@ -76,7 +76,7 @@ def spmd(job: Job) -> Executor:
 
 
 def _models(job: Job, layout: layouts.Layout) -> Tree:
-  """Marks the leaves of the state that are themselves the deployed parameters."""
+  """Marks the leaves of the state that are deployed parameters."""
   program = jax.make_jaxpr(job.method.params)(layout.state_shapes).jaxpr
   deployed = set(map(id, program.outvars))
   flags = [id(variable) in deployed for variable in program.invars]
@@ -84,10 +84,10 @@ def _models(job: Job, layout: layouts.Layout) -> Tree:
 
 
 def _check_inside(job: Job, mesh: Mesh, names: tuple[str, ...]) -> None:
-  """Checks a worker's batch and model against the axes inside it, by tracing its loss.
+  """Checks a worker's batch and model against the axes inside a worker, by tracing the loss.
 
   Raises:
-    ValueError: if an axis does not divide what it shards.
+    ValueError: if an axis does not divide a dimension that it shards.
   """
   along, size = job.axes.get("fsdp", 1), job.batch_size
   if size is not None and size % along:
@@ -106,7 +106,7 @@ def _check_inside(job: Job, mesh: Mesh, names: tuple[str, ...]) -> None:
 
 
 def _lies_along(axis: str, program: core.Jaxpr) -> bool:
-  """Whether a program has a sharding constraint along a mesh axis."""
+  """Returns whether a program has a sharding constraint along a mesh axis."""
   for eqn in program.eqns:
     if eqn.primitive.name == "sharding_constraint" and axis in jax.tree.leaves(
       tuple(eqn.params["sharding"].spec)
@@ -118,7 +118,7 @@ def _lies_along(axis: str, program: core.Jaxpr) -> bool:
 
 
 def _only_sums(job: Job, layout: layouts.Layout) -> None:
-  """Refuses encoders of leaves that the compiler shards: they would communicate inside a worker."""
+  """Rejects encoders of sharded leaves, since encoding would communicate inside a worker."""
   found = traffic.of_method(job, layout, 1).transfers
   others = {t.operation for t in found} - {"all-reduce"}
   inner = ", ".join(name for name in job.axes if name not in meshes.worker_axes(job.axes))

@@ -1,4 +1,4 @@
-"""PartitionSpecs of an optimizer's state: which leaves are replicated and which are private."""
+"""Infers the PartitionSpecs of an optimizer's state, whose leaves are replicated or private."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,8 +18,8 @@ class StateSpecs(NamedTuple):
 
   state: Tree  # specs of the optimizer's state, over the worker axes only
   params: Tree  # specs of the parameters, which are private for methods with local steps
-  state_shardings: Tree  # `state`, plus the parameters' own sharding along other axes
-  params_shardings: Tree  # `params`, plus their own sharding along other axes
+  state_shardings: Tree  # `state`, plus the parameters' sharding along other axes
+  params_shardings: Tree  # `params`, plus the parameters' sharding along other axes
 
 
 def state_specs(
@@ -28,9 +28,9 @@ def state_specs(
   """Infers the sharding of the state of an optimizer that contains `aggregated` or `as_optax`.
 
   Some state of such an optimizer is private to each worker, such as an error feedback memory. If
-  such state were declared as replicated (`out_specs=P()`), a single array would silently stand for
-  W different values. Private leaves are inferred by tracing one update. A private leaf [n, ...]
-  becomes an array [W n, ...] outside of `shard_map`.
+  private state were declared as replicated (`out_specs=P()`), a single array would silently
+  represent W different values. Private leaves are inferred by tracing one update. A private leaf
+  [n, ...] becomes an array [W n, ...] outside of `shard_map`.
 
       specs = state_specs(optimizer, params, mesh, axis="batch")
       state = init_state(optimizer, params, mesh, axis="batch")
@@ -41,11 +41,12 @@ def state_specs(
 
   Args:
     optimizer: any chain of transformations.
-    params: the model's parameters, arrays or shapes of one worker. If they are sharded along other
-      axes of the mesh (FSDP), the corresponding leaves of the state are sharded in the same way.
+    params: the model's parameters, arrays or shapes of one worker. If the parameters are sharded
+      along other axes of the mesh (FSDP), the corresponding leaves of the state are sharded in the
+      same way.
     mesh: a mesh with the worker axes.
-    axis: the name or names of the worker axes, slow links first; by default whichever of 'slice'
-      and 'data' the mesh has.
+    axis: the name or names of the worker axes, slow links first; by default, those of 'slice' and
+      'data' that the mesh has.
 
   Returns:
     The specs and shardings, in the structures of the state and of the parameters.
@@ -102,10 +103,10 @@ def init_state(
 
 
 def _axes_of(mesh: Mesh, axis: Axes) -> dict[str, int]:
-  """The worker axes of a mesh and their sizes.
+  """Returns the worker axes of a mesh and their sizes.
 
   Raises:
-    ValueError: if the mesh has none of them, or lacks an explicitly named one.
+    ValueError: if the mesh has no worker axis, or lacks an explicitly named axis.
   """
   names = (axis,) if isinstance(axis, str) else tuple(axis)
   sizes = {str(name): size for name, size in mesh.shape.items()}
@@ -118,7 +119,7 @@ def _axes_of(mesh: Mesh, axis: Axes) -> dict[str, int]:
 def _private(
   optimizer: optax.GradientTransformation, shapes: Params, axes: dict[str, int]
 ) -> tuple[Tree, Tree, Tree]:
-  """Whether each leaf of the state and of the parameters is private, and the state's shapes."""
+  """Returns whether each leaf of state and parameters is private, and the state's shapes."""
   lead = lambda private, tree: jax.tree.map(
     lambda p, x: jax.ShapeDtypeStruct((*axes.values(), *x.shape), x.dtype) if p else x,
     private,
@@ -147,7 +148,7 @@ def _private(
 
 
 def _inner_specs(tree: Tree, params: Params) -> Tree:
-  """Gives a leaf the spec of the parameter whose path is a suffix of its own, if shapes agree."""
+  """Gives leaves the spec of the parameter whose path is a suffix of theirs, if shapes agree."""
   cut = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     sharding = getattr(leaf, "sharding", None)
@@ -165,7 +166,7 @@ def _inner_specs(tree: Tree, params: Params) -> Tree:
 
 
 def _joined(workers: tuple[str, ...], is_private: bool, x: Any, cut: P) -> P:
-  """The spec of a full leaf; a private leaf's first dimension is also sharded over the workers."""
+  """Returns a full leaf's spec; a private leaf's first dimension is also sharded over workers."""
   if not is_private:
     return cut
   first, *rest = [*cut, *[None] * (len(x.shape) - len(cut))]

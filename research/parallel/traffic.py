@@ -1,4 +1,4 @@
-"""Traffic of a job, read from the traced program of one worker."""
+"""Reads the traffic of a job from the traced program of one worker."""
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,11 @@ from research.parallel.job import Job
 
 
 def of_method(job: Job, layout: layouts.Layout, rounds: int) -> wire.Traffic:
-  """Returns the traffic of one worker's algorithm in the first rounds; meant for few rounds.
+  """Returns the traffic of one worker's algorithm in the first few rounds.
 
   Args:
     job: the resolved job.
-    layout: which of its state is private.
+    layout: which state of the job is private.
     rounds: the number of rounds.
   """
   found = by_round(job, layout).between(0, rounds)
@@ -28,11 +28,11 @@ def of_method(job: Job, layout: layouts.Layout, rounds: int) -> wire.Traffic:
 def by_round(job: Job, layout: layouts.Layout) -> wire.RoundTraffic:
   """Returns the traffic of one worker's algorithm in any range of rounds, from the traced sync.
 
-  For a worker of several devices, the traffic is that of all of them together.
+  If a worker has several devices, the traffic is the sum over these devices.
 
   Args:
     job: the resolved job.
-    layout: which of its state is private.
+    layout: which state of the job is private.
   """
   key = jax.eval_shape(lambda: jax.random.key(0))
   weight = jax.ShapeDtypeStruct((), jnp.float32)

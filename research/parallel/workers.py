@@ -1,4 +1,4 @@
-"""One worker's part of a round, shared by all executors."""
+"""Runs one worker's part of a round; all executors share this code."""
 
 from typing import Any
 
@@ -45,7 +45,7 @@ def pick(private: Tree, held: State, client: Array) -> State:
 
 
 def put(private: Tree, held: State, client: Array, state: State) -> State:
-  """Writes one client's state back: replaces its rows and the shared leaves.
+  """Writes one client's state back: replaces the client's rows and the shared leaves.
 
   Args:
     private: tree of bool, whether a leaf is private.
@@ -70,7 +70,7 @@ def sync(
     job: the resolved job.
     local: the worker's Local after the round's last step.
     state: the state at the start of the round.
-    weight: this worker's weight; 0: it does not participate.
+    weight: this worker's weight; 0 if the worker does not participate.
     key: a typed key of the round, equal on all workers.
     anybody: whether any worker participates.
   """
@@ -93,18 +93,19 @@ def rounds_of_worker(
 ) -> tuple[TrainState, dict[str, Array]]:
   """Runs K rounds as one worker of `shard_map` or `pmap`.
 
-  Its private leaves and its examples are rows [R, ...]. The metrics are reduced once, at the end.
+  The worker's private leaves and examples are rows [R, ...]. The metrics are reduced once, at the
+  end.
 
   Args:
     job: the resolved job.
     private: tree of bool, whether a leaf of the state is private.
     state: the worker's state, whose private leaves are rows [R, ...].
-    data: its examples, rows [R, ...].
-    rounds: K.
+    data: the worker's examples, rows [R, ...].
+    rounds: K, the number of rounds.
     inside: sharding constraints inside the worker.
 
   Returns:
-    The new state, and the metrics of `as_metrics`.
+    The new state, and the metrics in the form of `as_metrics`.
   """
   worker = collectives.worker_index()
   numbers = state.round + jnp.arange(rounds, dtype=jnp.int32)
@@ -151,7 +152,7 @@ def shared_out(measured: Metrics, share: Array) -> Metrics:
   The norm of the gradient is not a mean over examples and is therefore not weighted.
 
   Args:
-    measured: measurements by name, [K, H, ...].
+    measured: the measurements [K, H, ...], by name.
     share: this worker's share of each round's examples, [K, ...].
   """
 
@@ -177,7 +178,7 @@ def initial(job: Job, layout: layouts.Layout, key: Key) -> TrainState:
 
   Args:
     job: the job.
-    layout: which of its state is private.
+    layout: which state of the job is private.
     key: a typed key.
   """
   job = blocked(resolved(job))
@@ -197,11 +198,11 @@ def initial(job: Job, layout: layouts.Layout, key: Key) -> TrainState:
 
 
 def deployed(job: Job, layout: layouts.Layout, state: State) -> Tree:
-  """Returns the model to deploy: the mean of the clients' models where they differ.
+  """Returns the model to deploy: the mean of the clients' models if these models differ.
 
   Args:
     job: the resolved job.
-    layout: which of its state is private.
+    layout: which state of the job is private.
     state: the state, whose private leaves are rows [P, ...].
   """
   owners = {"owner": len(job.sizes)}
@@ -236,7 +237,7 @@ def reduce_metrics(measured: Metrics, finite: Array, norms: Metrics | None = Non
     norms: diagnostics by name.
 
   Returns:
-    The metrics of `as_metrics`; "finite" is true if the state of all workers is finite.
+    The metrics in the form of `as_metrics`; "finite" is true if the state of all workers is finite.
   """
   alone = measured, norms or {}, finite.astype(jnp.float32)
   found, means, share = collectives.mean(alone)
@@ -247,13 +248,14 @@ def as_metrics(measured: Metrics, norms: Metrics, finite: Array) -> dict[str, An
   """Returns the metrics of a dispatch of K rounds of H steps, in the form of an `Executor`.
 
   Args:
-    measured: measurements of the steps by name, [K H].
-    norms: diagnostics by name, [K].
+    measured: the measurements [K H] of the steps, by name.
+    norms: the diagnostics [K], by name.
     finite: whether all state is finite.
 
   Returns:
-    "loss" [K H] and "finite"; the task's own metrics, if any, as "auxiliary", [K H] by name; with
-    diagnostics "norms", [K] by `diagnostics.NAMES` and [K H] of the gradient.
+    The entries "loss" [K H] and "finite"; if the task has its own metrics, "auxiliary", with [K H]
+    by name; with diagnostics, "norms", with [K] for each of `diagnostics.NAMES` and [K H] for the
+    gradient.
   """
   own = {name: x for name, x in measured.items() if name not in ("loss", GRADIENT)}
   if GRADIENT in measured:
