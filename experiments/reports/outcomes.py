@@ -183,7 +183,7 @@ def step_seconds(summaries: list[dict[str, Any]], conditions: Conditions) -> dic
   from research.core import registry
 
   measured = 1 / statistics.median(s["steps_per_second"] for s in summaries)
-  computing, waiting, talking = conditions.compute_seconds or measured, 0.0, 0.0
+  computing, waiting, talking, exposed = conditions.compute_seconds or measured, 0.0, 0.0, 0.0
   if conditions.clock:
     computing = statistics.mean(s["virtual_seconds"] / s["steps"] for s in summaries)
   if conditions.link:
@@ -191,8 +191,8 @@ def step_seconds(summaries: list[dict[str, Any]], conditions: Conditions) -> dic
     rows = summaries[0]["wire"]["transfers"]
     talking = cost.seconds(rows, axes, link)
     waiting = cost.seconds(rows, axes, link._replace(bits_per_second=math.inf))
-  method = registry.build("method", summaries[0]["method"])
-  exposed = cost.exposed(talking, computing, method.local_steps, method.hidden_steps)
+    method = registry.build("method", summaries[0]["method"])
+    exposed = cost.exposed(talking, computing, method.local_steps, method.hidden_steps)
   return {
     "compute_seconds_per_step": computing,
     "communication_seconds_per_step": talking,
