@@ -1,14 +1,14 @@
-"""Ends a failed command with one line on stderr and an exit code; user code keeps its traceback.
+"""Ends a failed command with an error line and an exit code; errors in user code keep a traceback.
 
 Exit codes:
-  0: done, or saved after SIGTERM.
+  0: the command is done, or the run was saved after SIGTERM.
   1: the devices' copies of replicated state differ.
-  2: an invalid flag.
-  3: no readable checkpoint.
+  2: a flag is invalid.
+  3: no checkpoint is readable.
   4: the loss, the state or an evaluation is not finite.
   5: the disk is full.
-  130: saved after Ctrl-C.
-  143: terminated before there was anything to save.
+  130: the run was saved after Ctrl-C.
+  143: the command was terminated before it had anything to save.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ def fail(code: int, line: str, error: BaseException | None = None) -> NoReturn:
   Args:
     code: the exit code.
     line: the error message.
-    error: the exception, for its traceback.
+    error: the exception whose traceback is printed.
   """
   if error is not None and debugging():
     traceback.print_exception(error)
@@ -50,9 +50,9 @@ def debugging() -> bool:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-  """Context that converts expected errors to one line on stderr and an exit code.
+  """Context manager that converts expected errors to one line on stderr and an exit code.
 
-  An error in a user's own code keeps its traceback, after one line that names the function.
+  An error in a user's own code keeps its traceback, which follows one line that names the function.
   """
   before = signal.signal(signal.SIGTERM, terminated)
   try:
@@ -64,11 +64,11 @@ def one_line_errors() -> Iterator[None]:
     yield
   except KeyboardInterrupt:
     interrupted()
-  except Exception as error:  # every error ends in a line or in its traceback
+  except Exception as error:  # every error is reported by a line or by its traceback
     if code := expected(error):
       fail(5 if paths.is_full(error) else code, str(error), error)
     known = foreseen(error)
-    if joined():  # after any error, one process of several must not keep running
+    if joined():  # after any error, a process of a multi-process job must not keep running
       leave(error, known)
     if known:
       fail(*known, error)
@@ -82,7 +82,7 @@ def terminated(number: int, frame: Any) -> NoReturn:
   """Handles SIGTERM before `signals.watch` does.
 
   Args:
-    number: the signal.
+    number: the number of the signal.
     frame: unused.
   """
   del frame
@@ -91,7 +91,7 @@ def terminated(number: int, frame: Any) -> NoReturn:
 
 
 def interrupted() -> NoReturn:
-  """Ends a command that was interrupted by Ctrl-C before there was anything to save."""
+  """Ends a command that was interrupted by Ctrl-C before it had anything to save."""
   fail(130, "interrupted before there was anything to save")
 
 
@@ -118,7 +118,7 @@ def joined() -> bool:
 
 
 def report_fault(error: Exception) -> None:
-  """Prints the function of the user's own code that failed, if any.
+  """Prints the function of the user's own code that failed, if there is one.
 
   Args:
     error: the exception.
@@ -128,7 +128,7 @@ def report_fault(error: Exception) -> None:
 
 
 def foreseen(error: Exception) -> tuple[int, str] | None:
-  """Returns the exit code and line of an error caused by the machine; None for any other error.
+  """Returns the exit code and message for an error of the machine; None for any other error.
 
   Args:
     error: the exception.
@@ -154,7 +154,7 @@ def foreseen(error: Exception) -> tuple[int, str] | None:
 
 
 def leave(error: Exception, known: tuple[int, str] | None) -> NoReturn:
-  """Ends one process of several immediately: on a normal exit JAX would wait for the others.
+  """Ends a process of a multi-process job immediately; a normal exit would wait for the others.
 
   Args:
     error: the exception.

@@ -58,7 +58,7 @@ def launch(
   Args:
     main: called with a list that contains the program's name.
     doc: text that --help prints before the flags.
-    argv: the command line; None for this process's.
+    argv: the command line; None for the command line of this process.
   """
   try:
     app.run(main, argv, flags_parser=lambda argv: parse_flags(argv, doc))
@@ -67,7 +67,7 @@ def launch(
 
 
 def parse_flags(argv: list[str], doc: str | None = None) -> list[str]:
-  """Parses the command line; an invalid flag ends the program with one line and exit code 2.
+  """Parses the command line; for an invalid flag, prints an error line and exits with code 2.
 
   Args:
     argv: the command line, with the program's name.

@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
 
     if FLAGS.replay:
       replay(config)
-    with contextlib.suppress(ValueError):  # errors in the flags are reported below
+    with contextlib.suppress(ValueError):  # the code below reports errors in the flags
       folders.note_missing_modules(folders.place(config))
     summary, folder = trainer(config)(config)
     if jax.process_index() == 0:
@@ -91,7 +91,7 @@ def replay(config: Config) -> NoReturn:
   """Recomputes a server's run from its trace, compares the parameters, and exits.
 
   Args:
-    config: the configuration from the flags, for --out.
+    config: the configuration from the flags, which contains --out.
   """
   from research.server import replay
   from research.training import folder as folders

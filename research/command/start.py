@@ -1,4 +1,4 @@
-"""Prepares a command: logging, compilation cache, plugins, other processes and results folder."""
+"""Prepares a command: sets up logging, caching, plugins, other processes and the results folder."""
 
 import os
 import sys
@@ -23,10 +23,10 @@ def start() -> Config:
     The configuration of the run.
 
   Raises:
-    UsageError: for an invalid flag, which the message names.
+    UsageError: if a flag is invalid; the message names the flag.
   """
   logging.set_verbosity(logging.WARNING)
-  logging.get_absl_logger().setLevel("CRITICAL")  # Orbax logs the errors that it also raises
+  logging.get_absl_logger().setLevel("CRITICAL")  # Orbax also logs the errors that it raises
   config = config_of_flags()
   use_compilation_cache(FLAGS.compilation_cache)
   import_modules()
@@ -39,7 +39,7 @@ def start() -> Config:
 
 
 def import_modules() -> None:
-  """Imports the modules of --import, and reports any that registers nothing.
+  """Imports the modules of --import, and reports each module that registers nothing.
 
   An error in a module is shown with its traceback.
 
@@ -67,10 +67,10 @@ def use_compilation_cache(folder: str) -> None:
   """Caches compiled programs on disk, so that the same command starts faster the next time.
 
   Args:
-    folder: the cache's folder; '' for the user's cache, if there is one; 'off' for no cache.
+    folder: the cache's folder; '' for the user's cache folder, if there is one; 'off' for no cache.
 
   Raises:
-    UsageError: if the path is invalid or not a folder.
+    UsageError: if the path is invalid or does not lead to a folder.
   """
   import jax
 
@@ -101,7 +101,7 @@ def results_folder(name: str, text: str, default: str = "") -> Path:
     default: the folder if the value is ''.
 
   Raises:
-    UsageError: for an invalid flag, which the message names.
+    UsageError: if a flag is invalid; the message names the flag.
   """
   with flag(name, text or default):
     return paths.writable(text or default)

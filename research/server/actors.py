@@ -15,11 +15,11 @@ from research.training.config import Config
 
 
 class Snapshot(NamedTuple):
-  """The state that a server starts from: the run's start, or a checkpoint."""
+  """The state from which a server starts: the initial state of the run, or a checkpoint."""
 
   version: int
-  params: dict[str, Any]  # all leaves, numpy
-  states: dict[int, list[Any]] | None  # optimizer state of each shard; None initializes it
+  params: dict[str, Any]  # all leaves of the model, as numpy arrays
+  states: dict[int, list[Any]] | None  # optimizer state of each shard; None: a new state
   counted: list[list[int]]  # see Head
 
 
@@ -33,7 +33,7 @@ class Sizes(NamedTuple):
 class Inherited(NamedTuple):
   """Settings that a child process inherits."""
 
-  cache: str  # folder of compiled programs, '' for none
+  cache: str  # folder of compiled programs; '' without a cache
   modules: tuple[Source, ...]  # plugin modules
 
 
@@ -70,7 +70,7 @@ def part_of(method: str, seed: int, sizes: Sizes, number: int, place: Snapshot) 
     method: the method's spec.
     seed: the seed of the run.
     sizes: the model's leaves and their shards.
-    number: the number of the shard.
+    number: the index of the shard.
     place: the state to start from.
   """
   import jax
@@ -90,7 +90,7 @@ def part_of(method: str, seed: int, sizes: Sizes, number: int, place: Snapshot) 
 
 
 class Shard:
-  """The actor of a shard that the head does not hold; the head selects the shard's updates."""
+  """The actor of a shard other than the head's own; the head determines the shard's updates."""
 
   def __init__(
     self, method: str, seed: int, sizes: Sizes, number: int, place: Snapshot, given: Inherited
@@ -109,7 +109,7 @@ class Shard:
     return self.part.pull(worker) if self.part.version >= at_least else None
 
   def stage(self, push: Any, payloads: Any) -> tuple[str, str] | None:
-    """Stages a push; returns None, or the kind and the text of a refusal."""
+    """Stages a push; returns None, or the kind and the text of a refusal if the push is refused."""
     from research.server.part import Refused
 
     try:
@@ -119,7 +119,7 @@ class Shard:
     return None
 
   def apply(self, pushes: Any, shares: Any) -> None:
-    """Applies an update. No caller waits, so on failure this process exits; all servers restart."""
+    """Applies an update; if that fails, exits, since no caller waits; all servers then restart."""
     try:
       self.part.apply(pushes, shares)
     except BaseException:
@@ -131,7 +131,7 @@ class Shard:
 
 
 class WorkerProcess:
-  """The actor of a worker; `run` returns when the run is over, and raises if it cannot continue."""
+  """The actor of a worker; `run` returns at the end of the run, or raises if it cannot continue."""
 
   def __init__(self, config: Config, worker: int, platform: str, given: Inherited):
     self.config, self.worker, self.platform, self.given = config, worker, platform, given
@@ -144,7 +144,7 @@ class WorkerProcess:
 
 
 class HeadProcess:
-  """The actor of the head and its shard."""
+  """The actor of the head and of the head's shard."""
 
   def __init__(
     self,
@@ -175,7 +175,7 @@ class HeadProcess:
     await self.head.leave(worker)
 
   async def push(self, push: Any, payloads: Any, spent: Any) -> Any:
-    """Counts a push. If an update fails halfway, the state is invalid, so the process exits."""
+    """Counts a push; if an update fails halfway, the state is invalid, and the process exits."""
     try:
       return await self.head.push(push, payloads, spent)
     except Exception:  # any error: some shards may have applied the update
@@ -194,7 +194,7 @@ class HeadProcess:
   async def snapshot(self) -> tuple[dict[str, Any], Any, list[list[int]], list[Any]]:
     """Returns a report, the head's shard, the counts, and futures of the other shards.
 
-    All of them have the same version.
+    All these parts have the same version.
     """
     others = [shard.snapshot.remote() for shard in self.shards]
     counted = [list(row) for row in self.head.counted]

@@ -1,4 +1,4 @@
-"""Connects to Ray: to an existing cluster, or to one that lives as long as this process."""
+"""Connects to an existing Ray cluster, or to a new cluster that ends with this process."""
 
 import contextlib
 import os
@@ -20,8 +20,8 @@ def running(config: Config, processes: int, model_bytes: int) -> Iterator[Any]:
   """Starts or joins Ray and yields the connected module `ray`.
 
   A Ray cluster started here listens only on --node_ip, by default the loopback address, has no
-  dashboard and reports no usage. Every call carries a token, which is generated for this run unless
-  the environment has one.
+  dashboard and reports no usage. Every call includes a token, which is generated for this run
+  unless the environment provides a token.
 
   Args:
     config: the configuration of the run.
@@ -34,7 +34,7 @@ def running(config: Config, processes: int, model_bytes: int) -> Iterator[Any]:
   os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
   os.environ["RAY_AUTH_MODE"] = "token"
   os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-  # How long Ray's agents outlive a killed Ray; there is no other Ray to reconnect to.
+  # Time for which Ray's agents outlive a killed Ray; there is no other Ray to which to reconnect.
   os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
   if config.node_ip in _LOOPBACK:  # on Linux, Ray otherwise uses the machine's address
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -52,7 +52,7 @@ def running(config: Config, processes: int, model_bytes: int) -> Iterator[Any]:
       else:
         memory = min(max(64 * processes * model_bytes, 128 * _MIB), 2048 * _MIB)
         ray.init(
-          address="local",  # else Ray joins whatever cluster was last started on this machine
+          address="local",  # else Ray joins the cluster that was last started on this machine
           num_cpus=processes,
           include_dashboard=False,
           object_store_memory=memory,
@@ -69,7 +69,7 @@ def running(config: Config, processes: int, model_bytes: int) -> Iterator[Any]:
 
 
 def _reason(error: Exception) -> ValueError:
-  """Explains why Ray does not start: because of a flag, or the folder of its sockets and logs."""
+  """Explains why Ray does not start: a flag, or the folder of Ray's sockets and logs."""
   text = " ".join(str(error).split())
   if place := getattr(error, "filename", None):
     return UsageError(f"Ray cannot write {place}: {getattr(error, 'strerror', text)}; {_HINT}")
@@ -81,14 +81,14 @@ def _reason(error: Exception) -> ValueError:
 
 
 def _told(config: Config) -> contextlib.AbstractContextManager[None]:
-  """Names the flag to blame if Ray does not start."""
+  """Context manager that names the responsible flag if Ray does not start."""
   if config.ray_address:
     return flag("ray_address", config.ray_address)
   return flag("node_ip", config.node_ip)
 
 
 def accelerators(ray: Any, workers: int) -> list[dict[str, Any]]:
-  """Returns the Ray resources of each worker: an accelerator while any are left, else only CPUs."""
+  """Returns the Ray resources of each worker: an accelerator while any is left, else CPUs only."""
   here = ray.cluster_resources()
   found: list[dict[str, Any]] = [{"num_gpus": 1} for _ in range(int(here.get("GPU", 0)))]
   found += [{"resources": {"TPU": 1}} for _ in range(int(here.get("TPU", 0)))]

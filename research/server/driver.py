@@ -31,7 +31,7 @@ _POLL = 0.1  # seconds between two polls of the head
 def train(
   config: Config, hooks: Sequence[Hook | Callable[[BaseRun, Event], str | None]] = ()
 ) -> tuple[dict[str, Any], Path]:
-  """Starts or resumes the run that the flags describe: `loop.train` for --executor=server.
+  """Starts or resumes the run that the flags describe, as `loop.train` for --executor=server.
 
   Args:
     config: the run's flags.
@@ -41,9 +41,9 @@ def train(
     The summary, and the folder of the run.
 
   Raises:
-    UsageError: for invalid flags, or if all workers are refused.
-    CheckpointError: if the run has checkpoints and none is intact.
-    NonFinite: if the loss is not finite, or pushes are refused as not finite.
+    UsageError: if a flag is invalid, or all workers are refused.
+    CheckpointError: if the run has checkpoints and no checkpoint is intact.
+    NonFinite: if the loss is not finite, or pushes are refused because they are not finite.
     SaveError: if a checkpoint cannot be written.
   """
   heartbeat.announce()
@@ -85,7 +85,7 @@ class ServerRun(Polled):
     self.deaths = Counter(workers=0, servers=0)
     self.events = []
     self.trace: events.Trace | None = None
-    self.workers: dict[Any, int] = {}  # a worker's `run` future -> its number
+    self.workers: dict[Any, int] = {}  # maps a worker's `run` future to the worker's number
     self.handles: dict[int, Any] = {}
     self.servers: list[Any] = []
     self.pids: dict[str, Any] = {"driver": os.getpid()}
@@ -129,7 +129,7 @@ class ServerRun(Polled):
     return self._event(whole)
 
   def _take_in(self, found: dict[str, Any]) -> str:
-    """Adds the contents of a report; returns the reason why the run is over, or ''."""
+    """Adds the contents of a report; returns the reason why the run is over, or '' if it is not."""
     assert self.trace
     self.trace.write(found["events"])
     self.events += found["events"]
@@ -149,7 +149,7 @@ class ServerRun(Polled):
     return found["reason"]
 
   def _snapshot(self) -> Snapshot:
-    """Returns all shards and counts at one version."""
+    """Returns the state of all shards and the counts, at one version."""
     found, own, counted, others = self._ray.get(self.servers[0].snapshot.remote())
     self._take_in(found)
     parts = [own, *self._ray.get(others)]
@@ -191,7 +191,7 @@ class ServerRun(Polled):
     self.workers[handle.run.remote()] = number
 
   def _restart_servers(self, error: Exception) -> Rewound:
-    """Restarts all servers from the newest checkpoint after one died; later updates are lost."""
+    """Restarts all servers from the newest checkpoint after a server died; loses later updates."""
     self._died("servers", f"a server process has died: {' '.join(str(error).split())[:200]}")
     for server in self.servers:
       self._ray.kill(server)
@@ -226,7 +226,7 @@ class ServerRun(Polled):
       if refused:
         self.gone.append(refused)
         report.note(refused)
-      else:  # stopped by servers that have since died
+      else:  # servers that have since died stopped the worker
         self._start_worker(number)
     all_are_needed = self.config.server_mode in ("sync", "ssp")
     if self.gone and (all_are_needed or not self.workers):

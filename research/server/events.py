@@ -1,4 +1,4 @@
-"""The event log of a server run: pushes in order, and the updates made from them.
+"""The event log of a server run: the pushes in order, and the updates made from these pushes.
 
 A piece of work is identified by (worker, number): number n means the worker's n-th piece, whichever
 of the worker's processes computed it. A piece consists of the worker's local steps first, ...,
@@ -23,7 +23,7 @@ class Push(NamedTuple):
   """A piece of work that a worker has pushed."""
 
   worker: int
-  incarnation: int  # number of the worker's process; a new process has no private state
+  incarnation: int  # number of the worker's process; a new process starts without private state
   number: int  # the worker's n-th piece of work, from 0
   first: int  # local steps counted for the worker before this piece
   steps: int  # local steps in this piece
@@ -48,7 +48,7 @@ class Event(NamedTuple):
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Event]]:
-  """Reads the header and the events of a trace; skips a last line that a crash cut short.
+  """Reads the header and the events of a trace; skips an incomplete last line, left by a crash.
 
   Raises:
     ValueError: if the file is not a trace, or a piece of work is counted twice or out of order.
@@ -77,17 +77,18 @@ def read(path: Path) -> tuple[dict[str, Any], list[Event]]:
 def check(events: Iterable[Event], shards: int, start: int = 0) -> None:
   """Rejects a trace if a push is counted twice, is skipped, or starts from a future model.
 
-  If the trace starts at a later update `start`, each worker's first push is accepted as it is.
+  If the trace starts at a later update `start`, each worker's first push is accepted without a
+  check.
 
   Args:
     events: the events, in order.
     shards: number of shards.
-    start: updates before the first event.
+    start: number of updates before the first event.
 
   Raises:
     ValueError: if an event is invalid; the message describes the first one.
   """
-  done: dict[int, tuple[int, int]] = {}  # worker -> number and first step of its next piece
+  done: dict[int, tuple[int, int]] = {}  # worker -> number and first step of the next piece
   updates = start
   for place, event in enumerate(events):
     wrong = event.update != updates
@@ -104,7 +105,7 @@ def check(events: Iterable[Event], shards: int, start: int = 0) -> None:
 
 
 def staleness(events: Iterable[Event]) -> dict[int, int]:
-  """Counts pushes by staleness in updates, measured on the oldest shard of the pulled model."""
+  """Counts pushes by staleness, in updates, measured on the oldest shard of the pulled model."""
   ages = Counter(
     event.update - min(push.versions) for event in events if event.counted for push in event.pushes
   )
@@ -120,7 +121,7 @@ class Trace:
   """Appends events to the trace file of a run."""
 
   def __init__(self, folder: Path, shards: Sequence[Sequence[int]], update: int):
-    """Keeps the events before `update`, and continues from there.
+    """Keeps the events before `update`, and continues the trace from there.
 
     The attribute `kept` holds these events. If the file is unreadable or its shards differ, `kept`
     is empty, and the trace starts at `update` and cannot be replayed.

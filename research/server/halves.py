@@ -1,11 +1,11 @@
 """Splits a method into a worker's half, which computes pushes, and a server's half.
 
-The split is inferred. A round is traced from `begin` to `message`, and from `receive` on, to find
-dependencies. State that changes before the exchange is private and stays with the worker; other
-state is shared and stays with the server. A method can be served if
+The split is inferred. To find dependencies, a round is traced from `begin` to `message`, and from
+`receive` to the end. State that changes before the exchange is private and stays with the worker;
+other state is shared and stays with the server. A method can be served if
 - its round is `message`, one exchange and `receive`, and its aggregator's encoding has an uplink;
-- the worker's half needs no shared state but the model, which it pulls;
-- the server's half needs nothing from a worker but its message, and updates its own model.
+- the worker's half needs no shared state except the model, which the worker pulls;
+- the server's half needs nothing from a worker except the message, and updates the server's model.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,7 +41,7 @@ class ServerState(NamedTuple):
 
 
 class Halves(NamedTuple):
-  """A method split between workers and their server. All functions are pure."""
+  """A method that is split between workers and server. All functions are pure."""
 
   method: Method
   correction: Any  # a `methods.stale.Correction`, or None
@@ -72,14 +72,14 @@ class Halves(NamedTuple):
   def receive(
     self, message: Tree, params: Params, held: ServerState, staleness: Array, moved: Tree
   ) -> tuple[Params, ServerState]:
-    """Applies a message, or the mean of several, to the model.
+    """Applies a message, or the mean of several messages, to the model.
 
     Args:
       message: the message as the server decodes it, in the structure of the model.
       params: the current model.
       held: the server's state.
-      staleness: updates since the model that the worker started from, int32.
-      moved: `params` minus the model that the worker started from.
+      staleness: int32, number of updates since the model from which the worker started.
+      moved: `params` minus the model from which the worker started.
 
     Returns:
       The new model and the new server state.
@@ -105,7 +105,7 @@ def halves(method: Method, params: Params) -> Halves:
     params: the model's arrays or their shapes.
 
   Raises:
-    ValueError: if the method cannot be served, with the reason.
+    ValueError: if the method cannot be served; the message gives the reason.
   """
   method, correction = method.on_server()
   if not method.splits:
@@ -149,7 +149,7 @@ def _name(part: Any) -> str:
 
 
 def _model_of(method: Method, state: State, shapes: Params) -> list[bool]:
-  """Finds the state leaves that are the model: those that `params` returns unchanged.
+  """Finds the state leaves that form the model: the leaves that `params` returns unchanged.
 
   Raises:
     ValueError: if the model is not among the state leaves.
@@ -185,7 +185,7 @@ def _check_worker(found: Halves, state: State, shapes: Params, name: str) -> Non
   """Rejects a worker's half that needs server state, or sends leaves other than the model's.
 
   Raises:
-    ValueError: if the half is rejected, with the reason.
+    ValueError: if the half is rejected; the message gives the reason.
   """
   sent, after = jax.eval_shape(lambda *args: _round(found.method, *args), shapes, state, _key())
   alike = lambda tree: (jax.tree.structure(tree), [x.shape for x in jax.tree.leaves(tree)])
@@ -206,7 +206,7 @@ def _check_server(found: Halves, state: State, shapes: Params, name: str) -> Non
   """Rejects a server's half that needs or returns other worker state, or replaces the model.
 
   Raises:
-    ValueError: if the half is rejected, with the reason.
+    ValueError: if the half is rejected; the message gives the reason.
   """
 
   def run(value, sent, state, key):

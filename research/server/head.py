@@ -1,7 +1,7 @@
 """The server's consistency protocol: which pushes form an update, and which workers wait.
 
     async    every push is an update
-    ssp      the same, and no worker gets more than `bound` pieces of work ahead of the slowest
+    ssp      as async, and no worker gets more than `bound` pieces of work ahead of the slowest
     sync     an update is the mean of one push of every worker, at the same version
     elastic  an update is the mean of the pushes that arrive before the round's deadline, weighted
              by steps; a late push is not counted, and its worker restarts from the current model
@@ -45,9 +45,9 @@ class Head:
     Args:
       rules: the protocol's settings.
       part: the head's own shard.
-      elsewhere: makes the other shards apply an update, in the order of the calls.
-      counted: per worker (incarnation, pieces counted, steps counted), from a checkpoint.
-      now: a clock in seconds.
+      elsewhere: a function that makes the other shards apply an update, in the order of the calls.
+      counted: for each worker, (incarnation, pieces counted, steps counted), from a checkpoint.
+      now: a function that returns the time in seconds.
     """
     self.rules, self.part, self.now = rules, part, now
     self._elsewhere = elsewhere
@@ -133,7 +133,7 @@ class Head:
       self.reason = self.reason or reason
       self._changed.notify_all()
 
-  # ---- what is counted
+  # ---- counting
 
   def _is_early(self, push: Push) -> bool:
     return self.counted[push.worker][:2] == [push.incarnation, push.number - 1]
@@ -204,7 +204,7 @@ class Head:
     if self.part.version >= self.rules.updates:
       self.reason = self.reason or "steps"
 
-  # ---- who waits
+  # ---- waiting
 
   def _may_start(self, worker: int, number: int) -> bool:
     """Returns whether a worker may start its piece of work `number`."""
@@ -215,7 +215,7 @@ class Head:
     return number - min(others, default=number) <= self.rules.bound
 
   def _close_round(self) -> None:
-    """Makes the round's update if all awaited pushes have arrived or the round's time is over."""
+    """Makes the round's update if all expected pushes have arrived or the round's time is over."""
     everybody = range(self.rules.workers) if self.rules.mode == "sync" else self.alive
     over = self.rules.mode == "elastic" and self.now() >= self._round_ends + self.rules.seconds
     if not self.waiting or not (over or set(everybody) <= set(self.waiting)):
@@ -226,7 +226,7 @@ class Head:
     self._round_ends = self.now() + self.rules.seconds
 
   async def _round(self, push: Push) -> None:
-    """Waits for the end of a push's round, which a straggler can prolong by a second period T."""
+    """Waits for the end of a push's round, which a straggler can prolong by one more period T."""
     is_over = lambda: self.reason != "" or self.waiting.get(push.worker) != push
     while not is_over():
       left = None
@@ -244,7 +244,7 @@ class Head:
   # ---- reports
 
   def report(self) -> dict[str, Any]:
-    """Returns the records since the last report, and clears them."""
+    """Returns the records since the last report, and deletes these records."""
     found = {
       "version": self.part.version,
       "events": self.events,
@@ -261,7 +261,7 @@ class Head:
 
 
 def round_shares(rules: Rules, pushes: Sequence[Push]) -> Any:
-  """Weights a round's pushes by the workers' examples or, in `elastic`, by the steps done."""
+  """Weights a round's pushes by the workers' examples or, in `elastic`, by the completed steps."""
   if rules.mode == "sync":
     return shares([rules.weights[push.worker] for push in pushes])
   return shares([push.steps for push in pushes])

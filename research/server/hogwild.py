@@ -28,7 +28,7 @@ _POLL = 0.05  # seconds between two polls of the memory
 
 
 class HogwildRun(Polled):
-  """A run without servers; all steps between two polls of the memory count as one update."""
+  """Runs workers without servers; all steps between two polls of the memory count as one update."""
 
   def __init__(self, setup: Setup, folder: Path, timing: Timing):
     super().__init__(setup, folder, timing)

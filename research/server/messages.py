@@ -1,4 +1,4 @@
-"""Messages between the head and the workers, and the head's settings."""
+"""Defines the messages between the head and the workers, and the head's settings."""
 
 from typing import NamedTuple
 
@@ -16,8 +16,8 @@ class Rules(NamedTuple):
   weights: tuple[float, ...]  # number of examples of each worker in a round
   bound: int = 2  # staleness bound of ssp
   lag: int = 1  # 2 if a worker computes while its last push is in flight
-  seconds: float = 1.0  # length of a round in elastic mode
-  code: str = ""  # digest that workers must share: model, payloads, source
+  seconds: float = 1.0  # duration of a round in elastic mode
+  code: str = ""  # digest of model, payloads and source, which must be equal on all workers
 
 
 class Spent(NamedTuple):

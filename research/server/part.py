@@ -1,4 +1,4 @@
-"""One shard of a server: the model leaves it owns, its optimizer, and validation of pushes."""
+"""One shard of a server: its model leaves, its optimizer, and the validation of pushes."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from research.core.base import Tree
 from research.server.events import Push
 from research.server.work import Side
 
-KEPT = 3  # models that a worker may still compute with: two in flight, one being pulled
+KEPT = 3  # number of models that a worker may still use: two in flight, and one being pulled
 
 
 class Refused(Exception):
-  """A push is refused. The metrics count refusals by `kind`; the text is the reason."""
+  """Refuses a push. The metrics count refusals by `kind`; the text gives the reason."""
 
   def __init__(self, kind: str, text: str):
     super().__init__(text)
@@ -34,7 +34,7 @@ class ShardState:
   """The state of a shard. The caller decides in which order pushes become updates.
 
   Inputs and outputs are numpy arrays. The model's arrays are immutable, so old versions and
-  snapshots cost memory only for what has changed since.
+  snapshots use memory only for arrays that have changed since.
   """
 
   def __init__(
@@ -46,15 +46,15 @@ class ShardState:
     version: int = 0,
     state: Sequence[np.ndarray] | None = None,
   ):
-    """Starts from given parameters.
+    """Creates the state from given parameters.
 
     Args:
       side: the server's half of the method, compiled.
       params: the shard's leaves by name.
       payloads: the shapes of the pushed payload of each leaf.
-      number: the number of the shard.
+      number: the index of the shard.
       version: the number of updates that led to these parameters.
-      state: leaves of the optimizer's state at that version; None initializes them.
+      state: leaves of the optimizer's state at that version; None initializes a new state.
     """
     self.side, self.payloads, self.number, self.version = side, payloads, number, version
     self.names = list(params)
@@ -64,19 +64,19 @@ class ShardState:
       flat, treedef = jax.tree.flatten(self.state)
       like = zip(flat, state, strict=True)
       self.state = treedef.unflatten([jnp.asarray(new, was.dtype) for was, new in like])
-    self._shown: list[np.ndarray] | None = None  # this version, as numpy
+    self._shown: list[np.ndarray] | None = None  # the current version, as numpy arrays
     self.incarnations: dict[int, int] = {}
     self.pulled: dict[int, deque[tuple[int, Any]]] = {}
     self.staged: dict[tuple[int, int], tuple[Push, Sequence[Tree], Any]] = {}
 
   def join(self, worker: int, incarnation: int) -> None:
-    """Registers a new incarnation and discards what the previous one pulled or staged."""
+    """Registers a new incarnation; discards the previous incarnation's pulls and staged pushes."""
     self.incarnations[worker] = incarnation
     self.pulled[worker] = deque(maxlen=KEPT)
     self.staged = {name: found for name, found in self.staged.items() if name[0] != worker}
 
   def pull(self, worker: int) -> Pulled:
-    """Returns the current version, which the worker may compute with from now on."""
+    """Returns the current version, and allows the worker to compute with it from now on."""
     kept = self.pulled.setdefault(worker, deque(maxlen=KEPT))
     if not kept or kept[-1][0] != self.version:
       kept.append((self.version, self.params))
@@ -155,6 +155,6 @@ class ShardState:
 
 
 def _finite(x: np.ndarray) -> bool:
-  """Tests by a sum whether all values are finite; a sum of finite values rarely overflows."""
+  """Tests whether all values are finite, by testing their sum, which rarely overflows."""
   with np.errstate(all="ignore"):
     return bool(np.isfinite(np.sum(x, dtype=np.float32)))

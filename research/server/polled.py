@@ -1,4 +1,4 @@
-"""A run that independent processes compute while this process polls their state."""
+"""Runs independent processes, and polls their state from this process."""
 
 import hashlib
 import itertools
@@ -35,16 +35,16 @@ from research.training.run import BaseRun
 
 
 class Update(NamedTuple):
-  """An update of the model, or everything that happened between two polls."""
+  """An update of the model, or all updates between two polls."""
 
-  step: int  # local steps after this update
+  step: int  # number of local steps after this update
   loss: float  # mean loss over the local steps of this update
   seconds: float  # time since the start of the run
   moved: float  # bytes sent by all workers so far
 
 
 class Polled(BaseRun):
-  """The part of a server run that all server modes share.
+  """Implements the part of a server run that all server modes share.
 
   A dispatch consists of the updates since the previous dispatch. A dispatch ends at the newest
   update that gets a row or, if a hook's `every` or the end of the run is reached, at a snapshot of
@@ -70,7 +70,7 @@ class Polled(BaseRun):
     self.spent = np.zeros((setup.workers, len(Spent._fields)))  # sums, and number of pushes
     self.started: float | None = None  # seconds, when the first worker joined
     self._updates: list[Update] = []  # updates that no event contains yet
-    self._begun: Update | None = None  # the first and the last update of this process
+    self._begun: Update | None = None  # the first update that this process saw
     self._last: Update | None = None
     self._told = ""  # why the processes should stop
     self._treedef = jax.tree.structure(jax.eval_shape(setup.job.task.init, jax.random.key(0)))
@@ -79,7 +79,7 @@ class Polled(BaseRun):
     """Starts the processes from `state`.
 
     Args:
-      last: the newest row of an earlier part of the run.
+      last: the newest row of an earlier part of the run, if any.
     """
     if last:
       self.moved = last["bytes"] * self.setup.workers
@@ -96,7 +96,7 @@ class Polled(BaseRun):
     self._told = self._told or reason
 
   def params(self) -> Params:
-    """Returns the newest snapshot's model; whenever a hook is due, the snapshot is current."""
+    """Returns the newest snapshot's model; the snapshot is current whenever a hook is due."""
     return jax.device_put(self._treedef.unflatten(list(self.state.params.values())))
 
   def examples(self) -> tuple[Data, Data | None]:
@@ -168,7 +168,7 @@ class Polled(BaseRun):
   # ---- result
 
   def _rate(self) -> float:
-    """Returns the updates per second from the first to the last update seen by this process."""
+    """Returns the updates per second, from the first to the last update that this process saw."""
     if self._begun is None or self._last is None or self._last.seconds <= self._begun.seconds:
       return 0.0
     updates = (self._last.step - self._begun.step) / self.period
@@ -219,7 +219,7 @@ class Polled(BaseRun):
 
 
 def _of_worker(row: np.ndarray) -> dict[str, float]:
-  """Averages a worker's seconds per push and idle share over the pushes seen by this process."""
+  """Averages a worker's seconds per push and idle fraction, over pushes that this process saw."""
   computing, encoding, waiting, lasted, _, _, pushes = row.tolist()
   each = max(pushes, 1)
   return {

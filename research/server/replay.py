@@ -1,4 +1,4 @@
-"""Recomputes a server run from its trace: the same pieces of work, in the same order.
+"""Recomputes a server run from its trace: computes the same pieces of work in the same order.
 
 A replay is sequential, and no push is lost. A replay computes each event's pushes with the
 functions of `work.py` that the workers ran, and applies the pushes with the functions of the
@@ -45,7 +45,7 @@ class Replayed(BaseRun):
     Args:
       setup: the setup of the run.
       params: leaves by name.
-      happened: the run's events in order.
+      happened: the run's events, in order.
     """
     self.setup, apart, keys = setup, setup.apart, setup.keys
     self.happened, self.place = list(happened), 0
@@ -142,13 +142,13 @@ class Replayed(BaseRun):
     self.past[shard][part.version] = part.params
 
   def params(self) -> dict[str, np.ndarray]:
-    """Returns the model's leaves by name."""
+    """Returns the leaves of the model, by name."""
     found = {name: np.asarray(x) for part in self.parts for name, x in part.params.items()}
     return {name: found[name] for name in self.setup.shapes}
 
 
 def _last_uses(happened: list[Event]) -> dict[tuple[int, int], int]:
-  """Maps (shard, version) to the last event that has a push computed from it."""
+  """Maps (shard, version) to the last event with a push that was computed from this version."""
   return {
     (shard, version): place
     for place, event in enumerate(happened)
@@ -171,10 +171,11 @@ def replay(folder: Path, out: Path | None = None) -> dict[str, Any]:
     out: the folder in which `replay.json` is written; None means `folder`.
 
   Returns:
-    `updates`, `pushes`, `distance` of the parameters, and the path of `replay.json`.
+    The numbers of `updates` and `pushes`, the `distance` between the parameters, and the path of
+    `replay.json`.
 
   Raises:
-    UsageError: if there is no such run, or its trace is invalid.
+    UsageError: if the folder contains no run, or the run's trace is invalid.
   """
   with flag("replay", str(folder)):
     try:
@@ -217,6 +218,6 @@ def replay(folder: Path, out: Path | None = None) -> dict[str, Any]:
 
 
 def table(found: Mapping[str, Any]) -> str:
-  """Writes a replay's results as text, one number per line."""
+  """Formats a replay's results as text, one number per line."""
   shown = {**found, "distance": f"{found['distance']:.3g} (at most {TOLERANCE:g})"}
   return "\n".join(f"{name:<10}{value}" for name, value in shown.items())

@@ -36,10 +36,10 @@ _ELSEWHERE = (*_ELSEWHERE, "zero", "local_phase", "diagnostics", "profile", "x64
 
 
 class Setup(NamedTuple):
-  """The parts of a run; nothing is placed on a device or started."""
+  """The parts of a run, before arrays are placed on devices or processes are started."""
 
   config: Config
-  job: Job  # its clients are the workers
+  job: Job  # the job, whose clients are the workers
   apart: Halves  # halves of the full model
   keys: work.Keys
   shapes: work.Shapes
@@ -103,7 +103,7 @@ def check(config: Config, needs_ray: bool = True) -> Method:
 
 
 def legal(config: Config) -> None:
-  """Checks each flag by itself.
+  """Checks each flag separately.
 
   Raises:
     UsageError: if a flag is invalid; the message is one line.
@@ -127,7 +127,7 @@ def _apart(method: Method, params: Params) -> Halves:
   """Splits the method into its two halves.
 
   Raises:
-    ValueError: if the method cannot be split, with the reason.
+    ValueError: if the method cannot be split; the message gives the reason.
   """
   try:
     return halves(method, params)
@@ -139,7 +139,7 @@ def _check_lock_free(config: Config, apart: Halves) -> None:
   """Rejects methods that do more than add each worker's steps.
 
   Raises:
-    ValueError: if the method does more, with the reason.
+    ValueError: if the method is rejected; the message gives the reason.
   """
   example = {"x": jnp.zeros((3, 2))}
   holds = lambda init: bool(jax.tree.leaves(jax.eval_shape(init, example)))
@@ -156,7 +156,7 @@ def _check_lock_free(config: Config, apart: Halves) -> None:
 
 
 def slowdown(config: Config) -> Mapping[int, float]:
-  """Parses --slowdown: the factor by which a worker's computations are prolonged, as in {0: 4.0}.
+  """Parses --slowdown: the factors that prolong the computations of workers, as in {0: 4.0}.
 
   Raises:
     UsageError: if the flag is malformed; the message is one line.
@@ -177,7 +177,7 @@ def slowdown(config: Config) -> Mapping[int, float]:
 
 @functools.cache
 def setup(config: Config, needs_ray: bool = True) -> Setup:
-  """Builds the parts of a run and checks that they fit together.
+  """Builds the parts of a run, and checks that the parts fit together.
 
   Raises:
     UsageError: if parts do not fit together; the message is one line.
@@ -215,7 +215,7 @@ def setup(config: Config, needs_ray: bool = True) -> Setup:
 
 
 def _updates(config: Config, period: int, examples: int, workers: int) -> int:
-  """Returns the number of updates, from --rounds, --epochs or --steps; each has `period` steps."""
+  """Returns the number of updates of `period` steps, from --rounds, --epochs or --steps."""
   if config.rounds:
     with flag("rounds", config.rounds):
       if config.epochs:
@@ -233,7 +233,7 @@ def _updates(config: Config, period: int, examples: int, workers: int) -> int:
 
 
 def code_of(setup: Setup) -> str:
-  """Returns a digest of what a worker and its server share: source, model, payloads, batches."""
+  """Returns a digest of source, model, payloads and batches, equal on a worker and its server."""
   digest = hashlib.sha256(f"{_source()}{plugins.fingerprint()}".encode())
   config = setup.config
   told = (config.task, config.model, config.method, config.partition, str(config.batch_size))

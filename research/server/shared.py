@@ -1,4 +1,4 @@
-"""A worker of Hogwild: a process that reads and updates a model in shared memory, without locks."""
+"""Runs a Hogwild worker, which reads and updates a model in shared memory without locks."""
 
 import multiprocessing
 import os
@@ -16,8 +16,8 @@ class Memory(NamedTuple):
   """The shared memory of all processes: the flat model, and one entry per worker."""
 
   model: np.ndarray  # float32 [n]
-  steps: np.ndarray  # int64 [W], steps done
-  losses: np.ndarray  # float64 [W], sums over steps
+  steps: np.ndarray  # int64 [W], numbers of completed steps
+  losses: np.ndarray  # float64 [W], sums of the losses over steps
   stop: np.ndarray  # int64 [1]
 
 
@@ -38,7 +38,7 @@ def view(block: shared_memory.SharedMemory, parameters: int, workers: int) -> Me
 
 
 def run(config: Config, worker: int, name: str, parameters: int, given: actors.Inherited) -> None:
-  """Takes steps until the run is complete, `stop` is set, or the parent process has ended.
+  """Runs steps until the run is complete, `stop` is set, or the parent process has ended.
 
   Steps that have begun are finished, so a run may end with up to W - 1 extra steps. A step reads
   the model while other workers write it, and writes only the coordinates in which the update is not
@@ -49,9 +49,9 @@ def run(config: Config, worker: int, name: str, parameters: int, given: actors.I
     worker: this worker's number.
     name: the name of the shared memory block.
     parameters: the number of parameters in the model.
-    given: settings of the parent process.
+    given: the settings of the parent process.
   """
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles it
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles SIGINT
   starter = multiprocessing.parent_process()
   assert starter is not None
   actors.settle("cpu", given)

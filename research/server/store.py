@@ -1,4 +1,4 @@
-"""Checkpoints of a server: parameters, optimizer state and counts, all of one version."""
+"""Saves and restores a server's parameters, optimizer state and counts, all of one version."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ _STATE, _ABOUT = "state.npz", "server.json"
 
 
 class ShardStore:
-  """The checkpoints of a server's run, in folders named by version.
+  """Manages the checkpoints of a server's run, in folders named by version.
 
   The class implements `CheckpointStore` for the hook `Save`; an update counts as `period` steps.
   """
@@ -31,8 +31,8 @@ class ShardStore:
     Args:
       folder: the folder of the checkpoints.
       names: the names of the model's leaves.
-      parts: leaves by shard.
-      period: local steps per update.
+      parts: the leaves of each shard.
+      period: number of local steps per update.
     """
     self._folder, self._names, self._period = folder, list(names), period
     self._parts = [list(part) for part in parts]
@@ -71,7 +71,7 @@ class ShardStore:
       shutil.rmtree(folder / str(version))
 
   def latest(self) -> int | None:
-    """Returns the newest step saved, or None."""
+    """Returns the newest saved step, or None without a checkpoint."""
     found = self._versions()
     return found[-1] * self._period if found else None
 
@@ -124,7 +124,7 @@ class ShardStore:
     """Does nothing, because no checkpoint is written in the background."""
 
   def close(self) -> None:
-    """Does nothing, because nothing is open."""
+    """Does nothing, because no file is open."""
 
   def _versions(self) -> list[int]:
     """Returns the versions of the existing checkpoints, ascending."""
@@ -145,5 +145,5 @@ def _read(path: Path, about: Mapping[str, Any]) -> Snapshot:
 
 
 def _plain(x: np.ndarray) -> np.ndarray:
-  """Converts an array to a dtype that numpy's files support; other types become raw bits."""
+  """Converts arrays of dtypes that numpy's files do not support to raw bits."""
   return x if x.dtype.kind in "biufc" else x.view(f"u{x.dtype.itemsize}")

@@ -34,15 +34,15 @@ def keys_of(seed: int) -> Keys:
 
 
 def message_key(key: Key, worker: Array, number: Array) -> Key:
-  """Returns the key of one push, equal on both sides."""
+  """Returns the key of one push, equal on the worker and on the server."""
   return jax.random.fold_in(collectives.key_of(jax.random.fold_in(key, _MESSAGE), worker), number)
 
 
 class WorkerState(NamedTuple):
   """The state that a worker keeps between pieces of work; a new incarnation initializes it."""
 
-  own: State  # state of the method, such as an inner optimizer's
-  memory: State  # state of the uplink: values not yet sent
+  own: State  # state of the method, such as the state of an inner optimizer
+  memory: State  # state of the uplink: values that are not yet sent
 
 
 class Worker(NamedTuple):
@@ -51,7 +51,7 @@ class Worker(NamedTuple):
   held: Callable[[Params], WorkerState]
   # (params, held, examples, size, worker, first) -> Local after the period, mean loss
   steps: Callable[..., tuple[Any, Array]]
-  # one step at a time, for as long as time allows, with the sum of losses
+  # runs one step at a time, while time is left, and sums the losses
   begin: Callable[[Params, WorkerState], tuple[Any, Array]]
   # (local, total, params, held, examples, size, worker, first)
   step: Callable[..., tuple[Any, Array]]
@@ -60,7 +60,7 @@ class Worker(NamedTuple):
 
 
 class _From(Method):
-  """The inner method, with rounds of `steps` steps that continue from a given Local."""
+  """Wraps a method: rounds have `steps` steps and continue from a given Local."""
 
   inner: Method
   local: Any
@@ -146,14 +146,14 @@ def payload_shapes(link: Uplink, shapes: Shapes) -> list[Tree]:
 
 
 def cut(shapes: Shapes, shards: int) -> list[list[int]]:
-  """Distributes leaves over shards: the largest first, each to the least loaded shard.
+  """Distributes leaves over shards, in order of decreasing size, each to the least loaded shard.
 
   Args:
     shapes: the shapes of the model's leaves.
     shards: the number of shards.
 
   Returns:
-    The numbers of each shard's leaves, ascending.
+    The indices of each shard's leaves, in ascending order.
 
   Raises:
     ValueError: if there are more shards than leaves.
@@ -171,9 +171,9 @@ def cut(shapes: Shapes, shards: int) -> list[list[int]]:
 
 
 class Side(NamedTuple):
-  """The server's half for one shard, with leaves by name."""
+  """The server's compiled half for one shard, with leaves by name."""
 
-  init: Callable[[dict[str, Array]], State]  # state other than the leaves
+  init: Callable[[dict[str, Array]], State]  # returns the state other than the leaves
   # (params, state, payloads, then, worker, number, staleness) -> params, state: applies one push
   one: Callable[..., tuple[dict[str, Array], State]]
   # (total, payloads, share, worker, number) -> total, then an update from it: applies a round
@@ -188,7 +188,7 @@ def side(method: Method, keys: Keys, shapes: Shapes, leaves: Sequence[int]) -> S
     method: the served method.
     keys: the random keys of the run.
     shapes: the shapes of the model's leaves.
-    leaves: numbers of the shard's leaves.
+    leaves: the indices of the shard's leaves.
   """
   name, like = list(shapes), list(shapes.values())
   apart = halves(method, {name[leaf]: like[leaf] for leaf in leaves})
@@ -216,7 +216,7 @@ def side(method: Method, keys: Keys, shapes: Shapes, leaves: Sequence[int]) -> S
 
 
 def shares(weights: Sequence[float]) -> np.ndarray:
-  """Normalizes the weights of a round's workers to sum to one; returns float32 [W]."""
+  """Normalizes the weights of a round's workers, so that the sum is one; returns float32 [W]."""
   given = np.asarray(weights, np.float64)
   return (given / given.sum()).astype(np.float32)
 

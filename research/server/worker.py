@@ -1,4 +1,4 @@
-"""A worker process, which pulls, computes and pushes, and may compute while a push is in flight."""
+"""Runs a worker process, which pulls, computes and pushes, possibly overlapping these steps."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ from research.server.events import Push
 from research.server.messages import Spent
 from research.training.config import Config
 
-PATIENCE = 120.0  # seconds without a server after which a worker ends
+PATIENCE = 120.0  # seconds without a server after which a worker process ends
 
 
 class Gone(Exception):
@@ -62,13 +62,13 @@ class Worker:
     jax.block_until_ready(self.compute.end(local, params, held, self.data[2], np.int32(0)))
 
   def run(self) -> str:
-    """Works until the run is over; returns '', or why this worker may not take part."""
+    """Works until the run is over; returns '', or the reason why this worker may not take part."""
     alone_since = time.monotonic()
     while time.monotonic() - alone_since < PATIENCE:
       try:
         servers = self.servers()
         joined: Any = ray.get(servers.head.join.remote(self.number, self.code, os.getpid()))
-      except (ValueError, RayActorError):  # no actors of those names yet, or no longer
+      except (ValueError, RayActorError):  # the actors do not exist yet, or no longer
         time.sleep(0.2)
         continue
       if joined.refused:
@@ -88,7 +88,7 @@ class Worker:
   # ---- one incarnation
 
   def work(self, servers: Servers, joined: Any) -> None:
-    """Computes and pushes pieces of work, one after the other.
+    """Computes and pushes pieces of work, one after another.
 
     Raises:
       Gone: if the worker must join again.
@@ -121,7 +121,7 @@ class Worker:
         return
       if reply.kind not in ("counted", "late"):
         raise Gone
-      if reply.kind == "late":  # the next piece takes its number
+      if reply.kind == "late":  # the next piece gets the number of the late piece
         number, first = push.number, push.first
       if pulls is None:
         pulls = self.pulls(servers, reply.pulled.version)
@@ -130,7 +130,7 @@ class Worker:
       waited, received = time.monotonic() - start, self.bytes
 
   def piece(self, params: Any, held: Any, first: int, ends: float) -> tuple[Any, float, int]:
-    """Runs a piece's local steps; returns its Local, mean loss and number of steps."""
+    """Runs a piece's local steps; returns the Local, the mean loss and the number of steps."""
     elastic, period = self.config.server_mode == "elastic", self.setup.job.method.local_steps
     if not elastic:
       with self.limping():
@@ -148,7 +148,7 @@ class Worker:
 
   @contextlib.contextmanager
   def limping(self) -> Iterator[None]:
-    """Prolongs the enclosed block by the factor of --slowdown."""
+    """Context manager that prolongs the enclosed code by the factor of --slowdown."""
     start = time.monotonic()
     yield
     if self.slowdown > 1:
@@ -185,7 +185,7 @@ class Worker:
     return answer, pulls
 
   def patiently(self, servers: Servers, push: Any, send: Any) -> Any:
-    """Calls `send`; while the object store is full, reports this, waits and retries."""
+    """Calls `send`; while the object store is full, reports the problem, waits and retries."""
     for pause in (0.1, 0.5, 2.0, 5.0):
       try:
         return send()

@@ -1,4 +1,4 @@
-"""`research.train`: trains on objects from a Python program."""
+"""`research.train`: trains a model from a Python program."""
 
 import math
 import re
@@ -54,14 +54,14 @@ def train(
       result.plot().savefig("loss.png")
 
   With `out`, the same call resumes the run from its newest checkpoint, or loads a complete run. A
-  folder is rejected if its run had other arguments, other examples, or other code of the task, the
-  model or the method.
+  folder is rejected if its run had other arguments, other examples, or different code for the task,
+  the model or the method.
 
   Args:
     task: a task, such as `supervised(model, train)`; a function that returns a task for `model=`,
       such as `digits`; or the spec of a registered task.
-    method: the algorithm, an object or a spec.
-    model: the model, if `task` is a function or a spec; None for its default.
+    method: the algorithm, as an object or a spec.
+    model: the model, if `task` is a function or a spec; None for the task's default model.
     mesh: sizes by axis, "data:4,fsdp:2" or {"data": 4, "fsdp": 2}. The axes `data` and `slice`
       count workers; the other axes divide a worker.
     executor: "simulate" (workers are an axis of arrays), "spmd" or "pmap" (one device per worker),
@@ -71,8 +71,9 @@ def train(
     seed: seeds the initial model, the order of examples, and the method's randomness.
     partition: the assignment of examples to workers or clients, such as `dirichlet(0.3)`.
     clock: the workers' speeds on a virtual clock, such as `exponential(1.0)`; "" for none.
-    hooks: called with (run, event) for every event of the run, before the built-in hooks. A
-      function stops the run by returning a reason; a `Hook` may also split dispatches.
+    hooks: functions that are called with (run, event) for every event of the run, before the
+      built-in hooks. A function stops the run by returning a reason; a `Hook` may also split
+      dispatches.
     out: the run's folder; None writes no files.
     progress: whether to print one line per evaluation on stderr, or a progress bar on a terminal.
       Notes and warnings are always printed.
@@ -83,10 +84,11 @@ def train(
     The trained model, its metrics and the summary.
 
   Raises:
-    UsageError: a ValueError with the argument and its legal values in one line.
+    UsageError: a ValueError, if an argument is invalid; one line names the argument and the legal
+      values.
     NonFinite: if a loss, the state or an evaluation is not finite.
-    ReplicasDiffer: if the devices' copies of the state differ.
-    CheckpointError: if the run has checkpoints and none is intact.
+    ReplicasDiffer: if the copies of the state on different devices differ.
+    CheckpointError: if the run has checkpoints and no checkpoint is intact.
   """
   batch_size, steps, seed = map(_plain, (batch_size, steps, seed))
   options = {name: _plain(value) for name, value in options.items()}

@@ -37,7 +37,7 @@ class Problem(NamedTuple):
   """A resolved run: objects and arrays, before anything is placed on a device."""
 
   plan: Plan
-  executors: tuple[Executor, ...]  # by stage of the plan; all states have the same structure
+  executors: tuple[Executor, ...]  # one per stage of the plan; states have the same structure
   examples: Batch  # numpy [P, n, ...], of `task.train`
   sizes: np.ndarray  # [P]
   test: tuple[Batch, np.ndarray] | None  # numpy [D, n, ...] and sizes [D]
@@ -56,7 +56,7 @@ class Problem(NamedTuple):
 
 
 class Given(NamedTuple):
-  """Objects of a Python program that replace specs; None: the spec is used."""
+  """Objects of a Python program that replace specs; None means that the spec is used."""
 
   task: Task | None = None
   method: Method | None = None
@@ -77,21 +77,21 @@ class Setting(NamedTuple):
   batch_size: int | None  # examples per worker and step
   partition: Partition
   speeds: Speeds | None
-  task: Task | None  # None: built later from its spec, which may read files
+  task: Task | None  # None: the task is built later from its spec, which may read files
 
 
 def check(config: Config, given: Given = NOTHING_GIVEN) -> Setting:
   """Rejects invalid configurations without reading data or using devices.
 
   Args:
-    config: numbers, switches, and the specs of parts that are not given.
+    config: the numbers, the switches, and the specs of parts that `given` does not contain.
     given: objects that replace specs.
 
   Returns:
     The objects built from the specs.
 
   Raises:
-    UsageError: for an invalid flag, which the message names.
+    UsageError: if a flag is invalid; the message names the flag.
   """
   if config.executor == "server":
     raise UsageError("--executor='server': is only for experiments/run.py")
@@ -156,7 +156,7 @@ def check_numbers(config: Config) -> None:
     config: the run.
 
   Raises:
-    UsageError: for an invalid flag, which the message names.
+    UsageError: if a flag is invalid; the message names the flag.
   """
   for name in ("epochs", "clip_norm", "tolerance", "checkpoint_seconds", "virtual_seconds"):
     with flag(name, getattr(config, name)):
@@ -167,14 +167,14 @@ def check_numbers(config: Config) -> None:
 
 
 def per_worker(config: Config, workers: int) -> int | None:
-  """Returns the examples per worker and step; None for all of the worker's examples.
+  """Returns the number of examples per worker and step; None for all of a worker's examples.
 
   Args:
     config: the run.
     workers: number of workers.
 
   Raises:
-    UsageError: if the batch size is not a multiple of the workers.
+    UsageError: if the batch size is not a multiple of the number of workers.
   """
   if config.batch_size == "all":
     return None
@@ -225,13 +225,13 @@ def assemble(config: Config, setting: Setting, devices: Sequence[Any] | None = N
   """Builds every part of a run, and checks that the parts fit each other.
 
   Args:
-    config: the numbers and switches.
+    config: the numbers and switches of the run.
     setting: the result of `check`.
-    devices: the devices for which `spmd` compiles, possibly of another machine; None: those of this
-      machine.
+    devices: the devices for which `spmd` compiles, possibly of another machine; None means this
+      machine's devices.
 
   Raises:
-    UsageError: for an invalid flag, which the message names.
+    UsageError: if a flag is invalid; the message names the flag.
   """
   axes, method, _, owners, batch_size, partition, speeds, _ = setting
   task = setting.task or sources.task_of(config)

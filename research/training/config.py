@@ -11,7 +11,7 @@ from research.core.text import quoted
 
 
 class UsageError(ValueError):
-  """An invalid flag: one line with the flag, its value, the legal set, and the closest match."""
+  """An invalid flag; the message gives its name, its value, the legal set and the closest match."""
 
 
 def option(default: Any, text: str, least: float | None = None) -> Any:
@@ -20,17 +20,17 @@ def option(default: Any, text: str, least: float | None = None) -> Any:
   Args:
     default: the default value.
     text: the description in --help.
-    least: the smallest legal value, if any.
+    least: the smallest legal value; None means that there is no bound.
   """
   return dataclasses.field(default=default, metadata={"text": text, "least": least})
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """The configuration of a run: numbers, switches and specs. Its fields are the command's flags.
+  """The configuration of a run: numbers, switches and specs. The fields are the command's flags.
 
-  `assemble` resolves a configuration to a Problem of objects. If a Python program passes objects,
-  the fields for their specs contain only labels.
+  `assemble` resolves a configuration to a Problem of objects. If a Python program passes objects
+  instead of specs, the corresponding fields contain only labels.
   """
 
   task: str = option(
@@ -167,24 +167,24 @@ class Config:
 
   @classmethod
   def names(cls) -> list[str]:
-    """The names of all fields, in order."""
+    """Returns the names of all fields, in order."""
     return [field.name for field in dataclasses.fields(cls)]
 
   @classmethod
   def defaults(cls) -> dict[str, Any]:
-    """The default of each field, by name."""
+    """Returns the default of each field, by name."""
     return {field.name: field.default for field in dataclasses.fields(cls)}
 
   def replace(self, **changes: Any) -> "Config":
-    """Returns a copy with other values of some fields."""
+    """Returns a copy in which some fields have new values."""
     return dataclasses.replace(self, **changes)
 
   def as_dict(self) -> dict[str, Any]:
-    """The values of all fields, by name."""
+    """Returns the values of all fields, by name."""
     return dataclasses.asdict(self)
 
   def named(self) -> dict[str, Any]:
-    """The fields that identify a result, by name."""
+    """Returns the fields that identify a result, by name."""
     return {name: getattr(self, name) for name in NAMED}
 
 
@@ -207,7 +207,7 @@ OF_SERVER = ("server_mode", "workers", "shards", "bound", "round_seconds", "over
 
 @contextlib.contextmanager
 def flag(name: str, value: Any) -> Iterator[None]:
-  """Context that converts an error about an invalid value to a UsageError that names the flag.
+  """Context manager that converts an error about an invalid value to a UsageError with the flag.
 
   Errors in a user's code are not changed; see `blame`.
 
@@ -216,7 +216,7 @@ def flag(name: str, value: Any) -> Iterator[None]:
     value: the flag's value.
 
   Raises:
-    UsageError: if the block rejects the value.
+    UsageError: if the code in the context rejects the value.
   """
   try:
     yield

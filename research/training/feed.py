@@ -1,4 +1,4 @@
-"""Provides the training data of each dispatch, kept on devices or read one dispatch ahead."""
+"""Provides the training data of each dispatch, from the devices or read one dispatch ahead."""
 
 import functools
 
@@ -15,7 +15,7 @@ from research.training.config import Config, called, flag
 
 
 def buffers(config: Config, method: Method, owners: int, batch_size: int) -> np.ndarray:
-  """Returns each worker's buffer size [P] in examples, as required by the longest dispatch.
+  """Returns the buffer size [P] of each worker in examples, as the longest dispatch requires.
 
   Args:
     config: provides the steps per dispatch.
@@ -29,14 +29,14 @@ def buffers(config: Config, method: Method, owners: int, batch_size: int) -> np.
 
 
 def check(config: Config, method: Method) -> None:
-  """Rejects options that need more of a streamed data set than its next batches.
+  """Rejects options that need more of a streamed data set than the next batches.
 
   Args:
     config: the run.
     method: the run's method.
 
   Raises:
-    UsageError: for an invalid flag, which the message names.
+    UsageError: if a flag is invalid; the message names the flag.
   """
   wrong = {
     "batch_size": config.batch_size == "all" and "they are read batch by batch; give a number",
@@ -54,11 +54,11 @@ def check(config: Config, method: Method) -> None:
 
 
 class Training:
-  """The training data of each dispatch.
+  """Provides the training data of each dispatch.
 
   For a task with a feed, the data is a buffer [P, D b, ...] of D steps. The batch of step t is at
   position t mod D, wherever dispatches begin and end. Each process reads only the examples of its
-  own devices. All buffers have the same shape, so that nothing is recompiled. `ahead` fills the
+  own devices. All buffers have the same shape, so that no program is recompiled. `ahead` fills the
   next buffer while the devices compute.
   """
 
@@ -72,7 +72,7 @@ class Training:
     """
     self.config, self.job, self.placed = config, job, placed
     self.next: tuple[int, int, Data] | None = None
-    self.sampled: dict[str, str] = {}  # for the summary: the examples of the training loss
+    self.sampled: dict[str, str] = {}  # summary entry: the examples of the training loss
     if job.task.feed:
       count = sources.count(job.task.train)
       self.sampled["train_loss_on"] = f"{count} of {job.task.feed.examples} training examples"

@@ -1,6 +1,6 @@
-"""Fingerprints of a run's data and of the user's own code, neither of which the flags determine.
+"""Computes fingerprints of a run's data and of the user's code, which flags do not determine.
 
-A run is resumed or shown again only if its examples and its code are unchanged.
+A run is resumed or shown again only if the examples and the code are unchanged.
 """
 
 import collections
@@ -22,7 +22,7 @@ _WHOLE = 2**26  # maximum bytes of an array that is hashed in full
 _PLAIN = bool | int | float | complex | str | bytes | tuple | list | dict | set | np.ndarray
 _LIBRARY = ("__", "_object__", "_pytree__", "_abc_")
 _SHOWN = ("measured_on", "model", "title")  # fields of a task that do not affect its results
-_BLOCK = 2**16  # bytes of a block; of larger arrays, blocks of _WHOLE bytes in total are hashed
+_BLOCK = 2**16  # bytes of a block; for larger arrays, blocks of _WHOLE bytes in total are hashed
 
 
 def of_specs(task: Task, *parts: Any) -> dict[str, str]:
@@ -32,10 +32,10 @@ def of_specs(task: Task, *parts: Any) -> dict[str, str]:
 
   Args:
     task: the task.
-    *parts: the run's other objects.
+    *parts: the other objects of the run.
 
   Returns:
-    "data", and "code" if user code is among the objects.
+    The fingerprints "data" and, if the objects contain user code, "code".
   """
   walk = _Walk(values=False)
   walk.add((_without_data(task), *parts))
@@ -53,10 +53,10 @@ def of_objects(task: Task, *parts: Any) -> dict[str, str]:
 
   Args:
     task: the task.
-    *parts: the run's other objects.
+    *parts: the other objects of the run.
 
   Returns:
-    "data", and "code", which covers all values and functions.
+    The fingerprints "data" and "code"; "code" covers all values and functions.
   """
   walk = _Walk(values=True)
   walk.add((_without_data(task), *parts))
@@ -102,7 +102,7 @@ class _Walk:
 
   def __init__(self, values: bool):
     self.digest, self.found, self._values = hashlib.sha256(), False, values
-    self._met: dict[int, tuple[int, Any]] = {}  # by id; the objects are kept, so ids are unique
+    self._met: dict[int, tuple[int, Any]] = {}  # by id; keeps the objects, so that ids are unique
     self._next: collections.deque[Any] = collections.deque()
 
   def add(self, x: Any) -> None:

@@ -1,4 +1,4 @@
-"""The folder of a single run, with its configuration, environment and fingerprints."""
+"""Manages the folder of a single run, with its configuration, environment and fingerprints."""
 
 import contextlib
 import fcntl
@@ -42,7 +42,7 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def default_folder(config: Config) -> Path:
-  """Returns runs/TASK-METHOD-HASH, a function of the flags that determine the result.
+  """Returns the folder runs/TASK-METHOD-HASH, which the flags that affect the result determine.
 
   Args:
     config: the run.
@@ -63,14 +63,14 @@ def place(config: Config) -> Path:
 
 
 def check(config: Config) -> Path:
-  """Checks and returns the run's folder, which may not exist yet; writes nothing.
+  """Checks and returns the run's folder, which may not exist yet, without writing files.
 
   Args:
     config: the run.
 
   Raises:
-    UsageError: if the folder is not writable, contains files but no run, or, without
-      --allow_changes, contains a run with other flags.
+    UsageError: if the folder is not writable, contains files but no run, or contains a run with
+      other flags and --allow_changes is not set.
   """
   folder = place(config)
   with flag("out", str(folder)):
@@ -92,7 +92,7 @@ def _check(config: Config, folder: Path) -> None:
 
 
 def note_missing_modules(folder: Path) -> None:
-  """Reports in one line the modules that the folder's run imported but this process did not."""
+  """Reports in one line the modules that the folder's run imported but this process has not."""
   stored = (_stored(folder / "config.json") or {}).get(IMPORT, [])
   if not _without(stored):
     return
@@ -109,7 +109,7 @@ def _without(modules: Sequence[str]) -> list[str]:
 
 
 def _stored(path: Path) -> dict[str, Any] | None:
-  """Reads the object in a JSON file; None if there is no object."""
+  """Reads the object in a JSON file; returns None if there is no object."""
   try:
     found = json.loads(path.read_text())
   except (OSError, ValueError):
@@ -123,7 +123,7 @@ def unchanged(config: Config, folder: Path, made_of: Prints | None) -> bool:
   Args:
     config: the run.
     folder: the run's folder.
-    made_of: returns the run's fingerprints; None: they are not compared.
+    made_of: returns the run's fingerprints; None means that fingerprints are not compared.
   """
   before = _stored(folder / "config.json") or {}
   same = all(before.get(name) == value for name, value in identity(config).items())
@@ -148,7 +148,7 @@ def check_prints(config: Config, folder: Path, made_of: Prints) -> None:
     made_of: returns the run's fingerprints.
 
   Raises:
-    UsageError: if a fingerprint differs, without --allow_changes.
+    UsageError: if a fingerprint differs and --allow_changes is not set.
   """
   changed = _changed_prints(folder, made_of)
   if changed and not config.allow_changes:
@@ -178,18 +178,18 @@ def _refuse_differences(config: Config, folder: Path, path: Path) -> None:
 def finished(
   config: Config, folder: Path, steps: int, made_of: Prints | None = None
 ) -> dict[str, Any] | None:
-  """Returns the summary of a complete run with the same flags, data and code; None without one.
+  """Returns the summary of a complete run with the same flags, data and code, or None.
 
-  A summary that was edited and can no longer be shown is recomputed.
+  The function returns None for an edited summary that cannot be shown, so the run recomputes it.
 
   Args:
     config: the run.
     folder: the run's folder.
     steps: number of steps of the complete run.
-    made_of: returns the run's fingerprints; None: they are not compared.
+    made_of: returns the run's fingerprints; None means that fingerprints are not compared.
 
   Raises:
-    UsageError: if the folder contains a complete run with other flags, data or code.
+    UsageError: if the folder contains a complete run with different flags, data or code.
   """
   path = folder / "summary.json"
   if not path.exists():
@@ -211,7 +211,7 @@ def finished(
 
 
 def _result(path: Path) -> dict[str, Any] | None:
-  """Reads a summary; None if entries that are shown or compared are missing."""
+  """Reads a summary; returns None if entries that are shown or compared are missing."""
   try:
     summary: dict[str, Any] = dict(with_nan(json.loads(path.read_text())))
     closing_table(summary, path.parent)
@@ -224,14 +224,14 @@ def _result(path: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def claimed(config: Config, folder: Path) -> Iterator[None]:
-  """Context that creates and locks the run's folder; `describe` describes a new folder.
+  """Context manager that creates and locks the run's folder; `describe` fills a new folder.
 
   Args:
     config: the run.
     folder: the run's folder.
 
   Raises:
-    UsageError: if the folder cannot be created, or another process is running in it.
+    UsageError: if the folder cannot be created, or another process has locked the folder.
   """
   with contextlib.ExitStack() as stack:
     with flag("out", str(folder)):
@@ -252,7 +252,7 @@ def describe(config: Config, folder: Path, made_of: Prints | None = None) -> Non
   Args:
     config: the run.
     folder: the run's folder.
-    made_of: returns the run's fingerprints; None: they are not stored.
+    made_of: returns the run's fingerprints; None means that fingerprints are not stored.
   """
   prints = {PRINTS: dict(made_of())} if made_of else {}
   modules = [source.name for source in plugins.carried()]

@@ -1,4 +1,4 @@
-"""Labels of objects for results and messages."""
+"""Labels objects for results and messages."""
 
 import dataclasses
 import re
@@ -7,7 +7,7 @@ from typing import Any
 from research.core.part import Part
 from research.core.task import Task
 
-_MOST = 200  # maximum number of characters
+_MOST = 200  # maximum number of characters in a label
 
 
 def label(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The training loop: a run, the hooks of a run, and the generator of its events."""
+"""The training loop: a run, the hooks of a run, and the generator of the run's events."""
 
 import contextlib
 import json
@@ -48,10 +48,10 @@ def train(config: Config) -> tuple[dict[str, Any], Path]:
     The contents of summary.json, and the run's folder.
 
   Raises:
-    UsageError: for invalid flags.
-    CheckpointError: if the run has checkpoints and none is intact.
+    UsageError: if a flag is invalid.
+    CheckpointError: if the run has checkpoints and no checkpoint is intact.
     NonFinite: if a loss, the state or an evaluation is not finite.
-    ReplicasDiffer: if the devices' copies of the state differ.
+    ReplicasDiffer: if the copies of the state on different devices differ.
   """
   result = trained(config, NOTHING_GIVEN, (), writes=True)
   assert result.folder
@@ -64,8 +64,8 @@ def trained(
   """Starts or resumes a run; with `writes`, the run has its own folder.
 
   Args:
-    config: numbers, switches, and specs or labels.
-    given: objects in place of specs.
+    config: the numbers, the switches, and the specs or labels.
+    given: the objects that replace specs.
     hooks: the user's hooks, which receive each event before the built-in hooks.
     writes: whether to write files; False keeps everything in memory.
     shown: whether progress is printed on stderr.
@@ -118,13 +118,13 @@ def trained(
 
 
 def _same_everywhere(config: Config) -> None:
-  """Rejects a job whose processes got different flags, before they wait for each other."""
+  """Rejects a job whose processes have different flags, before processes wait for each other."""
   if not same_everywhere(json.dumps(folders.identity(config))):
     raise UsageError("the processes of the job were given different flags")
 
 
 def _made_of(given: Given) -> Callable[..., dict[str, str]]:
-  """Returns the fingerprints of a run that is built from objects or from specs."""
+  """Returns a function that computes the fingerprints of a run, from its objects or specs."""
   return fingerprint.of_objects if any(x is not None for x in given) else fingerprint.of_specs
 
 
@@ -157,9 +157,9 @@ class Hooks:
 
     Args:
       run: the run, at step 0.
-      stack: closes every hook, even if another one raises.
+      stack: closes every hook, even if another hook raises an exception.
       store: the run's checkpoints; None saves nothing.
-      columns: further columns of every row, by its step.
+      columns: maps a step to further columns of the row of that step.
       of_dispatches: columns of the last row of a dispatch.
       folder: the folder of metrics.jsonl; None keeps the rows in memory.
       shown: whether this process shows progress.
@@ -174,18 +174,19 @@ class Hooks:
       save.restore(run)
     label = self.evaluate.label
     self.log = closing(Log(run, label, columns, of_dispatches, folder=folder, shown=shown))
-    # A dispatch's rows are written before the checks, and its state is saved before signals count.
+    # A dispatch's rows are written before checks run, and its state is saved before signals are
+    # handled.
     self.all: list[Hook] = [*first, self.log, *judges, self.evaluate, Tolerance()]
     self.all += [*saves, closing(Signals())]
 
 
 class Run(BaseRun):
-  """A run that executes compiled programs in this process.
+  """Executes a run's compiled programs in this process.
 
   Attributes:
     problem: the parts of the run.
     data: the training data of each dispatch.
-    state: the TrainState; reading it waits for exchanges that are on their way.
+    state: the TrainState; reading the state waits for exchanges in flight.
     metrics: the metrics of the newest dispatch, on the devices.
   """
 
@@ -202,7 +203,7 @@ class Run(BaseRun):
   @property
   def state(self) -> TrainState:
     found = self.problem.executor.settled(self._state)
-    # what was on its way is not in the metrics of a dispatch
+    # the metrics of a dispatch do not cover exchanges in flight
     if found is not self._state and not bool(_all_finite(found.method)):
       raise NonFinite(f"the state became non-finite before step {self.step}; {self.kept()}")
     return found
@@ -215,7 +216,7 @@ class Run(BaseRun):
     jax.block_until_ready(self._state)
 
   def advance(self, to: int) -> Rounds:
-    """Starts the rounds up to a step without waiting for them."""
+    """Starts the rounds up to a step without waiting for their end."""
     first, plan = self.step, self.plan
     rounds = round(plan.rounds(to) - plan.rounds(first))
     executor = self.problem.executors[plan.stage(first)]
@@ -229,7 +230,7 @@ class Run(BaseRun):
     self.data.ahead(self.step, to)
 
   def alone(self) -> tuple[float, float]:
-    """Seconds per step of computing and of the exchange, each alone, of an executor that can."""
+    """Returns the seconds per step of computing and of the exchange, each measured alone."""
     measure = self.problem.executor.alone
     assert measure
     return measure(self._state, self.data.placed)
@@ -254,7 +255,7 @@ class Run(BaseRun):
   def _diagnostics(
     self, norms: Mapping[str, np.ndarray], first: int, step: int
   ) -> dict[str, float]:
-    """Returns the diagnostics of the round that contains a step of a dispatch from step `first`."""
+    """Returns a round's diagnostics, given a step of the round and its dispatch's first step."""
     number = math.ceil(self.plan.rounds(step)) - 1
     place = number - round(self.plan.rounds(first))
     means = {name: float(norms[name][place]) for name in diagnostics.NAMES}
@@ -277,9 +278,9 @@ _all_finite = jax.jit(workers.all_finite)
 def events(run: BaseRun, hooks: Sequence[Hook] = ()) -> Iterator[Event]:
   """Runs the remaining rounds of a run, until it is complete or stopped, and yields its events.
 
-  The caller receives every event first, and then each hook does; this includes the events that
-  hooks yield. The run's state is that of the newest `Rounds`. Reading the state waits for the
-  devices.
+  The caller receives every event first, and then each hook receives the event; this also holds for
+  events that hooks yield. The run's state is that of the newest `Rounds` event. Reading the state
+  waits for the devices.
   """
   every = [hook.every for hook in hooks]
   while run.step < run.steps and not run.reason:

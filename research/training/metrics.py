@@ -16,20 +16,22 @@ from research.core.task import Batch, Data, Task, value_and_grad
 
 
 def evaluator(task: Task, mesh: Mesh, batch: int = 1) -> Callable[..., dict[str, Array]]:
-  """Returns `evaluate(params, data, gradient=False)`: means over all examples of a placed data set.
+  """Returns `evaluate(params, data, gradient=False)`, which averages metrics over a placed data
+  set.
 
-  The metrics are those of `task.evaluate`. With `gradient=True` they include `gradient_norm`, the
-  norm of the full objective's gradient, and, if the task defines `grads`, `residual`, its L1 norm.
-  Each device of the worker axes processes its own examples in chunks.
+  The metrics are those of `task.evaluate`. With `gradient=True`, the metrics include
+  `gradient_norm`, the norm of the full objective's gradient, and, if the task defines `grads`,
+  `residual`, the L1 norm of the gradient. Each device of the worker axes processes its own examples
+  in chunks.
 
   Args:
     task: provides the metrics.
     mesh: the mesh of the data.
     batch: number of examples that the devices of a worker share evenly; the size of a chunk is a
-      multiple of it.
+      multiple of this number.
 
   Returns:
-    The compiled function; its result has scalars by name.
+    The compiled function, which returns scalars by name.
   """
   names = tuple(meshes.worker_axes(mesh.shape))
   apart = tuple(name for name in names if mesh.shape[name] > 1)

@@ -1,4 +1,4 @@
-"""The plan of a run: the local steps at which rounds begin and end, and the bytes of rounds."""
+"""Plans the rounds of a run: the local steps at which rounds begin and end, and their bytes."""
 
 import bisect
 import math
@@ -26,7 +26,7 @@ class Plan:
     return bisect.bisect(self.starts, step) - 1
 
   def rounds(self, step: int) -> float:
-    """Returns the number of rounds, possibly fractional, in a number of steps."""
+    """Returns the number of rounds in a number of steps; the result may be fractional."""
     job = self.jobs[self.stage(step)]
     return job.first_round + (step - job.first_step) / job.method.local_steps
 
@@ -48,7 +48,7 @@ class Plan:
 
 
 class Sent:
-  """Counts the bytes that a worker's algorithm sends; the memory does not grow with the run."""
+  """Counts the bytes that a worker's algorithm sends; memory use does not grow with the run."""
 
   def __init__(self, plan: Plan, layout: layouts.Layout, steps: int):
     self.plan = plan
@@ -70,7 +70,7 @@ class Sent:
     return [t for stage, stop in self._begun(rounds) for t in stage.transfers(round(stop))]
 
   def _begun(self, rounds: float) -> list[tuple["Stage", float]]:
-    """Returns the stages that have begun after a number of rounds, each with its end so far."""
+    """Returns the stages that have begun after a number of rounds, and each stage's end so far."""
     ends = [*self._ends[:-1], rounds]
     begun = zip(self._stages, ends, strict=True)
     return [(stage, min(rounds, end)) for stage, end in begun if stage and stage.first < rounds]
@@ -79,8 +79,8 @@ class Sent:
 class Stage:
   """Counts the bytes sent from a stage's first round on.
 
-  Rounds are traced in consecutive pieces, each of them once, when the run reaches the piece. A
-  resumed run first traces the rounds that are already complete.
+  Rounds are traced in consecutive pieces; each piece is traced once, when the run reaches the
+  piece. A resumed run first traces the rounds that are already complete.
   """
 
   PIECE = 2**16  # rounds per piece
@@ -102,7 +102,7 @@ class Stage:
     self._begin()
 
   def until(self, rounds: float) -> float:
-    """Returns the bytes from the stage's first round to round `rounds`, which may be fractional."""
+    """Returns the bytes from the stage's first round to round `rounds`, possibly fractional."""
     if self._rounds.each is not None:
       return (rounds - self.first) * self._rounds.each
     whole = int(rounds)

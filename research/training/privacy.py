@@ -1,4 +1,4 @@
-"""Computes the privacy spent by a run from its noisy aggregators and the visible messages."""
+"""Computes the privacy that a run spends, from its noisy aggregators and visible messages."""
 
 import functools
 import math
@@ -23,7 +23,7 @@ from research.parallel.job import Job, resolved
 from research.parallel.layout import Layout
 from research.training.config import Config
 
-# A message is rounded finely enough if its noise spans _UNITS rounding units, and is not clipped
+# A message is rounded finely enough if the noise spans _UNITS rounding units, and is not clipped
 # by rounding if the range leaves _ROOM standard deviations.
 _UNITS, _ROOM = 2.0, 8.0
 
@@ -33,17 +33,17 @@ class Spent(NamedTuple):
 
   found: dict[str, Any]  # entries of the summary
   epsilon: Callable[[int], float] | None  # rounds -> epsilon spent, if known
-  note: str  # one line on why epsilon is unknown, or empty
+  note: str  # a line that explains why epsilon is unknown, or ''
 
 
 class _Uncounted(Exception):
-  """The privacy spent by the run is unknown."""
+  """Reports that the privacy spent by the run is unknown."""
 
 
 def spending(config: Config, job: Job, layout: Layout) -> Spent:
   """Computes the privacy that a run spends.
 
-  Noise is found by the types of the method's parts. If some parts are from outside this library,
+  The types of the method's parts show the noise. If some parts are defined outside this library,
   one traced round is also searched for noise.
 
   Args:
@@ -82,12 +82,12 @@ def _outermost(method: Method) -> list[Aggregator]:
 
 
 def _has_foreign(method: Method) -> bool:
-  """Whether a part is defined outside this library, so that its fields may not show its noise."""
+  """Returns whether a part is defined outside this library and may thus hide its noise."""
   return any(not type(part).__module__.startswith("research.") for part in method.parts(Part))
 
 
 def columns(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-  """Merges rows by column: the values of a single row, or lists of the values of several rows.
+  """Merges rows by column; a column of several rows becomes a list of values.
 
   Args:
     rows: rows with the same columns.
@@ -102,7 +102,7 @@ def over(axis: Axes, axes: Mapping[str, int]) -> dict[str, int]:
 
   Args:
     axis: the aggregator's axes.
-    axes: the mesh, sizes by axis.
+    axes: the sizes of the mesh axes by name.
   """
   names = (axis,) if isinstance(axis, str) else axis
   return {name: size for name, size in meshes.worker_axes(axes).items() if name in names}
@@ -111,7 +111,7 @@ def over(axis: Axes, axes: Mapping[str, int]) -> dict[str, int]:
 def _counted(
   noise: Noise, config: Config, job: Job, layout: Layout
 ) -> tuple[Callable[[int], float], str]:
-  """Returns epsilon as a function of the rounds, and a description of what is accounted.
+  """Returns epsilon as a function of the rounds, and a description of the accounted mechanism.
 
   Raises:
     _Uncounted: if workers send messages without noise, or share the noise of another worker.
@@ -123,7 +123,7 @@ def _counted(
   if alike:
     raise _Uncounted(f"workers along '{alike[0]}' draw the same noise; leave out axis=")
   count = math.prod(sharing.values())
-  own = noise.noise / math.sqrt(count)  # deviation of one message's noise, over the clip
+  own = noise.noise / math.sqrt(count)  # deviation of one message's noise, relative to the clip
   is_sum = noise.seen is not None and _is_of_the_sum(noise, noise.seen, own, job)
   if is_sum and noise.seen is not None:
     # a worker that is missing from the sum does not contribute its noise
@@ -142,7 +142,7 @@ def _counted(
 
 
 def _is_of_the_sum(noise: Noise, seen: Sum, own: float, job: Job) -> bool:
-  """Whether only the sum is visible, and is rounded finely enough for the noise; see `noisy`."""
+  """Returns whether only the sum is visible, rounded finely enough for the noise; see `noisy`."""
   params = jax.tree.leaves(jax.eval_shape(job.task.init, jax.random.key(0)))
   if not all(is_wide(leaf.dtype) for leaf in params):
     return False
@@ -156,7 +156,7 @@ def _noisy_exchanges(job: Job, layout: Layout) -> int:
   """Returns the maximum number of noisy exchanges in a round.
 
   Raises:
-    _Uncounted: if workers also exchange anything without noise.
+    _Uncounted: if workers also exchange a value without noise.
   """
   marked = resolved(job._replace(method=job.method.over(_silent)))
   program, args = _sync(marked, layout)
@@ -175,7 +175,7 @@ def _sync(job: Job, layout: Layout) -> tuple[Callable[..., Any], tuple[Any, ...]
 
 
 def _adds_noise(job: Job, layout: Layout) -> bool:
-  """Whether a traced round adds noise that the method's parts do not show."""
+  """Returns whether a traced round adds noise that the method's parts do not show."""
 
   def is_in(jaxpr: Any) -> bool:
     return any(
@@ -211,7 +211,7 @@ def _silent(inner: Aggregator) -> Aggregator:
 
 
 def _marks(jaxpr: Any) -> int:
-  """Returns the maximum number of such calls that a program executes, over all branches."""
+  """Returns the maximum number of `_Silent` calls that a program executes, over all branches."""
   found = 0
   for eqn in jaxpr.eqns:
     inside = [_marks(program.jaxpr) for program in programs(eqn)]

@@ -11,7 +11,7 @@ _LEAST = 0.5  # minimum share of the parameters
 
 
 class Reach(NamedTuple):
-  """The parameters that an optimizer updates by its own rule rather than by Adam's."""
+  """The parameters that an optimizer updates by its own rule, not by Adam's rule."""
 
   reached: int  # number of elements
   total: int
@@ -19,12 +19,12 @@ class Reach(NamedTuple):
 
   @property
   def share(self) -> float:
-    """The share of the parameters that is reached, in [0, 1]."""
+    """The fraction of the parameters that is reached, in [0, 1]."""
     return self.reached / max(1, self.total)
 
   @property
   def embeds(self) -> bool:
-    """Whether an embedding is reached, judged by its name."""
+    """Whether an embedding is reached, according to the names of the leaves."""
     return any("embed" in name.lower() for name in self.names)
 
 
@@ -35,7 +35,8 @@ def reaches(state: Any) -> dict[str, Reach]:
   """Finds the reach of each matrix optimizer in a method's state, at any depth.
 
   `optax.contrib.muon` without dimension numbers applies to leaves of two dimensions, and updates
-  the others by Adam with a separate learning rate; `galore` projects leaves of two dimensions.
+  the other leaves by Adam with a separate learning rate; `galore` projects leaves of two
+  dimensions.
 
   Args:
     state: the state of a method, arrays or shapes.
@@ -59,7 +60,8 @@ def check(state: Any) -> None:
     state: the state of a method, arrays or shapes.
 
   Raises:
-    ValueError: if an optimizer reaches less than half; the message gives the share.
+    ValueError: if an optimizer reaches less than half of the parameters; the message gives the
+      fraction.
   """
   for name, reach in reaches(state).items():
     if reach.share < _LEAST:
@@ -89,7 +91,7 @@ def _of_types(tree: Any, types: tuple[type, ...]) -> Iterable[Any]:
 
 
 def _of_muon(states: Mapping[str, Any]) -> Reach:
-  """Compares the sizes of Muon's momentum and of Adam's for the other leaves."""
+  """Computes Muon's reach from the sizes of Muon's momentum and of Adam's momentum."""
   own = [momentum for s in _of_types(states, (contrib.MuonState,)) for momentum in _sizes(s.mu)]
   rest = [size for s in _of_types(states, (optax.ScaleByAdamState,)) for size in _sizes(s.mu)]
   reached = sum(size for _, size in own)
@@ -100,7 +102,8 @@ def _of_muon(states: Mapping[str, Any]) -> Reach:
 def _of_galore(state: contrib.GaLoreState) -> Reach:
   """Infers the sizes of leaves from the sizes of their projectors and moments.
 
-  The projector of an m x n leaf is m x r or n x r; its moments have the other dimension and r.
+  The projector of an m x n leaf has the shape m x r or n x r; the leaf's moments have the other
+  dimension and r.
   """
   (moments, *_) = _of_types(state.base_optimizer_state, (optax.ScaleByAdamState,))
   reached, total, names = 0, 0, set()

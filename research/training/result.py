@@ -34,7 +34,7 @@ class Result:
 
   @functools.cached_property
   def params(self) -> Params:
-    """The model to deploy, a tree of JAX arrays; for a completed run, read from a checkpoint."""
+    """The model to deploy, a tree of JAX arrays; read from a checkpoint if the run was complete."""
     return self._params()
 
   @functools.cached_property
@@ -43,7 +43,7 @@ class Result:
 
     An NNX model is in `eval` mode. An Equinox model, which takes single examples, is in inference
     mode. A linen module is bound to its parameters, so that it can be called directly. The value is
-    None if the task was not built from such a model.
+    None if the task was not built from a model of one of these kinds.
     """
     return self._model(self.params) if self._model else None
 
@@ -59,15 +59,15 @@ class Result:
         axes.plot(*result.curve("train_loss", against="bytes"))
 
     Args:
-      name: such as "loss", "train_loss", "bytes", "eval.accuracy", "diagnostics.memory_norm" or
-        "auxiliary.NAME".
+      name: the column, such as "loss", "train_loss", "bytes", "eval.accuracy",
+        "diagnostics.memory_norm" or "auxiliary.NAME".
       against: the other column: "step" (local steps), "seconds", "bytes", "virtual_seconds".
 
     Returns:
       The values of `against` and those of `name`, arrays [rows].
 
     Raises:
-      ValueError: if no row has such a column; the message lists the existing ones.
+      ValueError: if no row has one of the columns; the message lists the existing columns.
     """
     rows = [dict(_columns(row)) for row in self.metrics]
     legal = dict.fromkeys(column for row in rows for column in row)
@@ -88,7 +88,7 @@ class Result:
       A matplotlib Figure.
 
     Raises:
-      ValueError: if `what` is neither of these, or the run recorded no diagnostics.
+      ValueError: if `what` has another value, or the run recorded no diagnostics.
     """
     if what == "loss":
       return figures.loss_figure(self.metrics, self.summary)

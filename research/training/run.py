@@ -1,4 +1,4 @@
-"""The interface between a run and the loop with its hooks, independent of the executor."""
+"""Defines the interface between a run and the training loop, independent of the executor."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from research.training.reports.timing import Timing
 
 
 class BaseRun:
-  """A run in progress. Subclasses advance it by compiled programs, server processes or a replay.
+  """A run in progress; subclasses run compiled programs, server processes or a replay.
 
   Attributes:
     config: the flags.
@@ -25,11 +25,11 @@ class BaseRun:
     steps: number of local steps of the complete run.
     timing: the clock of the run.
     step: number of local steps that have been started.
-    reason: why the run stops; "" while it continues.
+    reason: the reason why the run stops; "" while the run continues.
     state: the state that a checkpoint stores.
     metrics: the metrics of the newest dispatch.
-    kept: returns a description of the remaining checkpoint, for messages.
-    before_aside: called before work that is not a training step.
+    kept: a function that returns a description of the remaining checkpoint, for messages.
+    before_aside: a function that is called before work other than training steps.
   """
 
   state: Any
@@ -48,7 +48,7 @@ class BaseRun:
 
   @required
   def advance(self, to: int) -> Event:
-    """Starts a dispatch that ends at step `to` or earlier; returns its event."""
+    """Starts a dispatch that ends at step `to` or earlier; returns the dispatch's event."""
     ...
 
   def prepare(self, to: int) -> None:
@@ -65,7 +65,7 @@ class BaseRun:
     ...
 
   def wait(self) -> None:
-    """Waits for everything that has been started; needs no other process to call it."""
+    """Waits for all started work; other processes do not have to call this method."""
     jax.block_until_ready(self.state)
 
   def stop(self, reason: str) -> None:
@@ -85,11 +85,11 @@ class BaseRun:
     )
 
   def rows(self, first: int, last: int, metrics: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """Returns the steps of a dispatch that get a row, ascending, and the columns of these rows.
+    """Returns the columns of a dispatch's rows, by step in ascending order.
 
     Args:
-      first: local steps before the dispatch.
-      last: local steps after the dispatch, which is the step of the last row.
+      first: number of local steps before the dispatch.
+      last: number of local steps at the end of the dispatch; this is the step of the last row.
       metrics: the metrics of the dispatch, on the host.
     """
     del metrics
@@ -97,12 +97,12 @@ class BaseRun:
     return {step: {} for step in (*range((first // every + 1) * every, last, every), last)}
 
   def due(self, rounds: Rounds, every: int) -> bool:
-    """Whether a dispatch reaches a multiple of `every`."""
+    """Returns whether a dispatch reaches a multiple of `every`."""
     return every > 0 and rounds.last // every > rounds.first // every
 
   @contextlib.contextmanager
   def aside(self) -> Iterator[None]:
-    """Context for work that is not a training step; waits for the current dispatch first."""
+    """Context manager for work other than training steps; first waits for the current dispatch."""
     jax.block_until_ready(self.metrics)
     self.before_aside()
     with self.timing.aside():

@@ -21,7 +21,7 @@ def task_of(config: Config) -> Task:
     config: the run.
 
   Raises:
-    UsageError: for an invalid flag, which the message names.
+    UsageError: if a flag is invalid; the message names the flag.
   """
   with flag("task", config.task):
     call = parse(config.task)
@@ -63,12 +63,13 @@ def partitioned(
 
   Args:
     config: provides the seed and the spec of the partition.
-    task: provides the examples, `train`.
+    task: provides the training examples, `train`.
     owners: P, the number of workers or clients.
-    split: a partition that replaces that of the spec.
+    split: a partition that replaces the partition of the spec.
 
   Returns:
-    numpy arrays [P, n, ...], padded to the largest owner, and the number of examples of each owner.
+    numpy arrays [P, n, ...], padded to the size of the largest owner, and the number of examples of
+    each owner.
 
   Raises:
     UsageError: if the partition needs labels that do not exist, or does not fit the examples.
@@ -89,7 +90,7 @@ def partitioned(
 
 
 def test_of(job: Job, config: Config) -> tuple[Batch, np.ndarray] | None:
-  """Splits the test examples evenly over the devices that evaluate them; None without a test set.
+  """Splits the test examples evenly over the evaluating devices; None without a test set.
 
   Args:
     job: provides the task and the number of workers.

@@ -1,4 +1,4 @@
-"""Agreement between the processes of a job: one value, one text, or one error on all of them."""
+"""Makes the processes of a job agree on a value, a text or an error."""
 
 import contextlib
 import zlib
@@ -12,10 +12,11 @@ from research.training.config import UsageError
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-  """Raises a usage error on all processes when one process raises it, before any of them waits.
+  """Raises a usage error on all processes if one process raises it, before any process waits.
 
   Raises:
-    UsageError: if a process raises one; other processes refer to the message of that process.
+    UsageError: if a process raises a UsageError; on the other processes, the message refers to that
+      process.
   """
   try:
     yield
@@ -54,7 +55,7 @@ def same_everywhere(text: str) -> bool:
 
 
 def all_well(well: bool) -> bool:
-  """Returns whether all processes report success; blocks until each has reported.
+  """Returns whether all processes report success; blocks until each process has reported.
 
   Args:
     well: whether this process succeeded.

@@ -1,4 +1,4 @@
-"""Virtual time: the end of each round of a run on a clock that gives the workers' speeds."""
+"""Computes the virtual time at which each round ends, from a clock with the workers' speeds."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,23 +16,23 @@ class VirtualServer(NamedTuple):
 
   seconds: np.ndarray  # float64 [K], the end of each round
   order: np.ndarray  # int32 [K], the worker of each round
-  staleness: np.ndarray  # int32 [K], number of updates since the model of each gradient
+  staleness: np.ndarray  # int32 [K], number of updates since each gradient's model
 
   def at(self, rounds: float) -> float:
     """Returns the time at which a number of rounds is complete, interpolated within a round."""
     return _between(self.seconds, rounds)
 
   def within(self, seconds: float) -> int | None:
-    """Returns the number of rounds that end within a time; None if all of them do."""
+    """Returns the number of rounds that end within a time; None if all rounds do."""
     found = int(np.searchsorted(self.seconds, seconds, side="right"))
     return found if found < len(self.seconds) else None
 
 
 class VirtualRounds:
-  """The rounds of workers that wait for the slowest worker; times are drawn in pieces on demand."""
+  """The rounds of workers that wait for the slowest worker; draws times in pieces, on demand."""
 
   order = None
-  STEPS = 2**16  # number of steps of a worker that are drawn at once, at least one round
+  STEPS = 2**16  # number of steps of a worker that are drawn at once; at least one round is drawn
 
   def __init__(self, lockstep: Callable[[], clock.Lockstep], plan: Plan):
     """Creates the times of a plan's rounds.
@@ -53,7 +53,7 @@ class VirtualRounds:
     return _between(self._ends, rounds - self._first, self._before)
 
   def within(self, seconds: float) -> int | None:
-    """Returns the number of rounds that end within a time; None if more than MOST do."""
+    """Returns the number of rounds that end within a time; None if more than MOST rounds do."""
     self._begin()
     while not len(self._ends) or self._ends[-1] <= seconds:
       if self._first > MOST:
@@ -99,7 +99,7 @@ def played(speeds: clock.Speeds, plan: Plan, workers: int, seed: int) -> Callabl
     seed: seeds the random step times.
 
   Raises:
-    ValueError: if the speeds do not fit the workers, or rounds have no common length.
+    ValueError: if the speeds do not match the number of workers, or rounds have no common length.
   """
   method = plan.jobs[0].method
   if any(job.by_epochs for job in plan.jobs):
@@ -125,7 +125,7 @@ def rounds_within(run: Callable[[int], Virtual], seconds: float) -> int:
     seconds: the virtual time.
 
   Raises:
-    ValueError: if no round ends within this time, or more than 2^24 rounds do.
+    ValueError: if no round ends within this time, or more than 2^24 rounds end within this time.
   """
   rounds = 64
   while (found := run(rounds).within(seconds)) is None:
