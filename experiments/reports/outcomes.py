@@ -146,7 +146,7 @@ def figures(outcome: Outcome, target: float | None, conditions: Conditions) -> d
   if accuracies:
     measures = {"mean": statistics.mean, "least": min, "greatest": max}
     found |= {f"accuracy_{name}": of(accuracies) for name, of in measures.items()}
-  found |= step_seconds(summaries, conditions)
+  found |= step_seconds(plan.spec, summaries, conditions)
   computing, waiting = found["compute_seconds_per_step"], found["latency_seconds_per_step"]
   of_bytes = found["seconds_per_step"] - computing - waiting  # for a mean step; early steps vary
   computed = curve.virtual if conditions.clock else curve.steps * computing
@@ -173,7 +173,9 @@ def to_target(curve: Curve, target: float, seconds: np.ndarray | None) -> dict[s
   return found
 
 
-def step_seconds(summaries: list[dict[str, Any]], conditions: Conditions) -> dict[str, float]:
+def step_seconds(
+  spec: str, summaries: list[dict[str, Any]], conditions: Conditions
+) -> dict[str, float]:
   """Returns the seconds of a mean local step: computation, latency of any link, and the total.
 
   If a method allows its exchange to overlap with computation, only the rest counts.
@@ -191,7 +193,7 @@ def step_seconds(summaries: list[dict[str, Any]], conditions: Conditions) -> dic
     rows = summaries[0]["wire"]["transfers"]
     talking = cost.seconds(rows, axes, link)
     waiting = cost.seconds(rows, axes, link._replace(bits_per_second=math.inf))
-    method = registry.build("method", summaries[0]["method"])
+    method = registry.build("method", spec)
     exposed = cost.exposed(talking, computing, method.local_steps, method.hidden_steps)
   return {
     "compute_seconds_per_step": computing,

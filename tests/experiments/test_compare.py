@@ -190,7 +190,8 @@ PLACE = outcomes.Conditions("1mbit", 0.1, "")
 def outcome(*losses, start: float | None = 5.0, diverged=()) -> outcomes.Outcome:
   """Of seeds 3, 4, ...: the losses of those that did not diverge, at steps 10, 20, ..."""
   seeds = range(3, 3 + len(losses) + len(diverged))
-  plan = outcomes.Contender("m()", "m()", False, [Config(seed=seed, out="o") for seed in seeds])
+  configs = [Config(seed=seed, out="o") for seed in seeds]
+  plan = outcomes.Contender("data_parallel(sgd(0.1), mean())", "m()", False, configs)
   wire = {"bytes_per_step_per_worker": {"data": 5.0}, "dense_bytes_per_step_per_worker": 5.0}
   summary = {"initial_train_loss": start, "wire": wire | {"transfers": []}, "eval": {}}
   summary |= {"mesh": "data:2", "steps_per_second": 10.0, "train_loss": 1.0}
