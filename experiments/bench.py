@@ -1,20 +1,20 @@
-"""Times the training loop and hand-written loops of the same mathematics, in alternation.
+"""Times the training loop in alternation with hand-written loops of the same algorithms.
 
     python experiments/bench.py --repeats=7 --out=results/bench
 
 Each case runs `train.loop.train` with its flags, and the minimal JAX loop of `by_hand.py` or
-`by_hand_transformer.py`. Both loops make no evaluations and no checkpoints, and fetch the losses
-once per dispatch. After a warm-up, the two loops run alternately; the reported figure is the median
-of the pairwise ratios of steps per second.
+`by_hand_transformer.py`. Both loops omit evaluations and checkpoints, and fetch the losses once per
+dispatch. After a warm-up, the two loops run alternately; the reported figure is the median of the
+pairwise ratios of steps per second.
 
 The suite also measures the cost of compressors (`costs.py`) and of rounds (`rounds.py`), how long a
 checkpoint blocks training, the memory of 10,000 simulated workers, and the time to the first logged
-step. Other suites run between hosts (`hosts.py`, `speed.py`, `overlap.py`, `faults.py`), which are
-network namespaces of Linux and need root, or on a parameter server (`servers.py`). `--cases`
-selects methods of `speed.py` or cases of the server; earlier results of the others are kept in OUT.
---suite=applications measures search, finance, medicine and recommendation, and compares the results
-with those of peer libraries (`applications/suite.py`). --suite=peers measures the same programs in
-TensorFlow and in Spark (`peers.py`).
+step. Other suites run on simulated hosts (`hosts.py`, `speed.py`, `overlap.py`, `faults.py`), which
+are Linux network namespaces and need root, or on a parameter server (`servers.py`). `--cases`
+selects methods of `speed.py` or cases of the server; OUT keeps the earlier results of other methods
+or cases. --suite=applications measures search, finance, medicine and recommendation, and compares
+the results with those of peer libraries (`applications/suite.py`). --suite=peers measures the same
+algorithms in TensorFlow and in Spark (`peers.py`).
 
 The command writes result.json and table.md. Workers on one machine use the cores better with one
 device per core: set `JAX_NUM_CPU_DEVICES=2` for fed_avg and local_phase.
@@ -74,7 +74,7 @@ OTHERS = (
 
 
 def checkpoints(repeats: int) -> list[float]:
-  """Measures the milliseconds for which a save blocks the digits run, at one save per second."""
+  """Measures the milliseconds for which a save blocks a run on digits, with one save per second."""
   import jax
 
   from research.parallel import resize
@@ -121,7 +121,7 @@ def start(repeats: int) -> list[float]:
 
 
 def memory() -> float:
-  """Measures the peak GiB of a run of 10,000 simulated workers on least squares, 100 features."""
+  """Measures the peak GiB of 10,000 simulated workers on least squares with 100 features."""
   before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
   with tempfile.TemporaryDirectory() as folder:
     process = command(
@@ -137,7 +137,7 @@ def memory() -> float:
 
 
 def command(*words: str) -> subprocess.Popen[str]:
-  """Starts run.py in a process of its own."""
+  """Starts run.py in a separate process."""
   program = [sys.executable, str(Path(run.__file__)), *words]
   return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -155,7 +155,7 @@ def of_wire() -> tuple[dict[str, Any], list[str]]:
 
 
 def of_overlap() -> tuple[dict[str, Any], list[str]]:
-  """Measures how much of an exchange is hidden behind computing between two hosts."""
+  """Measures, for two hosts, the part of an exchange that overlaps with computation."""
   rows = overlap.overlap(FLAGS.cases, FLAGS.repeats)
   return {"overlap": rows}, overlap.overlap_table(rows)
 
@@ -204,7 +204,7 @@ def main(argv: list[str]) -> None:
     suites["server"] = lambda: of_server(environment["commit"])
     suites["hosts"] = lambda: of_speed(environment["commit"])
     suites["peers"] = lambda: of_peers(environment["commit"])
-    # a case of peers takes minutes: each is written when it has ended
+    # a case of peers takes minutes, so its result is written as soon as the case ends
     parts = [[case] for case in FLAGS.cases] if FLAGS.suite == "peers" else [FLAGS.cases]
     for part in parts:
       FLAGS.cases = part
@@ -224,7 +224,7 @@ def before() -> dict[str, Any]:
 
 
 def of_server(commit: str) -> tuple[dict[str, Any], list[str]]:
-  """Measures cases of the server; merges the results with earlier ones, each with its commit."""
+  """Measures cases of the server; merges the results with earlier results and their commits."""
   result = before()
   found = servers.measure(FLAGS.cases, FLAGS.kills, FLAGS.kill_every)
   result = result | found | {"commits": result.get("commits", {}) | dict.fromkeys(found, commit)}
@@ -233,7 +233,7 @@ def of_server(commit: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def of_speed(commit: str) -> tuple[dict[str, Any], list[str]]:
-  """Measures the selected methods and merges earlier rows; if all are selected, also the rest."""
+  """Measures the selected methods and merges earlier rows; if all are selected, also targets."""
   has_torch = importlib.util.find_spec("torch") is not None
   result = before()
   result.pop("environment", None)
@@ -252,7 +252,7 @@ def of_speed(commit: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def of_peers(commit: str) -> tuple[dict[str, Any], list[str]]:
-  """Measures cases beside TensorFlow and Spark, and keeps earlier rows of the other cases."""
+  """Measures cases with TensorFlow and Spark, and keeps earlier rows of other cases."""
   with flag("peers_python", FLAGS.peers_python):
     peers.has(FLAGS.peers_python)
   return peers.measure(FLAGS.cases, FLAGS.peers_python, FLAGS.repeats, before(), commit)

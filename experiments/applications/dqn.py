@@ -1,7 +1,7 @@
-"""Deep Q-learning by actors that push gradients to a parameter server, compared with one process.
+"""Compares deep Q-learning by actors that push gradients to a parameter server with one process.
 
 The actors do not wait for each other. The single process makes the same number of decisions and of
-gradient steps. An application of `bench.py`.
+gradient steps. `bench.py` runs this application.
 """
 
 import os
@@ -22,13 +22,13 @@ from research.tasks.driving import judging
 ACTORS, SEEDS = 2, 2
 EPISODES = 15  # held-out episodes per seed, for measuring the return
 SCENARIO = "highway"
-STEPS = 4000  # decisions of all actors together
-PERIOD = 2  # decisions of an actor per gradient
+STEPS = 4000  # total number of decisions of all actors
+PERIOD = 2  # number of decisions of an actor per gradient
 BATCH = 64
-KEPT = 4000  # transitions that an actor remembers
-TARGET = 100  # gradients between two updates of the target network
+KEPT = 4000  # number of transitions that an actor remembers
+TARGET = 100  # number of gradients between two updates of the target network
 DISCOUNT = 0.9
-RANDOM = (1.0, 0.05)  # share of random actions at first, and from half of the steps on
+RANDOM = (1.0, 0.05)  # fraction of random actions at the start, and after half of the steps
 RATE = 1e-3
 METHOD = str(calls.asgd(calls.adam(RATE), calls.mean()))
 WIDTH = 64
@@ -65,7 +65,7 @@ class Learner(NamedTuple):
 
 
 def learner() -> Learner:
-  """Builds the functions: attention over vehicles, Huber loss.
+  """Builds the functions of a network with attention over vehicles and the Huber loss.
 
   Reference: Mnih et al., 2015, Human-level control through deep reinforcement learning; van Hasselt
     et al., 2015, arXiv:1509.06461 (double Q-learning).
@@ -97,13 +97,13 @@ def learner() -> Learner:
 
 
 class Road:
-  """Drives episode after episode and remembers the transitions."""
+  """Drives one episode after another, and remembers the transitions."""
 
   def __init__(self, learner: Learner, seed: int):
     from research.tasks.driving import scenarios
 
     self.environment, self.learner = scenarios.make(SCENARIO), learner
-    self.rng, self.episode = np.random.default_rng(seed), seed * 10_000  # never those of `returns`
+    self.rng, self.episode = np.random.default_rng(seed), seed * 10_000  # not as in `returns`
     self.x = self._start()
     self.memory = Memory(self.x)
 
@@ -115,12 +115,12 @@ class Road:
     return features(perceive(self.environment.vehicle))
 
   def drive(self, params: Any, decisions: int, done: float) -> None:
-    """Drives some decisions.
+    """Drives for a number of decisions.
 
     Args:
-      params: of the Q function.
-      decisions: how many.
-      done: the share of the run that is over, which determines how many actions are random.
+      params: the parameters of the Q function.
+      decisions: the number of decisions.
+      done: the completed fraction of the run, which determines the probability of a random action.
     """
     from research.tasks.driving.experts import ACTIONS
     from research.tasks.driving.scene import features, perceive
@@ -136,7 +136,7 @@ class Road:
 
 
 def alone(seed: int) -> tuple[Any, float]:
-  """Trains in one process; returns the parameters, and seconds from the first decision on."""
+  """Trains in one process; returns the parameters, and the seconds since the first decision."""
   import optax
 
   functions = learner()
@@ -156,7 +156,7 @@ def alone(seed: int) -> tuple[Any, float]:
 
 
 class Actor:
-  """The process of an actor: pulls the model, drives, and pushes a gradient."""
+  """Runs the process of an actor, which pulls the model, drives, and pushes gradients."""
 
   def __init__(self, number: int, seed: int, given: Inherited):
     settle("cpu", given)
@@ -170,11 +170,11 @@ class Actor:
     jax.block_until_ready(self.functions.grads(like, like, *self.road.memory.batch(self.road.rng)))
 
   def ready(self) -> bool:
-    """Returns once everything is compiled."""
+    """Returns True when all functions are compiled."""
     return True
 
   def run(self, head: Any, updates: int) -> int:
-    """Works until the server has made its updates; returns the number of decisions."""
+    """Drives and pushes until the server has made its updates; returns the number of decisions."""
     import jax
     import ray
 
@@ -203,7 +203,7 @@ def _spent(loss: float, payloads: list[np.ndarray]) -> Spent:
 
 
 def together(actors: int, seed: int) -> tuple[Any, float, dict[str, Any]]:
-  """Trains on Ray; returns parameters, seconds from the first decision on, and a report."""
+  """Trains on Ray; returns the parameters, the seconds since the first decision, and a report."""
   import jax
 
   from research.server import cluster, work
@@ -235,7 +235,7 @@ def together(actors: int, seed: int) -> tuple[Any, float, dict[str, Any]]:
 
 
 def returns(params: Any, episodes: int, first: int) -> np.ndarray:
-  """The greedy driver's sum of the simulator's rewards in each held-out episode."""
+  """Returns the sum of the simulator's rewards in each held-out episode, for the greedy driver."""
   from research.tasks.driving import recorded, scenarios
   from research.tasks.driving.scene import features, perceive
 
@@ -253,7 +253,7 @@ def returns(params: Any, episodes: int, first: int) -> np.ndarray:
 
 
 def dqn(figure: Any) -> Rows:
-  """Compares the return and time of two actors with one process, for the same number of steps."""
+  """Compares two actors with one process by return and time, for the same number of steps."""
   needs_simulator()
   found: dict[str, list[tuple[np.ndarray, float]]] = {"one process": [], "two actors": []}
   ages = []

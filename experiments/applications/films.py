@@ -1,4 +1,4 @@
-"""Film recommendation, compared with a peer library; an application in `bench.py`."""
+"""Compares film recommendation with a peer library; `bench.py` runs this application."""
 
 # pyright: reportMissingImports=false
 # Only the extra `applications` installs Cornac.
@@ -15,7 +15,7 @@ FOLDS = ("u1", "u2", "u3")
 
 
 def recommend(figure: Any) -> Rows:
-  """Measures folds, alternating least squares, private user factors and cold start on MovieLens."""
+  """Measures several recommenders on MovieLens, including private user factors and cold start."""
   rows, axes = [], figure.subplots(1, 2)
   als, mean = calls.movielens_als, calls.mean()
   cases: dict[str, tuple[Callable[[str], Call], Call, dict[str, Any]]] = {
@@ -66,7 +66,7 @@ def adam(rate: float, steps: int) -> Call:
 
 
 def cornac() -> tuple[float, float] | None:
-  """Measures Cornac's biased matrix factorization: mean RMSE over the folds, seconds per fit."""
+  """Measures the mean RMSE and the seconds per fit of Cornac's biased matrix factorization."""
   try:
     from cornac.data import Dataset
     from cornac.models import MF
@@ -83,7 +83,7 @@ def cornac() -> tuple[float, float] | None:
     start = time.perf_counter()
     model.fit(data)
     seconds.append(time.perf_counter() - start)
-    # users and items without training ratings have neither bias nor factors
+    # users and items without training ratings have no bias and no factors
     pad = lambda table: np.concatenate([table, np.zeros((1, *table.shape[1:]), table.dtype)])
     user = np.array([data.uid_map.get(u, -1) for u in test.user.tolist()])
     item = np.array([data.iid_map.get(i, -1) for i in test.item.tolist()])

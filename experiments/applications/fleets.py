@@ -1,4 +1,4 @@
-"""Fleets that learn to drive: pooled, federated and alone. An application of `bench.py`."""
+"""Trains fleets to drive: pooled, federated and alone. `bench.py` runs this application."""
 
 import importlib.util
 from collections.abc import Iterable, Sequence
@@ -15,17 +15,17 @@ from research.tasks.driving.scenarios import SCENARIOS
 from research.tasks.driving.scene import Driver
 from research.training.config import UsageError, flag
 
-ROUNDS = 2  # of DAgger in the recording
-SEEDS = 3  # of training; each is judged on episodes of its own
-EPISODES = 10  # of each scenario and seed
+ROUNDS = 2  # number of DAgger rounds in the recording
+SEEDS = 3  # number of training seeds; each seed is judged on different episodes
+EPISODES = 10  # number of episodes per scenario and seed
 STEPS = 4000
 BATCH = 128
-CLIP = 0.5  # norm to which an update is clipped before noise is added
+CLIP = 0.5  # norm to which an update is clipped before noise is added to the update
 Judged = dict[str, list[Outcome]]  # by scenario
 
 
 class Kind(NamedTuple):
-  """A way to train."""
+  """A kind of training."""
 
   method: Call
   fleets: int = 4
@@ -35,7 +35,7 @@ class Kind(NamedTuple):
 
 
 def federated(aggregator: Call) -> Call:
-  """FedAvg with ten local steps."""
+  """Returns FedAvg with ten local steps."""
   return calls.fed_avg(calls.sgd(0.1, momentum=0.9), aggregator, period=10)
 
 
@@ -55,7 +55,7 @@ KINDS = {
 
 
 def driving(figure: Any) -> Rows:
-  """The experts, and policies trained pooled, federated and alone, on the same held-out roads."""
+  """Compares experts with pooled, federated and separate training, on the same held-out roads."""
   needs_simulator()
   with flag("suite", "applications"):
     next(recorded.blocks(recorded.found("driving")))
@@ -74,18 +74,18 @@ def driving(figure: Any) -> Rows:
 
 
 def needs_simulator() -> None:
-  """Raises UsageError if the simulator is not installed."""
+  """Raises a UsageError if the simulator is not installed."""
   if importlib.util.find_spec("highway_env") is None:
     raise UsageError('the simulator is highway-env: pip install -e ".[driving]"')
 
 
 def others(name: str) -> list[str]:
-  """The scenarios that a fleet of one scenario has not seen; all without a name."""
+  """Returns the scenarios other than `name`, which a fleet has not seen; all if `name` is ''."""
   return [other for other in SCENARIOS if other != name]
 
 
 def trained(kind: Kind, seed: int) -> tuple[Driver, float]:
-  """Trains a policy; returns it as a driver, and the epsilon of its noise, 0 without noise."""
+  """Trains a policy; returns a driver with the policy, and epsilon, which is 0 without noise."""
   import research
 
   result = research.train(
@@ -116,12 +116,12 @@ def judge(name: str, drivers: Sequence[Driver], scenarios: Iterable[str]) -> Jud
 
 
 def measured(judged: Judged, scenarios: Iterable[str] = SCENARIOS) -> dict[str, judging.Interval]:
-  """The measures over several scenarios."""
+  """Computes the measures over several scenarios."""
   return judging.measures(judging.together(judged[name] for name in scenarios))
 
 
 def of_policy(name: str, judged: dict[str, Judged], note: str) -> Rows:
-  """Collisions compared with the planner's, and success compared with pooled training's."""
+  """Compares a policy's collisions with the planner's, and its success with pooled training's."""
   own, planner, pooled = (measured(judged[kind]) for kind in (name, "planner", "pooled"))
   each = {s: measured(judged[name], [s]) for s in SCENARIOS}
   figures = {s: {k: v.value for k, v in e.items() if np.isfinite(v.value)} for s, e in each.items()}
@@ -150,7 +150,7 @@ def _row(
 
 
 def draw(figure: Any, judged: dict[str, Judged]) -> None:
-  """Collisions of each policy; success of each fleet where it has not driven, beside FedAvg."""
+  """Draws each policy's collisions, and each fleet's success in new scenarios next to FedAvg's."""
   left, right = figure.subplots(1, 2)
   whole = [name for name in judged if len(judged[name]) == len(SCENARIOS)]
   crashes = [measured(judged[name])["collisions per 100 km"] for name in whole]

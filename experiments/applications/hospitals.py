@@ -1,4 +1,4 @@
-"""Medicine in several hospitals: pooled, federated, noisy, alone; an application in `bench.py`."""
+"""Trains on several hospitals' data: pooled, federated, noisy, alone; `bench.py` runs this."""
 
 from typing import Any
 

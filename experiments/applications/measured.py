@@ -1,4 +1,4 @@
-"""What all applications share: running a task, and formatting a row of a result."""
+"""Runs a task and formats a row of a result, for all applications."""
 
 import sys
 import tempfile

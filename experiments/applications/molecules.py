@@ -1,8 +1,8 @@
-"""Molecules over laboratories, compared with other models. An application of `bench.py`.
+"""Trains on molecules of several laboratories, and compares with other models, for `bench.py`.
 
-The other models are a random forest and chemprop. chemprop is run by its own command, as its users
-run it, if the command is on $PATH (`pip install -e ".[chemprop]"`, possibly in a separate
-environment).
+The other models are a random forest and chemprop. The program runs chemprop through its own
+command, as chemprop's users do, if the command is on $PATH (`pip install -e ".[chemprop]"`,
+possibly in a separate environment).
 """
 
 import csv
@@ -21,13 +21,13 @@ from research.core.spec import Call, calls
 
 LABORATORIES = 4
 SEEDS = 3
-PEER_SEEDS = 2  # of chemprop, whose 50 epochs take minutes
-PICTURES = 8  # molecules that are drawn
+PEER_SEEDS = 2  # number of seeds for chemprop, whose 50 epochs take minutes
+PICTURES = 8  # number of molecules to draw
 PEERS = ("random forest", "chemprop")
 
 
 class Case(NamedTuple):
-  """A table, with the choices made on the validation part of its scaffold split."""
+  """A data set, with hyper-parameters chosen on the validation part of its scaffold split."""
 
   name: str
   metric: str
@@ -39,11 +39,11 @@ class Case(NamedTuple):
 
 ESOL = Case("esol", "rmse", "graph_network(128)", 1e-3, 600, 48)
 TOX21 = Case("tox21", "auc", "graph_network(64, dropout=0.2)", 2e-3, 600, 64)
-Scores = dict[str, tuple[float, float]]  # mean and deviation over seeds
+Scores = dict[str, tuple[float, float]]  # mean and standard deviation over seeds, by name
 
 
 def solubility(figure: Any) -> Rows:
-  """ESOL: laboratories, a random forest and chemprop; molecules with their predictions."""
+  """Compares laboratories, a random forest and chemprop on ESOL, and draws predictions."""
   figure.set_size_inches(10, 8)
   top, below = figure.subfigures(2, 1)
   peers = {"random forest": forest(ESOL)}
@@ -56,7 +56,7 @@ def solubility(figure: Any) -> Rows:
 
 
 def toxicity(figure: Any) -> Rows:
-  """Tox21: laboratories and a random forest."""
+  """Compares laboratories with a random forest on Tox21."""
   rows, scores = compared(TOX21, {"random forest": forest(TOX21)})
   drawn(figure.subplots(1, 1), TOX21, scores)
   return rows
@@ -69,7 +69,7 @@ def compared(case: Case, peers: Scores) -> tuple[Rows, Scores]:
     calls.sgd(1.0), adamw(case, case.steps), aggregator, period=1
   )
   noisy = lambda noise: server(calls.noisy(calls.mean(), clip=1.0, noise=noise))
-  few = case.steps // LABORATORIES  # of a laboratory alone, for as many passes over its molecules
+  few = case.steps // LABORATORIES  # steps of one laboratory alone, for the same number of passes
   kinds: dict[str, tuple[Call, int, int]] = {  # method, laboratory or 0, seeds
     "pooled": (pooled(case), -1, SEEDS),
     "federated, exchange every step": (server(calls.mean()), 0, SEEDS),
@@ -99,12 +99,12 @@ def compared(case: Case, peers: Scores) -> tuple[Rows, Scores]:
 
 
 def adamw(case: Case, steps: int) -> Call:
-  """The optimizer, with a rate that falls to zero along a cosine."""
+  """Returns AdamW with a learning rate that decays to zero along a cosine."""
   return calls.adamw(calls.cosine_decay_schedule(case.rate, steps), weight_decay=0.01)
 
 
 def pooled(case: Case, steps: int = 0) -> Call:
-  """The method of pooled training and of a laboratory alone."""
+  """Returns the method for pooled training and for a laboratory alone."""
   return calls.data_parallel(adamw(case, steps or case.steps), calls.mean())
 
 
@@ -112,7 +112,7 @@ def trained(case: Case, method: Call, laboratory: int, steps: int, seed: int) ->
   """Trains one laboratory (from 1), all pooled (-1) or all federated (0); returns the summary."""
   alone = {"laboratories": LABORATORIES, "only": laboratory} if laboratory > 0 else {}
   where = {"mesh": f"data:{LABORATORIES}", "partition": "by_scaffold()"}
-  # one after the other, since only a worker by itself leaves out the padding of its graphs
+  # laboratories run one after another, since only a single worker leaves out its graphs' padding
   flags_ = {"steps": steps, "batch_size": case.batch_size, "local_phase": "map"}
   flags_ |= {"mesh": "data:1"} if laboratory else where
   task = calls.molecules(case.name, **alone)
@@ -120,9 +120,10 @@ def trained(case: Case, method: Call, laboratory: int, steps: int, seed: int) ->
 
 
 def forest(case: Case) -> tuple[float, float]:
-  """Mean and deviation over seeds of random forests on fingerprints, with scikit-learn's defaults.
+  """Returns the mean and deviation over seeds of random forests' scores on fingerprint bits.
 
-  Each target has a forest of its own, since labels are missing. The fingerprints are bits.
+  Each target has a separate forest, since some labels are missing. The forests use scikit-learn's
+  default settings.
   """
   from sklearn import ensemble, metrics
 
@@ -148,9 +149,9 @@ def forest(case: Case) -> tuple[float, float]:
 
 
 def chemprop(case: Case) -> tuple[float, float] | None:
-  """Mean and deviation over seeds of chemprop's network with its defaults; None without chemprop.
+  """Returns the mean and deviation over seeds of chemprop's scores; None without chemprop.
 
-  It keeps the epoch that is best on the validation part.
+  chemprop runs with its default settings, and keeps the epoch that is best on the validation part.
   """
   from research.tasks.molecules import molecules
 

@@ -1,4 +1,4 @@
-"""Finance compared with published values and a linear program, for `bench.py`."""
+"""Compares portfolios with published values and with a linear program, for `bench.py`."""
 
 import time
 from typing import Any
@@ -13,7 +13,7 @@ DESCENT = calls.data_parallel(calls.sgd(1.0, momentum=0.9, nesterov=True), calls
 
 
 def finance(figure: Any) -> Rows:
-  """Measures frontiers against published ones, and CVaR against a linear program."""
+  """Compares frontiers with published frontiers, and the CVaR with that of a linear program."""
   import resource
 
   from research.tasks.finance import cvar, frontier

@@ -1,4 +1,4 @@
-"""PageRank, learning to rank and BM25, compared with peers; an application in `bench.py`."""
+"""Compares PageRank, learning to rank and BM25 with peers; `bench.py` runs this application."""
 
 # pyright: reportMissingImports=false
 # Only the extra `applications` installs LightGBM.
@@ -12,7 +12,7 @@ from research.core.spec import calls
 
 
 def pagerank(axes: Any) -> Rows:
-  """Measures PageRank: wiki-Vote, exact and compressed, and a graph of 10^7 edges against SciPy."""
+  """Measures PageRank on wiki-Vote, and compares it with SciPy on a graph of 10^7 edges."""
   from scipy import sparse
 
   from research.tasks.search import graphs
@@ -92,7 +92,7 @@ def search(figure: Any) -> Rows:
 
 
 def lightgbm() -> float | None:
-  """Measures NDCG@10 of LightGBM's ranker with the settings of its example."""
+  """Measures NDCG@10 of LightGBM's ranker, with the settings of LightGBM's own example."""
   try:
     import lightgbm as peer
   except ImportError:

@@ -1,8 +1,9 @@
-"""The suite `applications` of bench.py: search, finance, medicine, films, driving, molecules.
+"""Runs the suite `applications` of bench.py: search, finance, medicine, films, driving, molecules.
 
 The suite writes OUT/CASE/result.json (rows with commit and hardware), table.md and figure.png. The
 data files are required; comparisons with peer libraries need `pip install -e ".[applications]"`.
-Driving needs what `experiments/drive.py` records, and `pip install -e ".[driving,async]"`.
+The driving case needs a recording by `experiments/drive.py`, and
+`pip install -e ".[driving,async]"`.
 """
 
 from collections.abc import Callable
@@ -25,7 +26,7 @@ CASES: dict[str, Callable[[Any], Rows]] = {
 
 
 def measure(case: str, folder: Path) -> None:
-  """Measures an application, and writes its result, table and figure into a folder."""
+  """Measures an application, and writes the result, the table and the figure into a folder."""
   from matplotlib.figure import Figure
 
   from research.training import folder as folders

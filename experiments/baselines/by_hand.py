@@ -1,8 +1,8 @@
-"""Minimal hand-written JAX loops, one per case: the baselines of bench.py.
+"""Runs minimal hand-written JAX loops, one per case, as the baselines of bench.py.
 
 The case's flags give the model, loss, workers, batch, optimizer and steps per dispatch. Batches are
-drawn with replacement. There are no evaluations, no checkpoints, and no metrics except the loss,
-which is fetched once per dispatch, as in the loop of the library.
+drawn with replacement. The loops make no evaluations and no checkpoints, and measure only the loss,
+which is fetched once per dispatch, as in the library's loop.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from research.training.config import Config
 
 
 def least_squares(config: dict[str, Any]) -> Callable[[int], None]:
-  """Averages eight workers' gradients of the mean squared error, and then takes an SGD step."""
+  """Averages eight workers' gradients of the mean squared error, and then makes an SGD step."""
   import jax.numpy as jnp
 
   examples = load(config)
@@ -29,7 +29,7 @@ def least_squares(config: dict[str, Any]) -> Callable[[int], None]:
 
 
 def digits(config: dict[str, Any]) -> Callable[[int], None]:
-  """Averages eight workers' gradients of a 64-128-10 perceptron; takes a heavy-ball step."""
+  """Averages eight workers' gradients of a 64-128-10 perceptron; then makes a heavy-ball step."""
   import jax
   import jax.numpy as jnp
 
@@ -82,7 +82,7 @@ def dispatches(config, loss, update, state, x, y) -> Callable[[int], None]:
 
 
 def a9a(config: dict[str, Any]) -> Callable[[int], None]:
-  """Sums the logistic gradients of twenty workers over all their rows, and then takes a step."""
+  """Sums the logistic gradients of twenty workers over all their rows, and then makes a step."""
   import jax
   import jax.numpy as jnp
   import numpy as np
@@ -110,7 +110,7 @@ def a9a(config: dict[str, Any]) -> Callable[[int], None]:
 
 
 def fed_avg(config: dict[str, Any]) -> Callable[[int], None]:
-  """FedAvg: each device trains its clients one by one, and gathers the data of an epoch at once."""
+  """Runs FedAvg: each device trains its clients in turn, and gathers an epoch's data at once."""
   import jax
   import jax.numpy as jnp
   from jax.sharding import PartitionSpec as P
@@ -171,7 +171,7 @@ def fed_avg(config: dict[str, Any]) -> Callable[[int], None]:
 
 
 def advancing(config, state, run) -> Callable[[int], None]:
-  """Returns `advance(steps)`, which fetches a dispatch's losses after the next one has begun."""
+  """Returns `advance(steps)`, which fetches a dispatch's losses while the next dispatch runs."""
   import jax
 
   held = [state]
@@ -189,7 +189,7 @@ def advancing(config, state, run) -> Callable[[int], None]:
 
 
 def load(config: dict[str, Any], test: bool = False) -> dict[str, Any]:
-  """Loads the examples by worker, as in the loop; with `test`, the test examples by device."""
+  """Loads the training examples by worker or, with `test`, the test examples by device."""
   from research.training import assemble
 
   settings = Config(**config)

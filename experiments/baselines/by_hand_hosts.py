@@ -1,9 +1,9 @@
-"""Minimal hand-written JAX programs for several hosts: baselines for the suite hosts of bench.py.
+"""Runs minimal hand-written JAX programs on several hosts, as baselines of bench.py's suite hosts.
 
     python experiments/baselines/by_hand_hosts.py dense 200 16
 
 A launcher starts one process per host. The arguments are METHOD, steps, and steps per dispatch. The
-program trains a perceptron 784-1024-1024-10 on MNIST by SGD with a learning rate of 0.1. Each host
+program trains a 784-1024-1024-10 perceptron on MNIST by SGD with a learning rate of 0.1. Each host
 draws 64 images per step with replacement. Process 0 prints a JSON line: the milliseconds per step
 of each dispatch except the first two, and the last loss.
 """
@@ -90,7 +90,7 @@ def int8(params: Any) -> tuple[Any, Step]:
 
 
 def top_k(params: Any) -> tuple[Any, Step]:
-  """Sends the largest hundredth of each leaf with its positions; keeps the rest in a memory."""
+  """Sends the largest 1% of each leaf with the positions, and keeps the rest in a memory."""
 
   def exchange(x):
     flat = x.reshape(-1)
@@ -111,7 +111,7 @@ def top_k(params: Any) -> tuple[Any, Step]:
 
 
 def power_sgd(params: Any) -> tuple[Any, Step]:
-  """Sends rank-4 factors of all matrices in two messages; the biases are part of the first one."""
+  """Sends rank-4 factors of all matrices in two messages; the first message includes the biases."""
   start = lambda i, w: jax.random.normal(jax.random.key(i), (w.shape[1], RANK))
   starts = [start(i, w) for i, (w, _) in enumerate(params)]
 
@@ -135,7 +135,7 @@ def power_sgd(params: Any) -> tuple[Any, Step]:
 
 
 def local(params: Any) -> tuple[Any, Step]:
-  """Takes local steps, and averages the models after every eighth step."""
+  """Makes local steps, and averages the models after every eighth step."""
 
   def step(state, x, y):
     params, number = state

@@ -1,8 +1,8 @@
-"""A hand-written language model in plain JAX, the baseline of bench.py for the transformer.
+"""Trains a hand-written language model in plain JAX, bench.py's baseline for the transformer.
 
-The model has the shape of `transformer('tiny')`: RMSNorm, rotary positions, SwiGLU, and a head that
-shares the embedding. Matrix products are computed in bfloat16, and norms, softmaxes and logits in
-float32. Windows are drawn with replacement, as in `by_hand.py`.
+The model has the architecture of `transformer('tiny')`: RMSNorm, rotary positions, SwiGLU, and an
+output layer that shares the embedding. Matrix products are computed in bfloat16, and norms,
+softmaxes and logits in float32. Windows are drawn with replacement, as in `by_hand.py`.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ LAYERS, WIDTH, HEADS, HIDDEN, VOCABULARY, CONTEXT = 4, 128, 4, 352, 65, 128
 
 
 def transformer(config: dict[str, Any]) -> Callable[[int], None]:
-  """Takes AdamW steps of one worker on windows of a text."""
+  """Makes AdamW steps of one worker on windows of a text."""
   rows, batch = jnp.asarray(load(config)["x"][0]), int(config["batch_size"])  # [N / T, 2T]
   schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, 100, 5000, 1.5e-4)
   adamw = optax.adamw(schedule, b2=0.99, weight_decay=0.1)
@@ -62,7 +62,7 @@ def init(key: jax.Array) -> dict[str, Any]:
 
 
 def loss(params: dict[str, Any], window: jax.Array) -> jax.Array:
-  """Computes the nats per token of windows [b, T + 1]."""
+  """Computes the loss in nats per token on windows [b, T + 1]."""
   embedding = params["embedding"]
   x = embedding[window[:, :-1]].astype(jnp.bfloat16)
   for layer in params["layers"]:

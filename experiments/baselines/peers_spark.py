@@ -1,10 +1,11 @@
-"""Spark on two executors of one machine: programs as its users write them.
+"""Runs programs on two Spark executors of one machine, written as Spark's users write them.
 
     python experiments/baselines/peers_spark.py '{"program": "logistic", "file": "a9a", ...}'
 
-The argument is a JSON object: the program, and its arguments. The extra `spark` and Java are all
-that this file needs, so that its interpreter may be another one than the library's. Prints a JSON
-line: the seconds spent reading, the seconds spent computing, and the program's results.
+The argument is a JSON object with the name of a program and the program's arguments. This file
+needs only the extra `spark` and Java, so it may run in a different interpreter from the library.
+The program prints a JSON line: the seconds spent reading, the seconds spent computing, and the
+results.
 """
 
 # pyright: reportMissingImports=false
@@ -20,7 +21,7 @@ from pyspark.sql import functions as F
 
 
 def session(memory: int) -> SparkSession:
-  """Two executors with one core each; `memory` is in MiB, of each executor and of the driver."""
+  """Starts two executors with one core each; each executor and the driver get `memory` MiB."""
   return (
     SparkSession.builder.master(f"local-cluster[2,1,{memory}]")
     .config("spark.executor.memory", f"{memory}m")
@@ -36,7 +37,7 @@ def session(memory: int) -> SparkSession:
 
 
 def logistic(spark: SparkSession, given: dict[str, Any]) -> dict[str, Any]:
-  """Logistic regression without intercept by L-BFGS: mean loss + l2/2 |w|^2, exactly ours."""
+  """Minimizes our logistic objective, mean loss + l2/2 |w|^2 without intercept, by L-BFGS."""
   from pyspark.ml.classification import LogisticRegression
 
   start = time.perf_counter()
@@ -60,7 +61,7 @@ def logistic(spark: SparkSession, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def als(spark: SparkSession, given: dict[str, Any]) -> dict[str, Any]:
-  """Alternating least squares at its defaults: rank 10, regParam 0.1; the RMSE after each count."""
+  """Runs alternating least squares (rank 10, regParam 0.1); measures the RMSE after each count."""
   from pyspark.ml.recommendation import ALS
 
   start = time.perf_counter()
@@ -71,7 +72,7 @@ def als(spark: SparkSession, given: dict[str, Any]) -> dict[str, Any]:
   both = train.count(), test.count()
   mean = train.agg(F.avg("stars")).first()[0]
   reading = time.perf_counter() - start
-  # stars of who or what is not in training are those of the mean; the others are kept in range
+  # users and items without training ratings get the mean rating; other predictions are clipped
   guess = F.greatest(F.lit(1.0), F.least(F.lit(5.0), F.nanvl("prediction", F.lit(mean))))
   seconds, errors = 0.0, []
   for count in given["steps"]:
@@ -87,7 +88,7 @@ def als(spark: SparkSession, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def pagerank(spark: SparkSession, given: dict[str, Any]) -> dict[str, Any]:
-  """PageRank of GraphX, which GraphFrames calls too, from a file of edges."""
+  """Runs GraphX's PageRank, which GraphFrames also calls, on a file of edges."""
   jvm = spark.sparkContext._jvm
   assert jvm is not None
   graphx, storage = jvm.org.apache.spark.graphx, jvm.org.apache.spark.storage.StorageLevel
@@ -109,7 +110,7 @@ def pagerank(spark: SparkSession, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(given: dict[str, Any]) -> None:
-  """Runs a program, and prints what it found."""
+  """Runs a program, and prints the results."""
   spark = session(given["memory"])
   spark.sparkContext.setLogLevel("ERROR")
   of = {"logistic": logistic, "als": als, "pagerank": pagerank}

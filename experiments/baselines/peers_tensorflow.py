@@ -1,15 +1,16 @@
-"""TensorFlow's strategies between hosts, and a linear regression, as its users write them.
+"""Runs TensorFlow's distribution strategies on several hosts, and a linear regression.
 
     python experiments/baselines/peers_tensorflow.py mirrored mnist.npz 96 8
     python experiments/baselines/peers_tensorflow.py server mnist.npz 96 8 0.95
     python experiments/baselines/peers_tensorflow.py regression lines.npz 2000 1
 
-The arguments are PROGRAM, DATA, steps, steps per timing, and optionally a test accuracy at which to
-stop; its evaluation is not timed. The extra `tensorflow` is all that this file needs, so that its
-interpreter may be another one than the library's. For the first two programs a launcher starts one
-process per host. The perceptron, batch and rate are those of `peers_torch.py`, and initial weights
-are drawn as ours are. Process 0 prints a JSON line: milliseconds per step of each timing, the last
-loss, steps, and the bytes per step that all hosts together sent, without headers.
+The programs are written as TensorFlow's users write them. The arguments are PROGRAM, DATA, steps,
+steps per timing, and optionally a test accuracy at which to stop; evaluations are not timed. This
+file needs only the extra `tensorflow`, so it may run in a different interpreter from the library.
+For the first two programs, a launcher starts one process per host. The perceptron, the batch size
+and the learning rate are those of `peers_torch.py`, and initial weights have the same distribution
+as ours. Process 0 prints a JSON line: milliseconds per step of each timing, the last loss, steps,
+and the bytes per step that all hosts together sent, without headers.
 """
 
 # pyright: reportMissingImports=false, reportMissingModuleSource=false
@@ -30,12 +31,12 @@ import numpy as np
 import tensorflow as tf
 
 RATE, BATCH, WORKERS = 0.1, 64, 2
-HEADERS = 14 + 20 + 32  # header bytes of a packet: Ethernet, IPv4, TCP with time stamps
-EVERY = 40  # asynchronous updates between two evaluations
+HEADERS = 14 + 20 + 32  # header bytes of a packet: Ethernet, IPv4, TCP with timestamps
+EVERY = 40  # number of asynchronous updates between two evaluations
 
 
 def perceptron() -> Any:
-  """784-1024-1024-10, initialized as He et al. do."""
+  """Builds a 784-1024-1024-10 perceptron with He initialization."""
   layers, start = tf.keras.layers, "he_normal"
   return tf.keras.Sequential(
     [
@@ -48,13 +49,13 @@ def perceptron() -> Any:
 
 
 def accuracy(model: Any, data: Any) -> float:
-  """The share of test images that the model recognizes."""
+  """Returns the fraction of test images that the model classifies correctly."""
   logits = model(tf.cast(data["test_x"], tf.float32) / 255, training=False)
   return float(np.mean(np.argmax(logits, 1) == data["test_y"]))
 
 
 def mirrored(data: Any, steps: int, dispatch: int, target: float | None) -> dict[str, Any] | None:
-  """Synchronous: MultiWorkerMirroredStrategy sums the gradients of all hosts in every step."""
+  """Trains synchronously: MultiWorkerMirroredStrategy sums all hosts' gradients in every step."""
   here, addresses = number(), [f"{host}:{port() + 1}" for host in hosts()]
   task = {"type": "worker", "index": here}
   os.environ["TF_CONFIG"] = json.dumps(
@@ -90,7 +91,7 @@ def mirrored(data: Any, steps: int, dispatch: int, target: float | None) -> dict
 
 
 def server(data: Any, steps: int, dispatch: int, target: float | None) -> dict[str, Any] | None:
-  """Asynchronous: ParameterServerStrategy, its server on the first host, a worker on each host."""
+  """Trains asynchronously: ParameterServerStrategy, one server, and one worker on each host."""
   own, count = hosts(), port()
   of = {"worker": [f"{host}:{count + 2}" for host in own], "ps": [f"{own[0]}:{count + 3}"]}
   of["chief"] = [f"{own[0]}:{count + 1}"]
@@ -98,7 +99,7 @@ def server(data: Any, steps: int, dispatch: int, target: float | None) -> dict[s
     return serve(of, "worker", number())
   line = [sys.executable, __file__, "serve", json.dumps(of, allow_nan=False)]
   tasks = [subprocess.Popen([*line, kind, "0"]) for kind in ("worker", "ps")]
-  with socket.create_server((own[0], count)) as ending:  # workers end when this connection does
+  with socket.create_server((own[0], count)) as ending:  # workers end when this connection ends
     peers = [ending.accept()[0] for _ in own[1:]]
     try:
       return coordinate(of, data, steps, dispatch, target)
@@ -111,9 +112,9 @@ def server(data: Any, steps: int, dispatch: int, target: float | None) -> dict[s
 
 
 def serve(cluster: dict[str, Any], kind: str, index: int) -> None:
-  """Serves as one task of a cluster, until the coordinator ends."""
+  """Runs one task of a cluster until the coordinator ends."""
   spec = tf.train.ClusterSpec(cluster)
-  # TensorFlow's guide: with fewer threads, workers on few cores wait for themselves
+  # TensorFlow's guide: workers on few cores need this number of threads
   config = tf.compat.v1.ConfigProto(inter_op_parallelism_threads=WORKERS + 1)
   running = tf.distribute.Server(
     spec, job_name=kind, task_index=index, protocol="grpc", config=config
@@ -121,12 +122,12 @@ def serve(cluster: dict[str, Any], kind: str, index: int) -> None:
   if kind == "worker" and index:
     with connected(hosts()[0], port()) as coordinator:
       coordinator.recv(1)
-    os._exit(0)  # a server has no other end
+    os._exit(0)  # a server cannot be stopped in another way
   running.join()
 
 
 def connected(host: str, where: int) -> socket.socket:
-  """A connection to a port that may not be open yet."""
+  """Connects to a port that may not be open yet."""
   while True:
     try:
       return socket.create_connection((host, where))
@@ -137,7 +138,7 @@ def connected(host: str, where: int) -> socket.socket:
 def coordinate(
   cluster: dict[str, Any], data: Any, steps: int, dispatch: int, target: float | None
 ) -> dict[str, Any]:
-  """Schedules steps on whichever worker is free; half of the rate, since every step is applied."""
+  """Schedules steps on free workers; the rate is halved, since the steps of both workers add up."""
   spec = tf.train.ClusterSpec(cluster)
   resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
     spec, task_type="chief", task_id=0, rpc_layer="grpc"
@@ -176,7 +177,7 @@ def coordinate(
 
 
 def regression(data: Any, steps: int, dispatch: int, target: float | None) -> dict[str, Any]:
-  """Linear regression on two devices of one host: batches of 32, and the loss of every batch."""
+  """Trains a linear regression on two devices with batches of 32; reads the loss of every batch."""
   del dispatch, target
   device = tf.config.list_physical_devices("CPU")[0]
   two = [tf.config.LogicalDeviceConfiguration()] * WORKERS
@@ -209,7 +210,7 @@ def regression(data: Any, steps: int, dispatch: int, target: float | None) -> di
 
 
 def examples(x: Any, y: Any, seed: int | None) -> Any:
-  """Batches of images without end, in a random order."""
+  """Returns an endless data set of batches of images, in random order."""
   whole = tf.data.Dataset.from_tensor_slices((x, y))
   return whole.shuffle(len(x), seed=seed).repeat().batch(BATCH).prefetch(2)
 
@@ -221,7 +222,7 @@ def timed(
   each: int,
   target: float | None,
 ) -> dict[str, Any]:
-  """Advances by `each` steps at a time; counts time and bytes from the third time on."""
+  """Repeatedly advances by `each` steps; measures time and bytes from the third repetition on."""
   seconds: list[float] = []
   sent, loss = 0, 0.0
   for _ in range(-(-steps // each)):
@@ -238,7 +239,7 @@ def timed(
 
 
 def payload() -> int:
-  """The bytes that all hosts have sent, by the kernel's counters, without headers."""
+  """Returns the bytes that all hosts have sent, from the kernel's counters, without headers."""
   interface, _, places = os.environ.get("NETWORK_COUNTERS", "").partition(":")
   total = 0
   for place in filter(None, places.split(",")):
@@ -248,30 +249,30 @@ def payload() -> int:
 
 
 def links(place: Path) -> Iterator[tuple[str, list[int]]]:
-  """The interfaces and counters of a file in the form of /proc/net/dev."""
+  """Yields the interfaces and counters of a file in the format of /proc/net/dev."""
   for line in place.read_text().splitlines()[2:]:
     name, _, values = line.partition(":")
     yield name.strip(), [int(value) for value in values.split()]
 
 
 def number() -> int:
-  """This host's number."""
+  """Returns the index of this host."""
   return int(os.environ["JAX_PROCESS_ID"])
 
 
 def port() -> int:
-  """The port of the first process, as the launcher says; the next three are free too."""
+  """Returns the first process's port, set by the launcher; the next three ports are also free."""
   return int(os.environ["JAX_COORDINATOR_ADDRESS"].rpartition(":")[2])
 
 
 def hosts() -> list[str]:
-  """The addresses of all hosts, which the launcher numbers from the first one's."""
+  """Returns the addresses of all hosts; the launcher numbers them from the first address on."""
   network, _, last = os.environ["JAX_COORDINATOR_ADDRESS"].partition(":")[0].rpartition(".")
   return [f"{network}.{int(last) + i}" for i in range(int(os.environ["JAX_NUM_PROCESSES"]))]
 
 
 def main(program: str, place: str, *rest: str) -> None:
-  """Runs a program, and prints its timings."""
+  """Runs a program, and prints the timings."""
   if program == "serve":
     serve(json.loads(place), rest[0], int(rest[1]))
     return

@@ -1,11 +1,11 @@
-"""PyTorch's DistributedDataParallel between hosts, with which bench.py compares this library.
+"""Runs PyTorch's DistributedDataParallel on several hosts; bench.py compares this library with it.
 
     python experiments/baselines/peers_torch.py dense 200 16
 
 A launcher starts one process per host. The extra `peers` installs PyTorch. The arguments are
 METHOD, steps, steps per timing, and optionally a test accuracy at which to stop; evaluations are
-not timed. The perceptron, data, batch and rate are those of `by_hand_hosts.py`. The output also
-contains the number of steps.
+not timed. The perceptron, the data, the batch size and the learning rate are those of
+`by_hand_hosts.py`. The output also contains the number of steps.
 """
 
 # pyright: reportMissingImports=false

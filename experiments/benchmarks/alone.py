@@ -1,11 +1,11 @@
-"""Trains in a separate process, as a peer's program does, and prints the time that it took.
+"""Trains in a separate process, as a peer's program does, and prints the training time.
 
     python experiments/benchmarks/alone.py '{"task": "libsvm(\\'a9a\\')", "steps": 100, ...}'
 
-The argument is a JSON object: `task`, `model` and `method` are specs, `leaf` and `out` the
-parameter to save and its file, and everything else goes to `research.train`. Compiled programs are
-cached, as by run.py. Prints a JSON line: the seconds spent reading, compiling and training, the
-loss before every step, and the evaluations.
+The argument is a JSON object: `task`, `model` and `method` are specs, `leaf` is the parameter to
+  save, `out` is the file for this parameter, and all other entries are arguments of
+  `research.train`. Compiled programs are cached, as in run.py. The program prints a JSON line: the
+  seconds spent reading, compiling and training, the loss before every step, and the evaluations.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def main(given: dict[str, Any]) -> None:
-  """Trains, and prints the time that it took."""
+  """Trains, and prints the times, the losses and the evaluations."""
   import jax
   import numpy as np
 

@@ -1,4 +1,4 @@
-"""Benchmarks compressors: encode and decode compared with a memory copy.
+"""Benchmarks compressors: compares encode and decode with a memory copy.
 
 The benchmark runs on one device of the default backend. `experiments/bench.py --cases=compress`
 runs this benchmark and writes the table.
@@ -24,11 +24,11 @@ COMPRESSORS = (
   "random_k(0.01)",
 )
 LEAF = 2**24  # float32 elements: 64 MiB
-LEAST_SECONDS = 0.02  # minimum duration of one timing; shorter work is repeated
+LEAST_SECONDS = 0.02  # minimum duration of one timing; shorter functions are repeated
 
 
 class Timed(NamedTuple):
-  """A compiled function that runs repeatedly, each result overwriting the previous one."""
+  """A compiled function that runs repeatedly; each result overwrites the previous result."""
 
   seconds: Callable[[], float]  # measures one call
   result: Any  # the first result
@@ -43,7 +43,7 @@ def timed(function: Callable[..., Any], *args: Any) -> Timed:
 
   Args:
     function: a function of arrays.
-    *args: its arguments.
+    *args: the arguments of the function.
   """
   import jax
 
@@ -66,14 +66,14 @@ def timed(function: Callable[..., Any], *args: Any) -> Timed:
 
 
 def compress(repeats: int) -> list[dict[str, Any]]:
-  """Times each compressor on a 64 MiB leaf of normal values, in turn with `jnp.copy` of the leaf.
+  """Times each compressor on a 64 MiB leaf of normal values, in turn with `jnp.copy`.
 
-  A row's `encode_bandwidth` is encode's rate in bytes per second, divided by the copy's rate.
-  Encoding counts as moving the leaf once and the payload once; copying counts as moving the leaf
-  twice.
+  A row's `encode_bandwidth` is the rate of encoding in bytes per second, divided by the rate of
+  copying. Encoding counts as moving the leaf once and the payload once; copying counts as moving
+  the leaf twice.
 
   Args:
-    repeats: the number of measured turns.
+    repeats: the number of measured turns of each function.
   """
   import jax
   import jax.numpy as jnp

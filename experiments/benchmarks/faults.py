@@ -1,4 +1,4 @@
-"""Fault tolerance of a job between hosts: random kills, compared with an undisturbed run.
+"""Tests the fault tolerance of a job on several hosts: compares random kills with no kills.
 
 This is the suite faults of bench.py. The hosts are network namespaces (launch/netlab.py).
 """
@@ -20,8 +20,8 @@ def faults(hosts: int, kills: int, every: float, steps: int) -> dict[str, Any]:
   Args:
     hosts: the number of hosts.
     kills: the number of processes to kill.
-    every: mean seconds between kills.
-    steps: the number of steps; the run must last longer than the kills.
+    every: the mean time in seconds between kills.
+    steps: the number of steps; the run must not end before the last kill.
   """
   sgd = calls.sgd(calls.cosine_decay_schedule(0.1, steps), momentum=0.9)
   link = calls.error_feedback(calls.two_phase(calls.int8()))
@@ -66,10 +66,10 @@ def _steps(out: Path) -> list[int]:
 
 
 def _disturbed(command: list[str], out: Path) -> dict[str, Any]:
-  """Watches a run whose processes are killed; counts kills, restarts and losses of progress.
+  """Watches a run whose processes are killed; counts kills, restarts and lost steps.
 
   Raises:
-    RuntimeError: if the run failed.
+    RuntimeError: if the run fails.
   """
   pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
   killed = resumed = restarts = lost = saved = 0

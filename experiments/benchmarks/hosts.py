@@ -1,6 +1,6 @@
-"""Traffic between hosts of one machine: predicted bytes compared with the kernel's counters.
+"""Compares the predicted traffic between simulated hosts with the kernel's byte counters.
 
-This is the suite wire of bench.py, with helpers for the related suites. The hosts are network
+This is bench.py's suite wire, with helpers for the related suites. The hosts are network
 namespaces (launch/netlab.py).
 """
 
@@ -38,7 +38,7 @@ def flags_of(config: dict[str, Any]) -> list[str]:
 
 
 def netlab(hosts: int, launcher: Sequence[str], line: Sequence[str], *before: str) -> list[str]:
-  """Returns the command that runs `line`, a program of experiments/ with its flags, on hosts."""
+  """Returns the command that runs `line`, a program of experiments/ with flags, on hosts."""
   program, *arguments = line
   command = [*before, "python", str(ROOT / "experiments" / program), *arguments]
   lab = [sys.executable, str(ROOT / "launch" / "netlab.py"), f"--hosts={hosts}", *launcher]
@@ -46,10 +46,10 @@ def netlab(hosts: int, launcher: Sequence[str], line: Sequence[str], *before: st
 
 
 def run(line: Sequence[str]) -> str:
-  """Runs a command line; returns its output.
+  """Runs a command line, and returns the output.
 
   Raises:
-    RuntimeError: if it failed.
+    RuntimeError: if the command fails.
   """
   ended = subprocess.run(line, capture_output=True, text=True)
   if ended.returncode:
@@ -60,7 +60,7 @@ def run(line: Sequence[str]) -> str:
 
 @contextlib.contextmanager
 def ended(process: subprocess.Popen) -> Iterator[None]:
-  """Context that terminates a launcher if the block raises an exception."""
+  """Context manager that terminates a launcher if the enclosed code raises an exception."""
   try:
     yield
   except BaseException:
@@ -75,13 +75,13 @@ def tell(line: str) -> None:
 
 
 def wire(counts: Sequence[int]) -> list[dict[str, Any]]:
-  """Counts the bytes that a host sends per step: traced, compiled for a CPU, and by the kernel."""
+  """Counts the bytes that a host sends per step, in the trace, the CPU program and the kernel."""
   return [_bytes(hosts, name) for hosts, name in itertools.product(counts, METHODS)]
 
 
 @functools.cache
 def counted(spec: str) -> list[float]:
-  """Bytes per step that each of two hosts sends, as the kernel counts, without headers."""
+  """Counts the bytes per step that each of two hosts sends, from the kernel, without headers."""
   return _counted(2, spec)[0]
 
 
@@ -104,7 +104,7 @@ def _bytes(hosts: int, name: str) -> dict[str, Any]:
 
 
 def _counted(hosts: int, spec: str) -> tuple[list[float], dict[str, Any], dict[str, Any]]:
-  """Trains on hosts; returns each host's bytes, all that is known of traffic, and the flags."""
+  """Trains on hosts; returns each host's bytes, the traffic in the summary, and the flags."""
   steps = 3 * DISPATCH
   config: dict[str, Any] = MODEL | {
     "method": spec,
@@ -126,7 +126,7 @@ def _counted(hosts: int, spec: str) -> tuple[list[float], dict[str, Any], dict[s
 
 
 def compiled(config: Config) -> tuple[float, str]:
-  """Returns the bytes per step and worker in the CPU program, and the dtypes that it widens."""
+  """Returns the bytes per step and worker in the CPU program, and the dtypes that XLA widens."""
   import jax
 
   from research.analysis import compiled, wire

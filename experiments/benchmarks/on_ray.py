@@ -1,10 +1,11 @@
-"""Trains on a parameter server over hosts, with a Ray node on every host and run.py on the first.
+"""Trains with a parameter server, with a Ray node on every host and run.py on the first host.
 
     python experiments/benchmarks/on_ray.py --executor=server --workers=2 --out=FOLDER ...
 
-A launcher starts one process per host; the flags are those of run.py. The first host has room for
-the server and one worker, each other host for one worker. Process 0 prints a JSON line: the bytes
-per step that all hosts together sent, without headers, from the first row of metrics to the last.
+A launcher starts one process per host; the flags are those of run.py. The first host runs the
+server and one worker, and each other host runs one worker. Process 0 prints a JSON line: the bytes
+per step that all hosts together sent between the first and the last row of metrics, without
+headers.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ RUN = Path(__file__).parents[1] / "run.py"
 
 @contextlib.contextmanager
 def node(*flags: str) -> Iterator[None]:
-  """Runs a Ray node on this host until the block ends."""
+  """Context manager that runs a Ray node on this host."""
   ray = str(Path(sys.executable).parent / "ray")
   line = [ray, "start", *flags, "--block", "--disable-usage-stats"]
   line.append("--object-store-memory=500000000")
@@ -39,7 +40,7 @@ def node(*flags: str) -> Iterator[None]:
 
 
 def connected(host: str, port: int) -> socket.socket:
-  """A connection to a port that may not be open yet."""
+  """Connects to a port that may not be open yet."""
   while True:
     try:
       return socket.create_connection((host, port))
@@ -48,7 +49,7 @@ def connected(host: str, port: int) -> socket.socket:
 
 
 def first(address: str, port: int, others: int, flags: list[str]) -> None:
-  """Starts the head of Ray and the run; the other hosts end when it has ended."""
+  """Starts Ray's head node and the run; the other hosts end after the run."""
   head = ["--head", f"--node-ip-address={address}", f"--port={port + 1}", "--num-cpus=2"]
   with socket.create_server((address, port)) as ending, node(*head, "--include-dashboard=false"):
     connected(address, port + 1).close()
@@ -61,7 +62,7 @@ def first(address: str, port: int, others: int, flags: list[str]) -> None:
 
 
 def other(address: str, head: str, port: int) -> None:
-  """Joins the head of Ray, until the first host's run has ended."""
+  """Joins Ray's head node, and waits until the first host's run has ended."""
   connected(head, port + 1).close()
   with (
     node(f"--address={head}:{port + 1}", f"--node-ip-address={address}", "--num-cpus=1"),
@@ -71,7 +72,7 @@ def other(address: str, head: str, port: int) -> None:
 
 
 def trained(ray: str, flags: list[str]) -> float:
-  """Runs run.py on the nodes; returns the bytes per step."""
+  """Runs run.py on the Ray nodes; returns the bytes per step."""
   (out,) = [flag.partition("=")[2] for flag in flags if flag.startswith("--out=")]
   rows, kernel = Path(out) / "metrics.jsonl", counters.told(os.environ)
   assert kernel
@@ -91,7 +92,7 @@ def trained(ray: str, flags: list[str]) -> float:
 
 
 def last_step(rows: Path) -> int:
-  """The step of the last row; 0 if there is none."""
+  """Returns the step of the last row of metrics; 0 without a row."""
   if not rows.exists():
     return 0
   whole = rows.read_text().rpartition("\n")[0]
@@ -99,7 +100,7 @@ def last_step(rows: Path) -> int:
 
 
 def main(flags: list[str]) -> None:
-  """Does this host's part."""
+  """Runs this host's part of the job."""
   host, _, port = os.environ["JAX_COORDINATOR_ADDRESS"].partition(":")
   here, count = (int(os.environ[f"JAX_{name}"]) for name in ("PROCESS_ID", "NUM_PROCESSES"))
   own = socket.gethostbyname(socket.gethostname())

@@ -1,8 +1,8 @@
-"""Exchanges that run while the workers compute, between two hosts of one core each.
+"""Measures exchanges that overlap with computation, between two hosts of one core each.
 
-This is the suite overlap of bench.py. Each method runs with `spmd` and `overlapped` in turn, on
-links of several rates. The limit is the longer of computing alone and the exchange alone; the
-overlapped run measures both at its end, in the same processes.
+This is bench.py's suite overlap. Each method runs with `spmd` and `overlapped` in turn, on links of
+several rates. The limit is the longer of the times of computing alone and of the exchange alone;
+the overlapped run measures both times at its end, in the same processes.
 """
 
 import itertools
@@ -25,12 +25,12 @@ METHODS = {
   "eager_float32": f"eager_diloco(sgd(0.05), {OUTER}, mean(), period=8)",
   "eager_int8": f"eager_diloco(sgd(0.05), {OUTER}, {INT8}, period=8)",
 }
-MOST = {"float32": 1.10, "int8": 1.20}  # of the limit
+MOST = {"float32": 1.10, "int8": 1.20}  # maximum time relative to the limit
 STEPS, DISPATCH = 480, 80
 
 
 def overlap(methods: Sequence[str], repeats: int) -> list[dict[str, Any]]:
-  """Measures milliseconds per local step of both executors in turn, and the parts of a step."""
+  """Measures the milliseconds per local step of both executors in turn, and the parts of a step."""
   found = []
   for rate, method in itertools.product(RATES, methods):
     turns: dict[str, list[dict[str, Any]]] = {"spmd": [], "overlapped": []}
@@ -44,7 +44,7 @@ def overlap(methods: Sequence[str], repeats: int) -> list[dict[str, Any]]:
 
 
 def _run(spec: str, executor: str, rate: str) -> dict[str, Any]:
-  """Runs one job; returns milliseconds per step and, if it overlaps, of the parts of a step."""
+  """Runs one job; returns milliseconds per step and, for `overlapped`, of the parts of a step."""
   devices = 2 if executor == "overlapped" else 1
   config: dict[str, Any] = MODEL | {
     "method": spec,
@@ -79,7 +79,7 @@ def _run(spec: str, executor: str, rate: str) -> dict[str, Any]:
 
 
 def overlap_table(rows: list[dict[str, Any]]) -> list[str]:
-  """Formats the Markdown table: medians of all turns, and ratios turn by turn."""
+  """Formats the Markdown table with the medians of all turns and the ratio in each turn."""
   lines = [
     "| link | method | computing alone, ms per step | exchange alone | `spmd` | `overlapped` | "
     "`spmd` / limit | `overlapped` / limit | at most |",

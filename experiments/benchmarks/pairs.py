@@ -1,4 +1,4 @@
-"""The training loop and hand-written loops of the same mathematics, timed in turn.
+"""Times the training loop in turn with hand-written loops of the same algorithms.
 
 `experiments/bench.py` runs these pairs of loops and writes the table.
 """
@@ -16,11 +16,11 @@ from research.training.config import Config
 
 
 class Case(NamedTuple):
-  """A pair of loops: the flags of ours, and the factory of a hand-written `advance(steps)`."""
+  """A pair of loops: the flags of our loop, and the factory of a hand-written `advance(steps)`."""
 
   flags: dict[str, Any]
   by_hand: Callable[[dict[str, Any]], Callable[[int], None]]
-  tokens: int = 0  # tokens per step of a language model
+  tokens: int = 0  # number of tokens per step of a language model
 
 
 def transformer(config: dict[str, Any]) -> Callable[[int], None]:

@@ -1,8 +1,9 @@
-"""TensorFlow and Spark compared with this library: bench.py's suite peers.
+"""Compares TensorFlow and Spark with this library, as bench.py's suite peers.
 
-Their programs are written as their users write them. Between two hosts, TensorFlow's two strategies
-for several machines are measured; on one machine, two executors of Spark against two of our
-devices, and the linear regression with which introductions to TensorFlow begin.
+The peers' programs are written as users of TensorFlow and Spark write them. On two hosts, the suite
+measures TensorFlow's two strategies for several machines. On one machine, the suite compares two
+Spark executors with two of our devices, and runs a linear regression from introductions to
+TensorFlow.
 """
 
 import functools
@@ -17,7 +18,7 @@ from experiments.benchmarks.hosts import tell
 from experiments.benchmarks.peers_rows import Row, as_dict, table
 
 Measure = Callable[[str, int], Iterator[Row]]
-# case -> (the package that the peer needs, the measurement)
+# maps each case to the package that the peer needs, and to the measurement
 CASES: dict[str, tuple[str, Measure]] = {
   "hosts": ("tensorflow", peers_on_hosts.measure),
   "target": ("tensorflow", peers_on_hosts.target),
@@ -34,7 +35,7 @@ _CORE = "the first host's worker shares its core with the server, the driver and
 _CORE += "gradient of 42"
 _SHARE = "more of our updates come from the second host"
 _LOSS = "equal, but for the mean of the loss"
-# why the peer is better: "QUESTION: CASE" -> a sentence
+# maps "QUESTION: CASE" to a sentence that explains why the peer is better
 REASONS = {
   f"{peers_on_hosts.TIME}: 1gbit, server, mean()": _CORE,
   f"{peers_on_hosts.TIME}: 1gbit, server, gather_mean(int8())": _CORE,
@@ -46,13 +47,13 @@ REASONS = {
 
 
 def has(python: str) -> tuple[dict[str, str], list[str]]:
-  """The peers that an interpreter can import, with their versions, and what is missing.
+  """Returns the peers that an interpreter can import, with versions, and the missing packages.
 
   Args:
-    python: the interpreter's path.
+    python: the path of the interpreter.
 
   Raises:
-    ValueError: it cannot be run.
+    ValueError: if the interpreter cannot be run.
   """
   code = (
     "import importlib.metadata as m, importlib.util as u, json, sys\n"
@@ -77,7 +78,7 @@ def has(python: str) -> tuple[dict[str, str], list[str]]:
 
 
 def tables(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
-  """The tables of all cases' rows, and the seconds to the target, which follow from them."""
+  """Formats the tables of all cases, and of the seconds to the target, computed from the rows."""
   derived = [as_dict(row) for row in peers_on_hosts.seconds(rows["hosts"], rows["target"])]
   of_seconds = [{k: v for k, v in row.items() if k != "load"} for row in derived]
   return table([*[row for name in CASES for row in rows[name]], *of_seconds], REASONS)
@@ -86,17 +87,17 @@ def tables(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
 def measure(
   cases: Sequence[str], python: str, repeats: int, before: dict[str, Any], commit: str
 ) -> tuple[dict[str, Any], list[str]]:
-  """Measures cases, and merges their rows with earlier ones of other cases.
+  """Measures cases, and merges the new rows with earlier rows of other cases.
 
   Args:
-    cases: names in CASES.
-    python: the interpreter that has the peers.
-    repeats: number of runs of each program.
-    before: an earlier result, or {}.
-    commit: of this code.
+    cases: the names of cases in CASES.
+    python: the path of an interpreter that can import the peers.
+    repeats: the number of runs of each program.
+    before: an earlier result, or {} without one.
+    commit: the commit of this code.
 
   Returns:
-    The result, and its tables.
+    The result, and the lines of the tables.
   """
   found, missing = has(python)
   for line in missing:

@@ -1,8 +1,8 @@
-"""Spark's two executors against two of our devices, and TensorFlow's regression against ours.
+"""Compares two Spark executors with two of our devices, and TensorFlow's regression with ours.
 
-This is part of bench.py's suite peers. Both sides start from files. Logistic regressions and
-factorizations end at a value that both sides reach; a longer run of each shows beforehand after how
-many iterations that is.
+This is part of bench.py's suite peers. Both sides read their data from files. Logistic regressions
+and factorizations end at a value that both sides reach; a longer run of each side determines the
+necessary number of iterations beforehand.
 """
 
 import functools
@@ -21,12 +21,12 @@ from experiments.benchmarks.peers_rows import Ended, Row, measured
 from research.core.spec import calls
 
 L2 = 1e-4
-CLOSE = 1e-6  # relative to the minimum
-MOST = 300  # iterations in which we get that close; Spark may take twice what we need
-ROWS, FEATURES, ENTRIES = 1_000_000, 100_000, 20  # of the synthetic set, and entries per row
+CLOSE = 1e-6  # tolerance relative to the minimum
+MOST = 300  # maximum number of our iterations to this tolerance; Spark may need twice ours
+ROWS, FEATURES, ENTRIES = 1_000_000, 100_000, 20  # synthetic data; entries per row
 EDGES, NODES, ITERATIONS = 10_000_000, 1_000_000, 10
-BATCHES = 2000  # of the linear regression
-MEMORY = {"sparse": 2560, "pagerank": 3072}  # MiB of each JVM; 1024 for the other cases
+BATCHES = 2000  # number of batches of the linear regression
+MEMORY = {"sparse": 2560, "pagerank": 3072}  # MiB for each JVM; 1024 for the other cases
 DEVICES = {"JAX_NUM_CPU_DEVICES": "2"}
 STEADY: dict[str, Any] = {"mesh": "data:2", "executor": "spmd", "eval_every": 0, "check_every": 0}
 BFGS = "data_parallel(lbfgs(1.0, linesearch=None), mean())"
@@ -51,7 +51,7 @@ def spark(python: str, case: str, **given: Any) -> Ended:
 def in_turn(
   programs: dict[str, Callable[[], Ended]], repeats: int, what: str
 ) -> dict[str, list[Ended]]:
-  """Runs programs in turn, in reversed order every other turn."""
+  """Runs programs in turn, and reverses the order in every other turn."""
   found: dict[str, list[Ended]] = {name: [] for name in programs}
   for turn in range(repeats):
     for name in list(programs)[:: 1 if turn % 2 else -1]:
@@ -64,7 +64,7 @@ def in_turn(
 
 
 def rows_of(what: str, question: str, found: dict[str, list[Ended]], **extra: Any) -> Iterator[Row]:
-  """Seconds of computing, seconds and memory of the whole program; ours first, then the peer's."""
+  """Yields rows for the computing seconds, and for the seconds and memory of the full programs."""
   peer = next((name for name in found if name != "ours"), "Spark")
   others = found.get(peer)
   cells: list[tuple[str, str, Callable[[Ended], float]]] = [
@@ -81,7 +81,7 @@ def rows_of(what: str, question: str, found: dict[str, list[Ended]], **extra: An
 
 
 def logistic(case: str, python: str, repeats: int) -> Iterator[Row]:
-  """Logistic regression without intercept, to the same objective."""
+  """Measures logistic regression without intercept, to the same value of the objective."""
   from research.tasks import files
   from research.tasks.convex import libsvm
 
@@ -126,8 +126,8 @@ def logistic(case: str, python: str, repeats: int) -> Iterator[Row]:
 
 
 def _least(losses: list[float], best: float) -> int:
-  """The fewest iterations after which the objective is within CLOSE of its minimum."""
-  enough = best * (1 + 0.9 * CLOSE)  # float32 losses may be off in the last digit
+  """Returns the number of iterations until the objective is within CLOSE of the minimum."""
+  enough = best * (1 + 0.9 * CLOSE)  # allows for rounding errors of float32 losses
   steps = next((i for i, value in enumerate(losses) if value <= enough), None)
   if steps is None:
     raise RuntimeError(f"{min(losses)} after {len(losses)} iterations is not near {best}")
@@ -144,11 +144,11 @@ def made_up(place: Path) -> None:
   tell(f"writing {place}")
   with files.whole(place) as partial, partial.open("w") as file:
     for _ in range(0, ROWS, 10_000):
-      # the popularity of feature i falls as 1 / (i + 100)
+      # the frequency of feature i decreases as 1 / (i + 100)
       uniform = (np.arange(ENTRIES) + rng.random((10_000, ENTRIES))) / ENTRIES
       columns = (100 * ((FEATURES + 100) / 100) ** uniform - 100).astype(int)
       own = np.arange(ENTRIES)
-      columns = np.minimum(columns + own, FEATURES - ENTRIES + own)  # distinct, and rising
+      columns = np.minimum(columns + own, FEATURES - ENTRIES + own)  # distinct, ascending
       logits = weights[columns].sum(1) / 2
       labels = rng.random(len(logits)) < 1 / (1 + np.exp(-logits))
       lines = [" ".join(row) for row in tokens[columns]]
@@ -157,7 +157,7 @@ def made_up(place: Path) -> None:
 
 
 def _read(place: Path) -> tuple[Any, np.ndarray]:
-  """The rows in CSR, and labels in {-1, 1}, in float64."""
+  """Reads the rows in CSR format and the labels in {-1, 1}, both in float64."""
   from sklearn.datasets import load_svmlight_file
 
   x, y = load_svmlight_file(str(place), zero_based=False)  # pyright: ignore[reportArgumentType]
@@ -165,7 +165,7 @@ def _read(place: Path) -> tuple[Any, np.ndarray]:
 
 
 def objective(w: np.ndarray, x: Any, y: np.ndarray) -> tuple[float, np.ndarray]:
-  """The mean logistic loss with its penalty, and its gradient, in float64."""
+  """Computes the mean logistic loss plus the penalty, and the gradient, in float64."""
   margins = y * (x @ w)
   loss = np.mean(np.logaddexp(0, -margins)) + L2 / 2 * w @ w
   slope = -y / (1 + np.exp(np.minimum(margins, 700.0))) / len(y)
@@ -173,7 +173,7 @@ def objective(w: np.ndarray, x: Any, y: np.ndarray) -> tuple[float, np.ndarray]:
 
 
 def minimum(x: Any, y: np.ndarray) -> float:
-  """The minimum of the objective, by SciPy's L-BFGS in float64."""
+  """Computes the minimum of the objective by SciPy's L-BFGS in float64."""
   from scipy import optimize
 
   options = {"maxiter": 2000, "maxfun": 4000, "ftol": 1e-13, "gtol": 1e-9, "maxcor": 30}
@@ -183,11 +183,11 @@ def minimum(x: Any, y: np.ndarray) -> float:
   )
 
 
-# ---- recommending and ranking
+# ---- recommendation and ranking
 
 
 def als(python: str, repeats: int) -> Iterator[Row]:
-  """Alternating least squares on fold u1 of MovieLens 100K, to the RMSE that both reach."""
+  """Measures alternating least squares on fold u1 of MovieLens 100K, to an RMSE that both reach."""
   from research.tasks.recommend import movielens
 
   parts = movielens.load("u1")
@@ -219,7 +219,7 @@ def als(python: str, repeats: int) -> Iterator[Row]:
 
 
 def pagerank(python: str, repeats: int) -> Iterator[Row]:
-  """Some iterations on a power-law graph, and the distance of the ranks to the exact ones."""
+  """Measures PageRank iterations on a power-law graph, and the distance to the exact ranks."""
   from research.tasks import files
 
   place = files.cache() / "peers" / f"edges-{EDGES}-{NODES}.txt"
@@ -267,7 +267,7 @@ def graph_file(place: Path) -> None:
 
 
 def ranks(place: Path) -> tuple[np.ndarray, np.ndarray]:
-  """The exact ranks, in float64, and the names of their nodes."""
+  """Computes the exact ranks in float64; also returns the names of the nodes."""
   from scipy import sparse
 
   from research.tasks.search import graphs
@@ -283,7 +283,7 @@ def ranks(place: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def spark_ranks(folder: Path, names: np.ndarray) -> np.ndarray:
-  """Spark's ranks, which sum to the number of nodes, as shares, by the order of `names`."""
+  """Reads Spark's ranks in the order of `names`, and scales them to a sum of one."""
   lines = [
     row.strip("()").split(",") for p in folder.glob("part-*") for row in p.open().read().split()
   ]
@@ -297,7 +297,7 @@ def spark_ranks(folder: Path, names: np.ndarray) -> np.ndarray:
 
 
 def listing(python: str, repeats: int) -> Iterator[Row]:
-  """Linear regression in batches of 32, with the loss of every batch."""
+  """Measures linear regression in batches of 32; both sides compute the loss of every batch."""
   from research.core import registry
 
   spec = calls.least_squares(samples=1000, features=10, noise=0.1)
@@ -323,7 +323,7 @@ def listing(python: str, repeats: int) -> Iterator[Row]:
 
 
 def _command(spec: str) -> Ended:
-  """Runs our command, which writes a row of metrics, with the loss, for every batch."""
+  """Runs our command, which writes a row of metrics with the loss for every batch."""
   with tempfile.TemporaryDirectory() as folder:
     flags = STEADY | {"task": spec, "model": "linear(bias=True)", "batch_size": 32}
     flags |= {"method": "data_parallel(sgd(0.1), mean())", "steps": BATCHES, "log_every": 1}

@@ -1,7 +1,8 @@
-"""TensorFlow's strategies against ours, between two hosts of one core each: for `peers.py`.
+"""Compares TensorFlow's strategies with ours on two hosts of one core each, for `peers.py`.
 
-A perceptron of 1.86 million parameters on MNIST, 64 images per host and step, SGD at 0.1. A step of
-the asynchronous programs is an update from one worker's 64 images, at half the learning rate.
+The programs train a perceptron of 1.86 million parameters on MNIST by SGD, with 64 images per host
+and step and a learning rate of 0.1. A step of the asynchronous programs is an update from one
+worker's 64 images, with half this learning rate.
 """
 
 import itertools
@@ -18,18 +19,18 @@ from experiments.benchmarks import hosts, speed
 from experiments.benchmarks.hosts import flags_of, netlab, tell
 from experiments.benchmarks.peers_rows import Row
 
-RATES = {"1gbit": 96, "100mbit": 40}  # and steps
+RATES = {"1gbit": 96, "100mbit": 40}  # number of steps at each rate
 DISPATCH = 8
-MOST = 4000  # steps to the target
+MOST = 4000  # maximum number of steps to the target
 PROGRAM = "baselines/peers_tensorflow.py"
 Found = tuple[float, float]  # milliseconds and bytes per step
 
 
 class Ours(NamedTuple):
-  """One of our executions, and the TensorFlow strategy that it is compared with."""
+  """One of our configurations, and the TensorFlow strategy that serves as its baseline."""
 
   spec: str
-  peer: str  # program of peers_tensorflow.py
+  peer: str  # name of a program in peers_tensorflow.py
 
 
 EXECUTIONS = {
@@ -51,7 +52,7 @@ WHOLE = f"How long does training to {speed.TARGET:.0%} of MNIST's test images ta
 
 
 def measure(python: str, repeats: int) -> Iterator[Row]:
-  """Time and bytes of a step; `python` is the interpreter that has TensorFlow, or empty."""
+  """Measures the time and bytes of a step; `python` is an interpreter with TensorFlow, or ''."""
   with tempfile.TemporaryDirectory() as folder:
     data = images(Path(folder)) if python else Path()
     found = {rate: _turns(python, data, rate, repeats) for rate in RATES}
@@ -63,7 +64,7 @@ def measure(python: str, repeats: int) -> Iterator[Row]:
 
 
 def target(python: str, repeats: int) -> Iterator[Row]:
-  """Steps to the target; evaluations take much longer than the steps, hence a case of its own."""
+  """Counts the steps to the target, apart from `measure`, because evaluations are slow."""
   del repeats
   theirs: dict[str, list[float]] = {}
   with tempfile.TemporaryDirectory() as folder:
@@ -77,7 +78,7 @@ def target(python: str, repeats: int) -> Iterator[Row]:
 
 
 def seconds(times: Sequence[dict[str, Any]], counts: Sequence[dict[str, Any]]) -> Iterator[Row]:
-  """Steps to the target times the median of a step, from the rows of `measure` and `target`."""
+  """Multiplies the steps to the target by the median time of a step, given the rows of both."""
   steps = {row["case"]: row for row in counts}
   for row in times:
     name = row["case"].partition(", ")[2]
@@ -90,7 +91,7 @@ def seconds(times: Sequence[dict[str, Any]], counts: Sequence[dict[str, Any]]) -
 
 
 def _turns(python: str, data: Path, rate: str, repeats: int) -> dict[str, list[Found]]:
-  """Runs all programs in turn, in reversed order every other turn."""
+  """Runs all programs in turn, and reverses the order in every other turn."""
   programs: dict[str, Callable[[], Found]] = {}
   for name, one in EXECUTIONS.items():
     measure = of_server if one.peer == "server" else of_loop
@@ -107,7 +108,7 @@ def _turns(python: str, data: Path, rate: str, repeats: int) -> dict[str, list[F
 
 
 def images(folder: Path) -> Path:
-  """Writes MNIST for TensorFlow: flat images as bytes."""
+  """Writes MNIST for TensorFlow, with each image as a flat array of bytes."""
   import numpy as np
 
   from research.core import registry
@@ -123,7 +124,7 @@ def images(folder: Path) -> Path:
 def of_peer(
   python: str, program: str, data: Path, rate: str, steps: int, target: float | None = None
 ) -> dict[str, Any]:
-  """Runs a program of peers_tensorflow.py on two hosts, and returns what it prints."""
+  """Runs a program of peers_tensorflow.py on two hosts, and returns the printed results."""
   line = [
     PROGRAM,
     program,
@@ -141,13 +142,13 @@ def _of_strategy(python: str, kind: str, data: Path, rate: str) -> Found:
 
 
 def of_loop(spec: str, rate: str) -> Found:
-  """Milliseconds per step of our loop, and bytes that both hosts send, counted in another run."""
+  """Measures our loop's milliseconds per step and, in a separate run, both hosts' bytes."""
   milliseconds = statistics.median(speed.of_loop(spec, rate, RATES[rate]))
   return milliseconds, sum(hosts.counted(spec))
 
 
 def of_server(spec: str, rate: str) -> Found:
-  """Milliseconds and bytes per update of our parameter server, a worker on each host."""
+  """Measures the milliseconds and bytes per update of our server, with a worker on each host."""
   config = hosts.MODEL | {"method": spec, "executor": "server", "workers": 2, "batch_size": 128}
   config |= {"steps": 2 * RATES[rate], "log_every": DISPATCH, "eval_every": 0}
   config |= {"checkpoint_every": 0}
@@ -162,7 +163,7 @@ def of_server(spec: str, rate: str) -> Found:
 
 
 def _printed(line: list[str], rate: str, key: str, python: str = "") -> dict[str, Any]:
-  """Runs a program on two hosts, with `python` if given; parses the JSON that its first prints."""
+  """Runs a program on two hosts, with `python` if given; parses the first host's JSON output."""
   token = f"RAY_AUTH_TOKEN={secrets.token_hex(32)}"
   with tempfile.TemporaryDirectory() as folder:
     before = ["env", "RAY_AUTH_MODE=token", token, f"RAY_TMPDIR={folder}"]
@@ -174,7 +175,7 @@ def _printed(line: list[str], rate: str, key: str, python: str = "") -> dict[str
 
 
 def _steps(one: Ours) -> int:
-  """Steps until our execution reaches the target."""
+  """Counts the steps until our configuration reaches the target."""
   if one.peer != "server":
     return speed.steps_to_target(one.spec)
   from experiments.benchmarks import servers

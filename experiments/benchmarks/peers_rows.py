@@ -1,4 +1,4 @@
-"""Rows of bench.py's suite peers, and their table by question."""
+"""Builds the rows of bench.py's suite peers, and formats a table for each question."""
 
 import json
 import os
@@ -17,20 +17,20 @@ CORES = os.cpu_count()
 
 
 class Row(NamedTuple):
-  """One of our measurements, and the peer's; less is better."""
+  """One of our measurements and the peer's measurement; smaller values are better."""
 
   question: str
   case: str
   unit: str
-  ours: Turns  # of all turns
+  ours: Turns  # our measurements in all turns
   peer: str
-  theirs: Turns | None  # None: the peer was not run
+  theirs: Turns | None  # the peer's measurements; None: the peer was not run
   extra: dict[str, Any] | None = None
 
 
 def as_dict(row: Row) -> dict[str, Any]:
-  """The row as JSON, with both medians and the ratio of the peer's to ours."""
-  load = round(os.getloadavg()[2], 1)  # over 15 minutes
+  """Converts a row to JSON, with both medians and the ratio of the peer's median to ours."""
+  load = round(os.getloadavg()[2], 1)  # load average over 15 minutes
   found = row._asdict() | {"median": statistics.median(row.ours), "load": load}
   if row.theirs:
     theirs = statistics.median(row.theirs)
@@ -39,11 +39,11 @@ def as_dict(row: Row) -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]], reasons: dict[str, str]) -> list[str]:
-  """A Markdown table for each question, which says why if the peer is better.
+  """Formats a Markdown table for each question, with a reason where the peer is better.
 
   Args:
-    rows: as `as_dict` gives them.
-    reasons: "QUESTION: CASE" -> a sentence.
+    rows: results of `as_dict`.
+    reasons: maps "QUESTION: CASE" to a sentence.
   """
   lines: list[str] = []
   for question in dict.fromkeys(row["question"] for row in rows):
@@ -63,30 +63,30 @@ def table(rows: Sequence[dict[str, Any]], reasons: dict[str, str]) -> list[str]:
 
 
 def shown(value: float, unit: str) -> str:
-  """A value with its unit."""
+  """Formats a value with its unit."""
   if unit == "bytes" or value >= 1000:
     return f"{value:,.0f} {unit}"
   return f"{value:.3g} {unit}" if value < 100 else f"{value:.0f} {unit}"
 
 
 class Ended(NamedTuple):
-  """What a process printed, and the time and memory that it took with all its children."""
+  """The output of a process, and the time and memory used by the process and its children."""
 
-  printed: dict[str, Any]  # the JSON object of the last line, if it is one
+  printed: dict[str, Any]  # the JSON object in the last line of the output, if any
   seconds: float
   peak_mib: float
 
 
 def measured(line: Sequence[str], environ: dict[str, str], every: float = 0.1) -> Ended:
-  """Runs a command, and samples the memory of all its processes.
+  """Runs a command, and samples the memory of all processes of the command.
 
   Args:
-    line: the command.
-    environ: variables to add to this process's.
-    every: seconds between two samples.
+    line: the words of the command.
+    environ: variables to add to this process's environment.
+    every: the seconds between two samples.
 
   Raises:
-    RuntimeError: if it failed.
+    RuntimeError: if the command fails.
   """
   start = time.perf_counter()
   pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -113,12 +113,12 @@ def measured(line: Sequence[str], environ: dict[str, str], every: float = 0.1) -
 
 
 def memory(root: int) -> float:
-  """MiB of a process and its descendants; pages that processes share count once (PSS)."""
+  """Returns the MiB of a process and its descendants; shared pages count once (PSS)."""
   parents: dict[int, list[int]] = {}
   for place in Path("/proc").glob("[0-9]*/stat"):
     try:
       fields = place.read_text().rpartition(")")[2].split()
-    except OSError:  # it has ended
+    except OSError:  # the process has ended
       continue
     parents.setdefault(int(fields[1]), []).append(int(place.parent.name))
   total, left = 0, [root]

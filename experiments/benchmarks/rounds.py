@@ -1,4 +1,4 @@
-"""Benchmarks rounds: PowerSGD and dense steps, map and vmap, few clients of a large population.
+"""Benchmarks rounds: compares PowerSGD with dense steps, map with vmap, and population sizes.
 
 The benchmarks run on the available devices. `experiments/bench.py` with
 `--cases=power_sgd,local_phase,diagnostics,population` runs these benchmarks and writes the tables.
@@ -26,7 +26,7 @@ MEASURED = (
 
 
 def power_sgd(repeats: int) -> list[dict[str, Any]]:
-  """Times a step with error feedback around PowerSGD of rank 4, and a dense step, per executor.
+  """Times, for each executor, a step with PowerSGD of rank 4 and error feedback, and a dense step.
 
   One worker trains an MLP of 1.9 million parameters, with `STEPS` steps per dispatch, on random
   images whose number and shape are those of MNIST.
@@ -55,7 +55,7 @@ def power_sgd(repeats: int) -> list[dict[str, Any]]:
 
 
 def local_phase(repeats: int) -> list[dict[str, Any]]:
-  """Times a round of ten simulated workers, 20 steps of 10 images each, under map and vmap."""
+  """Times a round of ten simulated workers with 20 steps of 10 images, under map and vmap."""
   from research.parallel.simulate import simulate
 
   rows = []
@@ -108,7 +108,7 @@ def _advanced(run: Any) -> Any:
 
 
 def diagnostics_table(rows: list[dict[str, Any]]) -> list[str]:
-  """Formats the cost of diagnostics in Markdown."""
+  """Formats the Markdown table of the cost of diagnostics."""
   lines = ["| method | a step without, us | with, times (median) | best of each | ratios |"]
   lines.append("|---|---|---|---|---|")
   for row in rows:
@@ -118,7 +118,7 @@ def diagnostics_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def population(repeats: int) -> dict[str, Any]:
-  """Times SCAFFOLD rounds with 10 of 10,000 clients and with 10 of 100, six images per client."""
+  """Times SCAFFOLD rounds with 10 of 10,000 and with 10 of 100 clients of six images each."""
   from research.parallel.simulate import simulate
 
   of = lambda clients: _rounds(
@@ -162,7 +162,7 @@ def _images(hidden: Sequence[int] = HIDDEN, count: int = 60_000):
 def _rounds(
   executor, task, job: dict[str, Any], *, workers: int, batch: int, rounds: int, owners: int = 0
 ) -> Callable[[], float]:
-  """Builds a function that runs the next dispatch and returns its seconds per round.
+  """Builds a function that runs the next dispatch and returns the seconds per round.
 
   `job` contains a method's spec and further fields of a Job.
   """

@@ -1,7 +1,7 @@
-"""Benchmarks the parameter server: overhead, gain with workers of unequal speed, fault tolerance.
+"""Benchmarks the parameter server: overhead, workers of unequal speed, and fault tolerance.
 
-This is the suite server of bench.py. Each run of run.py with --executor=server has a process of its
-own.
+This is bench.py's suite server. Each run of run.py with --executor=server has a separate
+process.
 """
 
 import json
@@ -27,7 +27,7 @@ QUIET = {"executor": "server", "eval_every": 0, "checkpoint_every": 0, "log_ever
 
 
 def trained(config: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-  """Runs a configuration; returns its summary and its rows.
+  """Runs a configuration; returns the summary and the rows of metrics.
 
   Raises:
     RuntimeError: if the run fails.
@@ -52,7 +52,7 @@ def read(out: Path, code: int, said: str) -> tuple[dict[str, Any], list[dict[str
 
 
 def overhead() -> list[dict[str, Any]]:
-  """Measures the fraction of a step in which two workers compute no gradient."""
+  """Measures the fraction of a step during which two workers compute no gradient."""
   found = []
   for link in (calls.mean(), calls.error_feedback(calls.gather_mean(calls.int8()))):
     config = {"workers": 2, "batch_size": 512, "steps": 400}
@@ -78,7 +78,7 @@ def overhead() -> list[dict[str, Any]]:
 
 
 def scaling() -> list[dict[str, Any]]:
-  """Measures pushes per second by number of workers, and the latency of push and pull."""
+  """Measures pushes per second for several numbers of workers, and the latency of push and pull."""
   found = []
   for workers, overlap in ((1, False), (1, True), (2, True), (4, True)):
     config = {"workers": workers, "batch_size": 16 * workers, "steps": 1500 * workers}
@@ -132,7 +132,7 @@ def slow() -> list[dict[str, Any]]:
 
 
 def killed(kills: int, every: float) -> dict[str, Any]:
-  """Kills random workers and once the server; compares the run with an undisturbed one."""
+  """Kills random workers and once the server; compares the run with an undisturbed run."""
   config = {"task": "mnist()", "model": "mlp(hidden=[200])", "workers": 2, "batch_size": 128}
   config |= {"method": "asgd(sgd(0.05), error_feedback(gather_mean(int8())))", "steps": 12000}
   config |= {"checkpoint_every": 500, "log_every": 100, "seed": 0}
@@ -140,7 +140,7 @@ def killed(kills: int, every: float) -> dict[str, Any]:
   with tempfile.TemporaryDirectory() as folder:
     out = Path(folder) / "run"
     longer = config | {"restarts": 4 * kills}
-    with (Path(folder) / "said").open("w+") as said:  # a file, since an unread pipe would fill up
+    with (Path(folder) / "said").open("w+") as said:  # a file, since an unread pipe would block
       process = subprocess.Popen(command(longer, out), stdout=said, stderr=subprocess.STDOUT)
       begun = list(_kill(out, process, kills, every, random.Random(0)))
       process.wait()
@@ -175,7 +175,7 @@ def killed(kills: int, every: float) -> dict[str, Any]:
 def _kill(
   out: Path, process: Any, kills: int, every: float, chance: random.Random
 ) -> Iterator[str]:
-  """Kills random live workers at intervals, and the head process after half of the kills."""
+  """Kills random live workers at intervals, and kills the head process after half of the kills."""
   while not (out / "metrics.jsonl").exists() or not _rows(out):
     if process.poll() is not None:
       return
@@ -200,7 +200,7 @@ def _rows(out: Path) -> int:
 
 
 def hogwild() -> list[dict[str, Any]]:
-  """Measures the steps per second on w8a, by number of processes."""
+  """Measures the steps per second on w8a for several numbers of processes."""
   found = []
   for workers in (1, 2, 4):
     config = {"task": "libsvm('w8a', sparse=True)", "workers": workers, "steps": 60000}

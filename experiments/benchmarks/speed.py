@@ -1,6 +1,6 @@
-"""Speed of this library, minimal hand-written JAX and PyTorch between two hosts of one core each.
+"""Compares the speed of this library, hand-written JAX and PyTorch on two hosts of one core each.
 
-This is the suite hosts of bench.py.
+This is bench.py's suite hosts.
 """
 
 import itertools
@@ -18,12 +18,12 @@ from experiments.benchmarks.hosts import METHODS, MODEL, ROOT, ended, flags_of, 
 from research.comm import counters
 from research.training.config import Config
 
-# Rates of the links with the number of steps at each rate; steps at 100 Mbit/s take longer.
+# Link rates, with the number of steps at each rate; steps at 100 Mbit/s are slower.
 RATES = {"": 160, "1gbit": 160, "100mbit": 64}
 SPEED_DISPATCH = 8
 PAIRS: dict[str, tuple[str, str | None, str | None]] = {  # ours, by hand, in PyTorch
   "dense": ("dense", "dense", "dense"),
-  "two_phase(bf16)": ("two_phase(bf16)", None, "fp16"),  # PyTorch: a sum of float16
+  "two_phase(bf16)": ("two_phase(bf16)", None, "fp16"),  # PyTorch sums in float16
   "two_phase(int8)": ("two_phase(int8)", "int8", None),
   "gather top_k(1%)": ("gather top_k(1%)", "top_k", None),
   "power_sgd(4)": ("power_sgd(4)", "power_sgd", "power_sgd"),
@@ -32,7 +32,7 @@ PAIRS: dict[str, tuple[str, str | None, str | None]] = {  # ours, by hand, in Py
 
 
 def speed(methods: Sequence[str], repeats: int, has_torch: bool) -> list[dict[str, Any]]:
-  """Measures milliseconds per step between two hosts of one core each, for all programs in turn."""
+  """Measures the milliseconds per step of all programs in turn, on two hosts of one core each."""
   return [
     _speed(method, rate, repeats, has_torch) for rate, method in itertools.product(RATES, methods)
   ]
@@ -77,7 +77,7 @@ def of_loop(spec: str, rate: str, steps: int = 0) -> list[float]:
   with tempfile.TemporaryDirectory() as folder:
     out = Path(folder) / "run"
     line = ["run.py", *flags_of(config | {"out": out})]
-    run(netlab(2, shaped(rate, folder), line, "env", "-u", counters.PLACES))  # counting takes time
+    run(netlab(2, shaped(rate, folder), line, "env", "-u", counters.PLACES))  # counting costs time
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
   at = [row["seconds"] for row in rows[1:-1]]  # the evaluation precedes the last row
   return [1000 * (b - a) / SPEED_DISPATCH for a, b in itertools.pairwise(at)]
@@ -90,7 +90,7 @@ def _config(spec: str, steps: int) -> dict[str, Any]:
 
 
 def _of_program(line: Sequence[str], rate: str) -> dict[str, Any]:
-  """Runs a program and parses the JSON that it prints."""
+  """Runs a program, and parses the printed JSON."""
   with tempfile.TemporaryDirectory() as folder:
     printed = run(netlab(2, shaped(rate, folder), line))
   (found,) = [line[4:] for line in printed.splitlines() if line.startswith('[0] {"milli')]
@@ -108,7 +108,7 @@ SLOW = "100mbit"
 def to_target(speeds: list[dict[str, Any]], has_torch: bool) -> list[dict[str, Any]]:
   """Computes the seconds to 95% accuracy on MNIST at 100 Mbit/s: steps times time per step.
 
-  Steps are counted in multiples of eight; evaluation is not timed. `speeds` are the rows of
+  Steps are counted in multiples of eight, and evaluations are not timed. `speeds` are the rows of
   `speed`.
   """
   found = []
@@ -168,7 +168,7 @@ def start(repeats: int) -> list[float]:
 
 
 def speed_table(rows: list[dict[str, Any]]) -> list[str]:
-  """Formats the Markdown table of milliseconds per step, with the ratios to ours."""
+  """Formats the Markdown table of milliseconds per step, with the ratios to our times."""
   lines = [
     "| link | method | ours, ms | by hand, ms | PyTorch, ms | by hand / ours | PyTorch / ours |"
   ]

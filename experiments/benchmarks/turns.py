@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 
 def in_turn(measures: Sequence[Callable[[], float]], repeats: int) -> list[list[float]]:
-  """Calls all `measures` in turn, in reverse order every other turn, after one uncounted turn.
+  """Calls all `measures` in turn after a warm-up turn, and reverses every other turn.
 
   Returns:
-    The results, [measure][turn].
+    The results, indexed by measure and then by turn.
   """
   found: list[list[float]] = [[] for _ in measures]
   places = list(range(len(measures)))
@@ -34,7 +34,7 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
 
 
 def milliseconds(found: Sequence[float]) -> float:
-  """Returns the median of times in seconds, in milliseconds."""
+  """Converts times in seconds to their median in milliseconds."""
   return 1000 * statistics.median(found)
 
 

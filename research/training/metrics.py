@@ -16,8 +16,7 @@ from research.core.task import Batch, Data, Task, value_and_grad
 
 
 def evaluator(task: Task, mesh: Mesh, batch: int = 1) -> Callable[..., dict[str, Array]]:
-  """Returns `evaluate(params, data, gradient=False)`, which averages metrics over a placed data
-  set.
+  """Returns `evaluate(params, data, gradient=False)`, which averages metrics over placed data.
 
   The metrics are those of `task.evaluate`. With `gradient=True`, the metrics include
   `gradient_norm`, the norm of the full objective's gradient, and, if the task defines `grads`,
