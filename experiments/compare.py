@@ -1,4 +1,4 @@
-"""Trains several methods on one task, and compares their loss, bytes and seconds.
+"""Trains several methods on one task, and compares the methods' loss, bytes and seconds.
 
     python experiments/compare.py --seeds=3 --link=100mbit,1ms --recommend --methods="
         data_parallel(sgd(0.1, momentum=0.9), mean());
@@ -27,11 +27,11 @@ from research.training.config import Config, UsageError, flag
 
 FLAGS = flags.FLAGS
 OUT = "runs/compare"
-DENSE = {"mean", "hierarchical_mean"}  # aggregators that do not compress
+DENSE = {"mean", "hierarchical_mean"}  # names of aggregators that do not compress
 
 
 def split(text: str) -> list[str]:
-  """Splits at each ';' that is not inside brackets or quotes."""
+  """Splits a text at each ';' that is not inside brackets or quotes."""
   parts, depth, quote = [""], 0, ""
   for character in text:
     if quote:
@@ -52,13 +52,13 @@ def plans(config: Config, specs: list[str], seeds: int) -> list[Contender]:
   """Builds every run once, so that invalid runs are rejected before any run starts.
 
   Raises:
-    UsageError: for an invalid method, with its position in --methods.
+    UsageError: if a method is invalid; the message gives the method's position in --methods.
   """
   from research.training import assemble
 
   if not specs:
     raise UsageError("--methods='': name at least one method, and ';' between two")
-  assemble.check(config.replace(method=Config().method))  # flags that are invalid for any method
+  assemble.check(config.replace(method=Config().method))  # the flags of all methods
   found = []
   for place, (spec, label) in enumerate(zip(specs, labels(specs), strict=True), 1):
     try:
@@ -74,7 +74,7 @@ def plan(config: Config, label: str, seeds: int) -> Contender:
   """Plans a method's runs, each with its own folder under --out.
 
   Raises:
-    UsageError: for an invalid flag.
+    UsageError: if a flag is invalid.
   """
   from research.training import assemble
   from research.training import folder as folders
@@ -94,7 +94,7 @@ def plan(config: Config, label: str, seeds: int) -> Contender:
 
 
 def names(spec: str, *kinds: str) -> list[str]:
-  """Returns the registered names of some kinds that a spec calls, from the outside in."""
+  """Returns the registered names of the given kinds that a spec calls, outermost first."""
   from research.core import registry
 
   legal = {name for kind in kinds for name in registry.names(kind)}
@@ -109,7 +109,7 @@ def folder_name(spec: str) -> str:
 
 
 def labels(specs: list[str]) -> list[str]:
-  """Labels specs by the arguments in which they differ; a label is the full spec if ambiguous."""
+  """Labels specs by the arguments that differ between specs, or by the full spec if ambiguous."""
   lines = [" ".join(spec.split()) for spec in specs]
   outer, parts = zip(*map(parts_of, lines), strict=True)
   common = set.intersection(*map(set, parts))
@@ -119,7 +119,7 @@ def labels(specs: list[str]) -> list[str]:
 
 
 def parts_of(spec: str) -> tuple[str, list[str]]:
-  """Returns the name that a spec calls, and its arguments; no arguments for a malformed spec."""
+  """Returns the name that a spec calls, and the arguments; a malformed spec has no arguments."""
   try:
     call = syntax(spec)
   except ValueError:
@@ -154,7 +154,7 @@ def conditions() -> Conditions:
   """Returns the conditions under which seconds are predicted, from the flags.
 
   Raises:
-    UsageError: for an invalid flag.
+    UsageError: if a flag is invalid.
   """
   import jax
 
@@ -211,7 +211,7 @@ def main(argv: list[str]) -> None:
 
 
 def define_own_flags() -> None:
-  """Defines the flags of run.py and those of a comparison."""
+  """Defines the flags of run.py and the flags of a comparison."""
   define_flags()
   flags.DEFINE_string("methods", "", "The methods to compare, separated by ';'.")
   flags.DEFINE_integer("seeds", 1, "Number of seeds per method, from --seed on.", 1)

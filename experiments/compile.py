@@ -1,4 +1,4 @@
-"""Compiles a round of a run for TPU chips on a machine without TPUs, and reports its resource use.
+"""Compiles a round for TPU chips on a machine without TPUs, and reports the use of resources.
 
     python experiments/compile.py --topology=v5p:2x2x1 --mesh="data:2,fsdp:2" \\
         --task="digits()" --model="mlp(hidden=[1024])" --batch_size=256 \\
@@ -11,7 +11,7 @@ folder. --sweep compares meshes and methods:
 
     --sweep="data:4;data:2,fsdp:2 x data_parallel(adam(1e-3), mean());local_sgd(adam(1e-3))"
 
-Exit codes: 0: done; 2: an invalid flag, or a model that does not fit.
+Exit codes: 0: done; 2: a flag is invalid, or the model does not fit.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ ENVIRONMENT = {
 
 
 def grid(text: str, config: Config) -> list[Config]:
-  """Parses a sweep, 'MESH;MESH x METHOD;METHOD'; the flag's value replaces an empty side.
+  """Parses a sweep, 'MESH;MESH x METHOD;METHOD'; an empty side stands for the flag's value.
 
   Raises:
     UsageError: if the sweep contains only one run.
@@ -64,7 +64,7 @@ def grid(text: str, config: Config) -> list[Config]:
 
 
 def swept(configs: Iterable[Config], target: "Target", effort: float) -> list[dict[str, Any]]:
-  """Compiles each run and returns a row for it; a rejected run gets its error message."""
+  """Compiles runs, and returns a row for each run, with an error message if a run is rejected."""
   from experiments.reports import ahead
 
   rows = []

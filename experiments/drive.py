@@ -7,9 +7,10 @@
 
 Needs `pip install -e ".[driving]"`. The recording is in --out, or by default in the folder
 "driving" of $RESEARCH_DATA_DIR or of the user's cache; the task `driving()` trains on it. With
---run, the model of a complete run drives. With --do=record, it drives round --round of DAgger, and
-the recorded actions are those that the expert (--driver) would have taken. The same command
-continues an interrupted recording. Seeds of --do=judge are never recorded.
+--run, the model of a complete run drives. With --do=record, the model drives round --round of
+DAgger, and the recorded actions are the actions that the expert (--driver) would have chosen. The
+same command continues an interrupted recording. The seeds of --do=judge are never used for
+recordings.
 """
 
 import contextlib
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> None:
   """Records, judges or draws, according to the flags."""
   del argv
   logging.set_verbosity(logging.WARNING)
-  logging.get_absl_logger().setLevel("CRITICAL")  # Orbax also logs what it reads
+  logging.get_absl_logger().setLevel("CRITICAL")  # Orbax logs every file that it reads
   if importlib.util.find_spec("highway_env") is None:
     fail(2, 'the simulator is highway-env: pip install -e ".[driving]"')
   for name in FLAGS.scenarios:
@@ -69,7 +70,7 @@ def record() -> None:
 
 
 def judge() -> None:
-  """Prints how a driver fares in each scenario, and in all of them."""
+  """Prints the results of a driver in each scenario, and over all scenarios."""
   from research.tasks.driving import judging
 
   driver = of_run(FLAGS.run) if FLAGS.run else EXPERTS[FLAGS.driver]
@@ -85,7 +86,7 @@ def judge() -> None:
 
 
 def picture() -> None:
-  """Draws the scenarios, some seconds into an episode, one below the other."""
+  """Draws each scenario a few seconds after the start of an episode, one below the other."""
   from research.tasks.driving import pictures
 
   driver = of_run(FLAGS.run) if FLAGS.run else EXPERTS[FLAGS.driver]
@@ -96,7 +97,7 @@ def picture() -> None:
 
 
 def of_run(text: str) -> Driver:
-  """The driver with the model of a complete run."""
+  """Returns the driver with the model of a complete run."""
   from research.tasks.driving import judging
   from research.training import loop
   from research.training.assemble import NOTHING_GIVEN

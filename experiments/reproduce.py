@@ -1,4 +1,4 @@
-"""Reproduces claims of papers, and compares our numbers with those of the papers.
+"""Reproduces claims of papers, and compares our numbers with the papers' numbers.
 
     python experiments/reproduce.py --claim=ef21
     python experiments/reproduce.py --claim=all --scale=quick
@@ -6,7 +6,7 @@
 
 The command writes OUT/NAME/result.json (values, gates, spec strings, seeds, commit, versions,
 hardware, seconds), table.md and figure.png, and OUT/README.md with a table of all claims in OUT.
-Exit codes: 0: all gates hold; 1: a gate fails; 2: an invalid flag.
+Exit codes: 0: all gates hold; 1: a gate fails; 2: a flag is invalid.
 """
 
 import importlib
@@ -33,7 +33,7 @@ from research.training.config import UsageError, flag
 FLAGS = flags.FLAGS
 FOLDER = Path(__file__).parent / "claims"
 CLAIMS = sorted(path.stem for path in FOLDER.glob("*.py"))
-# Groups of tasks that may replace one another.
+# Groups of tasks that may replace each other.
 KINDS = (("mnist", "digits"), ("tinyshakespeare", "text"))
 
 
@@ -41,7 +41,7 @@ def module_of(name: str) -> ModuleType:
   """Imports the module of a claim.
 
   Raises:
-    UsageError: for an unknown claim, with the closest name.
+    UsageError: if the claim is unknown; the message gives the closest name.
   """
   if name not in CLAIMS:
     raise UsageError(f"--claim='{name}': {checks.unknown(name, ['all', *CLAIMS])}")
@@ -49,7 +49,7 @@ def module_of(name: str) -> ModuleType:
 
 
 def given(texts: list[str]) -> dict[str, Any]:
-  """Parses --set=NAME=VALUE.
+  """Parses the values of --set=NAME=VALUE.
 
   Raises:
     UsageError: if a setting is malformed.
@@ -105,7 +105,7 @@ def seeds_of(name: str, seeds: dict[str, int]) -> int:
 
 
 def reproduce(name: str, out: Path) -> bool:
-  """Runs one claim and writes its results; returns whether its gates hold."""
+  """Runs one claim and writes the results; returns whether all gates of the claim hold."""
   import jax
 
   from experiments.claims.support import claim, settings, verdict
@@ -142,7 +142,7 @@ def reproduce(name: str, out: Path) -> bool:
 
 
 def command(name: str) -> str:
-  """Returns the command that was typed, without the output folder."""
+  """Returns the command of this process, without the output folder."""
   parts = [f"--claim={name}"]
   parts += [f"--scale={FLAGS.scale}"] if FLAGS.scale != "full" else []
   parts += [f'--dataset="{FLAGS.dataset}"'] if FLAGS.dataset else []
@@ -152,7 +152,7 @@ def command(name: str) -> str:
 
 
 def main(argv: list[str]) -> None:
-  """Runs the selected claims one after the other."""
+  """Runs the selected claims one after another."""
   del argv
   logging.set_verbosity(logging.WARNING)
   if FLAGS.list:

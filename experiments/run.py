@@ -1,4 +1,4 @@
-"""Trains a model with a method on a task: the command `distopt` for a clone.
+"""Trains a model with a method on a task, like the command `distopt` of an installed package.
 
 python experiments/run.py --task="digits()" --method="data_parallel(adam(1e-3), mean())"
 """

@@ -27,7 +27,7 @@ METHOD = "data_parallel(sgd({learning_rate}, momentum=0.9), mean())"
 
 
 def score(summary: dict[str, Any]) -> tuple[str, float]:
-  """Returns a run's score, of which larger is better: the accuracy, or else minus the loss."""
+  """Returns a run's score: the accuracy, or else minus the loss; larger scores are better."""
   if "accuracy" in summary["eval"]:
     return f"{summary['evaluated_on']} accuracy", summary["eval"]["accuracy"]
   return "minus training loss", -summary["train_loss"]
@@ -37,7 +37,7 @@ def configs(config: Config, out: Path, rates: list[str], seeds: list[str]) -> li
   """Returns the runs by rate and seed; checks all runs and their folders before any run trains.
 
   Raises:
-    UsageError: for an invalid flag.
+    UsageError: if a flag is invalid.
   """
   from research.training import assemble
   from research.training import folder as folders
@@ -54,12 +54,12 @@ def configs(config: Config, out: Path, rates: list[str], seeds: list[str]) -> li
 
 
 def is_known(start: float | None) -> bool:
-  """Whether the initial loss is known and finite."""
+  """Returns whether the initial loss is known and finite."""
   return start is not None and math.isfinite(start)
 
 
 def improved(summary: dict[str, Any]) -> bool:
-  """Whether a run's training loss decreased and its accuracy did not."""
+  """Returns whether a run's training loss decreased and its accuracy did not decrease."""
   start, end = summary.get("initial_train_loss"), summary["train_loss"]
   before, after = (summary.get(name, {}).get("accuracy") for name in ("initial_eval", "eval"))
   worse = before is not None and after is not None and not after >= before
@@ -67,11 +67,11 @@ def improved(summary: dict[str, Any]) -> bool:
 
 
 def grid(rates: list[str], runs: list[list[Config]]) -> list[dict[str, Any]]:
-  """Trains every combination.
+  """Trains every combination of learning rate and seed.
 
   Returns:
-    One row per rate with the scores of its seeds; None is the score of a diverged run. The entry
-    `unimproved` lists the seeds that ended worse than they began.
+    One row per learning rate, with the score of each seed; None is the score of a diverged run. The
+    entry `unimproved` lists the seeds whose runs ended worse than the initial model.
   """
   from research.training import loop
 
@@ -117,7 +117,7 @@ def winner(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-  """Formats a row per learning rate: mean and range over the seeds, and a mark for the winner."""
+  """Formats a row per learning rate: mean and range over the seeds, and a mark if it is best."""
   best = winner(rows)
   name = next((row["by"] for row in rows if row["by"]), "score")
   lines = [f"| learning rate | {name}: mean | least | greatest | |", "|---|---|---|---|---|"]

@@ -1,4 +1,4 @@
-"""The command line of a launcher: the launcher's own flags, `--`, and the job's command."""
+"""Parses a launcher's command line: the launcher's own flags, `--`, and the job's command."""
 
 import os
 import shutil
@@ -73,7 +73,7 @@ def log_folder() -> Path:
 
 
 def environment(coordinator: str, number: int, of: int) -> dict[str, str]:
-  """Returns the environment of one process of the job; `python` is that of the launcher."""
+  """Returns the environment of one process of the job, whose `python` is the launcher's."""
   return {
     **os.environ,
     "PATH": _path(os.environ),
@@ -89,7 +89,7 @@ def _path(environ: Mapping[str, str]) -> str:
 
 
 def free_port(host: str) -> int:
-  """Returns the port from the flags, or a port that is currently free."""
+  """Returns the port from the flags or, by default, a port that is currently free."""
   with socket.socket() as tried:
     tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -3,7 +3,7 @@
     python launch/local.py --processes=2 --devices_per_process=4 --restarts=3 -- \\
         python experiments/run.py --executor=spmd --mesh=data:8
 
-Each line of output starts with the process number, and is also written to a log file of that
+Each line of output starts with the process number, and is also written to the log file of that
 process. If a process dies or hangs, all processes are ended and, with --restarts, started again.
 After Ctrl-C or SIGTERM, the job saves and stops. The exit code is 0, or that of the first process
 that failed.
@@ -41,7 +41,7 @@ def processes(line: list[str]) -> list[supervisor.Process]:
 
 
 def main(line: list[str]) -> int:
-  """Runs the program; returns its exit code."""
+  """Runs the launcher; returns the exit code of the job."""
   return supervisor.supervise(lambda: processes(line), command.log_folder(), command.rules())
 
 

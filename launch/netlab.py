@@ -6,8 +6,8 @@
 Each host has its own network, address (10.77.0.1, ...) and host name. All links connect to one
 switch, and the kernel limits the rate into and out of each host with a token bucket. One process of
 the job runs on each host. The kernel's byte counts are added to the run's metrics and summary. When
-the launcher ends, for whatever reason, the kernel removes hosts, links and processes. `--kills`
-kills hosts' processes at random, to test a job's fault tolerance. The launcher needs Linux, root,
+the launcher ends, for any reason, the kernel removes hosts, links and processes. `--kills` kills
+hosts' processes at random, to test a job's fault tolerance. The launcher needs Linux, root,
 iproute2 and util-linux.
 """
 
@@ -38,18 +38,18 @@ LINK = "eth0"
 
 
 class LabError(Exception):
-  """The machine refused to create the network."""
+  """Reports that the machine refused to create the network."""
 
 
 class ShapedLink(NamedTuple):
-  """Traffic shaping of a host's link, in tc's units."""
+  """The traffic shaping of a host's link, in the units of tc."""
 
-  rate: str  # '' for no limit
+  rate: str  # maximum rate; '' for no limit
   burst: str  # number of bytes that may pass at once after a pause
 
 
 class Host(NamedTuple):
-  """A host, which exists as long as the process that holds its namespaces."""
+  """A host, which exists as long as the process that holds the host's namespaces."""
 
   holder: int
   address: str
@@ -103,12 +103,12 @@ def _rate(name: str, text: str) -> str:
 
 @contextlib.contextmanager
 def network(links: Sequence[ShapedLink]) -> Iterator[Lab]:
-  """Creates hosts with these links, joined by a switch, and yields their `Lab`.
+  """Context manager that creates hosts with the given links, joined by a switch.
 
-  The namespaces are unnamed: each disappears with its last process.
+  The namespaces are unnamed: each namespace disappears with its last process.
 
   Raises:
-    LabError: if the machine refuses a command, which the message shows.
+    LabError: if the machine refuses a command; the message shows the command.
   """
   watchman, holders = Watchman(), []
   try:
@@ -151,7 +151,7 @@ def _holder(kinds: Sequence[str]) -> subprocess.Popen:
 
 
 def _join(switch: int, number: int, host: Host, link: ShapedLink) -> None:
-  """Connects a host to the switch, and shapes both directions."""
+  """Connects a host to the switch, and limits the rates of both directions of the link."""
   port = f"port{number}"
   _ip(host.holder, f"link add {LINK} type veth peer name {port} netns {switch}", "link set lo up")
   _ip(host.holder, f"addr add {host.address}/24 dev {LINK}", f"link set {LINK} up")
@@ -175,7 +175,7 @@ def _do(holder: int, *line: str) -> None:
 
 
 def processes(hosts: Sequence[Host], line: Sequence[str]) -> list[Process]:
-  """Returns one process per host; process 0 listens at the first host's address."""
+  """Returns one process per host; process 0 listens on the first host's address."""
   port = FLAGS.port or random.SystemRandom().randrange(20_000, 30_000)
   files = ",".join(f"/proc/{host.holder}/net/dev" for host in hosts)
   variables = {
@@ -228,7 +228,7 @@ def refuse() -> None:
 
 
 def main(line: list[str]) -> int:
-  """Runs the program; returns its exit code."""
+  """Runs the launcher; returns the exit code of the job."""
   shapes = links()
   refuse()
   kills = Kills(FLAGS.kills, FLAGS.kill_every, FLAGS.seed)

@@ -15,9 +15,9 @@ from launch.watchman import Watchman, dies_with_parent, kill
 from research.training.hooks import heartbeat
 
 TICK = 0.2  # seconds between polls
-SETTLE = 5.0  # seconds in which the others may end by themselves after one process has failed
+SETTLE = 5.0  # seconds after a failure in which the other processes may end by themselves
 HUNG = 124  # the exit code of a job that hung, as in timeout(1)
-FINAL = (2, 3, 4, 5, 126, 127)  # exit codes that would recur; see experiments/run.py
+FINAL = (2, 3, 4, 5, 126, 127)  # exit codes of failures that a restart would repeat
 
 
 class Process(NamedTuple):
@@ -29,19 +29,19 @@ class Process(NamedTuple):
 
 
 class Rules(NamedTuple):
-  """When a job is ended, and when it is restarted."""
+  """The rules for ending and restarting a job."""
 
   restarts: int = 0
-  start_seconds: float = 1800.0  # limit for the first progress of any process; 0: no limit
-  hang_seconds: float = 300.0  # limit without progress of any process; 0: no limit
-  grace_seconds: float = 60.0  # between SIGTERM and SIGKILL
+  start_seconds: float = 1800.0  # time limit until any process makes progress; 0: no limit
+  hang_seconds: float = 300.0  # time limit without progress of any process; 0: no limit
+  grace_seconds: float = 60.0  # time between SIGTERM and SIGKILL
 
 
 class Ended(NamedTuple):
   """The result of one attempt to run a job."""
 
   code: int
-  why: str  # the reason of a failure; '' without one
+  why: str  # the reason for a failure; '' without a failure
   stopped: bool = False  # whether a signal to the launcher stopped the job
 
   @property
@@ -65,7 +65,7 @@ def supervise(
   rules: Rules,
   disturb: Callable[[Sequence[Running]], None] = lambda running: None,
 ) -> int:
-  """Runs a job to its end, and restarts it from its checkpoints if a process dies or hangs.
+  """Runs a job to the end, and restarts the job from checkpoints if a process dies or hangs.
 
   If one process fails, the others cannot continue and are ended. SIGTERM and SIGINT are forwarded
   as SIGTERM, which makes `experiments/run.py` save and stop. Processes that do not end are killed;
@@ -73,10 +73,11 @@ def supervise(
   the process name, and to LOGS/NAME.log.
 
   Args:
-    processes: returns the processes of a start; called for each start, which needs a new port.
+    processes: a function that returns the job's processes; called for each start, since each start
+      needs a new port.
     logs: an existing folder for log files and for the files that processes touch on progress.
     rules: limits on restarts and times.
-    disturb: called several times a second with the running processes.
+    disturb: a function that is called several times a second with the running processes.
 
   Returns:
     0 if all processes ended with 0; 130 after SIGINT; otherwise the exit code of the process that
@@ -99,13 +100,13 @@ def supervise(
 
 
 def say(line: str) -> None:
-  """Prints a message of the launcher itself to stderr."""
+  """Prints a message of the launcher to stderr."""
   print(f"launch: {line}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def _signals():
-  """Collects SIGTERM, SIGINT and SIGHUP in the list that it yields."""
+  """Context manager that yields a list and collects SIGTERM, SIGINT and SIGHUP in this list."""
   received: list[int] = []
   note = lambda number, frame: received.append(number)
   before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
@@ -134,7 +135,7 @@ class _Job:
     self.streams = selectors.DefaultSelector()
 
   def run(self, processes: Sequence[Process]) -> Ended:
-    """Starts the processes, and returns when all have ended."""
+    """Starts the processes, and returns when all processes have ended."""
     try:
       for process in processes:
         self._start(process)
@@ -168,7 +169,7 @@ class _Job:
     self.streams.register(popen.stdout, selectors.EVENT_READ, found)
 
   def _watch(self) -> Ended:
-    """Watches the processes until all have ended or must be ended."""
+    """Watches the processes until all processes have ended or must be ended."""
     deadline = failed = None
     while any(r.popen.poll() is None for r in self.running):
       self._read(TICK)
@@ -199,7 +200,7 @@ class _Job:
     return Ended(code, late or (failed.why if failed else ""), stopped=True)
 
   def _first_failure(self) -> Ended | None:
-    """Returns the first failure; of several at once, preferably not an abort caused by another."""
+    """Returns the first failure; prefers, among several, one that another failure did not cause."""
     found = [(r, r.popen.returncode) for r in self.running if r.popen.poll()]
     if not found:
       return None
@@ -224,7 +225,7 @@ class _Job:
     return f"no process has {what} {limit:g} s: {_names([r.process.name for r in running])}"
 
   def _read(self, seconds: float) -> None:
-    """Forwards the output of the processes; waits at most `seconds` for it."""
+    """Forwards the output of the processes; waits at most `seconds` for output."""
     for key, _ in self.streams.select(seconds):
       try:
         chunk = os.read(key.fd, 1 << 16)

@@ -31,11 +31,11 @@ INSTALL = (
 
 
 class Failed(Exception):
-  """A gcloud command failed; the message contains the last line of its output."""
+  """Reports that a gcloud command failed; the message contains the last line of the output."""
 
 
 class Pod(NamedTuple):
-  """Slices that are requested together and preempted together."""
+  """A set of slices that are requested together and preempted together."""
 
   name: str
   zone: str
@@ -49,7 +49,7 @@ class Pod(NamedTuple):
     return [self.name] if self.slices == 1 else [f"{self.name}-{i}" for i in range(self.slices)]
 
   def gcloud(self, group: str, *words: str, show: bool = False) -> str:
-    """Runs a gcloud command on TPUs; returns its output, or '' in a dry run."""
+    """Runs a gcloud command for TPUs; returns the output, or '' in a dry run."""
     place = [f"--zone={self.zone}", *([f"--project={self.project}"] if self.project else [])]
     return execute(["gcloud", "compute", "tpus", group, *words, *place], self.dry, show)
 
@@ -63,7 +63,7 @@ class Pod(NamedTuple):
 
 
 def execute(words: Sequence[str], dry: bool, show: bool) -> str:
-  """Runs a command, or prints it in a dry run; returns its output, unless it is shown live."""
+  """Runs a command, or only prints it in a dry run; returns the output unless `show` is set."""
   if dry:
     print(shlex.join(words))
     return ""
@@ -102,7 +102,7 @@ def pod_of_flags() -> Pod:
 
 
 def create(pod: Pod, line: Sequence[str]) -> int:
-  """Requests the slices, and waits until they are active."""
+  """Requests the slices, and waits until the slices are active."""
   del line
   nodes = [f"--node-id={pod.name}"]
   if pod.slices > 1:
@@ -140,7 +140,7 @@ def state_of(pod: Pod) -> str:
 
 
 def delete(pod: Pod, line: Sequence[str] = ()) -> int:
-  """Deletes the slices and their queued resource."""
+  """Deletes the slices and the queued resource of the pod."""
   del line
   pod.gcloud("queued-resources", "delete", pod.name, "--force", "--quiet")
   return 0

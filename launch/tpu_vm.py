@@ -8,8 +8,8 @@
 
 `create` requests a queued resource and waits until the machines are ready. `setup` copies the code
 to every worker of every slice and installs it. `run` starts the command on all workers, detached
-from the terminal. With --until_finished, `run` waits until the command has ended with 0 on all
-workers, and restarts a command that was lost, on new machines after a preemption. --out must be on
+from the terminal. With --until_finished, `run` waits until the command has ended with exit code 0
+on all workers, and restarts a lost command, after a preemption on new machines. --out must be on
 storage that all workers share; --prepare is the command that mounts this storage. --dry_run prints
 the commands without running them.
 """
@@ -43,7 +43,7 @@ def run(pod: Pod, line: Sequence[str]) -> int:
 
 
 def start(pod: Pod, line: Sequence[str]) -> None:
-  """Starts the command on all workers, detached."""
+  """Starts the command on all workers, detached from the terminal."""
   words = shlex.join(["env", *FLAGS.environ, *line] if FLAGS.environ else line)
   pod.on_workers(f'PATH="$PWD/.venv/bin:$PATH" bash launch/detached.sh start {words}')
 
@@ -63,7 +63,7 @@ def wait(pod: Pod, line: Sequence[str]) -> int:
 
 
 def watch(pod: Pod) -> tuple[int | None, str]:
-  """Polls until the job has finished, returns (code, ''), or is lost, returns (None, reason)."""
+  """Polls the job; returns (code, '') when it has finished, or (None, reason) when it is lost."""
   while True:
     state = state_of(pod)
     if state in GONE:
@@ -88,7 +88,7 @@ def watch(pod: Pod) -> tuple[int | None, str]:
 
 
 def again(pod: Pod, line: Sequence[str]) -> None:
-  """Restarts a lost job, on new machines if the old ones are gone."""
+  """Restarts a lost job, on new machines if the old machines are gone."""
   if state_of(pod) in GONE:
     delete(pod)
     create(pod, line)
@@ -109,7 +109,7 @@ def running(pod: Pod) -> bool:
 
 
 def status(pod: Pod, line: Sequence[str]) -> int:
-  """Prints the state of the machines, and of the job on each worker."""
+  """Prints the state of the machines, and the state of the job on each worker."""
   del line
   state = state_of(pod)
   if not pod.dry:
@@ -159,7 +159,7 @@ def define_flags() -> None:
 
 
 def main(action: str, line: Sequence[str]) -> int:
-  """Runs an action; returns its exit code."""
+  """Runs an action; returns the exit code."""
   pod = tpu_pod.pod_of_flags()
   if action == "run" and not line:
     fail(2, "no command to run: tpu_vm.py run FLAGS -- python SCRIPT FLAGS")

@@ -1,4 +1,4 @@
-"""A process that waits until its parent ends, and then kills the parent's process groups."""
+"""Starts a process that waits until its parent ends, and then kills the parent's process groups."""
 
 import contextlib
 import ctypes
@@ -12,10 +12,10 @@ PDEATHSIG = 1  # option number of prctl(2)
 
 
 class Watchman:
-  """Kills the registered process groups when this process ends, however it ends.
+  """Kills the registered process groups when this process ends, for any reason.
 
-  Groups are registered over a pipe, which the kernel closes when the last writing process ends,
-  even by SIGKILL. Create a watchman before any thread is started, because the constructor forks.
+  Groups are registered over a pipe. The kernel closes the pipe when the last writing process ends,
+  even after SIGKILL. Create a watchman before any thread is started, because the constructor forks.
   """
 
   def __init__(self):
@@ -27,21 +27,21 @@ class Watchman:
     os.close(reader)
 
   def watch(self, group: int) -> None:
-    """Registers a process group to be killed at the end."""
+    """Registers a process group to kill at the end."""
     os.write(self._writer, f"+{group}\n".encode())
 
   def release(self, group: int) -> None:
-    """Unregisters a group that has ended, as its number may be reused."""
+    """Unregisters a group that has ended, since the group's number may be reused."""
     os.write(self._writer, f"-{group}\n".encode())
 
   def close(self) -> None:
-    """Kills all registered groups, and returns when they are gone."""
+    """Kills all registered groups, and returns when the groups are gone."""
     os.close(self._writer)
     os.waitpid(self.pid, 0)
 
 
 def _watch(reader: int) -> NoReturn:
-  """The watchman's main loop, in its own session, where signals that end the parent are ignored."""
+  """Runs the watchman's main loop in a new session, and ignores signals that end the parent."""
   os.setsid()
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
@@ -58,13 +58,13 @@ def _watch(reader: int) -> NoReturn:
 
 
 def kill(group: int, number: int = signal.SIGKILL) -> None:
-  """Sends a signal to a process group, if it still exists."""
+  """Sends a signal to a process group, if the group still exists."""
   with contextlib.suppress(ProcessLookupError, PermissionError):
     os.killpg(group, number)
 
 
 def dies_with_parent() -> Callable[[], Any] | None:
-  """On Linux, makes the kernel kill a child whose parent dies, even without the watchman."""
+  """Returns a function that makes the Linux kernel kill a child whose parent dies."""
   if not sys.platform.startswith("linux"):
     return None
   prctl, parent = ctypes.CDLL(None).prctl, os.getpid()

@@ -283,7 +283,7 @@ def ranks(place: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def spark_ranks(folder: Path, names: np.ndarray) -> np.ndarray:
-  """Reads Spark's ranks in the order of `names`, and scales them to a sum of one."""
+  """Reads Spark's ranks in the order of `names`, scaled to a sum of one."""
   lines = [
     row.strip("()").split(",") for p in folder.glob("part-*") for row in p.open().read().split()
   ]

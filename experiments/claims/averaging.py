@@ -3,13 +3,13 @@
 Paper: Polyak, Juditsky 1992, SIAM J. Control Optim. 30(4), theorem 1: with steps that decrease more
 slowly than 1/t, the mean of t iterates has the covariance H^-1 S H^-1 / t.
 
-Same: linear regression from one random example per step, step sizes .4 t^-.6, the covariance over
-replicas.
+Same: linear regression with one random example per step, step sizes .4 t^-.6, and the covariance
+  over replicas.
 
 Scaled: five features, 10,000 steps, 2000 replicas of the ordinary `averaged` method under `vmap`.
-The first tenth of the iterates is left out, and t counts the others. This choice makes no
-difference in the limit of many steps, for which the theorem holds. Our number is the ratio to the
-theory, so the number to compare with is 1.
+The first tenth of the iterates is left out, and t counts the other iterates. This choice makes no
+difference in the limit of many steps, to which the theorem applies. Our number is the ratio to the
+theory's covariance, so the paper's number is 1.
 """
 
 from typing import Any
@@ -38,12 +38,12 @@ FULL = {
   "last_over_mean": 3.0,
 }
 QUICK = {"steps": 4000, "replicas": 500, "off_theory": 0.2, "last_over_mean": 2.0}
-SEEDS = {}  # a single seed
+SEEDS = {}  # the claim uses a single seed
 X64 = False
 
 
 def measure(lab: Lab) -> Findings:
-  """Compares the traces of the covariances of the mean and of the last iterate over replicas."""
+  """Compares the covariance traces of the mean and of the last iterate, over replicas."""
   task, burn_in = lab.task(), round(lab["burn_in"] * lab["steps"])
   least = theory(task)
   steps, averaged, last = replicas(lab, task, burn_in)
@@ -94,7 +94,7 @@ def theory(task: Task) -> float:
 
 
 def replicas(lab: Lab, task: Task, burn_in: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns steps [T], and squared distances [T] of mean and last iterate from the optimum."""
+  """Returns steps [T], and squared distances [T] from the optimum to mean and last iterate."""
   rate, power, size = lab["rate"], lab["power"], len(task.train["y"])
   data_parallel, averaged = (
     registry.lookup(("method",), name) for name in ("data_parallel", "averaged")

@@ -5,10 +5,11 @@ with a deviation of 200); Yin, Chen, Ramchandran, Bartlett 2018, medians and tri
 arXiv:1803.01498; Karimireddy, He, Jaggi 2021, centered clipping and workers' momentum,
 arXiv:2012.10333 (bit flips).
 
-Same: the rules, the attacks, momentum 0.9 on every worker, batches of 32 per worker.
+Same: the rules, the attacks, momentum 0.9 on every worker, and batches of 32 examples per worker.
 
-Scaled: softmax regression, one step size for all rules, bit flips ten times as large as an honest
-worker's message, centered clipping with an untuned radius of 1. The papers show curves for other
+Scaled: softmax regression, one step size for all rules, bit flips that are ten times as large as an
+  honest worker's message, and centered clipping with an untuned radius of 1. The papers show curves
+  for other
 models and numbers of workers, so we reproduce only the ordering.
 """
 
@@ -53,7 +54,7 @@ ATTACKS = {
 
 
 def measure(lab: Lab) -> Findings:
-  """Measures the test accuracy of each rule under each attack; the worst seed counts."""
+  """Measures each rule's test accuracy under each attack; the accuracy of the worst seed counts."""
   runs = {
     (attack, rule): [_run(lab, ATTACKS[attack](RULES[rule]), seed) for seed in lab.seeds]
     for attack in lab["attacks"]

@@ -30,14 +30,14 @@ FULL = {
   "top_k_fallen": 1e-6,
 }
 QUICK = {"iterations": 300, "top_k_iterations": 500, "top_k_fallen": 0.5}
-SEEDS = {}  # a single seed
+SEEDS = {}  # the claim uses a single seed
 X64 = True
 EXACT, CHOCO, TOP_K = "exact gossip", "CHOCO, 256 levels", "CHOCO, Top-1%"
 NAIVE = "values, 256 levels (Q1)", "values, 256 levels (Q2)"
 
 
 def measure(lab: Lab) -> Findings:
-  """Measures mean squared distances from the mean of all vectors, over iterations and bytes."""
+  """Measures the mean squared distance to the mean of all vectors, over iterations and bytes."""
   features = lab.task().train["x"].shape[1]
   coded, ring = calls.qsgd(lab["levels"], bucket=features), calls.ring()
   some, many = lab["iterations"], lab["top_k_iterations"]
@@ -89,7 +89,7 @@ def measure(lab: Lab) -> Findings:
 
 
 def gossiped(lab: Lab, aggregator: Call, iterations: int) -> Found:
-  """Runs gossip: each worker has one vector, and averages it repeatedly with its neighbours."""
+  """Runs gossip: each worker repeatedly averages its vector with its neighbours' vectors."""
   vectors = lab.task().train["x"]
   mean = vectors.mean(0, dtype=np.float64)
 

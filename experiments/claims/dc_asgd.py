@@ -5,8 +5,9 @@ Paper: Zheng, Meng, Wang, Chen, Yu, Ma, Liu 2017, DC-ASGD, arXiv:1609.08326, err
 Same: gradients at an old model, with and without the correction lambda g^2 (x_t - x_{t - tau}),
 lambda adapted by the mean square (DC-ASGD-a), lambda_0 = 2; the same learning rate for both.
 
-Scaled: a perceptron of 64 hidden units on MNIST, every gradient 8 steps old, 1500 steps; the paper
-trains ResNet20 on four workers to the end. We reproduce only the ordering, at a step size that is
+Scaled: a perceptron of 64 hidden units on MNIST, gradients that are 8 steps old, and 1500 steps;
+  the paper trains ResNet20 on four workers until convergence. We reproduce only the ordering, at a
+  step size that is
 too large for stale gradients. The table also shows that the two methods are almost equal if each
 has its own best step size.
 """

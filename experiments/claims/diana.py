@@ -5,7 +5,8 @@ Li, Richtarik 2021, MARINA, arXiv:2102.07845. Compressed gradient descent (DCGD)
 Feyzmahdavian, Johansson 2018, arXiv:1806.06573.
 
 Same: a strongly convex logistic problem, workers with different data (mushrooms sorted by label, 10
-workers), full gradients, independent random k of d entries per worker, a constant step.
+workers), full gradients, k of d entries that each worker draws independently, and a constant step
+size.
 
 Scaled: one data set and one compressor (11 of 112 entries), condition number 101. Each method uses
 the step size of its theory; none is tuned. We reproduce the ordering, and the straight lines of
@@ -28,12 +29,12 @@ X64 = True
 
 
 def measure(lab: Lab) -> Findings:
-  """Measures squared distances to the optimum over the rounds, relative to the first distance."""
+  """Measures the squared distance to the optimum in each round, relative to the first round."""
   train = lab.task(model="logistic(bias=False)").train
   problem = split_logistic(train["x"], train["y"], lab["workers"], lab["ratio"])
   size = train["x"].shape[1]
   share = max(1, round(lab["fraction"] * size)) / size
-  variance = 1 / share - 1  # omega
+  variance = 1 / share - 1  # omega, the variance of the compressor
   rates = steps_of_theory(problem.smoothness, problem.parts, variance, share)
   sent = calls.gather_mean(calls.seeded(calls.random_k(share, unbiased=True)))
   diana, marina, descent = rates
@@ -97,10 +98,10 @@ def measure(lab: Lab) -> Findings:
 def steps_of_theory(
   smoothness: float, parts: np.ndarray, variance: float, probability: float
 ) -> tuple[float, float, float]:
-  """Computes step sizes of DIANA, MARINA and DCGD; `parts` is the smoothness of each objective.
+  """Computes the step sizes of DIANA, MARINA and DCGD; `parts` contains the L_i.
 
-  1/(max L_i (1 + 6 w/n)); 1/(Lt (1 + sqrt(2 (1 - p) w/(p n)))), Lt^2 the mean of L_i^2;
-  1/(L + 2 max L_i w/n).
+  The step sizes are 1/(max L_i (1 + 6 w/n)); 1/(Lt (1 + sqrt(2 (1 - p) w/(p n)))), where Lt^2 is
+  the mean of L_i^2; and 1/(L + 2 max L_i w/n).
   """
   noise = variance / len(parts)
   mean = np.sqrt(np.mean(parts**2))

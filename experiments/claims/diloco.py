@@ -31,7 +31,7 @@ FULL = {
   "model": "layers=2, width=64, heads=4, kv_heads=4, hidden=184, deviation=0.1",
   "above_single": 0.0,  # nats
   "above_large": 0.08,  # relative
-  "bytes": 1.02,  # relative to 1/H
+  "bytes": 1.02,  # bound relative to 1/H
   "others": True,
 }
 QUICK = {

@@ -5,11 +5,12 @@ Privacy's tutorial for MNIST (rate 0.25, noise 1.3, clip 1.5, 256 examples in a 
 delta 1e-5: epsilon 1.19, accuracy 95.0%).
 
 Same: the tutorial's network, noise, clip and rate, and on average 256 of 60,000 examples per batch.
-Every example is a client with its own worker, so every example is clipped separately. Examples are
-sampled independently, as the accountant assumes, whereas the tutorial shuffles.
+Every example is a client with a separate worker, so every example's gradient is clipped separately.
+Examples are sampled independently, as the accountant assumes, whereas the tutorial shuffles.
 
-Scaled: 8 of the 15 epochs, since each of 400 worker slots draws noise and computes a gradient, even
-without a client; the privacy loss is computed for all 15 epochs. The tutorial's epsilon uses an
+Scaled: we train for 8 of the 15 epochs, since each of 400 worker slots draws noise and computes a
+  gradient, even without a client; the privacy loss is computed for all 15 epochs. The tutorial's
+  epsilon uses an
 older conversion of Renyi divergences; the table also shows today's conversion and privacy loss
 distributions.
 """
@@ -48,10 +49,10 @@ CONVERSIONS = {
 
 
 def measure(lab: Lab) -> Findings:
-  """Measures the accuracy over the epochs, and the privacy that they spend."""
+  """Measures the accuracy over the epochs, and the privacy that the epochs spend."""
   examples = len(lab.task().train["y"])
   share, places = lab["batch"] / examples, places_for(lab["batch"], examples)
-  # our mean is over all slots, the tutorial's mean over the expected batch
+  # our mean is over all slots; the tutorial's mean is over the expected batch size
   sgd = calls.sgd(lab["rate"] * places / lab["batch"])
   noisy = calls.noisy(calls.mean(), clip=lab["clip"], noise=lab["noise"])
   found = [
@@ -120,7 +121,7 @@ def measure(lab: Lab) -> Findings:
 
 
 def places_for(batch: int, examples: int) -> int:
-  """Returns the smallest even divisor of the examples that a Poisson batch almost never exceeds."""
+  """Returns the least even divisor of the examples that a Poisson batch almost never exceeds."""
   most = min(examples, math.ceil(batch + 6 * math.sqrt(batch) + 6))
   return next(
     n for n in range(most, examples + 1) if (examples % n == 0 and n % 2 == 0) or n == examples

@@ -29,19 +29,19 @@ FULL = {
   "etas": 50,
   "near": 0.02,
   "workers": [1, 2, 3, 8, 16],
-  "tight": [1, 3, 16],  # where the condition is necessary too
+  "tight": [1, 3, 16],  # numbers of workers for which the condition is also necessary
   "admm_eta": 0.001,
   "admm_rho": 2.5,
   "inside": 0.9999,
   "outside": 1.0001,
 }
 QUICK = {"alphas": 5, "workers": [1, 2, 3], "tight": [1, 3]}
-SEEDS = {}  # a single seed
+SEEDS = {}  # the claim uses a single seed
 X64 = True
 
 
 def measure(lab: Lab) -> Findings:
-  """Computes spectral radii inside, on and outside the stable region's boundary, and of ADMM."""
+  """Computes spectral radii of EASGD inside, on and outside the stability boundary, and of ADMM."""
   shares = np.arange(1, lab["etas"] + 1) / (lab["etas"] + 1)
   alphas = np.arange(1, lab["alphas"] + 1) / (lab["alphas"] + 1)
   # all eta with alpha (4 - eta) <= 4 - 2 eta
@@ -95,7 +95,7 @@ def boundary(eta: float) -> float:
 
 
 def turns(alpha: float, etas: Any) -> np.ndarray:
-  """Returns [etas, 2, 2]: Jacobians on (x, centre) of one `easgd` round of one worker on x^2/2."""
+  """Returns the Jacobians [etas, 2, 2] on (x, centre) of one worker's `easgd` round on x^2/2."""
   easgd, mean = registry.lookup(("method",), "easgd"), registry.build("aggregator", "mean()")
 
   def round_(state, eta):
@@ -115,7 +115,7 @@ def turns(alpha: float, etas: Any) -> np.ndarray:
 
 
 def round_robin(exchanges: np.ndarray, workers: int) -> np.ndarray:
-  """Returns [..., p + 1, p + 1]: one turn of each worker in sequence; the centre is last."""
+  """Returns matrices [..., p + 1, p + 1] of one turn of each worker, with the centre last."""
   sweep = np.eye(workers + 1)
   for i in range(workers):
     one = np.zeros((*exchanges.shape[:-2], workers + 1, workers + 1)) + np.eye(workers + 1)
@@ -126,7 +126,7 @@ def round_robin(exchanges: np.ndarray, workers: int) -> np.ndarray:
 
 
 def admm_sweep(eta: float, rho: float, workers: int) -> np.ndarray:
-  """Returns one turn of each worker in the paper's ADMM, on (x_1 .. x_p, lambda_1 .., centre)."""
+  """Returns the matrix of one turn of each worker in the paper's ADMM, on (x, lambda, centre)."""
   size, sweep = 2 * workers + 1, np.eye(2 * workers + 1)
   x, multiplier, z = np.split(np.eye(size), [workers, 2 * workers])
   for i in range(workers):

@@ -6,8 +6,8 @@ Same: logistic loss with the penalty 0.1 sum x^2/(1 + x^2) on a9a over 20 worker
 the file, Top-1, full gradients, a start from N(0, I), a step size that is a power of two times the
 theory's 1/(L + Lt sqrt(beta/theta)), float64.
 
-Scaled: 4000 steps, and one such power, 64, for both methods (with the power 1, the two do not
-differ within 4000 steps). The figure gives no numbers, so we reproduce only the ordering. EF21
+Scaled: 4000 steps, and the power 64 for both methods (with the power 1, the methods do not differ
+  within 4000 steps). The figure gives no numbers, so we reproduce only the ordering. EF21
 starts from g_i = 0, not from full gradients.
 """
 
@@ -37,7 +37,7 @@ def measure(lab: Lab) -> Findings:
   for name, aggregator in METHODS.items():
     for seed in lab.seeds:
       found = lab.run(
-        task=lab.data(nonconvex=0.1, sparse=True),  # as in the file: rows are mostly zero
+        task=lab.data(nonconvex=0.1, sparse=True),  # the rows are mostly zero
         model=model,
         method=calls.data_parallel(calls.sgd(rate), aggregator(top_1)),
         partition="in_order()",

@@ -4,7 +4,8 @@ Paper: Karimireddy, Rebjock, Stich, Jaggi 2019, Error feedback fixes SignSGD, ar
 counterexamples 1 and 2, and EF-signSGD, algorithm 1.
 
 Same: x/4 over [-1, 1] with a stochastic gradient of 4 or -1, and .5 |x1 + x2| + |x1 - x2| from (1,
-1); one worker; the sign, the scaled sign with error feedback, and plain SGD. Here sign(0) = +1.
+1); one worker; the methods are the sign, the scaled sign with error feedback, and plain SGD. Here
+sign(0) = +1.
 
 Scaled: the paper proves where sign steps lead, but shows no runs. Step sizes and numbers of steps
 are our choice, and equal for all three methods. We reproduce the ordering. With one variable, the
@@ -31,19 +32,19 @@ X64 = False
 SGD, SIGN, FEEDBACK = "SGD", "signSGD", "EF-signSGD"
 AGGREGATORS = {
   SGD: calls.mean(),
-  SIGN: calls.majority_vote(),  # for one worker, the vote is its signs
+  SIGN: calls.majority_vote(),  # for one worker, the vote equals the worker's signs
   FEEDBACK: calls.error_feedback(calls.gather_mean(calls.sign())),
 }
 FIRST, SECOND = "rare_large_gradient()", "narrow_valley(epsilon=0.5)"
 
 
 def measure(lab: Lab) -> Findings:
-  """Measures the objectives over the steps; the seed that is worst for the claim counts."""
+  """Measures the objectives over the steps; the seed that least supports the claim counts."""
   lines = {FIRST: [], SECOND: []}
   ends: dict[tuple[str, str], list[float]] = {}
   for task, steps in ((FIRST, lab["first_steps"]), (SECOND, lab["second_steps"])):
     for name, aggregator in AGGREGATORS.items():
-      for seed in lab.seeds if task == FIRST else [0]:  # the second has no noise
+      for seed in lab.seeds if task == FIRST else [0]:  # the second problem has no noise
         found = lab.run(
           task=task,
           method=calls.data_parallel(calls.sgd(lab["rate"]), aggregator),

@@ -35,7 +35,7 @@ METHODS = {
 
 
 def measure(lab: Lab) -> Findings:
-  """Measures the mean squared distance of the workers' models to the optimum over the rounds."""
+  """Measures the mean squared distance of the workers' models to the optimum in each round."""
   train, workers = lab.task(model="logistic(bias=False)").train, lab["workers"]
   problem = split_logistic(train["x"], train["y"], workers, lab["ratio"])
   rate = float(1 / (2 * problem.parts.max()))

@@ -9,7 +9,8 @@ pass in batches of 10; non-IID clients have two of 200 shards of the sorted exam
 accuracy so far after every round, with the round of 97% by linear interpolation; the best learning
 rate of a grid for each number.
 
-Scaled: a grid of three rates instead of the paper's finer grid, a single seed. Our layers use He's
+Scaled: a grid of three learning rates instead of the paper's finer grid, and a single seed. Our
+  layers use He's
 initialization.
 """
 
@@ -105,7 +106,7 @@ def _run(lab: Lab, kind: str, rounds: int, rate: float, seed: int) -> Found:
 
 
 def _curve(found: Found) -> np.ndarray:
-  """Returns the best accuracy so far after 0, 1, ... rounds; 0 before the first round."""
+  """Returns the best accuracy so far after 0, 1, ... rounds; the first value is 0."""
   return np.maximum.accumulate([0.0, *found.column("accuracy")])
 
 
@@ -114,7 +115,7 @@ def _rounds(curves: list[np.ndarray], target: float) -> float:
 
 
 def crossing(curve: np.ndarray, target: float) -> float:
-  """Returns where a rising curve first reaches a level, by interpolation; infinity if nowhere."""
+  """Returns the interpolated point where a rising curve first reaches a level, or infinity."""
   if not curve[-1] >= target:
     return math.inf
   after = int(np.argmax(curve >= target))

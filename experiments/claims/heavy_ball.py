@@ -28,7 +28,7 @@ X64 = True
 
 
 def measure(lab: Lab) -> Findings:
-  """Measures the distances to the optimum over the steps, and the slopes of their logarithms."""
+  """Measures the distance to the optimum over the steps, and the slope of its logarithm."""
   x, y = (lab.task(task=lab.data(loss="squares"), model="linear()").train[name] for name in "xy")
   top = float(curvature(x)[-1])
   mu = top / (lab["condition"] - 1)

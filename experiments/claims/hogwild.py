@@ -39,7 +39,7 @@ NOTE = (
 
 
 def measure(lab: Lab) -> Findings:
-  """Measures training losses with old models, relative to those with current models."""
+  """Measures training losses with old models, relative to the losses with current models."""
   rows = {task: floats(lab, task) for task in (lab.dataset, lab["dense"])}
   # from w = 0 on, SGD on x with the rate eta equals SGD on x/c with the rate eta c^2
   scale = (mean_norm(rows[lab.dataset]) / mean_norm(rows[lab["dense"]])) ** 2
@@ -68,7 +68,7 @@ def measure(lab: Lab) -> Findings:
 def trained(
   lab: Lab, task: str, rate: float, examples: int
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[Line]]:
-  """Returns training losses by seed: the mean over the second half, the final loss, and curves."""
+  """Returns each seed's mean training loss over the second half, final loss, and loss curve."""
   serial, bound = calls.data_parallel(calls.sgd(rate), calls.mean()), lab["bound"]
   methods = {
     "serial": serial,

@@ -22,7 +22,7 @@ FULL = {
   "workers": 16,
   "batch": 16,
   "near": 0.005,
-  "rates": [8.0, 16.0, 32.0],  # gates apply at the first
+  "rates": [8.0, 16.0, 32.0],  # gates apply to the first rate
   "periods": [1, 4, 16, 64],
   "steps": 2048,
   "more_steps": 1.3,
@@ -33,7 +33,7 @@ X64 = False
 
 
 def measure(lab: Lab) -> Findings:
-  """Counts the steps to the accuracy, by H and step size; the slowest seed counts."""
+  """Counts the steps to the accuracy for each H and step size; the slowest seed counts."""
   train = lab.task(model="logistic(bias=False)").train
   l2 = parse(lab.dataset).kwargs.get("l2", 1 / len(train["y"]))
   least = optima.optimum_of_logistic(train["x"], train["y"], l2).value
@@ -100,7 +100,7 @@ def measure(lab: Lab) -> Findings:
 
 
 def trained(lab: Lab, l2: float, period: int, rate: float, seed: int) -> Found:
-  """Runs local SGD with H = period."""
+  """Runs local SGD with H equal to `period`."""
   return lab.run(
     task=lab.data(l2=l2),
     model="logistic(bias=False)",

@@ -25,14 +25,14 @@ TITLE = "A pipeline of n stages and m micro-batches idles for (n-1)/(m+n-1) of i
 DATASET = ""
 FULL = {"stages": [2, 4, 8], "microbatches": [1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32]}
 QUICK = {"microbatches": [1, 2, 4, 8, 32]}
-SEEDS = {}  # a single seed
+SEEDS = {}  # the claim uses a single seed
 X64 = False
 
-Trace = list[list[int]]  # by stage and tick, the number of the micro-batch, from 1
+Trace = list[list[int]]  # the number of the micro-batch, from 1, indexed by stage and tick
 
 
 def measure(lab: Lab) -> Findings:
-  """Counts the idle slots of every schedule, and draws one schedule."""
+  """Counts the idle slots of each schedule, and draws one of the schedules."""
   stages, microbatches = lab["stages"], lab["microbatches"]
   pairs = [(n, m) for n in stages for m in microbatches]
   found = with_devices(max(stages), traces, pairs)
@@ -40,7 +40,7 @@ def measure(lab: Lab) -> Findings:
   idle = {pair: slots[pair] - sum(map(len, map(worked, found[pair][0]))) for pair in pairs}
   share = {pair: idle[pair] / slots[pair] for pair in pairs}
   formula = {(n, m): (n - 1) / (m + n - 1) for n, m in pairs}
-  # idle / slots == (n - 1) / (m + n - 1) in integers
+  # idle / slots == (n - 1) / (m + n - 1), checked in integers
   unequal = sum(idle[n, m] * (m + n - 1) != (n - 1) * slots[n, m] for n, m in pairs)
   drawn = (4, 4) if (4, 4) in found else pairs[0]
   most, schedule = range(1, max(microbatches) + 1), [worked(of) for of in found[drawn][0]]

@@ -47,7 +47,7 @@ AGGREGATORS = {
 
 
 def measure(lab: Lab) -> Findings:
-  """Measures final test accuracies, as means over the seeds, and bytes per step."""
+  """Measures the final test accuracy, as a mean over the seeds, and the bytes per step."""
   runs = {
     name: [_run(lab, AGGREGATORS[name], seed) for seed in lab.seeds] for name in lab["methods"]
   }

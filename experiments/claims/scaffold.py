@@ -10,9 +10,10 @@ Same: two clients with f_1 = x^2 + G x and f_2 = -G x, full gradients, full part
 For images, a linear classifier, 100 clients sorted by label, 20 clients per round, tuned step
 sizes.
 
-Scaled: the step size .1 for SGD and SCAFFOLD, since a tuned SGD would solve one dimension in one
-round; the step size of FedAvg is tuned for each G. Rounds are counted until the distance is a
-hundredth of the initial one; those of FedAvg are counted in fiftieths of a run. The images are
+Scaled: SGD and SCAFFOLD use the step size .1, since a tuned SGD would solve a one-dimensional
+  problem in one round; the step size of FedAvg is tuned for each G. Rounds are counted until the
+  distance is a hundredth of the initial distance; the rounds of FedAvg are counted in fiftieths of
+  a run. The images are
 MNIST instead of EMNIST, with two passes of five batches per round, and rounds are counted until the
 accuracy stays above a level. For the images, we reproduce only the ordering.
 """
@@ -32,7 +33,7 @@ FULL = {
   "rate": 0.1,
   "near": 0.01,
   "rounds": 60,
-  "average_rounds": 25.0,  # times G, about the number for FedAvg at the best step sizes
+  "average_rounds": 25.0,  # times G: about FedAvg's number of rounds at the best step sizes
   "average_rates": [0.08, 0.12, 0.16, 0.2],  # divided by G
   "two_faster": 1.9,
   "ten_faster": 5.0,
@@ -48,9 +49,9 @@ QUICK = {
   "images_rates": [0.3],
   "images_rounds": 16,
   "accuracy": 0.83,
-  "images_slower": 0.9,  # only checks that both learn: the rounds are too few to separate them
+  "images_slower": 0.9,  # only checks that both methods learn; the rounds are too few for more
 }
-SEEDS = {}  # a single seed
+SEEDS = {}  # the claim uses a single seed
 X64 = False
 SGD, TWO, TEN, AVERAGE = "SGD", "SCAFFOLD, K=2", "SCAFFOLD, K=10", "FedAvg, K=2"
 CLIENTS = 100
@@ -141,7 +142,7 @@ def measure(lab: Lab) -> Findings:
 def solved(
   lab: Lab, method: Call, period: int, spread: float, rounds: int, every: int
 ) -> tuple[float, Found]:
-  """Returns the rounds until x is near the minimum (infinity if it never is), and the run."""
+  """Returns the number of rounds until x is near the minimum, or infinity, and the run."""
   task = calls.client_drift(dissimilarity=spread)
   start = float(lab.task(task=task).init(jax.random.key(0))["x"])
   found = lab.run(
@@ -206,7 +207,7 @@ def on_images(lab: Lab, name: str, method: Callable[[float], Call]) -> tuple[Fou
 
 
 def rounds_to(found: Found, accuracy: float) -> float:
-  """Returns the first round from which the test accuracy stays at `accuracy`; infinity if none."""
+  """Returns the first round after which the test accuracy stays at `accuracy`, or infinity."""
   below = np.flatnonzero(found.column("accuracy") < accuracy)
   rounds = [*found.column("round"), np.inf]
   return float(rounds[below[-1] + 1 if len(below) else 0])

@@ -27,7 +27,7 @@ FULL = {
   "batch_size": 256,
   "learning_rates": [0.025, 0.05, 0.1, 0.15, 0.2],
   "evaluations": 12,
-  "apart": 0.01,  # percent, one of 10,000 examples: strictly above
+  "apart": 0.01,  # percent: one of 10,000 examples
 }
 QUICK = {"rounds": 20, "learning_rates": [0.1], "evaluations": 2, "apart": 2.0}
 SEEDS = {"full": 3, "quick": 1}
@@ -43,7 +43,7 @@ METHODS = {
 
 
 def measure(lab: Lab) -> Findings:
-  """Measures test accuracies in percent, for each method at its best learning rate on seed 0."""
+  """Measures each method's test accuracy in percent, at the best learning rate for seed 0."""
   runs, percent, rates, grids = {}, {}, {}, {}
   for name, method in METHODS.items():
     tried = {rate: _run(lab, method, rate, 0) for rate in lab["learning_rates"]}

@@ -32,12 +32,12 @@ TITLE = "ZeRO cuts the 16 bytes per parameter of training with Adam by the numbe
 DATASET = ""
 FULL = {"devices": 8, "hidden": [1024, 1024], "within": 0.03}
 QUICK = {"hidden": [1024]}
-SEEDS = {}  # a single seed
+SEEDS = {}  # the claim uses a single seed
 X64 = False
 
 
 class Bytes(NamedTuple):
-  """Bytes on one device per parameter of the model."""
+  """The bytes on one device, per parameter of the model."""
 
   state: float  # parameters and Adam's moments
   grads: float
@@ -80,7 +80,7 @@ def measure(lab: Lab) -> Findings:
 
 
 def stages(devices: int, hidden: list[int]) -> list[Bytes]:
-  """Returns the bytes of data parallelism without ZeRO, and then of the three stages of ZeRO."""
+  """Returns the bytes without ZeRO, and then the bytes of the three stages of ZeRO."""
   config = Config(
     task="digits()",
     model=str(calls.mlp(hidden=hidden)),

@@ -1,7 +1,7 @@
-"""Compiles a run's round for TPU chips without TPUs, and reads its memory, work and traffic.
+"""Compiles a run's round for TPU chips without TPUs; reads the round's memory, work and traffic.
 
-The program is the one that `spmd` runs; its arguments are shapes. Import this module in the
-environment that `compile.py` sets.
+The program is the one that `spmd` runs; the arguments are shapes. Import this module only after
+`compile.py` has set the environment variables.
 """
 
 import math
@@ -42,15 +42,15 @@ def target(topology: str, slices: int) -> Target:
   """Returns the devices of a topology, as described by XLA:TPU.
 
   Args:
-    topology: chip and dimensions of a slice, such as v5p:8x8x8.
+    topology: the chip and the dimensions of a slice, such as v5p:8x8x8.
     slices: number of slices.
 
   Raises:
-    UsageError: for an unknown topology.
+    UsageError: if the topology is unknown.
   """
   with flag("topology", topology), blame.of_libraries():
     name, shape = chips.parse_topology(topology)
-    # the compiler treats a v4 chip as two devices unless configured as one, as on real machines
+    # by default, the compiler treats a v4 chip as two devices; on real machines, it is one device
     cores = {"chip_config_name": "megacore"} if name == "v4" else {}
     try:
       found = topologies.get_topology_desc(topology, "tpu", num_slices=slices, **cores)
@@ -67,7 +67,7 @@ def problem_of(config: Config, target: Target) -> assemble.Problem:
   """Builds the parts of a run for the target's devices; nothing is placed on a device or run.
 
   Raises:
-    UsageError: for an invalid flag.
+    UsageError: if a flag is invalid.
   """
   setting = assemble.check(config)
   with flag("mesh", config.mesh):
@@ -97,16 +97,17 @@ def arguments(problem: assemble.Problem) -> tuple[TrainState, Data]:
 
 
 def compiled_round(config: Config, target: Target, effort: float = 0.0) -> dict[str, Any]:
-  """Compiles one round and reads its figures; bytes and FLOPs are those of one device.
+  """Compiles one round and returns its resource use; bytes and FLOPs are those of one device.
 
   Args:
     config: the run's flags.
     target: the devices for which to compile.
-    effort: the compiler's optimization effort, in [-1, 1]; 0 is that of a run. With less effort,
-      compilation is faster, and the program overlaps less and therefore needs less memory.
+    effort: the compiler's optimization effort, in [-1, 1]; runs use 0. With less effort,
+      compilation is faster, and the program overlaps fewer operations and therefore needs less
+      memory.
 
   Raises:
-    UsageError: for an invalid flag, or if the program does not fit.
+    UsageError: if a flag is invalid, or the program does not fit.
   """
   with jax.sharding.use_abstract_mesh(meshes.like(target.devices[0])):
     problem = problem_of(config, target)
@@ -172,7 +173,7 @@ def _held(tree: Tree) -> int:
 
 
 def _memory(found: Any, held: dict[str, int], target: Target) -> dict[str, Any]:
-  """Returns the bytes of each kind of memory, and the fraction of the chip's memory left."""
+  """Returns the bytes of each kind of memory, and the unused fraction of the chip's memory."""
   kinds = {
     "arguments": found.argument_size_in_bytes,
     "outputs": found.output_size_in_bytes,
@@ -221,8 +222,8 @@ def _work(problem: assemble.Problem, program: Any, mesh: Mesh) -> dict[str, Any]
 def _needed(job: Job, mesh: Mesh) -> float:
   """Counts the FLOPs of a step's gradient on one device, without recomputation.
 
-  The program is traced for no particular chip. A model then uses operations that are counted
-  exactly, unless it requires the kernels of a chip.
+  The program is traced without a target chip. The model then uses operations that are counted
+  exactly, unless the model requires a chip's own kernels.
   """
   inner = {name: size for name, size in mesh.shape.items() if name not in WORKER_AXES}
   types = (AxisType.Auto,) * len(inner)
@@ -245,7 +246,7 @@ def _needed(job: Job, mesh: Mesh) -> float:
 def _collectives(
   transfers: list[wire.Transfer] | None, period: int, slices: int
 ) -> list[dict[str, Any]]:
-  """Lists the collectives with their bytes and number per step; identical ones are merged."""
+  """Lists the collectives, with bytes and number per step; identical collectives are merged."""
   times: Counter[wire.Transfer] = Counter()
   for transfer in transfers or ():
     times[transfer._replace(times=1)] += transfer.times
@@ -266,7 +267,7 @@ def _collectives(
 def _roofline(
   work: dict[str, Any], transfers: list[wire.Transfer] | None, period: int, target: Target
 ) -> dict[str, Any]:
-  """Computes the lower bound on the time of a step, and its parts."""
+  """Computes the lower bound on the time of a step, and the parts of the bound."""
   within, across = None, None
   if transfers is not None:
     within, across = chips.split(wire.by_axis(transfers, period), target.slices)

@@ -1,6 +1,6 @@
-"""Formats a comparison of methods: table, recommendation, caption, figure.
+"""Formats a comparison of methods: table, recommendation, caption and figure.
 
-The input is the contents of compare.json; see `outcomes.compared`.
+The functions format the contents of compare.json; see `outcomes.compared`.
 """
 
 import shlex
@@ -12,11 +12,11 @@ from typing import Any
 from research.training.reports import figures
 
 Result = dict[str, Any]
-Row = dict[str, Any]  # a method in a result, without figures that are unknown
+Row = dict[str, Any]  # a method's known figures in a result
 
-TOO_CLOSE = 1.1  # smaller ratios of seconds are within the variation of timings
+TOO_CLOSE = 1.1  # ratio of seconds below which a difference may be due to noise
 
-# Title, figure and format; columns without any figure are left out.
+# Title, figure and format of each column; columns without figures are left out.
 COLUMNS = (
   ("training loss", "train_loss", ".4g"),
   ("{evaluated_on} accuracy", "accuracy_mean", ".4f"),
@@ -33,7 +33,7 @@ COLUMNS = (
 
 
 def table(result: Result) -> str:
-  """Formats a row per method; cells without a figure are blank."""
+  """Formats a table with one row per method; cells without a figure are blank."""
   rows, place = result["methods"], result["place"]
   columns = [
     (title.format(**result), name, form)
@@ -64,7 +64,7 @@ def remark(row: Row) -> str:
 
 
 def recommendation(result: Result) -> str:
-  """Names in one line the method that reaches the target first on the link, and its lead."""
+  """Names in one line the method that reaches the target first on the link, and the lead."""
   rows, target, place = result["methods"], result["target"], result["place"]
   reach = [row for row in rows if "seconds_to_target" in row]
   if not reach:

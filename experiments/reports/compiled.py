@@ -1,6 +1,6 @@
 """Formats tables of compiled rounds: memory, times, traffic, and a comparison of several runs.
 
-The inputs are results of `ahead.compiled_round`.
+The functions format results of `ahead.compiled_round`.
 """
 
 import shlex
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def of_bytes(amount: float) -> str:
-  """Formats bytes: '1.50 GiB'."""
+  """Formats a number of bytes, as in '1.50 GiB'."""
   for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
     if abs(amount) >= size:
       return f"{amount / size:.2f} {unit}"
@@ -22,12 +22,12 @@ def of_bytes(amount: float) -> str:
 
 
 def of_rate(amount: float) -> str:
-  """Formats bytes per second: '1.2 GB/s'."""
+  """Formats bytes per second, as in '1.2 GB/s'."""
   return f"{amount / 1e9:.4g} GB/s"
 
 
 def of_seconds(amount: float | None) -> str:
-  """Formats seconds: '1.5 ms'."""
+  """Formats a time in seconds, as in '1.5 ms'."""
   if amount is None:
     return "not known"
   for size, unit in ((1, "s"), (1e-3, "ms")):
@@ -71,7 +71,7 @@ def of_run(found: dict[str, Any], target: "Target") -> str:
 
 
 def memory(found: dict[str, Any]) -> str:
-  """Formats the memory of each kind; the sum is the memory in use."""
+  """Formats the bytes of each kind of memory; the sum is the memory in use."""
   held = found["of_arguments"]
   kinds = {
     f"arguments (state {of_bytes(held['state'])}, examples {of_bytes(held['examples'])})": found[
@@ -129,7 +129,7 @@ def traffic(collectives: Iterable[dict[str, Any]], slices: int) -> str:
 
 
 def summary(found: dict[str, Any]) -> str:
-  """Describes the bound, and the costs that it includes, in words."""
+  """Describes in words the bound and the costs that the bound includes."""
   roof, flops, seconds = found["roofline"], found["flops"], found["seconds"]
   rest = f"; not known: {', '.join(roof['left_out'])}" if roof["left_out"] else ""
   steps = found["steps_per_round"]
@@ -147,7 +147,7 @@ def summary(found: dict[str, Any]) -> str:
 
 
 def best(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-  """Returns the row with the lowest bound, then the least memory, among rows with known times."""
+  """Returns the row with the lowest known bound; among equal bounds, the one with least memory."""
   known = [row for row in rows if "refused" not in row and not row["roofline"]["left_out"]]
   order = lambda row: (row["roofline"]["seconds_per_step"], row["memory"]["used"])
   return min(known, key=order, default=None)

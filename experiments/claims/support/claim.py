@@ -1,4 +1,4 @@
-"""The parts of a claim: runs with the ordinary executors, comparisons with the paper, and gates."""
+"""Defines the parts of a claim: runs with the ordinary executors, comparisons, and gates."""
 
 import multiprocessing
 import operator
@@ -25,7 +25,7 @@ RELATIONS = {"<=": operator.le, ">=": operator.ge, "==": operator.eq}
 
 
 class Beside(NamedTuple):
-  """One of our numbers, with the paper's number if there is one."""
+  """One of our numbers, and the paper's number if there is one."""
 
   what: str
   ours: float
@@ -33,13 +33,13 @@ class Beside(NamedTuple):
 
 
 class Gate(NamedTuple):
-  """A condition that must hold; a value of NaN fails."""
+  """A condition that must hold; the condition fails for a value of NaN."""
 
   what: str
   value: float
   relation: str  # a key of RELATIONS
   bound: float
-  anywhere: bool = False  # whether it also applies to data sets on which the claim was not tuned
+  anywhere: bool = False  # whether the gate also applies to other data sets than the tuned one
 
   @property
   def holds(self) -> bool:
@@ -65,7 +65,7 @@ class Panel(NamedTuple):
   lines: list[Line]
   x_scale: str = "linear"
   y_scale: str = "linear"
-  levels: Mapping[str, float] = {}  # horizontal lines, such as the paper's number
+  levels: Mapping[str, float] = {}  # labelled horizontal lines, such as the paper's number
 
 
 class Findings(NamedTuple):
@@ -81,7 +81,7 @@ class Found(NamedTuple):
   """The results of one run."""
 
   config: Config
-  rows: list[Row]  # "step", mean training "loss" since the previous row, and measured metrics
+  rows: list[Row]  # "step", mean training "loss" since the previous row, and other metrics
   params: Params  # numpy arrays of the deployed model
   bytes_per_step: float  # bytes that the algorithm of one worker sends per step
   seconds: float
@@ -96,15 +96,15 @@ class Found(NamedTuple):
 
   @property
   def finite(self) -> bool:
-    """Whether the run has not diverged."""
+    """Whether the run did not diverge."""
     return bool(np.isfinite(self.last("loss")))
 
   def first(self, name: str, reached: Callable[[float], bool]) -> float:
-    """Returns the first measured step at which a metric meets a condition; infinity without one."""
+    """Returns the first measured step at which a metric meets a condition, or infinity."""
     return next((float(row["step"]) for row in self.rows if reached(row[name])), np.inf)
 
 
-# Maps the deployed params and the full state to numbers that are added to a row.
+# A function that maps the deployed params and the full state to numbers for a row.
 Watch = Callable[[Params, TrainState], Mapping[str, Any]]
 
 
@@ -114,8 +114,8 @@ class Lab:
   Args:
     settings: the claim's settings at this scale.
     seeds: the number of seeds.
-    dataset: task spec of the data, or "" if the claim creates its own data.
-    tell: takes a line of progress.
+    dataset: the task spec of the data, or "" if the claim creates its own data.
+    tell: a function that receives a line about the progress.
   """
 
   def __init__(
@@ -126,16 +126,16 @@ class Lab:
     self.grids: list[dict[str, Any]] = []
 
   def __getitem__(self, name: str) -> Any:
-    """A setting of the claim."""
+    """Returns a setting of the claim."""
     return self.settings[name]
 
   def data(self, **more: Any) -> str:
-    """Returns the spec of --dataset, with those of the further arguments that it does not set."""
+    """Returns the spec of --dataset, plus those further arguments that the spec does not set."""
     call = parse(self.dataset)
     return str(call.replace(**{name: v for name, v in more.items() if name not in call.kwargs}))
 
   def task(self, **flags: Any) -> Task:
-    """Builds the task of a run from its flags; --dataset is the default."""
+    """Builds the task of a run from the run's flags; --dataset is the default task."""
     return sources.task_of(Config(task=self.dataset).replace(**_texts(flags)))
 
   def run(
@@ -147,22 +147,22 @@ class Lab:
     until: Callable[[Row], bool] = lambda row: False,
     **flags: Any,
   ) -> Found:
-    """Runs flags of `experiments/run.py`, and measures every --eval_every steps.
+    """Runs `experiments/run.py` with flags, and measures every --eval_every steps.
 
-    A row contains the task's metrics by name over the test examples (`on` "test"), or over the
-    training examples as "train_NAME" (`on` "train"). With `gradient`, a row also contains the norm
-    of the full gradient as "gradient_norm". A run ends at the first row for which `until` holds, or
-    when its loss is no longer finite.
+    A row contains the task's metrics over the test examples, by name, if `on` is "test", or over
+    the training examples, as "train_NAME", if `on` is "train". With `gradient`, a row also contains
+    the norm of the full gradient as "gradient_norm". A run ends at the first row for which `until`
+    holds, or when the loss is no longer finite.
 
     Args:
-      on: the examples on which to measure: "test", "train".
+      on: the examples on which to measure: "test" or "train".
       gradient: whether to measure the norm of the full gradient.
-      watch: returns further metrics of params and state.
-      until: ends the run at the first row for which it returns True.
-      **flags: flags of the run; a spec may be a `Call`, which is converted to its text.
+      watch: a function that returns further metrics of params and state.
+      until: a function of a row; the run ends at the first row for which the result is True.
+      **flags: flags of the run; a spec may be a `Call`, which is converted to text.
 
     Raises:
-      UsageError: for invalid flags.
+      UsageError: if a flag is invalid.
     """
     default: dict[str, Any] = {"task": self.dataset, "eval_every": 0, "steps_per_dispatch": 1000}
     config = Config(**(default | _texts(flags)))
@@ -195,7 +195,7 @@ class Lab:
 
 
 def with_devices(count: int, function: Callable[..., Any], *args: Any) -> Any:
-  """Calls a function of a module in a new process with `count` CPU devices."""
+  """Calls a function of a module in a new process that has `count` CPU devices."""
   apart = multiprocessing.get_context("spawn")
   with ProcessPoolExecutor(1, apart, initializer=_imitate_devices, initargs=(count,)) as process:
     return process.submit(function, *args).result()
@@ -253,7 +253,7 @@ def _texts(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _told(config: Config) -> dict[str, Any]:
-  """Returns the flags that differ from their defaults, and those that name the run."""
+  """Returns the flags that differ from their defaults, and the flags that name the run."""
   default = Config.defaults()
   given = {k: v for k, v in config.as_dict().items() if v != default[k]}
   return config.named() | given

@@ -1,4 +1,4 @@
-"""Computes exact curvature and optima of convex problems, in float64 with numpy."""
+"""Computes the exact curvature and optima of convex problems, in float64 with numpy."""
 
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ def curvature(x: np.ndarray) -> np.ndarray:
   A quarter of the largest eigenvalue is the smoothness of the mean logistic loss.
 
   Args:
-    x: [N, features].
+    x: the features of the examples, [N, features].
   """
   x = np.asarray(x, np.float64)
   return np.linalg.eigvalsh(x.T @ x / len(x))
@@ -31,9 +31,9 @@ def optimum_of_logistic(x: np.ndarray, y: np.ndarray, l2: float) -> Optimum:
   """Minimizes 1/N sum_i log(1 + exp(x_i w)) - y_i x_i w + l2/2 ||w||^2 by Newton's method.
 
   Args:
-    x: [N, features].
-    y: 0 or 1, [N].
-    l2: > 0, which makes the minimum unique.
+    x: the features of the examples, [N, features].
+    y: the labels 0 or 1, [N].
+    l2: a positive number, so that the minimum is unique.
 
   Raises:
     ValueError: if l2 is not above 0.
@@ -49,7 +49,7 @@ def optimum_of_logistic(x: np.ndarray, y: np.ndarray, l2: float) -> Optimum:
     hessian = (rows.T @ weighted).toarray() + l2 * np.eye(len(w))
     step = np.linalg.solve(hessian, gradient)
     size, decrement = 1.0, gradient @ step
-    if decrement < 1e-10:  # each further step squares it, and values cannot resolve it
+    if decrement < 1e-10:  # a further step squares the decrement, below the resolution of values
       whole_steps += 1
     else:
       while value(w - size * step) > value(w) - size * decrement / 4:
@@ -73,13 +73,13 @@ class Split(NamedTuple):
 
 
 def split_logistic(x: np.ndarray, y: np.ndarray, workers: int, ratio: float) -> Split:
-  """Partitions a logistic problem over workers; l2 is the smoothness of the loss over `ratio`.
+  """Partitions a logistic problem over workers; l2 is the loss's smoothness divided by `ratio`.
 
   Args:
-    x: [N, features].
-    y: 0 or 1, [N].
-    workers: number of parts.
-    ratio: smoothness of the loss over l2.
+    x: the features of the examples, [N, features].
+    y: the labels 0 or 1, [N].
+    workers: the number of parts.
+    ratio: the ratio of the loss's smoothness to l2.
   """
   smoothness = lambda rows: float(curvature(rows)[-1]) / 4
   l2 = smoothness(x) / ratio
@@ -92,9 +92,9 @@ def optimum_of_squares(x: np.ndarray, y: np.ndarray, l2: float) -> Optimum:
   """Minimizes (1/2N) ||x w - y||^2 + l2/2 ||w||^2, which is ridge regression.
 
   Args:
-    x: [N, features].
-    y: [N].
-    l2: > 0, which makes the minimum unique.
+    x: the features of the examples, [N, features].
+    y: the targets, [N].
+    l2: a positive number, so that the minimum is unique.
   """
   x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
   w = np.linalg.solve(x.T @ x / len(x) + l2 * np.eye(x.shape[1]), x.T @ y / len(x))

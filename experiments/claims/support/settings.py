@@ -1,4 +1,4 @@
-"""The settings of a claim, from its file, --scale and --set."""
+"""Determines a claim's settings from the claim's file, --scale and --set."""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ def of_claim(
   """Returns a claim's settings at a scale, with changes from the command line.
 
   Raises:
-    UsageError: for an unknown name, or a value of the wrong type.
+    UsageError: if a name is unknown, or a value has the wrong type.
   """
   found = {**full, **(quick if scale == "quick" else {})}
   for name, value in given.items():
@@ -32,7 +32,7 @@ def of_claim(
 
 
 def _check(value: Any, like: Any) -> None:
-  """Rejects a setting that is out of range, or whose kind differs from that of the default."""
+  """Rejects a setting that is out of range, or whose type differs from the default's type."""
   if isinstance(like, list):
     if isinstance(like[0], str):
       raise ValueError("the compared methods depend on the scale and cannot be set")

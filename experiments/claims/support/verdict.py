@@ -1,4 +1,4 @@
-"""Reports the verdict on a claim: gates, table, figure, and a table over all claims."""
+"""Reports the verdict on a claim: writes gates, a table, a figure, and a table of all claims."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from typing import Any
 from experiments.claims.support.claim import Findings, Panel
 from research.training.reports import figures, report
 
-POINTS = 200  # number of points of a curve in result.json
+POINTS = 200  # maximum number of points of a curve in result.json
 
 
 def values(findings: Findings, elsewhere: bool) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def write(result: dict[str, Any], findings: Findings, folder: Path) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-  """Formats the Markdown tables: our values with those of the paper, and the gates."""
+  """Formats the Markdown tables: our values next to the paper's values, and the gates."""
   lines = [f"{result['claim']}: {result['title']}", ""]
   lines += ["| what | ours | paper | deviation |", "|---|---|---|---|"]
   for row in result["values"]:
