@@ -1,4 +1,4 @@
-"""Checkpoints of the complete TrainState, with checksums, written in the background by Orbax."""
+"""Saves the complete TrainState, with checksums, in the background by Orbax, and restores it."""
 
 import contextlib
 import shutil
@@ -21,11 +21,11 @@ from research.training.together import of_first_process
 
 
 class CheckpointError(Exception):
-  """A run has checkpoints, but none can be read."""
+  """Reports that a run has checkpoints, but no checkpoint can be read."""
 
 
 class SaveError(Exception):
-  """A checkpoint cannot be written; earlier checkpoints are kept."""
+  """Reports that a checkpoint cannot be written; earlier checkpoints are kept."""
 
 
 class ReadPlan(NamedTuple):
@@ -37,7 +37,7 @@ class ReadPlan(NamedTuple):
 
 
 class Checkpoints:
-  """The checkpoints of one run, by step. All processes of the run call every method."""
+  """Manages the checkpoints of one run, by step. All processes of the run call every method."""
 
   def __init__(self, folder: Path, like: TrainState, placed: resize.Placed):
     """Opens the folder of all checkpoints, and creates a missing folder.
@@ -64,7 +64,7 @@ class Checkpoints:
       now: the current time, stored as `saved_at`.
 
     Raises:
-      SaveError: if the previous save failed, or this one cannot start.
+      SaveError: if the previous save failed, or the new save cannot start.
     """
     self.saved_at = now
     leaves = moves.leaves_of(state)
@@ -96,7 +96,7 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _written(self) -> Iterator[None]:
-    """Context that converts errors of a failed save to one line."""
+    """Context manager that converts errors of a failed save to one line."""
     try:
       with quietly():
         yield
@@ -108,13 +108,13 @@ class Checkpoints:
       if not (full or isinstance(error, OSError)):
         raise
       reason = f"the disk is full, {free:,} bytes are free" if full else _line(error)
-      if isinstance(error, TimeoutError):  # Orbax also raises it for a process that has ended
+      if isinstance(error, TimeoutError):  # Orbax also raises TimeoutError if a process has ended
         reason = "another process has not written its part"
       kept = f"checkpoint {self.latest()} is kept" if self.latest() else "there is none before it"
       raise SaveError(f"no checkpoint can be saved in {self._folder}: {reason}; {kept}") from error
 
   def latest(self) -> int | None:
-    """The step of the newest checkpoint, or None."""
+    """Returns the step of the newest checkpoint, or None without a checkpoint."""
     return self._manager.latest_step()
 
   def restore(self, like: TrainState, warn: Callable[[str], None]) -> tuple[int, TrainState] | None:
@@ -125,17 +125,19 @@ class Checkpoints:
     owner gets the mean of all rows, except that chunks of one array are partitioned again. Shards
     are joined and sharded again. State of shards that no longer exist, such as a factor of
     PowerSGD, is reinitialized (`resize.moved`). A damaged checkpoint is renamed to STEP.damaged,
-    and the previous one is tried.
+    and the previous checkpoint is tried.
 
     Args:
       like: a state with the shapes, dtypes and shardings to restore; provides reinitialized leaves.
-      warn: takes one line about each damaged checkpoint and about reinitialized state.
+      warn: a function that receives a line about each damaged checkpoint and about reinitialized
+        state.
 
     Returns:
-      The step and the state of the checkpoint; None if nothing was ever saved.
+      The step and the state of the checkpoint; None if no checkpoint was ever saved.
 
     Raises:
-      CheckpointError: if there are checkpoints and none is intact, or they contain another state.
+      CheckpointError: if there are checkpoints, but no checkpoint is intact, or the checkpoints
+        contain another state.
     """
     steps = sorted(self._manager.all_steps(), reverse=True)
     for step in steps:
@@ -217,5 +219,5 @@ def _line(error: Exception) -> str:
 
 
 def _some(names: Sequence[str]) -> str:
-  """Formats the first few names, and the number of others."""
+  """Formats the first few names, and the number of the other names."""
   return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

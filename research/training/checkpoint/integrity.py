@@ -1,4 +1,4 @@
-"""Verifies checkpoints by checksums of their files and leaves."""
+"""Verifies checkpoints by checksums of files and leaves."""
 
 import json
 import zlib
@@ -15,10 +15,9 @@ FILES = "files.json"
 
 
 def list_files(folder: Path) -> None:
-  """Writes FILES, a list of file sizes and CRC-32s, into each finished checkpoint that has none.
+  """Writes FILES, a list of sizes and CRC-32s, into each finished checkpoint without such a list.
 
-  This function is called when a save finishes, at which time the previous one is on disk, and at
-  the end.
+  This function is called when the previous save is on disk, and at the end of a run.
 
   Args:
     folder: the folder of all checkpoints.
@@ -41,7 +40,7 @@ def is_whole(step: Path) -> bool:
   """Returns whether a checkpoint's files are intact; True for a checkpoint without a list.
 
   The files are checked before reading, because Orbax reads in background threads of several
-  processes, where damage would be noticed late and in one process only.
+  processes; a process would notice damage late, and the other processes not at all.
 
   Args:
     step: the folder of one checkpoint.

@@ -1,4 +1,4 @@
-"""Orbax's checkpoint manager, configured for jobs of several processes."""
+"""Configures Orbax's checkpoint manager for jobs of several processes."""
 
 import sys
 from functools import partial
@@ -8,14 +8,14 @@ import orbax.checkpoint as ocp
 
 from research.training.checkpoint import integrity
 
-KEEP = 3  # number of checkpoints
+KEEP = 3  # number of checkpoints to keep
 
 
 class Manager(ocp.CheckpointManager):
   """Orbax's manager, which leaves JAX's preemption service to `signals.watch`.
 
   The service needs consecutive numbers from a single caller. Orbax would pass steps, while
-  `signals` counts dispatches, so after a call by Orbax a notice would take effect too late.
+  `signals` counts dispatches, so a notice after a call by Orbax would take effect too late.
   """
 
   def reached_preemption(self, step: int) -> bool:

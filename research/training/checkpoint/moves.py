@@ -1,4 +1,4 @@
-"""Converts the leaves of a checkpoint to those of a state, possibly on another mesh."""
+"""Converts the leaves of a checkpoint to the leaves of a state, possibly on another mesh."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -44,7 +44,7 @@ def leaves_of(state: TrainState) -> dict[str, Array]:
 
 
 def rebuilt(leaves: dict[str, Array], like: TrainState) -> TrainState:
-  """Rebuilds a state from its leaves; the inverse of `leaves_of`.
+  """Rebuilds a state from its leaves; this function is the inverse of `leaves_of`.
 
   Args:
     leaves: leaves by name.
@@ -68,14 +68,14 @@ def mismatch(
   here: resize.Placed,
   origins: Mapping[str, str],
 ) -> str:
-  """Explains why a checkpoint does not fit this method and model; '' if it does.
+  """Explains why a checkpoint does not fit this method and model; returns '' if it fits.
 
   Args:
     stored: shapes of the saved leaves, by name.
     target: the leaves of the state, by name.
     saved: the placement of the saved leaves.
     here: the placement of the state.
-    origins: the saved leaf of each leaf of the state that has one.
+    origins: maps leaves of the state to the saved leaves that can fill them.
   """
   if other := resize.stranger(saved, here):
     return f"only one has {other}"
@@ -120,7 +120,7 @@ def spread(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> jax.ShapeDtypeStru
 def moved(
   found: Mapping[str, Array], moves: Mapping[str, Move], like: TrainState
 ) -> dict[str, Array]:
-  """Converts saved leaves to those of a state; leaves without a move are copied from `like`.
+  """Converts saved leaves to a state's leaves; leaves without a move are copied from `like`.
 
   Args:
     found: the saved leaves, by name.

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def deaf_to_writers() -> Iterator[None]:
-  """Context that hides errors of threads that still write after a failed save closed its loop."""
+  """Context manager that hides errors of threads that still write after a failed save."""
   before = sys.unraisablehook, sys.excepthook
   is_late = lambda error: isinstance(error, RuntimeError) and "loop is closed" in str(error)
 
@@ -29,7 +29,7 @@ def deaf_to_writers() -> Iterator[None]:
 
 
 def silence() -> None:
-  """Hides the output of a failed save permanently; the exception that was raised ends the process.
+  """Hides the output of a failed save permanently; the save's exception ends the process.
 
   The futures and coroutines of the save print warnings when they are garbage-collected, at the
   latest when Python exits.
@@ -40,7 +40,7 @@ def silence() -> None:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-  """Context that hides the output of Orbax's threads about a failure that is also raised."""
+  """Context manager that hides the output of Orbax's threads about a failure that is raised."""
   hook, logger = sys.unraisablehook, logging.getLogger("asyncio")
   level = logger.level
   sys.unraisablehook = lambda unraisable: None

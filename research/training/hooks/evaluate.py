@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 class Evaluate(Hook):
   """Yields an Evaluation with "train_loss", "eval" and, if needed, "gradient_norm".
 
-  The gradient of the full objective is computed if there is a tolerance or if the task defines its
-  own gradient. An interrupted run is saved first, since it may soon be killed.
+  The gradient of the full objective is computed if there is a tolerance or the task defines its own
+  gradient. An interrupted run is saved before the evaluation, since the run may soon be killed.
 
   Attributes:
-    row: the newest evaluation with its "step".
+    row: the newest evaluation, with the entry "step".
     evaluated_on: "test", or "train" if the task has no test examples.
     measured_on: the data of each metric that the task measures itself.
   """
@@ -69,7 +69,7 @@ class Evaluate(Hook):
   def _evaluated(self, run: "BaseRun") -> Iterator[Event]:
     row = self._measured(run)
     if bad := finite.wrong(row, self.label):
-      yield Pause(run.step)  # losses of the steps that are not finite give a clearer message
+      yield Pause(run.step)  # non-finite losses of the steps give a clearer message
       raise NonFinite(f"the {', '.join(bad)} is not finite at step {run.step}; {run.kept()}")
     self.row = {"step": run.step, **row}
     yield Evaluation(run.step, row)

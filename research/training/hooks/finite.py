@@ -8,20 +8,20 @@ import numpy as np
 
 
 class NonFinite(Exception):
-  """The loss or the state of a run is no longer finite."""
+  """Reports that the loss or the state of a run is no longer finite."""
 
 
 def check_rounds(first: int, last: int, metrics: Mapping[str, Any], kept: str) -> None:
   """Raises an error if a loss or a state of a dispatch is not finite.
 
   Args:
-    first: local steps before the dispatch.
-    last: local steps after the dispatch.
-    metrics: on the host, "loss" [last - first] and "finite".
+    first: number of local steps before the dispatch.
+    last: number of local steps at the end of the dispatch.
+    metrics: the metrics on the host: "loss" [last - first] and "finite".
     kept: a description of the remaining checkpoint, for the message.
 
   Raises:
-    NonFinite: if a value is not finite; the message names the first five such steps.
+    NonFinite: if a value is not finite; the message names the first five steps with such values.
   """
   bad = first + 1 + np.flatnonzero(~np.isfinite(metrics["loss"]))
   if bad.size:

@@ -1,4 +1,4 @@
-"""Heartbeats for a launcher: a file is touched whenever the run has advanced."""
+"""Sends heartbeats to a launcher, by touching a file whenever the run has advanced."""
 
 import os
 from pathlib import Path
@@ -14,6 +14,6 @@ def announce() -> None:
 
 
 def beat() -> None:
-  """Touches the launcher's file, if the launcher has named one."""
+  """Touches the launcher's file, if the launcher has named a file."""
   if place := os.environ.get(PLACE):
     Path(place).touch()

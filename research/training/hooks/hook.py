@@ -1,4 +1,4 @@
-"""The interface of hooks, and the events that a run passes to hooks."""
+"""Defines the interface of hooks, and the events that a run passes to hooks."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 
 class Rounds(NamedTuple):
-  """A dispatch of rounds has been started; the devices may still be computing it.
+  """A dispatch of rounds has been started; the devices may still be computing the rounds.
 
   With a server, the dispatch is complete, and each loss is a mean over the steps of an update.
   """
 
-  first: int  # local steps before the dispatch
-  last: int  # local steps after the dispatch
+  first: int  # number of local steps before the dispatch
+  last: int  # number of local steps at the end of the dispatch
   metrics: Mapping[str, Array]  # on the devices: "loss" [last - first], "finite"
 
 
@@ -28,7 +28,7 @@ class Idle(NamedTuple):
 
 
 class Rewound(NamedTuple):
-  """A server has died; the run continues from its newest checkpoint, and later rows are invalid."""
+  """A server has died; the run continues from the newest checkpoint, and later rows are invalid."""
 
   step: int
 
@@ -67,14 +67,14 @@ class End(NamedTuple):
 
 
 Event = Rounds | Idle | Rewound | Evaluation | Pause | Saved | Stop | End
-COMPLETE = ("steps", "converged")  # reasons of a run that has nothing left to do
+COMPLETE = ("steps", "converged")  # reasons with which a run is complete
 
 
 class Hook:
   """Reacts to the events of a run; the default implementation does nothing.
 
   Attributes:
-    every: number of local steps at whose multiples dispatches end; 0: no requirement.
+    every: dispatches end at multiples of this number of local steps; 0 means no requirement.
   """
 
   every: int = 0
@@ -82,7 +82,7 @@ class Hook:
   def around(
     self, run: "BaseRun", first: int, last: int
   ) -> contextlib.AbstractContextManager[object]:
-    """Context in which the host starts the dispatch from step `first` to step `last`."""
+    """Context manager in which the host starts the dispatch from step `first` to step `last`."""
     del run, first, last
     return contextlib.nullcontext()
 

@@ -21,8 +21,8 @@ class Log(Hook):
   """Writes rows at the multiples of `log_every` and at the end of each dispatch.
 
   The metrics of a dispatch are fetched after the next dispatch has been started, so that the
-  devices do not wait for the host. If an evaluation or a checkpoint has to wait for the devices
-  anyway, the metrics are fetched before it.
+  devices do not wait for the host. If an evaluation or a checkpoint must wait for the devices
+  anyway, the metrics are fetched before this wait.
 
   Attributes:
     rows: the rows of this process, if there is no folder.
@@ -44,7 +44,7 @@ class Log(Hook):
     Args:
       run: the run, whose step determines which rows are kept.
       label: maps the name of a metric of an evaluation to its label.
-      of_rows: columns of every row, by its step.
+      of_rows: a function that maps a step to further columns of the step's row.
       of_dispatches: columns of the last row of a dispatch.
       folder: the folder of metrics.jsonl; None keeps the rows in memory.
       shown: whether this process shows progress.

@@ -18,8 +18,8 @@ class Network(Hook):
   """Adds up the bytes sent by training, excluding evaluations, checkpoints and connection setup.
 
   The hook does nothing unless a launcher provides the counters. Process 0 reads the counters of all
-  hosts when training begins or goes on and when it is interrupted, so that dispatches follow each
-  other without waiting. Each reading waits until the counters stop changing.
+  hosts when training begins, continues or is interrupted, so that dispatches follow each other
+  without waiting. Each reading waits until the counters stop changing.
   """
 
   def __init__(self, run: "BaseRun", main: bool):
@@ -27,13 +27,13 @@ class Network(Hook):
     self._sum = np.zeros((len(self._counters.files) if self._counters else 0, 4), np.int64)
     self._steps = 0
     self._first = True
-    self._begun: tuple[int, np.ndarray] | None = None  # step and counters
+    self._begun: tuple[int, np.ndarray] | None = None  # step and counters at the last start
     self._after: dict[int, np.ndarray] = {}
     run.before_aside = lambda: self._interrupted(run)
 
   @contextlib.contextmanager
   def around(self, run: "BaseRun", first: int, last: int) -> Iterator[None]:
-    """Begins to count, except in the first dispatch, in which the hosts connect."""
+    """Starts to count bytes, except in the first dispatch, in which the hosts connect."""
     del last
     if self._counters and not self._first and not self._begun:
       run.wait()
@@ -47,7 +47,7 @@ class Network(Hook):
     return ()
 
   def _interrupted(self, run: "BaseRun") -> None:
-    """Adds what was sent since training began or went on."""
+    """Adds the bytes sent since training began or continued."""
     if not self._counters or not self._begun:
       return
     run.wait()
@@ -65,7 +65,7 @@ class Network(Hook):
     return {f"kernel_{name}": columns[name] for name in ("tx_bytes", "rx_bytes")}
 
   def summary(self) -> dict[str, Any]:
-    """Returns the entries of `wire` in the summary: means per step and host."""
+    """Returns entries of the summary's `wire`: the mean bytes per step and host."""
     if not self._steps:
       return {}
     return {"kernel_bytes_per_step_per_host": counters.per_step(self._sum, self._steps)}

@@ -1,4 +1,4 @@
-"""Traces the second dispatch of a process, for which everything is compiled, into OUT/profile."""
+"""Traces the second dispatch of a process, which needs no compilation, into OUT/profile."""
 
 import contextlib
 from collections.abc import Iterable, Iterator

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class ReplicasDiffer(Exception):
-  """Copies of replicated state differ between devices."""
+  """Reports that copies of replicated state differ between devices."""
 
 
 class Replicas(Hook):
-  """Compares the copies every `check_every` steps and at the end; ends the run if they differ."""
+  """Compares copies every `check_every` steps and at the end; ends the run if copies differ."""
 
   def __init__(self, run: "BaseRun"):
     self.every = run.config.check_every

@@ -1,4 +1,4 @@
-"""Saves checkpoints every `checkpoint_every` steps and at the end, and restores the newest."""
+"""Saves checkpoints every `checkpoint_every` steps and at the end; restores the newest one."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,7 +20,7 @@ class CheckpointStore(Protocol):
     """Saves a state; `now` becomes `saved_at`."""
 
   def restore(self, like: Any, warn: Callable[[str], None]) -> tuple[int, Any] | None:
-    """Returns step and state of the newest intact checkpoint; None if nothing was ever saved."""
+    """Returns step and state of the newest intact checkpoint; None without any checkpoint."""
 
   def latest(self) -> int | None:
     """Returns the newest saved step, or None."""
@@ -42,7 +42,7 @@ class Save(Hook):
     """Restores a run from its newest intact checkpoint, if any.
 
     Raises:
-      CheckpointError: if there are checkpoints and none is intact.
+      CheckpointError: if there are checkpoints, but no checkpoint is intact.
     """
     found = self._store.restore(run.state, report.note)
     if found is not None:
@@ -57,7 +57,7 @@ class Save(Hook):
   def on(self, run: "BaseRun", event: Event) -> Iterable[Event]:
     if isinstance(event, Stop):
       return self._last(run)
-    # the last step is evaluated first, so that its row has the evaluation
+    # the last step is evaluated before the save, so that the step's row has the evaluation
     is_last = run.reason or run.step == run.steps
     if isinstance(event, Rounds) and not is_last and run.due(event, self.every):
       seconds = run.timing.elapsed() - self._store.saved_at

@@ -1,4 +1,4 @@
-"""Stops a run on a signal to one process, or on a preemption notice to the processes of a job."""
+"""Stops a run after a signal to a process, or after a preemption notice to a job."""
 
 import contextlib
 import itertools

@@ -1,4 +1,4 @@
-"""Shows how a run's state is sharded, leaf by leaf, without its devices and without training."""
+"""Shows the sharding of each leaf of a run's state, without the run's devices or training."""
 
 import math
 from collections import Counter
@@ -21,7 +21,7 @@ class Row(NamedTuple):
   name: str
   shape: tuple[int, ...]
   dtype: str
-  spec: str  # such as P('data', None, 'fsdp')
+  spec: str  # the partition spec, such as P('data', None, 'fsdp')
   bytes: int  # bytes per device
   everywhere: int  # bytes over all devices
 
@@ -29,14 +29,14 @@ class Row(NamedTuple):
 def imitate_devices(config: Config) -> None:
   """Creates a CPU device for each position of the mesh; call it before JAX initializes its devices.
 
-  `simulate` distributes its workers over the existing devices, so these are used to show its
-  sharding.
+  `simulate` distributes its workers over the existing devices, so the existing devices are used for
+  this executor.
 
   Args:
     config: the run.
 
   Raises:
-    UsageError: for an invalid mesh.
+    UsageError: if the mesh is invalid.
   """
   with flag("mesh", config.mesh):
     places = meshes.count(meshes.parse_mesh(config.mesh))
@@ -52,7 +52,7 @@ def rows(config: Config) -> list[Row]:
     config: the run.
 
   Raises:
-    UsageError: for invalid flags.
+    UsageError: if a flag is invalid.
   """
   problem = assemble.assemble(config, assemble.check(config))
   state = jax.eval_shape(problem.executor.init, jax.random.key(0))
@@ -95,7 +95,7 @@ def explanation(config: Config) -> str:
 
 
 def table(lines: list[tuple[str, ...]]) -> list[str]:
-  """Aligns columns, the last column to the right; an overlong first cell gets a line of its own.
+  """Aligns columns, the last column to the right; an overlong first cell gets a separate line.
 
   Args:
     lines: rows of cells.

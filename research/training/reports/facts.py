@@ -14,15 +14,15 @@ from research.parallel.layout import Layout
 from research.training.config import Config
 from research.training.privacy import columns, over, spending
 
-MOST = 256  # maximum workers for which the spectral gap is computed
+MOST = 256  # maximum number of workers for which the spectral gap is computed
 
 
 class Facts(NamedTuple):
   """Facts for the summary, and epsilon for each row of the metrics."""
 
   found: dict[str, Any]
-  epsilon: Callable[[int], float] | None  # rounds -> epsilon spent, if known
-  note: str  # one line on why epsilon is unknown, or empty
+  epsilon: Callable[[int], float] | None  # maps rounds to the spent epsilon; None if unknown
+  note: str  # a line that explains why epsilon is unknown, or ''
 
 
 def facts(config: Config, job: Job, layout: Layout) -> Facts:
@@ -31,10 +31,10 @@ def facts(config: Config, job: Job, layout: Layout) -> Facts:
   The facts include `topology` (its spec), `spectral_gap` and `described` of every topology, and
   `noise` and `clip` of every noisy aggregator, as lists if there are several. With noise, the facts
   also include `delta` and `accounted`. The entry `accounted` says whether epsilon is computed for
-  the sum over the workers, if only the sum is visible, or for each message with its own share of
-  the noise. If epsilon is unknown, `privacy` gives the reason.
+  the sum over the workers, if only the sum is visible, or for each message with the message's share
+  of the noise. If epsilon is unknown, `privacy` gives the reason.
 
-  Clients that are sampled at a rate are accounted as Poisson sampling. If each worker samples one
+  Sampling of clients at a rate is accounted as Poisson sampling. If each worker samples one
   client of its stratum, and only the sampling hides this client, `accounting.spending` accounts for
   this sampling. All other clients are accounted as if they took part in every round.
 

@@ -22,7 +22,7 @@ def literal(text: str) -> str:
 
 @contextlib.contextmanager
 def drawing(path: Path) -> Iterator[Path]:
-  """Context for drawing and saving a figure; a failure is reported in one line on stderr.
+  """Context manager for drawing and saving a figure; reports a failure in one line on stderr.
 
   Args:
     path: the figure's file.
@@ -31,7 +31,7 @@ def drawing(path: Path) -> Iterator[Path]:
     with warnings.catch_warnings():
       warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
       yield path
-  except Exception as error:  # drawing may raise anything; the results are already written
+  except Exception as error:  # drawing may raise any exception; the results are already written
     reason = " ".join(str(error).split())[:200]
     report.note(f"warning: {path} was not drawn: {type(error).__name__}: {reason}")
 
@@ -49,7 +49,7 @@ def save(figure: Any, path: Path, dpi: int) -> None:
 
 
 def write_result(folder: Path, summary: Mapping[str, Any]) -> None:
-  """Writes summary.json, then the plots, which may fail.
+  """Writes summary.json, and then the plots, whose drawing may fail.
 
   Args:
     folder: the run's folder.
@@ -61,12 +61,12 @@ def write_result(folder: Path, summary: Mapping[str, Any]) -> None:
 
 
 def show_again(folder: Path, summary: Mapping[str, Any], *, told: bool = True) -> None:
-  """Reports that a run is complete, and draws its plot if it is missing.
+  """Reports that a run is complete, and draws the run's plot if the plot is missing.
 
   Args:
     folder: the run's folder.
     summary: the run's summary.
-    told: whether to report it.
+    told: whether to report that the run is complete.
   """
   if not (folder / "loss.png").exists():
     loss_plot(folder, summary)
@@ -105,7 +105,7 @@ def _empty(height: float) -> Any:
   """Returns an empty Figure that notebooks display, without pyplot's global state.
 
   Args:
-    height: in inches.
+    height: the height of the figure in inches.
   """
   from matplotlib.figure import Figure
 

@@ -66,7 +66,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-  """Context that yields a temporary path, which replaces `path` unless an exception is raised.
+  """Context manager that yields a temporary path, which replaces `path` if no exception is raised.
 
   Args:
     path: the final path.
@@ -91,7 +91,7 @@ class Metrics:
       tensorboard: whether to write TensorBoard events.
     """
     path = folder / "metrics.jsonl"
-    self.last: dict[str, Any] | None = None  # last row before the run was resumed
+    self.last: dict[str, Any] | None = None  # the last row before the run was resumed
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as kept:
       for row in each_row(path):
         if row["step"] <= after:
@@ -148,11 +148,11 @@ def each_row(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def thinned(rows: Iterable[Mapping[str, Any]], most: int = 2**13) -> list[Mapping[str, Any]]:
-  """Selects evenly spaced rows, and the last one.
+  """Selects evenly spaced rows, and the last row.
 
   Args:
     rows: the rows.
-    most: maximum number of selected rows, not counting the last.
+    most: maximum number of selected rows, without the last row.
   """
   kept: list[Mapping[str, Any]] = []
   every, last = 1, None
@@ -176,7 +176,7 @@ def note(line: str) -> None:
   """Prints a line on stderr, from process 0 only.
 
   Args:
-    line: the line.
+    line: the line to print.
   """
   if jax.process_index() == 0:
     print(line, file=sys.stderr, flush=True)
@@ -186,7 +186,7 @@ def metric_label(name: str, evaluated_on: str, measured_on: Mapping[str, str]) -
   """Returns a metric's name after the data on which it was measured, as in "test accuracy".
 
   Args:
-    name: the metric.
+    name: the name of the metric.
     evaluated_on: the data of evaluations, "test" or "train".
     measured_on: the data of each metric that the task measures itself; "" for none.
   """
@@ -278,7 +278,7 @@ def _server(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
 
 
 def _overlap(found: Mapping[str, float] | None) -> list[tuple[str, str]]:
-  """The share of the exchange that was hidden, and its parts."""
+  """Returns the rows about the fraction of the exchange that overlapped, and its parts."""
   if not found:
     return []
   compute, exchange, step = (found[f"{x}_milliseconds"] for x in ("compute", "exchange", "step"))
@@ -287,7 +287,7 @@ def _overlap(found: Mapping[str, float] | None) -> list[tuple[str, str]]:
 
 
 def closing_table(summary: Mapping[str, Any], folder: Path) -> str:
-  """Formats the results of a run, one per line, and the path of its plot.
+  """Formats the results of a run, one result per line, and the path of the plot.
 
   Args:
     summary: the run's summary.

@@ -1,4 +1,4 @@
-"""Builds summary.json: a run's configuration, results and costs."""
+"""Builds summary.json, which contains a run's configuration, results and costs."""
 
 import hashlib
 import math
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Costs:
-  """The costs of a run's steps that are known in advance: bytes, virtual seconds, privacy."""
+  """Computes the costs of a run's steps that are known in advance: bytes, time and privacy."""
 
   def __init__(self, run: "Run"):
     """Computes the costs of a run, and reports unknown costs."""
@@ -60,7 +60,7 @@ class Costs:
 
 
 def of_any(run: "BaseRun", evaluate: "Evaluate") -> dict[str, Any]:
-  """Returns the entries of every run: its configuration, its end, and its measurements."""
+  """Returns the entries that every run has: the configuration, the end, and the measurements."""
   return {
     **run.config.named(),
     "steps": run.step,
@@ -84,7 +84,7 @@ def summarized(
     run: the finished run.
     evaluate: the run's evaluations.
     costs: the run's costs.
-    network: the network counters of its hosts.
+    network: the network counters of the run's hosts.
   """
   job = run.job
   is_cut = len(job.axes) > len(worker_axes(job.axes))
@@ -104,7 +104,7 @@ def summarized(
 
 
 def _overlap(run: "Run") -> dict[str, Any]:
-  """How much of the exchange was hidden behind computing, if the executor can hide it."""
+  """Returns how much of the exchange overlapped with computing, for an executor with overlap."""
   if run.problem.executor.alone is None or run.reason not in COMPLETE:
     return {}
   compute, exchange = run.alone()

@@ -14,7 +14,7 @@ _COMPILING = (
 
 
 class Timing:
-  """The clock of one run.
+  """Measures the time of one run.
 
   Steps are timed from the end of the first dispatch, without compilation. The time of compilation
   is measured in `with timing:`.
@@ -53,7 +53,7 @@ class Timing:
 
   @contextlib.contextmanager
   def aside(self) -> Iterator[None]:
-    """Context for work other than training steps, which is not counted in the rate."""
+    """Context manager for work other than training steps, which the rate does not include."""
     start, compiling = time.perf_counter(), self.compiling
     yield
     compiled = self.compiling - compiling
@@ -72,7 +72,7 @@ class Timing:
       self._first = (self._last, self._steps)
 
   def steps_per_second(self) -> float:
-    """Returns the rate over all dispatches except the first, or that of a single dispatch."""
+    """Returns the rate over all dispatches except the first, or the rate of a single dispatch."""
     if self._first is None:
       return 0.0
     seconds, steps = self._last - self._first[0], self._steps - self._first[1]
