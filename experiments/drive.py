@@ -116,7 +116,7 @@ def of_run(text: str) -> Driver:
 
 @contextlib.contextmanager
 def bar(total: int) -> Iterator[Told]:
-  """Shows a progress bar on a terminal, and lines elsewhere."""
+  """Shows a progress bar on a terminal, and prints lines elsewhere."""
   from rich.console import Console
   from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

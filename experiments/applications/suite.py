@@ -1,4 +1,4 @@
-"""Runs the suite `applications` of bench.py: search, finance, medicine, films, driving, molecules.
+"""Runs bench.py's suite applications: search, finance, medicine, films, driving and molecules.
 
 The suite writes OUT/CASE/result.json (rows with commit and hardware), table.md and figure.png. The
 data files are required; comparisons with peer libraries need `pip install -e ".[applications]"`.

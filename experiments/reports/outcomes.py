@@ -1,4 +1,4 @@
-"""Reads the outcomes of trained methods, and compares them in figures."""
+"""Reads the outcomes of trained methods, and computes figures that compare the methods."""
 
 import math
 import statistics
@@ -15,7 +15,7 @@ class Contender(NamedTuple):
   """A method and its runs."""
 
   spec: str
-  label: str  # the part of the spec that distinguishes this method from the others
+  label: str  # the part of the spec that distinguishes this method from the other methods
   dense: bool
   configs: list[Config]  # one per seed
 
@@ -30,14 +30,14 @@ class Curve(NamedTuple):
 
   @property
   def best(self) -> np.ndarray:
-    """Returns [n]: the mean over seeds of the lowest loss so far; infinite before the first."""
+    """Returns the mean over seeds [n] of the lowest loss so far; infinite before the first loss."""
     return np.fmin.accumulate(np.where(np.isnan(self.losses), np.inf, self.losses), 1).mean(0)
 
   def improved(self, starts: Sequence[float | None]) -> list[bool]:
-    """Whether each seed's loss fell below its initial value and does not end above that value.
+    """Returns whether each seed's loss fell below its initial value and did not end above it.
 
     Args:
-      starts: the losses before the first step; None if unknown or not finite.
+      starts: each seed's loss before the first step; None if the loss is unknown or not finite.
     """
     lowest, lasts = np.fmin.reduce(self.losses, 1), self.losses[:, -1]
     bounds = [math.inf if start is None or math.isnan(start) else start for start in starts]
@@ -46,7 +46,7 @@ class Curve(NamedTuple):
 
 
 class Outcome(NamedTuple):
-  """The outcome of a method; summaries and curve cover the runs that did not diverge."""
+  """The outcome of a method; `summaries` and `curve` cover the runs that did not diverge."""
 
   plan: Contender
   summaries: list[dict[str, Any]]
@@ -55,7 +55,7 @@ class Outcome(NamedTuple):
 
   @property
   def unimproved(self) -> list[int]:
-    """Seeds whose training loss did not fall below its initial value, or rose above it again."""
+    """The seeds whose training loss did not fall below the initial value, or ended above it."""
     if self.curve is None:
       return []
     seeds = [config.seed for config in self.plan.configs if config.seed not in self.diverged]
@@ -73,12 +73,12 @@ class Conditions(NamedTuple):
   """The conditions for which seconds are predicted."""
 
   link: str  # value of --link; empty: none
-  compute_seconds: float  # per local step of one worker; 0: as measured
+  compute_seconds: float  # seconds per local step of one worker; 0: as measured
   clock: str  # value of --clock; empty: none
 
   @property
   def place(self) -> str:
-    """Label of the conditions under which seconds to the target are counted; empty: none."""
+    """A label of the conditions under which seconds to the target are counted, or ''."""
     return " and ".join(filter(None, (self.link, self.clock and "the virtual clock")))
 
 
@@ -99,7 +99,7 @@ def read_curve(folders: list[Path]) -> Curve:
 
 
 def common_target(outcomes: list[Outcome]) -> float | None:
-  """Returns the lowest loss that all methods that improved reach, as means over their seeds."""
+  """Returns the lowest mean loss over seeds that all improved methods reach."""
   return max((float(o.curve.best[-1]) for o in outcomes if o.curve and o.eligible), default=None)
 
 
@@ -132,7 +132,7 @@ def figures(outcome: Outcome, target: float | None, conditions: Conditions) -> d
   by_axis, dense = wire["bytes_per_step_per_worker"], wire["dense_bytes_per_step_per_worker"]
   sent = sum(by_axis.values())
   counted = {"bytes_per_step_per_worker": sent, "ratio_to_dense": sent / dense if dense else 1.0}
-  found |= counted if by_axis else {}  # bytes to a server are not counted
+  found |= counted if by_axis else {}  # bytes sent to a server are not counted
   found |= {
     "train_loss": statistics.mean(s["train_loss"] for s in summaries),
     "steps_per_second": statistics.median(s["steps_per_second"] for s in summaries),
@@ -159,7 +159,7 @@ def figures(outcome: Outcome, target: float | None, conditions: Conditions) -> d
 
 
 def to_target(curve: Curve, target: float, seconds: np.ndarray | None) -> dict[str, Any]:
-  """Returns steps, bytes sent by a worker, and seconds until the target is reached."""
+  """Returns the steps, the bytes sent by a worker, and the seconds until the target is reached."""
   steps = steps_to(curve, target)
   if steps is None:
     return {}
@@ -178,7 +178,7 @@ def step_seconds(
 ) -> dict[str, float]:
   """Returns the seconds of a mean local step: computation, latency of any link, and the total.
 
-  If a method allows its exchange to overlap with computation, only the rest counts.
+  If a method allows its exchange to overlap with computation, only the remaining time counts.
   """
   from research.analysis import cost
   from research.comm import mesh as meshes

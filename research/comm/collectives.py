@@ -26,7 +26,7 @@ _SHORT = 2**16  # bytes: about the amount that a fast link transfers within a me
 
 
 class NoAxis(ValueError):
-  """An exchange uses a mesh axis that is not in scope."""
+  """Reports that an exchange uses a mesh axis that is not in scope."""
 
 
 _NAMES: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar(

@@ -4,9 +4,9 @@
 
 `distopt` is the same command for an installed package. Run the same command again to resume the
 run, or to see the result of a complete run. --replay=FOLDER recomputes a run of --executor=server
-from its trace. Exit codes: 0: done, or saved after SIGTERM; 1: replicas differ; 2: an invalid flag;
-3: no readable checkpoint; 4: not finite; 5: the disk is full; 130: saved after Ctrl-C; 143:
-terminated before there was anything to save.
+from its trace. Exit codes: 0: done, or saved after SIGTERM; 1: replicas differ; 2: a flag is
+invalid; 3: no checkpoint is readable; 4: a value is not finite; 5: the disk is full; 130: saved
+after Ctrl-C; 143: terminated before the run had anything to save.
 """
 
 import contextlib

@@ -32,7 +32,7 @@ class DataParallel(Method, name="data_parallel"):
   Args:
     inner: the optimizer; to clip after the aggregation, chain the clipping with this optimizer.
     aggregator: combines the workers' gradients.
-    period: H, mini-batches per optimizer step (gradient accumulation), or a schedule
+    period: H, number of mini-batches per optimizer step (gradient accumulation), or a schedule
       [[first round, H], ...].
 
   Raises:

@@ -53,7 +53,7 @@ class DiLoCo(OuterStepping, name="diloco"):
     inner: each worker's optimizer.
     outer: the optimizer of the common model; its state is equal on all workers.
     aggregator: combines the workers' outer gradients.
-    period: H, local steps per round, or a schedule [[first round, H], ...].
+    period: H, number of local steps per round, or a schedule [[first round, H], ...].
 
   Raises:
     ValueError: if period < 1, the period's schedule does not start at round 0 and increase, or the

@@ -39,7 +39,7 @@ class EagerDiLoCo(LocalStepping, name="eager_diloco"):
     inner: each worker's optimizer; its state is private.
     outer: each worker's outer optimizer; its state is private.
     aggregator: combines the workers' outer gradients.
-    period: H, local steps per round, or a schedule [[first round, H], ...].
+    period: H, number of local steps per round, or a schedule [[first round, H], ...].
 
   Raises:
     ValueError: if period < 1, the period's schedule does not start at round 0 and increase, or the

@@ -30,7 +30,7 @@ class LocalSGD(LocalStepping, name="local_sgd"):
   Args:
     inner: each worker's optimizer.
     aggregator: combines the workers' model changes.
-    period: H, local steps per round, or a schedule [[first round, H], ...].
+    period: H, number of local steps per round, or a schedule [[first round, H], ...].
 
   Raises:
     ValueError: if period < 1, the period's schedule does not start at round 0 and increase, or the

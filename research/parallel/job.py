@@ -27,12 +27,12 @@ class Job(NamedTuple):
   batch_size: int | None  # examples per worker and step; None: all examples of a client
   clip_norm: float = 0.0  # maximum norm of a worker's gradient, before the method; 0: no clipping
   sampling_rate: float = 0.0  # rate of Poisson sampling of clients; 0: one client per worker
-  dropout: float = 0.0  # probability that a worker's round is lost before it is sent
+  dropout: float = 0.0  # probability that a worker's message of a round is lost
   order: np.ndarray | None = None  # [E] int32, clients that a single worker serves in turn
-  zero: int = 3  # ZeRO stage: what is sharded along `fsdp`, see `sharded.inside`
+  zero: int = 3  # ZeRO stage, which sets the sharding along `fsdp`; see `sharded.inside`
   local_phase: str = "auto"  # in `simulate`: "vmap", "map", or "auto" for the faster of both
   first_round: int = 0  # first round of this job's stage, if the method's period changes
-  first_step: int = 0  # local steps before that round
+  first_step: int = 0  # number of local steps before the first round
   diagnostics: int = 0  # steps between rows measured by `diagnostics.recorded`; 0: none
   devices: Sequence[Any] | None = None  # devices that `spmd` compiles for; None: this machine's
 

@@ -21,7 +21,7 @@ from research.parallel.local_phase import local_phase
 
 
 def blocked(job: Job) -> Job:
-  """Returns the job for one device per worker; aggregation is blockwise if leaves are sharded.
+  """Returns the job with blockwise aggregation if leaves are sharded, for one device per worker.
 
   Args:
     job: the job.

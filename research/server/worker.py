@@ -22,7 +22,7 @@ PATIENCE = 120.0  # seconds without a server after which a worker process ends
 
 
 class Gone(Exception):
-  """The servers have died or do not know this incarnation; the worker must join again."""
+  """Reports that the worker must join again: servers died or do not know this incarnation."""
 
 
 class Servers(NamedTuple):

@@ -9,7 +9,7 @@ from research.core import checks
 
 
 class Optimum(NamedTuple):
-  """The minimum of an objective."""
+  """The minimizer and the minimum of an objective."""
 
   at: np.ndarray  # float64 [features]
   value: float
