@@ -13,8 +13,8 @@ step. Other suites run on simulated hosts (`hosts.py`, `speed.py`, `overlap.py`,
 are Linux network namespaces and need root, or on a parameter server (`servers.py`). `--cases`
 selects methods of `speed.py` or cases of the server; OUT keeps the earlier results of other methods
 or cases. --suite=applications measures search, finance, medicine and recommendation, and compares
-the results with those of peer libraries (`applications/suite.py`). --suite=peers measures the same
-algorithms in TensorFlow and in Spark (`peers.py`).
+the results with results of peer libraries (`applications/suite.py`). --suite=peers measures the
+same algorithms in TensorFlow and in Spark (`peers.py`).
 
 The command writes result.json and table.md. Workers on one machine use the cores better with one
 device per core: set `JAX_NUM_CPU_DEVICES=2` for fed_avg and local_phase.

@@ -77,7 +77,7 @@ def data_of(name: str, default: str) -> str:
   """Returns the task spec of a claim's data.
 
   Raises:
-    UsageError: if the kind of --dataset differs from that of the claim's own data.
+    UsageError: if the kind of --dataset differs from the kind of the claim's own data.
   """
   if not FLAGS.dataset:
     return default

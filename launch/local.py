@@ -5,8 +5,8 @@
 
 Each line of output starts with the process number, and is also written to the log file of that
 process. If a process dies or hangs, all processes are ended and, with --restarts, started again.
-After Ctrl-C or SIGTERM, the job saves and stops. The exit code is 0, or that of the first process
-that failed.
+After Ctrl-C or SIGTERM, the job saves and stops. The exit code is 0, or the exit code of the first
+process that failed.
 """
 
 from absl import flags

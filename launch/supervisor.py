@@ -67,10 +67,10 @@ def supervise(
 ) -> int:
   """Runs a job to the end, and restarts the job from checkpoints if a process dies or hangs.
 
-  If one process fails, the others cannot continue and are ended. SIGTERM and SIGINT are forwarded
-  as SIGTERM, which makes `experiments/run.py` save and stop. Processes that do not end are killed;
-  if the launcher dies, all processes are killed. Each line of output is written to stdout, after
-  the process name, and to LOGS/NAME.log.
+  If one process fails, the other processes cannot continue and are ended. SIGTERM and SIGINT are
+  forwarded as SIGTERM, which makes `experiments/run.py` save and stop. Processes that do not end
+  are killed; if the launcher dies, all processes are killed. Each line of output is written to
+  stdout, after the process name, and to LOGS/NAME.log.
 
   Args:
     processes: a function that returns the job's processes; called for each start, since each start
@@ -200,7 +200,7 @@ class _Job:
     return Ended(code, late or (failed.why if failed else ""), stopped=True)
 
   def _first_failure(self) -> Ended | None:
-    """Returns the first failure; prefers, among several, one that another failure did not cause."""
+    """Returns the first failure; among several, prefers a failure that no other failure caused."""
     found = [(r, r.popen.returncode) for r in self.running if r.popen.poll()]
     if not found:
       return None

@@ -109,7 +109,7 @@ def pooled(case: Case, steps: int = 0) -> Call:
 
 
 def trained(case: Case, method: Call, laboratory: int, steps: int, seed: int) -> dict[str, Any]:
-  """Trains one laboratory (from 1), all pooled (-1) or all federated (0); returns the summary."""
+  """Trains one laboratory (1, 2, ...), all pooled (-1) or federated (0); returns the summary."""
   alone = {"laboratories": LABORATORIES, "only": laboratory} if laboratory > 0 else {}
   where = {"mesh": f"data:{LABORATORIES}", "partition": "by_scaffold()"}
   # laboratories run one after another, since only a single worker leaves out its graphs' padding

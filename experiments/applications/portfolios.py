@@ -13,7 +13,7 @@ DESCENT = calls.data_parallel(calls.sgd(1.0, momentum=0.9, nesterov=True), calls
 
 
 def finance(figure: Any) -> Rows:
-  """Compares frontiers with published frontiers, and the CVaR with that of a linear program."""
+  """Compares frontiers with published frontiers, and the CVaR with a linear program's CVaR."""
   import resource
 
   from research.tasks.finance import cvar, frontier

@@ -59,7 +59,7 @@ def digits(config: dict[str, Any]) -> Callable[[int], None]:
 
 
 def dispatches(config, loss, update, state, x, y) -> Callable[[int], None]:
-  """Runs mini-batch steps, `steps_per_dispatch` of them in one scan."""
+  """Runs mini-batch steps, with `steps_per_dispatch` steps in one scan."""
   import jax
   import jax.numpy as jnp
 

@@ -1,6 +1,6 @@
 """Tests the fault tolerance of a job on several hosts: compares random kills with no kills.
 
-This is the suite faults of bench.py. The hosts are network namespaces (launch/netlab.py).
+This is bench.py's suite faults. The hosts are network namespaces (launch/netlab.py).
 """
 
 import json
@@ -15,7 +15,7 @@ from research.core.spec import calls
 
 
 def faults(hosts: int, kills: int, every: float, steps: int) -> dict[str, Any]:
-  """Kills processes of random hosts at random times, and compares the run with an undisturbed one.
+  """Kills processes of random hosts at random times, and compares with an undisturbed run.
 
   Args:
     hosts: the number of hosts.

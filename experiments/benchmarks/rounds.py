@@ -29,7 +29,7 @@ def power_sgd(repeats: int) -> list[dict[str, Any]]:
   """Times, for each executor, a step with PowerSGD of rank 4 and error feedback, and a dense step.
 
   One worker trains an MLP of 1.9 million parameters, with `STEPS` steps per dispatch, on random
-  images whose number and shape are those of MNIST.
+  images with the number and the shape of MNIST's images.
   """
   from research.parallel.simulate import simulate
   from research.parallel.spmd import spmd

@@ -154,7 +154,7 @@ def foreseen(error: Exception) -> tuple[int, str] | None:
 
 
 def leave(error: Exception, known: tuple[int, str] | None) -> NoReturn:
-  """Ends a process of a multi-process job immediately; a normal exit would wait for the others.
+  """Ends a process of a multi-process job immediately, without waiting for other processes.
 
   Args:
     error: the exception.

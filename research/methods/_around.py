@@ -1,4 +1,4 @@
-"""Base class of methods that wrap another method, or that are defined by one."""
+"""Base class of methods that wrap another method, or that another method defines."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar

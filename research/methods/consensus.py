@@ -1,7 +1,7 @@
 """Decentralized methods that reach the exact optimum with a constant step size.
 
 Each method keeps a model per worker and an estimate of how the workers' objectives differ. Exact
-convergence needs full local gradients; with mini-batches the error is that of SGD.
+convergence needs full local gradients; with mini-batches, the error equals the error of SGD.
 """
 
 from dataclasses import KW_ONLY

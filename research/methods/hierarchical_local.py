@@ -1,4 +1,4 @@
-"""Hierarchical local SGD: averages often over fast links and rarely over slow ones."""
+"""Hierarchical local SGD: averages often over fast links and rarely over slow links."""
 
 from dataclasses import KW_ONLY
 from typing import NamedTuple

@@ -40,7 +40,7 @@ class OnebitAdam(FrozenVariance, name="onebit_adam"):
   Args:
     learning_rate: gamma, a constant or a schedule over rounds.
     aggregator: combines the momenta after the warm-up; the paper's choice is
-      `error_feedback(two_phase(sign()))`, with a memory on each worker and one on the server.
+      `error_feedback(two_phase(sign()))`, with a memory on each worker and a memory on the server.
     warm_up: T_w, number of rounds that average gradients exactly; at least 1.
     b1: decay of the momentum, in [0, 1).
     b2: decay of the variance, in [0, 1).

@@ -53,8 +53,8 @@ class Scaffold(ByPasses, name="scaffold"):
     epochs: E, number of passes over a client's examples per round.
     period: K, number of local steps of every client per round; 0 means that `epochs` sets the
       length.
-    warm_up: whether to start with a round that only sets the control variates; those of clients
-      that this round does not sample start at 0.
+    warm_up: whether to start with a round that only sets the control variates; the control variates
+      of clients that this round does not sample start at 0.
 
   Raises:
     ValueError: if a learning rate is not above 0, epochs < 1, period < 0, both epochs and period

@@ -43,7 +43,7 @@ class StaleLocal(NamedTuple):
 class Stale(Around):
   """Runs the inner method with stale models: a round starts at x_{t - tau} and changes x_t.
 
-  Only the model is stale; the rest of the inner method's state is current. The inner method's Local
+  Only the model is stale; all other state of the inner method is current. The inner method's Local
   must be a NamedTuple. A correction's memory is averaged exactly over the workers, bypassing the
   inner method's aggregator, so a second tree is sent.
   """

@@ -45,7 +45,7 @@ class Recorded(NamedTuple):
 
 
 class Recording(Aggregator):
-  """An aggregator that records how much of a worker's message the others did not receive."""
+  """An aggregator that records how much of a worker's message the other workers did not receive."""
 
   inner: Aggregator
 

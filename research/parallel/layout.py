@@ -33,7 +33,7 @@ def over_workers(
   Args:
     fn: one worker's function.
     axes: sizes of the worker axes by name.
-    in_axes: as in `vmap`: 0 for private arguments, None for shared ones.
+    in_axes: as in `vmap`: 0 for private arguments, None for shared arguments.
     out_axes: as `in_axes`, for the results.
   """
   for name, size in reversed(list(axes.items())):
@@ -49,8 +49,8 @@ def private_outputs(
   Args:
     fn: one worker's function, possibly with collectives.
     axes: sizes of the worker axes by name.
-    in_axes: as in `vmap`: 0 for private arguments, None for shared ones.
-    *args: shapes or arrays; private ones have one leading dimension per axis.
+    in_axes: as in `vmap`: 0 for private arguments, None for shared arguments.
+    *args: shapes or arrays; private arguments have one leading dimension per axis.
 
   Returns:
     A tree of bool, True for a private leaf.
@@ -66,8 +66,8 @@ def shapes_of_one(
   Args:
     fn: one worker's function, possibly with collectives.
     axes: sizes of the worker axes by name.
-    in_axes: as in `vmap`: 0 for private arguments, None for shared ones.
-    *args: shapes or arrays; private ones have one leading dimension per axis.
+    in_axes: as in `vmap`: 0 for private arguments, None for shared arguments.
+    *args: shapes or arrays; private arguments have one leading dimension per axis.
   """
   return _outputs(fn, axes, in_axes, *args)[1]
 
@@ -99,7 +99,7 @@ def _outputs(fn, axes, in_axes, *args) -> tuple[Tree, Tree]:
 
 
 def lead(private: Tree) -> Tree:
-  """Returns `in_axes` or `out_axes` for `vmap`: 0 for private leaves, None for shared ones.
+  """Returns `in_axes` or `out_axes` for `vmap`: 0 for private leaves, None for shared leaves.
 
   Args:
     private: tree of bool, whether a leaf is private.

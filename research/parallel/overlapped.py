@@ -121,7 +121,7 @@ def _of_hosts(process: int) -> list[Any]:
 def moved(tree: Tree, shardings: Tree) -> Tree:
   """Copies arrays between the computing and the communication devices.
 
-  Each process moves its own shards, so no process waits for another one.
+  Each process moves its own shards, so no process waits for another process.
 
   Args:
     tree: arrays on one mesh.

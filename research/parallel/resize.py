@@ -23,7 +23,7 @@ from research.parallel.job import Job, resolved
 
 
 class Leaf(NamedTuple):
-  """The layout of one state leaf on a mesh. Its B blocks are ordered by the mesh axes."""
+  """The layout of one state leaf on a mesh. The leaf's B blocks are ordered by the mesh axes."""
 
   name: str  # the same on every mesh
   shape: tuple[int, ...]  # the stored shape: clients or workers first, then blocks
@@ -211,7 +211,7 @@ def stranger(saved: Placed, here: Placed) -> str | None:
 
 
 def origins(saved: Placed, here: Placed) -> dict[str, str]:
-  """Maps each leaf's name to the saved leaf that can fill it; leaves without one are omitted.
+  """Maps each leaf's name to the saved leaf that can fill it; omits other leaves.
 
   Args:
     saved: the saved state.

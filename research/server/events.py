@@ -86,7 +86,7 @@ def check(events: Iterable[Event], shards: int, start: int = 0) -> None:
     start: number of updates before the first event.
 
   Raises:
-    ValueError: if an event is invalid; the message describes the first one.
+    ValueError: if an event is invalid; the message describes the first invalid event.
   """
   done: dict[int, tuple[int, int]] = {}  # worker -> number and first step of the next piece
   updates = start

@@ -24,7 +24,7 @@ _AXIS = {"push": 2}  # for tracing; not a worker axis, so an exchange among work
 
 
 class _Bare(Aggregator):
-  """Replaces an aggregator by one without state, so that the exchange becomes a push."""
+  """Replaces an aggregator by a stateless aggregator, so that the exchange becomes a push."""
 
   inner: Aggregator
 

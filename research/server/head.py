@@ -6,10 +6,10 @@
     elastic  an update is the mean of the pushes that arrive before the round's deadline, weighted
              by steps; a late push is not counted, and its worker restarts from the current model
 
-A push counts once, on all shards or on none. A push is staged on the other shards before the head
-receives it. The push's number must follow the last number counted for its worker, and the push's
-incarnation must be the current one. Waiting callers are suspended coroutines. This module does no
-networking.
+A push counts once, on all shards or on no shard. A push is staged on the other shards before the
+head receives it. The push's number must follow the last number counted for its worker, and the
+push's incarnation must be the worker's current incarnation. Waiting callers are suspended
+coroutines. This module does not use the network.
 
 Reference: Li et al. 2014, OSDI (parameter server); Ho et al. 2013, NeurIPS (stale synchronous).
 """
@@ -122,7 +122,7 @@ class Head:
     return kind._replace(pulled=pulled)
 
   async def deny(self, kind: str, text: str) -> None:
-    """Records that another shard refused a push, or that a worker waits to send one."""
+    """Records that another shard refused a push, or that a worker waits to send a push."""
     async with self._changed:
       self._refuse(kind, text)
       self._denied -= kind == "object store"

@@ -76,7 +76,7 @@ class ShardStore:
     return found[-1] * self._period if found else None
 
   def restore(self, like: Any, warn: Callable[[str], None]) -> tuple[int, Snapshot] | None:
-    """Restores the newest intact checkpoint; damaged ones are renamed and skipped.
+    """Restores the newest intact checkpoint; damaged checkpoints are renamed and skipped.
 
     If the checkpoint was saved with other shards, the optimizer starts with a new state.
 

@@ -20,7 +20,7 @@ _MESSAGE = 0x70757368
 
 
 class Keys(NamedTuple):
-  """The random keys of a run, equal to those of a simulated run with the same seed."""
+  """The random keys of a run, equal to the keys of a simulated run with the same seed."""
 
   params: Key
   run: Key
@@ -81,8 +81,8 @@ class _From(Method):
 def worker(job: Job, apart: Halves, keys: Keys) -> Worker:
   """Compiles a worker's functions, for a job whose clients are the workers.
 
-  The steps are those of `local_phase`, with the batches that the simulated worker of the
-  same number draws in its local steps first, first + 1, ...
+  The worker runs the steps of `local_phase`. In local steps first, first + 1, ..., the batches are
+  those of the simulated worker with the same number.
 
   Args:
     job: the resolved job, with the batch size of one worker.

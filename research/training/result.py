@@ -41,9 +41,9 @@ class Result:
   def model(self) -> Any:
     """The user's model with the trained parameters, ready to predict, with dropout off.
 
-    An NNX model is in `eval` mode. An Equinox model, which takes single examples, is in inference
-    mode. A linen module is bound to its parameters, so that it can be called directly. The value is
-    None if the task was not built from a model of one of these kinds.
+    An NNX model is in `eval` mode. An Equinox model, whose input is a single example, is in
+    inference mode. A linen module is bound to its parameters, so that it can be called directly.
+    The value is None if the task was not built from a model of one of these kinds.
     """
     return self._model(self.params) if self._model else None
 
@@ -61,10 +61,10 @@ class Result:
     Args:
       name: the column, such as "loss", "train_loss", "bytes", "eval.accuracy",
         "diagnostics.memory_norm" or "auxiliary.NAME".
-      against: the other column: "step" (local steps), "seconds", "bytes", "virtual_seconds".
+      against: the second column: "step" (local steps), "seconds", "bytes" or "virtual_seconds".
 
     Returns:
-      The values of `against` and those of `name`, arrays [rows].
+      The values of `against` and the values of `name`, arrays [rows].
 
     Raises:
       ValueError: if no row has one of the columns; the message lists the existing columns.
@@ -82,7 +82,7 @@ class Result:
     """Plots the run against steps.
 
     Args:
-      what: "loss", with the other metrics below it, or "diagnostics".
+      what: "loss", which also shows the other metrics, or "diagnostics".
 
     Returns:
       A matplotlib Figure.

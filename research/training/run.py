@@ -76,7 +76,7 @@ class BaseRun:
     """Returns the end of the next dispatch: a multiple of a number in `every`, or a stage's end.
 
     The end is a whole number of rounds after step 0 and depends only on absolute steps, so a
-    resumed run has the same dispatches as an uninterrupted one.
+    resumed run has the same dispatches as an uninterrupted run.
     """
     plan = self.plan
     stops = [(self.step // n + 1) * n for n in every if n > 0]

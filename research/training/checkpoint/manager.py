@@ -41,7 +41,7 @@ def _meet(barrier: ocp.multihost.BarrierSyncFn, *, key: str, timeout_ms: int) ->
   """Waits for all processes at a barrier; raises instead if this process's save has failed.
 
   Without this function, Orbax lets a process whose save failed continue to its last barrier, while
-  the other processes wait at an earlier barrier until they time out after ten minutes.
+  the other processes wait at an earlier barrier, with a timeout of ten minutes.
   """
   if (error := sys.exception()) is not None:
     raise error

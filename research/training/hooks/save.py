@@ -1,4 +1,4 @@
-"""Saves checkpoints every `checkpoint_every` steps and at the end; restores the newest one."""
+"""Saves checkpoints every `checkpoint_every` steps and at the end; restores a checkpoint."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol

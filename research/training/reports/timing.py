@@ -1,4 +1,4 @@
-"""Splits the time of a run into compilation, training steps, and the rest."""
+"""Splits the time of a run into compilation, training steps, and all other work."""
 
 import contextlib
 import time
