@@ -30,7 +30,7 @@ class LateState(NamedTuple):
 class LateLocal(NamedTuple):
   params: Params
   rest: Any  # Local of the inner method, without the params
-  inner: tuple[State, ...]  # as in LateState, once the value that is due has been received
+  inner: tuple[State, ...]  # as in LateState, once the due value is received; no aggregator state
   sent: tuple[tuple[Tree, ...], ...]
   number: Array  # int32, completed steps of this round
 
@@ -136,7 +136,8 @@ class Overlapping(Around):
 
   def begin(self, state):
     rest = self.method.begin(self._with_own(state.inner[0], state.own))._replace(params=None)
-    local = LateLocal(state.params, rest, state.inner, state.sent, jnp.zeros((), jnp.int32))
+    inner = self.without_links(state.inner)
+    local = LateLocal(state.params, rest, inner, state.sent, jnp.zeros((), jnp.int32))
     return local if self.steps_late or not self.receives else self._received(local, state)
 
   def step(self, grads, local, state, *, key, grad_fn=None):
@@ -205,6 +206,10 @@ class Overlapping(Around):
       )
     return self.method.receive(value, value, state, key=key)
 
+  def without_links(self, inner: tuple[State, ...]) -> tuple[State, ...]:
+    """Returns the states of the inner method, by fragment, without the aggregator's state."""
+    return tuple(self.method.with_link(one, ()) for one in inner)
+
   def depart(
     self, fragment: int, local: LateLocal, state: LateState, *, key: Array, presence: Presence
   ) -> tuple[Tree, LateState]:
@@ -224,6 +229,7 @@ class Overlapping(Around):
     own = rest._replace(params=x)
     tree, after = self.method.message(own, counted, key=key, presence=presence)
     inner = _put(local.inner, fragment, after._replace(params=held.params))
+    inner = tuple(map(self.method.with_link, inner, map(self.method.link, state.inner)))
     rest = local.rest.inner if self.fragments > 1 else ()
     # an absent worker keeps its model; the next theta also contains a value that arrived now
     x, rest = kept(presence.active, (local.params, rest), (state.params, state.own))

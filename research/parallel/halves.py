@@ -13,7 +13,7 @@ import jax
 
 from research.core.base import Aggregate, Aggregator, Array, Presence, State, Tree
 from research.core.method import Local, Method
-from research.methods.late import LateLocal, LateState, Overlapping
+from research.methods.late import LateState, Overlapping
 
 InAir = tuple[int, Tree]  # fragment and result of an exchange in flight
 
@@ -49,10 +49,6 @@ class Halves:
   def links(self, state: State) -> tuple[State, ...]:
     """Returns the aggregator's state, by fragment."""
     return (self.method.link(state),)
-
-  def local(self, local: Local) -> Local:
-    """Returns a worker's Local without the aggregator's state."""
-    return local
 
   def result(self, found: Aggregate) -> Tree:
     """Returns the part of an aggregate that a worker needs."""
@@ -108,13 +104,7 @@ class LateHalves(Halves):
     self.rounds_late, self.steps_late = method.rounds_late, method.steps_late
 
   def held(self, state: LateState) -> LateState:
-    return state._replace(inner=self._without_links(state.inner), air=((),) * self.fragments)
-
-  def local(self, local: LateLocal) -> LateLocal:
-    return local._replace(inner=self._without_links(local.inner))
-
-  def _without_links(self, inner: tuple[State, ...]) -> tuple[State, ...]:
-    return tuple(self.method.method.with_link(one, ()) for one in inner)
+    return state._replace(inner=self.method.without_links(state.inner), air=((),) * self.fragments)
 
   def links(self, state: LateState) -> tuple[State, ...]:
     return tuple(map(self.method.method.link, state.inner))

@@ -173,8 +173,7 @@ class _Overlapped:
     self.options = meshes.options_for_sums(mesh, largest_sum(job))
     halves, every = self.halves, range(self.halves.fragments)
     self.held = self._parts(halves.held(layout.state), halves.held(layout.state_shapes))
-    of_local = halves.local(layout.local), halves.local(layout.local_shapes)
-    self.local = self._parts(*of_local)
+    self.local = self._parts(layout.local, layout.local_shapes)
     of_links = halves.links(layout.state), halves.links(layout.state_shapes)
     self.links = [self._parts(*one) for one in zip(*of_links, strict=True)]
     self.messages = [self._traced(*self._of_message(p)) for p in every]
