@@ -212,3 +212,25 @@ def test_a_full_object_store_is_waited_for(monkeypatch):
   assert len(waits) == 2
   line = "push 7 of worker 3 waits: the object store is full (ObjectStoreFullError)"
   assert head.told == [("object store", line)] * 2
+
+
+DRIVING = """
+import jax, numpy as np
+from experiments.applications import dqn
+dqn.STEPS = 16
+params, _, told = dqn.together(2, 0)
+start = dqn.learner().init(0)
+pairs = zip(*map(jax.tree.leaves, (params, start)))
+print(told["updates"], sum(told["decisions"]), any(not np.array_equal(a, b) for a, b in pairs))
+"""
+
+
+def test_actors_that_drive_push_gradients_until_the_server_has_its_updates():
+  pytest.importorskip("highway_env")
+  environ = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+  line = [sys.executable, "-c", DRIVING]
+  ended = subprocess.run(line, env=environ, capture_output=True, text=True, timeout=300)
+  assert ended.returncode == 0, ended.stderr
+  updates, decisions, moved = ended.stdout.split()[-3:]
+  assert (updates, moved) == ("8", "True")
+  assert 16 <= int(decisions) <= 16 + 2 * 2  # two actors may each have driven on for a gradient

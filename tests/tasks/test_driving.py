@@ -1,6 +1,5 @@
 """Driving: the recording, the task and its fleets, and drivers in the simulator."""
 
-import importlib.util
 import json
 import types
 from typing import Any
@@ -9,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.applications import dqn
 from research.core import registry
 from research.models.ego_attention import ego_attention
 from research.tasks import partition
@@ -175,16 +173,3 @@ def test_an_episode_is_a_function_of_its_seed(name):
   judging.judge(experts.idm, "intersection", 1)
   assert judging.judge(experts.planner, name, 1) == first
   assert first[0].metres > 20
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="needs Ray")
-def test_actors_push_gradients_until_the_server_has_its_updates(monkeypatch):
-  monkeypatch.setattr(dqn, "STEPS", 16)
-  params, _, told = dqn.together(2, 0)
-  assert told["updates"] == 8
-  assert 16 <= sum(told["decisions"]) <= 16 + 2 * dqn.PERIOD
-  start = dqn.learner().init(0)
-  assert any(
-    not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (params, start)), strict=True)
-  )
