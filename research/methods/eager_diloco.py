@@ -33,7 +33,7 @@ class EagerDiLoCo(LocalStepping, name="eager_diloco"):
   g_t^i is the previous round's mean over the M workers, in which worker i has replaced its old term
   by its new term. In the first round, the others' terms are zero. The workers' models differ; the
   deployed model is their mean. With compression, Delta_{t-1}^i is the term as the other workers
-  received it.
+  received it. A worker that missed a round replaces the last term that it sent.
 
   Args:
     inner: each worker's optimizer; its state is private.
@@ -74,8 +74,8 @@ class EagerDiLoCo(LocalStepping, name="eager_diloco"):
     return change, state._replace(params=params, inner=inner, outer=outer)
 
   def receive(self, value, sent, state, *, key, presence=EVERYONE):
-    del key, presence
-    return state._replace(mean=value, own=sent)
+    del key
+    return state._replace(mean=value, own=kept(presence.active, sent, state.own))
 
 
 eager_diloco = EagerDiLoCo
