@@ -53,6 +53,32 @@ def by_shape(sizes: Mapping[str, int], task: Task) -> dict[tuple[int, ...], Rule
   return {shape: place for shape, (_, place) in found.items()}
 
 
+def of_rows(
+  shape: tuple[int, ...], named: Mapping[tuple[int, ...], RuleCut], sizes: Mapping[str, int]
+) -> RuleCut:
+  """Returns the sharding of some rows of a parameter, such as the layers of one fragment.
+
+  The rows are sharded like the parameter, so that no two devices of a worker send the same part. If
+  an axis shards the first dimension of the parameter but does not divide the number of rows, the
+  axis shards the largest other dimension that it divides.
+
+  Args:
+    shape: the shape of the rows; dimensions after the first are those of a parameter.
+    named: the sharding of the parameters, by shape.
+    sizes: sizes of the axes inside a worker, by name.
+  """
+  like = [cut for known, cut in named.items() if len(shape) > 1 and known[1:] == shape[1:]]
+  if not like:
+    return RuleCut({}, 0)
+  of_rule, first = max(like, key=lambda cut: cut.first)  # stacked layers, if there are any
+  cut = {axis: d for axis, d in of_rule.items() if d or shape[0] % sizes[axis] == 0}
+  for axis in set(of_rule) - set(cut):
+    free = [d for d in range(1, len(shape)) if d not in cut.values() and not shape[d] % sizes[axis]]
+    if free:
+      cut[axis] = max(free, key=lambda d: shape[d])
+  return RuleCut(cut, first)
+
+
 def _place(name: str, shape: tuple[int, ...], sizes: Mapping[str, int], task: Task) -> RuleCut:
   axes = next((axes for pattern, axes in task.rules if re.search(pattern, name)), ())
   first = len(shape) - len(axes) if axes else 0

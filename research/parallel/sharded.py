@@ -89,7 +89,7 @@ def cut_of(axes: Mapping[str, int], task: Task) -> Cut | None:
   named = rules.by_shape(dict(inner), task)
 
   def places(shape: tuple[int, ...]) -> tuple[int | None, ...]:
-    of_rule, first = named.get(shape, rules.RuleCut({}, 0))
+    of_rule, first = named.get(shape) or rules.of_rows(shape, named, dict(inner))
     whole = [d for d in range(first, len(shape)) if d not in of_rule.values()]
     cut = {**of_rule, "fsdp": _largest(shape, whole, dict(inner).get("fsdp", 1))}
     return tuple(cut.get(name) for name, _ in inner)

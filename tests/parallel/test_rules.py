@@ -18,7 +18,7 @@ from research.core import registry
 from research.core.base import EVERYONE
 from research.core.task import Task
 from research.methods.data_parallel import DataParallel, DataParallelState
-from research.parallel import rules, sharded
+from research.parallel import rules, sharded, traffic
 
 RULES = (("up$", (None, "model")), ("down$", ("model", None)))
 MESHES = [
@@ -137,3 +137,53 @@ def test_what_gathers_without_an_aggregator_is_refused_on_shards():
   Running(method, "spmd", {"data": 4}, (60,) * 4).rounds(1)
   with pytest.raises(ValueError, match="inside a worker only what is summed may be cut"):
     Running(method, "spmd", {"data": 2, "fsdp": 2}, (120,) * 2, task=perceptron())
+
+
+def test_rows_of_a_parameter_are_sharded_like_it():
+  """Of stacked layers [6, 8, 4] and of an embedding [12, 4]; `stage` moves where it must."""
+  cut = rules.RuleCut
+  named = {(6, 8, 4): cut({"stage": 0, "model": 1}, 1), (12, 4): cut({"model": 0}, 0)}
+  sizes = {"stage": 2, "model": 2}
+  rows = lambda *shape: rules.of_rows(shape, named, sizes)
+  assert rows(4, 8, 4) == cut({"stage": 0, "model": 1}, 1)
+  assert rows(3, 8, 4) == cut({"stage": 2, "model": 1}, 1)
+  assert rows(6, 4) == cut({"model": 0}, 0)
+  assert rows(5, 4) == cut({"model": 1}, 0)
+  assert rows(7, 7) == rows(7) == cut({}, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inner", ["fsdp", "model"])
+def test_fragments_send_what_the_model_sends(inner):
+  """Over P rounds and all devices of a worker: no part of a sharded layer is sent twice."""
+
+  def sent(spec: str, rounds: int) -> float:
+    method = registry.build("method", spec)
+    running = Running(method, "spmd", {"data": 2, inner: 2}, (120,) * 2, task=stacked())
+    found = traffic.of_method(running.job, running.layout, rounds).transfers
+    got = running.rounds(4).params()
+    want = Running(method, "simulate", {"data": 2}, (120,) * 2, task=stacked()).rounds(4).params()
+    assert distance(got, want) <= 1e-5
+    return sum(t.total for t in found)
+
+  whole = "diloco(sgd(0.1), sgd(0.7), mean(), period=2)"
+  assert sent(f"late({whole}, 1, fragments=2)", 2) == sent(whole, 1)
+
+
+def stacked() -> Task:
+  """Two layers 6 -> 8 -> 6, stacked, and a matrix 6 -> 4."""
+  task = perceptron()
+
+  def init(key):
+    keys = jax.random.split(key, 3)
+    shapes = {"up": (keys[0], (2, 6, 8)), "down": (keys[1], (2, 8, 6))}
+    layers = {n: 0.5 * jax.random.normal(*of) for n, of in shapes.items()}
+    return {"layers": layers, "out": 0.5 * jax.random.normal(keys[2], (6, 4))}
+
+  def loss(params, batch, key):
+    del key
+    layer = lambda x, of: (x + jnp.tanh(x @ of["up"]) @ of["down"], None)
+    found = jax.lax.scan(layer, batch["x"], params["layers"])[0] @ params["out"]
+    return jnp.mean((found - batch["y"]) ** 2)
+
+  return task._replace(init=init, loss=loss)
