@@ -9,7 +9,7 @@ from research.core import checks
 from research.core.base import Aggregator
 from research.core.method import COMMON_MODEL, Method
 from research.methods.diloco import DiLoCo
-from research.methods.late import Overlapping
+from research.methods.overlapping import Overlapping
 
 
 class StreamingDiLoCo(Overlapping, name="streaming_diloco"):

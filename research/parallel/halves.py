@@ -6,14 +6,16 @@ A state is divided into three parts: the aggregator's state (`links`) on the dev
   shapes, or flags for private leaves.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.interpreters import partial_eval
 
 from research.core.base import Aggregate, Aggregator, Array, Presence, State, Tree
 from research.core.method import Local, Method
-from research.methods.late import LateState, Overlapping
+from research.methods.overlapping import LateState, Overlapping
 
 InAir = tuple[int, Tree]  # fragment and result of an exchange in flight
 
@@ -41,6 +43,46 @@ class Halves:
   def exchange(self) -> Aggregator:
     """The aggregator."""
     return self.method.exchange
+
+  def check(self, state: State, result: Tree, axes: Mapping[str, int]) -> None:
+    """Rejects a method whose local steps use what its exchange changes, by tracing both.
+
+    Args:
+      state: the shapes of one worker's state.
+      result: the shapes of the result of an exchange.
+      axes: sizes of the worker axes by name.
+
+    Raises:
+      ValueError: if the result of a round's exchange would be needed before the next message, with
+        the names of the leaves.
+    """
+    trace = lambda fn, *args: jax.make_jaxpr(fn, axis_env=[*axes.items()])(*args).jaxpr
+    held, key, weight = self.held(state), jax.random.key(0), jnp.float32(1)
+
+    def receive(held, result, key, weight):
+      value, sent = result
+      return self.method.receive(value, sent, held, key=key, presence=Presence(weight))
+
+    def step(held):
+      local = self.method.begin(held)
+      return self.method.step(local.params, local, held, key=key, grad_fn=lambda params: params)
+
+    received, stepped = trace(receive, held, result, key, weight), trace(step, held)
+    _, needed = partial_eval.dce_jaxpr(received, [True] * len(received.outvars))
+    if any(needed[-2:]):
+      raise ValueError(
+        f"{self.method.title}: what it does with a result depends on the round's key or on the "
+        "worker's weight; use --executor=spmd"
+      )
+    _, used = partial_eval.dce_jaxpr(stepped, [True] * len(stepped.outvars))
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(held)]
+    pairs = zip(names, received.invars, received.outvars, used, strict=False)
+    early = [name for name, before, after, needs in pairs if needs and before is not after]
+    if early:
+      raise ValueError(
+        f"{self.method.title} is not eager: its local steps use what the exchange changes, "
+        f"{', '.join(early)}"
+      )
 
   def held(self, state: State) -> State:
     """Returns a state without the aggregator's state and without the results in flight."""
@@ -102,6 +144,9 @@ class LateHalves(Halves):
     self.waiting = method.replace(receives=False)
     self.fragments = method.fragments
     self.rounds_late, self.steps_late = method.rounds_late, method.steps_late
+
+  def check(self, state, result, axes):
+    del state, result, axes  # `late` itself checks its inner method
 
   def held(self, state: LateState) -> LateState:
     return state._replace(inner=self.method.without_links(state.inner), air=((),) * self.fragments)

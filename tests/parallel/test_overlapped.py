@@ -5,12 +5,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from problems import Running
 from subset import slow_except
 
+from research.aggregate.mean import mean
 from research.core import registry
-from research.core.base import Tree
+from research.core.base import EVERYONE, Tree
+from research.methods.easgd import EASGD
+from research.methods.overlap_local_sgd import OverlapLocalSGD
 from research.training import loop
 from research.training.config import Config, UsageError
 
@@ -26,6 +30,7 @@ METHODS = {
   "signum": "late(signum(0.01, mean()), 1)",
   "eager": "eager_diloco(adam(0.01), sgd(0.4, momentum=0.5), mean(), period=4)",
   "eager memory": "eager_diloco(sgd(0.1), sgd(0.4), error_feedback(two_phase(int8())), period=4)",
+  "masked": "late(local_sgd(sgd(0.1), secure_sum(clip=1.0), period=4), 3)",
   "overlap": "overlap_local_sgd(sgd(0.1), mean(), period=4)",
 }
 QUICK = ("beyond",)
@@ -118,3 +123,28 @@ def test_a_number_that_is_not_finite_is_seen_before_it_is_saved():
   finite = jax.tree.map(lambda x: bool(jnp.isfinite(x).all()), found.method.inner[0])
   assert all(jax.tree.leaves(finite.params))
   assert not all(jax.tree.leaves(finite.link))
+
+
+class Hasty(EASGD):
+  """Says that it is eager, although its first local step uses the centre."""
+
+  eager = True
+
+
+def test_a_method_that_needs_its_result_at_once_is_not_eager():
+  method = Hasty(optax.sgd(0.1), mean(), period=4)
+  with pytest.raises(ValueError, match=r"Hasty is not eager: .* \.centre\['b'\], \.centre\['w'\]$"):
+    Running(method, "overlapped", {"data": 4}, (30,) * 4)
+
+
+class Weighting(OverlapLocalSGD):
+  """Weights what it receives by the worker's weight."""
+
+  def receive(self, value, sent, state, *, key, presence=EVERYONE):
+    value = jax.tree.map(lambda v: presence.weight * v, value)
+    return super().receive(value, sent, state, key=key, presence=presence)
+
+
+def test_an_eager_method_may_not_need_a_workers_weight_later():
+  with pytest.raises(ValueError, match=r"Weighting: .* on the worker's weight"):
+    Running(Weighting(optax.sgd(0.1), mean()), "overlapped", {"data": 4}, UNEVEN)
