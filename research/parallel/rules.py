@@ -67,11 +67,12 @@ def of_rows(
     named: the sharding of the parameters, by shape.
     sizes: sizes of the axes inside a worker, by name.
   """
-  like = [cut for known, cut in named.items() if len(shape) > 1 and known[1:] == shape[1:]]
+  count, rest = shape[:1], shape[1:]
+  like = [cut for known, cut in named.items() if rest and known[1:] == rest]
   if not like:
     return RuleCut({}, 0)
   of_rule, first = max(like, key=lambda cut: cut.first)  # stacked layers, if there are any
-  cut = {axis: d for axis, d in of_rule.items() if d or shape[0] % sizes[axis] == 0}
+  cut = {axis: d for axis, d in of_rule.items() if d or count[0] % sizes[axis] == 0}
   for axis in set(of_rule) - set(cut):
     free = [d for d in range(1, len(shape)) if d not in cut.values() and not shape[d] % sizes[axis]]
     if free:
