@@ -5,6 +5,7 @@ then NUL. A file is therefore rejected if more than a quarter of its bytes are N
 """
 
 import codecs
+import csv
 import io
 import math
 import re
@@ -49,6 +50,31 @@ def rows(path: Path, comments: str = "") -> Iterator[tuple[int, list[str]]]:
   lines = io.StringIO(read(path).removeprefix("\ufeff"), newline=None)
   split = ((number, line.split()) for number, line in enumerate(lines, 1))
   return ((number, row) for number, row in split if row and row[0][0] not in comments)
+
+
+def cells(path: Path) -> list[tuple[int, list[str]]]:
+  """Reads line numbers, from 1, and cells of the nonblank lines of a comma-separated table.
+
+  A byte order mark and spaces around cells are skipped. The number is that of the line on which a
+  row starts, since quoted cells may contain line breaks.
+
+  Args:
+    path: the path of the file, plain, .gz or .bz2.
+
+  Raises:
+    ValueError: if the file is not text or not comma-separated; the message names the line.
+  """
+  found, last = [], 0
+  reader = csv.reader(io.StringIO(read(path).removeprefix("\ufeff"), newline=""), strict=True)
+  try:
+    for row in reader:
+      stripped = [cell.strip() for cell in row]
+      if any(stripped):
+        found.append((last + 1, stripped))
+      last = reader.line_num
+  except csv.Error as error:
+    raise at(path, last + 1, f"is not comma-separated ({error})") from None
+  return found
 
 
 def parsed(path: Path, parse: Callable[[list[str]], T], comments: str = "") -> list[T]:

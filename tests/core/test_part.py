@@ -76,7 +76,7 @@ def test_parts_of_equal_fields_are_equal_and_of_others_are_not():
 
 def test_a_part_does_not_change():
   with pytest.raises(dataclasses.FrozenInstanceError):
-    setattr(int8(), "block", 3)  # noqa: B010
+    setattr(int8(), "block", 3)  # noqa: B010 an assignment would be an error of types
 
 
 class Halved(Compressor, name="halved"):

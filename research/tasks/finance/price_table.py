@@ -7,9 +7,7 @@ twice. A price is a positive number; an empty cell means no price. The first lin
 has no number or begins with "date". Blank lines are skipped.
 """
 
-import csv
 import datetime
-import io
 import itertools
 import math
 from pathlib import Path
@@ -42,7 +40,7 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
   Raises:
     ValueError: if a line does not have the format described above.
   """
-  rows = _rows(path)
+  rows = [Row(*row) for row in texts.cells(path)]
   columns = len(rows[0].cells) if rows else 0
   if columns < 2:
     raise ValueError(f"{path} is not a table of prices: it has no line 'DATE,PRICE,...'")
@@ -59,21 +57,6 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
   prices = [[_price(path, row.line, cell) for cell in row.cells[1:]] for _, row in dated]
   lines = np.array([row.line for _, row in dated], int)
   return lines, np.array(prices, float).reshape(len(lines), columns - 1)
-
-
-def _rows(path: Path) -> list[Row]:
-  """Returns the lines that are not blank."""
-  found, last = [], 0
-  reader = csv.reader(io.StringIO(texts.read(path).removeprefix("\ufeff"), newline=""), strict=True)
-  try:
-    for row in reader:
-      cells = [cell.strip() for cell in row]
-      if any(cells):
-        found.append(Row(last + 1, cells))
-      last = reader.line_num
-  except csv.Error as error:
-    raise texts.at(path, last + 1, f"is not comma-separated ({error})") from None
-  return found
 
 
 def _is_header(cells: list[str]) -> bool:

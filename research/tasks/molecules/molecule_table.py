@@ -3,8 +3,6 @@
 A label is a number; an empty cell means that it was not measured. Blank lines are skipped.
 """
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +38,7 @@ def read(path: Path, smiles: str, targets: Sequence[str]) -> Table:
     ValueError: the file is not comma-separated, a column is missing, a line does not have
       as many cells as the header, or a label is not a number.
   """
-  rows = _rows(path)
+  rows = texts.cells(path)
   if len(rows) < 2:
     raise ValueError(f"{path} is not a table of molecules: it needs a header and rows below it")
   columns = rows[0][1]
@@ -54,21 +52,6 @@ def read(path: Path, smiles: str, targets: Sequence[str]) -> Table:
   labels = [[_label(path, line, *of, cells) for of in named] for line, cells in rows[1:]]
   lines = np.array([line for line, _ in rows[1:]])
   return Table(lines, [cells[places[0]] for _, cells in rows[1:]], np.array(labels, float))
-
-
-def _rows(path: Path) -> list[tuple[int, list[str]]]:
-  """Line numbers and cells of the lines that are not blank."""
-  found, last = [], 0
-  reader = csv.reader(io.StringIO(texts.read(path).removeprefix("\ufeff"), newline=""), strict=True)
-  try:
-    for row in reader:
-      cells = [cell.strip() for cell in row]
-      if any(cells):
-        found.append((last + 1, cells))
-      last = reader.line_num
-  except csv.Error as error:
-    raise texts.at(path, last + 1, f"is not comma-separated ({error})") from None
-  return found
 
 
 def _place(path: Path, columns: list[str], name: str) -> int:
