@@ -50,13 +50,21 @@ def overlapped(job: Job) -> Executor:
     ValueError: if there are fewer than two devices for each device of the mesh, the method waits
       for its exchange, or not all workers take part in every round.
   """
-  _check(job)
+  check(job)
   mesh, other = two_meshes(job)
   job, layout = resolved(job), inference.layout_of(job)
   return _Overlapped(job, layout, mesh, other).executor()
 
 
-def _check(job: Job) -> None:
+def check(job: Job) -> None:
+  """Rejects a job whose exchanges cannot overlap, without using devices.
+
+  Args:
+    job: the job.
+
+  Raises:
+    ValueError: if the method waits for its exchange, or not all workers take part in every round.
+  """
   method = job.method
   if not isinstance(method, Overlapping) and not (method.eager and method.splits):
     raise ValueError(
@@ -71,7 +79,7 @@ def _check(job: Job) -> None:
       "--executor=simulate for a population, dropout or passes over unequal data"
     )
   if job.diagnostics:
-    raise ValueError("--diagnostics: an overlapped run has none; use --executor=spmd")
+    raise ValueError("does not support --diagnostics; use --executor=spmd")
 
 
 class _Overlapped(Programs):

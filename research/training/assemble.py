@@ -270,8 +270,12 @@ def assemble(config: Config, setting: Setting, devices: Sequence[Any] | None = N
     played_out = virtual and virtual(round(plan.rounds(steps)))
   if played_out and played_out.order is not None:
     plan = Plan(stages(job._replace(order=played_out.order)))
+  module = importlib.import_module(EXECUTORS[config.executor])
+  if config.executor == "overlapped":
+    with flag("executor", config.executor):
+      module.check(plan.jobs[0])
   with flag("mesh", config.mesh):
-    executor = getattr(importlib.import_module(EXECUTORS[config.executor]), config.executor)
+    executor = getattr(module, config.executor)
     executors = tuple(executor(job) for job in plan.jobs)
   with flag("method", config.method):
     reach.check(executors[0].layout.state_shapes)
