@@ -135,8 +135,8 @@ class Overlapping(Around):
     return state._replace(inner=own) if self.fragments > 1 else state
 
   def begin(self, state):
-    rest = self.method.begin(self._with_own(state.inner[0], state.own))._replace(params=None)
     inner = self.without_links(state.inner)
+    rest = self.method.begin(self._with_own(inner[0], state.own))._replace(params=None)
     local = LateLocal(state.params, rest, inner, state.sent, jnp.zeros((), jnp.int32))
     return local if self.steps_late or not self.receives else self._received(local, state)
 

@@ -15,8 +15,8 @@ from research.comm import mesh as meshes
 from research.core.base import EVERYONE, Array, Presence, State, Tree
 from research.core.method import Method
 from research.methods.overlapping import Overlapping
+from research.parallel import inference, sharded, workers
 from research.parallel import layout as layouts
-from research.parallel import sharded, workers
 from research.parallel.cohorts import draw
 from research.parallel.halves import Halves, LateHalves, Tools
 from research.parallel.job import Job, largest_sum, resolved
@@ -39,7 +39,8 @@ class Programs:
     self.mesh, self.other, self.layout = mesh, other, layout
     self.axes = meshes.worker_axes(job.axes)
     self.cut = cut = sharded.cut_of(job.axes, job.task)
-    self.traced = _halves(workers.blocked(job).method)  # needs no mesh
+    traced = workers.blocked(job)  # needs no mesh
+    self.traced = _halves(traced.method)
     self.initial = partial(workers.initial, job, layout)
     if cut:
       job = resolved(job._replace(method=job.method.over(lambda one: sharded.PerShard(one, cut))))
@@ -50,7 +51,7 @@ class Programs:
     self.options = meshes.options_for_sums(mesh, largest_sum(job))
     halves, every = self.halves, range(self.halves.fragments)
     self.held = self._parts(halves.held(layout.state), halves.held(layout.state_shapes))
-    self.local = self._parts(layout.local, layout.local_shapes)
+    self.local = self._traced(*self._of_local(traced))
     of_links = halves.links(layout.state), halves.links(layout.state_shapes)
     self.links = [self._parts(*one) for one in zip(*of_links, strict=True)]
     self.messages = [self._traced(*self._of_message(p)) for p in every]
@@ -79,6 +80,13 @@ class Programs:
     in_axes = tuple(map(layouts.lead, privates))
     found = layouts.private_outputs(fn, self.axes, in_axes, *args)
     return self._parts(found, layouts.shapes_of_one(fn, self.axes, in_axes, *args))
+
+  def _of_local(self, job: Job) -> tuple[Any, ...]:
+    job = job._replace(method=self.traced.waiting)
+    phase = lambda held, *args: local_phase(job, held, *args)[0]
+    args = inference.phase_arguments(job)
+    private = tuple(jax.tree.map(lambda _: True, arg) for arg in args)
+    return phase, (self.held.private, *private), (self.held.shapes, *args)
 
   def _of_message(self, fragment: int) -> tuple[Any, ...]:
     layout, halves = self.layout, self.traced

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from research.comm import mesh as meshes
-from research.core.base import Trait
+from research.core.base import Trait, Tree
 from research.parallel import layout as layouts
 from research.parallel import traffic, workers
 from research.parallel.job import Job, resolved, traits
@@ -30,20 +30,13 @@ def layout_of(job: Job) -> layouts.Layout:
       f"{job.workers} workers"
     )
   key = jax.eval_shape(lambda: jax.random.key(0))
-  most = int(job.sizes.max())
-  struct = lambda x: jax.ShapeDtypeStruct((most, *x.shape[1:]), x.dtype)
-  size, index = jax.ShapeDtypeStruct((), jnp.int32), None
-  if job.batch_size is not None:
-    sample = lambda s, k: job.task.sample(s, jnp.int32(0), k, batch_size=job.batch_size)
-    spread = lambda x: jax.ShapeDtypeStruct((job.method.local_steps, *x.shape), x.dtype)
-    index = jax.tree.map(spread, jax.eval_shape(sample, size, key))
   layout = layouts.infer(
     job.method.init,
     lambda state, *args: local_phase(job, state, *args),
     lambda local, state, weight: workers.sync(job, local, state, weight, jax.random.key(0)),
     meshes.worker_axes(job.axes),
     jax.eval_shape(job.task.init, key),
-    (jax.tree.map(struct, job.task.train), size, index, key),
+    phase_arguments(job),
   )
   kinds = jax.tree.leaves(layouts.kinds(layout.state))
   if job.clients > 1 and any(kind.startswith("chunks") for kind in kinds):
@@ -59,6 +52,26 @@ def layout_of(job: Job) -> layouts.Layout:
   if job.sampling_rate and any(jax.tree.leaves(layout.state)):
     raise ValueError("the method stores state per client, which --sampling_rate does not support")
   return layout
+
+
+def phase_arguments(job: Job) -> tuple[Tree, ...]:
+  """Returns the shapes of the private arguments of one worker's local phase.
+
+  Args:
+    job: the resolved job.
+
+  Returns:
+    The examples, their number, the indices of the mini-batches, and the key.
+  """
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  most = int(job.sizes.max())
+  struct = lambda x: jax.ShapeDtypeStruct((most, *x.shape[1:]), x.dtype)
+  size, index = jax.ShapeDtypeStruct((), jnp.int32), None
+  if job.batch_size is not None:
+    sample = lambda s, k: job.task.sample(s, jnp.int32(0), k, batch_size=job.batch_size)
+    spread = lambda x: jax.ShapeDtypeStruct((job.method.local_steps, *x.shape), x.dtype)
+    index = jax.tree.map(spread, jax.eval_shape(sample, size, key))
+  return jax.tree.map(struct, job.task.train), size, index, key
 
 
 def _has_neighbours(job: Job, layout: layouts.Layout) -> bool:

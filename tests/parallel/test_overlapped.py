@@ -1,6 +1,6 @@
 """Exchanges on devices of their own: bit for bit what `spmd` computes, in flight or landed."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,10 @@ from subset import slow_except
 
 from research.aggregate.mean import mean
 from research.core import registry
-from research.core.base import EVERYONE, Tree
+from research.core.base import EVERYONE, Aggregator, Tree
+from research.core.method import Method
 from research.methods.easgd import EASGD
+from research.methods.late import Late
 from research.methods.overlap_local_sgd import OverlapLocalSGD
 from research.training import loop
 from research.training.config import Config, UsageError
@@ -148,3 +150,41 @@ class Weighting(OverlapLocalSGD):
 def test_an_eager_method_may_not_need_a_workers_weight_later():
   with pytest.raises(ValueError, match=r"Weighting: .* on the worker's weight"):
     Running(Weighting(optax.sgd(0.1), mean()), "overlapped", {"data": 4}, UNEVEN)
+
+
+def test_a_method_of_another_package_whose_local_is_its_state():
+  """Its Local then has the aggregator's state, which the workers do not hold."""
+  aggregator = registry.build("aggregator", "error_feedback(gather_mean(top_k(0.3)))")
+  method = Late(Relaxed(0.1, aggregator, period=3), 2)
+  want, got = (
+    Running(method, executor, {"data": 4}, UNEVEN).rounds(5) for executor in ("spmd", "overlapped")
+  )
+  assert_same(got.params(), want.params())
+
+
+class RelaxedState(NamedTuple):
+  params: Any
+  link: Any
+
+
+class Relaxed(Method):
+  """Gradient descent, and half of the mean change."""
+
+  learning_rate: float
+  aggregator: Aggregator
+  period: int = 4
+
+  def init(self, params):
+    return RelaxedState(params, self.aggregator.init(params))
+
+  def begin(self, state):
+    return state
+
+  def step(self, grads, local, state, *, key, grad_fn=None):
+    return local._replace(params=optax.tree.add_scale(local.params, -self.learning_rate, grads))
+
+  def message(self, local, state, *, key, presence=EVERYONE):
+    return optax.tree.sub(local.params, state.params), state
+
+  def receive(self, value, sent, state, *, key, presence=EVERYONE):
+    return state._replace(params=optax.tree.add_scale(state.params, 0.5, value))
