@@ -82,7 +82,7 @@ note() { echo "$1 $SLURM_PROCID" >>log; }
 trap 'touch saved.$SLURM_PROCID; note saved; exit 0' TERM
 note started
 [ -e saved.$SLURM_PROCID ] && note finished && exit 0
-while sleep 0.1; do :; done
+while :; do sleep 0.1; done
 """
 SLOW = PROGRAM.replace("touch", "sleep 2; touch")
 STEPS = 2000
