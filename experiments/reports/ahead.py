@@ -17,12 +17,12 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from research.analysis import chips, compiled, flops, wire
+from research.analysis import chips, flops, hlo, schedule, wire
 from research.comm import mesh as meshes
 from research.core import blame
 from research.core.base import WORKER_AXES, Tree
 from research.core.task import Data, TrainState, loss_and_metrics
-from research.parallel import workers
+from research.parallel import pipelined, workers
 from research.parallel.job import Job
 from research.training import assemble
 from research.training.config import Config, UsageError, flag
@@ -112,22 +112,26 @@ def compiled_round(config: Config, target: Target, effort: float = 0.0) -> dict[
   with jax.sharding.use_abstract_mesh(meshes.like(target.devices[0])):
     problem = problem_of(config, target)
     built = _compile(problem, target, effort)
-    work = _work(problem, built.jaxpr, built.mesh)
+    work = _work(problem, built)
+  read = schedule.Schedule(hlo.module_of(built.program))
   try:
-    transfers, unread = compiled.traffic(built.program, built.mesh), ""
+    spans, unread = read.spans(built.mesh), ""
   except ValueError as error:
-    transfers, unread = None, str(error)
-  period = problem.job.method.local_steps
+    spans, unread = None, str(error)
+  transfers = None if spans is None else [span.transfer for span in spans]
+  steps = problem.job.method.local_steps * built.rounds
   return {
     **{name: getattr(config, name) for name in ("task", "model", "method", "mesh", "batch_size")},
     "effort": effort,
-    "steps_per_round": period,
+    "steps_per_round": problem.job.method.local_steps,
+    "rounds": built.rounds,
     "memory": _memory(built.program.memory_analysis(), built.held, target),
     "flops": work["flops"],
     "hbm_bytes": work["hbm"],
-    "collectives": _collectives(transfers, period, target.slices),
+    "collectives": _collectives(spans, steps, target.slices),
     "collectives_unread": unread,
-    "roofline": _roofline(work, transfers, period, target),
+    "products": read.products() / steps,
+    "roofline": _roofline(work, transfers, steps, target),
     "seconds": {name: round(value, 2) for name, value in built.seconds.items()},
   }
 
@@ -135,6 +139,7 @@ def compiled_round(config: Config, target: Target, effort: float = 0.0) -> dict[
 class Built(NamedTuple):
   """A traced and compiled round."""
 
+  rounds: int
   jaxpr: Any
   program: Any  # a jax.stages.Compiled
   mesh: Mesh
@@ -143,14 +148,15 @@ class Built(NamedTuple):
 
 
 def _compile(problem: assemble.Problem, target: Target, effort: float) -> Built:
-  """Compiles one round.
+  """Compiles one round, or as many as show how exchanges overlap with the next rounds.
 
   Raises:
     UsageError: if the program does not fit.
   """
   state, data = arguments(problem)
   mesh, started = state.round.sharding.mesh, time.perf_counter()
-  traced = problem.executor.run.trace(state, data, rounds=1)
+  rounds = pipelined.rounds_shown(problem.executor.run)
+  traced = problem.executor.run.trace(state, data, rounds=rounds)
   lowered, lowered_at = traced.lower(), time.perf_counter()
   held = {"state": _held(state), "examples": _held(data)}
   try:
@@ -160,7 +166,7 @@ def _compile(problem: assemble.Problem, target: Target, effort: float) -> Built:
       raise
     raise UsageError(too_large(str(error), held, dict(mesh.shape), target)) from error
   seconds = {"lowering": lowered_at - started, "compiling": time.perf_counter() - lowered_at}
-  return Built(traced.jaxpr, program, mesh, held, seconds)
+  return Built(rounds, traced.jaxpr, program, mesh, held, seconds)
 
 
 # ---- resource use
@@ -207,15 +213,16 @@ def too_large(text: str, held: dict[str, int], axes: dict[str, int], target: Tar
   )
 
 
-def _work(problem: assemble.Problem, program: Any, mesh: Mesh) -> dict[str, Any]:
+def _work(problem: assemble.Problem, built: Built) -> dict[str, Any]:
   """Counts FLOPs and HBM bytes of a step on one device."""
-  job, axes = problem.job, dict(mesh.shape)
+  job, axes = problem.job, dict(built.mesh.shape)
+  steps = job.method.local_steps * built.rounds
   return {
     "flops": {
-      "run": flops.flops(program, axes) / job.method.local_steps,
-      "needed": _needed(job, mesh),
+      "run": flops.flops(built.jaxpr, axes) / steps,
+      "needed": _needed(job, built.mesh),
     },
-    "hbm": flops.carried(program, axes) / job.method.local_steps,
+    "hbm": flops.carried(built.jaxpr, axes) / steps,
   }
 
 
@@ -244,12 +251,13 @@ def _needed(job: Job, mesh: Mesh) -> float:
 
 
 def _collectives(
-  transfers: list[wire.Transfer] | None, period: int, slices: int
+  spans: list[schedule.Span] | None, steps: int, slices: int
 ) -> list[dict[str, Any]]:
   """Lists the collectives, with bytes and number per step; identical collectives are merged."""
-  times: Counter[wire.Transfer] = Counter()
-  for transfer in transfers or ():
-    times[transfer._replace(times=1)] += transfer.times
+  times: Counter[schedule.Span] = Counter()
+  for span in spans or ():
+    once = span.transfer._replace(times=1)
+    times[span._replace(transfer=once)] += span.transfer.times
   return [
     {
       "operation": transfer.operation,
@@ -257,10 +265,13 @@ def _collectives(
       "dtype": transfer.dtype,
       "payload_bytes": transfer.payload,
       "sent_bytes": transfer.sent,
-      "times": count / period,
+      "times": count / steps,
       "crosses_slices": chips.crossing("+".join(transfer.axes), slices),
+      "asynchronous": asynchronous,
+      "products_meanwhile": products,
+      "loops_meanwhile": loops,
     }
-    for transfer, count in times.items()
+    for (transfer, asynchronous, products, loops), count in times.items()
   ]
 
 

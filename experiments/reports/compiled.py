@@ -113,19 +113,38 @@ def traffic(collectives: Iterable[dict[str, Any]], slices: int) -> str:
   for row in collectives:
     crosses = (("yes" if row["crosses_slices"] else "no"),) * (slices > 1)
     rows.setdefault((row["operation"], row["axis"], row["dtype"], *crosses), []).append(row)
-  sent = lambda alike: sum(row["sent_bytes"] * row["times"] for row in alike)
   lines = [
     [
       *key,
       of_bytes(max(row["payload_bytes"] for row in alike)),
-      of_bytes(sent(alike)),
+      of_bytes(_sent(alike)),
       f"{sum(row['times'] for row in alike):.4g}",
+      f"{_sent(row for row in alike if row['asynchronous']) / _sent(alike):.0%}",
+      _meanwhile(alike),
     ]
-    for key, alike in sorted(rows.items(), key=lambda item: -sent(item[1]))
+    for key, alike in sorted(rows.items(), key=lambda item: -_sent(item[1]))
   ]
   columns = ("crosses slices",) * (slices > 1)
   header = ("collective", "axis", "dtype", *columns, "largest payload")
-  return table((*header, "sent per step", "times per step"), lines) if lines else ""
+  header = (*header, "sent per step", "times per step", "asynchronous", "meanwhile")
+  return table(header, lines) if lines else ""
+
+
+def _sent(rows: Iterable[dict[str, Any]]) -> float:
+  return sum(row["sent_bytes"] * row["times"] for row in rows)
+
+
+def _meanwhile(rows: Iterable[dict[str, Any]]) -> str:
+  """Describes what runs between the start and the end of the collectives that send most."""
+  row = max(rows, key=lambda row: _sent([row]))
+  if not row["asynchronous"]:
+    return ""
+  if not row["products_meanwhile"]:
+    return "no matrix products"
+  turns = ", ".join(f"{trips}" for trips in row["loops_meanwhile"])
+  loops = f" in {len(row['loops_meanwhile'])} loops of {turns} turns" if turns else ""
+  loops = loops.replace("1 loops", "a loop")
+  return f"{row['products_meanwhile']} matrix products{loops}"
 
 
 def summary(found: dict[str, Any]) -> str:
@@ -141,8 +160,17 @@ def summary(found: dict[str, Any]) -> str:
     "That is the longest of the four, as if the others ran beside it. HBM counts the state and the "
     "activations that loops carry from turn to turn, and nothing else; compute what is run, the "
     f"MFU the {flops['needed']:.4g} FLOPs that the model needs, nothing computed twice.\n"
-    f"A round has {round_}. Lowered in {seconds['lowering']:.1f} s, compiled in "
+    f"A round has {round_}. {_compiled(found)}Lowered in {seconds['lowering']:.1f} s, compiled in "
     f"{seconds['compiling']:.1f} s."
+  )
+
+
+def _compiled(found: dict[str, Any]) -> str:
+  if found["rounds"] == 1:
+    return ""
+  return (
+    f"Exchanges overlap with the next round: {found['rounds']} rounds were compiled, with "
+    f"{found['products']:.4g} matrix products per step. "
   )
 
 

@@ -35,6 +35,14 @@ class _Program(NamedTuple):
   mesh: dict[str, int]
 
 
+class Located(NamedTuple):
+  """A transfer and the collective in the program that it belongs to."""
+
+  transfer: Transfer
+  computation: hlo.Computation
+  instruction: Any
+
+
 class _Exchange(NamedTuple):
   operation: str
   groups: list[list[int]]  # device ids; (from, to) for a permutation
@@ -69,6 +77,19 @@ def transfers(module: Any, mesh: Mesh) -> list[Transfer]:
   Raises:
     ValueError: see `traffic`.
   """
+  return [found.transfer for found in located(module, mesh)]
+
+
+def located(module: Any, mesh: Mesh) -> list[Located]:
+  """Returns every transfer of a program with its place in the program; see `traffic`.
+
+  Args:
+    module: a message of `hlo.module_class()`.
+    mesh: the mesh that the program was compiled for.
+
+  Raises:
+    ValueError: see `traffic`.
+  """
   places = {device.id: place for place, device in np.ndenumerate(mesh.devices)}
   computations, devices = hlo.computations_of(module), _devices(module, places)
   program = _Program(computations, devices, places, dict(mesh.shape))
@@ -89,7 +110,7 @@ def _devices(module: Any, expected: Iterable[int]) -> list[int]:
 
 def _walk(
   program: _Program, computation: hlo.Computation, times: int, fused: bool
-) -> Iterator[Transfer]:
+) -> Iterator[Located]:
   for instruction in computation.instructions.values():
     opcode = instruction.opcode.removesuffix("-start")
     called = [program.computations[i] for i in instruction.called_computation_ids]
@@ -117,18 +138,23 @@ def _walk(
 
 def _loop(
   program: _Program, computation: hlo.Computation, loop: Any, times: int
-) -> Iterator[Transfer]:
+) -> Iterator[Located]:
   body, condition = (
     list(_walk(program, program.computations[i], times, False)) for i in loop.called_computation_ids
   )
   if body or condition:
     trips = trip_count(loop, computation, program.computations)
-    yield from (t._replace(times=t.times * (trips + 1)) for t in condition)
-    yield from (t._replace(times=t.times * trips) for t in body if trips)
+    yield from (_repeated(found, trips + 1) for found in condition)
+    yield from (_repeated(found, trips) for found in body if trips)
 
 
-def _branches(branches: list[list[Transfer]]) -> list[Transfer]:
-  if any(sorted(branch) != sorted(branches[0]) for branch in branches):
+def _repeated(found: Located, times: int) -> Located:
+  return found._replace(transfer=found.transfer._replace(times=found.transfer.times * times))
+
+
+def _branches(branches: list[list[Located]]) -> list[Located]:
+  sent = lambda branch: sorted(found.transfer for found in branch)
+  if any(sent(branch) != sent(branches[0]) for branch in branches):
     raise ValueError("the branches of a condition communicate differently")
   return branches[0]
 
@@ -182,7 +208,7 @@ def _sliced(computation: hlo.Computation, instruction: Any, workers: int) -> boo
 
 def _counted(
   program: _Program, computation: hlo.Computation, instruction: Any, exchange: _Exchange, times: int
-) -> Iterator[Transfer]:
+) -> Iterator[Located]:
   operation, groups, among = exchange
   if operation == "permute":
     moves = [pair for pair in groups if pair[0] != pair[1]]
@@ -196,7 +222,8 @@ def _counted(
   if operation == "all-to-all":  # operand i goes to worker i: all operands are one transfer
     sizes = [(sizes[0][0], sum(size for _, size in sizes))]
   for dtype, payload in sizes:
-    yield Transfer(operation, axes, dtype, payload, share * payload, times)
+    transfer = Transfer(operation, axes, dtype, payload, share * payload, times)
+    yield Located(transfer, computation, instruction)
 
 
 def _differing(program: _Program, groups: list[list[int]]) -> tuple[str, ...]:

@@ -84,10 +84,14 @@ _SCHEMA: dict[str, dict[str, tuple[int, str]]] = {
     "computation_count": (2, "int32"),
     "computation_devices": (3, "Devices*"),
   },
+  "Order": {"instruction_ids": (1, "int64*")},
+  "OrderOfOne": {"key": (1, "int64"), "value": (2, "Order")},
+  "Schedule": {"sequences": (1, "OrderOfOne*")},
   "Module": {
     "name": (1, "string"),
     "computations": (3, "Computation*"),
     "entry_computation_id": (6, "int64"),
+    "schedule": (7, "Schedule"),
     "device_assignment": (15, "Assignment"),
   },
 }
@@ -106,8 +110,9 @@ _TOKEN = 17
 class Computation(NamedTuple):
   """One function of a program."""
 
-  instructions: dict[int, Any]  # by id, in execution order
+  instructions: dict[int, Any]  # by id; operands precede their users
   root: int  # id of the instruction whose value is returned
+  id: int = 0
 
 
 @functools.cache
@@ -148,7 +153,18 @@ def computations_of(module: Any) -> dict[int, Computation]:
     module: the program.
   """
   by_id = lambda computation: {i.id: i for i in computation.instructions}
-  return {c.id: Computation(by_id(c), c.root_id) for c in module.computations}
+  return {c.id: Computation(by_id(c), c.root_id, c.id) for c in module.computations}
+
+
+def schedule_of(module: Any) -> dict[int, list[int]]:
+  """Returns the ids of the instructions of each computation in the order in which they start.
+
+  Computations that are not scheduled, such as fusions, are missing.
+
+  Args:
+    module: the program.
+  """
+  return {one.key: list(one.value.instruction_ids) for one in module.schedule.sequences}
 
 
 def attributes_of(instruction: Any) -> dict[str, str]:

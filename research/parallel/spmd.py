@@ -12,7 +12,7 @@ from research.comm import mesh as meshes
 from research.core import blame
 from research.core.base import Aggregator, Tree
 from research.core.task import Executor
-from research.parallel import inference, sharded, traffic, workers
+from research.parallel import inference, pipelined, sharded, traffic, workers
 from research.parallel import layout as layouts
 from research.parallel.job import Job, largest_sum, resolved
 
@@ -49,8 +49,15 @@ def spmd(job: Job) -> Executor:
   init = sharded.jit(initial, out_shardings=shardings)
   inside = sharded.inside(job.axes, cut, job.zero)
 
-  def run(state, data, rounds):
-    per_worker = lambda s, d: workers.rounds_of_worker(job, layout.state, s, d, rounds, inside)
+  early = pipelined.overlaps(job, mesh)
+
+  def run(state, data, rounds, first=0):
+    def per_worker(state, data):
+      args = job, layout.state, state, data, rounds, inside
+      if early:
+        return pipelined.rounds_of_worker(*args, first)
+      return workers.rounds_of_worker(*args)
+
     return jax.shard_map(
       per_worker,
       mesh=mesh,
@@ -62,11 +69,12 @@ def spmd(job: Job) -> Executor:
 
   run = sharded.jit(
     run,
-    static_argnames="rounds",
+    static_argnames=("rounds", "first"),
     donate_argnames="state",
     out_shardings=(shardings, NamedSharding(mesh, P())),
     compiler_options=meshes.options_for_sums(mesh, largest_sum(job)),
   )
+  run = pipelined.Phased(run, job.method) if early else run
   deployed = lambda state: workers.deployed(job, layout, state.method)
   along = lambda x: sharded.spec_of(cut, x.shape, "fsdp" if job.zero < 3 else None)
   lies = lambda x: NamedSharding(mesh, P(*along(x)))

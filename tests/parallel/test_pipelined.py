@@ -1,0 +1,52 @@
+"""Rounds that start with the previous round's exchange compute what rounds in sequence compute."""
+
+import jax
+import pytest
+from problems import Running
+from subset import slow_except
+from test_overlapped import UNEVEN, assert_same, running, state_of
+
+from research.analysis import compiled, wire
+from research.parallel import pipelined
+
+EACH_KIND = ("fragments", "beyond", "memory", "eager memory", "overlap")
+
+
+def same_rounds(name: str, monkeypatch, rtol: float = 0.0, **given) -> tuple[Running, Running]:
+  want = running(name, "spmd", **given).rounds(4, 1, 2)
+  monkeypatch.setattr(pipelined, "overlaps", lambda job, mesh: True)
+  got = running(name, "spmd", **given).rounds(4, 1, 2)
+  assert_same(got.params(), want.params(), rtol)
+  assert_same(jax.device_get(got.metrics), jax.device_get(want.metrics), rtol)
+  # one program rounds once what two fused programs round twice
+  assert_same(state_of(got), state_of(want), rtol=1e-5)
+  return want, got
+
+
+@pytest.mark.parametrize("name", slow_except(("fragments",), EACH_KIND))
+def test_dispatches_equal_those_in_sequence(name, monkeypatch):
+  """Over dispatches of several lengths, so that each starts with another fragment."""
+  same_rounds(name, monkeypatch, rtol=1e-5 if name == "eager memory" else 0.0)
+
+
+@pytest.mark.slow
+def test_unequal_weights_and_several_devices(monkeypatch):
+  same_rounds("memory", monkeypatch, sizes=UNEVEN[:2], axes={"data": 2, "fsdp": 2})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["beyond", "eager"])
+def test_each_round_exchanges_once(name, monkeypatch):
+  def sent(run: Running) -> dict[str, float]:
+    program = run.executor.run.trace(run.state, run.data, rounds=5).lower().compile()
+    return wire.by_axis(compiled.traffic(program, run.state.round.sharding.mesh))
+
+  want = sent(running(name, "spmd"))
+  monkeypatch.setattr(pipelined, "overlaps", lambda job, mesh: True)
+  assert sent(running(name, "spmd")) == want
+
+
+def test_cpus_run_rounds_in_sequence():
+  run = running("late", "spmd")
+  assert not pipelined.overlaps(run.job, run.state.round.sharding.mesh)
+  assert pipelined.rounds_shown(run.executor.run) == 1
