@@ -144,9 +144,10 @@ def foreseen(error: Exception) -> tuple[int, str] | None:
   if paths.is_full(error):
     where = getattr(error, "filename", None) or FLAGS.out or "a file of the run"
     return 5, f"the disk is full: {where}; free some space and go on"
-  is_jax = isinstance(error, jax.errors.JaxRuntimeError) and any(
-    words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory")
-  )
+  says = str(error) if isinstance(error, jax.errors.JaxRuntimeError) else ""
+  if joined() and "gloo" in says.lower() and " by peer" in says:
+    return 1, "another process of the job has ended; start the job again to resume it"
+  is_jax = any(words in says for words in ("RESOURCE_EXHAUSTED", "Out of memory"))
   too_many = isinstance(error, OverflowError) and not blame.fault(error)  # more than 64 bits
   if is_jax or too_many or isinstance(error, MemoryError):
     return 2, f"the model, its state or its data do not fit the memory: {str(error)[:200]}"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from research.command import errors
@@ -176,6 +177,17 @@ def test_an_aggregator_that_returns_something_else_is_named(plugin):
   line = "aggregate of Pairs (mine.py, line 54) returns a tuple of 2, not Aggregate("
   assert str(caught.value).startswith(line)
   assert errors.foreseen(caught.value) == (2, str(caught.value))
+
+
+def test_the_death_of_another_process_is_a_line(monkeypatch):
+  said = "AllGather failed: [external/gloo/gloo/transport/tcp/pair.cc:538] Read error " + (
+    "[127.0.0.1]:7568: Connection reset by peer"
+  )
+  error = jax.errors.JaxRuntimeError(said)
+  assert errors.foreseen(error) is None  # of one process
+  monkeypatch.setattr(errors, "joined", lambda: True)
+  code, line = errors.foreseen(error) or (0, "")
+  assert (code, line.partition(";")[0]) == (1, "another process of the job has ended")
 
 
 def test_a_run_says_which_module_it_needs(plugin, capsys, monkeypatch):

@@ -312,6 +312,9 @@ OVERLAPPED = (
   "--mesh=data:4",
   "--method=late(diloco(sgd(0.1), sgd(0.7, momentum=0.5), "
   "error_feedback(gather_mean(top_k(0.3))), period=5), 7)",
+  "--steps=80",
+  "--log_every=20",
+  "--checkpoint_every=20",
 )
 
 
