@@ -24,7 +24,7 @@ from research.parallel.local_phase import local_phase
 
 
 class Parts(NamedTuple):
-  """The privacy, shapes and shardings of the leaves of the workers' trees."""
+  """Which leaves of the workers' trees are private, and the leaves' shapes and shardings."""
 
   private: Tree  # tree of bool, whether a leaf is private
   shapes: Tree  # the shapes of one worker's leaves
