@@ -41,8 +41,8 @@ class Late(Overlapping, name="late"):
 
   Raises:
     ValueError: if the inner method does not have one exchange per round, its period is not a
-      multiple of the number of fragments, or there are several fragments or mixing and the delay is
-      not below a period.
+      multiple of the number of fragments, or the delay is at least one period although there are
+      several fragments or mixing.
 
   Reference: Wang et al. 2020, arXiv 2002.09539 (overlapped local SGD); Douillard et al. 2025, arXiv
     2501.18512 (fragments and mixing).
