@@ -1,7 +1,7 @@
 """The server's consistency protocol: which pushes form an update, and which workers wait.
 
     async    every push is an update
-    ssp      as async, and no worker gets more than `bound` pieces of work ahead of the slowest
+    ssp      as async, but no worker gets more than `bound` pieces of work ahead of the slowest
     sync     an update is the mean of one push of every worker, at the same version
     elastic  an update is the mean of the pushes that arrive before the round's deadline, weighted
              by steps; a late push is not counted, and its worker restarts from the current model
