@@ -42,7 +42,7 @@ def train(
 
   Raises:
     UsageError: if a flag is invalid, or all workers are refused.
-    CheckpointError: if the run has checkpoints and no checkpoint is intact.
+    CheckpointError: if the run has checkpoints, but none is intact.
     NonFinite: if the loss is not finite, or pushes are refused because they are not finite.
     SaveError: if a checkpoint cannot be written.
   """

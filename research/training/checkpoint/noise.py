@@ -40,7 +40,7 @@ def silence() -> None:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-  """Context manager that hides the output of Orbax's threads about a failure that is raised."""
+  """Context manager that hides what Orbax's threads print about an exception that is raised."""
   hook, logger = sys.unraisablehook, logging.getLogger("asyncio")
   level = logger.level
   sys.unraisablehook = lambda unraisable: None
