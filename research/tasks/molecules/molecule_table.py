@@ -1,6 +1,6 @@
-"""Tables of molecules: comma-separated, with a header, a column of SMILES and columns of labels.
+"""Reads tables of molecules: comma-separated, with a header, a SMILES column and label columns.
 
-A label is a number; an empty cell means that it was not measured. Blank lines are skipped.
+A label is a number; an empty cell means that the label was not measured. Blank lines are skipped.
 """
 
 import math
@@ -20,7 +20,7 @@ class Table(NamedTuple):
 
   lines: np.ndarray  # int [N], line numbers from 1
   smiles: list[str]
-  labels: np.ndarray  # float64 [N, T], NaN where there is none
+  labels: np.ndarray  # float64 [N, T]; NaN marks a missing label
 
   def take(self, rows: np.ndarray) -> "Table":
     return Table(self.lines[rows], [self.smiles[row] for row in rows], self.labels[rows])
@@ -35,8 +35,8 @@ def read(path: Path, smiles: str, targets: Sequence[str]) -> Table:
     targets: the names of the columns of labels.
 
   Raises:
-    ValueError: the file is not comma-separated, a column is missing, a line does not have
-      as many cells as the header, or a label is not a number.
+    ValueError: if the file is not comma-separated, a column is missing, the number of cells in a
+      line differs from that in the header, or a label is not a number.
   """
   rows = texts.cells(path)
   if len(rows) < 2:
