@@ -70,7 +70,7 @@ class Programs:
     return Parts(private, shapes, on(self.mesh), on(self.other))
 
   def _traced(self, fn: Callable[..., Tree], privates: Sequence[Tree], shapes: Sequence[Tree]):
-    """Returns the Parts of the result of one worker's function of private and shared arguments."""
+    """Traces one worker's function of private and shared arguments; returns its result's Parts."""
     spread = lambda private, shape: jax.tree.map(
       lambda p, x: jax.ShapeDtypeStruct((*self.axes.values(), *x.shape), x.dtype) if p else x,
       private,

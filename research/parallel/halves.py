@@ -45,7 +45,7 @@ class Halves:
     return self.method.exchange
 
   def check(self, state: State, result: Tree, axes: Mapping[str, int]) -> None:
-    """Rejects a method whose local steps use what its exchange changes, by tracing both.
+    """Traces both, and rejects a method whose local steps use state that its exchange changes.
 
     Args:
       state: the shapes of one worker's state.

@@ -226,7 +226,7 @@ class Head:
     self._round_ends = self.now() + self.rules.seconds
 
   async def _round(self, push: Push) -> None:
-    """Waits for the end of a push's round, which a straggler can prolong by one more period T."""
+    """Waits for the end of a push's round, which a straggler can extend by one more period T."""
     is_over = lambda: self.reason != "" or self.waiting.get(push.worker) != push
     while not is_over():
       left = None

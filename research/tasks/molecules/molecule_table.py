@@ -27,12 +27,12 @@ class Table(NamedTuple):
 
 
 def read(path: Path, smiles: str, targets: Sequence[str]) -> Table:
-  """Reads a table, plain, .gz or .bz2.
+  """Reads a table from a plain file or a compressed file (.gz or .bz2).
 
   Args:
     path: the file.
-    smiles: the name of the column of SMILES.
-    targets: the names of the columns of labels.
+    smiles: the name of the SMILES column.
+    targets: the names of the label columns.
 
   Raises:
     ValueError: if the file is not comma-separated, a column is missing, the number of cells in a

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def deaf_to_writers() -> Iterator[None]:
-  """Context manager that hides errors of threads that still write after a failed save."""
+  """Context manager that hides errors of threads that are still writing after a failed save."""
   before = sys.unraisablehook, sys.excepthook
   is_late = lambda error: isinstance(error, RuntimeError) and "loop is closed" in str(error)
 
