@@ -152,7 +152,7 @@ def utilization(chip: Chip, flops: float, seconds: float) -> float:
 
 
 def crossing(axis: str, slices: int) -> bool:
-  """Returns whether traffic over an axis, or over several as in 'slice+data', leaves a slice.
+  """Returns whether traffic over one or more axes, such as 'slice+data', leaves a slice.
 
   Args:
     axis: one or more axis names, joined by '+'.

@@ -60,9 +60,9 @@ def traffic(compiled: Any, mesh: Mesh) -> list[Transfer]:
     mesh: the mesh that the program was compiled for.
 
   Raises:
-    ValueError: if the program's devices are not the mesh's, its device groups are not axes of the
-      mesh, a collective is in a loop of unknown length or in branches that communicate differently,
-      or devices communicate by other means than collectives.
+    ValueError: if the program's devices are not the mesh's, its device groups do not extend along
+      axes of the mesh, a collective is in a loop of unknown length or in branches that communicate
+      differently, or devices communicate by means other than collectives.
   """
   return transfers(hlo.module_of(compiled), mesh)
 

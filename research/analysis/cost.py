@@ -9,10 +9,10 @@ transmit all its bytes:
     all-reduce  2 (W-1) hops on a ring      all-gather, reduce-scatter  W-1 hops on a ring
     all-to-all    W-1 pairwise exchanges    permute                     1 hop
 
-Every worker has one full-duplex link, and transfers do not overlap with each other. If the method
-allows it, they overlap with computation (`exposed`). Every leaf of the tree is one
-message, unless the program fuses leaves. A library that uses tree algorithms for short messages
-needs fewer hops for such messages.
+Every worker has one full-duplex link. Transfers never overlap with each other; they overlap with
+computation if the method allows it (`exposed`). Every leaf of the tree is one message, unless the
+program fuses leaves. A library that uses tree algorithms for short messages needs fewer hops for
+such messages.
 
 References:
   Hockney, 1994, "The communication challenge for MPP: Intel Paragon and Meiko CS-2", Parallel
@@ -77,7 +77,7 @@ def seconds(rows: Iterable[Mapping[str, Any]], axes: Mapping[str, int], link: Li
 
 
 def exposed(talking: float, computing: float, steps: int, delay: int) -> float:
-  """Predicts for how long workers wait, if an exchange may take some local steps.
+  """Predicts how long workers wait if an exchange may take several local steps.
 
   An exchange starts after every `steps` local steps and is due `delay` steps later; exchanges run
   one after the other.

@@ -25,7 +25,7 @@ _REMAT = ("checkpoint", "remat2", "remat")  # names in different JAX versions
 def flops(program: core.ClosedJaxpr, axes: Mapping[str, int] | None = None) -> float:
   """Counts the FLOPs of one device.
 
-  Of a condition, only the most expensive branch is counted. A Pallas kernel is counted by its cost
+  Only the most expensive branch of a conditional is counted. A Pallas kernel is counted by its cost
   estimate if it has one; otherwise, its body is counted once per grid point, including points that
   the kernel skips.
 

@@ -1,8 +1,8 @@
 """Constant propagation over many rounds: evaluates a program's integers in all rounds at once.
 
-If the communication of a round depends on the round's number, the predicate is a small computation
-on a counter in the state. This module evaluates the predicate for all rounds together, so that the
-traffic is known without running the program.
+If the communication of a round depends on the round's number, the program contains a conditional
+whose predicate is a small computation on a counter in the state. This module evaluates the
+predicate for all rounds together, so that the traffic is known without running the program.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ _LARGEST = 256  # maximum number of elements of a value that is evaluated
 
 
 class Unknown(ValueError):
-  """Raised if the branches of a condition communicate differently and the predicate is unknown."""
+  """Reports that branches communicate differently and that the predicate is unknown."""
 
 
 def counters(program: core.ClosedJaxpr, zeros: Sequence[bool]) -> set[int]:
@@ -148,7 +148,7 @@ class Values:
   def evaluated(self, eqn: Any) -> Known | None:
     """Evaluates an equation in every round, or returns None.
 
-    Only equations with small, known inputs and without inner programs and effects are evaluated.
+    Only equations with small, known inputs and without inner programs or effects are evaluated.
     """
     given = self.of(eqn.invars)
     small = not programs(eqn) and all(v.aval.size <= _LARGEST for v in (*eqn.invars, *eqn.outvars))
@@ -167,7 +167,7 @@ class Values:
       return [np.asarray(x) for x in jax.vmap(bind)(*map(jnp.asarray, given))]
 
   def _changing(self, eqn: Any) -> list[np.ndarray | None]:
-    """Returns the values of the inputs that are not literals; without any, nothing is evaluated."""
+    """Returns the values of the inputs that are not literals; an empty list if all are."""
     return [self._one(v) for v in eqn.invars if not isinstance(v, core.Literal)]
 
 

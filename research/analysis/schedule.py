@@ -87,7 +87,7 @@ class Schedule:
     """Returns the ids of the instructions that wait for the result of a collective."""
     instructions = self.computations[start.computation].instructions
     instruction = instructions[start.instruction]
-    if instruction.opcode == "send":  # the result comes by the `recv` with the same token
+    if instruction.opcode == "send":  # the `recv` with the same token returns the result
       token = instruction.operand_ids[-1]
       received = [
         i.id for i in instructions.values() if i.opcode == "recv" and token in i.operand_ids
@@ -108,7 +108,7 @@ class Schedule:
       yield from (i.id for i in instructions.values() if chain in self._chains(i))
 
   def _chains(self, instruction: Any) -> set[str]:
-    """Returns the ids of the collectives of which a fusion runs a part."""
+    """Returns the ids of the collectives that a fusion executes in part."""
     found = [self.computations[i].instructions.values() for i in instruction.called_computation_ids]
     ids = (hlo.attributes_of(i).get("chain_id") for inner in found for i in inner)
     return {chain for chain in ids if chain} if instruction.opcode == "fusion" else set()
@@ -117,7 +117,7 @@ class Schedule:
     return sum(self._of(computation, i) for i in computation.instructions.values())
 
   def _of(self, computation: hlo.Computation, instruction: Any) -> int:
-    """Returns the number of matrix products of one execution of an instruction."""
+    """Returns the number of matrix products that one execution of an instruction computes."""
     if instruction.opcode in _PRODUCTS:
       return 1
     called = [self._products(self.computations[i]) for i in instruction.called_computation_ids]

@@ -1,4 +1,4 @@
-"""Traffic between TPU slices, which XLA sends over the hosts' network instead of by collectives.
+"""Traffic between TPU slices, which XLA sends over the hosts' network, not by collectives.
 
 A program for several slices is compiled for one of them and runs on all. Slices communicate through
 `send` instructions to the megascale runtime; the attributes of an instruction specify the

@@ -67,7 +67,7 @@ def traffic(program: Callable[..., Any], *args: Any, axes: Mapping[str, int]) ->
 
   Raises:
     ValueError: if a collective is in a loop whose length is not static, or in branches of a
-      condition that communicate differently, so that the traffic is not statically known.
+      conditional that communicate differently, so that the traffic is not statically known.
   """
   jaxpr = jax.make_jaxpr(program, axis_env=list(axes.items()))(*args)
   reader = _Reader(axes, np.ones(1, np.int64))
@@ -98,9 +98,9 @@ def happened(transfers: Iterable[Transfer]) -> list[Transfer]:
 class RoundTraffic:
   """Traffic of one worker in any range of rounds, even if it depends on the round's number.
 
-  The program is traced once. If the branches of a condition communicate differently, its predicate
-  is evaluated as a function of the state's counters: scalar integers that start from zero and that
-  the program verifiably increments by one in every round.
+  The program is traced once. If the branches of a conditional communicate differently, its
+  predicate is evaluated as a function of the state's counters: scalar integers that start from zero
+  and that the program verifiably increments by one in every round.
   """
 
   def __init__(
@@ -145,7 +145,7 @@ class RoundTraffic:
     The memory required grows with last - first, unless all rounds are equal.
 
     Raises:
-      ValueError: if the predicate of a condition depends on anything but counters; see also
+      ValueError: if the predicate of a conditional depends on anything but counters; see also
         `traffic`.
     """
     count = last - first
@@ -179,7 +179,7 @@ def copied(transfers: list[Transfer], copies: int) -> list[Transfer]:
 
 
 class _Reader:
-  """Traverses a program once for all rounds; `runs` [rounds] counts a part's runs in each round."""
+  """Traverses a program once for all rounds; `runs` [rounds] counts the runs of a part by round."""
 
   def __init__(self, axes: Mapping[str, int], runs: np.ndarray):
     self.axes, self.runs = dict(axes), runs

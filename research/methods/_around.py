@@ -32,7 +32,7 @@ class Around(Method):
 
     Args:
       after: the inner method's state after the round.
-      local: the Local after the round's last step; None if `receive` calls this function.
+      local: the Local after the round's last step; None if `receive` calls this method.
       state: the state at the round's start.
       key: a typed key of the round, equal on all workers.
       presence: this worker's participation and weight.

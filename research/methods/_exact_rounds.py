@@ -1,4 +1,4 @@
-"""Base class of the 1-bit Adams, and traits rejected by methods with some uncompressed rounds."""
+"""Base class of 1-bit Adam and 0/1 Adam; traits that methods with uncompressed rounds reject."""
 
 from dataclasses import KW_ONLY
 

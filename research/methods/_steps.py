@@ -66,7 +66,7 @@ def check_rate(learning_rate: Rate, name: str = "learning_rate") -> None:
     name: name of the argument in the error.
 
   Raises:
-    ValueError: if a constant is not above zero; the message has the argument's name and value.
+    ValueError: if a constant is not above zero; the error gives the argument's name and value.
   """
   if not callable(learning_rate):
     checks.above(name, learning_rate)

@@ -26,8 +26,8 @@ class Delayed(Stale, name="delayed"):
 
       x_{t+1} = x_t - eta mean_i g_i(x_{t - tau_i})
 
-  On a quadratic of curvature h, a constant delay tau is stable if eta h is above 0 and below 2
-  sin(pi / (4 tau + 2)), which is about pi / (2 tau).
+  On a quadratic of curvature h, the recursion with a constant delay tau is stable if eta h is above
+  0 and below 2 sin(pi / (4 tau + 2)), which is about pi / (2 tau).
 
   Args:
     inner: any method. A worker's model change over its round is applied to the current model.

@@ -23,8 +23,9 @@ class Averaged(Around, name="averaged"):
 
       m_t = m_{t-1} + (x_t - m_{t-1}) / max(1, t - burn_in)
 
-  With step sizes that decay more slowly than 1/t, the mean is asymptotically optimal: the mean's
-  covariance is H^-1 S H^-1 / t.
+  With step sizes that decay more slowly than 1/t, the mean is asymptotically optimal: its
+  covariance is H^-1 S H^-1 / t, where H is the Hessian at the optimum and S is the covariance of
+  the stochastic gradients there.
 
   Args:
     inner: any method; the averaging does not change its iterates.

@@ -32,8 +32,8 @@ class ConsensusADMM(Method, name="consensus_admm"):
       u_{t+1}^i = u_t^i + x_{t+1}^i - z_{t+1},     u_0 = 0
 
   The minimization is approximated by `period` gradient steps from x_t^i; as t grows, the error of
-  this approximation vanishes. P is the projection onto the task's constraints, or the identity.
-  Each round sends one tree, the change of the mean. A worker that drops out of a round does not
+  this approximation vanishes. P projects onto the task's constraint set, if there is one. Each
+  round sends one tree, the change of the mean. A worker that drops out of a round does not
   contribute to z.
 
   Args:

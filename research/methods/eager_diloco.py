@@ -31,7 +31,7 @@ class EagerDiLoCo(LocalStepping, name="eager_diloco"):
       theta_{t+1}^i = theta_t^i + outer(g_t^i)
 
   g_t^i is the previous round's mean over the M workers, in which worker i has replaced its old term
-  by its new term. In the first round, the others' terms are zero. The workers' models differ; the
+  with its new term. In the first round, the others' terms are zero. The workers' models differ; the
   deployed model is their mean. With compression, Delta_{t-1}^i is the term as the other workers
   received it. A worker that missed a round replaces the last term that it sent.
 

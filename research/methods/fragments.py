@@ -12,7 +12,7 @@ import numpy as np
 
 from research.core.base import Array, Params, Tree
 
-# Layers are not divided if the largest fragment is then at most this many times the mean.
+# If the largest fragment is at most this many times the mean, no layer is divided.
 BALANCED = 1.15
 _STACKS = ("layers", "layer", "blocks", "block", "h", "stack")  # names of stacked layers
 _NUMBER = re.compile(r"(\d+)")
@@ -61,7 +61,7 @@ class Fragments(NamedTuple):
 def fragments_of(params: Params, count: int) -> Fragments:
   """Partitions a model into fragments that are balanced by bytes.
 
-  Layers are not divided if this is possible. A layer consists of all parameters below one numbered
+  Layers stay whole where possible. A layer consists of all parameters below one numbered
   name, such as `layers_3` or `blocks/3`, or of one row of stacked layers. Every other parameter,
   such as the embedding, is a separate unit. The units are assigned in order of decreasing size,
   each to the fragment that is smallest so far. If the largest fragment then exceeds the mean by
@@ -156,7 +156,7 @@ def _natural(key: tuple) -> list[tuple[int, int, str]]:
 
 
 def _cut(i: int, leaf: Array, times: int) -> list[Piece]:
-  """Cuts a leaf along its first dimension into runs of about equally many rows."""
+  """Cuts a leaf along its first dimension into runs with about the same number of rows."""
   count = leaf.shape[0] if leaf.shape else 1
   if min(times, count) < 2:
     return [Piece(i, None, _bytes(leaf))]
@@ -179,7 +179,7 @@ def _dealt(units: list[list[Piece]], count: int) -> list[list[Piece]]:
 
 
 def _joined(pieces: list[Piece]) -> tuple[tuple[int, Rows | None], ...]:
-  """Joins pieces to the rows of each leaf, in order; None stands for all rows."""
+  """Merges pieces into the rows of each leaf, in order; None stands for all rows."""
   found: dict[int, list[tuple[int, int]] | None] = {}
   for leaf, rows, _ in sorted(pieces, key=lambda p: (p.leaf, p.rows or (0, 0))):
     runs = found.setdefault(leaf, None if rows is None else [])

@@ -7,17 +7,17 @@ from research.methods.overlapping import Overlapping
 class Late(Overlapping, name="late"):
   """Runs a method whose exchange takes tau local steps, during which the workers keep computing.
 
-  Round t ends at step t h; at this step, the exchange of the round's messages m_t^i starts. x^i are
-  the workers' models, u_t^i is x^i at the start of exchange t, and theta is the inner method's
-  model. Messages m_t^i are measured from u_{t-1}^i, the model at the start of the worker's previous
-  exchange:
+  A round has h local steps. Round t ends at step t h; at this step, the exchange of the messages
+  m_t^i starts. The models of the workers are x^i, the models at the start of exchange t are u_t^i,
+  and theta is the inner method's model. Messages m_t^i are measured from u_{t-1}^i, the model at
+  the start of the worker's previous exchange:
 
       theta_t = receive(aggregate_i(m_t^i), theta_{t-1})
       x^i <- theta_t + (x^i - u_t^i)                       tau steps after the end of round t
 
-  This update keeps the steps that the worker has taken since exchange t started; u_t^i and later
-  models u^i move with x^i. With `mixing`, messages are measured from theta instead, and the
-  worker's model is averaged with theta_t:
+  This update keeps the steps that the worker has taken since exchange t started. It also moves
+  u_t^i, and the u^i of later exchanges, by the same amount as x^i. With `mixing`, messages are
+  measured from theta instead, and the worker's model is averaged with theta_t:
 
       x^i <- alpha x^i + (1 - alpha) theta_t
 
@@ -41,7 +41,8 @@ class Late(Overlapping, name="late"):
 
   Raises:
     ValueError: if the inner method does not have one exchange per round, its period is not a
-      multiple of the fragments, or the delay, with fragments or mixing, is not below a period.
+      multiple of the number of fragments, or the delay is at least one period although there are
+      several fragments or mixing.
 
   Reference: Wang et al. 2020, arXiv 2002.09539 (overlapped local SGD); Douillard et al. 2025, arXiv
     2501.18512 (fragments and mixing).

@@ -111,7 +111,7 @@ marina = Marina
 
 
 def coin(count: Array, probability: float, seed: int) -> Array:
-  """Returns whether a round sends a full gradient, computed in integers, thus known in advance.
+  """Returns whether a round sends a full gradient; depends only on the round and the seed.
 
   Args:
     count: k, int32 scalar.

@@ -91,7 +91,7 @@ class Overlapping(Around):
 
   @property
   def rounds_late(self) -> int:
-    """Number of full rounds in the delay: exchanges that start before the oldest is received."""
+    """Number of full rounds in the delay, and of exchanges that start while one is in flight."""
     return self.delay // self.local_steps
 
   @property

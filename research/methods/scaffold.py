@@ -37,9 +37,9 @@ class Scaffold(ByPasses, name="scaffold"):
       x <- x + eta_g aggregate_i(weight_i (y_i - x))
       c <- c + (|S| / N) aggregate_i(c_i+ - c_i),   c_i <- c_i+
 
-  The control variates start at zero or, with a warm-up, at the clients' gradients at the first
-  model. A first round computes these gradients without moving the models. A client that is not
-  sampled, or drops out, keeps its c_i. If the aggregator is the mean over workers, c equals the
+  The control variates start at zero. With a warm-up, they start at the clients' gradients at the
+  initial model, which are computed in a first round that does not move the models. A client that is
+  not sampled, or drops out, keeps its c_i. If the aggregator is the mean over workers, c equals the
   mean of all N clients' c_i after every round. As in the paper, the solution minimizes the
   unweighted mean of the clients' objectives. Weighting clients by their examples changes the path,
   not the solution; the paper's algorithm also weights clients equally along the path. Each round

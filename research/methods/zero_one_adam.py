@@ -41,8 +41,9 @@ class ZeroOneAdam(FrozenVariance, name="zero_one_adam"):
   compression cannot represent zero. If all of v is zero, the first nonzero exchange sets v.
 
   T_v consists of rounds among the first `warm_up`, with an interval of 2^floor(j / kappa) after the
-  j-th. T_u consists of all warm-up rounds; afterwards its interval starts at 1 and doubles every
-  `double_every` rounds. The variance is then frozen, so x^i is a function of u^i and is not stored.
+  j-th. T_u contains all warm-up rounds. After the warm-up, the interval of T_u starts at 1 and
+  doubles every `double_every` rounds; the variance is frozen, so x^i is a function of u^i and is
+  not stored.
 
   Args:
     learning_rate: gamma, a constant or a schedule over rounds.
@@ -95,7 +96,7 @@ class ZeroOneAdam(FrozenVariance, name="zero_one_adam"):
     return GradientLocal(self.params(state), optax.tree.zeros_like(state.params))
 
   def refreshes(self, t: Array) -> Array:
-    """Returns whether t is in T_v: kappa rounds at interval 1, kappa at interval 2, at 4, ..."""
+    """Returns whether t is in T_v: kappa rounds at interval 1, kappa at 2, kappa at 4, ..."""
     stage = 31 - lax.clz(t // self.variance_scale + 1)
     since = t - self.variance_scale * ((1 << stage) - 1)
     return (t < self.warm_up) & (since % (1 << stage) == 0)

@@ -1,4 +1,4 @@
-"""Attention of one vehicle over its neighbours, in any order and number."""
+"""Attention of one vehicle over any number of neighbours, whose order does not matter."""
 
 from collections.abc import Callable
 
@@ -11,18 +11,18 @@ from research.core.base import Array
 
 
 def ego_attention(width: int = 32, heads: int = 2) -> Callable[[int], nn.Module]:
-  """The ego attends to all vehicles in sight, itself included; the order of neighbours is free.
+  """A network in which the ego attends to all vehicles in sight, including itself, in any order.
 
   Args:
-    width: of the layers, a multiple of `heads`.
+    width: the width of the layers, a multiple of `heads`.
     heads: number of attention heads.
 
   Returns:
-    outputs -> module, from x [batch, vehicles, features]: row 0 is the ego, and the first feature
-    of a row is zero if there is no such vehicle.
+    outputs -> module. The module takes x [batch, vehicles, features]: row 0 is the ego, and a row
+    whose first feature is zero is padding.
 
   Raises:
-    ValueError: width or heads is not a positive integer, or width is not a multiple of heads.
+    ValueError: if width or heads is not a positive integer, or width is not a multiple of heads.
 
   Reference: Leurent, Mercat, 2019, Social attention for autonomous decision-making in dense
     traffic, arXiv:1911.12250.
@@ -35,7 +35,7 @@ def ego_attention(width: int = 32, heads: int = 2) -> Callable[[int], nn.Module]
 
 
 class EgoAttention(nn.Module):
-  """Encodes the ego and the others, attends from the ego, and decodes."""
+  """Encodes all vehicles, attends from the ego, and decodes."""
 
   outputs: int
   width: int

@@ -12,10 +12,10 @@ from research.core import checks
 from research.core.base import Array, Params
 from research.core.task import Batch
 
-# Rows for the nodes of a batch, as fractions of its padded size: the smallest that suffices is
-# used. The nodes of molecules fill an eighth to a quarter of their padding.
+# Numbers of rows for the nodes of a batch, as fractions of the padded size; the smallest sufficient
+# number is used. The nodes of molecules fill an eighth to a quarter of their padding.
 FILLED = (3 / 16, 5 / 16)
-FEW = 512  # padded nodes of a batch from which on it pays to leave out the padding
+FEW = 512  # least number of padded nodes for which leaving out the padding pays off
 SIZE = 16.0  # typical number of nodes: keeps sums over nodes near 1
 
 
@@ -27,24 +27,24 @@ def graph_network(
       m_v = sum over edges (v, u) of h_u + W e_vu
       h_v <- h_v + U relu(V norm(h_v + m_v))
 
-  norm divides by the root mean square. The outputs are those of a perceptron with one hidden layer
-  on the sum and the mean of relu(R norm(h_v)) over the nodes. They do not depend on the numbering
-  of the nodes, nor on padding.
+  norm divides by the root mean square. A perceptron with one hidden layer computes the outputs from
+  the sum and the mean of relu(R norm(h_v)) over the nodes. The outputs do not depend on the order
+  of the nodes or on the padding.
 
-  Inputs are dictionaries of "atoms" uint8 [batch, A, F], "bonds" uint8 [batch, A, K, G] and
-  "neighbours" [batch, A, K], as the task `molecules` makes them: bits of features, packed, and the
-  other end of each edge. Nodes and edges without any bit set are padding.
+  Inputs are dictionaries, as the task `molecules` creates them: "atoms" uint8 [batch, A, F] and
+  "bonds" uint8 [batch, A, K, G] contain the packed bits of the features, and "neighbours"
+  [batch, A, K] is the other end of each edge. Nodes and edges without any bit set are padding.
 
   Args:
     width: length of the vectors h and m.
     layers: number of steps of message passing.
-    dropout: probability with which an entry of the hidden layer is left out in training.
+    dropout: probability that an entry of the hidden layer is set to zero in training.
 
   Returns:
     outputs -> module.
 
   Raises:
-    ValueError: width or layers is not a positive integer, or dropout is not in [0, 1).
+    ValueError: if width or layers is not a positive integer, or dropout is not in [0, 1).
 
   Reference: Gilmer, Schoenholz, Riley, Vinyals, Dahl, 2017, arXiv:1704.01212; messages as in Hu et
     al., 2019, arXiv:1905.12265.
@@ -78,7 +78,7 @@ class GraphNetwork(nn.Module):
     return nn.Dense(self.outputs, name="output")(hidden)
 
   def _weights(self, x: Batch) -> Params:
-    """The matrices of message passing."""
+    """Returns the matrices of message passing."""
     he, zeros, width = nn.initializers.he_normal(), nn.initializers.zeros_init(), self.width
     bits = lambda name: 8 * x[name].shape[-1]
     matrix = lambda name, rows, init=he: self.param(name, init, (rows, width))
@@ -98,7 +98,7 @@ class GraphNetwork(nn.Module):
 
 
 class _Nodes(NamedTuple):
-  """The nodes of a batch of graphs as one list of M rows, of which some are padding."""
+  """The nodes of a batch of graphs as one list of M rows, some of which are padding."""
 
   atoms: Array  # uint8 [M, F], packed bits
   bonds: Array  # uint8 [M, K, G]
@@ -107,7 +107,7 @@ class _Nodes(NamedTuple):
 
 
 def _sums_over_nodes(weights: Params, x: Batch) -> tuple[Array, Array]:
-  """The sums over the nodes of each graph [batch, width], and the numbers of nodes [batch, 1]."""
+  """Returns the sum over the nodes of each graph, [batch, width], and their number, [batch, 1]."""
   there = jnp.any(x["atoms"] != 0, axis=-1)
   counts = jnp.sum(there, axis=1, keepdims=True).astype(jnp.float32)
   padded = there.size
@@ -117,12 +117,12 @@ def _sums_over_nodes(weights: Params, x: Batch) -> tuple[Array, Array]:
   sizes = [round(share * padded) for share in FILLED]
   branches = [lambda w, rows=rows: _passed(w, _filled_rows(x, there, rows)) for rows in sizes]
   place = jnp.sum(jnp.sum(there) > jnp.array(sizes))
-  # what a branch needs for its gradient is computed again, so that the others' is not stored
+  # each branch recomputes its residuals, so that those of the other branches are not stored
   return lax.switch(place, [jax.checkpoint(b) for b in (*branches, of_all)], weights), counts
 
 
 def _all_rows(x: Batch) -> _Nodes:
-  """All nodes, with padding."""
+  """Returns all nodes, with padding."""
   batch, most = x["atoms"].shape[:2]
   first = most * jnp.arange(batch)[:, None, None]
   flat = lambda leaf: leaf.reshape(batch * most, *leaf.shape[2:])
@@ -132,11 +132,11 @@ def _all_rows(x: Batch) -> _Nodes:
 
 
 def _filled_rows(x: Batch, there: Array, rows: int) -> _Nodes:
-  """The nodes without padding; `rows` must suffice."""
+  """Returns the nodes without padding; `rows` must be at least their number."""
   batch, most = there.shape
   every = _all_rows(x)
-  row_of = jnp.cumsum(there.reshape(-1)) - 1  # where a node goes
-  source = jnp.argsort(~there.reshape(-1), stable=True)[:rows]  # and where a row comes from
+  row_of = jnp.cumsum(there.reshape(-1)) - 1  # row of each node
+  source = jnp.argsort(~there.reshape(-1), stable=True)[:rows]  # node of each row
   neighbours = jnp.maximum(row_of[every.neighbours[source]], 0)
   graph = (source // most)[None]
   member = (graph == jnp.arange(batch)[:, None]).astype(jnp.float32)

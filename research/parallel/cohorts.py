@@ -54,7 +54,7 @@ def draw(job: Job, data: Data, key: Key, numbers: Array, worker: Array) -> Draw:
 
 
 def _examples(job: Job, data: Data, numbers: Array, owners: Array, worker: Array) -> Tree:
-  """Returns the indices [K, H, b] of a worker's examples; a round in epochs starts a new pass."""
+  """Returns the indices [K, H, b] of a worker's examples; rounds in epochs start a new pass."""
   period, sizes = job.method.local_steps, data.sizes[owners]
   per_round = job.own_steps(sizes) if job.by_epochs else jnp.full_like(sizes, period)
   first = job.first_step + (numbers - job.first_round) * per_round

@@ -1,4 +1,4 @@
-"""The communication devices of workers: one beside each computing device."""
+"""Pairs each computing device of the workers with a communication device."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from research.parallel.job import Job
 
 
 def two_meshes(job: Job) -> tuple[Mesh, Mesh]:
-  """Returns the computing mesh and the communicating mesh, with matching devices.
+  """Returns the meshes of the computing devices and of their communication devices.
 
   Args:
     job: the job.

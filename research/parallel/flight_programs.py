@@ -24,7 +24,7 @@ from research.parallel.local_phase import local_phase
 
 
 class Parts(NamedTuple):
-  """The privacy, shapes and shardings of the leaves of the workers' trees."""
+  """Which leaves of the workers' trees are private, and the leaves' shapes and shardings."""
 
   private: Tree  # tree of bool, whether a leaf is private
   shapes: Tree  # the shapes of one worker's leaves
@@ -70,7 +70,7 @@ class Programs:
     return Parts(private, shapes, on(self.mesh), on(self.other))
 
   def _traced(self, fn: Callable[..., Tree], privates: Sequence[Tree], shapes: Sequence[Tree]):
-    """Returns the Parts of the result of one worker's function of private and shared arguments."""
+    """Traces one worker's function of private and shared arguments; returns its result's Parts."""
     spread = lambda private, shape: jax.tree.map(
       lambda p, x: jax.ShapeDtypeStruct((*self.axes.values(), *x.shape), x.dtype) if p else x,
       private,

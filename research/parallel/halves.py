@@ -1,9 +1,9 @@
 """Splits a round into two halves, for an executor whose exchange runs on other devices.
 
 A state is divided into three parts: the aggregator's state (`links`) on the devices of the
-  exchange, the results in flight, and all other state (`held`) on the workers' devices. The
-  functions `held` and `links` accept any tree with a state's structure, whose leaves are arrays,
-  shapes, or flags for private leaves.
+exchange, the results in flight, and all other state (`held`) on the workers' devices. The methods
+`held` and `links` accept any tree with the structure of a state; its leaves may be arrays, shapes,
+or bools that mark private leaves.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +45,7 @@ class Halves:
     return self.method.exchange
 
   def check(self, state: State, result: Tree, axes: Mapping[str, int]) -> None:
-    """Rejects a method whose local steps use what its exchange changes, by tracing both.
+    """Traces both, and rejects a method whose local steps use state that its exchange changes.
 
     Args:
       state: the shapes of one worker's state.
@@ -53,8 +53,8 @@ class Halves:
       axes: sizes of the worker axes by name.
 
     Raises:
-      ValueError: if the result of a round's exchange would be needed before the next message, with
-        the names of the leaves.
+      ValueError: if the result of a round's exchange is needed before the next message; the error
+        names the leaves.
     """
     trace = lambda fn, *args: jax.make_jaxpr(fn, axis_env=[*axes.items()])(*args).jaxpr
     held, key, weight = self.held(state), jax.random.key(0), jnp.float32(1)
@@ -109,7 +109,7 @@ class Halves:
     return self.receive(held, result), local
 
   def receive(self, held: State, result: Tree) -> State:
-    """Returns the eager method's state after its exchange."""
+    """Returns an eager method's state after an exchange."""
     value, sent = result
     return self.method.receive(value, sent, held, key=jax.random.key(0))
 

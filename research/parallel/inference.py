@@ -18,10 +18,10 @@ def layout_of(job: Job) -> layouts.Layout:
     job: the job.
 
   Raises:
-    ValueError: if the population is not a multiple of the workers; if workers serve several clients
-      or drop out and the method keeps a worker's chunk or sends to neighbours; if participation is
-      partial and the method needs everyone's earlier messages; or if clients are sampled at a rate
-      and the method keeps per-client state.
+    ValueError: if the population is not a multiple of the number of workers; if workers serve
+      several clients or drop out, but the method keeps one chunk per worker or sends to neighbours;
+      if participation is partial, but the method needs the earlier messages of all workers; or if
+      clients are sampled at a rate, but the method keeps per-client state.
   """
   job = workers.blocked(resolved(job))
   if len(job.sizes) % job.workers:

@@ -25,7 +25,7 @@ class Job(NamedTuple):
   axes: dict[str, int]  # axis sizes of the mesh
   sizes: np.ndarray  # [P], examples per client
   batch_size: int | None  # examples per worker and step; None: all examples of a client
-  clip_norm: float = 0.0  # maximum norm of a worker's gradient, before the method; 0: no clipping
+  clip_norm: float = 0.0  # norm to which a worker's gradient is clipped; 0: no clipping
   sampling_rate: float = 0.0  # rate of Poisson sampling of clients; 0: one client per worker
   dropout: float = 0.0  # probability that a worker's message of a round is lost
   order: np.ndarray | None = None  # [E] int32, clients that a single worker serves in turn
@@ -56,7 +56,7 @@ class Job(NamedTuple):
     return self.method.passes > 0 and self.batch_size is not None and not self.even
 
   def own_steps(self, sizes: Any) -> Any:
-    """Returns the local steps per round of clients with `sizes` examples, for rounds in epochs."""
+    """Returns the local steps per round of clients with `sizes` examples, if rounds last epochs."""
     batches = sizes // sizes if self.batch_size is None else sizes // self.batch_size
     return self.method.passes * (batches + (batches == 0))
 

@@ -17,7 +17,7 @@ from research.core.base import Chunk, Own, Tree
 
 
 class Layout(NamedTuple):
-  """The privacy and shape of each leaf of a method's state and of `Local`."""
+  """Which leaves of a method's state and of `Local` are private, and the leaves' shapes."""
 
   state: Tree  # tree of bool, whether a leaf of the state is private
   local: Tree  # tree of bool, whether a leaf of Local is private

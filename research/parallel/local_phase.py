@@ -19,8 +19,8 @@ from research.parallel.job import Job
 def measured_and_clipped_grad(job: Job, inside: sharded.Inside) -> Callable[..., tuple[Any, Tree]]:
   """Returns a function (params, batch, key) -> (measurements, gradient) of one step.
 
-  Measurements are the loss as "loss" and the task's own metrics. The gradient is this worker's
-  gradient, clipped to the norm `clip_norm` if `clip_norm` is positive.
+  The measurements are the loss, named "loss", and the task's own metrics. The gradient is this
+  worker's gradient, clipped to the norm `clip_norm` if `clip_norm` is positive.
 
   Args:
     job: the resolved job.

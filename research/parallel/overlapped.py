@@ -108,7 +108,7 @@ class _Overlapped(Programs):
     return Flight(state._replace(method=self.halves.held(state.method)), there, air, number, ())
 
   def settled(self, state: TrainState | Flight) -> TrainState:
-    """Waits for the exchanges in flight, and returns the state of `spmd` after the same rounds."""
+    """Waits for the exchanges in flight; returns the state that `spmd` has after these rounds."""
     if isinstance(state, TrainState):
       return state
     links = zip(state.links, self.links, strict=True)
@@ -160,14 +160,15 @@ class _Overlapped(Programs):
     return Flight(TrainState(number, key, held), links, air, flight.number + 1, recent), measured
 
   def alone(self, state: TrainState | Flight, data: Data) -> tuple[float, float]:
-    """Measures the time of a local step alone, and of the exchange alone, per local step.
+    """Measures the computation alone and the exchange alone, in seconds per local step.
 
     Args:
       state: the state of the run; the function advances only a copy.
       data: as for `run`.
 
     Returns:
-      The seconds per local step of computing and of the exchange, medians of three turns.
+      The time of the computation and the time of the exchange; each is a median of three
+      measurements.
     """
     every = range(self.halves.fragments)
     results = [self.tools.nothing(p) for p in every]

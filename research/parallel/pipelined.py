@@ -1,19 +1,20 @@
 """Runs rounds of one worker so that a compiler can overlap an exchange with the next local phase.
 
-In the body of a loop over rounds, an exchange at the end cannot overlap with anything: the next
-local steps belong to the next turn of the loop. Here the body of the loop starts with the exchange
-of the previous round's message, which the loop carries, and the local phase is cut at the step at
-which the result is due:
+At the end of the body of a loop over rounds, an exchange cannot overlap with anything: the next
+local steps belong to the next iteration. Here, the body starts with the exchange of the previous
+round's message, which the loop carries, and the local phase is split at the step at which the
+result is due:
 
     first round:   steps, message
     other rounds:  exchange | steps [0, tau); receive; steps [tau, h); message
     at the end:    exchange
 
 The results and the number of exchanges are those of `workers.rounds_of_worker`. Between TPU slices,
-XLA sends while it computes the first steps. XLA:CPU overlaps nothing, and there the sequential form
-is used, which compiles faster.
+XLA sends while it computes the first steps. XLA:CPU overlaps nothing, so it uses the sequential
+form, which compiles faster.
 
-With several fragments, the fragment of each exchange is static, so that no exchange is in a branch.
+With several fragments, the fragment of each exchange is static, so that no exchange is inside a
+conditional.
 """
 
 from typing import Any, NamedTuple
@@ -52,7 +53,7 @@ class Pieces:
   def message(
     self, fragment: int, local: Local, state: State, key: Key, presence: Presence
   ) -> tuple[Tree, State]:
-    """Ends a round; returns the message of a fragment, and the state without its result."""
+    """Ends a round: returns a fragment's message, and the state without the exchange's result."""
     del fragment
     return self.method.message(local, state, key=key, presence=presence)
 
@@ -70,7 +71,7 @@ class Pieces:
     return self.method.receive(found.value, found.sent, state, key=key, presence=presence)
 
   def arrived(self, fragment: int, local: Local, state: State) -> Local:
-    """Returns the Local after the step at which a result is due in a round of a fragment."""
+    """Receives the result that is due in a round of `fragment`, if any; returns the Local."""
     del fragment, state
     return local
 
@@ -140,7 +141,7 @@ def rounds_shown(run: Any) -> int:
 
 
 def overlaps(job: Job, mesh: Mesh) -> bool:
-  """Returns whether the rounds of a job are run in this form on a mesh.
+  """Returns whether the rounds of a job are run in the pipelined form on a mesh.
 
   Args:
     job: the resolved job.
@@ -261,7 +262,7 @@ class _Rounds:
   def _rest(
     self, fragment: int, early: tuple[Local, list[Metrics]], state: State, number: Array, lot: Draw
   ) -> tuple[tuple[State, Sending], Metrics]:
-    """Ends a round: receives the result that is due, runs the other steps, makes a message."""
+    """Ends a round: receives the result that is due, runs the other steps, returns a message."""
     (local, found), first = early, self.pieces.steps_early
     local = self.pieces.arrived(fragment, local, state)
     if first < self.waiting.method.local_steps:

@@ -1,4 +1,4 @@
-"""Converts a saved state for a mesh with other workers, or with other devices inside a worker.
+"""Converts a state that was saved on one mesh to the layout of another mesh.
 
 Leaves whose global shape does not depend on the mesh are copied. Other leaves have a row per
 client, a chunk per worker or, in `Blocks`, a block per device of a worker. These rows, chunks and
@@ -211,7 +211,7 @@ def stranger(saved: Placed, here: Placed) -> str | None:
 
 
 def origins(saved: Placed, here: Placed) -> dict[str, str]:
-  """Maps each leaf's name to the saved leaf that can fill it; omits other leaves.
+  """Maps the name of a leaf to the name of the saved leaf that can fill it, if there is one.
 
   Args:
     saved: the saved state.

@@ -13,26 +13,26 @@ class RuleCut(NamedTuple):
   """The sharding of parameters of one shape."""
 
   cut: dict[str, int]  # axis name to dimension
-  first: int  # number of leading dimensions, of stacked layers: along `stage` or unsharded
+  first: int  # number of leading dimensions: stacked layers, sharded along `stage` or not
 
 
 def by_shape(sizes: Mapping[str, int], task: Task) -> dict[tuple[int, ...], RuleCut]:
-  """Applies a task's sharding rules, keyed by parameter shape.
+  """Maps each parameter shape to the sharding that a task's rules specify for it.
 
   A rule (pattern, axes) applies to the parameters whose path, such as 'layers/attention/query',
   matches the regular expression; its axes name the last dimensions. The first rule that matches is
   used. State with the shape of a parameter (moments, memories) is sharded like the parameter, so
   all parameters of one shape must be sharded in the same way. An axis written 'model?' shards a
-  dimension only if its size divides the dimension. Leading dimensions that a rule does not name are
-  dimensions of stacked layers; the last of these dimensions is sharded along `stage`.
+  dimension only if the axis size divides it. Leading dimensions that a rule does not name are those
+  of stacked layers; the last of these dimensions is sharded along `stage`.
 
   Args:
     sizes: the sizes of the axes inside a worker.
     task: the task, with its sharding rules.
 
   Raises:
-    ValueError: if an axis does not divide a dimension, an axis shards no parameter, or rules differ
-      for parameters of one shape.
+    ValueError: if an axis does not divide a dimension, an axis shards no parameter, or the rules
+      for parameters of one shape differ.
   """
   found: dict[tuple[int, ...], tuple[str, RuleCut]] = {}
   params = jax.eval_shape(task.init, jax.random.key(0))

@@ -108,7 +108,7 @@ def replicas(axes: Mapping[str, int]) -> int:
 
 
 def _largest(shape: tuple[int, ...], dimensions: Sequence[int], size: int) -> int | None:
-  """Returns the largest of `dimensions` that `size` divides; None if the leaf is replicated."""
+  """Returns the largest of `dimensions` that `size` divides; None if `size` divides none."""
   fitting = [d for d in dimensions if shape[d] % size == 0 and shape[d] >= size]
   return max(fitting, key=lambda d: shape[d], default=None)
 
@@ -177,8 +177,8 @@ def inside(axes: Mapping[str, int], cut: Cut | None, zero: int) -> Inside:
   Args:
     axes: the axes of the mesh.
     cut: the sharding of the leaves.
-    zero: the ZeRO stage, which shards along `fsdp` the state without the parameters (1), also the
-      gradients (2), or also the parameters (3).
+    zero: the ZeRO stage. Along `fsdp`, stage 1 shards the state except the parameters; stage 2 also
+      shards the gradients, and stage 3 the parameters as well.
   """
   size = axes.get("fsdp", 1)
   if size == 1:

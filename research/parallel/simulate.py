@@ -41,7 +41,7 @@ def simulate(job: Job) -> Executor:
     job: the job.
 
   Raises:
-    ValueError: if the population is not a multiple of the workers.
+    ValueError: if the population is not a multiple of the number of workers.
   """
   layout = inference.layout_of(job)
   job = workers.blocked(resolved(job))._replace(axes=meshes.worker_axes(job.axes))

@@ -29,7 +29,8 @@ def spmd(job: Job) -> Executor:
 
   Raises:
     ValueError: if the mesh does not fit the devices, the model or the batch, the population is not
-      a multiple of the workers, or the method's exchange does not support sharding inside a worker.
+      a multiple of the number of workers, or the method's exchange does not support sharding inside
+      a worker.
   """
   mesh = meshes.device_mesh(job.axes, job.devices)
   job, layout = resolved(job), inference.layout_of(job)
@@ -126,7 +127,7 @@ def _lies_along(axis: str, program: core.Jaxpr) -> bool:
 
 
 def _only_sums(job: Job, layout: layouts.Layout) -> None:
-  """Rejects encoders of sharded leaves, since encoding would communicate inside a worker."""
+  """Rejects methods that encode sharded leaves: encoding would communicate inside a worker."""
   found = traffic.of_method(job, layout, 1).transfers
   others = {t.operation for t in found} - {"all-reduce"}
   inner = ", ".join(name for name in job.axes if name not in meshes.worker_axes(job.axes))

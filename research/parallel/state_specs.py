@@ -27,10 +27,10 @@ def state_specs(
 ) -> StateSpecs:
   """Infers the sharding of the state of an optimizer that contains `aggregated` or `as_optax`.
 
-  Some state of such an optimizer is private to each worker, such as an error feedback memory. If
-  private state were declared as replicated (`out_specs=P()`), a single array would silently
-  represent W different values. Private leaves are inferred by tracing one update. A private leaf
-  [n, ...] becomes an array [W n, ...] outside of `shard_map`.
+  Some of this state, such as an error feedback memory, is private to each worker. If private state
+  were declared as replicated (`out_specs=P()`), a single array would silently represent W different
+  values. Private leaves are inferred by tracing one update. A private leaf [n, ...] becomes an
+  array [W n, ...] outside of `shard_map`.
 
       specs = state_specs(optimizer, params, mesh, axis="batch")
       state = init_state(optimizer, params, mesh, axis="batch")
@@ -45,8 +45,8 @@ def state_specs(
       along other axes of the mesh (FSDP), the corresponding leaves of the state are sharded in the
       same way.
     mesh: a mesh with the worker axes.
-    axis: the name or names of the worker axes, slow links first; by default, those of 'slice' and
-      'data' that the mesh has.
+    axis: the name or names of the worker axes, slow links first; by default, whichever of
+      'slice' and 'data' the mesh has.
 
   Returns:
     The specs and shardings, in the structures of the state and of the parameters.

@@ -14,7 +14,7 @@ from research.parallel.job import Job
 
 
 def of_method(job: Job, layout: layouts.Layout, rounds: int) -> wire.Traffic:
-  """Returns the traffic of one worker's algorithm in the first few rounds.
+  """Returns the traffic of one worker's algorithm in the first `rounds` rounds.
 
   Args:
     job: the resolved job.

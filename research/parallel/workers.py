@@ -21,7 +21,9 @@ from research.parallel.local_phase import local_phase
 
 
 def blocked(job: Job) -> Job:
-  """Returns the job with blockwise aggregation if leaves are sharded, for one device per worker.
+  """Returns the job with blockwise aggregation if its mesh shards leaves.
+
+  The result needs no mesh: one device aggregates all blocks of a worker.
 
   Args:
     job: the job.
@@ -253,9 +255,9 @@ def as_metrics(measured: Metrics, norms: Metrics, finite: Array) -> dict[str, An
     finite: whether all state is finite.
 
   Returns:
-    The entries "loss" [K H] and "finite"; if the task has its own metrics, "auxiliary", with [K H]
-    by name; with diagnostics, "norms", with [K] for each of `diagnostics.NAMES` and [K H] for the
-    gradient.
+    The entries "loss" [K H] and "finite"; if the task has its own metrics, also "auxiliary", arrays
+    [K H] by name; with diagnostics, also "norms", an array [K] for each of `diagnostics.NAMES` and
+    an array [K H] for the gradient.
   """
   own = {name: x for name, x in measured.items() if name not in ("loss", GRADIENT)}
   if GRADIENT in measured:

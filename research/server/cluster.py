@@ -34,7 +34,7 @@ def running(config: Config, processes: int, model_bytes: int) -> Iterator[Any]:
   os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
   os.environ["RAY_AUTH_MODE"] = "token"
   os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-  # Time for which Ray's agents outlive a killed Ray; there is no other Ray to which to reconnect.
+  # How long Ray's agents outlive a killed Ray; there is no other Ray for them to reconnect to.
   os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
   if config.node_ip in _LOOPBACK:  # on Linux, Ray otherwise uses the machine's address
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"

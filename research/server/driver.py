@@ -31,7 +31,7 @@ _POLL = 0.1  # seconds between two polls of the head
 def train(
   config: Config, hooks: Sequence[Hook | Callable[[BaseRun, Event], str | None]] = ()
 ) -> tuple[dict[str, Any], Path]:
-  """Starts or resumes the run that the flags describe, as `loop.train` for --executor=server.
+  """Starts or resumes the run that the flags describe; the `loop.train` of --executor=server.
 
   Args:
     config: the run's flags.
@@ -42,7 +42,7 @@ def train(
 
   Raises:
     UsageError: if a flag is invalid, or all workers are refused.
-    CheckpointError: if the run has checkpoints and no checkpoint is intact.
+    CheckpointError: if the run has checkpoints, but none is intact.
     NonFinite: if the loss is not finite, or pushes are refused because they are not finite.
     SaveError: if a checkpoint cannot be written.
   """
@@ -129,7 +129,7 @@ class ServerRun(Polled):
     return self._event(whole)
 
   def _take_in(self, found: dict[str, Any]) -> str:
-    """Adds the contents of a report; returns the reason why the run is over, or '' if it is not."""
+    """Adds the contents of a report; returns the reason why the run is over, or ''."""
     assert self.trace
     self.trace.write(found["events"])
     self.events += found["events"]
@@ -191,7 +191,7 @@ class ServerRun(Polled):
     self.workers[handle.run.remote()] = number
 
   def _restart_servers(self, error: Exception) -> Rewound:
-    """Restarts all servers from the newest checkpoint after a server died; loses later updates."""
+    """Restarts all servers from the newest checkpoint after one died; later updates are lost."""
     self._died("servers", f"a server process has died: {' '.join(str(error).split())[:200]}")
     for server in self.servers:
       self._ray.kill(server)

@@ -203,7 +203,7 @@ def _check_worker(found: Halves, state: State, shapes: Params, name: str) -> Non
 
 
 def _check_server(found: Halves, state: State, shapes: Params, name: str) -> None:
-  """Rejects a server's half that needs or returns other worker state, or replaces the model.
+  """Rejects a server's half that needs or changes a worker's private state, or replaces the model.
 
   Raises:
     ValueError: if the half is rejected; the message gives the reason.

@@ -1,7 +1,7 @@
 """The server's consistency protocol: which pushes form an update, and which workers wait.
 
     async    every push is an update
-    ssp      as async, and no worker gets more than `bound` pieces of work ahead of the slowest
+    ssp      as async, but no worker gets more than `bound` pieces of work ahead of the slowest
     sync     an update is the mean of one push of every worker, at the same version
     elastic  an update is the mean of the pushes that arrive before the round's deadline, weighted
              by steps; a late push is not counted, and its worker restarts from the current model
@@ -226,7 +226,7 @@ class Head:
     self._round_ends = self.now() + self.rules.seconds
 
   async def _round(self, push: Push) -> None:
-    """Waits for the end of a push's round, which a straggler can prolong by one more period T."""
+    """Waits for the end of a push's round, which a straggler can extend by one more period T."""
     is_over = lambda: self.reason != "" or self.waiting.get(push.worker) != push
     while not is_over():
       left = None

@@ -85,7 +85,7 @@ class HogwildRun(Polled):
     return self._event(whole)
 
   def _look(self) -> np.ndarray:
-    """Records the steps since the last poll; returns the steps of each worker."""
+    """Records the steps since the last poll; returns each worker's total number of steps."""
     assert self.memory is not None
     taken, losses = self.memory.steps.copy(), float(self.memory.losses.sum())
     if (steps := int(taken.sum())) > self._newest:

@@ -156,7 +156,7 @@ def _check_lock_free(config: Config, apart: Halves) -> None:
 
 
 def slowdown(config: Config) -> Mapping[int, float]:
-  """Parses --slowdown: the factors that prolong the computations of workers, as in {0: 4.0}.
+  """Parses --slowdown: the factor by which each worker is slowed down, as in {0: 4.0}.
 
   Raises:
     UsageError: if the flag is malformed; the message is one line.

@@ -148,7 +148,7 @@ class Worker:
 
   @contextlib.contextmanager
   def limping(self) -> Iterator[None]:
-    """Context manager that prolongs the enclosed code by the factor of --slowdown."""
+    """Context manager that slows the enclosed code down by the factor in --slowdown."""
     start = time.monotonic()
     yield
     if self.slowdown > 1:

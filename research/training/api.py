@@ -88,7 +88,7 @@ def train(
       values.
     NonFinite: if a loss, the state or an evaluation is not finite.
     ReplicasDiffer: if the copies of the state on different devices differ.
-    CheckpointError: if the run has checkpoints and no checkpoint is intact.
+    CheckpointError: if the run has checkpoints, but none is intact.
   """
   batch_size, steps, seed = map(_plain, (batch_size, steps, seed))
   options = {name: _plain(value) for name, value in options.items()}

@@ -222,7 +222,7 @@ def _check_sampling(config: Config, workers: int) -> None:
 
 
 def assemble(config: Config, setting: Setting, devices: Sequence[Any] | None = None) -> Problem:
-  """Builds every part of a run, and checks that the parts fit each other.
+  """Builds every part of a run, and checks that the parts fit together.
 
   Args:
     config: the numbers and switches of the run.

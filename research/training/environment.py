@@ -46,7 +46,7 @@ def starting() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _said(*errors: type[Exception]) -> Iterator[None]:
-  """Context manager that converts JAX's errors to one line with JAX's environment variables."""
+  """Context manager that converts JAX's errors to one line, which lists the JAX_* variables."""
   try:
     yield
   except errors as error:

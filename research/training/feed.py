@@ -1,4 +1,4 @@
-"""Provides the training data of each dispatch, from the devices or read one dispatch ahead."""
+"""Provides the data of each dispatch, which stays on the devices or is read one dispatch ahead."""
 
 import functools
 
@@ -15,7 +15,7 @@ from research.training.config import Config, called, flag
 
 
 def buffers(config: Config, method: Method, owners: int, batch_size: int) -> np.ndarray:
-  """Returns the buffer size [P] of each worker in examples, as the longest dispatch requires.
+  """Returns the buffer sizes [P] of the workers in examples, enough for the longest dispatch.
 
   Args:
     config: provides the steps per dispatch.

@@ -48,7 +48,7 @@ def of_specs(task: Task, *parts: Any) -> dict[str, str]:
 def of_objects(task: Task, *parts: Any) -> dict[str, str]:
   """Computes the fingerprints of a run that is built from a program's objects.
 
-  The hash of a function covers its bytecode and captured values, but no comments and no paths. The
+  The hash of a function covers its bytecode and captured values, but not comments or paths. The
   hash of an object without fields or leaves covers only its type.
 
   Args:

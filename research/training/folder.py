@@ -180,7 +180,7 @@ def finished(
 ) -> dict[str, Any] | None:
   """Returns the summary of a complete run with the same flags, data and code, or None.
 
-  The function returns None for an edited summary that cannot be shown, so the run recomputes it.
+  If the summary was edited and cannot be shown, the result is None, so the run recomputes it.
 
   Args:
     config: the run.

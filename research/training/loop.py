@@ -49,7 +49,7 @@ def train(config: Config) -> tuple[dict[str, Any], Path]:
 
   Raises:
     UsageError: if a flag is invalid.
-    CheckpointError: if the run has checkpoints and no checkpoint is intact.
+    CheckpointError: if the run has checkpoints, but none is intact.
     NonFinite: if a loss, the state or an evaluation is not finite.
     ReplicasDiffer: if the copies of the state on different devices differ.
   """
@@ -230,7 +230,7 @@ class Run(BaseRun):
     self.data.ahead(self.step, to)
 
   def alone(self) -> tuple[float, float]:
-    """Returns the seconds per step of computing and of the exchange, each measured alone."""
+    """Returns the seconds per step of the computation and of the exchange, each measured alone."""
     measure = self.problem.executor.alone
     assert measure
     return measure(self._state, self.data.placed)

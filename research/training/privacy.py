@@ -43,8 +43,8 @@ class _Uncounted(Exception):
 def spending(config: Config, job: Job, layout: Layout) -> Spent:
   """Computes the privacy that a run spends.
 
-  The types of the method's parts show the noise. If some parts are defined outside this library,
-  one traced round is also searched for noise.
+  The noise is known from the types of the method's parts. If some parts are defined outside this
+  library, one traced round is also searched for noise.
 
   Args:
     config: provides delta and the flags.
@@ -175,7 +175,7 @@ def _sync(job: Job, layout: Layout) -> tuple[Callable[..., Any], tuple[Any, ...]
 
 
 def _adds_noise(job: Job, layout: Layout) -> bool:
-  """Returns whether a traced round adds noise that the method's parts do not show."""
+  """Returns whether a traced round adds noise that is not known from the method's parts."""
 
   def is_in(jaxpr: Any) -> bool:
     return any(

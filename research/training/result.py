@@ -88,7 +88,7 @@ class Result:
       A matplotlib Figure.
 
     Raises:
-      ValueError: if `what` has another value, or the run recorded no diagnostics.
+      ValueError: if `what` is neither of these, or the run recorded no diagnostics.
     """
     if what == "loss":
       return figures.loss_figure(self.metrics, self.summary)

@@ -28,7 +28,7 @@ class BaseRun:
     reason: the reason why the run stops; "" while the run continues.
     state: the state that a checkpoint stores.
     metrics: the metrics of the newest dispatch.
-    kept: a function that returns a description of the remaining checkpoint, for messages.
+    kept: a function that describes the checkpoint that a failed run leaves, for messages.
     before_aside: a function that is called before work other than training steps.
   """
 

@@ -89,8 +89,8 @@ def _between(ends: np.ndarray, rounds: float, start: float = 0.0) -> float:
 def played(speeds: clock.Speeds, plan: Plan, workers: int, seed: int) -> Callable[[int], Virtual]:
   """Returns a function that maps a number of rounds to their times.
 
-  A method that serves workers one by one receives each result when it is ready. With any other
-  method, every round waits for the slowest worker.
+  A method that serves one worker at a time receives each worker's result as soon as it is ready.
+  With any other method, every round waits for the slowest worker.
 
   Args:
     speeds: the distribution of the workers' step times.

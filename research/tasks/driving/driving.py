@@ -31,23 +31,23 @@ def driving(
 
   `python experiments/drive.py --do=record` records the scenes. An example is a scene: the ego
   vehicle and its eight nearest neighbours, each described by ten numbers (`scene.features`). The
-  five actions are: change lane to the left, do nothing, change lane to the right, go faster, go
-  slower. Without DAgger (`rounds=0`) the scenes are those that the expert gets into; each round
-  adds scenes that an imitating policy got into, with the expert's action (Ross et al. 2011).
+  five actions are: change to the left lane, do nothing, change to the right lane, speed up, slow
+  down. Without DAgger (`rounds=0`), the scenes are those that the expert reached. Each round of
+  DAgger adds scenes that an imitating policy reached, with the expert's action (Ross et al. 2011).
 
-  There is a fleet for each scenario: highway, merge, roundabout and intersection, in this order.
+  There is one fleet per scenario: highway, merge, roundabout and intersection, in this order.
   `--partition="by_owner()"` makes each fleet a worker. Every tenth episode of round 0 is held out
   for testing. Metrics: "loss", "accuracy", and the accuracy in each scenario.
 
   Args:
-    path: the folder of the recording, also looked for in $RESEARCH_DATA_DIR and the user's cache.
+    path: the folder of the recording; $RESEARCH_DATA_DIR and the user's cache are also searched.
     rounds: rounds of DAgger to train on, at most as many as were recorded.
-    only: the scenario of the only fleet that trains; "": all.
+    only: the scenario of the one fleet that trains; "" means all fleets.
     l2: weight of l2/2 ||params||^2.
     model: outputs -> module, called with 5; the module takes scenes [b, 9, 10].
 
   Raises:
-    ValueError: there is no such recording, scenario or round, or a file was changed.
+    ValueError: if there is no such recording, scenario or round, or a file was changed.
 
   Reference: Ross, Gordon, Bagnell, 2011, A reduction of imitation learning and structured
     prediction to no-regret online learning, arXiv:1011.0686 (DAgger); highway-env, Leurent, 2018.
@@ -72,7 +72,7 @@ def driving(
 
 
 def _examples(parts: list[tuple[int, str, Batch]], tested: bool) -> Batch:
-  """The examples of some blocks, with the number of the fleet of each example."""
+  """Returns the examples of some blocks, with the number of each example's fleet."""
   fleets, numbers = [*SCENARIOS], []
   rows: list[Batch] = []
   for number, name, arrays in parts:
@@ -87,7 +87,7 @@ def _examples(parts: list[tuple[int, str, Batch]], tested: bool) -> Batch:
 def _by_scenario(
   module: nn.Module, test: Batch, fleet: np.ndarray, names: list[str]
 ) -> Callable[[Params], dict[str, Array]]:
-  """The share of test scenes of each scenario in which a model chooses the expert's action."""
+  """Returns a function that computes the accuracy on the test scenes of each scenario."""
   fleets = [*SCENARIOS]
 
   def measure(params: Params) -> dict[str, Array]:

@@ -1,4 +1,4 @@
-"""Drives episodes in closed loop, and keeps what was seen and what an expert would have done."""
+"""Drives episodes in closed loop, and records the scenes and the expert's actions in them."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,17 +10,17 @@ from research.tasks.driving.scene import FEATURES, NEIGHBOURS, Driver, features,
 
 
 class Outcome(NamedTuple):
-  """How an episode went."""
+  """The result of an episode."""
 
   crashed: bool
   success: bool  # reached the goal without a collision
   metres: float
   seconds: float
-  headway: float  # seconds to the vehicle ahead, mean over decisions with one; nan if none
+  headway: float  # mean seconds to the vehicle ahead, over decisions that have one; or nan
 
 
 class Drive(NamedTuple):
-  """An episode: its outcome, and for every decision the scene and the expert's action."""
+  """An episode: its outcome, and the scene and the expert's action at every decision."""
 
   outcome: Outcome
   x: np.ndarray  # float32 [n, 1 + NEIGHBOURS, FEATURES]
@@ -38,12 +38,12 @@ def drive(
   """Drives one episode until a collision, the goal, or the end of the scenario's time.
 
   Args:
-    environment: made by `scenarios.make`.
-    name: its scenario.
-    seed: of the traffic; it determines the episode together with the driver.
-    driver: chooses the actions.
-    expert: says what it would have done in each scene; None for the driver itself.
-    watch: called with the environment before every decision.
+    environment: an environment from `scenarios.make`.
+    name: the environment's scenario.
+    seed: the seed of the traffic; seed and driver determine the episode.
+    driver: the driver that chooses the actions.
+    expert: the driver whose actions are recorded; None means `driver`.
+    watch: a function that is called with the environment before every decision.
   """
   environment.reset(seed=seed)
   vehicle, rows, actions, headways = environment.vehicle, [], [], []

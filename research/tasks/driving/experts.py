@@ -10,11 +10,11 @@ LEFT, IDLE, RIGHT, FASTER, SLOWER = range(5)  # the simulator's actions
 ACTIONS = 5
 UNIT = 5.0  # m/s between two speeds that the ego can track
 LAG, SIDEWAYS = 0.6, 0.7  # time constants of the ego's speed and of its lateral position, seconds
-_STAGES = 4  # of one second each, in which an action is held
+_STAGES = 4  # number of one-second stages; the action is constant within a stage
 _PLANS = np.array(
   [*itertools.product(range(ACTIONS), *[(IDLE, FASTER, SLOWER)] * (_STAGES - 1))]
 )  # [S, _STAGES]: only the first action changes the lane
-_CIRCLES = np.array([-1.25, 1.25])  # along a vehicle: two circles that cover it
+_CIRCLES = np.array([-1.25, 1.25])  # metres along a vehicle: centres of two circles that cover it
 _RADIUS = 1.6
 _PACES = ((1.0, 10.0), (0.7, 1.0), (1.3, 1.0))  # relative speeds of the others, and penalties
 
@@ -22,17 +22,17 @@ _PACES = ((1.0, 10.0), (0.7, 1.0), (1.3, 1.0))  # relative speeds of the others,
 def planner(scene: Scene) -> int:
   """Searches the tree of the ego's actions in the next four seconds and returns the first action.
 
-  A node is the ego after an action has been held for one second. Each of the four levels has three
-  actions that change or keep the speed; the first level also has the two lane changes. The ego's
-  speed and offset approach their targets exponentially, and the others move as predicted in the
-  scene. The value of a leaf is its mean speed, relative to the highest one, minus penalties: for a
-  collision, larger if it is earlier; for a headway below a second; and for a lane change. Among
-  leaves with a collision, a lower speed is better. Collisions that would only happen if the others
-  were 30% slower or faster count a tenth. Unless the ego changes lanes, vehicles behind it on its
-  lane are expected to brake.
+  A node is the state of the ego after it has held an action for one second. Each of the four levels
+  has three actions that change or keep the speed; the first level also has the two lane changes.
+  The ego's speed and offset approach their targets exponentially, and the other vehicles move as
+  predicted in the scene. The value of a leaf is its mean speed, relative to the highest speed,
+  minus three penalties: for a collision, which costs more if it is earlier; for a headway below a
+  second; and for a lane change. Among leaves with a collision, a lower speed is better. Collisions
+  that would only happen if the other vehicles were 30% slower or faster count a tenth. Unless the
+  ego changes lanes, vehicles behind it in its lane are expected to brake.
 
   Args:
-    scene: what the driver perceives.
+    scene: the scene that the driver perceives.
   """
   speed, along, lateral = _moves(scene)
   progress = np.mean(speed, 1) / scene.limit
@@ -48,7 +48,7 @@ def planner(scene: Scene) -> int:
 
 
 def _moves(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Speed, distance along the path and lateral offset of every plan at TIMES[1:], [S, T - 1]."""
+  """Returns speed, distance and lateral offset of every plan at TIMES[1:], each [S, T - 1]."""
   ego, count = scene.vehicle, len(_PLANS)
   speed = np.full(count, max(ego.speed, 0.0))
   target = np.full(count, float(ego.target_speed))
@@ -72,7 +72,7 @@ def _moves(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _risk(
   scene: Scene, place: np.ndarray, heading: np.ndarray, speed: np.ndarray, changes: np.ndarray
 ) -> np.ndarray:
-  """The penalty of every plan for collisions and short headways, [S]."""
+  """Returns the penalties [S] of the plans for collisions and short headways."""
   counts = changes[:, None] | ~scene.follows[None]  # [S, K]
   way = np.stack([np.cos(heading), np.sin(heading)], -1)[:, :, None]  # [S, T, 1, 2]
   ticks = np.arange(1, len(TIMES))
@@ -91,7 +91,7 @@ def _risk(
 
 
 def _touches(between: np.ndarray, way: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-  """Whether the ego and each other vehicle are too close, [S, T, K]; the margin grows with time."""
+  """Returns whether the ego is too close to each vehicle, [S, T, K]; the margin grows with time."""
   nearest = np.full(between.shape[:3], np.inf)
   for a, b in itertools.product(_CIRCLES, _CIRCLES):
     apart = between + b * theirs - a * way
@@ -103,7 +103,7 @@ def _touches(between: np.ndarray, way: np.ndarray, theirs: np.ndarray) -> np.nda
 def _short(
   between: np.ndarray, way: np.ndarray, theirs: np.ndarray, speed: np.ndarray
 ) -> np.ndarray:
-  """By how much the headway is below a second, from 0 to 1, averaged over time, [S]."""
+  """Returns how far the headway is below one second, in [0, 1], averaged over time, [S]."""
   ahead = np.sum(between * way, -1)
   aside = np.abs(between[..., 1] * way[..., 0] - between[..., 0] * way[..., 1])
   leads = (aside < 2) & (ahead > 0) & (np.sum(theirs * way, -1) > 0.7)
@@ -115,10 +115,10 @@ def idm(scene: Scene) -> int:
   """Drives like highway-env's IDM and MOBIL vehicles, with the ego's actions.
 
   MOBIL chooses a lane change, and IDM an acceleration. An acceleration above 1 m/s^2 becomes the
-  action to go faster, and one below -1 m/s^2 the action to go slower.
+  action FASTER, and an acceleration below -1 m/s^2 becomes SLOWER.
 
   Args:
-    scene: what the driver perceives.
+    scene: the scene that the driver perceives.
 
   Reference: Treiber, Hennecke, Helbing, 2000, arXiv:cond-mat/0002177 (IDM); Kesting, Treiber,
     Helbing, 2007, General lane-changing model MOBIL for car-following models.

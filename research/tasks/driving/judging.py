@@ -11,7 +11,7 @@ from research.tasks.driving import episodes, recorded, scenarios
 from research.tasks.driving.scene import Driver, features
 
 RESAMPLES = 2000
-_Z = 1.959964  # of a two-sided 95% interval
+_Z = 1.959964  # normal quantile of a two-sided 95% interval
 
 
 class Interval(NamedTuple):
@@ -23,10 +23,10 @@ class Interval(NamedTuple):
 
 
 def policy(model: Callable[[Any], Any]) -> Driver:
-  """The driver that takes the action with the highest output.
+  """Returns the driver that takes the action with the highest output.
 
   Args:
-    model: from scenes [b, 9, 10] to outputs [b, 5].
+    model: maps scenes [b, 9, 10] to outputs [b, 5].
   """
   choose = jax.jit(lambda x: jnp.argmax(model(x[None])[0]))
   return lambda scene: int(choose(features(scene)))
@@ -39,14 +39,14 @@ def judge(
   first: int = 0,
   told: Callable[[int], None] = lambda episodes: None,
 ) -> list[episodes.Outcome]:
-  """Drives held-out episodes, whose seeds are in no recording.
+  """Drives held-out episodes, whose seeds occur in no recording.
 
   Args:
-    driver: chooses the actions.
+    driver: the driver to judge.
     name: the scenario.
     count: number of episodes.
-    first: number of the first one; a number is the same episode for all drivers.
-    told: called after each episode with 1.
+    first: number of the first episode; a number denotes the same episode for all drivers.
+    told: a function that is called with 1 after each episode.
   """
   environment, found = scenarios.make(name), []
   for seed in range(recorded.HELD_OUT + first, recorded.HELD_OUT + first + count):
@@ -56,14 +56,14 @@ def judge(
 
 
 def measures(outcomes: Sequence[episodes.Outcome]) -> dict[str, Interval]:
-  """Collisions per 100 km, mean speed (m/s), headway (s) and success, each with its interval.
+  """Computes collisions per 100 km, speed (m/s), headway (s) and success, with their intervals.
 
-  Success has Wilson's interval. The others are ratios of sums over episodes. Their intervals are
-  percentiles of a bootstrap over episodes, which draws the same resamples for equal numbers of
-  episodes.
+  Success has Wilson's interval. The other measures are ratios of sums over episodes, and their
+  intervals are percentiles of a bootstrap over episodes. Two sets with the same number of episodes
+  get the same resamples.
 
   Args:
-    outcomes: of the episodes, at least one.
+    outcomes: the outcomes of one or more episodes.
   """
   crashed, success, metres, seconds, headway = np.array(outcomes, float).T
   near = np.isfinite(headway)
@@ -77,7 +77,7 @@ def measures(outcomes: Sequence[episodes.Outcome]) -> dict[str, Interval]:
 
 
 def bootstrapped(above: np.ndarray, below: np.ndarray) -> Interval:
-  """The ratio of two sums over episodes, with the percentiles of a bootstrap over episodes.
+  """Computes the ratio of two sums over episodes, with percentiles of a bootstrap over episodes.
 
   Args:
     above: numerators [n].
@@ -95,7 +95,7 @@ def bootstrapped(above: np.ndarray, below: np.ndarray) -> Interval:
 
 
 def wilson(successes: int, count: int) -> Interval:
-  """A share with Wilson's score interval.
+  """Computes the share of successes, with Wilson's score interval.
 
   Args:
     successes: number of successes.

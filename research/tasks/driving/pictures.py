@@ -1,4 +1,4 @@
-"""Pictures of driving scenes, rendered by the simulator."""
+"""Draws pictures of driving scenes with the simulator."""
 
 import os
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ SEED = 4
 
 
 def draw(names: Sequence[str], driver: Driver, target: Path) -> None:
-  """Draws one moment of an episode of each scenario, and writes them as one picture.
+  """Draws one moment of an episode in each scenario, and writes all of them as one picture.
 
   The ego is green.
 
   Args:
     names: the scenarios.
-    driver: drives the ego.
+    driver: the driver of the ego.
     target: the picture's path, ending in .png.
   """
   from matplotlib.figure import Figure
@@ -39,7 +39,7 @@ def draw(names: Sequence[str], driver: Driver, target: Path) -> None:
 
 
 def _moment(name: str, driver: Driver) -> np.ndarray:
-  """The image of a scenario at MOMENT."""
+  """Renders a scenario at MOMENT."""
   os.environ.setdefault("SDL_VIDEODRIVER", "offscreen")  # no display is needed
   os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
   environment, frames = scenarios.make(name, picture=True), []

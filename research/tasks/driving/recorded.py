@@ -1,4 +1,4 @@
-"""Recorded driving: blocks of episodes on disk, each with its SHA-256; recording is resumable.
+"""Stores recorded driving as blocks of episodes, each with its SHA-256; recording is resumable.
 
 A folder contains episodes.json, which lists the blocks, and one .npz file per block: "x"
 [n, vehicles, features], the expert's actions "y" [n], and the number of the "episode" [n].
@@ -35,19 +35,20 @@ def record(
   """Drives the episodes that a folder does not have yet, and records them.
 
   Args:
-    folder: of the recording; created if needed.
+    folder: the folder of the recording; created if needed.
     names: the scenarios.
-    count: episodes of each scenario, a multiple of BLOCK.
-    driver: chooses the actions: the expert itself, or a policy whose mistakes it corrects (DAgger).
-    expert: chooses the recorded actions.
+    count: number of episodes per scenario, a multiple of BLOCK.
+    driver: the driver of the ego: the expert, or a policy that the expert corrects (DAgger).
+    expert: the driver whose actions are recorded.
     number: the round: 0 for the expert's own driving, 1 and above for DAgger.
-    told: called after each block with its number of episodes; existing blocks count too.
+    told: a function that is called with the number of episodes of each block, whether the block is
+      new or exists already.
 
   Returns:
     The SHA-256 of the list of blocks.
 
   Raises:
-    ValueError: count is not a positive multiple of BLOCK, or the index is not valid.
+    ValueError: if count is not a positive multiple of BLOCK, or the index is invalid.
   """
   if count < BLOCK or count % BLOCK or count > ROUND:
     raise ValueError(f"episodes={count} is not a multiple of {BLOCK} in [{BLOCK}, {ROUND}]")
@@ -69,10 +70,10 @@ def record(
 
 
 def found(path: str) -> Path:
-  """A recording's folder: in the working directory, in $RESEARCH_DATA_DIR or in the user's cache.
+  """Finds a recording in the working directory, in $RESEARCH_DATA_DIR or in the user's cache.
 
   Args:
-    path: of the folder, absolute or relative to one of these.
+    path: the path of the folder, absolute or relative to one of these.
   """
   own = paths.local(path)
   places = [own, *(folder / own for folder in _of_data())]
@@ -80,10 +81,10 @@ def found(path: str) -> Path:
 
 
 def default() -> Path:
-  """The default folder: "driving" in the data folder, or else in the user's cache.
+  """Returns the default folder: "driving" in the data folder or, without one, in the user's cache.
 
   Raises:
-    ValueError: there is neither.
+    ValueError: if there is neither.
   """
   places = _of_data()
   if not places:
@@ -97,13 +98,13 @@ def _of_data() -> list[Path]:
 
 
 def blocks(folder: str | Path) -> Iterator[tuple[int, str, dict[str, np.ndarray]]]:
-  """Reads a folder's blocks: the round, the scenario and the arrays of each.
+  """Yields the round, the scenario and the arrays of each block in a folder.
 
   Args:
-    folder: of the recording.
+    folder: the folder of the recording.
 
   Raises:
-    ValueError: a file is missing or is not the one that was recorded.
+    ValueError: if a file is missing or has changed since it was recorded.
   """
   folder = paths.local(folder)
   for block, kept in _index(folder).items():

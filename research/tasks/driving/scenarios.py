@@ -1,4 +1,4 @@
-"""The roads that fleets drive on: scenarios of highway-env, with the same actions in all of them.
+"""The scenarios in which fleets drive: roads of highway-env, all with the same actions.
 
 Only the extra `driving` installs the simulator, which is imported when `make` is called.
 """
@@ -8,18 +8,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-DECISIONS = 2  # per second
-FRAMES = 6  # of the simulation per second
+DECISIONS = 2  # decisions per second
+FRAMES = 6  # frames of the simulation per second
 
 
 class Scenario(NamedTuple):
-  """A road, what counts as success on it, and the time that it may take."""
+  """A road, the goal on this road, and the time limit."""
 
   environment: str  # module and class in highway_env.envs
   limit: float  # the highest speed that the ego can choose, m/s
   seconds: float
   config: dict[str, Any]
-  goal: str  # the last road of the ego; "" if success is to drive until the end
+  goal: str  # the last road of the ego; "" means to drive until the time limit
 
 
 PICTURE = {"screen_width": 600, "screen_height": 300}  # pixels
@@ -48,14 +48,14 @@ SCENARIOS: dict[str, Scenario] = {
 
 
 def make(name: str, picture: bool = False) -> Any:
-  """Makes the environment of a scenario, to be reset with a seed.
+  """Creates the environment of a scenario; reset it with a seed before use.
 
   Args:
     name: one of SCENARIOS.
     picture: whether the environment must be able to render.
 
   Raises:
-    ModuleNotFoundError: highway-env is not installed.
+    ModuleNotFoundError: if highway-env is not installed.
   """
   found = SCENARIOS[name]
   module, kind = found.environment.split(".")
@@ -76,7 +76,7 @@ def make(name: str, picture: bool = False) -> Any:
 
 
 def arrived(name: str, vehicle: Any) -> bool:
-  """Whether the ego has reached the last road of its scenario.
+  """Returns whether the ego has reached the last road of its scenario.
 
   Args:
     name: the scenario.

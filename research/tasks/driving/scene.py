@@ -1,6 +1,6 @@
-"""What a driver perceives: its path ahead, and where the other vehicles are and will be.
+"""Computes what a driver perceives: the path ahead, and the other vehicles now and in future.
 
-Reads the vehicles and the road network of highway-env, and has no dependency on the package itself.
+This module reads the vehicles and the road network of highway-env without importing the package.
 """
 
 from collections.abc import Callable
@@ -8,17 +8,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-NEIGHBOURS = 8  # vehicles that a driver perceives, the nearest ones
+NEIGHBOURS = 8  # number of vehicles that a driver perceives: the nearest ones
 RANGE = 100.0  # metres
 STEP = 0.25  # seconds between two predicted positions
 HORIZON = 4.0  # seconds
 TIMES = np.arange(0, HORIZON + STEP / 2, STEP)
 FEATURES = 10  # per vehicle
-LENGTH, WIDTH, LANE = 5.0, 2.0, 4.0  # metres, of a vehicle and of a lane
+LENGTH, WIDTH, LANE = 5.0, 2.0, 4.0  # metres: a vehicle's length and width, a lane's width
 SETTLING = 1.0  # seconds in which another vehicle reaches the middle of its lane
 SPACING = 2.0  # metres between two points of a path
-_REACH = 140.0  # metres of a path
-_NEAR = 2.5  # metres from the ego's path at which another vehicle is in its way
+_REACH = 140.0  # length of a path in metres
+_NEAR = 2.5  # a vehicle within this many metres of the ego's path is in its way
 
 
 class Scene(NamedTuple):
@@ -27,7 +27,7 @@ class Scene(NamedTuple):
   vehicle: Any  # the ego vehicle of the simulator
   path: np.ndarray  # [P, 3], x, y and heading along the ego's lane and route, every 2 m
   lateral: float  # offset of the ego from its path
-  lanes: tuple[bool, bool]  # is there a lane that can be entered on the left, on the right
+  lanes: tuple[bool, bool]  # whether the ego can enter a lane on the left, on the right
   limit: float  # the highest speed that the ego can choose, m/s
   others: np.ndarray  # [K, 4]: x, y, heading and speed
   predicted: np.ndarray  # [K, T, 3], x, y and heading at TIMES
@@ -38,19 +38,19 @@ Driver = Callable[[Scene], int]  # chooses an action
 
 
 class Way(NamedTuple):
-  """Consecutive lanes, and the position of the end of each, measured along all of them."""
+  """Consecutive lanes, and the distance from the first lane's start to the end of each lane."""
 
   lanes: list[Any]
   ends: np.ndarray
-  start: float  # of the vehicle, along the first lane
+  start: float  # position of the vehicle along the first lane
   lateral: float
 
 
 def perceive(vehicle: Any) -> Scene:
   """Builds the scene around a vehicle.
 
-  Other vehicles are predicted to keep their speed along their route, or along the lane that they
-  are changing to, as their indicators show.
+  The prediction assumes that other vehicles keep their speed along their route, or along the lane
+  to which they are changing, as their indicators would show.
 
   Args:
     vehicle: the ego, an `MDPVehicle` of highway-env on its road.
@@ -81,14 +81,13 @@ def perceive(vehicle: Any) -> Scene:
 
 
 def features(scene: Scene) -> np.ndarray:
-  """The scene as numbers of order one, float32 [1 + NEIGHBOURS, FEATURES]; absent rows are zero.
+  """Returns a scene as float32 [1 + NEIGHBOURS, FEATURES], of order one; absent rows are zero.
 
-  Row 0 is the ego: 1, its speed, the speed that it tracks and the highest one, whether there is a
-  lane on the left and on the right, its offset and its heading relative to its path, and how much
-  the path turns within 15 and 30 m. Other rows are its neighbours, the nearest first: 1, position
-  and relative velocity in the ego's frame, cosine and sine of the relative heading, and, if the
-  prediction comes within 2.5 m of the ego's path, how far along the path that is, when it arrives
-  there, and when it leaves.
+  Row 0 is the ego: 1; its speed, its target speed and the highest speed; whether there is a lane on
+  the left and on the right; its offset and its heading relative to its path; and how much the path
+  turns within 15 and 30 m. The other rows are the neighbours, the nearest first: 1; position and
+  relative velocity in the ego's frame; cosine and sine of the relative heading; and the neighbour's
+  row of `conflicts`.
   """
   ego, path = scene.vehicle, scene.path
   found = np.zeros((1 + NEIGHBOURS, FEATURES), np.float32)
@@ -118,10 +117,11 @@ def features(scene: Scene) -> np.ndarray:
 
 
 def conflicts(scene: Scene) -> np.ndarray:
-  """Where and when each neighbour is in the ego's way, [K, 3].
+  """Computes where and when each neighbour is in the ego's way, [K, 3].
 
-  The columns are the distance along the path over 50 m, and the times of arrival and of leaving
-  over HORIZON; they are (2, 1, 1) for a neighbour that is never in the way.
+  A neighbour is in the way if its predicted position is within 2.5 m of the ego's path. The columns
+  are the distance along the path, divided by 50 m, and the times at which the neighbour enters and
+  leaves the path, divided by HORIZON. The row of a neighbour that is never in the way is (2, 1, 1).
   """
   found = np.tile([2.0, 1.0, 1.0], (len(scene.others), 1))
   gaps = scene.predicted[:, :, None, :2] - scene.path[None, None, :, :2]  # [K, T, P, 2]
@@ -135,7 +135,7 @@ def conflicts(scene: Scene) -> np.ndarray:
 
 
 def headway(scene: Scene) -> float:
-  """Seconds to the vehicle ahead on the path at the ego's speed; infinite if none is in 100 m."""
+  """Returns the seconds to the vehicle ahead at the ego's speed; infinite if none is in 100 m."""
   gaps = scene.others[:, None, :2] - scene.path[None, :, :2]
   distance = np.hypot(gaps[..., 0], gaps[..., 1])
   ahead = distance.argmin(1) * SPACING
@@ -146,7 +146,7 @@ def headway(scene: Scene) -> float:
 
 
 def _way(vehicle: Any, reach: float) -> Way:
-  """The lanes that a vehicle will follow: its route, or else the nearest lane of each next road."""
+  """Returns the lanes that a vehicle will follow: its route, or the nearest lanes ahead."""
   network, index = vehicle.road.network, vehicle.target_lane_index
   route = list(vehicle.route or [])
   lanes = [network.get_lane(index)]
@@ -171,14 +171,14 @@ def _jump(lane: Any, following: list[Any]) -> float:
 
 
 def _nearest(lane: Any, following: list[Any], number: int) -> int:
-  """The lane that continues another one."""
+  """Returns the lane that continues another lane."""
   end = lane.position(lane.length, 0)
   distance = [abs(other.local_coordinates(end)[1]) for other in following]
   return min(range(len(following)), key=lambda n: (round(distance[n], 3), n != number))
 
 
 def _place(way: Way, ahead: float, lateral: float) -> tuple[float, float, float]:
-  """Position and heading some metres ahead along a way; its last lane goes on straight."""
+  """Returns position and heading some metres ahead; the last lane is extended straight."""
   along = way.start + ahead
   n = min(int(np.searchsorted(way.ends, along)), len(way.lanes) - 1)
   lane = way.lanes[n]
@@ -190,7 +190,7 @@ def _place(way: Way, ahead: float, lateral: float) -> tuple[float, float, float]
 
 
 def _is_behind(other: Way, ego: Way) -> bool:
-  """Whether another vehicle's way leads over the ego's lane, from behind the ego."""
+  """Returns whether another vehicle, behind the ego, will drive along the ego's lane."""
   places = [n for n, lane in enumerate(other.lanes) if lane is ego.lanes[0]]
   if not places:
     return False
@@ -199,7 +199,7 @@ def _is_behind(other: Way, ego: Way) -> bool:
 
 
 def _predicted(other: Any, way: Way) -> np.ndarray:
-  """Positions and headings of another vehicle at TIMES, [T, 3]."""
+  """Predicts the positions and headings [T, 3] of another vehicle at TIMES."""
   if other.crashed:
     return np.tile([*other.position, other.heading], (len(TIMES), 1))
   sideways = way.lateral * np.exp(-TIMES / SETTLING)
@@ -208,7 +208,7 @@ def _predicted(other: Any, way: Way) -> np.ndarray:
 
 
 def _beside(vehicle: Any) -> tuple[bool, bool]:
-  """Whether the ego can change to the lane on its left and on its right."""
+  """Returns whether the ego can change to the lane on its left and on its right."""
   network, index = vehicle.road.network, vehicle.target_lane_index
   count = len(network.graph[index[0]][index[1]])
   free = lambda n: (

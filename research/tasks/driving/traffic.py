@@ -1,7 +1,7 @@
-"""The other vehicles: IDM and MOBIL, with a class for each scenario.
+"""The other vehicles, which drive by IDM and MOBIL, with one class per scenario.
 
-highway-env's intersection changes the parameters of its vehicles' class. With a class per scenario,
-this does not change the traffic of the others.
+highway-env's intersection changes the parameters of its vehicles' class. Since each scenario has
+its own class, this does not change the traffic of the other scenarios.
 """
 
 from typing import Any
@@ -12,7 +12,8 @@ from highway_env.vehicle.behavior import IDMVehicle
 class Traffic(IDMVehicle):
   """A vehicle that can collide only with the ego, as in highway-env's fast highway.
 
-  Otherwise the wrecks of others would block crossings for the rest of an episode.
+  Otherwise, vehicles that have collided with each other would block crossings for the rest of an
+  episode.
   """
 
   def __init__(self, *args: Any, **kwargs: Any):
@@ -21,16 +22,16 @@ class Traffic(IDMVehicle):
 
 
 class Highway(Traffic):
-  """On the highway."""
+  """A vehicle on the highway."""
 
 
 class Merge(Traffic):
-  """On the highway and its access ramp."""
+  """A vehicle on the highway or its access ramp."""
 
 
 class Roundabout(Traffic):
-  """In the roundabout and on the roads to it."""
+  """A vehicle in the roundabout or on the roads to it."""
 
 
 class Intersection(Traffic):
-  """On the crossing roads."""
+  """A vehicle on the crossing roads."""

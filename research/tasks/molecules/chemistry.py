@@ -1,7 +1,7 @@
-"""Molecules as arrays: Morgan fingerprints, graphs of atoms and bonds, and scaffolds, by RDKit."""
+"""Converts molecules to Morgan fingerprints, graphs and scaffolds, with RDKit."""
 
 # pyright: reportMissingImports=false
-# RDKit is only in the extra `applications`.
+# Only the extra `applications` installs RDKit.
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,13 +16,13 @@ COUNTS = 255  # the largest uint8
 
 
 def parsed(smiles: Sequence[str]) -> list[Any]:
-  """Parses SMILES; None for those that do not parse or have no atoms.
+  """Parses SMILES; returns None for a SMILES that does not parse or has no atoms.
 
   Args:
     smiles: the SMILES strings.
 
   Raises:
-    ValueError: RDKit is not installed.
+    ValueError: if RDKit is not installed.
   """
   try:
     from rdkit import Chem, rdBase
@@ -34,11 +34,11 @@ def parsed(smiles: Sequence[str]) -> list[Any]:
 
 
 def fingerprints(molecules: Sequence[Any], radius: int, bits: int) -> np.ndarray:
-  """Morgan fingerprints: how often each hashed neighbourhood of an atom occurs, uint8 [N, bits].
+  """Returns Morgan fingerprints, uint8 [N, bits]: counts of the hashed neighbourhoods of atoms.
 
   Args:
-    molecules: of RDKit.
-    radius: neighbourhoods are atoms within this many bonds.
+    molecules: molecules of RDKit.
+    radius: the radius of a neighbourhood, in bonds.
     bits: number of hashes.
 
   Reference: Rogers, Hahn, 2010, Extended-connectivity fingerprints, J. Chem. Inf. Model. 50.
@@ -53,12 +53,12 @@ def fingerprints(molecules: Sequence[Any], radius: int, bits: int) -> np.ndarray
 
 
 def scaffolds(molecules: Sequence[Any]) -> list[str]:
-  """The Bemis-Murcko scaffold of each molecule, as SMILES: its rings and what links them.
+  """Returns each molecule's Bemis-Murcko scaffold as SMILES: the rings and the links between them.
 
   Molecules without rings share the empty scaffold.
 
   Args:
-    molecules: of RDKit.
+    molecules: molecules of RDKit.
 
   Reference: Bemis, Murcko, 1996, The properties of known drugs: molecular frameworks, J. Med. Chem.
   """
@@ -68,17 +68,17 @@ def scaffolds(molecules: Sequence[Any]) -> list[str]:
 
 
 def graphs(molecules: Sequence[Any]) -> Batch:
-  """Graphs of the heavy atoms, padded with zeros to the largest molecule and the most bonds.
+  """Returns the graphs of the heavy atoms, padded with zeros to the most atoms and bonds.
 
-  Real atoms and bonds have at least one bit set, so that padding needs no mask.
+  Every real atom or bond has at least one bit set, so that padding needs no mask.
 
   Args:
-    molecules: of RDKit.
+    molecules: molecules of RDKit.
 
   Returns:
     "atoms" uint8 [N, A, 6]: the bits of each atom's features, packed as by `np.packbits`. "bonds"
-    uint8 [N, A, K, 2]: the same for each atom's bonds. "neighbours" [N, A, K]: the number of the
-    atom at the other end of each bond.
+    uint8 [N, A, K, 2]: the packed bits of each atom's bonds. "neighbours" [N, A, K]: the index of
+    the atom at the other end of each bond.
   """
   most = max(molecule.GetNumAtoms() for molecule in molecules)
   degree = max(atom.GetDegree() for molecule in molecules for atom in molecule.GetAtoms())
@@ -101,7 +101,7 @@ def graphs(molecules: Sequence[Any]) -> Batch:
 
 
 def _of_atom(atom: Any) -> list[bool]:
-  """The features of an atom: 46 bits."""
+  """Returns the features of an atom: 46 bits."""
   from rdkit.Chem import HybridizationType as Kind
 
   symbol, charge = atom.GetSymbol(), min(max(atom.GetFormalCharge(), -2), 2)
@@ -123,7 +123,7 @@ def _of_atom(atom: Any) -> list[bool]:
 
 
 def _of_bond(bond: Any) -> list[bool]:
-  """The features of a bond: 9 bits."""
+  """Returns the features of a bond: 9 bits."""
   kind, stereo = str(bond.GetBondType()), str(bond.GetStereo())
   known = kind in BONDS
   return [

@@ -1,4 +1,4 @@
-"""Metrics of molecular properties: means over targets, from the labels that are present."""
+"""Metrics of molecular properties: means over the targets, computed from the known labels."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,22 +12,22 @@ from research.core.base import Array, Params
 from research.tasks.medicine.medicine import auc
 from research.tasks.networks import network
 
-CHUNK = 256  # molecules that are evaluated at once
+CHUNK = 256  # number of molecules that are evaluated at once
 
 
 def measured(
   module: nn.Module, x: Any, y: np.ndarray, scale: Any
 ) -> Callable[[Params], dict[str, Array]]:
-  """The function `measure` of a task: the mean over targets of AUC or RMSE.
+  """Returns the function `measure` of a task, which computes the mean AUC or RMSE of the targets.
 
   Args:
-    module: of fingerprints or of graphs.
+    module: a network on fingerprints or graphs.
     x: the inputs [n, ...].
-    y: the labels [n, T], NaN where there is none.
-    scale: mean and deviation by which labels are standardized, each [T]; None for classes.
+    y: the labels [n, T]; NaN marks a missing label.
+    scale: the mean and deviation of the labels, each [T], for standardization; None for classes.
 
   Raises:
-    ValueError: there are no labels, or no target has both classes.
+    ValueError: if there are no labels, or no target has both classes.
   """
   predict = predictions(module, x)
   known = [np.flatnonzero(~np.isnan(column)) for column in y.T]
@@ -60,7 +60,7 @@ def predictions(module: nn.Module, x: Any) -> Callable[[Params], Array]:
   """Returns params -> outputs [n, T] of a module on inputs [n, ...], computed in chunks.
 
   Args:
-    module: of fingerprints or of graphs.
+    module: a network on fingerprints or graphs.
     x: the inputs.
   """
   apply = network(module).apply

@@ -1,6 +1,6 @@
-"""Tables of molecules: comma-separated, with a header, a column of SMILES and columns of labels.
+"""Reads tables of molecules: comma-separated, with a header, a SMILES column and label columns.
 
-A label is a number; an empty cell means that it was not measured. Blank lines are skipped.
+A label is a number; an empty cell means that the label was not measured. Blank lines are skipped.
 """
 
 import math
@@ -20,23 +20,23 @@ class Table(NamedTuple):
 
   lines: np.ndarray  # int [N], line numbers from 1
   smiles: list[str]
-  labels: np.ndarray  # float64 [N, T], NaN where there is none
+  labels: np.ndarray  # float64 [N, T]; NaN marks a missing label
 
   def take(self, rows: np.ndarray) -> "Table":
     return Table(self.lines[rows], [self.smiles[row] for row in rows], self.labels[rows])
 
 
 def read(path: Path, smiles: str, targets: Sequence[str]) -> Table:
-  """Reads a table, plain, .gz or .bz2.
+  """Reads a table from a plain file or a compressed file (.gz or .bz2).
 
   Args:
     path: the file.
-    smiles: the name of the column of SMILES.
-    targets: the names of the columns of labels.
+    smiles: the name of the SMILES column.
+    targets: the names of the label columns.
 
   Raises:
-    ValueError: the file is not comma-separated, a column is missing, a line does not have
-      as many cells as the header, or a label is not a number.
+    ValueError: if the file is not comma-separated, a column is missing, the number of cells in a
+      line differs from that in the header, or a label is not a number.
   """
   rows = texts.cells(path)
   if len(rows) < 2:

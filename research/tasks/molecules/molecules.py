@@ -1,4 +1,4 @@
-"""Properties of molecules: several labels each, some of them missing, tested on new scaffolds."""
+"""Predicts properties of molecules; labels may be missing, and tests use new scaffolds."""
 
 import functools
 import logging
@@ -24,14 +24,14 @@ from research.tasks.partition import by_scaffold
 from research.tasks.supervised import supervised
 
 URL = "https://deepchemdata.s3-us-west-1.amazonaws.com/datasets/"
-SHOWN = 5  # number of SMILES that do not parse and are shown
+SHOWN = 5  # number of unparsable SMILES that a warning shows
 
 
 class Published(NamedTuple):
   """A published table."""
 
   file: str
-  sha256: str  # of the decompressed bytes
+  sha256: str  # digest of the decompressed bytes
   targets: tuple[str, ...]
   smiles: str = "smiles"
 
@@ -82,36 +82,36 @@ def molecules(
   A model that has the attribute `reads = "graphs"`, such as `graph_network`, gets graphs of atoms
   and bonds; any other model, such as `mlp`, gets counts of Morgan fingerprints.
 
-  If all labels are 0 or 1, the loss is the cross-entropy and the metric "auc" is the mean over the
-  targets of the area under the ROC curve. Otherwise labels are standardized with the mean and
-  deviation of the training molecules, the loss is half the squared error, and "rmse" is the mean
-  over the targets, in their units. Missing labels have weight zero: the objective is the mean over
-  the labels that are present.
+  If all labels are 0 or 1, the loss is the cross-entropy, and the metric "auc" is the area under
+  the ROC curve, averaged over the targets. Otherwise, labels are standardized with the mean and
+  deviation of the training molecules, the loss is half the squared error, and the metric "rmse" is
+  in the units of the targets, averaged over them. Missing labels have weight zero: the objective is
+  the mean over the labels that are present.
 
-  Molecules of one Bemis-Murcko scaffold are all in training (80%), all in validation (10%) or all
-  in test (10%), see `scaffold_split`. A partition makes laboratories: `--partition="by_scaffold()"`
-  gives each the molecules of its own scaffolds, and other partitions that need labels use the
-  number of the scaffold. SMILES that do not parse are left out and reported.
+  All molecules with the same Bemis-Murcko scaffold are in the same part: training (80%), validation
+  (10%) or test (10%); see `scaffold_split`. A partition divides the molecules among laboratories:
+  `--partition="by_scaffold()"` gives each laboratory scaffolds of its own; other partitions that
+  need labels use the index of the scaffold. SMILES that do not parse are left out and reported.
 
   Args:
     name: "esol", the solubility of 1128 molecules; "tox21", 12 assays of 8006; "hiv", the activity
       of 41127; or the path of a comma-separated table with a header, plain, .gz or .bz2.
-    targets: the columns of labels; empty: those of a published table.
-    smiles: the column of SMILES; empty: "smiles".
+    targets: the label columns; empty means the columns of a published table.
+    smiles: the SMILES column; empty means "smiles".
     part: the molecules to evaluate on, "test" or "validation"; choose hyper-parameters on the
       latter.
     laboratories: with `only`, the number of laboratories into which `by_scaffold` divides the
       training molecules.
-    only: the number of a laboratory, from 1, that trains alone; 0: all.
-    radius: of the fingerprints, in bonds, at least 0.
+    only: the number of the laboratory that trains alone, from 1; 0 means that all train.
+    radius: the radius of the fingerprints in bonds, at least 0.
     bits: length of the fingerprints.
     l2: weight of l2/2 ||params||^2.
     model: outputs -> module, called with the number of targets.
 
   Raises:
-    FileNotFoundError: a published table is not found and cannot be downloaded.
-    ValueError: RDKit is not installed; the file is not such a table or lacks a column; there is no
-      such part or laboratory; or a part has no molecules or no labels to measure.
+    FileNotFoundError: if a published table is not found and cannot be downloaded.
+    ValueError: if RDKit is not installed; the file is not such a table or lacks a column; there is
+      no such part or laboratory; or a part has no molecules or no labels to measure.
 
   Reference: Wu et al., 2018, MoleculeNet, arXiv:1703.00564; Delaney, 2004, ESOL, J. Chem. Inf.
     Comput. Sci. 44; the Tox21 challenge, 2014; the AIDS antiviral screen of the NCI.
@@ -157,14 +157,14 @@ def load(
 
   Args:
     name: see `molecules`, also for the other arguments.
-    targets: the columns of labels.
-    smiles: the column of SMILES.
-    radius: of the fingerprints.
+    targets: the label columns.
+    smiles: the SMILES column.
+    radius: the radius of the fingerprints.
     bits: length of the fingerprints.
-    data_dir: where to look first, see `files.find`.
+    data_dir: the folder to search first; see `files.find`.
 
   Raises:
-    FileNotFoundError, ValueError: as `molecules`.
+    FileNotFoundError, ValueError: see `molecules`.
   """
   path, columns, labels = _source(name, targets, smiles, data_dir)
   found = _compounds(path, path.stat().st_mtime_ns, columns, labels, (radius, bits))
@@ -174,7 +174,7 @@ def load(
 def _source(
   name: str, targets: Sequence[str], smiles: str, data_dir: str
 ) -> tuple[Path, str, tuple[str, ...]]:
-  """The table's path, its column of SMILES, and its columns of labels."""
+  """Returns the table's path, its SMILES column, and its label columns."""
   if isinstance(targets, str):
     raise ValueError(f"targets={targets!r} is not a list of columns: write targets=[{targets!r}]")
   if known := PUBLISHED.get(name):
@@ -190,7 +190,7 @@ def _source(
 def _compounds(
   path: Path, changed: int, smiles: str, targets: tuple[str, ...], features: Any
 ) -> Compounds:
-  """Reads and parses a table; `changed` is the time of its last change."""
+  """Reads and parses a table; the cache also depends on `changed`, the file's modification time."""
   del changed
   table = molecule_table.read(path, smiles, targets)
   parsed = chemistry.parsed(table.smiles)
@@ -212,7 +212,7 @@ def _compounds(
 
 
 def _scale(path: Path, names: Sequence[str], y: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-  """Mean and deviation of each target [T]; None if all labels are 0 or 1."""
+  """Returns the mean and deviation of each target, [T]; None if all labels are 0 or 1."""
   known = ~np.isnan(y)
   for name, count in zip(names, known.sum(axis=0).tolist(), strict=True):
     if not count:
@@ -224,7 +224,7 @@ def _scale(path: Path, names: Sequence[str], y: np.ndarray) -> tuple[np.ndarray,
 
 
 def _examples(x: Any, y: np.ndarray, rows: np.ndarray, scale: Any) -> Batch:
-  """The examples of some rows; "weight" [n, T] has mean 1 over examples, summed over targets."""
+  """Returns the examples of some rows; "weight" [n, T], summed over targets, has mean 1."""
   y, known = y[rows], ~np.isnan(y[rows])
   center, spread = scale or (0, 1)
   weight = known / max(1, known.sum()) * len(rows)

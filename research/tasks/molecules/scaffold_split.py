@@ -1,18 +1,18 @@
-"""Splits of molecules by scaffold, so that no scaffold is in two parts."""
+"""Splits molecules by scaffold, so that no scaffold is in two parts."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 PARTS = ("train", "validation", "test")
-SHARES = (0.8, 0.9)  # of the molecules: the ends of training and of validation
+SHARES = (0.8, 0.9)  # cumulative shares of molecules: the ends of training and of validation
 
 
 def scaffold_split(scaffolds: Sequence[str]) -> dict[str, np.ndarray]:
   """Fills training, validation and test with whole scaffolds, the most frequent ones first.
 
-  The rare scaffolds are therefore in validation and test. Of scaffolds that are equally frequent,
-  the one that occurs last comes first.
+  The rare scaffolds are therefore in validation and test. Equally frequent scaffolds are ordered by
+  first occurrence, the latest first.
 
   Args:
     scaffolds: the scaffold of each molecule.

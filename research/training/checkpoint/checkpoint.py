@@ -1,4 +1,4 @@
-"""Saves the complete TrainState, with checksums, in the background by Orbax, and restores it."""
+"""Saves the complete TrainState with checksums, in Orbax's background threads; restores it."""
 
 import contextlib
 import shutil
@@ -21,7 +21,7 @@ from research.training.together import of_first_process
 
 
 class CheckpointError(Exception):
-  """Reports that a run has checkpoints, but no checkpoint can be read."""
+  """Reports that a run has checkpoints, but none of them can be read."""
 
 
 class SaveError(Exception):
@@ -40,7 +40,7 @@ class Checkpoints:
   """Manages the checkpoints of one run, by step. All processes of the run call every method."""
 
   def __init__(self, folder: Path, like: TrainState, placed: resize.Placed):
-    """Opens the folder of all checkpoints, and creates a missing folder.
+    """Opens the folder of all checkpoints, and creates it if it is missing.
 
     Args:
       folder: the folder of all checkpoints.
@@ -136,8 +136,8 @@ class Checkpoints:
       The step and the state of the checkpoint; None if no checkpoint was ever saved.
 
     Raises:
-      CheckpointError: if there are checkpoints, but no checkpoint is intact, or the checkpoints
-        contain another state.
+      CheckpointError: if there are checkpoints, but none is intact, or if they contain a different
+        state.
     """
     steps = sorted(self._manager.all_steps(), reverse=True)
     for step in steps:
@@ -219,5 +219,5 @@ def _line(error: Exception) -> str:
 
 
 def _some(names: Sequence[str]) -> str:
-  """Formats the first few names, and the number of the other names."""
+  """Formats the first few names, and the number of remaining names."""
   return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -15,7 +15,8 @@ class Manager(ocp.CheckpointManager):
   """Orbax's manager, which leaves JAX's preemption service to `signals.watch`.
 
   The service needs consecutive numbers from a single caller. Orbax would pass steps, while
-  `signals` counts dispatches, so a notice after a call by Orbax would take effect too late.
+  `signals` counts dispatches, so a preemption notice that follows a call by Orbax would take effect
+  too late.
   """
 
   def reached_preemption(self, step: int) -> bool:
@@ -24,7 +25,7 @@ class Manager(ocp.CheckpointManager):
 
 
 def of(folder: Path) -> Manager:
-  """Returns the manager of a folder, and creates a missing folder; called by all processes.
+  """Returns the manager of a folder, which is created if missing; called by all processes.
 
   Args:
     folder: the folder of all checkpoints.

@@ -100,7 +100,7 @@ def struct(leaf: Array) -> jax.ShapeDtypeStruct:
 
 
 def spread(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
-  """Returns a sharding for reading a leaf, over every mesh axis that divides a dimension.
+  """Returns how to read a leaf: sharded over every mesh axis that divides a dimension.
 
   Args:
     shape: the leaf's shape.

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def deaf_to_writers() -> Iterator[None]:
-  """Context manager that hides errors of threads that still write after a failed save."""
+  """Context manager that hides errors of threads that are still writing after a failed save."""
   before = sys.unraisablehook, sys.excepthook
   is_late = lambda error: isinstance(error, RuntimeError) and "loop is closed" in str(error)
 
@@ -40,7 +40,7 @@ def silence() -> None:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-  """Context manager that hides the output of Orbax's threads about a failure that is raised."""
+  """Context manager that hides what Orbax's threads print about an exception that is raised."""
   hook, logger = sys.unraisablehook, logging.getLogger("asyncio")
   level = logger.level
   sys.unraisablehook = lambda unraisable: None

@@ -53,7 +53,7 @@ class Evaluate(Hook):
     self.initial = self._initial(run)
 
   def label(self, name: str) -> str:
-    """Returns a metric's name after the data on which it was measured, as in "test accuracy"."""
+    """Returns a metric's name, preceded by the data that it was measured on: "test accuracy"."""
     return report.metric_label(name, self.evaluated_on, self.measured_on)
 
   def on(self, run: "BaseRun", event: Event) -> Iterable[Event]:

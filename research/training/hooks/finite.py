@@ -18,7 +18,7 @@ def check_rounds(first: int, last: int, metrics: Mapping[str, Any], kept: str) -
     first: number of local steps before the dispatch.
     last: number of local steps at the end of the dispatch.
     metrics: the metrics on the host: "loss" [last - first] and "finite".
-    kept: a description of the remaining checkpoint, for the message.
+    kept: a description of the checkpoint that the run leaves, for the message.
 
   Raises:
     NonFinite: if a value is not finite; the message names the first five steps with such values.

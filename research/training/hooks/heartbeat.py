@@ -14,6 +14,6 @@ def announce() -> None:
 
 
 def beat() -> None:
-  """Touches the launcher's file, if the launcher has named a file."""
+  """Touches the launcher's file, if the launcher has named one."""
   if place := os.environ.get(PLACE):
     Path(place).touch()

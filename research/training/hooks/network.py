@@ -33,7 +33,7 @@ class Network(Hook):
 
   @contextlib.contextmanager
   def around(self, run: "BaseRun", first: int, last: int) -> Iterator[None]:
-    """Starts to count bytes, except in the first dispatch, in which the hosts connect."""
+    """Starts counting bytes, except in the first dispatch, in which the hosts connect."""
     del last
     if self._counters and not self._first and not self._begun:
       run.wait()

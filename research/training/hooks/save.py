@@ -20,7 +20,7 @@ class CheckpointStore(Protocol):
     """Saves a state; `now` becomes `saved_at`."""
 
   def restore(self, like: Any, warn: Callable[[str], None]) -> tuple[int, Any] | None:
-    """Returns step and state of the newest intact checkpoint; None without any checkpoint."""
+    """Returns the step and the state of the newest intact checkpoint; None if there is none."""
 
   def latest(self) -> int | None:
     """Returns the newest saved step, or None."""
@@ -42,7 +42,7 @@ class Save(Hook):
     """Restores a run from its newest intact checkpoint, if any.
 
     Raises:
-      CheckpointError: if there are checkpoints, but no checkpoint is intact.
+      CheckpointError: if there are checkpoints, but none is intact.
     """
     found = self._store.restore(run.state, report.note)
     if found is not None:
@@ -50,7 +50,7 @@ class Save(Hook):
       report.note(f"resuming at step {run.step}")
 
   def kept(self) -> str:
-    """Describes the remaining checkpoint, for messages."""
+    """Describes the checkpoint that a failed run leaves, for messages."""
     latest = self._store.latest()
     return "no checkpoint was saved yet" if latest is None else f"checkpoint {latest} is kept"
 

@@ -29,8 +29,7 @@ class Row(NamedTuple):
 def imitate_devices(config: Config) -> None:
   """Creates a CPU device for each position of the mesh; call it before JAX initializes its devices.
 
-  `simulate` distributes its workers over the existing devices, so the existing devices are used for
-  this executor.
+  `simulate` distributes its workers over the existing devices, so no devices are created for it.
 
   Args:
     config: the run.

@@ -105,7 +105,7 @@ class Metrics:
       self._events = SummaryWriter(str(folder / "tensorboard"))
 
   def write(self, rows: list[dict[str, Any]]) -> None:
-    """Appends rows, and returns when the rows are on disk."""
+    """Appends rows, and returns once the rows are on disk."""
     self._file.write("".join(as_json(row) + "\n" for row in rows))
     self._file.flush()
     if self._events:
@@ -152,7 +152,7 @@ def thinned(rows: Iterable[Mapping[str, Any]], most: int = 2**13) -> list[Mappin
 
   Args:
     rows: the rows.
-    most: maximum number of selected rows, without the last row.
+    most: maximum number of selected rows, not counting the last row.
   """
   kept: list[Mapping[str, Any]] = []
   every, last = 1, None
@@ -183,7 +183,7 @@ def note(line: str) -> None:
 
 
 def metric_label(name: str, evaluated_on: str, measured_on: Mapping[str, str]) -> str:
-  """Returns a metric's name after the data on which it was measured, as in "test accuracy".
+  """Returns a metric's name, preceded by the data that it was measured on: "test accuracy".
 
   Args:
     name: the name of the metric.
@@ -278,7 +278,7 @@ def _server(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
 
 
 def _overlap(found: Mapping[str, float] | None) -> list[tuple[str, str]]:
-  """Returns the rows about the fraction of the exchange that overlapped, and its parts."""
+  """Returns the rows about the hidden fraction of the exchange, with the measured times."""
   if not found:
     return []
   compute, exchange, step = (found[f"{x}_milliseconds"] for x in ("compute", "exchange", "step"))

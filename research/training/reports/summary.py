@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Costs:
-  """Computes the costs of a run's steps that are known in advance: bytes, time and privacy."""
+  """Computes the costs of a run that are known before it starts: bytes, time and privacy."""
 
   def __init__(self, run: "Run"):
     """Computes the costs of a run, and reports unknown costs."""
@@ -104,7 +104,7 @@ def summarized(
 
 
 def _overlap(run: "Run") -> dict[str, Any]:
-  """Returns how much of the exchange overlapped with computing, for an executor with overlap."""
+  """Returns how much of the exchange overlapped with the computation, if the executor overlaps."""
   if run.problem.executor.alone is None or run.reason not in COMPLETE:
     return {}
   compute, exchange = run.alone()
