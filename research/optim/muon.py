@@ -11,6 +11,7 @@ from research.core import checks
 from research.core.base import Array, Params
 from research.core.dimensions import Dimensions, Kinds, kinds_of, path
 from research.optim import fitting
+from research.optim.owners import on_owners
 
 # Of the quintic a s + b s^3 + c s^5, whose steps bring every singular value in (0, 1] near one;
 # they maximize the slope a at zero (Jordan et al. 2024).
@@ -116,14 +117,22 @@ def _momentum(
     momentum = jax.tree.map(lambda m, g: beta * m + g, state.momentum, updates)
     ahead = jax.tree.map(lambda m, g: g + beta * m, momentum, updates) if nesterov else momentum
     kinds = kinds_of(updates, model.dimensions)
-
-    def one(at: tuple, x: Array) -> Array:
-      of = kinds[path(at)]
-      return scale(of, x.shape, rms) * orthogonalized(of.view(x), steps).reshape(x.shape)
-
-    return jax.tree_util.tree_map_with_path(one, ahead), MuonState(momentum)
+    whole = _orthogonalized(ahead, kinds, steps, model)
+    scaled = lambda at, x: scale(kinds[path(at)], x.shape, rms) * x
+    return jax.tree_util.tree_map_with_path(scaled, whole), MuonState(momentum)
 
   return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _orthogonalized(
+  tree: Params, kinds: dict[str, Kinds], steps: int, model: fitting.Model
+) -> Params:
+  """Orthogonalizes each matrix of a tree, on its owner if the worker is sharded."""
+  function = lambda x: orthogonalized(x, steps)
+  if model.cut is not None:
+    return on_owners(function, tree, kinds, model.cut)
+  one = lambda at, x: function(kinds[path(at)].view(x)).reshape(x.shape)
+  return jax.tree_util.tree_map_with_path(one, tree)
 
 
 def scale(kinds: Kinds, shape: tuple[int, ...], rms: float | None) -> float:
