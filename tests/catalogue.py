@@ -151,6 +151,7 @@ PIECES = {
 # ---- the other kinds: each name once
 
 OTHERS = {
+  "optimizer": ("muon(0.02)",),
   "topology": (
     *("ring()", "torus()", "complete()", "star()", "exponential()", "one_peer_exponential()"),
     "weights([[0.75, 0.25], [0.25, 0.75]])",

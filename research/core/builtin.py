@@ -163,4 +163,8 @@ TABLE: dict[str, dict[str, str]] = {
     "by_owner": "research.tasks.partition:by_owner",
     "by_scaffold": "research.tasks.partition:by_scaffold",
   },
+  # besides optax's
+  "optimizer": {
+    "muon": "research.optim.muon:muon",
+  },
 }

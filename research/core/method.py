@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, Self
 
+import optax
+
 from research.core import checks
 from research.core.base import (
   EVERYONE,
@@ -217,16 +219,29 @@ class Method(Wrapper):
       ValueError: if a wrapper rejects an aggregator, or the method rejects the wrapped one.
     """
 
-    def wrapped(value: Any) -> Any:
-      if isinstance(value, Method):
-        return value.over(wrap)
-      if type(value) is tuple:
-        return tuple(map(wrapped, value))
-      if isinstance(value, dict):
-        return {name: wrapped(one) for name, one in value.items()}
-      return wrap(value) if isinstance(value, Aggregator) else value
+    return self._changed(Aggregator, wrap)
 
-    return self.replace(**{name: wrapped(value) for name, value in self.fields().items()})
+  def with_optimizers(self, change: Callable[[Any], Any]) -> Self:
+    """Returns the same method with each of its optimizers changed.
+
+    Args:
+      change: optax transformation -> optax transformation.
+    """
+    return self._changed(optax.GradientTransformation, change)
+
+  def _changed(self, kind: type, change: Callable[[Any], Any]) -> Self:
+    """Returns the method with each field of a type changed, in methods within it too."""
+
+    def changed(value: Any) -> Any:
+      if isinstance(value, Method):
+        return value._changed(kind, change)
+      if type(value) is tuple:
+        return tuple(map(changed, value))
+      if isinstance(value, dict):
+        return {name: changed(one) for name, one in value.items()}
+      return change(value) if isinstance(value, kind) else value
+
+    return self.replace(**{name: changed(value) for name, value in self.fields().items()})
 
   def onto(self, project: Callable[[Params], Params]) -> "Method | None":
     """Returns the method with its models projected onto a convex set; None if not supported.

@@ -25,7 +25,7 @@ from research.core.text import listed, one_line, shortened
 
 GROUP = "research.plugins"
 OF_OPTAX = ("optimizer", "schedule")
-KINDS = (*TABLE, *OF_OPTAX)
+KINDS = (*TABLE, *(kind for kind in OF_OPTAX if kind not in TABLE))
 
 # Parameters that only the command's flags set, never a spec.
 _OF_FLAGS = {"task": ("model", "data_dir")}
@@ -109,8 +109,8 @@ def names(kind: str) -> list[str]:
   Args:
     kind: one of KINDS.
   """
-  own = TABLE[kind] if kind in TABLE else _optax(kind)
-  return [*own, *ADDED.get(kind, ())]
+  of_optax = _optax(kind) if kind in OF_OPTAX else ()
+  return list(dict.fromkeys((*TABLE.get(kind, ()), *of_optax, *ADDED.get(kind, ()))))
 
 
 @functools.cache
@@ -198,7 +198,7 @@ def _build(kinds: Sequence[str], call: Call, bound: dict[str, Any]) -> Any:
 
     values = signature.bind(*args, **kwargs).arguments
     text = of_call(call.name, signature.parameters.values(), values)
-    return optimizers.named(kind, built, text)
+    return optimizers.named(kind, built, text, optimizers.Made(factory, tuple(args), kwargs))
   return built
 
 

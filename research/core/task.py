@@ -48,6 +48,7 @@ class Task(NamedTuple):
   test: Batch | None = None
   optimum: Params | None = None  # the exact minimiser, if known
   rules: tuple[tuple[str, tuple[str | None, ...]], ...] = ()  # see `parallel/rules.py`
+  dimensions: tuple[tuple[str, tuple[str, ...]], ...] = ()  # see `core/dimensions.py`
   chunk: int = 1024  # examples that a device evaluates at once
   # (stages, examples, fsdp) -> the pipeline schedule of a worker's batch: a NamedTuple with a
   # `bubble`, the fraction of time in which a stage is idle

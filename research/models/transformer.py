@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from research.core import checks
 from research.core.base import Array, Key, Params
+from research.core.dimensions import Dimensions
 from research.models import activations, pipeline, sequence
 from research.models.attention import ATTENTION, Attend, Rotation, plain, rotation
 from research.models.decoder import Layer, Norm, Shape
@@ -33,6 +34,15 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"/experts/down/kernel$", ("expert", "model", None)),
   (r"/router/kernel$", (None, None)),
   (r"norm/scale$", (None,)),
+)
+
+# The kinds of the last dimensions of a parameter, see `core/dimensions.py`.
+DIMENSIONS: Dimensions = (
+  (r"/attention/(query|key|value)/kernel$", ("in", "out", "out")),
+  (r"/attention/out/kernel$", ("in", "in", "out")),
+  (r"/(feed_forward/(gate|up|down)|router)/kernel$", ("in", "out")),
+  (r"/experts/(gate|up|down)/kernel$", ("stack", "in", "out")),
+  (r"norm/scale$", ("out",)),
 )
 
 
@@ -142,6 +152,7 @@ class Transformer(nn.Module):
   """Embedding, layers, norm and head; see `transformer` for the arguments."""
 
   rules = RULES  # unannotated, so not a dataclass field
+  dimensions = DIMENSIONS
 
   outputs: int
   shape: Shape

@@ -9,6 +9,7 @@ import numpy as np
 
 from research.core import checks
 from research.core.base import Array, Key, Params
+from research.core.dimensions import checked
 from research.core.task import Batch, Task
 from research.tasks import sampling
 from research.tasks.networks import network
@@ -47,7 +48,8 @@ def supervised(
   Args:
     model: from x [batch, ...] to outputs [batch, ...]: a module of Flax linen or Flax NNX, an
       Equinox module of single examples, or a function of a key that makes one; see
-      `networks.network`. Dropout draws from the key of the loss and is off in `evaluate`.
+      `networks.network`. Dropout draws from the key of the loss and is off in `evaluate`. Its
+      `dimensions`, if any, become the task's (`core/dimensions.py`).
     train: numpy arrays "x" [N, ...], or sparse rows as `models.classic.Linear` accepts them; "y"
       [N, ...], which custom losses and metrics may omit; and other arrays of any name.
     test: the same for the test examples.
@@ -133,7 +135,8 @@ def supervised(
   task = Task(
     init, batch_loss, evaluate, sampling.epoch_sample, sampling.take, train, test, optimum
   )
-  return task._replace(model=bound, title=title)
+  declared = getattr(model, "dimensions", ())
+  return task._replace(model=bound, title=title, dimensions=checked(declared))
 
 
 def _of_labels(loss: str) -> OfExamples:

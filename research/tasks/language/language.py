@@ -160,7 +160,8 @@ def next_token(module: nn.Module, size: int, train: Text, held_out: Text, *, con
   contiguous stretches, and `dirichlet(alpha)` an uneven share of each hundredth.
 
   Args:
-    module: maps tokens int32 [b, T] to logits [b, T, size]; its `rules`, if any, become the task's.
+    module: maps tokens int32 [b, T] to logits [b, T, size]; its `rules` and
+      `dimensions`, if any, become the task's.
     size: V, number of different tokens.
     train: at least T training tokens.
     held_out: at least one held-out token.
@@ -190,12 +191,13 @@ def next_token(module: nn.Module, size: int, train: Text, held_out: Text, *, con
 
 
 def of_model(module: nn.Module) -> dict[str, Any]:
-  """Returns a model's sharding rules and pipeline schedule, as fields of a Task.
+  """Returns a model's sharding rules, dimensions and pipeline schedule, as fields of a Task.
 
   Args:
     module: the model.
   """
-  return {"rules": getattr(module, "rules", ()), "schedule": getattr(module, "schedule", None)}
+  found = {name: getattr(module, name, ()) for name in ("rules", "dimensions")}
+  return {**found, "schedule": getattr(module, "schedule", None)}
 
 
 class Objective(NamedTuple):

@@ -1,0 +1,123 @@
+"""Computes functions of whole matrices whose shards are on the devices of a worker.
+
+Matrices of one shape are dealt to the devices: in an all-to-all, each device gets all shards of its
+own matrices; it computes the function of them, and a second all-to-all returns the shards. Over an
+axis of W devices, the two move 2 (W - 1) / W elements for each element of a matrix. Each matrix is
+computed by one device.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from research.aggregate.blockwise import Cut
+from research.core.base import Array, Tree
+from research.core.dimensions import Kinds, path
+
+# (matrices [..., rows, columns]) -> the same shape, equivariant to transposing each matrix and to
+# permutations of its rows and columns
+OfMatrices = Callable[[Array], Array]
+
+
+class Place(NamedTuple):
+  """How one leaf's matrices are sharded."""
+
+  kinds: Kinds
+  turned: bool  # whether the matrices are transposed in their group
+  cut: tuple[tuple[str, int], ...]  # axes that shard a side of each matrix, with the side: 0 or 1
+  sides: tuple[int, int]  # rows and columns of a whole matrix in its group
+
+
+def on_owners(function: OfMatrices, tree: Tree, kinds: dict[str, Kinds], cut: Cut) -> Tree:
+  """Returns the function of each hidden matrix, in a shard_map over the axes inside a worker.
+
+  If a group of M equal matrices does not divide among the W devices that share each of them, it is
+  filled up with zeros to the next multiple of W.
+
+  Args:
+    function: computes a stack of whole matrices.
+    tree: the leaves, each a stack of matrices, sharded according to `cut`.
+    kinds: the kinds of each leaf's dimensions, by path.
+    cut: the sharding of the leaves.
+  """
+  leaves, treedef = jax.tree.flatten(tree)
+  names = [path(at) for at, _ in jax.tree_util.tree_leaves_with_path(tree)]
+  places = [place(kinds[name], x.shape, cut) for name, x in zip(names, leaves, strict=True)]
+  specs = [P(*_axes(x.shape, cut)) for x in leaves]
+  groups: dict[tuple, list[int]] = {}
+  for number, found in enumerate(places):
+    groups.setdefault((found.cut, found.sides), []).append(number)
+
+  def shard(parts: list[Array]) -> list[Array]:
+    found = list(parts)
+    for members in groups.values():
+      matrices = [_matrices(places[i], parts[i]) for i in members]
+      moved = _moved(function, jnp.concatenate(matrices), places[members[0]].cut)
+      ends = [sum(map(len, matrices[: i + 1])) for i in range(len(matrices) - 1)]
+      for i, part in zip(members, jnp.split(moved, ends), strict=True):
+        part = jnp.swapaxes(part, 1, 2) if places[i].turned else part
+        found[i] = part.reshape(parts[i].shape)
+    return found
+
+  nested = jax.shard_map(
+    shard,
+    in_specs=(specs,),
+    out_specs=specs,
+    axis_names={*cut.names, *cut.around},
+    check_vma=False,
+  )
+  return treedef.unflatten(nested(leaves))
+
+
+def place(kinds: Kinds, shape: tuple[int, ...], cut: Cut) -> Place:
+  """Determines the group of a leaf's matrices.
+
+  Matrices are transposed so that those of equal size and sharding are in one group, whichever side
+  is the input.
+
+  Args:
+    kinds: the kinds of the leaf's dimensions.
+    shape: the leaf's shape.
+    cut: the sharding of the leaves.
+  """
+  side = lambda dimension: int(dimension >= kinds.stack + kinds.first)
+  named = zip(cut.names, cut.places(shape), strict=True)
+  shared = {name: side(d) for name, d in named if d is not None and d >= kinds.stack}
+  rest = shape[kinds.stack :]
+  sides = math.prod(rest[: kinds.first]), math.prod(rest[kinds.first :])
+  found = Place(kinds, False, tuple(shared.items()), sides)
+  over = tuple((name, 1 - side) for name, side in found.cut)
+  turned = Place(kinds, True, over, sides[::-1])
+  return min(found, turned, key=lambda one: (one.cut, one.sides))
+
+
+def _axes(shape: tuple[int, ...], cut: Cut) -> tuple[str | None, ...]:
+  """Returns the axis that shards each dimension of a leaf."""
+  names = {d: name for name, d in zip(cut.names, cut.places(shape), strict=True)}
+  return tuple(names.get(d) for d in range(len(shape)))
+
+
+def _matrices(place: Place, part: Array) -> Array:
+  """Returns a device's shards of a leaf's matrices, [count, rows, columns]."""
+  found = place.kinds.view(part)
+  found = found.reshape(-1, *found.shape[-2:])
+  return jnp.swapaxes(found, 1, 2) if place.turned else found
+
+
+def _moved(function: OfMatrices, x: Array, cut: tuple[tuple[str, int], ...]) -> Array:
+  """Applies a function to whole matrices, given each device's shards [count, rows, columns]."""
+  owners = math.prod(lax.axis_size(name) for name, _ in cut)
+  count = len(x)
+  x = jnp.pad(x, ((0, -count % owners), (0, 0), (0, 0)))
+  x = lax.optimization_barrier(x)  # XLA:CPU would send its parts in layouts of their own, and fail
+  for name, side in cut:
+    x = lax.all_to_all(x, name, 0, 1 + side, tiled=True)
+  x = function(x)
+  for name, side in reversed(cut):
+    x = lax.all_to_all(x, name, 1 + side, 0, tiled=True)
+  return x[:count]
