@@ -75,6 +75,7 @@ COMPRESSORS = {row.spec: row for row in (
       idempotent=True),
   Row("natural()", lambda n: 1 / 8, lambda n, size: n * 9 / 8, lambda n: 1, unbiased=True,
       idempotent=True),
+  Row("statistical(2)", lambda n: 1 - 1 / (3 * n**0.5), lambda n, size: n / 4 + 16),
   Row("sign()", lambda n: 1 - 1 / n, scales(2**32, 1), idempotent=True),
   Row("top_k(0.1)", lambda n: 1 - kept(0.1, n) / n, sparse(0.1), idempotent=True),
   Row("random_k(0.3)", lambda n: 1 - kept(0.3, n) / n, lambda n, size: kept(0.3, n) * size,

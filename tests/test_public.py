@@ -19,6 +19,7 @@ KINDS = ("compressor", "aggregator", "method", "topology", "model")
 FROM_MODULES = {
   "ego_attention",
   "graph_network",
+  "statistical",
 }
 IMPORT = """
 import sys

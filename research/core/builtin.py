@@ -11,6 +11,7 @@ TABLE: dict[str, dict[str, str]] = {
     "qsgd": "research.compress.quantize:qsgd",
     "terngrad": "research.compress.quantize:terngrad",
     "natural": "research.compress.cast:natural",
+    "statistical": "research.compress.statistical:statistical",
     "sign": "research.compress.sign:sign",
     "top_k": "research.compress.sparsify:top_k",
     "random_k": "research.compress.sparsify:random_k",

@@ -215,6 +215,8 @@ WRONG = {
   "qsgd(levels=0)": "levels=0 is not in [1, 32767]",
   "qsgd(levels=32768)": "levels=32768 is not in [1, 32767]",
   "qsgd(bucket=0)": "bucket=0 is not at least 1",
+  "statistical(1)": "bits=1 is not in [2, 8]",
+  "statistical(2, block=0)": "block=0 is not at least 1",
   "top_k(0.0)": "fraction=0.0 is not in (0, 1]",
   "top_k(1.5)": "fraction=1.5 is not in (0, 1]",
   "random_k(-0.1)": "fraction=-0.1 is not in (0, 1]",
