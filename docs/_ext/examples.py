@@ -10,7 +10,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
   "compressor": {
     "Number formats": ("identity", "bf16", "fp8", "natural"),
     "Quantization": ("int8", "int4", "qsgd", "terngrad", "statistical", "sign"),
-    "Sparsification": ("top_k", "random_k", "threshold", "dct_top_k"),
+    "Sparsification": ("top_k", "block_top_k", "random_k", "threshold", "dct_top_k"),
     "Sketches and rotations": ("count_sketch", "hadamard", "seeded"),
   },
   "aggregator": {

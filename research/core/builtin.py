@@ -14,6 +14,7 @@ TABLE: dict[str, dict[str, str]] = {
     "statistical": "research.compress.statistical:statistical",
     "sign": "research.compress.sign:sign",
     "top_k": "research.compress.sparsify:top_k",
+    "block_top_k": "research.compress.block_top_k:block_top_k",
     "random_k": "research.compress.sparsify:random_k",
     "threshold": "research.compress.sparsify:threshold",
     "count_sketch": "research.compress.sketch:count_sketch",
