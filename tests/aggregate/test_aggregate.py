@@ -326,8 +326,8 @@ def test_an_element_is_divided_by_the_workers_that_sent_it():
   top = np.argsort(-np.abs(x), axis=1)[:, :3]
   sent = np.zeros_like(x)
   np.put_along_axis(sent, top, np.take_along_axis(x, top, 1), 1)
-  run = lambda presence: lambda x, w: (
-    aggregator.aggregate({"w": x}, (), jax.random.key(0), presence(w)).value["w"]
+  run = lambda presence: (
+    lambda x, w: aggregator.aggregate({"w": x}, (), jax.random.key(0), presence(w)).value["w"]
   )
   for presence, share in (
     (lambda w: EVERYONE, np.ones(5, np.float32)),
