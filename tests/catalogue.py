@@ -134,6 +134,7 @@ PIECES = {
   "gather": "gather_mean(sign())",
   "expansive": "gather_mean(terngrad())",
   "sparse": "gather_mean(top_k(0.2))",
+  "senders": "gather_mean(top_k(0.2), over='senders')",
   "sum": "sum_mean(random_k(0.5))",
   "two_phase": "two_phase(int8())",
   "power_sgd": "power_sgd(1)",

@@ -54,6 +54,33 @@ def cosine(chunk, k):
   return content
 
 
+def blocks_of(k, block):
+  """The number of blocks of n elements, their size and how many elements of each are sent."""
+
+  def of(n):
+    blocks = math.ceil(n / block)
+    width = math.ceil(n / blocks)
+    return blocks, width, max(1, round(k * width / block))
+
+  return of
+
+
+def block_error(k, block):
+  def error(n):
+    blocks, width, sent = blocks_of(k, block)(n)
+    return 1 - sent / width / (3 * (blocks * sent) ** 0.5)
+
+  return error
+
+
+def block_content(k, block):
+  def content(n, size):
+    blocks, width, sent = blocks_of(k, block)(n)
+    return blocks * sent * (max(1, (width - 1).bit_length()) + 2) / 8 + 16
+
+  return content
+
+
 # sizes that the tests use -> what hadamard pads them to
 PADDED = {1: 1, 40: 40, 60: 64, 1000: 1024, 4096: 4096, 2**27: 2**27, 2**31: 2**31}
 rotated = lambda of: lambda n, *size: of(PADDED.get(n, n), *size)
@@ -75,8 +102,10 @@ COMPRESSORS = {row.spec: row for row in (
       idempotent=True),
   Row("natural()", lambda n: 1 / 8, lambda n, size: n * 9 / 8, lambda n: 1, unbiased=True,
       idempotent=True),
+  Row("statistical(2)", lambda n: 1 - 1 / (3 * n**0.5), lambda n, size: n / 4 + 16),
   Row("sign()", lambda n: 1 - 1 / n, scales(2**32, 1), idempotent=True),
   Row("top_k(0.1)", lambda n: 1 - kept(0.1, n) / n, sparse(0.1), idempotent=True),
+  Row("block_top_k(8, block=64)", block_error(8, 64), block_content(8, 64)),
   Row("random_k(0.3)", lambda n: 1 - kept(0.3, n) / n, lambda n, size: kept(0.3, n) * size,
       lambda n: 1, idempotent=True, linear=True),
   Row("random_k(0.3, unbiased=True)", lambda n: n / kept(0.3, n) - 1,

@@ -17,8 +17,10 @@ ROOT = Path(__file__).parents[1]
 KINDS = ("compressor", "aggregator", "method", "topology", "model")
 # Registered names that `research` does not export: they are imported from their modules.
 FROM_MODULES = {
+  "block_top_k",
   "ego_attention",
   "graph_network",
+  "statistical",
 }
 IMPORT = """
 import sys

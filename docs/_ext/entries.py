@@ -51,6 +51,7 @@ TRAITS = {
   Trait.DIRECTED: "uses a directed graph",
   Trait.VARYING: "its graph changes from round to round",
   Trait.PARTIAL: "averages over the workers that did not drop out",
+  Trait.SENDERS: "averages each element over the workers that sent it",
   Trait.EVERYONE: "depends on every worker's earlier messages",
 }
 

@@ -9,8 +9,8 @@ from research.core import registry
 GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
   "compressor": {
     "Number formats": ("identity", "bf16", "fp8", "natural"),
-    "Quantization": ("int8", "int4", "qsgd", "terngrad", "sign"),
-    "Sparsification": ("top_k", "random_k", "threshold", "dct_top_k"),
+    "Quantization": ("int8", "int4", "qsgd", "terngrad", "statistical", "sign"),
+    "Sparsification": ("top_k", "block_top_k", "random_k", "threshold", "dct_top_k"),
     "Sketches and rotations": ("count_sketch", "hadamard", "seeded"),
   },
   "aggregator": {
@@ -67,6 +67,7 @@ _OWN: dict[str, str] = {
   "random_k": "random_k(0.01)",
   "threshold": "threshold(0.001, capacity=0.05)",
   "count_sketch": "count_sketch(5, 10000)",
+  "statistical": "statistical(2)",
   "hadamard": "hadamard(int4())",
   "seeded": "seeded(random_k(0.01, unbiased=True))",
   "gather_mean": "gather_mean(top_k(0.01))",

@@ -21,6 +21,7 @@ BOUNDED = {
   Trait.EXPANSIVE: "a compressor that is not contractive lets the memory grow without bound"
 }
 PARTIAL = {Trait.PARTIAL: "the total would lack the shift of a worker that drops out"}
+SENDERS = {Trait.SENDERS: "the total would not be the mean of the workers' shifts"}
 # Rejected by wrappers and methods that bypass the aggregator for some leaves or in some rounds.
 AROUND = {
   Trait.NOISE: "messages that bypass it are not hidden",

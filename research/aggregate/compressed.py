@@ -1,6 +1,7 @@
 """Averages of compressed values: workers exchange payloads in the payloads' own dtypes."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import KW_ONLY
 from typing import Any
 
 import jax
@@ -9,9 +10,10 @@ from jax import lax
 
 from research.aggregate.chunks import cut, joined
 from research.aggregate.link import compressed
-from research.aggregate.presence import Roll, call_roll, unweighted, weighted
+from research.aggregate.presence import Roll, call_roll, gathered_weights, unweighted, weighted
 from research.aggregate.privacy.hiding import Sum, keeps_floats
 from research.comm import collectives
+from research.core import checks
 from research.core.base import (
   EVERYONE,
   WORKER_AXES,
@@ -34,19 +36,42 @@ class GatherMean(Aggregator, name="gather_mean"):
   Each worker sends W - 1 payloads, so traffic grows with W: at W = 8, payloads of one byte per
   element cost as much as a float32 ring all-reduce. `two_phase` avoids this growth.
 
+  With over="senders", each element is divided by the number of workers that sent it, those with
+  D(C(x_i)) not 0 there, instead of by W. If the workers of a sparse compressor send different
+  elements, the mean over all workers would make each step smaller by the share of senders.
+
   Args:
     compressor: any compressor.
     axis: the worker axes to average over.
+    over: "workers", or "senders" for a sparse compressor.
 
-  Reference: Alistarh et al. 2017, arXiv 1610.02132, algorithm 1.
+  Raises:
+    ValueError: if `over` is another text, or "senders" with a compressor that is not sparse.
+
+  Reference: Alistarh et al. 2017, arXiv 1610.02132, algorithm 1; over senders: Peng, Quesnelle,
+    Kingma 2024, arXiv 2411.19870 (DeMo), in the authors' code.
   """
 
   compressor: Compressor
   axis: collectives.Axes = WORKER_AXES
+  _: KW_ONLY
+  over: str = "workers"
+
+  def check(self):
+    checks.one_of("over", self.over, ("workers", "senders"))
+    if self.over == "senders" and not self.compressor.sparse:
+      raise ValueError(
+        "over='senders' needs a sparse compressor, such as top_k or block_top_k; every worker "
+        f"sends every element with {self.compressor!r}"
+      )
+
+  @property
+  def traits(self):
+    return super().traits | (Trait.SENDERS if self.over == "senders" else Trait(0))
 
   @property
   def uplink(self):
-    return compressed(self.compressor)
+    return compressed(self.compressor) if self.over == "workers" else None
 
   def aggregate(self, tree, state, key, presence=EVERYONE):
     leaves, treedef = jax.tree.flatten(weighted(tree, presence))
@@ -54,7 +79,12 @@ class GatherMean(Aggregator, name="gather_mean"):
     own = [collectives.worker_key(k, self.axis) for k in keys]
     payloads = list(map(self.compressor.encode, leaves, keys, own))
     everyone = collectives.gather(payloads, self.axis)
-    values = map(self._mean_of, leaves, keys, everyone)
+    if self.over == "senders":
+      weights = gathered_weights(presence, self.axis)
+      mean_of = lambda *leaf: self._mean_of_senders(*leaf, weights)
+    else:
+      mean_of = self._mean_of
+    values = map(mean_of, leaves, keys, everyone)
     sent = map(self._decode, leaves, keys, payloads)
     return Aggregate(treedef.unflatten(values), treedef.unflatten(sent), state)
 
@@ -63,6 +93,20 @@ class GatherMean(Aggregator, name="gather_mean"):
     part = lambda payload: self._decode(x, key, payload).astype(wide) / count
     add = lambda sum_, payload: (sum_ + part(payload), None)
     return lax.scan(add, jnp.zeros(x.shape, wide), everyone)[0].astype(x.dtype)
+
+  def _mean_of_senders(self, x: Array, key: Key, everyone: Tree, weights: Array) -> Array:
+    """Computes mean(weights) sum_i x_i / sum_i weight_i, both sums over the element's senders."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+
+    def add(sums, one):
+      payload, weight = one
+      part = self._decode(x, key, payload).astype(wide)
+      return (sums[0] + part, sums[1] + jnp.where(part == 0, 0, weight)), None
+
+    zeros = jnp.zeros(x.shape, wide)
+    (total, shares), _ = lax.scan(add, (zeros, zeros), (everyone, weights.astype(wide)))
+    scale = jnp.mean(weights).astype(wide)
+    return (scale * total / jnp.where(shares > 0, shares, 1)).astype(x.dtype)
 
   def _decode(self, x: Array, key: Key, payload: Tree) -> Array:
     return self.compressor.decode(payload, _like(x), key)

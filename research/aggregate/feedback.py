@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import optax
 
-from research.aggregate.composition import BOUNDED, MEMORY, PARTIAL
+from research.aggregate.composition import BOUNDED, MEMORY, PARTIAL, SENDERS
 from research.aggregate.link import remembering
 from research.aggregate.presence import kept, unweighted, weighted
 from research.core import checks
@@ -85,7 +85,7 @@ class EF21(Aggregator, name="ef21"):
 
   inner: Aggregator
   adds = Trait.MEMORY | Trait.EVERYONE
-  refuses = MEMORY | BOUNDED | PARTIAL
+  refuses = MEMORY | BOUNDED | PARTIAL | SENDERS
 
   def init(self, params):
     zeros = optax.tree.zeros_like(params)
@@ -129,7 +129,7 @@ class Diana(Aggregator, name="diana"):
   _: KW_ONLY
   alpha: float
   adds = Trait.MEMORY | Trait.EVERYONE
-  refuses = MEMORY | PARTIAL
+  refuses = MEMORY | PARTIAL | SENDERS
 
   def check(self):
     checks.in_range("alpha", self.alpha, "(0, 1]")

@@ -29,7 +29,7 @@ class PowerSGD(Aggregator, name="power_sgd"):
   more dimensions are treated as matrices [all dimensions but the last, last]. Vectors, and matrices
   with at most r (rows + columns) elements, are averaged exactly. Use this aggregator inside
   `error_feedback`. We orthogonalise by Householder QR instead of the paper's Gram-Schmidt, which
-  loses orthogonality in float32.
+  loses orthogonality in float32. The matrices of equal shape are decomposed together.
 
   Args:
     rank: r, at least 1.
@@ -73,7 +73,7 @@ class PowerSGD(Aggregator, name="power_sgd"):
     m = {i: as_matrix(x) for i, x in enumerate(leaves) if i not in exact}
     products = {i: matmul(m[i], q[i]) for i in m}
     left, exact_mean = collectives.packed_mean((products, exact), self.axis)
-    p = {i: jnp.linalg.qr(left[i])[0] for i in m}
+    p = orthonormal(left)
     own = {i: matmul(p[i].T, m[i]) for i in m}  # Q_i^T
     right = collectives.packed_mean(own, self.axis)
 
@@ -87,6 +87,32 @@ class PowerSGD(Aggregator, name="power_sgd"):
 
 
 power_sgd = PowerSGD
+
+
+def orthonormal(matrices: dict[int, Array]) -> dict[int, Array]:
+  """Computes Q of the QR decomposition of each matrix, by one batched call for each shape.
+
+  A decomposition is a sequence of short steps, so that an accelerator needs as long for a batch as
+  for one matrix. On a CPU, the matrices of a batch are decomposed one after the other, because
+  LAPACK's batched calls, as jaxlib 0.10 makes them, can block the threads that they wait for.
+
+  Args:
+    matrices: float32 [m, r] each, by number.
+
+  Returns:
+    The orthonormal columns, by number, [m, r] each.
+  """
+  alike: dict[tuple[int, ...], list[int]] = {}
+  for i, x in matrices.items():
+    alike.setdefault(x.shape, []).append(i)
+  of_one = lambda x: jnp.linalg.qr(x)[0]
+  in_turn = lambda batch: lax.map(of_one, batch)
+  q = {}
+  for numbers in alike.values():
+    batch = jnp.stack([matrices[i] for i in numbers])
+    columns = lax.platform_dependent(batch, cpu=in_turn, default=of_one)
+    q |= dict(zip(numbers, columns, strict=True))
+  return q
 
 
 def found(new: Array, old: Array) -> Array:

@@ -83,6 +83,22 @@ class Roll(NamedTuple):
   scale: Array  # float32, mean weight over all W workers
 
 
+def gathered_weights(presence: Presence, axis: collectives.Axes) -> Array:
+  """Gathers all workers' weights, 4 bytes each, unless all are statically known to be present.
+
+  Args:
+    presence: this worker's presence.
+    axis: the worker axes.
+
+  Returns:
+    float32 [W], equal on all workers; 0 for an absent worker, and ones if all are present.
+  """
+  if presence.active is True:
+    return jnp.ones(collectives.worker_count(axis), jnp.float32)
+  own = jnp.where(presence.active, presence.weight, 0).astype(jnp.float32)
+  return collectives.gather(own, axis)
+
+
 def call_roll(presence: Presence, axis: collectives.Axes) -> Roll | None:
   """Gathers all workers' weights, 4 bytes each, to determine which workers are present.
 
@@ -95,8 +111,7 @@ def call_roll(presence: Presence, axis: collectives.Axes) -> Roll | None:
   """
   if presence.active is True:
     return None
-  own = jnp.where(presence.active, presence.weight, 0).astype(jnp.float32)
-  weights = collectives.gather(own, axis)
+  weights = gathered_weights(presence, axis)
   present = weights > 0
   return Roll(present, jnp.sum(present, dtype=jnp.int32), jnp.mean(weights))
 

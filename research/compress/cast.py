@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -15,6 +14,7 @@ from research.compress.blocks import (
   saturated,
   to_blocks,
 )
+from research.compress.draws import random_bits
 from research.compress.packing import pack, unpack
 from research.core import checks
 from research.core.base import Array, Compressor
@@ -128,7 +128,7 @@ class Natural(Compressor, name="natural"):
     del shared
     bits = lax.bitcast_convert_type(flatten(x).astype(jnp.float32), jnp.uint32)
     magnitude = bits & 0x7FFFFFFF
-    mantissa = jax.random.bits(own, bits.shape, jnp.uint32) >> 9
+    mantissa = random_bits(own, bits.shape) >> 9
     exponent = jnp.minimum((magnitude + mantissa) >> 23, 254)
     exponent = jnp.where(magnitude >= _INFINITY, 255, exponent)
     return pack(exponent | (bits >> 31 << 8), 9)

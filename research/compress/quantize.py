@@ -7,7 +7,6 @@ is `codes`, n ceil(log2(2s + 1)) / 8 bytes, and `units`, one float32 per block.
 import math
 from typing import Any, ClassVar, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from research.compress.blocks import (
@@ -19,6 +18,7 @@ from research.compress.blocks import (
   restore,
   to_blocks,
 )
+from research.compress.draws import uniform
 from research.compress.packing import pack, unpack, unsigned
 from research.core import checks
 from research.core.base import Array, Compressor
@@ -62,10 +62,8 @@ class Quantizer(Compressor):
     units = jnp.maximum(self.unit(blocks), TINY)
     down = invertible(units)
     scaled = (blocks * down[:, None]) * (1 / (units * down))[:, None]
-    if self.stochastic:
-      level = jnp.floor(scaled + jax.random.uniform(own, scaled.shape, jnp.float32))
-    else:
-      level = jnp.rint(scaled)
+    stochastic = lambda: jnp.floor(scaled + uniform(own, scaled.shape))
+    level = stochastic() if self.stochastic else jnp.rint(scaled)
     codes = (jnp.clip(level, -self.levels, self.levels) + self.levels).astype(unsigned(self.bits))
     return Levels(pack(codes.reshape(-1)[: x.size], self.bits), units)
 

@@ -53,6 +53,7 @@ class Trait(enum.Flag):
   DIRECTED = enum.auto()  # the weight of worker j at worker i differs from that of i at j
   VARYING = enum.auto()  # the set of workers that it averages changes from round to round
   PARTIAL = enum.auto()  # its value is the mean of the workers that did not drop out
+  SENDERS = enum.auto()  # its value averages each element over the workers that sent it
   EVERYONE = enum.auto()  # its value depends on every worker's messages of earlier rounds
 
   def __str__(self) -> str:

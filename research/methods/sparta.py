@@ -52,6 +52,7 @@ class Sparta(LocalStepping, name="sparta"):
     Trait.NOISE: "each worker would subtract its own noise from its model",
     Trait.EXPANSIVE: "the models would diverge",
     Trait.PARTIAL: "an absent worker would add the others' models to its own",
+    Trait.SENDERS: "a worker would add the senders' models to its own",
     Trait.LOCAL: "neighbours receive different averages; use d_psgd",
     Trait.APART: "different elements per worker would be averaged with zeros",
   }

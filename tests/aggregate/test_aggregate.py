@@ -11,7 +11,7 @@ from problems import Running
 
 from research.analysis import wire
 from research.core import registry
-from research.core.base import Aggregate
+from research.core.base import EVERYONE, Aggregate, Presence
 from research.parallel import inference, traffic
 from research.parallel.layout import over_workers
 
@@ -313,3 +313,34 @@ def test_a_warm_up_sends_by_rounds_where_a_mesh_cuts_a_worker():
 def test_clipping_of_no_leaves():
   spec = "only_large(momentum_correction(gather_mean(top_k(0.1)), clip_norm=1.0), min_size=1000)"
   np.testing.assert_allclose(run(spec)[0].value[0], STEPS[0].mean(0), atol=1e-6)
+
+
+# ---- means over the senders
+
+
+def test_an_element_is_divided_by_the_workers_that_sent_it():
+  """Also if some are absent, and if those present weigh differently."""
+  aggregator = registry.build("aggregator", "gather_mean(top_k(0.3), over='senders')")
+  x = np.random.default_rng(0).standard_normal((5, 10)).astype(np.float32)
+  weight = np.asarray([2, 0.5, 1, 1.5, 0], np.float32)
+  top = np.argsort(-np.abs(x), axis=1)[:, :3]
+  sent = np.zeros_like(x)
+  np.put_along_axis(sent, top, np.take_along_axis(x, top, 1), 1)
+  run = lambda presence: (
+    lambda x, w: aggregator.aggregate({"w": x}, (), jax.random.key(0), presence(w)).value["w"]
+  )
+  for presence, share in (
+    (lambda w: EVERYONE, np.ones(5, np.float32)),
+    (lambda w: Presence(w, w > 0), weight),
+  ):
+    got = jax.jit(jax.vmap(run(presence), axis_name="data"))(x, weight)
+    total, shares = (share[:, None] * sent).sum(0), (share[:, None] * (sent != 0)).sum(0)
+    want = np.where(shares > 0, total / np.where(shares > 0, shares, 1), 0)
+    np.testing.assert_allclose(got, np.tile(want, (5, 1)), atol=1e-6)
+
+
+def test_a_mean_over_senders_needs_a_sparse_compressor():
+  with pytest.raises(ValueError, match="over='senders' needs a sparse compressor"):
+    registry.build("aggregator", "gather_mean(int8(), over='senders')")
+  with pytest.raises(ValueError, match="over='sender' is unknown; did you mean 'senders'"):
+    registry.build("aggregator", "gather_mean(top_k(0.1), over='sender')")

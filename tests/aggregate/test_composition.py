@@ -223,7 +223,7 @@ def owed(state: Any, value: Any) -> np.ndarray:
   return np.concatenate(parts) if parts else np.zeros(1)
 
 
-NO_MEAN = Trait.VOTE | Trait.SELECTS | Trait.PARTIAL
+NO_MEAN = Trait.VOTE | Trait.SELECTS | Trait.PARTIAL | Trait.SENDERS
 MEANS = [n for n in SPECS if not AGGREGATORS[n].traits & NO_MEAN]
 
 
