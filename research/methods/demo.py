@@ -27,17 +27,18 @@ class DeMo(OneGradient, name="demo"):
 
       m_{t+1/2}^i = beta m_t^i + weight_i grad f_i(theta_t)
       q_t^i = sent part of m_{t+1/2}^i,   m_{t+1}^i = m_{t+1/2}^i - q_t^i
-      theta_{t+1} = theta_t - eta_t sign(1/W sum_i q_t^i),   sign(0) = 0
+      theta_{t+1} = theta_t - eta_t (sign(1/W sum_i q_t^i) + lambda theta_t),   sign(0) = 0
 
   The aggregator chooses the components: `gather_mean(dct_top_k(64, 8))` sends the largest cosine
   coefficients of each block. The mean is over all workers, as in the paper; the authors' code
   divides each coefficient by the number of workers that sent it.
 
   Args:
-    learning_rate: eta, a constant or a schedule over rounds; each parameter changes by eta or not
-      at all.
+    learning_rate: eta, a constant or a schedule over rounds; without weight decay, each parameter
+      changes by eta or not at all.
     aggregator: selects the components to send, and averages the selected components.
     decay: beta, decay of the momentum, in [0, 1).
+    weight_decay: lambda, at least 0; the authors' code has it, the paper's algorithm does not.
 
   Raises:
     ValueError: if an argument is out of range, or the aggregator is incompatible.
@@ -49,12 +50,14 @@ class DeMo(OneGradient, name="demo"):
   aggregator: Aggregator
   _: KW_ONLY
   decay: float = 0.999
+  weight_decay: float = 0.0
 
   refuses = COMMON_MODEL | composition.MEMORY | composition.BOUNDED
 
   def check(self):
     check_rate(self.learning_rate)
     checks.in_range("decay", self.decay, "[0, 1)")
+    checks.at_least("weight_decay", self.weight_decay, 0)
 
   def init(self, params):
     zeros = optax.tree.zeros_like(params)
@@ -71,8 +74,9 @@ class DeMo(OneGradient, name="demo"):
     del key
     left = optax.tree.sub(state.momentum, sent)
     own = kept(presence.active, left, state.momentum)
-    signs = jax.tree.map(jnp.sign, value)
-    params = moved(state.params, rate_at(self.learning_rate, state.count), signs)
+    signed = lambda q, x: jnp.sign(q) + self.weight_decay * x
+    direction = jax.tree.map(signed, value, state.params)
+    params = moved(state.params, rate_at(self.learning_rate, state.count), direction)
     return state._replace(params=params, momentum=own, count=state.count + 1)
 
   def counted(self, presence):
