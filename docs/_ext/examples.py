@@ -49,7 +49,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "Images": ("digits", "mnist"),
     "Text": ("tinyshakespeare", "text", "stream", "random_tokens"),
     "Convex problems": ("least_squares", "libsvm", "mean_estimation"),
-    "Counterexamples": ("client_drift", "rare_large_gradient", "narrow_valley"),
+    "Counterexamples": ("client_drift", "rare_large_gradient", "narrow_valley", "skewed_noise"),
     "Search": ("pagerank", "rank", "bm25", "cranfield"),
     "Finance": ("frontier", "cvar"),
     "Medicine": ("breast_cancer", "diabetes"),

@@ -128,7 +128,7 @@ TABLE: dict[str, dict[str, str]] = {
     "random_tokens": "research.tasks.convex.synthetic:random_tokens",
     **{
       name: f"research.tasks.convex.counterexamples:{name}"
-      for name in ("client_drift", "rare_large_gradient", "narrow_valley")
+      for name in ("client_drift", "rare_large_gradient", "narrow_valley", "skewed_noise")
     },
     "stream": "research.tasks.language.stream:stream",
     "pagerank": "research.tasks.search.pagerank:pagerank",

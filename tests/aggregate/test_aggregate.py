@@ -125,6 +125,15 @@ def worker_momentum_by_hand(rule):
     yield rule(m, 0)
 
 
+def ef21_sgdm_by_hand(compress):
+  """EF21-SGDM with eta = 0.1, from v = g = 0."""
+  v, g = np.zeros((W, *SHAPE)), np.zeros((W, *SHAPE))
+  for x in STEPS.astype(np.float64):
+    v = 0.9 * v + 0.1 * x
+    g = g + np.stack([compress(c) for c in v - g])
+    yield g.mean(0)
+
+
 def warm_up_by_hand(*stages):
   """Error feedback around another compressor in each step."""
   memory = np.zeros((W, *SHAPE))
@@ -174,6 +183,9 @@ BY_HAND = {
     momentum_correction_by_hand(lambda x: top_k(x, 6), 3.0)
   ),
   "worker_momentum(mean())": lambda: worker_momentum_by_hand(np.mean),
+  "worker_momentum(ef21(gather_mean(top_k(0.2))))": lambda: ef21_sgdm_by_hand(
+    lambda x: top_k(x, 6)
+  ),
   "worker_momentum(median())": lambda: worker_momentum_by_hand(np.median),
   "error_feedback(warm_up(gather_mean(top_k(0.2)), steps=2, stages=[gather_mean(top_k(0.5)), "
   "gather_mean(sign())]))": lambda: warm_up_by_hand(
