@@ -12,7 +12,7 @@ from research.aggregate.presence import kept, unweighted, weighted
 from research.core import checks
 from research.core.base import EVERYONE, Aggregator, Array, Params, State, Tree
 from research.core.method import COMMON_MODEL
-from research.methods._steps import OneGradient, check_rate, moved, rate_at
+from research.methods._steps import OneGradient, check_rate, decayed, moved, rate_at
 
 
 class DeMoState(NamedTuple):
@@ -74,8 +74,7 @@ class DeMo(OneGradient, name="demo"):
     del key
     left = optax.tree.sub(state.momentum, sent)
     own = kept(presence.active, left, state.momentum)
-    signed = lambda q, x: jnp.sign(q) + self.weight_decay * x
-    direction = jax.tree.map(signed, value, state.params)
+    direction = decayed(jax.tree.map(jnp.sign, value), self.weight_decay, state.params)
     params = moved(state.params, rate_at(self.learning_rate, state.count), direction)
     return state._replace(params=params, momentum=own, count=state.count + 1)
 

@@ -9,7 +9,7 @@ from jax import lax
 
 from research.core.base import EVERYONE, Array, Params, State, Tree
 from research.methods._exact_rounds import FrozenVariance, if_unseen
-from research.methods._steps import mixed, moved, rate_at
+from research.methods._steps import decayed, mixed, moved, rate_at
 
 
 class OnebitAdamState(NamedTuple):
@@ -78,9 +78,7 @@ class OnebitAdam(FrozenVariance, name="onebit_adam"):
     m = optax.tree.bias_correction(after.momentum, self.b1, count)
     v = optax.tree.bias_correction(after.variance, self.b2, jnp.minimum(count, self.warm_up))
     scaled = lambda m, v: jnp.where(v > 0, m / (jnp.sqrt(v) + self.eps), 0)
-    direction = jax.tree.map(
-      lambda m, v, x: scaled(m, v) + self.weight_decay * x, m, v, state.params
-    )
+    direction = decayed(jax.tree.map(scaled, m, v), self.weight_decay, state.params)
     params = moved(state.params, rate_at(self.learning_rate, state.count), direction)
     return after._replace(params=params, count=count)
 
