@@ -76,6 +76,7 @@ FLAT = SYNCHRONOUS | {
 GRAPHS = {
   "d_psgd_choco": "d_psgd(sgd(0.1), choco(int8(), ring(), gamma=0.5))",
   "sgp": "sgp(sgd(0.1, momentum=0.5), one_peer_exponential())",
+  "noloco": "noloco(sgd(0.1), gossip(random_pairs()), period=3)",
   "dgd_torus": "dgd(0.05, gossip(torus()))",
   "gradient_tracking_ring": "gradient_tracking(0.05, gossip(ring()))",
   "extra_ring": "extra(0.05, gossip(ring()))",
@@ -153,6 +154,7 @@ PIECES = {
 OTHERS = {
   "topology": (
     *("ring()", "torus()", "complete()", "star()", "exponential()", "one_peer_exponential()"),
+    "random_pairs()",
     "weights([[0.75, 0.25], [0.25, 0.75]])",
   ),
   "delays": (

@@ -19,6 +19,8 @@ KINDS = ("compressor", "aggregator", "method", "topology", "model")
 FROM_MODULES = {
   "ego_attention",
   "graph_network",
+  "noloco",
+  "random_pairs",
 }
 IMPORT = """
 import sys

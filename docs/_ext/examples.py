@@ -42,7 +42,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
       *("asgd", "delayed", "staleness_aware", "dc_asgd", "dc_asgd_constant", "hogwild"),
     ),
     "Decentralized": (
-      *("d_psgd", "dgd", "sgp", "gradient_tracking", "extra", "admm", "consensus_admm"),
+      *("d_psgd", "dgd", "sgp", "noloco", "gradient_tracking", "extra", "admm", "consensus_admm"),
     ),
   },
   "task": {
@@ -131,6 +131,7 @@ _OWN: dict[str, str] = {
   "d_psgd": f"d_psgd({MOMENTUM}, gossip(ring()))",
   "dgd": "dgd(0.05, gossip(torus()))",
   "sgp": f"sgp({MOMENTUM}, one_peer_exponential())",
+  "noloco": "noloco(adamw(1e-3), gossip(random_pairs()), period=32)",
   "gradient_tracking": "gradient_tracking(0.05, gossip(ring()))",
   "extra": "extra(0.05, gossip(ring()))",
   "admm": "admm(0.05, gossip(ring()))",

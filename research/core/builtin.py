@@ -80,6 +80,7 @@ TABLE: dict[str, dict[str, str]] = {
     "sparta": "research.methods.sparta:sparta",
     "d_psgd": "research.methods.decentralized:d_psgd",
     "sgp": "research.methods.decentralized:sgp",
+    "noloco": "research.methods.noloco:noloco",
     "dgd": "research.methods.decentralized:dgd",
     "gradient_tracking": "research.methods.consensus:gradient_tracking",
     "extra": "research.methods.consensus:extra",
@@ -114,6 +115,7 @@ TABLE: dict[str, dict[str, str]] = {
       "star",
       "exponential",
       "one_peer_exponential",
+      "random_pairs",
       "weights",
     )
   },
