@@ -117,6 +117,7 @@ EXCHANGES = {
   "warm_up": "error_feedback(warm_up(two_phase(int8()), steps=2, stages=[mean(), power_sgd(1)]))",
   "geometric_median": "geometric_median(iterations=2)",
   "centered_clip": "centered_clip(0.5)",
+  "edit_penalty": "edit_penalty(error_feedback(two_phase(int8())), warm_up=1, threshold=0.5)",
   "sign_flip": "sign_flip(error_feedback(gather_mean(sign())), faulty=1)",
   "gaussian": "gaussian(median(), faulty=1, deviation=1.0)",
   "a_little_is_enough": "a_little_is_enough(trimmed_mean(0.25), faulty=1)",

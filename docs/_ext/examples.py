@@ -22,6 +22,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "Policies": ("only_large", "bucketed", "warm_up", "hierarchical"),
     "Robust rules": (
       *("median", "trimmed_mean", "krum", "multi_krum", "geometric_median", "centered_clip"),
+      "edit_penalty",
     ),
     "Neighbours in a graph": ("gossip", "push_sum", "choco", "q1_gossip", "q2_gossip"),
     "Privacy": ("noisy", "secure_sum"),
@@ -87,6 +88,7 @@ _OWN: dict[str, str] = {
   "multi_krum": "multi_krum(1, 4)",
   "geometric_median": "geometric_median()",
   "centered_clip": "centered_clip(1.0)",
+  "edit_penalty": "edit_penalty(mean(), threshold=3.0, clip=10.0)",
   "sign_flip": "sign_flip(median(), faulty=2)",
   "gaussian": "gaussian(median(), faulty=2, deviation=10.0)",
   "a_little_is_enough": "a_little_is_enough(trimmed_mean(0.25), faulty=2)",

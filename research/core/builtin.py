@@ -33,6 +33,7 @@ TABLE: dict[str, dict[str, str]] = {
     "diana": "research.aggregate.feedback:diana",
     "momentum_correction": "research.aggregate.momentum:momentum_correction",
     "worker_momentum": "research.aggregate.momentum:worker_momentum",
+    "edit_penalty": "research.aggregate.edit_penalty:edit_penalty",
     "only_large": "research.aggregate.policy:only_large",
     "bucketed": "research.aggregate.policy:bucketed",
     "warm_up": "research.aggregate.policy:warm_up",
