@@ -54,6 +54,8 @@ FLAT = SYNCHRONOUS | {
   "scaffold": "scaffold(0.1, mean(), period=3)",
   "consensus_admm": "consensus_admm(0.1, mean(), period=3)",
   "sparta": "sparta(sgd(0.1, momentum=0.9), sum_mean(random_k(0.3)))",
+  "sparta_diloco": "sparta_diloco(adam(0.01), sgd(0.7, momentum=0.9), shuffled(0.3), mean(), "
+  "outer_period=2)",
   "d_psgd": "d_psgd(sgd(0.1, momentum=0.9), mean())",
   "dgd": "dgd(0.05, mean())",
   "gradient_tracking": "gradient_tracking(0.05, mean())",
@@ -105,6 +107,7 @@ EXCHANGES = {
   "mean": "mean()",
   "vote": "majority_vote()",
   "feedback_sum": "error_feedback(sum_mean(random_k(0.3)))",
+  "partitioned": "error_feedback(partitioned(0.3))",
   "feedback_two_phase": "error_feedback(two_phase(int8()))",
   "feedback_power_sgd": "error_feedback(power_sgd(1))",
   "ef21": "ef21(gather_mean(sign()))",

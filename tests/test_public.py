@@ -21,7 +21,10 @@ FROM_MODULES = {
   "ego_attention",
   "graph_network",
   "noloco",
+  "partitioned",
   "random_pairs",
+  "shuffled",
+  "sparta_diloco",
 }
 IMPORT = """
 import sys

@@ -16,7 +16,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
   "aggregator": {
     "Averages": (
       *("mean", "hierarchical_mean", "gather_mean", "sum_mean", "two_phase", "majority_vote"),
-      "power_sgd",
+      *("shuffled", "partitioned", "power_sgd"),
     ),
     "Memories": ("error_feedback", "ef21", "diana", "momentum_correction", "worker_momentum"),
     "Policies": ("only_large", "bucketed", "warm_up", "hierarchical"),
@@ -32,7 +32,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "Synchronous": ("data_parallel", "averaged"),
     "Local updates": (
       *("local_sgd", "post_local_sgd", "hierarchical_local_sgd", "slow_mo", "restarted"),
-      *("easgd", "eamsgd", "diloco", "sparta"),
+      *("easgd", "eamsgd", "diloco", "sparta", "sparta_diloco"),
     ),
     "Late exchanges": (*("late", "streaming_diloco", "eager_diloco", "overlap_local_sgd"),),
     "Federated": (
@@ -73,6 +73,8 @@ _OWN: dict[str, str] = {
   "gather_mean": "gather_mean(top_k(0.01))",
   "sum_mean": "sum_mean(random_k(0.01))",
   "two_phase": "two_phase(int8())",
+  "shuffled": "shuffled(0.01)",
+  "partitioned": "partitioned(0.01)",
   "power_sgd": "power_sgd(4)",
   "error_feedback": "error_feedback(gather_mean(top_k(0.01)))",
   "ef21": "ef21(gather_mean(top_k(0.01)))",
@@ -112,6 +114,8 @@ _OWN: dict[str, str] = {
   "eager_diloco": f"eager_diloco(adamw(1e-3), {NESTEROV}, mean(), period=16)",
   "overlap_local_sgd": f"overlap_local_sgd({MOMENTUM}, mean(), period=8)",
   "sparta": f"sparta({MOMENTUM}, sum_mean(random_k(0.01)))",
+  "sparta_diloco": f"sparta_diloco(adamw(1e-3), {NESTEROV}, shuffled(0.01), mean(), "
+  "outer_period=32)",
   "fed_avg": "fed_avg(sgd(0.1), mean(), epochs=1)",
   "fed_prox": "fed_prox(sgd(0.1), mean(), mu=0.1, epochs=1)",
   "fed_opt": "fed_opt(sgd(0.1), adam(0.01), mean(), epochs=1)",
