@@ -110,6 +110,7 @@ EXCHANGES = {
   "partitioned": "error_feedback(partitioned(0.3))",
   "feedback_two_phase": "error_feedback(two_phase(int8()))",
   "feedback_power_sgd": "error_feedback(power_sgd(1))",
+  "loco": "loco(two_phase(int4()), reset=3)",
   "ef21": "ef21(gather_mean(sign()))",
   "diana": "diana(gather_mean(qsgd(3)), alpha=0.5)",
   "momentum": "momentum_correction(gather_mean(top_k(0.2)))",

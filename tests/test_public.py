@@ -20,6 +20,7 @@ FROM_MODULES = {
   "edit_penalty",
   "ego_attention",
   "graph_network",
+  "loco",
   "noloco",
   "partitioned",
   "random_pairs",

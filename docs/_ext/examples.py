@@ -18,7 +18,9 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
       *("mean", "hierarchical_mean", "gather_mean", "sum_mean", "two_phase", "majority_vote"),
       *("shuffled", "partitioned", "power_sgd"),
     ),
-    "Memories": ("error_feedback", "ef21", "diana", "momentum_correction", "worker_momentum"),
+    "Memories": (
+      *("error_feedback", "loco", "ef21", "diana", "momentum_correction", "worker_momentum"),
+    ),
     "Policies": ("only_large", "bucketed", "warm_up", "hierarchical"),
     "Robust rules": (
       *("median", "trimmed_mean", "krum", "multi_krum", "geometric_median", "centered_clip"),
@@ -77,6 +79,7 @@ _OWN: dict[str, str] = {
   "partitioned": "partitioned(0.01)",
   "power_sgd": "power_sgd(4)",
   "error_feedback": "error_feedback(gather_mean(top_k(0.01)))",
+  "loco": "loco(two_phase(int4()))",
   "ef21": "ef21(gather_mean(top_k(0.01)))",
   "diana": "diana(gather_mean(qsgd()), alpha=0.1)",
   "momentum_correction": "momentum_correction(gather_mean(top_k(0.01)), momentum=0.9)",

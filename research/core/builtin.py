@@ -31,6 +31,7 @@ TABLE: dict[str, dict[str, str]] = {
     "majority_vote": "research.aggregate.compressed:majority_vote",
     "power_sgd": "research.aggregate.power_sgd:power_sgd",
     "error_feedback": "research.aggregate.feedback:error_feedback",
+    "loco": "research.aggregate.loco:loco",
     "ef21": "research.aggregate.feedback:ef21",
     "diana": "research.aggregate.feedback:diana",
     "momentum_correction": "research.aggregate.momentum:momentum_correction",
