@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 KINDS = ("compressor", "aggregator", "method", "topology", "model")
 # Registered names that `research` does not export: they are imported from their modules.
 FROM_MODULES = {
+  "dct_mean",
   "edit_penalty",
   "ego_attention",
   "graph_network",

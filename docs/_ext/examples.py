@@ -16,7 +16,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
   "aggregator": {
     "Averages": (
       *("mean", "hierarchical_mean", "gather_mean", "sum_mean", "two_phase", "majority_vote"),
-      *("shuffled", "partitioned", "power_sgd"),
+      *("dct_mean", "shuffled", "partitioned", "power_sgd"),
     ),
     "Memories": (
       *("error_feedback", "loco", "ef21", "diana", "momentum_correction", "worker_momentum"),
@@ -75,6 +75,7 @@ _OWN: dict[str, str] = {
   "gather_mean": "gather_mean(top_k(0.01))",
   "sum_mean": "sum_mean(random_k(0.01))",
   "two_phase": "two_phase(int8())",
+  "dct_mean": "dct_mean(64, 8, one_bit=True)",
   "shuffled": "shuffled(0.01)",
   "partitioned": "partitioned(0.01)",
   "power_sgd": "power_sgd(4)",

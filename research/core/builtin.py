@@ -26,6 +26,7 @@ TABLE: dict[str, dict[str, str]] = {
     "gather_mean": "research.aggregate.compressed:gather_mean",
     "sum_mean": "research.aggregate.compressed:sum_mean",
     "two_phase": "research.aggregate.compressed:two_phase",
+    "dct_mean": "research.aggregate.dct_mean:dct_mean",
     "shuffled": "research.aggregate.turns:shuffled",
     "partitioned": "research.aggregate.turns:partitioned",
     "majority_vote": "research.aggregate.compressed:majority_vote",
