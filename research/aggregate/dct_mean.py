@@ -32,9 +32,11 @@ class Signed(NamedTuple):
 class DCTMean(Aggregator, name="dct_mean"):
   """Averages each of the largest DCT coefficients over its senders, not over all workers.
 
-      q_i = S_k(D x_i D^T) of each block,   n_c = |{i : q_i_c is not 0}|
-      value = D^T v D,   v_c = 1/n_c sum_i q_i_c    or, with one bit,    1/n_c sum_i sign(q_i_c)
+      q_i = S_k(D x_i D^T) of each block,   n_c = sum of weight_i over all i with q_i_c not 0
+      value = D^T v D,   v_c = 1/n_c sum_i weight_i q_i_c
+                         or, with one bit, 1/n_c sum_i weight_i sign(q_i_c)
 
+  The value is multiplied by the mean weight of all W workers, which is one unless some are absent.
   D and S_k are those of `dct_top_k`. This is an aggregator for `demo`: a coefficient that a single
   worker sends counts as much as one that all workers send. A worker's `sent` is D^T q_i D in both
   cases, so `demo` subtracts exact values from the momentum. With one bit, a payload has 13/8 k
@@ -75,8 +77,10 @@ class DCTMean(Aggregator, name="dct_mean"):
     leaves, treedef = jax.tree.flatten(weighted(tree, presence))
     payloads = [self.compressor.encode(x, key, key) for x in leaves]
     messages = list(map(self._message, leaves, payloads))
-    everyone = collectives.gather(messages, self.axis)
-    values = [self._mean(*args, key) for args in zip(leaves, payloads, everyone, strict=True)]
+    weight = jnp.asarray(jnp.where(presence.active, presence.weight, 0), jnp.float32)
+    everyone, weights = collectives.gather((messages, weight), self.axis)
+    args = zip(leaves, payloads, everyone, strict=True)
+    values = [self._mean(x, own, (of, weights), key) for x, own, of in args]
     decode = lambda x, payload: self.compressor.decode(payload, _like(x), key)
     sent = list(map(decode, leaves, payloads))
     return Aggregate(treedef.unflatten(values), treedef.unflatten(sent), state)
@@ -100,31 +104,32 @@ class DCTMean(Aggregator, name="dct_mean"):
     return Signed(pack(signs, 1), pack(positions.reshape(-1), bits))
 
   def _mean(self, x: Array, payload: Coefficients, everyone: Tree, key: Key) -> Array:
-    """Returns a leaf's mean over senders; `everyone` has all workers' messages [W, ...]."""
+    """Returns a leaf's mean over senders; `everyone` has all messages and weights [W, ...]."""
     size, shape = self._size(x, key), payload.values.shape
     wide = jnp.promote_types(x.dtype, jnp.float32)
     rows = jnp.arange(shape[0])[:, None]
 
-    def read(message: Tree) -> tuple[Array, Array]:
+    def read(message: Tree, weight: Array) -> tuple[Array, Array]:
       codes = unpack(message.positions, position_bits(size), payload.values.size)
       positions = codes.reshape(shape).astype(jnp.int32)
       if not self._as_signs(payload):
         return message.values.astype(wide), positions
       negative = unpack(message.signs, 1, payload.values.size).reshape(shape)
       something = jnp.any(positions != positions[:, :1], 1, keepdims=True)
-      return jnp.where(something, 1 - 2 * negative.astype(wide), 0), positions
+      return jnp.where(something, weight * (1 - 2 * negative.astype(wide)), 0), positions
 
-    def count(counts: Array, message: Tree) -> tuple[Array, None]:
-      values, positions = read(message)
-      return counts.at[rows, positions].add((values != 0).astype(jnp.int32)), None
+    def count(counts: Array, of: tuple[Tree, Array]) -> tuple[Array, None]:
+      values, positions = read(*of)
+      return counts.at[rows, positions].add(jnp.where(values != 0, of[1], 0)), None
 
-    def add(total: Array, message: Tree) -> tuple[Array, None]:
-      values, positions = read(message)
-      values = values / jnp.maximum(counts[rows, positions], 1)
+    def add(total: Array, of: tuple[Tree, Array]) -> tuple[Array, None]:
+      (message, _), (values, positions) = of, read(*of)
+      number = counts[rows, positions]
+      values = values * jnp.mean(everyone[1]) / jnp.where(number > 0, number, 1)
       part = Coefficients(values, message.positions)
       return total + self.compressor.decode(part, jax.ShapeDtypeStruct(x.shape, wide), key), None
 
-    counts, _ = lax.scan(count, jnp.zeros((shape[0], size), jnp.int32), everyone)
+    counts, _ = lax.scan(count, jnp.zeros((shape[0], size), wide), everyone)
     return lax.scan(add, jnp.zeros(x.shape, wide), everyone)[0].astype(x.dtype)
 
 
