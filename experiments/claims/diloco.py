@@ -11,10 +11,10 @@ Scaled: a transformer of 108 thousand parameters on the characters of tinyshakes
 1024 steps from scratch. The paper uses 60 to 400 million parameters on C4, 8 workers, 88,000 steps
 (the first 24,000 without DiLoCo), and 500 steps per round with the outer step size 0.7 and momentum
 0.9. Our rounds have only 8 or 32 steps, for which sources use smaller outer steps: 0.3 and 0.9 for
-rounds of 36 steps (MaxText), 0.7 and 0.6 for rounds of 30 (MuLoCo, arXiv:2505.23725). We gate these
-two pairs, the larger outer step at the shorter rounds as below, and show the paper's pair, which
-fails in rounds of 8 steps, without gates. We reproduce the ordering, except that DiLoCo is not ahead
-of the large batch. Plain averaging is shown without gates, too.
+rounds of 36 steps (MaxText), 0.7 and 0.6 for rounds of 30 (MuLoCo, arXiv:2505.23725). We gate one
+pair at each length. The paper's pair, which is worse than one worker in rounds of 8 steps, and plain
+averaging are shown without gates. We reproduce the ordering, except that DiLoCo is not ahead of the
+large batch.
 """
 
 import numpy as np
@@ -48,9 +48,8 @@ X64 = False
 
 NOTE = (
   "The outer momentum beta multiplies a lasting change of the workers by about alpha / (1 - beta), "
-  "where alpha is the outer step size: 7 for the paper's 0.7 and 0.9. In rounds of 8 steps, that is "
-  "worse than one worker: the row without a gate. The sources' pairs for short rounds multiply it "
-  "by 3 (0.3 and 0.9) and 1.75 (0.7 and 0.6)."
+  "where alpha is the outer step size: 7 for the paper's 0.7 and 0.9, which in rounds of 8 steps is "
+  "worse than one worker (a row without a gate); 3 for 0.3 and 0.9, 1.75 for 0.7 and 0.6."
 )
 SINGLE, LARGE = "one worker", "batch of all workers"
 
