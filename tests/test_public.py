@@ -21,6 +21,14 @@ FROM_MODULES = {
   "ego_attention",
   "graph_network",
   "statistical",
+  "dct_mean",
+  "edit_penalty",
+  "loco",
+  "noloco",
+  "partitioned",
+  "random_pairs",
+  "shuffled",
+  "sparta_diloco",
 }
 IMPORT = """
 import sys

@@ -16,12 +16,15 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
   "aggregator": {
     "Averages": (
       *("mean", "hierarchical_mean", "gather_mean", "sum_mean", "two_phase", "majority_vote"),
-      "power_sgd",
+      *("dct_mean", "shuffled", "partitioned", "power_sgd"),
     ),
-    "Memories": ("error_feedback", "ef21", "diana", "momentum_correction", "worker_momentum"),
+    "Memories": (
+      *("error_feedback", "loco", "ef21", "diana", "momentum_correction", "worker_momentum"),
+    ),
     "Policies": ("only_large", "bucketed", "warm_up", "hierarchical"),
     "Robust rules": (
       *("median", "trimmed_mean", "krum", "multi_krum", "geometric_median", "centered_clip"),
+      "edit_penalty",
     ),
     "Neighbours in a graph": ("gossip", "push_sum", "choco", "q1_gossip", "q2_gossip"),
     "Privacy": ("noisy", "secure_sum"),
@@ -31,7 +34,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "Synchronous": ("data_parallel", "averaged"),
     "Local updates": (
       *("local_sgd", "post_local_sgd", "hierarchical_local_sgd", "slow_mo", "restarted"),
-      *("easgd", "eamsgd", "diloco", "sparta"),
+      *("easgd", "eamsgd", "diloco", "sparta", "sparta_diloco"),
     ),
     "Late exchanges": (*("late", "streaming_diloco", "eager_diloco", "overlap_local_sgd"),),
     "Federated": (
@@ -42,14 +45,14 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
       *("asgd", "delayed", "staleness_aware", "dc_asgd", "dc_asgd_constant", "hogwild"),
     ),
     "Decentralized": (
-      *("d_psgd", "dgd", "sgp", "gradient_tracking", "extra", "admm", "consensus_admm"),
+      *("d_psgd", "dgd", "sgp", "noloco", "gradient_tracking", "extra", "admm", "consensus_admm"),
     ),
   },
   "task": {
     "Images": ("digits", "mnist"),
     "Text": ("tinyshakespeare", "text", "stream", "random_tokens"),
     "Convex problems": ("least_squares", "libsvm", "mean_estimation"),
-    "Counterexamples": ("client_drift", "rare_large_gradient", "narrow_valley"),
+    "Counterexamples": ("client_drift", "rare_large_gradient", "narrow_valley", "skewed_noise"),
     "Search": ("pagerank", "rank", "bm25", "cranfield"),
     "Finance": ("frontier", "cvar"),
     "Medicine": ("breast_cancer", "diabetes"),
@@ -73,8 +76,12 @@ _OWN: dict[str, str] = {
   "gather_mean": "gather_mean(top_k(0.01))",
   "sum_mean": "sum_mean(random_k(0.01))",
   "two_phase": "two_phase(int8())",
+  "dct_mean": "dct_mean(64, 8, one_bit=True)",
+  "shuffled": "shuffled(0.01)",
+  "partitioned": "partitioned(0.01)",
   "power_sgd": "power_sgd(4)",
   "error_feedback": "error_feedback(gather_mean(top_k(0.01)))",
+  "loco": "loco(two_phase(int4()))",
   "ef21": "ef21(gather_mean(top_k(0.01)))",
   "diana": "diana(gather_mean(qsgd()), alpha=0.1)",
   "momentum_correction": "momentum_correction(gather_mean(top_k(0.01)), momentum=0.9)",
@@ -88,6 +95,7 @@ _OWN: dict[str, str] = {
   "multi_krum": "multi_krum(1, 4)",
   "geometric_median": "geometric_median()",
   "centered_clip": "centered_clip(1.0)",
+  "edit_penalty": "edit_penalty(mean(), threshold=3.0, clip=10.0)",
   "sign_flip": "sign_flip(median(), faulty=2)",
   "gaussian": "gaussian(median(), faulty=2, deviation=10.0)",
   "a_little_is_enough": "a_little_is_enough(trimmed_mean(0.25), faulty=2)",
@@ -111,6 +119,8 @@ _OWN: dict[str, str] = {
   "eager_diloco": f"eager_diloco(adamw(1e-3), {NESTEROV}, mean(), period=16)",
   "overlap_local_sgd": f"overlap_local_sgd({MOMENTUM}, mean(), period=8)",
   "sparta": f"sparta({MOMENTUM}, sum_mean(random_k(0.01)))",
+  "sparta_diloco": f"sparta_diloco(adamw(1e-3), {NESTEROV}, shuffled(0.01), mean(), "
+  "outer_period=32)",
   "fed_avg": "fed_avg(sgd(0.1), mean(), epochs=1)",
   "fed_prox": "fed_prox(sgd(0.1), mean(), mu=0.1, epochs=1)",
   "fed_opt": "fed_opt(sgd(0.1), adam(0.01), mean(), epochs=1)",
@@ -132,6 +142,7 @@ _OWN: dict[str, str] = {
   "d_psgd": f"d_psgd({MOMENTUM}, gossip(ring()))",
   "dgd": "dgd(0.05, gossip(torus()))",
   "sgp": f"sgp({MOMENTUM}, one_peer_exponential())",
+  "noloco": "noloco(adamw(1e-3), gossip(random_pairs()), period=32)",
   "gradient_tracking": "gradient_tracking(0.05, gossip(ring()))",
   "extra": "extra(0.05, gossip(ring()))",
   "admm": "admm(0.05, gossip(ring()))",

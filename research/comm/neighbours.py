@@ -26,8 +26,9 @@ def heard(
 ) -> list[tuple[float | Array, Tree]]:
   """Receives the neighbours' messages of one round, with their weights.
 
-  One permutation per direction runs over the existing links only, so traffic is proportional to a
-  worker's number of links, not to W.
+  Permutations run over the existing links only, so traffic is proportional to a worker's number of
+  links, not to W. Directions whose links have no sender and no receiver in common share one
+  permutation: a matching of the workers is a single message.
 
   Args:
     shifts: the links of one round of a topology.
@@ -35,14 +36,32 @@ def heard(
     axes: the worker axes of the exchange.
 
   Returns:
-    For each direction, w_ij and the message of worker j; both are zero if there is no link.
+    For each permutation, w_ij and the message of worker j; both are zero if there is no link.
   """
-  found = []
+  return [
+    (_of_worker(values, axes), collectives.permute(message, links, axes))
+    for values, links in _permutations(shifts)
+  ]
+
+
+def _permutations(shifts: Sequence[Shift]) -> list[tuple[np.ndarray, list[tuple[int, int]]]]:
+  """Groups the links of a round so that each worker sends and receives at most once per group.
+
+  Returns:
+    For each group, w_ij by receiver [W], zero without a link, and the links (sender, receiver).
+  """
+  found: list[tuple[np.ndarray, dict[int, int]]] = []  # weights, and sender by receiver
   for offset, values in shifts:
-    if offset:
-      links = [((i - offset) % len(values), i) for i in map(int, np.flatnonzero(values))]
-      found.append((_of_worker(values, axes), collectives.permute(message, links, axes)))
-  return found
+    if not offset:
+      continue
+    new = {i: (i - offset) % len(values) for i in map(int, np.flatnonzero(values))}
+    for number, (weights, senders) in enumerate(found):
+      if not (new.keys() & senders.keys() or {*new.values()} & {*senders.values()}):
+        found[number] = weights + values, senders | new
+        break
+    else:
+      found.append((values, new))
+  return [(weights, [(j, i) for i, j in senders.items()]) for weights, senders in found]
 
 
 def _of_worker(values: np.ndarray, axes: collectives.Axes) -> float | Array:

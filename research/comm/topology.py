@@ -1,7 +1,7 @@
 """Communication graphs: the mixing weights of links between workers, and the spectral gaps."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY
 from typing import ClassVar, NamedTuple
 
@@ -29,10 +29,11 @@ class Topology(Part):
   symmetric: ClassVar[bool] = True  # w_ij = w_ji
   balanced: ClassVar[bool] = True  # rows also sum to one, so consensus is preserved
   varying: ClassVar[bool] = False  # True: the period may be longer than one round
+  drawn: ClassVar[bool] = False  # True: the shared key draws each round's links from the period
 
   @required
   def rounds(self, count: int) -> list[list[Shift]]:
-    """Returns the links of each round of the period, which repeats.
+    """Returns the links of each round of the period, which repeats unless rounds are drawn.
 
     Args:
       count: W, the number of workers.
@@ -151,6 +152,32 @@ class OnePeerExponential(Topology, name="one_peer_exponential"):
 one_peer_exponential = OnePeerExponential
 
 
+class RandomPairs(Topology, name="random_pairs"):
+  """Random pairs of workers: in each round, the shared key draws a perfect matching.
+
+  A pair averages with weights 1/2. The matchings are the W - 1 rounds of a round-robin tournament,
+  in which every pair meets once: pairs i + j = 2 r modulo W - 1, and worker W - 1 with worker r. A
+  drawn matching contains each pair with probability 1 / (W - 1), like a uniformly random one, so
+  the expected squared distance from the mean decreases by the same factor, 1 - W / (2 (W - 1)). A
+  program contains all W - 1 matchings as permutations, of which each round runs one: a worker sends
+  one tree per round for any W. With odd W, there are W matchings, one worker rests in each, and the
+  factor is 1/2.
+
+  Reference: Boyd, Ghosh, Prabhakar, Shah 2006, IEEE Trans. Information Theory 52(6) (random pairs).
+  """
+
+  varying = True
+  drawn = True
+
+  def rounds(self, count):
+    if count == 1:
+      return [[Shift(0, np.ones(1))]]
+    return [_paired(count, _matching(count, number)) for number in range(count - 1 + count % 2)]
+
+
+random_pairs = RandomPairs
+
+
 class Weights(Topology, name="weights"):
   """User-defined weights: w_ij, in row i and column j, weights the value that i receives from j.
 
@@ -230,6 +257,20 @@ def spectral_gap(matrices: np.ndarray) -> float:
   return float(1 - sizes[-2]) if len(sizes) > 1 else 1.0
 
 
+def gap_of(topology: Topology, count: int) -> float:
+  """Computes the spectral gap of a period or, if rounds are drawn, of the mean mixing matrix.
+
+  If the drawn matrices are matchings, the latter is the expected relative decrease of the squared
+  distance from the mean in one round.
+
+  Args:
+    topology: the graph.
+    count: W, the number of workers.
+  """
+  every = mixing(topology, count)
+  return spectral_gap(every.mean(0, keepdims=True) if topology.drawn else every)
+
+
 def describe(topology: Topology, count: int) -> str:
   """Describes a topology of `count` workers in one line: links per worker, and spectral gap.
 
@@ -239,8 +280,9 @@ def describe(topology: Topology, count: int) -> str:
   """
   every = mixing(topology, count)
   links = np.count_nonzero(every * (1 - np.eye(count))) / (len(every) * count)
-  period = f"a period of {len(every)} rounds" if topology.varying else "a round"
-  gap = spectral_gap(every)
+  repeats = topology.varying and not topology.drawn
+  period = f"a period of {len(every)} rounds" if repeats else "a round"
+  gap = gap_of(topology, count)
   return (
     f"{topology.title} of {count} workers: {links:.3g} links each, spectral gap {gap:.3g} {period}"
   )
@@ -249,6 +291,21 @@ def describe(topology: Topology, count: int) -> str:
 def _powers(count: int) -> list[int]:
   """Returns the powers 1, 2, 4, ... below W."""
   return [2**k for k in range((count - 1).bit_length())]
+
+
+def _matching(count: int, number: int) -> list[tuple[int, int]]:
+  """Returns the pairs of one round of a round-robin tournament."""
+  last = count - 1 + count % 2  # an even number of players, the last of whom may be missing
+  partner = lambda i: (2 * number - i) % last
+  pairs = [(i, partner(i)) for i in range(last) if i < partner(i)]
+  return pairs if count % 2 else [*pairs, (number, last)]
+
+
+def _paired(count: int, pairs: Iterable[tuple[int, int]]) -> list[Shift]:
+  """Returns the links of a round in which pairs average, and all other workers rest."""
+  both = [(i, j) for pair in pairs for i, j in (pair, pair[::-1])]
+  links = {(i, i): 1.0 for i in range(count)} | {(i, i): 0.5 for i, _ in both}
+  return _shifts(count, links | dict.fromkeys(both, 0.5))
 
 
 def _shifts(count: int, links: Mapping[tuple[int, int], float]) -> list[Shift]:

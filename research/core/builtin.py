@@ -28,13 +28,18 @@ TABLE: dict[str, dict[str, str]] = {
     "gather_mean": "research.aggregate.compressed:gather_mean",
     "sum_mean": "research.aggregate.compressed:sum_mean",
     "two_phase": "research.aggregate.compressed:two_phase",
+    "dct_mean": "research.aggregate.dct_mean:dct_mean",
+    "shuffled": "research.aggregate.turns:shuffled",
+    "partitioned": "research.aggregate.turns:partitioned",
     "majority_vote": "research.aggregate.compressed:majority_vote",
     "power_sgd": "research.aggregate.power_sgd:power_sgd",
     "error_feedback": "research.aggregate.feedback:error_feedback",
+    "loco": "research.aggregate.loco:loco",
     "ef21": "research.aggregate.feedback:ef21",
     "diana": "research.aggregate.feedback:diana",
     "momentum_correction": "research.aggregate.momentum:momentum_correction",
     "worker_momentum": "research.aggregate.momentum:worker_momentum",
+    "edit_penalty": "research.aggregate.edit_penalty:edit_penalty",
     "only_large": "research.aggregate.policy:only_large",
     "bucketed": "research.aggregate.policy:bucketed",
     "warm_up": "research.aggregate.policy:warm_up",
@@ -80,8 +85,10 @@ TABLE: dict[str, dict[str, str]] = {
     "fed_adagrad": "research.methods.federated:fed_adagrad",
     "scaffold": "research.methods.scaffold:scaffold",
     "sparta": "research.methods.sparta:sparta",
+    "sparta_diloco": "research.methods.sparta_diloco:sparta_diloco",
     "d_psgd": "research.methods.decentralized:d_psgd",
     "sgp": "research.methods.decentralized:sgp",
+    "noloco": "research.methods.noloco:noloco",
     "dgd": "research.methods.decentralized:dgd",
     "gradient_tracking": "research.methods.consensus:gradient_tracking",
     "extra": "research.methods.consensus:extra",
@@ -116,6 +123,7 @@ TABLE: dict[str, dict[str, str]] = {
       "star",
       "exponential",
       "one_peer_exponential",
+      "random_pairs",
       "weights",
     )
   },
@@ -130,7 +138,7 @@ TABLE: dict[str, dict[str, str]] = {
     "random_tokens": "research.tasks.convex.synthetic:random_tokens",
     **{
       name: f"research.tasks.convex.counterexamples:{name}"
-      for name in ("client_drift", "rare_large_gradient", "narrow_valley")
+      for name in ("client_drift", "rare_large_gradient", "narrow_valley", "skewed_noise")
     },
     "stream": "research.tasks.language.stream:stream",
     "pagerank": "research.tasks.search.pagerank:pagerank",

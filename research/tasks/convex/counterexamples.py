@@ -87,6 +87,31 @@ def narrow_valley(epsilon: float = 0.5) -> Task:
   return task._replace(optimum={"x": np.zeros(2, np.float32)})
 
 
+def skewed_noise(deviation: float = 1.0, start: float = 0.01) -> Task:
+  """Minimizes ||x||^2 / 2 in two variables; the gradient's largest element is biased by the noise.
+
+      g = x + z,   z uniform on deviation sqrt(3/10) {(2, 0), (0, 1), (-2, -1)}:   E z = 0
+
+  The noise has E ||z||^2 = deviation^2. Each step uses one of three examples, drawn with
+  replacement. The minimum is at 0.
+
+  Args:
+    deviation: sigma, above 0.
+    start: distance of the initial x from the minimum, along the second axis.
+
+  Raises:
+    ValueError: if deviation is not above 0.
+
+  Reference: Fatkhullin, Tyurin, Richtarik 2023, arXiv 2305.15155, theorem 1.
+  """
+  checks.above("deviation", deviation)
+  noise = deviation * np.sqrt(0.3) * np.asarray([[2, 0], [0, 1], [-2, -1]])
+  value = lambda x, e: jnp.sum(x**2) / 2 + e["noise"] @ x
+  task = _task({"noise": noise.astype(np.float32)}, np.asarray([0, -start], np.float32), value)
+  optimum = {"x": np.zeros(2, np.float32)}
+  return task._replace(sample=sampling.with_replacement, optimum=optimum)
+
+
 def _task(examples: Batch, start: np.ndarray, value: Callable[[Array, Batch], Array]) -> Task:
   """Returns the task of minimizing the mean of value(x, example) over examples, from x = start."""
 
