@@ -17,6 +17,9 @@ ROOT = Path(__file__).parents[1]
 KINDS = ("compressor", "aggregator", "method", "topology", "model")
 # Registered names that `research` does not export: they are imported from their modules.
 FROM_MODULES = {
+  "desloc",
+  "dion",
+  "dion2",
   "ego_attention",
   "graph_network",
 }
