@@ -67,7 +67,7 @@ FLAT = SYNCHRONOUS | {
   "double_every=1, longest=2)",
   "demo": "demo(0.01, gather_mean(dct_top_k(2, 2)))",
   "dion": "dion(0.02, adamw(0.01), mean())",
-  "dion2": "dion2(0.02, adamw(0.01), error_feedback(two_phase(int8())))",
+  "dion2": "dion2(0.02, adamw(0.01), mean())",
   "marina": "marina(0.1, gather_mean(int8()), probability=0.3)",
   "delayed": "delayed(data_parallel(sgd(0.05), mean()), constant(2))",
   "staleness_aware": "staleness_aware(data_parallel(sgd(0.05), mean()), constant(2))",
