@@ -13,7 +13,7 @@ from research.aggregate.presence import alike, kept
 from research.core import checks
 from research.core.base import EVERYONE, Array, Params, Presence, State, Trait, Tree, platform
 from research.core.method import COMMON_MODEL
-from research.methods._matrices import Leaves, OfMatrices, as_leaf, as_matrices, divided
+from research.methods._matrices import Leaves, OfMatrices, divided
 from research.methods._steps import rate_at
 
 NEGLIGIBLE = 1e-5  # of the longest column: below it, a column of R is float32's rounding error
@@ -34,10 +34,11 @@ class Dion(OfMatrices, name="dion"):
       B_i = M_i + weight_i G_i                                          G_i = grad f_i(W_t)
       P = orthonormal(aggregate_i(B_i Q_t)),   R = aggregate_i(B_i^T P)
       M_i <- B_i - (1 - mu) P R^T,   Q_{t+1} = R with columns of unit length
-      W_{t+1} = (1 - eta_t lambda) W_t - eta_t sqrt(m / n) P Q_{t+1}^T
+      W_{t+1} = (1 - eta_t lambda) W_t - eta_t sqrt(outputs / inputs) P Q_{t+1}^T
 
-  The matrices are m outputs x n inputs, and the factors have r = ceil(rank min(m, n)) columns. A
-  worker sends r (m + n) elements of a matrix. With `mean()`, this is Dion on the mean gradient,
+  The factors of a matrix [m, n] have r = ceil(rank min(m, n)) columns; a worker sends r (m + n)
+  elements of it. The model declares which leaves are hidden matrices, or stacks of them, as for
+  `muon`. With `mean()`, this is Dion on the mean gradient,
   although the workers' momenta differ. The gradients of other leaves are averaged with the first
   exchange and passed to `others`: those of embeddings, heads, vectors, and of matrices that are not
   larger than their factors.
@@ -82,45 +83,45 @@ class Dion(OfMatrices, name="dion"):
     checks.in_range("rank", self.rank, "(0, 0.5]")
     checks.in_range("momentum", self.momentum, "[0, 1)")
 
-  def suits(self, outputs, inputs):
-    return self.columns(outputs, inputs) * (outputs + inputs) < outputs * inputs
+  def suits(self, inputs, outputs):
+    return self.columns(inputs, outputs) * (inputs + outputs) < inputs * outputs
 
   def columns(self, m: int, n: int) -> int:
     """Returns r, the number of columns of the factors of a matrix [m, n]."""
     return math.ceil(self.rank * min(m, n))
 
   def init(self, params):
-    dimensions = self.matrices(params)
-    matrices, others = divided(params, dimensions)
+    kinds = self.matrices(params)
+    matrices, others = divided(params, kinds)
     left, right = {}, {}
-    for i, x in matrices.items():
-      *stack, m, n = as_matrices(x, dimensions[i]).shape
-      key, r = jax.random.fold_in(jax.random.key(self.seed), i), self.columns(m, n)
-      left[i] = jnp.zeros((*stack, m, r), jnp.float32)
-      right[i] = jax.random.normal(key, (*stack, n, r), jnp.float32)
-    momentum = {i: jnp.zeros(x.shape, jnp.float32) for i, x in matrices.items()}
+    for number, (name, x) in enumerate(matrices.items()):
+      *stack, m, n = kinds[name].view(x).shape
+      key, r = jax.random.fold_in(jax.random.key(self.seed), number), self.columns(m, n)
+      left[name] = jnp.zeros((*stack, m, r), jnp.float32)
+      right[name] = jax.random.normal(key, (*stack, n, r), jnp.float32)
+    momentum = {name: jnp.zeros(x.shape, jnp.float32) for name, x in matrices.items()}
     link = self.aggregator.init((left, others)), self.aggregator.init(right)
     inner = self.others.init(others)
     return DionState(params, momentum, right, inner, link, jnp.zeros((), jnp.int32))
 
   def sync(self, local, state, *, key, presence=EVERYONE):
-    dimensions, there = self.matrices(state.params), alike(presence.active)
-    grads, others = divided(relative(local.grads, presence, there), dimensions)
+    kinds, there = self.matrices(state.params), alike(presence.active)
+    grads, others = divided(relative(local.grads, presence, there), kinds)
     b = jax.tree.map(jnp.add, state.momentum, grads)
-    of_b = {i: as_matrices(x, dimensions[i]) for i, x in b.items()}
     keys = jax.random.split(key)
 
-    def average(which, tree):
-      return self.aggregator.aggregate(tree, state.link[which], keys[which], there)
+    def exchanged(number, tree):
+      return self.aggregator.aggregate(tree, state.link[number], keys[number], there)
 
-    products = {i: matmul(x, state.right[i]) for i, x in of_b.items()}
-    (left, others), _, first = average(0, (products, others))
-    p = {i: orthonormal(x) for i, x in left.items()}
-    right, _, second = average(1, {i: matmul(x.mT, p[i]) for i, x in of_b.items()})
-    q = {i: unit_columns(x) for i, x in right.items()}
-    times_p = lambda i, x: as_leaf(matmul(p[i], x.mT), b[i].shape, dimensions[i])
-    momentum = {i: x - (1 - self.momentum) * times_p(i, right[i]) for i, x in b.items()}
-    directions = {i: times_p(i, x) for i, x in q.items()}
+    of_b = {name: kinds[name].view(x) for name, x in b.items()}
+    products = {name: matmul(x, state.right[name]) for name, x in of_b.items()}
+    (left, others), _, first = exchanged(0, (products, others))
+    p = {name: orthonormal(x) for name, x in left.items()}
+    right, _, second = exchanged(1, {name: matmul(x.mT, p[name]) for name, x in of_b.items()})
+    q = {name: unit_columns(x) for name, x in right.items()}
+    times_p = lambda name, x: matmul(p[name], x.mT).reshape(b[name].shape)
+    momentum = {k: x - (1 - self.momentum) * times_p(k, right[k]) for k, x in b.items()}
+    directions = {name: times_p(name, x) for name, x in q.items()}
     rate = rate_at(self.learning_rate, state.count)
     params, inner = self.stepped(state.params, directions, rate, others, state.inner)
     return DionState(

@@ -10,10 +10,11 @@ from jax import lax
 
 from research.core import checks
 from research.core.base import EVERYONE, Array, Params, State
-from research.methods._matrices import Leaves, OfMatrices, as_leaf, as_matrices, divided
+from research.methods._matrices import Leaves, OfMatrices, divided
 from research.methods._steps import rate_at
+from research.optim.muon import orthogonalized
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Muon's polynomial, applied five times
+NEWTON_SCHULZ_STEPS = 5
 
 
 class Dion2State(NamedTuple):
@@ -33,7 +34,8 @@ class Dion2(OfMatrices, name="dion2"):
       W_{t+1} = (1 - eta_t lambda) W_t,   W_{t+1}[K] -= eta_t sqrt(outputs / inputs) U
 
   Full gradients are exchanged, as in the authors' data parallelism; only the orthonormalization is
-  cheaper than Muon's, by about 1 / alpha^2. The momentum is equal on all workers. If a mesh
+  cheaper than Muon's, by about 1 / alpha^2. The momentum is equal on all workers. The model
+  declares which leaves are hidden matrices, or stacks of them, as for `muon`. If a mesh
   shards a matrix, K is still chosen from the full matrix; the authors' default chooses from each
   shard.
 
@@ -63,7 +65,7 @@ class Dion2(OfMatrices, name="dion2"):
 
   def init(self, params):
     matrices, others = divided(params, self.matrices(params))
-    momentum = {i: jnp.zeros(x.shape, jnp.float32) for i, x in matrices.items()}
+    momentum = {name: jnp.zeros(x.shape, jnp.float32) for name, x in matrices.items()}
     states = self.others.init(others), self.aggregator.init(params)
     return Dion2State(params, momentum, *states, jnp.zeros((), jnp.int32))
 
@@ -73,13 +75,12 @@ class Dion2(OfMatrices, name="dion2"):
 
   def receive(self, value, sent, state, *, key, presence=EVERYONE):
     del sent, key, presence
-    dimensions = self.matrices(state.params)
-    grads, others = divided(value, dimensions)
+    kinds = self.matrices(state.params)
+    grads, others = divided(value, kinds)
     directions, momentum = {}, {}
-    for i, of in dimensions.items():
-      total = state.momentum[i] + grads[i]
-      found = self.selected(as_matrices(total, of))
-      directions[i], momentum[i] = (as_leaf(x, total.shape, of) for x in found)
+    for name, g in grads.items():
+      found = self.selected(kinds[name].view(state.momentum[name] + g))
+      directions[name], momentum[name] = (x.reshape(g.shape) for x in found)
     rate = rate_at(self.learning_rate, state.count)
     params, inner = self.stepped(state.params, directions, rate, others, state.inner)
     return Dion2State(params, momentum, inner, state.link, state.count + 1)
@@ -99,7 +100,7 @@ class Dion2(OfMatrices, name="dion2"):
 
     def one(m: Array) -> tuple[Array, Array]:
       rows = lax.top_k(jnp.sum(jnp.abs(m), -1), math.ceil(self.fraction * len(m)))[1]
-      u = newton_schulz(m[rows])
+      u = orthogonalized(m[rows], NEWTON_SCHULZ_STEPS)
       return jnp.zeros_like(m).at[rows].set(u), m.at[rows].multiply(self.decay)
 
     found = jax.vmap(one)(m.reshape(-1, *m.shape[-2:]))
@@ -108,17 +109,3 @@ class Dion2(OfMatrices, name="dion2"):
 
 
 dion2 = Dion2
-
-
-def newton_schulz(x: Array) -> Array:
-  """Orthonormalizes the rows of a matrix approximately; zero stays zero.
-
-  Args:
-    x: [rows, columns], not more rows than columns.
-  """
-  x = x / (jnp.linalg.norm(x) + 1e-8)
-  a, b, c = NEWTON_SCHULZ
-  for _ in range(5):
-    gram = x @ x.T
-    x = a * x + (b * gram + c * gram @ gram) @ x
-  return x

@@ -1,5 +1,6 @@
 """Dion and Dion2: transcriptions, what equals what, rank-deficient momenta, bytes, ranges."""
 
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -13,25 +14,28 @@ from research.aggregate.feedback import error_feedback
 from research.aggregate.mean import mean
 from research.analysis import wire
 from research.core.base import Presence
+from research.core.dimensions import Declared
 from research.core.method import Method
-from research.methods._matrices import Dimensions, as_leaf, as_matrices
 from research.methods.dion import dion, unit_columns
 from research.methods.dion2 import dion2
 
 W = 3
 ROUNDS = 3
 SHAPES = {"bias": (4,), "heads": (6, 2, 5), "kernel": (8, 6), "layers": (2, 4, 7)}
-# inputs and outputs: of an attention kernel [inputs, heads, dim], and of stacked layers
-OF = {"bias": None, "heads": Dimensions(0, (1, 2)), "layers": Dimensions(-2, -1)}
+FEW = ("bias", "kernel")  # these compile fast
+DECLARED = Declared(
+  (("heads", ("in", "out", "out")), ("kernel", ("in", "out")), ("layers", ("in", "out")))
+)
 
 
-def drawn(seed: int, *lead: int) -> dict[str, np.ndarray]:
+def drawn(seed: int, *lead: int, names: Collection[str] = SHAPES) -> dict[str, np.ndarray]:
   random = np.random.default_rng(seed)
-  return {k: random.normal(size=(*lead, *shape)).astype(np.float32) for k, shape in SHAPES.items()}
+  draw = lambda name: random.normal(size=(*lead, *SHAPES[name])).astype(np.float32)
+  return {name: draw(name) for name in names}
 
 
 def made(method: Method) -> Method:
-  return method.replace(dimensions=lambda params: OF | {"kernel": Dimensions(0, 1)})
+  return method.with_dimensions(DECLARED.dimensions)
 
 
 def after(method: Method, params: Any, rounds: list[Any], *presence: np.ndarray) -> Any:
@@ -52,16 +56,16 @@ def after(method: Method, params: Any, rounds: list[Any], *presence: np.ndarray)
   return jax.jit(jax.vmap(one, axis_name="data"))(rounds, *presence)
 
 
-def gradients(workers: int = W, rounds: int = ROUNDS) -> list[Any]:
-  return [drawn(7 + number, workers) for number in range(rounds)]
+def gradients(rounds: int = ROUNDS, names: Collection[str] = SHAPES) -> list[Any]:
+  return [drawn(7 + number, W, names=names) for number in range(rounds)]
 
 
 # ---- in numpy
 
-MATRICES = {  # leaf -> its matrices [outputs, inputs], and the way back
-  "heads": (lambda x: [x.reshape(6, 10).T], lambda m: m[0].T.reshape(6, 2, 5)),
-  "kernel": (lambda x: [x.T], lambda m: m[0].T),
-  "layers": (lambda x: [*x.transpose(0, 2, 1)], lambda m: np.stack(m).transpose(0, 2, 1)),
+MATRICES = {  # leaf -> its matrices [inputs, outputs], and the way back
+  "heads": (lambda x: [x.reshape(6, 10)], lambda m: m[0].reshape(6, 2, 5)),
+  "kernel": (lambda x: [x], lambda m: m[0]),
+  "layers": (lambda x: [*x.copy()], np.stack),
 }
 
 
@@ -78,7 +82,7 @@ def numpy_dion(params, rounds, first, rate, decay, mu):
         for i in range(W):
           m[k][i][j] = b[i] - (1 - mu) * p @ r.T
         q[k][j] = r / np.linalg.norm(r, axis=0)
-        step = np.sqrt(x.shape[0] / x.shape[1]) * p @ q[k][j].T
+        step = np.sqrt(x.shape[1] / x.shape[0]) * p @ q[k][j].T
         w[k][j] = (1 - rate * decay) * x - rate * step
   return {k: MATRICES[k][1](w[k]) for k in w}, {
     k: np.stack([MATRICES[k][1](one) for one in m[k]]) for k in w
@@ -107,29 +111,23 @@ def numpy_dion2(params, rounds, rate, decay, fraction):
         u = np.zeros_like(rows)
         u[chosen] = newton_schulz(rows[chosen])
         rows[chosen] *= 0.95
-        scale = np.sqrt(x.shape[0] / x.shape[1])
+        scale = np.sqrt(x.shape[1] / x.shape[0])
         w[k][j] = (1 - rate * decay) * x - rate * scale * (u if is_wide else u.T)
   return {k: MATRICES[k][1](w[k]) for k in w}, {k: MATRICES[k][1](m[k]) for k in w}
-
-
-NAMES = sorted(SHAPES)
 
 
 def test_dion_equals_numpy():
   method = made(dion(0.1, optax.sgd(0.2), mean(), rank=0.5, momentum=0.8, weight_decay=0.3))
   params, rounds = drawn(0), gradients()
   right = jax.device_get(method.init(params).right)
-  first = {NAMES[i]: [*q] if q.ndim == 3 else [q] for i, q in right.items()}
-  assert {NAMES[i]: q.shape for i, q in right.items()} == {
-    "heads": (6, 3),
-    "kernel": (8, 3),
-    "layers": (2, 4, 2),
-  }
+  first = {name: [*q] if q.ndim == 3 else [q] for name, q in right.items()}
+  shapes = {"heads": (10, 3), "kernel": (6, 3), "layers": (2, 7, 2)}
+  assert {name: q.shape for name, q in right.items()} == shapes
   found = jax.device_get(after(method, params, rounds))
   models, momenta = numpy_dion(params, rounds, first, 0.1, 0.3, 0.8)
   for name, model in models.items():
     np.testing.assert_allclose(found.params[name][0], model, atol=2e-5, err_msg=name)
-    momentum = found.momentum[NAMES.index(name)]
+    momentum = found.momentum[name]
     np.testing.assert_allclose(momentum, momenta[name], atol=5e-5, err_msg=name)
   bias = params["bias"] - 0.2 * sum(grads["bias"].mean(0) for grads in rounds)
   np.testing.assert_allclose(found.params["bias"][0], bias, atol=1e-6)
@@ -142,7 +140,7 @@ def test_dion2_equals_numpy():
   models, momenta = numpy_dion2(params, rounds, 0.1, 0.3, 0.4)
   for name, model in models.items():
     np.testing.assert_allclose(found.params[name][0], model, atol=2e-5, err_msg=name)
-    momentum = found.momentum[NAMES.index(name)][0]
+    momentum = found.momentum[name][0]
     np.testing.assert_allclose(momentum, momenta[name], atol=2e-5, err_msg=name)
 
 
@@ -151,7 +149,7 @@ def test_dion2_equals_numpy():
 
 def test_momenta_of_their_own_are_dion_on_the_mean_gradient():
   method = made(dion(0.02, optax.adam(0.01), mean(), weight_decay=0.1))
-  params, rounds = drawn(0), gradients(rounds=8)
+  params, rounds = drawn(0, names=FEW), gradients(8, FEW)
   alone = [jax.tree.map(lambda x: x.mean(0, keepdims=True), grads) for grads in rounds]
   apart, one = after(method, params, rounds), after(method, params, alone)
   first = lambda state: jax.tree.map(lambda x: x[0], state)
@@ -172,17 +170,19 @@ def test_a_gradient_of_low_rank_moves_nothing_beyond_its_rank():
   sizes = np.linalg.svd(np.asarray(state.params["kernel"]))[1]
   np.testing.assert_allclose(sizes[0], 4 * np.sqrt(12 / 16), rtol=1e-5)
   assert sizes[1] <= 1e-5
-  away = np.abs(np.asarray(state.right[0]) - np.asarray(method.init(params).right[0])).max(0)
+  away = np.abs(
+    np.asarray(state.right["kernel"]) - np.asarray(method.init(params).right["kernel"])
+  ).max(0)
   assert int((away <= 1e-6).sum()) == 5
 
 
 def test_gradients_of_zero_move_nothing_and_stop_nothing():
-  params = drawn(0)
+  params = drawn(0, names=FEW)
   zero = jax.tree.map(lambda x: np.zeros((W, *x.shape), np.float32), params)
   for method in (dion(0.1, optax.sgd(0.1), mean()), dion2(0.1, optax.sgd(0.1), mean())):
     state = jax.tree.map(lambda x: x[0], after(made(method), params, [zero]))
     assert distance(state.params, params) == 0
-    moved = after(made(method), params, [zero, *gradients(rounds=1)])
+    moved = after(made(method), params, [zero, *gradients(1, FEW)])
     assert distance(jax.tree.map(lambda x: x[0], moved.params), params) > 0.01
 
 
@@ -192,7 +192,7 @@ def test_columns_have_unit_length_or_none():
 
 
 def test_an_absent_worker_keeps_its_momentum_and_the_others_are_as_if_alone():
-  params, (grads,) = drawn(0), gradients(rounds=1)
+  params, (grads,) = drawn(0, names=FEW), gradients(1, FEW)
   lost = jax.tree.map(
     lambda x: np.where(np.arange(W).reshape(-1, *[1] * (x.ndim - 1)) == 1, np.nan, x), grads
   )
@@ -225,14 +225,6 @@ def test_only_the_factors_and_the_vectors_are_sent():
   assert sum(transfer.total for transfer in found) == 2 * 7 / 8 * 4 * (6 * (40 + 24) + 7)
 
 
-def test_a_leaf_is_the_same_after_the_way_to_matrices_and_back():
-  x = np.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 4, 5)
-  of = Dimensions((3, 1), 0)
-  matrices = as_matrices(x, of)
-  assert matrices.shape == (4, 2, 15)
-  np.testing.assert_array_equal(as_leaf(matrices, x.shape, of), x)
-
-
 @pytest.mark.slow
 def test_a_mesh_that_cuts_a_worker_agrees():
   """The factorization is of full matrices, so that it is no other one than on a single device."""
@@ -241,7 +233,7 @@ def test_a_mesh_that_cuts_a_worker_agrees():
     got = Running(method, "spmd", axes, sizes).rounds(6)
     want = Running(method, "simulate", {"data": 4}, sizes).rounds(6)
     assert distance(got.params(), want.params()) <= 1e-5
-    assert "fsdp" in got.state.method.momentum[1].sharding.spec
+    assert "fsdp" in got.state.method.momentum["w"].sharding.spec
 
 
 @pytest.mark.parametrize(
@@ -255,7 +247,7 @@ def test_a_mesh_that_cuts_a_worker_agrees():
     (lambda: dion2(0.1, optax.sgd(0.1), mean(), fraction=0.0), r"fraction=0.0 is not in \(0, 1\]"),
     (lambda: dion2(0.1, optax.sgd(0.1), mean(), decay=1.0), r"decay=1.0 is not in \[0, 1\)"),
     (
-      lambda: dion(0.1, optax.sgd(0.1), mean()).init({"embedding": jnp.zeros((8, 8))}),
+      lambda: dion(0.1, optax.sgd(0.1), mean()).init({"w": jnp.zeros(8)}),
       "dion finds no hidden matrix in this model",
     ),
   ],
