@@ -35,6 +35,7 @@ SYNCHRONOUS = {
 FLAT = SYNCHRONOUS | {
   "local_sgd": "local_sgd(sgd(0.1, momentum=0.9), error_feedback(gather_mean(int8())), period=3)",
   "post_local_sgd": "post_local_sgd(sgd(0.1, momentum=0.9), mean(), period=2, switch=2)",
+  "desloc": "desloc(adam(0.02), mean(), period=3, moments={'mu': 6, 'nu': 3})",
   "slow_mo": "slow_mo(sgd(0.1, momentum=0.9), mean(), period=3)",
   "restarted": "restarted(local_sgd(sgd(0.1, momentum=0.9), mean(), period=3))",
   "easgd": "easgd(sgd(0.1, momentum=0.9), mean(), period=3)",
@@ -67,6 +68,8 @@ FLAT = SYNCHRONOUS | {
   "zero_one_adam": "zero_one_adam(0.01, error_feedback(gather_mean(int8())), warm_up=2, "
   "double_every=1, longest=2)",
   "demo": "demo(0.01, gather_mean(dct_top_k(2, 2)))",
+  "dion": "dion(0.02, adamw(0.01), mean())",
+  "dion2": "dion2(0.02, adamw(0.01), mean())",
   "marina": "marina(0.1, gather_mean(int8()), probability=0.3)",
   "delayed": "delayed(data_parallel(sgd(0.05), mean()), constant(2))",
   "staleness_aware": "staleness_aware(data_parallel(sgd(0.05), mean()), constant(2))",
@@ -190,9 +193,10 @@ OTHERS = {
   "task": (
     *("digits()", "mnist()", "least_squares()", "libsvm('a9a')", "tinyshakespeare()"),
     *("text('PATH')", "mean_estimation()", "random_tokens()", "client_drift()"),
-    *("rare_large_gradient()", "narrow_valley()", "skewed_noise()", "stream('PATH')", "pagerank()"),
-    *("rank()", "bm25()", "cranfield()", "frontier('port1')", "cvar()", "breast_cancer()"),
-    *("diabetes()", "movielens()", "movielens_als()", "movielens_federated()", "driving('PATH')"),
+    *("rare_large_gradient()", "narrow_valley()", "rosenbrock()", "skewed_noise()"),
+    *("stream('PATH')", "pagerank()", "rank()", "bm25()", "cranfield()", "frontier('port1')"),
+    *("cvar()", "breast_cancer()", "diabetes()", "movielens()", "movielens_als()"),
+    *("movielens_federated()", "driving('PATH')"),
     "molecules('esol')",
   ),
 }

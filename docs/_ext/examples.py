@@ -31,16 +31,16 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "Attacks, for studies": ("sign_flip", "gaussian", "a_little_is_enough", "inner_product"),
   },
   "method": {
-    "Synchronous": ("data_parallel", "averaged"),
+    "Synchronous": ("data_parallel", "averaged", "dion2"),
     "Local updates": (
       *("local_sgd", "post_local_sgd", "hierarchical_local_sgd", "slow_mo", "restarted"),
-      *("easgd", "eamsgd", "diloco", "sparta", "sparta_diloco"),
+      *("easgd", "eamsgd", "diloco", "sparta", "sparta_diloco", "desloc"),
     ),
     "Late exchanges": (*("late", "streaming_diloco", "eager_diloco", "overlap_local_sgd"),),
     "Federated": (
       *("fed_avg", "fed_prox", "fed_opt", "fed_adam", "fed_yogi", "fed_adagrad", "scaffold"),
     ),
-    "Compressed by design": ("signum", "onebit_adam", "zero_one_adam", "demo", "marina"),
+    "Compressed by design": ("signum", "onebit_adam", "zero_one_adam", "demo", "marina", "dion"),
     "Asynchronous and delayed": (
       *("asgd", "delayed", "staleness_aware", "dc_asgd", "dc_asgd_constant", "hogwild"),
     ),
@@ -52,7 +52,9 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "Images": ("digits", "mnist"),
     "Text": ("tinyshakespeare", "text", "stream", "random_tokens"),
     "Convex problems": ("least_squares", "libsvm", "mean_estimation"),
-    "Counterexamples": ("client_drift", "rare_large_gradient", "narrow_valley", "skewed_noise"),
+    "Counterexamples": (
+      *("client_drift", "rare_large_gradient", "narrow_valley", "rosenbrock", "skewed_noise"),
+    ),
     "Search": ("pagerank", "rank", "bm25", "cranfield"),
     "Finance": ("frontier", "cvar"),
     "Medicine": ("breast_cancer", "diabetes"),

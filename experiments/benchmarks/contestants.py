@@ -75,7 +75,9 @@ CONTESTANTS = (
     {"rate": (3e-4, 1e-2)},
   ),
   contestant("signSGD, majority", "signum(SCHEDULE, majority_vote())", {"rate": (1e-4, 3e-3)}),
-  contestant("DeMo", "demo(SCHEDULE, gather_mean(dct_top_k(chunk=32, k=8)))", {"rate": (3e-4, 1e-2)}),
+  contestant(
+    "DeMo", "demo(SCHEDULE, gather_mean(dct_top_k(chunk=32, k=8)))", {"rate": (3e-4, 1e-2)}
+  ),
   contestant("Dion", "dion(SCHEDULE, adamw(3e-3), mean())", {"rate": (3e-3, 1e-1)}),
   contestant("local AdamW", "local_sgd(ADAMW, mean(), period=H)"),
   contestant("DiLoCo", "diloco(ADAMW, OUTER, mean(), period=H)", OUTER),

@@ -48,8 +48,8 @@ X64 = False
 
 NOTE = (
   "The outer momentum beta multiplies a lasting change of the workers by about alpha / (1 - beta), "
-  "where alpha is the outer step size: 7 for the paper's 0.7 and 0.9, which in rounds of 8 steps is "
-  "worse than one worker (a row without a gate); 3 for 0.3 and 0.9, 1.75 for 0.7 and 0.6."
+  "where alpha is the outer step size: 7 for the paper's 0.7 and 0.9, which in rounds of 8 steps "
+  "is worse than one worker (a row without a gate); 3 for 0.3 and 0.9, 1.75 for 0.7 and 0.6."
 )
 SINGLE, LARGE = "one worker", "batch of all workers"
 

@@ -67,6 +67,7 @@ TABLE: dict[str, dict[str, str]] = {
     "averaged": "research.methods.averaged:averaged",
     "local_sgd": "research.methods.local:local_sgd",
     "post_local_sgd": "research.methods.post_local:post_local_sgd",
+    "desloc": "research.methods.desloc:desloc",
     "hierarchical_local_sgd": "research.methods.hierarchical_local:hierarchical_local_sgd",
     "slow_mo": "research.methods.slow_mo:slow_mo",
     "restarted": "research.methods.restarted:restarted",
@@ -98,6 +99,8 @@ TABLE: dict[str, dict[str, str]] = {
     "onebit_adam": "research.methods.onebit_adam:onebit_adam",
     "zero_one_adam": "research.methods.zero_one_adam:zero_one_adam",
     "demo": "research.methods.demo:demo",
+    "dion": "research.methods.dion:dion",
+    "dion2": "research.methods.dion2:dion2",
     "marina": "research.methods.marina:marina",
     "delayed": "research.methods.asynchronous:delayed",
     "staleness_aware": "research.methods.asynchronous:staleness_aware",
@@ -138,7 +141,9 @@ TABLE: dict[str, dict[str, str]] = {
     "random_tokens": "research.tasks.convex.synthetic:random_tokens",
     **{
       name: f"research.tasks.convex.counterexamples:{name}"
-      for name in ("client_drift", "rare_large_gradient", "narrow_valley", "skewed_noise")
+      for name in (
+        *("client_drift", "rare_large_gradient", "narrow_valley", "rosenbrock", "skewed_noise"),
+      )
     },
     "stream": "research.tasks.language.stream:stream",
     "pagerank": "research.tasks.search.pagerank:pagerank",

@@ -51,6 +51,12 @@ class Kinds(NamedTuple):
     return sides if self.into else sides[::-1]
 
 
+class Declared(NamedTuple):
+  """The declaration of a model, as a field of a method; `fitting.method_for` sets it."""
+
+  dimensions: Dimensions = ()
+
+
 MATRIX, OTHER = Kinds(0, 1, 1), Kinds(0, 0, 0)
 
 

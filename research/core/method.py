@@ -17,6 +17,7 @@ from research.core.base import (
   Tree,
   Wrapper,
 )
+from research.core.dimensions import Declared, Dimensions
 from research.core.part import defined_at, required
 
 GradFn = Callable[[Params], Tree]
@@ -228,6 +229,14 @@ class Method(Wrapper):
       change: optax transformation -> optax transformation.
     """
     return self._changed(optax.GradientTransformation, change)
+
+  def with_dimensions(self, dimensions: Dimensions) -> Self:
+    """Returns the same method with the declaration of a model, for methods that use one.
+
+    Args:
+      dimensions: the model's declaration, see `core/dimensions.py`.
+    """
+    return self._changed(Declared, lambda _: Declared(dimensions))
 
   def _changed(self, kind: type, change: Callable[[Any], Any]) -> Self:
     """Returns the method with each field of a type changed, in methods within it too."""

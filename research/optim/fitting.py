@@ -57,7 +57,7 @@ def fitted(optimizer: Any, model: Model) -> Any:
 
 
 def method_for(method: Method, model: Model) -> Method:
-  """Returns the same method with its optimizers fitted to a model.
+  """Returns the same method, fitted to a model together with its optimizers.
 
   Args:
     method: the method.
@@ -65,7 +65,8 @@ def method_for(method: Method, model: Model) -> Method:
   """
   if model == Model():
     return method
-  return method.with_optimizers(lambda optimizer: fitted(optimizer, model))
+  found = method.with_optimizers(lambda optimizer: fitted(optimizer, model))
+  return found.with_dimensions(model.dimensions)
 
 
 def _fresh(optimizer: Any, model: Model) -> optax.GradientTransformation | None:

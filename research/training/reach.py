@@ -9,6 +9,8 @@ import optax
 from optax import contrib
 
 from research.core.dimensions import Dimensions, path
+from research.methods.dion import DionState
+from research.methods.dion2 import Dion2State
 from research.optim.muon import MuonState
 
 _LEAST = 0.5  # minimum share of the parameters
@@ -38,7 +40,13 @@ class Reach(NamedTuple):
     return 0 < self.hidden[0] == self.hidden[1]
 
 
-STEPS = {"muon": "orthogonalized", "galore": "low-rank"}  # adjective for the optimizer's own rule
+# adjectives for the own rule of an optimizer, or of a method with such a rule
+STEPS = {
+  "muon": "orthogonalized",
+  "galore": "low-rank",
+  "dion": "low-rank orthonormal",
+  "dion2": "orthonormal",
+}
 
 
 def reaches(state: Any, dimensions: Dimensions = ()) -> dict[str, Reach]:
@@ -52,7 +60,7 @@ def reaches(state: Any, dimensions: Dimensions = ()) -> dict[str, Reach]:
     dimensions: the model's declaration.
 
   Returns:
-    The reach by optimizer, "muon" or "galore".
+    The reach by optimizer or method, a name in STEPS.
   """
   found: dict[str, list[Reach]] = {}
   is_hidden = lambda name: _is_hidden(name, dimensions)
@@ -62,6 +70,8 @@ def reaches(state: Any, dimensions: Dimensions = ()) -> dict[str, Reach]:
       found.setdefault("galore", []).append(_of_galore(galores, is_hidden))
     elif list(_of_types(node.inner_states, _MUONS)):
       found.setdefault("muon", []).append(_of_muon(node.inner_states, is_hidden))
+  for node in _of_types(state, tuple(_METHODS)):
+    found.setdefault(_METHODS[type(node)], []).append(_of_method(node, is_hidden))
   return {name: _together(parts) for name, parts in found.items()}
 
 
@@ -91,18 +101,20 @@ def describe(name: str, reach: Reach) -> str:
   """Describes the reach of an optimizer in one line.
 
   Args:
-    name: "muon" or "galore".
+    name: a name in STEPS.
     reach: the optimizer's reach.
   """
   among = ", embeddings among them," if reach.embeds else ""
   among = ", which are all hidden matrices," if reach.exact and not reach.embeds else among
+  rest = "those of its other optimizer" if name in _METHODS.values() else "Adam's"
   return (
     f"{name}: its {STEPS[name]} steps reach {reach.share:.1%} of the parameters{among} "
-    "and all others are Adam's"
+    f"and all others are {rest}"
   )
 
 
 _MUONS = (MuonState, contrib.MuonState)
+_METHODS = {DionState: "dion", Dion2State: "dion2"}
 
 
 def _of_types(tree: Any, types: tuple[type, ...]) -> Iterable[Any]:
@@ -120,6 +132,13 @@ def _of_muon(states: Mapping[str, Any], is_hidden: Callable[[str], bool]) -> Rea
   moments = [s.momentum if isinstance(s, MuonState) else s.mu for s in _of_types(states, _MUONS)]
   own = [pair for tree in moments for pair in _sizes(tree)]
   rest = [pair for s in _of_types(states, (optax.ScaleByAdamState,)) for pair in _sizes(s.mu)]
+  return _reach(own, rest, is_hidden)
+
+
+def _of_method(state: DionState | Dion2State, is_hidden: Callable[[str], bool]) -> Reach:
+  """Computes a method's reach from the sizes of its momenta and of the model."""
+  own = _sizes(state.momentum)
+  rest = [pair for pair in _sizes(state.params) if pair not in own]
   return _reach(own, rest, is_hidden)
 
 

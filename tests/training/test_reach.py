@@ -32,6 +32,8 @@ NESTED = {
   f"streaming_diloco(sgd(0.1), {MUON}, mean(), fragments=2, period=4)": ("muon", 32, 40),
   f"d_psgd({MUON}, gossip(ring()))": ("muon", 32, 40),
   "data_parallel(galore(0.1, rank=1), mean())": ("galore", 32, 40),
+  "dion2(0.1, adam(0.1), mean())": ("dion2", 32, 40),
+  "averaged(dion(0.1, adam(0.1), mean()))": ("dion", 32, 40),
 }  # fmt: skip
 
 

@@ -1,7 +1,8 @@
-"""Small convex counterexamples from the literature, on which particular algorithms fail."""
+"""Small counterexamples from the literature, on which particular algorithms fail."""
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -85,6 +86,42 @@ def narrow_valley(epsilon: float = 0.5) -> Task:
   value = lambda x, e: e["scale"] * (epsilon * absolute(x[0] + x[1]) + absolute(x[0] - x[1]))
   task = _task({"scale": np.ones(1, np.float32)}, np.ones(2, np.float32), value)
   return task._replace(optimum={"x": np.zeros(2, np.float32)})
+
+
+def rosenbrock(noise: float = 1.5, examples: int = 256) -> Task:
+  """The banana-shaped valley with noisy gradients; averaged models need averaged moments in it.
+
+      f(x) = (1 - x_1)^2 + 100 (x_2 - x_1^2)^2,   from x = (-1, 1),   minimum at (1, 1)
+      g = grad f(x) + noise z,   z standard normal
+
+  Every worker draws new noise in every step, the same for all methods; examples have no noise. Each
+  worker needs an example.
+
+  Args:
+    noise: standard deviation of each element of the noise, at least 0.
+    examples: number of examples.
+
+  Raises:
+    ValueError: if noise < 0 or examples < 1.
+
+  Reference: Iacob et al. 2025, arXiv 2505.22549, figure 2 (the toy problem); Rosenbrock 1960, The
+    Computer Journal 3(3).
+  """
+  checks.at_least("noise", noise, 0)
+  checks.at_least("examples", examples)
+
+  def value(x, e):
+    f = (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
+    return f + noise * e["z"] @ x
+
+  def sample(size: Array | int, step: Array | int, key: Key, *, batch_size: int) -> Array:
+    del size
+    return jax.random.normal(jax.random.fold_in(key, step), (batch_size, 2))
+
+  none = {"z": np.zeros((examples, 2), np.float32)}
+  task = _task(none, np.asarray([-1.0, 1.0], np.float32), value)
+  optimum = {"x": np.ones(2, np.float32)}
+  return task._replace(sample=sample, batch=lambda examples, z: {"z": z}, optimum=optimum)
 
 
 def skewed_noise(deviation: float = 1.0, start: float = 0.01) -> Task:
