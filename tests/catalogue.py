@@ -112,6 +112,7 @@ EXCHANGES = {
   "feedback_sum": "error_feedback(sum_mean(random_k(0.3)))",
   "dct_mean": "dct_mean(2, 2)",
   "partitioned": "error_feedback(partitioned(0.3))",
+  "shuffled": "shuffled(0.3)",
   "feedback_two_phase": "error_feedback(two_phase(int8()))",
   "feedback_power_sgd": "error_feedback(power_sgd(1))",
   "loco": "loco(two_phase(int4()), reset=3)",

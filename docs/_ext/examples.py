@@ -123,6 +123,8 @@ _OWN: dict[str, str] = {
   "sparta": f"sparta({MOMENTUM}, sum_mean(random_k(0.01)))",
   "sparta_diloco": f"sparta_diloco(adamw(1e-3), {NESTEROV}, shuffled(0.01), mean(), "
   "outer_period=32)",
+  "desloc": "desloc(adam(1e-3, b1=0.9, b2=0.99), mean(), period=16, "
+  "moments={'mu': 48, 'nu': 96})",
   "fed_avg": "fed_avg(sgd(0.1), mean(), epochs=1)",
   "fed_prox": "fed_prox(sgd(0.1), mean(), mu=0.1, epochs=1)",
   "fed_opt": "fed_opt(sgd(0.1), adam(0.01), mean(), epochs=1)",
@@ -133,6 +135,8 @@ _OWN: dict[str, str] = {
   "signum": "signum(0.001, majority_vote())",
   "onebit_adam": "onebit_adam(0.001, error_feedback(two_phase(sign())), warm_up=100)",
   "zero_one_adam": "zero_one_adam(0.001, error_feedback(two_phase(sign())), warm_up=100)",
+  "dion": "dion(0.02, adamw(1e-3), mean())",
+  "dion2": "dion2(0.02, adamw(1e-3), mean())",
   "demo": "demo(0.001, gather_mean(dct_top_k(64, 8)))",
   "marina": "marina(0.1, gather_mean(qsgd()), probability=0.1)",
   "asgd": "asgd(sgd(0.05), mean())",
