@@ -1,17 +1,17 @@
-"""Tunes and ranks methods on a language model, with equally many trials for every method.
+"""Tunes and ranks methods on a language model, with the same number of trials for each method.
 
     RESEARCH_DATA_DIR=... python experiments/leaderboard.py --out=runs/leaderboard
 
 Eight simulated workers train a small transformer on the characters of tinyshakespeare, once with
-i.i.d. data and once with other roles on every worker. For every method, --trials runs draw the
+i.i.d. data and once with different roles on every worker. For every method, --trials runs draw the
 method's parameters at random from its stated ranges (experiments/benchmarks/contestants.py). The
 trial with the lowest training loss wins and is repeated with --seeds fresh seeds, whose loss on
 held-out text is reported. --contestants="Dion;DiLoCo" selects methods by name.
 
 Every run has its own folder under --out, so the same command continues an interrupted leaderboard.
 The results are written to leaderboard.json, leaderboard.md and leaderboard.png in --out. Hours are
-predicted for --chips of --chip per worker and a model of --preset, on three links; see
-reports/ranking.py.
+predicted for --chips chips of type --chip per worker and for a model of --preset, on three links;
+see reports/ranking.py.
 """
 
 import math
@@ -118,7 +118,7 @@ def tuned(folder: Path, data: str, contestant: Contestant) -> dict[str, Any]:
 
 
 def _place() -> "Place":
-  """Returns the place for which hours are predicted.
+  """Returns the model and the machines for which hours are predicted.
 
   Raises:
     UsageError: if a flag is invalid.
@@ -132,7 +132,7 @@ def _place() -> "Place":
 
 
 def main(argv: list[str]) -> None:
-  """Runs what is missing, and writes and prints the leaderboard."""
+  """Runs the missing trials, and writes and prints the leaderboard."""
   del argv
   with one_line_errors():
     out = results_folder("out", FLAGS.out, OUT)

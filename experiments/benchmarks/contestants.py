@@ -1,4 +1,4 @@
-"""The methods of the leaderboard, each with the ranges from which its trials draw."""
+"""Defines the methods of the leaderboard, and the ranges from which trials draw parameters."""
 
 import math
 import zlib
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-Range = tuple[float, float]  # least and greatest value; drawn uniformly in the logarithm
+Range = tuple[float, float]  # least and greatest value; drawn uniformly on a logarithmic scale
 
 
 class Contestant(NamedTuple):

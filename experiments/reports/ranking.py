@@ -1,14 +1,14 @@
 """Ranks the methods of a leaderboard, and predicts the hours of the same runs at a larger scale.
 
-The prediction is for a stated model, chip and number of chips per worker. It keeps the number of
-steps and the bytes per parameter and step that were measured on the small model:
+The prediction is for a stated model, chip and number of chips per worker. The prediction keeps the
+number of steps, and the bytes per parameter and step that were measured on the small model:
 
     seconds per step = computing + exposed communication
     computing = 6 parameters tokens / (chips peak utilization)
     communication = 8 bytes per parameter and step * parameters / bits per second
 
 Methods whose exchange overlaps with local steps wait only for the exposed part (`cost.exposed`).
-Nothing else is modelled: latency, encoding, and what an optimizer computes are left out.
+Nothing else is modelled: latency, encoding and the computation of optimizers are left out.
 """
 
 import math
@@ -27,10 +27,10 @@ LABELS = {"iid": "i.i.d. data", "roles": "other roles on every worker"}
 class Place(NamedTuple):
   """The model and the machines for which hours are predicted."""
 
-  preset: str  # of `transformer`
+  preset: str  # preset of `transformer`
   chip: str
-  chips: int  # per worker
-  tokens: int  # per worker and step
+  chips: int  # number of chips per worker
+  tokens: int  # number of tokens per worker and step
   utilization: float  # share of the chip's peak rate
 
   def check(self) -> "Place":
@@ -77,7 +77,7 @@ def parameters(preset: str) -> int:
 
 
 def ranked(rows: list[dict[str, Any]], place: Place) -> dict[str, Any]:
-  """Returns the contents of leaderboard.json: each row with its figures, best loss first.
+  """Returns the contents of leaderboard.json: each row with its numbers, best loss first.
 
   Args:
     rows: the results of all methods so far, see `leaderboard.tuned`.
@@ -89,7 +89,7 @@ def ranked(rows: list[dict[str, Any]], place: Place) -> dict[str, Any]:
 
 
 def _figures(row: dict[str, Any], place: Place) -> dict[str, Any]:
-  """Returns the figures of one method: losses, bytes, and hours by link."""
+  """Returns the numbers of one method: losses, bytes, and hours by link."""
   fresh = [summary for summary in row["fresh"] if summary is not None]
   losses = [summary["eval"]["loss"] for summary in fresh]
   if len(losses) < len(row["fresh"]):
