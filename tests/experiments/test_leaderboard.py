@@ -1,6 +1,11 @@
 """The leaderboard: draws, ranks, predicted hours, and a run in small that is resumed."""
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -82,3 +87,38 @@ def test_the_abbreviations_of_a_spec_are_filled_in():
     "diloco(adamw(warmup_cosine_decay_schedule(0.0, 0.5, 10, 100)), "
     "sgd(0.25, momentum=0.6, nesterov=True), mean(), period=16)"
   )
+
+
+COMMAND = Path(__file__).parents[2] / "experiments" / "leaderboard.py"
+SMALL = ("--contestants=AdamW", "--trials=1", "--seeds=1", "--steps=16", "--batch_size=8")
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess:
+  return subprocess.run([sys.executable, str(COMMAND), *arguments], capture_output=True, text=True)
+
+
+def test_an_unknown_contestant_is_a_line():
+  ended = run_command("--contestants=AdemW")
+  assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+  assert "did you mean 'AdamW'?" in ended.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+  not (Path(os.environ.get("RESEARCH_DATA_DIR", "")) / "tinyshakespeare").is_dir(),
+  reason="$RESEARCH_DATA_DIR has no tinyshakespeare",
+)
+def test_the_same_command_continues_a_leaderboard(tmp_path):
+  """Complete runs are read and not run again; the figures are the same."""
+  flags = (*SMALL, f"--out={tmp_path / 'out'}", f"--compilation_cache={tmp_path / 'compiled'}")
+  first = run_command(*flags)
+  assert first.returncode == 0, first.stderr
+  found = json.loads((tmp_path / "out" / "leaderboard.json").read_text())
+  assert [row["data"] for row in found["rows"]] == ["iid", "roles"]
+  assert all(row["loss"] < math.log(65) for row in found["rows"])
+  assert (tmp_path / "out" / "leaderboard.png").exists()
+  times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/*/*/metrics.jsonl")}
+  assert len(times) == 4
+  assert run_command(*flags).returncode == 0
+  assert times == {path: path.stat().st_mtime_ns for path in times}
+  assert json.loads((tmp_path / "out" / "leaderboard.json").read_text())["rows"] == found["rows"]
