@@ -1,4 +1,4 @@
-"""Exchanges messages along the links of a communication graph, in one round."""
+"""Exchanges the messages of one round along the links of a communication graph."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,12 @@ from research.core.base import WORKER_AXES, Array, Tree
 
 
 def own_weight(shifts: Sequence[Shift], axes: collectives.Axes = WORKER_AXES) -> float | Array:
-  """Returns w_ii of this worker: a static float if equal on all workers, else a float32 scalar.
+  """Returns the weight w_ii of this worker's own value.
+
+  The weight is a static float if it is equal on all workers; otherwise, a float32 scalar.
 
   Args:
-    shifts: the links of one round of a topology.
+    shifts: the links of one round of a topology, grouped by offset.
     axes: the worker axes of the exchange.
   """
   found = [s for s in shifts if s.offset == 0]
@@ -24,19 +26,20 @@ def own_weight(shifts: Sequence[Shift], axes: collectives.Axes = WORKER_AXES) ->
 def heard(
   shifts: Sequence[Shift], message: Tree, axes: collectives.Axes = WORKER_AXES
 ) -> list[tuple[float | Array, Tree]]:
-  """Receives the neighbours' messages of one round, with their weights.
+  """Sends this worker's message to its neighbours, and receives their messages with their weights.
 
-  Permutations run over the existing links only, so traffic is proportional to a worker's number of
-  links, not to W. Directions whose links have no sender and no receiver in common share one
+  Permutations run over the existing links only, so the traffic of a worker is proportional to its
+  number of links, not to W. Shifts whose links have no sender and no receiver in common share one
   permutation: a matching of the workers is a single message.
 
   Args:
-    shifts: the links of one round of a topology.
+    shifts: the links of one round of a topology, grouped by offset.
     message: this worker's arrays, which may have any dtypes.
     axes: the worker axes of the exchange.
 
   Returns:
-    For each permutation, w_ij and the message of worker j; both are zero if there is no link.
+    For each permutation, the weight w_ij and the message of worker j; both are zero if there is no
+    link.
   """
   return [
     (_of_worker(values, axes), collectives.permute(message, links, axes))
@@ -48,7 +51,8 @@ def _permutations(shifts: Sequence[Shift]) -> list[tuple[np.ndarray, list[tuple[
   """Groups the links of a round so that each worker sends and receives at most once per group.
 
   Returns:
-    For each group, w_ij by receiver [W], zero without a link, and the links (sender, receiver).
+    For each group, the weights w_ij by receiver, [W], which are zero without a link; and the links,
+    as (sender, receiver).
   """
   found: list[tuple[np.ndarray, dict[int, int]]] = []  # weights, and sender by receiver
   for offset, values in shifts:
@@ -65,7 +69,7 @@ def _permutations(shifts: Sequence[Shift]) -> list[tuple[np.ndarray, list[tuple[
 
 
 def _of_worker(values: np.ndarray, axes: collectives.Axes) -> float | Array:
-  """Returns this worker's value; the value is static if equal on all workers."""
+  """Returns this worker's value, as a static float if it is equal on all workers."""
   if (values == values[0]).all():
     return float(values[0])
   return jnp.asarray(values, jnp.float32)[collectives.worker_index(axes)]
