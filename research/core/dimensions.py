@@ -1,15 +1,16 @@
-"""The kind of each dimension of a model's parameters: stacked layers, inputs, outputs.
+"""Defines the kinds of the dimensions of a model's parameters: stacked layers, inputs, outputs.
 
-A model declares `dimensions`, a sequence of (pattern, kinds). The first pattern that matches a
-parameter's path gives the kinds of its last dimensions: any number of "stack", then inputs and
-outputs, each any number of "in" or "out". Dimensions before those are stacked layers. A parameter
-with inputs and outputs is a hidden matrix, or a stack of hidden matrices:
+A model declares `dimensions`, a sequence of (pattern, kinds). The first pattern that matches the
+path of a parameter determines the kinds of the parameter's last dimensions: any number of "stack",
+then the inputs and the outputs, each with any number of "in" or "out". All earlier dimensions are
+stacked layers. A parameter with inputs and outputs is a hidden matrix, or a stack of hidden
+matrices:
 
     (r"/attention/query/kernel$", ("in", "out", "out"))  # [in, heads, head_dim]
     (r"/experts/up/kernel$", ("stack", "in", "out"))  # [experts, in, out]
     (r"norm/scale$", ("out",))  # no matrix
 
-Embeddings and heads are not declared: their rows belong to tokens.
+Embeddings and heads are not declared, because their rows belong to tokens.
 """
 
 import math
@@ -28,9 +29,9 @@ KINDS = ("stack", "in", "out")
 class Kinds(NamedTuple):
   """The dimensions of one parameter: stack, then one side of the matrix, then the other side."""
 
-  stack: int  # number of leading dimensions, of stacked layers or experts
+  stack: int  # number of leading dimensions, which are stacked layers or experts
   first: int  # number of dimensions of the first side
-  second: int  # number of dimensions of the second side; 0 if the parameter is no matrix
+  second: int  # number of dimensions of the second side; 0 if the parameter is not a matrix
   into: bool = True  # whether the first side is the input
 
   @property
@@ -39,13 +40,13 @@ class Kinds(NamedTuple):
     return self.second > 0
 
   def view(self, x: Array) -> Array:
-    """Returns a stack of matrices [*stack, rows, columns]."""
+    """Reshapes a parameter to a stack of matrices [*stack, rows, columns]."""
     stack, rest = x.shape[: self.stack], x.shape[self.stack :]
     rows, columns = math.prod(rest[: self.first]), math.prod(rest[self.first :])
     return x.reshape(*stack, rows, columns)
 
   def fans(self, shape: Sequence[int]) -> tuple[int, int]:
-    """Returns the numbers of inputs and outputs of each matrix in a parameter of this shape."""
+    """Returns the numbers of inputs and outputs of each matrix in a parameter of a given shape."""
     rest = shape[self.stack :]
     sides = math.prod(rest[: self.first]), math.prod(rest[self.first :])
     return sides if self.into else sides[::-1]
@@ -61,13 +62,13 @@ MATRIX, OTHER = Kinds(0, 1, 1), Kinds(0, 0, 0)
 
 
 def checked(dimensions: Sequence[Sequence[object]]) -> Dimensions:
-  """Returns a declaration as tuples.
+  """Checks a declaration and converts it to tuples.
 
   Args:
     dimensions: the (pattern, kinds) pairs of a model.
 
   Raises:
-    ValueError: if a pattern is not a regular expression, or kinds are unknown or out of order.
+    ValueError: if a pattern is not a regular expression, or the kinds are unknown or out of order.
   """
   found = []
   for pattern, kinds in dimensions:
@@ -88,11 +89,11 @@ def checked(dimensions: Sequence[Sequence[object]]) -> Dimensions:
 def kinds_of(tree: Tree, dimensions: Dimensions) -> dict[str, Kinds]:
   """Returns the kinds of the dimensions of each leaf, by path.
 
-  If no pattern matches any leaf, leaves of two dimensions are matrices, as in optax.
+  If no pattern matches any leaf, leaves with two dimensions are matrices, as in optax.
 
   Args:
-    tree: the parameters or their shapes.
-    dimensions: the model's declaration, possibly empty.
+    tree: a tree of the parameters or of their shapes.
+    dimensions: the declaration of the model, which may be empty.
 
   Raises:
     ValueError: if a parameter has fewer dimensions than its declaration.
@@ -105,10 +106,10 @@ def kinds_of(tree: Tree, dimensions: Dimensions) -> dict[str, Kinds]:
 
 
 def path(at: tuple) -> str:
-  """Returns a leaf's path as text, such as 'layers/attention/query/kernel'.
+  """Converts the path of a leaf to text, such as 'layers/attention/query/kernel'.
 
   Args:
-    at: the path of a leaf in a tree.
+    at: the path of the leaf in its tree.
   """
   return jax.tree_util.keystr(at, simple=True, separator="/")
 
