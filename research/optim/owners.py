@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from research.aggregate.blockwise import Cut
+from research.aggregate.blockwise import Cut, join_leaf, split_leaf
 from research.core.base import Array, Tree
 from research.core.dimensions import Kinds, path
 
@@ -121,3 +121,32 @@ def _moved(function: OfMatrices, x: Array, cut: tuple[tuple[str, int], ...]) -> 
   for name, side in reversed(cut):
     x = lax.all_to_all(x, name, 1 + side, 0, tiled=True)
   return x[:count]
+
+
+def on_blocks(
+  function: Callable[[tuple, Array], Array], tree: Tree, cut: Cut, simulated: bool
+) -> Tree:
+  """Returns a function of each device's block of each leaf.
+
+  Args:
+    function: (path of the leaf, block) -> array of the block's shape.
+    tree: the leaves.
+    cut: the sharding of the leaves.
+    simulated: whether one device computes the blocks of all, instead of a shard_map.
+  """
+  if simulated:
+
+    def blocks(at: tuple, x: Array) -> Array:
+      found = jax.vmap(lambda block: function(at, block))(split_leaf(x, cut))
+      return join_leaf(found, x.shape, cut)
+
+    return jax.tree_util.tree_map_with_path(blocks, tree)
+  specs = jax.tree.map(lambda x: P(*_axes(x.shape, cut)), tree)
+  nested = jax.shard_map(
+    lambda parts: jax.tree_util.tree_map_with_path(function, parts),
+    in_specs=(specs,),
+    out_specs=specs,
+    axis_names={*cut.names, *cut.around},
+    check_vma=False,
+  )
+  return nested(tree)
