@@ -24,13 +24,13 @@ FULL = {
   "workers": 8,
   "batch": 2,
   "period": 30,
-  "rounds": 20,
+  "rounds": 16,
   "adamw_rates": [3e-3, 6e-3, 1.2e-2],
   "muon_rates": [0.01, 0.02, 0.04],
   "adam_rate": 6e-3,  # of AdamW within Muon
   "outer_rate": 0.7,
   "outer_momentum": 0.6,
-  "model": "layers=2, width=48, heads=4, kv_heads=4, hidden=128, deviation=0.1",
+  "model": "layers=1, width=48, heads=4, kv_heads=4, hidden=128, deviation=0.1",
   "apart": 0.0,  # nats
 }
 QUICK = {
@@ -40,7 +40,7 @@ QUICK = {
   "model": "layers=1, width=32, heads=2, kv_heads=2, hidden=96, deviation=0.1",
   "apart": 0.02,
 }
-SEEDS = {"full": 3, "quick": 1}
+SEEDS = {"full": 2, "quick": 1}
 X64 = False
 
 ADAMW, MUON, DILOCO, MULOCO = "data-parallel AdamW", "data-parallel Muon", "DiLoCo", "MuLoCo"

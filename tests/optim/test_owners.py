@@ -32,9 +32,9 @@ def task(experts: int = 0, scan: bool = True) -> Task:
   return next_token(model, OUTPUTS, Text(text[:640], 640), Text(text[640:], 160), context=CONTEXT)
 
 
-def matrices(of: Task):
+def matrices(of: Task, call=lambda function, *args: function(*args)):
   """The hidden matrices of a task's initial model, and the kinds of their dimensions."""
-  params = of.init(jax.random.key(0))
+  params = call(of.init, jax.random.key(0))
   kinds = kinds_of(params, of.dimensions)
   leaves = dict(zip(kinds, jax.tree.leaves(params), strict=True))
   return {name: x for name, x in leaves.items() if kinds[name].is_matrix}, kinds
@@ -42,15 +42,14 @@ def matrices(of: Task):
 
 def test_equal_matrices_are_in_one_group_whichever_side_is_the_input():
   of = task()
-  leaves, kinds = matrices(of)
+  leaves, kinds = matrices(of, jax.eval_shape)
   cut = sharded.cut_of({"data": 1, "fsdp": 4}, of)
   found = {name: place(kinds[name], x.shape, cut) for name, x in leaves.items()}
   groups = Counter((one.cut, one.sides) for one in found.values())
   fsdp = (("fsdp", 0),)
   assert groups == {(fsdp, (16, 16)): 2, (fsdp, (16, 8)): 2, (fsdp, (24, 16)): 3}
-  assert (
-    found["layers/attention/out/kernel"].turned != found["layers/attention/query/kernel"].turned
-  )
+  out, query = (found[f"layers/attention/{name}/kernel"] for name in ("out", "query"))
+  assert out.turned != query.turned
 
 
 MESHES = [
@@ -83,7 +82,8 @@ def test_owners_compute_what_one_device_computes(axes, exchanges):
   want = {name: one(name, x) for name, x in leaves.items()}
   assert distance(program(placed), want) < 1e-5
   found = Counter(t.operation for t in compiled.traffic(program, mesh))
-  assert found == {"all-to-all": exchanges}
+  assert set(found) <= {"all-to-all", "permute"}
+  assert found["all-to-all"] == exchanges
 
 
 @pytest.mark.slow
