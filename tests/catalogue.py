@@ -163,7 +163,7 @@ PIECES = {
 # ---- the other kinds: each name once
 
 OTHERS = {
-  "optimizer": ("muon(0.02)",),
+  "optimizer": ("muon(0.02)", "muon_bp(0.02, period=3)"),
   "topology": (
     *("ring()", "torus()", "complete()", "star()", "exponential()", "one_peer_exponential()"),
     "random_pairs()",

@@ -154,6 +154,7 @@ _OWN: dict[str, str] = {
   "admm": "admm(0.05, gossip(ring()))",
   "consensus_admm": "consensus_admm(0.1, mean(), penalty=1.0, period=10)",
   "muon": "muon(0.02, weight_decay=0.1, adam_learning_rate=1e-3)",
+  "muon_bp": "muon_bp(0.02, period=5, adam_learning_rate=1e-3)",
   "mlp": "mlp(hidden=[128])",
   "text": "text('corpus.txt', context=256)",
   "gossip": "gossip(ring())",

@@ -181,5 +181,6 @@ TABLE: dict[str, dict[str, str]] = {
   # besides optax's
   "optimizer": {
     "muon": "research.optim.muon:muon",
+    "muon_bp": "research.optim.muon_bp:muon_bp",
   },
 }

@@ -15,7 +15,8 @@ class Model(NamedTuple):
   """What an optimizer needs to know of a model."""
 
   dimensions: Dimensions = ()
-  cut: Any = None  # a `blockwise.Cut`, if the optimizer runs on the devices of a sharded worker
+  cut: Any = None  # a `blockwise.Cut`, if the model is sharded inside a worker
+  simulated: bool = False  # whether one device simulates the devices of a worker
 
 
 def for_models(

@@ -1,6 +1,7 @@
 """Muon: steps of orthogonalized momentum for hidden matrices, and of AdamW for all else."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -75,21 +76,93 @@ def muon(
     2025, Deriving Muon (the scale); Liu et al. 2025, arXiv 2502.16982 (weight decay,
     consistent_rms).
   """
-  for name, value in (("beta", beta), ("adam_b1", adam_b1), ("adam_b2", adam_b2)):
-    checks.in_range(name, value, "[0, 1)")
-  checks.positive_integer("ns_steps", ns_steps)
-  if consistent_rms is not None:
-    checks.above("consistent_rms", consistent_rms)
+  rule = Rule(beta, nesterov, ns_steps, consistent_rms)
+  rule.check()
+  own = lambda model: optax.chain(
+    _momentum(rule, model),
+    optax.add_decayed_weights(weight_decay),
+    optax.scale_by_learning_rate(learning_rate),
+  )
   rate = learning_rate if adam_learning_rate is None else adam_learning_rate
-  adam = optax.adamw(rate, adam_b1, adam_b2, weight_decay=adam_weight_decay)
+  return beside_adam(own, rate, adam_b1, adam_b2, adam_weight_decay, dimensions)
+
+
+class Rule(NamedTuple):
+  """How a step is computed from gradients; see `muon`."""
+
+  beta: float
+  nesterov: bool
+  ns_steps: int
+  consistent_rms: float | None
+
+  def check(self) -> None:
+    """Rejects values that are out of range.
+
+    Raises:
+      ValueError: see `muon`.
+    """
+    checks.in_range("beta", self.beta, "[0, 1)")
+    checks.positive_integer("ns_steps", self.ns_steps)
+    if self.consistent_rms is not None:
+      checks.above("consistent_rms", self.consistent_rms)
+
+  def momenta(self, before: Params, grads: Params) -> tuple[Params, Params]:
+    """Returns the momentum, and what is orthogonalized."""
+    momentum = jax.tree.map(lambda m, g: self.beta * m + g, before, grads)
+    ahead = lambda m, g: g + self.beta * m
+    return momentum, jax.tree.map(ahead, momentum, grads) if self.nesterov else momentum
+
+  def orthogonalized(self, x: Array) -> Array:
+    """Orthogonalizes a stack of matrices [..., rows, columns]."""
+    return orthogonalized(x, self.ns_steps)
+
+  def scale(self, kinds: Kinds, shape: tuple[int, ...]) -> float:
+    """Returns the factor of an orthogonalized update of a parameter or block of this shape."""
+    into, out = kinds.fans(shape)
+    rms = self.consistent_rms
+    return math.sqrt(out / into) if rms is None else rms * math.sqrt(max(into, out))
+
+  def whole(self, ahead: Params, kinds: dict[str, Kinds], model: fitting.Model) -> Params:
+    """Returns the scaled update of whole matrices, from their owners if the worker is sharded."""
+    scaled = lambda at, x: self.scale(kinds[path(at)], x.shape) * x
+    if model.cut is not None and not model.simulated:
+      found = on_owners(self.orthogonalized, ahead, kinds, model.cut)
+      return jax.tree_util.tree_map_with_path(scaled, found)
+
+    def one(at: tuple, x: Array) -> Array:
+      return scaled(at, self.orthogonalized(kinds[path(at)].view(x)).reshape(x.shape))
+
+    return jax.tree_util.tree_map_with_path(one, ahead)
+
+
+def beside_adam(
+  own: Callable[[fitting.Model], optax.GradientTransformation],
+  learning_rate: optax.ScalarOrSchedule,
+  b1: float,
+  b2: float,
+  weight_decay: float,
+  dimensions: Dimensions,
+) -> optax.GradientTransformation:
+  """Returns an optimizer of hidden matrices, with AdamW for all other leaves.
+
+  Args:
+    own: model -> the optimizer of hidden matrices.
+    learning_rate: of AdamW, a number or a schedule.
+    b1: decay of AdamW's first moments.
+    b2: decay of AdamW's second moments.
+    weight_decay: of AdamW, times its learning rate.
+    dimensions: the declaration of a model, possibly empty.
+
+  Raises:
+    ValueError: if a decay is not in [0, 1), or the declaration is invalid.
+  """
+  checks.in_range("adam_b1", b1, "[0, 1)")
+  checks.in_range("adam_b2", b2, "[0, 1)")
+  adam = optax.adamw(learning_rate, b1, b2, weight_decay=weight_decay)
 
   def build(model: fitting.Model) -> optax.GradientTransformation:
-    own = optax.chain(
-      _momentum(beta, nesterov, ns_steps, consistent_rms, model),
-      optax.add_decayed_weights(weight_decay),
-      optax.scale_by_learning_rate(learning_rate),
-    )
-    return optax.partition({"muon": own, "adam": adam}, lambda tree: labels(tree, model.dimensions))
+    both = {"muon": own(model), "adam": adam}
+    return optax.partition(both, lambda tree: labels(tree, model.dimensions))
 
   return fitting.for_models(build, dimensions)
 
@@ -106,45 +179,17 @@ def labels(tree: Params, dimensions: Dimensions) -> Any:
   return jax.tree_util.tree_map_with_path(label, tree)
 
 
-def _momentum(
-  beta: float, nesterov: bool, steps: int, rms: float | None, model: fitting.Model
-) -> optax.GradientTransformation:
+def _momentum(rule: Rule, model: fitting.Model) -> optax.GradientTransformation:
   def init(params):
     return MuonState(jax.tree.map(jnp.zeros_like, params))
 
   def update(updates, state, params=None):
     del params
-    momentum = jax.tree.map(lambda m, g: beta * m + g, state.momentum, updates)
-    ahead = jax.tree.map(lambda m, g: g + beta * m, momentum, updates) if nesterov else momentum
+    momentum, ahead = rule.momenta(state.momentum, updates)
     kinds = kinds_of(updates, model.dimensions)
-    whole = _orthogonalized(ahead, kinds, steps, model)
-    scaled = lambda at, x: scale(kinds[path(at)], x.shape, rms) * x
-    return jax.tree_util.tree_map_with_path(scaled, whole), MuonState(momentum)
+    return rule.whole(ahead, kinds, model), MuonState(momentum)
 
   return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
-
-
-def _orthogonalized(
-  tree: Params, kinds: dict[str, Kinds], steps: int, model: fitting.Model
-) -> Params:
-  """Orthogonalizes each matrix of a tree, on its owner if the worker is sharded."""
-  function = lambda x: orthogonalized(x, steps)
-  if model.cut is not None:
-    return on_owners(function, tree, kinds, model.cut)
-  one = lambda at, x: function(kinds[path(at)].view(x)).reshape(x.shape)
-  return jax.tree_util.tree_map_with_path(one, tree)
-
-
-def scale(kinds: Kinds, shape: tuple[int, ...], rms: float | None) -> float:
-  """Returns the factor of an orthogonalized update.
-
-  Args:
-    kinds: the kinds of the parameter's dimensions.
-    shape: the parameter's shape.
-    rms: see `consistent_rms` of `muon`.
-  """
-  into, out = kinds.fans(shape)
-  return math.sqrt(out / into) if rms is None else rms * math.sqrt(max(into, out))
 
 
 def orthogonalized(x: Array, steps: int) -> Array:

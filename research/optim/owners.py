@@ -3,7 +3,7 @@
 Matrices of one shape are dealt to the devices: in an all-to-all, each device gets all shards of its
 own matrices; it computes the function of them, and a second all-to-all returns the shards. Over an
 axis of W devices, the two move 2 (W - 1) / W elements for each element of a matrix. Each matrix is
-computed by one device.
+computed by one device. GSPMD would gather parts of every matrix in every Newton-Schulz step.
 """
 
 import math
@@ -15,13 +15,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from research.aggregate.blockwise import Cut
+from research.aggregate.blockwise import Cut, join_leaf, split_leaf
 from research.core.base import Array, Tree
 from research.core.dimensions import Kinds, path
 
 # (matrices [..., rows, columns]) -> the same shape, equivariant to transposing each matrix and to
 # permutations of its rows and columns
 OfMatrices = Callable[[Array], Array]
+
+
+_FILLED = 0.05  # share of zeros up to which all matrices take part in the all-to-all
 
 
 class Place(NamedTuple):
@@ -36,8 +39,8 @@ class Place(NamedTuple):
 def on_owners(function: OfMatrices, tree: Tree, kinds: dict[str, Kinds], cut: Cut) -> Tree:
   """Returns the function of each hidden matrix, in a shard_map over the axes inside a worker.
 
-  If a group of M equal matrices does not divide among the W devices that share each of them, it is
-  filled up with zeros to the next multiple of W.
+  A group of equal matrices is filled up with zeros to a multiple of the devices if that adds at
+  most 5%. Otherwise, the matrices that remain are sent to the first devices one shard at a time.
 
   Args:
     function: computes a stack of whole matrices.
@@ -111,13 +114,104 @@ def _matrices(place: Place, part: Array) -> Array:
 
 def _moved(function: OfMatrices, x: Array, cut: tuple[tuple[str, int], ...]) -> Array:
   """Applies a function to whole matrices, given each device's shards [count, rows, columns]."""
-  owners = math.prod(lax.axis_size(name) for name, _ in cut)
-  count = len(x)
-  x = jnp.pad(x, ((0, -count % owners), (0, 0), (0, 0)))
-  x = lax.optimization_barrier(x)  # XLA:CPU would send its parts in layouts of their own, and fail
+  counts = []
   for name, side in cut:
-    x = lax.all_to_all(x, name, 0, 1 + side, tiled=True)
+    counts.append(len(x))
+    x = _dealt(x, name, 1 + side)
   x = function(x)
-  for name, side in reversed(cut):
-    x = lax.all_to_all(x, name, 1 + side, 0, tiled=True)
-  return x[:count]
+  for (name, side), count in zip(reversed(cut), reversed(counts), strict=True):
+    x = _returned(x, name, 1 + side, count)
+  return x
+
+
+def _full(count: int, owners: int) -> tuple[int, int]:
+  """Splits a number of matrices into those of the all-to-all, with zeros added, and the rest."""
+  filled = count + -count % owners
+  return (filled, 0) if filled <= (1 + _FILLED) * count else (filled - owners, count % owners)
+
+
+def _dealt(x: Array, name: str, dimension: int) -> Array:
+  """Sends the shards of [count, ...] matrices to their owners along one axis.
+
+  Returns:
+    The device's own matrices, zeros for a last one that it does not have.
+  """
+  full, rest = _full(len(x), lax.axis_size(name))
+  found = []
+  if full:
+    part = jnp.pad(x[:full], ((0, max(0, full - len(x))), (0, 0), (0, 0)))
+    # without the barrier, XLA:CPU would send parts of different layouts, and fail
+    found.append(lax.all_to_all(lax.optimization_barrier(part), name, 0, dimension, tiled=True))
+  if rest:
+    found.append(_gathered(x[full:], name, dimension))
+  return jnp.concatenate(found)
+
+
+def _returned(x: Array, name: str, dimension: int, count: int) -> Array:
+  """Inverse of `_dealt` for `count` matrices."""
+  owners = lax.axis_size(name)
+  full, rest = _full(count, owners)
+  found = []
+  if full:
+    part = lax.optimization_barrier(x[: full // owners])
+    found.append(lax.all_to_all(part, name, dimension, 0, tiled=True)[:count])
+  if rest:
+    found.append(_scattered(x[-1], name, dimension - 1, rest))
+  return jnp.concatenate(found)
+
+
+def _gathered(x: Array, name: str, dimension: int) -> Array:
+  """Sends the shards of fewer matrices than devices to the first devices, [1, rows, columns]."""
+  count, size, here = len(x), lax.axis_size(name), lax.axis_index(name)
+  parts = []
+  for shift in range(size):
+    pairs = [(i, (i + shift) % size) for i in range(size) if (i + shift) % size < count]
+    part = x[jnp.minimum((here + shift) % size, count - 1)]
+    parts.append(lax.ppermute(part, name, pairs))
+  by_source = jnp.stack(parts)[(here - jnp.arange(size)) % size]
+  whole = jnp.moveaxis(by_source, 0, dimension - 1)
+  shape = list(x.shape[1:])
+  shape[dimension - 1] *= size
+  return whole.reshape(1, *shape)
+
+
+def _scattered(x: Array, name: str, dimension: int, count: int) -> Array:
+  """Returns the shards of the matrices of the first `count` devices, [count, rows, columns]."""
+  size, here = lax.axis_size(name), lax.axis_index(name)
+  shape = list(x.shape)
+  shape[dimension : dimension + 1] = [size, shape[dimension] // size]
+  by_target = jnp.moveaxis(x.reshape(shape), dimension, 0)
+  parts = []
+  for shift in range(size):
+    pairs = [(i, (i + shift) % size) for i in range(count)]
+    parts.append(lax.ppermute(by_target[(here + shift) % size], name, pairs))
+  return jnp.stack(parts)[(here - jnp.arange(count)) % size]
+
+
+def on_blocks(
+  function: Callable[[tuple, Array], Array], tree: Tree, cut: Cut, simulated: bool
+) -> Tree:
+  """Returns a function of each device's block of each leaf.
+
+  Args:
+    function: (path of the leaf, block) -> array of the block's shape.
+    tree: the leaves.
+    cut: the sharding of the leaves.
+    simulated: whether one device computes the blocks of all, instead of a shard_map.
+  """
+  if simulated:
+
+    def blocks(at: tuple, x: Array) -> Array:
+      found = jax.vmap(lambda block: function(at, block))(split_leaf(x, cut))
+      return join_leaf(found, x.shape, cut)
+
+    return jax.tree_util.tree_map_with_path(blocks, tree)
+  specs = jax.tree.map(lambda x: P(*_axes(x.shape, cut)), tree)
+  nested = jax.shard_map(
+    lambda parts: jax.tree_util.tree_map_with_path(function, parts),
+    in_specs=(specs,),
+    out_specs=specs,
+    axis_names={*cut.names, *cut.around},
+    check_vma=False,
+  )
+  return nested(tree)

@@ -12,6 +12,7 @@ from research.core.dimensions import Dimensions, path
 from research.methods.dion import DionState
 from research.methods.dion2 import Dion2State
 from research.optim.muon import MuonState
+from research.optim.muon_bp import MuonBPState
 
 _LEAST = 0.5  # minimum share of the parameters
 
@@ -113,7 +114,7 @@ def describe(name: str, reach: Reach) -> str:
   )
 
 
-_MUONS = (MuonState, contrib.MuonState)
+_MUONS = (MuonState, MuonBPState, contrib.MuonState)
 _METHODS = {DionState: "dion", Dion2State: "dion2"}
 
 
@@ -129,7 +130,8 @@ def _is_hidden(name: str, dimensions: Dimensions) -> bool:
 
 def _of_muon(states: Mapping[str, Any], is_hidden: Callable[[str], bool]) -> Reach:
   """Computes Muon's reach from the sizes of Muon's momentum and of Adam's momentum."""
-  moments = [s.momentum if isinstance(s, MuonState) else s.mu for s in _of_types(states, _MUONS)]
+  of = lambda s: s.mu if isinstance(s, contrib.MuonState) else s.momentum
+  moments = map(of, _of_types(states, _MUONS))
   own = [pair for tree in moments for pair in _sizes(tree)]
   rest = [pair for s in _of_types(states, (optax.ScaleByAdamState,)) for pair in _sizes(s.mu)]
   return _reach(own, rest, is_hidden)

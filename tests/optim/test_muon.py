@@ -10,7 +10,7 @@ from research.core import registry
 from research.core.dimensions import MATRIX
 from research.models.transformer import DIMENSIONS, PRESETS, transformer
 from research.optim import fitting
-from research.optim.muon import muon, orthogonalized, scale
+from research.optim.muon import Rule, muon, orthogonalized
 from research.training import reach
 
 DECLARED = ((r"^(query|stack)$", ("in", "out")), (r"scale$", ("out",)))
@@ -77,8 +77,9 @@ def test_singular_values_come_near_one(shape):
 
 
 def test_a_constant_root_mean_square():
+  rule = Rule(0.9, False, 5, 0.2)
   for shape in ((32, 32), (16, 64), (64, 16)):
-    update = scale(MATRIX, shape, 0.2) * np.eye(*shape)  # whose singular values are one
+    update = rule.scale(MATRIX, shape) * np.eye(*shape)  # whose singular values are one
     assert np.sqrt(np.mean(update**2)) == pytest.approx(0.2)
 
 
