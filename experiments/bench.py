@@ -269,6 +269,8 @@ def of_loop() -> tuple[dict[str, Any], list[str]]:
   if "power_sgd" in FLAGS.cases:
     result["power_sgd"] = rounds.power_sgd(FLAGS.repeats)
     lines += rounds.power_sgd_table(result["power_sgd"])
+    result["equal_matrices"] = rounds.equal_matrices(FLAGS.repeats)
+    lines.append(rounds.equal_matrices_line(result["equal_matrices"]))
   if "local_phase" in FLAGS.cases:
     result["local_phase"] = rounds.local_phase(FLAGS.repeats)
     lines += rounds.local_phase_table(result["local_phase"])

@@ -19,9 +19,10 @@ COMPRESSORS = (
   "bf16()",
   "fp8()",
   "int4()",
-  "qsgd()",
-  "natural()",
+  "statistical(2)",
+  "block_top_k()",
   "random_k(0.01)",
+  *("int8(stochastic=True)", "int4(stochastic=True)", "qsgd()", "terngrad()", "natural()"),
 )
 LEAF = 2**24  # float32 elements: 64 MiB
 LEAST_SECONDS = 0.02  # minimum duration of one timing; shorter functions are repeated

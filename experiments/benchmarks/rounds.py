@@ -15,6 +15,7 @@ from experiments.benchmarks.turns import in_turn, milliseconds, ratios, seconds,
 DENSE = "data_parallel(sgd(0.1), mean())"
 LOW_RANK = "data_parallel(sgd(0.1), error_feedback(power_sgd(4)))"
 HIDDEN, BATCH, STEPS = (1024, 1024), 256, 10
+LAYERS, SIDE = 24, 512
 LOCAL = "local_sgd(sgd(0.1), mean(), period=20)"
 WIDTHS = ((), (64,), (200, 200), (512,), (512, 512), (1024,), (1024, 1024))
 SCAFFOLD = "scaffold(0.1, mean(), epochs=1)"
@@ -52,6 +53,44 @@ def power_sgd(repeats: int) -> list[dict[str, Any]]:
       }
     )
   return rows
+
+
+def equal_matrices(repeats: int) -> dict[str, Any]:
+  """Times PowerSGD of rank 4 on 24 matrices of 512 x 512, together and one after the other.
+
+  Together, one batched QR decomposes the factors of all matrices. One after the other, each matrix
+  is a tree of its own. One worker; compilation is timed separately.
+  """
+  import jax
+  from jax.sharding import PartitionSpec
+
+  from research.comm import mesh
+  from research.core import registry
+
+  aggregator = registry.build("aggregator", "power_sgd(4)")
+  keys = jax.random.split(jax.random.key(0), LAYERS)
+  matrices = {i: jax.random.normal(k, (SIDE, SIDE)) for i, k in enumerate(keys)}
+  together = lambda tree, state: aggregator.aggregate(tree, state, keys[0])
+  apart = lambda tree, state: [together({i: tree[i]}, {i: state[i]}) for i in tree]
+  devices = mesh.device_mesh({"data": 1}, jax.devices()[:1])
+  whole = PartitionSpec()
+  programs, compiled = [], []
+  for function in (together, apart):
+    run = jax.shard_map(
+      function, mesh=devices, in_specs=(whole, whole), out_specs=whole, check_vma=False
+    )
+    lowered = jax.jit(run).lower(matrices, aggregator.init(matrices))
+    compiled.append(seconds(lambda lowered=lowered: programs.append(lowered.compile())))
+  state = aggregator.init(matrices)
+  once = lambda program: seconds(lambda: jax.block_until_ready(program(matrices, state)))
+  found = in_turn([lambda program=program: once(program) for program in programs], repeats)
+  return {
+    "together_ms": milliseconds(found[0]),
+    "apart_ms": milliseconds(found[1]),
+    "compile_s": compiled,
+    "ratios": [round(r, 3) for r in ratios(*found)],
+    "ratio": statistics.median(ratios(*found)),
+  }
 
 
 def local_phase(repeats: int) -> list[dict[str, Any]]:
@@ -202,6 +241,16 @@ def power_sgd_table(rows: list[dict[str, Any]]) -> list[str]:
     times = f"{row['dense_ms']:.2f} | {row['power_sgd_ms']:.2f} | {row['ratio']:.2f}"
     lines.append(f"| {row['executor']} | {times} | {shown(row['ratios'])} |")
   return lines
+
+
+def equal_matrices_line(one: dict[str, Any]) -> str:
+  """Formats the line on PowerSGD of equal matrices."""
+  compiled = " and ".join(f"{value:.1f}" for value in one["compile_s"])
+  times = f"{one['together_ms']:.2f} ms with one QR for all, {one['apart_ms']:.2f} ms with one each"
+  return (
+    f"\nPowerSGD of rank 4 on {LAYERS} matrices of {SIDE} x {SIDE}: {times} (ratios "
+    f"{shown(one['ratios'])}); compiled in {compiled} s."
+  )
 
 
 def local_phase_table(rows: list[dict[str, Any]]) -> list[str]:
