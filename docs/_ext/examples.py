@@ -123,8 +123,7 @@ _OWN: dict[str, str] = {
   "sparta": f"sparta({MOMENTUM}, sum_mean(random_k(0.01)))",
   "sparta_diloco": f"sparta_diloco(adamw(1e-3), {NESTEROV}, shuffled(0.01), mean(), "
   "outer_period=32)",
-  "desloc": "desloc(adam(1e-3, b1=0.9, b2=0.99), mean(), period=16, "
-  "moments={'mu': 48, 'nu': 96})",
+  "desloc": "desloc(adam(1e-3, b1=0.9, b2=0.99), mean(), period=16, moments={'mu': 48, 'nu': 96})",
   "fed_avg": "fed_avg(sgd(0.1), mean(), epochs=1)",
   "fed_prox": "fed_prox(sgd(0.1), mean(), mu=0.1, epochs=1)",
   "fed_opt": "fed_opt(sgd(0.1), adam(0.01), mean(), epochs=1)",

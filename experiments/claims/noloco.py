@@ -7,10 +7,12 @@ Same: inner Adam with a warm-up and a cosine schedule, slow learning rate 0.7, s
 NoLoCo and 0.3 for DiLoCo, as in the authors' code; each pair of workers is drawn at random.
 
 Scaled: a transformer of 108 thousand parameters on the characters of tinyshakespeare, 8 workers,
-768 steps in rounds of 32. The paper uses 125 million to 6.8 billion parameters, up to 64 workers,
-and rounds of 50 steps (DiLoCo: 100). We use rounds of the same length for both methods. DiLoCo's
-outer optimizer is Nesterov momentum. We deploy the mean of NoLoCo's models. With other numbers of
-workers, we only count bytes, in one round of a small model.
+512 steps in rounds of 8. The paper uses 125 million to 6.8 billion parameters and up to 64 workers;
+the authors' configurations have 25,000 steps in rounds of 50 (DiLoCo: 100). Pairs need rounds to
+reach a consensus: these runs have 500, ours 64. Rounds of 32 steps, of which a run has only 16, are
+shown without gates. Both methods have rounds of the same length. DiLoCo's outer optimizer is
+Nesterov momentum. We deploy the mean of NoLoCo's models. With other numbers of workers, we only
+count bytes, in one round of a small model.
 """
 
 import jax
@@ -25,8 +27,9 @@ DATASET = "tinyshakespeare(context=64)"
 FULL = {
   "workers": 8,
   "batch": 4,
-  "steps": 768,
-  "period": 32,
+  "steps": 512,
+  "period": 8,
+  "longer": [32],  # further periods, without gates, one seed
   "rate": 6e-3,
   "model": "layers=2, width=64, heads=4, kv_heads=4, hidden=184, deviation=0.1",
   "counts": [2, 4, 16, 64],  # further numbers of workers, for which bytes are counted
@@ -36,7 +39,7 @@ FULL = {
 }
 QUICK = {
   "steps": 128,
-  "period": 8,
+  "longer": [],
   "model": "layers=1, width=32, heads=2, kv_heads=2, hidden=96, deviation=0.1",
   "counts": [2, 16],
 }
@@ -50,9 +53,20 @@ def measure(lab: Lab) -> Findings:
   workers, period, steps = lab["workers"], lab["period"], lab["steps"]
   inner = calls.adam(calls.warmup_cosine_decay_schedule(0.0, lab["rate"], steps // 10, steps))
   outer = calls.sgd(0.7, momentum=0.3, nesterov=True)
-  noloco = calls.noloco(inner, calls.gossip(calls.random_pairs()), period=period)
-  methods = {DILOCO: calls.diloco(inner, outer, calls.mean(), period=period), NOLOCO: noloco}
-  found = {name: [run(lab, method, seed) for seed in lab.seeds] for name, method in methods.items()}
+  pairs = calls.gossip(calls.random_pairs())
+  methods = lambda period: {
+    DILOCO: calls.diloco(inner, outer, calls.mean(), period=period),
+    NOLOCO: calls.noloco(inner, pairs, period=period),
+  }
+  noloco = methods(period)[NOLOCO]
+  found = {
+    name: [run(lab, method, seed) for seed in lab.seeds] for name, method in methods(period).items()
+  }
+  longer = {
+    f"{name}, rounds of {length} steps, seed 0": run(lab, method, 0)
+    for length in lab["longer"]
+    for name, method in methods(length).items()
+  }
   everyone = {count: one_round(lab, noloco, count) for count in lab["counts"]}
   everyone[workers] = found[NOLOCO][0]
   trees = {count: trees_per_round(lab, of) for count, of in sorted(everyone.items())}
@@ -64,6 +78,12 @@ def measure(lab: Lab) -> Findings:
   return Findings(
     [
       *(Beside(f"nats a character, {name}", float(of.mean())) for name, of in loss.items()),
+      *(Beside(f"nats a character, {name}", of.last("loss")) for name, of in longer.items()),
+      *(
+        Beside(f"spread, {name}", of.last("spread"))
+        for name, of in longer.items()
+        if NOLOCO in name
+      ),
       Beside(
         f"{DILOCO}: trees per round, {workers} workers", trees_per_round(lab, found[DILOCO][0])
       ),

@@ -71,6 +71,9 @@ class DeMo(OneGradient, name="demo"):
     check_rate(self.learning_rate)
     checks.in_range("decay", self.decay, "[0, 1)")
     checks.at_least("weight_decay", self.weight_decay, 0)
+
+  def __post_init__(self):
+    super().__post_init__()
     if Trait.SELECTS in self.aggregator.traits and not [*self.aggregator.parts(DCTMean)]:
       reason = composition.MEMORY[Trait.SELECTS]
       raise ValueError(f"demo cannot be combined with this aggregator (selects): {reason}")

@@ -216,6 +216,7 @@ def test_three_steps_equal_numpy(spec):
       np.testing.assert_allclose(got.value[worker], want, atol=1e-5 * np.abs(want).max())
 
 
+@pytest.mark.slow
 def test_locos_memory_has_a_byte_per_element_and_makes_up_for_the_errors():
   """The mean of what is sent for a constant approaches it, as with error feedback."""
   x = jnp.asarray(STEPS[0, :1])

@@ -36,7 +36,7 @@ def largest(x: np.ndarray) -> np.ndarray:
 def inverse(spectrum: np.ndarray) -> np.ndarray:
   found = np.zeros(SHAPE)
   for block in blocks():
-    found[block] = scipy.fft.idctn(spectrum[block], norm="ortho")
+    found[block] = np.array(scipy.fft.idctn(spectrum[block], norm="ortho"))
   return found
 
 
@@ -53,7 +53,7 @@ def aggregated(one_bit: bool, presence=EVERYONE):
   return run(jnp.asarray(X, jnp.float32), presence)
 
 
-@pytest.mark.parametrize("one_bit", [False, True])
+@pytest.mark.parametrize("one_bit", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_coefficient_is_averaged_over_its_senders(one_bit):
   value, sent, _ = aggregated(one_bit)
   for worker in range(W):
@@ -61,6 +61,7 @@ def test_a_coefficient_is_averaged_over_its_senders(one_bit):
     np.testing.assert_allclose(sent[worker], inverse(largest(X[worker])), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("one_bit", [False, True])
 def test_an_absent_worker_sends_nothing(one_bit):
   there = jnp.asarray([True, True, False, True])

@@ -60,6 +60,7 @@ def test_rounds_equal_numpy():
   assert norms.max() == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 def test_an_outlier_is_left_out_and_all_of_them_are_nothing():
   rng = np.random.default_rng(1)
   steps = 1 + 0.01 * rng.normal(size=(12, W, 5))
@@ -74,6 +75,7 @@ def test_an_outlier_is_left_out_and_all_of_them_are_nothing():
   np.testing.assert_array_equal(found[-1], 0)
 
 
+@pytest.mark.slow
 def test_an_absent_worker_does_not_count():
   steps = np.random.default_rng(2).normal(size=(1, W, 5))
   there = Presence(jnp.asarray([2.0, 1.0, 0.0, 1.0]), jnp.asarray([True, True, False, True]))
