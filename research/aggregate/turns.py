@@ -59,7 +59,7 @@ class InTurn(Aggregator):
     """Returns a leaf's mean and this worker's value at the elements whose turn it is."""
     groups = -(-x.size // self.rounds)
     first = jax.random.randint(key, (groups,), 0, self.rounds)
-    turn = jnp.arange(self.rounds) == ((first + count) % self.rounds)[:, None]
+    turn = jnp.arange(self.rounds)[None] == ((first + count) % self.rounds)[:, None]
     filled = jnp.pad(x.reshape(-1), (0, groups * self.rounds - x.size)).reshape(groups, -1)
     own = jnp.sum(jnp.where(turn, filled, 0), 1, dtype=x.dtype)
     put = lambda row: jnp.where(turn, row[:, None], 0).reshape(-1)[: x.size].reshape(x.shape)
