@@ -24,6 +24,7 @@ from research.parallel import layout, sharded
 MESH = "fsdp"  # a mesh that cuts what a worker has
 WRAPPERS = {
   "error_feedback": "error_feedback({})",
+  "loco": "loco({}, reset=3)",
   "ef21": "ef21({})",
   "diana": "diana({}, alpha=0.5)",
   "momentum_correction": "momentum_correction({})",
@@ -36,6 +37,7 @@ WRAPPERS = {
   "gaussian": "gaussian({}, faulty=1, deviation=0.5)",
   "a_little_is_enough": "a_little_is_enough({}, faulty=1)",
   "inner_product": "inner_product({}, faulty=1, scale=0.5)",
+  "edit_penalty": "edit_penalty({}, warm_up=1)",
   "noisy": "noisy({}, clip=1.0, noise=0.1)",
   MESH: "",
 }
