@@ -93,8 +93,9 @@ def check(state: Any, dimensions: Dimensions = ()) -> None:
     if reach.share < _LEAST and not reach.exact:
       raise ValueError(
         f"{describe(name, reach)}; that is less than half of this model. Declare the model's "
-        "`dimensions`, use one whose matrices are leaves of two dimensions (scan=False), or "
-        "another optimizer such as adamw"
+        "`dimensions` (an optimizer within one of optax's own needs them as an argument), use a "
+        "model whose matrices are leaves of two dimensions (scan=False), or another optimizer such "
+        "as adamw"
       )
 
 
