@@ -2,7 +2,7 @@
 
     python experiments/bench.py --repeats=7 --out=results/bench
 
-Each case runs `train.loop.train` with its flags, and the minimal JAX loop of `by_hand.py` or
+Each case runs `train.loop.train` with the case's flags, and the minimal JAX loop of `by_hand.py` or
 `by_hand_transformer.py`. Both loops omit evaluations and checkpoints, and fetch the losses once per
 dispatch. After a warm-up, the two loops run alternately; the reported figure is the median of the
 pairwise ratios of steps per second.
@@ -11,10 +11,10 @@ The suite also measures the cost of compressors (`costs.py`) and of rounds (`rou
 checkpoint blocks training, the memory of 10,000 simulated workers, and the time to the first logged
 step. Other suites run on simulated hosts (`hosts.py`, `speed.py`, `overlap.py`, `faults.py`), which
 are Linux network namespaces and need root, or on a parameter server (`servers.py`). `--cases`
-selects methods of `speed.py` or cases of the server; OUT keeps the earlier results of other methods
-or cases. --suite=applications measures search, finance, medicine and recommendation, and compares
-the results with results of peer libraries (`applications/suite.py`). --suite=peers measures the
-same algorithms in TensorFlow and in Spark (`peers.py`).
+selects methods of `speed.py` or cases of the server; the earlier results of other methods or cases
+in OUT are kept. --suite=applications measures search, finance, medicine and recommendation, and
+compares the results with results of peer libraries (`applications/suite.py`). --suite=peers
+measures the same algorithms in TensorFlow and in Spark (`peers.py`).
 
 The command writes result.json and table.md. Workers on one machine use the cores better with one
 device per core: set `JAX_NUM_CPU_DEVICES=2` for fed_avg and local_phase.
@@ -143,7 +143,7 @@ def command(*words: str) -> subprocess.Popen[str]:
 
 
 def of_faults() -> tuple[dict[str, Any], list[str]]:
-  """Measures whether a run survives random kills."""
+  """Measures the effect of random kills on a run."""
   found = faults.faults(FLAGS.hosts, FLAGS.kills, FLAGS.kill_every, FLAGS.steps)
   return {"faults": found}, faults.faults_table(found)
 
@@ -155,7 +155,7 @@ def of_wire() -> tuple[dict[str, Any], list[str]]:
 
 
 def of_overlap() -> tuple[dict[str, Any], list[str]]:
-  """Measures, for two hosts, the part of an exchange that overlaps with computation."""
+  """Measures the fraction of an exchange between two hosts that overlaps with computation."""
   rows = overlap.overlap(FLAGS.cases, FLAGS.repeats)
   return {"overlap": rows}, overlap.overlap_table(rows)
 
@@ -233,7 +233,7 @@ def of_server(commit: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def of_speed(commit: str) -> tuple[dict[str, Any], list[str]]:
-  """Measures the selected methods and merges earlier rows; if all are selected, also targets."""
+  """Measures the selected methods, merges earlier rows; measures targets if all are selected."""
   has_torch = importlib.util.find_spec("torch") is not None
   result = before()
   result.pop("environment", None)

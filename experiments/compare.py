@@ -8,7 +8,7 @@ The flags are those of run.py, except that --methods, a list separated by ';', r
 Learning rates are part of the methods. Every method is trained with seeds --seed, --seed + 1, ...
 Each run has its own folder under --out, so the same command resumes an interrupted comparison. The
 results are written to compare.json, compare.md and compare.png in --out. A method that diverges, or
-does not improve on its initial model, stays in the table and cannot win.
+does not improve on its initial model, stays in the table, but cannot be recommended.
 """
 
 import ast
@@ -58,7 +58,7 @@ def plans(config: Config, specs: list[str], seeds: int) -> list[Contender]:
 
   if not specs:
     raise UsageError("--methods='': name at least one method, and ';' between two")
-  assemble.check(config.replace(method=Config().method))  # the flags of all methods
+  assemble.check(config.replace(method=Config().method))  # checks the flags that methods share
   found = []
   for place, (spec, label) in enumerate(zip(specs, labels(specs), strict=True), 1):
     try:
@@ -109,7 +109,7 @@ def folder_name(spec: str) -> str:
 
 
 def labels(specs: list[str]) -> list[str]:
-  """Labels specs by the arguments that differ between specs, or by the full spec if ambiguous."""
+  """Labels each spec by the arguments that differ between specs, or by the full spec if needed."""
   lines = [" ".join(spec.split()) for spec in specs]
   outer, parts = zip(*map(parts_of, lines), strict=True)
   common = set.intersection(*map(set, parts))

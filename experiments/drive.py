@@ -5,9 +5,9 @@
     python experiments/drive.py --do=judge --run=runs/RUN --episodes=50
     python experiments/drive.py --do=picture --out=scene.png
 
-Needs `pip install -e ".[driving]"`. The recording is in --out, or by default in the folder
-"driving" of $RESEARCH_DATA_DIR or of the user's cache; the task `driving()` trains on it. With
---run, the model of a complete run drives. With --do=record, the model drives round --round of
+The command needs `pip install -e ".[driving]"`. The recording is in --out, or by default in the
+folder "driving" of $RESEARCH_DATA_DIR or of the user's cache; the task `driving()` trains on it.
+With --run, the model of a complete run drives. With --do=record, the model drives round --round of
 DAgger, and the recorded actions are the actions that the expert (--driver) would have chosen. The
 same command continues an interrupted recording. The seeds of --do=judge are never used for
 recordings.

@@ -1,11 +1,11 @@
-"""Runs a small grid of learning rates and seeds, and names the best rate.
+"""Trains with a small grid of learning rates and seeds, and reports the best rate.
 
     python experiments/sweep.py --learning_rates=0.03,0.1,0.3 --seeds=0,1,2
 
 The flags are those of run.py; each rate replaces `{learning_rate}` in --method. Every run has its
 own folder under --out, so the same command resumes an interrupted sweep. The results are written to
 sweep.json and sweep.md in --out. A run that diverges, or ends worse than its initial model, stays
-in the table, and its rate cannot win.
+in the table, but its rate cannot be named the best.
 """
 
 import math

@@ -73,7 +73,7 @@ def log_folder() -> Path:
 
 
 def environment(coordinator: str, number: int, of: int) -> dict[str, str]:
-  """Returns the environment of one process of the job, whose `python` is the launcher's."""
+  """Returns the environment of a process, in which `python` is the launcher's interpreter."""
   return {
     **os.environ,
     "PATH": _path(os.environ),

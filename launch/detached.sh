@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Runs one command on this machine, detached from the terminal. The job's state is stored in .job.
 #
-#     bash launch/detached.sh start COMMAND...   starts it; refuses while one runs
-#     bash launch/detached.sh status             'running PID', 'ended CODE', 'lost' or 'not started'
-#     bash launch/detached.sh logs [LINES]       last lines of output; with 'follow' also new ones
-#     bash launch/detached.sh kill [SECONDS]     SIGTERM, which makes a run save; later SIGKILL
+#     bash launch/detached.sh start COMMAND...   starts the command, unless one is running
+#     bash launch/detached.sh status             prints 'running PID', 'ended CODE', 'lost', 'not started'
+#     bash launch/detached.sh logs [LINES]       prints the last lines; with 'follow', also new ones
+#     bash launch/detached.sh kill [SECONDS]     sends SIGTERM, so that a run saves; then SIGKILL
 #
 # CODE is the command's exit code, or 143 after SIGTERM, since such a job has not finished. 'lost'
 # means that the machine was preempted while the job ran.
@@ -16,7 +16,7 @@ pid_of_running() {
   pid=$(cat $folder/pid 2>/dev/null) && grep -qs detached "/proc/$pid/cmdline" && echo "$pid"
 }
 
-remove_lock() { # a killed libtpu leaves its lock file, with which the next one refuses to start
+remove_lock() { # a killed libtpu leaves a lock file, which prevents the next start
   sudo -n rm -f /tmp/libtpu_lockfile 2>/dev/null || rm -f /tmp/libtpu_lockfile 2>/dev/null || true
 }
 

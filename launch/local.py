@@ -5,8 +5,8 @@
 
 Each line of output starts with the process number, and is also written to the log file of that
 process. If a process dies or hangs, all processes are ended and, with --restarts, started again.
-After Ctrl-C or SIGTERM, the job saves and stops. The exit code is 0, or the exit code of the first
-process that failed.
+After Ctrl-C or SIGTERM, the job saves its state and stops. The exit code is 0, or the exit code of
+the first process that failed.
 """
 
 from absl import flags
@@ -25,7 +25,7 @@ def define_flags() -> None:
 
 
 def processes(line: list[str]) -> list[supervisor.Process]:
-  """Returns the job's processes, with a port that is currently free."""
+  """Returns the job's processes, which communicate through a port that is currently free."""
   address = f"127.0.0.1:{command.free_port('127.0.0.1')}"
   count, devices = FLAGS.processes, FLAGS.devices_per_process
 

@@ -45,7 +45,7 @@ class ShapedLink(NamedTuple):
   """The traffic shaping of a host's link, in the units of tc."""
 
   rate: str  # maximum rate; '' for no limit
-  burst: str  # number of bytes that may pass at once after a pause
+  burst: str  # number of bytes that pass without delay after a pause
 
 
 class Host(NamedTuple):
@@ -62,7 +62,7 @@ class Host(NamedTuple):
 class Lab(NamedTuple):
   """A network of hosts."""
 
-  switch: int  # the process that keeps the switch's namespace
+  switch: int  # id of the process that holds the switch's namespace
   hosts: list[Host]
 
 
@@ -103,7 +103,7 @@ def _rate(name: str, text: str) -> str:
 
 @contextlib.contextmanager
 def network(links: Sequence[ShapedLink]) -> Iterator[Lab]:
-  """Context manager that creates hosts with the given links, joined by a switch.
+  """Creates hosts that are connected to one switch by the given links, as a context manager.
 
   The namespaces are unnamed: each namespace disappears with its last process.
 
@@ -131,7 +131,7 @@ def network(links: Sequence[ShapedLink]) -> Iterator[Lab]:
 
 
 def _holder(kinds: Sequence[str]) -> subprocess.Popen:
-  """Starts an idle process in new namespaces."""
+  """Starts an idle process that holds new namespaces."""
   line = ["unshare", *kinds, "--", "sh", "-c", "echo; exec sleep infinity"]
   found = subprocess.Popen(
     line,

@@ -25,7 +25,7 @@
 set -uo pipefail
 restarts=${RESTARTS:-20}
 
-pick() { # WORD: prints it with the array task's alternative in place of each {A|B|...}
+pick() { # prints WORD with the array task's alternative in place of each {A|B|...}
   local word=$1 before after choices
   while [[ $word =~ ^(.*)\{([^{}]*\|[^{}]*)\}(.*)$ ]]; do
     before=${BASH_REMATCH[1]} after=${BASH_REMATCH[3]}
@@ -61,7 +61,7 @@ fi
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
 job=${job:-$SLURM_JOB_ID}
 out_of_time='' stopped=''
-# The time limit is near: the run saves on all processes at the same step.
+# The time limit is near: the run saves its state, on all processes at the same step.
 trap 'out_of_time=1; scancel --signal=TERM "$job"' USR1
 # Slurm also sends SIGTERM to the run, and decides by itself whether the job runs again.
 trap 'stopped=1' TERM
@@ -77,7 +77,7 @@ reread() { # forwards srun's stderr; returns the code of the process that failed
   [[ $first =~ exit\ code\ ([0-9]+)$ ]] && return "${BASH_REMATCH[1]}"
   return 0
 }
-# If a process fails, srun ends the others, and returns the exit code of those instead.
+# If a process fails, srun ends the other processes, and returns their exit code instead.
 (
   trap : TERM
   srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} \
@@ -93,7 +93,7 @@ done
 if ((code >= 2 && code <= 5)); then
   exit "$code"
 fi
-trap '' TERM # Slurm sends it more than once, and to squeue and scontrol as well
+trap '' TERM # Slurm sends SIGTERM more than once, and to squeue and scontrol as well
 # A preemption with a grace time sends SIGTERM only to the run, which saves and ends with 0.
 read -r state preempted reason < <(
   squeue --noheader --jobs="$job" --Format=State:30,PreemptTime:30,Reason:60

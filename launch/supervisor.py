@@ -67,14 +67,14 @@ def supervise(
 ) -> int:
   """Runs a job to the end, and restarts the job from checkpoints if a process dies or hangs.
 
-  If one process fails, the other processes cannot continue and are ended. SIGTERM and SIGINT are
-  forwarded as SIGTERM, which makes `experiments/run.py` save and stop. Processes that do not end
-  are killed; if the launcher dies, all processes are killed. Each line of output is written to
+  If one process fails, the other processes cannot continue and are terminated. SIGTERM and SIGINT
+  are forwarded as SIGTERM, which makes `experiments/run.py` save and stop. Processes that do not
+  end are killed; if the launcher dies, all processes are killed. Each line of output is written to
   stdout, after the process name, and to LOGS/NAME.log.
 
   Args:
-    processes: a function that returns the job's processes; called for each start, since each start
-      needs a new port.
+    processes: a function that returns the job's processes; it is called before every start, since
+      each start needs a new port.
     logs: an existing folder for log files and for the files that processes touch on progress.
     rules: limits on restarts and times.
     disturb: a function that is called several times a second with the running processes.
@@ -106,7 +106,7 @@ def say(line: str) -> None:
 
 @contextlib.contextmanager
 def _signals():
-  """Context manager that yields a list and collects SIGTERM, SIGINT and SIGHUP in this list."""
+  """Collects SIGTERM, SIGINT and SIGHUP in a list; a context manager that yields the list."""
   received: list[int] = []
   note = lambda number, frame: received.append(number)
   before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
@@ -200,7 +200,7 @@ class _Job:
     return Ended(code, late or (failed.why if failed else ""), stopped=True)
 
   def _first_failure(self) -> Ended | None:
-    """Returns the first failure; among several, prefers a failure that no other failure caused."""
+    """Returns the first failure; prefers a failure that was not caused by another failure."""
     found = [(r, r.popen.returncode) for r in self.running if r.popen.poll()]
     if not found:
       return None

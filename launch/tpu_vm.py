@@ -9,9 +9,9 @@
 `create` requests a queued resource and waits until the machines are ready. `setup` copies the code
 to every worker of every slice and installs it. `run` starts the command on all workers, detached
 from the terminal. With --until_finished, `run` waits until the command has ended with exit code 0
-on all workers, and restarts a lost command, after a preemption on new machines. --out must be on
-storage that all workers share; --prepare is the command that mounts this storage. --dry_run prints
-the commands without running them.
+on all workers. If the command is lost, `run` restarts it, after a preemption on new machines. --out
+must be on storage that all workers share; --prepare is the command that mounts this storage.
+--dry_run prints the commands without running them.
 """
 
 import contextlib
@@ -99,7 +99,7 @@ def again(pod: Pod, line: Sequence[str]) -> None:
 
 
 def statuses(pod: Pod) -> list[str]:
-  """Returns the output of `launch/detached.sh status` on each worker."""
+  """Returns the output of `launch/detached.sh status` from each worker."""
   shown = pod.on_workers('echo "$(hostname): $(bash launch/detached.sh status)"')
   return re.findall(r"^\S+: (running \d+|ended \d+|lost|not started)$", shown, re.MULTILINE)
 

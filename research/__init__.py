@@ -5,8 +5,7 @@
     method = dx.diloco(optax.adamw(3e-4), dx.error_feedback(dx.two_phase(dx.int8())), period=50)
 
 Names are imported when they are first used, so that `import research` costs nothing and does not
-import JAX. `__init__.pyi` beside this file is the one list of public names: type checkers read it,
-and so does this module.
+import JAX. The file `__init__.pyi` lists all public names; type checkers and this module read it.
 """
 
 import ast
@@ -18,7 +17,7 @@ __version__ = "0.1.0"
 
 
 def _public() -> dict[str, str]:
-  """The modules of the public names, as the stub imports them."""
+  """Returns the module of each public name, as the stub imports them."""
   stub = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
   imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
   return {name.name: str(node.module) for node in imports for name in node.names}

@@ -1,7 +1,7 @@
-"""Hooks for `research.train(..., hooks=[...])`, and the events that they receive.
+"""Exports hooks for `research.train(..., hooks=[...])`, and the events that hooks receive.
 
-A hook is a function `(run, event) -> reason to stop, or None`, or a `Hook`. `run.step` is the
-number of local steps so far, and `run.params()` returns the current model to deploy.
+A hook is a `Hook` or a function `(run, event)` that returns None, or a reason to stop. `run.step`
+is the number of local steps so far, and `run.params()` returns the current model to deploy.
 """
 
 from research.training.hooks.hook import End, Evaluation, Hook, Pause, Rounds, Saved, Stop

@@ -35,6 +35,7 @@ SYNCHRONOUS = {
 FLAT = SYNCHRONOUS | {
   "local_sgd": "local_sgd(sgd(0.1, momentum=0.9), error_feedback(gather_mean(int8())), period=3)",
   "post_local_sgd": "post_local_sgd(sgd(0.1, momentum=0.9), mean(), period=2, switch=2)",
+  "desloc": "desloc(adam(0.02), mean(), period=3, moments={'mu': 6, 'nu': 3})",
   "slow_mo": "slow_mo(sgd(0.1, momentum=0.9), mean(), period=3)",
   "restarted": "restarted(local_sgd(sgd(0.1, momentum=0.9), mean(), period=3))",
   "easgd": "easgd(sgd(0.1, momentum=0.9), mean(), period=3)",
@@ -54,6 +55,8 @@ FLAT = SYNCHRONOUS | {
   "scaffold": "scaffold(0.1, mean(), period=3)",
   "consensus_admm": "consensus_admm(0.1, mean(), period=3)",
   "sparta": "sparta(sgd(0.1, momentum=0.9), sum_mean(random_k(0.3)))",
+  "sparta_diloco": "sparta_diloco(adam(0.01), sgd(0.7, momentum=0.9), shuffled(0.3), mean(), "
+  "outer_period=2)",
   "d_psgd": "d_psgd(sgd(0.1, momentum=0.9), mean())",
   "dgd": "dgd(0.05, mean())",
   "gradient_tracking": "gradient_tracking(0.05, mean())",
@@ -65,6 +68,8 @@ FLAT = SYNCHRONOUS | {
   "zero_one_adam": "zero_one_adam(0.01, error_feedback(gather_mean(int8())), warm_up=2, "
   "double_every=1, longest=2)",
   "demo": "demo(0.01, gather_mean(dct_top_k(2, 2)))",
+  "dion": "dion(0.02, adamw(0.01), mean())",
+  "dion2": "dion2(0.02, adamw(0.01), mean())",
   "marina": "marina(0.1, gather_mean(int8()), probability=0.3)",
   "delayed": "delayed(data_parallel(sgd(0.05), mean()), constant(2))",
   "staleness_aware": "staleness_aware(data_parallel(sgd(0.05), mean()), constant(2))",
@@ -76,6 +81,7 @@ FLAT = SYNCHRONOUS | {
 GRAPHS = {
   "d_psgd_choco": "d_psgd(sgd(0.1), choco(int8(), ring(), gamma=0.5))",
   "sgp": "sgp(sgd(0.1, momentum=0.5), one_peer_exponential())",
+  "noloco": "noloco(sgd(0.1), gossip(random_pairs()), period=3)",
   "dgd_torus": "dgd(0.05, gossip(torus()))",
   "gradient_tracking_ring": "gradient_tracking(0.05, gossip(ring()))",
   "extra_ring": "extra(0.05, gossip(ring()))",
@@ -104,8 +110,12 @@ EXCHANGES = {
   "mean": "mean()",
   "vote": "majority_vote()",
   "feedback_sum": "error_feedback(sum_mean(random_k(0.3)))",
+  "dct_mean": "dct_mean(2, 2)",
+  "partitioned": "error_feedback(partitioned(0.3))",
+  "shuffled": "shuffled(0.3)",
   "feedback_two_phase": "error_feedback(two_phase(int8()))",
   "feedback_power_sgd": "error_feedback(power_sgd(1))",
+  "loco": "loco(two_phase(int4()), reset=3)",
   "ef21": "ef21(gather_mean(sign()))",
   "diana": "diana(gather_mean(qsgd(3)), alpha=0.5)",
   "momentum": "momentum_correction(gather_mean(top_k(0.2)))",
@@ -116,6 +126,7 @@ EXCHANGES = {
   "warm_up": "error_feedback(warm_up(two_phase(int8()), steps=2, stages=[mean(), power_sgd(1)]))",
   "geometric_median": "geometric_median(iterations=2)",
   "centered_clip": "centered_clip(0.5)",
+  "edit_penalty": "edit_penalty(error_feedback(two_phase(int8())), warm_up=1, threshold=0.5)",
   "sign_flip": "sign_flip(error_feedback(gather_mean(sign())), faulty=1)",
   "gaussian": "gaussian(median(), faulty=1, deviation=1.0)",
   "a_little_is_enough": "a_little_is_enough(trimmed_mean(0.25), faulty=1)",
@@ -152,8 +163,10 @@ PIECES = {
 # ---- the other kinds: each name once
 
 OTHERS = {
+  "optimizer": ("muon(0.02)", "muon_bp(0.02, period=3)"),
   "topology": (
     *("ring()", "torus()", "complete()", "star()", "exponential()", "one_peer_exponential()"),
+    "random_pairs()",
     "weights([[0.75, 0.25], [0.25, 0.75]])",
   ),
   "delays": (
@@ -181,9 +194,10 @@ OTHERS = {
   "task": (
     *("digits()", "mnist()", "least_squares()", "libsvm('a9a')", "tinyshakespeare()"),
     *("text('PATH')", "mean_estimation()", "random_tokens()", "client_drift()"),
-    *("rare_large_gradient()", "narrow_valley()", "stream('PATH')", "pagerank()", "rank()"),
-    *("bm25()", "cranfield()", "frontier('port1')", "cvar()", "breast_cancer()", "diabetes()"),
-    *("movielens()", "movielens_als()", "movielens_federated()", "driving('PATH')"),
+    *("rare_large_gradient()", "narrow_valley()", "rosenbrock()", "skewed_noise()"),
+    *("stream('PATH')", "pagerank()", "rank()", "bm25()", "cranfield()", "frontier('port1')"),
+    *("cvar()", "breast_cancer()", "diabetes()", "movielens()", "movielens_als()"),
+    *("movielens_federated()", "driving('PATH')"),
     "molecules('esol')",
   ),
 }

@@ -18,8 +18,19 @@ KINDS = ("compressor", "aggregator", "method", "topology", "model")
 # Registered names that `research` does not export: they are imported from their modules.
 FROM_MODULES = {
   "block_top_k",
+  "dct_mean",
+  "desloc",
+  "dion",
+  "dion2",
+  "edit_penalty",
   "ego_attention",
   "graph_network",
+  "loco",
+  "noloco",
+  "partitioned",
+  "random_pairs",
+  "shuffled",
+  "sparta_diloco",
   "statistical",
 }
 IMPORT = """

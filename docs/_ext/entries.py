@@ -61,7 +61,7 @@ def generate() -> None:
   write, tested = Writer(HERE / "catalogue"), _claims()
   for kind, page in PAGES.items():
     write(page, _page(kind, page, tested))
-  write("optimizers", _optimizers())
+  write("optimizers", _optimizers(tested))
   write("combinations", _combinations())
 
 
@@ -72,7 +72,7 @@ def link(name: str, base: str = "") -> str:
     name: the code between the backticks.
     base: folder of the catalogue, relative to the page.
   """
-  for kind, page in PAGES.items():
+  for kind, page in (*PAGES.items(), ("optimizer", "optimizers")):
     if name in TABLE[kind]:
       return f"[`{name}`]({base}{page}.md#{name})"
   return f"`{name}`"
@@ -299,9 +299,9 @@ def _of_topology(graph: topology.Topology) -> list[str]:
 # ---- further pages
 
 
-def _optimizers() -> str:
+def _optimizers(tested: dict[str, list[str]]) -> str:
   intro = (HERE / "_ext" / "intros" / "optimizers.md").read_text(encoding="utf-8").strip()
-  parts = [intro]
+  parts = [intro, *(_entry("optimizer", name, 2, tested) for name in TABLE["optimizer"])]
   for kind, title in (("optimizer", "Optimizers"), ("schedule", "Schedules")):
     names = sorted(registry.names(kind))
     parts += [f"## {title}", " ".join(f"`{name}`" for name in names)]

@@ -1,7 +1,7 @@
-"""Compares deep Q-learning by actors that push gradients to a parameter server with one process.
+"""Compares deep Q-learning on a parameter server with deep Q-learning in one process.
 
-The actors do not wait for each other. The single process makes the same number of decisions and of
-gradient steps. `bench.py` runs this application.
+On the server, actors push gradients and do not wait for each other. The single process makes the
+same number of decisions and of gradient steps. `bench.py` runs this application.
 """
 
 import os
@@ -25,7 +25,7 @@ SCENARIO = "highway"
 STEPS = 4000  # total number of decisions of all actors
 PERIOD = 2  # number of decisions of an actor per gradient
 BATCH = 64
-KEPT = 4000  # number of transitions that an actor remembers
+KEPT = 4000  # number of transitions that an actor stores
 TARGET = 100  # number of gradients between two updates of the target network
 DISCOUNT = 0.9
 RANDOM = (1.0, 0.05)  # fraction of random actions at the start, and after half of the steps
@@ -65,7 +65,7 @@ class Learner(NamedTuple):
 
 
 def learner() -> Learner:
-  """Builds the functions of a network with attention over vehicles and the Huber loss.
+  """Builds the functions for a network with attention over vehicles, and for the Huber loss.
 
   Reference: Mnih et al., 2015, Human-level control through deep reinforcement learning; van Hasselt
     et al., 2015, arXiv:1509.06461 (double Q-learning).
@@ -97,13 +97,13 @@ def learner() -> Learner:
 
 
 class Road:
-  """Drives one episode after another, and remembers the transitions."""
+  """Drives one episode after another, and stores the transitions."""
 
   def __init__(self, learner: Learner, seed: int):
     from research.tasks.driving import scenarios
 
     self.environment, self.learner = scenarios.make(SCENARIO), learner
-    self.rng, self.episode = np.random.default_rng(seed), seed * 10_000  # not as in `returns`
+    self.rng, self.episode = np.random.default_rng(seed), seed * 10_000  # unlike `returns`
     self.x = self._start()
     self.memory = Memory(self.x)
 
@@ -156,7 +156,7 @@ def alone(seed: int) -> tuple[Any, float]:
 
 
 class Actor:
-  """Runs the process of an actor, which pulls the model, drives, and pushes gradients."""
+  """Pulls the model, drives, and pushes gradients, in an actor's own process."""
 
   def __init__(self, number: int, seed: int, given: Inherited):
     settle("cpu", given)
@@ -174,7 +174,7 @@ class Actor:
     return True
 
   def run(self, head: Any, updates: int) -> int:
-    """Drives and pushes until the server has made its updates; returns the number of decisions."""
+    """Drives and pushes until the server has made all updates; returns the number of decisions."""
     import jax
     import ray
 

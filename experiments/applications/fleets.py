@@ -1,4 +1,4 @@
-"""Trains fleets to drive: pooled, federated and alone. `bench.py` runs this application."""
+"""Trains driving policies for fleets: pooled, federated, alone; `bench.py` runs this module."""
 
 import importlib.util
 from collections.abc import Iterable, Sequence
@@ -20,7 +20,7 @@ SEEDS = 3  # number of training seeds; each seed is judged on different episodes
 EPISODES = 10  # number of episodes per scenario and seed
 STEPS = 4000
 BATCH = 128
-CLIP = 0.5  # norm to which an update is clipped before noise is added to the update
+CLIP = 0.5  # norm to which an update is clipped before noise is added
 Judged = dict[str, list[Outcome]]  # by scenario
 
 
@@ -55,7 +55,7 @@ KINDS = {
 
 
 def driving(figure: Any) -> Rows:
-  """Compares experts with pooled, federated and separate training, on the same held-out roads."""
+  """Compares experts with pooled, federated and separate training on the same held-out episodes."""
   needs_simulator()
   with flag("suite", "applications"):
     next(recorded.blocks(recorded.found("driving")))

@@ -1,4 +1,4 @@
-"""Trains on several hospitals' data: pooled, federated, noisy, alone; `bench.py` runs this."""
+"""Trains on hospitals' data: pooled, federated, noisy, alone; `bench.py` runs this application."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ SPLITS = 5  # number of splits into training and test patients; results are mean
 
 
 def medicine(figure: Any) -> Rows:
-  """Measures five hospitals: pooled, federated, private, masked, and each alone."""
+  """Measures training for five hospitals: pooled, federated, private, masked, and each alone."""
   rows, axes = [], figure.subplots(1, 2)
   cases = (("breast_cancer", "auc"), ("diabetes", "rmse"))
   for axis, (task, metric) in zip(axes, cases, strict=True):

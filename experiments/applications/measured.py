@@ -1,4 +1,4 @@
-"""Runs a task and formats a row of a result, for all applications."""
+"""Runs a task and formats a row of a result; all applications use these functions."""
 
 import sys
 import tempfile
@@ -12,7 +12,7 @@ STEADY: dict[str, Any] = {"check_every": 0, "checkpoint_every": 0, "eval_every":
 
 
 def power(aggregator: Call) -> Call:
-  """Returns the method that iterates a map T: steps of size 1 along x - T(x)."""
+  """Returns the method that iterates a map T: SGD with step size 1 and gradient x - T(x)."""
   return calls.data_parallel(calls.sgd(1.0), aggregator)
 
 

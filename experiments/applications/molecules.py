@@ -1,8 +1,8 @@
-"""Trains on molecules of several laboratories, and compares with other models, for `bench.py`.
+"""Trains on molecules of several laboratories, and compares the results with other models.
 
-The other models are a random forest and chemprop. The program runs chemprop through its own
-command, as chemprop's users do, if the command is on $PATH (`pip install -e ".[chemprop]"`,
-possibly in a separate environment).
+`bench.py` runs this application. The other models are a random forest and chemprop. The program
+runs chemprop through its own command, as chemprop's users do, if the command is on $PATH
+(`pip install -e ".[chemprop]"`, possibly in a separate environment).
 """
 
 import csv
@@ -109,10 +109,10 @@ def pooled(case: Case, steps: int = 0) -> Call:
 
 
 def trained(case: Case, method: Call, laboratory: int, steps: int, seed: int) -> dict[str, Any]:
-  """Trains one laboratory (1, 2, ...), all pooled (-1) or federated (0); returns the summary."""
+  """Trains one laboratory (1, 2, ...), or all: pooled (-1), federated (0). Returns the summary."""
   alone = {"laboratories": LABORATORIES, "only": laboratory} if laboratory > 0 else {}
   where = {"mesh": f"data:{LABORATORIES}", "partition": "by_scaffold()"}
-  # laboratories run one after another, since only a single worker leaves out its graphs' padding
+  # laboratories run one after another, since only a single worker can skip its graphs' padding
   flags_ = {"steps": steps, "batch_size": case.batch_size, "local_phase": "map"}
   flags_ |= {"mesh": "data:1"} if laboratory else where
   task = calls.molecules(case.name, **alone)
@@ -151,7 +151,8 @@ def forest(case: Case) -> tuple[float, float]:
 def chemprop(case: Case) -> tuple[float, float] | None:
   """Returns the mean and deviation over seeds of chemprop's scores; None without chemprop.
 
-  chemprop runs with its default settings, and keeps the epoch that is best on the validation part.
+  chemprop runs with its default settings, and keeps the model of the best epoch on the validation
+  part.
   """
   from research.tasks.molecules import molecules
 

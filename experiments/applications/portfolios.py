@@ -1,4 +1,4 @@
-"""Compares portfolios with published values and with a linear program, for `bench.py`."""
+"""Compares portfolios with published values and a linear program; `bench.py` runs this module."""
 
 import time
 from typing import Any
@@ -64,7 +64,7 @@ def _descent(steps: int) -> Call:
 
 
 def _weights(task: Call, method: Call, steps: int) -> np.ndarray:
-  """Runs a method; returns the final portfolios [points, n]."""
+  """Runs a method; returns the weights of the final portfolios, [points, n]."""
   import jax
 
   from research.training import assemble

@@ -1,8 +1,8 @@
 """Runs minimal hand-written JAX loops, one per case, as the baselines of bench.py.
 
 The case's flags give the model, loss, workers, batch, optimizer and steps per dispatch. Batches are
-drawn with replacement. The loops make no evaluations and no checkpoints, and measure only the loss,
-which is fetched once per dispatch, as in the library's loop.
+drawn with replacement. The loops do not evaluate or save checkpoints. They measure only the loss,
+and fetch it once per dispatch, as the library's loop does.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def least_squares(config: dict[str, Any]) -> Callable[[int], None]:
 
 
 def digits(config: dict[str, Any]) -> Callable[[int], None]:
-  """Averages eight workers' gradients of a 64-128-10 perceptron; then makes a heavy-ball step."""
+  """Averages eight workers' gradients of a 64-128-10 perceptron, and makes a heavy-ball step."""
   import jax
   import jax.numpy as jnp
 

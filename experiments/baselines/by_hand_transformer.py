@@ -1,4 +1,4 @@
-"""Trains a hand-written language model in plain JAX, bench.py's baseline for the transformer.
+"""Trains a hand-written transformer in plain JAX, as a baseline of bench.py.
 
 The model has the architecture of `transformer('tiny')`: RMSNorm, rotary positions, SwiGLU, and an
 output layer that shares the embedding. Matrix products are computed in bfloat16, and norms,
@@ -18,7 +18,7 @@ LAYERS, WIDTH, HEADS, HIDDEN, VOCABULARY, CONTEXT = 4, 128, 4, 352, 65, 128
 
 
 def transformer(config: dict[str, Any]) -> Callable[[int], None]:
-  """Makes AdamW steps of one worker on windows of a text."""
+  """Trains one worker with AdamW on windows of a text."""
   rows, batch = jnp.asarray(load(config)["x"][0]), int(config["batch_size"])  # [N / T, 2T]
   schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, 100, 5000, 1.5e-4)
   adamw = optax.adamw(schedule, b2=0.99, weight_decay=0.1)

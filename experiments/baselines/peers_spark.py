@@ -1,4 +1,4 @@
-"""Runs programs on two Spark executors of one machine, written as Spark's users write them.
+"""Runs programs, written as Spark's users write them, on two Spark executors of one machine.
 
     python experiments/baselines/peers_spark.py '{"program": "logistic", "file": "a9a", ...}'
 
@@ -9,7 +9,7 @@ results.
 """
 
 # pyright: reportMissingImports=false
-# PySpark is only in the extra `spark`.
+# Only the extra `spark` installs PySpark.
 import json
 import sys
 import time
@@ -61,7 +61,7 @@ def logistic(spark: SparkSession, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def als(spark: SparkSession, given: dict[str, Any]) -> dict[str, Any]:
-  """Runs alternating least squares (rank 10, regParam 0.1); measures the RMSE after each count."""
+  """Runs alternating least squares (rank 10, regParam 0.1); measures RMSE by iteration count."""
   from pyspark.ml.recommendation import ALS
 
   start = time.perf_counter()

@@ -14,7 +14,7 @@ and the bytes per step that all hosts together sent, without headers.
 """
 
 # pyright: reportMissingImports=false, reportMissingModuleSource=false
-# TensorFlow is only in the extra `tensorflow`.
+# Only the extra `tensorflow` installs TensorFlow.
 import json
 import os
 import socket
@@ -91,7 +91,7 @@ def mirrored(data: Any, steps: int, dispatch: int, target: float | None) -> dict
 
 
 def server(data: Any, steps: int, dispatch: int, target: float | None) -> dict[str, Any] | None:
-  """Trains asynchronously: ParameterServerStrategy, one server, and one worker on each host."""
+  """Trains asynchronously by ParameterServerStrategy, with one server and a worker per host."""
   own, count = hosts(), port()
   of = {"worker": [f"{host}:{count + 2}" for host in own], "ps": [f"{own[0]}:{count + 3}"]}
   of["chief"] = [f"{own[0]}:{count + 1}"]
@@ -122,7 +122,7 @@ def serve(cluster: dict[str, Any], kind: str, index: int) -> None:
   if kind == "worker" and index:
     with connected(hosts()[0], port()) as coordinator:
       coordinator.recv(1)
-    os._exit(0)  # a server cannot be stopped in another way
+    os._exit(0)  # there is no other way to stop a server
   running.join()
 
 

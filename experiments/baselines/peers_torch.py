@@ -5,7 +5,8 @@
 A launcher starts one process per host. The extra `peers` installs PyTorch. The arguments are
 METHOD, steps, steps per timing, and optionally a test accuracy at which to stop; evaluations are
 not timed. The perceptron, the data, the batch size and the learning rate are those of
-`by_hand_hosts.py`. The output also contains the number of steps.
+`by_hand_hosts.py`. The output has the format of `by_hand_hosts.py`, and also contains the number of
+steps.
 """
 
 # pyright: reportMissingImports=false

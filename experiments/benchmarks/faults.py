@@ -1,4 +1,4 @@
-"""Tests the fault tolerance of a job on several hosts: compares random kills with no kills.
+"""Kills processes of a job on several hosts at random; compares it with an undisturbed run.
 
 This is bench.py's suite faults. The hosts are network namespaces (launch/netlab.py).
 """
@@ -15,7 +15,7 @@ from research.core.spec import calls
 
 
 def faults(hosts: int, kills: int, every: float, steps: int) -> dict[str, Any]:
-  """Kills processes of random hosts at random times, and compares with an undisturbed run.
+  """Kills processes of random hosts at random times; compares the run with an undisturbed run.
 
   Args:
     hosts: the number of hosts.

@@ -76,7 +76,7 @@ def tell(line: str) -> None:
 
 
 def wire(counts: Sequence[int]) -> list[dict[str, Any]]:
-  """Counts the bytes that a host sends per step, in the trace, the CPU program and the kernel."""
+  """Counts a host's sent bytes per step, from the trace, the CPU program and the kernel."""
   return [_bytes(hosts, name) for hosts, name in itertools.product(counts, METHODS)]
 
 

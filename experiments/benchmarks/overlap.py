@@ -1,8 +1,8 @@
 """Measures exchanges that overlap with computation, between two hosts of one core each.
 
 This is bench.py's suite overlap. Each method runs with `spmd` and `overlapped` in turn, on links of
-several rates. The limit is the longer of the times of computing alone and of the exchange alone;
-the overlapped run measures both times at its end, in the same processes.
+several rates. The limit is the larger of two times: that of computing alone, and that of the
+exchange alone; the overlapped run measures both times at its end, in the same processes.
 """
 
 import itertools
@@ -44,7 +44,7 @@ def overlap(methods: Sequence[str], repeats: int) -> list[dict[str, Any]]:
 
 
 def _run(spec: str, executor: str, rate: str) -> dict[str, Any]:
-  """Runs one job; returns milliseconds per step and, for `overlapped`, of the parts of a step."""
+  """Runs one job; returns the milliseconds of a step and, for `overlapped`, of its parts."""
   devices = 2 if executor == "overlapped" else 1
   config: dict[str, Any] = MODEL | {
     "method": spec,

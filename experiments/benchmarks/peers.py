@@ -2,7 +2,7 @@
 
 The peers' programs are written as users of TensorFlow and Spark write them. On two hosts, the suite
 measures TensorFlow's two strategies for several machines. On one machine, the suite compares two
-Spark executors with two of our devices, and runs a linear regression from introductions to
+Spark executors with two of our devices, and runs the linear regression of introductions to
 TensorFlow.
 """
 

@@ -22,7 +22,7 @@ from research.core.spec import calls
 
 L2 = 1e-4
 CLOSE = 1e-6  # tolerance relative to the minimum
-MOST = 300  # maximum number of our iterations to this tolerance; Spark may need twice ours
+MOST = 300  # maximum number of our iterations to this tolerance; Spark may need twice as many
 ROWS, FEATURES, ENTRIES = 1_000_000, 100_000, 20  # synthetic data; entries per row
 EDGES, NODES, ITERATIONS = 10_000_000, 1_000_000, 10
 BATCHES = 2000  # number of batches of the linear regression

@@ -64,7 +64,7 @@ def measure(python: str, repeats: int) -> Iterator[Row]:
 
 
 def target(python: str, repeats: int) -> Iterator[Row]:
-  """Counts the steps to the target, apart from `measure`, because evaluations are slow."""
+  """Counts the steps to the target, separately from `measure`, because evaluations are slow."""
   del repeats
   theirs: dict[str, list[float]] = {}
   with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,6 @@
 """Benchmarks the parameter server: overhead, workers of unequal speed, and fault tolerance.
 
-This is bench.py's suite server. Each run of run.py with --executor=server has a separate
-process.
+This is bench.py's suite server. Each run is a separate process of run.py with --executor=server.
 """
 
 import json
@@ -132,7 +131,7 @@ def slow() -> list[dict[str, Any]]:
 
 
 def killed(kills: int, every: float) -> dict[str, Any]:
-  """Kills random workers and once the server; compares the run with an undisturbed run."""
+  """Kills random workers, and the server once; compares the run with an undisturbed run."""
   config = {"task": "mnist()", "model": "mlp(hidden=[200])", "workers": 2, "batch_size": 128}
   config |= {"method": "asgd(sgd(0.05), error_feedback(gather_mean(int8())))", "steps": 12000}
   config |= {"checkpoint_every": 500, "log_every": 100, "seed": 0}

@@ -4,7 +4,7 @@ Paper: Polyak, Juditsky 1992, SIAM J. Control Optim. 30(4), theorem 1: with step
 slowly than 1/t, the mean of t iterates has the covariance H^-1 S H^-1 / t.
 
 Same: linear regression with one random example per step, step sizes .4 t^-.6, and the covariance
-  over replicas.
+over replicas.
 
 Scaled: five features, 10,000 steps, 2000 replicas of the ordinary `averaged` method under `vmap`.
 The first tenth of the iterates is left out, and t counts the other iterates. This choice makes no

@@ -8,9 +8,8 @@ arXiv:2012.10333 (bit flips).
 Same: the rules, the attacks, momentum 0.9 on every worker, and batches of 32 examples per worker.
 
 Scaled: softmax regression, one step size for all rules, bit flips that are ten times as large as an
-  honest worker's message, and centered clipping with an untuned radius of 1. The papers show curves
-  for other
-models and numbers of workers, so we reproduce only the ordering.
+honest worker's message, and centered clipping with an untuned radius of 1. The papers show curves
+for other models and numbers of workers, so we reproduce only the ordering.
 """
 
 from experiments.claims.support.claim import Beside, Findings, Found, Gate, Lab, Line, Panel

@@ -6,10 +6,9 @@ Same: gradients at an old model, with and without the correction lambda g^2 (x_t
 lambda adapted by the mean square (DC-ASGD-a), lambda_0 = 2; the same learning rate for both.
 
 Scaled: a perceptron of 64 hidden units on MNIST, gradients that are 8 steps old, and 1500 steps;
-  the paper trains ResNet20 on four workers until convergence. We reproduce only the ordering, at a
-  step size that is
-too large for stale gradients. The table also shows that the two methods are almost equal if each
-has its own best step size.
+the paper trains ResNet20 on four workers until convergence. We reproduce only the ordering, at a
+step size that is too large for stale gradients. The table also shows that the two methods are
+almost equal if each has its own best step size.
 """
 
 from collections.abc import Callable

@@ -9,10 +9,9 @@ Every example is a client with a separate worker, so every example's gradient is
 Examples are sampled independently, as the accountant assumes, whereas the tutorial shuffles.
 
 Scaled: we train for 8 of the 15 epochs, since each of 400 worker slots draws noise and computes a
-  gradient, even without a client; the privacy loss is computed for all 15 epochs. The tutorial's
-  epsilon uses an
-older conversion of Renyi divergences; the table also shows today's conversion and privacy loss
-distributions.
+gradient, even without a client; the privacy loss is computed for all 15 epochs. The tutorial's
+epsilon uses an older conversion of Renyi divergences; the table also shows today's conversion and
+privacy loss distributions.
 """
 
 import math

@@ -115,7 +115,7 @@ def turns(alpha: float, etas: Any) -> np.ndarray:
 
 
 def round_robin(exchanges: np.ndarray, workers: int) -> np.ndarray:
-  """Returns matrices [..., p + 1, p + 1] of one turn of each worker, with the centre last."""
+  """Returns the matrices [..., p + 1, p + 1] of one turn of every worker; the centre is last."""
   sweep = np.eye(workers + 1)
   for i in range(workers):
     one = np.zeros((*exchanges.shape[:-2], workers + 1, workers + 1)) + np.eye(workers + 1)

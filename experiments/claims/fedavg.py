@@ -10,8 +10,7 @@ accuracy so far after every round, with the round of 97% by linear interpolation
 rate of a grid for each number.
 
 Scaled: a grid of three learning rates instead of the paper's finer grid, and a single seed. Our
-  layers use He's
-initialization.
+layers use He initialization.
 """
 
 import math

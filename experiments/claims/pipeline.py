@@ -2,9 +2,9 @@
 
 Paper: Huang et al. 2018, GPipe, arXiv:1811.06965, section 2.3 and figure 2.
 
-Same: we count the schedule that `research/models/pipeline.py` runs with one stage per device. The
-layers of a stage record their micro-batch at each tick. A tick is idle if it has no micro-batch, or
-a micro-batch that the stage has already processed.
+Same: we count the ticks of the schedule that `research/models/pipeline.py` runs with one stage per
+device. The layers of a stage record their micro-batch at each tick. A tick is idle if it has no
+micro-batch, or a micro-batch that the stage has already processed.
 
 Scaled: the layers do almost no work, so a tick is the unit of time and transfers take no time, as
 in the paper's formula. Only the forward pass is recorded; the backward pass is the same loop in
@@ -90,7 +90,7 @@ def worked(given: Sequence[int]) -> dict[int, int]:
 
 
 def traces(pairs: Sequence[tuple[int, int]]) -> dict[tuple[int, int], tuple[Trace, int]]:
-  """Returns each stage's micro-batches, and the number of those that missed a stage."""
+  """Returns each stage's micro-batches, and the number of micro-batches that missed a stage."""
   return {(n, m): trace(n, m) for n, m in pairs}
 
 

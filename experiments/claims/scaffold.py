@@ -11,11 +11,10 @@ For images, a linear classifier, 100 clients sorted by label, 20 clients per rou
 sizes.
 
 Scaled: SGD and SCAFFOLD use the step size .1, since a tuned SGD would solve a one-dimensional
-  problem in one round; the step size of FedAvg is tuned for each G. Rounds are counted until the
-  distance is a hundredth of the initial distance; the rounds of FedAvg are counted in fiftieths of
-  a run. The images are
-MNIST instead of EMNIST, with two passes of five batches per round, and rounds are counted until the
-accuracy stays above a level. For the images, we reproduce only the ordering.
+problem in one round; the step size of FedAvg is tuned for each G. Rounds are counted until the
+distance is a hundredth of the initial distance; the rounds of FedAvg are counted in fiftieths of a
+run. The images are MNIST instead of EMNIST, with two passes of five batches per round, and rounds
+are counted until the accuracy stays above a level. For the images, we reproduce only the ordering.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
-"""Compiles a run's round for TPU chips without TPUs; reads the round's memory, work and traffic.
+"""Compiles a run's round for TPU chips without TPUs; reports its memory, work and traffic.
 
-The program is the one that `spmd` runs; the arguments are shapes. Import this module only after
-`compile.py` has set the environment variables.
+The compiled program is the one that `spmd` runs; shapes replace its arguments. Import this module
+only after `compile.py` has set the environment variables.
 """
 
 import math
@@ -64,7 +64,7 @@ def _first_line(error: Exception) -> str:
 
 
 def problem_of(config: Config, target: Target) -> assemble.Problem:
-  """Builds the parts of a run for the target's devices; nothing is placed on a device or run.
+  """Builds the parts of a run for the target's devices, without placing or executing anything.
 
   Raises:
     UsageError: if a flag is invalid.
@@ -148,7 +148,7 @@ class Built(NamedTuple):
 
 
 def _compile(problem: assemble.Problem, target: Target, effort: float) -> Built:
-  """Compiles one round, or as many as show how exchanges overlap with the next rounds.
+  """Compiles one round, or enough rounds to show how exchanges overlap with later rounds.
 
   Raises:
     UsageError: if the program does not fit.

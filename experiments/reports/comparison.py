@@ -12,11 +12,11 @@ from typing import Any
 from research.training.reports import figures
 
 Result = dict[str, Any]
-Row = dict[str, Any]  # a method's known figures in a result
+Row = dict[str, Any]  # the known numbers of a method in a result
 
 TOO_CLOSE = 1.1  # ratio of seconds below which a difference may be due to noise
 
-# Title, figure and format of each column; columns without figures are left out.
+# Title, entry and format of each column; columns without entries are left out.
 COLUMNS = (
   ("training loss", "train_loss", ".4g"),
   ("{evaluated_on} accuracy", "accuracy_mean", ".4f"),
@@ -33,7 +33,7 @@ COLUMNS = (
 
 
 def table(result: Result) -> str:
-  """Formats a table with one row per method; cells without a figure are blank."""
+  """Formats a table with one row per method; unknown numbers are left blank."""
   rows, place = result["methods"], result["place"]
   columns = [
     (title.format(**result), name, form)
@@ -49,7 +49,7 @@ def table(result: Result) -> str:
 
 
 def remark(row: Row) -> str:
-  """Returns a remark on facts that a method's figures do not show."""
+  """Returns a remark on facts that a method's numbers do not show."""
   count = len(row["folders"])
   if row["diverged_seeds"]:
     return f"{len(row['diverged_seeds'])} of {count} seeds diverged"
@@ -64,7 +64,7 @@ def remark(row: Row) -> str:
 
 
 def recommendation(result: Result) -> str:
-  """Names in one line the method that reaches the target first on the link, and the lead."""
+  """Names the method that reaches the target first on the link, and its lead, in one line."""
   rows, target, place = result["methods"], result["target"], result["place"]
   reach = [row for row in rows if "seconds_to_target" in row]
   if not reach:
@@ -94,7 +94,7 @@ def recommendation(result: Result) -> str:
 
 
 def caption(result: Result) -> list[str]:
-  """Explains the figures, in one or two sentences per line."""
+  """Explains the numbers of the table, in one or two sentences per line."""
   if result["target"] is None:
     lines = ["Target: none, since no method improved on its start with all its seeds."]
   else:

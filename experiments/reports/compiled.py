@@ -135,7 +135,7 @@ def _sent(rows: Iterable[dict[str, Any]]) -> float:
 
 
 def _meanwhile(rows: Iterable[dict[str, Any]]) -> str:
-  """Describes what runs between the start and the end of the collectives that send most."""
+  """Describes what runs between the start and the end of the collectives with most bytes."""
   row = max(rows, key=lambda row: _sent([row]))
   if not row["asynchronous"]:
     return ""
@@ -175,7 +175,7 @@ def _compiled(found: dict[str, Any]) -> str:
 
 
 def best(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-  """Returns the row with the lowest known bound; among equal bounds, the one with least memory."""
+  """Returns the row with the lowest known bound; among equal bounds, the row with least memory."""
   known = [row for row in rows if "refused" not in row and not row["roofline"]["left_out"]]
   order = lambda row: (row["roofline"]["seconds_per_step"], row["memory"]["used"])
   return min(known, key=order, default=None)

@@ -1,4 +1,4 @@
-"""Reads the outcomes of trained methods, and computes figures that compare the methods."""
+"""Reads the outcomes of trained methods, and computes numbers that compare the methods."""
 
 import math
 import statistics
@@ -25,7 +25,7 @@ class Curve(NamedTuple):
 
   steps: np.ndarray  # [n]
   sent: np.ndarray  # [n] bytes sent by a worker so far
-  losses: np.ndarray  # [seeds, n] over all training data
+  losses: np.ndarray  # [seeds, n] mean loss over all training examples
   virtual: np.ndarray  # [n] mean seconds on the virtual clock; NaN without a clock
 
   @property
@@ -72,9 +72,9 @@ class Outcome(NamedTuple):
 class Conditions(NamedTuple):
   """The conditions for which seconds are predicted."""
 
-  link: str  # value of --link; empty: none
-  compute_seconds: float  # seconds per local step of one worker; 0: as measured
-  clock: str  # value of --clock; empty: none
+  link: str  # value of --link; '' if there is no link
+  compute_seconds: float  # seconds per local step of one worker; 0 for the measured time
+  clock: str  # value of --clock; '' if there is no clock
 
   @property
   def place(self) -> str:
@@ -116,7 +116,7 @@ def steps_to(curve: Curve, target: float) -> float | None:
 
 
 def figures(outcome: Outcome, target: float | None, conditions: Conditions) -> dict[str, Any]:
-  """Returns a method's known figures, as means over the seeds that did not diverge."""
+  """Returns a method's known numbers, as means over the seeds that did not diverge."""
   plan, summaries, curve, diverged = outcome
   found: dict[str, Any] = {
     "method": plan.spec,

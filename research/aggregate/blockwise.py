@@ -1,4 +1,4 @@
-"""Applies an aggregator to each shard of leaves that are sharded over mesh axes within a worker."""
+"""Applies an aggregator to each shard of leaves that are sharded within a worker."""
 
 import itertools
 import math
@@ -21,7 +21,7 @@ from research.core.base import (
   Tree,
 )
 
-# Leaves grouped by the axes that shard them, in the order of `subsets`. Keys are indices of leaves
+# Leaves, grouped by the axes that shard them, in the order of `subsets`. Keys are indices of leaves
 # in the tree: `parallel/resize.py` uses them to match leaves of a state to leaves of the model.
 Groups = tuple[dict[int, Array], ...]
 
@@ -29,13 +29,13 @@ Groups = tuple[dict[int, Array], ...]
 class Cut(NamedTuple):
   """The sharding of leaves over a worker's mesh axes; leaves of equal shape are sharded equally."""
 
-  axes: tuple[tuple[str, int], ...]  # names and sizes
+  axes: tuple[tuple[str, int], ...]  # names and sizes of the axes
   places: Callable[[tuple[int, ...]], tuple[int | None, ...]]  # shape -> sharded dimension by axis
   around: tuple[str, ...] = ()  # other axes within a worker, which shard no leaf
 
   @property
   def size(self) -> int:
-    """B, the number of devices of a worker."""
+    """Returns B, the number of devices of a worker."""
     return math.prod(size for _, size in self.axes)
 
   @property
@@ -44,18 +44,18 @@ class Cut(NamedTuple):
 
   @property
   def subsets(self) -> list[tuple[bool, ...]]:
-    """All subsets of the axes, each as one bool per axis."""
+    """Returns all subsets of the axes, each as one bool per axis."""
     return list(itertools.product((True, False), repeat=len(self.axes)))
 
 
 class Sharded(Aggregator):
-  """Aggregates the shards of one device: `Groups` of leaves, with one key per group.
+  """Aggregates the shards of one device, which are `Groups` of leaves with one key per group.
 
   Args:
-    inner: the aggregator applied to the shards.
+    inner: the aggregator that is applied to the shards.
 
   Raises:
-    ValueError: if the inner aggregator must see all of a worker's leaves.
+    ValueError: if the inner aggregator needs all of a worker's leaves at once.
   """
 
   inner: Aggregator
@@ -81,20 +81,21 @@ of_shard = Sharded
 
 
 class Blockwise(Aggregator):
-  """Simulates on one device the aggregation that a worker's B devices run on their shards.
+  """Simulates, on one device, the aggregation that the B devices of a worker run on their shards.
 
-  The inner aggregator sees each shard of a leaf as a leaf with its own key. Leaves replicated over
-  several devices are aggregated separately from sharded leaves, identically on each device. Nothing
-  is exchanged over axes within a worker, so k, scales, ranks and distances are computed per shard.
-  State leaves have a leading dimension [B], except scalar integers, which count rounds and are
-  shared by all blocks. `parallel/sharded.py` runs the same computation on the devices.
+  For the inner aggregator, each shard of a leaf is a leaf with its own key. Leaves that are
+  replicated over several devices are aggregated separately from sharded leaves, identically on each
+  device. Nothing is exchanged over axes within a worker, so k, scales, ranks and distances are
+  computed per shard. State leaves have a leading dimension [B], except scalar integers, which count
+  rounds and are shared by all blocks. `parallel/sharded.py` runs the same computation on the
+  devices.
 
   Args:
-    inner: the aggregator applied to the shards.
+    inner: the aggregator that is applied to the shards.
     cut: the sharding of the leaves.
 
   Raises:
-    ValueError: if the inner aggregator must see all of a worker's leaves.
+    ValueError: if the inner aggregator needs all of a worker's leaves at once.
   """
 
   inner: Aggregator
@@ -127,7 +128,7 @@ blockwise = Blockwise
 
 
 def is_counter(leaf: Array | jax.ShapeDtypeStruct) -> bool:
-  """Returns whether a state leaf is a scalar integer, which counts rounds.
+  """Returns whether a leaf of a state is a scalar integer, which counts rounds.
 
   Args:
     leaf: the leaf.
@@ -136,7 +137,7 @@ def is_counter(leaf: Array | jax.ShapeDtypeStruct) -> bool:
 
 
 def by_block(state: State) -> Tree:
-  """Returns `in_axes` of a state for a `vmap` over blocks: 0, or None for round counters.
+  """Returns the `in_axes` of a state for a `vmap` over blocks: None for round counters, else 0.
 
   Args:
     state: the state.
@@ -145,15 +146,15 @@ def by_block(state: State) -> Tree:
 
 
 def shard_keys(key: Key, cut: Cut, place: Sequence[Array]) -> Key:
-  """Returns one key per group of leaves; devices with equal shards of a group get equal keys.
+  """Derives one key per group of leaves; devices that have equal shards of a group get equal keys.
 
   Args:
     key: a typed key, equal on all workers.
     cut: the sharding of the leaves.
-    place: the device's index along each axis of `cut`, int32 scalars.
+    place: the index of the device along each axis of `cut`, int32 scalars.
 
   Returns:
-    Keys [number of subsets], in the order of `cut.subsets`.
+    The keys [number of subsets], in the order of `cut.subsets`.
   """
 
   def one(subset):
@@ -183,7 +184,7 @@ def pieces(tree: Tree, cut: Cut) -> Groups:
 
 
 def rejoined(parts: Groups, like: Tree) -> Tree:
-  """Inverse of `pieces`.
+  """Joins groups of leaves into a tree; the inverse of `pieces`.
 
   Args:
     parts: the groups.
@@ -194,7 +195,7 @@ def rejoined(parts: Groups, like: Tree) -> Tree:
 
 
 def split(tree: Tree, cut: Cut) -> Groups:
-  """Groups the leaves as `pieces` does, and splits each into its blocks [B, ...].
+  """Groups the leaves as `pieces` does, and splits each leaf into its blocks [B, ...].
 
   Args:
     tree: the tree.
@@ -204,7 +205,7 @@ def split(tree: Tree, cut: Cut) -> Groups:
 
 
 def join(parts: Groups, like: Tree, cut: Cut) -> Tree:
-  """Inverse of `split`.
+  """Joins groups of blocks into a tree; the inverse of `split`.
 
   Args:
     parts: the groups of blocks.
@@ -216,7 +217,7 @@ def join(parts: Groups, like: Tree, cut: Cut) -> Tree:
 
 
 def split_leaf(x: Array, cut: Cut) -> Array:
-  """Splits a leaf into its blocks and replicates them over the axes that do not shard the leaf.
+  """Splits a leaf into its blocks, and replicates these over the axes that do not shard the leaf.
 
   Args:
     x: the leaf, of any shape.
@@ -241,10 +242,10 @@ def split_leaf(x: Array, cut: Cut) -> Array:
 
 
 def join_leaf(blocks: Array, shape: tuple[int, ...], cut: Cut) -> Array:
-  """Inverse of `split_leaf`.
+  """Joins the blocks of a leaf; the inverse of `split_leaf`.
 
   Args:
-    blocks: [B, ...].
+    blocks: the blocks [B, ...].
     shape: the shape of the leaf.
     cut: the sharding of the leaves.
   """
@@ -253,7 +254,7 @@ def join_leaf(blocks: Array, shape: tuple[int, ...], cut: Cut) -> Array:
   found = found[tuple(0 if place is None else slice(None) for place in places)]
   front = [place for place in places if place is not None]
   for count, place in enumerate(reversed(front)):
-    ahead = len(front) - count - 1  # block axes that remain before this one
+    ahead = len(front) - count - 1  # number of block axes that remain before this one
     where = ahead + place
     found = jnp.moveaxis(found, ahead, where)
     shape = found.shape

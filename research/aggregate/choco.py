@@ -1,4 +1,4 @@
-"""CHOCO: averages among neighbours that exchange only compressed differences."""
+"""Implements CHOCO: neighbours average their values by exchanging only compressed differences."""
 
 from dataclasses import KW_ONLY
 from typing import NamedTuple
@@ -13,27 +13,27 @@ from research.core.base import EVERYONE, Aggregate, Array, Key, Trait, Tree
 
 
 class ChocoState(NamedTuple):
-  known: Tree  # x_hat_i, the neighbours' estimate of this worker's value
+  known: Tree  # x_hat_i, the estimate of this worker's value that its neighbours have
   pull: Tree  # s_i - x_hat_i = sum_j w_ij (x_hat_j - x_hat_i)
 
 
 class Choco(CodedGossip, name="choco"):
-  """Compressed gossip that converges linearly to the exact mean.
+  """Averages by compressed gossip, which converges linearly to the exact mean.
 
       q_i = C(x_i - x_hat_i)
       x_hat_i <- x_hat_i + q_i,   s_i <- s_i + sum_j w_ij q_j
       value_i = x_i + gamma (s_i - x_hat_i)
 
-  A worker sends the payload of q_i over each of its links. For any number of links, the worker
-  stores two trees: x_hat_i and s_i - x_hat_i. The latter accumulates the rounding errors of the
-  early, large terms. In float32, the squared disagreement therefore stops decreasing at about 1e-7
-  of its initial value; with --x64 it decreases further. `d_psgd(sgd(...), choco(...))` is
-  CHOCO-SGD, algorithm 2 of the paper.
+  A worker sends the payload of q_i over each of its links. For any number of links, it stores two
+  trees: x_hat_i and s_i - x_hat_i. The second tree accumulates the rounding errors of the early,
+  large terms. In float32, the squared disagreement therefore stops decreasing at about 1e-7 of its
+  initial value; with --x64, it decreases further. `d_psgd(sgd(...), choco(...))` is CHOCO-SGD,
+  algorithm 2 of the paper.
 
   Args:
     compressor: a contractive compressor, or an unbiased compressor with small variance.
-    topology: an undirected graph, the same in each round.
-    gamma: the consensus step size, in (0, 1]; small for aggressive compression.
+    topology: an undirected graph that is the same in each round.
+    gamma: the consensus step size, in (0, 1]; aggressive compression needs a small gamma.
     axis: the worker axes of the exchange.
 
   Raises:
@@ -72,7 +72,7 @@ class Choco(CodedGossip, name="choco"):
     return Aggregate(value, known, ChocoState(known, pull))
 
   def _one(self, x: Array, known: Array, pull: Array, key: Key) -> tuple[Array, Array, Array]:
-    """Returns a leaf's value, and its new x_hat_i and s_i - x_hat_i."""
+    """Returns the value of a leaf, and its new x_hat_i and s_i - x_hat_i."""
     change, far = self.drawn(x - known, pull, key)
     return (x + self.gamma * far).astype(x.dtype), known + change, far.astype(x.dtype)
 

@@ -6,7 +6,7 @@ from research.core.base import Array
 
 
 def cut(x: Array, count: int) -> Array:
-  """Splits a leaf into chunks [W, ...], flattening it if W does not divide its first dimension.
+  """Splits a leaf into chunks [W, ...]; flattens it if W does not divide its first dimension.
 
   Args:
     x: the leaf, of any shape; a flattened leaf is padded with zeros to a multiple of W.
@@ -19,10 +19,10 @@ def cut(x: Array, count: int) -> Array:
 
 
 def joined(chunks: Array, like: Array) -> Array:
-  """Inverse of `cut`.
+  """Joins the chunks of a leaf; the inverse of `cut`.
 
   Args:
-    chunks: [W, ...].
-    like: an array with the leaf's shape.
+    chunks: the chunks [W, ...].
+    like: an array with the shape of the leaf.
   """
   return chunks.reshape(-1)[: like.size].reshape(like.shape)

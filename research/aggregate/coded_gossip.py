@@ -1,4 +1,4 @@
-"""Gossip of compressed messages: the base class of CHOCO and its baselines."""
+"""Defines gossip of compressed messages, the base class of CHOCO and its baselines."""
 
 from dataclasses import KW_ONLY
 
@@ -15,7 +15,7 @@ class CodedGossip(Aggregator):
   """An exchange in which each worker sends the same payload to all of its neighbours.
 
   Args:
-    compressor: encodes a worker's message.
+    compressor: the compressor that encodes a worker's message.
     topology: a graph that is the same in each round.
     axis: the worker axes of the exchange.
   """
@@ -29,19 +29,19 @@ class CodedGossip(Aggregator):
   def drawn(
     self, message: Array, start: Array, key: Key, origin: Array | None = None
   ) -> tuple[Array, Array]:
-    """Sends a leaf and moves `start` towards the neighbours' messages.
+    """Sends a compressed leaf to the neighbours, and moves `start` towards their messages.
 
         start_i + sum_j w_ij (C(message_j) - origin_i)
 
     Args:
-      message: the value that this worker sends.
-      start: the value to move, of the message's shape.
+      message: the value that this worker compresses and sends.
+      start: the value to move, of the shape of the message.
       key: a typed key, equal on all workers.
-      origin: the value that is subtracted from each message; by default, this worker's own message
+      origin: the value that is subtracted from each message; None means this worker's own message
         as the others receive it.
 
     Returns:
-      The message as the others receive it, and the moved value, in float32 or wider.
+      This worker's message as the others receive it, and the moved value, both in float32 or wider.
     """
     (shifts,) = self.topology.rounds(collectives.worker_count(self.axis))
     like = jax.ShapeDtypeStruct(message.shape, message.dtype)

@@ -1,13 +1,14 @@
-"""Invalid combinations of a wrapper or a method with an aggregator, with reasons.
+"""Lists the invalid combinations of a wrapper or method with an aggregator, with reasons.
 
-A wrapper lists in `refuses` the aggregator traits that it rejects. This module has the lists that
-several wrappers share, and builds the table of all rejected combinations.
+The attribute `refuses` of a wrapper lists the aggregator traits that the wrapper rejects. This
+module contains the lists that several wrappers share, and builds the table of all rejected
+combinations.
 """
 
 from research.core import registry
 from research.core.base import Trait, Wrapper
 
-# Rejected by wrappers that keep the compression error in a memory.
+# Traits that wrappers reject if they keep the compression error in a memory.
 _KEPT = "the compression error would be stored twice and sent twice"
 MEMORY = {
   Trait.MEMORY: _KEPT,
@@ -22,7 +23,7 @@ BOUNDED = {
 }
 PARTIAL = {Trait.PARTIAL: "the total would lack the shift of a worker that drops out"}
 SENDERS = {Trait.SENDERS: "the total would not be the mean of the workers' shifts"}
-# Rejected by wrappers and methods that bypass the aggregator for some leaves or in some rounds.
+# Traits that wrappers and methods reject if they bypass the aggregator for some leaves or rounds.
 AROUND = {
   Trait.NOISE: "messages that bypass it are not hidden",
   Trait.SECRET: "messages that bypass it are not masked",
@@ -32,7 +33,7 @@ SHARDED = {Trait.WHOLE: "each device sees only a part of a worker's leaves"}
 
 
 def refused() -> tuple[tuple[tuple[str, ...], Trait, str], ...]:
-  """Returns rows (wrapper names, rejected trait, reason) for all registered names."""
+  """Returns the rows (wrapper names, rejected trait, reason) for all registered names."""
   rows: dict[tuple[Trait, str], list[str]] = {}
   for kind in ("aggregator", "method"):
     for name in registry.names(kind):

@@ -20,7 +20,9 @@ class GossipState(NamedTuple):
 
 
 class Exchange(Aggregator):
-  """Exchanges trees with the neighbours, cycling through the rounds of a topology's period.
+  """Exchanges trees with the neighbours in a round of a topology's period.
+
+  The rounds of a period follow one another, or the shared key draws one of them.
 
   Args:
     topology: the graph and its weights.
@@ -39,11 +41,12 @@ class Exchange(Aggregator):
     return GossipState(jnp.zeros((), jnp.int32))
 
   def aggregate(self, tree, state, key, presence=EVERYONE):
-    del key
     need_everyone(f"gossip over '{self.topology.title}'", presence)
     rounds = self.topology.rounds(collectives.worker_count(self.axis))
     branches = [lambda tree, shifts=shifts: self.mix(shifts, tree) for shifts in rounds]
-    value = lax.switch(state.count % len(rounds), branches, tree)
+    drawn = lambda: jax.random.randint(key, (), 0, len(rounds))
+    number = drawn() if self.topology.drawn else state.count % len(rounds)
+    value = lax.switch(number, branches, tree)
     return Aggregate(value, tree, GossipState(state.count + 1))
 
 

@@ -1,4 +1,4 @@
-"""Two-level aggregation: exact averages over fast links, any aggregator over slow links."""
+"""Aggregates on two levels: exact averages over fast links, any aggregator over slow links."""
 
 from dataclasses import KW_ONLY
 from typing import Any, ClassVar
@@ -83,13 +83,13 @@ class Hierarchical(TwoLevels, name="hierarchical"):
 
   Each of the F workers of a slice handles one chunk of every leaf: a slow link carries 1 / F of the
   inner payload per worker, and the fast links carry the two halves of an exact all-reduce. F times
-  the inner aggregator's error on m_s[f] is attributed to the worker of chunk f: sent_i = x_i - F
-  (m_s[f] - sent_s[f]) on that chunk and x_i elsewhere. The slice's mean of sent_i is then exactly
-  sent_s, so error feedback must wrap this aggregator:
+  the inner aggregator's error on m_s[f] is attributed to the worker of chunk f: sent_i is x_i - F
+  (m_s[f] - sent_s[f]) on this chunk and x_i on all others. The mean of sent_i over the slice is
+  then exactly sent_s, so error feedback must wrap this aggregator:
   `error_feedback(hierarchical(two_phase(int8(), axis='slice')))`. If workers may be absent, the
-  workers present in a slice share the error of every chunk equally, which requires another gather
-  over the fast links. An inner rule that selects or votes sees a slice as one worker, whose value
-  is the weighted mean over the workers present in the slice. If no worker of a slice is present,
+  present workers of a slice share the error of every chunk equally, which requires another gather
+  over the fast links. For an inner rule that selects or votes, a slice is one worker, whose value
+  is the weighted mean over the present workers of the slice. If no worker of a slice is present,
   the slice counts as absent.
 
   Args:
@@ -98,7 +98,7 @@ class Hierarchical(TwoLevels, name="hierarchical"):
     slow: the worker axis between slices.
 
   Raises:
-    ValueError: if the inner aggregator has a trait in `refuses` or the axes are equal; at trace
+    ValueError: if the inner aggregator has a trait in `refuses` or the axes are equal; or, at trace
       time, if the mesh lacks one of the axes or the inner aggregator uses the fast axis.
 
   Reference: Jia et al. 2018, arXiv 1807.11205, section 4.2 (hierarchical all-reduce).
@@ -117,8 +117,8 @@ hierarchical = Hierarchical
 class HierarchicalMean(TwoLevels, name="hierarchical_mean"):
   """Averages exactly over all workers, as `hierarchical` does, with little traffic on slow links.
 
-  With S slices of F workers, each worker sends 2 (S-1)/(S F) times its tree's bytes between slices,
-  and 2 (F-1)/F times its tree's bytes within the slice.
+  With S slices of F workers, each worker sends 2 (S-1)/(S F) times the bytes of its tree between
+  slices, and 2 (F-1)/F times the bytes of its tree within the slice.
 
   Args:
     fast: the worker axis within a slice.
@@ -140,21 +140,24 @@ hierarchical_mean = HierarchicalMean
 
 
 def _split(x: Array, slices: int, width: int) -> Array:
-  """Splits a leaf into [F, chunk]; an inner split by slices gives part s F + f to worker (s, f)."""
+  """Splits a leaf into parts [F, chunk].
+
+  If the chunks are then split by slices, worker (s, f) gets part s F + f.
+  """
   parts = cut(x, slices * width)
   parts = parts.reshape(slices, width, *parts.shape[1:]).swapaxes(0, 1)
   return parts.reshape(width, slices * parts.shape[2], *parts.shape[3:])
 
 
 def _whole(parts: Array, like: Array, slices: int) -> Array:
-  """Inverse of `_split`: joins parts [F, chunk] into a leaf."""
+  """Joins parts [F, chunk] into a leaf; the inverse of `_split`."""
   width = parts.shape[0]
   parts = parts.reshape(width, slices, parts.shape[1] // slices, *parts.shape[2:])
   return joined(parts.swapaxes(0, 1), like)
 
 
 def _as_one(means: Tree, presence: Presence, fast: str) -> tuple[Tree, Presence]:
-  """Returns a slice's mean, computed from weighted trees, and its presence as one worker."""
+  """Returns the mean of a slice, computed from weighted trees, and its presence as one worker."""
   own = jnp.where(presence.active, jnp.asarray(presence.weight, jnp.float32), 0)
   weight = collectives.mean(own, fast)
   share = jnp.where(weight > 0, weight, 1)

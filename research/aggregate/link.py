@@ -1,4 +1,4 @@
-"""Encodings of a worker's messages to a server: exact, compressed, and with error feedback."""
+"""Encodes a worker's messages to a server: exactly, compressed, or with error feedback."""
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,10 @@ def plain() -> Uplink:
 
 
 def compressed(compressor: Compressor) -> Uplink:
-  """Returns an uplink that compresses every leaf separately, with the leaf's own key.
+  """Returns an uplink that compresses each leaf separately, with its own key.
 
   Args:
-    compressor: any compressor.
+    compressor: the compressor.
   """
 
   def encode(tree, state, key):
@@ -36,11 +36,11 @@ def compressed(compressor: Compressor) -> Uplink:
 
 
 def remembering(link: Uplink, decay: float) -> Uplink:
-  """Returns an uplink with error feedback, which sends p = x + decay e and stores e <- p - D(C(p)).
+  """Returns an uplink with error feedback: it sends p = x + decay e and stores e <- p - D(C(p)).
 
   Args:
-    link: an uplink without state.
-    decay: decay of the memory, in [0, 1].
+    link: the uplink to wrap, which must have no state.
+    decay: the decay factor of the memory, in [0, 1].
   """
 
   def encode(tree, memory, key):

@@ -1,4 +1,4 @@
-"""Exact mean over workers, as used by synchronous data parallelism."""
+"""Computes the exact mean over workers, as in synchronous data parallelism."""
 
 from research.aggregate.link import plain
 from research.aggregate.presence import weighted
@@ -8,10 +8,10 @@ from research.core.base import EVERYONE, WORKER_AXES, Aggregate, Aggregator, Tra
 
 
 class Mean(Aggregator, name="mean"):
-  """Averages over all workers by an all-reduce of 2 (W-1)/W times the tree's bytes per worker.
+  """Averages over all workers; the all-reduce sends 2 (W-1)/W times the tree's bytes per worker.
 
   Args:
-    axis: the worker axes to average over; all by default.
+    axis: the worker axes to average over; the default is all worker axes.
 
   Reference: Patarasuk and Yuan 2009, bandwidth-optimal all-reduce.
   """

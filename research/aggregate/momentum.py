@@ -1,4 +1,4 @@
-"""Worker-side momentum, with or without correction for delayed coordinates."""
+"""Implements momentum on workers, with or without correction for delayed coordinates."""
 
 import math
 from dataclasses import KW_ONLY
@@ -40,28 +40,28 @@ class MomentumCorrectionState(NamedTuple):
 
 
 class MomentumCorrection(Aggregator, name="momentum_correction"):
-  """Deep gradient compression: accumulates velocities, not gradients, and sends the largest ones.
+  """Accumulates velocities instead of gradients and sends the largest (deep gradient compression).
 
       g_i <- g_i min(1, clip_norm W^-1/2 / ||g_i||)
       u_i <- m u_i + g_i,       v_i <- v_i + u_i
       u_i <- m (u_i + g_i),     v_i <- v_i + u_i + g_i       with Nesterov momentum
       value = A(v),   v_i <- v_i - sent_i,   u_i <- 0 where sent_i is not 0
 
-  Momentum in the optimizer would act on delayed values. Here a coordinate accumulates momentum
-  while it waits to be sent, and its momentum restarts from zero after it is sent (momentum factor
-  masking). Use plain `sgd` as the optimizer. If every coordinate were sent in every round, there
-  would be no momentum.
+  Momentum in the optimizer would act on delayed values. Here, a coordinate accumulates momentum
+  while it waits to be sent, and its momentum restarts from zero after it has been sent (momentum
+  factor masking). Use plain `sgd` as the optimizer. If every coordinate were sent in every round,
+  there would be no momentum.
 
   Args:
     inner: a sparse aggregator, such as gather_mean(top_k(0.001)).
-    momentum: m, in [0, 1).
-    clip_norm: maximum norm of the mean gradient; each worker clips its full tree to W^-1/2 times
-      this norm.
+    momentum: m, the momentum factor, in [0, 1).
+    clip_norm: the maximum norm of the mean gradient; each worker clips its full tree to W^-1/2
+      times this norm.
     nesterov: whether to use Nesterov momentum instead of Polyak's.
-    axis: the worker axes, for W.
+    axis: the worker axes, which determine W.
 
   Raises:
-    ValueError: for arguments out of range, or if the inner aggregator has a trait in `refuses`.
+    ValueError: if an argument is out of range, or the inner aggregator has a trait in `refuses`.
 
   Reference: Lin, Han, Mao, Wang, Dally 2018, arXiv 1712.01887, algorithms 2 (momentum correction)
     and 1 (local clipping), section 3.3.
@@ -115,18 +115,19 @@ class WorkerMomentumState(NamedTuple):
 
 
 class WorkerMomentum(Aggregator, name="worker_momentum"):
-  """Each worker sends its momentum instead of its value.
+  """Sends each worker's momentum instead of its value.
 
       m_i <- beta m_i + (1 - beta) x_i,   value = A(m)
 
-  With a mean, the result is the momentum of the mean. A robust rule sees less noise: honest
-  workers' momenta are closer together than their gradients, so a small bias that a faulty worker
-  adds in every round no longer hides among them. Use plain `sgd` as the optimizer; m_i is zero
-  initially.
+  If A is a mean, the result is the momentum of the mean. A robust rule sees less noise: the momenta
+  of honest workers are closer together than their gradients, so a small bias that a faulty worker
+  adds in every round is no longer hidden in the noise. Use plain `sgd` as the optimizer. Initially,
+  m_i is zero.
 
   Args:
-    inner: the aggregator, such as krum(faulty), or an attack on it, which then replaces momenta.
-    momentum: beta, in [0, 1).
+    inner: the aggregator A, such as krum(faulty), or an attack on an aggregator, which then
+      replaces momenta.
+    momentum: beta, the decay factor, in [0, 1).
 
   Raises:
     ValueError: if momentum is not in [0, 1), or the inner aggregator has a trait in `refuses`.

@@ -1,4 +1,4 @@
-"""Policies: select, fuse and schedule the leaves that an aggregator handles."""
+"""Defines policies that select, fuse and schedule the leaves for an aggregator."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -33,11 +33,11 @@ class OnlyLarge(Aggregator, name="only_large"):
 
   Args:
     inner: the aggregator of the large leaves.
-    min_size: smallest size of a large leaf, in elements.
+    min_size: the minimum size of a large leaf, in elements.
     axis: the worker axes over which small leaves are averaged.
 
   Raises:
-    ValueError: if min_size < 0, or the inner aggregator has a trait in `refuses`.
+    ValueError: if min_size is negative, or the inner aggregator has a trait in `refuses`.
   """
 
   inner: Aggregator
@@ -78,18 +78,18 @@ only_large = OnlyLarge
 
 
 class Bucketed(Aggregator, name="bucketed"):
-  """Concatenates small leaves into flat buckets of up to `bytes` bytes, in the tree's order.
+  """Concatenates small leaves, in the order of the tree, into flat buckets of up to `bytes` bytes.
 
-  Leaves of at least `bytes` bytes are not changed. The inner aggregator sees buckets as its leaves,
-  so each bucket, not each leaf, has its own scales, k and support. Leaves of different dtypes do
-  not share a bucket.
+  Leaves of at least `bytes` bytes are not changed. For the inner aggregator, a bucket is a leaf:
+  scales, k and supports belong to buckets, not to the original leaves. Leaves of different dtypes
+  do not share a bucket.
 
   Args:
     inner: the aggregator of the buckets and of the large leaves.
-    bytes: maximum size of a bucket, in bytes.
+    bytes: the maximum size of a bucket, in bytes.
 
   Raises:
-    ValueError: if bytes < 1.
+    ValueError: if bytes is below 1.
 
   Reference: Li et al. 2020, arXiv 2006.15704 (gradient bucketing).
   """
@@ -113,14 +113,14 @@ class Bucketed(Aggregator, name="bucketed"):
     return Aggregate(self._split(out.value, tree), self._split(out.sent, tree), out.state)
 
   def _fused(self, tree: Tree) -> list[Array]:
-    """Returns the messages; each consists of concatenated small leaves or a single large leaf."""
+    """Returns the messages, each of which is a bucket of small leaves or a single large leaf."""
     leaves = jax.tree.leaves(tree)
     joined = lambda bucket: jnp.concatenate([leaves[i].reshape(-1) for i in bucket])
     buckets = _buckets(leaves, self.bytes)
     return [leaves[b[0]] if len(b) == 1 else joined(b) for b in buckets]
 
   def _split(self, parts: Sequence[Array], like: Tree) -> Tree:
-    """Inverse of `_fused`: returns a tree with the structure and shapes of `like`."""
+    """Splits messages into a tree with the structure of `like`; the inverse of `_fused`."""
     leaves, treedef = jax.tree.flatten(like)
     found = list(leaves)
     for part, bucket in zip(parts, _buckets(leaves, self.bytes), strict=True):
@@ -152,28 +152,28 @@ def _buckets(leaves: Sequence[Array], bytes: int) -> list[list[int]]:
 
 
 class WarmUpState(NamedTuple):
-  count: Array  # int32, completed rounds
+  count: Array  # int32, number of completed rounds
   stages: tuple[State, ...]
 
 
 class WarmUp(Aggregator, name="warm_up"):
   """Uses other aggregators in the first rounds: the exact mean, or a sequence of stages.
 
-  Each stage lasts steps / len(stages) rounds; after the last stage, `inner` is used. Deep gradient
-  compression ramps the density of top-k from 25% to 0.1% over the first epochs. Error feedback must
-  wrap all stages, as in `error_feedback(warm_up(...))`.
+  Each stage lasts steps / len(stages) rounds; after the last stage, `inner` is used. For example,
+  deep gradient compression reduces the density of top-k from 25% to 0.1% during the first epochs.
+  Error feedback must wrap all stages, as in `error_feedback(warm_up(...))`.
 
   Args:
-    inner: the aggregator after the warm-up.
-    steps: rounds of warm-up.
-    stages: the aggregators of the warm-up, in order; the exact mean by default.
+    inner: the aggregator to use after the warm-up.
+    steps: the number of rounds of the warm-up.
+    stages: the aggregators of the warm-up, in order; the default is the exact mean.
 
   Raises:
-    ValueError: if there are no stages or fewer steps than stages, or a stage has a trait in
-      `refuses` that not all stages have.
+    ValueError: if there are no stages, there are fewer steps than stages, or some but not all
+      stages have a trait in `refuses`.
 
-  Reference: Lin et al. 2018, arXiv 1712.01887, section 3.3; 1-bit Adam's warm-up: Tang et al. 2021,
-    arXiv 2102.02888.
+  Reference: Lin et al. 2018, arXiv 1712.01887, section 3.3; Tang et al. 2021, arXiv 2102.02888 (the
+    warm-up of 1-bit Adam).
   """
 
   inner: Aggregator

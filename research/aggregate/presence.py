@@ -1,4 +1,4 @@
-"""Partial participation: weights of active workers and private state of absent ones."""
+"""Handles partial participation: weights of active workers and private state of absent workers."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from research.core.base import EVERYONE, Array, Presence, Tree
 
 
 def presence_of(weight: float | Array, active: bool | Array) -> Presence:
-  """Builds a worker's presence; returns `EVERYONE` if all participate with equal weight.
+  """Builds the presence of a worker: `EVERYONE` if all workers participate with equal weights.
 
   Args:
     weight: the worker's weight, a number or a float scalar.
@@ -21,7 +21,7 @@ def presence_of(weight: float | Array, active: bool | Array) -> Presence:
 
 
 def weighted(tree: Tree, presence: Presence) -> Tree:
-  """Multiplies a tree by the worker's weight, or by zero if the worker is absent; keeps dtypes.
+  """Multiplies a tree by the weight of this worker, or by zero if it is absent; keeps dtypes.
 
   Args:
     tree: this worker's arrays x_i.
@@ -38,7 +38,7 @@ def weighted(tree: Tree, presence: Presence) -> Tree:
 
 
 def unweighted(presence: Presence) -> Presence:
-  """Returns the presence to pass with a tree that is already multiplied by the worker's weight.
+  """Returns the presence to pass with a tree that has already been multiplied by the weight.
 
   Args:
     presence: this worker's participation and weight.
@@ -47,7 +47,7 @@ def unweighted(presence: Presence) -> Presence:
 
 
 def alike(active: bool | Array) -> Presence:
-  """Returns a presence that weights active workers equally; the mean weight of all W is one.
+  """Returns a presence in which active workers have equal weights and the mean weight is one.
 
   Args:
     active: whether this worker participates, True or a bool scalar.
@@ -60,7 +60,7 @@ def alike(active: bool | Array) -> Presence:
 
 
 def kept(active: bool | Array, new: Tree, old: Tree) -> Tree:
-  """Selects a worker's private state after a round.
+  """Returns the private state of a worker after a round, which changes only if it was active.
 
   Args:
     active: whether this worker participated, True or a bool scalar.
@@ -68,7 +68,7 @@ def kept(active: bool | Array, new: Tree, old: Tree) -> Tree:
     old: the state before the round.
 
   Returns:
-    `new` if the worker was active, else `old`.
+    The new state if the worker was active; otherwise the old state.
   """
   if active is True:
     return new
@@ -76,22 +76,23 @@ def kept(active: bool | Array, new: Tree, old: Tree) -> Tree:
 
 
 class Roll(NamedTuple):
-  """The workers that are present in a round; equal on all W workers."""
+  """The workers that are present in a round; all W workers have the same Roll."""
 
   present: Array  # bool [W]
-  count: Array  # int32, number of workers present
+  count: Array  # int32, number of present workers
   scale: Array  # float32, mean weight over all W workers
 
 
 def gathered_weights(presence: Presence, axis: collectives.Axes) -> Array:
-  """Gathers all workers' weights, 4 bytes each, unless all are statically known to be present.
+  """Gathers the weights of all workers, 4 bytes each, unless all are known to be present.
 
   Args:
     presence: this worker's presence.
     axis: the worker axes.
 
   Returns:
-    float32 [W], equal on all workers; 0 for an absent worker, and ones if all are present.
+    The weights, float32 [W], equal on all workers: 0 for an absent worker, and ones if all workers
+    are statically known to be present.
   """
   if presence.active is True:
     return jnp.ones(collectives.worker_count(axis), jnp.float32)
@@ -107,7 +108,7 @@ def call_roll(presence: Presence, axis: collectives.Axes) -> Roll | None:
     axis: the worker axes.
 
   Returns:
-    The roll, equal on all workers; None if all workers are statically known to be present.
+    The Roll, equal on all workers; None if all workers are statically known to be present.
   """
   if presence.active is True:
     return None
@@ -120,7 +121,7 @@ def need_everyone(name: str, presence: Presence) -> None:
   """Rejects partial participation and unequal weights in an exchange between neighbours.
 
   Args:
-    name: the aggregator or method, for the error.
+    name: the name of the aggregator or method, for the error message.
     presence: this worker's presence.
 
   Raises:

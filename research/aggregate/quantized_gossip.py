@@ -1,4 +1,4 @@
-"""Gossip of compressed values without a memory: the baselines of CHOCO.
+"""Implements gossip of compressed values without a memory: the baselines of CHOCO.
 
 Neither algorithm converges to the mean: unless the values tend to zero, the compression errors
 persist.
@@ -17,15 +17,16 @@ class QuantizedGossip(CodedGossip):
   """Moves each worker from its own value, exact or compressed, towards its neighbours' values.
 
   Args:
-    compressor: any compressor.
-    topology: a topology whose weights are constant and whose rows sum to one.
+    compressor: the compressor that encodes a worker's value.
+    topology: a topology whose weights are the same in each round and whose rows sum to one.
     axis: the worker axes of the exchange.
 
   Raises:
-    ValueError: if rows of the weights do not sum to one, or the weights vary from round to round.
+    ValueError: if a row of the weights does not sum to one, or the weights vary from round to
+      round.
   """
 
-  exact_origin: ClassVar[bool]  # whether a worker moves from its value, not from its message
+  exact_origin: ClassVar[bool]  # whether a worker moves from its exact value instead of its message
 
   def check(self):
     if self.topology.varying or not self.topology.balanced:
@@ -54,12 +55,13 @@ class Q1Gossip(QuantizedGossip, name="q1_gossip"):
   The compression errors do not cancel over the workers, so the mean drifts.
 
   Args:
-    compressor: any compressor.
-    topology: a topology whose weights are constant and whose rows sum to one.
+    compressor: the compressor that encodes a worker's value.
+    topology: a topology whose weights are the same in each round and whose rows sum to one.
     axis: the worker axes of the exchange.
 
   Raises:
-    ValueError: if rows of the weights do not sum to one, or the weights vary from round to round.
+    ValueError: if a row of the weights does not sum to one, or the weights vary from round to
+      round.
 
   Reference: Aysal, Coates, Rabbat 2008, IEEE Trans. Signal Processing 56(10); scheme (Q1-G) in
     Koloskova, Stich, Jaggi 2019, arXiv 1902.00340, section 3.2.
@@ -76,15 +78,16 @@ class Q2Gossip(QuantizedGossip, name="q2_gossip"):
 
       value_i = x_i + sum_j w_ij (C(x_j) - C(x_i))
 
-  Symmetric weights preserve the workers' mean, but the compression errors prevent consensus.
+  Symmetric weights preserve the mean over workers, but the compression errors prevent consensus.
 
   Args:
-    compressor: any compressor.
-    topology: a topology whose weights are constant and whose rows sum to one.
+    compressor: the compressor that encodes a worker's value.
+    topology: a topology whose weights are the same in each round and whose rows sum to one.
     axis: the worker axes of the exchange.
 
   Raises:
-    ValueError: if rows of the weights do not sum to one, or the weights vary from round to round.
+    ValueError: if a row of the weights does not sum to one, or the weights vary from round to
+      round.
 
   Reference: Carli, Fagnani, Frasca, Zampieri 2010, Automatica 46(1); scheme (Q2-G) in Koloskova,
     Stich, Jaggi 2019, arXiv 1902.00340, section 3.2.

@@ -1,8 +1,8 @@
-"""Collectives between workers, over the worker axes that are in scope.
+"""Defines collectives between workers, over the worker axes that are in scope.
 
-Every function runs per worker, under `vmap(axis_name=...)`, `shard_map` or `pmap`. `axes` names the
-worker axes of the exchange. Default axes that are not in scope are ignored, so the same code runs
-on meshes with and without slices.
+Every function runs on each worker, under `vmap(axis_name=...)`, `shard_map` or `pmap`. The argument
+`axes` names the worker axes of the exchange. Default axes that are not in scope are ignored, so the
+same code runs on meshes with and without slices.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ from research.core.base import EVERYONE, WORKER_AXES, Array, Key, Presence, Tree
 Axes = str | Sequence[str]
 _OWN = 0x776F726B
 _LANES = 128
-_SHORT = 2**16  # bytes: about the amount that a fast link transfers within a message's latency
+_SHORT = 2**16  # bytes: roughly what a fast link transfers during the latency of one message
 
 
 class NoAxis(ValueError):
-  """Reports that an exchange uses a mesh axis that is not in scope."""
+  """Raised if an exchange uses a mesh axis that is not in scope."""
 
 
 _NAMES: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar(
@@ -36,12 +36,13 @@ _NAMES: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def named(axes: Axes) -> Iterator[None]:
-  """Replaces the default worker axes by those of a user's own mesh while the context is active.
+  """Replaces the default worker axes with those of a user's own mesh while the context is active.
 
-  Exchanges over the default axes then use the user's axes; explicitly named axes are unchanged.
+  Exchanges over the default axes then use the user's axes; exchanges over explicitly named axes do
+  not change.
 
   Args:
-    axes: the name or names, slow links first; all these axes must be in scope.
+    axes: the name or names of the axes, slow links first; all of them must be in scope.
   """
   token = _NAMES.set((axes,) if isinstance(axes, str) else tuple(axes))
   try:
@@ -54,10 +55,11 @@ def in_scope(axes: Axes = WORKER_AXES) -> tuple[str, ...]:
   """Returns the names in `axes` that are in scope, in order.
 
   Args:
-    axes: one or more axis names; of the default axes, only some need to be in scope.
+    axes: one or more axis names. Some of the default axes may be missing from the scope.
 
   Raises:
-    NoAxis: a ValueError, if no axis is in scope, or an explicitly named axis is not in scope.
+    NoAxis: if no axis is in scope, or an explicitly named axis is not in scope. NoAxis is a
+      subclass of ValueError.
     ValueError: if a name is repeated.
   """
   names = (axes,) if isinstance(axes, str) else tuple(axes)
@@ -89,7 +91,7 @@ def _is_bound(name: str) -> bool:
 
 
 def worker_count(axes: Axes = WORKER_AXES) -> int:
-  """Returns W, the static number of workers.
+  """Returns the number of workers W, which is static.
 
   Args:
     axes: the worker axes.
@@ -98,7 +100,7 @@ def worker_count(axes: Axes = WORKER_AXES) -> int:
 
 
 def worker_index(axes: Axes = WORKER_AXES) -> Array:
-  """Returns this worker's index in [0, W) as int32; workers of a slice are consecutive.
+  """Returns this worker's index, int32 in [0, W); workers of a slice have consecutive indices.
 
   Args:
     axes: the worker axes.
@@ -109,7 +111,7 @@ def worker_index(axes: Axes = WORKER_AXES) -> Array:
 def are_summed(tree: Tree, axes: Axes = WORKER_AXES) -> bool:
   """Returns whether JAX has already summed any leaf over the workers.
 
-  With `check_vma=True`, the default, `shard_map` sums gradients of replicated parameters.
+  With `check_vma=True`, the default, `shard_map` sums the gradients of replicated parameters.
 
   Args:
     tree: this worker's arrays, such as gradients.
@@ -132,33 +134,35 @@ def worker_key(key: Key, axes: Axes = WORKER_AXES) -> Key:
 
 
 def key_of(key: Key, worker: Array) -> Key:
-  """Derives a worker's private key; adds a tag, because `fold_in(key, i)` equals `split(key)[i]`.
+  """Derives the private key of a worker from a shared key.
+
+  The key is tagged first, because `fold_in(key, i)` equals `split(key)[i]`.
 
   Args:
     key: a typed key, equal on all workers.
-    worker: int32, index of the worker.
+    worker: the index of the worker, int32.
   """
   return jax.random.fold_in(jax.random.fold_in(key, _OWN), worker)
 
 
 def round_keys(key: Key, number: Array) -> Key:
-  """Derives a round's keys for sync, local steps and client sampling, equal on all workers.
+  """Derives the keys of a round for sync, local steps and client sampling, equal on all workers.
 
   Args:
-    key: the run's typed key.
-    number: int32, index of the round.
+    key: the typed key of the run.
+    number: the index of the round, int32.
   """
   return jax.random.split(jax.random.fold_in(key, number), 3)
 
 
 def mean(tree: Tree, axes: Axes = WORKER_AXES, presence: Presence = EVERYONE) -> Tree:
-  """Averages over workers by one all-reduce per leaf; the result is equal on all workers.
+  """Averages over workers with one all-reduce per leaf; the result is equal on all workers.
 
       1/W sum_i weight_i x_i, where absent workers contribute zero
 
-  Floats of 16 bits or fewer are sent in their own dtype. These values are weighted and divided
-  before summation, since a product or a sum may overflow even if the mean does not. Values of
-  simulated workers are summed in float32; on devices, float16 values below 6e-8 W lose digits.
+  Floats of 16 bits or fewer are sent in their own dtype. They are weighted and divided before the
+  summation, since a product or a sum may overflow even if the mean does not. Values of simulated
+  workers are summed in float32. On devices, float16 values below 6e-8 W lose digits.
 
   Args:
     tree: this worker's arrays.
@@ -178,7 +182,7 @@ def mean(tree: Tree, axes: Axes = WORKER_AXES, presence: Presence = EVERYONE) ->
 
 
 def _mean_as(dtype: Any, x: Array, names: tuple[str, ...]) -> Array:
-  """Averages over workers; values are sent and returned in `dtype`, although x may be wider."""
+  """Averages over workers; sends and returns values in `dtype`, even if x is wider."""
   if not sending.is_narrow(jax.ShapeDtypeStruct((), dtype)):
     return lax.pmean(x, names)
   count = math.prod(lax.axis_size(name) for name in names)
@@ -203,10 +207,10 @@ def _mean_as(dtype: Any, x: Array, names: tuple[str, ...]) -> Array:
 
 
 def packed_mean(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
-  """Computes `mean` with one all-reduce per dtype, which suits trees of many small leaves.
+  """Computes `mean` with one all-reduce per dtype, which is faster for trees of many small leaves.
 
   Every message has a fixed startup cost. If leaves are sharded within a worker, apply this function
-  to the blocks of one device, because full leaves would have to be gathered first.
+  to the blocks of each device; otherwise, full leaves would have to be gathered first.
 
   Args:
     tree: this worker's arrays.
@@ -228,16 +232,16 @@ def total(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
 def gather(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
   """Gathers the arrays of all workers on every worker.
 
-  Short leaves of a dtype are sent as one message. TPU compilers turn the gather of a flat array
-  whose length is not a multiple of 128 into a sum of twice the bytes; long arrays are therefore
-  padded and sent as [n / 128, 128].
+  Short leaves of the same dtype are sent as one message. The TPU compiler turns the gather of a
+  flat array whose length is not a multiple of 128 into a sum, which sends twice as many bytes. Long
+  arrays are therefore padded and sent as [n / 128, 128].
 
   Args:
     tree: this worker's arrays.
     axes: the worker axes of the exchange.
 
   Returns:
-    Leaves [W, ...] in the order of `worker_index`, equal on all workers.
+    The tree with leaves [W, ...] in the order of `worker_index`, equal on all workers.
   """
   names, count = in_scope(axes), worker_count(axes)
 
@@ -250,22 +254,22 @@ def gather(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
       return found.reshape(count, -1)[:, : x.size]
     return found.reshape(count, *x.shape)
 
-  at_last = count // lax.axis_size(names[0])  # rows gathered before the last axis
+  at_last = count // lax.axis_size(names[0])  # number of rows gathered before the last axis
   return sending.packed(tree, sending.as_bits(sending.in_pieces(one, at_last)), longest=_SHORT)
 
 
 def exchange(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
   """Sends row i of each leaf to worker i, and receives this worker's row from every worker.
 
-  Short leaves of a dtype are sent as one message. A TPU interleaves flat rows in memory, but not
-  rows of arrays [W, n / 128, 128]; long rows are therefore padded to that shape.
+  Short leaves of the same dtype are sent as one message. A TPU interleaves flat rows in memory, but
+  not the rows of an array [W, n / 128, 128]; long rows are therefore padded to this shape.
 
   Args:
-    tree: leaves [W, ...].
+    tree: this worker's messages, with leaves [W, ...].
     axes: the worker axes of the exchange.
 
   Returns:
-    Leaves [W, ...]: row i was sent by worker i.
+    The received messages, with leaves [W, ...]; row i comes from worker i.
   """
   names = in_scope(axes)
   sizes = [lax.axis_size(name) for name in names]
@@ -277,7 +281,7 @@ def exchange(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
     found = jnp.pad(x, [(0, 0), (0, fill)]) if fill else x
     found = found.reshape(*sizes, *((-1, _LANES) if is_flat else x.shape[1:]))
     for place, name in enumerate(names):
-      # JAX 0.10.2 gives a wrong shape when it batches an operand that is equal on all workers
+      # JAX 0.10.2 returns a wrong shape when it batches an operand that is equal on all workers
       own = jnp.where(lax.axis_index(name) >= 0, found, found)
       found = lax.all_to_all(own, name, place, place)
     if is_flat:
@@ -289,18 +293,18 @@ def exchange(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
 
 
 def permute(tree: Tree, links: Sequence[tuple[int, int]], axes: Axes = WORKER_AXES) -> Tree:
-  """Sends this worker's message along a link, and receives the message sent to this worker.
+  """Sends this worker's message along its link, and receives the message sent to this worker.
 
   For simulated workers, this function uses its own batching rule, because JAX's rule requires every
-  worker to send, and drops one of two axes.
+  worker to send and drops one of two axes.
 
   Args:
     tree: this worker's message; the arrays may have any dtypes.
-    links: (sender, receiver) worker indices; no worker sends or receives twice.
+    links: the links, as (sender, receiver) worker indices; no worker may send or receive twice.
     axes: the worker axes of the exchange.
 
   Returns:
-    The message from this worker's sender; zeros if this worker has no sender.
+    The message from this worker's sender, or zeros if this worker has no sender.
   """
   names = in_scope(axes)
   sizes = [lax.axis_size(name) for name in names]

@@ -14,23 +14,23 @@ HEADERS = 14 + 20 + 32  # header bytes of a packet: Ethernet, IPv4, TCP with tim
 
 
 class Counters(NamedTuple):
-  """The files with the counters of a job's hosts."""
+  """Contains the paths of the files with the counters of a job's hosts."""
 
   interface: str
   files: tuple[str, ...]  # one file per host, in the format of /proc/net/dev
 
   def read(self) -> np.ndarray:
-    """Reads the current counters: int64 [hosts, NAMES]."""
+    """Reads the current counters, int64 [hosts, NAMES]."""
     return np.array([_of(self.interface, file) for file in self.files], np.int64)
 
   def settled(self) -> np.ndarray:
-    """Reads the counters after a collective's pending data has been sent, at the latest after 1 s.
+    """Reads the counters after a collective's pending data has been sent, or after at most 1 s.
 
-    A process returns from a collective when it has received all data, possibly before it has sent
-    all of its own data.
+    A process returns from a collective as soon as it has received all data, possibly before it has
+    sent all of its own data.
 
     Returns:
-      int64 [hosts, NAMES].
+      The counters, int64 [hosts, NAMES].
     """
     until, found = time.monotonic() + 1.0, self.read()
     while time.monotonic() < until:
@@ -42,7 +42,7 @@ class Counters(NamedTuple):
 
 
 def told(environ: Mapping[str, str]) -> Counters | None:
-  """Returns the counters that a launcher such as `launch/netlab.py` configured, or None.
+  """Returns the counters that a launcher such as `launch/netlab.py` has configured, or None.
 
   Args:
     environ: the environment variables.
@@ -61,14 +61,15 @@ def _of(interface: str, file: str) -> list[int]:
 
 
 def per_step(counted: np.ndarray, steps: int) -> list[dict[str, Any]]:
-  """Averages counters per step, and subtracts the headers from the bytes sent.
+  """Divides counters by the number of steps, and subtracts headers from the bytes sent.
 
   Args:
-    counted: differences of counters, int64 [hosts, NAMES].
-    steps: the number of steps during which the bytes were counted.
+    counted: the increases of the counters, int64 [hosts, NAMES].
+    steps: the number of steps that ran between the two readings.
 
   Returns:
-    For each host, the counters in NAMES and `tx_payload_bytes`, per step.
+    For each host, the counters in NAMES and `tx_payload_bytes`, each divided by the number of
+    steps.
   """
   means = (counted / max(1, steps)).tolist()
   rows: list[dict[str, Any]] = [dict(zip(NAMES, host, strict=True)) for host in means]

@@ -21,17 +21,17 @@ LOOPBACK = ("localhost", "127.0.0.1")
 
 
 def detect_cluster(environ: Mapping[str, str]) -> str | None:
-  """Detects the launcher that started this process as one of several.
+  """Detects which launcher started this process as one of several processes.
 
-  GKE lists the hosts of a TPU slice in TPU_WORKER_HOSTNAMES. On a Cloud TPU VM, recognized by the
-  presence of libtpu and of TPU devices, JAX queries the metadata server for the hosts, unless
+  GKE lists the hosts of a TPU slice in TPU_WORKER_HOSTNAMES. A Cloud TPU VM is recognized by libtpu
+  and its TPU devices; there, JAX queries the metadata server for the hosts, unless
   TPU_SKIP_MDS_QUERY is set.
 
   Args:
     environ: the environment variables.
 
   Returns:
-    'slurm', 'gke', 'tpu' or None.
+    The launcher, 'slurm', 'gke' or 'tpu'; None if none is detected.
 
   Raises:
     ValueError: if SLURM_NTASKS is not an integer.
@@ -57,25 +57,27 @@ def on_tpu_vm() -> bool:
 
 
 def initialize(coordinator: str = "", processes: int = 0, process_id: int = -1) -> int:
-  """Joins the processes of one job; call it before any other use of JAX's devices.
+  """Joins the processes of one job.
 
-  Arguments take precedence over JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID,
-  which take precedence over the launcher's environment (see `detect_cluster`). If no argument or
-  variable is set, the job has a single process. CPU processes communicate through gloo, GPUs
-  through NCCL, and TPUs over ICI and the data-centre network.
+  Call this function before any other use of JAX's devices.
+
+  The arguments take precedence over the variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+  JAX_PROCESS_ID. These variables take precedence over the launcher's environment (see
+  `detect_cluster`). If no argument or variable is set, the job has a single process. CPU processes
+  communicate through gloo, GPUs through NCCL, and TPUs over ICI and the data-centre network.
 
   Args:
-    coordinator: HOST:PORT of process 0, reachable from all processes.
-    processes: number of processes.
-    process_id: index of this process, in [0, processes).
+    coordinator: the address HOST:PORT of process 0, which all processes must be able to reach.
+    processes: the number of processes.
+    process_id: the index of this process, in [0, processes).
 
   Returns:
     The number of processes.
 
   Raises:
     ValueError: if the arguments or variables are incomplete or inconsistent, process 0 cannot
-      listen at the port, or process 0 is not reachable within JOIN_SECONDS. If another process does
-      not join in time, process 0 prints an error and exits with code 2.
+      listen on the port, or process 0 cannot be reached within JOIN_SECONDS. If another process
+      does not join in time, process 0 prints an error and exits with code 2.
   """
   if not (coordinator or processes or process_id >= 0):
     coordinator, processes, process_id = _of_environment(os.environ)
@@ -107,7 +109,7 @@ def initialize(coordinator: str = "", processes: int = 0, process_id: int = -1) 
 def _of_environment(environ: Mapping[str, str]) -> tuple[str, int, int]:
   """Reads the settings from the launcher's variables; missing settings become '', 0 and -1.
 
-  An address without other settings is ignored, because JAX itself uses that variable on clusters
+  An address without other settings is ignored, because JAX itself reads that variable on clusters
   that provide the other settings.
   """
   numbers = {name: environ.get(name, "") for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")}
@@ -132,7 +134,7 @@ def _check_explicit(coordinator: str, processes: int, process_id: int) -> None:
 
 
 def _check_port(host: str, port: int) -> None:
-  """Rejects a port at which JAX's service cannot listen, since JAX would abort with a core dump."""
+  """Rejects a port on which JAX's service cannot listen, since JAX would abort with a core dump."""
   with socket.socket() as tried:
     tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -142,7 +144,7 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _wait_for(host: str, port: int) -> None:
-  """Waits until process 0 listens at its port."""
+  """Waits until process 0 listens on its port."""
   until = time.monotonic() + JOIN_SECONDS
   while True:
     try:
@@ -157,7 +159,7 @@ def _wait_for(host: str, port: int) -> None:
 
 @contextlib.contextmanager
 def _patience(waits: str) -> Iterator[None]:
-  """Reports a long wait, and exits after JOIN_SECONDS, before JAX would abort the process."""
+  """Reports a long wait; exits after JOIN_SECONDS, because JAX would abort the process later."""
 
   def give_up() -> NoReturn:
     print(f"error: {waits}, not all joined within {JOIN_SECONDS} s", file=sys.stderr, flush=True)

@@ -13,7 +13,7 @@ from research.core import blame, checks
 from research.core.base import WORKER_AXES
 from research.core.text import QUOTED, listed, one_line, whole_number
 
-# Axes within a worker, slow links first. `stage` partitions the sequence of layers. The other axes
+# Axes within a worker, slow links first. `stage` divides the layers into stages. The other axes
 # divide arrays: `fsdp` shards the parameters and the batch, `expert` shards the experts of a
 # mixture, `seq` shards the tokens of examples, and `model` shards each layer.
 INNER_AXES = ("stage", "fsdp", "expert", "seq", "model")
@@ -23,10 +23,10 @@ def parse_mesh(spec: str) -> dict[str, int]:
   """Parses 'slice:2,data:4,fsdp:2' into {'slice': 2, 'data': 4, 'fsdp': 2}.
 
   Args:
-    spec: AXIS:SIZE entries, separated by commas, in any order.
+    spec: the entries AXIS:SIZE, separated by commas, in any order.
 
   Returns:
-    Axis sizes by name, slow links first; `data` has size 1 if the spec does not contain `data`.
+    The axis sizes by name, slow links first; `data` has size 1 if the spec does not contain it.
 
   Raises:
     ValueError: if an axis is unknown or repeated, or a size is not a positive integer.
@@ -50,19 +50,19 @@ def parse_mesh(spec: str) -> dict[str, int]:
 
 
 def worker_axes(axes: Mapping[str, int]) -> dict[str, int]:
-  """Returns the axes of a mesh over which workers are distributed, with their sizes.
+  """Returns the sizes of the worker axes of a mesh, by name.
 
   Args:
-    axes: axis sizes by name.
+    axes: the axis sizes of the mesh, by name.
   """
   return {name: size for name, size in axes.items() if name in WORKER_AXES}
 
 
 def count(axes: Mapping[str, int]) -> int:
-  """Returns the number of devices of a mesh, the product of its sizes.
+  """Returns the number of devices of a mesh, the product of its axis sizes.
 
   Args:
-    axes: axis sizes by name.
+    axes: the axis sizes of the mesh, by name.
   """
   return math.prod(axes.values())
 
@@ -71,12 +71,12 @@ def device_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -
   """Builds a mesh over the first devices; all axes have type Auto.
 
   Args:
-    axes: axis sizes by name, slow links first.
-    devices: the devices to use; by default all devices.
+    axes: the axis sizes by name, slow links first.
+    devices: the devices to use; None means all devices.
 
   Raises:
-    ValueError: if there are too few devices, or if there are several processes and too many
-      devices, since each process must own a part of the mesh.
+    ValueError: if there are too few devices; or if there are several processes and more devices
+      than the mesh needs, since each process must own a part of the mesh.
   """
   devices = jax.devices() if devices is None else devices
   wanted, spare = count(axes), len(devices) - count(axes)
@@ -113,14 +113,14 @@ def device_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -
 def simulation_mesh(workers: int, devices: Sequence[Any] | None = None) -> Mesh:
   """Builds a one-dimensional mesh 'data' for simulated workers.
 
-  Its size is the largest number of devices that divides the number of workers.
+  The size of the mesh is the largest number of devices that divides the number of workers.
 
   Args:
-    workers: number of simulated workers.
-    devices: the devices to use; by default all devices.
+    workers: the number of simulated workers.
+    devices: the devices to use; None means all devices.
 
   Raises:
-    ValueError: if there are several processes and a device would have no worker.
+    ValueError: if there are several processes, and a device would have no worker.
   """
   devices = jax.devices() if devices is None else devices
   size = max(n for n in range(1, len(devices) + 1) if workers % n == 0)
@@ -130,7 +130,9 @@ def simulation_mesh(workers: int, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def runs_on_cpu(mesh: Mesh) -> bool:
-  """Returns whether all devices of a mesh are CPUs; the devices may be targets of compilation only.
+  """Returns whether all devices of a mesh are CPUs.
+
+  The devices may exist only as compilation targets.
 
   Args:
     mesh: the mesh.
@@ -139,7 +141,7 @@ def runs_on_cpu(mesh: Mesh) -> bool:
 
 
 def like(device: Any) -> AbstractMesh:
-  """Returns a mesh without axes that sets the target platform of code traced under it.
+  """Returns a mesh without axes, under which code is traced for the platform of a device.
 
   Args:
     device: a device of the target platform.
@@ -149,15 +151,15 @@ def like(device: Any) -> AbstractMesh:
 
 
 def options_for_sums(mesh: Mesh, elements: int) -> dict[str, str | bool] | None:
-  """Returns compiler options with which a CPU sums an array faster over its leading axis.
+  """Returns compiler options with which CPUs sum an array over its leading axis faster.
 
-  XLA:CPU before jaxlib 0.12 calls a library for such a sum. The library needs 40 times as long as
+  Before jaxlib 0.12, XLA:CPU calls a library for such a sum. The library takes 40 times as long as
   XLA's own loops (31 ms instead of 0.7 ms for [8, 1024, 1024]), but is not slower for small sums.
-  With the options, XLA uses its own loops.
+  With these options, XLA uses its own loops.
 
   Args:
     mesh: the mesh to compile for.
-    elements: number of elements of the sum's operand.
+    elements: the number of elements of the array.
 
   Returns:
     The options, or None if none are needed.

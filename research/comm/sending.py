@@ -1,4 +1,4 @@
-"""Wraps collectives: sends arrays as bits, in pieces or packed, and handles simulated workers."""
+"""Wraps collectives to send arrays as bits, in pieces or packed, and to simulate workers."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from jax import lax
 
 from research.core.base import Array, Tree, platform
 
-PIECE = 2**18  # bytes: maximum size of one gloo message, see `in_pieces`
+PIECE = 2**18  # bytes: maximum size of a gloo message, see `in_pieces`
 
 
 def is_narrow(x: Array | jax.ShapeDtypeStruct) -> bool:
@@ -19,10 +19,10 @@ def is_narrow(x: Array | jax.ShapeDtypeStruct) -> bool:
 
 
 def as_bits(send: Callable[[Array], Array]) -> Callable[[Array], Array]:
-  """Wraps `send` to send narrow floats as bits where XLA would widen them (bfloat16 on CPUs).
+  """Wraps `send` to send narrow floats as bits if XLA would widen them (bfloat16 on CPUs).
 
   Args:
-    send: maps an array to an array of the same dtype, without arithmetic.
+    send: a function that maps an array to an array of the same dtype, without arithmetic.
   """
 
   def one(x):
@@ -37,16 +37,17 @@ def as_bits(send: Callable[[Array], Array]) -> Callable[[Array], Array]:
 def in_pieces(
   send: Callable[[Array], Array], share: float = 1, lead: int = 0
 ) -> Callable[[Array], Array]:
-  """Wraps `send` to send long arrays in pieces, if gloo transfers the arrays between processes.
+  """Wraps `send` to send long arrays in pieces if gloo transfers them between processes.
 
-  Gloo serializes the two directions of exchanges above 0.5 MB: sending 1 MB in each direction took
-  127 ms at 100 Mbit/s, and 0.25 MB took 21 ms. Sums are not split here, because gloo splits sums
-  itself.
+  Gloo serializes the two directions of exchanges above 0.5 MB: at 100 Mbit/s, sending 1 MB in each
+  direction took 127 ms, and sending 0.25 MB took 21 ms. Sums do not need this function, because
+  gloo splits sums itself.
 
   Args:
-    send: maps an array [*first, n] to [*any, n], independently for each index of the last axis.
-    share: the ratio of the size of a message to another worker to the array's size.
-    lead: number of dimensions of `first`.
+    send: a function that maps an array [*first, n] to [*any, n], independently for each index of
+      the last axis.
+    share: the size of a message to another worker, as a fraction of the array's size.
+    lead: the number of dimensions of `first`.
   """
 
   def one(x):
@@ -68,13 +69,14 @@ def in_pieces(
 def packed(
   tree: Tree, send: Callable[[Array], Array], lead: int = 0, longest: float = math.inf
 ) -> Tree:
-  """Applies `send` to each leaf; leaves of one dtype up to `longest` bytes are concatenated first.
+  """Applies `send` to each leaf, after concatenating short leaves of the same dtype.
 
   Args:
-    tree: arrays whose first `lead` dimensions are equal.
-    send: maps an array [*first, n] to [*any, n], independently for each index of the last axis.
-    lead: number of dimensions of `first`.
-    longest: maximum size in bytes of a leaf that is concatenated.
+    tree: the arrays; their first `lead` dimensions must be equal.
+    send: a function that maps an array [*first, n] to [*any, n], independently for each index of
+      the last axis.
+    lead: the number of dimensions of `first`.
+    longest: the maximum size of a leaf to concatenate, in bytes.
   """
   leaves, treedef = jax.tree.flatten(tree)
   messages: dict[Any, list[int]] = {}
@@ -105,11 +107,12 @@ def by_axis(
   names: tuple[str, ...],
   is_shared: bool,
 ) -> Array:
-  """Computes `send(x)`, with a custom batching rule if `vmap` simulates one of the worker axes.
+  """Computes `send(x)`, with its own batching rule if `vmap` simulates one of the worker axes.
 
   Args:
-    send: the collective of one worker.
-    simulated: (size, x [size, ...], index of the simulated axis in `names`) -> results [size, ...].
+    send: the collective that one worker runs.
+    simulated: a function of (size, x [size, ...], index of the simulated axis in `names`) that
+      computes the results of all simulated workers, [size, ...].
     x: this worker's array.
     names: the worker axes in scope.
     is_shared: whether the result is equal on all workers and has no leading dimension.
@@ -117,7 +120,7 @@ def by_axis(
 
   @jax.custom_batching.custom_vmap
   def of_worker(x, places):
-    del places  # tells the batching rule which worker axis, if any, is simulated
+    del places  # shows the batching rule which worker axis is simulated, if any
     return send(x)
 
   @of_worker.def_vmap

@@ -1,7 +1,7 @@
-"""Communication graphs: the mixing weights of links between workers, and the spectral gaps."""
+"""Defines communication graphs with the mixing weights of their links, and spectral gaps."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY
 from typing import ClassVar, NamedTuple
 
@@ -13,26 +13,27 @@ _TOLERANCE = 1e-6
 
 
 class Shift(NamedTuple):
-  """All links with the same offset between sender and receiver, modulo W."""
+  """Contains all links with the same offset between sender and receiver, modulo W."""
 
-  offset: int  # worker i receives from worker i - offset, modulo W; 0: its own value
-  weights: np.ndarray  # [W], w_ij of the value that worker i receives; 0: no link
+  offset: int  # worker i receives from worker i - offset, modulo W; 0 means its own value
+  weights: np.ndarray  # [W], weight w_ij of the value that worker i receives; 0 means no link
 
 
 class Topology(Part):
-  """Mixing weights for any number of workers, for each round of a period.
+  """Defines the mixing weights for any number of workers and for each round of a period.
 
-  In x_i <- sum_j w_ij x_j, worker i receives from the workers j with w_ij > 0. Columns always sum
-  to one, so the sum over workers is preserved.
+  In x_i <- sum_j w_ij x_j, worker i receives from the workers j with w_ij > 0. Each column of w
+  sums to one, so the sum over workers is preserved.
   """
 
   symmetric: ClassVar[bool] = True  # w_ij = w_ji
-  balanced: ClassVar[bool] = True  # rows also sum to one, so consensus is preserved
+  balanced: ClassVar[bool] = True  # each row also sums to one, so consensus is preserved
   varying: ClassVar[bool] = False  # True: the period may be longer than one round
+  drawn: ClassVar[bool] = False  # True: in each round, the shared key draws one round of the period
 
   @required
   def rounds(self, count: int) -> list[list[Shift]]:
-    """Returns the links of each round of the period, which repeats.
+    """Returns the links of each round of a period, which repeats unless the rounds are drawn.
 
     Args:
       count: W, the number of workers.
@@ -91,7 +92,10 @@ torus = Torus
 
 
 class Complete(Undirected, name="complete"):
-  """The complete graph with weights 1/W: a round gives the mean; a worker sends W - 1 trees."""
+  """The complete graph with weights 1/W.
+
+  A round gives the exact mean; each worker sends W - 1 trees.
+  """
 
   def neighbours(self, count):
     return [set(range(count)) for _ in range(count)]
@@ -113,8 +117,8 @@ star = Star
 class Exponential(Topology, name="exponential"):
   """The static exponential graph: worker i sends to i + 1, i + 2, i + 4, ...
 
-  Each worker has t = ceil(log2 W) links, with weights 1 / (t + 1). The spectral gap is 2 / (t + 1)
-  for even W, so it decreases only with the logarithm of W.
+  Each worker has t = ceil(log2 W) links, with weights 1 / (t + 1). For even W, the spectral gap is
+  2 / (t + 1), which decreases only with the logarithm of W.
 
   Reference: Ying, Yuan, Chen, Hu, Pan, Yin 2021, arXiv 2110.13363.
   """
@@ -133,8 +137,8 @@ exponential = Exponential
 class OnePeerExponential(Topology, name="one_peer_exponential"):
   """The one-peer exponential graph: in round k, worker i sends to i + 2^(k mod t) only.
 
-  A worker's own value and the received value have weights 1/2, and t = ceil(log2 W). If W is a
-  power of two, t rounds give the exact mean, with one tree sent per round.
+  The worker's own value and the received value each have weight 1/2, and t = ceil(log2 W). If W is
+  a power of two, t rounds give the exact mean, and each worker sends one tree per round.
 
   Reference: Ying, Yuan, Chen, Hu, Pan, Yin 2021, arXiv 2110.13363.
   """
@@ -151,17 +155,44 @@ class OnePeerExponential(Topology, name="one_peer_exponential"):
 one_peer_exponential = OnePeerExponential
 
 
+class RandomPairs(Topology, name="random_pairs"):
+  """Random pairs of workers: the shared key draws a perfect matching in each round.
+
+  The two workers of a pair average their values with weights 1/2. The matchings are the W - 1
+  rounds of a round-robin tournament, in which every pair meets once: in round r, workers i and j
+  with i + j = 2 r modulo W - 1 are paired, and worker W - 1 is paired with worker r. A drawn
+  matching contains each pair with probability 1 / (W - 1), like a uniformly random matching. The
+  expected squared distance from the mean therefore decreases by the same factor, 1 - W / (2 (W -
+  1)). A program contains all W - 1 matchings as permutations, and each round runs one of them: a
+  worker sends one tree per round, for any W. If W is odd, there are W matchings, one worker rests
+  in each of them, and the factor is 1/2.
+
+  Reference: Boyd, Ghosh, Prabhakar, Shah 2006, IEEE Trans. Information Theory 52(6) (random pairs).
+  """
+
+  varying = True
+  drawn = True
+
+  def rounds(self, count):
+    if count == 1:
+      return [[Shift(0, np.ones(1))]]
+    return [_paired(count, _matching(count, number)) for number in range(count - 1 + count % 2)]
+
+
+random_pairs = RandomPairs
+
+
 class Weights(Topology, name="weights"):
-  """User-defined weights: w_ij, in row i and column j, weights the value that i receives from j.
+  """A graph with user-defined weights: w_ij is the weight of the value that i receives from j.
 
   Args:
-    matrix: W rows of W nonnegative numbers; each row and each column sums to one.
-    directed: if True, only the columns must sum to one, which suffices for `push_sum` and `sgp`.
+    matrix: the weights, W rows of W nonnegative numbers; each row and each column sums to one.
+    directed: whether only the columns must sum to one, which suffices for `push_sum` and `sgp`.
 
   Raises:
-    ValueError: if the matrix is not square, has a negative number, a sum other than one, a worker
-      that does not reach all other workers, or a spectral gap of zero; at trace time, if the number
-      of workers is not W.
+    ValueError: if the matrix is not square, has a negative number, has a row or column that does
+      not sum to one, has a worker that does not reach all other workers, or has a spectral gap of
+      zero; or, at trace time, if the number of workers is not W.
   """
 
   matrix: Sequence[Sequence[float]]
@@ -178,7 +209,7 @@ class Weights(Topology, name="weights"):
 
   @property
   def array(self) -> np.ndarray:
-    """The matrix, float64 [W, W]."""
+    """Returns the matrix, float64 [W, W]."""
     return np.array(self.matrix, np.float64)
 
   @property
@@ -208,7 +239,7 @@ def mixing(topology: Topology, count: int) -> np.ndarray:
     count: W, the number of workers.
 
   Returns:
-    float64 [period, W, W].
+    The matrices, float64 [period, W, W].
   """
   every = np.zeros((len(topology.rounds(count)), count, count))
   for matrix, shifts in zip(every, topology.rounds(count), strict=True):
@@ -218,37 +249,67 @@ def mixing(topology: Topology, count: int) -> np.ndarray:
 
 
 def spectral_gap(matrices: np.ndarray) -> float:
-  """Computes 1 - |lambda_2| for the product of the mixing matrices of a period.
+  """Computes the spectral gap 1 - |lambda_2| of the product of a period's mixing matrices.
 
-  The gap is 0 if the workers never reach consensus, and 1 if a single period gives consensus.
+  The gap is 0 if the workers never reach consensus, and 1 if they reach it in a single period.
 
   Args:
-    matrices: [period, W, W], as returned by `mixing`.
+    matrices: the mixing matrices [period, W, W], as returned by `mixing`.
   """
   product = np.linalg.multi_dot([np.eye(matrices.shape[1]), *matrices[::-1]])
   sizes = np.sort(np.abs(np.linalg.eigvals(product)))
   return float(1 - sizes[-2]) if len(sizes) > 1 else 1.0
 
 
+def gap_of(topology: Topology, count: int) -> float:
+  """Computes the spectral gap of a period or, if rounds are drawn, of the mean mixing matrix.
+
+  If the drawn matrices are matchings, the gap of their mean is the expected relative decrease of
+  the squared distance from the mean in one round.
+
+  Args:
+    topology: the graph.
+    count: W, the number of workers.
+  """
+  every = mixing(topology, count)
+  return spectral_gap(every.mean(0, keepdims=True) if topology.drawn else every)
+
+
 def describe(topology: Topology, count: int) -> str:
-  """Describes a topology of `count` workers in one line: links per worker, and spectral gap.
+  """Describes a topology in one line: the number of links per worker, and the spectral gap.
 
   Args:
     topology: the graph and its weights.
-    count: number of workers.
+    count: W, the number of workers.
   """
   every = mixing(topology, count)
   links = np.count_nonzero(every * (1 - np.eye(count))) / (len(every) * count)
-  period = f"a period of {len(every)} rounds" if topology.varying else "a round"
-  gap = spectral_gap(every)
+  repeats = topology.varying and not topology.drawn
+  period = f"a period of {len(every)} rounds" if repeats else "a round"
+  gap = gap_of(topology, count)
   return (
     f"{topology.title} of {count} workers: {links:.3g} links each, spectral gap {gap:.3g} {period}"
   )
 
 
 def _powers(count: int) -> list[int]:
-  """Returns the powers 1, 2, 4, ... below W."""
+  """Returns the powers of two below W: 1, 2, 4, ..."""
   return [2**k for k in range((count - 1).bit_length())]
+
+
+def _matching(count: int, number: int) -> list[tuple[int, int]]:
+  """Returns the pairs of one round of a round-robin tournament."""
+  last = count - 1 + count % 2  # an even number of players, the last of whom may be missing
+  partner = lambda i: (2 * number - i) % last
+  pairs = [(i, partner(i)) for i in range(last) if i < partner(i)]
+  return pairs if count % 2 else [*pairs, (number, last)]
+
+
+def _paired(count: int, pairs: Iterable[tuple[int, int]]) -> list[Shift]:
+  """Returns the links of a round in which pairs average and all other workers rest."""
+  both = [(i, j) for pair in pairs for i, j in (pair, pair[::-1])]
+  links = {(i, i): 1.0 for i in range(count)} | {(i, i): 0.5 for i, _ in both}
+  return _shifts(count, links | dict.fromkeys(both, 0.5))
 
 
 def _shifts(count: int, links: Mapping[tuple[int, int], float]) -> list[Shift]:

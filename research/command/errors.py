@@ -1,4 +1,4 @@
-"""Ends a failed command with an error line and an exit code; errors in user code keep a traceback.
+"""Ends a failed command with an error line and an exit code; errors in user code show a traceback.
 
 Exit codes:
   0: the command is done, or the run was saved after SIGTERM.
@@ -35,7 +35,7 @@ def fail(code: int, line: str, error: BaseException | None = None) -> NoReturn:
   Args:
     code: the exit code.
     line: the error message.
-    error: the exception whose traceback is printed.
+    error: the exception whose traceback is printed if --debug is set.
   """
   if error is not None and debugging():
     traceback.print_exception(error)
@@ -44,15 +44,15 @@ def fail(code: int, line: str, error: BaseException | None = None) -> NoReturn:
 
 
 def debugging() -> bool:
-  """Returns whether --debug is defined and set."""
+  """Returns whether the flag --debug is defined and set."""
   return FLAGS.is_parsed() and "debug" in FLAGS and bool(FLAGS.debug)
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-  """Context manager that converts expected errors to one line on stderr and an exit code.
+  """Converts expected errors in this context to one line on stderr and an exit code.
 
-  An error in a user's own code keeps its traceback, which follows one line that names the function.
+  For an error in a user's own code, one line names the function, and the traceback follows.
   """
   before = signal.signal(signal.SIGTERM, terminated)
   try:
@@ -64,11 +64,11 @@ def one_line_errors() -> Iterator[None]:
     yield
   except KeyboardInterrupt:
     interrupted()
-  except Exception as error:  # every error is reported by a line or by its traceback
+  except Exception as error:  # every error is reported, by a line or by its traceback
     if code := expected(error):
       fail(5 if paths.is_full(error) else code, str(error), error)
     known = foreseen(error)
-    if joined():  # after any error, a process of a multi-process job must not keep running
+    if joined():  # after an error, a process of a multi-process job must not continue
       leave(error, known)
     if known:
       fail(*known, error)
@@ -79,7 +79,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def terminated(number: int, frame: Any) -> NoReturn:
-  """Handles SIGTERM before `signals.watch` does.
+  """Handles SIGTERM until `signals.watch` takes over.
 
   Args:
     number: the number of the signal.
@@ -96,7 +96,7 @@ def interrupted() -> NoReturn:
 
 
 def expected(error: Exception) -> int:
-  """Returns the exit code of an expected error of a run; 0 for any other error.
+  """Returns the exit code for an expected error of a run; 0 for any other error.
 
   Args:
     error: the exception.
@@ -111,14 +111,14 @@ def expected(error: Exception) -> int:
 
 
 def joined() -> bool:
-  """Returns whether this process is one of several processes of a job."""
+  """Returns whether this process belongs to a job of several processes."""
   import jax
 
   return jax.distributed.is_initialized()
 
 
 def report_fault(error: Exception) -> None:
-  """Prints the function of the user's own code that failed, if there is one.
+  """Prints which function of the user's own code failed, if the error is in such code.
 
   Args:
     error: the exception.
@@ -128,7 +128,7 @@ def report_fault(error: Exception) -> None:
 
 
 def foreseen(error: Exception) -> tuple[int, str] | None:
-  """Returns the exit code and message for an error of the machine; None for any other error.
+  """Returns the exit code and the message for an error of the machine; None for any other error.
 
   Args:
     error: the exception.
@@ -159,7 +159,7 @@ def leave(error: Exception, known: tuple[int, str] | None) -> NoReturn:
 
   Args:
     error: the exception.
-    known: the result of `foreseen`.
+    known: the result of `foreseen` for this exception.
   """
   if known:
     if debugging():

@@ -1,4 +1,4 @@
-"""Defines the flags of a run, one per field of `Config`, and parses the command line."""
+"""Defines the flags of a run (one flag per field of `Config`) and parses the command line."""
 
 import dataclasses
 import sys
@@ -56,9 +56,9 @@ def launch(
   """Parses the flags and calls a command's main function, as absl does.
 
   Args:
-    main: called with a list that contains the program's name.
-    doc: text that --help prints before the flags.
-    argv: the command line; None for the command line of this process.
+    main: the main function; its argument is a list that contains the program's name.
+    doc: the text that --help prints before the flags.
+    argv: the command line; None means the command line of this process.
   """
   try:
     app.run(main, argv, flags_parser=lambda argv: parse_flags(argv, doc))
@@ -67,11 +67,11 @@ def launch(
 
 
 def parse_flags(argv: list[str], doc: str | None = None) -> list[str]:
-  """Parses the command line; for an invalid flag, prints an error line and exits with code 2.
+  """Parses the command line; if a flag is invalid, prints an error line and exits with code 2.
 
   Args:
-    argv: the command line, with the program's name.
-    doc: text that --help prints before the flags.
+    argv: the command line, including the program's name.
+    doc: the text that --help prints before the flags.
   """
   streams.prepare()
   if {"--help", "-help", "-h"} & set(argv[1:]):
@@ -94,7 +94,7 @@ def parse_flags(argv: list[str], doc: str | None = None) -> list[str]:
 
 
 def batch_size(text: str) -> int | str:
-  """Parses a value of --batch_size: a positive whole number or 'all'."""
+  """Parses a value of --batch_size, a positive integer or 'all'."""
   size = whole_number(text)
   if text != "all" and not 0 < (size or 0) < 2**31:
     near = checks.nearest(text, ["all"])

@@ -2,11 +2,11 @@
 
     python experiments/run.py --task="digits()" --method="data_parallel(adam(1e-3), mean())"
 
-`distopt` is the same command for an installed package. Run the same command again to resume the
-run, or to see the result of a complete run. --replay=FOLDER recomputes a run of --executor=server
-from its trace. Exit codes: 0: done, or saved after SIGTERM; 1: replicas differ; 2: a flag is
-invalid; 3: no checkpoint is readable; 4: a value is not finite; 5: the disk is full; 130: saved
-after Ctrl-C; 143: terminated before the run had anything to save.
+If the package is installed, `distopt` is the same command. Run a command again to resume the run,
+or to see the result of a complete run. --replay=FOLDER recomputes a run of --executor=server from
+its trace. Exit codes: 0: done, or saved after SIGTERM; 1: replicas differ; 2: a flag is invalid; 3:
+no checkpoint is readable; 4: a value is not finite; 5: the disk is full; 130: saved after Ctrl-C;
+143: terminated before the run had anything to save.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ FLAGS = flags.FLAGS
 
 
 def run() -> None:
-  """Defines the flags and runs the program."""
+  """Defines the flags and runs the command."""
   define_flags()
   text = "Prints the sharding of each leaf of the state and exits; the devices need not exist."
   flags.DEFINE_bool("explain_sharding", False, text)
@@ -63,10 +63,10 @@ def main(argv: list[str]) -> None:
 
 
 def trainer(config: Config) -> Callable[[Config], tuple[dict[str, Any], Path]]:
-  """Returns the function that trains a run, either with the loop or with the parameter server.
+  """Returns the function that trains a run, with either the training loop or a parameter server.
 
   Args:
-    config: the run.
+    config: the configuration of the run.
   """
   if config.executor == "server":
     from research.server import driver
@@ -88,10 +88,10 @@ def explain_sharding() -> NoReturn:
 
 
 def replay(config: Config) -> NoReturn:
-  """Recomputes a server's run from its trace, compares the parameters, and exits.
+  """Recomputes a parameter server's run from its trace, compares the parameters, and exits.
 
   Args:
-    config: the configuration from the flags, which contains --out.
+    config: the configuration from the flags, including --out.
   """
   from research.server import replay
   from research.training import folder as folders

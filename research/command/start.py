@@ -1,4 +1,4 @@
-"""Prepares a command: sets up logging, caching, plugins, other processes and the results folder."""
+"""Prepares a command: logging, caching, plugins, other processes and the results folder."""
 
 import os
 import sys
@@ -17,7 +17,7 @@ FLAGS = flags.FLAGS
 
 
 def start() -> Config:
-  """Prepares this process according to its flags, and joins the job's other processes.
+  """Prepares this process according to its flags, and joins the other processes of the job.
 
   Returns:
     The configuration of the run.
@@ -39,9 +39,9 @@ def start() -> Config:
 
 
 def import_modules() -> None:
-  """Imports the modules of --import, and reports each module that registers nothing.
+  """Imports the modules that --import names, and reports each module that registers nothing.
 
-  An error in a module is shown with its traceback.
+  If a module raises an error, its traceback is shown.
 
   Raises:
     UsageError: if a module does not exist, or registers a name that is already registered.
@@ -64,10 +64,11 @@ def import_modules() -> None:
 
 
 def use_compilation_cache(folder: str) -> None:
-  """Caches compiled programs on disk, so that the same command starts faster the next time.
+  """Caches compiled programs on disk, so that the next run of the same command starts faster.
 
   Args:
-    folder: the cache's folder; '' for the user's cache folder, if there is one; 'off' for no cache.
+    folder: the folder of the cache; '' means the user's cache folder, if there is one; 'off' means
+      no cache.
 
   Raises:
     UsageError: if the path is invalid or does not lead to a folder.
@@ -93,12 +94,12 @@ def use_compilation_cache(folder: str) -> None:
 
 
 def results_folder(name: str, text: str, default: str = "") -> Path:
-  """Returns the folder for a command's results, after checking that it is writable.
+  """Returns the folder for the results of a command, after checking that it is writable.
 
   Args:
-    name: name of the flag.
+    name: the name of the flag.
     text: the flag's value.
-    default: the folder if the value is ''.
+    default: the folder to use if the value is ''.
 
   Raises:
     UsageError: if a flag is invalid; the message names the flag.

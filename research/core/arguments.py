@@ -12,7 +12,7 @@ from research.core.builtin import TABLE
 from research.core.spec import Call
 from research.core.text import QUOTED, one_line, quoted, shortened
 
-# Legal ranges of optax parameters that optax itself does not check.
+# Legal ranges of those optax parameters that optax itself does not check.
 _RANGES = {
   **dict.fromkeys(("learning_rate", "peak_value", "max_norm", "max_delta", "clipping"), "(0, inf)"),
   **dict.fromkeys(("init_value", "end_value", "weight_decay", "eps", "eps_root"), "[0, inf)"),
@@ -23,25 +23,25 @@ Build = Callable[[Sequence[str], Call], Any]  # (kinds, call) -> the object
 
 
 class UnknownName(ValueError):
-  """A name is unknown for all of the given kinds."""
+  """Raised if a name is unknown for all of the given kinds."""
 
 
 def matched(
   call: Call, parameters: Mapping[str, inspect.Parameter], build: Build
 ) -> tuple[list[Any], dict[str, Any]]:
-  """Matches a call's arguments to a factory's parameters, building nested calls by their kind.
+  """Matches the arguments of a call to a factory's parameters, and builds nested calls.
 
   Args:
     call: the parsed call.
-    parameters: the factory's parameters, without those that a spec must not set.
-    build: builds a nested call of one of the given kinds.
+    parameters: the factory's parameters by name, except those that a spec must not set.
+    build: a function that builds a nested call as an object of one of the given kinds.
 
   Returns:
     The positional and the keyword arguments.
 
   Raises:
-    ValueError: if an argument is invalid; the message is one line with the value, the legal set and
-      the closest name.
+    ValueError: if an argument is invalid; the message is one line that contains the value, the
+      legal set and the closest name.
   """
   positional = [p for p in parameters.values() if p.kind != p.KEYWORD_ONLY]
   if positional and positional[-1].kind == inspect.Parameter.VAR_POSITIONAL:
@@ -160,7 +160,7 @@ def _matches(value: Any, annotation: Any) -> bool:
 
 
 def described(annotation: Any) -> str:
-  """Describes a parameter's type in words: 'a number or a schedule'.
+  """Describes a parameter's type in words, such as 'a number or a schedule'.
 
   Args:
     annotation: the parameter's type.

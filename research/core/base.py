@@ -1,4 +1,4 @@
-"""Interfaces of exchanges: compressors, aggregators, and their traits."""
+"""Defines the interfaces of compressors and aggregators, and their traits."""
 
 import enum
 import functools
@@ -19,15 +19,15 @@ Params = Tree
 State = Tree
 
 # The mesh axes over which workers are distributed, slow links first. Workers of one `slice` (a TPU
-# slice, a node) are connected by fast links; slices are connected by slow links. All other mesh
-# axes are within a worker.
+# slice, a node) are connected by fast links, and slices by slow links. All other mesh axes are
+# within a worker.
 WORKER_AXES = ("slice", "data")
 
 
 def platform() -> str:
   """Returns the target platform of the program being traced: 'cpu', 'gpu' or 'tpu'.
 
-  The target is the platform of the mesh in scope, whose devices need not exist on this machine
+  The target is the platform of the mesh in scope. Its devices need not exist on this machine
   (ahead-of-time compilation). Without a mesh, the target is JAX's default backend.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
@@ -38,22 +38,22 @@ def platform() -> str:
 class Trait(enum.Flag):
   """Properties of an aggregator that determine which wrappers and methods can use it."""
 
-  MEMORY = enum.auto()  # stores leaves from round to round, such as the compression error
+  MEMORY = enum.auto()  # stores leaves between rounds, such as the compression error
   VOTE = enum.auto()  # sends signs without a scale
   SELECTS = enum.auto()  # its value is not the mean of the workers' messages
   NOISE = enum.auto()  # adds noise for privacy
   SECRET = enum.auto()  # masks the workers' messages
-  FORGED = enum.auto()  # replaces the values of faulty workers
+  FORGED = enum.auto()  # replaces the values of faulty workers with forged ones
   WHOLE = enum.auto()  # needs all of a worker's leaves at once
   EXPANSIVE = enum.auto()  # its compressor is not contractive
   DENSE = enum.auto()  # its messages are not sparse
-  APART = enum.auto()  # two workers, or two phases, send different positions of a leaf
+  APART = enum.auto()  # workers, or phases, may send different positions of a leaf
   LOCAL = enum.auto()  # its value differs between workers
   WEIGHTED = enum.auto()  # its value weights the workers by their position in the graph
-  DIRECTED = enum.auto()  # the weight of worker j at worker i differs from that of i at j
-  VARYING = enum.auto()  # the set of workers that it averages changes from round to round
+  DIRECTED = enum.auto()  # the weight of worker j at worker i may differ from that of i at j
+  VARYING = enum.auto()  # the set of averaged workers changes from round to round
   PARTIAL = enum.auto()  # its value is the mean of the workers that did not drop out
-  SENDERS = enum.auto()  # its value averages each element over the workers that sent it
+  SENDERS = enum.auto()  # its value is the mean of each element over the workers that sent it
   EVERYONE = enum.auto()  # its value depends on every worker's messages of earlier rounds
 
   def __str__(self) -> str:
@@ -64,20 +64,20 @@ class Compressor(Part):
   """A local, stateless, lossy encoding of one array; papers write C(.).
 
   The payload is a tree of arrays whose shapes depend only on the input's shape and dtype. The
-  arrays' dtypes and shapes are the wire format. `decode` repeats draws from the shared key (the
-  support of random-k, a rotation, a hash), so they are not sent.
+  dtypes and shapes of these arrays are the wire format. What `encode` draws from the shared key
+  (the support of random-k, a rotation, a hash) is not sent, because `decode` can draw it again.
   """
 
   linear = False  # payloads of several workers may be summed before decoding
   contractive = True  # E ||C(x) - x||^2 < ||x||^2 for every x, so a memory stays bounded
-  sparse = False  # C(x) is zero at most positions
+  sparse = False  # C(x) is zero at the majority of positions
 
   @required
   def encode(self, x: Array, shared: Key, own: Key) -> Tree:
     """Encodes an array into its payload.
 
     Args:
-      x: the array, floating-point, of any shape.
+      x: the floating-point array, of any shape.
       shared: a typed key, equal on all workers.
       own: a typed key of this worker.
     """
@@ -89,16 +89,16 @@ class Compressor(Part):
 
     Args:
       payload: the result of `encode`.
-      like: shape and dtype of the array.
-      shared: the shared key passed to `encode`.
+      like: the shape and the dtype of the array.
+      shared: the shared key that was passed to `encode`.
     """
     ...
 
 
 class Chunk(NamedTuple):
-  """A worker's part of an array that is partitioned over the workers, in their order.
+  """A worker's part of an array that is partitioned over the workers in order.
 
-  A chunk in a state is private. If the number of workers changes, the full array is partitioned
+  In a state, chunks are private. If the number of workers changes, the full array is partitioned
   again, whereas the rows of other private leaves are averaged.
   """
 
@@ -106,26 +106,26 @@ class Chunk(NamedTuple):
 
 
 class Own(NamedTuple):
-  """State that is private to every owner, even if all workers of a round write equal values.
+  """State that is private to each owner, even if all workers of a round write equal values.
 
-  Clients that are not sampled in a round keep their value. An example is the model that a client
-  last pulled.
+  A client that is not sampled in a round keeps its value. An example is the model that a client has
+  pulled last.
   """
 
   part: Tree
 
 
 class Blocks(NamedTuple):
-  """State of leaves that are sharded within a worker: [B, ...], one row for each of B devices."""
+  """State of leaves that are sharded within a worker, [B, ...]: one row for each of B devices."""
 
   part: Tree
 
 
 class Uplink(NamedTuple):
-  """The encoding of a worker's messages to a server, which decodes every leaf separately.
+  """The encoding of a worker's messages to a server, which decodes each leaf separately.
 
-  Each message has its own key, which is the same for the worker and the server. A payload is a
-  Compressor's encoding of a leaf; the payload's shapes and dtypes are the wire format.
+  Each message has its own key, which the worker and the server share. A payload is a Compressor's
+  encoding of a leaf; its shapes and dtypes are the wire format.
   """
 
   init: Callable[[Params], State]  # the worker's state, which persists from message to message
@@ -136,8 +136,8 @@ class Uplink(NamedTuple):
 class Presence(NamedTuple):
   """A worker's participation in an exchange, and the weight of its contribution.
 
-  If `active` is a Python `True`, all workers are statically known to participate. In each round,
-  the weights average to one over all W workers; absent workers count as zero.
+  If `active` is the Python value `True`, all workers are statically known to participate. In each
+  round, the mean of the weights over all W workers is one, where absent workers count as zero.
   """
 
   weight: float | Array = 1.0
@@ -176,7 +176,7 @@ class Wrapper(Part):
       traits: the traits of the aggregator.
 
     Raises:
-      ValueError: if the aggregator has such a trait, with the reason.
+      ValueError: if the aggregator has such a trait; the message contains the reason.
     """
     for trait, reason in self.refuses.items():
       if trait in traits:
@@ -186,7 +186,7 @@ class Wrapper(Part):
 
 
 def _checked(aggregate: Callable[..., Aggregate]) -> Callable[..., Aggregate]:
-  """Wraps a user's `aggregate`; an error names it if it does not return an Aggregate."""
+  """Wraps a user's `aggregate`; raises an error that names it if it returns no Aggregate."""
 
   @functools.wraps(aggregate)
   def checked(*args: Any, **kwargs: Any) -> Aggregate:
@@ -202,15 +202,15 @@ def _checked(aggregate: Callable[..., Aggregate]) -> Callable[..., Aggregate]:
 
 
 class Aggregator(Wrapper):
-  """An exchange between workers, from the point of view of one, under named worker axes.
+  """An exchange between workers, from the point of view of one worker, under named worker axes.
 
-  The value is either the mean 1/W sum_i weight_i x_i of the workers' trees, exact or approximate,
-  or the result of a rule applied to the trees of the workers present, multiplied by their mean
-  weight. The values of an absent worker do not reach the others, and its private memory does not
-  change.
+  The value of the exchange is one of two things: the exact or approximate mean 1/W sum_i weight_i
+  x_i of the workers' trees, or the result of a rule for the trees of the present workers,
+  multiplied by their mean weight. The values of an absent worker do not reach the others, and its
+  private memory does not change.
 
-  `adds` holds the aggregator's own traits; `traits` also includes those of the aggregators and
-  compressors within it.
+  The class attribute `adds` contains the aggregator's own traits; `traits` also includes those of
+  the aggregators and compressors within it.
   """
 
   adds: ClassVar[Trait] = Trait(0)
@@ -230,7 +230,7 @@ class Aggregator(Wrapper):
     """Returns the initial state, which persists from round to round; empty by default.
 
     Args:
-      params: arrays with the shapes and dtypes of the trees to aggregate.
+      params: a tree with the structure, shapes and dtypes of the trees to aggregate.
     """
     del params
     return ()
@@ -242,7 +242,7 @@ class Aggregator(Wrapper):
     """Runs one exchange.
 
     Args:
-      tree: this worker's contribution, arrays of any shapes.
+      tree: this worker's contribution, a tree of arrays of any shapes.
       state: the result of `init` or of the previous exchange.
       key: a typed key, equal on all workers.
       presence: this worker's participation and weight.
@@ -267,15 +267,15 @@ class Aggregator(Wrapper):
 
   @property
   def privacy(self) -> Any:
-    """Declares which values of a worker are visible, by a `Noise` or `Sum` of `privacy/hiding.py`.
+    """Returns a `Noise` or `Sum` (`privacy/hiding.py`), which says what others see of a worker.
 
-    If the value is None, the accountant assumes that each message is visible.
+    None means that every message is visible.
     """
     return None
 
 
 def _check_types(compressor: Compressor) -> None:
-  """Checks the decoded shape and dtype; runs only once for a compressor that is hashable."""
+  """Checks the decoded shape and dtype, only once for each hashable compressor."""
   try:
     hash(compressor)
   except TypeError:
@@ -285,10 +285,10 @@ def _check_types(compressor: Compressor) -> None:
 
 
 def _check_decoded(compressor: Compressor) -> None:
-  """Traces encoding and decoding of a small leaf.
+  """Checks the decoded shape and dtype by tracing the compressor with a small leaf.
 
   Raises:
-    ValueError: if the shape or dtype of the decoded array differs from the leaf's.
+    ValueError: if the decoded array does not have the shape and dtype of the leaf.
   """
   leaf = jax.ShapeDtypeStruct((4, 6), jnp.float32)
   there_and_back = lambda x, key: compressor.decode(compressor.encode(x, key, key), leaf, key)

@@ -1,9 +1,9 @@
-"""Attributes an exception to invalid input or to a user's code, by its traceback.
+"""Attributes an exception to invalid input or to a user's code, based on its traceback.
 
-An invalid flag or spec is rejected by a check: a `raise` statement of this codebase creates the
+A check rejects an invalid flag or spec: a `raise` statement of this codebase creates the
 ValueError, which is shown as one line. An error in a user's code (a task's loss, a method's sync)
-occurs in the user's file, in a library that it calls, or where its result is used. The traceback of
-such an error is shown after one line that says what failed.
+occurs in the user's file, in a library that this file calls, or where the result is used. The
+traceback of such an error is shown after one line that says what failed.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from research.core import text
 
 _HERE = Path(__file__).parents[2]
 _OURS = tuple(str(_HERE / name) + "/" for name in ("research", "experiments", "launch"))
-# The dependencies of this codebase; any other package is considered a user's.
+# The dependencies of this codebase; code in any other package counts as a user's.
 _LIBRARIES = sys.stdlib_module_names | {
   *("jax", "jaxlib", "numpy", "scipy", "ml_dtypes", "flax", "optax", "chex", "orbax", "absl"),
   *("sklearn", "matplotlib", "rich", "google", "ray", "tokenizers", "grain", "tensorboardX"),
@@ -33,8 +33,8 @@ _RAISE = dis.opmap["RAISE_VARARGS"]
 def is_refusal(error: BaseException) -> bool:
   """Returns whether an exception describes an invalid input value.
 
-  A ValueError describes one if a `raise` statement of this codebase raised the error. An OSError,
-  OverflowError or MemoryError describes one unless a user's code caused the error.
+  A ValueError describes an invalid value if a `raise` statement of this codebase raised the error.
+  An OSError, OverflowError or MemoryError describes one unless a user's code caused the error.
   """
   if isinstance(error, ValueError):
     return is_raised(error) and _is_ours(_frames(error)[-1][0])
@@ -54,7 +54,7 @@ def is_raised(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def of_libraries() -> Iterator[None]:
-  """Makes a library's ValueError in the context also count as an invalid input value."""
+  """Makes ValueErrors that libraries raise in this context count as invalid input values, too."""
   try:
     yield
   except ValueError as error:
@@ -64,7 +64,7 @@ def of_libraries() -> Iterator[None]:
 
 
 class WrongReturn(TypeError):
-  """A user's function has returned something other than its contract requires.
+  """Raised if a user's function does not return what its contract requires.
 
   The traceback no longer contains the function, so the message names the function and its file.
   """
@@ -73,13 +73,13 @@ class WrongReturn(TypeError):
 def fault(error: BaseException) -> str:
   """Describes in one line which function of a user's code failed, and where.
 
-  The description names the last of the user's functions that this codebase called.
+  The line names the last of the user's functions that this codebase called.
 
   Args:
-    error: an exception with a traceback.
+    error: the exception, with its traceback.
 
   Returns:
-    The description; '' if no user code failed.
+    The description; '' if the error is not in a user's code.
   """
   part, where, _ = _part(error)
   if not part:
@@ -90,9 +90,9 @@ def fault(error: BaseException) -> str:
 def is_choice(error: BaseException) -> bool:
   """Returns whether a user's factory has rejected its arguments.
 
-  The result is True for a ValueError that a `raise` statement raised while the registry called a
-  factory, or in the `check` of the factory's object. The result is False for an error in a method
-  that this codebase calls to test the new object.
+  The result is True if a `raise` statement raised a ValueError while the registry called the
+  factory, or in the `check` of the factory's object. The result is False if the error occurred in a
+  method that this codebase calls to test the new object.
   """
   part, _, caller = _part(error)
   by_registry = not part or caller in _BUILDERS
@@ -100,13 +100,13 @@ def is_choice(error: BaseException) -> bool:
 
 
 def of_function(function: Callable[..., Any]) -> str:
-  """Returns a function's name and class, with its file and first line."""
+  """Describes a function by its class and name, its file and its first line."""
   code = inspect.unwrap(function).__code__
   return f"{_named(code)} ({Path(code.co_filename).name}, line {code.co_firstlineno})"
 
 
 def _part(error: BaseException) -> tuple[CodeType | None, str, str]:
-  """Returns the last user function called by this codebase, its location, and the caller's file."""
+  """Returns the last user function that our code called, its location, and the caller's file."""
   part: CodeType | None = None
   where, caller, before = "", "", ""  # `before`: our file that calls the next frame
   for frame, line in _frames(error):
@@ -125,7 +125,7 @@ def _named(code: CodeType) -> str:
 
 
 def is_users(module: str) -> bool:
-  """Returns whether a dotted module name belongs to neither this codebase nor a library."""
+  """Returns whether a module, given by its dotted name, is outside this codebase and libraries."""
   if module.partition(".")[0] in _LIBRARIES:
     return False
   file = getattr(sys.modules.get(module), "__file__", None) or ""

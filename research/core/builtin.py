@@ -28,13 +28,18 @@ TABLE: dict[str, dict[str, str]] = {
     "gather_mean": "research.aggregate.compressed:gather_mean",
     "sum_mean": "research.aggregate.compressed:sum_mean",
     "two_phase": "research.aggregate.compressed:two_phase",
+    "dct_mean": "research.aggregate.dct_mean:dct_mean",
+    "shuffled": "research.aggregate.turns:shuffled",
+    "partitioned": "research.aggregate.turns:partitioned",
     "majority_vote": "research.aggregate.compressed:majority_vote",
     "power_sgd": "research.aggregate.power_sgd:power_sgd",
     "error_feedback": "research.aggregate.feedback:error_feedback",
+    "loco": "research.aggregate.loco:loco",
     "ef21": "research.aggregate.feedback:ef21",
     "diana": "research.aggregate.feedback:diana",
     "momentum_correction": "research.aggregate.momentum:momentum_correction",
     "worker_momentum": "research.aggregate.momentum:worker_momentum",
+    "edit_penalty": "research.aggregate.edit_penalty:edit_penalty",
     "only_large": "research.aggregate.policy:only_large",
     "bucketed": "research.aggregate.policy:bucketed",
     "warm_up": "research.aggregate.policy:warm_up",
@@ -62,6 +67,7 @@ TABLE: dict[str, dict[str, str]] = {
     "averaged": "research.methods.averaged:averaged",
     "local_sgd": "research.methods.local:local_sgd",
     "post_local_sgd": "research.methods.post_local:post_local_sgd",
+    "desloc": "research.methods.desloc:desloc",
     "hierarchical_local_sgd": "research.methods.hierarchical_local:hierarchical_local_sgd",
     "slow_mo": "research.methods.slow_mo:slow_mo",
     "restarted": "research.methods.restarted:restarted",
@@ -80,8 +86,10 @@ TABLE: dict[str, dict[str, str]] = {
     "fed_adagrad": "research.methods.federated:fed_adagrad",
     "scaffold": "research.methods.scaffold:scaffold",
     "sparta": "research.methods.sparta:sparta",
+    "sparta_diloco": "research.methods.sparta_diloco:sparta_diloco",
     "d_psgd": "research.methods.decentralized:d_psgd",
     "sgp": "research.methods.decentralized:sgp",
+    "noloco": "research.methods.noloco:noloco",
     "dgd": "research.methods.decentralized:dgd",
     "gradient_tracking": "research.methods.consensus:gradient_tracking",
     "extra": "research.methods.consensus:extra",
@@ -91,6 +99,8 @@ TABLE: dict[str, dict[str, str]] = {
     "onebit_adam": "research.methods.onebit_adam:onebit_adam",
     "zero_one_adam": "research.methods.zero_one_adam:zero_one_adam",
     "demo": "research.methods.demo:demo",
+    "dion": "research.methods.dion:dion",
+    "dion2": "research.methods.dion2:dion2",
     "marina": "research.methods.marina:marina",
     "delayed": "research.methods.asynchronous:delayed",
     "staleness_aware": "research.methods.asynchronous:staleness_aware",
@@ -116,6 +126,7 @@ TABLE: dict[str, dict[str, str]] = {
       "star",
       "exponential",
       "one_peer_exponential",
+      "random_pairs",
       "weights",
     )
   },
@@ -130,7 +141,9 @@ TABLE: dict[str, dict[str, str]] = {
     "random_tokens": "research.tasks.convex.synthetic:random_tokens",
     **{
       name: f"research.tasks.convex.counterexamples:{name}"
-      for name in ("client_drift", "rare_large_gradient", "narrow_valley")
+      for name in (
+        *("client_drift", "rare_large_gradient", "narrow_valley", "rosenbrock", "skewed_noise"),
+      )
     },
     "stream": "research.tasks.language.stream:stream",
     "pagerank": "research.tasks.search.pagerank:pagerank",
@@ -164,5 +177,10 @@ TABLE: dict[str, dict[str, str]] = {
     "shards": "research.tasks.partition:shards",
     "by_owner": "research.tasks.partition:by_owner",
     "by_scaffold": "research.tasks.partition:by_scaffold",
+  },
+  # besides optax's
+  "optimizer": {
+    "muon": "research.optim.muon:muon",
+    "muon_bp": "research.optim.muon_bp:muon_bp",
   },
 }

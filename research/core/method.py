@@ -1,7 +1,9 @@
-"""Interface of algorithms: a worker's local steps, its message, and the update on receipt."""
+"""Defines the interface of algorithms: local steps, messages, and updates after an exchange."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, Self
+
+import optax
 
 from research.core import checks
 from research.core.base import (
@@ -15,6 +17,7 @@ from research.core.base import (
   Tree,
   Wrapper,
 )
+from research.core.dimensions import Declared, Dimensions
 from research.core.part import defined_at, required
 
 GradFn = Callable[[Params], Tree]
@@ -30,7 +33,7 @@ class Local(Protocol):
     ...
 
 
-# Rejected by methods whose workers share one model.
+# Methods whose workers share one model reject aggregators with this trait.
 COMMON_MODEL = {Trait.LOCAL: "the workers' models would diverge permanently; use d_psgd"}
 
 
@@ -39,19 +42,19 @@ class Method(Wrapper):
 
   In a round, `begin` runs once, `step` runs `local_steps` times, and `sync` runs once. A method
   with one exchange per round defines `message` and `receive`, from which `sync` is derived; its
-  state then has a field `link`, the state of its `aggregator`. Other methods override `sync`.
+  state then has a field `link` with the state of its `aggregator`. Other methods override `sync`.
 
-  A worker with an inactive presence is absent: its round is lost, its results reach no other
-  worker, and its private state does not change. Tracing determines which state is private and which
-  is equal on all workers (`parallel/layout.py`).
+  A worker whose presence is inactive is absent: its round is lost, its results reach no other
+  worker, and its private state does not change. Tracing determines which leaves of the state are
+  private and which are equal on all workers (`parallel/layout.py`).
 
   A `period` is a number of local steps per round, or a schedule [[first round, steps], ...]. By
   default, a method rejects aggregators whose value differs between workers.
   """
 
   refuses: ClassVar[Mapping[Trait, str]] = COMMON_MODEL
-  # Whether only the next `message` uses what `receive` changes: the exchange of a round may then
-  # take until the end of the next round.
+  # Whether only the next `message` uses what `receive` changes. If so, the exchange of a round may
+  # end as late as the next round.
   eager: ClassVar[bool] = False
   period: ClassVar[Any] = 1
   aggregator: ClassVar[Any]
@@ -71,10 +74,10 @@ class Method(Wrapper):
 
   @required
   def begin(self, state: State) -> Any:
-    """Returns the Local at the start of a round; gradients are computed at its `params`.
+    """Starts a round: returns its first Local, at whose `params` gradients are computed.
 
     Args:
-      state: the state at the round's start.
+      state: the state at the start of the round.
     """
     ...
 
@@ -87,9 +90,9 @@ class Method(Wrapper):
     Args:
       grads: the gradient of a mini-batch at `local.params`.
       local: the result of `begin` or of the previous step.
-      state: the state at the round's start.
+      state: the state at the start of the round.
       key: a typed key of this worker and step.
-      grad_fn: params -> the gradient of the same mini-batch at other parameters.
+      grad_fn: a function that computes the gradient of the same mini-batch at other parameters.
 
     Returns:
       The Local after the step.
@@ -100,11 +103,11 @@ class Method(Wrapper):
   def message(
     self, local: Any, state: State, *, key: Key, presence: Presence = EVERYONE
   ) -> tuple[Tree, State]:
-    """Ends the local phase; returns the message, and the state before the exchange's result.
+    """Ends the local phase; returns the message, and the state until the exchange is complete.
 
     Args:
-      local: the Local after the round's last step.
-      state: the state at the round's start.
+      local: the Local after the last step of the round.
+      state: the state at the start of the round.
       key: a typed key of the round, equal on all workers.
       presence: this worker's participation and weight.
     """
@@ -114,14 +117,14 @@ class Method(Wrapper):
   def receive(
     self, value: Tree, sent: Tree, state: State, *, key: Key, presence: Presence = EVERYONE
   ) -> State:
-    """Returns the state after the exchange.
+    """Updates the state with the result of the exchange.
 
     Args:
       value: the aggregate of all messages.
-      sent: this worker's message as the others received it.
-      state: the result of `message`, possibly advanced by later local steps.
-      key: the key passed to `message`.
-      presence: the presence passed to `message`.
+      sent: this worker's message as the other workers received it.
+      state: the state returned by `message`, to which later local steps may have been applied.
+      key: the key that was passed to `message`.
+      presence: the presence that was passed to `message`.
     """
     ...
 
@@ -129,8 +132,8 @@ class Method(Wrapper):
     """Runs the exchange of a round, under named worker axes.
 
     Args:
-      local: the Local after the round's last step.
-      state: the state at the round's start.
+      local: the Local after the last step of the round.
+      state: the state at the start of the round.
       key: a typed key of the round, equal on all workers.
       presence: this worker's participation and weight.
 
@@ -171,22 +174,22 @@ class Method(Wrapper):
 
   @property
   def local_steps(self) -> int:
-    """The static number of local steps per round, which makes traffic statically known."""
+    """The number of local steps per round, which is static, so that traffic is known in advance."""
     return periods(self.period)[0]
 
   @property
   def later(self) -> tuple[tuple[int, int], ...]:
-    """The later stages of the period's schedule: (first round, steps), increasing."""
+    """The later stages of the period's schedule, as (first round, steps) in increasing order."""
     return periods(self.period)[1]
 
   @property
   def hidden_steps(self) -> int:
-    """Local steps that an exchange may take while the workers compute; 0 if they wait for it."""
+    """The number of local steps during which an exchange may run; 0 if the workers wait for it."""
     return self.local_steps if self.eager else 0
 
   @property
   def passes(self) -> int:
-    """Passes of each owner over its own examples per round; 0 if rounds have a fixed length.
+    """The number of passes over an owner's examples per round; 0 if rounds have a fixed length.
 
     The owner with the most examples determines the number of steps; the other owners stop earlier.
     """
@@ -194,15 +197,15 @@ class Method(Wrapper):
 
   @property
   def one_by_one(self) -> bool:
-    """Whether a round is the turn of a single worker on a virtual clock."""
+    """Whether each round is the turn of a single worker on a virtual clock."""
     return False
 
   def in_rounds(self, steps: int, participation: float) -> "Method":
     """Returns the same method with another round length or participation.
 
     Args:
-      steps: local steps per round.
-      participation: fraction of all owners that take part in a round.
+      steps: the number of local steps per round.
+      participation: the fraction of all owners that take part in a round.
     """
     del participation
     return self.replace(period=steps) if "period" in self.fields() else self
@@ -211,53 +214,74 @@ class Method(Wrapper):
     """Returns the same method with each of its aggregators wrapped.
 
     Args:
-      wrap: aggregator -> wrapped aggregator.
+      wrap: a function from an aggregator to the wrapped aggregator.
 
     Raises:
       ValueError: if a wrapper rejects an aggregator, or the method rejects the wrapped one.
     """
 
-    def wrapped(value: Any) -> Any:
-      if isinstance(value, Method):
-        return value.over(wrap)
-      if type(value) is tuple:
-        return tuple(map(wrapped, value))
-      if isinstance(value, dict):
-        return {name: wrapped(one) for name, one in value.items()}
-      return wrap(value) if isinstance(value, Aggregator) else value
+    return self._changed(Aggregator, wrap)
 
-    return self.replace(**{name: wrapped(value) for name, value in self.fields().items()})
-
-  def onto(self, project: Callable[[Params], Params]) -> "Method | None":
-    """Returns the method with its models projected onto a convex set; None if not supported.
+  def with_optimizers(self, change: Callable[[Any], Any]) -> Self:
+    """Returns the same method with each of its optimizers changed.
 
     Args:
-      project: maps parameters to the nearest point of the set.
+      change: a function from an optax transformation to the changed transformation.
+    """
+    return self._changed(optax.GradientTransformation, change)
+
+  def with_dimensions(self, dimensions: Dimensions) -> Self:
+    """Returns the same method with a model's declaration, if the method uses such a declaration.
+
+    Args:
+      dimensions: the declaration of the model; see `core/dimensions.py`.
+    """
+    return self._changed(Declared, lambda _: Declared(dimensions))
+
+  def _changed(self, kind: type, change: Callable[[Any], Any]) -> Self:
+    """Returns the method with each field of a type changed, also in methods within it."""
+
+    def changed(value: Any) -> Any:
+      if isinstance(value, Method):
+        return value._changed(kind, change)
+      if type(value) is tuple:
+        return tuple(map(changed, value))
+      if isinstance(value, dict):
+        return {name: changed(one) for name, one in value.items()}
+      return change(value) if isinstance(value, kind) else value
+
+    return self.replace(**{name: changed(value) for name, value in self.fields().items()})
+
+  def onto(self, project: Callable[[Params], Params]) -> "Method | None":
+    """Returns a method that projects its models onto a convex set; None if this is not supported.
+
+    Args:
+      project: a function that maps parameters to the nearest point of the set.
     """
     del project
     return None
 
   def on_server(self) -> "tuple[Method, Any]":
-    """Returns the method that a server and its workers run, and a correction for message staleness.
+    """Returns the method that a server and its workers run, and its correction for stale messages.
 
     Raises:
-      ValueError: if the method cannot run on a server, with the reason.
+      ValueError: if the method cannot run on a server; the message contains the reason.
     """
     return self, None
 
 
 def periods(period: Period) -> tuple[int, tuple[tuple[int, int], ...]]:
-  """Parses a period.
+  """Parses a period into the local steps of its stages.
 
   Args:
-    period: a number of local steps, or a schedule [[first round, steps], ...].
+    period: the number of local steps per round, or a schedule [[first round, steps], ...].
 
   Returns:
-    The local steps of the first stage, and the later stages as (first round, steps).
+    The number of local steps in the first stage, and the later stages as (first round, steps).
 
   Raises:
-    ValueError: if a number of steps is < 1, or the stages' first rounds do not start at 0 and
-      increase.
+    ValueError: if a number of steps is below 1, or the first rounds of the stages do not increase
+      from 0.
   """
   stages = [[0, period]] if isinstance(period, int) else [list(stage) for stage in period]
   rounds = [stage[0] for stage in stages]

@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,21 @@ from research.core.text import one_line
 _TRANSFORMATIONS = (optax.GradientTransformation, optax.GradientTransformationExtraArgs)
 
 
+class Made(NamedTuple):
+  """How an object was made: a factory and its arguments."""
+
+  factory: Callable[..., Any]
+  args: tuple[Any, ...]
+  kwargs: dict[str, Any]
+
+
 class _Named:
   """An object built from a spec, which equals any other object built from the same spec."""
 
   spec = ""
+  made: Made | None = None
+  fit: Callable[[Any], Any] | None = None  # builds the object for a model, see `optim/fitting.py`
+  model: Any = None  # what it was fitted to
 
   def __repr__(self) -> str:
     return self.spec or super().__repr__()
@@ -27,7 +38,7 @@ class _Named:
   def __eq__(self, other: object) -> bool:
     if not self.spec:
       return super().__eq__(other)
-    return isinstance(other, _Named) and self.spec == other.spec
+    return isinstance(other, _Named) and (self.spec, self.model) == (other.spec, other.model)
 
   def __ne__(self, other: object) -> bool:  # otherwise the tuple's method is used
     return not self == other
@@ -54,20 +65,21 @@ class Schedule(_Named):
     return self.schedule(step)
 
 
-def named(kind: str, built: Any, spec: str) -> Any:
+def named(kind: str, built: Any, spec: str, made: Made | None = None) -> Any:
   """Returns the same optimizer or schedule as an object whose repr is its spec.
 
   Args:
     kind: 'optimizer' or 'schedule'.
-    built: the object that the optax factory returned.
+    built: the object that the factory returned.
     spec: the canonical text of the spec.
+    made: the factory and its arguments.
   """
   if kind == "schedule":
     return Schedule(built, spec)
   takes_extra = isinstance(built, optax.GradientTransformationExtraArgs)
-  made = (OptimizerExtraArgs if takes_extra else Optimizer)(built.init, built.update)
-  made.spec = spec
-  return made
+  found = (OptimizerExtraArgs if takes_extra else Optimizer)(built.init, built.update)
+  found.spec, found.made, found.fit = spec, made, getattr(built, "fit", None)
+  return found
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Base class of objects built from specs: frozen dataclasses whose repr is their spec."""
+"""Defines the base class of objects built from specs: frozen dataclasses whose repr is a spec."""
 
 import dataclasses
 import functools
@@ -14,19 +14,19 @@ _RESERVED = ("title", "spec_name", "refuses", "adds")
 
 
 def hidden(default: Any, *, init: Literal[False] = False) -> Any:
-  """Declares a field for executors and wrappers, which specs cannot set and repr omits.
+  """Declares a field that only executors and wrappers set: specs cannot set it, and repr omits it.
 
   Args:
-    default: the field's value in a new object.
-    init: tells type checkers that the constructor does not take the field.
+    default: the value of the field in a new object.
+    init: False, which tells type checkers that the constructor does not take the field.
   """
   return dataclasses.field(default=default, init=init, repr=False)
 
 
 def required(method: Function) -> Function:
-  """Marks a method that subclasses must define; an error names a subclass that does not define it.
+  """Marks a method that subclasses must define; calling it raises an error that names the subclass.
 
-  The method is not abstract: which methods are required depends on the others that a Part defines.
+  The method is not abstract, because a Part that defines certain other methods does not need it.
 
   Args:
     method: the method.
@@ -55,7 +55,7 @@ class Part:
   """
 
   spec_name: ClassVar[str] = ""
-  title: ClassVar[str] = "Part"  # name in error messages: the name in specs, else the class name
+  title: ClassVar[str] = "Part"  # name in error messages: the name in specs or the class name
 
   def __init_subclass__(cls, name: str = "", **kwargs: Any):
     super().__init_subclass__(**kwargs)
@@ -68,7 +68,7 @@ class Part:
         _check_name(cls, field.name)
     known = vars(cls)["__dataclass_fields__"]
     for declared in set(known) - {field.name for field in dataclasses.fields(cls)}:  # pyright: ignore[reportArgumentType]
-      del known[declared]  # ClassVars must not order a subclass's fields
+      del known[declared]  # ClassVars must not determine the order of a subclass's fields
 
   def __post_init__(self):
     for name, value in self.fields().items():
@@ -79,16 +79,16 @@ class Part:
     """Rejects arguments that are out of range.
 
     Raises:
-      ValueError: if an argument is out of range; the message is one line with the name, the value
-        and the legal range.
+      ValueError: if an argument is out of range; the message is one line that contains the name,
+        the value and the legal range.
     """
 
   def replace(self, **changes: Any) -> Self:
-    """Returns a copy with other values of some fields, including hidden ones, and checks the copy.
+    """Returns a checked copy in which some fields, possibly hidden ones, have other values.
 
     Raises:
-      TypeError: for an unknown field.
-      ValueError: see `check`.
+      TypeError: if there is no such field.
+      ValueError: if `check` rejects the copy.
     """
     fresh = object.__new__(type(self))
     for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
@@ -104,11 +104,11 @@ class Part:
     return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # pyright: ignore[reportArgumentType]
 
   def values(self) -> Iterator[Any]:
-    """Yields the values of all fields; a tuple or dictionary contributes each of its elements."""
+    """Yields the values of all fields, and the elements of tuples and dictionaries."""
     return _flat(tuple(self.fields().values()))
 
   def parts(self, kind: type[Kind]) -> Iterator[Kind]:
-    """Yields all objects of a type within this one, at any depth, including itself."""
+    """Yields all objects of a type within this object, at any depth, including itself."""
     if isinstance(self, kind):
       yield self
     for value in self.values():
@@ -131,7 +131,7 @@ def _check_name(cls: type, name: str) -> None:
   """Rejects a field that would hide a method of its base classes.
 
   Raises:
-    TypeError: if the field would hide a method, with the class and the name.
+    TypeError: if the field would hide a method; the message names the class and the field.
   """
   kinds = types.FunctionType | property
   hides = any(isinstance(inspect.getattr_static(b, name, None), kinds) for b in cls.__mro__[1:])
@@ -142,14 +142,14 @@ def _check_name(cls: type, name: str) -> None:
 
 
 def defined_at(cls: type, name: str) -> int:
-  """Returns the index, in a class's method resolution order, of the class that defines a name.
+  """Returns the position, in a class's method resolution order, of the class that defines a name.
 
   Args:
     cls: the class.
-    name: name of an attribute.
+    name: the name of an attribute.
 
   Returns:
-    The index; 0 means the class itself.
+    The position; 0 means the class itself.
   """
   return next(place for place, base in enumerate(cls.__mro__) if name in vars(base))
 
@@ -163,7 +163,7 @@ def _flat(value: Any) -> Iterator[Any]:
 
 
 def _equal(a: Any, b: Any) -> bool:
-  """Returns whether two values are known to be equal; False if the comparison yields an array."""
+  """Returns whether two values are known to be equal; False if their comparison yields an array."""
   try:
     return bool(a == b)
   except (TypeError, ValueError):
@@ -178,14 +178,14 @@ def _frozen(value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-  """Writes a value as in a spec, with <> around arrays and objects not built from a spec."""
+  """Writes a value as in a spec, with <> around arrays and objects that have no spec."""
   if type(value) is tuple:
     return f"[{', '.join(map(_shown, value))}]"
   if isinstance(value, _FUNCTIONS) or type(value).__repr__ is object.__repr__:
     name = str(getattr(value, "__name__", type(value).__name__))
     return f"<{name.strip('<>')}>"
   if hasattr(value, "_fields") and hasattr(value, "update") and "function" in repr(value):
-    return "<optimizer>"  # optax's own: nameless functions that capture their arguments
+    return "<optimizer>"  # from optax: nameless functions that capture their arguments
   if getattr(value, "shape", ()):
     return f"<array of shape {list(value.shape)}>"
   return repr(value)

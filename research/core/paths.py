@@ -1,7 +1,8 @@
-"""Validates and expands paths given by users.
+"""Validates and expands paths that users give.
 
-A run locks its folder, appends to files in it and renames them; data files are read in place. These
-operations require a file system, so object store URLs are rejected: mount the storage instead.
+A run locks its folder, and appends to files in it and renames them; data files are read in place.
+These operations require a file system, so URLs of object stores are rejected: mount the storage
+instead.
 """
 
 import errno
@@ -10,7 +11,7 @@ import re
 from pathlib import Path
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.*)", re.DOTALL)
-_NAME = 255  # maximum bytes of one name on Linux
+_NAME = 255  # maximum bytes of a file name on Linux
 _PATH = 4096  # maximum bytes of a path on Linux
 _ROOM = 256  # bytes reserved for the names of files in a run's folder
 
@@ -22,7 +23,7 @@ def local(text: str | Path) -> Path:
     text: the path.
 
   Raises:
-    ValueError: if the path is empty, a URL, too long or not UTF-8, or the home directory is
+    ValueError: if the path is empty, a URL, too long or not UTF-8, or if the home directory is
       unknown.
   """
   text = str(text)
@@ -41,13 +42,13 @@ def local(text: str | Path) -> Path:
 
 
 def writable(text: str | Path) -> Path:
-  """Validates the path of a folder that is writable or can be created; nothing is written.
+  """Validates the path of a folder that is writable or can be created, without writing anything.
 
   Args:
     text: the path.
 
   Raises:
-    ValueError: see `local`; also if the path is a file or is not writable.
+    ValueError: if `local` rejects the path, or the path is a file or is not writable.
   """
   folder = local(text)
   try:
@@ -65,10 +66,10 @@ def of_environment(name: str) -> Path | None:
   """Returns the path in an environment variable; None if it is empty or not set.
 
   Args:
-    name: name of the variable.
+    name: the name of the variable.
 
   Raises:
-    ValueError: see `local`; the message names the variable.
+    ValueError: if `local` rejects the path; the message names the variable.
   """
   value = os.environ.get(name)
   if not value:
@@ -103,7 +104,7 @@ def is_full(error: BaseException | None) -> bool:
   while error is not None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
       return True
-    if os.strerror(errno.ENOSPC) in str(error):  # libraries that raise their own error types
+    if os.strerror(errno.ENOSPC) in str(error):  # some libraries raise their own error types
       return True
     error = error.__cause__ or error.__context__
   return False
@@ -112,7 +113,7 @@ def is_full(error: BaseException | None) -> bool:
 def _expanded(text: str) -> Path:
   path = Path(text)
   if not text.startswith("~"):
-    # as an absolute path, ./~x is not mistaken for a home directory when printed and reparsed
+    # made absolute: ./~x would be taken for a home directory when it is printed and parsed again
     return path.absolute() if str(path).startswith("~") else path
   try:
     return path.expanduser()

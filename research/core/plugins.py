@@ -1,8 +1,8 @@
-"""Imports modules of other packages that register names, in a command and in all its processes.
+"""Imports modules of other packages that register names, in all processes of a command.
 
 `load` imports the module given by --import. A process that starts another process passes
-`carried()` to it; in the new process, `load_all` imports these modules, so that all processes build
-the same objects. Two processes with equal values of `fingerprint` have the same code.
+`carried()` to the new process. There, `load_all` imports these modules, so that all processes build
+the same objects. If `fingerprint` is equal in two processes, they have the same code.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ _HERE = __name__.partition(".")[0]
 
 
 class Source(NamedTuple):
-  """A module to import and the folder to find it in."""
+  """A module to import, and the folder that contains it."""
 
   name: str  # as in `import NAME`
   folder: str  # absolute
@@ -36,15 +36,17 @@ def load(text: str) -> bool:
   """Imports a module that registers names.
 
   Args:
-    text: a module such as my_package.my_module, which may be in the current folder; the path of a
-      .py file, which may import modules from its own folder; or the path of a package's folder.
+    text: the name of a module such as my_package.my_module, which may be in the current folder; the
+      path of a .py file, which may import modules from its own folder; or the path of a package's
+      folder.
 
   Returns:
-    Whether the module, or a module that it imports, has registered any name.
+    True if the module, or a module that it imports, has registered a name.
 
   Raises:
-    ValueError: if there is no such module or file, or another module has the same name as the file.
-    Exception: any exception that the module itself raises.
+    ValueError: if the module or file does not exist, or another module has the same name as the
+      file.
+    Exception: if the module itself raises it.
   """
   source = _of_file(text) if text.endswith(".py") or os.sep in text else _of_module(text)
   before = set(_registering())
@@ -53,7 +55,7 @@ def load(text: str) -> bool:
   except ModuleNotFoundError as error:
     name = error.name or ""
     if not f"{source.name}.".startswith(f"{name}."):
-      raise  # the missing module is imported by this one
+      raise  # the module was found, but it imports one that is missing
     package, _, missing = name.rpartition(".")
     folders = getattr(sys.modules.get(package), "__path__", [])
     hint = checks.hint(missing, [found for folder in folders for found in _modules(folder)])
@@ -66,7 +68,7 @@ def load_all(sources: Iterable[Source]) -> None:
   """Imports the modules that another process has loaded.
 
   Args:
-    sources: the result of `carried()` in that process.
+    sources: the result of `carried()` in the other process.
   """
   for source in sources:
     if source.folder not in sys.path:
@@ -77,7 +79,7 @@ def load_all(sources: Iterable[Source]) -> None:
 
 
 def carried() -> tuple[Source, ...]:
-  """Returns the modules that registered names in this process, for `load_all` in another one."""
+  """Returns the modules that registered names here, for `load_all` in another process."""
   others = [sys.modules[name] for name in _registering() if name in sys.modules]
   found = dict(_loaded)
   for module in others:
@@ -87,7 +89,7 @@ def carried() -> tuple[Source, ...]:
 
 
 def files() -> list[Path]:
-  """Returns all source files of the modules that registered names here, or of their packages."""
+  """Returns all source files of the modules that registered names, or of their packages."""
   found: set[Path] = set()
   for name in {*_loaded, *_registering()}:
     top = sys.modules.get(name.partition(".")[0])
@@ -99,7 +101,7 @@ def files() -> list[Path]:
 
 
 def fingerprint() -> str:
-  """Returns a digest of `files`, independent of their location; '' if nothing was registered."""
+  """Returns a digest of `files` that does not depend on their location; '' if there are none."""
   digest = hashlib.sha256()
   for path in (found := files()):
     digest.update(path.name.encode() + path.read_bytes())
@@ -114,7 +116,7 @@ def _registering() -> list[str]:
 
 
 def _source_of(module: ModuleType) -> Source | None:
-  """Returns what another process needs to import a module; None for a script or without a file."""
+  """Returns the source from which another process can import a module; None if there is none."""
   file = getattr(module, "__file__", None)
   if module.__name__ == "__main__" or not file:
     return None
@@ -163,7 +165,7 @@ def _of_module(text: str) -> Source:
 
 
 def _file_of(name: str, folder: str = "") -> str:
-  """Returns the file of a top-level module; 'built-in' without a file, '' if there is no module."""
+  """Returns the file of a top-level module: 'built-in' if it has none, '' if there is no module."""
   if name in sys.modules:
     module = sys.modules[name]
     return getattr(module, "__file__", None) or str(list(getattr(module, "__path__", ["built-in"])))

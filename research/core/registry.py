@@ -1,12 +1,12 @@
-"""Builds objects from specs, looking up built-in names, optax's names and registered names.
+"""Builds objects from specs; a spec may use built-in names, optax's names and registered names.
 
     @register("compressor")
     def halved(factor: float = 0.5) -> Compressor: ...
 
     build("aggregator", "gather_mean(halved(0.25))")
 
-A name that is not built in is also looked up in installed packages: each of their entry points in
-the group `research.plugins` names a module that registers its names when imported.
+A name that is not built in may also come from an installed package: each entry point in the group
+`research.plugins` names a module that registers its names when it is imported.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ from research.core.text import listed, one_line, shortened
 
 GROUP = "research.plugins"
 OF_OPTAX = ("optimizer", "schedule")
-KINDS = (*TABLE, *OF_OPTAX)
+KINDS = (*TABLE, *(kind for kind in OF_OPTAX if kind not in TABLE))
 
-# Parameters that only the command's flags set, never a spec.
+# Parameters that only flags of a command set, never a spec.
 _OF_FLAGS = {"task": ("model", "data_dir")}
-# The types that the factories of a kind return.
+# The types of the objects that factories of a kind return.
 _TYPES = {
   "compressor": "research.core.base:Compressor",
   "aggregator": "research.core.base:Aggregator",
@@ -46,21 +46,21 @@ ADDED: dict[str, dict[str, Callable[..., Any]]] = {}  # kind -> name -> factory,
 
 
 class NameTaken(ValueError):
-  """The name is already registered."""
+  """Raised if a name is already registered."""
 
 
 def register(kind: str, name: str | None = None) -> Callable[[Factory], Factory]:
-  """Registers a factory under a name for specs: a decorator for functions and dataclasses.
+  """Returns a decorator that registers a function or dataclass as a factory under a name for specs.
 
-  Specs with a registered name are checked like those with a built-in name: arguments must match the
-  parameters' types, and the factory rejects values by raising ValueError. A task's keyword-only
-  parameters `model` and `data_dir` are set by --model and --data_dir. Registering the same function
-  again, as a reload does, replaces the earlier one.
+  A spec with a registered name is checked like one with a built-in name: the arguments must match
+  the parameters' types, and the factory rejects values by raising ValueError. A task's keyword-only
+  parameters `model` and `data_dir` are set by --model and --data_dir. If the same function is
+  registered again, as after a reload, it replaces the earlier one.
 
   Args:
     kind: 'compressor', 'aggregator', 'method', 'task', 'model', 'partition', 'topology', 'delays',
       'speeds', 'optimizer' or 'schedule'.
-    name: the name in specs; None for the function's own name, or for the `name` of a compressor,
+    name: the name in specs; None means the function's own name, or the `name` of a compressor,
       aggregator or method class.
 
   Returns:
@@ -85,7 +85,7 @@ def register(kind: str, name: str | None = None) -> Callable[[Factory], Factory]
 
 
 def _owner(kind: str, name: str) -> str:
-  """Returns the qualified name of the factory that a name refers to; '' for an unknown name."""
+  """Returns the qualified name of the factory that has a name; '' if the name is unknown."""
   if name in TABLE.get(kind, ()):
     return TABLE[kind][name].replace(":", ".")
   if name in ADDED.get(kind, ()):
@@ -104,41 +104,41 @@ def _optax(kind: str) -> dict[str, Callable[..., Any]]:
 
 
 def names(kind: str) -> list[str]:
-  """Returns the known names of a kind: built-in ones, optax's, and registered ones.
+  """Returns the known names of a kind: built-in names, optax's names, and registered names.
 
   Args:
     kind: one of KINDS.
   """
-  own = TABLE[kind] if kind in TABLE else _optax(kind)
-  return [*own, *ADDED.get(kind, ())]
+  of_optax = _optax(kind) if kind in OF_OPTAX else ()
+  return list(dict.fromkeys((*TABLE.get(kind, ()), *of_optax, *ADDED.get(kind, ()))))
 
 
 @functools.cache
 def load_installed() -> None:
-  """Imports, once, the modules with which installed packages register names."""
+  """Imports the modules with which installed packages register names, once per process."""
   for point in importlib.metadata.entry_points(group=GROUP):
     try:
       point.load()
-    except Exception as error:  # a plugin may raise anything; the note names its entry point
+    except Exception as error:  # a plugin may raise anything; the note names the entry point
       error.add_note(f"in the entry point {point.name} = {point.value} of {GROUP}")
       raise
 
 
 def lookup(kinds: Sequence[str], name: str) -> Callable[..., Any]:
-  """Returns the factory that a name refers to.
+  """Returns the factory that has the given name.
 
   Args:
     kinds: the kinds to search, in this order.
     name: the name in a spec.
 
   Raises:
-    ValueError: for an unknown name, with the closest match and the legal names.
+    ValueError: if the name is unknown; the message contains the closest match and the legal names.
   """
   return _find(kinds, name)[1]
 
 
 def _find(kinds: Sequence[str], name: str) -> tuple[str, Callable[..., Any]]:
-  """Returns the first kind that has the name, and the factory."""
+  """Returns the first kind that has the name, and its factory."""
   for attempt in (lambda: None, load_installed):
     attempt()
     for kind in kinds:
@@ -160,16 +160,16 @@ def build(kind: str, spec: str | Call, **bound: Any) -> Any:
   Args:
     kind: one of KINDS.
     spec: the text of the spec, or a parsed call.
-    **bound: values of keyword-only parameters that a spec cannot set (a task's `model` and
-      `data_dir`); ignored if the factory does not have them.
+    **bound: the values of keyword-only parameters that a spec cannot set (a task's `model` and
+      `data_dir`); they are ignored if the factory has no such parameters.
 
   Returns:
     The object. The repr of an optimizer or schedule is its spec.
 
   Raises:
-    ValueError: if the spec is invalid; the message is one line with the value, the legal set and
-      the closest match. A registered factory rejects values with a `raise` statement; its other
-      errors are raised unchanged.
+    ValueError: if the spec is invalid; the message is one line that contains the value, the legal
+      set and the closest match. A registered factory rejects values with a `raise` statement; its
+      other errors are raised unchanged.
   """
   return _build((kind,), parse(spec) if isinstance(spec, str) else spec, bound)
 
@@ -198,12 +198,12 @@ def _build(kinds: Sequence[str], call: Call, bound: dict[str, Any]) -> Any:
 
     values = signature.bind(*args, **kwargs).arguments
     text = of_call(call.name, signature.parameters.values(), values)
-    return optimizers.named(kind, built, text)
+    return optimizers.named(kind, built, text, optimizers.Made(factory, tuple(args), kwargs))
   return built
 
 
 def _not_of(kind: str, built: Any) -> str:
-  """Describes an object that is not of the given kind; '' if it is."""
+  """Describes an object that is not of the given kind; '' if the object is of this kind."""
   if kind == "model":
     return "" if callable(built) else f"{type(built).__name__}, which is not a model"
   if kind not in _TYPES:
@@ -221,13 +221,13 @@ def signature_of(factory: Callable[..., Any]) -> inspect.Signature:
   """
   try:
     return inspect.signature(factory, eval_str=True)
-  except NameError:  # a type that is only imported for type checkers
+  except NameError:  # a type that is imported only for type checkers
     return inspect.signature(factory)
 
 
 @dataclasses.dataclass(frozen=True)
 class Default:
-  """A parameter's default value, given as a spec and built when the value is called.
+  """A default value that is given as a spec; the object is built when the value is called.
 
       def digits(*, model: Model = Default("model", "mlp(hidden=[128])")) -> Task: ...
 

@@ -1,7 +1,8 @@
 """Parses spec strings such as `diloco(adamw(3e-4), mean(), period=50)`, and writes them.
 
-Flags, presets and result rows share one grammar: Python calls of names on literals and nested
-calls, parsed with `ast` and never evaluated. `registry` gives the names their meaning.
+Flags, presets and result rows share one grammar: Python calls of names, whose arguments are
+literals or nested calls. The text is parsed with `ast` and never evaluated. `registry` looks up the
+names.
 """
 
 import ast
@@ -18,7 +19,7 @@ _DEEPEST = 32  # maximum nesting of calls and lists
 
 
 class Call(NamedTuple):
-  """A parsed spec: a name, its arguments, and its text."""
+  """A parsed spec, with its name, its arguments and its text."""
 
   name: str
   args: list[Any]
@@ -37,19 +38,19 @@ class Call(NamedTuple):
     return ValueError(one_line(f"{one_line(self.text, QUOTED)}: {reason}"))
 
   def replace(self, **kwargs: Any) -> "Call":
-    """Returns the call with some keyword arguments added or replaced.
+    """Returns a copy of the call in which some keyword arguments are added or replaced.
 
     Args:
-      **kwargs: literals or calls.
+      **kwargs: the new keyword arguments, literals or calls.
     """
     return _called(self.name, *self.args, **{**self.kwargs, **kwargs})
 
 
 class _Calls:
-  """Builds calls: the text of `calls.sgd(0.1, momentum=0.9)` is `sgd(0.1, momentum=0.9)`.
+  """Creates calls: the text of `calls.sgd(0.1, momentum=0.9)` is `sgd(0.1, momentum=0.9)`.
 
-  Programs that set flags compose a call from values and other calls, and pass its text as the flag.
-  Names are looked up only when the call is built.
+  A program that sets flags composes a call from values and other calls, and passes the text of the
+  call as a flag. Names are looked up only when the call is built.
   """
 
   def __getattr__(self, name: str) -> Callable[..., Call]:
@@ -75,8 +76,8 @@ def parse(spec: str) -> Call:
     spec: the text, such as "sgd(0.1, momentum=0.9)".
 
   Raises:
-    ValueError: if the text is not a call of a name on literals and calls; the message has the
-      error's position.
+    ValueError: if the text is not a call whose arguments are literals and calls; the message
+      contains the position of the error.
   """
   call = _Reader(spec).value()
   if not isinstance(call, Call):
@@ -85,7 +86,7 @@ def parse(spec: str) -> Call:
 
 
 def literal(spec: str) -> Any:
-  """Parses a number, string, list or dictionary, written as in a spec.
+  """Parses a number, string, list or dictionary that is written as in a spec.
 
   Args:
     spec: the text, such as "[0.1, 0.3]".
@@ -103,10 +104,11 @@ def syntax(spec: str) -> ast.expr:
   """Parses a Python expression into its syntax tree.
 
   Args:
-    spec: the expression's text.
+    spec: the text of the expression.
 
   Raises:
-    ValueError: if the text is nested too deeply or malformed; the message has the error's position.
+    ValueError: if the text is malformed or nested too deeply; the message contains the position of
+      the error.
   """
   try:
     with warnings.catch_warnings():
@@ -134,7 +136,7 @@ class _Reader:
     return self._read(syntax(self.spec), 0)
 
   def _text(self, node: ast.expr) -> str:
-    """Returns the part of the spec that a node was parsed from; Python's offsets count bytes."""
+    """Returns the part of the spec from which a node was parsed; Python's offsets count bytes."""
     first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
     lines = self.lines[first : last + 1]
     lines[-1] = lines[-1][: node.end_col_offset]
@@ -191,11 +193,11 @@ def _holds_calls(value: Any) -> bool:
 
 
 def written(value: Any) -> str:
-  """Returns the canonical text of a value, equal for all spellings that parse to the same value.
+  """Returns the canonical text of a value; all spellings of a value have the same canonical text.
 
   Args:
-    value: a parsed `Call`, a literal, a list or dictionary of these, or an object built from a
-      spec, whose repr is its spec.
+    value: a parsed `Call`, a literal, a list or dictionary of calls and literals, or an object
+      built from a spec, whose repr is its spec.
   """
   if isinstance(value, Call):
     named = [f"{name}={written(one)}" for name, one in value.kwargs.items()]
@@ -208,15 +210,15 @@ def written(value: Any) -> str:
 
 
 def of_call(name: str, parameters: Iterable[inspect.Parameter], values: Mapping[str, Any]) -> str:
-  """Returns the canonical spec of a call of a factory.
+  """Returns the canonical spec of a factory call.
 
-  Arguments equal to their defaults are omitted; other optional arguments are written `key=value`,
+  Arguments that equal their defaults are omitted; other optional arguments are written `key=value`,
   as in the repr of a `Part`.
 
   Args:
-    name: the factory's name.
+    name: the name of the factory.
     parameters: the factory's parameters, in order.
-    values: arguments by parameter name; `*args` as a sequence, `**kwargs` as a mapping.
+    values: the arguments by parameter name, with `*args` as a sequence and `**kwargs` as a mapping.
   """
   shown = []
   for parameter in (p for p in parameters if p.name in values):

@@ -1,4 +1,4 @@
-"""Makes the standard streams of a command robust to being closed or losing their reader."""
+"""Makes a command robust to standard streams that are closed or have lost their reader."""
 
 import codecs
 import io
@@ -10,9 +10,9 @@ _NAMES = ("stdin", "stdout", "stderr")
 
 
 class _Output(io.FileIO):
-  """Standard output or error that discards data after its reader is gone, instead of failing.
+  """A standard output or error stream that discards data after its reader is gone.
 
-  A full disk is reported once for standard output; for standard error, it cannot be reported.
+  For standard output, a full disk is reported once; for standard error, it cannot be reported.
   """
 
   def __init__(self, number: int):
@@ -34,8 +34,9 @@ class _Output(io.FileIO):
 def prepare() -> None:
   """Opens closed standard streams on the null device, and protects the others from a lost reader.
 
-  Otherwise a file opened later would reuse the descriptor of a closed stream, and libraries would
-  print into it. Streams that have been replaced, for example by a test, are not changed.
+  Otherwise, a file that is opened later would get the descriptor of a closed stream, and libraries
+  would print into this file. Streams that have been replaced, for example by a test, are not
+  changed.
   """
   for number, name in enumerate(_NAMES):
     stream = getattr(sys, name)
@@ -52,7 +53,7 @@ def prepare() -> None:
 
 
 def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
-  """Encodes unencodable characters: surrogate escapes as original bytes, others as escape codes."""
+  """Encodes unencodable characters: surrogate escapes as their bytes, others as escape codes."""
   try:
     return codecs.lookup_error("surrogateescape")(error)
   except UnicodeError:

@@ -1,14 +1,14 @@
-"""Parses integers in user input, and quotes user input within one line of an error message."""
+"""Parses integers in user input, and quotes user input in one-line error messages."""
 
 import re
 from collections.abc import Iterable
 
 LINE = 1000  # maximum characters of an error line
-QUOTED = 200  # maximum characters of a quotation in it
+QUOTED = 200  # maximum characters of a quotation in an error line
 
 
 def whole_number(text: str) -> int | None:
-  """Parses an integer of 1 to 20 digits 0-9; returns None for any other text.
+  """Parses an integer of 1 to 20 decimal digits; returns None for any other text.
 
   Args:
     text: any text.
@@ -17,11 +17,11 @@ def whole_number(text: str) -> int | None:
 
 
 def shortened(text: str, room: int = QUOTED) -> str:
-  """Shortens a text, keeping its beginning and its end.
+  """Shortens a text, but keeps its beginning and its end.
 
   Args:
     text: any text.
-    room: maximum number of characters.
+    room: the maximum number of characters.
   """
   if len(text) <= room:
     return text
@@ -30,11 +30,11 @@ def shortened(text: str, room: int = QUOTED) -> str:
 
 
 def one_line(text: object, room: int = LINE) -> str:
-  """Converts a text to one line of printable characters.
+  """Converts an object's text to one line of printable characters.
 
   Args:
-    text: any object; its `str` is used.
-    room: maximum number of characters.
+    text: any object, which is converted with `str`.
+    room: the maximum number of characters.
   """
   line = shortened(" ".join(filter(None, map(str.strip, str(text).splitlines()))), room)
   return shortened("".join(c if c.isprintable() else repr(c)[1:-1] for c in line), room)
@@ -45,20 +45,20 @@ def quoted(value: object, room: int = QUOTED) -> str:
 
   Args:
     value: any object.
-    room: maximum number of characters.
+    room: the maximum number of characters.
   """
   try:
     return one_line(repr(value), room)
-  except ValueError:  # an integer with more digits than Python converts
+  except ValueError:  # an integer has more digits than Python converts
     return "a number of thousands of digits"
 
 
 def listed(names: Iterable[str], room: int = LINE // 2) -> str:
-  """Joins names with commas; the names that do not fit are counted instead.
+  """Joins names with commas; if the text is too long, the remaining names are only counted.
 
   Args:
     names: the names.
-    room: maximum number of characters of the names shown.
+    room: the maximum number of characters of the names shown.
   """
   names, shown = list(names), ""
   for count, name in enumerate(names):

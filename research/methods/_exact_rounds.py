@@ -32,6 +32,7 @@ class FrozenVariance(OneGradient):
     b1: decay of the momentum, in [0, 1).
     b2: decay of the variance, in [0, 1).
     eps: above 0; keeps the denominator above zero.
+    weight_decay: lambda, at least 0, decoupled from the gradient as in AdamW.
 
   Raises:
     ValueError: if an argument is out of range, or the aggregator is incompatible.
@@ -44,6 +45,7 @@ class FrozenVariance(OneGradient):
   b1: float = 0.9
   b2: float = 0.999
   eps: float = 1e-8
+  weight_decay: float = 0.0
   exact: Aggregator = hidden(mean())
 
   refuses = EXACT_TOO
@@ -54,6 +56,7 @@ class FrozenVariance(OneGradient):
     checks.in_range("b1", self.b1, "[0, 1)")
     checks.in_range("b2", self.b2, "[0, 1)")
     checks.above("eps", self.eps)
+    checks.at_least("weight_decay", self.weight_decay, 0)
 
   def start(self, params: Params) -> tuple[Tree, State, State, Array]:
     """Returns zeros like the parameters, the states of both exchanges, and the round counter.

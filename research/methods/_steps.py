@@ -93,6 +93,19 @@ def moved(params: Params, rate: Array, direction: Tree) -> Params:
   return optax.apply_updates(params, jax.tree.map(lambda d: -rate * d, direction))
 
 
+def decayed(direction: Tree, weight_decay: float, params: Params) -> Tree:
+  """Returns d + lambda x: with a step along it, decoupled weight decay.
+
+  Args:
+    direction: d, with the shapes of x.
+    weight_decay: lambda; with 0, the result is d.
+    params: x.
+  """
+  if not weight_decay:
+    return direction
+  return jax.tree.map(lambda d, x: d + weight_decay * x, direction, params)
+
+
 def descended(params: Params, rate: float, direction: Tree) -> Params:
   """Returns x - rate d.
 

@@ -9,7 +9,7 @@ from jax import lax
 
 from research.core.base import EVERYONE, Array, Params, State, Tree
 from research.methods._exact_rounds import FrozenVariance, if_unseen
-from research.methods._steps import mixed, moved, rate_at
+from research.methods._steps import decayed, mixed, moved, rate_at
 
 
 class OnebitAdamState(NamedTuple):
@@ -28,7 +28,7 @@ class OnebitAdam(FrozenVariance, name="onebit_adam"):
                  m_t = b1 m_{t-1} + (1 - b1) g_t,   v_t = b2 v_{t-1} + (1 - b2) g_t^2
       t > T_w:   m_t = aggregate_i(weight_i (b1 m_{t-1} + (1 - b1) grad f_i(x_{t-1})))
                  v_t = v_{t-1}
-      x_t = x_{t-1} - gamma_t m_t' / (sqrt(v_t') + eps)
+      x_t = x_{t-1} - gamma_t (m_t' / (sqrt(v_t') + eps) + lambda x_{t-1})
       m_t' = m_t / (1 - b1^t),   v_t' = v_t / (1 - b2^min(t, T_w))
 
   The paper's Adam has no bias correction. Here, the warm-up is `optax.adam` with bias correction,
@@ -45,6 +45,7 @@ class OnebitAdam(FrozenVariance, name="onebit_adam"):
     b1: decay of the momentum, in [0, 1).
     b2: decay of the variance, in [0, 1).
     eps: number added to the root of the variance, above 0.
+    weight_decay: lambda, at least 0; each worker applies it to the common model, so it is not sent.
 
   Raises:
     ValueError: if an argument is out of range, or the aggregator is incompatible.
@@ -77,7 +78,7 @@ class OnebitAdam(FrozenVariance, name="onebit_adam"):
     m = optax.tree.bias_correction(after.momentum, self.b1, count)
     v = optax.tree.bias_correction(after.variance, self.b2, jnp.minimum(count, self.warm_up))
     scaled = lambda m, v: jnp.where(v > 0, m / (jnp.sqrt(v) + self.eps), 0)
-    direction = jax.tree.map(scaled, m, v)
+    direction = decayed(jax.tree.map(scaled, m, v), self.weight_decay, state.params)
     params = moved(state.params, rate_at(self.learning_rate, state.count), direction)
     return after._replace(params=params, count=count)
 

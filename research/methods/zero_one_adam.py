@@ -16,10 +16,10 @@ from research.methods._steps import GradientLocal, mixed, rate_at
 
 
 class ZeroOneAdamState(NamedTuple):
-  params: Params  # x_{t'}, the model after the last synchronisation
+  params: Params  # z_t, the model after the last synchronisation, decayed since
   momentum: Tree  # m_t of this worker
   buffer: Tree  # u_t of this worker
-  rates: Array  # float32, sum of gamma_h since t'
+  rates: Array  # float32, r_t: sum of the decayed gamma_h since the last synchronisation
   variance: Tree  # v_t
   exact: State  # state of the mean
   link: State  # state of the aggregator
@@ -29,11 +29,18 @@ class ZeroOneAdamState(NamedTuple):
 class ZeroOneAdam(FrozenVariance, name="zero_one_adam"):
   """Adam with local steps and compressed exchanges; the update is linear in the sent values.
 
-      m_{t+1/2}^i = b1 m_t^i + (1 - b1) grad f_i(x_t^i),   u_{t+1/2}^i = u_t^i + gamma_t m_{t+1/2}^i
+      m_{t+1/2}^i = b1 m_t^i + (1 - b1) grad f_i(x_t^i)
+      u_{t+1/2}^i = (1 - gamma_t lambda) u_t^i + gamma_t m_{t+1/2}^i
+      r_{t+1/2} = (1 - gamma_t lambda) r_t + gamma_t,   z_{t+1/2} = (1 - gamma_t lambda) z_t
       v_{t+1} = b2 v_t + (1 - b2) (1/W sum_i weight_i grad f_i(x_t^i))^2    if t in T_v, else v_t
-      t in T_u:   U = aggregate_i(weight_i u_{t+1/2}^i),   m_{t+1}^i = U / sum_{h=t'}^t gamma_h
-                  x_{t+1}^i = x_{t'} - U / sqrt(v_{t+1} + eps),   u_{t+1}^i = 0,   t' = t + 1
-      otherwise:  x_{t+1}^i = x_{t'} - u_{t+1/2}^i / sqrt(v_{t+1} + eps),   m and u from t + 1/2
+      t in T_u:   U = aggregate_i(weight_i u_{t+1/2}^i),   m_{t+1}^i = U / r_{t+1/2}
+                  x_{t+1}^i = z_{t+1} = z_{t+1/2} - U / sqrt(v_{t+1} + eps),   u = r = 0
+      otherwise:  x_{t+1}^i = z_{t+1/2} - u_{t+1/2}^i / sqrt(v_{t+1} + eps),   the rest from t + 1/2
+
+  The paper has no weight decay lambda. With lambda = 0, z is the model after the last exchange and
+  r is the sum of the step sizes since then. With lambda > 0, every worker takes AdamW's local steps
+  x <- (1 - gamma lambda) x - gamma m / sqrt(v + eps): the decay of z is the same on all workers and
+  is not sent, and u and r decay alike, so U / r remains a weighted mean of momenta.
 
   There is no bias correction, as in the paper. Unlike in the paper, the step of a round in T_v uses
   the updated variance: with v_0 = 0, the first step would otherwise be 1 / sqrt(eps) times too
@@ -56,6 +63,7 @@ class ZeroOneAdam(FrozenVariance, name="zero_one_adam"):
     b1: decay of the momentum, in [0, 1).
     b2: decay of the variance, in [0, 1).
     eps: number added to the variance under the root, above 0.
+    weight_decay: lambda, at least 0.
 
   Raises:
     ValueError: if an argument is out of range, or the aggregator is incompatible.
@@ -83,10 +91,10 @@ class ZeroOneAdam(FrozenVariance, name="zero_one_adam"):
     return self.descended(state, state.buffer)
 
   def descended(self, state: ZeroOneAdamState, buffer: Tree) -> Params:
-    """Returns x_{t'} - u / sqrt(v + eps); elements with v = 0 do not move.
+    """Returns z - u / sqrt(v + eps); elements with v = 0 do not move away from z.
 
     Args:
-      state: the state that contains x_{t'} and v.
+      state: the state that contains z and v.
       buffer: the buffer u.
     """
     step = lambda x, u, v: x - jnp.where(v > 0, u / jnp.sqrt(v + self.eps), 0)
@@ -129,11 +137,15 @@ class ZeroOneAdam(FrozenVariance, name="zero_one_adam"):
 
     rate = rate_at(self.learning_rate, state.count)
     m = mixed(self.b1, state.momentum, local.grads)
-    u = optax.tree.add(state.buffer, jax.tree.map(lambda m: (rate * m).astype(m.dtype), m))
+    keep = 1 - rate * self.weight_decay
+    decayed = lambda tree: jax.tree.map(lambda x: (keep * x).astype(x.dtype), tree)
+    moves = jax.tree.map(lambda m: (rate * m).astype(m.dtype), m)
+    u = optax.tree.add(decayed(state.buffer), moves)
     m, u = kept(active, (m, u), (state.momentum, state.buffer))
     same = lambda state: state
     after = lax.cond(self.refreshes(state.count), refreshed, same, state)
-    after = after._replace(momentum=m, buffer=u, rates=state.rates + rate)
+    z, r = decayed(state.params), keep * state.rates + rate
+    after = after._replace(params=z, momentum=m, buffer=u, rates=r)
     after = lax.cond(self.synchronises(state.count), synchronised, same, after)
     return after._replace(count=state.count + 1)
 

@@ -1,4 +1,4 @@
-"""Shardings of activations along the mesh axes inside a worker."""
+"""Shards activations along the mesh axes inside a worker."""
 
 import math
 
@@ -12,19 +12,20 @@ from research.core.base import Array
 
 
 def inner_axes() -> dict[str, int]:
-  """Returns the axes of the mesh in scope that are left to the compiler, with their sizes."""
+  """Returns the sizes of the axes of the mesh in scope that the compiler manages, by name."""
   mesh = jax.sharding.get_abstract_mesh()
   named = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
   return {name: size for name, size, kind in named if kind == AxisType.Auto}
 
 
 def spec(shape: tuple[int, ...], *axes: str | tuple[str, ...] | None) -> P:
-  """Returns an activation's sharding; axes that the mesh lacks or that do not fit are dropped.
+  """Returns the sharding of an activation, without the axes that the current mesh cannot use.
 
   Args:
-    shape: shape of the activation.
-    *axes: for each dimension an axis, several axes, or None. Axes that are not in the mesh are
-      dropped. If a dimension's axes do not divide its length, all of them are dropped.
+    shape: the shape of the activation.
+    *axes: one entry per dimension: a mesh axis, several axes, or None. Axes that are not in the
+      mesh are dropped. If the axes of a dimension do not divide its length, all of them are
+      dropped.
   """
   sizes = inner_axes()
 
@@ -42,7 +43,7 @@ def along(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
 
   Args:
     x: the activation.
-    *axes: for each dimension its mesh axis or axes, or None.
+    *axes: one entry per dimension: a mesh axis, several axes, or None.
   """
   return lax.with_sharding_constraint(x, spec(x.shape, *axes)) if inner_axes() else x
 
@@ -50,13 +51,13 @@ def along(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
 def rows(table: Array, index: Array) -> Array:
   """Looks up rows [batch, length, width] of a table [rows, width] that is sharded along `model`.
 
-  Each device looks up its own examples, so that one sum as large as the table combines the
-  gradients of any number of tokens. The compiler would instead send each token's rows to all
-  devices.
+  Each device looks up the rows of its own examples. The backward pass therefore needs only one sum
+  as large as the table, for any number of tokens. Without this function, the compiler would send
+  the rows of each token to all devices.
 
   Args:
-    table: [rows, width].
-    index: integers [batch, length].
+    table: the table [rows, width].
+    index: the row numbers, integers [batch, length].
   """
   axes = inner_axes()
   if not axes:

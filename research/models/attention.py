@@ -1,12 +1,12 @@
-"""Causal attention with rotary positions: one function, with an implementation per platform.
+"""Computes causal attention with rotary positions; each platform has its own implementation.
 
-An attention function takes query [batch, length, heads, head_dim], key and value
-[batch, length, kv_heads, head_dim], and returns [batch, length, heads, head_dim]:
+An attention function takes a query [batch, length, heads, head_dim], and a key and a value [batch,
+length, kv_heads, head_dim]. It returns an array [batch, length, heads, head_dim]:
 
     out_t = sum_{s <= t} softmax_s(query_t . key_s / sqrt(head_dim)) value_s
 
-where heads / kv_heads query heads share a key head. Products are computed in the arguments' dtype,
-and the softmax in float32.
+Each key head is shared by heads / kv_heads query heads. Products are computed in the dtype of the
+arguments, and the softmax is computed in float32.
 """
 
 from collections.abc import Callable
@@ -22,15 +22,15 @@ Rotation = tuple[Array, Array]  # cosines and sines [length, head_dim / 2]
 
 
 def plain(query: Array, key: Array, value: Array) -> Array:
-  """Evaluates the equation directly, with all scores in memory.
+  """Computes attention directly from its equation, with all scores in memory.
 
   Args:
-    query: [batch, length, heads, head_dim].
-    key: [batch, length, kv_heads, head_dim].
-    value: like `key`.
+    query: the query [batch, length, heads, head_dim].
+    key: the key [batch, length, kv_heads, head_dim].
+    value: the value, of the shape of `key`.
   """
   length, head_dim = query.shape[1], query.shape[3]
-  shared = query.shape[2] // key.shape[2]  # repeat: an extra dimension is slow on CPUs
+  shared = query.shape[2] // key.shape[2]  # repeated, since an extra dimension is slow on CPUs
   key, value = (jnp.repeat(x, shared, axis=2) for x in (key, value))
   scores = jnp.einsum("bthd,bshd->bhts", query, key, preferred_element_type=jnp.float32)
   earlier = jnp.tril(jnp.ones((length, length), bool))
@@ -40,12 +40,12 @@ def plain(query: Array, key: Array, value: Array) -> Array:
 
 
 def dot_product(query: Array, key: Array, value: Array) -> Array:
-  """Calls cuDNN's flash attention, which stores no scores, if it is supported, else `plain`.
+  """Calls cuDNN's flash attention, which stores no scores, if cuDNN supports it; else `plain`.
 
   Args:
-    query: [batch, length, heads, head_dim].
-    key: [batch, length, kv_heads, head_dim].
-    value: like `key`.
+    query: the query [batch, length, heads, head_dim].
+    key: the key [batch, length, kv_heads, head_dim].
+    value: the value, of the shape of `key`.
   """
   head_dim = query.shape[-1]
   suits = query.dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128
@@ -59,9 +59,9 @@ def splash(query: Array, key: Array, value: Array) -> Array:
   """Calls JAX's splash attention, a TPU kernel that skips future positions and stores no scores.
 
   Args:
-    query: [batch, length, heads, head_dim].
-    key: [batch, length, kv_heads, head_dim].
-    value: like `key`.
+    query: the query [batch, length, heads, head_dim].
+    key: the key [batch, length, kv_heads, head_dim].
+    value: the value, of the shape of `key`.
 
   Raises:
     ValueError: if the program is not for a TPU, or the length is not a multiple of 128.
@@ -77,10 +77,11 @@ def splash(query: Array, key: Array, value: Array) -> Array:
 
 
 def splash_kernel(query: Array, key: Array, value: Array, interpret: bool = False) -> Array:
-  """Runs `splash` on each device's heads and examples, as the compiler cannot split a kernel.
+  """Runs `splash` on the heads and examples of each device, since a compiler cannot split kernels.
 
   Args:
-    query, key, value: as in the module's docstring; the length must be a multiple of 128.
+    query, key, value: the arguments of an attention function, with a length that is a multiple of
+      128.
     interpret: whether to emulate the kernel without a TPU, which is slow.
   """
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
@@ -121,9 +122,9 @@ def automatic(query: Array, key: Array, value: Array) -> Array:
   """Calls `splash` on TPUs if the length allows it, `plain` on CPUs, else `dot_product`.
 
   Args:
-    query: [batch, length, heads, head_dim].
-    key: [batch, length, kv_heads, head_dim].
-    value: like `key`.
+    query: the query [batch, length, heads, head_dim].
+    key: the key [batch, length, kv_heads, head_dim].
+    value: the value, of the shape of `key`.
   """
   target = platform()
   if target == "tpu" and query.shape[1] % 128 == 0:
@@ -140,12 +141,12 @@ ATTENTION: dict[str, Attend] = {
 
 
 def rotation(length: int, head_dim: int, base: float) -> Rotation:
-  """Computes cosines and sines of the angles t base^(-2i / head_dim), for positions t and pairs i.
+  """Computes the cosines and sines of t base^(-2i / head_dim), for positions t and pairs i.
 
   Args:
-    length: number of positions.
-    head_dim: size of a head, even.
-    base: base of the frequencies.
+    length: the number of positions.
+    head_dim: the size of a head, an even number.
+    base: the base of the frequencies.
 
   Reference: Su et al. 2021, arXiv 2104.09864, section 3.2.2.
   """
@@ -155,13 +156,13 @@ def rotation(length: int, head_dim: int, base: float) -> Rotation:
 
 
 def rotated(x: Array, by: Rotation) -> Array:
-  """Rotates each pair (x_i, x_{i + head_dim / 2}) of [batch, length, heads, head_dim] by its angle.
+  """Rotates each pair (x_i, x_{i + head_dim / 2}) of a head by the angle of its position.
 
   The product of two rotated vectors then depends only on the distance between their positions.
 
   Args:
-    x: [batch, length, heads, head_dim].
-    by: the cosines and sines.
+    x: a query or key [batch, length, heads, head_dim].
+    by: the cosines and sines of the angles, from `rotation`.
   """
   cosines, sines = (table[None, :, None] for table in by)
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

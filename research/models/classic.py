@@ -1,8 +1,8 @@
-"""Small flax.linen models: linear, multilayer perceptron, convolutional and residual network.
+"""Builds small flax.linen models: linear, perceptron, convolutional and residual networks.
 
-A factory takes the hyper-parameters and returns `outputs -> module`, since the task, not the user,
-determines the number of outputs. Inputs are [batch, ...] floats; images are [batch, height, width]
-or [batch, height, width, channels]. Parameters are float32, and every module is named.
+A factory takes the hyper-parameters and returns a function `outputs -> module`, since the number of
+outputs depends on the task. Inputs are [batch, ...] floats; images are [batch, height, width] or
+[batch, height, width, channels]. Parameters are float32, and every module is named.
 """
 
 import math
@@ -18,14 +18,14 @@ Model = Callable[[int], nn.Module]
 
 
 def linear(bias: bool = False, deviation: float = 0.0) -> Model:
-  """Computes x W (+ b) for dense or sparse rows; see `Linear`.
+  """Builds a linear model that computes x W (+ b) for dense or sparse rows; see `Linear`.
 
   Args:
     bias: whether to add b, which is initially zero.
-    deviation: standard deviation of the initial entries of W; 0 makes them zero.
+    deviation: the standard deviation of the initial entries of W; 0 makes them zero.
 
   Returns:
-    outputs -> module.
+    A function that makes the module for a given number of outputs.
 
   Raises:
     ValueError: if bias is not a bool, or deviation is negative.
@@ -37,14 +37,14 @@ def linear(bias: bool = False, deviation: float = 0.0) -> Model:
 
 
 def logistic(bias: bool = True, deviation: float = 0.0) -> Model:
-  """Computes the logits x W (+ b) of logistic or softmax regression, like `linear`.
+  """Builds a logistic or softmax regression with the logits x W (+ b); see `Linear`.
 
   Args:
     bias: whether to add b, which is initially zero.
-    deviation: standard deviation of the initial entries of W; 0 makes them zero.
+    deviation: the standard deviation of the initial entries of W; 0 makes them zero.
 
   Returns:
-    outputs -> module.
+    A function that makes the module for a given number of outputs.
 
   Raises:
     ValueError: if bias is not a bool, or deviation is negative.
@@ -53,13 +53,13 @@ def logistic(bias: bool = True, deviation: float = 0.0) -> Model:
 
 
 def mlp(hidden: Sequence[int] = (128,)) -> Model:
-  """A perceptron with ReLU layers on the flattened input.
+  """Builds a multilayer perceptron with ReLU layers, which flattens its input.
 
   Args:
-    hidden: widths of the hidden layers, at least one.
+    hidden: the widths of the hidden layers, at least one.
 
   Returns:
-    outputs -> module.
+    A function that makes the module for a given number of outputs.
 
   Raises:
     ValueError: if hidden is not a list of positive integers.
@@ -77,23 +77,24 @@ def cnn(
   padding: Sequence[str] | None = None,
   pool_stride: int = 2,
 ) -> Model:
-  """A network of convolutions, each with ReLU and 2x2 max pooling, and one hidden ReLU layer.
+  """Builds a network of convolutions, each with ReLU and 2x2 max pooling, and a hidden ReLU layer.
 
   Args:
-    channels: output channels of each convolution.
-    hidden: width of the hidden layer.
-    kernels: side length of each convolution's kernel in pixels; None means 3.
-    strides: stride of each convolution; None means 1.
-    padding: padding of each convolution, "SAME" or "VALID"; None means "SAME".
-    pool_stride: stride of the pooling. With a pooling stride of 2, n convolutions of stride 1 need
+    channels: the number of output channels of each convolution.
+    hidden: the width of the hidden layer.
+    kernels: the side length of each convolution's kernel in pixels; None means 3.
+    strides: the stride of each convolution; None means 1.
+    padding: the padding of each convolution, "SAME" or "VALID"; None means "SAME".
+    pool_stride: the stride of the pooling. With a stride of 2, n convolutions of stride 1 need
       images of at least 2^n pixels per side.
 
   Returns:
-    outputs -> module.
+    A function that makes the module for a given number of outputs.
 
   Raises:
-    ValueError: if an entry, hidden or pool_stride is not a positive integer; an entry of padding
-      has another name; or lists differ in length.
+    ValueError: if hidden, pool_stride, or an entry of channels, kernels or strides is not a
+      positive integer; an entry of padding is neither "SAME" nor "VALID"; or the lists differ in
+      length.
   """
   channels, hidden = _widths("channels", channels), _width("hidden", hidden)
   count = len(channels)
@@ -112,15 +113,16 @@ def cnn(
 
 
 def resnet(channels: Sequence[int] = (16, 32, 64), blocks: int = 1) -> Model:
-  """A residual network for small images, with GroupNorm, which keeps no per-worker statistics.
+  """Builds a residual network for small images; its GroupNorm keeps no per-worker statistics.
 
   Args:
-    channels: output channels of each stage; every stage but the first halves height and width.
-    blocks: number of residual blocks per stage. A block has two convolutions, so the depth is 2
+    channels: the number of output channels of each stage; every stage except the first halves the
+      height and the width.
+    blocks: the number of residual blocks per stage. A block has two convolutions, so the depth is 2
       len(channels) blocks + 2.
 
   Returns:
-    outputs -> module.
+    A function that makes the module for a given number of outputs.
 
   Raises:
     ValueError: if channels is not a list of positive integers, or blocks is not a positive integer.
@@ -136,8 +138,9 @@ def resnet(channels: Sequence[int] = (16, 32, 64), blocks: int = 1) -> Model:
 class Linear(nn.Module):
   """Computes x W (+ b) for dense x, or sparse rows {"index", "value"}, both [batch, longest row].
 
-  The result for a sparse row is sum_k value_k W[index_k], so padding has value 0. Sparse rows do
-  not determine the number of features; initialize with one dense row to set the kernel's shape.
+  The result for a sparse row is sum_k value_k W[index_k], so entries of value 0 are padding. Sparse
+  rows do not determine the number of features: initialize the module with one dense row to set the
+  shape of the kernel.
   """
 
   outputs: int
@@ -160,7 +163,7 @@ class Linear(nn.Module):
 
 
 class MLP(nn.Module):
-  """Dense layers with ReLU between them."""
+  """Applies dense layers with ReLU between them."""
 
   outputs: int
   hidden: tuple[int, ...]
@@ -175,7 +178,7 @@ class MLP(nn.Module):
 
 
 class CNN(nn.Module):
-  """Repeats convolution, ReLU and pooling, and ends with two dense layers."""
+  """Applies blocks of convolution, ReLU and pooling, then two dense layers."""
 
   outputs: int
   convolutions: tuple[tuple[int, int, int, str], ...]  # channels, kernel, stride, padding
@@ -218,7 +221,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-  """A convolution, stages of residual blocks, the mean over pixels, and one dense layer."""
+  """Applies a convolution, stages of residual blocks, the mean over pixels, and a dense layer."""
 
   outputs: int
   channels: tuple[int, ...]

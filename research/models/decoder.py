@@ -1,4 +1,4 @@
-"""A decoder layer: residual attention and feed-forward parts, each preceded by a norm."""
+"""Implements a decoder layer: residual attention and feed-forward parts, each after a norm."""
 
 from typing import Any, NamedTuple
 
@@ -20,9 +20,9 @@ class Shape(NamedTuple):
   heads: int  # number of query heads
   kv_heads: int  # number of key and value heads
   hidden: int  # width of the feed-forward part
-  tied: bool  # the head shares the embedding
+  tied: bool  # whether the head shares the embedding's matrix
   rotary_base: float
-  scan: bool  # compile one layer; on CPUs a loop is faster
+  scan: bool  # whether to compile one layer for all; on CPUs, a loop is faster
   deviation: float = 0.02  # standard deviation of the initial weights
 
 
@@ -38,7 +38,7 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-  """Projections before and after an attention function; kernels are sharded by heads."""
+  """Projects before and after an attention function; kernels are sharded by heads."""
 
   shape: Shape
   dtype: Any
@@ -71,7 +71,10 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-  """Computes x + attention(norm(x)), then x + feed_forward(norm(x)), and the expert load [2, E]."""
+  """Computes x + attention(norm(x)), then x + feed_forward(norm(x)).
+
+  The layer also returns the load of the experts [2, E].
+  """
 
   shape: Shape
   mixture: tuple[int, int] | None

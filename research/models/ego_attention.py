@@ -1,4 +1,4 @@
-"""Attention of one vehicle over any number of neighbours, whose order does not matter."""
+"""Implements attention of one vehicle over its neighbours, in any number and order."""
 
 from collections.abc import Callable
 
@@ -11,15 +11,17 @@ from research.core.base import Array
 
 
 def ego_attention(width: int = 32, heads: int = 2) -> Callable[[int], nn.Module]:
-  """A network in which the ego attends to all vehicles in sight, including itself, in any order.
+  """Builds a network in which the ego vehicle attends to all visible vehicles, including itself.
+
+  The order of the vehicles does not matter.
 
   Args:
     width: the width of the layers, a multiple of `heads`.
-    heads: number of attention heads.
+    heads: the number of attention heads.
 
   Returns:
-    outputs -> module. The module takes x [batch, vehicles, features]: row 0 is the ego, and a row
-    whose first feature is zero is padding.
+    A function that makes the module for a given number of outputs. The module takes x [batch,
+    vehicles, features]: row 0 is the ego vehicle, and a row whose first feature is zero is padding.
 
   Raises:
     ValueError: if width or heads is not a positive integer, or width is not a multiple of heads.
@@ -35,7 +37,7 @@ def ego_attention(width: int = 32, heads: int = 2) -> Callable[[int], nn.Module]
 
 
 class EgoAttention(nn.Module):
-  """Encodes all vehicles, attends from the ego, and decodes."""
+  """Encodes all vehicles, lets the ego vehicle attend to them, and decodes the result."""
 
   outputs: int
   width: int

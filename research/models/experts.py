@@ -1,4 +1,4 @@
-"""The feed-forward part of a transformer layer: SwiGLU, or a mixture of experts."""
+"""Implements the feed-forward part of a transformer layer: SwiGLU or a mixture of experts."""
 
 from typing import Any
 
@@ -36,9 +36,9 @@ class SwiGLU(nn.Module):
 class Experts(nn.Module):
   """Computes sum_e weight_e SwiGLU_e(x), for weights [batch, length, experts].
 
-  Kernels have a leading dimension [experts]. Weights multiply the hidden units, so that one product
-  sums over both hidden units and experts. If either dimension is sharded, one sum as large as the
-  output combines the devices' results.
+  Kernels have a leading dimension [experts]. The weights multiply the hidden units, so that one
+  product sums over both hidden units and experts. If either dimension is sharded, a single sum as
+  large as the output combines the results of the devices.
   """
 
   hidden: int
@@ -68,13 +68,13 @@ class Mixture(nn.Module):
 
       p = softmax(router(x));   weight_e = p_e / (sum of the chosen p) for chosen e, else 0
 
-  With k = 1, the weight is p_e itself, so that the router learns. Every expert computes every
-  token, and the weights remove the outputs of experts not chosen. The result is exact, without
-  capacities or dropped tokens, but costs experts / k times as much as computing only the chosen
-  experts.
+  With k = 1, the weight is p_e itself; otherwise the router would not learn. Every expert computes
+  every token, and zero weights remove the outputs of experts that are not chosen. The result is
+  exact, without capacities or dropped tokens, but costs experts / k times as much as computing only
+  the chosen experts.
 
-  The module also returns each expert's share of the choices and the mean of its p, as [2, experts];
-  `balance` turns this array into a loss.
+  The module also returns an array [2, experts] with each expert's share of the choices and its mean
+  p; `balance` computes a loss from this array.
 
   Reference: Shazeer et al. 2017, arXiv 1701.06538; Fedus et al. 2021, arXiv 2101.03961 (k = 1);
     Jiang et al. 2024, arXiv 2401.04088, section 2.1 (k > 1).
@@ -107,14 +107,14 @@ class Mixture(nn.Module):
 
 
 def balance(busy: Array) -> Array:
-  """Computes the load-balancing loss of experts, summed over layers [..., 2, experts].
+  """Computes the load-balancing loss of the experts, summed over layers.
 
       experts * sum_e (share of the choices that fell on e) (mean of p_e)
 
-  Means are over all tokens, regardless of their sharding.
+  The means are over all tokens, even if the tokens are sharded.
 
   Args:
-    busy: [..., 2, experts]: the share of the choices that fell on each expert, and the mean of p.
+    busy: an array [..., 2, experts] with each expert's share of the choices and its mean p.
 
   Reference: Fedus et al. 2021, equation 4.
   """
@@ -122,14 +122,14 @@ def balance(busy: Array) -> Array:
 
 
 def largest(p: Array, k: int) -> Array:
-  """Marks the k largest entries along the last dimension; the first of equal entries are marked.
+  """Returns a mask of the k largest entries along the last dimension; ties go to the first ones.
 
-  The function compares all pairs, because the compiler would distribute a sort over the devices and
-  move tokens between them.
+  The function compares all pairs of entries: for a sort, the compiler would move tokens between
+  devices.
 
   Args:
-    p: [..., n].
-    k: number of entries to mark, at most n.
+    p: the values [..., n].
+    k: the number of entries to mark, at most n.
   """
   mine, other = p[..., :, None], p[..., None, :]
   before = jnp.tril(jnp.ones((p.shape[-1],) * 2, bool), -1)

@@ -1,4 +1,4 @@
-"""Message passing over the edges of padded graphs, such as the atoms and bonds of molecules."""
+"""Passes messages over the edges of padded graphs, such as the atoms and bonds of molecules."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,33 +15,34 @@ from research.core.task import Batch
 # Numbers of rows for the nodes of a batch, as fractions of the padded size; the smallest sufficient
 # number is used. The nodes of molecules fill an eighth to a quarter of their padding.
 FILLED = (3 / 16, 5 / 16)
-FEW = 512  # least number of padded nodes for which leaving out the padding pays off
-SIZE = 16.0  # typical number of nodes: keeps sums over nodes near 1
+FEW = 512  # minimum number of padded nodes for which it is faster to leave out the padding
+SIZE = 16.0  # typical number of nodes, by which sums over nodes are divided
 
 
 def graph_network(
   width: int = 128, layers: int = 3, dropout: float = 0.0
 ) -> Callable[[int], nn.Module]:
-  """A message-passing network for graphs whose nodes and edges have binary features.
+  """Builds a message-passing network for graphs whose nodes and edges have binary features.
 
       m_v = sum over edges (v, u) of h_u + W e_vu
       h_v <- h_v + U relu(V norm(h_v + m_v))
 
-  norm divides by the root mean square. A perceptron with one hidden layer computes the outputs from
-  the sum and the mean of relu(R norm(h_v)) over the nodes. The outputs do not depend on the order
-  of the nodes or on the padding.
+  Here, norm divides a vector by its root mean square. A perceptron with one hidden layer computes
+  the outputs from the sum and the mean of relu(R norm(h_v)) over the nodes. The outputs depend
+  neither on the order of the nodes nor on the padding.
 
-  Inputs are dictionaries, as the task `molecules` creates them: "atoms" uint8 [batch, A, F] and
-  "bonds" uint8 [batch, A, K, G] contain the packed bits of the features, and "neighbours"
-  [batch, A, K] is the other end of each edge. Nodes and edges without any bit set are padding.
+  The input is a dictionary as in the task `molecules`: "atoms" uint8 [batch, A, F] and "bonds"
+  uint8 [batch, A, K, G] contain the packed bits of the features, and "neighbours" [batch, A, K]
+  contains the index of the node at the other end of each edge. Nodes and edges of which no bit is
+  set are padding.
 
   Args:
-    width: length of the vectors h and m.
-    layers: number of steps of message passing.
-    dropout: probability that an entry of the hidden layer is set to zero in training.
+    width: the length of the vectors h and m.
+    layers: the number of message-passing steps.
+    dropout: the probability that an entry of the hidden layer is set to zero in training.
 
   Returns:
-    outputs -> module.
+    A function that makes the module for a given number of outputs.
 
   Raises:
     ValueError: if width or layers is not a positive integer, or dropout is not in [0, 1).
@@ -56,7 +57,7 @@ def graph_network(
 
 
 class GraphNetwork(nn.Module):
-  """Message passing, a sum and a mean over nodes, and a perceptron."""
+  """Passes messages, computes the sum and the mean over nodes, and applies a perceptron."""
 
   outputs: int
   width: int
@@ -98,16 +99,16 @@ class GraphNetwork(nn.Module):
 
 
 class _Nodes(NamedTuple):
-  """The nodes of a batch of graphs as one list of M rows, some of which are padding."""
+  """Contains the nodes of a batch of graphs as one list of M rows, of which some may be padding."""
 
   atoms: Array  # uint8 [M, F], packed bits
   bonds: Array  # uint8 [M, K, G]
-  neighbours: Array  # int32 [M, K], rows of this list
-  sums: Callable[[Array], Array]  # from values [M, width] to their sums by graph
+  neighbours: Array  # int32 [M, K], row numbers in this list
+  sums: Callable[[Array], Array]  # values [M, width] -> their sums over each graph
 
 
 def _sums_over_nodes(weights: Params, x: Batch) -> tuple[Array, Array]:
-  """Returns the sum over the nodes of each graph, [batch, width], and their number, [batch, 1]."""
+  """Returns each graph's sum over nodes, [batch, width], and number of nodes, [batch, 1]."""
   there = jnp.any(x["atoms"] != 0, axis=-1)
   counts = jnp.sum(there, axis=1, keepdims=True).astype(jnp.float32)
   padded = there.size
@@ -117,12 +118,12 @@ def _sums_over_nodes(weights: Params, x: Batch) -> tuple[Array, Array]:
   sizes = [round(share * padded) for share in FILLED]
   branches = [lambda w, rows=rows: _passed(w, _filled_rows(x, there, rows)) for rows in sizes]
   place = jnp.sum(jnp.sum(there) > jnp.array(sizes))
-  # each branch recomputes its residuals, so that those of the other branches are not stored
+  # each branch recomputes its residuals: otherwise, those of all branches would be stored
   return lax.switch(place, [jax.checkpoint(b) for b in (*branches, of_all)], weights), counts
 
 
 def _all_rows(x: Batch) -> _Nodes:
-  """Returns all nodes, with padding."""
+  """Returns all nodes, including padding."""
   batch, most = x["atoms"].shape[:2]
   first = most * jnp.arange(batch)[:, None, None]
   flat = lambda leaf: leaf.reshape(batch * most, *leaf.shape[2:])
@@ -132,7 +133,7 @@ def _all_rows(x: Batch) -> _Nodes:
 
 
 def _filled_rows(x: Batch, there: Array, rows: int) -> _Nodes:
-  """Returns the nodes without padding; `rows` must be at least their number."""
+  """Returns all nodes in `rows` rows; `rows` must be at least the number of nodes."""
   batch, most = there.shape
   every = _all_rows(x)
   row_of = jnp.cumsum(there.reshape(-1)) - 1  # row of each node
@@ -144,7 +145,7 @@ def _filled_rows(x: Batch, there: Array, rows: int) -> _Nodes:
 
 
 def _passed(weights: Params, nodes: _Nodes) -> Array:
-  """Passes messages; returns the sums over the nodes of each graph [batch, width]."""
+  """Passes messages and returns the sum over the nodes of each graph, [batch, width]."""
   bits = lambda packed: jnp.unpackbits(packed, axis=-1).astype(jnp.float32)
   exists = jnp.any(nodes.atoms != 0, axis=-1)[:, None]
   connected = jnp.any(nodes.bonds != 0, axis=-1)[..., None]

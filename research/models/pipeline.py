@@ -1,15 +1,15 @@
-"""Pipeline parallelism: consecutive layers on several devices, with micro-batches.
+"""Implements pipeline parallelism: devices apply consecutive layers to micro-batches.
 
-A pipeline of S stages passes M micro-batches through all layers in R rounds: in round r, stage s
-applies layers (r S + s) k, ..., (r S + s + 1) k - 1 of the R S k layers. At tick t, the stage
-computes item i = t - s, which is micro-batch i mod M in round i div M, and sends the result to the
-next stage; the last stage sends its result to the first:
+A pipeline of S stages passes M micro-batches through R S k layers in R rounds: in round r, stage s
+applies the layers (r S + s) k, ..., (r S + s + 1) k - 1. At tick t, stage s computes item
+i = t - s, which is micro-batch i mod M in round i div M, and sends the result to the next stage.
+The last stage sends its result to the first:
 
     ticks = R M + S - 1,   bubble = (S - 1) / ticks
 
-The bubble is the share of ticks in which a stage is idle. R = 1 gives GPipe. R > 1 gives a circular
-pipeline: the bubble is nearly R times smaller, but there are R times as many transfers. JAX derives
-the backward pass, which runs the same ticks in reverse.
+The bubble is the fraction of ticks in which a stage is idle. R = 1 gives GPipe. R > 1 gives a
+circular pipeline: the bubble is nearly R times smaller, but there are R times as many transfers.
+JAX derives the backward pass, which runs the same ticks in reverse order.
 
 Reference: Huang et al. 2018, arXiv 1811.06965 (GPipe); Narayanan et al. 2021, arXiv 2104.04473,
   section 2.2 (several groups of layers on each device).
@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 from research.core.base import Array, Params, platform
 from research.models import activations
 
-# (parameters [k, ...], x [b, T, width], the rest) -> x and statistics [k, ...]
+# (parameters [k, ...], x [b, T, width], further arguments) -> x and statistics [k, ...]
 Layers = Callable[[Params, Array, Any], tuple[Array, Array]]
 
 _WEIGHTS = "weights of a stage"
@@ -39,7 +39,7 @@ class Schedule(NamedTuple):
 
   stages: int
   microbatches: int
-  repeats: int  # rounds per micro-batch
+  repeats: int  # number of rounds per micro-batch
 
   @property
   def ticks(self) -> int:
@@ -47,24 +47,24 @@ class Schedule(NamedTuple):
 
   @property
   def bubble(self) -> float:
-    """The share of ticks in which a stage is idle."""
+    """Returns the fraction of ticks in which a stage is idle."""
     return (self.stages - 1) / self.ticks
 
 
 def schedule(stages: int, examples: int, microbatches: int, repeats: int, cut: int = 1) -> Schedule:
-  """Chooses the number of micro-batches of a pipeline.
+  """Returns a pipeline's schedule, and chooses the number of micro-batches if it is not given.
 
   Args:
-    stages: S, number of stages.
-    examples: number of examples in one pass.
-    microbatches: M, or 0 for the largest number up to 4 S that divides the examples.
-    repeats: R, number of rounds.
-    cut: number of devices over which each micro-batch should be sharded; only a preference if
-      microbatches is 0.
+    stages: S, the number of stages.
+    examples: the number of examples in one pass.
+    microbatches: M, or 0 for the largest number up to 4 S that divides the number of examples.
+    repeats: R, the number of rounds.
+    cut: the number of devices over which each micro-batch should be sharded. If microbatches is 0,
+      a number that allows this is preferred.
 
   Raises:
-    ValueError: if M does not divide the examples, or M < S with R > 1, since a micro-batch would
-      then be due at the first stage before it has left the last.
+    ValueError: if M does not divide the number of examples, or if R > 1 and M < S, since the first
+      stage would then need a micro-batch before the last stage has computed it.
   """
   least = stages if repeats > 1 else 1
   if not microbatches:
@@ -93,15 +93,16 @@ def pipelined(
   """Applies layers whose parameters are sharded along the mesh axis `stage`.
 
   Args:
-    layers: applies consecutive layers.
-    params: leaves [R, S k, ...], with the second dimension sharded along `stage`.
-    x: [B, T, width].
-    rest: further arguments, the same for all layers.
-    plan: the schedule, whose M divides B.
+    layers: a function that applies consecutive layers.
+    params: the parameters, with leaves [R, S k, ...] whose second dimension is sharded along
+      `stage`.
+    x: the input [B, T, width].
+    rest: the further arguments, which are the same for all layers.
+    plan: the schedule; its M must divide B.
 
   Returns:
-    The output [B, T, width], with T sharded along `stage` if S divides it, and the statistics of
-    all layers [R, S k, ...], which are means over the micro-batches.
+    The output [B, T, width], whose dimension T is sharded along `stage` if S divides T, and the
+    statistics of all layers [R, S k, ...], averaged over the micro-batches.
   """
   stages, count, repeats = plan
   whole = x.shape[1] % stages != 0
@@ -111,15 +112,15 @@ def pipelined(
     of_round = lambda leaf: leaf[0] if repeats == 1 else leaf[number]
     return layers(jax.tree.map(lambda p: checkpoint_name(of_round(p), _WEIGHTS), params), x, rest)
 
-  # weights are available in the backward pass: do not save them again for every tick
+  # the backward pass has the weights anyway: do not save them again for every tick
   policy = jax.checkpoint_policies.save_anything_except_these_names(_WEIGHTS)
   apply = jax.checkpoint(apply, policy=policy, prevent_cse=False)
 
-  # the dtype of sums over stages: XLA:CPU (jaxlib 0.10) aborts on a sum of bfloat16
+  # dtype of sums over stages: XLA:CPU (jaxlib 0.10) aborts on a bfloat16 sum
   summed = jnp.float32 if platform() == "cpu" else x.dtype
 
   def stage(params: Params, waiting: Array, rest: Any) -> tuple[Array, Array]:
-    """Runs one stage; `waiting` [M, b, T, width] holds the next inputs of the first stage."""
+    """Runs one stage; `waiting` [M, b, T, width] contains the next inputs of the first stage."""
     here, last, waiting = lax.axis_index("stage"), plan.ticks, waiting.astype(x.dtype)
     onward = partial(
       lax.ppermute, axis_name="stage", perm=[(s, (s + 1) % stages) for s in range(stages)]
@@ -157,7 +158,7 @@ def pipelined(
     axis_names={"stage"},
     check_vma=False,
   )
-  # example i is in micro-batch i mod M, so that each device has a part of every micro-batch
+  # example i belongs to micro-batch i mod M, so that each device has a part of every micro-batch
   rows = x.reshape(x.shape[0] // count, count, *x.shape[1:])
   along = lambda x: activations.along(x, None, "fsdp", "seq", None)
   out, statistics = cut(params, along(jnp.moveaxis(rows, 1, 0)).astype(summed), rest)

@@ -1,6 +1,6 @@
-"""Attention over sequences sharded along the mesh axis `seq`.
+"""Computes attention over sequences that are sharded along the mesh axis `seq`.
 
-`by_heads` temporarily gives every device all tokens of some heads; `ring` leaves tokens in place
+`by_heads` temporarily gives each device all tokens of some heads. `ring` leaves the tokens in place
 and passes keys and values from device to device.
 """
 
@@ -17,31 +17,31 @@ from research.models.attention import Attend
 
 
 def devices() -> int:
-  """Returns the number of devices along `seq` of the mesh in scope; 1 without such an axis."""
+  """Returns the size of the axis `seq` of the mesh in scope; 1 if the mesh has no such axis."""
   return activations.inner_axes().get("seq", 1)
 
 
 def check(length: int) -> None:
-  """Checks that the devices along `seq` divide the tokens of an example.
+  """Checks that an example's tokens can be divided evenly among the devices along `seq`.
 
   Args:
-    length: number of tokens of an example.
+    length: the number of tokens of an example.
 
   Raises:
-    ValueError: if the number of devices does not divide the length.
+    ValueError: if the number of devices along `seq` does not divide the length.
   """
   if length % devices():
     raise ValueError(f"'seq:{devices()}' does not divide the {length} tokens of an example")
 
 
 def across(query: Array, key: Array, value: Array, attend: Attend) -> Array:
-  """Calls `by_heads` if the devices divide the key heads, else `ring`.
+  """Calls `by_heads` if the key heads can be divided evenly among the devices, else `ring`.
 
   Args:
-    query: [batch, length, heads, head_dim].
-    key: [batch, length, kv_heads, head_dim].
-    value: like `key`.
-    attend: an attention function of full sequences.
+    query: the query [batch, length, heads, head_dim].
+    key: the key [batch, length, kv_heads, head_dim].
+    value: the value, of the shape of `key`.
+    attend: an attention function for full sequences.
   """
   axes = activations.inner_axes()
   heads = key.shape[2] // (axes.get("model", 1) if key.shape[2] % axes.get("model", 1) == 0 else 1)
@@ -49,14 +49,16 @@ def across(query: Array, key: Array, value: Array, attend: Attend) -> Array:
 
 
 def by_heads(query: Array, key: Array, value: Array, attend: Attend) -> Array:
-  """Computes attention with two all-to-all exchanges: from token shards to head shards, and back.
+  """Computes attention between two all-to-all exchanges: tokens to heads, and back.
+
+  The first exchange turns token shards into head shards; the second exchange reverses this.
 
   Args:
-    query, key, value: as for every attention function, with the length sharded along `seq`.
-    attend: attention over all tokens.
+    query, key, value: the arguments of an attention function, with the length sharded along `seq`.
+    attend: an attention function for full sequences.
 
   Raises:
-    ValueError: if the devices along `seq` do not divide the heads per device.
+    ValueError: if the number of devices along `seq` does not divide the number of heads per device.
 
   Reference: Jacobs et al. 2023, arXiv 2309.14509, section 3.
   """
@@ -73,19 +75,19 @@ def by_heads(query: Array, key: Array, value: Array, attend: Attend) -> Array:
 
 
 def ring(query: Array, key: Array, value: Array, attend: Attend | None = None) -> Array:
-  """Computes attention in S steps; in each step, a device attends to one part and passes it on.
+  """Computes attention in S steps: in each step, a device attends to a part and passes it on.
 
-  A part consists of one device's keys and values. With the scores x of a part, the sums over the
-  parts so far are relative to their maximum m:
+  A part consists of the keys and values of one device. For a part with scores x, a device updates
+  its sums l and o, which are relative to the maximum score m so far:
 
       m' = max(m, max x);  l' = l e^(m - m') + sum e^(x - m');  o' = o e^(m - m') + e^(x - m') value
 
-  and the output is o / l. A part that is later than all queries is skipped. The backward pass
-  recomputes scores. Since parts are in order, the last device computes S parts while the first
-  computes one.
+  The output is o / l. A device skips parts that come later than all of its queries. The backward
+  pass recomputes the scores. Since parts are in the order of the tokens, the last device computes S
+  parts while the first device computes one.
 
   Args:
-    query, key, value: as for every attention function, with the length sharded along `seq`.
+    query, key, value: the arguments of an attention function, with the length sharded along `seq`.
     attend: unused.
 
   Reference: Liu et al. 2023, arXiv 2310.01889, algorithm 1.
@@ -120,15 +122,15 @@ def _ring(query: Array, key: Array, value: Array) -> Array:
     return (sums, lax.ppermute((key, value), "seq", onward)), None
 
   zeros = lambda *shape: jnp.zeros((batch, heads, length, *shape), jnp.float32)
-  # the first part is the device's own, so every query sees a key in it, and a finite minimum can
-  # serve as -inf
+  # a device starts with its own part, in which every query sees a key; the finite minimum can
+  # therefore stand for -inf
   sums = zeros() + jnp.finfo(jnp.float32).min, zeros(), zeros(head_dim)
   ((_, total, out), _), _ = lax.scan(step, (sums, (key, value)), jnp.arange(size))
   return jnp.swapaxes(out / total[..., None], 1, 2).astype(query.dtype)
 
 
 def _on_devices(body, query: Array, key: Array, value: Array) -> Array:
-  """Runs a body on each device's examples, tokens and heads."""
+  """Runs a function on the examples, tokens and heads of each device."""
   axes = activations.inner_axes()
   lies: P = activations.spec(key.shape, "fsdp", "seq", "model", None)  # divides query heads too
   return jax.shard_map(

@@ -1,8 +1,9 @@
-"""A Llama-style decoder language model, with presets of several sizes.
+"""Builds a Llama-style decoder language model, with presets of several sizes.
 
 The model has RMSNorm before each part, rotary positions, grouped-query attention, SwiGLU or a
-mixture of experts, and a head that shares the embedding or has its own matrix. Parameters are
-float32; products are in `dtype`; norms, softmaxes, routers and logits are in float32.
+mixture of experts, and a head that shares the embedding's matrix or has its own. Parameters are
+float32. Products are computed in `dtype`; norms, softmaxes, routers and logits are computed in
+float32.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 
 from research.core import checks
 from research.core.base import Array, Key, Params
+from research.core.dimensions import Dimensions
 from research.models import activations, pipeline, sequence
 from research.models.attention import ATTENTION, Attend, Rotation, plain, rotation
 from research.models.decoder import Layer, Norm, Shape
@@ -35,8 +37,17 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"norm/scale$", (None,)),
 )
 
+# The kinds of the last dimensions of each parameter, see `core/dimensions.py`.
+DIMENSIONS: Dimensions = (
+  (r"/attention/(query|key|value)/kernel$", ("in", "out", "out")),
+  (r"/attention/out/kernel$", ("in", "in", "out")),
+  (r"/(feed_forward/(gate|up|down)|router)/kernel$", ("in", "out")),
+  (r"/experts/(gate|up|down)/kernel$", ("stack", "in", "out")),
+  (r"norm/scale$", ("out",)),
+)
 
-# Presets are named by their number of parameters with 32,000 outputs (150m) or 128,256 outputs (1b,
+
+# Presets are named by their number of parameters, for 32,000 outputs (150m) or 128,256 outputs (1b,
 # 8b). With 65 outputs, tiny has 812k parameters.
 PRESETS = {
   "tiny": Shape(4, 128, 4, 4, 352, True, 1e4, False),
@@ -46,7 +57,7 @@ PRESETS = {
 }
 OVER_SEQ = {"auto": sequence.across, "by_heads": sequence.by_heads, "ring": sequence.ring}
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
-# What a layer saves for its backward pass: everything, its input only, or products with weights.
+# What a layer saves for its backward pass: everything, only its input, or products with weights.
 REMAT = {
   False: None,
   True: jax.checkpoint_policies.nothing_saveable,
@@ -75,41 +86,45 @@ def transformer(
   microbatches: int = 0,
   repeats: int = 1,
 ) -> Callable[[int], "Transformer"]:
-  """A decoder language model from tokens [batch, length] to logits [batch, length, outputs].
+  """Builds a decoder language model.
 
-  The float32 logits at a position predict the next token and depend on no later token. Sizes that
-  are not given are taken from the preset.
+  The model maps tokens [batch, length] to logits [batch, length, outputs].
+
+  The logits at a position are float32, predict the next token, and depend on no later token. Sizes
+  that are not given are those of the preset.
 
   Args:
-    preset: tiny, 150m, 1b or 8b.
-    layers: number of layers.
-    width: size of the residual stream.
-    heads: number of query heads, each of size width / heads.
-    kv_heads: number of key and value heads.
-    hidden: width of the feed-forward part, or of each expert.
-    tied: whether the head shares the embedding.
-    deviation: standard deviation of the initial weights. For weights whose output is added to the
-      residual stream, the deviation is divided by sqrt(2 layers).
-    experts: number of experts that replace the feed-forward part of each layer; 0 for none.
-    experts_per_token: number of experts that compute a token's output.
-    balance: weight of the load-balancing loss, see `experts.balance`.
-    dtype: type of products and activations, bfloat16 or float32.
-    remat: True recomputes a layer in its backward pass; "dots" recomputes all but products with
-      weights.
-    scan: True compiles one layer, with stacked parameters layers/... [layers, ...]; False unrolls,
-      with parameters layers_0/..., layers_1/...
-    attention: auto, plain, dot_product (cuDNN's on a GPU) or splash (TPUs).
-    over_seq: attention along a mesh's axis `seq`: auto, by_heads (two exchanges) or ring.
-    microbatches: number of micro-batches into which a worker's batch is split along a mesh's axis
-      `stage`; 0 lets `pipeline.schedule` choose the number.
-    repeats: how often a micro-batch passes through the stages, each time through layers / repeats
-      layers. The stacked layers are [repeats, layers / repeats, ...].
+    preset: the name of the preset: tiny, 150m, 1b or 8b.
+    layers: the number of layers.
+    width: the size of the residual stream.
+    heads: the number of query heads, each of size width / heads.
+    kv_heads: the number of key and value heads.
+    hidden: the width of the feed-forward part, or of each expert.
+    tied: whether the head shares the embedding's matrix.
+    deviation: the standard deviation of the initial weights. It is divided by sqrt(2 layers) for
+      weights whose output is added to the residual stream.
+    experts: the number of experts that replace the feed-forward part of each layer; 0 for none.
+    experts_per_token: the number of experts that compute a token's output.
+    balance: the weight of the load-balancing loss; see `experts.balance`.
+    dtype: the dtype of products and activations, bfloat16 or float32.
+    remat: False saves a layer's activations for its backward pass; True recomputes them; "dots"
+      recomputes everything except products with weights.
+    scan: True compiles one layer for all, with stacked parameters layers/... [layers, ...]; False
+      unrolls the layers, with parameters layers_0/..., layers_1/...
+    attention: the attention function: auto, plain, dot_product (cuDNN's on GPUs) or splash (for
+      TPUs).
+    over_seq: how attention is computed along the mesh axis `seq`: auto, by_heads (two exchanges) or
+      ring.
+    microbatches: the number of micro-batches into which a worker's batch is split on a mesh with
+      the axis `stage`; 0 lets `pipeline.schedule` choose the number.
+    repeats: how many times a micro-batch passes through the stages, each time through
+      layers / repeats layers. The stacked parameters are then [repeats, layers / repeats, ...].
 
   Returns:
-    outputs -> module, where outputs is the number of tokens in the vocabulary.
+    A function that makes the module for a given number of outputs, the size of the vocabulary.
 
   Raises:
-    ValueError: if a name is unknown, or sizes do not fit together.
+    ValueError: if a name is unknown, or the sizes are inconsistent.
 
   Reference: Touvron et al. 2023, arXiv 2302.13971, section 2.2; Ainslie et al. 2023, arXiv
     2305.13245 (grouped queries). Sizes of 8b: Grattafiori et al. 2024, arXiv 2407.21783, table 3.
@@ -139,9 +154,10 @@ def transformer(
 
 
 class Transformer(nn.Module):
-  """Embedding, layers, norm and head; see `transformer` for the arguments."""
+  """Applies embedding, layers, norm and head; see `transformer` for the arguments."""
 
-  rules = RULES  # unannotated, so not a dataclass field
+  rules = RULES  # without annotation, so that this is not a dataclass field
+  dimensions = DIMENSIONS
 
   outputs: int
   shape: Shape
@@ -166,7 +182,7 @@ class Transformer(nn.Module):
     x, busy = self.through_layers(x.astype(self.dtype), positions)
     if self.mixture and not self.is_initializing():
       self.sow("losses", "balance", self.balance * balance(busy))
-    # all stages compute the head: each has the logits of some tokens
+    # all stages compute the head, each for some of the tokens
     x = activations.along(Norm(name="norm")(x), "fsdp", ("stage", "seq"), None)
     head = embedding if self.shape.tied else matrix("head")
     logits = jnp.einsum(
@@ -175,7 +191,7 @@ class Transformer(nn.Module):
     return activations.along(logits, "fsdp", ("stage", "seq"), "model")
 
   def through_layers(self, x: Array, positions: Rotation) -> tuple[Array, Array]:
-    """Returns the output of all layers, and the expert load [..., 2, E]."""
+    """Returns the output of all layers, and the load of the experts [..., 2, E]."""
     layer = Layer(self.shape, self.mixture, self.dtype, self.attend, parent=None)
 
     def init(key: Key) -> Params:
@@ -206,7 +222,7 @@ class Transformer(nn.Module):
     return self.through_stack(several, params, x, positions)
 
   def stacked(self, init: Callable[[Key], Params]) -> Callable[[Key], Params]:
-    """Initializes the parameters of all layers, leaves [layers, ...] or [repeats, ...]."""
+    """Returns a function that initializes all layers: leaves [layers, ...] or [repeats, ...]."""
     for count in (self.shape.layers // self.repeats, self.repeats)[: 1 + (self.repeats > 1)]:
       init = _several(init, count)
     return init
@@ -227,9 +243,9 @@ class Transformer(nn.Module):
     """Returns the pipeline schedule of a worker's batch on a mesh with `stages` stages.
 
     Args:
-      stages: devices along `stage`.
-      examples: number of examples in a worker's batch.
-      cut: devices over which each micro-batch should be sharded.
+      stages: the number of devices along `stage`.
+      examples: the number of examples in a worker's batch.
+      cut: the number of devices over which each micro-batch should be sharded.
     """
     return pipeline.schedule(stages, examples, self.microbatches, self.repeats, cut)
 

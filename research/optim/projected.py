@@ -1,4 +1,4 @@
-"""Projected optimizers: every step ends with a projection onto a convex set."""
+"""Projects every step of an optimizer onto a convex set."""
 
 from collections.abc import Callable
 
@@ -14,11 +14,11 @@ def projected(
 ) -> optax.GradientTransformation:
   """Projects every step of an optimizer: x_{t+1} = P(x_t + inner(g_t)).
 
-  Models that start in the set stay in it, and so do their means.
+  A model that starts in the set stays in the set, and so does a mean of such models.
 
   Args:
-    inner: any optimizer.
-    project: P, maps parameters to the nearest point of a convex set.
+    inner: the optimizer to project.
+    project: P, which maps parameters to the nearest point of a convex set.
 
   Reference: Goldstein, 1964, Convex programming in Hilbert space; Levitin, Polyak, 1966.
   """

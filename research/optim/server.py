@@ -1,4 +1,4 @@
-"""Adaptive server optimizers for the clients' mean model change.
+"""Implements adaptive server optimizers for the clients' mean model change.
 
 The optimizers are optax transformations of the pseudo-gradient -Delta_t. Unlike optax's own
 optimizers, they start from v_{-1} = tau^2 and have no bias correction:
@@ -25,13 +25,13 @@ class ServerState(NamedTuple):
 
 
 def adam(learning_rate: float, b1: float, b2: float, tau: float) -> optax.GradientTransformation:
-  """Adam with v_t = b2 v_{t-1} + (1 - b2) Delta_t^2.
+  """Returns Adam with v_t = b2 v_{t-1} + (1 - b2) Delta_t^2.
 
   Args:
-    learning_rate: eta.
-    b1: decay of the mean of changes.
-    b2: decay of the mean of squares.
-    tau: degree of adaptivity, in units of a model change.
+    learning_rate: eta, the step size.
+    b1: the decay rate of the mean of model changes, in [0, 1).
+    b2: the decay rate of the mean of squared model changes, in [0, 1).
+    tau: the degree of adaptivity, above 0, in units of a model change.
 
   Raises:
     ValueError: if learning_rate or tau is not above 0, or b1 or b2 is outside [0, 1).
@@ -41,13 +41,13 @@ def adam(learning_rate: float, b1: float, b2: float, tau: float) -> optax.Gradie
 
 
 def yogi(learning_rate: float, b1: float, b2: float, tau: float) -> optax.GradientTransformation:
-  """Yogi with v_t = v_{t-1} - (1 - b2) Delta_t^2 sign(v_{t-1} - Delta_t^2).
+  """Returns Yogi with v_t = v_{t-1} - (1 - b2) Delta_t^2 sign(v_{t-1} - Delta_t^2).
 
   Args:
-    learning_rate: eta.
-    b1: decay of the mean of changes.
-    b2: decay of the mean of squares.
-    tau: degree of adaptivity, in units of a model change.
+    learning_rate: eta, the step size.
+    b1: the decay rate of the mean of model changes, in [0, 1).
+    b2: the decay rate of the mean of squared model changes, in [0, 1).
+    tau: the degree of adaptivity, above 0, in units of a model change.
 
   Raises:
     ValueError: if learning_rate or tau is not above 0, or b1 or b2 is outside [0, 1).
@@ -58,12 +58,12 @@ def yogi(learning_rate: float, b1: float, b2: float, tau: float) -> optax.Gradie
 
 
 def adagrad(learning_rate: float, b1: float, tau: float) -> optax.GradientTransformation:
-  """AdaGrad with v_t = v_{t-1} + Delta_t^2.
+  """Returns AdaGrad with v_t = v_{t-1} + Delta_t^2.
 
   Args:
-    learning_rate: eta.
-    b1: decay of the mean of changes.
-    tau: degree of adaptivity, in units of a model change.
+    learning_rate: eta, the step size.
+    b1: the decay rate of the mean of model changes, in [0, 1).
+    tau: the degree of adaptivity, above 0, in units of a model change.
 
   Raises:
     ValueError: if learning_rate or tau is not above 0, or b1 is outside [0, 1).
@@ -74,7 +74,7 @@ def adagrad(learning_rate: float, b1: float, tau: float) -> optax.GradientTransf
 def _adaptive(
   rule: Callable[[Array, Array], Array], learning_rate: float, b1: float, tau: float
 ) -> optax.GradientTransformation:
-  """Returns an optimizer with v_t = rule(v_{t-1}, Delta_t^2)."""
+  """Returns the optimizer with v_t = rule(v_{t-1}, Delta_t^2)."""
   checks.above("learning_rate", learning_rate)
   checks.above("tau", tau)
   checks.in_range("b1", b1, "[0, 1)")

@@ -1,10 +1,10 @@
-"""Aggregators and methods as optax gradient transformations, for use in any train step.
+"""Converts aggregators and methods to optax gradient transformations, for any train step.
 
-Aggregators and methods run on one worker's gradients with the worker axis in scope: inside
-`shard_map`, `pmap` or `vmap(axis_name=...)`. Pass `check_vma=False` to `shard_map`: otherwise
-`jax.grad` sums the gradients of replicated parameters over the workers before the aggregator sees
-them, and such sums are rejected. Private state, such as an error feedback memory, needs the
-PartitionSpecs from `parallel/state_specs.py` to leave `shard_map`.
+Aggregators and methods run on one worker's gradients, with the worker axis in scope: inside
+`shard_map`, `pmap` or `vmap(axis_name=...)`. Pass `check_vma=False` to `shard_map`: otherwise,
+`jax.grad` sums the gradients of replicated parameters over the workers before the aggregator
+receives them, and such sums are rejected. To return private state, such as an error feedback
+memory, from `shard_map`, use the PartitionSpecs from `parallel/state_specs.py`.
 """
 
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from research.core.method import Method
 
 
 class AggregatedState(NamedTuple):
-  count: Array  # int32, completed updates
+  count: Array  # int32, number of completed updates
   key: Key
   link: State
 
@@ -32,16 +32,16 @@ def aggregated(
 
   `optax.chain(optax.clip_by_global_norm(1.0), aggregated(mean()), optax.adamw(3e-4))` clips each
   worker's gradient, averages the gradients, and takes a step. Transformations before `aggregated`
-  see one worker's gradient; later ones see the aggregate, which is equal on all workers.
+  receive one worker's gradient; later ones receive the aggregate, which is equal on all workers.
 
   Args:
-    aggregator: combines the workers' gradients.
-    axis: the name or names of the worker axes, slow links first; by default, whichever of
-      'slice' and 'data' are in scope.
-    seed: seed of the aggregator's randomness, equal on all workers.
+    aggregator: the aggregator that combines the workers' gradients.
+    axis: the name or names of the worker axes, slow links first; by default, those of 'slice' and
+      'data' that are in scope.
+    seed: the seed of the aggregator's randomness, equal on all workers.
 
   Returns:
-    The transformation, whose state contains the aggregator's state, which may be private
+    The transformation. Its state contains the aggregator's state, which may be private
     (`state_specs`).
 
   Raises:
@@ -79,7 +79,7 @@ def _refuse_sums(grads: Tree, axis: Axes) -> None:
 
 
 class MethodState(NamedTuple):
-  count: Array  # int32, completed local steps
+  count: Array  # int32, number of completed local steps
   key: Key
   local: Any  # the method's Local
   state: State
@@ -88,29 +88,28 @@ class MethodState(NamedTuple):
 def as_optax(
   method: Method, *, axis: Axes = WORKER_AXES, seed: int = 0
 ) -> optax.GradientTransformationExtraArgs:
-  """Runs a method as an optimizer: each update is a local step, and each full round ends in a sync.
+  """Runs a method as an optimizer: each update is a local step, and each round ends with a sync.
 
   The first argument of `update` is the worker's gradient at its current parameters. Pass
   `grad_fn=...` as an extra argument if the method needs gradients at other parameters, and
-  `weight=...` if the workers' shares of the objective differ. Keep separate parameters for each
+  `weight=...` if the workers' weights in the objective differ. Keep separate parameters for each
   worker: with local steps, the workers' parameters differ between syncs. In a chain, this
-  transformation must be last, since it sets the parameters to the values that it has computed. Put
-  weight decay and masks into the method's inner optimizer, and clip a worker's gradient before this
-  transformation.
+  transformation must be last, since it sets the parameters to the values that the method has
+  computed. Put weight decay and masks into the method's inner optimizer, and clip a worker's
+  gradient before this transformation.
 
   Args:
-    method: the algorithm.
-    axis: the name or names of the worker axes, slow links first; by default, whichever of
-      'slice' and 'data' are in scope.
-    seed: seed of the method's randomness, equal on all workers.
+    method: the method to run.
+    axis: the name or names of the worker axes, slow links first; by default, those of 'slice' and
+      'data' that are in scope.
+    seed: the seed of the method's randomness, equal on all workers.
 
   Returns:
-    The transformation, whose state contains the method's state, which may be private
-    (`state_specs`).
+    The transformation. Its state contains the method's state, which may be private (`state_specs`).
 
   Raises:
     ValueError: if the length of the method's rounds is not constant, because its period has a
-      schedule or is in epochs; at trace time, if the axis is not in scope or `shard_map` has
+      schedule or is in epochs; or, at trace time, if the axis is not in scope or `shard_map` has
       already summed the gradients.
 
   Example:

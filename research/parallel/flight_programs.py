@@ -15,6 +15,7 @@ from research.comm import mesh as meshes
 from research.core.base import EVERYONE, Array, Presence, State, Tree
 from research.core.method import Method
 from research.methods.overlapping import Overlapping
+from research.optim import fitting
 from research.parallel import inference, sharded, workers
 from research.parallel import layout as layouts
 from research.parallel.cohorts import draw
@@ -44,6 +45,8 @@ class Programs:
     self.initial = partial(workers.initial, job, layout)
     if cut:
       job = resolved(job._replace(method=job.method.over(lambda one: sharded.PerShard(one, cut))))
+      model = fitting.Model(job.task.dimensions, cut)
+      job = job._replace(method=fitting.method_for(job.method, model))
     self.job = job
     self.halves = _halves(job.method)
     self.stepping_job = job._replace(method=self.halves.waiting)

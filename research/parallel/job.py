@@ -10,6 +10,7 @@ from research.comm import mesh as meshes
 from research.core.base import Aggregator, Trait
 from research.core.method import Method
 from research.core.task import Task
+from research.optim import fitting
 
 
 class Job(NamedTuple):
@@ -74,7 +75,7 @@ def traits(method: Method) -> Trait:
 
 
 def constrained(job: Job) -> Job:
-  """Moves the task's projection onto its constraint set into the method.
+  """Fits the method's optimizers to the task's model, and moves the task's projection into it.
 
   Args:
     job: the job.
@@ -82,6 +83,8 @@ def constrained(job: Job) -> Job:
   Raises:
     ValueError: if the method has no projected form.
   """
+  model = fitting.Model(job.task.dimensions)
+  job = job._replace(method=fitting.method_for(job.method, model))
   if job.task.project is None:
     return job
   method = job.method.onto(job.task.project)

@@ -12,6 +12,7 @@ from research.comm import mesh as meshes
 from research.core import blame
 from research.core.base import Aggregator, Tree
 from research.core.task import Executor
+from research.optim import fitting
 from research.parallel import inference, pipelined, sharded, traffic, workers
 from research.parallel import layout as layouts
 from research.parallel.job import Job, largest_sum, resolved
@@ -43,6 +44,9 @@ def spmd(job: Job) -> Executor:
   elif cut:
     job = job._replace(method=job.method.over(lambda inner: sharded.PerShard(inner, cut)))
     job = resolved(job)
+  if cut:
+    model = fitting.Model(job.task.dimensions, cut)
+    job = job._replace(method=fitting.method_for(job.method, model))
   rows = P(names)
   whole = _models(job, layout) if job.zero < 3 else None
   shardings = sharded.of_state(layout.state, mesh, names, layout.state_shapes, cut, whole)

@@ -12,6 +12,7 @@ from research.comm import mesh as meshes
 from research.core.base import EVERYONE, Array, Key, Presence, State, Trait, Tree
 from research.core.method import Local
 from research.core.task import Batch, Data, Metrics, TrainState
+from research.optim import fitting
 from research.parallel import diagnostics, sharded
 from research.parallel import layout as layouts
 from research.parallel.cohorts import draw
@@ -31,7 +32,9 @@ def blocked(job: Job) -> Job:
   cut = sharded.cut_of(job.axes, job.task)
   if cut is None:
     return job
-  return resolved(job._replace(method=job.method.over(lambda inner: blockwise(inner, cut))))
+  job = resolved(job._replace(method=job.method.over(lambda inner: blockwise(inner, cut))))
+  model = fitting.Model(job.task.dimensions, cut, simulated=True)
+  return job._replace(method=fitting.method_for(job.method, model))
 
 
 def pick(private: Tree, held: State, client: Array) -> State:

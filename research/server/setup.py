@@ -21,6 +21,7 @@ from research.core.method import Method
 from research.core.task import Batch
 from research.methods._steps import LocalStepping
 from research.methods.data_parallel import DataParallel
+from research.optim import fitting
 from research.parallel.job import Job
 from research.server import work
 from research.server.halves import Halves, halves
@@ -195,6 +196,7 @@ def setup(config: Config, needs_ray: bool = True) -> Setup:
     count = sources.count(task.train)
     if workers > count:
       raise ValueError(f"for {count} examples: each needs at least one")
+  method = fitting.method_for(method, fitting.Model(task.dimensions))
   examples, sizes = sources.partitioned(config, task, workers)
   with flag("batch_size", config.batch_size):
     if batch_size and batch_size * workers > sizes.sum():
@@ -204,7 +206,7 @@ def setup(config: Config, needs_ray: bool = True) -> Setup:
   with flag("method", config.method):
     structs = jax.eval_shape(task.init, jax.random.key(0))
     apart = _apart(method, structs)
-    reach.check(jax.eval_shape(apart.method.init, structs))
+    reach.check(jax.eval_shape(apart.method.init, structs), task.dimensions)
   with flag("shards", config.shards):
     parts = work.cut(shapes, config.shards)
     if config.shards > 1 and work.looks_across(method, shapes, parts):

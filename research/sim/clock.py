@@ -1,4 +1,4 @@
-"""Virtual clock: computes the times at which synchronous or asynchronous workers finish."""
+"""Simulates a clock: computes when synchronous or asynchronous workers finish."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,33 +12,33 @@ from research.core import checks
 class Speeds(NamedTuple):
   """The distribution of each worker's local step times.
 
-  Each worker draws its step times in sequence from its own generator: the n-th time does not depend
-  on how many are drawn at once.
+  Each worker draws its step times in sequence from its own generator. The n-th step time does not
+  depend on how many are drawn at once.
   """
 
   draw: Callable[[np.random.Generator, int, int], np.ndarray]  # (random, worker, steps) -> seconds
-  workers: int = 0  # number of workers that the speeds are for; 0 means any number
-  named: int = 0  # largest worker index with a slowdown, plus one
+  workers: int = 0  # number of workers for which the speeds are given; 0 means any number
+  named: int = 0  # the largest index of a worker with a slowdown, plus one
 
 
 class Trace(NamedTuple):
-  """The order in which a server receives E messages of single workers."""
+  """The order in which a server receives E messages, each from a single worker."""
 
   owners: np.ndarray  # [E] int32, the sender
-  staleness: np.ndarray  # [E] int32, updates since the sender pulled its model
-  seconds: np.ndarray  # [E] float64, increasing: time of arrival
+  staleness: np.ndarray  # [E] int32, number of updates since the sender pulled its model
+  seconds: np.ndarray  # [E] float64, times of arrival, increasing
 
 
 def steady(
   seconds: float | Sequence[float], *, slowdown: Mapping[int, float] | None = None
 ) -> Speeds:
-  """Constant step times.
+  """Returns constant step times.
 
   Args:
-    seconds: time per step, greater than 0: one number for all workers, or a list with one number
-      for each of the W workers.
-    slowdown: factors on step times by worker index, greater than 0: {0: 4} makes worker 0 four
-      times slower. Other workers have factor 1.
+    seconds: the time per step, greater than 0: one number for all workers, or a list with one
+      number for each of the W workers.
+    slowdown: the factors by which step times are multiplied, greater than 0, by worker index; for
+      example, {0: 4} makes worker 0 four times slower. Other workers have factor 1.
 
   Raises:
     ValueError: if a number is out of range.
@@ -54,12 +54,14 @@ def steady(
 def exponential(
   mean: float, *, shift: float = 0.0, slowdown: Mapping[int, float] | None = None
 ) -> Speeds:
-  """Step times of shift + X seconds, X exponential: most steps are fast, and stragglers are common.
+  """Returns step times of shift + X seconds, where X is exponential.
+
+  Most steps are fast, but stragglers are common.
 
   Args:
-    mean: mean of X in seconds, greater than 0.
-    shift: minimum time of a step in seconds, at least 0.
-    slowdown: see `steady`; applies to the full step time.
+    mean: the mean of X in seconds, greater than 0.
+    shift: the minimum time of a step in seconds, at least 0.
+    slowdown: the factors by which the full step times are multiplied; see `steady`.
 
   Raises:
     ValueError: if a number is out of range.
@@ -74,12 +76,12 @@ def exponential(
 
 
 def lognormal(mean: float, sigma: float, *, slowdown: Mapping[int, float] | None = None) -> Speeds:
-  """Step times of mean exp(sigma Z - sigma^2 / 2) seconds, Z normal, with a heavy tail.
+  """Returns heavy-tailed step times of mean exp(sigma Z - sigma^2 / 2) seconds; Z is normal.
 
   Args:
-    mean: mean time of a step in seconds, greater than 0.
-    sigma: standard deviation of the logarithm, at least 0.
-    slowdown: see `steady`.
+    mean: the mean time of a step in seconds, greater than 0.
+    sigma: the standard deviation of the logarithm, at least 0.
+    slowdown: the factors by which step times are multiplied; see `steady`.
 
   Raises:
     ValueError: if a number is out of range.
@@ -95,11 +97,12 @@ def lognormal(mean: float, sigma: float, *, slowdown: Mapping[int, float] | None
 def measured(
   seconds: Sequence[Sequence[float]], *, slowdown: Mapping[int, float] | None = None
 ) -> Speeds:
-  """Step times drawn with replacement from measurements.
+  """Returns step times that are drawn with replacement from measurements.
 
   Args:
-    seconds: a list of step times for each of the W workers, or one list for all; above 0.
-    slowdown: see `steady`.
+    seconds: the measured step times in seconds, greater than 0: one list for each of the W workers,
+      or one list for all workers.
+    slowdown: the factors by which step times are multiplied; see `steady`.
 
   Raises:
     ValueError: if a list is empty or a time is out of range.
@@ -121,19 +124,20 @@ def synchronous(
   seed: int,
   communication: float = 0.0,
 ) -> np.ndarray:
-  """Computes the end times of synchronous rounds, in which all workers wait for the slowest.
+  """Computes the end times of synchronous rounds, in which all workers wait for the slowest one.
 
       t_k = t_{k-1} + max_i (seconds of steps_k steps of worker i) + communication
 
   Args:
-    speeds: the workers' step times; equal to those of `asynchronous` with the same seed.
-    workers: W, number of workers.
-    steps: local steps per worker in each of K rounds.
-    seed: seed of all draws.
-    communication: seconds per exchange.
+    speeds: the distribution of the workers' step times; with the same seed, `asynchronous` draws
+      equal times.
+    workers: W, the number of workers.
+    steps: the number of local steps per worker in each of the K rounds.
+    seed: the seed of all random draws.
+    communication: the time of an exchange, in seconds.
 
   Returns:
-    float64 [K], seconds since the start.
+    The end times, float64 [K], in seconds since the start.
 
   Raises:
     ValueError: if a number is out of range, or `speeds` is for a different number of workers.
@@ -142,7 +146,7 @@ def synchronous(
 
 
 class Lockstep:
-  """Computes the end times of `synchronous` incrementally, for the next rounds on request."""
+  """Computes the end times of `synchronous` incrementally, some rounds per call."""
 
   def __init__(self, speeds: Speeds, workers: int, seed: int, communication: float = 0.0):
     """Args and Raises: see `synchronous`."""
@@ -154,10 +158,10 @@ class Lockstep:
     """Returns the end times of the next K rounds.
 
     Args:
-      steps: local steps per worker in each round.
+      steps: the number of local steps per worker in each of the K rounds.
 
     Returns:
-      float64 [K], seconds since the start.
+      The end times, float64 [K], in seconds since the start.
 
     Raises:
       ValueError: if there are no rounds, or a round has no steps.
@@ -177,23 +181,24 @@ class Lockstep:
 def asynchronous(
   speeds: Speeds, workers: int, events: int, seed: int, period: int = 1, communication: float = 0.0
 ) -> Trace:
-  """Simulates a server that receives each worker's message on completion and returns the model.
+  """Simulates a server that receives each message on arrival and replies with the current model.
 
-  Simultaneous messages are received in the order of worker indices. All workers pull the first
-  model at time 0.
+  If messages arrive at the same time, the server receives them in the order of worker indices. All
+  workers pull the initial model at time 0.
 
   Args:
-    speeds: the workers' step times; equal to those of `synchronous` with the same seed.
-    workers: W, number of workers.
-    events: E, number of messages that the server receives.
-    seed: seed of all draws.
-    period: local steps per message.
-    communication: round-trip time in seconds, from a worker's last step before a message to its
+    speeds: the distribution of the workers' step times; with the same seed, `synchronous` draws
+      equal times.
+    workers: W, the number of workers.
+    events: E, the number of messages that the server receives.
+    seed: the seed of all random draws.
+    period: the number of local steps per message.
+    communication: the round-trip time in seconds, from a worker's last step before a message to its
       first step after the reply. The server itself takes no time, and workers do not wait for each
       other.
 
   Returns:
-    The trace of E messages.
+    The trace of the E messages.
 
   Raises:
     ValueError: if a number is out of range, or `speeds` is for a different number of workers.
@@ -221,7 +226,7 @@ def asynchronous(
 
 
 def _staleness(owners: np.ndarray) -> np.ndarray:
-  """Counts the events since the same owner's previous event, or since the start; int32 [E]."""
+  """Counts the events since the owner's previous event, or since the start; returns int32 [E]."""
   by_owner = np.argsort(owners, kind="stable")
   before = np.full(len(owners), -1)
   again = owners[by_owner[1:]] == owners[by_owner[:-1]]
@@ -251,7 +256,7 @@ def _slowed(
 
 
 def _above_zero(name: str, values: float | Sequence[float]) -> np.ndarray:
-  """Checks that all values are positive and finite; returns them as float64."""
+  """Checks that all values are positive and finite, and returns them as float64."""
   array = np.asarray(values, np.float64)
   wrong = array[~((array > 0) & (array < math.inf))]
   if wrong.size or not array.size:

@@ -1,10 +1,11 @@
-"""Staleness models: each chooses the past model that a worker computes at; delays are in rounds.
+"""Implements staleness models, which choose the past model that each worker reads.
 
     x_{t - tau_i}    the model that worker i reads in round t
 
-Most models draw tau_i independently in each round, and store the past models that the longest delay
-can reach. A worker whose delay exceeds the number of rounds so far reads the first model.
-`last_pull` instead stores, for each owner, the model that it received at the end of its last round.
+Delays are in rounds. Most staleness models draw tau_i independently in each round, and store as
+many past models as the longest delay needs. A worker whose delay exceeds the number of rounds so
+far reads the initial model. `last_pull` instead stores, for each owner, the model that this owner
+received at the end of its last round.
 """
 
 from collections.abc import Sequence
@@ -23,22 +24,22 @@ _DELAYS = 0x64656C61
 
 
 class Reading(NamedTuple):
-  params: Params  # x_{t - tau}, the model that a worker computes at
-  staleness: Tree  # tau, int32: per leaf, a scalar or one value per coordinate
+  params: Params  # x_{t - tau}, the model that a worker reads
+  staleness: Tree  # tau, int32; for each leaf, a scalar or one value per coordinate
 
 
 class Delays(Part):
   """A staleness model, from the point of view of one worker.
 
-  `read` needs no worker axis in scope. `after` draws all randomness of the next round, from the key
-  of the round's sync.
+  `read` needs no worker axis in scope. `after` draws all randomness of the next round from the key
+  of the sync.
   """
 
-  one_by_one = False  # whether this models a server that serves workers one at a time
+  one_by_one = False  # True for a server that serves one worker at a time
 
   @required
   def init(self, params: Params) -> State:
-    """Returns the initial state, given x_0."""
+    """Returns the initial state for the initial model x_0."""
     ...
 
   @required
@@ -46,7 +47,7 @@ class Delays(Part):
     """Returns the model that this worker reads in round t, and its staleness.
 
     Args:
-      state: state of round t.
+      state: the state of round t.
     """
     ...
 
@@ -55,24 +56,24 @@ class Delays(Part):
     """Returns the state after a round.
 
     Args:
-      state: state of round t.
-      params: x_{t+1}.
-      key: the typed key of the round's sync, equal on all workers.
-      active: whether this worker took part.
+      state: the state of round t.
+      params: the new model x_{t+1}.
+      key: the typed key of the sync, equal on all workers.
+      active: whether this worker took part in the round.
     """
     ...
 
 
 class Recent(NamedTuple):
-  past: Params  # leaves [longest + 1, ...]: x_k in row k mod (longest + 1)
+  past: Params  # leaves [longest + 1, ...]; row k mod (longest + 1) contains x_k
   staleness: Tree  # int32, this worker's delay in round t: a scalar, or one per coordinate
   count: Array  # int32, t
 
 
 class RecentModels(Delays):
-  """Stores the last `longest` + 1 models; a delay distribution chooses which one a worker reads.
+  """Stores the last `longest` + 1 models; a worker's delay determines which one it reads.
 
-  A client that is not sampled in a round keeps its last drawn delay.
+  A client that is not sampled in a round keeps the delay that it drew last.
   """
 
   @property
@@ -87,10 +88,10 @@ class RecentModels(Delays):
 
     Args:
       key: a typed key, equal on all workers.
-      shape: shape of the delays.
+      shape: the shape of the delays.
 
     Returns:
-      int32 delays in [0, longest].
+      The delays, int32 in [0, longest].
     """
     ...
 
@@ -123,13 +124,13 @@ class RecentModels(Delays):
 
 
 class Constant(RecentModels, name="constant"):
-  """A constant delay of `rounds`, for every worker and round.
+  """A constant delay of `rounds` rounds for every worker.
 
   Args:
-    rounds: the delay, at least 0.
+    rounds: the delay in rounds, at least 0.
 
   Raises:
-    ValueError: if rounds < 0.
+    ValueError: if rounds is negative.
   """
 
   rounds: int
@@ -150,13 +151,13 @@ constant = Constant
 
 
 class Uniform(RecentModels, name="uniform"):
-  """Delays uniform on [0, bound), independent for every worker and round.
+  """Delays that are uniform on [0, bound) and independent for every worker and round.
 
   Args:
-    bound: exclusive upper bound in rounds, at least 1.
+    bound: the exclusive upper bound of the delays in rounds, at least 1.
 
   Raises:
-    ValueError: if bound < 1.
+    ValueError: if bound is below 1.
   """
 
   bound: int
@@ -176,14 +177,15 @@ uniform = Uniform
 
 
 class Geometric(RecentModels, name="geometric"):
-  """Delays with P(tau) proportional to (mean / (1 + mean))^tau on [0, bound], drawn every round.
+  """Delays on [0, bound] with P(tau) proportional to (mean / (1 + mean))^tau, drawn every round.
 
   Args:
-    mean: mean in rounds before truncation at `bound`; the truncated mean is smaller.
-    bound: maximum delay in rounds.
+    mean: the mean delay in rounds before truncation at `bound`; the mean after truncation is
+      smaller.
+    bound: the maximum delay in rounds.
 
   Raises:
-    ValueError: if mean <= 0, bound < 0, or bound is missing.
+    ValueError: if mean is not above 0, or bound is negative or missing.
   """
 
   mean: float
@@ -215,14 +217,14 @@ geometric = Geometric
 
 
 class PerWorker(RecentModels, name="per_worker"):
-  """A constant delay of `rounds[i]` for worker i; the list repeats over the workers.
+  """A constant delay of `rounds[i]` rounds for worker i; a shorter list repeats over the workers.
 
   Args:
-    rounds: delays in rounds, at least 0.
+    rounds: the delays in rounds, at least 0.
 
   Raises:
-    ValueError: if the list is empty or has a negative number; at trace time, if the number of
-      workers is not a multiple of the list's length.
+    ValueError: if the list is empty or contains a negative number; or, at trace time, if the number
+      of workers is not a multiple of the list's length.
   """
 
   rounds: Sequence[int]
@@ -250,15 +252,15 @@ per_worker = PerWorker
 
 
 class ByCoordinate(Uniform, name="by_coordinate"):
-  """Inconsistent reads: each coordinate of a worker's model has its own delay in [0, bound).
+  """Delays of inconsistent reads: each coordinate of a worker's model has its own delay.
 
-  Delays are uniform, and independent for every coordinate and round.
+  The delays are uniform on [0, bound), and independent for every coordinate and round.
 
   Args:
-    bound: exclusive upper bound in rounds, at least 1.
+    bound: the exclusive upper bound of the delays in rounds, at least 1.
 
   Raises:
-    ValueError: if bound < 1.
+    ValueError: if bound is below 1.
   """
 
   def start(self, params):
@@ -270,16 +272,16 @@ by_coordinate = ByCoordinate
 
 class Pulled(NamedTuple):
   params: Own  # the model that this owner last received
-  version: Own  # int32, the round that produced it
+  version: Own  # int32, the round that produced this model
   count: Array  # int32, t
 
 
 class LastPull(Delays, name="last_pull"):
-  """Each owner computes at the model that it received at the end of its last round.
+  """A staleness model in which each owner reads the model that it received last.
 
-  The staleness is the number of rounds since then. With one worker that serves a population one
-  client at a time, this class models a server with asynchronous clients. An owner that drops out of
-  a round keeps its model.
+  An owner receives a model at the end of each of its rounds; the staleness is the number of rounds
+  since then. With one worker that serves one client of a population at a time, this class models a
+  server with asynchronous clients. An owner that drops out of a round keeps its model.
   """
 
   one_by_one = True

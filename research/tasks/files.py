@@ -27,23 +27,25 @@ _CHUNK = 1 << 20
 def find(relative: str, data_dir: str, url: str, sha256: str | None = None) -> Path:
   """Finds or downloads a data file, plain or compressed, and verifies its contents.
 
-  The function searches `data_dir`, $RESEARCH_DATA_DIR and the user cache, which is the folder
-  distributed-optimization-jax of $XDG_CACHE_HOME or ~/.cache. In each folder DIR, it tries
-  DIR/relative and DIR/basename, also with .gz or .bz2 appended. The first file found is used;
-  damaged files of the cache are skipped. If no file is found, `url` is downloaded into the cache.
+  The function searches `data_dir`, $RESEARCH_DATA_DIR and the user's cache, which is the folder
+  distributed-optimization-jax in $XDG_CACHE_HOME or ~/.cache. In each folder DIR, the function
+  tries DIR/relative and DIR/basename, also with .gz or .bz2 appended. The first file found is used;
+  damaged files in the cache are skipped. If no file is found, `url` is downloaded into the cache.
 
   Args:
-    relative: path under a data directory, without a compression suffix, such as "libsvm/a9a".
-    data_dir: the user's data directory, or "".
-    url: address of the published file, which may be plain, .gz or .bz2.
-    sha256: digest of the decompressed bytes, 64 hex digits. Without it, the digest found is logged.
+    relative: the path relative to a data folder, without a compression suffix, such as
+      "libsvm/a9a".
+    data_dir: the user's data folder, or "" for none.
+    url: the address of the published file, which may be plain, .gz or .bz2.
+    sha256: the SHA-256 of the decompressed bytes, as 64 hex digits. If it is None, the file's
+      digest is logged instead.
 
   Returns:
-    The path of the file; its suffix gives the compression. Open it with `opened`.
+    The path of the file, to be opened with `opened`; its suffix indicates the compression.
 
   Raises:
     FileNotFoundError: if the file is not found and cannot be downloaded.
-    ValueError: if the file is truncated or does not match sha256, or data_dir is not a directory.
+    ValueError: if the file is truncated or does not match sha256, or data_dir is not a folder.
   """
   if data_dir and not paths.local(data_dir).is_dir():
     raise ValueError(f"data_dir={data_dir!r} is not a directory")
@@ -78,7 +80,7 @@ def find(relative: str, data_dir: str, url: str, sha256: str | None = None) -> P
 
 
 def _places(folders: Sequence[Path], relative: str) -> Iterator[tuple[Path, Path]]:
-  """Yields the existing files that `find` considers, each with its folder."""
+  """Yields the existing files among which `find` chooses, each with its folder."""
   for folder in folders:
     for place in (folder / relative, folder / PurePosixPath(relative).name):
       for suffix in SUFFIXES:
@@ -93,10 +95,10 @@ def opened(path: Path, name: str = "") -> Iterator[io.BufferedIOBase]:
 
   Args:
     path: the path of the file.
-    name: the name that errors show instead of the path.
+    name: the name to show in error messages instead of the path.
 
   Raises:
-    ValueError: while reading, if the file is truncated or not compressed as its suffix says.
+    ValueError: during reading, if the file is truncated or not compressed as its suffix says.
   """
   if path.suffix not in (".gz", ".bz2"):
     with path.open("rb") as file:
@@ -113,7 +115,7 @@ def opened(path: Path, name: str = "") -> Iterator[io.BufferedIOBase]:
 def whole(target: Path) -> Iterator[Path]:
   """Yields a temporary path; renames it to `target` at the end, unless an exception is raised.
 
-  Readers never see a partial file, even if several processes write the file.
+  Readers never see a partial file, even if several processes write it at the same time.
 
   Args:
     target: the final path.
@@ -128,18 +130,19 @@ def whole(target: Path) -> Iterator[Path]:
 
 
 class NoCache(ValueError):
-  """There is no folder to cache files in."""
+  """Raised if there is no folder to cache files in."""
 
 
 def kept(relative: str, make: Callable[[], str]) -> str:
-  """Returns the text of `make`, cached in the user's cache.
+  """Returns the text that `make` returns, and keeps it in the user's cache.
 
-  The cached file starts with a line with the text's SHA-256; a file that does not match is
-  replaced. Without a writable cache, the text is made again by each call.
+  The first line of the cached file is the text's SHA-256; a file that does not match its digest is
+  replaced. Without a writable cache, each call calls `make` again.
 
   Args:
-    relative: path under the cache, which must identify everything that the text depends on.
-    make: a function whose result depends on nothing else.
+    relative: the path relative to the cache, which must identify everything that the text depends
+      on.
+    make: a function that returns the text, which depends only on what `relative` identifies.
   """
   root = paths.cache()
   if root is None:
@@ -160,7 +163,7 @@ def kept(relative: str, make: Callable[[], str]) -> str:
 
 
 def cache() -> Path:
-  """Returns the folder of downloaded and derived files.
+  """Returns the folder in which downloaded and derived files are cached.
 
   Raises:
     NoCache: if the user has no home directory.
@@ -191,7 +194,7 @@ def _verify(path: Path, sha256: str | None, source: str) -> None:
 
 
 def _fetch(url: str, target: Path, sha256: str | None) -> Path:
-  """Downloads a file, which gets its final name only after verification."""
+  """Downloads a file and, after verification, renames it to `target`."""
   suffix = PurePosixPath(url).suffix
   if suffix in SUFFIXES and target.suffix != suffix:
     target = target.with_name(target.name + suffix)

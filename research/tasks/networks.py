@@ -14,17 +14,17 @@ import jax
 
 from research.core.base import Array, Key, Params
 
-# Call arguments by which the libraries' models distinguish training and evaluation.
+# Keyword arguments with which models of these libraries select training or evaluation.
 _TRAINING, _EVALUATING = ("train", "training"), ("deterministic", "inference")
 
 
 class Network(NamedTuple):
-  """A model without its parameters."""
+  """Contains a model's functions, without its parameters."""
 
   name: str  # name of the model's class
 
   init: Callable[[Key, Any], Params]  # (key, x [1, ...]) -> parameters
-  # (params, x [batch, ...], key) -> outputs [batch, ...]; without a key dropout is off
+  # (params, x [batch, ...], key) -> outputs [batch, ...]; key=None turns dropout off
   apply: Callable[[Params, Any, Key | None], Array]
   # params -> a model of the user's class with these parameters and dropout off
   bound: Callable[[Params], Any]
@@ -33,17 +33,17 @@ class Network(NamedTuple):
 def network(model: Any) -> Network:
   """Converts a model to pure functions.
 
-  A linen module draws its parameters from the key. An NNX or Equinox module already has parameters
-  and starts with them for any key; a function that makes such a module from a key draws new
-  parameters. Random state, such as that of Dropout, is not a parameter: it is drawn from the key of
-  the loss.
+  A linen module draws its parameters from the key of `init`. An NNX or Equinox module already has
+  parameters, which are the initial parameters for every key; a function that makes such a module
+  from a key draws new ones. Random state, such as that of Dropout, is not a parameter: it is drawn
+  from the key of the loss.
 
   Args:
     model: a linen or NNX module of x [batch, ...]; an Equinox module of a single example; or a
       function that makes an NNX or Equinox module from a typed key.
 
   Raises:
-    ValueError: if the model is none of these, or keeps batch statistics.
+    ValueError: if the model is of another kind, or contains batch statistics.
   """
   if isinstance(model, nn.Module):
     return _linen(model)
@@ -67,7 +67,7 @@ def _is_module(model: Any, library: str) -> bool:
 
 
 def _made(make: Callable[[Key], Any]) -> Network:
-  """Converts a function that makes the model."""
+  """Converts a function that makes a model from a key."""
   model = make(jax.random.key(0))
   if _is_module(model, "flax.nnx"):
     return _nnx(make, model)
@@ -79,7 +79,7 @@ def _made(make: Callable[[Key], Any]) -> Network:
 
 
 def _words(call: Callable[..., Any], training: bool) -> dict[str, bool]:
-  """Returns the keyword arguments of a call that select training or evaluation."""
+  """Returns the keyword arguments of `call` that select training or evaluation."""
   names = inspect.signature(call).parameters
   words = {name: training for name in _TRAINING if name in names}
   return words | {name: not training for name in _EVALUATING if name in names}

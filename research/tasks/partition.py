@@ -1,4 +1,4 @@
-"""Partitions of the training set over workers or clients.
+"""Partitions the training set over workers or clients.
 
 A partition maps (labels [N], workers, seed) to one array of indices per worker. The arrays are
 disjoint and not empty, and together they cover range(N).
@@ -16,7 +16,7 @@ Partition = Callable[[np.ndarray, int, int], list[np.ndarray]]
 
 
 def iid() -> Partition:
-  """A random permutation of the examples, cut into parts whose sizes differ by at most one."""
+  """Permutes the examples at random and cuts them into parts whose sizes differ by at most one."""
 
   def partition(labels: np.ndarray, workers: int, seed: int) -> list[np.ndarray]:
     _check_workers(labels, workers)
@@ -26,7 +26,7 @@ def iid() -> Partition:
 
 
 def in_order() -> Partition:
-  """Examples in their original order, cut into parts whose sizes differ by at most one.
+  """Cuts the examples, in their original order, into parts whose sizes differ by at most one.
 
   The seed is unused.
   """
@@ -40,7 +40,7 @@ def in_order() -> Partition:
 
 
 def sorted_() -> Partition:
-  """Examples sorted by label, cut into parts whose sizes differ by at most one.
+  """Sorts the examples by label and cuts them into parts whose sizes differ by at most one.
 
   This is the most heterogeneous partition. Examples with equal labels keep their original order.
   The seed is unused.
@@ -55,16 +55,16 @@ def sorted_() -> Partition:
 
 
 def shards(per_worker: int = 2) -> Partition:
-  """Sorts by label, cuts into equal shards, and deals `per_worker` shards to each worker at random.
+  """Sorts the examples by label, cuts them into shards, and deals the shards out at random.
 
-  With two shards per worker, most workers see two classes. Shard sizes differ by at most one.
+  With two shards per worker, most workers get two classes. Shard sizes differ by at most one.
 
   Args:
-    per_worker: number of shards that each worker gets.
+    per_worker: the number of shards per worker.
 
   Raises:
-    ValueError: if per_worker is not a positive integer; when called, if there are fewer examples
-      than shards.
+    ValueError: if per_worker is not a positive integer, or, when the partition is called, if there
+      are fewer examples than shards.
 
   Reference:
     McMahan et al., 2016, arXiv:1602.05629, section 3 ("pathological non-IID").
@@ -86,17 +86,19 @@ def shards(per_worker: int = 2) -> Partition:
 def dirichlet(alpha: float) -> Partition:
   """Distributes each class over the workers in proportions drawn from Dirichlet(alpha).
 
-  Small alpha gives few classes per worker and unequal sizes; large alpha tends to equal shares.
-  Yurochkin et al. draw over workers for each class, as here; Hsu et al. (2019, arXiv:1909.06335)
-  draw over classes for each worker, with equal sizes. Li et al. redraw until every worker has ten
-  examples, which practically never happens with many workers; here a worker without examples takes
-  one from the largest part.
+  A small alpha gives each worker few classes and makes the sizes unequal; with a large alpha, all
+  shares are almost equal. As in Yurochkin et al., the proportions of each class are drawn over
+  workers; Hsu et al. (2019, arXiv:1909.06335) draw the proportions of each worker over classes,
+  with equal sizes. Li et al. redraw until every worker has ten examples, which practically never
+  happens with many workers. Here, a worker without examples takes one from the largest part
+  instead.
 
   Args:
-    alpha: concentration, > 0.
+    alpha: the concentration of the Dirichlet distribution, > 0.
 
   Raises:
-    ValueError: if alpha is not positive; when called, if the labels are not classes.
+    ValueError: if alpha is not positive, or, when the partition is called, if the labels are not
+      classes.
 
   Reference:
     Yurochkin et al., 2019, arXiv:1905.12022, section 4; Li et al., 2021, arXiv:2102.02079.
@@ -121,12 +123,14 @@ def dirichlet(alpha: float) -> Partition:
 
 
 def by_owner() -> Partition:
-  """A part for each distinct label, in ascending order: workers are the owners of the examples.
+  """Makes one part per distinct label, in ascending order: each worker owns its examples.
 
-  For tasks whose examples have owners, such as the fleets of `driving`. The seed is unused.
+  This partition is for tasks whose examples have owners, such as the fleets of `driving`. The seed
+  is unused.
 
   Raises:
-    ValueError: when called, labels that are not numbers, or another number of workers than labels.
+    ValueError: when the partition is called, if the labels are not numbers, or the number of
+      workers differs from the number of distinct labels.
   """
 
   def partition(labels: np.ndarray, workers: int, seed: int) -> list[np.ndarray]:
@@ -142,13 +146,15 @@ def by_owner() -> Partition:
 
 
 def by_scaffold() -> Partition:
-  """Assigns whole groups of equal labels: the largest first, each to the smallest part so far.
+  """Keeps examples with equal labels together, and assigns the largest groups first.
 
-  For `molecules`, the groups are Bemis-Murcko scaffolds and the parts are laboratories, none of
-  which has a scaffold of another. The seed is unused.
+  Each group goes to the part that is smallest so far. For `molecules`, the groups are Bemis-Murcko
+  scaffolds and the parts are laboratories, so no two laboratories share a scaffold. The seed is
+  unused.
 
   Raises:
-    ValueError: when called, if there are fewer groups than workers, or labels that are not classes.
+    ValueError: when the partition is called, if there are fewer groups than workers, or the labels
+      are not classes.
   """
 
   def partition(labels: np.ndarray, workers: int, seed: int) -> list[np.ndarray]:
@@ -171,14 +177,15 @@ def by_scaffold() -> Partition:
 
 
 def stack(examples: Batch, parts: list[np.ndarray]) -> tuple[Batch, np.ndarray]:
-  """Stacks the examples by client, padded with zeros to the largest part.
+  """Stacks the examples of each client, padded with zeros to the size of the largest part.
 
   Args:
-    examples: numpy arrays [N, ...].
-    parts: indices of the examples of each of P clients.
+    examples: the examples, numpy arrays [N, ...].
+    parts: the indices of the examples of each of the P clients.
 
   Returns:
-    The arrays [P, largest part, ...], of the same dtypes, and the sizes of the parts, int32 [P].
+    The arrays [P, size of the largest part, ...] with the same dtypes, and the sizes of the parts,
+    int32 [P].
   """
   sizes = np.array([len(part) for part in parts], np.int32)
 
@@ -192,7 +199,7 @@ def stack(examples: Batch, parts: list[np.ndarray]) -> tuple[Batch, np.ndarray]:
 
 
 def _none_empty(parts: list[np.ndarray]) -> list[np.ndarray]:
-  """Gives each empty part one example of the part that is largest at that moment."""
+  """Moves one example from the part that is currently largest to each empty part."""
   sizes = np.array([len(part) for part in parts])
   for i in np.flatnonzero(sizes == 0):
     largest = sizes.argmax()

@@ -1,4 +1,4 @@
-"""The order in which a worker draws its examples, as a pure function of step and key."""
+"""Computes the order in which a worker draws its examples, as a pure function of step and key."""
 
 import jax
 import jax.numpy as jnp
@@ -12,22 +12,22 @@ _GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio: spreads consecutive rounds o
 
 
 def epoch_sample(size: Array | int, step: Array | int, key: Key, *, batch_size: int) -> Array:
-  """Draws one batch without replacement, epoch by epoch, without state.
+  """Draws one batch, without replacement in each epoch; the function has no state.
 
   With m = max(1, size // batch_size) batches in an epoch, step t is in epoch t // m, at positions
-  (t mod m) batch_size + i. The example at a position is given by a pseudo-random permutation of
-  range(size), keyed by (key, epoch). Nothing is sorted or stored, so all steps of all workers cost
-  the same. If batch_size does not divide size, each epoch leaves out size mod batch_size examples,
-  which differ from epoch to epoch; if batch_size > size, a batch cycles through the examples.
+  (t mod m) batch_size + i. A pseudo-random permutation of range(size), keyed by (key, epoch), maps
+  positions to examples. Nothing is sorted or stored, so all steps of all workers cost the same. If
+  batch_size does not divide size, each epoch leaves out size mod batch_size examples, which differ
+  from epoch to epoch. If batch_size > size, a batch cycles through the examples.
 
   Args:
-    size: number of the worker's examples, an int32 scalar in [1, 2^31), traced or not.
+    size: the number of the worker's examples, an int32 scalar in [1, 2^31), traced or not.
     step: the worker's step, an int32 scalar in [0, 2^31), traced or not.
-    key: typed key of the worker's order.
-    batch_size: examples in one batch, static.
+    key: the typed key that determines the worker's order.
+    batch_size: the number of examples in a batch, static.
 
   Returns:
-    int32 [batch_size], indices in [0, size).
+    The indices of the examples, int32 [batch_size], in [0, size).
   """
   size, step = jnp.asarray(size, jnp.int32), jnp.asarray(step, jnp.int32)
   batches = jnp.maximum(1, size // batch_size)
@@ -38,31 +38,32 @@ def epoch_sample(size: Array | int, step: Array | int, key: Key, *, batch_size: 
 
 
 def with_replacement(size: Array | int, step: Array | int, key: Key, *, batch_size: int) -> Array:
-  """Draws each example of a batch independently and uniformly, as theory assumes.
+  """Draws each example of a batch independently and uniformly, as theory usually assumes.
 
   Args:
-    size: number of the worker's examples, an int32 scalar in [1, 2^31), traced or not.
+    size: the number of the worker's examples, an int32 scalar in [1, 2^31), traced or not.
     step: the worker's step, an int32 scalar in [0, 2^31), traced or not.
-    key: typed key of the worker's draws.
-    batch_size: examples in one batch, static.
+    key: the typed key of the worker's draws.
+    batch_size: the number of examples in a batch, static.
 
   Returns:
-    int32 [batch_size], indices in [0, size).
+    The indices of the examples, int32 [batch_size], in [0, size).
   """
   return jax.random.randint(jax.random.fold_in(key, step), (batch_size,), 0, size, jnp.int32)
 
 
 def in_order(size: Array | int, step: Array | int, key: Key, *, batch_size: int) -> Array:
-  """Draws consecutive batches cyclically, for a buffer that is refilled as it is used.
+  """Draws consecutive batches cyclically, for a buffer that is refilled while it is used.
 
   Args:
-    size: number of the worker's examples, a multiple of batch_size.
+    size: the number of the worker's examples, a multiple of batch_size.
     step: the worker's step, an int32 scalar in [0, 2^31), traced or not.
     key: unused.
-    batch_size: examples in one batch, static.
+    batch_size: the number of examples in a batch, static.
 
   Returns:
-    int32 [batch_size]: at step t, the indices from (t batch_size) mod size on.
+    The indices of the examples, int32 [batch_size]: at step t, they start at (t batch_size) mod
+    size.
   """
   del key
   batches = jnp.maximum(1, jnp.asarray(size, jnp.int32) // batch_size)
@@ -74,8 +75,8 @@ def permute(position: Array, size: Array, word: Array, offset: Array) -> Array:
 
   This is the swap-or-not shuffle: round i pairs each x with x' = K_i - x mod size, and swaps the
   pair if a pseudo-random bit of max(x, x') is set. Each round is an involution of range(size),
-  whatever the bits, so the result is a bijection for every size. The shuffle needs no cycle walking
-  from a power of two, and all lanes of a vmap perform the same few operations.
+  whatever the bits are, so the result is a bijection for every size. The shuffle needs no cycle
+  walking from a power of two, and all lanes of a vmap perform the same few operations.
 
   The permutation is not a cipher. With probability 2^-ROUNDS, a position has not moved after all
   rounds, or two neighbours have kept their distance. Otherwise, positions and pairs of positions
@@ -83,13 +84,13 @@ def permute(position: Array, size: Array, word: Array, offset: Array) -> Array:
   fraction of the permutations.
 
   Args:
-    position: int32 of any shape, in [0, size).
-    size: int32 scalar in [1, 2^31).
-    word: uint32 scalar; with `offset`, the key.
-    offset: uint32 scalar.
+    position: the positions, int32 of any shape, in [0, size).
+    size: the number of positions, an int32 scalar in [1, 2^31).
+    word: a uint32 scalar; `word` and `offset` together are the 64-bit key.
+    offset: a uint32 scalar.
 
   Returns:
-    int32 of the shape of `position`, in [0, size).
+    The permuted positions, int32 of the shape of `position`, in [0, size).
 
   Reference:
     Hoang, Morris, Rogaway, 2012, arXiv:1208.1176. Here, the bit is a multiplicative hash instead of
@@ -108,14 +109,14 @@ def permute(position: Array, size: Array, word: Array, offset: Array) -> Array:
 
 
 def take(examples: Tree, index: Array) -> Tree:
-  """Gathers the examples at `index`.
+  """Gathers the examples at the given indices.
 
   Args:
-    examples: leaves [examples, ...].
-    index: integers of any shape.
+    examples: the examples, with leaves [examples, ...].
+    index: the indices, integers of any shape.
 
   Returns:
-    Leaves [*index.shape, ...].
+    The gathered examples, with leaves [*index.shape, ...].
   """
   return jax.tree.map(lambda x: x[index], examples)
 
@@ -133,7 +134,7 @@ def _mix(x: Array) -> Array:
 
 
 def _scale(word: Array, size: Array) -> Array:
-  """Computes floor(word size / 2^32), uniform in [0, size) if the word is, from 16-bit halves."""
+  """Computes floor(word size / 2^32) from 16-bit halves; uniform words give uniform results."""
   low, high = word & 0xFFFF, word >> 16
   size_low, size_high = size & 0xFFFF, size >> 16
   middle = high * size_low + (low * size_low >> 16)
@@ -144,8 +145,8 @@ def mean(values: Array, batch: Batch) -> Array:
   """Averages values over the examples that the batch's mask keeps, if it has one.
 
   Args:
-    values: [b].
-    batch: the batch.
+    values: the values [b], one per example.
+    batch: the batch, with or without a mask.
   """
   if "mask" not in batch:
     return jnp.mean(values)

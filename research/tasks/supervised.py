@@ -1,4 +1,4 @@
-"""Supervised learning: builds a task from a model, examples and a loss."""
+"""Builds a supervised learning task from a model, examples and a loss."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,11 +9,12 @@ import numpy as np
 
 from research.core import checks
 from research.core.base import Array, Key, Params
+from research.core.dimensions import checked
 from research.core.task import Batch, Task
 from research.tasks import sampling
 from research.tasks.networks import network
 
-# (outputs [batch, ...], batch) -> a value per example [batch]
+# (outputs [batch, ...], batch) -> one value per example [batch]
 OfExamples = Callable[[Any, Batch], Any]
 
 
@@ -33,42 +34,45 @@ def supervised(
   """Returns the task of minimizing the mean loss of a model over `train`.
 
   The objective is 1/N sum_i loss_i(w) + l2/2 ||w||^2 + nonconvex sum_j w_j^2 / (1 + w_j^2), where w
-  contains all parameters, including biases. The mean of a batch is over the examples that its mask
-  keeps. Each batch includes the full penalty, so that the mean over batches, weighted by their
-  counts, is the objective.
+  contains all parameters, including biases. The mean over a batch includes only the examples that
+  its mask keeps. The loss of each batch includes the full penalty, so that the mean over batches,
+  weighted by their numbers of examples, is the objective.
 
-  `evaluate` gives "loss", the objective with its penalty; "accuracy" for classes; the given
-  metrics; and "distance", max|params - optimum| / max|optimum|, if the optimum is known.
+  `evaluate` returns "loss", the objective including the penalty; "accuracy" for classes; the given
+  metrics; and, if the optimum is known, "distance", max|params - optimum| / max|optimum|.
 
-  Bytes (uint8) remain bytes in memory and in batches, so that images take one byte per pixel. Bytes
-  are converted to floats and divided by `scale` only when the model reads them. Other integers,
-  such as tokens, are passed to the model unchanged.
+  Bytes (uint8) remain bytes in memory and in batches, so that an image takes one byte per pixel.
+  They are converted to floats and divided by `scale` only when the model reads them. Other
+  integers, such as tokens, are passed to the model unchanged.
 
   Args:
-    model: from x [batch, ...] to outputs [batch, ...]: a module of Flax linen or Flax NNX, an
-      Equinox module of single examples, or a function of a key that makes one; see
-      `networks.network`. Dropout draws from the key of the loss and is off in `evaluate`.
-    train: numpy arrays "x" [N, ...], or sparse rows as `models.classic.Linear` accepts them; "y"
-      [N, ...], which custom losses and metrics may omit; and other arrays of any name.
-    test: the same for the test examples.
-    loss: "softmax", cross-entropy in nats, y int [N] in [0, outputs); "logistic", the same for
-      y in {0, 1} and one output; "squares", half of the squared error summed over outputs,
-      y float [N] or [N, outputs]; or a function (outputs, batch) -> losses [batch], or -> (losses,
-      further metrics by name, each [batch]), which are added to the rows as "auxiliary".
-    metrics: further metrics by name, functions like `loss`.
-    l2: weight of the quadratic penalty, >= 0.
-    nonconvex: weight of the bounded penalty, >= 0, the regularizer of nonconvex logistic
-      regression.
-    optimum: the exact minimizer over `train`.
-    scale: divisor of bytes.
-    features: number of features, required for sparse rows.
+    model: a Flax linen or Flax NNX module that maps x [batch, ...] to outputs [batch, ...], an
+      Equinox module of a single example, or a function that makes an NNX or Equinox module from a
+      key; see `networks.network`. Dropout draws from the key of the loss and is off in `evaluate`.
+      The `dimensions` of the model, if any, become those of the task (`core/dimensions.py`).
+    train: the training examples, as numpy arrays: "x" [N, ...], or sparse rows as
+      `models.classic.Linear` accepts them; "y" [N, ...], which may be missing if the loss and the
+      metrics are your own; and other arrays of any name.
+    test: the same arrays for the test examples.
+    loss: "softmax", the cross-entropy in nats, with y int [N] in [0, outputs); "logistic", the same
+      for y in {0, 1} and one output; "squares", half of the squared error summed over outputs, with
+      y float [N] or [N, outputs]; or a function (outputs, batch) -> losses [batch]. The function
+      may also return (losses, further metrics by name, each [batch]); these metrics are added to
+      the rows as "auxiliary".
+    metrics: the further metrics by name, each a function like `loss`.
+    l2: the weight of the quadratic penalty, >= 0.
+    nonconvex: the weight of the bounded penalty, >= 0, which is the regularizer of nonconvex
+      logistic regression.
+    optimum: the exact minimizer of the objective, if it is known.
+    scale: the number by which bytes are divided.
+    features: the number of features, which is required for sparse rows.
 
   Returns:
     The task.
 
   Raises:
     ValueError: if the kind of model or the loss is unknown; l2 is negative; or examples, labels,
-      outputs and model do not fit.
+      outputs and model do not match.
   """
   for name, weight in (("l2", l2), ("nonconvex", nonconvex)):
     if not weight >= 0:
@@ -133,11 +137,12 @@ def supervised(
   task = Task(
     init, batch_loss, evaluate, sampling.epoch_sample, sampling.take, train, test, optimum
   )
-  return task._replace(model=bound, title=title)
+  declared = getattr(model, "dimensions", ())
+  return task._replace(model=bound, title=title, dimensions=checked(declared))
 
 
 def _of_labels(loss: str) -> OfExamples:
-  """Looks up a loss by its name."""
+  """Returns the loss with the given name."""
   if loss not in LOSSES:
     near = checks.nearest(loss, LOSSES, cutoff=0.0)
     raise ValueError(f"loss {loss!r} is none of {', '.join(LOSSES)}; did you mean {near}?")
@@ -158,7 +163,7 @@ def _squares(predictions: Array, y: Array) -> Array:
   return jnp.sum(residual**2, axis=1) / 2
 
 
-# (outputs of the module [batch, outputs], labels) -> loss of each example [batch]
+# (outputs of the module [batch, outputs], labels) -> losses [batch]
 LOSSES: dict[str, Callable[[Array, Array], Array]] = {
   "softmax": _softmax,
   "logistic": _logistic,
@@ -186,10 +191,12 @@ def _distance(params: Params, optimum: Params) -> Array:
 
 
 def _check_alike(train: Batch, test: Batch) -> None:
-  """Rejects test examples unlike the training examples; sparse rows may differ in length.
+  """Rejects test examples whose arrays differ in name or shape from the training arrays.
+
+  Sparse rows may differ in length.
 
   Raises:
-    ValueError: if an array differs; the message names it.
+    ValueError: if an array is missing or its shape differs; the message names the array.
   """
   shapes = lambda batch: {
     f"[{name!r}]": None if isinstance(x, dict) else x.shape[1:] for name, x in batch.items()
@@ -202,7 +209,7 @@ def _check_alike(train: Batch, test: Batch) -> None:
 
 
 def _check_arrays(part: str, examples: Batch) -> None:
-  """Rejects examples that are not arrays of one length."""
+  """Rejects examples that are not arrays of equal length."""
   if not isinstance(examples, Mapping) or "x" not in examples:
     raise ValueError(f'{part}: not a dictionary with arrays "x" [N, ...], and "y" for labels')
   if "mask" in examples:

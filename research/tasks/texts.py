@@ -1,7 +1,7 @@
-"""Reads text files: UTF-8 lines of fields, with errors that name the file and the line.
+"""Reads text files: UTF-8 lines of fields. Error messages name the file and the line.
 
-Arrays of small integers and UTF-16 text may be valid UTF-8, but at least half of their bytes are
-then NUL. A file is therefore rejected if more than a quarter of its bytes are NUL.
+Arrays of small integers and UTF-16 text can be valid UTF-8, but then at least half of their bytes
+are NUL. A file is therefore rejected if more than a quarter of its bytes are NUL.
 """
 
 import codecs
@@ -18,7 +18,7 @@ from research.tasks import files
 T = TypeVar("T")
 
 BLOCK = 1 << 16  # bytes that `check` decodes at once
-_SHOWN = 40  # characters of a field in an error
+_SHOWN = 40  # maximum number of a field's characters in an error message
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")  # fits int64
 
 
@@ -29,23 +29,24 @@ def read(path: Path) -> str:
     path: the file.
 
   Raises:
-    ValueError: if the file is not text, or is truncated.
+    ValueError: if the file is not text or is truncated.
   """
   with files.opened(path) as file:
     return decoded(file.read(), path)
 
 
 def rows(path: Path, comments: str = "") -> Iterator[tuple[int, list[str]]]:
-  """Iterates over line numbers, from 1, and fields of the nonblank lines of a text file.
+  """Iterates over the nonblank lines of a text file as pairs (line number, fields).
 
-  A byte order mark is skipped. The file is read when this function is called.
+  Line numbers start at 1. A byte order mark is skipped. The file is read when this function is
+  called.
 
   Args:
-    path: the path of the file, plain, .gz or .bz2.
-    comments: characters that begin a comment line, also after spaces.
+    path: the path of the file, which may be plain, .gz or .bz2.
+    comments: the characters that begin a comment line, possibly after spaces.
 
   Raises:
-    ValueError: see `read`.
+    ValueError: if the file is not text or is truncated.
   """
   lines = io.StringIO(read(path).removeprefix("\ufeff"), newline=None)
   split = ((number, line.split()) for number, line in enumerate(lines, 1))
@@ -53,13 +54,13 @@ def rows(path: Path, comments: str = "") -> Iterator[tuple[int, list[str]]]:
 
 
 def cells(path: Path) -> list[tuple[int, list[str]]]:
-  """Reads line numbers, from 1, and cells of the nonblank lines of a comma-separated table.
+  """Reads the nonblank rows of a comma-separated table as pairs (line number, cells).
 
-  A byte order mark and spaces around cells are skipped. The number is that of the line on which a
-  row starts, since quoted cells may contain line breaks.
+  Line numbers start at 1. A byte order mark and spaces around cells are skipped. Quoted cells may
+  contain line breaks; the line number is that of the line on which the row starts.
 
   Args:
-    path: the path of the file, plain, .gz or .bz2.
+    path: the path of the file, which may be plain, .gz or .bz2.
 
   Raises:
     ValueError: if the file is not text or not comma-separated; the message names the line.
@@ -78,16 +79,16 @@ def cells(path: Path) -> list[tuple[int, list[str]]]:
 
 
 def parsed(path: Path, parse: Callable[[list[str]], T], comments: str = "") -> list[T]:
-  """Parses the fields of each line.
+  """Parses the fields of each nonblank line of a text file.
 
   Args:
-    path: as for `rows`.
-    parse: a function of a line's fields; the file and the line are added to a ValueError that it
-      raises.
-    comments: as for `rows`.
+    path: the path of the file, which may be plain, .gz or .bz2.
+    parse: a function that parses the fields of a line. If it raises ValueError, the file and the
+      line are added to the message.
+    comments: the characters that begin a comment line, as for `rows`.
 
   Raises:
-    ValueError: see `read`; also if `parse` raises it.
+    ValueError: if the file is not text or is truncated, or `parse` raises it.
   """
   found = []
   for line, fields in rows(path, comments):
@@ -99,12 +100,12 @@ def parsed(path: Path, parse: Callable[[list[str]], T], comments: str = "") -> l
 
 
 def at(path: Path, line: int, reason: object) -> ValueError:
-  """Returns the error for one line of a file.
+  """Returns a ValueError that names a line of a file.
 
   Args:
     path: the file.
-    line: the number of the line, from 1.
-    reason: what is wrong.
+    line: the line number, from 1.
+    reason: what is wrong with the line.
   """
   return ValueError(f"{path}, line {line}: {reason}")
 
@@ -113,7 +114,7 @@ def number(field: str) -> float:
   """Parses a finite number.
 
   Args:
-    field: the text.
+    field: the text of the field.
 
   Raises:
     ValueError: if the field is not a finite number.
@@ -131,7 +132,7 @@ def whole(field: str) -> int:
   """Parses an integer.
 
   Args:
-    field: the text.
+    field: the text of the field.
 
   Raises:
     ValueError: if the field is not an integer, or has more than 18 digits.
@@ -142,22 +143,22 @@ def whole(field: str) -> int:
 
 
 def shown(field: str) -> str:
-  """Quotes a field for an error.
+  """Quotes a field for an error message.
 
   Args:
-    field: the text.
+    field: the text of the field.
   """
   return repr(field if len(field) <= _SHOWN else field[: _SHOWN - 3] + "...")
 
 
 def decoded(content: bytes, path: Path, start: int = 0, end: bool = True) -> str:
-  """Decodes bytes of a file.
+  """Decodes bytes of a file as UTF-8.
 
   Args:
     content: the bytes.
-    path: the path of the file, for errors.
-    start: the offset of the bytes in the file; after offset 0, they may begin within a character.
-    end: whether the bytes must end with a complete character.
+    path: the path of the file, for error messages.
+    start: the offset of the bytes in the file; if it is above 0, they may begin within a character.
+    end: whether the last character must be complete.
 
   Raises:
     ValueError: if the bytes are not UTF-8, or more than a quarter of them are NUL.
@@ -183,7 +184,7 @@ def check(path: Path, most: int | None = None) -> None:
 
   Args:
     path: the path of the file.
-    most: the number of blocks of 64 KiB that are read, at equal distances; all of them if None.
+    most: the maximum number of blocks of 64 KiB to read, equally spaced; None reads all of them.
 
   Raises:
     ValueError: if the file is not text.
@@ -193,6 +194,6 @@ def check(path: Path, most: int | None = None) -> None:
   count = blocks if most is None else min(most, blocks)
   with path.open("rb") as file:
     for i in range(count):
-      start = max(0, min(i * blocks // count * BLOCK, size - BLOCK))  # the last block is full
+      start = max(0, min(i * blocks // count * BLOCK, size - BLOCK))  # the last block is a full one
       file.seek(start)
       decoded(file.read(BLOCK), path, start, start + BLOCK >= size)

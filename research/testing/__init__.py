@@ -1,13 +1,13 @@
-"""Checks the contracts of compressors, aggregators and methods, for objects of your own.
+"""Checks the contracts of your own compressors, aggregators and methods.
 
     from research.testing import check_compressor
 
     def test_halved():
       check_compressor(halved(0.5))
 
-Each check runs in seconds on CPU devices and raises ContractError, an AssertionError that names the
-broken contract and the observed values. The tests of this codebase run the same checks over all
-built-in names.
+Each check runs in seconds on CPU devices. If a contract is broken, it raises ContractError, an
+AssertionError that names the contract and the observed values. The tests of this codebase run the
+same checks for all built-in names.
 """
 
 from research.testing.aggregators import check_aggregator

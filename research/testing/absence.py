@@ -1,4 +1,4 @@
-"""Test inputs and programs for a round in which three of eight workers are absent."""
+"""Creates inputs and programs to test rounds in which three of eight workers are absent."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,7 +22,7 @@ def drawn(seed: int, *lead: int) -> dict[str, jax.Array]:
 
   Args:
     seed: the seed of the random numbers.
-    *lead: leading dimensions.
+    *lead: the leading dimensions.
   """
   random = np.random.default_rng(seed)
   normal = lambda shape: random.normal(size=(*lead, *shape)).astype(np.float32)
@@ -30,20 +30,20 @@ def drawn(seed: int, *lead: int) -> dict[str, jax.Array]:
 
 
 def unknown(rows: Tree) -> Tree:
-  """Replaces the rows of absent workers by NaN, to detect any dependence on them.
+  """Replaces the rows of absent workers with NaN, to detect any dependence on them.
 
   Args:
-    rows: leaves [W, ...].
+    rows: the rows of all workers, with leaves [W, ...].
   """
   return jax.tree.map(lambda x: x.at[ABSENT].set(jnp.nan), rows)
 
 
 def folded(one: Callable[..., Any], axes: Mapping[str, int]) -> Callable[..., Any]:
-  """Compiles one worker's function to a function of rows [W, ...] of all workers.
+  """Compiles a function of one worker to a function of the rows [W, ...] of all workers.
 
   Args:
     one: the function of one worker.
-    axes: the worker axes, sizes by name; their product is W.
+    axes: the sizes of the worker axes by name; their product is W.
   """
   fold = lambda x: jnp.asarray(x).reshape(*axes.values(), *x.shape[1:])
   unfold = lambda x: x.reshape(W, *x.shape[len(axes) :])
@@ -52,7 +52,7 @@ def folded(one: Callable[..., Any], axes: Mapping[str, int]) -> Callable[..., An
 
 
 def same(a: Tree, b: Tree) -> bool:
-  """Returns whether all leaves are bitwise equal; NaN equals NaN.
+  """Returns whether all leaves of two trees are bitwise equal; NaN equals NaN.
 
   Args:
     a: a tree.

@@ -1,4 +1,4 @@
-"""Contracts of aggregators; several aggregators can be checked in one program."""
+"""Checks the contracts of aggregators; one program can check several aggregators."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,25 +18,26 @@ from research.testing.contract import require
 from research.testing.problem import distance
 
 Named = Mapping[str, Aggregator]
-# Traits of aggregators whose value may differ from equal contributions.
+# Traits of aggregators whose value may differ from the contributions if these are equal.
 _UNLIKE = Trait.FORGED | Trait.NOISE | Trait.EXPANSIVE | Trait.SECRET
 
 
 def check_aggregator(aggregator: Aggregator, *, axes: Mapping[str, int] | None = None) -> None:
   """Checks the contracts of an aggregator.
 
-  `value` and `sent` have the shapes and dtypes of a worker's tree. The state keeps its dtypes. All
-  workers receive the same value, except with Trait.LOCAL. If all workers contribute the same
-  value, the aggregate is that value. An absent worker's values do not reach the others, and its
-  private state does not change. Training gives the same result in `simulate` and `spmd` on the
-  available CPU devices.
+  The contracts are: `value` and `sent` have the shapes and dtypes of a worker's tree. The state
+  keeps its dtypes. All workers receive the same value, unless the aggregator has Trait.LOCAL. If
+  all workers contribute the same value, this value is the aggregate. The values of an absent worker
+  do not reach the others, and its private state does not change. Training gives the same result in
+  `simulate` and `spmd` on the available CPU devices.
 
   Args:
     aggregator: the aggregator to check.
-    axes: axes of eight workers: {"data": 8}, or {"slice": 2, "data": 4} if it needs slices.
+    axes: the axes of eight workers; None means {"data": 8}. Pass {"slice": 2, "data": 4} if the
+      aggregator needs slices.
 
   Raises:
-    ContractError: for the first broken contract.
+    ContractError: if a contract is broken; the error describes the first broken contract.
   """
   named, axes = {repr(aggregator): aggregator}, dict(axes or AXES)
   types(named, axes)
@@ -49,10 +50,10 @@ def check_aggregator(aggregator: Aggregator, *, axes: Mapping[str, int] | None =
 
 
 def types(named: Named, axes: Mapping[str, int]) -> None:
-  """Checks that `value` and `sent` have the tree's types, and that the state keeps its types.
+  """Checks that `value` and `sent` have the types of the tree, and that the state keeps its types.
 
   Args:
-    named: aggregators by name.
+    named: the aggregators by name.
     axes: the worker axes.
   """
   tree = drawn(0, *axes.values())
@@ -70,7 +71,7 @@ def types(named: Named, axes: Mapping[str, int]) -> None:
 
 
 def can_miss(aggregator: Aggregator, axes: Mapping[str, int]) -> bool:
-  """Returns whether workers may be absent; otherwise tracing an absence raises ValueError.
+  """Returns whether workers may be absent; if they may not, tracing an absence raises ValueError.
 
   Args:
     aggregator: the aggregator.
@@ -93,7 +94,7 @@ def absent(named: Named, axes: Mapping[str, int]) -> None:
   """Checks that an absent worker affects no other worker and keeps its private state.
 
   Args:
-    named: aggregators by name.
+    named: the aggregators by name.
     axes: the worker axes.
   """
 
@@ -124,11 +125,11 @@ def absent(named: Named, axes: Mapping[str, int]) -> None:
 
 
 def _own_rows(aggregator: Aggregator, before: Any, after: Any) -> None:
-  """Checks that private state of absent workers is unchanged; shared state may change."""
+  """Checks that the private state of absent workers is unchanged; shared state may change."""
   is_chunk = lambda node: isinstance(node, Chunk)
   leaves = lambda tree: jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_chunk)
   for (path, old), (_, new) in zip(leaves(before), leaves(after), strict=True):
-    if is_chunk(old):  # a part of a shared array, which an absent worker updates too
+    if is_chunk(old):  # a part of a shared array; an absent worker updates its part, too
       continue
     old, new = np.asarray(old), np.asarray(new)
     is_shared = (new == new[:1]).all()
@@ -138,10 +139,10 @@ def _own_rows(aggregator: Aggregator, before: Any, after: Any) -> None:
 
 
 def equal(named: Named, axes: Mapping[str, int] = AXES) -> None:
-  """Checks that equal contributions give the same value, whoever is present.
+  """Checks that equal contributions give the same value, whichever workers are present.
 
   Args:
-    named: aggregators by name.
+    named: the aggregators by name.
     axes: the worker axes.
   """
   one = drawn(2)

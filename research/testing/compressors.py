@@ -1,4 +1,4 @@
-"""Contracts of compressors."""
+"""Checks the contracts of compressors."""
 
 import functools
 import math
@@ -15,12 +15,12 @@ from research.core.base import Compressor
 from research.testing.contract import require
 
 SHAPES = ((), (0,), (1,), (3, 5), (300,), (2, 3, 4))
-LARGE = (2**15, 2**16)  # shape of a leaf that is only traced
+LARGE = (2**15, 2**16)  # shape of a leaf that is traced but never computed
 CONTENT_OF = (1, 1000, 4096, 2**27, 2**31)
 
 
 class Case(NamedTuple):
-  """A compressor, and the properties that its docstring promises."""
+  """A compressor and the properties that its docstring promises."""
 
   compressor: Compressor
   error: Callable[[int], float] | None = None
@@ -39,21 +39,23 @@ def check_compressor(
 ) -> None:
   """Checks the contracts of a compressor, and further properties that its docstring promises.
 
-  The decoded leaf has the leaf's shape and dtype. The shapes of payloads depend only on this shape
-  and dtype. Zero is decoded to zero. The declared `contractive`, `linear` and `sparse` are true.
-  Non-finite elements remain detectable. The result is the same for a single worker, under `vmap`
-  and in `shard_map`. No array is larger than twice the leaf.
+  The contracts are: The decoded leaf has the shape and dtype of the original leaf. The shapes of
+  payloads depend only on this shape and dtype. Zero is decoded to zero. If the compressor declares
+  itself `contractive`, `linear` or `sparse`, it is. Non-finite elements remain detectable. The
+  result is the same for a single worker, under `vmap` and in `shard_map`. No array is larger than
+  twice the leaf.
 
   Args:
     compressor: the compressor to check.
-    error: n -> the bound on E ||C(x) - x||^2 / ||x||^2 for a leaf of n elements; by default 1 if
-      the compressor is contractive.
-    content: (n, bytes per element) -> bytes of the payload, before packed bits are rounded up.
-    unbiased: whether E C(x) = x.
-    idempotent: whether C(C(x)) = C(x) with the same shared key.
+    error: a function from n to the bound on E ||C(x) - x||^2 / ||x||^2 for a leaf of n elements;
+      the default bound is 1 if the compressor is contractive.
+    content: a function of (n, bytes per element) that returns the payload's bytes, before packed
+      bits are rounded up.
+    unbiased: whether to check that E C(x) = x.
+    idempotent: whether to check that C(C(x)) = C(x) with the same shared key.
 
   Raises:
-    ContractError: for the first broken contract.
+    ContractError: if a contract is broken; the error describes the first broken contract.
   """
   case = Case(compressor, error, content, unbiased, idempotent)
   with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
@@ -113,7 +115,7 @@ def _named(x: Any) -> str:
 
 
 def payloads(case: Case) -> None:
-  """Checks that payloads have their traced number of bytes, and the promised number if any."""
+  """Checks that payloads have as many bytes as when traced, and as many as promised, if any."""
   encode = jax.jit(case.compressor.encode)
   want = _payload_bytes(case.compressor, _like(_vectors(1000)[0]))
   for x in _vectors(1000):
@@ -131,7 +133,10 @@ def payloads(case: Case) -> None:
 
 
 def error(case: Case) -> None:
-  """Checks that C(0) = 0, and the bound on the mean squared error within four standard errors."""
+  """Checks that C(0) = 0, and that the mean squared error is within its bound.
+
+  The check allows four standard errors.
+  """
   keys = _keys(1, 100, 2)
   for n in (40, 1000):
     x = _vectors(n)
@@ -174,7 +179,7 @@ def idempotent(case: Case) -> None:
 
 
 def linear(case: Case) -> None:
-  """Checks that a sum of payloads is decoded to the sum of the decoded values, if `linear`."""
+  """Checks that a sum of payloads decodes to the sum of the decoded values, if `linear`."""
   if not case.compressor.linear:
     return
   (x, y), (shared, own) = _vectors(1000)[:2] / 10, _keys(7)
@@ -211,7 +216,7 @@ def finite(case: Case) -> None:
   x = jnp.broadcast_to(plain[0], (9, 300)).at[jnp.arange(9), at].set(wrong)
   for dtype in (jnp.float32, jnp.float16):
     rows = jnp.concatenate([plain, x]).astype(dtype)
-    whole = np.asarray(jnp.isfinite(rows[:5]).all(1))  # the heaviest may overflow in float16
+    whole = np.asarray(jnp.isfinite(rows[:5]).all(1))  # heavy tails may overflow in float16
     arrives = np.asarray(jnp.isfinite(send(rows)).all(1))
     says = "A finite leaf is sent as finite numbers."
     require(arrives[:5][whole].all(), case.compressor, says, f"others, in {dtype.__name__}")
@@ -221,7 +226,7 @@ def finite(case: Case) -> None:
 
 
 def executions(case: Case) -> None:
-  """Checks that a single worker, vmap, and a scan in shard_map agree up to rounding."""
+  """Checks that a single worker, `vmap` and a scan in `shard_map` agree up to rounding."""
   x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 6, 50)), jnp.float32)
   shared, own = _keys(7)[0], _keys(8, 8)
   one = lambda x, key: _sent(case.compressor, x, shared, key)
@@ -242,7 +247,7 @@ def executions(case: Case) -> None:
 
 
 def size(case: Case) -> None:
-  """Checks that no array is larger than twice the leaf, which bounds the memory."""
+  """Checks that no array is larger than twice the leaf, so that memory is bounded."""
   n = math.prod(LARGE)
   x = jax.ShapeDtypeStruct(LARGE, jnp.float32)
   traced = jax.make_jaxpr(functools.partial(_sent, case.compressor))(x, *_keys(7))
@@ -252,7 +257,7 @@ def size(case: Case) -> None:
 
 
 def _largest(jaxpr: Any) -> int:
-  """Returns the size of the largest array of a program, including loops and branches."""
+  """Returns the size of the largest array in a program, including loops and branches."""
   made = [math.prod(v.aval.shape) for eqn in jaxpr.eqns for v in eqn.outvars]
   inner = [getattr(p, "jaxpr", p) for eqn in jaxpr.eqns for p in jax.tree.leaves(eqn.params)]
   return max([*made, *(_largest(sub) for sub in inner if hasattr(sub, "eqns"))], default=0)

@@ -1,4 +1,4 @@
-"""Contracts of methods; several methods can be checked in one program."""
+"""Checks the contracts of methods; one program can check several methods."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -19,23 +19,24 @@ from research.testing.side_by_side import regressions, side_by_side
 
 Named = Mapping[str, Method]
 ROUNDS = 4
-SIZES = (30, 20, 40, 30, 10, 50, 30, 30)  # examples of each of eight workers
+SIZES = (30, 20, 40, 30, 10, 50, 30, 30)  # number of examples of each of eight workers
 
 
 def check_method(method: Method, *, axes: Mapping[str, int] | None = None) -> None:
   """Checks the contracts of a method.
 
-  Dtypes and shardings of the state do not change, and the second call compiles nothing. Eight
-  rounds equal four rounds and four more from a copy of the state, bitwise. `simulate` and `spmd`
-  agree on the available CPU devices. A worker's lost round does not affect the other workers. A
-  round without participants changes nothing.
+  The contracts are: The dtypes and shardings of the state do not change, and the second call
+  compiles nothing. Eight rounds give bitwise the same result as four rounds and four more from a
+  copy of the state. `simulate` and `spmd` agree on the available CPU devices. A worker's lost round
+  does not affect the other workers. A round without participants changes nothing.
 
   Args:
     method: the method to check.
-    axes: axes of eight workers: {"data": 8}, or {"slice": 2, "data": 4} if it needs slices.
+    axes: the axes of eight workers; None means {"data": 8}. Pass {"slice": 2, "data": 4} if the
+      method needs slices.
 
   Raises:
-    ContractError: for the first broken contract.
+    ContractError: if a contract is broken; the error describes the first broken contract.
   """
   named, axes = {repr(method): method}, dict(axes or AXES)
   types(method, axes)
@@ -69,7 +70,7 @@ def types(method: Method, axes: Mapping[str, int]) -> None:
 
 
 def can_miss(method: Method, axes: Mapping[str, int] | None = None) -> bool:
-  """Returns whether workers may be absent; otherwise tracing an absence raises ValueError.
+  """Returns whether workers may be absent; if they may not, tracing an absence raises ValueError.
 
   Args:
     method: the method.
@@ -88,12 +89,12 @@ def can_miss(method: Method, axes: Mapping[str, int] | None = None) -> bool:
 
 
 def agree(named: Named, *, sliced: bool = False) -> None:
-  """Checks that state and programs are stable, runs resume exactly, and executions agree.
+  """Checks that state and programs are stable, runs resume exactly, and executors agree.
 
-  Runs use mini-batches, and workers have different numbers of examples.
+  The runs use mini-batches, and the workers have different numbers of examples.
 
   Args:
-    named: methods by name.
+    named: the methods by name.
     sliced: whether the methods need slices.
   """
   task = regressions(tuple(named))
@@ -157,12 +158,13 @@ def _compilations() -> Iterator[list[float]]:
 
 
 def lost(named: Named, axes: Mapping[str, int] = AXES) -> None:
-  """Checks bitwise that a lost round affects no other worker, even if its gradients are NaN.
+  """Checks that a lost round affects no bit of another worker, even if its gradients are NaN.
 
-  The worker's own state then either is unchanged or equals what the present workers received.
+  After the lost round, each leaf of the worker's own state either is unchanged or equals what the
+  present workers received.
 
   Args:
-    named: methods by name.
+    named: the methods by name.
     axes: the worker axes.
   """
   program = folded(_two_rounds(named), axes)
@@ -177,7 +179,7 @@ def lost(named: Named, axes: Mapping[str, int] = AXES) -> None:
     for (path, old), (_, new), chunk in zip(leaves(before), leaves(after), is_chunk, strict=True):
       old, new = np.asarray(old), np.asarray(new)
       if chunk or not np.issubdtype(new.dtype, np.floating):
-        continue  # round counters, and delays drawn in advance
+        continue  # round counters, and delays that were drawn in advance
       for worker in np.flatnonzero(ABSENT):
         kept = (old[worker] == new[worker]).all()
         received = any((new[worker] == new[i]).all() for i in np.flatnonzero(~ABSENT))
@@ -187,7 +189,7 @@ def lost(named: Named, axes: Mapping[str, int] = AXES) -> None:
 
 
 def _chunks(method: Method) -> list[bool]:
-  """Returns whether each leaf of the state is a worker's chunk of a partitioned array."""
+  """Returns, for each leaf of the state, whether it is a worker's chunk of a partitioned array."""
   init = jax.vmap(method.init, axis_name="data")
   state = jax.eval_shape(init, drawn(4, W))
   is_chunk = lambda node: isinstance(node, Chunk)
@@ -198,7 +200,7 @@ def _chunks(method: Method) -> list[bool]:
 
 
 def _two_rounds(named: Named) -> Callable[..., Any]:
-  """Runs two rounds of each method on given gradients; some workers are absent in the second."""
+  """Returns a function that runs two rounds of each method, the second with absent workers."""
 
   def worker(first, second, weight, active):
     found = {}
@@ -222,7 +224,7 @@ def empty(named: Named) -> None:
   """Checks that rounds without participants change nothing.
 
   Args:
-    named: methods by name.
+    named: the methods by name.
   """
   grads = drawn(7, W)
   sizes = np.full(W, 30)

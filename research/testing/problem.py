@@ -1,4 +1,4 @@
-"""A small regression with private data, and a class that runs a method on it in any execution."""
+"""Defines a small regression with private data, and runs methods on it with any executor."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -28,8 +28,8 @@ def regression(samples: int = 240, seed: int = 0) -> Task:
   """Creates a least-squares task in plain JAX, with weights [6, 3] and bias [3].
 
   Args:
-    samples: number of examples.
-    seed: seed of the data.
+    samples: the number of examples.
+    seed: the seed of the data.
   """
   random = np.random.default_rng(seed)
   x = random.normal(size=(samples, FEATURES)).astype(np.float32)
@@ -55,11 +55,11 @@ def regression(samples: int = 240, seed: int = 0) -> Task:
 
 
 def split(task: Task, sizes: Sequence[int]):
-  """Partitions the task's examples over owners, in order.
+  """Partitions the examples of a task over owners, in order.
 
   Args:
     task: the task.
-    sizes: number of examples of each owner.
+    sizes: the number of examples of each owner.
   """
   edges = np.cumsum([0, *sizes])
   parts = [np.arange(a, b) for a, b in itertools.pairwise(edges)]
@@ -67,7 +67,7 @@ def split(task: Task, sizes: Sequence[int]):
 
 
 class Running:
-  """Runs a method on the regression in one execution; `rest` sets further fields of the Job."""
+  """Runs a method on the regression with one executor; `rest` sets further fields of the Job."""
 
   metrics: dict[str, Any]
 
@@ -100,7 +100,7 @@ class Running:
 
 
 def distance(a: Any, b: Any) -> float:
-  """Returns max|a - b| / max|b| over all leaves.
+  """Computes max|a - b| / max|b| over all leaves of two trees.
 
   Args:
     a: a tree of arrays.

@@ -1,4 +1,4 @@
-"""Runs several methods in one program, each on its own problem, to compile all of them at once."""
+"""Runs several methods in one program, each on its own problem, so that they compile together."""
 
 import functools
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ class SideBySideLocal(NamedTuple):
 
 
 class SideBySide(Method):
-  """Methods by name, with rounds of equal length; their states and models are also by name."""
+  """Several methods by name, with rounds of equal length; states and models are also by name."""
 
   names: tuple[str, ...]
   methods: tuple[Method, ...]
@@ -62,7 +62,7 @@ def side_by_side(methods: Mapping[str, Method]) -> Method:
 
 
 def regressions(names: tuple[str, ...], task: Task | None = None) -> Task:
-  """Creates a task with one copy of a regression for each name.
+  """Creates a task that contains one copy of a regression per name.
 
   Args:
     names: the names of the copies.

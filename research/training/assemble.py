@@ -278,7 +278,7 @@ def assemble(config: Config, setting: Setting, devices: Sequence[Any] | None = N
     executor = getattr(module, config.executor)
     executors = tuple(executor(job) for job in plan.jobs)
   with flag("method", config.method):
-    reach.check(executors[0].layout.state_shapes)
+    reach.check(executors[0].layout.state_shapes, task.dimensions)
   return Problem(plan, executors, examples, sizes, sources.test_of(job, config), steps, played_out)
 
 

@@ -1,11 +1,18 @@
 """Computes the share of a model's parameters to which a matrix optimizer such as Muon applies."""
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import optax
 from optax import contrib
+
+from research.core.dimensions import Dimensions, path
+from research.methods.dion import DionState
+from research.methods.dion2 import Dion2State
+from research.optim.muon import MuonState
+from research.optim.muon_bp import MuonBPState
 
 _LEAST = 0.5  # minimum share of the parameters
 
@@ -16,6 +23,7 @@ class Reach(NamedTuple):
   reached: int  # number of elements
   total: int
   names: frozenset[str]  # names of the leaves that are reached
+  hidden: tuple[int, int] = (0, 0)  # elements of declared hidden matrices: reached, and all
 
   @property
   def share(self) -> float:
@@ -27,47 +35,66 @@ class Reach(NamedTuple):
     """Whether an embedding is reached, according to the names of the leaves."""
     return any("embed" in name.lower() for name in self.names)
 
+  @property
+  def exact(self) -> bool:
+    """Whether the model declares its hidden matrices, and all of them are reached."""
+    return 0 < self.hidden[0] == self.hidden[1]
 
-STEPS = {"muon": "orthogonalized", "galore": "low-rank"}  # adjective for the optimizer's own rule
+
+# adjectives for the own rule of an optimizer, or of a method with such a rule
+STEPS = {
+  "muon": "orthogonalized",
+  "galore": "low-rank",
+  "dion": "low-rank orthonormal",
+  "dion2": "orthonormal",
+}
 
 
-def reaches(state: Any) -> dict[str, Reach]:
+def reaches(state: Any, dimensions: Dimensions = ()) -> dict[str, Reach]:
   """Finds the reach of each matrix optimizer in a method's state, at any depth.
 
-  `optax.contrib.muon` without dimension numbers applies to leaves of two dimensions, and updates
-  the other leaves by Adam with a separate learning rate; `galore` projects leaves of two
-  dimensions.
+  For a model that declares no hidden matrices, `muon` applies to leaves of two dimensions, and
+  updates the other leaves by Adam; `galore` projects leaves of two dimensions.
 
   Args:
     state: the state of a method, arrays or shapes.
+    dimensions: the model's declaration.
 
   Returns:
-    The reach by optimizer, "muon" or "galore".
+    The reach by optimizer or method, a name in STEPS.
   """
   found: dict[str, list[Reach]] = {}
+  is_hidden = lambda name: _is_hidden(name, dimensions)
   for node in _of_types(state, (optax.transforms.PartitionState, contrib.GaLoreState)):
-    if isinstance(node, contrib.GaLoreState):
-      found.setdefault("galore", []).append(_of_galore(node))
-    elif list(_of_types(node.inner_states, (contrib.MuonState,))):
-      found.setdefault("muon", []).append(_of_muon(node.inner_states))
+    galores = list(_of_types(node, (contrib.GaLoreState,)))
+    if galores:
+      found.setdefault("galore", []).append(_of_galore(galores, is_hidden))
+    elif list(_of_types(node.inner_states, _MUONS)):
+      found.setdefault("muon", []).append(_of_muon(node.inner_states, is_hidden))
+  for node in _of_types(state, tuple(_METHODS)):
+    found.setdefault(_METHODS[type(node)], []).append(_of_method(node, is_hidden))
   return {name: _together(parts) for name, parts in found.items()}
 
 
-def check(state: Any) -> None:
+def check(state: Any, dimensions: Dimensions = ()) -> None:
   """Rejects an optimizer that reaches less than half of the parameters.
+
+  An optimizer that reaches all hidden matrices that the model declares is accepted.
 
   Args:
     state: the state of a method, arrays or shapes.
+    dimensions: the model's declaration.
 
   Raises:
     ValueError: if an optimizer reaches less than half of the parameters; the message gives the
       fraction.
   """
-  for name, reach in reaches(state).items():
-    if reach.share < _LEAST:
+  for name, reach in reaches(state, dimensions).items():
+    if reach.share < _LEAST and not reach.exact:
       raise ValueError(
-        f"{describe(name, reach)}; that is less than half of this model. Use a model whose "
-        "matrices are leaves of two dimensions (scan=False), or another optimizer such as adamw"
+        f"{describe(name, reach)}; that is less than half of this model. Declare the model's "
+        "`dimensions`, use one whose matrices are leaves of two dimensions (scan=False), or "
+        "another optimizer such as adamw"
       )
 
 
@@ -75,14 +102,20 @@ def describe(name: str, reach: Reach) -> str:
   """Describes the reach of an optimizer in one line.
 
   Args:
-    name: "muon" or "galore".
+    name: a name in STEPS.
     reach: the optimizer's reach.
   """
   among = ", embeddings among them," if reach.embeds else ""
+  among = ", which are all hidden matrices," if reach.exact and not reach.embeds else among
+  rest = "those of its other optimizer" if name in _METHODS.values() else "Adam's"
   return (
     f"{name}: its {STEPS[name]} steps reach {reach.share:.1%} of the parameters{among} "
-    "and all others are Adam's at the same learning rate"
+    f"and all others are {rest}"
   )
+
+
+_MUONS = (MuonState, MuonBPState, contrib.MuonState)
+_METHODS = {DionState: "dion", Dion2State: "dion2"}
 
 
 def _of_types(tree: Any, types: tuple[type, ...]) -> Iterable[Any]:
@@ -90,36 +123,59 @@ def _of_types(tree: Any, types: tuple[type, ...]) -> Iterable[Any]:
   return filter(is_one, jax.tree.leaves(tree, is_leaf=is_one))
 
 
-def _of_muon(states: Mapping[str, Any]) -> Reach:
+def _is_hidden(name: str, dimensions: Dimensions) -> bool:
+  kinds = next((kinds for pattern, kinds in dimensions if re.search(pattern, name)), ())
+  return "in" in kinds and "out" in kinds
+
+
+def _of_muon(states: Mapping[str, Any], is_hidden: Callable[[str], bool]) -> Reach:
   """Computes Muon's reach from the sizes of Muon's momentum and of Adam's momentum."""
-  own = [momentum for s in _of_types(states, (contrib.MuonState,)) for momentum in _sizes(s.mu)]
-  rest = [size for s in _of_types(states, (optax.ScaleByAdamState,)) for size in _sizes(s.mu)]
-  reached = sum(size for _, size in own)
-  total = reached + sum(size for _, size in rest)
-  return Reach(reached, total, frozenset(name for name, _ in own))
+  of = lambda s: s.mu if isinstance(s, contrib.MuonState) else s.momentum
+  moments = map(of, _of_types(states, _MUONS))
+  own = [pair for tree in moments for pair in _sizes(tree)]
+  rest = [pair for s in _of_types(states, (optax.ScaleByAdamState,)) for pair in _sizes(s.mu)]
+  return _reach(own, rest, is_hidden)
 
 
-def _of_galore(state: contrib.GaLoreState) -> Reach:
+def _of_method(state: DionState | Dion2State, is_hidden: Callable[[str], bool]) -> Reach:
+  """Computes a method's reach from the sizes of its momenta and of the model."""
+  own = _sizes(state.momentum)
+  rest = [pair for pair in _sizes(state.params) if pair not in own]
+  return _reach(own, rest, is_hidden)
+
+
+def _of_galore(states: list[contrib.GaLoreState], is_hidden: Callable[[str], bool]) -> Reach:
   """Infers the sizes of leaves from the sizes of their projectors and moments.
 
   The projector of an m x n leaf has the shape m x r or n x r; the leaf's moments have the other
-  dimension and r.
+  dimension and r. Both may have leading dimensions, of stacked layers.
   """
-  (moments, *_) = _of_types(state.base_optimizer_state, (optax.ScaleByAdamState,))
-  reached, total, names = 0, 0, set()
-  pairs = zip(_sizes(state.projector), _leaves(state.projector), _sizes(moments.mu), strict=True)
-  for (name, projected), (_, projector), (_, kept) in pairs:
-    rank = projector.shape[-1] if projected else 1
-    size = (projected // rank) * (kept // rank) if projected else kept
-    total += size
-    reached += size if projected else 0
-    names |= {name} if projected else set()
-  return Reach(reached, total, frozenset(names))
+  own, rest = [], []
+  for state in states:
+    (moments, *_) = _of_types(state.base_optimizer_state, (optax.ScaleByAdamState,))
+    pairs = zip(_leaves(state.projector), _sizes(moments.mu), strict=True)
+    for (name, projector), (_, kept) in pairs:
+      if projector.size:
+        *_, rows, rank = projector.shape
+        own.append((name, rows * (kept // rank)))
+      else:
+        rest.append((name, kept))
+  return _reach(own, rest, is_hidden)
+
+
+def _reach(
+  own: list[tuple[str, int]], rest: list[tuple[str, int]], is_hidden: Callable[[str], bool]
+) -> Reach:
+  """Sums the named sizes of the leaves that are reached and of the others."""
+  total = lambda leaves: sum(size for _, size in leaves)
+  hidden = lambda leaves: sum(size for name, size in leaves if is_hidden(name))
+  names = frozenset(name for name, _ in own)
+  both = hidden(own), hidden(own) + hidden(rest)
+  return Reach(total(own), total(own) + total(rest), names, both)
 
 
 def _leaves(tree: Any) -> list[tuple[str, Any]]:
-  named = jax.tree_util.tree_leaves_with_path(tree)
-  return [(jax.tree_util.keystr(path), leaf) for path, leaf in named]
+  return [(path(at), leaf) for at, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def _sizes(tree: Any) -> list[tuple[str, int]]:
@@ -128,4 +184,6 @@ def _sizes(tree: Any) -> list[tuple[str, int]]:
 
 def _together(parts: list[Reach]) -> Reach:
   names = frozenset().union(*(part.names for part in parts))
-  return Reach(sum(p.reached for p in parts), sum(p.total for p in parts), names)
+  hidden = [sum(part.hidden[i] for part in parts) for i in (0, 1)]
+  total = sum(part.total for part in parts)
+  return Reach(sum(part.reached for part in parts), total, names, (hidden[0], hidden[1]))

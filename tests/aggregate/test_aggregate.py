@@ -64,6 +64,17 @@ def error_feedback_by_hand(compress: Callable[[np.ndarray], np.ndarray]):
     yield sent.mean(0)
 
 
+def loco_by_hand(compress, beta, reset):
+  memory = np.zeros((W, *SHAPE))
+  for t, x in enumerate(STEPS.astype(np.float64), 1):
+    corrected = x + memory
+    sent = np.stack([compress(c) for c in corrected])
+    memory = (1 - beta) * memory + beta * (corrected - sent)
+    unit = np.abs(memory).max(-1, keepdims=True) / 127
+    memory = unit * np.rint(memory / unit) if t % reset else np.zeros_like(memory)
+    yield sent.mean(0)
+
+
 def ef21_by_hand(compress):
   local = np.zeros((W, *SHAPE))
   for x in STEPS.astype(np.float64):
@@ -125,6 +136,15 @@ def worker_momentum_by_hand(rule):
     yield rule(m, 0)
 
 
+def ef21_sgdm_by_hand(compress):
+  """EF21-SGDM with eta = 0.1, from v = g = 0."""
+  v, g = np.zeros((W, *SHAPE)), np.zeros((W, *SHAPE))
+  for x in STEPS.astype(np.float64):
+    v = 0.9 * v + 0.1 * x
+    g = g + np.stack([compress(c) for c in v - g])
+    yield g.mean(0)
+
+
 def warm_up_by_hand(*stages):
   """Error feedback around another compressor in each step."""
   memory = np.zeros((W, *SHAPE))
@@ -163,6 +183,8 @@ def first_factor() -> np.ndarray:
 BY_HAND = {
   "error_feedback(gather_mean(top_k(0.2)))": lambda: error_feedback_by_hand(lambda x: top_k(x, 6)),
   "error_feedback(gather_mean(sign()))": lambda: error_feedback_by_hand(scaled_sign),
+  "loco(gather_mean(top_k(0.2)), beta=0.6)": lambda: loco_by_hand(lambda x: top_k(x, 6), 0.6, 512),
+  "loco(gather_mean(sign()), reset=2)": lambda: loco_by_hand(scaled_sign, 0.2, 2),
   "ef21(gather_mean(top_k(0.2)))": lambda: ef21_by_hand(lambda x: top_k(x, 6)),
   "diana(gather_mean(top_k(0.2)), alpha=0.5)": lambda: diana_by_hand(lambda x: top_k(x, 6), 0.5),
   "error_feedback(two_phase(sign()))": two_phase_sign_by_hand,
@@ -174,6 +196,9 @@ BY_HAND = {
     momentum_correction_by_hand(lambda x: top_k(x, 6), 3.0)
   ),
   "worker_momentum(mean())": lambda: worker_momentum_by_hand(np.mean),
+  "worker_momentum(ef21(gather_mean(top_k(0.2))))": lambda: ef21_sgdm_by_hand(
+    lambda x: top_k(x, 6)
+  ),
   "worker_momentum(median())": lambda: worker_momentum_by_hand(np.median),
   "error_feedback(warm_up(gather_mean(top_k(0.2)), steps=2, stages=[gather_mean(top_k(0.5)), "
   "gather_mean(sign())]))": lambda: warm_up_by_hand(
@@ -189,6 +214,24 @@ def test_three_steps_equal_numpy(spec):
   for got, want in zip(run(spec), BY_HAND[spec](), strict=True):
     for worker in range(W):
       np.testing.assert_allclose(got.value[worker], want, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.slow
+def test_locos_memory_has_a_byte_per_element_and_makes_up_for_the_errors():
+  """The mean of what is sent for a constant approaches it, as with error feedback."""
+  x = jnp.asarray(STEPS[0, :1])
+  aggregator = registry.build("aggregator", "loco(gather_mean(top_k(0.2)), reset=1000)")
+
+  def worker(x):
+    def one(state, _):
+      value, _, state = aggregator.aggregate(x, state, jax.random.key(0))
+      return state, value
+
+    return jax.lax.scan(one, aggregator.init(x), length=400)
+
+  state, values = jax.jit(jax.vmap(worker, axis_name="data"))(x)
+  assert np.abs(values[0].mean(0) - x[0]).max() <= 0.05 * np.abs(x).max()
+  assert sum(e.nbytes for e in state.memory) == 30 + 4 * 6
 
 
 def test_leaves_in_a_bucket_share_a_scale():

@@ -171,3 +171,16 @@ def test_choco_equals_numpy():
 def test_what_makes_no_sense_is_refused(make, words):
   with pytest.raises(ValueError, match=words):
     make()
+
+
+def test_random_pairs_contract_in_the_mean_square_by_their_gap():
+  """Each round is one of the matchings; their mean contraction is that of any random pairs."""
+  graph, x = topology.random_pairs(), np.random.default_rng(5).normal(size=(8, 5))
+  values = iterated(gossip(graph), x.astype(np.float32), 60)
+  after = np.stack([w @ x for w in mixing(graph, 8)])
+  distances = np.sort(np.abs(after - values[0]).max((1, 2)))
+  assert distances[0] < 1e-6 < 1e-2 < distances[1]
+  assert spread_of(values[-1], x) < 1e-4
+  assert topology.gap_of(graph, 8) == pytest.approx(8 / 14)
+  assert topology.gap_of(graph, 9) == pytest.approx(1 / 2)
+  np.testing.assert_allclose(np.square(spread_of(after, x)).mean(), 6 / 14)

@@ -20,8 +20,16 @@ TOPOLOGIES = {
   "star": topology.star(),
   "exponential": topology.exponential(),
   "one_peer_exponential": topology.one_peer_exponential(),
+  "random_pairs": topology.random_pairs(),
 }
-LINKS = {"ring": 2, "torus": 3, "complete": 7, "star": 14 / 8, "exponential": 3}  # W = 8
+LINKS = {
+  "ring": 2,
+  "torus": 3,
+  "complete": 7,
+  "star": 14 / 8,
+  "exponential": 3,
+  "random_pairs": 1,
+}  # W = 8
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 6, 8, 25])

@@ -47,11 +47,18 @@ def one_bit() -> Aggregator:
 
 METHODS = {
   "signum": signum(RATE, majority_vote(), momentum=0.8, weight_decay=0.1),
-  "onebit_adam": onebit_adam(RATE, one_bit(), warm_up=2, b2=0.9),
+  "onebit_adam": onebit_adam(RATE, one_bit(), warm_up=2, b2=0.9, weight_decay=0.2),
   "zero_one_adam": zero_one_adam(
-    RISING, one_bit(), warm_up=2, variance_scale=1, double_every=1, longest=2, b2=0.9
+    RISING,
+    one_bit(),
+    warm_up=2,
+    variance_scale=1,
+    double_every=1,
+    longest=2,
+    b2=0.9,
+    weight_decay=0.5,
   ),
-  "demo": demo(0.01, gather_mean(dct_top_k(2, 2)), decay=0.9),
+  "demo": demo(0.01, gather_mean(dct_top_k(2, 2)), decay=0.9, weight_decay=0.3),
   "marina": marina(0.1, gather_mean(top_k(0.3)), probability=0.3, seed=SEED),
 }
 
@@ -167,23 +174,25 @@ def numpy_onebit_adam(ours: Workers, x: np.ndarray) -> Course:
     else:
       m = send(ours.shares * (0.9 * m + 0.1 * ours.gradients(x)))
     m_hat, v_hat = m / (1 - 0.9**t), v / (1 - 0.9 ** min(t, 2))
-    x = x - rate(RATE, t - 1) * m_hat / (np.sqrt(v_hat) + 1e-8)
+    x = x - rate(RATE, t - 1) * (m_hat / (np.sqrt(v_hat) + 1e-8) + 0.2 * x)
     yield x
 
 
 def numpy_zero_one_adam(ours: Workers, x: np.ndarray) -> Course:
   m, u, v, send = np.zeros((4, 21)), np.zeros((4, 21)), np.zeros(21), OneBit()
-  models, last = np.tile(x, (4, 1)), 0
+  models, total = np.tile(x, (4, 1)), 0.0
   for t in itertools.count():
     g, gamma = ours.gradients(models), rate(RISING, t)
+    kept = 1 - 0.5 * gamma
     v = 0.9 * v + 0.1 * ours.mean(g) ** 2 if t in (0, 1) else v
     m = 0.9 * m + 0.1 * g
-    u, models = u + gamma * m, models - gamma * m / np.sqrt(v + 1e-8)
+    models = kept * models - gamma * m / np.sqrt(v + 1e-8)  # AdamW on each worker
+    u, x, total = kept * u + gamma * m, kept * x, kept * total + gamma
     if t in (0, 1, 2, 3, 5):
-      mean_u, total = send(ours.shares * u), sum(rate(RISING, h) for h in range(last, t + 1))
+      mean_u = send(ours.shares * u)
       x = x - mean_u / np.sqrt(v + 1e-8)
-      models, u, last = np.tile(x, (4, 1)), np.zeros((4, 21)), t + 1
       m = np.tile(mean_u / total, (4, 1)) if total > 0 else m
+      models, u, total = np.tile(x, (4, 1)), np.zeros((4, 21)), 0.0
     yield models.mean(0)
 
 
@@ -193,7 +202,7 @@ def numpy_demo(ours: Workers, x: np.ndarray) -> Course:
     m = 0.9 * m + ours.shares * ours.gradients(x)
     q = np.stack([np.concatenate([fast(row[:3], (1, 2)), fast(row[3:], (2, 2))]) for row in m])
     m = m - q
-    x = x - 0.01 * np.sign(q.mean(0))
+    x = x - 0.01 * (np.sign(q.mean(0)) + 0.3 * x)
     yield x
 
 
@@ -253,6 +262,10 @@ PLAIN = optax.adam(lambda t: 0.02 * (1 - 0.9 ** (t + 1)) / jnp.sqrt(1 - 0.999 **
 SAME: dict[str, tuple[Method, optax.GradientTransformation]] = {
   "signum": (signum(0.01, mean(), momentum=0.0), optax.sign_sgd(0.01)),
   "warming up": (onebit_adam(0.02, gather_mean(sign()), warm_up=5), ADAM),
+  "decayed": (
+    onebit_adam(0.02, gather_mean(sign()), warm_up=5, weight_decay=0.1),
+    optax.adamw(0.02, weight_decay=0.1),
+  ),
   "no local step": (zero_one_adam(0.02, mean(), variance_scale=5, eps=1e-16), PLAIN),
   "all is sent": (demo(0.01, gather_mean(identity())), optax.sign_sgd(0.01)),
   "no difference is lost": (marina(0.1, gather_mean(identity()), seed=SEED), optax.sgd(0.1)),
@@ -329,7 +342,8 @@ def test_what_never_had_a_gradient_stays_where_it_is():
   task = regression()
   x = task.train["x"] * (np.arange(6) != 2)
   names = ("onebit_adam", "zero_one_adam")
-  run = running({n: METHODS[n] for n in names}, task=task._replace(train={**task.train, "x": x}))
+  methods = {n: METHODS[n].replace(weight_decay=0.0) for n in names}
+  run = running(methods, task=task._replace(train={**task.train, "x": x}))
   start = run.params()
   found = run.rounds(10).params()
   for name in names:
@@ -473,6 +487,8 @@ def test_cosine_coefficients_hold_what_is_smooth():
     (lambda: onebit_adam(0.1, mean(), warm_up=0), "warm_up=0 is not at least 1"),
     (lambda: onebit_adam(0.1, mean(), b2=1.0), r"b2=1.0 is not in \[0, 1\)"),
     (lambda: onebit_adam(0.1, mean(), eps=0.0), "eps=0.0 is not above 0"),
+    (lambda: zero_one_adam(0.1, mean(), weight_decay=-1.0), "weight_decay=-1.0 is not at least 0"),
+    (lambda: demo(0.1, mean(), weight_decay=-1.0), "weight_decay=-1.0 is not at least 0"),
     (lambda: zero_one_adam(0.1, mean(), variance_scale=0), "variance_scale=0 is not at least 1"),
     (lambda: zero_one_adam(0.1, mean(), double_every=0), "double_every=0 is not at least 1"),
     (lambda: zero_one_adam(0.1, mean(), longest=6), "longest=6 is not a power of two"),

@@ -32,6 +32,8 @@ REASONS = {
   "zero_one_adam": "exchanges more than one message per round",
   "onebit_adam": "exchanges more than one message per round",
   "marina": "exchanges more than one message per round",
+  "dion": "exchanges more than one message per round",
+  "desloc": "exchanges more than one message per round",
   "drifting": "exchanges more than one message per round",
   "hierarchical_local_sgd": "exchanges more than one message per round",
   "easgd": "easgd communicates with other workers outside its exchange",

@@ -253,6 +253,12 @@ def test_what_is_no_text_is_refused(tmp_path, content, options, message):
   assert "\n" not in str(caught.value)
 
 
+def test_speeches_are_sorted_by_role():
+  text = "Romeo:\nAy.\n\nAll:\nNo.\nNo.\n\nRomeo:\nAh.\n\n\nAll:\nOh.\n"
+  want = "All:\nNo.\nNo.\n\n\nAll:\nOh.\n\nRomeo:\nAy.\n\nRomeo:\nAh.\n"
+  assert language.roles_together(text) == want
+
+
 def test_a_damaged_tinyshakespeare_is_refused(cache):
   (cache / "input.txt").write_text("First Citizen:\n")
   with pytest.raises(ValueError, match=r"input.txt is truncated or another .* expected 86c4e6aa9"):

@@ -378,12 +378,26 @@ def test_signs_of_the_valleys_subgradients_keep_the_sum():
   close(task.loss(task.init(KEY), task.train, KEY), 0.6)
 
 
+def test_skewed_noise_has_mean_zero_and_the_stated_deviation():
+  task = counterexamples.skewed_noise(2.0, start=0.5)
+  noise = np.asarray(task.train["noise"])
+  close(noise.mean(0), np.zeros(2))
+  close(np.sum(noise**2, 1).mean(), 4.0)
+  params = task.init(KEY)
+  close(jax.grad(task.loss)(params, task.train, KEY)["x"], [0, -0.5])
+  one = sampling.take(task.train, jnp.array([2]))
+  close(
+    jax.grad(task.loss)(params, one, KEY)["x"], 2 * np.sqrt(0.3) * np.array([-2, -1]) + [0, -0.5]
+  )
+
+
 @pytest.mark.parametrize(
   ("make", "words"),
   [
     (lambda: counterexamples.client_drift(1.0, start=0.0), "start=0"),
     (lambda: counterexamples.rare_large_gradient(2.0), "start=2.0"),
     (lambda: counterexamples.narrow_valley(1.0), "epsilon=1.0"),
+    (lambda: counterexamples.skewed_noise(0.0), "deviation=0.0"),
     (lambda: synthetic.mean_estimation(0), "vectors=0"),
   ],
 )

@@ -2,9 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
+from research.aggregate.mean import mean
 from research.core import registry
+from research.methods.data_parallel import data_parallel
 from research.training import assemble, reach
 from research.training.config import Config, UsageError
 from research.training.loop import train
@@ -29,6 +32,8 @@ NESTED = {
   f"streaming_diloco(sgd(0.1), {MUON}, mean(), fragments=2, period=4)": ("muon", 32, 40),
   f"d_psgd({MUON}, gossip(ring()))": ("muon", 32, 40),
   "data_parallel(galore(0.1, rank=1), mean())": ("galore", 32, 40),
+  "dion2(0.1, adam(0.1), mean())": ("dion2", 32, 40),
+  "averaged(dion(0.1, adam(0.1), mean()))": ("dion", 32, 40),
 }  # fmt: skip
 
 
@@ -55,21 +60,36 @@ def config(path, **changes) -> Config:
   return Config(**task | {"out": str(path / "out"), "eval_every": 0} | changes)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [MUON, "galore(0.1, rank=4)"])
-def test_a_stacked_transformer_is_refused_and_its_layers_apart_are_not(optimizer, tmp_path):
-  for scan in (True, False):
-    model = f"transformer(layers=4, width=16, heads=4, scan={scan})"
-    method = f"local_sgd({optimizer}, mean(), period=2)"
-    given = config(tmp_path, model=model, method=method)
-    if scan:
-      with pytest.raises(UsageError, match=r"--method=.*less than half of this model.*scan=False"):
-        assemble.assemble(given, assemble.check(given))
-    else:
-      layout = assemble.assemble(given, assemble.check(given)).executor.layout
-      (found,) = reach.reaches(layout.state_shapes).values()
-      assert 0.9 < found.share < 1
-      assert found.embeds
+def test_stacks_of_a_model_without_a_declaration_are_refused(optimizer):
+  params = {"embedding": jnp.zeros((6, 4)), "layers": {"up": jnp.zeros((4, 4, 8))}}
+  state = jax.eval_shape(registry.build("optimizer", optimizer).init, params)
+  with pytest.raises(ValueError, match=r"reach 15.8% .*less than half of this model.*scan=False"):
+    reach.check(state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("optimizer", [MUON, "galore(0.1, rank=4)"])
+def test_all_hidden_matrices_of_a_transformer_are_reached(optimizer, scan, tmp_path):
+  model = f"transformer(layers=4, width=16, heads=4, scan={scan})"
+  method = f"local_sgd(chain({optimizer}), mean(), period=2)"
+  given = config(tmp_path, model=model, method=method)
+  problem = assemble.assemble(given, assemble.check(given))
+  found = reach.reaches(problem.executor.layout.state_shapes, problem.job.task.dimensions)
+  (found,) = found.values()
+  assert found.exact
+  assert not found.embeds
+  assert "which are all hidden matrices" in reach.describe("muon", found)
+
+
+@pytest.mark.slow
+def test_an_optimizer_of_optax_that_is_not_told_of_the_model_is_refused(tmp_path):
+  given = config(tmp_path, model="transformer(layers=4, width=16, heads=4, scan=True)")
+  method = data_parallel(optax.contrib.muon(0.02), mean())
+  setting = assemble.check(given, assemble.Given(method=method))
+  with pytest.raises(UsageError, match=r"--method=.*less than half of this model.*scan=False"):
+    assemble.assemble(given, setting)
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ class Gate(NamedTuple):
   value: float
   relation: str  # a key of RELATIONS
   bound: float
-  anywhere: bool = False  # whether the gate also applies to other data sets than the tuned one
+  anywhere: bool = False  # whether the gate also applies to data sets other than the tuned one
 
   @property
   def holds(self) -> bool:
@@ -115,7 +115,7 @@ class Lab:
     settings: the claim's settings at this scale.
     seeds: the number of seeds.
     dataset: the task spec of the data, or "" if the claim creates its own data.
-    tell: a function that receives a line about the progress.
+    tell: a function that is called with a line about the progress of each run.
   """
 
   def __init__(
@@ -130,7 +130,7 @@ class Lab:
     return self.settings[name]
 
   def data(self, **more: Any) -> str:
-    """Returns the spec of --dataset, plus those further arguments that the spec does not set."""
+    """Returns the spec of --dataset; `more` gives defaults for arguments that the spec omits."""
     call = parse(self.dataset)
     return str(call.replace(**{name: v for name, v in more.items() if name not in call.kwargs}))
 

@@ -1,4 +1,4 @@
-"""Privacy accountant: computes the epsilon spent by rounds of `noisy`."""
+"""Accounts for privacy: computes the epsilon that rounds of `noisy` spend."""
 
 import math
 from collections.abc import Callable
@@ -10,27 +10,28 @@ from research.core import checks
 
 CONVERSIONS = ("rdp", "rdp_old", "pld")
 _LEAST_NOISE = 1e-100  # with less noise, divergences are not finite floats, and epsilon is infinite
-_RESOLVED = 1e-15  # smallest divergence that the library resolves
+_RESOLVED = 1e-15  # smallest divergence that the library computes accurately
 _STEP, _FARTHEST = 0.02, 200.0  # step and range of the integrals over x, in standard deviations
 
 
 def epsilon(noise: float, rate: float, steps: int, delta: float, conversion: str = "rdp") -> float:
   """Computes the epsilon of (epsilon, delta)-differential privacy after `steps` rounds of `noisy`.
 
-  Neighbouring data sets differ by the presence of one worker (one example, if each worker has one).
-  In each round, every worker participates independently with probability `rate` (Poisson sampling).
+  Neighbouring data sets differ in the presence of one worker (or one example, if each worker has
+  one). In each round, every worker participates independently with probability `rate` (Poisson
+  sampling).
 
   Args:
     noise: the noise multiplier, greater than 0.
-    rate: sampling rate, in (0, 1]; 1 if every worker is in every round.
-    steps: T, number of rounds, at least 1.
-    delta: in (0, 1).
-    conversion: 'rdp', Renyi accounting with the library's conversion; 'rdp_old', Renyi accounting
-      with epsilon = min over a of rdp(a) + log(1 / delta) / (a - 1), as in older papers; 'pld',
-      privacy loss distributions, the tightest.
+    rate: the sampling rate, in (0, 1]; 1 means that every worker participates in every round.
+    steps: T, the number of rounds, at least 1.
+    delta: the delta of the guarantee, in (0, 1).
+    conversion: the accounting method: 'rdp', Renyi accounting with the library's conversion;
+      'rdp_old', Renyi accounting with epsilon = min over a of rdp(a) + log(1 / delta) / (a - 1), as
+      in older papers; or 'pld', privacy loss distributions, which give the tightest epsilon.
 
   Returns:
-    epsilon.
+    The epsilon.
 
   Raises:
     ValueError: if an argument is out of range.
@@ -57,17 +58,17 @@ def epsilon(noise: float, rate: float, steps: int, delta: float, conversion: str
 def spending(
   noise: float, delta: float, *, rate: float = 1.0, clients: int = 1
 ) -> Callable[[int], float]:
-  """Returns a function that computes the epsilon spent by a given number of rounds.
+  """Returns a function that computes the epsilon that a given number of rounds spends.
 
   The cost of a round is computed only once. With a rate, the result is `epsilon(noise, rate,
   rounds, delta)`. With `clients` R > 1, every worker has a stratum of R clients and samples one of
   them uniformly in each round. Neighbouring data sets differ in one client, whose trees are
-  replaced by zero in one of the sets. The bound is derived as follows.
+  replaced by zero in one of the sets. The bound for this case is derived as follows.
 
   Let v be the clipped tree of this client, and let a_j be the clipped trees of the other clients of
-  its stratum, with norms at most C. Let N_m be a Gaussian with mean m and the deviation of the
-  sum's noise, and let q = 1/R. Fix the choices of all other strata: a mixture of pairs is no easier
-  to distinguish than the worst of these pairs. The observer sees one of
+  its stratum, with norms at most C. Let N_m be a Gaussian with mean m and the standard deviation of
+  the noise in the sum, and let q = 1/R. Fix the choices of all other strata: a mixture of pairs is
+  no easier to distinguish than the worst of these pairs. The observer sees one of
 
       P = A + q N_v,   Q = A + q N_0,   A = sum_j q N_{a_j}
 
@@ -75,44 +76,45 @@ def spending(
 
       H_g(P, Q) = max_S P(S) - g Q(S) = max_S q N_v(S) - g q N_0(S) - (g - 1) A(S)
 
-  Given p = N_v(S), N_0(S) and N_{a_j}(S) are at least Phi(Phi^-1(p) - d), where d is |v| or
-  |v - a_j| in deviations (Neyman and Pearson). These bounds are smallest for |v| = C and a_j = -v.
-  Half-lines S attain all of these bounds at once for the one-dimensional pair
+  If N_v(S) = p, then N_0(S) and N_{a_j}(S) are at least Phi(Phi^-1(p) - d), where d is |v| or
+  |v - a_j| in standard deviations (Neyman and Pearson). These bounds are smallest for |v| = C and
+  a_j = -v. Half-lines S attain all of these bounds at once for the one-dimensional pair
 
       (1 - q) N_{-C} + q N_C   from   (1 - q) N_{-C} + q N_0                                  (1)
 
-  which is therefore the worst case. Likewise H_g(Q, P) is largest if all a_j = v, for
+  which is therefore the worst case. Likewise, H_g(Q, P) is largest if all a_j = v, which gives the
+  pair
 
       (1 - q) N_C + q N_0   from   N_C                                                        (2)
 
-  which is the pair of Poisson sampling at rate q. Since H_{1/g}(P, Q) = 1 - 1/g + H_g(Q, P) / g,
-  the two pairs bound both directions for all g > 0, and therefore every Renyi divergence, which is
-  an integral of H_g over g. Renyi divergences add up over rounds, even if a round depends on the
-  outputs of earlier ones. The result lies between that of Poisson sampling at rate 1/R and that of
-  no sampling.
+  This is also the pair for Poisson sampling at rate q. Since
+  H_{1/g}(P, Q) = 1 - 1/g + H_g(Q, P) / g, the two pairs bound both directions for all g > 0. They
+  therefore bound every Renyi divergence, which is an integral of H_g over g. Renyi divergences add
+  up over rounds, even if a round depends on the outputs of earlier rounds. The resulting epsilon
+  lies between those for Poisson sampling at rate 1/R and for no sampling.
 
-  The bound requires that the sampling of a round is hidden. A client's tree must not depend on
-  earlier samples except through published values (no per-client state), and other workers' trees
-  must not depend on this worker's sample (no weights relative to the cohort's mean, i.e. clients of
-  equal size). Otherwise use clients=1, which holds for any choice of clients.
+  The bound is valid only if nobody sees which clients a round samples. A client's tree must not
+  depend on earlier samples except through published values (no per-client state). Other workers'
+  trees must not depend on this worker's sample (no weights relative to the cohort's mean, i.e.
+  clients of equal size). Otherwise, use clients=1, which is valid for any choice of clients.
 
   Args:
-    noise: the noise multiplier, greater than 0. For m noisy exchanges per round pass
+    noise: the noise multiplier, greater than 0. For m noisy exchanges per round, pass
       noise / sqrt(m).
-    delta: in (0, 1).
-    rate: rate of Poisson sampling, in (0, 1].
+    delta: the delta of the guarantee, in (0, 1).
+    rate: the rate of Poisson sampling, in (0, 1].
     clients: R, the number of clients per worker; must be 1 if rate < 1.
 
   Returns:
-    A function from a number of rounds to epsilon.
+    A function from the number of rounds to epsilon.
 
   Raises:
     ValueError: if an argument is out of range.
     ImportError: if the package dp-accounting is not installed.
 
-  Reference: hockey-stick divergences and sampling: Balle, Barthe, Gaboardi 2018, arXiv 1807.01647,
-    theorems 2 and 10; composition: Zhu, Dong, Wang 2022, arXiv 2106.08567; the wider bound for any
-    replacement: Wang, Balle, Kasiviswanathan 2019, arXiv 1808.00087, theorem 27.
+  Reference: Balle, Barthe, Gaboardi 2018, arXiv 1807.01647, theorems 2 and 10 (hockey-stick
+    divergences and sampling); Zhu, Dong, Wang 2022, arXiv 2106.08567 (composition); Wang, Balle,
+    Kasiviswanathan 2019, arXiv 1808.00087, theorem 27 (a wider bound for any replacement).
   """
   _check(noise, rate, clients, delta)
   library = _library()
@@ -127,10 +129,11 @@ def spending(
 
 
 def _of_poisson(noise: float, rate: float) -> tuple[np.ndarray, np.ndarray]:
-  """Returns orders, and a round's Renyi divergence of each order, with Poisson sampling.
+  """Returns orders, and the Renyi divergence of each order for a round with Poisson sampling.
 
   For small rates, the library computes a divergence as a difference of numbers near 1, which can
-  round to zero or below. We replace smaller divergences by the resolution of such a difference.
+  round to zero or below. We replace divergences that are smaller than the resolution of such a
+  difference with this resolution.
   """
   library = _library()
   event = library.PoissonSampledDpEvent(rate, library.GaussianDpEvent(noise))
@@ -139,10 +142,12 @@ def _of_poisson(noise: float, rate: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _of_strata(noise: float, clients: int, orders: np.ndarray) -> np.ndarray:
-  """Bounds a round's Renyi divergences [orders] from above, by pair (1) if P > Q, else by (2).
+  """Computes upper bounds [orders] of a round's Renyi divergences, from pairs (1) and (2).
 
-  With L = P/Q and f(t) = t^a - 1 - a (t - 1), E_Q L^a = 1 + E_Q f(L) [L > 1] + E_Q f(L) [L < 1], as
-  integrals over x in deviations. In pair (1) and in the mirrored pair (2), L > 1 where x > C/2.
+  With L = P/Q and f(t) = t^a - 1 - a (t - 1), E_Q L^a = 1 + E_Q f(L) [L > 1] + E_Q f(L) [L < 1].
+  Pair (1) bounds the term with L > 1, and pair (2) bounds the term with L < 1. The expectations are
+  integrals over x, in standard deviations. In pair (1) and in the mirrored pair (2), L > 1 if
+  x > C/2.
   """
   c, share = 1 / noise, 1 / clients
   found = orders * c**2 / 2  # the divergences without sampling

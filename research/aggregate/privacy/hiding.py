@@ -1,4 +1,4 @@
-"""Privacy declarations of aggregators for the accountant: added noise and visible values."""
+"""Defines what aggregators declare to the privacy accountant: added noise and visible values."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,9 +11,9 @@ from research.core.base import Compressor
 
 
 class Sum(NamedTuple):
-  """Declares that an aggregator's value is a function of the sum of the workers' trees only.
+  """Declares that an aggregator's value depends only on the sum of the workers' trees.
 
-  If `unit` is given, the elements are rounded to multiples of the unit before they are summed.
+  If `unit` is given, the elements are rounded to multiples of the unit before the sum.
   """
 
   axis: collectives.Axes  # the worker axes of the sum
@@ -26,13 +26,13 @@ class Noise(NamedTuple):
   """Declares that each worker's tree is clipped and gets a share of Gaussian noise."""
 
   clip: float
-  noise: float  # deviation of the sum's noise divided by `clip`
+  noise: float  # standard deviation of the noise in the sum, divided by `clip`
   axis: collectives.Axes  # the worker axes that share the noise
-  seen: Sum | None  # the visible function of the noisy trees; None: each tree is visible
+  seen: Sum | None  # which function of the noisy trees is visible; None: each tree is visible
 
 
 def keeps_floats(compressor: Compressor) -> bool:
-  """Returns whether a linear compressor rounds nothing: its payloads are float32 or wider.
+  """Returns whether a linear compressor does not round: its payloads are float32 or wider.
 
   Args:
     compressor: the compressor.

@@ -1,4 +1,4 @@
-"""Pseudo-random masks for secure aggregation: self masks, and pair masks that cancel in a sum."""
+"""Computes pseudo-random masks for secure aggregation: self masks, and pair masks that cancel."""
 
 import jax
 import jax.numpy as jnp
@@ -7,19 +7,19 @@ from jax import lax
 
 from research.core.base import Array, Tree
 
-LIMBS = 4  # field elements in a mask's seed: 64 bits
+LIMBS = 4  # number of field elements in the seed of a mask, 64 bits in total
 _MINUS_ONE = np.uint32(2**32 - 1)
 
 
 def expand(seed: Array, like: Tree) -> Tree:
-  """Expands a seed into a mask that is uniform in Z_{2^32}; this function is the PRG.
+  """Expands a seed into a mask that is uniform in Z_{2^32}; papers call this function PRG.
 
   Args:
-    seed: integers [LIMBS].
-    like: a tree with the shapes of the mask.
+    seed: the seed, integers [LIMBS].
+    like: a tree with the structure and shapes of the mask.
 
   Returns:
-    A uint32 tree.
+    The mask, a uint32 tree.
   """
   limbs = seed.astype(jnp.uint32).reshape(2, LIMBS // 2)
   key = jax.random.wrap_key_data(limbs[:, 0] * 2**16 + limbs[:, 1], impl="threefry2x32")
@@ -29,15 +29,15 @@ def expand(seed: Array, like: Tree) -> Tree:
 
 
 def mask(seeds: Array, worker: Array | int, like: Tree) -> Tree:
-  """Returns the total mask of worker i: PRG(b_i) + sum_{j>i} PRG(s_ij) - sum_{j<i} PRG(s_ij).
+  """Computes the total mask of worker i: PRG(b_i) + sum_{j>i} PRG(s_ij) - sum_{j<i} PRG(s_ij).
 
   Args:
-    seeds: [W, LIMBS], s_ij in row j and b_i in row i.
-    worker: i.
-    like: a tree with the shapes of the masked values.
+    seeds: the seeds [W, LIMBS] of worker i, with s_ij in row j and b_i in row i.
+    worker: i, the index of the worker.
+    like: a tree with the structure and shapes of the masked values.
 
   Returns:
-    A uint32 tree.
+    The mask, a uint32 tree.
   """
   nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.uint32), like)
   return _add_masks(nothing, seeds, _signs(worker, jnp.arange(len(seeds), dtype=jnp.int32)))
@@ -48,8 +48,9 @@ def unmask(total: Tree, seeds: Array, alive: Array) -> Tree:
 
   Args:
     total: the masked sum, a uint32 tree.
-    seeds: [W, W, LIMBS]: b_i in row i and column i if i sent, s_ij if it did not.
-    alive: bool [W], the workers that sent.
+    seeds: the reconstructed seeds [W, W, LIMBS]: in row i, b_i in column i if worker i sent, else
+      s_ij in the columns j.
+    alive: a mask [W], True for the workers that sent.
 
   Returns:
     The sum of the senders' ring values, a uint32 tree.
@@ -62,7 +63,7 @@ def unmask(total: Tree, seeds: Array, alive: Array) -> Tree:
 
 
 def _signs(worker: Array | int, peer: Array) -> Array:
-  """Returns the sign, in Z_{2^32}, with which a worker adds a pair's mask."""
+  """Returns the sign, in Z_{2^32}, with which a worker adds the mask of a pair."""
   return jnp.where(peer < worker, _MINUS_ONE, np.uint32(1))
 
 

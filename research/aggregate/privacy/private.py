@@ -1,4 +1,4 @@
-"""Differential privacy: each worker clips its tree and adds its share of Gaussian noise."""
+"""Implements differential privacy: each worker clips its tree and adds its share of the noise."""
 
 import math
 from dataclasses import KW_ONLY
@@ -26,41 +26,44 @@ class Noisy(Aggregator, name="noisy"):
       y_i = x_i min(1, clip / ||x_i||) + N(0, (noise clip)^2 / W),   value = A(y)
       sum_i y_i = sum_i clipped x_i + N(0, (noise clip)^2)
 
-  Each worker draws its share of the noise with its own key: no party is trusted to add all of the
-  noise. With one example per worker, this is DP-SGD; with one user per worker, it is user-level
-  DP-SGD. The denominator is always W: a worker that is absent from a round contributes a tree of
-  zeros plus its noise. With sampling at rate q, the value is therefore q times the paper's value. A
-  rule that selects or votes ignores absent workers.
+  Each worker draws its share of the noise with its own key, so no party must be trusted to add all
+  of the noise. With one example per worker, this is DP-SGD; with one user per worker, it is
+  user-level DP-SGD. The denominator is always W: a worker that is absent in a round contributes a
+  tree of zeros plus its noise. With sampling at rate q, the value is therefore q times the paper's
+  value. A rule that selects or votes ignores absent workers.
 
-  Guarantee: the sum over all W workers is a Gaussian mechanism of sensitivity `clip` when one
-  worker's tree is replaced by zero (added or removed). T such rounds spend `epsilon(noise, ...)`
-  against an observer who sees only functions of these sums, if all workers are honest. If k workers
-  reveal their noise, are themselves the observers, or drop out, the remaining noise multiplier is
-  noise sqrt((W - k) / W). Inner aggregators whose value is a function of the sum spend nothing
-  more: mean, hierarchical_mean, power_sgd, and sum_mean of float32 payloads. Any other inner
-  aggregator, and any observer of single messages, sees y_i with only worker i's share of the noise.
-  Then only the local guarantee epsilon(noise / sqrt(W), ...) holds, which covers any function of
-  all y_i.
+  Guarantee: the sum over all W workers is a Gaussian mechanism of sensitivity `clip`, if
+  neighbouring data sets differ in one worker, whose tree is replaced by zero (added or removed). If
+  all workers are honest, T such rounds spend `epsilon(noise, ...)` against an observer who sees
+  only functions of these sums. If k workers reveal their noise, are themselves the observers, or
+  drop out, the remaining noise multiplier is noise sqrt((W - k) / W). Inner aggregators whose value
+  is a function of the sum spend nothing more: mean, hierarchical_mean, power_sgd, and sum_mean of
+  float32 payloads. Any other inner aggregator, and any observer of single messages, sees y_i, which
+  contains only worker i's share of the noise. In this case, only the local guarantee
+  epsilon(noise / sqrt(W), ...) is valid, which covers any function of all y_i.
 
-  Rounding follows the noise, so it does not change the sensitivity, but a sum of rounded y_i is not
-  a function of sum_i y_i. For bfloat16 (sum_mean(bf16()), a bfloat16 leaf), whose spacing depends
-  on y_i, only the local guarantee remains. Rounding to multiples of a unit u (`secure_sum`) gives a
-  function of sum_i y_i and of all y_i mod u. Given the latter, each worker's noise is a discrete
-  Gaussian on a shifted lattice. The sum of these noises equals one Gaussian up to factors 1 +
-  O(exp(-pi^2 s^2 / u^2)) per element, where s is one worker's deviation, and y_i mod u itself is
-  uniform up to exp(-2 pi^2 s^2 / u^2). For s >= 2 u, both deviations are below 1e-16. The sum is
-  then accounted like sum_i y_i if the range of secure_sum has room for clip + 8 s, since clipping
-  there is not rounding. Otherwise, the accountant assumes that each message is visible. The noise
-  is float32; the gaps between float32 values are not accounted for.
+  Rounding comes after the noise, so it does not change the sensitivity, but a sum of rounded y_i is
+  not a function of sum_i y_i. For bfloat16 (sum_mean(bf16()), a bfloat16 leaf), whose spacing
+  depends on y_i, only the local guarantee remains. A sum of values that are rounded to multiples of
+  a unit u (`secure_sum`) is a function of sum_i y_i and of all y_i mod u. Given all y_i mod u, each
+  worker's noise is a discrete Gaussian on a shifted lattice. The sum of these noises equals one
+  Gaussian up to factors 1 + O(exp(-pi^2 s^2 / u^2)) per element, where s is the standard deviation
+  of one worker's noise, and y_i mod u itself is uniform up to exp(-2 pi^2 s^2 / u^2). For s >= 2 u,
+  both errors are below 1e-16. The sum is then accounted like sum_i y_i, provided that the range of
+  secure_sum has room for clip + 8 s, since clipping in secure_sum is not rounding. Otherwise, the
+  accountant assumes that each message is visible. The noise is float32; the accountant ignores the
+  gaps between float32 values.
 
-  A tree with a non-finite norm becomes NaN, which is visible to all and outside the guarantee.
+  A tree with a non-finite norm becomes NaN, which everyone can see; the guarantee does not cover
+  this case.
 
   Args:
-    inner: the aggregator of the noisy trees, over the same workers; its `sent` is returned
-      unchanged.
-    clip: maximum L2 norm of a worker's tree, over all leaves, in [1e-30, 1e36].
-    noise: the noise multiplier, deviation of the sum's noise divided by `clip`; 0 gives no privacy.
-    axis: the worker axes that share the noise, which must be those over which `inner` averages.
+    inner: the aggregator that is applied to the noisy trees, over the same workers; its `sent` is
+      returned unchanged.
+    clip: the maximum L2 norm of a worker's tree, over all leaves, in [1e-30, 1e36].
+    noise: the noise multiplier: the standard deviation of the noise in the sum, divided by `clip`.
+      The value 0 gives no privacy.
+    axis: the worker axes that share the noise, which must be the axes over which `inner` averages.
 
   Raises:
     ValueError: if clip, noise or their product is out of range, or the inner aggregator adds noise.
@@ -106,7 +109,7 @@ class Noisy(Aggregator, name="noisy"):
     return self.inner.aggregate(hidden, state, inner_key, there)
 
   def _hidden(self, tree: Tree, key: Key) -> Tree:
-    """Returns the clipped tree plus this worker's noise."""
+    """Computes the clipped tree plus this worker's noise."""
     deviation = self.noise * self.clip / math.sqrt(collectives.worker_count(self.axis))
     scale = _clip_scale(tree, self.clip)
     leaves, treedef = jax.tree.flatten(tree)
@@ -122,10 +125,11 @@ noisy = Noisy
 
 
 def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Draws float32 normal numbers; under vmap, for a limited number of workers at a time.
+  """Draws standard normal float32 numbers; under vmap, for a limited number of workers at a time.
 
-  The generator's intermediate values then stay in cache. On a CPU, drawing 26,000 numbers for each
-  of 400 workers takes 12 ns per number, instead of 33 ns if all are drawn at once.
+  The limit keeps the intermediate values of the generator in the cache. On a CPU, drawing 26,000
+  numbers for each of 400 workers takes 12 ns per number, instead of 33 ns if all numbers are drawn
+  at once.
   """
   plain = lambda key: jax.random.normal(key, shape, jnp.float32)
   together = max(1, _AT_ONCE // max(1, math.prod(shape)))
@@ -142,7 +146,7 @@ def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _clip_scale(tree: Tree, clip: float) -> jax.Array:
-  """Returns min(1, clip / ||tree||), or NaN if the norm is not finite."""
+  """Computes min(1, clip / ||tree||); NaN if the norm is not finite."""
   squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
   norm = jnp.sqrt(sum(squares, jnp.float32(0)))
   return jnp.where(jnp.isfinite(norm), jnp.minimum(1, clip / norm), jnp.nan)

@@ -1,4 +1,4 @@
-"""Secure aggregation: sums the workers' values without revealing any single value."""
+"""Implements secure aggregation, which sums the workers' values without revealing any of them."""
 
 import math
 from dataclasses import KW_ONLY
@@ -25,49 +25,52 @@ from research.core.base import (
 
 
 class SecureSum(Aggregator, name="secure_sum"):
-  """Averages fixed-point values that are sent under masks which cancel in the sum.
+  """Averages fixed-point values; each value is sent under a mask, and the masks cancel in the sum.
 
       x_i in Z_{2^32}, round(clip(v_i) / unit) with unit = clip / (2^(bits-1) - 1)
       y_i = x_i + PRG(b_i) + sum_{j>i} PRG(s_ij) - sum_{j<i} PRG(s_ij)       sent by i in U
       z   = sum_{i in U} (y_i - PRG(b_i)) - sum_{i in U, j not in U} +-PRG(s_ij) = sum_{i in U} x_i
       value = unit z / |U|,   sent_i = unit x_i if i in U, else 0
 
-  Before sending y_i, worker i gives every worker a Shamir share of its self mask's seed b_i and of
-  its pair seeds s_ij. U is the set of workers that then send; a worker drops out in between with
-  probability `dropout`. The shares that U holds are used to reconstruct b_i for each worker in U
-  and s_ij for each other worker, never both for one worker. The masks are computed from these
-  seeds. z is the plain sum, bit for bit. If U has fewer than t = ceil(threshold W) members, no
-  share is revealed and the round is rejected: value and sent are zero on all workers.
+  Before worker i sends y_i, it gives every worker a Shamir share of the seed b_i of its self mask
+  and of its pair seeds s_ij. U is the set of workers that then send y_i; before sending, a worker
+  drops out with probability `dropout`. The workers in U use their shares to reconstruct b_i for
+  each worker i in U, and s_ij for each worker i outside U, never both for the same worker. The
+  masks are computed from these seeds. The result z is the plain sum, bit for bit. If U has fewer
+  than t = ceil(threshold W) members, no share is revealed and the round is rejected: value and sent
+  are zero on all workers.
 
-  With unequal weights, workers clip their values, send w_i x_i / max_j w_j and reveal their
-  weights; an absent worker sends masked zeros. The mean is normalized by the weights of U.
+  If the weights are unequal, workers clip their values, send w_i x_i / max_j w_j, and reveal their
+  weights. An absent worker sends masked zeros. The mean is normalized by the weights of U.
 
-  Hidden: an honest but curious server that sees all y_i and all revealed shares learns the sum over
-  U and nothing else, alone or together with up to t - 1 workers, if PRG outputs look random to it.
-  If y_i arrives after worker i was declared to have dropped out, b_i still hides it. Not hidden:
-  the sum itself and what follows from it (use `noisy`), who participated, and whether some value
-  was not finite. There is no defence against a server or workers that deviate from the protocol;
-  the paper's defence is signatures and a consistency check.
+  What is hidden: an honest but curious server that sees all y_i and all revealed shares learns only
+  the sum over U, alone or together with up to t - 1 workers, if outputs of PRG look random to it.
+  If y_i arrives after worker i was declared to have dropped out, the mask of b_i still hides x_i.
+  What is not hidden: the sum and what follows from it (use `noisy`), who participated, and whether
+  some value was not finite. There is no defence against a server or workers that deviate from the
+  protocol; the paper uses signatures and a consistency check.
 
-  This implementation only serves to study the protocol: every worker's secrets are functions of the
-  run's key. The lower of two workers draws s_ij and sends it to the other, and shares go directly
-  to their holders. In the paper, workers agree on s_ij by Diffie-Hellman and share their secret
-  keys for it, and the server relays encrypted shares. The server here is the all-reduce. PRG is
-  Threefry with 64-bit keys: neither the function nor the key length is suitable for deployment.
-  Groups of workers along an axis that is not in `axis` need separate keys, as `hierarchical`
-  provides; otherwise all groups use the same masks.
+  This implementation serves only to study the protocol: every worker's secrets are functions of the
+  run's key. Of two workers, the one with the lower index draws s_ij and sends it to the other, and
+  shares are sent directly to their holders. In the paper, workers agree on s_ij by Diffie-Hellman
+  and share the secret keys of this exchange, and the server relays encrypted shares. Here, the
+  all-reduce takes the place of the server. PRG is Threefry with 64-bit keys: neither the function
+  nor the key length is suitable for deployment. Groups of workers along an axis that is not in
+  `axis` need different keys, which `hierarchical` provides; otherwise, all groups use the same
+  masks.
 
   Args:
-    clip: the bound of the elementwise clipping to [-clip, clip], in [1e-20, 1e20]. A non-finite
-      value of any worker makes the mean NaN.
-    bits: bits per value, in [2, 31]; with more than 25, the rounding of float32 is coarser.
-    threshold: minimum fraction of the workers that must send, in (0, 1].
-    dropout: probability that a worker drops out, in [0, 1).
+    clip: the bound of the elementwise clipping to [-clip, clip], in [1e-20, 1e20]. If any worker
+      has a non-finite value, the mean is NaN.
+    bits: the number of bits per value, in [2, 31]; with more than 25 bits, the rounding of float32
+      is coarser than the unit.
+    threshold: the minimum fraction of the workers that must send, in (0, 1].
+    dropout: the probability that a worker drops out, in [0, 1).
     axis: the worker axes to sum over.
 
   Raises:
-    ValueError: if an argument is out of range; at trace time, if bits + ceil(log2 W) > 32, since
-      the sum could overflow the ring.
+    ValueError: if an argument is out of range; or, at trace time, if bits + ceil(log2 W) > 32,
+      since the sum could overflow the ring.
 
   Reference: Bonawitz et al. 2017, ePrint 2017/281, figure 4, for an honest but curious server.
   """
@@ -96,7 +99,7 @@ class SecureSum(Aggregator, name="secure_sum"):
     return Sum(self.axis, self.clip / (2 ** (self.bits - 1) - 1), self.clip, self._least_present)
 
   def _least_present(self, count: int) -> float:
-    """The minimum fraction of the W workers in an accepted sum."""
+    """Returns the minimum fraction of the W workers in an accepted sum."""
     return quorum_of(self.threshold, count) / count if self.dropout else 1.0
 
   def aggregate(self, tree, state, key, presence=EVERYONE):
@@ -142,7 +145,7 @@ secure_sum = SecureSum
 
 
 def _shares(presence: Presence, axis: collectives.Axes) -> tuple[Array | float, Array | float]:
-  """Returns this worker's weight divided by the largest weight, and the largest weight."""
+  """Returns this worker's weight relative to the largest weight, and the largest weight."""
   if presence is EVERYONE:
     return 1.0, 1.0
   own = jnp.where(presence.active, jnp.asarray(presence.weight, jnp.float32), 0)
@@ -159,22 +162,22 @@ def quorum_of(threshold: float, workers: int) -> int:
   """Returns t, the minimum number of workers of a valid round: ceil(threshold W).
 
   Args:
-    threshold: fraction of the workers, in (0, 1].
-    workers: W.
+    threshold: the minimum fraction of the workers, in (0, 1].
+    workers: W, the number of workers.
   """
   return max(1, math.ceil(threshold * workers - 1e-9))
 
 
 def quantize(x: Array, clip: float, bits: int) -> Array:
-  """Rounds to fixed point in Z_{2^32}: the nearest multiple of clip / (2^(bits-1) - 1).
+  """Rounds values to fixed point in Z_{2^32}: the nearest multiples of clip / (2^(bits-1) - 1).
 
   Args:
-    x: floating-point values, of any shape.
-    clip: values are clipped to [-clip, clip].
-    bits: bits per value, in [2, 31].
+    x: the floating-point values, of any shape.
+    clip: the bound; values are clipped to [-clip, clip].
+    bits: the number of bits per value, in [2, 31].
 
   Returns:
-    uint32 codes, in the shape of x.
+    The codes, uint32, of the shape of x.
   """
   levels = 2 ** (bits - 1) - 1
   codes = jnp.round(_clipped(x, clip) * (levels / clip)).astype(jnp.int32)
@@ -182,31 +185,32 @@ def quantize(x: Array, clip: float, bits: int) -> Array:
 
 
 def dequantize(ring: Array, clip: float, bits: int, members: Array | int = 1) -> Array:
-  """Converts a sum in Z_{2^32} of `members` values to their mean.
+  """Converts the sum of several values in Z_{2^32} to their mean.
 
   Args:
     ring: the sum, uint32, of any shape.
-    clip: as in `quantize`.
-    bits: as in `quantize`.
-    members: number of values in the sum, or their total weight.
+    clip: the bound, as in `quantize`.
+    bits: the number of bits per value, as in `quantize`.
+    members: the number of values in the sum, or their total weight.
 
   Returns:
-    The mean, float32.
+    The mean, float32, of the shape of `ring`.
   """
   unit = clip / (2 ** (bits - 1) - 1)
   return ring.view(jnp.int32).astype(jnp.float32) * (unit / members)
 
 
 def reveal(held: Array, alive: Array, quorum: int) -> Array:
-  """Selects the shares that a holder reveals: those of b_i if i sent, those of s_ij otherwise.
+  """Selects the shares that a holder reveals: those of b_i if worker i sent, else those of s_ij.
 
   Args:
-    held: [..., W, W, LIMBS], shares of owner i's seed with peer j.
-    alive: bool [W], the workers that sent.
-    quorum: t; if fewer workers sent, nothing is revealed.
+    held: the holder's shares [..., W, W, LIMBS], with the share of owner i's seed for peer j in row
+      i and column j.
+    alive: a mask [W], True for the workers that sent.
+    quorum: t, the minimum number of workers that must send; if fewer did, nothing is revealed.
 
   Returns:
-    The revealed shares, in the shape of `held`, and zeros elsewhere.
+    The revealed shares, of the shape of `held`, with zeros elsewhere.
   """
   self_mask = jnp.eye(len(alive), dtype=bool)
   shown = jnp.where(self_mask, alive[:, None], ~alive[:, None]) & (jnp.sum(alive) >= quorum)
@@ -214,17 +218,18 @@ def reveal(held: Array, alive: Array, quorum: int) -> Array:
 
 
 def recover(messages: Tree, held: Array, alive: Array, quorum: int) -> Tree:
-  """Computes the sum of the senders' ring values on a host, as the server would.
+  """Computes the sum of the senders' ring values on the host, as a server would.
 
   Args:
-    messages: masked values, leaves [W, ...]; rows of workers that did not send are ignored.
-    held: shares [W holders, W owners, W peers, LIMBS]; those of holders that did not send are
+    messages: the masked values, with leaves [W, ...]; rows of workers that did not send are
       ignored.
-    alive: bool [W], the workers that sent.
-    quorum: t.
+    held: the shares [W holders, W owners, W peers, LIMBS]; those of holders that did not send are
+      ignored.
+    alive: a mask [W], True for the workers that sent.
+    quorum: t, the minimum number of workers that must have sent.
 
   Returns:
-    The sum, uint32 leaves [...].
+    The sum, a tree of uint32 leaves [...].
 
   Raises:
     ValueError: if fewer than t workers sent.
@@ -237,7 +242,7 @@ def recover(messages: Tree, held: Array, alive: Array, quorum: int) -> Tree:
 
 
 def _agree(own: Key, axis: collectives.Axes) -> Array:
-  """Returns this worker's seeds [W, LIMBS]; seeds shared with lower workers are received."""
+  """Returns this worker's seeds [W, LIMBS]; workers with lower indices send theirs to this one."""
   count, here = collectives.worker_count(axis), collectives.worker_index(axis)
   drawn = jax.random.randint(own, (count, masks.LIMBS), 0, shamir.PRIME, jnp.uint32)
   received = collectives.exchange(drawn.astype(jnp.uint16), axis).astype(jnp.uint32)

@@ -1,7 +1,7 @@
-"""Shamir's secret sharing: any `quorum` shares determine the secret; fewer reveal nothing.
+"""Implements Shamir's secret sharing: `quorum` shares determine a secret; fewer reveal nothing.
 
 Secrets are uint32 arrays whose elements are in the field with PRIME elements. PRIME is the largest
-prime below 2^16: the product of two elements and the sum of 2^16 elements are exact in 32 bits.
+prime below 2^16, so the product of two elements and the sum of 2^16 elements fit in 32 bits.
 """
 
 import jax
@@ -14,15 +14,15 @@ PRIME = 65521
 
 
 def share(secret: Array, quorum: int, holders: int, key: Key) -> Array:
-  """Splits a secret into one share for each holder.
+  """Splits a secret into one share per holder.
 
       f(x) = secret + a_1 x + ... + a_{t-1} x^{t-1},   share_j = f(j + 1),   all modulo PRIME
 
   Args:
-    secret: uint32 [...], elements below PRIME; each element has its own polynomial.
-    quorum: t, number of shares that determine the secret.
-    holders: number of shares.
-    key: a typed key for the coefficients, known only to the owner of the secret.
+    secret: the secret, uint32 [...] with elements below PRIME; each element has its own polynomial.
+    quorum: t, the number of shares that determine the secret.
+    holders: the number of holders, each of which gets one share.
+    key: a typed key that draws the coefficients; only the owner of the secret knows it.
 
   Returns:
     The shares, uint32 [holders, ...].
@@ -46,16 +46,16 @@ def share(secret: Array, quorum: int, holders: int, key: Key) -> Array:
 
 
 def weights(present: Array) -> Array:
-  """Computes the Lagrange weights [holders]: the secret is the weighted sum of the shares.
+  """Computes the Lagrange weights: the weighted sum of the shares is the secret.
 
       lambda_j = prod_{m present, m != j} x_m / (x_m - x_j),   x_j = j + 1;   0 where absent
 
   Args:
-    present: bool [holders], the available shares; with fewer than the quorum, the weighted sum is
-      unrelated to the secret.
+    present: a mask [holders], True for the available shares; if there are fewer than the quorum,
+      the weighted sum is unrelated to the secret.
 
   Returns:
-    uint32 [holders].
+    The weights, uint32 [holders].
   """
   points = jnp.arange(1, len(present) + 1, dtype=jnp.uint32)
   distances = (points[None, :] + PRIME - points[:, None]) % PRIME
@@ -66,11 +66,12 @@ def weights(present: Array) -> Array:
 
 
 def reconstruct(shares: Array, present: Array) -> Array:
-  """Reconstructs the secret.
+  """Reconstructs a secret from its shares.
 
   Args:
-    shares: uint32 [holders, ...].
-    present: bool [holders], the available shares; at least the quorum.
+    shares: the shares, uint32 [holders, ...].
+    present: a mask [holders], True for the available shares, of which there must be at least the
+      quorum.
 
   Returns:
     The secret, uint32 [...].
@@ -86,7 +87,7 @@ def _product(factors: Array) -> Array:
 
 
 def _inverse(x: Array) -> Array:
-  """Computes 1 / x modulo PRIME, which is x^(PRIME - 2) by Fermat's little theorem."""
+  """Computes 1 / x modulo PRIME as x^(PRIME - 2), by Fermat's little theorem."""
   bits = jnp.array([bit == "1" for bit in f"{PRIME - 2:b}"])
 
   def square_and_multiply(power, bit):

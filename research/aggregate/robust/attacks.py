@@ -1,8 +1,9 @@
-"""Attacks by faulty workers, for experiments and tests: wrappers that replace a worker's message.
+"""Defines attacks for experiments and tests: wrappers that replace faulty workers' messages.
 
 The first `faulty` workers attack in every round in which they are present; the others are honest.
-An attack that depends on other workers' values uses its own collective. This traffic does not
-belong to the algorithm, but byte counts of the wrapped aggregator include it.
+An attack that depends on other workers' values uses a collective of its own. The traffic of this
+collective does not belong to the algorithm, but the byte counts of the wrapped aggregator include
+it.
 """
 
 import math
@@ -34,7 +35,7 @@ class Attack(Aggregator):
 
   @required
   def lie(self, tree: Tree, key: Key, count: int, active: bool | Array) -> Tree:
-    """Returns the tree that a faulty worker sends in place of its own.
+    """Returns the tree that a faulty worker sends instead of its own tree.
 
     Args:
       tree: the worker's own values.
@@ -61,7 +62,7 @@ class Attack(Aggregator):
     return self.inner.aggregate(shown, state, key, presence)
 
   def honest_mean(self, tree: Tree, count: int, active: bool | Array) -> Tree:
-    """Averages the trees of the honest workers present; the result is zero if there are none.
+    """Averages the trees of the honest workers that are present; returns zero if there are none.
 
     Args:
       tree: this worker's values.
@@ -81,12 +82,12 @@ class SignFlip(Attack, name="sign_flip"):
 
   Args:
     inner: the aggregator under attack.
-    faulty: number of faulty workers.
-    scale: the factor, at least 0.
+    faulty: the number of faulty workers.
+    scale: the factor by which values are multiplied, at least 0.
     axis: the worker axes.
 
   Raises:
-    ValueError: if faulty < 0 or scale < 0; at trace time, if no worker is honest.
+    ValueError: if faulty or scale is negative; or, at trace time, if no worker is honest.
 
   Reference: Li et al. 2018, arXiv 1811.03761 (RSA), the sign-flipping attack of the
   experiments.
@@ -115,12 +116,12 @@ class Gaussian(Attack, name="gaussian"):
 
   Args:
     inner: the aggregator under attack.
-    faulty: number of faulty workers.
-    deviation: standard deviation, at least 0, in the units of the values.
+    faulty: the number of faulty workers.
+    deviation: the standard deviation, at least 0, in the units of the values.
     axis: the worker axes.
 
   Raises:
-    ValueError: if faulty < 0 or deviation < 0; at trace time, if no worker is honest.
+    ValueError: if faulty or deviation is negative; or, at trace time, if no worker is honest.
 
   Reference: Blanchard et al. 2017, arXiv 1703.02757, the Gaussian attack of the experiments.
   """
@@ -148,24 +149,24 @@ gaussian = Gaussian
 
 
 class ALittleIsEnough(Attack, name="a_little_is_enough"):
-  """Faulty workers all send the honest mean, shifted by z standard deviations in each coordinate.
+  """All faulty workers send the honest mean, shifted by z standard deviations in each coordinate.
 
       x_i = mu - z sigma,   z = Phi^-1((W - f - s) / (W - f)),   s = floor(W/2 + 1) - f
 
-  With this z, s honest workers are expected to be further from the mean than the faulty ones, and
-  these s workers and the faulty ones form a majority. A larger z does more damage but is easier to
-  detect. Here, mu and sigma are computed exactly, from the values of the honest workers; the
-  paper's attackers estimate them from their own values.
+  With this z, s honest workers are expected to be farther from the mean than the faulty workers,
+  and these s workers and the faulty workers together form a majority. A larger z does more damage
+  but is easier to detect. Here, mu and sigma are computed exactly from the values of the honest
+  workers; in the paper, the attackers estimate mu and sigma from their own values.
 
   Args:
     inner: the aggregator under attack.
-    faulty: f, number of faulty workers.
-    z: shift in standard deviations; None selects the paper's formula.
+    faulty: f, the number of faulty workers.
+    z: the shift in standard deviations; None selects the paper's formula.
     axis: the worker axes.
 
   Raises:
-    ValueError: if faulty < 0; at trace time, if no worker is honest, or if z is None and the
-      formula is undefined because faulty workers are a majority or W < 3.
+    ValueError: if faulty is negative; or, at trace time, if no worker is honest, or z is None and
+      the formula is undefined because faulty workers are a majority or W < 3.
 
   Reference: Baruch, Baruch, Goldberg 2019, arXiv 1902.06156, the attack that prevents convergence.
   """
@@ -190,7 +191,7 @@ a_little_is_enough = ALittleIsEnough
 
 
 def largest_unnoticed(count: int, faulty: int) -> float:
-  """Computes the paper's z for `a_little_is_enough`.
+  """Computes z for `a_little_is_enough` by the paper's formula.
 
   Args:
     count: W, the number of workers.
@@ -210,18 +211,18 @@ def largest_unnoticed(count: int, faulty: int) -> float:
 
 
 class InnerProduct(Attack, name="inner_product"):
-  """Faulty workers all send the negated, scaled honest mean to make <value, mean> negative.
+  """All faulty workers send -scale times the honest mean, in order to make <value, mean> negative.
 
       x_i = -scale mu
 
   Args:
     inner: the aggregator under attack.
-    faulty: number of faulty workers.
-    scale: the paper's epsilon, at least 0; distance-based rules do not detect small values.
+    faulty: the number of faulty workers.
+    scale: the paper's epsilon, at least 0; distance-based rules do not detect a small scale.
     axis: the worker axes.
 
   Raises:
-    ValueError: if faulty < 0 or scale < 0; at trace time, if no worker is honest.
+    ValueError: if faulty or scale is negative; or, at trace time, if no worker is honest.
 
   Reference: Xie, Koyejo, Gupta 2019, arXiv 1903.03936, inner product manipulation.
   """

@@ -1,13 +1,14 @@
-"""Coordinate-wise robust averages: statistics that a minority of workers can move only slightly.
+"""Computes coordinate-wise robust averages, which a minority of workers can change only slightly.
 
 No worker receives all values. Each leaf is cut into W chunks. Worker j receives chunk j of all
-workers and applies the rule to it, and the results are gathered. For any W, each worker sends 2
-(W-1)/W times the tree's bytes, as in a ring all-reduce. Rules on a worker's full vector are in
-`vectors.py`.
+workers and applies the rule to these chunks, and the results are gathered. For any W, each worker
+sends 2 (W-1)/W times the tree's bytes, as in a ring all-reduce. Rules for workers' full vectors are
+in `vectors.py`.
 
-A rule applies to the values of the n workers present, each counted once regardless of its weight.
-The rule's result is multiplied by the mean weight over all W workers, which is one if weights are
-normalized over the workers present. If no worker is present, the value is zero.
+A rule applies to the values of the n workers that are present, and counts each worker once,
+whatever its weight is. The result of the rule is multiplied by the mean weight over all W workers,
+which is one if the weights are normalized over the present workers. If no worker is present, the
+value is zero.
 """
 
 from collections.abc import Callable
@@ -26,9 +27,9 @@ from research.core.part import required
 
 
 class Robust(Aggregator):
-  """Applies a robust rule to the values of the workers present.
+  """Applies a robust rule to the values of the workers that are present.
 
-  Subclasses define the worker axes and the rule on a worker's chunks.
+  Subclasses define the worker axes and the rule for a worker's chunks.
   """
 
   axis: ClassVar[Any] = WORKER_AXES
@@ -36,14 +37,14 @@ class Robust(Aggregator):
 
   @required
   def of_chunks(self, everyone: Tree, roll: Roll | None) -> Tree:
-    """Applies the rule to this worker's chunk.
+    """Applies the rule to the chunks that this worker has received.
 
     Args:
-      everyone: chunks of all W workers, leaves [W, ...] of float32 or wider.
-      roll: the workers present; None means all.
+      everyone: the chunks of all W workers, with leaves [W, ...] of float32 or wider.
+      roll: the workers that are present; None means all workers.
 
     Returns:
-      The chunk's value, leaves [...].
+      The value of the chunk, with leaves [...].
     """
     ...
 
@@ -59,7 +60,7 @@ class Trimmed(Robust):
 
   @required
   def trim(self, count: int) -> int:
-    """Returns the number of values, out of n, to drop at either end."""
+    """Returns how many of n values to drop at each end."""
     ...
 
   def of_chunks(self, everyone, roll):
@@ -67,12 +68,12 @@ class Trimmed(Robust):
 
 
 class Median(Trimmed, name="median"):
-  """Computes the coordinate-wise median over workers, or the mean of the middle two values.
+  """Computes the coordinate-wise median over workers; for even n, the mean of the middle two.
 
       value_k = med{x_i_k : i present}
 
-  NaN sorts as the largest value. While fewer than half of the workers are faulty, each coordinate
-  is within the range of the honest workers' values.
+  NaN counts as the largest value. If fewer than half of the workers are faulty, each coordinate is
+  within the range of the honest workers' values.
 
   Args:
     axis: the worker axes.
@@ -90,16 +91,16 @@ median = Median
 
 
 class TrimmedMean(Trimmed, name="trimmed_mean"):
-  """Computes the coordinate-wise mean without a fraction of the smallest and largest values.
+  """Computes the coordinate-wise mean without a fraction of the smallest and of the largest values.
 
       value_k = 1/(n - 2b) sum_{r=b+1}^{n-b} x_(r)_k,   b = floor(beta n),   x_(1)_k <= x_(2)_k ...
 
-  NaN sorts as the largest value. While at most b workers are faulty, each coordinate is within the
+  NaN counts as the largest value. If at most b workers are faulty, each coordinate is within the
   range of the honest workers' values.
 
   Args:
-    fraction: beta, the fraction of workers to drop at either end, in [0, 0.5); interpreted as a
-      decimal, so that 0.29 of 100 workers is 29.
+    fraction: beta, the fraction of values to drop at each end, in [0, 0.5). It is interpreted as a
+      decimal number, so that 0.29 of 100 workers is 29.
     axis: the worker axes.
 
   Raises:
@@ -122,28 +123,28 @@ trimmed_mean = TrimmedMean
 
 
 def around_middle(count: int) -> int:
-  """Returns the number of values that the median drops at either end.
+  """Returns the number of values that the median drops at each end.
 
   Args:
-    count: number of values.
+    count: n, the number of values.
   """
   return (count - 1) // 2
 
 
 def middle(x: Array, trim: Callable[[int], int], roll: Roll | None) -> Array:
-  """Averages over the n workers present, without the trim(n) smallest and largest values.
+  """Averages over the n present workers, without the trim(n) smallest and trim(n) largest values.
 
   Args:
-    x: values of all workers [W, ...], float32 or wider.
-    trim: n -> number of values to drop at either end.
-    roll: the workers present; None means all.
+    x: the values of all workers [W, ...], float32 or wider.
+    trim: a function from n to the number of values to drop at each end.
+    roll: the workers that are present; None means all workers.
 
   Returns:
-    The mean [...].
+    The means [...].
   """
   count = x.shape[0]
   if roll is None:
-    return jnp.mean(jnp.sort(x, 0)[trim(count) : count - trim(count)], 0)  # sort puts NaN last
+    return jnp.mean(jnp.sort(x, 0)[trim(count) : count - trim(count)], 0)  # NaN is sorted last
   ends = jnp.asarray([trim(n) if n else 0 for n in range(count + 1)])[roll.count]
   column = lambda row: row.reshape(-1, *[1] * (x.ndim - 1))
   ordered = jnp.sort(jnp.where(column(roll.present) & ~jnp.isnan(x), x, jnp.inf), 0)
@@ -153,26 +154,27 @@ def middle(x: Array, trim: Callable[[int], int], roll: Roll | None) -> Array:
 
 
 def scaled(value: Tree, roll: Roll | None) -> Tree:
-  """Multiplies a rule's result by the workers' mean weight.
+  """Multiplies the result of a rule by the mean weight of the workers.
 
   Args:
-    value: the rule's result.
-    roll: the workers present; None means all, with weights one.
+    value: the result of the rule.
+    roll: the workers that are present; None means all workers, with weights one.
   """
   return value if roll is None else jax.tree.map(lambda x: roll.scale.astype(x.dtype) * x, value)
 
 
 def exchanged(tree: Tree, axis: collectives.Axes) -> Tree:
-  """Sends chunk j of this worker's leaves to worker j and receives its own chunk from all workers.
+  """Sends chunk j of this worker's leaves to worker j, and receives this worker's chunks.
 
-  The chunks are sent in their own dtype; the last one is padded with zeros.
+  Chunks are sent in their own dtype; the last chunk is padded with zeros.
 
   Args:
     tree: this worker's values.
     axis: the worker axes.
 
   Returns:
-    This worker's chunk from all workers: leaves [W, chunk] of float32 or wider.
+    The chunks of all workers that belong to this worker, with leaves [W, chunk] of float32 or
+    wider.
   """
   count = collectives.worker_count(axis)
   chunks = collectives.exchange(jax.tree.map(lambda x: cut(x, count), tree), axis)
@@ -180,15 +182,15 @@ def exchanged(tree: Tree, axis: collectives.Axes) -> Tree:
 
 
 def restored(chunk: Tree, like: Tree, axis: collectives.Axes) -> Tree:
-  """Gathers the workers' chunks into full leaves; the inverse of `exchanged` for one chunk.
+  """Gathers the workers' chunks of a result into full leaves.
 
   Args:
-    chunk: this worker's chunk of the result, leaves [...].
-    like: a tree with the shapes and dtypes of the full leaves.
+    chunk: this worker's chunk of the result, with leaves [...].
+    like: a tree with the structure, shapes and dtypes of the result.
     axis: the worker axes.
 
   Returns:
-    The full leaves, equal on all workers.
+    The result with full leaves, equal on all workers.
   """
   one = lambda c, x: joined(collectives.gather(c.astype(x.dtype), axis), x)
   return jax.tree.map(one, chunk, like)

@@ -1,12 +1,12 @@
-"""Robust averages of full vectors: Krum, the geometric median, centered clipping.
+"""Computes robust averages of full vectors: Krum, the geometric median, centered clipping.
 
 A worker's vector consists of all its leaves. As in `coordinates.py`, worker j receives chunk j of
 all workers. Apart from the chunks, workers send only sums over chunks: W numbers per iteration or,
-for Krum, W distances to each of the W workers. Neither amount depends on the model's size.
-Distances are norms of differences, computed in float32 or wider. A non-finite distance (a worker
-sent NaN, infinity, or more than the square root of the largest float) counts as infinite: that
-worker is never a nearest neighbour and has zero weight. As in `coordinates.py`, the rules apply to
-the n workers present.
+for Krum, W distances to each of the W workers. Neither amount depends on the size of the model.
+Distances are norms of differences, computed in float32 or wider. A distance that is not finite
+(because a worker sent NaN, infinity, or more than the square root of the largest float) counts as
+infinite: that worker is never a nearest neighbour and has weight zero. As in `coordinates.py`, the
+rules apply to the n workers that are present.
 """
 
 from dataclasses import KW_ONLY
@@ -68,17 +68,17 @@ class Krum(Best, name="krum"):
 
       s(i) = sum_{j near i} ||x_i - x_j||^2,   value = x_i*,   i* = argmin_i s(i)
 
-  Ties go to the first worker. With at most f faulty workers, the value is finite. The value is
-  either an honest worker's vector or as near to its neighbours as an honest worker's vector is.
-  This guarantee holds in rounds with more than 2 f + 2 workers present; if n - f - 2 < 1, the
-  single nearest neighbour is used.
+  In a tie, the first worker is selected. If at most f workers are faulty, the value is finite. It
+  is either an honest worker's vector or as close to its neighbours as an honest worker's vector is.
+  This guarantee requires that more than 2 f + 2 workers are present in the round. If n - f - 2 < 1,
+  the score uses the single nearest neighbour.
 
   Args:
     faulty: f, the number of faulty workers to tolerate.
     axis: the worker axes.
 
   Raises:
-    ValueError: if faulty < 0; at trace time, unless 2 f + 2 < W.
+    ValueError: if faulty is negative; or, at trace time, if 2 f + 2 >= W.
 
   Reference: Blanchard et al. 2017, arXiv 1703.02757, the Krum function.
   """
@@ -96,8 +96,8 @@ class MultiKrum(Best, name="multi_krum"):
 
       value = 1/m sum_{i in the m smallest s(i)} x_i
 
-  or the mean of all vectors if fewer than m workers are present. m = 1 gives Krum, and m = W gives
-  the mean. With at most f faulty workers, the value is finite if m <= W - f.
+  If fewer than m workers are present, the value is the mean of all vectors. m = 1 gives Krum, and
+  m = W gives the mean. If at most f workers are faulty and m <= W - f, the value is finite.
 
   Args:
     faulty: f, the number of faulty workers to tolerate.
@@ -105,7 +105,8 @@ class MultiKrum(Best, name="multi_krum"):
     axis: the worker axes.
 
   Raises:
-    ValueError: if faulty < 0 or selected < 1; at trace time, unless 2 f + 2 < W and selected <= W.
+    ValueError: if faulty is negative or selected is below 1; or, at trace time, if 2 f + 2 >= W or
+      selected > W.
 
   Reference: Blanchard et al. 2017, arXiv 1703.02757, Multi-Krum.
   """
@@ -119,7 +120,7 @@ multi_krum = MultiKrum
 
 
 def _scores(everyone: Tree, faulty: int, roll: Roll | None, axis: collectives.Axes) -> Array:
-  """Returns the scores s [W]; worker i computes s(i) and sends it to all workers."""
+  """Computes the scores s [W]; worker i computes s(i) and sends it to all workers."""
   count = collectives.worker_count(axis)
   to_all = lambda i: _squares(everyone, jax.tree.map(lambda x: x[i], everyone), count)
   parts = lax.map(to_all, jnp.arange(count))
@@ -140,17 +141,17 @@ class GeometricMedian(Robust, name="geometric_median"):
       beta_i = 1 / max(nu, ||v - x_i||),   v <- sum_i beta_i x_i / sum_i beta_i
 
   The iteration starts at the coordinate-wise median, which costs no extra traffic here. A few
-  iterations then suffice; from the mean, one distant worker would increase the number needed. While
-  fewer than half of the workers are faulty, the value is finite and approaches a point whose
-  distance from the honest workers is bounded by their spread.
+  iterations then suffice; if the iteration started at the mean, one distant worker would increase
+  the number of iterations needed. If fewer than half of the workers are faulty, the value is finite
+  and approaches a point whose distance from the honest workers is bounded by their spread.
 
   Args:
     axis: the worker axes.
-    iterations: R, at least 1.
+    iterations: R, the number of iterations, at least 1.
     smoothing: nu, in the units of the values; smaller distances are treated as nu.
 
   Raises:
-    ValueError: if iterations < 1 or smoothing is not above 0.
+    ValueError: if iterations is below 1 or smoothing is not above 0.
 
   Reference: Pillutla, Kakade, Harchaoui 2019, arXiv 1912.13445, the smoothed Weiszfeld algorithm.
   """
@@ -186,24 +187,24 @@ geometric_median = GeometricMedian
 
 
 class CenteredClipState(NamedTuple):
-  v: Tree  # the last round's value, equal on all workers
+  v: Tree  # the value of the last round, equal on all workers
 
 
 class CenteredClip(Robust, name="centered_clip"):
-  """Averages the clipped differences between the workers' vectors and the last round's value.
+  """Averages the workers' vectors after clipping their differences from the last round's value.
 
       v <- v + 1/n sum_i (x_i - v) min(1, tau / ||x_i - v||)
 
-  Initially v is zero, and each round continues from the previous value. One worker moves v by at
-  most tau / n per iteration, and not at all if its distance is not finite.
+  Initially, v is zero; each round continues from the previous value. One worker moves v by at most
+  tau / n per iteration, and not at all if its distance is not finite.
 
   Args:
-    radius: tau, in the units of the values: about the spread of honest workers.
+    radius: tau, in the units of the values; it should be about the spread of the honest workers.
     axis: the worker axes.
-    iterations: L, iterations per round, at least 1.
+    iterations: L, the number of iterations per round, at least 1.
 
   Raises:
-    ValueError: if radius is not above 0 or iterations < 1.
+    ValueError: if radius is not above 0 or iterations is below 1.
 
   Reference: Karimireddy, He, Jaggi 2021, arXiv 2012.10333, centered clipping.
   """
@@ -256,6 +257,6 @@ def _squares(everyone: Tree, v: Tree, count: int) -> Array:
 
 
 def _weighted(weights: Array, x: Array) -> Array:
-  """Computes sum_i w_i x_i for x [W, ...]; x_i may be NaN where w_i is zero."""
+  """Computes sum_i w_i x_i for x [W, ...]; x_i may be NaN if w_i is zero."""
   weights = weights.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
   return jnp.sum(jnp.where(weights > 0, weights * x, 0), 0)

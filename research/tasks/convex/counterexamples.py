@@ -1,7 +1,8 @@
-"""Small convex counterexamples from the literature, on which particular algorithms fail."""
+"""Defines small counterexamples from the literature, on which particular algorithms fail."""
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -12,15 +13,15 @@ from research.tasks import sampling
 
 
 def client_drift(dissimilarity: float = 1.0, start: float = 10.0) -> Task:
-  """Two clients with different minima; local steps drift away from the minimum of the mean.
+  """Minimizes the mean of two clients' objectives; local steps drift away from its minimum.
 
       f_1(x) = x^2 + G x,   f_2(x) = -G x,   f(x) = x^2 / 2
 
   Example i belongs to client i: use `--partition="in_order()"` and two workers.
 
   Args:
-    dissimilarity: G, size of the clients' gradients at the minimum 0.
-    start: initial x.
+    dissimilarity: G, the absolute value of each client's gradient at the minimum, 0.
+    start: the initial x.
 
   Raises:
     ValueError: if start is 0, the minimum.
@@ -46,7 +47,7 @@ def rare_large_gradient(start: float = 0.0) -> Task:
   The minimum is at -1. Each step uses one of four examples, drawn with replacement.
 
   Args:
-    start: initial x, in [-1, 1].
+    start: the initial x, in [-1, 1].
 
   Raises:
     ValueError: if start is outside [-1, 1].
@@ -64,7 +65,7 @@ def rare_large_gradient(start: float = 0.0) -> Task:
 
 
 def narrow_valley(epsilon: float = 0.5) -> Task:
-  """A convex function of two variables whose subgradient signs span only one line.
+  """Minimizes a convex function of two variables whose subgradient signs span only one line.
 
       f(x) = epsilon |x_1 + x_2| + |x_1 - x_2|,   from x = (1, 1),   minimum at (0, 0)
 
@@ -72,7 +73,7 @@ def narrow_valley(epsilon: float = 0.5) -> Task:
   steps therefore preserve x_1 + x_2 and never get below f(1, 1) = 2 epsilon.
 
   Args:
-    epsilon: in (0, 1).
+    epsilon: the slope along the valley, in (0, 1).
 
   Raises:
     ValueError: if epsilon is not in (0, 1).
@@ -80,11 +81,72 @@ def narrow_valley(epsilon: float = 0.5) -> Task:
   Reference: Karimireddy, Rebjock, Stich, Jaggi 2019, arXiv 1901.09847, counterexample 2.
   """
   checks.in_range("epsilon", epsilon, "(0, 1)")
-  # JAX's derivative of jnp.abs at 0 is 0, not +1
+  # the derivative of jnp.abs at 0 is 0, but the paper needs +1
   absolute = lambda a: jnp.where(a >= 0, a, -a)
   value = lambda x, e: e["scale"] * (epsilon * absolute(x[0] + x[1]) + absolute(x[0] - x[1]))
   task = _task({"scale": np.ones(1, np.float32)}, np.ones(2, np.float32), value)
   return task._replace(optimum={"x": np.zeros(2, np.float32)})
+
+
+def rosenbrock(noise: float = 1.5, examples: int = 256) -> Task:
+  """Minimizes a banana-shaped valley with noisy gradients: averaged models need averaged moments.
+
+      f(x) = (1 - x_1)^2 + 100 (x_2 - x_1^2)^2,   from x = (-1, 1),   minimum at (1, 1)
+      g = grad f(x) + noise z,   z standard normal
+
+  Every worker draws new noise in every step; the noise is the same for all methods and does not
+  depend on the examples. Each worker needs an example.
+
+  Args:
+    noise: the standard deviation of each element of the noise, at least 0.
+    examples: the number of examples, at least 1.
+
+  Raises:
+    ValueError: if noise is negative or examples is below 1.
+
+  Reference: Iacob et al. 2025, arXiv 2505.22549, figure 2 (the toy problem); Rosenbrock 1960, The
+    Computer Journal 3(3).
+  """
+  checks.at_least("noise", noise, 0)
+  checks.at_least("examples", examples)
+
+  def value(x, e):
+    f = (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
+    return f + noise * e["z"] @ x
+
+  def sample(size: Array | int, step: Array | int, key: Key, *, batch_size: int) -> Array:
+    del size
+    return jax.random.normal(jax.random.fold_in(key, step), (batch_size, 2))
+
+  none = {"z": np.zeros((examples, 2), np.float32)}
+  task = _task(none, np.asarray([-1.0, 1.0], np.float32), value)
+  optimum = {"x": np.ones(2, np.float32)}
+  return task._replace(sample=sample, batch=lambda examples, z: {"z": z}, optimum=optimum)
+
+
+def skewed_noise(deviation: float = 1.0, start: float = 0.01) -> Task:
+  """Minimizes ||x||^2 / 2 in two variables; the gradient's largest element is biased by the noise.
+
+      g = x + z,   z uniform on deviation sqrt(3/10) {(2, 0), (0, 1), (-2, -1)}:   E z = 0
+
+  The noise has E ||z||^2 = deviation^2. Each step uses one of three examples, drawn with
+  replacement. The minimum is at 0.
+
+  Args:
+    deviation: sigma, the root of the mean squared norm of the noise, above 0.
+    start: the distance of the initial x from the minimum, along the second axis.
+
+  Raises:
+    ValueError: if deviation is not above 0.
+
+  Reference: Fatkhullin, Tyurin, Richtarik 2023, arXiv 2305.15155, theorem 1.
+  """
+  checks.above("deviation", deviation)
+  noise = deviation * np.sqrt(0.3) * np.asarray([[2, 0], [0, 1], [-2, -1]])
+  value = lambda x, e: jnp.sum(x**2) / 2 + e["noise"] @ x
+  task = _task({"noise": noise.astype(np.float32)}, np.asarray([0, -start], np.float32), value)
+  optimum = {"x": np.zeros(2, np.float32)}
+  return task._replace(sample=sampling.with_replacement, optimum=optimum)
 
 
 def _task(examples: Batch, start: np.ndarray, value: Callable[[Array, Batch], Array]) -> Task:

@@ -1,4 +1,4 @@
-"""LIBSVM files: classification and ridge regression, the standard convex problems."""
+"""Builds tasks from LIBSVM files: classification and ridge regression."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -37,29 +37,31 @@ def libsvm(
   model: Callable[[int], nn.Module] = Default("model", "logistic()"),
   data_dir: str = "",
 ) -> Task:
-  """A classification or least-squares task on a LIBSVM file.
+  """Returns a classification or least-squares task on a LIBSVM file.
 
-  Classification uses the logistic loss for two classes and softmax for more; the sorted labels of
-  the file become 0, 1, ... The loss "squares" uses the labels as numbers. Feature indices start at
-  one. Rows are stored dense if all of them take at most 1 GiB in float32, and sparse otherwise:
-  {"index", "value"} [N, longest row], padded with value 0, which `linear` and `logistic` accept.
+  Classification uses the logistic loss for two classes and the softmax cross-entropy for more. The
+  distinct labels of the file, in ascending order, become 0, 1, ... The loss "squares" uses the
+  labels as numbers. Feature indices start at one. The rows are stored dense if all of them together
+  take at most 1 GiB in float32. Otherwise they are stored sparse, as {"index", "value"} [N, longest
+  row] padded with value 0, which `linear` and `logistic` accept.
 
   Args:
-    name: a name of LIBSVM's collection for two classes, such as "a9a", "w8a" or "mushrooms", which
-      is downloaded if needed; or the path of any file, such as "folder/mine.svm" or "./mine.svm".
-      Both may be .gz or .bz2.
-    test: name or path of a file of test examples, such as "a9a.t".
-    l2: weight of l2/2 ||params||^2, see `supervised`.
-    sparse: True or False overrides the choice by size.
-    nonconvex: weight of sum_j w_j^2 / (1 + w_j^2), see `supervised`.
+    name: the name of a two-class data set of the LIBSVM collection, such as "a9a", "w8a" or
+      "mushrooms", which is downloaded if needed; or the path of any file, such as "folder/mine.svm"
+      or "./mine.svm". The file may be plain, .gz or .bz2.
+    test: the name or path of a file of test examples, such as "a9a.t"; "" for no test examples.
+    l2: the weight of the penalty l2/2 ||params||^2; see `supervised`.
+    sparse: whether rows are stored sparse; None decides by size, as described above.
+    nonconvex: the weight of the penalty sum_j w_j^2 / (1 + w_j^2); see `supervised`.
     loss: "squares" for half of the squared error, or empty for classification.
-    model: outputs -> module; there is one output for two classes and for squares.
-    data_dir: the folder to search first, see `files.find`.
+    model: a function that makes the module for a given number of outputs: one for two classes and
+      for squares, otherwise one per class.
+    data_dir: the folder to search first; see `files.find`.
 
   Raises:
     FileNotFoundError: if a file is not found and cannot be downloaded.
-    ValueError: if a path is not that of a file, the file is malformed or has a number that is not
-      finite in float32, its labels are not classes, or the loss is unknown.
+    ValueError: if a path does not lead to a file, a file is malformed or contains a number that is
+      not finite in float32, the labels are not classes, or the loss is unknown.
 
   Reference:
     Chang and Lin, 2011, LIBSVM: a library for support vector machines, ACM TIST 2(3).
@@ -105,7 +107,7 @@ def _path(name: str, data_dir: str) -> Path:
 
 
 def _load(places: list[Path]) -> list[Any]:
-  """Loads [rows, labels, rows, labels, ...]; rows are sparse float32 with equally many features."""
+  """Loads [rows, labels, rows, labels, ...]; all sparse float32 rows have the same width."""
   from sklearn.datasets import load_svmlight_files
 
   try:
@@ -127,7 +129,7 @@ def _load(places: list[Path]) -> list[Any]:
 
 
 def _check_fields(fields: list[str]) -> None:
-  """Checks a line, "LABEL INDEX:VALUE ... # comment", against the definition of the format."""
+  """Checks that a line has the format "LABEL INDEX:VALUE ... # comment"."""
   label, *pairs = " ".join(fields).partition("#")[0].split() or ["0"]
   try:
     _check_number(label)
@@ -152,7 +154,7 @@ def _check_number(field: str) -> None:
 
 
 def _line(path: Path, row: int) -> int:
-  """Returns the line number of an example."""
+  """Returns the line number of the example with index `row`."""
   return [line for line, _ in texts.rows(path, "#")][row]
 
 
@@ -178,7 +180,7 @@ def _encoded(path: Path, labels: np.ndarray, classes: np.ndarray) -> np.ndarray:
 
 
 def _padded(rows: Any) -> Batch:
-  """Converts CSR to each row's stored entries, padded to the longest row by index 0 and value 0."""
+  """Converts a CSR matrix to rows of stored entries, padded with index 0 and value 0."""
   lengths = np.diff(rows.indptr)
   own = np.arange(max(1, lengths.max())) < lengths[:, None]
   index, value = np.zeros(own.shape, np.int32), np.zeros(own.shape, np.float32)

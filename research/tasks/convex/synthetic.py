@@ -1,4 +1,4 @@
-"""Synthetic problems with known solutions or constants."""
+"""Generates synthetic problems with known solutions or constants."""
 
 import math
 from collections.abc import Callable
@@ -25,24 +25,26 @@ def least_squares(
   *,
   model: Callable[[int], nn.Module] = Default("model", "linear()"),
 ) -> Task:
-  """Linear regression with a given condition number: f(w) = 1/(2N) ||X w - y||^2.
+  """Minimizes a least-squares objective with a given condition number.
+
+  The objective is f(w) = 1/(2N) ||X w - y||^2.
 
   The data are X = sqrt(N) U S V' with random orthonormal U and V, so that the Hessian X'X/N has the
-  eigenvalues S^2, which decrease geometrically from 1 to 1/condition. A linear model without bias
-  has L = 1 and mu = 1/condition; gradient descent is fastest at the step 2/(L + mu) = 2/(1 +
-  1/condition), which contracts the error by (condition - 1)/(condition + 1). The targets are y = X
-  w* + noise, where w* is standard normal.
+  eigenvalues S^2, which decrease geometrically from 1 to 1/condition. For a linear model without
+  bias, the smoothness is L = 1 and the strong convexity is mu = 1/condition. Gradient descent is
+  fastest with the step size 2/(L + mu) = 2/(1 + 1/condition), which contracts the error by
+  (condition - 1)/(condition + 1). The targets are y = X w* + noise, where w* is standard normal.
 
   For `linear`, with or without bias, the optimum of the float32 data is computed in float64. For
   other models, the optimum is None.
 
   Args:
-    samples: N, at least `features`.
-    features: length of w; if it is 1, the only eigenvalue is 1.
-    noise: standard deviation of the noise in y.
-    condition: L / mu, at least 1.
+    samples: N, the number of examples, at least `features`.
+    features: the length of w; if it is 1, the only eigenvalue is 1.
+    noise: the standard deviation of the noise in y.
+    condition: the condition number L / mu, at least 1.
     seed: the seed of the data.
-    model: outputs -> module.
+    model: a function that makes the module for one output.
 
   Raises:
     ValueError: if a number is out of range.
@@ -62,7 +64,7 @@ def least_squares(
 
 
 def _optimum(module: nn.Module, x: np.ndarray, y: np.ndarray) -> Params | None:
-  """Returns the exact minimizer in the module's structure, for one kernel and at most one bias."""
+  """Returns the exact parameters of a module that has one kernel and at most one bias."""
   shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x[:1])["params"])
   if not set(shapes) <= {"kernel", "bias"}:
     return None
@@ -77,13 +79,13 @@ def mean_estimation(vectors: int = 25, features: int = 2000, seed: int = 0) -> T
 
       f_i(x) = 1/2 ||x - b_i||^2
 
-  One vector is one example. From x = 0, a gradient step of size one moves a worker that has one
-  vector exactly to that vector. Averaging with neighbours without further steps is then a consensus
-  problem.
+  Each vector is one example. From x = 0, one gradient step of size one moves a worker that has a
+  single vector exactly to that vector. Averaging with neighbours without further gradient steps is
+  then a consensus problem.
 
   Args:
-    vectors: number of vectors, at least 1.
-    features: length of a vector, at least 1.
+    vectors: the number of vectors, at least 1.
+    features: the length of a vector, at least 1.
     seed: the seed of the vectors.
 
   Raises:
@@ -120,16 +122,18 @@ def random_tokens(
   model: Callable[[int], nn.Module] = Default("model", "transformer('tiny')"),
   seed: int = 0,
 ) -> Task:
-  """Uniformly random tokens of any size, for measuring speed, memory and traffic.
+  """Generates uniformly random tokens to train on, for measuring speed, memory and traffic.
 
-  There is nothing to learn: the best loss is log V. As a token carries log2 V bits, the best
+  There is nothing to learn: the best loss is log V. A token counts as log2 V bits, so the best
   "bits_per_byte" is 8.
 
   Args:
-    vocabulary: V, at least 2; by default, the vocabulary of the models 1b and 8b.
-    context: T, maximum number of tokens that a prediction is made from.
-    length: number of tokens to train on; a tenth as many are held out.
-    model: outputs -> module, called with V; the module maps tokens [b, T] to logits [b, T, V].
+    vocabulary: V, the number of different tokens, at least 2; the default is that of the models 1b
+      and 8b.
+    context: T, the maximum number of tokens that a prediction is made from.
+    length: the number of training tokens; a tenth as many are held out.
+    model: a function that makes the module for V outputs; the module maps tokens [b, T] to logits
+      [b, T, V].
     seed: the seed of the tokens.
 
   Raises:

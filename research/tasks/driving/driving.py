@@ -1,4 +1,4 @@
-"""Imitation of expert drivers by several fleets, each on its own kind of road."""
+"""Trains a policy to imitate expert drivers; several fleets drive on different kinds of road."""
 
 from collections.abc import Callable
 
@@ -32,22 +32,24 @@ def driving(
   `python experiments/drive.py --do=record` records the scenes. An example is a scene: the ego
   vehicle and its eight nearest neighbours, each described by ten numbers (`scene.features`). The
   five actions are: change to the left lane, do nothing, change to the right lane, speed up, slow
-  down. Without DAgger (`rounds=0`), the scenes are those that the expert reached. Each round of
-  DAgger adds scenes that an imitating policy reached, with the expert's action (Ross et al. 2011).
+  down. Without DAgger (`rounds=0`), the expert itself drove through the scenes. Each round of
+  DAgger adds scenes that an imitating policy reached, labelled with the expert's actions (Ross et
+  al. 2011).
 
   There is one fleet per scenario: highway, merge, roundabout and intersection, in this order.
   `--partition="by_owner()"` makes each fleet a worker. Every tenth episode of round 0 is held out
-  for testing. Metrics: "loss", "accuracy", and the accuracy in each scenario.
+  for testing. The metrics are "loss", "accuracy", and the accuracy in each scenario.
 
   Args:
     path: the folder of the recording; $RESEARCH_DATA_DIR and the user's cache are also searched.
-    rounds: rounds of DAgger to train on, at most as many as were recorded.
-    only: the scenario of the one fleet that trains; "" means all fleets.
-    l2: weight of l2/2 ||params||^2.
-    model: outputs -> module, called with 5; the module takes scenes [b, 9, 10].
+    rounds: the number of DAgger rounds to train on, at most as many as were recorded.
+    only: the scenario of the only fleet that trains; "" means that all fleets train.
+    l2: the weight of the penalty l2/2 ||params||^2.
+    model: a function that makes the module for 5 outputs; the module takes scenes [b, 9, 10].
 
   Raises:
-    ValueError: if there is no such recording, scenario or round, or a file was changed.
+    ValueError: if the recording, scenario or round does not exist, or a file has changed since it
+      was recorded.
 
   Reference: Ross, Gordon, Bagnell, 2011, A reduction of imitation learning and structured
     prediction to no-regret online learning, arXiv:1011.0686 (DAgger); highway-env, Leurent, 2018.
@@ -72,7 +74,7 @@ def driving(
 
 
 def _examples(parts: list[tuple[int, str, Batch]], tested: bool) -> Batch:
-  """Returns the examples of some blocks, with the number of each example's fleet."""
+  """Returns the examples of the given blocks, with each example's fleet number."""
   fleets, numbers = [*SCENARIOS], []
   rows: list[Batch] = []
   for number, name, arrays in parts:

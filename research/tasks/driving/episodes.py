@@ -10,7 +10,7 @@ from research.tasks.driving.scene import FEATURES, NEIGHBOURS, Driver, features,
 
 
 class Outcome(NamedTuple):
-  """The result of an episode."""
+  """Describes how an episode ended."""
 
   crashed: bool
   success: bool  # reached the goal without a collision
@@ -20,7 +20,7 @@ class Outcome(NamedTuple):
 
 
 class Drive(NamedTuple):
-  """An episode: its outcome, and the scene and the expert's action at every decision."""
+  """Contains an episode's outcome, and the scene and the expert's action at every decision."""
 
   outcome: Outcome
   x: np.ndarray  # float32 [n, 1 + NEIGHBOURS, FEATURES]
@@ -40,7 +40,7 @@ def drive(
   Args:
     environment: an environment from `scenarios.make`.
     name: the environment's scenario.
-    seed: the seed of the traffic; seed and driver determine the episode.
+    seed: the seed of the traffic; the seed and the driver together determine the episode.
     driver: the driver that chooses the actions.
     expert: the driver whose actions are recorded; None means `driver`.
     watch: a function that is called with the environment before every decision.

@@ -1,4 +1,4 @@
-"""Drivers to learn from: a tree search over actions, and the simulator's IDM and MOBIL."""
+"""Implements expert drivers: a tree search over actions, and the simulator's IDM and MOBIL."""
 
 import itertools
 
@@ -8,7 +8,7 @@ from research.tasks.driving.scene import HORIZON, LANE, LENGTH, SPACING, STEP, T
 
 LEFT, IDLE, RIGHT, FASTER, SLOWER = range(5)  # the simulator's actions
 ACTIONS = 5
-UNIT = 5.0  # m/s between two speeds that the ego can track
+UNIT = 5.0  # m/s between two consecutive target speeds of the ego
 LAG, SIDEWAYS = 0.6, 0.7  # time constants of the ego's speed and of its lateral position, seconds
 _STAGES = 4  # number of one-second stages; the action is constant within a stage
 _PLANS = np.array(
@@ -20,16 +20,16 @@ _PACES = ((1.0, 10.0), (0.7, 1.0), (1.3, 1.0))  # relative speeds of the others,
 
 
 def planner(scene: Scene) -> int:
-  """Searches the tree of the ego's actions in the next four seconds and returns the first action.
+  """Searches a tree of actions over the next four seconds and returns the best first action.
 
   A node is the state of the ego after it has held an action for one second. Each of the four levels
   has three actions that change or keep the speed; the first level also has the two lane changes.
   The ego's speed and offset approach their targets exponentially, and the other vehicles move as
-  predicted in the scene. The value of a leaf is its mean speed, relative to the highest speed,
-  minus three penalties: for a collision, which costs more if it is earlier; for a headway below a
-  second; and for a lane change. Among leaves with a collision, a lower speed is better. Collisions
-  that would only happen if the other vehicles were 30% slower or faster count a tenth. Unless the
-  ego changes lanes, vehicles behind it in its lane are expected to brake.
+  predicted in the scene. The value of a leaf is the mean speed of the plan, relative to the highest
+  speed, minus three penalties: for a collision, which costs more if it happens earlier; for a
+  headway below one second; and for a lane change. Among plans with a collision, a lower speed is
+  better. A collision that would happen only if the other vehicles were 30% slower or faster counts
+  a tenth. Unless the ego changes lanes, vehicles behind it in its lane are expected to brake.
 
   Args:
     scene: the scene that the driver perceives.
@@ -48,7 +48,7 @@ def planner(scene: Scene) -> int:
 
 
 def _moves(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns speed, distance and lateral offset of every plan at TIMES[1:], each [S, T - 1]."""
+  """Returns the speed, distance and lateral offset of each plan at TIMES[1:], each [S, T - 1]."""
   ego, count = scene.vehicle, len(_PLANS)
   speed = np.full(count, max(ego.speed, 0.0))
   target = np.full(count, float(ego.target_speed))
@@ -72,7 +72,7 @@ def _moves(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _risk(
   scene: Scene, place: np.ndarray, heading: np.ndarray, speed: np.ndarray, changes: np.ndarray
 ) -> np.ndarray:
-  """Returns the penalties [S] of the plans for collisions and short headways."""
+  """Returns each plan's penalty [S] for collisions and short headways."""
   counts = changes[:, None] | ~scene.follows[None]  # [S, K]
   way = np.stack([np.cos(heading), np.sin(heading)], -1)[:, :, None]  # [S, T, 1, 2]
   ticks = np.arange(1, len(TIMES))
@@ -112,10 +112,10 @@ def _short(
 
 
 def idm(scene: Scene) -> int:
-  """Drives like highway-env's IDM and MOBIL vehicles, with the ego's actions.
+  """Chooses the ego's action as highway-env's IDM and MOBIL vehicles would drive.
 
-  MOBIL chooses a lane change, and IDM an acceleration. An acceleration above 1 m/s^2 becomes the
-  action FASTER, and an acceleration below -1 m/s^2 becomes SLOWER.
+  MOBIL chooses a lane change, and IDM chooses an acceleration. An acceleration above 1 m/s^2
+  becomes the action FASTER, and an acceleration below -1 m/s^2 becomes the action SLOWER.
 
   Args:
     scene: the scene that the driver perceives.

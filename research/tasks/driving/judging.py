@@ -1,4 +1,4 @@
-"""Judges drivers in closed loop, with confidence intervals."""
+"""Evaluates drivers in closed loop, with confidence intervals."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ _Z = 1.959964  # normal quantile of a two-sided 95% interval
 
 
 class Interval(NamedTuple):
-  """A figure and its 95% confidence interval."""
+  """Contains a value and its 95% confidence interval."""
 
   value: float
   low: float
@@ -26,7 +26,7 @@ def policy(model: Callable[[Any], Any]) -> Driver:
   """Returns the driver that takes the action with the highest output.
 
   Args:
-    model: maps scenes [b, 9, 10] to outputs [b, 5].
+    model: a function that maps scenes [b, 9, 10] to outputs [b, 5].
   """
   choose = jax.jit(lambda x: jnp.argmax(model(x[None])[0]))
   return lambda scene: int(choose(features(scene)))
@@ -39,13 +39,13 @@ def judge(
   first: int = 0,
   told: Callable[[int], None] = lambda episodes: None,
 ) -> list[episodes.Outcome]:
-  """Drives held-out episodes, whose seeds occur in no recording.
+  """Drives held-out episodes and returns their outcomes; no recording contains their seeds.
 
   Args:
-    driver: the driver to judge.
+    driver: the driver to evaluate.
     name: the scenario.
-    count: number of episodes.
-    first: number of the first episode; a number denotes the same episode for all drivers.
+    count: the number of episodes.
+    first: the number of the first episode; a number denotes the same episode for all drivers.
     told: a function that is called with 1 after each episode.
   """
   environment, found = scenarios.make(name), []
@@ -56,11 +56,11 @@ def judge(
 
 
 def measures(outcomes: Sequence[episodes.Outcome]) -> dict[str, Interval]:
-  """Computes collisions per 100 km, speed (m/s), headway (s) and success, with their intervals.
+  """Computes collisions per 100 km, speed (m/s), headway (s) and success rate, with intervals.
 
-  Success has Wilson's interval. The other measures are ratios of sums over episodes, and their
-  intervals are percentiles of a bootstrap over episodes. Two sets with the same number of episodes
-  get the same resamples.
+  The success rate has Wilson's interval. The other measures are ratios of sums over episodes, and
+  their intervals are percentiles of a bootstrap over episodes. Two sets with the same number of
+  episodes get the same resamples.
 
   Args:
     outcomes: the outcomes of one or more episodes.
@@ -77,11 +77,13 @@ def measures(outcomes: Sequence[episodes.Outcome]) -> dict[str, Interval]:
 
 
 def bootstrapped(above: np.ndarray, below: np.ndarray) -> Interval:
-  """Computes the ratio of two sums over episodes, with percentiles of a bootstrap over episodes.
+  """Computes the ratio of two sums over episodes, with a bootstrap confidence interval.
+
+  The interval consists of percentiles over resampled episodes.
 
   Args:
-    above: numerators [n].
-    below: denominators [n].
+    above: the numerators [n], one per episode.
+    below: the denominators [n].
 
   Reference: Efron, 1979, Bootstrap methods: another look at the jackknife.
   """
@@ -95,11 +97,11 @@ def bootstrapped(above: np.ndarray, below: np.ndarray) -> Interval:
 
 
 def wilson(successes: int, count: int) -> Interval:
-  """Computes the share of successes, with Wilson's score interval.
+  """Computes the success rate, with Wilson's score interval.
 
   Args:
-    successes: number of successes.
-    count: number of trials, above 0.
+    successes: the number of successes.
+    count: the number of trials, above 0.
 
   Reference: Wilson, 1927, Probable inference, the law of succession, and statistical inference.
   """

@@ -16,14 +16,14 @@ SEED = 4
 
 
 def draw(names: Sequence[str], driver: Driver, target: Path) -> None:
-  """Draws one moment of an episode in each scenario, and writes all of them as one picture.
+  """Draws one moment of an episode in each scenario and writes a picture that contains them all.
 
-  The ego is green.
+  The ego vehicle is green.
 
   Args:
     names: the scenarios.
     driver: the driver of the ego.
-    target: the picture's path, ending in .png.
+    target: the path of the picture, ending in .png.
   """
   from matplotlib.figure import Figure
 

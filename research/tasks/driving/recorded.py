@@ -1,7 +1,8 @@
-"""Stores recorded driving as blocks of episodes, each with its SHA-256; recording is resumable.
+"""Records driving in blocks of episodes with SHA-256 digests; recording is resumable.
 
-A folder contains episodes.json, which lists the blocks, and one .npz file per block: "x"
-[n, vehicles, features], the expert's actions "y" [n], and the number of the "episode" [n].
+A folder contains episodes.json, which lists the blocks, and one .npz file per block. The file
+contains the scenes "x" [n, vehicles, features], the expert's actions "y" [n], and the episode
+numbers "episode" [n].
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from research.tasks.driving.scene import Driver
 INDEX = "episodes.json"
 BLOCK = 10  # episodes in a file
 ROUND = 100_000  # seeds of one round of data
-HELD_OUT = 1_000_000  # seeds from here on are for judging, never for data
+HELD_OUT = 1_000_000  # seeds from here on are for evaluation, never for data
 
 
 def record(
@@ -32,17 +33,18 @@ def record(
   number: int = 0,
   told: Callable[[int], None] = lambda episodes: None,
 ) -> str:
-  """Drives the episodes that a folder does not have yet, and records them.
+  """Drives and records the episodes that a folder does not contain yet.
 
   Args:
-    folder: the folder of the recording; created if needed.
+    folder: the folder of the recording, which is created if needed.
     names: the scenarios.
-    count: number of episodes per scenario, a multiple of BLOCK.
-    driver: the driver of the ego: the expert, or a policy that the expert corrects (DAgger).
+    count: the number of episodes per scenario, a multiple of BLOCK.
+    driver: the driver of the ego vehicle: the expert, or a policy that the expert corrects
+      (DAgger).
     expert: the driver whose actions are recorded.
-    number: the round: 0 for the expert's own driving, 1 and above for DAgger.
-    told: a function that is called with the number of episodes of each block, whether the block is
-      new or exists already.
+    number: the round number: 0 if the expert drives, 1 and above for rounds of DAgger.
+    told: a function that is called once per block, new or already recorded, with the block's number
+      of episodes.
 
   Returns:
     The SHA-256 of the list of blocks.
@@ -73,7 +75,7 @@ def found(path: str) -> Path:
   """Finds a recording in the working directory, in $RESEARCH_DATA_DIR or in the user's cache.
 
   Args:
-    path: the path of the folder, absolute or relative to one of these.
+    path: the path of the recording's folder, absolute or relative to one of these folders.
   """
   own = paths.local(path)
   places = [own, *(folder / own for folder in _of_data())]
@@ -81,10 +83,10 @@ def found(path: str) -> Path:
 
 
 def default() -> Path:
-  """Returns the default folder: "driving" in the data folder or, without one, in the user's cache.
+  """Returns the default folder: "driving" in $RESEARCH_DATA_DIR or else in the user's cache.
 
   Raises:
-    ValueError: if there is neither.
+    ValueError: if $RESEARCH_DATA_DIR is not set and the user has no cache folder.
   """
   places = _of_data()
   if not places:
@@ -130,7 +132,7 @@ def _index(folder: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, drives: Sequence[episodes.Drive], first: int) -> dict[str, Any]:
-  """Writes a block; returns its entry in the index."""
+  """Writes a block and returns its entry for the index."""
   lengths = [len(one.y) for one in drives]
   with files.whole(path) as partial:
     np.savez_compressed(

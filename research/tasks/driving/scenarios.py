@@ -1,4 +1,4 @@
-"""The scenarios in which fleets drive: roads of highway-env, all with the same actions.
+"""Defines the scenarios in which fleets drive: roads of highway-env with the same five actions.
 
 Only the extra `driving` installs the simulator, which is imported when `make` is called.
 """
@@ -13,7 +13,7 @@ FRAMES = 6  # frames of the simulation per second
 
 
 class Scenario(NamedTuple):
-  """A road, the goal on this road, and the time limit."""
+  """Describes a road, the goal on this road, and the time limit."""
 
   environment: str  # module and class in highway_env.envs
   limit: float  # the highest speed that the ego can choose, m/s
@@ -51,7 +51,7 @@ def make(name: str, picture: bool = False) -> Any:
   """Creates the environment of a scenario; reset it with a seed before use.
 
   Args:
-    name: one of SCENARIOS.
+    name: the name of the scenario, one of SCENARIOS.
     picture: whether the environment must be able to render.
 
   Raises:

@@ -1,4 +1,4 @@
-"""Computes what a driver perceives: the path ahead, and the other vehicles now and in future.
+"""Computes what a driver perceives: the path ahead, and other vehicles now and in the future.
 
 This module reads the vehicles and the road network of highway-env without importing the package.
 """
@@ -22,7 +22,7 @@ _NEAR = 2.5  # a vehicle within this many metres of the ego's path is in its way
 
 
 class Scene(NamedTuple):
-  """The ego vehicle and its K nearest neighbours; coordinates are those of the road, in metres."""
+  """Contains the ego vehicle and its K nearest neighbours, in road coordinates and metres."""
 
   vehicle: Any  # the ego vehicle of the simulator
   path: np.ndarray  # [P, 3], x, y and heading along the ego's lane and route, every 2 m
@@ -38,7 +38,7 @@ Driver = Callable[[Scene], int]  # chooses an action
 
 
 class Way(NamedTuple):
-  """Consecutive lanes, and the distance from the first lane's start to the end of each lane."""
+  """Contains consecutive lanes, and the distance from the first lane's start to each lane's end."""
 
   lanes: list[Any]
   ends: np.ndarray
@@ -49,8 +49,8 @@ class Way(NamedTuple):
 def perceive(vehicle: Any) -> Scene:
   """Builds the scene around a vehicle.
 
-  The prediction assumes that other vehicles keep their speed along their route, or along the lane
-  to which they are changing, as their indicators would show.
+  The prediction assumes that every other vehicle keeps its speed and follows its route or, during a
+  lane change, its target lane, which its indicators would show.
 
   Args:
     vehicle: the ego, an `MDPVehicle` of highway-env on its road.
@@ -81,13 +81,15 @@ def perceive(vehicle: Any) -> Scene:
 
 
 def features(scene: Scene) -> np.ndarray:
-  """Returns a scene as float32 [1 + NEIGHBOURS, FEATURES], of order one; absent rows are zero.
+  """Converts a scene to float32 features [1 + NEIGHBOURS, FEATURES] of order one.
+
+  Rows without a vehicle are zero.
 
   Row 0 is the ego: 1; its speed, its target speed and the highest speed; whether there is a lane on
   the left and on the right; its offset and its heading relative to its path; and how much the path
-  turns within 15 and 30 m. The other rows are the neighbours, the nearest first: 1; position and
-  relative velocity in the ego's frame; cosine and sine of the relative heading; and the neighbour's
-  row of `conflicts`.
+  turns within 15 and 30 m. The other rows are the neighbours, the nearest first: 1; the position
+  and the relative velocity in the ego's frame; the cosine and sine of the relative heading; and the
+  neighbour's row of `conflicts`.
   """
   ego, path = scene.vehicle, scene.path
   found = np.zeros((1 + NEIGHBOURS, FEATURES), np.float32)
@@ -121,7 +123,7 @@ def conflicts(scene: Scene) -> np.ndarray:
 
   A neighbour is in the way if its predicted position is within 2.5 m of the ego's path. The columns
   are the distance along the path, divided by 50 m, and the times at which the neighbour enters and
-  leaves the path, divided by HORIZON. The row of a neighbour that is never in the way is (2, 1, 1).
+  leaves the path, divided by HORIZON. A neighbour that is never in the way has the row (2, 1, 1).
   """
   found = np.tile([2.0, 1.0, 1.0], (len(scene.others), 1))
   gaps = scene.predicted[:, :, None, :2] - scene.path[None, None, :, :2]  # [K, T, P, 2]
@@ -135,7 +137,7 @@ def conflicts(scene: Scene) -> np.ndarray:
 
 
 def headway(scene: Scene) -> float:
-  """Returns the seconds to the vehicle ahead at the ego's speed; infinite if none is in 100 m."""
+  """Returns the time to the vehicle ahead in seconds; infinite if none is within 100 m."""
   gaps = scene.others[:, None, :2] - scene.path[None, :, :2]
   distance = np.hypot(gaps[..., 0], gaps[..., 1])
   ahead = distance.argmin(1) * SPACING
@@ -146,7 +148,7 @@ def headway(scene: Scene) -> float:
 
 
 def _way(vehicle: Any, reach: float) -> Way:
-  """Returns the lanes that a vehicle will follow: its route, or the nearest lanes ahead."""
+  """Returns the lanes that a vehicle will follow: those of its route, or the nearest ones ahead."""
   network, index = vehicle.road.network, vehicle.target_lane_index
   route = list(vehicle.route or [])
   lanes = [network.get_lane(index)]
@@ -171,14 +173,14 @@ def _jump(lane: Any, following: list[Any]) -> float:
 
 
 def _nearest(lane: Any, following: list[Any], number: int) -> int:
-  """Returns the lane that continues another lane."""
+  """Returns the number of the lane that continues `lane`."""
   end = lane.position(lane.length, 0)
   distance = [abs(other.local_coordinates(end)[1]) for other in following]
   return min(range(len(following)), key=lambda n: (round(distance[n], 3), n != number))
 
 
 def _place(way: Way, ahead: float, lateral: float) -> tuple[float, float, float]:
-  """Returns position and heading some metres ahead; the last lane is extended straight."""
+  """Returns the position and heading `ahead` metres ahead; the last lane is extended straight."""
   along = way.start + ahead
   n = min(int(np.searchsorted(way.ends, along)), len(way.lanes) - 1)
   lane = way.lanes[n]
@@ -190,7 +192,7 @@ def _place(way: Way, ahead: float, lateral: float) -> tuple[float, float, float]
 
 
 def _is_behind(other: Way, ego: Way) -> bool:
-  """Returns whether another vehicle, behind the ego, will drive along the ego's lane."""
+  """Returns whether another vehicle is behind the ego and will drive along the ego's lane."""
   places = [n for n, lane in enumerate(other.lanes) if lane is ego.lanes[0]]
   if not places:
     return False

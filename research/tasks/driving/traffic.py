@@ -1,7 +1,7 @@
-"""The other vehicles, which drive by IDM and MOBIL, with one class per scenario.
+"""Defines the other vehicles, which drive by IDM and MOBIL; each scenario has its own class.
 
-highway-env's intersection changes the parameters of its vehicles' class. Since each scenario has
-its own class, this does not change the traffic of the other scenarios.
+highway-env's intersection environment changes the parameters of its vehicle class. Because each
+scenario has its own class, this change does not affect the traffic of the other scenarios.
 """
 
 from typing import Any
@@ -10,9 +10,9 @@ from highway_env.vehicle.behavior import IDMVehicle
 
 
 class Traffic(IDMVehicle):
-  """A vehicle that can collide only with the ego, as in highway-env's fast highway.
+  """Drives a vehicle that can collide only with the ego, as in highway-env's fast highway.
 
-  Otherwise, vehicles that have collided with each other would block crossings for the rest of an
+  Otherwise, two vehicles that collide with each other would block a crossing for the rest of the
   episode.
   """
 

@@ -1,4 +1,4 @@
-"""Conditional value at risk: the portfolio with the smallest mean of its worst losses."""
+"""Finds the portfolio of least conditional value at risk (CVaR), the mean of the worst losses."""
 
 import math
 from collections.abc import Sequence
@@ -35,32 +35,32 @@ def cvar(
 ) -> Task:
   """Minimizes the CVaR of a portfolio over weights w >= 0 with sum 1 and a threshold a.
 
-  Over scenarios of returns r, the objective is
+  With scenarios of returns r, the objective is
 
       a + mean((-r'w - a)_+) / (1 - level).
 
-  The minimum of the objective over a is the CVaR of w: the mean of the losses beyond their
-  quantile, which is the VaR. The parameters are {"weights": [n], "threshold"}. The objective,
-  "loss", is in percent of the investment; the positive part is smoothed by `smoothing`, except in
-  `evaluate`. The objective has kinks, so use a decreasing learning rate, and a method that
-  satisfies constraints (see `frontier`). Optimizers that scale each coordinate, such as Adam, make
-  steps that the projection undoes.
+  The minimum of the objective over a is the CVaR of w: the mean of the losses above their quantile,
+  which is the VaR. The parameters are {"weights": [n], "threshold"}. The objective, "loss", is in
+  percent of the investment. The positive part is smoothed by `smoothing`, except in `evaluate`. The
+  objective has kinks, so use a decreasing learning rate, and a method that satisfies constraints
+  (see `frontier`). Optimizers that scale each coordinate, such as Adam, make steps that the
+  projection undoes.
 
   The metrics are computed from the historical returns, as fractions: "var" and "cvar" of the
-  weights, each with the ends of its confidence interval, "var_low", "var_high", ... For a given
-  `portfolio`, there are also "given_var", ... See `tail`.
+  weights, each with the ends of its confidence interval, "var_low", "var_high", ... If `portfolio`
+  is given, its metrics are "given_var", ... See `tail`.
 
   Args:
-    name: "stocks": daily returns of 20 stocks from the first day on which all have a price; or the
-      path of a table of prices, see `price_table`.
+    name: "stocks" for the daily returns of 20 stocks, from the first day on which all have a price;
+      or the path of a table of prices, see `price_table`.
     level: the level of the CVaR, in (0, 1).
-    scenarios: the number of days drawn with replacement (the bootstrap); 0 means every day once.
-    smoothing: e, in percent: (x)_+ becomes (x + e)^2 / 4e for |x| <= e, which exceeds (x)_+ by at
+    scenarios: the number of days to draw with replacement (the bootstrap); 0 uses every day once.
+    smoothing: e, in percent; for |x| <= e, (x)_+ becomes (x + e)^2 / 4e, which exceeds (x)_+ by at
       most e/4.
-    portfolio: weights of a given portfolio, which is also evaluated.
+    portfolio: the weights of a given portfolio that is also evaluated; empty for none.
     confidence: the confidence level of the intervals, in (0, 1).
     seed: the seed of the scenarios.
-    data_dir: the folder to search first, see `files.find`.
+    data_dir: the folder to search first; see `files.find`.
 
   Raises:
     FileNotFoundError: if the file is not found and cannot be downloaded.
@@ -93,12 +93,12 @@ def of_scenarios(
   """Returns the task for given scenarios and historical returns; see `cvar`.
 
   Args:
-    drawn: scenarios [S, n], fractions.
-    seen: historical returns [T, n], fractions.
-    level: see `cvar`.
-    smoothing: see `cvar`; in percent.
-    portfolio: weights [n], or empty.
-    confidence: the confidence level of the intervals.
+    drawn: the returns [S, n] of the scenarios, as fractions.
+    seen: the historical returns [T, n], as fractions.
+    level: the level of the CVaR, in (0, 1).
+    smoothing: the width of the smoothing, in percent; see `cvar`.
+    portfolio: the weights [n] of a given portfolio; empty for none.
+    confidence: the confidence level of the intervals, in (0, 1).
   """
   assets = drawn.shape[1]
 
@@ -139,20 +139,20 @@ def of_scenarios(
 
 
 def tail(losses: Array, level: float, confidence: float = 0.95) -> dict[str, Array]:
-  """Computes VaR and CVaR of a sample of losses, with confidence intervals.
+  """Computes the VaR and the CVaR of a sample of losses, with confidence intervals.
 
-  VaR is the order statistic of rank ceil(level T). The interval of VaR is binomial: its ends are
-  the order statistics z sqrt(T level (1 - level)) ranks away. CVaR is the minimum of Rockafellar
-  and Uryasev's objective, which is attained at VaR; the variance of CVaR is that of the influence
+  The VaR is the order statistic of rank ceil(level T). Its interval is binomial: the ends are the
+  order statistics z sqrt(T level (1 - level)) ranks away. The CVaR is the minimum of Rockafellar
+  and Uryasev's objective, which is attained at the VaR. Its variance is that of the influence
   function, (var(losses | losses >= VaR) + level (CVaR - VaR)^2) / (T (1 - level)).
 
   Args:
-    losses: [T].
-    level: in (0, 1).
+    losses: the losses [T].
+    level: the level of the VaR and the CVaR, in (0, 1).
     confidence: the confidence level of the intervals, in (0, 1).
 
   Returns:
-    "var", "var_low", "var_high", "cvar", "cvar_low", "cvar_high".
+    The scalars "var", "var_low", "var_high", "cvar", "cvar_low" and "cvar_high".
 
   Reference: Manistre, Hancock, 2005, Variance of the CTE estimator, North American Actuarial
     Journal 9; David, Nagaraja, 2003, Order statistics, section 7.1.
@@ -181,17 +181,17 @@ def tail(losses: Array, level: float, confidence: float = 0.95) -> dict[str, Arr
 
 
 def load(name: str = "stocks", data_dir: str = "") -> np.ndarray:
-  """Loads daily returns [T, n], p_t / p_{t-1} - 1, of days on which all stocks have both prices.
+  """Loads daily returns [T, n], p_t / p_{t-1} - 1, from days on which all stocks have both prices.
 
   The returns are sorted by date.
 
   Args:
     name: "stocks", or the path of a table of prices.
-    data_dir: the folder to search first, see `files.find`.
+    data_dir: the folder to search first; see `files.find`.
 
   Raises:
     FileNotFoundError: if the published file is not found and cannot be downloaded.
-    ValueError: if there is no such file, or the file is not a table of prices.
+    ValueError: if the file does not exist or is not a table of prices.
   """
   if name == "stocks":
     path = files.find("stocks/stock_prices.csv", data_dir, URL, SHA256)

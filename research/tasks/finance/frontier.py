@@ -1,4 +1,4 @@
-"""The mean-variance frontier: portfolios with the least variance at required returns."""
+"""Computes the mean-variance frontier: portfolios of least variance at required returns."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -30,7 +30,7 @@ _HALVINGS = 60  # bisection steps for the multiplier
 
 
 class Market(NamedTuple):
-  """The moments of n assets, and the published frontier of their portfolios, if any."""
+  """Contains the moments of n assets, and the published frontier of their portfolios, if any."""
 
   means: np.ndarray  # float64 [n], expected returns
   covariance: np.ndarray  # float64 [n, n]
@@ -39,17 +39,17 @@ class Market(NamedTuple):
 
 
 def load(name: str, data_dir: str = "") -> Market:
-  """Reads an instance of the OR-Library: "port1", "port2", "port3", or the path of such a file.
+  """Reads an instance of the OR-Library's portfolio problem.
 
   See `portfolio_files` for the format.
 
   Args:
-    name: the name of the instance, or a path.
-    data_dir: the folder to search first, see `files.find`.
+    name: "port1", "port2", "port3", or the path of a file in the same format.
+    data_dir: the folder to search first; see `files.find`.
 
   Raises:
     FileNotFoundError: if a published file is not found and cannot be downloaded.
-    ValueError: if there is no such file; a line is malformed, missing or repeated; or the
+    ValueError: if the file does not exist; a line is malformed, missing or repeated; or the
       covariance is not positive semidefinite.
 
   Reference: Chang, Meade, Beasley, Sharaiha, 2000, Heuristics for cardinality constrained portfolio
@@ -75,16 +75,16 @@ def load(name: str, data_dir: str = "") -> Market:
 
 
 def check(covariance: np.ndarray) -> np.ndarray:
-  """Checks that a covariance is symmetric and positive semidefinite.
+  """Checks that a covariance matrix is symmetric and positive semidefinite.
 
   Args:
-    covariance: [n, n].
+    covariance: the covariance matrix [n, n].
 
   Returns:
-    The eigenvalues of the covariance, ascending.
+    The eigenvalues of the covariance matrix [n], in ascending order.
 
   Raises:
-    ValueError: if the covariance is not symmetric or not positive semidefinite, up to rounding.
+    ValueError: if the matrix is not symmetric or not positive semidefinite, up to rounding.
   """
   if covariance.shape[0] != covariance.shape[1] or not np.allclose(covariance, covariance.T):
     raise ValueError(f"the covariance {list(covariance.shape)} is not symmetric")
@@ -99,7 +99,7 @@ def check(covariance: np.ndarray) -> np.ndarray:
 def frontier(
   name: str = "port1", points: int = 50, returns: Sequence[float] = (), *, data_dir: str = ""
 ) -> Task:
-  """Minimizes the variance w'Cw of weights w >= 0 with sum 1, at each of several required returns.
+  """Minimizes the variance w'Cw at several required returns, over weights w >= 0 with sum 1.
 
   The parameters are {"weights": [points, n]}. The examples are scenarios whose second moment is
   exactly C, eight times as many as assets, so that they can be partitioned over workers. The
@@ -109,18 +109,19 @@ def frontier(
   `consensus_admm` projects its consensus.
 
   The metrics are "variance", the mean over points; "violation", the largest constraint violation;
-  and, for published frontiers, "gap", the largest relative difference of a variance from the
-  published one. In float32, a gap of about 1e-5 remains; --x64 reduces it.
+  and, for published frontiers, "gap", the largest relative difference between a variance and its
+  published value. In float32, a gap of about 1e-5 remains; --x64 reduces it.
 
   Args:
-    name: "port1" (Hang Seng, 31 assets), "port2" (DAX, 85), "port3" (FTSE, 89), or a path.
-    points: number of the 2000 published returns to use, equally spaced in the list.
-    returns: required returns, instead of published ones.
-    data_dir: the folder to search first, see `files.find`.
+    name: "port1" (Hang Seng, 31 assets), "port2" (DAX, 85 assets), "port3" (FTSE, 89 assets), or
+      the path of a file.
+    points: how many of the 2000 published returns to use, equally spaced in the list.
+    returns: the required returns; empty to use published ones.
+    data_dir: the folder to search first; see `files.find`.
 
   Raises:
     FileNotFoundError: if a published file is not found and cannot be downloaded.
-    ValueError: see `load`; also if points or a required return is out of range, or if there are
+    ValueError: if `load` raises it, points or a required return is out of range, or there are
       neither published nor required returns.
 
   Reference: Markowitz, 1952, Portfolio selection, Journal of Finance 7.
@@ -137,10 +138,10 @@ def frontier(
 
 
 def of_market(market: Market) -> Task:
-  """Returns the task of finding the portfolios at a market's returns; see `frontier`.
+  """Returns the task of finding the least-variance portfolios of a market; see `frontier`.
 
   Args:
-    market: the moments of the assets, and the required returns.
+    market: the moments of the assets, and the required returns with their published variances.
 
   Raises:
     ValueError: if the covariance is not positive semidefinite, or a return is not attainable.
@@ -193,10 +194,10 @@ def of_market(market: Market) -> Task:
 
 
 def scenarios(covariance: np.ndarray) -> np.ndarray:
-  """Draws scenarios x, float64 [S, n], such that x'x / S is the covariance up to rounding.
+  """Builds scenarios x, float64 [S, n], such that x'x / S is the covariance up to rounding.
 
   Args:
-    covariance: [n, n].
+    covariance: the covariance matrix [n, n].
   """
   values, vectors = np.linalg.eigh(covariance)
   count = SCENARIOS * len(values)
@@ -205,20 +206,20 @@ def scenarios(covariance: np.ndarray) -> np.ndarray:
 
 
 def portfolio(y: Array, means: Array, required: Array) -> Array:
-  """Projects y onto the portfolios with w >= 0, sum 1 and means'w = required.
+  """Projects y onto the set of portfolios with w >= 0, sum 1 and means'w = required.
 
   The result is the projection of y + t means onto the simplex, for the multiplier t at which the
-  return equals the required one. The return is nondecreasing in t, so bisection finds t
-  approximately, which determines the assets with positive weight. Both multipliers then follow
-  exactly from two linear equations.
+  return equals the required return. The return is nondecreasing in t, so bisection finds t
+  approximately. This approximation determines which assets have positive weight. Both multipliers
+  then follow exactly from two linear equations.
 
   Args:
-    y: [n].
-    means: [n].
-    required: scalar, in [min means, max means].
+    y: the point [n] to project.
+    means: the expected returns [n].
+    required: the required return, a scalar in [min means, max means].
 
   Returns:
-    w, [n].
+    The weights w [n].
   """
   scale = (jnp.max(y) - jnp.min(y) + 1) / (jnp.max(means) - jnp.min(means))
   # t = scale s / (1 - s^2) maps s in (-1, 1) onto all reals

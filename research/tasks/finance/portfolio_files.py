@@ -1,8 +1,8 @@
-"""Portfolio files of the OR-Library: means, standard deviations and correlations of assets.
+"""Reads portfolio files of the OR-Library: means, deviations and correlations of assets.
 
-A file contains n, then n lines with the mean and the standard deviation of an asset, then, in any
-order, a line "i j r" with the correlation r of each pair of assets i <= j. The lines "i i 1" may be
-omitted, but only all of them together.
+A file contains the number of assets n, then one line per asset with its mean and standard
+deviation, then one line "i j r" per pair of assets i <= j, in any order, with their correlation r.
+The lines "i i 1" must be either all present or all absent.
 """
 
 import itertools
@@ -14,11 +14,11 @@ from research.tasks import texts
 
 LARGEST = 1e12  # largest mean or standard deviation of an asset
 SMALLEST = 1e-100  # minimum of the largest standard deviation
-ROUNDING = 1e-6  # tolerance of a correlation that is 1
+ROUNDING = 1e-6  # tolerance for the correlation of an asset with itself, which is 1
 
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-  """Reads the means [n] and the covariance [n, n] of a file, both float64.
+  """Reads the means [n] and the covariance [n, n] from a file, both float64.
 
   Args:
     path: the file.
@@ -90,7 +90,7 @@ def _pair(fields: list[str], count: int) -> tuple[tuple[int, int], float]:
 def _check_complete(
   count: int, assets: list[tuple[float, float]], correlations: dict[tuple[int, int], float]
 ) -> None:
-  """Raises ValueError if a file ends early; the diagonal must be complete or absent."""
+  """Raises ValueError if a file ends early or has only part of the diagonal."""
   if not count or len(assets) < count:
     raise ValueError(f"{len(assets)} of {count} assets are there")
   whole = any(i == j for i, j in correlations)

@@ -1,10 +1,10 @@
-"""Tables of prices: comma-separated, one line per day with its date and the price of each stock.
+"""Reads tables of prices: comma-separated lines, each with a date and the price of each stock.
 
-Dates are YYYY-MM-DD, optionally followed by a time, YYYYMMDD, YYYY/MM/DD, DD.MM.YYYY, DD/MM/YYYY or
-MM/DD/YYYY, in one form throughout a file. Only a day above 12 distinguishes the last two forms, so
-a file in one of them without such a day is rejected. Days may be in any order, but no day may occur
-twice. A price is a positive number; an empty cell means no price. The first line is a header if it
-has no number or begins with "date". Blank lines are skipped.
+All dates of a file have the same format: YYYY-MM-DD (optionally followed by a time), YYYYMMDD,
+YYYY/MM/DD, DD.MM.YYYY, DD/MM/YYYY or MM/DD/YYYY. Only a day above 12 distinguishes the last two
+formats, so a file in one of them without such a day is rejected. Days may be in any order, but no
+day may occur twice. A price is a positive number; an empty cell means that there is no price. The
+first line is a header if it contains no number or begins with "date". Blank lines are skipped.
 """
 
 import datetime
@@ -22,20 +22,20 @@ DATES = (ISO, "%Y-%m-%d", "%Y/%m/%d", "%d.%m.%Y", "%d/%m/%Y", "%m/%d/%Y")
 
 
 class Row(NamedTuple):
-  """One line of a table."""
+  """Contains one line of a table."""
 
   line: int  # line number, from 1
   cells: list[str]
 
 
 def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-  """Reads the prices of a file, plain, .gz or .bz2, sorted by date.
+  """Reads the prices from a file, plain, .gz or .bz2, and sorts them by date.
 
   Args:
     path: the file.
 
   Returns:
-    The line numbers, int [T], and prices, float64 [T, n], with NaN for missing prices.
+    The line numbers, int [T], and the prices, float64 [T, n], with NaN for missing prices.
 
   Raises:
     ValueError: if a line does not have the format described above.
@@ -83,7 +83,7 @@ def _price(path: Path, line: int, cell: str) -> float:
 
 
 def _days(path: Path, rows: list[Row]) -> list[int]:
-  """Returns the dates as ordinals, parsed in the one form that fits all of them."""
+  """Returns the dates as ordinals, parsed with the only format that fits all of them."""
   readings: set[tuple[int, ...]] = set()
   furthest = 0
   for form in DATES:
@@ -101,7 +101,7 @@ def _days(path: Path, rows: list[Row]) -> list[int]:
 
 
 def _day(date: str, form: str) -> int:
-  """Returns the ordinal of a date in a form, or 0 if the date does not have this form."""
+  """Returns the ordinal of a date, or 0 if the date does not have the format `form`."""
   try:
     if form == ISO:
       return datetime.datetime.fromisoformat(date).toordinal()

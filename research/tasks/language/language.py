@@ -1,4 +1,4 @@
-"""Language modelling: predict each next token of a text."""
+"""Trains language models to predict each next token of a text."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -25,12 +25,12 @@ TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca5
 TOKENIZERS = ("bytes", "characters", "bpe")
 VOCABULARY = 4096  # default vocabulary of "bpe"
 LOGITS = 2**26  # maximum number of logits per device in evaluation
-TOKENS = 2**13  # maximum per device in evaluation; more exceed a CPU's caches (1.7 times slower)
-PLACES = 100  # number of pieces of a text that partitions sort by
+TOKENS = 2**13  # maximum per device in evaluation; more would exceed a CPU's caches (1.7x slower)
+PLACES = 100  # number of equal pieces of a text; partitions sort examples by piece
 
 
 class Text(NamedTuple):
-  """A part of a text."""
+  """Contains the tokens of a text or of a part of it."""
 
   tokens: np.ndarray  # [N], integers in [0, V)
   bytes: int  # number of bytes in UTF-8
@@ -41,17 +41,23 @@ def tinyshakespeare(
   model: Callable[[int], nn.Module] = Default("model", "transformer('tiny')"),
   data_dir: str = "",
   context: int = 128,
+  by_role: bool = False,
 ) -> Task:
-  """Shakespeare's plays, 1.1 million characters of 65 kinds; the last tenth is held out.
+  """Trains a character model on Shakespeare's plays: 1.1 million characters, 65 different ones.
+
+  The last tenth of the text is held out.
 
   Args:
-    model: outputs -> module, called with 65; the module maps tokens [b, T] to logits [b, T, 65].
-    data_dir: the folder to search first, see `files.find`.
-    context: T, maximum number of characters that a prediction is made from.
+    model: a function that makes the module for 65 outputs; the module maps tokens [b, T] to logits
+      [b, T, 65].
+    data_dir: the folder to search first; see `files.find`.
+    context: T, the maximum number of characters that a prediction is made from.
+    by_role: whether the training text is sorted by the role that speaks. With the partition
+      `sorted()`, different workers then have the speeches of different roles.
 
   Raises:
     FileNotFoundError: if the file is not found and cannot be downloaded.
-    ValueError: if the file is not the published one, or model or context do not fit.
+    ValueError: if the file is not the published one, or the model or the context is not suitable.
 
   Reference: Karpathy, 2015, The unreasonable effectiveness of recurrent neural networks; the file
     of char-rnn.
@@ -59,7 +65,8 @@ def tinyshakespeare(
   path = files.find(
     "tinyshakespeare/input.txt", data_dir, TINYSHAKESPEARE_URL, TINYSHAKESPEARE_SHA256
   )
-  return text(str(path), model=model, tokenizer="characters", context=context)
+  arrange = roles_together if by_role else None
+  return _text(str(path), model, "characters", None, context, 0.1, arrange)
 
 
 def text(
@@ -71,24 +78,37 @@ def text(
   context: int = 128,
   held_out: float = 0.1,
 ) -> Task:
-  """Language modelling on any UTF-8 text, plain, .gz or .bz2, with its last part held out.
+  """Trains a language model on any UTF-8 text, plain, .gz or .bz2; the last part is held out.
 
   See `next_token`.
 
   Args:
     path: the path of the file.
-    model: outputs -> module, called with the number of tokens V; the module maps tokens [b, T] to
-      logits [b, T, V].
-    tokenizer: "bytes" (V = 256), "characters" (those of the text), or "bpe", trained on the
-      training part.
-    vocabulary: V of "bpe", or an upper bound if the text has too few pairs; 4096 if None.
-    context: T, maximum number of tokens that a prediction is made from.
-    held_out: share of the characters that are held out, in (0, 1).
+    model: a function that makes the module for V outputs, one per token of the vocabulary; the
+      module maps tokens [b, T] to logits [b, T, V].
+    tokenizer: "bytes" (V = 256), "characters" (one token per different character of the text), or
+      "bpe", which is trained on the training part.
+    vocabulary: the size V of the vocabulary of "bpe", which is smaller if the text has too few
+      pairs; None means 4096.
+    context: T, the maximum number of tokens that a prediction is made from.
+    held_out: the fraction of the characters that is held out, in (0, 1).
 
   Raises:
-    ValueError: if there is no such file, the file is not UTF-8 or too short, or an argument does
-      not fit.
+    ValueError: if the file does not exist, is not UTF-8 or is too short, or an argument is invalid.
   """
+  return _text(path, model, tokenizer, vocabulary, context, held_out)
+
+
+def _text(
+  path: str,
+  model: Callable[[int], nn.Module],
+  tokenizer: str,
+  vocabulary: int | None,
+  context: int,
+  held_out: float,
+  arrange: Callable[[str], str] | None = None,
+) -> Task:
+  """Returns the task of `text`; `arrange` reorders the training part."""
   if tokenizer not in TOKENIZERS:
     raise ValueError(f"tokenizer={tokenizer!r} is none of {', '.join(TOKENIZERS)}")
   if vocabulary is not None and tokenizer != "bpe":
@@ -96,46 +116,63 @@ def text(
   checks.in_range("held_out", held_out, "(0, 1)")
   content = _read(path)
   end = int((1 - held_out) * len(content))
+  train = arrange(content[:end]) if arrange else content[:end]
   coder = {
     "bytes": tokens.utf8,
     "characters": lambda: tokens.characters(content),
     "bpe": lambda: tokens.bpe(content[:end], VOCABULARY if vocabulary is None else vocabulary),
   }[tokenizer]()
-  parts = [Text(coder.encode(x), len(x.encode())) for x in (content[:end], content[end:])]
+  parts = [Text(coder.encode(x), len(x.encode())) for x in (train, content[end:])]
   return next_token(model(coder.size), coder.size, *parts, context=context)
+
+
+def roles_together(text: str) -> str:
+  """Sorts the speeches of plays by the role that speaks, which the first line of a speech names.
+
+  Args:
+    text: the speeches, separated by blank lines; each starts with a line such as "First Citizen:".
+
+  Returns:
+    The same speeches, in the order of the roles' names; the order within a role does not change.
+  """
+  speeches = text.strip("\n").split("\n\n")
+  role = lambda speech: speech.strip("\n").partition(":\n")[0]
+  return "\n\n".join(sorted(speeches, key=role)) + "\n"
 
 
 def next_token(module: nn.Module, size: int, train: Text, held_out: Text, *, context: int) -> Task:
   """Returns the task of predicting each next token from up to `context` previous tokens.
 
   The training tokens t_0, ..., t_{N-1}, without the last N mod T, form a ring, so that the ends of
-  the text are treated like the rest. Example i is t_{iT}, ..., t_{iT+2T-1}, which contains T
-  windows of T + 1 tokens, each with T tokens to predict. An epoch draws one window from each
-  example, all at the same offset, so that the windows tile the ring: every token is predicted once,
-  whichever worker has the example. The offset changes with the epoch; over T epochs every token is
+  the text are treated like the rest. Example i is t_{iT}, ..., t_{iT+2T-1}. It contains T windows
+  of T + 1 tokens, each with T tokens to predict. An epoch draws one window from each example, all
+  at the same offset. The windows therefore tile the ring: every token is predicted once, whichever
+  worker has the example. The offset changes from epoch to epoch; over T epochs, every token is
   predicted once at every position of a window. If no window is drawn from an example, its first
   window is used.
 
   The objective is the mean loss over tokens, in nats, plus the values that the module sows into the
-  collection "losses" (as a mixture of experts does); the metric "loss" is the mean alone. The
-  held-out tokens are all predicted once, in windows that do not overlap; the first window starts
-  with the last training token. Windows are weighted by their tokens divided by the mean number of
-  tokens per window, so that the mean over windows is the mean over tokens even though the last
+  collection "losses" (as a mixture of experts does); the metric "loss" is only the mean loss. Each
+  held-out token is predicted once, in windows that do not overlap; the first window starts with the
+  last training token. A window's weight is its number of tokens divided by the mean number of
+  tokens per window. The mean over windows is therefore the mean over tokens, even though the last
   window is shorter. "bits_per_byte" is the loss in bits per byte of the text, independent of the
-  tokenizer. Perplexity, exp(loss), is not a mean and therefore not among the metrics.
+  tokenizer. The perplexity, exp(loss), is not a mean, so it is not among the metrics.
 
-  Partitions sort by the hundredth of the text that an example is in: `sorted()` and `shards()` give
-  contiguous stretches, and `dirichlet(alpha)` an uneven share of each hundredth.
+  Partitions sort the examples by the hundredth of the text that contains them: `sorted()` and
+  `shards()` give each worker contiguous stretches, and `dirichlet(alpha)` gives it an uneven share
+  of each hundredth.
 
   Args:
-    module: maps tokens int32 [b, T] to logits [b, T, size]; its `rules`, if any, become the task's.
-    size: V, number of different tokens.
-    train: at least T training tokens.
-    held_out: at least one held-out token.
-    context: T, at least one.
+    module: a module that maps tokens int32 [b, T] to logits [b, T, size]; its sharding `rules` and
+      its `dimensions`, if any, become those of the task.
+    size: V, the number of different tokens.
+    train: the training text, at least T tokens.
+    held_out: the held-out text, at least one token.
+    context: T, the number of tokens that a window predicts, at least 1.
 
   Raises:
-    ValueError: if there are too few tokens, or module or context do not fit.
+    ValueError: if there are too few tokens, or the module or the context is not suitable.
   """
   _check(module, size, train, held_out, context)
   test = _windows(train.tokens[-1], held_out.tokens, context)
@@ -158,16 +195,17 @@ def next_token(module: nn.Module, size: int, train: Text, held_out: Text, *, con
 
 
 def of_model(module: nn.Module) -> dict[str, Any]:
-  """Returns a model's sharding rules and pipeline schedule, as fields of a Task.
+  """Returns a model's sharding rules, dimensions and pipeline schedule, as fields of a Task.
 
   Args:
     module: the model.
   """
-  return {"rules": getattr(module, "rules", ()), "schedule": getattr(module, "schedule", None)}
+  found = {name: getattr(module, name, ()) for name in ("rules", "dimensions")}
+  return {**found, "schedule": getattr(module, "schedule", None)}
 
 
 class Objective(NamedTuple):
-  """The functions of a language model, as fields of a Task."""
+  """Contains the functions of a language model, as fields of a Task."""
 
   init: Callable[[Key], Params]
   loss: Callable[[Params, Batch, Key], Array]
@@ -177,18 +215,20 @@ class Objective(NamedTuple):
 def objective(
   module: nn.Module, size: int, context: int, mean_length: float, bits: Sequence[float] | None
 ) -> Objective:
-  """Returns the functions of the mean loss of predicting tokens, in nats; see `next_token`.
+  """Returns the functions that compute the mean loss per predicted token, in nats.
 
-  Batches have windows "x" [b, T + 1 or more], of which the first T + 1 tokens are used, and may
-  have "length" [b], the number of predicted tokens per window, by default T.
+  See `next_token`.
+
+  A batch contains windows "x" [b, T + 1 or more], of which the first T + 1 tokens are used. It may
+  also contain "length" [b], the number of predicted tokens per window, which is T by default.
 
   Args:
-    module: maps tokens int32 [b, T] to logits [b, T, size].
-    size: V, number of different tokens.
-    context: T.
+    module: a module that maps tokens int32 [b, T] to logits [b, T, size].
+    size: V, the number of different tokens.
+    context: T, the number of tokens that a window predicts.
     mean_length: the mean of "length" over all windows that have one.
-    bits: factors from nats per token to bits per byte, for windows without and with "length"; None
-      if unknown, which omits the metric "bits_per_byte".
+    bits: the factors that convert nats per token to bits per byte, for windows without and with
+      "length"; None if they are unknown, which omits the metric "bits_per_byte".
   """
 
   def init(key: Key) -> Params:
@@ -198,7 +238,7 @@ def objective(
     window = batch["x"][:, : context + 1].astype(jnp.int32)
     logits, sown = module.apply({"params": params}, window[:, :-1], mutable=["losses"])
     logits = jnp.asarray(logits, jnp.float32)
-    # not a gather: XLA's partitioner aborts on one if the mesh shards the vocabulary
+    # no gather: XLA's partitioner aborts on a gather if the mesh shards the vocabulary
     chosen = window[:, 1:, None] == jnp.arange(size, dtype=jnp.int32)[None, None]
     each = jax.nn.logsumexp(logits, -1) - jnp.sum(jnp.where(chosen, logits, 0.0), -1)
     if "length" in batch:
@@ -222,24 +262,24 @@ def objective(
 
 
 def evaluated_at_once(size: int, context: int) -> int:
-  """Returns the number of windows whose logits fit on a device.
+  """Returns the number of windows to evaluate at once, so that their logits fit on a device.
 
   Args:
-    size: the number of tokens of the vocabulary.
-    context: T, tokens per window.
+    size: V, the number of different tokens.
+    context: T, the number of tokens per window.
   """
   return max(1, min(TOKENS // context, LOGITS // (context * size)))
 
 
 def _ring(found: np.ndarray, context: int) -> Batch:
-  """Returns the training examples [N // T, 2T]: T tokens, and the T tokens after them."""
+  """Returns the training examples [N // T, 2T], each with T tokens and the T tokens after them."""
   count = len(found) // context
   first = found[: count * context].reshape(count, context)
   return {"x": np.hstack([first, np.roll(first, -1, 0)]), "y": _places(count)}
 
 
 def _windows(before: int, found: np.ndarray, context: int) -> Batch:
-  """Returns windows [ceil(M / T), T + 1] that predict M tokens, and each window's token count."""
+  """Returns windows [ceil(M / T), T + 1] that predict M tokens, and their token counts."""
   count = -(-len(found) // context)
   padded = np.zeros(count * context + 1, found.dtype)
   padded[0], padded[1 : len(found) + 1] = before, found
@@ -274,11 +314,11 @@ def check_model(module: nn.Module, size: int, context: int) -> None:
 
   Args:
     module: the model.
-    size: the number of tokens of the vocabulary.
-    context: T, tokens per window.
+    size: V, the number of different tokens.
+    context: T, the number of tokens per window.
 
   Raises:
-    ValueError: if the module returns another shape, which the message contains.
+    ValueError: if the module returns an array of another shape; the message contains the shape.
   """
   first = jnp.zeros((1, context), jnp.int32)
   found = jax.eval_shape(lambda key: module.init_with_output(key, first), jax.random.key(0))[0]

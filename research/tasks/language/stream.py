@@ -1,4 +1,4 @@
-"""Language modelling on a token file larger than memory, read on demand."""
+"""Trains language models on a token file that may be larger than memory, read on demand."""
 
 import functools
 import math
@@ -20,7 +20,7 @@ TOKENIZERS = ("bytes", "bpe")
 
 
 class Source(NamedTuple):
-  """Tokens on disk and their vocabulary."""
+  """Describes tokens on disk and their vocabulary."""
 
   tokens: TokenFile
   size: int  # V, number of different tokens
@@ -37,24 +37,27 @@ def stream(
   held_out: float = 0.1,
   evaluated: int = 2**17,
 ) -> Task:
-  """Language modelling on a file of any size; memory holds only the batches of two dispatches.
+  """Trains a language model on a file of any size.
 
-  The training and the held-out loss are measured on at most `evaluated` tokens each: a fixed set of
-  equally spaced windows of T tokens. "bits_per_byte" is unknown for a .npy file.
+  Memory contains only the batches of two dispatches.
+
+  The training loss and the held-out loss are each measured on at most `evaluated` tokens: a fixed
+  set of equally spaced windows of T tokens. "bits_per_byte" is unknown for a .npy file.
 
   Args:
-    path: the path of a text in UTF-8 or of a .npy file with tokens [N], integers of any type.
-    model: outputs -> module, called with the number of tokens V; the module maps tokens [b, T] to
-      logits [b, T, V].
-    tokenizer: tokenizer of a text: "bytes" (V = 256), which needs no other file, or "bpe", which is
-      trained on the beginning of the text and writes its tokens into the user's cache once.
-    vocabulary: V of a .npy file; for "bpe", as in `language.text`, where None means 4096.
-    context: T, maximum number of tokens that a prediction is made from.
-    held_out: share of the tokens, the last ones, that are held out, in (0, 1).
-    evaluated: maximum number of tokens per evaluation.
+    path: the path of a text in UTF-8, or of a .npy file with tokens [N], integers of any type.
+    model: a function that makes the module for V outputs, one per token of the vocabulary; the
+      module maps tokens [b, T] to logits [b, T, V].
+    tokenizer: the tokenizer of a text: "bytes" (V = 256), which reads the file directly, or "bpe",
+      which is trained on the beginning of the text and writes the encoded text into the user's
+      cache once.
+    vocabulary: V, for a .npy file; for "bpe", see `language.text`, where None means 4096.
+    context: T, the maximum number of tokens that a prediction is made from.
+    held_out: the fraction of the tokens that is held out, at the end of the file, in (0, 1).
+    evaluated: the maximum number of tokens per evaluation.
 
   Raises:
-    ValueError: if the file or an argument does not fit, or a token in it is not below V.
+    ValueError: if the file or an argument is invalid, or a token in the file is not below V.
   """
   checks.positive_integer("context", context)
   checks.in_range("held_out", held_out, "(0, 1)")
@@ -98,25 +101,25 @@ def _task(module: nn.Module, source: Source, end: int, context: int, most: int) 
 def reader(
   tokens: TokenFile | np.ndarray, end: int, context: int
 ) -> Callable[[int, int, int], np.ndarray]:
-  """Returns `read(seed, first, count)`: windows first, ..., first + count - 1 of an endless order.
+  """Returns the function that reads windows first, ..., first + count - 1 of an endless order.
 
-  `read` is a pure function of constant cost at any position: resuming needs no stored state and no
-  rereading, and each process reads only its own windows. As in `language.next_token`, the first N -
-  N mod T tokens form a ring, and the windows of an epoch tile the ring: N // T windows of T + 1
-  tokens that predict every token once, in an order and at an offset that depend on the epoch.
-  Epochs follow one another without a gap.
+  The function `read(seed, first, count)` is pure, and its cost is the same at any position. A
+  resumed run therefore needs no stored state and rereads nothing, and each process reads only its
+  own windows. As in `language.next_token`, the first N - N mod T tokens form a ring, and the
+  windows of an epoch tile the ring: N // T windows of T + 1 tokens predict every token once, in an
+  order and at an offset that depend on the epoch. Epochs follow one another without a gap.
 
   Args:
-    tokens: integers, sliced on demand.
-    end: N, number of tokens to use; N >= context.
-    context: T, tokens that a window predicts.
+    tokens: the tokens, integers that are sliced on demand.
+    end: N, the number of tokens to use; N >= context.
+    context: T, the number of tokens that a window predicts.
 
   Returns:
-    The function, which returns [count, T + 1] in the dtype of the tokens.
+    The function `read`, which returns windows [count, T + 1] in the dtype of the tokens.
 
   Raises:
     ValueError: if there are more than 2^32 windows, or the package grain, which shuffles them, is
-      missing.
+      not installed.
   """
   try:
     from grain.experimental import index_shuffle
@@ -179,7 +182,7 @@ def _windows(tokens: TokenFile, first: int, last: int, context: int, most: int) 
 
 
 def _bits(part: Batch, lengths: np.ndarray) -> float:
-  """Returns the factor from nats per token to bits per byte, for the tokens of the windows."""
+  """Returns the factor that converts nats per token to bits per byte, for the windows' tokens."""
   predicted = np.arange(part["x"].shape[1] - 1) < part["length"][:, None]
   return 1 / float(np.mean(lengths[part["x"][:, 1:][predicted]])) / math.log(2)
 

@@ -1,4 +1,4 @@
-"""Token files, read on demand and encoded once from texts larger than memory."""
+"""Reads token files on demand, and encodes texts larger than memory into such files once."""
 
 import hashlib
 import importlib.metadata
@@ -30,16 +30,16 @@ _BLOCK = 1 << 22  # characters that are encoded at once
 
 
 class TokenFile:
-  """The tokens [N] of a file. Slices are read on demand; nothing is cached."""
+  """Gives access to the tokens [N] of a file. Slices are read on demand; nothing is cached."""
 
   def __init__(self, path: str | Path):
-    """Opens a .npy file of integers in [0, 2^31), or a text in UTF-8, whose bytes are tokens.
+    """Opens a .npy file of integers in [0, 2^31), or a UTF-8 text whose bytes are the tokens.
 
-    Slices have the file's dtype if it is uint8, uint16, uint32 or int32, else int32. Of a text, up
-    to 4 MiB at equal distances are checked to be UTF-8.
+    Slices have the file's dtype if this is uint8, uint16, uint32 or int32; otherwise int32. At most
+    4 MiB of a text, in equally spaced blocks, are checked to be UTF-8.
 
     Raises:
-      ValueError: if the file is neither.
+      ValueError: if the file is neither a .npy file of such integers nor a text.
     """
     path = paths.local(path)
     if not path.is_file() or not path.stat().st_size:
@@ -71,7 +71,7 @@ class TokenFile:
 
 
 def _contents(path: Path) -> tuple[np.dtype, int, int]:
-  """Returns the dtype of the tokens, the byte offset of the first token, and their number."""
+  """Returns the tokens' dtype, the byte offset of the first token, and the number of tokens."""
   if path.suffix != ".npy":
     try:
       texts.check(path, CHECKED)
@@ -91,26 +91,27 @@ def _contents(path: Path) -> tuple[np.dtype, int, int]:
 
 
 class Encoded(NamedTuple):
-  """A text encoded as tokens."""
+  """Describes a text that is encoded as tokens."""
 
   path: Path  # path of the .npy file
   tokenizer: tokens.Tokenizer
 
 
 def encoded(path: str | Path, vocabulary: int, share: float) -> Encoded:
-  """Encodes a text by BPE once; the result is kept in the user's cache.
+  """Encodes a text by BPE and keeps the tokens in the user's cache.
 
   The cache is keyed by the text's path, size and modification time. Memory use does not grow with
   the text.
 
   Args:
     path: the path of a plain text in UTF-8.
-    vocabulary: see `tokens.bpe`.
-    share: the share of the text's bytes, in (0, 1], to train the BPE on; at most the first 32 MB
+    vocabulary: the number of tokens; see `tokens.bpe`.
+    share: the fraction of the text's bytes to train the BPE on, in (0, 1]; at most the first 32 MiB
       are used.
 
   Raises:
-    ValueError: if the text does not exist, is compressed or is not UTF-8; see also `tokens.bpe`.
+    ValueError: if the text does not exist, is compressed or is not UTF-8, or `tokens.bpe` raises
+      it.
   """
   TokenFile(path)  # checks the file
   path = paths.local(path).resolve()
@@ -135,7 +136,7 @@ def _head(path: Path, size: int) -> str:
 
 
 def _holds_tokens(path: Path, coder: tokens.Tokenizer) -> bool:
-  """Returns whether a cached file exists, with its full length and the tokenizer's dtype."""
+  """Returns whether a cached file exists and has its full length and the tokenizer's dtype."""
   try:
     dtype, start, count = _contents(path)
   except (OSError, ValueError):

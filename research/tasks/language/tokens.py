@@ -1,4 +1,4 @@
-"""Tokenizers: map a text to integers in [0, size), and back."""
+"""Defines tokenizers, which map a text to integers in [0, size), and back."""
 
 import hashlib
 import importlib.util
@@ -9,12 +9,12 @@ import numpy as np
 
 from research.tasks import files
 
-MOST = 1 << 20  # maximum size of a BPE
+MOST = 1 << 20  # maximum vocabulary size of a BPE
 _PIECE = 1 << 16  # characters that are passed to the library at once
 
 
 class Tokenizer(NamedTuple):
-  """A reversible map between texts and tokens."""
+  """Maps texts to tokens and back."""
 
   size: int  # V, number of tokens
   encode: Callable[[str], np.ndarray]  # [N], in the smallest of uint8, uint16 and int32
@@ -23,7 +23,7 @@ class Tokenizer(NamedTuple):
 
 
 def characters(text: str) -> Tokenizer:
-  """Returns a tokenizer with one token for each different character of `text`, by code point.
+  """Returns a tokenizer with one token per different character of `text`, in code point order.
 
   Args:
     text: the text.
@@ -45,25 +45,26 @@ def characters(text: str) -> Tokenizer:
 
 
 def utf8() -> Tokenizer:
-  """Returns the tokenizer of UTF-8 bytes; decoding replaces incomplete characters by U+FFFD."""
+  """Returns the tokenizer of UTF-8 bytes; decoding replaces incomplete characters with U+FFFD."""
   encode = lambda text: np.frombuffer(text.encode(), np.uint8)
   decode = lambda tokens: np.asarray(tokens, np.uint8).tobytes().decode(errors="replace")
   return Tokenizer(256, encode, decode, np.ones(256, int))
 
 
 def bpe(text: str, vocabulary: int) -> Tokenizer:
-  """Trains a byte-pair encoding on `text`, which can encode any text, since all bytes are tokens.
+  """Trains a byte-pair encoding on `text`.
 
-  The most frequent pair of adjacent tokens becomes a new token, until there are `vocabulary` tokens
-  or no pair is left; `size` is the resulting number of tokens. The result depends only on the text
-  and the library's version, and is kept in the user's cache, keyed by both.
+  The tokenizer can encode any text, since every byte is a token. Training repeatedly makes the most
+  frequent pair of adjacent tokens a new token, until there are `vocabulary` tokens or no pair is
+  left; `size` is the resulting number of tokens. The result depends only on the text and the
+  library's version. It is kept in the user's cache, keyed by both.
 
   Args:
     text: the text to train on.
-    vocabulary: number of tokens to create, in [256, 2^20].
+    vocabulary: the number of tokens to create, in [256, 2^20].
 
   Raises:
-    ValueError: if the vocabulary is out of range, or the library is missing.
+    ValueError: if the vocabulary is out of range, or the library is not installed.
 
   Reference: Sennrich, Haddow and Birch, 2015, arXiv:1508.07909; over bytes as in Radford et al.,
     2019, Language models are unsupervised multitask learners. Training uses the `tokenizers`
@@ -93,10 +94,10 @@ def bpe(text: str, vocabulary: int) -> Tokenizer:
 
 
 def smallest(size: int) -> type[np.integer]:
-  """Returns the smallest dtype for the tokens of a vocabulary.
+  """Returns the smallest dtype that can represent the tokens of a vocabulary.
 
   Args:
-    size: the number of tokens.
+    size: the number of different tokens.
   """
   return np.uint8 if size <= 1 << 8 else np.uint16 if size <= 1 << 16 else np.int32
 

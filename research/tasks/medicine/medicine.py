@@ -1,4 +1,4 @@
-"""Medical records from scikit-learn, split over hospitals with different patients."""
+"""Builds tasks from medical records of scikit-learn, for hospitals with different patients."""
 
 from collections.abc import Callable
 from typing import Any
@@ -31,21 +31,21 @@ def breast_cancer(
   Measurements are standardized by their mean and deviation over the training patients. The metrics
   are "loss", "accuracy", and "auc", the probability that a malignant case has the higher score.
 
-  A partition turns workers into hospitals: `--partition="dirichlet(0.3)"`, `sorted()` or
-  `shards(2)`. The partition uses the labels that `shift` selects.
+  With a partition such as `--partition="dirichlet(0.3)"`, `sorted()` or `shards(2)`, each worker is
+  a hospital. The partition uses the labels that `shift` selects.
 
   Args:
     shift: how hospitals differ: "label" for the diagnosis, or "features" for the decile of the
       first principal component, which roughly measures the size of the nuclei.
-    l2: weight of l2/2 ||params||^2.
-    hospitals: with `only`, the number of parts into which training patients are cut, sorted by
-      `shift`.
-    only: the number of a hospital, from 1, that trains alone; 0 means all.
-    split: the `random_state` of the split into training and test, >= 0.
-    model: outputs -> module, called with 1.
+    l2: the weight of the penalty l2/2 ||params||^2.
+    hospitals: with `only`, the number of hospitals into which the training patients, sorted by
+      `shift`, are divided.
+    only: the number of the hospital that trains alone, from 1; 0 means that all train.
+    split: the `random_state` of the split into training and test patients, >= 0.
+    model: a function that makes the module for one output.
 
   Raises:
-    ValueError: if shift is unknown, l2 or split is negative, or there is no such hospital.
+    ValueError: if shift is unknown, l2 or split is negative, or the hospital does not exist.
 
   Reference: Street, Wolberg, Mangasarian, 1993, Nuclear feature extraction for breast tumor
     diagnosis; UCI, as scikit-learn ships it.
@@ -74,20 +74,20 @@ def diabetes(
   """Predicts the progression of diabetes within a year, from 10 measurements.
 
   There are 309 training and 133 test patients. Measurements and progression are standardized by
-  their mean and deviation over the training patients. The loss is half the squared error; "rmse" is
-  in the unit of the progression, which ranges from 25 to 346.
+  their mean and deviation over the training patients. The loss is half the squared error; the
+  metric "rmse" is in the unit of the progression, which ranges from 25 to 346.
 
   Args:
     shift: how hospitals differ: "label" for the quintile of the progression, or "features" for the
       decile of the first principal component.
-    l2: see `breast_cancer`.
-    hospitals: see `breast_cancer`.
-    only: see `breast_cancer`.
-    split: see `breast_cancer`; not stratified.
-    model: outputs -> module, called with 1.
+    l2: the weight of the penalty l2/2 ||params||^2.
+    hospitals: with `only`, the number of hospitals; see `breast_cancer`.
+    only: the number of the hospital that trains alone, from 1; 0 means that all train.
+    split: the `random_state` of the split, >= 0; the split is not stratified.
+    model: a function that makes the module for one output.
 
   Raises:
-    ValueError: see `breast_cancer`.
+    ValueError: if shift is unknown, l2 or split is negative, or the hospital does not exist.
 
   Reference: Efron, Hastie, Johnstone, Tibshirani, 2004, Least angle regression; as scikit-learn
     ships it.
@@ -110,12 +110,12 @@ def diabetes(
 def auc(scores: Array, positive: Array) -> Array:
   """Computes the area under the ROC curve.
 
-  The area is the probability that a positive example scores higher than a negative one. Ties count
-  as 1/2.
+  The area is the probability that a positive example has a higher score than a negative one, where
+  ties count as 1/2.
 
   Args:
-    scores: [n].
-    positive: [n], 1 or 0, each at least once.
+    scores: the scores [n].
+    positive: the labels [n], 1 for positive and 0 for negative examples; both must occur.
 
   Reference: Mann, Whitney, 1947; Hanley, McNeil, 1982.
   """
@@ -150,13 +150,13 @@ def _predictions(module: nn.Module, x: np.ndarray) -> Callable[[Params], Array]:
 
 
 def _quantiles(values: np.ndarray, count: int) -> np.ndarray:
-  """Assigns each value to one of `count` equal quantile groups, int32."""
+  """Returns the quantile group of each value, int32, for `count` groups of equal size."""
   ranks = np.argsort(np.argsort(values, kind="stable"), kind="stable")
   return (ranks * count // len(values)).astype(np.int32)
 
 
 def _of_hospital(task: Task, shift: str, labels: np.ndarray, hospitals: int, only: int) -> Task:
-  """Makes partitions follow `shift`, or restricts the task to one hospital."""
+  """Makes partitions use the labels of `shift`, or restricts the task to one hospital."""
   if shift not in SHIFTS:
     raise ValueError(f"shift={shift!r} is none of {', '.join(SHIFTS)}")
   by = labels

@@ -11,12 +11,12 @@ from research.core.task import Batch
 
 ELEMENTS = ("C", "N", "O", "F", "P", "S", "Cl", "Br", "I", "Si", "B", "Se", "As", "Na", "H")
 BONDS = ("SINGLE", "DOUBLE", "TRIPLE", "AROMATIC")
-RINGS = (3, 4, 5, 6, 7)  # sizes of rings
+RINGS = (3, 4, 5, 6, 7)  # numbers of atoms in a ring
 COUNTS = 255  # the largest uint8
 
 
 def parsed(smiles: Sequence[str]) -> list[Any]:
-  """Parses SMILES; returns None for a SMILES that does not parse or has no atoms.
+  """Parses SMILES into RDKit molecules; the result is None if a SMILES is invalid or has no atoms.
 
   Args:
     smiles: the SMILES strings.
@@ -34,12 +34,12 @@ def parsed(smiles: Sequence[str]) -> list[Any]:
 
 
 def fingerprints(molecules: Sequence[Any], radius: int, bits: int) -> np.ndarray:
-  """Returns Morgan fingerprints, uint8 [N, bits]: counts of the hashed neighbourhoods of atoms.
+  """Computes Morgan fingerprints, uint8 [N, bits]: counts of hashed neighbourhoods of atoms.
 
   Args:
-    molecules: molecules of RDKit.
-    radius: the radius of a neighbourhood, in bonds.
-    bits: number of hashes.
+    molecules: the molecules, as RDKit objects.
+    radius: the radius of the neighbourhoods, in bonds.
+    bits: the number of different hashes.
 
   Reference: Rogers, Hahn, 2010, Extended-connectivity fingerprints, J. Chem. Inf. Model. 50.
   """
@@ -53,12 +53,13 @@ def fingerprints(molecules: Sequence[Any], radius: int, bits: int) -> np.ndarray
 
 
 def scaffolds(molecules: Sequence[Any]) -> list[str]:
-  """Returns each molecule's Bemis-Murcko scaffold as SMILES: the rings and the links between them.
+  """Returns the Bemis-Murcko scaffold of each molecule as SMILES.
 
-  Molecules without rings share the empty scaffold.
+  The scaffold consists of the rings and the links between them. Molecules without rings share the
+  empty scaffold.
 
   Args:
-    molecules: molecules of RDKit.
+    molecules: the molecules, as RDKit objects.
 
   Reference: Bemis, Murcko, 1996, The properties of known drugs: molecular frameworks, J. Med. Chem.
   """
@@ -68,17 +69,19 @@ def scaffolds(molecules: Sequence[Any]) -> list[str]:
 
 
 def graphs(molecules: Sequence[Any]) -> Batch:
-  """Returns the graphs of the heavy atoms, padded with zeros to the most atoms and bonds.
+  """Converts molecules to graphs of their heavy atoms.
+
+  The graphs are padded with zeros to the largest number of atoms per molecule and bonds per atom.
 
   Every real atom or bond has at least one bit set, so that padding needs no mask.
 
   Args:
-    molecules: molecules of RDKit.
+    molecules: the molecules, as RDKit objects.
 
   Returns:
-    "atoms" uint8 [N, A, 6]: the bits of each atom's features, packed as by `np.packbits`. "bonds"
-    uint8 [N, A, K, 2]: the packed bits of each atom's bonds. "neighbours" [N, A, K]: the index of
-    the atom at the other end of each bond.
+    "atoms" uint8 [N, A, 6], the features of each atom as bits, packed as by `np.packbits`; "bonds"
+    uint8 [N, A, K, 2], the features of each atom's bonds as packed bits; and "neighbours" [N, A,
+    K], the index of the atom at the other end of each bond.
   """
   most = max(molecule.GetNumAtoms() for molecule in molecules)
   degree = max(atom.GetDegree() for molecule in molecules for atom in molecule.GetAtoms())
@@ -101,7 +104,7 @@ def graphs(molecules: Sequence[Any]) -> Batch:
 
 
 def _of_atom(atom: Any) -> list[bool]:
-  """Returns the features of an atom: 46 bits."""
+  """Returns the features of an atom, 46 bits."""
   from rdkit.Chem import HybridizationType as Kind
 
   symbol, charge = atom.GetSymbol(), min(max(atom.GetFormalCharge(), -2), 2)
@@ -123,7 +126,7 @@ def _of_atom(atom: Any) -> list[bool]:
 
 
 def _of_bond(bond: Any) -> list[bool]:
-  """Returns the features of a bond: 9 bits."""
+  """Returns the features of a bond, 9 bits."""
   kind, stereo = str(bond.GetBondType()), str(bond.GetStereo())
   known = kind in BONDS
   return [

@@ -1,4 +1,4 @@
-"""Metrics of molecular properties: means over the targets, computed from the known labels."""
+"""Computes metrics of molecular properties from the known labels, averaged over the targets."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,13 +18,14 @@ CHUNK = 256  # number of molecules that are evaluated at once
 def measured(
   module: nn.Module, x: Any, y: np.ndarray, scale: Any
 ) -> Callable[[Params], dict[str, Array]]:
-  """Returns the function `measure` of a task, which computes the mean AUC or RMSE of the targets.
+  """Returns the function `measure` of a task: it computes the AUC or RMSE, averaged over targets.
 
   Args:
-    module: a network on fingerprints or graphs.
+    module: a network that takes fingerprints or graphs.
     x: the inputs [n, ...].
     y: the labels [n, T]; NaN marks a missing label.
-    scale: the mean and deviation of the labels, each [T], for standardization; None for classes.
+    scale: the mean and the deviation of the labels, each [T], for standardization; None for
+      classes.
 
   Raises:
     ValueError: if there are no labels, or no target has both classes.
@@ -57,11 +58,11 @@ def measured(
 
 
 def predictions(module: nn.Module, x: Any) -> Callable[[Params], Array]:
-  """Returns params -> outputs [n, T] of a module on inputs [n, ...], computed in chunks.
+  """Returns a function from params to a module's outputs [n, T], which are computed in chunks.
 
   Args:
-    module: a network on fingerprints or graphs.
-    x: the inputs.
+    module: a network that takes fingerprints or graphs.
+    x: the inputs [n, ...].
   """
   apply = network(module).apply
   count = len(jax.tree.leaves(x)[0])

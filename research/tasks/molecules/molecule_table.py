@@ -16,7 +16,7 @@ from research.tasks import texts
 
 
 class Table(NamedTuple):
-  """The rows of a table."""
+  """Contains the rows of a table."""
 
   lines: np.ndarray  # int [N], line numbers from 1
   smiles: list[str]

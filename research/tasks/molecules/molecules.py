@@ -28,7 +28,7 @@ SHOWN = 5  # number of unparsable SMILES that a warning shows
 
 
 class Published(NamedTuple):
-  """A published table."""
+  """Describes a published table."""
 
   file: str
   sha256: str  # digest of the decompressed bytes
@@ -56,7 +56,7 @@ PUBLISHED = {
 
 
 class Compounds(NamedTuple):
-  """The rows of a table whose SMILES parse."""
+  """Contains the rows of a table whose SMILES parse."""
 
   table: Table
   scaffolds: list[str]
@@ -94,24 +94,26 @@ def molecules(
   need labels use the index of the scaffold. SMILES that do not parse are left out and reported.
 
   Args:
-    name: "esol", the solubility of 1128 molecules; "tox21", 12 assays of 8006; "hiv", the activity
-      of 41127; or the path of a comma-separated table with a header, plain, .gz or .bz2.
-    targets: the label columns; empty means the columns of a published table.
-    smiles: the SMILES column; empty means "smiles".
+    name: "esol", the solubility of 1128 molecules; "tox21", 12 assays of 8006 molecules; "hiv", the
+      activity of 41127 molecules; or the path of a comma-separated table with a header, plain, .gz
+      or .bz2.
+    targets: the names of the label columns; empty means those of a published table.
+    smiles: the name of the SMILES column; empty means "smiles".
     part: the molecules to evaluate on, "test" or "validation"; choose hyper-parameters on the
-      latter.
+      validation molecules.
     laboratories: with `only`, the number of laboratories into which `by_scaffold` divides the
       training molecules.
     only: the number of the laboratory that trains alone, from 1; 0 means that all train.
     radius: the radius of the fingerprints in bonds, at least 0.
-    bits: length of the fingerprints.
-    l2: weight of l2/2 ||params||^2.
-    model: outputs -> module, called with the number of targets.
+    bits: the length of the fingerprints.
+    l2: the weight of the penalty l2/2 ||params||^2.
+    model: a function that makes the module for a given number of outputs, here the number of
+      targets.
 
   Raises:
     FileNotFoundError: if a published table is not found and cannot be downloaded.
-    ValueError: if RDKit is not installed; the file is not such a table or lacks a column; there is
-      no such part or laboratory; or a part has no molecules or no labels to measure.
+    ValueError: if RDKit is not installed; the file is not such a table or lacks a column; the part
+      or laboratory does not exist; or a part has no molecules or no labels to measure.
 
   Reference: Wu et al., 2018, MoleculeNet, arXiv:1703.00564; Delaney, 2004, ESOL, J. Chem. Inf.
     Comput. Sci. 44; the Tox21 challenge, 2014; the AIDS antiviral screen of the NCI.
@@ -153,18 +155,18 @@ def load(
   bits: int = 2048,
   data_dir: str = "",
 ) -> tuple[Compounds, dict[str, np.ndarray]]:
-  """Loads the molecules with their fingerprints, and the rows of each part of the scaffold split.
+  """Loads the molecules with their fingerprints, and the row numbers of each part of the split.
 
   Args:
-    name: see `molecules`, also for the other arguments.
-    targets: the label columns.
-    smiles: the SMILES column.
+    name: the name or path of the table; see `molecules`.
+    targets: the names of the label columns; see `molecules`.
+    smiles: the name of the SMILES column.
     radius: the radius of the fingerprints.
-    bits: length of the fingerprints.
+    bits: the length of the fingerprints.
     data_dir: the folder to search first; see `files.find`.
 
   Raises:
-    FileNotFoundError, ValueError: see `molecules`.
+    FileNotFoundError, ValueError: if the table is not found or is invalid; see `molecules`.
   """
   path, columns, labels = _source(name, targets, smiles, data_dir)
   found = _compounds(path, path.stat().st_mtime_ns, columns, labels, (radius, bits))
@@ -174,7 +176,7 @@ def load(
 def _source(
   name: str, targets: Sequence[str], smiles: str, data_dir: str
 ) -> tuple[Path, str, tuple[str, ...]]:
-  """Returns the table's path, its SMILES column, and its label columns."""
+  """Returns the table's path and the names of its SMILES column and its label columns."""
   if isinstance(targets, str):
     raise ValueError(f"targets={targets!r} is not a list of columns: write targets=[{targets!r}]")
   if known := PUBLISHED.get(name):
@@ -190,7 +192,7 @@ def _source(
 def _compounds(
   path: Path, changed: int, smiles: str, targets: tuple[str, ...], features: Any
 ) -> Compounds:
-  """Reads and parses a table; the cache also depends on `changed`, the file's modification time."""
+  """Reads and parses a table; the cache key includes `changed`, the modification time."""
   del changed
   table = molecule_table.read(path, smiles, targets)
   parsed = chemistry.parsed(table.smiles)
@@ -212,7 +214,7 @@ def _compounds(
 
 
 def _scale(path: Path, names: Sequence[str], y: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-  """Returns the mean and deviation of each target, [T]; None if all labels are 0 or 1."""
+  """Returns each target's mean and deviation, both [T]; None if all labels are 0 or 1."""
   known = ~np.isnan(y)
   for name, count in zip(names, known.sum(axis=0).tolist(), strict=True):
     if not count:
@@ -224,7 +226,7 @@ def _scale(path: Path, names: Sequence[str], y: np.ndarray) -> tuple[np.ndarray,
 
 
 def _examples(x: Any, y: np.ndarray, rows: np.ndarray, scale: Any) -> Batch:
-  """Returns the examples of some rows; "weight" [n, T], summed over targets, has mean 1."""
+  """Returns the examples of the given rows; "weight" [n, T], summed over targets, has mean 1."""
   y, known = y[rows], ~np.isnan(y[rows])
   center, spread = scale or (0, 1)
   weight = known / max(1, known.sum()) * len(rows)

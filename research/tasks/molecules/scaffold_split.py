@@ -9,16 +9,16 @@ SHARES = (0.8, 0.9)  # cumulative shares of molecules: the ends of training and 
 
 
 def scaffold_split(scaffolds: Sequence[str]) -> dict[str, np.ndarray]:
-  """Fills training, validation and test with whole scaffolds, the most frequent ones first.
+  """Assigns scaffolds to training, validation and test, in this order, the most frequent first.
 
-  The rare scaffolds are therefore in validation and test. Equally frequent scaffolds are ordered by
-  first occurrence, the latest first.
+  The rare scaffolds are therefore in the validation and test parts. Equally frequent scaffolds are
+  ordered by first occurrence, the latest first.
 
   Args:
     scaffolds: the scaffold of each molecule.
 
   Returns:
-    The row numbers of each of PARTS, sorted.
+    The sorted row numbers of each of PARTS.
 
   Reference: Wu et al., 2018, MoleculeNet, arXiv:1703.00564, section 3.2; the order of DeepChem's
     ScaffoldSplitter.

@@ -1,7 +1,7 @@
-"""Matrix factorization with exact solves: alternating least squares, and private user factors.
+"""Factorizes matrices with exact solves: alternating least squares, and private user factors.
 
-For an entity e, a user or an item, z_e = (p_e, b_e) are the factors and the bias. Given the factors
-and biases of the other side, z_e solves a small ridge regression on e's own ratings:
+An entity e is a user or an item; z_e = (p_e, b_e) contains its factors and its bias. Given the
+factors and biases of the other side, z_e solves a small ridge regression on the ratings of e:
 
     min over z of sum_j (r_ej - mean - b_j - z'(p_j, 1))^2 + l2 n_e |z|^2
 """
@@ -21,7 +21,7 @@ from research.tasks.recommend.recommend import check, measured
 
 
 class Rows(NamedTuple):
-  """The ratings of each of E entities, padded to the largest number of ratings."""
+  """Contains the ratings of each of E entities, padded to the largest number of ratings."""
 
   other: np.ndarray  # int32 [E, M], the other entity of each rating
   stars: np.ndarray  # float32 [E, M], ratings minus their mean; 0 as padding
@@ -31,27 +31,27 @@ class Rows(NamedTuple):
 def movielens_als(
   split: str = "u1", factors: int = 10, l2: float = 0.12, *, data_dir: str = ""
 ) -> Task:
-  """Matrix factorization by alternating least squares, with `data_parallel(sgd(1.0), mean())`.
+  """Factorizes the ratings by alternating least squares, with `data_parallel(sgd(1.0), mean())`.
 
   This fixed-point task (see `Task.grads`) uses all examples at once: `--batch_size=all`. The
-  parameters are {"entities": [U + I, factors + 1], "turn"}; examples are users and items, each with
-  its ratings. A step moves one side, users at turn 0 and items at turn 1, to its solution, and
-  passes the turn to the other side. Each worker solves for its own entities exactly. Two steps are
-  a sweep. The metrics are those of `recommend.movielens`. The metric "residual" includes the turn,
-  which always changes, and therefore stays above 1.
+  parameters are {"entities": [U + I, factors + 1], "turn"}; an example is a user or an item with
+  its ratings. A step moves one side to its solution, the users at turn 0 and the items at turn 1,
+  and passes the turn to the other side. Each worker solves exactly for its own entities. Two steps
+  make a sweep. The metrics are those of `recommend.movielens`. The metric "residual" stays above 1,
+  because it includes the turn, which changes in every step.
 
   Args:
-    split: see `movielens.load`.
-    factors: at least 1.
-    l2: ridge penalty per rating of an entity, > 0.
-    data_dir: the folder to search first, see `files.find`.
+    split: the name of the split; see `movielens.load`.
+    factors: the number of factors, at least 1.
+    l2: the ridge penalty per rating of an entity, > 0.
+    data_dir: the folder to search first; see `files.find`.
 
   Raises:
     FileNotFoundError: if a file is not found.
     ValueError: if the split is unknown, or a number is out of range.
 
   Reference: Zhou, Wilkinson, Schreiber, Pan, 2008, Large-scale parallel collaborative filtering for
-    the Netflix prize (ALS with weighted regularization), here with biases among the unknowns.
+    the Netflix prize (ALS with weighted regularization); here, the unknowns include biases.
   """
   _check(factors, l2)
   train, test = data.load(split, data_dir)
@@ -116,29 +116,30 @@ def movielens_federated(
   *,
   data_dir: str = "",
 ) -> Task:
-  """Matrix factorization in which user factors never leave the users.
+  """Factorizes the ratings such that user factors never leave the users.
 
-  An example is one user with all of the user's ratings. The parameters, and hence the messages, are
-  only those of the items, {"item": [I, factors], "item_bias": [I]}. To evaluate a loss, each user
-  first solves for its own factors and bias as above, given the current parameters of the items. The
+  An example is one user with all ratings of this user. The parameters, and hence the messages, are
+  only those of the items, {"item": [I, factors], "item_bias": [I]}. To evaluate the loss, each user
+  first solves for its own factors and bias as above, given the current item parameters. The
   objective is that of `recommend.movielens`, a mean over ratings, evaluated with these user
-  factors. Its gradient treats the user factors as constants, which is exact if their ridge penalty
-  is part of the objective. With --population=943 every client of a federated method is one user.
-  The metrics are those of `recommend.movielens`; computing them also solves for the users.
+  factors. The gradient of the objective treats the user factors as constants, which is exact if the
+  objective includes their ridge penalty. With --population=943, every client of a federated method
+  is one user. The metrics are those of `recommend.movielens`; to compute them, all users solve for
+  their factors, too.
 
   Args:
-    split: see `movielens.load`.
-    factors: at least 1.
-    l2: weight of the items' penalty, as in `recommend.movielens`.
-    own_l2: ridge penalty per rating of a user, > 0.
-    data_dir: the folder to search first, see `files.find`.
+    split: the name of the split; see `movielens.load`.
+    factors: the number of factors, at least 1.
+    l2: the weight of the items' penalty, as in `recommend.movielens`.
+    own_l2: the ridge penalty per rating of a user, > 0.
+    data_dir: the folder to search first; see `files.find`.
 
   Raises:
     FileNotFoundError: if a file is not found.
     ValueError: if the split is unknown, or a number is out of range.
 
   Reference: Singhal, Sidahmed, Garrett, Wu, Rush, Prakash, 2021, Federated reconstruction:
-    partially local federated learning, arXiv 2102.03448; with an exact reconstruction.
+    partially local federated learning, arXiv 2102.03448; here, the reconstruction is exact.
   """
   _check(factors, own_l2)
   check(factors, l2)
@@ -185,13 +186,13 @@ def movielens_federated(
 
 
 def rows_of(entity: np.ndarray, other: np.ndarray, stars: np.ndarray, entities: int) -> Rows:
-  """Groups ratings [N] by entity, keeping their order.
+  """Groups ratings by entity, in their original order.
 
   Args:
-    entity: [N], which entity each rating belongs to.
-    other: [N], the other entity of each rating.
-    stars: [N].
-    entities: E.
+    entity: the entity of each rating, [N].
+    other: the other entity of each rating, [N].
+    stars: the ratings minus their mean, [N].
+    entities: E, the number of entities.
   """
   count = np.bincount(entity, minlength=entities)
   order = np.argsort(entity, kind="stable")
@@ -206,7 +207,7 @@ def rows_of(entity: np.ndarray, other: np.ndarray, stars: np.ndarray, entities: 
 def _solve(
   z: Array, other: Array, stars: Array, count: Array, own: Array, l2: float
 ) -> tuple[Array, Array]:
-  """Returns one entity's solution, and the summed squared errors of the current values `own`."""
+  """Returns an entity's solution, and the sum of squared errors with its current values `own`."""
   there = (jnp.arange(len(other)) < count).astype(z.dtype)
   x = jnp.concatenate([z[other, :-1], jnp.ones((len(other), 1), z.dtype)], 1) * there[:, None]
   target = (stars.astype(z.dtype) - z[other, -1]) * there
@@ -216,18 +217,18 @@ def _solve(
 
 
 def eliminated(a: Array, b: Array) -> Array:
-  """Solves a x = b by Gauss-Jordan elimination.
+  """Solves a x = b by Gauss-Jordan elimination, without LAPACK.
 
-  Symmetric positive definite matrices need no pivoting. LAPACK's batched calls, as jaxlib 0.10
-  makes them, wait for threads of the pool that they run in: if every thread of the pool makes such
-  a call at the same time, none returns.
+  Symmetric positive definite matrices need no pivoting. In jaxlib 0.10, a batched LAPACK call waits
+  for threads of the pool in which it runs: if every thread of the pool makes such a call at the
+  same time, none of the calls returns.
 
   Args:
-    a: [n, n], symmetric positive definite.
-    b: [n].
+    a: the matrix [n, n], symmetric and positive definite.
+    b: the right-hand side [n].
 
   Returns:
-    x, [n].
+    The solution x [n].
   """
 
   def one(j: Array, rows: Array) -> Array:

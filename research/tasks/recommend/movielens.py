@@ -1,4 +1,4 @@
-"""MovieLens 100K: 943 users' ratings of 1682 films, and the features of both."""
+"""Loads MovieLens 100K: 943 users' ratings of 1682 films, and features of users and films."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -19,14 +19,14 @@ SHA256 = {
 }
 FOLDS = ("u1", "u2", "u3")
 COLD = ("cold_items", "cold_users")
-LEAST, MOST = 1.0, 5.0  # stars of a rating
+LEAST, MOST = 1.0, 5.0  # the fewest and the most stars of a rating
 ITEMS = 10**7  # maximum number of items
 PAIRS = 2**31  # maximum number of user-item pairs: the metrics use a byte or more for each
-_COLD_SHARE = 10  # one item or user in this many is cold
+_COLD_SHARE = 10  # one of this many items or users is cold
 
 
 class Ratings(NamedTuple):
-  """Ratings of items by users."""
+  """Contains ratings of items by users."""
 
   user: np.ndarray  # int32 [N], from 0
   item: np.ndarray  # int32 [N], from 0
@@ -37,30 +37,31 @@ class Ratings(NamedTuple):
 
 
 class Features(NamedTuple):
-  """The feature numbers of each user and each item.
+  """Contains the feature numbers of each user and each item.
 
-  Rows are padded to one length with the number `size`, which is not a feature.
+  All rows of an array have the same length; they are padded with `size`, which is no feature
+  number.
   """
 
   users: np.ndarray  # int32 [U, 3]: age group, gender, occupation
   items: np.ndarray  # int32 [I, G]: genres
-  size: int  # number of features of both, numbered together
+  size: int  # number of user and item features, which share one numbering
 
 
 def load(split: str, data_dir: str = "") -> tuple[Ratings, Ratings]:
   """Loads the training and the test ratings.
 
   Args:
-    split: "u1", "u2" or "u3" for an official fold, which tests on the fold's test file and trains
-      on all other ratings; "cold_items" or "cold_users" to test on all ratings of a fixed random
-      tenth of the items or users; or the path of a table like u.data, of which a tenth of the
-      ratings is held out. A line of such a table has a user, an item, stars from 1 to 5 and,
-      optionally, a time. Users are numbered from 1 without gaps.
-    data_dir: the folder to search first, see `files.find`.
+    split: "u1", "u2" or "u3" to test on the test file of an official fold and train on all other
+      ratings; "cold_items" or "cold_users" to test on all ratings of a fixed random tenth of the
+      items or users; or the path of a table like u.data, of which a tenth of the ratings is held
+      out. A line of such a table contains a user, an item, stars from 1 to 5 and, optionally, a
+      time. Users are numbered from 1 without gaps.
+    data_dir: the folder to search first; see `files.find`.
 
   Raises:
     FileNotFoundError: if a file is not found; the archive must be unpacked by hand.
-    ValueError: if there is no such split, a file is not the published one, or a line is not a
+    ValueError: if the split does not exist, a file is not the published one, or a line is not a
       rating.
 
   Reference: Harper, Konstan, 2015, The MovieLens datasets, ACM TiiS 5; GroupLens does not allow
@@ -80,19 +81,19 @@ def load(split: str, data_dir: str = "") -> tuple[Ratings, Ratings]:
 
 
 def last(*parts: Ratings) -> tuple[int, int]:
-  """Returns the largest user number and the largest item number."""
+  """Returns the largest user number and the largest item number that occur in the ratings."""
   largest = lambda name: max(int(getattr(part, name).max()) for part in parts)
   return largest("user"), largest("item")
 
 
 def features(data_dir: str = "") -> Features:
-  """Loads the users' age group (of ten years), gender and occupation, and the items' genres.
+  """Loads the users' age groups (of ten years), genders and occupations, and the items' genres.
 
   Args:
-    data_dir: folder of the files; "" for the default places.
+    data_dir: the folder of the files; "" means the default folders.
 
   Raises:
-    FileNotFoundError, ValueError: see `load`.
+    FileNotFoundError, ValueError: if a file is not found or is not the published one; see `load`.
   """
   path = lambda name: files.find(f"ml-100k/{name}", data_dir, URL, SHA256[name])
   people = [row.split("|") for row in path("u.user").read_text().splitlines() if row]
@@ -125,7 +126,7 @@ def _read(name: str, data_dir: str) -> Ratings:
 
 
 def _table(path: Path) -> np.ndarray:
-  """Reads float64 [N, 3]: the users, items and stars of a file, numbered from 1."""
+  """Reads the users, items and stars of a file, float64 [N, 3], with numbers from 1."""
   seen: set[tuple[int, int]] = set()
 
   def rating(fields: list[str]) -> tuple[int, int, float]:
@@ -161,6 +162,6 @@ def _table(path: Path) -> np.ndarray:
 
 
 def _of_rows(rows: np.ndarray) -> Ratings:
-  """Converts rows (user, item, stars, ...), numbered from 1, to ratings."""
+  """Converts rows (user, item, stars, ...), with numbers from 1, to ratings."""
   user, item = rows[:, :2].astype(np.int32).T - 1
   return Ratings(user, item, rows[:, 2].astype(np.float32))

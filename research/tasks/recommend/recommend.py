@@ -1,4 +1,4 @@
-"""Film recommendation by matrix factorization and factorization machines, with any method."""
+"""Recommends films by matrix factorization or factorization machines, with any method."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from research.tasks.recommend import movielens as data
 from research.tasks.recommend.movielens import LEAST, MOST, Ratings
 
 CUT = 10  # cutoff of NDCG@10 and recall@10
-LIKED = 4.0  # minimum stars of a relevant film
+LIKED = 4.0  # minimum number of stars of a relevant film
 ROWS = 64  # table sizes are rounded up to a multiple of this, so that any mesh can shard them
 KINDS = ("factors", "features", "both")
 
@@ -27,38 +27,39 @@ def movielens(
   *,
   data_dir: str = "",
 ) -> Task:
-  """Predicts ratings from factors of users and items, from their features, or from both.
+  """Predicts ratings from factors of users and items, from features, or from both.
 
       r_hat = mean + b_u + b_i + p_u'q_i                                            ("factors")
       r_hat = mean + sum_f c_f + sum over pairs f < g of v_f'v_g                    ("features")
 
-  The indices f and g run over the features of the user and of the item: the model is a
-  factorization machine. "both" adds the user and the item themselves, each with its own table.
-  Features help with the cold start, because users and items without ratings still have features.
-  The objective is the mean over ratings of half the squared error plus l2/2 times the sum of
-  squares of all parameters that the prediction uses.
+  The indices f and g run over the features of the user and the features of the item: the second
+  model is a factorization machine. "both" treats the user and the item as two more features, each
+  with its own table. Features help with the cold start, because users and items without ratings
+  still have features. The objective is the mean over ratings of half the squared error plus l2/2
+  times the sum of squares of all parameters that the prediction of the rating uses.
 
   Tables are sharded by rows along the mesh axis `model`, and a lookup moves only the requested
   rows:
 
       --executor=spmd --mesh="data:4,model:2"
 
-  The metrics are "rmse" of predictions clipped to the range of stars, and "ndcg@10" and "recall@10"
-  of the films that a user did not rate in training, ranked by prediction. Test films with four
-  stars or more count as relevant. The last two metrics are means over the users that have a
-  relevant film. For "cold_items", only the cold films are ranked.
+  The metrics are "rmse", "ndcg@10" and "recall@10". For "rmse", predictions are clipped to the
+  range of stars. For the other two, the films that a user did not rate in training are ranked by
+  their predicted ratings, and test films with four stars or more are relevant. These two metrics
+  are means over the users that have a relevant film. For "cold_items", only the cold films are
+  ranked.
 
   Args:
-    split: "u1", "u2", "u3", "cold_items" or "cold_users", see `movielens.load`.
-    factors: length of p, q and v, at least 1.
-    l2: weight of the penalty, >= 0.
-    model_of: "factors", "features" or "both".
-    scale: standard deviation of the initial factors.
-    data_dir: the folder to search first, see `files.find`.
+    split: "u1", "u2", "u3", "cold_items" or "cold_users"; see `movielens.load`.
+    factors: the length of p, q and v, at least 1.
+    l2: the weight of the penalty, >= 0.
+    model_of: what the model predicts from: "factors", "features" or "both".
+    scale: the standard deviation of the initial factors.
+    data_dir: the folder to search first; see `files.find`.
 
   Raises:
     FileNotFoundError: if a file is not found.
-    ValueError: if the split or kind of model is unknown, or a number is out of range.
+    ValueError: if the split or `model_of` is unknown, or a number is out of range.
 
   Reference: Koren, Bell, Volinsky, 2009, Matrix factorization techniques for recommender systems;
     Rendle, 2010, Factorization machines, ICDM.
@@ -85,7 +86,7 @@ def movielens(
     return biases | {name: table(name) for name in kept}
 
   def looked_up(params: Params, user: Array, item: Array) -> list[tuple[Array, Array, Array]]:
-    """Returns, per table, biases [b, f], factors [b, f, k], and which entries are valid."""
+    """Returns the biases [b, f], the factors [b, f, k] and a mask of valid entries, per table."""
     own = {"user": user[:, None], "item": item[:, None]}
     both = jnp.concatenate(
       [jnp.asarray(features.users)[user], jnp.asarray(features.items)[item]], 1
@@ -98,7 +99,7 @@ def movielens(
     ]
 
   def predicted(params: Params, user: Array, item: Array) -> tuple[Array, Array]:
-    """Returns the predicted stars, and the squares in the penalty, both [b]."""
+    """Returns the predicted stars, and the sums of squares in the penalty, both [b]."""
     biases, vectors, there = (
       jnp.concatenate(parts, 1) for parts in zip(*looked_up(params, user, item), strict=True)
     )
@@ -142,14 +143,14 @@ def measured(
   shape: tuple[int, int],
   shown: np.ndarray | None = None,
 ) -> Callable[[Params], dict[str, Array]]:
-  """Returns a task's function `measure`: RMSE, NDCG@10 and recall@10 of predictions [U, I].
+  """Returns a task's function `measure`, which computes RMSE, NDCG@10 and recall@10.
 
   Args:
-    predict: a function from parameters to all predictions.
-    train: training ratings; these items are not recommended again.
-    test: ratings to predict.
-    shape: U, I.
-    shown: the items that are ranked; None for all.
+    predict: a function from parameters to the predictions of all ratings [U, I].
+    train: the training ratings; a user's training items are not ranked for this user.
+    test: the ratings to predict.
+    shape: the numbers of users and items, (U, I).
+    shown: the items that are ranked; None means all items.
   """
   seen, liked = np.zeros(shape, bool), np.zeros(shape, bool)
   seen[train.user, train.item] = True
@@ -171,13 +172,13 @@ def measured(
 def recommended(
   scores: Array, seen: np.ndarray, liked: np.ndarray, cut: int = CUT
 ) -> dict[str, Array]:
-  """Computes NDCG@k with gains of 0 or 1, and recall@k: the share of relevant items in the top k.
+  """Computes NDCG@k with gains 0 or 1, and recall@k, the fraction of relevant items in the top k.
 
   Args:
-    scores: [U, I].
-    seen: bool [U, I], items that are not ranked.
-    liked: bool [U, I], relevant items; users without any do not count.
-    cut: k.
+    scores: the scores [U, I].
+    seen: a mask [U, I], True for items that are not ranked for a user.
+    liked: a mask [U, I], True for relevant items; users without relevant items do not count.
+    cut: k, the number of top items.
   """
   cut = min(cut, scores.shape[1])
   hits = liked & ~seen
@@ -198,8 +199,8 @@ def check(factors: int, l2: float) -> None:
   """Rejects invalid hyper-parameters.
 
   Args:
-    factors: number of factors.
-    l2: weight of the penalty.
+    factors: the number of factors.
+    l2: the weight of the penalty.
 
   Raises:
     ValueError: if factors is below 1, or l2 is negative.

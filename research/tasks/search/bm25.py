@@ -1,4 +1,4 @@
-"""BM25: an index of terms, and the scores of documents for queries."""
+"""Implements BM25: an index of terms, and the scores of documents for queries."""
 
 import re
 from collections import Counter
@@ -12,7 +12,7 @@ from research.core import checks
 
 K1, B = 1.2, 0.75  # defaults, as in Lucene
 
-# Words that carry no topic: Lucene's list for English.
+# Stop words: Lucene's list for English.
 STOP_WORDS = frozenset(
   re.findall(
     r"\w+",
@@ -23,21 +23,24 @@ STOP_WORDS = frozenset(
 
 
 class Index(NamedTuple):
-  """The term counts of each document."""
+  """Contains the term counts of each document."""
 
   vocabulary: dict[str, int]  # term -> column
   counts: sparse.csr_array  # float64 [D, V]
-  lengths: np.ndarray  # float64 [D], terms in each document
+  lengths: np.ndarray  # float64 [D], number of terms of each document
 
   @property
   def idf(self) -> np.ndarray:
-    """Inverse document frequencies [V]: log(1 + (D - n + 1/2) / (n + 1/2)) for n documents."""
+    """Returns inverse document frequencies [V], log(1 + (D - n + 1/2) / (n + 1/2)).
+
+    Here, n is the number of documents that contain the term.
+    """
     n = np.bincount(self.counts.indices, minlength=len(self.vocabulary))
     return np.log1p((len(self.lengths) - n + 0.5) / (n + 0.5))
 
 
 def terms(text: str) -> list[str]:
-  """Splits a text into words: runs of letters and digits in lower case, without stop words.
+  """Splits a text into terms: runs of letters and digits in lower case, without stop words.
 
   Args:
     text: the text.
@@ -69,27 +72,28 @@ def index(documents: Sequence[Sequence[str]]) -> Index:
 
 
 def scores(of: Index, queries: Sequence[Sequence[str]], k1: float = K1, b: float = B) -> np.ndarray:
-  """Computes the BM25 scores of all documents for queries, which are sequences of terms.
+  """Computes the BM25 scores of all documents for queries, each a sequence of terms.
 
       sum over terms t of the query, with multiplicity, of
       idf(t) f / (f + k1 (1 - b + b length / mean length)),     f the count of t in the document
 
-  Terms that no document has are ignored.
+  Terms that occur in no document are ignored.
 
   Args:
-    of: the index.
-    queries: Q queries.
-    k1: saturation of term counts, >= 0; with a small k1, the score soon stops growing with a count.
-    b: strength of the normalization by document length, in [0, 1].
+    of: the index of the documents.
+    queries: the Q queries, each a sequence of terms.
+    k1: the saturation of term counts, >= 0; the smaller k1, the less the score grows with a count.
+    b: the strength of the normalization by document length, in [0, 1].
 
   Returns:
-    float64 [Q, D].
+    The scores, float64 [Q, D].
 
   Raises:
     ValueError: if a query is empty, or k1 or b is out of range.
 
-  Reference: Robertson, Zaragoza, 2009, The probabilistic relevance framework; in Lucene's variant,
-    without the factor k1 + 1, as in Kamphuis, de Vries, Boytsov, Lin, 2020, Which BM25 do you mean?
+  Reference: Robertson, Zaragoza, 2009, The probabilistic relevance framework; this is Lucene's
+    variant, without the factor k1 + 1, as in Kamphuis, de Vries, Boytsov, Lin, 2020, Which BM25 do
+    you mean?
   """
   check(k1, b)
   rows, columns = [], []
@@ -113,8 +117,8 @@ def check(k1: float, b: float) -> None:
   """Rejects invalid BM25 parameters.
 
   Args:
-    k1: saturation of term counts.
-    b: weight of the document length.
+    k1: the saturation of term counts.
+    b: the strength of the normalization by document length.
 
   Raises:
     ValueError: if k1 is negative, or b is not in [0, 1].

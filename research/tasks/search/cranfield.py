@@ -1,4 +1,4 @@
-"""The Cranfield collection (1400 abstracts, 225 queries), to tune BM25 and to learn to rank.
+"""Tunes BM25 and learns to rank on the Cranfield collection (1400 abstracts, 225 queries).
 
 Odd-numbered queries are for training; even-numbered queries are held out.
 """
@@ -31,23 +31,24 @@ FEATURES = ("bm25", "title", "prior", "length")
 
 
 class Collection(NamedTuple):
-  """Documents, queries and relevance judgements."""
+  """Contains documents, queries and relevance judgements."""
 
   titles: list[str]  # D
   texts: list[str]  # D, including the titles
   queries: list[str]  # Q
-  relevance: np.ndarray  # int32 [Q, D], 0 to 4: 4 is a complete answer
+  relevance: np.ndarray  # int32 [Q, D], from 0 to 4; 4 means a complete answer
 
 
 def load(data_dir: str = "") -> Collection:
   """Reads the collection.
 
-  The judgements number the queries by their order in the file, not by its .I lines. The file's
-  grades range from 1 (a complete answer) to 4 (of minimum interest) and 5, written as -1 (of no
-  interest). The grades are converted to relevances from 4 to 1, and 0.
+  In the judgements, a query's number is its position in the file, not the number in its .I line.
+  The grades of the file range from 1 (a complete answer) to 4 (of minimum interest); the grade 5
+  (of no interest) is written as -1. Grades 1 to 4 become relevances 4 to 1, and grade 5 becomes
+  relevance 0.
 
   Args:
-    data_dir: the folder of the files; "" for the default places.
+    data_dir: the folder of the files; "" means the default folders.
 
   Raises:
     FileNotFoundError: if a file is not found; the archive must be unpacked by hand.
@@ -71,23 +72,23 @@ def load(data_dir: str = "") -> Collection:
 def bm25(
   k1: float = bm25s.K1, b: float = bm25s.B, ask: str | None = None, *, data_dir: str = ""
 ) -> Task:
-  """BM25 on Cranfield, with k1 and b tuned on the training queries.
+  """Tunes k1 and b of BM25 on the training queries of Cranfield.
 
   The parameters are {"k1", "b", "sharpness"}: BM25 uses the exponential of "k1" and the sigmoid of
-  "b". The objective is ListNet's, the cross-entropy between the softmax of the relevances and the
-  softmax of exp(sharpness) times the scores. The objective is differentiated through the scores,
-  which are those of `bm25.scores`. `evaluate` gives the metrics of `ranking.ranked`, "k1" and "b";
-  if there is a query to `ask`, "found" is the number of the top document.
+  "b". The objective is that of ListNet: the cross-entropy between the softmax of the relevances and
+  the softmax of exp(sharpness) times the scores. It is differentiated through the scores, which are
+  those of `bm25.scores`. `evaluate` returns the metrics of `ranking.ranked`, "k1" and "b". If there
+  is a query to `ask`, it also returns "found", the number of the top document.
 
   Args:
-    k1: initial value, > 0.
-    b: initial value, in (0, 1).
-    ask: a query of your own.
-    data_dir: the folder to search first, see `files.find`.
+    k1: the initial k1, > 0.
+    b: the initial b, in (0, 1).
+    ask: a query of your own; None for none.
+    data_dir: the folder to search first; see `files.find`.
 
   Raises:
     FileNotFoundError: if a file is not found and cannot be downloaded.
-    ValueError: if k1 or b is out of range, or the query to ask is empty.
+    ValueError: if k1 or b is out of range, or the query `ask` is empty.
   """
   if ask is not None and not bm25s.terms(ask):
     raise ValueError(f"ask={ask!r} is empty: it has no terms to search for")
@@ -151,19 +152,19 @@ def cranfield(
   model: Callable[[int], nn.Module] = Default("model", "linear()"),
   data_dir: str = "",
 ) -> Task:
-  """Learning to rank all 1400 Cranfield documents for each query. See `ranking.ranked`.
+  """Learns to rank all 1400 Cranfield documents for each query; see `ranking.ranked`.
 
   Args:
-    loss: "pairwise", "listnet" or "lambdarank".
-    features: any of "bm25", the score of the full text; "title", the score of the title alone;
-      "prior", log of the PageRank on links from each document to its eight nearest by cosine
-      (`prior`); "length", log of the number of terms. Each is standardized over all pairs of a
-      training query and a document.
-    k1: saturation of the BM25 scores, see `bm25.scores`.
-    b: length normalization of the BM25 scores.
-    l2: weight of l2/2 ||params||^2.
-    model: outputs -> module, called with 1.
-    data_dir: the folder to search first, see `files.find`.
+    loss: the name of the loss, "pairwise", "listnet" or "lambdarank".
+    features: any of "bm25", the BM25 score of the full text; "title", the BM25 score of the title;
+      "prior", the logarithm of the PageRank on links from each document to the eight most similar
+      ones (see `prior`); and "length", the logarithm of the number of terms. Each feature is
+      standardized over all pairs of a training query and a document.
+    k1: the parameter k1 of the BM25 scores; see `bm25.scores`.
+    b: the parameter b of the BM25 scores.
+    l2: the weight of the penalty l2/2 ||params||^2.
+    model: a function that makes the module for one output.
+    data_dir: the folder to search first; see `files.find`.
 
   Raises:
     FileNotFoundError: if a file is not found and cannot be downloaded.
@@ -196,12 +197,14 @@ def cranfield(
 
 
 def prior(index: bm25s.Index, neighbours: int = 8, alpha: float = 0.85) -> np.ndarray:
-  """Computes the documents' centrality: PageRank [D] on links to the nearest by TF-IDF cosine.
+  """Computes the documents' centrality [D]: the PageRank on links to the most similar documents.
+
+  The similarity of two documents is the cosine of their TF-IDF vectors.
 
   Args:
     index: the index of the documents.
-    neighbours: links per document.
-    alpha: probability of following a link.
+    neighbours: the number of links per document.
+    alpha: the probability of following a link.
 
   Reference: Erkan, Radev, 2004, LexRank, JAIR 22; here with links to the nearest documents, not to
   all above a threshold.
@@ -243,12 +246,12 @@ def _postings(index: bm25s.Index, found: Collection) -> Batch:
 
 
 def _records(text: str) -> list[str]:
-  """Returns the parts of a file between its .I lines."""
+  """Splits a file into records at its .I lines."""
   return re.split(r"(?m)^\.I +\d+ *\n", text.replace("\r\n", "\n"))[1:]
 
 
 def _fields(record: str) -> dict[str, str]:
-  """Returns the fields of a record by letter; of a repeated field, only the first."""
+  """Returns the fields of a record by letter; only the first if a field is repeated."""
   parts = re.split(r"(?m)^\.([A-Z]) *\n", record)
   found: dict[str, str] = {}
   for name, content in zip(parts[1::2], parts[2::2], strict=True):

@@ -1,4 +1,4 @@
-"""Directed graphs, which are read from edge lists or random with power-law degrees."""
+"""Reads directed graphs from edge lists, and draws random ones with power-law degrees."""
 
 import io
 import re
@@ -18,7 +18,10 @@ WIKI_VOTE_SHA256 = "b05c0226f5544f0e4a8ac607ae573db42e42716b6dd5aa00e8c769a1219c
 
 
 class Graph(NamedTuple):
-  """Edges between nodes 0, ..., N - 1, sorted by target; duplicate edges of files are merged."""
+  """Contains edges between nodes 0, ..., N - 1, sorted by target.
+
+  Duplicate edges of a file are merged.
+  """
 
   source: np.ndarray  # int32 [E]
   target: np.ndarray  # int32 [E], nondecreasing
@@ -30,16 +33,16 @@ class Graph(NamedTuple):
 
 
 def load(name: str, data_dir: str) -> Graph:
-  """Loads a graph by name or from a file.
+  """Loads a published graph by name, or reads a graph from a file.
 
   Args:
-    name: "wiki-Vote", or the path of a file with an edge "FROM TO" of two integers per line, plain,
-      .gz or .bz2; lines that begin with # or % are comments.
-    data_dir: the folder to search first, see `files.find`.
+    name: "wiki-Vote", or the path of a file, plain, .gz or .bz2, with one edge "FROM TO" (two
+      integers) per line; lines that begin with # or % are comments.
+    data_dir: the folder to search first; see `files.find`.
 
   Raises:
     FileNotFoundError: if wiki-Vote is not found and cannot be downloaded.
-    ValueError: if there is no such file, the file has no edges, or a line is not an edge.
+    ValueError: if the file does not exist or has no edges, or a line is not an edge.
 
   Reference: Leskovec, Huttenlocher, Kleinberg, 2010, Predicting positive and negative links in
     online social networks; SNAP, wiki-Vote.
@@ -55,18 +58,18 @@ def load(name: str, data_dir: str) -> Graph:
 
 
 def _pairs(path: Path) -> np.ndarray | list[tuple[int, int]]:
-  """The edges of a file: at once if comments only precede them, else line by line."""
+  """Reads the edges of a file: at once if all comments precede the edges, else line by line."""
   content = texts.read(path)
   begun = re.match(r"\ufeff?(?:[ \t]*(?:[#%][^\r\n]*)?(?:\r\n?|\n))*", content)
   assert begun
   with warnings.catch_warnings():
-    warnings.simplefilter("error")  # of numbers that are not whole, and of no lines
+    warnings.simplefilter("error")  # about numbers that are not integers, or an empty file
     try:
       found = np.loadtxt(io.StringIO(content[begun.end() :]), np.int64, comments=None, ndmin=2)
     except (ValueError, Warning):
       found = np.zeros((0, 0), np.int64)
   if found.shape[1] == 2 and max(int(found.max()), -int(found.min())) < 10**18:
-    return found  # its numbers have no more digits than `texts.whole` takes
+    return found  # no number has more digits than `texts.whole` accepts
   return texts.parsed(path, _edge, comments="#%")
 
 
@@ -79,10 +82,10 @@ def _edge(fields: list[str]) -> tuple[int, int]:
 
 
 def of_edges(pairs: np.ndarray | Sequence[Sequence[int]]) -> Graph:
-  """Builds a graph from edges [E, 2] between any integers.
+  """Builds a graph from edges between any integers.
 
   Args:
-    pairs: (source, target), integers [E, 2].
+    pairs: the (source, target) pairs, integers [E, 2].
 
   Raises:
     ValueError: if there are no edges.
@@ -98,14 +101,15 @@ def of_edges(pairs: np.ndarray | Sequence[Sequence[int]]) -> Graph:
 
 
 def power_law(edges: int, nodes: int) -> Graph:
-  """Draws a random graph; the probability of an edge's target is proportional to its popularity.
+  """Draws a random graph in which a node's in-degree is proportional to its popularity on average.
 
-  Popularities fall as rank^(-1/1.1), so that in-degrees follow a power law with exponent 2.1, as in
-  the web (Broder et al. 2000). Sources are uniform. Duplicate edges are kept and act as weights.
+  The popularity of a node is rank^(-1/1.1), so that the in-degrees follow a power law with exponent
+  2.1, as in the web (Broder et al. 2000). The sources of edges are uniform. Duplicate edges are
+  kept and act as weights.
 
   Args:
-    edges: E, at least 1.
-    nodes: N, at least 2.
+    edges: E, the number of edges, at least 1.
+    nodes: N, the number of nodes, at least 2.
 
   Raises:
     ValueError: if a number is out of range.

@@ -1,4 +1,4 @@
-"""PageRank as a fixed point: the residual replaces the gradient, and links are the examples."""
+"""Computes PageRank as a fixed point: residuals replace gradients, and links are the examples."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from research.tasks import sampling
 from research.tasks.search import graphs
 from research.tasks.search.graphs import Graph
 
-TOGETHER = 8  # links to one node per example
+TOGETHER = 8  # links per example, all to the same node
 
 
 def pagerank(
@@ -24,27 +24,27 @@ def pagerank(
   *,
   data_dir: str = "",
 ) -> Task:
-  """The stationary distribution of a random walk that follows links and sometimes jumps anywhere.
+  """Computes the stationary distribution of a random walk that follows links or jumps anywhere.
 
       T(x) = alpha (P x + v sum of x over nodes without links) + (1 - alpha) v,     v = 1/N
 
   `grads` returns x - T(x), so `data_parallel(sgd(1.0), mean())` on all edges is power iteration,
   which contracts the L1 error by alpha. An example consists of up to eight links to one node,
-  {"source": [8], "y"}, because a CPU gathers sums of eight fastest; only these sums are added per
-  node. Each worker computes P from its own n of all E examples and scales this P by E/n. The
-  workers' mean is then the exact P, so that compression, local steps, mini-batches of links and
-  delays apply as they do to a gradient. The metric "residual" is ||x - T(x)||_1, the change of the
-  next iteration; "loss" is the same norm for a worker's own links, averaged over workers. The
-  residual levels off at about 1e-7 in float32, and at 1e-15 with --x64. Summation is fastest if
-  each worker has the edges of contiguous nodes, as with `--partition=sorted()`.
+  {"source": [8], "y"}, because CPUs gather fastest in sums of eight terms; only these sums are
+  added per node. Each worker computes P from its own n of all E examples and scales the result by
+  E/n. The mean over workers is then the exact P, so that compression, local steps, mini-batches of
+  links and delays work as they do with gradients. The metric "residual" is ||x - T(x)||_1, the
+  change in the next iteration; "loss" is the same norm for a worker's own links, averaged over
+  workers. The residual levels off at about 1e-7 in float32, and at 1e-15 with --x64. Summation is
+  fastest if each worker has the links to contiguous nodes, as with `--partition=sorted()`.
 
   Args:
-    graph: "wiki-Vote" or the path of a list of edges, see `graphs.load`; or "power_law" for a
-      random graph.
+    graph: "wiki-Vote" or the path of an edge list (see `graphs.load`), or "power_law" for a random
+      graph.
     alpha: the probability of following a link, in [0, 1).
-    edges: the number of edges of "power_law".
-    nodes: the number of nodes of "power_law".
-    data_dir: the folder to search first, see `files.find`.
+    edges: the number of edges of the random graph.
+    nodes: the number of nodes of the random graph.
+    data_dir: the folder to search first; see `files.find`.
 
   Raises:
     FileNotFoundError: if the file is not found and cannot be downloaded.
@@ -60,10 +60,10 @@ def pagerank(
 
 
 def of_graph(graph: Graph, alpha: float) -> Task:
-  """Returns the task of ranking the nodes of a graph, with parameters {"rank": [N]}.
+  """Returns the task of computing the PageRank of a graph, with parameters {"rank": [N]}.
 
   Args:
-    graph: the nodes and links.
+    graph: the graph.
     alpha: the probability of following a link, in [0, 1).
 
   Raises:
@@ -83,8 +83,8 @@ def of_graph(graph: Graph, alpha: float) -> Task:
   def grads(params: Params, batch: Batch, key: Key) -> tuple[Array, Params]:
     del key
     x = params["rank"]
-    carried = jnp.append(x * share.astype(x.dtype), jnp.zeros((), x.dtype))  # last: no link
-    # a sum of eight terms: a reduction over the axis would process elements one at a time
+    carried = jnp.append(x * share.astype(x.dtype), jnp.zeros((), x.dtype))  # last entry: no link
+    # eight explicit terms: a reduction over the axis would process elements one at a time
     of = lambda i: carried.at[i].get(mode="promise_in_bounds", wrap_negative_indices=False)
     moved = sum(of(batch["source"][:, k]) for k in range(TOGETHER))
     count: Any = len(batch["y"])
@@ -108,7 +108,7 @@ def of_graph(graph: Graph, alpha: float) -> Task:
 
 
 def together(graph: Graph) -> dict[str, np.ndarray]:
-  """Groups links by target into sources [E, 8], padded with N, and targets "y" [E].
+  """Groups links by target into examples: sources [E, 8], padded with N, and targets "y" [E].
 
   Args:
     graph: the graph.
@@ -128,7 +128,7 @@ def top(graph: Graph, rank: np.ndarray, count: int = 5) -> list[int]:
 
   Args:
     graph: the graph.
-    rank: [N].
-    count: the number of nodes.
+    rank: the ranks of the nodes, [N].
+    count: the number of nodes to return.
   """
   return graph.names[np.argsort(-np.asarray(rank), kind="stable")[:count]].tolist()

@@ -1,4 +1,4 @@
-"""Learning to rank: an example is a query with its documents and their relevance."""
+"""Learns to rank; an example is a query with its documents and their relevance."""
 
 from collections.abc import Callable
 
@@ -22,7 +22,7 @@ SHA256 = {
 }
 
 CUTS = (1, 3, 5, 10)  # k of the NDCG@k metrics
-ABSENT = -1e9  # the score of padding
+ABSENT = -1e9  # score of padding
 
 
 def rank(
@@ -32,23 +32,23 @@ def rank(
   model: Callable[[int], nn.Module] = Default("model", "linear()"),
   data_dir: str = "",
 ) -> Task:
-  """The queries of LightGBM's ranking example: 201 to train on, 50 to test, relevance 0 to 4.
+  """Learns to rank on LightGBM's example data: 201 training and 50 test queries, relevance 0 to 4.
 
   There are 300 features, each standardized by its mean and deviation over the training documents.
-  See `ranked`.
+  For the losses and the metrics, see `ranked`.
 
   Args:
-    loss: "pairwise", "listnet" or "lambdarank".
-    l2: weight of l2/2 ||params||^2.
-    model: outputs -> module, called with 1; the module computes a document's score from its
-      features.
-    data_dir: the folder to search first, see `files.find`.
+    loss: the name of the loss, "pairwise", "listnet" or "lambdarank".
+    l2: the weight of the penalty l2/2 ||params||^2.
+    model: a function that makes the module for one output; the module computes a document's score
+      from its features.
+    data_dir: the folder to search first; see `files.find`.
 
   Raises:
     FileNotFoundError: if a file is not found and cannot be downloaded.
     ValueError: if a file is not the published one, or loss or l2 is invalid.
 
-  Reference: Ke et al., 2017, LightGBM, NeurIPS 30; the files are its examples/lambdarank.
+  Reference: Ke et al., 2017, LightGBM, NeurIPS 30; the files are in its folder examples/lambdarank.
   """
   train, test = (load(part, data_dir) for part in ("rank.train", "rank.test"))
   present = train["x"][train["present"]]
@@ -72,25 +72,25 @@ def ranked(
       lambdarank  sum over pairs y_i > y_j of |Delta NDCG_ij| log(1 + exp(s_j - s_i)),
                   Delta NDCG_ij the change from swapping i and j in the current order, a constant
 
-  plus, with l2, l2/2 ||params||^2. `evaluate` gives "loss", "ndcg@k", "map" and "mrr": means over
-  queries. Ties are broken by the documents' order. A query without relevant documents counts as 1,
-  as in LightGBM.
+  plus l2/2 ||params||^2. `evaluate` returns "loss", "ndcg@k", "map" and "mrr", all averaged over
+  queries. Ties are broken by the order of the documents. The metrics of a query without relevant
+  documents are 1, as in LightGBM.
 
   Args:
-    module: maps features [n, F] to scores [n, 1].
-    train: "x" [Q, D, F]; "relevance" [Q, D], integers from 0; "present" [Q, D], False for padding;
-      "y" [Q], the key that partitions sort by.
-    test: the same for the test queries.
+    module: a module that maps features [n, F] to scores [n, 1].
+    train: the training queries: features "x" [Q, D, F]; "relevance" [Q, D], integers from 0;
+      "present" [Q, D], False for padding; and "y" [Q], by which partitions sort.
+    test: the same arrays for the test queries.
     loss: the name of the loss.
-    l2: weight of the penalty, >= 0.
+    l2: the weight of the penalty, >= 0.
 
   Raises:
     ValueError: if the loss is unknown, l2 is negative, or a query has no documents.
 
   Reference: Burges et al., 2005, Learning to rank using gradient descent (RankNet); Cao et al.,
     2007, Learning to rank: from pairwise approach to listwise approach (ListNet, top one); Burges,
-    2010, From RankNet to LambdaRank to LambdaMART, as the loss of Wang et al., 2018, The LambdaLoss
-    framework, section 4.2.
+    2010, From RankNet to LambdaRank to LambdaMART, here with the loss of Wang et al., 2018, The
+    LambdaLoss framework, section 4.2.
   """
   checks.one_of("loss", loss, LOSSES, cutoff=0.0)
   checks.at_least("l2", l2, 0)
@@ -129,15 +129,15 @@ def ranked(
 
 
 def metrics(scores: Array, relevance: Array, present: Array) -> dict[str, Array]:
-  """Computes NDCG@k, average precision and reciprocal rank of one query's ranking.
+  """Computes the NDCG@k, the average precision and the reciprocal rank of one query's ranking.
 
-  NDCG has gains 2^y - 1 and discounts 1/log2(rank + 1); for the other metrics, a document is
+  NDCG has gains 2^y - 1 and discounts 1/log2(rank + 1). For the other metrics, a document is
   relevant if its relevance is above 0.
 
   Args:
-    scores: [D].
-    relevance: [D], integers from 0.
-    present: [D], False for padding.
+    scores: the documents' scores, [D].
+    relevance: the documents' relevances, [D], integers from 0.
+    present: a mask [D], False for padding.
 
   Reference: Järvelin, Kekäläinen, 2002, Cumulated gain-based evaluation of IR techniques.
   """
@@ -154,7 +154,7 @@ def metrics(scores: Array, relevance: Array, present: Array) -> dict[str, Array]
 
 
 def _in_order(scores: Array, relevance: Array, present: Array) -> Array:
-  """Returns the relevances by descending score; padding comes last, with relevance 0."""
+  """Sorts the relevances by descending score; padding comes last, with relevance 0."""
   scores = jnp.where(present, scores, ABSENT)
   return jnp.where(present, relevance, 0)[jnp.argsort(-scores, stable=True)]
 
@@ -162,7 +162,7 @@ def _in_order(scores: Array, relevance: Array, present: Array) -> Array:
 def _pairs(scores: Array, relevance: Array, present: Array, most: int) -> tuple[Array, ...]:
   """Returns relevant documents i [R], whether y_i > y_j [R, D], and log(1 + exp(s_j - s_i)).
 
-  Only relevant documents rank above others, and a query has at most R = `most` of them.
+  Only relevant documents can have y_i > y_j, and a query has at most R = `most` of them.
   """
   ahead = jax.lax.top_k(jnp.where(present, relevance, 0), min(most, len(relevance)))[1]
   pairs = (relevance[ahead][:, None] > relevance[None]) & present[ahead][:, None] & present[None]
@@ -192,7 +192,7 @@ def _lambdarank(scores: Array, relevance: Array, present: Array, most: int) -> A
   return jnp.sum(each) / jnp.maximum(ideal, 1e-9)
 
 
-# (scores, relevance, present), each [D], and the maximum number of relevant ones -> a query's loss
+# (scores, relevance, present), each [D], and the maximum number of relevant documents -> loss
 LOSSES: dict[str, Callable[[Array, Array, Array, int], Array]] = {
   "pairwise": _pairwise,
   "listnet": _listnet,
@@ -203,12 +203,12 @@ LOSSES: dict[str, Callable[[Array, Array, Array, int], Array]] = {
 def padded(x: np.ndarray, relevance: np.ndarray, counts: np.ndarray) -> Batch:
   """Pads concatenated documents [N, F] to [Q, D, F], the format of `ranked`.
 
-  "y" is a query's highest relevance.
+  A query's "y" is its highest relevance.
 
   Args:
-    x: features [N, F] of all queries' documents, query by query.
-    relevance: [N].
-    counts: [Q], documents per query.
+    x: the features [N, F] of all queries' documents, query by query.
+    relevance: the relevances of the documents, [N].
+    counts: the number of documents per query, [Q].
 
   Raises:
     ValueError: if a query has no documents, or the counts do not add up to N.
@@ -225,11 +225,11 @@ def padded(x: np.ndarray, relevance: np.ndarray, counts: np.ndarray) -> Batch:
 
 
 def load(part: str, data_dir: str) -> Batch:
-  """Loads "rank.train" or "rank.test" of LightGBM's example, features not scaled. See `rank`.
+  """Loads a file of LightGBM's ranking example, without scaling its features; see `rank`.
 
   Args:
-    part: "rank.train" or "rank.test".
-    data_dir: the folder of the files; "" for the default places.
+    part: the name of the file, "rank.train" or "rank.test".
+    data_dir: the folder of the files; "" means the default folders.
   """
   from sklearn.datasets import load_svmlight_file
 

@@ -1,4 +1,4 @@
-"""Classification of small images: scikit-learn's digits, which need no download, and MNIST."""
+"""Classifies small images: scikit-learn's digits, which need no download, and MNIST."""
 
 import math
 from collections.abc import Callable
@@ -21,16 +21,16 @@ MNIST_SHA256 = {  # digests of the decompressed bytes
   "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
 
-DIGITS_TEST = 357  # of 1797; the other 1440 = 2^5 45 are divisible by many worker counts
+DIGITS_TEST = 357  # of 1797; the remaining 1440 = 2^5 45 are divisible by many worker counts
 
 
 def digits(*, model: Callable[[int], nn.Module] = Default("model", "mlp(hidden=[128])")) -> Task:
-  """Handwritten digits of 8x8 pixels with 17 grey levels, 1440 to train on and 357 to test.
+  """Classifies handwritten digits: 1440 training and 357 test images, 8x8 pixels, 17 grey levels.
 
-  The split is fixed: scikit-learn's stratified `train_test_split` with random_state=0.
+  The split is always that of scikit-learn's stratified `train_test_split` with random_state=0.
 
   Args:
-    model: outputs -> module, called with 10.
+    model: a function that makes the module for 10 outputs.
 
   Reference:
     Alpaydin and Kaynak, 1998, Optical recognition of handwritten digits, UCI; its test part, as
@@ -52,12 +52,12 @@ def mnist(
   model: Callable[[int], nn.Module] = Default("model", "mlp(hidden=[200, 200])"),
   data_dir: str = "",
 ) -> Task:
-  """MNIST: handwritten digits of 28x28 pixels, 60,000 to train on and 10,000 to test.
+  """Classifies the digits of MNIST: 60,000 training and 10,000 test images of 28x28 pixels.
 
   Args:
-    parity: whether to classify digits only as odd or even, with the logistic loss.
-    model: outputs -> module, called with 10, or with 1 for the parity.
-    data_dir: the folder to search first, see `files.find`.
+    parity: whether to classify the digits only as odd or even, with the logistic loss.
+    model: a function that makes the module for 10 outputs, or for one output if `parity` is True.
+    data_dir: the folder to search first; see `files.find`.
 
   Raises:
     FileNotFoundError: if a file is not found and cannot be downloaded.
@@ -75,14 +75,14 @@ def mnist(
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-  """Reads the uint8 array in an IDX file, plain or compressed.
+  """Reads a uint8 array from an IDX file, plain or compressed.
 
   Args:
     path: the path of the file.
-    dimensions: expected number of dimensions.
+    dimensions: the expected number of dimensions.
 
   Raises:
-    ValueError: if the file has another dtype, number of dimensions or length.
+    ValueError: if the dtype, the number of dimensions or the length is not as expected.
   """
   with files.opened(path) as file:
     content = file.read()

@@ -69,5 +69,5 @@ def _topology(graph: Topology, axis: Axes, job: Job) -> dict[str, Any]:
     name = graph.spec_name or type(graph).__name__
     line = f"{name} of {count} workers: spectral gap not computed for more than {MOST}"
     return found | {"spectral_gap": None, "described": line}
-  gap = topology.spectral_gap(topology.mixing(graph, count))
+  gap = topology.gap_of(graph, count)
   return found | {"spectral_gap": gap, "described": topology.describe(graph, count)}

@@ -36,7 +36,7 @@ class Costs:
     self._problem = problem
     self.sent = Sent(problem.plan, layout, problem.steps)
     self.facts = facts(run.config, job, layout)
-    self.reaches = reach.reaches(layout.state_shapes)
+    self.reaches = reach.reaches(layout.state_shapes, job.task.dimensions)
     if job.order is not None:
       report.note("a server's pushes and pulls are not collectives: their bytes are not counted")
     if self.facts.note:
