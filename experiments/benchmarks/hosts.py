@@ -26,6 +26,7 @@ METHODS = {
   "two_phase(int8)": "data_parallel(sgd(0.1), error_feedback(two_phase(int8())))",
   "two_phase(bf16)": "data_parallel(sgd(0.1), two_phase(bf16()))",
   "gather top_k(1%)": "data_parallel(sgd(0.1), error_feedback(gather_mean(top_k(0.01))))",
+  "gather block_top_k": "data_parallel(sgd(0.1), error_feedback(gather_mean(block_top_k())))",
   "power_sgd(4)": "data_parallel(sgd(0.1), error_feedback(power_sgd(4)))",
   "local_sgd(8)": "local_sgd(sgd(0.1), mean(), period=8)",
   "ring gossip": "d_psgd(sgd(0.1), gossip(ring()))",
