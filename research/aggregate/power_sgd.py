@@ -1,7 +1,9 @@
 """PowerSGD: low-rank gradient compression by one step of a power iteration per round."""
 
+import itertools
 from dataclasses import KW_ONLY
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +91,7 @@ class PowerSGD(Aggregator, name="power_sgd"):
 power_sgd = PowerSGD
 
 
-def orthonormal(matrices: dict[int, Array]) -> dict[int, Array]:
+def orthonormal(matrices: dict[Any, Array]) -> dict[Any, Array]:
   """Computes Q of the QR decomposition of each matrix, by one batched call for each shape.
 
   A decomposition is a sequence of short steps, so that an accelerator needs as long for a batch as
@@ -97,21 +99,22 @@ def orthonormal(matrices: dict[int, Array]) -> dict[int, Array]:
   LAPACK's batched calls, as jaxlib 0.10 makes them, can block the threads that they wait for.
 
   Args:
-    matrices: float32 [m, r] each, by number.
+    matrices: float32 [stack..., m, r] each, by number or name.
 
   Returns:
-    The orthonormal columns, by number, [m, r] each.
+    The orthonormal columns, by number or name, [stack..., m, r] each.
   """
-  alike: dict[tuple[int, ...], list[int]] = {}
-  for i, x in matrices.items():
-    alike.setdefault(x.shape, []).append(i)
+  alike: dict[tuple[int, ...], list[Any]] = {}
+  for name, x in matrices.items():
+    alike.setdefault(x.shape[-2:], []).append(name)
   of_one = lambda x: jnp.linalg.qr(x)[0]
   in_turn = lambda batch: lax.map(of_one, batch)
   q = {}
-  for numbers in alike.values():
-    batch = jnp.stack([matrices[i] for i in numbers])
-    columns = lax.platform_dependent(batch, cpu=in_turn, default=of_one)
-    q |= dict(zip(numbers, columns, strict=True))
+  for shape, names in alike.items():
+    stacks = [matrices[name].reshape(-1, *shape) for name in names]
+    columns = lax.platform_dependent(jnp.concatenate(stacks), cpu=in_turn, default=of_one)
+    parts = jnp.split(columns, list(itertools.accumulate(map(len, stacks)))[:-1])
+    q |= {n: part.reshape(matrices[n].shape) for n, part in zip(names, parts, strict=True)}
   return q
 
 

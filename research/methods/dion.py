@@ -6,12 +6,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from research.aggregate.power_sgd import found, matmul
+from research.aggregate.power_sgd import found, matmul, orthonormal
 from research.aggregate.presence import alike, kept
 from research.core import checks
-from research.core.base import EVERYONE, Array, Params, Presence, State, Trait, Tree, platform
+from research.core.base import EVERYONE, Array, Params, Presence, State, Trait, Tree
 from research.core.method import COMMON_MODEL
 from research.methods._matrices import Leaves, OfMatrices, divided
 from research.methods._steps import rate_at
@@ -116,7 +115,7 @@ class Dion(OfMatrices, name="dion"):
     of_b = {name: kinds[name].view(x) for name, x in b.items()}
     products = {name: matmul(x, state.right[name]) for name, x in of_b.items()}
     (left, others), _, first = exchanged(0, (products, others))
-    p = {name: orthonormal(x) for name, x in left.items()}
+    p = orthonormal(left)
     right, _, second = exchanged(1, {name: matmul(x.mT, p[name]) for name, x in of_b.items()})
     q = {name: unit_columns(x) for name, x in right.items()}
     times_p = lambda name, x: matmul(p[name], x.mT).reshape(b[name].shape)
@@ -152,21 +151,6 @@ def relative(grads: Tree, presence: Presence, there: Presence) -> Tree:
     return grads
   share = presence.weight / jnp.where(presence.active, there.weight, 1)
   return jax.tree.map(lambda g: (share * g).astype(g.dtype), grads)
-
-
-def orthonormal(x: Array) -> Array:
-  """Returns matrices with orthonormal columns that span those of x, by Householder QR.
-
-  On CPUs the matrices of a stack are factored one after the other: batched calls of LAPACK wait for
-  threads of the pool in which they run.
-
-  Args:
-    x: [stack..., m, r].
-  """
-  first = lambda x: jnp.linalg.qr(x)[0]
-  if x.ndim == 2 or platform() != "cpu":
-    return first(x)
-  return lax.map(first, x.reshape(-1, *x.shape[-2:])).reshape(x.shape)
 
 
 def unit_columns(x: Array) -> Array:
