@@ -6,7 +6,7 @@ with models that stay close to each other, and no collective).
 Same: inner Adam with a warm-up and a cosine schedule; slow learning rate 0.7, and slow momentum 0.3
 of DiLoCo, as in the authors' code; each pair of workers is drawn at random.
 
-Scaled: a transformer of 18 thousand parameters on the characters of tinyshakespeare, 8 workers, 512
+Scaled: a transformer of 15 thousand parameters on the characters of tinyshakespeare, 8 workers, 512
 steps in rounds of 8. The paper uses 125 million to 6.8 billion parameters and up to 64 workers; the
 authors' configurations have 25,000 steps in rounds of 50 (DiLoCo: 100). Pairs need rounds to reach
 a consensus: these runs have 500, ours 64. Both methods have rounds of the same length. DiLoCo's
