@@ -152,6 +152,7 @@ def test_an_eager_method_may_not_need_a_workers_weight_later():
     Running(Weighting(optax.sgd(0.1), mean()), "overlapped", {"data": 4}, UNEVEN)
 
 
+@pytest.mark.slow
 def test_a_method_of_another_package_whose_local_is_its_state():
   """Its Local then has the aggregator's state, which the workers do not hold."""
   aggregator = registry.build("aggregator", "error_feedback(gather_mean(top_k(0.3)))")

@@ -3,7 +3,6 @@
 import jax
 import pytest
 from problems import Running
-from subset import slow_except
 from test_overlapped import UNEVEN, assert_same, running, state_of
 
 from research.analysis import compiled, wire
@@ -23,7 +22,8 @@ def same_rounds(name: str, monkeypatch, rtol: float = 0.0, **given) -> tuple[Run
   return want, got
 
 
-@pytest.mark.parametrize("name", slow_except(("fragments",), EACH_KIND))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EACH_KIND)
 def test_dispatches_equal_those_in_sequence(name, monkeypatch):
   """Over dispatches of several lengths, so that each starts with another fragment."""
   same_rounds(name, monkeypatch, rtol=1e-5 if name == "eager memory" else 0.0)
