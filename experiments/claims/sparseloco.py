@@ -36,7 +36,7 @@ FULL = {
   "nats": 0.02,
   "times_fewer_bytes": 100.0,
 }
-QUICK = {"steps": 600, "nats": 0.4}
+QUICK = {"steps": 300, "nats": 0.4}
 SEEDS = {"full": 2, "quick": 1}
 X64 = False
 
@@ -57,7 +57,7 @@ def measure(lab: Lab) -> Findings:
   outer, plain = calls.sgd(rate, momentum=momentum, nesterov=True), calls.sgd(1.0)
   mean = calls.bucketed(calls.gather_mean(calls.block_top_k(), over="senders"))
   feedback = lambda inner: calls.error_feedback(inner, decay=lab["decay"])
-  several = lambda *how: [_run(lab, *how, seed) for seed in lab.seeds]
+  several = lambda *how: [_run(lab, how, seed) for seed in lab.seeds]
   found = {
     DENSE: several(lab["dense_rate"], outer, calls.mean()),
     SPARSE: several(lab["sparse_rate"], plain, feedback(mean)),
@@ -106,8 +106,9 @@ def _bytes_of_block() -> float:
   return float(payload.places.size + payload.codes.size)
 
 
-def _run(lab: Lab, rate: float, outer: Call, aggregator: Call, seed: int) -> Found:
-  """Runs DiLoCo with an outer optimizer and an aggregator."""
+def _run(lab: Lab, how: tuple[float, Call, Call], seed: int) -> Found:
+  """Runs DiLoCo with an inner learning rate, an outer optimizer and an aggregator."""
+  rate, outer, aggregator = how
   steps, workers = lab["steps"], lab["workers"]
   schedule = calls.warmup_cosine_decay_schedule(0.0, rate, steps // 10, steps)
   return lab.run(

@@ -81,7 +81,7 @@ class GatherMean(Aggregator, name="gather_mean"):
     everyone = collectives.gather(payloads, self.axis)
     if self.over == "senders":
       weights = gathered_weights(presence, self.axis)
-      mean_of = lambda *leaf: self._mean_of_senders(*leaf, weights)
+      mean_of = lambda x, key, payloads: self._mean_of_senders(x, key, payloads, weights)
     else:
       mean_of = self._mean_of
     values = map(mean_of, leaves, keys, everyone)

@@ -13,6 +13,7 @@ from jax import lax
 
 from research.core.base import Array
 
+_LONG = 4096  # elements of a row above which fold splits the row
 TINY = 2.0**-126  # the smallest normal float32: a divisor that is not flushed to zero
 
 
@@ -123,6 +124,9 @@ def _in_two_steps(
   rows, width = blocks.shape
   if width % 64:
     return reduce(of(blocks), axis=1)
+  if width > _LONG and width % _LONG == 0:  # one thread would reduce each row
+    parts = _in_two_steps(reduce, of, blocks.reshape(-1, _LONG))
+    return reduce(parts.reshape(rows, width // _LONG), axis=1)
   depth = math.gcd(width // 32, 16)
   tiles = of(blocks.reshape(rows, -1, depth, 32))
   return reduce(reduce(tiles, axis=2).reshape(rows, width // depth), axis=1)
