@@ -125,8 +125,9 @@ def _place() -> "Place":
   """
   from experiments.reports.ranking import Place
 
+  values: dict[str, Any] = {name: FLAGS[name].value for name in Place._fields}
   try:
-    return Place(*(FLAGS[name].value for name in Place._fields)).check()
+    return Place(**values).check()
   except ValueError as error:
     raise UsageError(f"--{error}") from error
 

@@ -57,7 +57,7 @@ def measure(lab: Lab) -> Findings:
   outer, plain = calls.sgd(rate, momentum=momentum, nesterov=True), calls.sgd(1.0)
   mean = calls.bucketed(calls.gather_mean(calls.block_top_k(), over="senders"))
   feedback = lambda inner: calls.error_feedback(inner, decay=lab["decay"])
-  several = lambda *how: [_run(lab, how, seed) for seed in lab.seeds]
+  several = lambda rate, outer, mean: [_run(lab, (rate, outer, mean), seed) for seed in lab.seeds]
   found = {
     DENSE: several(lab["dense_rate"], outer, calls.mean()),
     SPARSE: several(lab["sparse_rate"], plain, feedback(mean)),

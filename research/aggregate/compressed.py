@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY
+from functools import partial
 from typing import Any
 
 import jax
@@ -79,12 +80,10 @@ class GatherMean(Aggregator, name="gather_mean"):
     own = [collectives.worker_key(k, self.axis) for k in keys]
     payloads = list(map(self.compressor.encode, leaves, keys, own))
     everyone = collectives.gather(payloads, self.axis)
+    values: Iterable[Array] = map(self._mean_of, leaves, keys, everyone)
     if self.over == "senders":
-      weights = gathered_weights(presence, self.axis)
-      mean_of = lambda x, key, payloads: self._mean_of_senders(x, key, payloads, weights)
-    else:
-      mean_of = self._mean_of
-    values = map(mean_of, leaves, keys, everyone)
+      of_senders = partial(self._mean_of_senders, gathered_weights(presence, self.axis))
+      values = map(of_senders, leaves, keys, everyone)
     sent = map(self._decode, leaves, keys, payloads)
     return Aggregate(treedef.unflatten(values), treedef.unflatten(sent), state)
 
@@ -94,7 +93,7 @@ class GatherMean(Aggregator, name="gather_mean"):
     add = lambda sum_, payload: (sum_ + part(payload), None)
     return lax.scan(add, jnp.zeros(x.shape, wide), everyone)[0].astype(x.dtype)
 
-  def _mean_of_senders(self, x: Array, key: Key, everyone: Tree, weights: Array) -> Array:
+  def _mean_of_senders(self, weights: Array, x: Array, key: Key, everyone: Tree) -> Array:
     """Computes mean(weights) sum_i x_i / sum_i weight_i, both sums over the element's senders."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
 

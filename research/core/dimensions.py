@@ -49,7 +49,7 @@ class Kinds(NamedTuple):
     """Returns the numbers of inputs and outputs of each matrix in a parameter of a given shape."""
     rest = shape[self.stack :]
     sides = math.prod(rest[: self.first]), math.prod(rest[self.first :])
-    return sides if self.into else sides[::-1]
+    return sides if self.into else (sides[1], sides[0])
 
 
 class Declared(NamedTuple):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection
 from dataclasses import KW_ONLY
+from typing import Any
 
 import jax
 import optax
@@ -89,7 +90,7 @@ class OfMatrices(OneGradient):
 
     found = {name: moved(w, directions[name], kinds[name]) for name, w in matrices.items()}
     updates, inner = self.others.update(grads, inner, rest)
-    every = found | optax.apply_updates(rest, updates)
+    every: Any = {**found, **dict(optax.apply_updates(rest, updates))}
     return jax.tree_util.tree_map_with_path(lambda at, _: every[path(at)], params), inner
 
 

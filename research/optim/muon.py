@@ -161,7 +161,7 @@ def beside_adam(
   adam = optax.adamw(learning_rate, b1, b2, weight_decay=weight_decay)
 
   def build(model: fitting.Model) -> optax.GradientTransformation:
-    both = {"muon": own(model), "adam": adam}
+    both: Any = {"muon": own(model), "adam": adam}
     return optax.partition(both, lambda tree: labels(tree, model.dimensions))
 
   return fitting.for_models(build, dimensions)

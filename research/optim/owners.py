@@ -95,7 +95,7 @@ def place(kinds: Kinds, shape: tuple[int, ...], cut: Cut) -> Place:
   sides = math.prod(rest[: kinds.first]), math.prod(rest[kinds.first :])
   found = Place(kinds, False, tuple(shared.items()), sides)
   over = tuple((name, 1 - side) for name, side in found.cut)
-  turned = Place(kinds, True, over, sides[::-1])
+  turned = Place(kinds, True, over, (sides[1], sides[0]))
   return min(found, turned, key=lambda one: (one.cut, one.sides))
 
 

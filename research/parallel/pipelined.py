@@ -189,7 +189,7 @@ def rounds_of_worker(
     found = []
     for i in range(count):
       of_round = jax.tree.map(lambda x, i=i: x[i], of_group)
-      held, measured = run.later(fragment(1 + i), *held, *of_round)
+      held, measured = run.later(fragment(1 + i), held[0], held[1], *of_round)
       found.append(measured)
     return held, jax.tree.map(lambda *xs: jnp.stack(xs), *found)
 
@@ -202,7 +202,7 @@ def rounds_of_worker(
     held, measured = lax.scan(group, held, jax.tree.map(split, (of_rounds, lots)))
     found.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), measured))
   for i in range(1 + groups * count, rounds):
-    held, measured = run.later(fragment(i), *held, *at(i))
+    held, measured = run.later(fragment(i), held[0], held[1], *at(i))
     found.append(jax.tree.map(lambda x: x[None], measured))
 
   after, sending = held
@@ -219,8 +219,8 @@ class _Rounds:
   """Runs single rounds of one worker."""
 
   def __init__(self, job: Job, data: Data, key: Key, inside: sharded.Inside):
-    late = isinstance(job.method, Overlapping)
-    self.pieces = LatePieces(job.method) if late else Pieces(job.method)
+    method = job.method
+    self.pieces = LatePieces(method) if isinstance(method, Overlapping) else Pieces(method)
     self.job, self.data, self.key, self.inside = job, data, key, inside
     self.waiting = job._replace(method=self.pieces.waiting)
 

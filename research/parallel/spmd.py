@@ -79,13 +79,13 @@ def spmd(job: Job) -> Executor:
     out_shardings=(shardings, NamedSharding(mesh, P())),
     compiler_options=meshes.options_for_sums(mesh, largest_sum(job)),
   )
-  run = pipelined.Phased(run, job.method) if early else run
   deployed = lambda state: workers.deployed(job, layout, state.method)
   along = lambda x: sharded.spec_of(cut, x.shape, "fsdp" if job.zero < 3 else None)
   lies = lambda x: NamedSharding(mesh, P(*along(x)))
   model = jax.eval_shape(job.task.init, jax.random.key(0))
   params = sharded.jit(deployed, out_shardings=jax.tree.map(lies, model))
-  return Executor(init, partial(sharded.place, mesh, names), run, params, layout)
+  dispatch = pipelined.Phased(run, job.method) if early else run
+  return Executor(init, partial(sharded.place, mesh, names), dispatch, params, layout)
 
 
 def _models(job: Job, layout: layouts.Layout) -> Tree:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,9 @@ def test_every_contestant_can_be_built_from_values_in_its_ranges(one):
   registry.build("method", spec)
 
 
-def row(name: str, loss: float, sent: float, spec: str = "data_parallel(sgd(0.1), mean())"):
+def row(
+  name: str, loss: float, sent: float, spec: str = "data_parallel(sgd(0.1), mean())"
+) -> dict[str, Any]:
   """A row of 100 steps of 8 workers with 1,000 parameters, which send `sent` bytes per step."""
   summary = {
     "eval": {"loss": loss},

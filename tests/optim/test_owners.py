@@ -46,6 +46,7 @@ def test_equal_matrices_are_in_one_group_whichever_side_is_the_input():
   of = task()
   leaves, kinds = matrices(of, jax.eval_shape)
   cut = sharded.cut_of({"data": 1, "fsdp": 4}, of)
+  assert cut
   found = {name: place(kinds[name], x.shape, cut) for name, x in leaves.items()}
   groups = Counter((one.cut, one.sides) for one in found.values())
   fsdp = (("fsdp", 0),)
@@ -70,6 +71,7 @@ def test_owners_compute_what_one_device_computes(axes, exchanges):
   of = task(4 * ("expert" in axes))
   leaves, kinds = matrices(of)
   mesh, cut = meshes.device_mesh(axes), sharded.cut_of(axes, of)
+  assert cut
   shardings = {
     name: NamedSharding(mesh, P(*sharded.spec_of(cut, x.shape))) for name, x in leaves.items()
   }

@@ -1,6 +1,7 @@
 """optax's optimizers that depend on shapes: all are known, and treat each layer as a leaf."""
 
 import inspect
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,7 +36,7 @@ def apart(tree: dict) -> dict:
 def updates(tx: optax.GradientTransformation, as_layers: bool) -> list:
   form = apart if as_layers else lambda tree: tree
 
-  def steps(params: dict, *grads: dict) -> list:
+  def steps(params: Any, *grads: Any) -> list:
     state, found = tx.init(params), []
     for of_step in grads:
       moved, state = tx.update(of_step, state, params)
@@ -95,7 +96,7 @@ def test_galore_projects_each_hidden_matrix_and_no_embedding():
   state = tx.init(draw(0))
   shapes = {x.shape for x in jax.tree.leaves(state)}
   assert {(LAYERS, 6, 2), (LAYERS, 2, 6), (5, 6), (LAYERS, 6)} <= shapes
-  moved, _ = tx.update(draw(1), state, draw(0))
+  moved: Any = tx.update(draw(1), state, draw(0))[0]
   ranks = np.linalg.matrix_rank(np.asarray(moved["layers"]["query"]).reshape(LAYERS, 6, 6), 1e-4)
   assert ranks.tolist() == [2] * LAYERS
   step = np.asarray(moved["embedding"])
