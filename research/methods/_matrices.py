@@ -90,7 +90,8 @@ class OfMatrices(OneGradient):
 
     found = {name: moved(w, directions[name], kinds[name]) for name, w in matrices.items()}
     updates, inner = self.others.update(grads, inner, rest)
-    every: Any = {**found, **dict(optax.apply_updates(rest, updates))}
+    moved_rest: Any = optax.apply_updates(rest, updates)
+    every = found | moved_rest
     return jax.tree_util.tree_map_with_path(lambda at, _: every[path(at)], params), inner
 
 

@@ -28,7 +28,7 @@ def draw(seed: int) -> dict:
   return {"embedding": normal(5, 6), "layers": stacks}
 
 
-def apart(tree: dict) -> dict:
+def apart(tree: Any) -> dict:
   of = lambda i: jax.tree.map(lambda x: x[i], tree["layers"])
   return {"embedding": tree["embedding"], **{f"layers_{i}": of(i) for i in range(LAYERS)}}
 
