@@ -34,6 +34,7 @@ REASONS = {
   "marina": "exchanges more than one message per round",
   "dion": "exchanges more than one message per round",
   "desloc": "exchanges more than one message per round",
+  "sparta_diloco": "exchanges more than one message per round",
   "drifting": "exchanges more than one message per round",
   "hierarchical_local_sgd": "exchanges more than one message per round",
   "easgd": "easgd communicates with other workers outside its exchange",
