@@ -14,6 +14,11 @@ outer optimizer is Nesterov momentum. NoLoCo has the same slow momentum, 0.3; th
 authors' code, which multiplies a lasting change of the workers by 1.4 times as much, is shown
 without a gate. We deploy the mean of NoLoCo's models. With other numbers of workers, we only count
 bytes, in one round of a small model.
+
+The gate of the loss holds at this size only: on the model of 108 thousand parameters of the claim
+`diloco` (--set=model="layers=2, width=64, heads=4, kv_heads=4, hidden=184, deviation=0.1"), NoLoCo
+was 0.038 nats above DiLoCo on seed 0 (2.002 and 1.964). With the slow momentum 0.5 it was 0.041 and
+0.053 above on seeds 0 and 1. The spread was below 0.5%.
 """
 
 import jax
