@@ -10,9 +10,12 @@ its own for embedding and norms.
 Scaled: a transformer of 45 thousand parameters on the characters of tinyshakespeare, 4 workers with
 batches of 4. Every method has the same number of learning rates, and the best by its training loss
 is compared on held-out text. The weights are compared with those of one worker on digits, after 100
-steps on all examples. A round removes the share 1 - mu of a quarter of the directions from the
-momenta: with mu = 0.95 their memory is about 80 steps, a fifth of the run; with mu = 0.8 it is 20
-steps, as Muon's, which stands beside the paper's.
+steps on all examples.
+
+At this size, rank 1/4 does not come within 0.03 nats of Muon, and the weights of eight workers and
+of one differ by 4e-5 in float32; on the regression of the tests they agree to 1e-6. A round removes
+the share 1 - mu of a quarter of the directions from the momenta: with mu = 0.95 their memory is
+about 80 steps, a fifth of the run; with mu = 0.8 it is 20 steps, as Muon's. The claim shows both.
 """
 
 import math
@@ -43,6 +46,7 @@ QUICK = {
   "steps": 48,
   "rates": [0.02],
   "sample": 64,
+  "same": 1e-4,
   "above": 0.5,
   "methods": ["Muon", "Dion, mu 0.8"],
 }
