@@ -261,8 +261,9 @@ def gather(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
 def exchange(tree: Tree, axes: Axes = WORKER_AXES) -> Tree:
   """Sends row i of each leaf to worker i, and receives this worker's row from every worker.
 
-  Short leaves of the same dtype are sent as one message. A TPU interleaves flat rows in memory, but
-  not the rows of an array [W, n / 128, 128]; long rows are therefore padded to this shape.
+  Short leaves of the same dtype are sent as one message. On a TPU, the rows of an array [W, n] are
+  interleaved in memory, but those of an array [W, n / 128, 128] are not; long rows are therefore
+  padded to a multiple of 128 elements and reshaped.
 
   Args:
     tree: this worker's messages, with leaves [W, ...].

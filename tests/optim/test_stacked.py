@@ -68,7 +68,7 @@ def test_every_optimizer_of_optax_that_depends_on_shapes_is_known():
   for name, factory in optimizers.factories("optimizer").items():
     try:
       tx = factory(**made(factory).kwargs)
-      dependent = differs(tx) > 1e-5
+      dependent = differs(tx) > 1e-3  # schedule_free_adamw rounds by 1e-4
     except Exception:  # a wrapper, or one that needs more than averaged gradients
       continue
     found |= {name} if dependent else set()
