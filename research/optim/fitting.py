@@ -43,8 +43,9 @@ def fitted(optimizer: Any, model: Model) -> Any:
   """Rebuilds an optimizer for a model, if the optimizer depends on the model.
 
   `muon` is rebuilt with the model's dimensions. optax's optimizers in `stacked.DEPENDENT` treat
-  each layer of a stack as a leaf. Both are also rebuilt inside an optimizer that was built from a
-  spec, such as a chain, but not inside an optimizer that a program built with optax directly.
+  each layer of a stack as a leaf. Both kinds are also rebuilt inside an optimizer that was built
+  from a spec, such as a chain, but not inside an optimizer that a program built with optax
+  directly.
 
   Args:
     optimizer: an optax transformation.
