@@ -48,8 +48,8 @@ class DesLoc(LocalStepping, name="desloc"):
     inner: each worker's optimizer; to clip gradients as in the paper, chain the clipping with it.
     aggregator: combines the workers' model changes.
     period: K_x, the number of steps between averages of the models.
-    moments: the periods K_j by the names of the optimizer's moments. The paper recommends {"mu": 3
-      K_x, "nu": 6 K_x} for Adam. None averages all moments every `period` steps.
+    moments: the periods K_j by the names of the optimizer's moments. The paper recommends
+      {"mu": 3 K_x, "nu": 6 K_x} for Adam. None averages all moments every `period` steps.
 
   Raises:
     ValueError: if a period is below 1, `moments` names a moment that the optimizer does not have,
