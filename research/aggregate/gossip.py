@@ -22,8 +22,7 @@ class GossipState(NamedTuple):
 class Exchange(Aggregator):
   """Exchanges trees with the neighbours that a topology gives a worker in the current round.
 
-  The topology has a period of several rounds. They follow one another, or the shared key draws one
-  of them.
+  The rounds of the topology's period follow one another, or the shared key draws one of them.
 
   Args:
     topology: the graph and its weights.
