@@ -5,13 +5,13 @@
 Eight simulated workers train a small transformer on the characters of tinyshakespeare, once with
 i.i.d. data and once with different roles on every worker. For every method, --trials runs draw the
 method's parameters at random from its stated ranges (experiments/benchmarks/contestants.py). The
-trial with the lowest training loss wins and is repeated with --seeds fresh seeds, whose loss on
-held-out text is reported. --contestants="Dion;DiLoCo" selects methods by name.
+trial with the lowest training loss wins. It is repeated with --seeds fresh seeds, and the loss of
+these runs on held-out text is reported. --contestants="Dion;DiLoCo" selects methods by name.
 
 Every run has its own folder under --out, so the same command continues an interrupted leaderboard.
-The results are written to leaderboard.json, leaderboard.md and leaderboard.png in --out. Hours are
-predicted for --chips chips of type --chip per worker and for a model of --preset, on three links;
-see reports/ranking.py.
+The results are written to leaderboard.json, leaderboard.md and leaderboard.png in --out. The hours
+of training are predicted on three links, for --chips chips of type --chip per worker and the model
+of --preset; see reports/ranking.py.
 """
 
 import math
@@ -43,7 +43,7 @@ FRESH = 101  # the first seed that no trial has used
 
 
 def chosen(text: str) -> list[Contestant]:
-  """Returns the contestants that a list of names selects; all if the list is empty.
+  """Returns the contestants that a list of names selects, or all of them if the list is empty.
 
   Raises:
     UsageError: if a name is unknown.
@@ -60,7 +60,7 @@ def run(folder: Path, data: str, method: str, seed: int) -> dict[str, Any] | Non
   """Trains one run, or reads its results if it is complete.
 
   Returns:
-    The run's summary; None if the run diverged.
+    The run's summary, or None if the run diverged.
   """
   from research.training import loop
 

@@ -6,13 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-Range = tuple[float, float]  # least and greatest value; drawn uniformly on a logarithmic scale
+Range = tuple[float, float]  # smallest and largest value; drawn uniformly on a logarithmic scale
 
 
 class Contestant(NamedTuple):
   """A method with parameters to tune.
 
-  The spec contains each parameter's name in braces, and {steps} and {warmup} for the run's length.
+  The spec contains each parameter's name in braces. {steps} and {warmup} in the spec are replaced
+  by the number of steps of a run and of its warm-up.
   """
 
   name: str

@@ -1,16 +1,16 @@
 """DES-LOC needs fewer exchanges of the second moment than Local Adam and ends as near the optimum.
 
 Paper: Iacob, Sani, Safaryan, Giampouras, Horvath, Jovanovic, Kurmanji, Aleksandrov, Shen, Qiu, Lane
-2025, DES-LOC, arXiv:2505.22549, figure 2: the toy problem, in which averaging the moments is what
-lets averaged models converge.
+2025, DES-LOC, arXiv:2505.22549, figure 2: a toy problem on which averaged models converge only if
+the moments are averaged too.
 
 Same: Rosenbrock's function with noise of standard deviation 1.5 in each element of the gradient,
 256 workers, models and first moments averaged every 192 steps, second moments every 192 (Local
-Adam) or 692 (DES-LOC). All methods see the same noise. Moments that stay private or are reset in
-each round are the alternatives of the paper; DiLoCo stands beside them.
+Adam) or 692 (DES-LOC). All methods see the same noise. The paper's alternatives are moments that
+stay private, and moments that are reset in each round; we add DiLoCo.
 
-Scaled: nothing. The decay rates, the learning rate, the start and the number of steps are ours: the
-half-life of the first moment is the period of its average.
+Scaled: nothing. We chose the decay rates, the learning rate, the start and the number of steps; the
+half-life of the first moment equals the period of its average.
 """
 
 import numpy as np

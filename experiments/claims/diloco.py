@@ -1,4 +1,4 @@
-"""DiLoCo beats a single worker and comes close to a batch as large as all workers' together.
+"""DiLoCo beats a single worker and comes close to a single worker with the total batch.
 
 Paper: Douillard et al. 2023, DiLoCo, arXiv:2311.08105, table 2 (perplexity on C4: 16.23 for one
 worker, 15.30 for a batch eight times as large, 15.02 for DiLoCo with 8 workers at 1/500 of the
@@ -10,11 +10,12 @@ held-out text; every method takes the same number of sequential steps.
 Scaled: a transformer of 108 thousand parameters on the characters of tinyshakespeare, 4 workers,
 1024 steps from scratch. The paper uses 60 to 400 million parameters on C4, 8 workers, 88,000 steps
 (the first 24,000 without DiLoCo), and 500 steps per round with the outer step size 0.7 and momentum
-0.9. Our rounds have only 8 or 32 steps, for which sources use smaller outer steps. We gate 0.7 and
-0.6, the pair for rounds of 30 steps in MuLoCo (arXiv:2505.23725), at both lengths. Shown without
-gates, on one seed: the paper's pair in rounds of 8 steps, and MaxText's 0.3 and 0.9, which it uses
-for rounds of 36, in rounds of 32. Both are worse than one worker here. We reproduce the ordering,
-except that DiLoCo is not ahead of the large batch.
+0.9. Our rounds have only 8 or 32 steps; for such short rounds, other sources use smaller outer
+steps. At both lengths, we gate step size 0.7 and momentum 0.6, which MuLoCo (arXiv:2505.23725) uses
+for rounds of 30 steps. We show two pairs without gates, on one seed: the paper's pair in rounds of
+8 steps, and 0.3 and 0.9, which MaxText uses for rounds of 36 steps, in rounds of 32 steps. Both
+pairs are worse than one worker here. We reproduce the ordering, except that DiLoCo is not ahead of
+the large batch.
 """
 
 import numpy as np

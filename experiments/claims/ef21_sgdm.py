@@ -1,4 +1,4 @@
-"""Momentum repairs EF21 with stochastic gradients of a single example.
+"""With momentum, EF21 converges on stochastic gradients of a single example.
 
 Paper: Fatkhullin, Tyurin, Richtarik 2023, Momentum provably improves error feedback,
 arXiv:2305.15155, theorem 1 and figure 1 (EF21-SGD does not converge for any step size, while
@@ -8,9 +8,9 @@ Same: ||x||^2 / 2 in two variables with noise that is uniform on sqrt(3/10) {(2,
 -1)}, Top-1, one worker, one example per step.
 
 Scaled: the step sizes, the momentum and the starting point are our choice. The paper's theorem
-bounds EF21-SGD from below; we run two step sizes, and compare the squared gradient norms in the
-second half of a run, in which the distance to the starting point no longer matters. EF21 starts
-from g = 0, not from the first gradient.
+gives a lower bound on the error of EF21-SGD. We run two step sizes and compare the squared gradient
+norms in the second half of each run, when the distance to the starting point no longer matters.
+EF21 starts from g = 0, not from the first gradient.
 """
 
 import numpy as np
@@ -22,7 +22,7 @@ TITLE = "EF21 with single-example gradients stalls at every step size; momentum 
 DATASET = ""
 FULL = {
   "rate": 2e-4,
-  "times": 5.0,  # the larger step size over `rate`
+  "times": 5.0,  # ratio of the larger step size to `rate`
   "momentum": 0.97,
   "steps": 100_000,
   "ratio": 10.0,

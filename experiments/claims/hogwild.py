@@ -1,4 +1,4 @@
-"""Lock-free updates cost almost nothing where examples share few features.
+"""Lock-free updates cost almost nothing if examples share few features.
 
 Paper: Recht, Re, Wright, Niu 2011, Hogwild, arXiv:1106.5730; inconsistent reads as in Mania et al.
 2015, arXiv:1507.06970.
@@ -10,9 +10,9 @@ Scaled: the delays of up to 16 processors are drawn uniformly from [0, 16) updat
 model or for each coordinate separately, so that a run is reproducible. We chose the problems: w8a
 is sparse, and odd against even digits of MNIST is dense, with the learning rate rescaled to the row
 norms of w8a. We reproduce the ordering. The cost of old models grows with the learning rate, and
-appears first on dense data. There, what matters is the learning rate times the bound on the delay
-times the overlap of two rows. On dense data we therefore gate the largest of our learning rates
-alone; the change at the smaller one is shown without a gate.
+appears first on dense data. On dense data, the cost depends on the product of the learning rate,
+the bound on the delay and the overlap of two rows. We therefore gate only the largest of our
+learning rates on dense data, and show the change at the smaller learning rate without a gate.
 """
 
 from typing import Any
@@ -103,7 +103,7 @@ def trained(
 
 
 def floats(lab: Lab, task: str) -> np.ndarray:
-  """Returns the rows of a task, with pixels between 0 and 1."""
+  """Returns the rows of a task, with pixels scaled to [0, 1]."""
   x: Any = lab.task(task=task, model=MODEL).train["x"]
   return x.reshape(len(x), -1) / np.float32(255 if x.dtype == np.uint8 else 1)
 

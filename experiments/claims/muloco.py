@@ -1,12 +1,12 @@
 """MuLoCo, which is DiLoCo with Muon as its inner optimizer, ends below DiLoCo with AdamW.
 
-Paper: Thérien et al. 2025, MuLoCo, arXiv:2505.23725 (losses of 150 million parameters with K = 1:
-MuLoCo 3.120, data-parallel Muon 3.124, DiLoCo 3.142, data-parallel AdamW 3.158).
+Paper: Thérien et al. 2025, MuLoCo, arXiv:2505.23725 (losses of models with 150 million parameters
+and K = 1: MuLoCo 3.120, data-parallel Muon 3.124, DiLoCo 3.142, data-parallel AdamW 3.158).
 
 Same: Muon without Nesterov momentum and with decay 0.9 for the hidden matrices of the workers,
-AdamW for embedding and norms, rounds of 30 steps, outer Nesterov momentum 0.6 with step size 0.7;
-every method takes the same number of sequential steps with batches of the same size, and its inner
-learning rate is the best of three.
+AdamW for the embedding and the norms, rounds of 30 steps, outer Nesterov momentum 0.6 with step
+size 0.7; every method takes the same number of sequential steps with batches of the same size, and
+its inner learning rate is the best of three.
 
 Scaled: a transformer of 31 thousand parameters on the characters of tinyshakespeare, 8 workers, 16
 rounds from scratch. DiLoCo has the same outer optimizer as MuLoCo; the paper gives DiLoCo an outer
@@ -27,7 +27,7 @@ FULL = {
   "rounds": 16,
   "adamw_rates": [6e-3, 1.2e-2, 2.4e-2],
   "muon_rates": [0.01, 0.02, 0.04],
-  "adam_rate": 1.2e-2,  # of AdamW within Muon
+  "adam_rate": 1.2e-2,  # the learning rate of AdamW within Muon
   "outer_rate": 0.7,
   "outer_momentum": 0.6,
   "model": "layers=1, width=48, heads=4, kv_heads=4, hidden=128, deviation=0.1",

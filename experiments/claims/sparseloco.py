@@ -1,4 +1,4 @@
-"""SparseLoCo trains like DiLoCo on one hundredth of its bytes.
+"""SparseLoCo trains like DiLoCo with one hundredth of DiLoCo's bytes.
 
 Paper: Sarfi, Thérien, Lidin, Belilovsky 2025, Communication efficient LLM pre-training with
 SparseLoCo, arXiv:2508.15706 (512 million parameters: sparse messages of 1 to 3% of the elements, in
@@ -11,7 +11,8 @@ values of 2 bits; no outer momentum.
 Scaled: a transformer of 15 thousand parameters on the characters of tinyshakespeare, one sequence
 per worker and step, 600 rounds. Each element is averaged over the workers that sent it, as in the
 authors' later code; the paper averages over all workers. The leaves are small, so they are joined,
-and a block is 4096 consecutive elements of the whole; in the paper it is a tile of 64 x 64.
+and a block is 4096 consecutive elements of the joined array; in the paper, a block is a tile of 64
+x 64 elements.
 """
 
 import jax

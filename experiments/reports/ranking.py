@@ -1,14 +1,14 @@
 """Ranks the methods of a leaderboard, and predicts the hours of the same runs at a larger scale.
 
-The prediction is for a stated model, chip and number of chips per worker. The prediction keeps the
-number of steps, and the bytes per parameter and step that were measured on the small model:
+The prediction is for a stated model, chip and number of chips per worker. It assumes the number of
+steps and the bytes per parameter and step of the small model:
 
     seconds per step = computing + exposed communication
     computing = 6 parameters tokens / (chips peak utilization)
     communication = 8 bytes per parameter and step * parameters / bits per second
 
 Methods whose exchange overlaps with local steps wait only for the exposed part (`cost.exposed`).
-Nothing else is modelled: latency, encoding and the computation of optimizers are left out.
+Latency, encoding and the computation of optimizers are not modelled.
 """
 
 import math
@@ -34,7 +34,7 @@ class Place(NamedTuple):
   utilization: float  # share of the chip's peak rate
 
   def check(self) -> "Place":
-    """Returns the place itself.
+    """Checks the values and returns the place.
 
     Raises:
       ValueError: if a value is invalid.
@@ -50,7 +50,7 @@ class Place(NamedTuple):
 
   @property
   def computing(self) -> float:
-    """Seconds of computing per local step."""
+    """Returns the seconds of computing per local step."""
     rate = self.chips * chips.CHIPS[self.chip].flops * self.utilization
     return 6 * parameters(self.preset) * self.tokens / rate
 
@@ -80,7 +80,7 @@ def ranked(rows: list[dict[str, Any]], place: Place) -> dict[str, Any]:
   """Returns the contents of leaderboard.json: each row with its numbers, best loss first.
 
   Args:
-    rows: the results of all methods so far, see `leaderboard.tuned`.
+    rows: the results of all methods so far; see `leaderboard.tuned`.
     place: the model and machines for which hours are predicted.
   """
   found = [{**row, **_figures(row, place)} for row in rows]

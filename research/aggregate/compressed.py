@@ -37,9 +37,9 @@ class GatherMean(Aggregator, name="gather_mean"):
   Each worker sends W - 1 payloads, so traffic grows with W: at W = 8, payloads of one byte per
   element cost as much as a float32 ring all-reduce. `two_phase` avoids this growth.
 
-  With over="senders", each element is divided by the number of workers that sent it, those with
-  D(C(x_i)) not 0 there, instead of by W. If the workers of a sparse compressor send different
-  elements, the mean over all workers would make each step smaller by the share of senders.
+  With over="senders", the sum of an element is divided by the number of its senders, the workers
+  whose D(C(x_i)) is not 0 at that element, instead of by W. If workers send different elements, as
+  with a sparse compressor, the mean over all workers would scale each step by the share of senders.
 
   Args:
     compressor: any compressor.
@@ -47,7 +47,8 @@ class GatherMean(Aggregator, name="gather_mean"):
     over: "workers", or "senders" for a sparse compressor.
 
   Raises:
-    ValueError: if `over` is another text, or "senders" with a compressor that is not sparse.
+    ValueError: if `over` is neither "workers" nor "senders", or if it is "senders" and the
+      compressor is not sparse.
 
   Reference: Alistarh et al. 2017, arXiv 1610.02132, algorithm 1; over senders: Peng, Quesnelle,
     Kingma 2024, arXiv 2411.19870 (DeMo), in the authors' code.
@@ -241,12 +242,13 @@ two_phase = TwoPhase
 
 
 class MajorityVote(Aggregator, name="majority_vote"):
-  """Computes the elementwise majority of the workers' signs; ties and zeros count as +1.
+  """Computes the elementwise majority of the workers' signs; ties and zeros give +1.
 
       value = sign(sum_i sign(x_i))
 
-  One bit per element is sent in each direction: the sign to the worker that counts it, and the
-  result back to every worker. Every worker present has one vote, regardless of its weight.
+  One bit per element is sent in each direction: the sign goes to the worker that counts the votes,
+  and the result goes back to every worker. Every worker present has one vote, regardless of its
+  weight.
 
   Args:
     axis: the worker axes to vote over.

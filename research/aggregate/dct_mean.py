@@ -37,16 +37,17 @@ class DCTMean(Aggregator, name="dct_mean"):
                          or, with one bit, 1/n_c sum_i weight_i sign(q_i_c)
 
   The value is multiplied by the mean weight of all W workers, which is one unless some are absent.
-  D and S_k are those of `dct_top_k`. This is an aggregator for `demo`: a coefficient that a single
-  worker sends counts as much as one that all workers send. A worker's `sent` is D^T q_i D in both
-  cases, so `demo` subtracts exact values from the momentum. With one bit, a payload has 13/8 k
-  bytes per block of 64 x 64 elements instead of k (itemsize + 3/2). A bit cannot represent zero: a
-  block of zeros sends k equal positions, which count as nothing. Blocks of one element send values.
+  D and S_k are those of `dct_top_k`. Use this aggregator in `demo`: a coefficient that only one
+  worker sends counts as much as a coefficient that all workers send. A worker's `sent` is D^T q_i D
+  with or without one bit, so `demo` subtracts exact values from the momentum. With one bit, a
+  payload has 13/8 k bytes per block of 64 x 64 elements instead of k (itemsize + 3/2). A bit cannot
+  represent zero: a block of zeros sends k equal positions, which receivers ignore. Blocks of one
+  element send values.
 
   Args:
     chunk: maximum side of a block.
-    k: number of coefficients to send per block; all if the block has fewer.
-    one_bit: whether to send signs instead of values; needs k >= 2.
+    k: the number of coefficients to send per block; a smaller block sends all its coefficients.
+    one_bit: whether to send signs instead of values; requires k >= 2.
     axis: the worker axes.
 
   Raises:
@@ -70,7 +71,7 @@ class DCTMean(Aggregator, name="dct_mean"):
 
   @property
   def compressor(self) -> DCTTopK:
-    """The compressor that selects the coefficients."""
+    """Returns the compressor that selects the coefficients."""
     return DCTTopK(self.chunk, self.k)
 
   def aggregate(self, tree, state, key, presence=EVERYONE):
@@ -104,7 +105,7 @@ class DCTMean(Aggregator, name="dct_mean"):
     return Signed(pack(signs, 1), pack(positions.reshape(-1), bits))
 
   def _mean(self, x: Array, payload: Coefficients, everyone: Tree, key: Key) -> Array:
-    """Returns a leaf's mean over senders; `everyone` has all messages and weights [W, ...]."""
+    """Computes a leaf's mean over senders; `everyone` holds all messages and weights [W, ...]."""
     size, shape = self._size(x, key), payload.values.shape
     wide = jnp.promote_types(x.dtype, jnp.float32)
     rows = jnp.arange(shape[0])[:, None]

@@ -1,4 +1,4 @@
-"""EDiT's penalty: outlying workers are left out, and the others weighted by their norms."""
+"""EDiT's penalty: leaves out outlying workers, and weights the other workers by their norms."""
 
 import math
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ class EditPenaltyState(NamedTuple):
 
 
 class EditPenalty(Aggregator, name="edit_penalty"):
-  """Weights workers by the norms of their values, without those whose norm is unusually large.
+  """Weights workers by the norms of their values; workers with an unusually large norm get zero.
 
       G_i = ||x_i||,   i is an outlier if t_i >= warm_up and G_i > mu_i + delta sigma_i
       w_i = exp(-G_i / tau) / sum_{j not an outlier} exp(-G_j / tau), and 0 for outliers
@@ -41,22 +41,24 @@ class EditPenalty(Aggregator, name="edit_penalty"):
       G_i' = min(G_i, mu_i + delta sigma_i),   mu_i' = mu_i + alpha (G_i' - mu_i)
       sigma_i'^2 = (1 - alpha) (sigma_i^2 + alpha (G_i' - mu_i)^2)
 
-  This is the penalty of pseudo-gradients in EDiT: wrap the aggregator of `diloco` in it. With
-  `mean()`, the value is sum_i w_i x_i. If all workers are outliers, the value is zero. A norm that
-  is not finite is an outlier and does not enter the statistics. During the warm-up, only such
-  workers are left out. Besides the inner aggregator's messages, a worker sends its norm, 4 bytes.
+  This wrapper is EDiT's penalty on pseudo-gradients: use it around the aggregator of `diloco`. With
+  `mean()`, the value is sum_i w_i x_i. If all workers are outliers, the value is zero. A worker
+  whose norm is not finite is an outlier, and its norm does not enter the statistics. During the
+  warm-up, only workers with a non-finite norm are left out. Besides the inner aggregator's
+  messages, a worker sends its norm, 4 bytes.
 
-  The paper computes norms for each module, here they are those of all leaves together. Here mu
-  starts at the first norm instead of zero, and an outlier's norm enters the statistics clipped, so
-  that a lasting change of the norms is accepted in time.
+  Our implementation differs from the paper in three ways: a norm is taken over all leaves instead
+  of over each module; mu starts at the first norm instead of zero; and an outlier's norm is clipped
+  before it enters the statistics, so that the statistics eventually follow a lasting change of the
+  norms.
 
   Args:
     inner: the aggregator of the weighted values.
-    threshold: delta, in standard deviations, above 0.
+    threshold: delta, the threshold for outliers in standard deviations, above 0.
     decay: alpha, the share of a new norm in the statistics, in (0, 1).
-    warm_up: number of rounds of a worker before outliers are left out, at least 1.
+    warm_up: the number of rounds of a worker before its outliers are left out, at least 1.
     temperature: tau, in the units of the norms, above 0; infinity weights workers equally.
-    clip: phi, maximum norm of the value; may be infinity.
+    clip: phi, the maximum norm of the value; may be infinity.
     axis: the worker axes.
 
   Raises:
@@ -118,7 +120,7 @@ class EditPenalty(Aggregator, name="edit_penalty"):
     return share if roll is None else roll.scale * share
 
   def _updated(self, state: EditPenaltyState, norm: Array) -> EditPenaltyState:
-    """Returns the statistics after a finite norm."""
+    """Returns the statistics updated with a finite norm."""
     change = jnp.where(state.count > 0, norm - state.mean, 0)
     mean = jnp.where(state.count > 0, state.mean + self.decay * change, norm)
     variance = (1 - self.decay) * (state.variance + self.decay * change**2)

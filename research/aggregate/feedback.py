@@ -25,7 +25,7 @@ class ErrorFeedback(Aggregator, name="error_feedback"):
 
   Args:
     inner: the aggregator; its `sent` is the part of a value that the others received.
-    decay: decay of the memory, in [0, 1].
+    decay: the decay of the memory, in [0, 1].
 
   Raises:
     ValueError: if decay is not in [0, 1], or the inner aggregator has a trait in `refuses`.
@@ -116,8 +116,8 @@ class Diana(Aggregator, name="diana"):
 
   Args:
     inner: the aggregator of the differences, with an unbiased compressor.
-    alpha: step size of the shifts, in (0, 1]; at most 1 / (1 + omega) for a compressor of relative
-      variance omega.
+    alpha: the step size of the shifts, in (0, 1]; should be at most 1 / (1 + omega) for a
+      compressor with relative variance omega.
 
   Raises:
     ValueError: if alpha is not in (0, 1], or the inner aggregator has a trait in `refuses`.

@@ -1,4 +1,4 @@
-"""Averages among the neighbours in a graph: the exchange of decentralized methods."""
+"""Averages over the neighbours in a graph, as decentralized methods do."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,9 +20,9 @@ class GossipState(NamedTuple):
 
 
 class Exchange(Aggregator):
-  """Exchanges trees with the neighbours in a round of a topology's period.
+  """Exchanges trees with the neighbours that a topology gives a worker in the current round.
 
-  The rounds of a period follow one another, or the shared key draws one of them.
+  The rounds of the topology's period follow one another, or the shared key draws one of them.
 
   Args:
     topology: the graph and its weights.
@@ -34,7 +34,7 @@ class Exchange(Aggregator):
 
   @required
   def mix(self, shifts: Sequence[Shift], tree: Tree) -> Tree:
-    """Combines this worker's tree with those it receives over `shifts`, the links of one round."""
+    """Combines a worker's tree with the trees received over `shifts`, the links of one round."""
     ...
 
   def init(self, params):
@@ -96,9 +96,9 @@ gossip = Gossip
 
 
 class Push(Exchange):
-  """Distributes each worker's value: value_i = sum_j w_ij x_j, where the rows may have any sum.
+  """Computes value_i = sum_j w_ij x_j, where the rows of the weights may have any sum.
 
-  The sum over workers is preserved. This is the exchange inside `push_sum` and `sgp`.
+  The sum over workers is preserved. `push_sum` and `sgp` use this exchange.
 
   Args:
     topology: any topology.

@@ -34,16 +34,17 @@ class LoCo(Aggregator, name="loco"):
       h_i = x_i + e_i,   value = A(h)
       e_i <- Q((1 - beta) e_i + beta (h_i - sent_i)),   e_i <- 0 after every T-th round
 
-  With beta = 1, no Q and no clearing, this is `error_feedback`. For a constant x, e integrates
-  beta (x - sent), so the mean of what is sent approaches x, as with error feedback, but a single
-  error enters the next messages damped. Q rounds to 255 levels of max |e| / 127 in each row of a
-  leaf (its last dimension), so the memory takes a quarter of float32. If a run continues with
-  another number of workers, all of them start from the codes of the first worker.
+  With beta = 1, no Q and no clearing, this is `error_feedback`. For a constant x, e integrates beta
+  (x - sent), so the mean of the sent values approaches x, as with error feedback; a single error,
+  however, is damped before it enters the next messages. Q rounds to 255 levels of max |e| / 127 in
+  each row of a leaf (its last dimension), so the memory takes a quarter of the size in float32. If
+  a run continues with another number of workers, all of them start from the codes of the first
+  worker.
 
   Args:
     inner: the aggregator; its `sent` is the part of a value that the others received.
     beta: share of the new error in the memory, in (0, 1].
-    reset: T, number of rounds between clearings, at least 1.
+    reset: T, the number of rounds between clearings, at least 1.
 
   Raises:
     ValueError: if an argument is out of range, or the inner aggregator has a trait in `refuses`.

@@ -26,17 +26,18 @@ class PowerSGD(Aggregator, name="power_sgd"):
       P = orthonormal(1/W sum_i M_i Q),   Q_i = M_i^T P,   Q <- 1/W sum_i Q_i
       value = P Q^T,                      sent_i = P Q_i^T
 
-  Each round starts from the last round's Q. A column that is zero on all workers, as after a round
-  of zero gradients, keeps its old value: a zero column could never change again. Leaves of two or
-  more dimensions are treated as matrices [all dimensions but the last, last]. Vectors, and matrices
-  with at most r (rows + columns) elements, are averaged exactly. Use this aggregator inside
-  `error_feedback`. We orthogonalise by Householder QR instead of the paper's Gram-Schmidt, which
-  loses orthogonality in float32. The matrices of equal shape are decomposed together.
+  Each round starts from the last round's Q. A column that is zero on all workers, for example after
+  a round of zero gradients, keeps its old value, because a zero column could never change again.
+  Leaves of two or more dimensions are treated as matrices [all dimensions but the last, last].
+  Vectors, and matrices with at most r (rows + columns) elements, are averaged exactly. Use this
+  aggregator inside `error_feedback`. We orthogonalise by Householder QR instead of the paper's
+  Gram-Schmidt, which loses orthogonality in float32. Matrices of equal shape are decomposed
+  together.
 
   Args:
     rank: r, at least 1.
     axis: the worker axes to average over.
-    seed: seed of the initial Q, equal on all workers.
+    seed: the seed of the initial Q, equal on all workers.
 
   Raises:
     ValueError: if rank < 1.
@@ -92,11 +93,11 @@ power_sgd = PowerSGD
 
 
 def orthonormal(matrices: dict[Any, Array]) -> dict[Any, Array]:
-  """Computes Q of the QR decomposition of each matrix, by one batched call for each shape.
+  """Computes Q of the QR decomposition of each matrix, in one batched call per shape.
 
-  A decomposition is a sequence of short steps, so that an accelerator needs as long for a batch as
-  for one matrix. On a CPU, the matrices of a batch are decomposed one after the other, because
-  LAPACK's batched calls, as jaxlib 0.10 makes them, can block the threads that they wait for.
+  A decomposition is a sequence of short steps, so an accelerator takes as long for a batch as for
+  one matrix. On a CPU, the matrices of a batch are decomposed one after the other, because the
+  batched LAPACK calls of jaxlib 0.10 can block the threads for which they wait.
 
   Args:
     matrices: float32 [stack..., m, r] each, by number or name.
@@ -119,22 +120,22 @@ def orthonormal(matrices: dict[Any, Array]) -> dict[Any, Array]:
 
 
 def found(new: Array, old: Array) -> Array:
-  """Returns the new factor, with the old column wherever the new one is zero or non-finite.
+  """Returns the new factor, with the old column wherever the new column is zero or non-finite.
 
   Args:
-    new: [n, r].
-    old: [n, r].
+    new: the new factor, [n, r].
+    old: the old factor, [n, r].
   """
   size = jnp.sum(jnp.abs(new), 0)
   return jnp.where((size > 0) & jnp.isfinite(size), new, old)
 
 
 def is_low_rank(x: Array, rank: int) -> bool:
-  """Returns whether two factors are smaller than the leaf.
+  """Returns whether the two factors of a leaf are smaller than the leaf.
 
   Args:
     x: the leaf.
-    rank: rank of the factors.
+    rank: the rank of the factors.
   """
   rows = x.size // x.shape[-1] if x.ndim > 1 and x.shape[-1] else 0
   return rows > 0 and rank * (rows + x.shape[-1]) < x.size
@@ -155,8 +156,8 @@ def product(left: Array, right: Array) -> Array:
   XLA would write the result of a matrix product, which is as large as the leaf, to memory.
 
   Args:
-    left: [m, r].
-    right: [r, n].
+    left: the left factor, [m, r].
+    right: the right factor, [r, n].
 
   Returns:
     The product [m, n].

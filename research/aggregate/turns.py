@@ -1,4 +1,4 @@
-"""Averages the elements of a leaf in turn: each element once in 1 / fraction rounds."""
+"""Averages the elements of a leaf in turn, each element once every 1 / fraction rounds."""
 
 import math
 from dataclasses import KW_ONLY
@@ -20,10 +20,10 @@ class TurnsState(NamedTuple):
 class InTurn(Aggregator):
   """Averages one element of each group of P consecutive elements per round.
 
-  The order within a group is cyclic, from a first element that is drawn for each group.
+  The order within a group is cyclic and starts at an element that is drawn for each group.
 
   Args:
-    fraction: 1 / P, rounded to such a number from above; in (0, 1].
+    fraction: 1 / P, in (0, 1]; a fraction whose inverse is not an integer is rounded down to 1 / P.
     seed: the seed of the first elements.
     axis: the worker axes to average over.
   """
@@ -32,14 +32,14 @@ class InTurn(Aggregator):
   _: KW_ONLY
   seed: int = 0
   axis: collectives.Axes = WORKER_AXES
-  redrawn: ClassVar[bool]  # whether every cycle of P rounds draws anew
+  redrawn: ClassVar[bool]  # whether every cycle of P rounds draws a new order
 
   def check(self):
     checks.in_range("fraction", self.fraction, "(0, 1]")
 
   @property
   def rounds(self) -> int:
-    """P, the number of rounds in which each element is averaged once."""
+    """Returns P, the number of rounds in which each element is averaged once."""
     return math.ceil(1 / self.fraction - 1e-9)
 
   def init(self, params):
@@ -72,10 +72,10 @@ class Shuffled(InTurn, name="shuffled"):
       value_k = 1/W sum_i x_i_k if k is in S_t, else 0
 
   S_t has one element of each group of P = ceil(1 / fraction) consecutive elements of a leaf, and is
-  equal on all workers. Each element is in exactly one of P consecutive S_t. With
+  equal on all workers. Each element is in exactly one of any P consecutive sets S_t. With
   `sum_mean(random_k(fraction))`, about a third of the elements, (1 - 1/P)^P, is not averaged in P
   rounds. The authors of SPARTA shuffle all elements of a leaf; here the order within a group is
-  cyclic from a random first element, which needs no permutation of the leaf.
+  cyclic and starts at a random element, so the leaf need not be permuted.
 
   Args:
     fraction: the fraction of the elements to average per round, in (0, 1].
@@ -100,8 +100,8 @@ class Partitioned(InTurn, name="partitioned"):
 
       value_k = 1/W sum_i x_i_k if k is in S_t, else 0
 
-  This is `shuffled` whose order is drawn again after every P = ceil(1 / fraction) rounds: in each
-  of these cycles, each element is in exactly one S_t.
+  This aggregator is `shuffled` with an order that is drawn again every P = ceil(1 / fraction)
+  rounds: in each cycle of P rounds, each element is in exactly one S_t.
 
   Args:
     fraction: the fraction of the elements to average per round, in (0, 1].

@@ -18,7 +18,7 @@ _PRODUCTS = ("dot", "convolution")
 
 
 class Span(NamedTuple):
-  """A transfer, and what the device computes between its start and its end."""
+  """The work that a device does between the start and the end of a transfer."""
 
   transfer: Transfer
   asynchronous: bool
@@ -51,7 +51,7 @@ class Schedule:
     }
 
   def spans(self, mesh: Mesh) -> list[Span]:
-    """Returns what runs between the start and the end of every collective.
+    """Returns the work between the start and the end of every collective.
 
     Args:
       mesh: the mesh that the program was compiled for.

@@ -23,18 +23,19 @@ class Picked(NamedTuple):
 class BlockTopK(Compressor, name="block_top_k"):
   """Sends the k largest elements of each block: k (log2 block + bits) / 8 bytes, and a table.
 
-      C(x)_block = Q(S_k(x_block)),   Q = the statistical quantizer on all elements that are sent
+      C(x)_block = Q(S_k(x_block)),   Q = the statistical quantizer of all sent elements
 
-  S_k keeps the k largest magnitudes of a block of consecutive elements; ties go to the first. With
-  the default values, a block of 4096 elements takes 112 bytes, and a leaf 16 bytes for the table:
-  1/146 of float32. A leaf is split into ceil(n / block) blocks of nearly equal size, and a smaller
-  block sends proportionally fewer elements. C is contractive: ||C(x) - x||^2 <= (1 - (k / block) /
-  (3 sqrt(m))) ||x||^2 for m elements sent. A non-finite element makes the leaf non-finite.
+  S_k keeps the k elements of largest magnitude in a block of consecutive elements; ties go to the
+  first elements. With the default values, a block of 4096 elements takes 112 bytes, and a leaf 16
+  bytes for the table: 1/146 of float32. A leaf is split into ceil(n / block) blocks of nearly equal
+  size, and a smaller block sends proportionally fewer elements. C is contractive: ||C(x) - x||^2 <=
+  (1 - (k / block) / (3 sqrt(m))) ||x||^2 if m elements are sent. A non-finite element makes the
+  leaf non-finite.
 
   Args:
-    k: number of elements sent of a full block.
-    block: maximum number of elements of a block.
-    bits: bits per value, in [2, 8].
+    k: the number of elements to send from a full block.
+    block: the maximum number of elements in a block.
+    bits: the number of bits per value, in [2, 8].
 
   Raises:
     ValueError: if block < 1, k is not in [1, block] or bits is not in [2, 8].
@@ -76,7 +77,7 @@ class BlockTopK(Compressor, name="block_top_k"):
     return restore(put(values.reshape(-1), positions, blocks * width), like)
 
   def _of_block(self, size: int) -> tuple[int, int]:
-    """Returns the number of elements of each block of a leaf, and how many of them are sent."""
+    """Returns the number of elements in each block of a leaf, and the number of sent elements."""
     width = -(-size // max(1, -(-size // self.block))) or 1
     return width, max(1, round(self.k * width / self.block))
 

@@ -1,4 +1,4 @@
-"""Converts leaves to blocks of float32 and back, with the numerics that compressors share.
+"""Converts leaves to blocks of float32 and back, and has the numerics that compressors share.
 
 Quantizers compute in float32 for any dtype of the leaf; a float64 value out of range becomes
 infinite. Linear compressors compute in float64 for a float64 leaf.
@@ -48,7 +48,8 @@ def to_blocks(flat: Array, width: int | None) -> Array:
 
   Args:
     flat: floating-point [n].
-    width: elements per block; if it is None or larger than the leaf, there is one block.
+    width: the number of elements per block; if it is None or larger than the leaf, there is one
+      block.
 
   Returns:
     float32 [blocks, min(width, n)].
@@ -60,7 +61,7 @@ def to_blocks(flat: Array, width: int | None) -> Array:
 
 
 def widened(x: Array) -> Array:
-  """Converts x to float32, unless it is wider.
+  """Converts x to float32, unless its dtype is wider.
 
   Args:
     x: a floating-point array.
@@ -69,7 +70,7 @@ def widened(x: Array) -> Array:
 
 
 def restore(values: Array, like: jax.ShapeDtypeStruct) -> Array:
-  """Inverse of `to_blocks`: drops the padding and restores shape and dtype.
+  """Inverts `to_blocks`: drops the padding and restores the shape and dtype.
 
   Args:
     values: floating-point, of any shape, with at least as many elements as `like`.
@@ -79,10 +80,10 @@ def restore(values: Array, like: jax.ShapeDtypeStruct) -> Array:
 
 
 def saturated(x: Array, dtype: jnp.dtype) -> Array:
-  """Converts x to a dtype: finite values saturate at its range; infinity and NaN are preserved.
+  """Converts x to a dtype: finite values are clipped to its range; infinity and NaN are preserved.
 
-  From float32 to bfloat16, the mantissa is rounded in a separate step: XLA may remove a conversion
-  that is undone later, and does so on GPUs.
+  From float32 to bfloat16, the mantissa is rounded in a separate step, because XLA may remove a
+  conversion that is undone later, and does so on GPUs.
 
   Args:
     x: floating-point, of any shape.
@@ -100,10 +101,10 @@ def saturated(x: Array, dtype: jnp.dtype) -> Array:
 def fold(reduce: Callable[..., Array], of: Callable[[Array], Array], blocks: Array) -> Array:
   """Computes reduce(of(x)) for each block x, in two steps on CPUs.
 
-  XLA:CPU fuses a reduction of at most 32 elements with its elementwise input `of`. Before a longer
-  reduction it writes of(x) to memory, which takes four times as long. Other platforms reduce in one
-  step: a TPU would have to shuffle 32 elements into its 128 lanes, with code that takes twenty
-  times as long to compile.
+  XLA:CPU fuses a reduction of at most 32 elements with the elementwise function `of`. Before a
+  longer reduction, it writes of(x) to memory, which takes four times as long. Other platforms
+  reduce in one step: a TPU would have to shuffle 32 elements into its 128 lanes, with code that
+  takes twenty times as long to compile.
 
   Args:
     reduce: a reduction with a parameter `axis`, such as `jnp.max`.
@@ -150,7 +151,7 @@ def norm_over(blocks: Array, parts: int) -> Array:
 
   Args:
     blocks: float32 [blocks, width].
-    parts: divisor, such as a number of levels.
+    parts: the divisor, such as a number of levels.
 
   Returns:
     float32 [blocks].

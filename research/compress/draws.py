@@ -1,9 +1,10 @@
-"""Random bits for stochastic rounding: a hash of a key and an index, which XLA fuses with its use.
+"""Draws random bits for stochastic rounding by a hash that XLA can fuse with other computations.
 
-A stochastic compressor draws one number per element. Drawn by `jax.random`, these numbers cost ten
-times as much as all other work of the compressor on a CPU. The hash takes four multiplications, and
-its result is not written to memory. Its bits pass the statistical tests in `test_draws.py`, but an
-adversary could predict them: noise that protects privacy is drawn by `jax.random`.
+A stochastic compressor draws one number per element. With `jax.random` on a CPU, these draws cost
+ten times as much as all other work of the compressor. Here, each draw is a hash of a key and an
+index: it takes four multiplications, and its result is not written to memory. The bits pass the
+statistical tests in `test_draws.py`, but an adversary could predict them, so noise that protects
+privacy is drawn by `jax.random`.
 """
 
 import math
@@ -16,7 +17,7 @@ from research.core.base import Array, Key
 
 
 def random_bits(key: Key, shape: tuple[int, ...]) -> Array:
-  """Draws uint32 [shape]; element i is a function of the key and of i modulo 2^32.
+  """Draws random uint32 [shape]; element i is a function of the key and of i modulo 2^32.
 
       u = mix(i + k_0),   bits_i = mix(u xor k_1)
 

@@ -20,11 +20,11 @@ def packed_size(count: int, bits: int) -> int:
 
 
 def pack(codes: Array, bits: int) -> Array:
-  """Packs unsigned integers below 2^bits, in order, with gaps only at the ends of fields.
+  """Packs unsigned integers below 2^bits in order; only the last byte of each field has padding.
 
-  A code is split into fields of 8, 4, 2 and 1 bits (9 = 8 + 1, 7 = 4 + 2 + 1). The fields of one
-  width fill bytes from the least significant bit up. Packing therefore needs only shifts within a
-  byte, which all machines vectorize, and at most 3 bytes more than count * bits / 8.
+  A code is split into fields of 8, 4, 2 and 1 bits (9 = 8 + 1, 7 = 4 + 2 + 1). Fields of one width
+  fill bytes from the least significant bit up. Packing therefore needs only shifts within a byte,
+  which all machines vectorize, and its result has at most 3 bytes more than count * bits / 8.
 
   Args:
     codes: unsigned integers [count].
@@ -46,7 +46,7 @@ def pack(codes: Array, bits: int) -> Array:
 
 
 def unpack(packed: Array, bits: int, count: int) -> Array:
-  """Inverse of `pack`.
+  """Unpacks the codes that `pack` packed.
 
   Args:
     packed: uint8 [packed_size(count, bits)].
@@ -69,7 +69,7 @@ def unpack(packed: Array, bits: int, count: int) -> Array:
 
 
 def unsigned(bits: int) -> jnp.dtype:
-  """Returns the narrowest unsigned integer dtype of at least `bits` bits.
+  """Returns the narrowest unsigned integer dtype with at least `bits` bits.
 
   Args:
     bits: number of bits, at most 32.

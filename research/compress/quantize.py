@@ -49,7 +49,7 @@ class Quantizer(Compressor):
 
   @property
   def bits(self) -> int:
-    """Bits per code."""
+    """Returns the number of bits per code."""
     return math.ceil(math.log2(2 * self.levels + 1))
 
   def unit(self, blocks: Array) -> Array:
@@ -82,7 +82,7 @@ class Int8(Quantizer, name="int8"):
   0.004 for blocks of 256. Stochastic rounding is unbiased, with the same bound on its variance.
 
   Args:
-    block: number of elements that share a scale.
+    block: the number of elements that share a scale.
     stochastic: whether to round stochastically, without bias, instead of to the nearest level.
 
   Raises:
@@ -114,7 +114,7 @@ class Int4(Quantizer, name="int4"):
   (block - 1) / 196 ||x||^2.
 
   Args:
-    block: number of elements that share a scale.
+    block: the number of elements that share a scale.
     stochastic: whether to round stochastically, without bias, instead of to the nearest level.
 
   Raises:
@@ -141,13 +141,13 @@ class QSGD(Quantizer, name="qsgd"):
       C(x)_i = ||x|| sign(x_i) xi_i,   xi_i in {l / s, (l + 1) / s} with mean |x_i| / ||x||
 
   C is unbiased: E ||C(x) - x||^2 <= min(d / s^2, sqrt(d) / s) ||x||^2 with d = bucket (lemma 3.1).
-  An element takes ceil(log2(2 s + 1)) / 8 + 4 / bucket bytes, about half a byte for 7 levels. The
-  paper uses Elias' universal code, whose length depends on the values; here all codes have the same
+  An element takes ceil(log2(2 s + 1)) / 8 + 4 / bucket bytes, about half a byte if s = 7. The paper
+  uses Elias' universal code, whose length depends on the values; here all codes have the same
   width, so that the payload has a static shape.
 
   Args:
-    levels: s, number of levels on either side of zero.
-    bucket: number of elements that share a norm; None for one norm per leaf, as in the theory.
+    levels: s, the number of levels on either side of zero.
+    bucket: the number of elements that share a norm; None for one norm per leaf, as in the theory.
 
   Raises:
     ValueError: if levels is not in [1, 32767] or bucket < 1.

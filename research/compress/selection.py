@@ -1,10 +1,10 @@
 """Finds the positions of the k largest magnitudes of an array, exactly, without sorting it.
 
 Floating-point magnitudes are ordered like their bits read as integers, with NaN above infinity. The
-k-th largest is found by bisection on these integers; each step counts in one pass over the array.
-In a large array, a sorted sample gives the initial guess, one count confirms the guess, and the
-elements above the guess, slightly more than k, are compacted first. A wrong guess costs time, never
-exactness.
+k-th largest magnitude is found by bisection on these integers; each step of the bisection counts
+elements in one pass over the array. In a large array, a sorted sample gives the initial guess, one
+count confirms the guess, and the elements above the guess, slightly more than k, are compacted
+first. A wrong guess costs time, but the result is always exact.
 
 Positions are uint32, and arrays are indexed by (row, column), since JAX's own indices are int32.
 This indexing supports arrays of fewer than 2^32 elements, or fewer than 2^31 if the number of
@@ -29,12 +29,12 @@ def largest(x: Array, k: int) -> Array:
 
   Args:
     x: floating-point [n].
-    k: in [0, n], static.
+    k: the number of positions, in [0, n], static.
 
   Returns:
     uint32 [k].
   """
-  stride = x.size // SAMPLE | 1  # odd, since the length of a row as stride would sample one column
+  stride = x.size // SAMPLE | 1  # odd: a stride of one row would sample a single column
   expected = k / stride
   margin = 4 * math.sqrt(expected) + 4
   room = k + math.ceil(2 * margin * stride)
@@ -58,7 +58,7 @@ def count(mask: Array) -> Array:
 
 
 def magnitude(x: Array) -> Array:
-  """Returns |x| as unsigned integers of its width, in the same order.
+  """Returns |x| as unsigned integers of the same width and in the same order.
 
   Args:
     x: a floating-point array.
@@ -68,7 +68,7 @@ def magnitude(x: Array) -> Array:
 
 
 def take(x: Array, positions: Array) -> Array:
-  """Gathers x [n] at distinct positions, uint32 [k].
+  """Gathers the elements of x [n] at distinct positions, uint32 [k].
 
   Args:
     x: an array [n].
@@ -80,10 +80,10 @@ def take(x: Array, positions: Array) -> Array:
 
 
 def put(values: Array, positions: Array, size: int) -> Array:
-  """Scatters values to distinct positions of an array of zeros [size].
+  """Writes values to distinct positions of an array of zeros, [size].
 
   Args:
-    values: [k].
+    values: the values, [k].
     positions: distinct positions, uint32 [k].
     size: length of the result.
   """
@@ -109,9 +109,9 @@ def grid(size: int) -> tuple[int, int]:
 
 
 def _at_least(x: Array, k: int, room: int, guess: Array | None = None) -> tuple[Array, Array]:
-  """Returns ascending positions [room] of the k largest |x| or slightly more, and their number.
+  """Returns ascending positions [room] of the k or slightly more largest |x|, and their number.
 
-  The threshold is bisected until between k and `room` elements reach it. If ties make that
+  The threshold is bisected until between k and `room` elements reach it. If ties make this
   impossible, the elements above the threshold and the first tied elements are returned. Entries
   after the count are invalid.
   """

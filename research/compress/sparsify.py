@@ -32,7 +32,7 @@ class TopK(Compressor, name="top_k"):
   first elements, and NaN is larger than everything. A position takes ceil(log2 n) bits.
 
   Args:
-    fraction: fraction of the elements to send, in (0, 1].
+    fraction: the fraction of the elements to send, in (0, 1].
 
   Raises:
     ValueError: if fraction is not in (0, 1].
@@ -68,16 +68,16 @@ class Threshold(Compressor, name="threshold"):
 
   Shapes are static, so the payload always has room = capacity n entries. If more elements reach the
   threshold, the largest are sent; `reached` in the payload counts all elements that reached it. The
-  compressor is neither unbiased nor contractive with a constant: if nothing reaches the threshold,
-  nothing is sent. An element's error is at most `value` if the payload has room. In all cases,
-  ||C(x) - x|| <= ||x||.
+  compressor is not unbiased and has no constant contraction factor: if no element reaches the
+  threshold, nothing is sent. An element's error is at most `value` if the payload has room. In
+  either case, ||C(x) - x|| <= ||x||.
 
   Args:
     value: the threshold, in units of x.
-    capacity: size of the payload as a fraction of the elements, in (0, 1].
+    capacity: the size of the payload as a fraction of the elements, in (0, 1].
 
   Raises:
-    ValueError: if value is not above 0 or capacity not in (0, 1].
+    ValueError: if value is not above 0 or capacity is not in (0, 1].
 
   Reference: Strom 2015 (Interspeech); Sahu et al. 2021, arXiv:2108.00951, section 3 (hard
     threshold).
@@ -114,15 +114,15 @@ class RandomK(Compressor, name="random_k"):
       C(x)_i = x_i if i is in the support S(shared), else 0,   P(i in S) = k / n
 
   C is linear and contractive: E ||C(x) - x||^2 = (1 - k / n) ||x||^2, as error feedback requires.
-  With a factor of n / k, the memory of error feedback would grow. `unbiased` applies this factor: E
-  C(x) = x and E ||C(x) - x||^2 = (n / k - 1) ||x||^2, for use without error feedback and for DIANA.
-  `decode` draws the support again, so the support is not sent. The support has one position in each
-  of k equal segments of the leaf, all rotated by one random shift. The paper's uniform k-subsets
-  have the same P(i in S), but require a permutation of the leaf. A non-finite element, in the
-  support or not, makes the payload NaN.
+  With a factor of n / k, the memory of error feedback would grow. `unbiased` applies this factor,
+  so that E C(x) = x and E ||C(x) - x||^2 = (n / k - 1) ||x||^2; use it without error feedback, or
+  for DIANA. `decode` draws the support again, so the support is not sent. The support has one
+  position in each of k equal segments of the leaf, all rotated by one random shift. The paper's
+  uniform k-subsets have the same P(i in S), but require a permutation of the leaf. Any non-finite
+  element makes the payload NaN, even outside the support.
 
   Args:
-    fraction: fraction of the elements to send, in (0, 1]; k = max(1, round(fraction n)).
+    fraction: the fraction of the elements to send, in (0, 1]; k = max(1, round(fraction n)).
     unbiased: whether to multiply by n / k.
 
   Raises:
@@ -164,7 +164,7 @@ def kept(fraction: float, size: int) -> int:
   """Returns k: fraction * size, rounded to an integer and at least 1 for a nonempty leaf.
 
   Args:
-    fraction: fraction of the elements to send, in (0, 1].
+    fraction: the fraction of the elements to send, in (0, 1].
     size: n, number of elements of the leaf.
 
   Raises:

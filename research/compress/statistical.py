@@ -1,4 +1,4 @@
-"""Statistical quantization: bins by mean and deviation, decoded by the mean of their elements."""
+"""Statistical quantization: bins based on mean and deviation, decoded as their elements' mean."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -31,20 +31,21 @@ class Binned(NamedTuple):
 
 
 class Statistical(Compressor, name="statistical"):
-  """Rounds to n = 2^bits bins of six standard deviations: bits / 8 bytes per element, and a table.
+  """Rounds to n = 2^bits bins in six standard deviations: bits / 8 bytes per element, plus a table.
 
       code = clip(round((x - mu) n / (6 s)) + n / 2, 0, n - 1),   C(x) = mean of the code's bin
 
   mu and s are the mean and the standard deviation of a block. The table of a block's n bin means is
-  sent as float32. Since each bin is decoded by its mean, the error is the variance within the bins,
-  and the sum of a block's elements is preserved. C is contractive: ||C(x) - x||^2 <= (1 - 1 / (3
-  sqrt(block))) ||x||^2. For Gaussian numbers, the factor is 0.18 with 2 bits, 0.05 with 3 bits and
-  0.01 with 4 bits. A non-finite element makes its block NaN.
+  sent as float32. Since each code is decoded as the mean of its bin, the error is the variance
+  within the bins, and the sum of a block's elements is preserved. C is contractive: ||C(x) - x||^2
+  <= (1 - 1 / (3 sqrt(block))) ||x||^2. For Gaussian numbers, the factor is 0.18 with 2 bits, 0.05
+  with 3 bits and 0.01 with 4 bits. A non-finite element makes its block NaN.
 
   Args:
-    bits: bits per element, in [2, 8]. A single bit would put nearly all elements into one bin.
-    block: number of elements that share a table; None for one table per leaf. Zeros that pad the
-      last block count as elements.
+    bits: the number of bits per element, in [2, 8]. With a single bit, nearly all elements would be
+      in one bin.
+    block: the number of elements that share a table; None for one table per leaf. Zeros that pad
+      the last block count as elements.
 
   Raises:
     ValueError: if bits is not in [2, 8] or block < 1.
@@ -81,7 +82,7 @@ def binned(blocks: Array, bits: int) -> tuple[Array, Array]:
 
   Args:
     blocks: float32 [blocks, width].
-    bits: bits per code, in [2, 8].
+    bits: the number of bits per code, in [2, 8].
 
   Returns:
     The codes, uint8 [blocks, width], and the means, float32 [blocks, 2^bits].
@@ -102,7 +103,7 @@ def binned(blocks: Array, bits: int) -> tuple[Array, Array]:
 
 
 def looked_up(table: Array, codes: Array) -> Array:
-  """Returns the entry of its block's table for each code.
+  """Looks up each code in the table of the code's block.
 
   Args:
     table: float32 [blocks, n].
@@ -141,7 +142,7 @@ def _total(of: Callable[[Array], Array], blocks: Array) -> Array:
 
 
 def _piece() -> int:
-  """Returns the number of elements that are summed at once: on a CPU, what its cache holds."""
+  """Returns the number of elements to sum at once, which on a CPU is what the cache can hold."""
   return 2**12 if platform() == "cpu" else 2**18
 
 
@@ -153,6 +154,6 @@ def _pieces(blocks: Array) -> tuple[Array, int]:
 
 
 def _joined(parts: Array, blocks: Array) -> Array:
-  """Sums what was computed from the pieces, [pieces, ...], over each block, [blocks, ...]."""
+  """Sums the results of the pieces, [pieces, ...], over each block, [blocks, ...]."""
   count = len(blocks) and len(parts) // len(blocks)
   return jnp.sum(parts.reshape(len(blocks), count, *parts.shape[1:]), axis=1)

@@ -3,12 +3,12 @@
 A model declares `dimensions`, a sequence of (pattern, kinds). The first pattern that matches the
 path of a parameter determines the kinds of the parameter's last dimensions: any number of "stack",
 then the inputs and the outputs, each with any number of "in" or "out". All earlier dimensions are
-stacked layers. A parameter with inputs and outputs is a hidden matrix, or a stack of hidden
+stacked layers. A parameter with both inputs and outputs is a hidden matrix, or a stack of hidden
 matrices:
 
     (r"/attention/query/kernel$", ("in", "out", "out"))  # [in, heads, head_dim]
     (r"/experts/up/kernel$", ("stack", "in", "out"))  # [experts, in, out]
-    (r"norm/scale$", ("out",))  # no matrix
+    (r"norm/scale$", ("out",))  # not a matrix
 
 Embeddings and heads are not declared, because their rows belong to tokens.
 """
@@ -36,7 +36,7 @@ class Kinds(NamedTuple):
 
   @property
   def is_matrix(self) -> bool:
-    """Whether the parameter is a matrix or a stack of matrices."""
+    """Returns whether the parameter is a matrix or a stack of matrices."""
     return self.second > 0
 
   def view(self, x: Array) -> Array:
@@ -53,7 +53,7 @@ class Kinds(NamedTuple):
 
 
 class Declared(NamedTuple):
-  """The declaration of a model, as a field of a method; `fitting.method_for` sets it."""
+  """Stores a model's declaration in a method; `fitting.method_for` sets the declaration."""
 
   dimensions: Dimensions = ()
 

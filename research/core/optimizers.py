@@ -1,4 +1,4 @@
-"""optax's optimizers and schedules under their own names, as objects whose repr is their spec."""
+"""Wraps optax's optimizers and schedules in objects whose repr is their spec."""
 
 import functools
 import inspect
@@ -17,7 +17,7 @@ _TRANSFORMATIONS = (optax.GradientTransformation, optax.GradientTransformationEx
 
 
 class Made(NamedTuple):
-  """How an object was made: a factory and its arguments."""
+  """Records the factory and the arguments that made an object."""
 
   factory: Callable[..., Any]
   args: tuple[Any, ...]
@@ -66,7 +66,7 @@ class Schedule(_Named):
 
 
 def named(kind: str, built: Any, spec: str, made: Made | None = None) -> Any:
-  """Returns the same optimizer or schedule as an object whose repr is its spec.
+  """Wraps an optimizer or schedule in an object whose repr is its spec.
 
   Args:
     kind: 'optimizer' or 'schedule'.
@@ -84,7 +84,7 @@ def named(kind: str, built: Any, spec: str, made: Made | None = None) -> Any:
 
 @functools.cache
 def factories(kind: str) -> dict[str, Callable[..., Any]]:
-  """Returns optax's factories of a kind by name; those with a learning rate come first.
+  """Returns optax's factories of a kind by name; factories with a learning rate come first.
 
   Args:
     kind: 'optimizer' or 'schedule'.
@@ -105,7 +105,7 @@ def factories(kind: str) -> dict[str, Callable[..., Any]]:
 
 
 def check(optimizer: Any) -> None:
-  """Traces one update, to reject optimizers that need more than averaged gradients.
+  """Traces one update, and rejects an optimizer that needs more than averaged gradients.
 
   Args:
     optimizer: an optax transformation.

@@ -18,12 +18,12 @@ Leaves = dict[str, Array]  # some leaves of the model, or arrays that belong to 
 
 
 class OfMatrices(OneGradient):
-  """Base class: an orthonormal update of hidden matrices, and an optimizer for the other leaves.
+  """Base class: updates hidden matrices along orthonormal directions, and the rest by `others`.
 
   Args:
     learning_rate: eta of the matrices, a constant or a schedule over rounds.
     others: the optimizer of all other leaves, with a learning rate of its own.
-    aggregator: the exchange.
+    aggregator: the aggregator of the exchange.
     weight_decay: lambda of the matrices, at least 0.
 
   Raises:
@@ -49,7 +49,7 @@ class OfMatrices(OneGradient):
       params: arrays with the shapes of the model.
 
     Raises:
-      ValueError: if there is none.
+      ValueError: if the model has no hidden matrix.
     """
     shapes = {path(at): x.shape for at, x in jax.tree_util.tree_leaves_with_path(params)}
     kinds = kinds_of(params, self.declared.dimensions)
@@ -74,7 +74,7 @@ class OfMatrices(OneGradient):
       directions: the orthonormal directions of the matrices, in the leaves' shapes.
       rate: eta, a scalar.
       grads: the aggregated gradients of the other leaves.
-      inner: the state of their optimizer.
+      inner: the state of the optimizer of the other leaves.
 
     Returns:
       The model, with (1 - eta lambda) W - eta sqrt(outputs / inputs) direction for the matrices,
@@ -96,7 +96,7 @@ class OfMatrices(OneGradient):
 
 
 def divided(tree: Tree, matrices: Collection[str]) -> tuple[Leaves, Leaves]:
-  """Returns the leaves that are hidden matrices, and the others.
+  """Splits the leaves into hidden matrices and all others.
 
   Args:
     tree: arrays with the structure of the model.

@@ -36,16 +36,17 @@ class DeMo(OneGradient, name="demo"):
   divides each coefficient by the number of workers that sent it, as `dct_mean(64, 8)` does; for
   values of one bit, use `dct_mean(64, 8, one_bit=True)`.
 
-  With `lookahead`, gradients are taken at theta_t - eta_{t-1} sign(m_t^i): where the worker's model
-  would be if its unsent momentum were applied. Each worker then has a point of its own.
+  With `lookahead`, gradients are taken at theta_t - eta_{t-1} sign(m_t^i), the model that would
+  result if the worker's unsent momentum were applied. This point differs between workers.
 
   Args:
     learning_rate: eta, a constant or a schedule over rounds; without weight decay, each parameter
       changes by eta or not at all.
     aggregator: selects the components to send, and averages the selected components.
     decay: beta, decay of the momentum, in [0, 1).
-    weight_decay: lambda, at least 0; the authors' code has it, the paper's algorithm does not.
-    lookahead: whether gradients are taken ahead along the unsent momentum.
+    weight_decay: lambda, at least 0; the authors' code has weight decay, but the paper's algorithm
+      does not.
+    lookahead: whether to take gradients at the model after a step along the unsent momentum.
 
   Raises:
     ValueError: if an argument is out of range, or the aggregator is incompatible.

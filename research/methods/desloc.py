@@ -30,29 +30,30 @@ class DesLocState(NamedTuple):
 
 
 class DesLoc(LocalStepping, name="desloc"):
-  """Local SGD with any optimizer, each of whose moments is averaged with a period of its own.
+  """Local SGD with any optimizer; each of the optimizer's moments is averaged at its own period.
 
       (y^i, s^i) = one step of the inner optimizer of worker i, with moments s_1, s_2, ...
       x^i = c + aggregate_i(weight_i (y^i - c)) =: c            every K_x steps, else x^i = y^i
       s_j^i = 1/W sum_i weight_i s_j^i                          every K_j steps
 
   A moment averages over many steps and hardly changes in a few, so it needs fewer exchanges than
-  the model: the periods should be in proportion to the half-lives log(1/2) / log(b_j). With all
-  periods equal, this is Local Adam, the default. Moments without a period stay private, as in
-  `local_sgd`. A round is the greatest common divisor of all periods in steps. Moments are averaged
-  exactly, because a compressed second moment might be negative. The deployed model is the mean of
-  the workers' models. An absent worker keeps its moments and loses its steps of the round.
+  the model: the periods should be in proportion to the half-lives log(1/2) / log(b_j). If all
+  periods are equal, which is the default, the method is Local Adam. Moments without a period stay
+  private, as in `local_sgd`. The number of steps in a round is the greatest common divisor of all
+  periods. Moments are averaged exactly, because a compressed second moment might be negative. The
+  deployed model is the mean of the workers' models. An absent worker keeps its moments and loses
+  its steps of the round.
 
   Args:
     inner: each worker's optimizer; to clip gradients as in the paper, chain the clipping with it.
     aggregator: combines the workers' model changes.
-    period: K_x, number of steps per average of the models.
+    period: K_x, the number of steps between averages of the models.
     moments: the periods K_j by the names of the optimizer's moments. The paper recommends
-      {"mu": 3 K_x, "nu": 6 K_x} for Adam. None averages all of them every `period` steps.
+      {"mu": 3 K_x, "nu": 6 K_x} for Adam. None averages all moments every `period` steps.
 
   Raises:
-    ValueError: if a period is below 1, the optimizer has no moment of a name, or the aggregator is
-      incompatible.
+    ValueError: if a period is below 1, `moments` names a moment that the optimizer does not have,
+      or the aggregator is incompatible.
 
   Reference: Iacob, Sani, Safaryan, Giampouras, Horvath, Jovanovic, Kurmanji, Aleksandrov, Shen,
     Qiu, Lane 2025, arXiv 2505.22549, algorithm 1; for Local Adam, Cheng, Glasgow 2025, arXiv
@@ -80,7 +81,7 @@ class DesLoc(LocalStepping, name="desloc"):
 
   @property
   def periods(self) -> dict[str, int]:
-    """The periods of the moments, in steps, by name."""
+    """Returns the periods of the moments, in steps, by name."""
     if self.moments is None:
       return dict.fromkeys(moments_of(self.inner), self.period)
     return dict(self.moments)
@@ -131,7 +132,7 @@ class DesLoc(LocalStepping, name="desloc"):
     return DesLocState(params, common, inner, exact, link, count)
 
   def moment(self, name: str, inner: State, params: Params) -> dict[int, Array]:
-    """Returns the arrays of a moment, by their number among the leaves of the optimizer's state.
+    """Returns the arrays of a moment, by their index among the leaves of the optimizer's state.
 
     Args:
       name: the name of the moment.
@@ -157,14 +158,14 @@ def moments_of(optimizer: optax.GradientTransformation) -> list[str]:
 
 
 def names_of_moments(inner: State, params: Params) -> dict[int, str]:
-  """Finds the moments in an optimizer's state: fields that have floating arrays by parameter.
+  """Finds the moments in an optimizer's state: fields with a floating-point array per parameter.
 
   Args:
     inner: the optimizer's state.
     params: the model.
 
   Returns:
-    The name of the field, by the number of the array among the leaves of the state.
+    The name of the field, by the index of the array among the leaves of the state.
   """
   of_params = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
   found = {}

@@ -15,7 +15,7 @@ from research.core.method import COMMON_MODEL
 from research.methods._matrices import Leaves, OfMatrices, divided
 from research.methods._steps import rate_at
 
-NEGLIGIBLE = 1e-5  # of the longest column: below it, a column of R is float32's rounding error
+NEGLIGIBLE = 1e-5  # relative to the longest column; a shorter column of R is rounding error
 
 
 class DionState(NamedTuple):
@@ -28,7 +28,7 @@ class DionState(NamedTuple):
 
 
 class Dion(OfMatrices, name="dion"):
-  """Orthonormalized momentum of low rank, with a momentum of its own on every worker.
+  """Orthonormalizes a low-rank part of the momentum; every worker has its own momentum.
 
       B_i = M_i + weight_i G_i                                          G_i = grad f_i(W_t)
       P = orthonormal(aggregate_i(B_i Q_t)),   R = aggregate_i(B_i^T P)
@@ -37,24 +37,24 @@ class Dion(OfMatrices, name="dion"):
 
   The factors of a matrix [m, n] have r = ceil(rank min(m, n)) columns; a worker sends r (m + n)
   elements of it. The model declares which leaves are hidden matrices, or stacks of them, as for
-  `muon`. With `mean()`, this is Dion on the mean gradient,
-  although the workers' momenta differ. The gradients of other leaves are averaged with the first
-  exchange and passed to `others`: those of embeddings, heads, vectors, and of matrices that are not
-  larger than their factors.
+  `muon`. With `mean()`, the method is Dion on the mean gradient, although the workers' momenta
+  differ. The gradients of all other leaves (embeddings, heads, vectors, and matrices that are not
+  larger than their factors) are averaged with the first exchange and passed to `others`.
 
-  If B has a rank below r, a column of R is zero up to rounding. It then changes no weight, and Q
-  keeps its old column: a zero column could never change again. An absent worker keeps its momentum,
-  and the factors are those of the others. We orthonormalize by Householder QR.
+  If B has a rank below r, a column of R is zero up to rounding. Such a column changes no weight,
+  and Q keeps its old column, because a zero column could never change again. An absent worker keeps
+  its momentum, and the factors are computed from the other workers. We orthonormalize by
+  Householder QR.
 
   Args:
     learning_rate: eta of the matrices, a constant or a schedule over rounds.
     others: the optimizer of all other leaves, such as `adamw(3e-3)`.
     aggregator: averages the factors and the other gradients; errors of R stay in the momenta.
-    rank: the fraction of the smaller dimension that is the rank, in (0, 0.5]; above, the factors of
-      a square matrix are as large as the matrix.
+    rank: the rank as a fraction of the smaller dimension, in (0, 0.5]; above 0.5, the factors of a
+      square matrix would be larger than the matrix.
     momentum: mu, in [0, 1).
     weight_decay: lambda of the matrices, at least 0.
-    seed: seed of the initial Q, equal on all workers.
+    seed: the seed of the initial Q, equal on all workers.
 
   Raises:
     ValueError: if an argument is out of range or the aggregator is incompatible; in `init`, if the
@@ -137,15 +137,16 @@ dion = Dion
 
 
 def relative(grads: Tree, presence: Presence, there: Presence) -> Tree:
-  """Weights a worker's gradients, relative to `there`, the presence of the factors.
+  """Weights a worker's gradients relative to `there`, the presence with which factors are averaged.
 
   Args:
     grads: this worker's gradients.
     presence: this worker's participation and weight.
-    there: the same participation, with equal weights.
+    there: the worker's participation, with equal weights for all workers.
 
   Returns:
-    The gradients, whose mean with the weights of `there` is the mean with those of `presence`.
+    The weighted gradients: their mean with the weights of `there` equals the mean of `grads` with
+    the weights of `presence`.
   """
   if presence is EVERYONE:
     return grads
@@ -154,7 +155,7 @@ def relative(grads: Tree, presence: Presence, there: Presence) -> Tree:
 
 
 def unit_columns(x: Array) -> Array:
-  """Scales columns to unit length; columns that are negligible beside the longest become zero.
+  """Scales columns to unit length; columns much shorter than the longest column become zero.
 
   Args:
     x: [..., n, r].

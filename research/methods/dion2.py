@@ -26,7 +26,7 @@ class Dion2State(NamedTuple):
 
 
 class Dion2(OfMatrices, name="dion2"):
-  """Muon on a fraction of the rows or columns, which lose a part of their momentum in return.
+  """Applies Muon to a fraction of the rows or columns, and decays the momentum of this fraction.
 
       M <- M + aggregate_i(weight_i grad f_i(W_t))
       K = the ceil(alpha m) rows of M [m, n] with the largest L1 norm; columns if n < m

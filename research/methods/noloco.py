@@ -31,22 +31,22 @@ class NoLoCo(LocalStepping, name="noloco"):
       delta_{t+1}^i = alpha delta_t^i + beta D_t^i + gamma (P_t^i - phi_t^i)
       phi_{t+1}^i = phi_t^i + delta_{t+1}^i
 
-  With `gossip(random_pairs())`, D and P are means of two workers, and a worker sends two trees to
-  one other worker per round for any number of workers. Any other graph works too. The mean of the
-  workers' models, which is deployed, follows local SGD with slow momentum alpha and slow learning
-  rate beta. With `mean()`, all models are equal, and the method is that one.
-
-  The deviations from the mean contract in mean square for 0 < gamma < 2 (1 - alpha^2): that is the
-  condition on the second moments of (phi, delta) under random pairs of many workers.
+  With `gossip(random_pairs())`, D and P are means over two workers, and each worker sends two trees
+  to one other worker per round, however many workers there are. Any other graph also works. The
+  mean of the workers' models, which is deployed, follows local SGD with slow momentum alpha and
+  slow learning rate beta. With `mean()`, all models are equal, and the method is local SGD with
+  slow momentum. The deviations from the mean contract in mean square for 0 < gamma < 2 (1 -
+  alpha^2). This condition follows from the second moments of (phi, delta) for random pairs of many
+  workers.
 
   Args:
     inner: each worker's optimizer; its state is private.
     aggregator: averages changes and models among workers, such as `gossip(random_pairs())`.
     period: H, number of local steps per round, or a schedule [[first round, H], ...].
     slow_momentum: alpha, in [0, 1).
-    slow_learning_rate: beta.
-    consensus: gamma, the pull of a worker's slow weights towards those it receives; above 0 and
-      below 2 (1 - alpha^2). The authors use gamma = beta.
+    slow_learning_rate: beta, the factor of the averaged changes.
+    consensus: gamma, the strength with which a worker's slow weights are pulled towards the slow
+      weights that it receives; above 0 and below 2 (1 - alpha^2). The authors use gamma = beta.
 
   Raises:
     ValueError: if a number is out of range, or the aggregator is incompatible.

@@ -1,4 +1,4 @@
-"""1-bit Adam: Adam for a warm-up, then compressed momentum with a frozen variance."""
+"""1-bit Adam: Adam during a warm-up, then compressed momentum with a frozen variance."""
 
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ class OnebitAdam(FrozenVariance, name="onebit_adam"):
       m_t' = m_t / (1 - b1^t),   v_t' = v_t / (1 - b2^min(t, T_w))
 
   The paper's Adam has no bias correction. Here, the warm-up is `optax.adam` with bias correction,
-  and the later rounds keep the correction: otherwise the step would grow by a factor of (1 -
+  and later rounds keep the correction, because without it the step would grow by a factor of (1 -
   b2^T_w)^(-1/2), about 3 for T_w = 100. An element whose v_{T_w} is zero never had a nonzero
   gradient and is not updated, because sign compression cannot represent zero. If all of v_{T_w} is
   zero, the first nonzero round after the warm-up sets the variance.

@@ -26,8 +26,8 @@ class Signum(OneGradient, name="signum"):
       v_{k+1}^i = beta v_k^i + (1 - beta) grad f_i(x_k)
       x_{k+1} = x_k - eta_k (sign(aggregate_i(weight_i v_{k+1}^i)) + lambda x_k),   sign(0) = +1
 
-  With `majority_vote()` the signs of all active workers count equally. With `mean()`, the method is
-  Signum on the mean gradient.
+  With `majority_vote()`, the signs of all active workers count equally. With `mean()`, the method
+  is Signum on the mean gradient.
 
   Args:
     learning_rate: eta, a constant or a schedule over rounds; without weight decay, each parameter

@@ -34,20 +34,20 @@ class SpartaDiLoCo(LocalStepping, name="sparta_diloco"):
       theta <- theta + outer(aggregate_i(weight_i (theta - y_t^i)))       H divides t + 1
       x_{t+1}^i = theta
 
-  A round is one step. Sparse averages preserve the mean of the models, and with it the outer
-  gradient; none is sent in the rounds of outer steps, where it would change nothing. Between outer
-  steps, the deployed model is the mean of the workers' models.
+  A round is one step. Sparse averages preserve the mean of the models, and therefore the outer
+  gradient. In a round with an outer step, a sparse average would change nothing, so none is sent.
+  Between outer steps, the deployed model is the mean of the workers' models.
 
   Args:
     inner: each worker's optimizer.
     outer: the optimizer of the common model.
-    sparse: averages a part of the models, the same part on every worker, such as
-      `sum_mean(random_k(0.005))` or `shuffled(0.005)`.
+    sparse: the aggregator that averages a part of the models, the same part on every worker, such
+      as `sum_mean(random_k(0.005))` or `shuffled(0.005)`.
     aggregator: combines the workers' outer gradients.
-    outer_period: H, number of steps per outer step.
+    outer_period: H, the number of steps between outer steps.
 
   Raises:
-    ValueError: if outer_period < 1, or an aggregator is incompatible.
+    ValueError: if outer_period < 1, or if an aggregator is incompatible.
 
   Reference: Beton et al. 2025, OpenReview stFPf3gzq1; the combination is that of the authors' code.
   """

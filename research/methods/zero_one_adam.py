@@ -47,16 +47,17 @@ class ZeroOneAdam(FrozenVariance, name="zero_one_adam"):
   long. An element whose v is zero never had a nonzero gradient and is not updated, because sign
   compression cannot represent zero. If all of v is zero, the first nonzero exchange sets v.
 
-  T_v consists of rounds among the first `warm_up`, with an interval of 2^floor(j / kappa) after the
-  j-th. T_u contains all warm-up rounds. After the warm-up, the interval of T_u starts at 1 and
+  T_v is a subset of the first `warm_up` rounds; the interval after its j-th round is 2^floor(j /
+  kappa). T_u contains all warm-up rounds. After the warm-up, the interval of T_u starts at 1 and
   doubles every `double_every` rounds; the variance is frozen, so x^i is a function of u^i and is
   not stored.
 
   Args:
     learning_rate: gamma, a constant or a schedule over rounds.
     aggregator: combines u; the paper's 1-bit AllReduce is `error_feedback(two_phase(sign()))`.
-    warm_up: number of rounds after which the variance is frozen and steps may be local; at least 1.
-    variance_scale: kappa, at least 1.
+    warm_up: the number of rounds after which the variance is frozen and steps may be local; at
+      least 1.
+    variance_scale: kappa, the number of rounds in T_v before their interval doubles, at least 1.
     double_every: number of rounds between doublings of the interval of T_u; in the paper, the
       number of rounds in which the learning rate halves.
     longest: maximum interval of T_u, a power of two.

@@ -12,7 +12,7 @@ from research.optim import stacked
 
 
 class Model(NamedTuple):
-  """What an optimizer needs to know of a model."""
+  """Describes what an optimizer needs to know about a model."""
 
   dimensions: Dimensions = ()
   cut: Any = None  # a `blockwise.Cut`, if the model is sharded inside a worker
@@ -26,7 +26,8 @@ def for_models(
 
   Args:
     build: builds the optimizer for a model.
-    dimensions: the model's declaration; if it is empty, `fitted` supplies one.
+    dimensions: the declaration of a model's dimensions; if it is empty, `fitted` supplies the
+      model's own.
 
   Raises:
     ValueError: if the declaration is invalid.
@@ -39,11 +40,12 @@ def for_models(
 
 
 def fitted(optimizer: Any, model: Model) -> Any:
-  """Returns the same optimizer for a model.
+  """Rebuilds an optimizer for a model, if the optimizer depends on the model.
 
-  `muon` is built with the model's dimensions. optax's optimizers in `stacked.DEPENDENT` treat each
-  layer of a stack as a leaf. Such optimizers are also found within optimizers that were built from
-  a spec, such as a chain, but not within those that a program has built by optax itself.
+  `muon` is rebuilt with the model's dimensions. optax's optimizers in `stacked.DEPENDENT` treat
+  each layer of a stack as a leaf. Both kinds are also rebuilt inside an optimizer that was built
+  from a spec, such as a chain, but not inside an optimizer that a program built with optax
+  directly.
 
   Args:
     optimizer: an optax transformation.
@@ -58,7 +60,7 @@ def fitted(optimizer: Any, model: Model) -> Any:
 
 
 def method_for(method: Method, model: Model) -> Method:
-  """Returns the same method, fitted to a model together with its optimizers.
+  """Fits a method and its optimizers to a model.
 
   Args:
     method: the method.

@@ -1,4 +1,4 @@
-"""Muon: steps of orthogonalized momentum for hidden matrices, and of AdamW for all else."""
+"""Muon: orthogonalized momentum for hidden matrices, and AdamW for all other parameters."""
 
 import math
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from research.core.dimensions import Dimensions, Kinds, kinds_of, path
 from research.optim import fitting
 from research.optim.owners import on_owners
 
-# Of the quintic a s + b s^3 + c s^5, whose steps bring every singular value in (0, 1] near one;
-# they maximize the slope a at zero (Jordan et al. 2024).
+# a, b and c of a s + b s^3 + c s^5, whose steps bring each singular value in (0, 1] near one;
+# chosen to maximize the slope a at zero (Jordan et al. 2024).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
@@ -43,30 +43,32 @@ def muon(
       U_t = orthogonalized(g_t + beta m_t), or of m_t without nesterov
       W_{t+1} = W_t - eta (weight_decay W_t + sqrt(d_out / d_in) U_t)
 
-  The model says which leaves are hidden matrices and which of their dimensions are inputs, outputs
-  and stacked layers or experts (`core/dimensions.py`); each matrix of a stack is orthogonalized by
-  itself, and an attention kernel [in, heads, head_dim] is one matrix [in, heads head_dim].
-  Embeddings, the head, norms and biases are AdamW's. For a model that does not say it, every leaf
-  of two dimensions is a hidden matrix, as in optax; the run then prints the share of the parameters
-  that are reached, and a share below one half is rejected. `orthogonalized` is an approximation by
-  Newton-Schulz steps: singular values become about 0.7 to 1.2. Unlike optax's muon, the scale is
-  sqrt(d_out / d_in) also below one, the momentum has no bias correction, which the normalization
-  removes, and Adam has no Nesterov momentum. If the run's mesh has an axis `fsdp`, each matrix is
-  orthogonalized once, by one device.
+  The model declares which leaves are hidden matrices and which of their dimensions are inputs,
+  outputs and stacked layers or experts (`core/dimensions.py`). Each matrix of a stack is
+  orthogonalized separately, and an attention kernel [in, heads, head_dim] is one matrix [in, heads
+  head_dim]. AdamW updates embeddings, the head, norms and biases. If the model has no declaration,
+  every leaf with two dimensions is a hidden matrix, as in optax; the run then prints the share of
+  the parameters in such leaves, and a share below one half is rejected. `orthogonalized`
+  approximates orthogonalization by Newton-Schulz steps: singular values end between about 0.7 and
+  1.2. There are three differences from optax's muon: the scale sqrt(d_out / d_in) may be below one,
+  the momentum has no bias correction, because the normalization would cancel it, and Adam has no
+  Nesterov momentum. If the run's mesh has an axis `fsdp`, each matrix is orthogonalized once, by
+  one device.
 
   Args:
     learning_rate: eta, a number or a schedule.
-    beta: decay of the momentum.
-    nesterov: whether the next gradient is looked ahead to.
-    weight_decay: of hidden matrices, times the learning rate.
-    ns_steps: number of Newton-Schulz steps.
-    consistent_rms: replaces the scale by consistent_rms sqrt(max(d_in, d_out)), so that an update's
-      root mean square is that of every other matrix; with 0.2 about that of an AdamW update.
-    adam_learning_rate: learning rate of AdamW; None for eta.
+    beta: the decay of the momentum.
+    nesterov: whether to use Nesterov momentum.
+    weight_decay: the weight decay of hidden matrices, which is multiplied by the learning rate.
+    ns_steps: the number of Newton-Schulz steps.
+    consistent_rms: if given, replaces the scale by consistent_rms sqrt(max(d_in, d_out)), so that
+      the updates of all matrices have the same root mean square; with 0.2, it is about that of an
+      AdamW update.
+    adam_learning_rate: the learning rate of AdamW; None for eta.
     adam_b1: decay of AdamW's first moments.
     adam_b2: decay of AdamW's second moments.
-    adam_weight_decay: of AdamW, times its learning rate.
-    dimensions: the declaration of a model; a run supplies its model's.
+    adam_weight_decay: the weight decay of AdamW, which is multiplied by AdamW's learning rate.
+    dimensions: the declaration of a model; if it is empty, a run supplies its model's declaration.
 
   Raises:
     ValueError: if a decay is not in [0, 1), the number of steps or consistent_rms is not positive,
@@ -88,7 +90,7 @@ def muon(
 
 
 class Rule(NamedTuple):
-  """How a step is computed from gradients; see `muon`."""
+  """The parameters of a Muon step, and its computations; see `muon`."""
 
   beta: float
   nesterov: bool
@@ -107,7 +109,7 @@ class Rule(NamedTuple):
       checks.above("consistent_rms", self.consistent_rms)
 
   def momenta(self, before: Params, grads: Params) -> tuple[Params, Params]:
-    """Returns the momentum, and what is orthogonalized."""
+    """Returns the updated momentum, and the matrices to orthogonalize."""
     momentum = jax.tree.map(lambda m, g: self.beta * m + g, before, grads)
     ahead = lambda m, g: g + self.beta * m
     return momentum, jax.tree.map(ahead, momentum, grads) if self.nesterov else momentum
@@ -123,7 +125,7 @@ class Rule(NamedTuple):
     return math.sqrt(out / into) if rms is None else rms * math.sqrt(max(into, out))
 
   def whole(self, ahead: Params, kinds: dict[str, Kinds], model: fitting.Model) -> Params:
-    """Returns the scaled update of whole matrices, from their owners if the worker is sharded."""
+    """Computes the scaled update of whole matrices, on their owners if the worker is sharded."""
     scaled = lambda at, x: self.scale(kinds[path(at)], x.shape) * x
     if model.cut is not None and not model.simulated:
       found = on_owners(self.orthogonalized, ahead, kinds, model.cut)
@@ -143,14 +145,14 @@ def beside_adam(
   weight_decay: float,
   dimensions: Dimensions,
 ) -> optax.GradientTransformation:
-  """Returns an optimizer of hidden matrices, with AdamW for all other leaves.
+  """Combines an optimizer for hidden matrices with AdamW for all other leaves.
 
   Args:
-    own: model -> the optimizer of hidden matrices.
-    learning_rate: of AdamW, a number or a schedule.
+    own: builds the optimizer of hidden matrices for a model.
+    learning_rate: the learning rate of AdamW, a number or a schedule.
     b1: decay of AdamW's first moments.
     b2: decay of AdamW's second moments.
-    weight_decay: of AdamW, times its learning rate.
+    weight_decay: the weight decay of AdamW, which is multiplied by the learning rate.
     dimensions: the declaration of a model, possibly empty.
 
   Raises:
@@ -193,13 +195,13 @@ def _momentum(rule: Rule, model: fitting.Model) -> optax.GradientTransformation:
 
 
 def orthogonalized(x: Array, steps: int) -> Array:
-  """Moves the singular values of each matrix of a stack near one, by Newton-Schulz steps.
+  """Brings the singular values of each matrix of a stack near one, by Newton-Schulz steps.
 
       x_0 = x / ||x||;   x_{k+1} = a x_k + (b A + c A^2) x_k  with  A = x_k x_k^T
 
   Args:
-    x: [..., rows, columns].
-    steps: number of steps.
+    x: the matrices [..., rows, columns].
+    steps: the number of Newton-Schulz steps.
   """
   tall = x.shape[-2] > x.shape[-1]
   x = jnp.swapaxes(x, -2, -1) if tall else x

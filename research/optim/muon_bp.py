@@ -1,4 +1,4 @@
-"""MuonBP: Muon that orthogonalizes each device's block of a matrix, and whole matrices at times."""
+"""MuonBP: Muon that orthogonalizes whole matrices periodically and devices' blocks otherwise."""
 
 from typing import NamedTuple
 
@@ -36,21 +36,22 @@ def muon_bp(
   adam_weight_decay: float = 0.0,
   dimensions: Dimensions = (),
 ) -> optax.GradientTransformation:
-  """Block-periodic Muon: devices exchange matrices in every `period`-th step alone.
+  """Block-periodic Muon, whose devices exchange matrices only in every `period`-th step.
 
       W_{t+1} = W_t - eta (weight_decay W_t + s U_t)               if period divides t
       B_{t+1} = B_t - eta weight_decay B_t - eta_block s_B U_t^B   else, for each block B of W
 
-  U_t orthogonalizes the momentum of the whole matrix as in `muon`, and U_t^B orthogonalizes that of
-  the block that one device has; both have the scale of their own shape. Where a worker is a single
-  device, its block is the whole matrix, and only the rates differ between steps. `simulate`
-  computes the same blocks if `--mesh` names the axes inside a worker.
+  U_t is the orthogonalized momentum of the whole matrix, as in `muon`, and U_t^B is the
+  orthogonalized momentum of one device's block. The scales s and s_B are those of the shapes of W
+  and B. If a worker is a single device, its block is the whole matrix, and only the learning rate
+  differs between steps. `simulate` computes the same blocks if `--mesh` names the axes inside a
+  worker.
 
   Args:
     learning_rate: eta, a number or a schedule.
     block_learning_rate: eta_block, a number or a schedule; None for eta.
-    period: steps from one exchange to the next.
-    beta: see `muon`, like all further arguments.
+    period: the number of steps from one exchange to the next.
+    beta: see `muon`.
     nesterov: see `muon`.
     weight_decay: see `muon`.
     ns_steps: see `muon`.
@@ -62,7 +63,7 @@ def muon_bp(
     dimensions: see `muon`.
 
   Raises:
-    ValueError: if the period is not a positive integer, or as `muon`.
+    ValueError: if the period is not a positive integer, or if `muon` would reject an argument.
 
   Reference: Khaled et al. 2025, arXiv 2510.16981.
   """

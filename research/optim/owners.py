@@ -1,9 +1,10 @@
 """Computes functions of whole matrices whose shards are on the devices of a worker.
 
-Matrices of one shape are dealt to the devices: in an all-to-all, each device gets all shards of its
-own matrices; it computes the function of them, and a second all-to-all returns the shards. Over an
-axis of W devices, the two move 2 (W - 1) / W elements for each element of a matrix. Each matrix is
-computed by one device. GSPMD would gather parts of every matrix in every Newton-Schulz step.
+Matrices of one shape are distributed among the devices: in an all-to-all, each device receives all
+shards of the matrices that it owns; it applies the function to these matrices, and a second
+all-to-all returns the shards. Over an axis of W devices, the two all-to-alls move 2 (W - 1) / W
+elements for each element of a matrix. Exactly one device computes the function of each matrix.
+GSPMD would instead gather parts of every matrix in every Newton-Schulz step.
 """
 
 import math
@@ -37,13 +38,14 @@ class Place(NamedTuple):
 
 
 def on_owners(function: OfMatrices, tree: Tree, kinds: dict[str, Kinds], cut: Cut) -> Tree:
-  """Returns the function of each hidden matrix, in a shard_map over the axes inside a worker.
+  """Applies a function to each hidden matrix, in a shard_map over the axes inside a worker.
 
-  A group of equal matrices is filled up with zeros to a multiple of the devices if that adds at
-  most 5%. Otherwise, the matrices that remain are sent to the first devices one shard at a time.
+  A group of matrices of equal shape is padded with zero matrices to a multiple of the number of
+  devices if the padding adds at most 5%. Otherwise, the remaining matrices are sent to the first
+  devices one shard at a time.
 
   Args:
-    function: computes a stack of whole matrices.
+    function: maps a stack of whole matrices to a stack of the same shape.
     tree: the leaves, each a stack of matrices, sharded according to `cut`.
     kinds: the kinds of each leaf's dimensions, by path.
     cut: the sharding of the leaves.
@@ -78,7 +80,7 @@ def on_owners(function: OfMatrices, tree: Tree, kinds: dict[str, Kinds], cut: Cu
 
 
 def place(kinds: Kinds, shape: tuple[int, ...], cut: Cut) -> Place:
-  """Determines the group of a leaf's matrices.
+  """Determines which group a leaf's matrices belong to.
 
   Matrices are transposed so that those of equal size and sharding are in one group, whichever side
   is the input.
@@ -125,7 +127,7 @@ def _moved(function: OfMatrices, x: Array, cut: tuple[tuple[str, int], ...]) -> 
 
 
 def _full(count: int, owners: int) -> tuple[int, int]:
-  """Splits a number of matrices into those of the all-to-all, with zeros added, and the rest."""
+  """Returns how many matrices, with padding, take part in the all-to-all, and how many do not."""
   filled = count + -count % owners
   return (filled, 0) if filled <= (1 + _FILLED) * count else (filled - owners, count % owners)
 
@@ -134,13 +136,13 @@ def _dealt(x: Array, name: str, dimension: int) -> Array:
   """Sends the shards of [count, ...] matrices to their owners along one axis.
 
   Returns:
-    The device's own matrices, zeros for a last one that it does not have.
+    The matrices that the device owns; a missing last matrix is zero.
   """
   full, rest = _full(len(x), lax.axis_size(name))
   found = []
   if full:
     part = jnp.pad(x[:full], ((0, max(0, full - len(x))), (0, 0), (0, 0)))
-    # without the barrier, XLA:CPU would send parts of different layouts, and fail
+    # without the barrier, XLA:CPU would send parts with different layouts, and fail
     found.append(lax.all_to_all(lax.optimization_barrier(part), name, 0, dimension, tiled=True))
   if rest:
     found.append(_gathered(x[full:], name, dimension))
@@ -148,7 +150,7 @@ def _dealt(x: Array, name: str, dimension: int) -> Array:
 
 
 def _returned(x: Array, name: str, dimension: int, count: int) -> Array:
-  """Inverse of `_dealt` for `count` matrices."""
+  """Inverts `_dealt` for `count` matrices."""
   owners = lax.axis_size(name)
   full, rest = _full(count, owners)
   found = []
@@ -161,7 +163,7 @@ def _returned(x: Array, name: str, dimension: int, count: int) -> Array:
 
 
 def _gathered(x: Array, name: str, dimension: int) -> Array:
-  """Sends the shards of fewer matrices than devices to the first devices, [1, rows, columns]."""
+  """Sends the shards of a few matrices to the first devices, one [1, rows, columns] for each."""
   count, size, here = len(x), lax.axis_size(name), lax.axis_index(name)
   parts = []
   for shift in range(size):
@@ -191,13 +193,13 @@ def _scattered(x: Array, name: str, dimension: int, count: int) -> Array:
 def on_blocks(
   function: Callable[[tuple, Array], Array], tree: Tree, cut: Cut, simulated: bool
 ) -> Tree:
-  """Returns a function of each device's block of each leaf.
+  """Applies a function to each device's block of each leaf.
 
   Args:
-    function: (path of the leaf, block) -> array of the block's shape.
+    function: maps the path of a leaf and a block to an array of the block's shape.
     tree: the leaves.
     cut: the sharding of the leaves.
-    simulated: whether one device computes the blocks of all, instead of a shard_map.
+    simulated: whether one device computes the blocks of all devices, without a shard_map.
   """
   if simulated:
 

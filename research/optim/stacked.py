@@ -1,4 +1,4 @@
-"""Lets optax's optimizers whose updates depend on a leaf's shape treat each stacked layer alone.
+"""Applies optax's optimizers whose updates depend on a leaf's shape to each stacked layer.
 
 A model that compiles one layer keeps the parameters of all layers in stacks [layers, ...]. `lamb`
 would scale the update of a whole stack by one ratio, and `galore` would not project it at all.

@@ -10,8 +10,8 @@ result is due:
     at the end:    exchange
 
 The results and the number of exchanges are those of `workers.rounds_of_worker`. Between TPU slices,
-XLA sends while it computes the first steps. XLA:CPU overlaps nothing, so it uses the sequential
-form, which compiles faster.
+XLA sends while it computes the first steps. XLA:CPU overlaps nothing, so the sequential form is
+used there, because it compiles faster.
 
 With several fragments, the fragment of each exchange is static, so that no exchange is inside a
 conditional.
@@ -44,7 +44,7 @@ class Sending(NamedTuple):
 
 
 class Pieces:
-  """The parts of a round of an eager method, whose result is due before the next message."""
+  """The parts of a round of an eager method, whose exchange is due before the next message."""
 
   def __init__(self, method: Method):
     self.method, self.waiting = method, method
@@ -58,7 +58,7 @@ class Pieces:
     return self.method.message(local, state, key=key, presence=presence)
 
   def link(self, fragment: int, state: State) -> State:
-    """Returns the aggregator's state of a fragment."""
+    """Returns the aggregator's state for a fragment."""
     del fragment
     return self.method.link(state)
 
@@ -132,7 +132,7 @@ class Phased:
 
 
 def rounds_shown(run: Any) -> int:
-  """Returns the number of rounds of the smallest program in which the loop over rounds repeats.
+  """Returns the smallest number of rounds for which a program repeats its loop over rounds.
 
   Args:
     run: an executor's `run`.
@@ -169,7 +169,7 @@ def rounds_of_worker(
 
   Args:
     job: the resolved job, for which `overlaps` is true.
-    private: tree of bool, whether a leaf of the state is private.
+    private: a tree of bool that tells which leaves of the state are private.
     state: the worker's state, whose private leaves are rows [1, ...].
     data: the worker's examples, rows [1, ...].
     rounds: K, the number of rounds.
@@ -262,7 +262,7 @@ class _Rounds:
   def _rest(
     self, fragment: int, early: tuple[Local, list[Metrics]], state: State, number: Array, lot: Draw
   ) -> tuple[tuple[State, Sending], Metrics]:
-    """Ends a round: receives the result that is due, runs the other steps, returns a message."""
+    """Ends a round: receives the due result, runs the remaining steps, and returns a message."""
     (local, found), first = early, self.pieces.steps_early
     local = self.pieces.arrived(fragment, local, state)
     if first < self.waiting.method.local_steps:

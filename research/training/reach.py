@@ -27,21 +27,21 @@ class Reach(NamedTuple):
 
   @property
   def share(self) -> float:
-    """The fraction of the parameters that is reached, in [0, 1]."""
+    """Returns the fraction of the parameters that is reached, in [0, 1]."""
     return self.reached / max(1, self.total)
 
   @property
   def embeds(self) -> bool:
-    """Whether an embedding is reached, according to the names of the leaves."""
+    """Returns whether an embedding is reached, according to the names of the leaves."""
     return any("embed" in name.lower() for name in self.names)
 
   @property
   def exact(self) -> bool:
-    """Whether the model declares its hidden matrices, and all of them are reached."""
+    """Returns whether the model declares hidden matrices and all of them are reached."""
     return 0 < self.hidden[0] == self.hidden[1]
 
 
-# adjectives for the own rule of an optimizer, or of a method with such a rule
+# adjectives that describe the rule of an optimizer or method
 STEPS = {
   "muon": "orthogonalized",
   "galore": "low-rank",
@@ -53,15 +53,15 @@ STEPS = {
 def reaches(state: Any, dimensions: Dimensions = ()) -> dict[str, Reach]:
   """Finds the reach of each matrix optimizer in a method's state, at any depth.
 
-  For a model that declares no hidden matrices, `muon` applies to leaves of two dimensions, and
-  updates the other leaves by Adam; `galore` projects leaves of two dimensions.
+  If a model declares no hidden matrices, `muon` applies to leaves of two dimensions and updates the
+  other leaves by Adam; `galore` projects leaves of two dimensions.
 
   Args:
     state: the state of a method, arrays or shapes.
     dimensions: the model's declaration.
 
   Returns:
-    The reach by optimizer or method, a name in STEPS.
+    The reach of each optimizer or method, by its name in STEPS.
   """
   found: dict[str, list[Reach]] = {}
   is_hidden = lambda name: _is_hidden(name, dimensions)
@@ -148,8 +148,9 @@ def _of_method(state: DionState | Dion2State, is_hidden: Callable[[str], bool]) 
 def _of_galore(states: list[contrib.GaLoreState], is_hidden: Callable[[str], bool]) -> Reach:
   """Infers the sizes of leaves from the sizes of their projectors and moments.
 
-  The projector of an m x n leaf has the shape m x r or n x r; the leaf's moments have the other
-  dimension and r. Both may have leading dimensions, of stacked layers.
+  The projector of an m x n leaf has the shape m x r or n x r; the dimensions of the leaf's moments
+  are r and the other dimension of the leaf. Projectors and moments may also have leading dimensions
+  for stacked layers.
   """
   own, rest = [], []
   for state in states:
@@ -167,7 +168,7 @@ def _of_galore(states: list[contrib.GaLoreState], is_hidden: Callable[[str], boo
 def _reach(
   own: list[tuple[str, int]], rest: list[tuple[str, int]], is_hidden: Callable[[str], bool]
 ) -> Reach:
-  """Sums the named sizes of the leaves that are reached and of the others."""
+  """Sums the named sizes of the leaves that are reached, and of all other leaves."""
   total = lambda leaves: sum(size for _, size in leaves)
   hidden = lambda leaves: sum(size for name, size in leaves if is_hidden(name))
   names = frozenset(name for name, _ in own)
