@@ -67,15 +67,15 @@ def contestant(name: str, spec: str, ranges: dict[str, Range] = RATE) -> Contest
 CONTESTANTS = (
   contestant("AdamW", "data_parallel(ADAMW, mean())"),
   contestant("Muon", "data_parallel(MUON, mean())"),
-  contestant("AdamW, int8", "data_parallel(ADAMW, error_feedback(two_phase(int8())))"),
-  contestant("AdamW, PowerSGD 4", "data_parallel(ADAMW, error_feedback(power_sgd(4)))"),
-  contestant("AdamW, top 1%", "data_parallel(ADAMW, error_feedback(gather_mean(top_k(0.01))))"),
+  contestant("AdamW int8", "data_parallel(ADAMW, error_feedback(two_phase(int8())))"),
+  contestant("AdamW PowerSGD", "data_parallel(ADAMW, error_feedback(power_sgd(4)))"),
+  contestant("AdamW top 1%", "data_parallel(ADAMW, error_feedback(gather_mean(top_k(0.01))))"),
   contestant(
     "1-bit Adam",
     "onebit_adam(SCHEDULE, error_feedback(two_phase(sign())), warm_up={warmup})",
     {"rate": (3e-4, 1e-2)},
   ),
-  contestant("signSGD, majority", "signum(SCHEDULE, majority_vote())", {"rate": (1e-4, 3e-3)}),
+  contestant("signSGD majority", "signum(SCHEDULE, majority_vote())", {"rate": (1e-4, 3e-3)}),
   contestant(
     "DeMo", "demo(SCHEDULE, gather_mean(dct_top_k(chunk=32, k=8)))", {"rate": (3e-4, 1e-2)}
   ),
@@ -84,7 +84,7 @@ CONTESTANTS = (
   contestant("DiLoCo", "diloco(ADAMW, OUTER, mean(), period=H)", OUTER),
   contestant("MuLoCo", "diloco(MUON, OUTER, mean(), period=H)", OUTER),
   contestant(
-    "MuLoCo, 2 bits",
+    "MuLoCo 2 bits",
     "diloco(MUON, OUTER, error_feedback(gather_mean(statistical(2))), period=H)",
     OUTER,
   ),

@@ -25,13 +25,16 @@ from jax import lax
 from jax.sharding import Mesh
 
 from research.comm import collectives
+from research.comm import mesh as meshes
 from research.core.base import EVERYONE, Aggregate, Array, Key, Presence, State, Tree
 from research.core.method import Local, Method
 from research.core.task import Data, Metrics, TrainState
 from research.methods.overlapping import Overlapping
 from research.parallel import overlapped, sharded, workers
 from research.parallel.cohorts import Draw, draw
+from research.parallel.halves import Halves
 from research.parallel.job import Job
+from research.parallel.layout import Layout
 from research.parallel.local_phase import local_phase
 
 
@@ -140,20 +143,39 @@ def rounds_shown(run: Any) -> int:
   return 1 + 2 * run.fragments if isinstance(run, Phased) else 1
 
 
-def overlaps(job: Job, mesh: Mesh) -> bool:
+def overlaps(job: Job, layout: Layout, mesh: Mesh) -> bool:
   """Returns whether the rounds of a job are run in the pipelined form on a mesh.
+
+  A method that declares itself eager is checked by tracing: if its local steps use what the
+  exchange changes, its rounds run in sequence.
 
   Args:
     job: the resolved job.
+    layout: the shapes of the job's state.
     mesh: the mesh that the program is compiled for.
   """
   if mesh.devices.flat[0].platform == "cpu" or not job.method.hidden_steps:
     return False
   try:
     overlapped.check(job)
+    if not isinstance(job.method, Overlapping):
+      _check_eager(job, layout)
   except ValueError:
     return False
   return True
+
+
+def _check_eager(job: Job, layout: Layout) -> None:
+  """Rejects a method whose local steps use what its exchange changes; see `Halves.check`."""
+  method, state = job.method, layout.state_shapes
+  axes = meshes.worker_axes(job.axes)
+
+  def message(state: State) -> Tree:
+    return method.message(method.begin(state), state, key=jax.random.key(0))[0]
+
+  trace = jax.make_jaxpr(message, axis_env=[*axes.items()], return_shape=True)
+  tree = trace(state)[1]
+  Halves(method).check(state, (tree, tree), axes)
 
 
 def rounds_of_worker(

@@ -54,7 +54,7 @@ def spmd(job: Job) -> Executor:
   init = sharded.jit(initial, out_shardings=shardings)
   inside = sharded.inside(job.axes, cut, job.zero)
 
-  early = pipelined.overlaps(job, mesh)
+  early = pipelined.overlaps(job, layout, mesh)
 
   def run(state, data, rounds, first=0):
     def per_worker(state, data):
