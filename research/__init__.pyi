@@ -1,13 +1,13 @@
 """The public names of `research` and the modules that they come from."""
 
 from research.aggregate.choco import choco as choco
-from research.aggregate.compressed import gather_mean as gather_mean
 from research.aggregate.compressed import majority_vote as majority_vote
 from research.aggregate.compressed import sum_mean as sum_mean
 from research.aggregate.compressed import two_phase as two_phase
 from research.aggregate.feedback import diana as diana
 from research.aggregate.feedback import ef21 as ef21
 from research.aggregate.feedback import error_feedback as error_feedback
+from research.aggregate.gather_mean import gather_mean as gather_mean
 from research.aggregate.gossip import gossip as gossip
 from research.aggregate.gossip import push_sum as push_sum
 from research.aggregate.hierarchical import hierarchical as hierarchical

@@ -16,7 +16,8 @@ import optax
 from pages import HERE, Writer, number, table
 
 from research.aggregate import composition
-from research.comm import topology
+from research.comm import mixing
+from research.comm.topology import Topology
 from research.core import registry
 from research.core.base import Aggregator, Compressor, Trait, Wrapper
 from research.core.builtin import TABLE
@@ -281,15 +282,15 @@ def _of_method(method: Method, spec: str) -> list[str]:
 # ---- topologies
 
 
-def _of_topology(graph: topology.Topology) -> list[str]:
+def _of_topology(graph: Topology) -> list[str]:
   rows = []
   for count in (4, 8, 16):
     try:
-      matrices = topology.mixing(graph, count)
+      matrices = mixing.mixing(graph, count)
     except ValueError:
       continue
     links = np.count_nonzero(matrices * (1 - np.eye(count))) / (len(matrices) * count)
-    gap = topology.spectral_gap(matrices)
+    gap = mixing.spectral_gap(matrices)
     rows.append([str(count), f"{links:.3g}", f"{gap:.4f}", str(len(matrices))])
   kinds = "symmetric" if graph.symmetric else "directed"
   head = ["workers", "links per worker", "spectral gap", "rounds of a period"]

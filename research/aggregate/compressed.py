@@ -1,20 +1,16 @@
 """Averages of compressed values: workers exchange payloads in the payloads' own dtypes."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import KW_ONLY
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from research.aggregate.chunks import cut, joined
-from research.aggregate.link import compressed
-from research.aggregate.presence import Roll, call_roll, gathered_weights, unweighted, weighted
+from research.aggregate.link import compressed, leaf_keys, struct_of
+from research.aggregate.presence import Roll, call_roll, unweighted, weighted
 from research.aggregate.privacy.hiding import Sum, keeps_floats
 from research.comm import collectives
-from research.core import checks
 from research.core.base import (
   EVERYONE,
   WORKER_AXES,
@@ -27,92 +23,6 @@ from research.core.base import (
   Trait,
   Tree,
 )
-
-
-class GatherMean(Aggregator, name="gather_mean"):
-  """Gathers all workers' payloads on every worker, which decodes and averages them.
-
-      value = 1/W sum_i D(C(x_i))
-
-  Each worker sends W - 1 payloads, so traffic grows with W: at W = 8, payloads of one byte per
-  element cost as much as a float32 ring all-reduce. `two_phase` avoids this growth.
-
-  With over="senders", the sum of an element is divided by the number of its senders, the workers
-  whose D(C(x_i)) is not 0 at that element, instead of by W. If workers send different elements, as
-  with a sparse compressor, the mean over all workers would scale each step by the share of senders.
-
-  Args:
-    compressor: any compressor.
-    axis: the worker axes to average over.
-    over: "workers", or "senders" for a sparse compressor.
-
-  Raises:
-    ValueError: if `over` is neither "workers" nor "senders", or if it is "senders" and the
-      compressor is not sparse.
-
-  Reference: Alistarh et al. 2017, arXiv 1610.02132, algorithm 1; over senders: Peng, Quesnelle,
-    Kingma 2024, arXiv 2411.19870 (DeMo), in the authors' code.
-  """
-
-  compressor: Compressor
-  axis: collectives.Axes = WORKER_AXES
-  _: KW_ONLY
-  over: str = "workers"
-
-  def check(self):
-    checks.one_of("over", self.over, ("workers", "senders"))
-    if self.over == "senders" and not self.compressor.sparse:
-      raise ValueError(
-        "over='senders' needs a sparse compressor, such as top_k or block_top_k; every worker "
-        f"sends every element with {self.compressor!r}"
-      )
-
-  @property
-  def traits(self):
-    return super().traits | (Trait.SENDERS if self.over == "senders" else Trait(0))
-
-  @property
-  def uplink(self):
-    return compressed(self.compressor) if self.over == "workers" else None
-
-  def aggregate(self, tree, state, key, presence=EVERYONE):
-    leaves, treedef = jax.tree.flatten(weighted(tree, presence))
-    keys = _keys(key, len(leaves))
-    own = [collectives.worker_key(k, self.axis) for k in keys]
-    payloads = list(map(self.compressor.encode, leaves, keys, own))
-    everyone = collectives.gather(payloads, self.axis)
-    values: Iterable[Array] = map(self._mean_of, leaves, keys, everyone)
-    if self.over == "senders":
-      of_senders = partial(self._mean_of_senders, gathered_weights(presence, self.axis))
-      values = map(of_senders, leaves, keys, everyone)
-    sent = map(self._decode, leaves, keys, payloads)
-    return Aggregate(treedef.unflatten(values), treedef.unflatten(sent), state)
-
-  def _mean_of(self, x: Array, key: Key, everyone: Tree) -> Array:
-    count, wide = collectives.worker_count(self.axis), jnp.promote_types(x.dtype, jnp.float32)
-    part = lambda payload: self._decode(x, key, payload).astype(wide) / count
-    add = lambda sum_, payload: (sum_ + part(payload), None)
-    return lax.scan(add, jnp.zeros(x.shape, wide), everyone)[0].astype(x.dtype)
-
-  def _mean_of_senders(self, weights: Array, x: Array, key: Key, everyone: Tree) -> Array:
-    """Computes mean(weights) sum_i x_i / sum_i weight_i, both sums over the element's senders."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-
-    def add(sums, one):
-      payload, weight = one
-      part = self._decode(x, key, payload).astype(wide)
-      return (sums[0] + part, sums[1] + jnp.where(part == 0, 0, weight)), None
-
-    zeros = jnp.zeros(x.shape, wide)
-    (total, shares), _ = lax.scan(add, (zeros, zeros), (everyone, weights.astype(wide)))
-    scale = jnp.mean(weights).astype(wide)
-    return (scale * total / jnp.where(shares > 0, shares, 1)).astype(x.dtype)
-
-  def _decode(self, x: Array, key: Key, payload: Tree) -> Array:
-    return self.compressor.decode(payload, _like(x), key)
-
-
-gather_mean = GatherMean
 
 
 class SumMean(Aggregator, name="sum_mean"):
@@ -152,7 +62,7 @@ class SumMean(Aggregator, name="sum_mean"):
 
   def _one(self, x: Array, key: Key) -> tuple[Array, Array]:
     payload = self.compressor.encode(x, key, collectives.worker_key(key, self.axis))
-    decode = lambda p: self.compressor.decode(p, _like(x), key)
+    decode = lambda p: self.compressor.decode(p, struct_of(x), key)
     return decode(collectives.mean(payload, self.axis)), decode(payload)
 
 
@@ -203,7 +113,7 @@ class TwoPhase(Aggregator, name="two_phase"):
   def aggregate(self, tree, state, key, presence=EVERYONE):
     leaves, treedef = jax.tree.flatten(weighted(tree, presence))
     memories = treedef.flatten_up_to(state)
-    pairs = [jax.random.split(k) for k in _keys(key, len(leaves))]
+    pairs = [jax.random.split(k) for k in leaf_keys(key, len(leaves))]
     first, second = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     payloads, sent = _unzip(map(self._encode_chunks, leaves, first))
     received = collectives.exchange(payloads, self.axis)
@@ -219,7 +129,9 @@ class TwoPhase(Aggregator, name="two_phase"):
     shared = jax.random.split(key, count)
     own = jax.random.split(collectives.worker_key(key, self.axis), count)
     payload = jax.vmap(self.compressor.encode)(chunks, shared, own)
-    sent = jax.vmap(lambda p, k: self.compressor.decode(p, _like(chunks[0]), k))(payload, shared)
+    sent = jax.vmap(lambda p, k: self.compressor.decode(p, struct_of(chunks[0]), k))(
+      payload, shared
+    )
     return payload, joined(sent, x)
 
   def _serve(self, x: Array, received: Tree, memory: Chunk, first: Key, second: Key):
@@ -280,10 +192,6 @@ class MajorityVote(Aggregator, name="majority_vote"):
 majority_vote = MajorityVote
 
 
-def _like(x: Array) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
 def _chunk_like(x: Array, memory: Chunk) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(memory.part.shape, x.dtype)
 
@@ -293,16 +201,11 @@ def _unzip(pairs: Iterable[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
   return [first for first, _ in found], [second for _, second in found]
 
 
-def _keys(key: Key, count: int) -> Any:
-  """Returns one key per leaf, equal on all workers."""
-  return [jax.random.fold_in(key, leaf) for leaf in range(count)]
-
-
 def _leafwise(
   one: Callable[[Array, Key], tuple[Array, Array]], tree: Tree, key: Key
 ) -> tuple[Tree, Tree]:
   """Applies (leaf, key) -> (value, sent) to every leaf."""
   leaves, treedef = jax.tree.flatten(tree)
-  pairs = [one(x, k) for x, k in zip(leaves, _keys(key, len(leaves)), strict=True)]
+  pairs = [one(x, k) for x, k in zip(leaves, leaf_keys(key, len(leaves)), strict=True)]
   value, sent = (treedef.unflatten([pair[i] for pair in pairs]) for i in range(2))
   return value, sent

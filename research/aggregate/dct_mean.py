@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from research.aggregate.link import struct_of
 from research.aggregate.presence import weighted
 from research.comm import collectives
 from research.compress.dct import Coefficients, DCTTopK
@@ -82,14 +83,14 @@ class DCTMean(Aggregator, name="dct_mean"):
     everyone, weights = collectives.gather((messages, weight), self.axis)
     args = zip(leaves, payloads, everyone, strict=True)
     values = [self._mean(x, own, (of, weights), key) for x, own, of in args]
-    decode = lambda x, payload: self.compressor.decode(payload, _like(x), key)
+    decode = lambda x, payload: self.compressor.decode(payload, struct_of(x), key)
     sent = list(map(decode, leaves, payloads))
     return Aggregate(treedef.unflatten(values), treedef.unflatten(sent), state)
 
   def _size(self, x: Array, key: Key) -> int:
     """Returns the number of coefficients of a block."""
     every = DCTTopK(self.chunk, self.chunk**2)
-    return jax.eval_shape(every.encode, _like(x), key, key).values.shape[1]
+    return jax.eval_shape(every.encode, struct_of(x), key, key).values.shape[1]
 
   def _as_signs(self, payload: Coefficients) -> bool:
     return self.one_bit and payload.values.shape[1] > 1
@@ -135,7 +136,3 @@ class DCTMean(Aggregator, name="dct_mean"):
 
 
 dct_mean = DCTMean
-
-
-def _like(x: Array) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(x.shape, x.dtype)

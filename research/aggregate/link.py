@@ -3,9 +3,28 @@
 import jax
 import jax.numpy as jnp
 
-from research.core.base import Compressor, Uplink
+from research.core.base import Array, Compressor, Key, Uplink
 
 _OWN = 0x6F776E
+
+
+def leaf_keys(key: Key, count: int) -> list[Key]:
+  """Returns one key per leaf, equal on all workers.
+
+  Args:
+    key: the key of a round.
+    count: the number of leaves.
+  """
+  return [jax.random.fold_in(key, leaf) for leaf in range(count)]
+
+
+def struct_of(x: Array) -> jax.ShapeDtypeStruct:
+  """Returns the shape and the dtype of an array.
+
+  Args:
+    x: the array.
+  """
+  return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def plain() -> Uplink:
@@ -25,8 +44,8 @@ def compressed(compressor: Compressor) -> Uplink:
   """
 
   def encode(tree, state, key):
-    keys = [jax.random.fold_in(key, leaf) for leaf in range(len(jax.tree.leaves(tree)))]
-    pairs = zip(jax.tree.leaves(tree), keys, strict=True)
+    leaves = jax.tree.leaves(tree)
+    pairs = zip(leaves, leaf_keys(key, len(leaves)), strict=True)
     return [compressor.encode(x, k, jax.random.fold_in(k, _OWN)) for x, k in pairs], state
 
   def decode(payload, like, key, leaf):
@@ -47,7 +66,7 @@ def remembering(link: Uplink, decay: float) -> Uplink:
     corrected = jax.tree.map(lambda x, e: x + decay * e, tree, memory)
     payloads, _ = link.encode(corrected, (), key)
     leaves, treedef = jax.tree.flatten(corrected)
-    like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+    like = list(map(struct_of, leaves))
     sent = [link.decode(p, x, key, i) for i, (p, x) in enumerate(zip(payloads, like, strict=True))]
     left = [x - y for x, y in zip(leaves, sent, strict=True)]
     return payloads, treedef.unflatten(left)

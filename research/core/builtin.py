@@ -25,7 +25,7 @@ TABLE: dict[str, dict[str, str]] = {
   "aggregator": {
     "mean": "research.aggregate.mean:mean",
     "hierarchical_mean": "research.aggregate.hierarchical:hierarchical_mean",
-    "gather_mean": "research.aggregate.compressed:gather_mean",
+    "gather_mean": "research.aggregate.gather_mean:gather_mean",
     "sum_mean": "research.aggregate.compressed:sum_mean",
     "two_phase": "research.aggregate.compressed:two_phase",
     "dct_mean": "research.aggregate.dct_mean:dct_mean",
@@ -135,8 +135,8 @@ TABLE: dict[str, dict[str, str]] = {
     "mnist": "research.tasks.vision.vision:mnist",
     "least_squares": "research.tasks.convex.synthetic:least_squares",
     "libsvm": "research.tasks.convex.libsvm:libsvm",
-    "tinyshakespeare": "research.tasks.language.language:tinyshakespeare",
-    "text": "research.tasks.language.language:text",
+    "tinyshakespeare": "research.tasks.language.text_files:tinyshakespeare",
+    "text": "research.tasks.language.text_files:text",
     "mean_estimation": "research.tasks.convex.synthetic:mean_estimation",
     "random_tokens": "research.tasks.convex.synthetic:random_tokens",
     **{

@@ -9,7 +9,8 @@ from research.aggregate.choco import choco
 from research.aggregate.gossip import gossip, push_sum
 from research.aggregate.quantized_gossip import q1_gossip, q2_gossip
 from research.comm import topology
-from research.comm.topology import Topology, mixing, spectral_gap
+from research.comm.mixing import gap_of, mixing, spectral_gap
+from research.comm.topology import Topology
 from research.compress.quantize import int8, qsgd
 from research.compress.sparsify import top_k
 from research.core.base import Aggregator
@@ -181,6 +182,6 @@ def test_random_pairs_contract_in_the_mean_square_by_their_gap():
   distances = np.sort(np.abs(after - values[0]).max((1, 2)))
   assert distances[0] < 1e-6 < 1e-2 < distances[1]
   assert spread_of(values[-1], x) < 1e-4
-  assert topology.gap_of(graph, 8) == pytest.approx(8 / 14)
-  assert topology.gap_of(graph, 9) == pytest.approx(1 / 2)
+  assert gap_of(graph, 8) == pytest.approx(8 / 14)
+  assert gap_of(graph, 9) == pytest.approx(1 / 2)
   np.testing.assert_allclose(np.square(spread_of(after, x)).mean(), 6 / 14)

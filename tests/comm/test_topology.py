@@ -9,7 +9,8 @@ from jax.sharding import PartitionSpec as P
 from research.analysis import wire
 from research.comm import mesh as meshes
 from research.comm import neighbours, topology
-from research.comm.topology import Topology, mixing, spectral_gap
+from research.comm.mixing import describe, mixing, spectral_gap
+from research.comm.topology import Topology
 
 # column-stochastic, nobody's rows sum to one, and its links go one way round
 ONE_WAY = [[0.5, 0.3, 0.0], [0.0, 0.7, 0.2], [0.5, 0.0, 0.8]]
@@ -43,7 +44,7 @@ def test_weights_are_what_the_topology_says(name, count):
   assert not graph.symmetric or (every == every.swapaxes(1, 2)).all()
   assert graph.varying or len(every) == 1
   assert spectral_gap(every) > 0
-  assert f"{name} of {count} workers" in topology.describe(graph, count)
+  assert f"{name} of {count} workers" in describe(graph, count)
 
 
 def test_gaps_are_the_known_ones():

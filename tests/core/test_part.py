@@ -12,8 +12,8 @@ from aggregators import SPECS as AGGREGATORS
 from catalogue import SPECS as METHODS
 from promises import COMPRESSORS
 
-from research.aggregate.compressed import gather_mean
 from research.aggregate.feedback import ErrorFeedback, error_feedback
+from research.aggregate.gather_mean import gather_mean
 from research.aggregate.gossip import gossip
 from research.aggregate.mean import Mean, mean
 from research.aggregate.policy import warm_up

@@ -15,8 +15,9 @@ from problems import SIMULATED, Running, distance, regression
 from side_by_side import regressions, side_by_side
 from test_decentralized import apart
 
-from research.aggregate.compressed import gather_mean, majority_vote, sum_mean, two_phase
+from research.aggregate.compressed import majority_vote, sum_mean, two_phase
 from research.aggregate.feedback import error_feedback
+from research.aggregate.gather_mean import gather_mean
 from research.aggregate.mean import mean
 from research.aggregate.robust.attacks import sign_flip
 from research.compress.cast import identity

@@ -16,7 +16,8 @@ from research.aggregate.choco import choco
 from research.aggregate.gossip import gossip, push_sum
 from research.aggregate.mean import mean
 from research.comm import topology
-from research.comm.topology import Topology, mixing
+from research.comm.mixing import mixing
+from research.comm.topology import Topology
 from research.compress.quantize import int8
 from research.core.method import Method
 from research.core.task import Task

@@ -13,7 +13,8 @@ import pytest
 from problems import FEATURES, Running, distance, regression
 from subset import slow_except
 
-from research.aggregate.compressed import gather_mean, sum_mean, two_phase
+from research.aggregate.compressed import sum_mean, two_phase
+from research.aggregate.gather_mean import gather_mean
 from research.aggregate.gossip import gossip
 from research.aggregate.mean import mean
 from research.aggregate.privacy.private import noisy

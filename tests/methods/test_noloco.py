@@ -8,7 +8,8 @@ import pytest
 from problems import regression
 
 from research.aggregate.gossip import gossip
-from research.comm.topology import mixing, random_pairs
+from research.comm.mixing import mixing
+from research.comm.topology import random_pairs
 from research.methods.noloco import noloco
 from research.parallel import inference, traffic
 from research.parallel.job import Job

@@ -9,8 +9,8 @@ from catalogue import METHODS
 from problems import Running, regression, split
 from subset import slow_except
 
-from research.aggregate.compressed import gather_mean
 from research.aggregate.feedback import error_feedback
+from research.aggregate.gather_mean import gather_mean
 from research.aggregate.mean import mean
 from research.compress.sparsify import top_k
 from research.core import registry

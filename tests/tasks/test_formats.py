@@ -20,7 +20,7 @@ from research.models import classic
 from research.tasks import texts
 from research.tasks.convex import libsvm
 from research.tasks.finance import cvar, frontier
-from research.tasks.language import language
+from research.tasks.language import text_files
 from research.tasks.language.token_files import TokenFile
 from research.tasks.recommend import movielens
 from research.tasks.search import graphs
@@ -301,7 +301,7 @@ def test_binaries_are_no_text(tmp_path, kind):
   path.write_bytes(BINARIES[kind])
   message = refused(lambda: TokenFile(path), str(path), "tokens are read from .npy files")
   assert ("save it as UTF-8" in message) == (kind in ("UTF-16", "UTF-32"))
-  refused(lambda: language.text(str(path), model=classic.linear()), str(path))
+  refused(lambda: text_files.text(str(path), model=classic.linear()), str(path))
   for form in FORMATS.values():
     refused(lambda form=form: form.read(str(path)), str(path))
 

@@ -24,7 +24,7 @@ from research.core.task import Data
 from research.methods.local import local_sgd
 from research.tasks import partition
 from research.tasks.convex import synthetic
-from research.tasks.language import language, tokens
+from research.tasks.language import text_files, tokens
 from research.tasks.language.language import Text, next_token
 from research.training import metrics
 
@@ -75,7 +75,7 @@ def task_of(length, held_out=10, context=4, **module):
 
 def text_of(path, content, **options):
   path.write_bytes(content if isinstance(content, bytes) else content.encode())
-  return language.text(str(path), model=Bigram, **options)
+  return text_files.text(str(path), model=Bigram, **options)
 
 
 def test_windows_by_hand(tmp_path, strict):
@@ -249,27 +249,27 @@ def test_what_is_no_text_is_refused(tmp_path, content, options, message):
   if content is not None:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
   with pytest.raises(ValueError, match=message) as caught:
-    language.text(str(path), **{"model": Bigram, **options})
+    text_files.text(str(path), **{"model": Bigram, **options})
   assert "\n" not in str(caught.value)
 
 
 def test_speeches_are_sorted_by_role():
   text = "Romeo:\nAy.\n\nAll:\nNo.\nNo.\n\nRomeo:\nAh.\n\n\nAll:\nOh.\n"
   want = "All:\nNo.\nNo.\n\n\nAll:\nOh.\n\nRomeo:\nAy.\n\nRomeo:\nAh.\n"
-  assert language.roles_together(text) == want
+  assert text_files.roles_together(text) == want
 
 
 def test_a_damaged_tinyshakespeare_is_refused(cache):
   (cache / "input.txt").write_text("First Citizen:\n")
   with pytest.raises(ValueError, match=r"input.txt is truncated or another .* expected 86c4e6aa9"):
-    language.tinyshakespeare(model=Bigram, data_dir=str(cache))
+    text_files.tinyshakespeare(model=Bigram, data_dir=str(cache))
 
 
 def test_tinyshakespeare():
   folder = os.environ.get("RESEARCH_DATA_DIR")
   if not folder or not (Path(folder) / "tinyshakespeare").is_dir():
     pytest.skip("$RESEARCH_DATA_DIR has no tinyshakespeare")
-  task = language.tinyshakespeare(model=Bigram, context=100)
+  task = text_files.tinyshakespeare(model=Bigram, context=100)
   assert task.test is not None
   assert task.init(KEY)["table"].shape == (65, 65)
   assert task.train["x"].shape == (10038, 200)

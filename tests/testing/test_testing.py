@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from research.aggregate.compressed import gather_mean
+from research.aggregate.gather_mean import gather_mean
 from research.aggregate.mean import Mean, mean
 from research.comm import collectives
 from research.compress.cast import BF16

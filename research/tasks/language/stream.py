@@ -13,7 +13,7 @@ from research.core import checks
 from research.core.registry import Default
 from research.core.task import Batch, Feed, Task
 from research.tasks import sampling
-from research.tasks.language import language
+from research.tasks.language import language, tokens
 from research.tasks.language.token_files import TokenFile, encoded
 
 TOKENIZERS = ("bytes", "bpe")
@@ -51,7 +51,7 @@ def stream(
     tokenizer: the tokenizer of a text: "bytes" (V = 256), which reads the file directly, or "bpe",
       which is trained on the beginning of the text and writes the encoded text into the user's
       cache once.
-    vocabulary: V, for a .npy file; for "bpe", see `language.text`, where None means 4096.
+    vocabulary: V, for a .npy file; for "bpe", see `text_files.text`, where None means 4096.
     context: T, the maximum number of tokens that a prediction is made from.
     held_out: the fraction of the tokens that is held out, at the end of the file, in (0, 1).
     evaluated: the maximum number of tokens per evaluation.
@@ -162,7 +162,7 @@ def _source(path: str, tokenizer: str, vocabulary: int | None, share: float) -> 
       )
     return Source(TokenFile(path), vocabulary, None)
   if tokenizer == "bpe":
-    found = encoded(path, language.VOCABULARY if vocabulary is None else vocabulary, share)
+    found = encoded(path, tokens.VOCABULARY if vocabulary is None else vocabulary, share)
     return Source(TokenFile(found.path), found.tokenizer.size, found.tokenizer.lengths)
   if vocabulary is not None:
     raise ValueError(f"vocabulary={vocabulary}: bytes are 256")

@@ -9,6 +9,7 @@ import numpy as np
 
 from research.tasks import files
 
+VOCABULARY = 4096  # default vocabulary of a BPE
 MOST = 1 << 20  # maximum vocabulary size of a BPE
 _PIECE = 1 << 16  # characters that are passed to the library at once
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from research.comm import topology
+from research.comm import mixing
 from research.comm.collectives import Axes
 from research.comm.topology import Topology
 from research.core.base import WORKER_AXES
@@ -69,5 +69,5 @@ def _topology(graph: Topology, axis: Axes, job: Job) -> dict[str, Any]:
     name = graph.spec_name or type(graph).__name__
     line = f"{name} of {count} workers: spectral gap not computed for more than {MOST}"
     return found | {"spectral_gap": None, "described": line}
-  gap = topology.gap_of(graph, count)
-  return found | {"spectral_gap": gap, "described": topology.describe(graph, count)}
+  gap = mixing.gap_of(graph, count)
+  return found | {"spectral_gap": gap, "described": mixing.describe(graph, count)}
