@@ -5,6 +5,9 @@ shards of the matrices that it owns; it applies the function to these matrices, 
 all-to-all returns the shards. Over an axis of W devices, the two all-to-alls move 2 (W - 1) / W
 elements for each element of a matrix. Exactly one device computes the function of each matrix.
 GSPMD would instead gather parts of every matrix in every Newton-Schulz step.
+
+The module communicates although it is not an aggregator, because its exchanges are between the
+devices of one worker.
 """
 
 import math
