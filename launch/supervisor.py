@@ -131,6 +131,7 @@ class _Job:
     self.watchman, self.logs, self.rules = watchman, logs, rules
     self.received, self.disturb = received, disturb
     self.running: list[Running] = []
+    self.failed: list[Running] = []  # in the order in which their ends were seen
     self.started = time.time()
     self.streams = selectors.DefaultSelector()
 
@@ -170,7 +171,7 @@ class _Job:
 
   def _watch(self) -> Ended:
     """Watches the processes until all processes have ended or must be ended."""
-    deadline = failed = None
+    deadline = None
     while any(r.popen.poll() is None for r in self.running):
       self._read(TICK)
       self.disturb(self.running)
@@ -181,15 +182,14 @@ class _Job:
         deadline = time.monotonic() + self.rules.grace_seconds
         for one in self.running:
           kill(one.popen.pid, signal.SIGTERM)
-      failed = failed or self._first_failure()
+      failed = self._first_failure()
       if failed and deadline is None:
         deadline = time.monotonic() + SETTLE
       if hung := "" if self.received or failed else self._hung():
-        failed = Ended(HUNG, hung)
-        break
+        return self._ended(Ended(HUNG, hung))
       if (deadline and time.monotonic() > deadline) or len(self.received) > 1:
         break
-    return self._ended(failed or self._first_failure())
+    return self._ended(self._first_failure())
 
   def _ended(self, failed: Ended | None) -> Ended:
     alive = [r.process.name for r in self.running if r.popen.poll() is None]
@@ -200,11 +200,17 @@ class _Job:
     return Ended(code, late or (failed.why if failed else ""), stopped=True)
 
   def _first_failure(self) -> Ended | None:
-    """Returns the first failure; prefers a failure that was not caused by another failure."""
-    found = [(r, r.popen.returncode) for r in self.running if r.popen.poll()]
-    if not found:
+    """Returns the failure that caused the others, as far as exit codes tell.
+
+    A process that lost a peer exits with a code or is aborted by JAX, possibly before the peer's
+    death is seen here. Another signal comes from outside or is a crash, and so is a cause.
+    """
+    self.failed += [r for r in self.running if r.popen.poll() and r not in self.failed]
+    if not self.failed:
       return None
-    one, code = min(found, key=lambda pair: pair[1] == -signal.SIGABRT)
+    rank = lambda code: 2 if code == -signal.SIGABRT else int(code > 0)
+    one = min(self.failed, key=lambda r: rank(r.popen.returncode))
+    code = one.popen.returncode
     name = f"process {one.process.name}"
     if code < 0:
       return Ended(128 - code, f"{name} was killed by {signal.Signals(-code).name}")

@@ -226,6 +226,8 @@ def test_python_is_python_and_public_names_exist(page):
       if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
         known = node.value.id not in ("dx", "research") or node.attr in vars(research)["__all__"]
         assert known, f"{node.value.id}.{node.attr} is not public"
+      if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "research":
+        exec(ast.unparse(node), {})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=by_name)

@@ -131,6 +131,13 @@ def test_a_process_killed_by_a_signal_is_reported_as_by_a_shell(launch):
   assert "launch: process 1 was killed by SIGKILL" in err
 
 
+def test_a_kill_is_the_cause_where_a_peer_is_seen_to_fail_first(launch):
+  program = "time.sleep(1) if me else sys.exit(1); os.kill(os.getpid(), signal.SIGKILL)"
+  code, _, err = launch(program=program).end()
+  assert code == 128 + signal.SIGKILL
+  assert "launch: process 1 was killed by SIGKILL" in err
+
+
 def test_nothing_is_left_where_the_launcher_is_killed(launch, tmp_path):
   launched = launch(program=DEAF + WITH_CHILD + SLEEP)
   started = pids(tmp_path, 4)
