@@ -1,5 +1,7 @@
 """Diagnostics of rounds: exact against numpy, the same in all executions, nothing when off."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,7 +117,16 @@ def test_the_spread_of_local_models_is_that_of_numpy(executor):
   assert found[diagnostics.GRADIENT].shape == (2 * STEPS,)
 
 
-@pytest.mark.parametrize("name", slow_except(["sgd"], METHODS))
+def by_exchange() -> list[str]:
+  """One method per way to exchange: those that split share one `sync` and differ in aggregators."""
+  found = {}
+  for name, method in METHODS.items():
+    kind = type(method.exchange) if method.splits else type(method)
+    found.setdefault(kind, name)
+  return [*found.values()]
+
+
+@pytest.mark.parametrize("name", slow_except(["sgd"], by_exchange()))
 def test_a_run_is_the_same_with_diagnostics(name):
   """Whatever a method exchanges, in whichever branch, it is recorded and changes nothing."""
   axes = {"slice": 2, "data": 4}
@@ -128,6 +139,15 @@ def test_a_run_is_the_same_with_diagnostics(name):
   for values in jax.tree.leaves(seen.metrics["norms"]):
     assert np.isfinite(values).all()
   assert set(plain.metrics) == {"loss", "finite"}
+
+
+@pytest.mark.slow
+def test_every_other_method_is_traced_with_diagnostics():
+  for name in METHODS.keys() - by_exchange():
+    run = Running(METHODS[name], "simulate", {"slice": 2, "data": 4}, diagnostics=1)
+    state, metrics = jax.eval_shape(partial(run.executor.run, rounds=3), run.state, run.data)
+    assert jax.tree.structure(state) == jax.tree.structure(run.state), name
+    assert {*diagnostics.NAMES} <= {*metrics["norms"]}, name
 
 
 def test_only_rounds_with_a_row_are_measured():
