@@ -36,6 +36,8 @@ FULL = {
   "bits_times": 15.0,  # 0: without the runs with 2 bits
 }
 QUICK = {
+  "workers": 4,
+  "period": 10,
   "rounds": 6,
   "adamw_rates": [1.2e-2],
   "muon_rates": [0.04],

@@ -45,7 +45,7 @@ FULL = {
   "spread": 0.05,
   "trees": 2.0,
 }
-QUICK = {"steps": 128, "counts": [2, 16], "others": False}
+QUICK = {"workers": 4, "steps": 96, "counts": [2, 16], "others": False}
 SEEDS = {"full": 3, "quick": 1}
 X64 = False
 NOLOCO, DILOCO = "NoLoCo", "DiLoCo"

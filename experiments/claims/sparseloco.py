@@ -37,7 +37,7 @@ FULL = {
   "nats": 0.02,
   "times_fewer_bytes": 100.0,
 }
-QUICK = {"steps": 300, "nats": 0.4}
+QUICK = {"steps": 180, "nats": 0.4}
 SEEDS = {"full": 2, "quick": 1}
 X64 = False
 
