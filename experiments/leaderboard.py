@@ -69,7 +69,7 @@ def run(folder: Path, data: str, method: str, seed: int) -> dict[str, Any] | Non
   config = Config(
     task=task,
     partition=partition,
-    model=MODEL,
+    model=FLAGS.model,
     method=method,
     mesh="data:8",
     batch_size=FLAGS.batch_size,
@@ -160,6 +160,7 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
   flags.DEFINE_string("out", "", f"Results folder; by default {OUT}.")
   flags.DEFINE_string("contestants", "", "Names of methods, separated by ';'; empty: all.")
+  flags.DEFINE_string("model", MODEL, "Model of all runs.")
   flags.DEFINE_integer("trials", 5, "Runs with random parameters per method and data.", 1)
   flags.DEFINE_integer("seeds", 3, "Fresh seeds of the winner.", 1)
   flags.DEFINE_integer("steps", 512, "Local steps of a run.", 16)

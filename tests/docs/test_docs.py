@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from research.analysis import chips
+from research.core import builtin
 from research.training.assemble import check
 from research.training.config import Config
 from research.training.folder import default_folder
@@ -51,6 +52,15 @@ def test_the_python_of_the_readme_gives_what_it_says():
   assert names["result"].summary["eval"]["accuracy"] == pytest.approx(accuracy, abs=0.005)
   assert round(wire["bytes_per_step_per_worker"]["data"]) == sent
   assert wire["dense_bytes_per_step_per_worker"] == dense
+
+
+def test_the_comparison_counts_what_there_is():
+  text = (ROOT / "docs" / "comparison.md").read_text()
+  compressors = len(builtin.TABLE["compressor"])
+  claims = len([*(ROOT / "experiments" / "claims").glob("*.py")])
+  assert f"| {compressors} compressors, and PowerSGD |" in text
+  assert f"| message compressors | {compressors} |" in README
+  assert f"| Claims of papers as commands with gates | {claims} |" in text
 
 
 @pytest.mark.parametrize("folder", ["bench", "transformer", "rounds"])

@@ -113,7 +113,9 @@ def test_an_unknown_contestant_is_a_line():
 )
 def test_the_same_command_continues_a_leaderboard(tmp_path):
   """Complete runs are read and not run again; the figures are the same."""
-  flags = (*SMALL, f"--out={tmp_path / 'out'}", f"--compilation_cache={tmp_path / 'compiled'}")
+  model = "--model=transformer(layers=1, width=16, heads=2, kv_heads=2, hidden=16)"
+  folders = (f"--out={tmp_path / 'out'}", f"--compilation_cache={tmp_path / 'compiled'}")
+  flags = (*SMALL, model, *folders)
   first = run_command(*flags)
   assert first.returncode == 0, first.stderr
   found = json.loads((tmp_path / "out" / "leaderboard.json").read_text())
