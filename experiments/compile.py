@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
   os.environ.update(ENVIRONMENT)
   with one_line_errors():
     out = results_folder("out", FLAGS.out) if FLAGS.out else None
-    config = start().replace(rounds=1, epochs=0.0, clock="", virtual_seconds=0.0)
+    config = start().replace(rounds=1, epochs=0.0, clock="", network="", virtual_seconds=0.0)
     configs = grid(FLAGS.sweep, config) if FLAGS.sweep else [config]
     from experiments.reports import ahead
 

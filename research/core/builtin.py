@@ -117,6 +117,8 @@ TABLE: dict[str, dict[str, str]] = {
     name: f"research.sim.clock:{name}"
     for name in ("steady", "exponential", "lognormal", "measured")
   },
+  "network": {"internet": "research.sim.network:internet"},
+  "churn": {name: f"research.sim.churn:{name}" for name in ("always", "on_off", "recorded")},
   "topology": {
     name: f"research.comm.topology:{name}"
     for name in (

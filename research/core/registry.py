@@ -37,6 +37,8 @@ _TYPES = {
   "topology": "research.comm.topology:Topology",
   "delays": "research.sim.delays:Delays",
   "speeds": "research.sim.clock:Speeds",
+  "network": "research.sim.network:Network",
+  "churn": "research.sim.churn:Churn",
   "task": "research.core.task:Task",
 }
 
@@ -59,7 +61,7 @@ def register(kind: str, name: str | None = None) -> Callable[[Factory], Factory]
 
   Args:
     kind: 'compressor', 'aggregator', 'method', 'task', 'model', 'partition', 'topology', 'delays',
-      'speeds', 'optimizer' or 'schedule'.
+      'speeds', 'network', 'churn', 'optimizer' or 'schedule'.
     name: the name in specs; None means the function's own name, or the `name` of a compressor,
       aggregator or method class.
 

@@ -77,7 +77,8 @@ def cohorts(job: Job, key: Key, numbers: Array) -> tuple[Array, Array]:
   (Poisson sampling), every client takes part independently with a probability equal to the rate.
   Workers without a client idle. If more clients take part than there are workers, the excess
   clients are left out, so choose enough workers to make such rounds negligibly rare. With an
-  `order`, a single worker serves the clients in that order. Dropout then removes clients at random.
+  `order`, a single worker serves the clients in that order. Dropout then removes clients at random,
+  and workers that are not present on the job's network serve nobody.
 
   Args:
     job: the resolved job, with W workers and P clients.
@@ -116,6 +117,8 @@ def cohorts(job: Job, key: Key, numbers: Array) -> tuple[Array, Array]:
   else:
     owners = jnp.tile(everyone, (len(numbers), 1))
     served = jnp.ones(owners.shape, bool)
+  if job.present is not None:
+    served &= jnp.asarray(job.present)[numbers]
   return owners, (served & jax.vmap(present)(numbers) if job.dropout else served)
 
 

@@ -43,7 +43,7 @@ def layout_of(job: Job) -> layouts.Layout:
     raise ValueError("two_phase stores a memory per worker, but a population stores it per client")
   if job.clients > 1 and _has_neighbours(job, layout):
     raise ValueError("neighbours are workers, but a population stores state per client")
-  is_partial = job.clients > 1 or job.dropout or job.sampling_rate
+  is_partial = job.clients > 1 or job.misses
   if is_partial and Trait.EVERYONE in traits(job.method):
     raise ValueError(
       "ef21 and diana accumulate every worker's messages, which is incompatible with dropout and "

@@ -29,6 +29,7 @@ class Job(NamedTuple):
   clip_norm: float = 0.0  # norm to which a worker's gradient is clipped; 0: no clipping
   sampling_rate: float = 0.0  # rate of Poisson sampling of clients; 0: one client per worker
   dropout: float = 0.0  # probability that a worker's message of a round is lost
+  present: np.ndarray | None = None  # [K, W] bool, workers on a network in each round; None: all
   order: np.ndarray | None = None  # [E] int32, clients that a single worker serves in turn
   zero: int = 3  # ZeRO stage, which sets the sharding along `fsdp`; see `sharded.inside`
   local_phase: str = "auto"  # in `simulate`: "vmap", "map", or "auto" for the faster of both
@@ -45,6 +46,11 @@ class Job(NamedTuple):
   def clients(self) -> int:
     """R = P / W, the number of clients whose rows one worker stores."""
     return len(self.sizes) // self.workers
+
+  @property
+  def misses(self) -> bool:
+    """Whether workers may miss rounds."""
+    return bool(self.sampling_rate or self.dropout or self.present is not None)
 
   @property
   def even(self) -> bool:

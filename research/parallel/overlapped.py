@@ -73,7 +73,7 @@ def check(job: Job) -> None:
     )
   if method.later:
     raise ValueError("an overlapped run needs a constant period")
-  if job.dropout or job.sampling_rate or len(job.sizes) > job.workers or job.by_epochs:
+  if job.misses or len(job.sizes) > job.workers or job.by_epochs:
     raise ValueError(
       "in an overlapped run all workers take part in every round, with equally many steps; use "
       "--executor=simulate for a population, dropout or passes over unequal data"

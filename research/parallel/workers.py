@@ -79,7 +79,7 @@ def sync(
     key: a typed key of the round, equal on all workers.
     anybody: whether any worker participates.
   """
-  if not job.sampling_rate and not job.dropout:
+  if not job.misses:
     presence = EVERYONE if job.even else Presence(weight)
     return job.method.sync(local, state, key=key, presence=presence)
   after = job.method.sync(local, state, key=key, presence=Presence(weight, weight > 0))

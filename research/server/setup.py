@@ -32,7 +32,7 @@ from research.training.config import Config, UsageError, flag
 
 MODES = (*OF_SERVERS, "hogwild")
 # Flags of other executors, which a server run rejects.
-_ELSEWHERE = ("population", "sampling_rate", "dropout", "clock", "virtual_seconds")
+_ELSEWHERE = ("population", "sampling_rate", "dropout", "clock", "network", "virtual_seconds")
 _ELSEWHERE = (*_ELSEWHERE, "zero", "local_phase", "diagnostics", "profile", "x64")
 
 

@@ -145,14 +145,29 @@ def synchronous(
   return Lockstep(speeds, workers, seed, communication).ends(steps)
 
 
+class Pieces:
+  """Draws how long each worker computes in a round; the draws are those of `synchronous`."""
+
+  def __init__(self, speeds: Speeds, workers: int, seed: int):
+    """Args and Raises: see `synchronous`."""
+    _check(speeds, workers)
+    self._speeds, self._generators = speeds, _generators(workers, seed)
+
+  def of_worker(self, worker: int, steps: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Returns the seconds of one worker in its next K rounds, float64 [K]; see `Lockstep`."""
+    starts = np.cumsum([0, *steps])
+    drawn = self._speeds.draw(self._generators[worker], worker, starts[-1])
+    return np.add.reduceat(drawn, starts[:-1])
+
+
 class Lockstep:
   """Computes the end times of `synchronous` incrementally, some rounds per call."""
 
   def __init__(self, speeds: Speeds, workers: int, seed: int, communication: float = 0.0):
     """Args and Raises: see `synchronous`."""
-    _check(speeds, workers, communication)
-    self._speeds, self._communication = speeds, communication
-    self._generators, self._now = _generators(workers, seed), 0.0
+    checks.in_range("communication", communication, "[0, inf)")
+    self._pieces, self._workers = Pieces(speeds, workers, seed), workers
+    self._communication, self._now = communication, 0.0
 
   def ends(self, steps: Sequence[int] | np.ndarray) -> np.ndarray:
     """Returns the end times of the next K rounds.
@@ -168,11 +183,9 @@ class Lockstep:
     """
     checks.at_least("rounds", len(steps))
     checks.at_least("steps", np.min(steps, initial=1))
-    starts = np.cumsum([0, *steps])
     slowest = np.zeros(len(steps))
-    for worker, random in enumerate(self._generators):
-      drawn = self._speeds.draw(random, worker, starts[-1])
-      np.maximum(slowest, np.add.reduceat(drawn, starts[:-1]), out=slowest)
+    for worker in range(self._workers):
+      np.maximum(slowest, self._pieces.of_worker(worker, steps), out=slowest)
     ends = np.cumsum([self._now, *(slowest + self._communication)])[1:]
     self._now = float(ends[-1])
     return ends
@@ -222,11 +235,18 @@ def asynchronous(
       done[i] = np.concatenate([done[i], more(i, len(done[i]), done[i][-1])])
   owners = np.repeat(np.arange(workers, dtype=np.int32), [len(times) for times in done])
   first = np.lexsort((owners, seconds))[:events]
-  return Trace(owners[first], _staleness(owners[first]), seconds[first])
+  return Trace(owners[first], staleness_of(owners[first]), seconds[first])
 
 
-def _staleness(owners: np.ndarray) -> np.ndarray:
-  """Counts the events since the owner's previous event, or since the start; returns int32 [E]."""
+def staleness_of(owners: np.ndarray) -> np.ndarray:
+  """Counts the events since the owner's previous event, or since the start.
+
+  Args:
+    owners: the owner of each event, int32 [E].
+
+  Returns:
+    The staleness of each event, int32 [E].
+  """
   by_owner = np.argsort(owners, kind="stable")
   before = np.full(len(owners), -1)
   again = owners[by_owner[1:]] == owners[by_owner[:-1]]
@@ -265,7 +285,7 @@ def _above_zero(name: str, values: float | Sequence[float]) -> np.ndarray:
   return array
 
 
-def _check(speeds: Speeds, workers: int, communication: float, **counts: int) -> None:
+def _check(speeds: Speeds, workers: int, communication: float = 0.0, **counts: int) -> None:
   for name, count in {"workers": workers, **counts}.items():
     checks.at_least(name, count)
   checks.in_range("communication", communication, "[0, inf)")

@@ -14,6 +14,7 @@ from research.core.spec import parse
 from research.core.task import Task
 from research.core.text import quoted
 from research.sim.clock import Speeds
+from research.sim.network import Network
 from research.tasks.partition import Partition
 from research.training.assemble import EXECUTORS, Given
 from research.training.config import OF_SERVER, Config, UsageError
@@ -25,7 +26,7 @@ from research.training.run import BaseRun
 
 # Fields of Config that are named arguments of `train`, or do not apply to `train`.
 _NAMED = ("task", "model", "method", "executor", "mesh", "batch_size", "steps", "seed", "out")
-_COMMANDS = ("partition", "clock", "restarts", "ray_address", "node_ip", *OF_SERVER)
+_COMMANDS = ("partition", "clock", "network", "restarts", "ray_address", "node_ip", *OF_SERVER)
 OPTIONS = tuple(name for name in Config.names() if name not in (*_NAMED, *_COMMANDS))
 
 
@@ -41,6 +42,7 @@ def train(
   seed: int = 0,
   partition: Partition | str = "iid()",
   clock: Speeds | str = "",
+  network: Network | str = "",
   hooks: Sequence[Hook | Callable[[BaseRun, Event], str | None]] = (),
   out: str | Path | None = None,
   progress: bool = True,
@@ -71,6 +73,7 @@ def train(
     seed: seeds the initial model, the order of examples, and the method's randomness.
     partition: the assignment of examples to workers or clients, such as `dirichlet(0.3)`.
     clock: the workers' speeds on a virtual clock, such as `exponential(1.0)`; "" for none.
+    network: the network between the workers of the clock, such as `internet()`; "" for none.
     hooks: functions that are called with (run, event) for every event of the run, before the
       built-in hooks. A function stops the run by returning a reason; a `Hook` may also split
       dispatches.
@@ -100,6 +103,7 @@ def train(
       None if isinstance(method, str) else method,
       None if isinstance(partition, str) else partition,
       None if isinstance(clock, str) else clock,
+      None if isinstance(network, str) else network,
     )
     config = Config(
       task=label(task),
@@ -109,6 +113,7 @@ def train(
       mesh=mesh if isinstance(mesh, str) else ",".join(f"{k}:{n}" for k, n in mesh.items()),
       partition=label(partition),
       clock=label(clock),
+      network=label(network),
       batch_size=batch_size,
       steps=steps or Config().steps,
       seed=seed,

@@ -15,9 +15,11 @@ from research.core.spec import parse
 from research.core.task import Batch, Executor, Task
 from research.parallel.job import Job, stages
 from research.sim.clock import Speeds, steady
+from research.sim.network import Network
 from research.tasks.partition import Partition
 from research.training import feed, reach, sources
 from research.training.config import OF_SERVER, Config, UsageError, flag
+from research.training.over_network import VirtualExchanges, played_over
 from research.training.plan import Plan
 from research.training.virtual import Virtual, played, rounds_within
 
@@ -62,6 +64,7 @@ class Given(NamedTuple):
   method: Method | None = None
   partition: Partition | None = None
   speeds: Speeds | None = None  # of the virtual clock
+  network: Network | None = None  # between the workers of the clock
 
 
 NOTHING_GIVEN = Given()
@@ -77,6 +80,7 @@ class Setting(NamedTuple):
   batch_size: int | None  # examples per worker and step
   partition: Partition
   speeds: Speeds | None
+  network: Network | None
   task: Task | None  # None: the task is built later from its spec, which may read files
 
 
@@ -138,6 +142,11 @@ def check(config: Config, given: Given = NOTHING_GIVEN) -> Setting:
   if config.clock and not speeds:
     with flag("clock", config.clock):
       speeds = registry.build("speeds", config.clock)
+  network = given.network
+  if config.network:
+    with flag("network", config.network):
+      network = network or registry.build("network", config.network)
+      _check_network(config)
   with flag("task", config.task):
     if not given.task:
       registry.lookup(("task",), parse(config.task).name)
@@ -146,7 +155,8 @@ def check(config: Config, given: Given = NOTHING_GIVEN) -> Setting:
   if config.model and not given.task:
     with flag("model", config.model):
       registry.build("model", config.model)
-  return Setting(axes, method, workers, owners, batch_size, partition, speeds, given.task)
+  task = given.task
+  return Setting(axes, method, workers, owners, batch_size, partition, speeds, network, task)
 
 
 def check_numbers(config: Config) -> None:
@@ -195,6 +205,13 @@ def _check_one_by_one(config: Config, axes: dict[str, int]) -> None:
     )
 
 
+def _check_network(config: Config) -> None:
+  if not config.clock:
+    raise ValueError("needs --clock, the time of a local step, such as steady(1.0)")
+  if config.executor != "simulate" or config.population:
+    raise ValueError("needs --executor=simulate, and cannot be combined with --population")
+
+
 def _check_local_phase(config: Config) -> None:
   if config.local_phase not in LOCAL_PHASES:
     raise ValueError(f"unknown; legal: {', '.join(LOCAL_PHASES)}")
@@ -233,7 +250,7 @@ def assemble(config: Config, setting: Setting, devices: Sequence[Any] | None = N
   Raises:
     UsageError: if a flag is invalid; the message names the flag.
   """
-  axes, method, _, owners, batch_size, partition, speeds, _ = setting
+  axes, method, _, owners, batch_size, partition, speeds, network, _ = setting
   task = setting.task or sources.task_of(config)
   if task.feed:
     feed.check(config, method)
@@ -262,7 +279,10 @@ def assemble(config: Config, setting: Setting, devices: Sequence[Any] | None = N
   )
   with flag("method", config.method):
     plan, virtual = Plan(stages(job)), None
-  if speeds or method.one_by_one:
+  if network and speeds:
+    with flag("network", config.network):
+      virtual = played_over(network, speeds, plan, owners, config.seed)
+  elif speeds or method.one_by_one:
     with flag("clock", config.clock):
       virtual = played(speeds or steady(1.0), plan, owners, config.seed)
   steps = _steps(config, total, plan, virtual)
@@ -270,6 +290,8 @@ def assemble(config: Config, setting: Setting, devices: Sequence[Any] | None = N
     played_out = virtual and virtual(round(plan.rounds(steps)))
   if played_out and played_out.order is not None:
     plan = Plan(stages(job._replace(order=played_out.order)))
+  if isinstance(played_out, VirtualExchanges) and played_out.present is not None:
+    plan = Plan(stages(job._replace(present=played_out.present)))
   module = importlib.import_module(EXECUTORS[config.executor])
   if config.executor == "overlapped":
     with flag("executor", config.executor):

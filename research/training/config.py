@@ -77,6 +77,11 @@ class Config:
   clock: str = option(
     "", "Speeds of the workers on a virtual clock, such as exponential(1.0); empty: no clock."
   )
+  network: str = option(
+    "",
+    "Network between the workers of --clock, such as internet(churn=on_off(3600, 600)); empty: "
+    "exchanges take no virtual time.",
+  )
   partition: str = option(
     "iid()",
     "Examples by worker: iid(), in_order(), sorted(), dirichlet(0.3), shards(2), by_scaffold().",

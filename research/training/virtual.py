@@ -1,7 +1,8 @@
 """Computes the virtual time at which each round ends, from a clock with the workers' speeds."""
 
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -17,15 +18,25 @@ class VirtualServer(NamedTuple):
   seconds: np.ndarray  # float64 [K], the end of each round
   order: np.ndarray  # int32 [K], the worker of each round
   staleness: np.ndarray  # int32 [K], number of updates since each gradient's model
+  network: np.ndarray | None = None  # float64 [K], share of the time of communication so far
+  present: np.ndarray | None = None  # int [K], number of workers that are present
 
   def at(self, rounds: float) -> float:
     """Returns the time at which a number of rounds is complete, interpolated within a round."""
-    return _between(self.seconds, rounds)
+    return between(self.seconds, rounds)
 
   def within(self, seconds: float) -> int | None:
     """Returns the number of rounds that end within a time; None if all rounds do."""
     found = int(np.searchsorted(self.seconds, seconds, side="right"))
     return found if found < len(self.seconds) else None
+
+  def columns(self, rounds: float) -> dict[str, Any]:
+    """Returns the columns of a row that follow from the network, if there is one."""
+    if self.network is None or self.present is None:
+      return {}
+    last = max(0, math.ceil(rounds) - 1)
+    share = round(float(self.network[last]), 6)
+    return {"present": int(self.present[last]), "network_share": share}
 
 
 class VirtualRounds:
@@ -50,7 +61,7 @@ class VirtualRounds:
       self._begin()
     while rounds > self._first + len(self._ends):
       self._go_on()
-    return _between(self._ends, rounds - self._first, self._before)
+    return between(self._ends, rounds - self._first, self._before)
 
   def within(self, seconds: float) -> int | None:
     """Returns the number of rounds that end within a time; None if more than MOST rounds do."""
@@ -60,6 +71,11 @@ class VirtualRounds:
         return None
       self._go_on()
     return self._first + int(np.searchsorted(self._ends, seconds, side="right"))
+
+  def columns(self, rounds: float) -> dict[str, Any]:
+    """Returns no columns, because there is no network."""
+    del rounds
+    return {}
 
   def _begin(self) -> None:
     self._draws, self._first, self._before = self._lockstep(), 0, 0.0
@@ -76,11 +92,35 @@ class VirtualRounds:
     self._ends = self._draws.ends(np.diff([self._plan.steps(number) for number in numbers]))
 
 
-Virtual = VirtualServer | VirtualRounds
+class Virtual(Protocol):
+  """The virtual times of rounds."""
+
+  @property
+  def order(self) -> np.ndarray | None:
+    """The worker of each round, int32 [K]; None if every round has all workers."""
+    ...
+
+  def at(self, rounds: float) -> float:
+    """Returns the time at which a number of rounds is complete, interpolated within a round."""
+    ...
+
+  def within(self, seconds: float) -> int | None:
+    """Returns the number of rounds that end within a time; None if all computed rounds do."""
+    ...
+
+  def columns(self, rounds: float) -> dict[str, Any]:
+    """Returns further columns of the row at the end of a number of rounds."""
+    ...
 
 
-def _between(ends: np.ndarray, rounds: float, start: float = 0.0) -> float:
-  """Returns the time at which a number of rounds is complete, interpolated within a round."""
+def between(ends: np.ndarray, rounds: float, start: float = 0.0) -> float:
+  """Returns the time at which a number of rounds is complete, interpolated within a round.
+
+  Args:
+    ends: the end times of the rounds.
+    rounds: a number of rounds, possibly fractional.
+    start: the time at which the first round begins.
+  """
   whole = int(rounds)
   before = float(ends[whole - 1]) if whole else start
   return before if whole == rounds else float(before + (rounds - whole) * (ends[whole] - before))

@@ -286,6 +286,17 @@ def _overlap(found: Mapping[str, float] | None) -> list[tuple[str, str]]:
   return [("exchange hidden", f"{found['hidden']:.0%}: {parts}")]
 
 
+def _virtual(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+  """Returns the row about virtual time, with the share of the network if there is one."""
+  if "virtual_seconds" not in summary:
+    return []
+  text = f"{summary['virtual_seconds']:.6g}"
+  if "network_share" in summary:
+    share, present = summary["network_share"], summary["present"]
+    text += f", of which {share:.1%} waiting for the network; {present} workers present at the end"
+  return [("virtual seconds", text)]
+
+
 def closing_table(summary: Mapping[str, Any], folder: Path) -> str:
   """Formats the results of a run, one result per line, and the path of the plot.
 
@@ -296,7 +307,6 @@ def closing_table(summary: Mapping[str, Any], folder: Path) -> str:
   wire = summary["wire"]
   dense = wire["dense_bytes_per_step_per_worker"]  # 0 for a single worker
   share = sum(wire["bytes_per_step_per_worker"].values()) / dense if dense else 1.0
-  virtual = "virtual_seconds" in summary
   privacy = f"{summary.get('epsilon', 0):.4g}, {summary.get('delta', 0):.3g}"
   sample = f" on {summary['train_loss_on']}" if "train_loss_on" in summary else ""
   measured_on = summary.get("measured_on", {})
@@ -320,7 +330,11 @@ def closing_table(summary: Mapping[str, Any], folder: Path) -> str:
     *([("topology", summary["described"])] if "described" in summary else []),
     *_pipeline(summary.get("pipeline")),
     *_server(summary.get("server")),
-    *([("virtual seconds", f"{summary['virtual_seconds']:.6g}")] if virtual else []),
+    *(
+      [("virtual seconds", f"{summary['virtual_seconds']:.6g}{_network(summary)}")]
+      if virtual
+      else []
+    ),
     *([("epsilon, delta", privacy)] if "epsilon" in summary else []),
     *([("privacy", summary["privacy"])] if "privacy" in summary else []),
     *([("aggregated", "per shard")] if summary["aggregated"] == "per shard" else []),

@@ -49,11 +49,12 @@ class Costs:
     return {"bytes": round(self.sent.until(step)), **self.spent(step)}
 
   def spent(self, step: int) -> dict[str, Any]:
-    """Returns the virtual seconds and the epsilon of the first `step` steps."""
+    """Returns the virtual time, the state of the network, and the epsilon at a step."""
     plan, virtual = self._problem.plan, self._problem.virtual
     found: dict[str, Any] = {}
     if virtual:
       found["virtual_seconds"] = round(virtual.at(plan.rounds(step)), 6)
+      found |= virtual.columns(plan.rounds(step))
     if self.facts.epsilon:
       found["epsilon"] = self.facts.epsilon(math.ceil(plan.rounds(step)))
     return found
