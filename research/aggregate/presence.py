@@ -130,5 +130,5 @@ def need_everyone(name: str, presence: Presence) -> None:
   if presence is not EVERYONE:
     raise ValueError(
       f"{name} averages neighbours, which must all be present with equal weights: an absent one "
-      "would leave its links empty; leave out dropout and sampling"
+      "would leave its links empty; leave out dropout, sampling and churn"
     )

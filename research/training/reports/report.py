@@ -330,11 +330,7 @@ def closing_table(summary: Mapping[str, Any], folder: Path) -> str:
     *([("topology", summary["described"])] if "described" in summary else []),
     *_pipeline(summary.get("pipeline")),
     *_server(summary.get("server")),
-    *(
-      [("virtual seconds", f"{summary['virtual_seconds']:.6g}{_network(summary)}")]
-      if virtual
-      else []
-    ),
+    *_virtual(summary),
     *([("epsilon, delta", privacy)] if "epsilon" in summary else []),
     *([("privacy", summary["privacy"])] if "privacy" in summary else []),
     *([("aggregated", "per shard")] if summary["aggregated"] == "per shard" else []),
