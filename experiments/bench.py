@@ -9,12 +9,13 @@ pairwise ratios of steps per second.
 
 The suite also measures the cost of compressors (`costs.py`) and of rounds (`rounds.py`), how long a
 checkpoint blocks training, the memory of 10,000 simulated workers, and the time to the first logged
-step. Other suites run on simulated hosts (`hosts.py`, `speed.py`, `overlap.py`, `faults.py`), which
-are Linux network namespaces and need root, or on a parameter server (`servers.py`). `--cases`
-selects methods of `speed.py` or cases of the server; the earlier results of other methods or cases
-in OUT are kept. --suite=applications measures search, finance, medicine and recommendation, and
-compares the results with results of peer libraries (`applications/suite.py`). --suite=peers
-measures the same algorithms in TensorFlow and in Spark (`peers.py`).
+step. Other suites run on simulated hosts (`hosts.py`, `speed.py`, `overlap.py`, `faults.py`,
+`network.py`), which are Linux network namespaces and need root, or on a parameter server
+(`servers.py`). `--cases` selects methods of `speed.py` or cases of the server; the earlier results
+of other methods or cases in OUT are kept. --suite=applications measures search, finance, medicine
+and recommendation, and compares the results with results of peer libraries
+(`applications/suite.py`). --suite=peers measures the same algorithms in TensorFlow and in Spark
+(`peers.py`).
 
 The command writes result.json and table.md. Workers on one machine use the cores better with one
 device per core: set `JAX_NUM_CPU_DEVICES=2` for fed_avg and local_phase.
@@ -41,6 +42,7 @@ from experiments.benchmarks import (
   costs,
   faults,
   hosts,
+  network,
   overlap,
   pairs,
   peers,
@@ -60,7 +62,8 @@ from research.training.config import Config, flag
 FLAGS = flags.FLAGS
 
 
-SUITES = ["loop", "wire", "hosts", "faults", "overlap", "server", "applications", "peers"]
+SUITES = ["loop", "wire", "hosts", "faults", "overlap", "network"]
+SUITES += ["server", "applications", "peers"]
 OTHERS = (
   "compress",
   "power_sgd",
@@ -160,6 +163,12 @@ def of_overlap() -> tuple[dict[str, Any], list[str]]:
   return {"overlap": rows}, overlap.overlap_table(rows)
 
 
+def of_network() -> tuple[dict[str, Any], list[str]]:
+  """Compares the predicted times of traffic patterns with flows between hosts."""
+  rows = network.network(FLAGS.repeats)
+  return {"network": rows}, network.network_table(rows)
+
+
 def main(argv: list[str]) -> None:
   """Runs the cases of a suite, prints the table and writes the result."""
   del argv
@@ -181,7 +190,7 @@ def main(argv: list[str]) -> None:
     reason = checks.unknown(unknown[0], known)
     fail(2, f"--suite={FLAGS.suite} --cases={quoted(unknown[0])}: {reason}")
   between = FLAGS.suite == "peers" and {"hosts", "target"} & {*FLAGS.cases}
-  if between or FLAGS.suite in ("wire", "hosts", "faults", "overlap"):
+  if between or FLAGS.suite in ("wire", "hosts", "faults", "overlap", "network"):
     netlab.refuse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends child processes too
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")  # to compile for as many hosts
@@ -201,6 +210,7 @@ def main(argv: list[str]) -> None:
     out = results_folder("out", FLAGS.out) if FLAGS.out else None
     environment = folder.environment()
     suites = {"loop": of_loop, "faults": of_faults, "wire": of_wire, "overlap": of_overlap}
+    suites["network"] = of_network
     suites["server"] = lambda: of_server(environment["commit"])
     suites["hosts"] = lambda: of_speed(environment["commit"])
     suites["peers"] = lambda: of_peers(environment["commit"])
@@ -300,7 +310,7 @@ def of_loop() -> tuple[dict[str, Any], list[str]]:
 
 if __name__ == "__main__":
   text = "loop: hand-written loops; wire, hosts, overlap, faults: bytes, speed, hidden exchanges "
-  text += "and kills between hosts; "
+  text += "and kills between hosts; network: predicted and measured times of traffic patterns; "
   text += "server: a parameter server; applications: peer libraries; peers: TensorFlow and Spark."
   flags.DEFINE_enum("suite", "loop", SUITES, text)
   flags.DEFINE_integer("hosts", 4, "Number of hosts in the suite faults.", 2)
