@@ -15,7 +15,8 @@ step. Other suites run on simulated hosts (`hosts.py`, `speed.py`, `overlap.py`,
 of other methods or cases in OUT are kept. --suite=applications measures search, finance, medicine
 and recommendation, and compares the results with results of peer libraries
 (`applications/suite.py`). --suite=peers measures the same algorithms in TensorFlow and in Spark
-(`peers.py`).
+(`peers.py`). --suite=internet trains thousands of simulated workers over the internet
+(`internet.py`).
 
 The command writes result.json and table.md. Workers on one machine use the cores better with one
 device per core: set `JAX_NUM_CPU_DEVICES=2` for fed_avg and local_phase.
@@ -42,6 +43,7 @@ from experiments.benchmarks import (
   costs,
   faults,
   hosts,
+  internet,
   network,
   overlap,
   pairs,
@@ -63,7 +65,7 @@ FLAGS = flags.FLAGS
 
 
 SUITES = ["loop", "wire", "hosts", "faults", "overlap", "network"]
-SUITES += ["server", "applications", "peers"]
+SUITES += ["server", "applications", "peers", "internet"]
 OTHERS = (
   "compress",
   "power_sgd",
@@ -181,6 +183,7 @@ def main(argv: list[str]) -> None:
     "overlap": tuple(overlap.METHODS),
     "applications": tuple(applications.CASES),
     "peers": tuple(peers.CASES),
+    "internet": tuple(internet.VALUES),
   }
   known = cases.get(FLAGS.suite, ())
   if not FLAGS["cases"].present:
@@ -211,11 +214,13 @@ def main(argv: list[str]) -> None:
     environment = folder.environment()
     suites = {"loop": of_loop, "faults": of_faults, "wire": of_wire, "overlap": of_overlap}
     suites["network"] = of_network
+    suites["internet"] = lambda: of_internet(environment["commit"], out)
     suites["server"] = lambda: of_server(environment["commit"])
     suites["hosts"] = lambda: of_speed(environment["commit"])
     suites["peers"] = lambda: of_peers(environment["commit"])
-    # a case of peers takes minutes, so its result is written as soon as the case ends
-    parts = [[case] for case in FLAGS.cases] if FLAGS.suite == "peers" else [FLAGS.cases]
+    # a case of these suites takes minutes, so its result is written as soon as the case ends
+    is_long = FLAGS.suite in ("peers", "internet")
+    parts = [[case] for case in FLAGS.cases] if is_long else [FLAGS.cases]
     for part in parts:
       FLAGS.cases = part
       result, lines = suites[FLAGS.suite]()
@@ -225,6 +230,16 @@ def main(argv: list[str]) -> None:
         report.write_json(out / "result.json", result)
         report.write_text(out / "table.md", "\n".join(lines) + "\n")
     print("\n".join(lines), flush=True)
+
+
+def of_internet(commit: str, out: Path | None) -> tuple[dict[str, Any], list[str]]:
+  """Trains over the internet; merges the rows with earlier rows of other cases, and draws them."""
+  found = internet.internet(FLAGS.cases)
+  rows = internet.merged(before().get("internet", []), found, commit)
+  if out:
+    out.mkdir(parents=True, exist_ok=True)
+    internet.draw(rows, out / "figure.png")
+  return {"internet": rows}, internet.internet_table(rows)
 
 
 def before() -> dict[str, Any]:
@@ -311,7 +326,8 @@ def of_loop() -> tuple[dict[str, Any], list[str]]:
 if __name__ == "__main__":
   text = "loop: hand-written loops; wire, hosts, overlap, faults: bytes, speed, hidden exchanges "
   text += "and kills between hosts; network: predicted and measured times of traffic patterns; "
-  text += "server: a parameter server; applications: peer libraries; peers: TensorFlow and Spark."
+  text += "server: a parameter server; applications: peer libraries; peers: TensorFlow and Spark; "
+  text += "internet: thousands of simulated workers."
   flags.DEFINE_enum("suite", "loop", SUITES, text)
   flags.DEFINE_integer("hosts", 4, "Number of hosts in the suite faults.", 2)
   flags.DEFINE_integer("kills", 50, "Number of kills in the suites faults and server.", 1)

@@ -108,6 +108,21 @@ class Exchanges:
       self._alike[key] = sum(self._seconds(phase, number, present) for phase in found)
     return self._alike[key]
 
+  def sending(self, number: int) -> np.ndarray:
+    """Returns how long each worker needs to send its messages of a round at its full rate, [W].
+
+    Args:
+      number: the number of the round.
+    """
+    sent = sum(self._up(phase) for phase in self.phases(number))
+    return sent / self._links.upload
+
+  def _up(self, phase: Phase) -> float:
+    """Returns the bytes that a worker sends in a phase."""
+    if self._network.way == "server" and phase.operation in ("all-reduce", "all-gather"):
+      return phase.payload
+    return phase.sent
+
   def _round_of_graph(self, number: int) -> int:
     """Returns which round of its period a topology is in; 0 without a topology."""
     if not self._graphs:
@@ -152,11 +167,11 @@ class Exchanges:
     if count < 2:
       return 0.0
     passed_on = wire.ring_share(phase.operation, count) * payload
-    up, down = {
-      "all-reduce": (payload, payload),
-      "reduce-scatter": (payload, payload / count),
-      "all-gather": (payload, passed_on),
-      "all-to-all": (passed_on, passed_on),
+    down = {
+      "all-reduce": payload,
+      "reduce-scatter": payload / count,
+      "all-gather": passed_on,
+      "all-to-all": passed_on,
     }[phase.operation]
     within = "slice" in self._axes and "slice" not in phase.axes
     servers = np.zeros(groups.size, int)
@@ -165,6 +180,7 @@ class Exchanges:
     regions = self._links.region[groups[:, 0]] if within else np.zeros(1, int)
     workers = np.flatnonzero(present)
     rate = self._network.server_rate
+    up = self._up(phase)
     return through_servers(self._links, workers, servers[workers], regions, up, down, rate)
 
   def _permuted(self, phase: Phase, number: int, present: np.ndarray) -> float:

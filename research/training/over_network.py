@@ -48,10 +48,11 @@ class VirtualExchanges(NamedTuple):
 class Rounds:
   """Computes rounds one after the other; a longer run begins with the rounds of a shorter one.
 
-  In a round, every worker that is present at its start computes. A worker that leaves before it has
-  finished does not take part in the exchange. The exchange begins when the slowest of the others
-  has finished; without any of the others, the round is empty. If nobody is present, the next round
-  begins when a worker returns.
+  In a round, every worker that is present at its start computes. The exchange begins when the
+  slowest of the workers that stay for that long has finished. A worker that leaves before it has
+  finished, or before it can have sent its own messages at the full rate of its link, is absent:
+  nobody waits for it, and the exchange takes the time of the others. Without others, the round is
+  empty. If nobody is present, the next round begins when a worker returns.
   """
 
   def __init__(self, network: Network, links: Links, speeds: clock.Speeds, plan: Plan, seed: int):
@@ -91,10 +92,11 @@ class Rounds:
     start = self._start()
     on, leaves = self._timeline.on.copy(), self._timeline.until
     computes = self._computing(number)
-    stays = on & (leaves > start + computes)
     computing = float(np.minimum(computes, leaves - start)[on].max())
-    job = max((j for j in self._plan.jobs if j.first_round <= number), key=lambda j: j.first_round)
-    exchanges = self._exchanges[self._plan.jobs.index(job)]
+    stage = sum(job.first_round <= number for job in self._plan.jobs) - 1
+    job, exchanges = self._plan.jobs[stage], self._exchanges[stage]
+    stays = on & (leaves > start + computes)
+    stays &= leaves > start + computing + exchanges.sending(number)
     talking = exchanges.seconds(number, stays) if stays.any() else 0.0
     hidden = min(job.method.hidden_steps, job.method.local_steps) / job.method.local_steps
     waited = max(0.0, talking - hidden * computing)
