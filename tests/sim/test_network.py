@@ -238,7 +238,7 @@ def test_a_longer_run_begins_as_a_shorter_one():
   assert 0 < long.present.mean() < 0.7
   assert (np.diff(long.seconds) > 0).all()
   whole = long.columns(60)["network_share"] * long.seconds[-1]
-  assert whole == pytest.approx(long.network[-1], rel=1e-5)
+  assert whole == pytest.approx(long.network[-1], rel=1e-4)
 
 
 @pytest.mark.slow
