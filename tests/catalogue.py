@@ -177,6 +177,8 @@ OTHERS = {
     *("steady(1.0, slowdown={0: 4})", "exponential(1.0)", "lognormal(1.0, 0.5)"),
     "measured([[1.0, 2.0], [2.0, 1.0]])",
   ),
+  "network": ("internet(['eastus', 'japaneast'], churn=on_off(3600, 600), scale=10.0)",),
+  "churn": ("always()", "on_off(3600, 600)", "recorded('presence.csv')"),
   "partition": (
     *("iid()", "in_order()", "sorted()", "dirichlet(0.3)", "shards(2)", "by_owner()"),
     "by_scaffold()",

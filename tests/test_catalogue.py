@@ -31,7 +31,7 @@ def test_every_registered_name_is_in_the_catalogue(kind):
   assert not missing, f"tests/catalogue.py has no spec of the {kind} {', '.join(missing)}"
 
 
-@pytest.mark.parametrize("kind", ["topology", "delays"])
+@pytest.mark.parametrize("kind", ["topology", "delays", "network", "churn"])
 def test_every_object_is_built_again_by_its_repr(kind):
   for spec in ALL[kind]:
     built = registry.build(kind, spec)

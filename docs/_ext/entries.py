@@ -33,6 +33,8 @@ PAGES = {
   "topology": "topologies",
   "delays": "delays",
   "speeds": "speeds",
+  "network": "networks",
+  "churn": "churn",
   "partition": "partitions",
 }
 # Meaning of each trait of an aggregator.

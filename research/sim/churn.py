@@ -92,16 +92,14 @@ class RecordedTimes(Churn, name="recorded"):
   seconds at which a presence starts and ends. A worker may have any number of rows.
 
   Args:
-    path: the file.
+    path: the file, which is read when a run starts.
 
   Raises:
-    ValueError: if the file cannot be read, or a row is invalid.
+    ValueError: when a run starts, if the file cannot be read, a row is invalid, or the workers in
+      the file are not those of the run.
   """
 
   path: str
-
-  def check(self):
-    self._rows()
 
   def _rows(self) -> np.ndarray:
     """Reads the rows; returns float64 [n, 3]."""

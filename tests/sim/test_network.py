@@ -90,9 +90,9 @@ def test_workers_come_and_go_as_recorded(tmp_path):
     RecordedTimes(str(file)).timeline(3, np.random.default_rng(0))
   file.write_text("worker,start,end\n0,5,1\n")
   with pytest.raises(ValueError, match="line 2 is not worker >= 0 and 0 <= start < end"):
-    RecordedTimes(str(file))
+    RecordedTimes(str(file)).timeline(1, np.random.default_rng(0))
   with pytest.raises(ValueError, match="cannot be read as CSV text"):
-    RecordedTimes(str(tmp_path / "none.csv"))
+    RecordedTimes(str(tmp_path / "none.csv")).timeline(1, np.random.default_rng(0))
 
 
 # ---- patterns
@@ -193,7 +193,11 @@ def test_absent_workers_send_nothing():
 
 
 @pytest.mark.parametrize(
-  "method", ["local_sgd(sgd(0.1), mean(), period=3)", "asgd(sgd(0.1), mean())"]
+  "method",
+  [
+    pytest.param("local_sgd(sgd(0.1), mean(), period=3)", marks=pytest.mark.slow),
+    "asgd(sgd(0.1), mean())",
+  ],
 )
 def test_a_free_network_leaves_the_times_of_the_clock(method):
   speeds, plan = clock.exponential(1.0, slowdown={2: 3}), plan_of(method)
