@@ -110,8 +110,6 @@ def caption(result: Result) -> list[str]:
     computing = f"those of the virtual clock {result['clock']}"
   elif result["compute_seconds"]:
     computing = f"{result['compute_seconds']:g} s of computing per step, as given, for every method"
-  if not result["link"] and result.get("network"):
-    return [*lines, f"Seconds: {computing}; and the exchanges on {result['network']}."]
   if not result["link"]:
     return [*lines, f"Seconds: {computing}; communication is not in them (--link predicts it)."]
   slices = ", within slices as between them" if "slice" in result["mesh"] else ""
