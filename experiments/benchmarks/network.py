@@ -97,7 +97,7 @@ def once(pattern: Pattern) -> list[float]:
 
 
 def _ends(pattern: Pattern, hosts: Sequence[netlab.Host]) -> list[float]:
-  processes = []
+  processes: list[Any] = []
   for number, host in enumerate(hosts):
     given = {
       "number": number,
@@ -107,8 +107,8 @@ def _ends(pattern: Pattern, hosts: Sequence[netlab.Host]) -> list[float]:
       "hops": pattern.hops,
     }
     line = host.command([sys.executable, PROGRAM, json.dumps(given)])
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    processes.append(subprocess.Popen(line, text=True, **pipes))
+    pipe = subprocess.PIPE
+    processes.append(subprocess.Popen(line, text=True, stdin=pipe, stdout=pipe))
   try:
     _say(processes, "ready", lambda: "connect")
     _say(processes, "connected", lambda: str(time.monotonic() + 0.3))

@@ -1,6 +1,7 @@
 """Networks: closed forms of exchanges, presence, and the virtual time of runs."""
 
 import itertools
+from typing import Any
 
 import jax
 import numpy as np
@@ -38,6 +39,10 @@ def plan_of(method, axes=None, sizes=None):
   axes = axes or {"data": W}
   sizes = np.full(W, 30) if sizes is None else sizes
   return Plan(stages(Job(registry.build("method", method), regression(), axes, sizes, 6)))
+
+
+def played(network, speeds, plan, seed) -> Any:
+  return played_over(network, speeds, plan, W, seed)
 
 
 # ---- the parts
@@ -128,9 +133,8 @@ def test_a_ring_waits_for_its_slowest_link_in_each_hop():
 
 def test_messages_along_links_share_the_links_of_their_ends():
   links = links_of([2.0, 4.0, 4.0], [9.0, 9.0, 3.0], delay=1.0)
-  to = lambda *pairs: map(np.array, zip(*pairs, strict=True))
-  assert along_links(links, *to((0, 1), (0, 2)), 6.0) == pytest.approx(6 / 1 + 1)
-  assert along_links(links, *to((0, 2), (1, 2)), 6.0) == pytest.approx(6 / 1.5 + 1)
+  assert along_links(links, np.array([0, 0]), np.array([1, 2]), 6.0) == pytest.approx(6 / 1 + 1)
+  assert along_links(links, np.array([0, 1]), np.array([2, 2]), 6.0) == pytest.approx(6 / 1.5 + 1)
 
 
 # ---- what a method sends
@@ -202,7 +206,7 @@ def test_absent_workers_send_nothing():
 def test_a_free_network_leaves_the_times_of_the_clock(method):
   speeds, plan = clock.exponential(1.0, slowdown={2: 3}), plan_of(method)
   network = Internet(**ALONE)
-  found = played_over(network, speeds, plan, W, 5)(40)
+  found = played(network, speeds, plan, 5)(40)
   if plan.jobs[0].method.one_by_one:
     want = clock.asynchronous(speeds, W, 40, 5)
     assert (found.order == want.owners).all()
@@ -232,9 +236,9 @@ def test_a_server_on_a_network_is_a_queue():
 def test_a_longer_run_begins_as_a_shorter_one():
   plan = plan_of("local_sgd(sgd(0.1), mean(), period=3)")
   network = Internet(churn=OnOff(30, 30), unequal=0.5)
-  run = played_over(network, clock.exponential(1.0), plan, W, 1)
+  run = played(network, clock.exponential(1.0), plan, 1)
   short, long = run(10), run(60)
-  again = played_over(network, clock.exponential(1.0), plan, W, 1)(60)
+  again = played(network, clock.exponential(1.0), plan, 1)(60)
   assert (long.seconds[:10] == short.seconds).all()
   assert (again.seconds == long.seconds).all()
   assert (again.present == long.present).all()
@@ -252,14 +256,14 @@ def test_a_worker_that_leaves_while_it_computes_is_absent(tmp_path):
   file.write_text("worker,start,end\n" + "".join(f"{i},{a},{b}\n" for i, a, b in spans) + "0,0,5\n")
   network = Internet(**ALONE, churn=RecordedTimes(str(file)))
   plan = plan_of("local_sgd(sgd(0.1), mean(), period=2)")
-  found = played_over(network, clock.steady(1.0), plan, W, 0)(4)
+  found = played(network, clock.steady(1.0), plan, 0)(4)
   assert found.counts.tolist() == [W, W, W - 1, W - 1]
   assert found.present[:, 0].tolist() == [True, True, False, False]
   job = resolved(plan.jobs[0]._replace(present=found.present))
-  served = cohorts(job, jax.random.key(0), np.arange(4))[1]
+  served = cohorts(job, jax.random.key(0), jax.numpy.arange(4))[1]
   assert (np.asarray(served) == found.present).all()
   with pytest.raises(ValueError, match="no worker is present after 1000"):
-    played_over(network, clock.steady(1.0), plan, W, 0)(600)
+    played(network, clock.steady(1.0), plan, 0)(600)
 
 
 @pytest.mark.slow
@@ -270,7 +274,7 @@ def test_methods_refuse_churn_as_they_refuse_dropout():
     ("data_parallel(sgd(0.1), ef21(gather_mean(top_k(0.1))))", "incompatible with dropout"),
   ):
     with pytest.raises(ValueError, match=reason):
-      played_over(network, clock.steady(1.0), plan_of(method), W, 0)
+      played(network, clock.steady(1.0), plan_of(method), 0)
 
 
 @pytest.mark.slow
