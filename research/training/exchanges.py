@@ -1,5 +1,6 @@
 """Computes how long the exchanges of a job take on a simulated network, from the traced program."""
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ import numpy as np
 
 from research.analysis import wire
 from research.comm import mesh as meshes
-from research.comm.topology import Topology
+from research.comm.topology import Shift, Topology
 from research.parallel import inference, traffic
 from research.parallel.job import Job
 from research.sim.exchange import along_links, around_ring, through_servers
@@ -127,14 +128,13 @@ class Exchanges:
     """Returns which round of its period a topology is in; 0 without a topology."""
     if not self._graphs:
       return 0
-    graph, period = self._graphs[0], len(self._graph_rounds())
+    graph, period = self._graphs[0], len(self._graph_rounds)
     drawn = np.random.default_rng([self._seed, number])
     return int(drawn.integers(period)) if graph.drawn else number % period
 
-  def _graph_rounds(self) -> list:
-    if not hasattr(self, "_shifts"):
-      self._shifts = self._graphs[0].rounds(math.prod(self._axes.values()))
-    return self._shifts
+  @functools.cached_property
+  def _graph_rounds(self) -> list[list[Shift]]:
+    return self._graphs[0].rounds(math.prod(self._axes.values()))
 
   def _seconds(self, phase: Phase, number: int, present: np.ndarray) -> float:
     groups = self._groups(phase.axes)
@@ -197,7 +197,7 @@ class Exchanges:
   def _links_of_round(self, place: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the senders and the receivers of a round of the topology."""
     count, pairs = math.prod(self._axes.values()), []
-    for offset, weights in self._graph_rounds()[place]:
+    for offset, weights in self._graph_rounds[place]:
       if offset:
         receivers = np.flatnonzero(weights)
         pairs.append(((receivers - offset) % count, receivers))

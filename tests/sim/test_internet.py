@@ -20,7 +20,7 @@ from research.sim.exchange import along_links, around_ring, through_servers
 from research.sim.network import Internet, Links
 from research.sim.served import Served
 from research.training.config import UsageError
-from research.training.exchanges import Exchanges, phases
+from research.training.exchanges import Exchanges, phases, pull_bytes, push_bytes
 from research.training.over_network import played_over
 from research.training.plan import Plan
 
@@ -183,6 +183,17 @@ def test_slices_send_to_servers_of_their_own_and_then_to_one():
   first, third = (seconds_of(local, narrow, axes, number=n)[0] for n in (0, 2))
   assert third > first
   assert seconds_of(local, narrow, axes, number=5)[0] == third
+
+
+def test_a_push_is_the_encoded_gradient_and_a_pull_is_the_model():
+  job = plan_of("asgd(sgd(0.1), gather_mean(int8()))", {"data": 1}).jobs[0]
+  model = pull_bytes(job, 1.0)
+  own = Job(
+    registry.build("method", "asgd(sgd(0.1), mean())"), regression(), {"data": 1}, job.sizes, 6
+  )
+  assert pull_bytes(job, 3.0) == 3 * model
+  assert push_bytes(resolved(own), 2.0) == 2 * model
+  assert push_bytes(job, 1.0) < model
 
 
 def test_absent_workers_send_nothing():
