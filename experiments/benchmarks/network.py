@@ -97,6 +97,8 @@ def once(pattern: Pattern) -> list[float]:
 
 
 def _ends(pattern: Pattern, hosts: Sequence[netlab.Host]) -> list[float]:
+  from research.training.reports import report
+
   processes: list[Any] = []
   for number, host in enumerate(hosts):
     given = {
@@ -106,7 +108,7 @@ def _ends(pattern: Pattern, hosts: Sequence[netlab.Host]) -> list[float]:
       "sends": [[hosts[to].address, size] for of, to, size in pattern.flows if of == number],
       "hops": pattern.hops,
     }
-    line = host.command([sys.executable, PROGRAM, json.dumps(given)])
+    line = host.command([sys.executable, PROGRAM, report.as_json(given)])
     pipe = subprocess.PIPE
     processes.append(subprocess.Popen(line, text=True, stdin=pipe, stdout=pipe))
   try:

@@ -47,7 +47,10 @@ def default_folder(config: Config) -> Path:
   Args:
     config: the run.
   """
-  digest = hashlib.sha256(json.dumps(identity(config)).encode()).hexdigest()[:8]
+  flags = identity(config)
+  if not config.network:  # such runs keep the folders that they have in earlier versions
+    del flags["network"]
+  digest = hashlib.sha256(json.dumps(flags).encode()).hexdigest()[:8]
   names = (parse(config.task).name, parse(config.method).name)
   return Path("runs") / f"{names[0]}-{names[1]}-{digest}"
 
@@ -125,7 +128,7 @@ def unchanged(config: Config, folder: Path, made_of: Prints | None) -> bool:
     folder: the run's folder.
     made_of: returns the run's fingerprints; None means that fingerprints are not compared.
   """
-  before = _stored(folder / "config.json") or {}
+  before = {"network": "", **(_stored(folder / "config.json") or {})}
   same = all(before.get(name) == value for name, value in identity(config).items())
   return same and not _changed_prints(folder, made_of)
 
@@ -162,7 +165,7 @@ def _refuse_differences(config: Config, folder: Path, path: Path) -> None:
   before = _stored(path)
   if before is None:
     raise UsageError(f"--out='{folder}': its config.json is not one of a run")
-  now = identity(config)
+  before, now = {"network": "", **before}, identity(config)
   changed = [
     f"--{name}={now[name]!r} (was {before.get(name)!r})"
     for name in now
