@@ -38,7 +38,7 @@ METHODS = {
 ASYNCHRONOUS, HIERARCHICAL = "buffered asynchrony", "hierarchical averaging"
 PART = 4  # the server's buffer holds the messages of a fourth of the workers
 # Number of rounds, and of messages to the asynchronous server: of 10,000 workers, and of others.
-ROUNDS, MESSAGES = {True: 1000, False: 200}, {True: 100_000, False: 25_000}
+ROUNDS, MESSAGES = {True: 1000, False: 200}, {True: 120_000, False: 25_000}
 MIDDLE = 1000  # number of workers in all cases but one
 VALUES: dict[str, tuple[float, ...]] = {
   "workers": (10, 100, 1000, 10_000),
@@ -158,7 +158,7 @@ def internet_table(rows: list[dict[str, Any]]) -> list[str]:
     lines += [f"\nHours to a training loss of {TARGET} by {AXES[case]}:\n"]
     lines += [f"| | {' | '.join(METHODS)} |", f"|---|{'---|' * len(METHODS)}"]
     for value in dict.fromkeys(value for value, _ in own):
-      cells = [_cell(own[value, name]) for name in METHODS]
+      cells = [_cell(own.get((value, name))) for name in METHODS]
       lines.append(f"| {_label(case, value)} | {' | '.join(cells)} |")
   large = [row for row in rows if row["workers"] == max(VALUES["workers"])]
   if large:
@@ -176,7 +176,9 @@ def _label(case: str, value: float) -> str:
   return "always present" if case == "churn" and not value else f"{value:,g}"
 
 
-def _cell(row: dict[str, Any]) -> str:
+def _cell(row: dict[str, Any] | None) -> str:
+  if row is None:
+    return "not run"
   if "refused" in row:
     return "refused"
   seconds = row["seconds_to_target"]
