@@ -47,7 +47,7 @@ VALUES: dict[str, tuple[float, ...]] = {
 }
 AXES = {
   "workers": "number of workers",
-  "churn": "mean time of a presence, s (a fourth of it absent in between)",
+  "churn": "mean seconds of a presence; absent for a fourth of it",
   "decile": "upload rate of the slowest tenth, Mbit/s",
 }
 
@@ -173,7 +173,7 @@ def internet_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _label(case: str, value: float) -> str:
-  return "always present" if case == "churn" and not value else f"{value:,g}"
+  return "always" if case == "churn" and not value else f"{value:,g}"
 
 
 def _cell(row: dict[str, Any] | None) -> str:
@@ -200,16 +200,17 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
   figure = Figure(figsize=(4.2 * len(cases), 3.8), layout="constrained")
   axes = figure.subplots(1, len(cases), squeeze=False, sharey=True)[0]
   for ax, case in zip(axes, cases, strict=True):
-    for name, marker in zip(METHODS, "osD^", strict=True):
+    values = list(dict.fromkeys(row["value"] for row in rows if row["case"] == case))
+    for number, name in enumerate(METHODS):
       own = [row for row in rows if (row["case"], row["name"]) == (case, name)]
-      points = [(row["value"], row.get("seconds_to_target")) for row in own if row["value"]]
-      shown = [(x, seconds / 3600) for x, seconds in points if seconds is not None]
-      if shown:
-        ax.plot(*zip(*shown, strict=True), marker=marker, label=name, lw=1.5, ms=5)
-    ax.set(xscale="log", yscale="log", xlabel=AXES[case])
+      reached = [row for row in own if row.get("seconds_to_target") is not None]
+      places = [values.index(row["value"]) for row in reached]
+      hours = [row["seconds_to_target"] / 3600 for row in reached]
+      style = {"color": f"C{number}", "marker": "osD^"[number], "lw": 1.5, "ms": 5}
+      ax.plot(places, hours, label=name, **style)
+    ax.set_xticks(range(len(values)), [_label(case, value) for value in values])
+    ax.set(yscale="log", xlabel=AXES[case])
     ax.grid(alpha=0.3, which="both")
-    if case != "workers":  # the harder network is on the right
-      ax.invert_xaxis()
   axes[0].set_ylabel(f"virtual hours to a training loss of {TARGET}")
   axes[0].legend(fontsize="small")
   figure.savefig(path, dpi=120)
