@@ -156,8 +156,11 @@ def computing(hosts: Hosts, config: Config) -> np.ndarray:
   return hosts.timed(steps, TURNS) / STEPS
 
 
-def kernel(hosts: Hosts, spec: str) -> Kernel:
+def kernel(hosts: Hosts, spec: str) -> tuple[str, Kernel]:
   """Measures the seconds per element of a compressor, or of an aggregator with one worker.
+
+  Returns:
+    The spec as the object itself writes it, and the seconds.
 
   Raises:
     UsageError: if neither a compressor nor an aggregator has this spec.
@@ -187,11 +190,12 @@ def kernel(hosts: Hosts, spec: str) -> Kernel:
       encode = program(lambda x, keys: compressor.encode(x, *keys))
       decode = program(lambda payload, keys: compressor.decode(payload, like, keys[0]))
       encoded = encode(x, keys)
-      return Kernel(per_element(encode, x, keys), per_element(decode, encoded, keys))
+      both = per_element(encode, x, keys), per_element(decode, encoded, keys)
+      return repr(compressor), Kernel(*both)
     aggregator = registry.build("aggregator", spec)
   state = program(aggregator.init)(x)
   run = program(lambda x, state, keys: aggregator.aggregate(x, state, keys[0])[:2])
-  return Kernel(per_element(run, x, state, keys), 0.0)
+  return repr(aggregator), Kernel(per_element(run, x, state, keys), 0.0)
 
 
 def measured(config: Config, rate: str) -> dict[str, Any]:
@@ -206,7 +210,7 @@ def measured(config: Config, rate: str) -> dict[str, Any]:
   """
   hosts = Hosts()
   steps = computing(hosts, config)
-  kernels = {spec: kernel(hosts, spec) for spec in split(FLAGS.kernels)}
+  kernels = dict(kernel(hosts, spec) for spec in split(FLAGS.kernels))
   samples = of_exchanges(hosts) if hosts.count > 1 else []
   found = fitting.fitted(samples, FLAGS.limited) if samples else fitting.Fit(Network(), [])
   constants = found.network.replace(
