@@ -14,7 +14,9 @@ are Linux network namespaces and need root, or on a parameter server (`servers.p
 selects methods of `speed.py` or cases of the server; the earlier results of other methods or cases
 in OUT are kept. --suite=applications measures search, finance, medicine and recommendation, and
 compares the results with results of peer libraries (`applications/suite.py`). --suite=peers
-measures the same algorithms in TensorFlow and in Spark (`peers.py`).
+measures the same algorithms in TensorFlow and in Spark (`peers.py`). --suite=prediction compares
+predicted step times with measured ones (`prediction.py`); cells that OUT contains are not measured
+again.
 
 The command writes result.json and table.md. Workers on one machine use the cores better with one
 device per core: set `JAX_NUM_CPU_DEVICES=2` for fed_avg and local_phase.
@@ -44,6 +46,7 @@ from experiments.benchmarks import (
   overlap,
   pairs,
   peers,
+  prediction,
   rounds,
   servers,
   speed,
@@ -61,6 +64,7 @@ FLAGS = flags.FLAGS
 
 
 SUITES = ["loop", "wire", "hosts", "faults", "overlap", "server", "applications", "peers"]
+SUITES += ["prediction"]
 OTHERS = (
   "compress",
   "power_sgd",
@@ -160,6 +164,18 @@ def of_overlap() -> tuple[dict[str, Any], list[str]]:
   return {"overlap": rows}, overlap.overlap_table(rows)
 
 
+def of_prediction(out: Path | None) -> tuple[dict[str, Any], list[str]]:
+  """Measures the missing cells of the suite prediction; draws the figure."""
+  from research.training.reports import report
+
+  folder = out or Path(tempfile.mkdtemp())
+  folder.mkdir(parents=True, exist_ok=True)
+  save = lambda cells: report.write_json(folder / "cells.json", cells)
+  found = prediction.prediction(folder, save)
+  prediction.draw(folder / "figure.png", found)
+  return prediction.summary(found) | {"prediction": found}, prediction.table(found)
+
+
 def main(argv: list[str]) -> None:
   """Runs the cases of a suite, prints the table and writes the result."""
   del argv
@@ -181,7 +197,7 @@ def main(argv: list[str]) -> None:
     reason = checks.unknown(unknown[0], known)
     fail(2, f"--suite={FLAGS.suite} --cases={quoted(unknown[0])}: {reason}")
   between = FLAGS.suite == "peers" and {"hosts", "target"} & {*FLAGS.cases}
-  if between or FLAGS.suite in ("wire", "hosts", "faults", "overlap"):
+  if between or FLAGS.suite in ("wire", "hosts", "faults", "overlap", "prediction"):
     netlab.refuse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends child processes too
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")  # to compile for as many hosts
@@ -201,6 +217,7 @@ def main(argv: list[str]) -> None:
     out = results_folder("out", FLAGS.out) if FLAGS.out else None
     environment = folder.environment()
     suites = {"loop": of_loop, "faults": of_faults, "wire": of_wire, "overlap": of_overlap}
+    suites["prediction"] = lambda: of_prediction(out)
     suites["server"] = lambda: of_server(environment["commit"])
     suites["hosts"] = lambda: of_speed(environment["commit"])
     suites["peers"] = lambda: of_peers(environment["commit"])
@@ -301,6 +318,7 @@ def of_loop() -> tuple[dict[str, Any], list[str]]:
 if __name__ == "__main__":
   text = "loop: hand-written loops; wire, hosts, overlap, faults: bytes, speed, hidden exchanges "
   text += "and kills between hosts; "
+  text += "prediction: predicted step times; "
   text += "server: a parameter server; applications: peer libraries; peers: TensorFlow and Spark."
   flags.DEFINE_enum("suite", "loop", SUITES, text)
   flags.DEFINE_integer("hosts", 4, "Number of hosts in the suite faults.", 2)
