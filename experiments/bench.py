@@ -40,6 +40,7 @@ from absl import flags, logging
 from experiments import run
 from experiments.applications import suite as applications
 from experiments.benchmarks import (
+  choices,
   costs,
   faults,
   hosts,
@@ -64,7 +65,7 @@ FLAGS = flags.FLAGS
 
 
 SUITES = ["loop", "wire", "hosts", "faults", "overlap", "server", "applications", "peers"]
-SUITES += ["prediction"]
+SUITES += ["prediction", "advice"]
 OTHERS = (
   "compress",
   "power_sgd",
@@ -176,6 +177,12 @@ def of_prediction(out: Path | None) -> tuple[dict[str, Any], list[str]]:
   return prediction.summary(found) | {"prediction": found}, prediction.table(found)
 
 
+def of_advice() -> tuple[dict[str, Any], list[str]]:
+  """Compares the advisor's choices with the recorded result of the suite prediction."""
+  cases = choices.recorded()
+  return choices.summary(cases) | {"advice": cases}, choices.table(cases)
+
+
 def main(argv: list[str]) -> None:
   """Runs the cases of a suite, prints the table and writes the result."""
   del argv
@@ -218,6 +225,7 @@ def main(argv: list[str]) -> None:
     environment = folder.environment()
     suites = {"loop": of_loop, "faults": of_faults, "wire": of_wire, "overlap": of_overlap}
     suites["prediction"] = lambda: of_prediction(out)
+    suites["advice"] = of_advice
     suites["server"] = lambda: of_server(environment["commit"])
     suites["hosts"] = lambda: of_speed(environment["commit"])
     suites["peers"] = lambda: of_peers(environment["commit"])
@@ -318,7 +326,7 @@ def of_loop() -> tuple[dict[str, Any], list[str]]:
 if __name__ == "__main__":
   text = "loop: hand-written loops; wire, hosts, overlap, faults: bytes, speed, hidden exchanges "
   text += "and kills between hosts; "
-  text += "prediction: predicted step times; "
+  text += "prediction: predicted step times; advice: first choices; "
   text += "server: a parameter server; applications: peer libraries; peers: TensorFlow and Spark."
   flags.DEFINE_enum("suite", "loop", SUITES, text)
   flags.DEFINE_integer("hosts", 4, "Number of hosts in the suite faults.", 2)

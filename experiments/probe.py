@@ -43,8 +43,10 @@ KERNELS = (
 SHAPE = (640, 640)  # of an array to encode
 SIZES = (2**12, 2**16, 2**18, 2**20, 3 * 2**20)  # bytes that a worker puts into a collective
 PAUSE = 0.25  # seconds, in which an idle link saves up its burst
-TURNS = 9
+LONG = 2**18  # bytes from which on a collective is also measured after pauses
+TURNS = (3, 25)  # smallest and largest number of measurements of the same thing
 SECONDS = 1.0  # for one collective of one size
+QUARTILE = 0.25  # of the times, because other programs can only make them longer
 STEPS = 8  # per dispatch of the computation
 OPERATIONS = ("all-reduce", "all-gather", "all-to-all", "permute")
 
@@ -95,6 +97,12 @@ class Hosts:
     everyone = multihost_utils.process_allgather(np.array(found, np.float32))
     return np.asarray(everyone, np.float64).reshape(self.count, turns)
 
+  def typical(self, run: Callable[[], Any], pause: float = 0.0) -> float:
+    """Returns the lower quartile of the slowest process's seconds."""
+    first = self.timed(run, 1, pause).max()
+    turns = int(np.clip(SECONDS / (first + pause), *TURNS))
+    return float(np.quantile(self.timed(run, turns, pause).max(0), QUARTILE))
+
 
 def exchange(operation: str, count: int) -> Callable[[Any], Any]:
   """Returns one of the library's collectives, for `count` workers."""
@@ -118,10 +126,8 @@ def of_exchanges(hosts: Hosts) -> list[Sample]:
     sent = size * wire.ring_share(operation, hosts.count, hosts.count)
     hops = cost.hops(operation, hosts.count)
     run = hosts.program(exchange(operation, hosts.count), size)
-    for pause in (0.0, PAUSE):
-      first = hosts.timed(run, 1, pause).max()
-      turns = int(np.clip(SECONDS / (first + pause), 2, TURNS))
-      seconds = float(np.median(hosts.timed(run, turns, pause).max(0)))
+    for pause in (0.0, PAUSE) if size >= LONG else (0.0,):
+      seconds = hosts.typical(run, pause)
       found.append(Sample(operation, sent, hops, pause, seconds))
   return found
 
@@ -153,7 +159,7 @@ def computing(hosts: Hosts, config: Config) -> np.ndarray:
     jax.block_until_ready(run.metrics)
 
   steps()
-  return hosts.timed(steps, TURNS) / STEPS
+  return hosts.timed(steps, TURNS[1]) / STEPS
 
 
 def kernel(hosts: Hosts, spec: str) -> tuple[str, Kernel]:
@@ -179,8 +185,7 @@ def kernel(hosts: Hosts, spec: str) -> tuple[str, Kernel]:
 
   def per_element(run: Any, *args: Any) -> float:
     jax.block_until_ready(run(*args))
-    seconds = hosts.timed(lambda: jax.block_until_ready(run(*args)), TURNS)
-    return float(np.median(seconds.max(0)) / x.size)
+    return hosts.typical(lambda: jax.block_until_ready(run(*args))) / x.size
 
   draw = lambda: (jax.random.normal(jax.random.key(0), SHAPE), jax.random.split(jax.random.key(1)))
   x, keys = program(draw)()
@@ -214,8 +219,8 @@ def measured(config: Config, rate: str) -> dict[str, Any]:
   samples = of_exchanges(hosts) if hosts.count > 1 else []
   found = fitting.fitted(samples, FLAGS.limited) if samples else fitting.Fit(Network(), [])
   constants = found.network.replace(
-    computing=float(np.median(steps)),
-    spread=float(np.median(steps.std(0) / steps.mean(0))),
+    computing=float(np.quantile(steps, QUARTILE)),
+    spread=float(np.quantile(steps.std(0) / steps.mean(0), QUARTILE)),
     kernels=kernels,
     workers=hosts.count,
   )

@@ -12,15 +12,13 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks.hosts import ROOT, ended, flags_of, netlab, run, tell
-from launch import command
-from launch import netlab as lab
-from launch.watchman import dies_with_parent
 from research.comm import counters
 
 Cell = dict[str, Any]
@@ -30,7 +28,6 @@ STEPS = 8  # per dispatch
 HOSTS = (2, 4)
 PROBED = "300mbit"
 LINKS = ("1gbit", "500mbit", "200mbit", "100mbit", "50mbit")
-BURST = "256kb"
 FEEDBACK = "data_parallel(sgd(0.1), error_feedback({}))"
 NESTEROV = "sgd(0.7, momentum=0.9, nesterov=True)"
 METHODS = {
@@ -70,77 +67,38 @@ def probe(hosts: int, folder: Path) -> dict[str, Any]:
     tell(f"probe between {hosts} hosts")
     flags = flags_of(MODEL | {"batch_size": BATCH * hosts, "out": place, "rate": PROBED})
     with tempfile.TemporaryDirectory() as logs:
-      launcher = [f"--rate={PROBED}", "--cores_per_host=1", f"--burst={BURST}", f"--logs={logs}"]
+      launcher = [f"--rate={PROBED}", "--cores_per_host=1", f"--logs={logs}"]
       run(netlab(hosts, launcher, ["probe.py", *flags], "env", "-u", counters.PLACES))
   return json.loads(place.read_text())
 
 
 def cells(hosts: int, methods: Sequence[str], links: Sequence[str]) -> Iterator[Cell]:
-  """Measures the methods on the links, between hosts of one core each."""
+  """Measures the methods on the links, between hosts of one core each, in a job of its own."""
   asked = {
     "config": config(hosts),
     "methods": [METHODS[name] for name in methods],
     "links": list(links),
     "cache": str(Path(tempfile.gettempdir()) / f"prediction-{os.getuid()}"),
   }
-  line = ["python", str(ROOT / "experiments" / "benchmarks" / "on_links.py"), json.dumps(asked)]
   names = {spec: name for name, spec in METHODS.items()}
+  line = [sys.executable, str(ROOT / "experiments" / "benchmarks" / "changing.py"), str(hosts)]
   with (
-    tempfile.TemporaryDirectory() as logs,
-    lab.network([lab.ShapedLink(links[0], BURST)] * hosts) as network,
+    tempfile.TemporaryFile("w+") as errors,
+    subprocess.Popen(
+      [*line, json.dumps(asked)], stdout=subprocess.PIPE, stderr=errors, text=True
+    ) as process,
+    ended(process),
   ):
-    processes = _started(network, line, Path(logs))
-    first = processes[0]
-    assert first.stdin
-    assert first.stdout
-    with ended(first):
-      for said in first.stdout:
-        kind, _, rest = said.strip().partition(" ")
-        if kind == "link":
-          _change(network, rest)
-          first.stdin.write("\n")
-          first.stdin.flush()
-        elif kind == "cell":
-          cell = json.loads(rest)
-          cell |= {"hosts": hosts, "method": names[cell["method"]], "spec": cell["method"]}
-          cell["measured"] = statistics.median(cell["milliseconds"]) / 1000
-          tell(f"{hosts} hosts, {cell['link']}, {cell['method']}: {1000 * cell['measured']:.1f} ms")
-          yield cell
-      if any(process.wait() for process in processes):
-        text = "\n".join(path.read_text()[-2000:] for path in sorted(Path(logs).iterdir()))
-        raise RuntimeError(f"a host's process failed:\n{text}")
-
-
-def _started(network: lab.Lab, line: list[str], logs: Path) -> list[subprocess.Popen[str]]:
-  """Starts one process per host; the first can be written to and read from."""
-  address = f"{network.hosts[0].address}:21000"
-  cores, found = sorted(os.sched_getaffinity(0)), []
-  for number, host in enumerate(network.hosts):
-    environ = command.environment(address, number, len(network.hosts))
-    pinned = ["taskset", "--cpu-list", str(cores[number % len(cores)])]
-    with (logs / str(number)).open("w") as log:
-      found.append(
-        subprocess.Popen(
-          host.command([*pinned, *line]),
-          stdin=subprocess.PIPE if number == 0 else subprocess.DEVNULL,
-          stdout=subprocess.PIPE if number == 0 else log,
-          stderr=log,
-          text=True,
-          env=environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)},
-          preexec_fn=dies_with_parent(),
-        )
-      )
-  return found
-
-
-def _change(network: lab.Lab, rate: str) -> None:
-  """Changes the rate of both directions of every host's link."""
-  ends = [(host.holder, lab.LINK) for host in network.hosts]
-  ends += [(network.switch, f"port{number}") for number in range(len(network.hosts))]
-  for holder, device in ends:
-    enter = ["nsenter", f"--target={holder}", "--net", "--"]
-    shape = f"qdisc change dev {device} root tbf rate {rate} burst {BURST} latency 100ms"
-    subprocess.run([*enter, "tc", *shape.split()], check=True)
+    assert process.stdout
+    for said in process.stdout:
+      cell = json.loads(said)
+      cell |= {"hosts": hosts, "method": names[cell["method"]], "spec": cell["method"]}
+      cell["measured"] = statistics.median(cell["milliseconds"]) / 1000
+      tell(f"{hosts} hosts, {cell['link']}, {cell['method']}: {1000 * cell['measured']:.1f} ms")
+      yield cell
+    if process.wait():
+      errors.seek(0)
+      raise RuntimeError("\n".join(errors.read().splitlines()[-20:]))
 
 
 def prediction(folder: Path, save: Callable[[list[Cell]], None]) -> list[Cell]:
@@ -182,7 +140,10 @@ def _predict(found: list[Cell], probed: dict[str, Any]) -> None:
     spec, hosts = cell["spec"], cell["hosts"]
     if spec not in works:
       works[spec] = work.of_config(Config(**config(hosts), method=spec))
-    step = works[spec].step(constants.on(cell["link"]))
+    done = works[spec]
+    step = done.step(constants.on(cell["link"]))
+    cell |= {"load": done.load._asdict(), "encoding": done.encoding(constants)}
+    cell |= {"period": done.period, "delay": done.delay}
     cell |= {"predicted": step.seconds, "parts": step._asdict()}
     cell["error"] = step.seconds / cell["measured"] - 1
 

@@ -5,15 +5,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from research.analysis import cost, encodings, wire
 from research.analysis.encodings import Count
 from research.analysis.network import Network
 from research.comm import mesh as meshes
 from research.core.base import Aggregator
+from research.core.method import Method
+from research.core.task import Task
+from research.parallel import inference, traffic
 from research.parallel import layout as layouts
-from research.parallel import traffic, workers
-from research.parallel.job import Job
+from research.parallel import workers as of_workers
+from research.parallel.job import Job, resolved
 from research.training import assemble
 from research.training.config import Config
 
@@ -35,10 +39,6 @@ class Work(NamedTuple):
   def encoding(self, network: Network) -> float:
     """Returns the seconds of encoding and decoding; kernels that were not measured cost nothing."""
     return encoding(self.counts, network)
-
-  def unmeasured(self, network: Network) -> list[str]:
-    """Returns the compressors whose kernels were not measured."""
-    return sorted(set(self.counts) - set(network.kernels) - _aggregators(self.counts))
 
   def step(self, network: Network, computing: float = 0.0) -> cost.Step:
     """Predicts a local step.
@@ -62,13 +62,6 @@ def encoding(counts: Mapping[str, Count], network: Network) -> float:
   """Returns the seconds that the counted elements take with the kernels of a network."""
   known = network.kernels
   return sum(one.seconds(known[spec]) for spec, one in counts.items() if spec in known)
-
-
-def _aggregators(counts: Mapping[str, Count]) -> set[str]:
-  from research.core import registry
-  from research.core.spec import parse
-
-  return {spec for spec in counts if parse(spec).name in registry.names("aggregator")}
 
 
 def of_config(config: Config) -> Work:
@@ -106,15 +99,48 @@ def _counts(job: Job, layout: layouts.Layout) -> dict[str, Count]:
 
   An aggregator counts with the elements of the model, for kernels that are whole aggregators.
   """
+  aggregators = list(map(repr, job.method.parts(Aggregator)))
   job = job._replace(method=encodings.marked(job.method))
-  cut = workers.blocked(job)
+  cut = of_workers.blocked(job)
   key = jax.eval_shape(lambda: jax.random.key(0))
   weight = jax.ShapeDtypeStruct((), jnp.float32)
   program = jax.make_jaxpr(
-    lambda state, local, weight, key: workers.sync(cut, local, state, weight, key),
+    lambda state, local, weight, key: of_workers.sync(cut, local, state, weight, key),
     axis_env=list(meshes.worker_axes(job.axes).items()),
   )(layout.state_shapes, layout.local_shapes, weight, key)
   params = jax.eval_shape(job.task.init, key)
   size = sum(leaf.size for leaf in jax.tree.leaves(params))
-  whole = {repr(part): Count(size, 0) for part in job.method.parts(Aggregator)}
+  whole = dict.fromkeys(aggregators, Count(size, 0))
   return encodings.counts(program) | whole
+
+
+def of_shapes(method: Method, shapes: Any, workers: int) -> tuple[Work, int]:
+  """Returns the work of a method on a model of which only the shapes are known.
+
+  Args:
+    method: the method.
+    shapes: the tree of the parameters' shapes and dtypes.
+    workers: the number of workers.
+
+  Returns:
+    The work, and the bytes of one worker's state with its parameters.
+
+  Raises:
+    ValueError: if the method does not fit the number of workers.
+  """
+  zeros = lambda key: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  loss = lambda params, batch, key: sum(jnp.sum(x) for x in jax.tree.leaves(params))
+  sample = lambda size, step, key, *, batch_size: jnp.zeros(batch_size, jnp.int32)
+  batch = lambda examples, index: jax.tree.map(lambda x: x[index], examples)
+  examples = {"x": np.zeros((workers, 1), np.float32)}
+  task = Task(zeros, loss, lambda params, batch: {}, sample, batch, examples)
+  job = resolved(Job(method, task, {"data": workers}, np.ones(workers, np.int64), 1))
+  layout = inference.layout_of(job)
+  state = jax.tree.leaves(layout.state_shapes)
+  return of_job(job, layout), sum(_bytes(leaf) for leaf in state)
+
+
+def _bytes(leaf: Any) -> int:
+  if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    return 0
+  return leaf.size * leaf.dtype.itemsize

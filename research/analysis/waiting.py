@@ -8,7 +8,6 @@ import functools
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import integrate, stats
 
 
 @functools.cache
@@ -18,6 +17,8 @@ def normal_maximum(workers: int) -> float:
   Args:
     workers: W.
   """
+  from scipy import integrate, stats  # late, because a wrong flag does not need it
+
   density = lambda x: x * workers * stats.norm.pdf(x) * stats.norm.cdf(x) ** (workers - 1)
   return float(integrate.quad(density, -10, 10)[0])
 
