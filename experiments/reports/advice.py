@@ -24,6 +24,7 @@ NEEDS = {  # of priorities that exclude methods
   "unlike": "every exchange waits for the slowest worker",
 }
 EXACT = "exact average"
+WORTH = 0.05  # relative gain below which the exact average is preferred
 
 
 class Option(NamedTuple):
@@ -160,19 +161,22 @@ def _why(row: dict[str, Any], best: dict[str, Any], priority: str) -> str:
 
 
 def verdict(rows: Sequence[dict[str, Any]]) -> str:
-  """Returns the advice in one line."""
+  """Returns the advice in one line; a gain of at most `WORTH` is not worth a compressed exchange."""
   best = rows[0]
   if best["excluded"]:
     return best["why"]
+  exact = next((row for row in rows if row["name"] == EXACT and not row["excluded"]), None)
+  gain = exact["seconds"] / best["seconds"] if exact and best["seconds"] else 1.0
+  if exact and gain <= 1 + WORTH:
+    share = exact["parts"]["waiting"] / exact["step_seconds"] if exact["step_seconds"] else 0.0
+    return (
+      f"do not compress: the exact average of gradients waits for the link during {share:.0%} of "
+      f"a step, and no method is more than {WORTH:.0%} faster"
+    )
   near = [row["name"] for row in rows[1:] if _overlaps(best, row)]
   close = f"; within the range of the recorded runs: {', '.join(near)}" if near else ""
-  if best["name"] == EXACT:
-    return f"do not compress: the exact average of gradients is first{close}"
-  exact = next((row for row in rows if row["name"] == EXACT and not row["excluded"]), None)
-  gain = ""
-  if exact and best["seconds"]:
-    gain = f", {exact['seconds'] / best['seconds']:.2f} times as fast as the exact average"
-  return f"use {best['name']}{gain}{close}"
+  times = f", {gain:.3g} times as fast as the exact average" if exact else ""
+  return f"use {best['name']}{times}{close}"
 
 
 def _overlaps(best: dict[str, Any], row: dict[str, Any]) -> bool:

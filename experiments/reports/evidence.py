@@ -23,6 +23,11 @@ class Evidence(NamedTuple):
   high: float
   source: str  # the folder of the recorded result
 
+  @property
+  def counted(self) -> float:
+    """The ratio, or 1 if the seeds do not agree on which method needs more steps."""
+    return 1.0 if self.low <= 1 <= self.high else self.ratio
+
   def times(self, other: "Evidence") -> "Evidence":
     """Returns the product, for a method that was compared with another method."""
     names = dict.fromkeys([*self.source.split(", "), *other.source.split(", ")])

@@ -15,6 +15,7 @@ from research.core import checks, paths, registry
 INNER = "adamw(1e-3)"
 OUTER = "sgd(0.7, momentum=0.6, nesterov=True)"
 SIDE = 4096  # of the square matrices of a model of which only the size is known
+POWER_SGD = 55  # the factor by which PowerSGD divides the bytes in results/compression
 _UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
 
@@ -48,7 +49,7 @@ CANDIDATES = (
     board="AdamW top 1%",
   ),
   Candidate("sign", _data_parallel("error_feedback(gather_mean(sign()))"), "sign"),
-  Candidate("PowerSGD, rank 2", _data_parallel("error_feedback(power_sgd(2))"), "power_sgd"),
+  Candidate("PowerSGD", _data_parallel("error_feedback(power_sgd({rank}))"), "power_sgd"),
   Candidate(
     "local steps, 16", f"local_sgd({INNER}, mean(), period=16)", "local_sgd_16", board="local AdamW"
   ),
@@ -85,6 +86,25 @@ CANDIDATES = (
 )
 
 
+def spec_of(one: Candidate, shapes: Any, workers: int) -> str:
+  """Returns a candidate's spec for a model; {rank} becomes the rank with the recorded compression.
+
+  The same rank compresses large matrices more than small ones. The number of steps was recorded for
+  `POWER_SGD`, so the rank is the one that divides the bytes of this model by as much.
+
+  Args:
+    one: the candidate.
+    shapes: the tree of the parameters' shapes.
+    workers: the number of workers.
+  """
+  if "{rank}" not in one.spec:
+    return one.spec
+  at = lambda spec: work.of_shapes(registry.build("method", spec), shapes, workers)[0].load.sent
+  low, high = (at(one.spec.format(rank=rank)) for rank in (1, 2))
+  target = at(_data_parallel("mean()")) / POWER_SGD
+  return one.spec.format(rank=max(1, round(1 + (target - low) / (high - low))))
+
+
 def options(
   shapes: Any,
   workers: int,
@@ -103,7 +123,8 @@ def options(
   found = []
   for one in CANDIDATES:
     tell(one.name)
-    method = registry.build("method", one.spec)
+    spec = spec_of(one, shapes, workers)
+    method = registry.build("method", spec)
     if method.one_by_one:
       pushes = (size / 4, size)  # int8 to the server, float32 back
       load, memory, encoding, period, delay = work.cost.Load(size / 4, 1.0), 4.0 * size, 0.0, 1, 0
@@ -113,12 +134,12 @@ def options(
       load, encoding = done.load, done.encoding(network)
       period, delay = done.period, done.delay
     known = evidence.READERS[one.evidence]() if one.evidence else None
-    ratios = known[:3] if known else (None, math.nan, math.nan)
+    ratios = (known.counted, *known[1:3]) if known else (None, math.nan, math.nan)
     source = known.source if known else one.note
     found.append(
       Option(
         one.name,
-        one.spec,
+        spec,
         one.serves,
         load,
         encoding,
@@ -164,7 +185,8 @@ def shapes_of(model: str) -> Any:
     count = max(1, int(float(found[1]) * _UNITS[found[2]] / 4))
     side = min(SIDE, math.isqrt(count))
     matrices, rest = divmod(count, side * side)
-    return {"matrices": array(matrices, side, side)} | ({"rest": array(rest)} if rest else {})
+    whole = {"matrices": array(matrices, side, side)}
+    return whole | ({"rest": array(rest // side, side)} if rest >= side else {})
   folder = paths.local(model)
   files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
   if files:

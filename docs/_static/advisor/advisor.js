@@ -1,5 +1,6 @@
-// The advisor's page: the cost model of research/analysis/cost.py on plain numbers, and its display.
-// ADVISOR_DATA (data.js, written when the documentation is built) has the methods and their sources.
+// The advisor's page: the cost model of research/analysis/cost.py and the ranking of
+// experiments/reports/advice.py on plain numbers, and their display. ADVISOR_DATA (data.js, which
+// docs/_ext/advice.py writes) has the methods. A test compares the numbers with those of Python.
 "use strict";
 
 (function () {
@@ -23,45 +24,46 @@
     permute: () => 1,
   };
 
-  // Predicts a method's step. place: bandwidth in bits per second, latency and computing in
-  // seconds, workers, parameters. Returns bytes per step and worker, and seconds.
+  // Predicts a step of a method. place: bandwidth in bits per second, latency and computing in
+  // seconds, workers, parameters, and encoding: the share of the measured times of encoding that
+  // counts. Returns seconds, and bytes that a worker sends per step.
   function predict(method, place) {
     let sent = 0;
     let hops = 0;
     for (const one of method.transfers) {
-      sent += one.bytes * place.parameters * SENT[one.operation](place.workers);
+      const operand = (one.fixed + one.by_workers / place.workers) * place.parameters;
+      sent += operand * SENT[one.operation](place.workers);
       hops += one.messages * HOPS[one.operation](place.workers);
     }
-    const encoding = method.encoding * place.parameters;
+    const encoding = place.encoding * method.encoding * place.parameters;
     const link = hops * place.latency + (8 * sent) / place.bandwidth;
     const hidden = (Math.min(method.delay, method.period) / method.period) * place.computing;
     const waiting = Math.max(0, link - hidden);
-    const seconds = place.computing + encoding + waiting;
-    return { method, sent, encoding, link, waiting, seconds };
+    return { method, sent, encoding, waiting, seconds: place.computing + encoding + waiting };
   }
 
-  // Steps to the target, relative to data parallelism: [least, middle, greatest], or null.
-  const steps = (found) => found.method.steps;
-  const cost = (found) => found.seconds * (steps(found) ? steps(found)[1] : 1);
+  // Seconds in which a method gets as far as the exact average does in one step.
+  const cost = (found, which = 1) => found.seconds * found.method.steps[which];
 
   function rank(place) {
     const found = data.methods.map((method) => predict(method, place));
     return found.sort((a, b) => cost(a) - cost(b));
   }
 
-  // Why a method is behind the first one: the largest part of its loss.
-  function why(found, first, place) {
-    const ratio = cost(found) / cost(first);
-    if (found === first) return "";
-    const more = (steps(found) ? steps(found)[1] : 1) / (steps(first) ? steps(first)[1] : 1);
+  // Says in one line why a method is behind the first one.
+  function why(found, first) {
+    const share = (part) => `${Math.round((100 * part) / found.seconds)}% of a step`;
     const parts = [
-      [found.waiting - first.waiting, `waits ${time(found.waiting)} of each step for its exchange`],
-      [found.encoding - first.encoding, `encodes for ${time(found.encoding)} per step`],
-      [(more - 1) * found.seconds, `needs ${more.toFixed(2)} times as many steps`],
+      [found.waiting, `${share(found.waiting)} is waiting for the link`],
+      [found.encoding, `${share(found.encoding)} is encoding`],
+      [found.seconds - found.waiting - found.encoding, "a step is mostly computing"],
     ];
-    const [lost, text] = parts.reduce((a, b) => (b[0] > a[0] ? b : a));
-    if (ratio < 1.02 || lost <= 0.01 * place.computing) return "no difference that is certain";
-    return text;
+    const made = parts.reduce((a, b) => (b[0] > a[0] ? b : a))[1];
+    if (found === first) return `first: ${made}`;
+    const slower = found.seconds / first.seconds;
+    const more = found.method.steps[1] / first.method.steps[1];
+    if (slower >= more) return `a step takes ${slower.toFixed(2)} times as long: ${made}`;
+    return `needs ${more.toFixed(2)} times as many steps`;
   }
 
   // The bandwidths at which the best method changes, from high to low.
@@ -93,6 +95,8 @@
   const COUNT = [[1e12, "trillion"], [1e9, "billion"], [1e6, "million"], [1e3, "thousand"], [1, ""]];
   const TIME = [[86400, "days"], [3600, "h"], [60, "min"], [1, "s"], [1e-3, "ms"], [1e-6, "µs"]];
   const time = (seconds) => (seconds ? scaled(seconds, TIME) : "0 s");
+  // Powers of ten of a second on an axis.
+  const tick = (seconds) => (seconds >= 1 ? scaled(seconds, [[1, "s"]]) : time(seconds));
   const bytes = (count) => (count ? scaled(count, BYTES) : "0 B");
   const bits = (rate) => scaled(rate, BITS);
   const count = (n) => scaled(n, COUNT).trim();
@@ -101,8 +105,8 @@
 
   const SLIDERS = [
     { id: "bandwidth", label: "Bandwidth of a worker's link", least: 6, greatest: 12, value: 9, text: bits },
-    { id: "latency", label: "Latency, one way", least: -6, greatest: -0.5, value: -4, text: time },
-    { id: "computing", label: "Computing per step", least: -3, greatest: 2, value: 0, text: time },
+    { id: "latency", label: "Latency, one way", least: -6, greatest: -0.5, value: -4, text: tick },
+    { id: "computing", label: "Computing per step", least: -3, greatest: 2, value: 0, text: tick },
     { id: "workers", label: "Workers", least: Math.log10(2), greatest: 4, value: Math.log10(8), text: (n) => String(n) },
     { id: "parameters", label: "Parameters of the model", least: 5, greatest: 12, value: 9, text: count },
   ];
@@ -122,6 +126,7 @@
       const value = 10 ** Number(document.getElementById(`advisor-${one.id}`).value);
       place[one.id] = one.id === "workers" || one.id === "parameters" ? Math.round(value) : value;
     }
+    place.encoding = document.getElementById("advisor-encoding").checked ? 1 : 0;
     return place;
   }
 
@@ -143,7 +148,8 @@
 
   const WIDTH = 640;
   const HEIGHT = 300;
-  const LEFT = 56;
+  const LEFT = 64;
+  const RIGHT = 28;
   const BOTTOM = 44;
 
   // An SVG with logarithmic axes. Returns the element and the functions from values to pixels.
@@ -151,7 +157,7 @@
     const svg = element("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": title });
     const place = (axis, from, to) => (value) =>
       from + ((Math.log10(value) - axis.from) / (axis.to - axis.from)) * (to - from);
-    const atX = place(x, LEFT, WIDTH - 12);
+    const atX = place(x, LEFT, WIDTH - RIGHT);
     const atY = place(y, HEIGHT - BOTTOM, 12);
     const ticks = (axis) => {
       const every = Math.max(1, Math.ceil((axis.to - axis.from) / 6));
@@ -164,7 +170,7 @@
       svg.append(element("text", { x: atX(value), y: HEIGHT - BOTTOM + 16, "text-anchor": "middle" }, x.text(value)));
     }
     for (const value of ticks(y)) {
-      svg.append(element("line", { x1: LEFT, x2: WIDTH - 12, y1: atY(value), y2: atY(value), class: "advisor-grid" }));
+      svg.append(element("line", { x1: LEFT, x2: WIDTH - RIGHT, y1: atY(value), y2: atY(value), class: "advisor-grid" }));
       svg.append(element("text", { x: LEFT - 6, y: atY(value) + 4, "text-anchor": "end" }, y.text(value)));
     }
     svg.append(element("text", { x: (LEFT + WIDTH) / 2, y: HEIGHT - 6, "text-anchor": "middle" }, x.label));
@@ -181,7 +187,7 @@
     const shown = found.filter((one) => one.sent > 0);
     const best = (one) => !shown.some((o) => o !== one && o.sent <= one.sent && cost(o) <= cost(one) && (o.sent < one.sent || cost(o) < cost(one)));
     const x = { ...range(shown.map((o) => o.sent)), label: "bytes that a worker sends per step", text: bytes };
-    const y = { ...range(shown.map(cost)), text: time };
+    const y = { ...range(shown.map((one) => cost(one))), text: tick };
     const { svg, atX, atY } = axes("Time against bytes", x, y);
     shown.forEach((one) => {
       const left = atX(one.sent) > WIDTH - 160;
@@ -200,7 +206,7 @@
     const methods = data.methods.filter((method) => winners.some((one) => one.name === method.name));
     const lines = methods.map((method) => rates.map((bandwidth) => cost(predict(method, { ...place, bandwidth }))));
     const x = { from: 6, to: 12, label: "bandwidth of a worker's link", text: bits };
-    const { svg, atX, atY } = axes("Time against bandwidth", x, { ...range(lines.flat()), text: time });
+    const { svg, atX, atY } = axes("Time against bandwidth", x, { ...range(lines.flat()), text: tick });
     lines.forEach((line, i) => {
       const path = line.map((value, k) => `${k ? "L" : "M"}${atX(rates[k]).toFixed(1)},${atY(value).toFixed(1)}`).join("");
       svg.append(element("path", { d: path, class: `advisor-line advisor-color-${i % 6}` }));
@@ -213,49 +219,54 @@
 
   // ---- the page
 
-  function row(found, first, place) {
-    const { method } = found;
-    const share = steps(found) ? `${steps(found)[0].toFixed(2)} to ${steps(found)[2].toFixed(2)}` : "not measured";
-    const source = method.source ? element("a", { href: data.root + method.source.page }, share) : share;
-    const cells = [
-      element("code", {}, method.name),
-      time(found.seconds),
-      bytes(found.sent),
-      source,
-      (cost(found) / cost(first)).toFixed(2),
-      why(found, first, place),
-    ];
-    return element("tr", {}, ...cells.map((cell) => element("td", {}, cell)));
+  function row(found, first) {
+    const [low, middle, high] = found.method.steps;
+    const steps = element("td", {}, low === high ? middle.toFixed(2) : `${middle.toFixed(2)} (${low.toFixed(2)} to ${high.toFixed(2)})`);
+    for (const [name, page] of found.method.sources) {
+      const short = name.replace("results/", "");
+      steps.append(" ", page ? element("a", { href: page }, short) : short);
+    }
+    const cells = [found.method.name, time(found.seconds), bytes(found.sent)];
+    const made = element("tr", {}, ...cells.map((cell) => element("td", {}, cell)), steps);
+    for (const cell of [(cost(found) / cost(first)).toFixed(2), why(found, first)]) {
+      made.append(element("td", {}, cell));
+    }
+    return made;
+  }
+
+  // As `verdict` of advice.py.
+  function verdict(found) {
+    const [first] = found;
+    const exact = found.find((one) => one.method.name === data.exact);
+    const gain = cost(exact) / cost(first);
+    if (gain <= 1.05) {
+      const share = Math.round((100 * exact.waiting) / exact.seconds);
+      return `Do not compress: the exact average of gradients waits for the link during ${share}% of a step, and no method is more than 5% faster.`;
+    }
+    const near = found.slice(1).filter((one) => cost(one, 0) <= cost(first, 2));
+    const close = near.length ? ` Within the range of the recorded runs: ${near.map((one) => one.method.name).join(", ")}.` : "";
+    return `Use ${first.method.name}: ${gain.toPrecision(3)} times as fast as the exact average.${close}`;
   }
 
   function show() {
     const place = read();
     for (const one of SLIDERS) {
-      document.getElementById(`advisor-${one.id}-text`).textContent = one.text(place[one.id]);
+      const text = one.text(place[one.id]);
+      document.getElementById(`advisor-${one.id}-text`).textContent = text;
+      document.getElementById(`advisor-${one.id}`).setAttribute("aria-valuetext", text);
     }
     const found = rank(place);
     const winners = crossings(place);
-    document.getElementById("advisor-verdict").textContent = verdict(found, place);
-    const body = document.getElementById("advisor-ranking");
-    body.replaceChildren(...found.map((one) => row(one, found[0], place)));
-    document.getElementById("advisor-front").replaceChildren(drawFront(found));
-    document.getElementById("advisor-crossings").replaceChildren(drawCrossings(place, winners));
-    const text = winners.map((one, i) => (i ? `below ${bits(one.bandwidth)}: ${one.name}` : one.name));
-    document.getElementById("advisor-points").textContent = text.join("; ");
-    document.getElementById("advisor-command").textContent = found[0].method.command;
+    const by = (name) => document.getElementById(`advisor-${name}`);
+    by("verdict").textContent = verdict(found);
+    by("ranking").replaceChildren(...found.map((one) => row(one, found[0])));
+    by("front").replaceChildren(drawFront(found));
+    by("crossings").replaceChildren(drawCrossings(place, winners));
+    const text = winners.map((one, i) => (i ? `below ${bits(one.bandwidth)} ${one.name}` : `${one.name} on the fastest links`));
+    by("points").textContent = `${text.join("; ")}.`;
+    by("command").textContent = `python experiments/run.py --executor=spmd --mesh=data:${place.workers} --method="${found[0].method.spec}"`;
     const state = SLIDERS.map((one) => `${one.id}=${Number(place[one.id].toPrecision(4))}`);
     history.replaceState(null, "", `#${state.join("&")}`);
-  }
-
-  function verdict(found, place) {
-    const [first] = found;
-    const plain = found.find((one) => one.method.plain);
-    const gain = cost(plain) / cost(first);
-    if (gain < 1.05) {
-      const share = (100 * plain.waiting) / plain.seconds;
-      return `Do not compress: exact averaging waits ${share.toFixed(1)}% of a step, and no method is more than 5% faster.`;
-    }
-    return `${first.method.name}: ${time(first.seconds)} per step, where exact averaging takes ${time(plain.seconds)}; ${gain.toFixed(1)} times sooner at the target.`;
   }
 
   window.advisor = { predict, rank, crossings, cost };
@@ -263,6 +274,9 @@
     const root = document.getElementById("advisor-sliders");
     if (!root) return;
     makeSliders(root);
+    const encoding = document.getElementById("advisor-encoding");
+    encoding.disabled = !data.kernels;
+    encoding.addEventListener("input", show);
     show();
   });
 })();
