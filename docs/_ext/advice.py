@@ -1,8 +1,9 @@
-"""Writes the numbers of the advisor's page, docs/_static/advisor/data.js, from the code and results.
+"""Writes the numbers of the advisor's page, docs/_static/advisor/data.js.
 
-The methods are those of `experiments/advise.py`. What a worker sends is linear in the size of the
-model, and in 1 / W for collectives that send blocks, so two traces of each method give the traffic
-for every model and number of workers. A third trace checks this.
+The methods and the recorded numbers of steps are those of `experiments/advise.py`. What a worker
+sends is linear in the size of the model, and in 1 / W for collectives that send blocks, so two
+traces of each method give the traffic for every model and number of workers. A third trace checks
+this.
 """
 
 import json
@@ -83,7 +84,9 @@ def transfers(found: list[list[dict[str, Any]]], size: int) -> list[dict[str, An
     b = (x - y) / (1 / v - 1 / w)
     a = x - b / v
     if abs(a + b / last - z) > 0.01 * z:
-      raise ValueError(f"{few['operation']}: {z} bytes per parameter, but the fit is {a + b / last}")
+      raise ValueError(
+        f"{few['operation']}: {z} bytes per parameter, but the fit is {a + b / last}"
+      )
     row = {"operation": few["operation"], "fixed": a, "by_workers": b, "messages": few["messages"]}
     rows.append(row)
   return rows

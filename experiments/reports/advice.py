@@ -161,7 +161,7 @@ def _why(row: dict[str, Any], best: dict[str, Any], priority: str) -> str:
 
 
 def verdict(rows: Sequence[dict[str, Any]]) -> str:
-  """Returns the advice in one line; a gain of at most `WORTH` is not worth a compressed exchange."""
+  """Returns the advice in one line; a gain of at most `WORTH` is not worth compression."""
   best = rows[0]
   if best["excluded"]:
     return best["why"]

@@ -84,8 +84,28 @@ def test_a_server_is_as_fast_as_its_queue():
 
 
 def test_ranges_that_touch_are_said():
-  near = INT8._replace(name="near", ratio=1.05, low=0.9, high=1.2, encoding=0.0)
-  assert advice.verdict(ranked("", given=(DENSE, near))).endswith("recorded runs: near")
+  near = INT8._replace(name="near", ratio=1.05, low=0.9, high=1.2)
+  assert advice.verdict(ranked("100mbit", given=(DENSE, INT8, near))).endswith("runs: near")
+
+
+def test_a_small_gain_is_not_worth_compression():
+  close = INT8._replace(encoding=0.0)
+  rate = lambda gain: 8 * RING * SIZE * (1 - (1 + gain) / 4) / (gain * 0.01)
+  said = lambda gain: advice.verdict(ranked(f"{rate(gain):.0f}bit", given=(DENSE, close)))
+  assert "no method is more than 5% faster" in said(0.04)
+  assert said(0.06).startswith("use int8, 1.06 times as fast")
+
+
+def test_a_ratio_on_which_seeds_disagree_counts_as_one():
+  assert evidence.Evidence(0.97, 0.93, 1.02, "").counted == 1.0
+  assert evidence.Evidence(1.2, 1.1, 1.3, "").counted == 1.2
+
+
+def test_the_rank_keeps_the_recorded_compression():
+  one = next(one for one in options.CANDIDATES if one.name == "PowerSGD")
+  shapes = options.shapes_of("67.108864MB")  # one square matrix
+  spec = options.spec_of(one, shapes, 8)
+  assert spec == one.spec.format(rank=round(options.SIDE / 2 / options.POWER_SGD))
 
 
 @pytest.mark.parametrize("key", evidence.READERS)
@@ -108,8 +128,8 @@ def test_a_ratio_is_read_off_the_curves():
 
 def test_shapes_of_models(tmp_path):
   count = lambda text: sum(leaf.size for leaf in options.shapes_of(text).values())
-  assert count("500MB") == 125_000_000
-  assert count("4kB") == 1000
+  assert count("500MB") == 125_000_000 // options.SIDE * options.SIDE  # whole rows
+  assert count("4kB") == 31 * 31 + 31
   header = json.dumps(
     {"__metadata__": {}, "w": {"dtype": "BF16", "shape": [3, 5], "data_offsets": [0, 30]}}
   ).encode()
