@@ -42,9 +42,10 @@ def computing(parameters: int, known: float) -> tuple[float, str]:
   """
   from research.analysis import chips
 
-  for name, interval in (("utilization", "(0, 1]"), ("compute_seconds", "[0, inf)")):
-    with flag(name, FLAGS[name].value):
-      checks.in_range(name, FLAGS[name].value, interval)
+  with flag("utilization", FLAGS.utilization):
+    checks.in_range("utilization", FLAGS.utilization, "(0, 1]")
+  with flag("compute_seconds", FLAGS.compute_seconds):
+    checks.in_range("compute_seconds", FLAGS.compute_seconds, "[0, inf)")
   if FLAGS.compute_seconds:
     return FLAGS.compute_seconds, "as given"
   if known:

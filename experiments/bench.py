@@ -165,24 +165,6 @@ def of_overlap() -> tuple[dict[str, Any], list[str]]:
   return {"overlap": rows}, overlap.overlap_table(rows)
 
 
-def of_prediction(out: Path | None) -> tuple[dict[str, Any], list[str]]:
-  """Measures the missing cells of the suite prediction; draws the figure."""
-  from research.training.reports import report
-
-  folder = out or Path(tempfile.mkdtemp())
-  folder.mkdir(parents=True, exist_ok=True)
-  save = lambda cells: report.write_json(folder / "cells.json", cells)
-  found = prediction.prediction(folder, save)
-  prediction.draw(folder / "figure.png", found)
-  return prediction.summary(found) | {"prediction": found}, prediction.table(found)
-
-
-def of_advice() -> tuple[dict[str, Any], list[str]]:
-  """Compares the advisor's choices with the recorded result of the suite prediction."""
-  cases = choices.recorded()
-  return choices.summary(cases) | {"advice": cases}, choices.table(cases)
-
-
 def main(argv: list[str]) -> None:
   """Runs the cases of a suite, prints the table and writes the result."""
   del argv
@@ -224,8 +206,8 @@ def main(argv: list[str]) -> None:
     out = results_folder("out", FLAGS.out) if FLAGS.out else None
     environment = folder.environment()
     suites = {"loop": of_loop, "faults": of_faults, "wire": of_wire, "overlap": of_overlap}
-    suites["prediction"] = lambda: of_prediction(out)
-    suites["advice"] = of_advice
+    suites["prediction"] = lambda: prediction.measure(out)
+    suites["advice"] = choices.measure
     suites["server"] = lambda: of_server(environment["commit"])
     suites["hosts"] = lambda: of_speed(environment["commit"])
     suites["peers"] = lambda: of_peers(environment["commit"])

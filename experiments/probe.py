@@ -61,7 +61,7 @@ class Hosts:
     from research.comm import mesh as meshes
 
     self.count = jax.process_count()
-    if self.count > 1 and len(jax.local_devices()) > 1:
+    if self.count > 1 < len(jax.local_devices()):
       raise UsageError(f"{len(jax.local_devices())} devices per process; start one per process")
     self._mesh = meshes.device_mesh({"data": self.count}, jax.devices()[: self.count])
     self._meet = self.program(lambda x: collectives.total(x), 4)

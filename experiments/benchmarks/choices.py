@@ -96,3 +96,9 @@ def table(cases: Sequence[Case]) -> list[str]:
     cells = [case[name] for name in ("hosts", "link", "among", "choice", "best")]
     lines.append(f"| {' | '.join(map(str, cells))} | {case['over_best']:.2f} |")
   return lines
+
+
+def measure() -> tuple[dict[str, Any], list[str]]:
+  """Returns the contents of result.json and the lines of table.md."""
+  cases = recorded()
+  return summary(cases) | {"advice": cases}, table(cases)

@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,16 +101,34 @@ def cells(hosts: int, methods: Sequence[str], links: Sequence[str]) -> Iterator[
       raise RuntimeError("\n".join(errors.read().splitlines()[-20:]))
 
 
-def prediction(folder: Path, save: Callable[[list[Cell]], None]) -> list[Cell]:
+def measure(out: Path | None) -> tuple[dict[str, Any], list[str]]:
+  """Measures the missing cells, and draws the figure.
+
+  Args:
+    out: the folder of the probes' files, the cells and the figure; None keeps nothing.
+
+  Returns:
+    The contents of result.json, and the lines of table.md.
+  """
+  with tempfile.TemporaryDirectory() as nothing:
+    folder = out or Path(nothing)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = prediction(folder)
+    draw(folder / "figure.png", found)
+  return summary(found) | {"prediction": found}, table(found)
+
+
+def prediction(folder: Path) -> list[Cell]:
   """Measures the missing cells, and predicts all cells.
 
   Args:
-    folder: the folder of the probes' files.
-    save: called with all cells after each measured cell.
+    folder: the folder of the probes' files and the cells.
 
   Returns:
     The cells of all hosts, links and methods, with `measured`, `predicted` and `parts` in seconds.
   """
+  from research.training.reports import report
+
   done = _stored(folder / "cells.json")
   for hosts in HOSTS:
     found = probe(hosts, folder)
@@ -119,7 +137,7 @@ def prediction(folder: Path, save: Callable[[list[Cell]], None]) -> list[Cell]:
     methods = [method for method in METHODS if any(method == one for _, one in missing)]
     for cell in cells(hosts, methods, links) if missing else ():
       done[hosts, cell["link"], cell["method"]] = cell
-      save(list(done.values()))
+      report.write_json(folder / "cells.json", list(done.values()))
     _predict([cell for cell in done.values() if cell["hosts"] == hosts], found)
   return list(done.values())
 

@@ -181,7 +181,5 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
 
 def _overlaps(best: dict[str, Any], row: dict[str, Any]) -> bool:
   """Returns whether the range of a row's time reaches that of the best row."""
-  known = (
-    not row["excluded"] and row["seconds_low"] is not None and best["seconds_high"] is not None
-  )
-  return bool(known and row["seconds_low"] <= best["seconds_high"])
+  low, high = row["seconds_low"], best["seconds_high"]
+  return not row["excluded"] and low is not None and high is not None and low <= high

@@ -110,6 +110,9 @@ def caption(result: Result) -> list[str]:
     computing = f"those of the virtual clock {result['clock']}"
   elif result["compute_seconds"]:
     computing = f"{result['compute_seconds']:g} s of computing per step, as given, for every method"
+  elif result["network_compute_seconds"]:
+    known = result["network_compute_seconds"]
+    computing = f"{known:.3g} s of computing per step, as in the file of --network, and encoding"
   if not result["network"]:
     return [*lines, f"Seconds: {computing}; communication is not in them (--network predicts it)."]
   slices = ", within slices as between them" if "slice" in result["mesh"] else ""

@@ -31,8 +31,8 @@ class Evidence(NamedTuple):
   def times(self, other: "Evidence") -> "Evidence":
     """Returns the product, for a method that was compared with another method."""
     names = dict.fromkeys([*self.source.split(", "), *other.source.split(", ")])
-    pairs = zip(self[:3], other[:3], strict=True)
-    return Evidence(*(a * b for a, b in pairs), ", ".join(names))
+    ratio, low, high = (a * b for a, b in zip(self[:3], other[:3], strict=True))
+    return Evidence(ratio, low, high, ", ".join(names))
 
 
 EXACT = Evidence(1.0, 1.0, 1.0, "by definition")

@@ -193,7 +193,7 @@ def shapes_of(model: str) -> Any:
     tensors = {name: shape for file in files for name, shape in _header(file).items()}
     return {name: array(*shape) for name, shape in tensors.items()}
   legal = "a preset, a size such as 500MB, or a folder with .safetensors files"
-  raise ValueError(f"not {legal};{checks.hint(model, PRESETS)} presets: {', '.join(PRESETS)}")
+  raise ValueError(f"not {legal}{checks.hint(model, PRESETS)} presets: {', '.join(PRESETS)}")
 
 
 def _header(file: Path) -> dict[str, list[int]]:

@@ -237,6 +237,7 @@ def compared(
     "evaluated_on": next((o.summaries[0]["evaluated_on"] for o in outcomes if o.summaries), "test"),
     **conditions._asdict(),
     "place": conditions.place,
+    "network_compute_seconds": conditions.parsed.computing,
     "target": target,
     "target_is": "the greatest of the methods' least losses" if wanted is None else "as given",
     "methods": [figures(outcome, target, conditions) for outcome in outcomes],

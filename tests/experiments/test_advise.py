@@ -160,7 +160,7 @@ def run(*arguments: str) -> int:
 @pytest.mark.parametrize(
   ("argument", "words"),
   [
-    ("--model=1c", "did you mean '1b'?"),
+    ("--model=150mb", "did you mean '150m'?"),
     ("--network=fast", "'fast' is not a bandwidth"),
     ("--chip=v9", "--chip='v9'"),
     ("--utilization=2", "--utilization=2.0"),
