@@ -56,7 +56,7 @@
     const parts = [
       [found.waiting, `${share(found.waiting)} is waiting for the link`],
       [found.encoding, `${share(found.encoding)} is encoding`],
-      [found.seconds - found.waiting - found.encoding, "a step is mostly computing"],
+      [found.seconds - found.waiting - found.encoding, "most of a step is computing"],
     ];
     const made = parts.reduce((a, b) => (b[0] > a[0] ? b : a))[1];
     if (found === first) return `first: ${made}`;
