@@ -10,13 +10,14 @@ pairwise ratios of steps per second.
 The suite also measures the cost of compressors (`costs.py`) and of rounds (`rounds.py`), how long a
 checkpoint blocks training, the memory of 10,000 simulated workers, and the time to the first logged
 step. Other suites run on simulated hosts (`hosts.py`, `speed.py`, `overlap.py`, `faults.py`,
-`network.py`), which are Linux network namespaces and need root, or on a parameter server
-(`servers.py`). `--cases` selects methods of `speed.py` or cases of the server; the earlier results
-of other methods or cases in OUT are kept. --suite=applications measures search, finance, medicine
-and recommendation, and compares the results with results of peer libraries
+`network.py`, `prediction.py`), which are Linux network namespaces and need root, or on a parameter
+server (`servers.py`). `--cases` selects methods of `speed.py` or cases of the server; the earlier
+results of other methods or cases in OUT are kept. --suite=applications measures search, finance,
+medicine and recommendation, and compares the results with results of peer libraries
 (`applications/suite.py`). --suite=peers measures the same algorithms in TensorFlow and in Spark
 (`peers.py`). --suite=internet trains thousands of simulated workers over the internet
-(`internet.py`).
+(`internet.py`). --suite=prediction compares predicted step times with measured ones; cells that OUT
+contains are not measured again.
 
 The command writes result.json and table.md. Workers on one machine use the cores better with one
 device per core: set `JAX_NUM_CPU_DEVICES=2` for fed_avg and local_phase.
@@ -40,6 +41,7 @@ from absl import flags, logging
 from experiments import run
 from experiments.applications import suite as applications
 from experiments.benchmarks import (
+  choices,
   costs,
   faults,
   hosts,
@@ -48,6 +50,7 @@ from experiments.benchmarks import (
   overlap,
   pairs,
   peers,
+  prediction,
   rounds,
   servers,
   speed,
@@ -64,7 +67,7 @@ from research.training.config import Config, flag
 FLAGS = flags.FLAGS
 
 
-SUITES = ["loop", "wire", "hosts", "faults", "overlap", "network"]
+SUITES = ["loop", "wire", "hosts", "faults", "overlap", "network", "prediction", "advice"]
 SUITES += ["server", "applications", "peers", "internet"]
 OTHERS = (
   "compress",
@@ -193,7 +196,7 @@ def main(argv: list[str]) -> None:
     reason = checks.unknown(unknown[0], known)
     fail(2, f"--suite={FLAGS.suite} --cases={quoted(unknown[0])}: {reason}")
   between = FLAGS.suite == "peers" and {"hosts", "target"} & {*FLAGS.cases}
-  if between or FLAGS.suite in ("wire", "hosts", "faults", "overlap", "network"):
+  if between or FLAGS.suite in ("wire", "hosts", "faults", "overlap", "network", "prediction"):
     netlab.refuse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends child processes too
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")  # to compile for as many hosts
@@ -215,6 +218,8 @@ def main(argv: list[str]) -> None:
     suites = {"loop": of_loop, "faults": of_faults, "wire": of_wire, "overlap": of_overlap}
     suites["network"] = of_network
     suites["internet"] = lambda: of_internet(environment["commit"], out)
+    suites["prediction"] = lambda: prediction.measure(out)
+    suites["advice"] = choices.measure
     suites["server"] = lambda: of_server(environment["commit"])
     suites["hosts"] = lambda: of_speed(environment["commit"])
     suites["peers"] = lambda: of_peers(environment["commit"])
@@ -326,6 +331,7 @@ def of_loop() -> tuple[dict[str, Any], list[str]]:
 if __name__ == "__main__":
   text = "loop: hand-written loops; wire, hosts, overlap, faults: bytes, speed, hidden exchanges "
   text += "and kills between hosts; network: predicted and measured times of traffic patterns; "
+  text += "prediction: predicted step times; advice: first choices; "
   text += "server: a parameter server; applications: peer libraries; peers: TensorFlow and Spark; "
   text += "internet: thousands of simulated workers."
   flags.DEFINE_enum("suite", "loop", SUITES, text)

@@ -1,6 +1,6 @@
 """Trains several methods on one task, and compares the methods' loss, bytes and seconds.
 
-    python experiments/compare.py --seeds=3 --link=100mbit,1ms --recommend --methods="
+    python experiments/compare.py --seeds=3 --network=100mbit,1ms --recommend --methods="
         data_parallel(sgd(0.1, momentum=0.9), mean());
         data_parallel(sgd(0.1, momentum=0.9), error_feedback(two_phase(int8())))"
 
@@ -80,8 +80,8 @@ def plan(config: Config, label: str, seeds: int) -> Contender:
   from research.training import folder as folders
 
   setting, spec = assemble.check(config), config.method
-  if setting.method.one_by_one and FLAGS.link:
-    raise UsageError(f"--link='{FLAGS.link}': a server's pushes cannot be predicted")
+  if setting.method.one_by_one and link():
+    raise UsageError(f"--network='{FLAGS.network}': a server's pushes cannot be predicted")
   stem = f"{config.out or OUT}/{folder_name(spec)}"
   configs = [
     config.replace(seed=seed, out=f"{stem}-seed={seed}")
@@ -158,25 +158,34 @@ def conditions() -> Conditions:
   """
   import jax
 
-  from research.analysis import cost
+  from research.analysis import network
 
   for name in ("target", "compute_seconds"):
     with flag(name, FLAGS[name].value):
       if not math.isfinite(FLAGS[name].value or 0.0):
         raise ValueError("not a finite number")
-  if FLAGS.recommend and not FLAGS.link and not FLAGS.clock:
-    raise UsageError("--recommend: needs the link to recommend for, such as --link=100mbit,20ms")
+  if FLAGS.recommend and not link() and not FLAGS.clock:
+    raise UsageError(
+      "--recommend: needs the network to recommend for, such as --network=100mbit,20ms"
+    )
   if FLAGS.compute_seconds and FLAGS.clock:
     raise UsageError(f"--compute_seconds={FLAGS.compute_seconds}: --clock already determines it")
-  with flag("link", FLAGS.link):
-    if FLAGS.link:
-      cost.parse_link(FLAGS.link)
-    if FLAGS.link and jax.process_count() > 1 and not FLAGS.compute_seconds:
+  with flag("network", FLAGS.network):
+    given = network.parse(link()) if link() else None
+    known = FLAGS.compute_seconds or (given and given.computing)
+    if given and jax.process_count() > 1 and not known:
       raise ValueError(
         "what is measured among several processes holds their communication already; say how long "
         "one worker computes per step by --compute_seconds"
       )
-  return Conditions(FLAGS.link, FLAGS.compute_seconds, FLAGS.clock)
+  return Conditions(link(), FLAGS.compute_seconds, FLAGS.clock)
+
+
+def link() -> str:
+  """Returns --network if times are predicted from it; '' if it is a network that is simulated."""
+  from research.sim.network import is_simulated
+
+  return "" if is_simulated(FLAGS.network) else FLAGS.network
 
 
 def main(argv: list[str]) -> None:
@@ -185,6 +194,8 @@ def main(argv: list[str]) -> None:
   with one_line_errors():
     out = results_folder("out", FLAGS.out, OUT)
     config = start().replace(out=str(out))
+    if link():
+      config = config.replace(network="")
     import jax
 
     from experiments.reports import comparison
@@ -215,10 +226,14 @@ def define_own_flags() -> None:
   define_flags()
   flags.DEFINE_string("methods", "", "The methods to compare, separated by ';'.")
   flags.DEFINE_integer("seeds", 1, "Number of seeds per method, from --seed on.", 1)
-  flags.DEFINE_string("link", "", "A worker's link, BANDWIDTH[,LATENCY], such as 100mbit,20ms.")
+  FLAGS["network"].help += (
+    " Also every worker's link, such as 100mbit,20ms, a file of probe.py, or FILE,LINK, from which "
+    "times are predicted."
+  )
   flags.DEFINE_float("target", None, "Training loss to reach; none: the lowest that all reach.")
-  flags.DEFINE_bool("recommend", False, "Names the method that reaches the target first on --link.")
-  text = "Seconds that a worker of the real cluster computes per local step; 0: as measured here."
+  flags.DEFINE_bool("recommend", False, "Names the method that reaches the target first.")
+  text = "Seconds that a worker of the real cluster computes per local step; 0: those of the file "
+  text += "of --network, or as measured here."
   flags.DEFINE_float("compute_seconds", 0.0, text, 0.0)
 
 

@@ -2,14 +2,16 @@
 
 from typing import Any
 
+import advice
 import claims
 import entries
 import reference
 
 
 def generate(app: Any) -> None:
-  """Writes the catalogue, the API reference and the results."""
+  """Writes the catalogue, the API reference, the results and the numbers of the advisor."""
   del app
+  advice.generate()
   entries.generate()
   claims.generate()
   reference.generate()

@@ -64,7 +64,7 @@ def remark(row: Row) -> str:
 
 
 def recommendation(result: Result) -> str:
-  """Names the method that reaches the target first on the link, and its lead, in one line."""
+  """Names the method that reaches the target first on the network, and its lead, in one line."""
   rows, target, place = result["methods"], result["target"], result["place"]
   reach = [row for row in rows if "seconds_to_target" in row]
   if not reach:
@@ -110,14 +110,18 @@ def caption(result: Result) -> list[str]:
     computing = f"those of the virtual clock {result['clock']}"
   elif result["compute_seconds"]:
     computing = f"{result['compute_seconds']:g} s of computing per step, as given, for every method"
-  if not result["link"]:
-    return [*lines, f"Seconds: {computing}; communication is not in them (--link predicts it)."]
+  elif result["network_compute_seconds"]:
+    known = result["network_compute_seconds"]
+    computing = f"{known:.3g} s of computing per step, as in the file of --network, and encoding"
+  if result["simulated_network"]:
+    return [*lines, f"Seconds: {computing}, with exchanges over {result['simulated_network']}."]
+  if not result["network"]:
+    return [*lines, f"Seconds: {computing}; communication is not in them (--network predicts it)."]
   slices = ", within slices as between them" if "slice" in result["mesh"] else ""
   return [
     *lines,
-    f"Seconds: {computing}; then the communication of what is sent by then, as predicted for a "
-    f"link of {result['link']} per worker{slices}, one collective per leaf on a ring, none "
-    "overlapping.",
+    f"Seconds: {computing}; then the communication of what is sent by then, as predicted for "
+    f"{result['network']}, a link for each worker{slices}, one collective per leaf on a ring.",
   ]
 
 

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from research.analysis import network
+from research.analysis.network import Network
 from research.training.config import Config
 
 
@@ -72,14 +74,19 @@ class Outcome(NamedTuple):
 class Conditions(NamedTuple):
   """The conditions for which seconds are predicted."""
 
-  link: str  # value of --link; '' if there is no link
+  network: str  # value of --network; '' if there is no network
   compute_seconds: float  # seconds per local step of one worker; 0 for the measured time
   clock: str  # value of --clock; '' if there is no clock
 
   @property
   def place(self) -> str:
     """A label of the conditions under which seconds to the target are counted, or ''."""
-    return " and ".join(filter(None, (self.link, self.clock and "the virtual clock")))
+    return " and ".join(filter(None, (self.network, self.clock and "the virtual clock")))
+
+  @property
+  def parsed(self) -> Network:
+    """The constants of the network; those of an ideal one if there is no network."""
+    return network.parse(self.network) if self.network else Network()
 
 
 def read_curve(folders: list[Path]) -> Curve:
@@ -146,7 +153,7 @@ def figures(outcome: Outcome, target: float | None, conditions: Conditions) -> d
   if accuracies:
     measures = {"mean": statistics.mean, "least": min, "greatest": max}
     found |= {f"accuracy_{name}": of(accuracies) for name, of in measures.items()}
-  found |= step_seconds(plan.spec, summaries, conditions)
+  found |= step_seconds(outcome, conditions)
   computing, waiting = found["compute_seconds_per_step"], found["latency_seconds_per_step"]
   of_bytes = found["seconds_per_step"] - computing - waiting  # for a mean step; early steps vary
   computed = curve.virtual if conditions.clock else curve.steps * computing
@@ -173,33 +180,45 @@ def to_target(curve: Curve, target: float, seconds: np.ndarray | None) -> dict[s
   return found
 
 
-def step_seconds(
-  spec: str, summaries: list[dict[str, Any]], conditions: Conditions
-) -> dict[str, float]:
-  """Returns the seconds of a mean local step: computation, latency of any link, and the total.
+def step_seconds(outcome: Outcome, conditions: Conditions) -> dict[str, float]:
+  """Returns the seconds of a mean local step: computation, the part without bytes, and the total.
 
-  If a method allows its exchange to overlap with computation, only the remaining time counts.
+  The computation is that of --compute_seconds, of the file of --network, or as measured here. What
+  is measured here contains the encoding of messages.
   """
   from research.analysis import cost
   from research.comm import mesh as meshes
   from research.core import registry
 
+  summaries, config = outcome.summaries, outcome.plan.configs[0]
   measured = 1 / statistics.median(s["steps_per_second"] for s in summaries)
-  computing, waiting, talking, exposed = conditions.compute_seconds or measured, 0.0, 0.0, 0.0
+  network = conditions.parsed
+  computing, encoding = conditions.compute_seconds or network.computing, 0.0
   if conditions.clock:
     computing = statistics.mean(s["virtual_seconds"] / s["steps"] for s in summaries)
-  if conditions.link:
-    axes, link = meshes.parse_mesh(summaries[0]["mesh"]), cost.parse_link(conditions.link)
-    rows = summaries[0]["wire"]["transfers"]
-    talking = cost.seconds(rows, axes, link)
-    waiting = cost.seconds(rows, axes, link._replace(bits_per_second=math.inf))
-    method = registry.build("method", spec)
-    exposed = cost.exposed(talking, computing, method.local_steps, method.hidden_steps)
+  if computing and network.kernels:
+    from experiments.reports import work
+
+    encoding = work.of_config(config).encoding(network)
+  axes = meshes.parse_mesh(summaries[0]["mesh"])
+  method = registry.build("method", outcome.plan.spec)
+  predict = lambda sent: cost.step(
+    sent,
+    network,
+    workers=meshes.count(meshes.worker_axes(axes)),
+    computing=computing or measured,
+    encoding=encoding,
+    period=method.local_steps,
+    delay=method.hidden_steps,
+  )
+  sent = cost.load(summaries[0]["wire"]["transfers"] if conditions.network else [], axes)
+  whole, empty = predict(sent), predict(sent._replace(sent=0.0))
+  alone = whole.computing + whole.encoding
   return {
-    "compute_seconds_per_step": computing,
-    "communication_seconds_per_step": talking,
-    "latency_seconds_per_step": waiting * exposed / talking if talking else 0.0,
-    "seconds_per_step": computing + exposed,
+    "compute_seconds_per_step": alone,
+    "communication_seconds_per_step": whole.host + whole.link,
+    "latency_seconds_per_step": empty.seconds - alone,
+    "seconds_per_step": whole.seconds,
   }
 
 
@@ -218,6 +237,8 @@ def compared(
     "evaluated_on": next((o.summaries[0]["evaluated_on"] for o in outcomes if o.summaries), "test"),
     **conditions._asdict(),
     "place": conditions.place,
+    "simulated_network": config.network,
+    "network_compute_seconds": conditions.parsed.computing,
     "target": target,
     "target_is": "the greatest of the methods' least losses" if wanted is None else "as given",
     "methods": [figures(outcome, target, conditions) for outcome in outcomes],

@@ -7,8 +7,8 @@ steps and the bytes per parameter and step of the small model:
     computing = 6 parameters tokens / (chips peak utilization)
     communication = 8 bytes per parameter and step * parameters / bits per second
 
-Methods whose exchange overlaps with local steps wait only for the exposed part (`cost.exposed`).
-Latency, encoding and the computation of optimizers are not modelled.
+This is the model of `analysis/cost.py`, in which methods whose exchange overlaps with local steps
+wait only for the exposed part. Latency, encoding and the computation of optimizers are left out.
 """
 
 import math
@@ -16,7 +16,7 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from research.analysis import chips, cost
+from research.analysis import chips, cost, network
 from research.core import checks, registry
 
 LINKS = ("100gbit", "1gbit", "100mbit")
@@ -100,9 +100,15 @@ def _figures(row: dict[str, Any], place: Place) -> dict[str, Any]:
   method = registry.build("method", row["spec"])
   hours = {}
   for link in LINKS:
-    talking = 8 * sent * parameters(place.preset) / cost.parse_link(link).bits_per_second
-    waiting = cost.exposed(talking, place.computing, method.local_steps, method.hidden_steps)
-    hours[link] = steps * (place.computing + waiting) / 3600
+    step = cost.step(
+      cost.Load(sent * parameters(place.preset), 0),
+      network.parse(link),
+      workers=workers,
+      computing=place.computing,
+      period=method.local_steps,
+      delay=method.hidden_steps,
+    )
+    hours[link] = steps * step.seconds / 3600
   return {
     "loss": statistics.mean(losses),
     "losses": losses,

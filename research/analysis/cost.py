@@ -1,18 +1,22 @@
-"""Predicts the time of collectives from a link's bandwidth and latency.
+"""Predicts the time of a local step from its messages and the constants of a network.
 
-This is the alpha-beta model (Hockney 1994) for bandwidth-optimal algorithms (Thakur et al. 2005). A
-collective among W workers takes the latency of `hops` sequential messages, plus the time to
-transmit all its bytes:
-
-    seconds = messages * (hops * latency + 8 * sent / rate)
+Collectives follow the alpha-beta model (Hockney 1994) for bandwidth-optimal algorithms (Thakur et
+al. 2005). A collective among W workers is a sequence of `hops` messages:
 
     all-reduce  2 (W-1) hops on a ring      all-gather, reduce-scatter  W-1 hops on a ring
     all-to-all    W-1 pairwise exchanges    permute                     1 hop
 
-Every worker has one full-duplex link. Transfers never overlap with each other; they overlap with
-computation if the method allows it (`exposed`). Every leaf of the tree is one message, unless the
-program fuses leaves. A library that uses tree algorithms for short messages needs fewer hops for
-such messages.
+A step is the computation of the slowest worker, the encoding of messages, the work of hosts on
+messages, and the time of the link:
+
+    host = hops message + byte sent        link = hops latency + (8 sent - credit) / rate
+    credit = min(8 burst, rate (time in which the link is idle))
+
+The credit is that of a token bucket, which fills while the workers compute. If the method allows
+its exchange to overlap with local steps, the link's time counts only as far as they do not hide it
+(`exposed`); the work of hosts is never hidden. Every leaf of the tree is one message, unless the
+program fuses leaves. Every worker's link is full duplex, and an exchange loads both directions
+alike. A library that uses tree algorithms for short messages needs fewer hops for such messages.
 
 References:
   Hockney, 1994, "The communication challenge for MPP: Intel Paragon and Meiko CS-2", Parallel
@@ -21,59 +25,121 @@ References:
 """
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from research.core.text import QUOTED, one_line
-
-_BITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "tbit": 1e12}  # per second
-_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+from research.analysis import waiting
+from research.analysis.network import Network
 
 
-class LinkSpeed(NamedTuple):
-  """Bandwidth and latency of a worker's link, in each direction."""
+class Load(NamedTuple):
+  """What one worker sends per local step."""
 
-  bits_per_second: float
-  latency_seconds: float  # one-way latency of a message
+  sent: float  # bytes
+  hops: float  # messages that follow one another
 
+  def host(self, network: Network) -> float:
+    """Returns the seconds of a host's work."""
+    return self.hops * network.message + self.sent * network.byte
 
-def parse_link(spec: str) -> LinkSpeed:
-  """Parses '100mbit,20ms', or '100mbit' for zero latency.
-
-  Args:
-    spec: bandwidth and optional latency, separated by a comma.
-
-  Raises:
-    ValueError: for an unknown unit, an invalid number, zero bandwidth, or extra parts.
-  """
-  rate, comma, latency = (part.strip() for part in spec.partition(","))
-  bits = _quantity(rate, _BITS, "a bandwidth such as 100mbit")
-  if bits == 0:
-    raise ValueError(f"'{one_line(rate, QUOTED)}' is not a bandwidth above zero")
-  return LinkSpeed(bits, _quantity(latency, _SECONDS, "a latency such as 20ms") if comma else 0.0)
+  def link(self, network: Network) -> float:
+    """Returns the seconds of the link without any credit."""
+    return self.hops * network.latency + 8 * self.sent / network.bits_per_second
 
 
-def _quantity(text: str, units: Mapping[str, float], wanted: str) -> float:
-  found = re.fullmatch(r"([0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})\s*([a-z]+)", text.lower())
-  value = float(found[1]) * units.get(found[2], math.nan) if found else math.nan
-  if not math.isfinite(value):
-    legal = f"a number and one of {', '.join(units)}"
-    raise ValueError(f"'{one_line(text, QUOTED)}' is not {wanted}: {legal}")
-  return value
+class Step(NamedTuple):
+  """The parts of a predicted local step, in seconds."""
+
+  computing: float  # of the slowest worker
+  encoding: float
+  host: float  # work on messages
+  link: float  # latency and transmission, less what an idle link has saved up
+  waiting: float  # the part of `link` that local steps do not hide
+
+  @property
+  def seconds(self) -> float:
+    """The time of a local step."""
+    return self.computing + self.encoding + self.host + self.waiting
 
 
-def seconds(rows: Iterable[Mapping[str, Any]], axes: Mapping[str, int], link: LinkSpeed) -> float:
-  """Predicts the time of sequential transfers, in seconds per local step.
+def load(rows: Iterable[Mapping[str, Any]], axes: Mapping[str, int]) -> Load:
+  """Sums what one worker sends per local step.
 
   Args:
     rows: the transfers of `summary.json`, each with `operation`, `axis` ('slice+data' means over
       both axes at once), and one worker's `payload_bytes`, `sent_bytes` and `messages` per local
       step.
     axes: sizes of the mesh axes by name.
-    link: the link of every worker, over every axis.
   """
-  return sum(_seconds(row, axes, link) for row in rows)
+  found = [_load(row, axes) for row in rows]
+  return Load(sum(one.sent for one in found), sum(one.hops for one in found))
+
+
+def _load(row: Mapping[str, Any], axes: Mapping[str, int]) -> Load:
+  workers = math.prod(axes[name] for name in row["axis"].split("+"))
+  if not row["sent_bytes"]:
+    return Load(0.0, 0.0)
+  # `sent_bytes` is the workers' mean; if only some send, the others wait for them.
+  sent = row["payload_bytes"] if row["operation"] == "permute" else row["sent_bytes"]
+  return Load(sent, row["messages"] * hops(row["operation"], workers))
+
+
+def hops(operation: str, workers: int) -> int:
+  """Returns the number of messages of a collective that follow one another.
+
+  Args:
+    operation: the operation of a `wire.Transfer`.
+    workers: the number of workers.
+  """
+  return {
+    "all-reduce": 2 * (workers - 1),
+    "all-gather": workers - 1,
+    "reduce-scatter": workers - 1,
+    "all-to-all": workers - 1,
+    "permute": 1,
+  }[operation]
+
+
+def seconds(rows: Iterable[Mapping[str, Any]], axes: Mapping[str, int], network: Network) -> float:
+  """Predicts the time of transfers that follow one another, in seconds per local step.
+
+  Args:
+    rows: see `load`.
+    axes: sizes of the mesh axes by name.
+    network: the network, over every axis; its credit for idle links is not counted.
+  """
+  found = load(rows, axes)
+  return found.host(network) + found.link(network)
+
+
+def step(
+  sent: Load,
+  network: Network,
+  *,
+  workers: int,
+  computing: float,
+  encoding: float = 0.0,
+  period: int = 1,
+  delay: int = 0,
+) -> Step:
+  """Predicts the parts of a local step.
+
+  Args:
+    sent: what one worker sends per local step.
+    network: the network and the machines.
+    workers: the number of workers.
+    computing: a worker's mean seconds of computation per local step.
+    encoding: seconds of encoding and decoding per local step.
+    period: local steps from one exchange to the next.
+    delay: local steps that an exchange may take; 0 if the workers wait for its result.
+  """
+  slowest = waiting.slowest(computing, network.spread, workers, period)
+  host, rate = sent.host(network), network.bits_per_second
+  idle = slowest + encoding + host
+  sending = 8 * sent.sent / rate
+  saved = min(8 * network.burst / rate / period, idle) if math.isfinite(rate) else 0.0
+  link = sent.hops * network.latency + max(0.0, sending - saved)
+  return Step(slowest, encoding, host, link, exposed(link, slowest, period, delay))
 
 
 def exposed(talking: float, computing: float, steps: int, delay: int) -> float:
@@ -92,19 +158,3 @@ def exposed(talking: float, computing: float, steps: int, delay: int) -> float:
     Seconds per local step.
   """
   return max(0.0, talking - min(delay, steps) / steps * computing)
-
-
-def _seconds(row: Mapping[str, Any], axes: Mapping[str, int], link: LinkSpeed) -> float:
-  workers = math.prod(axes[name] for name in row["axis"].split("+"))
-  if not row["sent_bytes"]:
-    return 0.0
-  # `sent_bytes` is the workers' mean; if only some send, the others wait for them.
-  sent = row["payload_bytes"] if row["operation"] == "permute" else row["sent_bytes"]
-  hops = {
-    "all-reduce": 2 * (workers - 1),
-    "all-gather": workers - 1,
-    "reduce-scatter": workers - 1,
-    "all-to-all": workers - 1,
-    "permute": 1,
-  }[row["operation"]]
-  return row["messages"] * hops * link.latency_seconds + 8 * sent / link.bits_per_second

@@ -1,5 +1,6 @@
 """Defines networks of many workers: the rates and delays of their links, and who is present."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY
 from typing import NamedTuple
@@ -13,6 +14,11 @@ from research.sim.regions import NAMES, round_trips
 
 _WAYS = ("server", "ring")
 _BITS = 1e6 / 8  # bytes per second of one Mbit/s
+
+
+def is_simulated(text: str) -> bool:
+  """Returns whether a value of --network is a spec, not a link such as 100mbit,20ms or a file."""
+  return bool(re.match(r"\s*\w+\s*\(", text))
 
 
 class Links(NamedTuple):

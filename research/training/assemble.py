@@ -15,7 +15,7 @@ from research.core.spec import parse
 from research.core.task import Batch, Executor, Task
 from research.parallel.job import Job, stages
 from research.sim.clock import Speeds, steady
-from research.sim.network import Network
+from research.sim.network import Network, is_simulated
 from research.tasks.partition import Partition
 from research.training import feed, reach, sources
 from research.training.config import OF_SERVER, Config, UsageError, flag
@@ -145,6 +145,11 @@ def check(config: Config, given: Given = NOTHING_GIVEN) -> Setting:
   network = given.network
   if config.network:
     with flag("network", config.network):
+      if not network and not is_simulated(config.network):
+        raise ValueError(
+          "a run simulates a network such as internet(); compare.py and advise.py also take links "
+          "and files of probe.py, to predict times"
+        )
       network = network or registry.build("network", config.network)
       _check_network(config)
   with flag("task", config.task):

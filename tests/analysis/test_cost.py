@@ -1,4 +1,6 @@
-"""The cost model: what a link is, and collectives against their schedules, hop by hop."""
+"""The cost model: parts of a step, and collectives against their schedules, hop by hop."""
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -6,51 +8,11 @@ import pytest
 from jax import lax
 
 from research.analysis import cost, wire
-from research.analysis.cost import LinkSpeed, parse_link
+from research.analysis.network import Network
 from research.core import registry
 
-LINK = LinkSpeed(8e3, 0.25)  # a byte per millisecond
+LINK = Network(8e3, 8e3, 0.25)  # a byte per millisecond
 LENGTH = 48  # float32 that a worker puts in
-
-
-@pytest.mark.parametrize(
-  ("spec", "link"),
-  [
-    ("100mbit", (1e8, 0)),
-    ("100mbit,20ms", (1e8, 0.02)),
-    ("1.5gbit,5us", (1.5e9, 5e-6)),
-    (" 10 kbit , 1s ", (1e4, 1)),
-    (".5tbit,0s", (5e11, 0)),
-    ("56000bit", (56e3, 0)),
-    ("100Mbit", (1e8, 0)),
-  ],
-)
-def test_a_link_is_a_bandwidth_and_a_latency(spec, link):
-  assert parse_link(spec) == pytest.approx(link)
-
-
-@pytest.mark.parametrize(
-  ("spec", "wrong", "legal"),
-  [
-    ("", "''", "mbit"),
-    ("100", "'100'", "mbit"),
-    ("100mb", "'100mb'", "kbit, mbit"),
-    ("mbit", "'mbit'", "mbit"),
-    ("-1mbit", "'-1mbit'", "mbit"),
-    ("nan mbit", "'nan mbit'", "mbit"),
-    ("0mbit", "'0mbit'", "not a bandwidth"),
-    ("20ms", "'20ms'", "mbit"),
-    ("100mbit,", "''", "us, ms, s"),
-    ("100mbit,20", "'20'", "us, ms, s"),
-    ("100mbit,1gbit", "'1gbit'", "us, ms, s"),
-    ("100mbit,20ms,3ms", "'20ms,3ms'", "us, ms, s"),
-  ],
-)
-def test_another_link_is_refused_by_what_is_wrong(spec, wrong, legal):
-  with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
-    parse_link(spec)
-  assert wrong in str(error.value)
-  assert legal in str(error.value)
 
 
 def ring(workers: int) -> list[tuple[int, int]]:
@@ -96,7 +58,7 @@ def test_a_collective_takes_what_its_hops_take(operation, workers):
   program, hops, part = SCHEDULES[operation]
   found = rows(lambda x: program(x, workers), {"data": workers})
   assert [row["operation"] for row in found] == [operation]
-  hop = LINK.latency_seconds + 8 * 4 * LENGTH * part(workers) / LINK.bits_per_second
+  hop = LINK.latency + 8 * 4 * LENGTH * part(workers) / LINK.bits_per_second
   want = sum(hop for _ in range(hops(workers))) if workers > 1 else 0
   assert cost.seconds(found, {"data": workers}, LINK) == pytest.approx(want)
 
@@ -142,3 +104,43 @@ def test_a_method_says_how_long_its_exchange_may_take():
   assert steps("late(local_sgd(sgd(0.1), mean(), period=8), 11)") == 11
   assert steps("eager_diloco(sgd(0.1), sgd(0.1), mean(), period=8)") == 8
   assert steps("streaming_diloco(sgd(0.1), sgd(0.1), mean(), period=8, delay=3)") == 3
+
+
+SENT = cost.Load(1000.0, 4.0)
+MACHINE = LINK.replace(message=0.01, byte=1e-4)  # 4 * 0.01 + 0.1 s of a host's work
+
+
+def step(network=MACHINE, sent=SENT, computing=4.0, **changes) -> cost.Step:
+  return cost.step(sent, network, workers=8, computing=computing, **changes)
+
+
+def test_a_step_is_the_sum_of_its_parts():
+  assert step(encoding=0.5) == pytest.approx((4.0, 0.5, 0.14, 2.0, 2.0))
+  assert step(encoding=0.5).seconds == pytest.approx(4 + 0.5 + 0.14 + 2)
+  assert step(Network()).seconds == 4
+
+
+def test_an_idle_link_saves_up_a_burst():
+  saved = lambda burst, **changes: 2.0 - step(MACHINE.replace(burst=burst), **changes).link
+  assert saved(0.0) == 0
+  assert saved(100.0) == pytest.approx(0.1)
+  assert saved(100.0, period=10) == pytest.approx(0.01)  # the exchange of ten steps saves it once
+  assert saved(1e6, computing=0.3) == pytest.approx(0.3 + 0.14)  # it fills in the time there is
+  assert saved(1e6) == pytest.approx(1.0)  # latency remains
+  long = step(MACHINE.replace(burst=1e9), SENT._replace(sent=1e5), computing=0.0)
+  assert long.seconds == pytest.approx(8e5 / 8e3 + 1)  # in the long run, the rate is the limit
+
+
+def test_only_the_link_overlaps_with_local_steps():
+  late = step(period=8, delay=8)
+  assert (late.waiting, late.seconds) == pytest.approx((0.0, 4.14))
+  assert step(period=8, delay=2).waiting == pytest.approx(1.0)
+
+
+def test_workers_wait_for_the_slowest():
+  """Of two standard normal variables the larger has the mean 1 / sqrt(pi)."""
+  pair = lambda period: (
+    cost.step(SENT, Network(spread=0.1), workers=2, computing=4.0, period=period).seconds
+  )
+  assert pair(1) == pytest.approx(4 * (1 + 0.1 / math.pi**0.5))
+  assert pair(16) == pytest.approx(4 * (1 + 0.025 / math.pi**0.5))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from experiments import compare, reproduce
 from experiments import compile as ahead
-from research.analysis import chips, cost
+from research.analysis import chips, network
 from research.comm import join, mesh
 from research.command import flags as command
 from research.core import arguments, registry
@@ -247,7 +247,7 @@ def test_a_flagfile_is_read(parse, tmp_path):
 
 LANGUAGES: dict[str, Callable[[str], Any]] = {
   "mesh": mesh.parse_mesh,
-  "link": cost.parse_link,
+  "network": network.parse,
   "topology": chips.parse_topology,
   "coordinator": lambda text: join._check_explicit(text, 2, 0),
   "processes": lambda text: join._of_environment({"JAX_NUM_PROCESSES": text}),

@@ -40,7 +40,7 @@ PLACEHOLDER = re.compile(r"[A-Z][A-Z0-9_]*(:[A-Z]+)?")
 PROGRAM = re.compile(r"(?:.*/)?((?:experiments|launch)/\w+)\.py|distopt")
 ENDS = {"&&", "||", "|", ";", ">", "2>", "&", "--"}  # of a program's own arguments
 OF_ABSL = {"flagfile", "help"}
-OF_CONFIG = ("run", "compare", "sweep", "compile")  # programs that take the flags of a run
+OF_CONFIG = ("run", "compare", "sweep", "compile", "probe")  # programs that take the flags of a run
 
 
 def by_name(page: Path) -> str:

@@ -15,6 +15,8 @@ from urllib.parse import quote
 
 import pytest
 
+from research.analysis import wire
+
 ROOT = Path(__file__).parents[2]
 SITE = ROOT / "docs" / "_build" / "html"
 NEEDED = ("sphinx", "myst_nb", "sphinx_book_theme", "sphinx-mathjax-offline", "selenium")
@@ -166,3 +168,89 @@ def test_dark_mode_can_be_chosen(site, browser):
   browser.find_element("css selector", ".theme-switch-button").click()
   browser.find_element("css selector", ".theme-change-button[data-mode=dark]").click()
   assert browser.execute_script(theme) == "dark"
+
+
+# Bandwidth in bits per second, latency and computing in seconds, workers, parameters.
+PLACES = (
+  (1e9, 1e-3, 1.0, 8, 1_000_000_000),
+  (1e6, 0.3, 100.0, 2, 1_000_000_000_000),
+  (1e12, 1e-6, 0.001, 10_000, 100_000),
+  (5e7, 0.02, 0.05, 64, 30_000_000),
+)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_advisor_ranks_as_python_does(site, browser, place):
+  """The page is opened as a file, without a server."""
+  from experiments.reports import advice
+  from research.analysis import cost
+  from research.analysis.network import Network
+
+  del site
+  bandwidth, latency, computing, workers, parameters = place
+  browser.get(f"file://{SITE}/advisor.html")
+  named = f"{{bandwidth: {bandwidth}, latency: {latency}, computing: {computing}, workers: "
+  named += f"{workers}, parameters: {parameters}, encoding: 0}}"
+  methods = browser.execute_script("return window.ADVISOR_DATA.methods")
+  found = browser.execute_script(f"return window.advisor.rank({named})")
+
+  def option(method):
+    rows = [
+      {
+        "operation": one["operation"],
+        "axis": "data",
+        "payload_bytes": (one["fixed"] + one["by_workers"] / workers) * parameters,
+        "sent_bytes": (one["fixed"] + one["by_workers"] / workers)
+        * parameters
+        * wire.ring_share(one["operation"], workers),
+        "messages": one["messages"],
+      }
+      for one in method["transfers"]
+    ]
+    low, ratio, high = method["steps"]
+    load = cost.load(rows, {"data": workers})
+    rest = (method["period"], method["delay"], ratio, low, high)
+    return advice.Option(method["name"], method["spec"], (), load, 0.0, 0.0, *rest)
+
+  network = Network(upload=bandwidth, download=bandwidth, latency=latency)
+  options = [option(method) for method in methods]
+  want = advice.ranked(options, network, workers=workers, computing=computing)
+  assert [one["method"]["name"] for one in found] == [row["name"] for row in want]
+  for one, row in zip(found, want, strict=True):
+    assert one["seconds"] == pytest.approx(row["step_seconds"], rel=1e-9)
+    assert one["sent"] == pytest.approx(row["bytes_per_step"], rel=1e-9)
+
+
+SHOWN = "return document.getElementById(arguments[0]).textContent"
+SLIDERS = ("bandwidth", "latency", "computing", "workers", "parameters")
+
+
+def test_the_advisor_moves_with_its_sliders(site, browser):
+  """By keyboard, to both ends of every slider, and on a phone."""
+  from selenium.webdriver.common.keys import Keys
+
+  shown_as(browser, PHONE)
+  browser.get(site + "advisor.html")
+  rows = "return document.querySelectorAll('#advisor-ranking tr').length"
+  count = browser.execute_script("return window.ADVISOR_DATA.methods.length")
+  seen = set()
+  for name in SLIDERS:
+    slider = browser.find_element("id", f"advisor-{name}")
+    for key in (Keys.HOME, Keys.END, Keys.ARROW_LEFT):
+      before = browser.execute_script(SHOWN, f"advisor-{name}-text")
+      slider.send_keys(key)
+      seen.add(browser.execute_script(SHOWN, "advisor-verdict"))
+      assert browser.execute_script(rows) == count
+      text = browser.execute_script("return document.querySelector('article').textContent")
+      assert not {"NaN", "Infinity", "undefined"} & {*text.split()}
+      if key == Keys.ARROW_LEFT:
+        assert browser.execute_script(SHOWN, f"advisor-{name}-text") != before
+  assert any(said.startswith("Do not compress") for said in seen)
+  assert any(said.startswith("Use ") for said in seen)
+  dots = "return document.querySelectorAll('#advisor-front circle').length"
+  assert browser.execute_script(dots) == count
+  address = browser.current_url  # the sliders' values are in the address
+  browser.get("about:blank")
+  browser.get(address)
+  assert browser.execute_script(SHOWN, "advisor-verdict") in seen
+  assert not [one for one in browser.get_log("browser") if one["level"] == "SEVERE"]

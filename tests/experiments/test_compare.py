@@ -46,7 +46,7 @@ def command(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_methods_are_trained_compared_and_found_again(command, tmp_path):
-  told = ("--seeds=2", "--seed=3", "--link=10kbit,1ms", "--recommend", "--compute_seconds=0.01")
+  told = ("--seeds=2", "--seed=3", "--network=10kbit,1ms", "--recommend", "--compute_seconds=0.01")
   out = tmp_path / "out"
   code, text, _ = command(f"--methods={DENSE}", *told)
   assert code == 0
@@ -108,10 +108,10 @@ def test_methods_are_trained_compared_and_found_again(command, tmp_path):
     (["--methods=" + DENSE, "--method=" + DENSE], "use --methods"),
     (["--methods=" + DENSE, "--seeds=0"], "seeds"),
     (["--methods=" + DENSE, "--eval_every=0"], "--eval_every=0: "),
-    (["--methods=" + DENSE, "--link=fast"], "--link='fast': 'fast' is not a bandwidth"),
+    (["--methods=" + DENSE, "--network=fast"], "--network='fast': 'fast' is not a bandwidth"),
     (["--methods=" + DENSE, "--target=nan"], "--target=nan: not a finite number"),
     (["--methods=" + DENSE, "--target=low"], "target"),
-    (["--methods=" + DENSE, "--recommend"], "--recommend: needs the link"),
+    (["--methods=" + DENSE, "--recommend"], "--recommend: needs the network"),
   ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_trained(command, tmp_path, arguments, line):

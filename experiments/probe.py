@@ -1,0 +1,301 @@
+"""Measures the constants of the machines and of the network between them, in under two minutes.
+
+    python launch/netlab.py --hosts=2 --rate=100mbit --cores_per_host=1 -- \\
+        python experiments/probe.py --out=net.json --rate=100mbit
+
+Any launcher starts one process per host, as for run.py; a single process measures only its machine.
+The command measures, with all hosts busy at the same time:
+
+- the computation of a local step of --task and --model with the batch of one worker,
+- encoding and decoding, per element, with each of --kernels,
+- the library's collectives of several sizes, at once after each other and after pauses.
+
+The constants of the network are fitted to the times of the collectives (`analysis/fitting.py`). The
+file contains the constants and all times. compare.py and advise.py take the file as --network, and
+net.json,1gbit,20ms as the same machines on another link. If the link's rate on the wire is known,
+--rate determines how much of it is payload.
+"""
+
+import itertools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from experiments.compare import split
+from research.analysis import fitting, network
+from research.analysis.fitting import Sample
+from research.analysis.network import Kernel, Network
+from research.command.errors import one_line_errors
+from research.command.flags import define_flags, launch
+from research.command.start import start
+from research.core import paths
+from research.training.config import Config, UsageError, flag
+
+FLAGS = flags.FLAGS
+KERNELS = (
+  "int8(); bf16(); sign(); qsgd(); top_k(0.01); block_top_k(); random_k(0.01); statistical(2); "
+  "power_sgd(4); majority_vote()"
+)
+SHAPE = (640, 640)  # of an array to encode
+SIZES = (2**12, 2**16, 2**18, 2**20, 3 * 2**20)  # bytes that a worker puts into a collective
+PAUSE = 0.25  # seconds, in which an idle link saves up its burst
+LONG = 2**18  # bytes from which on a collective is also measured after pauses
+TURNS = (3, 25)  # smallest and largest number of measurements of the same thing
+SECONDS = 1.0  # for one collective of one size
+QUARTILE = 0.25  # of the times, because other programs can only make them longer
+STEPS = 8  # per dispatch of the computation
+OPERATIONS = ("all-reduce", "all-gather", "all-to-all", "permute")
+
+
+class Hosts:
+  """The processes of the job, which start each measurement together."""
+
+  def __init__(self):
+    import jax
+
+    from research.comm import collectives
+    from research.comm import mesh as meshes
+
+    self.count = jax.process_count()
+    if self.count > 1 < len(jax.local_devices()):
+      raise UsageError(f"{len(jax.local_devices())} devices per process; start one per process")
+    self._mesh = meshes.device_mesh({"data": self.count}, jax.devices()[: self.count])
+    self._meet = self.program(lambda x: collectives.total(x), 4)
+
+  def program(self, exchange: Callable[[Any], Any], size: int) -> Callable[[], Any]:
+    """Compiles an exchange to which each worker contributes `size` bytes; each call runs it."""
+    import jax
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    mine = np.ones(size // 4, np.float32)
+    rows = NamedSharding(self._mesh, P("data"))
+    x = jax.make_array_from_callback((self.count * len(mine),), rows, lambda _: mine)
+    run = jax.jit(
+      jax.shard_map(
+        exchange, mesh=self._mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False
+      )
+    )
+    jax.block_until_ready(run(x))
+    return lambda: jax.block_until_ready(run(x))
+
+  def timed(self, run: Callable[[], Any], turns: int, pause: float = 0.0) -> np.ndarray:
+    """Measures the seconds of `run` in each process and turn, [processes, turns]."""
+    from jax.experimental import multihost_utils
+
+    found = []
+    for _ in range(turns):
+      time.sleep(pause)
+      self._meet()
+      begin = time.perf_counter()
+      run()
+      found.append(time.perf_counter() - begin)
+    everyone = multihost_utils.process_allgather(np.array(found, np.float32))
+    return np.asarray(everyone, np.float64).reshape(self.count, turns)
+
+  def typical(self, run: Callable[[], Any], pause: float = 0.0) -> float:
+    """Returns the lower quartile of the slowest process's seconds."""
+    first = self.timed(run, 1, pause).max()
+    turns = int(np.clip(SECONDS / (first + pause), *TURNS))
+    return float(np.quantile(self.timed(run, turns, pause).max(0), QUARTILE))
+
+
+def exchange(operation: str, count: int) -> Callable[[Any], Any]:
+  """Returns one of the library's collectives, for `count` workers."""
+  from research.comm import collectives
+
+  ring = [(i, (i + 1) % count) for i in range(count)]
+  return {
+    "all-reduce": lambda x: collectives.total(x),
+    "all-gather": lambda x: collectives.gather(x)[:, :1].reshape(-1),
+    "all-to-all": lambda x: collectives.exchange(x.reshape(count, -1)).reshape(-1),
+    "permute": lambda x: collectives.permute(x, ring),
+  }[operation]
+
+
+def of_exchanges(hosts: Hosts) -> list[Sample]:
+  """Measures every collective of every size, without pauses and after pauses."""
+  from research.analysis import cost, wire
+
+  found = []
+  for operation, size in itertools.product(OPERATIONS, SIZES):
+    sent = size * wire.ring_share(operation, hosts.count, hosts.count)
+    hops = cost.hops(operation, hosts.count)
+    run = hosts.program(exchange(operation, hosts.count), size)
+    for pause in (0.0, PAUSE) if size >= LONG else (0.0,):
+      seconds = hosts.typical(run, pause)
+      found.append(Sample(operation, sent, hops, pause, seconds))
+  return found
+
+
+def computing(hosts: Hosts, config: Config) -> np.ndarray:
+  """Measures the seconds of a local step without any exchange, [processes, turns].
+
+  Raises:
+    UsageError: if a flag is invalid.
+  """
+  import jax
+
+  from research.training import assemble
+  from research.training.loop import Run
+
+  size = config.batch_size
+  config = config.replace(
+    method="data_parallel(sgd(0.1), mean())",
+    executor="spmd",
+    mesh="data:1",
+    batch_size=size if size == "all" else assemble.per_worker(config, hosts.count),
+    steps=2**20,
+    steps_per_dispatch=STEPS,
+  )
+  run = Run(config, assemble.assemble(config, assemble.check(config), jax.local_devices()[:1]))
+
+  def steps() -> None:
+    run.advance(run.step + STEPS)
+    jax.block_until_ready(run.metrics)
+
+  steps()
+  return hosts.timed(steps, TURNS[1]) / STEPS
+
+
+def kernel(hosts: Hosts, spec: str) -> tuple[str, Kernel]:
+  """Measures the seconds per element of a compressor, or of an aggregator with one worker.
+
+  Returns:
+    The spec as the object itself writes it, and the seconds.
+
+  Raises:
+    UsageError: if neither a compressor nor an aggregator has this spec.
+  """
+  import jax
+  from jax.sharding import PartitionSpec as P
+
+  from research.comm import mesh as meshes
+  from research.core import registry
+  from research.core.spec import parse
+
+  one = meshes.device_mesh({"data": 1}, jax.local_devices()[:1])
+
+  def program(function: Callable[..., Any]) -> Any:
+    return jax.jit(jax.shard_map(function, mesh=one, in_specs=P(), out_specs=P(), check_vma=False))
+
+  def per_element(run: Any, *args: Any) -> float:
+    jax.block_until_ready(run(*args))
+    return hosts.typical(lambda: jax.block_until_ready(run(*args))) / x.size
+
+  draw = lambda: (jax.random.normal(jax.random.key(0), SHAPE), jax.random.split(jax.random.key(1)))
+  x, keys = program(draw)()
+  with flag("kernels", spec):
+    if parse(spec).name in registry.names("compressor"):
+      compressor, like = registry.build("compressor", spec), jax.ShapeDtypeStruct(SHAPE, x.dtype)
+      encode = program(lambda x, keys: compressor.encode(x, *keys))
+      decode = program(lambda payload, keys: compressor.decode(payload, like, keys[0]))
+      encoded = encode(x, keys)
+      both = per_element(encode, x, keys), per_element(decode, encoded, keys)
+      return repr(compressor), Kernel(*both)
+    aggregator = registry.build("aggregator", spec)
+  state = program(aggregator.init)(x)
+  run = program(lambda x, state, keys: aggregator.aggregate(x, state, keys[0])[:2])
+  return repr(aggregator), Kernel(per_element(run, x, state, keys), 0.0)
+
+
+def measured(config: Config, rate: str) -> dict[str, Any]:
+  """Measures everything; returns the contents of the file.
+
+  Args:
+    config: task, model and batch size of the local step.
+    rate: the rate of every host's link on the wire, or '' if it is unknown or there is none.
+
+  Raises:
+    UsageError: if a flag is invalid.
+  """
+  hosts = Hosts()
+  steps = computing(hosts, config)
+  kernels = dict(kernel(hosts, spec) for spec in split(FLAGS.kernels))
+  samples = of_exchanges(hosts) if hosts.count > 1 else []
+  found = fitting.fitted(samples, FLAGS.limited) if samples else fitting.Fit(Network(), [])
+  constants = found.network.replace(
+    computing=float(np.quantile(steps, QUARTILE)),
+    spread=float(np.quantile(steps.std(0) / steps.mean(0), QUARTILE)),
+    kernels=kernels,
+    workers=hosts.count,
+  )
+  if rate and samples:
+    wire_rate, _ = network.parse_link(rate)
+    constants = constants.replace(efficiency=min(1.0, constants.upload / wire_rate))
+  return {
+    "constants": constants.as_dict(),
+    "samples": [one._asdict() for one in samples],
+    "errors": found.errors,
+    "step_seconds": steps.tolist(),
+    "task": config.task,
+    "model": config.model,
+    "batch_size": config.batch_size,
+    "rate": rate,
+  }
+
+
+def main(argv: list[str]) -> None:
+  """Measures the constants, writes the file and prints the constants."""
+  del argv
+  with one_line_errors():
+    with flag("out", FLAGS.out):
+      place = paths.local(FLAGS.out or "net.json")
+      if place.suffix != ".json":
+        raise ValueError("is the name of the file to write, such as net.json")
+    with flag("rate", FLAGS.rate):
+      if FLAGS.rate:
+        network.parse_link(FLAGS.rate)
+    config = start()
+    import jax
+
+    from research.training import folder as folders
+    from research.training.reports import report
+
+    begin = time.monotonic()
+    found = measured(config, FLAGS.rate)
+    if jax.process_index():
+      return
+    found["seconds"] = time.monotonic() - begin
+    found["environment"] = folders.environment()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    report.write_json(place, found)
+    print(told(found, place), flush=True)
+
+
+def told(found: dict[str, Any], place: Path) -> str:
+  """Formats the constants as a table, and says how well they fit."""
+  constants = network.of_dict(found)
+  rows = [
+    ("a host's link", f"{constants.upload / 1e6:,.4g} Mbit/s of payload"),
+    ("its burst after a pause", f"{constants.burst / 1e3:,.4g} kB"),
+    ("a message of a collective", f"{1e6 * constants.message:,.4g} us"),
+    ("a sent byte, beside the link's time", f"{1e9 * constants.byte:,.4g} ns"),
+    ("a local step", f"{1e3 * constants.computing:,.4g} ms, spread {constants.spread:.1%}"),
+  ]
+  for spec, (encode, decode) in constants.kernels.items():
+    rows.append((spec, f"{1e9 * encode:.3g} ns to encode an element, {1e9 * decode:.3g} to decode"))
+  lines = [f"{name:36} {value}" for name, value in rows[0 if found["samples"] else 4 :]]
+  if found["errors"]:
+    errors = np.abs(found["errors"])
+    fit = f"{np.median(errors):.1%} of a collective's time (median), {errors.max():.0%} at most"
+    lines.append(f"{'the fit errs by':36} {fit}")
+  return "\n".join([*lines, f"{'file':36} {place}"])
+
+
+def define_own_flags() -> None:
+  """Defines the flags of run.py and the flags of the probe; --out is a file."""
+  define_flags()
+  FLAGS.set_default("task", "mnist()")
+  flags.DEFINE_string("kernels", KERNELS, "Compressors and aggregators to time, separated by ';'.")
+  flags.DEFINE_string("rate", "", "Rate of every host's link on the wire, if known: 100mbit.")
+  flags.DEFINE_bool("limited", True, "Whether the link limits the rate; if not, it has none.")
+
+
+if __name__ == "__main__":
+  define_own_flags()
+  launch(main, __doc__)
