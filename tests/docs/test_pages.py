@@ -24,6 +24,7 @@ from research.analysis import chips
 from research.core import arguments, plugins, registry
 from research.core.spec import parse
 from research.server import setup
+from research.sim.network import is_simulated
 from research.training.assemble import check
 from research.training.config import Config
 
@@ -189,6 +190,9 @@ def check_program(program: str, words: list[str]) -> None:
   for text in [value for name, value in flags if name == "import"]:
     if not PLACEHOLDER.fullmatch(text):
       plugins.load(str(ROOT / text))
+  links = [("network", value) for n, value in flags if n == "network" and not is_simulated(value)]
+  if name == "compare":  # times are predicted for a link
+    flags = [pair for pair in flags if pair not in links]
   config = config_of([(n, v.replace("{learning_rate}", "0.1")) for n, v in flags])
   for method in split(given["methods"]) if "methods" in given else [config.method]:
     check_run(config.replace(method=method))
