@@ -20,7 +20,8 @@ from research.core.base import Array, Key, Params
 from research.core.task import Batch, Task
 from research.tasks import sampling
 from research.tasks.recommend import movielens as data
-from research.tasks.recommend.recommend import check, measured, per_rating
+from research.tasks.recommend.measures import measured
+from research.tasks.recommend.recommend import check, per_rating
 
 
 class Rows(NamedTuple):

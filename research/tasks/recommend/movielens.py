@@ -23,6 +23,7 @@ PARTS = ("test", "validation")
 LEAST, MOST = 1.0, 5.0  # the fewest and the most stars of a rating
 ITEMS = 10**7  # maximum number of items
 PAIRS = 2**31  # maximum number of user-item pairs: the metrics use a byte or more for each
+ROWS = 64  # table sizes are rounded up to a multiple of this, so that any mesh can shard them
 _TENTH = 10  # one of this many ratings, items or users is held out
 
 
@@ -81,6 +82,28 @@ def last(*parts: Ratings) -> tuple[int, int]:
   """Returns the largest user number and the largest item number that occur in the ratings."""
   largest = lambda name: max(int(getattr(part, name).max()) for part in parts)
   return largest("user"), largest("item")
+
+
+def liked(ratings: Ratings, least: float) -> Ratings:
+  """Returns the ratings with at least this many stars.
+
+  Args:
+    ratings: the training ratings.
+    least: the minimum number of stars.
+
+  Raises:
+    ValueError: if there is no such rating.
+  """
+  found = ratings.take(ratings.stars >= least)
+  if not len(found.stars):
+    most = ratings.stars.max()
+    raise ValueError(f"least={least:g}: no rating has so many stars; the maximum is {most:g}")
+  return found
+
+
+def rounded(rows: int) -> int:
+  """Returns the size of a table with at least this many rows, which any mesh can shard."""
+  return -(-rows // ROWS) * ROWS
 
 
 def features(data_dir: str = "") -> Features:

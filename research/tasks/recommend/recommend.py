@@ -1,7 +1,5 @@
 """Recommends films by matrix factorization or factorization machines, with any method."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +8,9 @@ from research.core.base import Array, Key, Params
 from research.core.task import Batch, Task
 from research.tasks import sampling
 from research.tasks.recommend import movielens as data
-from research.tasks.recommend.movielens import LEAST, MOST, Ratings
+from research.tasks.recommend.measures import measured
+from research.tasks.recommend.movielens import Ratings
 
-CUT = 10  # cutoff of NDCG@10 and recall@10
-LIKED = 4.0  # minimum number of stars of a relevant film
-ROWS = 64  # table sizes are rounded up to a multiple of this, so that any mesh can shard them
 KINDS = ("factors", "features", "both")
 
 
@@ -99,8 +95,8 @@ def movielens(
 
   def init(key: Key) -> Params:
     keys = dict(zip(rows, jax.random.split(key, len(rows)), strict=True))
-    table = lambda name: scale * jax.random.normal(keys[name], (_rounded(rows[name]), factors))
-    biases = {f"{name}_bias": jnp.zeros(_rounded(rows[name])) for name in kept}
+    table = lambda name: scale * jax.random.normal(keys[name], (data.rounded(rows[name]), factors))
+    biases = {f"{name}_bias": jnp.zeros(data.rounded(rows[name])) for name in kept}
     return biases | {name: table(name) for name in kept}
 
   def looked_up(params: Params, user: Array, item: Array) -> list[tuple[Array, ...]]:
@@ -159,65 +155,6 @@ def movielens(
   return task._replace(measure=measure, measured_on="test", chunk=8192)
 
 
-def measured(
-  predict: Callable[[Params], Array],
-  train: Ratings,
-  test: Ratings,
-  shape: tuple[int, int],
-  shown: np.ndarray | None = None,
-) -> Callable[[Params], dict[str, Array]]:
-  """Returns a task's function `measure`, which computes RMSE, NDCG@10 and recall@10.
-
-  Args:
-    predict: a function from parameters to the predictions of all ratings [U, I].
-    train: the training ratings; a user's training items are not ranked for this user.
-    test: the ratings to predict.
-    shape: the numbers of users and items, (U, I).
-    shown: the items that are ranked; None means all items.
-  """
-  seen, liked = np.zeros(shape, bool), np.zeros(shape, bool)
-  seen[train.user, train.item] = True
-  if shown is not None:
-    seen[:, np.setdiff1d(np.arange(shape[1]), shown)] = True
-  good = test.stars >= LIKED
-  liked[test.user[good], test.item[good]] = True
-  if not (liked & ~seen).any():
-    raise ValueError(f"no user gives {LIKED:g} stars to a test item: there is nothing to recommend")
-
-  def measure(params: Params) -> dict[str, Array]:
-    stars = predict(jax.tree.map(jnp.asarray, params))
-    error = jnp.clip(stars[test.user, test.item], LEAST, MOST) - jnp.asarray(test.stars)
-    return {"rmse": jnp.sqrt(jnp.mean(error**2))} | recommended(stars, seen, liked)
-
-  return measure
-
-
-def recommended(
-  scores: Array, seen: np.ndarray, liked: np.ndarray, cut: int = CUT
-) -> dict[str, Array]:
-  """Computes NDCG@k with gains 0 or 1, and recall@k, the fraction of relevant items in the top k.
-
-  Args:
-    scores: the scores [U, I].
-    seen: a mask [U, I], True for items that are not ranked for a user.
-    liked: a mask [U, I], True for relevant items; users without relevant items do not count.
-    cut: k, the number of top items.
-  """
-  cut = min(cut, scores.shape[1])
-  hits = liked & ~seen
-  first = jax.lax.top_k(jnp.where(seen, -jnp.inf, scores), cut)[1]
-  hit = jnp.take_along_axis(jnp.asarray(hits), first, 1).astype(scores.dtype)
-  discount = 1 / jnp.log2(jnp.arange(2, cut + 2).astype(scores.dtype))
-  count = hits.sum(1)
-  best = jnp.cumsum(discount)[np.clip(count, 1, cut) - 1]
-  users = (count > 0).astype(scores.dtype)
-  mean = lambda values: jnp.sum(users * values) / jnp.sum(users)
-  return {
-    f"ndcg@{cut}": mean(hit @ discount / best),
-    f"recall@{cut}": mean(jnp.sum(hit, 1) / np.maximum(count, 1).astype(scores.dtype)),
-  }
-
-
 def per_rating(count: np.ndarray, power: float) -> np.ndarray:
   """Returns n^(power - 1): the weights in every rating's penalty which add up to n^power.
 
@@ -244,10 +181,6 @@ def check(factors: int, l2: float, power: float = 1.0, bias: float = 1.0) -> Non
     raise ValueError(f"factors={factors}, l2={l2}: need factors >= 1 and l2 >= 0")
   if not 0 <= power <= 1 or not bias >= 0:
     raise ValueError(f"power={power}, bias={bias}: need power from 0 to 1 and bias >= 0")
-
-
-def _rounded(rows: int) -> int:
-  return -(-rows // ROWS) * ROWS
 
 
 def _examples(ratings: Ratings) -> Batch:
