@@ -80,7 +80,7 @@ def implicit_bpr(
   except ImportError:
     return None
   options: dict[str, Any] = {"factors": 32, "num_threads": 1, "random_state": 0}
-  options |= {"learning_rate": 0.05, "regularization": 0.01, "iterations": 100} | changed
+  options |= {"learning_rate": 0.005, "regularization": 0.01, "iterations": 100} | changed
   return _ranked(lambda: BayesianPersonalizedRanking(**options), folds, part, 1.0)
 
 

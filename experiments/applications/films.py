@@ -42,7 +42,7 @@ def stars(axes: Any) -> Rows:
     ),
     "users' own": (
       lambda fold: calls.movielens_federated(fold, **own),
-      adam(0.1, 200),
+      adam(0.03, 200),
       {"steps": 200},
     ),
   }

@@ -15,7 +15,7 @@ from research.tasks.recommend.recommend import check
 def movielens_bpr(
   split: str = "u1",
   factors: int = 32,
-  l2: float = 0.01,
+  l2: float = 0.03,
   least: float = 4.0,
   part: str = "test",
   *,
