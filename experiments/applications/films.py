@@ -75,7 +75,7 @@ def ranking(axes: Any) -> Rows:
       {"steps": 1000, "batch_size": 8000},
     ),
     "BPR": (calls.movielens_bpr, adam(0.01, 3000), {"steps": 3000, "batch_size": 2000}),
-    "iALS, users' own": (calls.movielens_implicit_federated, adam(0.03, 200), {"steps": 200}),
+    "iALS, users' own": (calls.movielens_implicit_federated, adam(0.01, 200), {"steps": 200}),
     "iALS": (calls.movielens_implicit, power(calls.mean()), {"steps": 30}),
   }
   popular = film_peers.popular(FOLDS)
