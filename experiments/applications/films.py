@@ -17,7 +17,8 @@ Case = tuple[Callable[[str], Call], Call, dict[str, Any]]
 def recommend(figure: Any) -> Rows:
   """Measures the prediction of stars, the ranking of liked films, and cold start on MovieLens."""
   left, middle, right = figure.subplots(1, 3)
-  return [*stars(left), *ranking(middle), *cold(right)]
+  predicted = stars(left)
+  return [*predicted, *ranking(middle, predicted[0]), *cold(right)]
 
 
 def stars(axes: Any) -> Rows:
@@ -65,24 +66,25 @@ def stars(axes: Any) -> Rows:
   return rows
 
 
-def ranking(axes: Any) -> Rows:
-  """Measures how the films that users like are ranked, beside the library `implicit`."""
+def ranking(axes: Any, by_stars: dict[str, Any]) -> Rows:
+  """Measures how the films that users like are ranked, beside the library `implicit`.
+
+  Args:
+    axes: the axes to draw on.
+    by_stars: the row of the factorization that predicts stars, with its ranking metrics.
+  """
   rows: Rows = []
   cases: dict[str, Case] = {
-    "predicted stars": (
-      lambda fold: calls.movielens(fold, **RIDGE),
-      adam(0.02, 1000),
-      {"steps": 1000, "batch_size": 8000},
-    ),
     "BPR": (calls.movielens_bpr, adam(0.01, 3000), {"steps": 3000, "batch_size": 2000}),
     "iALS, users' own": (calls.movielens_implicit_federated, adam(0.01, 200), {"steps": 200}),
     "iALS": (calls.movielens_implicit, power(calls.mean()), {"steps": 30}),
   }
   popular = film_peers.popular(FOLDS)
   peers = {"iALS": film_peers.implicit_als(FOLDS), "BPR": film_peers.implicit_bpr(FOLDS)}
-  for name in ("ndcg@10", "recall@10"):
-    rows.append(row(f"most popular films: {name}, mean over u1, u2, u3", popular[name]))
-  axes.barh("most popular", popular["ndcg@10"], color="lightgray")
+  for label, known in (("most popular films", popular), ("predicted stars", by_stars)):
+    for name in ("ndcg@10", "recall@10"):
+      rows.append(row(f"{label}: {name}, mean over u1, u2, u3", known[name]))
+    axes.barh(label, known["ndcg@10"], color="lightgray")
   for name, case in cases.items():
     found, beside = folds(case), peers.get(name.split(",")[0])
     for metric in ("ndcg@10", "recall@10"):
