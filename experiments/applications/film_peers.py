@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from research.tasks.recommend import measures, movielens
-
 
 def cornac(folds: Sequence[str], part: str = "test", **changed: Any) -> tuple[float, float] | None:
   """Measures the mean RMSE and the seconds per fit of Cornac's biased matrix factorization.
@@ -24,6 +22,8 @@ def cornac(folds: Sequence[str], part: str = "test", **changed: Any) -> tuple[fl
     from cornac.models import MF
   except ImportError:
     return None
+  from research.tasks.recommend import movielens
+
   errors, seconds = [], []
   given = {"k": 10, "max_iter": 100, "learning_rate": 0.005, "lambda_reg": 0.08} | changed
   for fold in folds:
@@ -93,8 +93,7 @@ def popular(folds: Sequence[str], part: str = "test") -> dict[str, float]:
   """
   found = []
   for fold in folds:
-    train, test, shape = _loaded(fold, part)
-    likes = movielens.liked(train, measures.LIKED)
+    train, test, likes, shape = _loaded(fold, part)
     count = np.bincount(likes.item, minlength=shape[1]).astype(np.float32)
     found.append(_of(np.tile(count, (shape[0], 1)), train, test, shape))
   return _means(found)
@@ -105,8 +104,7 @@ def _ranked(build: Any, folds: Sequence[str], part: str, confidence: float) -> d
 
   found = []
   for fold in folds:
-    train, test, shape = _loaded(fold, part)
-    likes = movielens.liked(train, measures.LIKED)
+    train, test, likes, shape = _loaded(fold, part)
     values = np.full(len(likes.user), confidence, np.float32)
     model = build()
     model.fit(sparse.csr_matrix((values, (likes.user, likes.item)), shape), show_progress=False)
@@ -114,14 +112,19 @@ def _ranked(build: Any, folds: Sequence[str], part: str, confidence: float) -> d
   return _means(found)
 
 
-def _loaded(fold: str, part: str) -> tuple[movielens.Ratings, movielens.Ratings, tuple[int, int]]:
+def _loaded(fold: str, part: str) -> tuple[Any, Any, Any, tuple[int, int]]:
+  """Loads training and measured ratings, the training ratings that are positives, and (U, I)."""
+  from research.tasks.recommend import measures, movielens
+
   train, test = movielens.load(fold, part=part)
   user, item = movielens.last(train, test)
-  return train, test, (user + 1, item + 1)
+  return train, test, movielens.liked(train, measures.LIKED), (user + 1, item + 1)
 
 
 def _of(scores: np.ndarray, train: Any, test: Any, shape: tuple[int, int]) -> dict[str, float]:
   import jax.numpy as jnp
+
+  from research.tasks.recommend import measures
 
   found = measures.ranked(train, test, shape)(jnp.asarray(scores))
   return {name: float(value) for name, value in found.items()}
