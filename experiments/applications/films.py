@@ -16,12 +16,47 @@ Case = tuple[Callable[[str], Call], Call, dict[str, Any]]
 
 def recommend(figure: Any) -> Rows:
   """Measures the prediction of stars, the ranking of liked films, and cold start on MovieLens."""
-  left, middle, right = figure.subplots(1, 3)
-  predicted = stars(left)
-  return [*predicted, *ranking(middle, predicted[0]), *cold(right)]
+  predicted = stars()
+  rows = [*predicted, *ranking(predicted[0]), *cold()]
+  draw(figure, rows)
+  return rows
 
 
-def stars(axes: Any) -> Rows:
+def draw(figure: Any, rows: Rows) -> None:
+  """Draws the errors and rankings of the rows; peers are gray.
+
+  Args:
+    figure: an empty figure.
+    rows: the rows of a result.
+  """
+  panels = {
+    "RMSE of predicted stars\n(lower is better)": ": mean RMSE over u1, u2, u3",
+    "NDCG@10 of liked films\n(higher is better)": ": ndcg@10, mean over u1, u2, u3",
+    "NDCG@10 of new films\n(higher is better)": ": ndcg@10, mean of 3 seeds",
+  }
+  for axes, (title, end) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+    bars: list[tuple[str, float, str]] = []
+    for one in (one for one in rows if one["what"].endswith(end)):
+      name = one["what"].removesuffix(end).removeprefix("items never rated, ")
+      known = name in ("most popular films", "predicted stars")
+      color = "silver" if known else "gray" if name.startswith("Cornac") else "tab:blue"
+      bars.append((name.replace(", ", ",\n"), one["value"], color))
+      if one["beside"].startswith("implicit's") and "," not in name:
+        bars.append((f"{name} of implicit", one["peer"], "gray"))
+    cornac_error = rows[0]["peer"] if "RMSE" in title else None
+    if cornac_error:
+      bars.append(("Cornac", cornac_error, "gray"))
+    names, values, colors = zip(*reversed(bars), strict=True)
+    axes.set(title=title)
+    if "RMSE" in title:  # dots, since the axis does not begin at zero
+      axes.scatter(values, names, c=colors, s=60)
+      axes.grid(axis="x", alpha=0.3)
+      axes.locator_params(axis="x", nbins=4)
+    else:
+      axes.barh(names, values, color=colors)
+
+
+def stars() -> Rows:
   """Measures the RMSE of predicted stars, beside Cornac's factorization."""
   rows, mean = [], calls.mean()
   own = {key: value for key, value in RIDGE.items() if key != "l2"} | {"l2": 12.0, "own_l2": 12.0}
@@ -59,9 +94,6 @@ def stars(axes: Any) -> Rows:
     rows.append(row(what, found["rmse"], "Cornac's biased factorization", error, **found))
     what = f"{name}: seconds of training, a fold; two devices"
     rows.append(row(what, found["trained"], "Cornac's fit", fit, with_start=found["seconds"]))
-    axes.barh(name.replace(", ", ",\n"), found["rmse"])
-  if error:
-    axes.barh("Cornac", error, color="gray")
   longer = film_peers.cornac(FOLDS, max_iter=400)
   if longer:
     what = "Cornac, 400 passes: mean RMSE over u1, u2, u3"
@@ -71,15 +103,13 @@ def stars(axes: Any) -> Rows:
     for n in (1, 8)
   )
   rows.append(row("least squares, 8 workers: RMSE", eight, "1 worker", one))
-  axes.set(title="Error of predicted stars\n(RMSE, lower is better)", xlim=(0.9, 0.93))
   return rows
 
 
-def ranking(axes: Any, by_stars: dict[str, Any]) -> Rows:
+def ranking(by_stars: dict[str, Any]) -> Rows:
   """Measures how the films that users like are ranked, beside the library `implicit`.
 
   Args:
-    axes: the axes to draw on.
     by_stars: the row of the factorization that predicts stars, with its ranking metrics.
   """
   rows: Rows = []
@@ -93,27 +123,21 @@ def ranking(axes: Any, by_stars: dict[str, Any]) -> Rows:
   for label, known in (("most popular films", popular), ("predicted stars", by_stars)):
     for name in ("ndcg@10", "recall@10"):
       rows.append(row(f"{label}: {name}, mean over u1, u2, u3", known[name]))
-    axes.barh(label, known["ndcg@10"], color="lightgray")
   for name, case in cases.items():
     found, beside = folds(case), peers.get(name.split(",")[0])
     for metric in ("ndcg@10", "recall@10"):
       what = f"{name}: {metric}, mean over u1, u2, u3"
       peer = f"implicit's {name.split(',')[0]}" if beside else ""
       rows.append(row(what, found[metric], peer, beside and beside[metric], **found))
-    axes.barh(name.replace(", ", ",\n"), found["ndcg@10"])
-  for name, beside in peers.items():
-    if beside:
-      axes.barh(f"implicit: {name}", beside["ndcg@10"], color="gray")
   one, eight = (
     run(calls.movielens_implicit(), power(calls.mean()), mesh=f"data:{n}", steps=20)[0]["eval"]
     for n in (1, 8)
   )
   rows.append(row("iALS, 8 workers: ndcg@10", eight["ndcg@10"], "1 worker", one["ndcg@10"]))
-  axes.set(title="Ranking of liked films\n(NDCG@10, higher is better)")
   return rows
 
 
-def cold(axes: Any) -> Rows:
+def cold() -> Rows:
   """Measures how features help with films that nobody has rated."""
   rows: Rows = []
   base: dict[str, float] = {}
@@ -126,8 +150,6 @@ def cold(axes: Any) -> Rows:
     for name in ("rmse", "ndcg@10"):
       what = f"items never rated, {kind}: {name}, mean of 3 seeds"
       rows.append(row(what, means[name], "factors", base[name], **means))
-    axes.barh(kind, means["ndcg@10"])
-  axes.set(title="Ranking of films that nobody rated\n(NDCG@10, higher is better)")
   return rows
 
 
