@@ -199,7 +199,8 @@ OTHERS = {
     *("rare_large_gradient()", "narrow_valley()", "rosenbrock()", "skewed_noise()"),
     *("stream('PATH')", "pagerank()", "rank()", "bm25()", "cranfield()", "frontier('port1')"),
     *("cvar()", "breast_cancer()", "diabetes()", "movielens()", "movielens_als()"),
-    *("movielens_federated()", "driving('PATH')"),
+    *("movielens_federated()", "movielens_implicit()", "movielens_implicit_federated()"),
+    *("movielens_bpr()", "driving('PATH')"),
     "molecules('esol')",
   ),
 }

@@ -58,7 +58,10 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "Search": ("pagerank", "rank", "bm25", "cranfield"),
     "Finance": ("frontier", "cvar"),
     "Medicine": ("breast_cancer", "diabetes"),
-    "Recommendation": ("movielens", "movielens_als", "movielens_federated"),
+    "Recommendation": (
+      *("movielens", "movielens_als", "movielens_federated", "movielens_implicit"),
+      *("movielens_implicit_federated", "movielens_bpr"),
+    ),
     "Driving": ("driving",),
     "Molecules": ("molecules",),
   },

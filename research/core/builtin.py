@@ -158,6 +158,11 @@ TABLE: dict[str, dict[str, str]] = {
     "movielens": "research.tasks.recommend.recommend:movielens",
     "movielens_als": "research.tasks.recommend.als:movielens_als",
     "movielens_federated": "research.tasks.recommend.als:movielens_federated",
+    "movielens_implicit": "research.tasks.recommend.implicit:movielens_implicit",
+    "movielens_implicit_federated": (
+      "research.tasks.recommend.implicit:movielens_implicit_federated"
+    ),
+    "movielens_bpr": "research.tasks.recommend.bpr:movielens_bpr",
     "cranfield": "research.tasks.search.cranfield:cranfield",
     "driving": "research.tasks.driving.driving:driving",
     "molecules": "research.tasks.molecules.molecules:molecules",

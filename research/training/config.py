@@ -38,7 +38,8 @@ class Config:
     "Data and objective: digits(), mnist(), least_squares(...), libsvm('a9a'), tinyshakespeare(), "
     "text('PATH'), stream('PATH'); search: pagerank(), rank(), bm25(), cranfield(); finance: "
     "frontier('port1'), cvar(); medicine: breast_cancer(), diabetes(); recommendation: "
-    "movielens(), movielens_als(), movielens_federated(); molecules: molecules('tox21').",
+    "movielens(), movielens_als(), movielens_federated(), movielens_implicit(), "
+    "movielens_implicit_federated(), movielens_bpr(); molecules: molecules('tox21').",
   )
   model: str = option(
     "", "linear(), logistic(), mlp(hidden=[128]), cnn(), resnet(); empty: the task's own."

@@ -1,4 +1,4 @@
-"""Recommending: factors, features, alternating least squares, users who keep theirs."""
+"""Recommending: factors, features, least squares, users who keep theirs, implicit feedback."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from problems import Running, distance
 
 from research.analysis import compiled
 from research.core import registry
-from research.tasks.recommend import als, movielens, recommend
+from research.tasks.recommend import als, bpr, implicit, measures, movielens, recommend
 
 KEY = jax.random.key(0)
 USERS, ITEMS = 40, 24
@@ -80,7 +80,7 @@ def test_ranking_metrics_against_a_loop():
       gains = good[first] / np.log2(np.arange(2, 5))
       ndcg.append(gains.sum() / (1 / np.log2(np.arange(2, 5)))[: good.sum()].sum())
       recall.append(good[first].sum() / good.sum())
-  found = recommend.recommended(jnp.asarray(scores), seen, liked, 3)
+  found = measures.recommended(jnp.asarray(scores), seen, liked, 3)
   assert found["ndcg@3"] == pytest.approx(np.mean(ndcg), abs=1e-6)
   assert found["recall@3"] == pytest.approx(np.mean(recall), abs=1e-6)
 
@@ -89,7 +89,7 @@ def test_only_items_that_are_shown_are_ranked():
   """The liked item comes second of all that were not seen, and first where it alone is shown."""
   one = lambda item, stars: movielens.Ratings(*np.array([[0, 1], [item, item], [stars, stars]]))
   predict = lambda params: jnp.tile(jnp.array([9.0, 8.0, 1.0, 0.0]), (2, 1))
-  ranked = lambda shown: recommend.measured(predict, one(0, 3), one(2, 5), (2, 4), shown)({})
+  ranked = lambda shown: measures.measured(predict, one(0, 3), one(2, 5), (2, 4), shown)({})
   np.testing.assert_allclose(ranked(None)["ndcg@4"], 1 / np.log2(3), rtol=1e-6)
   np.testing.assert_allclose(ranked(np.array([2]))["ndcg@4"], 1.0, rtol=1e-6)
 
@@ -135,6 +135,122 @@ def test_users_keep_their_factors(table):
   method = "fed_avg(sgd(1.0), mean(), period=3)"
   found = run(task, method, 60, 4).params()
   assert task.measure(found)["rmse"] < task.measure(params)["rmse"] - 0.1
+
+
+def test_a_power_of_zero_is_plain_ridge_regression(table):
+  """The loss of all ratings, with penalties that do not depend on the number of ratings."""
+  task = recommend.movielens(table, factors=2, l2=3.0, power=0.0, bias=0.5)
+  train = movielens.load(table)[0]
+  params = jax.tree.map(lambda p: np.asarray(p) + 0.1, task.init(KEY))
+  p, q = params["user"], params["item"]
+  b, c = params["user_bias"], params["item_bias"]
+  of = train.user, train.item
+  stars = train.stars.mean() + b[of[0]] + c[of[1]] + np.sum(p[of[0]] * q[of[1]], 1)
+  squares = np.sum(p[:USERS] ** 2) + np.sum(q[np.unique(train.item)] ** 2)
+  squares += 0.5 * (np.sum(b[:USERS] ** 2) + np.sum(c[np.unique(train.item)] ** 2))
+  want = (np.sum((stars - train.stars) ** 2) + 3.0 * squares) / 2 / len(train.stars)
+  np.testing.assert_allclose(jax.jit(task.loss)(params, task.train, KEY), want, rtol=1e-5)
+
+
+def test_validation_ratings_are_training_ratings(table):
+  """They are a tenth of them, and the test ratings are in neither part."""
+  pairs = lambda ratings: {*zip(ratings.user.tolist(), ratings.item.tolist(), strict=True)}
+  train, test = map(pairs, movielens.load(table))
+  fitted, validation = map(pairs, movielens.load(table, part="validation"))
+  assert fitted | validation == train
+  assert len(validation) == len(train) // 10 == len(train) - len(fitted)
+  assert not (fitted | validation) & test
+  with pytest.raises(ValueError, match="part='train' is unknown"):
+    movielens.load(table, part="train")
+
+
+def solved(other, positives, l2, alpha):
+  """An entity's minimum given the other side, by numpy."""
+  confidence = 1 + alpha * positives
+  normal = (other.T * confidence) @ other + l2 * np.eye(other.shape[1])
+  return np.linalg.solve(normal, other.T @ (confidence * positives))
+
+
+def liked(table) -> np.ndarray:
+  """The matrix of positives [U, I]."""
+  train = movielens.load(table)[0]
+  matrix = np.zeros((USERS, ITEMS))
+  good = train.stars >= 4
+  matrix[train.user[good], train.item[good]] = 1
+  return matrix
+
+
+def test_implicit_least_squares(table):
+  """Two steps against numpy, the loss against its definition; two workers' mean is one worker's."""
+  task = implicit.movielens_implicit(table, factors=3, l2=0.5, alpha=2.0)
+  positives, grads = liked(table), jax.jit(task.grads)
+  params = task.init(KEY)
+  for turn in range(2):
+    value, residual = grads(params, task.train, KEY)
+    halves = [jax.tree.map(lambda a, h=h: a[h::2], task.train) for h in range(2)]
+    _, two = zip(*(grads(params, half, KEY) for half in halves), strict=True)
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *two)
+    np.testing.assert_allclose(mean["entities"], residual["entities"], atol=1e-4)
+    users, items = np.split(np.array(params["entities"]), [USERS])
+    error = np.sum((1 + 2 * positives) * (positives - users @ items.T) ** 2)
+    np.testing.assert_allclose(value, error / 2 / positives.size, rtol=1e-4)
+    if turn == 0:
+      users = np.array([solved(items, row, 0.5, 2.0) for row in positives])
+    else:
+      items = np.array([solved(users, row, 0.5, 2.0) for row in positives.T])
+    params = jax.tree.map(jnp.subtract, params, residual)
+    np.testing.assert_allclose(params["entities"], np.concatenate([users, items]), atol=1e-4)
+
+
+def test_implicit_users_keep_their_vectors(table):
+  """Only films are sent; their gradient is that of the objective at the users' minimum."""
+  l2, alpha = 0.5, 2.0
+  task = implicit.movielens_implicit_federated(table, factors=3, l2=l2, alpha=alpha)
+  item = np.array(task.init(KEY)["item"])
+  positives = liked(table)
+  users = np.array([solved(item, row, l2, alpha) for row in positives])
+  errors = (1 + alpha * positives) * (users @ item.T - positives)
+  want = (errors.T @ users + l2 * item) / USERS
+  value, got = jax.jit(jax.value_and_grad(task.loss))({"item": jnp.asarray(item)}, task.train, KEY)
+  assert set(got) == {"item"}
+  np.testing.assert_allclose(got["item"], want, atol=1e-4)
+  objective = np.sum((1 + alpha * positives) * (positives - users @ item.T) ** 2)
+  objective += l2 * (np.sum(users**2) + np.sum(item**2))
+  np.testing.assert_allclose(value, objective / 2 / USERS, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_pairs_are_ranked_better_with_training(table):
+  """The mean loss over draws is that of all pairs; NDCG rises, with workers and one exchange in 3.
+
+  The table's rows are rounded up, so that a mesh can shard them.
+  """
+  task = bpr.movielens_bpr(table, factors=2, l2=0.1)
+  params = jax.tree.map(lambda p: p + 0.1, task.init(KEY))
+  positives = liked(table)
+  b, x, y = (np.asarray(params[name]) for name in ("item_bias", "user", "item"))
+  b, x, y = b[:ITEMS], x[:USERS], y[:ITEMS]
+  scores = b + x @ y.T
+  users, items = np.nonzero(positives)
+  margin = scores[users, items][:, None] - scores[users]
+  squares = np.sum(x**2, 1)[users][:, None] + (np.sum(y**2, 1) + b**2)
+  squares = squares + (np.sum(y**2, 1) + b**2)[items][:, None]
+  pairs = (1 - positives[users]) * (np.log1p(np.exp(-margin)) + 0.05 * squares)
+  mean = jax.jit(lambda keys: jax.vmap(lambda key: task.loss(params, task.train, key))(keys))
+  draws = mean(jax.random.split(KEY, 2000))
+  np.testing.assert_allclose(np.mean(draws), pairs.mean(), rtol=1e-2)
+  before = task.measure(task.init(KEY))["ndcg@10"]
+  found = run(task, "local_sgd(adam(0.05), mean(), period=3)", 50, 4, batch=16).params()
+  assert task.measure(found)["ndcg@10"] > before + 0.05
+
+
+def test_errors_of_implicit_tasks_are_one_line(table):
+  with pytest.raises(ValueError, match=r"least=6: no rating has so many stars; the maximum is 5"):
+    implicit.movielens_implicit(table, least=6.0)
+  with pytest.raises(ValueError, match="alpha"):
+    implicit.movielens_implicit(table, alpha=0.0)
+  with pytest.raises(ValueError, match=r"power=2\.0"):
+    als.movielens_als(table, power=2.0)
 
 
 def test_features_make_pairs():

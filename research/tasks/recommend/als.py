@@ -3,9 +3,12 @@
 An entity e is a user or an item; z_e = (p_e, b_e) contains its factors and its bias. Given the
 factors and biases of the other side, z_e solves a small ridge regression on the ratings of e:
 
-    min over z of sum_j (r_ej - mean - b_j - z'(p_j, 1))^2 + l2 n_e |z|^2
+    min over z of sum_j (r_ej - mean - b_j - z'(p_j, 1))^2 + l2 n_e^power (|p|^2 + bias b^2)
+
+over z = (p, b), where n_e is the number of ratings of e.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -17,7 +20,8 @@ from research.core.base import Array, Key, Params
 from research.core.task import Batch, Task
 from research.tasks import sampling
 from research.tasks.recommend import movielens as data
-from research.tasks.recommend.recommend import check, measured
+from research.tasks.recommend.measures import measured
+from research.tasks.recommend.recommend import check, per_rating
 
 
 class Rows(NamedTuple):
@@ -29,7 +33,14 @@ class Rows(NamedTuple):
 
 
 def movielens_als(
-  split: str = "u1", factors: int = 10, l2: float = 0.12, *, data_dir: str = ""
+  split: str = "u1",
+  factors: int = 10,
+  l2: float = 0.12,
+  power: float = 1.0,
+  bias: float = 1.0,
+  part: str = "test",
+  *,
+  data_dir: str = "",
 ) -> Task:
   """Factorizes the ratings by alternating least squares, with `data_parallel(sgd(1.0), mean())`.
 
@@ -43,18 +54,22 @@ def movielens_als(
   Args:
     split: the name of the split; see `movielens.load`.
     factors: the number of factors, at least 1.
-    l2: the ridge penalty per rating of an entity, > 0.
+    l2: the ridge penalty, > 0: per rating with the default power of 1; with a power of 0, of an
+      entity whatever its number of ratings, and then about 10.
+    power: the power of an entity's number of ratings in its penalty, from 0 to 1.
+    bias: the penalty of a bias relative to that of a factor, > 0.
+    part: the ratings to measure on, "test" or "validation"; see `movielens.load`.
     data_dir: the folder to search first; see `files.find`.
 
   Raises:
     FileNotFoundError: if a file is not found.
-    ValueError: if the split is unknown, or a number is out of range.
+    ValueError: if the split or the part is unknown, or a number is out of range.
 
   Reference: Zhou, Wilkinson, Schreiber, Pan, 2008, Large-scale parallel collaborative filtering for
     the Netflix prize (ALS with weighted regularization); here, the unknowns include biases.
   """
-  _check(factors, l2)
-  train, test = data.load(split, data_dir)
+  _check(factors, l2, power, bias)
+  train, test = data.load(split, data_dir, part)
   users, items = (1 + n for n in data.last(train, test))
   shape = users, items
   total = users + items
@@ -65,6 +80,8 @@ def movielens_als(
   wide = lambda a: np.pad(a, [(0, 0), (0, most - a.shape[1])])
   ratings = len(train.stars)
 
+  ridge = _ridge(factors, l2, power, bias)
+
   def init(key: Key) -> Params:
     first = 0.1 * jax.random.normal(key, (total, factors))
     return {"entities": jnp.pad(first, ((0, 0), (0, 1))), "turn": jnp.zeros(())}
@@ -73,7 +90,7 @@ def movielens_als(
     del key
     z, turn = params["entities"], params["turn"]
     solved, errors = jax.vmap(
-      lambda other, stars, count, own: _solve(z, other, stars, count, own, l2)
+      lambda other, stars, count, own: _solve(z, other, stars, count, own, ridge)
     )(batch["other"], batch["stars"], batch["count"], z[batch["row"]])
     now = jnp.round(turn)  # the workers' weighted mean of 1 is 1 only up to rounding
     moves = (batch["y"] == now).astype(z.dtype)
@@ -113,6 +130,9 @@ def movielens_federated(
   factors: int = 10,
   l2: float = 0.12,
   own_l2: float = 0.12,
+  power: float = 1.0,
+  bias: float = 1.0,
+  part: str = "test",
   *,
   data_dir: str = "",
 ) -> Task:
@@ -131,24 +151,30 @@ def movielens_federated(
     split: the name of the split; see `movielens.load`.
     factors: the number of factors, at least 1.
     l2: the weight of the items' penalty, as in `recommend.movielens`.
-    own_l2: the ridge penalty per rating of a user, > 0.
+    own_l2: the ridge penalty of a user, > 0; see l2 of `movielens_als`.
+    power: the power of an entity's number of ratings in its penalty, from 0 to 1. Below 1, users
+      need to know how many ratings each item has.
+    bias: the penalty of a bias relative to that of a factor, > 0.
+    part: the ratings to measure on, "test" or "validation"; see `movielens.load`.
     data_dir: the folder to search first; see `files.find`.
 
   Raises:
     FileNotFoundError: if a file is not found.
-    ValueError: if the split is unknown, or a number is out of range.
+    ValueError: if the split or the part is unknown, or a number is out of range.
 
   Reference: Singhal, Sidahmed, Garrett, Wu, Rush, Prakash, 2021, Federated reconstruction:
     partially local federated learning, arXiv 2102.03448; here, the reconstruction is exact.
   """
-  _check(factors, own_l2)
+  _check(factors, own_l2, power, bias)
   check(factors, l2)
-  train, test = data.load(split, data_dir)
+  train, test = data.load(split, data_dir, part)
   users, items = (1 + n for n in data.last(train, test))
   shape = users, items
   mean = float(train.stars.mean())
   rows = rows_of(train.user, train.item, train.stars - mean, users)
   scale = users / len(train.stars)
+  ridge = _ridge(factors, own_l2, power, bias)
+  weights = per_rating(np.bincount(train.item, minlength=items), power)
 
   def init(key: Key) -> Params:
     item = 0.1 * jax.random.normal(key, (items, factors))
@@ -157,14 +183,15 @@ def movielens_federated(
   def reconstructed(params: Params, other: Array, stars: Array, count: Array) -> Array:
     table = jnp.concatenate([params["item"], params["item_bias"][:, None]], 1)
     zero = jnp.zeros(factors + 1, table.dtype)
-    return _solve(lax.stop_gradient(table), other, stars, count, zero, own_l2)[0]
+    return _solve(lax.stop_gradient(table), other, stars, count, zero, ridge)[0]
 
   def of_user(params: Params, other: Array, stars: Array, count: Array) -> Array:
     z = lax.stop_gradient(reconstructed(params, other, stars, count))
     there = (jnp.arange(len(other)) < count).astype(z.dtype)
     q, b = params["item"][other], params["item_bias"][other]
     errors = stars - b - q @ z[:-1] - z[-1]
-    return jnp.sum(there * (errors**2 + l2 * (b**2 + jnp.sum(q**2, 1)))) / 2
+    penalty = l2 * jnp.asarray(weights, z.dtype)[other] * (bias * b**2 + jnp.sum(q**2, 1))
+    return jnp.sum(there * (errors**2 + penalty)) / 2
 
   def loss(params: Params, batch: Batch, key: Key) -> Array:
     del key
@@ -204,15 +231,25 @@ def rows_of(entity: np.ndarray, other: np.ndarray, stars: np.ndarray, entities: 
   return rows
 
 
+def _ridge(factors: int, l2: float, power: float, bias: float) -> Callable[[Array], Array]:
+  """Returns the function from an entity's number of ratings to its penalty matrix."""
+  shape = np.diag([1.0] * factors + [bias])
+  return lambda n: l2 * jnp.maximum(n, 1) ** power * jnp.asarray(shape, n.dtype)
+
+
 def _solve(
-  z: Array, other: Array, stars: Array, count: Array, own: Array, l2: float
+  z: Array,
+  other: Array,
+  stars: Array,
+  count: Array,
+  own: Array,
+  ridge: Callable[[Array], Array],
 ) -> tuple[Array, Array]:
   """Returns an entity's solution, and the sum of squared errors with its current values `own`."""
   there = (jnp.arange(len(other)) < count).astype(z.dtype)
   x = jnp.concatenate([z[other, :-1], jnp.ones((len(other), 1), z.dtype)], 1) * there[:, None]
   target = (stars.astype(z.dtype) - z[other, -1]) * there
-  ridge = l2 * jnp.maximum(count, 1).astype(z.dtype) * jnp.eye(x.shape[1], dtype=z.dtype)
-  solved = eliminated(x.T @ x + ridge, x.T @ target)
+  solved = eliminated(x.T @ x + ridge(count.astype(z.dtype)), x.T @ target)
   return solved, jnp.sum((target - x @ own) ** 2)
 
 
@@ -238,7 +275,7 @@ def eliminated(a: Array, b: Array) -> Array:
   return lax.fori_loop(0, len(b), one, jnp.concatenate([a, b[:, None]], 1))[:, -1]
 
 
-def _check(factors: int, l2: float) -> None:
-  check(factors, l2)
-  if not l2 > 0:
-    raise ValueError(f"l2={l2}: least squares of few ratings need l2 > 0")
+def _check(factors: int, l2: float, power: float, bias: float) -> None:
+  check(factors, l2, power, bias)
+  if not (l2 > 0 and bias > 0):
+    raise ValueError(f"l2={l2}, bias={bias}: least squares of few ratings need both > 0")

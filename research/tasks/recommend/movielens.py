@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from research.core import paths
+from research.core import checks, paths
 from research.tasks import files, texts
 
 URL = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
@@ -19,10 +19,12 @@ SHA256 = {
 }
 FOLDS = ("u1", "u2", "u3")
 COLD = ("cold_items", "cold_users")
+PARTS = ("test", "validation")
 LEAST, MOST = 1.0, 5.0  # the fewest and the most stars of a rating
 ITEMS = 10**7  # maximum number of items
 PAIRS = 2**31  # maximum number of user-item pairs: the metrics use a byte or more for each
-_COLD_SHARE = 10  # one of this many items or users is cold
+ROWS = 64  # table sizes are rounded up to a multiple of this, so that any mesh can shard them
+_TENTH = 10  # one of this many ratings, items or users is held out
 
 
 class Ratings(NamedTuple):
@@ -48,8 +50,8 @@ class Features(NamedTuple):
   size: int  # number of user and item features, which share one numbering
 
 
-def load(split: str, data_dir: str = "") -> tuple[Ratings, Ratings]:
-  """Loads the training and the test ratings.
+def load(split: str, data_dir: str = "", part: str = "test") -> tuple[Ratings, Ratings]:
+  """Loads the training ratings, and those that the model is measured on.
 
   Args:
     split: "u1", "u2" or "u3" to test on the test file of an official fold and train on all other
@@ -58,32 +60,50 @@ def load(split: str, data_dir: str = "") -> tuple[Ratings, Ratings]:
       out. A line of such a table contains a user, an item, stars from 1 to 5 and, optionally, a
       time. Users are numbered from 1 without gaps.
     data_dir: the folder to search first; see `files.find`.
+    part: "test" for the test ratings; "validation" for a tenth of the training ratings, items or
+      users, which is then left out of training. Choose hyper-parameters with "validation".
 
   Raises:
     FileNotFoundError: if a file is not found; the archive must be unpacked by hand.
-    ValueError: if the split does not exist, a file is not the published one, or a line is not a
-      rating.
+    ValueError: if the split or the part does not exist, a file is not the published one, or a line
+      is not a rating.
 
   Reference: Harper, Konstan, 2015, The MovieLens datasets, ACM TiiS 5; GroupLens does not allow
     copies.
   """
-  if split not in (*FOLDS, *COLD):
-    return _of_file(split)
-  whole = _read("u.data", data_dir)
-  if split in FOLDS:
-    test = _read(f"{split}.test", data_dir)
-    pairs = lambda of: of.user.astype(np.int64) * 10_000 + of.item
-    return whole.take(~np.isin(pairs(whole), pairs(test))), test
-  owner = whole.item if split == "cold_items" else whole.user
-  cold = np.random.default_rng(0).permutation(owner.max() + 1)[: (owner.max() + 1) // _COLD_SHARE]
-  unseen = np.isin(owner, cold)
-  return whole.take(~unseen), whole.take(unseen)
+  checks.one_of("part", part, PARTS)
+  train, test = _parts(split, data_dir)
+  if part == "test":
+    return train, test
+  return _cold(train, split) if split in COLD else _held_out(train)
 
 
 def last(*parts: Ratings) -> tuple[int, int]:
   """Returns the largest user number and the largest item number that occur in the ratings."""
   largest = lambda name: max(int(getattr(part, name).max()) for part in parts)
   return largest("user"), largest("item")
+
+
+def liked(ratings: Ratings, least: float) -> Ratings:
+  """Returns the ratings with at least this many stars.
+
+  Args:
+    ratings: the training ratings.
+    least: the minimum number of stars.
+
+  Raises:
+    ValueError: if there is no such rating.
+  """
+  found = ratings.take(ratings.stars >= least)
+  if not len(found.stars):
+    most = ratings.stars.max()
+    raise ValueError(f"least={least:g}: no rating has so many stars; the maximum is {most:g}")
+  return found
+
+
+def rounded(rows: int) -> int:
+  """Returns the size of a table with at least this many rows, which any mesh can shard."""
+  return -(-rows // ROWS) * ROWS
 
 
 def features(data_dir: str = "") -> Features:
@@ -110,13 +130,36 @@ def features(data_dir: str = "") -> Features:
   return Features(users, items, size)
 
 
+def _parts(split: str, data_dir: str) -> tuple[Ratings, Ratings]:
+  if split not in (*FOLDS, *COLD):
+    return _of_file(split)
+  whole = _read("u.data", data_dir)
+  if split in COLD:
+    return _cold(whole, split)
+  test = _read(f"{split}.test", data_dir)
+  pairs = lambda of: of.user.astype(np.int64) * 10_000 + of.item
+  return whole.take(~np.isin(pairs(whole), pairs(test))), test
+
+
+def _cold(whole: Ratings, split: str) -> tuple[Ratings, Ratings]:
+  """Splits off all ratings of a random tenth of the items or the users, always the same."""
+  owner = whole.item if split == "cold_items" else whole.user
+  owners = np.random.default_rng(0).permutation(np.unique(owner))
+  unseen = np.isin(owner, owners[: len(owners) // _TENTH])
+  return whole.take(~unseen), whole.take(unseen)
+
+
 def _of_file(split: str) -> tuple[Ratings, Ratings]:
   path = paths.local(split)
   if not path.is_file():
     raise ValueError(f"split={split!r} is neither a file nor one of {', '.join((*FOLDS, *COLD))}")
-  whole = _of_rows(_table(path))
+  return _held_out(_of_rows(_table(path)))
+
+
+def _held_out(whole: Ratings) -> tuple[Ratings, Ratings]:
+  """Splits ratings at random, always in the same way; the second part is a tenth of them."""
   order = np.random.default_rng(0).permutation(len(whole.user))
-  held_out = max(1, len(order) // _COLD_SHARE)
+  held_out = max(1, len(order) // _TENTH)
   return whole.take(np.sort(order[held_out:])), whole.take(np.sort(order[:held_out]))
 
 

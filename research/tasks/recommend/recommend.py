@@ -1,7 +1,5 @@
 """Recommends films by matrix factorization or factorization machines, with any method."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +8,9 @@ from research.core.base import Array, Key, Params
 from research.core.task import Batch, Task
 from research.tasks import sampling
 from research.tasks.recommend import movielens as data
-from research.tasks.recommend.movielens import LEAST, MOST, Ratings
+from research.tasks.recommend.measures import measured
+from research.tasks.recommend.movielens import Ratings
 
-CUT = 10  # cutoff of NDCG@10 and recall@10
-LIKED = 4.0  # minimum number of stars of a relevant film
-ROWS = 64  # table sizes are rounded up to a multiple of this, so that any mesh can shard them
 KINDS = ("factors", "features", "both")
 
 
@@ -24,6 +20,9 @@ def movielens(
   l2: float = 0.12,
   model_of: str = "factors",
   scale: float = 0.1,
+  power: float = 1.0,
+  bias: float = 1.0,
+  part: str = "test",
   *,
   data_dir: str = "",
 ) -> Task:
@@ -35,8 +34,13 @@ def movielens(
   The indices f and g run over the features of the user and the features of the item: the second
   model is a factorization machine. "both" treats the user and the item as two more features, each
   with its own table. Features help with the cold start, because users and items without ratings
-  still have features. The objective is the mean over ratings of half the squared error plus l2/2
-  times the sum of squares of all parameters that the prediction of the rating uses.
+  still have features. The objective is the sum over ratings of half the squared error, plus
+
+      l2/2 sum_e n_e^power (|v_e|^2 + bias c_e^2)
+
+  over users, items and features e, divided by the number of ratings; n_e is the number of ratings
+  that use e. With the default power of 1, the penalty of a rating contains all parameters that its
+  prediction uses. With a power of 0, it is plain ridge regression, with an l2 of about 10.
 
   Tables are sharded by rows along the mesh axis `model`, and a lookup moves only the requested
   rows:
@@ -55,19 +59,22 @@ def movielens(
     l2: the weight of the penalty, >= 0.
     model_of: what the model predicts from: "factors", "features" or "both".
     scale: the standard deviation of the initial factors.
+    power: how the penalty grows with the number of ratings, from 0 to 1.
+    bias: the penalty of a bias relative to that of a factor, >= 0.
+    part: the ratings to measure on, "test" or "validation"; see `movielens.load`.
     data_dir: the folder to search first; see `files.find`.
 
   Raises:
     FileNotFoundError: if a file is not found.
-    ValueError: if the split or `model_of` is unknown, or a number is out of range.
+    ValueError: if the split, `model_of` or the part is unknown, or a number is out of range.
 
   Reference: Koren, Bell, Volinsky, 2009, Matrix factorization techniques for recommender systems;
     Rendle, 2010, Factorization machines, ICDM.
   """
   if model_of not in KINDS:
     raise ValueError(f"model_of={model_of!r} is none of {', '.join(KINDS)}")
-  check(factors, l2)
-  train, test = data.load(split, data_dir)
+  check(factors, l2, power, bias)
+  train, test = data.load(split, data_dir, part)
   nothing = [np.zeros((1 + n, 0), np.int32) for n in data.last(train, test)]
   features = data.Features(nothing[0], nothing[1], 0)
   if split in (*data.FOLDS, *data.COLD):
@@ -78,15 +85,22 @@ def movielens(
   rows = {"user": users, "item": items, "feature": features.size + 1}
   kept = {"factors": ("user", "item"), "features": ("feature",)}.get(model_of, tuple(rows))
   mean = float(train.stars.mean())
+  weights = {name: np.ones(rows[name], np.float32) for name in kept}
+  if power != 1:
+    used = {"user": train.user, "item": train.item}
+    used["feature"] = np.concatenate(
+      [features.users[train.user].ravel(), features.items[train.item].ravel()]
+    )
+    weights = {n: per_rating(np.bincount(used[n], minlength=rows[n]), power) for n in kept}
 
   def init(key: Key) -> Params:
     keys = dict(zip(rows, jax.random.split(key, len(rows)), strict=True))
-    table = lambda name: scale * jax.random.normal(keys[name], (_rounded(rows[name]), factors))
-    biases = {f"{name}_bias": jnp.zeros(_rounded(rows[name])) for name in kept}
+    table = lambda name: scale * jax.random.normal(keys[name], (data.rounded(rows[name]), factors))
+    biases = {f"{name}_bias": jnp.zeros(data.rounded(rows[name])) for name in kept}
     return biases | {name: table(name) for name in kept}
 
-  def looked_up(params: Params, user: Array, item: Array) -> list[tuple[Array, Array, Array]]:
-    """Returns the biases [b, f], the factors [b, f, k] and a mask of valid entries, per table."""
+  def looked_up(params: Params, user: Array, item: Array) -> list[tuple[Array, ...]]:
+    """Returns biases [b, f], factors [b, f, k], a mask and penalty weights [b, f], per table."""
     own = {"user": user[:, None], "item": item[:, None]}
     both = jnp.concatenate(
       [jnp.asarray(features.users)[user], jnp.asarray(features.items)[item]], 1
@@ -94,18 +108,23 @@ def movielens(
     own["feature"] = both
     there = {n: i < rows[n] - (n == "feature") for n, i in own.items()}
     return [
-      (params[f"{n}_bias"][own[n]], params[n][own[n]], there[n].astype(params[n].dtype))
+      (
+        params[f"{n}_bias"][own[n]],
+        params[n][own[n]],
+        there[n].astype(params[n].dtype),
+        jnp.asarray(weights[n], params[n].dtype)[own[n]],
+      )
       for n in kept
     ]
 
   def predicted(params: Params, user: Array, item: Array) -> tuple[Array, Array]:
     """Returns the predicted stars, and the sums of squares in the penalty, both [b]."""
-    biases, vectors, there = (
+    biases, vectors, there, weight = (
       jnp.concatenate(parts, 1) for parts in zip(*looked_up(params, user, item), strict=True)
     )
     biases, vectors = biases * there, vectors * there[..., None]
     pairs = (jnp.sum(vectors, 1) ** 2 - jnp.sum(vectors**2, 1)).sum(-1) / 2
-    squares = jnp.sum(biases**2, 1) + jnp.sum(vectors**2, (1, 2))
+    squares = jnp.sum(weight * (bias * biases**2 + jnp.sum(vectors**2, 2)), 1)
     return mean + jnp.sum(biases, 1) + pairs, squares
 
   def loss(params: Params, batch: Batch, key: Key) -> Array:
@@ -136,81 +155,32 @@ def movielens(
   return task._replace(measure=measure, measured_on="test", chunk=8192)
 
 
-def measured(
-  predict: Callable[[Params], Array],
-  train: Ratings,
-  test: Ratings,
-  shape: tuple[int, int],
-  shown: np.ndarray | None = None,
-) -> Callable[[Params], dict[str, Array]]:
-  """Returns a task's function `measure`, which computes RMSE, NDCG@10 and recall@10.
+def per_rating(count: np.ndarray, power: float) -> np.ndarray:
+  """Returns n^(power - 1): the weights in every rating's penalty which add up to n^power.
 
   Args:
-    predict: a function from parameters to the predictions of all ratings [U, I].
-    train: the training ratings; a user's training items are not ranked for this user.
-    test: the ratings to predict.
-    shape: the numbers of users and items, (U, I).
-    shown: the items that are ranked; None means all items.
+    count: the number n of ratings of each entity; 0 counts as 1.
+    power: the power.
   """
-  seen, liked = np.zeros(shape, bool), np.zeros(shape, bool)
-  seen[train.user, train.item] = True
-  if shown is not None:
-    seen[:, np.setdiff1d(np.arange(shape[1]), shown)] = True
-  good = test.stars >= LIKED
-  liked[test.user[good], test.item[good]] = True
-  if not (liked & ~seen).any():
-    raise ValueError(f"no user gives {LIKED:g} stars to a test item: there is nothing to recommend")
-
-  def measure(params: Params) -> dict[str, Array]:
-    stars = predict(jax.tree.map(jnp.asarray, params))
-    error = jnp.clip(stars[test.user, test.item], LEAST, MOST) - jnp.asarray(test.stars)
-    return {"rmse": jnp.sqrt(jnp.mean(error**2))} | recommended(stars, seen, liked)
-
-  return measure
+  return np.maximum(count, 1).astype(np.float32) ** (power - 1)
 
 
-def recommended(
-  scores: Array, seen: np.ndarray, liked: np.ndarray, cut: int = CUT
-) -> dict[str, Array]:
-  """Computes NDCG@k with gains 0 or 1, and recall@k, the fraction of relevant items in the top k.
-
-  Args:
-    scores: the scores [U, I].
-    seen: a mask [U, I], True for items that are not ranked for a user.
-    liked: a mask [U, I], True for relevant items; users without relevant items do not count.
-    cut: k, the number of top items.
-  """
-  cut = min(cut, scores.shape[1])
-  hits = liked & ~seen
-  first = jax.lax.top_k(jnp.where(seen, -jnp.inf, scores), cut)[1]
-  hit = jnp.take_along_axis(jnp.asarray(hits), first, 1).astype(scores.dtype)
-  discount = 1 / jnp.log2(jnp.arange(2, cut + 2).astype(scores.dtype))
-  count = hits.sum(1)
-  best = jnp.cumsum(discount)[np.clip(count, 1, cut) - 1]
-  users = (count > 0).astype(scores.dtype)
-  mean = lambda values: jnp.sum(users * values) / jnp.sum(users)
-  return {
-    f"ndcg@{cut}": mean(hit @ discount / best),
-    f"recall@{cut}": mean(jnp.sum(hit, 1) / np.maximum(count, 1).astype(scores.dtype)),
-  }
-
-
-def check(factors: int, l2: float) -> None:
+def check(factors: int, l2: float, power: float = 1.0, bias: float = 1.0) -> None:
   """Rejects invalid hyper-parameters.
 
   Args:
     factors: the number of factors.
     l2: the weight of the penalty.
+    power: the power of an entity's number of ratings in its penalty.
+    bias: the penalty of a bias relative to that of a factor.
 
   Raises:
-    ValueError: if factors is below 1, or l2 is negative.
+    ValueError: if factors is below 1, l2 or bias is negative, or power is not in [0, 1].
   """
   if factors < 1 or not l2 >= 0:
     raise ValueError(f"factors={factors}, l2={l2}: need factors >= 1 and l2 >= 0")
-
-
-def _rounded(rows: int) -> int:
-  return -(-rows // ROWS) * ROWS
+  if not 0 <= power <= 1 or not bias >= 0:
+    raise ValueError(f"power={power}, bias={bias}: need power from 0 to 1 and bias >= 0")
 
 
 def _examples(ratings: Ratings) -> Batch:
