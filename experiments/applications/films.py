@@ -128,7 +128,7 @@ def ranking(by_stars: dict[str, Any]) -> Rows:
     for metric in ("ndcg@10", "recall@10"):
       what = f"{name}: {metric}, mean over u1, u2, u3"
       peer = f"implicit's {name.split(',')[0]}" if beside else ""
-      rows.append(row(what, found[metric], peer, beside and beside[metric], **found))
+      rows.append(row(what, found[metric], peer, beside[metric] if beside else None, **found))
   one, eight = (
     run(calls.movielens_implicit(), power(calls.mean()), mesh=f"data:{n}", steps=20)[0]["eval"]
     for n in (1, 8)

@@ -183,6 +183,7 @@ def liked(table) -> np.ndarray:
 def test_implicit_least_squares(table):
   """Two steps against numpy, the loss against its definition; two workers' mean is one worker's."""
   task = implicit.movielens_implicit(table, factors=3, l2=0.5, alpha=2.0)
+  assert task.grads
   positives, grads = liked(table), jax.jit(task.grads)
   params = task.init(KEY)
   for turn in range(2):

@@ -50,7 +50,8 @@ def movielens_bpr(
   """
   check(factors, l2)
   train, test = data.load(split, data_dir, part)
-  users, items = shape = tuple(1 + n for n in data.last(train, test))
+  users, items = (1 + n for n in data.last(train, test))
+  shape = users, items
   likes = data.liked(train, least)
   positive = np.zeros(shape, bool)
   positive[likes.user, likes.item] = True
