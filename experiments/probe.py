@@ -207,9 +207,27 @@ def kernel(hosts: Hosts, spec: str) -> tuple[str, Kernel]:
       both = per_element(encode, x, keys), per_element(decode, encoded, keys)
       return repr(compressor), Kernel(*both)
     aggregator = registry.build("aggregator", spec)
+  run = lambda x, state, keys: aggregator.aggregate(x, state, keys[0])
   state = program(aggregator.init)(x)
-  run = program(lambda x, state, keys: aggregator.aggregate(x, state, keys[0])[:2])
-  return repr(aggregator), Kernel(per_element(run, x, state, keys), 0.0)
+  return repr(aggregator), Kernel(per_element(program(run), x, state, keys), 0.0)
+
+
+def arithmetic(hosts: Hosts) -> Kernel:
+  """Measures the seconds per element of arithmetic on whole arrays, that of error feedback."""
+  import jax
+  import jax.numpy as jnp
+
+  from research.analysis import encodings
+  from research.core import registry
+
+  spec = "error_feedback(mean())"
+  aggregator = encodings.marked(registry.build("aggregator", spec))
+  x = jax.ShapeDtypeStruct(SHAPE, jnp.float32)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  one = lambda x, key: aggregator.aggregate(x, aggregator.init(x), key)
+  counted = encodings.counts(jax.make_jaxpr(one, axis_env=[("data", 1)])(x, key))
+  per_element = kernel(hosts, spec)[1].encode
+  return Kernel(per_element * x.size / counted[encodings.ARITHMETIC].encoded, 0.0)
 
 
 def measured(config: Config, rate: str) -> dict[str, Any]:
@@ -222,9 +240,12 @@ def measured(config: Config, rate: str) -> dict[str, Any]:
   Raises:
     UsageError: if a flag is invalid.
   """
+  from research.analysis import encodings
+
   hosts = Hosts()
   steps = computing(hosts, config)
   kernels = dict(kernel(hosts, spec) for spec in split(FLAGS.kernels))
+  kernels[encodings.ARITHMETIC] = arithmetic(hosts)
   samples = of_exchanges(hosts) if hosts.count > 1 else []
   found = fitting.fitted(samples, FLAGS.limited) if samples else fitting.Fit(Network(), [])
   constants = found.network.replace(

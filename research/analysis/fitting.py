@@ -18,6 +18,8 @@ from scipy import optimize
 from research.analysis import cost
 from research.analysis.network import Network
 
+BURSTS = tuple(2.0**n for n in range(12, 25, 2))  # bytes from which the fit starts
+
 
 class Sample(NamedTuple):
   """One measured collective."""
@@ -67,7 +69,8 @@ def fitted(samples: Sequence[Sample], limited: bool = True) -> Fit:
   largest = max(samples, key=lambda one: one.sent)
   shortest = min(one.seconds / one.hops for one in samples)
   per_byte = largest.seconds / largest.sent
-  start = [shortest, per_byte / 5, 8 / per_byte, 2.0**17][: 4 if limited else 2]
+  start = [shortest, per_byte / 5, 8 / per_byte][: 3 if limited else 2]
+  starts = [[*start, burst] for burst in BURSTS] if limited else [start]
 
   def network(logs: np.ndarray) -> Network:
     message, byte, *link = np.exp(logs).tolist()
@@ -78,5 +81,8 @@ def fitted(samples: Sequence[Sample], limited: bool = True) -> Fit:
     found = network(logs)
     return np.array([math.log(predicted(one, found) / one.seconds) for one in samples])
 
-  best = optimize.least_squares(residuals, np.log(start), loss="soft_l1", f_scale=0.1)
+  tried = [
+    optimize.least_squares(residuals, np.log(one), loss="soft_l1", f_scale=0.1) for one in starts
+  ]
+  best = min(tried, key=lambda one: one.cost)
   return Fit(network(best.x), np.expm1(residuals(best.x)).tolist())
