@@ -42,7 +42,7 @@ KERNELS = (
 )
 SHAPE = (640, 640)  # of an array to encode
 SIZES = (2**12, 2**16, 2**18, 2**20, 3 * 2**20)  # bytes that a worker puts into a collective
-PAUSE = 0.25  # seconds, in which an idle link saves up its burst
+PAUSE = 0.1  # seconds, in which an idle link saves up its burst; TCP starts anew after 0.2
 LONG = 2**18  # bytes from which on a collective is also measured after pauses
 TURNS = (3, 25)  # smallest and largest number of measurements of the same thing
 SECONDS = 1.0  # for one collective of one size
@@ -52,7 +52,12 @@ OPERATIONS = ("all-reduce", "all-gather", "all-to-all", "permute")
 
 
 class Hosts:
-  """The processes of the job, which start each measurement together."""
+  """The processes of the job, which start each measurement together.
+
+  Attributes:
+    count: the number of processes.
+    idle: the median seconds between two runs of what was measured last.
+  """
 
   def __init__(self):
     import jax
@@ -60,6 +65,7 @@ class Hosts:
     from research.comm import collectives
     from research.comm import mesh as meshes
 
+    self.idle = 0.0
     self.count = jax.process_count()
     if self.count > 1 < len(jax.local_devices()):
       raise UsageError(f"{len(jax.local_devices())} devices per process; start one per process")
@@ -87,13 +93,16 @@ class Hosts:
     """Measures the seconds of `run` in each process and turn, [processes, turns]."""
     from jax.experimental import multihost_utils
 
-    found = []
-    for _ in range(turns):
+    found, gaps, ended = [], [pause], 0.0
+    for turn in range(turns):
       time.sleep(pause)
       self._meet()
       begin = time.perf_counter()
+      gaps += [begin - ended] * (turn > 0)
       run()
-      found.append(time.perf_counter() - begin)
+      ended = time.perf_counter()
+      found.append(ended - begin)
+    self.idle = float(np.median(gaps[1:] or gaps))
     everyone = multihost_utils.process_allgather(np.array(found, np.float32))
     return np.asarray(everyone, np.float64).reshape(self.count, turns)
 
@@ -128,7 +137,7 @@ def of_exchanges(hosts: Hosts) -> list[Sample]:
     run = hosts.program(exchange(operation, hosts.count), size)
     for pause in (0.0, PAUSE) if size >= LONG else (0.0,):
       seconds = hosts.typical(run, pause)
-      found.append(Sample(operation, sent, hops, pause, seconds))
+      found.append(Sample(operation, sent, hops, hosts.idle, seconds))
   return found
 
 
@@ -198,9 +207,27 @@ def kernel(hosts: Hosts, spec: str) -> tuple[str, Kernel]:
       both = per_element(encode, x, keys), per_element(decode, encoded, keys)
       return repr(compressor), Kernel(*both)
     aggregator = registry.build("aggregator", spec)
+  run = lambda x, state, keys: aggregator.aggregate(x, state, keys[0])
   state = program(aggregator.init)(x)
-  run = program(lambda x, state, keys: aggregator.aggregate(x, state, keys[0])[:2])
-  return repr(aggregator), Kernel(per_element(run, x, state, keys), 0.0)
+  return repr(aggregator), Kernel(per_element(program(run), x, state, keys), 0.0)
+
+
+def arithmetic(hosts: Hosts) -> Kernel:
+  """Measures the seconds per element of arithmetic on whole arrays, that of error feedback."""
+  import jax
+  import jax.numpy as jnp
+
+  from research.analysis import encodings
+  from research.core import registry
+
+  spec = "error_feedback(mean())"
+  aggregator = encodings.marked(registry.build("aggregator", spec))
+  x = jax.ShapeDtypeStruct(SHAPE, jnp.float32)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  one = lambda x, key: aggregator.aggregate(x, aggregator.init(x), key)
+  counted = encodings.counts(jax.make_jaxpr(one, axis_env=[("data", 1)])(x, key))
+  per_element = kernel(hosts, spec)[1].encode
+  return Kernel(per_element * x.size / counted[encodings.ARITHMETIC].encoded, 0.0)
 
 
 def measured(config: Config, rate: str) -> dict[str, Any]:
@@ -213,9 +240,12 @@ def measured(config: Config, rate: str) -> dict[str, Any]:
   Raises:
     UsageError: if a flag is invalid.
   """
+  from research.analysis import encodings
+
   hosts = Hosts()
   steps = computing(hosts, config)
   kernels = dict(kernel(hosts, spec) for spec in split(FLAGS.kernels))
+  kernels[encodings.ARITHMETIC] = arithmetic(hosts)
   samples = of_exchanges(hosts) if hosts.count > 1 else []
   found = fitting.fitted(samples, FLAGS.limited) if samples else fitting.Fit(Network(), [])
   constants = found.network.replace(

@@ -11,7 +11,7 @@ from research.analysis import cost, encodings, wire
 from research.analysis.encodings import Count
 from research.analysis.network import Network
 from research.comm import mesh as meshes
-from research.core.base import Aggregator
+from research.core import registry
 from research.core.method import Method
 from research.core.task import Task
 from research.parallel import inference, traffic
@@ -20,6 +20,8 @@ from research.parallel import workers as of_workers
 from research.parallel.job import Job, resolved
 from research.training import assemble
 from research.training.config import Config
+
+PLAIN = "data_parallel(sgd(0.1), mean())"  # the method of a measured computation
 
 
 class Work(NamedTuple):
@@ -95,11 +97,21 @@ def of_job(job: Job, layout: layouts.Layout) -> Work:
 
 
 def _counts(job: Job, layout: layouts.Layout) -> dict[str, Count]:
-  """Counts the elements that one worker encodes in a round, by compressor and by aggregator.
+  """Counts the elements that one worker encodes and combines in a round.
 
-  An aggregator counts with the elements of the model, for kernels that are whole aggregators.
+  The computation of a step is measured with PLAIN, so the arithmetic of PLAIN's exchange is not
+  counted again.
   """
-  aggregators = list(map(repr, job.method.parts(Aggregator)))
+  found = _all_counts(job, layout)
+  if job.method.local_steps == 1 and encodings.ARITHMETIC in found:
+    plain = resolved(job._replace(method=registry.build("method", PLAIN)))
+    known = _all_counts(plain, inference.layout_of(plain)).get(encodings.ARITHMETIC, Count(0, 0))
+    more = max(0.0, found[encodings.ARITHMETIC].encoded - known.encoded)
+    found[encodings.ARITHMETIC] = Count(more, 0)
+  return found
+
+
+def _all_counts(job: Job, layout: layouts.Layout) -> dict[str, Count]:
   job = job._replace(method=encodings.marked(job.method))
   cut = of_workers.blocked(job)
   key = jax.eval_shape(lambda: jax.random.key(0))
@@ -108,10 +120,7 @@ def _counts(job: Job, layout: layouts.Layout) -> dict[str, Count]:
     lambda state, local, weight, key: of_workers.sync(cut, local, state, weight, key),
     axis_env=list(meshes.worker_axes(job.axes).items()),
   )(layout.state_shapes, layout.local_shapes, weight, key)
-  params = jax.eval_shape(job.task.init, key)
-  size = sum(leaf.size for leaf in jax.tree.leaves(params))
-  whole = dict.fromkeys(aggregators, Count(size, 0))
-  return encodings.counts(program) | whole
+  return encodings.counts(program)
 
 
 def of_shapes(method: Method, shapes: Any, workers: int) -> tuple[Work, int]:

@@ -6,15 +6,16 @@ al. 2005). A collective among W workers is a sequence of `hops` messages:
     all-reduce  2 (W-1) hops on a ring      all-gather, reduce-scatter  W-1 hops on a ring
     all-to-all    W-1 pairwise exchanges    permute                     1 hop
 
-A step is the computation of the slowest worker, the encoding of messages, the work of hosts on
-messages, and the time of the link:
+A step is the computation of the slowest worker, the encoding of messages, the work of hosts on each
+message, and the time of the link:
 
-    host = hops message + byte sent        link = hops latency + (8 sent - credit) / rate
-    credit = min(8 burst, rate (time in which the link is idle))
+    host = hops message     link = hops latency + max(byte sent, 8 sent / rate - credit)
+    credit = min(8 burst / rate, time in which the link is idle)
 
-The credit is that of a token bucket, which fills while the workers compute. If the method allows
-its exchange to overlap with local steps, the link's time counts only as far as they do not hide it
-(`exposed`); the work of hosts is never hidden. Every leaf of the tree is one message, unless the
+The hosts copy and the link transmits at the same time, so the slower one counts. The credit is that
+of a token bucket, which fills while the workers compute. If the method allows its exchange to
+overlap with local steps, the link's time counts only as far as they do not hide it (`exposed`); the
+work of hosts on messages is never hidden. Every leaf of the tree is one message, unless the
 program fuses leaves. Every worker's link is full duplex, and an exchange loads both directions
 alike. A library that uses tree algorithms for short messages needs fewer hops for such messages.
 
@@ -39,12 +40,21 @@ class Load(NamedTuple):
   hops: float  # messages that follow one another
 
   def host(self, network: Network) -> float:
-    """Returns the seconds of a host's work."""
-    return self.hops * network.message + self.sent * network.byte
+    """Returns the seconds of a host's work on messages."""
+    return self.hops * network.message
 
-  def link(self, network: Network) -> float:
-    """Returns the seconds of the link without any credit."""
-    return self.hops * network.latency + 8 * self.sent / network.bits_per_second
+  def link(self, network: Network, idle: float = 0.0, period: float = 1) -> float:
+    """Returns the seconds of the link.
+
+    Args:
+      network: the network.
+      idle: seconds per local step for which the link is idle.
+      period: local steps from one exchange to the next.
+    """
+    rate = network.bits_per_second
+    saved = min(8 * network.burst / rate / period, idle) if math.isfinite(rate) else 0.0
+    carried = max(self.sent * network.byte, 8 * self.sent / rate - saved)
+    return self.hops * network.latency + carried
 
 
 class Step(NamedTuple):
@@ -134,11 +144,8 @@ def step(
     delay: local steps that an exchange may take; 0 if the workers wait for its result.
   """
   slowest = waiting.slowest(computing, network.spread, workers, period)
-  host, rate = sent.host(network), network.bits_per_second
-  idle = slowest + encoding + host
-  sending = 8 * sent.sent / rate
-  saved = min(8 * network.burst / rate / period, idle) if math.isfinite(rate) else 0.0
-  link = sent.hops * network.latency + max(0.0, sending - saved)
+  host = sent.host(network)
+  link = sent.link(network, slowest + encoding + host, period)
   return Step(slowest, encoding, host, link, exposed(link, slowest, period, delay))
 
 

@@ -1,8 +1,10 @@
-"""Counts the elements that a worker encodes and decodes in a round, from the traced program.
+"""Counts the elements that a worker encodes, decodes and combines in a traced round.
 
-The compressors of a method are replaced by compressors that call the original ones in functions
-with a known name. The calls stay visible in the traced program, with the shapes of their arrays and
-inside the loops that repeat them. The program is traced, not run.
+The compressors of a method, and its aggregators that contain no others, are replaced by objects
+that call the original ones in functions with a known name. The calls stay visible in the traced
+program, with the shapes of their arrays and inside the loops that repeat them. What remains is
+arithmetic on whole arrays, such as that of error feedback, whose results are counted under the name
+ARITHMETIC. The program is traced, not run.
 """
 
 import dataclasses
@@ -15,10 +17,17 @@ from jax.extend import core
 
 from research.analysis.network import Kernel
 from research.analysis.rounds import programs
-from research.core.base import Compressor
+from research.core.base import EVERYONE, Aggregator, Compressor
 from research.core.part import Part
 
+ARITHMETIC = "arithmetic"  # elementwise operations and sums outside of all kernels
 _MARK = "kernel "
+_OPERATIONS = {
+  *("add", "add_any", "sub", "mul", "div", "neg", "max", "min", "abs", "sign", "square", "sqrt"),
+  *("rsqrt", "exp", "log", "pow", "integer_pow", "select_n", "clamp", "round", "floor"),
+  *("ge", "gt", "le", "lt", "eq", "ne", "and", "or", "xor", "not", "convert_element_type"),
+  *("reduce_sum", "reduce_max", "reduce_min"),
+}
 
 
 class Count(NamedTuple):
@@ -72,12 +81,33 @@ def marked(part: Any) -> Any:
     return Marked(part)
   if not isinstance(part, Part):
     return part
+  if isinstance(part, Aggregator) and not any(isinstance(one, Part) for one in part.values()):
+    return _marked_aggregator(part)
   changes = {
     field.name: marked(getattr(part, field.name))
     for field in dataclasses.fields(part)  # pyright: ignore[reportArgumentType]
     if isinstance(getattr(part, field.name), Part)
   }
   return part.replace(**changes)
+
+
+def _marked_aggregator(part: Aggregator) -> Aggregator:
+  """Returns a copy of an aggregator whose `aggregate` is one call in a traced program."""
+
+  def aggregate(self, tree, state, key, presence=EVERYONE):
+    def function(tree, state, key):
+      return part.aggregate(tree, state, key, presence)
+
+    size = sum(leaf.size for leaf in jax.tree.leaves(tree))
+    function.__name__ = f"{_MARK}{size} {part!r}"
+    return jax.jit(function)(tree, state, key)
+
+  kind = type(part)
+  marked_kind = type(kind.__name__, (kind,), {"title": kind.title, "aggregate": aggregate})
+  found = object.__new__(marked_kind)
+  for name, value in part.fields().items():
+    object.__setattr__(found, name, value)
+  return found
 
 
 def counts(program: core.ClosedJaxpr) -> dict[str, Count]:
@@ -95,12 +125,11 @@ def counts(program: core.ClosedJaxpr) -> dict[str, Count]:
   for eqn in program.jaxpr.eqns:
     name = str(eqn.params.get("name", ""))
     if name.startswith(_MARK):
-      side, spec = name.removeprefix(_MARK).split(" ", 1)
-      is_encoding = side == "encode"
-      arrays = eqn.invars if is_encoding else eqn.outvars
-      size = max(math.prod(x.aval.shape) for x in arrays)  # keys may come before the array
-      _add(found, {spec: Count(size, 0) if is_encoding else Count(0, size)}, 1)
+      _add(found, _of_kernel(eqn, *name.removeprefix(_MARK).split(" ", 1)), 1)
       continue
+    if eqn.primitive.name in _OPERATIONS:
+      size = max(math.prod(x.aval.shape) for x in (*eqn.invars, *eqn.outvars))
+      _add(found, {ARITHMETIC: Count(size, 0)}, 1)
     inner = [counts(one) for one in programs(eqn)]
     if eqn.primitive.name == "cond":
       inner = [max(inner, key=lambda one: sum(map(sum, one.values())), default={})]
@@ -108,6 +137,15 @@ def counts(program: core.ClosedJaxpr) -> dict[str, Count]:
     for one in inner:
       _add(found, one, times)
   return found
+
+
+def _of_kernel(eqn: Any, side: str, spec: str) -> dict[str, Count]:
+  """Returns the elements of a marked call; an aggregator's are those of the tree."""
+  if side not in ("encode", "decode"):
+    return {spec: Count(int(side), 0)}
+  arrays = eqn.invars if side == "encode" else eqn.outvars
+  size = max(math.prod(x.aval.shape) for x in arrays)  # keys may come before the array
+  return {spec: Count(size, 0) if side == "encode" else Count(0, size)}
 
 
 def _add(totals: dict[str, Count], more: Mapping[str, Count], times: int) -> None:

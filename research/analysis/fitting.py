@@ -2,7 +2,7 @@
 
 The time of a collective that starts after an idle time is modelled as in `cost.py`:
 
-    seconds = hops message + sent byte + max(0, 8 sent / rate - min(8 burst / rate, idle))
+    seconds = hops message + max(sent byte, 8 sent / rate - min(8 burst / rate, idle))
 
 The squared differences of logarithms are minimized with a soft L1 loss, so that a few disturbed
 measurements do not matter. The unknowns are logarithms, so that all constants are positive.
@@ -15,7 +15,10 @@ from typing import NamedTuple
 import numpy as np
 from scipy import optimize
 
+from research.analysis import cost
 from research.analysis.network import Network
+
+BURSTS = tuple(2.0**n for n in range(12, 25, 2))  # bytes from which the fit starts
 
 
 class Sample(NamedTuple):
@@ -24,7 +27,7 @@ class Sample(NamedTuple):
   operation: str
   sent: float  # bytes that a worker sends
   hops: float  # messages that follow one another
-  pause: float  # seconds before it in which the link was idle
+  idle: float  # seconds before it in which the link was idle
   seconds: float
 
 
@@ -47,10 +50,8 @@ def predicted(sample: Sample, network: Network) -> float:
     sample: the collective; its seconds are not used.
     network: the constants.
   """
-  host = sample.hops * (network.message + network.latency) + sample.sent * network.byte
-  rate = network.bits_per_second
-  saved = min(8 * network.burst / rate, sample.pause + host) if math.isfinite(rate) else 0.0
-  return host + max(0.0, 8 * sample.sent / rate - saved)
+  load = cost.Load(sample.sent, sample.hops)
+  return load.host(network) + load.link(network, sample.idle + load.host(network))
 
 
 def fitted(samples: Sequence[Sample], limited: bool = True) -> Fit:
@@ -68,7 +69,8 @@ def fitted(samples: Sequence[Sample], limited: bool = True) -> Fit:
   largest = max(samples, key=lambda one: one.sent)
   shortest = min(one.seconds / one.hops for one in samples)
   per_byte = largest.seconds / largest.sent
-  start = [shortest, per_byte / 10, 8 / per_byte, 2.0**17][: 4 if limited else 2]
+  start = [shortest, per_byte / 5, 8 / per_byte][: 3 if limited else 2]
+  starts = [[*start, burst] for burst in BURSTS] if limited else [start]
 
   def network(logs: np.ndarray) -> Network:
     message, byte, *link = np.exp(logs).tolist()
@@ -79,5 +81,8 @@ def fitted(samples: Sequence[Sample], limited: bool = True) -> Fit:
     found = network(logs)
     return np.array([math.log(predicted(one, found) / one.seconds) for one in samples])
 
-  best = optimize.least_squares(residuals, np.log(start), loss="soft_l1", f_scale=0.1)
+  tried = [
+    optimize.least_squares(residuals, np.log(one), loss="soft_l1", f_scale=0.1) for one in starts
+  ]
+  best = min(tried, key=lambda one: one.cost)
   return Fit(network(best.x), np.expm1(residuals(best.x)).tolist())

@@ -42,7 +42,7 @@ class Network:
     sharing: the number of workers that share a link.
     efficiency: bits of payload per bit on the wire; a rate given as a text is multiplied by it.
     message: seconds of a host's work per message of a collective.
-    byte: seconds of a host's work per byte that it sends.
+    byte: seconds in which a host copies a byte that it sends, at most while the link transmits.
     computing: seconds of computation per local step, with all workers busy; 0 if it is unknown.
     spread: coefficient of variation of a worker's time per step.
     kernels: the compressors' times, by spec.

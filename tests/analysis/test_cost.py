@@ -107,7 +107,7 @@ def test_a_method_says_how_long_its_exchange_may_take():
 
 
 SENT = cost.Load(1000.0, 4.0)
-MACHINE = LINK.replace(message=0.01, byte=1e-4)  # 4 * 0.01 + 0.1 s of a host's work
+MACHINE = LINK.replace(message=0.01, byte=1e-4)  # 4 * 0.01 s on messages, 0.1 s to copy
 
 
 def step(network=MACHINE, sent=SENT, computing=4.0, **changes) -> cost.Step:
@@ -115,8 +115,8 @@ def step(network=MACHINE, sent=SENT, computing=4.0, **changes) -> cost.Step:
 
 
 def test_a_step_is_the_sum_of_its_parts():
-  assert step(encoding=0.5) == pytest.approx((4.0, 0.5, 0.14, 2.0, 2.0))
-  assert step(encoding=0.5).seconds == pytest.approx(4 + 0.5 + 0.14 + 2)
+  assert step(encoding=0.5) == pytest.approx((4.0, 0.5, 0.04, 2.0, 2.0))
+  assert step(encoding=0.5).seconds == pytest.approx(4 + 0.5 + 0.04 + 2)
   assert step(Network()).seconds == 4
 
 
@@ -125,15 +125,15 @@ def test_an_idle_link_saves_up_a_burst():
   assert saved(0.0) == 0
   assert saved(100.0) == pytest.approx(0.1)
   assert saved(100.0, period=10) == pytest.approx(0.01)  # the exchange of ten steps saves it once
-  assert saved(1e6, computing=0.3) == pytest.approx(0.3 + 0.14)  # it fills in the time there is
-  assert saved(1e6) == pytest.approx(1.0)  # latency remains
+  assert saved(1e6, computing=0.3) == pytest.approx(0.3 + 0.04)  # it fills in the time there is
+  assert saved(1e6) == pytest.approx(0.9)  # latency and copying remain
   long = step(MACHINE.replace(burst=1e9), SENT._replace(sent=1e5), computing=0.0)
   assert long.seconds == pytest.approx(8e5 / 8e3 + 1)  # in the long run, the rate is the limit
 
 
 def test_only_the_link_overlaps_with_local_steps():
   late = step(period=8, delay=8)
-  assert (late.waiting, late.seconds) == pytest.approx((0.0, 4.14))
+  assert (late.waiting, late.seconds) == pytest.approx((0.0, 4.04))
   assert step(period=8, delay=2).waiting == pytest.approx(1.0)
 
 

@@ -16,8 +16,8 @@ def samples(network: Network, noise: float = 0.0) -> list[Sample]:
   found = []
   for hops, share in ((2, 1.0), (1, 1.0), (1, 0.5)):
     for size in SIZES:
-      for pause in (0.0, 0.25):
-        one = Sample("all-reduce", share * size, hops, pause, 0.0)
+      for idle in (1e-4, 0.1):
+        one = Sample("all-reduce", share * size, hops, idle, 0.0)
         seconds = fitting.predicted(one, network) * np.exp(noise * random.normal())
         found.append(one._replace(seconds=seconds))
   return found
