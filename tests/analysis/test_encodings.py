@@ -24,7 +24,8 @@ def counts(spec: str) -> dict[str, Count]:
 @pytest.mark.parametrize(
   ("spec", "name", "encoded", "decoded"),
   [
-    # chunks of N / W: all are encoded and decoded, W are received, one is answered, W are put together
+    # chunks of N / W: all are encoded and decoded, W are received, one is answered, W are put
+    # together
     ("two_phase(int8())", "int8()", N + N / W, N + N + N / W + N),
     ("gather_mean(sign())", "sign()", N, N + W * N),
     ("sum_mean(random_k(0.25))", "random_k(0.25)", N, 2 * N),

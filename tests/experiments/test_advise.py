@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from experiments.benchmarks import choices, prediction
 from experiments.reports import advice, evidence, options
 from experiments.reports.advice import EXACT, Option
 from research.analysis.cost import Load
@@ -176,21 +175,3 @@ def test_the_command_ranks_traced_methods(tmp_path):
   assert len(found["options"]) == len(options.CANDIDATES)
   first = run(*common, "--network=1mbit").stdout.splitlines()[0]
   assert first.startswith(("use SparseLoCo", "use DiLoCo, 32, int8"))
-
-
-# ---- the recorded results
-
-
-def test_the_recorded_predictions_are_those_of_the_model():
-  found = json.loads((ROOT / "results" / "prediction" / "result.json").read_text())
-  cells = found["prediction"]
-  assert len(cells) == len(prediction.HOSTS) * len(prediction.LINKS) * len(prediction.METHODS)
-  assert prediction.PROBED not in {cell["link"] for cell in cells}
-  assert found == found | prediction.summary(cells)
-
-
-def test_the_recorded_choices_are_those_of_the_advisor():
-  found = json.loads((ROOT / "results" / "advice" / "result.json").read_text())
-  cases = choices.recorded()
-  assert found["advice"] == cases
-  assert found == found | choices.summary(cases)
