@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.benchmarks import choices, prediction
 from experiments.reports import advice, evidence, options
 from experiments.reports.advice import EXACT, Option
 from research.analysis.cost import Load
@@ -175,3 +176,20 @@ def test_the_command_ranks_traced_methods(tmp_path):
   assert len(found["options"]) == len(options.CANDIDATES)
   first = run(*common, "--network=1mbit").stdout.splitlines()[0]
   assert first.startswith(("use SparseLoCo", "use DiLoCo, 32, int8"))
+
+
+# ---- the recorded results
+
+
+def test_no_recorded_prediction_is_for_the_link_of_the_probe():
+  found = json.loads((ROOT / "results" / "prediction" / "result.json").read_text())
+  cells = found["prediction"]
+  assert prediction.PROBED not in {cell["link"] for cell in cells}
+  assert found == found | prediction.summary(cells)
+
+
+def test_the_recorded_choices_are_those_of_the_advisor():
+  found = json.loads((ROOT / "results" / "advice" / "result.json").read_text())
+  cases = choices.recorded()
+  assert [case["choice"] for case in found["advice"]] == [case["choice"] for case in cases]
+  assert found == found | choices.summary(cases)
