@@ -8,6 +8,7 @@ this.
 
 import json
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from pages import HERE, ROOT
@@ -58,11 +59,24 @@ def method(one: options.Candidate, shapes: Any, kernels: network.Network) -> dic
     "spec": spec,
     "transfers": transfers([found.rows for found in works], size),
     "encoding": works[0].encoding(kernels) / size,
+    "unmeasured": unmeasured(works[0].counts, kernels.kernels),
     "period": works[0].period,
     "delay": works[0].delay,
     "steps": [steps.low, steps.counted, steps.high],
     "sources": [[name, page(name)] for name in steps.source.split(", ")],
   }
+
+
+def unmeasured(counted: Iterable[str], kernels: Iterable[str]) -> list[str]:
+  """Returns the specs that were measured only with other arguments.
+
+  Args:
+    counted: the specs whose elements are counted.
+    kernels: the specs that were measured.
+  """
+  name = lambda spec: spec.partition("(")[0]
+  known = {name(spec) for spec in kernels}
+  return sorted(spec for spec in {*counted} - {*kernels} if name(spec) in known)
 
 
 def transfers(found: list[list[dict[str, Any]]], size: int) -> list[dict[str, Any]]:

@@ -276,6 +276,9 @@
     makeSliders(root);
     const encoding = document.getElementById("advisor-encoding");
     encoding.disabled = !data.kernels;
+    const missing = data.methods.filter((method) => method.unmeasured.length).map((method) => method.name);
+    const note = missing.length && data.kernels ? ` Not measured: ${missing.join(", ")}.` : "";
+    encoding.parentElement.append(note);
     encoding.addEventListener("input", show);
     show();
   });
