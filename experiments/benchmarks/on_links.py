@@ -95,7 +95,7 @@ def main(asked: dict[str, Any]) -> None:
       others[spec].append(share)
     for spec in dispatches:
       cell = {"link": link, "method": spec, "milliseconds": found[spec], "others": others[spec]}
-      say(f"cell {json.dumps(cell)}")
+      say(f"cell {json.dumps(cell, allow_nan=False)}")
 
 
 def undisturbed(dispatch: Callable[[], float]) -> tuple[list[float], float]:

@@ -85,7 +85,7 @@ def cells(hosts: int, methods: Sequence[str], links: Sequence[str]) -> Iterator[
   with (
     tempfile.TemporaryFile("w+") as errors,
     subprocess.Popen(
-      [*line, json.dumps(asked)], stdout=subprocess.PIPE, stderr=errors, text=True
+      [*line, json.dumps(asked, allow_nan=False)], stdout=subprocess.PIPE, stderr=errors, text=True
     ) as process,
     ended(process),
   ):
