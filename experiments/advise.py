@@ -11,7 +11,7 @@ methods that do not serve private data, faulty peers, or workers of unlike speed
 
 The step time is predicted by research/analysis/cost.py. How many steps a method needs comes from
 recorded results, which the table names. --json writes the ranking, and all numbers that it depends
-on, to a file.
+on, to a file. --methods adds methods of your own, also from --import.
 """
 
 import statistics
@@ -20,6 +20,7 @@ from typing import Any
 
 from absl import flags, logging
 
+from experiments.compare import split
 from experiments.reports.advice import PRIORITIES
 from research.command.errors import one_line_errors
 from research.command.flags import define_import, launch
@@ -109,6 +110,7 @@ def main(argv: list[str]) -> None:
 
     from experiments.reports import advice, options
     from research.analysis import network as networks
+    from research.core import registry
     from research.training.reports import report
 
     with flag("model", FLAGS.model):
@@ -122,11 +124,15 @@ def main(argv: list[str]) -> None:
     size = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     seconds, origin = computing(size, network.computing)
     tell = lambda name: print(f"tracing {name}", file=sys.stderr, flush=True)
-    found = options.options(shapes, FLAGS.workers, network, tell)
+    with flag("methods", FLAGS.methods):
+      more = split(FLAGS.methods)
+      for spec in more:
+        registry.build("method", spec)
+    found = options.options(shapes, FLAGS.workers, network, tell, more)
     rows = advice.ranked(
       found, network, workers=FLAGS.workers, computing=seconds, priority=FLAGS.priority
     )
-    print(advice.verdict(rows))
+    print(advice.verdict(rows, FLAGS.priority))
     print(
       f"\n{size:,} parameters, {FLAGS.workers} workers, {FLAGS.network}; computing takes "
       f"{seconds:.3g} s per step ({origin}).\n"
@@ -139,7 +145,7 @@ def main(argv: list[str]) -> None:
     if place:
       asked = {"parameters": size, "workers": FLAGS.workers, "computing": seconds}
       asked |= {"network": network.as_dict(), "priority": FLAGS.priority}
-      chosen = {"verdict": advice.verdict(rows), "rows": rows}
+      chosen = {"verdict": advice.verdict(rows, FLAGS.priority), "rows": rows}
       chosen["options"] = [{**one._asdict(), "load": one.load._asdict()} for one in found]
       report.write_json(place, asked | chosen)
 
@@ -156,6 +162,7 @@ def define_own_flags() -> None:
   flags.DEFINE_float("compute_seconds", 0.0, "Seconds of computation per local step, if known.")
   flags.DEFINE_string("network", "1gbit,1ms", "A link, a file of probe.py, or FILE,LINK.")
   flags.DEFINE_enum("priority", "time", PRIORITIES, "What matters.")
+  flags.DEFINE_string("methods", "", "Further methods to rank, separated by ';'.")
   flags.DEFINE_string("json", "", "File for the ranking and the numbers that it depends on.")
   define_import()
 

@@ -283,6 +283,8 @@ def main(argv: list[str]) -> None:
     config = start()
     import jax
 
+    _check_kernels(split(FLAGS.kernels))
+
     from research.training import folder as folders
     from research.training.reports import report
 
@@ -295,6 +297,17 @@ def main(argv: list[str]) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     report.write_json(place, found)
     print(told(found, place), flush=True)
+
+
+def _check_kernels(specs: list[str]) -> None:
+  """Rejects invalid specs before anything is measured."""
+  from research.core import registry
+  from research.core.spec import parse
+
+  for spec in specs:
+    with flag("kernels", spec):
+      is_compressor = parse(spec).name in registry.names("compressor")
+      registry.build("compressor" if is_compressor else "aggregator", spec)
 
 
 def told(found: dict[str, Any], place: Path) -> str:
@@ -320,7 +333,6 @@ def told(found: dict[str, Any], place: Path) -> str:
 def define_own_flags() -> None:
   """Defines the flags of run.py and the flags of the probe; --out is a file."""
   define_flags()
-  FLAGS.set_default("task", "mnist()")
   flags.DEFINE_string("kernels", KERNELS, "Compressors and aggregators to time, separated by ';'.")
   flags.DEFINE_string("rate", "", "Rate of every host's link on the wire, if known: 100mbit.")
   flags.DEFINE_bool("limited", True, "Whether the link limits the rate; if not, it has none.")

@@ -80,8 +80,8 @@ def supervise(
     disturb: a function that is called several times a second with the running processes.
 
   Returns:
-    0 if all processes ended with 0; 130 after SIGINT; otherwise the exit code of the process that
-    failed first, 128 + N if signal N ended that process, or 124 if the job hung.
+    0 if all processes ended with 0; 130 after SIGINT; otherwise the exit code of the process whose
+    failure caused the others, 128 + N if signal N ended that process, or 124 if the job hung.
   """
   with contextlib.ExitStack() as stack:
     watchman = Watchman()

@@ -160,11 +160,21 @@ def _why(row: dict[str, Any], best: dict[str, Any], priority: str) -> str:
   return f"{times:.2f} times the time: it needs {more:.2f} times the steps, {made_of}"
 
 
-def verdict(rows: Sequence[dict[str, Any]]) -> str:
-  """Returns the advice in one line; a gain of at most `WORTH` is not worth compression."""
+def verdict(rows: Sequence[dict[str, Any]], priority: str = "time") -> str:
+  """Returns the advice in one line.
+
+  If time decides, a gain of at most `WORTH` is not worth compression.
+
+  Args:
+    rows: the result of `ranked`.
+    priority: the priority by which they were ranked.
+  """
   best = rows[0]
   if best["excluded"]:
     return best["why"]
+  if priority in ("bytes", "memory"):
+    least = {"bytes": "sends the fewest bytes to the target", "memory": "needs the least memory"}
+    return f"use {best['name']}: it {least[priority]}"
   exact = next((row for row in rows if row["name"] == EXACT and not row["excluded"]), None)
   gain = exact["seconds"] / best["seconds"] if exact and best["seconds"] else 1.0
   if exact and gain <= 1 + WORTH:

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,7 +102,8 @@ def spec_of(one: Candidate, shapes: Any, workers: int) -> str:
   at = lambda spec: work.of_shapes(registry.build("method", spec), shapes, workers)[0].load.sent
   low, high = (at(one.spec.format(rank=rank)) for rank in (1, 2))
   target = at(_data_parallel("mean()")) / POWER_SGD
-  return one.spec.format(rank=max(1, round(1 + (target - low) / (high - low))))
+  more = (target - low) / (high - low) if high > low else 0.0  # small matrices are sent as they are
+  return one.spec.format(rank=max(1, round(1 + more)))
 
 
 def options(
@@ -110,6 +111,7 @@ def options(
   workers: int,
   network: Network,
   tell: Callable[[str], None] = lambda name: None,
+  more: Sequence[str] = (),
 ) -> list[Option]:
   """Traces every candidate on a model, and returns the numbers of the ranking.
 
@@ -118,16 +120,20 @@ def options(
     workers: the number of workers.
     network: the network, whose kernels determine the times of encoding.
     tell: called with the name of each candidate before it is traced.
+    more: specs of further methods, for which no result says how many steps they need.
+
+  Raises:
+    ValueError: if a further spec is invalid.
   """
-  size, boards = _bytes(shapes), evidence.leaderboard()
-  found = []
-  for one in CANDIDATES:
+  boards, found = evidence.leaderboard(), []
+  for one in (*CANDIDATES, *(Candidate(spec, spec, "") for spec in more)):
     tell(one.name)
     spec = spec_of(one, shapes, workers)
     method = registry.build("method", spec)
     if method.one_by_one:
-      pushes = (size / 4, size)  # int8 to the server, float32 back
-      load, memory, encoding, period, delay = work.cost.Load(size / 4, 1.0), 4.0 * size, 0.0, 1, 0
+      push, pull, memory = work.of_server(method, shapes)
+      pushes = push, pull
+      load, encoding, period, delay = work.cost.Load(push, 1.0), 0.0, 1, 0
     else:
       pushes = None
       done, memory = work.of_shapes(method, shapes, workers)
@@ -182,7 +188,9 @@ def shapes_of(model: str) -> Any:
     return jax.eval_shape(transformer(model)(vocabulary).init, key, tokens)["params"]
   array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
   if found := re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(kB|MB|GB|TB)", model):
-    count = max(1, int(float(found[1]) * _UNITS[found[2]] / 4))
+    count = int(float(found[1]) * _UNITS[found[2]] / 4)
+    if not count:
+      raise ValueError("holds no parameter; one takes 4 bytes")
     side = min(SIDE, math.isqrt(count))
     matrices, rest = divmod(count, side * side)
     whole = {"matrices": array(matrices, side, side)}

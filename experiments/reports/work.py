@@ -18,7 +18,7 @@ from research.parallel import inference, traffic
 from research.parallel import layout as layouts
 from research.parallel import workers as of_workers
 from research.parallel.job import Job, resolved
-from research.training import assemble
+from research.training import assemble, exchanges
 from research.training.config import Config
 
 PLAIN = "data_parallel(sgd(0.1), mean())"  # the method of a measured computation
@@ -137,16 +137,40 @@ def of_shapes(method: Method, shapes: Any, workers: int) -> tuple[Work, int]:
   Raises:
     ValueError: if the method does not fit the number of workers.
   """
+  job = _job(method, shapes, workers)
+  layout = inference.layout_of(job)
+  return of_job(job, layout), _memory(layout)
+
+
+def of_server(method: Method, shapes: Any) -> tuple[float, float, int]:
+  """Returns what a worker of a server exchanges, for a method that serves one worker at a time.
+
+  Args:
+    method: the method.
+    shapes: the tree of the parameters' shapes and dtypes.
+
+  Returns:
+    The bytes of a message to the server and of its reply, and the bytes of the state with its
+    parameters.
+  """
+  job = _job(method, shapes, 1)
+  memory = _memory(inference.layout_of(job))
+  return exchanges.push_bytes(job, 1.0), exchanges.pull_bytes(job, 1.0), memory
+
+
+def _job(method: Method, shapes: Any, workers: int) -> Job:
+  """Returns a job without data on a model of which only the shapes are known."""
   zeros = lambda key: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
   loss = lambda params, batch, key: sum(jnp.sum(x) for x in jax.tree.leaves(params))
   sample = lambda size, step, key, *, batch_size: jnp.zeros(batch_size, jnp.int32)
   batch = lambda examples, index: jax.tree.map(lambda x: x[index], examples)
   examples = {"x": np.zeros((workers, 1), np.float32)}
   task = Task(zeros, loss, lambda params, batch: {}, sample, batch, examples)
-  job = resolved(Job(method, task, {"data": workers}, np.ones(workers, np.int64), 1))
-  layout = inference.layout_of(job)
-  state = jax.tree.leaves(layout.state_shapes)
-  return of_job(job, layout), sum(_bytes(leaf) for leaf in state)
+  return resolved(Job(method, task, {"data": workers}, np.ones(workers, np.int64), 1))
+
+
+def _memory(layout: layouts.Layout) -> int:
+  return sum(_bytes(leaf) for leaf in jax.tree.leaves(layout.state_shapes))
 
 
 def _bytes(leaf: Any) -> int:

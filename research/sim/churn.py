@@ -1,6 +1,7 @@
 """Defines when workers are present: always, for random times, or as recorded in a file."""
 
 import csv
+import io
 
 import numpy as np
 
@@ -42,6 +43,10 @@ class Churn(Part):
       ValueError: if the times are not those of W workers.
     """
     ...
+
+  def contents(self) -> bytes:
+    """Returns the contents of the file that defines the times, if there is one."""
+    return b""
 
 
 class Always(Churn, name="always"):
@@ -101,14 +106,19 @@ class RecordedTimes(Churn, name="recorded"):
 
   path: str
 
+  def contents(self):
+    try:
+      return paths.local(self.path).read_bytes()
+    except OSError as error:
+      raise ValueError(f"path='{self.path}': cannot be read: {error.strerror}") from error
+
   def _rows(self) -> np.ndarray:
     """Reads the rows; returns float64 [n, 3]."""
-    file = paths.local(self.path)
     try:
-      with file.open(newline="", encoding="utf-8") as lines:
-        rows = list(csv.DictReader(lines))
-    except (OSError, UnicodeDecodeError) as error:
-      raise ValueError(f"path='{self.path}': cannot be read as CSV text") from error
+      text = self.contents().decode("utf-8")
+    except UnicodeDecodeError as error:
+      raise ValueError(f"path='{self.path}': is not CSV text") from error
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
     found = [_row(self.path, number, row) for number, row in enumerate(rows, 2)]
     if not found:
       raise ValueError(f"path='{self.path}': has no rows below the header worker,start,end")

@@ -16,6 +16,7 @@ import numpy as np
 
 from research.core import blame, plugins
 from research.core.task import Task
+from research.sim.network import Network
 
 _WHOLE = 2**26  # maximum bytes of an array that is hashed in full
 # Types of class attributes that are hashed, and name prefixes of Python's and Flax's internals.
@@ -42,7 +43,7 @@ def of_specs(task: Task, *parts: Any) -> dict[str, str]:
   registered = plugins.fingerprint()  # plugins, whose functions may not appear in the objects
   walk.digest.update(registered.encode())
   code = {"code": walk.digest.hexdigest()[:16]} if walk.found or registered else {}
-  return {"data": of_data(task), **code}
+  return {"data": of_data(task, *parts), **code}
 
 
 def of_objects(task: Task, *parts: Any) -> dict[str, str]:
@@ -60,16 +61,17 @@ def of_objects(task: Task, *parts: Any) -> dict[str, str]:
   """
   walk = _Walk(values=True)
   walk.add((_without_data(task), *parts))
-  return {"data": of_data(task), "code": walk.digest.hexdigest()[:16]}
+  return {"data": of_data(task, *parts), "code": walk.digest.hexdigest()[:16]}
 
 
-def of_data(task: Task) -> str:
-  """Hashes a task's training and test examples, including labels.
+def of_data(task: Task, *parts: Any) -> str:
+  """Hashes a task's training and test examples, including labels, and files that parts read.
 
   For an array larger than 64 MiB, only 1024 evenly spaced blocks of 64 KiB are hashed.
 
   Args:
     task: the task.
+    *parts: the other objects of the run, of which a network may have a file of its workers' times.
   """
   digest = hashlib.sha256()
   for name, examples in (("train", task.train), ("test", task.test), ("by", task.by)):
@@ -78,6 +80,9 @@ def of_data(task: Task) -> str:
       _add_array(digest, np.asarray(leaf))
   if task.feed:
     digest.update(f"{task.feed.examples} examples to read".encode())
+  for part in parts:
+    if isinstance(part, Network):
+      digest.update(part.presence.contents())
   return digest.hexdigest()[:16]
 
 

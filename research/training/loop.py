@@ -82,6 +82,7 @@ def trained(
       made_of, summary = None, None
       if folder:  # fingerprints are computed while the programs are compiled
         parts = (problem.job.task, setting.method, setting.partition, setting.speeds)
+        parts += () if setting.network is None else (setting.network,)
         made_of = aside.submit(_made_of(given), *parts).result
         folders.check_prints(config, folder, made_of)
         summary = folders.finished(config, folder, problem.steps, made_of)

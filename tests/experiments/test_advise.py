@@ -7,13 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments.benchmarks import choices, prediction
-from experiments.reports import advice, evidence, options
+from experiments.reports import advice, evidence, options, work
 from experiments.reports.advice import EXACT, Option
 from research.analysis.cost import Load
 from research.analysis.network import Network
+from research.core import registry
 
 ROOT = Path(__file__).parents[2]
 SIZE = 4e6  # bytes of a model
@@ -95,6 +98,28 @@ def test_a_small_gain_is_not_worth_compression():
   assert said(0.06).startswith("use int8, 1.06 times as fast")
 
 
+def test_other_priorities_give_other_reasons():
+  said = lambda priority: advice.verdict(ranked("", priority, given=ALL[:3]), priority)
+  assert said("bytes") == "use local: it sends the fewest bytes to the target"
+  assert said("memory").startswith(f"use {EXACT}: it needs the least memory")
+
+
+def test_a_server_receives_what_is_encoded_and_sends_the_model():
+  method = registry.build("method", "asgd(sgd(0.1), gather_mean(bf16()))")
+  shapes = {"w": jax.ShapeDtypeStruct((64, 32), jnp.float32)}
+  push, pull, memory = work.of_server(method, shapes)
+  assert (push, pull) == (2 * 64 * 32, 4 * 64 * 32)
+  assert memory >= pull
+
+
+def test_a_method_of_one_s_own_is_ranked_without_a_number_of_steps(monkeypatch):
+  monkeypatch.setattr(options, "CANDIDATES", ())
+  shapes = options.shapes_of("4kB")
+  (mine,) = options.options(shapes, 4, Network(), more=["sgp(sgd(0.1), ring())"])
+  assert (mine.name, mine.ratio) == ("sgp(sgd(0.1), ring())", None)
+  assert mine.load.sent >= 2 * 4 * sum(leaf.size for leaf in shapes.values())
+
+
 def test_a_ratio_on_which_seeds_disagree_counts_as_one():
   assert evidence.Evidence(0.97, 0.93, 1.02, "").counted == 1.0
   assert evidence.Evidence(1.2, 1.1, 1.3, "").counted == 1.2
@@ -129,6 +154,8 @@ def test_shapes_of_models(tmp_path):
   count = lambda text: sum(leaf.size for leaf in options.shapes_of(text).values())
   assert count("500MB") == 125_000_000 // options.SIDE * options.SIDE  # whole rows
   assert count("4kB") == 31 * 31 + 31
+  with pytest.raises(ValueError, match="holds no parameter"):
+    options.shapes_of("0GB")
   header = json.dumps(
     {"__metadata__": {}, "w": {"dtype": "BF16", "shape": [3, 5], "data_offsets": [0, 30]}}
   ).encode()

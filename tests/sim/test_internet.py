@@ -96,7 +96,7 @@ def test_workers_come_and_go_as_recorded(tmp_path):
   file.write_text("worker,start,end\n0,5,1\n")
   with pytest.raises(ValueError, match="line 2 is not worker >= 0 and 0 <= start < end"):
     RecordedTimes(str(file)).timeline(1, np.random.default_rng(0))
-  with pytest.raises(ValueError, match="cannot be read as CSV text"):
+  with pytest.raises(ValueError, match="cannot be read: No such file"):
     RecordedTimes(str(tmp_path / "none.csv")).timeline(1, np.random.default_rng(0))
 
 

@@ -26,6 +26,8 @@ from research.compress.quantize import int8
 from research.core.task import Task
 from research.methods.data_parallel import data_parallel
 from research.methods.diloco import diloco
+from research.sim.churn import recorded
+from research.sim.network import internet
 from research.tasks.partition import shards
 from research.tasks.supervised import supervised
 from research.tasks.vision.vision import digits
@@ -249,6 +251,18 @@ def test_labels_are_no_part_of_what_a_run_is_made_of():
   task = supervised(Linen(), DATA)
   renamed = task._replace(title="other", measured_on="test", model=None)
   assert fingerprint.of_objects(task) == fingerprint.of_objects(renamed)
+
+
+def test_a_network_and_the_file_of_its_times_are_part_of_what_a_run_is_made_of(tmp_path):
+  task, path = supervised(Linen(), DATA), tmp_path / "times.csv"
+  path.write_text("worker,start,end\n0,0,9\n")
+  network = internet(churn=recorded(str(path)))
+  before = fingerprint.of_objects(task, network)
+  assert fingerprint.of_objects(task, network) == before
+  path.write_text("worker,start,end\n0,0,8\n")
+  changed = fingerprint.of_objects(task, network)
+  assert (changed["data"] != before["data"], changed["code"]) == (True, before["code"])
+  assert fingerprint.of_objects(task, internet(spread=1.0))["code"] != before["code"]
 
 
 def test_an_autoencoder_needs_no_labels():
