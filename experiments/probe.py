@@ -16,218 +16,28 @@ net.json,1gbit,20ms as the same machines on another link. If the link's rate on 
 --rate determines how much of it is payload.
 """
 
-import itertools
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import flags
 
+from experiments.benchmarks import constants as measure
 from experiments.compare import split
 from research.analysis import fitting, network
-from research.analysis.fitting import Sample
-from research.analysis.network import Kernel, Network
+from research.analysis.network import Network
 from research.command.errors import one_line_errors
 from research.command.flags import define_flags, launch
 from research.command.start import start
 from research.core import paths
-from research.training.config import Config, UsageError, flag
+from research.training.config import Config, flag
 
 FLAGS = flags.FLAGS
 KERNELS = (
   "int8(); bf16(); sign(); qsgd(); top_k(0.01); block_top_k(); random_k(0.01); statistical(2); "
   "power_sgd(4); majority_vote()"
 )
-SHAPE = (640, 640)  # of an array to encode
-SIZES = (2**12, 2**16, 2**18, 2**20, 3 * 2**20)  # bytes that a worker puts into a collective
-PAUSE = 0.1  # seconds, in which an idle link saves up its burst; TCP starts anew after 0.2
-LONG = 2**18  # bytes from which on a collective is also measured after pauses
-TURNS = (3, 25)  # smallest and largest number of measurements of the same thing
-SECONDS = 1.0  # for one collective of one size
-QUARTILE = 0.25  # of the times, because other programs can only make them longer
-STEPS = 8  # per dispatch of the computation
-OPERATIONS = ("all-reduce", "all-gather", "all-to-all", "permute")
-
-
-class Hosts:
-  """The processes of the job, which start each measurement together.
-
-  Attributes:
-    count: the number of processes.
-    idle: the median seconds between two runs of what was measured last.
-  """
-
-  def __init__(self):
-    import jax
-
-    from research.comm import collectives
-    from research.comm import mesh as meshes
-
-    self.idle = 0.0
-    self.count = jax.process_count()
-    if self.count > 1 < len(jax.local_devices()):
-      raise UsageError(f"{len(jax.local_devices())} devices per process; start one per process")
-    self._mesh = meshes.device_mesh({"data": self.count}, jax.devices()[: self.count])
-    self._meet = self.program(lambda x: collectives.total(x), 4)
-
-  def program(self, exchange: Callable[[Any], Any], size: int) -> Callable[[], Any]:
-    """Compiles an exchange to which each worker contributes `size` bytes; each call runs it."""
-    import jax
-    from jax.sharding import NamedSharding
-    from jax.sharding import PartitionSpec as P
-
-    mine = np.ones(size // 4, np.float32)
-    rows = NamedSharding(self._mesh, P("data"))
-    x = jax.make_array_from_callback((self.count * len(mine),), rows, lambda _: mine)
-    run = jax.jit(
-      jax.shard_map(
-        exchange, mesh=self._mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False
-      )
-    )
-    jax.block_until_ready(run(x))
-    return lambda: jax.block_until_ready(run(x))
-
-  def timed(self, run: Callable[[], Any], turns: int, pause: float = 0.0) -> np.ndarray:
-    """Measures the seconds of `run` in each process and turn, [processes, turns]."""
-    from jax.experimental import multihost_utils
-
-    found, gaps, ended = [], [pause], 0.0
-    for turn in range(turns):
-      time.sleep(pause)
-      self._meet()
-      begin = time.perf_counter()
-      gaps += [begin - ended] * (turn > 0)
-      run()
-      ended = time.perf_counter()
-      found.append(ended - begin)
-    self.idle = float(np.median(gaps[1:] or gaps))
-    everyone = multihost_utils.process_allgather(np.array(found, np.float32))
-    return np.asarray(everyone, np.float64).reshape(self.count, turns)
-
-  def typical(self, run: Callable[[], Any], pause: float = 0.0) -> float:
-    """Returns the lower quartile of the slowest process's seconds."""
-    first = self.timed(run, 1, pause).max()
-    turns = int(np.clip(SECONDS / (first + pause), *TURNS))
-    return float(np.quantile(self.timed(run, turns, pause).max(0), QUARTILE))
-
-
-def exchange(operation: str, count: int) -> Callable[[Any], Any]:
-  """Returns one of the library's collectives, for `count` workers."""
-  from research.comm import collectives
-
-  ring = [(i, (i + 1) % count) for i in range(count)]
-  return {
-    "all-reduce": lambda x: collectives.total(x),
-    "all-gather": lambda x: collectives.gather(x)[:, :1].reshape(-1),
-    "all-to-all": lambda x: collectives.exchange(x.reshape(count, -1)).reshape(-1),
-    "permute": lambda x: collectives.permute(x, ring),
-  }[operation]
-
-
-def of_exchanges(hosts: Hosts) -> list[Sample]:
-  """Measures every collective of every size, without pauses and after pauses."""
-  from research.analysis import cost, wire
-
-  found = []
-  for operation, size in itertools.product(OPERATIONS, SIZES):
-    sent = size * wire.ring_share(operation, hosts.count, hosts.count)
-    hops = cost.hops(operation, hosts.count)
-    run = hosts.program(exchange(operation, hosts.count), size)
-    for pause in (0.0, PAUSE) if size >= LONG else (0.0,):
-      seconds = hosts.typical(run, pause)
-      found.append(Sample(operation, sent, hops, hosts.idle, seconds))
-  return found
-
-
-def computing(hosts: Hosts, config: Config) -> np.ndarray:
-  """Measures the seconds of a local step without any exchange, [processes, turns].
-
-  Raises:
-    UsageError: if a flag is invalid.
-  """
-  import jax
-
-  from research.training import assemble
-  from research.training.loop import Run
-
-  size = config.batch_size
-  config = config.replace(
-    method="data_parallel(sgd(0.1), mean())",
-    executor="spmd",
-    mesh="data:1",
-    batch_size=size if size == "all" else assemble.per_worker(config, hosts.count),
-    steps=2**20,
-    steps_per_dispatch=STEPS,
-  )
-  run = Run(config, assemble.assemble(config, assemble.check(config), jax.local_devices()[:1]))
-
-  def steps() -> None:
-    run.advance(run.step + STEPS)
-    jax.block_until_ready(run.metrics)
-
-  steps()
-  return hosts.timed(steps, TURNS[1]) / STEPS
-
-
-def kernel(hosts: Hosts, spec: str) -> tuple[str, Kernel]:
-  """Measures the seconds per element of a compressor, or of an aggregator with one worker.
-
-  Returns:
-    The spec as the object itself writes it, and the seconds.
-
-  Raises:
-    UsageError: if neither a compressor nor an aggregator has this spec.
-  """
-  import jax
-  from jax.sharding import PartitionSpec as P
-
-  from research.comm import mesh as meshes
-  from research.core import registry
-  from research.core.spec import parse
-
-  one = meshes.device_mesh({"data": 1}, jax.local_devices()[:1])
-
-  def program(function: Callable[..., Any]) -> Any:
-    return jax.jit(jax.shard_map(function, mesh=one, in_specs=P(), out_specs=P(), check_vma=False))
-
-  def per_element(run: Any, *args: Any) -> float:
-    jax.block_until_ready(run(*args))
-    return hosts.typical(lambda: jax.block_until_ready(run(*args))) / x.size
-
-  draw = lambda: (jax.random.normal(jax.random.key(0), SHAPE), jax.random.split(jax.random.key(1)))
-  x, keys = program(draw)()
-  with flag("kernels", spec):
-    if parse(spec).name in registry.names("compressor"):
-      compressor, like = registry.build("compressor", spec), jax.ShapeDtypeStruct(SHAPE, x.dtype)
-      encode = program(lambda x, keys: compressor.encode(x, *keys))
-      decode = program(lambda payload, keys: compressor.decode(payload, like, keys[0]))
-      encoded = encode(x, keys)
-      both = per_element(encode, x, keys), per_element(decode, encoded, keys)
-      return repr(compressor), Kernel(*both)
-    aggregator = registry.build("aggregator", spec)
-  run = lambda x, state, keys: aggregator.aggregate(x, state, keys[0])
-  state = program(aggregator.init)(x)
-  return repr(aggregator), Kernel(per_element(program(run), x, state, keys), 0.0)
-
-
-def arithmetic(hosts: Hosts) -> Kernel:
-  """Measures the seconds per element of arithmetic on whole arrays, that of error feedback."""
-  import jax
-  import jax.numpy as jnp
-
-  from research.analysis import encodings
-  from research.core import registry
-
-  spec = "error_feedback(mean())"
-  aggregator = encodings.marked(registry.build("aggregator", spec))
-  x = jax.ShapeDtypeStruct(SHAPE, jnp.float32)
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  one = lambda x, key: aggregator.aggregate(x, aggregator.init(x), key)
-  counted = encodings.counts(jax.make_jaxpr(one, axis_env=[("data", 1)])(x, key))
-  per_element = kernel(hosts, spec)[1].encode
-  return Kernel(per_element * x.size / counted[encodings.ARITHMETIC].encoded, 0.0)
 
 
 def measured(config: Config, rate: str) -> dict[str, Any]:
@@ -242,15 +52,15 @@ def measured(config: Config, rate: str) -> dict[str, Any]:
   """
   from research.analysis import encodings
 
-  hosts = Hosts()
-  steps = computing(hosts, config)
-  kernels = dict(kernel(hosts, spec) for spec in split(FLAGS.kernels))
-  kernels[encodings.ARITHMETIC] = arithmetic(hosts)
-  samples = of_exchanges(hosts) if hosts.count > 1 else []
+  hosts = measure.Hosts()
+  steps = measure.computing(hosts, config)
+  kernels = dict(measure.kernel(hosts, spec) for spec in split(FLAGS.kernels))
+  kernels[encodings.ARITHMETIC] = measure.arithmetic(hosts)
+  samples = measure.exchanges(hosts) if hosts.count > 1 else []
   found = fitting.fitted(samples, FLAGS.limited) if samples else fitting.Fit(Network(), [])
   constants = found.network.replace(
-    computing=float(np.quantile(steps, QUARTILE)),
-    spread=float(np.quantile(steps.std(0) / steps.mean(0), QUARTILE)),
+    computing=float(np.quantile(steps, measure.QUARTILE)),
+    spread=float(np.quantile(steps.std(0) / steps.mean(0), measure.QUARTILE)),
     kernels=kernels,
     workers=hosts.count,
   )
