@@ -7,12 +7,13 @@ Each case runs `train.loop.train` with the case's flags, and the minimal JAX loo
 dispatch. After a warm-up, the two loops run alternately; the reported figure is the median of the
 pairwise ratios of steps per second.
 
-The suite also measures the cost of compressors (`costs.py`) and of rounds (`rounds.py`), how long a
-checkpoint blocks training, the memory of 10,000 simulated workers, and the time to the first logged
-step. Other suites run on simulated hosts (`hosts.py`, `speed.py`, `overlap.py`, `faults.py`,
-`network.py`, `prediction.py`), which are Linux network namespaces and need root, or on a parameter
-server (`servers.py`). `--cases` selects methods of `speed.py` or cases of the server; the earlier
-results of other methods or cases in OUT are kept. --suite=applications measures search, finance,
+The suite also measures the cost of compressors (`costs.py`), of rounds (`rounds.py`) and of steps
+relative to the sum of their parts (`parts.py`), how long a checkpoint blocks training, the memory
+of 10,000 simulated workers, and the time to the first logged step. Other suites run on simulated
+hosts (`hosts.py`, `speed.py`, `overlap.py`, `faults.py`, `network.py`, `prediction.py`), which are
+Linux network namespaces and need root, or on a parameter server (`servers.py`). `--cases` selects
+methods of `speed.py` or cases of the server; the earlier results of other methods or cases in OUT
+are kept. --suite=applications measures search, finance,
 medicine and recommendation, and compares the results with results of peer libraries
 (`applications/suite.py`). --suite=peers measures the same algorithms in TensorFlow and in Spark
 (`peers.py`). --suite=internet trains thousands of simulated workers over the internet
@@ -20,7 +21,7 @@ medicine and recommendation, and compares the results with results of peer libra
 contains are not measured again.
 
 The command writes result.json and table.md. Workers on one machine use the cores better with one
-device per core: set `JAX_NUM_CPU_DEVICES=2` for fed_avg and local_phase.
+device per core: set `JAX_NUM_CPU_DEVICES=2` for fed_avg, local_phase and parts.
 """
 
 import importlib.util
@@ -45,6 +46,7 @@ from experiments.benchmarks import (
   network,
   overlap,
   pairs,
+  parts,
   peers,
   prediction,
   rounds,
@@ -71,6 +73,7 @@ OTHERS = (
   "local_phase",
   "diagnostics",
   "population",
+  "parts",
   "checkpoints",
   "memory",
   "start",
@@ -152,9 +155,9 @@ def main(argv: list[str]) -> None:
     suites["peers"] = lambda: of_peers(environment["commit"])
     # a case of these suites takes minutes, so its result is written as soon as the case ends
     is_long = FLAGS.suite in ("peers", "internet")
-    parts = [[case] for case in FLAGS.cases] if is_long else [FLAGS.cases]
-    for part in parts:
-      FLAGS.cases = part
+    groups = [[case] for case in FLAGS.cases] if is_long else [FLAGS.cases]
+    for group in groups:
+      FLAGS.cases = group
       result, lines = suites[FLAGS.suite]()
       result = {"environment": environment, **result}
       if out:
@@ -241,6 +244,9 @@ def of_loop() -> tuple[dict[str, Any], list[str]]:
       f"as one with 10 of 100 ({one['many_ms']:.2f} ms against {one['few_ms']:.2f}; ratios "
       f"{shown(one['ratios'])})."
     )
+  if "parts" in FLAGS.cases:
+    result["parts"] = parts.parts(FLAGS.repeats)
+    lines += parts.parts_table(result["parts"])
   if "checkpoints" in FLAGS.cases:
     blocked = result["checkpoint_milliseconds"] = main_job.checkpoints(FLAGS.repeats)
     middle, top = statistics.median(blocked), max(blocked)
