@@ -13,6 +13,7 @@ from experiments.benchmarks.turns import in_turn, milliseconds, ratios, seconds,
 
 MODEL = "transformer('tiny', layers=2, dtype='float32')"
 CONTEXT, BATCH, VOCABULARY = 32, 4, 65
+TOLERANCE = 1e-5  # of the parameters after one step, relative to the largest
 
 
 class Case(NamedTuple):
@@ -49,6 +50,12 @@ class Pair(NamedTuple):
   whole: Callable[[], None]  # runs a round and waits for its end
   params: Callable[[], dict[str, Any]]  # the parameters after the completed rounds, by path
   by_hand: Any  # a by_hand_parts.Running
+
+  def difference(self) -> float:
+    """Returns the largest difference between both sides' parameters, over the largest parameter."""
+    whole, by_hand = self.params(), self.by_hand.values["params"]
+    differences = [np.max(np.abs(x - np.asarray(by_hand[name]))) for name, x in whole.items()]
+    return float(max(differences) / max(np.max(np.abs(x)) for x in whole.values()))
 
 
 def pair(name: str, model: str = MODEL) -> Pair:
@@ -87,7 +94,11 @@ def pair(name: str, model: str = MODEL) -> Pair:
 
 
 def parts(repeats: int) -> list[dict[str, Any]]:
-  """Times each case; returns milliseconds, the ratios of each turn and the seconds of compiling."""
+  """Times each case; returns milliseconds, the ratios of each turn and the seconds of compiling.
+
+  Raises:
+    RuntimeError: if the parts of a case, put together, are not a step of the method.
+  """
   return [_timed(name, case.rounds, repeats) for name, case in CASES.items()]
 
 
@@ -99,6 +110,9 @@ def _timed(name: str, rounds: int, repeats: int) -> dict[str, Any]:
     both.whole()
   with Timing() as by_hand:
     both.by_hand.step()
+  difference = both.difference()
+  if difference > TOLERANCE:
+    raise RuntimeError(f"{name}: a step by hand differs from a step in spmd by {difference:.1e}")
 
   def of_whole() -> float:
     return seconds(lambda: [both.whole() for _ in range(rounds)]) / rounds
@@ -118,6 +132,7 @@ def _timed(name: str, rounds: int, repeats: int) -> dict[str, Any]:
     "parts_ms": {part: milliseconds([turn[part] for turn in found[1:]]) for part in found[0]},
     "ratio": statistics.median(by_turn),
     "ratios": [round(r, 3) for r in by_turn],
+    "difference": difference,
     "compile_s": whole.compiling,
     "by_hand_compile_s": by_hand.compiling,
   }
