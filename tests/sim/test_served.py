@@ -1,4 +1,4 @@
-"""The server's event order: as a vectorised transcription computes it, and conservation of bytes."""
+"""The event order of a server: equal to a vectorised transcription, and conservation of bytes."""
 
 import numpy as np
 import pytest
@@ -50,11 +50,11 @@ class Slow:
     self.left -= np.where(on, step * speed, 0)
     if change <= step:
       self.timeline.advance(self.now)
-    for worker in np.flatnonzero(on & (seconds <= step * (1 + 1e-12))):
+    for worker in np.flatnonzero(on & (seconds <= step * (1 + 1e-12))).tolist():
       self.next_phase(worker)
 
   def next_phase(self, worker):
-    self.phase[worker] = phase = (self.phase[worker] + 1) % 5
+    self.phase[worker] = phase = int(self.phase[worker] + 1) % 5
     if phase == 3:
       share = self.waiting / self.busy
       self.rows.append((worker, self.now, share, self.timeline.on.sum()))
@@ -71,7 +71,7 @@ def drawn(seed=0):
   return lambda worker: 20 * float(generators[worker].lognormal(0.0, 0.5))
 
 
-def compare(links, rate, churn, computing, events=450):
+def compare(links, rate, churn, computing, events=300):
   """Compares `Served` with the transcription; returns the columns of the messages.
 
   A full link makes the times chaotic: a relative change of its rate by 1e-15 becomes one of 1e-6
@@ -92,7 +92,7 @@ def compare(links, rate, churn, computing, events=450):
 
 
 MIDDLE = 86.04e6 / 8  # the median download rate
-# In order: a link that is never full; one that the level of all workers' limits crosses; always full.
+# The link is never full; is full if most workers send at once; is nearly always full.
 RATES = {"wide": 1e12, "crossing": 1.5 * MIDDLE, "narrow": 0.1 * MIDDLE}
 
 
@@ -120,7 +120,7 @@ def test_workers_that_leave_while_they_send_continue_when_they_return(tmp_path):
   spans = [(i, a, a + 7 + i % 5) for i in range(W) for a in range(i % 3, 4000, 13 + i % 4)]
   text = "".join(f"{i},{a},{b}\n" for i, a, b in spans)
   file.write_text(f"worker,start,end\n{text}")
-  compare(lognormal_links(), RATES["narrow"], RecordedTimes(str(file)), drawn, 300)
+  compare(lognormal_links(), RATES["narrow"], RecordedTimes(str(file)), drawn, 150)
   # all leave for good
   file.write_text("worker,start,end\n" + "".join(f"{i},0,50\n" for i in range(W)))
   timeline = RecordedTimes(str(file)).timeline(W, np.random.default_rng(0))
@@ -154,13 +154,13 @@ def test_a_link_moves_all_bytes_and_never_more_than_its_rate(limits, rate):
   }[limits]
   link, left, now = SharedLink(limits, rate), {}, 0.0
   paused: dict[int, float] = {}
-  for _ in range(1000):
+  for _ in range(400):
     own = limits[list(left)]
     level = water_level(np.sort(own), rate)
     rates = np.minimum(own, level)
     assert rates.sum() <= rate * (1 + 1e-12)
     after = min(link.first(), now + random.exponential(0.3))
-    np.testing.assert_allclose(np.minimum(own, link.level), rates, rtol=1e-12)
+    assert (np.abs(np.minimum(own, link.level) - rates) <= 1e-12 * rates).all()
     for worker, speed in zip(left, rates, strict=True):
       left[worker] -= speed * (after - now)
     now = after
