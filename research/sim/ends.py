@@ -3,12 +3,8 @@
 import heapq
 import math
 
-_SAME = 1e-14  # relative difference up to which two times are equal, because sums are rounded
-
-
-def rounded_up(now: float) -> float:
-  """Returns the latest time that counts as equal to `now`."""
-  return now * (1 + _SAME)
+# Times up to this factor apart are equal, because sums are rounded.
+SAME = 1 + 1e-14
 
 
 class Ends:
@@ -52,7 +48,11 @@ class Ends:
 
   def ended(self, now: float) -> list[int]:
     """Removes and returns the workers that end now."""
-    ended, until = [], rounded_up(now)
-    while self.first() <= until:
-      ended.append(self.pop())
+    heap, entries, until, ended = self._heap, self._entries, now * SAME, []
+    while heap and heap[0][0] <= until:
+      entry = heapq.heappop(heap)
+      worker = entry[1]
+      if entries.get(worker) is entry:
+        del entries[worker]
+        ended.append(worker)
     return ended

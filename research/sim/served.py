@@ -12,7 +12,7 @@ import numpy as np
 
 from research.sim.churn import Timeline
 from research.sim.clock import Trace, staleness_of
-from research.sim.ends import Ends, rounded_up
+from research.sim.ends import SAME, Ends
 from research.sim.network import Links
 from research.sim.shared_link import SharedLink
 
@@ -53,6 +53,7 @@ class Served:
     self._now, self._changes = 0.0, Ends()  # presences and absences
     for worker, until in enumerate(timeline.until.tolist()):
       self._changes.start(worker, until, 0.0)
+    self._change = self._changes.first()
     self._on = timeline.on.tolist()
     self._count, self._talking = sum(self._on), 0  # present workers; those that do not compute
     self._left: dict[int, float] = {}  # seconds or bytes of each absent worker's phase
@@ -87,18 +88,17 @@ class Served:
   def _go_on(self) -> None:
     """Moves to the next time at which a phase ends, or a worker joins or leaves."""
     firsts = [source.first() for source in self._sources]
-    change = self._changes.first()
-    now = min(change, *firsts)
+    now = min(self._change, *firsts)
     if now == math.inf:
       raise ValueError(f"no worker is present after {self._now:g} s")
     self._busy += (now - self._now) * self._count
     self._waiting += (now - self._now) * self._talking
-    self._now, until = now, rounded_up(now)
+    self._now, until = now, now * SAME
     ended = []
     for source, first in zip(self._sources, firsts, strict=True):
       if first <= until:
         ended += source.ended(now)
-    if change <= now:
+    if self._change <= now:
       self._change_presence(ended)
     for worker in sorted(ended):
       self._next_phase(worker)
@@ -128,6 +128,7 @@ class Served:
           self._leave(worker, worker in ended)
         else:
           self._join(worker)
+    self._change = self._changes.first()
 
   def _leave(self, worker: int, has_ended: bool) -> None:
     phase = self._phase[worker]

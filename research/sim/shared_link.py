@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-from research.sim.ends import Ends, rounded_up
+from research.sim.ends import SAME, Ends
 
 
 class SharedLink:
@@ -76,27 +76,27 @@ class SharedLink:
     """Returns the time at which the first transfer ends; infinity if none is under way."""
     if self._first is None:
       self._settle()
-      self._first = min(self._by_time.first(), self._first_by_progress())
+      self._first = min(self._by_time.first(), self._first_at_level())
     return self._first
 
   def ended(self, now: float) -> list[int]:
-    """Removes and returns the workers whose transfers end at the current time."""
-    ended, until = self._by_time.ended(now), rounded_up(now)
-    while self._first_by_progress() <= until:
+    """Removes and returns the workers whose transfers end now."""
+    ended, until = self._by_time.ended(now), now * SAME
+    while self._first_at_level() <= until:
       ended.append(self._by_progress.pop())
     self._advance(now)
     for worker in ended:
       self._forget(worker)
     return ended
 
-  def _first_by_progress(self) -> float:
-    end = self._by_progress.first()
-    if end == math.inf:
-      return end
-    return self._at + max(end - self._progress, 0.0) / self.level
+  def _first_at_level(self) -> float:
+    if self.level == math.inf:
+      return math.inf
+    left = self._by_progress.first() - self._progress
+    return self._at + (left if left > 0 else 0.0) / self.level
 
   def _advance(self, now: float) -> None:
-    """Moves to a time at which the transfers change."""
+    """Moves to a time at which transfers start or end."""
     if self.level < math.inf:
       self._progress += self.level * (now - self._at)
     self._at, self._first = now, None
@@ -111,20 +111,22 @@ class SharedLink:
 
   def _settle(self) -> None:
     """Computes the level, and each transfer's kind, after transfers have started or ended."""
-    active, count = self._active, len(self._active)
-    while self._own < count and self._fits(active[self._own]):
-      self._to_limit(active[self._own])
-    while self._own and not self._fits(active[self._own - 1]):
-      self._to_level(active[self._own - 1])
+    active, whole, count = self._active, self._whole, len(self._active)
+    # A limit is at most L if all fit the link when those above have this limit too.
+    while self._own < count:
+      rank = active[self._own]
+      if whole[rank] * (count - self._own) + self._used > self._rate:
+        break
+      self._to_limit(rank)
+    while self._own:
+      rank = active[self._own - 1]
+      if whole[rank] * (count - self._own) + self._used <= self._rate:
+        break
+      self._to_level(rank)
     if self._own < count:
       self.level = (self._rate - self._used) / (count - self._own) * self._unit
-    else:
+    elif self.level < math.inf:
       self.level, self._progress, self._by_progress = math.inf, 0.0, Ends()
-
-  def _fits(self, rank: int) -> bool:
-    """Returns whether the limit of a transfer next to the border of the kinds is at most L."""
-    at_level = len(self._active) - self._own
-    return self._whole[rank] * at_level + self._used <= self._rate
 
   def _to_limit(self, rank: int) -> None:
     worker = self._workers[rank]
