@@ -44,10 +44,9 @@ class Served:
     workers = len(links.region)
     self._computing, self._timeline = computing, timeline
     self._delay = links.to_hub(np.arange(workers), 0).tolist()
-    alone = Ends()
-    upload, download = SharedLink(links.upload, rate), SharedLink(links.download, rate)
-    self._phases = (alone, upload, alone, download, alone)  # what ends in each phase, and when
-    self._sources = (alone, upload, download)
+    self._alone = Ends()  # the ends of phases in which nothing is shared
+    self._upload, self._download = SharedLink(links.upload, rate), SharedLink(links.download, rate)
+    self._phases = (self._alone, self._upload, self._alone, self._download, self._alone)
     self._sizes = {_UPLOAD: up, _DOWNLOAD: down}
     self._phase = [_COMPUTE] * workers
     self._now, self._changes = 0.0, Ends()  # presences and absences
@@ -87,17 +86,18 @@ class Served:
 
   def _go_on(self) -> None:
     """Moves to the next time at which a phase ends, or a worker joins or leaves."""
-    firsts = [source.first() for source in self._sources]
-    now = min(self._change, *firsts)
+    alone, upload, download = self._alone.first(), self._upload.first(), self._download.first()
+    now = min(alone, upload, download, self._change)
     if now == math.inf:
       raise ValueError(f"no worker is present after {self._now:g} s")
     self._busy += (now - self._now) * self._count
     self._waiting += (now - self._now) * self._talking
     self._now, until = now, now * SAME
-    ended = []
-    for source, first in zip(self._sources, firsts, strict=True):
-      if first <= until:
-        ended += source.ended(now)
+    ended = self._alone.ended(now) if alone <= until else []
+    if upload <= until:
+      ended += self._upload.ended(now)
+    if download <= until:
+      ended += self._download.ended(now)
     if self._change <= now:
       self._change_presence(ended)
     for worker in sorted(ended):
