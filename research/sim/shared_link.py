@@ -19,6 +19,9 @@ from research.sim.ends import SAME, Ends
 class SharedLink:
   """One direction of a link, and the transfers of up to W workers that are under way.
 
+  Transfers may start, stop and end in any order at one time; `first` must then be called before
+  the time moves on, because it computes the level.
+
   Attributes:
     level: L after the last call of `first`, in bytes per second.
   """
