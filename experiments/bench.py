@@ -17,7 +17,8 @@ are kept. --suite=applications measures search, finance,
 medicine and recommendation, and compares the results with results of peer libraries
 (`applications/suite.py`). --suite=peers measures the same algorithms in TensorFlow and in Spark
 (`peers.py`). --suite=internet trains thousands of simulated workers over the internet
-(`internet.py`). --suite=prediction compares predicted step times with measured ones; cells that OUT
+(`internet.py`). --suite=sites computes what 70 billion parameters on 1,000 sites would need
+(`sites.py`). --suite=prediction compares predicted step times with measured ones; cells that OUT
 contains are not measured again.
 
 The command writes result.json and table.md. Workers on one machine use the cores better with one
@@ -51,9 +52,11 @@ from experiments.benchmarks import (
   prediction,
   rounds,
   servers,
+  sites,
   speed,
 )
 from experiments.benchmarks.turns import shown
+from experiments.reports import sites as sites_report
 from launch import netlab
 from research.command.errors import fail, one_line_errors
 from research.command.flags import launch
@@ -66,7 +69,7 @@ FLAGS = flags.FLAGS
 
 
 SUITES = ["loop", "wire", "hosts", "faults", "overlap", "network", "prediction", "advice"]
-SUITES += ["server", "applications", "peers", "internet"]
+SUITES += ["server", "applications", "peers", "internet", "sites"]
 OTHERS = (
   "compress",
   "power_sgd",
@@ -117,6 +120,7 @@ def main(argv: list[str]) -> None:
     "applications": tuple(applications.CASES),
     "peers": tuple(peers.CASES),
     "internet": tuple(internet.VALUES),
+    "sites": tuple(sites.METHODS),
   }
   known = cases.get(FLAGS.suite, ())
   if not FLAGS["cases"].present:
@@ -148,6 +152,7 @@ def main(argv: list[str]) -> None:
     suites = {"loop": of_loop, "faults": of_faults, "wire": of_wire, "overlap": of_overlap}
     suites["network"] = of_network
     suites["internet"] = lambda: of_internet(environment["commit"], out)
+    suites["sites"] = lambda: of_sites(out)
     suites["prediction"] = lambda: prediction.measure(out)
     suites["advice"] = choices.measure
     suites["server"] = lambda: of_server(environment["commit"])
@@ -175,6 +180,15 @@ def of_internet(commit: str, out: Path | None) -> tuple[dict[str, Any], list[str
     out.mkdir(parents=True, exist_ok=True)
     internet.draw(rows, out / "figure.png")
   return {"internet": rows}, internet.internet_table(rows)
+
+
+def of_sites(out: Path | None) -> tuple[dict[str, Any], list[str]]:
+  """Computes what the methods need on 1,000 sites, and draws it."""
+  rows = sites.sites(FLAGS.cases)
+  if out:
+    out.mkdir(parents=True, exist_ok=True)
+    sites_report.draw(rows, out / "figure.png")
+  return {"sites": rows}, sites_report.sites_table(rows)
 
 
 def before() -> dict[str, Any]:
@@ -266,7 +280,7 @@ if __name__ == "__main__":
   text += "and kills between hosts; network: predicted and measured times of traffic patterns; "
   text += "prediction: predicted step times; advice: first choices; "
   text += "server: a parameter server; applications: peer libraries; peers: TensorFlow and Spark; "
-  text += "internet: thousands of simulated workers."
+  text += "internet: thousands of simulated workers; sites: 70 billion parameters, computed."
   flags.DEFINE_enum("suite", "loop", SUITES, text)
   flags.DEFINE_integer("hosts", 4, "Number of hosts in the suite faults.", 2)
   flags.DEFINE_integer("kills", 50, "Number of kills in the suites faults and server.", 1)

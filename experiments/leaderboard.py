@@ -9,12 +9,15 @@ trial with the lowest training loss wins. It is repeated with --seeds fresh seed
 these runs on held-out text is reported. --contestants="Dion;DiLoCo" selects methods by name.
 
 Every run has its own folder under --out, so the same command continues an interrupted leaderboard.
-The results are written to leaderboard.json, leaderboard.md and leaderboard.png in --out. The hours
+--data=iid measures one kind of data alone. The results are written to leaderboard.json,
+leaderboard.md, leaderboard.png and steps.png (the loss against the steps) in --out. The hours
 of training are predicted on three links, for --chips chips of type --chip per worker and the model
 of --preset; see reports/ranking.py.
 """
 
+import json
 import math
+import statistics
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +29,9 @@ from experiments.compare import split
 from research.command.errors import one_line_errors
 from research.command.flags import define_compilation_cache, launch
 from research.command.start import results_folder, use_compilation_cache
+from research.core import checks
 from research.core.checks import unknown
-from research.training.config import Config, UsageError
+from research.training.config import Config, UsageError, flag
 
 if TYPE_CHECKING:
   from experiments.reports.ranking import Place
@@ -95,7 +99,7 @@ def tuned(folder: Path, data: str, contestant: Contestant) -> dict[str, Any]:
 
   Returns:
     The row of the leaderboard: every trial's parameters and training loss, the winner's spec, and
-    the summaries of the fresh seeds.
+    the summaries and the mean training loss by step of the fresh seeds.
   """
   trials = []
   for trial in range(FLAGS.trials):
@@ -105,8 +109,8 @@ def tuned(folder: Path, data: str, contestant: Contestant) -> dict[str, Any]:
   loss = lambda trial: math.inf if trial["train_loss"] is None else trial["train_loss"]
   best = min(trials, key=loss)
   spec = contestant.built(best["values"], FLAGS.steps)
-  seeds = range(FRESH, FRESH + FLAGS.seeds)
-  fresh = [run(folder / f"seed-{seed}", data, spec, seed) for seed in seeds]
+  seeds = {seed: folder / f"seed-{seed}" for seed in range(FRESH, FRESH + FLAGS.seeds)}
+  fresh = [run(path, data, spec, seed) for seed, path in seeds.items()]
   return {
     "name": contestant.name,
     "data": data,
@@ -114,7 +118,19 @@ def tuned(folder: Path, data: str, contestant: Contestant) -> dict[str, Any]:
     "ranges": contestant.ranges,
     "trials": trials,
     "fresh": fresh,
+    "curve": [] if None in fresh else _curve([*seeds.values()]),
   }
+
+
+def _curve(folders: list[Path]) -> list[tuple[int, float]]:
+  """Returns the steps of the rows that all runs have written, and their mean training loss."""
+  losses: dict[int, list[float]] = {}
+  for folder in folders:
+    for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+      if row.get("loss") is not None:
+        losses.setdefault(row["step"], []).append(row["loss"])
+  every = {step: found for step, found in losses.items() if len(found) == len(folders)}
+  return [(step, statistics.mean(found)) for step, found in sorted(every.items())]
 
 
 def _place() -> "Place":
@@ -143,9 +159,12 @@ def main(argv: list[str]) -> None:
     from research.training.reports import report
 
     contestants, place = chosen(FLAGS.contestants), _place()
+    with flag("data", ",".join(FLAGS.data)):
+      for name in FLAGS.data:
+        checks.one_of("data", name, DATA)
     out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for data in DATA:
+    for data in FLAGS.data:
       for contestant in contestants:
         name = "".join(c if c.isalnum() else "-" for c in contestant.name.lower())
         rows.append(tuned(out / data / name, data, contestant))
@@ -154,12 +173,14 @@ def main(argv: list[str]) -> None:
         report.write_json(out / "leaderboard.json", found)
     report.write_text(out / "leaderboard.md", ranking.markdown(found))
     ranking.draw(out / "leaderboard.png", found)
+    ranking.draw_curves(out / "steps.png", found)
     print(ranking.markdown(found), flush=True)
 
 
 if __name__ == "__main__":
   flags.DEFINE_string("out", "", f"Results folder; by default {OUT}.")
   flags.DEFINE_string("contestants", "", "Names of methods, separated by ';'; empty: all.")
+  flags.DEFINE_list("data", [*DATA], "Kinds of data: iid, roles.")
   flags.DEFINE_string("model", MODEL, "Model of all runs.")
   flags.DEFINE_integer("trials", 5, "Runs with random parameters per method and data.", 1)
   flags.DEFINE_integer("seeds", 3, "Fresh seeds of the winner.", 1)

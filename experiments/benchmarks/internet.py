@@ -38,7 +38,7 @@ METHODS = {
 ASYNCHRONOUS, HIERARCHICAL = "buffered asynchrony", "hierarchical averaging"
 PART = 4  # the server's buffer holds the messages of a fourth of the workers
 # Number of rounds, and of messages to the asynchronous server: of 10,000 workers, and of others.
-ROUNDS, MESSAGES = {True: 1000, False: 200}, {True: 120_000, False: 25_000}
+ROUNDS, MESSAGES = {True: 1000, False: 200}, {True: 400_000, False: 25_000}
 MIDDLE = 1000  # number of workers in all cases but one
 VALUES: dict[str, tuple[float, ...]] = {
   "workers": (10, 100, 1000, 10_000),

@@ -196,3 +196,30 @@ def _draw_points(ax: Any, rows: list[dict[str, Any]], of: Any, color: str, label
   for row in rows:
     at = {"xytext": (4, 3), "textcoords": "offset points", "size": 7, "color": color}
     ax.annotate(row["name"], (of(row), row["loss"]), **at)
+
+
+def draw_curves(path: Path, found: dict[str, Any]) -> None:
+  """Draws the training loss of the fresh seeds against the steps, with a panel per kind of data."""
+  import matplotlib
+  from matplotlib.figure import Figure
+
+  from research.training.reports import figures
+
+  kinds = [data for data in LABELS if any(row["data"] == data for row in found["rows"])]
+  names = sorted({row["name"] for row in found["rows"]})
+  with figures.drawing(path):
+    figure = Figure(figsize=(6 * len(kinds) + 3, 5.5), layout="constrained")
+    axes = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    for ax, data in zip(axes, kinds, strict=True):
+      for row in found["rows"]:
+        if row["data"] == data and row["curve"]:
+          number = names.index(row["name"])
+          color = matplotlib.colormaps["tab20"](number % 20)
+          style = {"color": color, "ls": "-" if number % 2 else "--", "lw": 1.3}
+          ax.plot(*zip(*row["curve"], strict=True), label=row["name"], **style)
+      ax.set(title=LABELS[data], xlabel="step", yscale="log")
+      ax.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel("training loss, nats per character")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize="small")
+    figures.save(figure, path, dpi=110)

@@ -139,7 +139,7 @@ def of_shapes(method: Method, shapes: Any, workers: int) -> tuple[Work, int]:
   """
   job = _job(method, shapes, workers)
   layout = inference.layout_of(job)
-  return of_job(job, layout), _memory(layout)
+  return of_job(job, layout), memory(layout)
 
 
 def of_server(method: Method, shapes: Any) -> tuple[float, float, int]:
@@ -154,8 +154,8 @@ def of_server(method: Method, shapes: Any) -> tuple[float, float, int]:
     parameters.
   """
   job = _job(method, shapes, 1)
-  memory = _memory(inference.layout_of(job))
-  return exchanges.push_bytes(job, 1.0), exchanges.pull_bytes(job, 1.0), memory
+  held = memory(inference.layout_of(job))
+  return exchanges.push_bytes(job, 1.0), exchanges.pull_bytes(job, 1.0), held
 
 
 def _job(method: Method, shapes: Any, workers: int) -> Job:
@@ -169,7 +169,8 @@ def _job(method: Method, shapes: Any, workers: int) -> Job:
   return resolved(Job(method, task, {"data": workers}, np.ones(workers, np.int64), 1))
 
 
-def _memory(layout: layouts.Layout) -> int:
+def memory(layout: layouts.Layout) -> int:
+  """Returns the bytes of one worker's state with its parameters."""
   return sum(_bytes(leaf) for leaf in jax.tree.leaves(layout.state_shapes))
 
 

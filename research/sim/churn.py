@@ -20,9 +20,23 @@ class Timeline:
   on: np.ndarray
   until: np.ndarray
 
-  @required
   def advance(self, seconds: float) -> None:
     """Moves to a time, which is not before the current time."""
+    while (ended := np.flatnonzero(self.until <= seconds)).size:
+      self.switch(ended)
+
+  def switch(self, workers: np.ndarray) -> None:
+    """Lets absent workers join and present workers leave, when their time `until` has come.
+
+    Args:
+      workers: worker numbers in increasing order.
+    """
+    self.on[workers] = ~self.on[workers]
+    self.until[workers] = self.ends(workers)
+
+  @required
+  def ends(self, workers: np.ndarray) -> np.ndarray:
+    """Returns when the presences or absences end that begin at the time `until` of some workers."""
     ...
 
 
@@ -175,13 +189,13 @@ class _Recorded(Timeline):
 
   def __init__(self, times: np.ndarray):
     self._times = np.concatenate([times, np.full((len(times), 1), np.inf)], 1)
+    self._passed = np.zeros(len(times), int)
+    self.on, self.until = np.zeros(len(times), bool), self._times[:, 0].copy()
     self.advance(0.0)
 
-  def advance(self, seconds: float) -> None:
-    passed = (self._times <= seconds).sum(1)
-    self.on = passed % 2 == 1
-    passed = np.minimum(passed, self._times.shape[1] - 1)
-    self.until = np.take_along_axis(self._times, passed[:, None], 1)[:, 0]
+  def ends(self, workers: np.ndarray) -> np.ndarray:
+    self._passed[workers] += 1
+    return self._times[workers, self._passed[workers]]
 
 
 class _Exponential(Timeline):
@@ -195,7 +209,5 @@ class _Exponential(Timeline):
   def _lasts(self, on: np.ndarray) -> np.ndarray:
     return self._means[on.astype(int)] * self._random.standard_exponential(len(on))
 
-  def advance(self, seconds: float) -> None:
-    while (ended := np.flatnonzero(self.until <= seconds)).size:
-      self.on[ended] = ~self.on[ended]
-      self.until[ended] += self._lasts(self.on[ended])
+  def ends(self, workers: np.ndarray) -> np.ndarray:
+    return self.until[workers] + self._lasts(self.on[workers])

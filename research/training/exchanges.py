@@ -45,8 +45,26 @@ def phases(transfers: Sequence[wire.Transfer], factor: float) -> tuple[Phase, ..
   return tuple(phase for phase in found if phase.payload)
 
 
+class Program(NamedTuple):
+  """What the traced program of one stage of a run sends."""
+
+  job: Job
+  rounds: wire.RoundTraffic
+  graphs: tuple[Topology, ...]  # the different topologies of the method
+
+
+def traced(job: Job) -> Program:
+  """Traces a round of a job.
+
+  Args:
+    job: the resolved job; its `present` says whether workers may be absent.
+  """
+  rounds = traffic.by_round(job, inference.layout_of(job))
+  return Program(job, rounds, tuple(dict.fromkeys(job.method.parts(Topology))))
+
+
 class Exchanges:
-  """The exchanges of one stage of a run.
+  """The exchanges of one stage of a run on a network.
 
   A collective runs through servers or on rings, as the network says. With a server, each worker
   sends its operand and receives the result; collectives within a slice have a server in the region
@@ -56,22 +74,18 @@ class Exchanges:
   have finished the phase.
   """
 
-  def __init__(self, job: Job, network: Network, links: Links, seed: int):
-    """Traces a round of the job.
+  def __init__(self, program: Program, network: Network, links: Links, seed: int):
+    """Creates the exchanges.
 
     Args:
-      job: the resolved job; its `present` says whether workers may be absent.
+      program: the traced program; the same program can serve several networks.
       network: the network.
       links: the links of the job's workers.
       seed: seeds the rounds of topologies whose rounds are drawn.
-
-    Raises:
-      ValueError: if the traffic is not statically known.
     """
-    self._job, self._network, self._links, self._seed = job, network, links, seed
-    self._axes = meshes.worker_axes(job.axes)
-    self._rounds = traffic.by_round(job, inference.layout_of(job))
-    self._graphs = list(dict.fromkeys(job.method.parts(Topology)))
+    self._network, self._links, self._seed = network, links, seed
+    self._axes = meshes.worker_axes(program.job.axes)
+    self._rounds, self._graphs = program.rounds, program.graphs
     self._by_bytes: dict[float, tuple[Phase, ...]] = {}
     self._first, self._sent = 0, np.zeros(0)
     self._alike: dict[tuple[tuple[Phase, ...], int], float] = {}

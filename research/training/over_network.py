@@ -1,7 +1,7 @@
 """Computes the virtual time of rounds whose workers exchange over a simulated network."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ from research.parallel.job import Job
 from research.sim import clock
 from research.sim.network import Links, Network
 from research.sim.served import Served
-from research.training.exchanges import Exchanges, pull_bytes, push_bytes
+from research.training.exchanges import Exchanges, Program, pull_bytes, push_bytes, traced
 from research.training.plan import Plan
 from research.training.virtual import MOST, VirtualServer, between
 
@@ -55,14 +55,29 @@ class Rounds:
   empty. If nobody is present, the next round begins when a worker returns.
   """
 
-  def __init__(self, network: Network, links: Links, speeds: clock.Speeds, plan: Plan, seed: int):
-    """Args: see `played_over`."""
-    self._plan, self._links, self._seed = plan, links, seed
+  def __init__(
+    self,
+    programs: Sequence[Program],
+    network: Network,
+    links: Links,
+    speeds: clock.Speeds,
+    seed: int,
+  ):
+    """Creates the rounds.
+
+    Args:
+      programs: the traced programs of the stages of the run.
+      network: the network.
+      links: the links of the workers.
+      speeds: the distribution of the workers' step times.
+      seed: seeds the step times and the times of presence.
+    """
+    self._plan, self._links = Plan(tuple(program.job for program in programs)), links
     self._workers, self._constant = len(links.region), network.presence.constant
     # Two generators, so that the times of presence do not depend on the draws of the links.
     self._timeline = network.presence.timeline(self._workers, _random(seed, "presence"))
     self._pieces = clock.Pieces(speeds, self._workers, seed)
-    self._exchanges = [Exchanges(job, network, links, seed) for job in plan.jobs]
+    self._exchanges = [Exchanges(program, network, links, seed) for program in programs]
     self._drawn, self._first = np.zeros((0, self._workers)), 0
     self._now, self._waited = 0.0, 0.0
     self._rows: list[tuple[float, float, int]] = []
@@ -153,8 +168,8 @@ def played_over(
   if job.method.one_by_one:
     return _served(network, links, speeds, job, seed)
   absent = None if network.presence.constant else np.ones((1, workers), bool)
-  jobs = tuple(job._replace(present=absent) for job in plan.jobs)
-  rounds = Rounds(network, links, speeds, Plan(jobs), seed)
+  programs = [traced(job._replace(present=absent)) for job in plan.jobs]
+  rounds = Rounds(programs, network, links, speeds, seed)
   rounds(1)
   return rounds
 

@@ -106,6 +106,13 @@ def test_an_unknown_contestant_is_a_line():
   assert "did you mean 'AdamW'?" in ended.stderr
 
 
+def test_an_unknown_kind_of_data_is_a_line():
+  ended = run_command("--data=iid,rolls")
+  assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+  assert "'rolls'" in ended.stderr
+  assert "did you mean 'roles'?" in ended.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
   not (Path(os.environ.get("RESEARCH_DATA_DIR", "")) / "tinyshakespeare").is_dir(),
@@ -122,6 +129,11 @@ def test_the_same_command_continues_a_leaderboard(tmp_path):
   assert [row["data"] for row in found["rows"]] == ["iid", "roles"]
   assert all(row["loss"] < math.log(65) for row in found["rows"])
   assert (tmp_path / "out" / "leaderboard.png").exists()
+  assert (tmp_path / "out" / "steps.png").exists()
+  (iid, _) = found["rows"]
+  metrics = tmp_path / "out" / "iid" / "adamw" / "seed-101" / "metrics.jsonl"
+  written = [json.loads(line) for line in metrics.read_text().splitlines()]
+  assert iid["curve"] == [[row["step"], row["loss"]] for row in written if "loss" in row]
   times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/*/*/metrics.jsonl")}
   assert len(times) == 4
   assert run_command(*flags).returncode == 0

@@ -20,7 +20,7 @@ from research.sim.exchange import along_links, around_ring, through_servers
 from research.sim.network import Internet, Links
 from research.sim.served import Served
 from research.training.config import UsageError
-from research.training.exchanges import Exchanges, phases, pull_bytes, push_bytes
+from research.training.exchanges import Exchanges, phases, pull_bytes, push_bytes, traced
 from research.training.over_network import played_over
 from research.training.plan import Plan
 
@@ -147,7 +147,7 @@ def seconds_of(method, network, axes=None, present=None, number=0):
     job = job._replace(present=np.ones((1, W), bool))
   links = network.links(axes or {"data": W}, np.random.default_rng(0))
   everyone = np.ones(W, bool) if present is None else present
-  exchanges = Exchanges(job, network, links, 0)
+  exchanges = Exchanges(traced(job), network, links, 0)
   layout = inference.layout_of(job)
   own = traffic.by_round(job, layout).between(number, number + 1).transfers
   return exchanges.seconds(number, everyone), wire.happened(own)
