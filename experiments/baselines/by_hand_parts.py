@@ -218,7 +218,7 @@ def divided(tree: Leaves) -> tuple[Leaves, Leaves]:
   return {name: x for name, x in tree.items() if name not in rest}, rest
 
 
-def adam_step(adamw, params: Leaves, state, grads: Leaves) -> tuple[Leaves, Any]:
+def adam_step(adamw, params: Leaves, state, grads: Leaves) -> tuple[Any, Any]:
   """Updates the leaves that have a gradient and no matrix optimizer of their own."""
   own = {name: params[name] for name in state[0].mu}
   updates, state = adamw.update({name: grads[name] for name in own}, state, own)
