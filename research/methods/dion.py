@@ -19,6 +19,8 @@ NEGLIGIBLE = 1e-5  # relative to the longest column; a shorter column of R is ro
 
 
 class DionState(NamedTuple):
+  rule = "dion"  # without annotation, so that this is not a field; see training/reach.py
+
   params: Params  # W_t
   momentum: Leaves  # M_t of this worker
   right: Leaves  # Q_t

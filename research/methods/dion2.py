@@ -18,6 +18,8 @@ NEWTON_SCHULZ_STEPS = 5
 
 
 class Dion2State(NamedTuple):
+  rule = "dion2"  # without annotation, so that this is not a field; see training/reach.py
+
   params: Params  # W_t
   momentum: Leaves  # M_t
   inner: State  # state of the optimizer of the other leaves

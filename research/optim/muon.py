@@ -20,6 +20,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 class MuonState(NamedTuple):
+  rule = "muon"  # without annotation, so that this is not a field; see training/reach.py
+
   momentum: Params  # m_t of the hidden matrices
 
 

@@ -16,6 +16,8 @@ from research.optim.owners import on_blocks
 
 
 class MuonBPState(NamedTuple):
+  rule = "muon"  # without annotation, so that this is not a field; see training/reach.py
+
   count: Array  # int32, completed updates
   momentum: Params  # m_t of the hidden matrices
 

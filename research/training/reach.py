@@ -1,4 +1,8 @@
-"""Computes the share of a model's parameters to which a matrix optimizer such as Muon applies."""
+"""Computes the share of a model's parameters to which a matrix optimizer such as Muon applies.
+
+The state of such an optimizer or method has a class attribute `rule`, a name in STEPS. So this
+module need not import the optimizers, most of which a run does not use.
+"""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -9,10 +13,6 @@ import optax
 from optax import contrib
 
 from research.core.dimensions import Dimensions, path
-from research.methods.dion import DionState
-from research.methods.dion2 import Dion2State
-from research.optim.muon import MuonState
-from research.optim.muon_bp import MuonBPState
 
 _LEAST = 0.5  # minimum share of the parameters
 
@@ -65,14 +65,15 @@ def reaches(state: Any, dimensions: Dimensions = ()) -> dict[str, Reach]:
   """
   found: dict[str, list[Reach]] = {}
   is_hidden = lambda name: _is_hidden(name, dimensions)
-  for node in _of_types(state, (optax.transforms.PartitionState, contrib.GaLoreState)):
-    galores = list(_of_types(node, (contrib.GaLoreState,)))
+  parted = (optax.transforms.PartitionState, contrib.GaLoreState)
+  for node in _nodes(state, lambda node: isinstance(node, parted)):
+    galores = list(_nodes(node, lambda node: isinstance(node, contrib.GaLoreState)))
     if galores:
       found.setdefault("galore", []).append(_of_galore(galores, is_hidden))
-    elif list(_of_types(node.inner_states, _MUONS)):
+    elif list(_nodes(node.inner_states, _is_muon)):
       found.setdefault("muon", []).append(_of_muon(node.inner_states, is_hidden))
-  for node in _of_types(state, tuple(_METHODS)):
-    found.setdefault(_METHODS[type(node)], []).append(_of_method(node, is_hidden))
+  for node in _nodes(state, lambda node: _rule(node) in _METHODS):
+    found.setdefault(node.rule, []).append(_of_method(node, is_hidden))
   return {name: _together(parts) for name, parts in found.items()}
 
 
@@ -108,19 +109,29 @@ def describe(name: str, reach: Reach) -> str:
   """
   among = ", embeddings among them," if reach.embeds else ""
   among = ", which are all hidden matrices," if reach.exact and not reach.embeds else among
-  rest = "those of its other optimizer" if name in _METHODS.values() else "Adam's"
+  rest = "those of its other optimizer" if name in _METHODS else "Adam's"
   return (
     f"{name}: its {STEPS[name]} steps reach {reach.share:.1%} of the parameters{among} "
     f"and all others are {rest}"
   )
 
 
-_MUONS = (MuonState, MuonBPState, contrib.MuonState)
-_METHODS = {DionState: "dion", Dion2State: "dion2"}
+_METHODS = ("dion", "dion2")
 
 
-def _of_types(tree: Any, types: tuple[type, ...]) -> Iterable[Any]:
-  is_one = lambda node: isinstance(node, types)
+def _rule(node: Any) -> str | None:
+  return getattr(type(node), "rule", None)
+
+
+def _is_muon(node: Any) -> bool:
+  return _rule(node) == "muon" or isinstance(node, contrib.MuonState)
+
+
+def _is_adam(node: Any) -> bool:
+  return isinstance(node, optax.ScaleByAdamState)
+
+
+def _nodes(tree: Any, is_one: Callable[[Any], bool]) -> Iterable[Any]:
   return filter(is_one, jax.tree.leaves(tree, is_leaf=is_one))
 
 
@@ -132,13 +143,13 @@ def _is_hidden(name: str, dimensions: Dimensions) -> bool:
 def _of_muon(states: Mapping[str, Any], is_hidden: Callable[[str], bool]) -> Reach:
   """Computes Muon's reach from the sizes of Muon's momentum and of Adam's momentum."""
   of = lambda s: s.mu if isinstance(s, contrib.MuonState) else s.momentum
-  moments = map(of, _of_types(states, _MUONS))
+  moments = map(of, _nodes(states, _is_muon))
   own = [pair for tree in moments for pair in _sizes(tree)]
-  rest = [pair for s in _of_types(states, (optax.ScaleByAdamState,)) for pair in _sizes(s.mu)]
+  rest = [pair for s in _nodes(states, _is_adam) for pair in _sizes(s.mu)]
   return _reach(own, rest, is_hidden)
 
 
-def _of_method(state: DionState | Dion2State, is_hidden: Callable[[str], bool]) -> Reach:
+def _of_method(state: Any, is_hidden: Callable[[str], bool]) -> Reach:
   """Computes a method's reach from the sizes of its momenta and of the model."""
   own = _sizes(state.momentum)
   rest = [pair for pair in _sizes(state.params) if pair not in own]
@@ -154,7 +165,7 @@ def _of_galore(states: list[contrib.GaLoreState], is_hidden: Callable[[str], boo
   """
   own, rest = [], []
   for state in states:
-    (moments, *_) = _of_types(state.base_optimizer_state, (optax.ScaleByAdamState,))
+    (moments, *_) = _nodes(state.base_optimizer_state, _is_adam)
     pairs = zip(_leaves(state.projector), _sizes(moments.mu), strict=True)
     for (name, projector), (_, kept) in pairs:
       if projector.size:
