@@ -218,7 +218,10 @@ class _Served:
     play = played_over(network, self._speeds, Plan((self._job,)), SITES, 0)(count)
     took = play.seconds[-1] - play.seconds[count // 2 - 1]
     steps = (count - count // 2) / SITES * self._job.method.local_steps
-    return Step(took / steps, float(play.network[-1]), float(play.present.mean()) / SITES)
+    shares, present = play.network, play.present
+    assert shares is not None
+    assert present is not None
+    return Step(took / steps, float(shares[-1]), float(present.mean()) / SITES)
 
   def sent(self, network: Any) -> float:
     """Returns the bytes that a site sends per local step."""

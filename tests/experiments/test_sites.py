@@ -30,6 +30,7 @@ def test_the_link_that_is_needed(a, b, c):
   play = Linear(a, b, c)
   at = {rate: play.step(sites.network(rate, "ring")) for rate in RATES}
   needed = sites.needed(play, "ring", at)
+  assert needed is not None
   assert needed == pytest.approx(b / (c * WAITING / (1 - WAITING) - a))
   assert play.step(sites.network(needed, "ring")).waiting == pytest.approx(WAITING)
 
