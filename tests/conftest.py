@@ -1,8 +1,8 @@
 """Settings of the whole test run: eight CPU devices, fast compilation, a count of slow tests.
 
 The tests compile far more than they compute. So LLVM's expensive passes are off, each program is
-compiled in one piece (cut for 32 threads, it takes 15% more CPU time), and on jaxlib before 0.12 the
-slower of XLA's two code generators is off. Tests that start a command in a process of its own
+compiled in one piece (cut for 32 threads, it takes 15% more CPU time), and on jaxlib before 0.12
+the slower of XLA's two code generators is off. Tests that start a command in a process of its own
 compile with the defaults.
 """
 
