@@ -46,9 +46,9 @@ def sites_table(rows: list[dict[str, Any]]) -> list[str]:
   lines += [f"| {' | '.join([row['name'], *_waits(row)])} |" for row in rows]
   lines += [
     "\nMemory of a chip, and costs of the whole run at 1 Gbit/s "
-    f"(${CHIP_DOLLARS:.2f} per chip and hour, ${SENT_DOLLARS:.2f} per GB sent):\n",
+    f"({CHIP_DOLLARS:.2f} dollars per chip and hour, {SENT_DOLLARS:.2f} per GB sent):\n",
     "| method | GiB per chip, of 95 | TB that a site sends | of which per round | "
-    "chips, million $ | traffic, million $ |",
+    "chips, million dollars | traffic, million dollars |",
     "|---|---|---|---|---|---|",
   ]
   return lines + [f"| {' | '.join([row['name'], *_costs(row)])} |" for row in rows]
