@@ -13,13 +13,12 @@ of 10,000 simulated workers, and the time to the first logged step. Other suites
 hosts (`hosts.py`, `speed.py`, `overlap.py`, `faults.py`, `network.py`, `prediction.py`), which are
 Linux network namespaces and need root, or on a parameter server (`servers.py`). `--cases` selects
 methods of `speed.py` or cases of the server; the earlier results of other methods or cases in OUT
-are kept. --suite=applications measures search, finance,
-medicine and recommendation, and compares the results with results of peer libraries
-(`applications/suite.py`). --suite=peers measures the same algorithms in TensorFlow and in Spark
-(`peers.py`). --suite=internet trains thousands of simulated workers over the internet
-(`internet.py`). --suite=sites computes what 70 billion parameters on 1,000 sites would need
-(`sites.py`). --suite=prediction compares predicted step times with measured ones; cells that OUT
-contains are not measured again.
+are kept. --suite=applications measures search, finance, medicine and recommendation, and compares
+the results with results of peer libraries (`applications/suite.py`). --suite=peers measures the
+same algorithms in TensorFlow and in Spark (`peers.py`). --suite=internet trains thousands of
+simulated workers over the internet (`internet.py`). --suite=sites computes what 70 billion
+parameters on 1,000 sites would need (`sites.py`). --suite=prediction compares predicted step times
+with measured ones; cells that OUT contains are not measured again.
 
 The command writes result.json and table.md. Workers on one machine use the cores better with one
 device per core: set `JAX_NUM_CPU_DEVICES=2` for fed_avg, local_phase and parts.

@@ -29,7 +29,7 @@ SPREAD, SERVER = 0.5, 100.0  # of the logarithm of the rates; Gbit/s of a server
 ROUNDS, MESSAGES = 20, 20  # simulated rounds; simulated messages of each site to a server
 CHURN = (86_400.0, 3_600.0)  # mean seconds of a presence, and of an absence
 WAITING = 0.2  # share of the time that sites may wait, for the link that would be needed
-CHIP_DOLLARS = 4.20  # per chip and hour on demand; https://cloud.google.com/tpu/pricing
+CHIP_DOLLARS = 4.20  # per chip and hour: an assumption; see https://cloud.google.com/tpu/pricing
 SENT_DOLLARS = 0.05  # per GB beyond 150 TB a month; https://aws.amazon.com/ec2/pricing/on-demand/
 
 _ADAMW = "adamw(3e-4)"
@@ -151,17 +151,17 @@ def _job(name: str) -> tuple[Any, int]:
   from research.training.config import Config
 
   inside = ",".join(f"{axis}:{size}" for axis, size in INSIDE.items())
+  slices = f"slice:{len(REGIONS)},data:{SITES // len(REGIONS)}"
+  workers = slices if name == SLICED else f"data:{SITES}"
   config = Config(
     task="random_tokens()",
     model=MODEL,
     method=METHODS[name],
-    mesh=f"slice:{len(REGIONS)},data:{SITES // len(REGIONS)},{inside}"
-    if name == SLICED
-    else f"data:{SITES},{inside}",
+    mesh=f"{workers},{inside}",
     batch_size=SITES,  # what is sent does not depend on it
   )
   if name == SERVED:
-    config = config.replace(mesh=f"data:{SITES}", clock="steady(1.0)")
+    config = config.replace(mesh=workers, clock="steady(1.0)")
   problem = assemble.assemble(config, assemble.check(config))
   return problem.job, memory(problem.executor.layout)
 

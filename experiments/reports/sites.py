@@ -114,7 +114,6 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
       color=f"C{number}" if number < 10 else "black",
     )
   ax.axhline(STEPS * rows[0]["computing"] / DAY, color="gray", ls=":", label="computing alone")
-  ax.set_xticks(RATES, [f"{rate:g}" for rate in RATES])
   ax.set(xscale="log", yscale="log", xlabel="median rate of the sites' links, Gbit/s")
   ax.set_xticks(RATES, [f"{rate:g}" for rate in RATES])
   ax.set_ylabel(f"days for {TOKENS / 1e12:g}e12 tokens")

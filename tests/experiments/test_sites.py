@@ -62,12 +62,11 @@ def test_the_compiled_program_has_the_state_and_the_bytes_of_the_traced_one():
     assert state == pytest.approx(ROWS[name]["state_per_chip"], rel=1e-4)
     crossing = [one for one in compiled["collectives"] if one["crosses_slices"]]
     sent = sites.CHIPS * sum(one["sent_bytes"] * one["times"] for one in crossing)
-    assert sent == pytest.approx(
-      4 * PARAMETERS / compiled["steps_per_round"], rel=1e-3
-    )  # a ring of two sites
+    of_ring = 4 * PARAMETERS / compiled["steps_per_round"]  # of two sites
+    assert sent == pytest.approx(of_ring, rel=1e-3)
 
 
-def test_absent_sites_do_not_work():
+def test_the_work_of_absent_sites_is_done_later():
   row = {"seconds": 10.0, "waiting": 0.0, "present": 0.5}
   assert reports.days_of(row) == pytest.approx(2 * sites.STEPS * 10 / 86_400)
 
