@@ -182,8 +182,8 @@ def of_internet(commit: str, out: Path | None) -> tuple[dict[str, Any], list[str
 
 
 def of_sites(out: Path | None) -> tuple[dict[str, Any], list[str]]:
-  """Computes what the methods need on 1,000 sites, and draws it."""
-  rows = sites.sites(FLAGS.cases)
+  """Computes what methods need on 1,000 sites; merges and draws the rows with those of others."""
+  rows = sites.merged(before().get("sites", []), sites.sites(FLAGS.cases))
   if out:
     out.mkdir(parents=True, exist_ok=True)
     sites_report.draw(rows, out / "figure.png")

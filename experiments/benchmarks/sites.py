@@ -110,6 +110,12 @@ def sites(names: list[str]) -> list[dict[str, Any]]:
   return [_row(name) for name in names]
 
 
+def merged(earlier: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """Returns the new rows and the earlier rows of other methods, in the order of METHODS."""
+  rows = {row["name"]: row for row in (*earlier, *found)}
+  return [rows[name] for name in METHODS if name in rows]
+
+
 def _row(name: str) -> dict[str, Any]:
   from research.core import registry
   from research.sim.churn import OnOff

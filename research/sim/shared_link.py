@@ -27,9 +27,11 @@ class SharedLink:
   """
 
   def __init__(self, limits: np.ndarray, rate: float):
-    """Args:
-    limits: the highest rate of each worker's transfers, float [W], in bytes per second.
-    rate: the rate of the link in bytes per second.
+    """Creates a link without transfers.
+
+    Args:
+      limits: the highest rate of each worker's transfers, float [W], in bytes per second.
+      rate: the rate of the link in bytes per second.
     """
     order = np.argsort(limits, kind="stable")
     self._limits = limits.tolist()

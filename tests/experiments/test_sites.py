@@ -81,3 +81,10 @@ def test_steps_per_exchange():
   step = {"seconds": 12.0, "waiting": 0.75, "present": 1.0}
   row = {"steps_per_round": 100, "rates": {"1": step}}
   assert reports.steps_needed(row) == pytest.approx(1200)
+
+
+def test_rows_of_other_methods_are_kept():
+  earlier = [{"name": name, "days": 1} for name in ("AdamW float32", "gossip", "renamed")]
+  found = sites.merged(earlier, [{"name": "gossip", "days": 2}, {"name": "SparseLoCo", "days": 3}])
+  kept = [("AdamW float32", 1), ("SparseLoCo", 3), ("gossip", 2)]
+  assert [(row["name"], row["days"]) for row in found] == kept
