@@ -5,6 +5,7 @@ import contextlib
 import gzip
 import hashlib
 import http.client
+import importlib.util
 import io
 import logging
 import shutil
@@ -172,6 +173,26 @@ def cache() -> Path:
   if found is None:
     raise NoCache("there is no cache folder, since $HOME is not set; set XDG_CACHE_HOME")
   return found
+
+
+def shipped(package: str, relative: str) -> Path:
+  """Finds a data file that an installed package brings with it, without importing the package.
+
+  Args:
+    package: the name of the package.
+    relative: the file's path inside the package.
+
+  Raises:
+    ModuleNotFoundError: if the package is not installed.
+    FileNotFoundError: if the package does not have the file.
+  """
+  found = importlib.util.find_spec(package)
+  if found is None or found.origin is None:
+    raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+  path = Path(found.origin).parent / relative
+  if not path.is_file():
+    raise FileNotFoundError(f"{package} has no file {relative}: it is another version of it")
+  return path
 
 
 def _sha256(text: str) -> str:

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 from research.models import classic
 from research.tasks import sampling
@@ -537,10 +539,23 @@ def test_digits():
   assert test["x"].shape == (357, 8, 8)
   counts = np.bincount(train["y"]), np.bincount(test["y"])
   np.testing.assert_allclose(counts[1] / (counts[0] + counts[1]), 357 / 1797, atol=0.01)
-  rows = {x.tobytes() for x in train["x"]} | {x.tobytes() for x in test["x"]}
-  assert len(rows) == 1797
+  images, labels = load_digits(return_X_y=True)
+  parts = train_test_split(images, labels, test_size=357, stratify=labels, random_state=0)
+  for mine, (x, y) in zip((train, test), (parts[::2], parts[1::2]), strict=True):
+    np.testing.assert_array_equal(mine["x"].reshape(-1, 64), x)
+    np.testing.assert_array_equal(mine["y"], y)
   metrics = jax.jit(lambda key: task.evaluate(task.init(key), test))(KEY)
   assert 1.5 < metrics["loss"] < 3.5
+
+
+@pytest.mark.parametrize(("count", "seed"), [(30, 1), (180, 2), (300, 3)])
+def test_each_class_has_its_share_of_the_test_part(count, seed):
+  """Some of the remainders are equal, and the draw decides."""
+  labels = np.random.default_rng(0).permutation(np.repeat(np.arange(6), [100] * 4 + [37, 163]))
+  rows = np.arange(len(labels))
+  want = train_test_split(rows, test_size=count, stratify=labels, random_state=seed)
+  for mine, one in zip(vision.stratified(labels, count, seed), want, strict=True):
+    np.testing.assert_array_equal(mine, one)
 
 
 def idx(array):

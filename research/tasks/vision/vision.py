@@ -36,14 +36,49 @@ def digits(*, model: Callable[[int], nn.Module] = Default("model", "mlp(hidden=[
     Alpaydin and Kaynak, 1998, Optical recognition of handwritten digits, UCI; its test part, as
     shipped with scikit-learn.
   """
-  from sklearn.datasets import load_digits
-  from sklearn.model_selection import train_test_split
-
-  images, labels = load_digits(return_X_y=True)
-  x, y = images.reshape(-1, 8, 8).astype(np.uint8), labels.astype(np.int32)
-  parts = train_test_split(x, y, test_size=DIGITS_TEST, stratify=y, random_state=0)
-  train, test = {"x": parts[0], "y": parts[2]}, {"x": parts[1], "y": parts[3]}
+  rows = np.loadtxt(files.shipped("sklearn", "datasets/data/digits.csv.gz"), np.uint8, delimiter=",")
+  x, y = rows[:, :-1].reshape(-1, 8, 8), rows[:, -1].astype(np.int32)
+  train, test = ({"x": x[rows], "y": y[rows]} for rows in stratified(y, DIGITS_TEST, seed=0))
   return supervised(model(10), train, test, scale=16.0)
+
+
+def stratified(labels: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+  """Splits rows into a training and a test part in which all classes have their share.
+
+  The parts are those of scikit-learn's `train_test_split(test_size=count, stratify=labels,
+  random_state=seed)`, whose import takes longer than a short run.
+
+  Args:
+    labels: the classes of the rows, from 0 [rows].
+    count: the number of test rows.
+    seed: the seed of the permutations.
+
+  Returns:
+    The numbers of the training rows and of the test rows, both in a random order.
+  """
+  random = np.random.RandomState(seed)
+  sizes = np.bincount(labels)
+  train = _shares(sizes, len(labels) - count, random)
+  test = _shares(sizes - train, count, random)
+  of_class = [np.flatnonzero(labels == number) for number in range(len(sizes))]
+  order = [rows[random.permutation(len(rows))] for rows in of_class]
+  first = np.concatenate([rows[:n] for rows, n in zip(order, train, strict=True)])
+  rest = [rows[n : n + m] for rows, n, m in zip(order, train, test, strict=True)]
+  return random.permutation(first), random.permutation(np.concatenate(rest))
+
+
+def _shares(sizes: np.ndarray, count: int, random: np.random.RandomState) -> np.ndarray:
+  """Divides `count` among classes in proportion to their sizes, by the largest remainders."""
+  exact = sizes / sizes.sum() * count
+  shares = np.floor(exact).astype(int)
+  remainders = exact - shares
+  for remainder in np.unique(remainders)[::-1]:
+    missing = count - shares.sum()
+    if missing == 0:
+      break
+    equal = np.flatnonzero(remainders == remainder)
+    shares[random.choice(equal, size=min(len(equal), missing), replace=False)] += 1
+  return shares
 
 
 def mnist(
