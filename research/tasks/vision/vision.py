@@ -36,7 +36,8 @@ def digits(*, model: Callable[[int], nn.Module] = Default("model", "mlp(hidden=[
     Alpaydin and Kaynak, 1998, Optical recognition of handwritten digits, UCI; its test part, as
     shipped with scikit-learn.
   """
-  rows = np.loadtxt(files.shipped("sklearn", "datasets/data/digits.csv.gz"), np.uint8, delimiter=",")
+  path = files.shipped("sklearn", "datasets/data/digits.csv.gz")
+  rows = np.loadtxt(path, np.uint8, delimiter=",")
   x, y = rows[:, :-1].reshape(-1, 8, 8), rows[:, -1].astype(np.int32)
   train, test = ({"x": x[rows], "y": y[rows]} for rows in stratified(y, DIGITS_TEST, seed=0))
   return supervised(model(10), train, test, scale=16.0)
