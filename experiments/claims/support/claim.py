@@ -109,7 +109,7 @@ Watch = Callable[[Params, TrainState], Mapping[str, Any]]
 
 
 class Lab:
-  """Runs a claim's experiments and records them.
+  """Runs a claim's experiments and records them; runs on the same data share the task.
 
   Args:
     settings: the claim's settings at this scale.
@@ -124,6 +124,7 @@ class Lab:
     self.settings, self.seeds, self.dataset, self.tell = settings, range(seeds), dataset, tell
     self.runs: list[dict[str, Any]] = []
     self.grids: list[dict[str, Any]] = []
+    self._tasks: dict[tuple[str, ...], Task] = {}
 
   def __getitem__(self, name: str) -> Any:
     """Returns a setting of the claim."""
@@ -135,8 +136,12 @@ class Lab:
     return str(call.replace(**{name: v for name, v in more.items() if name not in call.kwargs}))
 
   def task(self, **flags: Any) -> Task:
-    """Builds the task of a run from the run's flags; --dataset is the default task."""
-    return sources.task_of(Config(task=self.dataset).replace(**_texts(flags)))
+    """Returns the task of a run, built from the run's flags; --dataset is the default task."""
+    config = Config(task=self.dataset).replace(**_texts(flags))
+    key = config.task, config.model, config.data_dir
+    if key not in self._tasks:
+      self._tasks[key] = sources.task_of(config)
+    return self._tasks[key]
 
   def run(
     self,
@@ -166,7 +171,8 @@ class Lab:
     """
     default: dict[str, Any] = {"task": self.dataset, "eval_every": 0, "steps_per_dispatch": 1000}
     config = Config(**(default | _texts(flags)))
-    problem = assemble(config, check(config))
+    setting = check(config)
+    problem = assemble(config, setting._replace(task=self.task(**(default | flags))))
     started = time.perf_counter()
     run = Run(config, problem)
     measures = Measures(run, _measure(run, on, gradient, watch), until)
