@@ -228,11 +228,12 @@ def looks_across(method: Method, shapes: Shapes, parts: Sequence[Sequence[int]])
   """
   random = np.random.default_rng(0)
   draw = lambda: {
-    name: jnp.asarray(random.normal(size=x.shape), x.dtype) * 10.0 ** random.integers(-2, 3)
+    name: np.asarray(random.normal(size=x.shape) * 10.0 ** random.integers(-2, 3), x.dtype)
     for name, x in shapes.items()
   }
   params, messages = draw(), [draw(), draw()]
 
+  @jax.jit
   def run(params: dict[str, Array], messages: Sequence[dict[str, Array]]) -> dict[str, Array]:
     apart = halves(method, params)
     held = apart.init(params)

@@ -582,14 +582,14 @@ def test_a_trace_is_written(clients):
 
 @pytest.mark.slow
 def test_checkpoints_do_not_grow_with_the_workers(run, tmp_path):
-  flags = ("--task=least_squares()", "--model=mlp(hidden=[1000])", "--steps=1")
+  flags = ("--task=least_squares()", "--model=mlp(hidden=[100])", "--steps=1")
   for workers in (2, 16):
     where = (f"--mesh=data:{workers}", f"--out=of_{workers:02}")
     assert run(tmp_path, *flags, "--batch_size=all", *where).code == 0
   few, many = (stored(tmp_path / out / "checkpoints" / "1") for out in ("of_02", "of_16"))
   assert few == many
   bytes_of = lambda shape, dtype: math.prod(shape) * np.dtype(dtype).itemsize
-  parameters = 10 * 1000 + 1000 + 1000 + 1
+  parameters = 10 * 100 + 100 + 100 + 1
   assert sum(bytes_of(*leaf) for leaf in few.values()) > 2 * 4 * parameters  # and their momentum
 
 
