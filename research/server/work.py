@@ -1,6 +1,6 @@
 """Compiles a served method's functions for workers, servers and replays."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -251,7 +251,7 @@ def looks_across(method: Method, shapes: Shapes, parts: Sequence[Sequence[int]])
   return False
 
 
-def _chosen(chosen: Sequence[str], tree: dict[str, Array]) -> dict[str, Array]:
+def _chosen(chosen: Sequence[str], tree: Mapping[str, Any]) -> dict[str, Any]:
   return {name: tree[name] for name in chosen}
 
 

@@ -89,12 +89,12 @@ def start(tmp_path_factory):
 def pair(start):
   """Starts the two processes of a job, each in a folder of its own, as JOBS says."""
 
-  def pair(folder: Path, name: str, *more: str) -> list[subprocess.Popen]:
+  def pair(folder: Path, name: str, *more: str, devices: int = 2) -> list[subprocess.Popen]:
     pieces, launcher = JOBS[name]
     joining = {"flags": by_flags, "slurm": by_slurm}[launcher]()
     arguments = (f"--method=data_parallel({pieces})", f"--out={folder / 'out'}", *more)
     return [
-      start(folder / f"cwd{i}", *arguments, *flags, JAX_NUM_CPU_DEVICES="2", **environ)
+      start(folder / f"cwd{i}", *arguments, *flags, JAX_NUM_CPU_DEVICES=str(devices), **environ)
       for i, (flags, environ) in enumerate(joining)
     ]
 
@@ -313,7 +313,7 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen) -> None
 
 OVERLAPPED = (
   "--executor=overlapped",
-  "--mesh=data:2",
+  "--mesh=data:4",
   "--method=late(diloco(sgd(0.1), sgd(0.7, momentum=0.5), "
   "error_feedback(gather_mean(top_k(0.3))), period=5), 7)",
   "--steps=80",
@@ -324,6 +324,7 @@ OVERLAPPED = (
 
 def test_a_job_whose_exchanges_overlap_survives_a_death_and_an_interruption(pair, tmp_path):
   """Each time, two exchanges are on their way, and the memory is on the communication devices."""
+  pair = functools.partial(pair, devices=4)  # two that compute, two that exchange
   whole, broken = tmp_path / "whole", tmp_path / "broken"
   whole.mkdir()
   broken.mkdir()

@@ -93,7 +93,8 @@ def test_the_published_frontier():
 
 
 def test_the_tail_of_a_hundred_losses():
-  found = jax.jit(lambda losses: cvar.tail(losses, 0.95))(np.arange(100, 0, -1.0, np.float32))
+  losses = np.arange(100.0, 0.0, -1.0).astype(np.float32)
+  found = jax.jit(lambda losses: cvar.tail(losses, 0.95))(losses)
   assert found["var"] == 95
   assert found["cvar"] == pytest.approx(98, abs=1e-4)
   assert found["var_low"] < 95 < found["var_high"]

@@ -211,7 +211,8 @@ def test_the_task_trains_alike_in_all_executions():
   one, other = run("simulate").rounds(6), run("spmd").rounds(6)
   assert distance(one.params(), other.params()) < 1e-6
   assert task.test is not None
-  loss = jax.jit(lambda params: task.evaluate(params, task.test)["loss"])
+  held_out = task.test
+  loss = jax.jit(lambda params: task.evaluate(params, held_out)["loss"])
   assert loss(one.params()) < 0.7 * loss(task.init(KEY))
   whole = run("simulate", batch_size=None).rounds(1)
   assert np.isfinite(whole.metrics["loss"]).all()

@@ -129,7 +129,8 @@ def test_losses_are_what_they_say_and_rank(loss):
   found = jax.jit(ranking.LOSSES[loss], static_argnums=3)(s.astype(np.float32), y, there, 2)
   assert found == pytest.approx(want[loss], abs=1e-6)
   assert task.test is not None
-  evaluate = jax.jit(lambda params: task.evaluate(params, task.test))
+  test = task.test
+  evaluate = jax.jit(lambda params: task.evaluate(params, test))
 
   def step(_, params):
     grads = jax.grad(task.loss)(params, task.train, KEY)
