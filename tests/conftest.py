@@ -2,8 +2,8 @@
 
 The tests compile far more than they compute. So LLVM's expensive passes are off, each program is
 compiled in one piece (cut for 32 threads, it takes 15% more CPU time), and on jaxlib before 0.12
-the slower of XLA's two code generators is off. Tests that start a command in a process of its own
-compile with the defaults.
+the slower of XLA's two code generators is off. A command that a test starts in a process of its own
+inherits none of this; most tests give it JAX_DISABLE_MOST_OPTIMIZATIONS.
 """
 
 import gc

@@ -45,7 +45,8 @@ class Ended(NamedTuple):
 def command(out: Path, *flags: str, python: str = sys.executable, **environ: str):
   """Starts run.py in an empty folder."""
   out.parent.mkdir(parents=True, exist_ok=True)
-  env = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"} | environ
+  cheap = {"JAX_NUM_CPU_DEVICES": "2", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+  env = os.environ | cheap | {"JAX_PLATFORMS": "cpu"} | environ
   line = [python, str(RUN), f"--out={out}", *COMMON, *flags]
   pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
   return subprocess.Popen(line, cwd=out.parent, env=env, **pipes)  # pyright: ignore

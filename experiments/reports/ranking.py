@@ -11,6 +11,7 @@ This is the model of `analysis/cost.py`, in which methods whose exchange overlap
 wait only for the exposed part. Latency, encoding and the computation of optimizers are left out.
 """
 
+import functools
 import math
 import statistics
 from pathlib import Path
@@ -62,6 +63,7 @@ class Place(NamedTuple):
     )
 
 
+@functools.cache
 def parameters(preset: str) -> int:
   """Returns the number of parameters of a transformer preset with its usual vocabulary."""
   import jax

@@ -1,6 +1,6 @@
 """Compiles a served method's functions for workers, servers and replays."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -228,11 +228,12 @@ def looks_across(method: Method, shapes: Shapes, parts: Sequence[Sequence[int]])
   """
   random = np.random.default_rng(0)
   draw = lambda: {
-    name: jnp.asarray(random.normal(size=x.shape), x.dtype) * 10.0 ** random.integers(-2, 3)
+    name: np.asarray(random.normal(size=x.shape) * 10.0 ** random.integers(-2, 3), x.dtype)
     for name, x in shapes.items()
   }
   params, messages = draw(), [draw(), draw()]
 
+  @jax.jit
   def run(params: dict[str, Array], messages: Sequence[dict[str, Array]]) -> dict[str, Array]:
     apart = halves(method, params)
     held = apart.init(params)
@@ -250,7 +251,7 @@ def looks_across(method: Method, shapes: Shapes, parts: Sequence[Sequence[int]])
   return False
 
 
-def _chosen(chosen: Sequence[str], tree: dict[str, Array]) -> dict[str, Array]:
+def _chosen(chosen: Sequence[str], tree: Mapping[str, Any]) -> dict[str, Any]:
   return {name: tree[name] for name in chosen}
 
 

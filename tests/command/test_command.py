@@ -41,7 +41,7 @@ run()
 """
 
 
-@pytest.mark.parametrize("module", ["jax", "research.comm.join", "research.training.loop"])
+@pytest.mark.parametrize("module", ["jax", "research.training.loop"])
 def test_ctrl_c_during_the_imports_ends_in_one_line(module, tmp_path):
   command = [sys.executable, "-c", INTERRUPTED, module]
   environ = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -113,19 +113,11 @@ def test_an_error_of_a_module_is_a_line_and_its_traceback(
 
 
 def test_debug_shows_where_a_wrong_value_was_rejected(tmp_path):
-  """Without it the line alone; with it the line comes last."""
+  """The line, which is all that there is without it, comes last."""
   wrong = ["--task=digits()", "--method=data_parallel(sgd(0.1), power_sgd(0))", f"--out={tmp_path}"]
-  plain, full = (
-    subprocess.run(
-      [sys.executable, str(ROOT / "experiments" / "run.py"), *wrong, *more],
-      capture_output=True,
-      text=True,
-    )
-    for more in ([], ["--debug"])
-  )
-  assert plain.returncode == full.returncode == 2
-  (line,) = plain.stderr.splitlines()
-  assert line.startswith("error: --method=")
-  assert "Traceback" in full.stderr
-  assert "power_sgd.py" in full.stderr
-  assert full.stderr.splitlines()[-1] == line
+  command = [sys.executable, str(ROOT / "experiments" / "run.py"), *wrong, "--debug"]
+  ended = subprocess.run(command, capture_output=True, text=True)
+  assert ended.returncode == 2
+  assert "Traceback" in ended.stderr
+  assert "power_sgd.py" in ended.stderr
+  assert ended.stderr.splitlines()[-1].startswith("error: --method=")

@@ -191,6 +191,7 @@ def test_the_death_of_another_process_is_a_line(monkeypatch):
 
 
 def test_a_run_says_which_module_it_needs(plugin, capsys, monkeypatch):
+  monkeypatch.setattr(loop.figures, "loss_plot", lambda folder, summary: None)
   trained(plugin, method="data_parallel(sgd(0.1), choosy(1))")
   run = plugin / "run"
   assert json.loads((run / "config.json").read_text())["import"] == ["mine"]

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from experiments import leaderboard
 from experiments.benchmarks.contestants import CONTESTANTS, contestant
 from experiments.reports import ranking
 from research.core import registry
+from research.training.config import UsageError
 
 PLACE = ranking.Place("tiny", "v5p", 4, 2**16, 0.5)
 
@@ -100,10 +102,9 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess:
   return subprocess.run([sys.executable, str(COMMAND), *arguments], capture_output=True, text=True)
 
 
-def test_an_unknown_contestant_is_a_line():
-  ended = run_command("--contestants=AdemW")
-  assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
-  assert "did you mean 'AdamW'?" in ended.stderr
+def test_an_unknown_contestant_is_refused():
+  with pytest.raises(UsageError, match=r"^--contestants='AdemW': .*did you mean 'AdamW'\?"):
+    leaderboard.chosen("AdamW;AdemW")
 
 
 def test_an_unknown_kind_of_data_is_a_line():

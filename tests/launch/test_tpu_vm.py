@@ -85,7 +85,7 @@ class Cloud:
     self.at.mkdir()
     tools.mkdir()
     for name in ("gcloud", "python3"):
-      (tools / name).write_text(f"#!{sys.executable}\n{STAND_IN.read_text()}")
+      (tools / name).write_text(f"#!{sys.executable} -IS\n{STAND_IN.read_text()}")
       (tools / name).chmod(0o755)
     path = os.pathsep.join([str(tools), os.environ["PATH"]])
     self.environ = {"PATH": path, "STAND_IN": str(self.at), "SHARED": str(folder)}

@@ -43,6 +43,7 @@ RUNS = {
 }
 
 
+@functools.cache
 def made(
   method: str, mode: str = "async", shards: int = 1, batch_size: int | None = 5, **rest: Any
 ) -> setup.Setup:

@@ -19,6 +19,8 @@ from research.server.events import Push
 
 pytest.importorskip("ray")
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 STEPS = 800
 FLAGS = (

@@ -104,6 +104,13 @@ def test_the_loss_of_labels_that_are_missing_is_numpys(tmp_path, regression):
   assert np.array_equal(np.asarray(slope) != 0, known)
 
 
+def predicted(task, params):
+  """The model's outputs for the test molecules."""
+  return np.asarray(
+    jax.jit(molecule_metrics.predictions(SMALL["model"](2), task.test["x"]))(params)
+  )
+
+
 @pytest.mark.slow
 def test_metrics_are_means_over_targets_of_known_labels(tmp_path):
   from sklearn.metrics import roc_auc_score
@@ -113,19 +120,19 @@ def test_metrics_are_means_over_targets_of_known_labels(tmp_path):
   rows = molecules.load(path, ["a", "b"])[1]["test"]
   params = drawn(task)
   assert task.test is not None
-  outputs = np.asarray(molecule_metrics.predictions(SMALL["model"](2), task.test["x"])(params))
+  outputs = predicted(task, params)
   known = ~np.isnan(values[rows])
   used = [t for t in range(2) if len(np.unique(values[rows][known[:, t], t])) == 2]
   wanted = [roc_auc_score(values[rows][known[:, t], t], outputs[known[:, t], t]) for t in used]
-  assert task.measure(params)["auc"] == pytest.approx(np.mean(wanted), abs=1e-6)
+  assert jax.jit(task.measure)(params)["auc"] == pytest.approx(np.mean(wanted), abs=1e-6)
   task = molecules.molecules(written(tmp_path / "r.csv", 3 * values + 1), ["a", "b"], **SMALL)
   assert task.test is not None
-  outputs = np.asarray(molecule_metrics.predictions(SMALL["model"](2), task.test["x"])(params))
+  outputs = predicted(task, params)
   train = molecules.load(path, ["a", "b"])[1]["train"]
   units = 3 * values + 1
   center, spread = np.nanmean(units[train], 0), np.nanstd(units[train], 0)
   wanted = np.sqrt(np.nanmean((outputs * spread + center - units[rows]) ** 2, 0)).mean()
-  assert task.measure(params)["rmse"] == pytest.approx(wanted, rel=1e-5)
+  assert jax.jit(task.measure)(params)["rmse"] == pytest.approx(wanted, rel=1e-5)
 
 
 def test_no_scaffold_is_on_two_sides_or_in_two_laboratories(table):
@@ -203,5 +210,5 @@ def test_a_property_of_atoms_is_learned(tmp_path):
   task = molecules.molecules(path, ["atoms"], model=registry.build("model", "graph_network(32)"))
   method = registry.build("method", "data_parallel(adam(0.003), mean())")
   run = Running(method, "simulate", {"data": 1}, [len(task.by)], 16, task=task)
-  loss = lambda params: task.evaluate(params, task.train)["loss"]
+  loss = jax.jit(lambda params: task.evaluate(params, task.train)["loss"])
   assert loss(run.rounds(200).params()) < 0.05 * loss(task.init(KEY))

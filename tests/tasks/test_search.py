@@ -91,12 +91,13 @@ def test_metrics_of_a_ranking():
   scores = np.array([0.1, 2.0, 0.7, -1.0, 9.0], np.float32)
   relevance = np.array([1, 0, 1, 0, 1])
   present = np.array([True, True, True, True, False])
-  found = ranking.metrics(jnp.asarray(scores), jnp.asarray(relevance), jnp.asarray(present))
+  metrics = jax.jit(ranking.metrics)
+  found = metrics(scores, relevance, present)
   some = [relevance[None, :4], scores[None, :4]]
   assert found["ndcg@3"] == pytest.approx(ndcg_score(*some, k=3), abs=1e-6)
   assert found["map"] == pytest.approx(label_ranking_average_precision_score(*some), abs=1e-6)
   assert found["mrr"] == pytest.approx(1 / 2)
-  nothing = ranking.metrics(jnp.asarray(scores), 0 * jnp.asarray(relevance), jnp.asarray(present))
+  nothing = metrics(scores, 0 * relevance, present)
   assert all(value == 1 for value in nothing.values())
 
 
@@ -125,15 +126,19 @@ def test_losses_are_what_they_say_and_rank(loss):
     "listnet": -np.sum(soft(y) * np.log(soft(s))),
     "lambdarank": np.sum([w * behind(*p) for w, p in zip(swaps, pairs, strict=True)]),
   }
-  given = jnp.asarray(s, jnp.float32), jnp.asarray(y), jnp.asarray(there)
-  found = ranking.LOSSES[loss](*given, 2)
+  found = jax.jit(ranking.LOSSES[loss], static_argnums=3)(s.astype(np.float32), y, there, 2)
   assert found == pytest.approx(want[loss], abs=1e-6)
   assert task.test is not None
-  params, grad = task.init(KEY), jax.jit(jax.grad(task.loss))
-  before = task.evaluate(params, task.test)
-  for _ in range(60):
-    params = jax.tree.map(lambda p, g: p - 0.3 * g, params, grad(params, task.train, KEY))
-  after = task.evaluate(params, task.test)
+  test = task.test
+  evaluate = jax.jit(lambda params: task.evaluate(params, test))
+
+  def step(_, params):
+    grads = jax.grad(task.loss)(params, task.train, KEY)
+    return jax.tree.map(lambda p, g: p - 0.3 * g, params, grads)
+
+  params = jax.jit(task.init)(KEY)
+  before = evaluate(params)
+  after = evaluate(jax.jit(lambda params: jax.lax.fori_loop(0, 60, step, params))(params))
   assert after["ndcg@10"] > max(0.93, before["ndcg@10"])
   assert after["loss"] < before["loss"]
 

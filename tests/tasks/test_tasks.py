@@ -44,11 +44,19 @@ def real_data():
   return has
 
 
+def loss_and_grad(task, params, data):
+  """A task's loss and gradient, in one program."""
+  return jax.jit(jax.value_and_grad(task.loss))(params, data, KEY)
+
+
 def close(a, b, tolerance=1e-5):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), a, b)
 
 
 # --- The order in which examples are drawn
+
+
+SAMPLE = jax.jit(sampling.epoch_sample, static_argnames="batch_size")
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -89,7 +97,7 @@ def test_what_an_epoch_leaves_out_changes():
 def test_the_same_under_vmap_and_alone():
   sizes, steps = np.array([1, 3, 64, 1000], np.int32), np.arange(6)
   keys = jax.random.split(KEY, 4)
-  draw = jax.jit(functools.partial(sampling.epoch_sample, batch_size=5))
+  draw = functools.partial(SAMPLE, batch_size=5)
   workers = jax.vmap(draw, (0, None, 0))
   mapped = jax.jit(jax.vmap(workers, (None, 0, None)))(sizes, steps, keys)
   assert (mapped.shape, mapped.dtype) == ((6, 4, 5), np.int32)
@@ -101,12 +109,12 @@ def test_the_same_under_vmap_and_alone():
 @pytest.mark.parametrize("size", [2**31 - 1, 2**31 - 2, 2**30, 2**30 + 1, 65537])
 def test_largest_sizes_and_steps(size):
   step = 2**31 - 1
-  draw = sampling.epoch_sample(size, step, KEY, batch_size=4096)
+  draw = np.asarray(SAMPLE(size, step, KEY, batch_size=4096))
   assert draw.min() >= 0
   assert draw.max() < size
   assert len(np.unique(draw)) == 4096
-  assert abs(np.mean(np.asarray(draw) / size) - 0.5) < 0.02
-  assert abs(np.mean(np.asarray(draw) % 2) - 0.5) < 0.04
+  assert abs(np.mean(draw / size) - 0.5) < 0.02
+  assert abs(np.mean(draw % 2) - 0.5) < 0.04
 
 
 def chi_square(counts):
@@ -214,9 +222,11 @@ def test_padding_under_the_mask_changes_nothing(loss):
   task, params = problem(loss, l2=0.1)
   padded = jax.tree.map(lambda a: np.concatenate([a, np.zeros_like(a[:5])]), task.train)
   padded["mask"] = (np.arange(25) < 20).astype(np.float32)
-  close(task.evaluate(params, padded), task.evaluate(params, task.train))
-  padded["mask"] = np.zeros(25, np.float32)
-  assert np.isfinite(task.loss(params, padded, KEY))
+  hidden = padded | {"mask": np.zeros(25, np.float32)}
+  evaluate = lambda: (task.evaluate(params, padded), task.evaluate(params, task.train))
+  found, want, none = jax.jit(lambda: (*evaluate(), task.loss(params, hidden, KEY)))()
+  close(found, want)
+  assert np.isfinite(none)
 
 
 @pytest.mark.parametrize("loss", ["softmax", "logistic"])
@@ -232,7 +242,7 @@ def test_several_regression_targets():
   task = supervised(
     classic.linear()(3), {"x": np.ones((20, 2), np.float32), "y": y}, loss="squares"
   )
-  close(task.loss(task.init(KEY), task.train, KEY), np.mean(np.sum(y**2, 1)) / 2)
+  close(loss_and_grad(task, task.init(KEY), task.train)[0], np.mean(np.sum(y**2, 1)) / 2)
 
 
 def test_bytes_stay_bytes_until_the_module_reads_them():
@@ -243,15 +253,20 @@ def test_bytes_stay_bytes_until_the_module_reads_them():
     supervised(module, {"x": x, "y": y}, scale=16.0),
     supervised(module, {"x": x.astype(np.float32) / 16, "y": y}),
   )
-  params = jax.jit(bytes_.init)(KEY)
-  close(params, jax.jit(floats.init)(KEY))
-  index = bytes_.sample(20, 3, KEY, batch_size=8)
-  batch = bytes_.batch(bytes_.train, index)
-  assert batch["x"].dtype == np.uint8
+
+  def of(task, train):
+    params = task.init(KEY)
+    batch = task.batch(train, task.sample(20, 3, KEY, batch_size=8))
+    types.append(batch["x"].dtype)
+    return params, task.loss(params, batch, KEY), task.evaluate(params, train)
+
+  types = []
   close(
-    bytes_.loss(params, batch, KEY), floats.loss(params, floats.batch(floats.train, index), KEY)
+    *jax.jit(lambda *train: (of(bytes_, train[0]), of(floats, train[1])))(
+      bytes_.train, floats.train
+    )
   )
-  close(bytes_.evaluate(params, bytes_.train), floats.evaluate(params, floats.train))
+  assert types == [np.uint8, np.float32]
 
 
 @pytest.mark.parametrize(
@@ -286,10 +301,11 @@ def test_the_known_optimum_is_one(noise, bias):
   task = synthetic.least_squares(200, 6, noise, 30.0, model=classic.linear(bias))
   assert task.optimum is not None
   assert jax.tree.map(np.shape, task.optimum) == jax.tree.map(np.shape, task.init(KEY))
-  gradient = jax.grad(task.loss)(task.optimum, task.train, KEY)
+  gradient = loss_and_grad(task, task.optimum, task.train)[1]
   assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradient)) < 1e-5
-  assert task.evaluate(task.optimum, task.train)["distance"] == 0
-  assert task.evaluate(task.init(KEY), task.train)["distance"] == 1
+  distance = jax.jit(lambda params: task.evaluate(params, task.train)["distance"])
+  assert distance(task.optimum) == 0
+  assert distance(jax.tree.map(np.asarray, task.init(KEY))) == 1
 
 
 @pytest.mark.parametrize("condition", [1.0, 10.0, 1000.0])
@@ -301,12 +317,13 @@ def test_the_spectrum_is_the_promised_one(condition):
 
 def test_gradient_descent_contracts_at_the_best_rate():
   task = synthetic.least_squares(condition=10.0, model=classic.linear())
-  params = task.init(KEY)
-  gradient_fn = jax.jit(jax.grad(task.loss))
-  for _ in range(60):
-    gradient = gradient_fn(params, task.train, KEY)
-    params = jax.tree.map(lambda p, g: p - 2 / 1.1 * g, params, gradient)
-  distance = task.evaluate(params, task.train)["distance"]
+
+  def step(_, params):
+    gradient = jax.grad(task.loss)(params, task.train, KEY)
+    return jax.tree.map(lambda p, g: p - 2 / 1.1 * g, params, gradient)
+
+  params = jax.jit(lambda: jax.lax.fori_loop(0, 60, step, task.init(KEY)))()
+  distance = jax.jit(task.evaluate)(params, task.train)["distance"]
   assert distance < 3 * (9 / 11) ** 60
 
 
@@ -338,12 +355,12 @@ def test_mean_estimation_is_solved_by_one_step_of_size_one():
   zeros, whole = task.init(KEY), task.train
   for batch, want in (
     (whole, task.optimum["x"]),
-    (sampling.take(whole, jnp.array([2])), whole["x"][2]),
+    ({"x": whole["x"][[2]]}, whole["x"][2]),
   ):
-    grads = jax.grad(task.loss)(zeros, batch, KEY)
-    close(zeros["x"] - grads["x"], want)
+    grads = loss_and_grad(task, zeros, batch)[1]
+    close(np.asarray(zeros["x"]) - grads["x"], want)
   masked = {**whole, "mask": np.eye(6, dtype=np.float32)[2]}
-  close(task.loss(zeros, masked, KEY), np.sum(whole["x"][2] ** 2) / 2)
+  close(loss_and_grad(task, zeros, masked)[0], np.sum(whole["x"][2] ** 2) / 2)
   other = synthetic.mean_estimation(6, 4, seed=2)
   assert not np.array_equal(whole["x"], other.train["x"])
 
@@ -354,17 +371,17 @@ def test_mean_estimation_is_solved_by_one_step_of_size_one():
 @pytest.mark.parametrize("dissimilarity", [1.0, 100.0])
 def test_clients_that_drift_have_gradients_that_cancel_at_the_minimum(dissimilarity):
   task = counterexamples.client_drift(dissimilarity, start=3.0)
-  params, at = task.init(KEY), {"x": jnp.float32(0)}
-  grads = [
-    jax.grad(task.loss)(at, sampling.take(task.train, jnp.array([i])), KEY)["x"] for i in range(2)
-  ]
+  params, at = task.init(KEY), {"x": np.float32(0)}
+  one = lambda i: jax.tree.map(lambda x: x[[i]], task.train)
+  grads = [loss_and_grad(task, at, one(i))[1]["x"] for i in range(2)]
   assert [float(g) for g in grads] == [dissimilarity, -dissimilarity]
-  close(jax.grad(task.loss)(params, task.train, KEY)["x"], 3.0)
+  close(loss_and_grad(task, params, task.train)[1]["x"], 3.0)
 
 
 def test_a_rare_large_gradient_has_a_mean_of_another_sign_than_most():
   task = counterexamples.rare_large_gradient()
-  index = jax.vmap(lambda t: task.sample(4, t, KEY, batch_size=1))(jnp.arange(4000))[:, 0]
+  draw = jax.vmap(lambda t: task.sample(4, t, KEY, batch_size=1))
+  index = np.asarray(jax.jit(draw)(np.arange(4000)))[:, 0]
   drawn = np.asarray(task.train["gradient"])[index]
   assert abs(drawn.mean() - 0.25) <= 0.15
   assert abs(np.sign(drawn).mean() + 0.5) <= 0.06
@@ -374,10 +391,11 @@ def test_a_rare_large_gradient_has_a_mean_of_another_sign_than_most():
 
 def test_signs_of_the_valleys_subgradients_keep_the_sum():
   task = counterexamples.narrow_valley(0.3)
-  for x in ([1.0, 1.0], [0.9, 1.2], [3.0, -1.0]):
-    grads = jax.grad(task.loss)({"x": jnp.asarray(x)}, task.train, KEY)["x"]
-    assert float(jnp.sum(jnp.sign(grads))) == 0
-  close(task.loss(task.init(KEY), task.train, KEY), 0.6)
+  points = np.array([[1.0, 1.0], [0.9, 1.2], [3.0, -1.0]], np.float32)
+  grad = lambda x: jax.grad(task.loss)({"x": x}, task.train, KEY)["x"]
+  signs = np.sign(jax.jit(jax.vmap(grad))(points))
+  assert signs.sum(1).tolist() == [0, 0, 0]
+  close(loss_and_grad(task, task.init(KEY), task.train)[0], 0.6)
 
 
 def test_skewed_noise_has_mean_zero_and_the_stated_deviation():
@@ -386,11 +404,10 @@ def test_skewed_noise_has_mean_zero_and_the_stated_deviation():
   close(noise.mean(0), np.zeros(2))
   close(np.sum(noise**2, 1).mean(), 4.0)
   params = task.init(KEY)
-  close(jax.grad(task.loss)(params, task.train, KEY)["x"], [0, -0.5])
-  one = sampling.take(task.train, jnp.array([2]))
-  close(
-    jax.grad(task.loss)(params, one, KEY)["x"], 2 * np.sqrt(0.3) * np.array([-2, -1]) + [0, -0.5]
-  )
+  close(loss_and_grad(task, params, task.train)[1]["x"], [0, -0.5])
+  one = jax.tree.map(lambda x: x[[2]], task.train)
+  want = 2 * np.sqrt(0.3) * np.array([-2, -1]) + [0, -0.5]
+  close(loss_and_grad(task, params, one)[1]["x"], want)
 
 
 @pytest.mark.parametrize(
@@ -437,7 +454,7 @@ def test_libsvm_reads_text(libsvm_task, name):
   np.testing.assert_array_equal(task.train["x"], np.array(dense, np.float32))
   np.testing.assert_array_equal(task.train["y"], [0, 1, 0, 1])
   assert (task.train["x"].dtype, task.train["y"].dtype) == (np.float32, np.int32)
-  close(task.loss(task.init(KEY), task.train, KEY), math.log(2))
+  close(loss_and_grad(task, task.init(KEY), task.train)[0], math.log(2))
 
 
 @pytest.mark.slow
@@ -449,8 +466,8 @@ def test_libsvm_sparse_equals_dense(libsvm_task, tmp_path):
   assert jax.tree.map(np.shape, sparse.init(KEY)) == jax.tree.map(np.shape, params)
   for part in ("train", "test"):
     a, b = getattr(dense, part), getattr(sparse, part)
-    close(dense.evaluate(params, a), sparse.evaluate(params, b))
-    close(jax.grad(dense.loss)(params, a, KEY), jax.grad(sparse.loss)(params, b, KEY))
+    close(jax.jit(dense.evaluate)(params, a), jax.jit(sparse.evaluate)(params, b))
+    close(loss_and_grad(dense, params, a)[1], loss_and_grad(sparse, params, b)[1])
 
 
 def test_libsvm_is_sparse_where_dense_takes_too_much(libsvm_task, monkeypatch):
@@ -463,14 +480,15 @@ def test_libsvm_is_sparse_where_dense_takes_too_much(libsvm_task, monkeypatch):
 def test_libsvm_of_several_classes_is_softmax(libsvm_task):
   task = libsvm_task(CLASSES)
   np.testing.assert_array_equal(task.train["y"], [1, 0, 2, 1])
-  assert task.init(KEY)["kernel"].shape == (2, 3)
-  close(task.loss(task.init(KEY), task.train, KEY), math.log(3))
+  params = task.init(KEY)
+  assert params["kernel"].shape == (2, 3)
+  close(loss_and_grad(task, params, task.train)[0], math.log(3))
 
 
 def test_libsvm_of_squares_takes_labels_for_numbers(libsvm_task):
   task = libsvm_task("-1.5 1:2\n3 2:1\n", loss="squares", l2=2.0, model=classic.linear())
-  params = {"kernel": jnp.array([[1.0], [0.5]])}
-  close(task.loss(params, task.train, KEY), (3.5**2 + 2.5**2) / 4 + 1 + 0.25)
+  params = {"kernel": np.array([[1.0], [0.5]], np.float32)}
+  close(loss_and_grad(task, params, task.train)[0], (3.5**2 + 2.5**2) / 4 + 1 + 0.25)
 
 
 @pytest.mark.parametrize(
@@ -523,8 +541,9 @@ def test_a9a(real_data, sparse):
   task = libsvm.libsvm("a9a", model=classic.logistic(), data_dir=real_data("a9a"), sparse=sparse)
   assert len(task.train["y"]) == 32561
   assert task.train["y"].sum() == 7841
-  assert task.init(KEY)["kernel"].shape == (123, 1)
-  gradient = jax.grad(task.loss)(task.init(KEY), task.train, KEY)
+  params = task.init(KEY)
+  assert params["kernel"].shape == (123, 1)
+  _, gradient = loss_and_grad(task, params, task.train)
   close(gradient["bias"][0], 0.5 - 7841 / 32561)
 
 
@@ -594,8 +613,8 @@ def test_mnist_by_parity_tells_odd_from_even(small_mnist):
   folder, arrays = small_mnist
   task = vision.mnist(parity=True, model=classic.logistic(), data_dir=str(folder))
   np.testing.assert_array_equal(task.train["y"], arrays["train-labels-idx1-ubyte"] % 2)
-  assert task.init(KEY)["kernel"].shape == (784, 1)
-  close(task.loss(task.init(KEY), task.train, KEY), math.log(2))
+  assert jax.eval_shape(task.init, KEY)["kernel"].shape == (784, 1)
+  close(loss_and_grad(task, task.init(KEY), task.train)[0], math.log(2))
 
 
 @pytest.mark.parametrize(

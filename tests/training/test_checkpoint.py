@@ -1,5 +1,6 @@
 """Checkpoints hold the whole state, notice damage, and fit other numbers of workers."""
 
+import copy
 import functools
 import zlib
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from catalogue import EXACT, METHODS
 from jax.experimental import multihost_utils
-from problems import Running
+from problems import EXECUTORS, Running, regression
 from subset import slow_except
 from test_rules import perceptron
 
@@ -23,6 +24,8 @@ from research.parallel import inference, resize, sharded, workers
 from research.parallel import layout as layouts
 from research.parallel.job import Job
 from research.training.checkpoint import checkpoint, integrity, manager
+
+KEY = jax.random.key(0)
 
 
 def store_of(run: Any, folder) -> checkpoint.Checkpoints:
@@ -49,6 +52,18 @@ def restored(run: Any, folder, warn=pytest.fail) -> Any:
     store.close()
 
 
+@functools.cache
+def made(name: str, executor: str) -> Running:
+  return Running(METHODS[name], executor, {"data": 8}, batch_size=None)
+
+
+def running(name: str, executor: str = "simulate") -> Running:
+  """Eight workers at their start; what they compile is kept for the next test."""
+  run = copy.copy(made(name, executor))
+  run.state = run.executor.init(KEY)
+  return run
+
+
 def equal(a, b) -> bool:
   return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), a, b)))
 
@@ -58,7 +73,7 @@ def test_a_save_leaves_the_preemption_service_to_the_loop(tmp_path, monkeypatch)
   asked = []
   point = "reached_preemption_sync_point"
   monkeypatch.setattr(multihost_utils, point, lambda number: bool(asked.append(number)))
-  saved(Running(METHODS["sgd"], "spmd", {"data": 8}), tmp_path, 2, 4)
+  saved(running("drifting", "spmd"), tmp_path, 2, 4)
   assert asked == []
 
 
@@ -69,23 +84,22 @@ STATES = [(n, e) for n in ("adam", "residual", "drifting") for e in ("simulate",
   ("name", "executor"), slow_except([("residual", "simulate"), ("drifting", "spmd")], STATES)
 )
 def test_a_state_comes_back_bit_for_bit_in_its_shardings(name, executor, tmp_path):
-  run = Running(METHODS[name], executor, {"data": 8}, batch_size=None)
+  run, fresh = running(name, executor), running(name, executor)
   saved(run, tmp_path, 2)
-  fresh = Running(METHODS[name], executor, {"data": 8}, batch_size=None)
   step, state = restored(fresh, tmp_path)
   assert step == 2
   assert equal(state, run.state)
   shardings = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
   assert shardings(state) == shardings(fresh.state)
   fresh.state = state
-  assert equal(fresh.rounds(3).state, run.rounds(3).state)
+  assert equal(fresh.rounds(2).state, run.rounds(2).state)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("owners", [2, 4])
 @pytest.mark.parametrize("name", ["adam", "residual", "drifting"])
 def test_another_number_of_workers_keeps_shared_leaves_and_the_mean_of_rows(name, owners, tmp_path):
-  run = Running(METHODS[name], "spmd", {"data": 8}, batch_size=None)
+  run = running(name, "spmd")
   saved(run, tmp_path, 2)
   fresh = Running(METHODS[name], "spmd", {"data": owners}, (240 // owners,) * owners, None)
   told: list[str] = []
@@ -132,11 +146,11 @@ def damage(folder, how: str) -> None:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("how", slow_except(["bits"], ["bits", "cut", "gone"]))
 def test_damage_falls_back_to_the_checkpoint_before(how, tmp_path):
-  run = Running(METHODS["adam"], "simulate", {"data": 8}, batch_size=None)
+  run = running("adam")
   saved(run, tmp_path, 2, 4)
   damage(tmp_path / "4", how)
   told: list[str] = []
-  fresh = Running(METHODS["adam"], "simulate", {"data": 8}, batch_size=None)
+  fresh = running("adam")
   step, state = restored(fresh, tmp_path, told.append)
   assert step == 2
   assert len(told) == 1
@@ -147,7 +161,7 @@ def test_damage_falls_back_to_the_checkpoint_before(how, tmp_path):
 
 
 def test_no_whole_checkpoint_is_an_error_and_none_at_all_is_not(tmp_path):
-  run = Running(METHODS["adam"], "simulate", {"data": 8}, batch_size=None)
+  run = running("adam")
   assert restored(run, tmp_path / "new") is None
   saved(run, tmp_path / "old", 2)
   damage(tmp_path / "old" / "2", "cut")
@@ -156,8 +170,8 @@ def test_no_whole_checkpoint_is_an_error_and_none_at_all_is_not(tmp_path):
 
 
 def test_another_method_is_no_match_and_no_damage(tmp_path):
-  saved(Running(METHODS["adam"], "simulate", {"data": 8}, batch_size=None), tmp_path, 2)
-  other = Running(METHODS["sgd"], "simulate", {"data": 8}, batch_size=None)
+  saved(running("adam"), tmp_path, 2)
+  other = running("sgd")
   with pytest.raises(checkpoint.CheckpointError, match="of another model or method"):
     restored(other, tmp_path)
   assert (tmp_path / "2").is_dir()
@@ -285,9 +299,10 @@ def test_a_process_whose_save_has_failed_does_not_wait_for_the_others():
 @pytest.mark.parametrize("name", EXACT)
 def test_shared_state_does_not_grow_with_the_workers(name):
   def shapes(workers):
-    sizes = (240 // workers,) * workers
-    run = Running(METHODS[name], "simulate", {"data": workers}, sizes, None)
-    return [leaf.shape for leaf in jax.tree.leaves(run.state)]
+    sizes = np.full(workers, 240 // workers)
+    job = Job(METHODS[name], regression(), {"data": workers}, sizes, None)
+    state = jax.eval_shape(EXECUTORS["simulate"](job).init, KEY)
+    return [leaf.shape for leaf in jax.tree.leaves(state)]
 
   assert shapes(2) == shapes(16)
 

@@ -101,8 +101,9 @@ def test_debug_switches_change_no_result(switches, tmp_path):
   """The same losses as without it, of a method that drops what is not finite on purpose."""
   method = "data_parallel(sgd(0.1), error_feedback(sum_mean(random_k(0.5))))"
   flags = (*SMALL, f"--method={method}", "--log_every=1", "--compilation_cache=off")
-  plain = start("run", (*flags, "--out=plain"), tmp_path)
-  with_it = start("run", (*flags, "--out=with"), tmp_path, **SWITCHES[switches])
+  fast = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_NUM_CPU_DEVICES": "1"}
+  plain = start("run", (*flags, "--out=plain"), tmp_path, **fast)
+  with_it = start("run", (*flags, "--out=with"), tmp_path, **fast, **SWITCHES[switches])
   for process in (plain, with_it):
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err

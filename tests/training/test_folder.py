@@ -17,9 +17,9 @@ from research.training import folder as folders
 from research.training.config import Config, UsageError
 
 RUN = Config(
-  task="least_squares(features=3)",
+  task="mean_estimation(8, 4)",
   mesh="data:2",
-  batch_size=10,
+  batch_size=2,
   steps=4,
   log_every=2,
   eval_every=2,
@@ -39,6 +39,12 @@ def made(tmp_path_factory) -> Path:
 @pytest.fixture
 def out(made, tmp_path) -> Path:
   return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+@pytest.fixture
+def undrawn(monkeypatch) -> None:
+  """Runs without a plot."""
+  monkeypatch.setattr(loop.figures, "loss_plot", lambda folder, summary: None)
 
 
 def stored(out: Path) -> dict:
@@ -68,6 +74,7 @@ def test_an_edited_summary_is_not_shown(edited, out, capsys):
   assert "was changed, and is written again" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_edited_summary_is_made_again(out):
   before = stored(out)
   (out / "summary.json").write_text("{}")
@@ -97,6 +104,7 @@ def test_a_complete_run_on_a_read_only_disk_is_shown(out, monkeypatch):
     train(out.with_name("other"))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_finished_run_is_not_relabelled(out):
   before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
   with pytest.raises(UsageError, match="other flags that has done its 4 steps"):
@@ -105,6 +113,7 @@ def test_a_finished_run_is_not_relabelled(out):
   assert train(out, seed=5, steps=6, allow_changes=True)["steps"] == 6
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_renamed_checkpoint_is_set_aside(out, capsys):
   (out / "summary.json").unlink()
   (out / "checkpoints" / "4").rename(out / "checkpoints" / "6")

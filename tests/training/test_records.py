@@ -19,9 +19,10 @@ ROOT = Path(__file__).parents[2]
 SOURCES = [
   path for folder in ("research", "experiments", "launch") for path in (ROOT / folder).rglob("*.py")
 ]
+TEXT = st.text(st.characters())  # the default knows a codec, whose table takes seconds to make
 VALUES = st.recursive(
-  st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-  lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner) | st.tuples(inner, inner),
+  st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
+  lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner) | st.tuples(inner, inner),
   max_leaves=6,
 )
 
