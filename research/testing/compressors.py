@@ -251,7 +251,7 @@ def finite(case: Case) -> None:
     require(not lost, case.compressor, says, f"nothing of {', '.join(lost)} in {dtype.__name__}")
 
 
-def _are_finite(rows: np.ndarray) -> np.ndarray:
+def _are_finite(rows: np.ndarray) -> Any:
   return np.isfinite(rows).reshape(len(rows), -1).all(1)
 
 
