@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import Running
+from problems import regression
 
 from research.analysis import wire
 from research.core import registry
 from research.core.base import EVERYONE, Aggregate, Presence
 from research.parallel import inference, traffic
+from research.parallel.job import Job, resolved
 from research.parallel.layout import over_workers
 
 W, SHAPE = 4, (6, 5)
@@ -347,7 +348,8 @@ def test_chunks_of_a_slice_are_rounded_apart():
 
 def test_a_warm_up_sends_by_rounds_where_a_mesh_cuts_a_worker():
   spec = "data_parallel(sgd(0.1), warm_up(gather_mean(top_k(0.05)), steps=3))"
-  job = Running(registry.build("method", spec), "simulate", {"data": 4, "fsdp": 2}, (60,) * 4).job
+  mesh, sizes = {"data": 4, "fsdp": 2}, np.full(4, 60)
+  job = resolved(Job(registry.build("method", spec), regression(), mesh, sizes, 8))
   sent = traffic.of_method(job, inference.layout_of(job), 6).sent
   assert (sent[:3] == sent[0]).all()
   assert (sent[3:] == sent[3]).all()
