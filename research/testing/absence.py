@@ -35,7 +35,8 @@ def unknown(rows: Tree) -> Tree:
   Args:
     rows: the rows of all workers, with leaves [W, ...].
   """
-  return jax.tree.map(lambda x: x.at[ABSENT].set(jnp.nan), rows)
+  absent = lambda x: ABSENT.reshape(-1, *[1] * (x.ndim - 1))
+  return jax.tree.map(lambda x: np.where(absent(x), np.float32(np.nan), x), rows)
 
 
 def folded(one: Callable[..., Any], axes: Mapping[str, int]) -> Callable[..., Any]:

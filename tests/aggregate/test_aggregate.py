@@ -42,7 +42,7 @@ def run(spec: str, steps: Any = STEPS) -> list[Aggregate]:
   fold = lambda x: np.moveaxis(x, 1, 0).reshape(*axes.values(), len(x), *x.shape[2:])
   found = jax.jit(over_workers(worker, axes, 0, 0))(jax.tree.map(fold, steps))
   rows = jax.tree.map(lambda x: np.asarray(x).reshape(W, *x.shape[len(axes) :]), found)
-  return [jax.tree.map(lambda x: x[:, step], rows) for step in range(len(STEPS))]
+  return [jax.tree.map(lambda x, step=step: x[:, step], rows) for step in range(len(STEPS))]
 
 
 def top_k(x: np.ndarray, k: int) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from promises import COMPRESSORS as TABLE
+from promises import QUICK
 from subset import slow_except
 
 from research.compress import selection
@@ -75,15 +76,7 @@ def square(x):
   return np.sum(np.square(np.asarray(x, np.float64)), axis=-1)
 
 
-# One row of each compressor, and of `hadamard` around one of them.
-QUICK = [
-  spec
-  for spec in TABLE
-  if not spec.startswith(("int8(b", "int4(s", "qsgd(l", "random_k(0.3,", "count_sketch(3", "hada"))
-]
-
-
-@pytest.mark.parametrize("spec", slow_except([*QUICK, "hadamard(int4())"], TABLE))
+@pytest.mark.parametrize("spec", slow_except(QUICK, TABLE))
 def test_every_contract_is_kept(spec):
   row = TABLE[spec]
   check_compressor(
