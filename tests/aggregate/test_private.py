@@ -99,9 +99,9 @@ share = jax.jit(shamir.share, static_argnums=(1, 2))
 reveal = jax.jit(secure.reveal, static_argnums=2)
 
 
-def workers(*gone: int) -> np.ndarray:
+def workers(*gone: int) -> jax.Array:
   """All but those."""
-  return ~np.isin(np.arange(W), gone)
+  return jnp.asarray(~np.isin(np.arange(W), gone))
 
 
 def same(a, b) -> bool:
@@ -160,7 +160,7 @@ def test_every_execution_gives_the_same_bits(execution):
 
 
 def test_a_host_refuses_a_round_below_the_threshold():
-  of_round, alive = by_hand(jax.random.key(0), TREES), np.arange(W) < QUORUM - 1
+  of_round, alive = by_hand(jax.random.key(0), TREES), jnp.asarray(np.arange(W) < QUORUM - 1)
   assert not np.any(reveal(of_round.held, alive, QUORUM))
   with pytest.raises(ValueError, match="5 of 8 workers sent; the sum needs 6"):
     secure.recover(of_round.messages, of_round.held, alive, QUORUM)
@@ -171,7 +171,7 @@ def test_a_host_refuses_a_round_below_the_threshold():
 def test_a_host_recovers_the_sum_from_messages_and_shares(gone):
   of_round, alive = by_hand(jax.random.key(1), TREES), workers(*gone)
   # what the absent would have sent is not looked at
-  without = lambda x: x * alive.astype(np.uint32).reshape(-1, *[1] * (x.ndim - 1))
+  without = lambda x: x * alive.astype(jnp.uint32).reshape(-1, *[1] * (x.ndim - 1))
   messages, held = jax.tree.map(without, (of_round.messages, of_round.held))
   assert same(secure.recover(messages, held, alive, QUORUM), of_round.plain(alive))
 
@@ -179,7 +179,9 @@ def test_a_host_recovers_the_sum_from_messages_and_shares(gone):
 def test_the_masks_come_from_the_shares():
   """With one share too few, or one wrong, what is reconstructed does not unmask the sum."""
   of_round, alive = by_hand(jax.random.key(2), TREES), workers(4)
-  total = jax.tree.map(lambda y: np.asarray(y)[alive].sum(0, dtype=np.uint32), of_round.messages)
+  total = jax.tree.map(
+    lambda y: np.asarray(y)[np.asarray(alive)].sum(0, dtype=np.uint32), of_round.messages
+  )
   shown = np.asarray(reveal(of_round.held, alive, QUORUM))
   wrong = shown.copy()
   wrong[0] += 1
