@@ -127,3 +127,11 @@ COMPRESSORS = {row.spec: row for row in (
   Row("dct_top_k()", lambda n: 1 - min(8, n) / min(64, n), cosine(64, 8)),
 )}  # fmt: skip
 # fmt: on
+
+# One row of each compressor, and of `hadamard` around one of them.
+QUICK = [
+  spec
+  for spec in COMPRESSORS
+  if not spec.startswith(("int8(b", "int4(s", "qsgd(l", "random_k(0.3,", "count_sketch(3", "hada"))
+]
+QUICK.append("hadamard(int4())")

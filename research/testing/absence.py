@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.core.base import Tree
+from research.core.base import Array, Presence, Tree
 from research.parallel import layout
 
 W = 8
@@ -35,7 +35,21 @@ def unknown(rows: Tree) -> Tree:
   Args:
     rows: the rows of all workers, with leaves [W, ...].
   """
-  return jax.tree.map(lambda x: x.at[ABSENT].set(jnp.nan), rows)
+  absent = lambda x: ABSENT.reshape(-1, *[1] * (x.ndim - 1))
+  return jax.tree.map(lambda x: np.where(absent(x), np.float32(np.nan), x), rows)
+
+
+def in_two_rounds(rows: tuple[Tree, Tree], weight: Array, active: Array) -> tuple[Tree, Presence]:
+  """Stacks what a worker has in two rounds; it is present in the first.
+
+  Args:
+    rows: what the worker has in each round.
+    weight: its weight in the second round.
+    active: whether it is present in the second round.
+  """
+  both = lambda first, second: jnp.stack([first, second])
+  presence = Presence(both(jnp.ones_like(weight), weight), both(jnp.ones_like(active), active))
+  return jax.tree.map(both, *rows), presence
 
 
 def folded(one: Callable[..., Any], axes: Mapping[str, int]) -> Callable[..., Any]:

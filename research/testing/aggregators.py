@@ -13,7 +13,17 @@ from research.methods.data_parallel import data_parallel
 from research.methods.decentralized import d_psgd
 from research.parallel import layout
 from research.testing import methods
-from research.testing.absence import ABSENT, AXES, WEIGHTS, W, drawn, folded, same, unknown
+from research.testing.absence import (
+  ABSENT,
+  AXES,
+  WEIGHTS,
+  W,
+  drawn,
+  folded,
+  in_two_rounds,
+  same,
+  unknown,
+)
 from research.testing.contract import require
 from research.testing.problem import distance
 
@@ -99,13 +109,19 @@ def absent(named: Named, axes: Mapping[str, int]) -> None:
   """
 
   def worker(first, second, weight, active):
-    found = {}
-    for name, aggregator in named.items():
-      before = aggregator.aggregate(first, aggregator.init(first), jax.random.key(0)).state
-      presence = Presence(weight, active)
-      out = aggregator.aggregate(second, before, jax.random.key(1), presence)
-      found[name] = out.value, before, out.state
-    return found
+    rounds = (jnp.arange(2), *in_two_rounds((first, second), weight, active))
+
+    def one(aggregator: Aggregator):
+      def step(state, of_round):
+        number, tree, presence = of_round
+        out = aggregator.aggregate(tree, state, jax.random.key(number), presence)
+        return out.state, (out.value, out.state)
+
+      values, states = jax.lax.scan(step, aggregator.init(first), rounds)[1]
+      before, after = (jax.tree.map(lambda x, i=i: x[i], states) for i in range(2))
+      return jax.tree.map(lambda x: x[1], values), before, after
+
+    return {name: one(aggregator) for name, aggregator in named.items()}
 
   first, second = drawn(0, W), drawn(1, W)
   program = folded(worker, axes)

@@ -15,6 +15,8 @@ from research.core.base import Compressor
 from research.testing.contract import require
 
 SHAPES = ((), (0,), (1,), (3, 5), (300,), (2, 3, 4))
+SHORT, LONG, HALF = 40, 1000, (6, 50)  # leaves that are computed; those of HALF are float16
+DRAWS = 100  # of each test vector
 LARGE = (2**15, 2**16)  # shape of a leaf that is traced but never computed
 CONTENT_OF = (1, 1000, 4096, 2**27, 2**31)
 
@@ -71,24 +73,45 @@ def _like(x: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def _sent(compressor: Compressor, x: jax.Array, shared: jax.Array, own: jax.Array) -> jax.Array:
-  """Computes C(x) by encoding and decoding x."""
-  return compressor.decode(compressor.encode(x, shared, own), _like(x), shared)
+def _sent(compressor: Compressor, x: jax.Array, shared: jax.Array, own: jax.Array) -> Any:
+  """Encodes and decodes x.
+
+  Returns:
+    The payload and C(x).
+  """
+  payload = compressor.encode(x, shared, own)
+  return payload, compressor.decode(payload, _like(x), shared)
 
 
 @functools.cache
-def _sender(compressor: Compressor) -> Callable[..., jax.Array]:
+def _alone(compressor: Compressor) -> Callable[..., Any]:
+  """Compiles `_sent` for a single worker."""
   return jax.jit(functools.partial(_sent, compressor))
 
 
-def _vectors(n: int) -> jax.Array:
+@functools.cache
+def _together(compressor: Compressor) -> Callable[..., jax.Array]:
+  """Compiles C for rows x [n, ...], shared [n], own [n] under vmap."""
+  return jax.jit(jax.vmap(lambda *row: _sent(compressor, *row)[1]))
+
+
+def _rows(compressor: Compressor, x: np.ndarray, shared: jax.Array, own: jax.Array) -> np.ndarray:
+  """Computes C of up to 5 DRAWS rows x [n, ...], own [n], by the program that `error` compiles."""
+  count = 5 * DRAWS
+  fill = lambda rows: np.concatenate([rows, np.zeros((count - len(x), *x.shape[1:]), x.dtype)])
+  keys = own[np.arange(count) % len(own)]
+  shared = jnp.broadcast_to(shared, count)
+  return np.asarray(_together(compressor)(fill(x), shared, keys))[: len(x)]
+
+
+def _vectors(n: int) -> np.ndarray:
   """Returns test vectors [5, n]: normal, heavy-tailed, one nonzero element, constant, zero."""
   random = np.random.default_rng(n)
   single = np.zeros(n)
   single[n // 3] = -3
   heavy = random.standard_cauchy(n) ** 3
   rows = [random.standard_normal(n), heavy, single, np.full(n, 0.7), np.zeros(n)]
-  return jnp.asarray(np.stack(rows), jnp.float32)
+  return np.stack(rows).astype(np.float32)
 
 
 def _square(x: Any) -> np.ndarray:
@@ -102,12 +125,13 @@ def _payload_bytes(compressor: Compressor, like: jax.ShapeDtypeStruct) -> int:
 
 def types(case: Case) -> None:
   """Checks that the decoded leaf has the leaf's shape and dtype."""
-  for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
-    for shape in SHAPES:
-      x = jax.ShapeDtypeStruct(shape, dtype)
-      found = jax.eval_shape(functools.partial(_sent, case.compressor), x, *_keys(7))
-      says = "decode returns an array of the leaf's shape and dtype."
-      require(_like(found) == x, case.compressor, says, f"{_named(found)} of a leaf {_named(x)}")
+  leaves = [(shape, jnp.float32) for shape in SHAPES]
+  leaves += [(shape, dtype) for shape in ((), (3, 5)) for dtype in (jnp.bfloat16, jnp.float16)]
+  for shape, dtype in leaves:
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    _, found = jax.eval_shape(functools.partial(_sent, case.compressor), x, *_keys(7))
+    says = "decode returns an array of the leaf's shape and dtype."
+    require(_like(found) == x, case.compressor, says, f"{_named(found)} of a leaf {_named(x)}")
 
 
 def _named(x: Any) -> str:
@@ -116,20 +140,22 @@ def _named(x: Any) -> str:
 
 def payloads(case: Case) -> None:
   """Checks that payloads have as many bytes as when traced, and as many as promised, if any."""
-  encode = jax.jit(case.compressor.encode)
-  want = _payload_bytes(case.compressor, _like(_vectors(1000)[0]))
-  for x in _vectors(1000):
-    got = sum(leaf.nbytes for leaf in jax.tree.leaves(encode(x, *_keys(7))))
+  leaves = _vectors(LONG)
+  want = _payload_bytes(case.compressor, _like(leaves[0]))
+  for x in leaves:
+    payload, _ = _alone(case.compressor)(x, *_keys(7))
+    got = sum(leaf.nbytes for leaf in jax.tree.leaves(payload))
     says = "A payload has as many bytes as its traced shapes say."
     require(got == want, case.compressor, says, f"{got} where {want} were traced")
   if not case.content:
     return
-  for n in CONTENT_OF:
-    for dtype in (jnp.float32, jnp.bfloat16):
-      x = jax.ShapeDtypeStruct((n,) if n < 2**20 else (2**15, n // 2**15), dtype)
-      rest = _payload_bytes(case.compressor, x) - case.content(n, x.dtype.itemsize)
-      says = "A payload has the promised bytes, rounded up by less than 4."
-      require(0 <= rest < 4, case.compressor, says, f"{rest} bytes more for {_named(x)}")
+  leaves = [(n, jnp.float32) for n in CONTENT_OF]
+  leaves += [(n, jnp.bfloat16) for n in (LONG, 2**27)]
+  for n, dtype in leaves:
+    x = jax.ShapeDtypeStruct((n,) if n < 2**20 else (2**15, n // 2**15), dtype)
+    rest = _payload_bytes(case.compressor, x) - case.content(n, x.dtype.itemsize)
+    says = "A payload has the promised bytes, rounded up by less than 4."
+    require(0 <= rest < 4, case.compressor, says, f"{rest} bytes more for {_named(x)}")
 
 
 def error(case: Case) -> None:
@@ -137,17 +163,17 @@ def error(case: Case) -> None:
 
   The check allows four standard errors.
   """
-  keys = _keys(1, 100, 2)
-  for n in (40, 1000):
+  for n in (SHORT, LONG):
     x = _vectors(n)
-    over = lambda v: jax.vmap(lambda k: _sent(case.compressor, v, k[0], k[1]))(keys)
-    errors = _square(jax.jit(jax.vmap(over))(x) - x[:, None])  # [vectors, keys]
+    rows, count = np.repeat(x, DRAWS, 0), len(x) * DRAWS
+    sent = _together(case.compressor)(rows, _keys(1, count), _keys(2, count))
+    errors = _square(sent - rows).reshape(len(x), DRAWS)
     says = "Zero is sent as zero."
     require((errors[-1] == 0).all(), case.compressor, says, f"||C(0)||^2 = {errors[-1].max():.3g}")
     bound = case.error or ((lambda n: 1.0) if case.compressor.contractive else None)
     if bound is None:
       continue
-    slack = 4 * errors.std(1) / math.sqrt(len(keys)) + 1e-12 * _square(x)
+    slack = 4 * errors.std(1) / math.sqrt(DRAWS) + 1e-12 * _square(x)
     held = errors.mean(1) <= bound(n) * _square(x) * (1 + 1e-5) + slack
     worst = (errors.mean(1)[:-1] / _square(x)[:-1]).max()
     says = f"E ||C(x) - x||^2 <= {bound(n):.4g} ||x||^2 for {n} elements."
@@ -158,22 +184,23 @@ def unbiased(case: Case) -> None:
   """Checks that E C(x) = x within four standard errors, if promised."""
   if not case.unbiased:
     return
-  x, keys = _vectors(60)[0], _keys(3, 3000, 2)
-  draws = jax.jit(jax.vmap(lambda k: _sent(case.compressor, x, k[0], k[1])))(keys)
-  draws = np.asarray(draws, np.float64)
+  x = _vectors(SHORT)[0]
+  rows = np.tile(x, (5 * DRAWS, 1))
+  keys = [(_keys(seed, len(rows)), _keys(10 + seed, len(rows))) for seed in range(3, 9)]
+  draws = np.concatenate([_together(case.compressor)(rows, *of) for of in keys], dtype=np.float64)
   standard_error = draws.std(0) / math.sqrt(len(draws))
   away = np.abs(draws.mean(0) - x) - 4 * standard_error - 1e-6
-  says = "E C(x) = x, within four standard errors of 3000 draws."
+  says = f"E C(x) = x, within four standard errors of {len(draws)} draws."
   require((away <= 0).all(), case.compressor, says, f"{away.max():.3g} beyond these")
 
 
 def idempotent(case: Case) -> None:
   """Checks that C(C(x)) = C(x), if promised."""
-  send = _sender(case.compressor)
-  for x in _vectors(1000) if case.idempotent else ():
-    once = send(x, *_keys(7))
-    twice = send(once, _keys(7)[0], jax.random.key(99))
-    away = float(jnp.abs(twice - once).max() / jnp.maximum(jnp.abs(x).max(), 1e-30))
+  send, (shared, own), other = _alone(case.compressor), _keys(7), jax.random.key(99)
+  for x in _vectors(LONG) if case.idempotent else ():
+    _, once = send(x, shared, own)
+    _, twice = send(once, shared, other)
+    away = np.abs(np.asarray(twice) - once).max() / max(np.abs(x).max(), 1e-30)
     says = "C(C(x)) = C(x) with the same shared key."
     require(away <= 2e-6, case.compressor, says, f"a difference of {away:.3g} of max|x|")
 
@@ -182,15 +209,13 @@ def linear(case: Case) -> None:
   """Checks that a sum of payloads decodes to the sum of the decoded values, if `linear`."""
   if not case.compressor.linear:
     return
-  (x, y), (shared, own) = _vectors(1000)[:2] / 10, _keys(7)
-  encode = jax.jit(case.compressor.encode)
+  (x, y), (shared, own) = _vectors(LONG)[:2] / 10, _keys(7)
   decode = jax.jit(lambda payload: case.compressor.decode(payload, _like(x), shared))
-  first, second = encode(x, shared, shared), encode(y, shared, own)
-  total = jax.tree.map(jnp.add, first, second)
-  together, apart = (
-    np.asarray(decode(total)),
-    np.asarray(decode(first)) + np.asarray(decode(second)),
+  (first, of_x), (second, of_y) = (
+    _alone(case.compressor)(leaf, shared, key) for leaf, key in ((x, shared), (y, own))
   )
+  total = jax.tree.map(lambda a, b: np.asarray(a) + np.asarray(b), first, second)
+  together, apart = np.asarray(decode(total)), np.asarray(of_x) + np.asarray(of_y)
   precision = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(total))
   away = np.abs(together - apart).max() / np.abs(apart).max()
   says = "`linear`: the sum of payloads is decoded to the sum of the values."
@@ -201,37 +226,41 @@ def sparse(case: Case) -> None:
   """Checks that at most half of the elements of C(x) are nonzero, if `sparse`."""
   if not case.compressor.sparse:
     return
-  sent = _sender(case.compressor)(_vectors(1000)[0], *_keys(7))
-  share = float(jnp.mean(sent != 0))
+  _, sent = _alone(case.compressor)(_vectors(LONG)[0], *_keys(7))
+  share = np.mean(np.asarray(sent) != 0)
   says = "`sparse`: C(x) is zero at most positions."
-  require(share <= 0.5, case.compressor, says, f"{share:.0%} of 1000 are not")
+  require(share <= 0.5, case.compressor, says, f"{share:.0%} of {sent.size} are not")
 
 
 def finite(case: Case) -> None:
   """Checks that finite leaves stay finite, and that a non-finite element remains detectable."""
-  send = jax.jit(jax.vmap(lambda x: _sent(case.compressor, x, *_keys(7))))
-  wrong = jnp.asarray([jnp.nan, jnp.inf, -jnp.inf] * 3)
-  at = jnp.asarray([0, 0, 0, 150, 150, 150, 299, 299, 299])
-  plain = _vectors(300)
-  x = jnp.broadcast_to(plain[0], (9, 300)).at[jnp.arange(9), at].set(wrong)
-  for dtype in (jnp.float32, jnp.float16):
-    rows = jnp.concatenate([plain, x]).astype(dtype)
-    whole = np.asarray(jnp.isfinite(rows[:5]).all(1))  # heavy tails may overflow in float16
-    arrives = np.asarray(jnp.isfinite(send(rows)).all(1))
+  shared, own = _keys(7)
+  for dtype, shape in ((jnp.float32, (LONG,)), (jnp.float16, HALF)):
+    n = math.prod(shape)
+    wrong, at = np.tile([np.nan, np.inf, -np.inf], 3), np.repeat([0, n // 2, n - 1], 3)
+    broken = np.tile(_vectors(n)[0], (9, 1))
+    broken[np.arange(9), at] = wrong
+    with np.errstate(over="ignore"):  # heavy tails may overflow in float16
+      rows = np.concatenate([_vectors(n), broken]).reshape(-1, *shape).astype(dtype)
+    arrives = _are_finite(_rows(case.compressor, rows, shared, own[None]))
+    whole = _are_finite(rows[:5])
     says = "A finite leaf is sent as finite numbers."
     require(arrives[:5][whole].all(), case.compressor, says, f"others, in {dtype.__name__}")
     says = "If a leaf has a non-finite element, so has the decoded leaf."
-    lost = [f"{float(wrong[i])} at {int(at[i])}" for i in np.flatnonzero(arrives[5:])]
+    lost = [f"{wrong[i]} at {at[i]}" for i in np.flatnonzero(arrives[5:])]
     require(not lost, case.compressor, says, f"nothing of {', '.join(lost)} in {dtype.__name__}")
+
+
+def _are_finite(rows: np.ndarray) -> Any:
+  return np.isfinite(rows).reshape(len(rows), -1).all(1)
 
 
 def executions(case: Case) -> None:
   """Checks that a single worker, `vmap` and a scan in `shard_map` agree up to rounding."""
-  x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 6, 50)), jnp.float32)
+  x = np.random.default_rng(0).standard_normal((8, LONG)).astype(np.float32)
   shared, own = _keys(7)[0], _keys(8, 8)
-  one = lambda x, key: _sent(case.compressor, x, shared, key)
-  alone = jax.jit(one)
-  want = np.stack([alone(leaf, key) for leaf, key in zip(x, own, strict=True)])
+  one = lambda x, key: _sent(case.compressor, x, shared, key)[1]
+  want = np.stack([_alone(case.compressor)(row, shared, own[i])[1] for i, row in enumerate(x)])
   count = max(k for k in (1, 2, 4) if k <= len(jax.devices()))
   sharded = jax.shard_map(
     lambda x, own: jax.lax.scan(lambda _, worker: (None, one(*worker)), None, (x, own))[1],
@@ -240,8 +269,9 @@ def executions(case: Case) -> None:
     out_specs=P("data"),
     check_vma=False,
   )
-  for name, run in (("vmap", jax.vmap(one)), ("shard_map", sharded)):
-    away = np.abs(np.asarray(jax.jit(run)(x, own)) - want).max() / np.abs(want).max()
+  under = {"vmap": _rows(case.compressor, x, shared, own), "shard_map": jax.jit(sharded)(x, own)}
+  for name, found in under.items():
+    away = np.abs(np.asarray(found) - want).max() / np.abs(want).max()
     says = f"Under {name}, a worker sends the same as on its own."
     require(away <= 1e-6, case.compressor, says, f"a difference of {away:.3g} of the largest")
 

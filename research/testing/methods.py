@@ -8,11 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.core.base import EVERYONE, Chunk, Presence, Trait
+from research.core.base import Chunk, Trait
 from research.core.method import Method
 from research.parallel import layout, workers
 from research.parallel.job import Job, traits
-from research.testing.absence import ABSENT, AXES, WEIGHTS, W, drawn, folded, same, unknown
+from research.testing.absence import (
+  ABSENT,
+  AXES,
+  WEIGHTS,
+  W,
+  drawn,
+  folded,
+  in_two_rounds,
+  same,
+  unknown,
+)
 from research.testing.contract import require
 from research.testing.problem import Running, distance, regression
 from research.testing.side_by_side import regressions, side_by_side
@@ -203,19 +213,23 @@ def _two_rounds(named: Named) -> Callable[..., Any]:
   """Returns a function that runs two rounds of each method, the second with absent workers."""
 
   def worker(first, second, weight, active):
-    found = {}
-    for name, method in named.items():
-      state = before = method.init(jax.tree.map(jnp.ones_like, first))
-      for number, grads in enumerate((first, second)):
-        local = method.begin(state)
+    rounds = (jnp.arange(2), *in_two_rounds((first, second), weight, active))
+
+    def one(method: Method):
+      def step(state, of_round):
+        number, grads, presence = of_round
+        elsewhere = lambda params: jax.tree.map(lambda g, p: g + 0.1 * p, grads, params)
+        local, key = method.begin(state), jax.random.key(3)
         for _ in range(method.local_steps):
-          elsewhere = lambda params, g=grads: jax.tree.map(lambda g, p: g + 0.1 * p, g, params)
-          key = jax.random.key(3)
           local = method.step(elsewhere(local.params), local, state, key=key, grad_fn=elsewhere)
-        presence, key = Presence(weight, active) if number else EVERYONE, jax.random.key(number)
-        before, state = state, method.sync(local, state, key=key, presence=presence)
-      found[name] = before, state
-    return found
+        state = method.sync(local, state, key=jax.random.key(number), presence=presence)
+        return state, state
+
+      start = method.init(jax.tree.map(jnp.ones_like, first))
+      states = jax.lax.scan(step, start, rounds)[1]
+      return tuple(jax.tree.map(lambda x, i=i: x[i], states) for i in range(2))
+
+    return {name: one(method) for name, method in named.items()}
 
   return worker
 
@@ -231,23 +245,26 @@ def empty(named: Named) -> None:
   jobs = {n: Job(m, regression(), AXES, sizes, 8, dropout=0.5) for n, m in named.items()}
   attended = np.asarray([True, True, True, False, True, False, False, True])
 
-  def rounds(job, grads, counted):
-    def one(state, of_round):
-      key, there = of_round
+  keys = jax.random.split(jax.random.key(0), int(attended.sum()))
+  counted = keys[np.cumsum(attended) - 1], attended, len(attended)
+  alone = keys[np.arange(len(attended)) % len(keys)], np.ones_like(attended), len(keys)
+
+  def rounds(job, grads, keys, there, count):
+    def one(number, state):
       local, gradient = job.method.begin(state), lambda params: grads
       for _ in range(job.method.local_steps):
-        local = job.method.step(grads, local, state, key=key, grad_fn=gradient)
-      weight = jnp.where(there, 1.0, 0.0)
-      return workers.sync(job, local, state, weight, key, there), None
+        local = job.method.step(grads, local, state, key=keys[number], grad_fn=gradient)
+      weight = jnp.where(there[number], 1.0, 0.0)
+      return workers.sync(job, local, state, weight, keys[number], there[number])
 
-    keys = jax.random.split(jax.random.key(0), int(attended.sum()))
-    of = jnp.asarray(np.cumsum(attended) - 1)
     first = job.method.init(jax.tree.map(jnp.ones_like, grads))
-    drawn_ = (keys[of], jnp.asarray(attended)) if counted else (keys, jnp.ones(len(keys), bool))
-    return jax.lax.scan(one, first, drawn_)[0]
+    return jax.lax.fori_loop(0, count, one, first)
 
-  both = lambda grads: {n: [rounds(j, grads, c) for c in (True, False)] for n, j in jobs.items()}
-  for name, (with_empty, without) in jax.jit(jax.vmap(both, axis_name="data"))(grads).items():
+  every = lambda grads, *of: {n: rounds(job, grads, *of) for n, job in jobs.items()}
+  program = jax.jit(jax.vmap(every, (0, None, None, None), axis_name="data"))
+  found, wanted = program(grads, *counted), program(grads, *alone)
+  for name in named:
+    with_empty, without = found[name], wanted[name]
     pairs = zip(jax.tree.leaves(with_empty), jax.tree.leaves(without), strict=True)
     near = all(np.allclose(a, b, rtol=1e-5, atol=2e-6) for a, b in pairs)
     says = "A round without participants changes nothing."

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import Running
+from problems import regression
 
 from research.analysis import wire
 from research.core import registry
 from research.core.base import EVERYONE, Aggregate, Presence
 from research.parallel import inference, traffic
+from research.parallel.job import Job, resolved
 from research.parallel.layout import over_workers
 
 W, SHAPE = 4, (6, 5)
@@ -31,17 +32,17 @@ def run(spec: str, steps: Any = STEPS) -> list[Aggregate]:
   axes = {"slice": 2, "data": W // 2} if "hierarchical" in spec else {"data": W}
 
   def worker(values):
-    at = lambda step: jax.tree.map(lambda x: x[step], values)
-    state, found = aggregator.init(at(0)), []
-    for step in range(len(STEPS)):
-      out = aggregator.aggregate(at(step), state, jax.random.key(step))
-      state = out.state
-      found.append(out)
-    return found
+    def one(state, step):
+      out = aggregator.aggregate(step[1], state, jax.random.key(step[0]))
+      return out.state, out
 
-  fold = lambda x: jnp.moveaxis(jnp.asarray(x), 1, 0).reshape(*axes.values(), len(x), *x.shape[2:])
+    start = aggregator.init(jax.tree.map(lambda x: x[0], values))
+    return jax.lax.scan(one, start, (jnp.arange(len(STEPS)), values))[1]
+
+  fold = lambda x: np.moveaxis(x, 1, 0).reshape(*axes.values(), len(x), *x.shape[2:])
   found = jax.jit(over_workers(worker, axes, 0, 0))(jax.tree.map(fold, steps))
-  return jax.tree.map(lambda x: x.reshape(W, *x.shape[len(axes) :]), found)
+  rows = jax.tree.map(lambda x: np.asarray(x).reshape(W, *x.shape[len(axes) :]), found)
+  return [jax.tree.map(lambda x, step=step: x[:, step], rows) for step in range(len(STEPS))]
 
 
 def top_k(x: np.ndarray, k: int) -> np.ndarray:
@@ -300,7 +301,8 @@ def test_two_phase_int8_costs_the_same_at_any_number_of_workers(workers):
 def test_power_sgd_sends_two_messages_of_thin_factors():
   """However many leaves there are; those that are no matrices go with the first."""
   aggregator = registry.build("aggregator", "power_sgd(4)")
-  params = {"w": jnp.zeros((200, 100)), "b": jnp.zeros(100), "v": jnp.zeros((2, 20, 50))}
+  shapes = {"w": (200, 100), "b": (100,), "v": (2, 20, 50)}
+  params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
 
   def program(x):
     return aggregator.aggregate(x, aggregator.init(x), jax.random.key(0)).value
@@ -346,7 +348,8 @@ def test_chunks_of_a_slice_are_rounded_apart():
 
 def test_a_warm_up_sends_by_rounds_where_a_mesh_cuts_a_worker():
   spec = "data_parallel(sgd(0.1), warm_up(gather_mean(top_k(0.05)), steps=3))"
-  job = Running(registry.build("method", spec), "simulate", {"data": 4, "fsdp": 2}, (60,) * 4).job
+  mesh, sizes = {"data": 4, "fsdp": 2}, np.full(4, 60)
+  job = resolved(Job(registry.build("method", spec), regression(), mesh, sizes, 8))
   sent = traffic.of_method(job, inference.layout_of(job), 6).sent
   assert (sent[:3] == sent[0]).all()
   assert (sent[3:] == sent[3]).all()

@@ -9,7 +9,7 @@ import optax
 import pytest
 from aggregators import AGGREGATORS, PLAIN, REFUSED, SLICED, SPECS, between_slices, refusal
 from problems import Running, distance, regression
-from promises import COMPRESSORS
+from promises import COMPRESSORS, QUICK
 from side_by_side import regressions, trained
 from subset import slow_except
 
@@ -49,7 +49,7 @@ LEAVES = {
 }
 POLICIES = ("only_large", "bucketed", MESH)  # to which there is a point in a second leaf
 # All pairs are traced. Those whose wrapper keeps a memory also run, and of the others those with
-# SHORT; what a mesh cuts runs in test_composition.py.
+# SHORT; what a mesh cuts runs in test_composition.py, and so do the pairs of error_feedback.
 SHORT = ("gather", "two_phase", "median")
 
 
@@ -105,7 +105,8 @@ def test_every_pair_is_refused_for_a_reason_or_runs(wrapper):
       axes = axes_of(wrapper, name)
       rounds = lambda x, axes=axes: jax.ShapeDtypeStruct((*axes.values(), 2, *x.shape), x.dtype)
       assert traced(pairs[name], wrapper, axes) == (jax.tree.map(rounds, like(wrapper)),) * 2
-  memory = any(wrapper in wrappers for wrappers, _, why in REFUSED if why == KEPT_TWICE)
+  keeping = set().union(*(wrappers for wrappers, _, why in REFUSED if why == KEPT_TWICE))
+  memory = wrapper in keeping - {"error_feedback"}
   keeps = [n for n in (pairs if memory else SHORT) if n in pairs and n not in SLICED]
   chosen = {} if wrapper == MESH else {n: pairs[n] for n in keeps}
   finite = jax.tree.map(lambda x: bool(jnp.isfinite(x).all()), run(chosen, wrapper))
@@ -147,7 +148,7 @@ def sent_bytes(aggregator: Aggregator, tree, workers: int) -> float:
   return sum(wire.by_axis(wire.traffic(one, tree, axes={"data": workers})).values())
 
 
-@pytest.mark.parametrize("spec", COMPRESSORS)
+@pytest.mark.parametrize("spec", slow_except(QUICK, COMPRESSORS))
 def test_what_is_sent_is_the_payload(spec):
   """W-1 times in one gather; two_phase sends and answers W-1 chunks of ceil(n / W) elements."""
   compressor = registry.build("compressor", spec)
@@ -190,9 +191,14 @@ def test_without_loss_it_is_the_optimizer(axes):
   arguments = ("simulate", axes, (240 // count,) * count, None)
   run = Running(trained(named), *arguments, task=regressions(tuple(named)))
   params, optimizer = run.params()["0"], optax.sgd(0.1)
-  for _ in range(4):
+
+  @jax.jit
+  def step(params):
     grads = jax.grad(task.loss)(params, task.train, None)
-    params = optax.apply_updates(params, optimizer.update(grads, optimizer.init(params))[0])
+    return optax.apply_updates(params, optimizer.update(grads, optimizer.init(params))[0])
+
+  for _ in range(4):
+    params = step(params)
   found = run.rounds(4).params()
   for name, spec in specs.items():
     assert distance(found[str(name)], params) <= 1e-6, spec

@@ -139,7 +139,6 @@ def test_compression_adds_nothing_inside_a_worker(kind):
   assert 0 < inside(found) <= len(names) * (inside(dense) + 16)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", MESHES)
 def test_all_workers_receive_the_same(kind):
   """Found by tracing, and on the devices bit for bit; what each had and sent is its own."""
@@ -149,8 +148,14 @@ def test_all_workers_receive_the_same(kind):
     assert not any(jax.tree.leaves(link.value)), name
     assert all(jax.tree.leaves(link.given)), name
     assert all(jax.tree.leaves(link.sent)), name
-  for state in (spread.state, compiled_cut(kind, group_of(CUTTING[kind][0]))[0].run.state):
-    assert replica_check(state)(state) == []
+  assert replica_check(spread.state)(spread.state) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MESHES)
+def test_all_workers_receive_the_same_where_a_mesh_cuts_a_worker(kind):
+  state = spread_cut(CUTTING[kind][0]).run.state
+  assert replica_check(state)(state) == []
 
 
 PRIVATE = {
@@ -271,9 +276,21 @@ def restored(folder, like: TrainState, lies: resize.Placed, warn=pytest.fail) ->
     store.close()
 
 
+STATEFUL = {
+  "flat": ("feedback_two_phase", "feedback_power_sgd", "ef21", "diana", "momentum", "bucketed",
+           "worker_momentum", "warm_up", "centered_clip", "sign_flip"),
+  "sliced": ("hierarchical", "hierarchical_ef21", "two_axes"),
+}  # fmt: skip
+
+
+@functools.cache
+def stateful(kind: str) -> Course:
+  return course(running(STATEFUL[kind], "simulate", MESHES[kind]))
+
+
 @pytest.mark.parametrize("kind", slow_except(["sliced"], MESHES))
 def test_a_resumed_run_is_an_unbroken_one(kind, tmp_path):
-  done = whole(kind, "simulate")
+  done = whole(kind, "simulate") if kind == "sliced" else stateful(kind)
   go = lambda state: done.run.executor.run(state, done.run.data, rounds=1)[0]
   state = done.run.executor.init(jax.random.key(0))
   for _ in range(HALF):
@@ -323,18 +340,11 @@ def bare(state: TrainState, names: tuple[str, ...]) -> TrainState:
   return state._replace(method={n: s._replace(link=inner(s.link)) for n, s in parts.items()})
 
 
-STATEFUL = {
-  "flat": ("feedback_two_phase", "feedback_power_sgd", "ef21", "diana", "momentum", "bucketed",
-           "worker_momentum", "warm_up", "centered_clip", "sign_flip"),
-  "sliced": ("hierarchical", "hierarchical_ef21", "two_axes"),
-}  # fmt: skip
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MESHES)
 def test_another_number_of_workers_resizes_by_rule(kind, tmp_path):
   """Shared leaves stay, rows become their mean, chunks are cut anew."""
-  state = bare(whole(kind, "simulate").run.state, STATEFUL[kind])
+  state = stateful(kind).run.state
   save(tmp_path, state, placed(STATEFUL[kind], MESHES[kind], state))
   fewer = running(STATEFUL[kind], "simulate", FEWER[kind])
   lies = placed(STATEFUL[kind], FEWER[kind], fewer.state)

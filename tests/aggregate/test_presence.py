@@ -3,6 +3,7 @@
 And zero is a value like any other: a round of zero gradients, or with a rate of zero, ends nothing.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -45,8 +46,13 @@ EQUAL = [
 ]
 
 
+@functools.cache
+def spread(one: Callable[..., Any]) -> Callable[..., Any]:
+  return jax.jit(jax.vmap(one, axis_name="data"))
+
+
 def over_workers(one: Callable[..., Any], *rows: Any) -> Any:
-  return jax.jit(jax.vmap(one, axis_name="data"))(*rows)
+  return jax.device_get(spread(one)(*rows))
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -66,7 +72,7 @@ def test_equal_contributions_of_those_present_give_that_contribution():
 
 def test_rules_that_compress_nothing_give_the_very_contribution():
   one = drawn(2)
-  rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (W, *x.shape)), one)
+  rows = jax.tree.map(lambda x: np.broadcast_to(x, (W, *x.shape)), one)
   chosen = {"mean", "median", "trimmed_mean", "multi_krum", "geometric_median"} & {*MEET}
 
   def worker(tree, weight, active):
@@ -122,9 +128,9 @@ def test_robust_rules_are_those_of_the_values_present():
 def test_a_vote_is_among_those_present():
   """Three of eight vote no; absent workers have no vote, nor is a tie decided by them."""
   vote = registry.build("aggregator", "majority_vote()")
-  votes = jnp.asarray([-1.0, -1.0, -1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+  votes = np.asarray([-1.0, -1.0, -1.0, 1.0, 1.0, 1.0, 1.0, 1.0], np.float32)
   ask = lambda x, active: vote.aggregate({"w": x}, (), KEY, Presence(1.0, active)).value["w"]
-  count = lambda there: over_workers(ask, votes, jnp.asarray(there)).tolist()
+  count = lambda there: over_workers(ask, votes, np.asarray(there)).tolist()
   assert count([True] * 3 + [False] * 5) == [-1.0] * W
   assert count([True] * 4 + [False] * 4) == [-1.0] * W
   assert count([True] * 6 + [False] * 2) == [1.0] * W  # a tie
@@ -184,25 +190,32 @@ def test_a_round_that_nobody_takes_part_in_changes_nothing():
   methods.empty(built | {n: registry.build("method", s) for n, s in more.items()})
 
 
+RULES = (
+  *("mean()", "median()", "krum(1)", "geometric_median()", "trimmed_mean(0.2)"),
+  "error_feedback(gather_mean(top_k(0.3)))",
+  "worker_momentum(median(), momentum=0.5)",
+)
+
+
+@functools.cache
+def descended(executor: str, dropout: float) -> Any:
+  """The parameters of each rule, of workers that have the same examples."""
+  names = tuple(map(str, range(len(RULES))))
+  same = regression(30)
+  task = same._replace(train={k: np.concatenate([v] * W) for k, v in same.train.items()})
+  build = lambda spec: registry.build("method", f"data_parallel(sgd(0.2), {spec})")
+  methods = side_by_side(dict(zip(names, map(build, RULES), strict=True)))
+  arguments = (methods, executor, SIMULATED, (30,) * W, None, 0.0, regressions(names, task))
+  return Running(*arguments, dropout=dropout).rounds(40).params()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("executor", ["simulate", "spmd"])
 def test_dropout_finds_the_optimum_with_any_rule(executor):
   """Three in ten lost per round: a rule over those present is near what it is over all."""
-  specs = ("mean()", "median()", "krum(1)", "geometric_median()", "trimmed_mean(0.2)")
-  specs = (
-    *specs,
-    "error_feedback(gather_mean(top_k(0.3)))",
-    "worker_momentum(median(), momentum=0.5)",
-  )
-  names = tuple(map(str, range(len(specs))))
-  same = regression(30)
-  task = same._replace(train={k: np.concatenate([v] * W) for k, v in same.train.items()})
-  build = lambda spec: registry.build("method", f"data_parallel(sgd(0.2), {spec})")
-  methods = side_by_side(dict(zip(names, map(build, specs), strict=True)))
-  arguments = (methods, executor, SIMULATED, (30,) * W, None, 0.0, regressions(names, task))
-  lost, whole = (Running(*arguments, dropout=d).rounds(40).params() for d in (0.3, 0.0))
-  for name, spec in zip(names, specs, strict=True):
-    assert distance(lost[name], whole[name]) <= 2e-2, spec
+  lost, whole = descended(executor, 0.3), descended("simulate", 0.0)
+  for name, spec in enumerate(RULES):
+    assert distance(lost[str(name)], whole[str(name)]) <= 2e-2, spec
 
 
 @pytest.mark.parametrize(
@@ -246,8 +259,11 @@ def rounds_of(method: Method, grads: Any) -> tuple[Any, Any]:
     number, scale = of_round
     local, key = method.begin(state), jax.random.fold_in(KEY, number)
     gradient = lambda params: jax.tree.map(lambda g: scale * g, grads)
-    for _ in range(method.local_steps):
-      local = method.step(gradient(local.params), local, state, key=key, grad_fn=gradient)
+    step = lambda local, _: (
+      method.step(gradient(local.params), local, state, key=key, grad_fn=gradient),
+      None,
+    )
+    local, _ = jax.lax.scan(step, local, length=method.local_steps)
     state = method.sync(local, state, key=key)
     return state, method.params(state)
 
@@ -332,23 +348,25 @@ def test_what_learns_from_first_rounds_learns_from_later_ones(spec):
   assert (np.abs(found) < 0.7).all()
 
 
+@spread
+def power_sgd_rounds(rounds):
+  aggregator = registry.build("aggregator", "error_feedback(power_sgd(2))")
+
+  def one(state, tree):
+    out = aggregator.aggregate({"w": tree}, state, jax.random.key(0))
+    return out.state, out.value["w"]
+
+  return jax.lax.scan(one, aggregator.init({"w": rounds[0]}), rounds)[1]
+
+
 @pytest.mark.parametrize("when", [0, 2, None])
 def test_power_sgd_finds_a_matrix_of_its_rank_after_any_round(when):
   """A rank-one mean whose first rows are zero: no error from the next round on."""
   random = np.random.default_rng(0)
   matrix = (random.normal(size=(32, 1)) @ random.normal(size=(1, 16))).astype(np.float32)
   matrix[:4] = 0
-  aggregator = registry.build("aggregator", "error_feedback(power_sgd(2))")
-  rounds = jnp.stack([jnp.asarray(matrix * (i != when)) for i in range(5)])
-
-  def worker(rounds):
-    def one(state, tree):
-      out = aggregator.aggregate({"w": tree}, state, jax.random.key(0))
-      return out.state, out.value["w"]
-
-    return jax.lax.scan(one, aggregator.init({"w": rounds[0]}), rounds)[1]
-
-  found = jax.jit(jax.vmap(worker, None, axis_name="data", axis_size=4))(rounds)[0]
+  rounds = np.stack([matrix * (i != when) for i in range(5)])
+  found = np.asarray(power_sgd_rounds(np.broadcast_to(rounds, (4, *rounds.shape))))[0]
   for value in found[(0 if when is None else when + 1) :][1:]:
     assert distance(value, matrix) <= 1e-4
 
@@ -382,7 +400,7 @@ def test_a_narrow_mean_of_those_present_is_in_range():
 
 def test_a_norm_is_wide():
   """300 four times has the norm 600, whose square float16 does not have: clipped to 1 it is .5."""
-  got = clipped({"w": jnp.full(4, 300.0, jnp.float16)}, 1.0)["w"]
+  got = jax.jit(clipped)({"w": np.full(4, 300.0, np.float16)}, 1.0)["w"]
   assert got.dtype == jnp.float16
   np.testing.assert_allclose(np.asarray(got, float), 0.5, rtol=1e-3)
 
@@ -436,7 +454,9 @@ def test_means_of_narrow_floats_are_those_of_float64(dtype, count):
 
   def worker(rows):
     one = lambda a, x: a.aggregate({"w": x}, a.init({"w": x}), jax.random.key(0)).value["w"]
-    return {s: {k: one(a, x) for k, x in rows.items()} for s, a in built.items()}
+    together = jnp.stack([*rows.values()])
+    found = {s: jax.lax.map(functools.partial(one, a), together) for s, a in built.items()}
+    return {s: dict(zip(rows, values, strict=True)) for s, values in found.items()}
 
   step = float(jnp.finfo(dtype).eps)
   loose = {"gather_mean(natural())": 0.5, "gather_mean(sign())": 0.2, "gather_mean(fp8())": 0.07}

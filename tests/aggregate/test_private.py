@@ -24,6 +24,7 @@ W, CLIP, BITS, QUORUM = 8, 1.5, 16, 6
 UNIT = CLIP / (2 ** (BITS - 1) - 1)
 SHAPES = {"a": (5, 7), "b": (), "c": (3,)}
 RANDOM = np.random.default_rng(0)
+SUM, CLIPPED = secure_sum(clip=CLIP, bits=BITS), noisy(mean(), clip=2.0, noise=0.0)
 DROPPING = secure_sum(clip=CLIP, bits=BITS, dropout=0.3, threshold=QUORUM / W)
 TREES = {k: RANDOM.normal(size=(W, *s)).astype(np.float32) for k, s in SHAPES.items()}
 
@@ -94,6 +95,10 @@ def by_hand(key, trees) -> Round:
   return Round(seeds, ring, jax.tree.map(jnp.add, ring, hidden_by), shares)
 
 
+share = jax.jit(shamir.share, static_argnums=(1, 2))
+reveal = jax.jit(secure.reveal, static_argnums=2)
+
+
 def workers(*gone: int) -> jax.Array:
   """All but those."""
   return jnp.asarray(~np.isin(np.arange(W), gone))
@@ -115,21 +120,21 @@ def test_shares_of_a_quorum_give_the_secret_and_fewer_do_not(quorum):
   random = np.random.default_rng(quorum)
   secret = random.integers(0, shamir.PRIME, (4, 3)).astype(np.uint32)
   secret[0] = [0, 1, shamir.PRIME - 1]
-  shares = shamir.share(jnp.asarray(secret), quorum, 5, jax.random.key(quorum))
+  shares = share(secret, quorum, 5, jax.random.key(quorum))
   assert shares.dtype == jnp.uint32
   assert int(shares.max()) < shamir.PRIME
   reconstruct = jax.jit(shamir.reconstruct)
   for present in itertools.product([False, True], repeat=5):
-    found = reconstruct(shares, jnp.array(present))
+    found = reconstruct(shares, np.array(present))
     assert np.array_equal(found, secret) == (sum(present) >= quorum)
   # the weights, with Python's whole numbers
-  found = shamir.weights(jnp.array([True, False, True, True, False]))
+  found = jax.jit(shamir.weights)(np.array([True, False, True, True, False]))
   for j in (1, 3, 4):
     factors = [m * pow(m - j, -1, shamir.PRIME) for m in (1, 3, 4) if m != j]
     assert found[j - 1] == math.prod(factors) % shamir.PRIME
 
 
-@pytest.mark.parametrize("aggregator", [secure_sum(clip=CLIP, bits=BITS), DROPPING])
+@pytest.mark.parametrize("aggregator", [SUM, DROPPING])
 def test_the_sum_is_the_plain_sum_bit_for_bit(aggregator):
   """Over those who sent; below the threshold nobody receives anything."""
   sent_by = set()
@@ -155,8 +160,8 @@ def test_every_execution_gives_the_same_bits(execution):
 
 
 def test_a_host_refuses_a_round_below_the_threshold():
-  of_round, alive = by_hand(jax.random.key(0), TREES), jnp.arange(W) < QUORUM - 1
-  assert not np.any(secure.reveal(of_round.held, alive, QUORUM))
+  of_round, alive = by_hand(jax.random.key(0), TREES), jnp.asarray(np.arange(W) < QUORUM - 1)
+  assert not np.any(reveal(of_round.held, alive, QUORUM))
   with pytest.raises(ValueError, match="5 of 8 workers sent; the sum needs 6"):
     secure.recover(of_round.messages, of_round.held, alive, QUORUM)
 
@@ -174,8 +179,12 @@ def test_a_host_recovers_the_sum_from_messages_and_shares(gone):
 def test_the_masks_come_from_the_shares():
   """With one share too few, or one wrong, what is reconstructed does not unmask the sum."""
   of_round, alive = by_hand(jax.random.key(2), TREES), workers(4)
-  total = jax.tree.map(lambda y: jnp.sum(y[alive], 0, dtype=jnp.uint32), of_round.messages)
-  shown = secure.reveal(of_round.held, alive, QUORUM)
+  total = jax.tree.map(
+    lambda y: np.asarray(y)[np.asarray(alive)].sum(0, dtype=np.uint32), of_round.messages
+  )
+  shown = np.asarray(reveal(of_round.held, alive, QUORUM))
+  wrong = shown.copy()
+  wrong[0] += 1
 
   @jax.jit
   def unmasked(shown, present):
@@ -184,9 +193,9 @@ def test_the_masks_come_from_the_shares():
   plain = of_round.plain(alive)
   assert same(unmasked(shown, workers(2, 4)), plain)
   assert not same(unmasked(shown, workers(2, 4, 7)), plain)
-  assert not same(unmasked(shown.at[0].add(1), alive), plain)
+  assert not same(unmasked(wrong, alive), plain)
   # never both kinds of seed of one owner
-  kinds = np.asarray(jnp.any(shown != 0, (0, 3)))
+  kinds = np.any(shown != 0, (0, 3))
   self_mask = np.eye(W, dtype=bool)
   assert (kinds[self_mask] == alive).all()
   assert (kinds[~self_mask].reshape(W, W - 1) == ~alive[:, None]).all()
@@ -229,14 +238,15 @@ def test_fixed_point_at_the_ends_of_its_range():
   assert np.abs(alone.value["x"] - 0.5).max() <= UNIT
 
 
-@pytest.mark.parametrize("aggregator", [secure_sum(clip=1.0), noisy(mean(), clip=1.0, noise=1.0)])
+@pytest.mark.parametrize("aggregator", [SUM, CLIPPED])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_is_seen(aggregator, bad):
-  x = np.ones((W, 6), np.float32)
-  x[3, 2] = bad
-  value, sent, _ = run(aggregator, x)
-  assert np.isnan(value).all()
-  assert (np.isnan(sent).all(1) == (np.arange(W) == 3)).all()
+  broken = TREES["a"].copy()
+  broken[3, 2, 1] = bad
+  value, sent, _ = run(aggregator, {**TREES, "a": broken})
+  assert all(np.isnan(x).all() for x in value.values())
+  for x in sent.values():
+    assert (np.isnan(x.reshape(W, -1)).all(1) == (np.arange(W) == 3)).all()
 
 
 def test_leaves_keep_their_types():
@@ -293,8 +303,7 @@ def test_quorum_is_not_rounded_up_by_floats():
 
 
 def test_no_worker_moves_the_sum_by_more_than_the_clip():
-  without = noisy(mean(), clip=2.0, noise=0.0)
-  run_all = lambda trees: run(without, trees).value
+  run_all = lambda trees: run(CLIPPED, trees).value
   gone = {k: x * (np.arange(W) != 5).reshape(-1, *[1] * (x.ndim - 1)) for k, x in TREES.items()}
   base = run_all(gone)
   moves = []
@@ -326,8 +335,9 @@ def test_the_workers_noise_adds_up(execution):
 
 def test_noise_under_a_secure_sum():
   """The same noise as over a plain mean, to the accuracy of the fixed point."""
-  plain = run(noisy(mean(), clip=1.0, noise=0.5), TREES)
-  hidden = run(noisy(secure_sum(clip=4.0, bits=24), clip=1.0, noise=0.5), TREES)
+  two = {name: TREES[name] for name in ("a", "c")}
+  plain = run(noisy(mean(), clip=1.0, noise=0.5), two)
+  hidden = run(noisy(secure_sum(clip=4.0, bits=24), clip=1.0, noise=0.5), two)
   for got, want in zip(jax.tree.leaves(hidden), jax.tree.leaves(plain), strict=True):
     assert np.abs(got - want).max() <= 4 / 2**23
   traits = noisy(secure_sum(clip=4.0), clip=1.0, noise=0.5).traits
@@ -345,7 +355,7 @@ def test_the_accountant_knows_the_known_numbers():
   r, t = 10 / (2 * 4.0**2), np.log(1e5)
   assert epsilon(4.0, 1.0, 10, 1e-5, "rdp_old") == pytest.approx(r + 2 * np.sqrt(r * t), rel=1e-3)
   for conversion in want:
-    over_time = [epsilon(1.3, rate, steps, 1e-5, conversion) for steps in (1, 100, 1000)]
+    over_time = [epsilon(1.3, rate, steps, 1e-5, conversion) for steps in (1, 1000)]
     assert over_time == sorted(over_time)
     assert over_time[-1] < spent[conversion]
 

@@ -23,7 +23,7 @@ def bits(seed: int, count: int = N) -> np.ndarray:
 
 def as_signs(x: np.ndarray) -> np.ndarray:
   """The 32 bits of each word, -1 or 1: [n, 32]."""
-  return 2.0 * (x[:, None] >> np.arange(32, dtype=np.uint32) & 1) - 1
+  return 2 * np.unpackbits(x.view(np.uint8)).reshape(-1, 32).astype(np.float32) - 1
 
 
 def deviations(counts: np.ndarray) -> float:
