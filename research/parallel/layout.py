@@ -74,8 +74,8 @@ def shapes_of_one(
 def _outputs(fn, axes, in_axes, *args) -> tuple[Tree, Tree]:
   """Returns whether each output is private, and the outputs' shapes, from one trace."""
   leaves, tree = jax.tree.flatten(jax.eval_shape(lambda *args: args, *args))
-  spread = jax.tree.broadcast(in_axes, args, is_leaf=lambda axis: axis is None)
-  private = [axis is not None for axis in jax.tree.leaves(spread, is_leaf=lambda a: a is None)]
+  rows = jax.tree.map(lambda axis: axis is not None, in_axes, is_leaf=lambda axis: axis is None)
+  private = jax.tree.leaves(jax.tree.broadcast(rows, args))
   struct = lambda p, x: jax.ShapeDtypeStruct(x.shape[len(axes) * p :], x.dtype)
   one = _Program(fn, axes, *tree.unflatten(map(struct, private, leaves)))
   return one.private(private), one.shapes
