@@ -20,7 +20,8 @@ from research.core import registry
 from research.methods.data_parallel import data_parallel
 from research.methods.local import local_sgd
 from research.parallel import diagnostics
-from research.parallel.job import Job
+from research.parallel.job import Job, resolved
+from research.parallel.simulate import simulate
 
 RATE, W, STEPS = 0.05, 4, 3
 AXES = {"data": W}
@@ -151,10 +152,14 @@ def test_a_run_is_the_same_with_diagnostics(row):
 
 @pytest.mark.slow
 def test_every_other_method_is_traced_with_diagnostics():
+  examples, sizes = split(regression(), (30,) * 8)
   for name in METHODS.keys() - by_exchange():
-    run = Running(METHODS[name], "simulate", {"slice": 2, "data": 4}, diagnostics=1)
-    state, metrics = jax.eval_shape(partial(run.executor.run, rounds=3), run.state, run.data)
-    assert jax.tree.structure(state) == jax.tree.structure(run.state), name
+    job = Job(METHODS[name], regression(), {"slice": 2, "data": 4}, sizes, 8, diagnostics=1)
+    executor = simulate(resolved(job))
+    begin = jax.eval_shape(executor.init, jax.random.key(0))
+    data = executor.place(examples, sizes, jax.random.key(1))
+    state, metrics = jax.eval_shape(partial(executor.run, rounds=3), begin, data)
+    assert jax.tree.structure(state) == jax.tree.structure(begin), name
     assert {*diagnostics.NAMES} <= {*metrics["norms"]}, name
 
 
