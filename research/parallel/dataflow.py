@@ -63,6 +63,7 @@ def _results(eqn: Any, given: list[Axes]) -> list[Axes]:
         return [goes_on | axes for axes in after]
 
       return _grown(once, given[first:])
+  # also the worker's index, and collectives that give each worker another value
   return [_named(eqn).union(*given)] * len(eqn.outvars)
 
 
