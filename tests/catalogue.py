@@ -46,7 +46,7 @@ FLAT = SYNCHRONOUS | {
   "eager_diloco": "eager_diloco(adam(0.01), sgd(0.7, momentum=0.9), mean(), period=3)",
   "overlap_local_sgd": "overlap_local_sgd(sgd(0.1, momentum=0.9), mean(), period=3)",
   "late": "late(diloco(adam(0.01), sgd(0.7), error_feedback(two_phase(int8())), period=3), 2)",
-  "fed_avg": "fed_avg(sgd(0.1), error_feedback(gather_mean(top_k(0.3))), period=3)",
+  "fed_avg": "fed_avg(sgd(0.1), error_feedback(gather_mean(int8())), period=3)",
   "fed_prox": "fed_prox(sgd(0.1), mean(), period=3)",
   "fed_opt": "fed_opt(sgd(0.1), adam(0.1), mean(), period=3)",
   "fed_adam": "fed_adam(sgd(0.1), mean(), period=3)",

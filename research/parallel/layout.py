@@ -1,9 +1,8 @@
 """Infers which state is shared by all workers and which is private, by tracing one round.
 
 Shared state is stored once; private state has a row per worker. Methods declare neither; the layout
-is inferred by tracing a round under `vmap` with named worker axes. A leaf that is batched in the
-result is private: it depends on a value that differs between workers, and no collective has made it
-equal on all of them.
+is inferred from the traced program of one round: a leaf of its result is private if it depends on
+a value that differs between workers and no collective has made it equal on all of them.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,9 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import jaxpr_as_fun
 
 from research.core.base import Chunk, Own, Tree
+from research.parallel import dataflow
 
 
 class Layout(NamedTuple):
@@ -74,28 +73,12 @@ def shapes_of_one(
 
 def _outputs(fn, axes, in_axes, *args) -> tuple[Tree, Tree]:
   """Returns whether each output is private, and the outputs' shapes, from one trace."""
-  found: list[bool] = []
-  trees: list[Any] = []
-
-  def probed(*args):
-    leaves, tree = jax.tree.flatten(fn(*args))
-    trees[:], found[:] = [tree], [False] * len(leaves)
-
-    @jax.custom_batching.custom_vmap
-    def probe(*leaves):
-      return leaves
-
-    @probe.def_vmap
-    def rule(size, batched, *leaves):
-      del size
-      found[:] = [before or now for before, now in zip(found, batched, strict=True)]
-      return probe(*leaves), tuple(batched)
-
-    return probe(*leaves) if leaves else ()
-
-  rows = jax.eval_shape(over_workers(probed, axes, in_axes, 0), *args)
-  one = lambda x: jax.ShapeDtypeStruct(x.shape[len(axes) :], x.dtype)
-  return trees[0].unflatten(found), trees[0].unflatten(map(one, rows))
+  leaves, tree = jax.tree.flatten(jax.eval_shape(lambda *args: args, *args))
+  rows = jax.tree.map(lambda axis: axis is not None, in_axes, is_leaf=lambda axis: axis is None)
+  private = jax.tree.leaves(jax.tree.broadcast(rows, args))
+  struct = lambda p, x: jax.ShapeDtypeStruct(x.shape[len(axes) * p :], x.dtype)
+  one = _Program(fn, axes, *tree.unflatten(map(struct, private, leaves)))
+  return one.private(private), one.shapes
 
 
 def lead(private: Tree) -> Tree:
@@ -125,43 +108,37 @@ def infer(
     params: the shapes of the shared parameters.
     private_args: the shapes of one worker's private arguments to `local_phase`.
   """
-  spread = lambda private, tree: jax.tree.map(
-    lambda p, x: jax.ShapeDtypeStruct((*axes.values(), *x.shape), x.dtype) if p else x,
-    private,
-    tree,
-  )
-  everything = lambda tree: jax.tree.map(lambda _: True, tree)
-  per_worker = tuple(spread(everything(arg), arg) for arg in private_args)
-  private, shapes = _outputs(init, axes, None, params)
-  private = _owned(private)
+  first = _Program(init, axes, params)
+  private, shapes = _owned(first.private(_all(params, False))), first.shapes
   weight = jax.ShapeDtypeStruct((), jnp.float32)
-  local_fn = lambda state, *args: local_phase(state, *args)[0]
-  local_fn, local_shapes = _traced(local_fn, axes, shapes, *private_args)
-  sync, _ = _traced(sync, axes, local_shapes, shapes, weight)
+  phase = _Program(lambda *args: local_phase(*args)[0], axes, shapes, *private_args)
+  exchange = _Program(sync, axes, phase.shapes, shapes, weight)
   while True:
-    in_axes = (lead(private), *(0 for _ in private_args))
-    local = private_outputs(local_fn, axes, in_axes, spread(private, shapes), *per_worker)
-    after = private_outputs(
-      sync,
-      axes,
-      (lead(local), lead(private), 0),
-      spread(local, local_shapes),
-      spread(private, shapes),
-      spread(True, weight),
-    )
+    local = phase.private(private, _all(private_args, True))
+    after = exchange.private(local, private, True)
     grown = jax.tree.map(lambda a, b: a or b, private, after)
     if grown == private:
-      return Layout(private, local, shapes, local_shapes)
+      return Layout(private, local, shapes, phase.shapes)
     private = grown
 
 
-def _traced(
-  fn: Callable[..., Any], axes: Mapping[str, int], *args: Any
-) -> tuple[Callable[..., Any], Tree]:
-  """Traces one worker's `fn` once; returns the program and the shapes of the result."""
-  program, shapes = jax.make_jaxpr(fn, axis_env=[*axes.items()], return_shape=True)(*args)
-  run, tree = jaxpr_as_fun(program), jax.tree.structure(shapes)
-  return lambda *args: tree.unflatten(run(*jax.tree.leaves(args))), shapes
+def _all(tree: Tree, value: bool) -> Tree:
+  return jax.tree.map(lambda _: value, tree)
+
+
+class _Program:
+  """One worker's function, traced once; `shapes` are those of its result."""
+
+  def __init__(self, fn: Callable[..., Any], axes: Mapping[str, int], *args: Any):
+    traced = jax.make_jaxpr(fn, axis_env=[*axes.items()], return_shape=True)
+    self.jaxpr, self.shapes = traced(*args)
+    self.axes = frozenset(axes)
+
+  def private(self, *args: Tree) -> Tree:
+    """Returns which leaves of the result are private, of arguments whose leaves are bools."""
+    given = [self.axes if private else frozenset() for private in jax.tree.leaves(args)]
+    found = map(bool, dataflow.differing(self.jaxpr, given))
+    return jax.tree.unflatten(jax.tree.structure(self.shapes), found)
 
 
 def _owned(private: Tree) -> Tree:

@@ -299,10 +299,15 @@ def test_one_worker_is_the_inner_optimizer():
   run = Running(delayed(HEAVY, constant(1)), "simulate", {"data": 1}, (80,), None, task=task)
   models = [run.params()]
   state = MOMENTUM.init(models[0])
+
+  @jax.jit
+  def step(before, state, last):
+    updates, state = MOMENTUM.update(jax.grad(task.loss)(before, task.train, None), state, last)
+    return optax.apply_updates(last, updates), state
+
   for t in range(4):
-    grads = jax.grad(task.loss)(models[max(0, t - 1)], task.train, None)
-    updates, state = MOMENTUM.update(grads, state, models[-1])
-    models.append(optax.apply_updates(models[-1], updates))
+    model, state = step(models[max(0, t - 1)], state, models[-1])
+    models.append(model)
   assert distance(run.rounds(4).params(), models[-1]) <= 1e-6
 
 

@@ -32,8 +32,9 @@ from research.methods.local import local_sgd
 from research.methods.scaffold import scaffold
 from research.methods.sparta import sparta
 from research.optim.transform import as_optax
-from research.parallel import traffic
+from research.parallel import inference, traffic
 from research.parallel.cohorts import cohorts, draw
+from research.parallel.job import Job, resolved
 from research.tasks.convex import counterexamples
 
 ROOT = Path(__file__).parents[2]
@@ -100,12 +101,16 @@ class Lots(NamedTuple):
 @functools.cache
 def lots() -> Lots:
   """Whom the workers serve, who drops out, and the order of their examples."""
-  run = serving(METHODS["fed_avg"])
-  numbers = jnp.arange(ROUNDS, dtype=jnp.int32)
-  one = lambda worker: draw(run.job, run.data, run.state.key, numbers, worker)
-  found = jax.vmap(one, out_axes=1)(jnp.arange(4, dtype=jnp.int32))
-  _, present = cohorts(run.job, run.state.key, numbers)
-  return Lots(*map(np.asarray, (found.owner, present, found.index)))
+  run = served("fed_avg")
+
+  @jax.jit
+  def found(data, key):
+    numbers = jnp.arange(ROUNDS, dtype=jnp.int32)
+    one = lambda worker: draw(run.job, data, key, numbers, worker)
+    drawn = jax.vmap(one, out_axes=1)(jnp.arange(4, dtype=jnp.int32))
+    return drawn.owner, cohorts(run.job, key, numbers)[1], drawn.index
+
+  return Lots(*map(np.asarray, found(run.data, run.state.key)))
 
 
 class Clients:
@@ -426,16 +431,21 @@ def test_sparta_equals_numpy():
   begin = stacked(start(sum(SIZES)))
   models, velocity = np.stack([begin] * 4), np.zeros((4, *begin.shape))
   by_leaf = (np.s_[FEATURES:], np.s_[:FEATURES])  # the bias is the first leaf
+
+  @jax.jit
+  def chosen(number):
+    key = round_keys(run.state.key, number)[0]
+    of = lambda leaf, size: support(jax.random.fold_in(key, leaf), size, kept(0.3, size))
+    return [of(leaf, begin[rows].size) for leaf, rows in enumerate(by_leaf)]
+
   for t in range(ROUNDS):
     for i, (a, b) in enumerate(data):
       velocity[i] = 0.5 * velocity[i] + a.T @ (a @ models[i] - b) / len(b)
       models[i] -= SHARES[i] * rate(t) * velocity[i]
     before = models.mean(0)
-    for leaf, rows in enumerate(by_leaf):
+    for rows, places in zip(by_leaf, map(np.asarray, chosen(jnp.int32(t))), strict=True):
       part = models[:, rows].reshape(4, -1)
-      key = jax.random.fold_in(round_keys(run.state.key, jnp.int32(t))[0], leaf)
-      chosen = np.asarray(support(key, part.shape[1], kept(0.3, part.shape[1])))
-      part[:, chosen] = part[:, chosen].mean(0)
+      part[:, places] = part[:, places].mean(0)
       models[:, rows] = part.reshape(models[:, rows].shape)
     np.testing.assert_allclose(models.mean(0), before, atol=1e-12)
   assert np.ptp(models, 0).max() > 0.01
@@ -449,8 +459,8 @@ def test_bytes():
   """One tree per round, of SCAFFOLD two; of SPARTA a part: of 21 numbers one and five."""
 
   def sent(method: Method, rounds: int) -> float:
-    run = running(method)
-    return traffic.of_method(run.job, run.layout, rounds).sent.sum()
+    job = resolved(Job(method, regression(sum(SIZES)), AXES, np.asarray(SIZES), None))
+    return traffic.of_method(job, inference.layout_of(job), rounds).sent.sum()
 
   dense = sent(data_parallel(PLAIN, mean()), 16)
   for method, trees in (

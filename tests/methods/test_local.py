@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from problems import Running, distance, regression, split
+from side_by_side import regressions, side_by_side
 from subset import slow_except
 
 from research.aggregate.compressed import two_phase
@@ -38,6 +39,7 @@ from research.parallel.job import Job
 
 SIZES = (10, 20, 30, 20)  # examples by worker: their weights differ
 SHARES = np.asarray(SIZES) / np.mean(SIZES)
+TASK = regression(sum(SIZES))
 EVERYONE = range(4)
 FLAT, SLICED = {"data": 4}, {"slice": 2, "data": 2}
 ROUNDS = 5
@@ -79,8 +81,21 @@ def running(method: Method, axes=FLAT, executor: str = "simulate", sizes=SIZES) 
 
 
 @functools.cache
+def models(names: tuple[str, ...], executor: str = "simulate"):
+  """The models of several methods after five rounds of one program."""
+  method = side_by_side({name: METHODS[name].over(lambda inner: inner) for name in names})
+  run = Running(method, executor, axes_of(names[0]), SIZES, None, task=regressions(names, TASK))
+  return run.rounds(ROUNDS).params()
+
+
+def alike(name: str) -> tuple[str, ...]:
+  """The methods with rounds of as many steps, on the same axes."""
+  of = lambda name: (METHODS[name].local_steps, axes_of(name))
+  return tuple(other for other in METHODS if of(other) == of(name))
+
+
 def simulated(name: str):
-  return running(METHODS[name], axes_of(name)).rounds(ROUNDS).params()
+  return models(alike(name))[name]
 
 
 def start():
@@ -304,17 +319,17 @@ TRANSCRIPTIONS = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_rounds_equal_numpy(name):
-  """Five rounds of workers with unequal weights, a momentum each and a falling step size."""
+  """Five rounds of workers with unequal weights, a momentum each and a falling step size.
+
+  And `over` keeps everything but the aggregator.
+  """
   want = TRANSCRIPTIONS[name](Transcribed())
   assert distance(simulated(name), {"b": want[6], "w": want[:6]}) <= 2e-6
 
 
 @pytest.mark.parametrize("name", slow_except(["hierarchical"], METHODS))
 def test_executions_agree(name):
-  """And `over` keeps everything but the aggregator."""
-  method = METHODS[name].over(lambda inner: inner)
-  got = running(method, axes_of(name), "spmd").rounds(ROUNDS)
-  assert distance(got.params(), simulated(name)) <= 1e-5
+  assert distance(models(alike(name), "spmd")[name], simulated(name)) <= 1e-5
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ def test_the_optax_face_is_the_method(period, execution):
     )
     local, state = jax.jit(mapped)(examples)
   deployed = jax.tree.map(lambda x: jnp.mean(x, 0), jax.vmap(method.params)(state.state))
-  want = simulated(period)
+  want = simulated(names)
   for name in {*names} - {*SIGNS, *DRAWN, "sparta", "noloco"}:  # some of which draw, by other keys
     assert distance(deployed[name], want[name]) <= 1e-6, name
     if name in ("sgd", "adam", "accumulation"):
@@ -68,9 +68,8 @@ def test_the_optax_face_is_the_method(period, execution):
 
 
 @functools.cache
-def simulated(period: int) -> Any:
+def simulated(names: tuple[str, ...]) -> Any:
   """What the same rounds leave in eight simulated workers."""
-  names = BY_PERIOD[period]
   methods = side_by_side({name: METHODS[name] for name in names})
   run = Running(methods, "simulate", SIMULATED, batch_size=None, task=regressions(names))
   return run.rounds(4).params()

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from catalogue import METHODS
-from problems import Running, regression, split
+from catalogue import METHODS, by_period
+from problems import Running, distance, regression, split
+from side_by_side import regressions, side_by_side
 from subset import slow_except
 
 from research.aggregate.feedback import error_feedback
@@ -19,7 +20,8 @@ from research.core import registry
 from research.methods.data_parallel import data_parallel
 from research.methods.local import local_sgd
 from research.parallel import diagnostics
-from research.parallel.job import Job
+from research.parallel.job import Job, resolved
+from research.parallel.simulate import simulate
 
 RATE, W, STEPS = 0.05, 4, 3
 AXES = {"data": W}
@@ -126,16 +128,23 @@ def by_exchange() -> list[str]:
   return [*found.values()]
 
 
-@pytest.mark.parametrize("name", slow_except(["sgd"], by_exchange()))
-def test_a_run_is_the_same_with_diagnostics(name):
+TOGETHER = {0: ("sgd",)} | by_period([name for name in by_exchange() if name != "sgd"])
+
+
+@pytest.mark.parametrize("row", slow_except([0], TOGETHER))
+def test_a_run_is_the_same_with_diagnostics(row):
   """Whatever a method exchanges, in whichever branch, it is recorded and changes nothing."""
-  axes = {"slice": 2, "data": 4}
-  plain = Running(METHODS[name], "simulate", axes).rounds(3)
-  seen = Running(METHODS[name], "simulate", axes, diagnostics=1).rounds(3)
+  names = TOGETHER[row]
+  arguments = (
+    side_by_side({name: METHODS[name] for name in names}),
+    *("simulate", {"slice": 2, "data": 4}),
+  )
+  plain = Running(*arguments, task=regressions(names)).rounds(3)
+  seen = Running(*arguments, task=regressions(names), diagnostics=1).rounds(3)
   assert jax.tree.structure(plain.state) == jax.tree.structure(seen.state)
-  top = max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(plain.params()))
-  for x, y in zip(*map(jax.tree.leaves, (plain.params(), seen.params())), strict=True):
-    assert float(np.abs(np.asarray(x) - np.asarray(y)).max()) <= 1e-6 * top
+  got, want = seen.params(), plain.params()
+  for name in names:
+    assert distance(got[name], want[name]) <= 1e-6, name
   for values in jax.tree.leaves(seen.metrics["norms"]):
     assert np.isfinite(values).all()
   assert set(plain.metrics) == {"loss", "finite"}
@@ -143,10 +152,14 @@ def test_a_run_is_the_same_with_diagnostics(name):
 
 @pytest.mark.slow
 def test_every_other_method_is_traced_with_diagnostics():
+  examples, sizes = split(regression(), (30,) * 8)
   for name in METHODS.keys() - by_exchange():
-    run = Running(METHODS[name], "simulate", {"slice": 2, "data": 4}, diagnostics=1)
-    state, metrics = jax.eval_shape(partial(run.executor.run, rounds=3), run.state, run.data)
-    assert jax.tree.structure(state) == jax.tree.structure(run.state), name
+    job = Job(METHODS[name], regression(), {"slice": 2, "data": 4}, sizes, 8, diagnostics=1)
+    executor = simulate(resolved(job))
+    begin = jax.eval_shape(executor.init, jax.random.key(0))
+    data = executor.place(examples, sizes, jax.random.key(1))
+    state, metrics = jax.eval_shape(partial(executor.run, rounds=3), begin, data)
+    assert jax.tree.structure(state) == jax.tree.structure(begin), name
     assert {*diagnostics.NAMES} <= {*metrics["norms"]}, name
 
 

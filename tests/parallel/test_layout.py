@@ -1,5 +1,6 @@
 """What is private is found, no more and no less, and private rows are resized by their rule."""
 
+import contextlib
 from typing import NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ class Box(NamedTuple):
   params: Params
 
 
+AXIS = "data"
 AXES = [{"data": 8}, {"slice": 2, "data": 4}]
 
 
@@ -91,6 +93,42 @@ def test_private_outputs_of_collectives(axes):
   )
   want = {"mean": False, "own": True, "shared": False, "slice_mean": "slice" in axes}
   assert found == want
+
+
+def programs(own, shared):
+  """Values through loops, branches and collectives; `own` differs between workers."""
+  worker = collectives.worker_index()
+  return {
+    "branch": jax.lax.cond(jax.lax.pmax(own, AXIS) > 0, lambda: shared, lambda: 2 * shared),
+    "own branch": jax.lax.cond(own > 0, lambda: shared, lambda: 2 * shared),
+    "carry": jax.lax.scan(lambda c, _: ((c[1], c[0] + own), c[0]), (shared, shared), None, 3),
+    "mean of a carry": jax.lax.scan(
+      lambda c, _: (jax.lax.pmean(c + own, AXIS),) * 2, shared, None, 3
+    ),
+    "own end": jax.lax.while_loop(lambda c: c < own, lambda c: c + 1, shared),
+    "barrier": jax.lax.optimization_barrier((own, shared)),
+    "gathered": jax.lax.all_gather(own, AXIS),
+    "scattered": jax.lax.psum_scatter(jnp.broadcast_to(shared, 4), "data"),
+    "shape of own": jnp.zeros_like(own) + shared,
+    "worker": jax.jit(lambda x: x + worker)(shared),
+    "root": jax.nn.relu(own) + jax.checkpoint(jnp.sin)(shared),
+    "of others": jax.checkpoint(jnp.sin)(shared),
+  }
+
+
+def test_what_differs_is_what_vmap_has_rows_of():
+  """A result has rows, one for each worker, if it cannot leave `vmap` without."""
+  shape = jax.ShapeDtypeStruct((), jnp.float32)
+  rows = jax.ShapeDtypeStruct((4,), jnp.float32)
+  found = layouts.private_outputs(programs, {AXIS: 4}, (0, None), rows, shape)
+  for place, (path, differs) in enumerate(jax.tree_util.tree_leaves_with_path(found)):
+    one = lambda own, shared, place=place: jax.tree.leaves(programs(own, shared))[place]
+    whole = jax.vmap(one, (0, None), None, axis_name=AXIS, axis_size=4)
+    leaves = contextlib.nullcontext() if not differs else pytest.raises(ValueError, match="vmap")
+    with leaves:
+      jax.eval_shape(whole, rows, shape)
+      assert not differs, jax.tree_util.keystr(path)
+  assert len({*jax.tree.leaves(found)}) == 2
 
 
 def test_resized_rows_keep_their_mean_and_their_counters():
