@@ -56,7 +56,40 @@ class Blind(BF16):
     return super().encode(jnp.nan_to_num(x), shared, own)
 
 
+class Halved(BF16):
+  """Sends half, which is contractive."""
+
+  def decode(self, payload, like, shared):
+    return payload.astype(like.dtype) / 2
+
+
+class Crowded(BF16):
+  """Says that most of what it decodes is zero."""
+
+  sparse = True
+
+
+@jax.custom_batching.custom_vmap
+def alone(x):
+  return x
+
+
+@alone.def_vmap
+def together(size, batched, x):
+  del size, batched
+  return x / 2, True
+
+
+class Batched(BF16):
+  """Sends something else under vmap."""
+
+  def encode(self, x, shared, own):
+    return super().encode(alone(x), shared, own)
+
+
 COMPRESSORS = {
+  Crowded: r"C\(x\) is zero at most positions. Seen: 100% of 1000 are not",
+  Batched: "Under vmap, a worker sends the same as on its own",
   Narrow: "decode returns an array of the leaf's shape and dtype. Seen: bfloat16",
   Doubled: r"E \|\|C\(x\) - x\|\|\^2 <= 1 \|\|x\|\|\^2 for 40 elements. Seen: 4",
   Shifted: "Zero is sent as zero",
@@ -77,6 +110,10 @@ def test_what_a_docstring_promises_is_checked_too():
     check_compressor(BF16(), error=lambda n: 1e-12)
   with pytest.raises(ContractError, match="has the promised bytes"):
     check_compressor(BF16(), content=lambda n, size: n)
+  with pytest.raises(ContractError, match=r"E C\(x\) = x, within four standard errors of 3000"):
+    check_compressor(Halved(), unbiased=True)
+  with pytest.raises(ContractError, match=r"C\(C\(x\)\) = C\(x\) with the same shared key"):
+    check_compressor(Halved(), idempotent=True)
 
 
 def test_a_compressor_of_another_type_is_refused_where_it_is_built_in():
