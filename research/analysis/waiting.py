@@ -5,9 +5,6 @@ Reference: Reiser and Lavenberg, 1980, "Mean-value analysis of closed multichain
 """
 
 import functools
-from collections.abc import Sequence
-
-import numpy as np
 
 
 @functools.cache
@@ -40,19 +37,6 @@ def slowest(mean: float, spread: float, workers: int, steps: float = 1) -> float
     Seconds per step.
   """
   return mean * (1 + spread / steps**0.5 * normal_maximum(workers))
-
-
-def mean_maximum(times: Sequence[float], workers: int) -> float:
-  """Returns the mean of the maximum of W draws, with replacement, from measured times.
-
-      sum_i t_(i) ((i / n)^W - ((i - 1) / n)^W), for the sorted times t_(1) <= ... <= t_(n)
-
-  Args:
-    times: the measured times.
-    workers: W.
-  """
-  levels = (np.arange(len(times) + 1) / len(times)) ** workers
-  return float(np.sort(times) @ np.diff(levels))
 
 
 def updates_per_second(workers: int, away: float, service: float) -> float:

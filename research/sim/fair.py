@@ -84,24 +84,3 @@ def _own_links_full(routes: np.ndarray, rates: np.ndarray, capacities: np.ndarra
   count = np.bincount(routes.ravel(), minlength=len(capacities))
   own = (count[routes] == 1) & (rates[:, None] >= capacities[routes] * (1 - _SAME))
   return bool(own.any(1).all())
-
-
-def water_level(limits: np.ndarray, capacity: float) -> float:
-  """Returns the level at which flows fill one common link: flow i has the rate min(limit_i, level).
-
-  This is `fair_rates` for flows that each have a link of their own and one common link.
-
-  Args:
-    limits: the capacities of the flows' own links in increasing order, float [F].
-    capacity: the capacity of the common link.
-
-  Returns:
-    The level; infinity if the common link is not full.
-  """
-  below = np.cumsum(limits)
-  if not len(limits) or below[-1] <= capacity:
-    return np.inf
-  # If the first n flows are limited by their own links, the others share what these leave.
-  others = len(limits) - np.arange(len(limits))
-  levels = (capacity - below + limits) / others
-  return float(levels[np.argmax(levels <= limits)])

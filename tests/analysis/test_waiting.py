@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 
 from research.analysis import waiting
@@ -12,13 +11,6 @@ def test_the_mean_of_the_maximum_of_normal_variables():
   assert waiting.normal_maximum(1) == pytest.approx(0, abs=1e-9)
   assert waiting.normal_maximum(2) == pytest.approx(1 / math.pi**0.5)
   assert waiting.normal_maximum(3) == pytest.approx(1.5 / math.pi**0.5)
-
-
-def test_the_mean_maximum_of_draws_is_that_of_all_draws():
-  times = [3.0, 1.0, 2.0]
-  pairs = np.array([[max(a, b) for a in times] for b in times])
-  assert waiting.mean_maximum(times, 1) == pytest.approx(2)
-  assert waiting.mean_maximum(times, 2) == pytest.approx(pairs.mean())
 
 
 def repaired(workers: int, away: float, service: float) -> float:

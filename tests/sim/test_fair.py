@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.optimize import linprog
 
-from research.sim.fair import end_times, fair_rates, water_level
+from research.sim.fair import end_times, fair_rates
 
 
 @pytest.mark.parametrize(
@@ -109,11 +109,3 @@ def test_the_shortcut_for_links_of_one_flow_is_exact():
   routes = np.stack([np.arange(count), count + to], 1)
   ends = end_times(routes, np.ones(count), np.concatenate([up, down]))
   np.testing.assert_allclose(ends, 1 / np.minimum(up, down[to]))
-
-
-@pytest.mark.parametrize("capacity", [0.5, 3.0, 20.0, 1e9])
-def test_the_water_level_is_that_of_the_fair_rates(capacity):
-  limits = np.sort(np.random.default_rng(3).lognormal(0, 1, 40))
-  routes = np.stack([np.arange(40), np.full(40, 40)], 1)
-  want = fair_rates(routes, np.append(limits, capacity))
-  np.testing.assert_allclose(np.minimum(limits, water_level(limits, capacity)), want)

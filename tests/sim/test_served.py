@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from research.sim.churn import Always, OnOff, RecordedTimes
-from research.sim.fair import water_level
+from research.sim.fair import fair_rates
 from research.sim.network import Internet, Links
 from research.sim.served import Served
 from research.sim.shared_link import SharedLink
@@ -12,6 +12,25 @@ from research.sim.shared_link import SharedLink
 W = 30
 SIZE, REPLY = 5e6, 8e6  # bytes
 UPLOAD, DELAY = 2, 0.05
+
+
+def water_level(limits: np.ndarray, capacity: float) -> float:
+  """Where flows fill a common link: flow i has min(limit_i, level); limits ascend."""
+  below = np.cumsum(limits)
+  if not len(limits) or below[-1] <= capacity:
+    return np.inf
+  # If the first n flows are limited by their own links, the others share what these leave.
+  others = len(limits) - np.arange(len(limits))
+  levels = (capacity - below + limits) / others
+  return float(levels[np.argmax(levels <= limits)])
+
+
+@pytest.mark.parametrize("capacity", [0.5, 3.0, 20.0, 1e9])
+def test_the_water_level_is_that_of_the_fair_rates(capacity):
+  limits = np.sort(np.random.default_rng(3).lognormal(0, 1, 40))
+  routes = np.stack([np.arange(40), np.full(40, 40)], 1)
+  want = fair_rates(routes, np.append(limits, capacity))
+  np.testing.assert_allclose(np.minimum(limits, water_level(limits, capacity)), want)
 
 
 class Slow:
