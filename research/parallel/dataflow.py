@@ -50,7 +50,7 @@ def _results(eqn: Any, given: list[Axes]) -> list[Axes]:
       branches = [differing(branch, operands) for branch in inner]
       return [index.union(*axes) for axes in zip(*branches, strict=True)]
     case "scan":
-      consts, carry = params["num_consts"], params["num_carry"]
+      consts, carry = _parts_of_scan(eqn, inner[0].jaxpr)
       once = lambda held: differing(inner[0], [*given[:consts], *held, *given[consts + carry :]])
       return once(_grown(once, given[consts : consts + carry]))
     case "while":
@@ -65,6 +65,16 @@ def _results(eqn: Any, given: list[Axes]) -> list[Axes]:
       return _grown(once, given[first:])
   # also the worker's index, and collectives that give each worker another value
   return [_named(eqn).union(*given)] * len(eqn.outvars)
+
+
+def _parts_of_scan(eqn: Any, body: core.Jaxpr) -> tuple[int, int]:
+  """Returns the numbers of constants and of values in the carry, which each JAX names otherwise.
+
+  An input or a result that has rows, one for each iteration, has a dimension more than in the body.
+  """
+  is_whole = lambda outside, inside: outside.aval.ndim == inside.aval.ndim
+  carry = sum(map(is_whole, eqn.outvars, body.outvars))
+  return sum(map(is_whole, eqn.invars, body.invars)) - carry, carry
 
 
 def _grown(once: Callable[[list[Axes]], list[Axes]], held: list[Axes]) -> list[Axes]:
