@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import yaml
-from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 from pydantic import ValidationError
 
 LAUNCH = Path(__file__).parents[2] / "launch"
@@ -26,6 +25,9 @@ def problems(manifest: dict[str, Any]) -> list[str]:
     for name, legal in (("apiVersion", "jobset.x-k8s.io/v1alpha2"), ("kind", "JobSet"))
     if manifest.get(name) != legal
   ]
+  # the import takes seconds, and every process of the tests collects this file
+  from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
+
   try:
     strict: dict[str, Any] = {"extra": "forbid", "by_alias": True, "by_name": False}
     JobsetV1alpha2JobSet.model_validate(as_models(manifest), **strict)

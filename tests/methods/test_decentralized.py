@@ -85,6 +85,7 @@ def test_a_mesh_that_cuts_a_worker_agrees():
     assert distance(got[name], want[name]) <= 1e-5, name
 
 
+@pytest.mark.slow
 def test_one_worker_is_the_inner_optimizer():
   run = running("simulate", {"data": 1}, (240,)).rounds(5)
   task = regression()

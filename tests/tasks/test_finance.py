@@ -82,6 +82,7 @@ def test_the_least_variances_are_those_of_a_solver(method):
   assert metrics["violation"] < 1e-9
 
 
+@pytest.mark.slow
 def test_the_published_frontier():
   folder = os.environ.get("RESEARCH_DATA_DIR")
   if not folder or not list(Path(folder).rglob("portef1.txt")):
