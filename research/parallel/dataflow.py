@@ -39,7 +39,7 @@ def differing(program: core.ClosedJaxpr, given: Sequence[Axes]) -> list[Axes]:
 def _results(eqn: Any, given: list[Axes]) -> list[Axes]:
   params, inner = eqn.params, programs(eqn)
   match eqn.primitive.name:
-    case name if name in _EQUALIZING and params["axis_index_groups"] is None:
+    case name if name in _EQUALIZING and params.get("axis_index_groups") is None:
       return [axes - _named(eqn) for axes in given]
     case name if name in _CALLS and len(inner) == 1:
       return differing(inner[0], given)

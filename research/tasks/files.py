@@ -191,7 +191,9 @@ def shipped(package: str, relative: str) -> Path:
     raise ModuleNotFoundError(f"No module named {package!r}", name=package)
   path = Path(found.origin).parent / relative
   if not path.is_file():
-    raise FileNotFoundError(f"{package} has no file {relative}: it is another version of it")
+    raise FileNotFoundError(
+      f"the installed {package} does not contain {relative}; install another version of {package}"
+    )
   return path
 
 

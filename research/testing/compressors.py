@@ -96,7 +96,10 @@ def _together(compressor: Compressor) -> Callable[..., jax.Array]:
 
 
 def _rows(compressor: Compressor, x: np.ndarray, shared: jax.Array, own: jax.Array) -> np.ndarray:
-  """Computes C of up to 5 DRAWS rows x [n, ...], own [n], by the program that `error` compiles."""
+  """Computes C of at most 5 * DRAWS rows x [n, ...] with keys own [n] or [1].
+
+  The rows are padded to 5 * DRAWS, the number for which `error` compiles the same program.
+  """
   count = 5 * DRAWS
   fill = lambda rows: np.concatenate([rows, np.zeros((count - len(x), *x.shape[1:]), x.dtype)])
   keys = own[np.arange(count) % len(own)]

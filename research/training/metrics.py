@@ -1,8 +1,8 @@
 """Evaluates a model on a full data set, sharded over the devices."""
 
 from collections.abc import Callable
-from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def evaluator(task: Task, mesh: Mesh, batch: int = 1) -> Callable[..., dict[str,
   The metrics are those of `task.evaluate`. With `gradient=True`, the metrics include
   `gradient_norm`, the norm of the full objective's gradient, and, if the task defines `grads`,
   `residual`, the L1 norm of the gradient. Each device of the worker axes processes its own examples
-  in chunks. Runs on the same task and mesh share the compiled function.
+  in chunks.
 
   Args:
     task: provides the metrics.
@@ -32,20 +32,6 @@ def evaluator(task: Task, mesh: Mesh, batch: int = 1) -> Callable[..., dict[str,
   Returns:
     The compiled function, which returns scalars by name.
   """
-  # These parts of the task decide the program, and unlike its data they are hashable.
-  parts = _Parts(task.evaluate, task.loss, task.grads, task.chunk)
-  return _evaluator(parts, mesh, batch)
-
-
-class _Parts(NamedTuple):
-  evaluate: Callable[..., Any]
-  loss: Callable[..., Any]
-  grads: Callable[..., Any] | None
-  chunk: int
-
-
-@lru_cache(maxsize=4)
-def _evaluator(task: Any, mesh: Mesh, batch: int) -> Callable[..., dict[str, Array]]:
   names = tuple(meshes.worker_axes(mesh.shape))
   apart = tuple(name for name in names if mesh.shape[name] > 1)
 

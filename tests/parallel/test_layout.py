@@ -95,6 +95,22 @@ def test_private_outputs_of_collectives(axes):
   assert found == want
 
 
+@jax.custom_jvp
+def mean_and_tangent(x):
+  return jax.lax.pmean(x, AXIS)
+
+
+mean_and_tangent.defjvp(lambda x, tangent: (mean_and_tangent(*x), tangent[0]))
+
+
+@jax.custom_vjp
+def mean_and_gradient(x):
+  return jax.lax.pmean(x, AXIS)
+
+
+mean_and_gradient.defvjp(lambda x: (mean_and_gradient(x), None), lambda _, grads: (grads,))
+
+
 def programs(own, shared):
   """Values through loops, branches and collectives; `own` differs between workers."""
   worker = collectives.worker_index()
@@ -112,6 +128,10 @@ def programs(own, shared):
     "shape of own": jnp.zeros_like(own) + shared,
     "worker": jax.jit(lambda x: x + worker)(shared),
     "root": jax.nn.relu(own) + jax.checkpoint(jnp.sin)(shared),
+    "own derivative": mean_and_tangent(own),
+    "own gradient": mean_and_gradient(own),
+    "gradient": jax.grad(lambda x: shared * jax.lax.pmean(x, AXIS))(own),
+    "solution": jnp.linalg.solve(shared * jnp.eye(2), jnp.ones(2)),
     "of others": jax.checkpoint(jnp.sin)(shared),
   }
 

@@ -183,3 +183,10 @@ def test_an_unrecorded_file_is_taken_with_a_warning(tmp_path, closed, caplog):
   (record,) = caplog.records
   assert str(path) in record.getMessage()
   assert SHA256 in record.getMessage()
+
+
+def test_what_a_package_does_not_ship_is_named():
+  with pytest.raises(FileNotFoundError, match=r"installed sklearn does not contain data/none\.gz;"):
+    files.shipped("sklearn", "data/none.gz")
+  with pytest.raises(ModuleNotFoundError, match="No module named 'nowhere_at_all'"):
+    files.shipped("nowhere_at_all", "x")

@@ -5,10 +5,12 @@ import operator
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from research.core.base import Params
 from research.core.spec import Call, parse
@@ -109,7 +111,8 @@ Watch = Callable[[Params, TrainState], Mapping[str, Any]]
 
 
 class Lab:
-  """Runs a claim's experiments and records them; runs on the same data share the task.
+  """Runs a claim's experiments and records them; runs on the same data share the task and its
+  compiled evaluation.
 
   Args:
     settings: the claim's settings at this scale.
@@ -125,6 +128,7 @@ class Lab:
     self.runs: list[dict[str, Any]] = []
     self.grids: list[dict[str, Any]] = []
     self._tasks: dict[tuple[str, ...], Task] = {}
+    self._evaluators: dict[Any, Callable[..., Any]] = {}
 
   def __getitem__(self, name: str) -> Any:
     """Returns a setting of the claim."""
@@ -138,10 +142,17 @@ class Lab:
   def task(self, **flags: Any) -> Task:
     """Returns the task of a run, built from the run's flags; --dataset is the default task."""
     config = Config(task=self.dataset).replace(**_texts(flags))
-    key = config.task, config.model, config.data_dir
+    key = _of_task(config)
     if key not in self._tasks:
       self._tasks[key] = sources.task_of(config)
     return self._tasks[key]
+
+  def _evaluator(self, run: Run, mesh: Mesh) -> Callable[..., Any]:
+    """Returns the compiled evaluation of a run's task on a mesh."""
+    key = _of_task(run.config), mesh
+    if key not in self._evaluators:
+      self._evaluators[key] = metrics.evaluator(run.job.task, mesh)
+    return self._evaluators[key]
 
   def run(
     self,
@@ -175,7 +186,8 @@ class Lab:
     problem = assemble(config, setting._replace(task=self.task(**(default | flags))))
     started = time.perf_counter()
     run = Run(config, problem)
-    measures = Measures(run, _measure(run, on, gradient, watch), until)
+    evaluator = partial(self._evaluator, run)
+    measures = Measures(run, _measure(run, evaluator, on, gradient, watch), until)
     for _ in events(run, [measures]):
       pass
     rows, params = measures.rows, jax.device_get(run.params())
@@ -232,14 +244,20 @@ class Measures(Hook):
     return ()
 
 
-def _measure(run: Run, on: Sequence[str], gradient: bool, watch: Watch | None) -> Callable[[], Row]:
+def _measure(
+  run: Run,
+  evaluator: Callable[[Mesh], Callable[..., Any]],
+  on: Sequence[str],
+  gradient: bool,
+  watch: Watch | None,
+) -> Callable[[], Row]:
   problem = run.problem
   test = problem.test if "test" in on else None
   placed = {"": problem.executor.place(*test, run.data_key)} if test else {}
   if "train" in on or gradient or not test:
     placed["train_"] = run.data.placed
   mesh = next(iter(placed.values())).sizes.sharding.mesh
-  evaluate = metrics.evaluator(problem.job.task, mesh)
+  evaluate = evaluator(mesh)
 
   def measure() -> Row:
     params = run.params()
@@ -252,6 +270,11 @@ def _measure(run: Run, on: Sequence[str], gradient: bool, watch: Watch | None) -
     return row
 
   return measure
+
+
+def _of_task(config: Config) -> tuple[str, ...]:
+  """Returns the flags that decide which task a run has."""
+  return config.task, config.model, config.data_dir
 
 
 def _texts(flags: Mapping[str, Any]) -> dict[str, Any]:
