@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import signal
 import socket
 import sys
 import threading
@@ -18,6 +19,7 @@ from research.core.text import quoted, whole_number
 
 JOIN_SECONDS = 300  # maximum time for which a process waits for the other processes
 LOOPBACK = ("localhost", "127.0.0.1")
+NOTICE_SECONDS = 1.2  # until JAX has told all processes of a SIGTERM; it looks once a second
 
 
 def detect_cluster(environ: Mapping[str, str]) -> str | None:
@@ -104,6 +106,22 @@ def initialize(coordinator: str = "", processes: int = 0, process_id: int = -1) 
   if count > 1 and jax.default_backend() == "cpu":
     gloo.let_work_go_first(before)
   return count
+
+
+def end_together() -> None:
+  """Waits until all processes of a job are done, and ignores SIGTERM from now on.
+
+  JAX's preemption service answers a SIGTERM with a barrier of all processes. If some processes had
+  left, those at the barrier and those that wait for them to leave would block each other for
+  minutes. So this function also waits until an earlier SIGTERM has been answered. A process that is
+  alone does nothing of this.
+  """
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    multihost_utils.sync_global_devices("end")
+    time.sleep(NOTICE_SECONDS)
 
 
 def _of_environment(environ: Mapping[str, str]) -> tuple[str, int, int]:

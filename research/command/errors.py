@@ -75,7 +75,8 @@ def one_line_errors() -> Iterator[None]:
     report_fault(error)
     raise
   finally:
-    signal.signal(signal.SIGTERM, before)
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:  # as at the end of a job
+      signal.signal(signal.SIGTERM, before)
 
 
 def terminated(number: int, frame: Any) -> NoReturn:

@@ -49,6 +49,7 @@ def main(argv: list[str]) -> None:
     config = start()
     import jax
 
+    from research.comm import join
     from research.training import folder as folders
     from research.training.reports import report
 
@@ -59,6 +60,7 @@ def main(argv: list[str]) -> None:
     summary, folder = trainer(config)(config)
     if jax.process_index() == 0:
       print(report.closing_table(summary, folder), flush=True)
+    join.end_together()
   sys.exit(130 if summary["stopped_because"] == "interrupted" else 0)
 
 

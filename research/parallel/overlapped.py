@@ -34,6 +34,7 @@ class Flight(NamedTuple):
   air: tuple[tuple[int, Tree], ...]  # fragment and result of each exchange, the oldest first
   number: int  # completed rounds
   recent: tuple[Array, ...]  # losses of the latest rounds
+  metrics: Metrics  # of the latest dispatch
 
 
 def overlapped(job: Job) -> Executor:
@@ -105,12 +106,13 @@ class _Overlapped(Programs):
     links = zip(self.halves.links(state.method), self.links, strict=True)
     there = tuple(moved(link, parts.communicating) for link, parts in links)
     air = tuple(self.halves.pending(state.method, number))
-    return Flight(state._replace(method=self.halves.held(state.method)), there, air, number, ())
+    return Flight(state._replace(method=self.halves.held(state.method)), there, air, number, (), {})
 
   def settled(self, state: TrainState | Flight) -> TrainState:
     """Waits for the exchanges in flight; returns the state that `spmd` has after these rounds."""
     if isinstance(state, TrainState):
       return state
+    _in_order(state)
     links = zip(state.links, self.links, strict=True)
     here = [moved(link, parts.computing) for link, parts in links]
     method = self.halves.settled(state.held.method, here, state.air, self.tools)
@@ -123,7 +125,9 @@ class _Overlapped(Programs):
     for _ in range(rounds):
       flight, found = self._round(flight, data, self._exchanged)
       measured += found
-    return flight, self.measuring(measured, flight.held.method)[0]
+    _in_order(flight)
+    metrics = self.measuring(measured, flight.held.method)[0]
+    return flight._replace(metrics=metrics), metrics
 
   def _exchanged(self, fragment: int, sent: Sequence[Tree], link: State) -> tuple[Tree, State]:
     """Starts an exchange: (message, key data, weight) and link -> (result, link)."""
@@ -157,7 +161,8 @@ class _Overlapped(Programs):
     air = (*air, (fragment, result))
     recent = (*flight.recent, measured[-1]["loss"])[-2:]
     jax.block_until_ready(recent[0])  # the host is at most two rounds ahead
-    return Flight(TrainState(number, key, held), links, air, flight.number + 1, recent), measured
+    held = TrainState(number, key, held)
+    return Flight(held, links, air, flight.number + 1, recent, flight.metrics), measured
 
   def alone(self, state: TrainState | Flight, data: Data) -> tuple[float, float]:
     """Measures the computation alone and the exchange alone, in seconds per local step.
@@ -195,6 +200,15 @@ class _Overlapped(Programs):
 
     steps = len(every) * self.halves.local_steps
     return _median_seconds(compute) / steps, _median_seconds(exchange) / steps
+
+
+def _in_order(flight: Flight) -> None:
+  """Waits for the metrics of the latest dispatch, before computing devices communicate again.
+
+  XLA may start a small program before an earlier one has ended. In a process with one computing
+  device, nothing else keeps the collectives of the two programs in the same order everywhere.
+  """
+  jax.block_until_ready(flight.metrics)
 
 
 def _median_seconds(run: Callable[[], Any]) -> float:

@@ -1,5 +1,6 @@
 """One job of two processes with two devices each: what one process with four computes."""
 
+import contextlib
 import functools
 import json
 import os
@@ -333,6 +334,9 @@ def test_a_job_whose_exchanges_overlap_survives_a_death_and_an_interruption(pair
   processes = pair(broken, "adam", *OVERLAPPED)
   first = after_a_checkpoint(processes, broken)
   processes[1].kill()
+  with contextlib.suppress(subprocess.TimeoutExpired):  # while it saves, it may wait for a minute
+    processes[0].wait(timeout=10)
+  processes[0].kill()
   survivor, _ = end(processes)
   assert survivor[0] not in (0, None), survivor
   assert "Traceback" not in survivor[2], survivor
@@ -350,3 +354,28 @@ def test_a_job_whose_exchanges_overlap_survives_a_death_and_an_interruption(pair
   for name, leaf in want.items():
     np.testing.assert_array_equal(found[name], leaf, err_msg=name)
   assert summary(broken)["params_sha256"] == summary(whole)["params_sha256"]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.4])
+def test_a_signal_at_the_end_does_not_hold_up_a_job_that_is_done(pair, tmp_path, seconds):
+  """Whether a process is about to print the summary or has left, the job ends at once, and well."""
+  processes = pair(tmp_path, "adam", "--steps=20")
+  until = time.monotonic() + TIMEOUT
+  while not (tmp_path / "out" / "summary.json").exists():
+    assert time.monotonic() < until
+    time.sleep(0.01)
+  time.sleep(seconds)
+  for process in processes:
+    process.terminate()
+  assert [code for code, _, _ in end(processes)] == [0, 0]
+
+
+def test_with_one_computing_device_each_collectives_keep_their_order(pair, start, tmp_path):
+  """Metrics and checkpoints communicate, too, beside exchanges that are still on their way."""
+  two, one = tmp_path / "two", tmp_path / "one"
+  two.mkdir()
+  flags = (*OVERLAPPED, "--mesh=data:2", "--steps=200")
+  assert [code for code, _, _ in end(pair(two, "adam", *flags))] == [0, 0]
+  single = start(one, *flags, f"--out={one / 'out'}", JAX_NUM_CPU_DEVICES="4")
+  assert end([single])[0][0] == 0
+  assert distance(state(two), state(one)) <= 1e-5

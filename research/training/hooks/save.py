@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
+import jax
+
 from research.training.hooks.hook import Event, Hook, Pause, Rounds, Saved, Stop
 from research.training.reports import report
 from research.training.together import of_first_process
@@ -61,6 +63,8 @@ class Save(Hook):
     is_last = run.reason or run.step == run.steps
     if isinstance(event, Rounds) and not is_last and run.due(event, self.every):
       seconds = run.timing.elapsed() - self._store.saved_at
+      if jax.process_count() > 1:
+        run.wait()  # the broadcast must not mix with collectives that other devices still run
       if of_first_process(seconds >= run.config.checkpoint_seconds):
         return self._saved(run)
     return ()
