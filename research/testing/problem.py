@@ -1,5 +1,6 @@
 """Defines a small regression with private data, and runs methods on it with any executor."""
 
+import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -82,13 +83,26 @@ class Running:
     task: Task | None = None,
     **rest: Any,
   ):
-    task = task or regression()
-    examples, counts = split(task, sizes)
+    task, self._sizes = task or regression(), sizes
+    counts = split(task, sizes)[1]
     self.job = resolved(Job(method, task, dict(axes), counts, batch_size, clip_norm, **rest))
     self.executor = EXECUTORS[executor](self.job)
     self.layout = self.executor.layout
+    self._begin(task)
+
+  def _begin(self, task: Task) -> None:
     self.state = self.executor.init(jax.random.key(0))
-    self.data = self.executor.place(examples, counts, jax.random.key(1))
+    self.data = self.executor.place(*split(task, self._sizes), jax.random.key(1))
+
+  def again(self, task: Task | None = None) -> "Running":
+    """Returns a new run of the same job, which shares the compiled programs.
+
+    Args:
+      task: the task with other examples of the same shapes; None means the job's.
+    """
+    other = copy.copy(self)
+    other._begin(task or self.job.task)
+    return other
 
   def rounds(self, *counts: int) -> "Running":
     for count in counts:

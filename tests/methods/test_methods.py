@@ -61,7 +61,8 @@ def test_permuting_the_workers_changes_nothing(period):
   order = np.random.default_rng(3).permutation(8)
   rows = np.arange(240).reshape(8, 30)[order].reshape(-1)
   moved = task._replace(train={k: v[rows] for k, v in task.train.items()})
-  want, got = (together(names, each).rounds(8).params() for each in (task, moved))
+  run = together(names, task)
+  want, got = (one.rounds(8).params() for one in (run, run.again(moved)))
   for name in {*names} - {*GRAPHS, *DRAWN, *SIGNS}:
     assert distance(got[name], want[name]) <= 1e-6, name
 

@@ -77,8 +77,7 @@ def test_a_run_goes_on_from_what_was_saved_in_flight(name):
   whole = running(name, "overlapped").rounds(5)
   saved = jax.tree.map(jnp.copy, whole.executor.settled(whole.state))
   whole.rounds(3)
-  for executor in ("overlapped", "spmd"):
-    resumed = running(name, executor)
+  for resumed in (whole.again(), running(name, "spmd")):
     place = lambda x, like: jax.device_put(jnp.copy(x), like.sharding)
     resumed.state = jax.tree.map(place, saved, resumed.state)
     assert_same(resumed.rounds(3).params(), whole.params())

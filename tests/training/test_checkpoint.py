@@ -1,6 +1,5 @@
 """Checkpoints hold the whole state, notice damage, and fit other numbers of workers."""
 
-import copy
 import functools
 import zlib
 from typing import Any, NamedTuple
@@ -59,9 +58,7 @@ def made(name: str, executor: str) -> Running:
 
 def running(name: str, executor: str = "simulate") -> Running:
   """Eight workers at their start; what they compile is kept for the next test."""
-  run = copy.copy(made(name, executor))
-  run.state = run.executor.init(KEY)
-  return run
+  return made(name, executor).again()
 
 
 def equal(a, b) -> bool:
