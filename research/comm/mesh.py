@@ -167,3 +167,21 @@ def options_for_sums(mesh: Mesh, elements: int) -> dict[str, str | bool] | None:
   if not runs_on_cpu(mesh) or jax.__version_info__ >= (0, 12) or elements < 2**17:
     return None
   return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
+
+
+def options_to_run_once(mesh: Mesh) -> dict[str, Any] | None:
+  """Returns compiler options for a program that runs once, such as the initialization of a model.
+
+  At its highest level, LLVM unrolls loops over short dimensions: the initialization of a layer with
+  10 outputs takes 2 s to compile for a CPU. At level 1 it takes 0.5 s; the program is as fast, and
+  its result is the same, bit for bit.
+
+  Args:
+    mesh: the mesh to compile for.
+
+  Returns:
+    The options, or None if none are needed.
+  """
+  if not runs_on_cpu(mesh) or jax.config.values["jax_disable_most_optimizations"]:
+    return None
+  return {"xla_backend_optimization_level": 1}

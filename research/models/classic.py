@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from research.core.base import Array
 from research.core.task import Batch
+from research.models.convolution import conv_general_dilated
 
 Model = Callable[[int], nn.Module]
 
@@ -190,7 +191,12 @@ class CNN(nn.Module):
     x, he = _image("cnn", x), nn.initializers.he_normal()
     height, width = x.shape[1:3]
     for i, (channels, kernel, stride, padding) in enumerate(self.convolutions):
-      conv = nn.Conv(channels, (kernel, kernel), stride, padding, kernel_init=he, name=f"conv_{i}")
+      conv = nn.Conv(
+        *(channels, (kernel, kernel), stride, padding),
+        kernel_init=he,
+        conv_general_dilated=conv_general_dilated,
+        name=f"conv_{i}",
+      )
       x = nn.relu(conv(x))
       if min(x.shape[1:3]) < 2:
         raise ValueError(
@@ -239,7 +245,13 @@ class ResNet(nn.Module):
 
 def _convolution(channels: int, size: int, stride: int, name: str) -> nn.Conv:
   he = nn.initializers.he_normal()
-  return nn.Conv(channels, (size, size), stride, use_bias=False, kernel_init=he, name=name)
+  return nn.Conv(
+    *(channels, (size, size), stride),
+    use_bias=False,
+    kernel_init=he,
+    conv_general_dilated=conv_general_dilated,
+    name=name,
+  )
 
 
 def _norm(channels: int, name: str) -> nn.GroupNorm:

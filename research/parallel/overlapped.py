@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from research.comm import mesh as meshes
 from research.core.base import Array, State, Tree
 from research.core.task import Data, Executor, Metrics, TrainState
 from research.methods.overlapping import Overlapping
@@ -91,7 +92,8 @@ class _Overlapped(Programs):
     job, layout = self.job, self.layout
     names = tuple(self.axes)
     whole = sharded.of_state(layout.state, self.mesh, names, layout.state_shapes, self.cut)
-    init = sharded.jit(self.initial, out_shardings=whole)
+    once = meshes.options_to_run_once(self.mesh)
+    init = sharded.jit(self.initial, out_shardings=whole, compiler_options=once)
     deployed = lambda state: workers.deployed(job, layout, state.method)
     lies = lambda x: NamedSharding(self.mesh, P(*sharded.spec_of(self.cut, x.shape)))
     model = jax.eval_shape(job.task.init, jax.random.key(0))

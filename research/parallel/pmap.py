@@ -32,7 +32,11 @@ def pmap(job: Job) -> Executor:
   mesh = meshes.device_mesh(job.axes)
   job, layout = resolved(job), inference.layout_of(job)
   shardings = sharded.of_state(layout.state, mesh, ("data",))
-  init = sharded.jit(partial(workers.initial, job, layout), out_shardings=shardings)
+  init = sharded.jit(
+    partial(workers.initial, job, layout),
+    out_shardings=shardings,
+    compiler_options=meshes.options_to_run_once(mesh),
+  )
   state_axes = TrainState(None, None, layouts.lead(layout.state))
   lead = lambda state: state._replace(
     method=jax.tree.map(lambda p, x: x[None] if p else x, layout.state, state.method)

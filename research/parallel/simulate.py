@@ -47,7 +47,11 @@ def simulate(job: Job) -> Executor:
   job = workers.blocked(resolved(job))._replace(axes=meshes.worker_axes(job.axes))
   mesh = meshes.simulation_mesh(job.workers)
   shardings = sharded.of_state(layout.state, mesh, ("data",))
-  init = sharded.jit(partial(workers.initial, job, layout), out_shardings=shardings)
+  init = sharded.jit(
+    partial(workers.initial, job, layout),
+    out_shardings=shardings,
+    compiler_options=meshes.options_to_run_once(mesh),
+  )
   everywhere = NamedSharding(mesh, P())
   run = sharded.jit(
     partial(_run, job, layout, partial(_local_phase, job, layout, mesh)),

@@ -51,7 +51,8 @@ def spmd(job: Job) -> Executor:
   whole = _models(job, layout) if job.zero < 3 else None
   shardings = sharded.of_state(layout.state, mesh, names, layout.state_shapes, cut, whole)
   specs = sharded.of_state(layout.state, None, names)
-  init = sharded.jit(initial, out_shardings=shardings)
+  once = meshes.options_to_run_once(mesh)
+  init = sharded.jit(initial, out_shardings=shardings, compiler_options=once)
   inside = sharded.inside(job.axes, cut, job.zero)
 
   early = pipelined.overlaps(job, layout, mesh)

@@ -1,6 +1,7 @@
 """Mesh strings, device meshes, and which launcher makes one job of several processes."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -128,7 +129,34 @@ def test_the_devices_decide_what_a_program_is_for(name, platform):
   device = FakeDevice(0, 0, platform=name)
   options = mesh.options_for_sums(Mesh(np.array([device]), ("data",)), 2**20)
   assert bool(options) == (platform == "cpu" and jax.__version_info__ < (0, 12))
+  once = mesh.options_to_run_once(Mesh(np.array([device]), ("data",)))
+  assert once is None  # the tests compile with fewer optimizations still
   with jax.sharding.use_abstract_mesh(mesh.like(device)):
     traced = jax.vmap(lambda x: x + (base.platform() == platform))
     assert traced(jnp.zeros(2)).tolist() == [1, 1]
   assert base.platform() == jax.default_backend() == "cpu"
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_only_cpus_compile_with_fewer_optimizations_what_runs_once(platform):
+  devices = Mesh(np.array([FakeDevice(0, 0, platform=platform)]), ("data",))
+  jax.config.update("jax_disable_most_optimizations", False)
+  try:
+    assert bool(mesh.options_to_run_once(devices)) == (platform == "cpu")
+  finally:
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(128, 10), (5, 7), (3, 3, 2, 4)])
+def test_a_program_that_runs_once_has_the_result_of_one_that_is_optimized_further(shape):
+  def draw(key):
+    of = jax.random.split(key, 3)
+    he, xavier = jax.nn.initializers.he_normal(), jax.nn.initializers.xavier_uniform()
+    return he(of[0], shape), xavier(of[1], shape), jax.random.normal(of[2], shape)
+
+  lowered, key = jax.jit(draw).lower(jax.random.key(0)), jax.random.key(1)
+  options: list[dict[str, Any]] = [{"xla_backend_optimization_level": level} for level in (1, 3)]
+  found, want = (lowered.compile(compiler_options=one)(key) for one in options)
+  for got, one in zip(found, want, strict=True):
+    np.testing.assert_array_equal(got, one)

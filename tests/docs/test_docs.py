@@ -34,7 +34,7 @@ def test_the_readme_shows_the_recorded_main_job():
   assert shown["training loss"] == f"{summary['train_loss']:.6f}"
   assert shown["test accuracy"] == f"{summary['eval']['accuracy']:.5f}"
   assert shown["test loss"] == f"{summary['eval']['loss']:.6f}"
-  assert shown["steps per second"] == f"{summary['steps_per_second']:.0f}"
+  assert shown["steps per second"] == f"{summary['steps_per_second']:,.0f}"
   sent = summary["wire"]["bytes_per_step_per_worker"]["data"]
   assert shown["bytes per step and worker over data"] == f"{sent:,.0f}"
   assert shown["plot"] == f"{default_folder(Config())}/loss.png"

@@ -253,7 +253,8 @@ def test_the_table_shows_accuracy_speed_bytes_and_the_plot(job):
   table = {name: value.strip() for name, value in table.items()}
   found = summary(job.out)
   assert float(table["test accuracy"]) == pytest.approx(found["eval"]["accuracy"], rel=1e-5)
-  assert float(table["steps per second"]) == pytest.approx(found["steps_per_second"], rel=1e-3)
+  speed = float(table["steps per second"].replace(",", ""))
+  assert speed == pytest.approx(found["steps_per_second"], rel=1e-3)
   assert table["bytes per step and worker over data"] == "67,270"
   assert job.cwd / table["plot"] == job.out / "loss.png"
 

@@ -268,7 +268,7 @@ def _server(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
   counts = lambda kinds: ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
   idle = ", ".join(f"{row['idle']:.0%}" for row in found["workers"])
   rows = [
-    ("pushes per second", f"{found['pushes_per_second']:.4g}"),
+    ("pushes per second", _rate(found["pushes_per_second"])),
     ("staleness in updates", f"{mean:.3g} on average, at most {ages[-1][0]}" if ages else ""),
     ("idle, by worker", idle if any(row["pushes"] for row in found["workers"]) else ""),
     ("refused", counts(found["refused"])),
@@ -284,6 +284,10 @@ def _overlap(found: Mapping[str, float] | None) -> list[tuple[str, str]]:
   compute, exchange, step = (found[f"{x}_milliseconds"] for x in ("compute", "exchange", "step"))
   parts = f"{compute:.3g} ms of computing and {exchange:.3g} of exchange in {step:.3g} per step"
   return [("exchange hidden", f"{found['hidden']:.0%}: {parts}")]
+
+
+def _rate(value: float) -> str:
+  return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _virtual(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -319,7 +323,7 @@ def closing_table(summary: Mapping[str, Any], folder: Path) -> str:
       for name, value in summary["eval"].items()
       if (summary["evaluated_on"], name) != ("train", "loss")
     ),
-    ("steps per second", f"{summary['steps_per_second']:.4g}"),
+    ("steps per second", _rate(summary["steps_per_second"])),
     ("seconds", f"{summary['seconds']:.1f}, of which compiling {summary['compile_seconds']:.1f}"),
     *(
       (f"bytes per step and worker {_OVER.get(axis, f'over {axis}')}", f"{value:,.0f}")
