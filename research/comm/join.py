@@ -113,8 +113,8 @@ def end_together() -> None:
 
   JAX's preemption service answers a SIGTERM with a barrier of all processes. If some processes had
   left, those at the barrier and those that wait for them to leave would block each other for
-  minutes. So this function also waits until an earlier SIGTERM has been answered. A process that is
-  alone does nothing of this.
+  minutes. So this function also waits until an earlier SIGTERM has been answered. It does nothing
+  if the job has a single process.
   """
   if jax.process_count() > 1:
     from jax.experimental import multihost_utils

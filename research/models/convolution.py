@@ -51,7 +51,8 @@ def conv_general_dilated(
 
 
 def _is_plain(x: Array, kernel: Array, rest: dict[str, Any]) -> bool:
-  if x.ndim != 4 or kernel.ndim != 4 or set(rest) - {*_ONES, "dimension_numbers", "precision"}:
+  given = {name for name, value in rest.items() if value is not None}
+  if x.ndim != 4 or kernel.ndim != 4 or given - {*_ONES, "dimension_numbers", "precision"}:
     return False
   numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, rest.get("dimension_numbers"))
   ones = (rest.get(name) or 1 for name in _ONES)

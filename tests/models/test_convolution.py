@@ -43,6 +43,19 @@ def test_values_and_gradients_are_those_of_xla(size, strides, padding):
   jax.tree.map(close, found, want)
 
 
+def test_gradients_in_bfloat16_are_close_and_those_of_zeros_are_zero():
+  x, kernel = drawn(2, 6, 6, 3), drawn(3, 3, 3, 4)
+  arguments = (1, 1), "SAME"
+  ours = lambda *args: conv_general_dilated(*args, dimension_numbers=LAYOUT)
+  narrow = (a.astype(jnp.bfloat16) for a in (x, kernel))
+  found, want = (gradients(ours, *a, *arguments)[1] for a in (narrow, (x, kernel)))
+  for got, one in zip(found, want, strict=True):
+    assert got.dtype == jnp.bfloat16
+    assert jnp.abs(got - one).max() <= 0.05 * jnp.abs(one).max()
+  zeros = gradients(lambda *a: 0 * ours(*a), x, kernel, *arguments)[1]
+  assert not any(jnp.any(zero) for zero in zeros)
+
+
 @pytest.mark.parametrize(
   ("rest", "shape"),
   [

@@ -33,7 +33,7 @@ def same_rounds(name: str, monkeypatch, rtol: float = 0.0, **given) -> tuple[Run
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EACH_KIND)
 def test_dispatches_equal_those_in_sequence(name, monkeypatch):
-  """Over dispatches of two lengths, which start with several fragments."""
+  """Over dispatches of two lengths, which start at different fragments."""
   same_rounds(name, monkeypatch, rtol=1e-5 if name == "eager memory" else 0.0)
 
 
