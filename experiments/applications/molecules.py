@@ -20,7 +20,6 @@ from experiments.applications.measured import STEADY, Rows, row, run
 from research.core.spec import Call, calls
 
 LABORATORIES = 4
-SEEDS = 3
 PEER_SEEDS = 2  # number of seeds for chemprop, whose 50 epochs take minutes
 PICTURES = 8  # number of molecules to draw
 PEERS = ("random forest", "chemprop")
@@ -35,10 +34,11 @@ class Case(NamedTuple):
   rate: float
   steps: int
   batch_size: int
+  seeds: int  # of pooled training and of an exchange in every step
 
 
-ESOL = Case("esol", "rmse", "graph_network(128)", 1e-3, 600, 48)
-TOX21 = Case("tox21", "auc", "graph_network(64, dropout=0.2)", 2e-3, 600, 64)
+ESOL = Case("esol", "rmse", "graph_network(128, dropout=0.2)", 1e-3, 1200, 48, 5)
+TOX21 = Case("tox21", "auc", "graph_network(64, dropout=0.2)", 2e-3, 600, 64, 3)
 Scores = dict[str, tuple[float, float]]  # mean and standard deviation over seeds, by name
 
 
@@ -71,8 +71,8 @@ def compared(case: Case, peers: Scores) -> tuple[Rows, Scores]:
   noisy = lambda noise: server(calls.noisy(calls.mean(), clip=1.0, noise=noise))
   few = case.steps // LABORATORIES  # steps of one laboratory alone, for the same number of passes
   kinds: dict[str, tuple[Call, int, int]] = {  # method, laboratory or 0, seeds
-    "pooled": (pooled(case), -1, SEEDS),
-    "federated, exchange every step": (server(calls.mean()), 0, SEEDS),
+    "pooled": (pooled(case), -1, case.seeds),
+    "federated, exchange every step": (server(calls.mean()), 0, case.seeds),
     "federated, exchange every 4 steps": (local(calls.mean()), 0, 1),
     "secure sum, every step": (server(calls.secure_sum(clip=4.0, bits=24)), 0, 1),
     "noise": (noisy(0.1), 0, 1),
@@ -134,7 +134,7 @@ def forest(case: Case) -> tuple[float, float]:
   auc = case.metric == "auc"
   kind = ensemble.RandomForestClassifier if auc else ensemble.RandomForestRegressor
   scores = []
-  for seed in range(SEEDS if not auc else 1):
+  for seed in range(case.seeds if not auc else 1):
     each = []
     for target in y.T:
       train, test = (rows[~np.isnan(target[rows])] for rows in (parts["train"], parts["test"]))
