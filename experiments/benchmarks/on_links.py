@@ -6,6 +6,10 @@ Process 0 prints a line `link NAME` before each link, and continues when it read
 the links between the hosts have this rate. It prints a line `cell JSON` per method and link, with
 the milliseconds per local step of every dispatch. All methods are compiled once, before the first
 link.
+
+A virtual machine computes at a pace that depends on its neighbors, and no counter of the kernel
+shows it. So a step without exchanges is timed around each turn, and the turn is repeated while its
+pace differs from that of the probe.
 """
 
 import itertools
@@ -13,15 +17,18 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 
+from experiments.benchmarks.constants import QUARTILE
+from experiments.reports.work import PLAIN
 from research.comm import join
 from research.core.task import Task
+from research.training import assemble
 from research.training.config import Config
 
 EXAMPLES = 4096  # of the task, so that every run starts quickly
@@ -29,18 +36,32 @@ TURNS = 3  # in which all methods are timed on a link
 SECONDS = 0.7  # for one method in a turn
 DISPATCHES = (1, 12)  # smallest and largest number per method and turn
 QUIET = 0.1  # share of the cores' time that other programs may use
-TRIES = 3  # of a turn, if other programs use more
+PACE = 0.05  # relative difference from the probe's seconds of computing
+PLAIN_DISPATCHES = 4  # before a turn, and after it
+TRIES = 5  # of a turn, if other programs use more or the pace differs more
 
 
-def job(config: Config, task: Task) -> Callable[[], float]:
+class Turn(NamedTuple):
+  """Measurements of one turn; all but the dispatches are equal in all processes."""
+
+  seconds: list[float]  # of the dispatches
+  others: float  # share of all cores' time that other programs used
+  pace: float  # seconds of a step without exchanges, over those of the probe
+
+  @property
+  def disturbance(self) -> float:
+    """How far the machine was from its state in the probe; at most 1 is accepted."""
+    return max(self.others / QUIET, abs(self.pace - 1) / PACE)
+
+
+def job(config: Config, task: Task, devices: Sequence[Any] | None = None) -> Callable[[], float]:
   """Compiles a run; returns a function that runs a dispatch and returns its seconds."""
   import jax
 
-  from research.training import assemble
   from research.training.loop import Run
 
   setting = assemble.check(config, assemble.Given(task=task))
-  run = Run(config, assemble.assemble(config, setting))
+  run = Run(config, assemble.assemble(config, setting, devices))
   length = config.steps_per_dispatch
 
   def dispatch() -> float:
@@ -58,7 +79,8 @@ def main(asked: dict[str, Any]) -> None:
 
   Args:
     asked: `config`, fields of Config without the method; `methods`, a list of specs; `links`, a
-      list of names; `cache`, a folder for compiled programs.
+      list of names; `computing`, the seconds of a step without exchanges in the probe; `cache`, a
+      folder for compiled programs.
   """
   import jax
   from jax.experimental import multihost_utils
@@ -82,39 +104,56 @@ def main(asked: dict[str, Any]) -> None:
     dispatches[spec] = job(Config(**asked["config"], method=spec), task)
     say(f"compiled {spec}")
   steps = asked["config"]["steps_per_dispatch"]
+  pace = pacer(Config(**asked["config"], method=PLAIN), task, asked["computing"])
   for link in asked["links"]:
     say(f"link {link}")
     if first:
       sys.stdin.readline()
     multihost_utils.sync_global_devices(link)
-    found: dict[str, list[float]] = {spec: [] for spec in dispatches}
-    others: dict[str, list[float]] = {spec: [] for spec in dispatches}
+    found: dict[str, list[Turn]] = {spec: [] for spec in dispatches}
     for _, (spec, dispatch) in itertools.product(range(TURNS), dispatches.items()):
-      seconds, share = undisturbed(dispatch)
-      found[spec] += [1000 * s / steps for s in seconds]
-      others[spec].append(share)
-    for spec in dispatches:
-      cell = {"link": link, "method": spec, "milliseconds": found[spec], "others": others[spec]}
+      found[spec].append(undisturbed(dispatch, pace))
+    for spec, turns in found.items():
+      cell = {
+        "link": link,
+        "method": spec,
+        "milliseconds": [1000 * s / steps for turn in turns for s in turn.seconds],
+        "others": [turn.others for turn in turns],
+        "paces": [turn.pace for turn in turns],
+      }
       say(f"cell {json.dumps(cell, allow_nan=False)}")
 
 
-def undisturbed(dispatch: Callable[[], float]) -> tuple[list[float], float]:
-  """Times dispatches, and repeats them while programs outside of the job are busy.
+def pacer(config: Config, task: Task, computing: float) -> Callable[[], list[float]]:
+  """Returns a function that times steps without exchanges on this host, relative to the probe's.
 
-  Returns:
-    The seconds of the dispatches, and the share of all cores' time that other programs used.
+  Args:
+    config: the job of all hosts, with the method of the probe.
+    task: the task.
+    computing: the probe's seconds per step.
   """
-  tries = []
-  while len(tries) < TRIES and (not tries or tries[-1][1] > QUIET):
-    tries.append(turn(dispatch))
-  return min(tries, key=lambda one: one[1])
+  import jax
+
+  alone = config.replace(mesh="data:1", batch_size=assemble.per_worker(config, jax.process_count()))
+  dispatch = job(alone, task, jax.local_devices()[:1])
+  steps = config.steps_per_dispatch
+  return lambda: [dispatch() / steps / computing for _ in range(PLAIN_DISPATCHES)]
 
 
-def turn(dispatch: Callable[[], float]) -> tuple[list[float], float]:
-  """Times dispatches of one method; the results of all processes are equal in the second value."""
+def undisturbed(dispatch: Callable[[], float], pace: Callable[[], list[float]]) -> Turn:
+  """Times dispatches, and repeats them while the machine is not in the state of the probe."""
+  tries: list[Turn] = []
+  while len(tries) < TRIES and (not tries or tries[-1].disturbance > 1):
+    tries.append(turn(dispatch, pace))
+  return min(tries, key=lambda one: one.disturbance)
+
+
+def turn(dispatch: Callable[[], float], pace: Callable[[], list[float]]) -> Turn:
+  """Times dispatches of one method, and the pace before and after them."""
   from jax.experimental import multihost_utils
 
   everyone = lambda values: multihost_utils.process_allgather(np.array(values, np.float64))
+  paces = pace()
   dispatch()  # the link's buckets are then in their steady state
   busy, own = machine_seconds(), time.process_time()
   begin = time.perf_counter()
@@ -124,7 +163,8 @@ def turn(dispatch: Callable[[], float]) -> tuple[list[float], float]:
   spent = (machine_seconds() - busy, time.process_time() - own, time.perf_counter() - begin)
   total = everyone(spent)
   share = (total[0, 0] - total[:, 1].sum()) / (total[0, 2] * (os.cpu_count() or 1))
-  return seconds, float(share)
+  paces = everyone(paces + pace())
+  return Turn(seconds, float(share), float(np.quantile(paces, QUARTILE)))
 
 
 def machine_seconds() -> float:

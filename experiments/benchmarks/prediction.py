@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks.hosts import ROOT, ended, flags_of, netlab, run, tell
+from experiments.benchmarks.on_links import PACE
 from research.comm import counters
 
 Cell = dict[str, Any]
@@ -72,12 +73,22 @@ def probe(hosts: int, folder: Path) -> dict[str, Any]:
   return json.loads(place.read_text())
 
 
-def cells(hosts: int, methods: Sequence[str], links: Sequence[str]) -> Iterator[Cell]:
-  """Measures the methods on the links, between hosts of one core each, in a job of its own."""
+def cells(
+  hosts: int, methods: Sequence[str], links: Sequence[str], computing: float
+) -> Iterator[Cell]:
+  """Measures the methods on the links, between hosts of one core each, in a job of its own.
+
+  Args:
+    hosts: the number of hosts.
+    methods: names of METHODS.
+    links: the links.
+    computing: the probe's seconds of computing per step.
+  """
   asked = {
     "config": config(hosts),
     "methods": [METHODS[name] for name in methods],
     "links": list(links),
+    "computing": computing,
     "cache": str(Path(tempfile.gettempdir()) / f"prediction-{os.getuid()}"),
   }
   names = {spec: name for name, spec in METHODS.items()}
@@ -135,7 +146,8 @@ def prediction(folder: Path) -> list[Cell]:
     missing = [(link, m) for link in LINKS for m in METHODS if (hosts, link, m) not in done]
     links = [link for link in LINKS if any(link == one for one, _ in missing)]
     methods = [method for method in METHODS if any(method == one for _, one in missing)]
-    for cell in cells(hosts, methods, links) if missing else ():
+    computing = found["constants"]["computing"]
+    for cell in cells(hosts, methods, links, computing) if missing else ():
       done[hosts, cell["link"], cell["method"]] = cell
       report.write_json(folder / "cells.json", list(done.values()))
     _predict([cell for cell in done.values() if cell["hosts"] == hosts], found)
@@ -193,6 +205,13 @@ def table(found: Sequence[Cell]) -> list[str]:
     "| method | hosts | " + " | ".join(LINKS) + " |",
     "|---" * (2 + len(LINKS)) + "|",
   ]
+  if paces := [pace for cell in found for pace in cell.get("paces", [])]:
+    near = sum(abs(pace - 1) <= PACE for pace in paces) / len(paces)
+    lines.insert(
+      1,
+      f"In {near:.0%} of the turns, a step without exchanges took as long as in the probe, within "
+      f"{PACE:.0%}; the median turn took {statistics.median(paces):.2f} times as long.\n",
+    )
   by_place = {(cell["hosts"], cell["link"], cell["method"]): cell for cell in found}
   for hosts in HOSTS:
     for method in METHODS:
