@@ -19,7 +19,7 @@ import sys
 from absl import flags
 
 from experiments.reports.outcomes import Conditions, Contender, Outcome, compared, read_curve
-from research.command.errors import one_line_errors
+from research.command.errors import exit_if_stopped, one_line_errors
 from research.command.flags import define_flags, launch
 from research.command.start import results_folder, start
 from research.core.spec import syntax
@@ -143,8 +143,7 @@ def trained(plan: Contender) -> Outcome:
       print(error, file=sys.stderr)
       diverged.append(config.seed)
       continue
-    if summary["stopped_because"] not in ("steps", "converged"):
-      sys.exit(130 if summary["stopped_because"] == "interrupted" else 0)
+    exit_if_stopped(summary)
     summaries.append(summary)
     folders.append(folder)
   return Outcome(plan, summaries, read_curve(folders) if folders else None, diverged)

@@ -26,7 +26,7 @@ from absl import flags
 
 from experiments.benchmarks.contestants import CONTESTANTS, Contestant
 from experiments.compare import split
-from research.command.errors import one_line_errors
+from research.command.errors import exit_if_stopped, one_line_errors
 from research.command.flags import define_compilation_cache, launch
 from research.command.start import results_folder, use_compilation_cache
 from research.core import checks
@@ -89,8 +89,7 @@ def run(folder: Path, data: str, method: str, seed: int) -> dict[str, Any] | Non
     summary, _ = loop.train(config)
   except loop.NonFinite:
     return None
-  if summary["stopped_because"] not in ("steps", "converged"):
-    sys.exit(130 if summary["stopped_because"] == "interrupted" else 0)
+  exit_if_stopped(summary)
   return summary
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import flags
 
-from research.command.errors import fail, one_line_errors
+from research.command.errors import exit_if_stopped, fail, one_line_errors
 from research.command.flags import define_flags, launch
 from research.command.start import results_folder, start
 from research.core.text import whole_number
@@ -88,8 +88,7 @@ def grid(rates: list[str], runs: list[list[Config]]) -> list[dict[str, Any]]:
         print(error, file=sys.stderr)
         scores.append(None)
         continue
-      if summary["stopped_because"] not in ("steps", "converged"):
-        sys.exit(130 if summary["stopped_because"] == "interrupted" else 0)
+      exit_if_stopped(summary)
       name, value = score(summary)
       scores.append(value)
       unimproved += [] if improved(summary) else [config.seed]

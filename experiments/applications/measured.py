@@ -4,6 +4,7 @@ import sys
 import tempfile
 from typing import Any
 
+from research.command.errors import exit_if_stopped
 from research.core.spec import Call, calls
 from research.training.config import Config
 
@@ -24,6 +25,7 @@ def run(task: Call, method: Call, **flags_: Any) -> tuple[dict[str, Any], Rows]:
   with tempfile.TemporaryDirectory() as folder:
     given: dict[str, Any] = STEADY | {"batch_size": "all", "out": f"{folder}/run"} | flags_
     summary, where = loop.train(Config(task=str(task), method=str(method), **given))
+    exit_if_stopped(summary)
     return summary, report.read_rows(where / "metrics.jsonl")
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from experiments.baselines import by_hand
 from experiments.benchmarks.turns import in_turn, ratios, seconds, shown
+from research.command.errors import exit_if_stopped
 from research.training.config import Config
 
 
@@ -106,6 +107,7 @@ def compare(name: str, repeats: int) -> dict[str, Any]:
   def ours() -> float:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
       summary, _ = loop.train(config.replace(out=folder))
+      exit_if_stopped(summary)
     compiling.append(summary["compile_seconds"])
     return summary["steps_per_second"]
 

@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 from absl import flags
@@ -94,6 +94,17 @@ def terminated(number: int, frame: Any) -> NoReturn:
 def interrupted() -> NoReturn:
   """Ends a command that was interrupted by Ctrl-C before it had anything to save."""
   fail(130, "interrupted before there was anything to save")
+
+
+def exit_if_stopped(summary: Mapping[str, Any]) -> None:
+  """Exits if a signal has stopped a run: with 130 after Ctrl-C, and with 0 after SIGTERM.
+
+  Args:
+    summary: the contents of the run's summary.json.
+  """
+  codes = {"interrupted": 130, "terminated": 0}
+  if (reason := summary["stopped_because"]) in codes:
+    sys.exit(codes[reason])
 
 
 def expected(error: Exception) -> int:

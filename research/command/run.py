@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from absl import flags
 
-from research.command.errors import one_line_errors
+from research.command.errors import exit_if_stopped, one_line_errors
 from research.command.flags import config_of_flags, define_flags, launch
 from research.command.start import results_folder, start
 from research.core import paths
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
     if jax.process_index() == 0:
       print(report.closing_table(summary, folder), flush=True)
     join.end_together()
-  sys.exit(130 if summary["stopped_because"] == "interrupted" else 0)
+  exit_if_stopped(summary)
 
 
 def trainer(config: Config) -> Callable[[Config], tuple[dict[str, Any], Path]]:

@@ -2,12 +2,15 @@
 
 import math
 import re
+import signal
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from research.comm import join
 from research.core import checks, registry
 from research.core.method import Method
 from research.core.spec import parse
@@ -21,7 +24,7 @@ from research.training.config import OF_SERVER, Config, UsageError
 from research.training.hooks.hook import Event, FunctionHook, Hook
 from research.training.label import label
 from research.training.loop import trained
-from research.training.result import Result
+from research.training.result import Interrupted, Result
 from research.training.run import BaseRun
 
 # Fields of Config that are named arguments of `train`, or do not apply to `train`.
@@ -59,6 +62,9 @@ def train(
   folder is rejected if its run had other arguments, other examples, or different code for the task,
   the model or the method.
 
+  Ctrl-C and SIGTERM end the run after the current dispatch, with an evaluation and, with `out`, a
+  checkpoint. The signal then takes its usual effect on the program, as if it had come afterwards.
+
   Args:
     task: a task, such as `supervised(model, train)`; a function that returns a task for `model=`,
       such as `digits`; or the spec of a registered task.
@@ -92,6 +98,8 @@ def train(
     NonFinite: if a loss, the state or an evaluation is not finite.
     ReplicasDiffer: if the copies of the state on different devices differ.
     CheckpointError: if the run has checkpoints, but none is intact.
+    Interrupted: a KeyboardInterrupt, after Ctrl-C; the attribute `result` is the result so far.
+    SystemExit: with code 143, after SIGTERM, unless the program has a handler of its own.
   """
   batch_size, steps, seed = map(_plain, (batch_size, steps, seed))
   options = {name: _plain(value) for name, value in options.items()}
@@ -121,9 +129,25 @@ def train(
       **options,
     )
     own = [hook if isinstance(hook, Hook) else FunctionHook(hook) for hook in hooks]
-    return trained(config, given, own, writes=out is not None, shown=progress)
+    result = trained(config, given, own, writes=out is not None, shown=progress)
   except UsageError as error:
     raise UsageError(_in_python(str(error))) from error
+  _deliver(result)
+  return result
+
+
+def _deliver(result: Result) -> None:
+  """Delivers the signal that stopped a run to the program, which would otherwise carry on."""
+  if not result.stopped_by:
+    return
+  number = {"interrupted": signal.SIGINT, "terminated": signal.SIGTERM}[result.stopped_by]
+  handler = signal.getsignal(number)
+  if handler is signal.default_int_handler:
+    raise Interrupted(result)
+  if handler in (signal.SIG_DFL, None):
+    join.end_together()
+    sys.exit(128 + number)
+  signal.raise_signal(number)
 
 
 def _in_python(line: str) -> str:

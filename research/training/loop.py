@@ -115,7 +115,14 @@ def trained(
       summary, params = summarized(run, own.evaluate, costs, network), run.params()
       if main and folder:
         figures.write_result(folder, summary)
-  return Result(summary, folder, own.log.rows, lambda: params, problem.job.task.model)
+  return Result(
+    summary,
+    folder,
+    own.log.rows,
+    lambda: params,
+    problem.job.task.model,
+    stopped_by=own.signals.stopped,
+  )
 
 
 def _same_everywhere(config: Config) -> None:
@@ -178,7 +185,8 @@ class Hooks:
     # A dispatch's rows are written before checks run, and its state is saved before signals are
     # handled.
     self.all: list[Hook] = [*first, self.log, *judges, self.evaluate, Tolerance()]
-    self.all += [*saves, closing(Signals())]
+    self.signals = closing(Signals())
+    self.all += [*saves, self.signals]
 
 
 class Run(BaseRun):

@@ -19,6 +19,7 @@ class Result:
     summary: the contents of summary.json: "steps", "stopped_because", "train_loss", "eval",
       "wire" and more.
     folder: the run's folder; None if the run wrote no files.
+    stopped_by: "interrupted" (Ctrl-C) or "terminated" (SIGTERM) if a signal stopped the run, or ''.
   """
 
   def __init__(
@@ -28,8 +29,10 @@ class Result:
     rows: list[dict[str, Any]],
     params: Callable[[], Params],
     model: Callable[[Params], Any] | None = None,
+    stopped_by: str = "",
   ):
     self.summary, self.folder, self._rows = summary, folder, rows
+    self.stopped_by = stopped_by
     self._params, self._model = params, model
 
   @functools.cached_property
@@ -112,3 +115,16 @@ def _columns(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
       yield from ((f"{name}.{inner}", x) for inner, x in value.items())
     else:
       yield name, value
+
+
+class Interrupted(KeyboardInterrupt):
+  """Ctrl-C has stopped a run of `train`.
+
+  Attributes:
+    result: the `Result` of the steps so far.
+  """
+
+  def __init__(self, result: Result):
+    where = f"; the same call resumes the run in {result.folder}" if result.folder else ""
+    super().__init__(f"stopped at step {result.summary['steps']}{where}")
+    self.result = result

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -325,6 +326,47 @@ def test_nothing_is_written_without_out(tmp_path, monkeypatch):
   assert figure.axes[0].get_lines()
   assert figure._repr_png_().startswith(b"\x89PNG")  # what a notebook displays
   assert len(result.metrics) == 2
+
+
+def signal_at(step: int, number: int):
+  """A hook that signals the process when the run is at a step."""
+
+  def hook(run, event):
+    if isinstance(event, Rounds) and event.last == step:
+      signal.raise_signal(number)
+
+  return hook
+
+
+def test_ctrl_c_ends_the_run_and_then_the_program(tmp_path):
+  """The state is saved and the result kept, but a program that trains in a loop does not go on."""
+  line = rf"^stopped at step 20; the same call resumes the run in {tmp_path}"
+  with pytest.raises(KeyboardInterrupt, match=line) as stopped:
+    small(hooks=[signal_at(20, signal.SIGINT)], out=tmp_path)
+  assert stopped.value.result.summary["steps"] == 20
+  assert small(out=tmp_path).summary["steps"] == 60
+
+
+@pytest.mark.parametrize("ours", [False, True], ids=["default", "a handler of the program"])
+def test_sigterm_ends_the_program_unless_it_handles_the_signal(ours):
+  received = []
+  handler = (lambda number, frame: received.append(number)) if ours else signal.SIG_DFL
+  before = signal.signal(signal.SIGTERM, handler)
+  given = {"hooks": [signal_at(20, signal.SIGTERM)]}
+  try:
+    if ours:
+      assert small(**given).summary["stopped_because"] == "terminated"
+    else:
+      with pytest.raises(SystemExit, match=r"^143$"):
+        small(**given)
+  finally:
+    signal.signal(signal.SIGTERM, before)
+  assert received == [signal.SIGTERM] * ours
+
+
+def test_a_reason_of_a_hook_is_no_signal():
+  stop = lambda run, event: "interrupted" if isinstance(event, Rounds) else None
+  assert small(hooks=[stop]).summary["stopped_because"] == "interrupted"
 
 
 @pytest.mark.slow

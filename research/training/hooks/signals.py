@@ -16,16 +16,22 @@ if TYPE_CHECKING:
 
 
 class Signals(Hook):
-  """Checks after every dispatch whether to stop; a run that has completed is not stopped."""
+  """Checks after every dispatch whether to stop; a run that has completed is not stopped.
+
+  Attributes:
+    stopped: why a signal stopped the run, "interrupted" or "terminated"; '' if none did.
+  """
 
   def __init__(self):
+    self.stopped = ""
     self._listening = contextlib.ExitStack()
-    self._stopped = self._listening.enter_context(watch())
+    self._told = self._listening.enter_context(watch())
 
   def on(self, run: "BaseRun", event: Event) -> Iterable[Event]:
     if isinstance(event, Rounds | Idle) and not run.reason:
-      told = self._stopped()
+      told = self._told()
       if told and run.step < run.steps:
+        self.stopped = told
         run.stop(told)
     return ()
 
