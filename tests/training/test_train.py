@@ -42,7 +42,7 @@ from research.training.hooks.finite import NonFinite
 from research.training.hooks.hook import Evaluation, Rounds, Saved
 from research.training.label import label
 from research.training.reports import report
-from research.training.result import Result
+from research.training.result import Interrupted, Result
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.normal(size=(240, 6)).astype(np.float32)
@@ -341,7 +341,7 @@ def signal_at(step: int, number: int):
 def test_ctrl_c_ends_the_run_and_then_the_program(tmp_path):
   """The state is saved and the result kept, but a program that trains in a loop does not go on."""
   line = rf"^stopped at step 20; the same call resumes the run in {tmp_path}"
-  with pytest.raises(KeyboardInterrupt, match=line) as stopped:
+  with pytest.raises(Interrupted, match=line) as stopped:
     small(hooks=[signal_at(20, signal.SIGINT)], out=tmp_path)
   assert stopped.value.result.summary["steps"] == 20
   assert small(out=tmp_path).summary["steps"] == 60
