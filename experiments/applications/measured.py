@@ -25,7 +25,7 @@ def run(task: Call, method: Call, **flags_: Any) -> tuple[dict[str, Any], Rows]:
   with tempfile.TemporaryDirectory() as folder:
     given: dict[str, Any] = STEADY | {"batch_size": "all", "out": f"{folder}/run"} | flags_
     summary, where = loop.train(Config(task=str(task), method=str(method), **given))
-    exit_if_stopped(summary)
+    exit_if_stopped(summary, saved=False)
     return summary, report.read_rows(where / "metrics.jsonl")
 
 

@@ -107,7 +107,7 @@ def compare(name: str, repeats: int) -> dict[str, Any]:
   def ours() -> float:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
       summary, _ = loop.train(config.replace(out=folder))
-      exit_if_stopped(summary)
+      exit_if_stopped(summary, saved=False)
     compiling.append(summary["compile_seconds"])
     return summary["steps_per_second"]
 

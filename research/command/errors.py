@@ -96,13 +96,14 @@ def interrupted() -> NoReturn:
   fail(130, "interrupted before there was anything to save")
 
 
-def exit_if_stopped(summary: Mapping[str, Any]) -> None:
-  """Exits if a signal has stopped a run: with 130 after Ctrl-C, and with 0 after SIGTERM.
+def exit_if_stopped(summary: Mapping[str, Any], saved: bool = True) -> None:
+  """Exits if a signal has stopped a run: with 130 after Ctrl-C, and with 0 or 143 after SIGTERM.
 
   Args:
     summary: the contents of the run's summary.json.
+    saved: whether the same command can resume the run; if not, the code after SIGTERM is 143.
   """
-  codes = {"interrupted": 130, "terminated": 0}
+  codes = {"interrupted": 130, "terminated": 0 if saved else 143}
   if (reason := summary["stopped_because"]) in codes:
     sys.exit(codes[reason])
 

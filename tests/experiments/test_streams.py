@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from research.command.errors import one_line_errors
+from research.command.errors import exit_if_stopped, one_line_errors
 from research.training.config import UsageError, flag
 
 ROOT = Path(__file__).parents[2]
@@ -70,6 +70,17 @@ def test_being_told_to_stop_before_training_is_a_line(capfd):
   assert caught.value.code == 143
   assert capfd.readouterr().err == "error: terminated before there was anything to save\n"
   assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(
+  ("reason", "saved", "code"),
+  [("interrupted", True, 130), ("terminated", True, 0), ("terminated", False, 143)],
+)
+def test_a_command_of_several_runs_ends_when_a_signal_has_stopped_one(reason, saved, code):
+  exit_if_stopped({"stopped_because": "steps"}, saved)
+  with pytest.raises(SystemExit) as caught:
+    exit_if_stopped({"stopped_because": reason}, saved)
+  assert caught.value.code == code
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
