@@ -133,6 +133,6 @@ READERS: dict[str, Callable[[], Evidence]] = {
 
 def leaderboard() -> dict[str, dict[str, Any]]:
   """Returns the rows of the leaderboard on i.i.d. data by name; none if it was not recorded."""
-  place = RESULTS / "leaderboard" / "leaderboard.json"
+  place = RESULTS / "leaderboard" / "iid" / "leaderboard.json"
   rows = json.loads(place.read_text())["rows"] if place.exists() else []
   return {row["name"]: row for row in rows if row["data"] == "iid" and row["loss"] is not None}
