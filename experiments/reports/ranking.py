@@ -184,7 +184,7 @@ def draw(path: Path, found: dict[str, Any]) -> None:
         if rows:
           _draw_points(ax, rows, of, color, LABELS[data])
       ax.set_xscale("log")
-      ax.margins(x=0.12)  # for the names at the right
+      ax.margins(x=0.25)  # for the names at the right
       ax.set_xlabel(label)
       ax.grid(alpha=0.3)
     figure.axes[0].set_ylabel("held-out loss, nats per character")
