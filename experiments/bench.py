@@ -67,8 +67,8 @@ from research.training.config import flag
 FLAGS = flags.FLAGS
 
 
-SUITES = ["loop", "wire", "hosts", "faults", "overlap", "network", "prediction", "advice"]
-SUITES += ["server", "applications", "peers", "internet", "sites"]
+BETWEEN_HOSTS = ["wire", "hosts", "faults", "overlap", "network", "prediction", "advice"]
+SUITES = ["loop", *BETWEEN_HOSTS, "server", "applications", "peers", "internet", "sites"]
 OTHERS = (
   "compress",
   "power_sgd",
@@ -129,7 +129,7 @@ def main(argv: list[str]) -> None:
     reason = checks.unknown(unknown[0], known)
     fail(2, f"--suite={FLAGS.suite} --cases={quoted(unknown[0])}: {reason}")
   between = FLAGS.suite == "peers" and {"hosts", "target"} & {*FLAGS.cases}
-  if between or FLAGS.suite in ("wire", "hosts", "faults", "overlap", "network", "prediction"):
+  if between or FLAGS.suite in BETWEEN_HOSTS:
     netlab.refuse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends child processes too
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")  # to compile for as many hosts
@@ -153,7 +153,7 @@ def main(argv: list[str]) -> None:
     suites["internet"] = lambda: of_internet(environment["commit"], out)
     suites["sites"] = lambda: of_sites(out)
     suites["prediction"] = lambda: prediction.measure(out)
-    suites["advice"] = choices.measure
+    suites["advice"] = lambda: choices.measure(out)
     suites["server"] = lambda: of_server(environment["commit"])
     suites["hosts"] = lambda: of_speed(environment["commit"])
     suites["peers"] = lambda: of_peers(environment["commit"])

@@ -1,6 +1,7 @@
 """Measures what `experiments/probe.py` fits constants to, with all hosts of a job busy at once."""
 
 import itertools
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from research.analysis.network import Kernel
 from research.training.config import Config, UsageError, flag
 
 SHAPE = (640, 640)  # of an array to encode
+CALLS = 8  # of a compressor in one program
 SIZES = (2**12, 2**16, 2**18, 2**20, 3 * 2**20)  # bytes that a worker puts into a collective
 PAUSE = 0.1  # seconds, in which an idle link saves up its burst; TCP starts anew after 0.2
 LONG = 2**18  # bytes from which on a collective is also measured after pauses
@@ -145,6 +147,9 @@ def computing(hosts: Hosts, config: Config) -> np.ndarray:
 def kernel(hosts: Hosts, spec: str) -> tuple[str, Kernel]:
   """Measures the seconds per element of a compressor, or of an aggregator with one worker.
 
+  The calls are in a loop, as in the training program, which allocates no memory for each of them.
+  What is decoded is added to an array, and the time of scaling this array is deducted.
+
   Returns:
     The spec as the object itself writes it, and the seconds.
 
@@ -152,50 +157,77 @@ def kernel(hosts: Hosts, spec: str) -> tuple[str, Kernel]:
     UsageError: if neither a compressor nor an aggregator has this spec.
   """
   import jax
-  from jax.sharding import PartitionSpec as P
 
-  from research.comm import mesh as meshes
   from research.core import registry
   from research.core.spec import parse
 
-  one = meshes.device_mesh({"data": 1}, jax.local_devices()[:1])
-
-  def program(function: Callable[..., Any]) -> Any:
-    return jax.jit(jax.shard_map(function, mesh=one, in_specs=P(), out_specs=P(), check_vma=False))
-
-  def per_element(run: Any, *args: Any) -> float:
-    jax.block_until_ready(run(*args))
-    return hosts.typical(lambda: jax.block_until_ready(run(*args))) / x.size
-
-  draw = lambda: (jax.random.normal(jax.random.key(0), SHAPE), jax.random.split(jax.random.key(1)))
-  x, keys = program(draw)()
+  like = jax.ShapeDtypeStruct(SHAPE, np.float32)
+  x = jax.random.normal(jax.random.key(0), SHAPE)
+  keys = jax.random.split(jax.random.key(1), (CALLS, 2))
+  copy = _per_element(hosts, lambda x, _: (_copied(x), None), x, keys)
   with flag("kernels", spec):
     if parse(spec).name in registry.names("compressor"):
-      compressor, like = registry.build("compressor", spec), jax.ShapeDtypeStruct(SHAPE, x.dtype)
-      encode = program(lambda x, keys: compressor.encode(x, *keys))
-      decode = program(lambda payload, keys: compressor.decode(payload, like, keys[0]))
-      encoded = encode(x, keys)
-      both = per_element(encode, x, keys), per_element(decode, encoded, keys)
-      return repr(compressor), Kernel(*both)
+      compressor = registry.build("compressor", spec)
+
+      def encode(carry, key):
+        x = _copied(carry[0])
+        return (x, compressor.encode(x, *key)), None
+
+      def decode(carry, key):
+        payload = jax.tree.map(_copied, carry[1])
+        return (0.9 * carry[0] + compressor.decode(payload, like, key[0]), payload), None
+
+      def neither(carry, _):
+        return (0.9 * carry[0], jax.tree.map(_copied, carry[1])), None
+
+      payload = _program(lambda x, key: compressor.encode(x, *key))(x, keys[0])
+      took = [_per_element(hosts, one, (x, payload), keys) for one in (encode, decode, neither)]
+      return repr(compressor), Kernel(max(0.0, took[0] - copy), max(0.0, took[1] - took[2]))
     aggregator = registry.build("aggregator", spec)
-  run = lambda x, state, keys: aggregator.aggregate(x, state, keys[0])
-  state = program(aggregator.init)(x)
-  return repr(aggregator), Kernel(per_element(program(run), x, state, keys), 0.0)
+
+  def aggregate(carry, key):
+    x, state, _ = carry
+    x = _copied(x)
+    found = aggregator.aggregate(x, state, key[0])
+    return (x, found.state, found.value), None
+
+  state = _program(aggregator.init)(x)
+  took = _per_element(hosts, aggregate, (x, state, x), keys)
+  return repr(aggregator), Kernel(max(0.0, took - copy), 0.0)
 
 
 def arithmetic(hosts: Hosts) -> Kernel:
-  """Measures the seconds per element of arithmetic on whole arrays, that of error feedback."""
+  """Measures the seconds per four bytes that elementwise operations read or write."""
   import jax
-  import jax.numpy as jnp
 
-  from research.analysis import encodings
-  from research.core import registry
+  x = jax.random.normal(jax.random.key(0), SHAPE)
+  add = lambda carry, _: ((0.9 * carry[0] + carry[1], carry[1]), None)
+  return Kernel(_per_element(hosts, add, (x, x), np.zeros(CALLS)) / 3, 0.0)
 
-  spec = "error_feedback(mean())"
-  aggregator = encodings.marked(registry.build("aggregator", spec))
-  x = jax.ShapeDtypeStruct(SHAPE, jnp.float32)
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  one = lambda x, key: aggregator.aggregate(x, aggregator.init(x), key)
-  counted = encodings.counts(jax.make_jaxpr(one, axis_env=[("data", 1)])(x, key))
-  per_element = kernel(hosts, spec)[1].encode
-  return Kernel(per_element * x.size / counted[encodings.ARITHMETIC].encoded, 0.0)
+
+def _per_element(hosts: Hosts, body: Callable[..., Any], carry: Any, each: Any) -> float:
+  """Measures the seconds of one turn of a loop, per element of an array of SHAPE."""
+  import jax
+
+  loop = _program(lambda carry, each: jax.lax.scan(body, carry, each)[0])
+  jax.block_until_ready(loop(carry, each))
+  took = hosts.typical(lambda: jax.block_until_ready(loop(carry, each)))
+  return took / CALLS / math.prod(SHAPE)
+
+
+def _copied(x: Any) -> Any:
+  """Returns x after a collective of one worker, which XLA neither removes nor moves."""
+  from research.comm import collectives
+
+  return collectives.gather(x)[0]
+
+
+def _program(function: Callable[..., Any]) -> Any:
+  """Compiles a function for this process's first device, as the only worker."""
+  import jax
+  from jax.sharding import PartitionSpec as P
+
+  from research.comm import mesh as meshes
+
+  one = meshes.device_mesh({"data": 1}, jax.local_devices()[:1])
+  return jax.jit(jax.shard_map(function, mesh=one, in_specs=P(), out_specs=P(), check_vma=False))

@@ -18,13 +18,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from experiments.benchmarks.constants import QUARTILE
 from experiments.benchmarks.hosts import ROOT, ended, flags_of, netlab, run, tell
 from experiments.benchmarks.on_links import PACE
 from research.comm import counters
 
 Cell = dict[str, Any]
-MODEL = {"task": "mnist()", "model": "mlp(hidden=[512, 512])"}  # 0.67 million parameters
-BATCH = 64  # examples per host and step
+Model = dict[str, Any]  # flags `task` and `model`, and the `batch_size` of one host
+MODEL: Model = {"task": "mnist()", "model": "mlp(hidden=[512, 512])", "batch_size": 64}
 STEPS = 8  # per dispatch
 HOSTS = (2, 4)
 PROBED = "300mbit"
@@ -50,23 +53,24 @@ METHODS = {
 MOST, MEDIAN = 0.15, 0.07  # of the absolute relative errors
 
 
-def config(hosts: int) -> dict[str, Any]:
+def config(hosts: int, model: Model) -> dict[str, Any]:
   """Returns the flags of a run, without the method."""
-  return MODEL | {
+  return model | {
     "executor": "spmd",
     "mesh": f"data:{hosts}",
-    "batch_size": BATCH * hosts,
+    "batch_size": hosts * model["batch_size"],
     "steps": 2**20,
     "steps_per_dispatch": STEPS,
   }
 
 
-def probe(hosts: int, folder: Path) -> dict[str, Any]:
+def probe(hosts: int, model: Model, folder: Path) -> dict[str, Any]:
   """Returns the contents of the probe's file, which is measured if it is not there yet."""
   place = folder / f"probe-{hosts}.json"
   if not place.exists():
     tell(f"probe between {hosts} hosts")
-    flags = flags_of(MODEL | {"batch_size": BATCH * hosts, "out": place, "rate": PROBED})
+    total = hosts * model["batch_size"]
+    flags = flags_of(model | {"batch_size": total, "out": place, "rate": PROBED})
     with tempfile.TemporaryDirectory() as logs:
       launcher = [f"--rate={PROBED}", "--cores_per_host=1", f"--logs={logs}"]
       run(netlab(hosts, launcher, ["probe.py", *flags], "env", "-u", counters.PLACES))
@@ -74,18 +78,19 @@ def probe(hosts: int, folder: Path) -> dict[str, Any]:
 
 
 def cells(
-  hosts: int, methods: Sequence[str], links: Sequence[str], computing: float
+  hosts: int, model: Model, methods: Sequence[str], links: Sequence[str], computing: float
 ) -> Iterator[Cell]:
   """Measures the methods on the links, between hosts of one core each, in a job of its own.
 
   Args:
     hosts: the number of hosts.
+    model: what they train.
     methods: names of METHODS.
     links: the links.
     computing: the probe's seconds of computing per step.
   """
   asked = {
-    "config": config(hosts),
+    "config": config(hosts, model),
     "methods": [METHODS[name] for name in methods],
     "links": list(links),
     "computing": computing,
@@ -104,7 +109,7 @@ def cells(
     for said in process.stdout:
       cell = json.loads(said)
       cell |= {"hosts": hosts, "method": names[cell["method"]], "spec": cell["method"]}
-      cell["measured"] = statistics.median(cell["milliseconds"]) / 1000
+      cell["measured"] = float(np.quantile(cell["milliseconds"], QUARTILE)) / 1000
       tell(f"{hosts} hosts, {cell['link']}, {cell['method']}: {1000 * cell['measured']:.1f} ms")
       yield cell
     if process.wait():
@@ -124,16 +129,17 @@ def measure(out: Path | None) -> tuple[dict[str, Any], list[str]]:
   with tempfile.TemporaryDirectory() as nothing:
     folder = out or Path(nothing)
     folder.mkdir(parents=True, exist_ok=True)
-    found = prediction(folder)
+    found = prediction(folder, MODEL)
     draw(folder / "figure.png", found)
   return summary(found) | {"prediction": found}, table(found)
 
 
-def prediction(folder: Path) -> list[Cell]:
+def prediction(folder: Path, model: Model) -> list[Cell]:
   """Measures the missing cells, and predicts all cells.
 
   Args:
     folder: the folder of the probes' files and the cells.
+    model: what the hosts train.
 
   Returns:
     The cells of all hosts, links and methods, with `measured`, `predicted` and `parts` in seconds.
@@ -142,15 +148,15 @@ def prediction(folder: Path) -> list[Cell]:
 
   done = _stored(folder / "cells.json")
   for hosts in HOSTS:
-    found = probe(hosts, folder)
+    found = probe(hosts, model, folder)
     missing = [(link, m) for link in LINKS for m in METHODS if (hosts, link, m) not in done]
     links = [link for link in LINKS if any(link == one for one, _ in missing)]
     methods = [method for method in METHODS if any(method == one for _, one in missing)]
     computing = found["constants"]["computing"]
-    for cell in cells(hosts, methods, links, computing) if missing else ():
+    for cell in cells(hosts, model, methods, links, computing) if missing else ():
       done[hosts, cell["link"], cell["method"]] = cell
       report.write_json(folder / "cells.json", list(done.values()))
-    _predict([cell for cell in done.values() if cell["hosts"] == hosts], found)
+    _predict([cell for cell in done.values() if cell["hosts"] == hosts], model, found)
   return list(done.values())
 
 
@@ -159,7 +165,7 @@ def _stored(place: Path) -> dict[tuple[int, str, str], Cell]:
   return {(cell["hosts"], cell["link"], cell["method"]): cell for cell in found}
 
 
-def _predict(found: list[Cell], probed: dict[str, Any]) -> None:
+def _predict(found: list[Cell], model: Model, probed: dict[str, Any]) -> None:
   """Adds the predictions to the cells of one number of hosts."""
   from experiments.reports import work
   from research.analysis import network
@@ -169,38 +175,56 @@ def _predict(found: list[Cell], probed: dict[str, Any]) -> None:
   for cell in found:
     spec, hosts = cell["spec"], cell["hosts"]
     if spec not in works:
-      works[spec] = work.of_config(Config(**config(hosts), method=spec))
+      works[spec] = work.of_config(Config(**config(hosts, model), method=spec))
     done = works[spec]
     step = done.step(constants.on(cell["link"]))
     cell |= {"load": done.load._asdict(), "encoding": done.encoding(constants)}
     cell |= {"period": done.period, "delay": done.delay}
     cell |= {"predicted": step.seconds, "parts": step._asdict()}
     cell["error"] = step.seconds / cell["measured"] - 1
+    cell["median"] = statistics.median(cell["milliseconds"]) / 1000
 
 
 def summary(found: Sequence[Cell]) -> dict[str, Any]:
-  """Returns the errors of all cells, and whether they satisfy the gate."""
-  errors = [abs(cell["error"]) for cell in found]
+  """Returns the errors of all cells, and whether they satisfy the gate.
+
+  The errors of the medians are for comparison: a measured time is a lower quartile of dispatches,
+  as in the probe, because other programs can only make them longer.
+  """
   wanted = len(HOSTS) * len(LINKS) * len(METHODS)
+  errors = _summary([abs(cell["error"]) for cell in found])
+  of_medians = _summary([abs(cell["predicted"] / cell["median"] - 1) for cell in found])
+  holds = errors["largest_error"] <= MOST and errors["median_error"] <= MEDIAN
   return {
     "cells": len(found),
     "wanted": wanted,
+    **errors,
+    "of_medians": of_medians,
+    "holds": len(found) == wanted and holds,
+  }
+
+
+def _summary(errors: Sequence[float]) -> dict[str, Any]:
+  return {
     "median_error": statistics.median(errors),
     "largest_error": max(errors),
     "above": sum(error > MOST for error in errors),
-    "holds": len(found) == wanted and max(errors) <= MOST and statistics.median(errors) <= MEDIAN,
   }
 
 
 def table(found: Sequence[Cell]) -> list[str]:
   """Formats the Markdown table: measured and predicted milliseconds, and the error."""
   total = summary(found)
+  medians = total["of_medians"]
   lines = [
     f"{total['cells']} of {total['wanted']} cells: the median error is "
     f"{total['median_error']:.1%} (gate: at most {MEDIAN:.0%}), "
     f"the largest {total['largest_error']:.1%} (gate: at most {MOST:.0%}); "
     f"{total['above']} cells are above {MOST:.0%}. The gate "
     f"{'holds' if total['holds'] else 'does not hold'}.\n",
+    "A measured time is the lower quartile of the dispatches, as in the probe. Relative to their "
+    f"median, the median error is {medians['median_error']:.1%} and the largest "
+    f"{medians['largest_error']:.1%}; {medians['above']} cells are above {MOST:.0%}.\n",
     "Milliseconds per local step, measured / predicted (error):\n",
     "| method | hosts | " + " | ".join(LINKS) + " |",
     "|---" * (2 + len(LINKS)) + "|",
@@ -208,7 +232,7 @@ def table(found: Sequence[Cell]) -> list[str]:
   if paces := [pace for cell in found for pace in cell.get("paces", [])]:
     near = sum(abs(pace - 1) <= PACE for pace in paces) / len(paces)
     lines.insert(
-      1,
+      2,
       f"In {near:.0%} of the turns, a step without exchanges took as long as in the probe, within "
       f"{PACE:.0%}; the median turn took {statistics.median(paces):.2f} times as long.\n",
     )

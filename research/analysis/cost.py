@@ -10,10 +10,11 @@ A step is the computation of the slowest worker, the encoding of messages, the w
 message, and the time of the link:
 
     host = hops message     link = hops latency + max(byte sent, 8 sent / rate - credit)
-    credit = min(8 burst / rate, time in which the link is idle)
+    credit = min(full, computing + host) + min(hops full, encoding)     full = 8 burst / rate
 
 The hosts copy and the link transmits at the same time, so the slower one counts. The credit is that
-of a token bucket, which fills while the workers compute. If the method allows its exchange to
+of a token bucket, which fills while the workers compute, until it is full, and while they encode
+between the messages of an exchange. If the method allows its exchange to
 overlap with local steps, the link's time counts only as far as they do not hide it (`exposed`); the
 work of hosts on messages is never hidden. Every leaf of the tree is one message, unless the
 program fuses leaves. Every worker's link is full duplex, and an exchange loads both directions
@@ -43,16 +44,20 @@ class Load(NamedTuple):
     """Returns the seconds of a host's work on messages."""
     return self.hops * network.message
 
-  def link(self, network: Network, idle: float = 0.0, period: float = 1) -> float:
+  def link(
+    self, network: Network, idle: float = 0.0, between: float = 0.0, period: float = 1
+  ) -> float:
     """Returns the seconds of the link.
 
     Args:
       network: the network.
-      idle: seconds per local step for which the link is idle.
+      idle: seconds per local step for which the link is idle before an exchange.
+      between: seconds per local step for which it is idle between the messages of an exchange.
       period: local steps from one exchange to the next.
     """
     rate = network.bits_per_second
-    saved = min(8 * network.burst / rate / period, idle) if math.isfinite(rate) else 0.0
+    full = 8 * network.burst / rate if math.isfinite(rate) else 0.0
+    saved = min(full / period, idle) + min(self.hops * full, between)
     carried = max(self.sent * network.byte, 8 * self.sent / rate - saved)
     return self.hops * network.latency + carried
 
@@ -145,7 +150,7 @@ def step(
   """
   slowest = waiting.slowest(computing, network.spread, workers, period)
   host = sent.host(network)
-  link = sent.link(network, slowest + encoding + host, period)
+  link = sent.link(network, slowest + host, encoding, period)
   return Step(slowest, encoding, host, link, exposed(link, slowest, period, delay))
 
 

@@ -3,8 +3,10 @@
 The compressors of a method, and its aggregators that contain no others, are replaced by objects
 that call the original ones in functions with a known name. The calls stay visible in the traced
 program, with the shapes of their arrays and inside the loops that repeat them. What remains is
-arithmetic on whole arrays, such as that of error feedback, whose results are counted under the name
-ARITHMETIC. The program is traced, not run.
+arithmetic on whole arrays, such as that of error feedback. `fusion` says how much it reads and
+writes; that is counted under the name ARITHMETIC. XLA fuses decoding with the operation that needs
+the decoded array, so decoding is counted with its result, which is not read again. The program is
+traced, not run.
 """
 
 import dataclasses
@@ -15,19 +17,14 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
+from research.analysis import fusion
 from research.analysis.network import Kernel
 from research.analysis.rounds import programs
 from research.core.base import EVERYONE, Aggregator, Compressor
 from research.core.part import Part
 
-ARITHMETIC = "arithmetic"  # elementwise operations and sums outside of all kernels
+ARITHMETIC = "arithmetic"  # four bytes that operations outside of all kernels read or write
 _MARK = "kernel "
-_OPERATIONS = {
-  *("add", "add_any", "sub", "mul", "div", "neg", "max", "min", "abs", "sign", "square", "sqrt"),
-  *("rsqrt", "exp", "log", "pow", "integer_pow", "select_n", "clamp", "round", "floor"),
-  *("ge", "gt", "le", "lt", "eq", "ne", "and", "or", "xor", "not", "convert_element_type"),
-  *("reduce_sum", "reduce_max", "reduce_min"),
-}
 
 
 class Count(NamedTuple):
@@ -121,15 +118,18 @@ def counts(program: core.ClosedJaxpr) -> dict[str, Count]:
   Returns:
     The counts by the compressors' specs.
   """
+  flat = fusion.flat(program, _MARK)
   found: dict[str, Count] = {}
-  for eqn in program.jaxpr.eqns:
+  decoded = f"{_MARK}decode "
+  calls = [one for one in flat.operations if str(one.eqn.params.get("name")).startswith(decoded)]
+  if moved := fusion.traffic(flat, {value for one in calls for value in one.outputs}):
+    found[ARITHMETIC] = Count(moved / 4, 0)
+  for operation in flat.operations:
+    eqn = operation.eqn
     name = str(eqn.params.get("name", ""))
     if name.startswith(_MARK):
       _add(found, _of_kernel(eqn, *name.removeprefix(_MARK).split(" ", 1)), 1)
       continue
-    if eqn.primitive.name in _OPERATIONS:
-      size = max(math.prod(x.aval.shape) for x in (*eqn.invars, *eqn.outvars))
-      _add(found, {ARITHMETIC: Count(size, 0)}, 1)
     inner = [counts(one) for one in programs(eqn)]
     if eqn.primitive.name == "cond":
       inner = [max(inner, key=lambda one: sum(map(sum, one.values())), default={})]
