@@ -95,9 +95,9 @@ def of_wire() -> tuple[dict[str, Any], list[str]]:
 
 
 def of_overlap() -> tuple[dict[str, Any], list[str]]:
-  """Measures the fraction of an exchange between two hosts that overlaps with computation."""
-  rows = overlap.overlap(FLAGS.cases, FLAGS.repeats)
-  return {"overlap": rows}, overlap.overlap_table(rows)
+  """Measures exchanges that overlap with computation, and compares them with PyTorch's."""
+  has_torch = importlib.util.find_spec("torch") is not None
+  return overlap.measure(FLAGS.cases, FLAGS.repeats, has_torch)
 
 
 def of_network() -> tuple[dict[str, Any], list[str]]:
@@ -115,7 +115,7 @@ def main(argv: list[str]) -> None:
     "loop": loop,
     "server": servers.CASES,
     "hosts": tuple(speed.PAIRS),
-    "overlap": tuple(overlap.METHODS),
+    "overlap": overlap.CASES,
     "applications": tuple(applications.CASES),
     "peers": tuple(peers.CASES),
     "internet": tuple(internet.VALUES),

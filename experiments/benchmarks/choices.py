@@ -1,11 +1,11 @@
 """Compares the advisor's first choice with the best measured method, for several models.
 
-This is bench.py's suite advice. A place is a model, a number of hosts and a link, each measured as in
-prediction.py; its first model is that of the suite prediction, whose record is used. A case is a
-place and a set of methods to choose from. The choice is the method with the least predicted time, and
-is good if its measured time is within a tenth of the least measured one. In the set "to the target",
-both times are multiplied by the recorded ratio of steps. No link is the one on which the constants
-were fitted.
+This is bench.py's suite advice. A place is a model, a number of hosts and a link, each measured as
+in prediction.py; the cells of the first model are those of the recorded suite prediction. A case is
+a place and a set of methods to choose from. The choice is the method with the least predicted time,
+and is good if its measured time is within a tenth of the least measured one. In the set "to the
+target", both times are multiplied by the recorded ratio of steps. No link is the one on which the
+constants were fitted.
 """
 
 import itertools

@@ -163,36 +163,36 @@ def kernel(hosts: Hosts, spec: str) -> tuple[str, Kernel]:
 
   like = jax.ShapeDtypeStruct(SHAPE, np.float32)
   x = jax.random.normal(jax.random.key(0), SHAPE)
-  keys = jax.random.split(jax.random.key(1), (CALLS, 2))
-  copy = _per_element(hosts, lambda x, _: (_copied(x), None), x, keys)
+  each = (np.arange(CALLS), jax.random.split(jax.random.key(1), (CALLS, 2)))
+  copy = _per_element(hosts, lambda x, turn: (_copied(x, turn), None), x, each)
   with flag("kernels", spec):
     if parse(spec).name in registry.names("compressor"):
       compressor = registry.build("compressor", spec)
 
-      def encode(carry, key):
-        x = _copied(carry[0])
-        return (x, compressor.encode(x, *key)), None
+      def encode(carry, turn):
+        x = _copied(carry[0], turn)
+        return (x, compressor.encode(x, *turn[1])), None
 
-      def decode(carry, key):
-        payload = jax.tree.map(_copied, carry[1])
-        return (0.9 * carry[0] + compressor.decode(payload, like, key[0]), payload), None
+      def decode(carry, turn):
+        payload = jax.tree.map(lambda x: _copied(x, turn), carry[1])
+        return (0.9 * carry[0] + compressor.decode(payload, like, turn[1][0]), payload), None
 
-      def neither(carry, _):
-        return (0.9 * carry[0], jax.tree.map(_copied, carry[1])), None
+      def neither(carry, turn):
+        return (0.9 * carry[0], jax.tree.map(lambda x: _copied(x, turn), carry[1])), None
 
-      payload = _program(lambda x, key: compressor.encode(x, *key))(x, keys[0])
-      took = [_per_element(hosts, one, (x, payload), keys) for one in (encode, decode, neither)]
+      payload = _program(lambda x, key: compressor.encode(x, *key))(x, each[1][0])
+      took = [_per_element(hosts, one, (x, payload), each) for one in (encode, decode, neither)]
       return repr(compressor), Kernel(max(0.0, took[0] - copy), max(0.0, took[1] - took[2]))
     aggregator = registry.build("aggregator", spec)
 
-  def aggregate(carry, key):
+  def aggregate(carry, turn):
     x, state, _ = carry
-    x = _copied(x)
-    found = aggregator.aggregate(x, state, key[0])
+    x = _copied(x, turn)
+    found = aggregator.aggregate(x, state, turn[1][0])
     return (x, found.state, found.value), None
 
   state = _program(aggregator.init)(x)
-  took = _per_element(hosts, aggregate, (x, state, x), keys)
+  took = _per_element(hosts, aggregate, (x, state, x), each)
   return repr(aggregator), Kernel(max(0.0, took - copy), 0.0)
 
 
@@ -215,11 +215,12 @@ def _per_element(hosts: Hosts, body: Callable[..., Any], carry: Any, each: Any) 
   return took / CALLS / math.prod(SHAPE)
 
 
-def _copied(x: Any) -> Any:
-  """Returns x after a collective of one worker, which XLA neither removes nor moves."""
-  from research.comm import collectives
+def _copied(x: Any, turn: Any) -> Any:
+  """Returns x in other memory; no operation before it is fused with one after it, or left out."""
+  import jax
+  import jax.numpy as jnp
 
-  return collectives.gather(x)[0]
+  return jax.lax.cond(turn[0] >= 0, jnp.copy, jnp.flip, x)
 
 
 def _program(function: Callable[..., Any]) -> Any:

@@ -3,6 +3,10 @@
 This is bench.py's suite overlap. Each method runs with `spmd` and `overlapped` in turn, on links of
 several rates. The limit is the larger of two times: that of computing alone, and that of the
 exchange alone; the overlapped run measures both times at its end, in the same processes.
+
+DistributedDataParallel of PyTorch overlaps the exchange of gradients with the backward pass. It is
+compared, in turn, with the methods that send as many bytes in every step, and with a late method
+that compresses what it sends after several local steps, by the time to a test accuracy.
 """
 
 import itertools
@@ -13,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.benchmarks import speed
 from experiments.benchmarks.hosts import MODEL, flags_of, netlab, run, tell
 
 RATES = ("1gbit", "200mbit", "100mbit")
@@ -27,6 +32,43 @@ METHODS = {
 }
 MOST = {"float32": 1.10, "int8": 1.20}  # maximum time relative to the limit
 STEPS, DISPATCH = 480, 80
+PEERS = ("dense", "two_phase(bf16)")  # keys of `speed.PAIRS`
+TARGET = "target"
+LATE = (
+  f"late(diloco(sgd(0.1), {OUTER}, error_feedback(gather_mean(block_top_k())), period=8), delay=8)"
+)
+SLOW = "100mbit"
+SOONER = 60  # times as soon as PyTorch, at least
+CASES = (*METHODS, *PEERS, TARGET)
+
+
+def measure(
+  cases: Sequence[str], repeats: int, has_torch: bool
+) -> tuple[dict[str, Any], list[str]]:
+  """Measures the selected cases.
+
+  Args:
+    cases: names of CASES.
+    repeats: the number of turns.
+    has_torch: whether PyTorch is installed; without it, it is left out, and so is the target.
+
+  Returns:
+    The contents of result.json, and the lines of table.md.
+  """
+  result: dict[str, Any] = {}
+  lines: list[str] = []
+  if methods := [name for name in cases if name in METHODS]:
+    result["overlap"] = overlap(methods, repeats)
+    lines += overlap_table(result["overlap"])
+  if peers := [name for name in cases if name in PEERS]:
+    pairs = itertools.product(RATES, peers)
+    result["peers"] = [speed.pair(name, rate, repeats, has_torch) for rate, name in pairs]
+    lines += ["", "The exchange in every step, next to PyTorch's:", ""]
+    lines += speed.speed_table(result["peers"])
+  if TARGET in cases and has_torch:
+    result["target"] = to_target(repeats)
+    lines += target_lines(result["target"])
+  return result, lines
 
 
 def overlap(methods: Sequence[str], repeats: int) -> list[dict[str, Any]]:
@@ -41,6 +83,39 @@ def overlap(methods: Sequence[str], repeats: int) -> list[dict[str, Any]]:
         tell(f"{rate}, {method}, {executor}: {took:.1f} ms per step")
     found.append({"rate": rate, "method": method, "spec": METHODS[method], **turns})
   return found
+
+
+def to_target(repeats: int) -> dict[str, Any]:
+  """Measures the late method and PyTorch's exact average, in turn, and counts their steps."""
+  torch = ["peers_torch.py", "dense", str(speed.RATES[SLOW]), str(speed.SPEED_DISPATCH)]
+  ours: list[float] = []
+  theirs: list[float] = []
+  for _ in range(repeats):
+    ours.append(_run(LATE, "overlapped", SLOW)["step"])
+    theirs.append(statistics.median(speed.of_program(torch, SLOW)["milliseconds"]))
+    tell(f"{SLOW}, late: {ours[-1]:.1f} ms per step; PyTorch: {theirs[-1]:.1f}")
+  until = ["peers_torch.py", "dense", str(speed.MOST), str(speed.SPEED_DISPATCH), str(speed.TARGET)]
+  found: dict[str, Any] = {
+    "ours": {"milliseconds": ours, "steps": speed.steps_to_target(LATE)},
+    "torch": {"milliseconds": theirs, "steps": speed.of_program(until, "")["steps"]},
+  }
+  for one in found.values():
+    one["seconds"] = one["steps"] * statistics.median(one["milliseconds"]) / 1000
+  return {"spec": LATE, **found, "sooner": found["torch"]["seconds"] / found["ours"]["seconds"]}
+
+
+def target_lines(found: dict[str, Any]) -> list[str]:
+  """Formats the time to the accuracy as lines of Markdown."""
+  text = lambda one: (
+    f"{one['steps']} steps of {statistics.median(one['milliseconds']):.1f} ms, "
+    f"{one['seconds']:.1f} s"
+  )
+  return [
+    "",
+    f"To {speed.TARGET:.0%} of MNIST's test images at {SLOW}, training alone: "
+    f"{text(found['ours'])} with `{found['spec']}`; {text(found['torch'])} with PyTorch and the "
+    f"exact average. That is {found['sooner']:.0f} times sooner (goal: at least {SOONER}).",
+  ]
 
 
 def _run(spec: str, executor: str, rate: str) -> dict[str, Any]:

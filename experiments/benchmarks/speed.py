@@ -19,7 +19,8 @@ from research.comm import counters
 from research.training.config import Config
 
 # Link rates, with the number of steps at each rate; steps at 100 Mbit/s are slower.
-RATES = {"": 160, "1gbit": 160, "100mbit": 64}
+RATES = {"": 160, "1gbit": 160, "200mbit": 96, "100mbit": 64}
+SPEED_RATES = ("", "1gbit", "100mbit")
 SPEED_DISPATCH = 8
 PAIRS: dict[str, tuple[str, str | None, str | None]] = {  # ours, by hand, in PyTorch
   "dense": ("dense", "dense", "dense"),
@@ -34,20 +35,29 @@ PAIRS: dict[str, tuple[str, str | None, str | None]] = {  # ours, by hand, in Py
 def speed(methods: Sequence[str], repeats: int, has_torch: bool) -> list[dict[str, Any]]:
   """Measures the milliseconds per step of all programs in turn, on two hosts of one core each."""
   return [
-    _speed(method, rate, repeats, has_torch) for rate, method in itertools.product(RATES, methods)
+    pair(method, rate, repeats, has_torch)
+    for rate, method in itertools.product(SPEED_RATES, methods)
   ]
 
 
-def _speed(method: str, rate: str, repeats: int, has_torch: bool) -> dict[str, Any]:
+def pair(method: str, rate: str, repeats: int, has_torch: bool) -> dict[str, Any]:
+  """Measures the milliseconds per step of a method's programs in turn.
+
+  Args:
+    method: a key of PAIRS.
+    rate: a key of RATES.
+    repeats: the number of turns.
+    has_torch: whether PyTorch is installed.
+  """
   ours, by_hand, torch = PAIRS[method]
   programs: dict[str, Callable[[], list[float]]] = {}
   programs["ours"] = lambda: of_loop(METHODS[ours], rate)
   if by_hand:
     line = ["by_hand_hosts.py", by_hand, str(RATES[rate]), str(SPEED_DISPATCH)]
-    programs["by_hand"] = lambda: _of_program(line, rate)["milliseconds"]
+    programs["by_hand"] = lambda: of_program(line, rate)["milliseconds"]
   if torch and has_torch:
     other = ["peers_torch.py", torch, str(RATES[rate]), str(SPEED_DISPATCH)]
-    programs["torch"] = lambda: _of_program(other, rate)["milliseconds"]
+    programs["torch"] = lambda: of_program(other, rate)["milliseconds"]
   found: dict[str, list[float]] = {name: [] for name in programs}
   stolen: dict[str, list[float]] = {name: [] for name in programs}
   for turn in range(repeats):
@@ -89,7 +99,7 @@ def _config(spec: str, steps: int) -> dict[str, Any]:
   return config | {"eval_every": 0, "check_every": 0, "checkpoint_every": 0}
 
 
-def _of_program(line: Sequence[str], rate: str) -> dict[str, Any]:
+def of_program(line: Sequence[str], rate: str) -> dict[str, Any]:
   """Runs a program, and parses the printed JSON."""
   with tempfile.TemporaryDirectory() as folder:
     printed = run(netlab(2, shaped(rate, folder), line))
@@ -118,7 +128,7 @@ def to_target(speeds: list[dict[str, Any]], has_torch: bool) -> list[dict[str, A
     steps = {"ours": steps_to_target(METHODS[ours])}
     if torch and has_torch:
       line = ["peers_torch.py", torch, str(MOST), str(SPEED_DISPATCH), str(TARGET)]
-      steps["torch"] = _of_program(line, "")["steps"]
+      steps["torch"] = of_program(line, "")["steps"]
     for name, count in steps.items():
       milliseconds = statistics.median(row["milliseconds"][name])
       seconds = count * milliseconds / 1000

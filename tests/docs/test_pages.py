@@ -162,7 +162,7 @@ def check_bench(flags: dict[str, str]) -> None:
   loop = {*pairs.CASES, *bench.OTHERS}
   known = {"loop": loop, "server": {*servers.CASES}, "hosts": {*speed.PAIRS}}
   known |= {"applications": {*applications.CASES}, "peers": {*peers.CASES}}
-  known = (known | {"overlap": {*overlap.METHODS}}).get(suite, set())
+  known = (known | {"overlap": {*overlap.CASES}}).get(suite, set())
   cases = [case for case in flags.get("cases", "").split(",") if case]
   assert {*cases} <= known or not cases or PLACEHOLDER.fullmatch(flags["cases"])
 
