@@ -41,8 +41,8 @@ SUBJECTS = {
     "perceptron, 51 thousand parameters, 64 images",
   ),
   "convolution": Subject(
-    {"task": "mnist()", "model": "cnn()", "batch_size": 16},
-    "convolutions, 0.42 million parameters, 16 images",
+    {"task": "mnist()", "model": "cnn()", "batch_size": 8},
+    "convolutions, 0.42 million parameters, 8 images",
   ),
 }
 WITHIN, SHARE, LEAST = 1.10, 0.90, 30
