@@ -50,12 +50,9 @@ def measured(config: Config, rate: str) -> dict[str, Any]:
   Raises:
     UsageError: if a flag is invalid.
   """
-  from research.analysis import encodings
-
   hosts = measure.Hosts()
   steps = measure.computing(hosts, config)
-  kernels = dict(measure.kernel(hosts, spec) for spec in split(FLAGS.kernels))
-  kernels[encodings.ARITHMETIC] = measure.arithmetic(hosts)
+  kernels = measure.kernels(hosts, split(FLAGS.kernels))
   samples = measure.exchanges(hosts) if hosts.count > 1 else []
   found = fitting.fitted(samples, FLAGS.limited) if samples else fitting.Fit(Network(), [])
   constants = found.network.replace(

@@ -3,8 +3,8 @@
 import itertools
 import math
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,7 +18,8 @@ SIZES = (2**12, 2**16, 2**18, 2**20, 3 * 2**20)  # bytes that a worker puts into
 PAUSE = 0.1  # seconds, in which an idle link saves up its burst; TCP starts anew after 0.2
 LONG = 2**18  # bytes from which on a collective is also measured after pauses
 TURNS = (3, 25)  # smallest and largest number of measurements of the same thing
-SECONDS = 1.0  # for one collective of one size
+SECONDS = 1.0  # for one collective of one size, or for one kernel
+PARTS = 2  # into which these seconds are divided, with the other measurements between them
 QUARTILE = 0.25  # of the times, because other programs can only make them longer
 STEPS = 8  # per dispatch of the computation
 OPERATIONS = ("all-reduce", "all-gather", "all-to-all", "permute")
@@ -81,9 +82,17 @@ class Hosts:
 
   def typical(self, run: Callable[[], Any], pause: float = 0.0) -> float:
     """Returns the lower quartile of the slowest process's seconds."""
-    first = self.timed(run, 1, pause).max()
-    turns = int(np.clip(SECONDS / (first + pause), *TURNS))
-    return float(np.quantile(self.timed(run, turns, pause).max(0), QUARTILE))
+    return self.typicals([run], pause)[0]
+
+  def typicals(self, runs: Sequence[Callable[[], Any]], pause: float = 0.0) -> list[float]:
+    """Returns `typical` of each run; the runs take turns, so that a disturbance hits all alike."""
+    found: list[list[np.ndarray]] = [[] for _ in runs]
+    for part, (run, mine) in itertools.product(range(PARTS), zip(runs, found, strict=True)):
+      if part == 0:
+        mine.append(self.timed(run, 1, pause))
+      turns = int(np.clip(SECONDS / (mine[0].max() + pause), *TURNS))
+      mine.append(self.timed(run, -(-turns // PARTS), pause))
+    return [float(np.quantile(np.hstack(mine[1:]).max(0), QUARTILE)) for mine in found]
 
 
 def exchange(operation: str, count: int) -> Callable[[Any], Any]:
@@ -144,75 +153,93 @@ def computing(hosts: Hosts, config: Config) -> np.ndarray:
   return hosts.timed(steps, TURNS[1]) / STEPS
 
 
-def kernel(hosts: Hosts, spec: str) -> tuple[str, Kernel]:
-  """Measures the seconds per element of a compressor, or of an aggregator with one worker.
+class Loops(NamedTuple):
+  """Compiled loops over a kernel, and how its constants follow from their seconds per element."""
 
-  The calls are in a loop, as in the training program, which allocates no memory for each of them.
-  What is decoded is added to an array, and the time of scaling this array is deducted.
+  name: str
+  runs: list[Callable[[], Any]]
+  kernel: Callable[[list[float], float], Kernel]  # the runs' seconds, those of copying -> constants
+
+
+def kernels(hosts: Hosts, specs: Sequence[str]) -> dict[str, Kernel]:
+  """Measures compressors, aggregators with one worker, and elementwise arithmetic.
+
+  The calls are in loops, as in the training program, which allocates no memory for each of them.
 
   Returns:
-    The spec as the object itself writes it, and the seconds.
+    The seconds per element by the spec as the object itself writes it; those of arithmetic are per
+    four bytes that are read or written.
 
   Raises:
-    UsageError: if neither a compressor nor an aggregator has this spec.
+    UsageError: if neither a compressor nor an aggregator has one of the specs.
+  """
+  import jax
+
+  from research.analysis import encodings
+
+  x = jax.random.normal(jax.random.key(0), SHAPE)
+  each = (np.arange(CALLS), jax.random.split(jax.random.key(1), (CALLS, 2)))
+  copy = _loop(lambda x, turn: (_copied(x, turn), None), x, each)
+  add = _loop(lambda both, _: ((0.9 * both[0] + both[1], both[1]), None), (x, x), each)
+  arithmetic = Loops(encodings.ARITHMETIC, [add], lambda took, _: Kernel(took[0] / 3, 0.0))
+  found = [arithmetic, *(_loops(spec, x, each) for spec in specs)]
+  took = iter(hosts.typicals([copy, *(run for one in found for run in one.runs)]))
+  element = lambda: next(took) / CALLS / math.prod(SHAPE)
+  copying = element()
+  return {one.name: one.kernel([element() for _ in one.runs], copying) for one in found}
+
+
+def _loops(spec: str, x: Any, each: Any) -> Loops:
+  """Compiles the loops over a compressor or an aggregator.
+
+  What is decoded is added to an array, and the time of scaling this array is deducted.
   """
   import jax
 
   from research.core import registry
   from research.core.spec import parse
 
-  like = jax.ShapeDtypeStruct(SHAPE, np.float32)
-  x = jax.random.normal(jax.random.key(0), SHAPE)
-  each = (np.arange(CALLS), jax.random.split(jax.random.key(1), (CALLS, 2)))
-  copy = _per_element(hosts, lambda x, turn: (_copied(x, turn), None), x, each)
   with flag("kernels", spec):
-    if parse(spec).name in registry.names("compressor"):
-      compressor = registry.build("compressor", spec)
+    if parse(spec).name not in registry.names("compressor"):
+      return _aggregator_loops(registry.build("aggregator", spec), x, each)
+    compressor = registry.build("compressor", spec)
 
-      def encode(carry, turn):
-        x = _copied(carry[0], turn)
-        return (x, compressor.encode(x, *turn[1])), None
+    def encode(carry, turn):
+      x = _copied(carry[0], turn)
+      return (x, compressor.encode(x, *turn[1])), None
 
-      def decode(carry, turn):
-        payload = jax.tree.map(lambda x: _copied(x, turn), carry[1])
-        return (0.9 * carry[0] + compressor.decode(payload, like, turn[1][0]), payload), None
+    def decode(carry, turn):
+      payload = jax.tree.map(lambda x: _copied(x, turn), carry[1])
+      return (0.9 * carry[0] + compressor.decode(payload, like, turn[1][0]), payload), None
 
-      def neither(carry, turn):
-        return (0.9 * carry[0], jax.tree.map(lambda x: _copied(x, turn), carry[1])), None
+    def neither(carry, turn):
+      return (0.9 * carry[0], jax.tree.map(lambda x: _copied(x, turn), carry[1])), None
 
-      payload = _program(lambda x, key: compressor.encode(x, *key))(x, each[1][0])
-      took = [_per_element(hosts, one, (x, payload), each) for one in (encode, decode, neither)]
-      return repr(compressor), Kernel(max(0.0, took[0] - copy), max(0.0, took[1] - took[2]))
-    aggregator = registry.build("aggregator", spec)
+    like = jax.ShapeDtypeStruct(SHAPE, x.dtype)
+    payload = _program(lambda x, key: compressor.encode(x, *key))(x, each[1][0])
+    runs = [_loop(body, (x, payload), each) for body in (encode, decode, neither)]
+    of = lambda took, copy: Kernel(max(0.0, took[0] - copy), max(0.0, took[1] - took[2]))
+    return Loops(repr(compressor), runs, of)
 
+
+def _aggregator_loops(aggregator: Any, x: Any, each: Any) -> Loops:
   def aggregate(carry, turn):
     x, state, _ = carry
     x = _copied(x, turn)
     found = aggregator.aggregate(x, state, turn[1][0])
     return (x, found.state, found.value), None
 
-  state = _program(aggregator.init)(x)
-  took = _per_element(hosts, aggregate, (x, state, x), each)
-  return repr(aggregator), Kernel(max(0.0, took - copy), 0.0)
+  run = _loop(aggregate, (x, _program(aggregator.init)(x), x), each)
+  return Loops(repr(aggregator), [run], lambda took, copy: Kernel(max(0.0, took[0] - copy), 0.0))
 
 
-def arithmetic(hosts: Hosts) -> Kernel:
-  """Measures the seconds per four bytes that elementwise operations read or write."""
-  import jax
-
-  x = jax.random.normal(jax.random.key(0), SHAPE)
-  add = lambda carry, _: ((0.9 * carry[0] + carry[1], carry[1]), None)
-  return Kernel(_per_element(hosts, add, (x, x), np.zeros(CALLS)) / 3, 0.0)
-
-
-def _per_element(hosts: Hosts, body: Callable[..., Any], carry: Any, each: Any) -> float:
-  """Measures the seconds of one turn of a loop, per element of an array of SHAPE."""
+def _loop(body: Callable[..., Any], carry: Any, each: Any) -> Callable[[], Any]:
+  """Compiles a loop of CALLS turns; each call runs it."""
   import jax
 
   loop = _program(lambda carry, each: jax.lax.scan(body, carry, each)[0])
   jax.block_until_ready(loop(carry, each))
-  took = hosts.typical(lambda: jax.block_until_ready(loop(carry, each)))
-  return took / CALLS / math.prod(SHAPE)
+  return lambda: jax.block_until_ready(loop(carry, each))
 
 
 def _copied(x: Any, turn: Any) -> Any:
