@@ -8,6 +8,7 @@ target", both times are multiplied by the recorded ratio of steps. No link is th
 constants were fitted.
 """
 
+import collections
 import itertools
 import json
 import tempfile
@@ -64,7 +65,7 @@ SETS = {
 
 
 def choices(subject: str, cells: Sequence[Cell], probes: Mapping[int, Network]) -> list[Case]:
-  """Returns one row per case of a model.
+  """Returns one row per case of a model, in the places where all methods were measured.
 
   Args:
     subject: a name of SUBJECTS.
@@ -72,8 +73,9 @@ def choices(subject: str, cells: Sequence[Cell], probes: Mapping[int, Network]) 
     probes: the constants by number of hosts.
   """
   known = {name: evidence.READERS[key]() for name, key in RATIOS.items()}
-  places = dict.fromkeys((cell["hosts"], cell["link"]) for cell in cells)
   by_place = {(cell["hosts"], cell["link"], cell["method"]): cell for cell in cells}
+  number = collections.Counter((cell["hosts"], cell["link"]) for cell in cells)
+  places = [place for place, count in number.items() if count == len(METHODS)]
   found = []
   for (hosts, link), (among, members) in itertools.product(places, SETS.items()):
     ratio = lambda name, among=among: known[name].ratio if among == TO_TARGET else 1.0
