@@ -53,10 +53,10 @@ def pair(method: str, rate: str, repeats: int, has_torch: bool) -> dict[str, Any
   programs: dict[str, Callable[[], list[float]]] = {}
   programs["ours"] = lambda: of_loop(METHODS[ours], rate)
   if by_hand:
-    line = ["by_hand_hosts.py", by_hand, str(RATES[rate]), str(SPEED_DISPATCH)]
+    line = ["baselines/by_hand_hosts.py", by_hand, str(RATES[rate]), str(SPEED_DISPATCH)]
     programs["by_hand"] = lambda: of_program(line, rate)["milliseconds"]
   if torch and has_torch:
-    other = ["peers_torch.py", torch, str(RATES[rate]), str(SPEED_DISPATCH)]
+    other = ["baselines/peers_torch.py", torch, str(RATES[rate]), str(SPEED_DISPATCH)]
     programs["torch"] = lambda: of_program(other, rate)["milliseconds"]
   found: dict[str, list[float]] = {name: [] for name in programs}
   stolen: dict[str, list[float]] = {name: [] for name in programs}
@@ -127,7 +127,7 @@ def to_target(speeds: list[dict[str, Any]], has_torch: bool) -> list[dict[str, A
     (row,) = [row for row in speeds if row["rate"] == SLOW and row["method"] == method]
     steps = {"ours": steps_to_target(METHODS[ours])}
     if torch and has_torch:
-      line = ["peers_torch.py", torch, str(MOST), str(SPEED_DISPATCH), str(TARGET)]
+      line = ["baselines/peers_torch.py", torch, str(MOST), str(SPEED_DISPATCH), str(TARGET)]
       steps["torch"] = of_program(line, "")["steps"]
     for name, count in steps.items():
       milliseconds = statistics.median(row["milliseconds"][name])
