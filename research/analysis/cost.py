@@ -14,11 +14,11 @@ message, and the time of the link:
 
 The hosts copy and the link transmits at the same time, so the slower one counts. The credit is that
 of a token bucket, which fills while the workers compute, until it is full, and while they encode
-between the messages of an exchange. If the method allows its exchange to
-overlap with local steps, the link's time counts only as far as they do not hide it (`exposed`); the
-work of hosts on messages is never hidden. Every leaf of the tree is one message, unless the
-program fuses leaves. Every worker's link is full duplex, and an exchange loads both directions
-alike. A library that uses tree algorithms for short messages needs fewer hops for such messages.
+between the messages of an exchange. If the method allows its exchange to overlap with local steps,
+the link's time counts only as far as they do not hide it (`exposed`); the work of hosts on messages
+is never hidden. Every leaf of the tree is one message, unless the program fuses leaves. Every
+worker's link is full duplex, and an exchange loads both directions alike. A library that uses tree
+algorithms for short messages needs fewer hops for such messages.
 
 References:
   Hockney, 1994, "The communication challenge for MPP: Intel Paragon and Meiko CS-2", Parallel

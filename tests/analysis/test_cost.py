@@ -127,6 +127,8 @@ def test_an_idle_link_saves_up_a_burst():
   assert saved(100.0, period=10) == pytest.approx(0.01)  # the exchange of ten steps saves it once
   assert saved(1e6, computing=0.3) == pytest.approx(0.3 + 0.04)  # it fills in the time there is
   assert saved(1e6) == pytest.approx(0.9)  # latency and copying remain
+  assert saved(100.0, encoding=0.3) == pytest.approx(0.1 + 0.3)  # and between messages
+  assert saved(10.0, encoding=0.3) == pytest.approx(0.01 + 4 * 0.01)  # once per message
   long = step(MACHINE.replace(burst=1e9), SENT._replace(sent=1e5), computing=0.0)
   assert long.seconds == pytest.approx(8e5 / 8e3 + 1)  # in the long run, the rate is the limit
 

@@ -10,7 +10,7 @@ N = 48
 X = jax.ShapeDtypeStruct((N,), jnp.float32)
 
 
-def square_of_sorted(x, y):
+def sorted_and_added(x, y):
   both = x + y
   return jnp.sort(both) + both
 
@@ -24,7 +24,7 @@ def square_of_sorted(x, y):
     (lambda x, y: jnp.where(x > y, x, y), 2 * N + N),  # through calls
     (lambda x, y: jnp.sum(x * y), 2 * N + 1),  # a sum ends a loop
     (lambda x, y: x * y / jnp.sum(x * y), (2 * N + 1) + (2 * N + 1 + N)),  # and is read
-    (square_of_sorted, (2 * N + N) + (2 * N + N)),  # a sort needs its input in memory
+    (sorted_and_added, (2 * N + N) + (2 * N + N)),  # a sort needs its input in memory
     (lambda x, y: (x.reshape(6, 8), y), 0),  # no arithmetic
     (lambda x, y: x + 0 * jnp.sin(y)[:1], N + 1 + N),  # other operations are not counted
   ],
